@@ -1,0 +1,150 @@
+use super::{AddressPair, Condition};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
+use serde::{Deserialize, Serialize};
+
+/// A group of nodes and the addresses that they hold between them.
+#[derive(kube::CustomResource, Clone, Debug, Default, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
+#[kube(
+    group = "egret.dev",
+    version = "v1alpha1",
+    kind = "EgressGateway",
+    plural = "egressgateways",
+    status = "EgressGatewayStatus",
+    shortname = "egw",
+    category = "egret",
+    printcolumn = r#"{"name": "Default", "type": "boolean", "jsonPath": ".spec.default"}"#,
+    printcolumn = r#"{"name": "Ready", "type": "string", "jsonPath": ".status.conditions[?(@.type=='Ready')].status"}"#,
+    printcolumn = r#"{"name": "Nodes", "type": "string", "jsonPath": ".status.conditions[?(@.type=='Ready')].message"}"#,
+    printcolumn = r#"{"name": "Addresses", "type": "string", "jsonPath": ".status.conditions[?(@.type=='AddressesLeft')].message"}"#,
+    printcolumn = r#"{"name": "Accepted", "type": "string", "jsonPath": ".status.conditions[?(@.type=='Accepted')].status", "priority": 1}"#,
+    printcolumn = r#"{"name": "Placement", "type": "string", "jsonPath": ".spec.placement", "priority": 1}"#,
+    printcolumn = r#"{"name": "Age", "type": "date", "jsonPath": ".metadata.creationTimestamp"}"#
+)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct EgressGatewaySpec {
+    /// The nodes that can hold this gateway's addresses.
+    #[serde(deserialize_with = "super::selector::required")]
+    pub node_selector: LabelSelector,
+    /// The pool: single addresses (`192.0.2.50`), ranges (`192.0.2.50-192.0.2.59`) and networks in CIDR notation
+    /// (`198.51.100.16/28`, every address of it), IPv4 and IPv6. May be empty for a gateway whose policies all say
+    /// `allocate: Node`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub addresses: Vec<String>,
+    /// `Managed`: Egret puts each address onto the owning node's uplink. `External`: something else places the
+    /// addresses, and the node that has one locally owns it.
+    #[serde(default)]
+    pub placement: Placement,
+    /// The interface that the addresses are put on, and that `nextHop` is behind. Default: the interface whose network
+    /// holds the address, else the one of the default route.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub interface: Option<String>,
+    /// The router that the traffic leaves through. Default: what the main routing table says.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub next_hop: Option<AddressPair>,
+    /// Whether policies that name no gateway use this one. At most one gateway should say so.
+    #[serde(default)]
+    pub default: bool,
+    /// The namespaces whose policies may use this gateway. Default: all.
+    #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "super::selector::optional")]
+    pub namespace_selector: Option<LabelSelector>,
+}
+
+/// Who puts a gateway's addresses onto its nodes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+pub enum Placement {
+    /// Egret does.
+    #[default]
+    Managed,
+    /// Something else does; the node that has the address locally owns it.
+    External,
+}
+
+/// The ledger, and what a person should know. Written by the controller alone.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct EgressGatewayStatus {
+    /// The nodes that match `nodeSelector`, sorted.
+    #[serde(default)]
+    pub nodes: Vec<String>,
+    /// The ledger: every address in use, its id, its node, and who uses it.
+    #[serde(default)]
+    pub paths: Vec<LedgerPath>,
+    /// Ids and addresses given back, kept from reuse for ten minutes.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub released: Vec<ReleasedPath>,
+    /// What is so and what is not, in words.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub conditions: Vec<Condition>,
+    /// Who wrote this, where several controllers take turns.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub writer: Option<LedgerWriter>,
+}
+
+/// The controller that wrote a ledger.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct LedgerWriter {
+    /// Its name in the Lease.
+    pub name: String,
+    /// How often the Lease had changed hands when it got it.
+    pub term: i64,
+    /// How often the ledger was written.
+    pub writes: i64,
+}
+
+/// How a path's address came to be.
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, schemars::JsonSchema,
+)]
+pub enum PathKind {
+    /// Named by the policy, `spec.address`; policies that name the same address share it.
+    Explicit,
+    /// From the pool, for one policy alone.
+    #[default]
+    Dedicated,
+    /// From the pool, for all the gateway's policies that say `allocate: Shared`.
+    Shared,
+    /// The gateway node's own address. It does not move with the path: another node has another address.
+    Node,
+}
+
+/// One egress address (or a pair) with its cluster-wide id and the node that is to hold it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct LedgerPath {
+    /// Cluster-wide id, 1 to 16383; it travels with each packet through the tunnel.
+    pub id: u16,
+    /// How the address came to be.
+    pub kind: PathKind,
+    /// The address that servers see.
+    #[serde(flatten)]
+    pub address: AddressPair,
+    /// The node that is to hold the address; absent while no node of the gateway can.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub node: Option<String>,
+    /// When `node` got it, seconds since the Unix epoch; each change of `node` has another. A node that takes the path
+    /// over says since when the ledger was as it saw it, so that what is said of an older ledger counts no more.
+    #[serde(default)]
+    pub since: i64,
+    /// The node that holds the address until `node` does: the path is being moved on purpose.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub leaving: Option<String>,
+    /// The policies that use it: `namespace/name` of an EgressPolicy, `name` of a ClusterEgressPolicy. Sorted.
+    pub policies: Vec<String>,
+}
+
+/// A path that was given back.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct ReleasedPath {
+    /// The id it had.
+    pub id: u16,
+    /// The address it had.
+    #[serde(flatten)]
+    pub address: AddressPair,
+    /// The policies that had it; one that comes back within the time gets the same again.
+    #[serde(default)]
+    pub policies: Vec<String>,
+    /// When it was given back, seconds since the Unix epoch.
+    pub at: i64,
+}

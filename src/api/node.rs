@@ -1,0 +1,77 @@
+use serde::{Deserialize, Serialize};
+use std::net::IpAddr;
+
+/// What one node says of itself to the others. Written by that node alone.
+#[derive(kube::CustomResource, Clone, Debug, Default, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
+#[kube(
+    group = "egret.dev",
+    version = "v1alpha1",
+    kind = "EgressNode",
+    plural = "egressnodes",
+    status = "EgressNodeStatus",
+    shortname = "en",
+    category = "egret",
+    printcolumn = r#"{"name": "Tunnel", "type": "string", "jsonPath": ".status.tunnelAddress"}"#,
+    printcolumn = r#"{"name": "Answers", "type": "boolean", "jsonPath": ".status.answers"}"#,
+    printcolumn = r#"{"name": "Paths", "type": "string", "jsonPath": ".status.paths", "priority": 1}"#,
+    printcolumn = r#"{"name": "Age", "type": "date", "jsonPath": ".metadata.creationTimestamp"}"#
+)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct EgressNodeSpec {}
+
+/// Where the node's end of the tunnel is, and which paths it holds.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct EgressNodeStatus {
+    /// The address that tunnel packets are sent to, one of the node's own.
+    pub tunnel_address: Option<IpAddr>,
+    /// The MAC address of the node's end of the tunnel, `02:…`, derived from the node's name.
+    pub tunnel_mac: Option<String>,
+    /// Whether the node answers in the tunnel, while it can hold paths, to those who ask whether it lives: its tunnel
+    /// carries IPv6.
+    #[serde(default)]
+    pub answers: bool,
+    /// The ids of the paths whose addresses this node holds now, sorted.
+    #[serde(default)]
+    pub paths: Vec<u16>,
+    /// Paths that this node has taken over because the ledger's node seemed dead.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub taken: Vec<TakenPath>,
+    /// Paths that this node should hold and cannot, and why.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub refused: Vec<RefusedPath>,
+    /// The networks that this node takes for the cluster's own, to which no policy's traffic goes by a gateway, and
+    /// where each is known from. Nodes' and Services' single addresses are not in it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub direct: Vec<DirectNetwork>,
+}
+
+/// A network inside the cluster.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct DirectNetwork {
+    /// In CIDR notation.
+    pub network: String,
+    /// Where it is known from.
+    pub from: String,
+}
+
+/// A path that a node holds though the ledger names another one.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct TakenPath {
+    /// The path's id.
+    pub id: u16,
+    /// `since` of the ledger's entry at that time.
+    pub since: i64,
+}
+
+/// A path that its node cannot hold.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct RefusedPath {
+    /// The path's id.
+    pub id: u16,
+    /// Why, and what to do.
+    pub message: String,
+}

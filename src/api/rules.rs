@@ -1,0 +1,254 @@
+//! What the API server itself refuses: bounds, formats and CEL rules, put into the generated schemas.
+//!
+//! The rules keep to what the CEL of Kubernetes 1.25 knows: a server that does not know a function refuses all of the
+//! definition. So there is no `isIP` (1.30) and no `cidr` (1.31) here; what is beyond that is told by the condition
+//! `Accepted`. Servers before 1.25 pass the rules over, and still go by bounds and formats.
+//!
+//! A rule's cost is estimated from how long lists and texts can be, so those that rules look at have bounds.
+
+use serde_json::{Value, json};
+
+/// The pool's entries: an address, a network or a range, of one family.
+const POOL_ENTRY: &str = "^ *([0-9]{1,3}([.][0-9]{1,3}){3} *(/([0-9]|[12][0-9]|3[0-2])|- *[0-9]{1,3}([.][0-9]{1,3}){3})?|[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]* *(/([0-9]|[1-9][0-9]|1[01][0-9]|12[0-8])|- *[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*)?) *$";
+
+/// More fields for a place in a schema.
+type Addition = (String, Value);
+
+/// What is added to the schema of a kind: where below `spec`, and what.
+fn additions(kind: &str) -> Vec<Addition> {
+    let mut all = match kind {
+        "EgressGateway" => gateway(),
+        "EgressPolicy" | "ClusterEgressPolicy" => policy(),
+        _ => Vec::new(),
+    };
+    if kind == "ClusterEgressPolicy" {
+        all.extend(selector("/properties/namespaceSelector"));
+    }
+    all
+}
+
+fn gateway() -> Vec<Addition> {
+    let mut all = vec![
+        ("/properties/addresses".to_owned(), json!({"maxItems": 1000})),
+        ("/properties/addresses/items".to_owned(), {
+            let message = "not an address, a range or a network of one family; write 192.0.2.50, \
+                           192.0.2.50-192.0.2.59 or 192.0.2.0/28";
+            with_rules(
+                json!({"maxLength": 100, "minLength": 1}),
+                &[(&format!("self.matches('{POOL_ENTRY}')"), message)],
+            )
+        }),
+        // IFNAMSIZ is 16 with the zero at its end, include/uapi/linux/if.h.
+        ("/properties/interface".to_owned(), json!({"maxLength": 15, "minLength": 1})),
+        ("/properties/nextHop".to_owned(), address_pair("give ipv4, ipv6 or both, or leave nextHop out")),
+    ];
+    all.extend(selector("/properties/nodeSelector"));
+    all.extend(selector("/properties/namespaceSelector"));
+    all
+}
+
+fn policy() -> Vec<Addition> {
+    let pods = "(has(self.podSelector) ? 1 : 0) + (has(self.services) && size(self.services) > 0 ? 1 : 0) == 1";
+    let pods_message = "give either podSelector ({} for every pod of the namespace) or services";
+    let address = "!(has(self.address) && has(self.allocate))";
+    let rule = "/properties/egress/items";
+    let block = format!("{rule}/properties/to/items/properties/ipBlock");
+    let port = format!("{rule}/properties/ports/items");
+    let families = "!has(self.except) || self.except.all(e, e.contains(':') == self.cidr.contains(':'))";
+    let mut all = vec![
+        (
+            String::new(),
+            with_rules(
+                json!({}),
+                &[(pods, pods_message), (address, "has both address and allocate; keep the one that is meant")],
+            ),
+        ),
+        ("/properties/gateway".to_owned(), json!({"maxLength": 253, "minLength": 1})),
+        ("/properties/services".to_owned(), json!({"maxItems": 100})),
+        ("/properties/services/items".to_owned(), json!({"maxLength": 253, "minLength": 1})),
+        ("/properties/address".to_owned(), address_pair("give ipv4, ipv6 or both, or leave address out")),
+        ("/properties/egress".to_owned(), json!({"maxItems": 100})),
+        (format!("{rule}/properties/to"), json!({"maxItems": 100})),
+        (format!("{rule}/properties/ports"), json!({"maxItems": 100})),
+        (block.clone(), with_rules(json!({}), &[(families, "except has to be of the family of cidr")])),
+        (format!("{block}/properties/cidr"), json!({"format": "cidr", "maxLength": 64})),
+        (format!("{block}/properties/except"), json!({"maxItems": 50})),
+        (format!("{block}/properties/except/items"), json!({"format": "cidr", "maxLength": 64})),
+        (
+            port.clone(),
+            with_rules(
+                json!({}),
+                &[
+                    ("!has(self.endPort) || has(self.port)", "endPort without port; name the first port as port"),
+                    (
+                        "!has(self.endPort) || !has(self.port) || self.port <= self.endPort",
+                        "endPort is below port; write the lower one as port",
+                    ),
+                ],
+            ),
+        ),
+        (format!("{port}/properties/port"), json!({"minimum": 1})),
+        (format!("{port}/properties/endPort"), json!({"minimum": 1})),
+    ];
+    all.extend(selector("/properties/podSelector"));
+    all
+}
+
+fn address_pair(message: &str) -> Value {
+    with_rules(json!({}), &[("has(self.ipv4) || has(self.ipv6)", message)])
+}
+
+/// What Kubernetes demands of label selectors and says in no schema.
+fn selector(at: &str) -> Vec<Addition> {
+    let requirement = format!("{at}/properties/matchExpressions/items");
+    let values = "(self.operator in ['In', 'NotIn']) == (has(self.values) && size(self.values) > 0)";
+    let message = "In and NotIn need values, Exists and DoesNotExist have none";
+    vec![
+        (format!("{at}/properties/matchExpressions"), json!({"maxItems": 50})),
+        (requirement.clone(), with_rules(json!({}), &[(values, message)])),
+        (format!("{requirement}/properties/operator"), json!({"enum": ["In", "NotIn", "Exists", "DoesNotExist"]})),
+        (format!("{requirement}/properties/values"), json!({"maxItems": 100})),
+    ]
+}
+
+fn with_rules(mut fields: Value, rules: &[(&str, &str)]) -> Value {
+    fields["x-kubernetes-validations"] =
+        rules.iter().map(|(rule, message)| json!({"rule": rule, "message": message})).collect();
+    fields
+}
+
+/// Adds everything to a CustomResourceDefinition.
+///
+/// # Errors
+/// A place that the schema does not have: a field was renamed, and the rule about it was not.
+pub(super) fn add(crd: &mut Value) -> Result<(), String> {
+    let kind = crd["spec"]["names"]["kind"].as_str().unwrap_or_default().to_owned();
+    let versions = crd["spec"]["versions"].as_array_mut().into_iter().flatten();
+    for version in versions {
+        let spec = &mut version["schema"]["openAPIV3Schema"]["properties"]["spec"];
+        for (place, fields) in additions(&kind) {
+            let schema = spec.pointer_mut(&place).and_then(Value::as_object_mut);
+            let schema = schema.ok_or_else(|| format!("the schema of {kind} has no spec{place}"))?;
+            schema.extend(fields.as_object().cloned().unwrap_or_default());
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::crds;
+    use super::*;
+    use kube::core::cel::{Validator, compile_schema, estimate_rule_cost};
+
+    /// What the API server would say to a `spec`, by the CEL rules.
+    fn refusals(kind: &str, spec: &Value) -> Vec<String> {
+        let documents: Vec<Value> = serde_saphyr::from_multiple(&crds::yaml().unwrap()).unwrap();
+        let crd = documents.iter().find(|d| d["spec"]["names"]["kind"] == kind).unwrap();
+        let schema = &crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"];
+        match Validator::new().validate(schema, &json!({ "spec": spec }), None) {
+            Ok(()) => Vec::new(),
+            Err(errors) => errors.as_slice().iter().map(|e| e.message.clone()).collect(),
+        }
+    }
+
+    #[track_caller]
+    fn assert_good(kind: &str, spec: &Value) {
+        let said = refusals(kind, spec);
+        assert!(said.is_empty(), "{spec}: {said:?}");
+    }
+
+    #[track_caller]
+    fn assert_refused(kind: &str, spec: &Value, words: &str) {
+        let said = refusals(kind, spec);
+        assert!(said.iter().any(|m| m.contains(words)), "{spec}: {words:?} is not in {said:?}");
+    }
+
+    #[test]
+    fn a_pool_has_addresses_ranges_and_networks() {
+        let pool = |entry: &str| json!({"nodeSelector": {}, "addresses": [entry]});
+        for entry in [
+            "192.0.2.50",
+            "192.0.2.50-192.0.2.59",
+            "192.0.2.50 - 192.0.2.59",
+            "198.51.100.16/28",
+            "0.0.0.0/0",
+            "2001:db8::50",
+            "2001:db8::50-2001:db8::59",
+            "2001:db8::/64",
+            "::ffff:192.0.2.1/128",
+        ] {
+            assert_good("EgressGateway", &pool(entry));
+        }
+        for entry in
+            ["192.0.2", "here", "192.0.2.50-2001:db8::1", "192.0.2.0/33", "2001:db8::/129", "192.0.2.1,192.0.2.2"]
+        {
+            assert_refused("EgressGateway", &pool(entry), "192.0.2.50-192.0.2.59");
+        }
+    }
+
+    #[test]
+    fn a_policy_says_which_pods_in_one_way() {
+        for kind in ["EgressPolicy", "ClusterEgressPolicy"] {
+            assert_good(kind, &json!({"podSelector": {}}));
+            assert_good(kind, &json!({"services": ["frontend"], "address": {"ipv4": "192.0.2.50"}}));
+            assert_refused(kind, &json!({}), "podSelector");
+            assert_refused(kind, &json!({"services": []}), "podSelector");
+            assert_refused(kind, &json!({"podSelector": {}, "services": ["frontend"]}), "podSelector");
+            let both = json!({"podSelector": {}, "address": {"ipv4": "192.0.2.50"}, "allocate": "Shared"});
+            assert_refused(kind, &both, "allocate");
+            assert_refused(kind, &json!({"podSelector": {}, "address": {}}), "ipv4");
+        }
+    }
+
+    #[test]
+    fn destinations_make_sense() {
+        let to = |block: Value| json!({"podSelector": {}, "egress": [{"to": [{"ipBlock": block}]}]});
+        assert_good("EgressPolicy", &to(json!({"cidr": "203.0.113.0/24", "except": ["203.0.113.7/32"]})));
+        assert_refused("EgressPolicy", &to(json!({"cidr": "203.0.113.0/24", "except": ["2001:db8::/64"]})), "family");
+        let port = |port: Value| json!({"podSelector": {}, "egress": [{"ports": [port]}]});
+        assert_good("EgressPolicy", &port(json!({"protocol": "UDP", "port": 5060, "endPort": 5070})));
+        assert_good("EgressPolicy", &port(json!({"protocol": "SCTP"})));
+        assert_refused("EgressPolicy", &port(json!({"port": 5070, "endPort": 5060})), "below");
+        assert_refused("EgressPolicy", &port(json!({"endPort": 5060})), "without port");
+    }
+
+    #[test]
+    fn selectors_are_whole() {
+        let of = |requirement: Value| json!({"podSelector": {"matchExpressions": [requirement]}});
+        assert_good("EgressPolicy", &of(json!({"key": "a", "operator": "In", "values": ["b"]})));
+        assert_good("EgressPolicy", &of(json!({"key": "a", "operator": "Exists"})));
+        assert_refused("EgressPolicy", &of(json!({"key": "a", "operator": "In"})), "need values");
+        assert_refused("EgressPolicy", &of(json!({"key": "a", "operator": "Exists", "values": ["b"]})), "need values");
+    }
+
+    #[test]
+    fn every_rule_compiles_and_costs_little() {
+        fn rules(schema: &Value, found: &mut Vec<(Value, String)>) {
+            match schema {
+                Value::Object(fields) => {
+                    for rule in fields.get("x-kubernetes-validations").and_then(Value::as_array).into_iter().flatten() {
+                        found.push((schema.clone(), rule["rule"].as_str().unwrap().to_owned()));
+                    }
+                    fields.values().for_each(|v| rules(v, found));
+                }
+                Value::Array(all) => all.iter().for_each(|v| rules(v, found)),
+                _ => {}
+            }
+        }
+        let mut found = Vec::new();
+        for crd in serde_saphyr::from_multiple::<Value>(&crds::yaml().unwrap()).unwrap() {
+            rules(&crd, &mut found);
+        }
+        assert!(found.len() > 15, "{}", found.len());
+        for (schema, rule) in found {
+            let compiled = compile_schema(&schema);
+            assert!(!compiled.has_errors(), "{rule}: {:?}", compiled.compilation_errors());
+            for newer in ["isIP", "isCIDR", "ip(", "cidr(", "format(", "optional"] {
+                assert!(!rule.contains(newer), "{rule}: Kubernetes 1.25 does not know {newer}");
+            }
+            let warnings = estimate_rule_cost(&rule, &compiled);
+            assert!(warnings.is_empty(), "{rule}: {warnings:?}");
+        }
+    }
+}

@@ -1,0 +1,42 @@
+//! Label selectors, read strictly: a misspelt `matchLabels`, passed over, would make a selector of everything.
+
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{LabelSelector, LabelSelectorRequirement};
+use serde::de::Error;
+use serde::{Deserialize, Deserializer};
+use std::collections::BTreeMap;
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct Strict {
+    match_labels: Option<BTreeMap<String, String>>,
+    match_expressions: Option<Vec<StrictRequirement>>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct StrictRequirement {
+    key: String,
+    operator: String,
+    values: Option<Vec<String>>,
+}
+
+impl From<Strict> for LabelSelector {
+    fn from(s: Strict) -> Self {
+        let requirement =
+            |r: StrictRequirement| LabelSelectorRequirement { key: r.key, operator: r.operator, values: r.values };
+        LabelSelector {
+            match_labels: s.match_labels,
+            match_expressions: s.match_expressions.map(|all| all.into_iter().map(requirement).collect()),
+        }
+    }
+}
+
+/// A selector that must be there. Nothing at all (`nodeSelector:` and no more) is not taken for everything.
+pub(super) fn required<'de, D: Deserializer<'de>>(deserializer: D) -> Result<LabelSelector, D::Error> {
+    optional(deserializer)?.ok_or_else(|| D::Error::custom("the selector is empty; write {} to select everything"))
+}
+
+/// A selector that can be absent.
+pub(super) fn optional<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<LabelSelector>, D::Error> {
+    Ok(Option::<Strict>::deserialize(deserializer)?.map(Into::into))
+}
