@@ -1,0 +1,103 @@
+//! What a policy covers: networks, exceptions, ports.
+
+use crate::api::{EgressPort, EgressRule, Protocol};
+use ipnetwork::IpNetwork;
+
+/// What one policy covers; an empty list of networks or of ports means all of them.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Destination {
+    /// The networks; empty: every address.
+    pub networks: Box<[Network]>,
+    /// The ports; empty: every port of every protocol.
+    pub ports: Box<[Ports]>,
+}
+
+/// A network less some networks within it.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Network {
+    /// The network; its host bits are zero.
+    pub cidr: IpNetwork,
+    /// Networks within it that are not meant.
+    pub except: Box<[IpNetwork]>,
+}
+
+/// Ports `first` to `last` of a protocol; 0 to 65535 means all of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Ports {
+    /// The protocol.
+    pub protocol: Protocol,
+    /// First port.
+    pub first: u16,
+    /// Last port, inclusive.
+    pub last: u16,
+}
+
+/// Something in `spec.egress` that cannot be; the text has the value and the remedy.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[error("{0}")]
+pub struct DestinationError(pub String);
+
+/// Parses CIDR notation strictly: no host bits, no missing prefix.
+pub fn parse_cidr(text: &str) -> Result<IpNetwork, DestinationError> {
+    let wrong = |why: String| DestinationError(format!("{text:?} is not a network: {why}"));
+    if !text.contains('/') {
+        let hint = if text.contains(':') { 128 } else { 32 };
+        return Err(wrong(format!("it has no prefix length; for one address write {text}/{hint}")));
+    }
+    let net: IpNetwork =
+        text.parse().map_err(|e| wrong(format!("{e}; write it like 203.0.113.0/24 or 2001:db8::/32")))?;
+    if net.ip() != net.network() {
+        return Err(wrong(format!("it has host bits; did you mean {}/{}?", net.network(), net.prefix())));
+    }
+    Ok(net)
+}
+
+/// Whether `inner` lies within `outer`.
+pub fn contains(outer: &IpNetwork, inner: &IpNetwork) -> bool {
+    outer.is_ipv4() == inner.is_ipv4() && outer.prefix() <= inner.prefix() && outer.contains(inner.network())
+}
+
+impl TryFrom<&EgressRule> for Destination {
+    type Error = DestinationError;
+
+    fn try_from(rule: &EgressRule) -> Result<Self, DestinationError> {
+        let mut networks = Vec::new();
+        for peer in &rule.to {
+            let cidr = parse_cidr(&peer.ip_block.cidr)?;
+            let mut except = Vec::new();
+            for text in &peer.ip_block.except {
+                let net = parse_cidr(text)?;
+                if !contains(&cidr, &net) {
+                    return Err(DestinationError(format!(
+                        "except {net} is not within {cidr}; exceptions must be part of the network they are taken from"
+                    )));
+                }
+                except.push(net);
+            }
+            networks.push(Network { cidr, except: except.into() });
+        }
+        let ports = rule.ports.iter().map(Ports::try_from).collect::<Result<_, _>>()?;
+        Ok(Destination { networks: networks.into(), ports })
+    }
+}
+
+impl TryFrom<&EgressPort> for Ports {
+    type Error = DestinationError;
+
+    fn try_from(p: &EgressPort) -> Result<Self, DestinationError> {
+        let (first, last) = match (p.port, p.end_port) {
+            (None, None) => (0, u16::MAX),
+            (Some(first), None) => (first, first),
+            (Some(first), Some(last)) if first <= last => (first, last),
+            (Some(first), Some(last)) => {
+                return Err(DestinationError(format!(
+                    "endPort {last} is below port {first}; write the lower one as port"
+                )));
+            }
+            (None, Some(last)) => {
+                return Err(DestinationError(format!("endPort {last} without port; name the first port as port")));
+            }
+        };
+        Ok(Ports { protocol: p.protocol, first, last })
+    }
+}

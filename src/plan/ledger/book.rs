@@ -1,0 +1,198 @@
+//! The ledger while it is being written: what is in use, what rests, what is free.
+
+use super::demand::Demands;
+use super::family::{Family, addresses, overlap, pair};
+use super::ids::Ids;
+use super::pool::{Overlap, Pool, usable};
+use super::resting::{Resting, resting};
+use crate::api::{AddressPair, PathKind, Placement};
+use crate::plan::model::{Cluster, Gateway, Node};
+use crate::plan::selector::Name;
+use std::collections::HashMap;
+use std::net::IpAddr;
+
+/// A gateway, as the ledger needs it.
+#[derive(Clone, Debug)]
+pub(super) struct Desk<'a> {
+    pub(super) name: &'a Name,
+    pub(super) gateway: &'a Gateway,
+    /// Its nodes, by name.
+    pub(super) nodes: Vec<(&'a Name, &'a Node)>,
+    /// All of its pool: where what was given out may stay.
+    pub(super) declared: Pool,
+    /// Its pool without what earlier gateways have: where new addresses come from.
+    pub(super) usable: Pool,
+    pub(super) overlaps: Vec<Overlap>,
+}
+
+/// A path to be.
+#[derive(Clone, Debug)]
+pub(super) struct Path {
+    /// The gateway's place.
+    pub(super) gateway: usize,
+    pub(super) id: u16,
+    pub(super) kind: PathKind,
+    pub(super) address: AddressPair,
+    pub(super) node: Option<Name>,
+    /// When its node got it.
+    pub(super) since: i64,
+    /// The node that holds it until its node does.
+    pub(super) leaving: Option<Name>,
+    /// The places of the demands that it serves.
+    pub(super) demands: Vec<usize>,
+}
+
+impl Path {
+    /// One that nobody uses yet.
+    pub(super) fn new(gateway: usize, id: u16, kind: PathKind, address: AddressPair, node: Option<Name>) -> Self {
+        Path { gateway, id, kind, address, node, since: 0, leaving: None, demands: vec![] }
+    }
+}
+
+/// The ledger while it is being written.
+#[derive(Clone, Debug)]
+pub(super) struct Book<'a> {
+    pub(super) cluster: &'a Cluster,
+    pub(super) now: i64,
+    pub(super) desks: Vec<Desk<'a>>,
+    pub(super) demands: Demands<'a>,
+    /// The first ones are those that were there before; new ones come in the order in which they were asked for.
+    pub(super) paths: Vec<Path>,
+    /// The paths of pool addresses, by address.
+    pub(super) held: HashMap<IpAddr, usize>,
+    /// The paths of nodes' own addresses, by address. Two gateways may have the same node.
+    pub(super) held_by_nodes: HashMap<IpAddr, usize>,
+    /// Nodes' own addresses. Giving one away would cut the node off.
+    pub(super) node_addresses: HashMap<IpAddr, &'a Name>,
+    pub(super) ids: Ids,
+    pub(super) resting: Resting,
+}
+
+impl<'a> Book<'a> {
+    /// With nothing in use, and what rests at `now`.
+    pub(super) fn open(cluster: &'a Cluster, now: i64) -> Self {
+        let mut desks = Vec::new();
+        let pools = usable(cluster.gateways.values().map(|g| &**g));
+        for ((name, gateway), (usable, overlaps)) in cluster.gateways.iter().zip(pools) {
+            let nodes = cluster.nodes.iter().filter(|(_, node)| gateway.nodes.matches(&node.labels));
+            let nodes = nodes.map(|(name, node)| (name, &**node)).collect();
+            let declared = gateway.pool.iter().collect();
+            desks.push(Desk { name, gateway, nodes, declared, usable, overlaps });
+        }
+        let mut node_addresses = HashMap::new();
+        for (name, node) in &cluster.nodes {
+            node_addresses.extend(node.addresses.iter().map(|address| (*address, name)));
+        }
+        let mut book = Book {
+            cluster,
+            now,
+            desks,
+            demands: Demands::new(cluster),
+            paths: Vec::new(),
+            held: HashMap::new(),
+            held_by_nodes: HashMap::new(),
+            node_addresses,
+            ids: Ids::new(),
+            resting: Resting::default(),
+        };
+        for (place, gateway) in cluster.gateways.values().enumerate() {
+            for (released, at) in resting(&gateway.status, now) {
+                book.rest(place, released.id, released.address.clone(), released.policies.clone(), at);
+            }
+        }
+        book
+    }
+
+    /// Lets an id and its addresses rest.
+    pub(super) fn rest(&mut self, gateway: usize, id: u16, address: AddressPair, policies: Vec<String>, at: i64) {
+        self.ids.rest(id);
+        self.resting.add(gateway, id, address, policies, at, &self.demands.places);
+    }
+
+    /// Has a path serve a demand.
+    pub(super) fn assign(&mut self, path: usize, demand: usize) {
+        self.paths[path].demands.push(demand);
+        self.demands.all[demand].path = Some(path);
+    }
+
+    /// The places of the policies that use a path, by seniority.
+    pub(super) fn users(&self, path: usize) -> Vec<usize> {
+        let demands = self.paths[path].demands.iter();
+        let mut users: Vec<usize> = demands.flat_map(|d| self.demands.all[*d].policies.iter().copied()).collect();
+        users.sort_unstable();
+        users
+    }
+
+    /// Enters a path. Its id has been taken.
+    pub(super) fn enter(&mut self, path: Path) -> usize {
+        let place = self.paths.len();
+        for address in addresses(&path.address) {
+            match path.kind {
+                PathKind::Node => self.held_by_nodes.insert(address, place),
+                _ => self.held.insert(address, place),
+            };
+        }
+        self.paths.push(path);
+        place
+    }
+
+    /// The node that has the address as its own, if the gateway's addresses are Egret's to place. Where something
+    /// else places them, a node that has one may well tell of it.
+    pub(super) fn node_with(&self, gateway: usize, address: IpAddr) -> Option<&'a Name> {
+        match self.desks[gateway].gateway.placement {
+            Placement::Managed => self.node_addresses.get(&address).copied(),
+            Placement::External => None,
+        }
+    }
+
+    /// The path that has the address now.
+    pub(super) fn holder(&self, address: IpAddr) -> Option<usize> {
+        self.held.get(&address).or_else(|| self.held_by_nodes.get(&address)).copied()
+    }
+
+    /// A free address of the family for these policies: one that they gave back a short while ago, else the first.
+    pub(super) fn pick(&mut self, gateway: usize, family: Family, policies: &[usize]) -> Option<IpAddr> {
+        let returned = self.resting.of(gateway, policies).into_iter().find_map(|entry| {
+            let address = family.of_pair(&entry.address)?;
+            let good = self.desks[gateway].usable.contains(address)
+                && self.holder(address).is_none()
+                && self.node_with(gateway, address).is_none()
+                && self.resting.until(address, policies).is_none();
+            good.then_some(address)
+        });
+        if returned.is_some() {
+            return returned;
+        }
+        let managed = self.desks[gateway].gateway.placement == Placement::Managed;
+        let Book { desks, held, held_by_nodes, node_addresses, resting, .. } = self;
+        desks[gateway].usable.first(family, |address| {
+            let in_use = held.contains_key(&address) || held_by_nodes.contains_key(&address);
+            let of_node = managed && node_addresses.contains_key(&address);
+            !in_use && !of_node && !resting.contains(address)
+        })
+    }
+
+    /// Takes an id for a new path: the one that these policies gave back together with one of its addresses, else
+    /// one that belongs to `name`.
+    pub(super) fn new_id(
+        &mut self,
+        gateway: usize,
+        address: &AddressPair,
+        policies: &[usize],
+        name: &str,
+    ) -> Option<u16> {
+        for entry in self.resting.of(gateway, policies) {
+            let same = overlap(&entry.address, address) && !self.resting.keeps_id(entry.id, policies);
+            if same && self.ids.take(entry.id) {
+                return Some(entry.id);
+            }
+        }
+        self.ids.find(&format!("{}/{name}", self.desks[gateway].name))
+    }
+
+    /// A node's own address, as a path can have it: its first InternalIP of each family.
+    pub(super) fn own_address(&self, node: &Node) -> AddressPair {
+        let internal = node.addresses.iter().take(node.internal).copied();
+        pair(internal.filter(|address| !self.held.contains_key(address)))
+    }
+}

@@ -1,0 +1,172 @@
+//! The finished ledger, as it is stored and told.
+
+use super::Outcome;
+use super::book::{Book, Desk};
+use super::demand::Want;
+use super::family::{Family, addresses, pair};
+use super::resting::REST_SECONDS;
+use super::verdict::{Grant, Reason, Refusal, Verdict};
+use crate::api::{Condition, EgressGatewayStatus, LedgerPath, PathKind, ReleasedPath};
+use crate::plan::condition::Conditions;
+use std::collections::HashMap;
+use std::net::IpAddr;
+
+/// Closes the book. `refused` says, by the demand's place, who got no path.
+pub(super) fn close(book: Book, refused: &HashMap<usize, Refusal>) -> Outcome {
+    let mut outcome = Outcome::default();
+    for (applicant, demand) in book.demands.applicants.iter().zip(&book.demands.of) {
+        let verdict = match demand {
+            Err(refusal) => Verdict::Refused(refusal.clone()),
+            Ok(demand) => match (book.demands.all[*demand].path, refused.get(demand)) {
+                (Some(path), _) => Verdict::Granted(granted(&book, *demand, path)),
+                (None, Some(refusal)) => Verdict::Refused(refusal.clone()),
+                (None, None) => unreachable!("a demand is either granted or refused"),
+            },
+        };
+        outcome.verdicts.insert(applicant.key.clone(), verdict);
+    }
+
+    let mut statuses = vec![EgressGatewayStatus::default(); book.desks.len()];
+    for (place, path) in book.paths.iter().enumerate() {
+        let users = book.users(place).into_iter();
+        let mut policies: Vec<String> = users.map(|p| book.demands.applicants[p].name.clone()).collect();
+        policies.sort_unstable();
+        statuses[path.gateway].paths.push(LedgerPath {
+            id: path.id,
+            kind: path.kind,
+            address: path.address.clone(),
+            node: path.node.as_deref().map(str::to_owned),
+            since: path.since,
+            leaving: path.leaving.as_deref().map(str::to_owned),
+            policies,
+        });
+    }
+    for entry in &book.resting.entries {
+        // What has been taken up again rests no longer.
+        let address = pair(addresses(&entry.address).filter(|a| book.holder(*a).is_none()));
+        if !address.is_empty() || !book.ids.is_live(entry.id) {
+            statuses[entry.gateway].released.push(ReleasedPath {
+                id: entry.id,
+                address,
+                policies: entry.policies.clone(),
+                at: entry.at,
+            });
+        }
+    }
+    for (place, (desk, mut status)) in book.desks.iter().zip(statuses).enumerate() {
+        status.nodes = desk.nodes.iter().map(|(name, _)| name.to_string()).collect();
+        status.paths.sort_by_key(|path| path.id);
+        status.released.sort_by_key(|r| (r.at, r.id, r.address.ipv4, r.address.ipv6));
+        status.conditions = conditions(&book, place, desk, &status, refused);
+        let next = status.released.first().map(|released| released.at + REST_SECONDS);
+        outcome.next_release = [outcome.next_release, next].into_iter().flatten().min();
+        outcome.gateways.insert(desk.name.clone(), status);
+    }
+    outcome
+}
+
+fn granted(book: &Book, demand: usize, place: usize) -> Grant {
+    let path = &book.paths[place];
+    let desk = &book.desks[path.gateway];
+    Grant {
+        gateway: desk.name.clone(),
+        id: path.id,
+        kind: path.kind,
+        address: path.address.clone(),
+        node: path.node.clone(),
+        leaving: path.leaving.clone(),
+        note: note(book, demand, place),
+    }
+}
+
+/// What a person should know of a path that was granted all the same.
+fn note(book: &Book, demand: usize, place: usize) -> Option<String> {
+    let (path, demand) = (&book.paths[place], &book.demands.all[demand]);
+    if !matches!(demand.want, Want::Dedicated | Want::Shared) {
+        return None;
+    }
+    let desk = &book.desks[path.gateway];
+    for entry in book.resting.of(path.gateway, &demand.policies) {
+        let left_pool = |a: &IpAddr| !desk.declared.contains(*a) && !book.node_addresses.contains_key(a);
+        if let Some(lost) = addresses(&entry.address).find(left_pool) {
+            return Some(format!("{lost} is no longer in the pool of the gateway, so the policy has left it"));
+        }
+    }
+    let lacking =
+        Family::BOTH.into_iter().find(|family| desk.usable.has(*family) && family.of_pair(&path.address).is_none())?;
+    Some(format!(
+        "the gateway has no {lacking} address left for it, so its {lacking} traffic has none to leave from; \
+         add addresses to the gateway's spec.addresses"
+    ))
+}
+
+fn conditions(
+    book: &Book,
+    place: usize,
+    desk: &Desk,
+    status: &EgressGatewayStatus,
+    refused: &HashMap<usize, Refusal>,
+) -> Vec<Condition> {
+    let mut conditions = Conditions::new(&desk.gateway.status.conditions, desk.gateway.generation, book.now);
+    let defaults: Vec<&str> =
+        book.desks.iter().filter(|other| other.gateway.default).map(|other| &**other.name).collect();
+    if let Some(overlap) = desk.overlaps.first() {
+        let range = if overlap.first == overlap.last {
+            overlap.first.to_string()
+        } else {
+            format!("{}-{}", overlap.first, overlap.last)
+        };
+        let more = match desk.overlaps.len() - 1 {
+            0 => String::new(),
+            more => format!(" (and {more} more ranges with others)"),
+        };
+        let message = format!(
+            "{range} is in the pool of EgressGateway {:?} too, which keeps it{more}; take it out of one of the pools",
+            book.desks[overlap.with].name
+        );
+        conditions.add("Accepted", false, "PoolOverlap", message);
+    } else if desk.gateway.default && defaults.len() > 1 {
+        let message = format!(
+            "several gateways are the default one: {}; policies that name no gateway get no path from them unless \
+             they had one; leave default: true on one",
+            defaults.join(", ")
+        );
+        conditions.add("Accepted", false, "SeveralDefaultGateways", message);
+    } else {
+        conditions.add("Accepted", true, "Accepted", "its addresses are its own");
+    }
+
+    match status.nodes.len() {
+        0 => {
+            let message = "no node matches spec.nodeSelector; label a node, or mend the selector";
+            conditions.add("Ready", false, "NoNode", message);
+        }
+        1 => conditions.add("Ready", true, "NodesMatch", "1 node matches"),
+        n => conditions.add("Ready", true, "NodesMatch", format!("{n} nodes match")),
+    }
+
+    let wants = book.demands.all.iter().enumerate().filter(|(_, demand)| demand.gateway == place);
+    let exhausted = wants.filter_map(|(d, _)| refused.get(&d)).find(|r| r.reason == Reason::PoolExhausted);
+    match exhausted {
+        Some(refusal) => conditions.add("AddressesLeft", false, Reason::PoolExhausted, refusal.message.as_str()),
+        None if desk.declared.is_empty() => conditions.add("AddressesLeft", true, "NoPool", "it has no pool"),
+        None if desk.usable.is_empty() => {
+            let message = "all of its pool is other gateways' too, and theirs; add addresses to spec.addresses";
+            conditions.add("AddressesLeft", false, Reason::PoolEmpty, message);
+        }
+        None => conditions.add("AddressesLeft", true, "AddressesLeft", in_use(desk, status)),
+    }
+    conditions.finish()
+}
+
+/// `IPv4: 3 of 10 in use, 1 resting`.
+fn in_use(desk: &Desk, status: &EgressGatewayStatus) -> String {
+    let families = Family::BOTH.into_iter().filter(|family| desk.usable.has(*family));
+    let families = families.map(|family| {
+        let pool = |pair| family.of_pair(pair).is_some_and(|address| desk.usable.contains(address));
+        let used = status.paths.iter().filter(|p| p.kind != PathKind::Node && pool(&p.address)).count();
+        let resting = status.released.iter().filter(|r| pool(&r.address)).count();
+        format!("{family}: {used} of {} in use, {resting} resting", desk.usable.size(family))
+    });
+    families.collect::<Vec<_>>().join("; ")
+}

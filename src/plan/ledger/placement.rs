@@ -1,0 +1,112 @@
+//! Which node holds which path.
+
+use super::book::Book;
+use super::moves::{self, Reports};
+use crate::api::{PathKind, Placement};
+use crate::plan::selector::Name;
+use std::collections::{BTreeSet, HashMap};
+
+/// How much each of some nodes has, by its place among the gateway's nodes, which are sorted by name.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Load {
+    /// Count and place.
+    order: BTreeSet<(u32, usize)>,
+    count: HashMap<usize, u32>,
+}
+
+impl Load {
+    pub(super) fn new(places: impl IntoIterator<Item = usize>) -> Self {
+        let count: HashMap<usize, u32> = places.into_iter().map(|place| (place, 0)).collect();
+        Load { order: count.keys().map(|place| (0, *place)).collect(), count }
+    }
+
+    /// One more for the node.
+    pub(super) fn add(&mut self, place: usize) {
+        if let Some(count) = self.count.get_mut(&place) {
+            self.order.remove(&(*count, place));
+            *count += 1;
+            self.order.insert((*count, place));
+        }
+    }
+
+    /// The node that has the least; of several, the first by name.
+    pub(super) fn least(&self) -> Option<usize> {
+        self.order.first().map(|(_, place)| *place)
+    }
+
+    /// All of the nodes, those that have the least first.
+    pub(super) fn places(&self) -> impl Iterator<Item = usize> {
+        self.order.iter().map(|(_, place)| *place)
+    }
+}
+
+/// Gives each path a node of its gateway. A path stays where it is while its node is one of the gateway's, and is not
+/// drained while others are there.
+pub(super) fn place(book: &mut Book) {
+    let reports = Reports::new(book);
+    let mut paths_of: Vec<Vec<usize>> = vec![Vec::new(); book.desks.len()];
+    for (place, path) in book.paths.iter().enumerate() {
+        paths_of[path.gateway].push(place);
+    }
+    for (gateway, paths) in paths_of.into_iter().enumerate() {
+        match book.desks[gateway].gateway.placement {
+            Placement::Managed => {
+                moves::follow_takeovers(book, gateway, &paths, &reports);
+                balance(book, gateway, &paths, &reports);
+                moves::finish(book, &paths, &reports);
+            }
+            Placement::External => follow(book, gateway, &paths),
+        }
+    }
+}
+
+fn balance(book: &mut Book, gateway: usize, paths: &[usize], reports: &Reports) {
+    let nodes = &book.desks[gateway].nodes;
+    let mut places: HashMap<&Name, usize> = nodes.iter().enumerate().map(|(place, (name, _))| (*name, place)).collect();
+    if nodes.iter().any(|(_, node)| !moves::is_drained(node)) {
+        places.retain(|_, place| !moves::is_drained(nodes[*place].1));
+    }
+    for (path, node) in moves::asked_for(book, paths, &places) {
+        moves::move_to(book, path, Some(node), reports);
+    }
+    let mut load = Load::new(places.values().copied());
+    let mut homeless = Vec::new();
+    for path in paths {
+        match book.paths[*path].node.as_ref().and_then(|name| places.get(name)) {
+            Some(place) => load.add(*place),
+            None if book.paths[*path].kind == PathKind::Node => {}
+            None => homeless.push(*path),
+        }
+    }
+    for path in homeless {
+        let place = load.least();
+        let node = place.map(|place| book.desks[gateway].nodes[place].0.clone());
+        moves::move_to(book, path, node, reports);
+        if let Some(place) = place {
+            load.add(place);
+        }
+    }
+}
+
+/// Something else places the addresses: the node that says it has one holds the path.
+fn follow(book: &mut Book, gateway: usize, paths: &[usize]) {
+    let mut reported: HashMap<u16, Vec<&Name>> = HashMap::new();
+    for (name, _) in &book.desks[gateway].nodes {
+        for id in book.cluster.egress_nodes.get(*name).into_iter().flat_map(|status| &status.paths) {
+            reported.entry(*id).or_default().push(name);
+        }
+    }
+    for path in paths {
+        let path = &mut book.paths[*path];
+        if path.kind == PathKind::Node {
+            continue;
+        }
+        let here = |name: &Name| book.desks[gateway].nodes.binary_search_by(|(n, _)| (*n).cmp(name)).is_ok();
+        path.node = match (path.node.take(), reported.get(&path.id)) {
+            // While an address moves two nodes may say that they have it.
+            (Some(node), Some(reporters)) if reporters.contains(&&node) => Some(node),
+            (_, Some(reporters)) => reporters.first().map(|name| Name::clone(name)),
+            (node, None) => node.filter(here),
+        };
+    }
+}

@@ -1,0 +1,187 @@
+use crate::api::{Allocate, EgressPolicySpec, PathKind};
+use crate::plan::fixture::{World, asking, naming, pair};
+use crate::plan::ledger::{REST_SECONDS, Reason};
+
+#[test]
+fn policies_that_name_the_same_address_share_a_path() {
+    let mut world = World::new(&["192.0.2.50-192.0.2.59", "2001:db8::50"]);
+    world.policy("a/p", naming(&["192.0.2.55", "2001:db8::50"]));
+    world.policy("b/q", naming(&["2001:db8::50", "192.0.2.55"]));
+    let outcome = world.allocate();
+    assert_eq!(outcome.grant("a/p").id, outcome.grant("b/q").id);
+    let paths = &outcome.gateways["g"].paths;
+    assert_eq!(paths.len(), 1);
+    assert_eq!(paths[0].policies, ["a/p", "b/q"]);
+    assert_eq!(paths[0].kind, PathKind::Explicit);
+}
+
+#[test]
+fn dedicated_takes_one_of_each_family_that_the_pool_has() {
+    let mut world = World::new(&["192.0.2.50-192.0.2.59"]);
+    world.policy("a/p", asking(Allocate::Dedicated));
+    assert_eq!(world.allocate().address("a/p"), "192.0.2.50");
+    let id = world.allocate().grant("a/p").id;
+    world.gateway("g", &["192.0.2.50-192.0.2.59", "2001:db8::50"], |spec| spec.default = true);
+    let outcome = world.allocate();
+    assert_eq!(outcome.address("a/p"), "192.0.2.50 and 2001:db8::50", "the second family comes to the path");
+    assert_eq!(outcome.grant("a/p").id, id);
+}
+
+#[test]
+fn dedicated_leaves_alone_what_others_name_at_the_same_time() {
+    let mut world = World::new(&["192.0.2.50-192.0.2.51"]);
+    world.policy("a/older", asking(Allocate::Dedicated));
+    world.now += 1;
+    world.policy("a/younger", naming(&["192.0.2.50"]));
+    let outcome = world.allocate();
+    assert_eq!(outcome.address("a/older"), "192.0.2.51");
+    assert_eq!(outcome.address("a/younger"), "192.0.2.50");
+}
+
+#[test]
+fn shared_is_one_path_for_the_gateway_apart_from_dedicated_ones() {
+    let mut world = World::new(&["192.0.2.50-192.0.2.59"]);
+    world.policy("a/s1", asking(Allocate::Shared));
+    world.policy("a/d", asking(Allocate::Dedicated));
+    world.policy("s2", asking(Allocate::Shared));
+    let outcome = world.allocate();
+    assert_eq!(outcome.grant("a/s1").id, outcome.grant("s2").id);
+    assert_ne!(outcome.address("a/s1"), outcome.address("a/d"));
+    assert_eq!(outcome.gateways["g"].paths.len(), 2);
+}
+
+#[test]
+fn a_nodes_own_address_is_never_given_away() {
+    let mut world = World::new(&["10.0.0.1-10.0.0.3"]);
+    world.policy("a/p", asking(Allocate::Dedicated));
+    world.policy("a/q", naming(&["10.0.0.2"]));
+    let outcome = world.allocate();
+    assert_eq!(outcome.address("a/p"), "10.0.0.3");
+    outcome.assert_refused("a/q", Reason::AddressOfNode, &["\"n2\"", "allocate: Node"]);
+}
+
+#[test]
+fn what_was_given_back_rests_for_ten_minutes_for_all_but_who_had_it() {
+    let mut world = World::new(&["192.0.2.50"]);
+    world.policy("a/p", asking(Allocate::Dedicated));
+    let before = world.allocate().grant("a/p").clone();
+    world.without_policy("a/p");
+    world.policy("a/q", asking(Allocate::Dedicated));
+    world.policy("a/r", naming(&["192.0.2.50"]));
+    let outcome = world.allocate();
+    outcome.assert_refused("a/q", Reason::PoolExhausted, &["IPv4", "spec.addresses"]);
+    outcome.assert_refused("a/r", Reason::AddressResting, &["192.0.2.50", "1970-01-12T13:56:40Z"]);
+    assert_eq!(outcome.next_release, Some(world.now + REST_SECONDS));
+    let released = &outcome.gateways["g"].released;
+    assert_eq!((released[0].id, &released[0].address), (before.id, &pair(&["192.0.2.50"])));
+
+    let mut returned = world.clone();
+    returned.now += REST_SECONDS - 1;
+    returned.policy("a/p", asking(Allocate::Dedicated));
+    let outcome = returned.allocate();
+    assert_eq!((outcome.grant("a/p").id, outcome.address("a/p")), (before.id, "192.0.2.50".into()));
+    assert!(outcome.gateways["g"].released.is_empty());
+
+    world.now += REST_SECONDS;
+    let outcome = world.allocate();
+    assert_eq!(outcome.address("a/r"), "192.0.2.50");
+    assert_eq!(outcome.next_release, None);
+    assert!(outcome.gateways["g"].released.is_empty());
+}
+
+#[test]
+fn a_second_address_comes_to_an_explicit_path_without_a_new_id() {
+    let mut world = World::new(&["192.0.2.50-192.0.2.59", "2001:db8::50"]);
+    world.policy("a/p", naming(&["192.0.2.50"]));
+    let before = world.allocate().grant("a/p").id;
+    world.policy("a/p", naming(&["192.0.2.50", "2001:db8::50"]));
+    let outcome = world.allocate();
+    assert_eq!(outcome.grant("a/p").id, before);
+    assert!(outcome.gateways["g"].released.is_empty());
+    world.policy("a/p", naming(&["192.0.2.51", "2001:db8::50"]));
+    let outcome = world.allocate();
+    assert_eq!(outcome.grant("a/p").id, before);
+    assert_eq!(outcome.gateways["g"].released[0].address, pair(&["192.0.2.50"]), "what it left rests");
+}
+
+#[test]
+fn the_elder_claim_keeps_the_address() {
+    let mut world = World::new(&["192.0.2.50-192.0.2.59", "2001:db8::50"]);
+    world.policy("a/old", naming(&["192.0.2.50", "2001:db8::50"]));
+    world.now += 1;
+    world.policy("a/a-young", naming(&["192.0.2.50"]));
+    world.policy("a/dedicated", asking(Allocate::Dedicated));
+    let outcome = world.allocate();
+    assert_eq!(outcome.address("a/old"), "192.0.2.50 and 2001:db8::50");
+    outcome.assert_refused("a/a-young", Reason::AddressTaken, &["a/old", "2001:db8::50"]);
+    outcome.assert_refused("a/dedicated", Reason::PoolExhausted, &["IPv6"]);
+
+    // Whose claim is in the ledger is the elder, whatever its own age.
+    let mut world = World::new(&["192.0.2.50"]);
+    world.policy("a/young", asking(Allocate::Dedicated));
+    world.allocate();
+    world.now -= 100;
+    world.policy("a/old", naming(&["192.0.2.50"]));
+    let outcome = world.allocate();
+    assert_eq!(outcome.address("a/young"), "192.0.2.50");
+    outcome.assert_refused("a/old", Reason::AddressTaken, &["a/young", "Dedicated"]);
+}
+
+#[test]
+fn a_pool_that_shrinks_moves_what_was_allocated_and_refuses_what_was_named() {
+    let mut world = World::new(&["192.0.2.50-192.0.2.52", "2001:db8::50"]);
+    world.policy("a/named", naming(&["192.0.2.50"]));
+    world.policy("a/given", asking(Allocate::Dedicated));
+    let before = world.allocate();
+    assert_eq!(before.address("a/given"), "192.0.2.51 and 2001:db8::50");
+    world.gateway("g", &["192.0.2.52", "2001:db8::50"], |spec| spec.default = true);
+    let outcome = world.allocate();
+    outcome.assert_refused("a/named", Reason::AddressOutsidePool, &["192.0.2.50", "spec.addresses"]);
+    assert_eq!(outcome.address("a/given"), "192.0.2.52 and 2001:db8::50");
+    assert_eq!(outcome.grant("a/given").id, before.grant("a/given").id, "its IPv6 connections live on");
+    assert!(outcome.grant("a/given").note.as_ref().unwrap().contains("192.0.2.51"));
+    assert_eq!(outcome.gateways["g"].released.len(), 2);
+}
+
+#[test]
+fn overlapping_pools_are_the_first_gateways_but_what_was_given_out_stays() {
+    let mut world = World::new(&["192.0.2.50-192.0.2.51"]);
+    world.policy("a/p", asking(Allocate::Dedicated));
+    let before = world.allocate().grant("a/p").clone();
+    world.gateway("a-first", &["192.0.2.50-192.0.2.60"], |_| {});
+    world.policy("a/q", EgressPolicySpec { gateway: Some("a-first".into()), ..asking(Allocate::Dedicated) });
+    world.policy("a/r", naming(&["192.0.2.51"]));
+    let outcome = world.allocate();
+    assert_eq!(*outcome.grant("a/p"), before);
+    assert_eq!(outcome.address("a/q"), "192.0.2.51");
+    outcome.assert_refused("a/r", Reason::AddressOutsidePool, &["\"a-first\"", "\"g\""]);
+    let accepted = &outcome.gateways["g"].conditions[0];
+    assert_eq!((&*accepted.type_, &*accepted.status, &*accepted.reason), ("Accepted", "False", "PoolOverlap"));
+    assert!(accepted.message.contains("192.0.2.50-192.0.2.51"), "{}", accepted.message);
+    assert_eq!(outcome.gateways["a-first"].conditions[0].status, "True");
+
+    world.policy("a/s", asking(Allocate::Dedicated));
+    world.allocate().assert_refused("a/s", Reason::PoolEmpty, &["\"g\"", "other gateways"]);
+}
+
+#[test]
+fn a_ledger_that_says_a_thing_twice_is_mended() {
+    let mut world = World::new(&["192.0.2.50-192.0.2.59"]);
+    world.policy("a/p", asking(Allocate::Dedicated));
+    world.policy("a/q", asking(Allocate::Dedicated));
+    let before = world.allocate();
+    for (id, address) in [(1, "192.0.2.50"), (7, "192.0.2.59"), (0, "192.0.2.51"), (20000, "192.0.2.50")] {
+        let mut broken = world.clone();
+        let gateway = std::sync::Arc::make_mut(broken.cluster.gateways.get_mut("g").unwrap());
+        for path in &mut gateway.status.paths {
+            path.id = id;
+            path.address = pair(&[address]);
+        }
+        let outcome = broken.allocate();
+        let (p, q) = (outcome.grant("a/p"), outcome.grant("a/q"));
+        assert!(p.id != q.id && p.address != q.address);
+        assert!((1..=16383).contains(&p.id) && (1..=16383).contains(&q.id));
+        assert_eq!(broken.allocate(), outcome, "and then stays as it is");
+    }
+    assert_eq!(world.allocate(), before);
+}

@@ -1,0 +1,4 @@
+mod addresses;
+mod nodes;
+mod properties;
+mod refusals;

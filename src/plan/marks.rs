@@ -1,0 +1,154 @@
+//! The bits of packet marks and connection marks that are Egret's.
+//!
+//! A packet's mark: two bits of kind, nine of index below them, and in bits 13-0 a path id. A connection's mark:
+//! the base above, then 0 and a path id (where the pod runs), or 1 and a peer index (on a gateway).
+
+use std::fmt;
+
+/// An egress path's cluster-wide id.
+pub type PathId = u16;
+
+/// The highest path id: 14 bits.
+pub const MAX_PATH: PathId = 0x3fff;
+/// The highest index of a pod's tag or of an uplink: 9 bits.
+pub const MAX_INDEX: u16 = 0x1ff;
+/// The highest peer index: 15 bits, and 0 is not used.
+pub const MAX_PEER: u16 = 0x7fff;
+
+const INDEX_BITS: u32 = 9;
+
+/// Where the bits lie.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Marks {
+    /// The upper half of a connection's mark.
+    pub connection_base: u16,
+    /// The lowest bit of the index; the kind lies above it. 16 to 21.
+    pub shift: u8,
+}
+
+impl Default for Marks {
+    /// Clear of kube-proxy (0x4000, 0x8000) and of the bits from 0x10000 to 0x100000 that Calico takes first.
+    fn default() -> Self {
+        Marks { connection_base: 0x4547, shift: 21 }
+    }
+}
+
+/// A layout of bits that cannot be.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum MarksError {
+    /// See the message.
+    #[error(
+        "mark shift {0}: the index needs nine bits and the kind two, above the path id and kube-proxy's two; use 16 to 21"
+    )]
+    Shift(u8),
+    /// See the message.
+    #[error("connection mark base 0: connections without a mark would be taken for Egret's; use 1 to 0xffff")]
+    Base,
+}
+
+impl Marks {
+    /// Checks a layout.
+    ///
+    /// # Errors
+    /// See [`MarksError`].
+    pub fn new(connection_base: u16, shift: u8) -> Result<Self, MarksError> {
+        if !(16..=21).contains(&shift) {
+            return Err(MarksError::Shift(shift));
+        }
+        if connection_base == 0 {
+            return Err(MarksError::Base);
+        }
+        Ok(Marks { connection_base, shift })
+    }
+
+    fn kind(self, kind: u32) -> u32 {
+        kind << (u32::from(self.shift) + INDEX_BITS)
+    }
+
+    /// Mask of the two bits that tell the kind.
+    pub fn kind_mask(self) -> u32 {
+        self.kind(0b11)
+    }
+
+    /// Mask of kind and index.
+    pub fn kind_and_index_mask(self) -> u32 {
+        self.kind_mask() | self.index_mask()
+    }
+
+    /// Mask of the index.
+    pub fn index_mask(self) -> u32 {
+        u32::from(MAX_INDEX) << self.shift
+    }
+
+    /// Mask of the path id.
+    pub fn path_mask(self) -> u32 {
+        u32::from(MAX_PATH)
+    }
+
+    /// Kind 01: a pod's packet, before anything was decided.
+    pub fn tag(self, index: u16) -> u32 {
+        self.kind(0b01) | u32::from(index) << self.shift
+    }
+
+    /// The kind bits alone of a tag.
+    pub fn tag_kind(self) -> u32 {
+        self.kind(0b01)
+    }
+
+    /// Kind 10: to the gateway, through the tunnel.
+    pub fn request(self) -> u32 {
+        self.kind(0b10)
+    }
+
+    /// Kind 11: back to the pod's node, through the tunnel.
+    pub fn reply(self) -> u32 {
+        self.kind(0b11)
+    }
+
+    /// Kind 00: out of this node, by the main table (uplink 0) or by the table of an uplink.
+    pub fn local(self, path: PathId, uplink: u16) -> u32 {
+        self.uplink(uplink) | u32::from(path)
+    }
+
+    /// What the routing rule of an uplink looks for.
+    pub fn uplink(self, uplink: u16) -> u32 {
+        u32::from(uplink) << self.shift
+    }
+
+    /// The mark of a connection on the node where its pod runs.
+    pub fn connection(self, path: PathId) -> u32 {
+        u32::from(self.connection_base) << 16 | u32::from(path)
+    }
+
+    /// The mark of a connection on its gateway.
+    pub fn connection_of_peer(self, peer: u16) -> u32 {
+        u32::from(self.connection_base) << 16 | 0x8000 | u32::from(peer)
+    }
+
+    /// The mark of a server's packet on its way to the node that still knows its connection. It is no connection's:
+    /// bit 14 is neither a path's nor, with bit 15 unset, a peer's.
+    pub fn handed(self, path: PathId) -> u32 {
+        self.connection(path) | 0x4000
+    }
+
+    /// Mask that tells connections with a path from those of peers, and from others'.
+    pub fn connection_kind_mask(self) -> u32 {
+        0xffff_8000
+    }
+
+    /// Mask that tells Egret's connections from others'.
+    pub fn connection_mask(self) -> u32 {
+        0xffff_0000
+    }
+}
+
+impl fmt::Display for Marks {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "packet marks {:#010x}, connection marks {:#06x}____",
+            self.kind_and_index_mask() | 0x3fff,
+            self.connection_base
+        )
+    }
+}

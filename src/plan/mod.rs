@@ -1,0 +1,22 @@
+//! What should be, computed from what is: selection, precedence, profiles, paths, ownership, allocation.
+//!
+//! Everything here is pure: no I/O, no clock, no environment. Time comes in as a value.
+
+mod condition;
+pub mod destination;
+#[cfg(test)]
+pub(crate) mod fixture;
+mod label_index;
+pub mod ledger;
+pub mod mac;
+pub mod marks;
+pub mod model;
+pub mod networks;
+pub mod node;
+pub mod ownership;
+pub mod paths;
+pub mod precedence;
+pub mod profile;
+pub mod report;
+pub mod selector;
+pub mod shared;

@@ -1,0 +1,444 @@
+//! The cluster as the plan sees it: what users typed, validated and typed, and nothing that Egret does not use.
+//!
+//! A [`Cluster`] is a snapshot. Sources ([`crate::cluster`]) make a new one for each change; objects are shared
+//! between snapshots.
+
+use super::destination::{Destination, DestinationError};
+use super::selector::{Labels, Name, Selector, SelectorError};
+use super::shared::Shared;
+use crate::api::{
+    AddressPair, Allocate, ClusterEgressPolicySpec, EgressGatewaySpec, EgressGatewayStatus, EgressNodeStatus,
+    EgressPolicySpec, EgressPolicyStatus, Fallback, Placement,
+};
+use ipnetwork::IpNetwork;
+use std::collections::BTreeMap;
+use std::fmt;
+use std::net::IpAddr;
+use std::sync::Arc;
+
+/// All of the cluster that Egret looks at. Snapshots share the kinds of objects that are the same in both.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Cluster {
+    /// Nodes by name.
+    pub nodes: Shared<BTreeMap<Name, Arc<Node>>>,
+    /// Labels of namespaces by name. A namespace that only objects speak of is not here.
+    pub namespaces: Shared<BTreeMap<Name, Labels>>,
+    /// Pods; a node daemon sees those of its own node only.
+    pub pods: Shared<BTreeMap<ObjectKey, Arc<Pod>>>,
+    /// Services.
+    pub services: Shared<BTreeMap<ObjectKey, Arc<Service>>>,
+    /// Gateways by name, with the ledger.
+    pub gateways: Shared<BTreeMap<Name, Arc<Gateway>>>,
+    /// Policies of both kinds.
+    pub policies: Shared<BTreeMap<PolicyKey, Arc<Policy>>>,
+    /// What the nodes say of themselves.
+    pub egress_nodes: Shared<BTreeMap<Name, Arc<EgressNodeStatus>>>,
+    /// The statuses of policies as they stand in the source: what a controller has already written.
+    /// Node daemons leave it empty.
+    pub policy_statuses: Shared<BTreeMap<PolicyKey, Arc<EgressPolicyStatus>>>,
+    /// Policies that make no sense as they stand in the source; a last good state of one may be in `policies`.
+    /// Node daemons leave it empty.
+    pub unreadable: Shared<BTreeMap<PolicyKey, Arc<Unreadable>>>,
+    /// What is known to be inside the cluster besides what nodes and Services say.
+    pub inside: Shared<Inside>,
+}
+
+/// A policy that makes no sense.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Unreadable {
+    /// What is wrong with it.
+    pub message: String,
+    /// `metadata.generation`.
+    pub generation: Option<i64>,
+}
+
+/// Networks of the cluster, each with where that is known from.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Inside {
+    /// Where pods have their addresses.
+    pub pods: BTreeMap<IpNetwork, Name>,
+    /// Where Services have theirs.
+    pub services: BTreeMap<IpNetwork, Name>,
+}
+
+/// Namespace and name.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ObjectKey {
+    /// The namespace.
+    pub namespace: Name,
+    /// The name.
+    pub name: Name,
+}
+
+impl ObjectKey {
+    /// From its two parts.
+    pub fn new(namespace: &str, name: &str) -> Self {
+        ObjectKey { namespace: namespace.into(), name: name.into() }
+    }
+}
+
+impl fmt::Display for ObjectKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.namespace, self.name)
+    }
+}
+
+/// Names an EgressPolicy (with a namespace) or a ClusterEgressPolicy (without). Shown as `namespace/name` and
+/// `name`, which is how the ledger writes it.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct PolicyKey {
+    /// `None` for a ClusterEgressPolicy.
+    pub namespace: Option<Name>,
+    /// The name.
+    pub name: Name,
+}
+
+impl fmt::Display for PolicyKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.namespace {
+            Some(ns) => write!(f, "{ns}/{}", self.name),
+            None => f.write_str(&self.name),
+        }
+    }
+}
+
+impl From<&str> for PolicyKey {
+    fn from(text: &str) -> Self {
+        match text.split_once('/') {
+            Some((ns, name)) => PolicyKey { namespace: Some(ns.into()), name: name.into() },
+            None => PolicyKey { namespace: None, name: text.into() },
+        }
+    }
+}
+
+/// A Kubernetes Node.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Node {
+    /// Its labels.
+    pub labels: Labels,
+    /// All its addresses of type InternalIP and ExternalIP; the InternalIPs come first.
+    pub addresses: Box<[IpAddr]>,
+    /// How many of `addresses` are InternalIPs.
+    pub internal: usize,
+    /// `spec.podCIDRs`.
+    pub pod_cidrs: Box<[IpNetwork]>,
+}
+
+/// A Kubernetes Pod.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Pod {
+    /// `metadata.uid`, empty where the source gives none.
+    pub uid: Box<str>,
+    /// Its labels.
+    pub labels: Labels,
+    /// `spec.nodeName`.
+    pub node: Option<Name>,
+    /// `status.podIPs`; empty until the pod has been set up.
+    pub addresses: Box<[IpAddr]>,
+    /// Whether it shares the node's network; such pods are never selected.
+    pub host_network: bool,
+    /// Whether its phase is Succeeded or Failed: its address may be another pod's already.
+    pub finished: bool,
+}
+
+/// A Kubernetes Service.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Service {
+    /// `spec.selector`; `None` if it has none, and then it selects no pod.
+    pub selector: Option<Selector>,
+    /// `spec.clusterIPs`, without `None`.
+    pub cluster_ips: Box<[IpAddr]>,
+}
+
+/// An EgressGateway, validated, and its ledger.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Gateway {
+    /// The nodes that can hold its addresses.
+    pub nodes: Selector,
+    /// Its pool: inclusive ranges, sorted, not overlapping.
+    pub pool: Box<[AddressRange]>,
+    /// Who places the addresses.
+    pub placement: Placement,
+    /// The interface to leave by.
+    pub interface: Option<Box<str>>,
+    /// The router to leave through.
+    pub next_hop: AddressPair,
+    /// Whether it is the default gateway.
+    pub default: bool,
+    /// The namespaces whose policies may use it.
+    pub namespaces: Selector,
+    /// `metadata.generation`.
+    pub generation: Option<i64>,
+    /// Which writing of the object this is, `metadata.resourceVersion`, where the source gives one and the reader
+    /// writes the ledger: it writes in place of this one, and of no other.
+    pub version: Option<Box<str>>,
+    /// The ledger.
+    pub status: EgressGatewayStatus,
+}
+
+/// Addresses `first` to `last`, of one family.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct AddressRange {
+    /// First address.
+    pub first: IpAddr,
+    /// Last address, inclusive.
+    pub last: IpAddr,
+}
+
+impl AddressRange {
+    /// Whether `address` lies in the range.
+    pub fn contains(&self, address: IpAddr) -> bool {
+        self.first.is_ipv4() == address.is_ipv4() && self.first <= address && address <= self.last
+    }
+}
+
+/// An EgressPolicy or a ClusterEgressPolicy, validated.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Policy {
+    /// The namespaces it reaches; for an EgressPolicy its own.
+    pub namespaces: Namespaces,
+    /// The pods in them.
+    pub pods: PodMatch,
+    /// The gateway; `None`: the default one.
+    pub gateway: Option<Name>,
+    /// The destinations; `None`: everything outside the cluster. Shared between policies that say the same.
+    pub egress: Option<Arc<[Destination]>>,
+    /// The address.
+    pub address: AddressRequest,
+    /// What happens while the path is not ready.
+    pub fallback: Fallback,
+    /// Higher goes first.
+    pub priority: i32,
+    /// `metadata.creationTimestamp`, seconds since the Unix epoch, where the source gives one.
+    pub created: Option<i64>,
+    /// `metadata.generation`.
+    pub generation: Option<i64>,
+    /// The node that is to have the policy's path, by [`MOVE_TO`].
+    pub move_to: Option<Name>,
+}
+
+/// An annotation of a policy: the node of its gateway that its path is to be moved to.
+pub const MOVE_TO: &str = "egret.dev/move-to";
+
+/// The namespaces that a policy reaches.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Namespaces {
+    /// An EgressPolicy's own.
+    One(Name),
+    /// A ClusterEgressPolicy's, by label.
+    Selected(Selector),
+}
+
+/// The pods that a policy means, within a namespace.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum PodMatch {
+    /// By their labels.
+    Labels(Selector),
+    /// The pods that Services of these names select.
+    Services(Box<[Name]>),
+}
+
+/// Which address a policy asks for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum AddressRequest {
+    /// These addresses.
+    Explicit(AddressPair),
+    /// One that the controller finds.
+    Allocate(Allocate),
+}
+
+/// Something in an object's spec that cannot be; the text has the field, the value and the remedy.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[error("{field}: {message}")]
+pub struct Invalid {
+    /// The field, `spec.addresses[2]`.
+    pub field: String,
+    /// What is wrong with the value, and what to write instead.
+    pub message: String,
+}
+
+impl Invalid {
+    fn new(field: impl Into<String>, message: impl ToString) -> Self {
+        Invalid { field: field.into(), message: message.to_string() }
+    }
+}
+
+/// What an object's metadata contributes to a [`Policy`] or a [`Gateway`].
+#[derive(Clone, Debug, Default)]
+pub struct Metadata {
+    /// `metadata.creationTimestamp`, seconds since the Unix epoch.
+    pub created: Option<i64>,
+    /// `metadata.generation`.
+    pub generation: Option<i64>,
+    /// The annotation [`MOVE_TO`].
+    pub move_to: Option<Name>,
+}
+
+impl Gateway {
+    /// Validates a spec. The status starts empty.
+    ///
+    /// # Errors
+    /// Addresses that cannot be parsed, ranges that run backwards or mix families, ranges that overlap, a next hop
+    /// without an address, a selector that cannot be understood.
+    pub fn new(spec: &EgressGatewaySpec, meta: Metadata) -> Result<Self, Invalid> {
+        let selector =
+            |field: &str, s| Selector::try_from(s).map_err(|e: SelectorError| Invalid::new(format!("spec.{field}"), e));
+        let mut pool: Vec<(AddressRange, &String)> = Vec::new();
+        for (i, text) in spec.addresses.iter().enumerate() {
+            let range = parse_range(text).map_err(|m| Invalid::new(format!("spec.addresses[{i}]"), m))?;
+            pool.push((range, text));
+        }
+        pool.sort();
+        for pair in pool.windows(2) {
+            if pair[0].0.contains(pair[1].0.first) {
+                return Err(Invalid::new(
+                    "spec.addresses",
+                    format!("{:?} and {:?} overlap; each address may stand in the pool once", pair[0].1, pair[1].1),
+                ));
+            }
+        }
+        if spec.next_hop.as_ref().is_some_and(AddressPair::is_empty) {
+            return Err(Invalid::new("spec.nextHop", "has no address; give ipv4, ipv6 or both, or leave nextHop out"));
+        }
+        Ok(Gateway {
+            nodes: selector("nodeSelector", &spec.node_selector)?,
+            pool: pool.into_iter().map(|(r, _)| r).collect(),
+            placement: spec.placement,
+            interface: spec.interface.as_deref().map(Into::into),
+            next_hop: spec.next_hop.clone().unwrap_or_default(),
+            default: spec.default,
+            namespaces: match &spec.namespace_selector {
+                Some(s) => selector("namespaceSelector", s)?,
+                None => Selector::default(),
+            },
+            generation: meta.generation,
+            version: None,
+            status: EgressGatewayStatus::default(),
+        })
+    }
+}
+
+/// Parses `A`, `A-B` or `A/P` into an inclusive range.
+fn parse_range(text: &str) -> Result<AddressRange, String> {
+    let address = |part: &str| {
+        part.trim().parse::<IpAddr>().map_err(|_| {
+            format!(
+                "{text:?}: {:?} is not an IP address; write 192.0.2.50, 192.0.2.50-192.0.2.59 or 192.0.2.0/28",
+                part.trim()
+            )
+        })
+    };
+    if text.contains('/') {
+        let net = super::destination::parse_cidr(text).map_err(|e| e.to_string())?;
+        let last = match net {
+            IpNetwork::V4(n) => IpAddr::V4(n.broadcast()),
+            IpNetwork::V6(n) => IpAddr::V6(n.broadcast()),
+        };
+        return Ok(AddressRange { first: net.network(), last });
+    }
+    let (first, last) = match text.split_once('-') {
+        Some((a, b)) => (address(a)?, address(b)?),
+        None => {
+            let a = address(text)?;
+            (a, a)
+        }
+    };
+    if first.is_ipv4() != last.is_ipv4() {
+        return Err(format!("{text:?} mixes IPv4 and IPv6; write one range for each family"));
+    }
+    if first > last {
+        return Err(format!("{text:?} runs backwards; did you mean {last}-{first}?"));
+    }
+    Ok(AddressRange { first, last })
+}
+
+impl Policy {
+    /// Validates an EgressPolicy's spec.
+    ///
+    /// # Errors
+    /// Both or neither of `podSelector` and `services`, both of `address` and `allocate`, networks or ports that
+    /// cannot be parsed, a selector that cannot be understood.
+    pub fn namespaced(namespace: &str, spec: &EgressPolicySpec, meta: Metadata) -> Result<Self, Invalid> {
+        Policy::new(Namespaces::One(namespace.into()), spec, meta)
+    }
+
+    /// Validates a ClusterEgressPolicy's spec.
+    ///
+    /// # Errors
+    /// As [`Policy::namespaced`].
+    pub fn cluster(spec: &ClusterEgressPolicySpec, meta: Metadata) -> Result<Self, Invalid> {
+        let namespaces = match &spec.namespace_selector {
+            Some(s) => Selector::try_from(s).map_err(|e| Invalid::new("spec.namespaceSelector", e))?,
+            None => Selector::default(),
+        };
+        let rest = EgressPolicySpec {
+            gateway: spec.gateway.clone(),
+            pod_selector: spec.pod_selector.clone(),
+            services: spec.services.clone(),
+            egress: spec.egress.clone(),
+            address: spec.address.clone(),
+            allocate: spec.allocate,
+            fallback: spec.fallback,
+            priority: spec.priority,
+        };
+        Policy::new(Namespaces::Selected(namespaces), &rest, meta)
+    }
+
+    fn new(namespaces: Namespaces, spec: &EgressPolicySpec, meta: Metadata) -> Result<Self, Invalid> {
+        let pods = match (&spec.pod_selector, spec.services.as_slice()) {
+            (Some(s), []) => PodMatch::Labels(Selector::try_from(s).map_err(|e| Invalid::new("spec.podSelector", e))?),
+            (None, services @ [_, ..]) => PodMatch::Services(services.iter().map(|s| s.as_str().into()).collect()),
+            (Some(_), _) => {
+                return Err(Invalid::new("spec", "has both podSelector and services; keep the one that is meant"));
+            }
+            (None, []) => {
+                return Err(Invalid::new(
+                    "spec",
+                    "selects no pods; add podSelector ({} for every pod of the namespace) or services",
+                ));
+            }
+        };
+        let address = match (&spec.address, spec.allocate) {
+            (Some(_), Some(_)) => {
+                return Err(Invalid::new("spec", "has both address and allocate; keep the one that is meant"));
+            }
+            (Some(a), None) if a.is_empty() => {
+                return Err(Invalid::new("spec.address", "has neither ipv4 nor ipv6; give one, or leave address out"));
+            }
+            (Some(a), None) => AddressRequest::Explicit(a.clone()),
+            (None, allocate) => AddressRequest::Allocate(allocate.unwrap_or_default()),
+        };
+        let egress = match &spec.egress {
+            None => None,
+            Some(rules) => {
+                let mut all = Vec::new();
+                for (i, rule) in rules.iter().enumerate() {
+                    let d = Destination::try_from(rule)
+                        .map_err(|e: DestinationError| Invalid::new(format!("spec.egress[{i}]"), e))?;
+                    all.push(d);
+                }
+                Some(all.into())
+            }
+        };
+        Ok(Policy {
+            namespaces,
+            pods,
+            gateway: spec.gateway.as_deref().map(Into::into),
+            egress,
+            address,
+            fallback: spec.fallback,
+            priority: spec.priority,
+            created: meta.created,
+            generation: meta.generation,
+            move_to: meta.move_to,
+        })
+    }
+
+    /// Whether the policy covers every destination outside the cluster.
+    pub fn covers_everything(&self) -> bool {
+        match &self.egress {
+            None => true,
+            Some(rules) => rules.iter().any(|d| d.networks.is_empty() && d.ports.is_empty()),
+        }
+    }
+}

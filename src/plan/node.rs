@@ -1,0 +1,199 @@
+//! What a node's kernel should hold: the plan, compiled from the cluster's state.
+//!
+//! In two steps, because a pod's start waits for the second: [`View`] is what does not depend on this node's pods
+//! and is made once for each snapshot; [`NodePlan`] adds the pods.
+
+use super::mac::Mac;
+use super::marks::PathId;
+use super::model::{Cluster, Gateway, Inside, Node, ObjectKey, Policy, PolicyKey, Service};
+use super::networks::Networks;
+use super::paths::{Facts, Path, PathState, Paths, Placing};
+use super::precedence::PolicyIndex;
+use super::profile::Profile;
+use super::selector::{Labels, Name};
+use super::shared::{Mark, Shared};
+use crate::api::{AddressPair, EgressNodeStatus};
+use ipnetwork::IpNetwork;
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::sync::Arc;
+
+/// The cluster as one node sees it, less the node's own pods.
+#[derive(Clone, Debug, Default)]
+pub struct View {
+    /// Which policies select which pods.
+    pub policies: Shared<PolicyIndex>,
+    /// Paths, peers, uplinks.
+    pub paths: Shared<Paths>,
+    /// What is inside the cluster.
+    pub networks: Shared<Networks>,
+    made_of: MadeOf,
+}
+
+/// What a view was made of.
+#[derive(Clone, Debug, Default)]
+struct MadeOf {
+    nodes: Mark<BTreeMap<Name, Arc<Node>>>,
+    namespaces: Mark<BTreeMap<Name, Labels>>,
+    services: Mark<BTreeMap<ObjectKey, Arc<Service>>>,
+    gateways: Mark<BTreeMap<Name, Arc<Gateway>>>,
+    policies: Mark<BTreeMap<PolicyKey, Arc<Policy>>>,
+    egress_nodes: Mark<BTreeMap<Name, Arc<EgressNodeStatus>>>,
+    inside: Mark<Inside>,
+    facts: Facts,
+    extra: Box<[IpNetwork]>,
+    local_pods: BTreeSet<IpAddr>,
+}
+
+impl View {
+    /// As `node` sees the cluster. `extra` are direct destinations of the user's, `local_pods` the addresses of
+    /// this node's pods.
+    pub fn new(
+        cluster: &Cluster,
+        node: &str,
+        facts: &Facts,
+        extra: &[IpNetwork],
+        local_pods: impl IntoIterator<Item = IpAddr>,
+    ) -> Self {
+        let mut view = View::default();
+        view.update(cluster, node, facts, extra, local_pods.into_iter().collect());
+        view
+    }
+
+    /// Brings it up to date. What follows from things that have not changed since stays the same, and
+    /// [`Shared`](super::shared) tells so. It is of one node always.
+    pub fn update(
+        &mut self,
+        cluster: &Cluster,
+        node: &str,
+        facts: &Facts,
+        extra: &[IpNetwork],
+        local_pods: BTreeSet<IpAddr>,
+    ) {
+        let of = &self.made_of;
+        let same_nodes = cluster.nodes.has(&of.nodes);
+        let same_services = cluster.services.has(&of.services);
+        let same_policies = cluster.policies.has(&of.policies);
+        // Not two of the same at once: in a big cluster each is some megabytes.
+        if !(same_policies && same_services && cluster.namespaces.has(&of.namespaces)) {
+            self.policies = Shared::default();
+            self.policies = PolicyIndex::new(cluster).into();
+        }
+        let same_ledger = cluster.gateways.has(&of.gateways) && cluster.egress_nodes.has(&of.egress_nodes);
+        if !(same_nodes && same_ledger && *facts == of.facts) {
+            self.look_again(cluster, node, facts);
+        }
+        let same_inside = same_nodes && same_services && cluster.inside.has(&self.made_of.inside);
+        if !(same_inside && *extra == *self.made_of.extra && local_pods == self.made_of.local_pods) {
+            self.networks = Networks::new(cluster, extra, local_pods.iter().copied()).into();
+        }
+        self.made_of = MadeOf {
+            nodes: cluster.nodes.mark(),
+            namespaces: cluster.namespaces.mark(),
+            services: cluster.services.mark(),
+            gateways: cluster.gateways.mark(),
+            policies: cluster.policies.mark(),
+            egress_nodes: cluster.egress_nodes.mark(),
+            inside: cluster.inside.mark(),
+            facts: facts.clone(),
+            extra: extra.into(),
+            local_pods,
+        };
+    }
+
+    /// Looks at the paths anew, with other facts about the same cluster.
+    pub fn look_again(&mut self, cluster: &Cluster, node: &str, facts: &Facts) {
+        self.paths = Shared::default();
+        self.paths = Paths::new(cluster, node, facts).into();
+        self.made_of.facts.clone_from(facts);
+    }
+
+    /// The profile of a pod; `labels` is `None` for a pod that the cluster does not know yet. `None` for a pod that
+    /// no policy selects, or can select. A pod of which it cannot be said yet is held.
+    pub fn profile(&self, namespace: &str, labels: Option<&Labels>) -> Option<Profile> {
+        if self.policies.is_undecided_in(namespace) {
+            return Some(Profile::Held);
+        }
+        match labels {
+            Some(labels) => Profile::new(&self.policies.policies_for(namespace, labels), &self.paths),
+            None => self.policies.can_select_in(namespace).then_some(Profile::Held),
+        }
+    }
+
+    /// Addresses that tunnel packets may come from.
+    pub fn tunnel_sources(&self) -> BTreeSet<IpAddr> {
+        self.paths.peers.values().map(|p| p.address).collect()
+    }
+
+    /// The addresses of paths that are Egret's to place and that this node may come to hold.
+    pub fn placeable(&self) -> impl Iterator<Item = (PathId, IpAddr, &Path)> {
+        let placeable = self.paths.paths.iter().filter(|(_, p)| p.placing != Placing::Never);
+        placeable.flat_map(|(id, p)| addresses(p).map(move |a| (*id, a, p)))
+    }
+}
+
+/// A path's addresses, of both families.
+pub fn addresses(path: &Path) -> impl Iterator<Item = IpAddr> + use<> {
+    addresses_of(&path.address)
+}
+
+/// A pair's addresses.
+pub fn addresses_of(pair: &AddressPair) -> impl Iterator<Item = IpAddr> + use<> {
+    pair.ipv4.map(IpAddr::V4).into_iter().chain(pair.ipv6.map(IpAddr::V6))
+}
+
+/// A pod that a policy selects, as the kernel is to see it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PodPlan {
+    /// The host's end of its veth pair.
+    pub interface: String,
+    /// Its index.
+    pub interface_index: u32,
+    /// The pod's addresses: what it may send from.
+    pub addresses: Vec<IpAddr>,
+    /// The index in the mark that its packets get.
+    pub tag: u16,
+    /// Name of its profile in [`NodePlan::profiles`].
+    pub profile: String,
+}
+
+/// Everything that the node's datapath should be.
+#[derive(Clone, Debug, Default)]
+pub struct NodePlan {
+    /// Selected pods by the name of their chain.
+    pub pods: BTreeMap<String, PodPlan>,
+    /// Profiles in use, by name.
+    pub profiles: BTreeMap<String, Profile>,
+    /// Paths that the profiles lead to and that are ready, and where.
+    pub paths: BTreeMap<PathId, Path>,
+    /// Paths that are being moved here, and the nodes that still know their connections.
+    pub handed: BTreeMap<PathId, (AddressPair, Mac)>,
+    /// The tunnel device's index.
+    pub device: u32,
+}
+
+impl NodePlan {
+    /// Adds a pod.
+    pub fn add(&mut self, view: &View, pod: PodPlan, profile: Profile) {
+        for id in profile.paths() {
+            if let Some(path) = view.paths.paths.get(&id)
+                && !matches!(path.state, PathState::Unready(_))
+            {
+                self.paths.entry(id).or_insert_with(|| path.clone());
+            }
+        }
+        self.profiles.entry(pod.profile.clone()).or_insert(profile);
+        self.pods.insert(chain_name(pod.tag, pod.interface_index), pod);
+    }
+}
+
+/// A pod's chain is named after its tag and its interface, so that a restarted daemon finds the tag again.
+pub fn chain_name(tag: u16, interface_index: u32) -> String {
+    format!("pod-{tag}-{interface_index}")
+}
+
+/// Tag and interface index of a pod's chain.
+pub fn parse_chain_name(name: &str) -> Option<(u16, u32)> {
+    let (tag, index) = name.strip_prefix("pod-")?.split_once('-')?;
+    Some((tag.parse().ok()?, index.parse().ok()?))
+}

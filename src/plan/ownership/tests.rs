@@ -1,0 +1,136 @@
+use super::*;
+use proptest::prelude::*;
+use std::collections::BTreeMap;
+
+fn names(n: usize) -> Vec<Name> {
+    (0..n).map(|i| format!("gateway-{i}.example.org").into()).collect()
+}
+
+fn liveness(members: &[Name], dead: &[bool]) -> Liveness {
+    let dead = members.iter().zip(dead).filter(|(_, dead)| **dead).map(|(name, _)| name.clone());
+    Liveness { dead: dead.collect(), ..Liveness::default() }
+}
+
+fn of<'a>(id: PathId, node: &'a str, members: &'a [Name]) -> Standing<'a> {
+    Standing { id, node: Some(node), leaving: None, arrived: true, takers: &[], members }
+}
+
+/// Each path's owner, where the ledger gives path n to the node n modulo the number of nodes.
+fn owners<'a>(members: &'a [Name], ids: u16, liveness: &Liveness) -> BTreeMap<PathId, Option<&'a str>> {
+    let node = |id: PathId| &*members[usize::from(id) % members.len()];
+    (1..=ids).map(|id| (id, owner(of(id, node(id), members), liveness))).collect()
+}
+
+proptest! {
+    #[test]
+    fn a_living_node_has_it_and_a_dead_one_never(dead in prop::collection::vec(any::<bool>(), 1..8), id in 1u16..16384) {
+        let members = names(dead.len());
+        let liveness = liveness(&members, &dead);
+        for node in &members {
+            let owner = owner(of(id, node, &members), &liveness);
+            prop_assert_eq!(owner.is_none(), dead.iter().all(|d| *d));
+            prop_assert!(owner.is_none_or(|o| liveness.is_alive(o)));
+            prop_assert!(!liveness.is_alive(node) || owner == Some(&**node));
+        }
+    }
+
+    #[test]
+    fn the_order_in_which_nodes_are_listed_does_not_matter(
+        (members, shuffled) in (2..8usize).prop_map(names).prop_flat_map(|m| (Just(m.clone()), Just(m).prop_shuffle())),
+        id in 1u16..16384,
+    ) {
+        let liveness = liveness(&members, &[true]);
+        prop_assert_eq!(owner(of(id, &members[0], &members), &liveness), owner(of(id, &members[0], &shuffled), &liveness));
+    }
+
+    #[test]
+    fn a_death_moves_the_dead_nodes_paths_and_no_other_and_a_return_gives_back_what_nobody_took(
+        dead in prop::collection::vec(any::<bool>(), 2..8), which in any::<prop::sample::Index>(),
+    ) {
+        let members = names(dead.len());
+        let which = which.index(dead.len());
+        let with = |d: bool| liveness(&members, &[&dead[..which], &[d], &dead[which + 1..]].concat());
+        let (before, after) = (owners(&members, 200, &with(false)), owners(&members, 200, &with(true)));
+        for (id, owner) in &before {
+            if *owner != Some(&*members[which]) {
+                prop_assert_eq!(owner, &after[id], "path {}", id);
+            } else {
+                prop_assert_ne!(owner, &after[id], "path {}", id);
+            }
+        }
+    }
+
+    #[test]
+    fn what_was_taken_over_stays_until_the_taker_dies(dead in prop::collection::vec(any::<bool>(), 3..8), id in 1u16..16384) {
+        let members = names(dead.len());
+        let liveness = liveness(&members, &dead);
+        let takers = [&*members[1], &members[2]];
+        let owner = owner(Standing { takers: &takers, ..of(id, &members[0], &members) }, &liveness);
+        match (dead[1], dead[2]) {
+            (true, true) => prop_assert!(owner.is_none_or(|o| !takers.contains(&o))),
+            (false, true) => prop_assert_eq!(owner, Some(takers[0])),
+            (true, false) => prop_assert_eq!(owner, Some(takers[1])),
+            (false, false) => prop_assert!(owner.is_some_and(|o| takers.contains(&o))),
+        }
+    }
+}
+
+#[test]
+fn a_dead_nodes_paths_are_spread_evenly_over_those_that_are_left() {
+    for nodes in [3, 5, 11] {
+        let members = names(nodes);
+        let liveness = liveness(&members, &[true]);
+        let mut count: BTreeMap<&str, u32> = BTreeMap::new();
+        for id in 1..=1000 {
+            *count.entry(owner(of(id, &members[0], &members), &liveness).unwrap()).or_default() += 1;
+        }
+        let fair = 1000 / (nodes as u32 - 1);
+        // Four standard deviations of a fair draw.
+        let off = 4 * (f64::from(fair).sqrt() as u32);
+        assert_eq!(count.len(), nodes - 1);
+        assert!(count.values().all(|n| n.abs_diff(fair) <= off), "{count:?}");
+    }
+}
+
+#[test]
+fn a_path_that_is_moved_on_purpose_stays_until_the_new_node_has_it() {
+    let members = names(3);
+    let moving = |arrived, dead: &[bool]| {
+        let path = Standing { leaving: Some(&members[0]), arrived, ..of(7, &members[1], &members) };
+        owner(path, &liveness(&members, dead)).unwrap()
+    };
+    assert_eq!(moving(false, &[]), &*members[0]);
+    assert_eq!(moving(true, &[]), &*members[1]);
+    assert_eq!(moving(false, &[true]), &*members[1], "who leaves has died: the new node has it at once");
+    assert_eq!(moving(false, &[false, true]), &*members[0], "the new node is dead: the old one goes on");
+    assert_eq!(moving(true, &[true, true]), &*members[2]);
+}
+
+#[test]
+fn a_drained_node_is_the_last_resort() {
+    let members = names(3);
+    let mut liveness = liveness(&members, &[true]);
+    liveness.drained.insert(members[1].clone());
+    assert!((1..100).all(|id| owner(of(id, &members[0], &members), &liveness) == Some(&members[2])));
+    liveness.dead.insert(members[2].clone());
+    assert_eq!(owner(of(1, &members[0], &members), &liveness), Some(&*members[1]));
+}
+
+#[test]
+fn what_the_ledger_gives_nobody_nobody_takes() {
+    let members = names(3);
+    assert_eq!(owner(Standing { node: None, ..of(1, "", &members) }, &Liveness::default()), None);
+}
+
+#[test]
+fn what_is_moved_on_purpose_stays_with_the_old_node_until_the_new_one_has_it_and_lives() {
+    let members = names(3);
+    let [new, old] = [&*members[0], &members[1]];
+    let moving = |arrived| Standing { leaving: Some(old), arrived, ..of(7, new, &members) };
+    let with = |dead: [bool; 2]| liveness(&members, &dead);
+    assert_eq!(owner(moving(false), &with([false, false])), Some(old));
+    assert_eq!(owner(moving(true), &with([false, false])), Some(new));
+    assert_eq!(owner(moving(true), &with([true, false])), Some(old), "it was drained, and is not known to live again");
+    assert_eq!(owner(moving(false), &with([false, true])), Some(new));
+    assert_eq!(owner(moving(true), &with([true, true])), Some(&*members[2]));
+}

@@ -1,0 +1,181 @@
+use super::*;
+use crate::api::{
+    Allocate, Condition, EgressPeer, EgressPolicySpec, EgressPort, EgressRule, IpBlock, Protocol, RefusedPath,
+};
+use crate::plan::fixture::{World, asking, naming, selector};
+use crate::plan::model::Unreadable;
+use std::sync::Arc;
+
+/// `203.0.113.0/24 -203.0.113.7/32 tcp:80-90`: a network, exceptions, ports.
+fn rule(text: &str) -> EgressRule {
+    let mut rule = EgressRule::default();
+    for word in text.split_whitespace() {
+        if let Some(except) = word.strip_prefix('-') {
+            rule.to.last_mut().unwrap().ip_block.except.push(except.to_owned());
+        } else if word.contains('/') {
+            rule.to.push(EgressPeer { ip_block: IpBlock { cidr: word.to_owned(), except: vec![] } });
+        } else {
+            let (protocol, ports) = word.split_once(':').unwrap();
+            let (first, last) = ports.split_once('-').unwrap_or((ports, ports));
+            rule.ports.push(EgressPort {
+                protocol: if protocol == "tcp" { Protocol::Tcp } else { Protocol::Udp },
+                port: first.parse().ok(),
+                end_port: last.parse().ok(),
+            });
+        }
+    }
+    rule
+}
+
+fn to(rules: &[&str], priority: i32) -> EgressPolicySpec {
+    let egress = Some(rules.iter().map(|text| rule(text)).collect());
+    EgressPolicySpec { egress, priority, ..asking(Allocate::Shared) }
+}
+
+impl World {
+    fn report(&mut self) -> BTreeMap<PolicyKey, EgressPolicyStatus> {
+        let outcome = self.allocate();
+        let statuses = report(&self.cluster, &outcome, self.now);
+        for (key, status) in &statuses {
+            self.cluster.policy_statuses.insert(key.clone(), Arc::new(status.clone()));
+        }
+        statuses
+    }
+
+    fn condition(&mut self, key: &str, type_: &str) -> Condition {
+        let status = &self.report()[&PolicyKey::from(key)];
+        status.conditions.iter().find(|c| c.type_ == type_).unwrap().clone()
+    }
+
+    #[track_caller]
+    fn assert_condition(&mut self, key: &str, type_: &str, status: &str, reason: &str, words: &str) {
+        let c = self.condition(key, type_);
+        assert_eq!((&*c.status, &*c.reason), (status, reason), "{}", c.message);
+        assert!(c.message.contains(words), "{words:?} is not in {:?}", c.message);
+    }
+}
+
+#[test]
+fn ready_follows_what_the_node_says() {
+    let mut world = World::new(&["192.0.2.50"]);
+    world.policy("a/p", naming(&["192.0.2.50"]));
+    world.assert_condition("a/p", "Accepted", "True", "Accepted", "192.0.2.50");
+    world.assert_condition("a/p", "Ready", "False", "NodeNotReporting", "\"n1\"");
+    world.holds("n1", &[]);
+    world.assert_condition("a/p", "Ready", "False", "AddressNotHeld", "egretd's log");
+    let id = world.allocate().grant("a/p").id;
+    let mut node = (*world.cluster.egress_nodes["n1"]).clone();
+    node.refused.push(RefusedPath { id, message: "a host answers for it".into() });
+    world.cluster.egress_nodes.insert("n1".into(), Arc::new(node));
+    world.assert_condition("a/p", "Ready", "False", "AddressNotHeld", "a host answers for it");
+    world.holds("n1", &[id]);
+    world.now += 60;
+    world.assert_condition("a/p", "Ready", "True", "AddressHeld", "\"n1\"");
+
+    let before = world.condition("a/p", "Ready");
+    world.now += 60;
+    assert_eq!(world.condition("a/p", "Ready"), before, "time alone changes nothing");
+
+    world.cluster.nodes.clear();
+    world.assert_condition("a/p", "Ready", "False", "NoNode", "nodeSelector");
+    world.external("g", &["192.0.2.50"]);
+    world.assert_condition("a/p", "Ready", "False", "NoNode", "place it");
+}
+
+#[test]
+fn a_refused_policy_is_not_ready_and_has_no_address() {
+    let mut world = World::new(&["192.0.2.50"]);
+    world.policy("a/p", naming(&["192.0.2.51"]));
+    world.assert_condition("a/p", "Accepted", "False", "AddressOutsidePool", "192.0.2.51");
+    world.assert_condition("a/p", "Ready", "False", "NotAccepted", "Accepted");
+    let status = world.report().remove(&PolicyKey::from("a/p")).unwrap();
+    assert_eq!((status.addresses, status.node), (None, None));
+}
+
+#[test]
+fn a_policy_that_makes_no_sense_is_told_so() {
+    let mut world = World::new(&["192.0.2.50"]);
+    let unreadable = |message: &str| Arc::new(Unreadable { message: message.into(), generation: Some(2) });
+    world.cluster.unreadable.insert("a/p".into(), unreadable("spec.egress[0]: what?"));
+    world.assert_condition("a/p", "Accepted", "False", "Invalid", "spec.egress[0]");
+    world.assert_condition("a/p", "Ready", "False", "NotAccepted", "Accepted");
+    // Its last good state is used.
+    world.policy("a/p", naming(&["192.0.2.50"]));
+    world.assert_condition("a/p", "Accepted", "False", "Invalid", "spec.egress[0]");
+    assert!(world.report()[&PolicyKey::from("a/p")].addresses.is_some());
+    assert_eq!(world.condition("a/p", "Ready").reason, "NodeNotReporting");
+}
+
+#[test]
+fn pods_are_counted_while_they_can_be_selected() {
+    let mut world = World::new(&["192.0.2.50"]);
+    world.policy("a/p", EgressPolicySpec { pod_selector: Some(selector(&[("app", "x")])), ..naming(&["192.0.2.50"]) });
+    for name in ["one", "two", "host", "finished"] {
+        world.pod("a", name, &[("app", "x")]);
+    }
+    world.pod("a", "other", &[]);
+    world.pod("b", "elsewhere", &[("app", "x")]);
+    for (key, pod) in world.cluster.pods.iter_mut() {
+        let pod = Arc::make_mut(pod);
+        pod.host_network = &*key.name == "host";
+        pod.finished = &*key.name == "finished";
+    }
+    assert_eq!(world.report()[&PolicyKey::from("a/p")].pods, 2);
+}
+
+#[test]
+fn a_policy_is_shadowed_when_others_decide_for_all_its_pods() {
+    let mut world = World::new(&["192.0.2.50"]);
+    world.policy("a/all", asking(Allocate::Shared));
+    world.assert_condition("a/all", "Shadowed", "False", "NoPods", "");
+    world.pod("a", "one", &[("app", "x")]);
+    world.policy(
+        "a/x",
+        EgressPolicySpec { pod_selector: Some(selector(&[("app", "x")])), priority: 1, ..asking(Allocate::Shared) },
+    );
+    world.assert_condition("a/all", "Shadowed", "True", "Shadowed", "a/x");
+    world.assert_condition("a/x", "Shadowed", "False", "NotShadowed", "");
+    world.pod("a", "two", &[]);
+    world.assert_condition("a/all", "Shadowed", "False", "NotShadowed", "");
+}
+
+/// Whether a policy with the last rules is covered by policies with the rules before.
+#[track_caller]
+fn assert_covered(rules: &[&[&str]], expected: bool) {
+    let mut world = World::new(&["192.0.2.50"]);
+    world.pod("a", "one", &[]);
+    for (i, rules) in rules.iter().enumerate() {
+        world.policy(&format!("a/p{i}"), to(rules, -(i as i32)));
+    }
+    let shadowed = world.condition(&format!("a/p{}", rules.len() - 1), "Shadowed");
+    assert_eq!(shadowed.status == "True", expected, "{rules:?}: {}", shadowed.message);
+}
+
+#[test]
+fn destinations_are_compared_exactly() {
+    assert_covered(&[&["203.0.113.0/24"], &["203.0.113.0/25"]], true);
+    assert_covered(&[&["203.0.113.0/25"], &["203.0.113.0/24"]], false);
+    assert_covered(&[&["203.0.113.0/24 tcp:80-90"], &["203.0.113.5/32 tcp:80"]], true);
+    assert_covered(&[&["203.0.113.0/24 tcp:80-90"], &["203.0.113.5/32 udp:80"]], false);
+    assert_covered(&[&["203.0.113.0/24 tcp:80-90"], &["203.0.113.5/32 tcp:80-91"]], false);
+    assert_covered(&[&["203.0.113.0/24 tcp:80-90"], &["203.0.113.5/32"]], false);
+    assert_covered(&[&["203.0.113.0/24"], &["198.51.100.0/24"], &["203.0.113.5/32", "198.51.100.1/32"]], true);
+    assert_covered(&[&["203.0.113.0/24"], &["203.0.113.5/32", "198.51.100.1/32"]], false);
+    assert_covered(&[&[""], &["203.0.113.0/24"]], true);
+    assert_covered(&[&["0.0.0.0/0", "::/0"], &[""]], true);
+    assert_covered(&[&["0.0.0.0/0"], &[""]], false);
+    assert_covered(&[&["tcp:1-65535"], &["2001:db8::/64 tcp:443"]], true);
+    assert_covered(&[&["0.0.0.0/0"], &["2001:db8::/64"]], false);
+    assert_covered(&[&["203.0.113.0/24"], &[]], false);
+}
+
+#[test]
+fn exceptions_are_not_covered() {
+    let wide = "203.0.113.0/24 -203.0.113.0/28";
+    assert_covered(&[&[wide], &["203.0.113.0/24"]], false);
+    assert_covered(&[&[wide], &["203.0.113.4/32"]], false);
+    assert_covered(&[&[wide], &["203.0.113.128/25"]], true);
+    assert_covered(&[&[wide], &["203.0.113.0/24 -203.0.113.0/28"]], true);
+    assert_covered(&[&[wide], &["203.0.113.0/25 -203.0.113.0/27"]], true);
+    assert_covered(&[&[wide], &["203.0.113.0/25 -203.0.113.0/29"]], false);
+}
