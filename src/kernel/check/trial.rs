@@ -1,0 +1,41 @@
+//! What the kernel can do, tried in a network namespace that nobody else is in.
+
+use super::{Need, State, links, nf_tables};
+use nix::sched::{CloneFlags, unshare};
+use nix::sys::socket::{AddressFamily, SockFlag, SockProtocol, SockType, socket};
+
+/// Makes a network namespace, tries everything in it, and lets it go.
+pub fn run() -> Vec<Need> {
+    // The namespace is the thread's: it goes with it, also if we are killed.
+    let trials = std::thread::spawn(|| {
+        if let Err(e) = unshare(CloneFlags::CLONE_NEWNET) {
+            let remedy =
+                "run the check as root (CAP_SYS_ADMIN), on a kernel with CONFIG_NET_NS: nothing could be tried";
+            return vec![Need::missing("network namespace", format!("the kernel says: {e}"), remedy)];
+        }
+        let mut all = vec![raw_sockets()];
+        all.extend(links::run());
+        all.extend(nf_tables::run());
+        all
+    });
+    trials.join().unwrap_or_else(|_| {
+        vec![Need {
+            name: "trials",
+            state: State::Missing,
+            found: "they ended early".into(),
+            remedy: "please report this with the output above".into(),
+        }]
+    })
+}
+
+/// Addresses are asked for and announced by frames of our own making, and gateways are pinged.
+fn raw_sockets() -> Need {
+    let open = |family, kind, protocol| socket(family, kind, SockFlag::SOCK_CLOEXEC, protocol).map(drop);
+    let packet = open(AddressFamily::Packet, SockType::Raw, None);
+    // A host without IPv6 announces nothing in it.
+    let icmpv6 = match open(AddressFamily::Inet6, SockType::Raw, Some(SockProtocol::IcmpV6)) {
+        Err(nix::Error::EAFNOSUPPORT) => Ok(()),
+        other => other,
+    };
+    Need::tried("raw sockets", packet.and(icmpv6), "packet and ICMPv6", "needs CONFIG_PACKET and CAP_NET_RAW")
+}

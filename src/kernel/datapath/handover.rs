@@ -1,0 +1,41 @@
+//! Packets for connections that another node still knows.
+//!
+//! While a path is moved on purpose, servers send to the new node before the pods' nodes do. What it does not know then
+//! goes through the tunnel to the old node, which knows the connection and sends it on to the pod. It is a copy that
+//! goes: the original is dropped as any unsolicited packet, before connection tracking confirms an entry that would
+//! occupy the very port that the connection needs here.
+
+use super::{HANDOVER, base, set, value};
+use crate::kernel::names::{DEVICE, HUB4, HUB6};
+use crate::kernel::nft::rule::{Ip, Rule};
+use crate::kernel::nft::table::{Chain, DataType, Elements, Set, SetKind, Table, TableName, hook};
+use crate::kernel::nft::uapi::{CT_STATE_INVALID, CT_STATE_NEW};
+use crate::plan::marks::Marks;
+use crate::plan::node::{NodePlan, addresses_of};
+use std::net::IpAddr;
+use std::sync::Arc;
+
+/// Before the chain that drops what is unsolicited.
+const PRIORITY: i32 = -91;
+
+/// Both tables; without chains, which every packet would have to pass, if nothing is moved.
+pub(super) fn tables(plan: &NodePlan, marks: Marks) -> impl Iterator<Item = (TableName, Table)> {
+    let ips = [(Ip::V4, DataType::Ipv4, IpAddr::V4(HUB4)), (Ip::V6, DataType::Ipv6, IpAddr::V6(HUB6))];
+    HANDOVER.into_iter().zip(ips).map(move |(name, (ip, key, hub))| {
+        let of_family = |a: &IpAddr| a.is_ipv4() == (ip == Ip::V4);
+        let addresses = plan.handed.iter().flat_map(|(id, (pair, _))| addresses_of(pair).map(|a| (*id, a)));
+        let moved = addresses.filter(|(_, a)| of_family(a));
+        let elements: Elements = moved.map(|(id, a)| (a.into(), value(marks.handed(id)))).collect();
+        let mut table = Table::default();
+        if !elements.is_empty() {
+            let rule = Rule::new().iif_not(DEVICE).ct_state(CT_STATE_NEW | CT_STATE_INVALID);
+            let rules = vec![rule.set_mark_by_daddr(ip, set::HANDED).dup(hub, plan.device)];
+            table
+                .chains
+                .insert("handover".into(), Arc::new(Chain::new(base("filter", hook::PREROUTING, PRIORITY), rules)));
+        }
+        let kind = SetKind { key, data: Some(DataType::Mark), interval: false, counter: false };
+        table.sets.insert(set::HANDED, Set { kind, elements: Arc::new(elements) });
+        (name, table)
+    })
+}

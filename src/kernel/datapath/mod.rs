@@ -1,0 +1,205 @@
+//! The way of a packet: Egret's nftables tables, with the chains in the order in which a packet meets them.
+//!
+//! Every chain fails closed: what should have had a decision and has none is dropped and counted, so that a rule or
+//! an element that somebody takes away blocks and does not leak.
+
+mod fixed;
+mod handover;
+mod pods;
+mod sets;
+
+pub use sets::{PeerIndexes, SharedSets, shared_sets};
+
+use super::names::{DEVICE, TABLE};
+use super::nft::table::{Chain, Data, DataType, Elements, Hook, Key, Set, SetKind, Table, TableName, hook};
+use super::nft::uapi::*;
+use crate::plan::marks::Marks;
+use crate::plan::node::{NodePlan, PodPlan};
+use crate::plan::paths::PathState;
+use std::sync::Arc;
+
+/// The table with all chains but the one on the tunnel device.
+pub const INET: TableName = TableName { family: NFPROTO_INET, name: TABLE };
+/// The table with the tunnel device's own chain.
+pub const NETDEV: TableName = TableName { family: NFPROTO_NETDEV, name: TABLE };
+/// The tables that hand packets over while paths are moved on purpose: IPv4's and IPv6's.
+pub const HANDOVER: [TableName; 2] =
+    [TableName { family: NFPROTO_IPV4, name: TABLE }, TableName { family: NFPROTO_IPV6, name: TABLE }];
+
+/// What is dropped is counted under one of these names.
+pub mod counter {
+    /// A selected pod's packet whose path is not ready, or which nothing decided on.
+    pub const BLOCKED: &str = "blocked";
+    /// A packet with a path that was about to leave another way. It was dropped; but the datapath is not whole.
+    pub const LEAKED: &str = "leaked";
+    /// A pod's packet with a source address that is not its own.
+    pub const SPOOFED: &str = "spoofed";
+    /// A tunnel packet from somebody who is no node.
+    pub const FOREIGN: &str = "foreign";
+    /// A request from the tunnel whose path or sender is unknown here.
+    pub const UNKNOWN: &str = "unknown";
+    /// A packet that was translated to another address than its path's: its connection is older than the path.
+    pub const STALE: &str = "stale";
+    /// A packet to an egress address that belongs to no connection.
+    pub const UNSOLICITED: &str = "unsolicited";
+    /// A packet in the tunnel device for whose path no node is known.
+    pub const NO_HOP: &str = "no_hop";
+}
+
+/// Maps and sets by name.
+pub mod set {
+    /// A pod's tag to its profile.
+    pub const PODS: &str = "pods";
+    /// A connection's path to the mark that routes it.
+    pub const PATH_OUT: &str = "path_out";
+    /// A path off the wire to the mark that routes it on.
+    pub const RX: &str = "rx";
+    /// A sender's MAC to the mark of its connections.
+    pub const PEER: &str = "peer";
+    /// A path to the MAC of the node that owns it.
+    pub const HOP: &str = "hop";
+    /// A peer's connection mark to its MAC.
+    pub const BACK: &str = "back";
+    /// A path to its address.
+    pub const SNAT: [&str; 2] = ["snat4", "snat6"];
+    /// Which address goes with which path.
+    pub const PAIRS: [&str; 2] = ["pairs4", "pairs6"];
+    /// Direct ranges.
+    pub const DIRECT: [&str; 2] = ["direct4", "direct6"];
+    /// Single direct addresses.
+    pub const HOSTS: [&str; 2] = ["hosts4", "hosts6"];
+    /// Who may send tunnel packets.
+    pub const TUNNEL: [&str; 2] = ["tunnel4", "tunnel6"];
+    /// Egress addresses that this node's paths may have.
+    pub const EGRESS: [&str; 2] = ["egress4", "egress6"];
+    /// Egress addresses that are being moved here, to the marks of what is handed over.
+    pub const HANDED: &str = "handed";
+}
+
+/// The mark that a map's element leads to, as it stands in the kernel.
+pub fn mark_of(data: &Data) -> Option<u32> {
+    match data {
+        Data::Value(bytes) => bytes.as_slice().try_into().ok().map(u32::from_ne_bytes),
+        _ => None,
+    }
+}
+
+/// The mark that is a map's key.
+pub fn mark_in(key: &Key) -> Option<u32> {
+    key.bytes.as_slice().try_into().ok().map(u32::from_ne_bytes)
+}
+
+fn value(mark: u32) -> Data {
+    Data::Value(mark.into())
+}
+
+/// The tables that were last made, and what of: a pod's start changes one chain of hundreds.
+#[derive(Debug)]
+pub struct Made {
+    plan: NodePlan,
+    /// The chains that are the same whatever the plan.
+    fixed: Arc<[(&'static str, Arc<Chain>)]>,
+    tables: Vec<(TableName, Table)>,
+}
+
+impl Made {
+    /// The tables as they should be for `plan`. What is as it was in `before`, made with the same marks, is taken over.
+    pub fn new(plan: NodePlan, shared: &SharedSets, marks: Marks, before: Option<&Made>) -> Self {
+        let fixed = before.map_or_else(
+            || fixed::chains(marks).into_iter().map(|(name, chain)| (name, Arc::new(chain))).collect(),
+            |before| before.fixed.clone(),
+        );
+        let mut inet = inet(&plan, shared, marks, before);
+        inet.chains.extend(fixed.iter().map(|(name, chain)| ((*name).to_owned(), chain.clone())));
+        let mut tables = vec![(INET, inet)];
+        tables.extend(handover::tables(&plan, marks));
+        tables.push((NETDEV, netdev(&plan, shared, marks)));
+        Made { plan, fixed, tables }
+    }
+
+    /// The tables.
+    pub fn tables(&self) -> &[(TableName, Table)] {
+        &self.tables
+    }
+
+    fn chain(&self, name: &str) -> Option<Arc<Chain>> {
+        self.tables.iter().find(|(t, _)| *t == INET).and_then(|(_, t)| t.chains.get(name).cloned())
+    }
+}
+
+fn inet(plan: &NodePlan, shared: &SharedSets, marks: Marks, before: Option<&Made>) -> Table {
+    let mut table = Table {
+        counters: [
+            counter::BLOCKED,
+            counter::LEAKED,
+            counter::SPOOFED,
+            counter::FOREIGN,
+            counter::UNKNOWN,
+            counter::STALE,
+            counter::UNSOLICITED,
+        ]
+        .into(),
+        ..Table::default()
+    };
+    table.sets.extend(shared.sets.iter().filter(|(n, _)| **n != set::BACK).map(|(n, s)| (*n, s.clone())));
+    let verdicts = SetKind { key: DataType::Mark, data: Some(DataType::Verdict), interval: false, counter: false };
+    let jump = |p: &PodPlan| (marks.tag(p.tag).into(), Data::Jump(p.profile.as_str().into()));
+    let pods: Elements = plan.pods.values().map(jump).collect();
+    table.sets.insert(set::PODS, Set { kind: verdicts, elements: Arc::new(pods) });
+    let routes = SetKind { key: DataType::Mark, data: Some(DataType::Mark), interval: false, counter: true };
+    let path_out: Elements = plan
+        .paths
+        .iter()
+        .map(|(id, p)| {
+            let mark = if p.state == PathState::Local { marks.local(*id, p.uplink) } else { marks.request() };
+            (marks.connection(*id).into(), value(mark))
+        })
+        .collect();
+    table.sets.insert(set::PATH_OUT, Set { kind: routes, elements: Arc::new(path_out) });
+
+    let mut chain = |name: &str, same: bool, make: &dyn Fn() -> Chain| {
+        let old = before.filter(|_| same).and_then(|b| b.chain(name));
+        table.chains.insert(name.to_owned(), old.unwrap_or_else(|| Arc::new(make())));
+    };
+    for (name, pod) in &plan.pods {
+        let same = before.is_some_and(|b| b.plan.pods.get(name) == Some(pod));
+        chain(name, same, &|| Chain::new(Some(ingress(&pod.interface)), pods::from_pod(pod, marks)));
+    }
+    for (name, profile) in &plan.profiles {
+        let same = before.is_some_and(|b| b.plan.profiles.get(name) == Some(profile));
+        chain(name, same, &|| Chain::new(None, pods::of_profile(profile, marks)));
+    }
+    table
+}
+
+fn base(kind: &str, number: u32, priority: i32) -> Option<Hook> {
+    Some(Hook { kind: kind.into(), number, priority, drop: false, device: None })
+}
+
+/// On the pod's own veth: what arrives there is the pod's, whatever address it bears. What no rule decides on is
+/// dropped.
+fn ingress(device: &str) -> Hook {
+    Hook { kind: "filter".into(), number: hook::INGRESS, priority: 0, drop: true, device: Some(device.into()) }
+}
+
+fn netdev(plan: &NodePlan, shared: &SharedSets, marks: Marks) -> Table {
+    let mut table = Table { counters: [counter::NO_HOP].into(), ..Table::default() };
+    let hop = plan.paths.iter().filter_map(|(id, path)| match path.state {
+        PathState::Remote(mac) => Some((marks.connection(*id).into(), Data::Value(mac.as_slice().into()))),
+        _ => None,
+    });
+    let handed =
+        plan.handed.iter().map(|(id, (_, mac))| (marks.handed(*id).into(), Data::Value(mac.as_slice().into())));
+    let kind = SetKind { key: DataType::Mark, data: Some(DataType::Ether), interval: false, counter: false };
+    table.sets.insert(set::HOP, Set { kind, elements: Arc::new(hop.chain(handed).collect()) });
+    table.sets.extend(shared.sets.get(set::BACK).map(|s| (set::BACK, s.clone())));
+    let out = Hook {
+        kind: "filter".into(),
+        number: hook::NETDEV_EGRESS,
+        priority: 0,
+        drop: false,
+        device: Some(DEVICE.into()),
+    };
+    table.chains.insert("to-tunnel".into(), Arc::new(Chain::new(Some(out), fixed::to_tunnel())));
+    table
+}

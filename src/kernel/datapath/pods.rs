@@ -1,0 +1,114 @@
+//! The chains of pods and of their profiles.
+
+use super::{counter, set};
+use crate::api::{Fallback, Protocol};
+use crate::kernel::nft::rule::{Ip, Rule, protocol};
+use crate::kernel::nft::uapi::*;
+use crate::plan::destination::{Network, Ports};
+use crate::plan::marks::{MAX_INDEX, Marks};
+use crate::plan::node::PodPlan;
+use crate::plan::profile::{Profile, Step};
+use std::net::IpAddr;
+
+/// The pod's addresses get its tag. IPv6 link-local addresses and the unspecified one (duplicate address detection)
+/// pass untagged, other sources are forged. What is not IP passes.
+pub(super) fn from_pod(pod: &PodPlan, marks: Marks) -> Vec<Rule> {
+    let tag = marks.tag(pod.tag);
+    let mut rules: Vec<Rule> = pod.addresses.iter().map(|a| Rule::new().saddr(*a).set_mark(tag).accept()).collect();
+    let link_local = [IpAddr::V6([0xfe80, 0, 0, 0, 0, 0, 0, 0].into())].map(|a| ipnetwork::IpNetwork::new(a, 10));
+    rules.extend(link_local.into_iter().flatten().map(|n| Rule::new().saddr_in(n).accept()));
+    rules.push(Rule::new().saddr(IpAddr::V6([0; 8].into())).accept());
+    rules.push(Rule::new().not_ip().accept());
+    rules.push(Rule::new().counter(counter::SPOOFED).drop());
+    rules
+}
+
+/// A new connection of a pod: direct destinations pass, then the first policy that covers the destination decides.
+///
+/// What no policy covers passes at the end, if it has come by every rule: each flips the bits of its number in the
+/// index, which the tag needs no more. So a rule that somebody takes away blocks, and does not open what it covered.
+pub(super) fn of_profile(profile: &Profile, marks: Marks) -> Vec<Rule> {
+    let pass = |rule: Rule| rule.clear_mark(!marks.kind_and_index_mask()).accept();
+    let mut rules = vec![];
+    for (at, ip) in Ip::BOTH.into_iter().enumerate() {
+        rules.push(pass(Rule::new().daddr_in_set(ip, set::HOSTS[at])));
+        rules.push(pass(Rule::new().daddr_in_set(ip, set::DIRECT[at])));
+    }
+    rules.push(pass(Rule::new().daddr_type(RTN_LOCAL)));
+    let Profile::Steps(steps) = profile else {
+        rules.push(Rule::new().counter(counter::BLOCKED).drop());
+        return rules;
+    };
+    rules.push(Rule::new().clear_mark(!marks.index_mask()));
+    let (mut number, mut passed) = (0, 0);
+    let mut numbered = || {
+        number = number % MAX_INDEX + 1;
+        passed ^= number;
+        Rule::new().flip_mark(marks.uplink(number))
+    };
+    for step in steps {
+        for destination in destinations(step) {
+            let mut matched = || destination.iter().fold(numbered(), |rule, part| part.add_to(rule));
+            match (step.path, step.fallback) {
+                (Some(path), Fallback::Block) => {
+                    rules.push(matched().set_ct_mark(marks.connection(path)).goto("known"));
+                }
+                (Some(path), Fallback::NodeAddress) => {
+                    rules.push(matched().set_ct_mark_and_mark_by(marks.connection(path), set::PATH_OUT).accept());
+                    rules.push(pass(matched()));
+                }
+                (None, Fallback::Block) => rules.push(matched().counter(counter::BLOCKED).drop()),
+                (None, Fallback::NodeAddress) => rules.push(pass(matched())),
+            }
+        }
+    }
+    if !steps.iter().any(Step::covers_everything) {
+        let by_all = marks.tag(passed);
+        rules.push(pass(Rule::new().mark(marks.kind_and_index_mask(), by_all)));
+    }
+    rules
+}
+
+/// What a rule matches.
+enum Match<'a> {
+    Network(&'a Network),
+    Ports(&'a Ports),
+}
+
+impl Match<'_> {
+    fn add_to(&self, rule: Rule) -> Rule {
+        match self {
+            Match::Network(n) => n.except.iter().fold(rule.daddr_in(n.cidr), |rule, e| rule.daddr_not_in(*e)),
+            Match::Ports(p) => {
+                let rule = rule.l4(match p.protocol {
+                    Protocol::Tcp => protocol::TCP,
+                    Protocol::Udp => protocol::UDP,
+                    Protocol::Sctp => protocol::SCTP,
+                });
+                if (p.first, p.last) == (0, u16::MAX) { rule } else { rule.dport(p.first, p.last) }
+            }
+        }
+    }
+}
+
+/// One for each combination of a network and a range of ports; what is all of its kind is not matched at all.
+fn destinations(step: &Step) -> Vec<Vec<Match<'_>>> {
+    if step.covers_everything() {
+        return vec![vec![]];
+    }
+    let mut all = Vec::new();
+    for destination in step.covers.iter() {
+        let networks = optional(&destination.networks);
+        for network in networks {
+            for ports in optional(&destination.ports) {
+                all.push(network.map(Match::Network).into_iter().chain(ports.map(Match::Ports)).collect());
+            }
+        }
+    }
+    all
+}
+
+/// Each of them, or once nothing if there are none.
+fn optional<T>(all: &[T]) -> Vec<Option<&T>> {
+    if all.is_empty() { vec![None] } else { all.iter().map(Some).collect() }
+}

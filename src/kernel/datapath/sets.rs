@@ -1,0 +1,96 @@
+//! Sets and maps that follow from the view.
+
+use super::{set, value};
+use crate::kernel::nft::rule::Ip;
+use crate::kernel::nft::table::{Bytes, Data, DataType, Elements, Key, Set, SetKind};
+use crate::plan::mac::Mac;
+use crate::plan::marks::Marks;
+use crate::plan::networks;
+use crate::plan::node::{View, addresses};
+use crate::plan::paths::Path;
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::sync::Arc;
+
+/// The sets that do not depend on this node's pods, made once for each [`View`].
+#[derive(Clone, Debug, Default)]
+pub struct SharedSets {
+    pub(super) sets: BTreeMap<&'static str, Set>,
+}
+
+/// Which peer index each tunnel MAC has on this node.
+pub type PeerIndexes = BTreeMap<Mac, u16>;
+
+/// The sets that follow from the view. Those that are as they were in `before` are the same ones.
+pub fn shared_sets(view: &View, peers: &PeerIndexes, marks: Marks, before: &SharedSets) -> SharedSets {
+    let mut sets = BTreeMap::new();
+    let mut put = |name, key, data, interval, counter, elements: Elements| {
+        let kind = SetKind { key, data, interval, counter };
+        let same = before.sets.get(name).map(|set| &set.elements).filter(|old| ***old == elements);
+        sets.insert(name, Set { kind, elements: same.cloned().unwrap_or_else(|| Arc::new(elements)) });
+    };
+    let paths = &view.paths;
+    let members = || paths.paths.iter().filter(|(_, path)| path.member);
+    let translating: Vec<(u16, &Path)> =
+        members().filter(|(_, path)| path.translates).map(|(id, path)| (*id, path)).collect();
+    put(
+        set::RX,
+        DataType::Mark,
+        Some(DataType::Mark),
+        false,
+        true,
+        translating.iter().map(|(id, p)| (u32::from(*id).into(), value(marks.local(*id, p.uplink)))).collect(),
+    );
+    let known = peers.iter().filter(|(mac, _)| paths.is_gateway && paths.peers.contains_key(*mac));
+    let (mut peer, mut back) = (Elements::new(), Elements::new());
+    for (mac, index) in known {
+        let mark = marks.connection_of_peer(*index);
+        peer.insert(Key::from(mac.as_slice()), value(mark));
+        back.insert(mark.into(), Data::Value(mac.as_slice().into()));
+    }
+    put(set::PEER, DataType::Ether, Some(DataType::Mark), false, false, peer);
+    put(set::BACK, DataType::Mark, Some(DataType::Ether), false, false, back);
+    for (at, ip) in Ip::BOTH.into_iter().enumerate() {
+        let (address, pair) = match ip {
+            Ip::V4 => (DataType::Ipv4, DataType::MarkIpv4),
+            Ip::V6 => (DataType::Ipv6, DataType::MarkIpv6),
+        };
+        let of_family = |a: &&IpAddr| a.is_ipv4() == (ip == Ip::V4);
+        let plain = |a: &IpAddr| (Key::from(*a), Data::None);
+        let (mut snat, mut pairs) = (Elements::new(), Elements::new());
+        for (id, path) in &translating {
+            for a in addresses(path).filter(|a| of_family(&a)) {
+                let mark = u32::from(*id);
+                snat.insert(mark.into(), Data::Value(a.into()));
+                let both = [mark.to_ne_bytes().as_slice(), Bytes::from(a).as_slice()].concat();
+                pairs.insert(both.as_slice().into(), Data::None);
+            }
+        }
+        // Also of those that others hold now: the address comes before its first packet. An address that is not
+        // Egret's to place serves the node's own connections, too.
+        let egress = members().filter(|(_, path)| path.managed).flat_map(|(_, path)| addresses(path));
+        let egress = egress.filter(|a| of_family(&a)).map(|a| plain(&a)).collect();
+        put(set::SNAT[at], DataType::Mark, Some(address), false, false, snat);
+        put(set::PAIRS[at], pair, None, false, false, pairs);
+        put(set::EGRESS[at], address, None, false, false, egress);
+        let mut direct = Elements::new();
+        for range in view.networks.direct.iter().filter(|r| of_family(&&r.first)) {
+            direct.insert(range.first.into(), Data::None);
+            if let Some(end) = networks::next(range.last) {
+                direct.insert(Key { bytes: end.into(), end: true }, Data::None);
+            }
+        }
+        put(set::DIRECT[at], address, None, true, false, direct);
+        put(
+            set::HOSTS[at],
+            address,
+            None,
+            false,
+            false,
+            view.networks.hosts.iter().filter(of_family).map(plain).collect(),
+        );
+        let sources = view.tunnel_sources();
+        put(set::TUNNEL[at], address, None, false, false, sources.iter().filter(of_family).map(plain).collect());
+    }
+    SharedSets { sets }
+}

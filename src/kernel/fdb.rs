@@ -1,0 +1,107 @@
+//! The forwarding database of the tunnel device: which node, by its tunnel MAC address, is reached at which address.
+
+use super::mac::{Mac, Shown};
+use super::route_socket::{Change, RouteSocket};
+use anyhow::{Context, Result};
+use netlink_packet_core::{NLM_F_CREATE, NLM_F_REPLACE};
+use netlink_packet_route::neighbour::{
+    NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState,
+};
+use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
+use nix::libc::ENOENT;
+use std::collections::BTreeMap;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+/// An entry as it is read back.
+struct Entry {
+    mac: Mac,
+    to: Option<IpAddr>,
+    permanent: bool,
+}
+
+/// Gives the VXLAN device `ifindex` the entries `nodes`, tunnel MAC address to underlay address, and no others.
+/// Returns how many changes it made.
+///
+/// # Errors
+/// The kernel's refusal; the other entries are as they should be then.
+pub async fn sync(socket: &RouteSocket, ifindex: u32, nodes: &BTreeMap<Mac, IpAddr>) -> Result<usize> {
+    let entries = read(socket, ifindex).await?;
+    let wanted = |e: &Entry| e.to.is_some() && nodes.get(&e.mac) == e.to.as_ref();
+    let mut right: Vec<Mac> = entries.iter().filter(|e| wanted(e) && e.permanent).map(|e| e.mac).collect();
+    right.sort_unstable();
+    // Without a destination, the kernel deletes all that there is for a MAC address; so before anything is added.
+    let (nowhere, wrong): (Vec<&Entry>, Vec<&Entry>) =
+        entries.iter().filter(|e| !wanted(e)).partition(|e| e.to.is_none());
+    let mut changes: Vec<Change> = nowhere.into_iter().map(|e| delete(ifindex, e)).collect();
+    let missing = nodes.iter().filter(|(mac, _)| right.binary_search(mac).is_err());
+    changes.extend(missing.map(|(mac, to)| add(ifindex, *mac, *to)));
+    // Adding has replaced one destination of an entry that was there; another one may be left.
+    changes.extend(wrong.into_iter().map(|e| delete(ifindex, e)));
+    socket.apply(changes).await
+}
+
+async fn read(socket: &RouteSocket, ifindex: u32) -> Result<Vec<Entry>> {
+    let mut filter = NeighbourMessage::default();
+    filter.header.family = AddressFamily::Bridge;
+    // With strict checking, the kernel dumps this interface's entries only (`rtnl_fdb_dump`, net/core/rtnetlink.c).
+    filter.header.ifindex = ifindex;
+    socket
+        .dump(RouteNetlinkMessage::GetNeighbour(filter), |m| match m {
+            RouteNetlinkMessage::NewNeighbour(n)
+                if n.header.ifindex == ifindex && n.header.flags.contains(NeighbourFlags::Own) =>
+            {
+                entry(&n)
+            }
+            _ => None,
+        })
+        .await
+        .context("cannot read the tunnel's forwarding database")
+}
+
+fn entry(message: &NeighbourMessage) -> Option<Entry> {
+    let mut mac = None;
+    let mut to = None;
+    for attribute in &message.attributes {
+        match attribute {
+            NeighbourAttribute::LinkLayerAddress(bytes) => mac = Mac::try_from(bytes.as_slice()).ok(),
+            // The family of the message is AF_BRIDGE, so that the address comes as bytes.
+            NeighbourAttribute::Destination(NeighbourAddress::Other(bytes)) => {
+                to = <[u8; 4]>::try_from(bytes.as_slice())
+                    .map(|b| Ipv4Addr::from(b).into())
+                    .or_else(|_| <[u8; 16]>::try_from(bytes.as_slice()).map(|b| Ipv6Addr::from(b).into()))
+                    .ok();
+            }
+            _ => {}
+        }
+    }
+    Some(Entry { mac: mac?, to, permanent: message.header.state == NeighbourState::Permanent })
+}
+
+fn message(ifindex: u32, mac: Mac, to: Option<IpAddr>) -> NeighbourMessage {
+    let mut message = NeighbourMessage::default();
+    message.header.family = AddressFamily::Bridge;
+    message.header.ifindex = ifindex;
+    message.header.flags = NeighbourFlags::Own;
+    message.header.state = NeighbourState::Permanent;
+    message.attributes.push(NeighbourAttribute::LinkLayerAddress(mac.to_vec()));
+    message.attributes.extend(to.map(|to| NeighbourAttribute::Destination(to.into())));
+    message
+}
+
+fn add(ifindex: u32, mac: Mac, to: IpAddr) -> Change {
+    Change {
+        message: RouteNetlinkMessage::NewNeighbour(message(ifindex, mac, Some(to))),
+        flags: NLM_F_CREATE | NLM_F_REPLACE,
+        done_already: &[],
+        about: format!("let the tunnel reach {} at {to}", Shown(mac)),
+    }
+}
+
+fn delete(ifindex: u32, entry: &Entry) -> Change {
+    Change {
+        message: RouteNetlinkMessage::DelNeighbour(message(ifindex, entry.mac, entry.to)),
+        flags: 0,
+        done_already: &[ENOENT],
+        about: format!("remove {} from the tunnel's forwarding database", Shown(entry.mac)),
+    }
+}

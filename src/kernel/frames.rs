@@ -1,0 +1,182 @@
+//! ARP and neighbour discovery on the wire: the frames that announce an address and ask for one.
+
+use super::mac::Mac;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+/// EtherTypes, include/uapi/linux/if_ether.h.
+pub const ETH_P_ARP: u16 = 0x0806;
+/// See [`ETH_P_ARP`].
+pub const ETH_P_IPV6: u16 = 0x86dd;
+const BROADCAST: Mac = [0xff; 6];
+/// Where 33:33 and the last four bytes of a multicast address make a MAC address (RFC 2464, section 7).
+const ALL_NODES_MAC: Mac = [0x33, 0x33, 0, 0, 0, 1];
+const ALL_NODES: Ipv6Addr = Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 0, 1);
+/// Length of an Ethernet header.
+const ETHERNET: usize = 14;
+const ICMPV6: u8 = 58;
+const NEIGHBOUR_SOLICITATION: u8 = 135;
+const NEIGHBOUR_ADVERTISEMENT: u8 = 136;
+/// Neighbour discovery is never forwarded: what came through a router would have less (RFC 4861, section 7.1).
+pub const HOP_LIMIT: u8 = 255;
+const OVERRIDE: u8 = 0x20;
+const TARGET_LINK_LAYER: u8 = 2;
+const ARP_REQUEST: u16 = 1;
+const ARP_REPLY: u16 = 2;
+
+/// The frames that tell everybody on the link that `address` is at `mac`: of ARP both forms, for some listen to the
+/// one and some to the other; of neighbour discovery an unsolicited advertisement that overrides.
+pub fn announcements(address: IpAddr, mac: Mac) -> Vec<Vec<u8>> {
+    match address {
+        IpAddr::V4(a) => vec![
+            arp(ARP_REQUEST, mac, a, Mac::default(), a), //
+            arp(ARP_REPLY, mac, a, mac, a),
+        ],
+        IpAddr::V6(a) => {
+            let mut body = vec![NEIGHBOUR_ADVERTISEMENT, 0, 0, 0, OVERRIDE, 0, 0, 0];
+            body.extend_from_slice(&a.octets());
+            body.extend_from_slice(&[TARGET_LINK_LAYER, 1]);
+            body.extend_from_slice(&mac);
+            vec![icmpv6(ALL_NODES_MAC, mac, a, ALL_NODES, body)]
+        }
+    }
+}
+
+/// The frame that asks who has `address`, without saying that it is ours: an ARP probe (RFC 5227), or the
+/// solicitation of duplicate address detection (RFC 4862).
+pub fn question(address: IpAddr, mac: Mac) -> Vec<u8> {
+    match address {
+        IpAddr::V4(a) => arp(ARP_REQUEST, mac, Ipv4Addr::UNSPECIFIED, Mac::default(), a),
+        IpAddr::V6(a) => {
+            let [.., x, y, z] = a.octets();
+            let mut group = Ipv6Addr::new(0xff02, 0, 0, 0, 0, 1, 0xff00, 0).octets();
+            group[13..].copy_from_slice(&[x, y, z]);
+            let mut body = vec![NEIGHBOUR_SOLICITATION, 0, 0, 0, 0, 0, 0, 0];
+            body.extend_from_slice(&a.octets());
+            icmpv6([0x33, 0x33, 0xff, x, y, z], mac, Ipv6Addr::UNSPECIFIED, group.into(), body)
+        }
+    }
+}
+
+/// Who says in this ARP frame that an address is theirs.
+pub fn arp_sender(frame: &[u8]) -> Option<(IpAddr, Mac)> {
+    let packet = frame.get(ETHERNET..)?;
+    // Ethernet, IPv4, and the lengths of their addresses.
+    if packet.get(..6)? != [0, 1, 8, 0, 6, 4] {
+        return None;
+    }
+    let mac = Mac::try_from(packet.get(8..14)?).ok()?;
+    let address = Ipv4Addr::from(<[u8; 4]>::try_from(packet.get(14..18)?).ok()?);
+    // A probe says nothing of its sender.
+    (!address.is_unspecified()).then_some((address.into(), mac))
+}
+
+/// Who says in this ICMPv6 message, without its IPv6 header, that an address is theirs. The MAC address is all zeros
+/// if the message has none.
+pub fn advertiser(message: &[u8]) -> Option<(IpAddr, Mac)> {
+    if message.get(..2)? != [NEIGHBOUR_ADVERTISEMENT, 0] {
+        return None;
+    }
+    let address = Ipv6Addr::from(<[u8; 16]>::try_from(message.get(8..24)?).ok()?);
+    let mut options = message.get(24..)?;
+    let mut mac = Mac::default();
+    while let [kind, eights, ..] = *options {
+        let length = usize::from(eights) * 8;
+        if length == 0 || length > options.len() {
+            return None;
+        }
+        if kind == TARGET_LINK_LAYER {
+            mac = Mac::try_from(options.get(2..8)?).ok()?;
+        }
+        options = &options[length..];
+    }
+    Some((address.into(), mac))
+}
+
+fn ethernet(to: Mac, from: Mac, ethertype: u16) -> Vec<u8> {
+    let mut frame = Vec::with_capacity(ETHERNET + 72);
+    frame.extend_from_slice(&to);
+    frame.extend_from_slice(&from);
+    frame.extend_from_slice(&ethertype.to_be_bytes());
+    frame
+}
+
+fn arp(operation: u16, from: Mac, sender: Ipv4Addr, to: Mac, target: Ipv4Addr) -> Vec<u8> {
+    let mut frame = ethernet(BROADCAST, from, ETH_P_ARP);
+    frame.extend_from_slice(&[0, 1, 8, 0, 6, 4]);
+    frame.extend_from_slice(&operation.to_be_bytes());
+    frame.extend_from_slice(&from);
+    frame.extend_from_slice(&sender.octets());
+    frame.extend_from_slice(&to);
+    frame.extend_from_slice(&target.octets());
+    frame
+}
+
+fn icmpv6(to: Mac, from: Mac, source: Ipv6Addr, destination: Ipv6Addr, mut body: Vec<u8>) -> Vec<u8> {
+    let length = (body.len() as u16).to_be_bytes();
+    let mut header = vec![0x60, 0, 0, 0, length[0], length[1], ICMPV6, HOP_LIMIT];
+    header.extend_from_slice(&source.octets());
+    header.extend_from_slice(&destination.octets());
+    // The pseudo-header has the addresses, the length and the next header (RFC 8200, section 8.1).
+    let pseudo = [&header[8..], &[0, 0, length[0], length[1], 0, 0, 0, ICMPV6]].concat();
+    let sum = checksum(&[pseudo.as_slice(), body.as_slice()].concat());
+    body[2..4].copy_from_slice(&sum.to_be_bytes());
+    let mut frame = ethernet(to, from, ETH_P_IPV6);
+    frame.extend_from_slice(&header);
+    frame.extend_from_slice(&body);
+    frame
+}
+
+/// The Internet checksum (RFC 1071) of an even number of bytes.
+fn checksum(bytes: &[u8]) -> u16 {
+    let mut sum: u32 = bytes.chunks_exact(2).map(|pair| u32::from(u16::from_be_bytes([pair[0], pair[1]]))).sum();
+    while sum > 0xffff {
+        sum = (sum & 0xffff) + (sum >> 16);
+    }
+    !(sum as u16)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MAC: Mac = [2, 0, 0, 0, 0, 7];
+
+    #[test]
+    fn an_announcement_says_whose_the_address_is_and_a_question_does_not() {
+        let v4: IpAddr = "192.0.2.50".parse().unwrap();
+        for frame in announcements(v4, MAC) {
+            assert_eq!(frame[..6], BROADCAST);
+            assert_eq!(arp_sender(&frame), Some((v4, MAC)));
+        }
+        assert_eq!(arp_sender(&question(v4, MAC)), None);
+        let v6: IpAddr = "2001:db8::50".parse().unwrap();
+        let frames = announcements(v6, MAC);
+        assert_eq!(advertiser(&frames[0][ETHERNET + 40..]), Some((v6, MAC)));
+        assert_eq!(advertiser(&question(v6, MAC)[ETHERNET + 40..]), None);
+    }
+
+    #[test]
+    fn a_solicitation_goes_to_the_addresss_own_group() {
+        let frame = question("2001:db8::a1:b2c3".parse().unwrap(), MAC);
+        assert_eq!(frame[..6], [0x33, 0x33, 0xff, 0xa1, 0xb2, 0xc3]);
+        let destination = Ipv6Addr::from(<[u8; 16]>::try_from(&frame[ETHERNET + 24..ETHERNET + 40]).unwrap());
+        assert_eq!(destination, "ff02::1:ffa1:b2c3".parse::<Ipv6Addr>().unwrap());
+        // With its checksum in it, the whole sums up to nothing.
+        let pseudo = [&frame[ETHERNET + 8..ETHERNET + 40], &[0, 0, 0, 24, 0, 0, 0, ICMPV6]].concat();
+        assert_eq!(checksum(&[pseudo.as_slice(), &frame[ETHERNET + 40..]].concat()), 0);
+    }
+
+    #[test]
+    fn what_is_cut_short_or_makes_no_sense_says_nothing() {
+        let frame = announcements("192.0.2.50".parse().unwrap(), MAC).remove(0);
+        for length in 0..ETHERNET + 18 {
+            assert_eq!(arp_sender(&frame[..length]), None, "{length}");
+        }
+        let message = &announcements("2001:db8::50".parse().unwrap(), MAC)[0][ETHERNET + 40..];
+        for length in 0..24 {
+            assert_eq!(advertiser(&message[..length]), None, "{length}");
+        }
+        let endless = [message, &[1, 0, 0, 0]].concat();
+        assert_eq!(advertiser(&endless), None);
+    }
+}

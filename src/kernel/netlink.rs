@@ -1,0 +1,419 @@
+//! A synchronous netlink socket, and attributes written and read.
+//!
+//! For the netlink families that no maintained crate speaks (nf_tables, ctnetlink), and for the plugin, which must
+//! not carry an async runtime. Dumps that the kernel marks as interrupted are read again: a raw dump may miss
+//! entries (`NLM_F_DUMP_INTR`).
+
+use netlink_sys::{Socket as RawSocket, SocketAddr};
+use std::io;
+
+/// Netlink protocol numbers, include/uapi/linux/netlink.h.
+pub const NETLINK_ROUTE: isize = 0;
+/// See [`NETLINK_ROUTE`].
+pub const NETLINK_NETFILTER: isize = 12;
+
+/// Message flags, include/uapi/linux/netlink.h.
+pub const NLM_F_REQUEST: u16 = 0x1;
+/// See [`NLM_F_REQUEST`].
+pub const NLM_F_ACK: u16 = 0x4;
+/// See [`NLM_F_REQUEST`].
+pub const NLM_F_DUMP: u16 = 0x300;
+/// See [`NLM_F_REQUEST`].
+pub const NLM_F_EXCL: u16 = 0x200;
+/// See [`NLM_F_REQUEST`].
+pub const NLM_F_CREATE: u16 = 0x400;
+/// See [`NLM_F_REQUEST`].
+pub const NLM_F_APPEND: u16 = 0x800;
+const NLM_F_DUMP_INTR: u16 = 0x10;
+const NLM_F_CAPPED: u16 = 0x100;
+const NLM_F_ACK_TLVS: u16 = 0x200;
+/// The answer to a request that asked for one: an errno, 0 for success.
+pub const NLMSG_ERROR: u16 = 2;
+const NLMSG_DONE: u16 = 3;
+const NLMSG_OVERRUN: u16 = 4;
+const NLMSGERR_ATTR_MSG: u16 = 1;
+const HEADER: usize = 16;
+/// Attribute types carry two flags in their upper bits.
+const NLA_TYPE_MASK: u16 = 0x3fff;
+const NLA_F_NESTED: u16 = 0x8000;
+/// How often an interrupted dump is read again before it is given up.
+const DUMP_TRIES: usize = 20;
+
+/// The kernel's refusal of a request.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The socket itself failed.
+    #[error("netlink socket: {0}")]
+    Socket(#[from] io::Error),
+    /// The kernel answered with an error.
+    #[error("{}{}", io::Error::from_raw_os_error(*errno), if message.is_empty() { String::new() } else { format!(" ({message})") })]
+    Kernel {
+        /// The positive errno.
+        errno: i32,
+        /// The kernel's own words, if it had any (extended acknowledgement).
+        message: String,
+        /// The sequence number of the request that was refused.
+        sequence: u32,
+    },
+    /// Something that is no netlink message arrived.
+    #[error("netlink: malformed message")]
+    Malformed,
+}
+
+impl Error {
+    /// The positive errno, if the kernel gave one.
+    pub fn errno(&self) -> Option<i32> {
+        match self {
+            Error::Kernel { errno, .. } => Some(*errno),
+            Error::Socket(e) => e.raw_os_error(),
+            Error::Malformed => None,
+        }
+    }
+}
+
+/// A netlink socket in the network namespace in which it was opened.
+pub struct Socket {
+    raw: RawSocket,
+    port: u32,
+    sequence: u32,
+    buffer: Vec<u8>,
+}
+
+impl Socket {
+    /// Opens a socket of `protocol` in the calling thread's network namespace.
+    ///
+    /// # Errors
+    /// The kernel has no such protocol, or no socket is to be had.
+    pub fn open(protocol: isize) -> io::Result<Self> {
+        let mut raw = RawSocket::new(protocol)?;
+        let port = raw.bind_auto()?.port_number();
+        raw.connect(&SocketAddr::new(0, 0))?;
+        raw.set_ext_ack(true)?;
+        // Old kernels do not know it for every protocol; then dumps are merely not filtered by the kernel.
+        let _ = raw.set_netlink_get_strict_chk(true);
+        Ok(Socket { raw, port, sequence: 0, buffer: Vec::with_capacity(64 * 1024) })
+    }
+
+    /// Lets a batch of `bytes` be sent at once, and as many acknowledgements be held.
+    ///
+    /// # Errors
+    /// The limit could not be set.
+    pub fn set_buffers(&mut self, bytes: usize) -> io::Result<()> {
+        self.raw.set_rx_buf_sz(bytes)?;
+        set_send_buffer(&self.raw, bytes)
+    }
+
+    /// The socket's netlink port: notifications of changes that it made carry it.
+    pub fn port(&self) -> u32 {
+        self.port
+    }
+
+    /// A fresh sequence number.
+    pub fn next_sequence(&mut self) -> u32 {
+        self.sequence = self.sequence.wrapping_add(1).max(1);
+        self.sequence
+    }
+
+    /// Sends raw bytes: one message, or several one after another.
+    ///
+    /// # Errors
+    /// The socket refused them.
+    pub fn send(&mut self, bytes: &[u8]) -> io::Result<()> {
+        let sent = self.raw.send(bytes, 0)?;
+        if sent != bytes.len() {
+            return Err(io::Error::new(io::ErrorKind::WriteZero, "netlink message sent in part"));
+        }
+        Ok(())
+    }
+
+    /// Receives one datagram and hands each message in it to `each`: type, flags, sequence number, payload.
+    ///
+    /// # Errors
+    /// The socket failed, or what came is no netlink message.
+    #[expect(clippy::disallowed_methods, reason = "this is the helper that others use")]
+    pub fn receive(&mut self, mut each: impl FnMut(Message<'_>)) -> Result<(), Error> {
+        self.buffer.clear();
+        let (datagram, _) = loop {
+            match self.raw.recv_from_full() {
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
+                other => break other?,
+            }
+        };
+        self.buffer = datagram;
+        messages(&self.buffer, &mut each)
+    }
+
+    /// Sends one request and waits for the kernel's acknowledgement.
+    ///
+    /// # Errors
+    /// The kernel's refusal.
+    pub fn request(&mut self, kind: u16, flags: u16, payload: &[u8]) -> Result<(), Error> {
+        let sequence = self.next_sequence();
+        self.send(&message(kind, NLM_F_REQUEST | NLM_F_ACK | flags, sequence, payload))?;
+        loop {
+            let mut answer = None;
+            self.receive(|m| {
+                if m.sequence == sequence && m.kind == NLMSG_ERROR {
+                    answer = Some(m.acknowledgement());
+                }
+            })?;
+            if let Some(result) = answer {
+                return result;
+            }
+        }
+    }
+
+    /// Sends one request and returns the payload of its one answer.
+    ///
+    /// # Errors
+    /// The kernel's refusal.
+    pub fn get(&mut self, kind: u16, payload: &[u8]) -> Result<Vec<u8>, Error> {
+        let sequence = self.next_sequence();
+        self.send(&message(kind, NLM_F_REQUEST, sequence, payload))?;
+        loop {
+            let mut answer = None;
+            self.receive(|m| {
+                if m.sequence == sequence {
+                    answer = Some(match m.kind {
+                        NLMSG_ERROR => m.acknowledgement().map(|()| Vec::new()),
+                        _ => Ok(m.payload.to_vec()),
+                    });
+                }
+            })?;
+            if let Some(result) = answer {
+                return result;
+            }
+        }
+    }
+
+    /// Asks for a dump and hands each entry to `each`. An interrupted dump is asked for again, and `restart` is
+    /// called first so that the caller can forget what it was given.
+    ///
+    /// # Errors
+    /// The kernel's refusal, or a dump that is interrupted time and again.
+    pub fn dump<S>(
+        &mut self,
+        kind: u16,
+        payload: &[u8],
+        mut start: impl FnMut() -> S,
+        mut each: impl FnMut(&mut S, &[u8]),
+    ) -> Result<S, Error> {
+        for _ in 0..DUMP_TRIES {
+            let mut state = start();
+            let sequence = self.next_sequence();
+            self.send(&message(kind, NLM_F_REQUEST | NLM_F_DUMP, sequence, payload))?;
+            let (mut done, mut interrupted) = (None, false);
+            while done.is_none() {
+                self.receive(|m| {
+                    if m.sequence != sequence {
+                        return;
+                    }
+                    interrupted |= m.flags & NLM_F_DUMP_INTR != 0;
+                    match m.kind {
+                        NLMSG_DONE | NLMSG_ERROR => done = Some(m.acknowledgement()),
+                        NLMSG_OVERRUN => interrupted = true,
+                        _ => each(&mut state, m.payload),
+                    }
+                })?;
+            }
+            match done {
+                Some(Err(Error::Kernel { errno, .. })) if errno == nix::libc::EINTR => continue,
+                Some(Err(e)) => return Err(e),
+                _ if interrupted => continue,
+                _ => return Ok(state),
+            }
+        }
+        Err(Error::Socket(io::Error::new(
+            io::ErrorKind::Interrupted,
+            "the kernel's tables change faster than they can be read",
+        )))
+    }
+}
+
+impl std::os::fd::AsRawFd for Socket {
+    fn as_raw_fd(&self) -> std::os::fd::RawFd {
+        self.raw.as_raw_fd()
+    }
+}
+
+fn set_send_buffer(raw: &RawSocket, bytes: usize) -> io::Result<()> {
+    use nix::sys::socket::{setsockopt, sockopt};
+    use std::os::fd::AsFd;
+    let fd = raw.as_fd();
+    // Root may go past net.core.wmem_max.
+    setsockopt(&fd, sockopt::SndBufForce, &bytes)
+        .or_else(|_| setsockopt(&fd, sockopt::SndBuf, &bytes))
+        .map_err(io::Error::from)?;
+    setsockopt(&fd, sockopt::RcvBufForce, &bytes).or(Ok::<(), nix::Error>(())).map_err(io::Error::from)
+}
+
+/// Hands each message of a datagram to `each`.
+///
+/// # Errors
+/// What came is no netlink message.
+pub fn messages(datagram: &[u8], mut each: impl FnMut(Message<'_>)) -> Result<(), Error> {
+    let mut rest = datagram;
+    while rest.len() >= HEADER {
+        let len = u32_at(rest, 0) as usize;
+        if len < HEADER || len > rest.len() {
+            return Err(Error::Malformed);
+        }
+        each(Message {
+            kind: u16_at(rest, 4),
+            flags: u16_at(rest, 6),
+            sequence: u32_at(rest, 8),
+            port: u32_at(rest, 12),
+            payload: &rest[HEADER..len],
+        });
+        rest = &rest[align(len).min(rest.len())..];
+    }
+    Ok(())
+}
+
+/// One received message.
+pub struct Message<'a> {
+    /// `nlmsg_type`.
+    pub kind: u16,
+    /// `nlmsg_flags`.
+    pub flags: u16,
+    /// `nlmsg_seq`.
+    pub sequence: u32,
+    /// `nlmsg_pid`: in a notification, the port of the socket that caused it.
+    pub port: u32,
+    /// What follows the header.
+    pub payload: &'a [u8],
+}
+
+impl Message<'_> {
+    /// Reads the payload as `nlmsgerr`.
+    ///
+    /// # Errors
+    /// The kernel's refusal, if it is one.
+    pub fn acknowledgement(&self) -> Result<(), Error> {
+        if self.payload.len() < 4 {
+            return Ok(());
+        }
+        let errno = i32::from_ne_bytes([self.payload[0], self.payload[1], self.payload[2], self.payload[3]]);
+        if errno == 0 {
+            return Ok(());
+        }
+        let mut message = String::new();
+        if self.kind == NLMSG_ERROR && self.flags & NLM_F_ACK_TLVS != 0 && self.payload.len() >= 4 + HEADER {
+            // The refused message comes first: its header alone if the answer is capped, else the whole of it.
+            let refused = if self.flags & NLM_F_CAPPED != 0 { HEADER } else { u32_at(self.payload, 4) as usize };
+            let at = (4 + align(refused)).min(self.payload.len());
+            for (kind, value) in attributes(&self.payload[at..]) {
+                if kind == NLMSGERR_ATTR_MSG {
+                    message = string(value);
+                }
+            }
+        }
+        Err(Error::Kernel { errno: -errno, message, sequence: self.sequence })
+    }
+}
+
+/// A message with its header. Netlink speaks the host's byte order.
+pub fn message(kind: u16, flags: u16, sequence: u32, payload: &[u8]) -> Vec<u8> {
+    let mut out = Vec::with_capacity(HEADER + align(payload.len()));
+    append_message(&mut out, kind, flags, sequence, |m| m.extend_from_slice(payload));
+    out
+}
+
+/// Appends a message whose payload `fill` writes, padded so that another can follow.
+pub fn append_message(out: &mut Vec<u8>, kind: u16, flags: u16, sequence: u32, fill: impl FnOnce(&mut Vec<u8>)) {
+    let start = out.len();
+    out.extend_from_slice(&[0; 4]);
+    out.extend_from_slice(&kind.to_ne_bytes());
+    out.extend_from_slice(&flags.to_ne_bytes());
+    out.extend_from_slice(&sequence.to_ne_bytes());
+    out.extend_from_slice(&[0; 4]);
+    fill(out);
+    let len = (out.len() - start) as u32;
+    out[start..start + 4].copy_from_slice(&len.to_ne_bytes());
+    pad(out);
+}
+
+/// Sets a flag in the header of the message that `message` begins with.
+pub fn set_flag(message: &mut [u8], flag: u16) {
+    let flags = u16_at(message, 6) | flag;
+    message[6..8].copy_from_slice(&flags.to_ne_bytes());
+}
+
+/// Attributes are appended to any byte vector.
+pub trait Attributes {
+    /// Appends an attribute.
+    fn attribute(&mut self, kind: u16, value: &[u8]);
+    /// Appends an attribute with a text that ends in a NUL byte.
+    fn text(&mut self, kind: u16, value: &str);
+    /// Appends an attribute with a number in network byte order, as nf_tables and ctnetlink have them.
+    fn be32(&mut self, kind: u16, value: u32);
+    /// Appends an attribute whose value is the attributes that `fill` appends.
+    fn nested(&mut self, kind: u16, fill: impl FnOnce(&mut Vec<u8>));
+}
+
+impl Attributes for Vec<u8> {
+    fn attribute(&mut self, kind: u16, value: &[u8]) {
+        self.extend_from_slice(&((4 + value.len()) as u16).to_ne_bytes());
+        self.extend_from_slice(&kind.to_ne_bytes());
+        self.extend_from_slice(value);
+        pad(self);
+    }
+
+    fn text(&mut self, kind: u16, value: &str) {
+        self.extend_from_slice(&((4 + value.len() + 1) as u16).to_ne_bytes());
+        self.extend_from_slice(&kind.to_ne_bytes());
+        self.extend_from_slice(value.as_bytes());
+        self.push(0);
+        pad(self);
+    }
+
+    fn be32(&mut self, kind: u16, value: u32) {
+        self.attribute(kind, &value.to_be_bytes());
+    }
+
+    fn nested(&mut self, kind: u16, fill: impl FnOnce(&mut Vec<u8>)) {
+        let start = self.len();
+        self.extend_from_slice(&[0; 4]);
+        fill(self);
+        let len = (self.len() - start) as u16;
+        self[start..start + 2].copy_from_slice(&len.to_ne_bytes());
+        self[start + 2..start + 4].copy_from_slice(&(kind | NLA_F_NESTED).to_ne_bytes());
+    }
+}
+
+/// Reads attributes: type without its flags, value. Stops at the first that does not fit.
+pub fn attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
+    std::iter::from_fn(move || {
+        if bytes.len() < 4 {
+            return None;
+        }
+        let len = u16_at(bytes, 0) as usize;
+        if len < 4 || len > bytes.len() {
+            return None;
+        }
+        let item = (u16_at(bytes, 2) & NLA_TYPE_MASK, &bytes[4..len]);
+        bytes = &bytes[align(len).min(bytes.len())..];
+        Some(item)
+    })
+}
+
+/// An attribute's text, without the NUL byte that ends it.
+pub fn string(value: &[u8]) -> String {
+    String::from_utf8_lossy(value.split(|b| *b == 0).next().unwrap_or_default()).into_owned()
+}
+
+fn align(len: usize) -> usize {
+    (len + 3) & !3
+}
+
+fn pad(out: &mut Vec<u8>) {
+    out.resize(align(out.len()), 0);
+}
+
+fn u16_at(b: &[u8], at: usize) -> u16 {
+    u16::from_ne_bytes([b[at], b[at + 1]])
+}
+
+fn u32_at(b: &[u8], at: usize) -> u32 {
+    u32::from_ne_bytes([b[at], b[at + 1], b[at + 2], b[at + 3]])
+}

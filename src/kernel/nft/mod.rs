@@ -1,0 +1,180 @@
+//! nf_tables over netlink: tables as they should be are compared with what the kernel holds, and the difference is
+//! committed in one transaction.
+//!
+//! Spoken directly and not through `nft`, because a pod's start waits for it: see docs/measurements.md.
+
+mod read;
+pub mod rule;
+pub mod table;
+mod transaction;
+pub mod uapi;
+
+pub use read::Count;
+
+use super::netlink::{Error, NETLINK_NETFILTER, Socket};
+use std::collections::BTreeMap;
+use table::{Held, Key, Table, TableName};
+use transaction::{Batch, Transaction};
+
+/// How often a transaction is tried again on a fresh view of the kernel's tables, when somebody else changes them.
+const TRIES: usize = 5;
+/// Room for a transaction with some ten thousand elements.
+const BUFFER: usize = 16 << 20;
+
+/// Egret's tables in the kernel.
+pub struct Nftables {
+    socket: Socket,
+    /// What the kernel holds, as far as is known: read back once, then kept in step with what was committed.
+    held: BTreeMap<TableName, Held>,
+}
+
+impl Nftables {
+    /// Opens a socket in the calling thread's network namespace.
+    ///
+    /// # Errors
+    /// The kernel has no nf_tables, or the caller lacks CAP_NET_ADMIN.
+    pub fn open() -> Result<Self, Error> {
+        let mut socket = Socket::open(NETLINK_NETFILTER)?;
+        socket.set_buffers(BUFFER)?;
+        Ok(Nftables { socket, held: BTreeMap::new() })
+    }
+
+    /// The socket's netlink port, by which notifications name who made a change.
+    pub fn port(&self) -> u32 {
+        self.socket.port()
+    }
+
+    /// Forgets what is known of the kernel, so that the next [`apply`](Self::apply) reads it again.
+    pub fn distrust(&mut self) {
+        self.held.clear();
+    }
+
+    /// Makes the kernel's tables what `wanted` says, in one transaction. Returns how many changes that took.
+    ///
+    /// # Errors
+    /// The kernel's refusal; then nothing was changed.
+    pub fn apply(&mut self, wanted: &[(TableName, Table)]) -> Result<usize, Error> {
+        let mut tries = 0;
+        loop {
+            tries += 1;
+            let mut read = false;
+            for (name, _) in wanted {
+                if !self.held.contains_key(name) {
+                    let held = read::table(&mut self.socket, *name)?;
+                    self.held.insert(*name, held);
+                    read = true;
+                }
+            }
+            let mut transaction = Transaction::new(&mut self.socket);
+            for (name, table) in wanted {
+                transaction.table(*name, &self.held[name], table);
+            }
+            let changes = transaction.changes;
+            if changes == 0 {
+                if read {
+                    // Shared with the caller, and not a second copy.
+                    self.now_holds(wanted);
+                }
+                return Ok(0);
+            }
+            let batch = transaction.finish();
+            match self.commit(&batch) {
+                Ok(()) => {
+                    self.now_holds(wanted);
+                    return Ok(changes);
+                }
+                Err(e) => {
+                    self.held.clear();
+                    if tries == TRIES {
+                        return Err(e);
+                    }
+                }
+            }
+        }
+    }
+
+    fn now_holds(&mut self, tables: &[(TableName, Table)]) {
+        self.held.extend(tables.iter().map(|(name, table)| (*name, Held::from(table))));
+    }
+
+    /// Removes tables, and returns how many were there.
+    ///
+    /// # Errors
+    /// The kernel's refusal.
+    pub fn remove(&mut self, names: &[TableName]) -> Result<usize, Error> {
+        let mut removed = 0;
+        for name in names {
+            self.held.remove(name);
+            if !read::table(&mut self.socket, *name)?.exists {
+                continue;
+            }
+            let mut transaction = Transaction::new(&mut self.socket);
+            transaction.remove(*name);
+            let batch = transaction.finish();
+            match self.commit(&batch) {
+                Ok(()) => removed += 1,
+                Err(e) if e.errno() == Some(nix::libc::ENOENT) => {}
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(removed)
+    }
+
+    /// The names of a table's chains.
+    ///
+    /// # Errors
+    /// The kernel's refusal.
+    pub fn chains(&mut self, name: TableName) -> Result<Vec<String>, Error> {
+        Ok(read::table(&mut self.socket, name)?.chains.into_keys().collect())
+    }
+
+    /// Reads a table's named counters.
+    ///
+    /// # Errors
+    /// The kernel's refusal.
+    pub fn counters(&mut self, name: TableName) -> Result<BTreeMap<String, Count>, Error> {
+        read::counters(&mut self.socket, name)
+    }
+
+    /// Reads the counters of a set's elements.
+    ///
+    /// # Errors
+    /// The kernel's refusal.
+    pub fn element_counters(&mut self, name: TableName, set: &str) -> Result<Vec<(Key, Count)>, Error> {
+        let mut all = Vec::new();
+        read::elements(&mut self.socket, name, set, |key, count| all.push((*key, count)))?;
+        Ok(all)
+    }
+
+    /// Reads the elements of a set; none if there is no such set.
+    ///
+    /// # Errors
+    /// The kernel's refusal.
+    pub fn elements(&mut self, name: TableName, set: &str) -> Result<table::Elements, Error> {
+        match read::elements(&mut self.socket, name, set, |_, _| {}) {
+            Err(e) if e.errno() == Some(nix::libc::ENOENT) => Ok(table::Elements::new()),
+            other => other,
+        }
+    }
+
+    /// Sends a batch and waits until the kernel has committed or refused it. The kernel acknowledges only what it
+    /// is asked to, which is the last message before the batch's end; errors always come.
+    fn commit(&mut self, batch: &Batch) -> Result<(), Error> {
+        self.socket.send(&batch.bytes)?;
+        let mut refusal: Option<Error> = None;
+        loop {
+            let mut done = false;
+            self.socket.receive(|m| {
+                let result = m.acknowledgement();
+                // An error of the batch as a whole carries the number of its beginning, and nothing follows it.
+                done |= m.sequence == batch.last || (m.sequence == batch.first && result.is_err());
+                if let (Err(e), None) = (result, &refusal) {
+                    refusal = Some(e);
+                }
+            })?;
+            if done {
+                return refusal.map_or(Ok(()), Err);
+            }
+        }
+    }
+}

@@ -1,0 +1,194 @@
+//! What a packet must be like.
+
+use super::*;
+
+impl Rule {
+    /// `iifname NAME`
+    pub fn iif(self, name: &str) -> Self {
+        self.load_meta(NFT_META_IIFNAME, R1).equals(&interface_name(name))
+    }
+
+    /// `iifname != NAME`
+    pub fn iif_not(self, name: &str) -> Self {
+        self.load_meta(NFT_META_IIFNAME, R1).differs(&interface_name(name))
+    }
+
+    /// `oifname NAME`
+    pub fn oif(self, name: &str) -> Self {
+        self.load_meta(NFT_META_OIFNAME, R1).equals(&interface_name(name))
+    }
+
+    /// `oifname != NAME`
+    pub fn oif_not(self, name: &str) -> Self {
+        self.load_meta(NFT_META_OIFNAME, R1).differs(&interface_name(name))
+    }
+
+    /// `meta nfproto ipv4` or `ipv6`
+    pub fn ip(self, ip: Ip) -> Self {
+        self.load_meta(NFT_META_NFPROTO, R1).equals(&[ip.nfproto()])
+    }
+
+    /// `meta protocol != { ip, ip6 }`
+    pub fn not_ip(self) -> Self {
+        self.load_meta(NFT_META_PROTOCOL, R1)
+            .differs(&0x0800u16.to_be_bytes())
+            .load_meta(NFT_META_PROTOCOL, R1)
+            .differs(&0x86ddu16.to_be_bytes())
+    }
+
+    /// `ct direction original`
+    pub fn ct_original(self) -> Self {
+        self.load_ct(NFT_CT_DIRECTION).equals(&[0])
+    }
+
+    /// `ct direction reply`
+    pub fn ct_reply(self) -> Self {
+        self.load_ct(NFT_CT_DIRECTION).equals(&[1])
+    }
+
+    /// `ct state { … }`, any of the bits.
+    pub fn ct_state(self, bits: u32) -> Self {
+        self.load_ct(NFT_CT_STATE).and(&bits.to_ne_bytes()).differs(&[0; 4])
+    }
+
+    /// `ct status snat`: the connection bears another source address than its first packet came with.
+    pub fn ct_snat(self) -> Self {
+        self.load_ct(NFT_CT_STATUS).and(&IPS_SRC_NAT.to_ne_bytes()).differs(&[0; 4])
+    }
+
+    /// `ct mark and MASK == VALUE`
+    pub fn ct_mark(self, mask: u32, value: u32) -> Self {
+        self.load_ct(NFT_CT_MARK).and(&mask.to_ne_bytes()).equals(&value.to_ne_bytes())
+    }
+
+    /// `ct mark and MASK != VALUE`
+    pub fn ct_mark_not(self, mask: u32, value: u32) -> Self {
+        self.load_ct(NFT_CT_MARK).and(&mask.to_ne_bytes()).differs(&value.to_ne_bytes())
+    }
+
+    /// `meta mark and MASK == VALUE`
+    pub fn mark(self, mask: u32, value: u32) -> Self {
+        self.load_meta(NFT_META_MARK, R1).and(&mask.to_ne_bytes()).equals(&value.to_ne_bytes())
+    }
+
+    /// `meta mark and MASK != VALUE`
+    pub fn mark_not(self, mask: u32, value: u32) -> Self {
+        self.load_meta(NFT_META_MARK, R1).and(&mask.to_ne_bytes()).differs(&value.to_ne_bytes())
+    }
+
+    /// `ip saddr ADDRESS`
+    pub fn saddr(self, address: IpAddr) -> Self {
+        match address {
+            IpAddr::V4(a) => self.ip(Ip::V4).load_saddr(Ip::V4, R1).equals(&a.octets()),
+            IpAddr::V6(a) => self.ip(Ip::V6).load_saddr(Ip::V6, R1).equals(&a.octets()),
+        }
+    }
+
+    /// `ip saddr NETWORK`
+    pub fn saddr_in(self, network: IpNetwork) -> Self {
+        let ip = if network.is_ipv4() { Ip::V4 } else { Ip::V6 };
+        self.ip(ip).load_saddr(ip, R1).in_network(network, true)
+    }
+
+    /// `ip daddr NETWORK`
+    pub fn daddr_in(self, network: IpNetwork) -> Self {
+        let ip = if network.is_ipv4() { Ip::V4 } else { Ip::V6 };
+        self.ip(ip).load_daddr(ip).in_network(network, true)
+    }
+
+    /// `ip daddr != NETWORK`, for a rule that has matched the IP version.
+    pub fn daddr_not_in(self, network: IpNetwork) -> Self {
+        let ip = if network.is_ipv4() { Ip::V4 } else { Ip::V6 };
+        self.load_daddr(ip).in_network(network, false)
+    }
+
+    fn in_network(self, network: IpNetwork, inside: bool) -> Self {
+        let (address, mask) = match (network.network(), network.mask()) {
+            (IpAddr::V4(a), IpAddr::V4(m)) => (a.octets().to_vec(), m.octets().to_vec()),
+            (IpAddr::V6(a), IpAddr::V6(m)) => (a.octets().to_vec(), m.octets().to_vec()),
+            _ => unreachable!("a network's address and mask are of one family"),
+        };
+        let masked = self.and(&mask);
+        if inside { masked.equals(&address) } else { masked.differs(&address) }
+    }
+
+    /// `ip saddr @SET`
+    pub fn saddr_in_set(self, ip: Ip, set: &str) -> Self {
+        self.ip(ip).load_saddr(ip, R1).lookup(set, R1, None, false)
+    }
+
+    /// `ip saddr != @SET`
+    pub fn saddr_not_in_set(self, ip: Ip, set: &str) -> Self {
+        self.ip(ip).load_saddr(ip, R1).lookup(set, R1, None, true)
+    }
+
+    /// `ip daddr @SET`
+    pub fn daddr_in_set(self, ip: Ip, set: &str) -> Self {
+        self.ip(ip).load_daddr(ip).lookup(set, R1, None, false)
+    }
+
+    /// `meta mark and MASK . ip saddr != @SET`
+    pub fn mark_and_saddr_not_in_set(self, mask: u32, ip: Ip, set: &str) -> Self {
+        self.ip(ip)
+            .load_meta(NFT_META_MARK, R1)
+            .and(&mask.to_ne_bytes())
+            .load_saddr(ip, R1_SECOND_WORD)
+            .lookup(set, R1, None, true)
+    }
+
+    /// `fib daddr type TYPE`
+    pub fn daddr_type(self, kind: u32) -> Self {
+        self.expression("fib", |d| {
+            d.be32(NFTA_FIB_DREG, R1);
+            d.be32(NFTA_FIB_RESULT, NFT_FIB_RESULT_ADDRTYPE);
+            d.be32(NFTA_FIB_FLAGS, NFTA_FIB_F_DADDR);
+        })
+        .equals(&kind.to_ne_bytes())
+    }
+
+    /// `meta l4proto PROTOCOL`
+    pub fn l4(self, protocol: u8) -> Self {
+        self.load_meta(NFT_META_L4PROTO, R1).equals(&[protocol])
+    }
+
+    /// `th dport FIRST-LAST`, for a rule that has matched the protocol.
+    pub fn dport(self, first: u16, last: u16) -> Self {
+        let loaded = self.load_payload(NFT_PAYLOAD_TRANSPORT_HEADER, OFFSET_DPORT, 2, R1);
+        if first == last {
+            return loaded.equals(&first.to_be_bytes());
+        }
+        loaded.compare(5, &first.to_be_bytes()).compare(3, &last.to_be_bytes())
+    }
+
+    /// `icmp type TYPE` or `icmpv6 type TYPE`, for a rule that has matched the protocol.
+    pub fn icmp_type(self, kind: u8) -> Self {
+        self.load_payload(NFT_PAYLOAD_TRANSPORT_HEADER, OFFSET_ICMP_TYPE, 1, R1).equals(&[kind])
+    }
+
+    /// `ip6 hoplimit LIMIT`, for a rule that has matched the IP version.
+    pub fn hop_limit(self, limit: u8) -> Self {
+        self.load_payload(NFT_PAYLOAD_NETWORK_HEADER, OFFSET_HOP_LIMIT, 1, R1).equals(&[limit])
+    }
+
+    /// `tcp flags syn`
+    pub fn tcp_syn(self) -> Self {
+        self.l4(protocol::TCP)
+            .load_payload(NFT_PAYLOAD_TRANSPORT_HEADER, OFFSET_TCP_FLAGS, 1, R1)
+            .and(&[TCP_FLAG_SYN])
+            .differs(&[0])
+    }
+
+    /// `ether daddr != MAC`
+    pub fn ether_daddr_not(self, mac: [u8; 6]) -> Self {
+        self.load_payload(NFT_PAYLOAD_LL_HEADER, 0, 6, R1).differs(&mac)
+    }
+}
+
+/// An interface's name as the kernel compares it: all of `IFNAMSIZ` bytes.
+fn interface_name(name: &str) -> [u8; IFNAMSIZ] {
+    let mut out = [0; IFNAMSIZ];
+    for (to, from) in out.iter_mut().zip(name.bytes().take(IFNAMSIZ - 1)) {
+        *to = from;
+    }
+    out
+}

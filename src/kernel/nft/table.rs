@@ -1,0 +1,348 @@
+//! A table as it should be ([`Table`]) and as it is ([`Held`]).
+
+use super::rule::Rule;
+use super::uapi::*;
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+/// Family and name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct TableName {
+    /// `NFPROTO_INET`, `NFPROTO_NETDEV`, `NFPROTO_IPV4` or `NFPROTO_IPV6`.
+    pub family: u8,
+    /// The name.
+    pub name: &'static str,
+}
+
+/// A table as it should be.
+#[derive(Clone, Debug, Default)]
+pub struct Table {
+    /// Chains by name. They are shared, so that one that did not change is not written again.
+    pub chains: BTreeMap<String, Arc<Chain>>,
+    /// Sets and maps by name. The elements are shared, so that what did not change is not compared.
+    pub sets: BTreeMap<&'static str, Set>,
+    /// Named counters.
+    pub counters: BTreeSet<&'static str>,
+}
+
+/// A chain: its hook, if it has one, and its rules.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Chain {
+    hook: Option<Hook>,
+    rules: Vec<Rule>,
+    hashes: Vec<u64>,
+}
+
+impl Chain {
+    /// A chain that packets enter by `hook`, or, without one, from other chains only.
+    pub fn new(hook: Option<Hook>, rules: Vec<Rule>) -> Self {
+        let hashes = rules.iter().map(Rule::hash).collect();
+        Chain { hook, rules, hashes }
+    }
+
+    /// Its hook.
+    pub fn hook(&self) -> Option<&Hook> {
+        self.hook.as_ref()
+    }
+
+    /// Its rules in order, each with its hash.
+    pub fn rules(&self) -> impl Iterator<Item = (&Rule, u64)> {
+        self.rules.iter().zip(self.hashes.iter().copied())
+    }
+}
+
+/// Where a base chain stands.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Hook {
+    /// `filter` or `nat`.
+    pub kind: String,
+    /// See [`hook`].
+    pub number: u32,
+    /// Lower comes first.
+    pub priority: i32,
+    /// Whether the packet is dropped that no rule decides on.
+    pub drop: bool,
+    /// For ingress and egress hooks: the interface.
+    pub device: Option<String>,
+}
+
+/// Hook numbers, include/uapi/linux/netfilter.h.
+pub mod hook {
+    /// `NF_INET_PRE_ROUTING`
+    pub const PREROUTING: u32 = 0;
+    /// `NF_INET_LOCAL_IN`
+    pub const INPUT: u32 = 1;
+    /// `NF_INET_FORWARD`
+    pub const FORWARD: u32 = 2;
+    /// `NF_INET_LOCAL_OUT`
+    pub const OUTPUT: u32 = 3;
+    /// `NF_INET_POST_ROUTING`
+    pub const POSTROUTING: u32 = 4;
+    /// `NF_INET_INGRESS`, Linux 5.10
+    pub const INGRESS: u32 = 5;
+    /// `NF_NETDEV_EGRESS`, Linux 5.16
+    pub const NETDEV_EGRESS: u32 = 1;
+}
+
+/// A set, or a map if it has data.
+#[derive(Clone, Debug)]
+pub struct Set {
+    /// What it is.
+    pub kind: SetKind,
+    /// What is in it.
+    pub elements: Arc<Elements>,
+}
+
+/// The type of a set.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SetKind {
+    /// Type of the keys.
+    pub key: DataType,
+    /// Type of the values, for a map.
+    pub data: Option<DataType>,
+    /// Whether keys are ranges.
+    pub interval: bool,
+    /// Whether each element counts packets and bytes.
+    pub counter: bool,
+}
+
+/// Types as `nft(8)` numbers them (its include/datatype.h: `enum datatypes`), so that it can print them; and their
+/// lengths, which are all that the kernel looks at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DataType {
+    /// An IPv4 address.
+    Ipv4,
+    /// An IPv6 address.
+    Ipv6,
+    /// A MAC address.
+    Ether,
+    /// A mark.
+    Mark,
+    /// A verdict.
+    Verdict,
+    /// A mark and an IPv4 address.
+    MarkIpv4,
+    /// A mark and an IPv6 address.
+    MarkIpv6,
+}
+
+impl DataType {
+    /// `NFTA_SET_KEY_TYPE`. In a concatenation each type takes six bits (nft's `TYPE_BITS`).
+    pub fn number(self) -> u32 {
+        match self {
+            DataType::Ipv4 => 7,
+            DataType::Ipv6 => 8,
+            DataType::Ether => 9,
+            DataType::Mark => 19,
+            DataType::Verdict => NFT_DATA_VERDICT,
+            DataType::MarkIpv4 => 19 << 6 | 7,
+            DataType::MarkIpv6 => 19 << 6 | 8,
+        }
+    }
+
+    /// nft's `enum byteorder`: 1 for the host's, 2 for the network's.
+    pub fn byte_order(self) -> u32 {
+        match self {
+            DataType::Mark => 1,
+            _ => 2,
+        }
+    }
+
+    /// Its length in bytes.
+    #[allow(clippy::len_without_is_empty, reason = "a type is not a container")]
+    pub fn len(self) -> u32 {
+        match self {
+            DataType::Ipv4 | DataType::Mark => 4,
+            DataType::Ether => 6,
+            DataType::MarkIpv4 => 8,
+            DataType::Ipv6 => 16,
+            DataType::MarkIpv6 => 20,
+            DataType::Verdict => 0,
+        }
+    }
+}
+
+/// Elements by key. In a set of ranges, a key with `end` closes the range that the key before it opens, and is not
+/// part of it.
+pub type Elements = BTreeMap<Key, Data>;
+
+/// A key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Key {
+    /// The value, in the byte order of the wire for addresses, of the host for marks.
+    pub bytes: Bytes,
+    /// `NFT_SET_ELEM_INTERVAL_END`
+    pub end: bool,
+}
+
+/// What a key maps to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Data {
+    /// Nothing: a set.
+    None,
+    /// A value.
+    Value(Bytes),
+    /// `jump CHAIN`
+    Jump(Arc<str>),
+}
+
+/// Up to twenty bytes, in place: a mark and an IPv6 address are the longest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Bytes {
+    bytes: [u8; 20],
+    len: u8,
+}
+
+impl Bytes {
+    /// The bytes.
+    pub fn as_slice(&self) -> &[u8] {
+        &self.bytes[..usize::from(self.len)]
+    }
+}
+
+impl From<&[u8]> for Bytes {
+    /// Longer input is cut: the kernel holds none of ours.
+    fn from(from: &[u8]) -> Self {
+        let len = from.len().min(20);
+        let mut bytes = [0; 20];
+        bytes[..len].copy_from_slice(&from[..len]);
+        Bytes { bytes, len: len as u8 }
+    }
+}
+
+impl From<u32> for Bytes {
+    fn from(mark: u32) -> Self {
+        Bytes::from(mark.to_ne_bytes().as_slice())
+    }
+}
+
+impl From<std::net::IpAddr> for Bytes {
+    fn from(address: std::net::IpAddr) -> Self {
+        match address {
+            std::net::IpAddr::V4(a) => Bytes::from(a.octets().as_slice()),
+            std::net::IpAddr::V6(a) => Bytes::from(a.octets().as_slice()),
+        }
+    }
+}
+
+impl<T: Into<Bytes>> From<T> for Key {
+    fn from(value: T) -> Self {
+        Key { bytes: value.into(), end: false }
+    }
+}
+
+/// A table as it is in the kernel: of the rules only their hashes.
+#[derive(Clone, Debug, Default)]
+pub struct Held {
+    /// Whether the table exists.
+    pub exists: bool,
+    /// Chains by name.
+    pub chains: BTreeMap<String, HeldChain>,
+    /// Sets by name.
+    pub sets: BTreeMap<String, HeldSet>,
+    /// Named counters.
+    pub counters: BTreeSet<String>,
+}
+
+/// A chain in the kernel.
+#[derive(Clone, Debug)]
+pub enum HeldChain {
+    /// As it was read.
+    Read {
+        /// Its hook.
+        hook: Option<Hook>,
+        /// Hashes of its rules, in order; 0 for a rule that is not Egret's.
+        hashes: Vec<u64>,
+    },
+    /// As it was written.
+    Written(Arc<Chain>),
+}
+
+impl HeldChain {
+    /// Its hook.
+    pub fn hook(&self) -> Option<&Hook> {
+        match self {
+            HeldChain::Read { hook, .. } => hook.as_ref(),
+            HeldChain::Written(chain) => chain.hook(),
+        }
+    }
+
+    /// Whether it has any rules.
+    pub fn has_rules(&self) -> bool {
+        !self.hashes().is_empty()
+    }
+
+    /// Whether its rules are those of `chain`.
+    pub fn has_rules_of(&self, chain: &Arc<Chain>) -> bool {
+        match self {
+            HeldChain::Written(held) if Arc::ptr_eq(held, chain) => true,
+            _ => self.hashes() == chain.hashes,
+        }
+    }
+
+    fn hashes(&self) -> &[u64] {
+        match self {
+            HeldChain::Read { hashes, .. } => hashes,
+            HeldChain::Written(chain) => &chain.hashes,
+        }
+    }
+}
+
+/// A set in the kernel.
+#[derive(Clone, Debug)]
+pub struct HeldSet {
+    /// `NFTA_SET_FLAGS`
+    pub flags: u32,
+    /// `NFTA_SET_KEY_LEN`
+    pub key_len: u32,
+    /// `NFTA_SET_DATA_LEN`
+    pub data_len: u32,
+    /// Its elements.
+    pub elements: Arc<Elements>,
+}
+
+impl SetKind {
+    /// `NFTA_SET_FLAGS`
+    pub fn flags(self) -> u32 {
+        let mut flags = 0;
+        if self.interval {
+            flags |= NFT_SET_INTERVAL;
+        }
+        if self.data.is_some() {
+            flags |= NFT_SET_MAP;
+        }
+        flags
+    }
+
+    /// Whether a set in the kernel is of this kind.
+    pub fn is(self, held: &HeldSet) -> bool {
+        // The kernel adds NFT_SET_EXPR by itself where elements have counters.
+        held.flags & !NFT_SET_EXPR == self.flags()
+            && (held.flags & NFT_SET_EXPR != 0) == self.counter
+            && held.key_len == self.key.len()
+            && held.data_len == self.data.map_or(0, DataType::len)
+    }
+}
+
+impl From<&Table> for Held {
+    fn from(table: &Table) -> Self {
+        Held {
+            exists: true,
+            chains: table.chains.iter().map(|(n, c)| (n.clone(), HeldChain::Written(c.clone()))).collect(),
+            sets: table
+                .sets
+                .iter()
+                .map(|(n, s)| {
+                    let held = HeldSet {
+                        flags: s.kind.flags() | if s.kind.counter { NFT_SET_EXPR } else { 0 },
+                        key_len: s.kind.key.len(),
+                        data_len: s.kind.data.map_or(0, DataType::len),
+                        elements: s.elements.clone(),
+                    };
+                    ((*n).to_owned(), held)
+                })
+                .collect(),
+            counters: table.counters.iter().map(|n| (*n).to_owned()).collect(),
+        }
+    }
+}

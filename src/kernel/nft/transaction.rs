@@ -1,0 +1,291 @@
+//! The difference between a table as it is and as it should be, as messages of one nf_tables transaction.
+//!
+//! The order within it lets nothing be referred to that is not there: sets and chains come first, then elements
+//! and rules go, then rules and elements come, and chains and sets that are not wanted go last.
+
+use super::read::{header, kind};
+use super::table::{Data, DataType, Elements, Held, Hook, Key, Set, Table, TableName};
+use super::uapi::*;
+use crate::kernel::netlink::{self, Attributes, NLM_F_ACK, NLM_F_APPEND, NLM_F_CREATE, NLM_F_REQUEST, Socket};
+
+/// `NFTA_SET_ELEM_LIST_ELEMENTS` is one attribute and so at most 64 KiB; an element takes less than 100 bytes.
+const ELEMENTS_A_MESSAGE: usize = 500;
+/// Type of a comment in a rule's user data, nft's `UDATA_TYPE_COMMENT`.
+const UDATA_COMMENT: u8 = 0;
+/// In a set's user data, libnftnl's `NFTNL_UDATA_SET_KEYBYTEORDER` and `_DATABYTEORDER`.
+const UDATA_KEY_BYTE_ORDER: u8 = 0;
+const UDATA_DATA_BYTE_ORDER: u8 = 1;
+const COMMENT_PREFIX: &str = "egret ";
+
+/// Messages that are being put together.
+pub(super) struct Transaction<'a> {
+    bytes: Vec<u8>,
+    /// How many changes it makes.
+    pub(super) changes: usize,
+    socket: &'a mut Socket,
+    next_set_id: u32,
+    first: u32,
+    /// Where the last message starts, and its sequence number.
+    last: (usize, u32),
+}
+
+/// A transaction, ready to be sent.
+pub(super) struct Batch {
+    /// The messages.
+    pub(super) bytes: Vec<u8>,
+    /// Sequence number of its beginning.
+    pub(super) first: u32,
+    /// Sequence number of its last change, which the kernel is asked to acknowledge.
+    pub(super) last: u32,
+}
+
+impl<'a> Transaction<'a> {
+    pub(super) fn new(socket: &'a mut Socket) -> Self {
+        let mut t = Transaction { bytes: Vec::new(), changes: 0, socket, next_set_id: 1, first: 0, last: (0, 0) };
+        t.first = t.batch(NFNL_MSG_BATCH_BEGIN);
+        t
+    }
+
+    /// Ends the batch, and has its last change acknowledged.
+    pub(super) fn finish(mut self) -> Batch {
+        self.batch(NFNL_MSG_BATCH_END);
+        let (at, last) = self.last;
+        netlink::set_flag(&mut self.bytes[at..], NLM_F_ACK);
+        Batch { bytes: self.bytes, first: self.first, last }
+    }
+
+    fn batch(&mut self, message: u16) -> u32 {
+        let sequence = self.socket.next_sequence();
+        netlink::append_message(&mut self.bytes, message, NLM_F_REQUEST, sequence, |p| {
+            // nfgenmsg: family unspecified, version 0, resource id in network byte order.
+            p.extend_from_slice(&[0, 0]);
+            p.extend_from_slice(&NFNL_SUBSYS_NFTABLES.to_be_bytes());
+        });
+        sequence
+    }
+
+    fn push(&mut self, table: TableName, message: u16, flags: u16, fill: impl FnOnce(&mut Vec<u8>)) {
+        let sequence = self.socket.next_sequence();
+        self.last = (self.bytes.len(), sequence);
+        netlink::append_message(&mut self.bytes, kind(message), NLM_F_REQUEST | flags, sequence, |p| {
+            p.extend_from_slice(&header(table.family));
+            fill(p);
+        });
+        self.changes += 1;
+    }
+
+    /// Appends what turns `held` into `wanted`.
+    pub(super) fn table(&mut self, name: TableName, held: &Held, wanted: &Table) {
+        let empty = Held::default();
+        let mut held = held;
+        if held.exists && rebuilt(held, wanted) {
+            self.push(name, NFT_MSG_DELTABLE, 0, |p| p.text(NFTA_TABLE_NAME, name.name));
+            held = &empty;
+        }
+        if !held.exists {
+            self.push(name, NFT_MSG_NEWTABLE, NLM_F_CREATE, |p| {
+                p.text(NFTA_TABLE_NAME, name.name);
+                p.be32(NFTA_TABLE_FLAGS, 0);
+            });
+        }
+        for counter in wanted.counters.iter().filter(|c| !held.counters.contains(**c)) {
+            self.push(name, NFT_MSG_NEWOBJ, NLM_F_CREATE, |p| {
+                p.text(NFTA_OBJ_TABLE, name.name);
+                p.text(NFTA_OBJ_NAME, counter);
+                p.be32(NFTA_OBJ_TYPE, NFT_OBJECT_COUNTER);
+                p.nested(NFTA_OBJ_DATA, |_| {});
+            });
+        }
+        for (set, s) in wanted.sets.iter().filter(|(n, _)| !held.sets.contains_key(**n)) {
+            self.new_set(name, set, s);
+        }
+        for (chain, c) in wanted.chains.iter().filter(|(n, _)| !held.chains.contains_key(*n)) {
+            self.new_chain(name, chain, c.hook());
+        }
+        let none = Elements::new();
+        for (set, s) in &wanted.sets {
+            let Some(h) = held.sets.get(*set) else { continue };
+            if std::sync::Arc::ptr_eq(&h.elements, &s.elements) {
+                continue;
+            }
+            let gone = h.elements.iter().filter(|(k, v)| s.elements.get(k) != Some(v));
+            self.elements(name, set, NFT_MSG_DELSETELEM, gone, s.kind.data);
+        }
+        for (set, h) in held.sets.iter().filter(|(n, _)| !wanted.sets.contains_key(n.as_str())) {
+            self.elements(name, set, NFT_MSG_DELSETELEM, h.elements.iter(), None);
+        }
+        for (chain, h) in held.chains.iter().filter(|(_, h)| h.has_rules()) {
+            if !wanted.chains.get(chain).is_some_and(|c| h.has_rules_of(c)) {
+                self.push(name, NFT_MSG_DELRULE, 0, |p| {
+                    p.text(NFTA_RULE_TABLE, name.name);
+                    p.text(NFTA_RULE_CHAIN, chain);
+                });
+            }
+        }
+        for (chain, c) in &wanted.chains {
+            if held.chains.get(chain).is_some_and(|h| h.has_rules_of(c)) {
+                continue;
+            }
+            for (rule, hash) in c.rules() {
+                self.push(name, NFT_MSG_NEWRULE, NLM_F_CREATE | NLM_F_APPEND, |p| {
+                    p.text(NFTA_RULE_TABLE, name.name);
+                    p.text(NFTA_RULE_CHAIN, chain);
+                    p.nested(NFTA_RULE_EXPRESSIONS, |e| e.extend_from_slice(rule.expressions()));
+                    p.attribute(NFTA_RULE_USERDATA, &comment(hash));
+                });
+            }
+        }
+        for (set, s) in &wanted.sets {
+            let held = held.sets.get(*set).map_or(&none, |h| &*h.elements);
+            if std::ptr::eq(held, &*s.elements) {
+                continue;
+            }
+            let new = s.elements.iter().filter(|(k, v)| held.get(k) != Some(v));
+            self.elements(name, set, NFT_MSG_NEWSETELEM, new, s.kind.data);
+        }
+        for chain in held.chains.keys().filter(|n| !wanted.chains.contains_key(*n)) {
+            self.push(name, NFT_MSG_DELCHAIN, 0, |p| {
+                p.text(NFTA_CHAIN_TABLE, name.name);
+                p.text(NFTA_CHAIN_NAME, chain);
+            });
+        }
+        for set in held.sets.keys().filter(|n| !wanted.sets.contains_key(n.as_str())) {
+            self.push(name, NFT_MSG_DELSET, 0, |p| {
+                p.text(NFTA_SET_TABLE, name.name);
+                p.text(NFTA_SET_NAME, set);
+            });
+        }
+        for counter in held.counters.iter().filter(|c| !wanted.counters.contains(c.as_str())) {
+            self.push(name, NFT_MSG_DELOBJ, 0, |p| {
+                p.text(NFTA_OBJ_TABLE, name.name);
+                p.text(NFTA_OBJ_NAME, counter);
+                p.be32(NFTA_OBJ_TYPE, NFT_OBJECT_COUNTER);
+            });
+        }
+    }
+
+    /// Appends the table's removal.
+    pub(super) fn remove(&mut self, name: TableName) {
+        self.push(name, NFT_MSG_DELTABLE, 0, |p| p.text(NFTA_TABLE_NAME, name.name));
+    }
+
+    fn new_set(&mut self, table: TableName, name: &str, set: &Set) {
+        let id = self.next_set_id;
+        self.next_set_id += 1;
+        self.push(table, NFT_MSG_NEWSET, NLM_F_CREATE, |p| {
+            p.text(NFTA_SET_TABLE, table.name);
+            p.text(NFTA_SET_NAME, name);
+            p.be32(NFTA_SET_FLAGS, set.kind.flags());
+            p.be32(NFTA_SET_KEY_TYPE, set.kind.key.number());
+            p.be32(NFTA_SET_KEY_LEN, set.kind.key.len());
+            if let Some(data) = set.kind.data {
+                p.be32(NFTA_SET_DATA_TYPE, data.number());
+                p.be32(NFTA_SET_DATA_LEN, data.len());
+            }
+            p.be32(NFTA_SET_ID, id);
+            p.attribute(NFTA_SET_USERDATA, &byte_orders(set));
+            if set.kind.counter {
+                p.nested(NFTA_SET_EXPR, |e| {
+                    e.text(NFTA_EXPR_NAME, "counter");
+                    e.nested(NFTA_EXPR_DATA, |_| {});
+                });
+            }
+        });
+    }
+
+    fn new_chain(&mut self, table: TableName, name: &str, hook: Option<&Hook>) {
+        self.push(table, NFT_MSG_NEWCHAIN, NLM_F_CREATE, |p| {
+            p.text(NFTA_CHAIN_TABLE, table.name);
+            p.text(NFTA_CHAIN_NAME, name);
+            if let Some(hook) = hook {
+                p.nested(NFTA_CHAIN_HOOK, |h| {
+                    h.be32(NFTA_HOOK_HOOKNUM, hook.number);
+                    h.be32(NFTA_HOOK_PRIORITY, hook.priority as u32);
+                    if let Some(device) = &hook.device {
+                        h.text(NFTA_HOOK_DEV, device);
+                    }
+                });
+                p.be32(NFTA_CHAIN_POLICY, if hook.drop { NF_DROP } else { NF_ACCEPT } as u32);
+                p.text(NFTA_CHAIN_TYPE, &hook.kind);
+            }
+        });
+    }
+
+    fn elements<'e>(
+        &mut self,
+        table: TableName,
+        set: &str,
+        message: u16,
+        elements: impl Iterator<Item = (&'e Key, &'e Data)>,
+        data: Option<DataType>,
+    ) {
+        let all: Vec<_> = elements.collect();
+        for chunk in all.chunks(ELEMENTS_A_MESSAGE) {
+            self.push(table, message, if message == NFT_MSG_NEWSETELEM { NLM_F_CREATE } else { 0 }, |p| {
+                p.text(NFTA_SET_ELEM_LIST_TABLE, table.name);
+                p.text(NFTA_SET_ELEM_LIST_SET, set);
+                p.nested(NFTA_SET_ELEM_LIST_ELEMENTS, |list| {
+                    for (key, value) in chunk {
+                        list.nested(NFTA_LIST_ELEM, |e| {
+                            e.nested(NFTA_SET_ELEM_KEY, |k| k.attribute(NFTA_DATA_VALUE, key.bytes.as_slice()));
+                            if key.end {
+                                e.be32(NFTA_SET_ELEM_FLAGS, NFT_SET_ELEM_INTERVAL_END);
+                            }
+                            // A key alone names what is to be deleted.
+                            if message == NFT_MSG_NEWSETELEM && data.is_some() {
+                                element_data(e, value);
+                            }
+                        });
+                    }
+                });
+            });
+            self.changes += chunk.len() - 1;
+        }
+    }
+}
+
+fn element_data(element: &mut Vec<u8>, value: &Data) {
+    element.nested(NFTA_SET_ELEM_DATA, |d| match value {
+        Data::None => {}
+        Data::Value(bytes) => d.attribute(NFTA_DATA_VALUE, bytes.as_slice()),
+        Data::Jump(chain) => d.nested(NFTA_DATA_VERDICT, |v| {
+            v.be32(NFTA_VERDICT_CODE, NFT_JUMP as u32);
+            v.text(NFTA_VERDICT_CHAIN, chain);
+        }),
+    });
+}
+
+/// A set's user data, for `nft list` alone: in which byte order keys and values are.
+fn byte_orders(set: &Set) -> Vec<u8> {
+    let mut out = Vec::new();
+    let parts = [(UDATA_KEY_BYTE_ORDER, Some(set.kind.key)), (UDATA_DATA_BYTE_ORDER, set.kind.data)];
+    for (part, type_) in parts {
+        // nft cannot list a verdict map whose values it is told the byte order of.
+        if let Some(type_) = type_.filter(|t| *t != DataType::Verdict) {
+            out.extend_from_slice(&[part, 4]);
+            out.extend_from_slice(&type_.byte_order().to_ne_bytes());
+        }
+    }
+    out
+}
+
+/// Whether the table must be made anew, in the same transaction: a set's type or a chain's hook cannot be changed.
+fn rebuilt(held: &Held, wanted: &Table) -> bool {
+    wanted.sets.iter().any(|(n, s)| held.sets.get(*n).is_some_and(|h| !s.kind.is(h)))
+        || wanted.chains.iter().any(|(n, c)| held.chains.get(n).is_some_and(|h| h.hook() != c.hook()))
+}
+
+/// A rule's user data: type, length, text with its NUL byte. `nft list` shows it as the rule's comment.
+fn comment(hash: u64) -> Vec<u8> {
+    let text = format!("{COMMENT_PREFIX}{hash:016x}\0");
+    let mut out = vec![UDATA_COMMENT, text.len() as u8];
+    out.extend_from_slice(text.as_bytes());
+    out
+}
+
+/// The hash in a rule's comment; 0 if there is none.
+pub(super) fn hash_in_comment(userdata: &[u8]) -> u64 {
+    let Some((&[UDATA_COMMENT, len], text)) = userdata.split_first_chunk::<2>() else { return 0 };
+    let text = netlink::string(text.get(..usize::from(len)).unwrap_or_default());
+    text.strip_prefix(COMMENT_PREFIX).and_then(|h| u64::from_str_radix(h, 16).ok()).unwrap_or_default()
+}

@@ -1,0 +1,234 @@
+//! Route netlink for the daemon: one socket, served by a task in the background.
+//!
+//! Dumps are read to their end and asked for again if the kernel marks them as interrupted (`NLM_F_DUMP_INTR`): an
+//! interrupted dump may miss entries, and what seems to be missing would be added, what seems to be too much deleted.
+//! Strict checking is on, so that the kernel filters dumps instead of ignoring the filter.
+
+use super::netlink::{Error as KernelError, attributes, string};
+use anyhow::{Context, Result, anyhow, bail};
+use futures_util::{Stream, StreamExt};
+use netlink_packet_core::{
+    NLM_F_ACK, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload,
+};
+use netlink_packet_route::RouteNetlinkMessage;
+use netlink_sys::{AsyncSocket, SocketAddr, protocols::NETLINK_ROUTE};
+use nix::sys::socket::{setsockopt, sockopt};
+use rtnetlink::proto::{ConnectionHandle, new_connection};
+use std::os::fd::AsFd;
+use std::time::Duration;
+
+/// How often an interrupted dump is read again before it is given up.
+const DUMP_TRIES: usize = 20;
+/// How many changes go out in one datagram. The kernel answers each with an acknowledgement of about 1 KiB of socket
+/// memory, before the next datagram goes out; what does not fit into the socket's buffer is lost.
+const BATCH: usize = 128;
+/// Room for acknowledgements and for several dumps at once.
+const RECEIVE_BUFFER: usize = 1 << 20;
+/// The kernel answers at once; this is for a lost answer.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// `NLMSGERR_ATTR_MSG`, include/uapi/linux/netlink.h: the kernel's own words about a refusal.
+const NLMSGERR_ATTR_MSG: u16 = 1;
+/// Length of `struct nlmsghdr`.
+const HEADER: usize = 16;
+
+/// A change to make, and how to speak of it.
+pub struct Change {
+    /// The message.
+    pub message: RouteNetlinkMessage,
+    /// Flags besides `NLM_F_REQUEST | NLM_F_ACK`.
+    pub flags: u16,
+    /// Errno values that mean that the change has been made already.
+    pub done_already: &'static [i32],
+    /// What it does, for the text of an error: "cannot {about}: ...".
+    pub about: String,
+}
+
+/// A route netlink socket in the network namespace in which it was opened. Clones share it.
+#[derive(Clone, Debug)]
+pub struct RouteSocket {
+    handle: ConnectionHandle<RouteNetlinkMessage>,
+    port: u32,
+}
+
+impl RouteSocket {
+    /// Opens a socket in the calling thread's network namespace, and starts the task that serves it. The task ends
+    /// with the last clone.
+    ///
+    /// # Errors
+    /// No socket is to be had, or the kernel is too old to check strictly (before 4.20).
+    ///
+    /// # Panics
+    /// Outside a tokio runtime.
+    pub fn open() -> Result<Self> {
+        let (mut connection, handle, unsolicited) =
+            new_connection::<RouteNetlinkMessage>(NETLINK_ROUTE).context("cannot open a route netlink socket")?;
+        // Nothing is subscribed to, so nothing comes that was not asked for.
+        drop(unsolicited);
+        connection.set_forward_ack(true);
+        connection.set_forward_done(true);
+        let raw = connection.socket_mut().socket_mut();
+        let port = raw.bind_auto().context("cannot bind a route netlink socket")?.port_number();
+        raw.set_ext_ack(true).context("route netlink: NETLINK_EXT_ACK")?;
+        raw.set_cap_ack(true).context("route netlink: NETLINK_CAP_ACK")?;
+        raw.set_netlink_get_strict_chk(true).context("route netlink: NETLINK_GET_STRICT_CHK")?;
+        // Root may go past net.core.rmem_max; without it, the default holds a batch's answers as well.
+        let _ = setsockopt(&raw.as_fd(), sockopt::RcvBufForce, &RECEIVE_BUFFER);
+        tokio::spawn(connection);
+        Ok(RouteSocket { handle, port })
+    }
+
+    /// The socket's netlink port: notifications of changes that it made carry it.
+    pub fn port(&self) -> u32 {
+        self.port
+    }
+
+    /// Dumps what `request` asks for, and keeps what `pick` returns.
+    ///
+    /// # Errors
+    /// The kernel's refusal, or a table that changes faster than it can be read.
+    pub async fn dump<T>(
+        &self,
+        request: RouteNetlinkMessage,
+        mut pick: impl FnMut(RouteNetlinkMessage) -> Option<T>,
+    ) -> Result<Vec<T>> {
+        for _ in 0..DUMP_TRIES {
+            let mut answers = self.send(vec![message(request.clone(), NLM_F_DUMP)])?;
+            let mut found = Vec::new();
+            let mut interrupted = false;
+            loop {
+                let (header, payload) = next(&mut answers).await?.into_parts();
+                interrupted |= header.flags & NLM_F_DUMP_INTR != 0;
+                match payload {
+                    NetlinkPayload::InnerMessage(m) => found.extend(pick(m)),
+                    NetlinkPayload::Done(done) if done.code != 0 => {
+                        return Err(refusal(done.code, &done.extended_ack).into());
+                    }
+                    NetlinkPayload::Done(_) => break,
+                    NetlinkPayload::Error(e) if e.code.is_some() => {
+                        return Err(refusal(e.raw_code(), e.header.get(HEADER..).unwrap_or_default()).into());
+                    }
+                    NetlinkPayload::Overrun(_) => interrupted = true,
+                    _ => {}
+                }
+            }
+            if !interrupted {
+                return Ok(found);
+            }
+        }
+        bail!("the kernel's tables change faster than they can be read")
+    }
+
+    /// Asks for one thing.
+    ///
+    /// # Errors
+    /// The kernel's refusal, such as `ENODEV`; [`errno`] finds it in the error.
+    pub async fn get(&self, request: RouteNetlinkMessage) -> Result<RouteNetlinkMessage> {
+        // With an acknowledgement, there is an end also if the answer itself cannot be parsed.
+        let mut answers = self.send(vec![message(request, NLM_F_ACK)])?;
+        let mut found = None;
+        loop {
+            match next(&mut answers).await?.payload {
+                NetlinkPayload::InnerMessage(m) => found = Some(m),
+                NetlinkPayload::Error(e) if e.code.is_some() => {
+                    return Err(refusal(e.raw_code(), e.header.get(HEADER..).unwrap_or_default()).into());
+                }
+                NetlinkPayload::Error(_) => break,
+                _ => {}
+            }
+        }
+        found.context("the kernel's answer cannot be understood")
+    }
+
+    /// Makes changes, in their order, and returns how many it made. One that fails does not keep the others.
+    ///
+    /// # Errors
+    /// The first refusal; how many there were.
+    pub async fn apply(&self, changes: Vec<Change>) -> Result<usize> {
+        let (mut made, mut failures, mut first) = (0, 0usize, None);
+        for result in self.apply_each(changes).await? {
+            match result {
+                Ok(done) => made += usize::from(done),
+                Err(e) => {
+                    failures += 1;
+                    first.get_or_insert(e);
+                }
+            }
+        }
+        match first {
+            None => Ok(made),
+            Some(e) if failures == 1 => Err(e),
+            Some(e) => Err(e.context(format!("{failures} changes were refused, the first of them"))),
+        }
+    }
+
+    /// Makes changes, in their order, and returns what became of each: whether it was made now, or the refusal.
+    ///
+    /// # Errors
+    /// The kernel cannot be spoken to.
+    pub async fn apply_each(&self, changes: Vec<Change>) -> Result<Vec<Result<bool>>> {
+        let mut results = Vec::with_capacity(changes.len());
+        let mut changes = changes.into_iter().peekable();
+        while changes.peek().is_some() {
+            let mut expected = Vec::with_capacity(BATCH);
+            let batch = changes
+                .by_ref()
+                .take(BATCH)
+                .map(|change| {
+                    expected.push((change.about, change.done_already));
+                    message(change.message, NLM_F_ACK | change.flags)
+                })
+                .collect();
+            let mut answers = self.send(batch)?;
+            // The kernel answers each message of a batch once, in their order.
+            for (about, done_already) in expected {
+                let NetlinkPayload::Error(answer) = next(&mut answers).await?.payload else {
+                    bail!("cannot {about}: the kernel's answer cannot be understood");
+                };
+                results.push(match -answer.raw_code() {
+                    0 => Ok(true),
+                    errno if done_already.contains(&errno) => Ok(false),
+                    errno => {
+                        let refused = refusal(-errno, answer.header.get(HEADER..).unwrap_or_default());
+                        Err(anyhow::Error::from(refused).context(format!("cannot {about}")))
+                    }
+                });
+            }
+        }
+        Ok(results)
+    }
+
+    fn send(
+        &self,
+        messages: Vec<NetlinkMessage<RouteNetlinkMessage>>,
+    ) -> Result<impl Stream<Item = NetlinkMessage<RouteNetlinkMessage>> + use<>> {
+        self.handle.request_batch(messages, SocketAddr::new(0, 0)).map_err(|_| closed())
+    }
+}
+
+/// The positive errno of the kernel's refusal, if that is what `error` is about.
+pub fn errno(error: &anyhow::Error) -> Option<i32> {
+    error.downcast_ref::<KernelError>().and_then(KernelError::errno)
+}
+
+async fn next<M>(answers: &mut (impl Stream<Item = M> + Unpin)) -> Result<M> {
+    match tokio::time::timeout(PATIENCE, answers.next()).await {
+        Ok(Some(answer)) => Ok(answer),
+        Ok(None) => Err(closed()),
+        Err(_) => bail!("the kernel has not answered a route netlink request for {} s", PATIENCE.as_secs()),
+    }
+}
+
+fn closed() -> anyhow::Error {
+    anyhow!("the route netlink socket is closed")
+}
+
+fn message(inner: RouteNetlinkMessage, flags: u16) -> NetlinkMessage<RouteNetlinkMessage> {
+    let mut header = NetlinkHeader::default();
+    header.flags = NLM_F_REQUEST | flags;
+    NetlinkMessage::new(header, NetlinkPayload::InnerMessage(inner))
+}
+
+fn refusal(code: i32, extended: &[u8]) -> KernelError {
+    let message = attributes(extended).find(|(kind, _)| *kind == NLMSGERR_ATTR_MSG).map(|(_, text)| string(text));
+    KernelError::Kernel { errno: code.abs(), message: message.unwrap_or_default(), sequence: 0 }
+}
