@@ -1,0 +1,191 @@
+//! One file of the directory: when it changed, and what it held when it was last right.
+
+use super::documents::{Documents, StreamError};
+use super::fault::Fault;
+use super::manifest::Reader;
+use super::object::{Identity, Object};
+use std::collections::HashMap;
+use std::collections::hash_map::RandomState;
+use std::fs::{File, Metadata, OpenOptions};
+use std::hash::BuildHasher;
+use std::io::{self, BufReader};
+use std::num::NonZeroU64;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::Path;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+/// How many faults of one file are told. Who has more begins with these.
+const MAX_FAULTS: usize = 10;
+/// A file whose time stamps are younger than this when it is read can change again without their changing: the
+/// kernel's clock for them ticks every 1 to 10 ms.
+const RACY: Duration = Duration::from_millis(50);
+
+/// By what a file is known to have changed: a hash of its inode, its size and its times. The time of the last change
+/// of the inode tells of writers that set the time of modification back.
+pub type Signature = NonZeroU64;
+
+/// A file's signature.
+pub fn signature(m: &Metadata, hasher: &RandomState) -> Signature {
+    let all = (m.dev(), m.ino(), m.size(), (m.mtime(), m.mtime_nsec()), (m.ctime(), m.ctime_nsec()));
+    Signature::new(hasher.hash_one(all)).unwrap_or(Signature::MIN)
+}
+
+/// Whether a file, read at `now`, could change after that without a trace.
+fn is_racy(m: &Metadata, now: SystemTime) -> bool {
+    let now = now.duration_since(UNIX_EPOCH).unwrap_or_default();
+    let (seconds, nanos) = (m.ctime(), m.ctime_nsec()).max((m.mtime(), m.mtime_nsec()));
+    let stamp = Duration::new(seconds.try_into().unwrap_or(0), nanos.try_into().unwrap_or(0));
+    now < stamp + RACY
+}
+
+/// What a file holds. There are thousands of files with one object each.
+#[derive(Debug, Default)]
+pub enum Contents {
+    /// Nothing.
+    #[default]
+    Nothing,
+    /// One document with one object.
+    One(Document, (u32, Object)),
+    /// Others.
+    Many(Box<[Document]>, Box<[(u32, Object)]>),
+}
+
+/// A document is not parsed again while its text stays the same.
+#[derive(Clone, Copy, Debug)]
+pub struct Document {
+    /// Of its text.
+    hash: u64,
+    /// The line of the file that it starts with, from 1.
+    line: u32,
+    /// How many objects it has.
+    objects: u32,
+}
+
+impl Contents {
+    fn new(mut documents: Vec<Document>, mut objects: Vec<(u32, Object)>) -> Self {
+        if documents.len() > 1 || objects.len() > 1 {
+            return Contents::Many(documents.into(), objects.into());
+        }
+        match (documents.pop(), objects.pop()) {
+            (Some(document), Some(object)) => Contents::One(document, object),
+            _ => Contents::Nothing,
+        }
+    }
+
+    fn parts(&self) -> (&[Document], &[(u32, Object)]) {
+        match self {
+            Contents::Nothing => (&[], &[]),
+            Contents::One(document, object) => (std::slice::from_ref(document), std::slice::from_ref(object)),
+            Contents::Many(documents, objects) => (documents, objects),
+        }
+    }
+
+    /// The objects, with their lines in the file.
+    pub fn objects(&mut self) -> impl Iterator<Item = (u32, &mut Object)> {
+        let (documents, objects): (&[Document], &mut [(u32, Object)]) = match self {
+            Contents::Nothing => (&[], &mut []),
+            Contents::One(document, object) => (std::slice::from_ref(document), std::slice::from_mut(object)),
+            Contents::Many(documents, objects) => (documents, objects),
+        };
+        let lines = documents.iter().flat_map(|d| std::iter::repeat_n(d.line, d.objects as usize));
+        lines.zip(objects).map(|(first, (line, object))| (first + line.saturating_sub(1), object))
+    }
+
+    /// How many objects there are.
+    pub fn len(&self) -> usize {
+        self.parts().1.len()
+    }
+}
+
+/// What came of reading a file.
+pub enum Reading {
+    /// It is right.
+    Good(Contents),
+    /// It is wrong; each fault with its line in the file.
+    Bad(Vec<Fault>),
+    /// It changed while it was read.
+    Busy,
+}
+
+/// Reads a file, and parses those of its documents that `before` does not have.
+///
+/// # Errors
+/// The file cannot be read.
+pub fn read(
+    path: &Path,
+    before: &Contents,
+    reader: &mut Reader<'_>,
+    hasher: &RandomState,
+) -> io::Result<(Signature, bool, Reading)> {
+    // Who puts a pipe under such a name shall not make us wait for it.
+    let file = OpenOptions::new().read(true).custom_flags(nix::libc::O_NONBLOCK).open(path)?;
+    let metadata = file.metadata()?;
+    let before_reading = signature(&metadata, hasher);
+    let racy = is_racy(&metadata, SystemTime::now());
+    let reading = if !metadata.is_file() {
+        let message = "is no regular file; move it elsewhere".into();
+        Reading::Bad(vec![Fault { line: 1, message, ..Fault::default() }])
+    } else if metadata.len() == 0 && before.len() > 0 {
+        // More likely cut off by a full disk or caught in the middle of being written than meant.
+        let message = format!(
+            "is empty; the {} objects that it had are kept. If they are to go, delete the file or leave a comment in it",
+            before.len()
+        );
+        Reading::Bad(vec![Fault { line: 1, message, ..Fault::default() }])
+    } else {
+        parse(&file, before, reader, hasher)?
+    };
+    let unchanged = signature(&file.metadata()?, hasher) == before_reading;
+    Ok((before_reading, racy, if unchanged { reading } else { Reading::Busy }))
+}
+
+fn parse(file: &File, before: &Contents, reader: &mut Reader<'_>, hasher: &RandomState) -> io::Result<Reading> {
+    let mut stream = Documents::new(BufReader::with_capacity(32 << 10, file));
+    let known = by_hash(before);
+    let mut by_name: Option<HashMap<Identity<'_>, &Object>> = None;
+    let (mut documents, mut objects, mut faults) = (Vec::new(), Vec::new(), Vec::new());
+    loop {
+        let document = match stream.next() {
+            Ok(Some(document)) => document,
+            Ok(None) => break,
+            Err(StreamError::Read(e)) => return Err(e),
+            Err(StreamError::Text { line, message }) => {
+                faults.push(Fault { line, message, ..Fault::default() });
+                break;
+            }
+        };
+        let hash = hasher.hash_one(document.text);
+        let count = objects.len();
+        if let Some(same) = known.get(&hash) {
+            objects.extend_from_slice(same);
+        } else {
+            match reader.read(document.text) {
+                Ok(new) => {
+                    let by_name = by_name
+                        .get_or_insert_with(|| before.parts().1.iter().map(|(_, o)| (o.identity(), o)).collect());
+                    objects.extend(new.into_iter().map(|(line, object)| match by_name.get(&object.identity()) {
+                        Some(before) if before.says_the_same(&object) => (line, Object::clone(before)),
+                        _ => (line, object),
+                    }));
+                }
+                Err(fault) => faults.push(Fault { line: document.line + fault.line.max(1) - 1, ..fault }),
+            }
+        }
+        if faults.len() >= MAX_FAULTS {
+            break;
+        }
+        let count = (objects.len() - count) as u32;
+        documents.push(Document { hash, line: document.line, objects: count });
+    }
+    Ok(if faults.is_empty() { Reading::Good(Contents::new(documents, objects)) } else { Reading::Bad(faults) })
+}
+
+fn by_hash(contents: &Contents) -> HashMap<u64, &[(u32, Object)]> {
+    let (documents, mut rest) = contents.parts();
+    let document = |d: &Document| {
+        let (own, others) = rest.split_at(d.objects as usize);
+        rest = others;
+        (d.hash, own)
+    };
+    documents.iter().map(document).collect()
+}

@@ -1,0 +1,165 @@
+//! Kubernetes' own kinds: the few fields that Egret uses, read strictly; everything else in them is passed over.
+
+use super::fault::Fault;
+use super::names::Names;
+use crate::plan::model::{Node, Pod, Service};
+use crate::plan::selector::Selector;
+use ipnetwork::IpNetwork;
+use serde::Deserialize;
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::str::FromStr;
+
+/// `metadata`, of any kind.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Metadata {
+    pub name: Option<String>,
+    pub namespace: Option<String>,
+    pub uid: Option<String>,
+    pub labels: Option<BTreeMap<String, String>>,
+    pub annotations: Option<BTreeMap<String, String>>,
+    pub creation_timestamp: Option<String>,
+    pub generation: Option<i64>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+pub struct NodeSpec {
+    #[serde(rename = "podCIDR")]
+    pod_cidr: Option<String>,
+    #[serde(rename = "podCIDRs")]
+    pod_cidrs: Option<Vec<String>>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+pub struct NodeStatus {
+    addresses: Option<Vec<NodeAddress>>,
+}
+
+#[derive(Debug, Deserialize)]
+struct NodeAddress {
+    #[serde(rename = "type")]
+    type_: String,
+    address: String,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct PodSpec {
+    pub node_name: Option<String>,
+    host_network: Option<bool>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+pub struct PodStatus {
+    phase: Option<String>,
+    #[serde(rename = "podIP")]
+    pod_ip: Option<String>,
+    #[serde(rename = "podIPs")]
+    pod_ips: Option<Vec<PodIp>>,
+}
+
+#[derive(Debug, Deserialize)]
+struct PodIp {
+    ip: String,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+pub struct ServiceSpec {
+    #[serde(rename = "type")]
+    type_: Option<String>,
+    selector: Option<BTreeMap<String, String>>,
+    #[serde(rename = "clusterIP")]
+    cluster_ip: Option<String>,
+    #[serde(rename = "clusterIPs")]
+    cluster_ips: Option<Vec<String>>,
+}
+
+/// A Node.
+///
+/// # Errors
+/// An address or a network that is none.
+pub fn node(meta: &Metadata, spec: &NodeSpec, status: &NodeStatus, names: &mut Names) -> Result<Node, Fault> {
+    let (mut internal, mut external) = (Vec::new(), Vec::new());
+    for (i, a) in status.addresses.iter().flatten().enumerate() {
+        let to = match a.type_.as_str() {
+            "InternalIP" => &mut internal,
+            "ExternalIP" => &mut external,
+            _ => continue,
+        };
+        to.push(address(&a.address, || format!("status.addresses[{i}].address"))?);
+    }
+    let pod_cidrs = match (&spec.pod_cidrs, &spec.pod_cidr) {
+        (Some(all), _) if !all.is_empty() => all
+            .iter()
+            .enumerate()
+            .map(|(i, c)| network(c, || format!("spec.podCIDRs[{i}]")))
+            .collect::<Result<_, _>>()?,
+        (_, Some(one)) if !one.is_empty() => [network(one, || "spec.podCIDR".into())?].into(),
+        _ => Box::default(),
+    };
+    let labels = names.labels(meta.labels.as_ref().unwrap_or(&BTreeMap::new()));
+    let count = internal.len();
+    internal.append(&mut external);
+    Ok(Node { labels, addresses: internal.into(), internal: count, pod_cidrs })
+}
+
+/// A Pod.
+///
+/// # Errors
+/// An address that is none.
+pub fn pod(meta: &Metadata, spec: &PodSpec, status: &PodStatus, names: &mut Names) -> Result<Pod, Fault> {
+    let addresses = match (&status.pod_ips, &status.pod_ip) {
+        (Some(all), _) if !all.is_empty() => all
+            .iter()
+            .enumerate()
+            .map(|(i, a)| address(&a.ip, || format!("status.podIPs[{i}].ip")))
+            .collect::<Result<_, _>>()?,
+        (_, Some(one)) if !one.is_empty() => [address(one, || "status.podIP".into())?].into(),
+        _ => Box::default(),
+    };
+    Ok(Pod {
+        uid: meta.uid.as_deref().unwrap_or_default().into(),
+        labels: names.labels(meta.labels.as_ref().unwrap_or(&BTreeMap::new())),
+        node: spec.node_name.as_deref().filter(|n| !n.is_empty()).map(|n| names.get(n)),
+        addresses,
+        host_network: spec.host_network.unwrap_or_default(),
+        finished: matches!(status.phase.as_deref(), Some("Succeeded" | "Failed")),
+    })
+}
+
+/// A Service.
+///
+/// # Errors
+/// A cluster address that is neither an address nor `None`.
+pub fn service(spec: &ServiceSpec, names: &mut Names) -> Result<Service, Fault> {
+    let listed = match (&spec.cluster_ips, &spec.cluster_ip) {
+        (Some(all), _) if !all.is_empty() => all.iter().enumerate().map(|(i, a)| (Some(i), a)).collect(),
+        (_, Some(one)) => vec![(None, one)],
+        _ => Vec::new(),
+    };
+    let mut cluster_ips = Vec::new();
+    for (i, text) in listed.into_iter().filter(|(_, a)| !a.is_empty() && *a != "None") {
+        let field = || i.map_or("spec.clusterIP".into(), |i| format!("spec.clusterIPs[{i}]"));
+        cluster_ips.push(address(text, field)?);
+    }
+    // The endpoints controllers pass over Services of type ExternalName and those without a selector.
+    let selector = spec.selector.as_ref().filter(|s| !s.is_empty() && spec.type_.as_deref() != Some("ExternalName"));
+    let selector = selector.map(|s| Selector::equals(s.iter().map(|(k, v)| (names.get(k), names.get(v)))));
+    Ok(Service { selector, cluster_ips: cluster_ips.into() })
+}
+
+fn address(text: &str, field: impl Fn() -> String) -> Result<IpAddr, Fault> {
+    text.parse().map_err(|_| Fault::field(field(), format!("{text:?} is not an IP address")))
+}
+
+/// Kubernetes lets host bits stand in these; they mean nothing.
+fn network(text: &str, field: impl Fn() -> String) -> Result<IpNetwork, Fault> {
+    let wrong = || Fault::field(field(), format!("{text:?} is not a network; write it like 10.244.1.0/24"));
+    let net = IpNetwork::from_str(text).ok().filter(|_| text.contains('/')).ok_or_else(wrong)?;
+    IpNetwork::new(net.network(), net.prefix()).map_err(|_| wrong())
+}

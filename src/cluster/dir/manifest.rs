@@ -1,0 +1,331 @@
+//! From a document's text to objects: which kind it is, and its parts in whatever order they stand.
+
+use super::fault::{Fault, line_of, options};
+use super::kubernetes::Metadata;
+use super::names::Names;
+use super::object::{Identity, Kind, Object, label};
+use super::validate::{Spec, Status, object};
+use crate::api::API_VERSION;
+use serde::de::{DeserializeSeed, Deserializer, Error as _, IgnoredAny, MapAccess, SeqAccess, Visitor};
+use serde_saphyr::Spanned;
+use std::fmt;
+use tracing::{debug, info};
+
+/// Reads the manifests of one file.
+pub struct Reader<'a> {
+    /// The names of the whole source.
+    pub names: &'a mut Names,
+    /// Only this node's pods are wanted.
+    pub node: Option<&'a str>,
+    /// Set if the file is one of the directory of statuses: the object whose status it should have.
+    pub status_of: Option<Identity<'a>>,
+}
+
+impl Reader<'_> {
+    /// The objects in a document, each with its line in `text`, from 1.
+    ///
+    /// # Errors
+    /// The first thing that is wrong.
+    pub fn read(&mut self, text: &str) -> Result<Vec<(u32, Object)>, Fault> {
+        // JSON is YAML too, but its own parser is ten times faster. What it refuses, the other one shall explain.
+        if text.trim_start().starts_with('{')
+            && let Ok(objects) = self.passes(|pass| {
+                let mut json = serde_json::Deserializer::from_str(text);
+                Part { pass, nested: false }.deserialize(&mut json)?;
+                json.end()
+            })
+        {
+            return Ok(objects);
+        }
+        self.passes(|pass| {
+            serde_saphyr::with_deserializer_from_str_with_options(text, options(), |yaml| {
+                Part { pass, nested: false }.deserialize(yaml)
+            })
+        })
+        .map_err(|(Blame { mut fault, path, line }, e)| {
+            if fault.message.is_empty() {
+                let object = std::mem::take(&mut fault.object);
+                fault = Fault { object, ..Fault::from(&e) };
+            } else if fault.line == 0 && !fault.field.is_empty() {
+                fault.line = line_of(text, &format!("{path}{}", fault.field)).unwrap_or(0);
+            }
+            if fault.line == 0 {
+                fault.line = line;
+            }
+            fault
+        })
+    }
+
+    /// Goes through the text once; and a second time if an object's kind stood behind what depends on it.
+    fn passes<E>(
+        &mut self,
+        mut parse: impl FnMut(&mut Pass<'_, '_>) -> Result<(), E>,
+    ) -> Result<Vec<(u32, Object)>, (Blame, E)> {
+        let mut kinds = Vec::new();
+        loop {
+            let mut pass =
+                Pass { reader: self, known: kinds, kinds: Vec::new(), again: false, objects: Vec::new(), fault: None };
+            let result = parse(&mut pass);
+            let Pass { kinds: found, again, objects, fault, .. } = pass;
+            match result {
+                Ok(()) if again => kinds = found,
+                Ok(()) => return Ok(objects),
+                Err(e) => return Err((fault.unwrap_or_default(), e)),
+            }
+        }
+    }
+}
+
+/// What an object's kind says about how to read it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Role {
+    /// `kind: List`.
+    List,
+    /// Egret uses it.
+    Used(Kind),
+    /// Egret does not use it.
+    Foreign,
+}
+
+/// What is wrong, and in which object.
+#[derive(Default)]
+struct Blame {
+    /// Without a message if the parser has it.
+    fault: Fault,
+    /// The object's place within the document, `items[3].`, or empty.
+    path: String,
+    /// The object's line.
+    line: u32,
+}
+
+/// One reading of a document.
+struct Pass<'p, 'a> {
+    reader: &'p mut Reader<'a>,
+    /// What the reading before found out, by the objects' order.
+    known: Vec<Option<Role>>,
+    kinds: Vec<Option<Role>>,
+    /// A part was passed over because its object's kind was not known yet.
+    again: bool,
+    objects: Vec<(u32, Object)>,
+    fault: Option<Blame>,
+}
+
+/// One object of a document, or the list that holds the others.
+struct Part<'x, 'p, 'a> {
+    pass: &'x mut Pass<'p, 'a>,
+    /// Within a list.
+    nested: bool,
+}
+
+/// What has been seen of an object so far.
+#[derive(Default)]
+struct Seen {
+    line: u32,
+    api_version: Option<Spanned<String>>,
+    kind: Option<Spanned<String>>,
+    role: Option<Role>,
+    metadata: Option<Metadata>,
+    spec: Option<Spec>,
+    status: Option<Status>,
+    items: bool,
+    /// A field that no object of Egret's has.
+    strange: Option<(String, u32)>,
+}
+
+fn line(at: serde_saphyr::Location) -> u32 {
+    u32::try_from(at.line()).unwrap_or(0)
+}
+
+impl Seen {
+    /// Finds the role out once both of the fields that tell it are there.
+    fn role(&mut self) -> Result<Option<Role>, Fault> {
+        if let (None, Some(version), Some(kind)) = (self.role, &self.api_version, &self.kind) {
+            self.role = Some(match Kind::of(&version.value, &kind.value) {
+                _ if version.value == "v1" && kind.value == "List" => Role::List,
+                Ok(Some(kind)) => Role::Used(kind),
+                Ok(None) => {
+                    pass_over(&version.value, &kind.value);
+                    Role::Foreign
+                }
+                Err(message) => {
+                    let at = if version.value == API_VERSION { kind } else { version };
+                    return Err(Fault { line: line(at.referenced), message, ..Fault::default() });
+                }
+            });
+        }
+        Ok(self.role)
+    }
+
+    fn label(&self) -> String {
+        match (self.role, self.metadata.as_ref().and_then(|m| m.name.as_deref())) {
+            (Some(Role::Used(kind)), Some(name)) => {
+                let namespace = self.metadata.as_ref().and_then(|m| m.namespace.as_deref());
+                label((kind, namespace.filter(|_| kind.is_namespaced()), name))
+            }
+            (Some(Role::Used(kind)), None) => kind.to_string(),
+            _ => String::new(),
+        }
+    }
+}
+
+fn pass_over(version: &str, kind: &str) {
+    // Other projects have kinds of these names; so has a manifest with a misspelt group.
+    if matches!(kind, "EgressGateway" | "EgressPolicy" | "ClusterEgressPolicy" | "EgressNode") {
+        info!("{kind} of apiVersion {version:?} is passed over: Egret's own have {API_VERSION}");
+    } else {
+        debug!("{kind} of apiVersion {version:?} is passed over");
+    }
+}
+
+impl<'de> DeserializeSeed<'de> for Part<'_, '_, '_> {
+    type Value = ();
+
+    fn deserialize<D: Deserializer<'de>>(self, d: D) -> Result<(), D::Error> {
+        d.deserialize_map(self)
+    }
+}
+
+impl<'de> Visitor<'de> for Part<'_, '_, '_> {
+    type Value = ();
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a manifest")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(mut self, mut map: A) -> Result<(), A::Error> {
+        let index = self.pass.kinds.len();
+        self.pass.kinds.push(None);
+        let mut seen = Seen { role: self.pass.known.get(index).copied().flatten(), ..Seen::default() };
+        let result = self.fields(&mut map, &mut seen).and_then(|()| self.finish(&mut seen).map_err(Failure::Fault));
+        self.pass.kinds[index] = seen.role;
+        let (mut fault, e) = match result {
+            Ok(()) => return Ok(()),
+            Err(Failure::Fault(fault)) => (fault, A::Error::custom("the manifest is wrong")),
+            Err(Failure::Parser(e)) => (Fault::default(), e),
+        };
+        // What is wrong in one of a list's objects is not blamed on the list.
+        if self.pass.fault.is_none() {
+            if fault.object.is_empty() {
+                fault.object = seen.label();
+            }
+            let path = if self.nested { format!("items[{}].", index.saturating_sub(1)) } else { String::new() };
+            self.pass.fault = Some(Blame { fault, path, line: seen.line });
+        }
+        Err(e)
+    }
+}
+
+/// Why reading an object ended early.
+enum Failure<E> {
+    Parser(E),
+    Fault(Fault),
+}
+
+impl<E> From<E> for Failure<E> {
+    fn from(e: E) -> Self {
+        Failure::Parser(e)
+    }
+}
+
+impl Part<'_, '_, '_> {
+    fn fields<'de, A: MapAccess<'de>>(&mut self, map: &mut A, seen: &mut Seen) -> Result<(), Failure<A::Error>> {
+        while let Some(key) = map.next_key::<Spanned<String>>()? {
+            let at = line(key.referenced);
+            if seen.line == 0 {
+                seen.line = at;
+            }
+            let twice = match key.value.as_str() {
+                "apiVersion" => seen.api_version.replace(map.next_value()?).is_some(),
+                "kind" => seen.kind.replace(map.next_value()?).is_some(),
+                _ if seen.role == Some(Role::Foreign) => {
+                    map.next_value::<IgnoredAny>()?;
+                    continue;
+                }
+                "metadata" => seen.metadata.replace(map.next_value()?).is_some(),
+                "items" if !self.nested && matches!(seen.role, None | Some(Role::List)) => {
+                    seen.items = true;
+                    map.next_value_seed(Items(self.pass))?;
+                    false
+                }
+                "spec" | "status" => match seen.role {
+                    Some(Role::Used(kind)) => {
+                        let of_status = self.pass.reader.status_of.is_some();
+                        if key.value == "spec" {
+                            seen.spec.replace(map.next_value_seed(Spec::seed(kind, of_status))?).is_some()
+                        } else {
+                            seen.status.replace(map.next_value_seed(Status::seed(kind, of_status))?).is_some()
+                        }
+                    }
+                    other => {
+                        self.pass.again |= other.is_none();
+                        map.next_value::<IgnoredAny>()?;
+                        false
+                    }
+                },
+                _ => {
+                    map.next_value::<IgnoredAny>()?;
+                    seen.strange.get_or_insert((key.value, at));
+                    continue;
+                }
+            };
+            if twice {
+                // The YAML parser tells of it before we see it; the JSON parser does not.
+                return Err(Failure::Parser(A::Error::custom("a field stands there twice")));
+            }
+            seen.role().map_err(Failure::Fault)?;
+        }
+        Ok(())
+    }
+
+    fn finish(&mut self, seen: &mut Seen) -> Result<(), Fault> {
+        let missing = |field: &str| Fault { message: format!("has no {field}"), ..Fault::default() };
+        let kind = match seen.role {
+            _ if seen.kind.is_none() => return Err(missing("kind")),
+            _ if seen.api_version.is_none() => return Err(missing("apiVersion")),
+            Some(Role::Used(kind)) => kind,
+            Some(Role::Foreign) | Some(Role::List) | None => return Ok(()),
+        };
+        if self.pass.again {
+            return Ok(());
+        }
+        if let (Some((field, at)), true) = (&seen.strange, kind.is_ours()) {
+            return Err(Fault {
+                line: *at,
+                message: format!(
+                    "unknown field {field:?}; the fields here are apiVersion, kind, metadata, spec and status"
+                ),
+                ..Fault::default()
+            });
+        }
+        let (spec, status) = (seen.spec.take(), seen.status.take());
+        let metadata = seen.metadata.get_or_insert_default();
+        if let Some(object) = object(self.pass.reader, kind, metadata, spec, status)? {
+            self.pass.objects.push((seen.line, object));
+        }
+        Ok(())
+    }
+}
+
+/// The objects of a list.
+struct Items<'x, 'p, 'a>(&'x mut Pass<'p, 'a>);
+
+impl<'de> DeserializeSeed<'de> for Items<'_, '_, '_> {
+    type Value = ();
+
+    fn deserialize<D: Deserializer<'de>>(self, d: D) -> Result<(), D::Error> {
+        d.deserialize_seq(self)
+    }
+}
+
+impl<'de> Visitor<'de> for Items<'_, '_, '_> {
+    type Value = ();
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a list of manifests")
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<(), A::Error> {
+        while list.next_element_seed(Part { pass: self.0, nested: true })?.is_some() {}
+        Ok(())
+    }
+}

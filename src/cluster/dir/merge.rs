@@ -1,0 +1,132 @@
+//! From the files' objects to one snapshot.
+
+use super::object::{Ledger, Object};
+use crate::plan::model::{Cluster, PolicyKey};
+use crate::plan::selector::Name;
+use crate::plan::shared::Shared;
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+
+/// One file's part in the snapshot.
+pub struct Part<'a, O> {
+    /// Relative to the directory.
+    pub path: &'a Path,
+    /// Whether it lies in the directory of statuses.
+    pub is_status: bool,
+    /// Its objects, with their lines.
+    pub objects: O,
+}
+
+/// Where an object stands.
+#[derive(Clone, Copy)]
+pub struct Place<'a> {
+    /// The file, relative to the directory.
+    pub path: &'a Path,
+    /// The line, from 1.
+    pub line: u32,
+}
+
+/// Puts the objects of all files together. Of two that have the same name, the first in the order of paths and lines
+/// counts, and `twice` is told what they are, where the first is, and where the other.
+pub fn merge<'a, O: Iterator<Item = (u32, &'a mut Object)>>(
+    parts: impl Iterator<Item = Part<'a, O>>,
+    mut twice: impl FnMut(String, Place<'_>, Place<'_>),
+) -> Cluster {
+    let (mut nodes, mut namespaces, mut pods, mut services) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    let (mut gateways, mut policies) = (Vec::new(), Vec::new());
+    let (mut egress_nodes, mut reported, mut policy_statuses) = (Vec::new(), Vec::new(), Vec::new());
+    let mut ledgers: BTreeMap<Name, &mut Ledger> = BTreeMap::new();
+    for Part { path, is_status, objects } in parts {
+        for (line, object) in objects {
+            let at = Place { path, line };
+            match object {
+                Object::Node(name, v) => nodes.push((name.clone(), at, v.clone())),
+                Object::Namespace(name, v) => namespaces.push((name.clone(), at, v.clone())),
+                Object::Pod(key, v) => pods.push((key.clone(), at, v.clone())),
+                Object::Service(key, v) => services.push((key.clone(), at, v.clone())),
+                Object::Gateway(name, v) => gateways.push((name.clone(), at, v.clone())),
+                Object::Policy(key, v) => policies.push((key.clone(), at, v.clone())),
+                Object::EgressNode(name, v) if is_status => reported.push((name.clone(), at, v.clone())),
+                Object::EgressNode(name, v) => egress_nodes.push((name.clone(), at, v.clone())),
+                Object::PolicyStatus(key, v) => policy_statuses.push((key.clone(), at, v.clone())),
+                // The path of a status file names the object, so no two files have the same one's.
+                Object::Ledger(name, ledger) => drop(ledgers.insert(name.clone(), ledger)),
+            }
+        }
+    }
+    let mut all_reported = unique(reported, |n| format!("EgressNode/{n}"), &mut twice);
+    for (name, status) in unique(egress_nodes, |n| format!("EgressNode/{n}"), &mut twice) {
+        all_reported.entry(name).or_insert(status);
+    }
+    let mut gateways = unique(gateways, |n| format!("EgressGateway/{n}"), &mut twice);
+    for (name, gateway) in &mut gateways {
+        if let Some(ledger) = ledgers.get_mut(name) {
+            *gateway = ledger.merge(gateway);
+        }
+    }
+    let kind = |key: &PolicyKey| if key.namespace.is_some() { "EgressPolicy" } else { "ClusterEgressPolicy" };
+    Cluster {
+        nodes: unique(nodes, |n| format!("Node/{n}"), &mut twice).into(),
+        namespaces: unique(namespaces, |n| format!("Namespace/{n}"), &mut twice).into(),
+        pods: unique(pods, |k| format!("Pod/{k}"), &mut twice).into(),
+        services: unique(services, |k| format!("Service/{k}"), &mut twice).into(),
+        gateways: gateways.into(),
+        policies: unique(policies, |k| format!("{}/{k}", kind(k)), &mut twice).into(),
+        egress_nodes: all_reported.into(),
+        policy_statuses: unique(policy_statuses, |k| format!("the status of {k}"), &mut twice).into(),
+        ..Cluster::default()
+    }
+}
+
+fn unique<'a, K: Ord, V>(
+    mut all: Vec<(K, Place<'a>, V)>,
+    what: impl Fn(&K) -> String,
+    twice: &mut impl FnMut(String, Place<'_>, Place<'_>),
+) -> BTreeMap<K, V> {
+    // Stable: who came first stays first.
+    all.sort_by(|a, b| a.0.cmp(&b.0));
+    all.dedup_by(|b, a| {
+        let same = a.0 == b.0;
+        if same {
+            twice(what(&a.0), a.1, b.1);
+        }
+        same
+    });
+    all.into_iter().map(|(key, _, value)| (key, value)).collect()
+}
+
+/// An object and its name.
+type Entry<'a, K, V> = (&'a K, &'a Arc<V>);
+
+/// Lets a snapshot share with the one before it what is the same in both, and returns whether that is all of it. Most
+/// objects are shared already, so their contents need no look.
+pub fn share(before: &Cluster, now: &mut Cluster) -> bool {
+    fn objects<K: PartialEq, V: PartialEq>(
+        before: &Shared<BTreeMap<K, Arc<V>>>,
+        now: &mut Shared<BTreeMap<K, Arc<V>>>,
+    ) -> bool {
+        let object = |(a, b): (Entry<'_, K, V>, Entry<'_, K, V>)| a.0 == b.0 && (Arc::ptr_eq(a.1, b.1) || a.1 == b.1);
+        let same = before.len() == now.len() && before.iter().zip(&*now).all(object);
+        if same {
+            now.clone_from(before);
+        }
+        same
+    }
+    let namespaces = before.namespaces == now.namespaces;
+    if namespaces {
+        now.namespaces.clone_from(&before.namespaces);
+    }
+    [
+        namespaces,
+        objects(&before.nodes, &mut now.nodes),
+        objects(&before.pods, &mut now.pods),
+        objects(&before.services, &mut now.services),
+        objects(&before.gateways, &mut now.gateways),
+        objects(&before.policies, &mut now.policies),
+        objects(&before.egress_nodes, &mut now.egress_nodes),
+        objects(&before.policy_statuses, &mut now.policy_statuses),
+    ]
+    .iter()
+    .all(|same| *same)
+}

@@ -1,0 +1,73 @@
+//! Names kept once, and lists of destinations: clusters repeat the same few ten thousand times.
+
+use crate::plan::destination::Destination;
+use crate::plan::model::{Gateway, Namespaces, PodMatch, Policy};
+use crate::plan::selector::{Labels, Name, Selector};
+use std::collections::{BTreeMap, HashSet};
+use std::sync::Arc;
+
+/// What was seen so far.
+#[derive(Debug, Default)]
+pub struct Names {
+    words: HashSet<Name>,
+    destinations: HashSet<Arc<[Destination]>>,
+}
+
+impl Names {
+    /// The one copy of `text`.
+    pub fn get(&mut self, text: &str) -> Name {
+        match self.words.get(text) {
+            Some(name) => name.clone(),
+            None => {
+                let name = Name::from(text);
+                self.words.insert(name.clone());
+                name
+            }
+        }
+    }
+
+    /// Labels, each word of them kept once.
+    pub fn labels(&mut self, labels: &BTreeMap<String, String>) -> Labels {
+        labels.iter().map(|(k, v)| (self.get(k), self.get(v))).collect()
+    }
+
+    /// Exchanges a selector's words for the copies kept here.
+    pub fn selector(&mut self, selector: &mut Selector) {
+        selector.share_names(&mut |name| self.get(name));
+    }
+
+    /// As [`Names::selector`], for all of a policy.
+    pub fn policy(&mut self, policy: &mut Policy) {
+        match &mut policy.namespaces {
+            Namespaces::One(name) => *name = self.get(name),
+            Namespaces::Selected(s) => self.selector(s),
+        }
+        match &mut policy.pods {
+            PodMatch::Labels(s) => self.selector(s),
+            PodMatch::Services(names) => names.iter_mut().for_each(|n| *n = self.get(n)),
+        }
+        for name in [&mut policy.gateway, &mut policy.move_to].into_iter().flatten() {
+            *name = self.get(name);
+        }
+        if let Some(egress) = &mut policy.egress {
+            match self.destinations.get(egress) {
+                Some(same) => *egress = same.clone(),
+                None => drop(self.destinations.insert(egress.clone())),
+            }
+        }
+    }
+
+    /// As [`Names::selector`], for all of a gateway.
+    pub fn gateway(&mut self, gateway: &mut Gateway) {
+        self.selector(&mut gateway.nodes);
+        self.selector(&mut gateway.namespaces);
+    }
+
+    /// Forgets what is used once or not at all: there is nothing to share in it.
+    pub fn tidy(&mut self) {
+        self.words.retain(|name| Arc::strong_count(name) > 2);
+        self.words.shrink_to_fit();
+        self.destinations.retain(|list| Arc::strong_count(list) > 2);
+        self.destinations.shrink_to_fit();
+    }
+}

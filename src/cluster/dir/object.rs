@@ -1,0 +1,182 @@
+//! What a manifest is turned into: one of these for each object that Egret uses.
+
+use crate::api::{EgressGatewayStatus, EgressNodeStatus, EgressPolicyStatus, GROUP, VERSION};
+use crate::plan::model::{Gateway, Node, ObjectKey, Pod, Policy, PolicyKey, Service};
+use crate::plan::selector::{Labels, Name};
+use std::fmt;
+use std::sync::Arc;
+
+/// The kinds that are read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Kind {
+    /// `v1`.
+    Namespace,
+    /// `v1`.
+    Node,
+    /// `v1`.
+    Pod,
+    /// `v1`.
+    Service,
+    /// Egret's.
+    EgressGateway,
+    /// Egret's.
+    EgressPolicy,
+    /// Egret's.
+    ClusterEgressPolicy,
+    /// Egret's.
+    EgressNode,
+}
+
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Debug::fmt(self, f)
+    }
+}
+
+impl Kind {
+    /// What `apiVersion` and `kind` mean; `None`: something that Egret does not use.
+    ///
+    /// # Errors
+    /// A kind or a version of Egret's group that this build does not know; the text says which.
+    pub fn of(api_version: &str, kind: &str) -> Result<Option<Kind>, String> {
+        let (group, version) = api_version.split_once('/').unwrap_or(("", api_version));
+        Ok(Some(match (group, kind) {
+            ("", "Namespace") => Kind::Namespace,
+            ("", "Node") => Kind::Node,
+            ("", "Pod") => Kind::Pod,
+            ("", "Service") => Kind::Service,
+            (GROUP, _) if version != VERSION => {
+                return Err(format!("apiVersion {api_version:?} is unknown here; write {GROUP}/{VERSION}"));
+            }
+            (GROUP, "EgressGateway") => Kind::EgressGateway,
+            (GROUP, "EgressPolicy") => Kind::EgressPolicy,
+            (GROUP, "ClusterEgressPolicy") => Kind::ClusterEgressPolicy,
+            (GROUP, "EgressNode") => Kind::EgressNode,
+            (GROUP, _) => {
+                return Err(format!(
+                    "kind {kind:?} is unknown in {GROUP}; write EgressGateway, EgressPolicy, ClusterEgressPolicy or \
+                     EgressNode"
+                ));
+            }
+            _ => return Ok(None),
+        }))
+    }
+
+    /// Whether its objects live in a namespace.
+    pub fn is_namespaced(self) -> bool {
+        matches!(self, Kind::Pod | Kind::Service | Kind::EgressPolicy)
+    }
+
+    /// Whether it is of Egret's group: every field counts, and unknown ones are errors.
+    pub fn is_ours(self) -> bool {
+        matches!(self, Kind::EgressGateway | Kind::EgressPolicy | Kind::ClusterEgressPolicy | Kind::EgressNode)
+    }
+}
+
+/// An object, validated. There are tens of thousands, so it is kept small.
+#[derive(Clone, Debug)]
+pub enum Object {
+    Namespace(Name, Labels),
+    Node(Name, Arc<Node>),
+    Pod(ObjectKey, Arc<Pod>),
+    Service(ObjectKey, Arc<Service>),
+    Gateway(Name, Arc<Gateway>),
+    /// Of either kind.
+    Policy(PolicyKey, Arc<Policy>),
+    EgressNode(Name, Arc<EgressNodeStatus>),
+    /// A gateway's status, from the directory of statuses.
+    Ledger(Name, Box<Ledger>),
+    /// A policy's status, from the directory of statuses.
+    PolicyStatus(PolicyKey, Arc<EgressPolicyStatus>),
+}
+
+/// A gateway's status. It is big; once a snapshot has it, only the snapshot's copy is kept.
+#[derive(Clone, Debug)]
+pub enum Ledger {
+    /// As it was read.
+    Read(EgressGatewayStatus),
+    /// In the snapshot.
+    Merged {
+        /// The gateway as the user wrote it.
+        spec: Arc<Gateway>,
+        /// The same, with the status.
+        whole: Arc<Gateway>,
+    },
+}
+
+impl Ledger {
+    /// The status, wherever it is.
+    pub fn status(&self) -> &EgressGatewayStatus {
+        match self {
+            Ledger::Read(status) => status,
+            Ledger::Merged { whole, .. } => &whole.status,
+        }
+    }
+
+    /// The gateway `spec` with this status.
+    pub fn merge(&mut self, spec: &Arc<Gateway>) -> Arc<Gateway> {
+        let status = match self {
+            Ledger::Merged { spec: before, whole } if Arc::ptr_eq(before, spec) => return whole.clone(),
+            Ledger::Merged { whole, .. } => whole.status.clone(),
+            Ledger::Read(status) => std::mem::take(status),
+        };
+        let whole = Arc::new(Gateway { status, ..Gateway::clone(spec) });
+        *self = Ledger::Merged { spec: spec.clone(), whole: whole.clone() };
+        whole
+    }
+}
+
+/// What an object is called: kind, namespace, name. A status is called as the object that it belongs to.
+pub type Identity<'a> = (Kind, Option<&'a str>, &'a str);
+
+impl Object {
+    /// What it is called.
+    pub fn identity(&self) -> Identity<'_> {
+        match self {
+            Object::Namespace(name, _) => (Kind::Namespace, None, name),
+            Object::Node(name, _) => (Kind::Node, None, name),
+            Object::Pod(key, _) => (Kind::Pod, Some(&key.namespace), &key.name),
+            Object::Service(key, _) => (Kind::Service, Some(&key.namespace), &key.name),
+            Object::Gateway(name, _) | Object::Ledger(name, _) => (Kind::EgressGateway, None, name),
+            Object::Policy(key, _) | Object::PolicyStatus(key, _) => match &key.namespace {
+                Some(namespace) => (Kind::EgressPolicy, Some(namespace), &key.name),
+                None => (Kind::ClusterEgressPolicy, None, &key.name),
+            },
+            Object::EgressNode(name, _) => (Kind::EgressNode, None, name),
+        }
+    }
+
+    /// Whether the two mean the same. Both have the same identity.
+    pub fn says_the_same(&self, other: &Object) -> bool {
+        match (self, other) {
+            (Object::Namespace(_, a), Object::Namespace(_, b)) => a == b,
+            (Object::Node(_, a), Object::Node(_, b)) => a == b,
+            (Object::Pod(_, a), Object::Pod(_, b)) => a == b,
+            (Object::Service(_, a), Object::Service(_, b)) => a == b,
+            (Object::Gateway(_, a), Object::Gateway(_, b)) => a == b,
+            (Object::Policy(_, a), Object::Policy(_, b)) => a == b,
+            (Object::EgressNode(_, a), Object::EgressNode(_, b)) => a == b,
+            (Object::Ledger(_, a), Object::Ledger(_, b)) => a.status() == b.status(),
+            (Object::PolicyStatus(_, a), Object::PolicyStatus(_, b)) => a == b,
+            _ => false,
+        }
+    }
+}
+
+/// `Kind/name` or `Kind/namespace/name`, as problems are told.
+pub fn label((kind, namespace, name): Identity<'_>) -> String {
+    match namespace {
+        Some(namespace) => format!("{kind}/{namespace}/{name}"),
+        None => format!("{kind}/{name}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Object;
+
+    #[test]
+    fn objects_are_small() {
+        assert!(size_of::<(u32, Object)>() <= 56);
+    }
+}

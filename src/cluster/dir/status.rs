@@ -1,0 +1,185 @@
+//! Writes statuses into the directory's own subdirectory, `status/`.
+
+use super::area::{STATUS, status_of, status_path};
+use super::object::{Identity, Kind};
+use super::validate::is_subdomain;
+use crate::api::{API_VERSION, EgressGatewayStatus, EgressNodeStatus, EgressPolicyStatus};
+use crate::plan::model::{Cluster, PolicyKey};
+use anyhow::{Context, bail};
+use serde::Serialize;
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// A status of this length, bytes, is written as JSON, which is YAML too: a ledger of ten thousand paths is written and
+/// read ten times faster so.
+const JSON_FROM: usize = 64 << 10;
+
+/// Writes statuses into `PATH/status/`.
+#[derive(Clone, Debug)]
+pub struct Statuses {
+    directory: PathBuf,
+    /// Parts of the directory could not be read: what is not in a snapshot may exist all the same.
+    incomplete: Arc<AtomicBool>,
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Manifest<'a, S> {
+    api_version: &'static str,
+    kind: String,
+    metadata: Metadata<'a>,
+    status: &'a S,
+}
+
+#[derive(Serialize)]
+struct Metadata<'a> {
+    name: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    namespace: Option<&'a str>,
+}
+
+impl Statuses {
+    pub(super) fn new(directory: PathBuf, incomplete: Arc<AtomicBool>) -> Self {
+        Statuses { directory, incomplete }
+    }
+
+    pub(in crate::cluster) fn gateway(&self, name: &str, status: &EgressGatewayStatus) -> anyhow::Result<()> {
+        self.write((Kind::EgressGateway, None, name), status)
+    }
+
+    pub(in crate::cluster) fn policy(&self, key: &PolicyKey, status: &EgressPolicyStatus) -> anyhow::Result<()> {
+        let kind = if key.namespace.is_some() { Kind::EgressPolicy } else { Kind::ClusterEgressPolicy };
+        self.write((kind, key.namespace.as_deref(), &key.name), status)
+    }
+
+    pub(in crate::cluster) fn node(&self, name: &str, status: &EgressNodeStatus) -> anyhow::Result<()> {
+        self.write((Kind::EgressNode, None, name), status)
+    }
+
+    /// Removes the statuses of gateways and policies that are not in `cluster`. While parts of the directory cannot
+    /// be read, nothing is removed: a ledger shall not be lost because of a typing error beside it.
+    pub(in crate::cluster) fn forget(&self, cluster: &Cluster) -> anyhow::Result<()> {
+        if self.incomplete.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        let status = Path::new(STATUS);
+        let mut directories: Vec<PathBuf> =
+            ["egressgateways", "clusteregresspolicies"].iter().map(|d| status.join(d)).collect();
+        let namespaces = status.join("egresspolicies");
+        directories.extend(self.list(&namespaces)?.into_iter().map(|ns| namespaces.join(ns)));
+        for directory in directories {
+            for name in self.list(&directory)? {
+                let path = directory.join(name);
+                let known = match status_of(&path) {
+                    Some((Kind::EgressGateway, _, name)) => cluster.gateways.contains_key(name),
+                    Some((Kind::EgressPolicy | Kind::ClusterEgressPolicy, namespace, name)) => cluster
+                        .policies
+                        .contains_key(&PolicyKey { namespace: namespace.map(Into::into), name: name.into() }),
+                    _ => true,
+                };
+                if !known {
+                    let path = self.directory.join(path);
+                    gone_is_fine(fs::remove_file(&path))
+                        .with_context(|| format!("cannot remove {}", path.display()))?;
+                }
+            }
+            if directory.starts_with(&namespaces) {
+                // It stays if there is anything left in it.
+                let _ = fs::remove_dir(self.directory.join(directory));
+            }
+        }
+        Ok(())
+    }
+
+    /// The names in a directory; none if it is not there.
+    fn list(&self, directory: &Path) -> anyhow::Result<Vec<std::ffi::OsString>> {
+        let full = self.directory.join(directory);
+        let entries = match fs::read_dir(&full) {
+            Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
+                return Ok(Vec::new());
+            }
+            other => other.and_then(|entries| entries.map(|e| Ok(e?.file_name())).collect()),
+        };
+        entries.with_context(|| format!("cannot read {}", full.display()))
+    }
+
+    fn write(&self, identity: Identity<'_>, status: &impl Serialize) -> anyhow::Result<()> {
+        let (kind, namespace, name) = identity;
+        if !is_subdomain(name) || namespace.is_some_and(|n| !is_subdomain(n)) {
+            bail!("{name:?} cannot be the name of an object, so its status cannot be stored");
+        }
+        let Some(path) = status_path(identity) else { bail!("Egret writes no status of a {kind}") };
+        let manifest = Manifest {
+            api_version: API_VERSION,
+            kind: kind.to_string(),
+            metadata: Metadata { name, namespace },
+            status,
+        };
+        let mut text = serde_json::to_string(&manifest).context("cannot write the status as JSON")? + "\n";
+        if text.len() < JSON_FROM {
+            text = serde_saphyr::to_string(&manifest).context("cannot write the status as YAML")?;
+        }
+        let full = self.directory.join(&path);
+        self.replace(&path, text.as_bytes(), kind == Kind::EgressGateway)
+            .with_context(|| format!("cannot write the status to {}", full.display()))
+    }
+
+    /// Writes a file so that a reader finds the old or the new one, whole.
+    fn replace(&self, path: &Path, text: &[u8], durable: bool) -> io::Result<()> {
+        let full = self.directory.join(path);
+        if fs::read(&full).is_ok_and(|before| before == text) {
+            return Ok(());
+        }
+        // Not the directory of manifests itself: if that is gone, it is not for us to put an empty one there.
+        let parents: Vec<&Path> = path.ancestors().skip(1).filter(|p| !p.as_os_str().is_empty()).collect();
+        for parent in parents.into_iter().rev() {
+            match fs::create_dir(self.directory.join(parent)) {
+                Err(e) if e.kind() != io::ErrorKind::AlreadyExists => return Err(e),
+                _ => {}
+            }
+        }
+        let temporary = unfinished(&full);
+        let mut file = File::create(&temporary)?;
+        file.write_all(text)?;
+        if durable {
+            // The ledger: after a power failure an empty file here would give every path another address.
+            file.sync_all()?;
+        }
+        fs::rename(&temporary, &full)
+    }
+}
+
+/// Removes what a node said of itself; whether there was anything.
+pub(in crate::cluster) fn remove_node(directory: &Path, name: &str) -> anyhow::Result<bool> {
+    if !is_subdomain(name) {
+        bail!("{name:?} cannot be a node's name; write the one that was given to `egretd node`");
+    }
+    let Some(path) = status_path((Kind::EgressNode, None, name)) else { return Ok(false) };
+    let path = directory.join(path);
+    // With what a killed writer left unfinished, which nobody reads.
+    gone_is_fine(fs::remove_file(unfinished(&path)))
+        .with_context(|| format!("cannot remove what is beside {}", path.display()))?;
+    match fs::remove_file(&path) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(false),
+        other => other.map(|()| true).with_context(|| format!("cannot remove {}", path.display())),
+    }
+}
+
+/// Where a status is written before it takes its place. Each has one writer, so the name can be fixed, and what a
+/// killed writer left is written over.
+fn unfinished(path: &Path) -> PathBuf {
+    let mut name = std::ffi::OsString::from(".");
+    name.push(path.file_name().unwrap_or_default());
+    name.push(".new");
+    path.with_file_name(name)
+}
+
+fn gone_is_fine(result: io::Result<()>) -> io::Result<()> {
+    match result {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+        other => other,
+    }
+}

@@ -1,0 +1,283 @@
+//! From an object's text to the model, one object at a time: one that makes no sense spoils no list.
+
+use super::kind::Kind;
+use crate::api;
+use crate::cluster::dir::fault::Fault;
+use crate::cluster::dir::kubernetes as k8s;
+use crate::cluster::dir::names::Names;
+use crate::cluster::dir::validate::times;
+use crate::plan::model::{Gateway, Node, ObjectKey, Pod, Policy, PolicyKey, Service};
+use crate::plan::selector::{Labels, Name};
+use ipnetwork::IpNetwork;
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+/// The label that every namespace has from Kubernetes 1.21 on; before, what it says was true all the same.
+const NAMESPACE_NAME_LABEL: &str = "kubernetes.io/metadata.name";
+
+/// What an object is called: namespace and name.
+pub type Key = (Option<Name>, Name);
+
+/// An object that makes sense.
+#[derive(Clone, Debug)]
+pub enum Item {
+    /// Its labels.
+    Namespace(Name, Labels),
+    Node(Name, Arc<Node>),
+    Pod(ObjectKey, Arc<Pod>),
+    Service(ObjectKey, Arc<Service>),
+    /// With its ledger.
+    Gateway(Name, Arc<Gateway>),
+    /// With its status, if that is wanted.
+    Policy(PolicyKey, Arc<Policy>, Option<Arc<api::EgressPolicyStatus>>),
+    EgressNode(Name, Arc<api::EgressNodeStatus>),
+    /// Networks inside the cluster.
+    Inside(Kind, Name, Vec<IpNetwork>),
+}
+
+/// An object, or what is wrong with it.
+#[derive(Clone, Debug)]
+pub struct Decoded {
+    /// What it is called.
+    pub key: Key,
+    /// `metadata.resourceVersion`.
+    pub version: String,
+    /// `metadata.generation`.
+    pub generation: Option<i64>,
+    /// What it says; `None`: something that Egret does not look at.
+    pub item: Result<Option<Item>, Fault>,
+    /// The status of a policy that makes no sense, as it was written last.
+    pub told: Option<Arc<api::EgressPolicyStatus>>,
+}
+
+/// How objects are to be read.
+#[derive(Clone, Debug)]
+pub struct Reading {
+    /// Only pods of this node are wanted, and no statuses that a node does not need.
+    pub node: Option<Name>,
+}
+
+#[derive(Deserialize)]
+struct Head {
+    metadata: HeadMetadata,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct HeadMetadata {
+    name: String,
+    namespace: Option<String>,
+    #[serde(default)]
+    resource_version: String,
+    generation: Option<i64>,
+}
+
+/// An object with its parts as the kind has them.
+#[derive(Deserialize)]
+struct Whole<Spec, Status> {
+    #[serde(default)]
+    metadata: k8s::Metadata,
+    spec: Option<Spec>,
+    status: Option<Status>,
+}
+
+/// A part that is not looked at, whatever it is.
+type Ignored = serde::de::IgnoredAny;
+
+/// Reads an object.
+///
+/// # Errors
+/// It is no Kubernetes object at all: without a name nobody can be told of it.
+pub fn decode(kind: Kind, text: &[u8], reading: &Reading, names: &mut Names) -> Result<Decoded, serde_json::Error> {
+    let Head { metadata } = serde_json::from_slice(text)?;
+    let key = (metadata.namespace.map(|n| names.get(&n)), Name::from(metadata.name));
+    let item = item(kind, &key, &metadata.resource_version, text, reading, names);
+    let is_policy = matches!(kind, Kind::EgressPolicy | Kind::ClusterEgressPolicy);
+    let told = match &item {
+        Err(_) if is_policy => {
+            whole::<Ignored, api::EgressPolicyStatus>(text).ok().and_then(|w| wanted(w.status, reading))
+        }
+        _ => None,
+    };
+    Ok(Decoded { key, version: metadata.resource_version, generation: metadata.generation, item, told })
+}
+
+fn item(
+    kind: Kind,
+    (namespace, name): &Key,
+    version: &str,
+    text: &[u8],
+    reading: &Reading,
+    names: &mut Names,
+) -> Result<Option<Item>, Fault> {
+    let object = |namespace: &Option<Name>| ObjectKey {
+        namespace: namespace.clone().unwrap_or_else(|| Name::from("default")),
+        name: name.clone(),
+    };
+    Ok(Some(match kind {
+        Kind::Namespace => {
+            let Whole { metadata, .. } = whole::<Ignored, Ignored>(text)?;
+            let mut labels = metadata.labels.unwrap_or_default();
+            labels.entry(NAMESPACE_NAME_LABEL.to_owned()).or_insert_with(|| name.to_string());
+            Item::Namespace(names.get(name), names.labels(&labels))
+        }
+        Kind::Node => {
+            let Whole { metadata, spec, status } = whole(text)?;
+            let node = k8s::node(&metadata, &spec.unwrap_or_default(), &status.unwrap_or_default(), names)?;
+            Item::Node(names.get(name), Arc::new(node))
+        }
+        Kind::Pod => {
+            let Whole { metadata, spec, status } = whole(text)?;
+            let pod = k8s::pod(&metadata, &spec.unwrap_or_default(), &status.unwrap_or_default(), names)?;
+            if reading.node.is_some() && pod.node != reading.node {
+                return Ok(None);
+            }
+            Item::Pod(object(namespace), Arc::new(pod))
+        }
+        Kind::Service => {
+            let Whole { spec, .. } = whole::<_, Ignored>(text)?;
+            Item::Service(object(namespace), Arc::new(k8s::service(&spec.unwrap_or_default(), names)?))
+        }
+        Kind::EgressGateway => {
+            let Whole { metadata, spec, status } = whole::<_, api::EgressGatewayStatus>(text)?;
+            let mut gateway = Gateway::new(&spec.ok_or_else(no_spec)?, times(&metadata)?)?;
+            names.gateway(&mut gateway);
+            gateway.status = status.unwrap_or_default();
+            // Ten thousand paths: no room that is not needed.
+            gateway.status.paths.iter_mut().for_each(|path| path.policies.shrink_to_fit());
+            gateway.status.paths.shrink_to_fit();
+            // A node writes no ledger, and need not hear of every version.
+            gateway.version = reading.node.is_none().then(|| version.into());
+            Item::Gateway(names.get(name), Arc::new(gateway))
+        }
+        Kind::EgressPolicy => {
+            let Whole { metadata, spec, status } = whole(text)?;
+            let namespace = namespace.clone().ok_or_else(|| Fault::field("metadata.namespace", "is missing"))?;
+            let spec = spec.ok_or_else(no_spec)?;
+            let mut policy = Policy::namespaced(&namespace, &spec, times(&metadata)?)?;
+            names.policy(&mut policy);
+            let key = PolicyKey { namespace: Some(namespace), name: name.clone() };
+            Item::Policy(key, Arc::new(policy), wanted(status, reading))
+        }
+        Kind::ClusterEgressPolicy => {
+            let Whole { metadata, spec, status } = whole(text)?;
+            let mut policy = Policy::cluster(&spec.ok_or_else(no_spec)?, times(&metadata)?)?;
+            names.policy(&mut policy);
+            let key = PolicyKey { namespace: None, name: name.clone() };
+            Item::Policy(key, Arc::new(policy), wanted(status, reading))
+        }
+        Kind::ServiceCidr | Kind::IpPool => {
+            let Whole { spec, .. } = whole::<Networks, Ignored>(text)?;
+            Item::Inside(kind, name.clone(), spec.unwrap_or_default().parsed()?)
+        }
+        Kind::EgressNode => {
+            let Whole { status, .. } = whole::<Ignored, api::EgressNodeStatus>(text)?;
+            match status {
+                Some(mut status) => {
+                    // For people; five thousand nodes say the same.
+                    status.direct = Vec::new();
+                    Item::EgressNode(names.get(name), Arc::new(status))
+                }
+                None => return Ok(None),
+            }
+        }
+    }))
+}
+
+/// The `spec` of a ServiceCIDR, or of Calico's IPPool.
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct Networks {
+    cidrs: Vec<String>,
+    cidr: Option<String>,
+}
+
+impl Networks {
+    fn parsed(&self) -> Result<Vec<IpNetwork>, Fault> {
+        let all = self.cidrs.iter().chain(&self.cidr);
+        let network =
+            |text: &String| network(text).ok_or_else(|| Fault::field("spec", format!("{text:?} is no network")));
+        all.map(network).collect()
+    }
+}
+
+/// A network as Kubernetes writes it; host bits mean nothing.
+pub fn network(text: &str) -> Option<IpNetwork> {
+    let network: IpNetwork = text.trim().parse().ok().filter(|_| text.contains('/'))?;
+    IpNetwork::new(network.network(), network.prefix()).ok()
+}
+
+fn whole<Spec: DeserializeOwned, Status: DeserializeOwned>(text: &[u8]) -> Result<Whole<Spec, Status>, Fault> {
+    serde_json::from_slice(text).map_err(|e| Fault {
+        message: format!("{e}; this version of Egret cannot read it, see docs/kubernetes.md on upgrades"),
+        ..Fault::default()
+    })
+}
+
+fn no_spec() -> Fault {
+    Fault::field("spec", "is missing")
+}
+
+fn wanted(status: Option<api::EgressPolicyStatus>, reading: &Reading) -> Option<Arc<api::EgressPolicyStatus>> {
+    status.filter(|_| reading.node.is_none()).map(Arc::new)
+}
+
+/// The newer of two resource versions. They are numbers in every Kubernetes there is; what is none is older.
+pub fn is_newer(a: &str, b: &str) -> bool {
+    a.parse::<u64>().ok() > b.parse::<u64>().ok()
+}
+
+/// Everything that was listed, by what it is called.
+pub type Listed = BTreeMap<Key, Decoded>;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::{Value, json};
+
+    fn read(kind: Kind, object: &Value, node: Option<&str>) -> Decoded {
+        let reading = Reading { node: node.map(Name::from) };
+        decode(kind, object.to_string().as_bytes(), &reading, &mut Names::default()).unwrap()
+    }
+
+    #[test]
+    fn an_object_that_makes_no_sense_is_told_of_by_name() {
+        let policy = json!({"metadata": {"namespace": "shop", "name": "p", "resourceVersion": "7"},
+            "spec": {"podSelector": {}, "egress": [{"to": [{"ipBlock": {"cidr": "203.0.113.1/24"}}]}]}});
+        let decoded = read(Kind::EgressPolicy, &policy, None);
+        assert_eq!((decoded.key.1.as_ref(), decoded.version.as_str()), ("p", "7"));
+        let fault = decoded.item.unwrap_err().to_string();
+        assert!(fault.contains("spec.egress[0]") && fault.contains("203.0.113.1/24"), "{fault}");
+        for spec in [json!({"podSelector": {}, "gatway": "g"}), json!({"podSelector": 7}), Value::Null] {
+            let policy = json!({"metadata": {"namespace": "shop", "name": "p"}, "spec": spec});
+            assert!(read(Kind::EgressPolicy, &policy, None).item.is_err());
+        }
+        assert!(decode(Kind::Pod, b"{}", &Reading { node: None }, &mut Names::default()).is_err());
+    }
+
+    #[test]
+    fn a_node_reads_its_own_pods_and_no_statuses_of_policies() {
+        let pod = json!({"metadata": {"namespace": "a", "name": "p"}, "spec": {"nodeName": "n1"}});
+        assert!(matches!(read(Kind::Pod, &pod, Some("n1")).item, Ok(Some(Item::Pod(..)))));
+        assert!(matches!(read(Kind::Pod, &pod, Some("n2")).item, Ok(None)));
+        let policy = json!({"metadata": {"namespace": "a", "name": "p"}, "spec": {"podSelector": {}},
+            "status": {"pods": 3}});
+        assert!(matches!(read(Kind::EgressPolicy, &policy, Some("n1")).item, Ok(Some(Item::Policy(_, _, None)))));
+        assert!(matches!(read(Kind::EgressPolicy, &policy, None).item, Ok(Some(Item::Policy(_, _, Some(_))))));
+    }
+
+    #[test]
+    fn a_namespace_is_known_by_its_name_in_kubernetes_1_20_too() {
+        let namespace = json!({"metadata": {"name": "shop"}});
+        let Ok(Some(Item::Namespace(_, labels))) = read(Kind::Namespace, &namespace, None).item else { panic!() };
+        assert_eq!(labels.get(NAMESPACE_NAME_LABEL).map(|v| &**v), Some("shop"));
+    }
+
+    #[test]
+    fn versions_are_compared_as_numbers() {
+        assert!(is_newer("10", "9") && !is_newer("9", "10") && !is_newer("9", "9"));
+        assert!(is_newer("1", "") && !is_newer("", "1"));
+    }
+}

@@ -1,0 +1,96 @@
+//! Events, <https://kubernetes.io/docs/reference/kubernetes-api/cluster-resources/event-v1/>: what `kubectl describe`
+//! shows below an object. They are told once, and one that cannot be told is lost: the object's status says it too.
+
+use super::client::{Client, JSON};
+use super::watch::random;
+use crate::plan::report::Notice;
+use http::Method;
+use jiff::Timestamp;
+use serde_json::{Value, json};
+use tracing::debug;
+
+/// The namespace of events about objects that have none.
+const DEFAULT: &str = "default";
+/// The longest note, bytes, `noteLengthLimit` in pkg/apis/core/validation.
+const LONGEST_NOTE: usize = 1000;
+
+/// What an event is about.
+#[derive(Clone, Debug)]
+pub struct Regarding {
+    /// `apiVersion`.
+    pub version: &'static str,
+    /// `kind`.
+    pub kind: String,
+    /// The namespace, if it has one.
+    pub namespace: Option<String>,
+    /// The name.
+    pub name: String,
+    /// `metadata.uid`, by which `kubectl describe` finds them.
+    pub uid: String,
+}
+
+/// Tells of an object, in the background.
+pub fn tell(client: &Client, reporter: &'static str, regarding: &Regarding, notices: Vec<Notice>) {
+    for notice in notices {
+        let event = event(reporter, regarding, &notice);
+        let namespace = regarding.namespace.as_deref().unwrap_or(DEFAULT);
+        let path = format!("/apis/events.k8s.io/v1/namespaces/{namespace}/events");
+        let client = client.clone();
+        tokio::spawn(async move {
+            let content = Some((JSON, event.to_string().into_bytes()));
+            if let Err(e) = client.ask::<Value>(Method::POST, &path, content).await {
+                debug!("an event is lost: {e}");
+            }
+        });
+    }
+}
+
+fn event(reporter: &'static str, about: &Regarding, notice: &Notice) -> Value {
+    let now = format!("{:.6}", Timestamp::now());
+    let note: String = match notice.note.char_indices().find(|(at, c)| at + c.len_utf8() > LONGEST_NOTE) {
+        Some((end, _)) => notice.note[..end].to_owned(),
+        None => notice.note.clone(),
+    };
+    json!({
+        "apiVersion": "events.k8s.io/v1",
+        "kind": "Event",
+        "metadata": {
+            "name": format!("{}.{:016x}", about.name, random(u64::MAX)),
+            "namespace": about.namespace.as_deref().unwrap_or(DEFAULT),
+        },
+        "eventTime": now,
+        "reportingController": format!("egret.dev/{reporter}"),
+        "reportingInstance": reporter,
+        "action": notice.reason,
+        "reason": notice.reason,
+        "type": if notice.is_warning { "Warning" } else { "Normal" },
+        "note": note,
+        "regarding": {
+            "apiVersion": about.version,
+            "kind": about.kind,
+            "namespace": about.namespace,
+            "name": about.name,
+            "uid": about.uid,
+        },
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_note_is_cut_where_a_letter_ends() {
+        let about = Regarding {
+            version: "v1",
+            kind: "Pod".into(),
+            namespace: Some("shop".into()),
+            name: "p".into(),
+            uid: "7".into(),
+        };
+        let event = event("node", &about, &Notice::warning("Held", "ä".repeat(900)));
+        let note = event["note"].as_str().unwrap();
+        assert!(note.len() <= LONGEST_NOTE && note.len() > LONGEST_NOTE - 4);
+        assert_eq!(event["regarding"]["uid"], "7");
+    }
+}

@@ -1,0 +1,247 @@
+//! The Kubernetes API as the source of cluster state.
+//!
+//! Each kind is followed by a task of its own (`watch`), which tells changes to one that holds all that is known
+//! (`store`) and tells snapshots to the reader. The first snapshot comes when every kind has been listed to its end.
+//! What is read is the least: a node daemon reads its own node's pods, metadata alone of namespaces, Services only
+//! while a policy names one.
+
+mod client;
+mod decode;
+mod events;
+mod kind;
+pub mod lease;
+mod lookup;
+mod service_networks;
+mod split;
+mod status;
+mod store;
+mod taint;
+mod watch;
+
+pub use lookup::Lookup;
+pub use status::Statuses;
+
+use super::dir::names::Names;
+use super::{KubeOptions, Leadership, Scope, Source, tell};
+use crate::plan::model::Cluster;
+use crate::plan::selector::Name;
+use anyhow::Context;
+use client::Client;
+use decode::Reading;
+use http::Method;
+use kind::Kind;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+use store::Store;
+use tokio::sync::{mpsc, watch as channel};
+use tokio::task::JoinHandle;
+use tokio::time::{Instant, sleep_until};
+use tracing::info;
+use watch::{Change, Watch};
+
+/// Snapshots follow each other at this distance at least: each one makes its readers compute.
+const PACE: Duration = Duration::from_millis(5);
+/// As many changes wait for the store.
+const CHANGES: usize = 256;
+/// Between words on what is waited for.
+const IMPATIENCE: Duration = Duration::from_secs(10);
+/// Services are followed for so long after the last policy has named one.
+const LINGER: Duration = Duration::from_secs(60);
+
+/// Follows the API server until nobody listens any more.
+pub(super) async fn open(options: KubeOptions, scope: Scope) -> anyhow::Result<Source> {
+    let client = Client::connect(options.kubeconfig).await?;
+    let (node, leadership) = match scope {
+        Scope::Node(name) => (Some(Name::from(name)), Leadership::Alone),
+        Scope::Controller => match options.lease {
+            Some(mut lease) => {
+                if lease.namespace.is_empty() {
+                    lease.namespace = client.namespace();
+                }
+                (None, Leadership::Lease(lease::Leadership::start(client.clone(), lease)))
+            }
+            None => (None, Leadership::Alone),
+        },
+    };
+    let (changes, taken) = mpsc::channel(CHANGES);
+    let tasks = Tasks { client: client.clone(), node, names: Arc::default(), changes };
+    let (reading, names, lookups) = (tasks.reading(), tasks.names.clone(), tasks.changes.clone());
+    let mut follower = Follower::new(tasks, taken);
+    let optional = Kind::OPTIONAL.into_iter().filter(|_| follower.tasks.node.is_some());
+    for kind in Kind::ALWAYS.into_iter().chain(optional) {
+        follower.tasks.follow(kind);
+    }
+    let first = follower.first().await;
+    let (snapshots, snapshots_seen) = channel::channel(Arc::new(first));
+    let (problems, problems_seen) = channel::channel(Arc::new(follower.store.problems()));
+    tokio::spawn(follower.follow(snapshots, problems));
+    let lookup = Lookup { client: client.clone(), reading, names, changes: lookups, snapshots: snapshots_seen.clone() };
+    Ok(Source {
+        snapshots: snapshots_seen,
+        statuses: super::Statuses::Kube(Statuses::new(client)),
+        problems: problems_seen,
+        lookup: super::Lookup::Kube(lookup),
+        leadership,
+    })
+}
+
+/// Removes what a node said of itself; whether there was anything.
+pub(super) async fn remove_node(options: KubeOptions, node: &str) -> anyhow::Result<bool> {
+    let client = Client::connect(options.kubeconfig).await?;
+    match client.ask::<serde_json::Value>(Method::DELETE, &Kind::EgressNode.path_of(None, node), None).await {
+        Err(e) if e.is_not_found() => Ok(false),
+        other => other.map(|_| true).with_context(|| format!("EgressNode {node}")),
+    }
+}
+
+/// What each task needs.
+struct Tasks {
+    client: Client,
+    node: Option<Name>,
+    names: Arc<Mutex<Names>>,
+    changes: mpsc::Sender<Change>,
+}
+
+impl Tasks {
+    fn reading(&self) -> Reading {
+        Reading { node: self.node.clone() }
+    }
+
+    fn follow(&self, kind: Kind) -> JoinHandle<()> {
+        let selector = match (&self.node, kind) {
+            (Some(node), Kind::Pod) => format!("fieldSelector=spec.nodeName%3D{node}"),
+            _ => String::new(),
+        };
+        let (client, names, changes) = (self.client.clone(), self.names.clone(), self.changes.clone());
+        tokio::spawn(Watch { client, kind, selector, reading: self.reading(), names, changes }.run())
+    }
+}
+
+/// Brings the store up to date and tells of it.
+struct Follower {
+    tasks: Tasks,
+    taken: mpsc::Receiver<Change>,
+    store: Store,
+    services: Option<JoinHandle<()>>,
+    /// Somebody has been asked for the Services' networks.
+    asked: bool,
+    /// Since when no policy has named a Service.
+    unneeded: Option<Instant>,
+}
+
+impl Follower {
+    fn new(tasks: Tasks, taken: mpsc::Receiver<Change>) -> Self {
+        let store = Store::new(tasks.node.is_none());
+        Follower { tasks, taken, store, services: None, asked: false, unneeded: None }
+    }
+
+    /// The first snapshot. It waits for it as long as it takes: half a cluster is none.
+    async fn first(&mut self) -> Cluster {
+        let mut said = Vec::new();
+        let mut patience = Instant::now() + IMPATIENCE;
+        loop {
+            let missing = self.store.missing();
+            if missing.is_empty() && !self.store.lacks_service_networks() {
+                self.tidy();
+                return self.store.news().unwrap_or_default();
+            }
+            tokio::select! {
+                change = self.taken.recv() => {
+                    if let Some(change) = change {
+                        self.take(change);
+                    }
+                    self.care_for_services();
+                    let problems = self.store.problems();
+                    tell(&said, &problems);
+                    said = problems;
+                }
+                () = sleep_until(patience) => {
+                    info!(?missing, "still waiting for the API server");
+                    patience = Instant::now() + IMPATIENCE;
+                }
+            }
+        }
+    }
+
+    async fn follow(mut self, snapshots: channel::Sender<Arc<Cluster>>, problems: channel::Sender<Arc<Vec<String>>>) {
+        let mut last = Instant::now() - PACE;
+        loop {
+            let lingering = self.unneeded.map(|since| since + LINGER);
+            let change = tokio::select! {
+                change = self.taken.recv() => change,
+                () = sleep_until(lingering.unwrap_or_else(Instant::now)), if lingering.is_some() => None,
+                () = async { tokio::join!(snapshots.closed(), problems.closed()); } => return self.end(),
+            };
+            let mut listed = matches!(change, Some(Change::Listed(..)));
+            if let Some(change) = change {
+                self.take(change);
+            }
+            sleep_until(last + PACE).await;
+            while let Ok(change) = self.taken.try_recv() {
+                listed |= matches!(change, Change::Listed(..));
+                self.take(change);
+            }
+            self.care_for_services();
+            if listed {
+                self.tidy();
+            }
+            let now = self.store.problems();
+            let before = problems.borrow().clone();
+            if *before != now {
+                tell(&before, &now);
+                problems.send_replace(Arc::new(now));
+            }
+            if let Some(cluster) = self.store.news() {
+                snapshots.send_replace(Arc::new(cluster));
+                last = Instant::now();
+            }
+        }
+    }
+
+    fn take(&mut self, change: Change) {
+        let of_services = matches!(
+            change,
+            Change::Listed(Kind::Service, _)
+                | Change::Applied(Kind::Service, _)
+                | Change::Deleted(Kind::Service, _)
+                | Change::State(Kind::Service, _)
+        );
+        // What a task that was ended has told last is old.
+        if !of_services || self.services.is_some() {
+            self.store.take(change);
+        }
+    }
+
+    /// Follows Services while a policy goes by them.
+    fn care_for_services(&mut self) {
+        if self.store.lacks_service_networks() && !std::mem::replace(&mut self.asked, true) {
+            tokio::spawn(service_networks::find(self.tasks.client.clone(), self.tasks.changes.clone()));
+        }
+        let needed = self.store.needs_services();
+        match (&self.services, needed) {
+            (None, true) => self.services = Some(self.tasks.follow(Kind::Service)),
+            (Some(_), true) => self.unneeded = None,
+            (Some(task), false) => {
+                let since = *self.unneeded.get_or_insert_with(Instant::now);
+                if since.elapsed() >= LINGER {
+                    task.abort();
+                    self.services = None;
+                    self.unneeded = None;
+                    self.store.forget_services();
+                }
+            }
+            (None, false) => {}
+        }
+    }
+
+    fn tidy(&self) {
+        self.tasks.names.lock().unwrap_or_else(PoisonError::into_inner).tidy();
+    }
+
+    /// The channel closes, and with it every task ends.
+    fn end(self) {
+        if let Some(task) = self.services {
+            task.abort();
+        }
+    }
+}

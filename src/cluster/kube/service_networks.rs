@@ -1,0 +1,171 @@
+//! Where Services have their addresses, in clusters that have no ServiceCIDR objects (before Kubernetes 1.33).
+//!
+//! The API server knows, and says so to who asks for an address that cannot be; kubeadm has written it down. If neither
+//! tells, the Services themselves are followed.
+
+use super::client::{Client, Failure, JSON};
+use super::decode::network;
+use super::watch::{Backoff, Change};
+use crate::plan::model::Inside;
+use crate::plan::selector::Name;
+use http::Method;
+use ipnetwork::IpNetwork;
+use serde::Deserialize;
+use serde_json::{Value, json};
+use tokio::sync::mpsc::Sender;
+use tracing::{info, warn};
+
+/// Addresses that no Service has: "this network" (RFC 1122) and the discard prefix (RFC 6666).
+const IMPOSSIBLE: [(&str, &str); 2] = [("IPv4", "0.0.0.1"), ("IPv6", "100::1")];
+/// What the API server says before the network, `ErrNotInRange` in pkg/registry/core/service/ipallocator.
+const SAYING: &str = "The range of valid IPs is ";
+const KUBEADM: &str = "/api/v1/namespaces/kube-system/configmaps/kubeadm-config";
+
+/// Asks until somebody has answered, or nobody can.
+pub async fn find(client: Client, changes: Sender<Change>) {
+    let mut backoff = Backoff::default();
+    loop {
+        match ask(&client).await {
+            Ok(found) => {
+                match &found {
+                    Some(inside) => info!(networks = ?inside.services.keys(), "the Services' networks are known"),
+                    None => warn!(
+                        "nobody tells the Services' networks: every Service is followed instead; name them with \
+                         --direct, or give the ServiceAccount the rights in install/rbac.yaml"
+                    ),
+                }
+                // The receiver is gone when the daemon ends.
+                return drop(changes.send(Change::ServiceNetworks(found)).await);
+            }
+            Err(e) => warn!("the Services' networks cannot be asked for, and are tried again: {e}"),
+        }
+        tokio::select! {
+            () = backoff.wait() => {}
+            () = changes.closed() => return,
+        }
+    }
+}
+
+async fn ask(client: &Client) -> Result<Option<Inside>, Failure> {
+    let mut inside = Inside::default();
+    for (family, address) in IMPOSSIBLE {
+        let answer = refusal(client, family, address).await?;
+        let from = Name::from("the API server's answer about an impossible Service");
+        inside.services.extend(networks(&answer).map(|network| (network, from.clone())));
+    }
+    if inside.services.is_empty() {
+        inside = kubeadm(client).await?;
+    }
+    Ok(Some(inside).filter(|inside| !inside.services.is_empty()))
+}
+
+/// What the API server says to a Service with an impossible address: at first in a dry run, in which versions before
+/// 1.24 give out no address and so find nothing wrong. Then in earnest: 0.0.0.1 cannot be given out, whatever the
+/// cluster's networks are.
+async fn refusal(client: &Client, family: &str, address: &str) -> Result<String, Failure> {
+    let service = json!({
+        "apiVersion": "v1", "kind": "Service", "metadata": {"generateName": "egret-"},
+        "spec": {"clusterIP": address, "ipFamilies": [family], "ports": [{"port": 1, "protocol": "TCP"}]},
+    });
+    for dry in ["?dryRun=All", ""] {
+        let path = format!("/api/v1/namespaces/{}/services{dry}", client.namespace());
+        let content = Some((JSON, service.to_string().into_bytes()));
+        return match client.ask::<Value>(Method::POST, &path, content).await {
+            Err(Failure::Refused { code, message, .. }) if code < 500 => Ok(message),
+            // The allocator's own words come with a 500 in some versions.
+            Err(Failure::Refused { message, .. }) if message.contains(SAYING) => Ok(message),
+            Err(e) => Err(e),
+            Ok(_) => continue,
+        };
+    }
+    Ok(String::new())
+}
+
+/// The networks in the API server's answer.
+fn networks(answer: &str) -> impl Iterator<Item = IpNetwork> {
+    answer.split(SAYING).skip(1).flat_map(|rest| {
+        let end = rest.find(|c: char| !(c.is_ascii_hexdigit() || ":./,".contains(c))).unwrap_or(rest.len());
+        rest[..end].trim_end_matches('.').split(',').filter_map(network)
+    })
+}
+
+/// What kubeadm wrote down of networks, if it installed this cluster and may be read.
+async fn kubeadm(client: &Client) -> Result<Inside, Failure> {
+    #[derive(Deserialize)]
+    struct Map {
+        #[serde(default)]
+        data: Data,
+    }
+    #[derive(Default, Deserialize)]
+    struct Data {
+        #[serde(rename = "ClusterConfiguration", default)]
+        configuration: String,
+    }
+    match client.get::<Map>(KUBEADM).await {
+        Ok(map) => Ok(configured(&map.data.configuration)),
+        Err(Failure::Refused { code: 403 | 404, .. }) => Ok(Inside::default()),
+        Err(e) => Err(e),
+    }
+}
+
+/// The networks in kubeadm's ClusterConfiguration.
+fn configured(text: &str) -> Inside {
+    #[derive(Default, Deserialize)]
+    #[serde(default)]
+    struct Configuration {
+        networking: Networking,
+    }
+    #[derive(Default, Deserialize)]
+    #[serde(rename_all = "camelCase", default)]
+    struct Networking {
+        service_subnet: Option<String>,
+        pod_subnet: Option<String>,
+    }
+    let Configuration { networking } = serde_saphyr::from_str(text).unwrap_or_default();
+    let from = Name::from("kubeadm's ConfigMap kubeadm-config");
+    let all = |text: Option<String>| {
+        let networks: Vec<IpNetwork> = text.unwrap_or_default().split(',').filter_map(network).collect();
+        networks.into_iter().map(|n| (n, from.clone())).collect()
+    };
+    Inside { services: all(networking.service_subnet), pods: all(networking.pod_subnet) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn found(answer: &str) -> Vec<String> {
+        networks(answer).map(|n| n.to_string()).collect()
+    }
+
+    #[test]
+    fn the_api_servers_words_are_understood() {
+        // 1.20, 1.24, 1.30.
+        assert_eq!(
+            found(
+                "Service \"a\" is invalid: spec.clusterIPs: Invalid value: []string{\"0.0.0.1\"}: failed to allocated \
+                 ip:0.0.0.1 with error:provided IP is not in the valid range. The range of valid IPs is 10.96.0.0/16"
+            ),
+            ["10.96.0.0/16"]
+        );
+        assert_eq!(
+            found(
+                "spec.clusterIPs: Invalid value: [\"100::1\"]: failed to allocate IP 100::1: the provided IP \
+                   (100::1) is not in the valid range. The range of valid IPs is fd00:96::/108"
+            ),
+            ["fd00:96::/108"]
+        );
+        assert_eq!(found("The range of valid IPs is 10.43.0.0/16. Sorry"), ["10.43.0.0/16"]);
+        assert!(found("services is forbidden").is_empty());
+    }
+
+    #[test]
+    fn kubeadm_has_it_in_writing() {
+        let inside = configured(
+            "apiServer: {}\nkind: ClusterConfiguration\nnetworking:\n  dnsDomain: cluster.local\n  podSubnet: \
+             10.244.0.0/16,fd00:244::/48\n  serviceSubnet: 10.96.0.0/12\n",
+        );
+        assert_eq!((inside.services.len(), inside.pods.len()), (1, 2));
+        assert_eq!(configured("what: [is"), Inside::default());
+    }
+}

@@ -1,0 +1,212 @@
+//! Statuses, written by server-side apply: one field manager for each role, and a field has one writer.
+
+use super::client::{APPLY, Client, Failure, JSON};
+use super::events::{self, Regarding};
+use super::kind::Kind;
+use super::taint;
+use crate::api::{API_VERSION, EgressGatewayStatus, EgressNodeStatus, EgressPolicyStatus};
+use crate::cluster::NotWritten;
+use crate::plan::model::{ObjectKey, PolicyKey};
+use crate::plan::report::Notice;
+use crate::plan::selector::Name;
+use http::Method;
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+use std::fmt;
+
+/// The field manager of what the controller writes.
+const CONTROLLER: &str = "egret-controller";
+/// The field manager of what nodes write of themselves.
+const NODE: &str = "egret-node";
+/// A ledger that is longer than this, bytes, is not sent: etcd takes requests of 1.5 MiB by default, and the API server
+/// adds the object's metadata (<https://etcd.io/docs/v3.5/dev-guide/limit/>).
+const LONGEST_LEDGER: usize = 1_400_000;
+
+/// Writes statuses to the API server.
+#[derive(Clone)]
+pub struct Statuses {
+    client: Client,
+}
+
+impl fmt::Debug for Statuses {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Statuses")
+    }
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Applied<'a, S> {
+    api_version: &'static str,
+    kind: String,
+    metadata: Metadata<'a>,
+    status: &'a S,
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Metadata<'a> {
+    name: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    namespace: Option<&'a str>,
+    /// The API server refuses the write if the object has another one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    resource_version: Option<&'a str>,
+}
+
+/// What is looked at of an answer.
+#[derive(Deserialize)]
+struct Answer {
+    metadata: AnswerMetadata,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct AnswerMetadata {
+    #[serde(default)]
+    name: String,
+    #[serde(default)]
+    uid: String,
+    #[serde(default)]
+    resource_version: String,
+}
+
+impl From<Failure> for NotWritten {
+    fn from(e: Failure) -> Self {
+        if e.is_uncertain() { NotWritten::Uncertain(e.into()) } else { NotWritten::Refused(e.into()) }
+    }
+}
+
+impl Statuses {
+    pub(super) fn new(client: Client) -> Self {
+        Statuses { client }
+    }
+
+    /// Writes a ledger in place of the one that the version names, and returns the new version.
+    pub(in crate::cluster) async fn gateway(
+        &self,
+        name: &str,
+        status: &EgressGatewayStatus,
+        in_place_of: Option<&str>,
+        notices: Vec<Notice>,
+    ) -> Result<Option<Box<str>>, NotWritten> {
+        let answer = self.apply(Kind::EgressGateway, (None, name), CONTROLLER, status, in_place_of).await?;
+        self.tell(Kind::EgressGateway, (None, name), &answer, notices);
+        Ok(Some(answer.metadata.resource_version.into()))
+    }
+
+    /// As etcd has them.
+    pub(in crate::cluster) async fn gateway_versions(&self) -> Result<Vec<(Name, Box<str>)>, Failure> {
+        #[derive(Deserialize)]
+        struct List {
+            items: Vec<Answer>,
+        }
+        let list: List = self.client.list_metadata(Kind::EgressGateway.path()).await?;
+        let each = |a: Answer| (Name::from(a.metadata.name), a.metadata.resource_version.into());
+        Ok(list.items.into_iter().map(each).collect())
+    }
+
+    pub(in crate::cluster) async fn policy(
+        &self,
+        key: &PolicyKey,
+        status: &EgressPolicyStatus,
+        notices: Vec<Notice>,
+    ) -> Result<(), NotWritten> {
+        let kind = if key.namespace.is_some() { Kind::EgressPolicy } else { Kind::ClusterEgressPolicy };
+        let written = self.apply(kind, (key.namespace.as_deref(), &key.name), CONTROLLER, status, None).await;
+        match written {
+            // The policy is gone, and needs no status.
+            Err(e) if e.is_not_found() => Ok(()),
+            other => {
+                self.tell(kind, (key.namespace.as_deref(), &key.name), &other?, notices);
+                Ok(())
+            }
+        }
+    }
+
+    fn tell(&self, kind: Kind, (namespace, name): (Option<&str>, &str), answer: &Answer, notices: Vec<Notice>) {
+        let about = Regarding {
+            version: API_VERSION,
+            kind: kind.to_string(),
+            namespace: namespace.map(str::to_owned),
+            name: name.to_owned(),
+            uid: answer.metadata.uid.clone(),
+        };
+        events::tell(&self.client, "controller", &about, notices);
+    }
+
+    pub(in crate::cluster) fn pod(&self, key: &ObjectKey, uid: &str, notice: Notice) {
+        let about = Regarding {
+            version: "v1",
+            kind: "Pod".to_owned(),
+            namespace: Some(key.namespace.to_string()),
+            name: key.name.to_string(),
+            uid: uid.to_owned(),
+        };
+        events::tell(&self.client, "node", &about, vec![notice]);
+    }
+
+    pub(in crate::cluster) async fn node(&self, name: &str, status: &EgressNodeStatus) -> Result<(), NotWritten> {
+        let written = self.apply(Kind::EgressNode, (None, name), NODE, status, None).await;
+        match written {
+            Err(e) if e.is_not_found() => {
+                self.make_node(name).await?;
+                Ok(self.apply(Kind::EgressNode, (None, name), NODE, status, None).await.map(drop)?)
+            }
+            other => Ok(other.map(drop)?),
+        }
+    }
+
+    pub(in crate::cluster) async fn untaint(&self, node: &str) -> Result<bool, Failure> {
+        taint::lift(&self.client, node).await
+    }
+
+    /// Makes the EgressNode. It belongs to the Node, with which Kubernetes removes it.
+    async fn make_node(&self, name: &str) -> Result<(), Failure> {
+        let node: Answer = self.client.get(&Kind::Node.path_of(None, name)).await?;
+        let object = json!({
+            "apiVersion": API_VERSION,
+            "kind": "EgressNode",
+            "metadata": {"name": name, "ownerReferences": [
+                {"apiVersion": "v1", "kind": "Node", "name": name, "uid": node.metadata.uid}]},
+            "spec": {},
+        });
+        let content = (JSON, object.to_string().into_bytes());
+        match self.client.ask::<Answer>(Method::POST, Kind::EgressNode.path(), Some(content)).await {
+            // Somebody was quicker.
+            Err(e) if e.is_conflict() => Ok(()),
+            other => other.map(drop),
+        }
+    }
+
+    async fn apply<S: Serialize>(
+        &self,
+        kind: Kind,
+        (namespace, name): (Option<&str>, &str),
+        manager: &str,
+        status: &S,
+        version: Option<&str>,
+    ) -> Result<Answer, Failure> {
+        let object = Applied {
+            api_version: API_VERSION,
+            kind: kind.to_string(),
+            metadata: Metadata { name, namespace, resource_version: version },
+            status,
+        };
+        let text = serde_json::to_vec(&object).map_err(|e| Failure::Unreachable(e.to_string()))?;
+        if text.len() > LONGEST_LEDGER {
+            return Err(Failure::Refused {
+                code: 413,
+                reason: "TooLarge".into(),
+                message: format!(
+                    "the status of {kind} {name} has {} bytes, and etcd takes 1.5 MiB at most; divide the gateway into \
+                     several with fewer paths each",
+                    text.len()
+                ),
+            });
+        }
+        // Forced: whatever a person has put into a status by hand is not theirs.
+        let path = format!("{}/status?fieldManager={manager}&force=true", kind.path_of(namespace, name));
+        self.client.ask(Method::PATCH, &path, Some((APPLY, text))).await
+    }
+}

@@ -1,0 +1,133 @@
+use super::*;
+use crate::cluster::dir::names::Names;
+use crate::cluster::kube::decode::{Reading, decode};
+use serde_json::{Value, json};
+
+fn decoded(kind: Kind, object: &Value) -> Decoded {
+    let reading = Reading { node: Some("n1".into()) };
+    decode(kind, object.to_string().as_bytes(), &reading, &mut Names::default()).unwrap()
+}
+
+fn listed(kind: Kind, objects: &[Value]) -> Change {
+    let all = objects.iter().map(|o| decoded(kind, o)).map(|d| (d.key.clone(), d)).collect();
+    Change::Listed(kind, all)
+}
+
+fn pod(name: &str, version: u32) -> Value {
+    json!({"metadata": {"namespace": "shop", "name": name, "resourceVersion": version.to_string()},
+           "spec": {"nodeName": "n1"}})
+}
+
+fn policy(name: &str, spec: Value) -> Value {
+    json!({"metadata": {"namespace": "shop", "name": name}, "spec": spec})
+}
+
+fn full() -> Store {
+    let mut store = Store::new(true);
+    for kind in Kind::ALWAYS {
+        assert!(store.missing().contains(&kind));
+        store.take(listed(kind, &[]));
+    }
+    assert!(store.missing().is_empty());
+    store
+}
+
+#[test]
+fn a_list_replaces_what_was_there_and_only_what_changed_is_news() {
+    let mut store = full();
+    store.take(listed(Kind::Pod, &[pod("a", 1), pod("b", 2)]));
+    assert_eq!(store.news().unwrap().pods.len(), 2);
+    store.take(listed(Kind::Pod, &[pod("a", 1), pod("b", 2)]));
+    assert!(store.news().is_none());
+    store.take(listed(Kind::Pod, &[pod("b", 2)]));
+    let cluster = store.news().unwrap();
+    assert!(cluster.pods.len() == 1 && cluster.pods.contains_key(&ObjectKey::new("shop", "b")));
+}
+
+#[test]
+fn an_object_that_makes_no_sense_keeps_its_last_good_state() {
+    let mut store = full();
+    let (good, bad) = (policy("p", json!({"podSelector": {}})), policy("p", json!({"podSelector": {}, "gateway": 7})));
+    store.take(Change::Applied(Kind::EgressPolicy, decoded(Kind::EgressPolicy, &good)));
+    assert_eq!(store.news().unwrap().policies.len(), 1);
+    store.take(Change::Applied(Kind::EgressPolicy, decoded(Kind::EgressPolicy, &bad)));
+    store.take(listed(Kind::EgressPolicy, std::slice::from_ref(&bad)));
+    let cluster = store.news().unwrap();
+    assert!(cluster.policies.len() == 1 && cluster.unreadable.values().all(|u| u.message.contains("last good state")));
+    let problems = store.problems();
+    assert!(problems.len() == 1 && problems[0].contains("EgressPolicy shop/p: "), "{problems:?}");
+    assert!(problems[0].contains("last good state"), "{problems:?}");
+    store.take(Change::Deleted(Kind::EgressPolicy, (Some("shop".into()), "p".into())));
+    let cluster = store.news().unwrap();
+    assert!(store.problems().is_empty() && cluster.policies.is_empty() && cluster.unreadable.is_empty());
+    store.take(Change::Applied(Kind::EgressPolicy, decoded(Kind::EgressPolicy, &bad)));
+    assert!(store.problems()[0].contains("not used"));
+    store.take(listed(Kind::EgressPolicy, &[]));
+    assert!(store.problems().is_empty());
+}
+
+#[test]
+fn a_policy_that_goes_by_services_waits_for_them() {
+    let mut store = full();
+    let by_service = policy("p", json!({"services": ["frontend"]}));
+    store.take(Change::Applied(Kind::EgressPolicy, decoded(Kind::EgressPolicy, &by_service)));
+    assert!(store.needs_services() && store.news().is_none_or(|c| c.policies.is_empty()));
+    assert_eq!(store.missing(), [Kind::Service]);
+    let service = json!({"metadata": {"namespace": "shop", "name": "frontend"},
+                         "spec": {"selector": {"app": "x"}, "clusterIP": "10.96.0.7"}});
+    store.take(listed(Kind::Service, &[service]));
+    let cluster = store.news().unwrap();
+    assert_eq!((cluster.policies.len(), cluster.services.len()), (1, 1));
+    store.take(listed(Kind::EgressPolicy, &[]));
+    assert!(!store.needs_services());
+    store.forget_services();
+    assert!(store.news().unwrap().services.is_empty());
+}
+
+#[test]
+fn a_pod_that_was_asked_for_does_not_come_back_from_the_dead() {
+    let mut store = full();
+    store.take(Change::Found(decoded(Kind::Pod, &pod("a", 5))));
+    let pod_a = ObjectKey::new("shop", "a");
+    assert!(store.news().unwrap().pods.contains_key(&pod_a));
+    store.take(Change::Applied(Kind::Pod, decoded(Kind::Pod, &pod("b", 9))));
+    store.take(Change::Deleted(Kind::Pod, (Some("shop".into()), "a".into())));
+    store.take(Change::Found(decoded(Kind::Pod, &pod("a", 5))));
+    assert!(!store.news().unwrap().pods.contains_key(&pod_a));
+}
+
+#[test]
+fn what_cannot_be_followed_is_a_problem_until_it_can() {
+    let mut store = full();
+    store.take(Change::State(Kind::Node, Some("no rights".into())));
+    assert_eq!(store.problems(), ["no rights"]);
+    store.take(Change::State(Kind::Node, None));
+    assert!(store.problems().is_empty());
+}
+
+#[test]
+fn a_node_knows_what_is_inside_before_it_begins() {
+    let mut store = Store::new(false);
+    for kind in Kind::ALWAYS {
+        store.take(listed(kind, &[]));
+    }
+    assert_eq!(store.missing(), Kind::OPTIONAL);
+    let pool = json!({"metadata": {"name": "default"}, "spec": {"cidr": "10.10.0.0/16"}});
+    store.take(listed(Kind::IpPool, &[pool]));
+    store.take(Change::Absent(Kind::ServiceCidr));
+    assert!(store.missing().is_empty() && store.lacks_service_networks());
+    // Nobody knows: then the Services are followed, one by one.
+    store.take(Change::ServiceNetworks(None));
+    assert!(!store.lacks_service_networks());
+    assert_eq!(store.missing(), [Kind::Service]);
+    let services = [("10.96.0.0/16".parse().unwrap(), Name::from("the API server"))].into();
+    store.take(Change::ServiceNetworks(Some(Inside { services, ..Inside::default() })));
+    assert!(store.missing().is_empty());
+    let cidr = json!({"metadata": {"name": "kubernetes"}, "spec": {"cidrs": ["10.96.0.0/16", "fd00:96::/108"]}});
+    store.take(listed(Kind::ServiceCidr, &[cidr]));
+    let inside = &store.news().unwrap().inside;
+    assert_eq!((inside.pods.len(), inside.services.len()), (1, 2));
+    assert!(inside.services.values().all(|from| from.contains("ServiceCIDR kubernetes")));
+    store.take(Change::Deleted(Kind::IpPool, (None, "default".into())));
+    assert!(store.news().unwrap().inside.pods.is_empty());
+}
