@@ -1,0 +1,153 @@
+//! The controller: keeps the ledger, and tells each policy what became of it.
+//!
+//! The source's snapshot goes in, statuses come out; what they are is [`crate::plan`]'s to say. The controller
+//! itself remembers only what it has written and the source has not shown yet.
+
+mod metrics;
+mod pass;
+mod unseen;
+
+use crate::cluster::{self, Leadership, Scope, Source, SourceName};
+use crate::plan::model::{Cluster, Gateway};
+use crate::telemetry::server::{Endpoint, ListenAddress, serve};
+use anyhow::{Context, bail};
+use metrics::Metrics;
+use pass::Controller;
+use prometheus_client::registry::Registry;
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
+use tokio::time::{sleep, sleep_until};
+use tracing::info;
+
+/// Changes that come within this time are looked at together: at least, and at most, when much is to be done.
+const DEBOUNCE: (Duration, Duration) = (Duration::from_millis(2), Duration::from_millis(500));
+/// How long a write that failed waits to be tried again: at first, and at most.
+const RETRY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
+
+/// Runs until the source ends. Of several controllers one leads, and the others follow the source and wait.
+///
+/// # Errors
+/// The metrics address cannot be listened on, or the source cannot be opened or has ended.
+pub async fn run(source: &SourceName, metrics_address: ListenAddress) -> anyhow::Result<()> {
+    let mut registry = Registry::with_prefix("egret");
+    let metrics = Metrics::new(&mut registry);
+    let (ready, readiness) = watch::channel(Err("the cluster has not been read yet".to_owned()));
+    let _server = match metrics_address.0 {
+        None => None,
+        Some(address) => {
+            let server = serve(address, Endpoint::new(registry, readiness));
+            let server = server.await.with_context(|| {
+                format!("cannot listen on {address} for metrics; name another one with --metrics-address")
+            })?;
+            info!(address = %server.address(), "metrics and health are served");
+            Some(server)
+        }
+    };
+    let source = cluster::open(source, Scope::Controller).await?;
+    let stop = source.leadership.clone();
+    tokio::select! {
+        ended = keep(source, metrics, ready) => ended,
+        ended = stopped() => {
+            stop.release().await;
+            ended
+        }
+    }
+}
+
+/// Waits for SIGTERM or SIGINT.
+async fn stopped() -> anyhow::Result<()> {
+    let mut terminate = signal(SignalKind::terminate()).context("SIGTERM cannot be watched")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("SIGINT cannot be watched")?;
+    tokio::select! {
+        _ = terminate.recv() => info!("stopping: SIGTERM"),
+        _ = interrupt.recv() => info!("stopping: SIGINT"),
+    }
+    Ok(())
+}
+
+async fn keep(source: Source, metrics: Metrics, ready: watch::Sender<Result<(), String>>) -> anyhow::Result<()> {
+    let Source { mut snapshots, statuses, leadership, problems: _problems, lookup: _ } = source;
+    let mut waiting = leadership.clone();
+    let mut controller = Controller::new(statuses, leadership, metrics);
+    loop {
+        while controller.leadership.term().is_none() {
+            // One that could lead at once is as good as one that leads.
+            let _ = ready.send_replace(Ok(()));
+            waiting.changed().await;
+        }
+        controller.begin(&mut snapshots).await?;
+        lead(&mut controller, &mut snapshots, &mut waiting, &ready).await?;
+    }
+}
+
+/// Keeps everything in step, until another one leads.
+async fn lead(
+    controller: &mut Controller,
+    snapshots: &mut watch::Receiver<Arc<Cluster>>,
+    leadership: &mut Leadership,
+    ready: &watch::Sender<Result<(), String>>,
+) -> anyhow::Result<()> {
+    let mut backoff = RETRY.0;
+    while controller.leads() {
+        let start = Instant::now();
+        let snapshot = snapshots.borrow_and_update().clone();
+        let newer = || {
+            let news = snapshots.has_changed().unwrap_or_default();
+            news && changes_the_ledger(&snapshot, &snapshots.borrow())
+        };
+        let pass = controller.pass(snapshot.clone(), newer).await;
+        let mut wake = pass.wake;
+        match pass.failure {
+            None => {
+                backoff = RETRY.0;
+                let _ = ready.send_replace(Ok(()));
+            }
+            Some(e) => {
+                let _ = ready.send_replace(Err(format!("statuses cannot be written: {e:#}")));
+                wake = Some(wake.map_or(backoff, |wake| wake.min(backoff)));
+                backoff = (backoff * 2).min(RETRY.1);
+            }
+        }
+        // As long as it took, others get their turn, and changes come together.
+        let rest = start.elapsed().clamp(DEBOUNCE.0, DEBOUNCE.1);
+        let waking = async {
+            match wake {
+                Some(after) => sleep(after).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            changed = snapshots.changed() => {
+                if changed.is_err() {
+                    bail!("the source of cluster state has ended");
+                }
+                sleep_until((start + rest).into()).await;
+                sleep(DEBOUNCE.0).await;
+            }
+            () = waking => {}
+            () = leadership.changed() => {}
+        }
+    }
+    Ok(())
+}
+
+/// Whether a newer snapshot can lead to another ledger. Most are but echoes of what is being written.
+fn changes_the_ledger(old: &Cluster, new: &Cluster) -> bool {
+    let asks = |gateway: &Gateway| Gateway { status: Default::default(), version: None, ..gateway.clone() };
+    let same_gateway = |a: &Arc<Gateway>, b: &Arc<Gateway>| Arc::ptr_eq(a, b) || asks(a) == asks(b);
+    !(same(&old.policies, &new.policies, Arc::ptr_eq)
+        && same(&old.gateways, &new.gateways, same_gateway)
+        && same(&old.nodes, &new.nodes, Arc::ptr_eq)
+        && same(&old.egress_nodes, &new.egress_nodes, Arc::ptr_eq)
+        && old.namespaces == new.namespaces)
+}
+
+fn same<K: Eq, V>(a: &BTreeMap<K, V>, b: &BTreeMap<K, V>, same: impl Fn(&V, &V) -> bool) -> bool {
+    a.len() == b.len() && a.iter().zip(b).all(|((k, v), (l, w))| k == l && same(v, w))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,151 @@
+//! The controller with the directory as its source, as it is run.
+
+use super::*;
+use crate::api::EgressGatewayStatus;
+use crate::cluster::{self, Scope, SourceName};
+use crate::plan::model::PolicyKey;
+use std::path::Path;
+use tokio::task::JoinHandle;
+
+const GATEWAY: &str = "
+apiVersion: egret.dev/v1alpha1
+kind: EgressGateway
+metadata: { name: default }
+spec: { nodeSelector: { matchLabels: { egress: 'yes' } }, addresses: [192.0.2.50-192.0.2.59], default: true }
+---
+apiVersion: v1
+kind: Node
+metadata: { name: n1, labels: { egress: 'yes' } }
+status: { addresses: [{ type: InternalIP, address: 10.0.0.1 }] }
+";
+
+fn policy(name: &str) -> String {
+    format!(
+        "apiVersion: egret.dev/v1alpha1\nkind: EgressPolicy\nmetadata: {{ name: {name}, namespace: shop }}\n\
+         spec: {{ podSelector: {{}} }}\n"
+    )
+}
+
+async fn started(directory: &Path) -> JoinHandle<anyhow::Result<()>> {
+    let name = SourceName::Dir(directory.to_owned());
+    tokio::spawn(async move { run(&name, ListenAddress(None)).await })
+}
+
+/// Waits until the cluster, as the directory shows it, is as it should be.
+async fn wait(directory: &Path, what: &str, good: impl Fn(&Cluster) -> bool) -> Arc<Cluster> {
+    let source = cluster::open(&SourceName::Dir(directory.to_owned()), Scope::Controller).await.unwrap();
+    let mut snapshots = source.snapshots;
+    match tokio::time::timeout(Duration::from_secs(10), snapshots.wait_for(|c| good(c))).await {
+        Ok(cluster) => cluster.unwrap().clone(),
+        Err(_) => panic!("not in time: {what}"),
+    }
+}
+
+fn ledger(cluster: &Cluster) -> &EgressGatewayStatus {
+    &cluster.gateways["default"].status
+}
+
+fn told(cluster: &Cluster, policy: &str) -> Option<String> {
+    cluster.policy_statuses.get(&PolicyKey::from(policy))?.addresses.as_ref()?.ipv4.map(|a| a.to_string())
+}
+
+/// The ledger's paths, but for the time since when their nodes have them: a test may run from one second to the next.
+fn timeless(cluster: &Cluster) -> Vec<crate::api::LedgerPath> {
+    ledger(cluster).paths.iter().map(|path| crate::api::LedgerPath { since: 0, ..path.clone() }).collect()
+}
+
+#[tokio::test]
+async fn policies_get_their_addresses_and_keep_them() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path();
+    std::fs::write(path.join("cluster.yaml"), GATEWAY).unwrap();
+    std::fs::write(path.join("q.yaml"), policy("q")).unwrap();
+    let controller = started(path).await;
+    let first = wait(path, "q has an address", |c| told(c, "shop/q").is_some()).await;
+    assert_eq!(ledger(&first).nodes, ["n1"]);
+
+    std::fs::write(path.join("p.yaml"), policy("p")).unwrap();
+    let both = wait(path, "p has an address", |c| told(c, "shop/p").is_some()).await;
+    assert_eq!(told(&both, "shop/q").unwrap(), "192.0.2.50");
+    assert_eq!(told(&both, "shop/p").unwrap(), "192.0.2.51");
+
+    controller.abort();
+    std::fs::remove_file(path.join("q.yaml")).unwrap();
+    let controller = started(path).await;
+    let one = wait(path, "q is forgotten", |c| ledger(c).paths.len() == 1).await;
+    assert_eq!(told(&one, "shop/p").unwrap(), "192.0.2.51");
+    assert_eq!(ledger(&one).released[0].policies, ["shop/q"]);
+    std::fs::write(path.join("q.yaml"), policy("q")).unwrap();
+    let back = wait(path, "q is back", |c| ledger(c).paths.len() == 2 && told(c, "shop/q").is_some()).await;
+    assert_eq!(timeless(&back), timeless(&both));
+    assert!(ledger(&back).released.is_empty());
+    controller.abort();
+}
+
+#[tokio::test]
+async fn when_nothing_changes_nothing_is_written() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path();
+    std::fs::write(path.join("cluster.yaml"), format!("{GATEWAY}---\n{}", policy("p"))).unwrap();
+    let controller = started(path).await;
+    wait(path, "p has an address", |c| told(c, "shop/p").is_some()).await;
+    // Until the source has shown the last write, and the controller has seen it.
+    sleep(Duration::from_millis(300)).await;
+    let source = cluster::open(&SourceName::Dir(path.to_owned()), Scope::Controller).await.unwrap();
+    let snapshot = source.snapshots.borrow().clone();
+    let mut second = Controller::new(source.statuses, source.leadership, Metrics::new(&mut Registry::default()));
+    let pass = second.pass(snapshot, || false).await;
+    assert!(pass.failure.is_none() && pass.wake.is_none());
+    assert!(second.unseen.until(Instant::now()).is_none(), "a second controller finds nothing to write");
+    controller.abort();
+}
+
+#[tokio::test]
+async fn a_ledger_that_somebody_spoils_is_mended() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path();
+    std::fs::write(path.join("cluster.yaml"), format!("{GATEWAY}---\n{}", policy("p"))).unwrap();
+    let controller = started(path).await;
+    let before = wait(path, "p has an address", |c| told(c, "shop/p").is_some()).await;
+    sleep(Duration::from_millis(300)).await;
+    std::fs::remove_dir_all(path.join("status")).unwrap();
+    let after = wait(path, "the ledger is back", |c| told(c, "shop/p").is_some()).await;
+    assert_eq!(timeless(&after), timeless(&before));
+    controller.abort();
+}
+
+#[tokio::test]
+async fn a_status_that_cannot_be_written_makes_the_controller_unready() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path();
+    std::fs::write(path.join("cluster.yaml"), GATEWAY).unwrap();
+    // Not even root can make a directory where a file is.
+    std::fs::write(path.join("status"), "").unwrap();
+    let source = cluster::open(&SourceName::Dir(path.to_owned()), Scope::Controller).await.unwrap();
+    let snapshot = source.snapshots.borrow().clone();
+    let mut controller = Controller::new(source.statuses, source.leadership, Metrics::new(&mut Registry::default()));
+    let failure = controller.pass(snapshot.clone(), || false).await.failure.unwrap();
+    assert!(format!("{failure:#}").contains("status"), "{failure:#}");
+    std::fs::remove_file(path.join("status")).unwrap();
+    assert!(controller.pass(snapshot, || false).await.failure.is_none());
+}
+
+#[test]
+fn only_news_that_concern_the_ledger_hold_up_the_statuses() {
+    use crate::plan::fixture::{World, naming};
+    let mut world = World::new(&["192.0.2.50"]);
+    world.policy("a/p", naming(&["192.0.2.50"]));
+    let before = world.cluster.clone();
+    world.allocate();
+    world.cluster.policy_statuses.insert("a/p".into(), Arc::default());
+    world.pod("a", "pod", &[]);
+    assert!(!changes_the_ledger(&before, &world.cluster), "what was written comes back");
+    let mut changed = world.clone();
+    changed.gateway("g", &["192.0.2.51"], |_| {});
+    assert!(changes_the_ledger(&before, &changed.cluster));
+    let mut changed = world.clone();
+    changed.policy("a/q", naming(&["192.0.2.50"]));
+    assert!(changes_the_ledger(&before, &changed.cluster));
+    world.holds("n1", &[1]);
+    assert!(changes_the_ledger(&before, &world.cluster));
+}

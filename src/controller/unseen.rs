@@ -1,0 +1,180 @@
+//! What was written and the source has not shown yet.
+//!
+//! A snapshot may be older than the last write. Allocating from an old ledger would give a policy another address
+//! than the one it has just been told of, so what was written counts until the source shows it.
+
+use crate::api::{EgressGatewayStatus, EgressPolicyStatus};
+use crate::plan::model::{Cluster, PolicyKey};
+use crate::plan::selector::Name;
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// A source that shows something else after this time has something else: someone wrote over it.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+#[derive(Debug, Default)]
+pub(super) struct Unseen {
+    gateways: BTreeMap<Name, Written<Ledger>>,
+    policies: BTreeMap<PolicyKey, Written<Arc<EgressPolicyStatus>>>,
+}
+
+/// A ledger, and which version of its object it made.
+#[derive(Debug, PartialEq)]
+struct Ledger {
+    status: EgressGatewayStatus,
+    version: Option<Box<str>>,
+}
+
+#[derive(Debug)]
+struct Written<S> {
+    status: S,
+    /// When the pass that wrote it was over; the source cannot be asked to keep up with a pass.
+    at: Option<Instant>,
+}
+
+impl<S> Written<S> {
+    fn is_awaited(&self, now: Instant) -> bool {
+        self.at.is_none_or(|at| now < at + PATIENCE)
+    }
+}
+
+impl Unseen {
+    /// A ledger was written, and made this version of its object.
+    pub(super) fn gateway(&mut self, name: Name, status: EgressGatewayStatus, version: Option<Box<str>>) {
+        self.gateways.insert(name, Written { status: Ledger { status, version }, at: None });
+    }
+
+    /// A policy's status was written.
+    pub(super) fn policy(&mut self, key: PolicyKey, status: EgressPolicyStatus) {
+        self.policies.insert(key, Written { status: Arc::new(status), at: None });
+    }
+
+    /// The pass is over; from now on the source is expected to show what was written.
+    pub(super) fn count_from(&mut self, now: Instant) {
+        self.gateways.values_mut().for_each(|written| _ = written.at.get_or_insert(now));
+        self.policies.values_mut().for_each(|written| _ = written.at.get_or_insert(now));
+    }
+
+    /// The snapshot as it will be when the source has seen all that was written.
+    pub(super) fn merge(&mut self, snapshot: Arc<Cluster>, now: Instant) -> Arc<Cluster> {
+        self.gateways.retain(|name, written| {
+            let Some(shown) = snapshot.gateways.get(name) else { return false };
+            match (&shown.version, &written.status.version) {
+                // Whatever comes after that version has it in it; until then it counts, however long it takes.
+                (Some(shown), Some(version)) => is_older(shown, version),
+                _ => shown.status != written.status.status && written.is_awaited(now),
+            }
+        });
+        self.policies.retain(|key, written| {
+            let there = snapshot.policies.contains_key(key);
+            there && snapshot.policy_statuses.get(key) != Some(&written.status) && written.is_awaited(now)
+        });
+        if self.gateways.is_empty() && self.policies.is_empty() {
+            return snapshot;
+        }
+        let mut cluster = (*snapshot).clone();
+        for (name, written) in &self.gateways {
+            if let Some(gateway) = cluster.gateways.get_mut(name) {
+                let gateway = Arc::make_mut(gateway);
+                gateway.status = written.status.status.clone();
+                if written.status.version.is_some() {
+                    gateway.version.clone_from(&written.status.version);
+                }
+            }
+        }
+        for (key, written) in &self.policies {
+            cluster.policy_statuses.insert(key.clone(), written.status.clone());
+        }
+        Arc::new(cluster)
+    }
+
+    /// How long until something that was written is given up; `None` if the source has shown all of it.
+    pub(super) fn until(&self, now: Instant) -> Option<Duration> {
+        // What has a version is not given up.
+        let gateways = self.gateways.values().filter(|w| w.status.version.is_none()).map(|written| written.at);
+        let policies = self.policies.values().map(|written| written.at);
+        gateways.chain(policies).min().map(|at| (at.unwrap_or(now) + PATIENCE).saturating_duration_since(now))
+    }
+}
+
+/// Whether one version of an object came before another. They are numbers in every Kubernetes there is; of others only
+/// the very same is known to be no older.
+pub(super) fn is_older(shown: &str, version: &str) -> bool {
+    match (shown.parse::<u64>(), version.parse::<u64>()) {
+        (Ok(shown), Ok(version)) => shown < version,
+        _ => shown != version,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::plan::fixture::{World, naming};
+
+    fn id_of(cluster: &Cluster) -> Option<u16> {
+        cluster.gateways["g"].status.paths.first().map(|path| path.id)
+    }
+
+    /// A snapshot from before the ledger was written, one from after, and the ledger.
+    fn before_and_after() -> (Arc<Cluster>, Arc<Cluster>, EgressGatewayStatus) {
+        let mut world = World::new(&["192.0.2.50"]);
+        world.policy("a/p", naming(&["192.0.2.50"]));
+        let before = Arc::new(world.cluster.clone());
+        let status = world.allocate().gateways["g"].clone();
+        (before, Arc::new(world.cluster), status)
+    }
+
+    #[test]
+    fn what_was_written_counts_until_the_source_shows_it() {
+        let (before, after, status) = before_and_after();
+        let (mut unseen, now) = (Unseen::default(), Instant::now());
+        unseen.gateway("g".into(), status.clone(), None);
+        unseen.count_from(now);
+        assert_eq!(id_of(&unseen.merge(before.clone(), now)), Some(status.paths[0].id));
+        assert_eq!(unseen.until(now), Some(PATIENCE));
+        assert!(Arc::ptr_eq(&unseen.merge(after.clone(), now), &after));
+        assert_eq!(unseen.until(now), None);
+        assert_eq!(id_of(&unseen.merge(before, now)), None, "what it has shown is the source's again");
+    }
+
+    #[test]
+    fn what_the_source_does_not_show_in_time_is_given_up() {
+        let (before, _, status) = before_and_after();
+        let (mut unseen, now) = (Unseen::default(), Instant::now());
+        unseen.gateway("g".into(), status, None);
+        unseen.count_from(now);
+        assert_eq!(id_of(&unseen.merge(before, now + PATIENCE)), None);
+        assert_eq!(unseen.until(now + PATIENCE), None);
+    }
+
+    #[test]
+    fn what_has_a_version_counts_until_that_version_is_shown() {
+        let (before, after, status) = before_and_after();
+        let (mut unseen, now) = (Unseen::default(), Instant::now());
+        let versioned = |cluster: &Arc<Cluster>, version: &str| {
+            let mut cluster = Cluster::clone(cluster);
+            Arc::make_mut(cluster.gateways.get_mut("g").unwrap()).version = Some(version.into());
+            Arc::new(cluster)
+        };
+        unseen.gateway("g".into(), status.clone(), Some("10".into()));
+        unseen.count_from(now);
+        let merged = unseen.merge(versioned(&before, "9"), now + 10 * PATIENCE);
+        assert_eq!(id_of(&merged), Some(status.paths[0].id));
+        assert_eq!(merged.gateways["g"].version.as_deref(), Some("10"));
+        // A person has changed it since.
+        assert_eq!(id_of(&unseen.merge(versioned(&before, "11"), now)), None);
+        assert_eq!(id_of(&unseen.merge(versioned(&after, "12"), now)), Some(status.paths[0].id));
+    }
+
+    #[test]
+    fn what_is_gone_is_not_waited_for() {
+        let (_, _, status) = before_and_after();
+        let (mut unseen, now) = (Unseen::default(), Instant::now());
+        unseen.gateway("g".into(), status, None);
+        unseen.count_from(now);
+        unseen.policy("a/p".into(), EgressPolicyStatus::default());
+        unseen.merge(Arc::default(), now);
+        assert_eq!(unseen.until(now), None);
+    }
+}
