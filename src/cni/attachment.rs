@@ -1,0 +1,148 @@
+//! What is known of a pod's interface, and the file that keeps it: `RUN_DIR/attachments/CONTAINER@IFNAME.json`.
+//!
+//! The file is written before anything is done for the pod and removed after everything is undone, by the daemon,
+//! or by the plugin while the daemon is away. So it survives either of them, and a DEL that comes late finds only
+//! what its own (container id, interface) did.
+
+use super::run_dir::ATTACHMENTS;
+use serde::{Deserialize, Serialize};
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+use std::{fs, io};
+
+/// Names an attachment: the container (sandbox) and its interface, as the runtime calls them.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct AttachmentId {
+    /// `CNI_CONTAINERID`.
+    pub container_id: String,
+    /// `CNI_IFNAME`.
+    pub ifname: String,
+}
+
+/// One interface of one pod.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Attachment {
+    /// Who it belongs to.
+    #[serde(flatten)]
+    pub id: AttachmentId,
+    /// The network's name in the runtime's configuration. GC speaks for one network alone.
+    #[serde(default)]
+    pub network: String,
+    /// The pod, from `CNI_ARGS`.
+    pub pod: PodRef,
+    /// The pod's addresses, from `prevResult`.
+    pub addresses: Vec<IpAddr>,
+    /// The interface's other end on the host; absent if it has none (macvlan, SR-IOV).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub host: Option<HostInterface>,
+}
+
+/// A pod, as `CNI_ARGS` names it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct PodRef {
+    /// `K8S_POD_NAMESPACE`.
+    pub namespace: String,
+    /// `K8S_POD_NAME`.
+    pub name: String,
+    /// `K8S_POD_UID`, where the runtime gives it; else empty.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub uid: String,
+}
+
+/// The host's end of a pod's veth pair.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct HostInterface {
+    /// Its interface index on the host.
+    pub index: u32,
+    /// The interface index of the pod's end, in the pod's namespace: the host's end names it in `IFLA_LINK`, which
+    /// proves that the two belong together.
+    pub peer_index: u32,
+}
+
+impl AttachmentId {
+    fn path(&self, run_dir: &Path) -> PathBuf {
+        run_dir.join(ATTACHMENTS).join(format!("{}@{}.json", self.container_id, self.ifname))
+    }
+
+    /// Where the file is written before it takes its name. Always the same, so that what a writer killed in the
+    /// middle leaves does not outlive the attachment.
+    fn unfinished(&self, run_dir: &Path) -> PathBuf {
+        run_dir.join(ATTACHMENTS).join(format!(".{}@{}", self.container_id, self.ifname))
+    }
+
+    /// Reads the attachment, or `None` if there is none of this id.
+    ///
+    /// # Errors
+    /// The file cannot be read. A file that holds no attachment counts as absent: it was cut short before it had
+    /// any effect.
+    pub fn load(&self, run_dir: &Path) -> io::Result<Option<Attachment>> {
+        match fs::read(self.path(run_dir)) {
+            Ok(bytes) => Ok(serde_json::from_slice(&bytes).ok()),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(e) => Err(e),
+        }
+    }
+
+    /// Removes the file; that it is not there is no error.
+    ///
+    /// # Errors
+    /// It cannot be removed.
+    pub fn forget(&self, run_dir: &Path) -> io::Result<()> {
+        for path in [self.unfinished(run_dir), self.path(run_dir)] {
+            match fs::remove_file(path) {
+                Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Attachment {
+    /// Writes the file, whole or not at all.
+    ///
+    /// # Errors
+    /// It cannot be written.
+    pub fn store(&self, run_dir: &Path) -> io::Result<()> {
+        let path = self.id.path(run_dir);
+        let dir = path.parent().unwrap_or(run_dir);
+        let temporary = self.id.unfinished(run_dir);
+        let bytes = serde_json::to_vec(self)?;
+        if let Err(e) = fs::write(&temporary, &bytes) {
+            if e.kind() != io::ErrorKind::NotFound {
+                return Err(e);
+            }
+            fs::create_dir_all(dir)?;
+            fs::write(&temporary, &bytes)?;
+        }
+        fs::rename(&temporary, &path)
+    }
+}
+
+/// Reads all attachments. Files that hold none are passed over.
+///
+/// # Errors
+/// The directory cannot be read; that it is not there is no error.
+pub fn load_all(run_dir: &Path) -> io::Result<Vec<Attachment>> {
+    let entries = match fs::read_dir(run_dir.join(ATTACHMENTS)) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        other => other?,
+    };
+    let mut all = Vec::new();
+    for entry in entries {
+        let entry = entry?;
+        if entry.file_name().as_encoded_bytes().first() == Some(&b'.') {
+            continue;
+        }
+        match fs::read(entry.path()) {
+            Ok(bytes) => all.extend(serde_json::from_slice::<Attachment>(&bytes).ok()),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(all)
+}

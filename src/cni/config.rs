@@ -1,0 +1,235 @@
+//! The configuration that a runtime writes to the plugin's standard input, read and validated in one place.
+//!
+//! Runtimes add keys of their own, and an administrator's may be meant for others: keys that are not known are
+//! passed over. A known key of a wrong type is an error that names the key.
+
+use super::attachment::AttachmentId;
+use super::environment::Command;
+use super::protocol::{Failure, codes};
+use super::version::Version;
+use serde::Deserialize;
+use serde_json::value::RawValue;
+use std::collections::HashMap;
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
+
+/// A configuration is some kilobytes; what is longer than this is none.
+pub const MAX_BYTES: usize = 8 * 1024 * 1024;
+
+/// Where the daemon listens unless something else is said.
+pub const DEFAULT_SOCKET: &str = "/run/egret/cni.sock";
+/// `sun_path` less the NUL byte, include/uapi/linux/un.h.
+const MAX_SOCKET: usize = 107;
+
+/// Reads all of standard input.
+///
+/// # Errors
+/// It cannot be read, or has more than [`MAX_BYTES`].
+pub fn read(input: impl Read) -> Result<Vec<u8>, Failure> {
+    let mut bytes = Vec::new();
+    input.take(MAX_BYTES as u64 + 1).read_to_end(&mut bytes).map_err(|e: io::Error| {
+        Failure::new(codes::IO, format!("the configuration cannot be read from standard input: {e}"), "")
+    })?;
+    if bytes.len() > MAX_BYTES {
+        return Err(Failure::new(
+            codes::DECODE,
+            format!("the configuration on standard input is longer than {} MiB", MAX_BYTES >> 20),
+            "this is no network configuration; look at what calls the plugin",
+        ));
+    }
+    Ok(bytes)
+}
+
+/// A configuration's keys, each with its value unread. `prevResult` stays so: it is printed as it came.
+pub struct Fields<'a>(HashMap<String, &'a RawValue>);
+
+impl<'a> Fields<'a> {
+    /// Splits a configuration into its keys.
+    ///
+    /// # Errors
+    /// It is not a JSON object.
+    pub fn parse(bytes: &'a [u8]) -> Result<Self, Failure> {
+        serde_json::from_slice(bytes).map(Fields).map_err(|e| {
+            let msg = format!("the configuration on standard input is no JSON object: {e}");
+            Failure::new(codes::DECODE, msg, "check the conflist with a JSON parser")
+        })
+    }
+
+    /// `cniVersion`. A DEL without one goes on all the same: nothing in it depends on the version.
+    ///
+    /// # Errors
+    /// It is missing, of a wrong type, or not supported.
+    pub fn version(&self, command: Command) -> Result<Version, Failure> {
+        match self.optional::<String>("cniVersion")? {
+            Some(version) => Version::parse(&version),
+            None if command == Command::Del => Ok(Version::LATEST),
+            None => Err(Failure::new(
+                codes::INCOMPATIBLE,
+                "the configuration has no cniVersion, which means 0.1.0",
+                format!("set cniVersion in the network configuration to one of {}", Version::list()),
+            )),
+        }
+    }
+
+    fn optional<T: Deserialize<'a>>(&self, key: &str) -> Result<Option<T>, Failure> {
+        let Some(value) = self.0.get(key) else { return Ok(None) };
+        serde_json::from_str(value.get())
+            .map_err(|e| Failure::new(codes::DECODE, format!("{key} in the network configuration: {e}"), ""))
+    }
+}
+
+/// A configuration, understood.
+pub struct Config<'a> {
+    /// `name`: the network's. Empty only for DEL and STATUS, which do not need it.
+    pub network: String,
+    /// `socket`: where the daemon listens.
+    pub socket: PathBuf,
+    /// `prevResult`, unread; `None` if missing or null.
+    pub previous: Option<&'a RawValue>,
+    /// `cni.dev/valid-attachments`, of a GC.
+    pub valid: Vec<AttachmentId>,
+}
+
+impl<'a> Config<'a> {
+    /// Reads what `command` needs.
+    ///
+    /// # Errors
+    /// A known field is of a wrong type, or says what cannot be.
+    pub fn read(fields: &Fields<'a>, command: Command) -> Result<Self, Failure> {
+        let network = fields.optional::<String>("name")?.unwrap_or_default();
+        if network.is_empty() && !matches!(command, Command::Del | Command::Status) {
+            return Err(invalid("the network configuration has no name", "give the network a name"));
+        }
+        let socket = fields.optional::<PathBuf>("socket")?.unwrap_or_else(|| DEFAULT_SOCKET.into());
+        check_socket(&socket)?;
+        let previous = fields.0.get("prevResult").copied().filter(|value| value.get() != "null");
+        let valid = if command == Command::Gc { valid_attachments(fields)? } else { Vec::new() };
+        Ok(Config { network, socket, previous, valid })
+    }
+
+    /// The daemon's run directory: the one its socket lies in.
+    pub fn run_dir(&self) -> &Path {
+        self.socket.parent().unwrap_or(Path::new("/"))
+    }
+}
+
+fn valid_attachments(fields: &Fields<'_>) -> Result<Vec<AttachmentId>, Failure> {
+    #[derive(Deserialize)]
+    struct Valid {
+        #[serde(rename = "containerID")]
+        container_id: String,
+        ifname: String,
+    }
+    // The second is what libcni called it before the specification did.
+    let key = ["cni.dev/valid-attachments", "cni.dev/attachments"].into_iter().find(|k| fields.0.contains_key(*k));
+    let Some(key) = key else {
+        // Not an empty list: that would end every attachment there is.
+        return Err(invalid(
+            "GC without cni.dev/valid-attachments",
+            "a runtime gives the attachments that are still valid; nothing was collected",
+        ));
+    };
+    // Go writes an empty list that was never allocated as null.
+    let list = fields.optional::<Vec<Valid>>(key)?.unwrap_or_default();
+    Ok(list.into_iter().map(|v| AttachmentId { container_id: v.container_id, ifname: v.ifname }).collect())
+}
+
+/// Refuses a path that cannot be the daemon's socket.
+///
+/// # Errors
+/// It is relative or too long.
+pub fn check_socket(socket: &Path) -> Result<(), Failure> {
+    if socket.is_absolute() && socket.as_os_str().len() <= MAX_SOCKET {
+        return Ok(());
+    }
+    Err(invalid(
+        format!("socket {socket:?} cannot be a socket"),
+        format!("give egretd's socket by its absolute path, of no more than {MAX_SOCKET} bytes"),
+    ))
+}
+
+fn invalid(msg: impl Into<String>, details: impl Into<String>) -> Failure {
+    Failure::new(codes::INVALID_CONFIGURATION, msg, details)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn code<T>(result: Result<T, Failure>) -> (u32, String) {
+        let failure = result.err().expect("a failure");
+        (failure.code, failure.msg)
+    }
+
+    fn config(text: &str, command: Command) -> Result<(String, PathBuf, Option<String>, usize), Failure> {
+        let fields = Fields::parse(text.as_bytes())?;
+        let c = Config::read(&fields, command)?;
+        Ok((c.network.clone(), c.run_dir().into(), c.previous.map(|p| p.get().to_owned()), c.valid.len()))
+    }
+
+    #[test]
+    fn unknown_keys_are_passed_over_and_defaults_filled_in() {
+        let text = r#"{"name": "n", "type": "egret-cni", "sokcet": 5, "runtimeConfig": {}, "prevResult": null}"#;
+        assert_eq!(config(text, Command::Add).unwrap(), ("n".into(), "/run/egret".into(), None, 0));
+    }
+
+    #[test]
+    fn the_previous_result_is_kept_as_it_was_written() {
+        let text = r#"{"name": "n", "socket": "/x/y/s", "prevResult": { "b" :1.50,"a":[ ] }}"#;
+        let (_, run_dir, previous, _) = config(text, Command::Add).unwrap();
+        assert_eq!(run_dir, Path::new("/x/y"));
+        assert_eq!(previous.unwrap(), r#"{ "b" :1.50,"a":[ ] }"#);
+    }
+
+    #[test]
+    fn a_wrong_type_names_its_key() {
+        for (text, key) in [(r#"{"name": 5}"#, "name"), (r#"{"name": "n", "socket": []}"#, "socket")] {
+            let (code, msg) = code(config(text, Command::Add));
+            assert!(code == codes::DECODE && msg.starts_with(key), "{code} {msg}");
+        }
+        let gc = r#"{"name": "n", "cni.dev/valid-attachments": [{"containerID": 1}]}"#;
+        assert!(code(config(gc, Command::Gc)).1.starts_with("cni.dev/valid-attachments"));
+        let version = Fields::parse(br#"{"cniVersion": 1}"#).unwrap().version(Command::Add);
+        assert_eq!(code(version).0, codes::DECODE);
+    }
+
+    #[test]
+    fn a_socket_is_absolute_and_short() {
+        for socket in ["cni.sock".to_owned(), String::new(), format!("/{}", "x".repeat(107))] {
+            let text = format!(r#"{{"name": "n", "socket": "{socket}"}}"#);
+            assert_eq!(code(config(&text, Command::Add)).0, codes::INVALID_CONFIGURATION, "{socket}");
+        }
+    }
+
+    #[test]
+    fn gc_without_a_list_collects_nothing_and_null_is_an_empty_list() {
+        assert_eq!(code(config(r#"{"name": "n"}"#, Command::Gc)).0, codes::INVALID_CONFIGURATION);
+        assert_eq!(config(r#"{"name": "n", "cni.dev/valid-attachments": null}"#, Command::Gc).unwrap().3, 0);
+        let old = r#"{"name": "n", "cni.dev/attachments": [{"containerID": "c", "ifname": "eth0"}]}"#;
+        assert_eq!(config(old, Command::Gc).unwrap().3, 1);
+    }
+
+    #[test]
+    fn garbage_is_refused_whatever_its_depth() {
+        for text in ["", "[]", "null", "{", r#"{"a": 1} x"#, "\u{0}"] {
+            assert_eq!(code(config(text, Command::Add)).0, codes::DECODE, "{text}");
+        }
+        let deep = format!(r#"{{"name": "n", "x": {}"#, "[".repeat(1_000_000));
+        assert_eq!(code(config(&deep, Command::Add)).0, codes::DECODE);
+        let fine = format!(r#"{{"name": "n", "x": {}{}}}"#, "[".repeat(1_000_000), "]".repeat(1_000_000));
+        assert!(config(&fine, Command::Add).is_ok());
+    }
+
+    #[test]
+    fn input_has_a_bound() {
+        assert_eq!(read(&vec![b' '; MAX_BYTES][..]).unwrap().len(), MAX_BYTES);
+        assert_eq!(code(read(io::repeat(b' '))).0, codes::DECODE);
+    }
+
+    #[test]
+    fn a_missing_version_stops_all_but_del() {
+        let fields = Fields::parse(b"{}").unwrap();
+        assert_eq!(code(fields.version(Command::Add)).0, codes::INCOMPATIBLE);
+        assert_eq!(fields.version(Command::Del).unwrap(), Version::LATEST);
+    }
+}

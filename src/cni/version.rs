@@ -1,0 +1,77 @@
+//! The versions of the CNI specification that the plugin speaks, and which verbs each has.
+
+use super::environment::Command;
+use super::protocol::{Failure, codes};
+
+/// A version of the specification, in their order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Version {
+    /// 0.3.0: chains of plugins. kube-router's configuration says it.
+    V0_3_0,
+    /// 0.3.1: the same, with a mistake in its text mended.
+    V0_3_1,
+    /// 0.4.0: CHECK, and `prevResult` on DEL.
+    V0_4_0,
+    /// 1.0.0: network lists only.
+    V1_0_0,
+    /// 1.1.0: GC and STATUS.
+    V1_1_0,
+}
+
+impl Version {
+    /// All that are spoken.
+    pub const SUPPORTED: [Version; 5] =
+        [Version::V0_3_0, Version::V0_3_1, Version::V0_4_0, Version::V1_0_0, Version::V1_1_0];
+    /// The newest.
+    pub const LATEST: Version = Version::V1_1_0;
+
+    /// As it stands in a configuration's `cniVersion`.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Version::V0_3_0 => "0.3.0",
+            Version::V0_3_1 => "0.3.1",
+            Version::V0_4_0 => "0.4.0",
+            Version::V1_0_0 => "1.0.0",
+            Version::V1_1_0 => "1.1.0",
+        }
+    }
+
+    /// Reads a `cniVersion`.
+    ///
+    /// # Errors
+    /// It is not one of [`Version::SUPPORTED`].
+    pub fn parse(text: &str) -> Result<Self, Failure> {
+        Self::SUPPORTED.into_iter().find(|v| v.as_str() == text).ok_or_else(|| {
+            Failure::new(
+                codes::INCOMPATIBLE,
+                format!("cniVersion {text:?} is not supported"),
+                format!("set cniVersion in the network configuration to one of {}", Self::list()),
+            )
+        })
+    }
+
+    /// Refuses a verb that this version does not have.
+    ///
+    /// # Errors
+    /// The verb came with a later version.
+    pub fn allows(self, command: Command) -> Result<(), Failure> {
+        let since = match command {
+            Command::Check => Version::V0_4_0,
+            Command::Gc | Command::Status => Version::V1_1_0,
+            Command::Add | Command::Del | Command::Version => Version::V0_3_0,
+        };
+        if self >= since {
+            return Ok(());
+        }
+        Err(Failure::new(
+            codes::INCOMPATIBLE,
+            format!("cniVersion {} has no {}", self.as_str(), command.as_str()),
+            format!("{} exists since {}", command.as_str(), since.as_str()),
+        ))
+    }
+
+    /// The supported versions, for a person to read.
+    pub fn list() -> String {
+        Self::SUPPORTED.map(Version::as_str).join(", ")
+    }
+}
