@@ -1,0 +1,297 @@
+//! The daemon: arguments and wiring only.
+
+use anyhow::Context;
+use clap::{Parser, Subcommand};
+use egret::cluster::{KubeOptions, LeaseSettings, SourceName};
+use egret::cni::config::DEFAULT_SOCKET;
+use egret::kernel::check;
+use egret::plan::destination::parse_cidr;
+use egret::plan::marks::Marks;
+use egret::telemetry::logs;
+use egret::telemetry::server::ListenAddress;
+use egret::{api, controller, install, memory, node};
+use ipnetwork::IpNetwork;
+use std::io::Write;
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+use tokio::runtime::{Builder, Runtime};
+use tokio::signal::unix::{SignalKind, signal};
+
+/// Egret gives Kubernetes pods a source address that stays.
+#[derive(Parser)]
+#[command(name = "egretd", version)]
+struct Arguments {
+    #[command(flatten)]
+    logs: Logs,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(clap::Args)]
+struct Logs {
+    /// What is logged: a level, or levels by module as in `info,egret::kernel=debug`
+    #[arg(long, env = "EGRET_LOG_LEVEL", default_value = "info", global = true)]
+    log_level: String,
+    /// How it is logged
+    #[arg(long, env = "EGRET_LOG_FORMAT", value_enum, default_value_t, global = true)]
+    log_format: logs::Format,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Hold this node's pods to their policies, and this node's egress addresses
+    Node(Node),
+    /// Keep the ledger: give policies their addresses, and addresses their nodes
+    Controller(Controller),
+    /// Put the CNI plugin and its entry into place; waits until there is a network configuration
+    Install(Install),
+    /// Remove everything of Egret's from this host; pods then leave from their node's address
+    Uninstall(Uninstall),
+    /// Print the CustomResourceDefinitions
+    Crds,
+    /// Tell what this kernel and this host lack, one line a need; fails if Egret cannot run here
+    Check,
+}
+
+#[derive(clap::Args)]
+struct Cluster {
+    /// Where cluster state comes from: kube, or dir:PATH
+    #[arg(long = "cluster", env = "EGRET_CLUSTER")]
+    source: SourceName,
+    /// With --cluster kube: the file with the API server's address and the credentials [default: those of a pod]
+    #[arg(long, env = "EGRET_KUBECONFIG")]
+    kubeconfig: Option<PathBuf>,
+}
+
+#[derive(clap::Args)]
+struct Node {
+    /// This node's name in the cluster
+    #[arg(long, env = "EGRET_NODE_NAME")]
+    name: String,
+    #[command(flatten)]
+    cluster: Cluster,
+    /// Where the plugin's socket and the pods' attachments are
+    #[arg(long, env = "EGRET_RUN_DIR", default_value = "/run/egret")]
+    run_dir: PathBuf,
+    /// The address that other nodes send tunnel packets to [default: the node's first InternalIP on this host]
+    #[arg(long, env = "EGRET_TUNNEL_ADDRESS")]
+    tunnel_address: Option<IpAddr>,
+    /// Networks that no policy covers, beside the cluster's own: 10.0.0.0/8,fd00::/8
+    #[arg(long, env = "EGRET_DIRECT", value_delimiter = ',', value_parser = network)]
+    direct: Vec<IpNetwork>,
+    /// How often a gateway's nodes are asked whether they live, 50ms to 10s
+    #[arg(long, env = "EGRET_PROBE_INTERVAL", default_value = "300ms", value_parser = interval)]
+    probe_interval: Duration,
+    /// How many questions in a row must stay unanswered before a node counts as dead, 1 to 20
+    #[arg(long, env = "EGRET_PROBE_MISSES", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=20))]
+    probe_misses: u32,
+    /// The upper 16 bits of the connection marks that are Egret's
+    #[arg(long, env = "EGRET_CONNECTION_MARK", default_value = "0x4547", value_parser = base)]
+    connection_mark: u16,
+    /// The lowest of the eleven bits of packet marks that are Egret's, 16 to 21
+    #[arg(long, env = "EGRET_MARK_SHIFT", default_value_t = Marks::default().shift)]
+    mark_shift: u8,
+    /// Where /metrics, /healthz and /readyz are served; empty: nowhere
+    #[arg(long, env = "EGRET_METRICS_ADDRESS", default_value = "[::]:9871")]
+    metrics_address: ListenAddress,
+    /// Keep the plugin's entry in the network configuration in this directory
+    #[arg(long, env = "EGRET_CNI_CONF_DIR")]
+    cni_conf_dir: Option<PathBuf>,
+    /// Keep the plugin's program, the one beside this one, in this directory
+    #[arg(long, env = "EGRET_CNI_BIN_DIR", requires = "cni_conf_dir")]
+    cni_bin_dir: Option<PathBuf>,
+}
+
+#[derive(clap::Args)]
+struct CniDirectories {
+    /// Where the container runtime looks for plugins
+    #[arg(long, env = "EGRET_CNI_BIN_DIR", default_value = "/opt/cni/bin")]
+    cni_bin_dir: PathBuf,
+    /// Where the container runtime looks for network configurations
+    #[arg(long, env = "EGRET_CNI_CONF_DIR", default_value = "/etc/cni/net.d")]
+    cni_conf_dir: PathBuf,
+}
+
+#[derive(clap::Args)]
+struct Install {
+    #[command(flatten)]
+    directories: CniDirectories,
+    /// The plugin's program [default: egret-cni beside this program]
+    #[arg(long)]
+    plugin: Option<PathBuf>,
+    /// The socket of `egretd node` on this host: cni.sock in its run directory
+    #[arg(long, env = "EGRET_CNI_SOCKET", default_value = DEFAULT_SOCKET)]
+    socket: PathBuf,
+}
+
+#[derive(clap::Args)]
+struct Uninstall {
+    #[command(flatten)]
+    directories: CniDirectories,
+    /// The run directory of `egretd node` on this host
+    #[arg(long, env = "EGRET_RUN_DIR", default_value = "/run/egret")]
+    run_dir: PathBuf,
+    /// The upper 16 bits of the connection marks that were Egret's
+    #[arg(long, env = "EGRET_CONNECTION_MARK", default_value = "0x4547", value_parser = base)]
+    connection_mark: u16,
+    /// Remove the plugin's program, too: when no pod is left that started with it
+    #[arg(long)]
+    remove_plugin: bool,
+    /// Also remove what the node said of itself from this source of cluster state: kube, or dir:PATH
+    #[arg(long, env = "EGRET_CLUSTER", requires = "name")]
+    cluster: Option<SourceName>,
+    /// With --cluster kube: the file with the API server's address and the credentials [default: those of a pod]
+    #[arg(long, env = "EGRET_KUBECONFIG")]
+    kubeconfig: Option<PathBuf>,
+    /// The node's name in the cluster
+    #[arg(long, env = "EGRET_NODE_NAME")]
+    name: Option<String>,
+}
+
+fn network(text: &str) -> Result<IpNetwork, String> {
+    parse_cidr(text).map_err(|e| e.to_string())
+}
+
+fn interval(text: &str) -> Result<Duration, String> {
+    let wrong = || format!("{text:?} is no time from 50ms to 10s; write it like 300ms or 1.5s");
+    let (number, milliseconds) = match text.strip_suffix("ms") {
+        Some(number) => (number, 1.0),
+        None => (text.strip_suffix('s').ok_or_else(wrong)?, 1000.0),
+    };
+    let milliseconds = number.trim().parse::<f64>().map_err(|_| wrong())? * milliseconds;
+    // Not a number is in no range.
+    if !(50.0..=10_000.0).contains(&milliseconds) {
+        return Err(wrong());
+    }
+    Ok(Duration::from_micros((milliseconds * 1000.0) as u64))
+}
+
+fn base(text: &str) -> Result<u16, String> {
+    let digits = text.strip_prefix("0x").unwrap_or(text);
+    u16::from_str_radix(digits, 16).map_err(|e| format!("{e}; write four hexadecimal digits, as in 0x4547"))
+}
+
+#[derive(clap::Args)]
+struct Controller {
+    #[command(flatten)]
+    cluster: Cluster,
+    /// The namespace of the Lease by which several controllers take turns [default: the pod's own]
+    #[arg(long, env = "EGRET_LEASE_NAMESPACE")]
+    lease_namespace: Option<String>,
+    /// This controller's name in the Lease [default: the host's name and a random number]
+    #[arg(long, env = "EGRET_LEASE_IDENTITY")]
+    lease_identity: Option<String>,
+    /// Where /metrics, /healthz and /readyz are served; empty: nowhere
+    #[arg(long, env = "EGRET_METRICS_ADDRESS", default_value = "[::]:9872")]
+    metrics_address: ListenAddress,
+}
+
+fn main() -> ExitCode {
+    match run(Arguments::parse()) {
+        Ok(code) => code,
+        Err(e) => {
+            eprintln!("egretd: {e:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
+    memory::give_back_early();
+    logs::init(arguments.logs.log_format, &arguments.logs.log_level)?;
+    match arguments.command {
+        Command::Node(flags) => until_stopped(node::run(flags.options()?))?,
+        Command::Controller(flags) => flags.run()?,
+        Command::Install(flags) => install::run(&flags.options()?)?,
+        Command::Uninstall(flags) => runtime()?.block_on(install::uninstall::run(&flags.options()?))?,
+        Command::Crds => print(&api::crds::yaml()?)?,
+        Command::Check => return Ok(check::run()),
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+impl Node {
+    fn options(self) -> anyhow::Result<node::Options> {
+        Ok(node::Options {
+            name: self.name,
+            cluster: self.cluster.source.with(KubeOptions { kubeconfig: self.cluster.kubeconfig, lease: None }),
+            run_dir: self.run_dir,
+            tunnel_address: self.tunnel_address,
+            direct: self.direct,
+            liveness: node::liveness::Settings { interval: self.probe_interval, misses: self.probe_misses },
+            marks: Marks::new(self.connection_mark, self.mark_shift)?,
+            metrics_address: self.metrics_address,
+            cni_dirs: self.cni_conf_dir.map(|conf_dir| (conf_dir, self.cni_bin_dir)),
+        })
+    }
+}
+
+impl Install {
+    fn options(self) -> anyhow::Result<install::Options> {
+        Ok(install::Options {
+            bin_dir: self.directories.cni_bin_dir,
+            conf_dir: self.directories.cni_conf_dir,
+            plugin: self.plugin.map_or_else(install::plugin::beside_this_program, Ok)?,
+            socket: self.socket,
+        })
+    }
+}
+
+impl Uninstall {
+    fn options(self) -> anyhow::Result<install::uninstall::Options> {
+        Ok(install::uninstall::Options {
+            bin_dir: self.directories.cni_bin_dir,
+            conf_dir: self.directories.cni_conf_dir,
+            run_dir: self.run_dir,
+            remove_plugin: self.remove_plugin,
+            marks: Marks::new(self.connection_mark, Marks::default().shift)?,
+            cluster: self
+                .cluster
+                .map(|c| c.with(KubeOptions { kubeconfig: self.kubeconfig, lease: None }))
+                .zip(self.name),
+        })
+    }
+}
+
+impl Controller {
+    /// Runs it. It hears signals itself: it gives its Lease back before it ends.
+    fn run(self) -> anyhow::Result<()> {
+        let identity = self.lease_identity.unwrap_or_else(LeaseSettings::unique_identity);
+        let lease = Some(LeaseSettings::new(self.lease_namespace.unwrap_or_default(), identity));
+        let source = self.cluster.source.with(KubeOptions { kubeconfig: self.cluster.kubeconfig, lease });
+        runtime()?.block_on(controller::run(&source, self.metrics_address))
+    }
+}
+
+/// Runs a daemon until it ends by itself or is told to by SIGTERM or SIGINT.
+fn until_stopped(daemon: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {
+    runtime()?.block_on(async {
+        let mut terminate = signal(SignalKind::terminate()).context("SIGTERM cannot be watched")?;
+        let mut interrupt = signal(SignalKind::interrupt()).context("SIGINT cannot be watched")?;
+        tokio::select! {
+            ended = daemon => ended,
+            _ = terminate.recv() => {
+                tracing::info!("stopping: SIGTERM");
+                Ok(())
+            }
+            _ = interrupt.recv() => {
+                tracing::info!("stopping: SIGINT");
+                Ok(())
+            }
+        }
+    })
+}
+
+fn runtime() -> anyhow::Result<Runtime> {
+    Builder::new_current_thread().enable_all().build().context("the runtime")
+}
+
+fn print(text: &str) -> anyhow::Result<()> {
+    match std::io::stdout().write_all(text.as_bytes()) {
+        // `egretd crds | head`: who closes the pipe has seen enough.
+        Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
+        other => other.context("stdout"),
+    }
+}

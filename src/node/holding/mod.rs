@@ -1,0 +1,318 @@
+//! Which addresses this node takes, keeps and lets go.
+//!
+//! Before it takes one it asks the link whether somebody has it. It lets one go when the node that is to have it says
+//! that it does, or when it finds out that another one has taken it over while it could not know: it was frozen, or
+//! cut off. What it cannot use, its uplink being down, it gives up before the others take it.
+
+mod fitness;
+
+use super::host::{Look, Wish};
+use super::liveness::Settings;
+use crate::plan::mac::{Mac, Shown};
+use crate::plan::marks::PathId;
+use crate::plan::node::{View, addresses};
+use crate::plan::paths::{Facts, Path, PathState, Placing};
+use fitness::Fitness;
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::time::Duration;
+use tokio::time::Instant;
+
+/// How many addresses are named in one line of the log.
+const NAMED: usize = 6;
+/// How long an address stays when another node has it: others may send to this one until they have heard.
+const GRACE: Duration = Duration::from_millis(300);
+/// Who answered for an address is asked again after this long, at first and then. At first it may be a node that is
+/// about to give it up.
+const AGAIN: [Duration; 2] = [Duration::from_millis(250), Duration::from_secs(2)];
+/// What "at first" is.
+const AT_FIRST: Duration = Duration::from_secs(5);
+/// A node that has nothing of what the ledger gives it does not say that it is fit, so that nobody sends to it who
+/// cannot hear that others have taken all over. Longer than this it is not out of service for it.
+const WITHHELD: Duration = Duration::from_secs(60);
+
+/// Somebody who answers for an address.
+#[derive(Clone, Copy, Debug)]
+struct Answer {
+    address: IpAddr,
+    mac: Mac,
+    first: Instant,
+    last: Instant,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct Holding {
+    settings: Settings,
+    started: Instant,
+    fitness: Fitness,
+    /// Nobody else has them: it was asked.
+    cleared: BTreeSet<PathId>,
+    answered: BTreeMap<PathId, Answer>,
+    /// It is being asked for them.
+    asking: BTreeSet<PathId>,
+    /// What is here is to be asked for.
+    verify: bool,
+    /// Somebody answered for what is here.
+    lost: BTreeSet<PathId>,
+    /// Another node has them: when they go.
+    going: BTreeMap<PathId, Instant>,
+    /// The ledger gives them to this node, which gave them up: `since` of the ledger's entry, and when.
+    yielded: BTreeMap<PathId, (i64, Instant)>,
+    /// What this node has taken over from others.
+    inherited: BTreeSet<PathId>,
+    next: Option<Instant>,
+}
+
+/// What is to be done now.
+#[derive(Debug, Default)]
+pub struct Decision {
+    /// What is to be on this node.
+    pub wish: Wish,
+    /// Paths for whose addresses the link is to be asked.
+    pub ask: BTreeSet<PathId>,
+}
+
+impl Holding {
+    /// Of a daemon that has just started: what is here may have been another's for long.
+    pub fn new(settings: Settings, now: Instant) -> Self {
+        Holding {
+            settings,
+            started: now,
+            fitness: Fitness::default(),
+            cleared: BTreeSet::new(),
+            answered: BTreeMap::new(),
+            asking: BTreeSet::new(),
+            verify: true,
+            lost: BTreeSet::new(),
+            going: BTreeMap::new(),
+            yielded: BTreeMap::new(),
+            inherited: BTreeSet::new(),
+            next: None,
+        }
+    }
+
+    /// This node was frozen or cut off: others may have taken over what it has.
+    pub fn returned(&mut self) {
+        self.verify = true;
+    }
+
+    /// Whether this node can hold addresses. Returns whether that has changed.
+    pub fn judge(&mut self, look: &Look, now: Instant) -> bool {
+        self.fitness.judge(look, now)
+    }
+
+    /// Whether it can.
+    pub fn is_fit(&self) -> bool {
+        self.fitness.unfit_since().is_none()
+    }
+
+    /// When [`decide`](Self::decide) is to be asked again, if nothing else happens.
+    pub fn next(&self) -> Option<Instant> {
+        self.next
+    }
+
+    /// Decides what is to be here.
+    pub fn decide(&mut self, view: &View, facts: &Facts, look: &Look, drained: bool, now: Instant) -> Decision {
+        let mut decision = Decision::default();
+        let paths = &view.paths.paths;
+        self.next = None;
+        self.forget(paths);
+        let verify = std::mem::take(&mut self.verify);
+        let give_up = self.fitness.unfit_since().map(|since| since + self.settings.safe_absence());
+        self.wake_at(give_up.filter(|at| *at > now));
+        let give_up = give_up.is_some_and(|at| at <= now);
+        let mut has_of_ledger = false;
+        for (id, path) in paths.iter().filter(|(_, path)| path.placing != Placing::Never) {
+            let here = is_here(path, facts);
+            if !here {
+                self.lost.remove(id);
+            }
+            if here && (self.lost.contains(id) || give_up && self.gives_up(path)) {
+                self.give(*id, path, now);
+                continue;
+            }
+            let stays = match path.placing {
+                // Where there is no link to ask, the attempt to place it says why.
+                Placing::Take { ask } => {
+                    let ask = ask && look.can_ask(path);
+                    self.takes(*id, path, here, ask, verify, now, &mut decision)
+                }
+                Placing::Keep => here,
+                Placing::Leave => here && self.lingers(*id, now),
+                Placing::Never => false,
+            };
+            if !matches!(path.placing, Placing::Take { .. }) {
+                self.cleared.remove(id);
+                self.answered.remove(id);
+                // After a start, it may be that only this node thinks that another one has it.
+                if here && verify {
+                    decision.ask.insert(*id);
+                }
+            }
+            if stays {
+                has_of_ledger |= path.by_ledger;
+                decision.wish.paths.insert(*id);
+            }
+        }
+        decision.ask.retain(|id| self.asking.insert(*id));
+        let withheld = self.yielded.values().any(|(_, at)| now - *at < WITHHELD) && !has_of_ledger;
+        let holds = paths.values().any(|path| path.state == PathState::Local && path.member);
+        let left = drained && !holds && decision.wish.paths.is_empty();
+        decision.wish.health = view.paths.is_gateway && self.is_fit() && !withheld && !left;
+        decision
+    }
+
+    /// Whether the address of a path that is to be here shall be placed.
+    #[allow(clippy::too_many_arguments, reason = "the loop's state")]
+    fn takes(
+        &mut self,
+        id: PathId,
+        path: &Path,
+        here: bool,
+        ask: bool,
+        verify: bool,
+        now: Instant,
+        decision: &mut Decision,
+    ) -> bool {
+        self.going.remove(&id);
+        if !path.by_ledger && ask {
+            self.inherited.insert(id);
+        }
+        if !ask {
+            decision.wish.moving.insert(id);
+            return true;
+        }
+        if here || self.cleared.contains(&id) {
+            self.answered.remove(&id);
+            self.yielded.remove(&id);
+            if here && verify {
+                decision.ask.insert(id);
+            }
+            return true;
+        }
+        if !self.is_fit() {
+            return false;
+        }
+        let due = self.answered.get(&id).map(|a| a.last + AGAIN[usize::from(now - a.first > AT_FIRST)]);
+        match due {
+            Some(due) if due > now => self.wake_at(Some(due)),
+            _ => drop(decision.ask.insert(id)),
+        }
+        false
+    }
+
+    /// Whether an address that another node has stays a little longer.
+    fn lingers(&mut self, id: PathId, now: Instant) -> bool {
+        // After a start, nobody has been found dead yet, and who is said to have it may be.
+        let known = self.started + self.settings.detection() + Duration::from_millis(500);
+        let at = *self.going.entry(id).or_insert_with(|| known.max(now + GRACE));
+        self.wake_at(Some(at).filter(|at| *at > now));
+        at > now
+    }
+
+    /// Whether a node that cannot use an address gives it up: where it cannot be reached anyway, or if another one
+    /// can.
+    fn gives_up(&self, path: &Path) -> bool {
+        self.fitness.is_cut_off() || matches!(path.state, PathState::Remote(_))
+    }
+
+    fn give(&mut self, id: PathId, path: &Path, now: Instant) {
+        self.cleared.remove(&id);
+        self.inherited.remove(&id);
+        if path.by_ledger {
+            self.yielded.insert(id, (path.since, now));
+        }
+    }
+
+    fn wake_at(&mut self, at: Option<Instant>) {
+        self.next = [self.next, at].into_iter().flatten().min();
+    }
+
+    /// Drops what is known of paths that are gone or are another node's by a newer ledger.
+    fn forget(&mut self, paths: &BTreeMap<PathId, Path>) {
+        let there = |id: &PathId| paths.get(id).is_some_and(|path| path.placing != Placing::Never);
+        self.cleared.retain(there);
+        self.answered.retain(|id, _| there(id));
+        self.lost.retain(there);
+        self.going.retain(|id, _| paths.get(id).is_some_and(|path| path.placing == Placing::Leave));
+        self.inherited.retain(|id| {
+            paths.get(id).is_some_and(|path| matches!(path.placing, Placing::Take { .. } | Placing::Keep))
+        });
+        self.yielded.retain(|id, (since, _)| paths.get(id).is_some_and(|path| path.by_ledger && path.since == *since));
+    }
+
+    /// What the link said. Of a path that is here and that somebody else has, this node lets go.
+    pub fn heard(&mut self, asked: Vec<(PathId, IpAddr, Option<Mac>)>, view: &View, facts: &Facts, now: Instant) {
+        let mut taken: BTreeMap<PathId, (IpAddr, Mac)> = BTreeMap::new();
+        let ids: BTreeSet<PathId> = asked.iter().map(|(id, _, _)| *id).collect();
+        for (id, address, mac) in asked {
+            if let Some(mac) = mac {
+                taken.insert(id, (address, mac));
+            }
+        }
+        let mut news: Vec<String> = Vec::new();
+        for id in ids {
+            self.asking.remove(&id);
+            let here = view.paths.paths.get(&id).is_some_and(|path| is_here(path, facts));
+            match taken.get(&id) {
+                None if !here => drop(self.cleared.insert(id)),
+                None => {}
+                Some((address, mac)) => {
+                    let before = self.answered.get(&id).map(|a| a.first);
+                    let answer = Answer { address: *address, mac: *mac, first: before.unwrap_or(now), last: now };
+                    if before.is_none() {
+                        news.push(format!("{address} at {}", Shown(*mac)));
+                    }
+                    self.answered.insert(id, answer);
+                    self.cleared.remove(&id);
+                    if here {
+                        self.lost.insert(id);
+                    }
+                }
+            }
+        }
+        if !news.is_empty() {
+            let (count, more) = (news.len(), if news.len() > NAMED { ", ..." } else { "" });
+            news.truncate(NAMED);
+            tracing::warn!(count, "somebody else on the link has egress addresses: {}{more}", news.join(", "));
+        }
+    }
+
+    /// The link could not be asked: it is tried again.
+    pub fn unheard(&mut self, ids: BTreeSet<PathId>) {
+        for id in ids {
+            self.asking.remove(&id);
+        }
+    }
+
+    /// What this node should hold and cannot, and why.
+    pub fn refused(&self) -> impl Iterator<Item = (PathId, String)> {
+        self.answered.iter().map(|(id, Answer { address, mac, .. })| {
+            let why = format!(
+                "{address} is somebody else's: {} answers for it on the link; it comes here as soon as nobody does; see \
+                 who that is, or take the address out of the gateway's spec.addresses",
+                Shown(*mac)
+            );
+            (*id, why)
+        })
+    }
+
+    /// What the ledger gives this node, and it gave up.
+    pub fn yielded(&self) -> BTreeSet<PathId> {
+        self.yielded.keys().copied().collect()
+    }
+
+    /// What this node has taken over from others.
+    pub fn inherited(&self) -> &BTreeSet<PathId> {
+        &self.inherited
+    }
+}
+
+/// Whether all of a path's addresses are on this node.
+pub fn is_here(path: &Path, facts: &Facts) -> bool {
+    addresses(path).all(|a| facts.addresses.contains(&a))
+}
+
+#[cfg(test)]
+mod tests;

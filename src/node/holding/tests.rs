@@ -1,0 +1,269 @@
+use super::*;
+use crate::api::Allocate;
+use crate::kernel::uplink::Interface;
+use crate::plan::fixture::{World, asking};
+use std::sync::Arc;
+
+const ADDRESS: &str = "192.0.2.50";
+const STRANGER: Mac = [2, 0, 0, 0, 0, 9];
+const SETTINGS: Settings = Settings { interval: Duration::from_millis(300), misses: 3 };
+
+/// A gateway's node `n1`, to which the ledger gives one path.
+struct Scene {
+    world: World,
+    id: PathId,
+    facts: Facts,
+    look: Look,
+    holding: Holding,
+    now: Instant,
+}
+
+fn interface(running: bool) -> Interface {
+    let name = "eth0".to_owned();
+    Interface { ifindex: 2, name, mac: Some([2; 6]), mtu: 1500, running, loopback: false, no_arp: false }
+}
+
+impl Scene {
+    /// Long after the daemon's start.
+    fn new() -> Self {
+        let mut world = World::new(&["192.0.2.50"]);
+        world.policy("a/p", asking(Allocate::Dedicated));
+        let grant = world.allocate().grant("a/p").clone();
+        assert_eq!(grant.node.as_deref(), Some("n1"));
+        let now = Instant::now();
+        let mut scene = Scene {
+            world,
+            id: grant.id,
+            facts: Facts::default(),
+            look: Look::of(&interface(true), &[ADDRESS.parse().unwrap()]),
+            holding: Holding::new(SETTINGS, now),
+            now: now + Duration::from_secs(60),
+        };
+        scene.decide();
+        scene
+    }
+
+    fn view(&self) -> View {
+        View::new(&self.world.cluster, "n1", &self.facts, &[], [])
+    }
+
+    /// Decides, and what is wished for happens.
+    fn decide(&mut self) -> Decision {
+        if self.holding.judge(&self.look, self.now) {
+            let own: crate::plan::selector::Name = "n1".into();
+            if self.holding.is_fit() {
+                self.facts.dead.remove(&own)
+            } else {
+                self.facts.dead.insert(own)
+            };
+        }
+        let decision = self.holding.decide(&self.view(), &self.facts, &self.look, false, self.now);
+        let address: IpAddr = ADDRESS.parse().unwrap();
+        if decision.wish.paths.contains(&self.id) {
+            self.facts.addresses.insert(address);
+        } else {
+            self.facts.addresses.remove(&address);
+        }
+        self.facts.yielded = self.holding.yielded();
+        self.facts.refused = self.holding.refused().collect();
+        decision
+    }
+
+    fn hear(&mut self, answer: Option<Mac>) {
+        let view = self.view();
+        self.holding.heard(vec![(self.id, ADDRESS.parse().unwrap(), answer)], &view, &self.facts, self.now);
+    }
+
+    fn is_here(&self) -> bool {
+        !self.facts.addresses.is_empty()
+    }
+
+    /// It asks, nobody answers, and the address comes.
+    fn take(&mut self) {
+        self.hear(None);
+        self.decide();
+        assert!(self.is_here());
+    }
+
+    fn pass(&mut self, milliseconds: u64) {
+        self.now += Duration::from_millis(milliseconds);
+    }
+
+    /// The ledger gives the path to the other node, which says that it holds it.
+    fn other_takes_it(&mut self) {
+        let gateway = Arc::make_mut(self.world.cluster.gateways.get_mut("g").unwrap());
+        gateway.status.paths[0].node = Some("n2".into());
+        gateway.status.paths[0].since += 1;
+        self.world.holds("n2", &[self.id]);
+    }
+}
+
+#[test]
+fn it_asks_before_it_takes() {
+    let mut scene = Scene::new();
+    assert!(!scene.is_here());
+    assert!(scene.decide().ask.is_empty(), "it has been asked already");
+    scene.take();
+    assert!(scene.decide().ask.is_empty());
+    scene.facts.addresses.clear();
+    assert!(scene.decide().wish.paths.contains(&scene.id), "removed by hand: it need not ask again");
+}
+
+#[test]
+fn what_a_stranger_has_it_does_not_take_until_nobody_answers() {
+    let mut scene = Scene::new();
+    scene.hear(Some(STRANGER));
+    let decision = scene.decide();
+    assert!(!scene.is_here() && decision.ask.is_empty() && decision.wish.health);
+    assert!(scene.facts.refused[&scene.id].contains("02:00:00:00:00:09"));
+    let again = scene.holding.next().unwrap() - scene.now;
+    assert_eq!(again, AGAIN[0]);
+    scene.pass(250);
+    assert!(scene.decide().ask.contains(&scene.id));
+    scene.pass(6000);
+    scene.hear(Some(STRANGER));
+    scene.decide();
+    assert_eq!(scene.holding.next().unwrap() - scene.now, AGAIN[1], "it asks less often then");
+    scene.pass(2000);
+    assert!(scene.decide().ask.contains(&scene.id));
+    scene.take();
+    assert!(scene.facts.refused.is_empty());
+}
+
+#[test]
+fn what_another_node_has_goes_after_a_while() {
+    let mut scene = Scene::new();
+    scene.take();
+    scene.other_takes_it();
+    scene.decide();
+    assert!(scene.is_here(), "others may still send here");
+    assert_eq!(scene.holding.next().unwrap() - scene.now, GRACE);
+    scene.pass(301);
+    scene.decide();
+    assert!(!scene.is_here());
+    assert_eq!(scene.holding.next(), None);
+}
+
+#[test]
+fn what_another_node_is_to_have_and_has_not_stays() {
+    let mut scene = Scene::new();
+    scene.take();
+    scene.other_takes_it();
+    scene.world.holds("n2", &[]);
+    scene.decide();
+    scene.pass(60_000);
+    scene.decide();
+    assert!(scene.is_here());
+}
+
+#[test]
+fn who_was_away_asks_for_what_it_has_and_gives_up_what_others_took() {
+    let mut scene = Scene::new();
+    scene.take();
+    scene.holding.returned();
+    assert!(scene.decide().ask.contains(&scene.id));
+    assert!(scene.is_here(), "while it asks");
+    scene.hear(Some(STRANGER));
+    let decision = scene.decide();
+    assert!(!scene.is_here());
+    assert!(!decision.wish.health, "who cannot hear of the takeover shall not send here");
+    assert!(scene.facts.yielded.contains(&scene.id));
+    scene.pass(250);
+    assert!(scene.decide().ask.contains(&scene.id), "the other one may die");
+    scene.hear(Some(STRANGER));
+    scene.other_takes_it();
+    assert!(scene.decide().wish.health, "the ledger has followed");
+    assert!(scene.facts.yielded.is_empty());
+}
+
+#[test]
+fn who_was_away_keeps_what_nobody_took() {
+    let mut scene = Scene::new();
+    scene.take();
+    scene.holding.returned();
+    scene.decide();
+    scene.hear(None);
+    assert!(scene.decide().wish.health && scene.is_here());
+}
+
+#[test]
+fn without_an_uplink_it_gives_all_up_before_others_take_it_and_asks_before_it_takes_it_back() {
+    let mut scene = Scene::new();
+    scene.take();
+    scene.look = Look::of(&interface(false), &[ADDRESS.parse().unwrap()]);
+    assert!(!scene.decide().wish.health);
+    assert!(scene.is_here(), "it may be back at once");
+    let gone = scene.holding.next().unwrap();
+    assert!(gone - scene.now <= SETTINGS.safe_absence());
+    scene.now = gone;
+    scene.decide();
+    assert!(!scene.is_here());
+    scene.look = Look::of(&interface(true), &[ADDRESS.parse().unwrap()]);
+    let decision = scene.decide();
+    assert!(decision.ask.contains(&scene.id) && !decision.wish.health && !scene.is_here());
+    scene.take();
+    assert!(scene.decide().wish.health);
+}
+
+#[test]
+fn a_short_loss_of_the_uplink_moves_nothing() {
+    let mut scene = Scene::new();
+    scene.take();
+    scene.look = Look::of(&interface(false), &[ADDRESS.parse().unwrap()]);
+    scene.decide();
+    scene.pass(100);
+    scene.look = Look::of(&interface(true), &[ADDRESS.parse().unwrap()]);
+    let decision = scene.decide();
+    assert!(scene.is_here() && decision.wish.health && decision.ask.is_empty());
+}
+
+#[test]
+fn a_path_that_is_moved_on_purpose_comes_without_a_question_and_is_not_announced_at_once() {
+    let mut scene = Scene::new();
+    let gateway = Arc::make_mut(scene.world.cluster.gateways.get_mut("g").unwrap());
+    gateway.status.paths[0].leaving = Some("n2".into());
+    scene.world.holds("n2", &[scene.id]);
+    let decision = scene.decide();
+    assert!(scene.is_here() && decision.ask.is_empty());
+    assert!(decision.wish.moving.contains(&scene.id));
+}
+
+#[test]
+fn a_daemon_that_starts_asks_for_what_is_here_and_lets_nothing_go_before_it_knows_who_lives() {
+    let mut scene = Scene::new();
+    scene.take();
+    scene.other_takes_it();
+    scene.holding = Holding::new(SETTINGS, scene.now);
+    let decision = scene.decide();
+    assert!(decision.ask.contains(&scene.id) && scene.is_here());
+    scene.pass(400);
+    scene.decide();
+    assert!(scene.is_here(), "the other one is said to hold it, and may be dead");
+    scene.hear(Some(STRANGER));
+    scene.decide();
+    assert!(!scene.is_here(), "it does hold it");
+}
+
+#[test]
+fn a_drained_node_that_has_nothing_left_says_that_it_is_not_fit() {
+    let mut scene = Scene::new();
+    scene.take();
+    let decide =
+        |scene: &mut Scene| scene.holding.decide(&scene.view(), &scene.facts, &scene.look, true, scene.now).wish.health;
+    assert!(decide(&mut scene));
+    scene.other_takes_it();
+    scene.decide();
+    scene.pass(301);
+    scene.decide();
+    assert!(!decide(&mut scene));
+}
+
+#[test]
+fn a_path_that_is_no_more_goes_at_once() {
+    let mut scene = Scene::new();
+    scene.take();
+    scene.world.without_policy("a/p");
+    scene.world.allocate();
+    scene.decide();
+    assert!(!scene.is_here());
+}

@@ -1,0 +1,363 @@
+//! The host's kernel as the node daemon drives it: each part of the datapath brought in step, in an order in which
+//! nothing leaks in between.
+
+mod place;
+
+pub use place::{Look, Way, Wish};
+
+use crate::kernel::addresses;
+use crate::kernel::datapath::{self, Made, PeerIndexes, SharedSets};
+use crate::kernel::names::*;
+use crate::kernel::nft::{Count, Nftables};
+use crate::kernel::quarantine::Quarantine;
+use crate::kernel::route_socket::RouteSocket;
+use crate::kernel::routes::{self, METRIC_LAST, Route, RouteKind};
+use crate::kernel::rules::{self, Rule};
+use crate::kernel::tunnel::{self, Tunnel};
+use crate::kernel::{fdb, links, neighbours, sysctl, uplink};
+use crate::plan::mac;
+use crate::plan::marks::{MAX_PEER, Marks, PathId};
+use crate::plan::networks::Networks;
+use crate::plan::node::{NodePlan, View, parse_chain_name};
+use crate::plan::paths::{Facts, Uplink};
+use anyhow::{Context, Result};
+use ipnetwork::{IpNetwork, Ipv4Network, Ipv6Network};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+/// What routing should be, as it was last brought about.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Routing {
+    rules: BTreeSet<Rule>,
+    tables: BTreeMap<u32, BTreeSet<Route>>,
+}
+
+/// The kernel's parts, and what was last made of them.
+pub struct Host {
+    /// Route netlink.
+    pub routes: RouteSocket,
+    nft: Nftables,
+    quarantine: Quarantine,
+    marks: Marks,
+    peers: PeerIndexes,
+    shared: SharedSets,
+    made: Option<Made>,
+    /// What was last brought about, so that what has not changed is not asked for again. Empty: unknown.
+    routing: Option<Routing>,
+    placed: Option<place::Wanted>,
+    uplinks: BTreeSet<u32>,
+    forwarding: Option<Forwarding>,
+    tunnel: Option<(Tunnel, u32)>,
+}
+
+/// Where the tunnel's frames go: underlay addresses by tunnel MAC address, and the tunnel's neighbours.
+type Forwarding = (BTreeMap<mac::Mac, IpAddr>, BTreeMap<Ipv6Addr, mac::Mac>);
+
+impl Host {
+    /// Opens the sockets and reads back what an earlier daemon left: the peers' indexes stand in connections' marks.
+    pub fn open(marks: Marks) -> Result<Self> {
+        let mut nft = Nftables::open().context("nf_tables")?;
+        let mut peers = PeerIndexes::new();
+        for (key, data) in nft.elements(datapath::INET, datapath::set::PEER).context("nf_tables")? {
+            if let (Ok(mac), Some(mark)) = (mac::Mac::try_from(key.bytes.as_slice()), datapath::mark_of(&data)) {
+                peers.insert(mac, (mark & u32::from(MAX_PEER)) as u16);
+            }
+        }
+        Ok(Host {
+            routes: RouteSocket::open()?,
+            nft,
+            quarantine: Quarantine::open().context("quarantine")?,
+            marks,
+            peers,
+            shared: SharedSets::default(),
+            made: None,
+            routing: None,
+            placed: None,
+            uplinks: BTreeSet::new(),
+            forwarding: None,
+            tunnel: None,
+        })
+    }
+
+    /// Tags and interface indexes of the pods' chains that the kernel holds.
+    pub fn tags(&mut self) -> Result<Vec<(u16, u32)>> {
+        let chains = self.nft.chains(datapath::INET).context("nf_tables")?;
+        Ok(chains.iter().filter_map(|name| parse_chain_name(name)).collect())
+    }
+
+    /// Forgets what was brought about: the next time everything is read back.
+    pub fn distrust(&mut self) {
+        self.nft.distrust();
+        self.routing = None;
+        self.placed = None;
+        self.forwarding = None;
+        self.tunnel = None;
+    }
+
+    /// Forgets what is known of rules and routes.
+    pub fn distrust_routing(&mut self) {
+        self.routing = None;
+    }
+
+    /// This node's end of the tunnel.
+    pub fn tunnel_end(&self) -> Option<&Tunnel> {
+        self.tunnel.as_ref().map(|(tunnel, _)| tunnel)
+    }
+
+    /// The netlink ports by which this daemon changes things.
+    pub fn ports(&self) -> BTreeSet<u32> {
+        [self.routes.port(), self.nft.port(), self.quarantine.port()].into()
+    }
+
+    /// The indexes of the interfaces that egress addresses are on.
+    pub fn uplinks(&self) -> impl Iterator<Item = u32> {
+        self.uplinks.iter().copied()
+    }
+
+    /// Forgets what is known of the nftables tables.
+    pub fn distrust_tables(&mut self) {
+        self.nft.distrust();
+    }
+
+    /// Makes the tunnel device.
+    pub async fn tunnel(&mut self, node: &str, local: IpAddr) -> Result<()> {
+        if self.tunnel.as_ref().is_some_and(|(t, _)| t.local == local) {
+            return Ok(());
+        }
+        let mtu = tunnel::underlay_mtu(&self.routes, local).await?;
+        let ipv6 = sysctl::ipv6()? && mtu >= tunnel::IPV6_MIN_MTU;
+        let tunnel = Tunnel { vni: TUNNEL_VNI, port: TUNNEL_PORT, local, mac: mac::of_node(node), mtu, ipv6 };
+        let index = tunnel::ensure(&self.routes, &tunnel).await?;
+        self.tunnel = Some((tunnel, index));
+        Ok(())
+    }
+
+    /// Brings rules and routes in step. Returns how many changes that took.
+    pub async fn routing(&mut self, view: &View) -> Result<usize> {
+        let Some((_, device)) = self.tunnel else { return Ok(0) };
+        let wanted = self.wanted_routing(view, device).await?;
+        if self.routing.as_ref() == Some(&wanted) {
+            return Ok(0);
+        }
+        let mut changes = 0;
+        for (table, routes) in &wanted.tables {
+            changes += routes::sync(&self.routes, *table, routes).await?;
+        }
+        changes += rules::sync(&self.routes, &wanted.rules).await?;
+        // Tables of uplinks that are no more: after the rules that led to them.
+        for table in self.routing.iter().flat_map(|r| r.tables.keys()).filter(|t| !wanted.tables.contains_key(t)) {
+            changes += routes::sync(&self.routes, *table, &BTreeSet::new()).await?;
+        }
+        self.routing = Some(wanted);
+        Ok(changes)
+    }
+
+    async fn wanted_routing(&self, view: &View, device: u32) -> Result<Routing> {
+        let marks = self.marks;
+        let rule = |priority, mark, mask, table| Rule { priority, mark, mask, table };
+        let mut routing = Routing {
+            rules: [
+                rule(RULE_REQUEST, marks.request(), marks.kind_mask(), TABLE_REQUEST),
+                rule(RULE_REPLY, marks.reply(), marks.kind_mask(), TABLE_REPLY),
+            ]
+            .into(),
+            tables: [
+                (TABLE_REQUEST, request_table(&view.networks, device)),
+                (TABLE_REPLY, view.networks.pods.iter().map(|n| via_hub(*n, device)).collect()),
+                (TABLE_QUARANTINE, quarantine_table(&view.networks)),
+            ]
+            .into(),
+        };
+        for (at, uplink) in view.paths.uplinks.iter().enumerate() {
+            let index = at as u16 + 1;
+            let table = TABLE_UPLINK + u32::from(index);
+            routing.rules.insert(rule(RULE_UPLINK, marks.uplink(index), marks.kind_and_index_mask(), table));
+            routing.tables.insert(table, self.uplink_table(uplink, &view.networks).await);
+        }
+        Ok(routing)
+    }
+
+    /// Out by the gateway's own next hop, or not at all. A family for which it names none is the main table's.
+    /// Pods' networks are thrown back, as in the [`request_table`].
+    async fn uplink_table(&self, uplink: &Uplink, networks: &Networks) -> BTreeSet<Route> {
+        let mut routes: BTreeSet<Route> = networks.pods.iter().map(|n| throw(*n)).collect();
+        let hops = [(EVERYTHING4, uplink.next_hop.0.map(IpAddr::V4)), (EVERYTHING6, uplink.next_hop.1.map(IpAddr::V6))];
+        for (dst, hop) in hops {
+            let Some(hop) = hop else { continue };
+            routes.insert(Route { dst, kind: RouteKind::Unreachable, metric: METRIC_LAST });
+            match uplink::uplink_for(&self.routes, hop, uplink.interface.as_deref()).await {
+                Ok(interface) => {
+                    let kind = RouteKind::Unicast { gateway: Some(hop), oif: interface.ifindex, onlink: true };
+                    routes.insert(Route { dst, kind, metric: 0 });
+                }
+                Err(e) => tracing::warn!(%hop, "a gateway's next hop cannot be used: {e:#}"),
+            }
+        }
+        routes
+    }
+
+    /// Brings the tunnel's forwarding entries and neighbours in step.
+    pub async fn forwarding(&mut self, view: &View) -> Result<usize> {
+        let Some((_, device)) = self.tunnel else { return Ok(0) };
+        let peers = &view.paths.peers;
+        let mut neighbours = BTreeMap::new();
+        if self.speaks_ipv6() {
+            let gateways = peers.iter().filter(|(_, peer)| peer.is_gateway);
+            neighbours.extend(gateways.map(|(mac, _)| (of_mac(HEALTH, *mac), *mac)));
+            if view.paths.is_gateway {
+                neighbours.extend(peers.keys().map(|mac| (of_mac(ASKING, *mac), *mac)));
+            }
+        }
+        let wanted = (peers.iter().map(|(mac, peer)| (*mac, peer.address)).collect(), neighbours);
+        if self.forwarding.as_ref() == Some(&wanted) {
+            return Ok(0);
+        }
+        let mut changes = fdb::sync(&self.routes, device, &wanted.0).await?;
+        if self.speaks_ipv6() {
+            changes += neighbours::sync(&self.routes, device, &wanted.1).await?;
+        }
+        self.forwarding = Some(wanted);
+        Ok(changes)
+    }
+
+    /// Whether the tunnel carries IPv6.
+    fn speaks_ipv6(&self) -> bool {
+        self.tunnel.as_ref().is_some_and(|(tunnel, _)| tunnel.ipv6)
+    }
+
+    /// The tunnel device's index, and the addresses from which this node asks others and answers them.
+    pub fn asking(&self) -> Option<(u32, Ipv6Addr)> {
+        let (tunnel, device) = self.tunnel.as_ref()?;
+        tunnel.ipv6.then(|| (*device, of_mac(ASKING, tunnel.mac)))
+    }
+
+    /// Makes the sets that follow from a new view.
+    pub fn view(&mut self, view: &View) {
+        self.peers.retain(|mac, _| view.paths.peers.contains_key(mac));
+        if view.paths.is_gateway {
+            let taken: HashSet<u16> = self.peers.values().copied().collect();
+            let mut free = (1..=MAX_PEER).filter(|i| !taken.contains(i));
+            for mac in view.paths.peers.keys() {
+                if !self.peers.contains_key(mac)
+                    && let Some(index) = free.next()
+                {
+                    self.peers.insert(*mac, index);
+                }
+            }
+        }
+        self.shared = datapath::shared_sets(view, &self.peers, self.marks, &self.shared);
+    }
+
+    /// Brings the nftables tables in step, in one transaction. Returns how many changes that took.
+    pub fn tables(&mut self, mut plan: NodePlan) -> Result<usize> {
+        let Some((_, device)) = self.tunnel else { return Ok(0) };
+        plan.device = device;
+        let without = (!plan.handed.is_empty()).then(|| NodePlan { handed: BTreeMap::new(), ..plan.clone() });
+        let mut made = Made::new(plan, &self.shared, self.marks, self.made.as_ref());
+        let mut applied = self.nft.apply(made.tables());
+        if let (Err(e), Some(without)) = (&applied, without) {
+            tracing::warn!("packets of paths that are moved cannot be handed over, see `egretd check`: {e}");
+            made = Made::new(without, &self.shared, self.marks, self.made.as_ref());
+            applied = self.nft.apply(made.tables());
+        }
+        let changes = applied.context("nf_tables refuses the datapath")?;
+        self.made = Some(made);
+        Ok(changes)
+    }
+
+    /// What the kernel has counted: packets that were dropped, by reason, and what went by each path, as a director
+    /// and as a gateway.
+    pub fn counts(&mut self) -> Result<Counts> {
+        let mut counts = Counts { drops: self.nft.counters(datapath::INET)?, ..Counts::default() };
+        counts.drops.extend(self.nft.counters(datapath::NETDEV)?);
+        for (set, into) in [(datapath::set::PATH_OUT, &mut counts.sent), (datapath::set::RX, &mut counts.forwarded)] {
+            for (key, count) in self.nft.element_counters(datapath::INET, set)? {
+                if let Some(mark) = datapath::mark_in(&key) {
+                    into.push(((mark & self.marks.path_mask()) as PathId, count));
+                }
+            }
+        }
+        Ok(counts)
+    }
+
+    /// Everything that the node knows of itself.
+    pub async fn facts(&self, refused: BTreeMap<PathId, String>) -> Result<Facts> {
+        let all = addresses::local_addresses(&self.routes).await?;
+        let addresses = all.iter().filter(|a| !a.tentative && !a.address.is_loopback()).map(|a| a.address);
+        Ok(Facts { addresses: addresses.filter(|a| !is_devices_own(*a)).collect(), refused, ..Facts::default() })
+    }
+
+    /// The host's end of a pod's veth pair, if the two belong together.
+    pub async fn interface(&self, index: u32, peer_index: u32) -> Result<Option<super::pods::Interface>> {
+        let veth = links::veth_by_index(&self.routes, index).await?;
+        Ok(veth.filter(|v| v.peer_index == peer_index).map(|v| super::pods::Interface { name: v.name, index: v.index }))
+    }
+
+    /// Puts addresses into quarantine.
+    pub fn quarantine(&mut self, addresses: &[IpAddr]) -> Result<()> {
+        addresses.iter().try_for_each(|a| self.quarantine.hold(a)).context("quarantine")
+    }
+
+    /// Lifts quarantines, but for those of the addresses `keep`. Returns how many.
+    pub fn lift_quarantines(&mut self, keep: &BTreeSet<IpAddr>) -> Result<usize> {
+        let mut lifted = 0;
+        for address in self.quarantine.held().context("quarantine")?.difference(keep) {
+            self.quarantine.lift(address).with_context(|| format!("quarantine of {address}"))?;
+            tracing::info!(%address, "quarantine lifted");
+            lifted += 1;
+        }
+        Ok(lifted)
+    }
+}
+
+/// See [`Host::counts`].
+#[derive(Debug, Default)]
+pub struct Counts {
+    /// Dropped packets by the names in [`datapath::counter`].
+    pub drops: BTreeMap<String, Count>,
+    /// What this node's pods sent, by path.
+    pub sent: Vec<(PathId, Count)>,
+    /// What other nodes' pods sent through this gateway, by path.
+    pub forwarded: Vec<(PathId, Count)>,
+}
+
+const EVERYTHING4: IpNetwork = match Ipv4Network::new_checked(Ipv4Addr::UNSPECIFIED, 0) {
+    Some(all) => IpNetwork::V4(all),
+    None => unreachable!(),
+};
+const EVERYTHING6: IpNetwork = match Ipv6Network::new_checked(Ipv6Addr::UNSPECIFIED, 0) {
+    Some(all) => IpNetwork::V6(all),
+    None => unreachable!(),
+};
+
+fn via_hub(dst: IpNetwork, device: u32) -> Route {
+    let hub = if dst.is_ipv4() { IpAddr::V4(HUB4) } else { IpAddr::V6(HUB6) };
+    // HUB6 is link-local, and so on the link of any interface.
+    Route { dst, kind: RouteKind::Unicast { gateway: Some(hub), oif: device, onlink: dst.is_ipv4() }, metric: 0 }
+}
+
+fn last_resort() -> BTreeSet<Route> {
+    let unreachable = |dst| Route { dst, kind: RouteKind::Unreachable, metric: METRIC_LAST };
+    [unreachable(EVERYTHING4), unreachable(EVERYTHING6)].into()
+}
+
+/// Everything to the hub. Pods' networks are thrown back to the main table: source validation looks a pod's own
+/// address up with the mark, and must find it behind its veth.
+fn request_table(networks: &Networks, device: u32) -> BTreeSet<Route> {
+    let mut routes = last_resort();
+    routes.insert(via_hub(EVERYTHING4, device));
+    routes.insert(via_hub(EVERYTHING6, device));
+    routes.extend(networks.pods.iter().map(|n| throw(*n)));
+    routes
+}
+
+/// What is direct, and nothing else.
+fn quarantine_table(networks: &Networks) -> BTreeSet<Route> {
+    let mut routes = last_resort();
+    routes.extend(networks.networks.iter().map(|n| throw(*n)));
+    routes
+}
+
+fn throw(dst: IpNetwork) -> Route {
+    Route { dst, kind: RouteKind::Throw, metric: 0 }
+}

@@ -1,0 +1,199 @@
+//! Egress addresses on their uplinks, and the health address in the tunnel.
+
+use super::Host;
+use crate::kernel::addresses::{self, Placed};
+use crate::kernel::announce::{self, Target};
+use crate::kernel::names::{HEALTH, of_mac};
+use crate::kernel::uplink::{Interface, Uplinks};
+use crate::plan::marks::PathId;
+use crate::plan::node::{View, addresses};
+use crate::plan::paths::Path;
+use anyhow::Result;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::net::IpAddr;
+use std::time::Duration;
+
+/// How many addresses are named in one line of the log.
+const NAMED: usize = 6;
+/// How often, and how far apart, new addresses are announced. The last time is after the node before, if it lives, has
+/// given the address up: its kernel may have answered somebody meanwhile.
+const ANNOUNCEMENTS: u32 = 5;
+const BETWEEN_ANNOUNCEMENTS: Duration = Duration::from_millis(150);
+
+/// A way out: the interface that a gateway names, and the family, IPv4 or not.
+pub type Way = (Option<Box<str>>, bool);
+/// An egress address, and the interface that the gateway names for it.
+type Spot = (IpAddr, Option<Box<str>>);
+/// Egress addresses that are to be here, with their paths, and whether the health address is.
+pub(super) type Wanted = (BTreeMap<Spot, PathId>, bool);
+
+/// What is to be on this node.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Wish {
+    /// The paths whose addresses are to be here.
+    pub paths: BTreeSet<PathId>,
+    /// Those among them that another node has until this one does.
+    pub moving: BTreeSet<PathId>,
+    /// Whether this node is fit to hold addresses: its health address says so.
+    pub health: bool,
+}
+
+/// A way out that this node does not have now.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Broken {
+    /// Which.
+    pub way: Way,
+    /// Whether there is an interface, and it is down.
+    pub down: bool,
+    /// Why.
+    pub why: String,
+}
+
+/// The interfaces for egress addresses, as they are now.
+#[derive(Debug, Default)]
+pub struct Look {
+    found: HashMap<Spot, Interface>,
+    none: HashMap<Spot, String>,
+}
+
+impl Look {
+    /// As if one interface were found for these addresses, whatever interface their gateways name.
+    #[cfg(test)]
+    pub fn of(interface: &Interface, addresses: &[IpAddr]) -> Self {
+        let found = addresses.iter().map(|a| ((*a, None), interface.clone())).collect();
+        Look { found, none: HashMap::new() }
+    }
+
+    /// What cannot be used; and what can, by interface and family.
+    pub fn judge(&self) -> (Vec<Broken>, BTreeSet<Way>) {
+        let (mut broken, mut works): (BTreeMap<_, (bool, String)>, BTreeSet<_>) = (BTreeMap::new(), BTreeSet::new());
+        for ((address, named), interface) in &self.found {
+            let key = (named.clone(), address.is_ipv4());
+            if interface.running {
+                works.insert(key);
+            } else {
+                let why = || (true, format!("interface {} is down or has no carrier", interface.name));
+                broken.entry(key).or_insert_with(why);
+            }
+        }
+        for ((address, named), why) in &self.none {
+            broken.entry((named.clone(), address.is_ipv4())).or_insert_with(|| (false, why.clone()));
+        }
+        let broken = broken.into_iter().map(|(way, (down, why))| Broken { way, down, why });
+        (broken.collect(), works)
+    }
+
+    /// Whether the link can be asked for a path's addresses.
+    pub fn can_ask(&self, path: &Path) -> bool {
+        addresses(path).all(|address| self.found.contains_key(&(address, path.interface.clone())))
+    }
+
+    /// The addresses of paths, and where to ask for them.
+    pub fn targets(&self, view: &View, paths: &BTreeSet<PathId>) -> Vec<(PathId, Target)> {
+        let of_paths = view.placeable().filter(|(id, _, _)| paths.contains(id));
+        let found = of_paths.filter_map(|(id, address, path)| {
+            let interface = self.found.get(&(address, path.interface.clone()))?.clone();
+            Some((id, Target { address, interface }))
+        });
+        found.collect()
+    }
+}
+
+impl Host {
+    /// Finds the interfaces for the addresses of all paths that this node may come to own.
+    pub async fn look(&mut self, view: &View) -> Result<Look> {
+        let mut look = Look::default();
+        let members: Vec<_> = view.paths.paths.values().filter(|path| path.member).collect();
+        if !members.is_empty() {
+            let mut uplinks = Uplinks::read(&self.routes).await?;
+            for path in members {
+                for address in addresses(path) {
+                    let spot = (address, path.interface.clone());
+                    match uplinks.find(address, path.interface.as_deref()).await {
+                        Ok(interface) => drop(look.found.insert(spot, interface)),
+                        Err(e) => drop(look.none.insert(spot, format!("{e:#}"))),
+                    }
+                }
+            }
+        }
+        self.uplinks = look.found.values().map(|interface| interface.ifindex).collect();
+        Ok(look)
+    }
+
+    /// Puts what is wished for onto the uplinks, takes off all else, announces what is new, and says which paths could
+    /// not be placed, and how many changes it took.
+    pub async fn place(&mut self, view: &View, look: &Look, wish: &Wish) -> Result<(usize, BTreeMap<PathId, String>)> {
+        let placeable = view.placeable().filter(|(id, _, _)| wish.paths.contains(id));
+        let placed: BTreeMap<Spot, PathId> = placeable.map(|(id, a, path)| ((a, path.interface.clone()), id)).collect();
+        let placed: Wanted = (placed, wish.health);
+        if self.placed.as_ref() == Some(&placed) {
+            return Ok((0, BTreeMap::new()));
+        }
+        let (mut wanted, mut refused): (BTreeSet<Placed>, _) = (BTreeSet::new(), BTreeMap::new());
+        let mut of_address: HashMap<IpAddr, (PathId, &Interface)> = HashMap::new();
+        for (spot, id) in &placed.0 {
+            match (look.found.get(spot), look.none.get(spot)) {
+                (Some(interface), _) => {
+                    wanted.insert((spot.0, interface.ifindex));
+                    of_address.insert(spot.0, (*id, interface));
+                }
+                (None, why) => drop(refused.insert(*id, why.cloned().unwrap_or_default())),
+            }
+        }
+        if let (Some((tunnel, device)), true) = (&self.tunnel, wish.health && self.speaks_ipv6()) {
+            wanted.insert((of_mac(HEALTH, tunnel.mac).into(), *device));
+        }
+        let announce = |added: &[Placed]| {
+            let placed = added.iter().filter_map(|(address, _)| Some((*address, of_address.get(address)?.1)));
+            tell_neighbours(placed.map(|(address, i)| Target { address, interface: i.clone() }).collect());
+        };
+        let changes = addresses::sync_and_tell(&self.routes, &wanted, announce).await?;
+        tell("are on this node now", changes.added.iter().map(|(address, _)| *address));
+        tell("are no longer on this node", changes.removed.iter().map(|(address, _)| *address));
+        for ((address, _), e) in &changes.refused {
+            match of_address.get(address) {
+                Some((id, _)) => {
+                    refused.insert(*id, format!("{address} cannot be put onto the uplink: {e:#}"));
+                }
+                None => tracing::warn!(%address, "the health address cannot be placed: {e:#}"),
+            }
+        }
+        self.placed = (refused.is_empty() && changes.refused.is_empty()).then_some(placed);
+        Ok((changes.added.len() + changes.removed.len(), refused))
+    }
+}
+
+impl Host {
+    /// Announces paths' addresses once more.
+    pub fn announce_again(&self, view: &View, look: &Look, paths: &BTreeSet<PathId>) {
+        tell_neighbours(look.targets(view, paths).into_iter().map(|(_, target)| target).collect());
+    }
+}
+
+/// Logs egress addresses, of many the first few.
+fn tell(what: &str, addresses: impl Iterator<Item = IpAddr>) {
+    let all: Vec<IpAddr> = addresses.filter(|a| !matches!(a, IpAddr::V6(a) if HEALTH.contains(*a))).collect();
+    if all.is_empty() {
+        return;
+    }
+    let names: Vec<String> = all.iter().take(NAMED).map(ToString::to_string).collect();
+    let more = if all.len() > NAMED { ", ..." } else { "" };
+    tracing::info!(count = all.len(), addresses = names.join(", ") + more, "egress addresses {what}");
+}
+
+/// Announces addresses a few times: a neighbour may miss one frame, and goes on sending to the node before.
+pub(super) fn tell_neighbours(targets: Vec<Target>) {
+    if targets.is_empty() {
+        return;
+    }
+    tokio::spawn(async move {
+        for _ in 0..ANNOUNCEMENTS {
+            if let Err(e) = announce::announce(&targets) {
+                tracing::warn!(
+                    "egress addresses could not be announced, neighbours may take a while to find them: {e:#}"
+                );
+            }
+            tokio::time::sleep(BETWEEN_ANNOUNCEMENTS).await;
+        }
+    });
+}

@@ -1,0 +1,178 @@
+//! Whether the gateways' nodes live: asked of their kernels through the tunnel, again and again.
+//!
+//! A task of its own asks and hears; the daemon is told only what changes.
+
+mod questions;
+
+use crate::kernel::echo::Echo;
+use crate::kernel::names::DEVICE;
+use crate::plan::selector::Name;
+use questions::Questions;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::net::Ipv6Addr;
+use std::time::Duration;
+use tokio::sync::watch;
+use tokio::time::{Instant, sleep_until};
+
+/// How nodes are asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Settings {
+    /// Between questions; half of it to those who have not answered.
+    pub interval: Duration,
+    /// How many questions in a row must stay unanswered before a node counts as dead, at least one.
+    pub misses: u32,
+}
+
+impl Settings {
+    /// No less than it takes to find a node dead.
+    pub fn detection(&self) -> Duration {
+        self.interval * (self.misses + 1)
+    }
+
+    /// Longer than a node can be away without anybody's finding it dead.
+    pub fn safe_absence(&self) -> Duration {
+        // The first question may come at once, each other after half the time.
+        self.interval / 2 * (self.misses - 1)
+    }
+}
+
+/// Whom to ask.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Targets {
+    /// The tunnel device's index; it is another one after the device was made anew.
+    pub device: u32,
+    /// The address to ask from.
+    pub source: Option<Ipv6Addr>,
+    /// The nodes' health addresses.
+    pub nodes: BTreeMap<Name, Ipv6Addr>,
+}
+
+/// What was found out.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Seen {
+    /// Nodes that do not answer.
+    pub dead: BTreeSet<Name>,
+    /// Nobody answers, and nobody asks this node either.
+    pub alone: bool,
+    /// How often this node has come back from where it could not know what the others did: it was frozen, or alone.
+    pub returns: u64,
+}
+
+/// Asks, until nobody wants to know any more.
+pub async fn watch(settings: Settings, mut targets: watch::Receiver<Targets>, seen: watch::Sender<Seen>) {
+    let mut questions = Questions::new(settings);
+    let mut echo: Option<Echo> = None;
+    let mut wanted = Targets::default();
+    let mut told = Seen::default();
+    let mut loneliness = Loneliness::default();
+    loop {
+        let next = questions.next();
+        tokio::select! {
+            changed = targets.changed() => if changed.is_err() { return },
+            () = heard(&echo) => {}
+            () = sleep_until(next.unwrap_or_else(Instant::now)), if next.is_some() => {}
+        }
+        let new = targets.borrow_and_update().clone();
+        if (new.device, new.source) != (wanted.device, wanted.source) {
+            echo = None;
+        }
+        wanted = new;
+        let now = Instant::now();
+        questions.set_nodes(&wanted.nodes, now);
+        // However busy the daemon was: what came meanwhile came before the judgement.
+        take(&mut echo, &mut questions, now);
+        questions.judge(now);
+        let due = questions.due(now);
+        if !due.is_empty() && echo.is_none() {
+            echo = open(&wanted);
+        }
+        for (address, sequence) in due {
+            // What this host cannot send is not answered either.
+            if let Some(echo) = &echo {
+                let _ = echo.ask(address, sequence);
+            }
+        }
+        let mut new = Seen { dead: questions.dead(), ..told.clone() };
+        let nobody = !new.dead.is_empty() && new.dead.len() == wanted.nodes.len();
+        new.alone = loneliness.is_alone(nobody, questions.silent_for(now) > settings.detection());
+        new.returns += u64::from(questions.take_stall()) + u64::from(told.alone && !new.alone);
+        if new != told {
+            tell(&told, &new);
+            told = new;
+            seen.send_replace(told.clone());
+        }
+    }
+}
+
+/// Whether others ask for this node, while it hears of nobody.
+#[derive(Debug, Default)]
+struct Loneliness {
+    /// How often it had been asked when it began.
+    before: Option<Option<u64>>,
+}
+
+impl Loneliness {
+    /// `long`: it has lasted longer than others would have left this node unasked by chance.
+    fn is_alone(&mut self, nobody_answers: bool, long: bool) -> bool {
+        if !nobody_answers {
+            self.before = None;
+            return false;
+        }
+        let now = asked();
+        let before = *self.before.get_or_insert(now);
+        long && before == now
+    }
+}
+
+fn tell(before: &Seen, now: &Seen) {
+    for node in now.dead.difference(&before.dead) {
+        tracing::warn!(%node, "the node does not answer: its paths are other nodes' now");
+    }
+    for node in before.dead.difference(&now.dead) {
+        tracing::info!(%node, "the node answers again");
+    }
+    if now.alone && !before.alone {
+        tracing::warn!("no other node answers, and none asks for this one");
+    }
+}
+
+fn open(targets: &Targets) -> Option<Echo> {
+    match Echo::open(targets.device, targets.source?) {
+        Ok(echo) => Some(echo),
+        Err(e) => {
+            tracing::warn!("other nodes cannot be asked whether they live: {e:#}");
+            None
+        }
+    }
+}
+
+/// Waits until there may be an answer. What is wrong with the socket, taking the answer tells.
+async fn heard(echo: &Option<Echo>) {
+    match echo {
+        Some(echo) => drop(echo.heard().await),
+        None => std::future::pending().await,
+    }
+}
+
+fn take(echo: &mut Option<Echo>, questions: &mut Questions, now: Instant) {
+    let Some(open) = echo else { return };
+    loop {
+        match open.answer() {
+            Ok(Some((from, sequence))) => questions.answered(from, sequence, now),
+            Ok(None) => return,
+            Err(e) => {
+                tracing::warn!("answers of other nodes cannot be heard: {e}");
+                *echo = None;
+                return;
+            }
+        }
+    }
+}
+
+/// How many echo requests have come through the tunnel, as the kernel counts them.
+fn asked() -> Option<u64> {
+    let text = fs::read_to_string(format!("/proc/net/dev_snmp6/{DEVICE}")).ok()?;
+    let line = text.lines().find(|line| line.split_whitespace().next() == Some("Icmp6InEchos"))?;
+    line.split_whitespace().nth(1)?.parse().ok()
+}

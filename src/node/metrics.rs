@@ -1,0 +1,164 @@
+//! What the node daemon counts.
+
+use super::host::Counts;
+use super::pods::Census;
+use crate::kernel::nft::Count;
+use crate::plan::node::View;
+use crate::plan::paths::PathState;
+use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
+use prometheus_client::registry::{Registry, Unit};
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct State {
+    state: &'static str,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct Reason {
+    reason: String,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, PartialOrd, Ord, EncodeLabelSet)]
+struct PathLabels {
+    path: u16,
+    role: &'static str,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct VerbLabel {
+    verb: &'static str,
+}
+
+/// See the module.
+pub struct Metrics {
+    pods: Family<State, Gauge>,
+    paths: Family<State, Gauge>,
+    dropped: Family<Reason, Counter>,
+    path_packets: Family<PathLabels, Counter>,
+    path_bytes: Family<PathLabels, Counter>,
+    requests: Family<VerbLabel, Histogram>,
+    applies: Histogram,
+    errors: Counter,
+    changes: Counter,
+    /// What the kernel's counters said last; they start again when their table or element does.
+    drops_seen: BTreeMap<String, u64>,
+    paths_seen: BTreeMap<PathLabels, Count>,
+}
+
+fn seconds() -> Histogram {
+    Histogram::new(exponential_buckets(0.000_25, 2.0, 16))
+}
+
+impl Metrics {
+    /// All metrics, and the registry that shows them.
+    pub fn new() -> (Registry, Self) {
+        let metrics = Metrics {
+            pods: Family::default(),
+            paths: Family::default(),
+            dropped: Family::default(),
+            path_packets: Family::default(),
+            path_bytes: Family::default(),
+            requests: Family::new_with_constructor(seconds),
+            applies: seconds(),
+            errors: Counter::default(),
+            changes: Counter::default(),
+            drops_seen: BTreeMap::new(),
+            paths_seen: BTreeMap::new(),
+        };
+        let mut registry = Registry::with_prefix("egret_node");
+        registry.register("pods", "Pods of this node by state: selected, held, free, unmanaged", metrics.pods.clone());
+        registry.register("paths", "Paths of the ledger by state: local, remote, unready", metrics.paths.clone());
+        registry.register(
+            "dropped_packets",
+            "Packets dropped, by reason; leaked: they had a path and were about to leave another way",
+            metrics.dropped.clone(),
+        );
+        let packets = "Packets by path, as a director (of this node's pods) and as a gateway (of others')";
+        registry.register("path_packets", packets, metrics.path_packets.clone());
+        registry.register("path_bytes", "Bytes of these packets", metrics.path_bytes.clone());
+        let requests = "How long plugins waited for an answer, by verb";
+        registry.register_with_unit("cni_duration", requests, Unit::Seconds, metrics.requests.clone());
+        let applies = "How long it took to bring the kernel in step";
+        registry.register_with_unit("apply_duration", applies, Unit::Seconds, metrics.applies.clone());
+        registry.register("apply_errors", "How often the kernel could not be brought in step", metrics.errors.clone());
+        registry.register("kernel_changes", "Changes made to the kernel's tables", metrics.changes.clone());
+        (registry, metrics)
+    }
+
+    /// The kernel was brought in step, or not.
+    pub fn applied(&self, took: Duration, result: &anyhow::Result<usize>) {
+        self.applies.observe(took.as_secs_f64());
+        match result {
+            Ok(changes) => {
+                self.changes.inc_by(*changes as u64);
+                if *changes > 0 {
+                    tracing::debug!(changes, ?took, "the kernel is in step");
+                }
+            }
+            Err(_) => {
+                self.errors.inc();
+            }
+        }
+    }
+
+    /// A plugin was answered.
+    pub fn answered(&self, verb: &'static str, took: Duration) {
+        self.requests.get_or_create(&VerbLabel { verb }).observe(took.as_secs_f64());
+    }
+
+    /// How many pods are in which state.
+    pub fn pods(&self, census: &Census) {
+        let states = [
+            ("selected", census.selected),
+            ("held", census.held),
+            ("free", census.free),
+            ("unmanaged", census.unmanaged),
+        ];
+        for (state, n) in states {
+            self.pods.get_or_create(&State { state }).set(n);
+        }
+    }
+
+    /// How many paths are in which state.
+    pub fn paths(&self, view: &View) {
+        let mut states = BTreeMap::from([("local", 0), ("remote", 0), ("unready", 0)]);
+        for path in view.paths.paths.values() {
+            let state = match path.state {
+                PathState::Local => "local",
+                PathState::Remote(_) => "remote",
+                PathState::Unready(_) => "unready",
+            };
+            *states.entry(state).or_default() += 1;
+        }
+        for (state, n) in states {
+            self.paths.get_or_create(&State { state }).set(n);
+        }
+    }
+
+    /// What the kernel has counted.
+    pub fn counts(&mut self, counts: &Counts) {
+        for (reason, count) in &counts.drops {
+            let seen = self.drops_seen.insert(reason.clone(), count.packets).unwrap_or(0);
+            self.dropped.get_or_create(&Reason { reason: reason.clone() }).inc_by(since(seen, count.packets));
+        }
+        let roles = [("director", &counts.sent), ("gateway", &counts.forwarded)];
+        for (role, paths) in roles {
+            for (path, count) in paths {
+                let labels = PathLabels { path: *path, role };
+                let seen = self.paths_seen.insert(labels.clone(), *count).unwrap_or_default();
+                self.path_packets.get_or_create(&labels).inc_by(since(seen.packets, count.packets));
+                self.path_bytes.get_or_create(&labels).inc_by(since(seen.bytes, count.bytes));
+            }
+        }
+    }
+}
+
+fn since(seen: u64, now: u64) -> u64 {
+    now.checked_sub(seen).unwrap_or(now)
+}

@@ -1,0 +1,192 @@
+//! The node daemon: watches the cluster, compiles the plan, keeps the kernel in step with it, and answers the plugin.
+//!
+//! One task owns everything and does one thing after another, so there are no locks and no half states. A pod's
+//! start comes before a change of the cluster, and what came in together is programmed in one transaction.
+
+mod adoption;
+mod ended;
+mod holding;
+mod host;
+pub mod liveness;
+mod metrics;
+mod moved;
+mod pods;
+mod report;
+mod socket;
+mod state;
+mod taint;
+
+use crate::cluster::{self, Scope, SourceName};
+use crate::cni::run_dir::SOCKET;
+use crate::cni::uninstalled;
+use crate::install::keep;
+use crate::kernel::watch::Watch;
+use crate::memory;
+use crate::plan::marks::Marks;
+use crate::telemetry::server::{self, Endpoint, ListenAddress};
+use anyhow::Context;
+use ipnetwork::IpNetwork;
+use socket::Question;
+use state::Node;
+use std::net::IpAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::{Instant, MissedTickBehavior};
+
+/// The kernel is read back this often without any occasion: a notification may have been lost.
+const READ_BACK: Duration = Duration::from_secs(30);
+/// What the kernel refused is tried again after this long.
+const RETRY: Duration = Duration::from_secs(1);
+/// So long after a change of the cluster the memory that it took is given back.
+const TIDY: Duration = Duration::from_secs(1);
+/// As many requests of plugins are programmed in one transaction.
+const AT_ONCE: usize = 64;
+
+/// How the daemon is to run.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// This node's name in the cluster.
+    pub name: String,
+    /// Where cluster state comes from.
+    pub cluster: SourceName,
+    /// Where the socket, the attachments and the last word are.
+    pub run_dir: PathBuf,
+    /// The address that other nodes send tunnel packets to; `None`: the node's first InternalIP.
+    pub tunnel_address: Option<IpAddr>,
+    /// Destinations that no policy covers, beside the cluster's own.
+    pub direct: Vec<IpNetwork>,
+    /// How other nodes are asked whether they live.
+    pub liveness: liveness::Settings,
+    /// The bits of marks that are Egret's.
+    pub marks: Marks,
+    /// Where metrics and health are served.
+    pub metrics_address: ListenAddress,
+    /// The runtime's directory of network configurations, and that of plugins, if they are to be kept as `egretd
+    /// install` left them.
+    pub cni_dirs: Option<(PathBuf, Option<PathBuf>)>,
+}
+
+/// Runs until it is stopped. What it has put into the kernel stays.
+///
+/// # Errors
+/// Something without which it cannot run at all: the run directory, the cluster's source, a socket.
+pub async fn run(options: Options) -> anyhow::Result<()> {
+    let _lock = socket::lock(&options.run_dir).await?;
+    let (mut registry, metrics) = metrics::Metrics::new();
+    uninstalled::clear(&options.run_dir).with_context(|| format!("run directory {}", options.run_dir.display()))?;
+    // Before anything that can take long: without the entry pods start without Egret.
+    if let Some((conf_dir, bin_dir)) = options.cni_dirs.clone() {
+        let socket = std::path::absolute(options.run_dir.join(SOCKET)).context("run directory")?;
+        let keep = keep::Options { conf_dir, bin_dir, socket };
+        tokio::spawn(keep::run(keep, keep::Metrics::register(&mut registry)));
+    }
+    let (asked, mut scrapes) = mpsc::channel::<oneshot::Sender<()>>(4);
+    let (ready, readiness) = tokio::sync::watch::channel(Err("the kernel is not in step yet".to_owned()));
+    let endpoint = Endpoint::new(registry, readiness).before_scrape(move || {
+        let asked = asked.clone();
+        async move {
+            let (done, read) = oneshot::channel();
+            if asked.send(done).await.is_ok() {
+                let _ = read.await;
+            }
+        }
+    });
+    let _server = match options.metrics_address.0 {
+        Some(address) => Some(server::serve(address, endpoint).await.with_context(|| format!("metrics on {address}"))?),
+        None => None,
+    };
+
+    let mut source = cluster::open(&options.cluster, Scope::Node(options.name.clone())).await?;
+    let (adopted, mut adoptions) = mpsc::unbounded_channel();
+    let (heard, mut answers) = mpsc::unbounded_channel();
+    let (targets, wanted) = tokio::sync::watch::channel(liveness::Targets::default());
+    let (seen, mut news) = tokio::sync::watch::channel(liveness::Seen::default());
+    tokio::spawn(liveness::watch(options.liveness, wanted, seen));
+    let listeners = state::Listeners { adopted, heard, targets, lookup: source.lookup.clone() };
+    let mut kernel = Watch::open().context("the kernel's notifications")?;
+    let snapshot = source.snapshots.borrow_and_update().clone();
+    let mut node = Node::start(options.clone(), source.statuses.clone(), snapshot, metrics, listeners).await?;
+    let mut retry = node.settle(&ready).await;
+    let mut questions = None;
+    let mut untidy = Some(Instant::now() + TIDY);
+    let mut read_back = tokio::time::interval_at(Instant::now() + READ_BACK, READ_BACK);
+    read_back.set_missed_tick_behavior(MissedTickBehavior::Delay);
+
+    loop {
+        if let Some(interest) = node.interest() {
+            kernel.set_interest(interest);
+        }
+        // Nobody is answered before the kernel is in step: a plugin that finds nobody holds its pod back by itself.
+        if questions.is_none() && !retry {
+            questions = Some(socket::listen(&options.run_dir)?);
+            tracing::info!(node = %options.name, "ready");
+            tokio::spawn(taint::lift(source.statuses.clone(), options.name.clone()));
+        }
+        retry = tokio::select! {
+            biased;
+            Some(first) = next(&mut questions) => {
+                let mut batch = vec![first];
+                while batch.len() < AT_ONCE && let Some(Ok(more)) = questions.as_mut().map(mpsc::Receiver::try_recv) {
+                    batch.push(more);
+                }
+                node.answer(batch).await;
+                node.settle(&ready).await
+            }
+            changed = source.snapshots.changed() => {
+                changed.context("the source of cluster state has ended")?;
+                let snapshot = source.snapshots.borrow_and_update().clone();
+                node.snapshot(snapshot);
+                untidy = untidy.or(Some(Instant::now() + TIDY));
+                node.settle(&ready).await
+            }
+            events = kernel.next() => {
+                node.disturbed(&events.context("the kernel's notifications")?);
+                node.settle(&ready).await
+            }
+            Ok(()) = news.changed() => {
+                let seen = news.borrow_and_update().clone();
+                node.seen(seen);
+                node.settle(&ready).await
+            }
+            Some(heard) = answers.recv() => {
+                node.heard(heard);
+                node.settle(&ready).await
+            }
+            () = node.due() => {
+                node.is_due();
+                node.settle(&ready).await
+            }
+            Some(found) = adoptions.recv() => {
+                node.adopt(found);
+                node.settle(&ready).await
+            }
+            Some(done) = scrapes.recv() => {
+                node.refresh_metrics();
+                let _ = done.send(());
+                retry
+            }
+            () = node.impatience() => node.settle(&ready).await,
+            () = tokio::time::sleep_until(untidy.unwrap_or_else(Instant::now)), if untidy.is_some() => {
+                untidy = None;
+                memory::give_back();
+                retry
+            }
+            _ = read_back.tick() => {
+                node.distrust();
+                node.settle(&ready).await
+            }
+            () = tokio::time::sleep(RETRY), if retry => {
+                node.distrust();
+                node.settle(&ready).await
+            }
+        };
+    }
+}
+
+async fn next(questions: &mut Option<mpsc::Receiver<Question>>) -> Option<Question> {
+    match questions {
+        Some(questions) => questions.recv().await,
+        None => std::future::pending().await,
+    }
+}

@@ -1,0 +1,65 @@
+//! Connections of paths that have come to this node or gone from it, while the kernel still tracks them as before.
+//!
+//! A connection's address translation is settled by its first packet. On the node that owns its path a pod's
+//! connection gets the path's address; on any other, none. Left in the table when the path moves, it would leave with
+//! the wrong address, and be dropped for it; once forgotten, its next packet makes the kernel pick it up anew. On a
+//! gateway that has given an address up, what it knows of a connection is out of date should the address come back.
+
+use crate::kernel::conntrack::{self, Marked};
+use crate::kernel::netlink::{NETLINK_NETFILTER, Socket};
+use crate::plan::marks::{Marks, PathId};
+use crate::plan::node::{View, addresses};
+use crate::plan::paths::PathState;
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+
+/// What the connections in the kernel's table are to be like.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Moved {
+    /// Whether each path that is ready leaves from this node.
+    local: BTreeMap<PathId, bool>,
+    /// The addresses that other nodes' connections leave from here.
+    served: BTreeSet<IpAddr>,
+}
+
+impl Moved {
+    /// As the kernel is now: these paths' addresses are on this node.
+    pub fn new(view: &View, here: &BTreeSet<PathId>) -> Self {
+        let paths = &view.paths.paths;
+        let local = paths.iter().filter_map(|(id, path)| match path.state {
+            PathState::Local => Some((*id, true)),
+            PathState::Remote(_) => Some((*id, false)),
+            PathState::Unready(_) => None,
+        });
+        let served =
+            paths.iter().filter(|(id, path)| path.member && (path.state == PathState::Local || here.contains(*id)));
+        Moved { local: local.collect(), served: served.flat_map(|(_, path)| addresses(path)).collect() }
+    }
+
+    /// Whether the table may hold connections that are no longer as they should be.
+    pub fn needs_cleaning(&self, before: &Moved) -> bool {
+        let changed = |(id, local): (&PathId, &bool)| before.local.get(id) != Some(local);
+        self.local.iter().any(changed) || before.served.iter().any(|a| !self.served.contains(a))
+    }
+
+    /// Takes what is not as it should be out of the kernel's table, in the background: it may be large.
+    pub fn clean(self, marks: Marks) {
+        let pods = Marked { mark: marks.connection(0), mask: marks.connection_kind_mask() };
+        let peers = Marked { mark: marks.connection_of_peer(0), mask: marks.connection_kind_mask() };
+        tokio::task::spawn_blocking(move || {
+            let done = Socket::open(NETLINK_NETFILTER).map_err(anyhow::Error::from).and_then(|mut socket| {
+                let of_pods = conntrack::delete(&mut socket, pods, |c| {
+                    let path = (c.mark & marks.path_mask()) as PathId;
+                    let translated = c.reply_destination != c.source;
+                    self.local.get(&path).is_some_and(|local| *local != translated)
+                })?;
+                Ok(of_pods + conntrack::delete(&mut socket, peers, |c| !self.served.contains(&c.reply_destination))?)
+            });
+            match done {
+                Ok(0) => {}
+                Ok(n) => tracing::info!(entries = n, "connections of paths that have moved are picked up anew"),
+                Err(e) => tracing::error!("the connection table cannot be cleaned: {e:#}"),
+            }
+        });
+    }
+}

@@ -1,0 +1,302 @@
+//! The pods of this node: those that the plugin brought, and those that ran before Egret came.
+
+use crate::cni::attachment::{Attachment, AttachmentId};
+use crate::plan::marks::{MAX_INDEX, PathId};
+use crate::plan::model::{Cluster, ObjectKey, Pod};
+use crate::plan::node::{NodePlan, PodPlan, View};
+use crate::plan::profile::Profile;
+use crate::plan::selector::Labels;
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::net::IpAddr;
+
+/// The tag that pods share for which there is none left: its profile lets nothing out.
+const OVERFLOW_TAG: u16 = MAX_INDEX;
+
+/// A veth on the host that is a pod's.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Interface {
+    /// Its name.
+    pub name: String,
+    /// Its index.
+    pub index: u32,
+}
+
+/// A pod that the plugin brought.
+#[derive(Clone, Debug)]
+struct Attached {
+    attachment: Attachment,
+    /// `None`: it has none on the host, or it is gone.
+    interface: Option<Interface>,
+    /// What the pod's labels were when the cluster last knew it: it may be gone there before it is gone here.
+    labels: Option<Labels>,
+}
+
+/// A pod that ran before Egret came.
+#[derive(Clone, Debug)]
+struct Adopted {
+    interface: Interface,
+    addresses: Vec<IpAddr>,
+}
+
+/// Names a pod of either kind.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Holder {
+    /// By the runtime's names.
+    Attached(AttachmentId),
+    /// By the cluster's.
+    Adopted(ObjectKey),
+}
+
+/// Which addresses a pod has and which paths its packets can take.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Use {
+    /// The pod's addresses.
+    pub addresses: Vec<IpAddr>,
+    /// The paths.
+    pub paths: BTreeSet<PathId>,
+}
+
+/// How many pods are in which state.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Census {
+    /// Selected by a policy, and held to it.
+    pub selected: i64,
+    /// Not known to the cluster yet; nothing leaves.
+    pub held: i64,
+    /// Selected by no policy.
+    pub free: i64,
+    /// Selected, and without an interface on the host that could hold them.
+    pub unmanaged: i64,
+}
+
+/// See the module.
+#[derive(Debug, Default)]
+pub struct Pods {
+    attached: BTreeMap<AttachmentId, Attached>,
+    adopted: BTreeMap<ObjectKey, Adopted>,
+    /// Pods whose DEL has come and which the cluster still lists, with the addresses that they had: not strangers.
+    ended: BTreeMap<ObjectKey, Vec<IpAddr>>,
+    /// Pods that are held because the cluster does not know them, or their namespaces.
+    undecided: BTreeSet<AttachmentId>,
+    tags: Tags,
+}
+
+impl Pods {
+    /// With the tags that the kernel holds, by interface index.
+    pub fn new(tags: impl IntoIterator<Item = (u16, u32)>) -> Self {
+        Pods { tags: Tags::new(tags), ..Pods::default() }
+    }
+
+    /// Adds a pod, in place of one of the same id. Others that claim its interface are gone: indexes and names are
+    /// unique.
+    pub fn attach(&mut self, attachment: Attachment, interface: Option<Interface>) {
+        if let Some(new) = &interface {
+            let same = |i: &Option<Interface>| i.as_ref().is_some_and(|i| i.index == new.index || i.name == new.name);
+            for other in self.attached.values_mut().filter(|a| same(&a.interface)) {
+                other.interface = None;
+            }
+            self.adopted.retain(|_, a| a.interface.index != new.index && a.interface.name != new.name);
+        }
+        let labels = self.attached.get(&attachment.id).and_then(|a| a.labels.clone());
+        self.ended.remove(&ObjectKey::new(&attachment.pod.namespace, &attachment.pod.name));
+        self.attached.insert(attachment.id.clone(), Attached { attachment, interface, labels });
+    }
+
+    /// Removes a pod. Returns its addresses that no other pod has.
+    pub fn detach(&mut self, id: &AttachmentId) -> Vec<IpAddr> {
+        let Some(gone) = self.attached.remove(id) else { return Vec::new() };
+        let pod = &gone.attachment.pod;
+        self.ended.insert(ObjectKey::new(&pod.namespace, &pod.name), gone.attachment.addresses.clone());
+        gone.attachment.addresses.into_iter().filter(|a| !self.has_address(a)).collect()
+    }
+
+    /// Whether a pod has this address.
+    pub fn has_address(&self, address: &IpAddr) -> bool {
+        self.attached.values().any(|a| a.attachment.addresses.contains(address))
+            || self.adopted.values().any(|a| a.addresses.contains(address))
+    }
+
+    /// Whether the plugin brought this.
+    pub fn get(&self, id: &AttachmentId) -> Option<&Attachment> {
+        self.attached.get(id).map(|a| &a.attachment)
+    }
+
+    /// Whether the pod is still here.
+    pub fn has(&self, holder: &Holder) -> bool {
+        match holder {
+            Holder::Attached(id) => self.attached.contains_key(id),
+            Holder::Adopted(key) => self.adopted.contains_key(key),
+        }
+    }
+
+    /// Whether it is known what is to become of the pod: it is not one that is held because the cluster does not know it.
+    pub fn is_decided(&self, id: &AttachmentId) -> bool {
+        !self.undecided.contains(id)
+    }
+
+    /// The attachments of one network.
+    pub fn of_network<'a>(&'a self, network: &'a str) -> impl Iterator<Item = &'a AttachmentId> {
+        self.attached.iter().filter(move |(_, a)| a.attachment.network == network).map(|(id, _)| id)
+    }
+
+    /// Every address of every pod.
+    pub fn addresses(&self) -> impl Iterator<Item = IpAddr> {
+        let attached = self.attached.values().flat_map(|a| a.attachment.addresses.iter());
+        attached.chain(self.adopted.values().flat_map(|a| a.addresses.iter())).copied()
+    }
+
+    /// An interface has gone.
+    pub fn interface_gone(&mut self, index: u32) {
+        for a in self.attached.values_mut().filter(|a| a.interface.as_ref().is_some_and(|i| i.index == index)) {
+            a.interface = None;
+        }
+        self.adopted.retain(|_, a| a.interface.index != index);
+    }
+
+    /// Whether any pod is on this interface.
+    pub fn has_interface(&self, index: u32) -> bool {
+        self.attached.values().any(|a| a.interface.as_ref().is_some_and(|i| i.index == index))
+            || self.adopted.values().any(|a| a.interface.index == index)
+    }
+
+    /// Takes in a pod that ran before.
+    pub fn adopt(&mut self, key: ObjectKey, interface: Interface, addresses: Vec<IpAddr>) {
+        if !self.has_interface(interface.index) {
+            self.adopted.insert(key, Adopted { interface, addresses });
+        }
+    }
+
+    /// Forgets pods that have ended or have other addresses now.
+    pub fn drop_ended(&mut self, cluster: &Cluster) {
+        let listed = |key: &ObjectKey, addresses: &[IpAddr]| {
+            cluster.pods.get(key).is_some_and(|p| runs(p) && *p.addresses == *addresses)
+        };
+        self.adopted.retain(|key, a| listed(key, &a.addresses));
+        // A pod that was just added may not have its addresses in the cluster yet.
+        self.ended.retain(|key, addresses| {
+            cluster.pods.get(key).is_some_and(|p| p.addresses.is_empty() || *p.addresses == **addresses)
+        });
+    }
+
+    /// Pods that a policy selects, that run here, and that nobody brought: they are to be found.
+    pub fn strangers(&self, cluster: &Cluster, view: &View) -> Vec<(ObjectKey, Vec<IpAddr>)> {
+        let mut brought: HashSet<(&str, &str)> = HashSet::new();
+        for a in self.attached.values() {
+            brought.insert((&a.attachment.pod.namespace, &a.attachment.pod.name));
+        }
+        cluster
+            .pods
+            .iter()
+            .filter(|(key, pod)| runs(pod) && !brought.contains(&(&*key.namespace, &*key.name)))
+            .filter(|(key, _)| !self.adopted.contains_key(key) && !self.ended.contains_key(key))
+            .filter(|(key, pod)| view.profile(&key.namespace, Some(&pod.labels)).is_some())
+            .map(|(key, pod)| (key.clone(), pod.addresses.to_vec()))
+            .collect()
+    }
+
+    /// The profile that an attachment has, or would have.
+    pub fn profile(&self, attachment: &Attachment, cluster: &Cluster, view: &View) -> Option<Profile> {
+        let remembered = self.attached.get(&attachment.id).and_then(|a| a.labels.as_ref());
+        view.profile(&attachment.pod.namespace, labels(attachment, cluster).or(remembered))
+    }
+
+    /// The plan of all pods, what each uses, and how many are in which state.
+    pub fn plan(&mut self, cluster: &Cluster, view: &View) -> (NodePlan, BTreeMap<Holder, Use>, Census) {
+        let (mut plan, mut uses, mut census) = (NodePlan::default(), BTreeMap::new(), Census::default());
+        let (tags, mut in_use) = (&mut self.tags, HashSet::new());
+        let mut add = |holder, interface: &Interface, addresses: &[IpAddr], profile: Profile| {
+            let tag = tags.get(interface.index);
+            in_use.insert(interface.index);
+            let profile = if tag == OVERFLOW_TAG { Profile::Held } else { profile };
+            match profile {
+                Profile::Held => census.held += 1,
+                Profile::Steps(_) => census.selected += 1,
+            }
+            uses.insert(holder, Use { addresses: addresses.to_vec(), paths: profile.paths() });
+            let pod = PodPlan {
+                interface: interface.name.clone(),
+                interface_index: interface.index,
+                addresses: addresses.to_vec(),
+                tag,
+                profile: profile.name(),
+            };
+            plan.add(view, pod, profile);
+        };
+        self.undecided.clear();
+        for (id, a) in &mut self.attached {
+            if let Some(now) = labels(&a.attachment, cluster) {
+                a.labels = Some(now.clone());
+            }
+            match (view.profile(&a.attachment.pod.namespace, a.labels.as_ref()), &a.interface) {
+                (None, _) => census.free += 1,
+                (Some(profile), Some(i)) => {
+                    if profile == Profile::Held {
+                        self.undecided.insert(id.clone());
+                    }
+                    add(Holder::Attached(id.clone()), i, &a.attachment.addresses, profile);
+                }
+                (Some(_), None) if a.attachment.host.is_none() => census.unmanaged += 1,
+                // Its interface is gone, and so is the pod; DEL is still to come.
+                (Some(_), None) => {}
+            }
+        }
+        for (key, a) in &self.adopted {
+            let Some(pod) = cluster.pods.get(key) else { continue };
+            if let Some(profile) = view.profile(&key.namespace, Some(&pod.labels)) {
+                add(Holder::Adopted(key.clone()), &a.interface, &a.addresses, profile);
+            }
+        }
+        self.tags.retain(&in_use);
+        (plan, uses, census)
+    }
+}
+
+/// Whether the cluster knows an attachment's pod.
+pub fn is_known(attachment: &Attachment, cluster: &Cluster) -> bool {
+    labels(attachment, cluster).is_some()
+}
+
+/// The labels that the cluster knows of an attachment's pod; none if the pod of that name is another one.
+fn labels<'a>(attachment: &Attachment, cluster: &'a Cluster) -> Option<&'a Labels> {
+    let key = ObjectKey::new(&attachment.pod.namespace, &attachment.pod.name);
+    let pod = cluster.pods.get(&key)?;
+    let same = pod.uid.is_empty() || attachment.pod.uid.is_empty() || *pod.uid == *attachment.pod.uid;
+    same.then_some(&pod.labels)
+}
+
+fn runs(pod: &Pod) -> bool {
+    !pod.host_network && !pod.finished && !pod.addresses.is_empty()
+}
+
+/// Tags by interface index. A tag that was given back is taken again as late as can be.
+#[derive(Debug, Default)]
+struct Tags {
+    of: HashMap<u32, u16>,
+    last: u16,
+}
+
+impl Tags {
+    fn new(held: impl IntoIterator<Item = (u16, u32)>) -> Self {
+        let of: HashMap<u32, u16> = held.into_iter().map(|(tag, index)| (index, tag)).collect();
+        let last = of.values().copied().filter(|t| *t < OVERFLOW_TAG).max().unwrap_or(0);
+        Tags { of, last }
+    }
+
+    fn get(&mut self, index: u32) -> u16 {
+        if let Some(tag) = self.of.get(&index) {
+            return *tag;
+        }
+        let taken: HashSet<u16> = self.of.values().copied().collect();
+        let after = (1..OVERFLOW_TAG).map(|n| (self.last + n - 1) % (OVERFLOW_TAG - 1) + 1);
+        let tag = after.into_iter().find(|t| !taken.contains(t)).unwrap_or(OVERFLOW_TAG);
+        if tag != OVERFLOW_TAG {
+            self.last = tag;
+        }
+        self.of.insert(index, tag);
+        tag
+    }
+
+    fn retain(&mut self, indexes: &HashSet<u32>) {
+        self.of.retain(|index, _| indexes.contains(index));
+    }
+}

@@ -1,0 +1,81 @@
+//! What the node tells others: its EgressNode to the cluster, its last word to the plugin.
+
+use crate::api::{DirectNetwork, EgressNodeStatus, RefusedPath, TakenPath};
+use crate::cluster::Statuses;
+use crate::cni::last_word::{LastWord, boot_id};
+use crate::kernel::tunnel::Tunnel;
+use crate::plan::mac;
+use crate::plan::model::ObjectKey;
+use crate::plan::node::View;
+use crate::plan::paths::Facts;
+use crate::plan::precedence::PolicyIndex;
+use crate::plan::report::Notice;
+use crate::plan::shared::Mark;
+use std::io;
+use std::path::PathBuf;
+
+/// Writes each only when it has changed.
+pub struct Report {
+    name: String,
+    statuses: Statuses,
+    run_dir: PathBuf,
+    published: Option<EgressNodeStatus>,
+    spoken: Option<LastWord>,
+    spoken_of: Mark<PolicyIndex>,
+}
+
+impl Report {
+    /// Of the node `name`.
+    pub fn new(name: &str, statuses: Statuses, run_dir: PathBuf) -> Self {
+        Report { name: name.to_owned(), statuses, run_dir, published: None, spoken: None, spoken_of: Mark::default() }
+    }
+
+    /// Tells the other nodes where this end of the tunnel is, and what it holds.
+    pub async fn publish(&mut self, view: &View, tunnel: Option<&Tunnel>, facts: &Facts) {
+        let Some(tunnel) = tunnel else { return };
+        let refused = facts.refused.iter().map(|(id, why)| RefusedPath { id: *id, message: why.clone() });
+        let direct = view.networks.origins.iter();
+        let direct = direct.map(|(n, from)| DirectNetwork { network: n.to_string(), from: from.to_string() });
+        let status = EgressNodeStatus {
+            tunnel_address: Some(tunnel.local),
+            tunnel_mac: Some(mac::Shown(tunnel.mac).to_string()),
+            answers: tunnel.ipv6,
+            paths: view.paths.held.iter().copied().collect(),
+            taken: facts.taken.iter().map(|(id, since)| TakenPath { id: *id, since: *since }).collect(),
+            refused: refused.collect(),
+            direct: direct.collect(),
+        };
+        if self.published.as_ref() == Some(&status) {
+            return;
+        }
+        match self.statuses.node(&self.name, &status).await {
+            Ok(()) => self.published = Some(status),
+            Err(e) => tracing::warn!("the status of EgressNode {} could not be written: {e:#}", self.name),
+        }
+    }
+
+    /// Tells who looks at the pod why it reaches nothing outside.
+    pub fn lost_pod(&self, pod: &ObjectKey, uid: &str) {
+        let note = "blocked: a policy selects this pod, and no veth of its node leads to it; restart it with egret-cni \
+                    in the node's CNI configuration, or exclude it from the policy's podSelector";
+        self.statuses.pod(pod, uid, Notice::warning("NoHostInterface", note.to_owned()));
+    }
+
+    /// Leaves word for a plugin that finds the daemon away.
+    pub fn last_word(&mut self, view: &View) -> io::Result<()> {
+        if view.policies.has(&self.spoken_of) {
+            return Ok(());
+        }
+        let reach = view.policies.reach();
+        let names = |set: std::collections::BTreeSet<_>| {
+            set.iter().map(|n: &crate::plan::selector::Name| n.to_string()).collect()
+        };
+        let word = LastWord { boot_id: boot_id()?, selectable: names(reach.selectable), free: reach.free.map(names) };
+        if self.spoken.as_ref() != Some(&word) {
+            word.store(&self.run_dir)?;
+            self.spoken = Some(word);
+        }
+        self.spoken_of = view.policies.mark();
+        Ok(())
+    }
+}

@@ -1,0 +1,129 @@
+//! The socket on which plugins ask, and the lock that keeps a second daemon away.
+
+use crate::cni::protocol::{Failure, PROTOCOL, Request, Response, Verb, codes};
+use crate::cni::run_dir::{self, DAEMON_LOCK, SOCKET};
+use anyhow::Context;
+use nix::fcntl::Flock;
+use std::fs::{self, File};
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::time::Duration;
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::{mpsc, oneshot};
+
+/// A request is one line of at most this many bytes; GC names every attachment of the node.
+const MAX_REQUEST: u64 = 4 << 20;
+/// Who connects has this long to say what it wants.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// What a plugin asks, and where the answer goes.
+pub struct Question {
+    /// What is asked.
+    pub verb: Verb,
+    /// Where the answer goes.
+    pub answer: oneshot::Sender<Result<(), Failure>>,
+}
+
+/// Makes the run directory and waits until no other daemon uses it.
+///
+/// # Errors
+/// It cannot be made or locked.
+pub async fn lock(run_dir: &Path) -> anyhow::Result<Flock<File>> {
+    run_dir::make(run_dir).with_context(|| format!("run directory {}", run_dir.display()))?;
+    let path = run_dir.join(DAEMON_LOCK);
+    let mut waited = 0;
+    loop {
+        if let Some(lock) =
+            run_dir::lock_daemon(run_dir).with_context(|| format!("{} cannot be locked", path.display()))?
+        {
+            return Ok(lock);
+        }
+        if waited % 100 == 0 {
+            tracing::warn!(file = %path.display(), "another egretd uses this run directory; waiting for it to end");
+        }
+        waited += 1;
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+}
+
+/// Listens, in place of a daemon that is gone.
+///
+/// # Errors
+/// The socket cannot be made.
+pub fn listen(run_dir: &Path) -> anyhow::Result<mpsc::Receiver<Question>> {
+    let path = run_dir.join(SOCKET);
+    // Bound under another name and renamed, so that there is no moment in which plugins find no socket and nobody
+    // else may connect before its mode is right.
+    let temporary = run_dir.join(format!(".{SOCKET}"));
+    let _ = fs::remove_file(&temporary);
+    let listener = UnixListener::bind(&temporary).with_context(|| format!("socket {}", temporary.display()))?;
+    fs::set_permissions(&temporary, fs::Permissions::from_mode(0o600))
+        .and_then(|()| fs::rename(&temporary, &path))
+        .with_context(|| format!("socket {}", path.display()))?;
+    let (questions, asked) = mpsc::channel(256);
+    tokio::spawn(async move {
+        loop {
+            match listener.accept().await {
+                Ok((stream, _)) => {
+                    let questions = questions.clone();
+                    tokio::spawn(async move {
+                        if let Err(e) = converse(stream, questions).await {
+                            tracing::debug!("a plugin's connection ended early: {e}");
+                        }
+                    });
+                }
+                Err(e) => {
+                    tracing::error!("a plugin could not connect: {e}");
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                }
+            }
+        }
+    });
+    Ok(asked)
+}
+
+async fn converse(mut stream: UnixStream, questions: mpsc::Sender<Question>) -> std::io::Result<()> {
+    let (read, mut write) = stream.split();
+    let mut line = Vec::new();
+    let mut reader = BufReader::new(read.take(MAX_REQUEST));
+    match tokio::time::timeout(PATIENCE, reader.read_until(b'\n', &mut line)).await {
+        Ok(read) => read?,
+        Err(_) => return Ok(()),
+    };
+    let result = match serde_json::from_slice::<Request>(&line) {
+        Ok(Request { version: PROTOCOL, verb }) => {
+            let (answer, answered) = oneshot::channel();
+            if questions.send(Question { verb, answer }).await.is_err() {
+                return Ok(());
+            }
+            match answered.await {
+                Ok(result) => result,
+                Err(_) => return Ok(()),
+            }
+        }
+        Ok(Request { version, .. }) => Err(incompatible(version)),
+        // Another version may have other verbs.
+        Err(e) => match serde_json::from_slice::<Version>(&line) {
+            Ok(v) if v.version != PROTOCOL => Err(incompatible(v.version)),
+            _ => Err(Failure::new(codes::DECODE, "egretd does not understand the request", e.to_string())),
+        },
+    };
+    let response = Response { version: PROTOCOL, error: result.err() };
+    let mut bytes = serde_json::to_vec(&response)?;
+    bytes.push(b'\n');
+    write.write_all(&bytes).await
+}
+
+#[derive(serde::Deserialize)]
+struct Version {
+    version: u32,
+}
+
+fn incompatible(version: u32) -> Failure {
+    Failure::new(
+        codes::INCOMPATIBLE,
+        format!("the plugin speaks version {version} with egretd, egretd speaks {PROTOCOL}"),
+        "install plugin and daemon of one release",
+    )
+}

@@ -1,0 +1,213 @@
+//! The gateway's part: who lives, which addresses are here, and what the link says of them.
+
+use super::Node;
+use crate::kernel::announce;
+use crate::kernel::names::HEALTH;
+use crate::kernel::names::of_mac;
+use crate::node::holding::is_here;
+use crate::node::host::{Look, Wish};
+use crate::node::liveness::{Seen, Targets};
+use crate::plan::ledger::is_drained;
+use crate::plan::mac::{self, Mac};
+use crate::plan::marks::PathId;
+use crate::plan::paths::Facts;
+use crate::plan::selector::Name;
+use anyhow::Result;
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::time::Duration;
+use tokio::time::Instant;
+
+/// How long the link has to say that somebody has an address.
+const ASK: Duration = Duration::from_millis(100);
+/// A link that cannot be asked is asked again after this long.
+const UNASKABLE: Duration = Duration::from_millis(500);
+
+/// A node hands over for as long after a path has been moved to it: others may not have heard of it yet, and send to
+/// the old node what servers answer to this one.
+const HANDOVER: Duration = Duration::from_secs(1);
+
+/// What the link said of some paths' addresses.
+#[derive(Debug)]
+pub struct Heard {
+    paths: BTreeSet<PathId>,
+    /// Who answered for each address; `None`: it could not be asked.
+    answers: Option<Vec<(PathId, IpAddr, Option<Mac>)>>,
+}
+
+impl Node {
+    /// Nodes have died or come back.
+    pub fn seen(&mut self, seen: Seen) {
+        if seen.returns != self.seen.returns {
+            self.holding.returned();
+        }
+        let back = self.seen.dead.difference(&seen.dead).next().is_some();
+        // Who was frozen may have answered for what was taken over from it, before it has found out.
+        self.announce_again |= back;
+        self.seen = seen;
+        self.look_again();
+    }
+
+    /// The link has answered.
+    pub fn heard(&mut self, heard: Heard) {
+        match heard.answers {
+            Some(answers) => self.holding.heard(answers, &self.view, &self.facts, Instant::now()),
+            None => self.holding.unheard(heard.paths),
+        }
+        self.base = true;
+    }
+
+    /// Waits until something is to be done about this node's addresses.
+    pub async fn due(&self) {
+        let handovers = self.handed.values().map(|(_, until)| *until).min();
+        match [self.holding.next(), handovers].into_iter().flatten().min() {
+            Some(due) => tokio::time::sleep_until(due).await,
+            None => std::future::pending().await,
+        }
+    }
+
+    /// It is due.
+    pub fn is_due(&mut self) {
+        self.base = true;
+    }
+
+    /// Computes the paths anew: who lives, or what this node knows of itself, has changed.
+    pub(super) fn look_again(&mut self) {
+        self.facts.dead.clone_from(&self.seen.dead);
+        if !self.holding.is_fit() {
+            self.facts.dead.insert(self.options.name.as_str().into());
+        }
+        if !self.stale {
+            self.view.look_again(&self.cluster, &self.options.name, &self.facts);
+            self.host.view(&self.view);
+        }
+        self.base = true;
+    }
+
+    /// Brings the addresses on this node in step. Returns how many changes it took.
+    pub(super) async fn bring_addresses_in_step(&mut self) -> Result<usize> {
+        let look = self.host.look(&self.view).await?;
+        let now = Instant::now();
+        if self.holding.judge(&look, now) {
+            self.look_again();
+        }
+        let drained = self.cluster.nodes.get(&*self.options.name).is_some_and(|node| is_drained(node));
+        let decision = self.holding.decide(&self.view, &self.facts, &look, drained, now);
+        self.ask(&look, decision.ask);
+        self.note_handovers(now);
+        let mut changes = self.prepare(&decision.wish)?;
+        let (placed, refused) = self.host.place(&self.view, &look, &decision.wish).await?;
+        changes += placed;
+        if std::mem::take(&mut self.announce_again) {
+            self.host.announce_again(&self.view, &look, self.holding.inherited());
+        }
+        self.here = decision.wish.paths;
+        let mut facts = self.host.facts(refused).await?;
+        facts.dead.clone_from(&self.facts.dead);
+        facts.taken = self.taken(&facts);
+        facts.yielded = self.holding.yielded();
+        for (id, why) in self.holding.refused() {
+            facts.refused.entry(id).or_insert(why);
+        }
+        if facts != self.facts {
+            self.facts = facts;
+            self.look_again();
+            // Of what has just come here, the view knows only now that it is this node's.
+            self.facts.taken = self.taken(&self.facts);
+        }
+        Ok(changes)
+    }
+
+    /// What must be in the tables before addresses come here. This node's pods need not wait for them: to place a
+    /// thousand takes the kernel a second. What is moved here on purpose comes with connections that the old node knows.
+    fn prepare(&mut self, wish: &Wish) -> Result<usize> {
+        let paths = &self.view.paths.paths;
+        let comes = |id: &PathId| paths.get(id).is_some_and(|path| !is_here(path, &self.facts));
+        let all: BTreeSet<PathId> = wish.paths.iter().copied().filter(comes).collect();
+        if all.is_empty() {
+            return Ok(0);
+        }
+        let coming: BTreeSet<PathId> = all.difference(&wish.moving).copied().collect();
+        if !coming.is_empty() {
+            self.facts.coming = coming;
+            self.look_again();
+            self.here.extend(&wish.paths);
+        }
+        let (changes, _) = self.bring_tables_in_step()?;
+        self.bring_connections_in_step();
+        Ok(changes)
+    }
+
+    /// Notes which paths are being moved here, and forgets what was.
+    fn note_handovers(&mut self, now: Instant) {
+        self.handed.retain(|id, (_, until)| *until > now && self.view.paths.paths.contains_key(id));
+        let by = self.view.paths.paths.iter().filter_map(|(id, path)| Some((*id, path.handed_by?)));
+        self.handed.extend(by.map(|(id, mac)| (id, (mac, now + HANDOVER))));
+    }
+
+    /// The paths that this node has taken over, as the ledger is now.
+    fn taken(&self, facts: &Facts) -> BTreeMap<PathId, i64> {
+        let paths = self.view.paths.paths.iter().filter(|(_, path)| path.managed && !path.by_ledger);
+        let paths = paths.filter(|(id, path)| {
+            is_here(path, facts) && (path.taken_over || facts_taken(&self.facts, **id) == Some(path.since))
+        });
+        paths.map(|(id, path)| (*id, path.since)).collect()
+    }
+
+    /// Asks the link who has the addresses of paths.
+    fn ask(&self, look: &Look, paths: BTreeSet<PathId>) {
+        if paths.is_empty() {
+            return;
+        }
+        let (ids, targets): (Vec<PathId>, Vec<_>) = look.targets(&self.view, &paths).into_iter().unzip();
+        let heard = self.listeners.heard.clone();
+        tokio::spawn(async move {
+            let answers = match announce::probe(&targets, ASK).await {
+                Ok(macs) => {
+                    let each = ids.into_iter().zip(targets).zip(macs);
+                    Some(each.map(|((id, target), mac)| (id, target.address, mac)).collect())
+                }
+                Err(e) => {
+                    tracing::warn!("the link cannot be asked who has egress addresses: {e:#}");
+                    tokio::time::sleep(UNASKABLE).await;
+                    None
+                }
+            };
+            // The daemon ends if nobody listens.
+            let _ = heard.send(Heard { paths, answers });
+        });
+    }
+
+    /// Says whom to ask whether they live: the nodes that paths of this node's pods can go through, and for a
+    /// gateway's node the others of its gateways.
+    pub(super) fn set_targets(&self) {
+        let Some((device, source)) = self.host.asking() else {
+            // While the tunnel is being mended, nothing is known of others.
+            if self.host.tunnel_end().is_some() {
+                self.listeners.targets.send_replace(Targets::default());
+            }
+            return;
+        };
+        let paths = &self.view.paths;
+        let used = self.uses.values().flat_map(|u| &u.paths).filter_map(|id| paths.paths.get(id));
+        let own = paths.paths.values().filter(|path| path.member);
+        let gateways: BTreeSet<&Name> = used.chain(own).map(|path| &path.gateway).collect();
+        let nodes = gateways.into_iter().filter_map(|gateway| paths.gateway_nodes.get(gateway)).flatten();
+        let others = nodes.filter(|name| ***name != *self.options.name);
+        let answering = others.filter_map(|name| {
+            let status = self.cluster.egress_nodes.get(name)?;
+            let mac = mac::parse(status.tunnel_mac.as_deref()?).ok()?;
+            status.answers.then(|| (name.clone(), of_mac(HEALTH, mac)))
+        });
+        let new = Targets { device, source: Some(source), nodes: answering.collect() };
+        self.listeners.targets.send_if_modified(|now| {
+            let changed = *now != new;
+            *now = new;
+            changed
+        });
+    }
+}
+
+fn facts_taken(facts: &Facts, id: PathId) -> Option<i64> {
+    facts.taken.get(&id).copied()
+}

@@ -1,0 +1,496 @@
+//! The daemon's state, and what each occasion does to it.
+
+mod gateway;
+
+pub use gateway::Heard;
+
+use crate::cluster::{Lookup, Statuses};
+use crate::cni::attachment::{self, Attachment, AttachmentId};
+use crate::cni::protocol::{Failure, Verb, codes};
+use crate::kernel::watch::{Event, Interest};
+use crate::node::Options;
+use crate::node::adoption::{self, Found};
+use crate::node::ended::Ended;
+use crate::node::holding::Holding;
+use crate::node::host::Host;
+use crate::node::liveness::{Seen, Targets};
+use crate::node::metrics::Metrics;
+use crate::node::moved::Moved;
+use crate::node::pods::{self, Census, Holder, Interface, Pods, Use};
+use crate::node::report::Report;
+use crate::node::socket::Question;
+use crate::plan::mac::Mac;
+use crate::plan::marks::PathId;
+use crate::plan::model::{Cluster, ObjectKey};
+use crate::plan::node::{View, addresses};
+use crate::plan::paths::Facts;
+use anyhow::{Context, Result};
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use tokio::sync::{mpsc, oneshot, watch};
+
+/// A stranger that was not found is looked for again after this long.
+const SEEK_AGAIN: Duration = Duration::from_secs(5);
+
+/// A pod may be added before the cluster's source has told of it. So long its ADD waits: a pod that starts while it is
+/// held loses its first packets.
+const UNKNOWN_WAIT: Duration = Duration::from_millis(500);
+
+/// A plugin that waits for its answer.
+struct Waiting {
+    since: Instant,
+    verb: &'static str,
+    /// The attachment whose pod should be known before the answer.
+    unknown: Option<AttachmentId>,
+    answer: oneshot::Sender<Result<(), Failure>>,
+}
+
+impl Waiting {
+    fn is_due(&self, pods: &Pods) -> bool {
+        self.unknown.as_ref().is_none_or(|id| pods.is_decided(id)) || self.since.elapsed() >= UNKNOWN_WAIT
+    }
+}
+
+/// Those who work in the background, and where they tell what came of it.
+pub struct Listeners {
+    /// Where strangers that were looked for are told of.
+    pub adopted: mpsc::UnboundedSender<Found>,
+    /// Where the link's answers are told of.
+    pub heard: mpsc::UnboundedSender<Heard>,
+    /// Which nodes are to be asked whether they live.
+    pub targets: watch::Sender<Targets>,
+    /// Who looks for pods that the cluster's source has not told of yet.
+    pub lookup: Lookup,
+}
+
+/// Everything that the daemon knows.
+pub struct Node {
+    options: Options,
+    host: Host,
+    cluster: Arc<Cluster>,
+    view: View,
+    facts: Facts,
+    pods: Pods,
+    /// What each pod used when the kernel was last in step.
+    uses: BTreeMap<Holder, Use>,
+    census: Census,
+    metrics: Metrics,
+    report: Report,
+    listeners: Listeners,
+    holding: Holding,
+    /// What is known of other nodes' being alive.
+    seen: Seen,
+    /// The paths whose addresses are here.
+    here: BTreeSet<PathId>,
+    /// Paths that are being moved here or just were, from which node, and how long their packets are handed over to it.
+    handed: BTreeMap<PathId, (Mac, tokio::time::Instant)>,
+    /// What this node has taken over is to be announced once more.
+    announce_again: bool,
+    /// What the connections in the kernel's table were last made to be.
+    moved: Option<Moved>,
+    /// Strangers that are being looked for.
+    sought: BTreeSet<ObjectKey>,
+    /// Strangers that were looked for in vain: when, and the addresses that are in quarantine for it.
+    missing: BTreeMap<ObjectKey, (Instant, Vec<IpAddr>)>,
+    /// Whether the view is older than the snapshot, the facts or the pods' addresses.
+    stale: bool,
+    /// Whether what lies below the pods' chains must be brought in step: tunnel, routes, addresses.
+    base: bool,
+    /// Whether others' changes that this daemon must know of may be other ones now.
+    listen: bool,
+    /// Whether the plugin may have left attachments and quarantines behind.
+    left_behind: bool,
+    /// Connections that have ended and are still in the kernel's table.
+    ended: Ended,
+    /// Answers that wait for the kernel to be in step.
+    waiting: Vec<Waiting>,
+    /// Attachments that go when everything of theirs is undone.
+    leaving: Vec<AttachmentId>,
+}
+
+impl Node {
+    /// Reads what an earlier daemon and the plugin left, and finds the pods that already run, so that the first
+    /// transaction takes nothing away from them.
+    pub async fn start(
+        options: Options,
+        statuses: Statuses,
+        cluster: Arc<Cluster>,
+        metrics: Metrics,
+        listeners: Listeners,
+    ) -> Result<Self> {
+        let mut host = Host::open(options.marks)?;
+        let pods = Pods::new(host.tags()?);
+        let mut facts = host.facts(BTreeMap::new()).await?;
+        // What an earlier daemon had taken over.
+        let said = cluster.egress_nodes.get(&*options.name).map(|status| status.taken.as_slice()).unwrap_or_default();
+        facts.taken = said.iter().map(|taken| (taken.id, taken.since)).collect();
+        let holding = Holding::new(options.liveness, tokio::time::Instant::now());
+        let report = Report::new(&options.name, statuses, options.run_dir.clone());
+        let mut node = Node {
+            options,
+            host,
+            cluster,
+            view: View::default(),
+            facts,
+            pods,
+            uses: BTreeMap::new(),
+            census: Census::default(),
+            metrics,
+            report,
+            listeners,
+            holding,
+            seen: Seen::default(),
+            here: BTreeSet::new(),
+            handed: BTreeMap::new(),
+            announce_again: false,
+            moved: None,
+            sought: BTreeSet::new(),
+            missing: BTreeMap::new(),
+            stale: true,
+            base: true,
+            listen: true,
+            left_behind: true,
+            ended: Ended::default(),
+            waiting: Vec::new(),
+            leaving: Vec::new(),
+        };
+        node.load_attachments().await?;
+        node.refresh_view();
+        let strangers = node.pods.strangers(&node.cluster, &node.view);
+        for found in adoption::find_all(&node.host.routes, strangers).await {
+            node.adopt(found);
+        }
+        node.ended.strangers = true;
+        Ok(node)
+    }
+
+    /// Takes in attachments that it does not know: the plugin wrote them while the daemon was away.
+    async fn load_attachments(&mut self) -> Result<()> {
+        let all = attachment::load_all(&self.options.run_dir).context("attachments")?;
+        for a in all {
+            if self.pods.get(&a.id) == Some(&a) {
+                continue;
+            }
+            let interface = self.interface(&a).await?;
+            self.attach(a, interface);
+        }
+        Ok(())
+    }
+
+    async fn interface(&self, a: &Attachment) -> Result<Option<Interface>> {
+        match &a.host {
+            Some(host) => self.host.interface(host.index, host.peer_index).await,
+            None => Ok(None),
+        }
+    }
+
+    fn attach(&mut self, a: Attachment, interface: Option<Interface>) {
+        let taken: Vec<IpAddr> = a.addresses.iter().filter(|x| self.pods.has_address(x)).copied().collect();
+        if !taken.is_empty() && self.pods.get(&a.id).is_none() {
+            // A pod that is gone had the address; its connections are not this one's.
+            self.ended.addresses.extend(taken);
+        }
+        self.stale |= a.addresses.iter().any(|x| !self.view.networks.is_direct(*x));
+        let before = self.missing.len();
+        self.missing.retain(|_, (_, held)| !held.iter().any(|x| a.addresses.contains(x)));
+        self.left_behind |= self.missing.len() < before;
+        self.pods.attach(a, interface);
+    }
+
+    /// A new state of the cluster.
+    pub fn snapshot(&mut self, cluster: Arc<Cluster>) {
+        self.cluster = cluster;
+        self.stale = true;
+    }
+
+    /// A stranger was found, or not; one that is not found is held by its address.
+    pub fn adopt(&mut self, found: Found) {
+        self.sought.remove(&found.pod);
+        if found.addresses.iter().any(|a| self.pods.has_address(a)) {
+            // Meanwhile the address is another pod's, or the plugin brought this one.
+            return;
+        }
+        let before = self.missing.remove(&found.pod);
+        if let Some(interface) = found.interface {
+            tracing::info!(pod = %found.pod, interface = %interface.name, "a pod that ran before is adopted");
+            self.left_behind |= before.is_some();
+            self.pods.adopt(found.pod, interface, found.addresses);
+            return;
+        }
+        if before.is_none() {
+            tracing::warn!(
+                pod = %found.pod,
+                "a policy selects this pod, and no veth of this host leads to it: it is kept to the cluster's own networks; \
+                 restart it with egret-cni in the node's CNI configuration"
+            );
+            let uid = self.cluster.pods.get(&found.pod).map(|pod| pod.uid.clone()).unwrap_or_default();
+            self.report.lost_pod(&found.pod, &uid);
+        }
+        if let Err(e) = self.host.quarantine(&found.addresses) {
+            tracing::error!(pod = %found.pod, "it cannot even be kept to them: {e:#}");
+        }
+        self.missing.insert(found.pod, (Instant::now(), found.addresses));
+    }
+
+    /// What others change in the kernel and this daemon must know of.
+    /// `None`: as it was said before.
+    pub fn interest(&mut self) -> Option<Interest> {
+        std::mem::take(&mut self.listen).then(|| Interest {
+            own_ports: self.host.ports(),
+            uplinks: self.host.uplinks().collect(),
+            addresses: self.view.paths.paths.values().filter(|p| p.member).flat_map(addresses).collect(),
+        })
+    }
+
+    /// Something in the kernel was changed by somebody else.
+    pub fn disturbed(&mut self, events: &BTreeSet<Event>) {
+        for event in events {
+            match event {
+                Event::VethGone { index, .. } => self.pods.interface_gone(*index),
+                Event::Nftables => self.host.distrust_tables(),
+                Event::Uplinks => self.base = true,
+                Event::Rules => {
+                    self.left_behind = true;
+                    self.host.distrust_routing();
+                    self.base = true;
+                }
+                _ => self.distrust(),
+            }
+        }
+    }
+
+    /// The next [`settle`](Self::settle) reads everything back.
+    pub fn distrust(&mut self) {
+        self.host.distrust();
+        self.base = true;
+        self.left_behind = true;
+    }
+
+    /// Takes in what plugins ask. They are answered by [`settle`](Self::settle), when the kernel is in step.
+    pub async fn answer(&mut self, questions: Vec<Question>) {
+        for Question { verb, answer } in questions {
+            let mut unknown = None;
+            let (verb, result) = match verb {
+                Verb::Add(a) => {
+                    unknown = Some(a.id.clone());
+                    ("ADD", self.add(a).await)
+                }
+                Verb::Del(id) => ("DEL", self.del(id)),
+                Verb::Check(a) => ("CHECK", self.check(&a)),
+                Verb::Gc { network, valid } => ("GC", self.collect_garbage(&network, &valid)),
+                Verb::Status => ("STATUS", Ok(())),
+            };
+            match result {
+                Ok(()) => self.waiting.push(Waiting { since: Instant::now(), verb, unknown, answer }),
+                Err(failure) => {
+                    tracing::warn!(verb, "refused: {failure}");
+                    let _ = answer.send(Err(failure));
+                }
+            }
+        }
+    }
+
+    async fn add(&mut self, a: Attachment) -> Result<(), Failure> {
+        let io = |e: String| Failure::new(codes::IO, "egretd cannot take the pod in", e);
+        let interface = self.interface(&a).await.map_err(|e| io(format!("{e:#}")))?;
+        if interface.is_none() && self.pods.profile(&a, &self.cluster, &self.view).is_some() {
+            return Err(Failure::new(
+                codes::NO_HOST_INTERFACE,
+                format!("pod {}/{} has no veth peer on the host", a.pod.namespace, a.pod.name),
+                "a policy selects it, and a pod with macvlan, ipvlan or SR-IOV cannot be held to a policy; use a CNI \
+                 plugin that makes veth pairs for it, or exclude it from the policy's podSelector",
+            ));
+        }
+        a.store(&self.options.run_dir).map_err(|e| io(e.to_string()))?;
+        if !pods::is_known(&a, &self.cluster) {
+            self.listeners.lookup.look_for(ObjectKey::new(&a.pod.namespace, &a.pod.name), &a.pod.uid);
+        }
+        self.attach(a, interface);
+        Ok(())
+    }
+
+    fn del(&mut self, id: AttachmentId) -> Result<(), Failure> {
+        self.ended.addresses.extend(self.pods.detach(&id));
+        self.leaving.push(id);
+        Ok(())
+    }
+
+    fn check(&mut self, a: &Attachment) -> Result<(), Failure> {
+        if self.pods.get(&a.id).is_none() {
+            return Err(Failure::new(
+                codes::NOT_PROGRAMMED,
+                format!("egretd does not know container {}, interface {}", a.id.container_id, a.id.ifname),
+                "it was not added through egret-cni, or was deleted since; start the pod anew",
+            ));
+        }
+        // What is missing in the kernel is mended before the answer.
+        self.distrust();
+        Ok(())
+    }
+
+    fn collect_garbage(&mut self, network: &str, valid: &[AttachmentId]) -> Result<(), Failure> {
+        let gone: Vec<AttachmentId> = self.pods.of_network(network).filter(|id| !valid.contains(id)).cloned().collect();
+        gone.into_iter().try_for_each(|id| self.del(id))
+    }
+
+    /// When somebody who waits has waited long enough.
+    pub async fn impatience(&self) {
+        match self.waiting.iter().map(|w| w.since + UNKNOWN_WAIT).min() {
+            Some(due) => tokio::time::sleep_until(due.into()).await,
+            None => std::future::pending().await,
+        }
+    }
+
+    fn refresh_view(&mut self) {
+        let pods: BTreeSet<IpAddr> = self.pods.addresses().collect();
+        let (paths, networks) = (self.view.paths.mark(), self.view.networks.mark());
+        self.view.update(&self.cluster, &self.options.name, &self.facts, &self.options.direct, pods);
+        self.stale = false;
+        // Most changes are of policies alone, and then nothing below the pods' chains is to be looked at.
+        if !self.view.paths.has(&paths) || !self.view.networks.has(&networks) {
+            self.host.view(&self.view);
+            self.base = true;
+        }
+    }
+
+    /// Brings the kernel in step and answers who waits for it. Returns whether it has to be tried again.
+    pub async fn settle(&mut self, ready: &watch::Sender<Result<(), String>>) -> bool {
+        let started = Instant::now();
+        let result = self.bring_in_step().await;
+        let failure =
+            result.as_ref().err().map(|e| Failure::new(codes::KERNEL, "the kernel is not in step", format!("{e:#}")));
+        self.metrics.applied(started.elapsed(), &result);
+        for waiting in self.waiting.extract_if(.., |w| failure.is_some() || w.is_due(&self.pods)) {
+            self.metrics.answered(waiting.verb, waiting.since.elapsed());
+            // A plugin that has given up meanwhile will come with a DEL.
+            let _ = waiting.answer.send(failure.clone().map_or(Ok(()), Err));
+        }
+        // The answers go out before all that nobody waits for.
+        tokio::task::yield_now().await;
+        if let Some(failure) = &failure {
+            tracing::error!("{failure}; trying again");
+        }
+        let state = failure.map_or(Ok(()), |f| Err(f.to_string()));
+        ready.send_if_modified(|now| {
+            let changed = *now != state;
+            now.clone_from(&state);
+            changed
+        });
+        self.report.publish(&self.view, self.host.tunnel_end(), &self.facts).await;
+        self.set_targets();
+        self.seek_strangers();
+        state.is_err()
+    }
+
+    async fn bring_in_step(&mut self) -> Result<usize> {
+        let mut changes = 0;
+        if self.stale {
+            let before = self.missing.len();
+            let listed =
+                |key: &ObjectKey, held: &[IpAddr]| self.cluster.pods.get(key).is_some_and(|p| *p.addresses == *held);
+            self.missing.retain(|key, (_, held)| listed(key, held));
+            self.left_behind |= self.missing.len() < before;
+        }
+        let left_behind = self.left_behind;
+        if left_behind {
+            self.load_attachments().await?;
+        }
+        if self.stale {
+            self.pods.drop_ended(&self.cluster);
+            self.refresh_view();
+        }
+        let base = self.base;
+        if base {
+            self.listen = true;
+            changes += self.bring_base_in_step().await?;
+        }
+        self.report.last_word(&self.view).context("last word")?;
+        let (tables, uses) = self.bring_tables_in_step()?;
+        changes += tables;
+        if base || self.moved.is_none() {
+            self.bring_connections_in_step();
+        }
+        self.ended.uses(&self.uses, &uses, &self.pods);
+        self.uses = uses;
+        if left_behind {
+            // Not before the tables hold those who were quarantined.
+            let missing = self.missing.values().flat_map(|(_, addresses)| addresses).copied().collect();
+            changes += self.host.lift_quarantines(&missing)?;
+            self.left_behind = false;
+        }
+        // Before anybody is answered: the runtime may give a pod's address to the next one then.
+        self.ended.forget(self.options.marks, &self.pods).await;
+        for id in self.leaving.drain(..) {
+            id.forget(&self.options.run_dir).context("attachments")?;
+        }
+        Ok(changes)
+    }
+
+    /// Brings the tables in step with the view. Returns how many changes it took, and what the pods use.
+    fn bring_tables_in_step(&mut self) -> Result<(usize, BTreeMap<Holder, Use>)> {
+        let (mut plan, uses, census) = self.pods.plan(&self.cluster, &self.view);
+        let of_path = |id: &PathId| self.view.paths.paths.get(id).map(|path| path.address.clone());
+        plan.handed = self.handed.iter().filter_map(|(id, (mac, _))| Some((*id, (of_path(id)?, *mac)))).collect();
+        let changes = self.host.tables(plan)?;
+        self.census = census;
+        Ok((changes, uses))
+    }
+
+    /// Connections of paths that have come here or gone from here are picked up anew.
+    fn bring_connections_in_step(&mut self) {
+        let moved = Moved::new(&self.view, &self.here);
+        if self.moved.as_ref().is_none_or(|before| moved.needs_cleaning(before)) {
+            moved.clone().clean(self.options.marks);
+        }
+        self.moved = Some(moved);
+    }
+
+    async fn bring_base_in_step(&mut self) -> Result<usize> {
+        let local = self.tunnel_address()?;
+        self.host.tunnel(&self.options.name, local).await?;
+        let mut changes = self.host.routing(&self.view).await?;
+        changes += self.bring_addresses_in_step().await?;
+        changes += self.host.forwarding(&self.view).await?;
+        self.base = false;
+        Ok(changes)
+    }
+
+    fn tunnel_address(&self) -> Result<IpAddr> {
+        if let Some(address) = self.options.tunnel_address {
+            return Ok(address);
+        }
+        let node = self.cluster.nodes.get(&*self.options.name).with_context(|| {
+            format!("the cluster has no Node {:?}; give the name that it has there with --name", self.options.name)
+        })?;
+        let own = node.addresses.iter().take(node.internal).find(|a| self.facts.addresses.contains(a));
+        own.copied().with_context(|| {
+            format!(
+                "none of the InternalIPs of Node {:?} is on this host; name one with --tunnel-address",
+                self.options.name
+            )
+        })
+    }
+
+    fn seek_strangers(&mut self) {
+        if self.cluster.pods.is_empty() {
+            return;
+        }
+        let mut strangers = self.pods.strangers(&self.cluster, &self.view);
+        let again = |key: &ObjectKey| self.missing.get(key).is_none_or(|(since, _)| since.elapsed() >= SEEK_AGAIN);
+        strangers.retain(|(key, _)| again(key) && self.sought.insert(key.clone()));
+        adoption::seek(&self.host.routes, strangers, &self.listeners.adopted);
+    }
+
+    /// Brings the metrics up to date.
+    pub fn refresh_metrics(&mut self) {
+        let unmanaged = self.census.unmanaged + self.missing.len() as i64;
+        self.metrics.pods(&Census { unmanaged, ..self.census });
+        self.metrics.paths(&self.view);
+        match self.host.counts() {
+            Ok(counts) => self.metrics.counts(&counts),
+            Err(e) => tracing::warn!("the kernel's counters cannot be read: {e:#}"),
+        }
+    }
+}
