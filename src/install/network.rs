@@ -1,0 +1,341 @@
+//! A network configuration as a file holds it: which chain of plugins, and where in the text `egret-cni` stands or
+//! would stand.
+//!
+//! The text is never written anew from what was understood of it: pieces are put in and taken out, so that the order
+//! of keys, unknown fields, numbers and white space stay as they are, and taking out gives back what was there.
+
+use crate::cni::config::DEFAULT_SOCKET;
+use crate::cni::version::Version;
+use serde::Deserialize;
+use serde_json::Value;
+use serde_json::value::RawValue;
+use std::ops::Range;
+
+/// The plugin's type, which is also its file's name.
+pub const PLUGIN: &str = "egret-cni";
+/// What is appended to a file's name, less its extension, to name the list that stands for it.
+const STAND_IN: &str = "-egret.conflist";
+
+/// What a file is by its name, for libcni and so for every runtime.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// `.conflist`: a list of plugins.
+    List,
+    /// `.conf` and `.json`: one plugin.
+    Single,
+}
+
+impl Kind {
+    /// By the file's name; `None` for files that runtimes do not read.
+    pub fn of(name: &str) -> Option<Kind> {
+        match name.rsplit_once('.')?.1 {
+            "conflist" => Some(Kind::List),
+            "conf" | "json" => Some(Kind::Single),
+            _ => None,
+        }
+    }
+}
+
+/// The name of the list that stands for a file which cannot be extended itself. It sorts before the file's own name,
+/// for `-` sorts before `.`, and runtimes take the first: `10-x.conflist` would come after `10-x.conf`, and never be
+/// read. The file itself stays, so that its owner finds it, and nothing has to be brought back.
+pub fn stand_in(name: &str) -> String {
+    format!("{}{STAND_IN}", name.rsplit_once('.').map_or(name, |(stem, _)| stem))
+}
+
+/// A network configuration, understood as far as needed.
+#[derive(Debug)]
+pub struct Network<'a> {
+    text: &'a str,
+    kind: Kind,
+    name: Option<&'a RawValue>,
+    version: Option<&'a RawValue>,
+    /// Whether the plugin speaks the version in which the runtime will call it; else why not.
+    speakable: Result<(), String>,
+    plugins: Vec<Plugin<'a>>,
+}
+
+#[derive(Debug)]
+struct Plugin<'a> {
+    text: &'a str,
+    fields: PluginFields<'a>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Fields<'a> {
+    #[serde(borrow)]
+    name: Option<&'a RawValue>,
+    #[serde(borrow)]
+    cni_version: Option<&'a RawValue>,
+    cni_versions: Option<Vec<String>>,
+    #[serde(borrow)]
+    plugins: Option<Vec<&'a RawValue>>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct PluginFields<'a> {
+    #[serde(rename = "type", borrow)]
+    kind: Option<&'a RawValue>,
+    #[serde(borrow)]
+    socket: Option<&'a RawValue>,
+    #[serde(borrow)]
+    stands_for: Option<&'a RawValue>,
+}
+
+impl<'a> Network<'a> {
+    /// Reads a file's text.
+    ///
+    /// # Errors
+    /// Why it is no configuration to a runtime.
+    pub fn read(text: &'a str, kind: Kind) -> Result<Self, String> {
+        let fields: Fields<'a> =
+            serde_json::from_str(text).map_err(|e| format!("it cannot be read as a network configuration: {e}"))?;
+        let plugins = match kind {
+            Kind::Single => vec![serde_json::from_str(text).map_err(|e| e.to_string())?],
+            Kind::List => fields.plugins.unwrap_or_default(),
+        };
+        if plugins.is_empty() {
+            return Err("it has no plugins".into());
+        }
+        let plugins = plugins.into_iter().map(Plugin::read).collect::<Result<_, _>>()?;
+        if kind == Kind::List && !fields.name.is_some_and(is_named) {
+            return Err("it has no name".into());
+        }
+        let version = fields.cni_version.map(|v| string(v).ok_or(format!("its cniVersion {v} is no string")));
+        let speakable = newest(version.transpose()?, fields.cni_versions.unwrap_or_default());
+        Ok(Network { text, kind, name: fields.name, version: fields.cni_version, speakable, plugins })
+    }
+
+    /// Whether `egret-cni` can be chained to it.
+    ///
+    /// # Errors
+    /// Why not.
+    pub fn check(&self) -> Result<(), String> {
+        if !self.name.is_some_and(is_named) {
+            return Err("it has no name; give the network one".into());
+        }
+        self.speakable.clone()
+    }
+
+    /// The name of the file that this list stands for, if it is one that [`Network::standing_for`] made.
+    pub fn stands_for(&self) -> Option<String> {
+        self.entries().find_map(|entry| string(entry.fields.stands_for?))
+    }
+
+    /// Whether `egret-cni` is in the chain.
+    pub fn has_entry(&self) -> bool {
+        self.kind == Kind::List && self.entries().next().is_some()
+    }
+
+    /// The list with `egret-cni` at its end, or where it stands already, asking the daemon at `socket`. The text is
+    /// the same if nothing has to be changed.
+    pub fn extended(&self, socket: &str) -> String {
+        if !self.has_entry() {
+            return self.appended(&entry(socket, None));
+        }
+        let mut text = self.text.to_owned();
+        for own in self.entries().collect::<Vec<_>>().into_iter().rev() {
+            match own.fields.socket {
+                Some(value) if string(value).as_deref() != Some(socket) => {
+                    text.replace_range(self.range(value.get()), &quoted(socket));
+                }
+                None if socket != DEFAULT_SOCKET => {
+                    let after = own.fields.kind.map_or(0, |kind| self.range(kind.get()).end);
+                    text.insert_str(after, &format!(", \"socket\": {}", quoted(socket)));
+                }
+                _ => {}
+            }
+        }
+        text
+    }
+
+    /// A list that stands for the file of this name, with `egret-cni` at its end. A single plugin becomes a list as
+    /// libcni itself makes one of it (`ConfListFromConf`): under its own name and version.
+    pub fn standing_for(&self, file: &str, socket: &str) -> String {
+        let entry = entry(socket, Some(file));
+        match self.kind {
+            Kind::Single => {
+                let text = |value: Option<&RawValue>| value.map_or("\"\"", RawValue::get).to_owned();
+                let plugin = self.plugins.first().map_or("", |p| p.text);
+                format!(
+                    "{{\n  \"cniVersion\": {},\n  \"name\": {},\n  \"plugins\": [\n    {plugin},\n    {entry}\n  ]\n}}\n",
+                    text(self.version),
+                    text(self.name),
+                )
+            }
+            Kind::List => {
+                let plain = self.without_entry();
+                match Network::read(&plain, Kind::List) {
+                    Ok(network) => network.appended(&entry),
+                    // Nothing but ours was in it.
+                    Err(_) => self.text.to_owned(),
+                }
+            }
+        }
+    }
+
+    /// The list without `egret-cni`.
+    pub fn without_entry(&self) -> String {
+        let mut text = self.text.to_owned();
+        for at in (0..self.plugins.len()).rev().filter(|_| self.kind == Kind::List) {
+            if !self.plugins[at].is_ours() {
+                continue;
+            }
+            let mut range = self.range(self.plugins[at].text);
+            // With the comma, and the space before or after, that was put in with it.
+            if at > 0 {
+                range.start = self.range(self.plugins[at - 1].text).end;
+            } else if let Some(next) = self.plugins.get(1) {
+                range.end = self.range(next.text).start;
+            }
+            text.replace_range(range, "");
+        }
+        text
+    }
+
+    fn entries(&self) -> impl Iterator<Item = &Plugin<'a>> {
+        self.plugins.iter().filter(|p| p.is_ours())
+    }
+
+    /// The entry comes after the last plugin, set apart from it as that one is from what stands before it.
+    fn appended(&self, entry: &str) -> String {
+        let Some(last) = self.plugins.last().map(|p| self.range(p.text)) else { return self.text.to_owned() };
+        let before = &self.text[..last.start];
+        let space = &before[before.trim_end().len()..];
+        format!("{},{space}{entry}{}", &self.text[..last.end], &self.text[last.end..])
+    }
+
+    /// Where a piece of the text stands in it.
+    fn range(&self, piece: &str) -> Range<usize> {
+        let start = piece.as_ptr().addr() - self.text.as_ptr().addr();
+        start..start + piece.len()
+    }
+}
+
+impl<'a> Plugin<'a> {
+    fn read(value: &'a RawValue) -> Result<Self, String> {
+        let fields: PluginFields<'a> =
+            serde_json::from_str(value.get()).map_err(|e| format!("one of its plugins cannot be read: {e}"))?;
+        if !fields.kind.is_some_and(is_named) {
+            return Err("one of its plugins has no type".into());
+        }
+        Ok(Plugin { text: value.get(), fields })
+    }
+
+    fn is_ours(&self) -> bool {
+        self.fields.kind.and_then(string).is_some_and(|kind| kind == PLUGIN)
+    }
+}
+
+/// A runtime calls plugins in the newest version that the configuration offers and that it knows itself.
+fn newest(version: Option<String>, others: Vec<String>) -> Result<(), String> {
+    let parts = |text: &String| text.split('.').map(|part| part.parse::<u32>().unwrap_or(u32::MAX)).collect::<Vec<_>>();
+    let Some(newest) = version.into_iter().chain(others).max_by_key(parts) else {
+        let list = Version::list();
+        return Err(format!("it has no cniVersion, which means 0.1.0; egret-cni speaks {list}"));
+    };
+    Version::parse(&newest).map(drop).map_err(|e| format!("its {}; egret-cni speaks {}", e.msg, Version::list()))
+}
+
+fn string(value: &RawValue) -> Option<String> {
+    serde_json::from_str(value.get()).ok()
+}
+
+fn is_named(value: &RawValue) -> bool {
+    string(value).is_some_and(|text| !text.is_empty())
+}
+
+fn quoted(text: &str) -> String {
+    Value::from(text).to_string()
+}
+
+fn entry(socket: &str, stands_for: Option<&str>) -> String {
+    let stands_for = stands_for.map(|file| format!(", \"standsFor\": {}", quoted(file))).unwrap_or_default();
+    format!("{{\"type\": \"{PLUGIN}\", \"socket\": {}{stands_for}}}", quoted(socket))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const SOCKET: &str = "/run/egret/cni.sock";
+
+    fn extended(text: &str, socket: &str) -> String {
+        Network::read(text, Kind::List).unwrap().extended(socket)
+    }
+
+    #[test]
+    fn only_the_entry_is_put_in_and_taken_out() {
+        let plain = "{\n\t\"plugins\": [\n\t\t{ \"type\":\"a\", \"mtu\": 1.50e3, \"type2\" : null },\n\
+                     \t\t{\"x\":[{}],\"type\":\"b\"}\n\t] , \"zz\": 1, \"name\": \"n\\u0041\",\"cniVersion\":\"1.0.0\" }\n\n";
+        let with = extended(plain, SOCKET);
+        let entry =
+            "\"type\":\"b\"},\n\t\t{\"type\": \"egret-cni\", \"socket\": \"/run/egret/cni.sock\"}\n\t] , \"zz\"";
+        assert!(with.contains(entry), "{with}");
+        assert_eq!(extended(&with, SOCKET), with);
+        assert_eq!(Network::read(&with, Kind::List).unwrap().without_entry(), plain);
+        let moved = extended(&with, "/x/\"quoted\".sock");
+        assert_eq!(moved, with.replace(SOCKET, "/x/\\\"quoted\\\".sock"));
+    }
+
+    #[test]
+    fn an_entry_without_a_socket_means_the_usual_one() {
+        let own = r#"{"name":"n","cniVersion":"1.0.0","plugins":[{"type":"a"},{"type":"egret-cni"},{"type":"b"}]}"#;
+        assert_eq!(extended(own, SOCKET), own);
+        let with = extended(own, "/x");
+        assert_eq!(with, own.replace(r#""egret-cni""#, r#""egret-cni", "socket": "/x""#));
+        let without = Network::read(own, Kind::List).unwrap().without_entry();
+        assert_eq!(without, own.replace(r#",{"type":"egret-cni"}"#, ""));
+        let first = own.replace(r#"{"type":"a"},"#, "");
+        let without = Network::read(&first, Kind::List).unwrap().without_entry();
+        assert_eq!(without, first.replace(r#"{"type":"egret-cni"},"#, ""));
+    }
+
+    #[test]
+    fn a_single_plugin_becomes_a_list_that_sorts_before_it() {
+        let text = "{ \"cniVersion\": \"0.4.0\", \"type\": \"ptp\", \"name\": \"net\", \"mtu\": 9 }\n";
+        let list = Network::read(text, Kind::Single).unwrap().standing_for("10-x.conf", SOCKET);
+        let network = Network::read(&list, Kind::List).unwrap();
+        assert_eq!(network.check(), Ok(()));
+        assert_eq!(network.stands_for().as_deref(), Some("10-x.conf"));
+        assert!(list.contains(text.trim()), "{list}");
+        let value: Value = serde_json::from_str(&list).unwrap();
+        assert_eq!((&value["name"], &value["cniVersion"]), (&"net".into(), &"0.4.0".into()));
+        for name in ["10-x.conf", "10-x.json", "10-x.conflist", "x.y.conf"] {
+            assert!(*stand_in(name) < *name, "{name}");
+        }
+    }
+
+    #[test]
+    fn what_is_no_configuration_and_what_cannot_be_extended() {
+        let list = |version: &str| format!(r#"{{{version}"name":"n","plugins":[{{"type":"a"}}]}}"#);
+        let check = |text: &str| Network::read(text, Kind::List).unwrap().check();
+        for version in [r#""cniVersion":"0.3.1","#, r#""cniVersions":["0.3.0","1.0.0"],"cniVersion":"0.4.0","#] {
+            assert_eq!(check(&list(version)), Ok(()));
+        }
+        for version in ["", r#""cniVersion":"0.2.0","#, r#""cniVersion":"1.0.0","cniVersions":["0.4.0","1.10.0"],"#] {
+            assert!(check(&list(version)).unwrap_err().contains("0.3.0, 0.3.1, 0.4.0, 1.0.0, 1.1.0"), "{version}");
+        }
+        let broken =
+            ["", "{", "[]", r#"{"name":"n"}"#, r#"{"name":"n","plugins":[]}"#, r#"{"plugins":[{"type":"a"}]}"#];
+        for text in broken.iter().chain(&[r#"{"name":"n","plugins":[{}]}"#, r#"{"name":"n","plugins":[5]}"#]) {
+            assert!(Network::read(text, Kind::List).is_err(), "{text}");
+        }
+        assert!(Network::read(r#"{"name":"n","plugins":[{"type":"a"}]}"#, Kind::Single).is_err());
+    }
+
+    proptest! {
+        #[test]
+        fn taking_out_undoes_putting_in(space in "[ \n\t]{0,3}", types in prop::collection::vec("[a-z]{1,4}", 1..4)) {
+            let plugins: Vec<String> = types.iter().map(|t| format!("{space}{{\"type\":{space}\"{t}\"}}{space}")).collect();
+            let plain = format!("{{\"name\":\"n\",{space}\"plugins\":[{}],\"cniVersion\":\"1.0.0\"}}", plugins.join(","));
+            let with = extended(&plain, SOCKET);
+            let network = Network::read(&with, Kind::List).unwrap();
+            prop_assert!(network.has_entry());
+            prop_assert_eq!(network.without_entry(), plain);
+        }
+    }
+}
