@@ -1,0 +1,119 @@
+//! What a node starts with: pods before the daemon, Egret's own pods, and everything anew after a reboot.
+
+use crate::lab::{Lab, VISITOR, topology};
+use crate::site::{Pod, Site, egress, own};
+use std::fs;
+use std::thread;
+use std::time::{Duration, Instant};
+
+#[test]
+fn a_pod_that_starts_before_the_daemon_is_held_back_and_egrets_own_pods_are_not() {
+    let site = Site::plain();
+    site.runtime.install();
+    // Egret's own: on the host's network, for which a runtime calls no plugin.
+    let begin = Instant::now();
+    let daemon_pod = site.start_on_host_network("egret-system", "egret-node-x7k2p");
+    assert!(begin.elapsed() < Duration::from_secs(4), "it took {:?}", begin.elapsed());
+    let begin = Instant::now();
+    let error = site.try_start("shop", "early", VISITOR).map(|p| p.id).expect_err("nobody knows the policies yet");
+    let error = error.to_string();
+    assert!(error.contains("egretd") && error.contains("has not run on this node since it started"), "{error}");
+    // A kubelet comes back after a quarter of a minute only: waiting is cheaper than failing, but has an end.
+    assert!((3..10).contains(&begin.elapsed().as_secs()), "{:?}", begin.elapsed());
+    assert_eq!(site.ear.of("early"), []);
+    assert_eq!(site.attachments(), 0);
+
+    // One that waits while the daemon comes up.
+    thread::scope(|scope| {
+        let early = scope.spawn(|| site.visitor("early"));
+        thread::sleep(Duration::from_millis(1500));
+        site.lab.start();
+        let pod = early.join().expect("a thread");
+        site.lab.wait_for("early has been heard from", &egress().into(), || site.ear.sources("early"));
+        pod.end();
+    });
+    // The host's own name is that of the machine.
+    let machine = nix::unistd::gethostname().expect("a name").into_string().expect("UTF-8");
+    assert_eq!(site.ear.sources(&machine), own(site.node()).into());
+    daemon_pod.end();
+}
+
+#[test]
+fn the_daemon_is_away_when_pods_start() {
+    let site = Site::with_egret();
+    site.lab.daemon("n1").kill9();
+    site.lab.forget_wire();
+    let held = site.visitor("held");
+    let free = site.start("other", "free", VISITOR);
+    site.assert_unheard("held");
+    site.wait_heard_from("free", own(site.node()));
+    // Its cluster traffic works.
+    let gateway = site.lab.add_pod("g1", "other", "peer", &[]);
+    let address = site.runtime.cri.addresses(&held.id).expect("addresses")[0];
+    gateway.ping(address).unwrap_or_else(|e| panic!("{address}: {e}"));
+    // Late DELs while it is away, too.
+    let gone = site.visitor("gone");
+    gone.end();
+    site.lab.daemon("n1").restart();
+    site.wait_heard_from("held", egress());
+    held.end();
+    free.end();
+    assert_eq!(site.attachments(), 0);
+}
+
+#[test]
+fn after_a_reboot_nothing_of_before_is_in_the_way() {
+    let site = Site::with_egret();
+    let old: Vec<Pod> = (0..4).map(|n| site.visitor(&format!("old-{n}"))).collect();
+    old.iter().for_each(|pod| site.assert_left_by_egress(&pod.name));
+    let addresses = |pod: &Pod| site.runtime.cri.addresses(&pod.id).expect("addresses");
+    let before: Vec<_> = old.iter().map(&addresses).collect();
+
+    reboot(&site.lab, &site);
+    site.runtime.restart();
+    site.runtime.wait_network();
+    // The kubelet is quicker than the daemon: it ends what it knew, and begins anew.
+    let error = site.try_start("shop", "new", VISITOR).map(|p| p.id).expect_err("held back");
+    assert!(error.to_string().contains("has not run on this node since it started"), "{error}");
+    old[0].stop();
+    site.lab.daemon("n1").restart();
+    site.lab.wait_ready("n1");
+    let new: Vec<Pod> = (0..4).map(|n| site.visitor(&format!("new-{n}"))).collect();
+    new.iter().for_each(|pod| site.assert_left_by_egress(&pod.name));
+    // Late DELs of the old ones, without namespace, whose addresses may be others' now.
+    for pod in &old {
+        pod.stop();
+    }
+    old.into_iter().for_each(Pod::end);
+    for pod in &new {
+        site.wait_only_by_egress(&pod.name);
+    }
+    println!("before: {before:?}, after: {:?}", new.iter().map(addresses).collect::<Vec<_>>());
+    new.into_iter().for_each(Pod::end);
+    assert_eq!(site.attachments(), 0);
+    site.lab.assert_nothing_leaked();
+}
+
+/// The kernel has forgotten everything, `/run` is empty, the rest of the disk is as it was.
+fn reboot(lab: &Lab, site: &Site) {
+    let node = lab.node("n1");
+    lab.daemon("n1").kill9();
+    site.runtime.die_as_by_reboot();
+    fs::remove_dir_all(node.run_dir()).expect("remove");
+    fs::create_dir(node.run_dir()).expect("make");
+    node.run(["nft", "flush", "ruleset"]);
+    node.run(["conntrack", "-F"]);
+    for family in ["-4", "-6"] {
+        for table in 7871..=7873 {
+            node.try_run(["ip", family, "route", "flush", "table", &table.to_string()]);
+        }
+        for priority in 71..=74 {
+            while node.try_run(["ip", family, "rule", "del", "priority", &priority.to_string()]).status.success() {}
+        }
+    }
+    node.ip("link del egret");
+    // Pods' interfaces go with their namespaces, a moment after the last process.
+    lab.wait_until("the pods' interfaces are gone", Duration::from_secs(10), || !node.ip("-o link").contains("veth"));
+    // The cluster's CNI puts its own back.
+    topology::masquerade(node);
+}

@@ -1,0 +1,312 @@
+//! Who is seen as whom: the way of a packet, from outside.
+
+mod lab;
+
+use lab::scene::{assert_blocked, assert_leaves_by_egress, assert_leaves_by_node, visitors};
+use lab::{EGRESS4, EGRESS6, EXT4, EXT6, FAR4, FAR6, Lab, SERVERS, Server, VISITOR, manifests};
+use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
+
+#[test]
+fn pods_on_every_kind_of_node_leave_from_the_policys_address() {
+    let lab = Lab::scene();
+    for node in lab.nodes() {
+        let pod = lab.add_pod(&node.name, "shop", &format!("visitor-{}", node.name), VISITOR);
+        assert_leaves_by_egress(&pod);
+        for server in SERVERS {
+            pod.ping(server).unwrap_or_else(|e| panic!("{} by ICMP to {server}: {e}", pod.name));
+        }
+    }
+    lab.assert_nothing_leaked();
+}
+
+#[test]
+fn a_new_pods_first_packet_leaves_from_the_policys_address() {
+    let lab = Lab::scene();
+    for round in 0..5 {
+        for node in lab.nodes() {
+            let pod = lab.add_pod(&node.name, "shop", &format!("visitor-{round}-{}", node.name), VISITOR);
+            let server = SERVERS[round % 2];
+            let address = pod.udp_who(server).unwrap_or_else(|e| panic!("the first packet on {}: {e}", node.name));
+            assert_eq!(address, lab::scene::egress_towards(server));
+            pod.delete();
+        }
+    }
+    lab.assert_nothing_leaked();
+}
+
+#[test]
+fn pods_that_no_policy_selects_are_as_they_were() {
+    let lab = Lab::scene();
+    for node in lab.nodes() {
+        let unlabelled = lab.add_pod(&node.name, "shop", &format!("other-{}", node.name), &[("app", "other")]);
+        assert_leaves_by_node(&unlabelled);
+        let elsewhere = lab.add_pod(&node.name, "office", &format!("visitor-{}", node.name), VISITOR);
+        assert_leaves_by_node(&elsewhere);
+    }
+}
+
+#[test]
+fn traffic_inside_the_cluster_is_left_alone() {
+    let lab = Lab::scene();
+    let to: Vec<_> =
+        lab.nodes().iter().map(|n| lab.add_pod(&n.name, "office", &format!("to-{}", n.name), &[])).collect();
+    let _servers: Vec<_> = to.iter().map(|p| Server::start(p)).collect();
+    let _on_nodes: Vec<_> = lab.nodes().iter().map(|n| Server::start(n)).collect();
+    for node in lab.nodes() {
+        let pod = lab.add_pod(&node.name, "shop", &format!("visitor-{}", node.name), VISITOR);
+        for other in &to {
+            assert_eq!(pod.who(other.ipv4()).ok(), Some(pod.ipv4().into()), "{} to {}", pod.name, other.name);
+            assert_eq!(pod.udp_who(other.ipv6()).ok(), Some(pod.ipv6().into()), "{} to {}", pod.name, other.name);
+        }
+        for other in lab.nodes() {
+            assert!(pod.who(other.ipv4()).is_ok(), "{} to node {}", pod.name, other.name);
+            assert!(pod.who(other.ipv6()).is_ok(), "{} to node {}", pod.name, other.name);
+        }
+        let _in_the_pod = Server::start(&pod);
+        assert!(node.who(pod.ipv4()).is_ok() && node.who(pod.ipv6()).is_ok(), "{} to its pod", node.name);
+    }
+    lab.assert_silence();
+}
+
+#[test]
+fn destinations_exceptions_ports_and_priorities_decide_between_policies() {
+    let lab = Lab::builder().router().scene();
+    let far = lab.host("far");
+    far.ip("addr add 203.0.113.7/24 dev eth0");
+    lab.server("far").lock().expect("a lock").also_tell_on(far, 5060);
+    lab.server("far").lock().expect("a lock").also_tell_on(far, 5071);
+    lab.server("ext").lock().expect("a lock").also_tell_on(lab.host("ext"), 5060);
+    let of = |name: &str, last: u8, rest: &str| {
+        manifests::policy("shop", name, &format!("podSelector: {{}}\n  address: {{ ipv4: 192.0.2.{last} }}\n  {rest}"))
+    };
+    lab.write_manifest(
+        "more.yaml",
+        &[
+            of(
+                "far",
+                51,
+                "egress: [{ to: [{ ipBlock: { cidr: 203.0.113.0/24, except: [203.0.113.7/32] } }] }]\n  priority: 10",
+            ),
+            of("voice", 52, "egress: [{ ports: [{ protocol: UDP, port: 5060, endPort: 5070 }] }]\n  priority: 20"),
+            of("never", 53, "egress: [{ to: [{ ipBlock: { cidr: 203.0.113.0/24 } }] }]\n  priority: -1"),
+        ]
+        .concat(),
+    );
+    let excepted = IpAddr::from([203, 0, 113, 7]);
+    for node in ["n1", "n2", "g1"] {
+        let pod = lab.add_pod(node, "shop", &format!("visitor-{node}"), VISITOR);
+        lab.wait_for("the first policy's address", &Some(IpAddr::from([192, 0, 2, 51])), || pod.who(FAR4).ok());
+        let expect = |found: std::io::Result<IpAddr>, last: u8, what: &str| {
+            assert_eq!(found.ok(), Some(IpAddr::from([192, 0, 2, last])), "{what}, from {node}");
+        };
+        expect(pod.who(EXT4), 50, "elsewhere");
+        expect(pod.who(excepted), 50, "the excepted address");
+        expect(pod.udp_who_at(SocketAddr::new(FAR4.into(), 5060)), 52, "the port's policy");
+        expect(pod.udp_who_at(SocketAddr::new(EXT4.into(), 5060)), 52, "the port's policy, elsewhere");
+        expect(pod.udp_who_at(SocketAddr::new(FAR4.into(), 5071)), 51, "a port beyond the range");
+        expect(pod.who_at(SocketAddr::new(FAR4.into(), 5060)), 51, "the same port of another protocol");
+        assert_eq!(pod.who(FAR6).ok(), Some(EGRESS6.into()), "the family that the narrower policies do not cover");
+    }
+    assert!(
+        !lab.wire().iter().any(|s| s.from == IpAddr::from([192, 0, 2, 53])),
+        "a shadowed policy's address was used"
+    );
+}
+
+#[test]
+fn a_destination_that_no_policy_covers_is_left_alone() {
+    let lab = Lab::builder().router().scene();
+    lab.write_manifest("policy.yaml", &(visitors() + "  egress: [{ to: [{ ipBlock: { cidr: 203.0.113.0/24 } }] }]\n"));
+    for node in ["n1", "n2", "g1"] {
+        let pod = lab.add_pod(node, "shop", &format!("visitor-{node}"), VISITOR);
+        lab.wait_for("the covered destination's source", &Some(EGRESS4.into()), || pod.who(FAR4).ok());
+        lab.wait_for("the other destination's source", &Some(IpAddr::from(pod.node.ipv4())), || pod.who(EXT4).ok());
+        assert_eq!(pod.who(EXT6).ok(), Some(pod.node.ipv6().into()));
+    }
+}
+
+#[test]
+fn a_cluster_policy_reaches_the_namespaces_it_selects_and_gives_way_to_a_namespaced_one() {
+    let lab = Lab::scene();
+    lab.add_namespace("office", &[("team", "sales")]);
+    lab.add_namespace("attic", &[("team", "none")]);
+    lab.write_manifest(
+        "cluster-policy.yaml",
+        "apiVersion: egret.dev/v1alpha1\nkind: ClusterEgressPolicy\nmetadata: { name: sales }\nspec:\n  \
+         namespaceSelector: { matchLabels: { team: sales } }\n  podSelector: {}\n  address: { ipv4: 192.0.2.54 }\n",
+    );
+    let pod = lab.add_pod("n1", "office", "clerk", &[]);
+    lab.wait_seen_as(&pod, [192, 0, 2, 54]);
+    assert_leaves_by_egress(&lab.add_pod("n1", "shop", "visitor", VISITOR));
+    assert_leaves_by_node(&lab.add_pod("n1", "attic", "ghost", VISITOR));
+    lab.add_namespace("attic", &[("team", "sales")]);
+    let pod = lab.add_pod("n2", "attic", "ghost-2", VISITOR);
+    lab.wait_seen_as(&pod, [192, 0, 2, 54]);
+}
+
+#[test]
+fn a_policy_can_name_the_services_whose_pods_it_means() {
+    let lab = Lab::scene();
+    lab.write_manifest(
+        "services.yaml",
+        &("apiVersion: v1\nkind: Service\nmetadata: { namespace: shop, name: frontend }\nspec:\n  \
+           selector: { tier: front }\n  clusterIP: 10.96.0.20\n"
+            .to_owned()
+            + &manifests::policy("shop", "front", "services: [frontend]\n  address: { ipv4: 192.0.2.55 }")),
+    );
+    let selected = lab.add_pod("n1", "shop", "front", &[("tier", "front")]);
+    let other = lab.add_pod("n1", "shop", "back", &[("tier", "back")]);
+    lab.wait_seen_as(&selected, [192, 0, 2, 55]);
+    assert_leaves_by_node(&other);
+}
+
+#[test]
+fn with_fallback_node_address_pods_leave_as_before_while_no_gateway_has_the_path() {
+    let lab = Lab::scene();
+    lab.write_manifest("policy.yaml", &(visitors() + "  fallback: NodeAddress\n"));
+    let nobody =
+        manifests::gateway("default", &["192.0.2.50-192.0.2.59", "2001:db8::50"]).replace("\"true\"", "\"no\"");
+    let pods = ["n1", "n2", "g1"].map(|n| lab.add_pod(n, "shop", &format!("visitor-{n}"), VISITOR));
+    pods.iter().for_each(assert_leaves_by_egress);
+    lab.write_manifest("gateway.yaml", &nobody);
+    for pod in &pods {
+        lab.wait_seen_as(pod, pod.node.ipv4());
+        lab.wait_seen_as(pod, pod.node.ipv6());
+    }
+    assert_leaves_by_node(&lab.add_pod("n2", "shop", "new", VISITOR));
+    lab.write_manifest("gateway.yaml", &manifests::gateway("default", &["192.0.2.50-192.0.2.59", "2001:db8::50"]));
+    for pod in &pods {
+        lab.wait_seen_as(pod, EGRESS4);
+        lab.wait_seen_as(pod, EGRESS6);
+    }
+}
+
+#[test]
+fn labels_addresses_and_policies_change_under_running_pods() {
+    let lab = Lab::scene();
+    for node in ["n1", "n2", "g1"] {
+        let mut pod = lab.add_pod(node, "shop", &format!("visitor-{node}"), &[]);
+        assert_leaves_by_node(&pod);
+        pod.relabel(VISITOR);
+        lab.wait_seen_as(&pod, EGRESS4);
+        lab.wait_seen_as(&pod, EGRESS6);
+        pod.relabel(&[("app", "other")]);
+        lab.wait_seen_as(&pod, pod.node.ipv4());
+        lab.wait_seen_as(&pod, pod.node.ipv6());
+        pod.relabel(VISITOR);
+        lab.wait_seen_as(&pod, EGRESS4);
+    }
+    let pod = lab.add_pod("n2", "shop", "visitor", VISITOR);
+    lab.forget_wire();
+    lab.write_manifest(
+        "policy.yaml",
+        &visitors().replace("192.0.2.50", "192.0.2.57").replace("2001:db8::50", "2001:db8::57"),
+    );
+    lab.wait_seen_as(&pod, [192, 0, 2, 57]);
+    assert!(!lab.sources(EXT4).contains(&pod.node.ipv4().into()), "leaked while the address changed");
+    lab.remove_manifest("policy.yaml");
+    lab.wait_seen_as(&pod, pod.node.ipv4());
+}
+
+#[test]
+fn a_policys_beginning_leaves_connections_and_its_end_ends_its_own() {
+    let lab = Lab::scene();
+    let before = lab.add_pod("n1", "office", "before", &[("app", "clerk")]);
+    let old = before.session(EXT4).expect("a session");
+    lab.write_manifest(
+        "office.yaml",
+        &manifests::policy("office", "clerks", "podSelector: {}\n  address: { ipv4: 192.0.2.58 }"),
+    );
+    lab.wait_seen_as(&before, [192, 0, 2, 58]);
+    let new = before.session(EXT4).expect("a session");
+    std::thread::sleep(Duration::from_millis(300));
+    assert!(!old.is_over() && !new.is_over());
+    let connections = lab.server("ext").lock().expect("a lock").connections();
+    let from: Vec<IpAddr> = connections.iter().map(SocketAddr::ip).collect();
+    assert_eq!(from, [IpAddr::from(before.node.ipv4()), IpAddr::from([192, 0, 2, 58])]);
+
+    lab.forget_wire();
+    lab.remove_manifest("office.yaml");
+    lab.wait_seen_as(&before, before.node.ipv4());
+    lab.wait_until("the policy's session is over, or silent", Duration::from_secs(10), || {
+        lab.forget_wire();
+        std::thread::sleep(Duration::from_millis(300));
+        !lab.sources(EXT4).contains(&IpAddr::from([192, 0, 2, 58]))
+    });
+    let report = old.stop();
+    assert!(report.broken.is_none(), "the older session: {report:?}");
+    let report = new.stop();
+    assert!(report.broken.is_some() || report.longest_silence > Duration::from_millis(300), "{report:?}");
+}
+
+#[test]
+fn pods_that_ran_before_egret_came_are_adopted() {
+    let lab = Lab::new();
+    let mut pods = Vec::new();
+    for node in lab.nodes() {
+        node.set_conflist(lab.plain_conflist(&node.name));
+        pods.push(lab.add_pod(&node.name, "shop", &format!("visitor-{}", node.name), VISITOR));
+        pods.push(lab.add_pod(&node.name, "shop", &format!("other-{}", node.name), &[("app", "other")]));
+    }
+    pods.iter().for_each(assert_leaves_by_node);
+    lab.write_manifest("gateway.yaml", &manifests::gateway("default", &["192.0.2.50", "2001:db8::50"]));
+    lab.write_manifest("policy.yaml", &visitors());
+    lab.start();
+    for pod in &pods {
+        if pod.name.starts_with("visitor") {
+            lab.wait_seen_as(pod, EGRESS4);
+            lab.wait_seen_as(pod, EGRESS6);
+            assert_leaves_by_egress(pod);
+        } else {
+            assert_leaves_by_node(pod);
+        }
+    }
+}
+
+#[test]
+fn a_pod_that_the_cluster_does_not_know_yet_is_held_until_it_does() {
+    let lab = Lab::scene();
+    for node in ["n1", "n2", "g1"] {
+        let mut pod = lab.sandbox_unknown(node, "shop", &format!("late-{node}"));
+        pod.attach().unwrap_or_else(|e| panic!("ADD: {e}"));
+        assert_blocked(&pod);
+        let object = manifests::pod(node, "shop", &pod.name, &pod.uid, VISITOR, &pod.addresses);
+        lab.manifests().write_object(&format!("{}.yaml", pod.name), &object);
+        lab.wait_seen_as(&pod, EGRESS4);
+    }
+    assert_eq!(lab.sources(EXT4), [EGRESS4.into()].into());
+}
+
+#[test]
+fn policies_without_an_address_get_one_and_keep_it() {
+    let lab = Lab::scene();
+    lab.write_manifest(
+        "allocated.yaml",
+        &[
+            manifests::policy("one", "own", "podSelector: {}"),
+            manifests::policy("two", "shared", "podSelector: {}\n  allocate: Shared"),
+            manifests::policy("three", "shared", "podSelector: {}\n  allocate: Shared"),
+            manifests::policy("four", "node", "podSelector: {}\n  allocate: Node"),
+        ]
+        .concat(),
+    );
+    let pods = ["one", "two", "three", "four"].map(|ns| lab.add_pod("n1", ns, "pod", &[]));
+    let mut seen = Vec::new();
+    for pod in &pods {
+        lab.wait_until(&format!("{} has its address", pod.namespace), Duration::from_secs(10), || {
+            pod.who(EXT4).is_ok_and(|a| a != IpAddr::from(pod.node.ipv4()))
+        });
+        seen.push([pod.who(EXT4).expect("IPv4"), pod.who(EXT6).expect("IPv6")]);
+    }
+    let [own, two, three, node] = seen.try_into().expect("four pods");
+    assert_eq!(two, three, "policies that share");
+    assert!(own != two && !own.contains(&EGRESS4.into()) && !two.contains(&EGRESS4.into()), "{own:?} {two:?}");
+    let gateways = ["g1", "g2"].map(|g| [IpAddr::from(lab.node(g).ipv4()), lab.node(g).ipv6().into()]);
+    assert!(gateways.contains(&node), "a gateway node's own address: {node:?}");
+    lab.daemon("controller").restart();
+    lab.wait_ready("controller");
+    for (pod, before) in pods.iter().zip([own, two, three, node]) {
+        assert_eq!([pod.who(EXT4).expect("IPv4"), pod.who(EXT6).expect("IPv6")], before, "{}", pod.namespace);
+    }
+}

@@ -1,0 +1,95 @@
+//! Tracked connections, found by mark and forgotten; `conntrack` makes and shows them.
+
+mod namespace;
+
+use egret::kernel::conntrack::{Marked, delete, list};
+use egret::kernel::netlink::{NETLINK_NETFILTER, Socket};
+use namespace::{in_namespace, run};
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+use std::time::Instant;
+
+const PATHS: Marked = Marked { mark: 0x4547_0000, mask: 0xffff_8000 };
+
+fn connection(source: &str, nat: Option<&str>, port: u16, mark: u32) {
+    let destination = if source.contains(':') { "2001:db8::100" } else { "192.0.2.100" };
+    let nat = nat.map(|a| format!("-n {a}")).unwrap_or_default();
+    run(
+        "conntrack",
+        &format!(
+            "-I -s {source} -d {destination} -p tcp --sport {port} --dport 80 --state ESTABLISHED -t 600 -m {mark} {nat}"
+        ),
+    );
+}
+
+fn shown() -> usize {
+    run("conntrack", "-L -f ipv4").lines().count() + run("conntrack", "-L -f ipv6").lines().count()
+}
+
+fn address(text: &str) -> IpAddr {
+    text.parse().unwrap()
+}
+
+#[test]
+fn a_pods_connections_on_some_paths_are_forgotten_and_others_stay() {
+    in_namespace(|| async {
+        let mut socket = Socket::open(NETLINK_NETFILTER).unwrap();
+        assert_eq!(list(&mut socket, PATHS).unwrap(), []);
+        connection("10.244.1.5", None, 1001, 0x4547_0011);
+        connection("10.244.1.5", None, 1002, 0x4547_0012);
+        connection("10.244.1.5", None, 1003, 0);
+        connection("10.244.1.6", None, 1004, 0x4547_0011);
+        connection("fd00:244:1::5", None, 1005, 0x4547_0011);
+        connection("10.244.1.5", None, 1006, 0x4547_8011);
+        assert_eq!(list(&mut socket, PATHS).unwrap().len(), 4);
+        let pod = BTreeSet::from([address("10.244.1.5"), address("fd00:244:1::5")]);
+        let doomed = |c: &egret::kernel::conntrack::Connection| pod.contains(&c.source) && c.mark & 0x3fff == 0x11;
+        assert_eq!(delete(&mut socket, PATHS, doomed).unwrap(), 2);
+        assert_eq!(delete(&mut socket, PATHS, doomed).unwrap(), 0);
+        assert_eq!(shown(), 4);
+        assert_eq!(list(&mut socket, Marked { mark: 0, mask: 0 }).unwrap().len(), 4);
+    });
+}
+
+#[test]
+fn connections_of_an_egress_address_are_forgotten() {
+    in_namespace(|| async {
+        let mut socket = Socket::open(NETLINK_NETFILTER).unwrap();
+        connection("10.244.1.5", Some("192.0.2.50"), 1001, 0x4547_800b);
+        connection("fd00:244:1::5", Some("2001:db8::50"), 1002, 0x4547_800b);
+        connection("10.244.1.6", Some("192.0.2.51"), 1003, 0x4547_800b);
+        let gateways = Marked { mark: 0x4547_8000, mask: 0xffff_8000 };
+        let found = list(&mut socket, gateways).unwrap();
+        assert_eq!(found.len(), 3);
+        assert!(found.iter().all(|c| c.source != c.reply_destination && c.destination == c.reply_source), "{found:?}");
+        let lost = [address("192.0.2.50"), address("2001:db8::50")];
+        assert_eq!(delete(&mut socket, gateways, |c| lost.contains(&c.reply_destination)).unwrap(), 2);
+        assert_eq!(shown(), 1);
+    });
+}
+
+#[test]
+fn many_connections_are_forgotten_quickly() {
+    in_namespace(|| async {
+        let mut socket = Socket::open(NETLINK_NETFILTER).unwrap();
+        let lines: String = (0..3000u32)
+            .map(|n| {
+                format!(
+                    "-I -s 10.244.{}.{} -d 192.0.2.100 -p udp --sport {} --dport 53 -t 600 -m {}\n",
+                    n >> 8 & 0xff,
+                    n & 0xff,
+                    1000 + n,
+                    0x4547_0011
+                )
+            })
+            .collect();
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        std::io::Write::write_all(&mut file, lines.as_bytes()).unwrap();
+        run("conntrack", &format!("-R {}", file.path().display()));
+        let start = Instant::now();
+        assert_eq!(delete(&mut socket, PATHS, |_| true).unwrap(), 3000);
+        println!("3000 connections: {:?}", start.elapsed());
+        assert!(start.elapsed().as_millis() < 500, "{:?}", start.elapsed());
+        assert_eq!(shown(), 0);
+    });
+}

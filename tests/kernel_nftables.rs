@@ -1,0 +1,176 @@
+//! The datapath's tables in a real kernel, looked at with `nft`. Needs root.
+
+mod namespace;
+
+use egret::api::{AddressPair, Fallback, Protocol};
+use egret::kernel::datapath::{self, INET, Made, PeerIndexes, SharedSets, set};
+use egret::kernel::nft::Nftables;
+use egret::plan::destination::{Destination, Network, Ports};
+use egret::plan::mac;
+use egret::plan::marks::Marks;
+use egret::plan::model::PolicyKey;
+use egret::plan::networks::Networks;
+use egret::plan::node::{NodePlan, PodPlan, View};
+use egret::plan::paths::{Path, PathState, Peer, Placing};
+use egret::plan::profile::{Profile, Step};
+use namespace::{in_namespace, ip, run};
+
+fn path(state: PathState, last: u8) -> Path {
+    Path {
+        gateway: "gw".into(),
+        address: AddressPair {
+            ipv4: Some([192, 0, 2, last].into()),
+            ipv6: Some([0x2001, 0xdb8, 0, 0, 0, 0, 0, u16::from(last)].into()),
+        },
+        state,
+        member: true,
+        managed: true,
+        translates: true,
+        handed_by: None,
+        placing: Placing::Never,
+        by_ledger: true,
+        taken_over: false,
+        since: 0,
+        interface: None,
+        uplink: 0,
+    }
+}
+
+/// A node with `pods` pods of two profiles, in a cluster of `nodes` nodes.
+fn view_and_plan(nodes: u16, pods: u32) -> (View, NodePlan, PeerIndexes) {
+    let mut view = View::default();
+    view.paths.is_gateway = true;
+    let mut peers = PeerIndexes::new();
+    for n in 1..=nodes {
+        let mac = mac::of_node(&format!("node-{n}"));
+        let [a, b] = n.to_be_bytes();
+        view.paths
+            .peers
+            .insert(mac, Peer { node: format!("node-{n}").into(), address: [10, 1, a, b].into(), is_gateway: n == 1 });
+        view.networks.hosts.insert([10, 1, a, b].into());
+        peers.insert(mac, n);
+    }
+    let networks = Networks::new(&Default::default(), &["10.244.0.0/16".parse().unwrap()], []);
+    view.networks = Networks { hosts: view.networks.hosts.clone(), ..networks }.into();
+    view.paths.paths.insert(17, path(PathState::Remote(mac::of_node("node-1")), 50));
+    view.paths.paths.insert(18, path(PathState::Local, 51));
+    let mut plan = NodePlan::default();
+    for n in 0..pods {
+        let covers = Destination {
+            networks: [Network {
+                cidr: "203.0.113.0/24".parse().unwrap(),
+                except: ["203.0.113.7/32".parse().unwrap()].into(),
+            }]
+            .into(),
+            ports: [
+                Ports { protocol: Protocol::Tcp, first: 80, last: 443 },
+                Ports { protocol: Protocol::Udp, first: 53, last: 53 },
+            ]
+            .into(),
+        };
+        let step = |name: &str, path, fallback, covers: Vec<Destination>| Step {
+            policy: PolicyKey::from(name),
+            path: Some(path),
+            fallback,
+            covers: covers.into(),
+        };
+        let profile = if n % 2 == 0 {
+            Profile::Steps(vec![
+                step("a/b", 17, Fallback::NodeAddress, vec![covers]),
+                step("c", 18, Fallback::Block, vec![]),
+            ])
+        } else {
+            Profile::Steps(vec![step("a/b", 17, Fallback::Block, vec![covers])])
+        };
+        let pod = PodPlan {
+            interface: format!("veth{n}"),
+            interface_index: 1000 + n,
+            addresses: vec![[10, 244, 1, n as u8].into(), [0xfd00, 0, 0, 0, 0, 0, 0, n as u16].into()],
+            tag: n as u16 + 1,
+            profile: profile.name(),
+        };
+        plan.add(&view, pod, profile);
+    }
+    (view, plan, peers)
+}
+
+fn veths(n: u32) {
+    for i in 0..n {
+        ip(&format!("link add veth{i} type veth peer name p{i}"));
+    }
+    ip("link add egret type vxlan id 7871 dstport 7871 local 127.0.0.1 nolearning gbp");
+}
+
+#[test]
+fn what_was_applied_is_read_back_as_the_same() {
+    in_namespace(|| async {
+        veths(4);
+        let (view, plan, peers) = view_and_plan(1200, 4);
+        let marks = Marks::default();
+        let shared = datapath::shared_sets(&view, &peers, marks, &SharedSets::default());
+        let made = Made::new(plan.clone(), &shared, marks, None);
+        let tables = made.tables();
+        let mut nft = Nftables::open().unwrap();
+        assert!(nft.apply(tables).unwrap() > 1200);
+        assert_eq!(nft.apply(tables).unwrap(), 0, "known without reading");
+        nft.distrust();
+        assert_eq!(nft.apply(tables).unwrap(), 0, "read back");
+        println!("{}", run("nft", "list ruleset"));
+        assert_eq!(nft.elements(INET, set::PEER).unwrap().len(), 1200);
+    });
+}
+
+#[test]
+fn what_somebody_takes_away_is_put_back() {
+    in_namespace(|| async {
+        veths(2);
+        let (view, plan, peers) = view_and_plan(3, 2);
+        let marks = Marks::default();
+        let shared = datapath::shared_sets(&view, &peers, marks, &SharedSets::default());
+        let made = Made::new(plan.clone(), &shared, marks, None);
+        let tables = made.tables();
+        let mut nft = Nftables::open().unwrap();
+        nft.apply(tables).unwrap();
+        let whole = run("nft", "list ruleset");
+        for damage in [
+            "delete element inet egret path_out { 0x45470011 }",
+            "delete element netdev egret hop { 0x45470011 }",
+            "delete element inet egret pods { 0x40200000 }",
+            "delete element inet egret direct4 { 10.244.0.0/16 }",
+            "flush chain inet egret prerouting",
+            "flush chain inet egret pod-1-1000",
+            "delete table netdev egret",
+            "flush ruleset",
+            "add rule inet egret srcnat accept",
+            "add chain inet egret foreign",
+            "add element inet egret hosts4 { 9.9.9.9 }",
+        ] {
+            run("nft", damage);
+            assert_ne!(run("nft", "list ruleset"), whole, "{damage} changes something");
+            nft.distrust();
+            assert!(nft.apply(tables).unwrap() > 0, "{damage} is noticed");
+            assert_eq!(run("nft", "list ruleset"), whole, "{damage} is mended");
+        }
+    });
+}
+
+#[test]
+fn a_view_that_is_out_of_date_is_read_again() {
+    in_namespace(|| async {
+        veths(2);
+        let (view, plan, peers) = view_and_plan(3, 2);
+        let marks = Marks::default();
+        let shared = datapath::shared_sets(&view, &peers, marks, &SharedSets::default());
+        let mut nft = Nftables::open().unwrap();
+        nft.apply(Made::new(NodePlan::default(), &shared, marks, None).tables()).unwrap();
+        run("nft", "flush ruleset");
+        // It believes that the tables are there: the kernel refuses, and it looks.
+        nft.apply(Made::new(plan.clone(), &shared, marks, None).tables()).unwrap();
+        ip("link del veth0");
+        let mut fewer = plan.clone();
+        fewer.pods.retain(|_, p| p.interface != "veth0");
+        nft.apply(Made::new(fewer.clone(), &shared, marks, None).tables()).unwrap();
+        nft.distrust();
+        assert_eq!(nft.apply(Made::new(fewer.clone(), &shared, marks, None).tables()).unwrap(), 0);
+    });
+}

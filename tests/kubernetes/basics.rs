@@ -1,0 +1,27 @@
+//! What a user sees first: an object that is created takes effect.
+
+use super::lab::scene::{VISITOR, assert_blocked, assert_leaves_by_egress, assert_leaves_by_node};
+use super::lab::{EGRESS4, Lab};
+use std::time::Duration;
+
+#[test]
+fn a_pod_leaves_from_the_address_of_its_policy() {
+    let lab = Lab::builder().kubernetes().scene();
+    for node in ["n1", "n2", "g1"] {
+        let pod = lab.add_pod(node, "shop", &format!("visitor-{node}"), VISITOR);
+        assert_leaves_by_egress(&pod);
+        let other = lab.add_pod(node, "shop", &format!("other-{node}"), &[("app", "other")]);
+        assert_leaves_by_node(&other);
+    }
+    let policy = lab.api().get("/apis/egret.dev/v1alpha1/namespaces/shop/egresspolicies/visitors");
+    assert_eq!(policy["status"]["addresses"]["ipv4"], EGRESS4.to_string(), "{policy}");
+    lab.wait_until("the policy says how many pods it selects", Duration::from_secs(5), || {
+        let policy = lab.api().get("/apis/egret.dev/v1alpha1/namespaces/shop/egresspolicies/visitors");
+        policy["status"]["pods"] == 3
+    });
+
+    // A pod that the API server does not know is held until it does.
+    let mut unknown = lab.sandbox_unknown("n1", "shop", "unknown");
+    unknown.attach().expect("ADD of a pod that is not known yet");
+    assert_blocked(&unknown);
+}

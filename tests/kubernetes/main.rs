@@ -1,0 +1,38 @@
+//! Egret with Kubernetes as the source of cluster state: a real API server and etcd, under the rights of
+//! `install/rbac.yaml`.
+
+#[path = "../lab/mod.rs"]
+mod lab;
+
+mod away;
+mod basics;
+mod burst;
+mod changes;
+mod leaders;
+mod proxy;
+mod refusals;
+mod taint;
+
+use lab::Lab;
+use serde_json::Value;
+use std::time::Duration;
+
+/// How long something that takes a moment may take on a busy machine.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// A condition of a policy, `shop/visitors`: its status, reason and message.
+fn condition(lab: &Lab, policy: &str, type_: &str) -> Option<(String, String, String)> {
+    let (namespace, name) = policy.split_once('/').expect("namespace/name");
+    let object = lab.api().egret(&format!("namespaces/{namespace}/egresspolicies/{name}"));
+    let all = object["status"]["conditions"].as_array().cloned().unwrap_or_default();
+    let found = all.into_iter().find(|c| c["type"] == type_)?;
+    let text = |field: &str| found[field].as_str().unwrap_or_default().to_owned();
+    Some((text("status"), text("reason"), text("message")))
+}
+
+/// The paths of all ledgers, as they stood together at one moment.
+fn paths(lab: &Lab) -> Vec<Value> {
+    let list = lab.api().egret("egressgateways");
+    let each = list["items"].as_array().cloned().unwrap_or_default().into_iter();
+    each.flat_map(|g| g["status"]["paths"].as_array().cloned().unwrap_or_default()).collect()
+}

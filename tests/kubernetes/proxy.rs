@@ -1,0 +1,40 @@
+//! A proxy before the API server that cuts every connection after a while.
+
+use super::lab::Lab;
+use super::lab::api::API;
+use std::io::{Read, Write};
+use std::net::{Shutdown, TcpListener, TcpStream};
+use std::thread;
+use std::time::Duration;
+
+/// Listens on a port of the API server's host, and lets no connection live longer than `life`.
+pub fn cutting(lab: &Lab, port: u16, life: Duration) {
+    let door = lab.host("api").door();
+    let listener = door.within(|| TcpListener::bind((API, port)).expect("listen"));
+    // The thread ends with the test's process; what it holds open keeps nothing else alive.
+    thread::spawn(move || {
+        door.enter();
+        for client in listener.incoming().flatten() {
+            let Ok(server) = TcpStream::connect((API, 6443)) else { continue };
+            let (client2, server2) = (client.try_clone().expect("a handle"), server.try_clone().expect("a handle"));
+            let (client3, server3) = (client.try_clone().expect("a handle"), server.try_clone().expect("a handle"));
+            thread::spawn(move || copy(client, server));
+            thread::spawn(move || copy(server2, client2));
+            thread::spawn(move || {
+                thread::sleep(life);
+                let _ = client3.shutdown(Shutdown::Both);
+                let _ = server3.shutdown(Shutdown::Both);
+            });
+        }
+    });
+}
+
+fn copy(mut from: TcpStream, mut to: TcpStream) {
+    let mut buffer = [0; 16 << 10];
+    while let Ok(size @ 1..) = from.read(&mut buffer) {
+        if to.write_all(&buffer[..size]).is_err() {
+            break;
+        }
+    }
+    let _ = to.shutdown(Shutdown::Write);
+}

@@ -1,0 +1,128 @@
+//! What Egret holds in a node's kernel, as `nft` and `ip` tell it.
+
+use super::topology::Node;
+use serde_json::Value;
+
+/// The tables that are Egret's, as `nft` names them.
+pub const TABLES: [&str; 2] = ["inet egret", "netdev egret"];
+
+/// One rule, by the words that delete it.
+#[derive(Clone, Debug)]
+pub struct RuleAt {
+    /// `inet egret prerouting handle 12`.
+    pub place: String,
+    /// The rule itself, to name it in a failure.
+    pub text: String,
+}
+
+impl Node {
+    /// All that Egret holds in the kernel, a line each, sorted, without counters: equal before and after what should
+    /// change nothing.
+    pub fn egret_state(&self) -> Vec<String> {
+        let mut lines = Vec::new();
+        for table in TABLES {
+            let name: Vec<&str> = table.split(' ').collect();
+            let out = self.try_run(["nft", "-s", "-n", "list", "table", name[0], name[1]]);
+            let text = String::from_utf8_lossy(&out.stdout).into_owned();
+            lines.extend(nft_lines(table, &text));
+        }
+        for family in ["-4", "-6"] {
+            for table in [7871, 7872, 7873] {
+                // A table that never had a route is an error to `ip -6`.
+                let out = self.try_run(["ip", family, "route", "show", "table", &table.to_string()]);
+                let text = String::from_utf8_lossy(&out.stdout).into_owned();
+                lines.extend(text.lines().map(|l| format!("{family} table {table}: {}", l.trim())));
+            }
+            let rules = self.ip(&format!("{family} rule"));
+            lines.extend(rules.lines().map(|l| format!("{family} rule: {l}")));
+        }
+        for device in ["egret", "eth0"] {
+            let out = self.try_run(["ip", "-o", "addr", "show", "dev", device]);
+            let text = String::from_utf8_lossy(&out.stdout).into_owned();
+            // Without its index: a device that was removed comes back with another.
+            lines.extend(text.lines().filter_map(|l| l.split_once(": ")).map(|(_, rest)| rest.to_owned()));
+        }
+        let peers = self.try_run(["bridge", "fdb", "show", "dev", "egret"]);
+        lines.extend(String::from_utf8_lossy(&peers.stdout).lines().map(|l| format!("fdb {l}")));
+        lines.sort();
+        lines
+    }
+
+    /// What Egret's counters say has been dropped, those that are not zero.
+    pub fn egret_drops(&self) -> String {
+        let out = self.try_run(["nft", "-j", "list", "counters"]);
+        let all: Value = serde_json::from_slice(&out.stdout).unwrap_or_default();
+        let counters = all["nftables"].as_array().into_iter().flatten().map(|o| &o["counter"]);
+        let dropped = counters.filter(|c| c["table"] == "egret" && c["packets"] != 0);
+        dropped.map(|c| format!("{} {} ", c["name"].as_str().unwrap_or_default(), c["packets"])).collect()
+    }
+
+    /// Every rule in Egret's tables.
+    pub fn egret_rules(&self) -> Vec<RuleAt> {
+        let mut rules = Vec::new();
+        for table in TABLES {
+            let name: Vec<&str> = table.split(' ').collect();
+            let text = self.run(["nft", "-a", "list", "table", name[0], name[1]]);
+            let mut chain = "";
+            for line in text.lines().map(str::trim) {
+                if let Some(rest) = line.strip_prefix("chain ") {
+                    chain = rest.split(' ').next().unwrap_or_default();
+                } else if let Some((rule, handle)) = line.rsplit_once(" # handle ")
+                    && !line.ends_with('{')
+                    && !rule.contains('{')
+                {
+                    let place = format!("{table} {chain} handle {handle}");
+                    rules.push(RuleAt { place, text: rule.to_owned() });
+                }
+            }
+        }
+        rules
+    }
+
+    /// Names of the maps and sets in Egret's tables that hold something: `inet egret path_out`, with `map` or `set`.
+    pub fn egret_sets(&self) -> Vec<(String, String)> {
+        let text = self.run(["nft", "-j", "list", "ruleset"]);
+        let all: Value = serde_json::from_str(&text).expect("nft's JSON");
+        let mut sets = Vec::new();
+        for object in all["nftables"].as_array().into_iter().flatten() {
+            for kind in ["map", "set"] {
+                let set = &object[kind];
+                if set["table"] == "egret" && set["elem"].as_array().is_some_and(|e| !e.is_empty()) {
+                    let word = |key: &str| set[key].as_str().unwrap_or_default().to_owned();
+                    sets.push((kind.to_owned(), format!("{} egret {}", word("family"), word("name"))));
+                }
+            }
+        }
+        sets
+    }
+}
+
+/// One line for each rule and each element: their order in a set is the kernel's own.
+fn nft_lines(table: &str, text: &str) -> Vec<String> {
+    let mut lines = Vec::new();
+    let mut block = String::new();
+    for line in text.lines().map(str::trim).filter(|l| !l.is_empty() && *l != "}") {
+        if line.ends_with('{') && !line.starts_with("elements") {
+            block = line.trim_end_matches(" {").to_owned();
+        }
+        let line = line.trim_start_matches("elements = {").trim_end_matches('}');
+        for part in line.split(", ").map(|p| p.trim().trim_end_matches(',')).filter(|p| !p.is_empty()) {
+            // Which index a peer has is the node's own affair; it changes when the kernel has forgotten the old one.
+            let part = match (block.as_str(), part.split_once(" : ")) {
+                ("map peer", Some((mac, _))) | ("map back", Some((_, mac))) => mac,
+                _ => part,
+            };
+            lines.push(format!("{table} {block}: {part}"));
+        }
+    }
+    lines
+}
+
+/// Lines that are gone and lines that are new, to be read; empty if there are none. A line that stands there twice is
+/// not the same as one that stands there once.
+pub fn difference(before: &[String], after: &[String]) -> String {
+    let count = |lines: &[String], line: &String| lines.iter().filter(|l| *l == line).count();
+    let gone = before.iter().filter(|l| count(after, l) < count(before, l)).map(|l| format!("- {l}\n"));
+    let new = after.iter().filter(|l| count(before, l) < count(after, l)).map(|l| format!("+ {l}\n"));
+    gone.chain(new).collect()
+}

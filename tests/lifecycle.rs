@@ -1,0 +1,336 @@
+//! Pods come and go: many at once, twice, late, with the daemon away.
+
+mod lab;
+
+use lab::cni::call;
+use lab::scene::{assert_leaves_by_egress, assert_leaves_by_node};
+use lab::{EGRESS4, EXT4, Lab, Node, Pod, SERVERS, VISITOR};
+use serde_json::{Value, json};
+use std::fs;
+use std::net::IpAddr;
+use std::thread;
+use std::time::Duration;
+
+/// What Egret holds for pods of the node: its kernel state less what was there before them, and its records.
+fn pods_traces(node: &Node, before: &[String]) -> Vec<String> {
+    let mut traces: Vec<String> = node.egret_state().into_iter().filter(|l| !before.contains(l)).collect();
+    let records = fs::read_dir(node.run_dir().join("attachments")).into_iter().flatten().flatten();
+    traces.extend(records.map(|r| r.path().display().to_string()));
+    traces
+}
+
+#[track_caller]
+fn assert_no_traces(lab: &Lab, node: &Node, before: &[String]) {
+    let mut found = Vec::new();
+    for _ in 0..100 {
+        found = pods_traces(node, before);
+        if found.is_empty() {
+            return;
+        }
+        thread::sleep(Duration::from_millis(50));
+    }
+    let _ = lab;
+    panic!("left on {}: {found:#?}", node.name);
+}
+
+#[test]
+fn two_hundred_pods_come_at_once_each_works_from_its_first_packet_and_they_go_at_once() {
+    let lab = Lab::scene();
+    let before: Vec<_> = lab.nodes().iter().map(|n| n.egret_state()).collect();
+    let sandboxes: Vec<Pod> = (0..200)
+        .map(|i| {
+            let labels = if i % 4 == 3 { &[("app", "other")] } else { VISITOR };
+            lab.sandbox(["n1", "n2"][i % 2], "shop", &format!("pod-{i}"), labels)
+        })
+        .collect();
+    let pods: Vec<Pod> = thread::scope(|scope| {
+        let adding: Vec<_> = sandboxes
+            .into_iter()
+            .map(|mut pod| {
+                scope.spawn(move || {
+                    pod.attach().unwrap_or_else(|e| panic!("ADD of {}: {e}", pod.name));
+                    let first = pod.udp_who(EXT4);
+                    (pod, first)
+                })
+            })
+            .collect();
+        adding
+            .into_iter()
+            .map(|thread| {
+                let (pod, first) = thread.join().expect("an ADD");
+                let i: usize = pod.name.trim_start_matches("pod-").parse().expect("a number");
+                let promised = if i % 4 == 3 { IpAddr::from(pod.node.ipv4()) } else { EGRESS4.into() };
+                assert_eq!(first.ok(), Some(promised), "{} by its first packet", pod.name);
+                pod
+            })
+            .collect()
+    });
+    for pod in pods.iter().filter(|p| p.name.ends_with('0')) {
+        assert_leaves_by_egress_or_node(pod);
+    }
+    thread::scope(|scope| {
+        for pod in pods {
+            scope.spawn(|| pod.delete());
+        }
+    });
+    for (node, before) in lab.nodes().iter().zip(&before) {
+        assert_no_traces(&lab, node, before);
+    }
+}
+
+fn assert_leaves_by_egress_or_node(pod: &Pod) {
+    let i: usize = pod.name.trim_start_matches("pod-").parse().expect("a number");
+    if i % 4 == 3 { assert_leaves_by_node(pod) } else { assert_leaves_by_egress(pod) }
+}
+
+#[test]
+fn pods_come_and_go_while_the_daemon_is_killed_again_and_again() {
+    let lab = Lab::scene();
+    let node = lab.node("n2");
+    let before = node.egret_state();
+    let daemon = lab.daemon("n2");
+    let pods: Vec<Pod> = thread::scope(|scope| {
+        let adding = scope.spawn(|| {
+            let mut pods = Vec::new();
+            for i in 0..40 {
+                let pod = lab.add_pod("n2", "shop", &format!("pod-{i}"), VISITOR);
+                if i % 3 == 0 { pod.delete() } else { pods.push(pod) }
+            }
+            pods
+        });
+        while !adding.is_finished() {
+            daemon.kill9();
+            thread::sleep(Duration::from_millis(40));
+            daemon.restart();
+            thread::sleep(Duration::from_millis(150));
+        }
+        adding.join().expect("adding")
+    });
+    lab.wait_ready("n2");
+    for pod in &pods {
+        lab.wait_seen_as(pod, EGRESS4);
+    }
+    for server in SERVERS {
+        let sources = lab.sources(server);
+        assert!(!sources.contains(&node.ipv4().into()) && !sources.contains(&node.ipv6().into()), "{sources:?}");
+    }
+    pods.into_iter().for_each(Pod::delete);
+    assert_no_traces(&lab, node, &before);
+}
+
+#[test]
+fn del_may_come_twice_with_the_daemon_away_with_the_namespace_gone_and_without_a_previous_result() {
+    let lab = Lab::scene();
+    for name in ["n1", "n2"] {
+        let node = lab.node(name);
+        let before = node.egret_state();
+        let add = |i: u32| lab.add_pod(name, "shop", &format!("pod-{name}-{i}"), VISITOR);
+        let egret_del = |pod: &Pod, previous: Option<&Value>| {
+            pod.conflist.del_only("egret-cni", node, &pod.runtime, previous).unwrap_or_else(|e| panic!("DEL: {e}"));
+        };
+
+        let twice = add(1);
+        egret_del(&twice, twice.result.as_ref());
+        twice.detach().expect("the second DEL");
+        twice.detach().expect("the third DEL");
+
+        let gone = add(2);
+        gone.remove_netns();
+        gone.detach().expect("DEL without the namespace");
+
+        let mut forgotten = add(3);
+        forgotten.remove_netns();
+        forgotten.runtime.netns = String::new();
+        egret_del(&forgotten, None);
+        forgotten.detach().expect("DEL of the rest");
+
+        let away = add(4);
+        let away_and_gone = add(5);
+        lab.daemon(name).kill9();
+        away.detach().expect("DEL with the daemon away");
+        away.detach().expect("a second one");
+        away_and_gone.remove_netns();
+        egret_del(&away_and_gone, None);
+        away_and_gone.detach().expect("DEL of the rest");
+        let quarantined = add(6);
+        quarantined.detach().expect("DEL of a pod in quarantine");
+        lab.daemon(name).restart();
+        lab.wait_ready(name);
+        // For as long as the cluster knows the pods, their addresses may rightly be held.
+        [twice, gone, forgotten, away, away_and_gone, quarantined].iter().for_each(Pod::forget);
+        assert_no_traces(&lab, node, &before);
+    }
+}
+
+/// A routed pod by hand, as Calico makes them: the test says which address and which name the veth on the host has.
+struct ByHand {
+    pod: Pod,
+    veth: String,
+}
+
+impl ByHand {
+    /// Makes the interface, and calls `egret-cni` alone.
+    fn add(lab: &Lab, name: &str, labels: lab::manifests::Labels, veth: &str, address: &str) -> ByHand {
+        let mut pod = lab.sandbox("n1", "shop", name, labels);
+        let node = lab.node("n1");
+        node.ip(&format!("link add {veth} type veth peer name eth0 netns {}", pod.netns));
+        node.ip_batch(&[
+            format!("link set {veth} up"),
+            format!("route replace {address} dev {veth}"),
+            format!("addr add 169.254.1.1/32 dev {veth}"),
+        ]);
+        pod.ip_batch(&[
+            format!("addr add {address}/32 dev eth0"),
+            "link set eth0 up".into(),
+            "route add 169.254.1.1 dev eth0".into(),
+            "route add default via 169.254.1.1".into(),
+        ]);
+        let result = json!({
+            "cniVersion": "1.0.0",
+            "interfaces": [{"name": "eth0", "sandbox": pod.netns_path()}],
+            "ips": [{"address": format!("{address}/32"), "interface": 0}]
+        });
+        pod.addresses = vec![address.parse().expect("an address")];
+        pod.result = Some(result);
+        let by_hand = ByHand { pod, veth: veth.to_owned() };
+        by_hand.egret("ADD");
+        by_hand
+    }
+
+    fn egret(&self, verb: &str) {
+        let conflist = &self.pod.conflist;
+        let own = json!({"type": "egret-cni", "socket": self.pod.node.cni_socket()});
+        let stdin = conflist.stdin_of(&own, &self.pod.runtime, self.pod.result.as_ref());
+        call(&self.pod.node, verb, &self.pod.runtime, &stdin).unwrap_or_else(|e| panic!("{verb}: {e}"));
+    }
+
+    fn unplug(&self) {
+        self.pod.node.ip(&format!("link del {}", self.veth));
+    }
+}
+
+#[test]
+fn a_late_del_leaves_the_next_pod_of_the_same_address_alone() {
+    let lab = Lab::scene();
+    let node = lab.node("n1");
+    let before = node.egret_state();
+    for round in 0..5 {
+        let first = ByHand::add(&lab, &format!("first-{round}"), VISITOR, "cali1", "10.244.1.77");
+        assert_eq!(first.pod.who(EXT4).ok(), Some(EGRESS4.into()));
+        first.unplug();
+        let second = ByHand::add(&lab, &format!("second-{round}"), VISITOR, "cali2", "10.244.1.77");
+        assert_eq!(second.pod.who(EXT4).ok(), Some(EGRESS4.into()), "before the late DEL");
+        first.egret("DEL");
+        assert_eq!(second.pod.who(EXT4).ok(), Some(EGRESS4.into()), "after the late DEL");
+        first.egret("DEL");
+        assert_eq!(second.pod.udp_who(EXT4).ok(), Some(EGRESS4.into()), "after the second late DEL");
+        first.pod.forget();
+        second.egret("DEL");
+        second.unplug();
+        second.pod.forget();
+    }
+    assert_no_traces(&lab, node, &before);
+}
+
+#[test]
+fn a_late_del_leaves_the_next_pod_behind_a_veth_of_the_same_name_alone() {
+    let lab = Lab::scene();
+    let node = lab.node("n1");
+    let before = node.egret_state();
+    for round in 0..5 {
+        let first = ByHand::add(&lab, &format!("first-{round}"), VISITOR, "cali1", "10.244.1.77");
+        assert_eq!(first.pod.who(EXT4).ok(), Some(EGRESS4.into()));
+        first.unplug();
+        let second = ByHand::add(&lab, &format!("second-{round}"), VISITOR, "cali1", "10.244.1.78");
+        first.egret("DEL");
+        assert_eq!(second.pod.who(EXT4).ok(), Some(EGRESS4.into()), "after the late DEL");
+        second.egret("DEL");
+        second.unplug();
+        // The next behind that name is none that a policy selects: nothing of the old ones may stick to the name.
+        let third = ByHand::add(&lab, &format!("third-{round}"), &[("app", "other")], "cali1", "10.244.1.77");
+        assert_eq!(third.pod.who(EXT4).ok(), Some(node.ipv4().into()));
+        third.egret("DEL");
+        third.unplug();
+        [first, second, third].iter().for_each(|p| p.pod.forget());
+    }
+    assert_no_traces(&lab, node, &before);
+}
+
+#[test]
+fn a_late_del_with_the_daemon_away_leaves_the_next_pods_quarantine() {
+    let lab = Lab::scene();
+    let first = ByHand::add(&lab, "first", VISITOR, "cali1", "10.244.1.77");
+    first.unplug();
+    lab.daemon("n1").kill9();
+    let second = ByHand::add(&lab, "second", VISITOR, "cali2", "10.244.1.77");
+    lab.forget_wire();
+    assert!(second.pod.udp_who(EXT4).is_err());
+    first.egret("DEL");
+    assert!(second.pod.udp_who(EXT4).is_err(), "the late DEL let it out");
+    lab.assert_silence();
+    lab.daemon("n1").restart();
+    lab.wait_ready("n1");
+    lab.wait_seen_as(&second.pod, EGRESS4);
+    assert_eq!(lab.sources(EXT4), [EGRESS4.into()].into());
+}
+
+#[test]
+fn check_tells_whether_the_kernel_is_as_it_should_be() {
+    let lab = Lab::scene();
+    for name in ["n1", "n2"] {
+        let pod = lab.add_pod(name, "shop", &format!("pod-{name}"), VISITOR);
+        pod.check().unwrap_or_else(|e| panic!("CHECK: {e}"));
+        let other = lab.add_pod(name, "office", &format!("other-{name}"), &[]);
+        other.check().unwrap_or_else(|e| panic!("CHECK: {e}"));
+    }
+}
+
+#[test]
+fn the_result_is_passed_on_unchanged() {
+    let lab = Lab::scene();
+    for name in ["n1", "n2"] {
+        let pod = lab.add_pod(name, "shop", &format!("pod-{name}"), VISITOR);
+        let plain = lab.plain_conflist(name);
+        let mut other = lab.sandbox(name, "shop", &format!("plain-{name}"), VISITOR);
+        other.conflist = plain;
+        other.attach().expect("ADD without Egret");
+        let shape = |pod: &Pod| {
+            let mut result = pod.result.clone().expect("a result");
+            // Addresses and names differ from pod to pod; everything else may not.
+            for ip in result["ips"].as_array_mut().into_iter().flatten() {
+                ip["address"] = Value::Null;
+            }
+            for interface in result["interfaces"].as_array_mut().into_iter().flatten() {
+                let interface = interface.as_object_mut().expect("an object");
+                for own in ["name", "mac", "sandbox"] {
+                    interface.remove(own);
+                }
+            }
+            result
+        };
+        assert_eq!(shape(&pod), shape(&other));
+    }
+}
+
+#[test]
+fn a_runtime_without_kubernetes_gets_its_pods_and_they_are_left_alone() {
+    let lab = Lab::scene();
+    let mut pod = lab.sandbox_unknown("n1", "shop", "podman");
+    pod.runtime.args = String::new();
+    pod.attach().unwrap_or_else(|e| panic!("ADD: {e}"));
+    assert_leaves_by_node(&pod);
+    pod.detach().unwrap_or_else(|e| panic!("DEL: {e}"));
+}
+
+#[test]
+fn versions_from_0_3_0_to_1_0_0_run_through_the_whole_chain() {
+    let lab = Lab::scene();
+    for version in ["0.3.0", "0.3.1", "0.4.0", "1.0.0"] {
+        let mut pod = lab.sandbox("n1", "shop", &format!("pod-{}", version.replace('.', "-")), VISITOR);
+        pod.conflist.json["cniVersion"] = Value::from(version);
+        pod.attach().unwrap_or_else(|e| panic!("ADD by {version}: {e}"));
+        assert_eq!(pod.result.as_ref().expect("a result")["cniVersion"], version);
+        assert_leaves_by_egress(&pod);
+        pod.delete();
+    }
+}

@@ -1,0 +1,149 @@
+//! What users write wrong does no harm: the last good state goes on, and somebody is told what is wrong and where.
+
+mod lab;
+
+use lab::scene::{assert_blocked, assert_leaves_by_egress, assert_leaves_by_node, visitors};
+use lab::{EGRESS4, EXT4, Lab, Pod, VISITOR, manifests};
+use std::net::IpAddr;
+use std::time::Duration;
+
+/// Waits until a daemon's log has said all of these words in one line.
+#[track_caller]
+fn wait_said(lab: &Lab, daemon: &str, words: &[&str]) {
+    lab.wait_until(&format!("{daemon} says {words:?}"), Duration::from_secs(10), || {
+        lab.daemon(daemon).log().lines().any(|l| words.iter().all(|w| l.contains(w)))
+    });
+}
+
+/// Waits until the statuses have all of these words.
+#[track_caller]
+fn wait_in_statuses(lab: &Lab, words: &[&str]) {
+    let mut statuses = String::new();
+    for _ in 0..200 {
+        statuses = lab.manifests().statuses();
+        if words.iter().all(|w| statuses.contains(w)) {
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    panic!("the statuses have not all of {words:?}:\n{statuses}");
+}
+
+fn pods(lab: &Lab) -> [Pod; 2] {
+    [lab.add_pod("n1", "shop", "visitor", VISITOR), lab.add_pod("n1", "shop", "other", &[("app", "other")])]
+}
+
+#[test]
+fn a_file_that_is_broken_keeps_its_last_good_state_and_is_named_with_its_line() {
+    let lab = Lab::scene();
+    let [visitor, other] = pods(&lab);
+    for broken in
+        ["{ not: [yaml", "apiVersion: egret.dev/v1alpha1\nkind: EgressPolicy\nmetadata: { name: x", "\u{0}\u{1}"]
+    {
+        lab.write_manifest("policy.yaml", broken);
+        std::thread::sleep(Duration::from_millis(300));
+        assert_leaves_by_egress(&visitor);
+        assert_leaves_by_node(&other);
+        assert_leaves_by_egress(&lab.add_pod("n1", "shop", "new", VISITOR));
+        lab.write_manifest("policy.yaml", &visitors());
+    }
+    lab.write_manifest("policy.yaml", "# a comment\n---\n\nkind: [\n");
+    for daemon in ["controller", "n1"] {
+        wait_said(&lab, daemon, &["policy.yaml:"]);
+    }
+}
+
+#[test]
+fn a_wrong_document_does_not_take_the_others_with_it() {
+    let lab = Lab::scene();
+    let [visitor, other] = pods(&lab);
+    let wrong = manifests::policy(
+        "shop",
+        "wrong",
+        "podSelector: {}\n  address: { ipv4: 192.0.2.51 }\n  egress: [{ to: [{ ipBlock: { cidr: 203.0.113.0/33 } }] }]",
+    );
+    lab.write_manifest("wrong.yaml", &wrong);
+    wait_said(&lab, "controller", &["wrong.yaml:", "203.0.113.0/33"]);
+    assert_leaves_by_egress(&visitor);
+    assert_leaves_by_node(&other);
+}
+
+#[test]
+fn pools_that_overlap_run_backwards_or_mix_families_are_refused_in_words() {
+    let lab = Lab::scene();
+    let [visitor, _] = pods(&lab);
+    for (addresses, words) in [
+        (&["192.0.2.50-192.0.2.59", "192.0.2.55"][..], &["overlap", "192.0.2.55"][..]),
+        (&["192.0.2.59-192.0.2.50"], &["backwards", "192.0.2.50-192.0.2.59"]),
+        (&["192.0.2.50-2001:db8::50"], &["mixes"]),
+        (&["192.0.2.256"], &["192.0.2.256"]),
+    ] {
+        lab.write_manifest("gateway.yaml", &manifests::gateway("default", addresses));
+        let words: Vec<&str> = ["gateway.yaml:"].iter().chain(words).copied().collect();
+        wait_said(&lab, "controller", &words);
+        assert_leaves_by_egress(&visitor);
+    }
+}
+
+#[test]
+fn v4_where_v6_belongs_is_refused() {
+    let lab = Lab::scene();
+    let [visitor, _] = pods(&lab);
+    lab.write_manifest("policy.yaml", &visitors().replace("2001:db8::50", "192.0.2.51"));
+    wait_said(&lab, "controller", &["policy.yaml:7:", "IPv6"]);
+    assert_leaves_by_egress(&visitor);
+}
+
+#[test]
+fn what_cannot_be_satisfied_is_a_condition_and_blocks() {
+    let lab = Lab::scene();
+    for (name, spec, words) in [
+        ("outside", "address: { ipv4: 198.51.100.1 }", &["198.51.100.1"][..]),
+        ("nowhere", "gateway: nowhere", &["nowhere"]),
+    ] {
+        lab.write_manifest("more.yaml", &manifests::policy("office", name, &format!("podSelector: {{}}\n  {spec}")));
+        wait_in_statuses(&lab, words);
+        let pod = lab.add_pod("n1", "office", name, &[]);
+        lab.wait_until("the pod is blocked", Duration::from_secs(10), || pod.udp_who(EXT4).is_err());
+        assert_blocked(&pod);
+    }
+}
+
+#[test]
+fn an_exhausted_pool_is_a_condition_and_room_in_it_is_taken_at_once() {
+    let lab = Lab::scene();
+    let pool = |last: u8| {
+        manifests::gateway("small", &[&format!("192.0.2.60-192.0.2.{last}")]).replace("default: true", "default: false")
+    };
+    lab.write_manifest("small.yaml", &pool(60));
+    let of = |ns: &str| manifests::policy(ns, "own", "gateway: small\n  podSelector: {}");
+    lab.write_manifest("first.yaml", &of("first"));
+    let first = lab.add_pod("n1", "first", "pod", &[]);
+    lab.wait_seen_as(&first, [192, 0, 2, 60]);
+    lab.write_manifest("second.yaml", &of("second"));
+    let second = lab.add_pod("n1", "second", "pod", &[]);
+    lab.wait_until("the second is blocked", Duration::from_secs(10), || second.udp_who(EXT4).is_err());
+    assert_eq!(first.udp_who(EXT4).ok(), Some(IpAddr::from([192, 0, 2, 60])));
+    lab.write_manifest("small.yaml", &pool(61));
+    lab.wait_seen_as(&second, [192, 0, 2, 61]);
+    assert_eq!(first.udp_who(EXT4).ok(), Some(IpAddr::from([192, 0, 2, 60])));
+}
+
+#[test]
+fn a_controller_that_is_killed_keeps_everybodys_address() {
+    let lab = Lab::scene();
+    lab.write_manifest("own.yaml", &manifests::policy("office", "own", "podSelector: {}"));
+    let pod = lab.add_pod("n2", "office", "clerk", &[]);
+    lab.wait_until("the clerk has its address", Duration::from_secs(10), || {
+        pod.who(EXT4).is_ok_and(|a| a != IpAddr::from(pod.node.ipv4()))
+    });
+    let before = pod.who(EXT4).expect("an address");
+    assert_ne!(before, IpAddr::from(EGRESS4));
+    for _ in 0..3 {
+        lab.daemon("controller").kill9();
+        assert_eq!(pod.who(EXT4).ok(), Some(before), "with the controller away");
+        lab.daemon("controller").restart();
+        lab.wait_ready("controller");
+        assert_eq!(pod.who(EXT4).ok(), Some(before));
+    }
+}

@@ -1,0 +1,10 @@
+//! The plugin as a runtime sees it: the built binary, called by the CNI specification, in network namespaces of its
+//! own; what it did is read from the kernel with `ip`. Needs root.
+
+mod call;
+mod conversation;
+mod input;
+mod interface;
+mod node;
+mod quarantine;
+mod undoing;

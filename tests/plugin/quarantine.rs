@@ -1,0 +1,180 @@
+//! The daemon is away: pods start, and nothing leaks.
+
+use crate::call::Call;
+use crate::node::{CLUSTER, Node, OUTSIDE, ip};
+use std::thread;
+use std::time::Instant;
+
+#[test]
+fn a_pod_that_a_policy_can_select_reaches_the_cluster_alone_until_it_goes() {
+    let node = Node::new();
+    node.prepare(&["shop"]);
+    let (pod, other) = (node.pod(5), node.pod(6));
+    assert_eq!((pod.reaches(OUTSIDE), pod.reaches(CLUSTER)), ([true; 2], [true; 2]));
+
+    let stdout = Call::new(&node, "ADD").pod(&pod).run().success();
+    assert_eq!(stdout, format!("{}\n", pod.result()));
+    assert_eq!(
+        node.rules(),
+        [
+            "71: from 10.244.1.5 lookup 7873 proto 71".to_owned(),
+            format!("71: from {} lookup 7873 proto 71", "fd00:244:1::5"),
+        ]
+    );
+    assert_eq!(node.records(), ["c1@eth0.json"]);
+    assert_eq!((pod.reaches(OUTSIDE), pod.reaches(CLUSTER)), ([false; 2], [true; 2]));
+    assert_eq!(other.reaches(OUTSIDE), [true; 2]);
+    Call::new(&node, "CHECK").pod(&pod).run().success();
+
+    assert_eq!(Call::new(&node, "DEL").pod(&pod).run().success(), "");
+    assert_eq!(pod.reaches(OUTSIDE), [true; 2]);
+    assert!(node.rules().is_empty() && node.records().is_empty());
+}
+
+#[test]
+fn a_pod_that_no_policy_can_select_is_free() {
+    let node = Node::new();
+    node.prepare(&["other"]);
+    let pod = node.pod(5);
+    Call::new(&node, "ADD").pod(&pod).run().success();
+    assert!(node.rules().is_empty());
+    assert_eq!(node.records(), ["c1@eth0.json"]);
+    assert_eq!(pod.reaches(OUTSIDE), [true; 2]);
+    Call::new(&node, "CHECK").pod(&pod).run().success();
+}
+
+#[test]
+fn an_address_that_a_free_pod_takes_over_is_let_out() {
+    let node = Node::new();
+    node.prepare(&["shop"]);
+    let pod = node.pod(5);
+    Call::new(&node, "ADD").container("old").pod(&pod).run().success();
+    Call::new(&node, "ADD").container("new").pod(&pod).of("free").run().success();
+    assert!(node.rules().is_empty());
+    Call::new(&node, "DEL").container("old").run().success();
+    assert_eq!(node.records(), ["new@eth0.json"]);
+}
+
+#[test]
+fn without_a_word_of_this_boot_it_waits_for_the_daemon_and_then_asks_to_be_called_again() {
+    let node = Node::new();
+    let pod = node.pod(5);
+    let refused = |node: &Node| {
+        let start = Instant::now();
+        let (code, text) = Call::new(node, "ADD").pod(&pod).run().failure();
+        assert!(code == 11 && text.contains("start egretd"), "{code} {text}");
+        assert!((5..8).contains(&start.elapsed().as_secs()), "{:?}", start.elapsed());
+        assert!(node.records().is_empty() && node.rules().is_empty());
+    };
+    refused(&node);
+    // The word of another boot, and what is no word.
+    node.prepare(&[]);
+    let word = node.run_dir().join("last-word.json");
+    std::fs::write(&word, r#"{"bootId": "0", "selectable": []}"#).unwrap();
+    refused(&node);
+    std::fs::write(&word, "{").unwrap();
+    refused(&node);
+}
+
+#[test]
+fn a_quarantine_without_its_routes_holds_nothing_and_is_not_used() {
+    let node = Node::new();
+    node.prepare(&["shop"]);
+    let pod = node.pod(5);
+    // One family is enough to leak.
+    ip(&format!("-6 -n {} route flush table 7873", node.name));
+    let (code, text) = Call::new(&node, "ADD").pod(&pod).run().failure();
+    assert!(code == 11 && text.contains(&pod.addresses[1]), "{code} {text}");
+    assert!(node.records().is_empty() && node.rules().is_empty());
+    // A pod that needs no quarantine needs no routes.
+    Call::new(&node, "ADD").pod(&pod).of("free").run().success();
+}
+
+#[test]
+fn a_pod_that_cannot_be_held_is_refused() {
+    let node = Node::new();
+    node.prepare(&["shop"]);
+    let pod = node.empty_pod(5);
+    ip(&format!("-n {} link add eth0 type bridge", pod.name));
+    let (code, text) = Call::new(&node, "ADD").pod(&pod).run().failure();
+    assert!(code == 100 && text.contains("eth0") && text.contains("shop"), "{code} {text}");
+    assert!(node.records().is_empty() && node.rules().is_empty());
+}
+
+#[test]
+fn adding_again_changes_nothing_and_other_addresses_replace_the_first() {
+    let node = Node::new();
+    node.prepare(&["shop"]);
+    let pod = node.pod(5);
+    for _ in 0..3 {
+        Call::new(&node, "ADD").pod(&pod).run().success();
+    }
+    assert_eq!(node.rules().len(), 2);
+    Call::new(&node, "ADD").pod(&pod).previous(r#"{"ips": [{"address": "10.244.1.77/32"}]}"#).run().success();
+    assert_eq!(node.rules(), ["71: from 10.244.1.77 lookup 7873 proto 71"]);
+}
+
+#[test]
+fn check_tells_what_is_not_as_add_left_it() {
+    let node = Node::new();
+    node.prepare(&["shop"]);
+    let pod = node.pod(5);
+    let check = || Call::new(&node, "CHECK").pod(&pod);
+    assert_eq!(check().run().failure().0, 101, "never added");
+    Call::new(&node, "ADD").pod(&pod).run().success();
+    check().run().success();
+    assert_eq!(check().previous(r#"{"ips": [{"address": "10.9.9.9/32"}]}"#).run().failure().0, 101);
+    assert_eq!(check().previous("null").run().failure().0, 7);
+    ip(&format!("-n {} rule delete priority 71", node.name));
+    let (code, text) = check().run().failure();
+    assert!(code == 11 && text.contains("away"), "{code} {text}");
+}
+
+#[test]
+fn status_is_good_as_long_as_pods_can_be_held() {
+    let node = Node::new();
+    let status = || Call::new(&node, "STATUS").without_variable("CNI_CONTAINERID").without_variable("CNI_IFNAME").run();
+    assert_eq!(status().failure().0, 50, "never ran");
+    node.last_word(&["shop"]);
+    let (code, text) = status().failure();
+    assert!(code == 50 && text.contains("routes"), "{text}");
+    ip(&format!("-n {} route add default via 192.0.2.100 table 7873", node.name));
+    assert_eq!(status().failure().0, 50, "a route that leads out");
+    ip(&format!("-n {} route delete default table 7873", node.name));
+    node.prepare(&["shop"]);
+    assert_eq!(status().success(), "");
+}
+
+#[test]
+fn many_at_once() {
+    let node = Node::new();
+    node.prepare(&["shop"]);
+    let pod = node.pod(5);
+    let add = |n: usize| {
+        let result = format!(r#"{{"ips": [{{"address": "10.244.1.{}/32"}}]}}"#, n % 100 + 100);
+        Call::new(&node, "ADD").pod(&pod).container(&format!("c{n}")).previous(&result)
+    };
+    for round in 0..2 {
+        let outcomes = run_all((0..40).map(add).collect());
+        assert_eq!(outcomes, 40, "round {round}");
+        assert_eq!(node.rules().len(), 40);
+        let dels = (0..40).map(|n| Call::new(&node, "DEL").container(&format!("c{n}"))).collect();
+        assert_eq!(run_all(dels), 40);
+        assert!(node.rules().is_empty() && node.records().is_empty());
+    }
+    // One address, taken from container to container: each new one is added while the one before it goes.
+    Call::new(&node, "ADD").pod(&pod).container("a0").run().success();
+    for n in 0..20 {
+        let add = Call::new(&node, "ADD").pod(&pod).container(&format!("a{}", n + 1));
+        assert_eq!(run_all(vec![add, Call::new(&node, "DEL").container(&format!("a{n}"))]), 2);
+        assert_eq!(node.rules().len(), 2, "round {n}");
+    }
+}
+
+/// Runs all at the same time, and returns how many succeeded.
+fn run_all(calls: Vec<Call<'_>>) -> usize {
+    thread::scope(|scope| {
+        let running: Vec<_> = calls.into_iter().map(|call| scope.spawn(|| call.run())).collect();
+        running.into_iter().map(|r| r.join().unwrap()).filter(|o| o.status == Some(0)).count()
+    })
+}

@@ -1,0 +1,28 @@
+#!/bin/bash
+# Installs what tests, demo and measurements call, where it is missing: Debian and Ubuntu packages.
+set -eu
+declare -A package=(
+  [nft]=nftables [ip]=iproute2 [iptables]=iptables [/usr/lib/cni/ptp]=containernetworking-plugins
+  [conntrack]=conntrack [tcpdump]=tcpdump [arping]=arping [socat]=socat [iperf3]=iperf3 [jq]=jq
+  [containerd]=containerd [strip]=binutils [buildah]=buildah [debootstrap]=debootstrap
+  [/usr/share/keyrings/debian-archive-keyring.gpg]=debian-archive-keyring
+  [openssl]=openssl [curl]=curl
+  [go]=golang-go [/usr/share/gocode/src/github.com/Masterminds/sprig]=golang-github-masterminds-sprig-dev
+  [/usr/share/gocode/src/github.com/ghodss/yaml]=golang-github-ghodss-yaml-dev
+)
+PATH=$PATH:/usr/sbin:/sbin
+missing=()
+for program in "${!package[@]}"; do
+  command -v "$program" >/dev/null || [ -e "$program" ] || missing+=("${package[$program]}")
+done
+[ ${#missing[@]} = 0 ] && exit 0
+
+echo "setup: installing ${missing[*]}"
+if ! command -v apt-get >/dev/null; then
+  echo "setup: this is no Debian or Ubuntu; install the equivalents of: ${missing[*]}" >&2
+  exit 1
+fi
+sudo=()
+[ "$(id -u)" = 0 ] || sudo=(sudo)
+"${sudo[@]}" apt-get update -q
+"${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends "${missing[@]}"

@@ -1,0 +1,103 @@
+//! The code's own rules that neither compiler nor clippy knows: which module may use which, and where no I/O is done.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// Each module, and the ones that it may use. The arrows go one way.
+const MAY_USE: [(&str, &[&str]); 9] = [
+    ("api", &[]),
+    ("plan", &["api"]),
+    ("kernel", &["plan", "api"]),
+    ("telemetry", &[]),
+    ("cluster", &["plan", "api"]),
+    ("cni", &["kernel"]),
+    ("install", &["cluster", "cni", "kernel", "plan"]),
+    ("controller", &["cluster", "plan", "api", "telemetry"]),
+    ("node", &["install", "cluster", "cni", "kernel", "plan", "api", "telemetry"]),
+];
+
+/// What does I/O or knows the time.
+const OUTSIDE_WORLD: [&str; 7] =
+    ["std::fs", "std::process", "std::env", "std::time::Instant", "SystemTime", "tokio::", "nix::"];
+
+fn files(directory: &Path) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(directory).expect("a directory").flatten() {
+        let path = entry.path();
+        if path.ends_with("tests") {
+            // Unit tests may use what they like.
+        } else if path.is_dir() {
+            found.extend(files(&path));
+        } else if path.extension().is_some_and(|e| e == "rs") && !path.ends_with("tests.rs") {
+            found.push(path);
+        }
+    }
+    found
+}
+
+/// The code of a file: no comments, no unit tests.
+fn code(path: &Path) -> String {
+    let text = fs::read_to_string(path).expect("a source file");
+    let text = text.split("#[cfg(test)]\nmod tests").next().unwrap_or_default();
+    text.lines().filter(|l| !l.trim_start().starts_with("//")).collect::<Vec<_>>().join("\n")
+}
+
+fn source() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("src")
+}
+
+#[test]
+fn modules_use_only_what_lies_below_them() {
+    for (module, allowed) in MAY_USE {
+        for file in files(&source().join(module)) {
+            let code = code(&file);
+            for (other, _) in MAY_USE.iter().filter(|(o, _)| *o != module && !allowed.contains(o)) {
+                assert!(
+                    !code.contains(&format!("crate::{other}::")) && !code.contains(&format!("crate::{{{other}")),
+                    "{} uses crate::{other}; {module} may use only {allowed:?}",
+                    file.display()
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn every_module_is_listed() {
+    for entry in fs::read_dir(source()).expect("src").flatten().filter(|e| e.path().is_dir()) {
+        let name = entry.file_name().into_string().expect("a name");
+        assert!(name == "bin" || MAY_USE.iter().any(|(m, _)| *m == name), "src/{name} is in no line of MAY_USE");
+    }
+}
+
+/// The image has no `nft`, no `ip`, nothing that could be called.
+#[test]
+fn no_program_is_called() {
+    for file in files(&source()) {
+        let code = code(&file);
+        for word in ["process::Command", "execv", "posix_spawn"] {
+            assert!(!code.contains(word), "{} mentions {word}", file.display());
+        }
+    }
+}
+
+#[test]
+fn plan_and_api_do_no_input_and_output() {
+    for file in ["plan", "api"].iter().flat_map(|m| files(&source().join(m))) {
+        let code = code(&file);
+        for word in OUTSIDE_WORLD {
+            assert!(!code.contains(word), "{} mentions {word}", file.display());
+        }
+    }
+}
+
+#[test]
+fn the_plugin_stays_small() {
+    let plugin = files(&source().join("cni")).into_iter().chain([source().join("bin/egret-cni.rs")]);
+    for file in plugin {
+        let code = code(&file);
+        for word in ["kube::", "tokio::", "k8s_openapi", "futures_util", "hyper"] {
+            assert!(!code.contains(word), "{} mentions {word}, which is too much for a plugin", file.display());
+        }
+    }
+}
