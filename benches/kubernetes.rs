@@ -1,0 +1,136 @@
+//! How soon what a user asks of the Kubernetes API is so: a real API server and etcd, two nodes, all on this machine. And
+//! how long the controller computes for a big cluster.
+
+mod harness;
+#[path = "../tests/lab/mod.rs"]
+mod lab;
+
+use egret::api::{EgressGatewaySpec, EgressPolicySpec};
+use egret::plan::ledger::allocate;
+use egret::plan::model::{Cluster, Gateway, Metadata, Node, Policy, PolicyKey};
+use harness::{Bound, Table, median, ms};
+use lab::{EXT4, Lab, NodeSpec, Pod, Pods, manifests};
+use serde_json::json;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+const ROUNDS: usize = 60;
+const POLICIES: usize = 10_000;
+/// What is asked for: the median and the 99th percentile from a change to traffic, and the time for a ledger.
+const MEDIAN: Duration = Duration::from_millis(60);
+const P99: Duration = Duration::from_millis(300);
+const LEDGER: Duration = Duration::from_secs(2);
+/// So long a probe waits for its answer.
+const PROBE: Duration = Duration::from_millis(3);
+
+fn main() {
+    harness::begin("Kubernetes as the source: from a change to the traffic");
+    let lab = Lab::builder()
+        .kubernetes()
+        .nodes(vec![NodeSpec::new("n1", 11, Pods::Routed), NodeSpec::gateway("g1", 21, Pods::Routed)])
+        .build();
+    lab.add_namespace("shop", &[]);
+    lab.write_manifest(
+        "gateway.yaml",
+        &manifests::gateway("default", &["192.0.2.50-192.0.2.59", "192.0.2.120-192.0.2.199"]),
+    );
+    lab.start();
+    let mut table = Table::default();
+    let mut row = |what: &str, times: &[Duration]| {
+        let mut sorted = times.to_vec();
+        sorted.sort();
+        let (middle, late) = (median(times), sorted[(sorted.len() * 99).div_ceil(100) - 1]);
+        let ratio = |a: Duration, b: Duration| a.as_secs_f64() / b.as_secs_f64();
+        table.row(&format!("{what}, median"), ms(middle), ratio(middle, MEDIAN), Bound::AtMost(1.0));
+        table.row(&format!("{what}, 99th percentile"), ms(late), ratio(late, P99), Bound::AtMost(1.0));
+    };
+    row("EgressPolicy created, until its traffic leaves from the address", &policies(&lab));
+    row("label of a pod changed, until its traffic leaves from the address", &labels(&lab));
+    let time = ledger();
+    let ratio = time.as_secs_f64() / LEDGER.as_secs_f64();
+    table.row(&format!("ledger of {POLICIES} policies from nothing"), ms(time), ratio, Bound::AtMost(1.0));
+    table.print(["what", "time", "of what is asked"]);
+}
+
+/// Sends from new ports until the server sees the pod as `wanted`.
+fn until_seen_as(pod: &Pod, wanted: Ipv4Addr, begun: Instant) -> Duration {
+    let server = SocketAddr::new(EXT4.into(), lab::server::UDP_WHO);
+    pod.within(|| {
+        let mut buffer = [0; 64];
+        loop {
+            // A connection keeps the path that it began with.
+            let socket = std::net::UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).expect("a socket");
+            socket.connect(server).expect("a route");
+            socket.set_read_timeout(Some(PROBE)).expect("a timeout");
+            // A blocked packet may be an error at once.
+            let answer = socket.send(b"who").and_then(|_| socket.recv(&mut buffer));
+            if let Ok(size) = answer
+                && String::from_utf8_lossy(&buffer[..size]).parse() == Ok(IpAddr::V4(wanted))
+            {
+                return begun.elapsed();
+            }
+            assert!(begun.elapsed() < Duration::from_secs(20), "never seen as {wanted}");
+        }
+    })
+}
+
+fn policies(lab: &Lab) -> Vec<Duration> {
+    let pod = lab.add_pod("n1", "shop", "visitor", &[("app", "visitor")]);
+    let mut times = Vec::new();
+    for i in 0..ROUNDS {
+        // Each another one: an address that was somebody's rests.
+        let address = Ipv4Addr::new(192, 0, 2, 120 + u8::try_from(i).unwrap_or(0));
+        let policy = json!({"apiVersion": "egret.dev/v1alpha1", "kind": "EgressPolicy",
+            "metadata": {"namespace": "shop", "name": format!("p{i}")},
+            "spec": {"podSelector": {"matchLabels": {"app": "visitor"}}, "address": {"ipv4": address}}});
+        let path = "/apis/egret.dev/v1alpha1/namespaces/shop/egresspolicies";
+        let begun = Instant::now();
+        lab.api().ask("POST", path, Some(("application/json", &policy)));
+        times.push(until_seen_as(&pod, address, begun));
+        lab.api().delete(&format!("{path}/p{i}"));
+        until_seen_as(&pod, lab.node("n1").ipv4(), Instant::now());
+    }
+    times
+}
+
+fn labels(lab: &Lab) -> Vec<Duration> {
+    let mut pod = lab.add_pod("n1", "shop", "changing", &[("app", "a")]);
+    for (app, last) in [("a", 57), ("b", 58)] {
+        let spec = format!("podSelector: {{ matchLabels: {{ app: {app} }} }}\n  address: {{ ipv4: 192.0.2.{last} }}");
+        lab.write_manifest(&format!("{app}.yaml"), &manifests::policy("shop", app, &spec));
+    }
+    until_seen_as(&pod, Ipv4Addr::new(192, 0, 2, 57), Instant::now());
+    pod.relabel(&[("app", "b")]);
+    until_seen_as(&pod, Ipv4Addr::new(192, 0, 2, 58), Instant::now());
+    let mut times = Vec::new();
+    for i in 0..ROUNDS {
+        let (app, last) = if i % 2 == 0 { ("a", 57) } else { ("b", 58) };
+        let begun = Instant::now();
+        pod.relabel(&[("app", app)]);
+        times.push(until_seen_as(&pod, Ipv4Addr::new(192, 0, 2, last), begun));
+    }
+    times
+}
+
+fn ledger() -> Duration {
+    let mut cluster = Cluster::default();
+    let gateway = EgressGatewaySpec { addresses: vec!["198.18.0.0/15".into()], default: true, ..Default::default() };
+    let gateway = Gateway::new(&gateway, Metadata::default()).expect("a gateway");
+    cluster.gateways.insert("default".into(), Arc::new(gateway));
+    for i in 0..3 {
+        cluster.nodes.insert(format!("g{i}").into(), Arc::new(Node::default()));
+    }
+    let spec = EgressPolicySpec { pod_selector: Some(Default::default()), ..Default::default() };
+    for i in 0..POLICIES {
+        let namespace = format!("namespace-{}", i % 100);
+        let policy = Policy::namespaced(&namespace, &spec, Metadata::default()).expect("a policy");
+        let key = PolicyKey { namespace: Some(namespace.as_str().into()), name: format!("policy-{i}").into() };
+        cluster.policies.insert(key, Arc::new(policy));
+    }
+    let begun = Instant::now();
+    let outcome = allocate(&cluster, 1_000_000);
+    let time = begun.elapsed();
+    assert_eq!(outcome.gateways["default"].paths.len(), POLICIES);
+    time
+}

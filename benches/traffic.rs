@@ -1,0 +1,216 @@
+//! What a remote gateway costs traffic: throughput and new connections a second, against the same two hops by a bare
+//! VXLAN device and masquerade, and with 10,000 policies and paths against one.
+
+mod harness;
+#[path = "../tests/lab/mod.rs"]
+mod lab;
+
+use harness::{Bound, Table, cluster, median, pods};
+use lab::host::Door;
+use lab::{EXT4, Lab, NodeSpec, Pod, Pods};
+use nix::libc;
+use nix::sys::socket::{setsockopt, sockopt};
+use serde_json::Value;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::{Duration, Instant};
+
+const MANY: usize = 10_000;
+const LOCAL_PODS: usize = 200;
+const ROUNDS: usize = 9;
+const SECONDS: u64 = 2;
+const STREAMS: usize = 4;
+/// Threads that open connections.
+const CLIENTS: usize = 2;
+const PORT: u16 = 9100;
+/// Port of `iperf3`, its default.
+const IPERF: u16 = 5201;
+
+/// What is measured from a pod; more is better.
+type Measure = fn(&Pod) -> f64;
+
+fn main() {
+    harness::begin("Traffic through a remote gateway, IPv4");
+    let one = egret(1, 0);
+    let many = egret(MANY, LOCAL_PODS);
+    let bare = bare(&one.lab);
+    let ways = [
+        ("bare VXLAN and masquerade", &bare, &one.lab),
+        ("egret, one policy", &one.pod, &one.lab),
+        ("egret, 10,000 policies and paths", &many.pod, &many.lab),
+    ];
+    let _servers: Vec<Service> = [&one.lab, &many.lab].map(Service::start).into();
+
+    let measures: [(&str, Measure); 3] = [
+        ("TCP, one stream", |p| throughput(p, 1)),
+        ("TCP, several streams", |p| throughput(p, STREAMS)),
+        ("new connections", connections),
+    ];
+    for (what, measure) in measures {
+        let mut figures = [const { Vec::new() }; 3];
+        for round in 0..ROUNDS {
+            for turn in 0..ways.len() {
+                // Each way comes first, second and third as often.
+                let at = (turn + round) % ways.len();
+                figures[at].push(measure(ways[at].1));
+            }
+        }
+        println!("{what}:\n");
+        let [base, with_one, with_many] = figures.each_ref().map(|f| median(f));
+        let show = |figure: f64| {
+            if what == "new connections" { format!("{figure:.0} /s") } else { format!("{:.2} Gbit/s", figure / 1e9) }
+        };
+        let mut table = Table::default();
+        table.row(ways[0].0, show(base), 1.0, Bound::None);
+        table.row(ways[1].0, show(with_one), with_one / base, Bound::AtLeast(0.95));
+        table.row(ways[2].0, show(with_many), with_many / base, Bound::AtLeast(0.95));
+        table.row("10,000 against one", String::new(), with_many / with_one, Bound::AtLeast(0.97));
+        table.print(["", "median", "of bare VXLAN"]);
+    }
+}
+
+/// A lab with Egret on `n1` and the gateway `g1`, and a pod that a policy selects.
+struct Egret {
+    lab: Lab,
+    pod: Pod,
+}
+
+fn egret(policies: usize, local_pods: usize) -> Egret {
+    let nodes = vec![
+        NodeSpec::new("n1", 11, Pods::Routed),
+        NodeSpec::gateway("g1", 21, Pods::Routed),
+        NodeSpec::new("b1", 31, Pods::Routed),
+        NodeSpec::new("bg", 32, Pods::Routed),
+    ];
+    let lab = Lab::builder().nodes(nodes).build();
+    // Noting every packet would cost all ways the same, and so make them look more alike.
+    lab.host("fab").nft("delete table bridge wire");
+    let directory = lab.manifests().path();
+    cluster::write_policies(&lab, policies);
+    cluster::write_gateway(directory, policies, &["g1"]);
+    lab.host("ext").ip("route add 198.18.0.0/15 dev eth0");
+    if local_pods > 0 {
+        pods::populate(&lab, "n1", local_pods);
+    }
+    for node in ["g1", "n1"] {
+        lab.start_node(node);
+    }
+    for node in ["g1", "n1"] {
+        lab.wait_ready(node);
+    }
+    let policy = cluster::policy(0);
+    // It shall cover the server.
+    lab.write_manifest("first.yaml", &policy.manifest(&[]));
+    let pod = lab.add_pod("n1", &policy.namespace, "client", &[("app", &policy.name)]);
+    lab.wait_seen_as(&pod, policy.address);
+    Egret { lab, pod }
+}
+
+/// The same two hops without Egret: a VXLAN device between `b1` and `bg`, and masquerade on `bg`.
+fn bare(lab: &Lab) -> Pod {
+    let (node, gateway) = (lab.node("b1"), lab.node("bg"));
+    let pods = node.pods4();
+    let device = |own: Ipv4Addr, other: Ipv4Addr, address: &str| {
+        vec![
+            format!("link add vx type vxlan id 99 dstport 4790 local {own} remote {other} dev eth0"),
+            format!("addr add {address}/30 dev vx"),
+            "link set vx up".to_owned(),
+        ]
+    };
+    let mut lines = device(node.ipv4(), gateway.ipv4(), "172.31.0.1");
+    lines.push("route add default via 172.31.0.2 table 100".into());
+    lines.push(format!("rule add from {pods} iif eth0 lookup main priority 99"));
+    lines.push(format!("rule add from {pods} lookup 100 priority 100"));
+    lines.push(format!("rule add to {pods} lookup main priority 98"));
+    node.ip_batch(&lines);
+    // Translated on the gateway alone; the tracking of connections stays, as on any node of a cluster.
+    node.run(["iptables", "-t", "nat", "-F", "POSTROUTING"]);
+    let mut lines = device(gateway.ipv4(), node.ipv4(), "172.31.0.2");
+    lines.push(format!("route replace {pods} via 172.31.0.1"));
+    gateway.ip_batch(&lines);
+    gateway.nft(&format!(
+        "table ip gateway {{ chain post {{ type nat hook postrouting priority 99; ip saddr {pods} oif eth0 masquerade; }}; }}"
+    ));
+    node.set_conflist(lab.plain_conflist("b1"));
+    let pod = lab.add_pod("b1", "bare", "client", &[]);
+    assert_eq!(pod.who(EXT4).ok(), Some(IpAddr::from(gateway.ipv4())), "the bare way leads through the gateway");
+    pod
+}
+
+/// What the outside host serves: iperf3, and a port that takes connections and closes them.
+struct Service {
+    iperf: Child,
+    listener: Arc<TcpListener>,
+}
+
+impl Service {
+    fn start(lab: &Lab) -> Service {
+        let host = lab.host("ext");
+        let mut command = Command::new("iperf3");
+        command.args(["-s", "-p", &IPERF.to_string()]).stdout(Stdio::null()).stderr(Stdio::null());
+        let iperf = host.spawn(&mut command).expect("iperf3; tests/setup.sh installs it");
+        let listener = Arc::new(host.within(|| TcpListener::bind((Ipv4Addr::UNSPECIFIED, PORT))).expect("listen"));
+        for _ in 0..CLIENTS {
+            let listener = Arc::clone(&listener);
+            thread::spawn(move || while listener.accept().is_ok() {});
+        }
+        let up = || host.within(|| TcpStream::connect((Ipv4Addr::LOCALHOST, IPERF)).is_ok());
+        lab.wait_until("iperf3 listens", Duration::from_secs(5), up);
+        Service { iperf, listener }
+    }
+}
+
+impl Drop for Service {
+    fn drop(&mut self) {
+        let _ = self.iperf.kill();
+        let _ = self.iperf.wait();
+        let _ = nix::sys::socket::shutdown(
+            std::os::fd::AsRawFd::as_raw_fd(&*self.listener),
+            nix::sys::socket::Shutdown::Both,
+        );
+    }
+}
+
+/// Bits a second that arrived.
+fn throughput(pod: &Pod, streams: usize) -> f64 {
+    let text = pod.run([
+        "iperf3",
+        "-c",
+        &EXT4.to_string(),
+        "-p",
+        &IPERF.to_string(),
+        "-t",
+        &SECONDS.to_string(),
+        "-P",
+        &streams.to_string(),
+        "-J",
+    ]);
+    let report: Value = serde_json::from_str(&text).expect("iperf3's JSON");
+    report["end"]["sum_received"]["bits_per_second"].as_f64().unwrap_or_else(|| panic!("no figure in {text}"))
+}
+
+/// Connections a second: made, and reset at once, so that no port waits.
+fn connections(pod: &Pod) -> f64 {
+    let (door, ends, count): (Door, AtomicBool, Mutex<u64>) = (pod.door(), AtomicBool::new(false), Mutex::new(0));
+    let begin = Instant::now();
+    thread::scope(|scope| {
+        for _ in 0..CLIENTS {
+            scope.spawn(|| {
+                door.enter();
+                let mut own = 0;
+                while !ends.load(Ordering::Relaxed) {
+                    let stream = TcpStream::connect(SocketAddr::from((EXT4, PORT))).expect("a connection");
+                    setsockopt(&stream, sockopt::Linger, &libc::linger { l_onoff: 1, l_linger: 0 }).expect("SO_LINGER");
+                    own += 1;
+                }
+                *count.lock().expect("a lock") += own;
+            });
+        }
+        thread::sleep(Duration::from_secs(SECONDS));
+        ends.store(true, Ordering::Relaxed);
+    });
+    count.into_inner().expect("a lock") as f64 / begin.elapsed().as_secs_f64()
+}
