@@ -7,20 +7,8 @@ use lab::{EGRESS4, EGRESS6, EXT4, Lab, Node, Pod, SERVERS, Session, VISITOR, man
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use std::net::IpAddr;
-use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::thread;
 use std::time::{Duration, Instant};
-
-/// A thousand paths keep every processor busy, and the other tests have limits of time.
-static MACHINE: RwLock<()> = RwLock::new(());
-
-fn together() -> RwLockReadGuard<'static, ()> {
-    MACHINE.read().unwrap_or_else(PoisonError::into_inner)
-}
-
-fn alone() -> RwLockWriteGuard<'static, ()> {
-    MACHINE.write().unwrap_or_else(PoisonError::into_inner)
-}
 
 /// The nodes that have the scene's IPv4 address.
 fn holders(lab: &Lab) -> Vec<String> {
@@ -132,7 +120,6 @@ fn answered_after(pod: &Pod, begin: Instant) -> Duration {
 
 #[test]
 fn a_gateway_loses_its_link_connections_live_on_and_it_gets_nothing_back() {
-    let _turn = together();
     let lab = Lab::scene();
     let (owner, other) = owner_and_other(&lab);
     let pods = pods(&lab, &other);
@@ -166,7 +153,6 @@ fn a_gateway_loses_its_link_connections_live_on_and_it_gets_nothing_back() {
 
 #[test]
 fn a_daemon_that_dies_moves_nothing() {
-    let _turn = together();
     let lab = Lab::scene();
     let (owner, other) = owner_and_other(&lab);
     let pods = pods(&lab, &other);
@@ -188,7 +174,6 @@ fn a_daemon_that_dies_moves_nothing() {
 
 #[test]
 fn with_all_gateways_dead_nothing_leaves_and_the_first_one_back_serves() {
-    let _turn = together();
     let lab = Lab::scene();
     let pods = ["n1", "n2"].map(|n| lab.add_pod(n, "shop", &format!("visitor-{n}"), VISITOR));
     let (owner, other) = owner_and_other(&lab);
@@ -214,7 +199,6 @@ fn with_all_gateways_dead_nothing_leaves_and_the_first_one_back_serves() {
 
 #[test]
 fn a_gateway_that_was_frozen_gives_up_what_was_taken_over_as_soon_as_it_is_back() {
-    let _turn = together();
     let lab = Lab::scene();
     let (owner, other) = owner_and_other(&lab);
     let pods = pods(&lab, &other);
@@ -239,7 +223,6 @@ fn a_gateway_that_was_frozen_gives_up_what_was_taken_over_as_soon_as_it_is_back(
 
 #[test]
 fn a_gateway_that_was_cut_off_with_its_daemon_awake_gives_up_what_was_taken_over() {
-    let _turn = together();
     let lab = Lab::scene();
     let (owner, other) = owner_and_other(&lab);
     let pods = pods(&lab, &other);
@@ -259,7 +242,6 @@ fn a_gateway_that_was_cut_off_with_its_daemon_awake_gives_up_what_was_taken_over
 
 #[test]
 fn a_gateway_that_only_the_other_gateway_does_not_see_keeps_its_address() {
-    let _turn = together();
     let lab = Lab::scene();
     let (owner, other) = owner_and_other(&lab);
     let pods = pods(&lab, &owner);
@@ -281,7 +263,6 @@ fn a_gateway_that_only_the_other_gateway_does_not_see_keeps_its_address() {
 
 #[test]
 fn a_gateway_that_one_director_does_not_see_keeps_its_address_and_serves_the_others() {
-    let _turn = together();
     let lab = Lab::scene();
     let (owner, _) = owner_and_other(&lab);
     let [apart, n2] = ["n1", "n2"].map(|n| lab.add_pod(n, "shop", &format!("visitor-{n}"), VISITOR));
@@ -304,7 +285,6 @@ fn a_gateway_that_one_director_does_not_see_keeps_its_address_and_serves_the_oth
 
 #[test]
 fn a_directors_link_that_flaps_moves_nothing_and_breaks_nothing() {
-    let _turn = together();
     let lab = Lab::scene();
     let (owner, other) = owner_and_other(&lab);
     let pods = pods(&lab, &other);
@@ -325,7 +305,6 @@ fn a_directors_link_that_flaps_moves_nothing_and_breaks_nothing() {
 
 #[test]
 fn an_address_that_somebody_removes_by_hand_is_back_within_a_second() {
-    let _turn = together();
     let lab = Lab::scene();
     let (owner, _) = owner_and_other(&lab);
     for address in [IpAddr::from(EGRESS4), EGRESS6.into()] {
@@ -342,7 +321,6 @@ fn an_address_that_somebody_removes_by_hand_is_back_within_a_second() {
 
 #[test]
 fn an_address_that_a_stranger_has_is_not_taken_until_the_stranger_has_gone() {
-    let _turn = together();
     let lab = Lab::scene();
     let ext = lab.host("ext");
     ext.ip_batch(&["addr add 192.0.2.57/32 dev eth0".into(), "addr add 2001:db8::57/128 dev eth0 nodad".into()]);
@@ -362,7 +340,6 @@ fn an_address_that_a_stranger_has_is_not_taken_until_the_stranger_has_gone() {
 
 #[test]
 fn of_three_gateways_two_die_one_after_the_other() {
-    let _turn = together();
     use lab::{NodeSpec, Pods::Routed};
     let nodes = ["n1", "g1", "g2", "g3"].into_iter().zip([11, 21, 22, 23]);
     let nodes = nodes.map(|(name, last)| match name {
@@ -395,7 +372,6 @@ fn label(lab: &Lab, node: &str, labels: &[(&str, &str)]) {
 
 #[test]
 fn a_gateway_that_is_drained_or_taken_out_is_left_without_a_pause() {
-    let _turn = together();
     let lab = Lab::scene();
     let (owner, other) = owner_and_other(&lab);
     let pods = ["n1", "n2", &owner, &other].map(|n| lab.add_pod(n, "shop", &format!("visitor-{n}"), VISITOR));
@@ -430,7 +406,6 @@ fn a_gateway_that_is_drained_or_taken_out_is_left_without_a_pause() {
 
 #[test]
 fn a_path_is_moved_by_hand() {
-    let _turn = together();
     let lab = Lab::scene();
     let (owner, other) = owner_and_other(&lab);
     let pods = ["n1", "n2"].map(|n| lab.add_pod(n, "shop", &format!("visitor-{n}"), VISITOR));
@@ -453,7 +428,6 @@ fn a_path_is_moved_by_hand() {
 
 #[test]
 fn a_thousand_paths_move_at_once() {
-    let _turn = alone();
     const PATHS: u32 = 1000;
     let lab = Lab::builder().build();
     // Addresses beyond the nodes' network: who asks for them is on the link all the same.

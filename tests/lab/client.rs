@@ -66,12 +66,14 @@ impl Host {
             IpAddr::V4(_) => (AddressFamily::Inet, SockProtocol::Icmp, 8),
             IpAddr::V6(_) => (AddressFamily::Inet6, SockProtocol::IcmpV6, 128),
         };
-        let fd = self.within(|| socket(family, SockType::Datagram, SockFlag::SOCK_CLOEXEC, protocol))?;
-        let socket = UdpSocket::from(fd);
-        socket.connect((server, 0))?;
-        socket.set_read_timeout(Some(FIRST_PACKET))?;
-        socket.send(&[request, 0, 0, 0, 0, 0, 0, 1, b'?'])?;
-        socket.recv(&mut [0; 64]).map(drop)
+        machine::asked(|| {
+            let fd = self.within(|| socket(family, SockType::Datagram, SockFlag::SOCK_CLOEXEC, protocol))?;
+            let socket = UdpSocket::from(fd);
+            socket.connect((server, 0))?;
+            socket.set_read_timeout(Some(FIRST_PACKET))?;
+            socket.send(&[request, 0, 0, 0, 0, 0, 0, 1, b'?'])?;
+            socket.recv(&mut [0; 64]).map(drop)
+        })
     }
 
     /// A UDP socket inside the host, connected to `server`.
