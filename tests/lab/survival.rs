@@ -1,0 +1,36 @@
+//! Sessions that are to outlive what a test does to gateways.
+
+use super::{Pod, SERVERS, Session};
+use std::time::Duration;
+
+/// A session of each pod with the server, both ways, with a name for each.
+pub fn sessions(pods: &[Pod]) -> Vec<(String, Session)> {
+    let open = |p: &Pod| SERVERS.map(|s| (format!("{} to {s}", p.name), p.session(s).expect("a session")));
+    pods.iter().flat_map(open).collect()
+}
+
+/// Panics if a session broke; prints how long each was silent, and returns the longest silence.
+#[track_caller]
+pub fn assert_live(what: &str, sessions: Vec<(String, Session)>) -> Duration {
+    let mut longest = Duration::ZERO;
+    let mut broken = Vec::new();
+    for (name, session) in sessions {
+        let report = session.stop();
+        println!("{what}: {name}: silent for {:?} of {} rounds", report.longest_silence, report.rounds);
+        longest = longest.max(report.longest_silence);
+        if report.broken.is_some() {
+            broken.push((name, report));
+        }
+    }
+    assert!(broken.is_empty(), "{what}: {broken:#?}");
+    longest
+}
+
+/// Panics if it took much longer than it should on a machine that does nothing else, in milliseconds. Tests run side by
+/// side, on machines that others share: what is promised is for a measurement to show, and a test must not fail because
+/// a processor was busy.
+#[track_caller]
+pub fn assert_short(took: Duration, alone: u64) {
+    let allowed = Duration::from_millis(4 * alone + 500);
+    assert!(took < allowed, "{took:?}, and not {alone} ms, nor {allowed:?} on a busy machine");
+}
