@@ -2,8 +2,14 @@
 
 mod lab;
 
-use lab::{EGRESS4, EGRESS6, EXT4, FAR4, FAR6, Lab, Node, Pod, VISITOR, manifests};
-use std::net::IpAddr;
+use lab::mishaps::owner_and_other;
+use lab::scene::assert_leaves_by_egress;
+use lab::server::{ECHO, UDP_WHO};
+use lab::{EGRESS4, EGRESS6, EXT4, EXT6, FAR4, FAR6, Lab, Node, Pod, SERVERS, VISITOR, manifests};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, SockaddrIn, bind, connect, socket};
+use std::io::ErrorKind;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4, UdpSocket};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::time::Duration;
 
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -102,4 +108,78 @@ fn egress_addresses_go_with_the_label_that_makes_a_node_a_gateway() {
     lab.wait_seen_as(&pod, EGRESS4);
     lab.wait_seen_as(&pod, EGRESS6);
     lab.assert_nothing_leaked();
+}
+
+#[test]
+fn egress_addresses_answer_ping_where_the_gateway_says_so() {
+    let lab = Lab::scene();
+    let pods = ["n1", "g1", "g2"].map(|n| lab.add_pod(n, "shop", &format!("visitor-{n}"), VISITOR));
+    let ext = lab.host("ext");
+    let answered = || [EGRESS4.into(), EGRESS6.into()].map(|address: IpAddr| ext.ping(address).is_ok());
+    assert_eq!(answered(), [false, false]);
+    lab.write_manifest("gateway.yaml", &gateway_with("  answerPing: true\n"));
+    lab.wait_for("answers to ping:", &[true, true], answered);
+    for address in [IpAddr::from(EGRESS4), EGRESS6.into()] {
+        let other = ext.who_at(SocketAddr::new(address, 22));
+        assert_eq!(other.map_err(|e| e.kind()), Err(ErrorKind::TimedOut), "nothing else is answered");
+    }
+    for pod in &pods {
+        assert_leaves_by_egress(pod);
+        for server in SERVERS {
+            pod.ping(server).unwrap_or_else(|e| panic!("{} pings {server}: {e}", pod.name));
+        }
+    }
+    lab.write_manifest("gateway.yaml", &gateway_with(""));
+    lab.wait_for("answers to ping:", &[false, false], answered);
+    lab.assert_nothing_leaked();
+}
+
+/// A UDP socket of the pod's with this port, to which the server has answered.
+fn udp_from(pod: &Pod, port: u16, server: IpAddr) -> UdpSocket {
+    let own: IpAddr = if server.is_ipv4() { pod.ipv4().into() } else { pod.ipv6().into() };
+    let socket = pod.within(|| UdpSocket::bind((own, port))).expect("a port");
+    socket.connect((server, UDP_WHO)).expect("a route");
+    socket.set_read_timeout(Some(Duration::from_secs(3))).expect("a timeout");
+    for _ in 0..3 {
+        socket.send(b"who").expect("send");
+        socket.recv(&mut [0; 64]).unwrap_or_else(|e| panic!("{} from port {port} to {server}: {e}", pod.name));
+    }
+    socket
+}
+
+/// A TCP connection of the pod's from this port.
+fn tcp_from(pod: &Pod, port: u16) -> OwnedFd {
+    let made = pod.within(|| socket(AddressFamily::Inet, SockType::Stream, SockFlag::SOCK_CLOEXEC, None));
+    let stream = made.expect("a socket");
+    bind(stream.as_raw_fd(), &SockaddrIn::from(SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, port))).expect("a port");
+    let server = SockaddrIn::from(SocketAddrV4::new(EXT4, ECHO));
+    connect(stream.as_raw_fd(), &server).unwrap_or_else(|e| panic!("{} from port {port}: {e}", pod.name));
+    stream
+}
+
+#[test]
+fn a_connection_whose_port_another_one_has_gets_another_and_is_counted() {
+    let lab = Lab::scene();
+    let [one, two] = ["n1", "n2"].map(|n| lab.add_pod(n, "shop", &format!("visitor-{n}"), VISITOR));
+    let (owner, _) = owner_and_other(&lab);
+    let counted = || lab.metrics(&owner).get("egret_node_other_port_connections_total", &[]).expect("a counter");
+    let before = counted();
+    // Below those that the kernel chooses itself, which are in use for others.
+    let ports = [7, 600, 1023, 4096, 5555, 21_845, 32_767];
+    let mut open = Vec::new();
+    for port in ports {
+        open.extend([EXT4.into(), EXT6.into()].map(|server| udp_from(&one, port, server)));
+    }
+    let stream = tcp_from(&one, 5555);
+    open.extend([EXT4.into(), EXT6.into()].map(|server| udp_from(&two, 5556, server)));
+    assert_eq!(counted() - before, 0.0, "each has its port");
+    for (n, port) in (1..).zip(ports) {
+        open.extend([EXT4.into(), EXT6.into()].map(|server| udp_from(&two, port, server)));
+        assert_eq!(counted() - before, f64::from(2 * n), "port {port}");
+    }
+    let other = tcp_from(&two, 5555);
+    assert_eq!(counted() - before, f64::from(2 * 7 + 1));
+    let dropped = lab.metrics(&owner).get("egret_node_dropped_packets_total", &[("reason", "other_port")]);
+    assert_eq!(dropped, None, "nothing is lost by it");
+    drop((stream, other, open));
 }

@@ -25,6 +25,7 @@ fn path(state: PathState, last: u8) -> Path {
         state,
         member: true,
         managed: true,
+        answers_ping: false,
         translates: true,
         handed_by: None,
         placing: Placing::Never,

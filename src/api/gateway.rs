@@ -44,6 +44,11 @@ pub struct EgressGatewaySpec {
     /// Whether policies that name no gateway use this one. At most one gateway should say so.
     #[serde(default)]
     pub default: bool,
+    /// Whether nodes answer ICMP and ICMPv6 echo requests (ping) to the addresses that they hold. Without it nothing
+    /// that comes to an egress address is answered, but what belongs to a pod's connection. Of use with
+    /// `placement: Managed` alone: an address that Egret does not place is the node's to answer for.
+    #[serde(default)]
+    pub answer_ping: bool,
     /// The namespaces whose policies may use this gateway. Default: all.
     #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "super::selector::optional")]
     pub namespace_selector: Option<LabelSelector>,

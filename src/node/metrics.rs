@@ -40,6 +40,7 @@ pub struct Metrics {
     pods: Family<State, Gauge>,
     paths: Family<State, Gauge>,
     dropped: Family<Reason, Counter>,
+    other_ports: Counter,
     path_packets: Family<PathLabels, Counter>,
     path_bytes: Family<PathLabels, Counter>,
     requests: Family<VerbLabel, Histogram>,
@@ -48,6 +49,7 @@ pub struct Metrics {
     changes: Counter,
     /// What the kernel's counters said last; they start again when their table or element does.
     drops_seen: BTreeMap<String, u64>,
+    other_ports_seen: u64,
     paths_seen: BTreeMap<PathLabels, Count>,
 }
 
@@ -62,6 +64,7 @@ impl Metrics {
             pods: Family::default(),
             paths: Family::default(),
             dropped: Family::default(),
+            other_ports: Counter::default(),
             path_packets: Family::default(),
             path_bytes: Family::default(),
             requests: Family::new_with_constructor(seconds),
@@ -69,6 +72,7 @@ impl Metrics {
             errors: Counter::default(),
             changes: Counter::default(),
             drops_seen: BTreeMap::new(),
+            other_ports_seen: 0,
             paths_seen: BTreeMap::new(),
         };
         let mut registry = Registry::with_prefix("egret_node");
@@ -78,6 +82,11 @@ impl Metrics {
             "dropped_packets",
             "Packets dropped, by reason; leaked: they had a path and were about to leave another way",
             metrics.dropped.clone(),
+        );
+        registry.register(
+            "other_port_connections",
+            "Connections that left this node from another port than their pod's: one with the same address had it",
+            metrics.other_ports.clone(),
         );
         let packets = "Packets by path, as a director (of this node's pods) and as a gateway (of others')";
         registry.register("path_packets", packets, metrics.path_packets.clone());
@@ -147,6 +156,8 @@ impl Metrics {
             let seen = self.drops_seen.insert(reason.clone(), count.packets).unwrap_or(0);
             self.dropped.get_or_create(&Reason { reason: reason.clone() }).inc_by(since(seen, count.packets));
         }
+        let seen = std::mem::replace(&mut self.other_ports_seen, counts.other_ports.packets);
+        self.other_ports.inc_by(since(seen, counts.other_ports.packets));
         let roles = [("director", &counts.sent), ("gateway", &counts.forwarded)];
         for (role, paths) in roles {
             for (path, count) in paths {

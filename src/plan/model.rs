@@ -163,10 +163,14 @@ pub struct Gateway {
     pub interface: Option<Box<str>>,
     /// The router to leave through.
     pub next_hop: AddressPair,
+    /// Whether nodes answer echo requests to its addresses.
+    pub answer_ping: bool,
     /// Whether it is the default gateway.
     pub default: bool,
     /// The namespaces whose policies may use it.
     pub namespaces: Selector,
+    /// Whether its paths are to be spread evenly over its nodes, by [`REBALANCE`].
+    pub rebalance: bool,
     /// `metadata.generation`.
     pub generation: Option<i64>,
     /// Which writing of the object this is, `metadata.resourceVersion`, where the source gives one and the reader
@@ -220,6 +224,10 @@ pub struct Policy {
 /// An annotation of a policy: the node of its gateway that its path is to be moved to.
 pub const MOVE_TO: &str = "egret.dev/move-to";
 
+/// An annotation of a gateway: with the value `"true"`, paths are moved until each of its nodes has as many as the
+/// others, and again when that is so no longer.
+pub const REBALANCE: &str = "egret.dev/rebalance";
+
 /// The namespaces that a policy reaches.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Namespaces {
@@ -272,6 +280,8 @@ pub struct Metadata {
     pub generation: Option<i64>,
     /// The annotation [`MOVE_TO`].
     pub move_to: Option<Name>,
+    /// The annotation [`REBALANCE`].
+    pub rebalance: bool,
 }
 
 impl Gateway {
@@ -306,11 +316,13 @@ impl Gateway {
             placement: spec.placement,
             interface: spec.interface.as_deref().map(Into::into),
             next_hop: spec.next_hop.clone().unwrap_or_default(),
+            answer_ping: spec.answer_ping,
             default: spec.default,
             namespaces: match &spec.namespace_selector {
                 Some(s) => selector("namespaceSelector", s)?,
                 None => Selector::default(),
             },
+            rebalance: meta.rebalance,
             generation: meta.generation,
             version: None,
             status: EgressGatewayStatus::default(),

@@ -46,6 +46,8 @@ pub struct Path {
     /// Whether this node translates what comes for it. A member does so before it owns the path and while it takes it
     /// over, so that nothing but the address is missing; not if the address is somebody else's.
     pub translates: bool,
+    /// Whether this node answers echo requests to the address while it has it.
+    pub answers_ping: bool,
     /// The node that holds it until this one does, if it is being moved here on purpose.
     pub handed_by: Option<Mac>,
     /// What becomes of the address on this node.
@@ -279,6 +281,7 @@ impl Scene<'_> {
             member,
             managed,
             handed_by: from.and_then(|old| self.ends.get(old)).map(|(mac, _)| *mac),
+            answers_ping: managed && gateway.answer_ping,
             translates: member && if managed { !refused } else { !unready },
             placing,
             by_ledger,

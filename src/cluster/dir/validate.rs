@@ -220,7 +220,8 @@ pub(in crate::cluster) fn times(meta: &Metadata) -> Result<model::Metadata, Faul
             Fault::field("metadata.creationTimestamp", message)
         })?),
     };
-    let move_to = match meta.annotations.as_ref().and_then(|all| all.get(model::MOVE_TO)).map(String::as_str) {
+    let annotation = |key: &str| meta.annotations.as_ref().and_then(|all| all.get(key)).map(String::as_str);
+    let move_to = match annotation(model::MOVE_TO) {
         None | Some("") => None,
         Some(node) if is_subdomain(node) => Some(node.into()),
         Some(other) => {
@@ -228,7 +229,8 @@ pub(in crate::cluster) fn times(meta: &Metadata) -> Result<model::Metadata, Faul
             return Err(Fault::field(at, format!("{other:?} {NOT_A_NAME}")));
         }
     };
-    Ok(model::Metadata { created: created.map(|t| t.as_second()), generation: meta.generation, move_to })
+    let rebalance = annotation(model::REBALANCE) == Some("true");
+    Ok(model::Metadata { created: created.map(|t| t.as_second()), generation: meta.generation, move_to, rebalance })
 }
 
 const NOT_A_NAME: &str = "cannot be a name; names have lower-case letters, digits, '-' and '.', begin and end with a \

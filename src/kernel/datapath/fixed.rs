@@ -1,6 +1,7 @@
 //! The chains that are the same on every node. Each rule costs every packet that comes to it, so what most packets have
 //! nothing to do with is a chain of its own, behind one rule.
 
+use super::sets::PORT_BITS;
 use super::{base, counter, set};
 use crate::kernel::names::{ASKING, DEVICE, HEALTH, HUB_MAC, TUNNEL_PORT};
 use crate::kernel::nft::rule::{Ip, Rule, protocol};
@@ -11,6 +12,8 @@ use crate::plan::marks::Marks;
 /// Types of ICMPv6 messages, RFC 4443.
 const ECHO_REQUEST: u8 = 128;
 const ECHO_REPLY: u8 = 129;
+/// Of an ICMP message, RFC 792.
+const ECHO_REQUEST4: u8 = 8;
 /// What VXLAN's group-based policy carries of a mark. In a request it is the path id, in a reply a peer's index with
 /// bit 15 set, which is no path.
 const WIRE_MASK: u32 = 0xffff;
@@ -39,6 +42,7 @@ pub(super) fn chains(marks: Marks) -> Vec<(&'static str, Chain)> {
         ("srcnat", Chain::new(base("nat", hook::POSTROUTING, 99), srcnat(marks))),
         ("departure", Chain::new(at(hook::POSTROUTING, 300), departure(marks))),
         ("departure-path", Chain::new(None, departure_path(marks))),
+        ("departure-first", Chain::new(None, departure_first())),
         ("departure-tunnel", Chain::new(None, departure_tunnel())),
         ("departure-translated", Chain::new(None, departure_translated())),
     ]
@@ -130,10 +134,17 @@ fn reply_to_peer(marks: Marks) -> Rule {
 }
 
 /// An answer to somebody whom this gateway does not know would reset a connection that has just come here from another
-/// gateway, and an entry in the connection table would take the port that it needs.
+/// gateway, and an entry in the connection table would take the port that it needs. An echo request takes none: it
+/// passes, where the gateway says so and the address is on this node.
 fn unsolicited() -> Vec<Rule> {
+    let asks = |ip| match ip {
+        Ip::V4 => Rule::new().l4(protocol::ICMP).icmp_type(ECHO_REQUEST4),
+        Ip::V6 => Rule::new().l4(protocol::ICMPV6).icmp_type(ECHO_REQUEST),
+    };
+    let ping = |(at, ip)| asks(ip).daddr_in_set(ip, set::PING[at]).daddr_type(RTN_LOCAL).return_();
     let to_egress = |(at, ip)| Rule::new().daddr_in_set(ip, set::EGRESS[at]).counter(counter::UNSOLICITED).drop();
-    Ip::BOTH.into_iter().enumerate().map(to_egress).collect()
+    let each = || Ip::BOTH.into_iter().enumerate();
+    each().map(ping).chain(each().map(to_egress)).collect()
 }
 
 /// What comes out of the tunnel: on a director replies, on a gateway requests, and nodes' questions whether others
@@ -222,7 +233,16 @@ fn departure(marks: Marks) -> Vec<Rule> {
 fn departure_path(marks: Marks) -> Vec<Rule> {
     let mask = marks.path_mask();
     let wrong = |(at, ip)| Rule::new().mark_and_saddr_not_in_set(mask, ip, set::PAIRS[at]);
-    Ip::BOTH.into_iter().enumerate().map(wrong).map(|rule| rule.counter(counter::STALE).drop()).collect()
+    let wrong = Ip::BOTH.into_iter().enumerate().map(wrong).map(|rule| rule.counter(counter::STALE).drop());
+    wrong.chain([Rule::new().ct_unconfirmed().goto("departure-first")]).collect()
+}
+
+/// The first packet of a connection, whose port another one may have had.
+fn departure_first() -> Vec<Rule> {
+    let other = |protocol, mask| Rule::new().l4(protocol).ports_not_in_set(mask, set::SAME_PORT);
+    let each = [protocol::TCP, protocol::UDP, protocol::SCTP].into_iter();
+    let rules = each.flat_map(|protocol| PORT_BITS.map(|mask| other(protocol, mask)));
+    rules.map(|rule| rule.counter(counter::OTHER_PORT).accept()).collect()
 }
 
 /// Into the tunnel: the path's id goes into the mark, whose low 16 bits VXLAN's group-based policy carries to the other

@@ -42,6 +42,9 @@ pub mod counter {
     pub const STALE: &str = "stale";
     /// A packet to an egress address that belongs to no connection.
     pub const UNSOLICITED: &str = "unsolicited";
+    /// Nothing was dropped: a connection left this node from another port than its pod's, which another connection
+    /// with the same address had.
+    pub const OTHER_PORT: &str = "other_port";
     /// A packet in the tunnel device for whose path no node is known.
     pub const NO_HOP: &str = "no_hop";
 }
@@ -72,6 +75,10 @@ pub mod set {
     pub const TUNNEL: [&str; 2] = ["tunnel4", "tunnel6"];
     /// Egress addresses that this node's paths may have.
     pub const EGRESS: [&str; 2] = ["egress4", "egress6"];
+    /// Those of them that answer echo requests.
+    pub const PING: [&str; 2] = ["ping4", "ping6"];
+    /// Four bits of a port, wherever they stand in it, and the same again: to see whether two ports differ.
+    pub const SAME_PORT: &str = "same_port";
     /// Egress addresses that are being moved here, to the marks of what is handed over.
     pub const HANDED: &str = "handed";
 }
@@ -137,6 +144,7 @@ fn inet(plan: &NodePlan, shared: &SharedSets, marks: Marks, before: Option<&Made
             counter::UNKNOWN,
             counter::STALE,
             counter::UNSOLICITED,
+            counter::OTHER_PORT,
         ]
         .into(),
         ..Table::default()

@@ -18,6 +18,11 @@ pub struct SharedSets {
     pub(super) sets: BTreeMap<&'static str, Set>,
 }
 
+/// The four places of four bits in a port. nf_tables compares with constants only (two registers: from Linux 6.13 on),
+/// but it looks anything up in a set: and so a set of pairs of equals tells whether two ports are the same, four bits at
+/// a time, lest it be a big one.
+pub(super) const PORT_BITS: [u16; 4] = [0xf000, 0x0f00, 0x00f0, 0x000f];
+
 /// Which peer index each tunnel MAC has on this node.
 pub type PeerIndexes = BTreeMap<Mac, u16>;
 
@@ -70,9 +75,12 @@ pub fn shared_sets(view: &View, peers: &PeerIndexes, marks: Marks, before: &Shar
         // Egret's to place serves the node's own connections, too.
         let egress = members().filter(|(_, path)| path.managed).flat_map(|(_, path)| addresses(path));
         let egress = egress.filter(|a| of_family(&a)).map(|a| plain(&a)).collect();
+        let ping = members().filter(|(_, path)| path.answers_ping).flat_map(|(_, path)| addresses(path));
+        let ping = ping.filter(|a| of_family(&a)).map(|a| plain(&a)).collect();
         put(set::SNAT[at], DataType::Mark, Some(address), false, false, snat);
         put(set::PAIRS[at], pair, None, false, false, pairs);
         put(set::EGRESS[at], address, None, false, false, egress);
+        put(set::PING[at], address, None, false, false, ping);
         let mut direct = Elements::new();
         for range in view.networks.direct.iter().filter(|r| of_family(&&r.first)) {
             direct.insert(range.first.into(), Data::None);
@@ -92,5 +100,23 @@ pub fn shared_sets(view: &View, peers: &PeerIndexes, marks: Marks, before: &Shar
         let sources = view.tunnel_sources();
         put(set::TUNNEL[at], address, None, false, false, sources.iter().filter(of_family).map(plain).collect());
     }
+    put(
+        set::SAME_PORT,
+        DataType::Ports,
+        None,
+        false,
+        false,
+        if paths.is_gateway { same_port() } else { Elements::new() },
+    );
     SharedSets { sets }
+}
+
+/// Each four bits that a port can have in one of four places, twice, each padded to four bytes.
+fn same_port() -> Elements {
+    let bits = PORT_BITS.iter().flat_map(|mask| (0..16).map(move |bits: u16| mask & (bits * 0x1111)));
+    let twice = bits.map(|bits| {
+        let [high, low] = bits.to_be_bytes();
+        (Key::from([high, low, 0, 0].repeat(2).as_slice()), Data::None)
+    });
+    twice.collect()
 }

@@ -124,6 +124,8 @@ pub enum DataType {
     MarkIpv4,
     /// A mark and an IPv6 address.
     MarkIpv6,
+    /// Two ports.
+    Ports,
 }
 
 impl DataType {
@@ -137,6 +139,7 @@ impl DataType {
             DataType::Verdict => NFT_DATA_VERDICT,
             DataType::MarkIpv4 => 19 << 6 | 7,
             DataType::MarkIpv6 => 19 << 6 | 8,
+            DataType::Ports => 13 << 6 | 13,
         }
     }
 
@@ -154,7 +157,7 @@ impl DataType {
         match self {
             DataType::Ipv4 | DataType::Mark => 4,
             DataType::Ether => 6,
-            DataType::MarkIpv4 => 8,
+            DataType::MarkIpv4 | DataType::Ports => 8,
             DataType::Ipv6 => 16,
             DataType::MarkIpv6 => 20,
             DataType::Verdict => 0,

@@ -132,11 +132,13 @@ pub const NFTA_RT_KEY: u16 = 2;
 pub const NFT_RT_TCPMSS: u32 = 3;
 pub const NFTA_CT_DREG: u16 = 1;
 pub const NFTA_CT_KEY: u16 = 2;
+pub const NFTA_CT_DIRECTION: u16 = 3;
 pub const NFTA_CT_SREG: u16 = 4;
 pub const NFT_CT_STATE: u32 = 0;
 pub const NFT_CT_DIRECTION: u32 = 1;
 pub const NFT_CT_STATUS: u32 = 2;
 pub const NFT_CT_MARK: u32 = 3;
+pub const NFT_CT_PROTO_SRC: u32 = 11;
 pub const NFTA_COUNTER_BYTES: u16 = 1;
 pub const NFTA_COUNTER_PACKETS: u16 = 2;
 pub const NFTA_NAT_TYPE: u16 = 1;
@@ -163,6 +165,7 @@ pub const CT_STATE_RELATED: u32 = 4;
 pub const CT_STATE_NEW: u32 = 8;
 
 /// include/uapi/linux/netfilter/nf_conntrack_common.h, `enum ip_conntrack_status`.
+pub const IPS_CONFIRMED: u32 = 1 << 3;
 pub const IPS_SRC_NAT: u32 = 1 << 4;
 
 /// include/uapi/linux/rtnetlink.h

@@ -265,10 +265,11 @@ impl Host {
         Ok(changes)
     }
 
-    /// What the kernel has counted: packets that were dropped, by reason, and what went by each path, as a director
-    /// and as a gateway.
+    /// What the kernel has counted: packets that were dropped, by reason, ports that were taken, and what went by each
+    /// path, as a director and as a gateway.
     pub fn counts(&mut self) -> Result<Counts> {
         let mut counts = Counts { drops: self.nft.counters(datapath::INET)?, ..Counts::default() };
+        counts.other_ports = counts.drops.remove(datapath::counter::OTHER_PORT).unwrap_or_default();
         counts.drops.extend(self.nft.counters(datapath::NETDEV)?);
         for (set, into) in [(datapath::set::PATH_OUT, &mut counts.sent), (datapath::set::RX, &mut counts.forwarded)] {
             for (key, count) in self.nft.element_counters(datapath::INET, set)? {
@@ -315,6 +316,8 @@ impl Host {
 pub struct Counts {
     /// Dropped packets by the names in [`datapath::counter`].
     pub drops: BTreeMap<String, Count>,
+    /// First packets of connections that left from another port than their pod's.
+    pub other_ports: Count,
     /// What this node's pods sent, by path.
     pub sent: Vec<(PathId, Count)>,
     /// What other nodes' pods sent through this gateway, by path.

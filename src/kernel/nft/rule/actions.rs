@@ -28,7 +28,7 @@ impl Rule {
 
     /// `meta mark set meta mark xor VALUE`
     pub fn flip_mark(self, value: u32) -> Self {
-        self.load_meta(NFT_META_MARK, R1).bitwise(&[0xff; 4], &value.to_ne_bytes()).store_mark(R1)
+        self.load_meta(NFT_META_MARK, R1).bitwise(R1, &[0xff; 4], &value.to_ne_bytes()).store_mark(R1)
     }
 
     /// `ct mark set VALUE`

@@ -160,6 +160,26 @@ impl Rule {
         loaded.compare(5, &first.to_be_bytes()).compare(3, &last.to_be_bytes())
     }
 
+    /// `ct status ! confirmed`: it is the connection's first packet.
+    pub fn ct_unconfirmed(self) -> Self {
+        self.load_ct(NFT_CT_STATUS).and(&IPS_CONFIRMED.to_ne_bytes()).equals(&[0; 4])
+    }
+
+    /// `ct original proto-src and MASK . th sport and MASK != @SET`, for a rule that has matched the protocol.
+    pub fn ports_not_in_set(self, mask: u16, set: &str) -> Self {
+        let mask = mask.to_be_bytes();
+        self.expression("ct", |d| {
+            d.be32(NFTA_CT_KEY, NFT_CT_PROTO_SRC);
+            d.be32(NFTA_CT_DREG, R1);
+            // IP_CT_DIR_ORIGINAL
+            d.attribute(NFTA_CT_DIRECTION, &[0]);
+        })
+        .and(&mask)
+        .load_payload(NFT_PAYLOAD_TRANSPORT_HEADER, OFFSET_SPORT, 2, R1_SECOND_WORD)
+        .bitwise(R1_SECOND_WORD, &mask, &[0; 2])
+        .lookup(set, R1, None, true)
+    }
+
     /// `icmp type TYPE` or `icmpv6 type TYPE`, for a rule that has matched the protocol.
     pub fn icmp_type(self, kind: u8) -> Self {
         self.load_payload(NFT_PAYLOAD_TRANSPORT_HEADER, OFFSET_ICMP_TYPE, 1, R1).equals(&[kind])

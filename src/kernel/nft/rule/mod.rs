@@ -22,6 +22,7 @@ const OFFSET_DADDR4: u32 = 16;
 const OFFSET_SADDR6: u32 = 8;
 const OFFSET_DADDR6: u32 = 24;
 const OFFSET_HOP_LIMIT: u32 = 7;
+const OFFSET_SPORT: u32 = 0;
 const OFFSET_DPORT: u32 = 2;
 const OFFSET_TCP_FLAGS: u32 = 13;
 const OFFSET_ICMP_TYPE: u32 = 0;
@@ -31,6 +32,8 @@ const IFNAMSIZ: usize = 16;
 
 /// Numbers of IP protocols, <https://www.iana.org/assignments/protocol-numbers>.
 pub mod protocol {
+    /// ICMP.
+    pub const ICMP: u8 = 1;
     /// TCP.
     pub const TCP: u8 = 6;
     /// UDP.
@@ -133,13 +136,13 @@ impl Rule {
     }
 
     fn and(self, mask: &[u8]) -> Self {
-        self.bitwise(mask, &vec![0; mask.len()])
+        self.bitwise(R1, mask, &vec![0; mask.len()])
     }
 
-    fn bitwise(self, mask: &[u8], xor: &[u8]) -> Self {
+    fn bitwise(self, register: u32, mask: &[u8], xor: &[u8]) -> Self {
         self.expression("bitwise", |d| {
-            d.be32(NFTA_BITWISE_SREG, R1);
-            d.be32(NFTA_BITWISE_DREG, R1);
+            d.be32(NFTA_BITWISE_SREG, register);
+            d.be32(NFTA_BITWISE_DREG, register);
             d.be32(NFTA_BITWISE_LEN, mask.len() as u32);
             d.nested(NFTA_BITWISE_MASK, |v| v.attribute(NFTA_DATA_VALUE, mask));
             d.nested(NFTA_BITWISE_XOR, |v| v.attribute(NFTA_DATA_VALUE, xor));
