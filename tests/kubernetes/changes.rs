@@ -123,3 +123,23 @@ fn a_node_tells_which_networks_are_inside() {
     let seen = lab.sources("10.96.7.7".parse::<Ipv4Addr>().expect("an address"));
     assert!(!seen.contains(&std::net::IpAddr::V4(EGRESS4)), "{seen:?}");
 }
+
+#[test]
+fn a_stranger_who_has_a_policys_address_is_told_of() {
+    let lab = Lab::builder().kubernetes().scene();
+    let ext = lab.host("ext");
+    ext.ip_batch(&["addr add 192.0.2.57/32 dev eth0".into()]);
+    let spec = "podSelector: { matchLabels: { app: late } }\n  address: { ipv4: 192.0.2.57 }";
+    lab.write_manifest("late.yaml", &manifests::policy("shop", "late", spec));
+    lab.wait_until("there is an event", PATIENCE, || {
+        events(&lab)
+            .iter()
+            .any(|(reason, note)| reason == "AddressRefused" && note.contains("answers for it on the link"))
+    });
+    let ready = condition(&lab, "shop/late", "Ready").expect("a condition");
+    assert_eq!((&*ready.0, &*ready.1), ("False", "AddressRefused"), "{}", ready.2);
+    ext.ip_batch(&["addr del 192.0.2.57/32 dev eth0".into()]);
+    lab.wait_until("the policy is ready", PATIENCE, || {
+        condition(&lab, "shop/late", "Ready").is_some_and(|c| c.0 == "True")
+    });
+}

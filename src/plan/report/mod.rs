@@ -13,6 +13,10 @@ use crate::api::{EgressPolicyStatus, PathKind, Placement};
 use coverage::Coverage;
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
+/// The reason of a policy that is not ready because its node cannot hold its address: somebody else has it, or the node
+/// has no interface for it.
+const REFUSED: &str = "AddressRefused";
+
 /// Why nodes cannot hold paths, by node and path.
 type Refused<'a> = HashMap<(&'a str, u16), &'a str>;
 
@@ -44,8 +48,8 @@ pub fn report(cluster: &Cluster, outcome: &Outcome, now: i64) -> BTreeMap<Policy
                 let (is_true, reason, mut message) = ready(cluster, &held, &refused, grant);
                 if let Some(wanted) = policy.move_to.as_ref().filter(|wanted| grant.node.as_ref() != Some(wanted)) {
                     message += &format!(
-                        "; {MOVE_TO} asks for node {wanted:?}, which cannot have it: it is no node of the gateway, is \
-                         drained, or a policy with the same path asks for another"
+                        "; {MOVE_TO} asks for node {wanted:?}, which cannot have it now: it is no node of the gateway, \
+                         is drained, does not answer, or a policy with the same path asks for another"
                     );
                 }
                 conditions.add("Ready", is_true, reason, message);
@@ -117,10 +121,10 @@ fn ready(
     if holds(node) {
         return (true, "AddressHeld", format!("node {node:?} holds {address}"));
     }
-    let message = match refused.get(&(&**node, grant.id)) {
-        Some(why) => format!("node {node:?} cannot hold {address}: {why}"),
-        None => format!("node {node:?} does not hold {address} yet; if that lasts, see egretd's log there"),
-    };
+    if let Some(why) = refused.get(&(&**node, grant.id)) {
+        return (false, REFUSED, format!("node {node:?} cannot hold {address}: {why}"));
+    }
+    let message = format!("node {node:?} does not hold {address} yet; if that lasts, see egretd's log there");
     (false, "AddressNotHeld", message)
 }
 

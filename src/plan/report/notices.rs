@@ -1,5 +1,6 @@
 //! What a person should hear of at once, as an event: not every state, but changes to act on or to know of.
 
+use super::REFUSED;
 use crate::api::{Condition, EgressGatewayStatus, EgressPolicyStatus};
 use crate::plan::ledger::in_words;
 
@@ -36,6 +37,10 @@ pub fn of_policy(before: Option<&EgressPolicyStatus>, after: &EgressPolicyStatus
             _ if same => {}
             ("Accepted", "False") => {
                 notices.push(Notice::warning(&condition.reason, format!("refused: {}", condition.message)));
+            }
+            // This does not pass by itself.
+            ("Ready", "False") if condition.reason == REFUSED => {
+                notices.push(Notice::warning(REFUSED, format!("blocked: {}", condition.message)));
             }
             // A policy that begins is not ready for a moment, which is nobody's concern.
             ("Ready", "False") if was.is_some_and(|was| was.status == "True") && condition.reason != "NotAccepted" => {
@@ -109,6 +114,10 @@ mod tests {
             told(None, &new).is_empty() && told(Some(&new), &good).is_empty() && told(Some(&good), &good).is_empty()
         );
         assert_eq!(told(Some(&good), &new), ["AddressNotHeld: blocked: because"]);
+        let stranger = status(&[("Accepted", "True", "Accepted"), ("Ready", "False", REFUSED)], "192.0.2.50", "g1");
+        assert_eq!(told(None, &stranger), ["AddressRefused: blocked: because"]);
+        assert_eq!(told(Some(&new), &stranger), ["AddressRefused: blocked: because"]);
+        assert!(told(Some(&stranger), &stranger).is_empty());
         let refused = status(&[("Accepted", "False", "PoolExhausted"), ("Ready", "False", "NotAccepted")], "::1", "g1");
         assert_eq!(told(None, &refused), ["PoolExhausted: refused: because"]);
         assert!(told(Some(&refused), &refused).is_empty());

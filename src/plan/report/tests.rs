@@ -67,7 +67,7 @@ fn ready_follows_what_the_node_says() {
     let mut node = (*world.cluster.egress_nodes["n1"]).clone();
     node.refused.push(RefusedPath { id, message: "a host answers for it".into() });
     world.cluster.egress_nodes.insert("n1".into(), Arc::new(node));
-    world.assert_condition("a/p", "Ready", "False", "AddressNotHeld", "a host answers for it");
+    world.assert_condition("a/p", "Ready", "False", "AddressRefused", "a host answers for it");
     world.holds("n1", &[id]);
     world.now += 60;
     world.assert_condition("a/p", "Ready", "True", "AddressHeld", "\"n1\"");
