@@ -8,6 +8,7 @@ mod away;
 mod basics;
 mod burst;
 mod changes;
+mod failover;
 mod leaders;
 mod proxy;
 mod refusals;

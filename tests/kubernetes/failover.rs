@@ -1,0 +1,54 @@
+//! Paths move while the API server is away.
+
+use super::lab::mishaps::{answered_after, holders, owner_and_other, plugged};
+use super::lab::scene::{VISITOR, assert_leaves_by_egress};
+use super::lab::survival::{assert_live, assert_short, sessions};
+use super::lab::{EGRESS4, Lab};
+use super::paths;
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// What the API server does when it is away: it refuses connections, or does not answer at all.
+fn paths_move(away: impl Fn(&Lab), back: impl Fn(&Lab)) {
+    let lab = Lab::builder().kubernetes().scene();
+    let (owner, other) = owner_and_other(&lab);
+    let pods = ["n1", "n2", &other].map(|n| lab.add_pod(n, "shop", &format!("visitor-{n}"), VISITOR));
+    let going_on = sessions(&pods);
+    away(&lab);
+    plugged(&lab, &owner, false);
+    let gap = answered_after(&pods[0], Instant::now());
+    println!("new packets are answered after {gap:?}");
+    lab.wait_for("the address is on", &vec![other.clone()], || holders(&lab));
+    pods.iter().for_each(assert_leaves_by_egress);
+    // It is busy with nobody who does not answer.
+    thread::sleep(Duration::from_millis(500));
+    lab.node(&other).ip(&format!("addr del {EGRESS4}/32 dev eth0"));
+    let begin = Instant::now();
+    lab.wait_until("the address is back", Duration::from_secs(3), || holders(&lab) == [other.as_str()]);
+    println!("an address that somebody removed is back after {:?}", begin.elapsed());
+    plugged(&lab, &owner, true);
+    let end = Instant::now() + Duration::from_secs(4);
+    while Instant::now() < end {
+        assert_eq!(holders(&lab), [other.as_str()]);
+        thread::sleep(Duration::from_millis(50));
+    }
+    assert_live("without an API server", going_on);
+    assert_short(gap, 1100);
+    back(&lab);
+    lab.wait_until("the ledger follows", Duration::from_secs(60), || {
+        paths(&lab).iter().any(|path| path["node"] == other.as_str())
+    });
+    pods.iter().for_each(assert_leaves_by_egress);
+    assert_eq!(holders(&lab), [other.as_str()]);
+    lab.assert_nothing_leaked();
+}
+
+#[test]
+fn paths_move_while_the_api_server_refuses_connections() {
+    paths_move(|lab| lab.api().stop(), |lab| lab.api().start_again());
+}
+
+#[test]
+fn paths_move_while_nobody_hears_of_the_api_server() {
+    paths_move(|lab| plugged(lab, "api", false), |lab| plugged(lab, "api", true));
+}
