@@ -40,6 +40,10 @@ pub struct EgressNodeStatus {
     /// Paths that this node should hold and cannot, and why.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub refused: Vec<RefusedPath>,
+    /// Gateways' nodes that do not answer this one, sorted; this one itself, while it cannot hold any path. Only a
+    /// gateway's node says so.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub silent: Vec<String>,
     /// The networks that this node takes for the cluster's own, to which no policy's traffic goes by a gateway, and
     /// where each is known from. Nodes' and Services' single addresses are not in it.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]

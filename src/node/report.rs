@@ -51,6 +51,8 @@ impl Report {
             paths: view.paths.held.iter().copied().collect(),
             taken: facts.taken.iter().map(|(id, since)| TakenPath { id: *id, since: *since }).collect(),
             refused: refused.collect(),
+            // Directors ask, too, but what thousands of them say costs more than it tells.
+            silent: facts.dead.iter().filter(|_| view.paths.is_gateway).map(ToString::to_string).collect(),
             direct: direct.collect(),
         };
         self.published.send_if_modified(|published| {

@@ -6,6 +6,7 @@ use crate::api::{
     AddressPair, Allocate, ClusterEgressPolicySpec, EgressGatewaySpec, EgressNodeStatus, EgressPolicySpec, Placement,
 };
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -123,6 +124,24 @@ impl World {
     pub(crate) fn holds(&mut self, node: &str, paths: &[u16]) {
         let status = EgressNodeStatus { paths: paths.to_vec(), ..EgressNodeStatus::default() };
         self.cluster.egress_nodes.insert(node.into(), Arc::new(status));
+    }
+
+    /// Has a node say whom it does not hear.
+    pub(crate) fn misses(&mut self, node: &str, silent: &[String]) {
+        Arc::make_mut(self.cluster.egress_nodes.entry(node.into()).or_default()).silent = silent.to_vec();
+    }
+
+    /// Has each node say that it holds what the ledger gives it: everything has come to rest.
+    pub(crate) fn settle(&mut self) {
+        let mut held: BTreeMap<String, Vec<u16>> = BTreeMap::new();
+        for path in self.cluster.gateways.values().flat_map(|gateway| &gateway.status.paths) {
+            held.entry(path.node.clone().unwrap_or_default()).or_default().push(path.id);
+        }
+        for node in self.cluster.nodes.keys().cloned().collect::<Vec<_>>() {
+            let paths = held.remove(&*node).unwrap_or_default();
+            let status = Arc::make_mut(self.cluster.egress_nodes.entry(node).or_default());
+            (status.paths, status.tunnel_mac) = (paths, Some("02:00:00:00:00:01".to_owned()));
+        }
     }
 
     /// Allocates, and stores the ledger.

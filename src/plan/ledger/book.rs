@@ -3,12 +3,13 @@
 use super::demand::Demands;
 use super::family::{Family, addresses, overlap, pair};
 use super::ids::Ids;
+use super::living;
 use super::pool::{Overlap, Pool, usable};
 use super::resting::{Resting, resting};
 use crate::api::{AddressPair, PathKind, Placement};
 use crate::plan::model::{Cluster, Gateway, Node};
 use crate::plan::selector::Name;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::net::IpAddr;
 
 /// A gateway, as the ledger needs it.
@@ -64,6 +65,8 @@ pub(super) struct Book<'a> {
     pub(super) held_by_nodes: HashMap<IpAddr, usize>,
     /// Nodes' own addresses. Giving one away would cut the node off.
     pub(super) node_addresses: HashMap<IpAddr, &'a Name>,
+    /// Nodes that are not known to live.
+    silent: HashSet<&'a str>,
     pub(super) ids: Ids,
     pub(super) resting: Resting,
 }
@@ -92,6 +95,7 @@ impl<'a> Book<'a> {
             held: HashMap::new(),
             held_by_nodes: HashMap::new(),
             node_addresses,
+            silent: living::silent(cluster),
             ids: Ids::new(),
             resting: Resting::default(),
         };
@@ -101,6 +105,16 @@ impl<'a> Book<'a> {
             }
         }
         book
+    }
+
+    /// Whether a node answers others, as far as they tell.
+    pub(super) fn lives(&self, node: &Name) -> bool {
+        !self.silent.contains(&**node)
+    }
+
+    /// Whether a node has said where its end of the tunnel is: Egret runs there, or did.
+    pub(super) fn is_reachable(&self, node: &Name) -> bool {
+        self.cluster.egress_nodes.get(node).is_some_and(|status| status.tunnel_mac.is_some())
     }
 
     /// Lets an id and its addresses rest.

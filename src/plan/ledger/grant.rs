@@ -185,8 +185,11 @@ impl NodePaths {
     fn new(book: &Book, gateway: usize) -> Self {
         let nodes = &book.desks[gateway].nodes;
         let usable = (0..nodes.len()).filter(|place| !book.own_address(nodes[*place].1).is_empty());
-        let (drained, others): (Vec<usize>, Vec<usize>) = usable.partition(|place| is_drained(nodes[*place].1));
-        let mut load = Load::new(if others.is_empty() { drained } else { others });
+        let (mut open, drained): (Vec<usize>, Vec<usize>) = usable.partition(|place| !is_drained(nodes[*place].1));
+        if open.iter().any(|place| book.lives(nodes[*place].0)) {
+            open.retain(|place| book.lives(nodes[*place].0));
+        }
+        let mut load = Load::new(if open.is_empty() { drained } else { open });
         let mut paths = vec![None; nodes.len()];
         let places: HashMap<_, _> = nodes.iter().enumerate().map(|(place, (name, _))| (*name, place)).collect();
         for demand in book.demands.all.iter().filter(|d| d.gateway == gateway && d.want == Want::Node) {

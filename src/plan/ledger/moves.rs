@@ -34,7 +34,7 @@ impl<'a> Reports<'a> {
         reports
     }
 
-    fn holds(&self, node: &str, id: u16) -> bool {
+    pub(super) fn holds(&self, node: &str, id: u16) -> bool {
         self.held.get(node).is_some_and(|paths| paths.contains(&id))
     }
 }
@@ -62,18 +62,24 @@ pub(super) fn follow_takeovers(book: &mut Book, gateway: usize, paths: &[usize],
     }
 }
 
-/// The paths that a policy wants on another of these nodes, and on which. Of several policies with the same path, the
-/// most senior one that says something decides. A path that is a node's own address cannot move.
+/// The paths that a policy wants on another of these nodes, and on which. A path that is a node's own address cannot
+/// move.
 pub(super) fn asked_for(book: &Book, paths: &[usize], nodes: &HashMap<&Name, usize>) -> Vec<(usize, Name)> {
-    let wish = |place: &usize| {
+    let asked = |place: &usize| {
         let path = &book.paths[*place];
-        let policies = path.demands.iter().flat_map(|demand| &book.demands.all[*demand].policies);
-        let asking = policies.min_by_key(|p| (book.demands.applicants[**p].policy.move_to.is_none(), **p))?;
-        let wanted = book.demands.applicants[*asking].policy.move_to.as_ref()?;
+        let wanted = wish(book, *place)?;
         let moves = path.kind != PathKind::Node && path.node.as_ref() != Some(wanted) && nodes.contains_key(wanted);
         moves.then(|| (*place, wanted.clone()))
     };
-    paths.iter().filter_map(wish).collect()
+    paths.iter().filter_map(asked).collect()
+}
+
+/// The node that a path is wanted on. Of several policies with the same path, the most senior one that says something
+/// decides.
+pub(super) fn wish<'b>(book: &'b Book, path: usize) -> Option<&'b Name> {
+    let policies = book.paths[path].demands.iter().flat_map(|demand| &book.demands.all[*demand].policies);
+    let asking = policies.min_by_key(|p| (book.demands.applicants[**p].policy.move_to.is_none(), **p))?;
+    book.demands.applicants[*asking].policy.move_to.as_ref()
 }
 
 /// Gives a path another node. If an old one says that it has it, it keeps it until the new one does.

@@ -2,7 +2,9 @@
 
 use super::book::Book;
 use super::moves::{self, Reports};
+use super::rebalance;
 use crate::api::{PathKind, Placement};
+use crate::plan::model::Node;
 use crate::plan::selector::Name;
 use std::collections::{BTreeSet, HashMap};
 
@@ -41,7 +43,7 @@ impl Load {
 }
 
 /// Gives each path a node of its gateway. A path stays where it is while its node is one of the gateway's, and is not
-/// drained while others are there.
+/// drained while others are there; and until it is asked for that paths be spread evenly.
 pub(super) fn place(book: &mut Book) {
     let reports = Reports::new(book);
     let mut paths_of: Vec<Vec<usize>> = vec![Vec::new(); book.desks.len()];
@@ -60,31 +62,62 @@ pub(super) fn place(book: &mut Book) {
     }
 }
 
-fn balance(book: &mut Book, gateway: usize, paths: &[usize], reports: &Reports) {
-    let nodes = &book.desks[gateway].nodes;
-    let mut places: HashMap<&Name, usize> = nodes.iter().enumerate().map(|(place, (name, _))| (*name, place)).collect();
-    if nodes.iter().any(|(_, node)| !moves::is_drained(node)) {
-        places.retain(|_, place| !moves::is_drained(nodes[*place].1));
+/// The nodes of a gateway, as far as paths may be on them.
+struct Room<'a> {
+    /// By name.
+    nodes: Vec<(&'a Name, &'a Node)>,
+    /// Those that are not drained, or all if all are: paths stay where they are.
+    open: HashMap<&'a Name, usize>,
+    /// Those of them that paths can be moved to: they live, as far as can be told.
+    ready: HashMap<&'a Name, usize>,
+}
+
+impl<'a> Room<'a> {
+    fn new(book: &Book<'a>, gateway: usize) -> Self {
+        let nodes = book.desks[gateway].nodes.clone();
+        let all_drained = nodes.iter().all(|(_, node)| moves::is_drained(node));
+        let open = nodes.iter().enumerate().filter(|(_, (_, node))| all_drained || !moves::is_drained(node));
+        let open: HashMap<&Name, usize> = open.map(|(place, (name, _))| (*name, place)).collect();
+        let anybody = nodes.iter().any(|(name, _)| book.is_reachable(name));
+        let ready = |name: &Name| book.lives(name) && (book.is_reachable(name) || !anybody);
+        let ready = open.iter().filter(|(name, _)| ready(name)).map(|(name, place)| (*name, *place)).collect();
+        Room { nodes, open, ready }
     }
-    for (path, node) in moves::asked_for(book, paths, &places) {
+}
+
+/// A new path goes to the node that has the least of those that live. A path moves only if there is one that it can
+/// be moved to, unless its node is none of the gateway's any more.
+fn balance(book: &mut Book, gateway: usize, paths: &[usize], reports: &Reports) {
+    let room = Room::new(book, gateway);
+    for (path, node) in moves::asked_for(book, paths, &room.ready) {
         moves::move_to(book, path, Some(node), reports);
     }
-    let mut load = Load::new(places.values().copied());
+    let mut load = Load::new(room.open.values().copied());
     let mut homeless = Vec::new();
     for path in paths {
-        match book.paths[*path].node.as_ref().and_then(|name| places.get(name)) {
+        match book.paths[*path].node.as_ref().and_then(|name| room.open.get(name)) {
             Some(place) => load.add(*place),
             None if book.paths[*path].kind == PathKind::Node => {}
             None => homeless.push(*path),
         }
     }
     for path in homeless {
-        let place = load.least();
-        let node = place.map(|place| book.desks[gateway].nodes[place].0.clone());
-        moves::move_to(book, path, node, reports);
+        let node = book.paths[path].node.as_ref();
+        let stays = node.is_some_and(|name| room.nodes.binary_search_by(|(n, _)| (*n).cmp(name)).is_ok());
+        let is_ready = |place: &usize| room.ready.contains_key(room.nodes[*place].0);
+        let lives = |place: &usize| book.lives(room.nodes[*place].0);
+        let found = if node.is_some() { load.places().find(is_ready) } else { load.places().find(lives) };
+        let place = match found {
+            None if stays => continue,
+            found => found.or_else(|| load.least()),
+        };
+        moves::move_to(book, path, place.map(|place| room.nodes[place].0.clone()), reports);
         if let Some(place) = place {
             load.add(place);
         }
+    }
+    if book.desks[gateway].gateway.rebalance {
+        rebalance::rebalance(book, paths, room.ready.into_keys(), reports);
     }
 }
 

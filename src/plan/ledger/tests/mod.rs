@@ -1,4 +1,5 @@
 mod addresses;
+mod moves;
 mod nodes;
 mod properties;
 mod refusals;
