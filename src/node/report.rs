@@ -13,13 +13,18 @@ use crate::plan::report::Notice;
 use crate::plan::shared::Mark;
 use std::io;
 use std::path::PathBuf;
+use std::time::Duration;
+use tokio::sync::watch;
+use tokio::time::sleep;
+
+/// A status that could not be written is tried again after this long.
+const AGAIN: Duration = Duration::from_secs(5);
 
 /// Writes each only when it has changed.
 pub struct Report {
-    name: String,
     statuses: Statuses,
     run_dir: PathBuf,
-    published: Option<EgressNodeStatus>,
+    published: watch::Sender<Option<EgressNodeStatus>>,
     spoken: Option<LastWord>,
     spoken_of: Mark<PolicyIndex>,
 }
@@ -27,11 +32,14 @@ pub struct Report {
 impl Report {
     /// Of the node `name`.
     pub fn new(name: &str, statuses: Statuses, run_dir: PathBuf) -> Self {
-        Report { name: name.to_owned(), statuses, run_dir, published: None, spoken: None, spoken_of: Mark::default() }
+        let (published, wanted) = watch::channel(None);
+        tokio::spawn(publish(name.to_owned(), statuses.clone(), wanted));
+        Report { statuses, run_dir, published, spoken: None, spoken_of: Mark::default() }
     }
 
-    /// Tells the other nodes where this end of the tunnel is, and what it holds.
-    pub async fn publish(&mut self, view: &View, tunnel: Option<&Tunnel>, facts: &Facts) {
+    /// Tells the other nodes where this end of the tunnel is, and what it holds. Nothing waits until that is written:
+    /// an API server that does not answer must not keep this node from taking over what another one leaves.
+    pub fn publish(&self, view: &View, tunnel: Option<&Tunnel>, facts: &Facts) {
         let Some(tunnel) = tunnel else { return };
         let refused = facts.refused.iter().map(|(id, why)| RefusedPath { id: *id, message: why.clone() });
         let direct = view.networks.origins.iter();
@@ -45,13 +53,11 @@ impl Report {
             refused: refused.collect(),
             direct: direct.collect(),
         };
-        if self.published.as_ref() == Some(&status) {
-            return;
-        }
-        match self.statuses.node(&self.name, &status).await {
-            Ok(()) => self.published = Some(status),
-            Err(e) => tracing::warn!("the status of EgressNode {} could not be written: {e:#}", self.name),
-        }
+        self.published.send_if_modified(|published| {
+            let changed = published.as_ref() != Some(&status);
+            *published = Some(status);
+            changed
+        });
     }
 
     /// Tells who looks at the pod why it reaches nothing outside.
@@ -77,5 +83,22 @@ impl Report {
         }
         self.spoken_of = view.policies.mark();
         Ok(())
+    }
+}
+
+/// Writes the newest status, until nobody tells of one any more.
+async fn publish(name: String, statuses: Statuses, mut wanted: watch::Receiver<Option<EgressNodeStatus>>) {
+    let mut written = true;
+    loop {
+        tokio::select! {
+            changed = wanted.changed() => if changed.is_err() { return },
+            () = sleep(AGAIN), if !written => {}
+        }
+        let Some(status) = wanted.borrow_and_update().clone() else { continue };
+        let result = statuses.node(&name, &status).await;
+        if let (Err(e), true) = (&result, written) {
+            tracing::warn!("the status of EgressNode {name} could not be written, and is tried again: {e:#}");
+        }
+        written = result.is_ok();
     }
 }

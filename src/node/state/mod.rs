@@ -378,7 +378,7 @@ impl Node {
             now.clone_from(&state);
             changed
         });
-        self.report.publish(&self.view, self.host.tunnel_end(), &self.facts).await;
+        self.report.publish(&self.view, self.host.tunnel_end(), &self.facts);
         self.set_targets();
         self.seek_strangers();
         state.is_err()
