@@ -9,6 +9,7 @@ mod basics;
 mod burst;
 mod changes;
 mod leaders;
+mod ledger;
 mod proxy;
 mod refusals;
 mod taint;

@@ -10,6 +10,7 @@ mod decode;
 mod events;
 mod kind;
 pub mod lease;
+mod ledger_text;
 mod lookup;
 mod service_networks;
 mod split;
