@@ -10,8 +10,8 @@ use crate::cluster::dir::validate::times;
 use crate::plan::model::{Gateway, Node, ObjectKey, Pod, Policy, PolicyKey, Service};
 use crate::plan::selector::{Labels, Name};
 use ipnetwork::IpNetwork;
-use serde::Deserialize;
 use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -189,9 +189,9 @@ fn item(
 }
 
 /// The `spec` of a ServiceCIDR, or of Calico's IPPool.
-#[derive(Default, Deserialize)]
+#[derive(Default, Serialize, Deserialize)]
 #[serde(default)]
-struct Networks {
+pub struct Networks {
     cidrs: Vec<String>,
     cidr: Option<String>,
 }

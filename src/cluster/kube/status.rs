@@ -3,6 +3,7 @@
 use super::client::{APPLY, Client, Failure, JSON};
 use super::events::{self, Regarding};
 use super::kind::Kind;
+use super::known::Files;
 use super::ledger_text;
 use super::taint;
 use crate::api::{API_VERSION, EgressGatewayStatus, EgressNodeStatus, EgressPolicyStatus};
@@ -31,6 +32,7 @@ const LONGEST_STATUS: usize = 1_400_000;
 #[derive(Clone)]
 pub struct Statuses {
     client: Client,
+    files: Files,
 }
 
 impl fmt::Debug for Statuses {
@@ -83,8 +85,8 @@ impl From<Failure> for NotWritten {
 }
 
 impl Statuses {
-    pub(super) fn new(client: Client) -> Self {
-        Statuses { client }
+    pub(super) fn new(client: Client, files: Files) -> Self {
+        Statuses { client, files }
     }
 
     /// Writes a ledger in place of the one that the version names, and returns the new version.
@@ -154,6 +156,7 @@ impl Statuses {
     }
 
     pub(in crate::cluster) async fn node(&self, name: &str, status: &EgressNodeStatus) -> Result<(), NotWritten> {
+        self.files.note_own(name, status);
         let written = self.apply(Kind::EgressNode, (None, name), NODE, status, None).await;
         match written {
             Err(e) if e.is_not_found() => {
