@@ -86,10 +86,10 @@ fn a_daemon_that_starts_while_the_api_server_is_away_goes_on_from_what_it_was_to
     lab.wait_seen_as(&pod, EGRESS4);
     lab.host("fab").ip(&format!("{port} up"));
     lab.api().start_again();
-    let spec = "podSelector: { matchLabels: { app: new } }\n  address: { ipv4: 192.0.2.51 }";
+    let spec = "podSelector: { matchLabels: { app: new } }\n  address: { ipv4: 192.0.2.58 }";
     lab.write_manifest("new.yaml", &manifests::policy("shop", "new", spec));
     let new = lab.add_pod("n1", "shop", "new", &[("app", "new")]);
-    lab.wait_seen_as(&new, "192.0.2.51".parse::<Ipv4Addr>().expect("an address"));
+    lab.wait_seen_as(&new, "192.0.2.58".parse::<Ipv4Addr>().expect("an address"));
     assert_leaves_by_egress(&pod);
 }
 
