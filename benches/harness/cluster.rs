@@ -138,7 +138,7 @@ pub fn pod(n: usize, node: &str, addresses: &[IpAddr]) -> Value {
     manifests::pod(
         node,
         &policy.namespace,
-        &format!("pod-{n:05}"),
+        &format!("pod-{n:05}-{node}"),
         &uid(n),
         &[("app", policy.name.as_str()), ("pod-template-hash", "7d4b9c6f5"), ("tier", "backend")],
         addresses,
