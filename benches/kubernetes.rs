@@ -1,5 +1,5 @@
 //! How soon what a user asks of the Kubernetes API is so: a real API server and etcd, two nodes, all on this machine. And
-//! how long the controller computes for a big cluster.
+//! what a big cluster costs: how long the controller computes, how much memory the daemons take.
 
 mod harness;
 #[path = "../tests/lab/mod.rs"]
@@ -7,9 +7,9 @@ mod lab;
 
 use egret::api::{EgressGatewaySpec, EgressPolicySpec};
 use egret::plan::ledger::allocate;
-use egret::plan::model::{Cluster, Gateway, Metadata, Node, Policy, PolicyKey};
-use harness::{Bound, Table, median, ms};
-use lab::{EXT4, Lab, NodeSpec, Pod, Pods, manifests};
+use egret::plan::model::{self, Cluster, Gateway, Metadata, Policy, PolicyKey};
+use harness::{Bound, Table, api, median, ms, pods, resident};
+use lab::{Daemon, EXT4, Lab, Node, NodeSpec, Pod, Pods, manifests};
 use serde_json::json;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
@@ -17,10 +17,23 @@ use std::time::{Duration, Instant};
 
 const ROUNDS: usize = 60;
 const POLICIES: usize = 10_000;
+const NODES: usize = 5_000;
+/// Pods on each of the nodes whose daemons are measured.
+const LOCAL_PODS: usize = 250;
+/// Nodes of the gateway, each with its part of the paths. Only the first one is real.
+const GATEWAYS: usize = 3;
+/// An even number: the last one makes the policy what it was.
+const CHANGES: usize = 20;
 /// What is asked for: the median and the 99th percentile from a change to traffic, and the time for a ledger.
 const MEDIAN: Duration = Duration::from_millis(60);
 const P99: Duration = Duration::from_millis(300);
 const LEDGER: Duration = Duration::from_secs(2);
+/// What a node's daemon may take, bytes: 20 MB, and 10 MB more with the API as its source.
+const MEMORY: f64 = 30e6;
+/// What etcd takes in one request, bytes (<https://etcd.io/docs/v3.5/dev-guide/limit/>).
+const MOST: f64 = 1.5 * 1024.0 * 1024.0;
+/// So long after a policy has gone the next one comes.
+const REST: Duration = Duration::from_millis(200);
 /// So long a probe waits for its answer.
 const PROBE: Duration = Duration::from_millis(3);
 
@@ -51,6 +64,84 @@ fn main() {
     let ratio = time.as_secs_f64() / LEDGER.as_secs_f64();
     table.row(&format!("ledger of {POLICIES} policies from nothing"), ms(time), ratio, Bound::AtMost(1.0));
     table.print(["what", "time", "of what is asked"]);
+    drop(lab);
+    big_cluster();
+}
+
+/// What the daemons take in a big cluster.
+fn big_cluster() {
+    let lab = Lab::builder()
+        .kubernetes()
+        .nodes(vec![NodeSpec::new("n1", 11, Pods::Routed), NodeSpec::gateway("g1", 21, Pods::Routed)])
+        .build();
+    api::nodes(&lab, NODES - lab.nodes().len(), GATEWAYS - 1);
+    api::policies(&lab, POLICIES);
+    for node in lab.nodes() {
+        pods::populate(&lab, &node.name, LOCAL_PODS);
+    }
+    let gateway = manifests::gateway("default", &["198.18.0.0/16", "2001:db8:1::/112"]) + "  interface: eth0\n";
+    lab.write_manifest("gateway.yaml", &gateway);
+    let controller = lab.start_controller();
+    let labels = [("object", "policy"), ("result", "ok")];
+    lab.wait_until("every policy has been told of its address", Duration::from_secs(900), || {
+        std::thread::sleep(Duration::from_secs(1));
+        lab.metrics("controller").get("egret_status_writes_total", &labels).unwrap_or(0.0) >= POLICIES as f64
+    });
+    let ledger = lab.api().egret("egressgateways/default")["status"]["text"].as_str().unwrap_or_default().to_owned();
+    let paths = ledger.lines().filter(|line| line.contains(",2001:db8:1::")).count();
+    assert_eq!(paths, POLICIES, "every path has both families");
+    let mut table = Table::default();
+    table.row("the ledger, as it is written", mb(ledger.len() as f64), ledger.len() as f64 / MOST, Bound::AtMost(1.0));
+    for (node, role) in lab.nodes().iter().zip(["a director", "one of three gateways"]) {
+        daemon_of(&lab, node, role, &mut table);
+    }
+    let (now, peak) = resident(&controller);
+    table.row("the controller", mb(now), now / MEMORY, Bound::None);
+    table.row("the controller, at its peak", mb(peak), peak / MEMORY, Bound::None);
+    println!("{NODES} nodes, {POLICIES} policies and paths, {LOCAL_PODS} pods on the node:\n");
+    table.print(["memory", "resident", "of what is asked"]);
+}
+
+fn mb(bytes: f64) -> String {
+    format!("{:.1} MB", bytes / 1e6)
+}
+
+fn daemon_of(lab: &Lab, node: &Node, role: &str, table: &mut Table) {
+    let begun = Instant::now();
+    let daemon: Daemon = lab.start_node(&node.name);
+    let patience = Duration::from_secs(120);
+    lab.wait_until("the daemon is ready", patience, || node.cni_socket().exists());
+    table.row(&format!("{role}: start, until in step"), ms(begun.elapsed()), 0.0, Bound::None);
+    let wanted = if node.spec.gateway { POLICIES / GATEWAYS } else { 0 };
+    lab.wait_until("the egress addresses are on the node", patience, || {
+        let addresses = node.run(["ip", "-o", "-4", "addr", "show", "dev", "eth0"]);
+        addresses.lines().filter(|l| l.contains("198.18.")).count() >= wanted
+    });
+    std::thread::sleep(Duration::from_secs(10));
+    let (after_start, _) = resident(&daemon);
+    for n in 0..CHANGES {
+        let network = if n.is_multiple_of(2) { "198.51.100.0/24" } else { "203.0.113.0/24" };
+        api::change_policy(lab, 0, network);
+        lab.wait_until("the kernel has the change", patience, || {
+            let tables = node.run(["nft", "list", "table", "inet", "egret"]);
+            tables.contains("ip daddr 198.51.100.0/24") == n.is_multiple_of(2)
+        });
+        std::thread::sleep(Duration::from_millis(300));
+    }
+    std::thread::sleep(Duration::from_secs(10));
+    let (after_changes, peak) = resident(&daemon);
+    let written = node.run(["du", "-sb", &node.run_dir().join("known").display().to_string()]);
+    let written: f64 = written.split_whitespace().next().and_then(|n| n.parse().ok()).expect("a number");
+    table.row(&format!("{role}, after the start"), mb(after_start), after_start / MEMORY, Bound::AtMost(1.0));
+    let what = format!("{role}, after {CHANGES} changes");
+    table.row(&what, mb(after_changes), after_changes / MEMORY, Bound::AtMost(1.0));
+    table.row(&format!("{role}, at its peak"), mb(peak), peak / MEMORY, Bound::None);
+    table.row(
+        &format!("{role}, what is written down in its run directory"),
+        mb(written),
+        written / MEMORY,
+        Bound::None,
+    );
 }
 
 /// Sends from new ports until the server sees the pod as `wanted`.
@@ -90,6 +181,8 @@ fn policies(lab: &Lab) -> Vec<Duration> {
         times.push(until_seen_as(&pod, address, begun));
         lab.api().delete(&format!("{path}/p{i}"));
         until_seen_as(&pod, lab.node("n1").ipv4(), Instant::now());
+        // What goes with the policy is no part of what is measured next.
+        std::thread::sleep(REST);
     }
     times
 }
@@ -119,7 +212,7 @@ fn ledger() -> Duration {
     let gateway = Gateway::new(&gateway, Metadata::default()).expect("a gateway");
     cluster.gateways.insert("default".into(), Arc::new(gateway));
     for i in 0..3 {
-        cluster.nodes.insert(format!("g{i}").into(), Arc::new(Node::default()));
+        cluster.nodes.insert(format!("g{i}").into(), Arc::new(model::Node::default()));
     }
     let spec = EgressPolicySpec { pod_selector: Some(Default::default()), ..Default::default() };
     for i in 0..POLICIES {

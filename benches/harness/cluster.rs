@@ -12,7 +12,7 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::path::Path;
 
 /// How many policies share a namespace, and a file.
-const POLICIES_A_NAMESPACE: usize = 100;
+pub const POLICIES_A_NAMESPACE: usize = 100;
 
 /// Writes as many nodes as are asked for beside those that are there, with their ends of the tunnel.
 pub fn write_nodes(directory: &Path, count: usize) {
@@ -47,7 +47,8 @@ pub fn node_name(n: usize) -> String {
     format!("ip-10-64-{}-{}.eu-central-1.compute.internal", n / 256, n % 256)
 }
 
-fn node_address(n: usize) -> Ipv4Addr {
+/// Its address.
+pub fn node_address(n: usize) -> Ipv4Addr {
     Ipv4Addr::from(u32::from(Ipv4Addr::new(10, 64, 0, 0)) + n as u32)
 }
 
@@ -137,7 +138,7 @@ pub fn pod(n: usize, node: &str, addresses: &[IpAddr]) -> Value {
     manifests::pod(
         node,
         &policy.namespace,
-        &format!("pod-{n:05}"),
+        &format!("pod-{n:05}-{node}"),
         &uid(n),
         &[("app", policy.name.as_str()), ("pod-template-hash", "7d4b9c6f5"), ("tier", "backend")],
         addresses,

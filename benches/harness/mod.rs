@@ -2,10 +2,11 @@
 //! same run.
 #![allow(dead_code, reason = "every measurement compiles its own copy, and uses part of it")]
 
+pub mod api;
 pub mod cluster;
 pub mod pods;
 
-use crate::lab::Node;
+use crate::lab::{Daemon, Node};
 use std::fs;
 use std::time::Duration;
 
@@ -34,6 +35,17 @@ pub fn median<T: PartialOrd + Copy>(values: &[T]) -> T {
 /// The smallest of the values, which are not empty.
 pub fn least<T: PartialOrd + Copy>(values: &[T]) -> T {
     values.iter().copied().reduce(|a, b| if b < a { b } else { a }).expect("something was measured")
+}
+
+/// How much memory a daemon has now, and had at most: `VmRSS` and `VmHWM`, bytes.
+pub fn resident(daemon: &Daemon) -> (f64, f64) {
+    let status = fs::read_to_string(format!("/proc/{}/status", daemon.pid().expect("it runs"))).expect("/proc");
+    let field = |name: &str| {
+        let line = status.lines().find_map(|l| l.strip_prefix(name)).expect("a field of /proc/PID/status");
+        let kib: Option<f64> = line.split_whitespace().next().and_then(|n| n.parse().ok());
+        kib.expect("a number") * 1024.0
+    };
+    (field("VmRSS:"), field("VmHWM:"))
 }
 
 /// Milliseconds.

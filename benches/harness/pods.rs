@@ -29,6 +29,8 @@ pub fn populate(lab: &Lab, node: &str, count: usize) {
     lines.extend((0..count).map(|n| format!("route add {} dev cali{n:05}", addresses(n)[0])));
     node.ip_batch(&lines);
     let ends = indexes(&node.run(["ip", "-o", "link"]));
+    // An API server gives uids by itself.
+    let uid = |n| if lab.manifests().api().is_some() { String::new() } else { cluster::uid(n) };
     let mut manifests = String::new();
     for n in 0..count {
         let [outer, inner] = ends[&format!("cali{n:05}")];
@@ -36,7 +38,7 @@ pub fn populate(lab: &Lab, node: &str, count: usize) {
         let attachment = Attachment {
             id: AttachmentId { container_id: format!("c{n:063x}"), ifname: "eth0".into() },
             network: "lab".into(),
-            pod: PodRef { namespace: policy.namespace, name: format!("pod-{n:05}"), uid: cluster::uid(n) },
+            pod: PodRef { namespace: policy.namespace, name: format!("pod-{n:05}-{}", node.name), uid: uid(n) },
             addresses: addresses(n).to_vec(),
             host: Some(HostInterface { index: outer, peer_index: inner }),
         };

@@ -83,6 +83,10 @@ pub struct EgressGatewayStatus {
     /// Who wrote this, where several controllers take turns.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub writer: Option<LedgerWriter>,
+    /// Of a long ledger, `paths` and `released` as lines: after the `node` lines, each path's id, kind, addresses, node
+    /// by its number among those, since, leaving, policies; with a `-`, what was released.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub text: Option<String>,
 }
 
 /// The controller that wrote a ledger.

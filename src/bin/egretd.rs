@@ -216,7 +216,10 @@ impl Node {
     fn options(self) -> anyhow::Result<node::Options> {
         Ok(node::Options {
             name: self.name,
-            cluster: self.cluster.source.with(KubeOptions { kubeconfig: self.cluster.kubeconfig, lease: None }),
+            cluster: self
+                .cluster
+                .source
+                .with(KubeOptions { kubeconfig: self.cluster.kubeconfig, ..KubeOptions::default() }),
             run_dir: self.run_dir,
             tunnel_address: self.tunnel_address,
             direct: self.direct,
@@ -249,7 +252,7 @@ impl Uninstall {
             marks: Marks::new(self.connection_mark, Marks::default().shift)?,
             cluster: self
                 .cluster
-                .map(|c| c.with(KubeOptions { kubeconfig: self.kubeconfig, lease: None }))
+                .map(|c| c.with(KubeOptions { kubeconfig: self.kubeconfig, ..KubeOptions::default() }))
                 .zip(self.name),
         })
     }
@@ -260,7 +263,7 @@ impl Controller {
     fn run(self) -> anyhow::Result<()> {
         let identity = self.lease_identity.unwrap_or_else(LeaseSettings::unique_identity);
         let lease = Some(LeaseSettings::new(self.lease_namespace.unwrap_or_default(), identity));
-        let source = self.cluster.source.with(KubeOptions { kubeconfig: self.cluster.kubeconfig, lease });
+        let source = self.cluster.source.with(KubeOptions { kubeconfig: self.cluster.kubeconfig, lease, known: None });
         runtime()?.block_on(controller::run(&source, self.metrics_address))
     }
 }

@@ -34,6 +34,18 @@ pub struct KubeOptions {
     pub kubeconfig: Option<PathBuf>,
     /// How several controllers take turns; `None`: there is only one.
     pub lease: Option<LeaseSettings>,
+    /// Where a node writes down what it is told, for a start while the API server is away; `None`: nowhere.
+    pub known: Option<Known>,
+}
+
+/// Where a node writes down what it knows of the cluster.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Known {
+    /// The directory; it is made if need be.
+    pub directory: PathBuf,
+    /// Whose it is. What was written for another is not read: what another node knew, or this one before a boot, when
+    /// the kernel was another one.
+    pub of: String,
 }
 
 impl FromStr for SourceName {
@@ -57,6 +69,15 @@ impl SourceName {
             SourceName::Kube(_) => SourceName::Kube(options),
             dir @ SourceName::Dir(_) => dir,
         }
+    }
+
+    /// With what is known written down there, by a node.
+    #[must_use]
+    pub fn writing_down(mut self, known: Known) -> Self {
+        if let SourceName::Kube(options) = &mut self {
+            options.known = Some(known);
+        }
+        self
     }
 }
 

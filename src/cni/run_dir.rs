@@ -15,6 +15,8 @@ pub const DAEMON_LOCK: &str = "egretd.lock";
 pub const PLUGIN_LOCK: &str = "attachments.lock";
 /// A file for each attachment.
 pub const ATTACHMENTS: &str = "attachments";
+/// What the daemon was told of the cluster, with the Kubernetes API as its source.
+pub const KNOWN: &str = "known";
 /// The daemon's last word.
 pub const LAST_WORD: &str = "last-word.json";
 

@@ -154,6 +154,12 @@ fn files(work: &mut Work, run_dir: &Path) {
         _ => Ok(attachments),
     };
     work.done("attachments", directory.context(run_dir::ATTACHMENTS));
+    match fs::remove_dir_all(run_dir.join(run_dir::KNOWN)) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => {
+            work.errors.push(Error::new(e).context("what was known of the cluster could not be removed"));
+        }
+        _ => {}
+    }
     let names = [run_dir::SOCKET, run_dir::LAST_WORD, run_dir::PLUGIN_LOCK, run_dir::DAEMON_LOCK];
     // With those that a killed writer left unfinished.
     for path in names.into_iter().flat_map(|name| [run_dir.join(name), run_dir.join(format!(".{name}"))]) {

@@ -13,7 +13,8 @@ use nix::sys::socket::{
 use std::collections::{BTreeMap, HashMap};
 use std::io::IoSliceMut;
 use std::net::IpAddr;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::thread;
 use std::time::{Duration, Instant};
 
 /// How often the sockets are looked at while an answer may come.
@@ -27,6 +28,8 @@ const QUESTIONS: u32 = 3;
 const AT_ONCE: usize = 128;
 /// Room for the answers of a few thousand addresses.
 const RECEIVE_BUFFER: usize = 8 << 20;
+/// The stack of a thread that closes a socket, bytes.
+const CLOSING_STACK: usize = 64 << 10;
 /// Room for one ARP frame or ICMPv6 message; what is longer is no answer.
 const FRAME: usize = 2048;
 
@@ -72,7 +75,11 @@ pub async fn probe(targets: &[Target], timeout: Duration) -> Result<Vec<Option<M
     for Target { address, interface } in targets {
         let key = (interface.ifindex, address.is_ipv4());
         if interface.mac.is_some() && !ears.contains_key(&key) {
-            let ear = if address.is_ipv4() { arp_ear(interface) } else { icmpv6_ear(interface) };
+            let ear = if address.is_ipv4() {
+                arp_ear(interface).map(Ear::Arp)
+            } else {
+                icmpv6_ear(interface).map(Ear::Icmpv6)
+            };
             ears.insert(key, ear.with_context(|| format!("cannot listen on {}", interface.name))?);
         }
     }
@@ -81,8 +88,8 @@ pub async fn probe(targets: &[Target], timeout: Duration) -> Result<Vec<Option<M
         places.entry((target.interface.ifindex, target.address)).or_default().push(place);
     }
     let listen = |answers: &mut [Option<Mac>]| -> Result<()> {
-        for ((ifindex, ipv4), ear) in &ears {
-            while let Some((address, mac)) = if *ipv4 { hear_arp(ear)? } else { hear_icmpv6(ear)? } {
+        for ((ifindex, _), ear) in &ears {
+            while let Some((address, mac)) = ear.hear()? {
                 for place in places.get(&(*ifindex, address)).into_iter().flatten() {
                     if targets[*place].interface.mac != Some(mac) {
                         answers[*place].get_or_insert(mac);
@@ -125,14 +132,53 @@ pub async fn probe(targets: &[Target], timeout: Duration) -> Result<Vec<Option<M
     Ok(answers)
 }
 
-/// A packet socket that sends, and to which nothing comes.
-fn sender() -> Result<OwnedFd> {
-    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-    socket(AddressFamily::Packet, SockType::Raw, flags, SockProtocol::EthLoop)
-        .context("cannot open a packet socket; the daemon needs CAP_NET_RAW")
+/// A packet socket. To close one the kernel waits for all processors (`synchronize_net` in `packet_release`,
+/// net/packet/af_packet.c), 20 ms or more: that is left to a thread, for whoever opened it has more to do.
+struct PacketSocket(Option<OwnedFd>);
+
+impl PacketSocket {
+    /// It sends, and nothing comes to it: it has no protocol. With one, binding it to another would wait likewise.
+    fn open() -> nix::Result<Self> {
+        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+        socket(AddressFamily::Packet, SockType::Raw, flags, None).map(|socket| PacketSocket(Some(socket)))
+    }
 }
 
-fn send(socket: &OwnedFd, ifindex: u32, address: IpAddr, frame: &[u8]) -> nix::Result<()> {
+impl AsRawFd for PacketSocket {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0.as_ref().map_or(-1, AsRawFd::as_raw_fd)
+    }
+}
+
+impl Drop for PacketSocket {
+    fn drop(&mut self) {
+        let socket = self.0.take();
+        // Without a thread it is closed here.
+        let _ = thread::Builder::new().name("close".to_owned()).stack_size(CLOSING_STACK).spawn(|| drop(socket));
+    }
+}
+
+/// A socket that listens.
+enum Ear {
+    Arp(PacketSocket),
+    Icmpv6(OwnedFd),
+}
+
+impl Ear {
+    /// The next that says whose an address is, `None` if there is none yet.
+    fn hear(&self) -> Result<Option<(IpAddr, Mac)>> {
+        match self {
+            Ear::Arp(ear) => hear_arp(ear),
+            Ear::Icmpv6(ear) => hear_icmpv6(ear),
+        }
+    }
+}
+
+fn sender() -> Result<PacketSocket> {
+    PacketSocket::open().context("cannot open a packet socket; the daemon needs CAP_NET_RAW")
+}
+
+fn send(socket: &PacketSocket, ifindex: u32, address: IpAddr, frame: &[u8]) -> nix::Result<()> {
     let ethertype = if address.is_ipv4() { ETH_P_ARP } else { ETH_P_IPV6 };
     let to = packet_address(ifindex, ethertype).ok_or(Errno::ENODEV)?;
     match sendto(socket.as_raw_fd(), frame, &to, MsgFlags::empty()) {
@@ -142,11 +188,12 @@ fn send(socket: &OwnedFd, ifindex: u32, address: IpAddr, frame: &[u8]) -> nix::R
     }
 }
 
-fn arp_ear(interface: &Interface) -> nix::Result<OwnedFd> {
-    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-    let ear = socket(AddressFamily::Packet, SockType::Raw, flags, SockProtocol::EthLoop)?;
+fn arp_ear(interface: &Interface) -> nix::Result<PacketSocket> {
+    let ear = PacketSocket::open()?;
     // Root may go past net.core.rmem_max.
-    let _ = setsockopt(&ear, sockopt::RcvBufForce, &RECEIVE_BUFFER);
+    if let Some(socket) = &ear.0 {
+        let _ = setsockopt(socket, sockopt::RcvBufForce, &RECEIVE_BUFFER);
+    }
     bind(ear.as_raw_fd(), &packet_address(interface.ifindex, ETH_P_ARP).ok_or(Errno::ENODEV)?)?;
     Ok(ear)
 }
@@ -162,7 +209,7 @@ fn icmpv6_ear(interface: &Interface) -> nix::Result<OwnedFd> {
 }
 
 /// The next ARP packet that says whose an address is, `None` if there is none yet.
-fn hear_arp(ear: &OwnedFd) -> Result<Option<(IpAddr, Mac)>> {
+fn hear_arp(ear: &PacketSocket) -> Result<Option<(IpAddr, Mac)>> {
     let mut frame = [0; FRAME];
     loop {
         match recv(ear.as_raw_fd(), &mut frame, MsgFlags::empty()) {

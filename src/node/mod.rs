@@ -16,8 +16,9 @@ mod socket;
 mod state;
 mod taint;
 
-use crate::cluster::{self, Scope, SourceName};
-use crate::cni::run_dir::SOCKET;
+use crate::cluster::{self, Known, Scope, SourceName};
+use crate::cni::last_word::boot_id;
+use crate::cni::run_dir::{KNOWN, SOCKET};
 use crate::cni::uninstalled;
 use crate::install::keep;
 use crate::kernel::watch::Watch;
@@ -97,7 +98,12 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         None => None,
     };
 
-    let mut source = cluster::open(&options.cluster, Scope::Node(options.name.clone())).await?;
+    let known = Known {
+        directory: options.run_dir.join(KNOWN),
+        of: format!("{} {}", options.name, boot_id().context("the boot's id")?),
+    };
+    let cluster = options.cluster.clone().writing_down(known);
+    let mut source = cluster::open(&cluster, Scope::Node(options.name.clone())).await?;
     let (adopted, mut adoptions) = mpsc::unbounded_channel();
     let (heard, mut answers) = mpsc::unbounded_channel();
     let (targets, wanted) = tokio::sync::watch::channel(liveness::Targets::default());

@@ -1,7 +1,7 @@
 //! The API server is away, or comes back and knows less, or cuts every connection, or takes the credentials no more.
 
 use super::lab::api::Role;
-use super::lab::scene::{VISITOR, assert_blocked, assert_leaves_by_egress};
+use super::lab::scene::{VISITOR, assert_blocked, assert_leaves_by_egress, assert_leaves_by_node};
 use super::lab::{EGRESS4, EXT4, Lab, manifests};
 use super::{PATIENCE, condition, proxy};
 use serde_json::json;
@@ -45,6 +45,52 @@ fn everything_goes_on_while_the_api_server_is_away() {
     });
     let new = lab.add_pod("n1", "shop", "new", &[("app", "new")]);
     lab.wait_seen_as(&new, "192.0.2.51".parse::<Ipv4Addr>().expect("an address"));
+}
+
+#[test]
+fn a_daemon_that_starts_while_the_api_server_is_away_goes_on_from_what_it_was_told() {
+    let lab = Lab::builder().kubernetes().scene();
+    let pod = lab.add_pod("n1", "shop", "visitor", VISITOR);
+    let mut late = lab.sandbox("n1", "shop", "late", VISITOR);
+    let known = |kind: &str| std::fs::read_to_string(lab.node("n1").run_dir().join("known").join(kind));
+    lab.wait_until("n1 knows the pod", PATIENCE, || known("Pod").is_ok_and(|text| text.contains("shop/late\t")));
+    // A policy that is gone does not come back.
+    let spec = "podSelector: { matchLabels: { app: gone } }";
+    lab.write_manifest("gone.yaml", &manifests::policy("shop", "gone", spec));
+    lab.wait_until("n1 knows", PATIENCE, || known("EgressPolicy").is_ok_and(|text| text.contains("shop/gone\t")));
+    lab.remove_manifest("gone.yaml");
+    lab.wait_until("n1 knows", PATIENCE, || known("EgressPolicy").is_ok_and(|text| text.contains("shop/gone\n")));
+    let other = lab.add_pod("n1", "shop", "other", &[("app", "gone")]);
+    assert_leaves_by_node(&other);
+    lab.api().stop();
+    let nodes = ["n1", "n2", "g1", "g2"];
+    nodes.iter().for_each(|node| lab.daemon(node).restart());
+    nodes.iter().for_each(|node| lab.wait_ready(node));
+    assert_leaves_by_egress(&pod);
+    assert_leaves_by_node(&other);
+    late.attach().expect("ADD of a pod that was known");
+    assert_leaves_by_egress(&late);
+    let mut unknown = lab.sandbox_unknown("n1", "shop", "unknown");
+    unknown.attach().expect("ADD of a pod that nobody knows");
+    assert_blocked(&unknown);
+    // Its part in failover does not rest.
+    let owner = ["g1", "g2"].into_iter().find(|g| lab.node(g).ip("-o addr").contains(&format!(" {EGRESS4}/32 ")));
+    let port = format!("link set p-{}", owner.expect("an owner"));
+    lab.host("fab").ip(&format!("{port} down"));
+    lab.wait_seen_as(&pod, EGRESS4);
+    lab.wait_seen_as(&late, EGRESS4);
+    assert_blocked(&unknown);
+    // What was taken over stays so with yet another start.
+    lab.daemon("n1").restart();
+    lab.wait_ready("n1");
+    lab.wait_seen_as(&pod, EGRESS4);
+    lab.host("fab").ip(&format!("{port} up"));
+    lab.api().start_again();
+    let spec = "podSelector: { matchLabels: { app: new } }\n  address: { ipv4: 192.0.2.58 }";
+    lab.write_manifest("new.yaml", &manifests::policy("shop", "new", spec));
+    let new = lab.add_pod("n1", "shop", "new", &[("app", "new")]);
+    lab.wait_seen_as(&new, "192.0.2.58".parse::<Ipv4Addr>().expect("an address"));
+    assert_leaves_by_egress(&pod);
 }
 
 #[test]

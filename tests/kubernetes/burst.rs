@@ -48,6 +48,11 @@ fn a_thousand_policies_and_two_thousand_pods_at_once() {
         told() == POLICIES
     });
     eprintln!("all told after {:.1?}", begun.elapsed());
+    // A ledger as long as this is text.
+    let gateway = lab.api().egret("egressgateways/default");
+    let text = gateway["status"]["text"].as_str().unwrap_or_default();
+    let lines = text.lines().filter(|line| line.contains(" shop/policy-")).count();
+    assert!(lines == POLICIES && super::paths(&lab).is_empty(), "{}", gateway["status"]);
     let labels = [("object", "policy"), ("result", "ok")];
     let writes = || lab.metrics("controller").get("egret_status_writes_total", &labels).unwrap_or(0.0);
     // Each policy: an address, a first pod, a second pod, and the node that holds the address.

@@ -10,6 +10,7 @@ mod burst;
 mod changes;
 mod failover;
 mod leaders;
+mod ledger;
 mod proxy;
 mod refusals;
 mod taint;

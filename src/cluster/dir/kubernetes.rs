@@ -1,81 +1,94 @@
-//! Kubernetes' own kinds: the few fields that Egret uses, read strictly; everything else in them is passed over.
+//! Kubernetes' own kinds: the few fields that Egret uses, read strictly; everything else in them is passed over. What is
+//! written down of them is the same fields.
 
 use super::fault::Fault;
 use super::names::Names;
 use crate::plan::model::{Node, Pod, Service};
 use crate::plan::selector::Selector;
 use ipnetwork::IpNetwork;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::str::FromStr;
 
 /// `metadata`, of any kind.
-#[derive(Clone, Debug, Default, Deserialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct Metadata {
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub namespace: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub uid: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub labels: Option<BTreeMap<String, String>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub annotations: Option<BTreeMap<String, String>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub creation_timestamp: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub generation: Option<i64>,
 }
 
-#[derive(Debug, Default, Deserialize)]
+#[derive(Debug, Default, Serialize, Deserialize)]
 #[serde(default)]
 pub struct NodeSpec {
-    #[serde(rename = "podCIDR")]
+    #[serde(rename = "podCIDR", skip_serializing_if = "Option::is_none")]
     pod_cidr: Option<String>,
-    #[serde(rename = "podCIDRs")]
+    #[serde(rename = "podCIDRs", skip_serializing_if = "Option::is_none")]
     pod_cidrs: Option<Vec<String>>,
 }
 
-#[derive(Debug, Default, Deserialize)]
+#[derive(Debug, Default, Serialize, Deserialize)]
 #[serde(default)]
 pub struct NodeStatus {
+    #[serde(skip_serializing_if = "Option::is_none")]
     addresses: Option<Vec<NodeAddress>>,
 }
 
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Serialize, Deserialize)]
 struct NodeAddress {
     #[serde(rename = "type")]
     type_: String,
     address: String,
 }
 
-#[derive(Debug, Default, Deserialize)]
+#[derive(Debug, Default, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct PodSpec {
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub node_name: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     host_network: Option<bool>,
 }
 
-#[derive(Debug, Default, Deserialize)]
+#[derive(Debug, Default, Serialize, Deserialize)]
 #[serde(default)]
 pub struct PodStatus {
+    #[serde(skip_serializing_if = "Option::is_none")]
     phase: Option<String>,
-    #[serde(rename = "podIP")]
+    #[serde(rename = "podIP", skip_serializing_if = "Option::is_none")]
     pod_ip: Option<String>,
-    #[serde(rename = "podIPs")]
+    #[serde(rename = "podIPs", skip_serializing_if = "Option::is_none")]
     pod_ips: Option<Vec<PodIp>>,
 }
 
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Serialize, Deserialize)]
 struct PodIp {
     ip: String,
 }
 
-#[derive(Debug, Default, Deserialize)]
+#[derive(Debug, Default, Serialize, Deserialize)]
 #[serde(default)]
 pub struct ServiceSpec {
-    #[serde(rename = "type")]
+    #[serde(rename = "type", skip_serializing_if = "Option::is_none")]
     type_: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     selector: Option<BTreeMap<String, String>>,
-    #[serde(rename = "clusterIP")]
+    #[serde(rename = "clusterIP", skip_serializing_if = "Option::is_none")]
     cluster_ip: Option<String>,
-    #[serde(rename = "clusterIPs")]
+    #[serde(rename = "clusterIPs", skip_serializing_if = "Option::is_none")]
     cluster_ips: Option<Vec<String>>,
 }
 

@@ -120,6 +120,11 @@ impl Failure {
         }
     }
 
+    /// Whether there is no API server now that could say yes or no.
+    pub fn is_away(&self) -> bool {
+        self.code().is_none_or(|code| code >= 500)
+    }
+
     /// Whether the request may have been carried out all the same: 5xx answers come from before and from after.
     pub fn is_uncertain(&self) -> bool {
         match self {

@@ -1,6 +1,7 @@
 //! From an object's text to the model, one object at a time: one that makes no sense spoils no list.
 
 use super::kind::Kind;
+use super::ledger_text;
 use crate::api;
 use crate::cluster::dir::fault::Fault;
 use crate::cluster::dir::kubernetes as k8s;
@@ -9,8 +10,8 @@ use crate::cluster::dir::validate::times;
 use crate::plan::model::{Gateway, Node, ObjectKey, Pod, Policy, PolicyKey, Service};
 use crate::plan::selector::{Labels, Name};
 use ipnetwork::IpNetwork;
-use serde::Deserialize;
 use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -144,7 +145,8 @@ fn item(
             let Whole { metadata, spec, status } = whole::<_, api::EgressGatewayStatus>(text)?;
             let mut gateway = Gateway::new(&spec.ok_or_else(no_spec)?, times(&metadata)?)?;
             names.gateway(&mut gateway);
-            gateway.status = status.unwrap_or_default();
+            gateway.status =
+                ledger_text::read(status.unwrap_or_default()).map_err(|e| Fault { message: e, ..Fault::default() })?;
             // Ten thousand paths: no room that is not needed.
             gateway.status.paths.iter_mut().for_each(|path| path.policies.shrink_to_fit());
             gateway.status.paths.shrink_to_fit();
@@ -187,9 +189,9 @@ fn item(
 }
 
 /// The `spec` of a ServiceCIDR, or of Calico's IPPool.
-#[derive(Default, Deserialize)]
+#[derive(Default, Serialize, Deserialize)]
 #[serde(default)]
-struct Networks {
+pub struct Networks {
     cidrs: Vec<String>,
     cidr: Option<String>,
 }

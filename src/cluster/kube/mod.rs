@@ -7,9 +7,12 @@
 
 mod client;
 mod decode;
+mod essence;
 mod events;
 mod kind;
+mod known;
 pub mod lease;
+mod ledger_text;
 mod lookup;
 mod service_networks;
 mod split;
@@ -30,13 +33,14 @@ use client::Client;
 use decode::Reading;
 use http::Method;
 use kind::Kind;
+use known::Files;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use store::Store;
 use tokio::sync::{mpsc, watch as channel};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep_until};
-use tracing::info;
+use tracing::{info, warn};
 use watch::{Change, Watch};
 
 /// Snapshots follow each other at this distance at least: each one makes its readers compute.
@@ -64,7 +68,8 @@ pub(super) async fn open(options: KubeOptions, scope: Scope) -> anyhow::Result<S
         },
     };
     let (changes, taken) = mpsc::channel(CHANGES);
-    let tasks = Tasks { client: client.clone(), node, names: Arc::default(), changes };
+    let files = Files::new(options.known.filter(|_| node.is_some()));
+    let tasks = Tasks { client: client.clone(), node, names: Arc::default(), changes, files: files.clone() };
     let (reading, names, lookups) = (tasks.reading(), tasks.names.clone(), tasks.changes.clone());
     let mut follower = Follower::new(tasks, taken);
     let optional = Kind::OPTIONAL.into_iter().filter(|_| follower.tasks.node.is_some());
@@ -78,7 +83,7 @@ pub(super) async fn open(options: KubeOptions, scope: Scope) -> anyhow::Result<S
     let lookup = Lookup { client: client.clone(), reading, names, changes: lookups, snapshots: snapshots_seen.clone() };
     Ok(Source {
         snapshots: snapshots_seen,
-        statuses: super::Statuses::Kube(Statuses::new(client)),
+        statuses: super::Statuses::Kube(Statuses::new(client, files)),
         problems: problems_seen,
         lookup: super::Lookup::Kube(lookup),
         leadership,
@@ -100,6 +105,7 @@ struct Tasks {
     node: Option<Name>,
     names: Arc<Mutex<Names>>,
     changes: mpsc::Sender<Change>,
+    files: Files,
 }
 
 impl Tasks {
@@ -113,7 +119,8 @@ impl Tasks {
             _ => String::new(),
         };
         let (client, names, changes) = (self.client.clone(), self.names.clone(), self.changes.clone());
-        tokio::spawn(Watch { client, kind, selector, reading: self.reading(), names, changes }.run())
+        let files = self.files.clone();
+        tokio::spawn(Watch { client, kind, selector, reading: self.reading(), names, files, changes }.run())
     }
 }
 
@@ -127,15 +134,18 @@ struct Follower {
     asked: bool,
     /// Since when no policy has named a Service.
     unneeded: Option<Instant>,
+    /// It was looked what was known before.
+    recalled: bool,
 }
 
 impl Follower {
     fn new(tasks: Tasks, taken: mpsc::Receiver<Change>) -> Self {
         let store = Store::new(tasks.node.is_none());
-        Follower { tasks, taken, store, services: None, asked: false, unneeded: None }
+        Follower { tasks, taken, store, services: None, asked: false, unneeded: None, recalled: false }
     }
 
-    /// The first snapshot. It waits for it as long as it takes: half a cluster is none.
+    /// The first snapshot. It waits for it as long as it takes: half a cluster is none. With the API server away, it is
+    /// what an earlier daemon of this node was told last.
     async fn first(&mut self) -> Cluster {
         let mut said = Vec::new();
         let mut patience = Instant::now() + IMPATIENCE;
@@ -143,12 +153,19 @@ impl Follower {
             let missing = self.store.missing();
             if missing.is_empty() && !self.store.lacks_service_networks() {
                 self.tidy();
+                if self.services.is_none() {
+                    self.tasks.files.forget(Kind::Service);
+                }
                 return self.store.news().unwrap_or_default();
             }
             tokio::select! {
                 change = self.taken.recv() => {
                     if let Some(change) = change {
+                        let away = matches!(&change, Change::State(_, Some(trouble)) if trouble.away);
                         self.take(change);
+                        if away && !std::mem::replace(&mut self.recalled, true) {
+                            self.recall();
+                        }
                     }
                     self.care_for_services();
                     let problems = self.store.problems();
@@ -161,6 +178,28 @@ impl Follower {
                 }
             }
         }
+    }
+
+    /// Takes in what was known before of all that has not been listed yet, if all of it is there.
+    fn recall(&mut self) {
+        let (reading, files) = (self.tasks.reading(), self.tasks.files.clone());
+        let mut names = self.tasks.names.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut recall = |kind| Some(Change::Listed(kind, files.recall(kind, &reading, &mut names)?));
+        let kinds: Vec<Kind> = Kind::ALWAYS.into_iter().chain(Kind::OPTIONAL).collect();
+        let unlisted = kinds.into_iter().filter(|kind| !self.store.has_listed(*kind));
+        let Some(all) = unlisted.map(&mut recall).collect::<Option<Vec<Change>>>() else { return };
+        let services = recall(Kind::Service);
+        let own = files.own(&reading, &mut names).map(|own| Change::Applied(Kind::EgressNode, own));
+        let networks = files.service_networks().map(Change::ServiceNetworks);
+        drop(names);
+        for change in all.into_iter().chain(own).chain(networks) {
+            self.store.take(change);
+        }
+        // Not before it is known whether a policy goes by them.
+        if let Some(services) = services.filter(|_| self.store.needs_services()) {
+            self.store.take(services);
+        }
+        warn!("the API server is away; this node goes on from what it was told last");
     }
 
     async fn follow(mut self, snapshots: channel::Sender<Arc<Cluster>>, problems: channel::Sender<Arc<Vec<String>>>) {
@@ -206,6 +245,9 @@ impl Follower {
                 | Change::Deleted(Kind::Service, _)
                 | Change::State(Kind::Service, _)
         );
+        if let Change::ServiceNetworks(answer) = &change {
+            self.tasks.files.note_service_networks(answer);
+        }
         // What a task that was ended has told last is old.
         if !of_services || self.services.is_some() {
             self.store.take(change);
@@ -227,6 +269,7 @@ impl Follower {
                     task.abort();
                     self.services = None;
                     self.unneeded = None;
+                    self.tasks.files.forget(Kind::Service);
                     self.store.forget_services();
                 }
             }

@@ -3,6 +3,8 @@
 use super::client::{APPLY, Client, Failure, JSON};
 use super::events::{self, Regarding};
 use super::kind::Kind;
+use super::known::Files;
+use super::ledger_text;
 use super::taint;
 use crate::api::{API_VERSION, EgressGatewayStatus, EgressNodeStatus, EgressPolicyStatus};
 use crate::cluster::NotWritten;
@@ -12,20 +14,25 @@ use crate::plan::selector::Name;
 use http::Method;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
+use std::borrow::Cow;
 use std::fmt;
 
 /// The field manager of what the controller writes.
 const CONTROLLER: &str = "egret-controller";
 /// The field manager of what nodes write of themselves.
 const NODE: &str = "egret-node";
-/// A ledger that is longer than this, bytes, is not sent: etcd takes requests of 1.5 MiB by default, and the API server
+/// A ledger of more paths than this is written as text: that is half as long, and the API server need not merge them one
+/// by one.
+const SHORT_LEDGER: usize = 500;
+/// A status that is longer than this, bytes, is not sent: etcd takes requests of 1.5 MiB by default, and the API server
 /// adds the object's metadata (<https://etcd.io/docs/v3.5/dev-guide/limit/>).
-const LONGEST_LEDGER: usize = 1_400_000;
+const LONGEST_STATUS: usize = 1_400_000;
 
 /// Writes statuses to the API server.
 #[derive(Clone)]
 pub struct Statuses {
     client: Client,
+    files: Files,
 }
 
 impl fmt::Debug for Statuses {
@@ -78,8 +85,8 @@ impl From<Failure> for NotWritten {
 }
 
 impl Statuses {
-    pub(super) fn new(client: Client) -> Self {
-        Statuses { client }
+    pub(super) fn new(client: Client, files: Files) -> Self {
+        Statuses { client, files }
     }
 
     /// Writes a ledger in place of the one that the version names, and returns the new version.
@@ -90,7 +97,9 @@ impl Statuses {
         in_place_of: Option<&str>,
         notices: Vec<Notice>,
     ) -> Result<Option<Box<str>>, NotWritten> {
-        let answer = self.apply(Kind::EgressGateway, (None, name), CONTROLLER, status, in_place_of).await?;
+        let is_short = status.paths.len() + status.released.len() <= SHORT_LEDGER;
+        let status = if is_short { Cow::Borrowed(status) } else { Cow::Owned(ledger_text::write(status)) };
+        let answer = self.apply(Kind::EgressGateway, (None, name), CONTROLLER, &*status, in_place_of).await?;
         self.tell(Kind::EgressGateway, (None, name), &answer, notices);
         Ok(Some(answer.metadata.resource_version.into()))
     }
@@ -147,6 +156,7 @@ impl Statuses {
     }
 
     pub(in crate::cluster) async fn node(&self, name: &str, status: &EgressNodeStatus) -> Result<(), NotWritten> {
+        self.files.note_own(name, status);
         let written = self.apply(Kind::EgressNode, (None, name), NODE, status, None).await;
         match written {
             Err(e) if e.is_not_found() => {
@@ -194,7 +204,7 @@ impl Statuses {
             status,
         };
         let text = serde_json::to_vec(&object).map_err(|e| Failure::Unreachable(e.to_string()))?;
-        if text.len() > LONGEST_LEDGER {
+        if text.len() > LONGEST_STATUS {
             return Err(Failure::Refused {
                 code: 413,
                 reason: "TooLarge".into(),

@@ -69,7 +69,7 @@ impl Store {
                 self.answer = Some(answer);
                 self.gather_inside();
             }
-            Change::State(kind, Some(trouble)) => drop(self.states.insert(kind, trouble)),
+            Change::State(kind, Some(trouble)) => drop(self.states.insert(kind, trouble.text)),
             Change::State(kind, None) => drop(self.states.remove(&kind)),
         }
     }
@@ -275,6 +275,11 @@ impl Store {
         self.states.remove(&Kind::Service);
         self.changed |= !self.cluster.services.is_empty();
         self.cluster.services = Default::default();
+    }
+
+    /// Whether a kind has been listed to its end.
+    pub fn has_listed(&self, kind: Kind) -> bool {
+        self.listed.contains(&kind)
     }
 
     /// The kinds that have not been listed yet and are needed for a first snapshot.

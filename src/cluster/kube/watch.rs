@@ -6,6 +6,7 @@
 use super::client::{Client, Failure, Status};
 use super::decode::{Decoded, Key, Listed, Reading, decode};
 use super::kind::Kind;
+use super::known::{Book, Files};
 use super::split::Splitter;
 use crate::cluster::dir::names::Names;
 use crate::plan::model::Inside;
@@ -54,7 +55,16 @@ pub enum Change {
     /// The networks inside the cluster that somebody was asked for; `None`: nobody knows them.
     ServiceNetworks(Option<Inside>),
     /// Whether the kind can be followed now, and why not.
-    State(Kind, Option<String>),
+    State(Kind, Option<Trouble>),
+}
+
+/// Why a kind cannot be followed.
+#[derive(Debug)]
+pub struct Trouble {
+    /// What a person should know, and do.
+    pub text: String,
+    /// Whether the API server is away, rather than unwilling.
+    pub away: bool,
 }
 
 /// Follows a kind.
@@ -69,6 +79,8 @@ pub struct Watch {
     pub reading: Reading,
     /// The names of the whole source.
     pub names: Arc<Mutex<Names>>,
+    /// Where what is told is written down before.
+    pub files: Files,
     /// Who is told. If nobody listens, it ends.
     pub changes: Sender<Change>,
 }
@@ -119,11 +131,12 @@ impl Watch {
     /// Runs until nobody listens.
     pub async fn run(self) {
         let mut backoff = Backoff::default();
+        let mut book = self.files.book(self.kind);
         let mut from = Origin::Cache;
         // How many there were, as of the last list and all changes since.
         let mut count = 0usize;
         'list: loop {
-            let listed = self.list(&from).await;
+            let listed = self.list(&from, &mut book).await;
             let (listed, mut version) = match listed {
                 Ok(listed) => listed,
                 Err(e) => {
@@ -131,6 +144,7 @@ impl Watch {
                         from = Origin::Store;
                     }
                     if e.is_not_found() && Kind::OPTIONAL.contains(&self.kind) {
+                        book.keep();
                         if self.changes.send(Change::Absent(self.kind)).await.is_err() {
                             return;
                         }
@@ -154,6 +168,7 @@ impl Watch {
                 continue;
             }
             count = listed.len();
+            book.keep();
             let sent = self.changes.send(Change::Listed(self.kind, listed)).await;
             if sent.is_err() || self.changes.send(Change::State(self.kind, None)).await.is_err() {
                 return;
@@ -161,7 +176,7 @@ impl Watch {
             let mut told_down = false;
             loop {
                 let begun = Instant::now();
-                let end = self.watch(&mut version, &mut count, &mut told_down).await;
+                let end = self.watch(&mut version, &mut count, &mut told_down, &mut book).await;
                 let worked = begun.elapsed() >= WORKED;
                 if worked {
                     backoff = Backoff::default();
@@ -190,7 +205,8 @@ impl Watch {
     }
 
     /// All of the kind, and as of which version.
-    async fn list(&self, from: &Origin) -> Result<(Listed, String), Failure> {
+    async fn list(&self, from: &Origin, book: &mut Book) -> Result<(Listed, String), Failure> {
+        book.begin();
         let mut query = match from {
             Origin::Cache => "resourceVersion=0".to_owned(),
             Origin::CacheSince(version) => format!("resourceVersion={version}&resourceVersionMatch=NotOlderThan"),
@@ -205,7 +221,10 @@ impl Watch {
             while let Some(piece) = body.next(LIST_PATIENCE).await? {
                 let mut names = self.names.lock().unwrap_or_else(PoisonError::into_inner);
                 splitter.push(&piece, |text| match decode(self.kind, text, &self.reading, &mut names) {
-                    Ok(decoded) => drop(all.insert(decoded.key.clone(), decoded)),
+                    Ok(decoded) => {
+                        book.item(&decoded, text);
+                        all.insert(decoded.key.clone(), decoded);
+                    }
                     Err(e) => nameless = Some(e),
                 });
             }
@@ -228,7 +247,7 @@ impl Watch {
     }
 
     /// Follows the changes since `version`.
-    async fn watch(&self, version: &mut String, count: &mut usize, told_down: &mut bool) -> End {
+    async fn watch(&self, version: &mut String, count: &mut usize, told_down: &mut bool, book: &mut Book) -> End {
         let seconds = WATCH.as_secs() + random(60);
         let path = format!(
             "{}?watch=1&allowWatchBookmarks=true&resourceVersion={version}&timeoutSeconds={seconds}{}",
@@ -261,7 +280,7 @@ impl Watch {
             while let Some(end) = rest.iter().position(|byte| *byte == b'\n') {
                 line.extend_from_slice(&rest[..end]);
                 rest = &rest[end + 1..];
-                let change = match self.event(&line, version) {
+                let change = match self.event(&line, version, book) {
                     Ok(change) => change,
                     Err(end) => return end,
                 };
@@ -283,7 +302,7 @@ impl Watch {
         }
     }
 
-    fn event(&self, line: &[u8], version: &mut String) -> Result<Option<Change>, End> {
+    fn event(&self, line: &[u8], version: &mut String, book: &mut Book) -> Result<Option<Change>, End> {
         let senseless = |e: serde_json::Error| End::Failed(Failure::Unknown(format!("a watch's event: {e}")));
         if line.iter().all(u8::is_ascii_whitespace) {
             return Ok(None);
@@ -307,9 +326,12 @@ impl Watch {
                 let mut names = self.names.lock().unwrap_or_else(PoisonError::into_inner);
                 let decoded = decode(self.kind, text.as_bytes(), &self.reading, &mut names).map_err(senseless)?;
                 version.clone_from(&decoded.version);
-                Ok(Some(match type_ {
-                    "DELETED" => Change::Deleted(self.kind, decoded.key),
-                    _ => Change::Applied(self.kind, decoded),
+                Ok(Some(if type_ == "DELETED" {
+                    book.deleted(&decoded.key);
+                    Change::Deleted(self.kind, decoded.key)
+                } else {
+                    book.applied(&decoded, text.as_bytes());
+                    Change::Applied(self.kind, decoded)
                 }))
             }
         }
@@ -323,8 +345,8 @@ impl Watch {
         }
     }
 
-    /// What a person should know of a failure, and do.
-    fn trouble(&self, e: &Failure) -> String {
+    /// What a failure means.
+    fn trouble(&self, e: &Failure) -> Trouble {
         let hint = match e.code() {
             Some(404) if self.kind.is_ours() => {
                 "; install the CustomResourceDefinitions: `egretd crds | kubectl apply -f -`"
@@ -333,7 +355,7 @@ impl Watch {
             Some(401) => "; the credentials are not accepted, they are read again",
             _ => "",
         };
-        format!("{} objects cannot be followed: {e}{hint}", self.kind)
+        Trouble { text: format!("{} objects cannot be followed: {e}{hint}", self.kind), away: e.is_away() }
     }
 }
 

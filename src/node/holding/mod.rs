@@ -51,6 +51,8 @@ pub struct Holding {
     answered: BTreeMap<PathId, Answer>,
     /// It is being asked for them.
     asking: BTreeSet<PathId>,
+    /// The paths that there were when it was decided last, sorted; `None` before.
+    known: Option<Vec<PathId>>,
     /// What is here is to be asked for.
     verify: bool,
     /// Somebody answered for what is here.
@@ -71,6 +73,8 @@ pub struct Decision {
     pub wish: Wish,
     /// Paths for whose addresses the link is to be asked.
     pub ask: BTreeSet<PathId>,
+    /// Those among them that were in no ledger before: no node of Egret's has had them.
+    pub new: BTreeSet<PathId>,
 }
 
 impl Holding {
@@ -83,6 +87,7 @@ impl Holding {
             cleared: BTreeSet::new(),
             answered: BTreeMap::new(),
             asking: BTreeSet::new(),
+            known: None,
             verify: true,
             lost: BTreeSet::new(),
             going: BTreeMap::new(),
@@ -156,6 +161,9 @@ impl Holding {
             }
         }
         decision.ask.retain(|id| self.asking.insert(*id));
+        if let Some(known) = self.known.replace(paths.keys().copied().collect()) {
+            decision.new = decision.ask.iter().copied().filter(|id| known.binary_search(id).is_err()).collect();
+        }
         let withheld = self.yielded.values().any(|(_, at)| now - *at < WITHHELD) && !has_of_ledger;
         let holds = paths.values().any(|path| path.state == PathState::Local && path.member);
         let left = drained && !holds && decision.wish.paths.is_empty();

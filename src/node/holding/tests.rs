@@ -267,3 +267,37 @@ fn a_path_that_is_no_more_goes_at_once() {
     scene.decide();
     assert!(!scene.is_here());
 }
+
+#[test]
+fn what_no_node_has_had_before_is_told_apart() {
+    let mut world = World::new(&["192.0.2.50-192.0.2.52"]);
+    let addresses = [50, 51, 52].map(|last| IpAddr::from([192, 0, 2, last]));
+    let look = Look::of(&interface(true), &addresses);
+    let now = Instant::now();
+    let mut holding = Holding::new(SETTINGS, now);
+    let mut asked = |world: &World| {
+        let view = View::new(&world.cluster, "n1", &Facts::default(), &[], []);
+        let decision = holding.decide(&view, &Facts::default(), &look, false, now + Duration::from_secs(60));
+        (decision.ask.len(), decision.new.len())
+    };
+    let give = |world: &mut World, policy: &str, node: &str| {
+        let gateway = Arc::make_mut(world.cluster.gateways.get_mut("g").unwrap());
+        let path = gateway.status.paths.iter_mut().find(|path| path.policies == [policy]).unwrap();
+        path.node = Some(node.into());
+        path.since += 1;
+    };
+    world.policy("a/p", asking(Allocate::Dedicated));
+    world.allocate();
+    give(&mut world, "a/p", "n1");
+    assert_eq!(asked(&world), (1, 0), "what there is at the start may be another's");
+    world.policy("a/q", asking(Allocate::Dedicated));
+    world.allocate();
+    give(&mut world, "a/q", "n1");
+    assert_eq!(asked(&world), (1, 1));
+    world.policy("a/r", asking(Allocate::Dedicated));
+    world.allocate();
+    give(&mut world, "a/r", "n2");
+    assert_eq!(asked(&world), (0, 0));
+    give(&mut world, "a/r", "n1");
+    assert_eq!(asked(&world), (1, 0), "it was another node's");
+}

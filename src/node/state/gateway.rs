@@ -20,6 +20,12 @@ use tokio::time::Instant;
 
 /// How long the link has to say that somebody has an address.
 const ASK: Duration = Duration::from_millis(100);
+/// The same for an address that is used for the first time. Who answers later than this, while the link is asked again,
+/// has it all the same, and this node gives it up. Of one that another node had, which may be frozen and come to, that
+/// would be too late: its connections would have come here.
+const ASK_NEW: Duration = Duration::from_millis(20);
+/// Of more addresses than this the answers may take longer, were it only for their number.
+const FEW: usize = 64;
 /// A link that cannot be asked is asked again after this long.
 const UNASKABLE: Duration = Duration::from_millis(500);
 
@@ -93,7 +99,10 @@ impl Node {
         }
         let drained = self.cluster.nodes.get(&*self.options.name).is_some_and(|node| is_drained(node));
         let decision = self.holding.decide(&self.view, &self.facts, &look, drained, now);
-        self.ask(&look, decision.ask);
+        let few = decision.new.len() <= FEW;
+        let (new, others) = decision.ask.into_iter().partition(|id| few && decision.new.contains(id));
+        self.ask(&look, new, &[ASK_NEW, ASK]);
+        self.ask(&look, others, &[ASK]);
         self.note_handovers(now);
         let mut changes = self.prepare(&decision.wish)?;
         let (placed, refused) = self.host.place(&self.view, &look, &decision.wish).await?;
@@ -154,27 +163,29 @@ impl Node {
         paths.map(|(id, path)| (*id, path.since)).collect()
     }
 
-    /// Asks the link who has the addresses of paths.
-    fn ask(&self, look: &Look, paths: BTreeSet<PathId>) {
+    /// Asks the link who has the addresses of paths, and tells each time that it has been silent for so long.
+    fn ask(&self, look: &Look, paths: BTreeSet<PathId>, patience: &'static [Duration]) {
         if paths.is_empty() {
             return;
         }
         let (ids, targets): (Vec<PathId>, Vec<_>) = look.targets(&self.view, &paths).into_iter().unzip();
         let heard = self.listeners.heard.clone();
         tokio::spawn(async move {
-            let answers = match announce::probe(&targets, ASK).await {
-                Ok(macs) => {
-                    let each = ids.into_iter().zip(targets).zip(macs);
-                    Some(each.map(|((id, target), mac)| (id, target.address, mac)).collect())
-                }
-                Err(e) => {
-                    tracing::warn!("the link cannot be asked who has egress addresses: {e:#}");
-                    tokio::time::sleep(UNASKABLE).await;
-                    None
-                }
-            };
-            // The daemon ends if nobody listens.
-            let _ = heard.send(Heard { paths, answers });
+            for patience in patience {
+                let answers = match announce::probe(&targets, *patience).await {
+                    Ok(macs) => {
+                        let each = ids.iter().zip(&targets).zip(macs);
+                        Some(each.map(|((id, target), mac)| (*id, target.address, mac)).collect())
+                    }
+                    Err(e) => {
+                        tracing::warn!("the link cannot be asked who has egress addresses: {e:#}");
+                        tokio::time::sleep(UNASKABLE).await;
+                        None
+                    }
+                };
+                // The daemon ends if nobody listens.
+                let _ = heard.send(Heard { paths: paths.clone(), answers });
+            }
         });
     }
 

@@ -1,6 +1,7 @@
 use super::*;
 use crate::cluster::dir::names::Names;
 use crate::cluster::kube::decode::{Reading, decode};
+use crate::cluster::kube::watch::Trouble;
 use serde_json::{Value, json};
 
 fn decoded(kind: Kind, object: &Value) -> Decoded {
@@ -99,7 +100,7 @@ fn a_pod_that_was_asked_for_does_not_come_back_from_the_dead() {
 #[test]
 fn what_cannot_be_followed_is_a_problem_until_it_can() {
     let mut store = full();
-    store.take(Change::State(Kind::Node, Some("no rights".into())));
+    store.take(Change::State(Kind::Node, Some(Trouble { text: "no rights".into(), away: false })));
     assert_eq!(store.problems(), ["no rights"]);
     store.take(Change::State(Kind::Node, None));
     assert!(store.problems().is_empty());

@@ -1,0 +1,140 @@
+//! A long ledger as text, a line a path: as objects, 10,000 paths are more than etcd takes, and a server-side apply
+//! merges them one by one.
+//!
+//! ```text
+//! node g1
+//! node g2
+//! 7 D 192.0.2.50,2001:db8::50 0 1763718000 - shop/visitors
+//! 8 E 192.0.2.51 1 1763718060 0 shop/a,shop/b
+//! -9 192.0.2.52 1763718090 shop/gone
+//! ```
+//!
+//! First the nodes, by whose number they are named from then on. Then the paths: id, kind, addresses, `node`, `since`,
+//! `leaving`, policies. Then, with a `-`, what was released: id, addresses, `at`, policies. What is absent is `-`. Names in
+//! Kubernetes have neither spaces nor commas.
+
+use crate::api::{AddressPair, EgressGatewayStatus, LedgerPath, PathKind, ReleasedPath};
+use std::collections::HashMap;
+use std::fmt::Write;
+use std::net::IpAddr;
+use std::str::{FromStr, SplitWhitespace};
+
+const ABSENT: &str = "-";
+const KINDS: [(PathKind, &str); 4] =
+    [(PathKind::Dedicated, "D"), (PathKind::Explicit, "E"), (PathKind::Node, "N"), (PathKind::Shared, "S")];
+
+/// The same ledger with the paths and what was released as text.
+pub fn write(status: &EgressGatewayStatus) -> EgressGatewayStatus {
+    let EgressGatewayStatus { paths, released, .. } = status;
+    let mut nodes: HashMap<&str, usize> = HashMap::new();
+    let mut text = String::new();
+    for name in paths.iter().flat_map(|path| [&path.node, &path.leaving]).flatten() {
+        let number = nodes.len();
+        nodes.entry(name).or_insert_with(|| {
+            line(&mut text, format_args!("node {name}"));
+            number
+        });
+    }
+    let number = |name: &Option<String>| match name {
+        Some(name) => nodes[name.as_str()].to_string(),
+        None => ABSENT.to_owned(),
+    };
+    for path in paths {
+        let LedgerPath { id, kind, address, node, since, leaving, policies } = path;
+        let kind = KINDS.iter().find(|(k, _)| k == kind).map_or(ABSENT, |(_, letter)| *letter);
+        let (address, policies) = (pair(address), list(policies));
+        let (node, leaving) = (number(node), number(leaving));
+        line(&mut text, format_args!("{id} {kind} {address} {node} {since} {leaving} {policies}"));
+    }
+    for ReleasedPath { id, address, policies, at } in released {
+        line(&mut text, format_args!("-{id} {} {at} {}", pair(address), list(policies)));
+    }
+    EgressGatewayStatus {
+        nodes: status.nodes.clone(),
+        conditions: status.conditions.clone(),
+        writer: status.writer.clone(),
+        text: Some(text),
+        ..EgressGatewayStatus::default()
+    }
+}
+
+fn line(text: &mut String, arguments: std::fmt::Arguments) {
+    // Text grows without fail.
+    let _ = writeln!(text, "{arguments}");
+}
+
+fn pair(address: &AddressPair) -> String {
+    let both = [address.ipv4.map(IpAddr::V4), address.ipv6.map(IpAddr::V6)];
+    list(&both.into_iter().flatten().map(|a| a.to_string()).collect::<Vec<_>>())
+}
+
+fn list(words: &[String]) -> String {
+    if words.is_empty() { ABSENT.to_owned() } else { words.join(",") }
+}
+
+/// Moves the text back into paths and what was released.
+///
+/// # Errors
+/// A line that makes no sense, with the line.
+pub fn read(mut status: EgressGatewayStatus) -> Result<EgressGatewayStatus, String> {
+    let Some(text) = status.text.take() else { return Ok(status) };
+    let mut nodes: Vec<&str> = Vec::new();
+    for line in text.lines() {
+        take(line, &mut nodes, &mut status).ok_or_else(|| format!("status.text has a line {line:?}"))?;
+    }
+    Ok(status)
+}
+
+fn take<'a>(line: &'a str, nodes: &mut Vec<&'a str>, status: &mut EgressGatewayStatus) -> Option<()> {
+    let mut words = line.split_whitespace();
+    let first = words.next()?;
+    if first == "node" {
+        nodes.push(words.next()?);
+    } else if let Some(id) = first.strip_prefix('-') {
+        let id = id.parse().ok()?;
+        let address = addresses(words.next()?)?;
+        status.released.push(ReleasedPath { id, address, at: number(&mut words)?, policies: policies(words.next()?) });
+    } else {
+        let id = first.parse().ok()?;
+        let letter = words.next()?;
+        let kind = KINDS.iter().find(|(_, l)| *l == letter)?.0;
+        let address = addresses(words.next()?)?;
+        let node = node(words.next()?, nodes)?;
+        let since = number(&mut words)?;
+        let leaving = self::node(words.next()?, nodes)?;
+        let policies = policies(words.next()?);
+        status.paths.push(LedgerPath { id, kind, address, node, since, leaving, policies });
+    }
+    words.next().is_none().then_some(())
+}
+
+fn number<T: FromStr>(words: &mut SplitWhitespace) -> Option<T> {
+    words.next()?.parse().ok()
+}
+
+fn addresses(text: &str) -> Option<AddressPair> {
+    let mut pair = AddressPair::default();
+    for word in text.split(',').filter(|word| *word != ABSENT) {
+        match word.parse().ok()? {
+            IpAddr::V4(a) => pair.ipv4 = Some(a),
+            IpAddr::V6(a) => pair.ipv6 = Some(a),
+        }
+    }
+    Some(pair)
+}
+
+fn node(text: &str, nodes: &[&str]) -> Option<Option<String>> {
+    if text == ABSENT {
+        return Some(None);
+    }
+    Some(Some((*nodes.get(text.parse::<usize>().ok()?)?).to_owned()))
+}
+
+fn policies(text: &str) -> Vec<String> {
+    let mut all: Vec<String> = text.split(',').filter(|word| *word != ABSENT).map(str::to_owned).collect();
+    all.shrink_to_fit();
+    all
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,88 @@
+use super::*;
+use crate::api::LedgerWriter;
+use proptest::option::of;
+use proptest::prelude::*;
+
+fn name() -> impl Strategy<Value = String> {
+    "[a-z0-9]([a-z0-9.-]{0,20}[a-z0-9])?"
+}
+
+fn address() -> impl Strategy<Value = AddressPair> {
+    let v4 = any::<u32>().prop_map(Into::into);
+    let v6 = any::<u128>().prop_map(Into::into);
+    (of(v4), of(v6)).prop_map(|(ipv4, ipv6)| AddressPair { ipv4, ipv6 })
+}
+
+fn policies() -> impl Strategy<Value = Vec<String>> {
+    prop::collection::vec(prop_oneof![name(), (name(), name()).prop_map(|(ns, name)| format!("{ns}/{name}"))], 0..4)
+}
+
+fn path() -> impl Strategy<Value = LedgerPath> {
+    let kind = prop::sample::select(KINDS.map(|(kind, _)| kind).to_vec());
+    (any::<u16>(), kind, address(), of(name()), any::<i64>(), of(name()), policies()).prop_map(
+        |(id, kind, address, node, since, leaving, policies)| LedgerPath {
+            id,
+            kind,
+            address,
+            node,
+            since,
+            leaving,
+            policies,
+        },
+    )
+}
+
+fn released() -> impl Strategy<Value = ReleasedPath> {
+    (any::<u16>(), address(), policies(), any::<i64>()).prop_map(|(id, address, policies, at)| ReleasedPath {
+        id,
+        address,
+        policies,
+        at,
+    })
+}
+
+proptest! {
+    #[test]
+    fn a_ledger_comes_back_as_it_was(
+        paths in prop::collection::vec(path(), 0..20),
+        released in prop::collection::vec(released(), 0..10),
+    ) {
+        let writer = Some(LedgerWriter { name: "one".into(), term: 3, writes: 7 });
+        let status = EgressGatewayStatus { nodes: vec!["g1".into()], paths, released, writer, ..Default::default() };
+        let written = write(&status);
+        prop_assert!(written.paths.is_empty() && written.released.is_empty());
+        prop_assert_eq!(read(written), Ok(status));
+    }
+}
+
+#[test]
+fn what_makes_no_sense_is_named() {
+    let lines =
+        ["7", "x D - - 0 - -", "7 Q - - 0 - -", "7 D 192.0.2 - 0 - -", "7 D - 1 0 - -", "7 D - - 0 - - -", "-7 - x -"];
+    for wrong in lines {
+        let text = format!("node g1\n7 D - 0 0 - -\n{wrong}\n");
+        let said = read(EgressGatewayStatus { text: Some(text), ..Default::default() }).unwrap_err();
+        assert!(said.contains(&format!("{wrong:?}")), "{said}");
+    }
+}
+
+/// With names of the usual lengths, all the ids that there are fit into one object.
+#[test]
+fn all_paths_that_there_can_be_have_room() {
+    let path = |n: u16| LedgerPath {
+        id: n,
+        kind: PathKind::Dedicated,
+        address: AddressPair {
+            ipv4: Some((0xc612_6400 + u32::from(n)).into()),
+            ipv6: Some(((0x2001_0db8_0123_4567 << 64) + u128::from(n) + 0xff_0000).into()),
+        },
+        node: Some(format!("ip-10-64-0-{}.eu-central-1.compute.internal", n % 3)),
+        since: 1_763_718_000,
+        leaving: None,
+        policies: vec![format!("team-{:03}/app-{n:05}", n / 100)],
+    };
+    let status = EgressGatewayStatus { paths: (1..=16_383).map(path).collect(), ..Default::default() };
+    let objects = serde_json::to_string(&status).unwrap().len();
+    let text = serde_json::to_string(&write(&status)).unwrap().len();
+    assert!(text < 1_400_000 && objects > 2_400_000, "{text} and {objects} bytes");
+}

@@ -1,0 +1,33 @@
+//! A ledger that is too long for one object.
+
+use super::lab::{Lab, NodeSpec, Pods, manifests};
+use super::{PATIENCE, paths};
+use serde_json::json;
+
+/// With the longest names that there can be, so many paths are more than etcd takes.
+const TOO_MANY: usize = 4_200;
+
+#[test]
+fn what_has_no_room_is_refused_in_words_and_what_is_written_stays() {
+    let lab = Lab::builder().kubernetes().nodes(vec![NodeSpec::gateway("g1", 21, Pods::Routed)]).build();
+    let namespace = "n".repeat(63);
+    lab.add_namespace(&namespace, &[]);
+    lab.write_manifest("gateway.yaml", &manifests::gateway("default", &["198.18.0.0/15"]));
+    let create = |n: usize| {
+        let policy = json!({"apiVersion": "egret.dev/v1alpha1", "kind": "EgressPolicy",
+            "metadata": {"namespace": namespace, "name": format!("{n:0>253}")}, "spec": {"podSelector": {}}});
+        let path = format!("/apis/egret.dev/v1alpha1/namespaces/{namespace}/egresspolicies");
+        lab.api().ask("POST", &path, Some(("application/json", &policy)));
+    };
+    (0..3).for_each(create);
+    let controller = lab.start_controller();
+    lab.wait_until("there are paths", PATIENCE, || paths(&lab).len() == 3);
+    let before = paths(&lab);
+    // So that it need not write them one by one.
+    assert!(controller.term().success());
+    (3..TOO_MANY).for_each(create);
+    let controller = lab.start_controller();
+    lab.wait_until("the controller says what to do", PATIENCE, || controller.log().contains("divide the gateway"));
+    lab.wait_until("it is not ready", PATIENCE, || !lab.ready("controller"));
+    assert_eq!(paths(&lab), before);
+}
