@@ -2,33 +2,14 @@
 
 mod lab;
 
+use lab::mishaps::{self, THOUSAND, answered_after, holders, label, owner_and_other, plugged, thousand_paths};
 use lab::scene::{assert_blocked, assert_leaves_by_egress, visitors};
-use lab::{EGRESS4, EGRESS6, EXT4, Lab, Node, Pod, SERVERS, Session, VISITOR, manifests};
+use lab::{EGRESS4, EGRESS6, EXT4, Lab, Pod, SERVERS, Session, VISITOR, manifests};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use std::net::IpAddr;
 use std::thread;
 use std::time::{Duration, Instant};
-
-/// The nodes that have the scene's IPv4 address.
-fn holders(lab: &Lab) -> Vec<String> {
-    let has = |n: &&std::sync::Arc<Node>| n.ip("-o addr").contains(&format!(" {EGRESS4}/32 "));
-    lab.nodes().iter().filter(has).map(|n| n.name.clone()).collect()
-}
-
-/// The node that has the scene's address, and the other gateway node.
-#[track_caller]
-fn owner_and_other(lab: &Lab) -> (String, String) {
-    let holders = holders(lab);
-    let [owner] = holders.as_slice() else { panic!("{EGRESS4} is on {holders:?}") };
-    let other = if owner == "g1" { "g2" } else { "g1" };
-    (owner.clone(), other.to_owned())
-}
-
-/// Takes a node off the network, or puts it back.
-fn plugged(lab: &Lab, node: &str, in_: bool) {
-    lab.host("fab").ip(&format!("link set p-{node} {}", if in_ { "up" } else { "down" }));
-}
 
 /// Lets nothing pass at the fabric that these rules drop, each without its verdict: `iifname "p-g1"`. No rules: all.
 fn cut(lab: &Lab, rules: &[String]) {
@@ -104,18 +85,6 @@ fn assert_live(what: &str, sessions: Vec<(String, Session)>) -> Duration {
 fn assert_short(took: Duration, alone: u64) {
     let allowed = Duration::from_millis(4 * alone + 500);
     assert!(took < allowed, "{took:?}, and not {alone} ms, nor {allowed:?} on a busy machine");
-}
-
-/// How long after `begin` the pod is answered again, by UDP packets every 10 ms.
-fn answered_after(pod: &Pod, begin: Instant) -> Duration {
-    let socket = pod.udp_socket((EXT4, lab::server::UDP_WHO).into()).expect("a socket");
-    socket.set_read_timeout(Some(Duration::from_millis(10))).expect("a timeout");
-    loop {
-        assert!(begin.elapsed() < Duration::from_secs(20), "{} gets no answer", pod.name);
-        if socket.send(b"who").is_ok() && socket.recv(&mut [0; 64]).is_ok() {
-            return begin.elapsed();
-        }
-    }
 }
 
 #[test]
@@ -361,15 +330,6 @@ fn of_three_gateways_two_die_one_after_the_other() {
     lab.assert_nothing_leaked();
 }
 
-/// Changes a node's labels.
-fn label(lab: &Lab, node: &str, labels: &[(&str, &str)]) {
-    let mut object = manifests::node(lab.node(node));
-    for (key, value) in labels {
-        object["metadata"]["labels"][key] = (*value).into();
-    }
-    lab.manifests().write_object(&format!("node-{node}.yaml"), &object);
-}
-
 #[test]
 fn a_gateway_that_is_drained_or_taken_out_is_left_without_a_pause() {
     let lab = Lab::scene();
@@ -428,28 +388,8 @@ fn a_path_is_moved_by_hand() {
 
 #[test]
 fn a_thousand_paths_move_at_once() {
-    const PATHS: u32 = 1000;
-    let lab = Lab::builder().build();
-    // Addresses beyond the nodes' network: who asks for them is on the link all the same.
-    lab.host("ext").ip_batch(&["route add 198.18.0.0/16 dev eth0".into(), "route add 2001:db8:3::/64 dev eth0".into()]);
-    let gateway = manifests::gateway("default", &["198.18.4.0-198.18.7.255", "2001:db8:3::1000-2001:db8:3::13ff"]);
-    lab.write_manifest("gateway.yaml", &format!("{gateway}  interface: eth0\n"));
-    let destination = |i: u32| match i {
-        0 => String::new(),
-        i => format!(
-            "\n  egress: [{{ to: [{{ ipBlock: {{ cidr: 10.9.{}.{}/32 }} }}] }}]\n  priority: 1",
-            i / 256,
-            i % 256
-        ),
-    };
-    let policy = |i| manifests::policy("shop", &format!("p{i}"), &format!("podSelector: {{}}{}", destination(i)));
-    lab.write_manifest("policies.yaml", &(0..PATHS).map(policy).collect::<String>());
-    lab.add_namespace("shop", &[]);
-    label(&lab, "g2", &[("egret.dev/gateway", "no")]);
-    lab.start();
-    let held = |node: &str| lab.node(node).ip("-o addr show dev eth0").matches("198.18.").count();
-    lab.wait_for("addresses on g1:", &(PATHS as usize), || held("g1"));
-    label(&lab, "g2", &[]);
+    let lab = thousand_paths();
+    let held = |node: &str| mishaps::held(&lab, node);
     let pods = ["n1", "n2", "g2"].map(|n| lab.add_pod(n, "shop", &format!("visitor-{n}"), VISITOR));
     pods.iter().for_each(|pod| {
         lab.wait_until(&format!("{} is answered", pod.name), Duration::from_secs(20), || pod.udp_who(EXT4).is_ok())
@@ -462,14 +402,14 @@ fn a_thousand_paths_move_at_once() {
     let begin = Instant::now();
     let gap = answered_after(&pods[0], begin);
     println!("a thousand paths: answered after {gap:?}");
-    lab.wait_for("addresses on g2:", &(PATHS as usize), || held("g2"));
+    lab.wait_for("addresses on g2:", &(THOUSAND), || held("g2"));
     println!("a thousand paths: all addresses are on the other node after {:?}", begin.elapsed());
     thread::sleep(Duration::from_secs(2));
     let longest = assert_live("a thousand paths", sessions);
     assert_eq!(pods[0].who(EXT4).expect("an answer"), before);
     plugged(&lab, "g1", true);
     thread::sleep(Duration::from_secs(4));
-    assert_eq!((held("g1"), held("g2")), (0, PATHS as usize));
+    assert_eq!((held("g1"), held("g2")), (0, THOUSAND));
     assert_short(gap, 1300);
     assert_short(longest, 1700);
 }

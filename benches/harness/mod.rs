@@ -4,6 +4,7 @@
 
 pub mod cluster;
 pub mod pods;
+pub mod questions;
 
 use crate::lab::Node;
 use std::fs;

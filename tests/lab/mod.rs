@@ -21,6 +21,7 @@ pub mod leftovers;
 pub mod machine;
 pub mod manifests;
 pub mod metrics;
+pub mod mishaps;
 pub mod pod;
 pub mod scene;
 pub mod server;

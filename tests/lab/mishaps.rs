@@ -1,0 +1,81 @@
+//! What happens to gateways' nodes, on purpose or not, and who has an egress address then.
+
+use super::topology::{EXT4, Node};
+use super::{EGRESS4, Lab, Pod, manifests, server};
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// The nodes that have the scene's IPv4 address.
+pub fn holders(lab: &Lab) -> Vec<String> {
+    let has = |n: &&Arc<Node>| n.ip("-o addr").contains(&format!(" {EGRESS4}/32 "));
+    lab.nodes().iter().filter(has).map(|n| n.name.clone()).collect()
+}
+
+/// The node that has the scene's address, and the other gateway node.
+#[track_caller]
+pub fn owner_and_other(lab: &Lab) -> (String, String) {
+    let holders = holders(lab);
+    let [owner] = holders.as_slice() else { panic!("{EGRESS4} is on {holders:?}") };
+    let other = if owner == "g1" { "g2" } else { "g1" };
+    (owner.clone(), other.to_owned())
+}
+
+/// Takes a node off the network, or puts it back.
+pub fn plugged(lab: &Lab, node: &str, in_: bool) {
+    lab.host("fab").ip(&format!("link set p-{node} {}", if in_ { "up" } else { "down" }));
+}
+
+/// Changes a node's labels.
+pub fn label(lab: &Lab, node: &str, labels: &[(&str, &str)]) {
+    let mut object = manifests::node(lab.node(node));
+    for (key, value) in labels {
+        object["metadata"]["labels"][key] = (*value).into();
+    }
+    lab.manifests().write_object(&format!("node-{node}.yaml"), &object);
+}
+
+/// How long after `begin` the pod is answered again, by UDP packets every 10 ms.
+pub fn answered_after(pod: &Pod, begin: Instant) -> Duration {
+    let socket = pod.udp_socket((EXT4, server::UDP_WHO).into()).expect("a socket");
+    socket.set_read_timeout(Some(Duration::from_millis(10))).expect("a timeout");
+    loop {
+        assert!(begin.elapsed() < Duration::from_secs(20), "{} gets no answer", pod.name);
+        if socket.send(b"who").is_ok() && socket.recv(&mut [0; 64]).is_ok() {
+            return begin.elapsed();
+        }
+    }
+}
+
+/// How many paths [`thousand_paths`] has.
+pub const THOUSAND: usize = 1000;
+
+/// A lab whose pods of namespace `shop` all leave by the first of a thousand paths. All are on `g1`; `g2` has none.
+pub fn thousand_paths() -> Lab {
+    let lab = Lab::builder().build();
+    // Addresses beyond the nodes' network: who asks for them is on the link all the same.
+    lab.host("ext").ip_batch(&["route add 198.18.0.0/16 dev eth0".into(), "route add 2001:db8:3::/64 dev eth0".into()]);
+    let gateway = manifests::gateway("default", &["198.18.4.0-198.18.7.255", "2001:db8:3::1000-2001:db8:3::13ff"]);
+    lab.write_manifest("gateway.yaml", &format!("{gateway}  interface: eth0\n"));
+    let destination = |i: usize| match i {
+        0 => String::new(),
+        i => format!(
+            "\n  egress: [{{ to: [{{ ipBlock: {{ cidr: 10.9.{}.{}/32 }} }}] }}]\n  priority: 1",
+            i / 256,
+            i % 256
+        ),
+    };
+    let policy = |i| manifests::policy("shop", &format!("p{i}"), &format!("podSelector: {{}}{}", destination(i)));
+    lab.write_manifest("policies.yaml", &(0..THOUSAND).map(policy).collect::<String>());
+    lab.add_namespace("shop", &[]);
+    label(&lab, "g2", &[("egret.dev/gateway", "no")]);
+    lab.start();
+    lab.wait_for("addresses on g1:", &THOUSAND, || held(&lab, "g1"));
+    label(&lab, "g2", &[]);
+    lab
+}
+
+/// How many of [`thousand_paths`]' IPv4 addresses a node has.
+pub fn held(lab: &Lab, node: &str) -> usize {
+    lab.node(node).ip("-o addr show dev eth0").matches("198.18.").count()
+}
