@@ -2,7 +2,7 @@
 
 mod namespace;
 
-use egret::kernel::conntrack::{Marked, delete, list};
+use egret::kernel::conntrack::{Fate, Marked, delete, list, settle};
 use egret::kernel::netlink::{NETLINK_NETFILTER, Socket};
 use namespace::{in_namespace, run};
 use std::collections::BTreeSet;
@@ -65,6 +65,37 @@ fn connections_of_an_egress_address_are_forgotten() {
         let lost = [address("192.0.2.50"), address("2001:db8::50")];
         assert_eq!(delete(&mut socket, gateways, |c| lost.contains(&c.reply_destination)).unwrap(), 2);
         assert_eq!(shown(), 1);
+    });
+}
+
+/// The kernel tells of what would collide with another entry, and of attributes that it does not understand.
+#[test]
+fn what_is_late_for_a_connection_has_an_entry_for_a_second_that_begins_at_the_other_end() {
+    in_namespace(|| async {
+        let mut socket = Socket::open(NETLINK_NETFILTER).unwrap();
+        connection("10.244.1.5", Some("192.0.2.50"), 1001, 0x4547_0011);
+        connection("fd00:244:1::5", Some("2001:db8::50"), 1002, 0x4547_0011);
+        connection("10.244.1.6", None, 1003, 0x4547_0011);
+        assert_eq!(settle(&mut socket, PATHS, |_| Fate::Followed(0x4547_4011)).unwrap(), 3);
+        let late = Marked { mark: 0x4547_4000, mask: 0xffff_c000 };
+        let mut found: Vec<_> = list(&mut socket, late).unwrap();
+        found.sort_by_key(|c| c.reply_source);
+        let shown: Vec<_> = found.iter().map(|c| (c.source, c.destination, c.reply_source)).collect();
+        let expected = [
+            ("192.0.2.100", "192.0.2.50", "10.244.1.5"),
+            ("192.0.2.100", "10.244.1.6", "10.244.1.6"),
+            ("2001:db8::100", "2001:db8::50", "fd00:244:1::5"),
+        ];
+        assert_eq!(shown, expected.map(|(a, b, c)| (address(a), address(b), address(c))));
+        // The translated connection can be made anew, as the other end goes on to know it.
+        connection("10.244.1.5", None, 1001, 0x4547_0011);
+        assert_eq!(list(&mut socket, PATHS).unwrap().len(), 4);
+        let begin = Instant::now();
+        while !list(&mut socket, late).unwrap().is_empty() {
+            assert!(begin.elapsed().as_secs() < 10, "they stay");
+            std::thread::sleep(std::time::Duration::from_millis(50));
+        }
+        assert_eq!(list(&mut socket, PATHS).unwrap().len(), 1);
     });
 }
 

@@ -47,7 +47,7 @@ pub fn node_name(n: usize) -> String {
     format!("ip-10-64-{}-{}.eu-central-1.compute.internal", n / 256, n % 256)
 }
 
-/// Its address.
+/// The address of the node of this number.
 pub fn node_address(n: usize) -> Ipv4Addr {
     Ipv4Addr::from(u32::from(Ipv4Addr::new(10, 64, 0, 0)) + n as u32)
 }

@@ -5,6 +5,7 @@
 pub mod api;
 pub mod cluster;
 pub mod pods;
+pub mod questions;
 
 use crate::lab::{Daemon, Node};
 use std::fs;

@@ -51,6 +51,8 @@ impl Ended {
             conntrack::delete(&mut socket, ours, |c| {
                 let path = (c.mark & marks.path_mask()) as PathId;
                 addresses.contains(&c.source)
+                    // What is late for a connection begins at the other end.
+                    || addresses.contains(&c.reply_source)
                     || (strangers && !known.contains(&c.source))
                     || paths.get(&c.source).is_some_and(|p| p.contains(&path))
             })

@@ -5,7 +5,7 @@
 //! the wrong address, and be dropped for it; once forgotten, its next packet makes the kernel pick it up anew. On a
 //! gateway that has given an address up, what it knows of a connection is out of date should the address come back.
 
-use crate::kernel::conntrack::{self, Marked};
+use crate::kernel::conntrack::{self, Connection, Fate, Marked};
 use crate::kernel::netlink::{NETLINK_NETFILTER, Socket};
 use crate::plan::marks::{Marks, PathId};
 use crate::plan::node::{View, addresses};
@@ -36,22 +36,34 @@ impl Moved {
         Moved { local: local.collect(), served: served.flat_map(|(_, path)| addresses(path)).collect() }
     }
 
+    /// Whether the path left from this node.
+    pub fn was_local(&self, path: PathId) -> bool {
+        self.local.get(&path) == Some(&true)
+    }
+
     /// Whether the table may hold connections that are no longer as they should be.
     pub fn needs_cleaning(&self, before: &Moved) -> bool {
         let changed = |(id, local): (&PathId, &bool)| before.local.get(id) != Some(local);
         self.local.iter().any(changed) || before.served.iter().any(|a| !self.served.contains(a))
     }
 
-    /// Takes what is not as it should be out of the kernel's table, in the background: it may be large.
-    pub fn clean(self, marks: Marks) {
-        let pods = Marked { mark: marks.connection(0), mask: marks.connection_kind_mask() };
+    /// Takes what is not as it should be out of the kernel's table, in the background: it may be large. For pods'
+    /// connections on `handed_over` paths, what servers have sent already is let in.
+    pub fn clean(self, marks: Marks, handed_over: BTreeSet<PathId>) {
+        let of_path = marks.connection_of_path_mask();
+        let late = Marked { mark: marks.handed(0), mask: of_path };
+        let pods = Marked { mark: marks.connection(0), mask: of_path };
         let peers = Marked { mark: marks.connection_of_peer(0), mask: marks.connection_kind_mask() };
         tokio::task::spawn_blocking(move || {
             let done = Socket::open(NETLINK_NETFILTER).map_err(anyhow::Error::from).and_then(|mut socket| {
-                let of_pods = conntrack::delete(&mut socket, pods, |c| {
-                    let path = (c.mark & marks.path_mask()) as PathId;
-                    let translated = c.reply_destination != c.source;
-                    self.local.get(&path).is_some_and(|local| *local != translated)
+                let path = |c: &Connection| (c.mark & marks.path_mask()) as PathId;
+                let is_wrong = |path, translated| self.local.get(&path).is_some_and(|local| *local != translated);
+                // First: of a path that is moved back at once, they are in the way of what takes their place.
+                conntrack::delete(&mut socket, late, |c| is_wrong(path(c), c.destination == c.reply_source))?;
+                let of_pods = conntrack::settle(&mut socket, pods, |c| match path(c) {
+                    id if !is_wrong(id, c.reply_destination != c.source) => Fate::Stays,
+                    id if handed_over.contains(&id) => Fate::Followed(marks.handed(id)),
+                    _ => Fate::Forgotten,
                 })?;
                 Ok(of_pods + conntrack::delete(&mut socket, peers, |c| !self.served.contains(&c.reply_destination))?)
             });

@@ -125,8 +125,9 @@ impl Marks {
         u32::from(self.connection_base) << 16 | 0x8000 | u32::from(peer)
     }
 
-    /// The mark of a server's packet on its way to the node that still knows its connection. It is no connection's:
-    /// bit 14 is neither a path's nor, with bit 15 unset, a peer's.
+    /// The mark of a server's packet on its way to the node that still knows its connection, and of the entries that
+    /// let in what is late there. It is no other connection's: bit 14 is neither a path's nor, with bit 15 unset, a
+    /// peer's.
     pub fn handed(self, path: PathId) -> u32 {
         self.connection(path) | 0x4000
     }
@@ -134,6 +135,11 @@ impl Marks {
     /// Mask that tells connections with a path from those of peers, and from others'.
     pub fn connection_kind_mask(self) -> u32 {
         0xffff_8000
+    }
+
+    /// Mask that tells connections with a path from what is [`handed`](Self::handed), and from peers' and others'.
+    pub fn connection_of_path_mask(self) -> u32 {
+        0xffff_c000
     }
 
     /// Mask that tells Egret's connections from others'.

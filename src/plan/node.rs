@@ -168,11 +168,20 @@ pub struct NodePlan {
     pub paths: BTreeMap<PathId, Path>,
     /// Paths that are being moved here, and the nodes that still know their connections.
     pub handed: BTreeMap<PathId, (AddressPair, Mac)>,
+    /// Paths that have just been moved away: connections that this node translates go on leaving from here until
+    /// they are picked up anew.
+    pub left: BTreeSet<PathId>,
     /// The tunnel device's index.
     pub device: u32,
 }
 
 impl NodePlan {
+    /// Paths of this node's pods that have just been moved here, and the nodes that had them.
+    pub fn came(&self) -> impl Iterator<Item = (PathId, Mac)> {
+        let is_here = |id: &PathId| self.paths.get(id).is_some_and(|path| path.state == PathState::Local);
+        self.handed.iter().filter(move |(id, _)| is_here(id)).map(|(id, (_, mac))| (*id, *mac))
+    }
+
     /// Adds a pod.
     pub fn add(&mut self, view: &View, pod: PodPlan, profile: Profile) {
         for id in profile.paths() {

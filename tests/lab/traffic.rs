@@ -18,6 +18,14 @@ impl Host {
     /// # Errors
     /// The connection cannot be made.
     pub fn session(&self, server: impl Into<IpAddr>) -> io::Result<Session> {
+        self.session_at_pace(server, Duration::from_millis(10))
+    }
+
+    /// As [`Host::session`], with another pause after each answer.
+    ///
+    /// # Errors
+    /// The connection cannot be made.
+    pub fn session_at_pace(&self, server: impl Into<IpAddr>, pace: Duration) -> io::Result<Session> {
         let server = SocketAddr::new(server.into(), ECHO);
         let stream = self.within(|| TcpStream::connect_timeout(&server, Duration::from_secs(3)))?;
         stream.set_nodelay(true)?;
@@ -26,7 +34,7 @@ impl Host {
         let ends = Arc::new(AtomicBool::new(false));
         let thread = thread::spawn({
             let ends = Arc::clone(&ends);
-            move || hold(stream, local, &ends)
+            move || hold(stream, local, pace, &ends)
         });
         Ok(Session { ends, thread })
     }
@@ -105,7 +113,7 @@ impl Session {
     }
 }
 
-fn hold(mut stream: TcpStream, local: SocketAddr, ends: &AtomicBool) -> SessionReport {
+fn hold(mut stream: TcpStream, local: SocketAddr, pace: Duration, ends: &AtomicBool) -> SessionReport {
     let mut report = SessionReport { rounds: 0, longest_silence: Duration::ZERO, broken: None, local };
     let mut last = Instant::now();
     while !ends.load(Ordering::Relaxed) {
@@ -127,7 +135,7 @@ fn hold(mut stream: TcpStream, local: SocketAddr, ends: &AtomicBool) -> SessionR
             }
         }
         report.rounds += u64::from(got == 16);
-        thread::sleep(Duration::from_millis(10));
+        thread::sleep(pace);
         last = Instant::now();
     }
     report
@@ -146,6 +154,8 @@ pub struct FloodReport {
     pub sent: u64,
     /// Answers.
     pub answered: u64,
+    /// The longest time between two answers.
+    pub longest_gap: Duration,
     /// The addresses that the server saw.
     pub seen_as: BTreeSet<IpAddr>,
     /// Packets that the machine lost meanwhile, of whomever.
@@ -180,7 +190,8 @@ fn send_without_pause(server: SocketAddr, pace: Duration, fresh: bool, ends: &At
         let socket = UdpSocket::bind((any, 0)).expect("a UDP socket");
         socket.connect(server).map(|()| socket)
     };
-    let take = |socket: &UdpSocket, until: Instant, one: bool, report: &mut FloodReport| {
+    let mut last = Instant::now();
+    let mut take = |socket: &UdpSocket, until: Instant, one: bool, report: &mut FloodReport| {
         loop {
             let left = until.saturating_duration_since(Instant::now());
             if left.is_zero() {
@@ -189,6 +200,8 @@ fn send_without_pause(server: SocketAddr, pace: Duration, fresh: bool, ends: &At
             socket.set_read_timeout(Some(left)).expect("a timeout");
             if let Ok(address) = receive_address(socket) {
                 report.answered += 1;
+                report.longest_gap = report.longest_gap.max(last.elapsed());
+                last = Instant::now();
                 report.seen_as.insert(address);
                 if one {
                     return;

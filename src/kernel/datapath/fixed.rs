@@ -37,6 +37,7 @@ pub(super) fn chains(marks: Marks) -> Vec<(&'static str, Chain)> {
         ("known", Chain::new(None, known())),
         ("guard", Chain::new(at(hook::FORWARD, -225), guard(marks))),
         ("guard-arrived", Chain::new(None, guard_arrived(marks))),
+        ("guard-late", Chain::new(None, guard_late(marks))),
         ("guard-path", Chain::new(None, guard_path(marks))),
         ("guard-tunnel", Chain::new(None, guard_tunnel())),
         ("srcnat", Chain::new(base("nat", hook::POSTROUTING, 99), srcnat(marks))),
@@ -155,10 +156,17 @@ fn from_tunnel(marks: Marks) -> Vec<Rule> {
         Rule::new().ct_original().admit(set::PEER, WIRE_MASK, set::RX).accept(),
         // A server's reply, handed over by the node that the path is being moved to.
         reply_to_peer(marks),
+        // The same to a pod here, whose connection has been forgotten meanwhile.
+        late(marks).set_mark(0).accept(),
     ];
     rules.extend(echo().map(Rule::accept));
     rules.push(Rule::new().counter(counter::UNKNOWN).drop());
     rules
+}
+
+/// What a server has sent before it could know that the path was moved.
+fn late(marks: Marks) -> Rule {
+    Rule::new().ct_original().ct_mark(marks.connection_of_path_mask(), marks.handed(0))
 }
 
 /// A connection with a path goes where its path goes; a path that is not ready goes nowhere.
@@ -184,8 +192,13 @@ fn guard(marks: Marks) -> Vec<Rule> {
 fn guard_arrived(marks: Marks) -> Vec<Rule> {
     vec![
         Rule::new().ct_mark_not(marks.connection_mask(), marks.connection(0)).counter(counter::LEAKED).drop(),
-        Rule::new().ct_original().mark(marks.path_mask(), 0).counter(counter::LEAKED).drop(),
+        Rule::new().ct_original().mark(marks.path_mask(), 0).goto("guard-late"),
     ]
+}
+
+/// A request without a path is none, or the datapath is not whole.
+fn guard_late(marks: Marks) -> Vec<Rule> {
+    vec![late(marks).accept(), Rule::new().counter(counter::LEAKED).drop()]
 }
 
 /// Not into the tunnel, so out of this node.

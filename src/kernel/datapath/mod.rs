@@ -81,6 +81,10 @@ pub mod set {
     pub const SAME_PORT: &str = "same_port";
     /// Egress addresses that are being moved here, to the marks of what is handed over.
     pub const HANDED: &str = "handed";
+    /// A path that was moved away just now, to the mark of connections that this node goes on translating.
+    pub const LEFT: &str = "left";
+    /// A path that was moved here just now, to the mark of connections that the old node goes on translating.
+    pub const CAME: &str = "came";
 }
 
 /// The mark that a map's element leads to, as it stands in the kernel.
@@ -165,6 +169,8 @@ fn inet(plan: &NodePlan, shared: &SharedSets, marks: Marks, before: Option<&Made
         .collect();
     table.sets.insert(set::PATH_OUT, Set { kind: routes, elements: Arc::new(path_out) });
 
+    handover::keep_old_ways(plan, marks, &mut table);
+
     let mut chain = |name: &str, same: bool, make: &dyn Fn() -> Chain| {
         let old = before.filter(|_| same).and_then(|b| b.chain(name));
         table.chains.insert(name.to_owned(), old.unwrap_or_else(|| Arc::new(make())));
@@ -196,10 +202,12 @@ fn netdev(plan: &NodePlan, shared: &SharedSets, marks: Marks) -> Table {
         PathState::Remote(mac) => Some((marks.connection(*id).into(), Data::Value(mac.as_slice().into()))),
         _ => None,
     });
+    // Of what has come here, the connections of before go the old way for a moment.
+    let came = plan.came().map(|(id, mac)| (marks.connection(id).into(), Data::Value(mac.as_slice().into())));
     let handed =
         plan.handed.iter().map(|(id, (_, mac))| (marks.handed(*id).into(), Data::Value(mac.as_slice().into())));
     let kind = SetKind { key: DataType::Mark, data: Some(DataType::Ether), interval: false, counter: false };
-    table.sets.insert(set::HOP, Set { kind, elements: Arc::new(hop.chain(handed).collect()) });
+    table.sets.insert(set::HOP, Set { kind, elements: Arc::new(hop.chain(came).chain(handed).collect()) });
     table.sets.extend(shared.sets.get(set::BACK).map(|s| (set::BACK, s.clone())));
     let out = Hook {
         kind: "filter".into(),

@@ -167,6 +167,7 @@ pub const CT_STATE_NEW: u32 = 8;
 /// include/uapi/linux/netfilter/nf_conntrack_common.h, `enum ip_conntrack_status`.
 pub const IPS_CONFIRMED: u32 = 1 << 3;
 pub const IPS_SRC_NAT: u32 = 1 << 4;
+pub const IPS_SRC_NAT_DONE: u32 = 1 << 7;
 
 /// include/uapi/linux/rtnetlink.h
 pub const RTN_LOCAL: u32 = 2;

@@ -10,7 +10,7 @@ use crate::node::liveness::{Seen, Targets};
 use crate::plan::ledger::is_drained;
 use crate::plan::mac::{self, Mac};
 use crate::plan::marks::PathId;
-use crate::plan::paths::Facts;
+use crate::plan::paths::{Facts, PathState};
 use crate::plan::selector::Name;
 use anyhow::Result;
 use std::collections::{BTreeMap, BTreeSet};
@@ -66,7 +66,8 @@ impl Node {
     /// Waits until something is to be done about this node's addresses.
     pub async fn due(&self) {
         let handovers = self.handed.values().map(|(_, until)| *until).min();
-        match [self.holding.next(), handovers].into_iter().flatten().min() {
+        let left = self.left.values().copied().min();
+        match [self.holding.next(), handovers, left].into_iter().flatten().min() {
             Some(due) => tokio::time::sleep_until(due).await,
             None => std::future::pending().await,
         }
@@ -147,11 +148,18 @@ impl Node {
         Ok(changes)
     }
 
-    /// Notes which paths are being moved here, and forgets what was.
+    /// Notes which paths are being moved here or from here, and forgets what was.
     fn note_handovers(&mut self, now: Instant) {
         self.handed.retain(|id, (_, until)| *until > now && self.view.paths.paths.contains_key(id));
         let by = self.view.paths.paths.iter().filter_map(|(id, path)| Some((*id, path.handed_by?)));
         self.handed.extend(by.map(|(id, mac)| (id, (mac, now + HANDOVER))));
+        self.left.retain(|_, until| *until > now);
+        // A node that has lost its uplink cannot let anything go on.
+        if let Some(before) = self.moved.as_ref().filter(|_| self.holding.is_fit()) {
+            let remote = self.view.paths.paths.iter().filter(|(_, path)| matches!(path.state, PathState::Remote(_)));
+            let left = remote.map(|(id, _)| *id).filter(|id| before.was_local(*id));
+            self.left.extend(left.map(|id| (id, now + HANDOVER)));
+        }
     }
 
     /// The paths that this node has taken over, as the ledger is now.

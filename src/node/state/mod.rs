@@ -86,6 +86,8 @@ pub struct Node {
     here: BTreeSet<PathId>,
     /// Paths that are being moved here or just were, from which node, and how long their packets are handed over to it.
     handed: BTreeMap<PathId, (Mac, tokio::time::Instant)>,
+    /// Paths that were just moved away, and how long their connections may go on leaving from here.
+    left: BTreeMap<PathId, tokio::time::Instant>,
     /// What this node has taken over is to be announced once more.
     announce_again: bool,
     /// What the connections in the kernel's table were last made to be.
@@ -144,6 +146,7 @@ impl Node {
             seen: Seen::default(),
             here: BTreeSet::new(),
             handed: BTreeMap::new(),
+            left: BTreeMap::new(),
             announce_again: false,
             moved: None,
             sought: BTreeSet::new(),
@@ -433,6 +436,7 @@ impl Node {
         let (mut plan, uses, census) = self.pods.plan(&self.cluster, &self.view);
         let of_path = |id: &PathId| self.view.paths.paths.get(id).map(|path| path.address.clone());
         plan.handed = self.handed.iter().filter_map(|(id, (mac, _))| Some((*id, (of_path(id)?, *mac)))).collect();
+        plan.left = self.left.keys().copied().collect();
         let changes = self.host.tables(plan)?;
         self.census = census;
         Ok((changes, uses))
@@ -442,7 +446,7 @@ impl Node {
     fn bring_connections_in_step(&mut self) {
         let moved = Moved::new(&self.view, &self.here);
         if self.moved.as_ref().is_none_or(|before| moved.needs_cleaning(before)) {
-            moved.clone().clean(self.options.marks);
+            moved.clone().clean(self.options.marks, self.handed.keys().chain(self.left.keys()).copied().collect());
         }
         self.moved = Some(moved);
     }

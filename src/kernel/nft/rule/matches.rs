@@ -56,6 +56,13 @@ impl Rule {
         self.load_ct(NFT_CT_STATUS).and(&IPS_SRC_NAT.to_ne_bytes()).differs(&[0; 4])
     }
 
+    /// `ct status & (snat | 0x80) == 0x80`: the connection's source address is settled, and is the one that its first
+    /// packet came with.
+    pub fn ct_not_snat(self) -> Self {
+        let both = (IPS_SRC_NAT | IPS_SRC_NAT_DONE).to_ne_bytes();
+        self.load_ct(NFT_CT_STATUS).and(&both).equals(&IPS_SRC_NAT_DONE.to_ne_bytes())
+    }
+
     /// `ct mark and MASK == VALUE`
     pub fn ct_mark(self, mask: u32, value: u32) -> Self {
         self.load_ct(NFT_CT_MARK).and(&mask.to_ne_bytes()).equals(&value.to_ne_bytes())

@@ -1,9 +1,14 @@
 //! Connections that the kernel tracks: found by their mark, and forgotten.
 //!
 //! A connection keeps the path that it began with. When that path ends for it, its entry has to go; its next packet
-//! is then judged anew.
+//! is then judged anew. What is on its way meanwhile can be let in by a [`straggler`] entry.
 
-use super::netlink::{Attributes, Error, NLM_F_ACK, NLM_F_REQUEST, NLMSG_ERROR, Socket, append_message, attributes};
+mod straggler;
+
+use crate::kernel::netlink::{
+    Attributes, Error, NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REQUEST, NLMSG_ERROR, Socket, append_message,
+    attributes,
+};
 use anyhow::{Context, Result};
 use nix::libc::ENOENT;
 use std::collections::BTreeSet;
@@ -11,6 +16,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 /// Message types: subsystem `NFNL_SUBSYS_CTNETLINK` above, message below
 /// (include/uapi/linux/netfilter/nfnetlink.h, nfnetlink_conntrack.h).
+const IPCTNL_MSG_CT_NEW: u16 = 0x100;
 const IPCTNL_MSG_CT_GET: u16 = 0x101;
 const IPCTNL_MSG_CT_DELETE: u16 = 0x102;
 /// Attributes of a connection, include/uapi/linux/netfilter/nfnetlink_conntrack.h, and of its tuples.
@@ -54,6 +60,18 @@ pub struct Connection {
     pub mark: u32,
 }
 
+/// What becomes of a connection's entry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fate {
+    /// It stays.
+    Stays,
+    /// It is forgotten.
+    Forgotten,
+    /// It is forgotten, and for a second an entry with this mark lets in what the other end has sent before it could
+    /// know. There is none for other protocols than TCP and UDP, nor if the destination was translated.
+    Followed(u32),
+}
+
 /// All connections with that mark.
 ///
 /// # Errors
@@ -70,7 +88,22 @@ pub fn list(socket: &mut Socket, marked: Marked) -> Result<Vec<Connection>> {
 /// # Errors
 /// The kernel's refusal; some may have been forgotten by then.
 pub fn delete(socket: &mut Socket, marked: Marked, doomed: impl Fn(&Connection) -> bool) -> Result<usize> {
-    let found = select_raw(socket, marked, |connection, raw| doomed(&connection).then(|| request(raw)).flatten())?;
+    settle(socket, marked, |c| if doomed(c) { Fate::Forgotten } else { Fate::Stays })
+}
+
+/// As [`delete`], for connections of which some have to be [`Followed`](Fate::Followed).
+///
+/// # Errors
+/// The kernel's refusal; some may have been forgotten by then.
+pub fn settle(socket: &mut Socket, marked: Marked, fate: impl Fn(&Connection) -> Fate) -> Result<usize> {
+    let found = select_raw(socket, marked, |connection, raw| {
+        let follower = match fate(&connection) {
+            Fate::Stays => return None,
+            Fate::Forgotten => None,
+            Fate::Followed(mark) => straggler::after(raw, mark),
+        };
+        Some((request(raw)?, follower))
+    })?;
     let mut deleted = 0;
     for batch in found.chunks(BATCH) {
         deleted += send(socket, batch).context("cannot delete tracked connections")?;
@@ -155,22 +188,33 @@ fn request(message: &[u8]) -> Option<Vec<u8>> {
     Some(request)
 }
 
-/// Sends deletions in one datagram and returns how many connections were there.
-fn send(socket: &mut Socket, requests: &[Vec<u8>]) -> Result<usize, Error> {
+/// Sends deletions in one datagram, each with the entry that follows, and returns how many connections were there.
+fn send(socket: &mut Socket, requests: &[(Vec<u8>, Option<Vec<u8>>)]) -> Result<usize, Error> {
     let mut datagram = Vec::new();
-    let mut pending = BTreeSet::new();
-    for request in requests {
-        let sequence = socket.next_sequence();
-        pending.insert(sequence);
-        append_message(&mut datagram, IPCTNL_MSG_CT_DELETE, NLM_F_REQUEST | NLM_F_ACK, sequence, |m| {
-            m.extend_from_slice(request);
-        });
+    let (mut deletions, mut followers) = (BTreeSet::new(), BTreeSet::new());
+    for (deletion, follower) in requests {
+        let mut append = |kind, flags, pending: &mut BTreeSet<u32>, request: &[u8]| {
+            let sequence = socket.next_sequence();
+            pending.insert(sequence);
+            let flags = NLM_F_REQUEST | NLM_F_ACK | flags;
+            append_message(&mut datagram, kind, flags, sequence, |m| m.extend_from_slice(request));
+        };
+        append(IPCTNL_MSG_CT_DELETE, 0, &mut deletions, deletion);
+        // Right behind it, for both have the same place in the kernel's table.
+        if let Some(follower) = follower {
+            append(IPCTNL_MSG_CT_NEW, NLM_F_CREATE | NLM_F_EXCL, &mut followers, follower);
+        }
     }
     socket.send(&datagram)?;
     let (mut deleted, mut refused) = (0, None);
-    while !pending.is_empty() {
+    while !(deletions.is_empty() && followers.is_empty()) {
         socket.receive(|m| {
-            if m.kind != NLMSG_ERROR || !pending.remove(&m.sequence) {
+            if m.kind != NLMSG_ERROR {
+                return;
+            }
+            // A follower that cannot be is a packet's loss, and its connection lives on.
+            if !deletions.remove(&m.sequence) {
+                followers.remove(&m.sequence);
                 return;
             }
             match m.acknowledgement() {
