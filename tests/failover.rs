@@ -70,6 +70,10 @@ fn a_gateway_loses_its_link_connections_live_on_and_it_gets_nothing_back() {
     let gap = answered_after(&pods[0], Instant::now());
     println!("new packets are answered after {gap:?}");
     lab.wait_for("the address is on", &vec![other.clone()], || holders(&lab));
+    // Each director finds out by itself.
+    for pod in &pods {
+        answered_after(pod, Instant::now());
+    }
     pods.iter().for_each(assert_leaves_by_egress);
     thread::sleep(Duration::from_secs(2));
     let longest = assert_live("link down", sessions);

@@ -19,6 +19,10 @@ fn paths_move(away: impl Fn(&Lab), back: impl Fn(&Lab)) {
     let gap = answered_after(&pods[0], Instant::now());
     println!("new packets are answered after {gap:?}");
     lab.wait_for("the address is on", &vec![other.clone()], || holders(&lab));
+    // Each director finds out by itself.
+    for pod in &pods {
+        answered_after(pod, Instant::now());
+    }
     pods.iter().for_each(assert_leaves_by_egress);
     // It is busy with nobody who does not answer.
     thread::sleep(Duration::from_millis(500));
