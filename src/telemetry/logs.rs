@@ -2,7 +2,10 @@
 
 use anyhow::Context;
 use std::io::IsTerminal;
-use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::Targets;
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
+use tracing_subscriber::{Layer, fmt, registry};
 
 /// How a log line looks.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
@@ -20,16 +23,17 @@ pub enum Format {
 /// # Errors
 /// The filter cannot be understood, or logs were set up already.
 pub fn init(format: Format, filter: &str) -> anyhow::Result<()> {
-    let filter = EnvFilter::try_new(filter).with_context(|| {
+    let filter: Targets = filter.parse().with_context(|| {
         format!(
             "log level {filter:?} cannot be understood; write error, warn, info, debug or trace, \
              or levels by module as in info,egret::kernel=debug"
         )
     })?;
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
-    let done = match format {
-        Format::Text => builder.with_ansi(std::io::stderr().is_terminal()).try_init(),
-        Format::Json => builder.json().flatten_event(true).with_current_span(false).try_init(),
+    let layer = fmt::layer().with_writer(std::io::stderr);
+    let layer = match format {
+        Format::Text => layer.with_ansi(std::io::stderr().is_terminal()).boxed(),
+        Format::Json => layer.json().flatten_event(true).with_current_span(false).boxed(),
     };
+    let done = registry().with(layer.with_filter(filter)).try_init();
     done.map_err(|e| anyhow::anyhow!("logs cannot be set up: {e}"))
 }
