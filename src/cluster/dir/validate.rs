@@ -173,7 +173,9 @@ pub fn object(
             names.policy(&mut policy);
             Object::Policy(PolicyKey { namespace: None, name: name.into() }, Arc::new(policy))
         }
-        (Kind::EgressNode, _, Some(Status::EgressNode(status))) => Object::EgressNode(names.get(name), status.into()),
+        (Kind::EgressNode, _, Some(Status::EgressNode(status))) => {
+            Object::EgressNode(names.get(name), Arc::new(status.for_machines()))
+        }
         (Kind::EgressNode, ..) => return Ok(None),
         (Kind::EgressGateway | Kind::EgressPolicy | Kind::ClusterEgressPolicy, ..) => {
             return Err(Fault::field("spec", "is missing"));
@@ -206,7 +208,7 @@ fn match_status(
             let namespace = namespace.map(|n| reader.names.get(n));
             Some(Object::PolicyStatus(PolicyKey { namespace, name }, status.into()))
         }
-        Some(Status::EgressNode(status)) => Some(Object::EgressNode(name, status.into())),
+        Some(Status::EgressNode(status)) => Some(Object::EgressNode(name, Arc::new(status.for_machines()))),
         _ => None,
     })
 }

@@ -177,11 +177,7 @@ fn item(
         Kind::EgressNode => {
             let Whole { status, .. } = whole::<Ignored, api::EgressNodeStatus>(text)?;
             match status {
-                Some(mut status) => {
-                    // For people; five thousand nodes say the same.
-                    status.direct = Vec::new();
-                    Item::EgressNode(names.get(name), Arc::new(status))
-                }
+                Some(status) => Item::EgressNode(names.get(name), Arc::new(status.for_machines())),
                 None => return Ok(None),
             }
         }

@@ -28,7 +28,7 @@ struct NodeStatus(api::EgressNodeStatus);
 impl<'de> Deserialize<'de> for NodeStatus {
     fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
         let status = api::EgressNodeStatus::deserialize(from)?;
-        Ok(NodeStatus(api::EgressNodeStatus { direct: Vec::new(), ..status }))
+        Ok(NodeStatus(status.for_machines()))
     }
 }
 

@@ -166,8 +166,20 @@ impl Host {
 impl Host {
     /// Announces paths' addresses once more.
     pub fn announce_again(&self, view: &View, look: &Look, paths: &BTreeSet<PathId>) {
-        tell_neighbours(look.targets(view, paths).into_iter().map(|(_, target)| target).collect());
+        tell_neighbours(targets(view, look, paths));
     }
+
+    /// Announces the addresses of paths that are about to be here. To place a thousand takes a second, and a server's
+    /// packets need not wait for it: they are translated back before anybody asks whether their address is the host's.
+    pub fn announce_ahead(&self, view: &View, look: &Look, paths: &BTreeSet<PathId>) {
+        if !paths.is_empty() {
+            announce_once(&targets(view, look, paths));
+        }
+    }
+}
+
+fn targets(view: &View, look: &Look, paths: &BTreeSet<PathId>) -> Vec<Target> {
+    look.targets(view, paths).into_iter().map(|(_, target)| target).collect()
 }
 
 /// Logs egress addresses, of many the first few.
@@ -188,12 +200,14 @@ pub(super) fn tell_neighbours(targets: Vec<Target>) {
     }
     tokio::spawn(async move {
         for _ in 0..ANNOUNCEMENTS {
-            if let Err(e) = announce::announce(&targets) {
-                tracing::warn!(
-                    "egress addresses could not be announced, neighbours may take a while to find them: {e:#}"
-                );
-            }
+            announce_once(&targets);
             tokio::time::sleep(BETWEEN_ANNOUNCEMENTS).await;
         }
     });
+}
+
+fn announce_once(targets: &[Target]) {
+    if let Err(e) = announce::announce(targets) {
+        tracing::warn!("egress addresses could not be announced, neighbours may take a while to find them: {e:#}");
+    }
 }

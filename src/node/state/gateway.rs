@@ -106,6 +106,7 @@ impl Node {
         self.ask(&look, others, &[ASK]);
         self.note_handovers(now);
         let mut changes = self.prepare(&decision.wish)?;
+        self.host.announce_ahead(&self.view, &look, &self.facts.coming);
         let (placed, refused) = self.host.place(&self.view, &look, &decision.wish).await?;
         changes += placed;
         if std::mem::take(&mut self.announce_again) {
