@@ -20,7 +20,7 @@ use serde_json::Value;
 use std::time::Duration;
 
 /// How long something that takes a moment may take on a busy machine.
-const PATIENCE: Duration = Duration::from_secs(20);
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A condition of a policy, `shop/visitors`: its status, reason and message.
 fn condition(lab: &Lab, policy: &str, type_: &str) -> Option<(String, String, String)> {

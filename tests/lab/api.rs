@@ -94,7 +94,7 @@ impl Api {
         }
         let client = Mutex::new(client(host, directory.join("admin.kubeconfig")));
         let api = Api { directory, etcd, server, client };
-        api.wait_ready();
+        api.wait_started();
         api.install();
         api
     }
@@ -111,9 +111,15 @@ impl Api {
         path
     }
 
-    /// Waits until the server says that it is ready.
+    /// Waits until the server, which has started again, serves everything.
     #[track_caller]
     pub fn wait_ready(&self) {
+        self.wait_started();
+        self.wait_served();
+    }
+
+    #[track_caller]
+    fn wait_started(&self) {
         let begin = Instant::now();
         loop {
             assert!(self.server.runs() && self.etcd.runs(), "the API server or etcd has ended by itself");
@@ -146,12 +152,18 @@ impl Api {
                 }
             }
         }
+        self.wait_served();
+    }
+
+    /// Waits until Egret's objects are served: for some seconds after its start the server says that it is starting.
+    #[track_caller]
+    fn wait_served(&self) {
         let begin = Instant::now();
         for plural in ["egressgateways", "egresspolicies", "clusteregresspolicies", "egressnodes"] {
             while self.try_ask("GET", &format!("/apis/egret.dev/v1alpha1/{plural}"), None).map(|a| a.0)
                 != Ok(StatusCode::OK)
             {
-                assert!(begin.elapsed() < Duration::from_secs(20), "{plural} are not served");
+                assert!(begin.elapsed() < Duration::from_secs(60), "{plural} are not served");
                 thread::sleep(Duration::from_millis(20));
             }
         }

@@ -154,6 +154,7 @@ impl Watch {
                         }
                     }
                     debug!(kind = %self.kind, "list: {e}");
+                    backoff.note(e.is_away());
                     if self.changes.send(Change::State(self.kind, Some(self.trouble(&e)))).await.is_err() {
                         return;
                     }
@@ -187,12 +188,14 @@ impl Watch {
                     End::Quietly => backoff.wait_at_most(BACKOFF.0).await,
                     End::Gone => {
                         info!(kind = %self.kind, "changes were missed; listing again");
+                        backoff.note(false);
                         from = Origin::CacheSince(version);
                         self.wait(&mut backoff).await;
                         continue 'list;
                     }
                     End::Failed(e) => {
                         debug!(kind = %self.kind, "watch: {e}");
+                        backoff.note(e.is_away());
                         told_down = true;
                         if self.changes.send(Change::State(self.kind, Some(self.trouble(&e)))).await.is_err() {
                             return;
@@ -361,23 +364,35 @@ impl Watch {
 
 /// Waits longer after each failure, and not all at the same time.
 #[derive(Debug)]
-pub struct Backoff(Duration);
+pub struct Backoff {
+    next: Duration,
+    /// Nobody answered the last time.
+    away: bool,
+}
 
 impl Default for Backoff {
     fn default() -> Self {
-        Backoff(BACKOFF.0)
+        Backoff { next: BACKOFF.0, away: false }
     }
 }
 
 impl Backoff {
+    /// Begins anew when somebody answers again, even if the answer is a refusal: an API server that has just started
+    /// knows no rights for a moment, and no CustomResourceDefinitions.
+    fn note(&mut self, away: bool) {
+        if std::mem::replace(&mut self.away, away) && !away {
+            self.next = BACKOFF.0;
+        }
+    }
+
     /// Waits.
     pub async fn wait(&mut self) {
         self.wait_at_most(BACKOFF.1).await;
     }
 
     async fn wait_at_most(&mut self, most: Duration) {
-        let wait = self.0.min(most);
-        self.0 = (self.0 * 2).min(BACKOFF.1);
+        let wait = self.next.min(most);
+        self.next = (self.next * 2).min(BACKOFF.1);
         let percent = 50 + u32::try_from(random(100)).unwrap_or(0);
         sleep(wait * percent / 100).await;
     }
