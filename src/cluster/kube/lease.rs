@@ -193,6 +193,8 @@ impl Kept {
         spec.lease_duration_seconds = Some(i64::try_from(self.settings.duration.as_secs().max(1)).unwrap_or(i64::MAX));
         spec.renew_time = now;
         let written = self.write(&lease).await?;
+        // Who has seen it lapse waits to hear that it is kept again.
+        let lapsed = !self.leads();
         // Counted from before the request: others count from when they see it, which is later.
         *self.until.lock().unwrap_or_else(PoisonError::into_inner) = Some(begun + self.settings.deadline);
         let number = written.spec.lease_transitions.unwrap_or(0);
@@ -202,7 +204,7 @@ impl Kept {
                 info!(term = number, name = self.settings.identity, "this controller leads");
                 *term = Some(Term { name: self.settings.identity.clone(), number });
             }
-            is_new
+            is_new || lapsed
         });
         Ok(())
     }

@@ -10,7 +10,7 @@ use crate::node::liveness::{Seen, Targets};
 use crate::plan::ledger::is_drained;
 use crate::plan::mac::{self, Mac};
 use crate::plan::marks::PathId;
-use crate::plan::paths::{Facts, PathState};
+use crate::plan::paths::{Facts, Path, PathState};
 use crate::plan::selector::Name;
 use anyhow::Result;
 use std::collections::{BTreeMap, BTreeSet};
@@ -115,6 +115,7 @@ impl Node {
         self.here = decision.wish.paths;
         let mut facts = self.host.facts(refused).await?;
         facts.dead.clone_from(&self.facts.dead);
+        self.note_since(&facts);
         facts.taken = self.taken(&facts);
         facts.yielded = self.holding.yielded();
         for (id, why) in self.holding.refused() {
@@ -163,11 +164,27 @@ impl Node {
         }
     }
 
-    /// The paths that this node has taken over, as the ledger is now.
+    /// Notes as of which ledger each address is here.
+    fn note_since(&mut self, facts: &Facts) {
+        let here = |path: &Path| path.managed && is_here(path, facts);
+        let paths = &self.view.paths.paths;
+        self.since.retain(|id, _| paths.get(id).is_some_and(here));
+        for (id, path) in paths.iter().filter(|(_, path)| here(path)) {
+            let since = self.since.entry(*id).or_insert(path.since);
+            if path.by_ledger {
+                *since = path.since;
+            }
+        }
+    }
+
+    /// The paths that this node has taken over, as the ledger is now. If the ledger has come to name another node while
+    /// the address was here, that one has taken the path over from this node, which does not hear it. Two that do not
+    /// hear each other must not claim a path by turns, and have the ledger follow them.
     fn taken(&self, facts: &Facts) -> BTreeMap<PathId, i64> {
         let paths = self.view.paths.paths.iter().filter(|(_, path)| path.managed && !path.by_ledger);
         let paths = paths.filter(|(id, path)| {
-            is_here(path, facts) && (path.taken_over || facts_taken(&self.facts, **id) == Some(path.since))
+            let claims = path.taken_over && self.since.get(id) == Some(&path.since);
+            is_here(path, facts) && (claims || facts_taken(&self.facts, **id) == Some(path.since))
         });
         paths.map(|(id, path)| (*id, path.since)).collect()
     }

@@ -84,6 +84,8 @@ pub struct Node {
     seen: Seen,
     /// The paths whose addresses are here.
     here: BTreeSet<PathId>,
+    /// `since` of the ledger's entries when the addresses that are here came, or when the ledger named this node last.
+    since: BTreeMap<PathId, i64>,
     /// Paths that are being moved here or just were, from which node, and how long their packets are handed over to it.
     handed: BTreeMap<PathId, (Mac, tokio::time::Instant)>,
     /// Paths that were just moved away, and how long their connections may go on leaving from here.
@@ -145,6 +147,7 @@ impl Node {
             holding,
             seen: Seen::default(),
             here: BTreeSet::new(),
+            since: BTreeMap::new(),
             handed: BTreeMap::new(),
             left: BTreeMap::new(),
             announce_again: false,
