@@ -2,7 +2,9 @@
 
 mod lab;
 
-use lab::mishaps::{self, THOUSAND, answered_after, holders, label, owner_and_other, plugged, thousand_paths};
+use lab::mishaps::{
+    self, THOUSAND, answered_after, dies, holders, label, owner_and_other, plugged, thousand_paths, three_gateways,
+};
 use lab::scene::{assert_blocked, assert_leaves_by_egress, visitors};
 use lab::survival::{assert_live, assert_short, sessions};
 use lab::{EGRESS4, EGRESS6, EXT4, Lab, Pod, VISITOR, manifests};
@@ -66,15 +68,7 @@ fn a_gateway_loses_its_link_connections_live_on_and_it_gets_nothing_back() {
     let sessions = sessions(&pods);
     thread::sleep(Duration::from_millis(500));
 
-    plugged(&lab, &owner, false);
-    let gap = answered_after(&pods[0], Instant::now());
-    println!("new packets are answered after {gap:?}");
-    lab.wait_for("the address is on", &vec![other.clone()], || holders(&lab));
-    // Each director finds out by itself.
-    for pod in &pods {
-        answered_after(pod, Instant::now());
-    }
-    pods.iter().for_each(assert_leaves_by_egress);
+    let gap = dies(&lab, &owner, &other, &pods);
     thread::sleep(Duration::from_secs(2));
     let longest = assert_live("link down", sessions);
     assert_short(longest, 1500);
@@ -285,14 +279,7 @@ fn an_address_that_a_stranger_has_is_not_taken_until_the_stranger_has_gone() {
 
 #[test]
 fn of_three_gateways_two_die_one_after_the_other() {
-    use lab::{NodeSpec, Pods::Routed};
-    let nodes = ["n1", "g1", "g2", "g3"].into_iter().zip([11, 21, 22, 23]);
-    let nodes = nodes.map(|(name, last)| match name {
-        "n1" => NodeSpec::new(name, last, Routed),
-        _ => NodeSpec::gateway(name, last, Routed),
-    });
-    let lab = Lab::builder().nodes(nodes.collect()).scene();
-    let pod = lab.add_pod("n1", "shop", "visitor", VISITOR);
+    let (lab, pod) = three_gateways();
     let sessions = sessions(std::slice::from_ref(&pod));
     for _ in 0..2 {
         let dying = holders(&lab).remove(0);

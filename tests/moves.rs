@@ -2,22 +2,16 @@
 
 mod lab;
 
-use lab::mishaps::{holders, label, plugged};
+use lab::mishaps::{holders, label, plugged, three_gateways};
 use lab::scene::assert_leaves_by_egress;
 use lab::survival::{assert_live, assert_short, sessions};
-use lab::{Lab, NodeSpec, Pods::Routed, VISITOR, manifests};
+use lab::{Lab, manifests};
 use std::thread;
 use std::time::Duration;
 
 #[test]
 fn a_drained_gateways_path_goes_to_one_that_lives() {
-    let nodes = ["n1", "g1", "g2", "g3"].into_iter().zip([11, 21, 22, 23]);
-    let nodes = nodes.map(|(name, last)| match name {
-        "n1" => NodeSpec::new(name, last, Routed),
-        _ => NodeSpec::gateway(name, last, Routed),
-    });
-    let lab = Lab::builder().nodes(nodes.collect()).scene();
-    let pod = lab.add_pod("n1", "shop", "visitor", VISITOR);
+    let (lab, pod) = three_gateways();
     let going_on = sessions(std::slice::from_ref(&pod));
     let owner = holders(&lab).remove(0);
     // Of two that have nothing, the first by name is chosen: that is the dead one.

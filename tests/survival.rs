@@ -3,10 +3,10 @@
 
 mod lab;
 
-use lab::mishaps::{answered_after, holders, owner_and_other, plugged};
+use lab::mishaps::{answered_after, dies, holders, owner_and_other, plugged, three_gateways};
 use lab::scene::assert_leaves_by_egress;
 use lab::survival::{assert_live, assert_short, sessions};
-use lab::{Lab, NodeSpec, Pods::Routed, VISITOR};
+use lab::{Lab, VISITOR};
 use std::fs;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -86,13 +86,7 @@ fn a_gateway_is_rebooted_gets_nothing_back_and_serves_again_when_it_is_needed() 
 
 #[test]
 fn of_three_gateways_two_die_at_once() {
-    let nodes = ["n1", "g1", "g2", "g3"].into_iter().zip([11, 21, 22, 23]);
-    let nodes = nodes.map(|(name, last)| match name {
-        "n1" => NodeSpec::new(name, last, Routed),
-        _ => NodeSpec::gateway(name, last, Routed),
-    });
-    let lab = Lab::builder().nodes(nodes.collect()).scene();
-    let pod = lab.add_pod("n1", "shop", "visitor", VISITOR);
+    let (lab, pod) = three_gateways();
     let going_on = sessions(std::slice::from_ref(&pod));
     let owner = holders(&lab).remove(0);
     let mut others = ["g1", "g2", "g3"].into_iter().filter(|g| *g != owner);
@@ -118,15 +112,7 @@ fn paths_move_while_the_cluster_directory_is_away() {
     fs::rename(directory, &elsewhere).expect("move the cluster directory away");
     thread::sleep(Duration::from_millis(500));
 
-    plugged(&lab, &owner, false);
-    let gap = answered_after(&pods[0], Instant::now());
-    println!("new packets are answered after {gap:?}");
-    lab.wait_for("the address is on", &vec![other.clone()], || holders(&lab));
-    // Each director finds out by itself.
-    for pod in &pods {
-        answered_after(pod, Instant::now());
-    }
-    pods.iter().for_each(assert_leaves_by_egress);
+    let gap = dies(&lab, &owner, &other, &pods);
     // It comes back, and nobody can tell it what has happened.
     plugged(&lab, &owner, true);
     assert_stays(&lab, &other, Duration::from_secs(4));

@@ -1,6 +1,6 @@
 //! Paths move while the API server is away.
 
-use super::lab::mishaps::{answered_after, holders, owner_and_other, plugged};
+use super::lab::mishaps::{dies, holders, owner_and_other, plugged};
 use super::lab::scene::{VISITOR, assert_leaves_by_egress};
 use super::lab::survival::{assert_live, assert_short, sessions};
 use super::lab::{EGRESS4, Lab};
@@ -15,15 +15,7 @@ fn paths_move(away: impl Fn(&Lab), back: impl Fn(&Lab)) {
     let pods = ["n1", "n2", &other].map(|n| lab.add_pod(n, "shop", &format!("visitor-{n}"), VISITOR));
     let going_on = sessions(&pods);
     away(&lab);
-    plugged(&lab, &owner, false);
-    let gap = answered_after(&pods[0], Instant::now());
-    println!("new packets are answered after {gap:?}");
-    lab.wait_for("the address is on", &vec![other.clone()], || holders(&lab));
-    // Each director finds out by itself.
-    for pod in &pods {
-        answered_after(pod, Instant::now());
-    }
-    pods.iter().for_each(assert_leaves_by_egress);
+    let gap = dies(&lab, &owner, &other, &pods);
     // It is busy with nobody who does not answer.
     thread::sleep(Duration::from_millis(500));
     lab.node(&other).ip(&format!("addr del {EGRESS4}/32 dev eth0"));

@@ -1,6 +1,7 @@
 //! What happens to gateways' nodes, on purpose or not, and who has an egress address then.
 
-use super::topology::{EXT4, Node};
+use super::scene::{VISITOR, assert_leaves_by_egress};
+use super::topology::{EXT4, Node, NodeSpec, Pods};
 use super::{EGRESS4, Lab, Pod, manifests, server};
 use std::sync::Arc;
 use std::thread;
@@ -24,6 +25,34 @@ pub fn owner_and_other(lab: &Lab) -> (String, String) {
 /// Takes a node off the network, or puts it back.
 pub fn plugged(lab: &Lab, node: &str, in_: bool) {
     lab.host("fab").ip(&format!("link set p-{node} {}", if in_ { "up" } else { "down" }));
+}
+
+/// The owner's link goes down: how long the first of the pods waits until it is answered again. Returns when the other
+/// node has the address and each pod leaves from it.
+#[track_caller]
+pub fn dies(lab: &Lab, owner: &str, other: &str, pods: &[Pod]) -> Duration {
+    plugged(lab, owner, false);
+    let gap = answered_after(&pods[0], Instant::now());
+    println!("new packets are answered after {gap:?}");
+    lab.wait_for("the address is on", &vec![other.to_owned()], || holders(lab));
+    // Each director finds out by itself.
+    for pod in pods {
+        answered_after(pod, Instant::now());
+    }
+    pods.iter().for_each(assert_leaves_by_egress);
+    gap
+}
+
+/// A scene with one node and three gateway nodes, and a pod on the node.
+pub fn three_gateways() -> (Lab, Pod) {
+    let nodes = ["n1", "g1", "g2", "g3"].into_iter().zip([11, 21, 22, 23]);
+    let nodes = nodes.map(|(name, last)| match name {
+        "n1" => NodeSpec::new(name, last, Pods::Routed),
+        _ => NodeSpec::gateway(name, last, Pods::Routed),
+    });
+    let lab = Lab::builder().nodes(nodes.collect()).scene();
+    let pod = lab.add_pod("n1", "shop", "visitor", VISITOR);
+    (lab, pod)
 }
 
 /// Changes a node's labels.
