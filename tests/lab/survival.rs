@@ -26,9 +26,8 @@ pub fn assert_live(what: &str, sessions: Vec<(String, Session)>) -> Duration {
     longest
 }
 
-/// Panics if it took much longer than it should on a machine that does nothing else, in milliseconds. Tests run side by
-/// side, on machines that others share: what is promised is for a measurement to show, and a test must not fail because
-/// a processor was busy.
+/// Panics if it took much longer than it should on a machine that does nothing else, in milliseconds. Machines are
+/// shared: what is promised is for a measurement to show, and a test must not fail because a processor was busy.
 #[track_caller]
 pub fn assert_short(took: Duration, alone: u64) {
     let allowed = Duration::from_millis(4 * alone + 500);

@@ -1,12 +1,14 @@
 //! The daemon's state, and what each occasion does to it.
 
 mod gateway;
+mod plugins;
 
 pub use gateway::Heard;
+use plugins::Waiting;
 
 use crate::cluster::{Lookup, Statuses};
 use crate::cni::attachment::{self, Attachment, AttachmentId};
-use crate::cni::protocol::{Failure, Verb, codes};
+use crate::cni::protocol::{Failure, codes};
 use crate::kernel::watch::{Event, Interest};
 use crate::node::Options;
 use crate::node::adoption::{self, Found};
@@ -16,9 +18,8 @@ use crate::node::host::Host;
 use crate::node::liveness::{Seen, Targets};
 use crate::node::metrics::Metrics;
 use crate::node::moved::Moved;
-use crate::node::pods::{self, Census, Holder, Interface, Pods, Use};
+use crate::node::pods::{Census, Holder, Interface, Pods, Use};
 use crate::node::report::Report;
-use crate::node::socket::Question;
 use crate::plan::mac::Mac;
 use crate::plan::marks::PathId;
 use crate::plan::model::{Cluster, ObjectKey};
@@ -29,29 +30,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{mpsc, watch};
 
 /// A stranger that was not found is looked for again after this long.
 const SEEK_AGAIN: Duration = Duration::from_secs(5);
-
-/// A pod may be added before the cluster's source has told of it. So long its ADD waits: a pod that starts while it is
-/// held loses its first packets.
-const UNKNOWN_WAIT: Duration = Duration::from_millis(500);
-
-/// A plugin that waits for its answer.
-struct Waiting {
-    since: Instant,
-    verb: &'static str,
-    /// The attachment whose pod should be known before the answer.
-    unknown: Option<AttachmentId>,
-    answer: oneshot::Sender<Result<(), Failure>>,
-}
-
-impl Waiting {
-    fn is_due(&self, pods: &Pods) -> bool {
-        self.unknown.as_ref().is_none_or(|id| pods.is_decided(id)) || self.since.elapsed() >= UNKNOWN_WAIT
-    }
-}
 
 /// Those who work in the background, and where they tell what came of it.
 pub struct Listeners {
@@ -272,81 +254,6 @@ impl Node {
         self.host.distrust();
         self.base = true;
         self.left_behind = true;
-    }
-
-    /// Takes in what plugins ask. They are answered by [`settle`](Self::settle), when the kernel is in step.
-    pub async fn answer(&mut self, questions: Vec<Question>) {
-        for Question { verb, answer } in questions {
-            let mut unknown = None;
-            let (verb, result) = match verb {
-                Verb::Add(a) => {
-                    unknown = Some(a.id.clone());
-                    ("ADD", self.add(a).await)
-                }
-                Verb::Del(id) => ("DEL", self.del(id)),
-                Verb::Check(a) => ("CHECK", self.check(&a)),
-                Verb::Gc { network, valid } => ("GC", self.collect_garbage(&network, &valid)),
-                Verb::Status => ("STATUS", Ok(())),
-            };
-            match result {
-                Ok(()) => self.waiting.push(Waiting { since: Instant::now(), verb, unknown, answer }),
-                Err(failure) => {
-                    tracing::warn!(verb, "refused: {failure}");
-                    let _ = answer.send(Err(failure));
-                }
-            }
-        }
-    }
-
-    async fn add(&mut self, a: Attachment) -> Result<(), Failure> {
-        let io = |e: String| Failure::new(codes::IO, "egretd cannot take the pod in", e);
-        let interface = self.interface(&a).await.map_err(|e| io(format!("{e:#}")))?;
-        if interface.is_none() && self.pods.profile(&a, &self.cluster, &self.view).is_some() {
-            return Err(Failure::new(
-                codes::NO_HOST_INTERFACE,
-                format!("pod {}/{} has no veth peer on the host", a.pod.namespace, a.pod.name),
-                "a policy selects it, and a pod with macvlan, ipvlan or SR-IOV cannot be held to a policy; use a CNI \
-                 plugin that makes veth pairs for it, or exclude it from the policy's podSelector",
-            ));
-        }
-        a.store(&self.options.run_dir).map_err(|e| io(e.to_string()))?;
-        if !pods::is_known(&a, &self.cluster) {
-            self.listeners.lookup.look_for(ObjectKey::new(&a.pod.namespace, &a.pod.name), &a.pod.uid);
-        }
-        self.attach(a, interface);
-        Ok(())
-    }
-
-    fn del(&mut self, id: AttachmentId) -> Result<(), Failure> {
-        self.ended.addresses.extend(self.pods.detach(&id));
-        self.leaving.push(id);
-        Ok(())
-    }
-
-    fn check(&mut self, a: &Attachment) -> Result<(), Failure> {
-        if self.pods.get(&a.id).is_none() {
-            return Err(Failure::new(
-                codes::NOT_PROGRAMMED,
-                format!("egretd does not know container {}, interface {}", a.id.container_id, a.id.ifname),
-                "it was not added through egret-cni, or was deleted since; start the pod anew",
-            ));
-        }
-        // What is missing in the kernel is mended before the answer.
-        self.distrust();
-        Ok(())
-    }
-
-    fn collect_garbage(&mut self, network: &str, valid: &[AttachmentId]) -> Result<(), Failure> {
-        let gone: Vec<AttachmentId> = self.pods.of_network(network).filter(|id| !valid.contains(id)).cloned().collect();
-        gone.into_iter().try_for_each(|id| self.del(id))
-    }
-
-    /// When somebody who waits has waited long enough.
-    pub async fn impatience(&self) {
-        match self.waiting.iter().map(|w| w.since + UNKNOWN_WAIT).min() {
-            Some(due) => tokio::time::sleep_until(due.into()).await,
-            None => std::future::pending().await,
-        }
     }
 
     fn refresh_view(&mut self) {
