@@ -241,7 +241,7 @@ fn remove_each_thing(lab: &Lab, pods: &[&str], nodes: &[&str]) {
                 harm.push((words(command.clone()), command));
             }
         }
-        for command in ["ip link set egret down", "ip link del egret"] {
+        for command in ["ip link set egret down", "ip link set egret group 0", "ip link del egret"] {
             harm.push((words(command.to_owned()), command.to_owned()));
         }
         for (command, what) in harm {
@@ -291,6 +291,7 @@ fn a_running_daemon_puts_back_what_is_removed_by_hand() {
         "ip -6 rule del pref 72",
         "ip route flush table 7871",
         "ip link set egret down",
+        "ip link set egret group 0",
         "ip link del egret",
     ] {
         node.run(command.split(' '));

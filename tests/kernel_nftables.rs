@@ -143,7 +143,7 @@ fn what_somebody_takes_away_is_put_back() {
             "delete table netdev egret",
             "flush ruleset",
             "add rule inet egret srcnat accept",
-            "add chain inet egret foreign",
+            "add chain inet egret somebodys",
             "add element inet egret hosts4 { 9.9.9.9 }",
         ] {
             run("nft", damage);

@@ -24,6 +24,7 @@ fn the_tunnel_device_is_as_it_should_be_and_stays_when_asked_again() {
         assert_eq!(data["udp_csum"], true);
         assert_eq!(device["address"], "02:65:67:00:00:0b");
         assert_eq!(device["mtu"], 1450);
+        assert_eq!(device["group"], "7871");
         assert!(device["flags"].as_array().unwrap().contains(&"UP".into()), "{device}");
         assert_eq!(tunnel::ensure(&socket, &ours()).await.unwrap(), first);
 
@@ -48,13 +49,14 @@ fn what_was_changed_by_hand_is_put_right_on_the_same_device() {
         let socket = host();
         let first = tunnel::ensure(&socket, &ours()).await.unwrap();
         ip("link set egret down");
-        ip("link set egret address 02:00:00:00:00:01 mtu 1300");
+        ip("link set egret address 02:00:00:00:00:01 mtu 1300 group 5");
         ip("address flush dev egret");
         ip("neighbour flush dev egret nud permanent");
         std::fs::write("/proc/sys/net/ipv4/conf/egret/rp_filter", "1").unwrap();
         assert_eq!(tunnel::ensure(&socket, &ours()).await.unwrap(), first);
         let device = link(DEVICE);
         assert_eq!((&device["address"], &device["mtu"]), (&"02:65:67:00:00:0b".into(), &1450.into()));
+        assert_eq!(device["group"], "7871");
         assert!(device["flags"].as_array().unwrap().contains(&"UP".into()), "{device}");
         assert_eq!(ip_json("neighbour show dev egret nud permanent").len(), 2);
         assert_eq!(ip_json("-4 address show dev egret")[0]["addr_info"][0]["local"], "169.254.78.71");

@@ -4,7 +4,7 @@
 //! node that is meant, and the forwarding database ([`super::fdb`]) knows that node's address.
 
 use super::mac::{Mac, Shown};
-use super::names::{ASKING, DEVICE, DEVICE4, HUB_MAC, HUB4, HUB6, NETWORK4, PROTOCOL, of_mac};
+use super::names::{ASKING, DEVICE, DEVICE_GROUP, DEVICE4, HUB_MAC, HUB4, HUB6, NETWORK4, PROTOCOL, of_mac};
 use super::route_socket::{Change, RouteSocket, errno};
 use super::{sysctl, uplink};
 use anyhow::{Context, Result, bail};
@@ -184,6 +184,7 @@ async fn create(socket: &RouteSocket, tunnel: &Tunnel) -> Result<()> {
         .fold(LinkMessageBuilder::<LinkVxlan>::new(DEVICE), LinkMessageBuilder::<LinkVxlan>::append_info_data)
         .address(tunnel.mac.to_vec())
         .mtu(tunnel.mtu)
+        .append_extra_attribute(LinkAttribute::Group(DEVICE_GROUP))
         .build();
     let made = socket
         .apply(vec![Change {
@@ -217,7 +218,7 @@ fn settings(ipv6: bool) -> Result<()> {
     Ok(())
 }
 
-/// MAC address, MTU, and up: what can be changed on a living device.
+/// MAC address, MTU, group, and up: what can be changed on a living device.
 async fn adjust(socket: &RouteSocket, device: &LinkMessage, tunnel: &Tunnel) -> Result<()> {
     let has = |wanted: LinkAttribute| device.attributes.contains(&wanted);
     let mut change = LinkUnspec::new_with_index(device.header.index);
@@ -228,6 +229,10 @@ async fn adjust(socket: &RouteSocket, device: &LinkMessage, tunnel: &Tunnel) -> 
     }
     if !has(LinkAttribute::Mtu(tunnel.mtu)) {
         change = change.mtu(tunnel.mtu);
+        differs = true;
+    }
+    if !has(LinkAttribute::Group(DEVICE_GROUP)) {
+        change = change.append_extra_attribute(LinkAttribute::Group(DEVICE_GROUP));
         differs = true;
     }
     if !device.header.flags.contains(LinkFlags::Up) {

@@ -173,6 +173,8 @@ pub struct NodePlan {
     pub left: BTreeSet<PathId>,
     /// The tunnel device's index.
     pub device: u32,
+    /// This node's end of the tunnel: where the others' tunnel packets come to.
+    pub local: Option<IpAddr>,
 }
 
 impl NodePlan {

@@ -42,6 +42,9 @@ impl Node {
             // Without its index: a device that was removed comes back with another.
             lines.extend(text.lines().filter_map(|l| l.split_once(": ")).map(|(_, rest)| rest.to_owned()));
         }
+        let link = self.try_run(["ip", "-o", "link", "show", "dev", "egret"]);
+        let group = String::from_utf8_lossy(&link.stdout).split_once(" group ").map(|(_, rest)| rest.to_owned());
+        lines.extend(group.iter().filter_map(|g| g.split_whitespace().next()).map(|g| format!("egret: group {g}")));
         let peers = self.try_run(["bridge", "fdb", "show", "dev", "egret"]);
         lines.extend(String::from_utf8_lossy(&peers.stdout).lines().map(|l| format!("fdb {l}")));
         lines.sort();

@@ -1,13 +1,16 @@
 //! The chains that are the same on every node. Each rule costs every packet that comes to it, so what most packets have
-//! nothing to do with is a chain of its own, behind one rule.
+//! nothing to do with is a chain of its own, behind one rule; and the packets of established connections, which are
+//! most, are accepted by the first rules of a chain, each by one that says all that must be true of them. A rule like
+//! that is never what blocks: whoever takes it away sends its packets down the longer way.
 
 use super::sets::PORT_BITS;
 use super::{base, counter, set};
-use crate::kernel::names::{ASKING, DEVICE, HEALTH, HUB_MAC, TUNNEL_PORT};
+use crate::kernel::names::{ASKING, DEVICE, DEVICE_GROUP, HEALTH, HUB_MAC, TUNNEL_PORT};
 use crate::kernel::nft::rule::{Ip, Rule, protocol};
 use crate::kernel::nft::table::{Chain, hook};
 use crate::kernel::nft::uapi::*;
 use crate::plan::marks::Marks;
+use std::net::IpAddr;
 
 /// Types of ICMPv6 messages, RFC 4443.
 const ECHO_REQUEST: u8 = 128;
@@ -20,28 +23,22 @@ const WIRE_MASK: u32 = 0xffff;
 /// What nobody has forwarded.
 const HOP_LIMIT: u8 = 255;
 
-/// All of them but the tunnel device's, by name.
-pub(super) fn chains(marks: Marks) -> Vec<(&'static str, Chain)> {
+/// All of them but the tunnel device's, by name; `local` is this node's end of the tunnel.
+pub(super) fn chains(marks: Marks, local: Option<IpAddr>) -> Vec<(&'static str, Chain)> {
     let at = |number, priority| base("filter", number, priority);
     vec![
-        ("raw", Chain::new(at(hook::PREROUTING, -300), raw())),
-        ("raw-tunnel", Chain::new(None, raw_tunnel())),
-        ("input", Chain::new(at(hook::INPUT, -300), vec![tunnel_packet().goto("input-tunnel")])),
-        ("input-tunnel", Chain::new(None, input_tunnel())),
-        ("output", Chain::new(at(hook::OUTPUT, -300), output())),
+        ("raw", Chain::new(at(hook::PREROUTING, -300), raw(local))),
+        ("output", Chain::new(at(hook::OUTPUT, -300), output(marks))),
         ("output-tunnel", Chain::new(None, output_tunnel())),
         ("prerouting", Chain::new(at(hook::PREROUTING, -90), prerouting(marks))),
         ("from-tunnel", Chain::new(None, from_tunnel(marks))),
         ("tracked", Chain::new(None, tracked(marks))),
+        ("foreign", Chain::new(None, foreign())),
         ("unsolicited", Chain::new(None, unsolicited())),
         ("known", Chain::new(None, known())),
-        ("guard", Chain::new(at(hook::FORWARD, -225), guard(marks))),
-        ("guard-arrived", Chain::new(None, guard_arrived(marks))),
-        ("guard-late", Chain::new(None, guard_late(marks))),
-        ("guard-path", Chain::new(None, guard_path(marks))),
-        ("guard-tunnel", Chain::new(None, guard_tunnel())),
         ("srcnat", Chain::new(base("nat", hook::POSTROUTING, 99), srcnat(marks))),
         ("departure", Chain::new(at(hook::POSTROUTING, 300), departure(marks))),
+        ("departure-marked", Chain::new(None, departure_marked(marks))),
         ("departure-path", Chain::new(None, departure_path(marks))),
         ("departure-first", Chain::new(None, departure_first())),
         ("departure-tunnel", Chain::new(None, departure_tunnel())),
@@ -49,14 +46,16 @@ pub(super) fn chains(marks: Marks) -> Vec<(&'static str, Chain)> {
     ]
 }
 
-/// Tunnel packets between nodes need no connection tracking, nor do nodes' questions whether others live.
-fn raw() -> Vec<Rule> {
-    let echo = echo().map(|rule| rule.iif(DEVICE).notrack());
-    [not_ours(), tunnel_packet().goto("raw-tunnel")].into_iter().chain(echo).collect()
-}
-
-fn raw_tunnel() -> Vec<Rule> {
-    Ip::BOTH.into_iter().enumerate().map(|(at, ip)| Rule::new().saddr_in_set(ip, set::TUNNEL[at]).notrack()).collect()
+/// Tunnel packets between nodes need no connection tracking, nor do nodes' questions whether others live. Only nodes may
+/// speak to the tunnel, for the path id that a packet carries is believed: the others' packets are tracked, and by that
+/// are known in `prerouting`.
+fn raw(local: Option<IpAddr>) -> Vec<Rule> {
+    let from_node = local.map(|to| {
+        let (at, ip) = if to.is_ipv4() { (0, Ip::V4) } else { (1, Ip::V6) };
+        tunnel_packet().daddr_in(to.into()).saddr_in_set(ip, set::TUNNEL[at]).notrack().accept()
+    });
+    let echo = echo().map(|rule| rule.iif_group(DEVICE_GROUP).notrack());
+    [not_ours()].into_iter().chain(from_node).chain(echo).collect()
 }
 
 /// Nodes' questions whether others live, and the answers: the kernel's own, and never forwarded.
@@ -76,18 +75,15 @@ fn tunnel_packet() -> Rule {
     Rule::new().l4(protocol::UDP).dport(TUNNEL_PORT, TUNNEL_PORT)
 }
 
-/// Only nodes may speak to the tunnel: the path id that a packet carries is believed.
-fn input_tunnel() -> Vec<Rule> {
-    let stranger = |(at, ip)| Rule::new().saddr_not_in_set(ip, set::TUNNEL[at]).counter(counter::FOREIGN).drop();
-    Ip::BOTH.into_iter().enumerate().map(stranger).collect()
+fn output(marks: Marks) -> Vec<Rule> {
+    let echo = echo().map(|rule| rule.oif_group(DEVICE_GROUP).notrack());
+    // The outer packet inherits the inner one's mark, which would route it into the tunnel again. Nothing else that this
+    // node sends has the mark of a connection.
+    let outer = Rule::new().mark(marks.connection_mask(), marks.connection(0)).set_mark(0).notrack().accept();
+    [outer, not_ours(), tunnel_packet().goto("output-tunnel")].into_iter().chain(echo).collect()
 }
 
-fn output() -> Vec<Rule> {
-    let echo = echo().map(|rule| rule.oif(DEVICE).notrack());
-    [not_ours(), tunnel_packet().goto("output-tunnel")].into_iter().chain(echo).collect()
-}
-
-/// The outer packet inherits the inner one's mark, which would route it into the tunnel again.
+/// The same whatever mark the packet has.
 fn output_tunnel() -> Vec<Rule> {
     let ours = |(at, ip)| Rule::new().daddr_in_set(ip, set::TUNNEL[at]).set_mark(0).notrack();
     Ip::BOTH.into_iter().enumerate().map(ours).collect()
@@ -97,8 +93,19 @@ fn output_tunnel() -> Vec<Rule> {
 fn prerouting(marks: Marks) -> Vec<Rule> {
     let path = marks.connection(0);
     vec![
-        Rule::new().iif(DEVICE).goto("from-tunnel"),
+        Rule::new().iif_group(DEVICE_GROUP).goto("from-tunnel"),
+        // A connection keeps its path.
+        Rule::new()
+            .ct_original()
+            .ct_mark(marks.connection_kind_mask(), path)
+            .set_mark_by_ct_mark(set::PATH_OUT)
+            .accept(),
+        // On a gateway: a server's reply to another node's pod.
+        reply_to_peer(marks),
+        // Tunnel packets.
+        Rule::new().ct_state(CT_STATE_UNTRACKED).mark_not(marks.kind_mask(), marks.tag_kind()).accept(),
         Rule::new().ct_mark(marks.connection_mask(), path).jump("tracked"),
+        tunnel_packet().jump("foreign"),
         Rule::new().ct_state(CT_STATE_NEW | CT_STATE_INVALID).jump("unsolicited"),
         Rule::new().mark_not(marks.kind_mask(), marks.tag_kind()).accept(),
         // A connection that was there before its pod had a policy is left alone; so is an answer of the pod's.
@@ -112,14 +119,11 @@ fn prerouting(marks: Marks) -> Vec<Rule> {
     ]
 }
 
-/// What belongs to a connection of Egret's.
+/// What belongs to a connection of Egret's: of its packets whose path goes nowhere, and of answers.
 fn tracked(marks: Marks) -> Vec<Rule> {
     let path = marks.connection(0);
     vec![
-        // A connection keeps its path.
         Rule::new().ct_original().ct_mark(marks.connection_kind_mask(), path).goto("known"),
-        // On a gateway: a server's reply to another node's pod.
-        reply_to_peer(marks),
         Rule::new()
             .ct_reply()
             .ct_mark(marks.connection_kind_mask(), path)
@@ -134,6 +138,13 @@ fn reply_to_peer(marks: Marks) -> Rule {
     of_peer.set_mark(marks.reply()).accept()
 }
 
+/// Tunnel packets for a node that did not come from one, or not straight.
+fn foreign() -> Vec<Rule> {
+    let forwarded = |(at, ip)| Rule::new().daddr_in_set(ip, set::TUNNEL[at]).counter(counter::FOREIGN).drop();
+    let here = Rule::new().daddr_type(RTN_LOCAL).counter(counter::FOREIGN).drop();
+    Ip::BOTH.into_iter().enumerate().map(forwarded).chain([here]).collect()
+}
+
 /// An answer to somebody whom this gateway does not know would reset a connection that has just come here from another
 /// gateway, and an entry in the connection table would take the port that it needs. An echo request takes none: it
 /// passes, where the gateway says so and the address is on this node.
@@ -145,15 +156,17 @@ fn unsolicited() -> Vec<Rule> {
     let ping = |(at, ip)| asks(ip).daddr_in_set(ip, set::PING[at]).daddr_type(RTN_LOCAL).return_();
     let to_egress = |(at, ip)| Rule::new().daddr_in_set(ip, set::EGRESS[at]).counter(counter::UNSOLICITED).drop();
     let each = || Ip::BOTH.into_iter().enumerate();
-    each().map(ping).chain(each().map(to_egress)).collect()
+    // The device should be of its group; if it is not, nothing new comes out of it.
+    let arrived = Rule::new().iif(DEVICE).counter(counter::UNKNOWN).drop();
+    each().map(ping).chain(each().map(to_egress)).chain([arrived]).collect()
 }
 
 /// What comes out of the tunnel: on a director replies, on a gateway requests, and nodes' questions whether others
 /// live; anything else is dropped.
 fn from_tunnel(marks: Marks) -> Vec<Rule> {
     let mut rules = vec![
-        Rule::new().ct_reply().ct_mark(marks.connection_kind_mask(), marks.connection(0)).set_mark(0).accept(),
         Rule::new().ct_original().admit(set::PEER, WIRE_MASK, set::RX).accept(),
+        Rule::new().ct_reply().ct_mark(marks.connection_kind_mask(), marks.connection(0)).set_mark(0).accept(),
         // A server's reply, handed over by the node that the path is being moved to.
         reply_to_peer(marks),
         // The same to a pod here, whose connection has been forgotten meanwhile.
@@ -174,54 +187,17 @@ fn known() -> Vec<Rule> {
     vec![Rule::new().set_mark_by_ct_mark(set::PATH_OUT).accept(), Rule::new().counter(counter::BLOCKED).drop()]
 }
 
-/// What has a path leaves by it or not at all, and nobody forwards packets into the tunnel.
-fn guard(marks: Marks) -> Vec<Rule> {
-    vec![
-        Rule::new().mark(marks.kind_mask(), marks.tag_kind()).counter(counter::LEAKED).drop(),
-        tunnel_packet().jump("guard-tunnel"),
-        Rule::new().iif(DEVICE).jump("guard-arrived"),
-        Rule::new()
-            .ct_mark(marks.connection_kind_mask(), marks.connection(0))
-            .ct_original()
-            .oif_not(DEVICE)
-            .goto("guard-path"),
-    ]
-}
-
-/// Out of the tunnel: a reply, or a request whose path is known here.
-fn guard_arrived(marks: Marks) -> Vec<Rule> {
-    vec![
-        Rule::new().ct_mark_not(marks.connection_mask(), marks.connection(0)).counter(counter::LEAKED).drop(),
-        Rule::new().ct_original().mark(marks.path_mask(), 0).goto("guard-late"),
-    ]
-}
-
-/// A request without a path is none, or the datapath is not whole.
-fn guard_late(marks: Marks) -> Vec<Rule> {
-    vec![late(marks).accept(), Rule::new().counter(counter::LEAKED).drop()]
-}
-
-/// Not into the tunnel, so out of this node.
-fn guard_path(marks: Marks) -> Vec<Rule> {
-    vec![
-        Rule::new().mark_not(marks.kind_mask(), 0).counter(counter::LEAKED).drop(),
-        Rule::new().mark(marks.path_mask(), 0).counter(counter::LEAKED).drop(),
-    ]
-}
-
-fn guard_tunnel() -> Vec<Rule> {
-    let forged = |(at, ip)| Rule::new().daddr_in_set(ip, set::TUNNEL[at]).counter(counter::FOREIGN).drop();
-    Ip::BOTH.into_iter().enumerate().map(forged).collect()
-}
-
 /// One before the masquerade of any CNI: whoever is translated here is translated there no more.
 fn srcnat(marks: Marks) -> Vec<Rule> {
     let leaving = || {
-        Rule::new().oif_not(DEVICE).ct_mark(marks.connection_mask(), marks.connection(0)).mark_not(marks.path_mask(), 0)
+        Rule::new()
+            .oif_group_not(DEVICE_GROUP)
+            .ct_mark(marks.connection_mask(), marks.connection(0))
+            .mark_not(marks.path_mask(), 0)
     };
     let mut rules = vec![];
     for (at, ip) in Ip::BOTH.into_iter().enumerate() {
-        rules.push(Rule::new().oif(DEVICE).snat_identity(ip));
+        rules.push(Rule::new().oif_group(DEVICE_GROUP).snat_identity(ip));
         rules.push(leaving().snat_by_mark(ip, marks.path_mask(), set::SNAT[at]));
     }
     // Its path has no address of this family.
@@ -229,25 +205,37 @@ fn srcnat(marks: Marks) -> Vec<Rule> {
     rules
 }
 
-/// The last look at a packet.
+/// The last look at a packet: what has a path leaves by it or not at all.
 fn departure(marks: Marks) -> Vec<Rule> {
+    let without_path = Rule::new().ct_original().ct_mark(marks.connection_of_path_mask(), marks.connection(0));
     vec![
-        Rule::new().oif(DEVICE).goto("departure-tunnel"),
-        Rule::new()
-            .ct_mark(marks.connection_mask(), marks.connection(0))
-            .ct_original()
-            // Without a path in its mark, and past the guard, it is the gateway's own: an ICMP error to a server.
-            .mark_not(marks.path_mask(), 0)
-            .goto("departure-path"),
+        Rule::new().oif_group(DEVICE_GROUP).goto("departure-tunnel"),
+        Rule::new().mark_not(marks.kind_mask() | marks.path_mask(), 0).goto("departure-marked"),
+        // What is only related is the node's own: an ICMP error to a server.
+        without_path.ct_state(CT_STATE_NEW | CT_STATE_ESTABLISHED).counter(counter::LEAKED).drop(),
     ]
 }
 
-/// Out of this node: it must bear its path's address, whatever translated it.
+/// Out of this node, with a mark that may be Egret's.
+fn departure_marked(marks: Marks) -> Vec<Rule> {
+    let right =
+        |(at, ip)| Rule::new().mark_and_saddr_in_set(marks.path_mask(), ip, set::PAIRS[at]).ct_confirmed().accept();
+    let leaked = [
+        // Nothing decided on a pod's packet. The node's own may have such a mark from somebody else.
+        Rule::new().mark(marks.kind_mask(), marks.tag_kind()).forwarded(),
+        Rule::new().iif_group(DEVICE_GROUP).ct_mark_not(marks.connection_mask(), marks.connection(0)),
+    ];
+    let path = Rule::new().ct_original().ct_mark(marks.connection_mask(), marks.connection(0)).goto("departure-path");
+    let rules = Ip::BOTH.into_iter().enumerate().map(right);
+    rules.chain(leaked.map(|rule| rule.counter(counter::LEAKED).drop())).chain([path]).collect()
+}
+
+/// It must bear its path's address, whatever translated it, and was not to go into the tunnel.
 fn departure_path(marks: Marks) -> Vec<Rule> {
-    let mask = marks.path_mask();
-    let wrong = |(at, ip)| Rule::new().mark_and_saddr_not_in_set(mask, ip, set::PAIRS[at]);
+    let missed = Rule::new().mark_not(marks.kind_mask(), 0).counter(counter::LEAKED).drop();
+    let wrong = |(at, ip)| Rule::new().mark_and_saddr_not_in_set(marks.path_mask(), ip, set::PAIRS[at]);
     let wrong = Ip::BOTH.into_iter().enumerate().map(wrong).map(|rule| rule.counter(counter::STALE).drop());
-    wrong.chain([Rule::new().ct_unconfirmed().goto("departure-first")]).collect()
+    [missed].into_iter().chain(wrong).chain([Rule::new().ct_unconfirmed().goto("departure-first")]).collect()
 }
 
 /// The first packet of a connection, whose port another one may have had.
@@ -262,6 +250,9 @@ fn departure_first() -> Vec<Rule> {
 /// side.
 fn departure_tunnel() -> Vec<Rule> {
     vec![
+        // Connections that have been answered send no SYN; and the requests' source address is as the pod wrote it.
+        Rule::new().ct_assured_and_not_snat().set_mark_from_ct().accept(),
+        Rule::new().ct_reply().ct_assured().set_mark_from_ct().accept(),
         Rule::new().ct_snat().ct_original().jump("departure-translated"),
         Rule::new().tcp_syn().clamp_mss(),
         Rule::new().set_mark_from_ct(),
@@ -278,9 +269,9 @@ fn departure_translated() -> Vec<Rule> {
 /// On the tunnel device, the hub's MAC becomes the real one: of the path's owner, or of the pod's node.
 pub(super) fn to_tunnel() -> Vec<Rule> {
     vec![
-        Rule::new().ether_daddr_not(HUB_MAC).accept(),
         Rule::new().set_ether_daddr_by_mark(set::HOP).accept(),
         Rule::new().set_ether_daddr_by_mark(set::BACK).accept(),
+        Rule::new().ether_daddr_not(HUB_MAC).accept(),
         Rule::new().counter(counter::NO_HOP).drop(),
     ]
 }

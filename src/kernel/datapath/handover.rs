@@ -10,7 +10,7 @@
 //! moment, they go on in the old way; their next packet then makes an entry for the new one.
 
 use super::{HANDOVER, base, set, value};
-use crate::kernel::names::{DEVICE, HUB4, HUB6};
+use crate::kernel::names::{DEVICE_GROUP, HUB4, HUB6};
 use crate::kernel::nft::rule::{Ip, Rule};
 use crate::kernel::nft::table::{Chain, DataType, Elements, Set, SetKind, Table, TableName, hook};
 use crate::kernel::nft::uapi::{CT_STATE_INVALID, CT_STATE_NEW};
@@ -58,7 +58,7 @@ pub(super) fn tables(plan: &NodePlan, marks: Marks) -> impl Iterator<Item = (Tab
         let elements: Elements = moved.map(|(id, a)| (a.into(), value(marks.handed(id)))).collect();
         let mut table = Table::default();
         if !elements.is_empty() {
-            let rule = Rule::new().iif_not(DEVICE).ct_state(CT_STATE_NEW | CT_STATE_INVALID);
+            let rule = Rule::new().iif_group_not(DEVICE_GROUP).ct_state(CT_STATE_NEW | CT_STATE_INVALID);
             let rules = vec![rule.set_mark_by_daddr(ip, set::HANDED).dup(hub, plan.device)];
             table
                 .chains

@@ -108,7 +108,7 @@ fn value(mark: u32) -> Data {
 #[derive(Debug)]
 pub struct Made {
     plan: NodePlan,
-    /// The chains that are the same whatever the plan.
+    /// The chains that follow from nothing but this node's address.
     fixed: Arc<[(&'static str, Arc<Chain>)]>,
     tables: Vec<(TableName, Table)>,
 }
@@ -116,8 +116,8 @@ pub struct Made {
 impl Made {
     /// The tables as they should be for `plan`. What is as it was in `before`, made with the same marks, is taken over.
     pub fn new(plan: NodePlan, shared: &SharedSets, marks: Marks, before: Option<&Made>) -> Self {
-        let fixed = before.map_or_else(
-            || fixed::chains(marks).into_iter().map(|(name, chain)| (name, Arc::new(chain))).collect(),
+        let fixed = before.filter(|before| before.plan.local == plan.local).map_or_else(
+            || fixed::chains(marks, plan.local).into_iter().map(|(name, chain)| (name, Arc::new(chain))).collect(),
             |before| before.fixed.clone(),
         );
         let mut inet = inet(&plan, shared, marks, before);

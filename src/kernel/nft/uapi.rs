@@ -123,10 +123,13 @@ pub const NFTA_META_KEY: u16 = 2;
 pub const NFTA_META_SREG: u16 = 3;
 pub const NFT_META_MARK: u32 = 3;
 pub const NFT_META_PROTOCOL: u32 = 1;
+pub const NFT_META_IIF: u32 = 4;
 pub const NFT_META_IIFNAME: u32 = 6;
 pub const NFT_META_OIFNAME: u32 = 7;
 pub const NFT_META_NFPROTO: u32 = 15;
 pub const NFT_META_L4PROTO: u32 = 16;
+pub const NFT_META_IIFGROUP: u32 = 21;
+pub const NFT_META_OIFGROUP: u32 = 22;
 pub const NFTA_RT_DREG: u16 = 1;
 pub const NFTA_RT_KEY: u16 = 2;
 pub const NFT_RT_TCPMSS: u32 = 3;
@@ -163,8 +166,10 @@ pub const CT_STATE_INVALID: u32 = 1;
 pub const CT_STATE_ESTABLISHED: u32 = 2;
 pub const CT_STATE_RELATED: u32 = 4;
 pub const CT_STATE_NEW: u32 = 8;
+pub const CT_STATE_UNTRACKED: u32 = 64;
 
 /// include/uapi/linux/netfilter/nf_conntrack_common.h, `enum ip_conntrack_status`.
+pub const IPS_ASSURED: u32 = 1 << 2;
 pub const IPS_CONFIRMED: u32 = 1 << 3;
 pub const IPS_SRC_NAT: u32 = 1 << 4;
 pub const IPS_SRC_NAT_DONE: u32 = 1 << 7;

@@ -250,8 +250,8 @@ impl Host {
 
     /// Brings the nftables tables in step, in one transaction. Returns how many changes that took.
     pub fn tables(&mut self, mut plan: NodePlan) -> Result<usize> {
-        let Some((_, device)) = self.tunnel else { return Ok(0) };
-        plan.device = device;
+        let Some((tunnel, device)) = &self.tunnel else { return Ok(0) };
+        (plan.device, plan.local) = (*device, Some(tunnel.local));
         let without = (!plan.handed.is_empty()).then(|| NodePlan { handed: BTreeMap::new(), ..plan.clone() });
         let mut made = Made::new(plan, &self.shared, self.marks, self.made.as_ref());
         let mut applied = self.nft.apply(made.tables());

@@ -8,19 +8,29 @@ impl Rule {
         self.load_meta(NFT_META_IIFNAME, R1).equals(&interface_name(name))
     }
 
-    /// `iifname != NAME`
-    pub fn iif_not(self, name: &str) -> Self {
-        self.load_meta(NFT_META_IIFNAME, R1).differs(&interface_name(name))
+    /// `iifgroup GROUP`
+    pub fn iif_group(self, group: u32) -> Self {
+        self.load_meta(NFT_META_IIFGROUP, R1).equals(&group.to_ne_bytes())
     }
 
-    /// `oifname NAME`
-    pub fn oif(self, name: &str) -> Self {
-        self.load_meta(NFT_META_OIFNAME, R1).equals(&interface_name(name))
+    /// `iifgroup != GROUP`
+    pub fn iif_group_not(self, group: u32) -> Self {
+        self.load_meta(NFT_META_IIFGROUP, R1).differs(&group.to_ne_bytes())
     }
 
-    /// `oifname != NAME`
-    pub fn oif_not(self, name: &str) -> Self {
-        self.load_meta(NFT_META_OIFNAME, R1).differs(&interface_name(name))
+    /// `oifgroup GROUP`
+    pub fn oif_group(self, group: u32) -> Self {
+        self.load_meta(NFT_META_OIFGROUP, R1).equals(&group.to_ne_bytes())
+    }
+
+    /// `oifgroup != GROUP`
+    pub fn oif_group_not(self, group: u32) -> Self {
+        self.load_meta(NFT_META_OIFGROUP, R1).differs(&group.to_ne_bytes())
+    }
+
+    /// `iif != 0`, at postrouting: another than this node has sent it (Linux 5.7, `ip_output`).
+    pub fn forwarded(self) -> Self {
+        self.load_meta(NFT_META_IIF, R1).differs(&[0; 4])
     }
 
     /// `meta nfproto ipv4` or `ipv6`
@@ -61,6 +71,17 @@ impl Rule {
     pub fn ct_not_snat(self) -> Self {
         let both = (IPS_SRC_NAT | IPS_SRC_NAT_DONE).to_ne_bytes();
         self.load_ct(NFT_CT_STATUS).and(&both).equals(&IPS_SRC_NAT_DONE.to_ne_bytes())
+    }
+
+    /// `ct status assured`: both sides have spoken, and of TCP neither is making the connection any more.
+    pub fn ct_assured(self) -> Self {
+        self.load_ct(NFT_CT_STATUS).and(&IPS_ASSURED.to_ne_bytes()).differs(&[0; 4])
+    }
+
+    /// `ct status & (snat | assured) == assured`
+    pub fn ct_assured_and_not_snat(self) -> Self {
+        let both = (IPS_SRC_NAT | IPS_ASSURED).to_ne_bytes();
+        self.load_ct(NFT_CT_STATUS).and(&both).equals(&IPS_ASSURED.to_ne_bytes())
     }
 
     /// `ct mark and MASK == VALUE`
@@ -134,13 +155,19 @@ impl Rule {
         self.ip(ip).load_daddr(ip).lookup(set, R1, None, false)
     }
 
+    /// `meta mark and MASK . ip saddr @SET`
+    pub fn mark_and_saddr_in_set(self, mask: u32, ip: Ip, set: &str) -> Self {
+        self.load_mark_and_saddr(mask, ip).lookup(set, R1, None, false)
+    }
+
     /// `meta mark and MASK . ip saddr != @SET`
     pub fn mark_and_saddr_not_in_set(self, mask: u32, ip: Ip, set: &str) -> Self {
-        self.ip(ip)
-            .load_meta(NFT_META_MARK, R1)
-            .and(&mask.to_ne_bytes())
-            .load_saddr(ip, R1_SECOND_WORD)
-            .lookup(set, R1, None, true)
+        self.load_mark_and_saddr(mask, ip).lookup(set, R1, None, true)
+    }
+
+    fn load_mark_and_saddr(self, mask: u32, ip: Ip) -> Self {
+        let loaded = self.ip(ip).load_meta(NFT_META_MARK, R1).and(&mask.to_ne_bytes());
+        loaded.load_saddr(ip, R1_SECOND_WORD)
     }
 
     /// `fib daddr type TYPE`
@@ -170,6 +197,11 @@ impl Rule {
     /// `ct status ! confirmed`: it is the connection's first packet.
     pub fn ct_unconfirmed(self) -> Self {
         self.load_ct(NFT_CT_STATUS).and(&IPS_CONFIRMED.to_ne_bytes()).equals(&[0; 4])
+    }
+
+    /// `ct status confirmed`: it is not the connection's first packet.
+    pub fn ct_confirmed(self) -> Self {
+        self.load_ct(NFT_CT_STATUS).and(&IPS_CONFIRMED.to_ne_bytes()).differs(&[0; 4])
     }
 
     /// `ct original proto-src and MASK . th sport and MASK != @SET`, for a rule that has matched the protocol.
