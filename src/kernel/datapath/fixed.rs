@@ -77,9 +77,10 @@ fn tunnel_packet() -> Rule {
 
 fn output(marks: Marks) -> Vec<Rule> {
     let echo = echo().map(|rule| rule.oif_group(DEVICE_GROUP).notrack());
-    // The outer packet inherits the inner one's mark, which would route it into the tunnel again. Nothing else that this
-    // node sends has the mark of a connection.
-    let outer = Rule::new().mark(marks.connection_mask(), marks.connection(0)).set_mark(0).notrack().accept();
+    // The outer packet inherits the inner one's mark, which would route it into the tunnel again. What goes into the
+    // tunnel with such a mark is handed over.
+    let inherits = Rule::new().mark(marks.connection_mask(), marks.connection(0)).oif_group_not(DEVICE_GROUP);
+    let outer = inherits.set_mark(0).notrack().accept();
     [outer, not_ours(), tunnel_packet().goto("output-tunnel")].into_iter().chain(echo).collect()
 }
 
