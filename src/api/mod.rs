@@ -23,6 +23,10 @@ pub const VERSION: &str = "v1alpha1";
 /// `GROUP/VERSION`, as it stands in a manifest's `apiVersion`.
 pub const API_VERSION: &str = "egret.dev/v1alpha1";
 
+/// A label's or an object's name, shared: clusters repeat the same few words ten thousand times. One word wide, since a
+/// big cluster's names are held in ten times as many places.
+pub type Name = arcstr::ArcStr;
+
 /// One IPv4 address, one IPv6 address, or one of each.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]

@@ -1,10 +1,8 @@
 //! Label selectors, as Kubernetes defines them.
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
-use std::sync::Arc;
 
-/// A label's or an object's name, shared: clusters repeat the same few words ten thousand times.
-pub type Name = Arc<str>;
+pub use crate::api::Name;
 
 /// Labels, sorted by key.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]

@@ -65,7 +65,7 @@ impl Names {
 
     /// Forgets what is used once or not at all: there is nothing to share in it.
     pub fn tidy(&mut self) {
-        self.words.retain(|name| Arc::strong_count(name) > 2);
+        self.words.retain(|name| Name::strong_count(name).is_none_or(|count| count > 2));
         self.words.shrink_to_fit();
         self.destinations.retain(|list| Arc::strong_count(list) > 2);
         self.destinations.shrink_to_fit();
