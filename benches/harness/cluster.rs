@@ -3,7 +3,7 @@
 
 use crate::lab::Lab;
 use crate::lab::manifests;
-use egret::api::{AddressPair, EgressGatewayStatus, EgressNodeStatus, LedgerPath, PathKind};
+use egret::api::{AddressPair, EgressGatewayStatus, EgressNodeStatus, LedgerPath, PathKind, PolicyKey};
 use egret::plan::mac;
 use serde_json::{Value, json};
 use std::fmt::Write;
@@ -111,8 +111,8 @@ pub fn write_gateway(directory: &Path, policies: usize, nodes: &[&str]) {
             id: n as u16 + 1,
             kind: PathKind::Explicit,
             address: AddressPair { ipv4: Some(policy.address), ipv6: None },
-            node: Some(nodes[n % nodes.len()].to_owned()),
-            policies: vec![format!("{}/{}", policy.namespace, policy.name)],
+            node: Some(nodes[n % nodes.len()].into()),
+            policies: [PolicyKey { namespace: Some(policy.namespace.into()), name: policy.name.into() }].into(),
             ..LedgerPath::default()
         }
     };

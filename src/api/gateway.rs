@@ -1,6 +1,7 @@
-use super::{AddressPair, Condition};
+use super::{AddressPair, Condition, Name, PolicyKey};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
 use serde::{Deserialize, Serialize};
+use smallvec::SmallVec;
 
 /// A group of nodes and the addresses that they hold between them.
 #[derive(kube::CustomResource, Clone, Debug, Default, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
@@ -117,6 +118,9 @@ pub enum PathKind {
     Node,
 }
 
+/// The policies of a path: of ten thousand paths nearly each has one, and that one needs no room of its own.
+pub type Users = SmallVec<[PolicyKey; 1]>;
+
 /// One egress address (or a pair) with its cluster-wide id and the node that is to hold it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "camelCase")]
@@ -130,16 +134,19 @@ pub struct LedgerPath {
     pub address: AddressPair,
     /// The node that is to hold the address; absent while no node of the gateway can.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub node: Option<String>,
+    #[schemars(with = "Option<String>")]
+    pub node: Option<Name>,
     /// When `node` got it, seconds since the Unix epoch; each change of `node` has another. A node that takes the path
     /// over says since when the ledger was as it saw it, so that what is said of an older ledger counts no more.
     #[serde(default)]
     pub since: i64,
     /// The node that holds the address until `node` does: the path is being moved on purpose.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub leaving: Option<String>,
+    #[schemars(with = "Option<String>")]
+    pub leaving: Option<Name>,
     /// The policies that use it: `namespace/name` of an EgressPolicy, `name` of a ClusterEgressPolicy. Sorted.
-    pub policies: Vec<String>,
+    #[schemars(with = "Vec<String>")]
+    pub policies: Users,
 }
 
 /// A path that was given back.
@@ -153,7 +160,8 @@ pub struct ReleasedPath {
     pub address: AddressPair,
     /// The policies that had it; one that comes back within the time gets the same again.
     #[serde(default)]
-    pub policies: Vec<String>,
+    #[schemars(with = "Vec<String>")]
+    pub policies: Users,
     /// When it was given back, seconds since the Unix epoch.
     pub at: i64,
 }

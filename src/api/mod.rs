@@ -7,12 +7,14 @@ pub mod crds;
 mod gateway;
 mod node;
 mod policy;
+mod policy_key;
 mod rules;
 mod selector;
 
 pub use gateway::*;
 pub use node::*;
 pub use policy::*;
+pub use policy_key::PolicyKey;
 
 use serde::{Deserialize, Serialize};
 

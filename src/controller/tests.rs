@@ -74,7 +74,7 @@ async fn policies_get_their_addresses_and_keep_them() {
     let controller = started(path).await;
     let one = wait(path, "q is forgotten", |c| ledger(c).paths.len() == 1).await;
     assert_eq!(told(&one, "shop/p").unwrap(), "192.0.2.51");
-    assert_eq!(ledger(&one).released[0].policies, ["shop/q"]);
+    assert_eq!(ledger(&one).released[0].policies[..], ["shop/q".into()]);
     std::fs::write(path.join("q.yaml"), policy("q")).unwrap();
     let back = wait(path, "q is back", |c| ledger(c).paths.len() == 2 && told(c, "shop/q").is_some()).await;
     assert_eq!(timeless(&back), timeless(&both));

@@ -2,6 +2,7 @@
 
 use super::ledger::{Grant, Outcome, Reason, Refusal, Verdict, allocate};
 use super::model::{Cluster, Gateway, Metadata, Node, ObjectKey, Pod, Policy, PolicyKey};
+use super::selector::Name;
 use crate::api::{
     AddressPair, Allocate, ClusterEgressPolicySpec, EgressGatewaySpec, EgressNodeStatus, EgressPolicySpec, Placement,
 };
@@ -89,7 +90,7 @@ impl World {
     /// Adds a policy of the current time.
     pub(crate) fn policy(&mut self, key: &str, spec: EgressPolicySpec) {
         let key = PolicyKey::from(key);
-        let created = self.cluster.policies.get(&key).map_or(Some(self.now), |p| p.created);
+        let created = Some(self.cluster.policies.get(&key).map_or(self.now, |p| p.created));
         let meta = Metadata { created, generation: Some(1), ..Metadata::default() };
         let policy = match &key.namespace {
             Some(namespace) => Policy::namespaced(namespace, &spec, meta),
@@ -123,24 +124,26 @@ impl World {
     /// Has a node say that it holds these paths.
     pub(crate) fn holds(&mut self, node: &str, paths: &[u16]) {
         let status = EgressNodeStatus { paths: paths.to_vec(), ..EgressNodeStatus::default() };
-        self.cluster.egress_nodes.insert(node.into(), Arc::new(status));
+        self.cluster.egress_nodes.insert(node.into(), Arc::new(status.into()));
     }
 
     /// Has a node say whom it does not hear.
     pub(crate) fn misses(&mut self, node: &str, silent: &[String]) {
-        Arc::make_mut(self.cluster.egress_nodes.entry(node.into()).or_default()).silent = silent.to_vec();
+        let said = Arc::make_mut(self.cluster.egress_nodes.entry(node.into()).or_default());
+        said.of_paths_mut().silent = silent.to_vec();
     }
 
     /// Has each node say that it holds what the ledger gives it: everything has come to rest.
     pub(crate) fn settle(&mut self) {
-        let mut held: BTreeMap<String, Vec<u16>> = BTreeMap::new();
+        let mut held: BTreeMap<Name, Vec<u16>> = BTreeMap::new();
         for path in self.cluster.gateways.values().flat_map(|gateway| &gateway.status.paths) {
             held.entry(path.node.clone().unwrap_or_default()).or_default().push(path.id);
         }
         for node in self.cluster.nodes.keys().cloned().collect::<Vec<_>>() {
             let paths = held.remove(&*node).unwrap_or_default();
-            let status = Arc::make_mut(self.cluster.egress_nodes.entry(node).or_default());
-            (status.paths, status.tunnel_mac) = (paths, Some("02:00:00:00:00:01".to_owned()));
+            let said = Arc::make_mut(self.cluster.egress_nodes.entry(node).or_default());
+            said.tunnel_mac = Some([2, 0, 0, 0, 0, 1]);
+            said.of_paths_mut().held = paths;
         }
     }
 

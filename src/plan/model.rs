@@ -4,12 +4,16 @@
 //! between snapshots.
 
 use super::destination::{Destination, DestinationError};
+use super::mac::{self, Mac};
+use super::marks::PathId;
 use super::selector::{Labels, Name, Selector, SelectorError};
 use super::shared::Shared;
 use crate::api::{
     AddressPair, Allocate, ClusterEgressPolicySpec, EgressGatewaySpec, EgressGatewayStatus, EgressNodeStatus,
-    EgressPolicySpec, EgressPolicyStatus, Fallback, Placement,
+    EgressPolicySpec, EgressPolicyStatus, Fallback, Placement, RefusedPath, TakenPath,
 };
+
+pub use crate::api::PolicyKey;
 use ipnetwork::IpNetwork;
 use std::collections::BTreeMap;
 use std::fmt;
@@ -32,7 +36,7 @@ pub struct Cluster {
     /// Policies of both kinds.
     pub policies: Shared<BTreeMap<PolicyKey, Arc<Policy>>>,
     /// What the nodes say of themselves.
-    pub egress_nodes: Shared<BTreeMap<Name, Arc<EgressNodeStatus>>>,
+    pub egress_nodes: Shared<BTreeMap<Name, Arc<EgressNode>>>,
     /// The statuses of policies as they stand in the source: what a controller has already written.
     /// Node daemons leave it empty.
     pub policy_statuses: Shared<BTreeMap<PolicyKey, Arc<EgressPolicyStatus>>>,
@@ -83,34 +87,6 @@ impl fmt::Display for ObjectKey {
     }
 }
 
-/// Names an EgressPolicy (with a namespace) or a ClusterEgressPolicy (without). Shown as `namespace/name` and
-/// `name`, which is how the ledger writes it.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct PolicyKey {
-    /// `None` for a ClusterEgressPolicy.
-    pub namespace: Option<Name>,
-    /// The name.
-    pub name: Name,
-}
-
-impl fmt::Display for PolicyKey {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match &self.namespace {
-            Some(ns) => write!(f, "{ns}/{}", self.name),
-            None => f.write_str(&self.name),
-        }
-    }
-}
-
-impl From<&str> for PolicyKey {
-    fn from(text: &str) -> Self {
-        match text.split_once('/') {
-            Some((ns, name)) => PolicyKey { namespace: Some(ns.into()), name: name.into() },
-            None => PolicyKey { namespace: None, name: text.into() },
-        }
-    }
-}
-
 /// A Kubernetes Node.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Node {
@@ -122,6 +98,60 @@ pub struct Node {
     pub internal: usize,
     /// `spec.podCIDRs`.
     pub pod_cidrs: Box<[IpNetwork]>,
+}
+
+/// What a node's daemon says of itself to the others, [`EgressNodeStatus`], as it is held: there are thousands, and all but
+/// the gateways' nodes say no more than where their end of the tunnel is.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct EgressNode {
+    /// Where tunnel packets are sent.
+    pub tunnel_address: Option<IpAddr>,
+    /// The MAC address of its end of the tunnel; `None` also if what stands there is none.
+    pub tunnel_mac: Option<Mac>,
+    /// Whether it answers to those who ask whether it lives.
+    pub answers: bool,
+    of_paths: Option<Box<OfPaths>>,
+}
+
+/// What a node says of paths, and of others that may have them.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct OfPaths {
+    /// Those that it holds.
+    pub held: Vec<PathId>,
+    /// Those that it has taken over.
+    pub taken: Vec<TakenPath>,
+    /// Those that it should hold and cannot.
+    pub refused: Vec<RefusedPath>,
+    /// Gateways' nodes that do not answer it; this one itself, while it cannot hold any path.
+    pub silent: Vec<String>,
+}
+
+impl EgressNode {
+    /// What it says of paths.
+    pub fn of_paths(&self) -> &OfPaths {
+        static NOTHING: OfPaths =
+            OfPaths { held: Vec::new(), taken: Vec::new(), refused: Vec::new(), silent: Vec::new() };
+        self.of_paths.as_deref().unwrap_or(&NOTHING)
+    }
+
+    /// The same, for tests to change.
+    #[cfg(test)]
+    pub(crate) fn of_paths_mut(&mut self) -> &mut OfPaths {
+        self.of_paths.get_or_insert_default()
+    }
+}
+
+impl From<EgressNodeStatus> for EgressNode {
+    fn from(said: EgressNodeStatus) -> Self {
+        let EgressNodeStatus { tunnel_address, tunnel_mac, answers, paths, taken, refused, silent, direct: _ } = said;
+        let of_paths = OfPaths { held: paths, taken, refused, silent };
+        EgressNode {
+            tunnel_address,
+            tunnel_mac: tunnel_mac.as_deref().and_then(|text| mac::parse(text).ok()),
+            answers,
+            of_paths: (of_paths != OfPaths::default()).then(|| Box::new(of_paths)),
+        }
+    }
 }
 
 /// A Kubernetes Pod.
@@ -160,7 +190,7 @@ pub struct Gateway {
     /// Who places the addresses.
     pub placement: Placement,
     /// The interface to leave by.
-    pub interface: Option<Box<str>>,
+    pub interface: Option<Name>,
     /// The router to leave through.
     pub next_hop: AddressPair,
     /// Whether nodes answer echo requests to its addresses.
@@ -213,8 +243,16 @@ pub struct Policy {
     pub fallback: Fallback,
     /// Higher goes first.
     pub priority: i32,
-    /// `metadata.creationTimestamp`, seconds since the Unix epoch, where the source gives one.
-    pub created: Option<i64>,
+    /// `metadata.creationTimestamp`, seconds since the Unix epoch; [`i64::MAX`], younger than all, where the source gives
+    /// none.
+    pub created: i64,
+    /// What the controller alone goes by, if there is any of it. There are ten thousand policies.
+    pub for_controller: Option<Box<ForController>>,
+}
+
+/// What of a policy concerns the controller alone.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ForController {
     /// `metadata.generation`.
     pub generation: Option<i64>,
     /// The node that is to have the policy's path, by [`MOVE_TO`].
@@ -282,6 +320,14 @@ pub struct Metadata {
     pub move_to: Option<Name>,
     /// The annotation [`REBALANCE`].
     pub rebalance: bool,
+}
+
+impl Metadata {
+    /// Without what a node's daemon has no use for.
+    #[must_use]
+    pub fn for_node(self) -> Self {
+        Metadata { created: self.created, ..Metadata::default() }
+    }
 }
 
 impl Gateway {
@@ -440,10 +486,20 @@ impl Policy {
             address,
             fallback: spec.fallback,
             priority: spec.priority,
-            created: meta.created,
-            generation: meta.generation,
-            move_to: meta.move_to,
+            created: meta.created.unwrap_or(i64::MAX),
+            for_controller: (meta.generation.is_some() || meta.move_to.is_some())
+                .then(|| Box::new(ForController { generation: meta.generation, move_to: meta.move_to })),
         })
+    }
+
+    /// `metadata.generation`, where the reader is a controller.
+    pub fn generation(&self) -> Option<i64> {
+        self.for_controller.as_ref()?.generation
+    }
+
+    /// The node that is to have the policy's path, where the reader is a controller.
+    pub fn move_to(&self) -> Option<&Name> {
+        self.for_controller.as_ref()?.move_to.as_ref()
     }
 
     /// Whether the policy covers every destination outside the cluster.

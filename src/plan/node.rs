@@ -5,14 +5,14 @@
 
 use super::mac::Mac;
 use super::marks::PathId;
-use super::model::{Cluster, Gateway, Inside, Node, ObjectKey, Policy, PolicyKey, Service};
+use super::model::{Cluster, EgressNode, Gateway, Inside, Node, ObjectKey, Policy, PolicyKey, Service};
 use super::networks::Networks;
 use super::paths::{Facts, Path, PathState, Paths, Placing};
 use super::precedence::PolicyIndex;
 use super::profile::Profile;
 use super::selector::{Labels, Name};
 use super::shared::{Mark, Shared};
-use crate::api::{AddressPair, EgressNodeStatus};
+use crate::api::AddressPair;
 use ipnetwork::IpNetwork;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -38,7 +38,7 @@ struct MadeOf {
     services: Mark<BTreeMap<ObjectKey, Arc<Service>>>,
     gateways: Mark<BTreeMap<Name, Arc<Gateway>>>,
     policies: Mark<BTreeMap<PolicyKey, Arc<Policy>>>,
-    egress_nodes: Mark<BTreeMap<Name, Arc<EgressNodeStatus>>>,
+    egress_nodes: Mark<BTreeMap<Name, Arc<EgressNode>>>,
     inside: Mark<Inside>,
     facts: Facts,
     extra: Box<[IpNetwork]>,

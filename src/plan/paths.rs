@@ -3,12 +3,13 @@
 mod said;
 
 use super::ledger::is_drained;
-use super::mac::{self, Mac};
+use super::mac::Mac;
 use super::marks::PathId;
 use super::model::{Cluster, Gateway, PolicyKey};
 use super::ownership::{self, Liveness, Standing};
 use super::selector::Name;
 use crate::api::{AddressPair, LedgerPath, PathKind, Placement};
+use arcstr::literal;
 use said::Said;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -59,7 +60,7 @@ pub struct Path {
     /// `since` of the ledger's entry.
     pub since: i64,
     /// The interface that is to have the address, where the gateway names one.
-    pub interface: Option<Box<str>>,
+    pub interface: Option<Name>,
     /// The uplink by which it leaves from here, see [`Paths::uplinks`]; 0 is the main table.
     pub uplink: u16,
 }
@@ -88,14 +89,14 @@ pub enum PathState {
     /// Out of this node.
     Local,
     /// Nowhere, and why.
-    Unready(String),
+    Unready(Name),
 }
 
 /// A way out that is not the main table's: a gateway's own next hop.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Uplink {
     /// The interface that the next hop is behind, where the gateway names one.
-    pub interface: Option<Box<str>>,
+    pub interface: Option<Name>,
     /// The routers, where the gateway names them.
     pub next_hop: (Option<std::net::Ipv4Addr>, Option<std::net::Ipv6Addr>),
 }
@@ -159,10 +160,7 @@ impl Paths {
                 }
                 out.is_gateway |= path.member;
                 for policy in &entry.policies {
-                    // The cluster's own key, if it has it, and not another ten thousand of them.
-                    let key = PolicyKey::from(policy.as_str());
-                    let known = cluster.policies.get_key_value(&key).map(|(key, _)| key.clone());
-                    of_policy.push((known.unwrap_or(key), entry.id));
+                    of_policy.push((policy.clone(), entry.id));
                 }
                 paths.push((entry.id, path));
             }
@@ -174,10 +172,10 @@ impl Paths {
         out.of_policy = of_policy.into();
         out.paths = paths.into_iter().collect();
         let gateway_nodes: BTreeSet<&str> = out.gateway_nodes.values().flatten().map(|n| &**n).collect();
-        for (name, (mac, address)) in ends.iter().filter(|(name, _)| **name != node) {
-            let is_gateway = gateway_nodes.contains(name);
+        for End { node: name, mac, address } in ends.values().filter(|end| **end.node != *node) {
+            let is_gateway = gateway_nodes.contains(&***name);
             if out.is_gateway || is_gateway {
-                out.peers.insert(*mac, Peer { node: (*name).into(), address: *address, is_gateway });
+                out.peers.insert(*mac, Peer { node: Name::clone(name), address: *address, is_gateway });
             }
         }
         out
@@ -202,13 +200,21 @@ impl Paths {
     }
 }
 
+/// A node's end of the tunnel.
+struct End<'a> {
+    node: &'a Name,
+    mac: Mac,
+    address: IpAddr,
+}
+
 /// Each node's end of the tunnel, as it says itself. What a node left behind that is no more is passed over.
-fn tunnel_ends(cluster: &Cluster) -> BTreeMap<&str, (Mac, IpAddr)> {
+fn tunnel_ends(cluster: &Cluster) -> BTreeMap<&str, End<'_>> {
     let mut ends = BTreeMap::new();
     for (name, status) in &cluster.egress_nodes {
-        let end = status.tunnel_mac.as_deref().and_then(|text| mac::parse(text).ok());
-        if let (Some(mac), Some(address), true) = (end, status.tunnel_address, cluster.nodes.contains_key(name)) {
-            ends.insert(&**name, (mac, address));
+        if let (Some(mac), Some(address), true) =
+            (status.tunnel_mac, status.tunnel_address, cluster.nodes.contains_key(name))
+        {
+            ends.insert(&**name, End { node: name, mac, address });
         }
     }
     ends
@@ -224,7 +230,7 @@ struct Scene<'a> {
     selected: bool,
     uplink: u16,
     facts: &'a Facts,
-    ends: &'a BTreeMap<&'a str, (Mac, IpAddr)>,
+    ends: &'a BTreeMap<&'a str, End<'a>>,
 }
 
 impl Scene<'_> {
@@ -280,7 +286,7 @@ impl Scene<'_> {
             state,
             member,
             managed,
-            handed_by: from.and_then(|old| self.ends.get(old)).map(|(mac, _)| *mac),
+            handed_by: from.and_then(|old| self.ends.get(old)).map(|end| end.mac),
             answers_ping: managed && gateway.answer_ping,
             translates: member && if managed { !refused } else { !unready },
             placing,
@@ -307,7 +313,7 @@ impl Scene<'_> {
 
     fn state(&self, entry: &LedgerPath, owner: Option<&str>, member: bool, here: bool) -> PathState {
         let name = self.name;
-        let unready = |text: String| PathState::Unready(text);
+        let unready = |text: String| PathState::Unready(text.into());
         let (managed, external) = (entry.kind != PathKind::Node, self.gateway.placement == Placement::External);
         match owner {
             None => unready(match &entry.node {
@@ -321,20 +327,20 @@ impl Scene<'_> {
             }),
             Some(owner) if owner == self.node => match self.facts.refused.get(&entry.id) {
                 Some(why) => unready(why.clone()),
-                None if external && !here => unready("its address is on no node of the gateway".into()),
+                None if external && !here => PathState::Unready(literal!("its address is on no node of the gateway")),
                 None if !member => unready(format!("this node is no longer one of gateway {name}'s")),
                 None if managed && !here && !self.facts.coming.contains(&entry.id) => {
                     // As it was until the address is here: packets for the node before are lost as they were.
                     let before = entry.node.as_deref().and_then(|node| self.ends.get(node));
                     before.filter(|_| entry.node.as_deref() != Some(self.node)).map_or_else(
-                        || unready("its address is being put onto the uplink".into()),
-                        |(mac, _)| PathState::Remote(*mac),
+                        || PathState::Unready(literal!("its address is being put onto the uplink")),
+                        |end| PathState::Remote(end.mac),
                     )
                 }
                 None => PathState::Local,
             },
             Some(owner) => match self.ends.get(owner) {
-                Some((mac, _)) => PathState::Remote(*mac),
+                Some(end) => PathState::Remote(end.mac),
                 None => unready(format!(
                     "node {owner} has not said where its end of the tunnel is; is egretd running there?"
                 )),

@@ -233,7 +233,7 @@ pub(super) fn labels_or_name<'a>(known: Option<&'a Labels>, namespace: &str) -> 
 /// Higher priority, then namespaced before cluster-wide, then older (where no time is given: newest), then by name.
 fn precedence(r: &Ranked) -> (Reverse<i32>, bool, i64, &PolicyKey) {
     let cluster_wide = matches!(r.policy.namespaces, Namespaces::Selected(_));
-    (Reverse(r.policy.priority), cluster_wide, r.policy.created.unwrap_or(i64::MAX), &r.key)
+    (Reverse(r.policy.priority), cluster_wide, r.policy.created, &r.key)
 }
 
 #[cfg(test)]

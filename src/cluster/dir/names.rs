@@ -1,5 +1,6 @@
 //! Names kept once, and lists of destinations: clusters repeat the same few ten thousand times.
 
+use crate::api::{EgressGatewayStatus, Users};
 use crate::plan::destination::Destination;
 use crate::plan::model::{Gateway, Namespaces, PodMatch, Policy};
 use crate::plan::selector::{Labels, Name, Selector};
@@ -46,7 +47,8 @@ impl Names {
             PodMatch::Labels(s) => self.selector(s),
             PodMatch::Services(names) => names.iter_mut().for_each(|n| *n = self.get(n)),
         }
-        for name in [&mut policy.gateway, &mut policy.move_to].into_iter().flatten() {
+        let move_to = policy.for_controller.as_mut().map(|more| &mut more.move_to);
+        for name in [Some(&mut policy.gateway), move_to].into_iter().flatten().flatten() {
             *name = self.get(name);
         }
         if let Some(egress) = &mut policy.egress {
@@ -61,6 +63,27 @@ impl Names {
     pub fn gateway(&mut self, gateway: &mut Gateway) {
         self.selector(&mut gateway.nodes);
         self.selector(&mut gateway.namespaces);
+    }
+
+    /// As [`Names::selector`], for a ledger, which loses the room that it does not need: it can have ten thousand paths.
+    pub fn ledger(&mut self, ledger: &mut EgressGatewayStatus) {
+        ledger.paths.shrink_to_fit();
+        ledger.released.shrink_to_fit();
+        for path in &mut ledger.paths {
+            for name in [&mut path.node, &mut path.leaving].into_iter().flatten() {
+                *name = self.get(name);
+            }
+            self.users(&mut path.policies);
+        }
+        ledger.released.iter_mut().for_each(|released| self.users(&mut released.policies));
+    }
+
+    fn users(&mut self, users: &mut Users) {
+        users.shrink_to_fit();
+        for policy in users {
+            policy.name = self.get(&policy.name);
+            policy.namespace = policy.namespace.as_ref().map(|namespace| self.get(namespace));
+        }
     }
 
     /// Forgets what is used once or not at all: there is nothing to share in it.

@@ -1,7 +1,7 @@
 //! What a manifest is turned into: one of these for each object that Egret uses.
 
-use crate::api::{EgressGatewayStatus, EgressNodeStatus, EgressPolicyStatus, GROUP, VERSION};
-use crate::plan::model::{Gateway, Node, ObjectKey, Pod, Policy, PolicyKey, Service};
+use crate::api::{EgressGatewayStatus, EgressPolicyStatus, GROUP, VERSION};
+use crate::plan::model::{EgressNode, Gateway, Node, ObjectKey, Pod, Policy, PolicyKey, Service};
 use crate::plan::selector::{Labels, Name};
 use std::fmt;
 use std::sync::Arc;
@@ -83,7 +83,7 @@ pub enum Object {
     Gateway(Name, Arc<Gateway>),
     /// Of either kind.
     Policy(PolicyKey, Arc<Policy>),
-    EgressNode(Name, Arc<EgressNodeStatus>),
+    EgressNode(Name, Arc<EgressNode>),
     /// A gateway's status, from the directory of statuses.
     Ledger(Name, Box<Ledger>),
     /// A policy's status, from the directory of statuses.

@@ -6,7 +6,7 @@ use super::manifest::Reader;
 use super::names::Names;
 use super::object::{Identity, Kind, Ledger, Object, label};
 use crate::api;
-use crate::plan::model::{self, Gateway, Invalid, ObjectKey, Policy, PolicyKey};
+use crate::plan::model::{self, EgressNode, Gateway, Invalid, ObjectKey, Policy, PolicyKey};
 use serde::Deserialize;
 use serde::de::{DeserializeSeed, Deserializer, IgnoredAny};
 use std::sync::Arc;
@@ -133,7 +133,8 @@ pub fn object(
         return match_status(reader, expected, (kind, kind.is_namespaced().then_some(namespace), name), status);
     }
     let names = &mut *reader.names;
-    // Names of pods, Services and policies stand nowhere else, so there is nothing to share.
+    let for_reader = |meta: model::Metadata| if reader.node.is_some() { meta.for_node() } else { meta };
+    // Names of pods and Services stand nowhere else, so there is nothing to share.
     let key = |names: &mut Names| ObjectKey { namespace: names.get(namespace), name: name.into() };
     Ok(Some(match (kind, spec, status) {
         (Kind::Namespace, ..) => {
@@ -163,18 +164,18 @@ pub fn object(
             Object::Gateway(names.get(name), Arc::new(gateway))
         }
         (Kind::EgressPolicy, Some(Spec::Policy(spec)), _) => {
-            let mut policy = Policy::namespaced(namespace, &spec, times(meta)?)?;
+            let mut policy = Policy::namespaced(namespace, &spec, for_reader(times(meta)?))?;
             names.policy(&mut policy);
-            let key = PolicyKey { namespace: Some(names.get(namespace)), name: name.into() };
+            let key = PolicyKey { namespace: Some(names.get(namespace)), name: names.get(name) };
             Object::Policy(key, Arc::new(policy))
         }
         (Kind::ClusterEgressPolicy, Some(Spec::ClusterPolicy(spec)), _) => {
-            let mut policy = Policy::cluster(&spec, times(meta)?)?;
+            let mut policy = Policy::cluster(&spec, for_reader(times(meta)?))?;
             names.policy(&mut policy);
-            Object::Policy(PolicyKey { namespace: None, name: name.into() }, Arc::new(policy))
+            Object::Policy(PolicyKey { namespace: None, name: names.get(name) }, Arc::new(policy))
         }
         (Kind::EgressNode, _, Some(Status::EgressNode(status))) => {
-            Object::EgressNode(names.get(name), Arc::new(status.for_machines()))
+            Object::EgressNode(names.get(name), Arc::new(EgressNode::from(*status)))
         }
         (Kind::EgressNode, ..) => return Ok(None),
         (Kind::EgressGateway | Kind::EgressPolicy | Kind::ClusterEgressPolicy, ..) => {
@@ -197,18 +198,14 @@ fn match_status(
     let name = reader.names.get(name);
     Ok(match status {
         Some(Status::Gateway(mut status)) => {
-            // Ten thousand paths: no room that is not needed.
-            for path in &mut status.paths {
-                path.policies.shrink_to_fit();
-            }
-            status.paths.shrink_to_fit();
+            reader.names.ledger(&mut status);
             Some(Object::Ledger(name, Box::new(Ledger::Read(*status))))
         }
         Some(Status::Policy(status)) => {
             let namespace = namespace.map(|n| reader.names.get(n));
             Some(Object::PolicyStatus(PolicyKey { namespace, name }, status.into()))
         }
-        Some(Status::EgressNode(status)) => Some(Object::EgressNode(name, Arc::new(status.for_machines()))),
+        Some(Status::EgressNode(status)) => Some(Object::EgressNode(name, Arc::new(EgressNode::from(*status)))),
         _ => None,
     })
 }

@@ -7,7 +7,7 @@ use crate::cluster::dir::fault::Fault;
 use crate::cluster::dir::kubernetes as k8s;
 use crate::cluster::dir::names::Names;
 use crate::cluster::dir::validate::times;
-use crate::plan::model::{Gateway, Node, ObjectKey, Pod, Policy, PolicyKey, Service};
+use crate::plan::model::{self, EgressNode, Gateway, Node, ObjectKey, Pod, Policy, PolicyKey, Service};
 use crate::plan::selector::{Labels, Name};
 use ipnetwork::IpNetwork;
 use serde::de::DeserializeOwned;
@@ -33,7 +33,7 @@ pub enum Item {
     Gateway(Name, Arc<Gateway>),
     /// With its status, if that is wanted.
     Policy(PolicyKey, Arc<Policy>, Option<Arc<api::EgressPolicyStatus>>),
-    EgressNode(Name, Arc<api::EgressNodeStatus>),
+    EgressNode(Name, Arc<EgressNode>),
     /// Networks inside the cluster.
     Inside(Kind, Name, Vec<IpNetwork>),
 }
@@ -147,9 +147,7 @@ fn item(
             names.gateway(&mut gateway);
             gateway.status =
                 ledger_text::read(status.unwrap_or_default()).map_err(|e| Fault { message: e, ..Fault::default() })?;
-            // Ten thousand paths: no room that is not needed.
-            gateway.status.paths.iter_mut().for_each(|path| path.policies.shrink_to_fit());
-            gateway.status.paths.shrink_to_fit();
+            names.ledger(&mut gateway.status);
             // A node writes no ledger, and need not hear of every version.
             gateway.version = reading.node.is_none().then(|| version.into());
             Item::Gateway(names.get(name), Arc::new(gateway))
@@ -158,16 +156,17 @@ fn item(
             let Whole { metadata, spec, status } = whole(text)?;
             let namespace = namespace.clone().ok_or_else(|| Fault::field("metadata.namespace", "is missing"))?;
             let spec = spec.ok_or_else(no_spec)?;
-            let mut policy = Policy::namespaced(&namespace, &spec, times(&metadata)?)?;
+            let mut policy = Policy::namespaced(&namespace, &spec, for_reader(times(&metadata)?, reading))?;
             names.policy(&mut policy);
-            let key = PolicyKey { namespace: Some(namespace), name: name.clone() };
+            let key = PolicyKey { namespace: Some(namespace), name: names.get(name) };
             Item::Policy(key, Arc::new(policy), wanted(status, reading))
         }
         Kind::ClusterEgressPolicy => {
             let Whole { metadata, spec, status } = whole(text)?;
-            let mut policy = Policy::cluster(&spec.ok_or_else(no_spec)?, times(&metadata)?)?;
+            let meta = for_reader(times(&metadata)?, reading);
+            let mut policy = Policy::cluster(&spec.ok_or_else(no_spec)?, meta)?;
             names.policy(&mut policy);
-            let key = PolicyKey { namespace: None, name: name.clone() };
+            let key = PolicyKey { namespace: None, name: names.get(name) };
             Item::Policy(key, Arc::new(policy), wanted(status, reading))
         }
         Kind::ServiceCidr | Kind::IpPool => {
@@ -177,7 +176,7 @@ fn item(
         Kind::EgressNode => {
             let Whole { status, .. } = whole::<Ignored, api::EgressNodeStatus>(text)?;
             match status {
-                Some(status) => Item::EgressNode(names.get(name), Arc::new(status.for_machines())),
+                Some(status) => Item::EgressNode(names.get(name), Arc::new(EgressNode::from(status))),
                 None => return Ok(None),
             }
         }
@@ -216,6 +215,10 @@ fn whole<Spec: DeserializeOwned, Status: DeserializeOwned>(text: &[u8]) -> Resul
 
 fn no_spec() -> Fault {
     Fault::field("spec", "is missing")
+}
+
+fn for_reader(meta: model::Metadata, reading: &Reading) -> model::Metadata {
+    if reading.node.is_some() { meta.for_node() } else { meta }
 }
 
 fn wanted(status: Option<api::EgressPolicyStatus>, reading: &Reading) -> Option<Arc<api::EgressPolicyStatus>> {

@@ -13,7 +13,7 @@
 //! `leaving`, policies. Then, with a `-`, what was released: id, addresses, `at`, policies. What is absent is `-`. Names in
 //! Kubernetes have neither spaces nor commas.
 
-use crate::api::{AddressPair, EgressGatewayStatus, LedgerPath, PathKind, ReleasedPath};
+use crate::api::{AddressPair, EgressGatewayStatus, LedgerPath, Name, PathKind, PolicyKey, ReleasedPath, Users};
 use std::collections::HashMap;
 use std::fmt::Write;
 use std::net::IpAddr;
@@ -35,8 +35,8 @@ pub fn write(status: &EgressGatewayStatus) -> EgressGatewayStatus {
             number
         });
     }
-    let number = |name: &Option<String>| match name {
-        Some(name) => nodes[name.as_str()].to_string(),
+    let number = |name: &Option<Name>| match name {
+        Some(name) => nodes[&**name].to_string(),
         None => ABSENT.to_owned(),
     };
     for path in paths {
@@ -68,7 +68,8 @@ fn pair(address: &AddressPair) -> String {
     list(&both.into_iter().flatten().map(|a| a.to_string()).collect::<Vec<_>>())
 }
 
-fn list(words: &[String]) -> String {
+fn list(words: &[impl ToString]) -> String {
+    let words: Vec<String> = words.iter().map(ToString::to_string).collect();
     if words.is_empty() { ABSENT.to_owned() } else { words.join(",") }
 }
 
@@ -78,18 +79,18 @@ fn list(words: &[String]) -> String {
 /// A line that makes no sense, with the line.
 pub fn read(mut status: EgressGatewayStatus) -> Result<EgressGatewayStatus, String> {
     let Some(text) = status.text.take() else { return Ok(status) };
-    let mut nodes: Vec<&str> = Vec::new();
+    let mut nodes: Vec<Name> = Vec::new();
     for line in text.lines() {
         take(line, &mut nodes, &mut status).ok_or_else(|| format!("status.text has a line {line:?}"))?;
     }
     Ok(status)
 }
 
-fn take<'a>(line: &'a str, nodes: &mut Vec<&'a str>, status: &mut EgressGatewayStatus) -> Option<()> {
+fn take(line: &str, nodes: &mut Vec<Name>, status: &mut EgressGatewayStatus) -> Option<()> {
     let mut words = line.split_whitespace();
     let first = words.next()?;
     if first == "node" {
-        nodes.push(words.next()?);
+        nodes.push(words.next()?.into());
     } else if let Some(id) = first.strip_prefix('-') {
         let id = id.parse().ok()?;
         let address = addresses(words.next()?)?;
@@ -123,17 +124,15 @@ fn addresses(text: &str) -> Option<AddressPair> {
     Some(pair)
 }
 
-fn node(text: &str, nodes: &[&str]) -> Option<Option<String>> {
+fn node(text: &str, nodes: &[Name]) -> Option<Option<Name>> {
     if text == ABSENT {
         return Some(None);
     }
-    Some(Some((*nodes.get(text.parse::<usize>().ok()?)?).to_owned()))
+    Some(Some(nodes.get(text.parse::<usize>().ok()?)?.clone()))
 }
 
-fn policies(text: &str) -> Vec<String> {
-    let mut all: Vec<String> = text.split(',').filter(|word| *word != ABSENT).map(str::to_owned).collect();
-    all.shrink_to_fit();
-    all
+fn policies(text: &str) -> Users {
+    text.split(',').filter(|word| *word != ABSENT).map(PolicyKey::from).collect()
 }
 
 #[cfg(test)]

@@ -282,7 +282,7 @@ fn what_no_node_has_had_before_is_told_apart() {
     };
     let give = |world: &mut World, policy: &str, node: &str| {
         let gateway = Arc::make_mut(world.cluster.gateways.get_mut("g").unwrap());
-        let path = gateway.status.paths.iter_mut().find(|path| path.policies == [policy]).unwrap();
+        let path = gateway.status.paths.iter_mut().find(|path| path.policies[..] == [policy.into()]).unwrap();
         path.node = Some(node.into());
         path.since += 1;
     };

@@ -8,6 +8,7 @@ use crate::kernel::uplink::{Interface, Uplinks};
 use crate::plan::marks::PathId;
 use crate::plan::node::{View, addresses};
 use crate::plan::paths::Path;
+use crate::plan::selector::Name;
 use anyhow::Result;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
@@ -21,9 +22,9 @@ const ANNOUNCEMENTS: u32 = 5;
 const BETWEEN_ANNOUNCEMENTS: Duration = Duration::from_millis(150);
 
 /// A way out: the interface that a gateway names, and the family, IPv4 or not.
-pub type Way = (Option<Box<str>>, bool);
+pub type Way = (Option<Name>, bool);
 /// An egress address, and the interface that the gateway names for it.
-type Spot = (IpAddr, Option<Box<str>>);
+type Spot = (IpAddr, Option<Name>);
 /// Egress addresses that are to be here, with their paths, and whether the health address is.
 pub(super) type Wanted = (BTreeMap<Spot, PathId>, bool);
 

@@ -8,7 +8,7 @@ use crate::node::holding::is_here;
 use crate::node::host::{Look, Wish};
 use crate::node::liveness::{Seen, Targets};
 use crate::plan::ledger::is_drained;
-use crate::plan::mac::{self, Mac};
+use crate::plan::mac::Mac;
 use crate::plan::marks::PathId;
 use crate::plan::paths::{Facts, Path, PathState};
 use crate::plan::selector::Name;
@@ -233,8 +233,7 @@ impl Node {
         let others = nodes.filter(|name| ***name != *self.options.name);
         let answering = others.filter_map(|name| {
             let status = self.cluster.egress_nodes.get(name)?;
-            let mac = mac::parse(status.tunnel_mac.as_deref()?).ok()?;
-            status.answers.then(|| (name.clone(), of_mac(HEALTH, mac)))
+            status.answers.then_some((name.clone(), of_mac(HEALTH, status.tunnel_mac?)))
         });
         let new = Targets { device, source: Some(source), nodes: answering.collect() };
         self.listeners.targets.send_if_modified(|now| {

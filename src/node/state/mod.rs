@@ -110,7 +110,8 @@ impl Node {
         let pods = Pods::new(host.tags()?);
         let mut facts = host.facts(BTreeMap::new()).await?;
         // What an earlier daemon had taken over.
-        let said = cluster.egress_nodes.get(&*options.name).map(|status| status.taken.as_slice()).unwrap_or_default();
+        let said =
+            cluster.egress_nodes.get(&*options.name).map(|said| said.of_paths().taken.as_slice()).unwrap_or_default();
         facts.taken = said.iter().map(|taken| (taken.id, taken.since)).collect();
         let holding = Holding::new(options.liveness, tokio::time::Instant::now());
         let report = Report::new(&options.name, statuses, options.run_dir.clone());

@@ -6,7 +6,7 @@ use super::ids::Ids;
 use super::living;
 use super::pool::{Overlap, Pool, usable};
 use super::resting::{Resting, resting};
-use crate::api::{AddressPair, PathKind, Placement};
+use crate::api::{AddressPair, PathKind, Placement, Users};
 use crate::plan::model::{Cluster, Gateway, Node};
 use crate::plan::selector::Name;
 use std::collections::{HashMap, HashSet};
@@ -118,7 +118,7 @@ impl<'a> Book<'a> {
     }
 
     /// Lets an id and its addresses rest.
-    pub(super) fn rest(&mut self, gateway: usize, id: u16, address: AddressPair, policies: Vec<String>, at: i64) {
+    pub(super) fn rest(&mut self, gateway: usize, id: u16, address: AddressPair, policies: Users, at: i64) {
         self.ids.rest(id);
         self.resting.add(gateway, id, address, policies, at, &self.demands.places);
     }

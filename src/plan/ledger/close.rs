@@ -2,7 +2,7 @@
 
 use super::Outcome;
 use super::book::{Book, Desk};
-use super::demand::Want;
+use super::demand::{Applicant, Want};
 use super::family::{Family, addresses, pair};
 use super::resting::REST_SECONDS;
 use super::verdict::{Grant, Reason, Refusal, Verdict};
@@ -29,16 +29,16 @@ pub(super) fn close(book: Book, refused: &HashMap<usize, Refusal>) -> Outcome {
     let mut statuses = vec![EgressGatewayStatus::default(); book.desks.len()];
     for (place, path) in book.paths.iter().enumerate() {
         let users = book.users(place).into_iter();
-        let mut policies: Vec<String> = users.map(|p| book.demands.applicants[p].name.clone()).collect();
-        policies.sort_unstable();
+        let mut users: Vec<&Applicant> = users.map(|p| &book.demands.applicants[p]).collect();
+        users.sort_unstable_by_key(|applicant| &applicant.name);
         statuses[path.gateway].paths.push(LedgerPath {
             id: path.id,
             kind: path.kind,
             address: path.address.clone(),
-            node: path.node.as_deref().map(str::to_owned),
+            node: path.node.clone(),
             since: path.since,
-            leaving: path.leaving.as_deref().map(str::to_owned),
-            policies,
+            leaving: path.leaving.clone(),
+            policies: users.into_iter().map(|applicant| applicant.key.clone()).collect(),
         });
     }
     for entry in &book.resting.entries {

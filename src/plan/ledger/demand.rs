@@ -45,8 +45,8 @@ pub(super) struct Applicant<'a> {
 pub(super) struct Demands<'a> {
     /// By seniority: the older first, where no time is given last, then by name. A policy's place is its place here.
     pub(super) applicants: Vec<Applicant<'a>>,
-    /// Places by the name that the ledger writes.
-    pub(super) places: HashMap<String, usize>,
+    /// Places by key.
+    pub(super) places: HashMap<&'a PolicyKey, usize>,
     /// In the order of the most senior policy of each.
     pub(super) all: Vec<Demand>,
     /// By a policy's place: its demand's place, or why it has none.
@@ -57,8 +57,8 @@ impl<'a> Demands<'a> {
     pub(super) fn new(cluster: &'a Cluster) -> Self {
         let mut applicants: Vec<Applicant> =
             cluster.policies.iter().map(|(key, policy)| Applicant { key, policy, name: key.to_string() }).collect();
-        applicants.sort_by_key(|a| (a.policy.created.unwrap_or(i64::MAX), a.key));
-        let places = applicants.iter().enumerate().map(|(place, a)| (a.name.clone(), place)).collect();
+        applicants.sort_by_key(|a| (a.policy.created, a.key));
+        let places = applicants.iter().enumerate().map(|(place, a)| (a.key, place)).collect();
 
         let gateways = Gateways::new(cluster);
         let mut all: Vec<Demand> = Vec::new();
@@ -107,7 +107,7 @@ struct Gateways<'a> {
     by_name: HashMap<&'a str, usize>,
     defaults: Vec<usize>,
     /// Where several gateways are the default one: which of them a policy has a path of already.
-    present: HashMap<&'a str, usize>,
+    present: HashMap<&'a PolicyKey, usize>,
 }
 
 impl<'a> Gateways<'a> {
@@ -119,7 +119,7 @@ impl<'a> Gateways<'a> {
         if defaults.len() > 1 {
             for place in &defaults {
                 for policy in all[*place].1.status.paths.iter().flat_map(|path| &path.policies) {
-                    present.entry(policy.as_str()).or_insert(*place);
+                    present.entry(policy).or_insert(*place);
                 }
             }
         }
@@ -143,7 +143,7 @@ impl<'a> Gateways<'a> {
                 return Err(Refusal::new(Reason::NoDefaultGateway, message));
             }
             // A second default gateway is a mistake that must not take their addresses from those who have one.
-            (None, several) => *self.present.get(applicant.name.as_str()).ok_or_else(|| {
+            (None, several) => *self.present.get(applicant.key).ok_or_else(|| {
                 let names: Vec<&str> = several.iter().map(|place| &**self.all[*place].0).collect();
                 let message = format!(
                     "the policy names no gateway, and several are the default one: {}; \

@@ -11,7 +11,7 @@ use std::collections::{HashMap, HashSet};
 /// says of itself that it can hold nothing is one of them, too.
 pub(super) fn silent(cluster: &Cluster) -> HashSet<&str> {
     let nodes = cluster.egress_nodes.iter().filter(|(name, _)| cluster.nodes.contains_key(*name));
-    let each = nodes.flat_map(|(by, status)| status.silent.iter().map(|of| (&**by, of.as_str())));
+    let each = nodes.flat_map(|(by, status)| status.of_paths().silent.iter().map(|of| (&**by, of.as_str())));
     let mut said: Vec<(&str, &str)> = each.collect();
     let mut silent: HashSet<&str> = said.iter().filter(|(by, of)| by == of).map(|(by, _)| *by).collect();
     loop {

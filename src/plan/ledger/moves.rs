@@ -26,8 +26,9 @@ impl<'a> Reports<'a> {
     pub(super) fn new(book: &Book<'a>) -> Self {
         let mut reports = Reports { held: HashMap::new(), taken: HashMap::new() };
         for (name, status) in book.cluster.egress_nodes.iter().filter(|(n, _)| book.cluster.nodes.contains_key(*n)) {
-            reports.held.insert(name, status.paths.iter().copied().collect());
-            for taken in &status.taken {
+            let said = status.of_paths();
+            reports.held.insert(name, said.held.iter().copied().collect());
+            for taken in &said.taken {
                 reports.taken.entry((taken.id, taken.since)).or_default().push(name);
             }
         }
@@ -78,8 +79,8 @@ pub(super) fn asked_for(book: &Book, paths: &[usize], nodes: &HashMap<&Name, usi
 /// decides.
 pub(super) fn wish<'b>(book: &'b Book, path: usize) -> Option<&'b Name> {
     let policies = book.paths[path].demands.iter().flat_map(|demand| &book.demands.all[*demand].policies);
-    let asking = policies.min_by_key(|p| (book.demands.applicants[**p].policy.move_to.is_none(), **p))?;
-    book.demands.applicants[*asking].policy.move_to.as_ref()
+    let asking = policies.min_by_key(|p| (book.demands.applicants[**p].policy.move_to().is_none(), **p))?;
+    book.demands.applicants[*asking].policy.move_to()
 }
 
 /// Gives a path another node. If an old one says that it has it, it keeps it until the new one does.

@@ -125,7 +125,7 @@ fn balance(book: &mut Book, gateway: usize, paths: &[usize], reports: &Reports) 
 fn follow(book: &mut Book, gateway: usize, paths: &[usize]) {
     let mut reported: HashMap<u16, Vec<&Name>> = HashMap::new();
     for (name, _) in &book.desks[gateway].nodes {
-        for id in book.cluster.egress_nodes.get(*name).into_iter().flat_map(|status| &status.paths) {
+        for id in book.cluster.egress_nodes.get(*name).into_iter().flat_map(|node| &node.of_paths().held) {
             reported.entry(*id).or_default().push(name);
         }
     }

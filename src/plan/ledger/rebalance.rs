@@ -30,7 +30,8 @@ pub(super) fn rebalance<'a>(
     nodes: impl Iterator<Item = &'a Name>,
     reports: &Reports,
 ) {
-    let able = |name: &&Name| book.cluster.egress_nodes.get(*name).is_none_or(|status| status.refused.is_empty());
+    let able =
+        |name: &&Name| book.cluster.egress_nodes.get(*name).is_none_or(|status| status.of_paths().refused.is_empty());
     let mut burdens: BTreeMap<Name, Burden> =
         nodes.filter(able).map(|name| (name.clone(), Burden::default())).collect();
     let mut on_the_way = 0;

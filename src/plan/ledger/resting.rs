@@ -2,7 +2,7 @@
 //! from an address that is another's by now.
 
 use super::family::addresses;
-use crate::api::{AddressPair, EgressGatewayStatus, ReleasedPath};
+use crate::api::{AddressPair, EgressGatewayStatus, PolicyKey, ReleasedPath, Users};
 use std::collections::HashMap;
 use std::net::IpAddr;
 
@@ -24,7 +24,7 @@ pub(super) struct Entry {
     pub(super) id: u16,
     pub(super) address: AddressPair,
     /// Who had it, by name; some of them are gone.
-    pub(super) policies: Vec<String>,
+    pub(super) policies: Users,
     /// When.
     pub(super) at: i64,
     /// Those who had it and are there, by seniority, sorted.
@@ -54,9 +54,9 @@ impl Resting {
         gateway: usize,
         id: u16,
         address: AddressPair,
-        policies: Vec<String>,
+        policies: Users,
         at: i64,
-        places: &HashMap<String, usize>,
+        places: &HashMap<&PolicyKey, usize>,
     ) {
         let entry = self.entries.len();
         let mut had_by: Vec<usize> = policies.iter().filter_map(|name| places.get(name).copied()).collect();

@@ -51,15 +51,14 @@ fn pool_path(book: &mut Book, gateway: usize, path: &LedgerPath) -> bool {
     if !lost.is_empty() {
         book.rest(gateway, path.id, pair(lost), path.policies.clone(), book.now);
     }
-    let node = path.node.as_deref().map(Into::into);
     let place = book.enter(Path {
         gateway,
         id: path.id,
         kind: path.kind,
         address: pair(kept),
-        node,
+        node: path.node.clone(),
         since: path.since,
-        leaving: path.leaving.as_deref().map(Into::into),
+        leaving: path.leaving.clone(),
         demands: vec![],
     });
     book.assign(place, demand);

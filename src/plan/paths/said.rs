@@ -1,8 +1,8 @@
 //! What nodes say of paths: who holds which, who has taken which over, who cannot hold which.
 
-use crate::api::{EgressNodeStatus, LedgerPath};
+use crate::api::LedgerPath;
 use crate::plan::marks::PathId;
-use crate::plan::model::Cluster;
+use crate::plan::model::{Cluster, OfPaths};
 use crate::plan::paths::Facts;
 use std::collections::{BTreeMap, HashMap, HashSet};
 
@@ -20,9 +20,9 @@ impl<'a> Said<'a> {
         let mut said = Said { node, facts, held: HashMap::new(), refused: HashSet::new(), taken: BTreeMap::new() };
         let others = cluster.egress_nodes.iter().filter(|(name, _)| ***name != *node);
         for (name, status) in others.filter(|(name, _)| cluster.nodes.contains_key(&**name)) {
-            let EgressNodeStatus { paths, taken, refused, .. } = &**status;
-            if !paths.is_empty() {
-                said.held.insert(name, paths.iter().copied().collect());
+            let OfPaths { held, taken, refused, .. } = status.of_paths();
+            if !held.is_empty() {
+                said.held.insert(name, held.iter().copied().collect());
             }
             said.refused.extend(refused.iter().map(|r| (&**name, r.id)));
             for t in taken {

@@ -1,6 +1,7 @@
 use super::*;
 use crate::api::{Allocate, EgressNodeStatus, TakenPath};
 use crate::plan::fixture::{World, asking};
+use crate::plan::mac;
 use std::sync::Arc;
 
 /// Three gateway nodes and a plain one, and one policy, whose path `n1` holds.
@@ -27,7 +28,7 @@ fn says(world: &mut World, node: &str, paths: &[PathId], taken: &[(PathId, i64)]
         refused: Vec::new(),
         ..Default::default()
     };
-    world.cluster.egress_nodes.insert(node.into(), Arc::new(status));
+    world.cluster.egress_nodes.insert(node.into(), Arc::new(status.into()));
 }
 
 fn facts(here: &[&str], dead: &[&str]) -> Facts {

@@ -23,18 +23,21 @@ type Refused<'a> = HashMap<(&'a str, u16), &'a str>;
 /// The status of each policy. `now` is in seconds since the Unix epoch.
 pub fn report(cluster: &Cluster, outcome: &Outcome, now: i64) -> BTreeMap<PolicyKey, EgressPolicyStatus> {
     let use_of = uses(cluster);
-    let held: HashMap<&str, HashSet<u16>> =
-        cluster.egress_nodes.iter().map(|(name, node)| (&**name, node.paths.iter().copied().collect())).collect();
+    let held: HashMap<&str, HashSet<u16>> = cluster
+        .egress_nodes
+        .iter()
+        .map(|(name, node)| (&**name, node.of_paths().held.iter().copied().collect()))
+        .collect();
     let refused: Refused = cluster
         .egress_nodes
         .iter()
-        .flat_map(|(name, node)| node.refused.iter().map(move |r| ((&**name, r.id), r.message.as_str())))
+        .flat_map(|(name, node)| node.of_paths().refused.iter().map(move |r| ((&**name, r.id), r.message.as_str())))
         .collect();
     let mut statuses = BTreeMap::new();
     for (key, policy) in &cluster.policies {
         let Some(verdict) = outcome.verdicts.get(key) else { continue };
         let previous = cluster.policy_statuses.get(key).map(|s| s.conditions.as_slice()).unwrap_or_default();
-        let mut conditions = Conditions::new(previous, policy.generation, now);
+        let mut conditions = Conditions::new(previous, policy.generation(), now);
         let mut status = EgressPolicyStatus::default();
         match verdict {
             Verdict::Refused(refusal) => {
@@ -46,7 +49,7 @@ pub fn report(cluster: &Cluster, outcome: &Outcome, now: i64) -> BTreeMap<Policy
                 status.node = grant.node.as_deref().map(str::to_owned);
                 conditions.add("Accepted", true, "Accepted", accepted(grant));
                 let (is_true, reason, mut message) = ready(cluster, &held, &refused, grant);
-                if let Some(wanted) = policy.move_to.as_ref().filter(|wanted| grant.node.as_ref() != Some(wanted)) {
+                if let Some(wanted) = policy.move_to().filter(|wanted| grant.node.as_ref() != Some(wanted)) {
                     message += &format!(
                         "; {MOVE_TO} asks for node {wanted:?}, which cannot have it now: it is no node of the gateway, \
                          is drained, does not answer, or a policy with the same path asks for another"

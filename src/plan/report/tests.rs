@@ -65,7 +65,7 @@ fn ready_follows_what_the_node_says() {
     world.assert_condition("a/p", "Ready", "False", "AddressNotHeld", "egretd's log");
     let id = world.allocate().grant("a/p").id;
     let mut node = (*world.cluster.egress_nodes["n1"]).clone();
-    node.refused.push(RefusedPath { id, message: "a host answers for it".into() });
+    node.of_paths_mut().refused.push(RefusedPath { id, message: "a host answers for it".into() });
     world.cluster.egress_nodes.insert("n1".into(), Arc::new(node));
     world.assert_condition("a/p", "Ready", "False", "AddressRefused", "a host answers for it");
     world.holds("n1", &[id]);

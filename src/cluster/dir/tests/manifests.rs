@@ -88,7 +88,7 @@ async fn all_kinds_are_read() {
     assert_eq!(priority(&c, "shop/p"), Some(3));
     let late = &c.policies[&"spec-before-version".into()];
     assert!(matches!(&late.pods, PodMatch::Services(s) if s.len() == 1));
-    assert_eq!((late.priority, late.created, late.generation), (7, Some(1_769_860_800), Some(4)));
+    assert_eq!((late.priority, late.created, late.generation()), (7, 1_769_860_800, Some(4)));
 }
 
 #[tokio::test]

@@ -3,7 +3,7 @@ use crate::api::{
     AddressPair, EgressGatewayStatus, EgressNodeStatus, EgressPolicyStatus, LedgerPath, PathKind, RefusedPath,
     TakenPath,
 };
-use crate::plan::model::PolicyKey;
+use crate::plan::model::{EgressNode, PolicyKey};
 
 fn ledger(paths: u16) -> EgressGatewayStatus {
     let path = |id| LedgerPath {
@@ -13,7 +13,7 @@ fn ledger(paths: u16) -> EgressGatewayStatus {
         node: (id % 2 == 0).then(|| "node-1".into()),
         since: 1_700_000_000 + i64::from(id),
         leaving: (id % 3 == 0).then(|| "node-2".into()),
-        policies: vec!["x/p".into(), "yes".into()],
+        policies: ["x/p", "yes"].into_iter().map(PolicyKey::from).collect(),
     };
     EgressGatewayStatus { nodes: vec!["node-1".into()], paths: (1..=paths).map(path).collect(), ..Default::default() }
 }
@@ -40,7 +40,9 @@ async fn statuses_come_back() {
         ..Default::default()
     };
     statuses.node("node-1", &node).await.unwrap();
-    source.until("the node", |c| c.egress_nodes.get("node-1").is_some_and(|n| **n == node)).await;
+    source
+        .until("the node", |c| c.egress_nodes.get("node-1").is_some_and(|n| **n == EgressNode::from(node.clone())))
+        .await;
     for key in ["x/p", "p"] {
         let key = PolicyKey::from(key);
         let status = EgressPolicyStatus { pods: 7, node: Some("true".into()), ..Default::default() };

@@ -195,5 +195,7 @@ fn the_nodes_own_word_and_the_services_networks_are_known_again() {
     assert_eq!(files.service_networks(), Some(answer));
     files.note_own("n1", &EgressNodeStatus { paths: vec![3], ..EgressNodeStatus::default() });
     let own = files.own(&reading(), &mut Names::default()).unwrap();
-    assert!(matches!(own.item, Ok(Some(Item::EgressNode(name, status))) if &*name == "n1" && status.paths == [3]));
+    assert!(
+        matches!(own.item, Ok(Some(Item::EgressNode(name, status))) if &*name == "n1" && status.of_paths().held == [3])
+    );
 }

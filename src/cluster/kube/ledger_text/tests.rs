@@ -13,8 +13,10 @@ fn address() -> impl Strategy<Value = AddressPair> {
     (of(v4), of(v6)).prop_map(|(ipv4, ipv6)| AddressPair { ipv4, ipv6 })
 }
 
-fn policies() -> impl Strategy<Value = Vec<String>> {
-    prop::collection::vec(prop_oneof![name(), (name(), name()).prop_map(|(ns, name)| format!("{ns}/{name}"))], 0..4)
+fn policies() -> impl Strategy<Value = Users> {
+    let key = (of(name()), name())
+        .prop_map(|(namespace, name)| PolicyKey { namespace: namespace.map(Name::from), name: name.into() });
+    prop::collection::vec(key, 0..4).prop_map(Users::from)
 }
 
 fn path() -> impl Strategy<Value = LedgerPath> {
@@ -24,9 +26,9 @@ fn path() -> impl Strategy<Value = LedgerPath> {
             id,
             kind,
             address,
-            node,
+            node: node.map(Name::from),
             since,
-            leaving,
+            leaving: leaving.map(Name::from),
             policies,
         },
     )
@@ -76,10 +78,10 @@ fn all_paths_that_there_can_be_have_room() {
             ipv4: Some((0xc612_6400 + u32::from(n)).into()),
             ipv6: Some(((0x2001_0db8_0123_4567 << 64) + u128::from(n) + 0xff_0000).into()),
         },
-        node: Some(format!("ip-10-64-0-{}.eu-central-1.compute.internal", n % 3)),
+        node: Some(format!("ip-10-64-0-{}.eu-central-1.compute.internal", n % 3).into()),
         since: 1_763_718_000,
         leaving: None,
-        policies: vec![format!("team-{:03}/app-{n:05}", n / 100)],
+        policies: [PolicyKey::from(&*format!("team-{:03}/app-{n:05}", n / 100))].into(),
     };
     let status = EgressGatewayStatus { paths: (1..=16_383).map(path).collect(), ..Default::default() };
     let objects = serde_json::to_string(&status).unwrap().len();

@@ -11,7 +11,7 @@ fn policies_that_name_the_same_address_share_a_path() {
     assert_eq!(outcome.grant("a/p").id, outcome.grant("b/q").id);
     let paths = &outcome.gateways["g"].paths;
     assert_eq!(paths.len(), 1);
-    assert_eq!(paths[0].policies, ["a/p", "b/q"]);
+    assert_eq!(paths[0].policies[..], ["a/p".into(), "b/q".into()]);
     assert_eq!(paths[0].kind, PathKind::Explicit);
 }
 

@@ -5,6 +5,7 @@ use crate::plan::fixture::{World, asking};
 use crate::plan::ledger::moves::DRAIN_LABEL;
 use crate::plan::ledger::{Outcome, rebalance};
 use crate::plan::model::PolicyKey;
+use crate::plan::selector::Name;
 use proptest::prelude::*;
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -41,12 +42,12 @@ fn rebalancing(world: &mut World, on: bool) {
 fn counts(world: &World) -> BTreeMap<String, usize> {
     let mut counts: BTreeMap<String, usize> = world.cluster.nodes.keys().map(|name| (name.to_string(), 0)).collect();
     for path in &world.cluster.gateways["g"].status.paths {
-        *counts.entry(path.node.clone().unwrap()).or_default() += 1;
+        *counts.entry(path.node.as_ref().unwrap().to_string()).or_default() += 1;
     }
     counts
 }
 
-fn nodes_of(outcome: &Outcome) -> BTreeMap<u16, Option<String>> {
+fn nodes_of(outcome: &Outcome) -> BTreeMap<u16, Option<Name>> {
     outcome.gateways["g"].paths.iter().map(|path| (path.id, path.node.clone())).collect()
 }
 
@@ -112,7 +113,7 @@ fn new_paths_go_to_nodes_that_live_if_any_does() {
 fn a_path_is_moved_by_hand_when_the_node_lives() {
     let mut world = world(&["n1", "n2"], 1);
     let policy = world.cluster.policies.get_mut(&PolicyKey::from("a/p000")).unwrap();
-    Arc::make_mut(policy).move_to = Some("n2".into());
+    Arc::make_mut(policy).for_controller.get_or_insert_default().move_to = Some("n2".into());
     misses(&mut world, "n1", &["n2"]);
     assert_eq!(world.allocate().node("a/p000"), Some("n1"));
     misses(&mut world, "n1", &[]);
@@ -144,7 +145,7 @@ fn what_a_policy_wants_where_it_is_and_what_cannot_move_stays() {
     let mut world = world(&["n1"], 4);
     for policy in ["a/p000", "a/p001", "a/p002"] {
         let policy = world.cluster.policies.get_mut(&PolicyKey::from(policy)).unwrap();
-        Arc::make_mut(policy).move_to = Some("n1".into());
+        Arc::make_mut(policy).for_controller.get_or_insert_default().move_to = Some("n1".into());
     }
     world.policy("a/own", asking(Allocate::Node));
     world.allocate();
@@ -162,8 +163,9 @@ fn a_node_that_cannot_hold_what_it_has_gets_no_more() {
     let mut world = world(&["n1"], 4);
     world.node("n2", "g", &["10.0.0.9"]);
     world.settle();
-    let status = Arc::make_mut(world.cluster.egress_nodes.get_mut("n2").unwrap());
-    status.refused = vec![crate::api::RefusedPath { id: 1, message: "there is no interface bond7".into() }];
+    let said = Arc::make_mut(world.cluster.egress_nodes.get_mut("n2").unwrap());
+    said.of_paths_mut().refused =
+        vec![crate::api::RefusedPath { id: 1, message: "there is no interface bond7".into() }];
     rebalancing(&mut world, true);
     world.allocate();
     assert_eq!(counts(&world)["n2"], 0);
@@ -183,7 +185,7 @@ proptest! {
         let mut world = world(&names, has.iter().sum());
         let gateway = Arc::make_mut(world.cluster.gateways.get_mut("g").unwrap());
         let given = has.iter().zip(&names).flat_map(|(n, name)| std::iter::repeat_n(name, *n));
-        gateway.status.paths.iter_mut().zip(given).for_each(|(path, node)| path.node = Some((*node).to_owned()));
+        gateway.status.paths.iter_mut().zip(given).for_each(|(path, node)| path.node = Some((*node).into()));
         world.settle();
         let (drained, dead) = (drained.index(names.len()), dead.index(names.len()));
         if is_dead {

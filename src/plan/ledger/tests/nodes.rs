@@ -120,7 +120,7 @@ fn a_policy_moves_its_path_by_hand_to_a_node_of_the_gateway() {
     let other = ["n1", "n2"].into_iter().find(|n| *n != before).unwrap();
     let ask = |world: &mut World, node: Option<&str>| {
         let policy = world.cluster.policies.get_mut(&PolicyKey::from("a/p")).unwrap();
-        Arc::make_mut(policy).move_to = node.map(Into::into);
+        Arc::make_mut(policy).for_controller.get_or_insert_default().move_to = node.map(Into::into);
         world.allocate().node("a/p").unwrap().to_owned()
     };
     assert_eq!(ask(&mut world, Some("nowhere")), before);
