@@ -272,7 +272,7 @@ pub enum Namespaces {
     /// An EgressPolicy's own.
     One(Name),
     /// A ClusterEgressPolicy's, by label.
-    Selected(Selector),
+    Selected(Box<Selector>),
 }
 
 /// The pods that a policy means, within a namespace.
@@ -439,7 +439,7 @@ impl Policy {
             fallback: spec.fallback,
             priority: spec.priority,
         };
-        Policy::new(Namespaces::Selected(namespaces), &rest, meta)
+        Policy::new(Namespaces::Selected(Box::new(namespaces)), &rest, meta)
     }
 
     fn new(namespaces: Namespaces, spec: &EgressPolicySpec, meta: Metadata) -> Result<Self, Invalid> {

@@ -3,20 +3,32 @@
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
 
 pub use crate::api::Name;
+use std::ops::{Deref, DerefMut};
+use std::sync::Arc;
 
 /// Labels, sorted by key.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
-pub struct Labels(Box<[(Name, Name)]>);
+pub struct Labels {
+    /// Shared: 5,000 nodes have the same few.
+    keys: Arc<[Name]>,
+    /// In the order of their keys.
+    values: Box<[Name]>,
+}
 
 impl Labels {
     /// The value of `key`.
     pub fn get(&self, key: &str) -> Option<&Name> {
-        self.0.binary_search_by(|(k, _)| (**k).cmp(key)).ok().map(|i| &self.0[i].1)
+        self.keys.binary_search_by(|k| (**k).cmp(key)).ok().map(|i| &self.values[i])
     }
 
     /// All labels, sorted by key.
     pub fn iter(&self) -> impl Iterator<Item = (&Name, &Name)> {
-        self.0.iter().map(|(k, v)| (k, v))
+        self.keys.iter().zip(&self.values)
+    }
+
+    /// Exchanges the list of keys for what `share` gives for it, an equal one.
+    pub fn share_keys(&mut self, share: impl FnOnce(&Arc<[Name]>) -> Arc<[Name]>) {
+        self.keys = share(&self.keys);
     }
 }
 
@@ -25,40 +37,91 @@ impl<K: Into<Name>, V: Into<Name>> FromIterator<(K, V)> for Labels {
         let mut all: Vec<(Name, Name)> = labels.into_iter().map(|(k, v)| (k.into(), v.into())).collect();
         all.sort();
         all.dedup_by(|b, a| a.0 == b.0);
-        Labels(all.into())
+        let (keys, values): (Vec<Name>, Vec<Name>) = all.into_iter().unzip();
+        Labels { keys: keys.into(), values: values.into() }
     }
 }
 
 /// A label selector. The empty one selects everything.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
-pub struct Selector(Box<[Requirement]>);
+pub struct Selector(Requirements);
 
+/// Most of ten thousand policies ask for one label, which needs no room of its own.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+enum Requirements {
+    One(Requirement),
+    Others(Box<[Requirement]>),
+}
+
+impl Default for Requirements {
+    fn default() -> Self {
+        Requirements::Others(Box::default())
+    }
+}
+
+impl FromIterator<Requirement> for Requirements {
+    fn from_iter<T: IntoIterator<Item = Requirement>>(all: T) -> Self {
+        let mut all: Vec<Requirement> = all.into_iter().collect();
+        match all.pop() {
+            Some(one) if all.is_empty() => Requirements::One(one),
+            last => {
+                all.extend(last);
+                Requirements::Others(all.into())
+            }
+        }
+    }
+}
+
+impl Deref for Requirements {
+    type Target = [Requirement];
+
+    fn deref(&self) -> &[Requirement] {
+        match self {
+            Requirements::One(one) => std::slice::from_ref(one),
+            Requirements::Others(all) => all,
+        }
+    }
+}
+
+impl DerefMut for Requirements {
+    fn deref_mut(&mut self) -> &mut [Requirement] {
+        match self {
+            Requirements::One(one) => std::slice::from_mut(one),
+            Requirements::Others(all) => all,
+        }
+    }
+}
+
+/// Two words at most beside its kind; what is longer and rarer has a place of its own.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 enum Requirement {
     Equals(Name, Name),
-    In(Name, Box<[Name]>),
-    NotIn(Name, Box<[Name]>),
+    In(Box<KeyAndValues>),
+    NotIn(Box<KeyAndValues>),
     Exists(Name),
     DoesNotExist(Name),
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+struct KeyAndValues {
+    key: Name,
+    values: Box<[Name]>,
 }
 
 impl Requirement {
     fn key(&self) -> &str {
         match self {
-            Requirement::Equals(k, _)
-            | Requirement::In(k, _)
-            | Requirement::NotIn(k, _)
-            | Requirement::Exists(k)
-            | Requirement::DoesNotExist(k) => k,
+            Requirement::Equals(k, _) | Requirement::Exists(k) | Requirement::DoesNotExist(k) => k,
+            Requirement::In(of) | Requirement::NotIn(of) => &of.key,
         }
     }
 
     fn matches(&self, labels: &Labels) -> bool {
         match self {
             Requirement::Equals(k, v) => labels.get(k) == Some(v),
-            Requirement::In(k, vs) => labels.get(k).is_some_and(|v| vs.contains(v)),
+            Requirement::In(of) => labels.get(&of.key).is_some_and(|v| of.values.contains(v)),
             // Kubernetes: a missing key satisfies NotIn.
-            Requirement::NotIn(k, vs) => labels.get(k).is_none_or(|v| !vs.contains(v)),
+            Requirement::NotIn(of) => labels.get(&of.key).is_none_or(|v| !of.values.contains(v)),
             Requirement::Exists(k) => labels.get(k).is_some(),
             Requirement::DoesNotExist(k) => labels.get(k).is_none(),
         }
@@ -87,10 +150,10 @@ impl Selector {
     /// Exchanges each word for what `share` gives for it, an equal one: so that a word that many selectors have is
     /// kept once.
     pub fn share_names(&mut self, share: &mut impl FnMut(&Name) -> Name) {
-        for requirement in &mut self.0 {
+        for requirement in &mut *self.0 {
             let (key, values): (_, &mut [Name]) = match requirement {
                 Requirement::Equals(k, v) => (k, std::slice::from_mut(v)),
-                Requirement::In(k, vs) | Requirement::NotIn(k, vs) => (k, vs),
+                Requirement::In(of) | Requirement::NotIn(of) => (&mut of.key, &mut of.values),
                 Requirement::Exists(k) | Requirement::DoesNotExist(k) => (k, &mut []),
             };
             *key = share(key);
@@ -134,8 +197,8 @@ impl TryFrom<&LabelSelector> for Selector {
                 )));
             }
             all.push(match e.operator.as_str() {
-                "In" => Requirement::In(key, values),
-                "NotIn" => Requirement::NotIn(key, values),
+                "In" => Requirement::In(Box::new(KeyAndValues { key, values })),
+                "NotIn" => Requirement::NotIn(Box::new(KeyAndValues { key, values })),
                 "Exists" => Requirement::Exists(key),
                 "DoesNotExist" => Requirement::DoesNotExist(key),
                 other => {
@@ -146,6 +209,6 @@ impl TryFrom<&LabelSelector> for Selector {
                 }
             });
         }
-        Ok(Selector(all.into()))
+        Ok(Selector(all.into_iter().collect()))
     }
 }

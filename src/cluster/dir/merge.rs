@@ -2,7 +2,7 @@
 
 use super::object::{Ledger, Object};
 use crate::plan::model::{Cluster, PolicyKey};
-use crate::plan::selector::Name;
+use crate::plan::selector::{Labels, Name};
 use crate::plan::shared::Shared;
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -42,7 +42,7 @@ pub fn merge<'a, O: Iterator<Item = (u32, &'a mut Object)>>(
             let at = Place { path, line };
             match object {
                 Object::Node(name, v) => nodes.push((name.clone(), at, v.clone())),
-                Object::Namespace(name, v) => namespaces.push((name.clone(), at, v.clone())),
+                Object::Namespace(name, v) => namespaces.push((name.clone(), at, Labels::clone(v))),
                 Object::Pod(key, v) => pods.push((key.clone(), at, v.clone())),
                 Object::Service(key, v) => services.push((key.clone(), at, v.clone())),
                 Object::Gateway(name, v) => gateways.push((name.clone(), at, v.clone())),

@@ -138,7 +138,8 @@ pub fn object(
     let key = |names: &mut Names| ObjectKey { namespace: names.get(namespace), name: name.into() };
     Ok(Some(match (kind, spec, status) {
         (Kind::Namespace, ..) => {
-            Object::Namespace(names.get(name), names.labels(meta.labels.as_ref().unwrap_or(&Default::default())))
+            let labels = names.labels(meta.labels.as_ref().unwrap_or(&Default::default()));
+            Object::Namespace(names.get(name), Box::new(labels))
         }
         (Kind::Node, spec, status) => {
             let spec = if let Some(Spec::Node(s)) = spec { s } else { Default::default() };
