@@ -40,11 +40,11 @@ impl Networks {
         let mut pods: BTreeSet<IpNetwork> = cluster.nodes.values().flat_map(|n| n.pod_cidrs.iter().copied()).collect();
         let origins = origins(cluster, &pods, extra);
         pods.extend(cluster.inside.pods.keys());
-        for address in local_pods {
-            if !pods.iter().any(|n| n.contains(address)) {
-                pods.insert(IpNetwork::from(address));
-            }
-        }
+        // Hundreds of pods, thousands of networks.
+        let known = merged(pods.iter().map(range).collect());
+        let is_known =
+            |a: &IpAddr| known[..known.partition_point(|r| r.first <= *a)].last().is_some_and(|r| r.contains(*a));
+        pods.extend(local_pods.into_iter().filter(|a| !is_known(a)).map(IpNetwork::from));
         let nodes = cluster.nodes.values().flat_map(|n| n.addresses.iter().copied());
         let services = cluster.services.values().flat_map(|s| s.cluster_ips.iter().copied());
         let hosts: BTreeSet<IpAddr> = nodes.chain(services).collect();
@@ -197,6 +197,19 @@ mod tests {
         for all in ["0.0.0.0/0", "::/0"] {
             let all: IpNetwork = all.parse().unwrap();
             assert_eq!(fewest(&[range(&all)]), [all]);
+        }
+    }
+
+    #[test]
+    fn a_local_pod_in_a_known_network_adds_nothing() {
+        let known = cluster(&["10.244.1.0/24", "10.244.0.0/24", "10.244.3.0/24", "fd00:244::/64"]);
+        for pod in ["10.244.0.0", "10.244.1.255", "10.244.3.7", "fd00:244::9"] {
+            let networks = Networks::new(&known, &[], [pod.parse().unwrap()]);
+            assert_eq!(networks.pods, Networks::new(&known, &[], []).pods, "{pod}");
+        }
+        for pod in ["10.243.255.255", "10.244.2.0", "10.244.4.0", "fd00:244:0:1::"] {
+            let networks = Networks::new(&known, &[], [pod.parse().unwrap()]);
+            assert!(networks.pods.contains(&IpNetwork::from(pod.parse::<IpAddr>().unwrap())), "{pod}");
         }
     }
 

@@ -113,12 +113,17 @@ pub fn share(before: &Cluster, now: &mut Cluster) -> bool {
         }
         same
     }
-    let namespaces = before.namespaces == now.namespaces;
-    if namespaces {
-        now.namespaces.clone_from(&before.namespaces);
+    fn whole<T: PartialEq>(before: &Shared<T>, now: &mut Shared<T>) -> bool {
+        let same = before == now;
+        if same {
+            now.clone_from(before);
+        }
+        same
     }
     [
-        namespaces,
+        whole(&before.namespaces, &mut now.namespaces),
+        whole(&before.unreadable, &mut now.unreadable),
+        whole(&before.inside, &mut now.inside),
         objects(&before.nodes, &mut now.nodes),
         objects(&before.pods, &mut now.pods),
         objects(&before.services, &mut now.services),

@@ -37,6 +37,43 @@ async fn changes_are_seen() {
 }
 
 #[tokio::test]
+async fn what_a_change_is_not_about_stays_the_very_same() {
+    let fixture = Fixture::new();
+    fixture.put("a.yaml", &policy("x", "p", 1));
+    fixture.put("b.yaml", &gateway("g", "192.0.2.50"));
+    let mut source = fixture.open().await;
+    let before = source.now();
+    fixture.put("a.yaml", &policy("x", "p", 2));
+    let after = source.until("the change", |c| priority(c, "x/p") == Some(2)).await;
+    // All of them, so that what is added to a cluster's state is thought of here.
+    let Cluster {
+        nodes,
+        namespaces,
+        pods,
+        services,
+        gateways,
+        policies,
+        egress_nodes,
+        policy_statuses,
+        unreadable,
+        inside,
+    } = &*before;
+    assert!(!policies.is(&after.policies));
+    let same = [
+        nodes.is(&after.nodes),
+        namespaces.is(&after.namespaces),
+        pods.is(&after.pods),
+        services.is(&after.services),
+        gateways.is(&after.gateways),
+        egress_nodes.is(&after.egress_nodes),
+        policy_statuses.is(&after.policy_statuses),
+        unreadable.is(&after.unreadable),
+        inside.is(&after.inside),
+    ];
+    assert_eq!(same, [true; 9]);
+}
+
+#[tokio::test]
 async fn a_change_that_means_nothing_is_not_told() {
     let fixture = Fixture::new();
     fixture.put("a.yaml", &policy("x", "p", 1));
