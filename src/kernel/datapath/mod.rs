@@ -16,6 +16,7 @@ use super::nft::uapi::*;
 use crate::plan::marks::Marks;
 use crate::plan::node::{NodePlan, PodPlan};
 use crate::plan::paths::PathState;
+use crate::plan::profile::Profile;
 use std::sync::Arc;
 
 /// The table with all chains but the one on the tunnel device.
@@ -177,11 +178,13 @@ fn inet(plan: &NodePlan, shared: &SharedSets, marks: Marks, before: Option<&Made
     };
     for (name, pod) in &plan.pods {
         let same = before.is_some_and(|b| b.plan.pods.get(name) == Some(pod));
-        chain(name, same, &|| Chain::new(Some(ingress(&pod.interface)), pods::from_pod(pod, marks)));
+        let rules = |pod: PodPlan| move || pods::from_pod(&pod, marks);
+        chain(name, same, &|| Chain::of(Some(ingress(&pod.interface)), rules(pod.clone())));
     }
     for (name, profile) in &plan.profiles {
         let same = before.is_some_and(|b| b.plan.profiles.get(name) == Some(profile));
-        chain(name, same, &|| Chain::new(None, pods::of_profile(profile, marks)));
+        let rules = |profile: Profile| move || pods::of_profile(&profile, marks);
+        chain(name, same, &|| Chain::of(None, rules(profile.clone())));
     }
     table
 }

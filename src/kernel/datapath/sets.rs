@@ -47,12 +47,9 @@ pub fn shared_sets(view: &View, peers: &PeerIndexes, marks: Marks, before: &Shar
         translating.iter().map(|(id, p)| (u32::from(*id).into(), value(marks.local(*id, p.uplink)))).collect(),
     );
     let known = peers.iter().filter(|(mac, _)| paths.is_gateway && paths.peers.contains_key(*mac));
-    let (mut peer, mut back) = (Elements::new(), Elements::new());
-    for (mac, index) in known {
-        let mark = marks.connection_of_peer(*index);
-        peer.insert(Key::from(mac.as_slice()), value(mark));
-        back.insert(mark.into(), Data::Value(mac.as_slice().into()));
-    }
+    let known = known.map(|(mac, index)| (mac.as_slice(), marks.connection_of_peer(*index)));
+    let peer = known.clone().map(|(mac, mark)| (Key::from(mac), value(mark))).collect();
+    let back = known.map(|(mac, mark)| (mark.into(), Data::Value(mac.into()))).collect();
     put(set::PEER, DataType::Ether, Some(DataType::Mark), false, false, peer);
     put(set::BACK, DataType::Mark, Some(DataType::Ether), false, false, back);
     for (at, ip) in Ip::BOTH.into_iter().enumerate() {
@@ -62,15 +59,16 @@ pub fn shared_sets(view: &View, peers: &PeerIndexes, marks: Marks, before: &Shar
         };
         let of_family = |a: &&IpAddr| a.is_ipv4() == (ip == Ip::V4);
         let plain = |a: &IpAddr| (Key::from(*a), Data::None);
-        let (mut snat, mut pairs) = (Elements::new(), Elements::new());
-        for (id, path) in &translating {
-            for a in addresses(path).filter(|a| of_family(&a)) {
-                let mark = u32::from(*id);
-                snat.insert(mark.into(), Data::Value(a.into()));
-                let both = [mark.to_ne_bytes().as_slice(), Bytes::from(a).as_slice()].concat();
-                pairs.insert(both.as_slice().into(), Data::None);
-            }
-        }
+        let ways = || {
+            let ways = translating.iter().flat_map(|(id, path)| addresses(path).map(|a| (u32::from(*id), a)));
+            ways.filter(|(_, a)| of_family(&a))
+        };
+        let snat = ways().map(|(mark, a)| (mark.into(), Data::Value(a.into()))).collect();
+        let pairs = ways().map(|(mark, a)| {
+            let both = [mark.to_ne_bytes().as_slice(), Bytes::from(a).as_slice()].concat();
+            (Key::from(both.as_slice()), Data::None)
+        });
+        let pairs = pairs.collect();
         // Also of those that others hold now: the address comes before its first packet. An address that is not
         // Egret's to place serves the node's own connections, too.
         let egress = members().filter(|(_, path)| path.managed).flat_map(|(_, path)| addresses(path));
@@ -81,13 +79,11 @@ pub fn shared_sets(view: &View, peers: &PeerIndexes, marks: Marks, before: &Shar
         put(set::PAIRS[at], pair, None, false, false, pairs);
         put(set::EGRESS[at], address, None, false, false, egress);
         put(set::PING[at], address, None, false, false, ping);
-        let mut direct = Elements::new();
-        for range in view.networks.direct.iter().filter(|r| of_family(&&r.first)) {
-            direct.insert(range.first.into(), Data::None);
-            if let Some(end) = networks::next(range.last) {
-                direct.insert(Key { bytes: end.into(), end: true }, Data::None);
-            }
-        }
+        let direct = view.networks.direct.iter().filter(|r| of_family(&&r.first)).flat_map(|range| {
+            let end = networks::next(range.last).map(|end| Key { bytes: end.into(), end: true });
+            std::iter::once(range.first.into()).chain(end).map(|key| (key, Data::None))
+        });
+        let direct = direct.collect();
         put(set::DIRECT[at], address, None, true, false, direct);
         put(
             set::HOSTS[at],
@@ -106,7 +102,7 @@ pub fn shared_sets(view: &View, peers: &PeerIndexes, marks: Marks, before: &Shar
         None,
         false,
         false,
-        if paths.is_gateway { same_port() } else { Elements::new() },
+        if paths.is_gateway { same_port() } else { Elements::default() },
     );
     SharedSets { sets }
 }

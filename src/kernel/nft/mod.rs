@@ -3,6 +3,7 @@
 //!
 //! Spoken directly and not through `nft`, because a pod's start waits for it: see docs/measurements.md.
 
+mod elements;
 mod read;
 pub mod rule;
 pub mod table;
@@ -152,7 +153,7 @@ impl Nftables {
     /// The kernel's refusal.
     pub fn elements(&mut self, name: TableName, set: &str) -> Result<table::Elements, Error> {
         match read::elements(&mut self.socket, name, set, |_, _| {}) {
-            Err(e) if e.errno() == Some(nix::libc::ENOENT) => Ok(table::Elements::new()),
+            Err(e) if e.errno() == Some(nix::libc::ENOENT) => Ok(table::Elements::default()),
             other => other,
         }
     }

@@ -147,7 +147,7 @@ pub(super) fn elements(
         p.text(NFTA_SET_ELEM_LIST_TABLE, table.name);
         p.text(NFTA_SET_ELEM_LIST_SET, set);
     });
-    socket.dump(kind(NFT_MSG_GETSETELEM), &payload, Elements::new, |all, message| {
+    let all = socket.dump(kind(NFT_MSG_GETSETELEM), &payload, Vec::new, |all, message| {
         for (attribute, list) in attributes(message.get(4..).unwrap_or_default()) {
             if attribute != NFTA_SET_ELEM_LIST_ELEMENTS {
                 continue;
@@ -170,11 +170,12 @@ pub(super) fn elements(
                     if let Some(count) = count {
                         counted(&key, count);
                     }
-                    all.insert(key, data);
+                    all.push((key, data));
                 }
             }
         }
-    })
+    })?;
+    Ok(all.into_iter().collect())
 }
 
 /// The named counters of a table.

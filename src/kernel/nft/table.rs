@@ -1,8 +1,11 @@
 //! A table as it should be ([`Table`]) and as it is ([`Held`]).
 
+pub use super::elements::{Bytes, Data, Elements, Key};
+
 use super::rule::Rule;
 use super::uapi::*;
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 use std::sync::Arc;
 
 /// Family and name.
@@ -26,18 +29,24 @@ pub struct Table {
 }
 
 /// A chain: its hook, if it has one, and its rules.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Chain {
     hook: Option<Hook>,
-    rules: Vec<Rule>,
-    hashes: Vec<u64>,
+    /// Most chains are written once, and a node has one for each pod: once written, what the rules are made of takes
+    /// a tenth of what they do.
+    make: Box<dyn Fn() -> Vec<Rule> + Send + Sync>,
+    hashes: Box<[u64]>,
 }
 
 impl Chain {
     /// A chain that packets enter by `hook`, or, without one, from other chains only.
     pub fn new(hook: Option<Hook>, rules: Vec<Rule>) -> Self {
-        let hashes = rules.iter().map(Rule::hash).collect();
-        Chain { hook, rules, hashes }
+        Chain::of(hook, move || rules.clone())
+    }
+
+    /// The same, of rules that are made whenever they are written, the same ones each time.
+    pub fn of(hook: Option<Hook>, make: impl Fn() -> Vec<Rule> + Send + Sync + 'static) -> Self {
+        let hashes = make().iter().map(Rule::hash).collect();
+        Chain { hook, make: Box::new(make), hashes }
     }
 
     /// Its hook.
@@ -46,8 +55,14 @@ impl Chain {
     }
 
     /// Its rules in order, each with its hash.
-    pub fn rules(&self) -> impl Iterator<Item = (&Rule, u64)> {
-        self.rules.iter().zip(self.hashes.iter().copied())
+    pub fn rules(&self) -> impl Iterator<Item = (Rule, u64)> {
+        (self.make)().into_iter().zip(self.hashes.iter().copied())
+    }
+}
+
+impl fmt::Debug for Chain {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Chain").field("hook", &self.hook).field("rules", &(self.make)()).finish()
     }
 }
 
@@ -165,75 +180,6 @@ impl DataType {
     }
 }
 
-/// Elements by key. In a set of ranges, a key with `end` closes the range that the key before it opens, and is not
-/// part of it.
-pub type Elements = BTreeMap<Key, Data>;
-
-/// A key.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Key {
-    /// The value, in the byte order of the wire for addresses, of the host for marks.
-    pub bytes: Bytes,
-    /// `NFT_SET_ELEM_INTERVAL_END`
-    pub end: bool,
-}
-
-/// What a key maps to.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Data {
-    /// Nothing: a set.
-    None,
-    /// A value.
-    Value(Bytes),
-    /// `jump CHAIN`
-    Jump(Arc<str>),
-}
-
-/// Up to twenty bytes, in place: a mark and an IPv6 address are the longest.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Bytes {
-    bytes: [u8; 20],
-    len: u8,
-}
-
-impl Bytes {
-    /// The bytes.
-    pub fn as_slice(&self) -> &[u8] {
-        &self.bytes[..usize::from(self.len)]
-    }
-}
-
-impl From<&[u8]> for Bytes {
-    /// Longer input is cut: the kernel holds none of ours.
-    fn from(from: &[u8]) -> Self {
-        let len = from.len().min(20);
-        let mut bytes = [0; 20];
-        bytes[..len].copy_from_slice(&from[..len]);
-        Bytes { bytes, len: len as u8 }
-    }
-}
-
-impl From<u32> for Bytes {
-    fn from(mark: u32) -> Self {
-        Bytes::from(mark.to_ne_bytes().as_slice())
-    }
-}
-
-impl From<std::net::IpAddr> for Bytes {
-    fn from(address: std::net::IpAddr) -> Self {
-        match address {
-            std::net::IpAddr::V4(a) => Bytes::from(a.octets().as_slice()),
-            std::net::IpAddr::V6(a) => Bytes::from(a.octets().as_slice()),
-        }
-    }
-}
-
-impl<T: Into<Bytes>> From<T> for Key {
-    fn from(value: T) -> Self {
-        Key { bytes: value.into(), end: false }
-    }
-}
-
 /// A table as it is in the kernel: of the rules only their hashes.
 #[derive(Clone, Debug, Default)]
 pub struct Held {
@@ -279,7 +225,7 @@ impl HeldChain {
     pub fn has_rules_of(&self, chain: &Arc<Chain>) -> bool {
         match self {
             HeldChain::Written(held) if Arc::ptr_eq(held, chain) => true,
-            _ => self.hashes() == chain.hashes,
+            _ => *self.hashes() == *chain.hashes,
         }
     }
 

@@ -102,13 +102,13 @@ impl<'a> Transaction<'a> {
         for (chain, c) in wanted.chains.iter().filter(|(n, _)| !held.chains.contains_key(*n)) {
             self.new_chain(name, chain, c.hook());
         }
-        let none = Elements::new();
+        let none = Elements::default();
         for (set, s) in &wanted.sets {
             let Some(h) = held.sets.get(*set) else { continue };
             if std::sync::Arc::ptr_eq(&h.elements, &s.elements) {
                 continue;
             }
-            let gone = h.elements.iter().filter(|(k, v)| s.elements.get(k) != Some(v));
+            let gone = h.elements.missing_in(&s.elements);
             self.elements(name, set, NFT_MSG_DELSETELEM, gone, s.kind.data);
         }
         for (set, h) in held.sets.iter().filter(|(n, _)| !wanted.sets.contains_key(n.as_str())) {
@@ -140,7 +140,7 @@ impl<'a> Transaction<'a> {
             if std::ptr::eq(held, &*s.elements) {
                 continue;
             }
-            let new = s.elements.iter().filter(|(k, v)| held.get(k) != Some(v));
+            let new = s.elements.missing_in(held);
             self.elements(name, set, NFT_MSG_NEWSETELEM, new, s.kind.data);
         }
         for chain in held.chains.keys().filter(|n| !wanted.chains.contains_key(*n)) {
@@ -211,12 +211,12 @@ impl<'a> Transaction<'a> {
         });
     }
 
-    fn elements<'e>(
+    fn elements(
         &mut self,
         table: TableName,
         set: &str,
         message: u16,
-        elements: impl Iterator<Item = (&'e Key, &'e Data)>,
+        elements: impl Iterator<Item = (Key, Data)>,
         data: Option<DataType>,
     ) {
         let all: Vec<_> = elements.collect();

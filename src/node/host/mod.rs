@@ -23,6 +23,7 @@ use crate::plan::paths::{Facts, Uplink};
 use anyhow::{Context, Result};
 use ipnetwork::{IpNetwork, Ipv4Network, Ipv6Network};
 use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 /// What routing should be, as it was last brought about.
@@ -44,21 +45,31 @@ pub struct Host {
     made: Option<Made>,
     /// What was last brought about, so that what has not changed is not asked for again. Empty: unknown.
     routing: Option<Routing>,
-    placed: Option<place::Wanted>,
+    placed: Option<Digest>,
     uplinks: BTreeSet<u32>,
-    forwarding: Option<Forwarding>,
+    forwarding: Option<Digest>,
     tunnel: Option<(Tunnel, u32)>,
 }
 
-/// Where the tunnel's frames go: underlay addresses by tunnel MAC address, and the tunnel's neighbours.
-type Forwarding = (BTreeMap<mac::Mac, IpAddr>, BTreeMap<Ipv6Addr, mac::Mac>);
+/// Tells what was brought about from anything else, without a copy of what can be ten thousand entries. That two are
+/// taken for one, once in 2^64, lasts until all is read back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Digest(u64);
+
+impl Digest {
+    fn new(of: &impl Hash) -> Self {
+        let mut hasher = DefaultHasher::new();
+        of.hash(&mut hasher);
+        Digest(hasher.finish())
+    }
+}
 
 impl Host {
     /// Opens the sockets and reads back what an earlier daemon left: the peers' indexes stand in connections' marks.
     pub fn open(marks: Marks) -> Result<Self> {
         let mut nft = Nftables::open().context("nf_tables")?;
         let mut peers = PeerIndexes::new();
-        for (key, data) in nft.elements(datapath::INET, datapath::set::PEER).context("nf_tables")? {
+        for (key, data) in nft.elements(datapath::INET, datapath::set::PEER).context("nf_tables")?.iter() {
             if let (Ok(mac), Some(mark)) = (mac::Mac::try_from(key.bytes.as_slice()), datapath::mark_of(&data)) {
                 peers.insert(mac, (mark & u32::from(MAX_PEER)) as u16);
             }
@@ -208,15 +219,16 @@ impl Host {
                 neighbours.extend(peers.keys().map(|mac| (of_mac(ASKING, *mac), *mac)));
             }
         }
-        let wanted = (peers.iter().map(|(mac, peer)| (*mac, peer.address)).collect(), neighbours);
-        if self.forwarding.as_ref() == Some(&wanted) {
+        let nodes: BTreeMap<mac::Mac, IpAddr> = peers.iter().map(|(mac, peer)| (*mac, peer.address)).collect();
+        let digest = Some(Digest::new(&(&nodes, &neighbours)));
+        if self.forwarding == digest {
             return Ok(0);
         }
-        let mut changes = fdb::sync(&self.routes, device, &wanted.0).await?;
+        let mut changes = fdb::sync(&self.routes, device, &nodes).await?;
         if self.speaks_ipv6() {
-            changes += neighbours::sync(&self.routes, device, &wanted.1).await?;
+            changes += neighbours::sync(&self.routes, device, &neighbours).await?;
         }
-        self.forwarding = Some(wanted);
+        self.forwarding = digest;
         Ok(changes)
     }
 

@@ -1,6 +1,6 @@
 //! Egress addresses on their uplinks, and the health address in the tunnel.
 
-use super::Host;
+use super::{Digest, Host};
 use crate::kernel::addresses::{self, Placed};
 use crate::kernel::announce::{self, Target};
 use crate::kernel::names::{HEALTH, of_mac};
@@ -25,8 +25,6 @@ const BETWEEN_ANNOUNCEMENTS: Duration = Duration::from_millis(150);
 pub type Way = (Option<Name>, bool);
 /// An egress address, and the interface that the gateway names for it.
 type Spot = (IpAddr, Option<Name>);
-/// Egress addresses that are to be here, with their paths, and whether the health address is.
-pub(super) type Wanted = (BTreeMap<Spot, PathId>, bool);
 
 /// What is to be on this node.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -126,13 +124,13 @@ impl Host {
     pub async fn place(&mut self, view: &View, look: &Look, wish: &Wish) -> Result<(usize, BTreeMap<PathId, String>)> {
         let placeable = view.placeable().filter(|(id, _, _)| wish.paths.contains(id));
         let placed: BTreeMap<Spot, PathId> = placeable.map(|(id, a, path)| ((a, path.interface.clone()), id)).collect();
-        let placed: Wanted = (placed, wish.health);
-        if self.placed.as_ref() == Some(&placed) {
+        let digest = Digest::new(&(&placed, wish.health));
+        if self.placed == Some(digest) {
             return Ok((0, BTreeMap::new()));
         }
         let (mut wanted, mut refused): (BTreeSet<Placed>, _) = (BTreeSet::new(), BTreeMap::new());
         let mut of_address: HashMap<IpAddr, (PathId, &Interface)> = HashMap::new();
-        for (spot, id) in &placed.0 {
+        for (spot, id) in &placed {
             match (look.found.get(spot), look.none.get(spot)) {
                 (Some(interface), _) => {
                     wanted.insert((spot.0, interface.ifindex));
@@ -159,7 +157,7 @@ impl Host {
                 None => tracing::warn!(%address, "the health address cannot be placed: {e:#}"),
             }
         }
-        self.placed = (refused.is_empty() && changes.refused.is_empty()).then_some(placed);
+        self.placed = (refused.is_empty() && changes.refused.is_empty()).then_some(digest);
         Ok((changes.added.len() + changes.removed.len(), refused))
     }
 }
