@@ -39,7 +39,7 @@ use tokio::time::{Instant, MissedTickBehavior};
 const READ_BACK: Duration = Duration::from_secs(30);
 /// What the kernel refused is tried again after this long.
 const RETRY: Duration = Duration::from_secs(1);
-/// So long after a change of the cluster the memory that it took is given back.
+/// So long after a change of the cluster, or a look at the kernel, the memory that it took is given back.
 const TIDY: Duration = Duration::from_secs(1);
 /// As many requests of plugins are programmed in one transaction.
 const AT_ONCE: usize = 64;
@@ -115,13 +115,16 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     let mut node = Node::start(options.clone(), source.statuses.clone(), snapshot, metrics, listeners).await?;
     let mut retry = node.settle(&ready).await;
     let mut questions = None;
-    let mut untidy = Some(Instant::now() + TIDY);
+    let mut untidy = None;
     let mut read_back = tokio::time::interval_at(Instant::now() + READ_BACK, READ_BACK);
     read_back.set_missed_tick_behavior(MissedTickBehavior::Delay);
 
     loop {
         if let Some(interest) = node.interest() {
             kernel.set_interest(interest);
+        }
+        if node.is_untidy() {
+            untidy = untidy.or(Some(Instant::now() + TIDY));
         }
         // Nobody is answered before the kernel is in step: a plugin that finds nobody holds its pod back by itself.
         if questions.is_none() && !retry {
@@ -143,7 +146,6 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
                 changed.context("the source of cluster state has ended")?;
                 let snapshot = source.snapshots.borrow_and_update().clone();
                 node.snapshot(snapshot);
-                untidy = untidy.or(Some(Instant::now() + TIDY));
                 node.settle(&ready).await
             }
             events = kernel.next() => {
@@ -176,6 +178,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
             () = tokio::time::sleep_until(untidy.unwrap_or_else(Instant::now)), if untidy.is_some() => {
                 untidy = None;
                 memory::give_back();
+                memory::give_program_back();
                 retry
             }
             _ = read_back.tick() => {

@@ -84,6 +84,8 @@ pub struct Node {
     stale: bool,
     /// Whether what lies below the pods' chains must be brought in step: tunnel, routes, addresses.
     base: bool,
+    /// Whether much memory was taken and let go since that was last asked.
+    untidy: bool,
     /// Whether others' changes that this daemon must know of may be other ones now.
     listen: bool,
     /// Whether the plugin may have left attachments and quarantines behind.
@@ -139,6 +141,7 @@ impl Node {
             missing: BTreeMap::new(),
             stale: true,
             base: true,
+            untidy: true,
             listen: true,
             left_behind: true,
             ended: Ended::default(),
@@ -192,6 +195,12 @@ impl Node {
     pub fn snapshot(&mut self, cluster: Arc<Cluster>) {
         self.cluster = cluster;
         self.stale = true;
+        self.untidy = true;
+    }
+
+    /// Whether much memory was taken and let go since this was last asked.
+    pub fn is_untidy(&mut self) -> bool {
+        std::mem::take(&mut self.untidy)
     }
 
     /// A stranger was found, or not; one that is not found is held by its address.
@@ -317,7 +326,7 @@ impl Node {
         }
         let base = self.base;
         if base {
-            self.listen = true;
+            (self.listen, self.untidy) = (true, true);
             changes += self.bring_base_in_step().await?;
         }
         self.report.last_word(&self.view).context("last word")?;
