@@ -5,7 +5,7 @@ mod harness;
 #[path = "../tests/lab/mod.rs"]
 mod lab;
 
-use harness::{Bound, Table, cluster, median, pods};
+use harness::{Bound, Memory, Table, cluster, mb, median, pods};
 use lab::{Daemon, Lab, Node, NodeSpec, Pods};
 use netlink_sys::{Socket, SocketAddr};
 use nix::sys::socket::{setsockopt, sockopt};
@@ -72,22 +72,27 @@ fn measure(lab: &Lab, node: &Node, role: &str) {
     let Some(daemon) = last else { return };
     until_placed(lab, node);
     std::thread::sleep(Duration::from_secs(3));
-    let begun = memory(&daemon);
-    let mut changes = Vec::new();
+    let begun = Memory::of(&daemon);
+    let (mut changes, mut busy) = (Vec::new(), begun);
     for n in 0..CHANGES {
         changes.push(change(lab, node, n));
+        let now = Memory::of(&daemon);
+        busy = if now.resident > busy.resident { now } else { busy };
     }
     // Long enough for whatever is done some time after a change.
     std::thread::sleep(Duration::from_secs(3));
-    let (resident, peak) = memory(&daemon);
+    let rest = Memory::of(&daemon);
 
     let mut table = Table::default();
     let mut row = |what: &str, figure: String, ratio, bound| table.row(what, figure, ratio, bound);
-    let kib = |k: u64| format!("{:.1} MB", k as f64 * 1024.0 / 1e6);
-    let share = |k: u64| k as f64 * 1024.0 / MEMORY;
-    row("resident after the start", kib(begun.0), share(begun.0), Bound::AtMost(1.0));
-    row(&format!("resident after {CHANGES} changes"), kib(resident), share(resident), Bound::AtMost(1.0));
-    row("at its peak", kib(peak), share(peak), Bound::None);
+    let mut resident = |what: &str, memory: Memory, bound| {
+        row(&format!("resident {what}"), mb(memory.resident), memory.resident / MEMORY, bound);
+        row("of that, pages of the program's file", mb(memory.file), memory.file / MEMORY, Bound::None);
+    };
+    resident("after the start", begun, Bound::AtMost(1.0));
+    resident(&format!("after {CHANGES} changes"), rest, Bound::AtMost(1.0));
+    resident("right after one of the changes, at most", busy, Bound::None);
+    row("at its peak", mb(rest.peak), rest.peak / MEMORY, Bound::None);
     let of_start = |t: Duration| t.as_secs_f64() / START.as_secs_f64();
     let (first, placed, again, nft) = (median(&first), median(&placed), median(&again), median(&nft));
     row("start, until an empty kernel is in step", harness::ms(first), of_start(first), Bound::AtMost(1.0));
@@ -148,16 +153,6 @@ fn by_nft(node: &Node) -> Duration {
     let begin = Instant::now();
     node.nft(&text);
     begin.elapsed()
-}
-
-/// `VmRSS` and `VmHWM` in KiB.
-fn memory(daemon: &Daemon) -> (u64, u64) {
-    let status = fs::read_to_string(format!("/proc/{}/status", daemon.pid().expect("it runs"))).expect("/proc");
-    let field = |name: &str| {
-        let line = status.lines().find_map(|l| l.strip_prefix(name)).expect("a field of /proc/PID/status");
-        line.split_whitespace().next().and_then(|n| n.parse().ok()).expect("a number")
-    };
-    (field("VmRSS:"), field("VmHWM:"))
 }
 
 /// Rewrites the file of the first policy, which selects a pod of the node, and waits until the kernel tells of a

@@ -38,15 +38,33 @@ pub fn least<T: PartialOrd + Copy>(values: &[T]) -> T {
     values.iter().copied().reduce(|a, b| if b < a { b } else { a }).expect("something was measured")
 }
 
-/// How much memory a daemon has now, and had at most: `VmRSS` and `VmHWM`, bytes.
-pub fn resident(daemon: &Daemon) -> (f64, f64) {
-    let status = fs::read_to_string(format!("/proc/{}/status", daemon.pid().expect("it runs"))).expect("/proc");
-    let field = |name: &str| {
-        let line = status.lines().find_map(|l| l.strip_prefix(name)).expect("a field of /proc/PID/status");
-        let kib: Option<f64> = line.split_whitespace().next().and_then(|n| n.parse().ok());
-        kib.expect("a number") * 1024.0
-    };
-    (field("VmRSS:"), field("VmHWM:"))
+/// What a daemon has in memory, bytes: fields of `/proc/PID/status`, proc_pid_status(5).
+#[derive(Clone, Copy)]
+pub struct Memory {
+    /// `VmRSS`
+    pub resident: f64,
+    /// `RssFile`: of that, pages of the program's own file.
+    pub file: f64,
+    /// `VmHWM`: the most that was resident.
+    pub peak: f64,
+}
+
+impl Memory {
+    /// What `daemon` has now.
+    pub fn of(daemon: &Daemon) -> Self {
+        let status = fs::read_to_string(format!("/proc/{}/status", daemon.pid().expect("it runs"))).expect("/proc");
+        let field = |name: &str| {
+            let line = status.lines().find_map(|l| l.strip_prefix(name)).expect("a field of /proc/PID/status");
+            let kib: Option<f64> = line.split_whitespace().next().and_then(|n| n.parse().ok());
+            kib.expect("a number") * 1024.0
+        };
+        Memory { resident: field("VmRSS:"), file: field("RssFile:"), peak: field("VmHWM:") }
+    }
+}
+
+/// Millions of bytes.
+pub fn mb(bytes: f64) -> String {
+    format!("{:.1} MB", bytes / 1e6)
 }
 
 /// Milliseconds.
