@@ -373,22 +373,58 @@ fn tunnel_packets_from_anyone_but_a_node_are_dropped() {
     assert_leaves_by_egress(&victim);
     let owner = owner(&lab);
     let (to_mac, from_mac) = (tunnel_mac(owner), tunnel_mac(lab.node("n1")));
-    let gateway: SocketAddr = (owner.ipv4(), 7871).into();
     let payload = tunnel_payload(&to_mac, &from_mac, lab.path_id("shop/visitors"), victim.ipv4(), EXT4);
+    let everybody = [Ipv4Addr::BROADCAST, Ipv4Addr::new(192, 0, 2, 255), Ipv4Addr::new(224, 0, 0, 1)];
     let send_from = |host: &lab::Host| {
         let socket = host.within(|| UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))).expect("bind");
-        drop(socket.send_to(&payload, gateway));
+        socket.set_broadcast(true).expect("SO_BROADCAST");
+        for to in everybody.into_iter().chain([owner.ipv4()]) {
+            // Some have no route to some of them.
+            drop(socket.send_to(&payload, (to, 7871)));
+        }
         thread::sleep(Duration::from_millis(100));
     };
+    let nodes = ["n1", "n2", "g1", "g2"];
+    let selected = nodes.map(|node| lab.add_pod(node, "shop", &format!("selected-{node}"), VISITOR));
+    let others = nodes.map(|node| lab.add_pod(node, "office", &format!("other-{node}"), &[]));
     lab.forget_wire();
-    for node in ["n1", "n2", "g1", "g2"] {
-        send_from(&lab.add_pod(node, "shop", &format!("selected-{node}"), VISITOR));
-        send_from(&lab.add_pod(node, "office", &format!("other-{node}"), &[]));
+    for untracked in [false, true] {
+        if untracked {
+            // Somebody else's: it is no node that says so.
+            for node in lab.nodes() {
+                let tunnel = ["-p", "udp", "--dport", "7871"];
+                node.run([&["iptables", "-t", "raw", "-I", "PREROUTING"][..], &tunnel, &["-j", "NOTRACK"]].concat());
+            }
+        }
+        selected.iter().chain(&others).for_each(|pod| send_from(pod));
+        send_from(lab.host("ext"));
+        lab.assert_silence();
     }
-    send_from(lab.host("ext"));
-    lab.assert_silence();
 
     // The same packet, from a node: it is as the gateway takes it.
     send_from(lab.node("n1"));
     assert_eq!(lab.sources(EXT4), [EGRESS4.into()].into(), "the packet of this test is no tunnel packet");
+}
+
+#[test]
+fn where_somebody_else_clears_marks_nothing_leaks() {
+    let lab = Lab::scene();
+    let pods = ["n1", "n2"].map(|n| lab.add_pod(n, "shop", &format!("visitor-{n}"), VISITOR));
+    for nodes in [["n1", "n2"], ["g1", "g2"]] {
+        for hook in ["prerouting priority -50", "forward priority mangle", "forward priority 0"] {
+            let nodes = nodes.map(|node| lab.node(node));
+            let chain = format!("chain clear {{ type filter hook {hook}; meta mark set 0; }}");
+            nodes.iter().for_each(|node| drop(node.nft(&format!("table inet other {{ {chain}; }}"))));
+            for pod in &pods {
+                for server in SERVERS {
+                    // What was routed already needs the mark no more, on a director.
+                    let who = pod.udp_who(server);
+                    assert!(who.is_err() || who.ok() == Some(egress_towards(server)), "{hook} on {}", nodes[0].name);
+                }
+            }
+            nodes.iter().for_each(|node| drop(node.nft("delete table inet other")));
+            pods.iter().for_each(assert_leaves_by_egress);
+            lab.assert_nothing_leaked();
+        }
+    }
 }

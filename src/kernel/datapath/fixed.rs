@@ -47,15 +47,15 @@ pub(super) fn chains(marks: Marks, local: Option<IpAddr>) -> Vec<(&'static str, 
 }
 
 /// Tunnel packets between nodes need no connection tracking, nor do nodes' questions whether others live. Only nodes may
-/// speak to the tunnel, for the path id that a packet carries is believed: the others' packets are tracked, and by that
-/// are known in `prerouting`.
+/// speak to the tunnel, for the path id that a packet carries is believed.
 fn raw(local: Option<IpAddr>) -> Vec<Rule> {
     let from_node = local.map(|to| {
         let (at, ip) = if to.is_ipv4() { (0, Ip::V4) } else { (1, Ip::V6) };
         tunnel_packet().daddr_in(to.into()).saddr_in_set(ip, set::TUNNEL[at]).notrack().accept()
     });
     let echo = echo().map(|rule| rule.iif_group(DEVICE_GROUP).notrack());
-    [not_ours()].into_iter().chain(from_node).chain(echo).collect()
+    let rest = tunnel_packet().jump("foreign");
+    [not_ours()].into_iter().chain(from_node).chain([rest]).chain(echo).collect()
 }
 
 /// Nodes' questions whether others live, and the answers: the kernel's own, and never forwarded.
@@ -80,7 +80,7 @@ fn output(marks: Marks) -> Vec<Rule> {
     // The outer packet inherits the inner one's mark, which would route it into the tunnel again. What goes into the
     // tunnel with such a mark is handed over.
     let inherits = Rule::new().mark(marks.connection_mask(), marks.connection(0)).oif_group_not(DEVICE_GROUP);
-    let outer = inherits.set_mark(0).notrack().accept();
+    let outer = inherits.l4(protocol::UDP).dport(TUNNEL_PORT, TUNNEL_PORT).set_mark(0).notrack().accept();
     [outer, not_ours(), tunnel_packet().goto("output-tunnel")].into_iter().chain(echo).collect()
 }
 
@@ -103,9 +103,10 @@ fn prerouting(marks: Marks) -> Vec<Rule> {
             .accept(),
         // On a gateway: a server's reply to another node's pod.
         reply_to_peer(marks),
-        // Tunnel packets.
+        // Tunnel packets; `raw` has let in those from nodes alone.
         Rule::new().ct_state(CT_STATE_UNTRACKED).mark_not(marks.kind_mask(), marks.tag_kind()).accept(),
         Rule::new().ct_mark(marks.connection_mask(), path).jump("tracked"),
+        // What was sent to somebody else is for this node now.
         tunnel_packet().jump("foreign"),
         Rule::new().ct_state(CT_STATE_NEW | CT_STATE_INVALID).jump("unsolicited"),
         Rule::new().mark_not(marks.kind_mask(), marks.tag_kind()).accept(),
@@ -139,10 +140,11 @@ fn reply_to_peer(marks: Marks) -> Rule {
     of_peer.set_mark(marks.reply()).accept()
 }
 
-/// Tunnel packets for a node that did not come from one, or not straight.
+/// Tunnel packets for a node that did not come from one, or not straight. The tunnel's socket takes what comes for any
+/// address of this node, and for everybody.
 fn foreign() -> Vec<Rule> {
     let forwarded = |(at, ip)| Rule::new().daddr_in_set(ip, set::TUNNEL[at]).counter(counter::FOREIGN).drop();
-    let here = Rule::new().daddr_type(RTN_LOCAL).counter(counter::FOREIGN).drop();
+    let here = Rule::new().daddr_type_not(RTN_UNICAST).counter(counter::FOREIGN).drop();
     Ip::BOTH.into_iter().enumerate().map(forwarded).chain([here]).collect()
 }
 
@@ -208,12 +210,18 @@ fn srcnat(marks: Marks) -> Vec<Rule> {
 
 /// The last look at a packet: what has a path leaves by it or not at all.
 fn departure(marks: Marks) -> Vec<Rule> {
-    let without_path = Rule::new().ct_original().ct_mark(marks.connection_of_path_mask(), marks.connection(0));
+    // What is only related is the node's own: an ICMP error to a server.
+    let leaked = |mask, kind| {
+        let request = Rule::new().ct_original().ct_mark(mask, kind).ct_state(CT_STATE_NEW | CT_STATE_ESTABLISHED);
+        request.counter(counter::LEAKED).drop()
+    };
+    let without_path = leaked(marks.connection_of_path_mask(), marks.connection(0));
+    let of_peer = leaked(marks.connection_kind_mask(), marks.connection_of_peer(0));
     vec![
         Rule::new().oif_group(DEVICE_GROUP).goto("departure-tunnel"),
         Rule::new().mark_not(marks.kind_mask() | marks.path_mask(), 0).goto("departure-marked"),
-        // What is only related is the node's own: an ICMP error to a server.
-        without_path.ct_state(CT_STATE_NEW | CT_STATE_ESTABLISHED).counter(counter::LEAKED).drop(),
+        without_path,
+        of_peer,
     ]
 }
 

@@ -125,7 +125,6 @@ pub const NFT_META_MARK: u32 = 3;
 pub const NFT_META_PROTOCOL: u32 = 1;
 pub const NFT_META_IIF: u32 = 4;
 pub const NFT_META_IIFNAME: u32 = 6;
-pub const NFT_META_OIFNAME: u32 = 7;
 pub const NFT_META_NFPROTO: u32 = 15;
 pub const NFT_META_L4PROTO: u32 = 16;
 pub const NFT_META_IIFGROUP: u32 = 21;
@@ -175,5 +174,5 @@ pub const IPS_SRC_NAT: u32 = 1 << 4;
 pub const IPS_SRC_NAT_DONE: u32 = 1 << 7;
 
 /// include/uapi/linux/rtnetlink.h
+pub const RTN_UNICAST: u32 = 1;
 pub const RTN_LOCAL: u32 = 2;
-pub const RTN_BROADCAST: u32 = 3;

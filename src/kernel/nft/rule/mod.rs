@@ -1,7 +1,7 @@
 //! Rules, written as nf_tables expressions.
 //!
 //! Each method appends what one phrase of `nft(8)` means, so that a rule reads as it does there:
-//! `Rule::new().iif("egret").ct_direction_reply().accept()`. Values pass through register 1, and 2 where two are
+//! `Rule::new().iif("egret").ct_reply().accept()`. Values pass through register 1, and 2 where two are
 //! needed at once.
 
 mod actions;
