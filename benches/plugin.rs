@@ -20,6 +20,12 @@ const NODES: usize = 100;
 const POLICIES: usize = 1_000;
 const PODS: usize = 100;
 const ROUNDS: usize = 101;
+/// Rounds with a pause before each.
+const PAUSED: usize = 31;
+/// Long enough for the daemon to give back the memory that a change has taken.
+const PAUSE: Duration = Duration::from_millis(1_500);
+/// The plugin's entry that has a bound.
+const SELECTED: &str = "egret-cni, a selected pod";
 /// Told to this program itself: end at once.
 const NOTHING: &str = "nothing";
 
@@ -44,12 +50,7 @@ fn main() {
     let node = lab.node("n1");
     let mut all = vec![
         Contestant::nothing(),
-        Contestant::new(
-            &lab,
-            "egret-cni, a selected pod",
-            &selected,
-            json!({"type": "egret-cni", "socket": node.cni_socket()}),
-        ),
+        Contestant::new(&lab, SELECTED, &selected, json!({"type": "egret-cni", "socket": node.cni_socket()})),
         Contestant::new(
             &lab,
             "egret-cni, another pod",
@@ -106,20 +107,32 @@ fn main() {
             nft.push(by_nft.round());
         }
     });
+    let (mut paused, mut changed) = (Vec::new(), Vec::new());
+    let ours = all.iter().position(|c| c.name == SELECTED).expect("it runs everywhere");
+    for n in 0..PAUSED {
+        for (is_change, times) in [(false, &mut paused), (true, &mut changed)] {
+            if is_change {
+                lab.add_namespace("elsewhere", &[("round", &n.to_string())]);
+            }
+            std::thread::sleep(PAUSE);
+            times.push(node.within(|| all[ours].round()).expect("it did before"));
+        }
+    }
     let reference = median(&all.iter().find(|c| c.name.starts_with("tuning")).expect("tuning runs everywhere").times);
     let mut table = Table::default();
     for c in &all {
         let time = median(&c.times);
-        let bound = if c.name == "egret-cni, a selected pod" { Bound::AtMost(1.0) } else { Bound::None };
+        let bound = if c.name == SELECTED { Bound::AtMost(1.0) } else { Bound::None };
         table.row(&c.name, ms(time), time.as_secs_f64() / reference.as_secs_f64(), bound);
     }
-    let time = median(&nft);
-    table.row(
-        "`nft -f` with a pod's transaction alone",
-        ms(time),
-        time.as_secs_f64() / reference.as_secs_f64(),
-        Bound::None,
-    );
+    for (what, times) in [
+        ("`nft -f` with a pod's transaction alone", &nft),
+        ("a selected pod, nothing for 1.5 s before it", &paused),
+        ("a selected pod, a change of the cluster 1.5 s before it", &changed),
+    ] {
+        let time = median(times);
+        table.row(what, ms(time), time.as_secs_f64() / reference.as_secs_f64(), Bound::None);
+    }
     table.print(["", "median", "of `tuning`"]);
 }
 

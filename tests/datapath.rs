@@ -2,7 +2,8 @@
 
 mod lab;
 
-use lab::scene::{assert_blocked, assert_leaves_by_egress, assert_leaves_by_node, visitors};
+use lab::scene::{assert_blocked, assert_leaves_by_egress, assert_leaves_by_node, egress_towards, visitors};
+use lab::server::UDP_WHO;
 use lab::{EGRESS4, EGRESS6, EXT4, EXT6, FAR4, FAR6, Lab, SERVERS, Server, VISITOR, manifests};
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
@@ -112,6 +113,22 @@ fn destinations_exceptions_ports_and_priorities_decide_between_policies() {
         !lab.wire().iter().any(|s| s.from == IpAddr::from([192, 0, 2, 53])),
         "a shadowed policy's address was used"
     );
+}
+
+#[test]
+fn a_pod_may_send_from_the_tunnels_port() {
+    let lab = Lab::scene();
+    for node in ["n1", "n2", "g1", "g2"] {
+        let selected = lab.add_pod(node, "shop", &format!("visitor-{node}"), VISITOR);
+        let other = lab.add_pod(node, "office", &format!("other-{node}"), &[]);
+        for server in SERVERS {
+            let own: IpAddr = if server.is_ipv4() { other.node.ipv4().into() } else { other.node.ipv6().into() };
+            for (pod, wanted) in [(&selected, egress_towards(server)), (&other, own)] {
+                let who = pod.udp_who_from(7871, (server, UDP_WHO).into());
+                assert_eq!(who.ok(), Some(wanted), "{} to {server}", pod.name);
+            }
+        }
+    }
 }
 
 #[test]

@@ -411,17 +411,26 @@ fn where_somebody_else_clears_marks_nothing_leaks() {
     let lab = Lab::scene();
     let pods = ["n1", "n2"].map(|n| lab.add_pod(n, "shop", &format!("visitor-{n}"), VISITOR));
     for nodes in [["n1", "n2"], ["g1", "g2"]] {
-        for hook in ["prerouting priority -50", "forward priority mangle", "forward priority 0"] {
+        for chain in [
+            "prerouting priority -50; meta mark set 0;",
+            "prerouting priority -50; meta l4proto { icmp, ipv6-icmp } meta mark set 0;",
+            "forward priority mangle; meta mark set 0;",
+            "forward priority 0; meta mark set 0;",
+        ] {
             let nodes = nodes.map(|node| lab.node(node));
-            let chain = format!("chain clear {{ type filter hook {hook}; meta mark set 0; }}");
-            nodes.iter().for_each(|node| drop(node.nft(&format!("table inet other {{ {chain}; }}"))));
-            for pod in &pods {
-                for server in SERVERS {
-                    // What was routed already needs the mark no more, on a director.
-                    let who = pod.udp_who(server);
-                    assert!(who.is_err() || who.ok() == Some(egress_towards(server)), "{hook} on {}", nodes[0].name);
+            let table = format!("table inet other {{ chain clear {{ type filter hook {chain} }}; }}");
+            nodes.iter().for_each(|node| drop(node.nft(&table)));
+            for (pod, server) in pods.iter().flat_map(|pod| SERVERS.map(|server| (pod, server))) {
+                // What was routed already needs the mark no more, on a director.
+                let who = pod.udp_who(server);
+                assert!(who.is_err() || who.ok() == Some(egress_towards(server)), "{chain} on {}", nodes[0].name);
+                // Answers that come too late are answered with an ICMP error.
+                for _ in 0..10 {
+                    let socket = pod.udp_socket((server, lab::server::UDP_WHO).into()).expect("a socket");
+                    drop(socket.send(b"who"));
                 }
             }
+            thread::sleep(Duration::from_millis(100));
             nodes.iter().for_each(|node| drop(node.nft("delete table inet other")));
             pods.iter().for_each(assert_leaves_by_egress);
             lab.assert_nothing_leaked();

@@ -46,8 +46,16 @@ impl Host {
     /// # Errors
     /// No answer, or a refusal.
     pub fn udp_who_at(&self, server: SocketAddr) -> io::Result<IpAddr> {
+        self.udp_who_from(0, server)
+    }
+
+    /// As [`Self::udp_who_at`], from a port of its own.
+    ///
+    /// # Errors
+    /// No answer, or a refusal.
+    pub fn udp_who_from(&self, port: u16, server: SocketAddr) -> io::Result<IpAddr> {
         machine::asked(|| {
-            let socket = self.udp_socket(server)?;
+            let socket = self.udp_socket_at(port, server)?;
             socket.set_read_timeout(Some(FIRST_PACKET))?;
             socket.send(b"who")?;
             receive_address(&socket)
@@ -81,11 +89,15 @@ impl Host {
     /// # Errors
     /// No route.
     pub fn udp_socket(&self, server: SocketAddr) -> io::Result<UdpSocket> {
+        self.udp_socket_at(0, server)
+    }
+
+    fn udp_socket_at(&self, port: u16, server: SocketAddr) -> io::Result<UdpSocket> {
         self.within(|| {
             let socket = if server.is_ipv4() {
-                UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?
+                UdpSocket::bind((Ipv4Addr::UNSPECIFIED, port))?
             } else {
-                UdpSocket::bind((Ipv6Addr::UNSPECIFIED, 0))?
+                UdpSocket::bind((Ipv6Addr::UNSPECIFIED, port))?
             };
             socket.connect(server)?;
             Ok(socket)

@@ -30,7 +30,7 @@ pub(super) fn chains(marks: Marks, local: Option<IpAddr>) -> Vec<(&'static str, 
         ("raw", Chain::new(at(hook::PREROUTING, -300), raw(local))),
         ("output", Chain::new(at(hook::OUTPUT, -300), output(marks))),
         ("output-tunnel", Chain::new(None, output_tunnel())),
-        ("prerouting", Chain::new(at(hook::PREROUTING, -90), prerouting(marks))),
+        ("prerouting", Chain::new(at(hook::PREROUTING, -90), prerouting(marks, local))),
         ("from-tunnel", Chain::new(None, from_tunnel(marks))),
         ("tracked", Chain::new(None, tracked(marks))),
         ("foreign", Chain::new(None, foreign())),
@@ -49,13 +49,15 @@ pub(super) fn chains(marks: Marks, local: Option<IpAddr>) -> Vec<(&'static str, 
 /// Tunnel packets between nodes need no connection tracking, nor do nodes' questions whether others live. Only nodes may
 /// speak to the tunnel, for the path id that a packet carries is believed.
 fn raw(local: Option<IpAddr>) -> Vec<Rule> {
-    let from_node = local.map(|to| {
-        let (at, ip) = if to.is_ipv4() { (0, Ip::V4) } else { (1, Ip::V6) };
-        tunnel_packet().daddr_in(to.into()).saddr_in_set(ip, set::TUNNEL[at]).notrack().accept()
-    });
+    let from_node = local.map(|local| from_node(tunnel_packet(), local).notrack().accept());
     let echo = echo().map(|rule| rule.iif_group(DEVICE_GROUP).notrack());
-    let rest = tunnel_packet().jump("foreign");
-    [not_ours()].into_iter().chain(from_node).chain([rest]).chain(echo).collect()
+    [not_ours()].into_iter().chain(from_node).chain(echo).collect()
+}
+
+/// From a node's end of the tunnel straight to this one's.
+fn from_node(packet: Rule, local: IpAddr) -> Rule {
+    let (at, ip) = if local.is_ipv4() { (0, Ip::V4) } else { (1, Ip::V6) };
+    packet.daddr_in(local.into()).saddr_in_set(ip, set::TUNNEL[at])
 }
 
 /// Nodes' questions whether others live, and the answers: the kernel's own, and never forwarded.
@@ -91,9 +93,11 @@ fn output_tunnel() -> Vec<Rule> {
 }
 
 /// After connection tracking and destination NAT: a Service's address is already its backend's.
-fn prerouting(marks: Marks) -> Vec<Rule> {
+fn prerouting(marks: Marks, local: Option<IpAddr>) -> Vec<Rule> {
     let path = marks.connection(0);
-    vec![
+    // Others untrack, too: that a packet is untracked does not make it a node's.
+    let tunnel = local.map(|local| from_node(Rule::new().ct_state(CT_STATE_UNTRACKED), local).accept());
+    let before = [
         Rule::new().iif_group(DEVICE_GROUP).goto("from-tunnel"),
         // A connection keeps its path.
         Rule::new()
@@ -103,11 +107,11 @@ fn prerouting(marks: Marks) -> Vec<Rule> {
             .accept(),
         // On a gateway: a server's reply to another node's pod.
         reply_to_peer(marks),
-        // Tunnel packets; `raw` has let in those from nodes alone.
-        Rule::new().ct_state(CT_STATE_UNTRACKED).mark_not(marks.kind_mask(), marks.tag_kind()).accept(),
+    ];
+    let after = [
         Rule::new().ct_mark(marks.connection_mask(), path).jump("tracked"),
-        // What was sent to somebody else is for this node now.
         tunnel_packet().jump("foreign"),
+        Rule::new().ct_state(CT_STATE_UNTRACKED).mark_not(marks.kind_mask(), marks.tag_kind()).accept(),
         Rule::new().ct_state(CT_STATE_NEW | CT_STATE_INVALID).jump("unsolicited"),
         Rule::new().mark_not(marks.kind_mask(), marks.tag_kind()).accept(),
         // A connection that was there before its pod had a policy is left alone; so is an answer of the pod's.
@@ -118,7 +122,8 @@ fn prerouting(marks: Marks) -> Vec<Rule> {
             .accept(),
         Rule::new().vmap_by_mark(marks.kind_and_index_mask(), set::PODS),
         Rule::new().counter(counter::BLOCKED).drop(),
-    ]
+    ];
+    before.into_iter().chain(tunnel).chain(after).collect()
 }
 
 /// What belongs to a connection of Egret's: of its packets whose path goes nowhere, and of answers.
@@ -141,11 +146,12 @@ fn reply_to_peer(marks: Marks) -> Rule {
 }
 
 /// Tunnel packets for a node that did not come from one, or not straight. The tunnel's socket takes what comes for any
-/// address of this node, and for everybody.
+/// address of this node, and for everybody. After translation: an answer to a port that a masquerade has chosen is none.
 fn foreign() -> Vec<Rule> {
     let forwarded = |(at, ip)| Rule::new().daddr_in_set(ip, set::TUNNEL[at]).counter(counter::FOREIGN).drop();
-    let here = Rule::new().daddr_type_not(RTN_UNICAST).counter(counter::FOREIGN).drop();
-    Ip::BOTH.into_iter().enumerate().map(forwarded).chain([here]).collect()
+    let here = [RTN_LOCAL, RTN_BROADCAST, RTN_ANYCAST, RTN_MULTICAST].map(|kind| Rule::new().daddr_type(kind));
+    let here = here.map(|rule| rule.counter(counter::FOREIGN).drop());
+    Ip::BOTH.into_iter().enumerate().map(forwarded).chain(here).collect()
 }
 
 /// An answer to somebody whom this gateway does not know would reset a connection that has just come here from another
@@ -210,19 +216,23 @@ fn srcnat(marks: Marks) -> Vec<Rule> {
 
 /// The last look at a packet: what has a path leaves by it or not at all.
 fn departure(marks: Marks) -> Vec<Rule> {
-    // What is only related is the node's own: an ICMP error to a server.
-    let leaked = |mask, kind| {
-        let request = Rule::new().ct_original().ct_mark(mask, kind).ct_state(CT_STATE_NEW | CT_STATE_ESTABLISHED);
-        request.counter(counter::LEAKED).drop()
-    };
-    let without_path = leaked(marks.connection_of_path_mask(), marks.connection(0));
-    let of_peer = leaked(marks.connection_kind_mask(), marks.connection_of_peer(0));
-    vec![
+    let kinds = [
+        (marks.connection_of_path_mask(), marks.connection(0)),
+        (marks.connection_kind_mask(), marks.connection_of_peer(0)),
+    ];
+    let request = |(mask, kind)| Rule::new().ct_original().ct_mark(mask, kind);
+    let leaked = kinds.into_iter().flat_map(|kind| {
+        [
+            request(kind).ct_state(CT_STATE_NEW | CT_STATE_ESTABLISHED),
+            // The node's own is an ICMP error to a server.
+            request(kind).ct_state(CT_STATE_RELATED).forwarded(),
+        ]
+    });
+    let rules = [
         Rule::new().oif_group(DEVICE_GROUP).goto("departure-tunnel"),
         Rule::new().mark_not(marks.kind_mask() | marks.path_mask(), 0).goto("departure-marked"),
-        without_path,
-        of_peer,
-    ]
+    ];
+    rules.into_iter().chain(leaked.map(|rule| rule.counter(counter::LEAKED).drop())).collect()
 }
 
 /// Out of this node, with a mark that may be Egret's.

@@ -174,5 +174,7 @@ pub const IPS_SRC_NAT: u32 = 1 << 4;
 pub const IPS_SRC_NAT_DONE: u32 = 1 << 7;
 
 /// include/uapi/linux/rtnetlink.h
-pub const RTN_UNICAST: u32 = 1;
 pub const RTN_LOCAL: u32 = 2;
+pub const RTN_BROADCAST: u32 = 3;
+pub const RTN_ANYCAST: u32 = 4;
+pub const RTN_MULTICAST: u32 = 5;

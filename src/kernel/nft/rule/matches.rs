@@ -167,20 +167,12 @@ impl Rule {
 
     /// `fib daddr type TYPE`
     pub fn daddr_type(self, kind: u32) -> Self {
-        self.load_daddr_type().equals(&kind.to_ne_bytes())
-    }
-
-    /// `fib daddr type != TYPE`
-    pub fn daddr_type_not(self, kind: u32) -> Self {
-        self.load_daddr_type().differs(&kind.to_ne_bytes())
-    }
-
-    fn load_daddr_type(self) -> Self {
         self.expression("fib", |d| {
             d.be32(NFTA_FIB_DREG, R1);
             d.be32(NFTA_FIB_RESULT, NFT_FIB_RESULT_ADDRTYPE);
             d.be32(NFTA_FIB_FLAGS, NFTA_FIB_F_DADDR);
         })
+        .equals(&kind.to_ne_bytes())
     }
 
     /// `meta l4proto PROTOCOL`
