@@ -20,6 +20,9 @@ pub const API: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 2);
 /// The last part of it.
 pub const LAST: u8 = 2;
 const PORT: u16 = 6443;
+/// So long a server may take to be ready. What it makes at its start it tries once a minute, the first time now and then
+/// before it can (`SystemNamespacesInterval`, pkg/master/controller.go).
+const PATIENCE: Duration = Duration::from_secs(150);
 /// The namespace that Egret is installed in.
 pub const NAMESPACE: &str = "egret-system";
 
@@ -131,7 +134,7 @@ impl Api {
             if is_there("default") && is_there("kube-system") {
                 return;
             }
-            assert!(begin.elapsed() < Duration::from_secs(60), "the API server is not ready after a minute");
+            assert!(begin.elapsed() < PATIENCE, "the API server is not ready after {PATIENCE:?}");
             thread::sleep(Duration::from_millis(50));
         }
     }
