@@ -4,6 +4,7 @@
 
 mod condition;
 pub mod destination;
+pub mod egress_node;
 #[cfg(test)]
 pub(crate) mod fixture;
 mod label_index;

@@ -4,13 +4,12 @@
 //! between snapshots.
 
 use super::destination::{Destination, DestinationError};
-use super::mac::{self, Mac};
-use super::marks::PathId;
+use super::egress_node::EgressNode;
 use super::selector::{Labels, Name, Selector, SelectorError};
 use super::shared::Shared;
 use crate::api::{
-    AddressPair, Allocate, ClusterEgressPolicySpec, EgressGatewaySpec, EgressGatewayStatus, EgressNodeStatus,
-    EgressPolicySpec, EgressPolicyStatus, Fallback, Placement, RefusedPath, TakenPath,
+    AddressPair, Allocate, ClusterEgressPolicySpec, EgressGatewaySpec, EgressGatewayStatus, EgressPolicySpec,
+    EgressPolicyStatus, Fallback, Placement,
 };
 
 pub use crate::api::PolicyKey;
@@ -98,60 +97,6 @@ pub struct Node {
     pub internal: usize,
     /// `spec.podCIDRs`.
     pub pod_cidrs: Box<[IpNetwork]>,
-}
-
-/// What a node's daemon says of itself to the others, [`EgressNodeStatus`], as it is held: there are thousands, and all but
-/// the gateways' nodes say no more than where their end of the tunnel is.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct EgressNode {
-    /// Where tunnel packets are sent.
-    pub tunnel_address: Option<IpAddr>,
-    /// The MAC address of its end of the tunnel; `None` also if what stands there is none.
-    pub tunnel_mac: Option<Mac>,
-    /// Whether it answers to those who ask whether it lives.
-    pub answers: bool,
-    of_paths: Option<Box<OfPaths>>,
-}
-
-/// What a node says of paths, and of others that may have them.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct OfPaths {
-    /// Those that it holds.
-    pub held: Vec<PathId>,
-    /// Those that it has taken over.
-    pub taken: Vec<TakenPath>,
-    /// Those that it should hold and cannot.
-    pub refused: Vec<RefusedPath>,
-    /// Gateways' nodes that do not answer it; this one itself, while it cannot hold any path.
-    pub silent: Vec<String>,
-}
-
-impl EgressNode {
-    /// What it says of paths.
-    pub fn of_paths(&self) -> &OfPaths {
-        static NOTHING: OfPaths =
-            OfPaths { held: Vec::new(), taken: Vec::new(), refused: Vec::new(), silent: Vec::new() };
-        self.of_paths.as_deref().unwrap_or(&NOTHING)
-    }
-
-    /// The same, for tests to change.
-    #[cfg(test)]
-    pub(crate) fn of_paths_mut(&mut self) -> &mut OfPaths {
-        self.of_paths.get_or_insert_default()
-    }
-}
-
-impl From<EgressNodeStatus> for EgressNode {
-    fn from(said: EgressNodeStatus) -> Self {
-        let EgressNodeStatus { tunnel_address, tunnel_mac, answers, paths, taken, refused, silent, direct: _ } = said;
-        let of_paths = OfPaths { held: paths, taken, refused, silent };
-        EgressNode {
-            tunnel_address,
-            tunnel_mac: tunnel_mac.as_deref().and_then(|text| mac::parse(text).ok()),
-            answers,
-            of_paths: (of_paths != OfPaths::default()).then(|| Box::new(of_paths)),
-        }
-    }
 }
 
 /// A Kubernetes Pod.
@@ -323,10 +268,13 @@ pub struct Metadata {
 }
 
 impl Metadata {
-    /// Without what a node's daemon has no use for.
+    /// Without what its reader has no use for; `node` names the node whose daemon it is, and is `None` for a controller.
     #[must_use]
-    pub fn for_node(self) -> Self {
-        Metadata { created: self.created, ..Metadata::default() }
+    pub fn read_by(self, node: Option<&str>) -> Self {
+        match node {
+            Some(_) => Metadata { created: self.created, ..Metadata::default() },
+            None => self,
+        }
     }
 }
 

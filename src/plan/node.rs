@@ -3,9 +3,10 @@
 //! In two steps, because a pod's start waits for the second: [`View`] is what does not depend on this node's pods
 //! and is made once for each snapshot; [`NodePlan`] adds the pods.
 
+use super::egress_node::EgressNode;
 use super::mac::Mac;
 use super::marks::PathId;
-use super::model::{Cluster, EgressNode, Gateway, Inside, Node, ObjectKey, Policy, PolicyKey, Service};
+use super::model::{Cluster, Gateway, Inside, Node, ObjectKey, Policy, PolicyKey, Service};
 use super::networks::Networks;
 use super::paths::{Facts, Path, PathState, Paths, Placing};
 use super::precedence::PolicyIndex;

@@ -1,7 +1,8 @@
 //! What a manifest is turned into: one of these for each object that Egret uses.
 
 use crate::api::{EgressGatewayStatus, EgressPolicyStatus, GROUP, VERSION};
-use crate::plan::model::{EgressNode, Gateway, Node, ObjectKey, Pod, Policy, PolicyKey, Service};
+use crate::plan::egress_node::EgressNode;
+use crate::plan::model::{Gateway, Node, ObjectKey, Pod, Policy, PolicyKey, Service};
 use crate::plan::selector::{Labels, Name};
 use std::fmt;
 use std::sync::Arc;

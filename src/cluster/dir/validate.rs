@@ -6,7 +6,8 @@ use super::manifest::Reader;
 use super::names::Names;
 use super::object::{Identity, Kind, Ledger, Object, label};
 use crate::api;
-use crate::plan::model::{self, EgressNode, Gateway, Invalid, ObjectKey, Policy, PolicyKey};
+use crate::plan::egress_node::EgressNode;
+use crate::plan::model::{self, Gateway, Invalid, ObjectKey, Policy, PolicyKey};
 use serde::Deserialize;
 use serde::de::{DeserializeSeed, Deserializer, IgnoredAny};
 use std::sync::Arc;
@@ -133,7 +134,6 @@ pub fn object(
         return match_status(reader, expected, (kind, kind.is_namespaced().then_some(namespace), name), status);
     }
     let names = &mut *reader.names;
-    let for_reader = |meta: model::Metadata| if reader.node.is_some() { meta.for_node() } else { meta };
     // Names of pods and Services stand nowhere else, so there is nothing to share.
     let key = |names: &mut Names| ObjectKey { namespace: names.get(namespace), name: name.into() };
     Ok(Some(match (kind, spec, status) {
@@ -165,13 +165,13 @@ pub fn object(
             Object::Gateway(names.get(name), Arc::new(gateway))
         }
         (Kind::EgressPolicy, Some(Spec::Policy(spec)), _) => {
-            let mut policy = Policy::namespaced(namespace, &spec, for_reader(times(meta)?))?;
+            let mut policy = Policy::namespaced(namespace, &spec, times(meta)?.read_by(reader.node))?;
             names.policy(&mut policy);
             let key = PolicyKey { namespace: Some(names.get(namespace)), name: names.get(name) };
             Object::Policy(key, Arc::new(policy))
         }
         (Kind::ClusterEgressPolicy, Some(Spec::ClusterPolicy(spec)), _) => {
-            let mut policy = Policy::cluster(&spec, for_reader(times(meta)?))?;
+            let mut policy = Policy::cluster(&spec, times(meta)?.read_by(reader.node))?;
             names.policy(&mut policy);
             Object::Policy(PolicyKey { namespace: None, name: names.get(name) }, Arc::new(policy))
         }

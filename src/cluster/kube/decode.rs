@@ -7,7 +7,8 @@ use crate::cluster::dir::fault::Fault;
 use crate::cluster::dir::kubernetes as k8s;
 use crate::cluster::dir::names::Names;
 use crate::cluster::dir::validate::times;
-use crate::plan::model::{self, EgressNode, Gateway, Node, ObjectKey, Pod, Policy, PolicyKey, Service};
+use crate::plan::egress_node::EgressNode;
+use crate::plan::model::{Gateway, Node, ObjectKey, Pod, Policy, PolicyKey, Service};
 use crate::plan::selector::{Labels, Name};
 use ipnetwork::IpNetwork;
 use serde::de::DeserializeOwned;
@@ -156,14 +157,14 @@ fn item(
             let Whole { metadata, spec, status } = whole(text)?;
             let namespace = namespace.clone().ok_or_else(|| Fault::field("metadata.namespace", "is missing"))?;
             let spec = spec.ok_or_else(no_spec)?;
-            let mut policy = Policy::namespaced(&namespace, &spec, for_reader(times(&metadata)?, reading))?;
+            let mut policy = Policy::namespaced(&namespace, &spec, times(&metadata)?.read_by(reading.node.as_deref()))?;
             names.policy(&mut policy);
             let key = PolicyKey { namespace: Some(namespace), name: names.get(name) };
             Item::Policy(key, Arc::new(policy), wanted(status, reading))
         }
         Kind::ClusterEgressPolicy => {
             let Whole { metadata, spec, status } = whole(text)?;
-            let meta = for_reader(times(&metadata)?, reading);
+            let meta = times(&metadata)?.read_by(reading.node.as_deref());
             let mut policy = Policy::cluster(&spec.ok_or_else(no_spec)?, meta)?;
             names.policy(&mut policy);
             let key = PolicyKey { namespace: None, name: names.get(name) };
@@ -215,10 +216,6 @@ fn whole<Spec: DeserializeOwned, Status: DeserializeOwned>(text: &[u8]) -> Resul
 
 fn no_spec() -> Fault {
     Fault::field("spec", "is missing")
-}
-
-fn for_reader(meta: model::Metadata, reading: &Reading) -> model::Metadata {
-    if reading.node.is_some() { meta.for_node() } else { meta }
 }
 
 fn wanted(status: Option<api::EgressPolicyStatus>, reading: &Reading) -> Option<Arc<api::EgressPolicyStatus>> {

@@ -81,8 +81,8 @@ fn output(marks: Marks) -> Vec<Rule> {
     let echo = echo().map(|rule| rule.oif_group(DEVICE_GROUP).notrack());
     // The outer packet inherits the inner one's mark, which would route it into the tunnel again. What goes into the
     // tunnel with such a mark is handed over.
-    let inherits = Rule::new().mark(marks.connection_mask(), marks.connection(0)).oif_group_not(DEVICE_GROUP);
-    let outer = inherits.l4(protocol::UDP).dport(TUNNEL_PORT, TUNNEL_PORT).set_mark(0).notrack().accept();
+    let inherits = tunnel_packet().mark(marks.connection_mask(), marks.connection(0)).oif_group_not(DEVICE_GROUP);
+    let outer = inherits.set_mark(0).notrack().accept();
     [outer, not_ours(), tunnel_packet().goto("output-tunnel")].into_iter().chain(echo).collect()
 }
 

@@ -1,8 +1,9 @@
 //! What nodes say of paths: who holds which, who has taken which over, who cannot hold which.
 
 use crate::api::LedgerPath;
+use crate::plan::egress_node::OfPaths;
 use crate::plan::marks::PathId;
-use crate::plan::model::{Cluster, OfPaths};
+use crate::plan::model::Cluster;
 use crate::plan::paths::Facts;
 use std::collections::{BTreeMap, HashMap, HashSet};
 

@@ -3,7 +3,8 @@ use crate::api::{
     AddressPair, EgressGatewayStatus, EgressNodeStatus, EgressPolicyStatus, LedgerPath, PathKind, RefusedPath,
     TakenPath,
 };
-use crate::plan::model::{EgressNode, PolicyKey};
+use crate::plan::egress_node::EgressNode;
+use crate::plan::model::PolicyKey;
 
 fn ledger(paths: u16) -> EgressGatewayStatus {
     let path = |id| LedgerPath {
