@@ -38,6 +38,7 @@ pub(super) fn chains(marks: Marks, local: Option<IpAddr>) -> Vec<(&'static str, 
         ("known", Chain::new(None, known())),
         ("srcnat", Chain::new(base("nat", hook::POSTROUTING, 99), srcnat(marks))),
         ("departure", Chain::new(at(hook::POSTROUTING, 300), departure(marks))),
+        ("departure-unmarked", Chain::new(None, departure_unmarked(marks))),
         ("departure-marked", Chain::new(None, departure_marked(marks))),
         ("departure-path", Chain::new(None, departure_path(marks))),
         ("departure-first", Chain::new(None, departure_first())),
@@ -97,6 +98,13 @@ fn prerouting(marks: Marks, local: Option<IpAddr>) -> Vec<Rule> {
     let path = marks.connection(0);
     // Others untrack, too: that a packet is untracked does not make it a node's.
     let tunnel = local.map(|local| from_node(Rule::new().ct_state(CT_STATE_UNTRACKED), local).accept());
+    let untagged = |rule: Rule| rule.mark_not(marks.kind_mask(), marks.tag_kind()).accept();
+    // A connection that was there before its pod had a policy is left alone; so is an answer of the pod's.
+    let others = || {
+        let established = Rule::new().ct_state(CT_STATE_ESTABLISHED | CT_STATE_RELATED);
+        established.ct_mark_not(marks.connection_mask(), path)
+    };
+    let left_alone = |rule: Rule| rule.clear_mark(!marks.kind_and_index_mask()).accept();
     let before = [
         Rule::new().iif_group(DEVICE_GROUP).goto("from-tunnel"),
         // A connection keeps its path.
@@ -107,19 +115,17 @@ fn prerouting(marks: Marks, local: Option<IpAddr>) -> Vec<Rule> {
             .accept(),
         // On a gateway: a server's reply to another node's pod.
         reply_to_peer(marks),
+        // Most packets of a node are none of Egret's, and no tunnel packets either.
+        untagged(others().dport_not(TUNNEL_PORT)),
     ];
     let after = [
+        left_alone(others().dport_not(TUNNEL_PORT)),
         Rule::new().ct_mark(marks.connection_mask(), path).jump("tracked"),
         tunnel_packet().jump("foreign"),
-        Rule::new().ct_state(CT_STATE_UNTRACKED).mark_not(marks.kind_mask(), marks.tag_kind()).accept(),
+        untagged(Rule::new().ct_state(CT_STATE_UNTRACKED)),
         Rule::new().ct_state(CT_STATE_NEW | CT_STATE_INVALID).jump("unsolicited"),
-        Rule::new().mark_not(marks.kind_mask(), marks.tag_kind()).accept(),
-        // A connection that was there before its pod had a policy is left alone; so is an answer of the pod's.
-        Rule::new()
-            .ct_state(CT_STATE_ESTABLISHED | CT_STATE_RELATED)
-            .ct_mark_not(marks.connection_mask(), path)
-            .clear_mark(!marks.kind_and_index_mask())
-            .accept(),
+        untagged(Rule::new()),
+        left_alone(others()),
         Rule::new().vmap_by_mark(marks.kind_and_index_mask(), set::PODS),
         Rule::new().counter(counter::BLOCKED).drop(),
     ];
@@ -216,23 +222,29 @@ fn srcnat(marks: Marks) -> Vec<Rule> {
 
 /// The last look at a packet: what has a path leaves by it or not at all.
 fn departure(marks: Marks) -> Vec<Rule> {
+    let unmarked = Rule::new().ct_mark(marks.connection_mask(), marks.connection(0)).ct_original();
+    vec![
+        Rule::new().oif_group(DEVICE_GROUP).goto("departure-tunnel"),
+        Rule::new().mark_not(marks.kind_mask() | marks.path_mask(), 0).goto("departure-marked"),
+        unmarked.goto("departure-unmarked"),
+    ]
+}
+
+/// A request of a connection with a path, without the mark that it should have.
+fn departure_unmarked(marks: Marks) -> Vec<Rule> {
     let kinds = [
         (marks.connection_of_path_mask(), marks.connection(0)),
         (marks.connection_kind_mask(), marks.connection_of_peer(0)),
     ];
-    let request = |(mask, kind)| Rule::new().ct_original().ct_mark(mask, kind);
-    let leaked = kinds.into_iter().flat_map(|kind| {
+    let leaked = kinds.into_iter().flat_map(|(mask, kind)| {
+        let request = Rule::new().ct_mark(mask, kind);
         [
-            request(kind).ct_state(CT_STATE_NEW | CT_STATE_ESTABLISHED),
+            request.clone().ct_state(CT_STATE_NEW | CT_STATE_ESTABLISHED),
             // The node's own is an ICMP error to a server.
-            request(kind).ct_state(CT_STATE_RELATED).forwarded(),
+            request.ct_state(CT_STATE_RELATED).forwarded(),
         ]
     });
-    let rules = [
-        Rule::new().oif_group(DEVICE_GROUP).goto("departure-tunnel"),
-        Rule::new().mark_not(marks.kind_mask() | marks.path_mask(), 0).goto("departure-marked"),
-    ];
-    rules.into_iter().chain(leaked.map(|rule| rule.counter(counter::LEAKED).drop())).collect()
+    leaked.map(|rule| rule.counter(counter::LEAKED).drop()).collect()
 }
 
 /// Out of this node, with a mark that may be Egret's.

@@ -189,6 +189,11 @@ impl Rule {
         loaded.compare(5, &first.to_be_bytes()).compare(3, &last.to_be_bytes())
     }
 
+    /// `th dport != PORT`; of protocols without ports, whatever stands where others have it.
+    pub fn dport_not(self, port: u16) -> Self {
+        self.load_payload(NFT_PAYLOAD_TRANSPORT_HEADER, OFFSET_DPORT, 2, R1).differs(&port.to_be_bytes())
+    }
+
     /// `ct status ! confirmed`: it is the connection's first packet.
     pub fn ct_unconfirmed(self) -> Self {
         self.load_ct(NFT_CT_STATUS).and(&IPS_CONFIRMED.to_ne_bytes()).equals(&[0; 4])
