@@ -41,6 +41,12 @@ struct Measure {
     of: fn(&Pod) -> f64,
 }
 
+impl Measure {
+    fn print(self, table: Table) {
+        table.print([self.what, self.unit, "of the first"]);
+    }
+}
+
 const ONE_STREAM: Measure = Measure { what: "TCP, one stream", unit: "Gbit/s", of: |pod| throughput(pod, 1) };
 const STREAMS_AT_ONCE: Measure =
     Measure { what: "TCP, several streams", unit: "Gbit/s", of: |pod| throughput(pod, STREAMS) };
@@ -60,18 +66,17 @@ fn main() {
         ("egret, 10,000 policies and paths", &many.pod, Bound::AtLeast(0.95)),
     ];
     for measure in [ONE_STREAM, STREAMS_AT_ONCE, CONNECTIONS] {
-        let figures = compare(measure, &remote);
-        println!("10,000 against one: {:.2} (>= 0.97)\n", of(&figures[2], &figures[1]));
+        let (mut table, figures) = compare(measure, &remote);
+        table.row("10,000 against one", String::new(), of(&figures[2], &figures[1]), Bound::AtLeast(0.97));
+        measure.print(table);
     }
 
     println!("A pod that no policy selects:\n");
-    let plain = one.lab.node("bg");
-    plain.set_conflist(one.lab.plain_conflist("bg"));
-    let plain = one.lab.add_pod("bg", "other", "client", &[]);
+    let plain = pod_without_egret(&one.lab, "bg");
     let other = one.lab.add_pod("n1", "other", "client", &[]);
     let others = [("a node without Egret", &plain, Bound::None), ("a node with Egret", &other, Bound::None)];
     for measure in [ONE_STREAM, STREAMS_AT_ONCE, EFFICIENCY] {
-        compare(measure, &others);
+        measure.print(compare(measure, &others).0);
     }
 
     println!("Nodes with links of {LINK}, through a remote gateway:\n");
@@ -80,13 +85,13 @@ fn main() {
         node.run(shape.into_iter().chain(["burst", "1mb", "latency", "20ms"]));
     }
     for measure in [ONE_STREAM, STREAMS_AT_ONCE] {
-        compare(measure, &remote);
+        measure.print(compare(measure, &remote).0);
     }
-    compare(EFFICIENCY, &remote.map(|(what, pod, _)| (what, pod, Bound::None)));
+    EFFICIENCY.print(compare(EFFICIENCY, &remote.map(|(what, pod, _)| (what, pod, Bound::None))).0);
 }
 
-/// Measures the ways by turns and prints what each is of the first.
-fn compare(measure: Measure, ways: &[(&str, &Pod, Bound)]) -> Vec<Vec<f64>> {
+/// Measures the ways by turns: what each is of the first, and its figures.
+fn compare(measure: Measure, ways: &[(&str, &Pod, Bound)]) -> (Table, Vec<Vec<f64>>) {
     let mut figures = vec![Vec::new(); ways.len()];
     for round in 0..ROUNDS {
         for turn in 0..ways.len() {
@@ -99,8 +104,7 @@ fn compare(measure: Measure, ways: &[(&str, &Pod, Bound)]) -> Vec<Vec<f64>> {
     for ((what, _, bound), own) in ways.iter().zip(&figures) {
         table.row(what, format!("{:.2}", median(own)), of(own, &figures[0]), *bound);
     }
-    table.print([measure.what, measure.unit, "of the first"]);
-    figures
+    (table, figures)
 }
 
 /// The median of what is within a round, which is short: a shared machine is faster in one than in another.
@@ -169,10 +173,15 @@ fn bare(lab: &Lab) -> Pod {
     gateway.nft(&format!(
         "table ip gateway {{ chain post {{ type nat hook postrouting priority 99; ip saddr {pods} oif eth0 masquerade; }}; }}"
     ));
-    node.set_conflist(lab.plain_conflist("b1"));
-    let pod = lab.add_pod("b1", "bare", "client", &[]);
+    let pod = pod_without_egret(lab, "b1");
     assert_eq!(pod.who(EXT4).ok(), Some(IpAddr::from(gateway.ipv4())), "the bare way leads through the gateway");
     pod
+}
+
+/// A pod that was made without the plugin, on a node where no daemon runs.
+fn pod_without_egret(lab: &Lab, node: &str) -> Pod {
+    lab.node(node).set_conflist(lab.plain_conflist(node));
+    lab.add_pod(node, "bare", node, &[])
 }
 
 /// What the outside host serves: iperf3, and a port that takes connections and closes them.

@@ -99,11 +99,11 @@ fn prerouting(marks: Marks, local: Option<IpAddr>) -> Vec<Rule> {
     // Others untrack, too: that a packet is untracked does not make it a node's.
     let tunnel = local.map(|local| from_node(Rule::new().ct_state(CT_STATE_UNTRACKED), local).accept());
     let untagged = |rule: Rule| rule.mark_not(marks.kind_mask(), marks.tag_kind()).accept();
-    // A connection that was there before its pod had a policy is left alone; so is an answer of the pod's.
     let others = || {
         let established = Rule::new().ct_state(CT_STATE_ESTABLISHED | CT_STATE_RELATED);
         established.ct_mark_not(marks.connection_mask(), path)
     };
+    // A connection that was there before its pod had a policy is left alone; so is an answer of the pod's.
     let left_alone = |rule: Rule| rule.clear_mark(!marks.kind_and_index_mask()).accept();
     let before = [
         Rule::new().iif_group(DEVICE_GROUP).goto("from-tunnel"),
@@ -230,7 +230,7 @@ fn departure(marks: Marks) -> Vec<Rule> {
     ]
 }
 
-/// A request of a connection with a path, without the mark that it should have.
+/// In the original direction of a connection of Egret's, without the mark that a request should have.
 fn departure_unmarked(marks: Marks) -> Vec<Rule> {
     let kinds = [
         (marks.connection_of_path_mask(), marks.connection(0)),
