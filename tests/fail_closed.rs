@@ -416,6 +416,9 @@ fn where_somebody_else_clears_marks_nothing_leaks() {
     let pods = ["n1", "n2"].map(|n| lab.add_pod(n, "shop", &format!("visitor-{n}"), VISITOR));
     for nodes in [["n1", "n2"], ["g1", "g2"]] {
         for chain in [
+            "prerouting priority -299; meta mark set 0;",
+            "prerouting priority mangle; meta mark set 0;",
+            "prerouting priority mangle; meta mark set ct mark;",
             "prerouting priority -50; meta mark set 0;",
             "prerouting priority -50; meta l4proto { icmp, ipv6-icmp } meta mark set 0;",
             "forward priority mangle; meta mark set 0;",
@@ -439,5 +442,38 @@ fn where_somebody_else_clears_marks_nothing_leaks() {
             pods.iter().for_each(assert_leaves_by_egress);
             lab.assert_nothing_leaked();
         }
+    }
+}
+
+#[test]
+fn whose_tag_somebody_else_takes_is_kept_inside() {
+    let lab = Lab::scene();
+    let inside = lab.add_pod("n2", "office", "inside", &[]);
+    let _server = Server::start(&inside);
+    for node in ["n1", "n2", &owner(&lab).name] {
+        let selected = lab.add_pod(node, "shop", &format!("selected-{node}"), VISITOR);
+        let other = lab.add_pod(node, "office", &format!("other-{node}"), &[]);
+        assert_leaves_by_egress(&selected);
+        let sessions = SERVERS.map(|server| selected.session(server).expect("a session"));
+        // As iptables' CONNMARK --restore-mark does it without a mask.
+        lab.node(node).nft(
+            "table inet other { chain restore { type filter hook prerouting priority mangle; meta mark set ct mark; }; }",
+        );
+        lab.forget_wire();
+        assert_blocked(&selected);
+        lab.assert_nothing_leaked();
+        for address in [IpAddr::from(inside.ipv4()), inside.ipv6().into()] {
+            assert!(selected.who(address).is_ok(), "from {node} to {address}, inside the cluster");
+        }
+        assert!(dropped(&lab.metrics(node), "untagged") >= SERVERS.len() as f64, "on {node}");
+        assert_leaves_by_node(&other);
+        for session in sessions {
+            let report = session.stop();
+            assert!(report.broken.is_none(), "what was decided before goes on: {report:?}");
+        }
+        lab.node(node).nft("delete table inet other");
+        assert_leaves_by_egress(&selected);
+        selected.delete();
+        other.delete();
     }
 }

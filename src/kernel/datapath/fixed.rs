@@ -3,6 +3,7 @@
 //! most, are accepted by the first rules of a chain, each by one that says all that must be true of them. A rule like
 //! that is never what blocks: whoever takes it away sends its packets down the longer way.
 
+use super::pods::direct;
 use super::sets::PORT_BITS;
 use super::{base, counter, set};
 use crate::kernel::names::{ASKING, DEVICE, DEVICE_GROUP, HEALTH, HUB_MAC, TUNNEL_PORT};
@@ -35,6 +36,8 @@ pub(super) fn chains(marks: Marks, local: Option<IpAddr>) -> Vec<(&'static str, 
         ("tracked", Chain::new(None, tracked(marks))),
         ("foreign", Chain::new(None, foreign())),
         ("unsolicited", Chain::new(None, unsolicited())),
+        ("untagged", Chain::new(None, untagged())),
+        ("tag-lost", Chain::new(None, tag_lost())),
         ("known", Chain::new(None, known())),
         ("srcnat", Chain::new(base("nat", hook::POSTROUTING, 99), srcnat(marks))),
         ("departure", Chain::new(at(hook::POSTROUTING, 300), departure(marks))),
@@ -98,7 +101,7 @@ fn prerouting(marks: Marks, local: Option<IpAddr>) -> Vec<Rule> {
     let path = marks.connection(0);
     // Others untrack, too: that a packet is untracked does not make it a node's.
     let tunnel = local.map(|local| from_node(Rule::new().ct_state(CT_STATE_UNTRACKED), local).accept());
-    let untagged = |rule: Rule| rule.mark_not(marks.kind_mask(), marks.tag_kind()).accept();
+    let untagged = |rule: Rule| rule.mark_not(marks.kind_mask(), marks.tag_kind());
     let others = || {
         let established = Rule::new().ct_state(CT_STATE_ESTABLISHED | CT_STATE_RELATED);
         established.ct_mark_not(marks.connection_mask(), path)
@@ -116,15 +119,14 @@ fn prerouting(marks: Marks, local: Option<IpAddr>) -> Vec<Rule> {
         // On a gateway: a server's reply to another node's pod.
         reply_to_peer(marks),
         // Most packets of a node are none of Egret's, and no tunnel packets either.
-        untagged(others().dport_not(TUNNEL_PORT)),
+        untagged(others().dport_not(TUNNEL_PORT)).accept(),
     ];
     let after = [
         left_alone(others().dport_not(TUNNEL_PORT)),
         Rule::new().ct_mark(marks.connection_mask(), path).jump("tracked"),
         tunnel_packet().jump("foreign"),
-        untagged(Rule::new().ct_state(CT_STATE_UNTRACKED)),
         Rule::new().ct_state(CT_STATE_NEW | CT_STATE_INVALID).jump("unsolicited"),
-        untagged(Rule::new()),
+        untagged(Rule::new()).goto("untagged"),
         left_alone(others()),
         Rule::new().vmap_by_mark(marks.kind_and_index_mask(), set::PODS),
         Rule::new().counter(counter::BLOCKED).drop(),
@@ -174,6 +176,19 @@ fn unsolicited() -> Vec<Rule> {
     // The device should be of its group; if it is not, nothing new comes out of it.
     let arrived = Rule::new().iif(DEVICE).counter(counter::UNKNOWN).drop();
     each().map(ping).chain(each().map(to_egress)).chain([arrived]).collect()
+}
+
+/// What is new, and no selected pod's. That a veth gave a packet its tag does not mean that it still has it: others may
+/// set whole marks.
+fn untagged() -> Vec<Rule> {
+    let selected = |(at, ip)| Rule::new().saddr_in_set(ip, set::SELECTED[at]).goto("tag-lost");
+    Ip::BOTH.into_iter().enumerate().map(selected).chain([Rule::new().accept()]).collect()
+}
+
+/// An address is not enough to say whose a packet is, but enough to keep it inside.
+fn tag_lost() -> Vec<Rule> {
+    let lost = Rule::new().counter(counter::UNTAGGED).drop();
+    direct().map(Rule::accept).chain([lost]).collect()
 }
 
 /// What comes out of the tunnel: on a director replies, on a gateway requests, and nodes' questions whether others

@@ -29,12 +29,7 @@ pub(super) fn from_pod(pod: &PodPlan, marks: Marks) -> Vec<Rule> {
 /// index, which the tag needs no more. So a rule that somebody takes away blocks, and does not open what it covered.
 pub(super) fn of_profile(profile: &Profile, marks: Marks) -> Vec<Rule> {
     let pass = |rule: Rule| rule.clear_mark(!marks.kind_and_index_mask()).accept();
-    let mut rules = vec![];
-    for (at, ip) in Ip::BOTH.into_iter().enumerate() {
-        rules.push(pass(Rule::new().daddr_in_set(ip, set::HOSTS[at])));
-        rules.push(pass(Rule::new().daddr_in_set(ip, set::DIRECT[at])));
-    }
-    rules.push(pass(Rule::new().daddr_type(RTN_LOCAL)));
+    let mut rules: Vec<Rule> = direct().map(pass).collect();
     let Profile::Steps(steps) = profile else {
         rules.push(Rule::new().counter(counter::BLOCKED).drop());
         return rules;
@@ -67,6 +62,12 @@ pub(super) fn of_profile(profile: &Profile, marks: Marks) -> Vec<Rule> {
         rules.push(pass(Rule::new().mark(marks.kind_and_index_mask(), by_all)));
     }
     rules
+}
+
+/// To destinations that every pod may reach.
+pub(super) fn direct() -> impl Iterator<Item = Rule> {
+    let sets = |(at, ip)| [set::HOSTS[at], set::DIRECT[at]].map(|set| Rule::new().daddr_in_set(ip, set));
+    Ip::BOTH.into_iter().enumerate().flat_map(sets).chain([Rule::new().daddr_type(RTN_LOCAL)])
 }
 
 /// What a rule matches.

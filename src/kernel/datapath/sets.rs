@@ -6,7 +6,7 @@ use crate::kernel::nft::table::{Bytes, Data, DataType, Elements, Key, Set, SetKi
 use crate::plan::mac::Mac;
 use crate::plan::marks::Marks;
 use crate::plan::networks;
-use crate::plan::node::{View, addresses};
+use crate::plan::node::{NodePlan, View, addresses};
 use crate::plan::paths::Path;
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -57,8 +57,7 @@ pub fn shared_sets(view: &View, peers: &PeerIndexes, marks: Marks, before: &Shar
             Ip::V4 => (DataType::Ipv4, DataType::MarkIpv4),
             Ip::V6 => (DataType::Ipv6, DataType::MarkIpv6),
         };
-        let of_family = |a: &&IpAddr| a.is_ipv4() == (ip == Ip::V4);
-        let plain = |a: &IpAddr| (Key::from(*a), Data::None);
+        let of_family = |a: &&IpAddr| ip.has(a);
         let ways = || {
             let ways = translating.iter().flat_map(|(id, path)| addresses(path).map(|a| (u32::from(*id), a)));
             ways.filter(|(_, a)| of_family(&a))
@@ -105,6 +104,21 @@ pub fn shared_sets(view: &View, peers: &PeerIndexes, marks: Marks, before: &Shar
         if paths.is_gateway { same_port() } else { Elements::default() },
     );
     SharedSets { sets }
+}
+
+/// The addresses of one family of the selected pods, and the set's name.
+pub(super) fn selected(plan: &NodePlan, ip: Ip) -> (&'static str, Set) {
+    let (name, address) = match ip {
+        Ip::V4 => (set::SELECTED[0], DataType::Ipv4),
+        Ip::V6 => (set::SELECTED[1], DataType::Ipv6),
+    };
+    let addresses = plan.pods.values().flat_map(|pod| &pod.addresses).filter(|a| ip.has(a));
+    let kind = SetKind { key: address, data: None, interval: false, counter: false };
+    (name, Set { kind, elements: Arc::new(addresses.map(plain).collect()) })
+}
+
+fn plain(address: &IpAddr) -> (Key, Data) {
+    (Key::from(*address), Data::None)
 }
 
 /// Each four bits that a port can have in one of four places, twice, each padded to four bytes.

@@ -57,6 +57,11 @@ impl Ip {
     /// Both.
     pub const BOTH: [Ip; 2] = [Ip::V4, Ip::V6];
 
+    /// Whether an address is of this version.
+    pub fn has(self, address: &IpAddr) -> bool {
+        address.is_ipv4() == (self == Ip::V4)
+    }
+
     fn nfproto(self) -> u8 {
         match self {
             Ip::V4 => NFPROTO_IPV4,
