@@ -2,9 +2,10 @@
 
 mod lab;
 
+use lab::client::udp_who_by;
 use lab::scene::{assert_blocked, assert_leaves_by_egress, assert_leaves_by_node, egress_towards, visitors};
 use lab::server::UDP_WHO;
-use lab::{EGRESS4, EGRESS6, EXT4, EXT6, FAR4, FAR6, Lab, SERVERS, Server, VISITOR, manifests};
+use lab::{EGRESS4, EGRESS6, EXT4, EXT6, FAR4, FAR6, Lab, SERVERS, Server, Session, VISITOR, manifests};
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
@@ -255,6 +256,38 @@ fn a_policys_beginning_leaves_connections_and_its_end_ends_its_own() {
     assert!(report.broken.is_none(), "the older session: {report:?}");
     let report = new.stop();
     assert!(report.broken.is_some() || report.longest_silence > Duration::from_millis(300), "{report:?}");
+}
+
+#[test]
+fn a_policy_that_ends_while_the_daemon_is_away_ends_its_connections() {
+    let lab = Lab::scene();
+    for node in ["n1", "n2", "g1", "g2"] {
+        let [stays, mut leaves] =
+            ["stays", "leaves"].map(|name| lab.add_pod(node, "shop", &format!("{name}-{node}"), VISITOR));
+        let sessions = [&stays, &leaves].map(|pod| SERVERS.map(|server| pod.session(server).expect("a session")));
+        let sockets = SERVERS.map(|server| leaves.udp_socket((server, UDP_WHO).into()).expect("a socket"));
+        let seen = || sockets.each_ref().map(|socket| udp_who_by(socket).expect("an answer"));
+        assert_eq!(seen(), SERVERS.map(egress_towards), "on {node}");
+
+        let daemon = lab.daemon(node);
+        daemon.kill9();
+        leaves.relabel(&[("app", "other")]);
+        daemon.restart();
+        lab.wait_ready(node);
+        assert_eq!(seen(), [IpAddr::from(leaves.node.ipv4()), leaves.node.ipv6().into()], "on {node}");
+        assert_leaves_by_egress(&stays);
+        std::thread::sleep(Duration::from_millis(500));
+        let [stay, left] = sessions.map(|of_pod| of_pod.map(Session::stop));
+        stay.iter().for_each(|report| assert!(report.broken.is_none(), "on {node}: {report:?}"));
+        for report in left {
+            assert!(
+                report.broken.is_some() || report.longest_silence > Duration::from_millis(400),
+                "on {node}: {report:?}"
+            );
+        }
+        stays.delete();
+        leaves.delete();
+    }
 }
 
 #[test]

@@ -7,7 +7,7 @@ use super::pods::{Holder, Pods, Use};
 use crate::kernel::conntrack::{self, Marked};
 use crate::kernel::netlink::{NETLINK_NETFILTER, Socket};
 use crate::plan::marks::{Marks, PathId};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::IpAddr;
 
 /// Which connections are to be forgotten.
@@ -15,8 +15,8 @@ use std::net::IpAddr;
 pub struct Ended {
     /// All of these addresses.
     pub addresses: BTreeSet<IpAddr>,
-    /// All of addresses that are no pod's.
-    pub strangers: bool,
+    /// All that pods as they are could not have begun: it is not known what they used before this daemon started.
+    pub of_earlier: bool,
     /// Those of these addresses on these paths.
     paths: BTreeMap<IpAddr, BTreeSet<PathId>>,
 }
@@ -38,12 +38,12 @@ impl Ended {
     }
 
     /// Takes them out of the kernel's table. What cannot be taken out is tried again the next time.
-    pub async fn forget(&mut self, marks: Marks, pods: &Pods) {
+    pub async fn forget(&mut self, marks: Marks, uses: &BTreeMap<Holder, Use>) {
         if *self == Ended::default() {
             return;
         }
-        let Ended { addresses, strangers, paths } = self.clone();
-        let known: BTreeSet<IpAddr> = if strangers { pods.addresses().collect() } else { BTreeSet::new() };
+        let Ended { addresses, of_earlier, paths } = self.clone();
+        let possible = of_earlier.then(|| Possible::new(uses));
         let ours = Marked { mark: marks.connection(0), mask: marks.connection_kind_mask() };
         // A large table takes its time, and the endpoint for metrics and health goes on meanwhile.
         let forgotten = tokio::task::spawn_blocking(move || {
@@ -53,7 +53,7 @@ impl Ended {
                 addresses.contains(&c.source)
                     // What is late for a connection begins at the other end.
                     || addresses.contains(&c.reply_source)
-                    || (strangers && !known.contains(&c.source))
+                    || possible.as_ref().is_some_and(|possible| !possible.contains(c.source, path))
                     || paths.get(&c.source).is_some_and(|p| p.contains(&path))
             })
         });
@@ -67,5 +67,31 @@ impl Ended {
             Ok(Err(e)) => tracing::error!("the connection table cannot be cleaned: {e:#}"),
             Err(e) => tracing::error!("the connection table cannot be cleaned: {e}"),
         }
+    }
+}
+
+/// What pods as they are could have begun.
+#[derive(Debug, Default)]
+struct Possible {
+    /// Connections on these paths, of each address.
+    paths: HashMap<IpAddr, BTreeSet<PathId>>,
+    /// Any of these addresses: it is not known which policies select them.
+    any: HashSet<IpAddr>,
+}
+
+impl Possible {
+    fn new(uses: &BTreeMap<Holder, Use>) -> Self {
+        let mut possible = Possible::default();
+        for (address, used) in uses.values().flat_map(|used| used.addresses.iter().map(move |a| (*a, used))) {
+            if used.held {
+                possible.any.insert(address);
+            }
+            possible.paths.entry(address).or_default().extend(&used.paths);
+        }
+        possible
+    }
+
+    fn contains(&self, source: IpAddr, path: PathId) -> bool {
+        self.any.contains(&source) || self.paths.get(&source).is_some_and(|paths| paths.contains(&path))
     }
 }

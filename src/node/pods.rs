@@ -54,6 +54,8 @@ pub struct Use {
     pub addresses: Vec<IpAddr>,
     /// The paths.
     pub paths: BTreeSet<PathId>,
+    /// Whether it is not known which policies select the pod.
+    pub held: bool,
 }
 
 /// How many pods are in which state.
@@ -212,7 +214,8 @@ impl Pods {
                 Profile::Held => census.held += 1,
                 Profile::Steps(_) => census.selected += 1,
             }
-            uses.insert(holder, Use { addresses: addresses.to_vec(), paths: profile.paths() });
+            let held = profile == Profile::Held;
+            uses.insert(holder, Use { addresses: addresses.to_vec(), paths: profile.paths(), held });
             let pod = PodPlan {
                 interface: interface.name.clone(),
                 interface_index: interface.index,

@@ -54,12 +54,7 @@ impl Host {
     /// # Errors
     /// No answer, or a refusal.
     pub fn udp_who_from(&self, port: u16, server: SocketAddr) -> io::Result<IpAddr> {
-        machine::asked(|| {
-            let socket = self.udp_socket_at(port, server)?;
-            socket.set_read_timeout(Some(FIRST_PACKET))?;
-            socket.send(b"who")?;
-            receive_address(&socket)
-        })
+        machine::asked(|| udp_who_by(&self.udp_socket_at(port, server)?))
     }
 
     /// Sends one ICMP echo request and takes the answer.
@@ -103,6 +98,16 @@ impl Host {
             Ok(socket)
         })
     }
+}
+
+/// Asks the server that a UDP socket is connected to who asks, by one packet.
+///
+/// # Errors
+/// No answer, or a refusal.
+pub fn udp_who_by(socket: &UdpSocket) -> io::Result<IpAddr> {
+    socket.set_read_timeout(Some(FIRST_PACKET))?;
+    socket.send(b"who")?;
+    receive_address(socket)
 }
 
 /// The address in a server's answer.

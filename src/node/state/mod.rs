@@ -154,7 +154,7 @@ impl Node {
         for found in adoption::find_all(&node.host.routes, strangers).await {
             node.adopt(found);
         }
-        node.ended.strangers = true;
+        node.ended.of_earlier = true;
         Ok(node)
     }
 
@@ -344,7 +344,7 @@ impl Node {
             self.left_behind = false;
         }
         // Before anybody is answered: the runtime may give a pod's address to the next one then.
-        self.ended.forget(self.options.marks, &self.pods).await;
+        self.ended.forget(self.options.marks, &self.uses).await;
         for id in self.leaving.drain(..) {
             id.forget(&self.options.run_dir).context("attachments")?;
         }
