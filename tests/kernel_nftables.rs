@@ -2,7 +2,7 @@
 
 mod namespace;
 
-use egret::api::{AddressPair, Fallback, Protocol};
+use egret::api::{AddressPair, Fallback, MAX_EXCEPTIONS, Protocol};
 use egret::kernel::datapath::{self, INET, Made, PeerIndexes, SharedSets, set};
 use egret::kernel::nft::Nftables;
 use egret::plan::destination::{Destination, Network, Ports};
@@ -93,6 +93,40 @@ fn view_and_plan(nodes: u16, pods: u32) -> (View, NodePlan, PeerIndexes) {
         plan.add(&view, pod, profile);
     }
     (view, plan, peers)
+}
+
+/// As much as policies may cover, and a rule as long as a rule can get.
+#[test]
+fn the_kernel_takes_what_policies_may_be() {
+    in_namespace(|| async {
+        veths(1);
+        let (view, mut plan, peers) = view_and_plan(3, 1);
+        let inside = |n: usize| format!("2001:db8:{n:x}::/48").parse().unwrap();
+        let network =
+            Network { cidr: "2001:db8::/32".parse().unwrap(), except: (1..=MAX_EXCEPTIONS).map(inside).collect() };
+        let ports = |first| Ports { protocol: Protocol::Sctp, first, last: first + 1 };
+        let covers = Destination { networks: vec![network; 40].into(), ports: (1..=25).map(ports).collect() };
+        assert_eq!(covers.rules(), 1_000);
+        let step = |fallback| Step {
+            policy: PolicyKey::from("a/b"),
+            path: Some(17),
+            fallback,
+            covers: [covers.clone()].into(),
+        };
+        let steps = [Fallback::NodeAddress, Fallback::Block, Fallback::Block].map(step);
+        let profile = Profile::Steps(steps.into());
+        let pod = plan.pods.values_mut().next().unwrap();
+        pod.profile = profile.name();
+        let pod = pod.clone();
+        plan.add(&view, pod, profile);
+        let marks = Marks::default();
+        let shared = datapath::shared_sets(&view, &peers, marks, &SharedSets::default());
+        let made = Made::new(plan, &shared, marks, None);
+        let mut nft = Nftables::open().unwrap();
+        assert!(nft.apply(made.tables()).unwrap() > 4_000);
+        nft.distrust();
+        assert_eq!(nft.apply(made.tables()).unwrap(), 0, "read back");
+    });
 }
 
 fn veths(n: u32) {

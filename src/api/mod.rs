@@ -53,7 +53,7 @@ impl AddressPair {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Condition {
-    /// `Accepted`, `Ready` or `Shadowed`.
+    /// `Accepted`, `Ready`, `Shadowed` (policies) or `AddressesLeft` (gateways).
     #[serde(rename = "type")]
     pub type_: String,
     /// `True`, `False` or `Unknown`.

@@ -126,13 +126,17 @@ pub struct EgressPeer {
     pub ip_block: IpBlock,
 }
 
+/// How many exceptions a network can have: each takes three expressions of the one rule that they all stand in, of
+/// which the kernel allows 128 (`NFT_RULE_MAXEXPRS`, net/netfilter/nf_tables_api.c) in less than 4,096 bytes.
+pub const MAX_EXCEPTIONS: usize = 24;
+
 /// A network, and networks within it that are not meant.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct IpBlock {
     /// The network in CIDR notation, `203.0.113.0/24` or `2001:db8::/32`.
     pub cidr: String,
-    /// Networks within `cidr` that are not meant.
+    /// Networks within `cidr` that are not meant, at most 24.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub except: Vec<String>,
 }

@@ -6,6 +6,7 @@
 //!
 //! A rule's cost is estimated from how long lists and texts can be, so those that rules look at have bounds.
 
+use super::MAX_EXCEPTIONS;
 use serde_json::{Value, json};
 
 /// The pool's entries: an address, a network or a range, of one family.
@@ -72,7 +73,7 @@ fn policy() -> Vec<Addition> {
         (format!("{rule}/properties/ports"), json!({"maxItems": 100})),
         (block.clone(), with_rules(json!({}), &[(families, "except has to be of the family of cidr")])),
         (format!("{block}/properties/cidr"), json!({"format": "cidr", "maxLength": 64})),
-        (format!("{block}/properties/except"), json!({"maxItems": 50})),
+        (format!("{block}/properties/except"), json!({"maxItems": MAX_EXCEPTIONS})),
         (format!("{block}/properties/except/items"), json!({"format": "cidr", "maxLength": 64})),
         (
             port.clone(),

@@ -5,6 +5,7 @@
 //! entries (`NLM_F_DUMP_INTR`).
 
 use netlink_sys::{Socket as RawSocket, SocketAddr};
+use nix::libc::MSG_TRUNC;
 use std::io;
 
 /// Netlink protocol numbers, include/uapi/linux/netlink.h.
@@ -36,6 +37,9 @@ const HEADER: usize = 16;
 /// Attribute types carry two flags in their upper bits.
 const NLA_TYPE_MASK: u16 = 0x3fff;
 const NLA_F_NESTED: u16 = 0x8000;
+/// How much is received at once. The kernel makes a dump's datagrams as large as what was received into before, up to
+/// 32 KiB (`netlink_dump`, net/netlink/af_netlink.c); what does not fit into one, a long rule, ends the dump.
+const BUFFER: usize = 64 << 10;
 /// How often an interrupted dump is read again before it is given up.
 const DUMP_TRIES: usize = 20;
 
@@ -91,7 +95,7 @@ impl Socket {
         raw.set_ext_ack(true)?;
         // Old kernels do not know it for every protocol; then dumps are merely not filtered by the kernel.
         let _ = raw.set_netlink_get_strict_chk(true);
-        Ok(Socket { raw, port, sequence: 0, buffer: Vec::with_capacity(64 * 1024) })
+        Ok(Socket { raw, port, sequence: 0, buffer: Vec::with_capacity(BUFFER) })
     }
 
     /// Lets a batch of `bytes` be sent at once, and as many acknowledgements be held.
@@ -133,13 +137,15 @@ impl Socket {
     #[expect(clippy::disallowed_methods, reason = "this is the helper that others use")]
     pub fn receive(&mut self, mut each: impl FnMut(Message<'_>)) -> Result<(), Error> {
         self.buffer.clear();
-        let (datagram, _) = loop {
-            match self.raw.recv_from_full() {
+        let length = loop {
+            match self.raw.recv(&mut self.buffer, MSG_TRUNC) {
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
                 other => break other?,
             }
         };
-        self.buffer = datagram;
+        if length > self.buffer.len() {
+            return Err(Error::Malformed);
+        }
         messages(&self.buffer, &mut each)
     }
 

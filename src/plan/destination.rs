@@ -1,6 +1,6 @@
 //! What a policy covers: networks, exceptions, ports.
 
-use crate::api::{EgressPort, EgressRule, Protocol};
+use crate::api::{EgressPort, EgressRule, MAX_EXCEPTIONS, Protocol};
 use ipnetwork::IpNetwork;
 
 /// What one policy covers; an empty list of networks or of ports means all of them.
@@ -57,6 +57,13 @@ pub fn contains(outer: &IpNetwork, inner: &IpNetwork) -> bool {
     outer.is_ipv4() == inner.is_ipv4() && outer.prefix() <= inner.prefix() && outer.contains(inner.network())
 }
 
+impl Destination {
+    /// How many rules it takes: one for each combination of a network and a range of ports.
+    pub fn rules(&self) -> usize {
+        self.networks.len().max(1) * self.ports.len().max(1)
+    }
+}
+
 impl TryFrom<&EgressRule> for Destination {
     type Error = DestinationError;
 
@@ -64,6 +71,13 @@ impl TryFrom<&EgressRule> for Destination {
         let mut networks = Vec::new();
         for peer in &rule.to {
             let cidr = parse_cidr(&peer.ip_block.cidr)?;
+            let count = peer.ip_block.except.len();
+            if count > MAX_EXCEPTIONS {
+                return Err(DestinationError(format!(
+                    "{cidr} has {count} exceptions, and at most {MAX_EXCEPTIONS} can be; write several smaller networks \
+                     instead, each with its own exceptions"
+                )));
+            }
             let mut except = Vec::new();
             for text in &peer.ip_block.except {
                 let net = parse_cidr(text)?;

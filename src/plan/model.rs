@@ -171,6 +171,9 @@ impl AddressRange {
     }
 }
 
+/// How many combinations of a network and a range of ports a policy can cover: each is a rule of each pod's profile.
+const MAX_RULES: usize = 1_000;
+
 /// An EgressPolicy or a ClusterEgressPolicy, validated.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Policy {
@@ -363,7 +366,7 @@ impl Policy {
     ///
     /// # Errors
     /// Both or neither of `podSelector` and `services`, both of `address` and `allocate`, networks or ports that
-    /// cannot be parsed, a selector that cannot be understood.
+    /// cannot be parsed or are too many, a selector that cannot be understood.
     pub fn namespaced(namespace: &str, spec: &EgressPolicySpec, meta: Metadata) -> Result<Self, Invalid> {
         Policy::new(Namespaces::One(namespace.into()), spec, meta)
     }
@@ -422,6 +425,16 @@ impl Policy {
                     let d = Destination::try_from(rule)
                         .map_err(|e: DestinationError| Invalid::new(format!("spec.egress[{i}]"), e))?;
                     all.push(d);
+                }
+                let rules: usize = all.iter().map(Destination::rules).sum();
+                if rules > MAX_RULES {
+                    return Err(Invalid::new(
+                        "spec.egress",
+                        format!(
+                            "makes {rules} combinations of a network and ports, and at most {MAX_RULES} can be; use wider \
+                             networks or ranges of ports"
+                        ),
+                    ));
                 }
                 Some(all.into())
             }

@@ -185,8 +185,13 @@ impl NodePlan {
         self.handed.iter().filter(move |(id, _)| is_here(id)).map(|(id, (_, mac))| (*id, *mac))
     }
 
-    /// Adds a pod.
-    pub fn add(&mut self, view: &View, pod: PodPlan, profile: Profile) {
+    /// Adds a pod. It is held if its profile's name is another one's: a name is a hash, and policies' names are chosen
+    /// by those who are held to them.
+    pub fn add(&mut self, view: &View, mut pod: PodPlan, mut profile: Profile) {
+        if self.profiles.get(&pod.profile).is_some_and(|other| *other != profile) {
+            profile = Profile::Held;
+            pod.profile = profile.name();
+        }
         for id in profile.paths() {
             if let Some(path) = view.paths.paths.get(&id)
                 && !matches!(path.state, PathState::Unready(_))

@@ -31,9 +31,12 @@ pub struct Step {
     pub covers: Arc<[Destination]>,
 }
 
+/// How many rules a pod's policies may take together: what the kernel is told of a node goes to it in one piece.
+const MAX_RULES: usize = 4_000;
+
 impl Profile {
     /// From the policies that select a pod, the first deciding first. What comes after a policy that covers
-    /// everything is left out. `None` if no policy selects the pod.
+    /// everything is left out. `None` if no policy selects the pod. One whose policies take too many rules is held.
     pub fn new(policies: &[&Ranked], paths: &Paths) -> Option<Self> {
         let mut steps = Vec::new();
         for Ranked { key, policy } in policies {
@@ -50,6 +53,9 @@ impl Profile {
             if all {
                 break;
             }
+        }
+        if steps.iter().flat_map(|step| step.covers.iter()).map(Destination::rules).sum::<usize>() > MAX_RULES {
+            return Some(Profile::Held);
         }
         (!steps.is_empty()).then_some(Profile::Steps(steps))
     }
@@ -79,5 +85,44 @@ impl Step {
     /// Whether it covers every destination outside the cluster.
     pub fn covers_everything(&self) -> bool {
         self.covers.is_empty()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::plan::destination::Ports;
+    use crate::plan::fixture::selector;
+    use crate::plan::model::{Metadata, Policy};
+    use crate::plan::node::{NodePlan, PodPlan, View};
+
+    fn policy(name: &str, ports: u16) -> Ranked {
+        let spec = crate::api::EgressPolicySpec { pod_selector: Some(selector(&[])), ..Default::default() };
+        let mut policy = Policy::namespaced("a", &spec, Metadata::default()).unwrap();
+        let port = |first| Ports { protocol: crate::api::Protocol::Tcp, first, last: first };
+        policy.egress = Some([Destination { networks: Box::default(), ports: (1..=ports).map(port).collect() }].into());
+        Ranked { key: PolicyKey::from(format!("a/{name}").as_str()), policy: Arc::new(policy) }
+    }
+
+    #[test]
+    fn a_pod_whose_policies_are_too_long_is_held() {
+        let all = ["p", "q", "r", "s", "t"].map(|name| policy(name, 1_000));
+        let profile = |count| Profile::new(&all.iter().take(count).collect::<Vec<_>>(), &Paths::default());
+        assert!(matches!(profile(4), Some(Profile::Steps(steps)) if steps.len() == 4));
+        assert_eq!(profile(5), Some(Profile::Held));
+    }
+
+    #[test]
+    fn a_profile_is_not_another_one_for_its_name() {
+        let paths = Paths::default();
+        let [one, other] = ["p", "q"].map(|name| Profile::new(&[&policy(name, 1)], &paths).unwrap());
+        let mut plan = NodePlan::default();
+        for (tag, profile) in [(1, &one), (2, &one), (3, &other)] {
+            let interface_index = u32::from(tag);
+            let pod = PodPlan { interface: "v".into(), interface_index, addresses: vec![], tag, profile: one.name() };
+            plan.add(&View::default(), pod, profile.clone());
+        }
+        let profiles: Vec<&Profile> = plan.pods.values().map(|pod| &plan.profiles[&pod.profile]).collect();
+        assert_eq!(profiles, [&one, &one, &Profile::Held]);
     }
 }

@@ -109,6 +109,10 @@ async fn lists_are_read_in_yaml_and_in_json() {
 }
 
 /// Each: a manifest, the line that is to be told, and what is to be told.
+fn list(item: &str, times: usize) -> String {
+    format!("[{}]", vec![item; times].join(", "))
+}
+
 #[tokio::test]
 async fn what_is_wrong_is_told_with_its_line() {
     let gateway = |body: &str| {
@@ -128,6 +132,8 @@ async fn what_is_wrong_is_told_with_its_line() {
         (gateway("  addresses: []\n"), 6, "\"nodeSelector\" is missing"),
         (gateway("  nodeSelector: {}\nsepc: {}\n"), 7, "unknown field \"sepc\""),
         (policy("  podSelector: {}\n  egress:\n  - to:\n    - ipBlock: {cidr: 203.0.113.1/24}\n"), 8, "EgressPolicy/p: spec.egress[0]: "),
+        (policy(&format!("  podSelector: {{}}\n  egress:\n  - to:\n    - ipBlock: {{cidr: 10.0.0.0/8, except: {:?}}}\n", vec!["10.1.0.0/16"; 25])), 8, "25 exceptions, and at most 24"),
+        (policy(&format!("  podSelector: {{}}\n  egress:\n  - to: {}\n    ports: {}\n", list("{ipBlock: {cidr: 10.0.0.0/8}}", 91), list("{port: 1}", 11))), 7, "makes 1001 combinations"),
         (policy("  podSelector: {}\n  fallback: Open\n"), 7, "\"Open\" is not possible here; write Block or NodeAddress"),
         (policy("  podSelector: {}\n  address: {}\n"), 7, "spec.address: "),
         (policy("  priority: 1\n"), 5, "spec: selects no pods"),
