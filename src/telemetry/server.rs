@@ -21,8 +21,11 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, watch};
 use tokio::task::AbortHandle;
 
-/// Connections served at once. Scrapers and probes are few; more are a mistake or an attack, and wait.
+/// Connections from other hosts and from pods that are served at once, and as many from this host itself, which kubelet's
+/// probes come from. Scrapers and probes are few; more are a mistake or an attack, and are closed.
 const MAX_CONNECTIONS: usize = 32;
+/// A request has this long to arrive.
+const REQUEST_TIME: Duration = Duration::from_secs(3);
 /// A connection has this long for all of its one request and answer.
 const CONNECTION_TIME: Duration = Duration::from_secs(30);
 /// <https://prometheus.io/docs/specs/om/open_metrics_spec/#overall-structure>
@@ -150,12 +153,13 @@ pub async fn serve(address: SocketAddr, endpoint: Endpoint) -> io::Result<Server
 }
 
 async fn accept(listener: TcpListener, endpoint: Arc<Endpoint>) {
-    let free = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    let [own, others] = [(); 2].map(|()| Arc::new(Semaphore::new(MAX_CONNECTIONS)));
     loop {
-        // The semaphore is never closed.
-        let Ok(permit) = free.clone().acquire_owned().await else { return };
         match listener.accept().await {
-            Ok((stream, _)) => {
+            Ok((stream, from)) => {
+                let is_own = stream.local_addr().is_ok_and(|here| here.ip() == from.ip());
+                let free = if is_own { &own } else { &others };
+                let Ok(permit) = free.clone().try_acquire_owned() else { continue };
                 let endpoint = endpoint.clone();
                 tokio::spawn(async move {
                     let _permit = permit;
@@ -179,6 +183,7 @@ async fn connection(stream: TcpStream, endpoint: Arc<Endpoint>) {
     let served = hyper::server::conn::http1::Builder::new()
         .timer(TokioTimer::new())
         .keep_alive(false)
+        .header_read_timeout(REQUEST_TIME)
         .serve_connection(TokioIo::new(stream), service)
         .await;
     if let Err(e) = served {
@@ -240,6 +245,34 @@ mod tests {
         let (server, _ready) = started(Registry::default()).await;
         assert!(get(&server, "GET /").await.starts_with("HTTP/1.1 404"));
         assert!(get(&server, "POST /metrics").await.starts_with("HTTP/1.1 405"));
+    }
+
+    #[tokio::test]
+    async fn who_says_nothing_keeps_nobody_out() {
+        let (ready, readiness) = watch::channel(Ok(()));
+        let server = serve("[::]:0".parse().unwrap(), Endpoint::new(Registry::default(), readiness)).await.unwrap();
+        let port = server.address().port();
+        // 127.0.0.2 is not the address that is spoken to, so this is as from elsewhere.
+        let connect = async |from: [u8; 4]| {
+            let socket = tokio::net::TcpSocket::new_v4().unwrap();
+            socket.bind((from, 0).into()).unwrap();
+            socket.connect(([127, 0, 0, 1], port).into()).await.unwrap()
+        };
+        let ask = async |mut stream: TcpStream| {
+            let mut answer = String::new();
+            let _ = stream.write_all(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n").await;
+            let _ = stream.read_to_string(&mut answer).await;
+            answer.starts_with("HTTP/1.1 200")
+        };
+        let mut silent = Vec::new();
+        for _ in 0..MAX_CONNECTIONS {
+            silent.push(connect([127, 0, 0, 2]).await);
+        }
+        assert!(!ask(connect([127, 0, 0, 2]).await).await, "one too many");
+        assert!(ask(connect([127, 0, 0, 1]).await).await, "from this host");
+        tokio::time::sleep(REQUEST_TIME + Duration::from_millis(500)).await;
+        assert!(ask(connect([127, 0, 0, 2]).await).await, "the silent ones have been closed");
+        drop(ready);
     }
 
     #[test]
