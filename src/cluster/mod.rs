@@ -234,7 +234,10 @@ impl Statuses {
         notices: Vec<Notice>,
     ) -> Result<Option<Box<str>>, NotWritten> {
         match self {
-            Statuses::Dir(d) => Ok(d.gateway(name, status).map(|()| None)?),
+            Statuses::Dir(d) => {
+                let (d, name, status) = (d.clone(), name.to_owned(), status.clone());
+                Ok(in_background(move || d.gateway(&name, &status)).await.map(|()| None)?)
+            }
             Statuses::Kube(k) => k.gateway(name, status, in_place_of, notices).await,
         }
     }
@@ -262,7 +265,10 @@ impl Statuses {
         notices: Vec<Notice>,
     ) -> Result<(), NotWritten> {
         match self {
-            Statuses::Dir(d) => Ok(d.policy(key, status)?),
+            Statuses::Dir(d) => {
+                let (d, key, status) = (d.clone(), key.clone(), status.clone());
+                Ok(in_background(move || d.policy(&key, &status)).await?)
+            }
             Statuses::Kube(k) => k.policy(key, status, notices).await,
         }
     }
@@ -282,7 +288,10 @@ impl Statuses {
     /// It could not be stored.
     pub async fn node(&self, name: &str, status: &EgressNodeStatus) -> Result<(), NotWritten> {
         match self {
-            Statuses::Dir(d) => Ok(d.node(name, status)?),
+            Statuses::Dir(d) => {
+                let (d, name, status) = (d.clone(), name.to_owned(), status.clone());
+                Ok(in_background(move || d.node(&name, &status)).await?)
+            }
             Statuses::Kube(k) => k.node(name, status).await,
         }
     }
@@ -309,6 +318,13 @@ impl Statuses {
             Statuses::Kube(_) => Ok(()),
         }
     }
+}
+
+/// The directory may be on another machine, and that may be away: nothing else shall wait for it.
+async fn in_background<T: Send + 'static>(
+    work: impl FnOnce() -> anyhow::Result<T> + Send + 'static,
+) -> anyhow::Result<T> {
+    tokio::task::spawn_blocking(work).await?
 }
 
 /// Logs each problem once, and once that it is over.

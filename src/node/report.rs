@@ -15,18 +15,30 @@ use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
 use tokio::sync::watch;
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep_until};
 
 /// A status that could not be written is tried again after this long.
 const AGAIN: Duration = Duration::from_secs(5);
+
+/// What is in nodes' statuses for people alone is written at this pace by all nodes together: with each node that comes or
+/// goes all of them have something else to say, and each hears what each says.
+const FOR_PEOPLE: Duration = Duration::from_millis(100);
 
 /// Writes each only when it has changed.
 pub struct Report {
     statuses: Statuses,
     run_dir: PathBuf,
-    published: watch::Sender<Option<EgressNodeStatus>>,
+    published: watch::Sender<Option<Published>>,
     spoken: Option<LastWord>,
     spoken_of: Mark<PolicyIndex>,
+}
+
+/// What a node is to say of itself.
+#[derive(Clone, Debug, PartialEq)]
+struct Published {
+    status: EgressNodeStatus,
+    /// How many nodes there are.
+    nodes: u32,
 }
 
 impl Report {
@@ -39,7 +51,8 @@ impl Report {
 
     /// Tells the other nodes where this end of the tunnel is, and what it holds. Nothing waits until that is written:
     /// an API server that does not answer must not keep this node from taking over what another one leaves.
-    pub fn publish(&self, view: &View, tunnel: Option<&Tunnel>, facts: &Facts) {
+    /// There are so many `nodes`.
+    pub fn publish(&self, view: &View, tunnel: Option<&Tunnel>, facts: &Facts, nodes: usize) {
         let Some(tunnel) = tunnel else { return };
         let refused = facts.refused.iter().map(|(id, why)| RefusedPath { id: *id, message: why.clone() });
         let direct = view.networks.origins.iter();
@@ -55,9 +68,10 @@ impl Report {
             silent: facts.dead.iter().filter(|_| view.paths.is_gateway).map(ToString::to_string).collect(),
             direct: direct.collect(),
         };
+        let nodes = u32::try_from(nodes).unwrap_or(u32::MAX);
         self.published.send_if_modified(|published| {
-            let changed = published.as_ref() != Some(&status);
-            *published = Some(status);
+            let changed = published.as_ref().is_none_or(|before| before.status != status);
+            *published = Some(Published { status, nodes });
             changed
         });
     }
@@ -89,18 +103,37 @@ impl Report {
 }
 
 /// Writes the newest status, until nobody tells of one any more.
-async fn publish(name: String, statuses: Statuses, mut wanted: watch::Receiver<Option<EgressNodeStatus>>) {
-    let mut written = true;
+async fn publish(name: String, statuses: Statuses, mut wanted: watch::Receiver<Option<Published>>) {
+    let mut written: Option<EgressNodeStatus> = None;
+    let mut due: Option<Instant> = None;
+    // Which of all nodes is this one: they have all heard of the same.
+    let [.., high, low] = mac::of_node(&name);
+    let turn = f64::from(u16::from_be_bytes([high, low])) / f64::from(u16::MAX);
+    let mut refused = false;
     loop {
         tokio::select! {
             changed = wanted.changed() => if changed.is_err() { return },
-            () = sleep(AGAIN), if !written => {}
+            () = sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() => {}
         }
-        let Some(status) = wanted.borrow_and_update().clone() else { continue };
+        let Some(Published { status, nodes }) = wanted.borrow_and_update().clone() else { continue };
+        if written.as_ref() == Some(&status) {
+            due = None;
+            continue;
+        }
+        let for_people_only =
+            |before: &EgressNodeStatus| before.clone().for_machines() == status.clone().for_machines();
+        if written.as_ref().is_some_and(for_people_only) {
+            let now = Instant::now();
+            if *due.get_or_insert(now + (FOR_PEOPLE * nodes).mul_f64(turn)) > now {
+                continue;
+            }
+        }
         let result = statuses.node(&name, &status).await;
-        if let (Err(e), true) = (&result, written) {
+        if let (Err(e), false) = (&result, refused) {
             tracing::warn!("the status of EgressNode {name} could not be written, and is tried again: {e:#}");
         }
-        written = result.is_ok();
+        refused = result.is_err();
+        due = refused.then(|| Instant::now() + AGAIN);
+        written = Some(status).filter(|_| !refused);
     }
 }
