@@ -179,18 +179,20 @@ impl<'a> Network<'a> {
     /// The list without `egret-cni`.
     pub fn without_entry(&self) -> String {
         let mut text = self.text.to_owned();
-        for at in (0..self.plugins.len()).rev().filter(|_| self.kind == Kind::List) {
-            if !self.plugins[at].is_ours() {
-                continue;
-            }
-            let mut range = self.range(self.plugins[at].text);
-            // With the comma, and the space before or after, that was put in with it.
-            if at > 0 {
-                range.start = self.range(self.plugins[at - 1].text).end;
-            } else if let Some(next) = self.plugins.get(1) {
-                range.end = self.range(next.text).start;
-            }
-            text.replace_range(range, "");
+        if self.kind == Kind::Single {
+            return text;
+        }
+        let range = |at: usize| self.range(self.plugins[at].text);
+        let first = self.plugins.iter().position(|p| !p.is_ours());
+        // With the comma, and the space before or after, that was put in with it.
+        for at in (first.unwrap_or(0) + 1..self.plugins.len()).rev().filter(|at| self.plugins[*at].is_ours()) {
+            text.replace_range(range(at - 1).end..range(at).end, "");
+        }
+        match first {
+            Some(0) => {}
+            Some(first) => text.replace_range(range(0).start..range(first).start, ""),
+            None if self.plugins.is_empty() => {}
+            None => text.replace_range(range(0), ""),
         }
         text
     }
@@ -291,6 +293,9 @@ mod tests {
         assert_eq!(without, own.replace(r#",{"type":"egret-cni"}"#, ""));
         let first = own.replace(r#"{"type":"a"},"#, "");
         let without = Network::read(&first, Kind::List).unwrap().without_entry();
+        assert_eq!(without, first.replace(r#"{"type":"egret-cni"},"#, ""));
+        let several = own.replace(r#"{"type":"a"}"#, r#"{"type":"egret-cni"}, {"type":"egret-cni"}"#);
+        let without = Network::read(&several, Kind::List).unwrap().without_entry();
         assert_eq!(without, first.replace(r#"{"type":"egret-cni"},"#, ""));
     }
 

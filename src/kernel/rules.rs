@@ -1,4 +1,4 @@
-//! Policy-routing rules: marks to tables, and the quarantine of single pods.
+//! Policy-routing rules: marks to tables.
 
 use super::names::{PROTOCOL, RULE_REPLY, RULE_REQUEST, RULE_UPLINK};
 use super::route_socket::{Change, RouteSocket};

@@ -174,9 +174,10 @@ impl Pods {
             cluster.pods.get(key).is_some_and(|p| runs(p) && *p.addresses == *addresses)
         };
         self.adopted.retain(|key, a| listed(key, &a.addresses));
-        // A pod that was just added may not have its addresses in the cluster yet.
+        // A pod that was just added may not have its addresses in the cluster yet, and a runtime may know of more of them.
         self.ended.retain(|key, addresses| {
-            cluster.pods.get(key).is_some_and(|p| p.addresses.is_empty() || *p.addresses == **addresses)
+            let same = |p: &Pod| p.addresses.is_empty() || p.addresses.iter().any(|a| addresses.contains(a));
+            cluster.pods.get(key).is_some_and(|p| same(p))
         });
     }
 
@@ -205,6 +206,10 @@ impl Pods {
     /// The plan of all pods, what each uses, and how many are in which state.
     pub fn plan(&mut self, cluster: &Cluster, view: &View) -> (NodePlan, BTreeMap<Holder, Use>, Census) {
         let (mut plan, mut uses, mut census) = (NodePlan::default(), BTreeMap::new(), Census::default());
+        // Whose pods are gone, the others can have: there may be some without.
+        let attached = self.attached.values().filter_map(|a| a.interface.as_ref());
+        let there = attached.chain(self.adopted.values().map(|a| &a.interface)).map(|i| i.index).collect();
+        self.tags.retain(&there);
         let (tags, mut in_use) = (&mut self.tags, HashSet::new());
         let mut add = |holder, interface: &Interface, addresses: &[IpAddr], profile: Profile| {
             let tag = tags.get(interface.index);
@@ -286,7 +291,7 @@ impl Tags {
     }
 
     fn get(&mut self, index: u32) -> u16 {
-        if let Some(tag) = self.of.get(&index) {
+        if let Some(tag) = self.of.get(&index).filter(|tag| **tag != OVERFLOW_TAG) {
             return *tag;
         }
         let taken: HashSet<u16> = self.of.values().copied().collect();
@@ -301,5 +306,24 @@ impl Tags {
 
     fn retain(&mut self, indexes: &HashSet<u32>) {
         self.of.retain(|index, _| indexes.contains(index));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pod_without_a_tag_gets_one_when_another_has_gone() {
+        let mut tags = Tags::default();
+        let all: HashSet<u16> = (1..=510).map(|index| tags.get(index)).collect();
+        assert_eq!(all, (1..OVERFLOW_TAG).collect());
+        assert_eq!([511, 512].map(|index| tags.get(index)), [OVERFLOW_TAG; 2]);
+        // A restarted daemon finds the tags in the kernel.
+        let mut tags = Tags::new(tags.of.iter().map(|(index, tag)| (*tag, *index)));
+        let given_back = tags.get(7);
+        tags.retain(&(1..=512).filter(|index| *index != 7).collect());
+        assert_eq!([511, 512].map(|index| tags.get(index)), [given_back, OVERFLOW_TAG]);
+        assert_eq!([511, 512].map(|index| tags.get(index)), [given_back, OVERFLOW_TAG]);
     }
 }

@@ -4,7 +4,7 @@ mod said;
 
 use super::ledger::is_drained;
 use super::mac::Mac;
-use super::marks::PathId;
+use super::marks::{MAX_INDEX, PathId};
 use super::model::{Cluster, Gateway, PolicyKey};
 use super::ownership::{self, Liveness, Standing};
 use super::selector::Name;
@@ -151,7 +151,7 @@ impl Paths {
             let selected = labels.is_some_and(|l| gateway.nodes.matches(l));
             let named = gateway.status.paths.iter().flat_map(|entry| [&entry.node, &entry.leaving]);
             let named: BTreeSet<&str> = named.flatten().map(|name| &**name).collect();
-            let uplink = if selected || named.contains(node) { out.uplink_index(gateway) } else { 0 };
+            let uplink = if selected || named.contains(node) { out.uplink_index(gateway) } else { Some(0) };
             for entry in &gateway.status.paths {
                 let scene = Scene { node, name, gateway, members: &members, selected, uplink, facts, ends: &ends };
                 let path = scene.path(entry, &said, &liveness);
@@ -186,17 +186,21 @@ impl Paths {
         self.of_policy.binary_search_by(|(key, _)| key.cmp(policy)).ok().map(|at| self.of_policy[at].1)
     }
 
-    fn uplink_index(&mut self, gateway: &Gateway) -> u16 {
+    /// 0 for the main table's route. A mark has no room for more than [`MAX_INDEX`].
+    fn uplink_index(&mut self, gateway: &Gateway) -> Option<u16> {
         if gateway.next_hop.is_empty() {
-            return 0;
+            return Some(0);
         }
         let uplink =
             Uplink { interface: gateway.interface.clone(), next_hop: (gateway.next_hop.ipv4, gateway.next_hop.ipv6) };
-        let at = self.uplinks.iter().position(|u| *u == uplink).unwrap_or_else(|| {
+        let at = self.uplinks.iter().position(|u| *u == uplink).unwrap_or(self.uplinks.len());
+        if at >= usize::from(MAX_INDEX) {
+            return None;
+        }
+        if at == self.uplinks.len() {
             self.uplinks.push(uplink);
-            self.uplinks.len() - 1
-        });
-        at as u16 + 1
+        }
+        Some(at as u16 + 1)
     }
 }
 
@@ -228,7 +232,8 @@ struct Scene<'a> {
     members: &'a [Name],
     /// Whether the node is one of the gateway's.
     selected: bool,
-    uplink: u16,
+    /// `None`: the node has as many next hops as there can be, and not this one.
+    uplink: Option<u16>,
     facts: &'a Facts,
     ends: &'a BTreeMap<&'a str, End<'a>>,
 }
@@ -288,13 +293,13 @@ impl Scene<'_> {
             managed,
             handed_by: from.and_then(|old| self.ends.get(old)).map(|end| end.mac),
             answers_ping: managed && gateway.answer_ping,
-            translates: member && if managed { !refused } else { !unready },
+            translates: member && self.uplink.is_some() && if managed { !refused } else { !unready },
             placing,
             by_ledger,
             taken_over: mine && managed && here && !by_ledger && !leaves,
             since: entry.since,
             interface: gateway.interface.clone(),
-            uplink: self.uplink,
+            uplink: self.uplink.unwrap_or_default(),
         }
     }
 
@@ -327,6 +332,9 @@ impl Scene<'_> {
             }),
             Some(owner) if owner == self.node => match self.facts.refused.get(&entry.id) {
                 Some(why) => unready(why.clone()),
+                None if self.uplink.is_none() => unready(format!(
+                    "node {owner} has {MAX_INDEX} next hops of gateways already, and no room for another"
+                )),
                 None if external && !here => PathState::Unready(literal!("its address is on no node of the gateway")),
                 None if !member => unready(format!("this node is no longer one of gateway {name}'s")),
                 None if managed && !here && !self.facts.coming.contains(&entry.id) => {

@@ -151,7 +151,7 @@ impl Holding {
                 self.cleared.remove(id);
                 self.answered.remove(id);
                 // After a start, it may be that only this node thinks that another one has it.
-                if here && verify {
+                if here && verify && look.can_ask(path) {
                     decision.ask.insert(*id);
                 }
             }

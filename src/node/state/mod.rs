@@ -162,7 +162,8 @@ impl Node {
     async fn load_attachments(&mut self) -> Result<()> {
         let all = attachment::load_all(&self.options.run_dir).context("attachments")?;
         for a in all {
-            if self.pods.get(&a.id) == Some(&a) {
+            // Of one whose DEL has come the file stays until everything else is undone.
+            if self.pods.get(&a.id) == Some(&a) || self.leaving.contains(&a.id) {
                 continue;
             }
             let interface = self.interface(&a).await?;
@@ -301,7 +302,7 @@ impl Node {
             now.clone_from(&state);
             changed
         });
-        self.report.publish(&self.view, self.host.tunnel_end(), &self.facts);
+        self.report.publish(&self.view, self.host.tunnel_end(), &self.facts, self.cluster.nodes.len());
         self.set_targets();
         self.seek_strangers();
         state.is_err()

@@ -134,6 +134,7 @@ impl<'a> Book<'a> {
         let demands = self.paths[path].demands.iter();
         let mut users: Vec<usize> = demands.flat_map(|d| self.demands.all[*d].policies.iter().copied()).collect();
         users.sort_unstable();
+        users.dedup();
         users
     }
 

@@ -4,6 +4,7 @@ use super::book::{Book, Path};
 use super::demand::Want;
 use super::family::{Family, addresses, overlap, pair};
 use crate::api::{LedgerPath, PathKind};
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 /// Carries over what stays, and lets the rest of it rest.
@@ -71,7 +72,7 @@ fn node_path(book: &mut Book, gateway: usize, path: &LedgerPath) -> bool {
     else {
         return false;
     };
-    let demands: Vec<usize> =
+    let demands: BTreeSet<usize> =
         demands_of(book, gateway, path).filter(|d| book.demands.all[*d].want == Want::Node).collect();
     let address = book.own_address(node);
     // With another address it is another path: what runs over the old one cannot live on.
