@@ -161,6 +161,23 @@ fn a_masquerade_that_comes_after_egret_changes_nothing() {
 }
 
 #[test]
+fn a_masquerade_that_comes_before_others_changes_nothing() {
+    let lab = Lab::scene();
+    for node in lab.nodes() {
+        // As kindnet's, and one with a priority that others have used.
+        node.nft(
+            "table inet kindnet-ipmasq { chain postrouting { type nat hook postrouting priority srcnat - 10; \
+               ip daddr 10.244.0.0/16 return; ip6 daddr fd00:244::/32 return; masquerade; }; }
+             table inet other { chain post { type nat hook postrouting priority srcnat - 1; masquerade; }; }",
+        );
+    }
+    for node in ["n1", "n2", "g1", "g2"] {
+        assert_leaves_by_egress(&lab.add_pod(node, "shop", &format!("visitor-{node}"), VISITOR));
+        assert_leaves_by_node(&lab.add_pod(node, "office", &format!("other-{node}"), &[]));
+    }
+}
+
+#[test]
 fn an_address_of_the_gateway_is_no_door_to_it() {
     let lab = Lab::scene();
     let _servers: Vec<_> = lab.nodes().iter().map(|n| Server::start(n)).collect();

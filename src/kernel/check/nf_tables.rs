@@ -114,7 +114,7 @@ const TRIALS: &[Trial] = &[
     ),
     ("source NAT", "by a map", "needs CONFIG_NFT_NAT and CONFIG_NF_NAT, the modules nft_nat and nft_chain_nat", |b| {
         b.set(NFPROTO_INET, TYPE_MARK, 4, Some((TYPE_IPV4, 4)), 0);
-        b.chain(NFPROTO_INET, "nat", NF_INET_POST_ROUTING, 99, None);
+        b.chain(NFPROTO_INET, "nat", NF_INET_POST_ROUTING, -190, None);
         b.rule(NFPROTO_INET, |r| {
             expression(r, "meta", &[(META_KEY, NFT_META_MARK), (META_DREG, NFT_REG_1)]);
             lookup(r);

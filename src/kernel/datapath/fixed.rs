@@ -21,6 +21,10 @@ const ECHO_REQUEST4: u8 = 8;
 /// What VXLAN's group-based policy carries of a mark. In a request it is the path id, in a reply a peer's index with
 /// bit 15 set, which is no path.
 const WIRE_MASK: u32 = 0xffff;
+/// Before the masquerade of any CNI: kindnet's is at 90. All chains of this type run at one place of the hook, and their
+/// priorities order them among each other; it must be above connection tracking's own, -200 (`nft_chain_parse_hook`,
+/// net/netfilter/nf_tables_api.c).
+const SRCNAT: i32 = -190;
 /// What nobody has forwarded.
 const HOP_LIMIT: u8 = 255;
 
@@ -39,7 +43,7 @@ pub(super) fn chains(marks: Marks, local: Option<IpAddr>) -> Vec<(&'static str, 
         ("untagged", Chain::new(None, untagged())),
         ("tag-lost", Chain::new(None, tag_lost())),
         ("known", Chain::new(None, known())),
-        ("srcnat", Chain::new(base("nat", hook::POSTROUTING, 99), srcnat(marks))),
+        ("srcnat", Chain::new(base("nat", hook::POSTROUTING, SRCNAT), srcnat(marks))),
         ("departure", Chain::new(at(hook::POSTROUTING, 300), departure(marks))),
         ("departure-unmarked", Chain::new(None, departure_unmarked(marks))),
         ("departure-marked", Chain::new(None, departure_marked(marks))),
@@ -217,7 +221,7 @@ fn known() -> Vec<Rule> {
     vec![Rule::new().set_mark_by_ct_mark(set::PATH_OUT).accept(), Rule::new().counter(counter::BLOCKED).drop()]
 }
 
-/// One before the masquerade of any CNI: whoever is translated here is translated there no more.
+/// Before the masquerade of any CNI: whoever is translated here is translated there no more.
 fn srcnat(marks: Marks) -> Vec<Rule> {
     let leaving = || {
         Rule::new()
