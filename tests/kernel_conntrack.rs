@@ -2,7 +2,7 @@
 
 mod namespace;
 
-use egret::kernel::conntrack::{Fate, Marked, delete, list, settle};
+use egret::kernel::conntrack::{Fate, Marked, delete, delete_of, list, settle};
 use egret::kernel::netlink::{NETLINK_NETFILTER, Socket};
 use namespace::{in_namespace, run};
 use std::collections::BTreeSet;
@@ -48,6 +48,28 @@ fn a_pods_connections_on_some_paths_are_forgotten_and_others_stay() {
         assert_eq!(delete(&mut socket, PATHS, doomed).unwrap(), 0);
         assert_eq!(shown(), 4);
         assert_eq!(list(&mut socket, Marked { mark: 0, mask: 0 }).unwrap().len(), 4);
+    });
+}
+
+#[test]
+fn all_connections_of_an_address_are_forgotten_and_nobody_elses() {
+    in_namespace(|| async {
+        let mut socket = Socket::open(NETLINK_NETFILTER).unwrap();
+        for (n, source) in ["10.244.1.5", "fd00:244:1::5", "10.244.1.6", "fd00:244:1::6"].into_iter().enumerate() {
+            let n = n as u16 * 10;
+            connection(source, None, 1001 + n, 0);
+            connection(source, None, 1002 + n, 0x4547_0011);
+            connection(source, Some(if source.contains(':') { "2001:db8::50" } else { "192.0.2.50" }), 1003 + n, 7);
+        }
+        assert_eq!(shown(), 12);
+        assert_eq!(delete_of(&mut socket, address("10.244.1.5"), |_| true).unwrap(), 3);
+        assert_eq!(delete_of(&mut socket, address("10.244.1.5"), |_| true).unwrap(), 0);
+        assert_eq!(delete_of(&mut socket, address("fd00:244:1::5"), |_| true).unwrap(), 3);
+        assert_eq!(shown(), 6);
+        // Those that it answers.
+        assert_eq!(delete_of(&mut socket, address("192.0.2.100"), |_| true).unwrap(), 3);
+        assert_eq!(delete_of(&mut socket, address("2001:db8::100"), |_| true).unwrap(), 3);
+        assert_eq!(shown(), 0);
     });
 }
 

@@ -4,6 +4,7 @@ mod lab;
 
 use lab::cni::call;
 use lab::scene::{assert_leaves_by_egress, assert_leaves_by_node};
+use lab::server::UDP_WHO;
 use lab::{EGRESS4, EXT4, Lab, Node, Pod, SERVERS, VISITOR};
 use serde_json::{Value, json};
 use std::fs;
@@ -332,5 +333,39 @@ fn versions_from_0_3_0_to_1_0_0_run_through_the_whole_chain() {
         assert_eq!(pod.result.as_ref().expect("a result")["cniVersion"], version);
         assert_leaves_by_egress(&pod);
         pod.delete();
+    }
+}
+
+/// A tracked connection keeps the address that it left from, and the next pod's first packet may be one of it.
+#[test]
+fn a_selected_pod_inherits_no_connection_of_the_pod_that_had_its_address() {
+    let lab = Lab::scene();
+    let asks = |who: &ByHand| who.pod.udp_who_from(5060, (EXT4, UDP_WHO).into());
+    for (del, away) in [(true, false), (false, false), (true, true), (false, true)] {
+        let case = format!("del-{del}-away-{away}");
+        let first = ByHand::add(&lab, &format!("first-{case}"), &[("app", "other")], "cali1", "10.244.1.77");
+        lab.wait_seen_as(&first.pod, first.pod.node.ipv4());
+        assert_eq!(asks(&first).ok(), Some(first.pod.node.ipv4().into()));
+        let daemon = lab.daemon("n1");
+        if away {
+            daemon.kill9();
+        }
+        if del {
+            first.egret("DEL");
+        }
+        first.unplug();
+        first.pod.forget();
+        let second = ByHand::add(&lab, &format!("second-{case}"), VISITOR, "cali2", "10.244.1.77");
+        lab.forget_wire();
+        if away {
+            assert!(asks(&second).is_err(), "{case}");
+            daemon.restart();
+            lab.wait_ready("n1");
+        }
+        assert_eq!(asks(&second).ok(), Some(EGRESS4.into()), "{case}");
+        assert_eq!(lab.sources(EXT4), [EGRESS4.into()].into(), "{case}");
+        second.egret("DEL");
+        second.unplug();
+        second.pod.forget();
     }
 }

@@ -1,24 +1,43 @@
 //! Connections that have ended, by a pod's end or by the end of a policy, while the kernel still tracks them.
 //!
-//! A tracked connection keeps the path that it began with. Left in the table, it would lend its path to the next pod
-//! with the same address, and keep the pod on a path that it has no more.
+//! A tracked connection keeps the way that it began with. Left in the table, it would lend its path, or the node's address,
+//! to the next pod with the same address, and keep the pod on a path that it has no more.
 
 use super::pods::{Holder, Pods, Use};
-use crate::kernel::conntrack::{self, Marked};
+use crate::kernel::conntrack::{self, Connection, Marked};
 use crate::kernel::netlink::{NETLINK_NETFILTER, Socket};
 use crate::plan::marks::{Marks, PathId};
+use crate::plan::networks::Networks;
+use crate::plan::shared::Shared;
+use anyhow::Result;
+use ipnetwork::IpNetwork;
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::IpAddr;
 
 /// Which connections are to be forgotten.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Ended {
-    /// All of these addresses.
+    /// All of these addresses: their pods are gone.
     pub addresses: BTreeSet<IpAddr>,
+    /// Those of these addresses with the outside: their pods, which are in quarantine, cannot have begun them.
+    pub quarantined: BTreeSet<IpAddr>,
     /// All that pods as they are could not have begun: it is not known what they used before this daemon started.
     pub of_earlier: bool,
     /// Those of these addresses on these paths.
     paths: BTreeMap<IpAddr, BTreeSet<PathId>>,
+}
+
+/// What is to be known of the node, to tell connections by.
+#[derive(Clone, Debug)]
+pub struct Scene {
+    /// Egret's marks.
+    pub marks: Marks,
+    /// What is inside the cluster.
+    pub networks: Shared<Networks>,
+    /// The networks that this node's pods have their addresses from.
+    pub of_pods: Box<[IpNetwork]>,
+    /// Addresses in them that are somebody's now.
+    pub in_use: HashSet<IpAddr>,
 }
 
 impl Ended {
@@ -37,26 +56,17 @@ impl Ended {
         }
     }
 
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        *self == Ended::default()
+    }
+
     /// Takes them out of the kernel's table. What cannot be taken out is tried again the next time.
-    pub async fn forget(&mut self, marks: Marks, uses: &BTreeMap<Holder, Use>) {
-        if *self == Ended::default() {
-            return;
-        }
-        let Ended { addresses, of_earlier, paths } = self.clone();
-        let possible = of_earlier.then(|| Possible::new(uses));
-        let ours = Marked { mark: marks.connection(0), mask: marks.connection_kind_mask() };
+    pub async fn forget(&mut self, uses: &BTreeMap<Holder, Use>, scene: Scene) {
+        let ended = self.clone();
+        let possible = self.of_earlier.then(|| Possible::new(uses));
         // A large table takes its time, and the endpoint for metrics and health goes on meanwhile.
-        let forgotten = tokio::task::spawn_blocking(move || {
-            let mut socket = Socket::open(NETLINK_NETFILTER)?;
-            conntrack::delete(&mut socket, ours, |c| {
-                let path = (c.mark & marks.path_mask()) as PathId;
-                addresses.contains(&c.source)
-                    // What is late for a connection begins at the other end.
-                    || addresses.contains(&c.reply_source)
-                    || possible.as_ref().is_some_and(|possible| !possible.contains(c.source, path))
-                    || paths.get(&c.source).is_some_and(|p| p.contains(&path))
-            })
-        });
+        let forgotten = tokio::task::spawn_blocking(move || ended.take_out(&scene, possible.as_ref()));
         match forgotten.await {
             Ok(Ok(n)) => {
                 if n > 0 {
@@ -67,6 +77,34 @@ impl Ended {
             Ok(Err(e)) => tracing::error!("the connection table cannot be cleaned: {e:#}"),
             Err(e) => tracing::error!("the connection table cannot be cleaned: {e}"),
         }
+    }
+
+    fn take_out(&self, scene: &Scene, possible: Option<&Possible>) -> Result<usize> {
+        let marks = scene.marks;
+        let ours = Marked { mark: marks.connection(0), mask: marks.connection_kind_mask() };
+        let is_ours = |c: &Connection| c.mark & ours.mask == ours.mark;
+        let mut socket = Socket::open(NETLINK_NETFILTER)?;
+        let mut forgotten = 0;
+        if possible.is_some() || !self.paths.is_empty() {
+            forgotten += conntrack::delete(&mut socket, ours, |c| {
+                let path = (c.mark & marks.path_mask()) as PathId;
+                possible.is_some_and(|possible| !possible.contains(c.source, path))
+                    || self.paths.get(&c.source).is_some_and(|p| p.contains(&path))
+            })?;
+        }
+        if possible.is_some() {
+            let gone = |a: &IpAddr| scene.of_pods.iter().any(|n| n.contains(*a)) && !scene.in_use.contains(a);
+            let all = Marked { mark: 0, mask: 0 };
+            forgotten += conntrack::delete(&mut socket, all, |c| gone(&c.source) || gone(&c.reply_source))?;
+        }
+        for address in &self.addresses {
+            forgotten += conntrack::delete_of(&mut socket, *address, |_| true)?;
+        }
+        for address in &self.quarantined {
+            let is_outside = |c: &Connection| !is_ours(c) && !scene.networks.is_direct(c.reply_source);
+            forgotten += conntrack::delete_of(&mut socket, *address, is_outside)?;
+        }
+        Ok(forgotten)
     }
 }
 

@@ -114,8 +114,12 @@ impl Pods {
 
     /// Whether a pod has this address.
     pub fn has_address(&self, address: &IpAddr) -> bool {
+        self.has_brought(address) || self.adopted.values().any(|a| a.addresses.contains(address))
+    }
+
+    /// Whether the plugin brought a pod with this address.
+    pub fn has_brought(&self, address: &IpAddr) -> bool {
         self.attached.values().any(|a| a.attachment.addresses.contains(address))
-            || self.adopted.values().any(|a| a.addresses.contains(address))
     }
 
     /// Whether the plugin brought this.

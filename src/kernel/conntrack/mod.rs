@@ -10,7 +10,7 @@ use crate::kernel::netlink::{
     attributes,
 };
 use anyhow::{Context, Result};
-use nix::libc::ENOENT;
+use nix::libc::{AF_INET, AF_INET6, ENOENT};
 use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
@@ -26,6 +26,11 @@ const CTA_MARK: u16 = 8;
 const CTA_ID: u16 = 12;
 const CTA_ZONE: u16 = 18;
 const CTA_MARK_MASK: u16 = 21;
+const CTA_FILTER: u16 = 25;
+const CTA_FILTER_ORIG_FLAGS: u16 = 1;
+const CTA_FILTER_REPLY_FLAGS: u16 = 2;
+/// What of a tuple a dump is filtered by: `CTA_FILTER_FLAG(CTA_IP_SRC)`, net/netfilter/nf_internals.h. Since Linux 5.8.
+const FILTER_IP_SRC: u32 = 1;
 const CTA_TUPLE_IP: u16 = 1;
 const CTA_IP_V4_SRC: u16 = 1;
 const CTA_IP_V4_DST: u16 = 2;
@@ -104,9 +109,39 @@ pub fn settle(socket: &mut Socket, marked: Marked, fate: impl Fn(&Connection) ->
         };
         Some((request(raw)?, follower))
     })?;
+    delete_all(socket, &found)
+}
+
+fn delete_all(socket: &mut Socket, requests: &[(Vec<u8>, Option<Vec<u8>>)]) -> Result<usize> {
     let mut deleted = 0;
-    for batch in found.chunks(BATCH) {
+    for batch in requests.chunks(BATCH) {
         deleted += send(socket, batch).context("cannot delete tracked connections")?;
+    }
+    Ok(deleted)
+}
+
+/// Forgets connections that an address has begun or that it answers, whatever their mark, which `doomed` picks, and returns
+/// how many. The kernel looks for the address.
+///
+/// # Errors
+/// The kernel's refusal; some may have been forgotten by then.
+pub fn delete_of(socket: &mut Socket, address: IpAddr, doomed: impl Fn(&Connection) -> bool) -> Result<usize> {
+    let mut deleted = 0;
+    for (tuple, flags) in [(CTA_TUPLE_ORIG, CTA_FILTER_ORIG_FLAGS), (CTA_TUPLE_REPLY, CTA_FILTER_REPLY_FLAGS)] {
+        let mut filter = vec![0; NFGENMSG];
+        filter[0] = if address.is_ipv4() { AF_INET as u8 } else { AF_INET6 as u8 };
+        filter.nested(tuple, |t| {
+            t.nested(CTA_TUPLE_IP, |ip| match address {
+                IpAddr::V4(a) => ip.attribute(CTA_IP_V4_SRC, &a.octets()),
+                IpAddr::V6(a) => ip.attribute(CTA_IP_V6_SRC, &a.octets()),
+            });
+        });
+        filter.nested(CTA_FILTER, |f| f.attribute(flags, &FILTER_IP_SRC.to_ne_bytes()));
+        let found = select_filtered(socket, &filter, |c, raw| {
+            let is_doomed = (c.source == address || c.reply_source == address) && doomed(&c);
+            Some((is_doomed.then(|| request(raw))??, None))
+        })?;
+        deleted += delete_all(socket, &found)?;
     }
     Ok(deleted)
 }
@@ -126,11 +161,19 @@ fn select_raw<T>(
         filter.be32(CTA_MARK, marked.mark);
         filter.be32(CTA_MARK_MASK, marked.mask);
     }
-    let entries = socket.dump(IPCTNL_MSG_CT_GET, &filter, Vec::new, |found, message| {
-        let Some(connection) = parse(message) else { return };
-        if connection.mark & marked.mask == marked.mark & marked.mask {
-            found.extend(pick(connection, message));
-        }
+    select_filtered(socket, &filter, |connection, message| {
+        let is_marked = connection.mark & marked.mask == marked.mark & marked.mask;
+        is_marked.then(|| pick(connection, message)).flatten()
+    })
+}
+
+fn select_filtered<T>(
+    socket: &mut Socket,
+    filter: &[u8],
+    mut pick: impl FnMut(Connection, &[u8]) -> Option<T>,
+) -> Result<Vec<T>> {
+    let entries = socket.dump(IPCTNL_MSG_CT_GET, filter, Vec::new, |found, message| {
+        found.extend(parse(message).and_then(|connection| pick(connection, message)));
     });
     entries.context("cannot read the tracked connections; is the kernel module nf_conntrack_netlink there?")
 }

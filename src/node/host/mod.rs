@@ -306,20 +306,23 @@ impl Host {
         Ok(veth.filter(|v| v.peer_index == peer_index).map(|v| super::pods::Interface { name: v.name, index: v.index }))
     }
 
-    /// Puts addresses into quarantine.
-    pub fn quarantine(&mut self, addresses: &[IpAddr]) -> Result<()> {
-        addresses.iter().try_for_each(|a| self.quarantine.hold(a)).context("quarantine")
+    /// Puts addresses into quarantine. That they are there already is fine.
+    pub fn quarantine<'a>(&mut self, addresses: impl IntoIterator<Item = &'a IpAddr>) -> Result<()> {
+        addresses.into_iter().try_for_each(|a| self.quarantine.hold(a)).context("quarantine")
     }
 
-    /// Lifts quarantines, but for those of the addresses `keep`. Returns how many.
-    pub fn lift_quarantines(&mut self, keep: &BTreeSet<IpAddr>) -> Result<usize> {
-        let mut lifted = 0;
-        for address in self.quarantine.held().context("quarantine")?.difference(keep) {
+    /// The addresses in quarantine.
+    pub fn quarantined(&mut self) -> Result<BTreeSet<IpAddr>> {
+        self.quarantine.held().context("quarantine")
+    }
+
+    /// Lifts quarantines.
+    pub fn lift_quarantines(&mut self, addresses: &BTreeSet<IpAddr>) -> Result<()> {
+        for address in addresses {
             self.quarantine.lift(address).with_context(|| format!("quarantine of {address}"))?;
             tracing::info!(%address, "quarantine lifted");
-            lifted += 1;
         }
-        Ok(lifted)
+        Ok(())
     }
 }
 

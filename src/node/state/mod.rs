@@ -12,7 +12,7 @@ use crate::cni::protocol::{Failure, codes};
 use crate::kernel::watch::{Event, Interest};
 use crate::node::Options;
 use crate::node::adoption::{self, Found};
-use crate::node::ended::Ended;
+use crate::node::ended::{self, Ended};
 use crate::node::holding::Holding;
 use crate::node::host::Host;
 use crate::node::liveness::{Seen, Targets};
@@ -167,6 +167,8 @@ impl Node {
                 continue;
             }
             let interface = self.interface(&a).await?;
+            // Which of two pods with one address is gone, and whose connections there are, is not known.
+            self.ended.of_earlier |= !self.of_gone(&a).is_empty();
             self.attach(a, interface);
         }
         Ok(())
@@ -179,12 +181,13 @@ impl Node {
         }
     }
 
+    /// The addresses of a new pod that another one has, which must be gone.
+    fn of_gone(&self, a: &Attachment) -> Vec<IpAddr> {
+        let is_new = self.pods.get(&a.id).is_none();
+        a.addresses.iter().filter(|x| is_new && self.pods.has_address(x)).copied().collect()
+    }
+
     fn attach(&mut self, a: Attachment, interface: Option<Interface>) {
-        let taken: Vec<IpAddr> = a.addresses.iter().filter(|x| self.pods.has_address(x)).copied().collect();
-        if !taken.is_empty() && self.pods.get(&a.id).is_none() {
-            // A pod that is gone had the address; its connections are not this one's.
-            self.ended.addresses.extend(taken);
-        }
         self.stale |= a.addresses.iter().any(|x| !self.view.networks.is_direct(*x));
         let before = self.missing.len();
         self.missing.retain(|_, (_, held)| !held.iter().any(|x| a.addresses.contains(x)));
@@ -338,18 +341,40 @@ impl Node {
         }
         self.ended.uses(&self.uses, &uses, &self.pods);
         self.uses = uses;
+        let mut lifted = BTreeSet::new();
         if left_behind {
-            // Not before the tables hold those who were quarantined.
-            let missing = self.missing.values().flat_map(|(_, addresses)| addresses).copied().collect();
-            changes += self.host.lift_quarantines(&missing)?;
-            self.left_behind = false;
+            let missing: BTreeSet<IpAddr> =
+                self.missing.values().flat_map(|(_, addresses)| addresses).copied().collect();
+            self.host.quarantine(&missing)?;
+            lifted = self.host.quarantined()?.difference(&missing).copied().collect();
+            self.ended.quarantined = lifted.iter().filter(|a| self.pods.has_brought(a)).copied().collect();
         }
         // Before anybody is answered: the runtime may give a pod's address to the next one then.
-        self.ended.forget(self.options.marks, &self.uses).await;
+        if !self.ended.is_empty() {
+            let scene = self.scene();
+            self.ended.forget(&self.uses, scene).await;
+        }
+        if left_behind {
+            // Not before the tables hold those who were quarantined.
+            self.host.lift_quarantines(&lifted)?;
+            changes += lifted.len();
+            self.left_behind = false;
+        }
         for id in self.leaving.drain(..) {
             id.forget(&self.options.run_dir).context("attachments")?;
         }
         Ok(changes)
+    }
+
+    fn scene(&self) -> ended::Scene {
+        let of_pods = self.cluster.nodes.get(&*self.options.name).map(|node| node.pod_cidrs.clone());
+        let listed = self.cluster.pods.values().flat_map(|pod| pod.addresses.iter().copied());
+        ended::Scene {
+            marks: self.options.marks,
+            networks: self.view.networks.clone(),
+            of_pods: of_pods.unwrap_or_default(),
+            in_use: self.pods.addresses().chain(listed).chain(self.facts.addresses.iter().copied()).collect(),
+        }
     }
 
     /// Brings the tables in step with the view. Returns how many changes it took, and what the pods use.

@@ -74,6 +74,8 @@ impl Node {
         if !pods::is_known(&a, &self.cluster) {
             self.listeners.lookup.look_for(ObjectKey::new(&a.pod.namespace, &a.pod.name), &a.pod.uid);
         }
+        // Whatever the kernel still tracks of them is not this one's.
+        self.ended.addresses.extend(self.of_gone(&a));
         self.attach(a, interface);
         Ok(())
     }
