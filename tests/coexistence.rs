@@ -2,10 +2,10 @@
 
 mod lab;
 
-use lab::scene::{assert_leaves_by_egress, assert_leaves_by_node};
-use lab::{EGRESS4, EXT4, EXT6, Lab, Node, Server, VISITOR, server};
+use lab::scene::{assert_blocked, assert_leaves_by_egress, assert_leaves_by_node};
+use lab::{EGRESS4, EXT4, EXT6, Lab, Node, Pods, Server, VISITOR, server};
 use serde_json::json;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
 use std::time::Duration;
 
 /// Network sysctls of the node, less those of devices that come and go.
@@ -174,6 +174,47 @@ fn a_masquerade_that_comes_before_others_changes_nothing() {
     for node in ["n1", "n2", "g1", "g2"] {
         assert_leaves_by_egress(&lab.add_pod(node, "shop", &format!("visitor-{node}"), VISITOR));
         assert_leaves_by_node(&lab.add_pod(node, "office", &format!("other-{node}"), &[]));
+    }
+}
+
+/// What the plugin holds up comes back past the chain on the pod's veth, and goes into the tunnel past the one there, so that
+/// only the owner can let it out: docs/limits.md.
+#[test]
+fn a_limit_of_a_pods_bandwidth_does_not_take_it_past_egret() {
+    let lab = Lab::scene();
+    let inside = lab.add_pod("n2", "office", "inside", &[]);
+    let _server = Server::start(&inside);
+    for name in ["n1", "n2", "g1", "g2"] {
+        let node = lab.node(name);
+        let limit = json!({"type": "bandwidth", "egressRate": 100_000_000, "egressBurst": 100_000_000});
+        let own = json!({"type": "egret-cni", "socket": node.cni_socket()});
+        let plain = lab.plain_conflist(name);
+        for conflist in [plain.clone().with(limit.clone()).with(own.clone()), plain.with(own).with(limit)] {
+            node.set_conflist(conflist);
+            let pod = lab.add_pod(name, "shop", "visitor", VISITOR);
+            let other = lab.add_pod(name, "office", "other", &[]);
+            lab.forget_wire();
+            if node.spec.pods == Pods::Routed && node.ip("-o addr").contains(&format!(" {EGRESS4}/32 ")) {
+                assert_leaves_by_egress(&pod);
+                lab.assert_nothing_leaked();
+                lab.forget_wire();
+            } else {
+                assert_blocked(&pod);
+            }
+            if node.spec.pods == Pods::Routed {
+                let forged = Ipv4Addr::from(u32::from(pod.ipv4()) + 99);
+                pod.ip(&format!("addr add {forged}/32 dev eth0"));
+                let socket = pod.within(|| UdpSocket::bind((forged, 0))).expect("bind");
+                let _ = socket.send_to(b"who", (EXT4, server::UDP_WHO));
+                std::thread::sleep(Duration::from_millis(50));
+            }
+            lab.assert_silence();
+            assert_eq!(pod.who(inside.ipv4()).ok(), Some(pod.ipv4().into()), "{name}");
+            assert_eq!(pod.who(inside.ipv6()).ok(), Some(pod.ipv6().into()), "{name}");
+            assert_leaves_by_node(&other);
+            pod.delete();
+            other.delete();
+        }
     }
 }
 

@@ -5,7 +5,7 @@ mod lab;
 use lab::cni::call;
 use lab::scene::{assert_leaves_by_egress, assert_leaves_by_node};
 use lab::server::UDP_WHO;
-use lab::{EGRESS4, EXT4, Lab, Node, Pod, SERVERS, VISITOR};
+use lab::{EGRESS4, EXT4, Lab, Node, Pod, SERVERS, Server, VISITOR, manifests};
 use serde_json::{Value, json};
 use std::fs;
 use std::net::IpAddr;
@@ -368,4 +368,49 @@ fn a_selected_pod_inherits_no_connection_of_the_pod_that_had_its_address() {
         second.unplug();
         second.pod.forget();
     }
+}
+
+/// The node reaches it by something that is no veth, so that nothing but its address tells whose its packets are.
+#[test]
+fn a_pod_whose_veth_is_not_found_is_kept_inside_by_its_address() {
+    let lab = Lab::scene();
+    let inside = lab.add_pod("n2", "office", "inside", &[]);
+    let _server = Server::start(&inside);
+    let node = lab.node("n1");
+    let mut pod = lab.sandbox_unknown("n1", "shop", "behind-a-macvlan");
+    node.ip(&format!("link add trunk type veth peer name eth0 netns {}", pod.netns));
+    node.ip_batch(&[
+        "link set trunk up".into(),
+        "link add link trunk name over type macvlan mode bridge".into(),
+        "link set over up".into(),
+        "route add 10.244.1.77 dev over".into(),
+        "addr add 169.254.1.1/32 dev over".into(),
+    ]);
+    pod.ip_batch(&[
+        "addr add 10.244.1.77/32 dev eth0".into(),
+        "link set eth0 up".into(),
+        "route add 169.254.1.1 dev eth0".into(),
+        "route add default via 169.254.1.1".into(),
+    ]);
+    pod.addresses = vec![[10, 244, 1, 77].into()];
+    let manifest = |labels| manifests::pod("n1", "shop", &pod.name, &pod.uid, labels, &pod.addresses);
+    lab.manifests().write_object("macvlan.yaml", &manifest(&[("app", "other")]));
+    lab.wait_seen_as(&pod, node.ipv4());
+    lab.manifests().write_object("macvlan.yaml", &manifest(VISITOR));
+    lab.wait_until("it is held", Duration::from_secs(10), || pod.udp_who(EXT4).is_err());
+    let unmanaged = || lab.metrics("n1").get("egret_node_pods", &[("state", "unmanaged")]);
+    lab.wait_for("the metric", &Some(1.0), unmanaged);
+    assert_eq!(pod.who(inside.ipv4()).ok(), Some(pod.ipv4().into()));
+    lab.forget_wire();
+    for _ in 0..10 {
+        node.ip("rule del pref 71");
+        let socket = pod.udp_socket((EXT4, UDP_WHO).into()).expect("a socket");
+        drop(socket.send(b"who"));
+        let is_back = || node.ip("rule").contains("from 10.244.1.77 lookup 7873");
+        lab.wait_until("it is held by its rule again", Duration::from_secs(5), is_back);
+    }
+    lab.assert_silence();
+    lab.manifests().write_object("macvlan.yaml", &manifest(&[("app", "other")]));
+    lab.wait_seen_as(&pod, node.ipv4());
+    lab.wait_for("the metric", &Some(0.0), unmanaged);
 }

@@ -163,6 +163,8 @@ pub struct PodPlan {
 pub struct NodePlan {
     /// Selected pods by the name of their chain.
     pub pods: BTreeMap<String, PodPlan>,
+    /// Addresses of selected pods behind interfaces that were not found.
+    pub unfound: BTreeSet<IpAddr>,
     /// Profiles in use, by name.
     pub profiles: BTreeMap<String, Profile>,
     /// Paths that the profiles lead to and that are ready, and where.

@@ -11,7 +11,6 @@ mod sets;
 pub use sets::{PeerIndexes, SharedSets, shared_sets};
 
 use super::names::{DEVICE, TABLE};
-use super::nft::rule::Ip;
 use super::nft::table::{Chain, Data, DataType, Elements, Hook, Key, Set, SetKind, Table, TableName, hook};
 use super::nft::uapi::*;
 use crate::plan::marks::Marks;
@@ -34,7 +33,7 @@ pub mod counter {
     pub const BLOCKED: &str = "blocked";
     /// A packet with a path that was about to leave another way. It was dropped; but the datapath is not whole.
     pub const LEAKED: &str = "leaked";
-    /// A selected pod's packet that somebody else has taken the tag from: what its policies say of it is not known.
+    /// A selected pod's packet that has lost its tag: what its policies say of it is not known.
     pub const UNTAGGED: &str = "untagged";
     /// A pod's packet with a source address that is not its own.
     pub const SPOOFED: &str = "spoofed";
@@ -57,7 +56,11 @@ pub mod counter {
 pub mod set {
     /// A pod's tag to its profile.
     pub const PODS: &str = "pods";
-    /// The addresses of this node's selected pods.
+    /// A selected pod's veth to its tag.
+    pub const VETHS: &str = "veths";
+    /// A tag and an address of its pod's.
+    pub const OWN: [&str; 2] = ["own4", "own6"];
+    /// The addresses of this node's selected pods, also of those that have no veth here.
     pub const SELECTED: [&str; 2] = ["selected4", "selected6"];
     /// A connection's path to the mark that routes it.
     pub const PATH_OUT: &str = "path_out";
@@ -165,7 +168,7 @@ fn inet(plan: &NodePlan, shared: &SharedSets, marks: Marks, before: Option<&Made
     let jump = |p: &PodPlan| (marks.tag(p.tag).into(), Data::Jump(p.profile.as_str().into()));
     let pods: Elements = plan.pods.values().map(jump).collect();
     table.sets.insert(set::PODS, Set { kind: verdicts, elements: Arc::new(pods) });
-    table.sets.extend(Ip::BOTH.map(|ip| sets::selected(plan, ip)));
+    table.sets.extend(sets::of_pods(plan, marks));
     let routes = SetKind { key: DataType::Mark, data: Some(DataType::Mark), interval: false, counter: true };
     let path_out: Elements = plan
         .paths

@@ -15,12 +15,16 @@ use std::net::IpAddr;
 pub(super) fn from_pod(pod: &PodPlan, marks: Marks) -> Vec<Rule> {
     let tag = marks.tag(pod.tag);
     let mut rules: Vec<Rule> = pod.addresses.iter().map(|a| Rule::new().saddr(*a).set_mark(tag).accept()).collect();
-    let link_local = [IpAddr::V6([0xfe80, 0, 0, 0, 0, 0, 0, 0].into())].map(|a| ipnetwork::IpNetwork::new(a, 10));
-    rules.extend(link_local.into_iter().flatten().map(|n| Rule::new().saddr_in(n).accept()));
-    rules.push(Rule::new().saddr(IpAddr::V6([0; 8].into())).accept());
+    rules.extend(without_address().map(Rule::accept));
     rules.push(Rule::new().not_ip().accept());
     rules.push(Rule::new().counter(counter::SPOOFED).drop());
     rules
+}
+
+/// From what everybody may send from: IPv6 link-local addresses, and the unspecified one.
+pub(super) fn without_address() -> impl Iterator<Item = Rule> {
+    let link_local = ipnetwork::IpNetwork::new(IpAddr::V6([0xfe80, 0, 0, 0, 0, 0, 0, 0].into()), 10);
+    link_local.into_iter().map(|n| Rule::new().saddr_in(n)).chain([Rule::new().saddr(IpAddr::V6([0; 8].into()))])
 }
 
 /// A new connection of a pod: direct destinations pass, then the first policy that covers the destination decides.

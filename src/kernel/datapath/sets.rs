@@ -63,11 +63,7 @@ pub fn shared_sets(view: &View, peers: &PeerIndexes, marks: Marks, before: &Shar
             ways.filter(|(_, a)| of_family(&a))
         };
         let snat = ways().map(|(mark, a)| (mark.into(), Data::Value(a.into()))).collect();
-        let pairs = ways().map(|(mark, a)| {
-            let both = [mark.to_ne_bytes().as_slice(), Bytes::from(a).as_slice()].concat();
-            (Key::from(both.as_slice()), Data::None)
-        });
-        let pairs = pairs.collect();
+        let pairs = ways().map(|(mark, a)| (with_mark(mark, a), Data::None)).collect();
         // Also of those that others hold now: the address comes before its first packet. An address that is not
         // Egret's to place serves the node's own connections, too.
         let egress = members().filter(|(_, path)| path.managed).flat_map(|(_, path)| addresses(path));
@@ -106,15 +102,33 @@ pub fn shared_sets(view: &View, peers: &PeerIndexes, marks: Marks, before: &Shar
     SharedSets { sets }
 }
 
-/// The addresses of one family of the selected pods, and the set's name.
-pub(super) fn selected(plan: &NodePlan, ip: Ip) -> (&'static str, Set) {
-    let (name, address) = match ip {
-        Ip::V4 => (set::SELECTED[0], DataType::Ipv4),
-        Ip::V6 => (set::SELECTED[1], DataType::Ipv6),
+/// What selected pods are known by where the tag that they got is lost.
+pub(super) fn of_pods(plan: &NodePlan, marks: Marks) -> impl Iterator<Item = (&'static str, Set)> {
+    let set = |key, data, elements: Elements| Set {
+        kind: SetKind { key, data, interval: false, counter: false },
+        elements: Arc::new(elements),
     };
-    let addresses = plan.pods.values().flat_map(|pod| &pod.addresses).filter(|a| ip.has(a));
-    let kind = SetKind { key: address, data: None, interval: false, counter: false };
-    (name, Set { kind, elements: Arc::new(addresses.map(plain).collect()) })
+    let pods = || plan.pods.values();
+    let veths = pods().map(|pod| (pod.interface_index.into(), value(marks.tag(pod.tag)))).collect();
+    let of_family = move |(at, ip): (usize, Ip)| {
+        let (address, tagged) = match ip {
+            Ip::V4 => (DataType::Ipv4, DataType::MarkIpv4),
+            Ip::V6 => (DataType::Ipv6, DataType::MarkIpv6),
+        };
+        let addresses = move || pods().flat_map(|pod| pod.addresses.iter().map(move |a| (pod.tag, a)));
+        let addresses = move || addresses().filter(move |(_, a)| ip.has(a));
+        let own = addresses().map(|(tag, a)| (with_mark(marks.tag(tag), *a), Data::None)).collect();
+        let unfound = plan.unfound.iter().filter(|a| ip.has(a));
+        let selected = addresses().map(|(_, a)| a).chain(unfound).map(plain).collect();
+        [(set::OWN[at], set(tagged, None, own)), (set::SELECTED[at], set(address, None, selected))]
+    };
+    let veths = [(set::VETHS, set(DataType::Interface, Some(DataType::Mark), veths))];
+    veths.into_iter().chain(Ip::BOTH.into_iter().enumerate().flat_map(of_family))
+}
+
+/// A mark and an address, one after the other.
+fn with_mark(mark: u32, address: IpAddr) -> Key {
+    Key::from([mark.to_ne_bytes().as_slice(), Bytes::from(address).as_slice()].concat().as_slice())
 }
 
 fn plain(address: &IpAddr) -> (Key, Data) {

@@ -133,6 +133,8 @@ pub enum DataType {
     Ether,
     /// A mark.
     Mark,
+    /// An interface's index.
+    Interface,
     /// A verdict.
     Verdict,
     /// A mark and an IPv4 address.
@@ -151,6 +153,7 @@ impl DataType {
             DataType::Ipv6 => 8,
             DataType::Ether => 9,
             DataType::Mark => 19,
+            DataType::Interface => 20,
             DataType::Verdict => NFT_DATA_VERDICT,
             DataType::MarkIpv4 => 19 << 6 | 7,
             DataType::MarkIpv6 => 19 << 6 | 8,
@@ -161,7 +164,7 @@ impl DataType {
     /// nft's `enum byteorder`: 1 for the host's, 2 for the network's.
     pub fn byte_order(self) -> u32 {
         match self {
-            DataType::Mark => 1,
+            DataType::Mark | DataType::Interface => 1,
             _ => 2,
         }
     }
@@ -170,7 +173,7 @@ impl DataType {
     #[allow(clippy::len_without_is_empty, reason = "a type is not a container")]
     pub fn len(self) -> u32 {
         match self {
-            DataType::Ipv4 | DataType::Mark => 4,
+            DataType::Ipv4 | DataType::Mark | DataType::Interface => 4,
             DataType::Ether => 6,
             DataType::MarkIpv4 | DataType::Ports => 8,
             DataType::Ipv6 => 16,

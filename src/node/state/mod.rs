@@ -314,19 +314,16 @@ impl Node {
     async fn bring_in_step(&mut self) -> Result<usize> {
         let mut changes = 0;
         if self.stale {
-            let before = self.missing.len();
-            let listed =
-                |key: &ObjectKey, held: &[IpAddr]| self.cluster.pods.get(key).is_some_and(|p| *p.addresses == *held);
-            self.missing.retain(|key, (_, held)| listed(key, held));
-            self.left_behind |= self.missing.len() < before;
+            self.pods.drop_ended(&self.cluster);
+            self.refresh_view();
+            self.drop_missing();
         }
         let left_behind = self.left_behind;
         if left_behind {
             self.load_attachments().await?;
-        }
-        if self.stale {
-            self.pods.drop_ended(&self.cluster);
-            self.refresh_view();
+            if self.stale {
+                self.refresh_view();
+            }
         }
         let base = self.base;
         if base {
@@ -343,8 +340,7 @@ impl Node {
         self.uses = uses;
         let mut lifted = BTreeSet::new();
         if left_behind {
-            let missing: BTreeSet<IpAddr> =
-                self.missing.values().flat_map(|(_, addresses)| addresses).copied().collect();
+            let missing = self.unfound();
             self.host.quarantine(&missing)?;
             lifted = self.host.quarantined()?.difference(&missing).copied().collect();
             self.ended.quarantined = lifted.iter().filter(|a| self.pods.has_brought(a)).copied().collect();
@@ -366,6 +362,23 @@ impl Node {
         Ok(changes)
     }
 
+    /// Forgets strangers that were looked for in vain and that have ended, have other addresses now, or that no policy
+    /// selects any more.
+    fn drop_missing(&mut self) {
+        let before = self.missing.len();
+        let (cluster, view) = (&self.cluster, &self.view);
+        self.missing.retain(|key, (_, held)| {
+            let pod = cluster.pods.get(key).filter(|pod| *pod.addresses == **held);
+            pod.is_some_and(|pod| view.profile(&key.namespace, Some(&pod.labels)).is_some())
+        });
+        self.left_behind |= self.missing.len() < before;
+    }
+
+    /// The addresses of strangers that were looked for in vain.
+    fn unfound(&self) -> BTreeSet<IpAddr> {
+        self.missing.values().flat_map(|(_, addresses)| addresses).copied().collect()
+    }
+
     fn scene(&self) -> ended::Scene {
         let of_pods = self.cluster.nodes.get(&*self.options.name).map(|node| node.pod_cidrs.clone());
         let listed = self.cluster.pods.values().flat_map(|pod| pod.addresses.iter().copied());
@@ -383,6 +396,7 @@ impl Node {
         let of_path = |id: &PathId| self.view.paths.paths.get(id).map(|path| path.address.clone());
         plan.handed = self.handed.iter().filter_map(|(id, (mac, _))| Some((*id, (of_path(id)?, *mac)))).collect();
         plan.left = self.left.keys().copied().collect();
+        plan.unfound = self.unfound();
         let changes = self.host.tables(plan)?;
         self.census = census;
         Ok((changes, uses))

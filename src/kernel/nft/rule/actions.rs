@@ -46,6 +46,11 @@ impl Rule {
         self.load_ct(NFT_CT_MARK).lookup(map, R1, Some(R1), false).store_mark(R1)
     }
 
+    /// `meta mark set iif map @MAP`
+    pub fn set_mark_by_iif(self, map: &str) -> Self {
+        self.load_meta(NFT_META_IIF, R1).lookup(map, R1, Some(R1), false).store_mark(R1)
+    }
+
     /// `ct mark set VALUE meta mark set VALUE map @MAP`, both only if the map has the value.
     pub fn set_ct_mark_and_mark_by(self, value: u32, map: &str) -> Self {
         self.immediate(R1, &value.to_ne_bytes())
