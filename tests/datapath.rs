@@ -290,6 +290,52 @@ fn a_policy_that_ends_while_the_daemon_is_away_ends_its_connections() {
     }
 }
 
+/// Gateways know nothing of pods' policies, and each packet of a connection prolongs what they know of it.
+#[test]
+fn a_socket_goes_on_from_the_new_address_when_its_pods_policy_has_changed() {
+    let lab = Lab::scene();
+    let rich = "podSelector: { matchLabels: { app: rich } }\n  address: { ipv4: 192.0.2.56, ipv6: \"2001:db8::56\" }";
+    lab.write_manifest("rich.yaml", &manifests::policy("shop", "rich", rich));
+    let addresses = [IpAddr::from([192, 0, 2, 56]), "2001:db8::56".parse().expect("an address")];
+    lab.wait_everywhere("shop", &[("app", "rich")], &addresses);
+    for node in ["n1", "n2", "g1", "g2"] {
+        // The old path stays in use, on the same gateway node.
+        let stays = lab.add_pod(node, "shop", &format!("stays-{node}"), VISITOR);
+        let mut changes = lab.add_pod(node, "shop", &format!("changes-{node}"), VISITOR);
+        let sockets = SERVERS.map(|server| changes.udp_socket((server, UDP_WHO).into()).expect("a socket"));
+        let seen = || sockets.each_ref().map(|socket| udp_who_by(socket).ok());
+        assert_eq!(seen(), SERVERS.map(egress_towards).map(Some), "on {node}");
+        changes.relabel(&[("app", "rich")]);
+        lab.wait_for(&format!("the sockets on {node} are answered at the new address"), &addresses.map(Some), seen);
+        assert_leaves_by_egress(&stays);
+    }
+}
+
+/// Nobody answers it, so it is no established connection that could stay as it is.
+#[test]
+fn what_is_sent_without_an_answer_gets_its_path_when_a_policy_begins() {
+    let lab = Lab::scene();
+    for node in ["n1", "n2", "g1", "g2"] {
+        let mut pod = lab.add_pod(node, "shop", &format!("log-{node}"), &[("app", "other")]);
+        let [nobody4, nobody6] = SERVERS.map(|server| pod.udp_socket((server, 9).into()).expect("a socket"));
+        let left_from = |address: [IpAddr; 2]| {
+            lab.forget_wire();
+            for _ in 0..3 {
+                // The server's host may say that nobody listens there.
+                drop(nobody4.send(b"log"));
+                drop(nobody6.send(b"log"));
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            [EXT4.into(), EXT6.into()].map(|server: IpAddr| lab.sources(server)) == address.map(|a| [a].into())
+        };
+        let own = [pod.node.ipv4().into(), pod.node.ipv6().into()];
+        lab.wait_until(&format!("what {node} sends has its own address"), Duration::from_secs(5), || left_from(own));
+        pod.relabel(VISITOR);
+        let egress = [EGRESS4.into(), EGRESS6.into()];
+        lab.wait_until(&format!("what {node} sends has the policy's"), Duration::from_secs(10), || left_from(egress));
+    }
+}
+
 #[test]
 fn pods_that_ran_before_egret_came_are_adopted() {
     let lab = Lab::new();

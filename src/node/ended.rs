@@ -108,6 +108,22 @@ impl Ended {
     }
 }
 
+/// Takes connections that are translated to another address than their path's out of the kernel's table, in the
+/// background. Each packet of theirs is dropped and prolongs them, so they would not end by themselves.
+pub fn forget_stale(marks: Marks) {
+    let stale = Marked { mark: marks.stale(), mask: marks.connection_of_path_mask() | marks.path_mask() };
+    tokio::task::spawn_blocking(move || {
+        let forgotten = Socket::open(NETLINK_NETFILTER)
+            .map_err(anyhow::Error::from)
+            .and_then(|mut socket| conntrack::delete(&mut socket, stale, |_| true));
+        match forgotten {
+            Ok(0) => {}
+            Ok(n) => tracing::info!(entries = n, "connections that are older than their paths are picked up anew"),
+            Err(e) => tracing::error!("the connection table cannot be cleaned: {e:#}"),
+        }
+    });
+}
+
 /// What pods as they are could have begun.
 #[derive(Debug, Default)]
 struct Possible {

@@ -37,6 +37,8 @@ use tokio::time::{Instant, MissedTickBehavior};
 
 /// The kernel is read back this often without any occasion: a notification may have been lost.
 const READ_BACK: Duration = Duration::from_secs(30);
+/// Whether connections are older than their paths is looked at this often.
+const STALE: Duration = Duration::from_secs(1);
 /// What the kernel refused is tried again after this long.
 const RETRY: Duration = Duration::from_secs(1);
 /// So long after a change of the cluster, or a look at the kernel, the memory that it took is given back.
@@ -118,6 +120,8 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     let mut untidy = None;
     let mut read_back = tokio::time::interval_at(Instant::now() + READ_BACK, READ_BACK);
     read_back.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut stale = tokio::time::interval(STALE);
+    stale.set_missed_tick_behavior(MissedTickBehavior::Delay);
 
     loop {
         if let Some(interest) = node.interest() {
@@ -179,6 +183,10 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
                 untidy = None;
                 memory::give_back();
                 memory::give_program_back();
+                retry
+            }
+            _ = stale.tick() => {
+                node.look_for_stale();
                 retry
             }
             _ = read_back.tick() => {

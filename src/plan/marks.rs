@@ -120,6 +120,12 @@ impl Marks {
         u32::from(self.connection_base) << 16 | u32::from(path)
     }
 
+    /// The mark of a connection that is translated to another address than its path's: it is to be forgotten, and picked
+    /// up anew by its next packet. No path has the id 0.
+    pub fn stale(self) -> u32 {
+        self.connection(0)
+    }
+
     /// The mark of a connection on its gateway.
     pub fn connection_of_peer(self, peer: u16) -> u32 {
         u32::from(self.connection_base) << 16 | 0x8000 | u32::from(peer)

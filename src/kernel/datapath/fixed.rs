@@ -300,7 +300,8 @@ fn departure_marked(marks: Marks) -> Vec<Rule> {
 fn departure_path(marks: Marks) -> Vec<Rule> {
     let missed = Rule::new().mark_not(marks.kind_mask(), 0).counter(counter::LEAKED).drop();
     let wrong = |(at, ip)| Rule::new().mark_and_saddr_not_in_set(marks.path_mask(), ip, set::PAIRS[at]);
-    let wrong = Ip::BOTH.into_iter().enumerate().map(wrong).map(|rule| rule.counter(counter::STALE).drop());
+    let stale = |rule: Rule| rule.counter(counter::STALE).set_ct_mark(marks.stale()).drop();
+    let wrong = Ip::BOTH.into_iter().enumerate().map(wrong).map(stale);
     [missed].into_iter().chain(wrong).chain([Rule::new().ct_unconfirmed().goto("departure-first")]).collect()
 }
 

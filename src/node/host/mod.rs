@@ -293,6 +293,12 @@ impl Host {
         Ok(counts)
     }
 
+    /// How many packets were dropped because their connection is older than their path.
+    pub fn stale_packets(&mut self) -> Result<u64> {
+        let counters = self.nft.counters(datapath::INET)?;
+        Ok(counters.get(datapath::counter::STALE).map_or(0, |count| count.packets))
+    }
+
     /// Everything that the node knows of itself.
     pub async fn facts(&self, refused: BTreeMap<PathId, String>) -> Result<Facts> {
         let all = addresses::local_addresses(&self.routes).await?;

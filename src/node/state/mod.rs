@@ -92,6 +92,8 @@ pub struct Node {
     left_behind: bool,
     /// Connections that have ended and are still in the kernel's table.
     ended: Ended,
+    /// How many packets had been dropped for their connections' age when that was last looked at.
+    stale_packets: u64,
     /// Answers that wait for the kernel to be in step.
     waiting: Vec<Waiting>,
     /// Attachments that go when everything of theirs is undone.
@@ -145,6 +147,7 @@ impl Node {
             listen: true,
             left_behind: true,
             ended: Ended::default(),
+            stale_packets: 0,
             waiting: Vec::new(),
             leaving: Vec::new(),
         };
@@ -445,6 +448,18 @@ impl Node {
         let again = |key: &ObjectKey| self.missing.get(key).is_none_or(|(since, _)| since.elapsed() >= SEEK_AGAIN);
         strangers.retain(|(key, _)| again(key) && self.sought.insert(key.clone()));
         adoption::seek(&self.host.routes, strangers, &self.listeners.adopted);
+    }
+
+    /// Sees to connections that are older than their paths, if there may be any.
+    pub fn look_for_stale(&mut self) {
+        match self.host.stale_packets() {
+            Ok(packets) if packets == self.stale_packets => {}
+            Ok(packets) => {
+                self.stale_packets = packets;
+                ended::forget_stale(self.options.marks);
+            }
+            Err(e) => tracing::warn!("the kernel's counters cannot be read: {e:#}"),
+        }
     }
 
     /// Brings the metrics up to date.
