@@ -294,19 +294,31 @@ fn a_policy_that_ends_while_the_daemon_is_away_ends_its_connections() {
 #[test]
 fn a_socket_goes_on_from_the_new_address_when_its_pods_policy_has_changed() {
     let lab = Lab::scene();
-    let rich = "podSelector: { matchLabels: { app: rich } }\n  address: { ipv4: 192.0.2.56, ipv6: \"2001:db8::56\" }";
-    lab.write_manifest("rich.yaml", &manifests::policy("shop", "rich", rich));
-    let addresses = [IpAddr::from([192, 0, 2, 56]), "2001:db8::56".parse().expect("an address")];
-    lab.wait_everywhere("shop", &[("app", "rich")], &addresses);
-    for node in ["n1", "n2", "g1", "g2"] {
-        // The old path stays in use, on the same gateway node.
+    // Two of four paths are on the same gateway node as the scene's, or one.
+    let addresses = |n: usize| {
+        let texts = [format!("192.0.2.{}", 51 + n), format!("2001:db8::{}", 51 + n)];
+        texts.map(|text| text.parse::<IpAddr>().expect("an address"))
+    };
+    let others = ["red", "green", "blue"];
+    for (n, name) in others.iter().enumerate() {
+        let [v4, v6] = addresses(n);
+        let spec =
+            format!("podSelector: {{ matchLabels: {{ app: {name} }} }}\n  address: {{ ipv4: {v4}, ipv6: \"{v6}\" }}");
+        lab.write_manifest(&format!("{name}.yaml"), &manifests::policy("shop", name, &spec));
+    }
+    for node in ["n1", "g1", "g2"] {
+        // The first path stays in use.
         let stays = lab.add_pod(node, "shop", &format!("stays-{node}"), VISITOR);
         let mut changes = lab.add_pod(node, "shop", &format!("changes-{node}"), VISITOR);
         let sockets = SERVERS.map(|server| changes.udp_socket((server, UDP_WHO).into()).expect("a socket"));
         let seen = || sockets.each_ref().map(|socket| udp_who_by(socket).ok());
         assert_eq!(seen(), SERVERS.map(egress_towards).map(Some), "on {node}");
-        changes.relabel(&[("app", "rich")]);
-        lab.wait_for(&format!("the sockets on {node} are answered at the new address"), &addresses.map(Some), seen);
+        for (n, name) in others.iter().enumerate() {
+            changes.relabel(&[("app", name)]);
+            lab.wait_for(&format!("sockets on {node} are {name}"), &addresses(n).map(Some), seen);
+            changes.relabel(VISITOR);
+            lab.wait_for(&format!("sockets on {node} are as before"), &SERVERS.map(egress_towards).map(Some), seen);
+        }
         assert_leaves_by_egress(&stays);
     }
 }
