@@ -290,6 +290,68 @@ fn a_policy_that_ends_while_the_daemon_is_away_ends_its_connections() {
     }
 }
 
+#[test]
+fn a_tunnel_over_ipv6_carries_both_families() {
+    let lab = Lab::builder().ipv6_tunnel().scene();
+    let pods: Vec<_> = lab
+        .nodes()
+        .iter()
+        .map(|node| lab.add_pod(&node.name, "shop", &format!("visitor-{}", node.name), VISITOR))
+        .collect();
+    for again in [false, true] {
+        if again {
+            for node in lab.nodes() {
+                lab.daemon(&node.name).kill9();
+                lab.daemon(&node.name).restart();
+                lab.wait_ready(&node.name);
+            }
+        }
+        for pod in &pods {
+            assert_leaves_by_egress(pod);
+            for server in SERVERS {
+                pod.ping(server).unwrap_or_else(|e| panic!("{} by ICMP to {server}: {e}", pod.name));
+            }
+        }
+    }
+    let between = |a: IpAddr| lab.nodes().iter().any(|n| a == IpAddr::from(n.ipv4()) || a == IpAddr::from(n.ipv6()));
+    let tunnel = lab.wire().into_iter().filter(|s| s.protocol == "udp" && between(s.from) && between(s.to));
+    let tunnel: Vec<_> = tunnel.collect();
+    assert!(!tunnel.is_empty() && tunnel.iter().all(|s| s.from.is_ipv6()), "{tunnel:?}");
+}
+
+/// What a path has no address for is blocked, and does not leave by the other family or the node.
+#[test]
+fn a_path_of_one_family_blocks_the_other() {
+    let lab = Lab::scene();
+    for (name, own, other) in [("four", EXT4.into(), EXT6.into()), ("six", IpAddr::from(EXT6), IpAddr::from(EXT4))] {
+        let address: IpAddr = if own.is_ipv4() { [192, 0, 2, 57].into() } else { "2001:db8::57".parse().expect("one") };
+        let field = if own.is_ipv4() { "ipv4" } else { "ipv6" };
+        let spec = format!("podSelector: {{}}\n  address: {{ {field}: \"{address}\" }}");
+        lab.write_manifest(&format!("{name}.yaml"), &manifests::policy(name, "only", &spec));
+        lab.wait_until("the path is there", Duration::from_secs(10), || {
+            let pod = lab.add_pod("n1", name, "probe", &[]);
+            let there = pod.who(own).is_ok_and(|who| who == address);
+            pod.delete();
+            there
+        });
+        let blocked = || -> f64 {
+            let of = |node: &std::sync::Arc<lab::Node>| {
+                lab.metrics(&node.name).get("egret_node_dropped_packets_total", &[("reason", "blocked")]).unwrap_or(0.0)
+            };
+            lab.nodes().iter().map(of).sum()
+        };
+        for node in ["n1", "n2", "g1", "g2"] {
+            let pod = lab.add_pod(node, name, &format!("pod-{node}"), &[]);
+            lab.wait_seen_as(&pod, address);
+            let before = blocked();
+            lab.forget_wire();
+            assert!(pod.udp_who(other).is_err() && pod.who(other).is_err(), "from {node} to {other}");
+            assert_eq!(lab.sources(other), [].into(), "from {node} to {other}");
+            assert!(blocked() >= before + 2.0, "from {node} to {other}: {before}, {}", blocked());
+        }
+    }
+}
+
 /// Gateways know nothing of pods' policies, and each packet of a connection prolongs what they know of it.
 #[test]
 fn a_socket_goes_on_from_the_new_address_when_its_pods_policy_has_changed() {

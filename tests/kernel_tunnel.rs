@@ -111,12 +111,12 @@ fn what_is_not_ours_is_an_error_with_a_remedy_and_stays() {
 fn the_tunnels_mtu_is_the_underlays_less_what_goes_around() {
     in_namespace(|| async {
         let socket = host();
-        assert_eq!(tunnel::underlay_mtu(&socket, address("192.0.2.11")).await.unwrap(), 1450);
-        assert_eq!(tunnel::underlay_mtu(&socket, address("2001:db8::11")).await.unwrap(), 1430);
+        assert_eq!(tunnel::underlay(&socket, address("192.0.2.11")).await.unwrap().1, 1450);
+        assert_eq!(tunnel::underlay(&socket, address("2001:db8::11")).await.unwrap().1, 1430);
         // A host with its address on lo: the default route's interface counts.
         ip("address add 198.51.100.7/32 dev lo");
-        assert_eq!(tunnel::underlay_mtu(&socket, address("198.51.100.7")).await.unwrap(), 1450);
-        let error = tunnel::underlay_mtu(&socket, address("192.0.2.12")).await.unwrap_err();
+        assert_eq!(tunnel::underlay(&socket, address("198.51.100.7")).await.unwrap().1, 1450);
+        let error = tunnel::underlay(&socket, address("192.0.2.12")).await.unwrap_err();
         assert!(error.to_string().contains("does not have the tunnel address 192.0.2.12"), "{error}");
     });
 }

@@ -40,6 +40,7 @@ async fn host() -> (RouteSocket, Watch) {
     let eth0 = ip_json("link show eth0")[0]["ifindex"].as_u64().unwrap() as u32;
     watch.set_interest(Interest {
         own_ports: BTreeSet::from([socket.port()]),
+        underlay: Some((eth0, 1500)),
         uplinks: BTreeSet::from([eth0]),
         addresses: BTreeSet::from(["198.51.100.7".parse().unwrap()]),
     });
@@ -66,6 +67,7 @@ fn what_others_do_to_egrets_things_is_news() {
             ("address flush dev egret", Event::Tunnel),
             ("neighbour replace 169.254.78.1 lladdr 02:00:00:00:00:09 dev egret", Event::Neighbours),
             ("link set egret mtu 1400", Event::Tunnel),
+            ("link set eth0 mtu 1499", Event::Tunnel),
             ("link set eth0 down", Event::Routes),
             ("link delete veth-p1", Event::VethGone { index, name: "veth-p1".into() }),
         ] {

@@ -92,18 +92,39 @@ fn a_server_that_sends_full_packets_learns_the_tunnels_mtu() {
     }
 }
 
+/// The tunnel device's MTU.
+fn tunnel_mtu(lab: &Lab, node: &str) -> usize {
+    let device = lab.node(node).ip("-o link show egret");
+    device.split("mtu ").nth(1).and_then(|t| t.split(' ').next()?.parse().ok()).expect("an MTU")
+}
+
 #[test]
-fn a_narrow_link_between_the_nodes_carries_the_tunnel() {
-    let lab = Lab::scene();
-    let pod = lab.add_pod("n1", "shop", "visitor", VISITOR);
-    for server in SERVERS {
-        pod.bulk(server, MEGABYTE).unwrap_or_else(|e| panic!("to {server}: {e}"));
-        // As large as fits, to the byte: IPv4 20 or IPv6 40, and UDP 8.
-        let device = lab.node("n1").ip("-o link show egret");
-        let mtu: usize = device.split("mtu ").nth(1).and_then(|t| t.split(' ').next()?.parse().ok()).expect("an MTU");
-        let headers = if server.is_ipv4() { 28 } else { 48 };
-        for size in [mtu - headers - 1, mtu - headers, mtu - headers + 1] {
-            echoed(&pod, server, size).unwrap_or_else(|e| panic!("to {server}, {size} bytes: {e}"));
+fn the_tunnel_follows_the_link_between_the_nodes_to_the_byte() {
+    for (ipv6, around) in [(false, 50), (true, 70)] {
+        let builder = Lab::builder();
+        let lab = if ipv6 { builder.ipv6_tunnel() } else { builder }.scene();
+        let pods = visitors(&lab);
+        for link in [1500, 1400] {
+            if link != 1500 {
+                let fab = lab.host("fab");
+                for host in lab.nodes().iter().map(|node| &***node).chain([lab.host("ext")]) {
+                    host.ip(&format!("link set eth0 mtu {link}"));
+                    fab.ip(&format!("link set p-{} mtu {link}", host.name));
+                }
+            }
+            for node in lab.nodes() {
+                let of_device = || tunnel_mtu(&lab, &node.name);
+                lab.wait_for(&format!("the tunnel's MTU on {}", node.name), &(link - around), of_device);
+            }
+            for (pod, server) in pods.iter().flat_map(|pod| SERVERS.map(|server| (pod, server))) {
+                let what = format!("{} to {server}, link {link}, IPv6 {ipv6}", pod.name);
+                pod.bulk(server, MEGABYTE).unwrap_or_else(|e| panic!("{what}: {e}"));
+                // As large as fits, to the byte: IPv4 20 or IPv6 40, and UDP 8.
+                let fits = link - around - if server.is_ipv4() { 28 } else { 48 };
+                for size in [fits - 1, fits, fits + 1] {
+                    echoed(pod, server, size).unwrap_or_else(|e| panic!("{what}, {size} bytes: {e}"));
+                }
+            }
         }
     }
 }

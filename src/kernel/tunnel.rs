@@ -38,20 +38,21 @@ pub struct Tunnel {
     pub local: IpAddr,
     /// The device's MAC address.
     pub mac: Mac,
-    /// The device's MTU, in bytes: [`underlay_mtu`].
+    /// The device's MTU, in bytes: [`underlay`].
     pub mtu: u32,
     /// Whether it carries IPv6: the host does, and the MTU is no less than [`IPV6_MIN_MTU`].
     pub ipv6: bool,
 }
 
-/// The MTU that the tunnel can have from `local`: that of the interface behind it, less what goes around each packet.
+/// The interface behind `local`, and the MTU that a tunnel from there can have: its own, less what goes around each packet.
 ///
 /// # Errors
 /// The host does not have `local`.
-pub async fn underlay_mtu(socket: &RouteSocket, local: IpAddr) -> Result<u32> {
+pub async fn underlay(socket: &RouteSocket, local: IpAddr) -> Result<(uplink::Interface, u32)> {
     let underlay = uplink::underlay(socket, local).await?;
     let overhead = if local.is_ipv4() { OVERHEAD4 } else { OVERHEAD6 };
-    Ok(underlay.mtu.saturating_sub(overhead))
+    let mtu = underlay.mtu.saturating_sub(overhead);
+    Ok((underlay, mtu))
 }
 
 /// Makes the device as it is to be, and returns its interface index. A device with another network identifier, port

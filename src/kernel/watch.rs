@@ -40,6 +40,7 @@ const NFTABLES: u16 = 10 << 8;
 const NFT_MSG_NEWGEN: u16 = NFTABLES | 15;
 /// Attributes, each of its own message.
 const IFLA_IFNAME: u16 = 3;
+const IFLA_MTU: u16 = 4;
 const IFLA_LINKINFO: u16 = 18;
 const IFLA_INFO_KIND: u16 = 1;
 const IFA_ADDRESS: u16 = 1;
@@ -97,6 +98,8 @@ pub enum Event {
 pub struct Interest {
     /// The netlink ports of the daemon's own sockets: what they change is no news.
     pub own_ports: BTreeSet<u32>,
+    /// The index of the interface that the tunnel goes over, and its MTU in bytes, on which the tunnel's depends.
+    pub underlay: Option<(u32, u32)>,
     /// The indices of the gateways' uplinks.
     pub uplinks: BTreeSet<u32>,
     /// Egress addresses, also such that something else places.
@@ -253,6 +256,10 @@ impl Filter<'_> {
             let here = m.kind == RTM_NEWLINK && name == DEVICE.as_bytes();
             *self.device = if here { index } else { 0 };
             return Some(Event::Tunnel);
+        }
+        let mtu = || attribute(m, IFINFOMSG, IFLA_MTU).and_then(number);
+        if self.interest.underlay.is_some_and(|(of, was)| of == index && mtu().is_some_and(|mtu| mtu != was)) {
+            self.events.insert(Event::Tunnel);
         }
         if self.interest.uplinks.contains(&index) {
             let (flags, changed) = (number(m.payload.get(8..12)?)?, number(m.payload.get(12..16)?)?);

@@ -67,11 +67,13 @@ pub struct Lab {
     machine_dropped_before: u64,
     /// Arguments that every `egretd node` gets besides the usual ones.
     pub node_arguments: Vec<String>,
+    ipv6_tunnel: bool,
 }
 
 /// Which lab to build.
 pub struct LabBuilder {
     nodes: Vec<NodeSpec>,
+    ipv6_tunnel: bool,
     router: bool,
     egret: bool,
     node_arguments: Vec<String>,
@@ -98,6 +100,13 @@ impl LabBuilder {
     #[must_use]
     pub fn nodes(mut self, nodes: Vec<NodeSpec>) -> Self {
         self.nodes = nodes;
+        self
+    }
+
+    /// With the nodes' IPv6 addresses as the ends of the tunnel.
+    #[must_use]
+    pub fn ipv6_tunnel(mut self) -> Self {
+        self.ipv6_tunnel = true;
         self
     }
 
@@ -144,6 +153,7 @@ impl Lab {
                 NodeSpec::gateway("g1", 21, Routed),
                 NodeSpec::gateway("g2", 22, Bridged),
             ],
+            ipv6_tunnel: false,
             router: false,
             egret: true,
             node_arguments: Vec::new(),
@@ -172,6 +182,7 @@ impl Lab {
             serial: AtomicU64::new(1),
             machine_dropped_before: machine::dropped(),
             node_arguments: wanted.node_arguments.clone(),
+            ipv6_tunnel: wanted.ipv6_tunnel,
             name,
             directory,
         };

@@ -49,6 +49,7 @@ pub struct Host {
     uplinks: BTreeSet<u32>,
     forwarding: Option<Digest>,
     tunnel: Option<(Tunnel, u32)>,
+    underlay: Option<(u32, u32)>,
 }
 
 /// Tells what was brought about from anything else, without a copy of what can be ten thousand entries. That two are
@@ -87,6 +88,7 @@ impl Host {
             uplinks: BTreeSet::new(),
             forwarding: None,
             tunnel: None,
+            underlay: None,
         })
     }
 
@@ -125,6 +127,11 @@ impl Host {
         self.uplinks.iter().copied()
     }
 
+    /// The interface that the tunnel goes over, by its index, and the MTU that it had.
+    pub fn underlay(&self) -> Option<(u32, u32)> {
+        self.underlay
+    }
+
     /// Forgets what is known of the nftables tables.
     pub fn distrust_tables(&mut self) {
         self.nft.distrust();
@@ -135,7 +142,8 @@ impl Host {
         if self.tunnel.as_ref().is_some_and(|(t, _)| t.local == local) {
             return Ok(());
         }
-        let mtu = tunnel::underlay_mtu(&self.routes, local).await?;
+        let (underlay, mtu) = tunnel::underlay(&self.routes, local).await?;
+        self.underlay = Some((underlay.ifindex, underlay.mtu));
         let ipv6 = sysctl::ipv6()? && mtu >= tunnel::IPV6_MIN_MTU;
         let tunnel = Tunnel { vni: TUNNEL_VNI, port: TUNNEL_PORT, local, mac: mac::of_node(node), mtu, ipv6 };
         let index = tunnel::ensure(&self.routes, &tunnel).await?;

@@ -244,6 +244,7 @@ impl Node {
     pub fn interest(&mut self) -> Option<Interest> {
         std::mem::take(&mut self.listen).then(|| Interest {
             own_ports: self.host.ports(),
+            underlay: self.host.underlay(),
             uplinks: self.host.uplinks().collect(),
             addresses: self.view.paths.paths.values().filter(|p| p.member).flat_map(addresses).collect(),
         })
