@@ -290,6 +290,34 @@ fn a_policy_that_ends_while_the_daemon_is_away_ends_its_connections() {
     }
 }
 
+/// A pod on the host's network has the node's address, and one that has ended has left its own to others.
+#[test]
+fn pods_on_the_hosts_network_and_pods_that_have_ended_hold_nobody() {
+    let lab = Lab::scene();
+    for name in ["n1", "n2", "g1"] {
+        let node = lab.node(name);
+        let other = lab.add_pod(name, "office", &format!("other-{name}"), &[]);
+        let selected = |pod: &str, addresses: &[IpAddr]| manifests::pod(name, "shop", pod, pod, VISITOR, addresses);
+        let mut on_host = selected("on-host", &[node.ipv4().into(), node.ipv6().into()]);
+        on_host["spec"]["hostNetwork"] = true.into();
+        let mut done = selected("done", &other.addresses);
+        done["status"]["phase"] = "Succeeded".into();
+        let mut failed = selected("failed", &other.addresses);
+        failed["status"]["phase"] = "Failed".into();
+        for (file, object) in [("on-host.yaml", on_host), ("done.yaml", done), ("failed.yaml", failed)] {
+            lab.manifests().write_object(file, &object);
+        }
+        // What is selected and runs here is looked for after each change: this one comes after them.
+        let visitor = lab.add_pod(name, "shop", &format!("visitor-{name}"), VISITOR);
+        lab.wait_seen_as(&visitor, EGRESS4);
+        let rules = node.ip("rule") + &node.ip("-6 rule");
+        assert!(!rules.contains("lookup 7873"), "{name}: {rules}");
+        assert_eq!(node.who(EXT4).ok(), Some(node.ipv4().into()), "{name}");
+        assert_eq!(node.who(EXT6).ok(), Some(node.ipv6().into()), "{name}");
+        assert_leaves_by_node(&other);
+    }
+}
+
 #[test]
 fn a_tunnel_over_ipv6_carries_both_families() {
     let lab = Lab::builder().ipv6_tunnel().scene();

@@ -4,6 +4,7 @@ mod lab;
 
 use lab::scene::{assert_blocked, assert_leaves_by_egress, assert_leaves_by_node, visitors};
 use lab::{EGRESS4, EXT4, Lab, Pod, VISITOR, manifests};
+use serde_json::Value;
 use std::net::IpAddr;
 use std::time::Duration;
 
@@ -15,18 +16,21 @@ fn wait_said(lab: &Lab, daemon: &str, words: &[&str]) {
     });
 }
 
-/// Waits until the statuses have all of these words.
+/// Waits until a condition of a policy's (type, status, reason) is so, and its message has all of these words.
 #[track_caller]
-fn wait_in_statuses(lab: &Lab, words: &[&str]) {
-    let mut statuses = String::new();
-    for _ in 0..200 {
-        statuses = lab.manifests().statuses();
-        if words.iter().all(|w| statuses.contains(w)) {
-            return;
-        }
-        std::thread::sleep(Duration::from_millis(50));
-    }
-    panic!("the statuses have not all of {words:?}:\n{statuses}");
+fn wait_condition(lab: &Lab, policy: &str, condition: [&str; 3], words: &[&str]) {
+    let file = lab.manifests().path().join(format!("status/egresspolicies/{policy}.yaml"));
+    let conditions = || {
+        let text = std::fs::read_to_string(&file).unwrap_or_default();
+        let object: Value = serde_saphyr::from_str(&text).unwrap_or_default();
+        object["status"]["conditions"].as_array().cloned().unwrap_or_default()
+    };
+    let is_it = |c: &Value| {
+        ["type", "status", "reason"].iter().zip(condition).all(|(field, wanted)| c[field] == wanted)
+            && words.iter().all(|word| c["message"].as_str().is_some_and(|message| message.contains(word)))
+    };
+    let what = format!("{policy} is {condition:?} with {words:?}");
+    lab.wait_until(&what, Duration::from_secs(10), || conditions().iter().any(is_it));
 }
 
 fn pods(lab: &Lab) -> [Pod; 2] {
@@ -49,7 +53,7 @@ fn a_file_that_is_broken_keeps_its_last_good_state_and_is_named_with_its_line() 
     }
     lab.write_manifest("policy.yaml", "# a comment\n---\n\nkind: [\n");
     for daemon in ["controller", "n1"] {
-        wait_said(&lab, daemon, &["policy.yaml:"]);
+        wait_said(&lab, daemon, &["policy.yaml:4:"]);
     }
 }
 
@@ -97,16 +101,56 @@ fn v4_where_v6_belongs_is_refused() {
 #[test]
 fn what_cannot_be_satisfied_is_a_condition_and_blocks() {
     let lab = Lab::scene();
-    for (name, spec, words) in [
-        ("outside", "address: { ipv4: 198.51.100.1 }", &["198.51.100.1"][..]),
-        ("nowhere", "gateway: nowhere", &["nowhere"]),
+    lab.add_namespace("office", &[("team", "back")]);
+    let further =
+        |name: &str, addresses: &[&str]| manifests::gateway(name, addresses).replace("default: true", "default: false");
+    lab.write_manifest(
+        "private.yaml",
+        &(further("private", &["192.0.2.70"]) + "  namespaceSelector: { matchLabels: { team: front } }\n"),
+    );
+    lab.write_manifest(
+        "lonely.yaml",
+        &further("lonely", &["192.0.2.71"]).replace("egret.dev/gateway", "egret.dev/none"),
+    );
+    lab.write_manifest("full.yaml", &further("full", &["192.0.2.72"]));
+    lab.write_manifest(
+        "first.yaml",
+        &manifests::policy("shop", "first", "gateway: full\n  podSelector: {}\n  priority: -1"),
+    );
+    for (name, spec, reason, words) in [
+        ("outside", "address: { ipv4: 198.51.100.1 }", "AddressOutsidePool", &["198.51.100.1", "default"][..]),
+        ("unknown", "gateway: absent", "GatewayUnknown", &["absent"]),
+        ("taken", "address: { ipv4: 192.0.2.50 }", "AddressTaken", &["192.0.2.50", "shop/visitors"]),
+        ("foreign", "gateway: private", "NamespaceNotAllowed", &["private", "office"]),
+        ("nodeless", "gateway: lonely\n  allocate: Node", "NoNode", &["lonely"]),
+        ("late", "gateway: full", "PoolExhausted", &["full"]),
     ] {
         lab.write_manifest("more.yaml", &manifests::policy("office", name, &format!("podSelector: {{}}\n  {spec}")));
-        wait_in_statuses(&lab, words);
+        wait_condition(&lab, &format!("office/{name}"), ["Accepted", "False", reason], words);
+        wait_condition(&lab, &format!("office/{name}"), ["Ready", "False", "NotAccepted"], &[]);
         let pod = lab.add_pod("n1", "office", name, &[]);
         lab.wait_until("the pod is blocked", Duration::from_secs(10), || pod.udp_who(EXT4).is_err());
         assert_blocked(&pod);
+        if name == "foreign" {
+            lab.add_namespace("office", &[("team", "front")]);
+            lab.wait_seen_as(&pod, [192, 0, 2, 70]);
+            wait_condition(&lab, "office/foreign", ["Ready", "True", "AddressHeld"], &[]);
+        }
+        pod.delete();
     }
+}
+
+#[test]
+fn a_policy_that_never_decides_says_which_others_do() {
+    let lab = Lab::scene();
+    let [visitor, _] = pods(&lab);
+    let all = "podSelector: { matchLabels: { app: visitor } }\n  address: { ipv4: 192.0.2.51 }\n  priority: -1";
+    lab.write_manifest("all.yaml", &manifests::policy("shop", "all", all));
+    wait_condition(&lab, "shop/all", ["Shadowed", "True", "Shadowed"], &["shop/visitors"]);
+    assert_leaves_by_egress(&visitor);
+    lab.remove_manifest("policy.yaml");
+    wait_condition(&lab, "shop/all", ["Shadowed", "False", "NotShadowed"], &[]);
+    lab.wait_seen_as(&visitor, [192, 0, 2, 51]);
 }
 
 #[test]
@@ -121,10 +165,12 @@ fn an_exhausted_pool_is_a_condition_and_room_in_it_is_taken_at_once() {
     let first = lab.add_pod("n1", "first", "pod", &[]);
     lab.wait_seen_as(&first, [192, 0, 2, 60]);
     lab.write_manifest("second.yaml", &of("second"));
+    wait_condition(&lab, "second/own", ["Accepted", "False", "PoolExhausted"], &["small"]);
     let second = lab.add_pod("n1", "second", "pod", &[]);
     lab.wait_until("the second is blocked", Duration::from_secs(10), || second.udp_who(EXT4).is_err());
     assert_eq!(first.udp_who(EXT4).ok(), Some(IpAddr::from([192, 0, 2, 60])));
     lab.write_manifest("small.yaml", &pool(61));
+    wait_condition(&lab, "second/own", ["Accepted", "True", "Accepted"], &["192.0.2.61"]);
     lab.wait_seen_as(&second, [192, 0, 2, 61]);
     assert_eq!(first.udp_who(EXT4).ok(), Some(IpAddr::from([192, 0, 2, 60])));
 }

@@ -79,7 +79,23 @@ pub fn settings() -> Vec<Need> {
             "with 0, a gateway that takes over drops the connections it has not seen from their beginning: set it to 1",
         ),
         conntrack_table(),
+        ipvs(),
     ]
+}
+
+/// IPVS translates a Service's address after Egret has decided.
+fn ipvs() -> Need {
+    // Three lines of heading, then what is served; no such file without the module.
+    let served = fs::read_to_string("/proc/net/ip_vs").is_ok_and(|table| table.lines().count() > 3);
+    if !served {
+        return Need::ok("IPVS", "not in use");
+    }
+    Need::warn(
+        "IPVS",
+        "in use",
+        "a Service whose backend is outside the cluster is reached with the node's address: select the backend's address in \
+         policies, or use another mode of kube-proxy",
+    )
 }
 
 fn read(setting: &str) -> Option<String> {

@@ -1,8 +1,11 @@
 //! What the kernel can do, tried in a network namespace that nobody else is in.
 
 use super::{Need, State, links, nf_tables};
+use crate::kernel::conntrack;
+use crate::kernel::netlink::{NETLINK_NETFILTER, Socket};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::socket::{AddressFamily, SockFlag, SockProtocol, SockType, socket};
+use std::net::Ipv4Addr;
 
 /// Makes a network namespace, tries everything in it, and lets it go.
 pub fn run() -> Vec<Need> {
@@ -16,6 +19,7 @@ pub fn run() -> Vec<Need> {
         let mut all = vec![raw_sockets()];
         all.extend(links::run());
         all.extend(nf_tables::run());
+        all.push(connections());
         all
     });
     trials.join().unwrap_or_else(|_| {
@@ -26,6 +30,17 @@ pub fn run() -> Vec<Need> {
             remedy: "please report this with the output above".into(),
         }]
     })
+}
+
+/// What has ended is taken out of the table of tracked connections.
+fn connections() -> Need {
+    let ended = Socket::open(NETLINK_NETFILTER)
+        .map_err(anyhow::Error::from)
+        .and_then(|mut socket| conntrack::delete_of(&mut socket, Ipv4Addr::LOCALHOST.into(), |_| true));
+    let remedy = "needs CONFIG_NF_CT_NETLINK (module nf_conntrack_netlink): the connections of policies and pods that have \
+                  ended would live on";
+    let ended = ended.map(drop).map_err(|e| format!("{e:#}"));
+    Need::tried("conntrack, forgetting", ended, "connections by address", remedy)
 }
 
 /// Addresses are asked for and announced by frames of our own making, and gateways are pinged.

@@ -87,12 +87,30 @@ impl Node {
     }
 
     fn check(&mut self, a: &Attachment) -> Result<(), Failure> {
-        if self.pods.get(&a.id).is_none() {
-            return Err(Failure::new(
-                codes::NOT_PROGRAMMED,
-                format!("egretd does not know container {}, interface {}", a.id.container_id, a.id.ifname),
-                "it was not added through egret-cni, or was deleted since; start the pod anew",
-            ));
+        let wrong = |msg: String, details: &str| Err(Failure::new(codes::NOT_PROGRAMMED, msg, details));
+        match self.pods.get(&a.id) {
+            None => {
+                return wrong(
+                    format!("egretd does not know container {}, interface {}", a.id.container_id, a.id.ifname),
+                    "it was not added through egret-cni, or was deleted since; start the pod anew",
+                );
+            }
+            Some(known) if known.addresses != a.addresses => {
+                return wrong(
+                    format!(
+                        "the pod's addresses are {:?}, and were {:?} when it was added",
+                        a.addresses, known.addresses
+                    ),
+                    "start the pod anew",
+                );
+            }
+            Some(known) if known.host != a.host => {
+                return wrong(
+                    format!("the pod's interface {} is another one than when it was added", a.id.ifname),
+                    "start the pod anew",
+                );
+            }
+            Some(_) => {}
         }
         // What is missing in the kernel is mended before the answer.
         self.distrust();

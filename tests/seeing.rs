@@ -1,0 +1,163 @@
+//! What Egret tells of itself: metrics, logs, `egretd check`, and what its programs need. Needs root.
+
+mod lab;
+
+use lab::scene::{assert_blocked, assert_leaves_by_egress, assert_leaves_by_node};
+use lab::{EGRESS4, EXT4, Lab, SERVERS, VISITOR};
+use serde_json::Value;
+use std::process::{Command, Output};
+
+const EGRETD: &str = env!("CARGO_BIN_EXE_egretd");
+
+#[test]
+fn metrics_tell_of_pods_paths_and_packets() {
+    let lab = Lab::scene();
+    let owner = ["g1", "g2"].into_iter().find(|g| lab.node(g).ip("-o addr").contains(&format!(" {EGRESS4}/32 ")));
+    let owner = owner.expect("an owner");
+    let get = |daemon: &str, name: &str, labels: &[(&str, &str)]| lab.metrics(daemon).get(name, labels);
+    let pods = |state: &str| get("n1", "egret_node_pods", &[("state", state)]);
+    assert_eq!(["selected", "held", "free", "unmanaged"].map(pods), [Some(0.0); 4]);
+    let visitor = lab.add_pod("n1", "shop", "visitor", VISITOR);
+    let other = lab.add_pod("n1", "office", "other", &[]);
+    let mut unknown = lab.sandbox_unknown("n1", "shop", "unknown");
+    unknown.attach().expect("ADD");
+    assert_eq!(["selected", "held", "free", "unmanaged"].map(pods), [Some(1.0), Some(1.0), Some(1.0), Some(0.0)]);
+    assert_blocked(&unknown);
+
+    let paths = |daemon: &str, state: &str| get(daemon, "egret_node_paths", &[("state", state)]);
+    assert_eq!(["local", "remote", "unready"].map(|s| paths("n1", s)), [Some(0.0), Some(1.0), Some(0.0)]);
+    assert_eq!(["local", "remote", "unready"].map(|s| paths(owner, s)), [Some(1.0), Some(0.0), Some(0.0)]);
+
+    let id = lab.path_id("shop/visitors").to_string();
+    let went = |daemon: &str, role: &str, what: &str| {
+        let labels = [("path", id.as_str()), ("role", role)];
+        get(daemon, &format!("egret_node_path_{what}_total"), &labels).unwrap_or(0.0)
+    };
+    let all = || {
+        [("n1", "director"), (owner, "gateway")].map(|(node, role)| ["packets", "bytes"].map(|w| went(node, role, w)))
+    };
+    let before = all();
+    let socket = visitor.udp_socket((EXT4, lab::server::UDP_WHO).into()).expect("a socket");
+    for _ in 0..20 {
+        lab::client::udp_who_by(&socket).expect("an answer");
+    }
+    let after = all();
+    // IPv4 20, UDP 8, "who" 3.
+    let more = [0, 1].map(|node| [0, 1].map(|what| after[node][what] - before[node][what]));
+    assert_eq!(more, [[20.0, 20.0 * 31.0]; 2], "packets and bytes on the director and the gateway");
+
+    let dropped = |reason: &str| get("n1", "egret_node_dropped_packets_total", &[("reason", reason)]);
+    assert!(dropped("blocked").is_some_and(|n| n >= 4.0), "the pod that is held: {:?}", dropped("blocked"));
+    for reason in ["leaked", "untagged", "spoofed", "foreign", "unknown", "stale", "unsolicited", "no_hop"] {
+        assert!(dropped(reason).is_some(), "{reason}");
+    }
+    for (name, labels) in [
+        ("egret_node_cni_duration_seconds_count", &[("verb", "ADD")][..]),
+        ("egret_node_apply_duration_seconds_count", &[]),
+        ("egret_node_kernel_changes_total", &[]),
+    ] {
+        assert!(get("n1", name, labels).is_some_and(|n| n >= 3.0), "{name}: {:?}", get("n1", name, labels));
+    }
+    assert_eq!(get("n1", "egret_node_apply_errors_total", &[]), Some(0.0));
+    for (name, labels, wanted) in [
+        ("egret_ledger_paths", &[("gateway", "default"), ("kind", "Explicit")][..], 1.0),
+        ("egret_policies", &[("condition", "Accepted"), ("status", "True")], 1.0),
+        ("egret_ledger_resting", &[("gateway", "default")], 0.0),
+    ] {
+        assert_eq!(get("controller", name, labels), Some(wanted), "{name}: {:?}", lab.metrics("controller"));
+    }
+    assert!(get("controller", "egret_status_writes_total", &[("result", "ok")]).is_some_and(|n| n > 1.0));
+    assert_leaves_by_node(&other);
+}
+
+/// By hand, with nobody there to mend it: what was about to leave another way is dropped, and counted.
+#[test]
+fn what_is_dropped_for_a_broken_datapath_is_counted() {
+    let lab = Lab::scene();
+    let pod = lab.add_pod("n1", "shop", "visitor", VISITOR);
+    assert_leaves_by_egress(&pod);
+    let node = lab.node("n1");
+    lab.daemon("n1").kill9();
+    let counter = |table: &str, name: &str| -> u64 {
+        let text = node.run(["nft", "list", "counter", table, "egret", name]);
+        let number = text.split("packets ").nth(1).and_then(|t| t.split(' ').next());
+        number.and_then(|n| n.parse().ok()).unwrap_or_else(|| panic!("no packets in {text}"))
+    };
+    lab.forget_wire();
+    for command in ["rule del pref 72", "-6 rule del pref 72"] {
+        node.ip(command);
+    }
+    let before = counter("inet", "leaked");
+    assert_blocked(&pod);
+    assert!(counter("inet", "leaked") >= before + SERVERS.len() as u64);
+    lab.daemon("n1").restart();
+    lab.wait_ready("n1");
+    assert_leaves_by_egress(&pod);
+    lab.daemon("n1").kill9();
+    node.nft("flush map netdev egret hop");
+    let before = counter("netdev", "no_hop");
+    assert_blocked(&pod);
+    assert!(counter("netdev", "no_hop") >= before + SERVERS.len() as u64);
+    lab.daemon("n1").restart();
+    lab.wait_ready("n1");
+    assert_leaves_by_egress(&pod);
+    lab.assert_nothing_leaked();
+}
+
+#[test]
+fn logs_are_one_json_object_a_line_where_that_is_asked_for() {
+    let lab = Lab::builder().node_arguments(&["--log-format", "json", "--log-level", "info,egret::node=debug"]).scene();
+    let pod = lab.add_pod("n1", "shop", "visitor", VISITOR);
+    assert_leaves_by_egress(&pod);
+    let log = lab.daemon("n1").log();
+    // The first line is the lab's own: the command.
+    let lines: Vec<Value> = log
+        .lines()
+        .filter(|line| !line.starts_with("==="))
+        .map(|line| serde_json::from_str(line).unwrap_or_else(|e| panic!("{e}: {line}")))
+        .collect();
+    let ready = lines.iter().find(|line| line["message"] == "ready").unwrap_or_else(|| panic!("not ready in {log}"));
+    assert_eq!((&ready["level"], &ready["node"]), (&"INFO".into(), &"n1".into()));
+    assert!(ready["timestamp"].is_string() && ready["target"].is_string(), "{ready}");
+}
+
+fn run(command: &mut Command) -> (Output, String) {
+    let output = command.output().unwrap_or_else(|e| panic!("{command:?}: {e}"));
+    let text = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+    (output, text)
+}
+
+#[test]
+fn a_log_level_that_is_none_is_refused_with_the_remedy() {
+    let (output, text) = run(Command::new(EGRETD).args(["check", "--log-level", "loud=very"]));
+    assert!(!output.status.success() && text.contains("loud=very") && text.contains("info"), "{text}");
+}
+
+/// One line a need, and an exit code that means something.
+#[test]
+fn check_says_what_is_missing_and_fails_for_it() {
+    let (output, text) = run(Command::new(EGRETD).arg("check"));
+    assert!(output.status.success(), "{text}");
+    assert!(text.lines().count() > 10 && !text.contains("MISSING"), "{text}");
+    // `setpriv` is in util-linux, which every Debian has.
+    let without = ["--bounding-set=-all", "--inh-caps=-all", "--", EGRETD, "check"];
+    let (output, text) = run(Command::new("setpriv").args(without));
+    assert_eq!(output.status.code(), Some(1), "{text}");
+    let missing: Vec<&str> = text.lines().filter(|line| line.starts_with("MISSING")).collect();
+    assert!(!missing.is_empty() && missing.iter().all(|line| line.contains("; ")), "{text}");
+    assert!(text.lines().all(|l| ["ok ", "warn ", "MISSING "].iter().any(|state| l.starts_with(state))), "{text}");
+}
+
+/// They run on any host: no interpreter, no library (`PT_INTERP`, `PT_DYNAMIC` with `DT_NEEDED`).
+#[test]
+fn programs_need_no_library_and_the_plugin_is_small() {
+    for program in [EGRETD, env!("CARGO_BIN_EXE_egret-cni")] {
+        let (output, text) = run(Command::new("readelf").args(["--program-headers", "--dynamic", program]));
+        assert!(output.status.success(), "readelf is in binutils: {text}");
+        assert!(!text.contains("INTERP") && !text.contains("(NEEDED)"), "{program}: {text}");
+    }
+    let (_, symbols) = run(Command::new("nm").args(["--defined-only", env!("CARGO_BIN_EXE_egret-cni")]));
+    let of = |name: &str| symbols.lines().filter(|line| line.contains(name)).count();
+    assert!(of("egret") > 10, "the plugin has no symbols");
+    assert_eq!(["tokio", "kube_client", "hyper", "rustls"].map(of), [0; 4]);
+}
