@@ -2,6 +2,7 @@
 
 mod lab;
 
+use lab::client::udp_who_by;
 use lab::scene::{assert_blocked, assert_leaves_by_egress, assert_leaves_by_node};
 use lab::{EGRESS4, EXT4, EXT6, Lab, Node, Pods, Server, VISITOR, server};
 use serde_json::json;
@@ -235,6 +236,28 @@ fn other_bits_for_the_marks_do_as_well() {
         let rules = lab.node(node).ip("rule");
         assert!(rules.contains("fwmark 0x4000000/0x6000000"), "{rules}");
     }
+}
+
+/// Their marks mean nothing to the daemon that comes, and without a path they would leave with the pods' own addresses.
+#[test]
+fn connections_with_other_marks_are_picked_up_anew_when_the_marks_change() {
+    let lab = Lab::scene();
+    let pods = ["n1", "n2", "g1", "g2"].map(|node| lab.add_pod(node, "shop", &format!("visitor-{node}"), VISITOR));
+    let socket = |pod: &lab::Pod, server: IpAddr| pod.udp_socket((server, server::UDP_WHO).into()).expect("a socket");
+    let sockets = pods.each_ref().map(|pod| lab::SERVERS.map(|server| socket(pod, server)));
+    let seen = || sockets.each_ref().map(|of| of.each_ref().map(|socket| udp_who_by(socket).ok()));
+    let egress = [lab::SERVERS.map(|server| Some(lab::scene::egress_towards(server))); 4];
+    assert_eq!(seen(), egress);
+    lab.forget_wire();
+    for node in lab.nodes() {
+        lab.daemon(&node.name).kill9();
+        let arguments = lab.node_daemon_arguments(&node.name).into_iter();
+        let other = ["--mark-shift", "16", "--connection-mark", "0x0048"].map(str::to_owned);
+        lab.start_daemon(&node.name, node, arguments.chain(other).collect());
+        lab.wait_ready(&node.name);
+    }
+    assert_eq!(seen(), egress);
+    lab.assert_nothing_leaked();
 }
 
 #[test]

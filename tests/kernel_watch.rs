@@ -69,7 +69,7 @@ fn what_others_do_to_egrets_things_is_news() {
             ("link set egret mtu 1400", Event::Tunnel),
             ("link set eth0 mtu 1499", Event::Tunnel),
             ("link set eth0 down", Event::Routes),
-            ("link delete veth-p1", Event::VethGone { index, name: "veth-p1".into() }),
+            ("link delete veth-p1", Event::VethGone { index }),
         ] {
             ip(change);
             let seen = news(&mut watch).await;

@@ -73,10 +73,6 @@ impl Failure {
 pub mod codes {
     /// Incompatible CNI version.
     pub const INCOMPATIBLE: u32 = 1;
-    /// Unsupported field in the network configuration.
-    pub const UNSUPPORTED_FIELD: u32 = 2;
-    /// Container unknown or does not exist.
-    pub const UNKNOWN_CONTAINER: u32 = 3;
     /// Invalid necessary environment variables.
     pub const INVALID_ENVIRONMENT: u32 = 4;
     /// Input or output failure.

@@ -88,8 +88,6 @@ pub enum Event {
     VethGone {
         /// The index that it had.
         index: u32,
-        /// The name that it had; the next one of that name is another.
-        name: String,
     },
 }
 
@@ -272,8 +270,7 @@ impl Filter<'_> {
         }
         let info = attribute(m, IFINFOMSG, IFLA_LINKINFO)?;
         let veth = attributes(info).any(|(kind, value)| kind == IFLA_INFO_KIND && trim(value) == b"veth");
-        (m.kind == RTM_DELLINK && veth)
-            .then(|| Event::VethGone { index, name: String::from_utf8_lossy(name).into_owned() })
+        (m.kind == RTM_DELLINK && veth).then_some(Event::VethGone { index })
     }
 
     fn address(&self, m: &Message<'_>) -> Option<Event> {

@@ -23,6 +23,8 @@ pub struct Ended {
     pub quarantined: BTreeSet<IpAddr>,
     /// All that pods as they are could not have begun: it is not known what they used before this daemon started.
     pub of_earlier: bool,
+    /// All whose marks have this upper half: an earlier daemon's were other ones.
+    pub of_base: Option<u16>,
     /// Those of these addresses on these paths.
     paths: BTreeMap<IpAddr, BTreeSet<PathId>>,
 }
@@ -96,6 +98,10 @@ impl Ended {
             let gone = |a: &IpAddr| scene.of_pods.iter().any(|n| n.contains(*a)) && !scene.in_use.contains(a);
             let all = Marked { mark: 0, mask: 0 };
             forgotten += conntrack::delete(&mut socket, all, |c| gone(&c.source) || gone(&c.reply_source))?;
+        }
+        if let Some(base) = self.of_base {
+            let marked = Marked { mark: u32::from(base) << 16, mask: marks.connection_mask() };
+            forgotten += conntrack::delete(&mut socket, marked, |_| true)?;
         }
         for address in &self.addresses {
             forgotten += conntrack::delete_of(&mut socket, *address, |_| true)?;

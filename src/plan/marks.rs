@@ -120,6 +120,11 @@ impl Marks {
         u32::from(self.connection_base) << 16 | u32::from(path)
     }
 
+    /// The upper half of all connections' marks.
+    pub fn connection_base(self) -> u16 {
+        self.connection_base
+    }
+
     /// The mark of a connection that is translated to another address than its path's: it is to be forgotten, and picked
     /// up anew by its next packet. No path has the id 0.
     pub fn stale(self) -> u32 {

@@ -134,12 +134,7 @@ impl Selector {
         self.0.iter().all(|r| r.matches(labels))
     }
 
-    /// A label that everything selected has, if the selector asks for one: what an index can be built on.
-    pub fn required_label(&self) -> Option<(&Name, &Name)> {
-        self.required_labels().next()
-    }
-
-    /// All labels that everything selected has.
+    /// The labels that everything selected has: what an index can be built on.
     pub fn required_labels(&self) -> impl Iterator<Item = (&Name, &Name)> {
         self.0.iter().filter_map(|r| match r {
             Requirement::Equals(k, v) => Some((k, v)),

@@ -85,10 +85,6 @@ pub struct Hook {
 pub mod hook {
     /// `NF_INET_PRE_ROUTING`
     pub const PREROUTING: u32 = 0;
-    /// `NF_INET_LOCAL_IN`
-    pub const INPUT: u32 = 1;
-    /// `NF_INET_FORWARD`
-    pub const FORWARD: u32 = 2;
     /// `NF_INET_LOCAL_OUT`
     pub const OUTPUT: u32 = 3;
     /// `NF_INET_POST_ROUTING`

@@ -98,6 +98,17 @@ impl Host {
         Ok(chains.iter().filter_map(|name| parse_chain_name(name)).collect())
     }
 
+    /// The upper half of the connections' marks that an earlier daemon gave, if its tables are there.
+    pub fn connection_base(&mut self) -> Result<Option<u16>> {
+        for set in [datapath::set::PATH_OUT, datapath::set::BACK] {
+            let elements = self.nft.elements(datapath::INET, set).context("nf_tables")?;
+            if let Some(mark) = elements.iter().find_map(|(key, _)| datapath::mark_in(&key)) {
+                return Ok(Some((mark >> 16) as u16));
+            }
+        }
+        Ok(None)
+    }
+
     /// Forgets what was brought about: the next time everything is read back.
     pub fn distrust(&mut self) {
         self.nft.distrust();

@@ -112,6 +112,7 @@ impl Node {
     ) -> Result<Self> {
         let mut host = Host::open(options.marks)?;
         let pods = Pods::new(host.tags()?);
+        let base = host.connection_base()?.filter(|base| *base != options.marks.connection_base());
         let mut facts = host.facts(BTreeMap::new()).await?;
         // What an earlier daemon had taken over.
         let said =
@@ -158,6 +159,7 @@ impl Node {
             node.adopt(found);
         }
         node.ended.of_earlier = true;
+        node.ended.of_base = base;
         Ok(node)
     }
 
@@ -254,7 +256,7 @@ impl Node {
     pub fn disturbed(&mut self, events: &BTreeSet<Event>) {
         for event in events {
             match event {
-                Event::VethGone { index, .. } => self.pods.interface_gone(*index),
+                Event::VethGone { index } => self.pods.interface_gone(*index),
                 Event::Nftables => self.host.distrust_tables(),
                 Event::Uplinks => self.base = true,
                 Event::Rules => {

@@ -3,12 +3,12 @@
 use super::book::{Book, Path};
 use super::demand::{Demand, Want};
 use super::family::{Family, addresses, in_words, overlap, pair};
-use super::ids::MAX_ID;
 use super::moves::is_drained;
 use super::placement::Load;
 use super::verdict::{Reason, Refusal};
 use crate::api::{AddressPair, PathKind};
 use crate::plan::condition::time;
+use crate::plan::marks::MAX_PATH;
 use std::collections::HashMap;
 use std::net::IpAddr;
 
@@ -57,7 +57,7 @@ pub(super) fn grant(book: &mut Book) -> HashMap<usize, Refusal> {
 
 fn no_id() -> Refusal {
     let message = format!(
-        "all {MAX_ID} path ids of the cluster are in use or rest; \
+        "all {MAX_PATH} path ids of the cluster are in use or rest; \
          let policies share addresses: name the same address, or say allocate: Shared"
     );
     Refusal::new(Reason::NoIdLeft, message)

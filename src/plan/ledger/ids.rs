@@ -1,7 +1,6 @@
 //! Path ids.
 
-/// The highest path id: bits 13-0 of a packet's mark.
-pub const MAX_ID: u16 = 16383;
+use crate::plan::marks::MAX_PATH;
 
 /// Which ids are in use, and which rest.
 #[derive(Clone, Debug)]
@@ -12,13 +11,13 @@ pub(super) struct Ids {
 
 impl Ids {
     pub(super) fn new() -> Self {
-        let none = vec![false; usize::from(MAX_ID) + 1];
+        let none = vec![false; usize::from(MAX_PATH) + 1];
         Ids { live: none.clone(), resting: none }
     }
 
     /// Takes an id, resting or not, unless it is in use or no id at all.
     pub(super) fn take(&mut self, id: u16) -> bool {
-        let free = (1..=MAX_ID).contains(&id) && !self.live[usize::from(id)];
+        let free = (1..=MAX_PATH).contains(&id) && !self.live[usize::from(id)];
         if free {
             self.live[usize::from(id)] = true;
         }
@@ -39,8 +38,8 @@ impl Ids {
     /// Takes the first free id after the one that belongs to `name`. The ids of a deleted gateway are forgotten with
     /// it, and have not rested: starting from a hash, the next path hardly ever gets one of them.
     pub(super) fn find(&mut self, name: &str) -> Option<u16> {
-        let start = (fnv1a(name) % u64::from(MAX_ID)) as u16;
-        let found = (0..MAX_ID).map(|step| (start + step) % MAX_ID + 1).find(|id| {
+        let start = (fnv1a(name) % u64::from(MAX_PATH)) as u16;
+        let found = (0..MAX_PATH).map(|step| (start + step) % MAX_PATH + 1).find(|id| {
             let place = usize::from(*id);
             !self.live[place] && !self.resting[place]
         })?;
@@ -62,10 +61,10 @@ mod tests {
     fn every_id_is_found_once_and_none_beyond() {
         let mut ids = Ids::new();
         ids.rest(7);
-        assert!(ids.take(9) && !ids.take(9) && !ids.take(0) && !ids.take(MAX_ID + 1));
+        assert!(ids.take(9) && !ids.take(9) && !ids.take(0) && !ids.take(MAX_PATH + 1));
         let mut found: Vec<u16> = std::iter::from_fn(|| ids.find("same")).collect();
         found.sort_unstable();
-        assert_eq!(found, (1..=MAX_ID).filter(|id| *id != 7 && *id != 9).collect::<Vec<_>>());
+        assert_eq!(found, (1..=MAX_PATH).filter(|id| *id != 7 && *id != 9).collect::<Vec<_>>());
         assert!(ids.take(7), "who had it gets it back");
     }
 

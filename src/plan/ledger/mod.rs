@@ -19,7 +19,6 @@ mod resting;
 mod retain;
 mod verdict;
 
-pub use ids::MAX_ID;
 pub use moves::is_drained;
 pub use resting::REST_SECONDS;
 pub use verdict::{Grant, Reason, Refusal, Verdict};

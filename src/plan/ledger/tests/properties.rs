@@ -2,7 +2,8 @@
 
 use crate::api::{Allocate, EgressPolicySpec, PathKind};
 use crate::plan::fixture::{World, asking, naming};
-use crate::plan::ledger::{MAX_ID, Outcome, REST_SECONDS, Reason, Verdict, allocate};
+use crate::plan::ledger::{Outcome, REST_SECONDS, Reason, Verdict, allocate};
+use crate::plan::marks::MAX_PATH;
 use crate::plan::model::PolicyKey;
 use proptest::prelude::*;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -130,7 +131,7 @@ fn check_sound(world: &World, outcome: &Outcome) -> Result<(), TestCaseError> {
     for (name, status) in &outcome.gateways {
         let mut of_this_gateways_nodes = BTreeSet::new();
         for path in &status.paths {
-            prop_assert!((1..=MAX_ID).contains(&path.id) && ids.insert(path.id), "id {} twice", path.id);
+            prop_assert!((1..=MAX_PATH).contains(&path.id) && ids.insert(path.id), "id {} twice", path.id);
             prop_assert!(!path.address.is_empty() && !path.policies.is_empty());
             for address in addresses(&path.address) {
                 if path.kind == PathKind::Node {
