@@ -236,12 +236,19 @@ fn remove_each_thing(lab: &Lab, pods: &[&str], nodes: &[&str]) {
                 let command = format!("ip {family} rule del pref {priority}");
                 harm.push((words(command.clone()), command));
             }
-            for table in [7871, 7872] {
+            for table in [7871, 7872, 7873] {
                 let command = format!("ip {family} route flush table {table}");
                 harm.push((words(command.clone()), command));
             }
         }
-        for command in ["ip link set egret down", "ip link set egret group 0", "ip link del egret"] {
+        for command in [
+            "ip link set egret down",
+            "ip link set egret group 0",
+            "ip link del egret",
+            "ip -4 address flush dev egret",
+            "ip neighbour flush dev egret nud permanent",
+            "ip -6 neighbour flush dev egret nud permanent",
+        ] {
             harm.push((words(command.to_owned()), command.to_owned()));
         }
         for (command, what) in harm {

@@ -33,6 +33,10 @@ impl Node {
                 let text = String::from_utf8_lossy(&out.stdout).into_owned();
                 lines.extend(text.lines().map(|l| format!("{family} table {table}: {}", l.trim())));
             }
+            // Not there before the device.
+            let out = self.try_run(["ip", family, "neighbour", "show", "dev", "egret", "nud", "permanent"]);
+            let text = String::from_utf8_lossy(&out.stdout).into_owned();
+            lines.extend(text.lines().map(|l| format!("neighbour {}", l.trim())));
             let rules = self.ip(&format!("{family} rule"));
             lines.extend(rules.lines().map(|l| format!("{family} rule: {l}")));
         }
