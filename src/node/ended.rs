@@ -103,13 +103,9 @@ impl Ended {
             let marked = Marked { mark: u32::from(base) << 16, mask: marks.connection_mask() };
             forgotten += conntrack::delete(&mut socket, marked, |_| true)?;
         }
-        for address in &self.addresses {
-            forgotten += conntrack::delete_of(&mut socket, *address, |_| true)?;
-        }
-        for address in &self.quarantined {
-            let is_outside = |c: &Connection| !is_ours(c) && !scene.networks.is_direct(c.reply_source);
-            forgotten += conntrack::delete_of(&mut socket, *address, is_outside)?;
-        }
+        forgotten += conntrack::delete_of(&mut socket, &self.addresses, |_| true)?;
+        let is_outside = |c: &Connection| !is_ours(c) && !scene.networks.is_direct(c.reply_source);
+        forgotten += conntrack::delete_of(&mut socket, &self.quarantined, is_outside)?;
         Ok(forgotten)
     }
 }

@@ -12,6 +12,7 @@ use crate::kernel::netlink::{
 use anyhow::{Context, Result};
 use nix::libc::{AF_INET, AF_INET6, ENOENT};
 use std::collections::BTreeSet;
+use std::fs;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 /// Message types: subsystem `NFNL_SUBSYS_CTNETLINK` above, message below
@@ -120,14 +121,27 @@ fn delete_all(socket: &mut Socket, requests: &[(Vec<u8>, Option<Vec<u8>>)]) -> R
     Ok(deleted)
 }
 
-/// Forgets connections that an address has begun or that it answers, whatever their mark, which `doomed` picks, and returns
-/// how many. The kernel looks for the address.
+/// Forgets connections that one of the addresses has begun or answers, whatever their mark, which `doomed` picks, and
+/// returns how many.
 ///
 /// # Errors
 /// The kernel's refusal; some may have been forgotten by then.
-pub fn delete_of(socket: &mut Socket, address: IpAddr, doomed: impl Fn(&Connection) -> bool) -> Result<usize> {
+pub fn delete_of(
+    socket: &mut Socket,
+    addresses: &BTreeSet<IpAddr>,
+    doomed: impl Fn(&Connection) -> bool,
+) -> Result<usize> {
+    let is_doomed =
+        |c: &Connection| (addresses.contains(&c.source) || addresses.contains(&c.reply_source)) && doomed(c);
+    let ends = [(CTA_TUPLE_ORIG, CTA_FILTER_ORIG_FLAGS), (CTA_TUPLE_REPLY, CTA_FILTER_REPLY_FLAGS)];
+    if addresses.is_empty() {
+        return Ok(0);
+    }
+    if is_worth_reading(ends.len() * addresses.len()) {
+        return delete(socket, Marked { mark: 0, mask: 0 }, is_doomed);
+    }
     let mut deleted = 0;
-    for (tuple, flags) in [(CTA_TUPLE_ORIG, CTA_FILTER_ORIG_FLAGS), (CTA_TUPLE_REPLY, CTA_FILTER_REPLY_FLAGS)] {
+    for (address, (tuple, flags)) in addresses.iter().flat_map(|address| ends.map(|end| (address, end))) {
         let mut filter = vec![0; NFGENMSG];
         filter[0] = if address.is_ipv4() { AF_INET as u8 } else { AF_INET6 as u8 };
         filter.nested(tuple, |t| {
@@ -137,13 +151,21 @@ pub fn delete_of(socket: &mut Socket, address: IpAddr, doomed: impl Fn(&Connecti
             });
         });
         filter.nested(CTA_FILTER, |f| f.attribute(flags, &FILTER_IP_SRC.to_ne_bytes()));
-        let found = select_filtered(socket, &filter, |c, raw| {
-            let is_doomed = (c.source == address || c.reply_source == address) && doomed(&c);
-            Some((is_doomed.then(|| request(raw))??, None))
-        })?;
+        let found = select_filtered(socket, &filter, |c, raw| Some((is_doomed(&c).then(|| request(raw))??, None)))?;
         deleted += delete_all(socket, &found)?;
     }
     Ok(deleted)
+}
+
+/// Whether it costs less to read the table once than to have the kernel search it so many times. Each search goes through
+/// the whole of it, empty or not; reading takes as long as that, and as going through `BUCKETS` more for each connection.
+fn is_worth_reading(searches: usize) -> bool {
+    const BUCKETS: usize = 150;
+    let number = |what: &str| -> Option<usize> {
+        fs::read_to_string(format!("/proc/sys/net/netfilter/nf_conntrack_{what}")).ok()?.trim().parse().ok()
+    };
+    let (Some(connections), Some(buckets)) = (number("count"), number("buckets")) else { return false };
+    connections.saturating_mul(BUCKETS) < (searches - 1).saturating_mul(buckets)
 }
 
 fn select<T>(socket: &mut Socket, marked: Marked, mut pick: impl FnMut(Connection) -> Option<T>) -> Result<Vec<T>> {

@@ -142,8 +142,12 @@ impl Made {
         &self.tables
     }
 
+    fn inet(&self) -> Option<&Table> {
+        self.tables.iter().find(|(name, _)| *name == INET).map(|(_, table)| table)
+    }
+
     fn chain(&self, name: &str) -> Option<Arc<Chain>> {
-        self.tables.iter().find(|(t, _)| *t == INET).and_then(|(_, t)| t.chains.get(name).cloned())
+        self.inet()?.chains.get(name).cloned()
     }
 }
 
@@ -168,7 +172,12 @@ fn inet(plan: &NodePlan, shared: &SharedSets, marks: Marks, before: Option<&Made
     let jump = |p: &PodPlan| (marks.tag(p.tag).into(), Data::Jump(p.profile.as_str().into()));
     let pods: Elements = plan.pods.values().map(jump).collect();
     table.sets.insert(set::PODS, Set { kind: verdicts, elements: Arc::new(pods) });
-    table.sets.extend(sets::of_pods(plan, marks));
+    match before.filter(|b| b.plan.pods == plan.pods && b.plan.unfound == plan.unfound).and_then(Made::inet) {
+        Some(inet) => {
+            table.sets.extend(sets::OF_PODS.iter().filter_map(|name| Some((*name, inet.sets.get(name)?.clone()))))
+        }
+        None => table.sets.extend(sets::of_pods(plan, marks)),
+    }
     let routes = SetKind { key: DataType::Mark, data: Some(DataType::Mark), interval: false, counter: true };
     let path_out: Elements = plan
         .paths

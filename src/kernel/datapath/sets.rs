@@ -102,6 +102,9 @@ pub fn shared_sets(view: &View, peers: &PeerIndexes, marks: Marks, before: &Shar
     SharedSets { sets }
 }
 
+/// The names of [`of_pods`].
+pub(super) const OF_PODS: [&str; 5] = [set::VETHS, set::OWN[0], set::OWN[1], set::SELECTED[0], set::SELECTED[1]];
+
 /// What selected pods are known by where the tag that they got is lost.
 pub(super) fn of_pods(plan: &NodePlan, marks: Marks) -> impl Iterator<Item = (&'static str, Set)> {
     let set = |key, data, elements: Elements| Set {
@@ -128,7 +131,11 @@ pub(super) fn of_pods(plan: &NodePlan, marks: Marks) -> impl Iterator<Item = (&'
 
 /// A mark and an address, one after the other.
 fn with_mark(mark: u32, address: IpAddr) -> Key {
-    Key::from([mark.to_ne_bytes().as_slice(), Bytes::from(address).as_slice()].concat().as_slice())
+    let (mut both, address) = ([0; 20], Bytes::from(address));
+    let length = 4 + address.as_slice().len();
+    both[..4].copy_from_slice(&mark.to_ne_bytes());
+    both[4..length].copy_from_slice(address.as_slice());
+    Key::from(&both[..length])
 }
 
 fn plain(address: &IpAddr) -> (Key, Data) {
