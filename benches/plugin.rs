@@ -50,13 +50,8 @@ fn main() {
     let node = lab.node("n1");
     let mut all = vec![
         Contestant::nothing(),
-        Contestant::new(&lab, SELECTED, &selected, json!({"type": "egret-cni", "socket": node.cni_socket()})),
-        Contestant::new(
-            &lab,
-            "egret-cni, another pod",
-            &other,
-            json!({"type": "egret-cni", "socket": node.cni_socket()}),
-        ),
+        Contestant::new(&lab, SELECTED, &selected, node.cni_entry()),
+        Contestant::new(&lab, "egret-cni, another pod", &other, node.cni_entry()),
         Contestant::new(
             &lab,
             "tuning, one sysctl",

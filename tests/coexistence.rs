@@ -3,6 +3,7 @@
 mod lab;
 
 use lab::client::udp_who_by;
+use lab::mishaps::holders;
 use lab::scene::{assert_blocked, assert_leaves_by_egress, assert_leaves_by_node};
 use lab::{EGRESS4, EXT4, EXT6, Lab, Node, Pods, Server, VISITOR, server};
 use serde_json::json;
@@ -188,14 +189,14 @@ fn a_limit_of_a_pods_bandwidth_does_not_take_it_past_egret() {
     for name in ["n1", "n2", "g1", "g2"] {
         let node = lab.node(name);
         let limit = json!({"type": "bandwidth", "egressRate": 100_000_000, "egressBurst": 100_000_000});
-        let own = json!({"type": "egret-cni", "socket": node.cni_socket()});
+        let own = node.cni_entry();
         let plain = lab.plain_conflist(name);
         for conflist in [plain.clone().with(limit.clone()).with(own.clone()), plain.with(own).with(limit)] {
             node.set_conflist(conflist);
             let pod = lab.add_pod(name, "shop", "visitor", VISITOR);
             let other = lab.add_pod(name, "office", "other", &[]);
             lab.forget_wire();
-            if node.spec.pods == Pods::Routed && node.ip("-o addr").contains(&format!(" {EGRESS4}/32 ")) {
+            if node.spec.pods == Pods::Routed && holders(&lab).contains(&node.name) {
                 assert_leaves_by_egress(&pod);
                 lab.assert_nothing_leaked();
                 lab.forget_wire();

@@ -5,7 +5,7 @@ mod lab;
 use lab::cni::call;
 use lab::scene::{assert_leaves_by_egress, assert_leaves_by_node};
 use lab::server::UDP_WHO;
-use lab::{EGRESS4, EXT4, Lab, Node, Pod, SERVERS, Server, VISITOR, manifests};
+use lab::{CniError, EGRESS4, EXT4, Lab, Node, Pod, SERVERS, Server, VISITOR, manifests};
 use serde_json::{Value, json};
 use std::fs;
 use std::net::IpAddr;
@@ -199,10 +199,7 @@ impl ByHand {
     }
 
     fn egret(&self, verb: &str) {
-        let conflist = &self.pod.conflist;
-        let own = json!({"type": "egret-cni", "socket": self.pod.node.cni_socket()});
-        let stdin = conflist.stdin_of(&own, &self.pod.runtime, self.pod.result.as_ref());
-        call(&self.pod.node, verb, &self.pod.runtime, &stdin).unwrap_or_else(|e| panic!("{verb}: {e}"));
+        plugin(&self.pod, verb, |_| {}).unwrap_or_else(|e| panic!("{verb}: {e}"));
     }
 
     fn unplug(&self) {
@@ -275,12 +272,16 @@ fn a_late_del_with_the_daemon_away_leaves_the_next_pods_quarantine() {
     assert_eq!(lab.sources(EXT4), [EGRESS4.into()].into());
 }
 
-/// Calls the plugin alone, and returns the error's code.
-fn code(pod: &Pod, verb: &str, change: impl FnOnce(&mut Value)) -> Option<u64> {
-    let own = json!({"type": "egret-cni", "socket": pod.node.cni_socket()});
-    let mut stdin = pod.conflist.stdin_of(&own, &pod.runtime, pod.result.as_ref());
+/// Calls `egret-cni` alone, with what it would be told, changed.
+fn plugin(pod: &Pod, verb: &str, change: impl FnOnce(&mut Value)) -> Result<Value, CniError> {
+    let mut stdin = pod.conflist.stdin_of(&pod.node.cni_entry(), &pod.runtime, pod.result.as_ref());
     change(&mut stdin);
-    call(&pod.node, verb, &pod.runtime, &stdin).err().map(|e| e.code.unwrap_or_else(|| panic!("{verb}: {e}")))
+    call(&pod.node, verb, &pod.runtime, &stdin)
+}
+
+/// The code of the error that it ends with.
+fn code(pod: &Pod, verb: &str, change: impl FnOnce(&mut Value)) -> Option<u64> {
+    plugin(pod, verb, change).err().map(|e| e.code.unwrap_or_else(|| panic!("{verb}: {e}")))
 }
 
 #[test]

@@ -2,8 +2,9 @@
 
 mod lab;
 
+use lab::mishaps::owner_and_other;
 use lab::scene::{assert_blocked, assert_leaves_by_egress, assert_leaves_by_node};
-use lab::{EGRESS4, EXT4, Lab, SERVERS, VISITOR};
+use lab::{EXT4, Lab, SERVERS, VISITOR};
 use serde_json::Value;
 use std::process::{Command, Output};
 
@@ -12,8 +13,7 @@ const EGRETD: &str = env!("CARGO_BIN_EXE_egretd");
 #[test]
 fn metrics_tell_of_pods_paths_and_packets() {
     let lab = Lab::scene();
-    let owner = ["g1", "g2"].into_iter().find(|g| lab.node(g).ip("-o addr").contains(&format!(" {EGRESS4}/32 ")));
-    let owner = owner.expect("an owner");
+    let (owner, _) = owner_and_other(&lab);
     let get = |daemon: &str, name: &str, labels: &[(&str, &str)]| lab.metrics(daemon).get(name, labels);
     let pods = |state: &str| get("n1", "egret_node_pods", &[("state", state)]);
     assert_eq!(["selected", "held", "free", "unmanaged"].map(pods), [Some(0.0); 4]);
@@ -26,7 +26,7 @@ fn metrics_tell_of_pods_paths_and_packets() {
 
     let paths = |daemon: &str, state: &str| get(daemon, "egret_node_paths", &[("state", state)]);
     assert_eq!(["local", "remote", "unready"].map(|s| paths("n1", s)), [Some(0.0), Some(1.0), Some(0.0)]);
-    assert_eq!(["local", "remote", "unready"].map(|s| paths(owner, s)), [Some(1.0), Some(0.0), Some(0.0)]);
+    assert_eq!(["local", "remote", "unready"].map(|s| paths(&owner, s)), [Some(1.0), Some(0.0), Some(0.0)]);
 
     let id = lab.path_id("shop/visitors").to_string();
     let went = |daemon: &str, role: &str, what: &str| {
@@ -34,7 +34,8 @@ fn metrics_tell_of_pods_paths_and_packets() {
         get(daemon, &format!("egret_node_path_{what}_total"), &labels).unwrap_or(0.0)
     };
     let all = || {
-        [("n1", "director"), (owner, "gateway")].map(|(node, role)| ["packets", "bytes"].map(|w| went(node, role, w)))
+        [("n1", "director"), (owner.as_str(), "gateway")]
+            .map(|(node, role)| ["packets", "bytes"].map(|w| went(node, role, w)))
     };
     let before = all();
     let socket = visitor.udp_socket((EXT4, lab::server::UDP_WHO).into()).expect("a socket");
@@ -77,30 +78,25 @@ fn what_is_dropped_for_a_broken_datapath_is_counted() {
     let pod = lab.add_pod("n1", "shop", "visitor", VISITOR);
     assert_leaves_by_egress(&pod);
     let node = lab.node("n1");
-    lab.daemon("n1").kill9();
     let counter = |table: &str, name: &str| -> u64 {
         let text = node.run(["nft", "list", "counter", table, "egret", name]);
         let number = text.split("packets ").nth(1).and_then(|t| t.split(' ').next());
         number.and_then(|n| n.parse().ok()).unwrap_or_else(|| panic!("no packets in {text}"))
     };
     lab.forget_wire();
-    for command in ["rule del pref 72", "-6 rule del pref 72"] {
-        node.ip(command);
+    for (commands, table, name) in [
+        (&["ip rule del pref 72", "ip -6 rule del pref 72"][..], "inet", "leaked"),
+        (&["nft flush map netdev egret hop"], "netdev", "no_hop"),
+    ] {
+        lab.daemon("n1").kill9();
+        commands.iter().for_each(|command| drop(node.run(command.split(' '))));
+        let before = counter(table, name);
+        assert_blocked(&pod);
+        assert!(counter(table, name) >= before + SERVERS.len() as u64, "{name}");
+        lab.daemon("n1").restart();
+        lab.wait_ready("n1");
+        assert_leaves_by_egress(&pod);
     }
-    let before = counter("inet", "leaked");
-    assert_blocked(&pod);
-    assert!(counter("inet", "leaked") >= before + SERVERS.len() as u64);
-    lab.daemon("n1").restart();
-    lab.wait_ready("n1");
-    assert_leaves_by_egress(&pod);
-    lab.daemon("n1").kill9();
-    node.nft("flush map netdev egret hop");
-    let before = counter("netdev", "no_hop");
-    assert_blocked(&pod);
-    assert!(counter("netdev", "no_hop") >= before + SERVERS.len() as u64);
-    lab.daemon("n1").restart();
-    lab.wait_ready("n1");
-    assert_leaves_by_egress(&pod);
     lab.assert_nothing_leaked();
 }
 

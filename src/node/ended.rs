@@ -84,7 +84,6 @@ impl Ended {
     fn take_out(&self, scene: &Scene, possible: Option<&Possible>) -> Result<usize> {
         let marks = scene.marks;
         let ours = Marked { mark: marks.connection(0), mask: marks.connection_kind_mask() };
-        let is_ours = |c: &Connection| c.mark & ours.mask == ours.mark;
         let mut socket = Socket::open(NETLINK_NETFILTER)?;
         let mut forgotten = 0;
         if possible.is_some() || !self.paths.is_empty() {
@@ -104,7 +103,7 @@ impl Ended {
             forgotten += conntrack::delete(&mut socket, marked, |_| true)?;
         }
         forgotten += conntrack::delete_of(&mut socket, &self.addresses, |_| true)?;
-        let is_outside = |c: &Connection| !is_ours(c) && !scene.networks.is_direct(c.reply_source);
+        let is_outside = |c: &Connection| !ours.has(c) && !scene.networks.is_direct(c.reply_source);
         forgotten += conntrack::delete_of(&mut socket, &self.quarantined, is_outside)?;
         Ok(forgotten)
     }
@@ -114,13 +113,18 @@ impl Ended {
 /// background. Each packet of theirs is dropped and prolongs them, so they would not end by themselves.
 pub fn forget_stale(marks: Marks) {
     let stale = Marked { mark: marks.stale(), mask: marks.connection_of_path_mask() | marks.path_mask() };
+    in_background("connections that are older than their paths are picked up anew", move |socket| {
+        conntrack::delete(socket, stale, |_| true)
+    });
+}
+
+/// Cleans the kernel's table of connections, which may be large, while everything else goes on; and says `what` came of it.
+pub fn in_background(what: &'static str, clean: impl FnOnce(&mut Socket) -> Result<usize> + Send + 'static) {
     tokio::task::spawn_blocking(move || {
-        let forgotten = Socket::open(NETLINK_NETFILTER)
-            .map_err(anyhow::Error::from)
-            .and_then(|mut socket| conntrack::delete(&mut socket, stale, |_| true));
-        match forgotten {
+        let cleaned = Socket::open(NETLINK_NETFILTER).map_err(anyhow::Error::from);
+        match cleaned.and_then(|mut socket| clean(&mut socket)) {
             Ok(0) => {}
-            Ok(n) => tracing::info!(entries = n, "connections that are older than their paths are picked up anew"),
+            Ok(n) => tracing::info!(entries = n, "{what}"),
             Err(e) => tracing::error!("the connection table cannot be cleaned: {e:#}"),
         }
     });

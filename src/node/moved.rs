@@ -6,7 +6,7 @@
 //! gateway that has given an address up, what it knows of a connection is out of date should the address come back.
 
 use crate::kernel::conntrack::{self, Connection, Fate, Marked};
-use crate::kernel::netlink::{NETLINK_NETFILTER, Socket};
+use crate::node::ended;
 use crate::plan::marks::{Marks, PathId};
 use crate::plan::node::{View, addresses};
 use crate::plan::paths::PathState;
@@ -54,24 +54,17 @@ impl Moved {
         let late = Marked { mark: marks.handed(0), mask: of_path };
         let pods = Marked { mark: marks.connection(0), mask: of_path };
         let peers = Marked { mark: marks.connection_of_peer(0), mask: marks.connection_kind_mask() };
-        tokio::task::spawn_blocking(move || {
-            let done = Socket::open(NETLINK_NETFILTER).map_err(anyhow::Error::from).and_then(|mut socket| {
-                let path = |c: &Connection| (c.mark & marks.path_mask()) as PathId;
-                let is_wrong = |path, translated| self.local.get(&path).is_some_and(|local| *local != translated);
-                // First: of a path that is moved back at once, they are in the way of what takes their place.
-                conntrack::delete(&mut socket, late, |c| is_wrong(path(c), c.destination == c.reply_source))?;
-                let of_pods = conntrack::settle(&mut socket, pods, |c| match path(c) {
-                    id if !is_wrong(id, c.reply_destination != c.source) => Fate::Stays,
-                    id if handed_over.contains(&id) => Fate::Followed(marks.handed(id)),
-                    _ => Fate::Forgotten,
-                })?;
-                Ok(of_pods + conntrack::delete(&mut socket, peers, |c| !self.served.contains(&c.reply_destination))?)
-            });
-            match done {
-                Ok(0) => {}
-                Ok(n) => tracing::info!(entries = n, "connections of paths that have moved are picked up anew"),
-                Err(e) => tracing::error!("the connection table cannot be cleaned: {e:#}"),
-            }
+        ended::in_background("connections of paths that have moved are picked up anew", move |socket| {
+            let path = |c: &Connection| (c.mark & marks.path_mask()) as PathId;
+            let is_wrong = |path, translated| self.local.get(&path).is_some_and(|local| *local != translated);
+            // First: of a path that is moved back at once, they are in the way of what takes their place.
+            conntrack::delete(socket, late, |c| is_wrong(path(c), c.destination == c.reply_source))?;
+            let of_pods = conntrack::settle(socket, pods, |c| match path(c) {
+                id if !is_wrong(id, c.reply_destination != c.source) => Fate::Stays,
+                id if handed_over.contains(&id) => Fate::Followed(marks.handed(id)),
+                _ => Fate::Forgotten,
+            })?;
+            Ok(of_pods + conntrack::delete(socket, peers, |c| !self.served.contains(&c.reply_destination))?)
         });
     }
 }

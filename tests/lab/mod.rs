@@ -249,7 +249,7 @@ impl Lab {
             Pods::Routed => Conflist::routed(&node.directory, &subnets),
             Pods::Bridged => Conflist::bridged(&node.directory, &subnets),
         };
-        if egret { list.with(json!({"type": "egret-cni", "socket": node.cni_socket()})) } else { list }
+        if egret { list.with(node.cni_entry()) } else { list }
     }
 
     /// The conflist that the lab gives the node, without `egret-cni`.

@@ -9,6 +9,7 @@
 
 use super::cni::Conflist;
 use super::host::{Host, checked};
+use serde_json::{Value, json};
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
@@ -113,6 +114,11 @@ impl Node {
     /// The path of the daemon's socket for the plugin.
     pub fn cni_socket(&self) -> PathBuf {
         self.run_dir().join("cni.sock")
+    }
+
+    /// Egret's entry in the node's conflist.
+    pub fn cni_entry(&self) -> Value {
+        json!({"type": "egret-cni", "socket": self.cni_socket()})
     }
 
     /// Replaces what the runtime runs for each pod.

@@ -51,6 +51,13 @@ pub struct Marked {
     pub mask: u32,
 }
 
+impl Marked {
+    /// Whether this is one of them.
+    pub fn has(&self, connection: &Connection) -> bool {
+        connection.mark & self.mask == self.mark & self.mask
+    }
+}
+
 /// A connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Connection {
@@ -184,8 +191,7 @@ fn select_raw<T>(
         filter.be32(CTA_MARK_MASK, marked.mask);
     }
     select_filtered(socket, &filter, |connection, message| {
-        let is_marked = connection.mark & marked.mask == marked.mark & marked.mask;
-        is_marked.then(|| pick(connection, message)).flatten()
+        marked.has(&connection).then(|| pick(connection, message)).flatten()
     })
 }
 

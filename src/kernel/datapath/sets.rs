@@ -53,10 +53,7 @@ pub fn shared_sets(view: &View, peers: &PeerIndexes, marks: Marks, before: &Shar
     put(set::PEER, DataType::Ether, Some(DataType::Mark), false, false, peer);
     put(set::BACK, DataType::Mark, Some(DataType::Ether), false, false, back);
     for (at, ip) in Ip::BOTH.into_iter().enumerate() {
-        let (address, pair) = match ip {
-            Ip::V4 => (DataType::Ipv4, DataType::MarkIpv4),
-            Ip::V6 => (DataType::Ipv6, DataType::MarkIpv6),
-        };
+        let (address, pair) = types(ip);
         let of_family = |a: &&IpAddr| ip.has(a);
         let ways = || {
             let ways = translating.iter().flat_map(|(id, path)| addresses(path).map(|a| (u32::from(*id), a)));
@@ -114,10 +111,7 @@ pub(super) fn of_pods(plan: &NodePlan, marks: Marks) -> impl Iterator<Item = (&'
     let pods = || plan.pods.values();
     let veths = pods().map(|pod| (pod.interface_index.into(), value(marks.tag(pod.tag)))).collect();
     let of_family = move |(at, ip): (usize, Ip)| {
-        let (address, tagged) = match ip {
-            Ip::V4 => (DataType::Ipv4, DataType::MarkIpv4),
-            Ip::V6 => (DataType::Ipv6, DataType::MarkIpv6),
-        };
+        let (address, tagged) = types(ip);
         let addresses = move || pods().flat_map(|pod| pod.addresses.iter().map(move |a| (pod.tag, a)));
         let addresses = move || addresses().filter(move |(_, a)| ip.has(a));
         let own = addresses().map(|(tag, a)| (with_mark(marks.tag(tag), *a), Data::None)).collect();
@@ -127,6 +121,14 @@ pub(super) fn of_pods(plan: &NodePlan, marks: Marks) -> impl Iterator<Item = (&'
     };
     let veths = [(set::VETHS, set(DataType::Interface, Some(DataType::Mark), veths))];
     veths.into_iter().chain(Ip::BOTH.into_iter().enumerate().flat_map(of_family))
+}
+
+/// Of an address, and of a mark and an address.
+fn types(ip: Ip) -> (DataType, DataType) {
+    match ip {
+        Ip::V4 => (DataType::Ipv4, DataType::MarkIpv4),
+        Ip::V6 => (DataType::Ipv6, DataType::MarkIpv6),
+    }
 }
 
 /// A mark and an address, one after the other.

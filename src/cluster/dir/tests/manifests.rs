@@ -108,11 +108,11 @@ async fn lists_are_read_in_yaml_and_in_json() {
     assert_eq!(source.now().policies.values().map(|p| p.priority).collect::<Vec<_>>(), [1, 2, 3, 4]);
 }
 
-/// Each: a manifest, the line that is to be told, and what is to be told.
 fn list(item: &str, times: usize) -> String {
     format!("[{}]", vec![item; times].join(", "))
 }
 
+/// Each: a manifest, the line that is to be told, and what is to be told.
 #[tokio::test]
 async fn what_is_wrong_is_told_with_its_line() {
     let gateway = |body: &str| {
