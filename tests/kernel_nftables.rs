@@ -10,10 +10,11 @@ use egret::plan::mac;
 use egret::plan::marks::Marks;
 use egret::plan::model::PolicyKey;
 use egret::plan::networks::Networks;
-use egret::plan::node::{NodePlan, PodPlan, View};
+use egret::plan::node::{NodePlan, PodPlan, View, chain_name};
 use egret::plan::paths::{Path, PathState, Peer, Placing};
 use egret::plan::profile::{Profile, Step};
 use namespace::{in_namespace, ip, run};
+use std::sync::Arc;
 
 fn path(state: PathState, last: u8) -> Path {
     Path {
@@ -90,7 +91,7 @@ fn view_and_plan(nodes: u16, pods: u32) -> (View, NodePlan, PeerIndexes) {
             tag: n as u16 + 1,
             profile: profile.name(),
         };
-        plan.add(&view, pod, profile);
+        plan.add(&view, chain_name(pod.tag, pod.interface_index), pod.into(), profile.into());
     }
     (view, plan, peers)
 }
@@ -115,10 +116,9 @@ fn the_kernel_takes_what_policies_may_be() {
         };
         let steps = [Fallback::NodeAddress, Fallback::Block, Fallback::Block].map(step);
         let profile = Profile::Steps(steps.into());
-        let pod = plan.pods.values_mut().next().unwrap();
-        pod.profile = profile.name();
-        let pod = pod.clone();
-        plan.add(&view, pod, profile);
+        let (chain, mut pod) = plan.pods.pop_first().unwrap();
+        Arc::make_mut(&mut pod).profile = profile.name();
+        plan.add(&view, chain, pod, profile.into());
         let marks = Marks::default();
         let shared = datapath::shared_sets(&view, &peers, marks, &SharedSets::default());
         let made = Made::new(plan, &shared, marks, None);
@@ -185,6 +185,67 @@ fn what_somebody_takes_away_is_put_back() {
             nft.distrust();
             assert!(nft.apply(tables).unwrap() > 0, "{damage} is noticed");
             assert_eq!(run("nft", "list ruleset"), whole, "{damage} is mended");
+        }
+    });
+}
+
+/// A pod's start adds to what was made for the others: whatever comes and goes, it is as if it were made anew.
+#[test]
+fn what_follows_from_the_last_plan_is_what_is_made_anew() {
+    in_namespace(|| async {
+        veths(5);
+        let (view, all, peers) = view_and_plan(3, 5);
+        let marks = Marks::default();
+        let shared = datapath::shared_sets(&view, &peers, marks, &SharedSets::default());
+        let only = |pods: &[u32]| {
+            let mut plan = all.clone();
+            plan.pods.retain(|_, pod| pods.contains(&(pod.interface_index - 1000)));
+            let used: Vec<_> = plan.pods.values().map(|pod| pod.profile.clone()).collect();
+            plan.profiles.retain(|name, _| used.contains(name));
+            plan
+        };
+        let with = |mut plan: NodePlan, unfound: &str| {
+            plan.unfound.insert(unfound.parse().unwrap());
+            plan
+        };
+        let renumbered = |pods: &[u32], tag| {
+            let mut plan = only(pods);
+            let (_, mut pod) = plan.pods.pop_first().unwrap();
+            Arc::make_mut(&mut pod).tag = tag;
+            plan.pods.insert(chain_name(tag, pod.interface_index), pod);
+            plan
+        };
+        let elsewhere = |pods: &[u32]| {
+            let mut plan = only(pods);
+            let pod = plan.pods.values_mut().next().unwrap();
+            Arc::make_mut(pod).addresses = vec![[10, 244, 9, 9].into()];
+            plan
+        };
+        let mut nft = Nftables::open().unwrap();
+        let mut made: Option<Made> = None;
+        for plan in [
+            only(&[]),
+            only(&[2]),
+            only(&[2, 4]),
+            only(&[0, 2, 3, 4]),
+            only(&[1, 2, 3]),
+            with(only(&[1, 2, 3]), "10.244.1.77"),
+            with(only(&[0, 1, 2, 3]), "10.244.1.77"),
+            // Of a pod's that is found then.
+            with(only(&[0, 1, 2, 3]), "10.244.1.4"),
+            only(&[0, 1, 2, 3, 4]),
+            elsewhere(&[0, 1, 4]),
+            renumbered(&[0, 1, 4], 9),
+            only(&[0, 1, 4]),
+            only(&[]),
+        ] {
+            let (pods, unfound) = (plan.pods.len(), plan.unfound.len());
+            let next = Made::new(plan.clone(), &shared, marks, made.as_ref());
+            nft.apply(next.tables()).unwrap();
+            nft.distrust();
+            let anew = Made::new(plan, &shared, marks, None);
+            assert_eq!(nft.apply(anew.tables()).unwrap(), 0, "with {pods} pods and {unfound} addresses");
+            made = Some(next);
         }
     });
 }

@@ -13,6 +13,7 @@ use anyhow::Result;
 use ipnetwork::IpNetwork;
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::IpAddr;
+use std::sync::Arc;
 
 /// Which connections are to be forgotten.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -44,12 +45,16 @@ pub struct Scene {
 
 impl Ended {
     /// Adds what pods could use before and can no more.
-    pub fn uses(&mut self, before: &BTreeMap<Holder, Use>, now: &BTreeMap<Holder, Use>, pods: &Pods) {
+    pub fn uses(&mut self, before: &BTreeMap<Holder, Arc<Use>>, now: &BTreeMap<Holder, Arc<Use>>, pods: &Pods) {
         let none = BTreeSet::new();
-        // Pods that are gone are seen to when they go: their addresses may be others' by now.
-        for (holder, old) in before.iter().filter(|(holder, _)| pods.has(holder)) {
-            let new = now.get(holder).map_or(&none, |u| &u.paths);
-            let paths: BTreeSet<PathId> = old.paths.difference(new).copied().collect();
+        for (holder, old) in before {
+            let new = now.get(holder);
+            // Pods that are gone are seen to when they go: their addresses may be others' by now.
+            if new.is_some_and(|new| Arc::ptr_eq(old, new)) || !pods.has(holder) {
+                continue;
+            }
+            let paths = new.map_or(&none, |u| &u.paths);
+            let paths: BTreeSet<PathId> = old.paths.difference(paths).copied().collect();
             if !paths.is_empty() {
                 for address in &old.addresses {
                     self.paths.entry(*address).or_default().extend(&paths);
@@ -64,7 +69,7 @@ impl Ended {
     }
 
     /// Takes them out of the kernel's table. What cannot be taken out is tried again the next time.
-    pub async fn forget(&mut self, uses: &BTreeMap<Holder, Use>, scene: Scene) {
+    pub async fn forget(&mut self, uses: &BTreeMap<Holder, Arc<Use>>, scene: Scene) {
         let ended = self.clone();
         let possible = self.of_earlier.then(|| Possible::new(uses));
         // A large table takes its time, and the endpoint for metrics and health goes on meanwhile.
@@ -140,7 +145,7 @@ struct Possible {
 }
 
 impl Possible {
-    fn new(uses: &BTreeMap<Holder, Use>) -> Self {
+    fn new(uses: &BTreeMap<Holder, Arc<Use>>) -> Self {
         let mut possible = Possible::default();
         for (address, used) in uses.values().flat_map(|used| used.addresses.iter().map(move |a| (*a, used))) {
             if used.held {

@@ -3,11 +3,15 @@
 use crate::cni::attachment::{Attachment, AttachmentId};
 use crate::plan::marks::{MAX_INDEX, PathId};
 use crate::plan::model::{Cluster, ObjectKey, Pod};
-use crate::plan::node::{NodePlan, PodPlan, View};
+use crate::plan::node::{NodePlan, PodPlan, View, chain_name};
+use crate::plan::paths::Paths;
+use crate::plan::precedence::PolicyIndex;
 use crate::plan::profile::Profile;
 use crate::plan::selector::Labels;
+use crate::plan::shared::Mark;
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::IpAddr;
+use std::sync::Arc;
 
 /// The tag that pods share for which there is none left: its profile lets nothing out.
 const OVERFLOW_TAG: u16 = MAX_INDEX;
@@ -22,27 +26,67 @@ pub struct Interface {
 }
 
 /// A pod that the plugin brought.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 struct Attached {
+    holder: Holder,
     attachment: Attachment,
     /// `None`: it has none on the host, or it is gone.
     interface: Option<Interface>,
     /// What the pod's labels were when the cluster last knew it: it may be gone there before it is gone here.
     labels: Option<Labels>,
+    judged: Judged,
 }
 
 /// A pod that ran before Egret came.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 struct Adopted {
     interface: Interface,
     addresses: Vec<IpAddr>,
+    judged: Judged,
+}
+
+/// What policies say of a pod, and what follows from it. A pod's start changes it for no other.
+#[derive(Debug, Default)]
+enum Judged {
+    /// To be found out.
+    #[default]
+    Unknown,
+    /// No policy selects it.
+    Free,
+    /// Policies select it, or could.
+    Selected(Selected),
+}
+
+/// See [`Judged`].
+#[derive(Debug)]
+struct Selected {
+    profile: Arc<Profile>,
+    /// With the tag that it last had.
+    planned: Option<Planned>,
+}
+
+/// A selected pod's part of the plan.
+#[derive(Debug)]
+struct Planned {
+    chain: Arc<str>,
+    pod: Arc<PodPlan>,
+    profile: Arc<Profile>,
+    used: Arc<Use>,
+}
+
+/// What all pods were judged by.
+#[derive(Debug, Default)]
+struct JudgedBy {
+    pods: Mark<BTreeMap<ObjectKey, Arc<Pod>>>,
+    policies: Mark<PolicyIndex>,
+    paths: Mark<Paths>,
 }
 
 /// Names a pod of either kind.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Holder {
     /// By the runtime's names.
-    Attached(AttachmentId),
+    Attached(Arc<AttachmentId>),
     /// By the cluster's.
     Adopted(ObjectKey),
 }
@@ -81,6 +125,7 @@ pub struct Pods {
     /// Pods that are held because the cluster does not know them, or their namespaces.
     undecided: BTreeSet<AttachmentId>,
     tags: Tags,
+    judged_by: JudgedBy,
 }
 
 impl Pods {
@@ -101,7 +146,9 @@ impl Pods {
         }
         let labels = self.attached.get(&attachment.id).and_then(|a| a.labels.clone());
         self.ended.remove(&ObjectKey::new(&attachment.pod.namespace, &attachment.pod.name));
-        self.attached.insert(attachment.id.clone(), Attached { attachment, interface, labels });
+        let (id, judged) = (attachment.id.clone(), Judged::Unknown);
+        let holder = Holder::Attached(Arc::new(id.clone()));
+        self.attached.insert(id, Attached { holder, attachment, interface, labels, judged });
     }
 
     /// Removes a pod. Returns its addresses that no other pod has.
@@ -130,7 +177,7 @@ impl Pods {
     /// Whether the pod is still here.
     pub fn has(&self, holder: &Holder) -> bool {
         match holder {
-            Holder::Attached(id) => self.attached.contains_key(id),
+            Holder::Attached(id) => self.attached.contains_key(&**id),
             Holder::Adopted(key) => self.adopted.contains_key(key),
         }
     }
@@ -168,7 +215,7 @@ impl Pods {
     /// Takes in a pod that ran before.
     pub fn adopt(&mut self, key: ObjectKey, interface: Interface, addresses: Vec<IpAddr>) {
         if !self.has_interface(interface.index) {
-            self.adopted.insert(key, Adopted { interface, addresses });
+            self.adopted.insert(key, Adopted { interface, addresses, judged: Judged::Unknown });
         }
     }
 
@@ -208,23 +255,87 @@ impl Pods {
     }
 
     /// The plan of all pods, what each uses, and how many are in which state.
-    pub fn plan(&mut self, cluster: &Cluster, view: &View) -> (NodePlan, BTreeMap<Holder, Use>, Census) {
-        let (mut plan, mut uses, mut census) = (NodePlan::default(), BTreeMap::new(), Census::default());
+    pub fn plan(&mut self, cluster: &Cluster, view: &View) -> (NodePlan, BTreeMap<Holder, Arc<Use>>, Census) {
+        self.judge(cluster, view);
         // Whose pods are gone, the others can have: there may be some without.
         let attached = self.attached.values().filter_map(|a| a.interface.as_ref());
         let there = attached.chain(self.adopted.values().map(|a| &a.interface)).map(|i| i.index).collect();
         self.tags.retain(&there);
+        let (mut plan, mut uses, mut census) = (NodePlan::default(), Vec::new(), Census::default());
         let (tags, mut in_use) = (&mut self.tags, HashSet::new());
-        let mut add = |holder, interface: &Interface, addresses: &[IpAddr], profile: Profile| {
+        let mut add = |holder, interface: &Interface, addresses: &[IpAddr], selected: &mut Selected| {
             let tag = tags.get(interface.index);
             in_use.insert(interface.index);
-            let profile = if tag == OVERFLOW_TAG { Profile::Held } else { profile };
-            match profile {
-                Profile::Held => census.held += 1,
-                Profile::Steps(_) => census.selected += 1,
+            let planned = selected.planned(tag, interface, addresses);
+            if planned.used.held {
+                census.held += 1;
+            } else {
+                census.selected += 1;
             }
-            let held = profile == Profile::Held;
-            uses.insert(holder, Use { addresses: addresses.to_vec(), paths: profile.paths(), held });
+            uses.push((holder, planned.used.clone()));
+            plan.add(view, planned.chain.clone(), planned.pod.clone(), planned.profile.clone());
+        };
+        self.undecided.clear();
+        for (id, a) in &mut self.attached {
+            match (&mut a.judged, &a.interface) {
+                (Judged::Selected(selected), Some(i)) => {
+                    if *selected.profile == Profile::Held {
+                        self.undecided.insert(id.clone());
+                    }
+                    add(a.holder.clone(), i, &a.attachment.addresses, selected);
+                }
+                (Judged::Selected(_), None) if a.attachment.host.is_none() => census.unmanaged += 1,
+                // Its interface is gone, and so is the pod; DEL is still to come.
+                (Judged::Selected(_), None) => {}
+                (Judged::Free | Judged::Unknown, _) => census.free += 1,
+            }
+        }
+        for (key, a) in &mut self.adopted {
+            if let Judged::Selected(selected) = &mut a.judged {
+                add(Holder::Adopted(key.clone()), &a.interface, &a.addresses, selected);
+            }
+        }
+        self.tags.retain(&in_use);
+        (plan, uses.into_iter().collect(), census)
+    }
+
+    /// Finds out what policies say of each pod of which that is not known.
+    fn judge(&mut self, cluster: &Cluster, view: &View) {
+        let by = &self.judged_by;
+        let same = cluster.pods.has(&by.pods) && view.policies.has(&by.policies) && view.paths.has(&by.paths);
+        if !same {
+            let adopted = self.adopted.values_mut().map(|a| &mut a.judged);
+            self.attached.values_mut().map(|a| &mut a.judged).chain(adopted).for_each(|j| *j = Judged::Unknown);
+            self.judged_by =
+                JudgedBy { pods: cluster.pods.mark(), policies: view.policies.mark(), paths: view.paths.mark() };
+        }
+        for a in self.attached.values_mut().filter(|a| matches!(a.judged, Judged::Unknown)) {
+            if let Some(now) = labels(&a.attachment, cluster) {
+                a.labels = Some(now.clone());
+            }
+            a.judged = view.profile(&a.attachment.pod.namespace, a.labels.as_ref()).into();
+        }
+        for (key, a) in self.adopted.iter_mut().filter(|(_, a)| matches!(a.judged, Judged::Unknown)) {
+            let pod = cluster.pods.get(key);
+            a.judged = pod.and_then(|pod| view.profile(&key.namespace, Some(&pod.labels))).into();
+        }
+    }
+}
+
+impl From<Option<Profile>> for Judged {
+    fn from(profile: Option<Profile>) -> Self {
+        let selected = |profile| Judged::Selected(Selected { profile: Arc::new(profile), planned: None });
+        profile.map_or(Judged::Free, selected)
+    }
+}
+
+impl Selected {
+    fn planned(&mut self, tag: u16, interface: &Interface, addresses: &[IpAddr]) -> &Planned {
+        let as_before = self.planned.take().filter(|planned| planned.pod.tag == tag);
+        self.planned.insert(as_before.unwrap_or_else(|| {
+            let profile = if tag == OVERFLOW_TAG { Arc::new(Profile::Held) } else { self.profile.clone() };
+            let held = *profile == Profile::Held;
+            let used = Use { addresses: addresses.to_vec(), paths: profile.paths().collect(), held };
             let pod = PodPlan {
                 interface: interface.name.clone(),
                 interface_index: interface.index,
@@ -232,34 +343,9 @@ impl Pods {
                 tag,
                 profile: profile.name(),
             };
-            plan.add(view, pod, profile);
-        };
-        self.undecided.clear();
-        for (id, a) in &mut self.attached {
-            if let Some(now) = labels(&a.attachment, cluster) {
-                a.labels = Some(now.clone());
-            }
-            match (view.profile(&a.attachment.pod.namespace, a.labels.as_ref()), &a.interface) {
-                (None, _) => census.free += 1,
-                (Some(profile), Some(i)) => {
-                    if profile == Profile::Held {
-                        self.undecided.insert(id.clone());
-                    }
-                    add(Holder::Attached(id.clone()), i, &a.attachment.addresses, profile);
-                }
-                (Some(_), None) if a.attachment.host.is_none() => census.unmanaged += 1,
-                // Its interface is gone, and so is the pod; DEL is still to come.
-                (Some(_), None) => {}
-            }
-        }
-        for (key, a) in &self.adopted {
-            let Some(pod) = cluster.pods.get(key) else { continue };
-            if let Some(profile) = view.profile(&key.namespace, Some(&pod.labels)) {
-                add(Holder::Adopted(key.clone()), &a.interface, &a.addresses, profile);
-            }
-        }
-        self.tags.retain(&in_use);
-        (plan, uses, census)
+            let chain = chain_name(tag, interface.index);
+            Planned { chain, pod: Arc::new(pod), profile, used: Arc::new(used) }
+        }))
     }
 }
 

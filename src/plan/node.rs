@@ -155,18 +155,18 @@ pub struct PodPlan {
     /// The index in the mark that its packets get.
     pub tag: u16,
     /// Name of its profile in [`NodePlan::profiles`].
-    pub profile: String,
+    pub profile: Arc<str>,
 }
 
-/// Everything that the node's datapath should be.
+/// Everything that the node's datapath should be. One plan differs from the next by a pod or two: the others are shared.
 #[derive(Clone, Debug, Default)]
 pub struct NodePlan {
     /// Selected pods by the name of their chain.
-    pub pods: BTreeMap<String, PodPlan>,
+    pub pods: BTreeMap<Arc<str>, Arc<PodPlan>>,
     /// Addresses of selected pods behind interfaces that were not found.
     pub unfound: BTreeSet<IpAddr>,
     /// Profiles in use, by name.
-    pub profiles: BTreeMap<String, Profile>,
+    pub profiles: BTreeMap<Arc<str>, Arc<Profile>>,
     /// Paths that the profiles lead to and that are ready, and where.
     pub paths: BTreeMap<PathId, Path>,
     /// Paths that are being moved here, and the nodes that still know their connections.
@@ -187,12 +187,19 @@ impl NodePlan {
         self.handed.iter().filter(move |(id, _)| is_here(id)).map(|(id, (_, mac))| (*id, *mac))
     }
 
-    /// Adds a pod. It is held if its profile's name is another one's: a name is a hash, and policies' names are chosen
-    /// by those who are held to them.
-    pub fn add(&mut self, view: &View, mut pod: PodPlan, mut profile: Profile) {
-        if self.profiles.get(&pod.profile).is_some_and(|other| *other != profile) {
-            profile = Profile::Held;
-            pod.profile = profile.name();
+    /// Adds a pod, whose chain has this name. It is held if its profile's name is another one's: a name is a hash, and
+    /// policies' names are chosen by those who are held to them.
+    pub fn add(&mut self, view: &View, chain: Arc<str>, mut pod: Arc<PodPlan>, mut profile: Arc<Profile>) {
+        match self.profiles.get(&pod.profile) {
+            Some(same) if Arc::ptr_eq(same, &profile) || *same == profile => {
+                self.pods.insert(chain, pod);
+                return;
+            }
+            Some(_) => {
+                profile = Arc::new(Profile::Held);
+                Arc::make_mut(&mut pod).profile = profile.name();
+            }
+            None => {}
         }
         for id in profile.paths() {
             if let Some(path) = view.paths.paths.get(&id)
@@ -202,13 +209,13 @@ impl NodePlan {
             }
         }
         self.profiles.entry(pod.profile.clone()).or_insert(profile);
-        self.pods.insert(chain_name(pod.tag, pod.interface_index), pod);
+        self.pods.insert(chain, pod);
     }
 }
 
 /// A pod's chain is named after its tag and its interface, so that a restarted daemon finds the tag again.
-pub fn chain_name(tag: u16, interface_index: u32) -> String {
-    format!("pod-{tag}-{interface_index}")
+pub fn chain_name(tag: u16, interface_index: u32) -> Arc<str> {
+    format!("pod-{tag}-{interface_index}").into()
 }
 
 /// Tag and interface index of a pod's chain.

@@ -6,7 +6,6 @@ use super::model::PolicyKey;
 use super::paths::Paths;
 use super::precedence::Ranked;
 use crate::api::Fallback;
-use std::collections::BTreeSet;
 use std::sync::Arc;
 
 /// What is done with a pod's packets to destinations outside the cluster.
@@ -61,7 +60,7 @@ impl Profile {
     }
 
     /// A name that stays as long as the list of policies does: FNV-1a of their names.
-    pub fn name(&self) -> String {
+    pub fn name(&self) -> Arc<str> {
         let Profile::Steps(steps) = self else { return "profile-held".into() };
         let mut hash = 0xcbf2_9ce4_8422_2325_u64;
         for step in steps {
@@ -69,15 +68,16 @@ impl Profile {
                 hash = (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3);
             }
         }
-        format!("profile-{hash:016x}")
+        format!("profile-{hash:016x}").into()
     }
 
     /// The paths that its packets can take.
-    pub fn paths(&self) -> BTreeSet<PathId> {
-        match self {
-            Profile::Held => BTreeSet::new(),
-            Profile::Steps(steps) => steps.iter().filter_map(|s| s.path).collect(),
-        }
+    pub fn paths(&self) -> impl Iterator<Item = PathId> {
+        let steps = match self {
+            Profile::Held => [].as_slice(),
+            Profile::Steps(steps) => steps,
+        };
+        steps.iter().filter_map(|s| s.path)
     }
 }
 
@@ -94,7 +94,7 @@ mod tests {
     use crate::plan::destination::Ports;
     use crate::plan::fixture::selector;
     use crate::plan::model::{Metadata, Policy};
-    use crate::plan::node::{NodePlan, PodPlan, View};
+    use crate::plan::node::{NodePlan, PodPlan, View, chain_name};
 
     fn policy(name: &str, ports: u16) -> Ranked {
         let spec = crate::api::EgressPolicySpec { pod_selector: Some(selector(&[])), ..Default::default() };
@@ -120,9 +120,9 @@ mod tests {
         for (tag, profile) in [(1, &one), (2, &one), (3, &other)] {
             let interface_index = u32::from(tag);
             let pod = PodPlan { interface: "v".into(), interface_index, addresses: vec![], tag, profile: one.name() };
-            plan.add(&View::default(), pod, profile.clone());
+            plan.add(&View::default(), chain_name(tag, interface_index), pod.into(), profile.clone().into());
         }
-        let profiles: Vec<&Profile> = plan.pods.values().map(|pod| &plan.profiles[&pod.profile]).collect();
+        let profiles: Vec<&Profile> = plan.pods.values().map(|pod| &*plan.profiles[&pod.profile]).collect();
         assert_eq!(profiles, [&one, &one, &Profile::Held]);
     }
 }

@@ -42,7 +42,6 @@ pub(super) fn chains(marks: Marks, local: Option<IpAddr>) -> Vec<(&'static str, 
         ("unsolicited", Chain::new(None, unsolicited())),
         ("untagged", Chain::new(None, untagged())),
         ("tagged-again", Chain::new(None, tagged_again(marks))),
-        ("tagged", Chain::new(None, tagged(marks))),
         ("tag-lost", Chain::new(None, tag_lost())),
         ("known", Chain::new(None, known())),
         ("srcnat", Chain::new(base("nat", hook::POSTROUTING, SRCNAT), srcnat(marks))),
@@ -132,10 +131,13 @@ fn prerouting(marks: Marks, local: Option<IpAddr>) -> Vec<Rule> {
         Rule::new().ct_mark(marks.connection_mask(), path).jump("tracked"),
         tunnel_packet().jump("foreign"),
         Rule::new().ct_state(CT_STATE_NEW | CT_STATE_INVALID).jump("unsolicited"),
-        untagged(Rule::new()).goto("untagged"),
+        untagged(Rule::new()).jump("untagged"),
         left_alone(others()),
+        // By the tag to the pod's profile.
+        Rule::new().vmap_by_mark(marks.kind_and_index_mask(), set::PODS),
+        Rule::new().counter(counter::BLOCKED).drop(),
     ];
-    before.into_iter().chain(tunnel).chain(after).chain(tagged(marks)).collect()
+    before.into_iter().chain(tunnel).chain(after).collect()
 }
 
 /// What belongs to a connection of Egret's: of its packets whose path goes nowhere, and of answers.
@@ -184,7 +186,7 @@ fn unsolicited() -> Vec<Rule> {
 
 /// What is new and has no tag. It may be a selected pod's all the same: others set whole marks, and what the CNI plugin
 /// `bandwidth` holds up comes back past the chain on the veth (`tc_skip_classify`, net/core/dev.c), and passes the one on the
-/// tunnel device by, too (`nf_skip_egress`): its hub's MAC stays, which is nobody's.
+/// tunnel device by, too (`nf_skip_egress`): its hub's MAC stays, which is nobody's. What gets its tag back returns.
 fn untagged() -> Vec<Rule> {
     let selected = |(at, ip)| Rule::new().saddr_in_set(ip, set::SELECTED[at]).goto("tag-lost");
     let by_veth = Rule::new().set_mark_by_iif(set::VETHS).goto("tagged-again");
@@ -193,16 +195,10 @@ fn untagged() -> Vec<Rule> {
 
 /// From a routed pod's veth: as in the chain that is there. Bridged pods' packets come from the bridge.
 fn tagged_again(marks: Marks) -> Vec<Rule> {
-    let own =
-        |(at, ip)| Rule::new().mark_and_saddr_in_set(marks.kind_and_index_mask(), ip, set::OWN[at]).goto("tagged");
+    let own = |(at, ip)| Rule::new().mark_and_saddr_in_set(marks.kind_and_index_mask(), ip, set::OWN[at]).return_();
     let own = Ip::BOTH.into_iter().enumerate().map(own);
     let others = without_address().map(|rule| rule.clear_mark(!marks.kind_and_index_mask()).accept());
     own.chain(others).chain([Rule::new().counter(counter::SPOOFED).drop()]).collect()
-}
-
-/// By the tag to the pod's profile.
-fn tagged(marks: Marks) -> Vec<Rule> {
-    vec![Rule::new().vmap_by_mark(marks.kind_and_index_mask(), set::PODS), Rule::new().counter(counter::BLOCKED).drop()]
 }
 
 /// An address is not enough to say whose a packet is, but enough to keep it inside.

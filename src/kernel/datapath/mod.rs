@@ -14,9 +14,9 @@ use super::names::{DEVICE, TABLE};
 use super::nft::table::{Chain, Data, DataType, Elements, Hook, Key, Set, SetKind, Table, TableName, hook};
 use super::nft::uapi::*;
 use crate::plan::marks::Marks;
-use crate::plan::node::{NodePlan, PodPlan};
+use crate::plan::node::NodePlan;
 use crate::plan::paths::PathState;
-use crate::plan::profile::Profile;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 /// The table with all chains but the one on the tunnel device.
@@ -26,6 +26,9 @@ pub const NETDEV: TableName = TableName { family: NFPROTO_NETDEV, name: TABLE };
 /// The tables that hand packets over while paths are moved on purpose: IPv4's and IPv6's.
 pub const HANDOVER: [TableName; 2] =
     [TableName { family: NFPROTO_IPV4, name: TABLE }, TableName { family: NFPROTO_IPV6, name: TABLE }];
+
+/// The chain on the tunnel device.
+const TO_TUNNEL: &str = "to-tunnel";
 
 /// What is dropped is counted under one of these names.
 pub mod counter {
@@ -118,7 +121,7 @@ fn value(mark: u32) -> Data {
 pub struct Made {
     plan: NodePlan,
     /// The chains that follow from nothing but this node's address.
-    fixed: Arc<[(&'static str, Arc<Chain>)]>,
+    fixed: Arc<[(Arc<str>, Arc<Chain>)]>,
     tables: Vec<(TableName, Table)>,
 }
 
@@ -126,14 +129,17 @@ impl Made {
     /// The tables as they should be for `plan`. What is as it was in `before`, made with the same marks, is taken over.
     pub fn new(plan: NodePlan, shared: &SharedSets, marks: Marks, before: Option<&Made>) -> Self {
         let fixed = before.filter(|before| before.plan.local == plan.local).map_or_else(
-            || fixed::chains(marks, plan.local).into_iter().map(|(name, chain)| (name, Arc::new(chain))).collect(),
+            || {
+                fixed::chains(marks, plan.local)
+                    .into_iter()
+                    .map(|(name, chain)| (name.into(), Arc::new(chain)))
+                    .collect()
+            },
             |before| before.fixed.clone(),
         );
-        let mut inet = inet(&plan, shared, marks, before);
-        inet.chains.extend(fixed.iter().map(|(name, chain)| ((*name).to_owned(), chain.clone())));
-        let mut tables = vec![(INET, inet)];
+        let mut tables = vec![(INET, inet(&plan, &fixed, shared, marks, before))];
         tables.extend(handover::tables(&plan, marks));
-        tables.push((NETDEV, netdev(&plan, shared, marks)));
+        tables.push((NETDEV, netdev(&plan, shared, marks, before)));
         Made { plan, fixed, tables }
     }
 
@@ -142,16 +148,19 @@ impl Made {
         &self.tables
     }
 
-    fn inet(&self) -> Option<&Table> {
-        self.tables.iter().find(|(name, _)| *name == INET).map(|(_, table)| table)
-    }
-
-    fn chain(&self, name: &str) -> Option<Arc<Chain>> {
-        self.inet()?.chains.get(name).cloned()
+    fn table(&self, name: TableName) -> Option<&Table> {
+        self.tables.iter().find(|(n, _)| *n == name).map(|(_, table)| table)
     }
 }
 
-fn inet(plan: &NodePlan, shared: &SharedSets, marks: Marks, before: Option<&Made>) -> Table {
+fn inet(
+    plan: &NodePlan,
+    fixed: &[(Arc<str>, Arc<Chain>)],
+    shared: &SharedSets,
+    marks: Marks,
+    before: Option<&Made>,
+) -> Table {
+    let before = before.and_then(|before| Some((&before.plan, before.table(INET)?)));
     let mut table = Table {
         counters: [
             counter::BLOCKED,
@@ -168,44 +177,48 @@ fn inet(plan: &NodePlan, shared: &SharedSets, marks: Marks, before: Option<&Made
         ..Table::default()
     };
     table.sets.extend(shared.sets.iter().filter(|(n, _)| **n != set::BACK).map(|(n, s)| (*n, s.clone())));
-    let verdicts = SetKind { key: DataType::Mark, data: Some(DataType::Verdict), interval: false, counter: false };
-    let jump = |p: &PodPlan| (marks.tag(p.tag).into(), Data::Jump(p.profile.as_str().into()));
-    let pods: Elements = plan.pods.values().map(jump).collect();
-    table.sets.insert(set::PODS, Set { kind: verdicts, elements: Arc::new(pods) });
-    match before.filter(|b| b.plan.pods == plan.pods && b.plan.unfound == plan.unfound).and_then(Made::inet) {
-        Some(inet) => {
-            table.sets.extend(sets::OF_PODS.iter().filter_map(|name| Some((*name, inet.sets.get(name)?.clone()))))
-        }
-        None => table.sets.extend(sets::of_pods(plan, marks)),
-    }
-    let routes = SetKind { key: DataType::Mark, data: Some(DataType::Mark), interval: false, counter: true };
-    let path_out: Elements = plan
-        .paths
-        .iter()
-        .map(|(id, p)| {
-            let mark = if p.state == PathState::Local { marks.local(*id, p.uplink) } else { marks.request() };
-            (marks.connection(*id).into(), value(mark))
-        })
-        .collect();
-    table.sets.insert(set::PATH_OUT, Set { kind: routes, elements: Arc::new(path_out) });
+    table.sets.extend(sets::of_pods(plan, marks, before));
+    let kind = SetKind { key: DataType::Mark, data: Some(DataType::Mark), interval: false, counter: true };
+    let path_out = plan.paths.iter().map(|(id, p)| {
+        let mark = if p.state == PathState::Local { marks.local(*id, p.uplink) } else { marks.request() };
+        (marks.connection(*id).into(), value(mark))
+    });
+    let path_out = unless_same(path_out.collect(), before.and_then(|(_, table)| table.sets.get(set::PATH_OUT)));
+    table.sets.insert(set::PATH_OUT, Set { kind, elements: path_out });
 
+    let of_pods = before.map(|(last, table)| (&last.pods, table));
+    let of_pods = chains(&plan.pods, of_pods, |pod| {
+        let hook = ingress(&pod.interface);
+        Chain::of(Some(hook), move || pods::from_pod(&pod, marks))
+    });
+    let of_profiles = before.map(|(last, table)| (&last.profiles, table));
+    let of_profiles =
+        chains(&plan.profiles, of_profiles, |profile| Chain::of(None, move || pods::of_profile(&profile, marks)));
+    table.chains = fixed.iter().cloned().chain(of_pods).chain(of_profiles).collect();
     handover::keep_old_ways(plan, marks, &mut table);
-
-    let mut chain = |name: &str, same: bool, make: &dyn Fn() -> Chain| {
-        let old = before.filter(|_| same).and_then(|b| b.chain(name));
-        table.chains.insert(name.to_owned(), old.unwrap_or_else(|| Arc::new(make())));
-    };
-    for (name, pod) in &plan.pods {
-        let same = before.is_some_and(|b| b.plan.pods.get(name) == Some(pod));
-        let rules = |pod: PodPlan| move || pods::from_pod(&pod, marks);
-        chain(name, same, &|| Chain::of(Some(ingress(&pod.interface)), rules(pod.clone())));
-    }
-    for (name, profile) in &plan.profiles {
-        let same = before.is_some_and(|b| b.plan.profiles.get(name) == Some(profile));
-        let rules = |profile: Profile| move || pods::of_profile(&profile, marks);
-        chain(name, same, &|| Chain::of(None, rules(profile.clone())));
-    }
     table
+}
+
+type ByName<V> = BTreeMap<Arc<str>, Arc<V>>;
+
+/// The chain of each by `make`, or the one that there was before for the same.
+fn chains<'a, V: PartialEq>(
+    of: &'a ByName<V>,
+    before: Option<(&'a ByName<V>, &'a Table)>,
+    make: impl Fn(Arc<V>) -> Chain + 'a,
+) -> impl Iterator<Item = (Arc<str>, Arc<Chain>)> + 'a {
+    of.iter().map(move |(name, value)| {
+        let same = |old: &Arc<V>| Arc::ptr_eq(old, value) || old == value;
+        let before = before.filter(|(last, _)| last.get(name).is_some_and(same));
+        let chain = before.and_then(|(_, table)| table.chains.get(name).cloned());
+        (name.clone(), chain.unwrap_or_else(|| Arc::new(make(value.clone()))))
+    })
+}
+
+/// The elements, or those of `before` if they are the same: then nobody needs to compare them again.
+fn unless_same(elements: Elements, before: Option<&Set>) -> Arc<Elements> {
+    let same = before.filter(|before| *before.elements == elements);
+    same.map_or_else(|| Arc::new(elements), |before| before.elements.clone())
 }
 
 fn base(kind: &str, number: u32, priority: i32) -> Option<Hook> {
@@ -218,7 +231,8 @@ fn ingress(device: &str) -> Hook {
     Hook { kind: "filter".into(), number: hook::INGRESS, priority: 0, drop: true, device: Some(device.into()) }
 }
 
-fn netdev(plan: &NodePlan, shared: &SharedSets, marks: Marks) -> Table {
+fn netdev(plan: &NodePlan, shared: &SharedSets, marks: Marks, before: Option<&Made>) -> Table {
+    let before = before.and_then(|before| before.table(NETDEV));
     let mut table = Table { counters: [counter::NO_HOP].into(), ..Table::default() };
     let hop = plan.paths.iter().filter_map(|(id, path)| match path.state {
         PathState::Remote(mac) => Some((marks.connection(*id).into(), Data::Value(mac.as_slice().into()))),
@@ -229,7 +243,8 @@ fn netdev(plan: &NodePlan, shared: &SharedSets, marks: Marks) -> Table {
     let handed =
         plan.handed.iter().map(|(id, (_, mac))| (marks.handed(*id).into(), Data::Value(mac.as_slice().into())));
     let kind = SetKind { key: DataType::Mark, data: Some(DataType::Ether), interval: false, counter: false };
-    table.sets.insert(set::HOP, Set { kind, elements: Arc::new(hop.chain(came).chain(handed).collect()) });
+    let hop = unless_same(hop.chain(came).chain(handed).collect(), before.and_then(|table| table.sets.get(set::HOP)));
+    table.sets.insert(set::HOP, Set { kind, elements: hop });
     table.sets.extend(shared.sets.get(set::BACK).map(|s| (set::BACK, s.clone())));
     let out = Hook {
         kind: "filter".into(),
@@ -238,6 +253,7 @@ fn netdev(plan: &NodePlan, shared: &SharedSets, marks: Marks) -> Table {
         drop: false,
         device: Some(DEVICE.into()),
     };
-    table.chains.insert("to-tunnel".into(), Arc::new(Chain::new(Some(out), fixed::to_tunnel())));
+    let same = before.and_then(|table| table.chains.get(TO_TUNNEL).cloned());
+    table.chains.insert(TO_TUNNEL.into(), same.unwrap_or_else(|| Arc::new(Chain::new(Some(out), fixed::to_tunnel()))));
     table
 }

@@ -1,8 +1,8 @@
 //! Sets and maps that follow from the view.
 
-use super::{set, value};
+use super::{set, unless_same, value};
 use crate::kernel::nft::rule::Ip;
-use crate::kernel::nft::table::{Bytes, Data, DataType, Elements, Key, Set, SetKind};
+use crate::kernel::nft::table::{Bytes, Data, DataType, Elements, Key, Set, SetKind, Table};
 use crate::plan::mac::Mac;
 use crate::plan::marks::Marks;
 use crate::plan::networks;
@@ -31,8 +31,7 @@ pub fn shared_sets(view: &View, peers: &PeerIndexes, marks: Marks, before: &Shar
     let mut sets = BTreeMap::new();
     let mut put = |name, key, data, interval, counter, elements: Elements| {
         let kind = SetKind { key, data, interval, counter };
-        let same = before.sets.get(name).map(|set| &set.elements).filter(|old| ***old == elements);
-        sets.insert(name, Set { kind, elements: same.cloned().unwrap_or_else(|| Arc::new(elements)) });
+        sets.insert(name, Set { kind, elements: unless_same(elements, before.sets.get(name)) });
     };
     let paths = &view.paths;
     let members = || paths.paths.iter().filter(|(_, path)| path.member);
@@ -99,28 +98,53 @@ pub fn shared_sets(view: &View, peers: &PeerIndexes, marks: Marks, before: &Shar
     SharedSets { sets }
 }
 
-/// The names of [`of_pods`].
-pub(super) const OF_PODS: [&str; 5] = [set::VETHS, set::OWN[0], set::OWN[1], set::SELECTED[0], set::SELECTED[1]];
-
-/// What selected pods are known by where the tag that they got is lost.
-pub(super) fn of_pods(plan: &NodePlan, marks: Marks) -> impl Iterator<Item = (&'static str, Set)> {
-    let set = |key, data, elements: Elements| Set {
-        kind: SetKind { key, data, interval: false, counter: false },
-        elements: Arc::new(elements),
+/// What selected pods are known by: the tag that they get, and more where that is lost. `before` is the last plan and
+/// what was made of it: a pod's start, which is waited for, adds to that.
+pub(super) fn of_pods(plan: &NodePlan, marks: Marks, before: Option<(&NodePlan, &Table)>) -> Vec<(&'static str, Set)> {
+    let same_unfound = before.filter(|(last, _)| last.unfound == plan.unfound);
+    let new = same_unfound.and_then(|(last, table)| Some((added(&last.pods, &plan.pods)?, table)));
+    let (pods, unfound, table) = match new {
+        Some((new, table)) => (new, None, Some(table)),
+        None => (plan.pods.values().map(|pod| &**pod).collect(), Some(&plan.unfound), None),
     };
-    let pods = || plan.pods.values();
-    let veths = pods().map(|pod| (pod.interface_index.into(), value(marks.tag(pod.tag)))).collect();
-    let of_family = move |(at, ip): (usize, Ip)| {
+    let set = |name, key, data, elements: Vec<(Key, Data)>| {
+        let kind = SetKind { key, data, interval: false, counter: false };
+        let elements = match table.map(|table| &table.sets[name].elements) {
+            Some(before) if elements.is_empty() => before.clone(),
+            Some(before) => Arc::new(before.with(elements)),
+            None => Arc::new(elements.into_iter().collect()),
+        };
+        (name, Set { kind, elements })
+    };
+    let tags = pods.iter().map(|pod| (marks.tag(pod.tag).into(), Data::Jump(pod.profile.clone()))).collect();
+    let veths = pods.iter().map(|pod| (pod.interface_index.into(), value(marks.tag(pod.tag)))).collect();
+    let mut sets = vec![
+        set(set::PODS, DataType::Mark, Some(DataType::Verdict), tags),
+        set(set::VETHS, DataType::Interface, Some(DataType::Mark), veths),
+    ];
+    for (at, ip) in Ip::BOTH.into_iter().enumerate() {
         let (address, tagged) = types(ip);
-        let addresses = move || pods().flat_map(|pod| pod.addresses.iter().map(move |a| (pod.tag, a)));
-        let addresses = move || addresses().filter(move |(_, a)| ip.has(a));
-        let own = addresses().map(|(tag, a)| (with_mark(marks.tag(tag), *a), Data::None)).collect();
-        let unfound = plan.unfound.iter().filter(|a| ip.has(a));
-        let selected = addresses().map(|(_, a)| a).chain(unfound).map(plain).collect();
-        [(set::OWN[at], set(tagged, None, own)), (set::SELECTED[at], set(address, None, selected))]
-    };
-    let veths = [(set::VETHS, set(DataType::Interface, Some(DataType::Mark), veths))];
-    veths.into_iter().chain(Ip::BOTH.into_iter().enumerate().flat_map(of_family))
+        let addresses = pods.iter().flat_map(|pod| pod.addresses.iter().map(|a| (pod.tag, a)));
+        let addresses = addresses.filter(|(_, a)| ip.has(a));
+        let own = addresses.clone().map(|(tag, a)| (with_mark(marks.tag(tag), *a), Data::None)).collect();
+        let unfound = unfound.into_iter().flatten().filter(|a| ip.has(a));
+        let selected = addresses.map(|(_, a)| a).chain(unfound).map(plain).collect();
+        sets.push(set(set::OWN[at], tagged, None, own));
+        sets.push(set(set::SELECTED[at], address, None, selected));
+    }
+    sets
+}
+
+/// What `now` has more than `before`, if it has everything else as it was.
+fn added<'a, K: Ord, V: PartialEq>(before: &BTreeMap<K, Arc<V>>, now: &'a BTreeMap<K, Arc<V>>) -> Option<Vec<&'a V>> {
+    let (mut last, mut new) = (before.iter().peekable(), Vec::new());
+    for (key, value) in now {
+        let same = |(k, v): &(&K, &Arc<V>)| *k == key && (Arc::ptr_eq(v, value) || *v == value);
+        if last.next_if(same).is_none() {
+            new.push(&**value);
+        }
+    }
+    last.next().is_none().then_some(new)
 }
 
 /// Of an address, and of a mark and an address.

@@ -3,6 +3,7 @@
 //! A gateway's node in a big cluster has a hundred thousand of them, most of some ten bytes: they are packed, and come
 //! out one by one. A map of the standard library would take ten times the memory.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 /// The elements of one set, sorted by key. In a set of ranges, a key with `end` closes the range that the key before it
@@ -10,18 +11,15 @@ use std::sync::Arc;
 ///
 /// As in the kernel, keys in one set are of one length, and so are values: what is shorter than the others is filled up
 /// with zeros.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Elements {
     /// Bytes of a key and of a value.
     lengths: (u8, u8),
-    /// One after another: key, whether it ends a range, value; in the place of a chain its number among `chains`.
+    /// One after another: key, whether it ends a range, value.
     packed: Box<[u8]>,
-    /// The chains that are jumped to.
+    /// The chains that are jumped to, in a map of verdicts: one for each element.
     chains: Box<[Arc<str>]>,
 }
-
-/// Bytes of a chain's number.
-const NUMBER: usize = size_of::<u32>();
 
 impl Elements {
     /// Whether there is none.
@@ -31,40 +29,105 @@ impl Elements {
 
     /// All of them, by key.
     pub fn iter(&self) -> impl Iterator<Item = (Key, Data)> {
-        let (key, value) = (usize::from(self.lengths.0), usize::from(self.lengths.1));
-        self.packed.chunks_exact(key + 1 + value).map(move |element| {
-            let (bytes, rest) = element.split_at(key);
-            (Key { bytes: bytes.into(), end: rest[0] != 0 }, self.data(&rest[1..]))
-        })
-    }
-
-    fn data(&self, value: &[u8]) -> Data {
-        match <[u8; NUMBER]>::try_from(value) {
-            Ok(number) if !self.chains.is_empty() => {
-                Data::Jump(self.chains[u32::from_ne_bytes(number) as usize].clone())
-            }
-            _ if value.is_empty() => Data::None,
-            _ => Data::Value(value.into()),
-        }
+        self.range(0..self.len())
     }
 
     /// Those that `other` does not have, or has with other data.
     pub fn missing_in(&self, other: &Elements) -> impl Iterator<Item = (Key, Data)> {
-        let mut others = other.iter().peekable();
-        self.iter().filter(move |(key, data)| {
+        let (mine, others) = self.unlike(other);
+        let mut others = other.range(others).peekable();
+        self.range(mine).filter(move |(key, data)| {
             while others.next_if(|(other, _)| other < key).is_some() {}
             others.peek().is_none_or(|(other, with)| other != key || with != data)
         })
     }
-}
 
-impl PartialEq for Elements {
-    fn eq(&self, other: &Self) -> bool {
-        self.packed.len() == other.packed.len() && self.iter().eq(other.iter())
+    /// These and `more`, which count where both have a key.
+    pub fn with(&self, more: impl IntoIterator<Item = (Key, Data)>) -> Elements {
+        let more: Elements = more.into_iter().collect();
+        if more.is_empty() {
+            return self.clone();
+        }
+        if self.lengths != more.lengths {
+            return self.iter().chain(more.iter()).collect();
+        }
+        let mut packed = Vec::with_capacity(self.packed.len() + more.packed.len());
+        let mut chains = Vec::with_capacity(self.chains.len() + more.chains.len());
+        let mut append = |from: &Elements, range: Range<usize>| {
+            packed.extend_from_slice(&from.packed[range.start * from.size()..range.end * from.size()]);
+            if !from.chains.is_empty() {
+                chains.extend_from_slice(&from.chains[range]);
+            }
+        };
+        let mut done = 0;
+        for place in 0..more.len() {
+            let key = more.sort_key(place);
+            let before = done + partition_point(self.len() - done, |at| self.sort_key(done + at) < key);
+            append(self, done..before);
+            append(&more, place..place + 1);
+            done = before + usize::from(before < self.len() && self.sort_key(before) == key);
+        }
+        append(self, done..self.len());
+        Elements { lengths: self.lengths, packed: packed.into(), chains: chains.into() }
+    }
+
+    fn range(&self, places: Range<usize>) -> impl Iterator<Item = (Key, Data)> {
+        let key = usize::from(self.lengths.0);
+        places.map(move |place| {
+            let (bytes, rest) = self.at(place).split_at(key);
+            let data = match (self.chains.get(place), &rest[1..]) {
+                (Some(chain), _) => Data::Jump(chain.clone()),
+                (None, []) => Data::None,
+                (None, value) => Data::Value(value.into()),
+            };
+            (Key { bytes: bytes.into(), end: rest[0] != 0 }, data)
+        })
+    }
+
+    fn len(&self) -> usize {
+        self.packed.len() / self.size()
+    }
+
+    /// Bytes of an element.
+    fn size(&self) -> usize {
+        usize::from(self.lengths.0) + 1 + usize::from(self.lengths.1)
+    }
+
+    fn at(&self, place: usize) -> &[u8] {
+        &self.packed[place * self.size()..(place + 1) * self.size()]
+    }
+
+    /// What elements are sorted by, within sets whose lengths are the same.
+    fn sort_key(&self, place: usize) -> &[u8] {
+        &self.at(place)[..=usize::from(self.lengths.0)]
+    }
+
+    /// What is left of both without those that both begin with, and end with.
+    fn unlike(&self, other: &Elements) -> (Range<usize>, Range<usize>) {
+        let (mine, others) = (self.len(), other.len());
+        if self.lengths != other.lengths {
+            return (0..mine, 0..others);
+        }
+        let same = |a, b| self.at(a) == other.at(b) && self.chains.get(a) == other.chains.get(b);
+        let start = (0..mine.min(others)).take_while(|at| same(*at, *at)).count();
+        let end = (1..=mine.min(others) - start).take_while(|back| same(mine - back, others - back)).count();
+        (start..mine - end, start..others - end)
     }
 }
 
-impl Eq for Elements {}
+/// The first of `0..len` for which it is false; `is_before` is true of those before, and of none after.
+fn partition_point(len: usize, is_before: impl Fn(usize) -> bool) -> usize {
+    let (mut from, mut to) = (0, len);
+    while from < to {
+        let middle = from + (to - from) / 2;
+        if is_before(middle) {
+            from = middle + 1;
+        } else {
+            to = middle;
+        }
+    }
+    from
+}
 
 impl FromIterator<(Key, Data)> for Elements {
     /// Of elements with the same key the last one counts.
@@ -80,19 +143,20 @@ impl FromIterator<(Key, Data)> for Elements {
         });
         let key = all.iter().map(|(key, _)| key.bytes.len).max().unwrap_or(0);
         let value = all.iter().map(|(_, data)| data.len()).max().unwrap_or(0);
+        let verdicts = all.iter().any(|(_, data)| matches!(data, Data::Jump(_)));
         let (mut packed, mut chains) = (Vec::with_capacity(all.len() * usize::from(key + 1 + value)), Vec::new());
         for (Key { bytes, end }, data) in all {
             packed.extend_from_slice(&bytes.bytes[..usize::from(key)]);
             packed.push(u8::from(end));
-            let data = match data {
-                Data::None => Bytes::default(),
-                Data::Value(bytes) => bytes,
-                Data::Jump(chain) => {
-                    chains.push(chain);
-                    Bytes::from(chains.len() as u32 - 1)
-                }
+            let (bytes, chain) = match data {
+                Data::None => (Bytes::default(), None),
+                Data::Value(bytes) => (bytes, None),
+                Data::Jump(chain) => (Bytes::default(), Some(chain)),
             };
-            packed.extend_from_slice(&data.bytes[..usize::from(value)]);
+            packed.extend_from_slice(&bytes.bytes[..usize::from(value)]);
+            if verdicts {
+                chains.push(chain.unwrap_or_default());
+            }
         }
         Elements { lengths: (key, value), packed: packed.into(), chains: chains.into() }
     }
@@ -122,9 +186,8 @@ impl Data {
     /// How many bytes it takes in [`Elements`].
     fn len(&self) -> u8 {
         match self {
-            Data::None => 0,
             Data::Value(bytes) => bytes.len,
-            Data::Jump(_) => NUMBER as u8,
+            Data::None | Data::Jump(_) => 0,
         }
     }
 }
@@ -177,6 +240,8 @@ impl<T: Into<Bytes>> From<T> for Key {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::collection::{btree_map, vec};
+    use proptest::prelude::*;
 
     fn marks(of: &[(u32, u32)]) -> Elements {
         of.iter().map(|(key, value)| (Key::from(*key), Data::Value((*value).into()))).collect()
@@ -211,5 +276,38 @@ mod tests {
         assert_eq!(missing(&after, &before), marks(&[(3, 31), (4, 40)]));
         assert_eq!(missing(&before, &Elements::default()), before);
         assert!(missing(&after, &after).is_empty());
+    }
+
+    fn any_data(verdicts: bool) -> impl Strategy<Value = Data> {
+        let value = (0u32..3).prop_map(|value| Data::Value(value.into()));
+        let jump = (0u32..3).prop_map(|chain| Data::Jump(format!("chain-{chain}").into()));
+        if verdicts { jump.boxed() } else { value.boxed() }
+    }
+
+    /// Elements of two sets with many keys in common.
+    fn two_sets() -> impl Strategy<Value = [Vec<(u8, Data)>; 2]> {
+        any::<bool>().prop_flat_map(|verdicts| {
+            [vec((0u8..40, any_data(verdicts)), 0..40), vec((0u8..40, any_data(verdicts)), 0..6)]
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn a_set_with_more_is_as_if_it_were_made_of_all([before, more] in two_sets()) {
+            let element = |(key, data): &(u8, Data)| (Key::from([*key, 0, *key].as_slice()), data.clone());
+            let set: Elements = before.iter().map(element).collect();
+            let all: Elements = before.iter().chain(&more).map(element).collect();
+            prop_assert_eq!(set.with(more.iter().map(element)), all);
+        }
+
+        #[test]
+        fn a_difference_is_what_maps_differ_in(
+            (before, after) in (btree_map(0u32..40, 0u32..3, 0..40), btree_map(0u32..40, 0u32..3, 0..40))
+        ) {
+            let of = |map: &std::collections::BTreeMap<u32, u32>| marks(&map.iter().map(|(k, v)| (*k, *v)).collect::<Vec<_>>());
+            let differing = after.iter().filter(|(key, value)| before.get(key) != Some(value));
+            let differing = marks(&differing.map(|(k, v)| (*k, *v)).collect::<Vec<_>>());
+            prop_assert_eq!(of(&after).missing_in(&of(&before)).collect::<Elements>(), differing);
+        }
     }
 }

@@ -14,6 +14,7 @@ pub use read::Count;
 
 use super::netlink::{Error, NETLINK_NETFILTER, Socket};
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use table::{Held, Key, Table, TableName};
 use transaction::{Batch, Transaction};
 
@@ -125,7 +126,7 @@ impl Nftables {
     ///
     /// # Errors
     /// The kernel's refusal.
-    pub fn chains(&mut self, name: TableName) -> Result<Vec<String>, Error> {
+    pub fn chains(&mut self, name: TableName) -> Result<Vec<Arc<str>>, Error> {
         Ok(read::table(&mut self.socket, name)?.chains.into_keys().collect())
     }
 

@@ -3,6 +3,7 @@
 use super::table::{Bytes, Data, Elements, Held, HeldChain, HeldSet, Hook, Key, TableName};
 use super::uapi::*;
 use crate::kernel::netlink::{Attributes, Error, Socket, attributes, string};
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -42,20 +43,20 @@ pub(super) fn table(socket: &mut Socket, table: TableName) -> Result<Held, Error
     };
     let mut chains = chains(socket, table)?;
     for (chain, hash) in rules(socket, table)? {
-        if let Some(HeldChain::Read { hashes, .. }) = chains.get_mut(&chain) {
+        if let Some(HeldChain::Read { hashes, .. }) = chains.get_mut(chain.as_str()) {
             hashes.push(hash);
         }
     }
     let mut sets = BTreeMap::new();
     for (name, mut set) in sets_of(socket, table)? {
         set.elements = Arc::new(elements(socket, table, &name, |_, _| {})?);
-        sets.insert(name, set);
+        sets.insert(name.into(), set);
     }
-    let counters = counters(socket, table)?.into_keys().collect();
+    let counters = counters(socket, table)?.into_keys().map(Cow::Owned).collect();
     Ok(Held { exists, chains, sets, counters })
 }
 
-fn chains(socket: &mut Socket, table: TableName) -> Result<BTreeMap<String, HeldChain>, Error> {
+fn chains(socket: &mut Socket, table: TableName) -> Result<BTreeMap<Arc<str>, HeldChain>, Error> {
     let payload = request(table, |p| p.text(NFTA_CHAIN_TABLE, table.name));
     socket.dump(kind(NFT_MSG_GETCHAIN), &payload, BTreeMap::new, |all, message| {
         let (mut of, mut name, mut hook, mut policy, mut type_) =
@@ -85,7 +86,7 @@ fn chains(socket: &mut Socket, table: TableName) -> Result<BTreeMap<String, Held
             }
             hook
         });
-        all.insert(name, HeldChain::Read { hook, hashes: Vec::new() });
+        all.insert(name.into(), HeldChain::Read { hook, hashes: Vec::new() });
     })
 }
 

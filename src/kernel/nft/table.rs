@@ -4,6 +4,8 @@ pub use super::elements::{Bytes, Data, Elements, Key};
 
 use super::rule::Rule;
 use super::uapi::*;
+use std::borrow::Cow;
+use std::cmp::Ordering;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::sync::Arc;
@@ -21,7 +23,7 @@ pub struct TableName {
 #[derive(Clone, Debug, Default)]
 pub struct Table {
     /// Chains by name. They are shared, so that one that did not change is not written again.
-    pub chains: BTreeMap<String, Arc<Chain>>,
+    pub chains: BTreeMap<Arc<str>, Arc<Chain>>,
     /// Sets and maps by name. The elements are shared, so that what did not change is not compared.
     pub sets: BTreeMap<&'static str, Set>,
     /// Named counters.
@@ -185,11 +187,42 @@ pub struct Held {
     /// Whether the table exists.
     pub exists: bool,
     /// Chains by name.
-    pub chains: BTreeMap<String, HeldChain>,
+    pub chains: BTreeMap<Arc<str>, HeldChain>,
     /// Sets by name.
-    pub sets: BTreeMap<String, HeldSet>,
+    pub sets: BTreeMap<Cow<'static, str>, HeldSet>,
     /// Named counters.
-    pub counters: BTreeSet<String>,
+    pub counters: BTreeSet<Cow<'static, str>>,
+}
+
+/// A chain of which the kernel does not hold what it should.
+#[derive(Clone, Copy, Debug)]
+pub struct Unlike<'a> {
+    /// Its name.
+    pub name: &'a str,
+    /// As it is; `None`: it is not there.
+    pub held: Option<&'a HeldChain>,
+    /// As it should be; `None`: it should not be there.
+    pub wanted: Option<&'a Arc<Chain>>,
+}
+
+impl Held {
+    /// The chains that are not as in `wanted`, by name.
+    pub fn unlike<'a>(&'a self, wanted: &'a Table) -> impl Iterator<Item = Unlike<'a>> {
+        // Both are sorted: a node has some hundred chains, and all but one or two are as they were.
+        let (mut held, mut wanted) = (self.chains.iter().peekable(), wanted.chains.iter().peekable());
+        let all = std::iter::from_fn(move || {
+            let order = match (held.peek(), wanted.peek()) {
+                (Some((held, _)), Some((wanted, _))) => held.cmp(wanted),
+                (Some(_), None) => Ordering::Less,
+                (None, _) => Ordering::Greater,
+            };
+            let held = if order.is_le() { held.next() } else { None };
+            let wanted = if order.is_ge() { wanted.next() } else { None };
+            let name = held.map(|(name, _)| name).or(wanted.map(|(name, _)| name))?;
+            Some(Unlike { name, held: held.map(|(_, chain)| chain), wanted: wanted.map(|(_, chain)| chain) })
+        });
+        all.filter(|chain| chain.held.zip(chain.wanted).is_none_or(|(held, wanted)| !held.is(wanted)))
+    }
 }
 
 /// A chain in the kernel.
@@ -220,12 +253,17 @@ impl HeldChain {
         !self.hashes().is_empty()
     }
 
-    /// Whether its rules are those of `chain`.
-    pub fn has_rules_of(&self, chain: &Arc<Chain>) -> bool {
+    /// Whether it is `chain`.
+    pub fn is(&self, chain: &Arc<Chain>) -> bool {
         match self {
             HeldChain::Written(held) if Arc::ptr_eq(held, chain) => true,
-            _ => *self.hashes() == *chain.hashes,
+            _ => self.hook() == chain.hook() && self.has_rules_of(chain),
         }
+    }
+
+    /// Whether its rules are those of `chain`.
+    pub fn has_rules_of(&self, chain: &Chain) -> bool {
+        *self.hashes() == *chain.hashes
     }
 
     fn hashes(&self) -> &[u64] {
@@ -287,10 +325,10 @@ impl From<&Table> for Held {
                         data_len: s.kind.data.map_or(0, DataType::len),
                         elements: s.elements.clone(),
                     };
-                    ((*n).to_owned(), held)
+                    (Cow::Borrowed(*n), held)
                 })
                 .collect(),
-            counters: table.counters.iter().map(|n| (*n).to_owned()).collect(),
+            counters: table.counters.iter().map(|n| Cow::Borrowed(*n)).collect(),
         }
     }
 }

@@ -4,7 +4,7 @@
 //! and rules go, then rules and elements come, and chains and sets that are not wanted go last.
 
 use super::read::{header, kind};
-use super::table::{Data, DataType, Elements, Held, Hook, Key, Set, Table, TableName};
+use super::table::{Data, DataType, Elements, Held, HeldChain, Hook, Key, Set, Table, TableName, Unlike};
 use super::uapi::*;
 use crate::kernel::netlink::{self, Attributes, NLM_F_ACK, NLM_F_APPEND, NLM_F_CREATE, NLM_F_REQUEST, Socket};
 
@@ -78,9 +78,11 @@ impl<'a> Transaction<'a> {
     pub(super) fn table(&mut self, name: TableName, held: &Held, wanted: &Table) {
         let empty = Held::default();
         let mut held = held;
-        if held.exists && rebuilt(held, wanted) {
+        let mut chains: Vec<_> = held.unlike(wanted).collect();
+        if held.exists && rebuilt(held, wanted, &chains) {
             self.push(name, NFT_MSG_DELTABLE, 0, |p| p.text(NFTA_TABLE_NAME, name.name));
             held = &empty;
+            chains = held.unlike(wanted).collect();
         }
         if !held.exists {
             self.push(name, NFT_MSG_NEWTABLE, NLM_F_CREATE, |p| {
@@ -99,8 +101,8 @@ impl<'a> Transaction<'a> {
         for (set, s) in wanted.sets.iter().filter(|(n, _)| !held.sets.contains_key(**n)) {
             self.new_set(name, set, s);
         }
-        for (chain, c) in wanted.chains.iter().filter(|(n, _)| !held.chains.contains_key(*n)) {
-            self.new_chain(name, chain, c.hook());
+        for chain in chains.iter().filter(|chain| chain.held.is_none()) {
+            self.new_chain(name, chain.name, chain.wanted.and_then(|wanted| wanted.hook()));
         }
         let none = Elements::default();
         for (set, s) in &wanted.sets {
@@ -111,25 +113,20 @@ impl<'a> Transaction<'a> {
             let gone = h.elements.missing_in(&s.elements);
             self.elements(name, set, NFT_MSG_DELSETELEM, gone, s.kind.data);
         }
-        for (set, h) in held.sets.iter().filter(|(n, _)| !wanted.sets.contains_key(n.as_str())) {
+        for (set, h) in held.sets.iter().filter(|(n, _)| !wanted.sets.contains_key(&***n)) {
             self.elements(name, set, NFT_MSG_DELSETELEM, h.elements.iter(), None);
         }
-        for (chain, h) in held.chains.iter().filter(|(_, h)| h.has_rules()) {
-            if !wanted.chains.get(chain).is_some_and(|c| h.has_rules_of(c)) {
-                self.push(name, NFT_MSG_DELRULE, 0, |p| {
-                    p.text(NFTA_RULE_TABLE, name.name);
-                    p.text(NFTA_RULE_CHAIN, chain);
-                });
-            }
+        for chain in chains.iter().filter(|chain| chain.held.is_some_and(HeldChain::has_rules)) {
+            self.push(name, NFT_MSG_DELRULE, 0, |p| {
+                p.text(NFTA_RULE_TABLE, name.name);
+                p.text(NFTA_RULE_CHAIN, chain.name);
+            });
         }
-        for (chain, c) in &wanted.chains {
-            if held.chains.get(chain).is_some_and(|h| h.has_rules_of(c)) {
-                continue;
-            }
-            for (rule, hash) in c.rules() {
+        for chain in &chains {
+            for (rule, hash) in chain.wanted.iter().flat_map(|wanted| wanted.rules()) {
                 self.push(name, NFT_MSG_NEWRULE, NLM_F_CREATE | NLM_F_APPEND, |p| {
                     p.text(NFTA_RULE_TABLE, name.name);
-                    p.text(NFTA_RULE_CHAIN, chain);
+                    p.text(NFTA_RULE_CHAIN, chain.name);
                     p.nested(NFTA_RULE_EXPRESSIONS, |e| e.extend_from_slice(rule.expressions()));
                     p.attribute(NFTA_RULE_USERDATA, &comment(hash));
                 });
@@ -143,19 +140,19 @@ impl<'a> Transaction<'a> {
             let new = s.elements.missing_in(held);
             self.elements(name, set, NFT_MSG_NEWSETELEM, new, s.kind.data);
         }
-        for chain in held.chains.keys().filter(|n| !wanted.chains.contains_key(*n)) {
+        for chain in chains.iter().filter(|chain| chain.wanted.is_none()) {
             self.push(name, NFT_MSG_DELCHAIN, 0, |p| {
                 p.text(NFTA_CHAIN_TABLE, name.name);
-                p.text(NFTA_CHAIN_NAME, chain);
+                p.text(NFTA_CHAIN_NAME, chain.name);
             });
         }
-        for set in held.sets.keys().filter(|n| !wanted.sets.contains_key(n.as_str())) {
+        for set in held.sets.keys().filter(|n| !wanted.sets.contains_key(&***n)) {
             self.push(name, NFT_MSG_DELSET, 0, |p| {
                 p.text(NFTA_SET_TABLE, name.name);
                 p.text(NFTA_SET_NAME, set);
             });
         }
-        for counter in held.counters.iter().filter(|c| !wanted.counters.contains(c.as_str())) {
+        for counter in held.counters.iter().filter(|c| !wanted.counters.contains(&***c)) {
             self.push(name, NFT_MSG_DELOBJ, 0, |p| {
                 p.text(NFTA_OBJ_TABLE, name.name);
                 p.text(NFTA_OBJ_NAME, counter);
@@ -270,9 +267,9 @@ fn byte_orders(set: &Set) -> Vec<u8> {
 }
 
 /// Whether the table must be made anew, in the same transaction: a set's type or a chain's hook cannot be changed.
-fn rebuilt(held: &Held, wanted: &Table) -> bool {
+fn rebuilt(held: &Held, wanted: &Table, chains: &[Unlike<'_>]) -> bool {
     wanted.sets.iter().any(|(n, s)| held.sets.get(*n).is_some_and(|h| !s.kind.is(h)))
-        || wanted.chains.iter().any(|(n, c)| held.chains.get(n).is_some_and(|h| h.hook() != c.hook()))
+        || chains.iter().any(|c| c.held.zip(c.wanted).is_some_and(|(held, wanted)| held.hook() != wanted.hook()))
 }
 
 /// A rule's user data: type, length, text with its NUL byte. `nft list` shows it as the rule's comment.

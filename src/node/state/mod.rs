@@ -56,7 +56,7 @@ pub struct Node {
     facts: Facts,
     pods: Pods,
     /// What each pod used when the kernel was last in step.
-    uses: BTreeMap<Holder, Use>,
+    uses: BTreeMap<Holder, Arc<Use>>,
     census: Census,
     metrics: Metrics,
     report: Report,
@@ -397,7 +397,7 @@ impl Node {
     }
 
     /// Brings the tables in step with the view. Returns how many changes it took, and what the pods use.
-    fn bring_tables_in_step(&mut self) -> Result<(usize, BTreeMap<Holder, Use>)> {
+    fn bring_tables_in_step(&mut self) -> Result<(usize, BTreeMap<Holder, Arc<Use>>)> {
         let (mut plan, uses, census) = self.pods.plan(&self.cluster, &self.view);
         let of_path = |id: &PathId| self.view.paths.paths.get(id).map(|path| path.address.clone());
         plan.handed = self.handed.iter().filter_map(|(id, (mac, _))| Some((*id, (of_path(id)?, *mac)))).collect();
