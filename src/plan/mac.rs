@@ -1,5 +1,6 @@
 //! MAC addresses, and the one of a node's end of the tunnel.
 
+use super::fnv::fnv1a;
 use std::fmt;
 
 /// A MAC address, in the order in which it stands on the wire.
@@ -38,7 +39,7 @@ pub fn parse(text: &str) -> Result<Mac, NotAMac> {
 /// A node's tunnel MAC address: locally administered, unicast, then 40 bits of the name's FNV-1a hash. With 5,000
 /// nodes two share one with a probability of about 1 in 90,000.
 pub fn of_node(node: &str) -> Mac {
-    let hash = node.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |h, b| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3));
+    let hash = fnv1a(node.bytes());
     // FNV alone mixes the last letters badly into the upper bits; names of nodes differ in the last letters.
     let mixed = (hash ^ (hash >> 33)).wrapping_mul(0xff51_afd7_ed55_8ccd);
     let [_, _, _, a, b, c, d, e] = (mixed ^ (mixed >> 33)).to_be_bytes();

@@ -7,6 +7,7 @@ pub mod destination;
 pub mod egress_node;
 #[cfg(test)]
 pub(crate) mod fixture;
+pub mod fnv;
 mod label_index;
 pub mod ledger;
 pub mod mac;

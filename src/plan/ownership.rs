@@ -4,6 +4,7 @@
 //! path has another order, so that a dead node's paths spread over all that are left. What was taken over stays where
 //! it is when the dead node comes back; the ledger follows.
 
+use super::fnv::fnv1a;
 use super::marks::PathId;
 use super::selector::Name;
 use std::collections::BTreeSet;
@@ -60,7 +61,7 @@ pub fn owner<'a>(path: Standing<'a>, liveness: &Liveness) -> Option<&'a str> {
 
 /// How early a node comes in a path's order; the highest is the first (rendezvous hashing, Thaler and Ravishankar 1998).
 fn rank(node: &str, id: PathId) -> (u64, &str) {
-    let name = node.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |h, b| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3));
+    let name = fnv1a(node.bytes());
     // The finaliser of SplitMix64: FNV alone mixes the last letters badly, and names of nodes differ in them.
     let mut mixed = name ^ (u64::from(id) + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
     mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);

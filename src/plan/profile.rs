@@ -1,6 +1,7 @@
 //! Profiles: the ordered list of policies that select a pod, as what is done with its packets.
 
 use super::destination::Destination;
+use super::fnv::fnv1a;
 use super::marks::PathId;
 use super::model::PolicyKey;
 use super::paths::Paths;
@@ -62,13 +63,8 @@ impl Profile {
     /// A name that stays as long as the list of policies does: FNV-1a of their names.
     pub fn name(&self) -> Arc<str> {
         let Profile::Steps(steps) = self else { return "profile-held".into() };
-        let mut hash = 0xcbf2_9ce4_8422_2325_u64;
-        for step in steps {
-            for byte in step.policy.to_string().bytes().chain([0]) {
-                hash = (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3);
-            }
-        }
-        format!("profile-{hash:016x}").into()
+        let names: String = steps.iter().map(|step| format!("{}\0", step.policy)).collect();
+        format!("profile-{:016x}", fnv1a(names.bytes())).into()
     }
 
     /// The paths that its packets can take.

@@ -9,6 +9,7 @@ mod matches;
 
 use super::uapi::*;
 use crate::kernel::netlink::Attributes;
+use crate::plan::fnv::fnv1a;
 use ipnetwork::IpNetwork;
 use std::net::IpAddr;
 
@@ -96,7 +97,7 @@ impl Rule {
 
     /// FNV-1a, 64 bits, of the expressions. It stands in the rule's comment.
     pub fn hash(&self) -> u64 {
-        self.expressions.iter().fold(0xcbf2_9ce4_8422_2325, |h, b| (h ^ u64::from(*b)).wrapping_mul(0x100_0000_01b3))
+        fnv1a(self.expressions.iter().copied())
     }
 
     fn expression(mut self, name: &str, fill: impl FnOnce(&mut Vec<u8>)) -> Self {
