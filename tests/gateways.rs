@@ -5,14 +5,18 @@ mod lab;
 use lab::mishaps::owner_and_other;
 use lab::scene::assert_leaves_by_egress;
 use lab::server::{ECHO, UDP_WHO};
-use lab::{EGRESS4, EGRESS6, EXT4, EXT6, FAR4, FAR6, Lab, Node, Pod, SERVERS, VISITOR, manifests};
+use lab::{EGRESS4, EGRESS6, EXT4, EXT6, FAR4, FAR6, Host, Lab, Node, Pod, SERVERS, Server, VISITOR, manifests};
+use lab::{mishaps, topology};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, SockaddrIn, bind, connect, socket};
 use std::io::ErrorKind;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, UdpSocket};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::time::Duration;
 
 const PATIENCE: Duration = Duration::from_secs(10);
+/// The server behind the network that only gateways' nodes are on.
+const PARTNER4: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 200);
+const PARTNER6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 2, 0, 0, 0, 0, 0x200);
 
 /// The scene's gateway with more lines in its spec.
 fn gateway_with(lines: &str) -> String {
@@ -27,6 +31,10 @@ fn add_addresses(node: &Node) {
 fn del_addresses(node: &Node) {
     node.ip(&format!("addr del {EGRESS4}/32 dev eth0"));
     node.ip(&format!("addr del {EGRESS6}/128 dev eth0"));
+}
+
+fn has(node: &Node, interface: &str, address: IpAddr) -> bool {
+    node.ip(&format!("addr show dev {interface}")).contains(&format!("{address}/"))
 }
 
 fn wait_blocked(lab: &Lab, pod: &Pod, server: impl Into<IpAddr>) {
@@ -54,6 +62,96 @@ fn a_gateway_with_a_next_hop_leaves_by_it_and_not_by_the_main_table() {
     pods.iter().for_each(|pod| wait_blocked(&lab, pod, EXT4));
     lab.write_manifest("gateway.yaml", &gateway_with(""));
     pods.iter().for_each(|pod| lab.wait_seen_as(pod, EGRESS4));
+}
+
+/// A partner's network, on which the gateways' nodes have a second interface, and a server behind its router.
+fn partners_network(lab: &Lab) -> (Host, Server) {
+    topology::namespaces(lab.name(), &["partner"]);
+    let partner = Host::open("partner", &format!("{}-partner", lab.name()));
+    partner.sysctl(&["net.ipv6.conf.default.accept_dad=0"]);
+    partner.ip_batch(&[
+        "link set lo up".into(),
+        format!("addr add {PARTNER4}/32 dev lo"),
+        format!("addr add {PARTNER6}/128 dev lo nodad"),
+        "link add br0 type bridge mcast_snooping 0".into(),
+        "addr add 198.51.100.1/24 dev br0".into(),
+        "addr add 2001:db8:51::1/64 dev br0 nodad".into(),
+        "link set br0 up".into(),
+        // Its answers to datagrams come from the address that was asked.
+        format!("route add 198.51.100.50 dev br0 src {PARTNER4}"),
+        format!("route add 2001:db8:51::50 dev br0 src {PARTNER6}"),
+    ]);
+    for node in ["g1", "g2"].map(|name| lab.node(name)) {
+        node.ip_batch(&[
+            format!("link add eth1 type veth peer name p-{} netns {}", node.name, partner.netns),
+            format!("addr add 198.51.100.{}/24 dev eth1", node.spec.last),
+            format!("addr add 2001:db8:51::{}/64 dev eth1 nodad", node.spec.last),
+            "link set eth1 up".into(),
+            // The way to everything else is dead.
+            "route add default via 192.0.2.254".into(),
+            "route add default via 2001:db8::fe".into(),
+        ]);
+        node.sysctl(&["net.ipv4.conf.eth1.rp_filter=2"]);
+        partner.ip(&format!("link set p-{} master br0 up", node.name));
+    }
+    let server = Server::start(&partner);
+    (partner, server)
+}
+
+#[test]
+fn a_gateway_on_a_second_interface_leaves_by_it_and_its_next_hop() {
+    let lab = Lab::new();
+    let (_partner, _server) = partners_network(&lab);
+    // These have no route to anything outside, which distributions' usual settings allow.
+    for node in ["n1", "n2"] {
+        lab.node(node).sysctl(&["net.ipv4.conf.all.rp_filter=0"]);
+    }
+    let (egress4, egress6): (IpAddr, IpAddr) = ([198, 51, 100, 50].into(), "2001:db8:51::50".parse().expect("IPv6"));
+    let address = format!("podSelector: {{}}\n  address: {{ ipv4: {egress4}, ipv6: \"{egress6}\" }}");
+    lab.write_manifest("policy.yaml", &manifests::policy("shop", "partner", &address));
+    let gateway = manifests::gateway("default", &["198.51.100.50-198.51.100.59", "2001:db8:51::50-2001:db8:51::59"])
+        + "  interface: eth1\n  nextHop: { ipv4: 198.51.100.1, ipv6: \"2001:db8:51::1\" }\n";
+    lab.write_manifest("gateway.yaml", &gateway);
+    lab.start();
+    let pods = ["n1", "n2", "g1", "g2"].map(|n| lab.add_pod(n, "shop", &format!("visitor-{n}"), &[]));
+    let seen_everywhere = || {
+        for pod in &pods {
+            for (server, egress) in [(IpAddr::V4(PARTNER4), egress4), (IpAddr::V6(PARTNER6), egress6)] {
+                lab.wait_for(&format!("{server} to see {}", pod.name), &Some(egress), || pod.who(server).ok());
+                assert_eq!(pod.udp_who(server).ok(), Some(egress), "{} by UDP", pod.name);
+            }
+        }
+    };
+    seen_everywhere();
+    lab.node("n1").ip("route add default via 192.0.2.254");
+    lab.node("n1").sysctl(&["net.ipv4.conf.all.rp_filter=1"]);
+    seen_everywhere();
+    let (owner, other) = if has(lab.node("g1"), "eth1", egress4) { ("g1", "g2") } else { ("g2", "g1") };
+    assert!(!has(lab.node(owner), "eth0", egress4) && !has(lab.node(other), "eth1", egress4));
+
+    // The same from the other node.
+    mishaps::label(&lab, owner, &[("egret.dev/gateway", "no")]);
+    lab.wait_until(&format!("{other} alone has it"), PATIENCE, || {
+        has(lab.node(other), "eth1", egress4) && !has(lab.node(owner), "eth1", egress4)
+    });
+    seen_everywhere();
+
+    // What it needed in the kernel goes with it.
+    let ways = |node: &str| {
+        let of = |family: &str| {
+            let node = lab.node(node);
+            node.ip(&format!("{family} rule show pref 74"))
+                + &node.ip(&format!("{family} route show table all dev eth1"))
+        };
+        let all = of("-4") + &of("-6");
+        all.lines().filter(|line| line.contains("7881")).map(str::to_owned).collect::<Vec<_>>()
+    };
+    assert_eq!(ways(other).len(), 4, "a rule and a route of each family: {:?}", ways(other));
+    lab.remove_manifest("gateway.yaml");
+    pods.iter().for_each(|pod| wait_blocked(&lab, pod, PARTNER4));
+    for node in ["g1", "g2"] {
+        lab.wait_until(&format!("nothing is left on {node}"), PATIENCE, || ways(node).is_empty());
+    }
 }
 
 #[test]

@@ -37,9 +37,7 @@ fn the_tunnel_device_is_as_it_should_be_and_stays_when_asked_again() {
             hubs.iter().map(|n| (n["dst"].as_str().unwrap(), n["lladdr"].as_str().unwrap())).collect();
         hubs.sort_unstable();
         assert_eq!(hubs, [("169.254.78.1", "02:65:67:ff:ff:ff"), ("fe80::e", "02:65:67:ff:ff:ff")]);
-        for (key, value) in [("ipv4/conf/egret/rp_filter", "2"), ("ipv6/conf/egret/accept_ra", "0")] {
-            assert_eq!(run("cat", &format!("/proc/sys/net/{key}")).trim(), value, "{key}");
-        }
+        assert_eq!(setting("ipv6/conf/egret/accept_ra"), "0");
     });
 }
 
@@ -52,7 +50,7 @@ fn what_was_changed_by_hand_is_put_right_on_the_same_device() {
         ip("link set egret address 02:00:00:00:00:01 mtu 1300 group 5");
         ip("address flush dev egret");
         ip("neighbour flush dev egret nud permanent");
-        std::fs::write("/proc/sys/net/ipv4/conf/egret/rp_filter", "1").unwrap();
+        std::fs::write("/proc/sys/net/ipv6/conf/egret/accept_ra", "1").unwrap();
         assert_eq!(tunnel::ensure(&socket, &ours()).await.unwrap(), first);
         let device = link(DEVICE);
         assert_eq!((&device["address"], &device["mtu"]), (&"02:65:67:00:00:0b".into(), &1450.into()));
@@ -60,8 +58,28 @@ fn what_was_changed_by_hand_is_put_right_on_the_same_device() {
         assert!(device["flags"].as_array().unwrap().contains(&"UP".into()), "{device}");
         assert_eq!(ip_json("neighbour show dev egret nud permanent").len(), 2);
         assert_eq!(ip_json("-4 address show dev egret")[0]["addr_info"][0]["local"], "169.254.78.71");
-        assert_eq!(run("cat", "/proc/sys/net/ipv4/conf/egret/rp_filter").trim(), "2");
+        assert_eq!(setting("ipv6/conf/egret/accept_ra"), "0");
     });
+}
+
+/// Strict filtering would drop what comes out of the tunnel, and loose filtering asks for some route back.
+#[test]
+fn reverse_paths_are_filtered_as_little_as_the_host_allows() {
+    in_namespace(|| async {
+        let socket = host();
+        for (all, device) in [("0", "0"), ("1", "2"), ("2", "2"), ("0", "0")] {
+            std::fs::write("/proc/sys/net/ipv4/conf/all/rp_filter", all).unwrap();
+            for before in ["1", "0", "2"] {
+                tunnel::ensure(&socket, &ours()).await.unwrap();
+                assert_eq!(setting("ipv4/conf/egret/rp_filter"), device, "with {all} for all");
+                std::fs::write("/proc/sys/net/ipv4/conf/egret/rp_filter", before).unwrap();
+            }
+        }
+    });
+}
+
+fn setting(key: &str) -> String {
+    run("cat", &format!("/proc/sys/net/{key}")).trim().to_owned()
 }
 
 #[test]

@@ -75,8 +75,10 @@ fn what_others_do_to_egrets_things_is_news() {
             let seen = news(&mut watch).await;
             assert!(seen.contains(&event), "{change}: {seen:?}");
         }
-        std::fs::write("/proc/sys/net/ipv4/conf/egret/rp_filter", "1").unwrap();
-        assert_eq!(news(&mut watch).await, [Event::Tunnel]);
+        for setting in ["egret", "all"] {
+            std::fs::write(format!("/proc/sys/net/ipv4/conf/{setting}/rp_filter"), "1").unwrap();
+            assert_eq!(news(&mut watch).await, [Event::Tunnel], "{setting}");
+        }
         run("bridge", "fdb append 02:00:00:00:00:01 dev egret dst 192.0.2.97");
         assert_eq!(news(&mut watch).await, [Event::Neighbours]);
         run("nft", "add table inet egret");

@@ -207,8 +207,10 @@ async fn create(socket: &RouteSocket, tunnel: &Tunnel) -> Result<()> {
 }
 
 fn settings(ipv6: bool) -> Result<()> {
-    // Loose: what comes out of the tunnel is routed by mark, and back by another table.
-    sysctl::ensure(&format!("ipv4/conf/{DEVICE}/rp_filter"), "2")?;
+    // What comes out of the tunnel is routed by mark, and back by another table; and a node whose pods' only way out is the
+    // tunnel has no route back. The stricter of this and `all` counts, but 2, which is loose, counts more than 1.
+    let strict = sysctl::get("ipv4/conf/all/rp_filter")?.is_some_and(|all| all != "0");
+    sysctl::ensure(&format!("ipv4/conf/{DEVICE}/rp_filter"), if strict { "2" } else { "0" })?;
     if ipv6 {
         // A host may switch IPv6 off for new interfaces only.
         sysctl::ensure(&format!("ipv6/conf/{DEVICE}/disable_ipv6"), "0")?;

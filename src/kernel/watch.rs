@@ -50,6 +50,8 @@ const RTA_TABLE: u16 = 15;
 const FRA_PRIORITY: u16 = 6;
 const NDA_LLADDR: u16 = 2;
 const NETCONFA_IFINDEX: u16 = 1;
+/// The index of the settings for all interfaces.
+const NETCONFA_IFINDEX_ALL: u32 = u32::MAX;
 /// `NFTA_TABLE_NAME`, `NFTA_CHAIN_TABLE`, `NFTA_RULE_TABLE`, `NFTA_SET_TABLE`, ...: all of them 1.
 const NFTA_TABLE: u16 = 1;
 /// Lengths of `struct ifinfomsg`, `ifaddrmsg`, `rtmsg`, `ndmsg`, `fib_rule_hdr`, `netconfmsg` (padded), `nfgenmsg`.
@@ -237,7 +239,7 @@ impl Filter<'_> {
             }
             RTM_NEWNETCONF => {
                 let index = attribute(m, NETCONFMSG, NETCONFA_IFINDEX).and_then(number)?;
-                (*self.device != 0 && index == *self.device).then_some(Event::Tunnel)
+                (*self.device != 0 && [*self.device, NETCONFA_IFINDEX_ALL].contains(&index)).then_some(Event::Tunnel)
             }
             _ => None,
         }
