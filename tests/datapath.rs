@@ -5,7 +5,7 @@ mod lab;
 use lab::client::udp_who_by;
 use lab::scene::{assert_blocked, assert_leaves_by_egress, assert_leaves_by_node, egress_towards, visitors};
 use lab::server::UDP_WHO;
-use lab::{EGRESS4, EGRESS6, EXT4, EXT6, FAR4, FAR6, Lab, SERVERS, Server, Session, VISITOR, manifests};
+use lab::{EGRESS4, EGRESS6, EXT4, EXT6, Lab, SERVERS, Server, Session, VISITOR, manifests};
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
@@ -72,51 +72,6 @@ fn traffic_inside_the_cluster_is_left_alone() {
 }
 
 #[test]
-fn destinations_exceptions_ports_and_priorities_decide_between_policies() {
-    let lab = Lab::builder().router().scene();
-    let far = lab.host("far");
-    far.ip("addr add 203.0.113.7/24 dev eth0");
-    lab.server("far").lock().expect("a lock").also_tell_on(far, 5060);
-    lab.server("far").lock().expect("a lock").also_tell_on(far, 5071);
-    lab.server("ext").lock().expect("a lock").also_tell_on(lab.host("ext"), 5060);
-    let of = |name: &str, last: u8, rest: &str| {
-        manifests::policy("shop", name, &format!("podSelector: {{}}\n  address: {{ ipv4: 192.0.2.{last} }}\n  {rest}"))
-    };
-    lab.write_manifest(
-        "more.yaml",
-        &[
-            of(
-                "far",
-                51,
-                "egress: [{ to: [{ ipBlock: { cidr: 203.0.113.0/24, except: [203.0.113.7/32] } }] }]\n  priority: 10",
-            ),
-            of("voice", 52, "egress: [{ ports: [{ protocol: UDP, port: 5060, endPort: 5070 }] }]\n  priority: 20"),
-            of("never", 53, "egress: [{ to: [{ ipBlock: { cidr: 203.0.113.0/24 } }] }]\n  priority: -1"),
-        ]
-        .concat(),
-    );
-    let excepted = IpAddr::from([203, 0, 113, 7]);
-    for node in ["n1", "n2", "g1"] {
-        let pod = lab.add_pod(node, "shop", &format!("visitor-{node}"), VISITOR);
-        lab.wait_for("the first policy's address", &Some(IpAddr::from([192, 0, 2, 51])), || pod.who(FAR4).ok());
-        let expect = |found: std::io::Result<IpAddr>, last: u8, what: &str| {
-            assert_eq!(found.ok(), Some(IpAddr::from([192, 0, 2, last])), "{what}, from {node}");
-        };
-        expect(pod.who(EXT4), 50, "elsewhere");
-        expect(pod.who(excepted), 50, "the excepted address");
-        expect(pod.udp_who_at(SocketAddr::new(FAR4.into(), 5060)), 52, "the port's policy");
-        expect(pod.udp_who_at(SocketAddr::new(EXT4.into(), 5060)), 52, "the port's policy, elsewhere");
-        expect(pod.udp_who_at(SocketAddr::new(FAR4.into(), 5071)), 51, "a port beyond the range");
-        expect(pod.who_at(SocketAddr::new(FAR4.into(), 5060)), 51, "the same port of another protocol");
-        assert_eq!(pod.who(FAR6).ok(), Some(EGRESS6.into()), "the family that the narrower policies do not cover");
-    }
-    assert!(
-        !lab.wire().iter().any(|s| s.from == IpAddr::from([192, 0, 2, 53])),
-        "a shadowed policy's address was used"
-    );
-}
-
-#[test]
 fn a_pod_may_send_from_the_tunnels_port() {
     let lab = Lab::scene();
     for node in ["n1", "n2", "g1", "g2"] {
@@ -129,18 +84,6 @@ fn a_pod_may_send_from_the_tunnels_port() {
                 assert_eq!(who.ok(), Some(wanted), "{} to {server}", pod.name);
             }
         }
-    }
-}
-
-#[test]
-fn a_destination_that_no_policy_covers_is_left_alone() {
-    let lab = Lab::builder().router().scene();
-    lab.write_manifest("policy.yaml", &(visitors() + "  egress: [{ to: [{ ipBlock: { cidr: 203.0.113.0/24 } }] }]\n"));
-    for node in ["n1", "n2", "g1"] {
-        let pod = lab.add_pod(node, "shop", &format!("visitor-{node}"), VISITOR);
-        lab.wait_for("the covered destination's source", &Some(EGRESS4.into()), || pod.who(FAR4).ok());
-        lab.wait_for("the other destination's source", &Some(IpAddr::from(pod.node.ipv4())), || pod.who(EXT4).ok());
-        assert_eq!(pod.who(EXT6).ok(), Some(pod.node.ipv6().into()));
     }
 }
 

@@ -5,7 +5,7 @@ mod lab;
 use lab::kernel::difference;
 use lab::scene::{assert_blocked, assert_leaves_by_egress, assert_leaves_by_node, egress_towards, visitors};
 use lab::{EGRESS4, EGRESS6, EXT4, EXT6, Lab, Node, Pod, Pods, SERVERS, Server, VISITOR, manifests};
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6, UdpSocket};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -370,19 +370,41 @@ fn tunnel_mac(node: &Node) -> Vec<u8> {
 
 #[test]
 fn tunnel_packets_from_anyone_but_a_node_are_dropped() {
-    let lab = Lab::scene();
+    tunnel_packets_are_nodes_alone(false);
+}
+
+#[test]
+fn so_are_those_over_ipv6() {
+    tunnel_packets_are_nodes_alone(true);
+}
+
+fn tunnel_packets_are_nodes_alone(ipv6: bool) {
+    let lab = if ipv6 { Lab::builder().ipv6_tunnel() } else { Lab::builder() }.scene();
     let victim = lab.add_pod("n1", "shop", "victim", VISITOR);
     assert_leaves_by_egress(&victim);
     let owner = owner(&lab);
     let (to_mac, from_mac) = (tunnel_mac(owner), tunnel_mac(lab.node("n1")));
     let payload = tunnel_payload(&to_mac, &from_mac, lab.path_id("shop/visitors"), victim.ipv4(), EXT4);
-    let everybody = [Ipv4Addr::BROADCAST, Ipv4Addr::new(192, 0, 2, 255), Ipv4Addr::new(224, 0, 0, 1)];
+    let everybody = || -> Vec<SocketAddr> {
+        if ipv6 {
+            let link = nix::net::if_::if_nametoindex("eth0").expect("eth0");
+            vec![SocketAddrV6::new(Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 0, 1), 7871, 0, link).into()]
+        } else {
+            let everybody = [Ipv4Addr::BROADCAST, Ipv4Addr::new(192, 0, 2, 255), Ipv4Addr::new(224, 0, 0, 1)];
+            everybody.map(|to| (to, 7871).into()).into()
+        }
+    };
+    let (any, address): (IpAddr, IpAddr) = if ipv6 {
+        (Ipv6Addr::UNSPECIFIED.into(), owner.ipv6().into())
+    } else {
+        (Ipv4Addr::UNSPECIFIED.into(), owner.ipv4().into())
+    };
     let send_from = |host: &lab::Host| {
-        let socket = host.within(|| UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))).expect("bind");
+        let (socket, everybody) = host.within(|| (UdpSocket::bind((any, 0)).expect("bind"), everybody()));
         socket.set_broadcast(true).expect("SO_BROADCAST");
-        for to in everybody.into_iter().chain([owner.ipv4()]) {
+        for to in everybody.into_iter().chain([(address, 7871).into()]) {
             // Some have no route to some of them.
-            drop(socket.send_to(&payload, (to, 7871)));
+            drop(socket.send_to(&payload, to));
         }
         thread::sleep(Duration::from_millis(100));
     };
@@ -393,9 +415,9 @@ fn tunnel_packets_from_anyone_but_a_node_are_dropped() {
     for untracked in [false, true] {
         if untracked {
             // Somebody else's: it is no node that says so.
-            for node in lab.nodes() {
+            for (node, iptables) in lab.nodes().iter().flat_map(|node| ["iptables", "ip6tables"].map(|i| (node, i))) {
                 let tunnel = ["-p", "udp", "--dport", "7871"];
-                node.run([&["iptables", "-t", "raw", "-I", "PREROUTING"][..], &tunnel, &["-j", "NOTRACK"]].concat());
+                node.run([&[iptables, "-t", "raw", "-I", "PREROUTING"][..], &tunnel, &["-j", "NOTRACK"]].concat());
             }
         }
         selected.iter().chain(&others).for_each(|pod| send_from(pod));
