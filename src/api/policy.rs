@@ -203,7 +203,7 @@ pub struct EgressPolicyStatus {
     /// The node that holds the address.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub node: Option<String>,
-    /// How many pods the policy selects.
+    /// How many pods the policy selects, as of ten seconds ago or less.
     #[serde(default)]
     pub pods: u32,
     /// `Accepted`: an address is set aside. `Ready`: its node holds it. `Shadowed`: other policies decide for all

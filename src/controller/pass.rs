@@ -23,6 +23,8 @@ const CATCH_UP: Duration = Duration::from_secs(2);
 const WRITES_AT_ONCE: usize = 64;
 /// After this time, statuses that are still to be written wait for a newer snapshot's ledger, if it is another one.
 const WRITES_LAST: Duration = Duration::from_millis(500);
+/// Statuses that are wrong in their number of pods alone are written this often: pods come and go all the time.
+const COUNT_AGAIN: Duration = Duration::from_secs(10);
 
 /// What is known from one look at the cluster to the next.
 pub(super) struct Controller {
@@ -36,6 +38,8 @@ pub(super) struct Controller {
     uncertain: BTreeMap<Name, Option<Box<str>>>,
     /// The gateways and policies of the last snapshot, if all that is not there has been forgotten.
     known: Option<(BTreeSet<Name>, BTreeSet<PolicyKey>)>,
+    /// When numbers of pods alone were last written.
+    counted: Option<Instant>,
 }
 
 /// What one look at the cluster led to.
@@ -50,7 +54,7 @@ impl Controller {
     pub(super) fn new(statuses: Statuses, leadership: Leadership, metrics: Metrics) -> Self {
         let term = leadership.term();
         let (unseen, uncertain) = (Unseen::default(), BTreeMap::new());
-        Controller { statuses, leadership, metrics, unseen, term, uncertain, known: None }
+        Controller { statuses, leadership, metrics, unseen, term, uncertain, known: None, counted: None }
     }
 
     /// Whether it still leads as it did when it began.
@@ -116,14 +120,14 @@ impl Controller {
         self.metrics.policies(reports.values());
         // A policy shall not be told of an address that it may not get after all.
         reports.retain(|key, _| outcome.gateway_of(key).is_none_or(|gateway| !unwritten.contains(gateway)));
-        self.write_policies(&cluster, reports, newer, &mut failure).await;
+        let count_again = self.write_policies(&cluster, reports, newer, &mut failure).await;
         self.unseen.count_from(Instant::now());
         if let Err(e) = self.forget(&snapshot).await {
             warn!("statuses of objects that are gone cannot be removed: {e:#}");
             failure = Some(e);
         }
         let release = outcome.next_release.map(|at| Duration::from_secs(at.saturating_sub(now).max(1).unsigned_abs()));
-        let wake = [release, self.unseen.until(Instant::now())].into_iter().flatten().min();
+        let wake = [release, count_again, self.unseen.until(Instant::now())].into_iter().flatten().min();
         Pass { wake, failure }
     }
 
@@ -216,20 +220,29 @@ impl Controller {
         unwritten
     }
 
-    /// Writes the statuses of policies that have changed.
+    /// Writes the statuses of policies that have changed. Returns when to write those that wait for it.
     async fn write_policies(
         &mut self,
         cluster: &Cluster,
         reports: BTreeMap<PolicyKey, EgressPolicyStatus>,
         newer: impl Fn() -> bool,
         failure: &mut Option<anyhow::Error>,
-    ) {
+    ) -> Option<Duration> {
         let start = Instant::now();
         let (mut written, mut failed) = (0, 0);
+        let count_in = self.counted.and_then(|at| COUNT_AGAIN.checked_sub(at.elapsed()));
+        let mut waits = false;
         for (key, status) in reports {
             let stored = cluster.policy_statuses.get(&key);
             if stored.is_some_and(|stored| **stored == status) {
                 continue;
+            }
+            if stored.is_some_and(|stored| EgressPolicyStatus { pods: status.pods, ..(**stored).clone() } == status) {
+                if count_in.is_some() {
+                    waits = true;
+                    continue;
+                }
+                self.counted = Some(start);
             }
             let notices = of_policy(stored.map(|stored| &**stored), &status);
             if !self.leads() {
@@ -261,6 +274,7 @@ impl Controller {
         if written > 0 {
             info!(written, "policies have been told");
         }
+        count_in.filter(|_| waits)
     }
 
     /// Has the statuses of objects that are gone removed: at first, and when some have gone.

@@ -101,6 +101,33 @@ async fn when_nothing_changes_nothing_is_written() {
 }
 
 #[tokio::test]
+async fn numbers_of_pods_alone_are_written_at_once_and_then_together() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path();
+    std::fs::write(path.join("cluster.yaml"), format!("{GATEWAY}---\n{}", policy("p"))).unwrap();
+    let mut source = cluster::open(&SourceName::Dir(path.to_owned()), Scope::Controller).await.unwrap();
+    let metrics = Metrics::new(&mut Registry::default());
+    let mut controller = Controller::new(source.statuses, source.leadership, metrics);
+    let (mut told, mut wake) = (Vec::new(), None);
+    for pods in 0..5 {
+        let named = |n| {
+            format!(
+                "---\napiVersion: v1\nkind: Pod\nmetadata: {{ name: p{n}, namespace: shop }}\nspec: {{ nodeName: n1 }}\n\
+                 status: {{ phase: Running, podIPs: [{{ ip: 10.1.0.{n} }}] }}\n"
+            )
+        };
+        std::fs::write(path.join("pods.yaml"), (0..pods).map(named).collect::<String>()).unwrap();
+        let snapshot = source.snapshots.wait_for(|cluster| cluster.pods.len() == pods).await.unwrap().clone();
+        wake = controller.pass(snapshot.clone(), || false).await.wake;
+        let seen = controller.unseen.merge(snapshot, Instant::now());
+        told.push(seen.policy_statuses[&PolicyKey::from("shop/p")].pods);
+    }
+    // With the first pod the policy is told more than a number.
+    assert_eq!(told, [0, 1, 2, 2, 2]);
+    assert!(wake.is_some_and(|wake| wake <= Duration::from_secs(10)), "{wake:?}");
+}
+
+#[tokio::test]
 async fn a_ledger_that_somebody_spoils_is_mended() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path();
