@@ -26,6 +26,8 @@ const PAUSED: usize = 31;
 const PAUSE: Duration = Duration::from_millis(1_500);
 /// The plugin's entry that has a bound.
 const SELECTED: &str = "egret-cni, a selected pod";
+/// What the bound is a ratio to.
+const TUNING: &str = "tuning, one sysctl";
 /// Told to this program itself: end at once.
 const NOTHING: &str = "nothing";
 
@@ -52,12 +54,7 @@ fn main() {
         Contestant::nothing(),
         Contestant::new(&lab, SELECTED, &selected, node.cni_entry()),
         Contestant::new(&lab, "egret-cni, another pod", &other, node.cni_entry()),
-        Contestant::new(
-            &lab,
-            "tuning, one sysctl",
-            &other,
-            json!({"type": "tuning", "sysctl": {"net.core.somaxconn": "500"}}),
-        ),
+        Contestant::new(&lab, TUNING, &other, json!({"type": "tuning", "sysctl": {"net.core.somaxconn": "500"}})),
         Contestant::new(
             &lab,
             "portmap, one port",
@@ -102,18 +99,21 @@ fn main() {
             nft.push(by_nft.round());
         }
     });
-    let (mut paused, mut changed) = (Vec::new(), Vec::new());
-    let ours = all.iter().position(|c| c.name == SELECTED).expect("it runs everywhere");
+    let (mut paused, mut changed, mut paused_tuning) = (Vec::new(), Vec::new(), Vec::new());
+    let place = |name| all.iter().position(|c| c.name == name).expect("it runs everywhere");
+    let (ours, tuning) = (place(SELECTED), place(TUNING));
     for n in 0..PAUSED {
-        for (is_change, times) in [(false, &mut paused), (true, &mut changed)] {
+        for (is_change, who, times) in
+            [(false, ours, &mut paused), (true, ours, &mut changed), (false, tuning, &mut paused_tuning)]
+        {
             if is_change {
                 lab.add_namespace("elsewhere", &[("round", &n.to_string())]);
             }
             std::thread::sleep(PAUSE);
-            times.push(node.within(|| all[ours].round()).expect("it did before"));
+            times.push(node.within(|| all[who].round()).expect("it did before"));
         }
     }
-    let reference = median(&all.iter().find(|c| c.name.starts_with("tuning")).expect("tuning runs everywhere").times);
+    let reference = median(&all[tuning].times);
     let mut table = Table::default();
     for c in &all {
         let time = median(&c.times);
@@ -124,6 +124,7 @@ fn main() {
         ("`nft -f` with a pod's transaction alone", &nft),
         ("a selected pod, nothing for 1.5 s before it", &paused),
         ("a selected pod, a change of the cluster 1.5 s before it", &changed),
+        ("tuning, nothing for 1.5 s before it", &paused_tuning),
     ] {
         let time = median(times);
         table.row(what, ms(time), time.as_secs_f64() / reference.as_secs_f64(), Bound::None);
