@@ -4,8 +4,10 @@ mod lab;
 
 use lab::mishaps::owner_and_other;
 use lab::scene::{assert_blocked, assert_leaves_by_egress, assert_leaves_by_node};
-use lab::{EXT4, Lab, SERVERS, VISITOR};
+use lab::server::{UDP_WHO, WHO};
+use lab::{EXT4, EXT6, Lab, SERVERS, VISITOR, manifests};
 use serde_json::Value;
+use std::net::IpAddr;
 use std::process::{Command, Output};
 
 const EGRETD: &str = env!("CARGO_BIN_EXE_egretd");
@@ -127,6 +129,47 @@ fn run(command: &mut Command) -> (Output, String) {
 fn a_log_level_that_is_none_is_refused_with_the_remedy() {
     let (output, text) = run(Command::new(EGRETD).args(["check", "--log-level", "loud=very"]));
     assert!(!output.status.success() && text.contains("loud=very") && text.contains("info"), "{text}");
+}
+
+/// What is told of a destination is what its server sees.
+#[test]
+fn why_a_pod_has_its_address_is_told() {
+    let lab = Lab::scene();
+    let cluster = format!("dir:{}", lab.manifests().path().display());
+    let why = |pod: &str, more: &[&str]| {
+        let (output, text) = run(Command::new(EGRETD).args(["why", pod, "--cluster", &cluster]).args(more));
+        (output.status.code(), text)
+    };
+    let narrow = "podSelector: {}\n  priority: 3\n  address: { ipv4: 192.0.2.51 }\n  \
+                  egress: [{ ports: [{ protocol: UDP, port: 9001 }] }]";
+    lab.write_manifest("narrow.yaml", &manifests::policy("shop", "narrow", narrow));
+    let pod = lab.add_pod("n1", "shop", "visitor", VISITOR);
+    let narrow = Some(IpAddr::from([192, 0, 2, 51]));
+    lab.wait_for("the narrower policy's address", &narrow, || pod.udp_who(EXT4).ok());
+
+    let (code, text) = why("shop/visitor", &[]);
+    assert_eq!(code, Some(0), "{text}");
+    let (first, second) = (text.find("1. EgressPolicy shop/narrow"), text.find("2. EgressPolicy shop/visitors"));
+    assert!(first.is_some() && first < second && text.contains("app=visitor"), "{text}");
+
+    for (to, seen) in [
+        (format!("{EXT4}:{UDP_WHO}/udp"), pod.udp_who(EXT4)),
+        (format!("{EXT4}:{WHO}"), pod.who(EXT4)),
+        (format!("[{EXT6}]:{WHO}/tcp"), pod.who(EXT6)),
+    ] {
+        let (_, text) = why("shop/visitor", &["--to", &to]);
+        let seen = seen.expect("the server answers");
+        assert!(text.contains(&format!("leaves from {seen}: ")), "{to}, seen as {seen}: {text}");
+    }
+    assert!(pod.udp_who(EXT6).is_err());
+    let (_, text) = why("shop/visitor", &["--to", &format!("[{EXT6}]:{UDP_WHO}/udp")]);
+    assert!(text.contains("is blocked: EgressPolicy shop/narrow decides"), "{text}");
+
+    for (pod, to, words) in [("shop/nobody", "9.9.9.9", "no pod shop/nobody"), ("visitor", "9.9.9.9", "NAMESPACE/NAME")]
+    {
+        let (code, text) = why(pod, &["--to", to]);
+        assert!(code != Some(0) && text.contains(words), "{text}");
+    }
 }
 
 /// One line a need, and an exit code that means something.

@@ -2,11 +2,13 @@
 
 use anyhow::Context;
 use clap::{Parser, Subcommand};
-use egret::cluster::{KubeOptions, LeaseSettings, SourceName};
+use egret::cluster::{self, KubeOptions, LeaseSettings, Scope, SourceName};
 use egret::cni::config::DEFAULT_SOCKET;
 use egret::kernel::check;
 use egret::plan::destination::parse_cidr;
 use egret::plan::marks::Marks;
+use egret::plan::model::ObjectKey;
+use egret::plan::why::{Target, why};
 use egret::telemetry::logs;
 use egret::telemetry::server::ListenAddress;
 use egret::{api, controller, install, memory, node};
@@ -53,6 +55,8 @@ enum Command {
     Crds,
     /// Tell what this kernel and this host lack, one line a need; fails if Egret cannot run here
     Check,
+    /// Tell why a pod leaves the cluster as it does: its policies, or what becomes of one destination
+    Why(Why),
 }
 
 #[derive(clap::Args)]
@@ -63,6 +67,21 @@ struct Cluster {
     /// With --cluster kube: the file with the API server's address and the credentials [default: those of a pod]
     #[arg(long, env = "EGRET_KUBECONFIG")]
     kubeconfig: Option<PathBuf>,
+}
+
+#[derive(clap::Args)]
+struct Why {
+    /// The pod, as NAMESPACE/NAME
+    #[arg(value_parser = pod)]
+    pod: ObjectKey,
+    /// A destination: 203.0.113.7, 203.0.113.7:443, [2001:db8::7]:53/udp
+    #[arg(long)]
+    to: Option<Target>,
+    #[command(flatten)]
+    cluster: Cluster,
+    /// Networks that no policy covers, as the nodes' daemons are told them
+    #[arg(long, env = "EGRET_DIRECT", value_delimiter = ',', value_parser = network)]
+    direct: Vec<IpNetwork>,
 }
 
 #[derive(clap::Args)]
@@ -154,6 +173,11 @@ fn network(text: &str) -> Result<IpNetwork, String> {
     parse_cidr(text).map_err(|e| e.to_string())
 }
 
+fn pod(text: &str) -> Result<ObjectKey, String> {
+    let (namespace, name) = text.split_once('/').ok_or_else(|| format!("{text:?} is no pod; write NAMESPACE/NAME"))?;
+    Ok(ObjectKey::new(namespace, name))
+}
+
 fn interval(text: &str) -> Result<Duration, String> {
     let wrong = || format!("{text:?} is no time from 50ms to 10s; write it like 300ms or 1.5s");
     let (number, milliseconds) = match text.strip_suffix("ms") {
@@ -208,6 +232,7 @@ fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
         Command::Uninstall(flags) => runtime()?.block_on(install::uninstall::run(&flags.options()?))?,
         Command::Crds => print(&api::crds::yaml()?)?,
         Command::Check => return Ok(check::run()),
+        Command::Why(flags) => print(&flags.run()?)?,
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -265,6 +290,25 @@ impl Controller {
         let lease = Some(LeaseSettings::new(self.lease_namespace.unwrap_or_default(), identity));
         let source = self.cluster.source.with(KubeOptions { kubeconfig: self.cluster.kubeconfig, lease, known: None });
         runtime()?.block_on(controller::run(&source, self.metrics_address))
+    }
+}
+
+impl Why {
+    fn run(self) -> anyhow::Result<String> {
+        let options = KubeOptions { kubeconfig: self.cluster.kubeconfig, ..KubeOptions::default() };
+        let source = self.cluster.source.with(options);
+        let read = async |scope| anyhow::Ok((**cluster::open(&source, scope).await?.snapshots.borrow()).clone());
+        let cluster = runtime()?.block_on(async {
+            // What the controller says is the controller's to know, and what is inside the cluster the nodes'.
+            let mut cluster = read(Scope::Controller).await?;
+            let node = cluster.pods.get(&self.pod).and_then(|pod| pod.node.clone());
+            if let Some(node) = node.filter(|_| self.to.is_some()) {
+                let as_node = read(Scope::Node(node.to_string())).await?;
+                (cluster.inside, cluster.services) = (as_node.inside, as_node.services);
+            }
+            anyhow::Ok(cluster)
+        })?;
+        Ok(why(&cluster, &self.pod, self.to, &self.direct)?)
     }
 }
 

@@ -22,3 +22,4 @@ pub mod profile;
 pub mod report;
 pub mod selector;
 pub mod shared;
+pub mod why;

@@ -1,7 +1,8 @@
 //! What a user sees first: an object that is created takes effect.
 
+use super::lab::api::Role;
 use super::lab::scene::{VISITOR, assert_blocked, assert_leaves_by_egress, assert_leaves_by_node};
-use super::lab::{EGRESS4, Lab};
+use super::lab::{EGRESS4, EXT4, Lab};
 use std::time::Duration;
 
 #[test]
@@ -15,10 +16,30 @@ fn a_pod_leaves_from_the_address_of_its_policy() {
     }
     let policy = lab.api().get("/apis/egret.dev/v1alpha1/namespaces/shop/egresspolicies/visitors");
     assert_eq!(policy["status"]["addresses"]["ipv4"], EGRESS4.to_string(), "{policy}");
-    lab.wait_until("the policy says how many pods it selects", Duration::from_secs(5), || {
+    lab.wait_until("the policy says how many pods it selects", Duration::from_secs(15), || {
         let policy = lab.api().get("/apis/egret.dev/v1alpha1/namespaces/shop/egresspolicies/visitors");
         policy["status"]["pods"] == 3
     });
+    for (to, told) in [
+        (EXT4.to_string(), format!("{EXT4} leaves from {EGRESS4}: EgressPolicy shop/visitors decides")),
+        // A Service's.
+        ("10.96.0.1".into(), "10.96.0.1 goes direct: it is in 10.96.".into()),
+        ("10.244.2.9".into(), "goes direct".into()),
+    ] {
+        let kubeconfig = lab.api().kubeconfig(Role::Node);
+        let why = lab.host("api").run([
+            env!("CARGO_BIN_EXE_egretd"),
+            "why",
+            "shop/visitor-n1",
+            "--to",
+            &to,
+            "--cluster",
+            "kube",
+            "--kubeconfig",
+            &kubeconfig.display().to_string(),
+        ]);
+        assert!(why.contains(&told), "{told:?} is not in {why}");
+    }
 
     // A pod that the API server does not know is held until it does.
     let mut unknown = lab.sandbox_unknown("n1", "shop", "unknown");

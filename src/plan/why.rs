@@ -1,0 +1,372 @@
+//! Why a pod's packets leave the cluster as they do, in words: by the same index, in the same order, as the rules of its
+//! node.
+
+use super::destination::{Destination, Network, Ports};
+use super::model::{Cluster, ObjectKey, PolicyKey};
+use super::networks::Networks;
+use super::paths::Paths;
+use super::precedence::{PolicyIndex, Ranked};
+use super::profile::Profile;
+use crate::api::{EgressPolicyStatus, Fallback, Protocol};
+use ipnetwork::IpNetwork;
+use std::fmt;
+use std::net::{IpAddr, SocketAddr};
+use std::str::FromStr;
+
+/// Where a packet is to go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Target {
+    /// The address.
+    pub address: IpAddr,
+    /// The port, if it matters.
+    pub port: Option<(Protocol, u16)>,
+}
+
+/// That there is nothing to explain.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[error("the cluster has no pod {0}; write NAMESPACE/NAME")]
+pub struct NoSuchPod(String);
+
+/// Some lines about a pod, or, with a target, about what becomes of packets that go there. `direct` are destinations of the
+/// user's that no policy covers, beside the cluster's own.
+///
+/// # Errors
+/// The cluster has no such pod.
+pub fn why(
+    cluster: &Cluster,
+    key: &ObjectKey,
+    target: Option<Target>,
+    direct: &[IpNetwork],
+) -> Result<String, NoSuchPod> {
+    let pod = cluster.pods.get(key).ok_or_else(|| NoSuchPod(key.to_string()))?;
+    let labels: Vec<String> = pod.labels.iter().map(|(key, value)| format!("{key}={value}")).collect();
+    let mut lines = vec![format!(
+        "pod {key} on node {}, {}, {}",
+        pod.node.as_deref().unwrap_or("(none yet)"),
+        list(&pod.addresses, "no address yet"),
+        list(&labels, "no labels"),
+    )];
+    let index = PolicyIndex::new(cluster);
+    let policies = index.policies_for(&key.namespace, &pod.labels);
+    let held = Profile::new(&policies, &Paths::default()) == Some(Profile::Held);
+    let nothing = "so only what stays inside the cluster leaves the pod";
+    if pod.host_network {
+        lines.push("It is on its host's network: no policy selects it, and it leaves from its node's address.".into());
+    } else if pod.finished {
+        lines.push("It has ended.".into());
+    } else if index.is_undecided_in(&key.namespace) {
+        lines.push(format!(
+            "A policy goes by labels of namespaces, and the namespace {} is not known: the pod is held, {nothing}.",
+            key.namespace
+        ));
+    } else if policies.is_empty() {
+        lines.push("No policy selects it: it leaves as if Egret were not there.".into());
+    } else if held {
+        lines.push(format!("The policies that select it cover too much together: the pod is held, {nothing}."));
+    } else {
+        match target {
+            None => lines.extend(all(cluster, &policies)),
+            Some(target) => lines.extend(one(cluster, &policies, target, direct)),
+        }
+    }
+    lines.push(String::new());
+    Ok(lines.join("\n"))
+}
+
+/// What each of a pod's policies does.
+fn all(cluster: &Cluster, policies: &[&Ranked]) -> Vec<String> {
+    let mut lines = vec![
+        "What stays inside the cluster goes direct. Of the rest, the first policy that covers the destination decides:"
+            .to_owned(),
+    ];
+    let everything = policies.iter().position(|ranked| ranked.policy.covers_everything());
+    for (at, Ranked { key, policy }) in policies.iter().enumerate() {
+        let covers = match &policy.egress {
+            _ if policy.covers_everything() => "everything".to_owned(),
+            Some(destinations) => list(destinations, "nothing"),
+            None => "everything".to_owned(),
+        };
+        lines.push(format!("{}. {}, priority {}, covers {covers}", at + 1, named(key), policy.priority));
+        if everything.is_some_and(|everything| at > everything) {
+            lines.push("   it never decides: one before it covers everything".to_owned());
+            continue;
+        }
+        let status = cluster.policy_statuses.get(key);
+        let conditions = status.iter().flat_map(|status| &status.conditions);
+        let conditions = conditions.filter(|c| ["Accepted", "Ready"].contains(&&*c.type_));
+        lines.extend(conditions.map(|c| format!("   {}={}: {}", c.type_, c.status, c.message)));
+        if status.is_none() {
+            lines.push("   the controller has said nothing of it yet".to_owned());
+        }
+        if policy.fallback == Fallback::NodeAddress {
+            lines
+                .push("   while it is not ready, packets leave from the node's address (fallback: NodeAddress)".into());
+        }
+    }
+    if everything.is_none() {
+        lines.push("What none of them covers leaves as if Egret were not there.".to_owned());
+    }
+    lines
+}
+
+/// What becomes of packets to one destination.
+fn one(cluster: &Cluster, policies: &[&Ranked], target: Target, direct: &[IpNetwork]) -> Vec<String> {
+    let pods = cluster.pods.values().flat_map(|pod| pod.addresses.iter().copied());
+    let networks = Networks::new(cluster, direct, pods);
+    if networks.is_direct(target.address) {
+        let origin = networks.origins.iter().find(|(network, _)| network.contains(target.address));
+        let origin = origin
+            .map_or("an address of a node, a Service or a pod, or link-local or multicast".into(), |(n, of)| {
+                format!("in {n}, from {of}")
+            });
+        return vec![format!("{target} goes direct: it is {origin}, and no policy covers what is inside the cluster.")];
+    }
+    let mut lines = Vec::new();
+    let by_port = |ranked: &&&Ranked| target.port.is_none() && covers_by_port(ranked, target.address);
+    let decides = policies.iter().find(|ranked| covers(ranked, &target));
+    let before = policies.iter().take_while(|ranked| decides.is_none_or(|decides| decides.key != ranked.key));
+    for Ranked { key, .. } in before.filter(by_port) {
+        lines.push(format!(
+            "{} covers some ports there; name one, as in {}:443/tcp",
+            named(key),
+            bracketed(target.address)
+        ));
+    }
+    let Some(Ranked { key, policy }) = decides else {
+        lines.push(format!("{target} is covered by no policy: it leaves as if Egret were not there."));
+        return lines;
+    };
+    let status = cluster.policy_statuses.get(key);
+    let address = status.and_then(|status| address_towards(status, target.address));
+    let ready = status.and_then(|s| s.conditions.iter().find(|c| c.type_ == "Ready"));
+    let has_path = status.is_some_and(|status| status.addresses.is_some());
+    lines.push(match (address, ready) {
+        (Some(address), Some(ready)) if ready.status == "True" => {
+            format!("{target} leaves from {address}: {} decides, and {}.", named(key), ready.message)
+        }
+        (None, Some(ready)) if ready.status == "True" && has_path => {
+            format!("{target} is blocked: {} decides, and its path has no address of that family.", named(key))
+        }
+        (_, ready) => {
+            let reason = ready.map_or("the controller has said nothing of it yet", |ready| &ready.message);
+            let becomes = match policy.fallback {
+                Fallback::Block => "is blocked",
+                Fallback::NodeAddress => "leaves from the node's address (fallback: NodeAddress)",
+            };
+            format!("{target} {becomes}: {} decides, and it is not ready: {reason}", named(key))
+        }
+    });
+    lines
+}
+
+fn address_towards(status: &EgressPolicyStatus, target: IpAddr) -> Option<IpAddr> {
+    let pair = status.addresses.as_ref()?;
+    if target.is_ipv4() { pair.ipv4.map(IpAddr::V4) } else { pair.ipv6.map(IpAddr::V6) }
+}
+
+fn covers(ranked: &Ranked, target: &Target) -> bool {
+    let destinations = ranked.policy.egress.as_deref().unwrap_or_default();
+    let of =
+        |d: &Destination| d.has(target.address) && (d.ports.is_empty() || d.ports.iter().any(|p| p.has(target.port)));
+    ranked.policy.covers_everything() || destinations.iter().any(of)
+}
+
+fn covers_by_port(ranked: &Ranked, address: IpAddr) -> bool {
+    let destinations = ranked.policy.egress.as_deref().unwrap_or_default();
+    destinations.iter().any(|d| !d.ports.is_empty() && d.has(address))
+}
+
+impl Destination {
+    fn has(&self, address: IpAddr) -> bool {
+        let network = |n: &Network| n.cidr.contains(address) && !n.except.iter().any(|e| e.contains(address));
+        self.networks.is_empty() || self.networks.iter().any(network)
+    }
+}
+
+impl Ports {
+    fn has(&self, port: Option<(Protocol, u16)>) -> bool {
+        port.is_some_and(|(protocol, port)| protocol == self.protocol && (self.first..=self.last).contains(&port))
+    }
+}
+
+fn named(key: &PolicyKey) -> String {
+    let kind = if key.namespace.is_some() { "EgressPolicy" } else { "ClusterEgressPolicy" };
+    format!("{kind} {key}")
+}
+
+fn list<T: ToString>(all: &[T], none: &str) -> String {
+    let all: Vec<String> = all.iter().map(T::to_string).collect();
+    if all.is_empty() { none.to_owned() } else { all.join(", ") }
+}
+
+fn bracketed(address: IpAddr) -> String {
+    if address.is_ipv4() { address.to_string() } else { format!("[{address}]") }
+}
+
+impl fmt::Display for Destination {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let network = |n: &Network| match &*n.except {
+            [] => n.cidr.to_string(),
+            except => format!("{} without {}", n.cidr, list(except, "")),
+        };
+        let networks: Vec<String> = self.networks.iter().map(network).collect();
+        let ports = |p: &Ports| {
+            let protocol = in_words(p.protocol);
+            match (p.first, p.last) {
+                (0, u16::MAX) => protocol.to_owned(),
+                (first, last) if first == last => format!("{protocol} {first}"),
+                (first, last) => format!("{protocol} {first}-{last}"),
+            }
+        };
+        let ports: Vec<String> = self.ports.iter().map(ports).collect();
+        match (&*networks, &*ports) {
+            (networks, []) => f.write_str(&list(networks, "every address")),
+            (networks, ports) => write!(f, "{} of {}", list(ports, ""), list(networks, "every address")),
+        }
+    }
+}
+
+fn in_words(protocol: Protocol) -> &'static str {
+    match protocol {
+        Protocol::Tcp => "TCP",
+        Protocol::Udp => "UDP",
+        Protocol::Sctp => "SCTP",
+    }
+}
+
+impl FromStr for Target {
+    type Err = String;
+
+    /// `203.0.113.7`, `203.0.113.7:443`, `[2001:db8::7]:53/udp`.
+    fn from_str(text: &str) -> Result<Self, String> {
+        if let Ok(address) = text.parse() {
+            return Ok(Target { address, port: None });
+        }
+        let (socket, protocol) = match text.split_once('/') {
+            None => (text, Some(Protocol::Tcp)),
+            Some((socket, "tcp")) => (socket, Some(Protocol::Tcp)),
+            Some((socket, "udp")) => (socket, Some(Protocol::Udp)),
+            Some((socket, "sctp")) => (socket, Some(Protocol::Sctp)),
+            Some((socket, _)) => (socket, None),
+        };
+        match (socket.parse::<SocketAddr>(), protocol) {
+            (Ok(socket), Some(protocol)) => Ok(Target { address: socket.ip(), port: Some((protocol, socket.port())) }),
+            _ => Err(format!(
+                "{text:?} is no destination; write it like 203.0.113.7, 203.0.113.7:443 or [2001:db8::7]:53/udp"
+            )),
+        }
+    }
+}
+
+impl fmt::Display for Target {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.port {
+            None => write!(f, "{}", self.address),
+            Some((protocol, port)) => write!(f, "{}, {} port {port},", self.address, in_words(protocol)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::api::{EgressPeer, EgressPolicySpec, EgressPort, EgressRule, IpBlock};
+    use crate::plan::fixture::{World, naming};
+    use crate::plan::report::report;
+    use std::sync::Arc;
+
+    fn world() -> World {
+        let mut world = World::new(&["192.0.2.50-192.0.2.59"]);
+        world.pod("shop", "visitor", &[("app", "visitor")]);
+        world.policy("shop/rest", naming(&["192.0.2.50"]));
+        let block = IpBlock { cidr: "203.0.113.0/24".into(), except: vec!["203.0.113.7/32".into()] };
+        let port = EgressPort { protocol: Protocol::Udp, port: Some(53), end_port: None };
+        let rule = EgressRule { to: vec![EgressPeer { ip_block: block }], ports: vec![port] };
+        let names = EgressPolicySpec { egress: Some(vec![rule]), priority: 7, ..naming(&["192.0.2.51"]) };
+        world.policy("shop/names", names);
+        world.policy("late", naming(&["192.0.2.52"]));
+        world
+    }
+
+    fn settled(mut world: World) -> World {
+        let outcome = world.allocate();
+        world.settle();
+        for (key, status) in report(&world.cluster, &outcome, world.now) {
+            world.cluster.policy_statuses.insert(key, Arc::new(status));
+        }
+        world
+    }
+
+    fn asked(world: &World, target: &str) -> String {
+        let target = (!target.is_empty()).then(|| target.parse().unwrap());
+        why(&world.cluster, &ObjectKey::new("shop", "visitor"), target, &["198.51.100.0/24".parse().unwrap()]).unwrap()
+    }
+
+    #[track_caller]
+    fn says(text: &str, words: &[&str]) {
+        for word in words {
+            assert!(text.contains(word), "{word:?} is not in {text}");
+        }
+    }
+
+    #[test]
+    fn all_policies_of_a_pod_are_told_in_the_order_in_which_they_decide() {
+        let text = asked(&settled(world()), "");
+        says(&text, &["pod shop/visitor on node (none yet)", "app=visitor"]);
+        let names =
+            text.find("1. EgressPolicy shop/names, priority 7, covers UDP 53 of 203.0.113.0/24 without 203.0.113.7/32");
+        let rest = text.find(
+            "2. EgressPolicy shop/rest, priority 0, covers everything\n   Accepted=True: it leaves from 192.0.2.50",
+        );
+        let late = text.find("3. ClusterEgressPolicy late, priority 0, covers everything\n   it never decides");
+        assert!(names.is_some() && names < rest && rest < late, "{text}");
+        says(&asked(&world(), ""), &["the controller has said nothing of it yet"]);
+    }
+
+    #[test]
+    fn what_becomes_of_a_destination_is_told() {
+        let world = settled(world());
+        for (target, words) in [
+            ("203.0.113.9:53/udp", "UDP port 53, leaves from 192.0.2.51: EgressPolicy shop/names decides"),
+            ("203.0.113.9:53", "TCP port 53, leaves from 192.0.2.50: EgressPolicy shop/rest decides"),
+            ("203.0.113.7:53/udp", "leaves from 192.0.2.50: EgressPolicy shop/rest decides"),
+            (
+                "203.0.113.9",
+                "EgressPolicy shop/names covers some ports there; name one, as in 203.0.113.9:443/tcp\n203.0.113.9 leaves from 192.0.2.50",
+            ),
+            (
+                "2001:db8::1",
+                "2001:db8::1 is blocked: EgressPolicy shop/rest decides, and its path has no address of that family",
+            ),
+            ("10.0.0.1", "10.0.0.1 goes direct"),
+            ("198.51.100.9", "goes direct: it is in 198.51.100.0/24, from --direct"),
+            ("224.0.0.1", "goes direct"),
+        ] {
+            says(&asked(&world, target), &[words]);
+        }
+    }
+
+    #[test]
+    fn who_is_not_ready_is_blocked_or_let_go_as_its_policy_says() {
+        let mut world = world();
+        says(&asked(&world, "9.9.9.9"), &["9.9.9.9 is blocked: EgressPolicy shop/rest decides, and it is not ready"]);
+        world.policy("shop/rest", EgressPolicySpec { fallback: Fallback::NodeAddress, ..naming(&["192.0.2.50"]) });
+        says(&asked(&world, "9.9.9.9"), &["9.9.9.9 leaves from the node's address (fallback: NodeAddress)"]);
+        for policy in ["shop/rest", "shop/names", "late"] {
+            world.without_policy(policy);
+        }
+        says(&asked(&world, "9.9.9.9"), &["No policy selects it"]);
+        let nobody = why(&world.cluster, &ObjectKey::new("shop", "nobody"), None, &[]);
+        assert_eq!(nobody.unwrap_err().to_string(), "the cluster has no pod shop/nobody; write NAMESPACE/NAME");
+    }
+
+    #[test]
+    fn a_destination_is_written_as_people_write_it() {
+        let target = |text: &str| text.parse::<Target>();
+        assert_eq!(target("[2001:db8::7]:53/sctp").unwrap().port, Some((Protocol::Sctp, 53)));
+        assert_eq!(target("203.0.113.7:443").unwrap().port, Some((Protocol::Tcp, 443)));
+        for wrong in ["db.example", "203.0.113.7:99999", "203.0.113.7:53/icmp", "203.0.113.7/udp", ""] {
+            assert!(target(wrong).unwrap_err().contains("write it like"), "{wrong}");
+        }
+    }
+}
