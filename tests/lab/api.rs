@@ -23,6 +23,8 @@ const PORT: u16 = 6443;
 /// So long a server may take to be ready. What it makes at its start it tries once a minute, the first time now and then
 /// before it can (`SystemNamespacesInterval`, pkg/master/controller.go).
 const PATIENCE: Duration = Duration::from_secs(150);
+/// After this long, what it should have made is made for it.
+const LATE: Duration = Duration::from_secs(10);
 /// The namespace that Egret is installed in.
 pub const NAMESPACE: &str = "egret-system";
 
@@ -127,14 +129,21 @@ impl Api {
         loop {
             assert!(self.server.runs() && self.etcd.runs(), "the API server or etcd has ended by itself");
             // The server makes them by itself, last of all.
-            let is_there = |namespace: &str| {
+            let missing = ["default", "kube-system"].map(|namespace| {
                 let answer = self.try_ask("GET", &format!("/api/v1/namespaces/{namespace}"), None);
-                answer.is_ok_and(|(code, _)| code == StatusCode::OK)
-            };
-            if is_there("default") && is_there("kube-system") {
+                let missing = !answer.as_ref().is_ok_and(|(code, _)| *code == StatusCode::OK);
+                missing.then(|| format!("{namespace}: {answer:?}")).inspect(|_| {
+                    // What it fails to make at its start it tries again once a minute.
+                    if begin.elapsed() > LATE {
+                        let object = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": namespace}});
+                        let _ = self.try_ask("POST", "/api/v1/namespaces", Some(("application/json", &object)));
+                    }
+                })
+            });
+            if missing.iter().all(Option::is_none) {
                 return;
             }
-            assert!(begin.elapsed() < PATIENCE, "the API server is not ready after {PATIENCE:?}");
+            assert!(begin.elapsed() < PATIENCE, "the API server is not ready after {PATIENCE:?}: {missing:?}");
             thread::sleep(Duration::from_millis(50));
         }
     }
