@@ -1,6 +1,7 @@
 use super::{AddressPair, Condition};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
 use serde::{Deserialize, Serialize};
+use std::fmt;
 
 /// Which pods of its namespace leave the cluster to which destinations, through which gateway, from which address.
 #[derive(kube::CustomResource, Clone, Debug, Default, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
@@ -169,6 +170,16 @@ pub enum Protocol {
     Udp,
     /// SCTP.
     Sctp,
+}
+
+impl fmt::Display for Protocol {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Protocol::Tcp => "TCP",
+            Protocol::Udp => "UDP",
+            Protocol::Sctp => "SCTP",
+        })
+    }
 }
 
 /// How an address is found for a policy that names none.

@@ -2,6 +2,8 @@
 
 use crate::api::{EgressPort, EgressRule, MAX_EXCEPTIONS, Protocol};
 use ipnetwork::IpNetwork;
+use std::fmt;
+use std::net::IpAddr;
 
 /// What one policy covers; an empty list of networks or of ports means all of them.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -61,6 +63,43 @@ impl Destination {
     /// How many rules it takes: one for each combination of a network and a range of ports.
     pub fn rules(&self) -> usize {
         self.networks.len().max(1) * self.ports.len().max(1)
+    }
+
+    /// Whether an address is in its networks.
+    pub fn has_address(&self, address: IpAddr) -> bool {
+        let network = |n: &Network| n.cidr.contains(address) && !n.except.iter().any(|e| e.contains(address));
+        self.networks.is_empty() || self.networks.iter().any(network)
+    }
+}
+
+/// With commas between them.
+pub fn in_a_row<T: ToString>(all: &[T]) -> String {
+    all.iter().map(T::to_string).collect::<Vec<_>>().join(", ")
+}
+
+impl fmt::Display for Destination {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if !self.ports.is_empty() {
+            write!(f, "{} of ", in_a_row(&self.ports))?;
+        }
+        f.write_str(&if self.networks.is_empty() { "every address".to_owned() } else { in_a_row(&self.networks) })
+    }
+}
+
+impl fmt::Display for Network {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.cidr)?;
+        if self.except.is_empty() { Ok(()) } else { write!(f, " without {}", in_a_row(&self.except)) }
+    }
+}
+
+impl fmt::Display for Ports {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match (self.first, self.last) {
+            (0, u16::MAX) => write!(f, "{}", self.protocol),
+            (first, last) if first == last => write!(f, "{} {first}", self.protocol),
+            (first, last) => write!(f, "{} {first}-{last}", self.protocol),
+        }
     }
 }
 

@@ -22,4 +22,5 @@ pub mod profile;
 pub mod report;
 pub mod selector;
 pub mod shared;
+pub mod target;
 pub mod why;

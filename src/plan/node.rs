@@ -191,7 +191,7 @@ impl NodePlan {
     /// policies' names are chosen by those who are held to them.
     pub fn add(&mut self, view: &View, chain: Arc<str>, mut pod: Arc<PodPlan>, mut profile: Arc<Profile>) {
         match self.profiles.get(&pod.profile) {
-            Some(same) if Arc::ptr_eq(same, &profile) || *same == profile => {
+            Some(same) if *same == profile => {
                 self.pods.insert(chain, pod);
                 return;
             }

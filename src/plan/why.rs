@@ -1,26 +1,16 @@
 //! Why a pod's packets leave the cluster as they do, in words: by the same index, in the same order, as the rules of its
 //! node.
 
-use super::destination::{Destination, Network, Ports};
+use super::destination::in_a_row;
 use super::model::{Cluster, ObjectKey, PolicyKey};
 use super::networks::Networks;
 use super::paths::Paths;
 use super::precedence::{PolicyIndex, Ranked};
 use super::profile::Profile;
-use crate::api::{EgressPolicyStatus, Fallback, Protocol};
+use super::target::Target;
+use crate::api::{EgressPolicyStatus, Fallback};
 use ipnetwork::IpNetwork;
-use std::fmt;
 use std::net::{IpAddr, SocketAddr};
-use std::str::FromStr;
-
-/// Where a packet is to go.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Target {
-    /// The address.
-    pub address: IpAddr,
-    /// The port, if it matters.
-    pub port: Option<(Protocol, u16)>,
-}
 
 /// That there is nothing to explain.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -82,9 +72,8 @@ fn all(cluster: &Cluster, policies: &[&Ranked]) -> Vec<String> {
     let everything = policies.iter().position(|ranked| ranked.policy.covers_everything());
     for (at, Ranked { key, policy }) in policies.iter().enumerate() {
         let covers = match &policy.egress {
-            _ if policy.covers_everything() => "everything".to_owned(),
-            Some(destinations) => list(destinations, "nothing"),
-            None => "everything".to_owned(),
+            Some(destinations) if !policy.covers_everything() => list(destinations, "nothing"),
+            _ => "everything".to_owned(),
         };
         lines.push(format!("{}. {}, priority {}, covers {covers}", at + 1, named(key), policy.priority));
         if everything.is_some_and(|everything| at > everything) {
@@ -127,9 +116,9 @@ fn one(cluster: &Cluster, policies: &[&Ranked], target: Target, direct: &[IpNetw
     let before = policies.iter().take_while(|ranked| decides.is_none_or(|decides| decides.key != ranked.key));
     for Ranked { key, .. } in before.filter(by_port) {
         lines.push(format!(
-            "{} covers some ports there; name one, as in {}:443/tcp",
+            "{} covers some ports there; name one, as in {}/tcp",
             named(key),
-            bracketed(target.address)
+            SocketAddr::new(target.address, 443)
         ));
     }
     let Some(Ranked { key, policy }) = decides else {
@@ -166,27 +155,12 @@ fn address_towards(status: &EgressPolicyStatus, target: IpAddr) -> Option<IpAddr
 
 fn covers(ranked: &Ranked, target: &Target) -> bool {
     let destinations = ranked.policy.egress.as_deref().unwrap_or_default();
-    let of =
-        |d: &Destination| d.has(target.address) && (d.ports.is_empty() || d.ports.iter().any(|p| p.has(target.port)));
-    ranked.policy.covers_everything() || destinations.iter().any(of)
+    ranked.policy.covers_everything() || destinations.iter().any(|d| target.is_in(d))
 }
 
 fn covers_by_port(ranked: &Ranked, address: IpAddr) -> bool {
     let destinations = ranked.policy.egress.as_deref().unwrap_or_default();
-    destinations.iter().any(|d| !d.ports.is_empty() && d.has(address))
-}
-
-impl Destination {
-    fn has(&self, address: IpAddr) -> bool {
-        let network = |n: &Network| n.cidr.contains(address) && !n.except.iter().any(|e| e.contains(address));
-        self.networks.is_empty() || self.networks.iter().any(network)
-    }
-}
-
-impl Ports {
-    fn has(&self, port: Option<(Protocol, u16)>) -> bool {
-        port.is_some_and(|(protocol, port)| protocol == self.protocol && (self.first..=self.last).contains(&port))
-    }
+    destinations.iter().any(|d| !d.ports.is_empty() && d.has_address(address))
 }
 
 fn named(key: &PolicyKey) -> String {
@@ -195,82 +169,13 @@ fn named(key: &PolicyKey) -> String {
 }
 
 fn list<T: ToString>(all: &[T], none: &str) -> String {
-    let all: Vec<String> = all.iter().map(T::to_string).collect();
-    if all.is_empty() { none.to_owned() } else { all.join(", ") }
-}
-
-fn bracketed(address: IpAddr) -> String {
-    if address.is_ipv4() { address.to_string() } else { format!("[{address}]") }
-}
-
-impl fmt::Display for Destination {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let network = |n: &Network| match &*n.except {
-            [] => n.cidr.to_string(),
-            except => format!("{} without {}", n.cidr, list(except, "")),
-        };
-        let networks: Vec<String> = self.networks.iter().map(network).collect();
-        let ports = |p: &Ports| {
-            let protocol = in_words(p.protocol);
-            match (p.first, p.last) {
-                (0, u16::MAX) => protocol.to_owned(),
-                (first, last) if first == last => format!("{protocol} {first}"),
-                (first, last) => format!("{protocol} {first}-{last}"),
-            }
-        };
-        let ports: Vec<String> = self.ports.iter().map(ports).collect();
-        match (&*networks, &*ports) {
-            (networks, []) => f.write_str(&list(networks, "every address")),
-            (networks, ports) => write!(f, "{} of {}", list(ports, ""), list(networks, "every address")),
-        }
-    }
-}
-
-fn in_words(protocol: Protocol) -> &'static str {
-    match protocol {
-        Protocol::Tcp => "TCP",
-        Protocol::Udp => "UDP",
-        Protocol::Sctp => "SCTP",
-    }
-}
-
-impl FromStr for Target {
-    type Err = String;
-
-    /// `203.0.113.7`, `203.0.113.7:443`, `[2001:db8::7]:53/udp`.
-    fn from_str(text: &str) -> Result<Self, String> {
-        if let Ok(address) = text.parse() {
-            return Ok(Target { address, port: None });
-        }
-        let (socket, protocol) = match text.split_once('/') {
-            None => (text, Some(Protocol::Tcp)),
-            Some((socket, "tcp")) => (socket, Some(Protocol::Tcp)),
-            Some((socket, "udp")) => (socket, Some(Protocol::Udp)),
-            Some((socket, "sctp")) => (socket, Some(Protocol::Sctp)),
-            Some((socket, _)) => (socket, None),
-        };
-        match (socket.parse::<SocketAddr>(), protocol) {
-            (Ok(socket), Some(protocol)) => Ok(Target { address: socket.ip(), port: Some((protocol, socket.port())) }),
-            _ => Err(format!(
-                "{text:?} is no destination; write it like 203.0.113.7, 203.0.113.7:443 or [2001:db8::7]:53/udp"
-            )),
-        }
-    }
-}
-
-impl fmt::Display for Target {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.port {
-            None => write!(f, "{}", self.address),
-            Some((protocol, port)) => write!(f, "{}, {} port {port},", self.address, in_words(protocol)),
-        }
-    }
+    if all.is_empty() { none.to_owned() } else { in_a_row(all) }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::api::{EgressPeer, EgressPolicySpec, EgressPort, EgressRule, IpBlock};
+    use crate::api::{EgressPeer, EgressPolicySpec, EgressPort, EgressRule, IpBlock, Protocol};
     use crate::plan::fixture::{World, naming};
     use crate::plan::report::report;
     use std::sync::Arc;
@@ -358,15 +263,5 @@ mod tests {
         says(&asked(&world, "9.9.9.9"), &["No policy selects it"]);
         let nobody = why(&world.cluster, &ObjectKey::new("shop", "nobody"), None, &[]);
         assert_eq!(nobody.unwrap_err().to_string(), "the cluster has no pod shop/nobody; write NAMESPACE/NAME");
-    }
-
-    #[test]
-    fn a_destination_is_written_as_people_write_it() {
-        let target = |text: &str| text.parse::<Target>();
-        assert_eq!(target("[2001:db8::7]:53/sctp").unwrap().port, Some((Protocol::Sctp, 53)));
-        assert_eq!(target("203.0.113.7:443").unwrap().port, Some((Protocol::Tcp, 443)));
-        for wrong in ["db.example", "203.0.113.7:99999", "203.0.113.7:53/icmp", "203.0.113.7/udp", ""] {
-            assert!(target(wrong).unwrap_err().contains("write it like"), "{wrong}");
-        }
     }
 }

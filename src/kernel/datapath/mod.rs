@@ -202,14 +202,13 @@ fn inet(
 type ByName<V> = BTreeMap<Arc<str>, Arc<V>>;
 
 /// The chain of each by `make`, or the one that there was before for the same.
-fn chains<'a, V: PartialEq>(
+fn chains<'a, V: Eq>(
     of: &'a ByName<V>,
     before: Option<(&'a ByName<V>, &'a Table)>,
     make: impl Fn(Arc<V>) -> Chain + 'a,
 ) -> impl Iterator<Item = (Arc<str>, Arc<Chain>)> + 'a {
     of.iter().map(move |(name, value)| {
-        let same = |old: &Arc<V>| Arc::ptr_eq(old, value) || old == value;
-        let before = before.filter(|(last, _)| last.get(name).is_some_and(same));
+        let before = before.filter(|(last, _)| last.get(name) == Some(value));
         let chain = before.and_then(|(_, table)| table.chains.get(name).cloned());
         (name.clone(), chain.unwrap_or_else(|| Arc::new(make(value.clone()))))
     })

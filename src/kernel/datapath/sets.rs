@@ -136,10 +136,10 @@ pub(super) fn of_pods(plan: &NodePlan, marks: Marks, before: Option<(&NodePlan, 
 }
 
 /// What `now` has more than `before`, if it has everything else as it was.
-fn added<'a, K: Ord, V: PartialEq>(before: &BTreeMap<K, Arc<V>>, now: &'a BTreeMap<K, Arc<V>>) -> Option<Vec<&'a V>> {
+fn added<'a, K: Ord, V: Eq>(before: &BTreeMap<K, Arc<V>>, now: &'a BTreeMap<K, Arc<V>>) -> Option<Vec<&'a V>> {
     let (mut last, mut new) = (before.iter().peekable(), Vec::new());
     for (key, value) in now {
-        let same = |(k, v): &(&K, &Arc<V>)| *k == key && (Arc::ptr_eq(v, value) || *v == value);
+        let same = |(k, v): &(&K, &Arc<V>)| *k == key && *v == value;
         if last.next_if(same).is_none() {
             new.push(&**value);
         }
