@@ -305,12 +305,8 @@ fn a_path_of_one_family_blocks_the_other() {
             pod.delete();
             there
         });
-        let blocked = || -> f64 {
-            let of = |node: &std::sync::Arc<lab::Node>| {
-                lab.metrics(&node.name).get("egret_node_dropped_packets_total", &[("reason", "blocked")]).unwrap_or(0.0)
-            };
-            lab.nodes().iter().map(of).sum()
-        };
+        let blocked =
+            || -> f64 { lab.nodes().iter().filter_map(|node| lab.metrics(&node.name).dropped("blocked")).sum() };
         for node in ["n1", "n2", "g1", "g2"] {
             let pod = lab.add_pod(node, name, &format!("pod-{node}"), &[]);
             lab.wait_seen_as(&pod, address);

@@ -96,6 +96,17 @@ fn view_and_plan(nodes: u16, pods: u32) -> (View, NodePlan, PeerIndexes) {
     (view, plan, peers)
 }
 
+/// The plan of [`view_and_plan`], and the sets of its cluster.
+fn plan_and_sets(nodes: u16, pods: u32) -> (NodePlan, SharedSets) {
+    let (view, plan, peers) = view_and_plan(nodes, pods);
+    (plan, datapath::shared_sets(&view, &peers, Marks::default(), &SharedSets::default()))
+}
+
+/// The tables of a plan, made without any before it.
+fn made_of(plan: &NodePlan, shared: &SharedSets) -> Made {
+    Made::new(plan.clone(), shared, Marks::default(), None)
+}
+
 /// As much as policies may cover, and a rule as long as a rule can get.
 #[test]
 fn the_kernel_takes_what_policies_may_be() {
@@ -119,9 +130,8 @@ fn the_kernel_takes_what_policies_may_be() {
         let (chain, mut pod) = plan.pods.pop_first().unwrap();
         Arc::make_mut(&mut pod).profile = profile.name();
         plan.add(&view, chain, pod, profile.into());
-        let marks = Marks::default();
-        let shared = datapath::shared_sets(&view, &peers, marks, &SharedSets::default());
-        let made = Made::new(plan, &shared, marks, None);
+        let shared = datapath::shared_sets(&view, &peers, Marks::default(), &SharedSets::default());
+        let made = Made::new(plan, &shared, Marks::default(), None);
         let mut nft = Nftables::open().unwrap();
         assert!(nft.apply(made.tables()).unwrap() > 4_000);
         nft.distrust();
@@ -140,10 +150,8 @@ fn veths(n: u32) {
 fn what_was_applied_is_read_back_as_the_same() {
     in_namespace(|| async {
         veths(4);
-        let (view, plan, peers) = view_and_plan(1200, 4);
-        let marks = Marks::default();
-        let shared = datapath::shared_sets(&view, &peers, marks, &SharedSets::default());
-        let made = Made::new(plan.clone(), &shared, marks, None);
+        let (plan, shared) = plan_and_sets(1200, 4);
+        let made = made_of(&plan, &shared);
         let tables = made.tables();
         let mut nft = Nftables::open().unwrap();
         assert!(nft.apply(tables).unwrap() > 1200);
@@ -159,10 +167,8 @@ fn what_was_applied_is_read_back_as_the_same() {
 fn what_somebody_takes_away_is_put_back() {
     in_namespace(|| async {
         veths(2);
-        let (view, plan, peers) = view_and_plan(3, 2);
-        let marks = Marks::default();
-        let shared = datapath::shared_sets(&view, &peers, marks, &SharedSets::default());
-        let made = Made::new(plan.clone(), &shared, marks, None);
+        let (plan, shared) = plan_and_sets(3, 2);
+        let made = made_of(&plan, &shared);
         let tables = made.tables();
         let mut nft = Nftables::open().unwrap();
         nft.apply(tables).unwrap();
@@ -194,9 +200,7 @@ fn what_somebody_takes_away_is_put_back() {
 fn what_follows_from_the_last_plan_is_what_is_made_anew() {
     in_namespace(|| async {
         veths(5);
-        let (view, all, peers) = view_and_plan(3, 5);
-        let marks = Marks::default();
-        let shared = datapath::shared_sets(&view, &peers, marks, &SharedSets::default());
+        let (all, shared) = plan_and_sets(3, 5);
         let only = |pods: &[u32]| {
             let mut plan = all.clone();
             plan.pods.retain(|_, pod| pods.contains(&(pod.interface_index - 1000)));
@@ -240,10 +244,10 @@ fn what_follows_from_the_last_plan_is_what_is_made_anew() {
             only(&[]),
         ] {
             let (pods, unfound) = (plan.pods.len(), plan.unfound.len());
-            let next = Made::new(plan.clone(), &shared, marks, made.as_ref());
+            let next = Made::new(plan.clone(), &shared, Marks::default(), made.as_ref());
             nft.apply(next.tables()).unwrap();
             nft.distrust();
-            let anew = Made::new(plan, &shared, marks, None);
+            let anew = made_of(&plan, &shared);
             assert_eq!(nft.apply(anew.tables()).unwrap(), 0, "with {pods} pods and {unfound} addresses");
             made = Some(next);
         }
@@ -254,19 +258,17 @@ fn what_follows_from_the_last_plan_is_what_is_made_anew() {
 fn a_view_that_is_out_of_date_is_read_again() {
     in_namespace(|| async {
         veths(2);
-        let (view, plan, peers) = view_and_plan(3, 2);
-        let marks = Marks::default();
-        let shared = datapath::shared_sets(&view, &peers, marks, &SharedSets::default());
+        let (plan, shared) = plan_and_sets(3, 2);
         let mut nft = Nftables::open().unwrap();
-        nft.apply(Made::new(NodePlan::default(), &shared, marks, None).tables()).unwrap();
+        nft.apply(made_of(&NodePlan::default(), &shared).tables()).unwrap();
         run("nft", "flush ruleset");
         // It believes that the tables are there: the kernel refuses, and it looks.
-        nft.apply(Made::new(plan.clone(), &shared, marks, None).tables()).unwrap();
+        nft.apply(made_of(&plan, &shared).tables()).unwrap();
         ip("link del veth0");
         let mut fewer = plan.clone();
         fewer.pods.retain(|_, p| p.interface != "veth0");
-        nft.apply(Made::new(fewer.clone(), &shared, marks, None).tables()).unwrap();
+        nft.apply(made_of(&fewer, &shared).tables()).unwrap();
         nft.distrust();
-        assert_eq!(nft.apply(Made::new(fewer.clone(), &shared, marks, None).tables()).unwrap(), 0);
+        assert_eq!(nft.apply(made_of(&fewer, &shared).tables()).unwrap(), 0);
     });
 }

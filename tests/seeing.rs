@@ -49,7 +49,7 @@ fn metrics_tell_of_pods_paths_and_packets() {
     let more = [0, 1].map(|node| [0, 1].map(|what| after[node][what] - before[node][what]));
     assert_eq!(more, [[20.0, 20.0 * 31.0]; 2], "packets and bytes on the director and the gateway");
 
-    let dropped = |reason: &str| get("n1", "egret_node_dropped_packets_total", &[("reason", reason)]);
+    let dropped = |reason: &str| lab.metrics("n1").dropped(reason);
     assert!(dropped("blocked").is_some_and(|n| n >= 4.0), "the pod that is held: {:?}", dropped("blocked"));
     for reason in ["leaked", "untagged", "spoofed", "foreign", "unknown", "stale", "unsolicited", "no_hop"] {
         assert!(dropped(reason).is_some(), "{reason}");

@@ -2,6 +2,9 @@
 
 use super::topology::Node;
 use serde_json::Value;
+use std::fs;
+use std::thread;
+use std::time::Duration;
 
 /// The tables that are Egret's, as `nft` names them.
 pub const TABLES: [&str; 2] = ["inet egret", "netdev egret"];
@@ -132,4 +135,26 @@ pub fn difference(before: &[String], after: &[String]) -> String {
     let gone = before.iter().filter(|l| count(after, l) < count(before, l)).map(|l| format!("- {l}\n"));
     let new = after.iter().filter(|l| count(before, l) < count(after, l)).map(|l| format!("+ {l}\n"));
     gone.chain(new).collect()
+}
+
+/// What Egret holds for pods of the node: its kernel state less what was there before them, and its records.
+fn pods_traces(node: &Node, before: &[String]) -> Vec<String> {
+    let mut traces: Vec<String> = node.egret_state().into_iter().filter(|l| !before.contains(l)).collect();
+    let records = fs::read_dir(node.run_dir().join("attachments")).into_iter().flatten().flatten();
+    traces.extend(records.map(|r| r.path().display().to_string()));
+    traces
+}
+
+/// Panics unless within 5 s nothing is left on the node of pods that came after `before` ([`Node::egret_state`]).
+#[track_caller]
+pub fn assert_no_traces(node: &Node, before: &[String]) {
+    let mut found = Vec::new();
+    for _ in 0..100 {
+        found = pods_traces(node, before);
+        if found.is_empty() {
+            return;
+        }
+        thread::sleep(Duration::from_millis(50));
+    }
+    panic!("left on {}: {found:#?}", node.name);
 }

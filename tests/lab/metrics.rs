@@ -32,6 +32,11 @@ impl Metrics {
         Some(found.sum())
     }
 
+    /// The packets that a node's rules dropped for this reason; `None` if it counts none such.
+    pub fn dropped(&self, reason: &str) -> Option<f64> {
+        self.get("egret_node_dropped_packets_total", &[("reason", reason)])
+    }
+
     /// Parses the text format, <https://prometheus.io/docs/instrumenting/exposition_formats/>.
     pub fn parse(text: &str) -> Metrics {
         Metrics(text.lines().filter(|l| !l.starts_with('#') && !l.trim().is_empty()).map(parse_line).collect())

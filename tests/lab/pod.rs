@@ -1,6 +1,6 @@
 //! A pod: a network namespace that the conflist of its node is run for, and a manifest in the cluster directory.
 
-use super::cni::{CniError, Conflist, Runtime};
+use super::cni::{self, CniError, Conflist, Runtime};
 use super::host::{Host, checked};
 use super::manifests::{self, Labels, Manifests};
 use super::topology::Node;
@@ -126,6 +126,16 @@ impl Pod {
     /// What the plugin that failed said.
     pub fn check(&self) -> Result<(), CniError> {
         self.conflist.check(&self.node, &self.runtime, self.result.as_ref().expect("ADD came first"))
+    }
+
+    /// Calls `egret-cni` alone, with what it would be told, changed.
+    ///
+    /// # Errors
+    /// What it said.
+    pub fn egret(&self, verb: &str, change: impl FnOnce(&mut Value)) -> Result<Value, CniError> {
+        let mut stdin = self.conflist.stdin_of(&self.node.cni_entry(), &self.runtime, self.result.as_ref());
+        change(&mut stdin);
+        cni::call(&self.node, verb, &self.runtime, &stdin)
     }
 
     /// DEL, the namespace, the manifest.

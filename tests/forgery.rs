@@ -1,0 +1,203 @@
+//! Nobody passes for another: forged addresses, forged tunnel packets, and marks that somebody else takes away.
+
+mod lab;
+
+use lab::mishaps::owner_and_other;
+use lab::scene::{assert_blocked, assert_leaves_by_egress, assert_leaves_by_node, egress_towards};
+use lab::{EGRESS4, EXT4, EXT6, Lab, Node, Pods, SERVERS, Server, VISITOR, manifests};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6, UdpSocket};
+use std::thread;
+use std::time::Duration;
+
+#[test]
+fn a_pod_cannot_send_with_another_pods_address() {
+    let lab = Lab::scene();
+    lab.write_manifest(
+        "rich.yaml",
+        &manifests::policy(
+            "shop",
+            "rich",
+            "podSelector: { matchLabels: { app: rich } }\n  address: { ipv4: 192.0.2.56, ipv6: \"2001:db8::56\" }",
+        ),
+    );
+    for node in ["n1", "n2", "g1"] {
+        let rich = lab.add_pod(node, "shop", &format!("rich-{node}"), &[("app", "rich")]);
+        lab.wait_seen_as(&rich, [192, 0, 2, 56]);
+        let forger = lab.add_pod(node, "shop", &format!("forger-{node}"), VISITOR);
+        let outsider = lab.add_pod(node, "office", &format!("outsider-{node}"), &[]);
+        // So that neighbours are known and the forged packet goes out at once.
+        assert_leaves_by_egress(&forger);
+        assert_leaves_by_node(&outsider);
+        lab.forget_wire();
+        for pod in [&forger, &outsider] {
+            for (own, server) in [(IpAddr::from(rich.ipv4()), IpAddr::from(EXT4)), (rich.ipv6().into(), EXT6.into())] {
+                let length = if own.is_ipv4() { 32 } else { 128 };
+                let nodad = if own.is_ipv4() { "" } else { "nodad" };
+                pod.ip(&format!("addr add {own}/{length} dev eth0 {nodad}"));
+                let socket = pod.within(|| UdpSocket::bind((own, 0))).expect("bind");
+                let _ = socket.send_to(b"who", (server, lab::server::UDP_WHO));
+                pod.ip(&format!("addr del {own}/{length} dev eth0"));
+            }
+        }
+        thread::sleep(Duration::from_millis(50));
+        lab.assert_silence();
+        let metrics = lab.metrics(node);
+        assert!(metrics.dropped("spoofed").is_some_and(|n| n >= 2.0), "{node}: {metrics:?}");
+    }
+}
+
+/// A tunnel packet: VXLAN with group-based policy (draft-smith-vxlan-group-policy), in it a UDP packet of a pod.
+fn tunnel_payload(to_mac: &[u8], from_mac: &[u8], path: u16, from: Ipv4Addr, to: Ipv4Addr) -> Vec<u8> {
+    let udp = [&[0x30, 0x39][..], &lab::server::UDP_WHO.to_be_bytes(), &11u16.to_be_bytes(), &[0, 0], b"who"].concat();
+    let mut ip = [&[0x45, 0][..], &(20 + udp.len() as u16).to_be_bytes(), &[0, 1, 0, 0, 64, 17, 0, 0]].concat();
+    ip.extend(from.octets().into_iter().chain(to.octets()));
+    let sum = ip.chunks(2).map(|w| u32::from(w[0]) << 8 | u32::from(w[1])).sum::<u32>();
+    let sum = !(((sum & 0xffff) + (sum >> 16)) as u16);
+    ip[10..12].copy_from_slice(&sum.to_be_bytes());
+    let vxlan = [&[0x88, 0][..], &path.to_be_bytes(), &7871u32.to_be_bytes()[1..], &[0]].concat();
+    [&vxlan[..], to_mac, from_mac, &[0x08, 0x00], &ip, &udp].concat()
+}
+
+fn tunnel_mac(node: &Node) -> Vec<u8> {
+    let text = node.ip("-o link show egret");
+    let mac = text.split("link/ether ").nth(1).and_then(|t| t.split(' ').next()).expect("a MAC address");
+    mac.split(':').map(|b| u8::from_str_radix(b, 16).expect("hexadecimal")).collect()
+}
+
+#[test]
+fn tunnel_packets_from_anyone_but_a_node_are_dropped() {
+    tunnel_packets_are_nodes_alone(false);
+}
+
+#[test]
+fn so_are_those_over_ipv6() {
+    tunnel_packets_are_nodes_alone(true);
+}
+
+fn tunnel_packets_are_nodes_alone(ipv6: bool) {
+    let lab = if ipv6 { Lab::builder().ipv6_tunnel() } else { Lab::builder() }.scene();
+    let victim = lab.add_pod("n1", "shop", "victim", VISITOR);
+    assert_leaves_by_egress(&victim);
+    let owner = lab.node(&owner_and_other(&lab).0);
+    let (to_mac, from_mac) = (tunnel_mac(owner), tunnel_mac(lab.node("n1")));
+    let payload = tunnel_payload(&to_mac, &from_mac, lab.path_id("shop/visitors"), victim.ipv4(), EXT4);
+    let everybody = || -> Vec<SocketAddr> {
+        if ipv6 {
+            let link = nix::net::if_::if_nametoindex("eth0").expect("eth0");
+            vec![SocketAddrV6::new(Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 0, 1), 7871, 0, link).into()]
+        } else {
+            let everybody = [Ipv4Addr::BROADCAST, Ipv4Addr::new(192, 0, 2, 255), Ipv4Addr::new(224, 0, 0, 1)];
+            everybody.map(|to| (to, 7871).into()).into()
+        }
+    };
+    let (any, address): (IpAddr, IpAddr) = if ipv6 {
+        (Ipv6Addr::UNSPECIFIED.into(), owner.ipv6().into())
+    } else {
+        (Ipv4Addr::UNSPECIFIED.into(), owner.ipv4().into())
+    };
+    let send_from = |host: &lab::Host| {
+        let (socket, everybody) = host.within(|| (UdpSocket::bind((any, 0)).expect("bind"), everybody()));
+        socket.set_broadcast(true).expect("SO_BROADCAST");
+        for to in everybody.into_iter().chain([(address, 7871).into()]) {
+            // Some have no route to some of them.
+            drop(socket.send_to(&payload, to));
+        }
+        thread::sleep(Duration::from_millis(100));
+    };
+    let nodes = ["n1", "n2", "g1", "g2"];
+    let selected = nodes.map(|node| lab.add_pod(node, "shop", &format!("selected-{node}"), VISITOR));
+    let others = nodes.map(|node| lab.add_pod(node, "office", &format!("other-{node}"), &[]));
+    lab.forget_wire();
+    for untracked in [false, true] {
+        if untracked {
+            // Somebody else's: it is no node that says so.
+            for (node, iptables) in lab.nodes().iter().flat_map(|node| ["iptables", "ip6tables"].map(|i| (node, i))) {
+                let tunnel = ["-p", "udp", "--dport", "7871"];
+                node.run([&[iptables, "-t", "raw", "-I", "PREROUTING"][..], &tunnel, &["-j", "NOTRACK"]].concat());
+            }
+        }
+        selected.iter().chain(&others).for_each(|pod| send_from(pod));
+        send_from(lab.host("ext"));
+        lab.assert_silence();
+    }
+
+    // The same packet, from a node: it is as the gateway takes it.
+    send_from(lab.node("n1"));
+    assert_eq!(lab.sources(EXT4), [EGRESS4.into()].into(), "the packet of this test is no tunnel packet");
+}
+
+#[test]
+fn where_somebody_else_clears_marks_nothing_leaks() {
+    let lab = Lab::scene();
+    let pods = ["n1", "n2"].map(|n| lab.add_pod(n, "shop", &format!("visitor-{n}"), VISITOR));
+    for nodes in [["n1", "n2"], ["g1", "g2"]] {
+        for chain in [
+            "prerouting priority -299; meta mark set 0;",
+            "prerouting priority mangle; meta mark set 0;",
+            "prerouting priority mangle; meta mark set ct mark;",
+            "prerouting priority -50; meta mark set 0;",
+            "prerouting priority -50; meta l4proto { icmp, ipv6-icmp } meta mark set 0;",
+            "forward priority mangle; meta mark set 0;",
+            "forward priority 0; meta mark set 0;",
+        ] {
+            let nodes = nodes.map(|node| lab.node(node));
+            let table = format!("table inet other {{ chain clear {{ type filter hook {chain} }}; }}");
+            nodes.iter().for_each(|node| drop(node.nft(&table)));
+            for (pod, server) in pods.iter().flat_map(|pod| SERVERS.map(|server| (pod, server))) {
+                // What was routed already needs the mark no more, on a director.
+                let who = pod.udp_who(server);
+                assert!(who.is_err() || who.ok() == Some(egress_towards(server)), "{chain} on {}", nodes[0].name);
+                // Answers that come too late are answered with an ICMP error.
+                for _ in 0..10 {
+                    let socket = pod.udp_socket((server, lab::server::UDP_WHO).into()).expect("a socket");
+                    drop(socket.send(b"who"));
+                }
+            }
+            thread::sleep(Duration::from_millis(100));
+            nodes.iter().for_each(|node| drop(node.nft("delete table inet other")));
+            pods.iter().for_each(assert_leaves_by_egress);
+            lab.assert_nothing_leaked();
+        }
+    }
+}
+
+#[test]
+fn whose_tag_somebody_else_takes_is_kept_inside() {
+    let lab = Lab::scene();
+    let inside = lab.add_pod("n2", "office", "inside", &[]);
+    let _server = Server::start(&inside);
+    let (owner, _) = owner_and_other(&lab);
+    for node in ["n1", "n2", &owner] {
+        let selected = lab.add_pod(node, "shop", &format!("selected-{node}"), VISITOR);
+        let other = lab.add_pod(node, "office", &format!("other-{node}"), &[]);
+        assert_leaves_by_egress(&selected);
+        let sessions = SERVERS.map(|server| selected.session(server).expect("a session"));
+        // As iptables' CONNMARK --restore-mark does it without a mask.
+        lab.node(node).nft(
+            "table inet other { chain restore { type filter hook prerouting priority mangle; meta mark set ct mark; }; }",
+        );
+        lab.forget_wire();
+        if lab.node(node).spec.pods == Pods::Routed {
+            // By its veth it is known again.
+            assert_leaves_by_egress(&selected);
+        } else {
+            assert_blocked(&selected);
+            let untagged = lab.metrics(node).dropped("untagged");
+            assert!(untagged.is_some_and(|n| n >= SERVERS.len() as f64), "on {node}: {untagged:?}");
+        }
+        for address in [IpAddr::from(inside.ipv4()), inside.ipv6().into()] {
+            assert!(selected.who(address).is_ok(), "from {node} to {address}, inside the cluster");
+        }
+        for session in sessions {
+            let report = session.stop();
+            assert!(report.broken.is_none(), "what was decided before goes on: {report:?}");
+        }
+        let left = SERVERS.map(|server| lab.sources(server));
+        assert_eq!(left, SERVERS.map(|server| [egress_towards(server)].into()), "on {node}");
+        assert_leaves_by_node(&other);
+        lab.node(node).nft("delete table inet other");
+        assert_leaves_by_egress(&selected);
+        selected.delete();
+        other.delete();
+    }
+}
