@@ -2,11 +2,12 @@
 
 mod lab;
 
-use lab::scene::{egress_towards, visitors};
-use lab::{EGRESS4, EGRESS6, EXT4, EXT6, FAR4, FAR6, Lab, Pod, SERVERS, VISITOR, manifests};
+use lab::scene::{assert_leaves_by_egress, egress_towards, visitors};
+use lab::{EGRESS4, EGRESS6, EXT4, EXT6, FAR4, FAR6, Lab, Pod, SERVERS, Server, VISITOR, manifests};
 use std::collections::BTreeSet;
 use std::fs;
 use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
 
 #[test]
 fn destinations_exceptions_ports_and_priorities_decide_between_policies() {
@@ -122,4 +123,64 @@ fn a_policy_for_a_port_of_sctp_covers_it_alone() {
             assert_eq!(pod.who(server).ok(), Some(own), "{node}, another protocol");
         }
     }
+}
+
+/// The networks of nodes' pods are neighbours, and one range in the kernel: it is divided, and becomes one again.
+#[test]
+fn a_node_that_leaves_from_among_others_and_comes_back_stops_nothing() {
+    let lab = Lab::scene();
+    let n2 = lab.node("n2");
+    let direct = || lab.node("n1").nft("list set inet egret direct4");
+    let errors = |node: &str| lab.metrics(node).get("egret_node_apply_errors_total", &[]);
+    let others = ["n1", "g1", "g2"];
+    for round in 0..3 {
+        lab.remove_manifest("node-n2.yaml");
+        lab.wait_until("n1 knows that n2 is gone", Duration::from_secs(5), || direct().contains("10.244.1.0/24"));
+        let pod = lab.add_pod("n1", "shop", &format!("without-{round}"), VISITOR);
+        assert_leaves_by_egress(&pod);
+        assert_eq!(pod.who(EXT4).ok(), Some(EGRESS4.into()));
+        lab.manifests().write_object("node-n2.yaml", &manifests::node(n2));
+        lab.wait_until("n1 knows that n2 is back", Duration::from_secs(5), || !direct().contains("10.244.1.0/24"));
+        pod.delete();
+        assert_leaves_by_egress(&lab.add_pod("n1", "shop", &format!("with-{round}"), VISITOR));
+    }
+    assert_eq!(others.map(errors), [Some(0.0); 3]);
+    lab.wait_ready("n2");
+    let back = lab.add_pod("n2", "shop", "back", VISITOR);
+    lab.wait_seen_as(&back, EGRESS4);
+}
+
+/// Clusters whose CNI gives out addresses by itself: no Node tells of its pods' network.
+#[test]
+fn pods_networks_that_only_the_user_tells_are_inside_and_get_their_replies() {
+    let lab = Lab::builder().node_arguments(&["--direct", "10.244.0.0/16,fd00:244::/32"]).build();
+    for node in lab.nodes() {
+        let mut object = manifests::node(node);
+        object["spec"] = serde_json::json!({});
+        lab.manifests().write_object(&format!("node-{}.yaml", node.name), &object);
+    }
+    let lab = lab.with_scene();
+    let inside = lab.add_pod("n2", "office", "inside", &[]);
+    let _server = Server::start(&inside);
+    for node in ["n1", "n2", "g1", "g2"] {
+        let pod = lab.add_pod(node, "shop", &format!("visitor-{node}"), VISITOR);
+        assert_leaves_by_egress(&pod);
+        assert_eq!(pod.who(inside.ipv4()).ok(), Some(pod.ipv4().into()), "from {node}");
+        assert_eq!(pod.who(inside.ipv6()).ok(), Some(pod.ipv6().into()), "from {node}");
+    }
+    // Strict filtering on the pods' nodes drops replies that come by the CNI's way, where the kernel is told to.
+    assert!(!lab.daemon("n1").log().contains("name their networks with --direct"));
+}
+
+#[test]
+fn where_nothing_tells_of_pods_networks_the_log_says_so() {
+    let lab = Lab::new();
+    for node in lab.nodes() {
+        let mut object = manifests::node(node);
+        object["spec"] = serde_json::json!({});
+        lab.manifests().write_object(&format!("node-{}.yaml", node.name), &object);
+    }
+    lab.start();
+    let log = lab.daemon("n1").log();
+    assert_eq!(log.matches("name their networks with --direct").count(), 1, "{log}");
 }

@@ -195,6 +195,34 @@ fn what_somebody_takes_away_is_put_back() {
     });
 }
 
+/// Networks of nodes that come and go are joined to ranges and divided again, which the kernel does not take bit by bit.
+#[test]
+fn ranges_become_any_other_ranges() {
+    in_namespace(|| async {
+        veths(0);
+        let mut nft = Nftables::open().unwrap();
+        // A generator of numbers, of Knuth's: the same ones each time.
+        let mut random = 7_u64;
+        for round in 0..120 {
+            let (mut view, plan, peers) = view_and_plan(1, 0);
+            let mut pods = Vec::new();
+            for third in 0..24u8 {
+                random = random.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+                if random >> 62 != 0 {
+                    pods.push(format!("10.244.{third}.0/24").parse().unwrap());
+                    pods.push(format!("fd00:244:{third}::/48").parse().unwrap());
+                }
+            }
+            view.networks = Networks::new(&Default::default(), &pods, []).into();
+            let shared = datapath::shared_sets(&view, &peers, Marks::default(), &SharedSets::default());
+            let made = made_of(&plan, &shared);
+            nft.apply(made.tables()).unwrap_or_else(|e| panic!("round {round}: {e}"));
+            nft.distrust();
+            assert_eq!(nft.apply(made.tables()).unwrap(), 0, "round {round}, read back");
+        }
+    });
+}
+
 /// A pod's start adds to what was made for the others: whatever comes and goes, it is as if it were made anew.
 #[test]
 fn what_follows_from_the_last_plan_is_what_is_made_anew() {

@@ -149,9 +149,17 @@ struct ByHand {
 impl ByHand {
     /// Makes the interface, and calls `egret-cni` alone.
     fn add(lab: &Lab, name: &str, labels: lab::manifests::Labels, veth: &str, address: &str) -> ByHand {
+        let by_hand = ByHand::make(lab, name, labels, veth, address);
+        by_hand.egret("ADD");
+        by_hand
+    }
+
+    /// Makes the interface. `veth` is its name, and what else `ip link add` may be told.
+    fn make(lab: &Lab, name: &str, labels: lab::manifests::Labels, veth: &str, address: &str) -> ByHand {
         let mut pod = lab.sandbox("n1", "shop", name, labels);
         let node = lab.node("n1");
         node.ip(&format!("link add {veth} type veth peer name eth0 netns {}", pod.netns));
+        let veth = veth.split(' ').next().unwrap_or(veth);
         node.ip_batch(&[
             format!("link set {veth} up"),
             format!("route replace {address} dev {veth}"),
@@ -170,9 +178,7 @@ impl ByHand {
         });
         pod.addresses = vec![address.parse().expect("an address")];
         pod.result = Some(result);
-        let by_hand = ByHand { pod, veth: veth.to_owned() };
-        by_hand.egret("ADD");
-        by_hand
+        ByHand { pod, veth: veth.to_owned() }
     }
 
     fn egret(&self, verb: &str) {
@@ -280,6 +286,72 @@ fn a_selected_pod_inherits_no_connection_of_the_pod_that_had_its_address() {
         second.egret("DEL");
         second.unplug();
         second.pod.forget();
+    }
+}
+
+/// Also of a pod that the plugin did not bring, and that nobody tells the end of.
+#[test]
+fn a_pod_inherits_no_connection_of_an_adopted_pod_that_had_its_address() {
+    let lab = Lab::scene();
+    let node = lab.node("n1");
+    let asks = |who: &ByHand| who.pod.udp_who_from(5060, (EXT4, UDP_WHO).into());
+    for (round, gone_first) in [(1, "veth"), (2, "manifest")] {
+        let mut first = ByHand::make(&lab, &format!("first-{round}"), VISITOR, "cali1", "10.244.1.77");
+        first.pod.relabel(VISITOR);
+        lab.wait_seen_as(&first.pod, EGRESS4);
+        assert_eq!(asks(&first).ok(), Some(EGRESS4.into()));
+        if gone_first == "veth" {
+            first.unplug();
+            thread::sleep(Duration::from_millis(200));
+            first.pod.forget();
+        } else {
+            first.pod.forget();
+            thread::sleep(Duration::from_millis(200));
+            first.unplug();
+        }
+        lab.wait_until("its connections are forgotten", Duration::from_secs(5), || {
+            !node.run(["conntrack", "-L", "-s", "10.244.1.77"]).contains("5060")
+        });
+        let second = ByHand::add(&lab, &format!("second-{round}"), &[("app", "other")], "cali2", "10.244.1.77");
+        assert_eq!(asks(&second).ok(), Some(node.ipv4().into()), "{gone_first} gone first");
+        second.egret("DEL");
+        second.unplug();
+        second.pod.forget();
+    }
+}
+
+/// The kernel gives an index that is free again to the next interface that is moved here with it.
+#[test]
+fn late_word_of_a_veth_that_is_gone_is_not_taken_for_the_next_one_with_its_index() {
+    let lab = Lab::scene();
+    let daemon = lab.daemon("n1");
+    for round in 0..16 {
+        let first = ByHand::make(&lab, &format!("first-{round}"), VISITOR, "cali1 index 1000", "10.244.1.77");
+        first.egret("ADD");
+        assert_eq!(first.pod.who(EXT4).ok(), Some(EGRESS4.into()));
+        let second = thread::scope(|scope| {
+            // The daemon is busy with the first pod's end for some milliseconds, of which this is to be one.
+            scope.spawn(|| first.egret("DEL"));
+            thread::sleep(Duration::from_micros(1000 + 500 * round));
+            daemon.suspend(true);
+            first.unplug();
+            let second = ByHand::make(&lab, &format!("second-{round}"), VISITOR, "cali2 index 1000", "10.244.1.78");
+            let adding = thread::scope(|scope| {
+                let adding = scope.spawn(|| second.egret("ADD"));
+                thread::sleep(Duration::from_millis(50));
+                daemon.suspend(false);
+                adding.join()
+            });
+            adding.expect("ADD");
+            second
+        });
+        for _ in 0..5 {
+            assert_eq!(second.pod.udp_who(EXT4).ok(), Some(EGRESS4.into()), "round {round}");
+            thread::sleep(Duration::from_millis(40));
+        }
+        second.egret("DEL");
+        second.unplug();
+        [first, second].iter().for_each(|p| p.pod.forget());
     }
 }
 

@@ -129,3 +129,21 @@ fn paths_move_while_the_cluster_directory_is_away() {
     assert_stays(&lab, &other, Duration::from_secs(1));
     lab.assert_nothing_leaked();
 }
+
+#[test]
+fn a_node_whose_address_comes_after_its_daemon_is_ready_soon_after_it() {
+    let lab = Lab::scene();
+    let node = lab.node("n1");
+    let own = [format!("{}/24", node.ipv4()), format!("{}/64", node.ipv6())];
+    let daemon = lab.daemon("n1");
+    daemon.kill9();
+    own.iter().for_each(|address| drop(node.ip(&format!("address del {address} dev eth0"))));
+    daemon.restart();
+    thread::sleep(Duration::from_millis(1500));
+    assert!(!lab.ready("n1"), "without an address");
+    own.iter().for_each(|address| drop(node.ip(&format!("address add {address} dev eth0 nodad"))));
+    let begin = Instant::now();
+    lab.wait_ready("n1");
+    assert!(begin.elapsed() < Duration::from_secs(3), "after {:?}", begin.elapsed());
+    assert_leaves_by_egress(&lab.add_pod("n1", "shop", "visitor", VISITOR));
+}

@@ -117,6 +117,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     let mut node = Node::start(options.clone(), source.statuses.clone(), snapshot, metrics, listeners).await?;
     let mut retry = node.settle(&ready).await;
     let mut questions = None;
+    let mut retry_at = None;
     let mut untidy = None;
     let mut read_back = tokio::time::interval_at(Instant::now() + READ_BACK, READ_BACK);
     read_back.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -124,6 +125,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     stale.set_missed_tick_behavior(MissedTickBehavior::Delay);
 
     loop {
+        retry_at = retry.then(|| retry_at.unwrap_or_else(|| Instant::now() + RETRY));
         if let Some(interest) = node.interest() {
             kernel.set_interest(interest);
         }
@@ -153,7 +155,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
                 node.settle(&ready).await
             }
             events = kernel.next() => {
-                node.disturbed(&events.context("the kernel's notifications")?);
+                node.disturbed(&events.context("the kernel's notifications")?).await;
                 node.settle(&ready).await
             }
             Ok(()) = news.changed() => {
@@ -193,7 +195,8 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
                 node.distrust();
                 node.settle(&ready).await
             }
-            () = tokio::time::sleep(RETRY), if retry => {
+            () = tokio::time::sleep_until(retry_at.unwrap_or_else(Instant::now)), if retry => {
+                retry_at = None;
                 node.distrust();
                 node.settle(&ready).await
             }

@@ -1,6 +1,7 @@
 //! The pods of this node: those that the plugin brought, and those that ran before Egret came.
 
 use crate::cni::attachment::{Attachment, AttachmentId};
+use crate::kernel::links::Veth;
 use crate::plan::marks::{MAX_INDEX, PathId};
 use crate::plan::model::{Cluster, ObjectKey, Pod};
 use crate::plan::node::{NodePlan, PodPlan, View, chain_name};
@@ -135,20 +136,19 @@ impl Pods {
     }
 
     /// Adds a pod, in place of one of the same id. Others that claim its interface are gone: indexes and names are
-    /// unique.
-    pub fn attach(&mut self, attachment: Attachment, interface: Option<Interface>) {
-        if let Some(new) = &interface {
-            let same = |i: &Option<Interface>| i.as_ref().is_some_and(|i| i.index == new.index || i.name == new.name);
-            for other in self.attached.values_mut().filter(|a| same(&a.interface)) {
-                other.interface = None;
-            }
-            self.adopted.retain(|_, a| a.interface.index != new.index && a.interface.name != new.name);
+    /// unique. Returns the addresses of adopted ones among them that nobody has now.
+    pub fn attach(&mut self, attachment: Attachment, interface: Option<Interface>) -> Vec<IpAddr> {
+        let displaced = interface.clone();
+        let same = |i: &Interface| displaced.as_ref().is_some_and(|new| i.index == new.index || i.name == new.name);
+        for other in self.attached.values_mut().filter(|a| a.interface.as_ref().is_some_and(same)) {
+            other.interface = None;
         }
         let labels = self.attached.get(&attachment.id).and_then(|a| a.labels.clone());
         self.ended.remove(&ObjectKey::new(&attachment.pod.namespace, &attachment.pod.name));
         let (id, judged) = (attachment.id.clone(), Judged::Unknown);
         let holder = Holder::Attached(Arc::new(id.clone()));
         self.attached.insert(id, Attached { holder, attachment, interface, labels, judged });
+        self.drop_adopted(|_, a| same(&a.interface))
     }
 
     /// Removes a pod. Returns its addresses that no other pod has.
@@ -198,18 +198,32 @@ impl Pods {
         attached.chain(self.adopted.values().flat_map(|a| a.addresses.iter())).copied()
     }
 
-    /// An interface has gone.
-    pub fn interface_gone(&mut self, index: u32) {
-        for a in self.attached.values_mut().filter(|a| a.interface.as_ref().is_some_and(|i| i.index == index)) {
+    /// The interface of that index is `now` this one, or none. Returns the addresses of pods that are gone with the one
+    /// before; of those that the plugin brought DEL is still to come.
+    pub fn interface_gone(&mut self, index: u32, now: Option<&Veth>) -> Vec<IpAddr> {
+        let is_gone = |i: &Interface| i.index == index && now.is_none_or(|now| now.name != i.name);
+        for a in self.attached.values_mut().filter(|a| a.interface.as_ref().is_some_and(is_gone)) {
             a.interface = None;
         }
-        self.adopted.retain(|_, a| a.interface.index != index);
+        self.drop_adopted(|_, a| is_gone(&a.interface))
+    }
+
+    /// Forgets adopted pods. Returns their addresses that no other pod has.
+    fn drop_adopted(&mut self, is_gone: impl Fn(&ObjectKey, &Adopted) -> bool) -> Vec<IpAddr> {
+        let gone: BTreeMap<ObjectKey, Adopted>;
+        (gone, self.adopted) = std::mem::take(&mut self.adopted).into_iter().partition(|(key, a)| is_gone(key, a));
+        gone.into_values().flat_map(|a| a.addresses).filter(|address| !self.has_address(address)).collect()
+    }
+
+    /// The indexes of all pods' interfaces.
+    pub fn interfaces(&self) -> Vec<u32> {
+        let attached = self.attached.values().filter_map(|a| a.interface.as_ref());
+        attached.chain(self.adopted.values().map(|a| &a.interface)).map(|i| i.index).collect()
     }
 
     /// Whether any pod is on this interface.
     pub fn has_interface(&self, index: u32) -> bool {
-        self.attached.values().any(|a| a.interface.as_ref().is_some_and(|i| i.index == index))
-            || self.adopted.values().any(|a| a.interface.index == index)
+        self.interfaces().contains(&index)
     }
 
     /// Takes in a pod that ran before.
@@ -219,17 +233,17 @@ impl Pods {
         }
     }
 
-    /// Forgets pods that have ended or have other addresses now.
-    pub fn drop_ended(&mut self, cluster: &Cluster) {
+    /// Forgets pods that have ended or have other addresses now. Returns the addresses that nobody has now.
+    pub fn drop_ended(&mut self, cluster: &Cluster) -> Vec<IpAddr> {
         let listed = |key: &ObjectKey, addresses: &[IpAddr]| {
             cluster.pods.get(key).is_some_and(|p| runs(p) && *p.addresses == *addresses)
         };
-        self.adopted.retain(|key, a| listed(key, &a.addresses));
         // A pod that was just added may not have its addresses in the cluster yet, and a runtime may know of more of them.
         self.ended.retain(|key, addresses| {
             let same = |p: &Pod| p.addresses.is_empty() || p.addresses.iter().any(|a| addresses.contains(a));
             cluster.pods.get(key).is_some_and(|p| same(p))
         });
+        self.drop_adopted(|key, a| !listed(key, &a.addresses))
     }
 
     /// Pods that a policy selects, that run here, and that nobody brought: they are to be found.
@@ -258,9 +272,7 @@ impl Pods {
     pub fn plan(&mut self, cluster: &Cluster, view: &View) -> (NodePlan, BTreeMap<Holder, Arc<Use>>, Census) {
         self.judge(cluster, view);
         // Whose pods are gone, the others can have: there may be some without.
-        let attached = self.attached.values().filter_map(|a| a.interface.as_ref());
-        let there = attached.chain(self.adopted.values().map(|a| &a.interface)).map(|i| i.index).collect();
-        self.tags.retain(&there);
+        self.tags.retain(&self.interfaces().into_iter().collect());
         let (mut plan, mut uses, mut census) = (NodePlan::default(), Vec::new(), Census::default());
         let (tags, mut in_use) = (&mut self.tags, HashSet::new());
         let mut add = |holder, interface: &Interface, addresses: &[IpAddr], selected: &mut Selected| {

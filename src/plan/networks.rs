@@ -8,8 +8,10 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 /// Destinations that no policy covers.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Networks {
-    /// Networks of pods: where a reply to a pod is routed. The fewest that there can be; neighbours are one.
+    /// Networks of pods, and the user's: where a reply to a pod is routed. The fewest that there can be; neighbours are one.
     pub pods: Vec<IpNetwork>,
+    /// Whether anything but the pods of this node tells where pods have their addresses.
+    pub pods_are_known: bool,
     /// Direct ranges: pods' networks, link-local, multicast and reserved ones, the user's. Sorted, merged.
     pub direct: Vec<AddressRange>,
     /// Single direct addresses: nodes' and Services'.
@@ -39,7 +41,9 @@ impl Networks {
     pub fn new(cluster: &Cluster, extra: &[IpNetwork], local_pods: impl IntoIterator<Item = IpAddr>) -> Self {
         let mut pods: BTreeSet<IpNetwork> = cluster.nodes.values().flat_map(|n| n.pod_cidrs.iter().copied()).collect();
         let origins = origins(cluster, &pods, extra);
-        pods.extend(cluster.inside.pods.keys());
+        // The user may have to name networks of pods that nothing else tells of.
+        pods.extend(cluster.inside.pods.keys().chain(extra));
+        let pods_are_known = !pods.is_empty();
         // Hundreds of pods, thousands of networks.
         let known = merged(pods.iter().map(range).collect());
         let is_known =
@@ -49,16 +53,22 @@ impl Networks {
         let services = cluster.services.values().flat_map(|s| s.cluster_ips.iter().copied());
         let hosts: BTreeSet<IpAddr> = nodes.chain(services).collect();
         let services = cluster.inside.services.keys();
-        let direct = merged(pods.iter().chain(services).chain(extra).chain(&by_nature()).map(range).collect());
+        let direct = merged(pods.iter().chain(services).chain(&by_nature()).map(range).collect());
         let one = |a: &IpAddr| AddressRange { first: *a, last: *a };
         let networks = merged(direct.iter().copied().chain(hosts.iter().map(one)).collect());
         Networks {
             pods: fewest(&merged(pods.iter().map(range).collect())),
+            pods_are_known,
             direct,
             hosts,
             networks: fewest(&networks),
             origins,
         }
+    }
+
+    /// Whether `address` is in the networks of pods.
+    pub fn is_of_pods(&self, address: IpAddr) -> bool {
+        self.pods.iter().any(|network| network.contains(address))
     }
 
     /// Whether `address` is direct.

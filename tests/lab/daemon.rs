@@ -60,6 +60,13 @@ impl Daemon {
         self.0.end();
     }
 
+    /// Holds it up, as a busy machine would, until it is let go on.
+    pub fn suspend(&self, suspended: bool) {
+        let pid = self.pid().unwrap_or_else(|| panic!("{} does not run", self.0.name));
+        let signal = if suspended { Signal::SIGSTOP } else { Signal::SIGCONT };
+        kill(Pid::from_raw(pid.cast_signed()), signal).expect("a signal");
+    }
+
     /// Asks it to end with SIGTERM. Panics if it has not ended in ten seconds.
     pub fn term(&self) -> ExitStatus {
         let mut slot = self.0.child.lock().expect("a lock");

@@ -35,7 +35,20 @@ impl LabBuilder {
     /// Builds the lab, starts Egret on it, with the scene's gateway and policy (`gateway.yaml`, `policy.yaml`), and
     /// waits until every node has them.
     pub fn scene(self) -> Lab {
-        let lab = self.build();
+        self.build().with_scene()
+    }
+}
+
+impl Lab {
+    /// The usual lab with the scene.
+    pub fn scene() -> Lab {
+        Lab::builder().scene()
+    }
+
+    /// See [`LabBuilder::scene`], of a lab that is built.
+    #[must_use]
+    pub fn with_scene(self) -> Lab {
+        let lab = self;
         lab.write_manifest(
             "gateway.yaml",
             &manifests::gateway("default", &["192.0.2.50-192.0.2.59", "2001:db8::50-2001:db8::59"]),
@@ -45,13 +58,6 @@ impl LabBuilder {
         lab.start();
         lab.wait_everywhere("shop", VISITOR, &[EGRESS4.into(), EGRESS6.into()]);
         lab
-    }
-}
-
-impl Lab {
-    /// The usual lab with the scene.
-    pub fn scene() -> Lab {
-        Lab::builder().scene()
     }
 
     /// Waits until a pod with these labels, whichever node it is on, leaves from these addresses. What went over the

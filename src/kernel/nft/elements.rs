@@ -3,6 +3,7 @@
 //! A gateway's node in a big cluster has a hundred thousand of them, most of some ten bytes: they are packed, and come
 //! out one by one. A map of the standard library would take ten times the memory.
 
+use std::collections::BTreeSet;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -40,6 +41,26 @@ impl Elements {
             while others.next_if(|(other, _)| other < key).is_some() {}
             others.peek().is_none_or(|(other, with)| other != key || with != data)
         })
+    }
+
+    /// Of a set of ranges, which has no values: the ranges that `other` does not have just so, each with both its ends. The
+    /// kernel takes no end inside a range that it has, so what becomes of ranges cannot be told by new ends alone.
+    pub fn ranges_missing_in(&self, other: &Elements) -> impl Iterator<Item = (Key, Data)> {
+        let others: BTreeSet<[Option<Key>; 2]> = other.ranges().into_iter().collect();
+        let missing = self.ranges().into_iter().filter(move |range| !others.contains(range));
+        missing.flatten().flatten().map(|key| (key, Data::None))
+    }
+
+    /// Where each range begins, and where it ends unless that is the last of all addresses.
+    fn ranges(&self) -> Vec<[Option<Key>; 2]> {
+        let mut ranges: Vec<[Option<Key>; 2]> = Vec::new();
+        for (key, _) in self.iter() {
+            match ranges.last_mut() {
+                Some([Some(first), last @ None]) if key.end && !first.end => *last = Some(key),
+                _ => ranges.push([Some(key), None]),
+            }
+        }
+        ranges
     }
 
     /// These and `more`, which count where both have a key.
@@ -276,6 +297,25 @@ mod tests {
         assert_eq!(missing(&after, &before), marks(&[(3, 31), (4, 40)]));
         assert_eq!(missing(&before, &Elements::default()), before);
         assert!(missing(&after, &after).is_empty());
+    }
+
+    /// Ranges by where they begin and end; none ends at 0, which stands for the end of all addresses.
+    fn ranges(of: &[(u8, u8)]) -> Elements {
+        let key = |at: u8, end| Key { end, ..Key::from([10, at].as_slice()) };
+        let ends = of.iter().flat_map(|(from, to)| [Some(key(*from, false)), (*to > 0).then(|| key(*to, true))]);
+        ends.flatten().map(|key| (key, Data::None)).collect()
+    }
+
+    #[test]
+    fn a_range_is_missing_with_both_its_ends() {
+        let missing =
+            |a: &[(u8, u8)], b: &[(u8, u8)]| -> Elements { ranges(a).ranges_missing_in(&ranges(b)).collect() };
+        let (whole, divided) = (&[(1, 5), (8, 0)], &[(1, 2), (3, 5), (8, 0)]);
+        assert_eq!(missing(whole, divided), ranges(&[(1, 5)]));
+        assert_eq!(missing(divided, whole), ranges(&[(1, 2), (3, 5)]));
+        assert!(missing(whole, whole).is_empty());
+        assert_eq!(missing(&[(8, 0)], &[(8, 9)]), ranges(&[(8, 0)]));
+        assert_eq!(missing(whole, &[]), ranges(whole));
     }
 
     fn any_data(verdicts: bool) -> impl Strategy<Value = Data> {

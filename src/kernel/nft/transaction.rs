@@ -4,7 +4,7 @@
 //! and rules go, then rules and elements come, and chains and sets that are not wanted go last.
 
 use super::read::{header, kind};
-use super::table::{Data, DataType, Elements, Held, HeldChain, Hook, Key, Set, Table, TableName, Unlike};
+use super::table::{Data, DataType, Elements, Held, HeldChain, Hook, Key, Set, SetKind, Table, TableName, Unlike};
 use super::uapi::*;
 use crate::kernel::netlink::{self, Attributes, NLM_F_ACK, NLM_F_APPEND, NLM_F_CREATE, NLM_F_REQUEST, Socket};
 
@@ -110,11 +110,10 @@ impl<'a> Transaction<'a> {
             if std::sync::Arc::ptr_eq(&h.elements, &s.elements) {
                 continue;
             }
-            let gone = h.elements.missing_in(&s.elements);
-            self.elements(name, set, NFT_MSG_DELSETELEM, gone, s.kind.data);
+            self.elements(name, set, NFT_MSG_DELSETELEM, missing(&h.elements, &s.elements, s.kind), s.kind.data);
         }
         for (set, h) in held.sets.iter().filter(|(n, _)| !wanted.sets.contains_key(&***n)) {
-            self.elements(name, set, NFT_MSG_DELSETELEM, h.elements.iter(), None);
+            self.elements(name, set, NFT_MSG_DELSETELEM, h.elements.iter().collect(), None);
         }
         for chain in chains.iter().filter(|chain| chain.held.is_some_and(HeldChain::has_rules)) {
             self.push(name, NFT_MSG_DELRULE, 0, |p| {
@@ -137,8 +136,7 @@ impl<'a> Transaction<'a> {
             if std::ptr::eq(held, &*s.elements) {
                 continue;
             }
-            let new = s.elements.missing_in(held);
-            self.elements(name, set, NFT_MSG_NEWSETELEM, new, s.kind.data);
+            self.elements(name, set, NFT_MSG_NEWSETELEM, missing(&s.elements, held, s.kind), s.kind.data);
         }
         for chain in chains.iter().filter(|chain| chain.wanted.is_none()) {
             self.push(name, NFT_MSG_DELCHAIN, 0, |p| {
@@ -213,11 +211,10 @@ impl<'a> Transaction<'a> {
         table: TableName,
         set: &str,
         message: u16,
-        elements: impl Iterator<Item = (Key, Data)>,
+        elements: Vec<(Key, Data)>,
         data: Option<DataType>,
     ) {
-        let all: Vec<_> = elements.collect();
-        for chunk in all.chunks(ELEMENTS_A_MESSAGE) {
+        for chunk in elements.chunks(ELEMENTS_A_MESSAGE) {
             self.push(table, message, if message == NFT_MSG_NEWSETELEM { NLM_F_CREATE } else { 0 }, |p| {
                 p.text(NFTA_SET_ELEM_LIST_TABLE, table.name);
                 p.text(NFTA_SET_ELEM_LIST_SET, set);
@@ -239,6 +236,11 @@ impl<'a> Transaction<'a> {
             self.changes += chunk.len() - 1;
         }
     }
+}
+
+/// The elements of `these` that `others` lack.
+fn missing(these: &Elements, others: &Elements, kind: SetKind) -> Vec<(Key, Data)> {
+    if kind.interval { these.ranges_missing_in(others).collect() } else { these.missing_in(others).collect() }
 }
 
 fn element_data(element: &mut Vec<u8>, value: &Data) {

@@ -7,6 +7,7 @@ pub use place::{Look, Way, Wish};
 
 use crate::kernel::addresses;
 use crate::kernel::datapath::{self, Made, PeerIndexes, SharedSets};
+use crate::kernel::links::{self, Veth};
 use crate::kernel::names::*;
 use crate::kernel::nft::{Count, Nftables};
 use crate::kernel::quarantine::Quarantine;
@@ -14,7 +15,7 @@ use crate::kernel::route_socket::RouteSocket;
 use crate::kernel::routes::{self, METRIC_LAST, Route, RouteKind};
 use crate::kernel::rules::{self, Rule};
 use crate::kernel::tunnel::{self, Tunnel};
-use crate::kernel::{fdb, links, neighbours, sysctl, uplink};
+use crate::kernel::{fdb, neighbours, sysctl, uplink};
 use crate::plan::mac;
 use crate::plan::marks::{MAX_PEER, Marks, PathId};
 use crate::plan::networks::Networks;
@@ -325,9 +326,14 @@ impl Host {
         Ok(Facts { addresses: addresses.filter(|a| !is_devices_own(*a)).collect(), refused, ..Facts::default() })
     }
 
+    /// The veth of that index, if there is one.
+    pub async fn veth(&self, index: u32) -> Result<Option<Veth>> {
+        links::veth_by_index(&self.routes, index).await
+    }
+
     /// The host's end of a pod's veth pair, if the two belong together.
     pub async fn interface(&self, index: u32, peer_index: u32) -> Result<Option<super::pods::Interface>> {
-        let veth = links::veth_by_index(&self.routes, index).await?;
+        let veth = self.veth(index).await?;
         Ok(veth.filter(|v| v.peer_index == peer_index).map(|v| super::pods::Interface { name: v.name, index: v.index }))
     }
 

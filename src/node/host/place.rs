@@ -124,7 +124,8 @@ impl Host {
     pub async fn place(&mut self, view: &View, look: &Look, wish: &Wish) -> Result<(usize, BTreeMap<PathId, String>)> {
         let placeable = view.placeable().filter(|(id, _, _)| wish.paths.contains(id));
         let placed: BTreeMap<Spot, PathId> = placeable.map(|(id, a, path)| ((a, path.interface.clone()), id)).collect();
-        let digest = Digest::new(&(&placed, wish.health));
+        let interfaces: Vec<_> = placed.keys().map(|spot| look.found.get(spot).map(|i| i.ifindex)).collect();
+        let digest = Digest::new(&(&placed, interfaces, wish.health));
         if self.placed == Some(digest) {
             return Ok((0, BTreeMap::new()));
         }

@@ -88,6 +88,8 @@ pub struct Node {
     untidy: bool,
     /// Whether others' changes that this daemon must know of may be other ones now.
     listen: bool,
+    /// Whether it is not known where other nodes' pods have their addresses.
+    unknown_pods: bool,
     /// Whether the plugin may have left attachments and quarantines behind.
     left_behind: bool,
     /// Connections that have ended and are still in the kernel's table.
@@ -146,6 +148,7 @@ impl Node {
             base: true,
             untidy: true,
             listen: true,
+            unknown_pods: false,
             left_behind: true,
             ended: Ended::default(),
             stale_packets: 0,
@@ -193,11 +196,11 @@ impl Node {
     }
 
     fn attach(&mut self, a: Attachment, interface: Option<Interface>) {
-        self.stale |= a.addresses.iter().any(|x| !self.view.networks.is_direct(*x));
+        self.stale |= a.addresses.iter().any(|x| !self.view.networks.is_of_pods(*x));
         let before = self.missing.len();
         self.missing.retain(|_, (_, held)| !held.iter().any(|x| a.addresses.contains(x)));
         self.left_behind |= self.missing.len() < before;
-        self.pods.attach(a, interface);
+        self.ended.addresses.extend(self.pods.attach(a, interface));
     }
 
     /// A new state of the cluster.
@@ -223,6 +226,7 @@ impl Node {
         if let Some(interface) = found.interface {
             tracing::info!(pod = %found.pod, interface = %interface.name, "a pod that ran before is adopted");
             self.left_behind |= before.is_some();
+            self.stale |= found.addresses.iter().any(|x| !self.view.networks.is_of_pods(*x));
             self.pods.adopt(found.pod, interface, found.addresses);
             return;
         }
@@ -253,10 +257,10 @@ impl Node {
     }
 
     /// Something in the kernel was changed by somebody else.
-    pub fn disturbed(&mut self, events: &BTreeSet<Event>) {
+    pub async fn disturbed(&mut self, events: &BTreeSet<Event>) {
         for event in events {
             match event {
-                Event::VethGone { index } => self.pods.interface_gone(*index),
+                Event::VethGone { index } => self.veth_gone(*index).await,
                 Event::Nftables => self.host.distrust_tables(),
                 Event::Uplinks => self.base = true,
                 Event::Rules => {
@@ -266,6 +270,18 @@ impl Node {
                 }
                 _ => self.distrust(),
             }
+        }
+    }
+
+    /// A veth may be gone, and when word of it comes, another pod's may have its index.
+    async fn veth_gone(&mut self, index: u32) {
+        if !self.pods.has_interface(index) {
+            return;
+        }
+        match self.host.veth(index).await {
+            Ok(now) => self.ended.addresses.extend(self.pods.interface_gone(index, now.as_ref())),
+            // If it is gone, the kernel refuses the pod's chain, and that is tried again.
+            Err(e) => tracing::warn!(index, "it cannot be found out whether a pod's interface is gone: {e:#}"),
         }
     }
 
@@ -281,6 +297,14 @@ impl Node {
         let (paths, networks) = (self.view.paths.mark(), self.view.networks.mark());
         self.view.update(&self.cluster, &self.options.name, &self.facts, &self.options.direct, pods);
         self.stale = false;
+        let unknown = !self.view.networks.pods_are_known && self.cluster.nodes.len() > 1;
+        if unknown && !self.unknown_pods {
+            tracing::warn!(
+                "nothing tells where other nodes' pods have their addresses (no podCIDRs, no IPPools): policies take them for \
+                 destinations outside the cluster, and replies to them may get lost; name their networks with --direct"
+            );
+        }
+        self.unknown_pods = unknown;
         // Most changes are of policies alone, and then nothing below the pods' chains is to be looked at.
         if !self.view.paths.has(&paths) || !self.view.networks.has(&networks) {
             self.host.view(&self.view);
@@ -320,12 +344,16 @@ impl Node {
     async fn bring_in_step(&mut self) -> Result<usize> {
         let mut changes = 0;
         if self.stale {
-            self.pods.drop_ended(&self.cluster);
+            self.ended.addresses.extend(self.pods.drop_ended(&self.cluster));
             self.refresh_view();
             self.drop_missing();
         }
         let left_behind = self.left_behind;
         if left_behind {
+            // Word of one that is gone may have been lost, and the kernel takes no chain of an interface that is not there.
+            for index in self.pods.interfaces() {
+                self.veth_gone(index).await;
+            }
             self.load_attachments().await?;
             if self.stale {
                 self.refresh_view();
@@ -362,8 +390,9 @@ impl Node {
             changes += lifted.len();
             self.left_behind = false;
         }
-        for id in self.leaving.drain(..) {
+        while let Some(id) = self.leaving.last() {
             id.forget(&self.options.run_dir).context("attachments")?;
+            self.leaving.pop();
         }
         Ok(changes)
     }
@@ -418,7 +447,7 @@ impl Node {
     }
 
     async fn bring_base_in_step(&mut self) -> Result<usize> {
-        let local = self.tunnel_address()?;
+        let local = self.tunnel_address().await?;
         self.host.tunnel(&self.options.name, local).await?;
         let mut changes = self.host.routing(&self.view).await?;
         changes += self.bring_addresses_in_step().await?;
@@ -427,15 +456,21 @@ impl Node {
         Ok(changes)
     }
 
-    fn tunnel_address(&self) -> Result<IpAddr> {
+    async fn tunnel_address(&self) -> Result<IpAddr> {
         if let Some(address) = self.options.tunnel_address {
             return Ok(address);
         }
         let node = self.cluster.nodes.get(&*self.options.name).with_context(|| {
             format!("the cluster has no Node {:?}; give the name that it has there with --name", self.options.name)
         })?;
-        let own = node.addresses.iter().take(node.internal).find(|a| self.facts.addresses.contains(a));
-        own.copied().with_context(|| {
+        let own = |here: &BTreeSet<IpAddr>| {
+            node.addresses.iter().take(node.internal).find(|address| here.contains(address)).copied()
+        };
+        if let Some(address) = own(&self.facts.addresses) {
+            return Ok(address);
+        }
+        // It may have come since that was last looked at.
+        own(&self.host.facts(BTreeMap::new()).await?.addresses).with_context(|| {
             format!(
                 "none of the InternalIPs of Node {:?} is on this host; name one with --tunnel-address",
                 self.options.name
