@@ -193,3 +193,28 @@ fn a_controller_that_is_killed_keeps_everybodys_address() {
         assert_eq!(pod.who(EXT4).ok(), Some(before));
     }
 }
+
+/// What a node said before it was switched off nobody takes back, but Kubernetes tells that it hears nothing of it.
+#[test]
+fn a_policy_whose_gateway_nobody_hears_of_is_not_said_to_be_ready() {
+    let lab = Lab::scene();
+    let ready =
+        |status, reason, words: &[&str]| wait_condition(&lab, "shop/visitors", ["Ready", status, reason], words);
+    ready("True", "AddressHeld", &["192.0.2.50"]);
+    let hears = |node: &str, heard: &str| {
+        let mut object = manifests::node(lab.node(node));
+        object["status"]["conditions"] = serde_json::json!([{"type": "Ready", "status": heard}]);
+        lab.manifests().write_object(&format!("node-{node}.yaml"), &object);
+    };
+    for node in ["g1", "g2"] {
+        lab.daemon(node).kill9();
+    }
+    hears("g1", "Unknown");
+    std::thread::sleep(Duration::from_millis(300));
+    ready("True", "AddressHeld", &["192.0.2.50"]);
+    hears("g2", "Unknown");
+    ready("Unknown", "NodeNotHeard", &["192.0.2.50", "see whether it lives"]);
+    // Its kubelet says that something else is wrong, and so it lives.
+    hears("g2", "False");
+    ready("True", "AddressHeld", &["192.0.2.50"]);
+}

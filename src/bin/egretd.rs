@@ -21,6 +21,10 @@ use std::process::ExitCode;
 use std::time::Duration;
 use tokio::runtime::{Builder, Runtime};
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::time::timeout;
+
+/// How long `egretd why` waits for the cluster's state. A hundred thousand pods take some seconds.
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Egret gives Kubernetes pods a source address that stays.
 #[derive(Parser)]
@@ -298,18 +302,27 @@ impl Why {
     fn run(self) -> anyhow::Result<String> {
         let options = KubeOptions { kubeconfig: self.cluster.kubeconfig, ..KubeOptions::default() };
         let source = self.cluster.source.with(options);
-        let read = async |scope| anyhow::Ok((**cluster::open(&source, scope).await?.snapshots.borrow()).clone());
-        let cluster = runtime()?.block_on(async {
+        let open = async |scope| match timeout(PATIENCE, cluster::open(&source, scope)).await {
+            Ok(source) => source,
+            Err(_) => anyhow::bail!("the cluster could not be read within {PATIENCE:?}; the log above says why"),
+        };
+        let (cluster, problems) = runtime()?.block_on(async {
             // What the controller says is the controller's to know, and what is inside the cluster the nodes'.
-            let mut cluster = read(Scope::Controller).await?;
-            let node = cluster.pods.get(&self.pod).and_then(|pod| pod.node.clone());
-            if let Some(node) = node.filter(|_| self.to.is_some()) {
-                let as_node = read(Scope::Node(node.to_string())).await?;
-                (cluster.inside, cluster.services) = (as_node.inside, as_node.services);
+            let source = open(Scope::Controller).await?;
+            let mut cluster = (**source.snapshots.borrow()).clone();
+            let node = cluster.pods.get(&self.pod).and_then(|pod| pod.node.as_ref()).or(cluster.nodes.keys().next());
+            if let Some(node) = node.filter(|_| self.to.is_some()).map(ToString::to_string) {
+                let as_node = open(Scope::Node(node)).await?.snapshots.borrow().clone();
+                (cluster.inside, cluster.services) = (as_node.inside.clone(), as_node.services.clone());
             }
-            anyhow::Ok(cluster)
+            anyhow::Ok((cluster, source.problems.borrow().join("\n  ")))
         })?;
-        Ok(why(&cluster, &self.pod, self.to, &self.direct)?)
+        let text = why(&cluster, &self.pod, self.to, &self.direct);
+        if problems.is_empty() {
+            return Ok(text?);
+        }
+        let unread = format!("not read, and nodes may go by what it was before:\n  {problems}");
+        Ok(text.with_context(|| unread.clone())? + &unread + "\n")
     }
 }
 

@@ -19,7 +19,15 @@ impl<'a> Conditions<'a> {
 
     /// Adds a condition; it keeps the time of the previous one of its type if the status is the same.
     pub(super) fn add(&mut self, type_: &str, is_true: bool, reason: impl ToString, message: impl Into<String>) {
-        let status = if is_true { "True" } else { "False" };
+        self.add_as(type_, if is_true { "True" } else { "False" }, reason, message);
+    }
+
+    /// Adds one of which nobody knows whether it is true.
+    pub(super) fn add_unknown(&mut self, type_: &str, reason: impl ToString, message: impl Into<String>) {
+        self.add_as(type_, "Unknown", reason, message);
+    }
+
+    fn add_as(&mut self, type_: &str, status: &str, reason: impl ToString, message: impl Into<String>) {
         let same = self.previous.iter().find(|c| c.type_ == type_ && c.status == status);
         self.made.push(Condition {
             type_: type_.to_owned(),

@@ -97,6 +97,8 @@ pub struct Node {
     pub internal: usize,
     /// `spec.podCIDRs`.
     pub pod_cidrs: Box<[IpNetwork]>,
+    /// Whether Kubernetes has heard nothing of its kubelet for so long that its condition `Ready` is `Unknown`.
+    pub lost: bool,
 }
 
 /// A Kubernetes Pod.

@@ -33,12 +33,12 @@ impl FromStr for Target {
         if let Ok(address) = text.parse() {
             return Ok(Target { address, port: None });
         }
-        let (socket, protocol) = match text.split_once('/') {
-            None => (text, Some(Protocol::Tcp)),
-            Some((socket, "tcp")) => (socket, Some(Protocol::Tcp)),
-            Some((socket, "udp")) => (socket, Some(Protocol::Udp)),
-            Some((socket, "sctp")) => (socket, Some(Protocol::Sctp)),
-            Some((socket, _)) => (socket, None),
+        let (socket, protocol) = text.split_once('/').unwrap_or((text, "tcp"));
+        let protocol = match &*protocol.to_ascii_lowercase() {
+            "tcp" => Some(Protocol::Tcp),
+            "udp" => Some(Protocol::Udp),
+            "sctp" => Some(Protocol::Sctp),
+            _ => None,
         };
         match (socket.parse::<SocketAddr>(), protocol) {
             (Ok(socket), Some(protocol)) => Ok(Target { address: socket.ip(), port: Some((protocol, socket.port())) }),
@@ -66,6 +66,7 @@ mod tests {
     fn a_destination_is_written_as_people_write_it() {
         let target = |text: &str| text.parse::<Target>();
         assert_eq!(target("[2001:db8::7]:53/sctp").unwrap().port, Some((Protocol::Sctp, 53)));
+        assert_eq!(target("203.0.113.7:53/UDP").unwrap().port, Some((Protocol::Udp, 53)));
         assert_eq!(target("203.0.113.7:443").unwrap().port, Some((Protocol::Tcp, 443)));
         for wrong in ["db.example", "203.0.113.7:99999", "203.0.113.7:53/icmp", "203.0.113.7/udp", ""] {
             assert!(target(wrong).unwrap_err().contains("write it like"), "{wrong}");

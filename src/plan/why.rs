@@ -2,7 +2,7 @@
 //! node.
 
 use super::destination::in_a_row;
-use super::model::{Cluster, ObjectKey, PolicyKey};
+use super::model::{Cluster, ObjectKey, Pod, PolicyKey};
 use super::networks::Networks;
 use super::paths::Paths;
 use super::precedence::{PolicyIndex, Ranked};
@@ -56,7 +56,7 @@ pub fn why(
     } else {
         match target {
             None => lines.extend(all(cluster, &policies)),
-            Some(target) => lines.extend(one(cluster, &policies, target, direct)),
+            Some(target) => lines.extend(one(cluster, pod, &policies, target, direct)),
         }
     }
     lines.push(String::new());
@@ -98,10 +98,11 @@ fn all(cluster: &Cluster, policies: &[&Ranked]) -> Vec<String> {
     lines
 }
 
-/// What becomes of packets to one destination.
-fn one(cluster: &Cluster, policies: &[&Ranked], target: Target, direct: &[IpNetwork]) -> Vec<String> {
-    let pods = cluster.pods.values().flat_map(|pod| pod.addresses.iter().copied());
-    let networks = Networks::new(cluster, direct, pods);
+/// What becomes of a pod's packets to one destination.
+fn one(cluster: &Cluster, pod: &Pod, policies: &[&Ranked], target: Target, direct: &[IpNetwork]) -> Vec<String> {
+    // As its node does: it knows of its own pods, and of others' networks.
+    let neighbours = cluster.pods.values().filter(|other| other.node == pod.node);
+    let networks = Networks::new(cluster, direct, neighbours.flat_map(|pod| pod.addresses.iter().copied()));
     if networks.is_direct(target.address) {
         let origin = networks.origins.iter().find(|(network, _)| network.contains(target.address));
         let origin = origin
@@ -122,7 +123,8 @@ fn one(cluster: &Cluster, policies: &[&Ranked], target: Target, direct: &[IpNetw
         ));
     }
     let Some(Ranked { key, policy }) = decides else {
-        lines.push(format!("{target} is covered by no policy: it leaves as if Egret were not there."));
+        let other_ports = if lines.is_empty() { "" } else { ", by other ports," };
+        lines.push(format!("{target}{other_ports} is covered by no policy: it leaves as if Egret were not there."));
         return lines;
     };
     let status = cluster.policy_statuses.get(key);
@@ -135,6 +137,17 @@ fn one(cluster: &Cluster, policies: &[&Ranked], target: Target, direct: &[IpNetw
         }
         (None, Some(ready)) if ready.status == "True" && has_path => {
             format!("{target} is blocked: {} decides, and its path has no address of that family.", named(key))
+        }
+        (Some(address), Some(ready)) if ready.status == "Unknown" => {
+            let otherwise = match policy.fallback {
+                Fallback::Block => "else it is blocked",
+                Fallback::NodeAddress => "else from the node's address (fallback: NodeAddress)",
+            };
+            format!(
+                "{target} leaves from {address} if the gateway lives, {otherwise}: {} decides, and {}.",
+                named(key),
+                ready.message
+            )
         }
         (_, ready) => {
             let reason = ready.map_or("the controller has said nothing of it yet", |ready| &ready.message);
@@ -182,7 +195,14 @@ mod tests {
 
     fn world() -> World {
         let mut world = World::new(&["192.0.2.50-192.0.2.59"]);
-        world.pod("shop", "visitor", &[("app", "visitor")]);
+        for (pod, node, address) in
+            [("visitor", "n1", "10.9.0.1"), ("beside", "n1", "10.9.0.2"), ("away", "n2", "10.9.0.3")]
+        {
+            world.pod("shop", pod, &[("app", pod)]);
+            let pod = world.cluster.pods.get_mut(&ObjectKey::new("shop", pod)).unwrap();
+            let pod = Arc::make_mut(pod);
+            (pod.node, pod.addresses) = (Some(node.into()), [address.parse().unwrap()].into());
+        }
         world.policy("shop/rest", naming(&["192.0.2.50"]));
         let block = IpBlock { cidr: "203.0.113.0/24".into(), except: vec!["203.0.113.7/32".into()] };
         let port = EgressPort { protocol: Protocol::Udp, port: Some(53), end_port: None };
@@ -217,7 +237,7 @@ mod tests {
     #[test]
     fn all_policies_of_a_pod_are_told_in_the_order_in_which_they_decide() {
         let text = asked(&settled(world()), "");
-        says(&text, &["pod shop/visitor on node (none yet)", "app=visitor"]);
+        says(&text, &["pod shop/visitor on node n1, 10.9.0.1", "app=visitor"]);
         let names =
             text.find("1. EgressPolicy shop/names, priority 7, covers UDP 53 of 203.0.113.0/24 without 203.0.113.7/32");
         let rest = text.find(
@@ -244,11 +264,35 @@ mod tests {
                 "2001:db8::1 is blocked: EgressPolicy shop/rest decides, and its path has no address of that family",
             ),
             ("10.0.0.1", "10.0.0.1 goes direct"),
+            ("10.9.0.2", "10.9.0.2 goes direct"),
+            ("10.9.0.3", "10.9.0.3 leaves from 192.0.2.50"),
             ("198.51.100.9", "goes direct: it is in 198.51.100.0/24, from --direct"),
             ("224.0.0.1", "goes direct"),
         ] {
             says(&asked(&world, target), &[words]);
         }
+    }
+
+    #[test]
+    fn whose_gateway_nobody_hears_may_be_blocked() {
+        let mut world = settled(world());
+        for node in ["n1", "n2"] {
+            Arc::make_mut(world.cluster.nodes.get_mut(node).unwrap()).lost = true;
+        }
+        let world = settled(world);
+        says(&asked(&world, "9.9.9.9"), &["9.9.9.9 leaves from 192.0.2.50 if the gateway lives, else it is blocked: "]);
+        says(&asked(&world, ""), &["Ready=Unknown: node \"n1\" held 192.0.2.50"]);
+    }
+
+    #[test]
+    fn what_is_covered_for_some_ports_only_is_not_said_to_be_covered_by_none() {
+        let mut world = world();
+        world.without_policy("shop/rest");
+        world.without_policy("late");
+        says(
+            &asked(&world, "203.0.113.9"),
+            &["covers some ports there", "203.0.113.9, by other ports, is covered by no"],
+        );
     }
 
     #[test]

@@ -45,6 +45,16 @@ pub struct NodeSpec {
 pub struct NodeStatus {
     #[serde(skip_serializing_if = "Option::is_none")]
     addresses: Option<Vec<NodeAddress>>,
+    /// The controller's to know, which writes nothing down.
+    #[serde(skip_serializing)]
+    conditions: Option<Vec<NodeCondition>>,
+}
+
+#[derive(Debug, Deserialize)]
+struct NodeCondition {
+    #[serde(rename = "type")]
+    type_: String,
+    status: String,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -118,7 +128,8 @@ pub fn node(meta: &Metadata, spec: &NodeSpec, status: &NodeStatus, names: &mut N
     let labels = names.labels(meta.labels.as_ref().unwrap_or(&BTreeMap::new()));
     let count = internal.len();
     internal.append(&mut external);
-    Ok(Node { labels, addresses: internal.into(), internal: count, pod_cidrs })
+    let lost = status.conditions.iter().flatten().any(|c| c.type_ == "Ready" && c.status == "Unknown");
+    Ok(Node { labels, addresses: internal.into(), internal: count, pod_cidrs, lost })
 }
 
 /// A Pod.

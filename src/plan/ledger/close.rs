@@ -136,13 +136,18 @@ fn conditions(
         conditions.add("Accepted", true, "Accepted", "its addresses are its own");
     }
 
-    match status.nodes.len() {
-        0 => {
-            let message = "no node matches spec.nodeSelector; label a node, or mend the selector";
-            conditions.add("Ready", false, "NoNode", message);
-        }
-        1 => conditions.add("Ready", true, "NodesMatch", "1 node matches"),
-        n => conditions.add("Ready", true, "NodesMatch", format!("{n} nodes match")),
+    let matching = match desk.nodes.len() {
+        1 => "1 node matches".to_owned(),
+        n => format!("{n} nodes match"),
+    };
+    if desk.nodes.is_empty() {
+        let message = "no node matches spec.nodeSelector; label a node, or mend the selector";
+        conditions.add("Ready", false, "NoNode", message);
+    } else if desk.nodes.iter().all(|(name, node)| node.lost || !book.lives(name)) {
+        let message = format!("{matching}, and none of them is known to live: nobody hears of them; see what they do");
+        conditions.add_unknown("Ready", "NoNodeHeard", message);
+    } else {
+        conditions.add("Ready", true, "NodesMatch", matching);
     }
 
     let wants = book.demands.all.iter().enumerate().filter(|(_, demand)| demand.gateway == place);

@@ -9,7 +9,7 @@ use std::collections::{HashMap, HashSet};
 /// The nodes that are not known to live. Whom the most do not hear, they are right about, and what it says itself counts
 /// no more; so again with what is left. What a node says twice counts once. Of nodes of which each says it of the other,
 /// none is known to live. A node that says of itself that it can hold nothing is one of them, too.
-pub(super) fn silent(cluster: &Cluster) -> HashSet<&str> {
+pub(in crate::plan) fn silent(cluster: &Cluster) -> HashSet<&str> {
     let nodes = cluster.egress_nodes.iter().filter(|(name, _)| cluster.nodes.contains_key(*name));
     let each = nodes.flat_map(|(by, status)| status.of_paths().silent.iter().map(|of| (&**by, of.as_str())));
     let mut said: HashSet<(&str, &str)> = each.collect();

@@ -29,6 +29,7 @@ use crate::api::EgressGatewayStatus;
 use std::collections::BTreeMap;
 
 pub(super) use family::in_words;
+pub(super) use living::silent;
 
 /// What [`allocate`] decided.
 #[derive(Clone, Debug, Default, PartialEq)]

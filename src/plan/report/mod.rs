@@ -6,9 +6,11 @@ mod notices;
 pub use notices::{Notice, of_gateway, of_policy};
 
 use super::condition::Conditions;
-use super::ledger::{Grant, Outcome, Verdict, in_words};
-use super::model::{Cluster, MOVE_TO, PolicyKey};
+use super::egress_node::OfPaths;
+use super::ledger::{Grant, Outcome, Verdict, in_words, silent};
+use super::model::{Cluster, Gateway, MOVE_TO, Node, PolicyKey};
 use super::precedence::{PolicyIndex, Ranked};
+use super::selector::Name;
 use crate::api::{EgressPolicyStatus, PathKind, Placement};
 use coverage::Coverage;
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
@@ -17,22 +19,26 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 /// has no interface for it.
 const REFUSED: &str = "AddressRefused";
 
-/// Why nodes cannot hold paths, by node and path.
-type Refused<'a> = HashMap<(&'a str, u16), &'a str>;
+/// The reason of a policy of which nobody knows whether it is ready, for nobody hears of the node that held its address.
+const NOT_HEARD: &str = "NodeNotHeard";
+
+/// What nodes say of the paths that they are to hold, and of each other.
+struct Said<'a> {
+    cluster: &'a Cluster,
+    held: HashMap<&'a str, HashSet<u16>>,
+    /// Why a node cannot hold a path.
+    refused: HashMap<(&'a str, u16), &'a str>,
+    /// The nodes that are not known to live, as far as nodes tell.
+    silent: HashSet<&'a str>,
+}
 
 /// The status of each policy. `now` is in seconds since the Unix epoch.
 pub fn report(cluster: &Cluster, outcome: &Outcome, now: i64) -> BTreeMap<PolicyKey, EgressPolicyStatus> {
     let use_of = uses(cluster);
-    let held: HashMap<&str, HashSet<u16>> = cluster
-        .egress_nodes
-        .iter()
-        .map(|(name, node)| (&**name, node.of_paths().held.iter().copied().collect()))
-        .collect();
-    let refused: Refused = cluster
-        .egress_nodes
-        .iter()
-        .flat_map(|(name, node)| node.of_paths().refused.iter().map(move |r| ((&**name, r.id), r.message.as_str())))
-        .collect();
+    let said = Said::new(cluster);
+    // Whether somebody would tell if its nodes were dead, and take over what they have.
+    let heard: HashMap<&Name, bool> =
+        cluster.gateways.iter().map(|(name, gateway)| (name, said.is_heard(gateway))).collect();
     let mut statuses = BTreeMap::new();
     for (key, policy) in &cluster.policies {
         let Some(verdict) = outcome.verdicts.get(key) else { continue };
@@ -48,14 +54,17 @@ pub fn report(cluster: &Cluster, outcome: &Outcome, now: i64) -> BTreeMap<Policy
                 status.addresses = Some(grant.address.clone());
                 status.node = grant.node.as_deref().map(str::to_owned);
                 conditions.add("Accepted", true, "Accepted", accepted(grant));
-                let (is_true, reason, mut message) = ready(cluster, &held, &refused, grant);
+                let (state, reason, mut message) = said.ready(grant, heard.get(&grant.gateway) == Some(&true));
                 if let Some(wanted) = policy.move_to().filter(|wanted| grant.node.as_ref() != Some(wanted)) {
                     message += &format!(
                         "; {MOVE_TO} asks for node {wanted:?}, which cannot have it now: it is no node of the gateway, \
                          is drained, does not answer, or a policy with the same path asks for another"
                     );
                 }
-                conditions.add("Ready", is_true, reason, message);
+                match state {
+                    Some(is_true) => conditions.add("Ready", is_true, reason, message),
+                    None => conditions.add_unknown("Ready", reason, message),
+                }
             }
         }
         let usage = use_of.get(key);
@@ -96,39 +105,70 @@ fn accepted(grant: &Grant) -> String {
     format!("it leaves from {} ({whose}) through EgressGateway {:?}{note}", in_words(&grant.address), grant.gateway)
 }
 
-/// Whether the path's node says that it holds it: status, reason and message.
-fn ready(
-    cluster: &Cluster,
-    held: &HashMap<&str, HashSet<u16>>,
-    refused: &Refused,
-    grant: &Grant,
-) -> (bool, &'static str, String) {
-    let address = in_words(&grant.address);
-    let Some(node) = &grant.node else {
-        let external = cluster.gateways.get(&grant.gateway).is_some_and(|g| g.placement == Placement::External);
-        let message = if external {
-            format!("no node of EgressGateway {:?} has {address}; place it on one", grant.gateway)
-        } else {
-            format!("EgressGateway {:?} has no node; label one, or mend its nodeSelector", grant.gateway)
+impl<'a> Said<'a> {
+    fn new(cluster: &'a Cluster) -> Self {
+        let nodes = || cluster.egress_nodes.iter().map(|(name, node)| (&**name, node.of_paths()));
+        let refused = |(name, paths): (&'a str, &'a OfPaths)| {
+            paths.refused.iter().map(move |refused| ((name, refused.id), refused.message.as_str()))
         };
-        return (false, "NoNode", message);
-    };
-    if !cluster.egress_nodes.contains_key(node) {
-        let message = format!("node {node:?} says nothing of itself; see whether egretd runs there");
-        return (false, "NodeNotReporting", message);
+        Said {
+            cluster,
+            held: nodes().map(|(name, paths)| (name, paths.held.iter().copied().collect())).collect(),
+            refused: nodes().flat_map(refused).collect(),
+            silent: silent(cluster),
+        }
     }
-    let holds = |node: &str| held.get(node).is_some_and(|paths| paths.contains(&grant.id));
-    if let Some(old) = grant.leaving.as_ref().filter(|old| holds(old)) {
-        return (true, "AddressHeld", format!("node {old:?} holds {address} until node {node:?} does"));
+
+    /// Whether a node of the gateway is known to live.
+    fn is_heard(&self, gateway: &Gateway) -> bool {
+        let lives = |name: &Name, node: &Node| {
+            !node.lost && !self.silent.contains(&**name) && self.cluster.egress_nodes.contains_key(name)
+        };
+        self.cluster.nodes.iter().any(|(name, node)| gateway.nodes.matches(&node.labels) && lives(name, node))
     }
-    if holds(node) {
-        return (true, "AddressHeld", format!("node {node:?} holds {address}"));
+
+    fn holds(&self, node: &str, path: u16) -> bool {
+        self.held.get(node).is_some_and(|paths| paths.contains(&path))
     }
-    if let Some(why) = refused.get(&(&**node, grant.id)) {
-        return (false, REFUSED, format!("node {node:?} cannot hold {address}: {why}"));
+
+    /// Whether the path's node holds it, if that is known: status, reason and message. `heard` tells whether a node of the
+    /// gateway is known to live.
+    fn ready(&self, grant: &Grant, heard: bool) -> (Option<bool>, &'static str, String) {
+        let address = in_words(&grant.address);
+        let Some(node) = &grant.node else {
+            let external =
+                self.cluster.gateways.get(&grant.gateway).is_some_and(|g| g.placement == Placement::External);
+            let message = if external {
+                format!("no node of EgressGateway {:?} has {address}; place it on one", grant.gateway)
+            } else {
+                format!("EgressGateway {:?} has no node; label one, or mend its nodeSelector", grant.gateway)
+            };
+            return (Some(false), "NoNode", message);
+        };
+        if !self.cluster.egress_nodes.contains_key(node) {
+            let message = format!("node {node:?} says nothing of itself; see whether egretd runs there");
+            return (Some(false), "NodeNotReporting", message);
+        }
+        let old = grant.leaving.as_ref().filter(|old| self.holds(old, grant.id));
+        let holder = old.or(Some(node).filter(|node| self.holds(node, grant.id)));
+        let Some(holder) = holder else {
+            return match self.refused.get(&(&**node, grant.id)) {
+                Some(why) => (Some(false), REFUSED, format!("node {node:?} cannot hold {address}: {why}")),
+                None => {
+                    let message =
+                        format!("node {node:?} does not hold {address} yet; if that lasts, see egretd's log there");
+                    (Some(false), "AddressNotHeld", message)
+                }
+            };
+        };
+        // What a node said before it died is not taken back; another one takes the path over, if there is one that can.
+        if !heard || (grant.kind == PathKind::Node && self.silent.contains(&**holder)) {
+            let message = format!("node {holder:?} held {address}, and nobody hears of it now; see whether it lives");
+            return (None, NOT_HEARD, message);
+        }
+        let until = old.map(|_| format!(" until node {node:?} does")).unwrap_or_default();
+        (Some(true), "AddressHeld", format!("node {holder:?} holds {address}{until}"))
     }
-    let message = format!("node {node:?} does not hold {address} yet; if that lasts, see egretd's log there");
-    (false, "AddressNotHeld", message)
 }
 
 fn shadowed(by: &BTreeSet<&PolicyKey>) -> String {

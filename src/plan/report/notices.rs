@@ -42,6 +42,9 @@ pub fn of_policy(before: Option<&EgressPolicyStatus>, after: &EgressPolicyStatus
             ("Ready", "False") if condition.reason == REFUSED => {
                 notices.push(Notice::warning(REFUSED, format!("blocked: {}", condition.message)));
             }
+            ("Ready", "Unknown") => {
+                notices.push(Notice::warning(&condition.reason, format!("maybe blocked: {}", condition.message)));
+            }
             // A policy that begins is not ready for a moment, which is nobody's concern.
             ("Ready", "False") if was.is_some_and(|was| was.status == "True") && condition.reason != "NotAccepted" => {
                 notices.push(Notice::warning(&condition.reason, format!("blocked: {}", condition.message)));
@@ -74,7 +77,7 @@ pub fn of_policy(before: Option<&EgressPolicyStatus>, after: &EgressPolicyStatus
 pub fn of_gateway(before: &EgressGatewayStatus, after: &EgressGatewayStatus) -> Vec<Notice> {
     let is_new = |condition: &&Condition| {
         let was = before.conditions.iter().find(|c| c.type_ == condition.type_);
-        condition.status == "False" && was.is_none_or(|was| was.status != "False" || was.reason != condition.reason)
+        condition.status != "True" && was.is_none_or(|was| was.status == "True" || was.reason != condition.reason)
     };
     let warning = |c: &Condition| Notice::warning(&c.reason, c.message.clone());
     after.conditions.iter().filter(is_new).map(warning).collect()
@@ -114,6 +117,10 @@ mod tests {
             told(None, &new).is_empty() && told(Some(&new), &good).is_empty() && told(Some(&good), &good).is_empty()
         );
         assert_eq!(told(Some(&good), &new), ["AddressNotHeld: blocked: because"]);
+        let unheard =
+            status(&[("Accepted", "True", "Accepted"), ("Ready", "Unknown", "NodeNotHeard")], "192.0.2.50", "g1");
+        assert_eq!(told(Some(&good), &unheard), ["NodeNotHeard: maybe blocked: because"]);
+        assert!(told(Some(&unheard), &unheard).is_empty() && told(Some(&unheard), &good).is_empty());
         let stranger = status(&[("Accepted", "True", "Accepted"), ("Ready", "False", REFUSED)], "192.0.2.50", "g1");
         assert_eq!(told(None, &stranger), ["AddressRefused: blocked: because"]);
         assert_eq!(told(Some(&new), &stranger), ["AddressRefused: blocked: because"]);

@@ -83,6 +83,50 @@ fn ready_follows_what_the_node_says() {
 }
 
 #[test]
+fn what_a_node_said_that_nobody_hears_of_is_not_believed() {
+    let mut world = World::new(&["192.0.2.50"]);
+    world.policy("a/p", naming(&["192.0.2.50"]));
+    world.policy("a/own", asking(Allocate::Node));
+    world.allocate();
+    world.settle();
+    let held = [world.allocate().node("a/p").unwrap().to_owned(), world.allocate().node("a/own").unwrap().to_owned()];
+    let other = |node: &str| if node == "n1" { "n2" } else { "n1" };
+    world.assert_condition("a/p", "Ready", "True", "AddressHeld", "holds");
+
+    // Another one lives, and takes it over; but it cannot have a node's own address.
+    world.misses(other(&held[0]), &[held[0].clone()]);
+    world.assert_condition("a/p", "Ready", "True", "AddressHeld", "holds");
+    world.misses(other(&held[0]), &[]);
+    world.misses(other(&held[1]), &[held[1].clone()]);
+    world.assert_condition("a/own", "Ready", "Unknown", "NodeNotHeard", "nobody hears");
+    world.misses(other(&held[1]), &[]);
+
+    // Kubernetes hears of none of them.
+    let lost = |world: &mut World, node: &str, lost| {
+        Arc::make_mut(world.cluster.nodes.get_mut(node).unwrap()).lost = lost;
+    };
+    lost(&mut world, "n1", true);
+    world.assert_condition("a/p", "Ready", "True", "AddressHeld", "holds");
+    lost(&mut world, "n2", true);
+    world.assert_condition("a/p", "Ready", "Unknown", "NodeNotHeard", "see whether it lives");
+    let gateway = |world: &mut World| {
+        let conditions = world.allocate().gateways["g"].conditions.clone();
+        let ready = conditions.into_iter().find(|c| c.type_ == "Ready").unwrap();
+        (ready.status, ready.reason)
+    };
+    assert_eq!(gateway(&mut world), ("Unknown".to_owned(), "NoNodeHeard".to_owned()));
+    lost(&mut world, "n2", false);
+    world.assert_condition("a/p", "Ready", "True", "AddressHeld", "holds");
+    assert_eq!(gateway(&mut world), ("True".to_owned(), "NodesMatch".to_owned()));
+
+    // Of two that do not hear each other, nobody knows which one lives.
+    lost(&mut world, "n1", false);
+    world.misses("n1", &["n2".to_owned()]);
+    world.misses("n2", &["n1".to_owned()]);
+    world.assert_condition("a/p", "Ready", "Unknown", "NodeNotHeard", "nobody hears");
+}
+
+#[test]
 fn a_refused_policy_is_not_ready_and_has_no_address() {
     let mut world = World::new(&["192.0.2.50"]);
     world.policy("a/p", naming(&["192.0.2.51"]));
