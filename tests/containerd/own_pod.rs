@@ -6,11 +6,14 @@ use crate::image;
 use crate::lab::{VISITOR, leftovers, metrics};
 use crate::site::{NODE, Pod, Site, egress, own};
 use serde_json::Value;
-use std::fs;
+use std::fs::{self, Permissions};
 use std::net::SocketAddr;
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::path::Path;
 use std::time::Duration;
 
+/// The user whose directories the plugins' are.
+const KUBE: u32 = 998;
 /// Where the plugin looks for the daemon when nothing else is said.
 const RUN_DIR: &str = "/run/egret";
 
@@ -44,8 +47,16 @@ fn the_daemonset_as_it_is_written_holds_pods_to_their_policies() {
     assert_eq!(code, 0, "{said}");
     assert!(said.contains("nf_tables"), "{said}");
 
+    // As kubespray leaves the directories: not root's, and closed to others.
+    let conflist = site.runtime.conf_dir.join("10-lab.conflist");
+    for (path, mode) in [(&site.runtime.bin_dir, 0o755), (&site.runtime.conf_dir, 0o755), (&conflist, 0o600)] {
+        chown(path, Some(KUBE), Some(KUBE)).expect("another owner");
+        fs::set_permissions(path, Permissions::from_mode(mode)).expect("a mode");
+    }
     let install = start("initContainers", 0);
     assert_eq!(site.exit_code(&install), 0);
+    let now = fs::metadata(&conflist).expect("the list");
+    assert_eq!((now.uid(), now.gid(), now.mode() & 0o777), (KUBE, KUBE, 0o600), "owner and mode stay");
     let list = fs::read_to_string(site.runtime.conf_dir.join("10-lab.conflist")).expect("the list");
     assert!(list.contains(r#"{"type": "egret-cni", "socket": "/run/egret/cni.sock"}"#), "{list}");
     site.runtime.wait_network();

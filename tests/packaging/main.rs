@@ -165,7 +165,7 @@ fn the_charts_values_do_what_they_say() {
 fn no_container_has_more_privileges_than_it_needs() {
     let file = one_file();
     for (object, capabilities) in [
-        ("DaemonSet egret-system/egret-node", json!(["NET_ADMIN", "NET_RAW"])),
+        ("DaemonSet egret-system/egret-node", json!(["CHOWN", "DAC_OVERRIDE", "FOWNER", "NET_ADMIN", "NET_RAW"])),
         ("Deployment egret-system/egret-controller", Value::Null),
     ] {
         let pod = &file[object]["spec"]["template"]["spec"];
@@ -177,7 +177,8 @@ fn no_container_has_more_privileges_than_it_needs() {
             assert_eq!(context["allowPrivilegeEscalation"], false, "{name}");
             assert_eq!(context["readOnlyRootFilesystem"], true, "{name}");
             assert_eq!(context["capabilities"]["drop"], json!(["ALL"]), "{name}");
-            let expected = if name == "install" { &Value::Null } else { &capabilities };
+            let of_files = json!(["CHOWN", "DAC_OVERRIDE", "FOWNER"]);
+            let expected = if name == "install" { &of_files } else { &capabilities };
             assert_eq!(&context["capabilities"]["add"], expected, "{name}");
         }
         assert_eq!((&pod["hostPID"], &pod["hostIPC"]), (&Value::Null, &Value::Null));
