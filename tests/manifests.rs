@@ -194,6 +194,35 @@ fn a_controller_that_is_killed_keeps_everybodys_address() {
     }
 }
 
+/// Nobody knows its last good state then; its pods must not be let out for that.
+#[test]
+fn a_policy_that_is_broken_when_daemons_start_keeps_its_pods_and_its_address() {
+    let lab = Lab::scene();
+    let [visitor, other] = pods(&lab);
+    let path = lab.path_id("shop/visitors");
+    lab.write_manifest("policy.yaml", &visitors().replace("spec:", "sepc:"));
+    for daemon in ["n1", "controller"] {
+        lab.daemon(daemon).kill9();
+        lab.daemon(daemon).restart();
+        lab.wait_ready(daemon);
+    }
+    wait_said(&lab, "n1", &["shop/visitors", "in no file that can be read"]);
+    for _ in 0..10 {
+        assert_leaves_by_egress(&visitor);
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    assert_leaves_by_egress(&lab.add_pod("n1", "shop", "new", VISITOR));
+    assert_eq!(lab.path_id("shop/visitors"), path);
+    let elsewhere = lab.add_pod("n1", "office", "elsewhere", VISITOR);
+    assert_leaves_by_node(&elsewhere);
+    // Mended, it selects whom it selects.
+    lab.write_manifest("policy.yaml", &visitors());
+    lab.wait_seen_as(&other, other.node.ipv4());
+    assert_leaves_by_node(&other);
+    assert_leaves_by_egress(&visitor);
+    assert_eq!(lab.path_id("shop/visitors"), path);
+}
+
 /// What a node said before it was switched off nobody takes back, but Kubernetes tells that it hears nothing of it.
 #[test]
 fn a_policy_whose_gateway_nobody_hears_of_is_not_said_to_be_ready() {

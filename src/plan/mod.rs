@@ -22,5 +22,6 @@ pub mod profile;
 pub mod report;
 pub mod selector;
 pub mod shared;
+pub mod stand_in;
 pub mod target;
 pub mod why;

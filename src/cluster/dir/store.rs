@@ -6,17 +6,19 @@ use super::manifest::Reader;
 use super::merge::{Part, merge};
 use super::names::Names;
 use super::watch::{Dirty, Watched};
-use crate::plan::model::Cluster;
+use crate::plan::model::{Cluster, PolicyKey};
+use crate::plan::stand_in::{Remains, listed_only, stand_in};
 use inotify::EventOwned;
-use std::collections::BTreeMap;
 use std::collections::hash_map::RandomState;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io::{self, ErrorKind};
 use std::ops::Bound;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::SystemTime;
-use tracing::debug;
+use tracing::{debug, warn};
 
 /// How deep directories are followed; links can make circles.
 const MAX_DEPTH: usize = 16;
@@ -43,6 +45,8 @@ pub struct Store {
     identity: Option<Identity>,
     /// `root` was not there the last time.
     missing: bool,
+    /// Policies that were in force when this daemon started, and in no file that could be read. `None`: not looked yet.
+    lost: Option<BTreeSet<PolicyKey>>,
     names: Names,
     watched: Watched,
     hasher: RandomState,
@@ -88,6 +92,7 @@ impl Store {
             pending_before: BTreeMap::new(),
             directories: BTreeMap::new(),
             twice: Vec::new(),
+            lost: None,
             identity: None,
             missing: false,
             names: Names::default(),
@@ -336,7 +341,7 @@ impl Store {
             is_status: status_of(path).is_some(),
             objects: file.contents.objects(),
         });
-        let cluster = merge(parts, |what, first, second| {
+        let mut cluster = merge(parts, |what, first, second| {
             twice.push(format!(
                 "{}:{}: {what} is defined twice; the one at {}:{} counts. Remove one of the two",
                 root.join(second.path).display(),
@@ -346,7 +351,34 @@ impl Store {
             ));
         });
         self.names.tidy();
+        self.fill_in(&mut cluster);
         cluster
+    }
+
+    /// A file that was broken before this daemon started may hold policies that are in force: what the ledger knows of them
+    /// stands for them, until every file is known or they are there.
+    fn fill_in(&mut self, cluster: &mut Cluster) {
+        let incomplete = self.is_incomplete();
+        let lost = self.lost.get_or_insert_with(|| {
+            let lost = if incomplete { listed_only(cluster) } else { BTreeSet::new() };
+            for policy in &lost {
+                warn!(
+                    %policy,
+                    "it is in force and in no file that can be read: until that is mended, whatever pods of its namespace send \
+                     to the outside leaves by its path"
+                );
+            }
+            lost
+        });
+        if !incomplete {
+            lost.clear();
+        }
+        lost.retain(|key| !cluster.policies.contains_key(key));
+        for key in &*lost {
+            if let Some(policy) = stand_in(cluster, key, &Remains::default()) {
+                cluster.policies.insert(key.clone(), Arc::new(policy));
+            }
+        }
     }
 }
 

@@ -221,14 +221,8 @@ pub(in crate::cluster) fn times(meta: &Metadata) -> Result<model::Metadata, Faul
         })?),
     };
     let annotation = |key: &str| meta.annotations.as_ref().and_then(|all| all.get(key)).map(String::as_str);
-    let move_to = match annotation(model::MOVE_TO) {
-        None | Some("") => None,
-        Some(node) if is_subdomain(node) => Some(node.into()),
-        Some(other) => {
-            let at = format!("metadata.annotations[{}]", model::MOVE_TO);
-            return Err(Fault::field(at, format!("{other:?} {NOT_A_NAME}")));
-        }
-    };
+    // What is no node's name is told of by the policy's status: a wish that cannot be met must not end the policy.
+    let move_to = annotation(model::MOVE_TO).filter(|node| !node.is_empty()).map(Into::into);
     let rebalance = annotation(model::REBALANCE) == Some("true");
     Ok(model::Metadata { created: created.map(|t| t.as_second()), generation: meta.generation, move_to, rebalance })
 }

@@ -8,9 +8,11 @@ use crate::cluster::dir::kubernetes as k8s;
 use crate::cluster::dir::names::Names;
 use crate::cluster::dir::validate::times;
 use crate::plan::egress_node::EgressNode;
-use crate::plan::model::{Gateway, Node, ObjectKey, Pod, Policy, PolicyKey, Service};
-use crate::plan::selector::{Labels, Name};
+use crate::plan::model::{Gateway, Node, ObjectKey, Pod, PodMatch, Policy, PolicyKey, Service};
+use crate::plan::selector::{Labels, Name, Selector};
+use crate::plan::stand_in::Remains;
 use ipnetwork::IpNetwork;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -52,6 +54,8 @@ pub struct Decoded {
     pub item: Result<Option<Item>, Fault>,
     /// The status of a policy that makes no sense, as it was written last.
     pub told: Option<Arc<api::EgressPolicyStatus>>,
+    /// What can be read of a policy that makes no sense.
+    pub remains: Option<Box<Remains>>,
 }
 
 /// How objects are to be read.
@@ -97,13 +101,30 @@ pub fn decode(kind: Kind, text: &[u8], reading: &Reading, names: &mut Names) -> 
     let key = (metadata.namespace.map(|n| names.get(&n)), Name::from(metadata.name));
     let item = item(kind, &key, &metadata.resource_version, text, reading, names);
     let is_policy = matches!(kind, Kind::EgressPolicy | Kind::ClusterEgressPolicy);
-    let told = match &item {
-        Err(_) if is_policy => {
-            whole::<Ignored, api::EgressPolicyStatus>(text).ok().and_then(|w| wanted(w.status, reading))
-        }
-        _ => None,
+    let (mut told, mut remains) = (None, None);
+    if is_policy && item.is_err() {
+        told = whole::<Ignored, api::EgressPolicyStatus>(text).ok().and_then(|w| wanted(w.status, reading));
+        let spec = whole::<serde_json::Value, Ignored>(text).ok().and_then(|w| w.spec);
+        remains = Some(Box::new(remains_of(&spec.unwrap_or_default())));
+    }
+    Ok(Decoded { key, version: metadata.resource_version, generation: metadata.generation, item, told, remains })
+}
+
+fn remains_of(spec: &serde_json::Value) -> Remains {
+    let selector = |field: &str| {
+        let text: LabelSelector = serde_json::from_value(spec.get(field)?.clone()).ok()?;
+        Selector::try_from(&text).ok()
     };
-    Ok(Decoded { key, version: metadata.resource_version, generation: metadata.generation, item, told })
+    let services: Vec<Name> =
+        spec["services"].as_array().into_iter().flatten().filter_map(|s| Some(s.as_str()?.into())).collect();
+    Remains {
+        namespaces: selector("namespaceSelector").unwrap_or_default(),
+        pods: match services.as_slice() {
+            [] => selector("podSelector").map(PodMatch::Labels),
+            _ => Some(PodMatch::Services(services.into())),
+        },
+        priority: spec["priority"].as_i64().and_then(|p| p.try_into().ok()).unwrap_or_default(),
+    }
 }
 
 fn item(

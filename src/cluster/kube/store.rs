@@ -6,6 +6,7 @@ use super::watch::Change;
 use crate::plan::model::{Cluster, Inside, ObjectKey, PodMatch, Policy, PolicyKey, Unreadable};
 use crate::plan::selector::Name;
 use crate::plan::shared::Shared;
+use crate::plan::stand_in::{Remains, stand_in};
 use ipnetwork::IpNetwork;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -24,7 +25,9 @@ pub struct Store {
     /// What the API server or an installer said of Services' networks; inside, `None`: nobody knows them.
     answer: Option<Option<Inside>>,
     /// What is wrong with objects.
-    faults: BTreeMap<(Kind, Key), String>,
+    faults: BTreeMap<(Kind, Key), Faulty>,
+    /// The policies in the cluster that only stand for one that makes no sense.
+    standing: BTreeSet<PolicyKey>,
     /// Kinds that cannot be followed now, and why.
     states: BTreeMap<Kind, String>,
     /// Whether the reader tells policies what became of them.
@@ -33,6 +36,15 @@ pub struct Store {
     newest_pod: String,
     /// Something is another since the last snapshot.
     changed: bool,
+}
+
+/// What is wrong with an object.
+#[derive(Debug)]
+struct Faulty {
+    text: String,
+    generation: Option<i64>,
+    /// Of a policy: what can be read of it.
+    remains: Option<Box<Remains>>,
 }
 
 impl Store {
@@ -45,6 +57,7 @@ impl Store {
             inside: BTreeMap::new(),
             answer: None,
             faults: BTreeMap::new(),
+            standing: BTreeSet::new(),
             states: BTreeMap::new(),
             tells_policies,
             newest_pod: String::new(),
@@ -54,6 +67,11 @@ impl Store {
 
     /// Takes in a change.
     pub fn take(&mut self, change: Change) {
+        self.take_in(change);
+        self.fill_in();
+    }
+
+    fn take_in(&mut self, change: Change) {
         match change {
             Change::Listed(kind, listed) => self.replace(kind, listed),
             Change::Applied(kind, decoded) => self.apply(kind, decoded),
@@ -122,7 +140,7 @@ impl Store {
     }
 
     fn apply(&mut self, kind: Kind, decoded: Decoded) {
-        let Decoded { key, version, generation, item, told } = decoded;
+        let Decoded { key, version, generation, item, told, remains } = decoded;
         if kind == Kind::Pod && is_newer(&version, &self.newest_pod) {
             self.newest_pod = version;
         }
@@ -134,25 +152,41 @@ impl Store {
             // It was of use, and is no longer.
             Ok(None) => self.delete(kind, &key),
             Err(fault) => {
-                let kept = if self.is_known(kind, &key) {
-                    "its last good state is used until that is mended"
-                } else {
-                    "it is not used until that is mended"
-                };
-                let name = match &key {
-                    (Some(namespace), name) => format!("{namespace}/{name}"),
-                    (None, name) => name.to_string(),
-                };
-                if matches!(kind, Kind::EgressPolicy | Kind::ClusterEgressPolicy) && self.tells_policies {
-                    let policy = PolicyKey { namespace: key.0.clone(), name: key.1.clone() };
-                    let unreadable = Arc::new(Unreadable { message: format!("{fault}; {kept}"), generation });
-                    let c = &mut self.cluster;
-                    self.changed |= put(&mut c.unreadable, policy.clone(), unreadable);
-                    if let Some(told) = told {
-                        self.changed |= put(&mut c.policy_statuses, policy, told);
-                    }
+                if let (Some(told), true) = (told, self.tells_policies) {
+                    self.changed |= put(&mut self.cluster.policy_statuses, policy_key(&key), told);
                 }
-                self.faults.insert((kind, key), format!("{kind} {name}: {fault} ({kept})"));
+                self.faults.insert((kind, key), Faulty { text: fault.to_string(), generation, remains });
+            }
+        }
+    }
+
+    /// Puts in the place of policies that make no sense, and of which no last good state is known, what the ledger knows of
+    /// them; and tells policies what is used of them.
+    fn fill_in(&mut self) {
+        let policies = self.faults.iter().filter_map(|((_, key), fault)| Some((key, fault, fault.remains.as_deref()?)));
+        let policies: Vec<_> = policies.map(|(key, fault, remains)| (policy_key(key), fault, remains)).collect();
+        if policies.is_empty() && self.standing.is_empty() {
+            return;
+        }
+        let c = &mut self.cluster;
+        let is_lost = |key: &PolicyKey| {
+            self.standing.contains(key) || !(c.policies.contains_key(key) || self.waiting.contains_key(key))
+        };
+        let lost = policies.iter().filter(|(key, ..)| is_lost(key));
+        let stands: BTreeMap<PolicyKey, Policy> =
+            lost.filter_map(|(key, _, remains)| Some((key.clone(), stand_in(c, key, remains)?))).collect();
+        for key in std::mem::take(&mut self.standing).iter().filter(|key| !stands.contains_key(key)) {
+            self.changed |= remove(&mut c.policies, key);
+        }
+        for (key, policy) in stands {
+            self.changed |= put(&mut c.policies, key.clone(), Arc::new(policy));
+            self.standing.insert(key);
+        }
+        if self.tells_policies {
+            for (key, fault, _) in policies {
+                let message = format!("{}; {}", fault.text, used(c, &self.waiting, &self.standing, &key));
+                let unreadable = Arc::new(Unreadable { message, generation: fault.generation });
+                self.changed |= put(&mut c.unreadable, key, unreadable);
             }
         }
     }
@@ -160,8 +194,7 @@ impl Store {
     /// Nothing is wrong with an object any more.
     fn mended(&mut self, kind: Kind, key: &Key) {
         if self.faults.remove(&(kind, key.clone())).is_some() {
-            let policy = PolicyKey { namespace: key.0.clone(), name: key.1.clone() };
-            self.changed |= remove(&mut self.cluster.unreadable, &policy);
+            self.changed |= remove(&mut self.cluster.unreadable, &policy_key(key));
         }
     }
 
@@ -201,6 +234,7 @@ impl Store {
                     Some(status) => put(&mut c.policy_statuses, key.clone(), status),
                     None => c.policy_statuses.contains_key(&key) && c.policy_statuses.remove(&key).is_some(),
                 };
+                self.standing.remove(&key);
                 let ready = matches!(policy.pods, PodMatch::Labels(_)) || self.listed.contains(&Kind::Service);
                 self.waiting.remove(&key);
                 if ready {
@@ -226,6 +260,7 @@ impl Store {
             Kind::EgressPolicy | Kind::ClusterEgressPolicy => {
                 let key = PolicyKey { namespace: namespace.clone(), name: name.clone() };
                 self.waiting.remove(&key);
+                self.standing.remove(&key);
                 let told = remove(&mut c.policy_statuses, &key);
                 remove(&mut c.policies, &key) || told
             }
@@ -296,8 +331,48 @@ impl Store {
 
     /// What is wrong now, a line each.
     pub fn problems(&self) -> Vec<String> {
-        self.states.values().chain(self.faults.values()).cloned().collect()
+        let faults = self.faults.iter().map(|((kind, key), fault)| {
+            let used = match kind {
+                Kind::EgressPolicy | Kind::ClusterEgressPolicy => {
+                    used(&self.cluster, &self.waiting, &self.standing, &policy_key(key))
+                }
+                _ if self.is_known(*kind, key) => LAST_GOOD,
+                _ => NOTHING,
+            };
+            let name = match key {
+                (Some(namespace), name) => format!("{namespace}/{name}"),
+                (None, name) => name.to_string(),
+            };
+            format!("{kind} {name}: {} ({used})", fault.text)
+        });
+        self.states.values().cloned().chain(faults).collect()
     }
+}
+
+/// What is used of an object that makes no sense.
+const LAST_GOOD: &str = "its last good state is used until that is mended";
+const NOTHING: &str = "it is not used until that is mended";
+const PATH: &str = "its last good state is not known: until that is mended, whatever its pods send to the outside leaves by \
+                    the path that the ledger gives it";
+
+/// The same, of a policy.
+fn used(
+    cluster: &Cluster,
+    waiting: &BTreeMap<PolicyKey, Arc<Policy>>,
+    standing: &BTreeSet<PolicyKey>,
+    key: &PolicyKey,
+) -> &'static str {
+    if standing.contains(key) {
+        PATH
+    } else if cluster.policies.contains_key(key) || waiting.contains_key(key) {
+        LAST_GOOD
+    } else {
+        NOTHING
+    }
+}
+
+fn policy_key((namespace, name): &Key) -> PolicyKey {
+    PolicyKey { namespace: namespace.clone(), name: name.clone() }
 }
 
 /// Puts a value in place unless an equal one is there: a map that is looked at only is not copied.

@@ -67,6 +67,49 @@ fn an_object_that_makes_no_sense_keeps_its_last_good_state() {
     assert!(store.problems().is_empty());
 }
 
+/// A daemon that starts while a policy makes no sense has no last good state of it, and its pods must not be let out.
+#[test]
+fn for_a_policy_in_force_that_makes_no_sense_stands_what_the_ledger_knows() {
+    let mut store = full();
+    let bad = json!({"podSelector": {"matchLabels": {"app": "x"}}, "priority": 7, "gateway": 7});
+    store.take(listed(Kind::EgressPolicy, &[policy("p", bad.clone()), policy("never", bad)]));
+    assert!(store.news().unwrap().policies.is_empty());
+    let gateway = |policies: Value| {
+        json!({"metadata": {"name": "g"}, "spec": {"nodeSelector": {}, "addresses": ["192.0.2.50"]},
+            "status": {"paths": [{"id": 5, "kind": "Dedicated", "ipv4": "192.0.2.50", "policies": policies}]}})
+    };
+    store.take(listed(Kind::EgressGateway, &[gateway(json!(["shop/p"]))]));
+    let cluster = store.news().unwrap();
+    let key = PolicyKey::from("shop/p");
+    assert_eq!(cluster.policies.keys().collect::<Vec<_>>(), [&key]);
+    let stands = &cluster.policies[&key];
+    assert!(stands.egress.is_none() && stands.priority == 7 && stands.gateway.as_deref() == Some("g"));
+    assert!(matches!(&stands.pods, PodMatch::Labels(pods) if pods.matches(&[("app", "x")].into_iter().collect())));
+    assert!(matches!(&stands.pods, PodMatch::Labels(pods) if !pods.matches(&[("app", "y")].into_iter().collect())));
+    let told = |name: &str| cluster.unreadable[&PolicyKey::from(name)].message.clone();
+    assert!(told("shop/p").contains("by the path that the ledger gives it"), "{}", told("shop/p"));
+    assert!(told("shop/never").contains("it is not used"), "{}", told("shop/never"));
+    assert!(store.problems().iter().any(|p| p.contains("EgressPolicy shop/p: ") && p.contains("the ledger gives it")));
+
+    // It is mended; then it makes no sense again, and has a last good state.
+    let good = decoded(Kind::EgressPolicy, &policy("p", json!({"podSelector": {}})));
+    store.take(Change::Applied(Kind::EgressPolicy, good));
+    let cluster = store.news().unwrap();
+    assert!(cluster.policies[&key].gateway.is_none() && !cluster.unreadable.contains_key(&key));
+    store.take(Change::Applied(Kind::EgressPolicy, decoded(Kind::EgressPolicy, &policy("p", json!({"gateway": 7})))));
+    let cluster = store.news().unwrap();
+    assert!(cluster.policies[&key].gateway.is_none() && cluster.unreadable[&key].message.contains("last good state"));
+    // It goes.
+    store.take(Change::Deleted(Kind::EgressPolicy, (Some("shop".into()), "p".into())));
+    assert!(store.news().unwrap().policies.is_empty());
+    // What stands for one goes with the ledger's entry.
+    let again = decoded(Kind::EgressPolicy, &policy("p", json!({"gateway": 7})));
+    store.take(Change::Applied(Kind::EgressPolicy, again));
+    assert_eq!(store.news().unwrap().policies.len(), 1);
+    store.take(Change::Applied(Kind::EgressGateway, decoded(Kind::EgressGateway, &gateway(json!([])))));
+    assert!(store.news().unwrap().policies.is_empty());
+}
+
 #[test]
 fn a_policy_that_goes_by_services_waits_for_them() {
     let mut store = full();
