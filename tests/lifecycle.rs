@@ -3,10 +3,11 @@
 mod lab;
 
 use lab::kernel::assert_no_traces;
-use lab::scene::{assert_leaves_by_egress, assert_leaves_by_node};
+use lab::scene::{assert_leaves_by_egress, assert_leaves_by_node, visitors};
 use lab::server::UDP_WHO;
 use lab::{EGRESS4, EXT4, Lab, Pod, SERVERS, Server, VISITOR, manifests};
 use serde_json::{Value, json};
+use std::fs;
 use std::net::IpAddr;
 use std::thread;
 use std::time::Duration;
@@ -318,6 +319,95 @@ fn a_pod_inherits_no_connection_of_an_adopted_pod_that_had_its_address() {
         second.unplug();
         second.pod.forget();
     }
+}
+
+/// A runtime that is killed with all its pods calls no DEL, and what the plugin wrote down of them stays.
+#[test]
+fn what_is_left_of_a_pod_without_a_del_lets_no_other_pod_out() {
+    let lab = Lab::scene();
+    let daemon = lab.daemon("n1");
+    let vanishes = |pod: &ByHand| {
+        pod.unplug();
+        pod.pod.forget();
+    };
+
+    // The address is another pod's, which was started without the plugin.
+    vanishes(&ByHand::add(&lab, "lost", VISITOR, "cali1", "10.244.1.77"));
+    let mut heir = ByHand::make(&lab, "heir", VISITOR, "cali2", "10.244.1.77");
+    heir.pod.relabel(VISITOR);
+    lab.wait_seen_as(&heir.pod, EGRESS4);
+
+    // So is the name.
+    vanishes(&ByHand::add(&lab, "web-0", VISITOR, "cali3", "10.244.1.78"));
+    let mut again = ByHand::make(&lab, "web-0", VISITOR, "cali4", "10.244.1.79");
+    again.pod.relabel(VISITOR);
+    lab.wait_seen_as(&again.pod, EGRESS4);
+
+    // And the index of its interface, of a pod that the plugin brought.
+    let gone = ByHand::make(&lab, "gone", VISITOR, "cali5 index 1000", "10.244.1.80");
+    gone.egret("ADD");
+    vanishes(&gone);
+    let mut indexed = ByHand::make(&lab, "indexed", VISITOR, "cali6 index 1000", "10.244.1.81");
+    indexed.egret("ADD");
+    indexed.pod.relabel(VISITOR);
+
+    lab.forget_wire();
+    for _ in 0..2 {
+        for _ in 0..10 {
+            for pod in [&heir, &again, &indexed] {
+                assert_eq!(pod.pod.udp_who(EXT4).ok(), Some(EGRESS4.into()), "{}", pod.pod.name);
+            }
+            thread::sleep(Duration::from_millis(20));
+        }
+        daemon.kill9();
+        daemon.restart();
+        lab.wait_ready("n1");
+    }
+    assert_eq!(lab.sources(EXT4), [EGRESS4.into()].into());
+}
+
+#[test]
+fn a_last_word_that_cannot_be_written_holds_up_no_policy() {
+    let lab = Lab::scene();
+    let pod = lab.add_pod("n1", "office", "visitor", VISITOR);
+    assert_leaves_by_node(&pod);
+    // Whoever writes the file finds a directory in the way.
+    let in_the_way = lab.node("n1").run_dir().join(".last-word.json");
+    fs::create_dir(&in_the_way).expect("a directory");
+    lab.write_manifest("more.yaml", &visitors().replace("namespace: shop", "namespace: office"));
+    lab.wait_seen_as(&pod, EGRESS4);
+    lab.wait_until("it says that something is wrong", Duration::from_secs(5), || !lab.ready("n1"));
+    // What it said before would let pods of that namespace go.
+    assert!(!lab.node("n1").run_dir().join("last-word.json").exists());
+    assert_leaves_by_egress(&lab.add_pod("n1", "office", "another", VISITOR));
+    fs::remove_dir(&in_the_way).expect("no directory");
+    lab.wait_ready("n1");
+    lab.daemon("n1").kill9();
+    lab.forget_wire();
+    assert!(lab.add_pod("n1", "office", "held", VISITOR).udp_who(EXT4).is_err());
+    lab.assert_silence();
+}
+
+#[test]
+fn an_emptied_run_directory_is_filled_again() {
+    let lab = Lab::scene();
+    let node = lab.node("n1");
+    let before = node.egret_state();
+    let pod = lab.add_pod("n1", "shop", "visitor", VISITOR);
+    for entry in fs::read_dir(node.run_dir()).expect("the run directory") {
+        let path = entry.expect("an entry").path();
+        if path.is_dir() { fs::remove_dir_all(path) } else { fs::remove_file(path) }.expect("removed");
+    }
+    // The daemon looks every half a minute.
+    lab.wait_until("the socket is back", Duration::from_secs(40), || node.cni_socket().exists());
+    let another = lab.add_pod("n1", "shop", "another", VISITOR);
+    [&pod, &another].into_iter().for_each(assert_leaves_by_egress);
+    let daemon = lab.daemon("n1");
+    daemon.kill9();
+    daemon.restart();
+    lab.wait_ready("n1");
+    [pod, another].into_iter().for_each(Pod::delete);
+    assert_no_traces(node, &before);
 }
 
 /// The kernel gives an index that is free again to the next interface that is moved here with it.

@@ -123,7 +123,8 @@ impl Attachment {
     }
 }
 
-/// Reads all attachments. Files that hold none are passed over.
+/// Reads all attachments, the oldest first: of two that name one interface, whose index was used again, the newer one has
+/// it. Files that hold none are passed over.
 ///
 /// # Errors
 /// The directory cannot be read; that it is not there is no error.
@@ -138,11 +139,14 @@ pub fn load_all(run_dir: &Path) -> io::Result<Vec<Attachment>> {
         if entry.file_name().as_encoded_bytes().first() == Some(&b'.') {
             continue;
         }
-        match fs::read(entry.path()) {
-            Ok(bytes) => all.extend(serde_json::from_slice::<Attachment>(&bytes).ok()),
+        match fs::read(entry.path()).and_then(|bytes| Ok((bytes, entry.metadata()?.modified()?))) {
+            Ok((bytes, written)) => {
+                all.extend(serde_json::from_slice::<Attachment>(&bytes).ok().map(|attachment| (written, attachment)));
+            }
             Err(e) if e.kind() == io::ErrorKind::NotFound => {}
             Err(e) => return Err(e),
         }
     }
-    Ok(all)
+    all.sort_by_key(|(written, _)| *written);
+    Ok(all.into_iter().map(|(_, attachment)| attachment).collect())
 }

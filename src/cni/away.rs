@@ -100,9 +100,15 @@ pub fn gc(run_dir: &Path, network: &str, valid: &[AttachmentId]) -> Result<(), F
     }
     let _lock = lock(run_dir)?;
     let mut quarantine = open()?;
-    let stale = load_all(run_dir).map_err(|e| files(run_dir, &e))?.into_iter().filter(is_stale);
+    let (stale, others): (Vec<_>, Vec<_>) =
+        load_all(run_dir).map_err(|e| files(run_dir, &e))?.into_iter().partition(is_stale);
+    let claimed: BTreeSet<&IpAddr> = others.iter().flat_map(|a| &a.addresses).collect();
+    let mut end = |a: &Attachment| {
+        a.addresses.iter().filter(|x| !claimed.contains(x)).try_for_each(|x| quarantine.lift(x)).map_err(kernel)?;
+        a.id.forget(run_dir).map_err(|e| files(run_dir, &e))
+    };
     // All are tried, the first error counts.
-    stale.map(|a| release(run_dir, &mut quarantine, &a.id)).fold(Ok(()), Result::and)
+    stale.iter().map(&mut end).fold(Ok(()), Result::and)
 }
 
 /// CHECK.

@@ -44,6 +44,11 @@ impl LastWord {
         Ok(if word.boot_id == boot_id()? { Some(word) } else { None })
     }
 
+    /// Takes back what was said, as well as it can be.
+    pub fn take_back(run_dir: &Path) {
+        let _ = fs::remove_file(run_dir.join(FILE));
+    }
+
     /// Writes the word, whole or not at all.
     ///
     /// # Errors

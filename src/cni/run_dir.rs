@@ -43,11 +43,19 @@ pub fn lock_daemon(run_dir: &Path) -> io::Result<Option<Flock<File>>> {
             Err((_, e)) => return Err(e.into()),
         };
         // An uninstallation removes the file; who locks what has been removed, locks nothing.
-        match (path.metadata(), lock.metadata()?) {
-            (Ok(there), own) if (there.dev(), there.ino()) == (own.dev(), own.ino()) => return Ok(Some(lock)),
-            _ => {}
+        if is_locked_by(run_dir, &lock)? {
+            return Ok(Some(lock));
         }
     }
+}
+
+/// Whether the lock is of the file that is there now.
+///
+/// # Errors
+/// The lock's own file cannot be looked at.
+pub fn is_locked_by(run_dir: &Path, lock: &File) -> io::Result<bool> {
+    let own = lock.metadata()?;
+    Ok(run_dir.join(DAEMON_LOCK).metadata().is_ok_and(|there| (there.dev(), there.ino()) == (own.dev(), own.ino())))
 }
 
 /// Takes the plugins' lock, for which it waits.

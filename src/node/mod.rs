@@ -18,7 +18,7 @@ mod taint;
 
 use crate::cluster::{self, Known, Scope, SourceName};
 use crate::cni::last_word::boot_id;
-use crate::cni::run_dir::{KNOWN, SOCKET};
+use crate::cni::run_dir::{self, KNOWN, SOCKET};
 use crate::cni::uninstalled;
 use crate::install::keep;
 use crate::kernel::watch::Watch;
@@ -27,7 +27,7 @@ use crate::plan::marks::Marks;
 use crate::telemetry::server::{self, Endpoint, ListenAddress};
 use anyhow::Context;
 use ipnetwork::IpNetwork;
-use socket::Question;
+use socket::{Door, Question};
 use state::Node;
 use std::net::IpAddr;
 use std::path::PathBuf;
@@ -75,7 +75,7 @@ pub struct Options {
 /// # Errors
 /// Something without which it cannot run at all: the run directory, the cluster's source, a socket.
 pub async fn run(options: Options) -> anyhow::Result<()> {
-    let _lock = socket::lock(&options.run_dir).await?;
+    let mut lock = socket::lock(&options.run_dir).await?;
     let (mut registry, metrics) = metrics::Metrics::new();
     uninstalled::clear(&options.run_dir).with_context(|| format!("run directory {}", options.run_dir.display()))?;
     // Before anything that can take long: without the entry pods start without Egret.
@@ -116,7 +116,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     let snapshot = source.snapshots.borrow_and_update().clone();
     let mut node = Node::start(options.clone(), source.statuses.clone(), snapshot, metrics, listeners).await?;
     let mut retry = node.settle(&ready).await;
-    let mut questions = None;
+    let mut door: Option<Door> = None;
     let mut retry_at = None;
     let mut untidy = None;
     let mut read_back = tokio::time::interval_at(Instant::now() + READ_BACK, READ_BACK);
@@ -133,16 +133,16 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
             untidy = untidy.or(Some(Instant::now() + TIDY));
         }
         // Nobody is answered before the kernel is in step: a plugin that finds nobody holds its pod back by itself.
-        if questions.is_none() && !retry {
-            questions = Some(socket::listen(&options.run_dir)?);
+        if door.is_none() && node.is_in_step() {
+            door = Some(socket::listen(&options.run_dir)?);
             tracing::info!(node = %options.name, "ready");
             tokio::spawn(taint::lift(source.statuses.clone(), options.name.clone()));
         }
         retry = tokio::select! {
             biased;
-            Some(first) = next(&mut questions) => {
+            Some(first) = next(&mut door) => {
                 let mut batch = vec![first];
-                while batch.len() < AT_ONCE && let Some(Ok(more)) = questions.as_mut().map(mpsc::Receiver::try_recv) {
+                while batch.len() < AT_ONCE && let Some(Ok(more)) = door.as_mut().map(|d| d.questions.try_recv()) {
                     batch.push(more);
                 }
                 node.answer(batch).await;
@@ -192,6 +192,17 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
                 retry
             }
             _ = read_back.tick() => {
+                if door.as_ref().is_some_and(|door| !door.is_there(&options.run_dir)) {
+                    let run_dir = options.run_dir.display();
+                    tracing::warn!(%run_dir, "the run directory was emptied; what it held is made anew");
+                    if !run_dir::is_locked_by(&options.run_dir, &lock)? {
+                        lock = socket::lock(&options.run_dir).await?;
+                    }
+                    match node.write_down().and_then(|()| socket::listen(&options.run_dir)) {
+                        Ok(new) => door = Some(new),
+                        Err(e) => tracing::error!(%run_dir, "it cannot be made anew, and is tried again: {e:#}"),
+                    }
+                }
                 node.distrust();
                 node.settle(&ready).await
             }
@@ -204,9 +215,9 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     }
 }
 
-async fn next(questions: &mut Option<mpsc::Receiver<Question>>) -> Option<Question> {
-    match questions {
-        Some(questions) => questions.recv().await,
+async fn next(door: &mut Option<Door>) -> Option<Question> {
+    match door {
+        Some(door) => door.questions.recv().await,
         None => std::future::pending().await,
     }
 }

@@ -38,6 +38,13 @@ struct Attached {
     judged: Judged,
 }
 
+impl Attached {
+    /// Whether it had an interface on the host that is there no more.
+    fn is_gone(&self) -> bool {
+        self.interface.is_none() && self.attachment.host.is_some()
+    }
+}
+
 /// A pod that ran before Egret came.
 #[derive(Debug)]
 struct Adopted {
@@ -164,6 +171,20 @@ impl Pods {
         self.has_brought(address) || self.adopted.values().any(|a| a.addresses.contains(address))
     }
 
+    /// Whether a pod that is not gone has this address.
+    pub fn is_in_use(&self, address: &IpAddr) -> bool {
+        let living = self.attached.values().filter(|a| !a.is_gone());
+        living.flat_map(|a| &a.attachment.addresses).any(|a| a == address)
+            || self.adopted.values().any(|a| a.addresses.contains(address))
+    }
+
+    /// Whether the plugin brought this pod, and it is gone: its DEL is still to come, or never comes.
+    pub fn is_gone(&self, key: &ObjectKey) -> bool {
+        let of_pod =
+            |a: &&Attached| *a.attachment.pod.namespace == *key.namespace && *a.attachment.pod.name == *key.name;
+        self.attached.values().filter(of_pod).any(Attached::is_gone)
+    }
+
     /// Whether the plugin brought a pod with this address.
     pub fn has_brought(&self, address: &IpAddr) -> bool {
         self.attached.values().any(|a| a.attachment.addresses.contains(address))
@@ -172,6 +193,11 @@ impl Pods {
     /// Whether the plugin brought this.
     pub fn get(&self, id: &AttachmentId) -> Option<&Attachment> {
         self.attached.get(id).map(|a| &a.attachment)
+    }
+
+    /// All that the plugin brought.
+    pub fn attachments(&self) -> impl Iterator<Item = &Attachment> {
+        self.attached.values().map(|a| &a.attachment)
     }
 
     /// Whether the pod is still here.
@@ -248,14 +274,17 @@ impl Pods {
 
     /// Pods that a policy selects, that run here, and that nobody brought: they are to be found.
     pub fn strangers(&self, cluster: &Cluster, view: &View) -> Vec<(ObjectKey, Vec<IpAddr>)> {
-        let mut brought: HashSet<(&str, &str)> = HashSet::new();
-        for a in self.attached.values() {
-            brought.insert((&a.attachment.pod.namespace, &a.attachment.pod.name));
-        }
+        // A record whose DEL never came may be of an earlier pod of that name, and says nothing of the one that runs now.
+        let living = self.attached.values().filter(|a| !a.is_gone()).map(|a| &a.attachment.pod);
+        let brought: HashMap<(&str, &str), &str> =
+            living.map(|pod| ((&*pod.namespace, &*pod.name), &*pod.uid)).collect();
+        let is_brought = |key: &ObjectKey, pod: &Pod| {
+            brought.get(&(&*key.namespace, &*key.name)).is_some_and(|uid| is_same(&pod.uid, uid))
+        };
         cluster
             .pods
             .iter()
-            .filter(|(key, pod)| runs(pod) && !brought.contains(&(&*key.namespace, &*key.name)))
+            .filter(|(key, pod)| runs(pod) && !is_brought(key, pod))
             .filter(|(key, _)| !self.adopted.contains_key(key) && !self.ended.contains_key(key))
             .filter(|(key, pod)| view.profile(&key.namespace, Some(&pod.labels)).is_some())
             .map(|(key, pod)| (key.clone(), pod.addresses.to_vec()))
@@ -370,8 +399,12 @@ pub fn is_known(attachment: &Attachment, cluster: &Cluster) -> bool {
 fn labels<'a>(attachment: &Attachment, cluster: &'a Cluster) -> Option<&'a Labels> {
     let key = ObjectKey::new(&attachment.pod.namespace, &attachment.pod.name);
     let pod = cluster.pods.get(&key)?;
-    let same = pod.uid.is_empty() || attachment.pod.uid.is_empty() || *pod.uid == *attachment.pod.uid;
-    same.then_some(&pod.labels)
+    is_same(&pod.uid, &attachment.pod.uid).then_some(&pod.labels)
+}
+
+/// Whether these are uids of one pod; not every source and every runtime tells them.
+fn is_same(uid: &str, other: &str) -> bool {
+    uid.is_empty() || other.is_empty() || uid == other
 }
 
 fn runs(pod: &Pod) -> bool {

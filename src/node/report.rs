@@ -83,6 +83,11 @@ impl Report {
         self.statuses.pod(pod, uid, Notice::warning("NoHostInterface", note.to_owned()));
     }
 
+    /// The last word is to be written anew: it may have been removed.
+    pub fn forget_last_word(&mut self) {
+        (self.spoken, self.spoken_of) = (None, Mark::default());
+    }
+
     /// Leaves word for a plugin that finds the daemon away.
     pub fn last_word(&mut self, view: &View) -> io::Result<()> {
         if view.policies.has(&self.spoken_of) {
@@ -94,7 +99,12 @@ impl Report {
         };
         let word = LastWord { boot_id: boot_id()?, selectable: names(reach.selectable), free: reach.free.map(names) };
         if self.spoken.as_ref() != Some(&word) {
-            word.store(&self.run_dir)?;
+            // An older word could let pods go that a policy selects now; without one, pods wait for the daemon.
+            if let Err(e) = word.store(&self.run_dir) {
+                self.spoken = None;
+                LastWord::take_back(&self.run_dir);
+                return Err(e);
+            }
             self.spoken = Some(word);
         }
         self.spoken_of = view.policies.mark();

@@ -5,7 +5,7 @@ use crate::cni::run_dir::{self, DAEMON_LOCK, SOCKET};
 use anyhow::Context;
 use nix::fcntl::Flock;
 use std::fs::{self, File};
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
 use std::time::Duration;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
@@ -47,11 +47,26 @@ pub async fn lock(run_dir: &Path) -> anyhow::Result<Flock<File>> {
     }
 }
 
+/// Where plugins ask.
+pub struct Door {
+    /// What they ask.
+    pub questions: mpsc::Receiver<Question>,
+    /// The socket's inode.
+    inode: u64,
+}
+
+impl Door {
+    /// Whether plugins still find it.
+    pub fn is_there(&self, run_dir: &Path) -> bool {
+        fs::metadata(run_dir.join(SOCKET)).is_ok_and(|there| there.ino() == self.inode)
+    }
+}
+
 /// Listens, in place of a daemon that is gone.
 ///
 /// # Errors
 /// The socket cannot be made.
-pub fn listen(run_dir: &Path) -> anyhow::Result<mpsc::Receiver<Question>> {
+pub fn listen(run_dir: &Path) -> anyhow::Result<Door> {
     let path = run_dir.join(SOCKET);
     // Bound under another name and renamed, so that there is no moment in which plugins find no socket and nobody
     // else may connect before its mode is right.
@@ -61,6 +76,7 @@ pub fn listen(run_dir: &Path) -> anyhow::Result<mpsc::Receiver<Question>> {
     fs::set_permissions(&temporary, fs::Permissions::from_mode(0o600))
         .and_then(|()| fs::rename(&temporary, &path))
         .with_context(|| format!("socket {}", path.display()))?;
+    let inode = fs::metadata(&path).with_context(|| format!("socket {}", path.display()))?.ino();
     let (questions, asked) = mpsc::channel(256);
     tokio::spawn(async move {
         loop {
@@ -80,7 +96,7 @@ pub fn listen(run_dir: &Path) -> anyhow::Result<mpsc::Receiver<Question>> {
             }
         }
     });
-    Ok(asked)
+    Ok(Door { questions: asked, inode })
 }
 
 async fn converse(mut stream: UnixStream, questions: mpsc::Sender<Question>) -> std::io::Result<()> {

@@ -80,6 +80,8 @@ pub struct Node {
     sought: BTreeSet<ObjectKey>,
     /// Strangers that were looked for in vain: when, and the addresses that are in quarantine for it.
     missing: BTreeMap<ObjectKey, (Instant, Vec<IpAddr>)>,
+    /// Strangers of which nothing is to be made, and when that was found: they are not looked for again at once.
+    put_off: BTreeMap<ObjectKey, Instant>,
     /// Whether the view is older than the snapshot, the facts or the pods' addresses.
     stale: bool,
     /// Whether what lies below the pods' chains must be brought in step: tunnel, routes, addresses.
@@ -90,6 +92,10 @@ pub struct Node {
     listen: bool,
     /// Whether it is not known where other nodes' pods have their addresses.
     unknown_pods: bool,
+    /// Whether the kernel was in step the last time.
+    in_step: bool,
+    /// Why the last word could not be written.
+    unspoken: Option<String>,
     /// Whether the plugin may have left attachments and quarantines behind.
     left_behind: bool,
     /// Connections that have ended and are still in the kernel's table.
@@ -144,11 +150,14 @@ impl Node {
             moved: None,
             sought: BTreeSet::new(),
             missing: BTreeMap::new(),
+            put_off: BTreeMap::new(),
             stale: true,
             base: true,
             untidy: true,
             listen: true,
             unknown_pods: false,
+            in_step: false,
+            unspoken: None,
             left_behind: true,
             ended: Ended::default(),
             stale_packets: 0,
@@ -218,8 +227,10 @@ impl Node {
     /// A stranger was found, or not; one that is not found is held by its address.
     pub fn adopt(&mut self, found: Found) {
         self.sought.remove(&found.pod);
-        if found.addresses.iter().any(|a| self.pods.has_address(a)) {
-            // Meanwhile the address is another pod's, or the plugin brought this one.
+        let is_gone = found.interface.is_none() && self.pods.is_gone(&found.pod);
+        if is_gone || found.addresses.iter().any(|a| self.pods.is_in_use(a)) {
+            // The address is another pod's, the plugin brought this one meanwhile, or it is gone and only its DEL is late.
+            self.put_off.insert(found.pod, Instant::now());
             return;
         }
         let before = self.missing.remove(&found.pod);
@@ -228,6 +239,11 @@ impl Node {
             self.left_behind |= before.is_some();
             self.stale |= found.addresses.iter().any(|x| !self.view.networks.is_of_pods(*x));
             self.pods.adopt(found.pod, interface, found.addresses);
+            return;
+        }
+        if !self.is_to_be_held(&found.pod, &found.addresses) {
+            // It ended while it was looked for.
+            self.left_behind |= before.is_some();
             return;
         }
         if before.is_none() {
@@ -312,6 +328,20 @@ impl Node {
         }
     }
 
+    /// Whether the kernel was in step when that was last seen to.
+    pub fn is_in_step(&self) -> bool {
+        self.in_step
+    }
+
+    /// Writes down anew what the run directory is to hold.
+    ///
+    /// # Errors
+    /// It cannot be written.
+    pub fn write_down(&mut self) -> Result<()> {
+        self.report.forget_last_word();
+        self.pods.attachments().try_for_each(|a| a.store(&self.options.run_dir)).context("attachments")
+    }
+
     /// Brings the kernel in step and answers who waits for it. Returns whether it has to be tried again.
     pub async fn settle(&mut self, ready: &watch::Sender<Result<(), String>>) -> bool {
         let started = Instant::now();
@@ -319,6 +349,7 @@ impl Node {
         let failure =
             result.as_ref().err().map(|e| Failure::new(codes::KERNEL, "the kernel is not in step", format!("{e:#}")));
         self.metrics.applied(started.elapsed(), &result);
+        self.in_step = result.is_ok();
         for waiting in self.waiting.extract_if(.., |w| failure.is_some() || w.is_due(&self.pods)) {
             self.metrics.answered(waiting.verb, waiting.since.elapsed());
             // A plugin that has given up meanwhile will come with a DEL.
@@ -329,7 +360,10 @@ impl Node {
         if let Some(failure) = &failure {
             tracing::error!("{failure}; trying again");
         }
-        let state = failure.map_or(Ok(()), |f| Err(f.to_string()));
+        if let Some(unspoken) = self.unspoken.as_ref().filter(|_| failure.is_none()) {
+            tracing::error!("{unspoken}; trying again");
+        }
+        let state = failure.map(|f| f.to_string()).or_else(|| self.unspoken.clone()).map_or(Ok(()), Err);
         ready.send_if_modified(|now| {
             let changed = *now != state;
             now.clone_from(&state);
@@ -349,7 +383,10 @@ impl Node {
             self.drop_missing();
         }
         let left_behind = self.left_behind;
+        let mut quarantined = BTreeSet::new();
         if left_behind {
+            // Before the attachments, for a plugin writes those first: whose quarantine is seen here is known then.
+            quarantined = self.host.quarantined()?;
             // Word of one that is gone may have been lost, and the kernel takes no chain of an interface that is not there.
             for index in self.pods.interfaces() {
                 self.veth_gone(index).await;
@@ -364,7 +401,9 @@ impl Node {
             (self.listen, self.untidy) = (true, true);
             changes += self.bring_base_in_step().await?;
         }
-        self.report.last_word(&self.view).context("last word")?;
+        self.unspoken = self.report.last_word(&self.view).err().map(|e| {
+            format!("plugins that find this daemon away can be told nothing: the last word cannot be written: {e}")
+        });
         let (tables, uses) = self.bring_tables_in_step()?;
         changes += tables;
         if base || self.moved.is_none() {
@@ -376,7 +415,7 @@ impl Node {
         if left_behind {
             let missing = self.unfound();
             self.host.quarantine(&missing)?;
-            lifted = self.host.quarantined()?.difference(&missing).copied().collect();
+            lifted = quarantined.difference(&missing).copied().collect();
             self.ended.quarantined = lifted.iter().filter(|a| self.pods.has_brought(a)).copied().collect();
         }
         // Before anybody is answered: the runtime may give a pod's address to the next one then.
@@ -401,12 +440,16 @@ impl Node {
     /// selects any more.
     fn drop_missing(&mut self) {
         let before = self.missing.len();
-        let (cluster, view) = (&self.cluster, &self.view);
-        self.missing.retain(|key, (_, held)| {
-            let pod = cluster.pods.get(key).filter(|pod| *pod.addresses == **held);
-            pod.is_some_and(|pod| view.profile(&key.namespace, Some(&pod.labels)).is_some())
-        });
+        let mut missing = std::mem::take(&mut self.missing);
+        missing.retain(|key, (_, held)| self.is_to_be_held(key, held));
+        self.missing = missing;
         self.left_behind |= self.missing.len() < before;
+    }
+
+    /// Whether the cluster has a pod with these addresses that a policy selects.
+    fn is_to_be_held(&self, key: &ObjectKey, addresses: &[IpAddr]) -> bool {
+        let pod = self.cluster.pods.get(key).filter(|pod| *pod.addresses == *addresses);
+        pod.is_some_and(|pod| self.view.profile(&key.namespace, Some(&pod.labels)).is_some())
     }
 
     /// The addresses of strangers that were looked for in vain.
@@ -482,9 +525,10 @@ impl Node {
         if self.cluster.pods.is_empty() {
             return;
         }
+        self.put_off.retain(|_, since| since.elapsed() < SEEK_AGAIN);
         let mut strangers = self.pods.strangers(&self.cluster, &self.view);
         let again = |key: &ObjectKey| self.missing.get(key).is_none_or(|(since, _)| since.elapsed() >= SEEK_AGAIN);
-        strangers.retain(|(key, _)| again(key) && self.sought.insert(key.clone()));
+        strangers.retain(|(key, _)| again(key) && !self.put_off.contains_key(key) && self.sought.insert(key.clone()));
         adoption::seek(&self.host.routes, strangers, &self.listeners.adopted);
     }
 
