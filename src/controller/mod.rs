@@ -46,7 +46,10 @@ pub async fn run(source: &SourceName, metrics_address: ListenAddress) -> anyhow:
             Some(server)
         }
     };
-    let source = cluster::open(source, Scope::Controller).await?;
+    let source = tokio::select! {
+        source = cluster::open(source, Scope::Controller) => source?,
+        ended = stopped() => return ended,
+    };
     let stop = source.leadership.clone();
     tokio::select! {
         ended = keep(source, metrics, ready) => ended,

@@ -8,6 +8,7 @@ use crate::plan::ledger::{Outcome, allocate};
 use crate::plan::model::{Cluster, Gateway, PolicyKey};
 use crate::plan::report::{of_gateway, of_policy, report};
 use crate::plan::selector::Name;
+use crate::plan::stand_in::listed_only;
 use anyhow::{Context, bail};
 use jiff::Timestamp;
 use std::collections::{BTreeMap, BTreeSet};
@@ -66,7 +67,8 @@ impl Controller {
     /// was when it began to lead. A ledger that it does not know of could have what it gives out.
     pub(super) async fn begin(&mut self, snapshots: &mut watch::Receiver<Arc<Cluster>>) -> anyhow::Result<()> {
         self.term = self.leadership.term();
-        (self.unseen, self.uncertain) = (Unseen::default(), BTreeMap::new());
+        // What is uncertain stays so: a term that lapsed and goes on makes nothing void that was sent in it.
+        self.unseen = Unseen::default();
         while self.leads() {
             let wanted = match self.statuses.gateway_versions().await {
                 Ok(None) => return Ok(()),
@@ -86,7 +88,12 @@ impl Controller {
             };
             let caught_up = async { snapshots.wait_for(|cluster| missing(cluster).is_none()).await.map(drop) };
             match timeout(CATCH_UP, caught_up).await {
-                Ok(shown) => return shown.context("the source of cluster state has ended"),
+                Ok(shown) => {
+                    shown.context("the source of cluster state has ended")?;
+                    // A policy that the ledger lists may be younger than what is shown of policies; one that is gone stays so.
+                    let _ = timeout(CATCH_UP, snapshots.wait_for(|cluster| listed_only(cluster).is_empty())).await;
+                    return Ok(());
+                }
                 Err(_) => {
                     let gateway = missing(&snapshots.borrow()).unwrap_or_default();
                     warn!(

@@ -209,6 +209,21 @@ impl Client {
         accept: &str,
         content: Option<(&str, Vec<u8>)>,
     ) -> Result<Pieces, Failure> {
+        self.open_within(PATIENCE, method, path, accept, content).await
+    }
+
+    /// The same, with another patience: an API server may make the whole of a long list before it sends the head.
+    ///
+    /// # Errors
+    /// As [`Client::open`].
+    pub async fn open_within(
+        &self,
+        patience: Duration,
+        method: Method,
+        path: &str,
+        accept: &str,
+        content: Option<(&str, Vec<u8>)>,
+    ) -> Result<Pieces, Failure> {
         let mut request = Request::builder().method(method).uri(path).header(ACCEPT, accept);
         let mut body = Vec::new();
         if let Some((type_, bytes)) = content {
@@ -217,13 +232,13 @@ impl Client {
         }
         let request = request.body(Body::from(body)).map_err(|e| Failure::Unreachable(format!("{path}: {e}")))?;
         let client = self.current().0.clone();
-        let sent = timeout(PATIENCE, client.send(request)).await;
+        let sent = timeout(patience, client.send(request)).await;
         let away = !matches!(sent, Ok(Ok(_)));
         if self.0.away.swap(away, Ordering::Relaxed) && !away {
             self.0.back.notify_waiters();
         }
         let answer = match sent {
-            Err(_) => return Err(Failure::Unknown(format!("nothing came for {} s", PATIENCE.as_secs()))),
+            Err(_) => return Err(Failure::Unknown(format!("nothing came for {} s", patience.as_secs()))),
             Ok(Err(e)) => return Err(unsent(&e)),
             Ok(Ok(answer)) => answer,
         };

@@ -55,17 +55,9 @@ const LINGER: Duration = Duration::from_secs(60);
 /// Follows the API server until nobody listens any more.
 pub(super) async fn open(options: KubeOptions, scope: Scope) -> anyhow::Result<Source> {
     let client = Client::connect(options.kubeconfig).await?;
-    let (node, leadership) = match scope {
-        Scope::Node(name) => (Some(Name::from(name)), Leadership::Alone),
-        Scope::Controller => match options.lease {
-            Some(mut lease) => {
-                if lease.namespace.is_empty() {
-                    lease.namespace = client.namespace();
-                }
-                (None, Leadership::Lease(lease::Leadership::start(client.clone(), lease)))
-            }
-            None => (None, Leadership::Alone),
-        },
+    let (node, lease) = match scope {
+        Scope::Node(name) => (Some(Name::from(name)), None),
+        Scope::Controller => (None, options.lease),
     };
     let (changes, taken) = mpsc::channel(CHANGES);
     let files = Files::new(options.known.filter(|_| node.is_some()));
@@ -77,6 +69,16 @@ pub(super) async fn open(options: KubeOptions, scope: Scope) -> anyhow::Result<S
         follower.tasks.follow(kind);
     }
     let first = follower.first().await;
+    // Not before: who cannot read the cluster must not keep others from leading.
+    let leadership = match lease {
+        Some(mut lease) => {
+            if lease.namespace.is_empty() {
+                lease.namespace = client.namespace();
+            }
+            Leadership::Lease(lease::Leadership::start(client.clone(), lease))
+        }
+        None => Leadership::Alone,
+    };
     let (snapshots, snapshots_seen) = channel::channel(Arc::new(first));
     let (problems, problems_seen) = channel::channel(Arc::new(follower.store.problems()));
     tokio::spawn(follower.follow(snapshots, problems));

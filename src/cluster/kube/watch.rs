@@ -26,8 +26,8 @@ use tracing::{debug, info};
 const WATCH: Duration = Duration::from_secs(240);
 /// So long after that a watch that has not ended is given up.
 const GRACE: Duration = Duration::from_secs(20);
-/// A list of which no more has come for this long is given up.
-const LIST_PATIENCE: Duration = Duration::from_secs(30);
+/// A list of which nothing, or no more, has come for this long is given up.
+const LIST_PATIENCE: Duration = Duration::from_secs(60);
 /// How long to wait after a failure: at first, and at most.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(10));
 /// What has worked for this long did work.
@@ -132,7 +132,9 @@ impl Watch {
     pub async fn run(self) {
         let mut backoff = Backoff::default();
         let mut book = self.files.book(self.kind);
-        let mut from = Origin::Cache;
+        // The API server's memory may be older than what an earlier controller has written, and what is not there would lose
+        // its path. There are two controllers, and thousands of nodes.
+        let mut from = if self.reading.node.is_none() && self.kind.is_ours() { Origin::Store } else { Origin::Cache };
         // How many there were, as of the last list and all changes since.
         let mut count = 0usize;
         'list: loop {
@@ -218,7 +220,8 @@ impl Watch {
         let mut all = Listed::new();
         loop {
             let path = format!("{}?{query}{}", self.kind.path(), self.selector_after());
-            let mut body = self.client.open(Method::GET, &path, self.kind.accept().0, None).await?;
+            let accept = self.kind.accept().0;
+            let mut body = self.client.open_within(LIST_PATIENCE, Method::GET, &path, accept, None).await?;
             let mut splitter = Splitter::default();
             let mut nameless = None;
             while let Some(piece) = body.next(LIST_PATIENCE).await? {

@@ -205,6 +205,19 @@ impl<'a> Book<'a> {
         self.ids.find(&format!("{}/{name}", self.desks[gateway].name))
     }
 
+    /// A path from the pool. If it has the id that its policies had until now, as when they come to name the address that they
+    /// have, it stays on its node.
+    pub(super) fn again(&self, gateway: usize, id: u16, kind: PathKind, address: AddressPair) -> Path {
+        let path = Path::new(gateway, id, kind, address, None);
+        let mut before = self.desks[gateway].gateway.status.paths.iter();
+        match before.find(|before| before.id == id && before.kind != PathKind::Node) {
+            Some(before) => {
+                Path { node: before.node.clone(), since: before.since, leaving: before.leaving.clone(), ..path }
+            }
+            None => path,
+        }
+    }
+
     /// A node's own address, as a path can have it: its first InternalIP of each family.
     pub(super) fn own_address(&self, node: &Node) -> AddressPair {
         let internal = node.addresses.iter().take(node.internal).copied();

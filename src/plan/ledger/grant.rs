@@ -68,7 +68,7 @@ fn explicit(book: &mut Book, demand: usize, address: AddressPair) -> Result<usiz
     check_named(book, gateway, &address, &policies)?;
     let name = format!("Explicit/{}", in_words(&address));
     let id = book.new_id(gateway, &address, &policies, &name).ok_or_else(no_id)?;
-    Ok(book.enter(Path::new(gateway, id, PathKind::Explicit, address, None)))
+    Ok(book.enter(book.again(gateway, id, PathKind::Explicit, address)))
 }
 
 /// Whether policies can have the addresses that they name.
@@ -170,7 +170,7 @@ fn pool(book: &mut Book, demand: usize, kind: PathKind) -> Result<usize, Refusal
         _ => format!("Dedicated/{}", book.demands.applicants[policies[0]].name),
     };
     let id = book.new_id(gateway, &address, &policies, &name).ok_or_else(no_id)?;
-    Ok(book.enter(Path::new(gateway, id, kind, address, None)))
+    Ok(book.enter(book.again(gateway, id, kind, address)))
 }
 
 /// A gateway's nodes as paths: which has one, and how many policies use it.

@@ -36,9 +36,8 @@ struct Said<'a> {
 pub fn report(cluster: &Cluster, outcome: &Outcome, now: i64) -> BTreeMap<PolicyKey, EgressPolicyStatus> {
     let use_of = uses(cluster);
     let said = Said::new(cluster);
-    // Whether somebody would tell if its nodes were dead, and take over what they have.
-    let heard: HashMap<&Name, bool> =
-        cluster.gateways.iter().map(|(name, gateway)| (name, said.is_heard(gateway))).collect();
+    let living: HashMap<&Name, Vec<&Name>> =
+        cluster.gateways.iter().map(|(name, gateway)| (name, said.living(gateway))).collect();
     let mut statuses = BTreeMap::new();
     for (key, policy) in &cluster.policies {
         let Some(verdict) = outcome.verdicts.get(key) else { continue };
@@ -54,7 +53,8 @@ pub fn report(cluster: &Cluster, outcome: &Outcome, now: i64) -> BTreeMap<Policy
                 status.addresses = Some(grant.address.clone());
                 status.node = grant.node.as_deref().map(str::to_owned);
                 conditions.add("Accepted", true, "Accepted", accepted(grant));
-                let (state, reason, mut message) = said.ready(grant, heard.get(&grant.gateway) == Some(&true));
+                let (state, reason, mut message) =
+                    said.ready(grant, living.get(&grant.gateway).map_or(&[], Vec::as_slice));
                 if let Some(wanted) = policy.move_to().filter(|wanted| grant.node.as_ref() != Some(wanted)) {
                     message += &format!(
                         "; {MOVE_TO} asks for node {wanted:?}, which cannot have it now: it is no node of the gateway, \
@@ -119,21 +119,35 @@ impl<'a> Said<'a> {
         }
     }
 
-    /// Whether a node of the gateway is known to live.
-    fn is_heard(&self, gateway: &Gateway) -> bool {
+    /// The nodes of the gateway that are known to live.
+    fn living(&self, gateway: &Gateway) -> Vec<&'a Name> {
         let lives = |name: &Name, node: &Node| {
             !node.lost && !self.silent.contains(&**name) && self.cluster.egress_nodes.contains_key(name)
         };
-        self.cluster.nodes.iter().any(|(name, node)| gateway.nodes.matches(&node.labels) && lives(name, node))
+        let nodes = self.cluster.nodes.iter().filter(|(_, node)| gateway.nodes.matches(&node.labels));
+        nodes.filter(|(name, node)| lives(name, node)).map(|(name, _)| name).collect()
+    }
+
+    /// Whether the holder of a path can be believed that it holds it: one that has died since does not take that back. Nobody
+    /// hears of it, or another one takes the path over at once, if there is one that can.
+    fn is_believed(&self, holder: &Name, grant: &Grant, living: &[&Name]) -> bool {
+        if living.contains(&holder) {
+            return true;
+        }
+        let managed = self.cluster.gateways.get(&grant.gateway).is_some_and(|g| g.placement == Placement::Managed);
+        let takes_over = |node: &&Name| !self.refused.contains_key(&(&***node, grant.id));
+        // What Kubernetes hears nothing of, others would say that they do not hear.
+        let others_would_tell = !self.silent.contains(&**holder) && !living.is_empty();
+        others_would_tell || (managed && grant.kind != PathKind::Node && living.iter().any(takes_over))
     }
 
     fn holds(&self, node: &str, path: u16) -> bool {
         self.held.get(node).is_some_and(|paths| paths.contains(&path))
     }
 
-    /// Whether the path's node holds it, if that is known: status, reason and message. `heard` tells whether a node of the
-    /// gateway is known to live.
-    fn ready(&self, grant: &Grant, heard: bool) -> (Option<bool>, &'static str, String) {
+    /// Whether the path's node holds it, if that is known: status, reason and message. `living` are the nodes of its gateway
+    /// that are known to live.
+    fn ready(&self, grant: &Grant, living: &[&Name]) -> (Option<bool>, &'static str, String) {
         let address = in_words(&grant.address);
         let Some(node) = &grant.node else {
             let external =
@@ -161,8 +175,7 @@ impl<'a> Said<'a> {
                 }
             };
         };
-        // What a node said before it died is not taken back; another one takes the path over, if there is one that can.
-        if !heard || (grant.kind == PathKind::Node && self.silent.contains(&**holder)) {
+        if !self.is_believed(holder, grant, living) {
             let message = format!("node {holder:?} held {address}, and nobody hears of it now; see whether it lives");
             return (None, NOT_HEARD, message);
         }

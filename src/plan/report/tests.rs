@@ -101,6 +101,17 @@ fn what_a_node_said_that_nobody_hears_of_is_not_believed() {
     world.assert_condition("a/own", "Ready", "Unknown", "NodeNotHeard", "nobody hears");
     world.misses(other(&held[1]), &[]);
 
+    // The one that lives cannot take it either, or it is somebody else's to place.
+    let id = world.allocate().grant("a/p").id;
+    world.misses(other(&held[0]), &[held[0].clone()]);
+    let mut standby = (*world.cluster.egress_nodes[other(&held[0])]).clone();
+    standby.of_paths_mut().refused.push(RefusedPath { id, message: "a host answers for it".into() });
+    let before = world.cluster.egress_nodes.insert(other(&held[0]).into(), Arc::new(standby)).unwrap();
+    world.assert_condition("a/p", "Ready", "Unknown", "NodeNotHeard", "nobody hears");
+    world.cluster.egress_nodes.insert(other(&held[0]).into(), before);
+    world.assert_condition("a/p", "Ready", "True", "AddressHeld", "holds");
+    world.misses(other(&held[0]), &[]);
+
     // Kubernetes hears of none of them.
     let lost = |world: &mut World, node: &str, lost| {
         Arc::make_mut(world.cluster.nodes.get_mut(node).unwrap()).lost = lost;

@@ -105,6 +105,27 @@ fn a_second_address_comes_to_an_explicit_path_without_a_new_id() {
 }
 
 #[test]
+fn who_comes_to_name_the_address_it_has_stays_on_its_node() {
+    let mut world = World::new(&["192.0.2.50-192.0.2.59", "2001:db8::50-2001:db8::59"]);
+    for name in ["a/1", "a/2", "a/3", "a/4"] {
+        world.policy(name, asking(Allocate::Dedicated));
+    }
+    let before = world.allocate();
+    world.settle();
+    for name in ["a/1", "a/2", "a/3", "a/4"] {
+        let grant = before.grant(name).clone();
+        let ipv4 = grant.address.ipv4.unwrap().to_string();
+        for spec in [naming(&[&ipv4]), asking(Allocate::Dedicated)] {
+            world.now += 1;
+            world.policy(name, spec);
+            let after = world.allocate();
+            let after = after.grant(name);
+            assert_eq!((after.id, &after.node, &after.leaving), (grant.id, &grant.node, &None), "{name}");
+        }
+    }
+}
+
+#[test]
 fn the_elder_claim_keeps_the_address() {
     let mut world = World::new(&["192.0.2.50-192.0.2.59", "2001:db8::50"]);
     world.policy("a/old", naming(&["192.0.2.50", "2001:db8::50"]));
