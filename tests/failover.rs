@@ -380,3 +380,21 @@ fn a_thousand_paths_move_at_once() {
     assert_short(gap, 1300);
     assert_short(longest, 1700);
 }
+
+/// It might take the paths over, and has not: its link is back before it has asked who has them.
+#[test]
+fn a_gateway_that_has_nothing_and_loses_its_link_for_a_moment_disturbs_nobody() {
+    let (lab, pod) = three_gateways();
+    let owner = holders(&lab).pop().expect("an owner");
+    let bystander = ["g1", "g2", "g3"].into_iter().find(|name| *name != owner).expect("another gateway");
+    let sessions = sessions(std::slice::from_ref(&pod));
+    for milliseconds in [300, 600, 900, 1200] {
+        plugged(&lab, bystander, false);
+        thread::sleep(Duration::from_millis(milliseconds));
+        plugged(&lab, bystander, true);
+        thread::sleep(Duration::from_millis(2500));
+    }
+    let longest = assert_live("a bystander's link", sessions);
+    assert_short(longest, 500);
+    assert_eq!(holders(&lab), [owner]);
+}

@@ -136,6 +136,24 @@ fn a_gateway_on_a_second_interface_leaves_by_it_and_its_next_hop() {
     });
     seen_everywhere();
 
+    // Its interface goes down: the path moves, and policies go on being enforced there.
+    lab.node(other).ip("link set eth1 down");
+    mishaps::label(&lab, owner, &[("egret.dev/gateway", "true")]);
+    lab.wait_until(&format!("{owner} has it"), PATIENCE, || has(lab.node(owner), "eth1", egress4));
+    seen_everywhere();
+    let late = lab.add_pod(other, "office", "late", &[]);
+    let of_office = manifests::policy("office", "late", "podSelector: {}\n  address: { ipv4: 198.51.100.51 }");
+    lab.write_manifest("office.yaml", &of_office);
+    let egress: IpAddr = [198, 51, 100, 51].into();
+    lab.wait_for("the partner to see it", &Some(egress), || late.who(PARTNER4).ok());
+    lab.node(other).ip("link set eth1 up");
+    mishaps::label(&lab, owner, &[("egret.dev/gateway", "no")]);
+    lab.wait_until(&format!("{other} alone has it"), PATIENCE, || {
+        has(lab.node(other), "eth1", egress4) && !has(lab.node(owner), "eth1", egress4)
+    });
+    seen_everywhere();
+    lab.remove_manifest("office.yaml");
+
     // What it needed in the kernel goes with it.
     let ways = |node: &str| {
         let of = |family: &str| {
@@ -279,4 +297,38 @@ fn a_connection_whose_port_another_one_has_gets_another_and_is_counted() {
     assert_eq!(counted() - before, f64::from(2 * 7 + 1));
     assert_eq!(lab.metrics(&owner).dropped("other_port"), None, "nothing is lost by it");
     drop((stream, other, open));
+}
+
+/// Its machine lives on, and must give its addresses to the others.
+#[test]
+fn a_gateways_node_that_is_deleted_from_the_cluster_lets_its_addresses_go() {
+    let lab = Lab::scene();
+    let (owner, other) = owner_and_other(&lab);
+    let pod = lab.add_pod("n1", "shop", "visitor", VISITOR);
+    assert_leaves_by_egress(&pod);
+    lab.remove_manifest(&format!("node-{owner}.yaml"));
+    lab.wait_for("the address is on", &vec![other.clone()], || mishaps::holders(&lab));
+    lab.wait_seen_as(&pod, EGRESS4);
+    assert_leaves_by_egress(&pod);
+}
+
+/// A next hop that the kernel refuses is one gateway's fault, and nobody else's.
+#[test]
+fn a_next_hop_that_makes_no_sense_stops_nothing_else() {
+    let lab = Lab::scene();
+    let pod = lab.add_pod("n1", "shop", "visitor", VISITOR);
+    let (owner, _) = owner_and_other(&lab);
+    // A node's own address is no router.
+    let own = lab.node(&owner).ipv4();
+    let second = manifests::gateway("second", &["192.0.2.70"]).replace("default: true", "default: false");
+    lab.write_manifest("second.yaml", &format!("{second}  nextHop: {{ ipv4: {own} }}\n"));
+    lab.wait_until("the log says so", PATIENCE, || lab.daemon(&owner).log().contains("next hop cannot be used"));
+    lab.wait_ready(&owner);
+    assert_leaves_by_egress(&pod);
+    let late = lab.add_pod(&owner, "office", "late", &[]);
+    lab.write_manifest(
+        "office.yaml",
+        &manifests::policy("office", "late", "podSelector: {}\n  address: { ipv4: 192.0.2.55 }"),
+    );
+    lab.wait_seen_as(&late, [192, 0, 2, 55]);
 }

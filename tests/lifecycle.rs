@@ -410,6 +410,25 @@ fn an_emptied_run_directory_is_filled_again() {
     assert_no_traces(node, &before);
 }
 
+#[test]
+fn a_pod_whose_veth_gets_another_name_is_held_on() {
+    let lab = Lab::scene();
+    let pod = ByHand::add(&lab, "visitor", VISITOR, "cali1", "10.244.1.77");
+    let node = lab.node("n1");
+    assert_eq!(pod.pod.who(EXT4).ok(), Some(EGRESS4.into()));
+    node.ip_batch(&["link set cali1 down".into(), "link set cali1 name other1".into(), "link set other1 up".into()]);
+    node.ip("route replace 10.244.1.77 dev other1");
+    lab.forget_wire();
+    for _ in 0..3 {
+        // It has everything read back.
+        pod.egret("CHECK");
+        assert_eq!(pod.pod.udp_who(EXT4).ok(), Some(EGRESS4.into()));
+    }
+    assert_eq!(lab.sources(EXT4), [EGRESS4.into()].into());
+    let chain = node.nft("list table inet egret");
+    assert!(chain.contains("other1") && !chain.contains("cali1"), "{chain}");
+}
+
 /// The kernel gives an index that is free again to the next interface that is moved here with it.
 #[test]
 fn late_word_of_a_veth_that_is_gone_is_not_taken_for_the_next_one_with_its_index() {

@@ -167,7 +167,8 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
                 node.heard(heard);
                 node.settle(&ready).await
             }
-            () = node.due() => {
+            // What is due and failed is tried again with all else.
+            () = node.due(), if !retry => {
                 node.is_due();
                 node.settle(&ready).await
             }

@@ -227,11 +227,17 @@ impl Pods {
     /// The interface of that index is `now` this one, or none. Returns the addresses of pods that are gone with the one
     /// before; of those that the plugin brought DEL is still to come.
     pub fn interface_gone(&mut self, index: u32, now: Option<&Veth>) -> Vec<IpAddr> {
-        let is_gone = |i: &Interface| i.index == index && now.is_none_or(|now| now.name != i.name);
-        for a in self.attached.values_mut().filter(|a| a.interface.as_ref().is_some_and(is_gone)) {
-            a.interface = None;
+        for a in self.attached.values_mut().filter(|a| a.interface.as_ref().is_some_and(|i| i.index == index)) {
+            let peer = a.attachment.host.as_ref().map(|host| host.peer_index);
+            // It may have another name now. If it is the next pod's already, that one takes it when it is added.
+            let now = now.filter(|now| Some(now.peer_index) == peer);
+            let now = now.map(|now| Interface { name: now.name.clone(), index });
+            if a.interface != now {
+                (a.interface, a.judged) = (now, Judged::Unknown);
+            }
         }
-        self.drop_adopted(|_, a| is_gone(&a.interface))
+        // One that has another name is found again.
+        self.drop_adopted(|_, a| a.interface.index == index && now.is_none_or(|now| now.name != a.interface.name))
     }
 
     /// Forgets adopted pods. Returns their addresses that no other pod has.

@@ -151,9 +151,11 @@ impl Paths {
             let selected = labels.is_some_and(|l| gateway.nodes.matches(l));
             let named = gateway.status.paths.iter().flat_map(|entry| [&entry.node, &entry.leaving]);
             let named: BTreeSet<&str> = named.flatten().map(|name| &**name).collect();
+            let gone = labels.is_none();
             let uplink = if selected || named.contains(node) { out.uplink_index(gateway) } else { Some(0) };
             for entry in &gateway.status.paths {
-                let scene = Scene { node, name, gateway, members: &members, selected, uplink, facts, ends: &ends };
+                let scene =
+                    Scene { node, name, gateway, members: &members, selected, gone, uplink, facts, ends: &ends };
                 let path = scene.path(entry, &said, &liveness);
                 if path.state == PathState::Local && path.member && !facts.coming.contains(&entry.id) {
                     out.held.insert(entry.id);
@@ -232,6 +234,8 @@ struct Scene<'a> {
     members: &'a [Name],
     /// Whether the node is one of the gateway's.
     selected: bool,
+    /// Whether the cluster has this node no more: others take what it has, and hear nothing that it says.
+    gone: bool,
     /// `None`: the node has as many next hops as there can be, and not this one.
     uplink: Option<u16>,
     facts: &'a Facts,
@@ -268,6 +272,7 @@ impl Scene<'_> {
         let arriving = by_ledger && standing.leaving.is_some() && liveness.is_alive(node);
         let placing = match owner {
             _ if !managed || !member => Placing::Never,
+            _ if self.gone => Placing::Leave,
             _ if arriving && !standing.arrived => Placing::Take { ask: false },
             Some(_) if mine => Placing::Take { ask: standing.leaving.is_none_or(|o| !liveness.is_alive(o)) },
             Some(other) if !said.holds(other, entry.id, false) && !said.refuses(other, entry.id) => Placing::Keep,

@@ -4,8 +4,8 @@ use crate::node::host::{Look, Way};
 use std::collections::BTreeSet;
 use tokio::time::Instant;
 
-/// A node is unfit when a way out is down, or one that it had is gone. One that it never had makes it no less fit than
-/// it was.
+/// A node is unfit when a way out that it had is down or gone, or if it has none and one is down. One that it never had
+/// makes it no less fit than it was: not for what goes out by others.
 #[derive(Debug, Default)]
 pub(super) struct Fitness {
     had: BTreeSet<Way>,
@@ -17,7 +17,10 @@ impl Fitness {
     /// Returns whether it has changed.
     pub(super) fn judge(&mut self, look: &Look, now: Instant) -> bool {
         let (broken, works) = look.judge();
-        let lost: Vec<_> = broken.iter().filter(|b| b.down || self.had.contains(&b.way)).collect();
+        // Of two addresses with the same way one may have no interface, being on no network of this node's.
+        let is_lost = |had: bool, down: bool| had || down && works.is_empty();
+        let broken = broken.iter().filter(|b| !works.contains(&b.way));
+        let lost: Vec<_> = broken.filter(|b| is_lost(self.had.contains(&b.way), b.down)).collect();
         let before = self.unfit.is_some();
         self.cut_off = !lost.is_empty() && works.is_empty();
         if lost.is_empty() {

@@ -188,6 +188,9 @@ impl Holding {
             self.inherited.insert(id);
         }
         if !ask {
+            // Who answered may be the node that hands it over.
+            self.answered.remove(&id);
+            self.yielded.remove(&id);
             decision.wish.moving.insert(id);
             return true;
         }
@@ -262,7 +265,11 @@ impl Holding {
         let mut news: Vec<String> = Vec::new();
         for id in ids {
             self.asking.remove(&id);
-            let here = view.paths.paths.get(&id).is_some_and(|path| is_here(path, facts));
+            let path = view.paths.paths.get(&id);
+            if path.is_some_and(|path| path.placing == Placing::Take { ask: false }) {
+                continue;
+            }
+            let here = path.is_some_and(|path| is_here(path, facts));
             match taken.get(&id) {
                 None if !here => drop(self.cleared.insert(id)),
                 None => {}

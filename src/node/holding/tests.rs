@@ -301,3 +301,44 @@ fn what_no_node_has_had_before_is_told_apart() {
     give(&mut world, "a/r", "n1");
     assert_eq!(asked(&world), (1, 0), "it was another node's");
 }
+
+/// A node that was cut off asked, and the one that had taken the path over answered; then the path is moved back.
+#[test]
+fn who_answered_and_hands_it_over_keeps_it_from_nobody() {
+    let mut scene = Scene::new();
+    scene.hear(Some(STRANGER));
+    scene.decide();
+    assert!(!scene.is_here() && scene.holding.refused().next().is_some());
+    // n2 has it, and gives it to n1 on purpose.
+    let id = scene.id;
+    scene.world.holds("n2", &[id]);
+    let gateway = scene.world.cluster.gateways.get_mut("g").unwrap();
+    let path = Arc::make_mut(gateway).status.paths.iter_mut().find(|path| path.id == id).unwrap();
+    (path.node, path.leaving) = (Some("n1".into()), Some("n2".into()));
+    scene.decide();
+    assert!(scene.is_here() && scene.holding.refused().next().is_none());
+    // An answer that is late is the old node's.
+    scene.hear(Some(STRANGER));
+    scene.decide();
+    assert!(scene.is_here() && scene.holding.refused().next().is_none());
+}
+
+/// Of a gateway with its own interface that never came up; or of a pool that no network of the node's holds.
+#[test]
+fn a_way_out_that_never_worked_takes_nothing_from_the_others() {
+    let mut scene = Scene::new();
+    scene.take();
+    let other: IpAddr = "198.51.100.1".parse().unwrap();
+    let down = Interface { name: "eth1".into(), ..interface(false) };
+    for broken in [Look::of_named("eth1", &down, &[other]), Look::none_for(&[other])] {
+        scene.look = Look::of(&interface(true), &[ADDRESS.parse().unwrap()]).and(broken);
+        scene.decide();
+        scene.pass(10_000);
+        scene.decide();
+        assert!(scene.is_here() && scene.holding.is_fit());
+    }
+    // The only one there is.
+    scene.look = Look::of(&interface(false), &[ADDRESS.parse().unwrap()]);
+    scene.decide();
+    assert!(!scene.holding.is_fit());
+}

@@ -172,7 +172,17 @@ impl Host {
         }
         let mut changes = 0;
         for (table, routes) in &wanted.tables {
-            changes += routes::sync(&self.routes, *table, routes).await?;
+            let synced = routes::sync(&self.routes, *table, routes).await;
+            changes += match synced {
+                // One gateway's next hop that makes no sense here must not stop the others: what would go by it is unreachable.
+                Err(e) if *table > TABLE_UPLINK => {
+                    tracing::warn!("a gateway's next hop cannot be used: {e:#}");
+                    let without =
+                        routes.iter().filter(|r| !matches!(r.kind, RouteKind::Unicast { .. })).cloned().collect();
+                    routes::sync(&self.routes, *table, &without).await?
+                }
+                other => other?,
+            };
         }
         changes += rules::sync(&self.routes, &wanted.rules).await?;
         // Tables of uplinks that are no more: after the rules that led to them.
@@ -217,6 +227,10 @@ impl Host {
             let Some(hop) = hop else { continue };
             routes.insert(Route { dst, kind: RouteKind::Unreachable, metric: METRIC_LAST });
             match uplink::uplink_for(&self.routes, hop, uplink.interface.as_deref()).await {
+                // The kernel takes no route by an interface that is down.
+                Ok(interface) if !interface.running => {
+                    tracing::warn!(%hop, interface = interface.name, "a gateway's next hop cannot be used: its interface is down");
+                }
                 Ok(interface) => {
                     let kind = RouteKind::Unicast { gateway: Some(hop), oif: interface.ifindex, onlink: true };
                     routes.insert(Route { dst, kind, metric: 0 });

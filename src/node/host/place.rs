@@ -63,6 +63,28 @@ impl Look {
         Look { found, none: HashMap::new() }
     }
 
+    /// As if an interface that gateways name were found for these addresses.
+    #[cfg(test)]
+    pub fn of_named(name: &str, interface: &Interface, addresses: &[IpAddr]) -> Self {
+        let found = addresses.iter().map(|a| ((*a, Some(name.into())), interface.clone())).collect();
+        Look { found, none: HashMap::new() }
+    }
+
+    /// As if no interface were found for these addresses.
+    #[cfg(test)]
+    pub fn none_for(addresses: &[IpAddr]) -> Self {
+        let none = addresses.iter().map(|a| ((*a, None), "no interface".to_owned())).collect();
+        Look { found: HashMap::new(), none }
+    }
+
+    /// Both.
+    #[cfg(test)]
+    pub fn and(mut self, other: Look) -> Self {
+        self.found.extend(other.found);
+        self.none.extend(other.none);
+        self
+    }
+
     /// What cannot be used; and what can, by interface and family.
     pub fn judge(&self) -> (Vec<Broken>, BTreeSet<Way>) {
         let (mut broken, mut works): (BTreeMap<_, (bool, String)>, BTreeSet<_>) = (BTreeMap::new(), BTreeSet::new());

@@ -110,7 +110,10 @@ impl Node {
         let (placed, refused) = self.host.place(&self.view, &look, &decision.wish).await?;
         changes += placed;
         if std::mem::take(&mut self.announce_again) {
-            self.host.announce_again(&self.view, &look, self.holding.inherited());
+            // Of what it would take, others are told nothing before it is here.
+            let is_here = |id: &&PathId| self.view.paths.paths.get(id).is_some_and(|path| is_here(path, &self.facts));
+            let inherited = self.holding.inherited().iter().filter(is_here).copied().collect();
+            self.host.announce_again(&self.view, &look, &inherited);
         }
         self.here = decision.wish.paths;
         let mut facts = self.host.facts(refused).await?;

@@ -92,6 +92,8 @@ pub struct Node {
     listen: bool,
     /// Whether it is not known where other nodes' pods have their addresses.
     unknown_pods: bool,
+    /// The address that the tunnel was last made with.
+    local: Option<IpAddr>,
     /// Whether the kernel was in step the last time.
     in_step: bool,
     /// Why the last word could not be written.
@@ -156,6 +158,7 @@ impl Node {
             untidy: true,
             listen: true,
             unknown_pods: false,
+            local: None,
             in_step: false,
             unspoken: None,
             left_behind: true,
@@ -396,10 +399,16 @@ impl Node {
                 self.refresh_view();
             }
         }
-        let base = self.base;
+        let (base, mut trouble) = (self.base, None);
         if base {
             (self.listen, self.untidy) = (true, true);
-            changes += self.bring_base_in_step().await?;
+            match self.bring_base_in_step().await? {
+                Ok(n) => {
+                    changes += n;
+                    self.base = false;
+                }
+                Err(e) => trouble = Some(e),
+            }
         }
         self.unspoken = self.report.last_word(&self.view).err().map(|e| {
             format!("plugins that find this daemon away can be told nothing: the last word cannot be written: {e}")
@@ -433,7 +442,7 @@ impl Node {
             id.forget(&self.options.run_dir).context("attachments")?;
             self.leaving.pop();
         }
-        Ok(changes)
+        trouble.map_or(Ok(changes), Err)
     }
 
     /// Forgets strangers that were looked for in vain and that have ended, have other addresses now, or that no policy
@@ -489,23 +498,29 @@ impl Node {
         self.moved = Some(moved);
     }
 
-    async fn bring_base_in_step(&mut self) -> Result<usize> {
+    /// Brings in step what lies below the tables. Returns how many changes it took, or what failed. An error is one with which
+    /// the tables cannot be made.
+    async fn bring_base_in_step(&mut self) -> Result<Result<usize>> {
         let local = self.tunnel_address().await?;
         self.host.tunnel(&self.options.name, local).await?;
-        let mut changes = self.host.routing(&self.view).await?;
-        changes += self.bring_addresses_in_step().await?;
-        changes += self.host.forwarding(&self.view).await?;
-        self.base = false;
-        Ok(changes)
+        self.local = Some(local);
+        // What fails must not keep the rest from being done: addresses go and come when nodes die.
+        let routing = self.host.routing(&self.view).await;
+        let addresses = self.bring_addresses_in_step().await;
+        let forwarding = self.host.forwarding(&self.view).await;
+        Ok([routing, addresses, forwarding].into_iter().sum())
     }
 
     async fn tunnel_address(&self) -> Result<IpAddr> {
         if let Some(address) = self.options.tunnel_address {
             return Ok(address);
         }
-        let node = self.cluster.nodes.get(&*self.options.name).with_context(|| {
-            format!("the cluster has no Node {:?}; give the name that it has there with --name", self.options.name)
-        })?;
+        let Some(node) = self.cluster.nodes.get(&*self.options.name) else {
+            // Deleted while it runs: what it has is to go, in order.
+            return self.local.with_context(|| {
+                format!("the cluster has no Node {:?}; give the name that it has there with --name", self.options.name)
+            });
+        };
         let own = |here: &BTreeSet<IpAddr>| {
             node.addresses.iter().take(node.internal).find(|address| here.contains(address)).copied()
         };
