@@ -4,7 +4,7 @@ set -eu
 declare -A package=(
   [nft]=nftables [ip]=iproute2 [iptables]=iptables [/usr/lib/cni/ptp]=containernetworking-plugins
   [conntrack]=conntrack [tcpdump]=tcpdump [arping]=arping [socat]=socat [iperf3]=iperf3 [jq]=jq
-  [containerd]=containerd [strip]=binutils [buildah]=buildah [debootstrap]=debootstrap
+  [sysctl]=procps [containerd]=containerd [strip]=binutils [buildah]=buildah [debootstrap]=debootstrap
   [/usr/share/keyrings/debian-archive-keyring.gpg]=debian-archive-keyring
   [openssl]=openssl [curl]=curl
   [go]=golang-go [/usr/share/gocode/src/github.com/Masterminds/sprig]=golang-github-masterminds-sprig-dev
