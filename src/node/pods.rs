@@ -248,14 +248,14 @@ impl Pods {
     }
 
     /// The indexes of all pods' interfaces.
-    pub fn interfaces(&self) -> Vec<u32> {
+    pub fn interfaces(&self) -> impl Iterator<Item = u32> {
         let attached = self.attached.values().filter_map(|a| a.interface.as_ref());
-        attached.chain(self.adopted.values().map(|a| &a.interface)).map(|i| i.index).collect()
+        attached.chain(self.adopted.values().map(|a| &a.interface)).map(|i| i.index)
     }
 
     /// Whether any pod is on this interface.
     pub fn has_interface(&self, index: u32) -> bool {
-        self.interfaces().contains(&index)
+        self.interfaces().any(|i| i == index)
     }
 
     /// Takes in a pod that ran before.
@@ -307,7 +307,8 @@ impl Pods {
     pub fn plan(&mut self, cluster: &Cluster, view: &View) -> (NodePlan, BTreeMap<Holder, Arc<Use>>, Census) {
         self.judge(cluster, view);
         // Whose pods are gone, the others can have: there may be some without.
-        self.tags.retain(&self.interfaces().into_iter().collect());
+        let there = self.interfaces().collect();
+        self.tags.retain(&there);
         let (mut plan, mut uses, mut census) = (NodePlan::default(), Vec::new(), Census::default());
         let (tags, mut in_use) = (&mut self.tags, HashSet::new());
         let mut add = |holder, interface: &Interface, addresses: &[IpAddr], selected: &mut Selected| {

@@ -7,6 +7,7 @@ use crate::kernel::names::of_mac;
 use crate::node::holding::is_here;
 use crate::node::host::{Look, Wish};
 use crate::node::liveness::{Seen, Targets};
+use crate::node::moved::Moved;
 use crate::plan::ledger::is_drained;
 use crate::plan::mac::Mac;
 use crate::plan::marks::PathId;
@@ -151,6 +152,15 @@ impl Node {
         let (changes, _) = self.bring_tables_in_step()?;
         self.bring_connections_in_step();
         Ok(changes)
+    }
+
+    /// Connections of paths that have come here or gone from here are picked up anew.
+    pub(super) fn bring_connections_in_step(&mut self) {
+        let moved = Moved::new(&self.view, &self.here);
+        if self.moved.as_ref().is_none_or(|before| moved.needs_cleaning(before)) {
+            moved.clone().clean(self.options.marks, self.handed.keys().chain(self.left.keys()).copied().collect());
+        }
+        self.moved = Some(moved);
     }
 
     /// Notes which paths are being moved here or from here, and forgets what was.

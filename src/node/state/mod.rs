@@ -2,6 +2,7 @@
 
 mod gateway;
 mod plugins;
+mod strangers;
 
 pub use gateway::Heard;
 use plugins::Waiting;
@@ -29,11 +30,8 @@ use anyhow::{Context, Result};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 use tokio::sync::{mpsc, watch};
-
-/// A stranger that was not found is looked for again after this long.
-const SEEK_AGAIN: Duration = Duration::from_secs(5);
 
 /// Those who work in the background, and where they tell what came of it.
 pub struct Listeners {
@@ -227,43 +225,6 @@ impl Node {
         std::mem::take(&mut self.untidy)
     }
 
-    /// A stranger was found, or not; one that is not found is held by its address.
-    pub fn adopt(&mut self, found: Found) {
-        self.sought.remove(&found.pod);
-        let is_gone = found.interface.is_none() && self.pods.is_gone(&found.pod);
-        if is_gone || found.addresses.iter().any(|a| self.pods.is_in_use(a)) {
-            // The address is another pod's, the plugin brought this one meanwhile, or it is gone and only its DEL is late.
-            self.put_off.insert(found.pod, Instant::now());
-            return;
-        }
-        let before = self.missing.remove(&found.pod);
-        if let Some(interface) = found.interface {
-            tracing::info!(pod = %found.pod, interface = %interface.name, "a pod that ran before is adopted");
-            self.left_behind |= before.is_some();
-            self.stale |= found.addresses.iter().any(|x| !self.view.networks.is_of_pods(*x));
-            self.pods.adopt(found.pod, interface, found.addresses);
-            return;
-        }
-        if !self.is_to_be_held(&found.pod, &found.addresses) {
-            // It ended while it was looked for.
-            self.left_behind |= before.is_some();
-            return;
-        }
-        if before.is_none() {
-            tracing::warn!(
-                pod = %found.pod,
-                "a policy selects this pod, and no veth of this host leads to it: it is kept to the cluster's own networks; \
-                 restart it with egret-cni in the node's CNI configuration"
-            );
-            let uid = self.cluster.pods.get(&found.pod).map(|pod| pod.uid.clone()).unwrap_or_default();
-            self.report.lost_pod(&found.pod, &uid);
-        }
-        if let Err(e) = self.host.quarantine(&found.addresses) {
-            tracing::error!(pod = %found.pod, "it cannot even be kept to them: {e:#}");
-        }
-        self.missing.insert(found.pod, (Instant::now(), found.addresses));
-    }
-
     /// What others change in the kernel and this daemon must know of.
     /// `None`: as it was said before.
     pub fn interest(&mut self) -> Option<Interest> {
@@ -391,7 +352,7 @@ impl Node {
             // Before the attachments, for a plugin writes those first: whose quarantine is seen here is known then.
             quarantined = self.host.quarantined()?;
             // Word of one that is gone may have been lost, and the kernel takes no chain of an interface that is not there.
-            for index in self.pods.interfaces() {
+            for index in self.pods.interfaces().collect::<Vec<_>>() {
                 self.veth_gone(index).await;
             }
             self.load_attachments().await?;
@@ -445,27 +406,6 @@ impl Node {
         trouble.map_or(Ok(changes), Err)
     }
 
-    /// Forgets strangers that were looked for in vain and that have ended, have other addresses now, or that no policy
-    /// selects any more.
-    fn drop_missing(&mut self) {
-        let before = self.missing.len();
-        let mut missing = std::mem::take(&mut self.missing);
-        missing.retain(|key, (_, held)| self.is_to_be_held(key, held));
-        self.missing = missing;
-        self.left_behind |= self.missing.len() < before;
-    }
-
-    /// Whether the cluster has a pod with these addresses that a policy selects.
-    fn is_to_be_held(&self, key: &ObjectKey, addresses: &[IpAddr]) -> bool {
-        let pod = self.cluster.pods.get(key).filter(|pod| *pod.addresses == *addresses);
-        pod.is_some_and(|pod| self.view.profile(&key.namespace, Some(&pod.labels)).is_some())
-    }
-
-    /// The addresses of strangers that were looked for in vain.
-    fn unfound(&self) -> BTreeSet<IpAddr> {
-        self.missing.values().flat_map(|(_, addresses)| addresses).copied().collect()
-    }
-
     fn scene(&self) -> ended::Scene {
         let of_pods = self.cluster.nodes.get(&*self.options.name).map(|node| node.pod_cidrs.clone());
         let listed = self.cluster.pods.values().flat_map(|pod| pod.addresses.iter().copied());
@@ -487,15 +427,6 @@ impl Node {
         let changes = self.host.tables(plan)?;
         self.census = census;
         Ok((changes, uses))
-    }
-
-    /// Connections of paths that have come here or gone from here are picked up anew.
-    fn bring_connections_in_step(&mut self) {
-        let moved = Moved::new(&self.view, &self.here);
-        if self.moved.as_ref().is_none_or(|before| moved.needs_cleaning(before)) {
-            moved.clone().clean(self.options.marks, self.handed.keys().chain(self.left.keys()).copied().collect());
-        }
-        self.moved = Some(moved);
     }
 
     /// Brings in step what lies below the tables. Returns how many changes it took, or what failed. An error is one with which
@@ -534,17 +465,6 @@ impl Node {
                 self.options.name
             )
         })
-    }
-
-    fn seek_strangers(&mut self) {
-        if self.cluster.pods.is_empty() {
-            return;
-        }
-        self.put_off.retain(|_, since| since.elapsed() < SEEK_AGAIN);
-        let mut strangers = self.pods.strangers(&self.cluster, &self.view);
-        let again = |key: &ObjectKey| self.missing.get(key).is_none_or(|(since, _)| since.elapsed() >= SEEK_AGAIN);
-        strangers.retain(|(key, _)| again(key) && !self.put_off.contains_key(key) && self.sought.insert(key.clone()));
-        adoption::seek(&self.host.routes, strangers, &self.listeners.adopted);
     }
 
     /// Sees to connections that are older than their paths, if there may be any.

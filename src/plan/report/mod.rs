@@ -134,11 +134,16 @@ impl<'a> Said<'a> {
         if living.contains(&holder) {
             return true;
         }
-        let managed = self.cluster.gateways.get(&grant.gateway).is_some_and(|g| g.placement == Placement::Managed);
         let takes_over = |node: &&Name| !self.refused.contains_key(&(&***node, grant.id));
         // What Kubernetes hears nothing of, others would say that they do not hear.
         let others_would_tell = !self.silent.contains(&**holder) && !living.is_empty();
-        others_would_tell || (managed && grant.kind != PathKind::Node && living.iter().any(takes_over))
+        let moves = !self.is_external(grant) && grant.kind != PathKind::Node;
+        others_would_tell || moves && living.iter().any(takes_over)
+    }
+
+    /// Whether something else places the path's address.
+    fn is_external(&self, grant: &Grant) -> bool {
+        self.cluster.gateways.get(&grant.gateway).is_some_and(|g| g.placement == Placement::External)
     }
 
     fn holds(&self, node: &str, path: u16) -> bool {
@@ -150,9 +155,7 @@ impl<'a> Said<'a> {
     fn ready(&self, grant: &Grant, living: &[&Name]) -> (Option<bool>, &'static str, String) {
         let address = in_words(&grant.address);
         let Some(node) = &grant.node else {
-            let external =
-                self.cluster.gateways.get(&grant.gateway).is_some_and(|g| g.placement == Placement::External);
-            let message = if external {
+            let message = if self.is_external(grant) {
                 format!("no node of EgressGateway {:?} has {address}; place it on one", grant.gateway)
             } else {
                 format!("EgressGateway {:?} has no node; label one, or mend its nodeSelector", grant.gateway)

@@ -1,0 +1,84 @@
+//! Pods that a policy selects, that run here, and that the plugin did not bring: they ran before, or were started without
+//! it. One that is found is adopted; one that is not is held by its address.
+
+use super::Node;
+use crate::node::adoption::{self, Found};
+use crate::plan::model::ObjectKey;
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+use std::time::{Duration, Instant};
+
+/// A stranger that was not found is looked for again after this long.
+const SEEK_AGAIN: Duration = Duration::from_secs(5);
+
+impl Node {
+    /// Looks for pods that a policy selects and that nobody brought.
+    pub(super) fn seek_strangers(&mut self) {
+        if self.cluster.pods.is_empty() {
+            return;
+        }
+        self.put_off.retain(|_, since| since.elapsed() < SEEK_AGAIN);
+        let mut strangers = self.pods.strangers(&self.cluster, &self.view);
+        let again = |key: &ObjectKey| self.missing.get(key).is_none_or(|(since, _)| since.elapsed() >= SEEK_AGAIN);
+        strangers.retain(|(key, _)| again(key) && !self.put_off.contains_key(key) && self.sought.insert(key.clone()));
+        adoption::seek(&self.host.routes, strangers, &self.listeners.adopted);
+    }
+
+    /// A stranger was found, or not; one that is not found is held by its address.
+    pub fn adopt(&mut self, found: Found) {
+        self.sought.remove(&found.pod);
+        let is_gone = found.interface.is_none() && self.pods.is_gone(&found.pod);
+        if is_gone || found.addresses.iter().any(|a| self.pods.is_in_use(a)) {
+            // The address is another pod's, the plugin brought this one meanwhile, or it is gone and only its DEL is late.
+            self.put_off.insert(found.pod, Instant::now());
+            return;
+        }
+        let before = self.missing.remove(&found.pod);
+        if let Some(interface) = found.interface {
+            tracing::info!(pod = %found.pod, interface = %interface.name, "a pod that ran before is adopted");
+            self.left_behind |= before.is_some();
+            self.stale |= found.addresses.iter().any(|x| !self.view.networks.is_of_pods(*x));
+            self.pods.adopt(found.pod, interface, found.addresses);
+            return;
+        }
+        if !self.is_to_be_held(&found.pod, &found.addresses) {
+            // It ended while it was looked for.
+            self.left_behind |= before.is_some();
+            return;
+        }
+        if before.is_none() {
+            tracing::warn!(
+                pod = %found.pod,
+                "a policy selects this pod, and no veth of this host leads to it: it is kept to the cluster's own networks; \
+                 restart it with egret-cni in the node's CNI configuration"
+            );
+            let uid = self.cluster.pods.get(&found.pod).map(|pod| pod.uid.clone()).unwrap_or_default();
+            self.report.lost_pod(&found.pod, &uid);
+        }
+        if let Err(e) = self.host.quarantine(&found.addresses) {
+            tracing::error!(pod = %found.pod, "it cannot even be kept to them: {e:#}");
+        }
+        self.missing.insert(found.pod, (Instant::now(), found.addresses));
+    }
+
+    /// Forgets strangers that were looked for in vain and that have ended, have other addresses now, or that no policy
+    /// selects any more.
+    pub(super) fn drop_missing(&mut self) {
+        let before = self.missing.len();
+        let mut missing = std::mem::take(&mut self.missing);
+        missing.retain(|key, (_, held)| self.is_to_be_held(key, held));
+        self.missing = missing;
+        self.left_behind |= self.missing.len() < before;
+    }
+
+    /// Whether the cluster has a pod with these addresses that a policy selects.
+    fn is_to_be_held(&self, key: &ObjectKey, addresses: &[IpAddr]) -> bool {
+        let pod = self.cluster.pods.get(key).filter(|pod| *pod.addresses == *addresses);
+        pod.is_some_and(|pod| self.view.profile(&key.namespace, Some(&pod.labels)).is_some())
+    }
+
+    /// The addresses of strangers that were looked for in vain.
+    pub(super) fn unfound(&self) -> BTreeSet<IpAddr> {
+        self.missing.values().flat_map(|(_, addresses)| addresses).copied().collect()
+    }
+}
