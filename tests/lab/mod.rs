@@ -11,6 +11,7 @@
 #![allow(unused_imports)]
 
 pub mod api;
+pub mod by_hand;
 pub mod client;
 pub mod cni;
 pub mod daemon;
