@@ -25,9 +25,7 @@ fn a_late_del_leaves_the_next_pod_of_the_same_address_alone() {
         first.egret("DEL");
         assert_eq!(second.pod.udp_who(EXT4).ok(), Some(EGRESS4.into()), "after the second late DEL");
         first.pod.forget();
-        second.egret("DEL");
-        second.unplug();
-        second.pod.forget();
+        second.end();
     }
     assert_no_traces(node, &before);
 }
@@ -102,9 +100,7 @@ fn a_selected_pod_inherits_no_connection_of_the_pod_that_had_its_address() {
         }
         assert_eq!(asks(&second).ok(), Some(EGRESS4.into()), "{case}");
         assert_eq!(lab.sources(EXT4), [EGRESS4.into()].into(), "{case}");
-        second.egret("DEL");
-        second.unplug();
-        second.pod.forget();
+        second.end();
     }
 }
 
@@ -133,9 +129,7 @@ fn a_pod_inherits_no_connection_of_an_adopted_pod_that_had_its_address() {
         });
         let second = ByHand::add(&lab, &format!("second-{round}"), &[("app", "other")], "cali2", "10.244.1.77");
         assert_eq!(asks(&second).ok(), Some(node.ipv4().into()), "{gone_first} gone first");
-        second.egret("DEL");
-        second.unplug();
-        second.pod.forget();
+        second.end();
     }
 }
 

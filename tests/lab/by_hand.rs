@@ -52,6 +52,14 @@ impl ByHand {
         self.pod.egret(verb, |_| {}).unwrap_or_else(|e| panic!("{verb}: {e}"));
     }
 
+    /// DEL, the interface, the manifest.
+    #[track_caller]
+    pub fn end(self) {
+        self.egret("DEL");
+        self.unplug();
+        self.pod.forget();
+    }
+
     /// Removes the interface.
     pub fn unplug(&self) {
         self.pod.node.ip(&format!("link del {}", self.veth));
