@@ -42,9 +42,9 @@ pub(super) fn table(socket: &mut Socket, table: TableName) -> Result<Held, Error
         }
     };
     let mut chains = chains(socket, table)?;
-    for (chain, hash) in rules(socket, table)? {
-        if let Some(HeldChain::Read { hashes, .. }) = chains.get_mut(chain.as_str()) {
-            hashes.push(hash);
+    for (name, chain) in &mut chains {
+        if let HeldChain::Read { hashes, .. } = chain {
+            *hashes = rules(socket, table, name)?;
         }
     }
     let mut sets = BTreeMap::new();
@@ -90,21 +90,26 @@ fn chains(socket: &mut Socket, table: TableName) -> Result<BTreeMap<Arc<str>, He
     })
 }
 
-/// The rules of all chains, in order: chain, hash.
-fn rules(socket: &mut Socket, table: TableName) -> Result<Vec<(String, u64)>, Error> {
-    let payload = request(table, |p| p.text(NFTA_RULE_TABLE, table.name));
+/// The hashes of a chain's rules, in order. Of one chain and not of all: each datagram of a dump begins anew at the
+/// first rule and passes over those that were told of (`__nf_tables_dump_rules`, net/netfilter/nf_tables_api.c), so that
+/// a dump takes the square of what it passes over.
+fn rules(socket: &mut Socket, table: TableName, chain: &str) -> Result<Vec<u64>, Error> {
+    let payload = request(table, |p| {
+        p.text(NFTA_RULE_TABLE, table.name);
+        p.text(NFTA_RULE_CHAIN, chain);
+    });
     socket.dump(kind(NFT_MSG_GETRULE), &payload, Vec::new, |all, message| {
-        let (mut of, mut chain, mut hash) = (String::new(), String::new(), 0);
+        let (mut of, mut within, mut hash) = (false, false, 0);
         for (attribute, value) in attributes(message.get(4..).unwrap_or_default()) {
             match attribute {
-                NFTA_RULE_TABLE => of = string(value),
-                NFTA_RULE_CHAIN => chain = string(value),
+                NFTA_RULE_TABLE => of = string(value) == table.name,
+                NFTA_RULE_CHAIN => within = string(value) == chain,
                 NFTA_RULE_USERDATA => hash = super::transaction::hash_in_comment(value),
                 _ => {}
             }
         }
-        if of == table.name {
-            all.push((chain, hash));
+        if of && within {
+            all.push(hash);
         }
     })
 }
