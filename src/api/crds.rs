@@ -14,6 +14,7 @@ pub fn yaml() -> anyhow::Result<String> {
     for crd in [EgressGateway::crd(), EgressPolicy::crd(), ClusterEgressPolicy::crd(), EgressNode::crd()] {
         let mut value = serde_json::to_value(&crd).context("a CustomResourceDefinition")?;
         make_structural(&mut value);
+        keep_known_formats(&mut value);
         describe(&mut value);
         rules::add(&mut value).map_err(anyhow::Error::msg)?;
         documents.push(value);
@@ -31,6 +32,27 @@ fn make_structural(value: &mut Value) {
             fields.values_mut().for_each(make_structural);
         }
         Value::Array(items) => items.iter_mut().for_each(make_structural),
+        _ => {}
+    }
+}
+
+/// The API server warns of formats that it does not know (`supportedVersionedFormats`, pkg/apiserver/validation/formats.go
+/// of apiextensions-apiserver); bounds say the same of numbers.
+fn keep_known_formats(value: &mut Value) {
+    match value {
+        Value::Object(fields) => {
+            if fields.get("format").and_then(Value::as_str).is_some_and(|f| f.starts_with("uint") || f == "ip") {
+                fields.remove("format");
+            }
+            for bound in ["minimum", "maximum"] {
+                if let Some(number) = fields.get(bound).and_then(Value::as_f64) {
+                    // schemars writes the bounds of whole numbers as 0.0 and 65535.0.
+                    fields.insert(bound.to_owned(), Value::from(number as i64));
+                }
+            }
+            fields.values_mut().for_each(keep_known_formats);
+        }
+        Value::Array(items) => items.iter_mut().for_each(keep_known_formats),
         _ => {}
     }
 }
@@ -66,6 +88,20 @@ mod tests {
             assert!(!text.contains("$ref") && !text.contains("\"additionalProperties\":false"), "{text}");
             assert_eq!(schema["description"], schema["properties"]["spec"]["description"]);
             assert!(crd.pointer("/spec/versions/0/subresources/status").is_some());
+            formats(schema, &mut |format| {
+                assert!(["int32", "int64", "ipv4", "ipv6", "cidr"].contains(&format), "kubectl warns of {format}");
+            });
+        }
+    }
+
+    fn formats(schema: &Value, each: &mut impl FnMut(&str)) {
+        match schema {
+            Value::Object(fields) => {
+                fields.get("format").and_then(Value::as_str).into_iter().for_each(&mut *each);
+                fields.values().for_each(|v| formats(v, each));
+            }
+            Value::Array(items) => items.iter().for_each(|v| formats(v, each)),
+            _ => {}
         }
     }
 }
