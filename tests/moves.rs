@@ -2,12 +2,12 @@
 
 mod lab;
 
-use lab::mishaps::{holders, label, plugged, three_gateways};
+use lab::mishaps::{cordoned, holders, label, owner_and_other, plugged, three_gateways};
 use lab::scene::assert_leaves_by_egress;
 use lab::survival::{assert_live, assert_short, sessions};
-use lab::{Lab, manifests};
+use lab::{Lab, Pod, VISITOR, manifests};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 #[test]
 fn a_drained_gateways_path_goes_to_one_that_lives() {
@@ -32,6 +32,80 @@ fn a_drained_gateways_path_goes_to_one_that_lives() {
     assert_leaves_by_egress(&pod);
     assert_short(assert_live("drained", going_on), 50);
     lab.assert_nothing_leaked();
+}
+
+/// Pods on a node, and on both gateway nodes.
+fn visitors(lab: &Lab) -> Vec<Pod> {
+    ["n1", "n2", "g1", "g2"].map(|n| lab.add_pod(n, "shop", &format!("visitor-{n}"), VISITOR)).into()
+}
+
+#[test]
+fn a_cordoned_gateways_addresses_move_without_a_pause_and_stay_when_it_is_uncordoned() {
+    let lab = Lab::scene();
+    let (owner, other) = owner_and_other(&lab);
+    let pods = visitors(&lab);
+    let going_on = sessions(&pods);
+    cordoned(&lab, &owner, true);
+    lab.wait_for("the address is on", &vec![other.clone()], || holders(&lab));
+    thread::sleep(Duration::from_secs(2));
+    pods.iter().for_each(assert_leaves_by_egress);
+    // Where all are cordoned, none is left.
+    cordoned(&lab, &other, true);
+    thread::sleep(Duration::from_secs(1));
+    assert_eq!(holders(&lab), [other.as_str()]);
+    cordoned(&lab, &owner, false);
+    lab.wait_for("the address is on", &vec![owner.clone()], || holders(&lab));
+    cordoned(&lab, &other, false);
+    thread::sleep(Duration::from_millis(1500));
+    assert_eq!(holders(&lab), [owner.as_str()], "nothing moves back by itself");
+    assert_short(assert_live("cordoned", going_on), 100);
+    lab.assert_nothing_leaked();
+}
+
+#[test]
+fn a_gateway_that_ignores_cordons_keeps_its_addresses_where_they_are() {
+    let lab = Lab::scene();
+    let (owner, _) = owner_and_other(&lab);
+    let pools = ["192.0.2.50-192.0.2.59", "2001:db8::50-2001:db8::59"];
+    let gateway = manifests::gateway("default", &pools);
+    lab.write_manifest("gateway.yaml", &format!("{gateway}  ignoreCordon: true\n"));
+    thread::sleep(Duration::from_millis(500));
+    cordoned(&lab, &owner, true);
+    thread::sleep(Duration::from_secs(2));
+    assert_eq!(holders(&lab), [owner.as_str()]);
+    lab.write_manifest("gateway.yaml", &gateway);
+    lab.wait_until("the address moves", Duration::from_secs(5), || holders(&lab) != [owner.as_str()]);
+}
+
+#[test]
+fn a_daemon_that_is_stopped_on_a_node_that_is_going_hands_over_first() {
+    let lab = Lab::scene();
+    let (owner, other) = owner_and_other(&lab);
+    let pods = ["n1", "n2"].map(|n| lab.add_pod(n, "shop", &format!("visitor-{n}"), VISITOR));
+    let going_on = sessions(&pods);
+    // The controller is slow: the daemon is told to stop before the move has begun.
+    lab.daemon("controller").suspend(true);
+    cordoned(&lab, &owner, true);
+    thread::sleep(Duration::from_millis(500));
+    thread::scope(|scope| {
+        let stopped = scope.spawn(|| lab.daemon(&owner).term());
+        thread::sleep(Duration::from_secs(1));
+        assert!(!stopped.is_finished(), "it has not handed over yet");
+        lab.daemon("controller").suspend(false);
+        assert!(stopped.join().expect("it stops").success());
+    });
+    assert_eq!(holders(&lab), [other.as_str()]);
+    assert!(lab.daemon(&owner).log().contains("handed over; stopping"));
+    plugged(&lab, &owner, false);
+    thread::sleep(Duration::from_secs(2));
+    assert_short(assert_live("the node has gone", going_on), 100);
+    pods.iter().for_each(assert_leaves_by_egress);
+    lab.assert_nothing_leaked();
+
+    let begin = Instant::now();
+    assert!(lab.daemon(&other).term().success());
+    assert_short(begin.elapsed(), 500);
+    assert_eq!(holders(&lab), [other.as_str()], "a node that stays is restarted only");
 }
 
 #[test]

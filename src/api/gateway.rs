@@ -50,6 +50,11 @@ pub struct EgressGatewaySpec {
     /// `placement: Managed` alone: an address that Egret does not place is the node's to answer for.
     #[serde(default)]
     pub answer_ping: bool,
+    /// Whether egress IPs stay on a node that is cordoned (`spec.unschedulable`, set by `kubectl cordon` and `kubectl
+    /// drain`). Without it they move to the gateway's other nodes, one by one and without a pause, if one of those
+    /// lives and is not cordoned; after `kubectl uncordon` they stay where they are.
+    #[serde(default)]
+    pub ignore_cordon: bool,
     /// The namespaces whose policies may use this gateway. Default: all.
     #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "super::selector::optional")]
     pub namespace_selector: Option<LabelSelector>,

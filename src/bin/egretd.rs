@@ -231,7 +231,10 @@ fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
     memory::give_back_early();
     logs::init(arguments.logs.log_format, &arguments.logs.log_level)?;
     match arguments.command {
-        Command::Node(flags) => until_stopped(node::run(flags.options()?))?,
+        Command::Node(flags) => {
+            let options = flags.options()?;
+            runtime()?.block_on(async { node::run(options, stopped()?).await })?;
+        }
         Command::Controller(flags) => flags.run()?,
         Command::Install(flags) => install::run(&flags.options()?)?,
         Command::Uninstall(flags) => runtime()?.block_on(install::uninstall::run(&flags.options()?))?,
@@ -326,21 +329,14 @@ impl Why {
     }
 }
 
-/// Runs a daemon until it ends by itself or is told to by SIGTERM or SIGINT.
-fn until_stopped(daemon: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {
-    runtime()?.block_on(async {
-        let mut terminate = signal(SignalKind::terminate()).context("SIGTERM cannot be watched")?;
-        let mut interrupt = signal(SignalKind::interrupt()).context("SIGINT cannot be watched")?;
+/// Waits until the daemon is told to stop, by SIGTERM or SIGINT.
+fn stopped() -> anyhow::Result<impl Future<Output = ()>> {
+    let mut terminate = signal(SignalKind::terminate()).context("SIGTERM cannot be watched")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("SIGINT cannot be watched")?;
+    Ok(async move {
         tokio::select! {
-            ended = daemon => ended,
-            _ = terminate.recv() => {
-                tracing::info!("stopping: SIGTERM");
-                Ok(())
-            }
-            _ = interrupt.recv() => {
-                tracing::info!("stopping: SIGINT");
-                Ok(())
-            }
+            _ = terminate.recv() => tracing::info!("stopping: SIGTERM"),
+            _ = interrupt.recv() => tracing::info!("stopping: SIGINT"),
         }
     })
 }

@@ -28,7 +28,7 @@ use crate::telemetry::server::{self, Endpoint, ListenAddress};
 use anyhow::Context;
 use ipnetwork::IpNetwork;
 use socket::{Door, Question};
-use state::Node;
+use state::{Node, Stopping};
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -70,12 +70,17 @@ pub struct Options {
     pub cni_dirs: Option<(PathBuf, Option<PathBuf>)>,
 }
 
-/// Runs until it is stopped. What it has put into the kernel stays.
+/// Runs until it is told to stop, and has handed over what it has if its node is going. What it has put into the kernel
+/// stays.
 ///
 /// # Errors
 /// Something without which it cannot run at all: the run directory, the cluster's source, a socket.
-pub async fn run(options: Options) -> anyhow::Result<()> {
-    let mut lock = socket::lock(&options.run_dir).await?;
+pub async fn run(options: Options, stop: impl Future<Output = ()>) -> anyhow::Result<()> {
+    let mut stop = std::pin::pin!(stop);
+    let mut lock = tokio::select! {
+        lock = socket::lock(&options.run_dir) => lock?,
+        () = &mut stop => return Ok(()),
+    };
     let (mut registry, metrics) = metrics::Metrics::new();
     uninstalled::clear(&options.run_dir).with_context(|| format!("run directory {}", options.run_dir.display()))?;
     // Before anything that can take long: without the entry pods start without Egret.
@@ -105,7 +110,10 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         of: format!("{} {}", options.name, boot_id().context("the boot's id")?),
     };
     let cluster = options.cluster.clone().writing_down(known);
-    let mut source = cluster::open(&cluster, Scope::Node(options.name.clone())).await?;
+    let mut source = tokio::select! {
+        source = cluster::open(&cluster, Scope::Node(options.name.clone())) => source?,
+        () = &mut stop => return Ok(()),
+    };
     let (adopted, mut adoptions) = mpsc::unbounded_channel();
     let (heard, mut answers) = mpsc::unbounded_channel();
     let (targets, wanted) = tokio::sync::watch::channel(liveness::Targets::default());
@@ -119,12 +127,16 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     let mut door: Option<Door> = None;
     let mut retry_at = None;
     let mut untidy = None;
+    let mut stopping: Option<Stopping> = None;
     let mut read_back = tokio::time::interval_at(Instant::now() + READ_BACK, READ_BACK);
     read_back.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut stale = tokio::time::interval(STALE);
     stale.set_missed_tick_behavior(MissedTickBehavior::Delay);
 
     loop {
+        if stopping.as_ref().is_some_and(|stopping| node.has_stopped(stopping)) {
+            return Ok(());
+        }
         retry_at = retry.then(|| retry_at.unwrap_or_else(|| Instant::now() + RETRY));
         if let Some(interest) = node.interest() {
             kernel.set_interest(interest);
@@ -140,6 +152,11 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         }
         retry = tokio::select! {
             biased;
+            () = &mut stop, if stopping.is_none() => {
+                stopping = Some(node.stop());
+                retry
+            }
+            () = deadline(stopping.as_ref()), if stopping.is_some() => retry,
             Some(first) = next(&mut door) => {
                 let mut batch = vec![first];
                 while batch.len() < AT_ONCE && let Some(Ok(more)) = door.as_mut().map(|d| d.questions.try_recv()) {
@@ -213,6 +230,13 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
                 node.settle(&ready).await
             }
         };
+    }
+}
+
+async fn deadline(stopping: Option<&Stopping>) {
+    match stopping {
+        Some(stopping) => tokio::time::sleep_until(stopping.deadline()).await,
+        None => std::future::pending().await,
     }
 }
 

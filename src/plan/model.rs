@@ -97,6 +97,8 @@ pub struct Node {
     pub internal: usize,
     /// `spec.podCIDRs`.
     pub pod_cidrs: Box<[IpNetwork]>,
+    /// `spec.unschedulable`: no new pods come to it, and whoever is about to stop it says so by this.
+    pub cordoned: bool,
     /// Whether Kubernetes has heard nothing of its kubelet for so long that its condition `Ready` is `Unknown`.
     pub lost: bool,
 }
@@ -142,6 +144,8 @@ pub struct Gateway {
     pub next_hop: AddressPair,
     /// Whether nodes answer echo requests to its addresses.
     pub answer_ping: bool,
+    /// Whether a cordoned node keeps its egress IPs.
+    pub ignore_cordon: bool,
     /// Whether it is the default gateway.
     pub default: bool,
     /// The namespaces whose policies may use it.
@@ -316,6 +320,7 @@ impl Gateway {
             interface: spec.interface.as_deref().map(Into::into),
             next_hop: spec.next_hop.clone().unwrap_or_default(),
             answer_ping: spec.answer_ping,
+            ignore_cordon: spec.ignore_cordon,
             default: spec.default,
             namespaces: match &spec.namespace_selector {
                 Some(s) => selector("namespaceSelector", s)?,

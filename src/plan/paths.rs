@@ -140,7 +140,6 @@ impl Paths {
         let ends = tunnel_ends(cluster);
         let said = Said::new(cluster, node, facts);
         let mut liveness = Liveness { dead: facts.dead.clone(), ..Liveness::default() };
-        liveness.drained = cluster.nodes.iter().filter(|(_, n)| is_drained(n)).map(|(n, _)| n.clone()).collect();
         for (name, gateway) in &cluster.gateways {
             let members: Vec<Name> = cluster
                 .nodes
@@ -148,6 +147,8 @@ impl Paths {
                 .filter(|(_, n)| gateway.nodes.matches(&n.labels))
                 .map(|(n, _)| n.clone())
                 .collect();
+            let drained = |name: &&Name| cluster.nodes.get(*name).is_some_and(|node| is_drained(gateway, node));
+            liveness.drained = members.iter().filter(drained).cloned().collect();
             let selected = labels.is_some_and(|l| gateway.nodes.matches(l));
             let named = gateway.status.paths.iter().flat_map(|entry| [&entry.node, &entry.leaving]);
             let named: BTreeSet<&str> = named.flatten().map(|name| &**name).collect();

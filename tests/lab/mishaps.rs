@@ -64,6 +64,13 @@ pub fn label(lab: &Lab, node: &str, labels: &[(&str, &str)]) {
     lab.manifests().write_object(&format!("node-{node}.yaml"), &object);
 }
 
+/// What `kubectl cordon` and `kubectl uncordon` do.
+pub fn cordoned(lab: &Lab, node: &str, cordoned: bool) {
+    let mut object = manifests::node(lab.node(node));
+    object["spec"]["unschedulable"] = cordoned.into();
+    lab.manifests().write_object(&format!("node-{node}.yaml"), &object);
+}
+
 /// How long after `begin` the pod is answered again, by UDP packets every 10 ms.
 pub fn answered_after(pod: &Pod, begin: Instant) -> Duration {
     let socket = pod.udp_socket((EXT4, server::UDP_WHO).into()).expect("a socket");

@@ -38,6 +38,9 @@ pub struct NodeSpec {
     pod_cidr: Option<String>,
     #[serde(rename = "podCIDRs", skip_serializing_if = "Option::is_none")]
     pod_cidrs: Option<Vec<String>>,
+    /// What `kubectl cordon` and `kubectl drain` set.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    unschedulable: Option<bool>,
 }
 
 #[derive(Debug, Default, Serialize, Deserialize)]
@@ -129,7 +132,8 @@ pub fn node(meta: &Metadata, spec: &NodeSpec, status: &NodeStatus, names: &mut N
     let count = internal.len();
     internal.append(&mut external);
     let lost = status.conditions.iter().flatten().any(|c| c.type_ == "Ready" && c.status == "Unknown");
-    Ok(Node { labels, addresses: internal.into(), internal: count, pod_cidrs, lost })
+    let cordoned = spec.unschedulable.unwrap_or_default();
+    Ok(Node { labels, addresses: internal.into(), internal: count, pod_cidrs, cordoned, lost })
 }
 
 /// A Pod.

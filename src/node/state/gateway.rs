@@ -8,7 +8,7 @@ use crate::node::holding::is_here;
 use crate::node::host::{Look, Wish};
 use crate::node::liveness::{Seen, Targets};
 use crate::node::moved::Moved;
-use crate::plan::ledger::is_drained;
+use crate::plan::ledger::has_drain_label;
 use crate::plan::mac::Mac;
 use crate::plan::marks::PathId;
 use crate::plan::paths::{Facts, Path, PathState};
@@ -99,7 +99,8 @@ impl Node {
         if self.holding.judge(&look, now) {
             self.look_again();
         }
-        let drained = self.cluster.nodes.get(&*self.options.name).is_some_and(|node| is_drained(node));
+        // A cordoned node goes on answering: where no other is left, it is better than none.
+        let drained = self.cluster.nodes.get(&*self.options.name).is_some_and(|node| has_drain_label(node));
         let decision = self.holding.decide(&self.view, &self.facts, &look, drained, now);
         let few = decision.new.len() <= FEW;
         let (new, others) = decision.ask.into_iter().partition(|id| few && decision.new.contains(id));

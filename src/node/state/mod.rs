@@ -2,10 +2,12 @@
 
 mod gateway;
 mod plugins;
+mod stopping;
 mod strangers;
 
 pub use gateway::Heard;
 use plugins::Waiting;
+pub use stopping::Stopping;
 
 use crate::cluster::{Lookup, Statuses};
 use crate::cni::attachment::{self, Attachment, AttachmentId};

@@ -185,7 +185,8 @@ impl NodePaths {
     fn new(book: &Book, gateway: usize) -> Self {
         let nodes = &book.desks[gateway].nodes;
         let usable = (0..nodes.len()).filter(|place| !book.own_address(nodes[*place].1).is_empty());
-        let (mut open, drained): (Vec<usize>, Vec<usize>) = usable.partition(|place| !is_drained(nodes[*place].1));
+        let (mut open, drained): (Vec<usize>, Vec<usize>) =
+            usable.partition(|place| !is_drained(book.desks[gateway].gateway, nodes[*place].1));
         if open.iter().any(|place| book.lives(nodes[*place].0)) {
             open.retain(|place| book.lives(nodes[*place].0));
         }

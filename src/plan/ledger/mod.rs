@@ -19,7 +19,7 @@ mod resting;
 mod retain;
 mod verdict;
 
-pub use moves::is_drained;
+pub use moves::{has_drain_label, is_drained};
 pub use resting::REST_SECONDS;
 pub use verdict::{Grant, Reason, Refusal, Verdict};
 

@@ -75,8 +75,9 @@ struct Room<'a> {
 impl<'a> Room<'a> {
     fn new(book: &Book<'a>, gateway: usize) -> Self {
         let nodes = book.desks[gateway].nodes.clone();
-        let all_drained = nodes.iter().all(|(_, node)| moves::is_drained(node));
-        let open = nodes.iter().enumerate().filter(|(_, (_, node))| all_drained || !moves::is_drained(node));
+        let is_drained = |node: &Node| moves::is_drained(book.desks[gateway].gateway, node);
+        let all_drained = nodes.iter().all(|(_, node)| is_drained(node));
+        let open = nodes.iter().enumerate().filter(|(_, (_, node))| all_drained || !is_drained(node));
         let open: HashMap<&Name, usize> = open.map(|(place, (name, _))| (*name, place)).collect();
         let anybody = nodes.iter().any(|(name, _)| book.is_reachable(name));
         let ready = |name: &Name| book.lives(name) && (book.is_reachable(name) || !anybody);

@@ -74,6 +74,34 @@ fn a_drained_node_keeps_its_paths_until_another_one_lives() {
 }
 
 #[test]
+fn a_cordoned_node_is_left_unless_its_gateway_says_otherwise_or_nobody_else_is_there() {
+    let cordon = |world: &mut World, node: &str, cordoned: bool| {
+        Arc::make_mut(world.cluster.nodes.get_mut(node).unwrap()).cordoned = cordoned;
+    };
+    let ignore = |world: &mut World, ignore: bool| {
+        Arc::make_mut(world.cluster.gateways.get_mut("g").unwrap()).ignore_cordon = ignore;
+    };
+    let mut world = world(&["n1", "n2"], 1);
+    cordon(&mut world, "n1", true);
+    ignore(&mut world, true);
+    assert_eq!(world.allocate().node("a/p000"), Some("n1"));
+    ignore(&mut world, false);
+    cordon(&mut world, "n2", true);
+    assert_eq!(world.allocate().node("a/p000"), Some("n1"), "none would be left");
+    cordon(&mut world, "n2", false);
+    let grant = world.allocate().grant("a/p000").clone();
+    assert_eq!((grant.node.as_deref(), grant.leaving.as_deref()), (Some("n2"), Some("n1")));
+    world.settle();
+    cordon(&mut world, "n1", false);
+    assert_eq!(world.allocate().node("a/p000"), Some("n2"), "nothing moves back");
+    cordon(&mut world, "n1", true);
+    world.policy("a/new", asking(Allocate::Dedicated));
+    world.policy("a/own", asking(Allocate::Node));
+    let outcome = world.allocate();
+    assert_eq!((outcome.node("a/new"), outcome.node("a/own")), (Some("n2"), Some("n2")));
+}
+
+#[test]
 fn a_node_that_egret_has_not_come_to_yet_gets_nothing_that_others_have() {
     let mut world = world(&["n1"], 2);
     world.node("n0", "g", &["10.0.0.9"]);
