@@ -55,6 +55,38 @@ fn destinations_exceptions_ports_and_priorities_decide_between_policies() {
 }
 
 #[test]
+fn an_api_server_outside_of_the_nodes_is_inside_the_cluster() {
+    let lab = Lab::scene();
+    let pod = lab.add_pod("n1", "shop", "visitor", VISITOR);
+    assert_leaves_by_egress(&pod);
+    let slice = |name: &str, service: &str, address: IpAddr| {
+        format!(
+            "apiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata:\n  name: {name}\n  namespace: default\n  labels: \
+             {{ kubernetes.io/service-name: {service} }}\naddressType: IPv4\nendpoints: [{{ addresses: [\"{address}\"] }}]\n---\n"
+        )
+    };
+    // As `kubectl get -o yaml` writes it: what says which kind it is stands last but one.
+    let endpoints = "subsets: [{ addresses: [{ ip: 192.0.2.3 }] }]\nmetadata: { name: kubernetes, namespace: default }\nkind: \
+                     Endpoints\napiVersion: v1\n";
+    lab.write_manifest("other.yaml", &slice("other", "database", EXT4.into()));
+    lab.write_manifest("api.yaml", endpoints);
+    lab.wait_until("the API server is direct", Duration::from_secs(5), || {
+        why(&lab, "192.0.2.3").contains("goes direct")
+    });
+    assert_leaves_by_egress(&pod);
+    lab.write_manifest("api.yaml", &slice("kubernetes", "kubernetes", EXT4.into()));
+    lab.wait_for("its node's address", &Some(IpAddr::from(lab.node("n1").ipv4())), || pod.who(EXT4).ok());
+    assert_eq!(pod.who(EXT6).ok(), Some(EGRESS6.into()));
+    lab.remove_manifest("api.yaml");
+    lab.wait_seen_as(&pod, EGRESS4);
+}
+
+fn why(lab: &Lab, to: &str) -> String {
+    let source = format!("dir:{}", lab.manifests().path().display());
+    lab.node("n1").run([env!("CARGO_BIN_EXE_egretd"), "why", "shop/visitor", "--to", to, "--cluster", &source])
+}
+
+#[test]
 fn a_destination_that_no_policy_covers_is_left_alone() {
     let lab = Lab::builder().router().scene();
     lab.write_manifest("policy.yaml", &(visitors() + "  egress: [{ to: [{ ipBlock: { cidr: 203.0.113.0/24 } }] }]\n"));

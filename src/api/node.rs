@@ -44,6 +44,9 @@ pub struct EgressNodeStatus {
     /// gateway's node says so.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub silent: Vec<String>,
+    /// Paths that pods of this node use and whose packets lead nowhere from here now, and why.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub blocked: Vec<BlockedPath>,
     /// The networks that this node takes for the cluster's own, to which no policy's traffic goes by a gateway, and
     /// where each is known from. Nodes' and Services' single addresses are not in it.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -53,7 +56,7 @@ pub struct EgressNodeStatus {
 impl EgressNodeStatus {
     /// Without what is for people: five thousand nodes say the same.
     pub fn for_machines(self) -> Self {
-        EgressNodeStatus { direct: Vec::new(), ..self }
+        EgressNodeStatus { direct: Vec::new(), blocked: Vec::new(), ..self }
     }
 }
 
@@ -75,6 +78,16 @@ pub struct TakenPath {
     pub id: u16,
     /// `since` of the ledger's entry at that time.
     pub since: i64,
+}
+
+/// A path that leads nowhere from a node.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct BlockedPath {
+    /// The path's id.
+    pub id: u16,
+    /// Why.
+    pub message: String,
 }
 
 /// A path that its node cannot hold.

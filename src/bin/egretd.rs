@@ -304,8 +304,8 @@ impl Controller {
 impl Why {
     fn run(self) -> anyhow::Result<String> {
         let options = KubeOptions { kubeconfig: self.cluster.kubeconfig, ..KubeOptions::default() };
-        let source = self.cluster.source.with(options);
-        let open = async |scope| match timeout(PATIENCE, cluster::open(&source, scope)).await {
+        let name = self.cluster.source.with(options);
+        let open = async |scope| match timeout(PATIENCE, cluster::open(&name, scope)).await {
             Ok(source) => source,
             Err(_) => anyhow::bail!("the cluster could not be read within {PATIENCE:?}; the log above says why"),
         };
@@ -314,11 +314,21 @@ impl Why {
             let source = open(Scope::Controller).await?;
             let mut cluster = (**source.snapshots.borrow()).clone();
             let node = cluster.pods.get(&self.pod).and_then(|pod| pod.node.as_ref()).or(cluster.nodes.keys().next());
-            if let Some(node) = node.filter(|_| self.to.is_some()).map(ToString::to_string) {
+            // A directory tells both the same.
+            let differs = self.to.is_some() && matches!(name, SourceName::Kube(_));
+            if let Some(node) = node.filter(|_| differs).map(ToString::to_string) {
                 let as_node = open(Scope::Node(node)).await?.snapshots.borrow().clone();
-                (cluster.inside, cluster.services) = (as_node.inside.clone(), as_node.services.clone());
+                cluster.inside = as_node.inside.clone();
+                cluster.services = as_node.services.clone();
+                cluster.endpoints = as_node.endpoints.clone();
             }
-            anyhow::Ok((cluster, source.problems.borrow().join("\n  ")))
+            let mut problems = Vec::clone(&source.problems.borrow());
+            if let Some(target) = &self.to
+                && let Err(e) = cluster::add_services(&name, &mut cluster, target).await
+            {
+                problems.push(format!("{e:#}; an address of a Service is told of as if it had no endpoints"));
+            }
+            anyhow::Ok((cluster, problems.join("\n  ")))
         })?;
         let text = why(&cluster, &self.pod, self.to, &self.direct);
         if problems.is_empty() {

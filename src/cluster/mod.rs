@@ -5,11 +5,13 @@
 
 pub mod dir;
 pub mod kube;
+mod remains;
 
 use crate::api::{EgressGatewayStatus, EgressNodeStatus, EgressPolicyStatus};
 use crate::plan::model::{Cluster, ObjectKey, PolicyKey};
 use crate::plan::report::Notice;
 use crate::plan::selector::Name;
+use crate::plan::target::Target;
 pub use kube::lease::Settings as LeaseSettings;
 use std::collections::BTreeSet;
 use std::path::PathBuf;
@@ -206,6 +208,22 @@ pub async fn open(name: &SourceName, scope: Scope) -> anyhow::Result<Source> {
         SourceName::Dir(path) => dir::open(path, scope).await,
         SourceName::Kube(options) => kube::open(options.clone(), scope).await,
     }
+}
+
+/// Adds to a snapshot all Services, and the endpoints of those that packets to `target` may be for, where they are not in
+/// it anyway.
+///
+/// # Errors
+/// They cannot be read.
+pub async fn add_services(name: &SourceName, cluster: &mut Cluster, target: &Target) -> anyhow::Result<()> {
+    if let SourceName::Kube(options) = name {
+        let (services, endpoints) = kube::services(options.clone(), target).await?;
+        cluster.services = services.into();
+        for (key, endpoints) in endpoints {
+            cluster.endpoints.insert(key, endpoints);
+        }
+    }
+    Ok(())
 }
 
 /// Removes what a node said of itself, for a node that Egret leaves; whether there was anything.

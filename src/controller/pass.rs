@@ -134,7 +134,10 @@ impl Controller {
             failure = Some(e);
         }
         let release = outcome.next_release.map(|at| Duration::from_secs(at.saturating_sub(now).max(1).unsigned_abs()));
-        let wake = [release, count_again, self.unseen.until(Instant::now())].into_iter().flatten().min();
+        // What becomes of a node that Kubernetes hears nothing of is said when it has lasted.
+        let lost = cluster.nodes.values().filter_map(|node| node.is_lost_at()).filter(|at| *at > now).min();
+        let lost = lost.map(|at| Duration::from_secs(at.saturating_sub(now).unsigned_abs()));
+        let wake = [release, count_again, lost, self.unseen.until(Instant::now())].into_iter().flatten().min();
         Pass { wake, failure }
     }
 

@@ -1,16 +1,18 @@
 //! What the node tells others: its EgressNode to the cluster, its last word to the plugin.
 
-use crate::api::{DirectNetwork, EgressNodeStatus, RefusedPath, TakenPath};
+use crate::api::{BlockedPath, DirectNetwork, EgressNodeStatus, RefusedPath, TakenPath};
 use crate::cluster::Statuses;
 use crate::cni::last_word::{LastWord, boot_id};
 use crate::kernel::tunnel::Tunnel;
 use crate::plan::mac;
+use crate::plan::marks::PathId;
 use crate::plan::model::ObjectKey;
 use crate::plan::node::View;
-use crate::plan::paths::Facts;
+use crate::plan::paths::{Facts, PathState};
 use crate::plan::precedence::PolicyIndex;
 use crate::plan::report::Notice;
 use crate::plan::shared::Mark;
+use std::collections::BTreeSet;
 use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -51,12 +53,16 @@ impl Report {
 
     /// Tells the other nodes where this end of the tunnel is, and what it holds. Nothing waits until that is written:
     /// an API server that does not answer must not keep this node from taking over what another one leaves.
-    /// There are so many `nodes`.
-    pub fn publish(&self, view: &View, tunnel: Option<&Tunnel>, facts: &Facts, nodes: usize) {
+    /// Pods of this node use the paths `used`; there are so many `nodes`.
+    pub fn publish(&self, view: &View, tunnel: Option<&Tunnel>, facts: &Facts, used: &BTreeSet<PathId>, nodes: usize) {
         let Some(tunnel) = tunnel else { return };
         let refused = facts.refused.iter().map(|(id, why)| RefusedPath { id: *id, message: why.clone() });
         let direct = view.networks.origins.iter();
         let direct = direct.map(|(n, from)| DirectNetwork { network: n.to_string(), from: from.to_string() });
+        let blocked = used.iter().filter_map(|id| match &view.paths.paths.get(id)?.state {
+            PathState::Unready(why) => Some(BlockedPath { id: *id, message: why.to_string() }),
+            PathState::Local | PathState::Remote(_) => None,
+        });
         let status = EgressNodeStatus {
             tunnel_address: Some(tunnel.local),
             tunnel_mac: Some(mac::Shown(tunnel.mac).to_string()),
@@ -66,6 +72,7 @@ impl Report {
             refused: refused.collect(),
             // Directors ask, too, but what thousands of them say costs more than it tells.
             silent: facts.dead.iter().filter(|_| view.paths.is_gateway).map(ToString::to_string).collect(),
+            blocked: blocked.collect(),
             direct: direct.collect(),
         };
         let nodes = u32::try_from(nodes).unwrap_or(u32::MAX);

@@ -2,7 +2,7 @@
 
 use super::mac::{self, Mac};
 use super::marks::PathId;
-use crate::api::{EgressNodeStatus, RefusedPath, TakenPath};
+use crate::api::{BlockedPath, EgressNodeStatus, RefusedPath, TakenPath};
 use std::net::IpAddr;
 
 /// What a node's daemon says of itself to the others, [`EgressNodeStatus`], as it is held: there are thousands, and all but
@@ -29,13 +29,20 @@ pub struct OfPaths {
     pub refused: Vec<RefusedPath>,
     /// Gateways' nodes that do not answer it; this one itself, while it cannot hold any path.
     pub silent: Vec<String>,
+    /// Those that pods of its use and that lead nowhere from it now.
+    pub blocked: Vec<BlockedPath>,
 }
 
 impl EgressNode {
     /// What it says of paths.
     pub fn of_paths(&self) -> &OfPaths {
-        static NOTHING: OfPaths =
-            OfPaths { held: Vec::new(), taken: Vec::new(), refused: Vec::new(), silent: Vec::new() };
+        static NOTHING: OfPaths = OfPaths {
+            held: Vec::new(),
+            taken: Vec::new(),
+            refused: Vec::new(),
+            silent: Vec::new(),
+            blocked: Vec::new(),
+        };
         self.of_paths.as_deref().unwrap_or(&NOTHING)
     }
 
@@ -48,8 +55,9 @@ impl EgressNode {
 
 impl From<EgressNodeStatus> for EgressNode {
     fn from(said: EgressNodeStatus) -> Self {
-        let EgressNodeStatus { tunnel_address, tunnel_mac, answers, paths, taken, refused, silent, direct: _ } = said;
-        let of_paths = OfPaths { held: paths, taken, refused, silent };
+        let EgressNodeStatus { tunnel_address, tunnel_mac, answers, paths, taken, refused, silent, blocked, direct: _ } =
+            said;
+        let of_paths = OfPaths { held: paths, taken, refused, silent, blocked };
         EgressNode {
             tunnel_address,
             tunnel_mac: tunnel_mac.as_deref().and_then(|text| mac::parse(text).ok()),

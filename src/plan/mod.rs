@@ -2,6 +2,7 @@
 //!
 //! Everything here is pure: no I/O, no clock, no environment. Time comes in as a value.
 
+pub mod backends;
 mod condition;
 pub mod destination;
 pub mod egress_node;

@@ -9,7 +9,7 @@ use super::selector::{Labels, Name, Selector, SelectorError};
 use super::shared::Shared;
 use crate::api::{
     AddressPair, Allocate, ClusterEgressPolicySpec, EgressGatewaySpec, EgressGatewayStatus, EgressPolicySpec,
-    EgressPolicyStatus, Fallback, Placement,
+    EgressPolicyStatus, EgressRule, Fallback, Placement, Protocol,
 };
 
 pub use crate::api::PolicyKey;
@@ -30,6 +30,8 @@ pub struct Cluster {
     pub pods: Shared<BTreeMap<ObjectKey, Arc<Pod>>>,
     /// Services.
     pub services: Shared<BTreeMap<ObjectKey, Arc<Service>>>,
+    /// Endpoints, by the objects that tell them. A node daemon sees those of the API servers only.
+    pub endpoints: Shared<BTreeMap<ObjectKey, Arc<Endpoints>>>,
     /// Gateways by name, with the ledger.
     pub gateways: Shared<BTreeMap<Name, Arc<Gateway>>>,
     /// Policies of both kinds.
@@ -44,6 +46,14 @@ pub struct Cluster {
     pub unreadable: Shared<BTreeMap<PolicyKey, Arc<Unreadable>>>,
     /// What is known to be inside the cluster besides what nodes and Services say.
     pub inside: Shared<Inside>,
+}
+
+impl Cluster {
+    /// The API servers' addresses: the endpoints of the Service `default/kubernetes`, which the API servers keep.
+    pub fn api_servers(&self) -> impl Iterator<Item = IpAddr> {
+        let of_api = self.endpoints.values().filter(|endpoints| endpoints.are_of_api());
+        of_api.flat_map(|endpoints| endpoints.addresses.iter().copied())
+    }
 }
 
 /// A policy that makes no sense.
@@ -99,8 +109,26 @@ pub struct Node {
     pub pod_cidrs: Box<[IpNetwork]>,
     /// `spec.unschedulable`: no new pods come to it, and whoever is about to stop it says so by this.
     pub cordoned: bool,
-    /// Whether Kubernetes has heard nothing of its kubelet for so long that its condition `Ready` is `Unknown`.
-    pub lost: bool,
+    /// Since when Kubernetes has heard so little of its kubelet that its condition `Ready` is `Unknown`, seconds since the
+    /// Unix epoch; 0 where that is not said.
+    pub lost_since: Option<i64>,
+}
+
+/// So long a node that Kubernetes hears nothing of is not yet taken for lost, seconds. While the API server is away no
+/// kubelet is heard of; when it is back, all nodes are `Unknown` until each kubelet has reported, which they do every 10 s
+/// (`nodeStatusUpdateFrequency`).
+const LOST_PATIENCE: i64 = 30;
+
+impl Node {
+    /// When the node counts as lost, if Kubernetes goes on hearing nothing of it.
+    pub fn is_lost_at(&self) -> Option<i64> {
+        self.lost_since.map(|since| since.saturating_add(LOST_PATIENCE))
+    }
+
+    /// Whether the node counts as lost.
+    pub fn is_lost(&self, now: i64) -> bool {
+        self.is_lost_at().is_some_and(|at| at <= now)
+    }
 }
 
 /// A Kubernetes Pod.
@@ -127,6 +155,48 @@ pub struct Service {
     pub selector: Option<Selector>,
     /// `spec.clusterIPs`, without `None`.
     pub cluster_ips: Box<[IpAddr]>,
+    /// What else it is reached by. Node daemons leave it out.
+    pub front: Option<Box<Front>>,
+}
+
+/// What a Service is reached by besides its cluster addresses, and its ports.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Front {
+    /// `spec.externalIPs`, and the addresses in `status.loadBalancer`.
+    pub addresses: Box<[IpAddr]>,
+    /// Its ports.
+    pub ports: Box<[ServicePort]>,
+}
+
+/// A port of a Service.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ServicePort {
+    /// Its name, by which endpoints tell theirs; empty for a Service's only one.
+    pub name: Box<str>,
+    /// TCP, UDP or SCTP.
+    pub protocol: Protocol,
+    /// At the Service's addresses.
+    pub port: u16,
+    /// At each node's addresses.
+    pub node_port: Option<u16>,
+}
+
+/// Some of a Service's endpoints: an EndpointSlice, or an Endpoints object.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Endpoints {
+    /// The Service.
+    pub service: ObjectKey,
+    /// Where its packets go.
+    pub addresses: Box<[IpAddr]>,
+    /// By the names of the Service's ports.
+    pub ports: Box<[(Box<str>, u16)]>,
+}
+
+impl Endpoints {
+    /// Whether they are the API servers.
+    pub fn are_of_api(&self) -> bool {
+        (&*self.service.namespace, &*self.service.name) == ("default", "kubernetes")
+    }
 }
 
 /// An EgressGateway, validated, and its ledger.
@@ -200,8 +270,20 @@ pub struct Policy {
     /// `metadata.creationTimestamp`, seconds since the Unix epoch; [`i64::MAX`], younger than all, where the source gives
     /// none.
     pub created: i64,
+    /// What is only guessed of it, if it stands for one that cannot be read.
+    pub guessed: Guessed,
     /// What the controller alone goes by, if there is any of it. There are ten thousand policies.
     pub for_controller: Option<Box<ForController>>,
+}
+
+/// What is not known of a policy that cannot be read. Where it matters, for another policy selects the same pod, the pod is
+/// held: nobody knows which of the two decides.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Guessed {
+    /// Its place among others.
+    pub rank: bool,
+    /// The destinations.
+    pub egress: bool,
 }
 
 /// What of a policy concerns the controller alone.
@@ -334,6 +416,30 @@ impl Gateway {
     }
 }
 
+/// Validates `spec.egress`.
+///
+/// # Errors
+/// Networks or ports that cannot be parsed or are too many.
+pub fn destinations(rules: &[EgressRule]) -> Result<Arc<[Destination]>, Invalid> {
+    let mut all = Vec::new();
+    for (i, rule) in rules.iter().enumerate() {
+        let d =
+            Destination::try_from(rule).map_err(|e: DestinationError| Invalid::new(format!("spec.egress[{i}]"), e))?;
+        all.push(d);
+    }
+    let rules: usize = all.iter().map(Destination::rules).sum();
+    if rules > MAX_RULES {
+        return Err(Invalid::new(
+            "spec.egress",
+            format!(
+                "makes {rules} combinations of a network and ports, and at most {MAX_RULES} can be; use wider networks or \
+                 ranges of ports"
+            ),
+        ));
+    }
+    Ok(all.into())
+}
+
 /// Parses `A`, `A-B` or `A/P` into an inclusive range.
 fn parse_range(text: &str) -> Result<AddressRange, String> {
     let address = |part: &str| {
@@ -424,28 +530,7 @@ impl Policy {
             (Some(a), None) => AddressRequest::Explicit(a.clone()),
             (None, allocate) => AddressRequest::Allocate(allocate.unwrap_or_default()),
         };
-        let egress = match &spec.egress {
-            None => None,
-            Some(rules) => {
-                let mut all = Vec::new();
-                for (i, rule) in rules.iter().enumerate() {
-                    let d = Destination::try_from(rule)
-                        .map_err(|e: DestinationError| Invalid::new(format!("spec.egress[{i}]"), e))?;
-                    all.push(d);
-                }
-                let rules: usize = all.iter().map(Destination::rules).sum();
-                if rules > MAX_RULES {
-                    return Err(Invalid::new(
-                        "spec.egress",
-                        format!(
-                            "makes {rules} combinations of a network and ports, and at most {MAX_RULES} can be; use wider \
-                             networks or ranges of ports"
-                        ),
-                    ));
-                }
-                Some(all.into())
-            }
-        };
+        let egress = spec.egress.as_deref().map(destinations).transpose()?;
         Ok(Policy {
             namespaces,
             pods,
@@ -455,6 +540,7 @@ impl Policy {
             fallback: spec.fallback,
             priority: spec.priority,
             created: meta.created.unwrap_or(i64::MAX),
+            guessed: Guessed::default(),
             for_controller: (meta.generation.is_some() || meta.move_to.is_some())
                 .then(|| Box::new(ForController { generation: meta.generation, move_to: meta.move_to })),
         })

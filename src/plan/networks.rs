@@ -14,7 +14,7 @@ pub struct Networks {
     pub pods_are_known: bool,
     /// Direct ranges: pods' networks, link-local, multicast and reserved ones, the user's. Sorted, merged.
     pub direct: Vec<AddressRange>,
-    /// Single direct addresses: nodes' and Services'.
+    /// Single direct addresses: nodes', Services' and API servers'.
     pub hosts: BTreeSet<IpAddr>,
     /// All that is direct, as the fewest networks that there can be.
     pub networks: Vec<IpNetwork>,
@@ -51,7 +51,7 @@ impl Networks {
         pods.extend(local_pods.into_iter().filter(|a| !is_known(a)).map(IpNetwork::from));
         let nodes = cluster.nodes.values().flat_map(|n| n.addresses.iter().copied());
         let services = cluster.services.values().flat_map(|s| s.cluster_ips.iter().copied());
-        let hosts: BTreeSet<IpAddr> = nodes.chain(services).collect();
+        let hosts: BTreeSet<IpAddr> = nodes.chain(services).chain(cluster.api_servers()).collect();
         let services = cluster.inside.services.keys();
         let direct = merged(pods.iter().chain(services).chain(&by_nature()).map(range).collect());
         let one = |a: &IpAddr| AddressRange { first: *a, last: *a };
@@ -149,7 +149,7 @@ pub fn next(address: IpAddr) -> Option<IpAddr> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::plan::model::Node;
+    use crate::plan::model::{Endpoints, Node, ObjectKey};
     use proptest::prelude::*;
     use std::sync::Arc;
 
@@ -200,6 +200,20 @@ mod tests {
                 "192.168.0.0/16 --direct"
             ]
         );
+    }
+
+    #[test]
+    fn an_api_server_is_direct_though_it_is_no_node() {
+        let mut cluster = cluster(&["10.244.0.0/24"]);
+        for (service, address) in [("kubernetes", "203.0.113.6"), ("database", "203.0.113.7")] {
+            let service = ObjectKey::new("default", service);
+            let addresses = [address.parse().unwrap()].into();
+            let endpoints = Endpoints { service: service.clone(), addresses, ports: Box::default() };
+            cluster.endpoints.insert(service, Arc::new(endpoints));
+        }
+        let networks = Networks::new(&cluster, &[], []);
+        assert!(networks.is_direct("203.0.113.6".parse().unwrap()));
+        assert!(!networks.is_direct("203.0.113.7".parse().unwrap()));
     }
 
     #[test]

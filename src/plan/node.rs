@@ -6,7 +6,7 @@
 use super::egress_node::EgressNode;
 use super::mac::Mac;
 use super::marks::PathId;
-use super::model::{Cluster, Gateway, Inside, Node, ObjectKey, Policy, PolicyKey, Service};
+use super::model::{Cluster, Endpoints, Gateway, Inside, Node, ObjectKey, Policy, PolicyKey, Service};
 use super::networks::Networks;
 use super::paths::{Facts, Path, PathState, Paths, Placing};
 use super::precedence::PolicyIndex;
@@ -37,6 +37,7 @@ struct MadeOf {
     nodes: Mark<BTreeMap<Name, Arc<Node>>>,
     namespaces: Mark<BTreeMap<Name, Labels>>,
     services: Mark<BTreeMap<ObjectKey, Arc<Service>>>,
+    endpoints: Mark<BTreeMap<ObjectKey, Arc<Endpoints>>>,
     gateways: Mark<BTreeMap<Name, Arc<Gateway>>>,
     policies: Mark<BTreeMap<PolicyKey, Arc<Policy>>>,
     egress_nodes: Mark<BTreeMap<Name, Arc<EgressNode>>>,
@@ -84,7 +85,8 @@ impl View {
         if !(same_nodes && same_ledger && *facts == of.facts) {
             self.look_again(cluster, node, facts);
         }
-        let same_inside = same_nodes && same_services && cluster.inside.has(&self.made_of.inside);
+        let same_endpoints = cluster.endpoints.has(&self.made_of.endpoints);
+        let same_inside = same_nodes && same_services && same_endpoints && cluster.inside.has(&self.made_of.inside);
         if !(same_inside && *extra == *self.made_of.extra && local_pods == self.made_of.local_pods) {
             self.networks = Networks::new(cluster, extra, local_pods.iter().copied()).into();
         }
@@ -92,6 +94,7 @@ impl View {
             nodes: cluster.nodes.mark(),
             namespaces: cluster.namespaces.mark(),
             services: cluster.services.mark(),
+            endpoints: cluster.endpoints.mark(),
             gateways: cluster.gateways.mark(),
             policies: cluster.policies.mark(),
             egress_nodes: cluster.egress_nodes.mark(),

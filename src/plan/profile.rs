@@ -36,10 +36,17 @@ const MAX_RULES: usize = 4_000;
 
 impl Profile {
     /// From the policies that select a pod, the first deciding first. What comes after a policy that covers
-    /// everything is left out. `None` if no policy selects the pod. One whose policies take too many rules is held.
+    /// everything is left out. `None` if no policy selects the pod. One whose policies take too many rules is held, and one
+    /// of which it is not known which policy decides, for one of several cannot be read.
     pub fn new(policies: &[&Ranked], paths: &Paths) -> Option<Self> {
         let mut steps = Vec::new();
-        for Ranked { key, policy } in policies {
+        if policies.len() > 1 && policies.iter().any(|ranked| ranked.policy.guessed.rank) {
+            return Some(Profile::Held);
+        }
+        for (at, Ranked { key, policy }) in policies.iter().enumerate() {
+            if policy.guessed.egress && at + 1 < policies.len() {
+                return Some(Profile::Held);
+            }
             let all = policy.covers_everything();
             let covers = match &policy.egress {
                 Some(rules) if !all => rules.clone(),
@@ -89,7 +96,7 @@ mod tests {
     use super::*;
     use crate::plan::destination::Ports;
     use crate::plan::fixture::selector;
-    use crate::plan::model::{Metadata, Policy};
+    use crate::plan::model::{Guessed, Metadata, Policy};
     use crate::plan::node::{NodePlan, PodPlan, View, chain_name};
 
     fn policy(name: &str, ports: u16) -> Ranked {
@@ -106,6 +113,22 @@ mod tests {
         let profile = |count| Profile::new(&all.iter().take(count).collect::<Vec<_>>(), &Paths::default());
         assert!(matches!(profile(4), Some(Profile::Steps(steps)) if steps.len() == 4));
         assert_eq!(profile(5), Some(Profile::Held));
+    }
+
+    #[test]
+    fn a_pod_of_which_nobody_knows_which_policy_decides_is_held() {
+        let guess = |rank, egress| {
+            let mut guess = policy("guess", 1);
+            Arc::make_mut(&mut guess.policy).guessed = Guessed { rank, egress };
+            guess
+        };
+        let (other, paths) = (policy("other", 1), Paths::default());
+        let is_held = |all: &[&Ranked]| Profile::new(all, &paths) == Some(Profile::Held);
+        // Alone it decides, whatever it said.
+        assert!(!is_held(&[&guess(true, true)]));
+        assert!(is_held(&[&guess(true, false), &other]) && is_held(&[&other, &guess(true, false)]));
+        assert!(is_held(&[&guess(false, true), &other]) && !is_held(&[&other, &guess(false, true)]));
+        assert!(!is_held(&[&guess(false, false), &other]));
     }
 
     #[test]

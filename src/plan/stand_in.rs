@@ -1,14 +1,17 @@
 //! What stands for a policy that was in force and cannot be read now, while nobody knows its last good state: a daemon
 //! that has been started since.
 //!
-//! The ledger still tells the policy's path. Its pods go by that, wherever outside they send to: which destinations it
-//! covers is not known, and none of them may see another address. A policy that the ledger does not list was never in
-//! force, and nothing stands for it.
+//! The ledger still tells the policy's path. Its pods go by that. Where its destinations are not known either, they are all of
+//! them: none may see another address; and where another policy could decide in its place, its pods are held. A policy that
+//! the ledger does not list was never in force, and nothing stands for it.
 
-use super::model::{AddressRequest, Cluster, Namespaces, PodMatch, Policy, PolicyKey};
+use super::destination::Destination;
+use super::model::{AddressRequest, Cluster, Guessed, Namespaces, PodMatch, Policy, PolicyKey};
+use super::selector::Name;
 use super::selector::Selector;
-use crate::api::{Allocate, Fallback, PathKind};
+use crate::api::{Allocate, Fallback, LedgerPath, PathKind};
 use std::collections::BTreeSet;
+use std::sync::Arc;
 
 /// What can be read of such a policy; what cannot, means everything.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -17,8 +20,12 @@ pub struct Remains {
     pub namespaces: Selector,
     /// The pods in them.
     pub pods: Option<PodMatch>,
-    /// `spec.priority`.
-    pub priority: i32,
+    /// `spec.priority`; `None`: it cannot be read.
+    pub priority: Option<i32>,
+    /// `metadata.creationTimestamp`, as in [`Policy`].
+    pub created: Option<i64>,
+    /// `spec.egress`; the outer `None`: it cannot be read.
+    pub egress: Option<Option<Arc<[Destination]>>>,
 }
 
 /// What stands for the policy, if the ledger lists it.
@@ -27,14 +34,19 @@ pub fn stand_in(cluster: &Cluster, key: &PolicyKey, remains: &Remains) -> Option
         let path = gateway.status.paths.iter().find(|path| path.policies.contains(key))?;
         Some((name, path))
     })?;
-    Some(Policy {
+    Some(of_path(key, gateway, path, remains))
+}
+
+/// What stands for a policy that a ledger lists on this path. If the gateway is not there, what its pods send is blocked.
+pub fn of_path(key: &PolicyKey, gateway: &Name, path: &LedgerPath, remains: &Remains) -> Policy {
+    Policy {
         namespaces: match &key.namespace {
             Some(namespace) => Namespaces::One(namespace.clone()),
             None => Namespaces::Selected(Box::new(remains.namespaces.clone())),
         },
         pods: remains.pods.clone().unwrap_or_else(|| PodMatch::Labels(Selector::default())),
         gateway: Some(gateway.clone()),
-        egress: None,
+        egress: remains.egress.clone().flatten(),
         // As it was asked for, so that the ledger keeps it.
         address: match path.kind {
             PathKind::Explicit => AddressRequest::Explicit(path.address.clone()),
@@ -43,10 +55,11 @@ pub fn stand_in(cluster: &Cluster, key: &PolicyKey, remains: &Remains) -> Option
             PathKind::Node => AddressRequest::Allocate(Allocate::Node),
         },
         fallback: Fallback::Block,
-        priority: remains.priority,
-        created: i64::MAX,
+        priority: remains.priority.unwrap_or_default(),
+        created: remains.created.unwrap_or(i64::MAX),
+        guessed: Guessed { rank: remains.priority.is_none(), egress: remains.egress.is_none() },
         for_controller: None,
-    })
+    }
 }
 
 /// The policies that the ledger lists and the cluster does not have.
@@ -105,8 +118,8 @@ mod tests {
         world.policy("a/p", naming(&["192.0.2.50"]));
         world.allocate();
         let pods = || PodMatch::Labels(Selector::try_from(&selector(&[("app", "x")])).unwrap());
-        let remains = Remains { pods: Some(pods()), priority: 7, ..Remains::default() };
+        let remains = Remains { pods: Some(pods()), priority: Some(7), created: Some(3), ..Remains::default() };
         let policy = stand_in(&world.cluster, &"a/p".into(), &remains).unwrap();
-        assert_eq!((policy.pods, policy.priority, policy.egress), (pods(), 7, None));
+        assert_eq!((policy.pods, policy.priority, policy.created, policy.egress), (pods(), 7, 3, None));
     }
 }

@@ -1,6 +1,7 @@
 //! Why a pod's packets leave the cluster as they do, in words: by the same index, in the same order, as the rules of its
 //! node.
 
+use super::backends::{Behind, Door, behind};
 use super::destination::in_a_row;
 use super::model::{Cluster, ObjectKey, Pod, PolicyKey};
 use super::networks::Networks;
@@ -52,7 +53,15 @@ pub fn why(
     } else if policies.is_empty() {
         lines.push("No policy selects it: it leaves as if Egret were not there.".into());
     } else if held {
-        lines.push(format!("The policies that select it cover too much together: the pod is held, {nothing}."));
+        let guessed = policies.iter().find(|r| r.policy.guessed.rank || r.policy.guessed.egress);
+        let reason = match guessed {
+            Some(Ranked { key, .. }) => format!(
+                "{} cannot be read, and it is not known whether it or another policy of the pod decides",
+                named(key)
+            ),
+            None => "The policies that select it cover too much together".to_owned(),
+        };
+        lines.push(format!("{reason}: the pod is held, {nothing}."));
     } else {
         match target {
             None => lines.extend(all(cluster, &policies)),
@@ -103,14 +112,88 @@ fn one(cluster: &Cluster, pod: &Pod, policies: &[&Ranked], target: Target, direc
     // As its node does: it knows of its own pods, and of others' networks.
     let neighbours = cluster.pods.values().filter(|other| other.node == pod.node);
     let networks = Networks::new(cluster, direct, neighbours.flat_map(|pod| pod.addresses.iter().copied()));
-    if networks.is_direct(target.address) {
-        let origin = networks.origins.iter().find(|(network, _)| network.contains(target.address));
-        let origin = origin
-            .map_or("an address of a node, a Service or a pod, or link-local or multicast".into(), |(n, of)| {
-                format!("in {n}, from {of}")
-            });
-        return vec![format!("{target} goes direct: it is {origin}, and no policy covers what is inside the cluster.")];
+    match behind(cluster, pod.node.as_deref(), &target) {
+        Some(behind) => through(cluster, pod, policies, target, &networks, &behind),
+        None if networks.is_direct(target.address) => vec![goes_direct(cluster, &networks, target)],
+        None => decided(cluster, pod, policies, target),
     }
+}
+
+/// Why a destination is direct.
+fn goes_direct(cluster: &Cluster, networks: &Networks, target: Target) -> String {
+    let origin = networks.origins.iter().find(|(network, _)| network.contains(target.address));
+    let origin = match origin {
+        Some((network, of)) => format!("in {network}, from {of}"),
+        None if cluster.api_servers().any(|address| address == target.address) => {
+            "an API server's address, an endpoint of the Service default/kubernetes".to_owned()
+        }
+        None => "an address of a node, a Service or a pod, or link-local or multicast".to_owned(),
+    };
+    format!("{target} goes direct: it is {origin}, and no policy covers what is inside the cluster.")
+}
+
+/// What becomes of packets to an address of a Service.
+fn through(
+    cluster: &Cluster,
+    pod: &Pod,
+    policies: &[&Ranked],
+    target: Target,
+    networks: &Networks,
+    Behind { service, door, endpoints }: &Behind,
+) -> Vec<String> {
+    let outside: Vec<Target> = endpoints.iter().filter(|e| !networks.is_direct(e.address)).copied().collect();
+    let mut lines = Vec::new();
+    match door {
+        Door::OtherNode => {
+            let node = "that node's kube-proxy sends it on, and endpoints outside the cluster see that node's address";
+            return vec![format!(
+                "{target} goes direct: it is a port of the Service {service} at another node; {node}."
+            )];
+        }
+        // The Service's address itself counts where kube-proxy does not replace it.
+        _ if networks.is_direct(target.address) && outside.is_empty() => {
+            lines.push(goes_direct(cluster, networks, target));
+            let told = match endpoints.as_slice() {
+                [] => "of which no endpoints are known".to_owned(),
+                _ => format!("whose endpoints are inside the cluster: {}", few(endpoints)),
+            };
+            lines.push(format!("It is an address of the Service {service}, {told}."));
+        }
+        _ if endpoints.is_empty() => {
+            lines.push(format!("It is an address of the Service {service}, of which no endpoints are known."));
+            lines.extend(decided(cluster, pod, policies, target));
+        }
+        _ => {
+            lines.push(format!(
+                "{target} is an address of the Service {service}. kube-proxy has replaced it by an endpoint's when policies \
+                 decide (not in its mode IPVS: there it goes direct, see docs/limits.md):"
+            ));
+            let inside: Vec<Target> = endpoints.iter().filter(|e| !outside.contains(e)).copied().collect();
+            if !inside.is_empty() {
+                lines.push(format!("{} goes direct: inside the cluster.", few(&inside)));
+            }
+            for endpoint in outside.iter().take(FEW) {
+                lines.extend(decided(cluster, pod, policies, *endpoint));
+            }
+            if outside.len() > FEW {
+                lines.push(format!("and {} more endpoints outside the cluster", outside.len() - FEW));
+            }
+        }
+    }
+    lines
+}
+
+/// How many of a Service's endpoints are told.
+const FEW: usize = 8;
+
+fn few(endpoints: &[Target]) -> String {
+    let more = endpoints.len().saturating_sub(FEW);
+    let shown: Vec<String> = endpoints.iter().take(FEW).map(|e| e.address.to_string()).collect();
+    in_a_row(&shown) + &if more > 0 { format!(" and {more} more") } else { String::new() }
+}
+
+/// What policies decide for a destination outside the cluster.
+fn decided(cluster: &Cluster, pod: &Pod, policies: &[&Ranked], target: Target) -> Vec<String> {
     let mut lines = Vec::new();
     let by_port = |ranked: &&&Ranked| target.port.is_none() && covers_by_port(ranked, target.address);
     let decides = policies.iter().find(|ranked| covers(ranked, &target));
@@ -131,7 +214,14 @@ fn one(cluster: &Cluster, pod: &Pod, policies: &[&Ranked], target: Target, direc
     let address = status.and_then(|status| address_towards(status, target.address));
     let ready = status.and_then(|s| s.conditions.iter().find(|c| c.type_ == "Ready"));
     let has_path = status.is_some_and(|status| status.addresses.is_some());
+    let becomes = match policy.fallback {
+        Fallback::Block => "is blocked",
+        Fallback::NodeAddress => "leaves from the node's address (fallback: NodeAddress)",
+    };
     lines.push(match (address, ready) {
+        (Some(_), _) if let Some((node, blocked)) = blocked(cluster, pod, key) => {
+            format!("{target} {becomes}: {} decides, and from the pod's node {node:?} {blocked}.", named(key))
+        }
         (Some(address), Some(ready)) if ready.status == "True" => {
             format!("{target} leaves from {address}: {} decides, and {}.", named(key), ready.message)
         }
@@ -151,14 +241,19 @@ fn one(cluster: &Cluster, pod: &Pod, policies: &[&Ranked], target: Target, direc
         }
         (_, ready) => {
             let reason = ready.map_or("the controller has said nothing of it yet", |ready| &ready.message);
-            let becomes = match policy.fallback {
-                Fallback::Block => "is blocked",
-                Fallback::NodeAddress => "leaves from the node's address (fallback: NodeAddress)",
-            };
             format!("{target} {becomes}: {} decides, and it is not ready: {reason}", named(key))
         }
     });
     lines
+}
+
+/// What the pod's own node says of the policy's path, if packets on it lead nowhere from there.
+fn blocked<'a>(cluster: &'a Cluster, pod: &'a Pod, policy: &PolicyKey) -> Option<(&'a str, &'a str)> {
+    let node = pod.node.as_deref()?;
+    let paths = cluster.gateways.values().flat_map(|gateway| &gateway.status.paths);
+    let path = paths.into_iter().find(|path| path.policies.contains(policy))?;
+    let blocked = &cluster.egress_nodes.get(node)?.of_paths().blocked;
+    blocked.iter().find(|blocked| blocked.id == path.id).map(|blocked| (node, blocked.message.as_str()))
 }
 
 fn address_towards(status: &EgressPolicyStatus, target: IpAddr) -> Option<IpAddr> {
@@ -188,8 +283,9 @@ fn list<T: ToString>(all: &[T], none: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::api::{EgressPeer, EgressPolicySpec, EgressPort, EgressRule, IpBlock, Protocol};
+    use crate::api::{BlockedPath, EgressPeer, EgressPolicySpec, EgressPort, EgressRule, IpBlock, Protocol};
     use crate::plan::fixture::{World, naming};
+    use crate::plan::model::{Endpoints, Front, Service, ServicePort};
     use crate::plan::report::report;
     use std::sync::Arc;
 
@@ -274,10 +370,55 @@ mod tests {
     }
 
     #[test]
+    fn a_service_goes_where_its_endpoints_are() {
+        let mut world = settled(world());
+        let port = ServicePort { name: "db".into(), protocol: Protocol::Tcp, port: 5432, node_port: Some(30432) };
+        let front = Front { addresses: ["198.18.0.9".parse().unwrap()].into(), ports: [port].into() };
+        for (name, address, endpoints) in [
+            ("outside", "10.96.0.9", &["203.0.113.9", "10.9.0.1"][..]),
+            ("inside", "10.96.0.8", &["10.9.0.1"]),
+            ("kubernetes", "10.96.0.1", &["203.0.113.6"]),
+        ] {
+            let front = Some(Box::new(if name == "outside" { front.clone() } else { Front::default() }));
+            let service = Service { cluster_ips: [address.parse().unwrap()].into(), front, ..Service::default() };
+            let key = ObjectKey::new("default", name);
+            let addresses = endpoints.iter().map(|a| a.parse().unwrap()).collect();
+            let endpoints = Endpoints { service: key.clone(), addresses, ports: [("db".into(), 15432)].into() };
+            world.cluster.services.insert(key.clone(), Arc::new(service));
+            world.cluster.endpoints.insert(key, Arc::new(endpoints));
+        }
+        let decided = "203.0.113.9, TCP port 15432, leaves from 192.0.2.50: EgressPolicy shop/rest decides";
+        for (target, words) in [
+            ("10.96.0.9:5432", &["an address of the Service default/outside", "10.9.0.1 goes direct", decided][..]),
+            ("198.18.0.9:5432", &["an address of the Service default/outside", decided]),
+            // Not a port of the Service's.
+            ("198.18.0.9:80", &["198.18.0.9, TCP port 80, leaves from 192.0.2.50"]),
+            ("10.0.0.1:30432", &["an address of the Service default/outside", decided]),
+            ("10.0.0.2:30432", &["goes direct: it is a port of the Service default/outside at another node"]),
+            ("10.96.0.8", &["10.96.0.8 goes direct", "whose endpoints are inside the cluster: 10.9.0.1"]),
+            ("10.96.0.1:443", &["10.96.0.1, TCP port 443, goes direct", "inside the cluster: 203.0.113.6"]),
+            ("203.0.113.6", &["203.0.113.6 goes direct: it is an API server's address"]),
+        ] {
+            says(&asked(&world, target), words);
+        }
+    }
+
+    #[test]
+    fn what_the_pods_own_node_says_of_the_path_counts() {
+        let mut world = settled(world());
+        let id = world.cluster.gateways["g"].status.paths.iter().find(|p| p.policies.contains(&"shop/rest".into()));
+        let blocked = BlockedPath { id: id.unwrap().id, message: "node n2 does not answer".into() };
+        let node = world.cluster.egress_nodes.get_mut("n1").unwrap();
+        Arc::make_mut(node).of_paths_mut().blocked = vec![blocked];
+        let words = "9.9.9.9 is blocked: EgressPolicy shop/rest decides, and from the pod's node \"n1\" node n2 does not answer.";
+        says(&asked(&world, "9.9.9.9"), &[words]);
+    }
+
+    #[test]
     fn whose_gateway_nobody_hears_may_be_blocked() {
         let mut world = settled(world());
         for node in ["n1", "n2"] {
-            Arc::make_mut(world.cluster.nodes.get_mut(node).unwrap()).lost = true;
+            Arc::make_mut(world.cluster.nodes.get_mut(node).unwrap()).lost_since = Some(0);
         }
         let world = settled(world);
         says(&asked(&world, "9.9.9.9"), &["9.9.9.9 leaves from 192.0.2.50 if the gateway lives, else it is blocked: "]);

@@ -4,6 +4,7 @@
 #[path = "../lab/mod.rs"]
 mod lab;
 
+mod api_server;
 mod away;
 mod basics;
 mod burst;

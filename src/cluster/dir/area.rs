@@ -45,7 +45,9 @@ pub fn status_path((kind, namespace, name): Identity<'_>) -> Option<PathBuf> {
         Kind::EgressNode => "egressnodes",
         Kind::EgressPolicy => "egresspolicies",
         Kind::ClusterEgressPolicy => "clusteregresspolicies",
-        Kind::Namespace | Kind::Node | Kind::Pod | Kind::Service => return None,
+        Kind::Namespace | Kind::Node | Kind::Pod | Kind::Service | Kind::Endpoints | Kind::EndpointSlice => {
+            return None;
+        }
     });
     path.extend(namespace);
     path.push(format!("{name}.yaml"));

@@ -1,17 +1,21 @@
 //! One file of the directory: when it changed, and what it held when it was last right.
 
 use super::documents::{Documents, StreamError};
-use super::fault::Fault;
+use super::fault::{Fault, options};
 use super::manifest::Reader;
 use super::object::{Identity, Object};
-use std::collections::HashMap;
+use crate::cluster::remains::policies_of;
+use crate::plan::model::{Policy, PolicyKey};
+use crate::plan::stand_in::Remains;
 use std::collections::hash_map::RandomState;
+use std::collections::{BTreeMap, HashMap};
 use std::fs::{File, Metadata, OpenOptions};
 use std::hash::BuildHasher;
 use std::io::{self, BufReader};
 use std::num::NonZeroU64;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// How many faults of one file are told. Who has more begins with these.
@@ -102,12 +106,37 @@ pub enum Reading {
     /// It is right.
     Good(Contents),
     /// It is wrong; each fault with its line in the file.
-    Bad(Vec<Fault>),
+    Bad(Vec<Fault>, Salvage),
     /// It changed while it was read.
     Busy,
 }
 
-/// Reads a file, and parses those of its documents that `before` does not have.
+/// What a file that is wrong tells of its policies all the same.
+#[derive(Debug, Default)]
+pub struct Salvage {
+    /// Those in documents that are right.
+    pub whole: BTreeMap<PolicyKey, Arc<Policy>>,
+    /// What can be read of the others.
+    pub remains: BTreeMap<PolicyKey, Remains>,
+}
+
+impl Salvage {
+    fn of_text(&mut self, text: &str) {
+        // Where the text is no YAML, nothing can.
+        let document: serde_json::Value = serde_saphyr::from_str_with_options(text, options()).unwrap_or_default();
+        self.remains.extend(policies_of(&document));
+    }
+
+    fn of_objects(&mut self, objects: Vec<(u32, Object)>) {
+        self.whole.extend(objects.into_iter().filter_map(|(_, object)| match object {
+            Object::Policy(key, policy) => Some((key, policy)),
+            _ => None,
+        }));
+    }
+}
+
+/// Reads a file, and parses those of its documents that `before` does not have. Tells its signature, whether that can stay
+/// the same though the file changes, and its length.
 ///
 /// # Errors
 /// The file cannot be read.
@@ -116,7 +145,7 @@ pub fn read(
     before: &Contents,
     reader: &mut Reader<'_>,
     hasher: &RandomState,
-) -> io::Result<(Signature, bool, Reading)> {
+) -> io::Result<(Signature, bool, u64, Reading)> {
     // Who puts a pipe under such a name shall not make us wait for it.
     let file = OpenOptions::new().read(true).custom_flags(nix::libc::O_NONBLOCK).open(path)?;
     let metadata = file.metadata()?;
@@ -124,19 +153,19 @@ pub fn read(
     let racy = is_racy(&metadata, SystemTime::now());
     let reading = if !metadata.is_file() {
         let message = "is no regular file; move it elsewhere".into();
-        Reading::Bad(vec![Fault { line: 1, message, ..Fault::default() }])
+        Reading::Bad(vec![Fault { line: 1, message, ..Fault::default() }], Salvage::default())
     } else if metadata.len() == 0 && before.len() > 0 {
         // More likely cut off by a full disk or caught in the middle of being written than meant.
         let message = format!(
             "is empty; the {} objects that it had are kept. If they are to go, delete the file or leave a comment in it",
             before.len()
         );
-        Reading::Bad(vec![Fault { line: 1, message, ..Fault::default() }])
+        Reading::Bad(vec![Fault { line: 1, message, ..Fault::default() }], Salvage::default())
     } else {
         parse(&file, before, reader, hasher)?
     };
     let unchanged = signature(&file.metadata()?, hasher) == before_reading;
-    Ok((before_reading, racy, if unchanged { reading } else { Reading::Busy }))
+    Ok((before_reading, racy, metadata.len(), if unchanged { reading } else { Reading::Busy }))
 }
 
 fn parse(file: &File, before: &Contents, reader: &mut Reader<'_>, hasher: &RandomState) -> io::Result<Reading> {
@@ -144,6 +173,7 @@ fn parse(file: &File, before: &Contents, reader: &mut Reader<'_>, hasher: &Rando
     let known = by_hash(before);
     let mut by_name: Option<HashMap<Identity<'_>, &Object>> = None;
     let (mut documents, mut objects, mut faults) = (Vec::new(), Vec::new(), Vec::new());
+    let mut salvage = Salvage::default();
     loop {
         let document = match stream.next() {
             Ok(Some(document)) => document,
@@ -168,7 +198,10 @@ fn parse(file: &File, before: &Contents, reader: &mut Reader<'_>, hasher: &Rando
                         _ => (line, object),
                     }));
                 }
-                Err(fault) => faults.push(Fault { line: document.line + fault.line.max(1) - 1, ..fault }),
+                Err(fault) => {
+                    salvage.of_text(document.text);
+                    faults.push(Fault { line: document.line + fault.line.max(1) - 1, ..fault });
+                }
             }
         }
         if faults.len() >= MAX_FAULTS {
@@ -177,7 +210,11 @@ fn parse(file: &File, before: &Contents, reader: &mut Reader<'_>, hasher: &Rando
         let count = (objects.len() - count) as u32;
         documents.push(Document { hash, line: document.line, objects: count });
     }
-    Ok(if faults.is_empty() { Reading::Good(Contents::new(documents, objects)) } else { Reading::Bad(faults) })
+    if faults.is_empty() {
+        return Ok(Reading::Good(Contents::new(documents, objects)));
+    }
+    salvage.of_objects(objects);
+    Ok(Reading::Bad(faults, salvage))
 }
 
 fn by_hash(contents: &Contents) -> HashMap<u64, &[(u32, Object)]> {

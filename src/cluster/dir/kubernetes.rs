@@ -3,7 +3,9 @@
 
 use super::fault::Fault;
 use super::names::Names;
-use crate::plan::model::{Node, Pod, Service};
+use super::validate::parse_time;
+use crate::api::Protocol;
+use crate::plan::model::{Endpoints, Front, Node, ObjectKey, Pod, Service, ServicePort};
 use crate::plan::selector::Selector;
 use ipnetwork::IpNetwork;
 use serde::{Deserialize, Serialize};
@@ -58,6 +60,8 @@ struct NodeCondition {
     #[serde(rename = "type")]
     type_: String,
     status: String,
+    #[serde(rename = "lastTransitionTime")]
+    since: Option<String>,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -88,7 +92,7 @@ pub struct PodStatus {
 }
 
 #[derive(Debug, Serialize, Deserialize)]
-struct PodIp {
+pub struct PodIp {
     ip: String,
 }
 
@@ -103,6 +107,68 @@ pub struct ServiceSpec {
     cluster_ip: Option<String>,
     #[serde(rename = "clusterIPs", skip_serializing_if = "Option::is_none")]
     cluster_ips: Option<Vec<String>>,
+    /// These are for people who ask, not for nodes, which write nothing of them down.
+    #[serde(rename = "externalIPs", skip_serializing)]
+    external_ips: Option<Vec<String>>,
+    #[serde(skip_serializing)]
+    ports: Option<Vec<ServicePortSpec>>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct ServicePortSpec {
+    name: Option<String>,
+    protocol: Option<Protocol>,
+    port: u16,
+    node_port: Option<u16>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct ServiceStatus {
+    load_balancer: Option<LoadBalancer>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct LoadBalancer {
+    ingress: Option<Vec<Ingress>>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct Ingress {
+    ip: Option<String>,
+}
+
+/// What an EndpointSlice (`endpoints`, `ports`) or an Endpoints object (`subsets`) says.
+#[derive(Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct EndpointsParts {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub endpoints: Option<Vec<Endpoint>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ports: Option<Vec<EndpointPort>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub subsets: Option<Vec<Subset>>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Endpoint {
+    #[serde(default)]
+    addresses: Vec<String>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Subset {
+    addresses: Option<Vec<PodIp>>,
+    ports: Option<Vec<EndpointPort>>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+pub struct EndpointPort {
+    name: Option<String>,
+    port: Option<u16>,
 }
 
 /// A Node.
@@ -131,9 +197,10 @@ pub fn node(meta: &Metadata, spec: &NodeSpec, status: &NodeStatus, names: &mut N
     let labels = names.labels(meta.labels.as_ref().unwrap_or(&BTreeMap::new()));
     let count = internal.len();
     internal.append(&mut external);
-    let lost = status.conditions.iter().flatten().any(|c| c.type_ == "Ready" && c.status == "Unknown");
+    let lost = status.conditions.iter().flatten().find(|c| c.type_ == "Ready" && c.status == "Unknown");
+    let lost_since = lost.map(|c| c.since.as_deref().and_then(parse_time).unwrap_or(0));
     let cordoned = spec.unschedulable.unwrap_or_default();
-    Ok(Node { labels, addresses: internal.into(), internal: count, pod_cidrs, cordoned, lost })
+    Ok(Node { labels, addresses: internal.into(), internal: count, pod_cidrs, cordoned, lost_since })
 }
 
 /// A Pod.
@@ -178,7 +245,39 @@ pub fn service(spec: &ServiceSpec, names: &mut Names) -> Result<Service, Fault> 
     // The endpoints controllers pass over Services of type ExternalName and those without a selector.
     let selector = spec.selector.as_ref().filter(|s| !s.is_empty() && spec.type_.as_deref() != Some("ExternalName"));
     let selector = selector.map(|s| Selector::equals(s.iter().map(|(k, v)| (names.get(k), names.get(v)))));
-    Ok(Service { selector, cluster_ips: cluster_ips.into() })
+    Ok(Service { selector, cluster_ips: cluster_ips.into(), front: None })
+}
+
+/// What else a Service is reached by. What is no address says nothing.
+pub fn front(spec: &ServiceSpec, status: &ServiceStatus) -> Front {
+    let ingress = status.load_balancer.iter().flat_map(|lb| lb.ingress.iter().flatten()).filter_map(|i| i.ip.as_ref());
+    let addresses = spec.external_ips.iter().flatten().chain(ingress).filter_map(|a| a.parse().ok());
+    let port = |p: &ServicePortSpec| ServicePort {
+        name: p.name.as_deref().unwrap_or_default().into(),
+        protocol: p.protocol.unwrap_or(Protocol::Tcp),
+        port: p.port,
+        node_port: p.node_port.filter(|port| *port != 0),
+    };
+    Front { addresses: addresses.collect(), ports: spec.ports.iter().flatten().map(port).collect() }
+}
+
+/// The label of an EndpointSlice that names its Service.
+pub const SERVICE_NAME: &str = "kubernetes.io/service-name";
+
+/// Some endpoints of a Service. What is no address, as the names in a slice of the type FQDN, is passed over, as kube-proxy
+/// does.
+pub fn endpoints(meta: &Metadata, key: &ObjectKey, parts: &EndpointsParts) -> Endpoints {
+    let named = meta.labels.as_ref().and_then(|labels| labels.get(SERVICE_NAME));
+    let service = match named {
+        Some(name) => ObjectKey { namespace: key.namespace.clone(), name: name.as_str().into() },
+        None => key.clone(),
+    };
+    let subsets = || parts.subsets.iter().flatten();
+    let of_subsets = subsets().flat_map(|s| s.addresses.iter().flatten()).map(|a| &a.ip);
+    let addresses = parts.endpoints.iter().flatten().flat_map(|e| &e.addresses).chain(of_subsets);
+    let ports = parts.ports.iter().flatten().chain(subsets().flat_map(|s| s.ports.iter().flatten()));
+    let ports = ports.filter_map(|p| Some((p.name.as_deref().unwrap_or_default().into(), p.port?)));
+    Endpoints { service, addresses: addresses.filter_map(|a| a.parse().ok()).collect(), ports: ports.collect() }
 }
 
 fn address(text: &str, field: impl Fn() -> String) -> Result<IpAddr, Fault> {

@@ -1,7 +1,7 @@
 //! From a document's text to objects: which kind it is, and its parts in whatever order they stand.
 
 use super::fault::{Fault, line_of, options};
-use super::kubernetes::Metadata;
+use super::kubernetes::{EndpointsParts, Metadata};
 use super::names::Names;
 use super::object::{Identity, Kind, Object, label};
 use super::validate::{Spec, Status, object};
@@ -127,6 +127,7 @@ struct Seen {
     metadata: Option<Metadata>,
     spec: Option<Spec>,
     status: Option<Status>,
+    endpoints: EndpointsParts,
     items: bool,
     /// A field that no object of Egret's has.
     strange: Option<(String, u32)>,
@@ -262,6 +263,23 @@ impl Part<'_, '_, '_> {
                         false
                     }
                 },
+                "endpoints" | "ports" | "subsets" if seen.role.is_none() => {
+                    self.pass.again = true;
+                    map.next_value::<IgnoredAny>()?;
+                    false
+                }
+                "endpoints" if seen.role == Some(Role::Used(Kind::EndpointSlice)) => {
+                    seen.endpoints.endpoints = map.next_value()?;
+                    false
+                }
+                "ports" if seen.role == Some(Role::Used(Kind::EndpointSlice)) => {
+                    seen.endpoints.ports = map.next_value()?;
+                    false
+                }
+                "subsets" if seen.role == Some(Role::Used(Kind::Endpoints)) => {
+                    seen.endpoints.subsets = map.next_value()?;
+                    false
+                }
                 _ => {
                     map.next_value::<IgnoredAny>()?;
                     seen.strange.get_or_insert((key.value, at));
@@ -298,8 +316,9 @@ impl Part<'_, '_, '_> {
             });
         }
         let (spec, status) = (seen.spec.take(), seen.status.take());
+        let endpoints = std::mem::take(&mut seen.endpoints);
         let metadata = seen.metadata.get_or_insert_default();
-        if let Some(object) = object(self.pass.reader, kind, metadata, spec, status)? {
+        if let Some(object) = object(self.pass.reader, kind, metadata, spec, status, endpoints)? {
             self.pass.objects.push((seen.line, object));
         }
         Ok(())

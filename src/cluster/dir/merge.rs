@@ -35,6 +35,7 @@ pub fn merge<'a, O: Iterator<Item = (u32, &'a mut Object)>>(
 ) -> Cluster {
     let (mut nodes, mut namespaces, mut pods, mut services) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     let (mut gateways, mut policies) = (Vec::new(), Vec::new());
+    let (mut slices, mut endpoints) = (Vec::new(), Vec::new());
     let (mut egress_nodes, mut reported, mut policy_statuses) = (Vec::new(), Vec::new(), Vec::new());
     let mut ledgers: BTreeMap<Name, &mut Ledger> = BTreeMap::new();
     for Part { path, is_status, objects } in parts {
@@ -45,6 +46,8 @@ pub fn merge<'a, O: Iterator<Item = (u32, &'a mut Object)>>(
                 Object::Namespace(name, v) => namespaces.push((name.clone(), at, Labels::clone(v))),
                 Object::Pod(key, v) => pods.push((key.clone(), at, v.clone())),
                 Object::Service(key, v) => services.push((key.clone(), at, v.clone())),
+                Object::EndpointSlice(key, v) => slices.push((key.clone(), at, v.clone())),
+                Object::Endpoints(key, v) => endpoints.push((key.clone(), at, v.clone())),
                 Object::Gateway(name, v) => gateways.push((name.clone(), at, v.clone())),
                 Object::Policy(key, v) => policies.push((key.clone(), at, v.clone())),
                 Object::EgressNode(name, v) if is_status => reported.push((name.clone(), at, v.clone())),
@@ -59,6 +62,11 @@ pub fn merge<'a, O: Iterator<Item = (u32, &'a mut Object)>>(
     for (name, status) in unique(egress_nodes, |n| format!("EgressNode/{n}"), &mut twice) {
         all_reported.entry(name).or_insert(status);
     }
+    // Kubernetes mirrors each in the other's form.
+    let mut all_endpoints = unique(slices, |k| format!("EndpointSlice/{k}"), &mut twice);
+    for (key, endpoints) in unique(endpoints, |k| format!("Endpoints/{k}"), &mut twice) {
+        all_endpoints.entry(key).or_insert(endpoints);
+    }
     let mut gateways = unique(gateways, |n| format!("EgressGateway/{n}"), &mut twice);
     for (name, gateway) in &mut gateways {
         if let Some(ledger) = ledgers.get_mut(name) {
@@ -71,6 +79,7 @@ pub fn merge<'a, O: Iterator<Item = (u32, &'a mut Object)>>(
         namespaces: unique(namespaces, |n| format!("Namespace/{n}"), &mut twice).into(),
         pods: unique(pods, |k| format!("Pod/{k}"), &mut twice).into(),
         services: unique(services, |k| format!("Service/{k}"), &mut twice).into(),
+        endpoints: all_endpoints.into(),
         gateways: gateways.into(),
         policies: unique(policies, |k| format!("{}/{k}", kind(k)), &mut twice).into(),
         egress_nodes: all_reported.into(),
@@ -127,6 +136,7 @@ pub fn share(before: &Cluster, now: &mut Cluster) -> bool {
         objects(&before.nodes, &mut now.nodes),
         objects(&before.pods, &mut now.pods),
         objects(&before.services, &mut now.services),
+        objects(&before.endpoints, &mut now.endpoints),
         objects(&before.gateways, &mut now.gateways),
         objects(&before.policies, &mut now.policies),
         objects(&before.egress_nodes, &mut now.egress_nodes),

@@ -16,6 +16,7 @@ mod documents;
 pub(super) mod fault;
 mod file;
 pub(super) mod kubernetes;
+mod lost;
 mod manifest;
 mod merge;
 pub(super) mod names;

@@ -2,7 +2,7 @@
 
 use crate::api::{EgressGatewayStatus, EgressPolicyStatus, GROUP, VERSION};
 use crate::plan::egress_node::EgressNode;
-use crate::plan::model::{Gateway, Node, ObjectKey, Pod, Policy, PolicyKey, Service};
+use crate::plan::model::{Endpoints, Gateway, Node, ObjectKey, Pod, Policy, PolicyKey, Service};
 use crate::plan::selector::{Labels, Name};
 use std::fmt;
 use std::sync::Arc;
@@ -18,6 +18,10 @@ pub enum Kind {
     Pod,
     /// `v1`.
     Service,
+    /// `v1`.
+    Endpoints,
+    /// `discovery.k8s.io`.
+    EndpointSlice,
     /// Egret's.
     EgressGateway,
     /// Egret's.
@@ -46,6 +50,8 @@ impl Kind {
             ("", "Node") => Kind::Node,
             ("", "Pod") => Kind::Pod,
             ("", "Service") => Kind::Service,
+            ("", "Endpoints") => Kind::Endpoints,
+            ("discovery.k8s.io", "EndpointSlice") => Kind::EndpointSlice,
             (GROUP, _) if version != VERSION => {
                 return Err(format!("apiVersion {api_version:?} is unknown here; write {GROUP}/{VERSION}"));
             }
@@ -65,7 +71,7 @@ impl Kind {
 
     /// Whether its objects live in a namespace.
     pub fn is_namespaced(self) -> bool {
-        matches!(self, Kind::Pod | Kind::Service | Kind::EgressPolicy)
+        matches!(self, Kind::Pod | Kind::Service | Kind::Endpoints | Kind::EndpointSlice | Kind::EgressPolicy)
     }
 
     /// Whether it is of Egret's group: every field counts, and unknown ones are errors.
@@ -81,6 +87,8 @@ pub enum Object {
     Node(Name, Arc<Node>),
     Pod(ObjectKey, Arc<Pod>),
     Service(ObjectKey, Arc<Service>),
+    Endpoints(ObjectKey, Arc<Endpoints>),
+    EndpointSlice(ObjectKey, Arc<Endpoints>),
     Gateway(Name, Arc<Gateway>),
     /// Of either kind.
     Policy(PolicyKey, Arc<Policy>),
@@ -138,6 +146,8 @@ impl Object {
             Object::Node(name, _) => (Kind::Node, None, name),
             Object::Pod(key, _) => (Kind::Pod, Some(&key.namespace), &key.name),
             Object::Service(key, _) => (Kind::Service, Some(&key.namespace), &key.name),
+            Object::Endpoints(key, _) => (Kind::Endpoints, Some(&key.namespace), &key.name),
+            Object::EndpointSlice(key, _) => (Kind::EndpointSlice, Some(&key.namespace), &key.name),
             Object::Gateway(name, _) | Object::Ledger(name, _) => (Kind::EgressGateway, None, name),
             Object::Policy(key, _) | Object::PolicyStatus(key, _) => match &key.namespace {
                 Some(namespace) => (Kind::EgressPolicy, Some(namespace), &key.name),
@@ -154,6 +164,8 @@ impl Object {
             (Object::Node(_, a), Object::Node(_, b)) => a == b,
             (Object::Pod(_, a), Object::Pod(_, b)) => a == b,
             (Object::Service(_, a), Object::Service(_, b)) => a == b,
+            (Object::Endpoints(_, a), Object::Endpoints(_, b)) => a == b,
+            (Object::EndpointSlice(_, a), Object::EndpointSlice(_, b)) => a == b,
             (Object::Gateway(_, a), Object::Gateway(_, b)) => a == b,
             (Object::Policy(_, a), Object::Policy(_, b)) => a == b,
             (Object::EgressNode(_, a), Object::EgressNode(_, b)) => a == b,

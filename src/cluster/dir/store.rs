@@ -1,24 +1,25 @@
 //! All that is known of the directory, brought up to date step by step.
 
-use super::area::{Area, is_hidden, is_manifest, status_of};
+use super::area::{Area, STATUS, is_hidden, is_manifest, status_of};
 use super::file::{self, Contents, Reading, Signature, signature};
+use super::lost::Lost;
 use super::manifest::Reader;
 use super::merge::{Part, merge};
 use super::names::Names;
+use super::object::{Ledger, Object};
 use super::watch::{Dirty, Watched};
-use crate::plan::model::{Cluster, PolicyKey};
-use crate::plan::stand_in::{Remains, listed_only, stand_in};
+use crate::plan::model::Cluster;
+use crate::plan::selector::Name;
 use inotify::EventOwned;
+use std::collections::BTreeMap;
 use std::collections::hash_map::RandomState;
-use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io::{self, ErrorKind};
 use std::ops::Bound;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::time::SystemTime;
-use tracing::{debug, warn};
+use tracing::debug;
 
 /// How deep directories are followed; links can make circles.
 const MAX_DEPTH: usize = 16;
@@ -45,8 +46,8 @@ pub struct Store {
     identity: Option<Identity>,
     /// `root` was not there the last time.
     missing: bool,
-    /// Policies that were in force when this daemon started, and in no file that could be read. `None`: not looked yet.
-    lost: Option<BTreeSet<PolicyKey>>,
+    /// Policies that were in force when this daemon started, and in no file.
+    lost: Lost,
     names: Names,
     watched: Watched,
     hasher: RandomState,
@@ -92,7 +93,7 @@ impl Store {
             pending_before: BTreeMap::new(),
             directories: BTreeMap::new(),
             twice: Vec::new(),
-            lost: None,
+            lost: Lost::default(),
             identity: None,
             missing: false,
             names: Names::default(),
@@ -195,12 +196,14 @@ impl Store {
     }
 
     fn list(&mut self, path: &Path, area: Area, complete: bool, outcome: &mut Outcome) -> io::Result<()> {
+        let mut has_something = false;
         for entry in fs::read_dir(self.root.join(path))? {
             let entry = entry?;
             let name = entry.file_name();
             if is_hidden(&name) {
                 continue;
             }
+            has_something |= name != STATUS;
             let below = path.join(&name);
             let is_directory = match entry.file_type()? {
                 t if t.is_symlink() => fs::metadata(entry.path()).is_ok_and(|m| m.is_dir()),
@@ -216,6 +219,9 @@ impl Store {
             } else if is_file {
                 self.check(&below, complete || area == Area::Statuses, outcome);
             }
+        }
+        if area == Area::Manifests {
+            self.lost.note(path, has_something);
         }
         Ok(())
     }
@@ -237,7 +243,7 @@ impl Store {
         self.faults.remove(path);
         self.pending.remove(path);
         if let Some(file) = self.files.remove(path) {
-            outcome.changed |= file.contents.len() > 0;
+            outcome.changed |= file.contents.len() > 0 || self.lost.is_any();
         }
     }
 
@@ -272,18 +278,24 @@ impl Store {
         let file = self.files.entry(path.into()).or_default();
         file.walk = self.walk;
         let mut reader = Reader { names: &mut self.names, node: self.node.as_deref(), status_of: status_of(path) };
-        let (signature, racy, reading) = match file::read(full, &file.contents, &mut reader, &self.hasher) {
+        let (signature, racy, length, reading) = match file::read(full, &file.contents, &mut reader, &self.hasher) {
             Ok(read) => read,
             Err(e) => return self.blame(path, None, vec![(1, format!("cannot be read: {e}"))]),
         };
         match reading {
             Reading::Good(contents) => {
-                outcome.changed |= file.contents.len() > 0 || contents.len() > 0;
+                outcome.changed |= file.contents.len() > 0 || contents.len() > 0 || self.lost.is_any();
+                if status_of(path).is_none() {
+                    self.lost.note(path, length > 0);
+                }
                 *file = FileState { contents, signature: Some(signature), walk: self.walk, racy };
                 self.faults.remove(path);
                 self.pending.remove(path);
             }
-            Reading::Bad(faults) => {
+            Reading::Bad(faults, salvage) => {
+                if file.contents.len() == 0 {
+                    self.lost.salvaged(salvage);
+                }
                 file.racy = racy;
                 let faults = faults.into_iter().map(|f| (f.line, f.to_string())).collect();
                 self.blame(path, Some(signature), faults);
@@ -311,19 +323,29 @@ impl Store {
     }
 
     fn complain(&mut self, path: &Path, what: String) {
-        // No trailing slash for the directory itself.
-        let shown = if path.as_os_str().is_empty() { self.root.clone() } else { self.root.join(path) };
-        self.directories.insert(path.into(), format!("{}: {what}", shown.display()));
+        self.directories.insert(path.into(), format!("{}: {what}", self.shown(path).display()));
+    }
+
+    /// The whole path. There is no trailing slash for the directory itself.
+    fn shown(&self, path: &Path) -> PathBuf {
+        if path.as_os_str().is_empty() { self.root.clone() } else { self.root.join(path) }
     }
 
     /// What is wrong now, a line each.
     pub fn problems(&self) -> Vec<String> {
-        self.directories.values().chain(self.faults.values().flatten()).chain(&self.twice).cloned().collect()
+        let told = self.directories.values().chain(self.faults.values().flatten()).chain(&self.twice).cloned();
+        let lost = self.lost.problems().map(|(path, what)| format!("{}: {what}", self.shown(path).display()));
+        told.chain(lost).collect()
     }
 
     /// Whether there is a part of the directory that is not known at all, so that an object that is not in the
     /// snapshot may be in there.
     pub fn is_incomplete(&self) -> bool {
+        self.lost.is_any() || self.is_unread()
+    }
+
+    /// Whether there is a part of it that cannot be read, and of which nothing is known.
+    fn is_unread(&self) -> bool {
         !self.directories.is_empty()
             || self
                 .faults
@@ -351,34 +373,23 @@ impl Store {
             ));
         });
         self.names.tidy();
-        self.fill_in(&mut cluster);
+        let unread = self.is_unread();
+        let gateways = cluster.gateways.clone();
+        let mut ledgers = Vec::new();
+        for (name, ledger) in self.files.values_mut().flat_map(|file| file.contents.objects()).filter_map(ledger_of) {
+            if !gateways.contains_key(name) {
+                ledgers.push((name, ledger.status().paths.as_slice()));
+            }
+        }
+        self.lost.fill_in(&self.root, &mut cluster, unread, ledgers.into_iter());
         cluster
     }
+}
 
-    /// A file that was broken before this daemon started may hold policies that are in force: what the ledger knows of them
-    /// stands for them, until every file is known or they are there.
-    fn fill_in(&mut self, cluster: &mut Cluster) {
-        let incomplete = self.is_incomplete();
-        let lost = self.lost.get_or_insert_with(|| {
-            let lost = if incomplete { listed_only(cluster) } else { BTreeSet::new() };
-            for policy in &lost {
-                warn!(
-                    %policy,
-                    "it is in force and in no file that can be read: until that is mended, whatever pods of its namespace send \
-                     to the outside leaves by its path"
-                );
-            }
-            lost
-        });
-        if !incomplete {
-            lost.clear();
-        }
-        lost.retain(|key| !cluster.policies.contains_key(key));
-        for key in &*lost {
-            if let Some(policy) = stand_in(cluster, key, &Remains::default()) {
-                cluster.policies.insert(key.clone(), Arc::new(policy));
-            }
-        }
+fn ledger_of((_, object): (u32, &mut Object)) -> Option<(&Name, &Ledger)> {
+    match object {
+        Object::Ledger(name, ledger) => Some((name, ledger)),
+        _ => None,
     }
 }
 

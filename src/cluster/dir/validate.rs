@@ -21,7 +21,7 @@ pub enum Spec {
     Ignored,
     Node(k8s::NodeSpec),
     Pod(k8s::PodSpec),
-    Service(k8s::ServiceSpec),
+    Service(Box<k8s::ServiceSpec>),
     Gateway(Box<api::EgressGatewaySpec>),
     Policy(Box<api::EgressPolicySpec>),
     ClusterPolicy(Box<api::ClusterEgressPolicySpec>),
@@ -34,6 +34,7 @@ pub enum Status {
     Ignored,
     Node(k8s::NodeStatus),
     Pod(k8s::PodStatus),
+    Service(k8s::ServiceStatus),
     Gateway(Box<api::EgressGatewayStatus>),
     Policy(Box<api::EgressPolicyStatus>),
     EgressNode(Box<api::EgressNodeStatus>),
@@ -64,7 +65,7 @@ impl<'de> DeserializeSeed<'de> for SpecSeed {
 
     fn deserialize<D: Deserializer<'de>>(self, d: D) -> Result<Spec, D::Error> {
         Ok(match self {
-            SpecSeed(Kind::Namespace, _) | SpecSeed(_, true) => {
+            SpecSeed(Kind::Namespace | Kind::Endpoints | Kind::EndpointSlice, _) | SpecSeed(_, true) => {
                 IgnoredAny::deserialize(d)?;
                 Spec::Ignored
             }
@@ -89,6 +90,7 @@ impl<'de> DeserializeSeed<'de> for StatusSeed {
         Ok(match self {
             StatusSeed(Kind::Node, false) => Status::Node(Deserialize::deserialize(d)?),
             StatusSeed(Kind::Pod, false) => Status::Pod(Deserialize::deserialize(d)?),
+            StatusSeed(Kind::Service, false) => Status::Service(Deserialize::deserialize(d)?),
             StatusSeed(Kind::EgressNode, _) => Status::EgressNode(Deserialize::deserialize(d)?),
             StatusSeed(Kind::EgressGateway, true) => Status::Gateway(Deserialize::deserialize(d)?),
             StatusSeed(Kind::EgressPolicy | Kind::ClusterEgressPolicy, true) => {
@@ -118,6 +120,7 @@ pub fn object(
     meta: &Metadata,
     spec: Option<Spec>,
     status: Option<Status>,
+    endpoints: k8s::EndpointsParts,
 ) -> Result<Option<Object>, Fault> {
     let name = meta.name.as_deref().unwrap_or_default();
     if name.is_empty() {
@@ -155,9 +158,24 @@ pub fn object(
             }
             Object::Pod(key(names), Arc::new(pod))
         }
-        (Kind::Service, spec, _) => {
+        (Kind::Service, spec, status) => {
             let spec = if let Some(Spec::Service(s)) = spec { s } else { Default::default() };
-            Object::Service(key(names), Arc::new(k8s::service(&spec, names)?))
+            let status = if let Some(Status::Service(s)) = status { s } else { Default::default() };
+            let front = reader.node.is_none().then(|| Box::new(k8s::front(&spec, &status)));
+            Object::Service(key(names), Arc::new(model::Service { front, ..k8s::service(&spec, names)? }))
+        }
+        (Kind::Endpoints | Kind::EndpointSlice, ..) => {
+            let key = key(names);
+            let endpoints = k8s::endpoints(meta, &key, &endpoints);
+            if reader.node.is_some() && !endpoints.are_of_api() {
+                return Ok(None);
+            }
+            let endpoints = Arc::new(endpoints);
+            if kind == Kind::Endpoints {
+                Object::Endpoints(key, endpoints)
+            } else {
+                Object::EndpointSlice(key, endpoints)
+            }
         }
         (Kind::EgressGateway, Some(Spec::Gateway(spec)), _) => {
             let mut gateway = Gateway::new(&spec, times(meta)?)?;
@@ -176,7 +194,8 @@ pub fn object(
             Object::Policy(PolicyKey { namespace: None, name: names.get(name) }, Arc::new(policy))
         }
         (Kind::EgressNode, _, Some(Status::EgressNode(status))) => {
-            Object::EgressNode(names.get(name), Arc::new(EgressNode::from(*status)))
+            let status = if reader.node.is_some() { status.for_machines() } else { *status };
+            Object::EgressNode(names.get(name), Arc::new(EgressNode::from(status)))
         }
         (Kind::EgressNode, ..) => return Ok(None),
         (Kind::EgressGateway | Kind::EgressPolicy | Kind::ClusterEgressPolicy, ..) => {
@@ -206,16 +225,25 @@ fn match_status(
             let namespace = namespace.map(|n| reader.names.get(n));
             Some(Object::PolicyStatus(PolicyKey { namespace, name }, status.into()))
         }
-        Some(Status::EgressNode(status)) => Some(Object::EgressNode(name, Arc::new(EgressNode::from(*status)))),
+        Some(Status::EgressNode(status)) => {
+            // What is for people is nothing to other nodes.
+            let status = if reader.node.is_some() { status.for_machines() } else { *status };
+            Some(Object::EgressNode(name, Arc::new(EgressNode::from(status))))
+        }
         _ => None,
     })
+}
+
+/// RFC 3339 as seconds since the Unix epoch.
+pub(in crate::cluster) fn parse_time(text: &str) -> Option<i64> {
+    text.parse::<jiff::Timestamp>().ok().map(|time| time.as_second())
 }
 
 /// What the metadata contribute to gateways and policies.
 pub(in crate::cluster) fn times(meta: &Metadata) -> Result<model::Metadata, Fault> {
     let created = match meta.creation_timestamp.as_deref() {
         None | Some("") => None,
-        Some(text) => Some(text.parse::<jiff::Timestamp>().map_err(|_| {
+        Some(text) => Some(parse_time(text).ok_or_else(|| {
             let message = format!("{text:?} is not a time; write it like 2026-01-31T12:00:00Z, or leave it out");
             Fault::field("metadata.creationTimestamp", message)
         })?),
@@ -224,7 +252,7 @@ pub(in crate::cluster) fn times(meta: &Metadata) -> Result<model::Metadata, Faul
     // What is no node's name is told of by the policy's status: a wish that cannot be met must not end the policy.
     let move_to = annotation(model::MOVE_TO).filter(|node| !node.is_empty()).map(Into::into);
     let rebalance = annotation(model::REBALANCE) == Some("true");
-    Ok(model::Metadata { created: created.map(|t| t.as_second()), generation: meta.generation, move_to, rebalance })
+    Ok(model::Metadata { created, generation: meta.generation, move_to, rebalance })
 }
 
 const NOT_A_NAME: &str = "cannot be a name; names have lower-case letters, digits, '-' and '.', begin and end with a \

@@ -7,12 +7,12 @@ use crate::cluster::dir::fault::Fault;
 use crate::cluster::dir::kubernetes as k8s;
 use crate::cluster::dir::names::Names;
 use crate::cluster::dir::validate::times;
+use crate::cluster::remains::remains_of;
 use crate::plan::egress_node::EgressNode;
-use crate::plan::model::{Gateway, Node, ObjectKey, Pod, PodMatch, Policy, PolicyKey, Service};
-use crate::plan::selector::{Labels, Name, Selector};
+use crate::plan::model::{Endpoints, Gateway, Node, ObjectKey, Pod, Policy, PolicyKey, Service};
+use crate::plan::selector::{Labels, Name};
 use crate::plan::stand_in::Remains;
 use ipnetwork::IpNetwork;
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -37,6 +37,8 @@ pub enum Item {
     /// With its status, if that is wanted.
     Policy(PolicyKey, Arc<Policy>, Option<Arc<api::EgressPolicyStatus>>),
     EgressNode(Name, Arc<EgressNode>),
+    /// Of the API servers.
+    Endpoints(ObjectKey, Arc<Endpoints>),
     /// Networks inside the cluster.
     Inside(Kind, Name, Vec<IpNetwork>),
 }
@@ -89,6 +91,17 @@ struct Whole<Spec, Status> {
     status: Option<Status>,
 }
 
+/// An EndpointSlice, or an Endpoints object.
+#[derive(Deserialize, Serialize)]
+pub struct EndpointsObject {
+    /// Its metadata.
+    #[serde(default)]
+    pub metadata: k8s::Metadata,
+    /// All else.
+    #[serde(flatten)]
+    pub parts: k8s::EndpointsParts,
+}
+
 /// A part that is not looked at, whatever it is.
 type Ignored = serde::de::IgnoredAny;
 
@@ -104,27 +117,9 @@ pub fn decode(kind: Kind, text: &[u8], reading: &Reading, names: &mut Names) -> 
     let (mut told, mut remains) = (None, None);
     if is_policy && item.is_err() {
         told = whole::<Ignored, api::EgressPolicyStatus>(text).ok().and_then(|w| wanted(w.status, reading));
-        let spec = whole::<serde_json::Value, Ignored>(text).ok().and_then(|w| w.spec);
-        remains = Some(Box::new(remains_of(&spec.unwrap_or_default())));
+        remains = Some(Box::new(remains_of(&serde_json::from_slice(text).unwrap_or_default())));
     }
     Ok(Decoded { key, version: metadata.resource_version, generation: metadata.generation, item, told, remains })
-}
-
-fn remains_of(spec: &serde_json::Value) -> Remains {
-    let selector = |field: &str| {
-        let text: LabelSelector = serde_json::from_value(spec.get(field)?.clone()).ok()?;
-        Selector::try_from(&text).ok()
-    };
-    let services: Vec<Name> =
-        spec["services"].as_array().into_iter().flatten().filter_map(|s| Some(s.as_str()?.into())).collect();
-    Remains {
-        namespaces: selector("namespaceSelector").unwrap_or_default(),
-        pods: match services.as_slice() {
-            [] => selector("podSelector").map(PodMatch::Labels),
-            _ => Some(PodMatch::Services(services.into())),
-        },
-        priority: spec["priority"].as_i64().and_then(|p| p.try_into().ok()).unwrap_or_default(),
-    }
 }
 
 fn item(
@@ -195,9 +190,19 @@ fn item(
             let Whole { spec, .. } = whole::<Networks, Ignored>(text)?;
             Item::Inside(kind, name.clone(), spec.unwrap_or_default().parsed()?)
         }
+        Kind::EndpointSlice => {
+            let EndpointsObject { metadata, parts } = parsed(text)?;
+            let key = object(namespace);
+            let endpoints = k8s::endpoints(&metadata, &key, &parts);
+            Item::Endpoints(key, Arc::new(endpoints))
+        }
         Kind::EgressNode => {
             let Whole { status, .. } = whole::<Ignored, api::EgressNodeStatus>(text)?;
             match status {
+                // What is for people is nothing to other nodes.
+                Some(status) if reading.node.is_some() => {
+                    Item::EgressNode(names.get(name), Arc::new(EgressNode::from(status.for_machines())))
+                }
                 Some(status) => Item::EgressNode(names.get(name), Arc::new(EgressNode::from(status))),
                 None => return Ok(None),
             }
@@ -229,6 +234,10 @@ pub fn network(text: &str) -> Option<IpNetwork> {
 }
 
 fn whole<Spec: DeserializeOwned, Status: DeserializeOwned>(text: &[u8]) -> Result<Whole<Spec, Status>, Fault> {
+    parsed(text)
+}
+
+fn parsed<T: DeserializeOwned>(text: &[u8]) -> Result<T, Fault> {
     serde_json::from_slice(text).map_err(|e| Fault {
         message: format!("{e}; this version of Egret cannot read it, see docs/kubernetes.md on upgrades"),
         ..Fault::default()

@@ -3,7 +3,7 @@
 use super::kind::Kind;
 use crate::api;
 use crate::cluster::dir::kubernetes as k8s;
-use crate::cluster::kube::decode::Networks;
+use crate::cluster::kube::decode::{EndpointsObject, Networks};
 use serde::de::{DeserializeOwned, IgnoredAny};
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::value::RawValue;
@@ -56,6 +56,11 @@ pub fn essence(kind: Kind, text: &[u8], to: &mut Vec<u8>) -> serde_json::Result<
         Kind::EgressGateway => of::<All, All>(text, to),
         Kind::EgressPolicy | Kind::ClusterEgressPolicy => of::<All, Nothing>(text, to),
         Kind::EgressNode => of::<Nothing, NodeStatus>(text, to),
+        Kind::EndpointSlice => {
+            let mut object: EndpointsObject = serde_json::from_slice(text)?;
+            object.metadata.annotations = None;
+            serde_json::to_writer(to, &object)
+        }
         Kind::ServiceCidr | Kind::IpPool => of::<Networks, Nothing>(text, to),
     }
 }

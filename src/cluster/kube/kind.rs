@@ -31,6 +31,8 @@ pub enum Kind {
     ServiceCidr,
     /// Calico's, where that is installed.
     IpPool,
+    /// The API servers' own: of the Service `default/kubernetes`.
+    EndpointSlice,
 }
 
 impl Kind {
@@ -45,8 +47,8 @@ impl Kind {
         Kind::EgressNode,
     ];
 
-    /// What is followed where it is there, and tells a node which networks are inside the cluster.
-    pub const OPTIONAL: [Kind; 2] = [Kind::ServiceCidr, Kind::IpPool];
+    /// What is followed where it is there, and tells a node what is inside the cluster.
+    pub const OPTIONAL: [Kind; 3] = [Kind::ServiceCidr, Kind::IpPool, Kind::EndpointSlice];
 
     /// The path of the collection, all namespaces together.
     pub fn path(self) -> &'static str {
@@ -61,6 +63,22 @@ impl Kind {
             Kind::EgressNode => "/apis/egret.dev/v1alpha1/egressnodes",
             Kind::ServiceCidr => "/apis/networking.k8s.io/v1/servicecidrs",
             Kind::IpPool => "/apis/crd.projectcalico.org/v1/ippools",
+            Kind::EndpointSlice => "/apis/discovery.k8s.io/v1/namespaces/default/endpointslices",
+        }
+    }
+
+    /// Where the same is found in API servers that do not have the path.
+    pub fn older_path(self) -> Option<&'static str> {
+        // discovery.k8s.io/v1 came with 1.21; that Endpoints are deprecated is said from 1.33 on.
+        (self == Kind::EndpointSlice).then_some("/api/v1/namespaces/default/endpoints")
+    }
+
+    /// Which objects of the collection are followed, `fieldSelector=…`; `node`: a node's daemon reads them.
+    pub fn selector(self, node: Option<&str>) -> String {
+        match (self, node) {
+            (Kind::Pod, Some(node)) => format!("fieldSelector=spec.nodeName%3D{node}"),
+            (Kind::EndpointSlice, _) => "fieldSelector=metadata.name%3Dkubernetes".to_owned(),
+            _ => String::new(),
         }
     }
 

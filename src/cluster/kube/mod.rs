@@ -15,6 +15,7 @@ pub mod lease;
 mod ledger_text;
 mod lookup;
 mod service_networks;
+mod services;
 mod split;
 mod status;
 mod store;
@@ -28,6 +29,7 @@ use super::dir::names::Names;
 use super::{KubeOptions, Leadership, Scope, Source, tell};
 use crate::plan::model::Cluster;
 use crate::plan::selector::Name;
+use crate::plan::target::Target;
 use anyhow::Context;
 use client::Client;
 use decode::Reading;
@@ -92,6 +94,12 @@ pub(super) async fn open(options: KubeOptions, scope: Scope) -> anyhow::Result<S
     })
 }
 
+/// All Services, and the endpoints of those that packets to `target` may be for.
+pub(super) async fn services(options: KubeOptions, target: &Target) -> anyhow::Result<services::Found> {
+    let client = Client::connect(options.kubeconfig).await?;
+    services::find(&client, target).await.context("Services")
+}
+
 /// Removes what a node said of itself; whether there was anything.
 pub(super) async fn remove_node(options: KubeOptions, node: &str) -> anyhow::Result<bool> {
     let client = Client::connect(options.kubeconfig).await?;
@@ -116,13 +124,10 @@ impl Tasks {
     }
 
     fn follow(&self, kind: Kind) -> JoinHandle<()> {
-        let selector = match (&self.node, kind) {
-            (Some(node), Kind::Pod) => format!("fieldSelector=spec.nodeName%3D{node}"),
-            _ => String::new(),
-        };
+        let (path, selector) = (kind.path(), kind.selector(self.node.as_deref()));
         let (client, names, changes) = (self.client.clone(), self.names.clone(), self.changes.clone());
         let files = self.files.clone();
-        tokio::spawn(Watch { client, kind, selector, reading: self.reading(), names, files, changes }.run())
+        tokio::spawn(Watch { client, kind, path, selector, reading: self.reading(), names, files, changes }.run())
     }
 }
 
@@ -186,7 +191,12 @@ impl Follower {
     fn recall(&mut self) {
         let (reading, files) = (self.tasks.reading(), self.tasks.files.clone());
         let mut names = self.tasks.names.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut recall = |kind| Some(Change::Listed(kind, files.recall(kind, &reading, &mut names)?));
+        let mut recall = |kind| match files.recall(kind, &reading, &mut names) {
+            Some(listed) => Some(Change::Listed(kind, listed)),
+            // A daemon of an earlier version followed none, or it had no right to.
+            None if kind == Kind::EndpointSlice => Some(Change::Absent(kind)),
+            None => None,
+        };
         let kinds: Vec<Kind> = Kind::ALWAYS.into_iter().chain(Kind::OPTIONAL).collect();
         let unlisted = kinds.into_iter().filter(|kind| !self.store.has_listed(*kind));
         let Some(all) = unlisted.map(&mut recall).collect::<Option<Vec<Change>>>() else { return };

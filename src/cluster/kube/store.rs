@@ -128,6 +128,7 @@ impl Store {
             Kind::Node => Box::new(c.nodes.keys().map(plain)),
             Kind::Pod => Box::new(c.pods.keys().map(object)),
             Kind::Service => Box::new(c.services.keys().map(object)),
+            Kind::EndpointSlice => Box::new(c.endpoints.keys().map(object)),
             Kind::EgressGateway => Box::new(c.gateways.keys().map(plain)),
             Kind::EgressPolicy => Box::new(policies(false)),
             Kind::ClusterEgressPolicy => Box::new(policies(true)),
@@ -207,6 +208,7 @@ impl Store {
             Kind::Node => c.nodes.contains_key(name),
             Kind::Pod => object().is_some_and(|k| c.pods.contains_key(&k)),
             Kind::Service => object().is_some_and(|k| c.services.contains_key(&k)),
+            Kind::EndpointSlice => object().is_some_and(|k| c.endpoints.contains_key(&k)),
             Kind::EgressGateway => c.gateways.contains_key(name),
             Kind::EgressPolicy | Kind::ClusterEgressPolicy => {
                 c.policies.contains_key(&policy()) || self.waiting.contains_key(&policy())
@@ -223,6 +225,7 @@ impl Store {
             Item::Node(name, node) => put(&mut c.nodes, name, node),
             Item::Pod(key, pod) => put(&mut c.pods, key, pod),
             Item::Service(key, service) => put(&mut c.services, key, service),
+            Item::Endpoints(key, endpoints) => put(&mut c.endpoints, key, endpoints),
             Item::Gateway(name, gateway) => put(&mut c.gateways, name, gateway),
             Item::EgressNode(name, status) => put(&mut c.egress_nodes, name, status),
             Item::Inside(kind, name, networks) => {
@@ -256,6 +259,7 @@ impl Store {
             Kind::Node => remove(&mut c.nodes, name),
             Kind::Pod => object().is_some_and(|k| remove(&mut c.pods, &k)),
             Kind::Service => object().is_some_and(|k| remove(&mut c.services, &k)),
+            Kind::EndpointSlice => object().is_some_and(|k| remove(&mut c.endpoints, &k)),
             Kind::EgressGateway => remove(&mut c.gateways, name),
             Kind::EgressPolicy | Kind::ClusterEgressPolicy => {
                 let key = PolicyKey { namespace: namespace.clone(), name: name.clone() };

@@ -73,6 +73,8 @@ pub struct Watch {
     pub client: Client,
     /// What.
     pub kind: Kind,
+    /// Where the API server has them.
+    pub path: &'static str,
     /// Which of them, `fieldSelector=…`.
     pub selector: String,
     /// How they are read.
@@ -129,7 +131,7 @@ struct Bookmark {
 
 impl Watch {
     /// Runs until nobody listens.
-    pub async fn run(self) {
+    pub async fn run(mut self) {
         let mut backoff = Backoff::default();
         let mut book = self.files.book(self.kind);
         // The API server's memory may be older than what an earlier controller has written, and what is not there would lose
@@ -145,6 +147,10 @@ impl Watch {
                     if e.is_wrong_version() {
                         from = Origin::Store;
                     }
+                    if let Some(older) = self.kind.older_path().filter(|path| e.is_not_found() && *path != self.path) {
+                        self.path = older;
+                        continue;
+                    }
                     if e.is_not_found() && Kind::OPTIONAL.contains(&self.kind) {
                         book.keep();
                         if self.changes.send(Change::Absent(self.kind)).await.is_err() {
@@ -157,6 +163,11 @@ impl Watch {
                     }
                     debug!(kind = %self.kind, "list: {e}");
                     backoff.note(e.is_away());
+                    // Who was installed with fewer rights goes on without what they are for.
+                    let does_without = self.kind == Kind::EndpointSlice && e.code() == Some(403);
+                    if does_without && self.changes.send(Change::Absent(self.kind)).await.is_err() {
+                        return;
+                    }
                     if self.changes.send(Change::State(self.kind, Some(self.trouble(&e)))).await.is_err() {
                         return;
                     }
@@ -219,7 +230,7 @@ impl Watch {
         };
         let mut all = Listed::new();
         loop {
-            let path = format!("{}?{query}{}", self.kind.path(), self.selector_after());
+            let path = format!("{}?{query}{}", self.path, self.selector_after());
             let accept = self.kind.accept().0;
             let mut body = self.client.open_within(LIST_PATIENCE, Method::GET, &path, accept, None).await?;
             let mut splitter = Splitter::default();
@@ -257,7 +268,7 @@ impl Watch {
         let seconds = WATCH.as_secs() + random(60);
         let path = format!(
             "{}?watch=1&allowWatchBookmarks=true&resourceVersion={version}&timeoutSeconds={seconds}{}",
-            self.kind.path(),
+            self.path,
             self.selector_after()
         );
         let mut body = match self.client.open(Method::GET, &path, self.kind.accept().1, None).await {
@@ -407,7 +418,7 @@ pub fn random(below: u64) -> u64 {
 }
 
 /// A continue token is base64 with `-`, `_` and `=`, but nothing promises that.
-fn escaped(token: &str) -> String {
+pub fn escaped(token: &str) -> String {
     let mut text = String::new();
     for byte in token.bytes() {
         match byte {

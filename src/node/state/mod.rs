@@ -335,7 +335,8 @@ impl Node {
             now.clone_from(&state);
             changed
         });
-        self.report.publish(&self.view, self.host.tunnel_end(), &self.facts, self.cluster.nodes.len());
+        let used = self.uses.values().flat_map(|used| &used.paths).copied().collect();
+        self.report.publish(&self.view, self.host.tunnel_end(), &self.facts, &used, self.cluster.nodes.len());
         self.set_targets();
         self.seek_strangers();
         state.is_err()

@@ -143,7 +143,7 @@ fn conditions(
     if desk.nodes.is_empty() {
         let message = "no node matches spec.nodeSelector; label a node, or mend the selector";
         conditions.add("Ready", false, "NoNode", message);
-    } else if desk.nodes.iter().all(|(name, node)| node.lost || !book.lives(name)) {
+    } else if desk.nodes.iter().all(|(name, node)| node.is_lost(book.now) || !book.lives(name)) {
         let message = format!("{matching}, and none of them is known to live: nobody hears of them; see what they do");
         conditions.add_unknown("Ready", "NoNodeHeard", message);
     } else {

@@ -37,7 +37,7 @@ pub fn report(cluster: &Cluster, outcome: &Outcome, now: i64) -> BTreeMap<Policy
     let use_of = uses(cluster);
     let said = Said::new(cluster);
     let living: HashMap<&Name, Vec<&Name>> =
-        cluster.gateways.iter().map(|(name, gateway)| (name, said.living(gateway))).collect();
+        cluster.gateways.iter().map(|(name, gateway)| (name, said.living(gateway, now))).collect();
     let mut statuses = BTreeMap::new();
     for (key, policy) in &cluster.policies {
         let Some(verdict) = outcome.verdicts.get(key) else { continue };
@@ -120,9 +120,9 @@ impl<'a> Said<'a> {
     }
 
     /// The nodes of the gateway that are known to live.
-    fn living(&self, gateway: &Gateway) -> Vec<&'a Name> {
+    fn living(&self, gateway: &Gateway, now: i64) -> Vec<&'a Name> {
         let lives = |name: &Name, node: &Node| {
-            !node.lost && !self.silent.contains(&**name) && self.cluster.egress_nodes.contains_key(name)
+            !node.is_lost(now) && !self.silent.contains(&**name) && self.cluster.egress_nodes.contains_key(name)
         };
         let nodes = self.cluster.nodes.iter().filter(|(_, node)| gateway.nodes.matches(&node.labels));
         nodes.filter(|(name, node)| lives(name, node)).map(|(name, _)| name).collect()

@@ -113,8 +113,8 @@ fn what_a_node_said_that_nobody_hears_of_is_not_believed() {
     world.misses(other(&held[0]), &[]);
 
     // Kubernetes hears of none of them.
-    let lost = |world: &mut World, node: &str, lost| {
-        Arc::make_mut(world.cluster.nodes.get_mut(node).unwrap()).lost = lost;
+    let lost = |world: &mut World, node: &str, lost: bool| {
+        Arc::make_mut(world.cluster.nodes.get_mut(node).unwrap()).lost_since = lost.then_some(0);
     };
     lost(&mut world, "n1", true);
     world.assert_condition("a/p", "Ready", "True", "AddressHeld", "holds");
@@ -129,6 +129,17 @@ fn what_a_node_said_that_nobody_hears_of_is_not_believed() {
     lost(&mut world, "n2", false);
     world.assert_condition("a/p", "Ready", "True", "AddressHeld", "holds");
     assert_eq!(gateway(&mut world), ("True".to_owned(), "NodesMatch".to_owned()));
+
+    // The API server was away, and no kubelet was heard of meanwhile.
+    let now = world.now;
+    for node in ["n1", "n2"] {
+        Arc::make_mut(world.cluster.nodes.get_mut(node).unwrap()).lost_since = Some(now - 5);
+    }
+    world.assert_condition("a/p", "Ready", "True", "AddressHeld", "holds");
+    assert_eq!(gateway(&mut world), ("True".to_owned(), "NodesMatch".to_owned()));
+    world.now += 60;
+    world.assert_condition("a/p", "Ready", "Unknown", "NodeNotHeard", "see whether it lives");
+    lost(&mut world, "n2", false);
 
     // Of two that do not hear each other, nobody knows which one lives.
     lost(&mut world, "n1", false);

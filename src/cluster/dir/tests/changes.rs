@@ -51,6 +51,7 @@ async fn what_a_change_is_not_about_stays_the_very_same() {
         namespaces,
         pods,
         services,
+        endpoints,
         gateways,
         policies,
         egress_nodes,
@@ -64,13 +65,14 @@ async fn what_a_change_is_not_about_stays_the_very_same() {
         namespaces.is(&after.namespaces),
         pods.is(&after.pods),
         services.is(&after.services),
+        endpoints.is(&after.endpoints),
         gateways.is(&after.gateways),
         egress_nodes.is(&after.egress_nodes),
         policy_statuses.is(&after.policy_statuses),
         unreadable.is(&after.unreadable),
         inside.is(&after.inside),
     ];
-    assert_eq!(same, [true; 9]);
+    assert_eq!(same, [true; 10]);
 }
 
 #[tokio::test]

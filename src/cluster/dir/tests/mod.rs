@@ -1,6 +1,7 @@
 //! Real files, the real watcher.
 
 mod changes;
+mod lost;
 mod manifests;
 mod statuses;
 

@@ -159,6 +159,7 @@ fn a_node_knows_what_is_inside_before_it_begins() {
     let pool = json!({"metadata": {"name": "default"}, "spec": {"cidr": "10.10.0.0/16"}});
     store.take(listed(Kind::IpPool, &[pool]));
     store.take(Change::Absent(Kind::ServiceCidr));
+    store.take(Change::Absent(Kind::EndpointSlice));
     assert!(store.missing().is_empty() && store.lacks_service_networks());
     // Nobody knows: then the Services are followed, one by one.
     store.take(Change::ServiceNetworks(None));

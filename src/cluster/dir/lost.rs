@@ -1,0 +1,108 @@
+//! Policies that were in force when this daemon started, and that no file tells of: a file was broken, or cut off to
+//! nothing, or a directory was emptied. Until that is mended, what the ledger and the broken files tell of them stands for
+//! them.
+
+use super::file::Salvage;
+use crate::api::LedgerPath;
+use crate::plan::model::{Cluster, PolicyKey};
+use crate::plan::selector::Name;
+use crate::plan::stand_in::{Remains, listed_only, of_path, stand_in};
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use tracing::warn;
+
+/// See the module.
+#[derive(Debug, Default)]
+pub struct Lost {
+    /// It was looked which they are. Whatever goes later on has been seen to go.
+    looked: bool,
+    policies: BTreeSet<PolicyKey>,
+    /// What files that were wrong from the beginning tell of their policies.
+    salvage: Salvage,
+    /// Files of no bytes, and directories without anything, that were so from the beginning.
+    hollow: BTreeSet<PathBuf>,
+    /// Policies on paths of gateways that are in no file either.
+    orphans: BTreeMap<PolicyKey, (Name, LedgerPath)>,
+}
+
+impl Lost {
+    /// A file that cannot be read, and of which nothing is known, tells this.
+    pub fn salvaged(&mut self, salvage: Salvage) {
+        if !self.looked {
+            self.salvage.whole.extend(salvage.whole);
+            self.salvage.remains.extend(salvage.remains);
+        }
+    }
+
+    /// A file or a directory has something in it, or not.
+    pub fn note(&mut self, path: &Path, has_something: bool) {
+        if has_something {
+            self.hollow.remove(path);
+        } else if !self.looked {
+            self.hollow.insert(path.into());
+        }
+    }
+
+    /// Whether any policy is lost.
+    pub fn is_any(&self) -> bool {
+        !self.policies.is_empty()
+    }
+
+    /// What is wrong, by file or directory.
+    pub fn problems(&self) -> impl Iterator<Item = (&Path, &'static str)> {
+        const WHAT: &str = "is empty, and there are policies in force that are in no file; what the ledger knows of them is used. \
+                            If they are to go, delete this, or leave a comment in it";
+        self.hollow.iter().filter(|_| self.is_any()).map(|path| (&**path, WHAT))
+    }
+
+    /// Puts in what stands for the policies that are lost, until every file is known or they are there. `unread`: a part of
+    /// the directory cannot be read; `ledgers` are those of gateways that are in no file.
+    pub fn fill_in<'a>(
+        &mut self,
+        root: &Path,
+        cluster: &mut Cluster,
+        unread: bool,
+        ledgers: impl Iterator<Item = (&'a Name, &'a [LedgerPath])>,
+    ) {
+        self.hollow.retain(|path| root.join(path).exists());
+        let incomplete = unread || !self.hollow.is_empty();
+        if !std::mem::replace(&mut self.looked, true) && incomplete {
+            self.look(cluster, ledgers);
+        }
+        if !incomplete {
+            *self = Lost { looked: true, ..Lost::default() };
+        }
+        self.policies.retain(|key| !cluster.policies.contains_key(key));
+        for key in &self.policies {
+            let nothing = Remains::default();
+            let remains = self.salvage.remains.get(key).unwrap_or(&nothing);
+            let orphan = || self.orphans.get(key).map(|(gateway, path)| of_path(key, gateway, path, remains));
+            let policy = match self.salvage.whole.get(key) {
+                Some(whole) => Some(whole.clone()),
+                None => stand_in(cluster, key, remains).or_else(orphan).map(Arc::new),
+            };
+            if let Some(policy) = policy {
+                cluster.policies.insert(key.clone(), policy);
+            }
+        }
+    }
+
+    fn look<'a>(&mut self, cluster: &Cluster, ledgers: impl Iterator<Item = (&'a Name, &'a [LedgerPath])>) {
+        for (gateway, paths) in ledgers {
+            let of_path = |path: &LedgerPath| {
+                let place = (gateway.clone(), path.clone());
+                path.policies.iter().map(move |key| (key.clone(), place.clone())).collect::<Vec<_>>()
+            };
+            self.orphans.extend(paths.iter().flat_map(of_path));
+        }
+        self.policies = listed_only(cluster);
+        self.policies.extend(self.orphans.keys().filter(|key| !cluster.policies.contains_key(*key)).cloned());
+        for policy in &self.policies {
+            warn!(
+                %policy,
+                "it is in force and in no file that can be read: until that is mended, what is known of it is used"
+            );
+        }
+    }
+}

@@ -1,0 +1,85 @@
+//! A daemon that starts and finds less than was in force.
+
+use super::*;
+use crate::api::{EgressGatewayStatus, LedgerPath, PathKind};
+use crate::plan::model::PolicyKey;
+
+/// A gateway, its policies `x/p` of priority 7 and `x/q`, and a ledger with both.
+async fn in_force(fixture: &Fixture) {
+    fixture.put("gateway.yaml", &gateway("g", "192.0.2.1"));
+    fixture.put("p.yaml", &policy("x", "p", 7));
+    fixture.put("q/q.yaml", &policy("x", "q", 3));
+    let path = |id, policy: &str| LedgerPath {
+        id,
+        kind: PathKind::Dedicated,
+        address: crate::plan::fixture::pair(&["192.0.2.1"]),
+        node: None,
+        since: 0,
+        leaving: None,
+        policies: [PolicyKey::from(policy)].into_iter().collect(),
+    };
+    let status = EgressGatewayStatus { paths: vec![path(1, "x/p"), path(2, "x/q")], ..Default::default() };
+    let source = fixture.open().await;
+    source.0.statuses.gateway("g", &status, None, Vec::new()).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_file_without_a_byte_is_not_taken_for_one_without_policies() {
+    let fixture = Fixture::new();
+    in_force(&fixture).await;
+    fixture.put("p.yaml", "");
+    let mut source = fixture.open().await;
+    let policies = source.now().policies.clone();
+    let stands = &policies[&PolicyKey::from("x/p")];
+    assert!(stands.guessed.rank && stands.guessed.egress && stands.gateway.as_deref() == Some("g"));
+    assert!(!policies[&PolicyKey::from("x/q")].guessed.rank);
+    let problems = source.problems();
+    assert!(problems.len() == 1 && problems[0].starts_with("p.yaml: is empty"), "{problems:?}");
+    // Nor are statuses of what may be there removed.
+    source.0.statuses.forget(&source.now()).await.unwrap();
+    assert!(fixture.path("status/egressgateways/g.yaml").exists());
+    // It was meant.
+    fixture.put("p.yaml", "# nothing\n");
+    source.until("the policy go", |c| !c.policies.contains_key(&"x/p".into())).await;
+    source.until_well().await;
+}
+
+#[tokio::test]
+async fn a_directory_without_a_file_is_not_taken_for_one_without_policies() {
+    let fixture = Fixture::new();
+    in_force(&fixture).await;
+    fs::remove_file(fixture.path("q/q.yaml")).unwrap();
+    let mut source = fixture.open().await;
+    assert!(source.now().policies[&PolicyKey::from("x/q")].guessed.rank);
+    assert!(source.problems()[0].starts_with("q: is empty"), "{:?}", source.problems());
+    fixture.put("q/q.yaml", &policy("x", "q", 3));
+    source.until("the policy", |c| priority(c, "x/q") == Some(3)).await;
+    source.until_well().await;
+    // Without the gateway's file the ledger is still there, and nothing of it is lost.
+    for file in ["gateway.yaml", "p.yaml", "q/q.yaml"] {
+        fs::remove_file(fixture.path(file)).unwrap();
+    }
+    fs::remove_dir(fixture.path("q")).unwrap();
+    let source = fixture.open().await;
+    assert_eq!(source.now().policies.len(), 2);
+    source.0.statuses.forget(&source.now()).await.unwrap();
+    assert!(fixture.path("status/egressgateways/g.yaml").exists());
+}
+
+#[tokio::test]
+async fn what_a_broken_file_tells_of_its_policies_counts() {
+    let fixture = Fixture::new();
+    in_force(&fixture).await;
+    // One that is right in a file that is not; one of which a part is wrong; one of which nothing can be read.
+    fixture.put("q/q.yaml", &[policy("x", "q", 3), "x: [\n".to_owned()].join("---\n"));
+    fixture.put("p.yaml", &policy("x", "p", 7).replace("spec:", "spec:\n  gateway: [g]"));
+    let source = fixture.open().await;
+    let policies = source.now().policies.clone();
+    let [p, q] = ["x/p", "x/q"].map(|key| policies[&PolicyKey::from(key)].clone());
+    assert_eq!((q.priority, q.guessed), (3, Default::default()));
+    assert_eq!((p.priority, p.guessed), (7, Default::default()));
+    assert!(p.gateway.as_deref() == Some("g") && p.egress.is_none());
+    fixture.put("p.yaml", "x: [\n");
+    let source = fixture.open().await;
+    assert!(source.now().policies[&PolicyKey::from("x/p")].guessed.rank);
+}

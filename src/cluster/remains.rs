@@ -1,0 +1,82 @@
+//! What can be read of a policy that makes no sense, each part by itself.
+
+use crate::api::{EgressRule, PolicyKey};
+use crate::cluster::dir::validate::parse_time;
+use crate::plan::model::{PodMatch, destinations};
+use crate::plan::selector::{Name, Selector};
+use crate::plan::stand_in::Remains;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
+use serde_json::Value;
+
+/// Of an object that is one at all.
+pub fn remains_of(object: &Value) -> Remains {
+    let spec = &object["spec"];
+    let selector = |field: &str| {
+        let text: LabelSelector = serde_json::from_value(spec.get(field)?.clone()).ok()?;
+        Selector::try_from(&text).ok()
+    };
+    let services: Vec<Name> =
+        spec["services"].as_array().into_iter().flatten().filter_map(|s| Some(s.as_str()?.into())).collect();
+    let egress = || {
+        let rules: Option<Vec<EgressRule>> = serde_json::from_value(spec["egress"].clone()).ok()?;
+        rules.as_deref().map(destinations).transpose().ok()
+    };
+    let priority = || match spec.get("priority") {
+        None => Some(0),
+        Some(value) => value.as_i64().and_then(|priority| priority.try_into().ok()),
+    };
+    // Without its spec nothing is known of it.
+    let is_object = spec.is_object();
+    Remains {
+        namespaces: selector("namespaceSelector").unwrap_or_default(),
+        pods: match services.as_slice() {
+            [] => selector("podSelector").map(PodMatch::Labels),
+            _ => Some(PodMatch::Services(services.into())),
+        },
+        priority: if is_object { priority() } else { None },
+        created: object["metadata"]["creationTimestamp"].as_str().and_then(parse_time),
+        egress: if is_object { egress() } else { None },
+    }
+}
+
+/// The policies in a document, or in the list that it is.
+pub fn policies_of(document: &Value) -> Vec<(PolicyKey, Remains)> {
+    let objects = document["items"].as_array().map_or(std::slice::from_ref(document), Vec::as_slice);
+    let policy = |object: &Value| {
+        let text = |field: &str| object["metadata"][field].as_str();
+        let namespace = match object["kind"].as_str()? {
+            "EgressPolicy" => Some(text("namespace").unwrap_or("default").into()),
+            "ClusterEgressPolicy" => None,
+            _ => return None,
+        };
+        Some((PolicyKey { namespace, name: text("name")?.into() }, remains_of(object)))
+    };
+    objects.iter().filter_map(policy).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn each_part_is_read_by_itself() {
+        let policy = |spec: Value| {
+            remains_of(&json!({"metadata": {"name": "p", "creationTimestamp": "1970-01-01T00:01:00Z"}, "spec": spec}))
+        };
+        let whole = policy(json!({"podSelector": {}, "priority": 7, "egress": [], "gatway": "g"}));
+        assert_eq!((whole.priority, whole.created), (Some(7), Some(60)));
+        assert!(whole.pods.is_some() && whole.egress.is_some_and(|egress| egress.is_some()));
+        // What is not there says what it says where all is well.
+        let little = policy(json!({"podSelector": 7}));
+        assert_eq!((little.pods, little.priority, little.egress), (None, Some(0), Some(None)));
+        for unknown in [
+            json!({"priority": "high", "egress": [{"to": 7}]}),
+            json!({"priority": 1_i64 << 40, "egress": 7}),
+            Value::Null,
+        ] {
+            let remains = policy(unknown);
+            assert_eq!((remains.priority, remains.egress), (None, None));
+        }
+    }
+}
