@@ -65,6 +65,7 @@ impl World {
         let mut gateway = Gateway::new(&spec, Metadata { generation: Some(1), ..Metadata::default() }).unwrap();
         if let Some(before) = self.cluster.gateways.get(name) {
             gateway.status = before.status.clone();
+            gateway.end_cooldown.clone_from(&before.end_cooldown);
         }
         self.cluster.gateways.insert(name.into(), Arc::new(gateway));
     }

@@ -222,6 +222,8 @@ pub struct Gateway {
     pub namespaces: Selector,
     /// Whether its paths are to be spread evenly over its nodes, by [`REBALANCE`].
     pub rebalance: bool,
+    /// [`END_COOLDOWN`], as it was written.
+    pub end_cooldown: Option<Name>,
     /// `metadata.generation`.
     pub generation: Option<i64>,
     /// Which writing of the object this is, `metadata.resourceVersion`, where the source gives one and the reader
@@ -302,6 +304,10 @@ pub const MOVE_TO: &str = "egret.dev/move-to";
 /// others, and again when that is so no longer.
 pub const REBALANCE: &str = "egret.dev/rebalance";
 
+/// An annotation of a gateway, a time (RFC 3339): addresses that were given back until then are free at once. Ids are
+/// not: a node that has not heard yet must not send by an id that is another policy's.
+pub const END_COOLDOWN: &str = "egret.dev/end-cooldown";
+
 /// The namespaces that a policy reaches.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Namespaces {
@@ -356,6 +362,8 @@ pub struct Metadata {
     pub move_to: Option<Name>,
     /// The annotation [`REBALANCE`].
     pub rebalance: bool,
+    /// The annotation [`END_COOLDOWN`].
+    pub end_cooldown: Option<Name>,
 }
 
 impl Metadata {
@@ -409,6 +417,7 @@ impl Gateway {
                 None => Selector::default(),
             },
             rebalance: meta.rebalance,
+            end_cooldown: meta.end_cooldown,
             generation: meta.generation,
             version: None,
             status: EgressGatewayStatus::default(),

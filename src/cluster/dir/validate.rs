@@ -252,7 +252,8 @@ pub(in crate::cluster) fn times(meta: &Metadata) -> Result<model::Metadata, Faul
     // What is no node's name is told of by the policy's status: a wish that cannot be met must not end the policy.
     let move_to = annotation(model::MOVE_TO).filter(|node| !node.is_empty()).map(Into::into);
     let rebalance = annotation(model::REBALANCE) == Some("true");
-    Ok(model::Metadata { created, generation: meta.generation, move_to, rebalance })
+    let end_cooldown = annotation(model::END_COOLDOWN).filter(|time| !time.is_empty()).map(Into::into);
+    Ok(model::Metadata { created, generation: meta.generation, move_to, rebalance, end_cooldown })
 }
 
 const NOT_A_NAME: &str = "cannot be a name; names have lower-case letters, digits, '-' and '.', begin and end with a \

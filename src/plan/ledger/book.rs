@@ -5,7 +5,7 @@ use super::family::{Family, addresses, overlap, pair};
 use super::ids::Ids;
 use super::living;
 use super::pool::{Overlap, Pool, usable};
-use super::resting::{Resting, resting};
+use super::resting::{Resting, cooldown_ended_until, resting};
 use crate::api::{AddressPair, PathKind, Placement, Users};
 use crate::plan::model::{Cluster, Gateway, Node};
 use crate::plan::selector::Name;
@@ -24,6 +24,8 @@ pub(super) struct Desk<'a> {
     /// Its pool without what earlier gateways have: where new addresses come from.
     pub(super) usable: Pool,
     pub(super) overlaps: Vec<Overlap>,
+    /// Addresses that were given back until then have no cooldown, by the gateway's annotation.
+    pub(super) ended_until: i64,
 }
 
 /// A path to be.
@@ -80,7 +82,8 @@ impl<'a> Book<'a> {
             let nodes = cluster.nodes.iter().filter(|(_, node)| gateway.nodes.matches(&node.labels));
             let nodes = nodes.map(|(name, node)| (name, &**node)).collect();
             let declared = gateway.pool.iter().collect();
-            desks.push(Desk { name, gateway, nodes, declared, usable, overlaps });
+            let ended_until = cooldown_ended_until(gateway).unwrap_or(i64::MIN);
+            desks.push(Desk { name, gateway, nodes, declared, usable, overlaps, ended_until });
         }
         let mut node_addresses = HashMap::new();
         for (name, node) in &cluster.nodes {
@@ -120,7 +123,8 @@ impl<'a> Book<'a> {
     /// Lets an id and its addresses rest.
     pub(super) fn rest(&mut self, gateway: usize, id: u16, address: AddressPair, policies: Users, at: i64) {
         self.ids.rest(id);
-        self.resting.add(gateway, id, address, policies, at, &self.demands.places);
+        let ended = at <= self.desks[gateway].ended_until;
+        self.resting.add(gateway, id, address, policies, (at, ended), &self.demands.places);
     }
 
     /// Has a path serve a demand.
@@ -206,15 +210,18 @@ impl<'a> Book<'a> {
     }
 
     /// A path from the pool. If it has the id that its policies had until now, as when they come to name the address that they
-    /// have, it stays on its node.
+    /// have, it stays on its node. So does an address that one policy leaves and another one names at the same time.
     pub(super) fn again(&self, gateway: usize, id: u16, kind: PathKind, address: AddressPair) -> Path {
         let path = Path::new(gateway, id, kind, address, None);
-        let mut before = self.desks[gateway].gateway.status.paths.iter();
-        match before.find(|before| before.id == id && before.kind != PathKind::Node) {
+        let before = self.desks[gateway].gateway.status.paths.iter().filter(|before| before.kind != PathKind::Node);
+        match before.clone().find(|before| before.id == id) {
             Some(before) => {
                 Path { node: before.node.clone(), since: before.since, leaving: before.leaving.clone(), ..path }
             }
-            None => path,
+            None => match before.clone().find(|before| overlap(&before.address, &path.address)) {
+                Some(before) => Path { node: before.node.clone(), since: self.now, ..path },
+                None => path,
+            },
         }
     }
 

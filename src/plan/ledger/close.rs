@@ -4,10 +4,11 @@ use super::Outcome;
 use super::book::{Book, Desk};
 use super::demand::{Applicant, Want};
 use super::family::{Family, addresses, pair};
-use super::resting::REST_SECONDS;
+use super::resting::{REST_SECONDS, cooldown_ended_until};
 use super::verdict::{Grant, Reason, Refusal, Verdict};
 use crate::api::{Condition, EgressGatewayStatus, LedgerPath, PathKind, ReleasedPath};
 use crate::plan::condition::Conditions;
+use crate::plan::model::END_COOLDOWN;
 use std::collections::HashMap;
 use std::net::IpAddr;
 
@@ -87,7 +88,10 @@ fn note(book: &Book, demand: usize, place: usize) -> Option<String> {
     }
     let desk = &book.desks[path.gateway];
     for entry in book.resting.of(path.gateway, &demand.policies) {
-        let left_pool = |a: &IpAddr| !desk.declared.contains(*a) && !book.node_addresses.contains_key(a);
+        // What another policy has by now is not in the released entry any more when the ledger is read again.
+        let left_pool = |a: &IpAddr| {
+            !desk.declared.contains(*a) && !book.node_addresses.contains_key(a) && book.holder(*a).is_none()
+        };
         if let Some(lost) = addresses(&entry.address).find(left_pool) {
             return Some(format!("{lost} is no longer in the pool of the gateway, so the policy has left it"));
         }
@@ -132,6 +136,13 @@ fn conditions(
             defaults.join(", ")
         );
         conditions.add("Accepted", false, "SeveralDefaultGateways", message);
+    } else if let Err(text) = cooldown_ended_until(desk.gateway) {
+        let message = format!(
+            "its addresses are its own; the annotation {END_COOLDOWN} is no time, and is passed over: {text:?}; write it \
+             like {}",
+            "2026-01-31T12:00:00Z"
+        );
+        conditions.add("Accepted", true, "Accepted", message);
     } else {
         conditions.add("Accepted", true, "Accepted", "its addresses are its own");
     }
@@ -164,14 +175,14 @@ fn conditions(
     conditions.finish()
 }
 
-/// `IPv4: 3 of 10 in use, 1 resting`.
+/// `IPv4: 3 of 10 in use, 1 in cooldown`.
 fn in_use(desk: &Desk, status: &EgressGatewayStatus) -> String {
     let families = Family::BOTH.into_iter().filter(|family| desk.usable.has(*family));
     let families = families.map(|family| {
         let pool = |pair| family.of_pair(pair).is_some_and(|address| desk.usable.contains(address));
         let used = status.paths.iter().filter(|p| p.kind != PathKind::Node && pool(&p.address)).count();
-        let resting = status.released.iter().filter(|r| pool(&r.address)).count();
-        format!("{family}: {used} of {} in use, {resting} resting", desk.usable.size(family))
+        let cooling = status.released.iter().filter(|r| pool(&r.address) && r.at > desk.ended_until).count();
+        format!("{family}: {used} of {} in use, {cooling} in cooldown", desk.usable.size(family))
     });
     families.collect::<Vec<_>>().join("; ")
 }

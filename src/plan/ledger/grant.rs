@@ -5,10 +5,12 @@ use super::demand::{Demand, Want};
 use super::family::{Family, addresses, in_words, overlap, pair};
 use super::moves::is_drained;
 use super::placement::Load;
+use super::resting::REST_SECONDS;
 use super::verdict::{Reason, Refusal};
 use crate::api::{AddressPair, PathKind};
 use crate::plan::condition::time;
 use crate::plan::marks::MAX_PATH;
+use crate::plan::model::END_COOLDOWN;
 use std::collections::HashMap;
 use std::net::IpAddr;
 
@@ -16,6 +18,7 @@ use std::net::IpAddr;
 /// Those who name an address come before those who take any.
 pub(super) fn grant(book: &mut Book) -> HashMap<usize, Refusal> {
     let mut refused = HashMap::new();
+    let mut lacking = HashMap::new();
     let mut nodes: Vec<Option<NodePaths>> = vec![None; book.desks.len()];
     for turn in [PathKind::Explicit, PathKind::Node, PathKind::Shared, PathKind::Dedicated] {
         for demand in 0..book.demands.all.len() {
@@ -32,7 +35,9 @@ pub(super) fn grant(book: &mut Book) -> HashMap<usize, Refusal> {
                     let paths = nodes[gateway].get_or_insert_with(|| NodePaths::new(book, gateway));
                     node(book, demand, paths)
                 }
-                (Want::Shared, PathKind::Shared) | (Want::Dedicated, PathKind::Dedicated) => pool(book, demand, turn),
+                (Want::Shared, PathKind::Shared) | (Want::Dedicated, PathKind::Dedicated) => {
+                    pool(book, demand, turn, &mut lacking)
+                }
                 _ => continue,
             };
             match granted {
@@ -45,9 +50,15 @@ pub(super) fn grant(book: &mut Book) -> HashMap<usize, Refusal> {
     }
     // Told by the finished ledger, so that the next look at it gives the same reasons: what such a policy named may
     // have gone to another one since.
+    let mut exhausted_of: HashMap<(usize, Family), Refusal> = HashMap::new();
     for (demand, refusal) in &mut refused {
-        if let Demand { want: Want::Explicit(pair), gateway, policies, .. } = &book.demands.all[*demand]
-            && let Err(why) = check_named(book, *gateway, pair, policies)
+        if let Some(family) = lacking.get(demand) {
+            let gateway = book.demands.all[*demand].gateway;
+            *refusal =
+                exhausted_of.entry((gateway, *family)).or_insert_with(|| exhausted(book, gateway, *family)).clone();
+        }
+        if let Demand { want: Want::Explicit(pair), gateway, .. } = &book.demands.all[*demand]
+            && let Err(why) = check_named(book, *gateway, pair)
         {
             *refusal = why;
         }
@@ -57,7 +68,7 @@ pub(super) fn grant(book: &mut Book) -> HashMap<usize, Refusal> {
 
 fn no_id() -> Refusal {
     let message = format!(
-        "all {MAX_PATH} path ids of the cluster are in use or rest; \
+        "all {MAX_PATH} path ids of the cluster are in use or in cooldown; \
          let policies share addresses: name the same address, or say allocate: Shared"
     );
     Refusal::new(Reason::NoIdLeft, message)
@@ -65,18 +76,18 @@ fn no_id() -> Refusal {
 
 fn explicit(book: &mut Book, demand: usize, address: AddressPair) -> Result<usize, Refusal> {
     let (gateway, policies) = (book.demands.all[demand].gateway, book.demands.all[demand].policies.clone());
-    check_named(book, gateway, &address, &policies)?;
+    check_named(book, gateway, &address)?;
     let name = format!("Explicit/{}", in_words(&address));
     let id = book.new_id(gateway, &address, &policies, &name).ok_or_else(no_id)?;
     Ok(book.enter(book.again(gateway, id, PathKind::Explicit, address)))
 }
 
 /// Whether policies can have the addresses that they name.
-fn check_named(book: &Book, gateway: usize, pair: &AddressPair, policies: &[usize]) -> Result<(), Refusal> {
-    addresses(pair).try_for_each(|address| check_one(book, gateway, address, policies))
+fn check_named(book: &Book, gateway: usize, pair: &AddressPair) -> Result<(), Refusal> {
+    addresses(pair).try_for_each(|address| check_one(book, gateway, address))
 }
 
-fn check_one(book: &Book, gateway: usize, address: IpAddr, policies: &[usize]) -> Result<(), Refusal> {
+fn check_one(book: &Book, gateway: usize, address: IpAddr) -> Result<(), Refusal> {
     let desk = &book.desks[gateway];
     if !desk.declared.contains(address) {
         let message = format!(
@@ -119,17 +130,16 @@ fn check_one(book: &Book, gateway: usize, address: IpAddr, policies: &[usize]) -
         );
         return Err(Refusal::new(Reason::AddressOfNode, message));
     }
-    if let Some(until) = book.resting.until(address, policies) {
-        let message = format!(
-            "{address} was another policy's a short while ago and rests until {}; wait, or name another address",
-            time(until)
-        );
-        return Err(Refusal::new(Reason::AddressResting, message));
-    }
     Ok(())
 }
 
-fn pool(book: &mut Book, demand: usize, kind: PathKind) -> Result<usize, Refusal> {
+/// An address of each family that the pool has. Of which family it has none left, is put into `lacking`.
+fn pool(
+    book: &mut Book,
+    demand: usize,
+    kind: PathKind,
+    lacking: &mut HashMap<usize, Family>,
+) -> Result<usize, Refusal> {
     let (gateway, policies) = (book.demands.all[demand].gateway, book.demands.all[demand].policies.clone());
     let desk = &book.desks[gateway];
     if desk.usable.is_empty() {
@@ -153,14 +163,8 @@ fn pool(book: &mut Book, demand: usize, kind: PathKind) -> Result<usize, Refusal
         match book.pick(gateway, family, &policies) {
             Some(address) => found.push(address),
             None => {
-                let desk = &book.desks[gateway];
-                let message = format!(
-                    "EgressGateway {:?} has no {family} address left: all {} are in use, rest after use, or are \
-                     nodes' own; add addresses to its spec.addresses, or let policies say allocate: Shared",
-                    desk.name,
-                    desk.usable.size(family)
-                );
-                return Err(Refusal::new(Reason::PoolExhausted, message));
+                lacking.insert(demand, family);
+                return Err(Refusal::new(Reason::PoolExhausted, String::new()));
             }
         }
     }
@@ -171,6 +175,29 @@ fn pool(book: &mut Book, demand: usize, kind: PathKind) -> Result<usize, Refusal
     };
     let id = book.new_id(gateway, &address, &policies, &name).ok_or_else(no_id)?;
     Ok(book.enter(book.again(gateway, id, kind, address)))
+}
+
+fn exhausted(book: &Book, gateway: usize, family: Family) -> Refusal {
+    let desk = &book.desks[gateway];
+    let cooling = book.resting.entries.iter().filter(|entry| !entry.ended).filter(|entry| {
+        let address = family.of_pair(&entry.address);
+        address.is_some_and(|a| desk.usable.contains(a) && book.holder(a).is_none())
+    });
+    let until = cooling.map(|entry| entry.at).min().map(|at| {
+        let (at, until) = (time(at), time(at + REST_SECONDS));
+        format!(
+            "what was given back at {at} is free again at {until}, or at once if you annotate the gateway with \
+             {END_COOLDOWN}={at}; "
+        )
+    });
+    let message = format!(
+        "EgressGateway {:?} has no {family} address left: all {} are in use, in cooldown, or are nodes' own; {}add \
+         addresses to its spec.addresses, or let policies say allocate: Shared",
+        desk.name,
+        desk.usable.size(family),
+        until.unwrap_or_default()
+    );
+    Refusal::new(Reason::PoolExhausted, message)
 }
 
 /// A gateway's nodes as paths: which has one, and how many policies use it.

@@ -1,8 +1,14 @@
-//! Ids and addresses that were given back and rest, so that a node that has not heard yet sends nobody's traffic
-//! from an address that is another's by now.
+//! The cooldown of ids and addresses that were given back.
+//!
+//! An id cools down so that a node that has not heard yet sends nobody's traffic by a path that is another's by now: the
+//! id travels with the packet, and the owner knows the old one no more. For the same reason an address may be given at
+//! once to a policy that names it, under another id. From the pool it is given later: servers may still take it for
+//! the policy that had it.
 
 use super::family::addresses;
 use crate::api::{AddressPair, EgressGatewayStatus, PolicyKey, ReleasedPath, Users};
+use crate::plan::model::Gateway;
+use jiff::Timestamp;
 use std::collections::HashMap;
 use std::net::IpAddr;
 
@@ -16,6 +22,15 @@ pub(super) fn resting(status: &EgressGatewayStatus, now: i64) -> impl Iterator<I
     status.released.iter().map(move |r| (r, since(r))).filter(move |(_, at)| at.saturating_add(REST_SECONDS) > now)
 }
 
+/// Until when the gateway's annotation ends the cooldown of addresses, seconds since the Unix epoch; what it says, if
+/// that is no time.
+pub(super) fn cooldown_ended_until(gateway: &Gateway) -> Result<i64, &str> {
+    match &gateway.end_cooldown {
+        None => Ok(i64::MIN),
+        Some(text) => text.parse::<Timestamp>().map(Timestamp::as_second).map_err(|_| text.as_str()),
+    }
+}
+
 /// What was given back.
 #[derive(Clone, Debug)]
 pub(super) struct Entry {
@@ -27,6 +42,8 @@ pub(super) struct Entry {
     pub(super) policies: Users,
     /// When.
     pub(super) at: i64,
+    /// Whether a person has ended the cooldown of its addresses.
+    pub(super) ended: bool,
     /// Those who had it and are there, by seniority, sorted.
     had_by: Vec<usize>,
 }
@@ -55,7 +72,7 @@ impl Resting {
         id: u16,
         address: AddressPair,
         policies: Users,
-        at: i64,
+        (at, ended): (i64, bool),
         places: &HashMap<&PolicyKey, usize>,
     ) {
         let entry = self.entries.len();
@@ -68,13 +85,13 @@ impl Resting {
             self.by_address.entry(address).or_default().push(entry);
         }
         self.by_id.entry(id).or_default().push(entry);
-        self.entries.push(Entry { gateway, id, address, policies, at, had_by });
+        self.entries.push(Entry { gateway, id, address, policies, at, ended, had_by });
     }
 
     /// Until when an address is kept from these policies; `None` if it is not.
     pub(super) fn until(&self, address: IpAddr, policies: &[usize]) -> Option<i64> {
         let entries = self.by_address.get(&address).into_iter().flatten().map(|e| &self.entries[*e]);
-        entries.filter(|e| !e.was_of(policies)).map(|e| e.at + REST_SECONDS).max()
+        entries.filter(|e| !e.ended && !e.was_of(policies)).map(|e| e.at + REST_SECONDS).max()
     }
 
     /// Whether an id is kept from these policies: a path that changes its addresses one by one leaves its id behind
@@ -91,8 +108,8 @@ impl Resting {
         entries
     }
 
-    /// Whether any policy here gave anything back at all.
+    /// Whether any policy gave it back a short while ago.
     pub(super) fn contains(&self, address: IpAddr) -> bool {
-        self.by_address.contains_key(&address)
+        self.by_address.get(&address).into_iter().flatten().any(|e| !self.entries[*e].ended)
     }
 }

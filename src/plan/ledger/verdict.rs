@@ -62,8 +62,6 @@ pub enum Reason {
     AddressOutsidePool,
     /// The address that it names is another path's.
     AddressTaken,
-    /// The address that it names was another policy's until a short while ago.
-    AddressResting,
     /// The address that it names is a node's own.
     AddressOfNode,
     /// The gateway has no addresses to give.

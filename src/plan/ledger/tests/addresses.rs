@@ -61,16 +61,15 @@ fn a_nodes_own_address_is_never_given_away() {
 }
 
 #[test]
-fn what_was_given_back_rests_for_ten_minutes_for_all_but_who_had_it() {
+fn what_was_given_back_cools_down_for_ten_minutes_for_all_but_who_had_it() {
     let mut world = World::new(&["192.0.2.50"]);
     world.policy("a/p", asking(Allocate::Dedicated));
     let before = world.allocate().grant("a/p").clone();
     world.without_policy("a/p");
     world.policy("a/q", asking(Allocate::Dedicated));
-    world.policy("a/r", naming(&["192.0.2.50"]));
     let outcome = world.allocate();
-    outcome.assert_refused("a/q", Reason::PoolExhausted, &["IPv4", "spec.addresses"]);
-    outcome.assert_refused("a/r", Reason::AddressResting, &["192.0.2.50", "1970-01-12T13:56:40Z"]);
+    let words = ["IPv4", "spec.addresses", "1970-01-12T13:56:40Z", "egret.dev/end-cooldown=1970-01-12T13:46:40Z"];
+    outcome.assert_refused("a/q", Reason::PoolExhausted, &words);
     assert_eq!(outcome.next_release, Some(world.now + REST_SECONDS));
     let released = &outcome.gateways["g"].released;
     assert_eq!((released[0].id, &released[0].address), (before.id, &pair(&["192.0.2.50"])));
@@ -84,9 +83,74 @@ fn what_was_given_back_rests_for_ten_minutes_for_all_but_who_had_it() {
 
     world.now += REST_SECONDS;
     let outcome = world.allocate();
-    assert_eq!(outcome.address("a/r"), "192.0.2.50");
+    assert_eq!(outcome.address("a/q"), "192.0.2.50");
     assert_eq!(outcome.next_release, None);
     assert!(outcome.gateways["g"].released.is_empty());
+}
+
+#[test]
+fn an_address_that_is_named_is_given_at_once_under_another_id() {
+    // GitOps deletes and makes in either order; a namespace is renamed; an EgressPolicy becomes a ClusterEgressPolicy.
+    for (old, new) in [("a/p", "a/renamed"), ("a/p", "b/p"), ("a/p", "p"), ("p", "a/p")] {
+        for together in [true, false] {
+            let mut world = World::new(&["192.0.2.50-192.0.2.59"]);
+            world.policy("a/other", asking(Allocate::Dedicated));
+            world.policy(old, naming(&["192.0.2.55"]));
+            let before = world.allocate().grant(old).clone();
+            world.settle();
+            world.now += 60;
+            world.without_policy(old);
+            if !together {
+                world.allocate();
+            }
+            world.policy(new, naming(&["192.0.2.55"]));
+            let outcome = world.allocate();
+            let after = outcome.grant(new);
+            assert_eq!(after.address, before.address);
+            assert_ne!(after.id, before.id, "an id that a node still sends by is not another policy's");
+            let released = &outcome.gateways["g"].released;
+            assert_eq!((released[0].id, released[0].address.is_empty()), (before.id, true));
+            if together {
+                assert_eq!(after.node, before.node, "the address need not move");
+            }
+            // Its cooldown begins anew when it is given back, for those who take any address.
+            world.without_policy(new);
+            world.policy("a/any", asking(Allocate::Dedicated));
+            assert_eq!(world.allocate().address("a/any"), "192.0.2.51");
+        }
+    }
+}
+
+#[test]
+fn an_annotation_ends_the_cooldown_of_what_was_given_back_until_then() {
+    let mut world = World::new(&["192.0.2.50-192.0.2.51"]);
+    let annotate = |world: &mut World, text: &str| {
+        let gateway = world.cluster.gateways.get_mut("g").unwrap();
+        std::sync::Arc::make_mut(gateway).end_cooldown = Some(text.into());
+    };
+    world.policy("a/p", asking(Allocate::Dedicated));
+    world.policy("a/q", asking(Allocate::Dedicated));
+    let before = world.allocate();
+    let old = [before.grant("a/p").id, before.grant("a/q").id];
+    world.without_policy("a/p");
+    world.allocate();
+    world.now += 10;
+    world.without_policy("a/q");
+    world.policy("a/r", asking(Allocate::Dedicated));
+    world.policy("a/s", asking(Allocate::Dedicated));
+    world.allocate().assert_refused("a/r", Reason::PoolExhausted, &["end-cooldown=1970-01-12T13:46:40Z"]);
+    annotate(&mut world, "now");
+    let outcome = world.allocate();
+    outcome.assert_refused("a/r", Reason::PoolExhausted, &["13:56:40Z"]);
+    assert!(outcome.gateways["g"].conditions[0].message.contains("\"now\""));
+    annotate(&mut world, "1970-01-12T13:46:40Z");
+    let outcome = world.allocate();
+    assert_eq!(outcome.address("a/r"), "192.0.2.50");
+    assert!(!old.contains(&outcome.grant("a/r").id), "ids have their cooldown all the same");
+    outcome.assert_refused("a/s", Reason::PoolExhausted, &["free again at 1970-01-12T13:56:50Z"]);
+    assert_eq!(world.allocate(), outcome);
+    annotate(&mut world, "2026-01-31T12:00:00Z");
+    assert_eq!(world.allocate().address("a/s"), "192.0.2.51");
 }
 
 #[test]
