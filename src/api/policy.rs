@@ -49,7 +49,8 @@ pub struct EgressPolicySpec {
     #[serde(default)]
     pub fallback: Fallback,
     /// Of several policies that cover a destination, the one with the higher number decides; then an EgressPolicy
-    /// goes before a ClusterEgressPolicy, the older before the newer, then by name.
+    /// goes before a ClusterEgressPolicy, the older before the newer, then by name. ClusterEgressPolicies of tier
+    /// `Admin` go before all EgressPolicies, those of tier `Baseline` after them.
     #[serde(default)]
     pub priority: i32,
 }
@@ -71,12 +72,17 @@ pub struct EgressPolicySpec {
     printcolumn = r#"{"name": "Pods", "type": "integer", "jsonPath": ".status.pods"}"#,
     printcolumn = r#"{"name": "Accepted", "type": "string", "jsonPath": ".status.conditions[?(@.type=='Accepted')].status"}"#,
     printcolumn = r#"{"name": "Ready", "type": "string", "jsonPath": ".status.conditions[?(@.type=='Ready')].status"}"#,
+    printcolumn = r#"{"name": "Tier", "type": "string", "jsonPath": ".spec.tier", "priority": 1}"#,
     printcolumn = r#"{"name": "Shadowed", "type": "string", "jsonPath": ".status.conditions[?(@.type=='Shadowed')].status", "priority": 1}"#,
     printcolumn = r#"{"name": "Message", "type": "string", "jsonPath": ".status.conditions[?(@.type=='Ready')].message", "priority": 1}"#,
     printcolumn = r#"{"name": "Age", "type": "date", "jsonPath": ".metadata.creationTimestamp"}"#
 )]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct ClusterEgressPolicySpec {
+    /// `Admin`: goes before every EgressPolicy, whatever the priorities. `Baseline`: goes after every EgressPolicy.
+    /// Absent: among the EgressPolicies, by `priority`. Within a tier `priority` decides.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tier: Option<Tier>,
     /// The namespaces; `{}` or absent: all.
     #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "super::selector::optional")]
     pub namespace_selector: Option<LabelSelector>,
@@ -101,10 +107,19 @@ pub struct ClusterEgressPolicySpec {
     /// What happens to covered traffic while the path is not ready.
     #[serde(default)]
     pub fallback: Fallback,
-    /// Of several policies that cover a destination, the one with the higher number decides; then an EgressPolicy
-    /// goes before a ClusterEgressPolicy, the older before the newer, then by name.
+    /// Of several policies of one tier that cover a destination, the one with the higher number decides; then an
+    /// EgressPolicy goes before a ClusterEgressPolicy, the older before the newer, then by name.
     #[serde(default)]
     pub priority: i32,
+}
+
+/// Where a ClusterEgressPolicy stands beside the EgressPolicies, named as in Kubernetes' ClusterNetworkPolicy.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+pub enum Tier {
+    /// Before every EgressPolicy.
+    Admin,
+    /// After every EgressPolicy.
+    Baseline,
 }
 
 /// Destinations with their ports. As in NetworkPolicy: the rule covers what is in `to` and in `ports`.
@@ -200,7 +215,8 @@ pub enum Fallback {
     /// It is dropped and counted.
     #[default]
     Block,
-    /// It leaves as if there were no policy, with the node's address.
+    /// It leaves as if there were no policy, with the node's address. While the policy has no address at all - it is
+    /// refused, or new - it is passed over: the next policy that covers the destination decides.
     NodeAddress,
 }
 

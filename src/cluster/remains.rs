@@ -1,6 +1,6 @@
 //! What can be read of a policy that makes no sense, each part by itself.
 
-use crate::api::{EgressRule, PolicyKey};
+use crate::api::{EgressRule, PolicyKey, Tier};
 use crate::cluster::dir::validate::parse_time;
 use crate::plan::model::{PodMatch, destinations};
 use crate::plan::selector::{Name, Selector};
@@ -25,6 +25,7 @@ pub fn remains_of(object: &Value) -> Remains {
         None => Some(0),
         Some(value) => value.as_i64().and_then(|priority| priority.try_into().ok()),
     };
+    let tier = || serde_json::from_value::<Option<Tier>>(spec["tier"].clone()).ok().map(Into::into);
     // Without its spec nothing is known of it.
     let is_object = spec.is_object();
     Remains {
@@ -33,6 +34,7 @@ pub fn remains_of(object: &Value) -> Remains {
             [] => selector("podSelector").map(PodMatch::Labels),
             _ => Some(PodMatch::Services(services.into())),
         },
+        tier: if is_object { tier() } else { None },
         priority: if is_object { priority() } else { None },
         created: object["metadata"]["creationTimestamp"].as_str().and_then(parse_time),
         egress: if is_object { egress() } else { None },
@@ -57,6 +59,7 @@ pub fn policies_of(document: &Value) -> Vec<(PolicyKey, Remains)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::plan::model;
     use serde_json::json;
 
     #[test]
@@ -77,6 +80,13 @@ mod tests {
         ] {
             let remains = policy(unknown);
             assert_eq!((remains.priority, remains.egress), (None, None));
+        }
+        for (tier, read) in [
+            (json!("Admin"), Some(model::Tier::Admin)),
+            (json!(null), Some(model::Tier::ByPriority)),
+            (json!("Highest"), None),
+        ] {
+            assert_eq!(policy(json!({"tier": tier})).tier, read);
         }
     }
 }

@@ -5,6 +5,7 @@ use super::model::{Cluster, Gateway, Metadata, Node, ObjectKey, Pod, Policy, Pol
 use super::selector::Name;
 use crate::api::{
     AddressPair, Allocate, ClusterEgressPolicySpec, EgressGatewaySpec, EgressNodeStatus, EgressPolicySpec, Placement,
+    Tier,
 };
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
 use std::collections::BTreeMap;
@@ -90,6 +91,11 @@ impl World {
 
     /// Adds a policy of the current time.
     pub(crate) fn policy(&mut self, key: &str, spec: EgressPolicySpec) {
+        self.policy_of_tier(key, spec, None);
+    }
+
+    /// The same, of a tier if it is a ClusterEgressPolicy.
+    pub(crate) fn policy_of_tier(&mut self, key: &str, spec: EgressPolicySpec, tier: Option<Tier>) {
         let key = PolicyKey::from(key);
         let created = Some(self.cluster.policies.get(&key).map_or(self.now, |p| p.created));
         let meta = Metadata { created, generation: Some(1), ..Metadata::default() };
@@ -97,6 +103,7 @@ impl World {
             Some(namespace) => Policy::namespaced(namespace, &spec, meta),
             None => {
                 let spec = ClusterEgressPolicySpec {
+                    tier,
                     namespace_selector: None,
                     gateway: spec.gateway,
                     pod_selector: spec.pod_selector,

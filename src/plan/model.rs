@@ -8,7 +8,7 @@ use super::egress_node::EgressNode;
 use super::selector::{Labels, Name, Selector, SelectorError};
 use super::shared::Shared;
 use crate::api::{
-    AddressPair, Allocate, ClusterEgressPolicySpec, EgressGatewaySpec, EgressGatewayStatus, EgressPolicySpec,
+    self, AddressPair, Allocate, ClusterEgressPolicySpec, EgressGatewaySpec, EgressGatewayStatus, EgressPolicySpec,
     EgressPolicyStatus, EgressRule, Fallback, Placement, Protocol,
 };
 
@@ -267,7 +267,9 @@ pub struct Policy {
     pub address: AddressRequest,
     /// What happens while the path is not ready.
     pub fallback: Fallback,
-    /// Higher goes first.
+    /// The upper one goes first.
+    pub tier: Tier,
+    /// Within a tier, higher goes first.
     pub priority: i32,
     /// `metadata.creationTimestamp`, seconds since the Unix epoch; [`i64::MAX`], younger than all, where the source gives
     /// none.
@@ -307,6 +309,28 @@ pub const REBALANCE: &str = "egret.dev/rebalance";
 /// An annotation of a gateway, a time (RFC 3339): addresses that were given back until then are free at once. Ids are
 /// not: a node that has not heard yet must not send by an id that is another policy's.
 pub const END_COOLDOWN: &str = "egret.dev/end-cooldown";
+
+/// Which policies go before which, whatever their priorities; the first is the upper one.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Tier {
+    /// ClusterEgressPolicies that go before every EgressPolicy.
+    Admin,
+    /// EgressPolicies, and ClusterEgressPolicies of no tier.
+    #[default]
+    ByPriority,
+    /// ClusterEgressPolicies that go after every EgressPolicy.
+    Baseline,
+}
+
+impl From<Option<api::Tier>> for Tier {
+    fn from(tier: Option<api::Tier>) -> Self {
+        match tier {
+            Some(api::Tier::Admin) => Tier::Admin,
+            None => Tier::ByPriority,
+            Some(api::Tier::Baseline) => Tier::Baseline,
+        }
+    }
+}
 
 /// The namespaces that a policy reaches.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -512,7 +536,8 @@ impl Policy {
             fallback: spec.fallback,
             priority: spec.priority,
         };
-        Policy::new(Namespaces::Selected(Box::new(namespaces)), &rest, meta)
+        let policy = Policy::new(Namespaces::Selected(Box::new(namespaces)), &rest, meta)?;
+        Ok(Policy { tier: spec.tier.into(), ..policy })
     }
 
     fn new(namespaces: Namespaces, spec: &EgressPolicySpec, meta: Metadata) -> Result<Self, Invalid> {
@@ -547,6 +572,7 @@ impl Policy {
             egress,
             address,
             fallback: spec.fallback,
+            tier: Tier::default(),
             priority: spec.priority,
             created: meta.created.unwrap_or(i64::MAX),
             guessed: Guessed::default(),

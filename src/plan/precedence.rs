@@ -1,7 +1,7 @@
 //! Which policies select a pod, and in which order they decide.
 
 use super::label_index::LabelIndex;
-use super::model::{Cluster, Namespaces, PodMatch, Policy, PolicyKey, Service};
+use super::model::{Cluster, Namespaces, PodMatch, Policy, PolicyKey, Service, Tier};
 use super::selector::{Labels, Name};
 use super::shared::Shared;
 use std::borrow::Cow;
@@ -230,10 +230,11 @@ pub(super) fn labels_or_name<'a>(known: Option<&'a Labels>, namespace: &str) -> 
     }
 }
 
-/// Higher priority, then namespaced before cluster-wide, then older (where no time is given: newest), then by name.
-fn precedence(r: &Ranked) -> (Reverse<i32>, bool, i64, &PolicyKey) {
+/// The upper tier, then higher priority, then namespaced before cluster-wide, then older (where no time is given:
+/// newest), then by name.
+fn precedence(r: &Ranked) -> (Tier, Reverse<i32>, bool, i64, &PolicyKey) {
     let cluster_wide = matches!(r.policy.namespaces, Namespaces::Selected(_));
-    (Reverse(r.policy.priority), cluster_wide, r.policy.created, &r.key)
+    (r.policy.tier, Reverse(r.policy.priority), cluster_wide, r.policy.created, &r.key)
 }
 
 #[cfg(test)]

@@ -3,7 +3,7 @@
 use super::destination::Destination;
 use super::fnv::fnv1a;
 use super::marks::PathId;
-use super::model::PolicyKey;
+use super::model::{Policy, PolicyKey};
 use super::paths::Paths;
 use super::precedence::Ranked;
 use crate::api::Fallback;
@@ -35,15 +35,18 @@ pub struct Step {
 const MAX_RULES: usize = 4_000;
 
 impl Profile {
-    /// From the policies that select a pod, the first deciding first. What comes after a policy that covers
-    /// everything is left out. `None` if no policy selects the pod. One whose policies take too many rules is held, and one
-    /// of which it is not known which policy decides, for one of several cannot be read.
+    /// From the policies that select a pod, the first deciding first; some are [passed over](is_passed_over). What comes
+    /// after a policy that covers everything is left out. `None` if no policy selects the pod. One whose policies take too
+    /// many rules is held, and one of which it is not known which policy decides, for one of several cannot be read.
     pub fn new(policies: &[&Ranked], paths: &Paths) -> Option<Self> {
         let mut steps = Vec::new();
-        if policies.len() > 1 && policies.iter().any(|ranked| ranked.policy.guessed.rank) {
+        let with_path = policies.iter().map(|ranked| (*ranked, paths.of_policy(&ranked.key)));
+        let in_force = with_path.filter(|(ranked, path)| !is_passed_over(&ranked.policy, path.is_some()));
+        let policies: Vec<_> = in_force.collect();
+        if policies.len() > 1 && policies.iter().any(|(ranked, _)| ranked.policy.guessed.rank) {
             return Some(Profile::Held);
         }
-        for (at, Ranked { key, policy }) in policies.iter().enumerate() {
+        for (at, (Ranked { key, policy }, path)) in policies.iter().enumerate() {
             if policy.guessed.egress && at + 1 < policies.len() {
                 return Some(Profile::Held);
             }
@@ -54,8 +57,7 @@ impl Profile {
             };
             // `egress: []` covers nothing.
             if all || !covers.is_empty() {
-                let path = paths.of_policy(key);
-                steps.push(Step { policy: key.clone(), path, fallback: policy.fallback, covers });
+                steps.push(Step { policy: key.clone(), path: *path, fallback: policy.fallback, covers });
             }
             if all {
                 break;
@@ -84,6 +86,14 @@ impl Profile {
     }
 }
 
+/// Whether a policy decides nothing. One that has no address, because it is refused or new, blocks what it covers: that must
+/// not leave from another address. If it lets that leave without an address of its own (`fallback: NodeAddress`), the next
+/// policy decides: a tenant could else get out of a ClusterEgressPolicy by asking for what nobody gives. A policy keeps its
+/// allocation, and its place, while its gateway is dead.
+pub fn is_passed_over(policy: &Policy, has_allocation: bool) -> bool {
+    !has_allocation && policy.fallback == Fallback::NodeAddress
+}
+
 impl Step {
     /// Whether it covers every destination outside the cluster.
     pub fn covers_everything(&self) -> bool {
@@ -96,7 +106,7 @@ mod tests {
     use super::*;
     use crate::plan::destination::Ports;
     use crate::plan::fixture::selector;
-    use crate::plan::model::{Guessed, Metadata, Policy};
+    use crate::plan::model::{Guessed, Metadata};
     use crate::plan::node::{NodePlan, PodPlan, View, chain_name};
 
     fn policy(name: &str, ports: u16) -> Ranked {

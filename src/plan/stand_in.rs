@@ -6,7 +6,7 @@
 //! the ledger does not list was never in force, and nothing stands for it.
 
 use super::destination::Destination;
-use super::model::{AddressRequest, Cluster, Guessed, Namespaces, PodMatch, Policy, PolicyKey};
+use super::model::{AddressRequest, Cluster, Guessed, Namespaces, PodMatch, Policy, PolicyKey, Tier};
 use super::selector::Name;
 use super::selector::Selector;
 use crate::api::{Allocate, Fallback, LedgerPath, PathKind};
@@ -20,6 +20,8 @@ pub struct Remains {
     pub namespaces: Selector,
     /// The pods in them.
     pub pods: Option<PodMatch>,
+    /// `spec.tier`; `None`: it cannot be read.
+    pub tier: Option<Tier>,
     /// `spec.priority`; `None`: it cannot be read.
     pub priority: Option<i32>,
     /// `metadata.creationTimestamp`, as in [`Policy`].
@@ -55,9 +57,13 @@ pub fn of_path(key: &PolicyKey, gateway: &Name, path: &LedgerPath, remains: &Rem
             PathKind::Node => AddressRequest::Allocate(Allocate::Node),
         },
         fallback: Fallback::Block,
+        tier: remains.tier.unwrap_or_default(),
         priority: remains.priority.unwrap_or_default(),
         created: remains.created.unwrap_or(i64::MAX),
-        guessed: Guessed { rank: remains.priority.is_none(), egress: remains.egress.is_none() },
+        guessed: Guessed {
+            rank: remains.tier.is_none() || remains.priority.is_none(),
+            egress: remains.egress.is_none(),
+        },
         for_controller: None,
     }
 }
@@ -118,8 +124,15 @@ mod tests {
         world.policy("a/p", naming(&["192.0.2.50"]));
         world.allocate();
         let pods = || PodMatch::Labels(Selector::try_from(&selector(&[("app", "x")])).unwrap());
-        let remains = Remains { pods: Some(pods()), priority: Some(7), created: Some(3), ..Remains::default() };
+        let remains = Remains {
+            pods: Some(pods()),
+            tier: Some(Tier::Admin),
+            priority: Some(7),
+            created: Some(3),
+            ..Remains::default()
+        };
         let policy = stand_in(&world.cluster, &"a/p".into(), &remains).unwrap();
         assert_eq!((policy.pods, policy.priority, policy.created, policy.egress), (pods(), 7, 3, None));
+        assert_eq!((policy.tier, policy.guessed.rank), (Tier::Admin, false));
     }
 }

@@ -3,14 +3,15 @@
 
 use super::backends::{Behind, Door, behind};
 use super::destination::in_a_row;
-use super::model::{Cluster, ObjectKey, Pod, PolicyKey};
+use super::model::{Cluster, ObjectKey, Pod, PolicyKey, Tier};
 use super::networks::Networks;
 use super::paths::Paths;
 use super::precedence::{PolicyIndex, Ranked};
-use super::profile::Profile;
+use super::profile::{Profile, is_passed_over};
 use super::target::Target;
 use crate::api::{EgressPolicyStatus, Fallback};
 use ipnetwork::IpNetwork;
+use std::collections::HashSet;
 use std::net::{IpAddr, SocketAddr};
 
 /// That there is nothing to explain.
@@ -78,13 +79,22 @@ fn all(cluster: &Cluster, policies: &[&Ranked]) -> Vec<String> {
         "What stays inside the cluster goes direct. Of the rest, the first policy that covers the destination decides:"
             .to_owned(),
     ];
-    let everything = policies.iter().position(|ranked| ranked.policy.covers_everything());
-    for (at, Ranked { key, policy }) in policies.iter().enumerate() {
+    let passed_over = passed_over(cluster);
+    let everything = policies.iter().position(|r| r.policy.covers_everything() && !passed_over(r));
+    for (at, ranked) in policies.iter().enumerate() {
+        let Ranked { key, policy } = ranked;
         let covers = match &policy.egress {
             Some(destinations) if !policy.covers_everything() => list(destinations, "nothing"),
             _ => "everything".to_owned(),
         };
-        lines.push(format!("{}. {}, priority {}, covers {covers}", at + 1, named(key), policy.priority));
+        let tier = match policy.tier {
+            Tier::ByPriority => String::new(),
+            tier => format!("tier {tier:?}, "),
+        };
+        lines.push(format!("{}. {}, {tier}priority {}, covers {covers}", at + 1, named(key), policy.priority));
+        if passed_over(ranked) {
+            lines.push("   it is passed over: it has no address, and says fallback: NodeAddress".to_owned());
+        }
         if everything.is_some_and(|everything| at > everything) {
             lines.push("   it never decides: one before it covers everything".to_owned());
             continue;
@@ -196,8 +206,10 @@ fn few(endpoints: &[Target]) -> String {
 fn decided(cluster: &Cluster, pod: &Pod, policies: &[&Ranked], target: Target) -> Vec<String> {
     let mut lines = Vec::new();
     let by_port = |ranked: &&&Ranked| target.port.is_none() && covers_by_port(ranked, target.address);
-    let decides = policies.iter().find(|ranked| covers(ranked, &target));
-    let before = policies.iter().take_while(|ranked| decides.is_none_or(|decides| decides.key != ranked.key));
+    let passed_over = passed_over(cluster);
+    let in_force = policies.iter().filter(|ranked| !passed_over(ranked));
+    let decides = in_force.clone().find(|ranked| covers(ranked, &target));
+    let before = in_force.take_while(|ranked| decides.is_none_or(|decides| decides.key != ranked.key));
     for Ranked { key, .. } in before.filter(by_port) {
         lines.push(format!(
             "{} covers some ports there; name one, as in {}/tcp",
@@ -254,6 +266,13 @@ fn blocked<'a>(cluster: &'a Cluster, pod: &'a Pod, policy: &PolicyKey) -> Option
     let path = paths.into_iter().find(|path| path.policies.contains(policy))?;
     let blocked = &cluster.egress_nodes.get(node)?.of_paths().blocked;
     blocked.iter().find(|blocked| blocked.id == path.id).map(|blocked| (node, blocked.message.as_str()))
+}
+
+/// Tells which policies decide nothing for their pods' node, by the ledger that it goes by.
+fn passed_over(cluster: &Cluster) -> impl Fn(&Ranked) -> bool + use<> {
+    let paths = cluster.gateways.values().flat_map(|gateway| &gateway.status.paths);
+    let listed: HashSet<PolicyKey> = paths.flat_map(|path| path.policies.iter().cloned()).collect();
+    move |Ranked { key, policy }| is_passed_over(policy, listed.contains(key))
 }
 
 fn address_towards(status: &EgressPolicyStatus, target: IpAddr) -> Option<IpAddr> {
@@ -441,6 +460,10 @@ mod tests {
         let mut world = world();
         says(&asked(&world, "9.9.9.9"), &["9.9.9.9 is blocked: EgressPolicy shop/rest decides, and it is not ready"]);
         world.policy("shop/rest", EgressPolicySpec { fallback: Fallback::NodeAddress, ..naming(&["192.0.2.50"]) });
+        // While nobody has given it an address, the next one decides.
+        says(&asked(&world, "9.9.9.9"), &["9.9.9.9 is blocked: ClusterEgressPolicy late decides"]);
+        says(&asked(&world, ""), &["EgressPolicy shop/rest, priority 0, covers everything\n   it is passed over"]);
+        world.allocate();
         says(&asked(&world, "9.9.9.9"), &["9.9.9.9 leaves from the node's address (fallback: NodeAddress)"]);
         for policy in ["shop/rest", "shop/names", "late"] {
             world.without_policy(policy);

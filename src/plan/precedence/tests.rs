@@ -1,5 +1,5 @@
 use super::*;
-use crate::api::{ClusterEgressPolicySpec, EgressPolicySpec};
+use crate::api::{ClusterEgressPolicySpec, EgressPolicySpec, Tier};
 use crate::plan::model::{Metadata, ObjectKey};
 use crate::plan::selector::Selector;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
@@ -75,6 +75,25 @@ fn priority_then_namespaced_then_age_then_name() {
         .index();
     let expected = ["first", "a/old", "a/young", "a/unknown-age-a", "a/unknown-age-b", "last", "a/below"];
     assert_eq!(keys(&index, "a", &[]), expected);
+}
+
+#[test]
+fn a_tier_goes_before_every_priority() {
+    let of_tier = |tier, priority| ClusterEgressPolicySpec {
+        tier,
+        pod_selector: Some(selector(&[])),
+        priority,
+        ..Default::default()
+    };
+    let index = Builder::default()
+        .cluster_policy("admin", of_tier(Some(Tier::Admin), i32::MIN))
+        .cluster_policy("admin-first", of_tier(Some(Tier::Admin), 0))
+        .cluster_policy("between", of_tier(None, 5))
+        .cluster_policy("baseline", of_tier(Some(Tier::Baseline), i32::MAX))
+        .policy("a/high", by_labels(&[], i32::MAX), Some(1))
+        .policy("a/low", by_labels(&[], i32::MIN), Some(1))
+        .index();
+    assert_eq!(keys(&index, "a", &[]), ["admin-first", "admin", "a/high", "between", "a/low", "baseline"]);
 }
 
 #[test]

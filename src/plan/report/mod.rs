@@ -8,8 +8,9 @@ pub use notices::{Notice, of_gateway, of_policy};
 use super::condition::Conditions;
 use super::egress_node::OfPaths;
 use super::ledger::{Grant, Outcome, Verdict, in_words, silent};
-use super::model::{Cluster, Gateway, MOVE_TO, Node, PolicyKey};
+use super::model::{Cluster, Gateway, MOVE_TO, Namespaces, Node, Policy, PolicyKey, Tier};
 use super::precedence::{PolicyIndex, Ranked};
+use super::profile::is_passed_over;
 use super::selector::Name;
 use crate::api::{EgressPolicyStatus, PathKind, Placement};
 use coverage::Coverage;
@@ -34,7 +35,7 @@ struct Said<'a> {
 
 /// The status of each policy. `now` is in seconds since the Unix epoch.
 pub fn report(cluster: &Cluster, outcome: &Outcome, now: i64) -> BTreeMap<PolicyKey, EgressPolicyStatus> {
-    let use_of = uses(cluster);
+    let use_of = uses(cluster, outcome);
     let said = Said::new(cluster);
     let living: HashMap<&Name, Vec<&Name>> =
         cluster.gateways.iter().map(|(name, gateway)| (name, said.living(gateway, now))).collect();
@@ -71,10 +72,15 @@ pub fn report(cluster: &Cluster, outcome: &Outcome, now: i64) -> BTreeMap<Policy
         status.pods = usage.map_or(0, |u| u.pods);
         match usage {
             None => conditions.add("Shadowed", false, "NoPods", "it selects no pod now"),
+            Some(Usage { passed_over: true, .. }) => {
+                let message =
+                    "it has no address and says fallback: NodeAddress, so the next policy of each pod decides";
+                conditions.add("Shadowed", false, "PassedOver", message);
+            }
             Some(Usage { in_the_open: true, .. }) => {
                 conditions.add("Shadowed", false, "NotShadowed", "it decides for some traffic of its pods");
             }
-            Some(usage) => conditions.add("Shadowed", true, "Shadowed", shadowed(&usage.shadowed_by)),
+            Some(usage) => conditions.add("Shadowed", true, "Shadowed", shadowed(cluster, policy, &usage.shadowed_by)),
         }
         status.conditions = conditions.finish();
         statuses.insert(key.clone(), status);
@@ -187,17 +193,37 @@ impl<'a> Said<'a> {
     }
 }
 
-fn shadowed(by: &BTreeSet<&PolicyKey>) -> String {
+fn shadowed(cluster: &Cluster, policy: &Policy, by: &BTreeSet<&PolicyKey>) -> String {
     let names: Vec<String> = by.iter().take(3).map(|key| key.to_string()).collect();
     let more = match by.len() - names.len() {
         0 => String::new(),
         more => format!(" and {more} more"),
     };
     format!(
-        "for each of its pods, policies that go before it decide for all its destinations: {}{more}; \
-         raise its priority, or narrow theirs",
-        names.join(", ")
+        "for each of its pods, policies that go before it decide for all its destinations: {}{more}; {}, or narrow their \
+         egress",
+        names.join(", "),
+        before_them(policy, by.iter().filter_map(|key| cluster.policies.get(*key)).map(|policy| &**policy))
     )
+}
+
+/// How a policy comes to go before others.
+fn before_them<'a>(policy: &Policy, others: impl Iterator<Item = &'a Policy> + Clone) -> String {
+    let tier = others.clone().map(|other| other.tier).min().unwrap_or_default().min(policy.tier);
+    let of_tier = others.filter(|other| other.tier == tier);
+    let highest = of_tier.map(|other| other.priority).max().unwrap_or_default();
+    let first = match (tier == policy.tier, &policy.namespaces, tier) {
+        (true, ..) => String::new(),
+        (false, Namespaces::One(_), _) => {
+            return "who administers the cluster can take them out of tier Admin".to_owned();
+        }
+        (false, Namespaces::Selected(_), Tier::Admin) => "set its tier to Admin, and ".to_owned(),
+        (false, Namespaces::Selected(_), _) => "leave out its tier, and ".to_owned(),
+    };
+    match highest.checked_add(1) {
+        Some(above) => format!("{first}set its priority to {above} or more"),
+        None => format!("{first}set its priority to {highest} and theirs below that"),
+    }
 }
 
 /// Where a policy is of use.
@@ -207,12 +233,14 @@ struct Usage<'a> {
     pods: u32,
     /// Whether it decides for some destination of some pod.
     in_the_open: bool,
+    /// Whether it decides nothing, for it has no address.
+    passed_over: bool,
     /// The policies that decide in its stead.
     shadowed_by: BTreeSet<&'a PolicyKey>,
 }
 
 /// Where each policy that selects a pod is of use.
-fn uses(cluster: &Cluster) -> HashMap<&PolicyKey, Usage<'_>> {
+fn uses<'a>(cluster: &'a Cluster, outcome: &Outcome) -> HashMap<&'a PolicyKey, Usage<'a>> {
     let index = PolicyIndex::new(cluster);
     // Pods with the same policies differ in nothing here, and there are many of them.
     let mut profiles: BTreeMap<Vec<&PolicyKey>, (Vec<&Ranked>, u32)> = BTreeMap::new();
@@ -232,6 +260,10 @@ fn uses(cluster: &Cluster) -> HashMap<&PolicyKey, Usage<'_>> {
             let Some((key, policy)) = cluster.policies.get_key_value(&ranked.key) else { continue };
             let usage = uses.entry(key).or_default();
             usage.pods += pods;
+            usage.passed_over = is_passed_over(policy, outcome.gateway_of(key).is_some());
+            if usage.passed_over {
+                continue;
+            }
             match coverage.covers(policy) {
                 Some(by) => usage.shadowed_by.extend(by),
                 None => usage.in_the_open = true,

@@ -1,6 +1,7 @@
 use super::*;
 use crate::api::{
-    Allocate, Condition, EgressPeer, EgressPolicySpec, EgressPort, EgressRule, IpBlock, Protocol, RefusedPath,
+    Allocate, Condition, EgressPeer, EgressPolicySpec, EgressPort, EgressRule, Fallback, IpBlock, Protocol,
+    RefusedPath, Tier,
 };
 use crate::plan::fixture::{World, asking, naming, selector};
 use crate::plan::model::Unreadable;
@@ -244,4 +245,54 @@ fn exceptions_are_not_covered() {
     assert_covered(&[&[wide], &["203.0.113.0/24 -203.0.113.0/28"]], true);
     assert_covered(&[&[wide], &["203.0.113.0/25 -203.0.113.0/27"]], true);
     assert_covered(&[&[wide], &["203.0.113.0/25 -203.0.113.0/29"]], false);
+}
+
+#[test]
+fn the_hint_of_a_shadowed_policy_can_be_followed() {
+    // Priorities and tiers of the one that decides and of the one that is shadowed, and what the latter is told.
+    type Of = (&'static str, i32, Option<Tier>);
+    let cases: [(Of, Of, &str); 7] = [
+        (("a/first", 4, None), ("a/second", 4, None), "set its priority to 5 or more"),
+        (("a/first", 9, None), ("second", 4, None), "set its priority to 10 or more"),
+        (("a/first", i32::MAX, None), ("a/second", 4, None), "set its priority to 2147483647 and theirs below that"),
+        (
+            ("first", 0, Some(Tier::Admin)),
+            ("a/second", 4, None),
+            "who administers the cluster can take them out of tier",
+        ),
+        (
+            ("first", 3, Some(Tier::Admin)),
+            ("second", 4, None),
+            "set its tier to Admin, and set its priority to 4 or more",
+        ),
+        (("a/first", 3, None), ("second", 4, Some(Tier::Baseline)), "leave out its tier, and set its priority to 4 or"),
+        (("first", 3, Some(Tier::Admin)), ("second", 2, Some(Tier::Admin)), "set its priority to 4 or more"),
+    ];
+    for ((first, high, above), (second, low, below), words) in cases {
+        let mut world = World::new(&["192.0.2.50"]);
+        world.pod("a", "one", &[]);
+        world.policy_of_tier(first, EgressPolicySpec { priority: high, ..asking(Allocate::Shared) }, above);
+        world.now += 1;
+        world.policy_of_tier(second, EgressPolicySpec { priority: low, ..asking(Allocate::Shared) }, below);
+        world.assert_condition(second, "Shadowed", "True", "Shadowed", words);
+        world.assert_condition(first, "Shadowed", "False", "NotShadowed", "");
+    }
+}
+
+#[test]
+fn a_policy_without_an_address_that_lets_go_what_it_covers_shadows_none() {
+    let mut world = World::new(&["192.0.2.50"]);
+    world.pod("a", "one", &[]);
+    world.policy("everywhere", asking(Allocate::Shared));
+    let unknown = |fallback| EgressPolicySpec { gateway: Some("nope".into()), fallback, ..asking(Allocate::Shared) };
+    world.policy("a/out", unknown(Fallback::NodeAddress));
+    world.assert_condition("everywhere", "Shadowed", "False", "NotShadowed", "");
+    world.assert_condition("a/out", "Shadowed", "False", "PassedOver", "next policy");
+    world.policy("a/out", unknown(Fallback::Block));
+    world.assert_condition("everywhere", "Shadowed", "True", "Shadowed", "a/out");
+    // What has an address keeps its place while its gateway is dead.
+    world.policy("a/out", EgressPolicySpec { fallback: Fallback::NodeAddress, ..asking(Allocate::Shared) });
+    world.cluster.nodes.clear();
+    world.assert_condition("a/out", "Ready", "False", "NoNode", "");
+    world.assert_condition("everywhere", "Shadowed", "True", "Shadowed", "a/out");
 }
