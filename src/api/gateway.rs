@@ -28,7 +28,8 @@ pub struct EgressGatewaySpec {
     pub node_selector: LabelSelector,
     /// The pool: single addresses (`192.0.2.50`), ranges (`192.0.2.50-192.0.2.59`) and networks in CIDR notation
     /// (`198.51.100.16/28`, every address of it), IPv4 and IPv6. May be empty for a gateway whose policies all say
-    /// `allocate: Node`.
+    /// `allocate: Node`. What can be no host's address (loopback, link-local, multicast, 0.0.0.0/8, 240.0.0.0/4), what is
+    /// a pod's or a Service's, and what a node has on its own is refused.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub addresses: Vec<String>,
     /// `Managed`: Egret puts each address onto the owning node's uplink. `External`: something else places the
@@ -58,6 +59,55 @@ pub struct EgressGatewaySpec {
     /// The namespaces whose policies may use this gateway. Default: all.
     #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "super::selector::optional")]
     pub namespace_selector: Option<LabelSelector>,
+    /// Who may share an egress IP that policies name (`address`). `Namespace`: policies of one namespace; the first one has
+    /// it, and those of other namespaces, and ClusterEgressPolicies, are refused. `Cluster`: all policies that may use the
+    /// gateway. The address that policies get by `allocate: Shared` is shared by all of them, as they ask for.
+    #[serde(default)]
+    pub sharing: Sharing,
+    /// Addresses that only policies of some namespaces may have, and only by naming them: nobody gets them by `allocate`.
+    /// A ClusterEgressPolicy may name all. An address that several of these have may be named by the namespaces of each.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub reservations: Vec<Reservation>,
+    /// How much of this gateway the EgressPolicies of one namespace may have together; of each namespace the same. A policy
+    /// that goes beyond is refused, and the others are as they were. ClusterEgressPolicies do not count.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub namespace_quota: Option<NamespaceQuota>,
+}
+
+/// Who may share an egress IP that policies name.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+pub enum Sharing {
+    /// Policies of one namespace; or several ClusterEgressPolicies.
+    #[default]
+    Namespace,
+    /// All policies that may use the gateway.
+    Cluster,
+}
+
+/// Addresses that are for some namespaces alone.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Reservation {
+    /// The addresses, ranges and networks, written as in the gateway's `addresses`.
+    pub addresses: Vec<String>,
+    /// The namespaces whose policies may name them.
+    #[serde(deserialize_with = "super::selector::required")]
+    pub namespace_selector: LabelSelector,
+}
+
+/// How much the EgressPolicies of one namespace may have together. What is absent has no limit.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct NamespaceQuota {
+    /// How many policies.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub policies: Option<u32>,
+    /// How many egress IPs, named or by `allocate: Dedicated`; a pair counts once, and so does what several share.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub addresses: Option<u32>,
+    /// How many networks, exceptions and ports their `egress` may list.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub destinations: Option<u32>,
 }
 
 /// Who puts a gateway's addresses onto its nodes.

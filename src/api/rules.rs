@@ -29,23 +29,40 @@ fn additions(kind: &str) -> Vec<Addition> {
 }
 
 fn gateway() -> Vec<Addition> {
+    let reservation = "/properties/reservations/items";
     let mut all = vec![
         ("/properties/addresses".to_owned(), json!({"maxItems": 1000})),
         ("/properties/addresses/items".to_owned(), {
-            let message = "not an address, a range or a network of one family; write 192.0.2.50, \
-                           192.0.2.50-192.0.2.59 or 192.0.2.0/28";
-            with_rules(
-                json!({"maxLength": 100, "minLength": 1}),
-                &[(&format!("self.matches('{POOL_ENTRY}')"), message)],
-            )
+            let mut entry = pool_entry();
+            let message = "loopback, link-local, multicast, 0.0.0.0/8 and 240.0.0.0/4 can be no egress IPs";
+            let rule = json!({"rule": format!("!self.matches('{NO_EGRESS_ADDRESS}')"), "message": message});
+            if let Some(rules) = entry["x-kubernetes-validations"].as_array_mut() {
+                rules.push(rule);
+            }
+            entry
         }),
+        ("/properties/reservations".to_owned(), json!({"maxItems": 20})),
+        (format!("{reservation}/properties/addresses"), json!({"maxItems": 50, "minItems": 1})),
+        (format!("{reservation}/properties/addresses/items"), pool_entry()),
         // IFNAMSIZ is 16 with the zero at its end, include/uapi/linux/if.h.
         ("/properties/interface".to_owned(), json!({"maxLength": 15, "minLength": 1})),
         ("/properties/nextHop".to_owned(), address_pair("give ipv4, ipv6 or both, or leave nextHop out")),
     ];
     all.extend(selector("/properties/nodeSelector"));
     all.extend(selector("/properties/namespaceSelector"));
+    all.extend(selector(&format!("{reservation}/properties/namespaceSelector")));
     all
+}
+
+/// Beginnings of what can be no egress IP: 0/8, loopback, link-local, multicast, 240/4. What only lies within an entry is
+/// found by the condition `Accepted`.
+const NO_EGRESS_ADDRESS: &str = "^ *((0|127|169[.]254|22[4-9]|2[34][0-9]|25[0-5])[.]|::1?( |/|-|$)|[Ff][Ee][89ABab][0-9A-Fa-f]:|[Ff][Ff][0-9A-Fa-f][0-9A-Fa-f]:)";
+
+fn pool_entry() -> Value {
+    let message = "not an address, a range or a network of one family; write 192.0.2.50, 192.0.2.50-192.0.2.59 or \
+                   192.0.2.0/28";
+    let rule = format!("self.matches('{POOL_ENTRY}')");
+    with_rules(json!({"maxLength": 100, "minLength": 1}), &[(&rule, message)])
 }
 
 fn policy() -> Vec<Addition> {
@@ -183,11 +200,12 @@ mod tests {
             "192.0.2.50-192.0.2.59",
             "192.0.2.50 - 192.0.2.59",
             "198.51.100.16/28",
-            "0.0.0.0/0",
+            "223.255.255.0/24",
+            "12.0.0.1",
             "2001:db8::50",
             "2001:db8::50-2001:db8::59",
             "2001:db8::/64",
-            "::ffff:192.0.2.1/128",
+            "64:ff9b::192.0.2.1/128",
         ] {
             assert_good("EgressGateway", &pool(entry));
         }
@@ -196,6 +214,37 @@ mod tests {
         {
             assert_refused("EgressGateway", &pool(entry), "192.0.2.50-192.0.2.59");
         }
+    }
+
+    #[test]
+    fn a_pool_has_no_address_that_no_host_can_have() {
+        let pool = |entry: &str| json!({"nodeSelector": {}, "addresses": [entry]});
+        for entry in [
+            "0.0.0.0/0",
+            "127.0.0.1",
+            "169.254.1.0/24",
+            "224.0.0.5",
+            "239.1.1.1-239.1.1.9",
+            "240.0.0.1",
+            "255.255.255.255",
+            "::/0",
+            "::1",
+            "fe80::1",
+            "FF02::1-FF02::9",
+        ] {
+            assert_refused("EgressGateway", &pool(entry), "no egress IPs");
+        }
+    }
+
+    #[test]
+    fn who_may_use_a_gateway_is_bounded() {
+        let reserved = |reservation: Value| json!({"nodeSelector": {}, "reservations": [reservation]});
+        let selector = json!({"matchLabels": {"team": "sales"}});
+        assert_good("EgressGateway", &reserved(json!({"addresses": ["192.0.2.50"], "namespaceSelector": selector})));
+        assert_refused("EgressGateway", &reserved(json!({"addresses": ["x"], "namespaceSelector": {}})), "192.0.2.50");
+        let broken = json!({"matchExpressions": [{"key": "a", "operator": "In"}]});
+        let broken = reserved(json!({"addresses": ["192.0.2.50"], "namespaceSelector": broken}));
+        assert_refused("EgressGateway", &broken, "need values");
     }
 
     #[test]

@@ -5,9 +5,9 @@ use super::model::{Cluster, Gateway, Metadata, Node, ObjectKey, Pod, Policy, Pol
 use super::selector::Name;
 use crate::api::{
     AddressPair, Allocate, ClusterEgressPolicySpec, EgressGatewaySpec, EgressNodeStatus, EgressPolicySpec, Placement,
-    Tier,
+    Reservation, Tier,
 };
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{LabelSelector, LabelSelectorRequirement};
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -33,6 +33,19 @@ pub(crate) fn pair(addresses: &[&str]) -> AddressPair {
         }
     }
     pair
+}
+
+/// Addresses that only these namespaces may name.
+pub(crate) fn reservation(addresses: &[&str], namespaces: &[&str]) -> Reservation {
+    let requirement = LabelSelectorRequirement {
+        key: "kubernetes.io/metadata.name".to_owned(),
+        operator: "In".to_owned(),
+        values: Some(namespaces.iter().map(|name| name.to_string()).collect()),
+    };
+    Reservation {
+        addresses: addresses.iter().map(|address| address.to_string()).collect(),
+        namespace_selector: LabelSelector { match_labels: None, match_expressions: Some(vec![requirement]) },
+    }
 }
 
 /// A policy for all pods that asks for these addresses.

@@ -9,7 +9,7 @@ use super::selector::{Labels, Name, Selector, SelectorError};
 use super::shared::Shared;
 use crate::api::{
     self, AddressPair, Allocate, ClusterEgressPolicySpec, EgressGatewaySpec, EgressGatewayStatus, EgressPolicySpec,
-    EgressPolicyStatus, EgressRule, Fallback, Placement, Protocol,
+    EgressPolicyStatus, EgressRule, Fallback, NamespaceQuota, Placement, Protocol, Sharing,
 };
 
 pub use crate::api::PolicyKey;
@@ -220,6 +220,12 @@ pub struct Gateway {
     pub default: bool,
     /// The namespaces whose policies may use it.
     pub namespaces: Selector,
+    /// Who may share an address that policies name.
+    pub sharing: Sharing,
+    /// Addresses that only some namespaces may name.
+    pub reservations: Box<[Reserved]>,
+    /// What the EgressPolicies of one namespace may have together.
+    pub quota: NamespaceQuota,
     /// Whether its paths are to be spread evenly over its nodes, by [`REBALANCE`].
     pub rebalance: bool,
     /// [`END_COOLDOWN`], as it was written.
@@ -231,6 +237,22 @@ pub struct Gateway {
     pub version: Option<Box<str>>,
     /// The ledger.
     pub status: EgressGatewayStatus,
+}
+
+/// Addresses that only policies of some namespaces may name.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Reserved {
+    /// The addresses.
+    pub addresses: Box<[AddressRange]>,
+    /// The namespaces.
+    pub namespaces: Selector,
+}
+
+impl Reserved {
+    /// Whether it has the address.
+    pub fn contains(&self, address: IpAddr) -> bool {
+        self.addresses.iter().any(|range| range.contains(address))
+    }
 }
 
 /// Addresses `first` to `last`, of one family.
@@ -410,10 +432,12 @@ impl Gateway {
     pub fn new(spec: &EgressGatewaySpec, meta: Metadata) -> Result<Self, Invalid> {
         let selector =
             |field: &str, s| Selector::try_from(s).map_err(|e: SelectorError| Invalid::new(format!("spec.{field}"), e));
-        let mut pool: Vec<(AddressRange, &String)> = Vec::new();
-        for (i, text) in spec.addresses.iter().enumerate() {
-            let range = parse_range(text).map_err(|m| Invalid::new(format!("spec.addresses[{i}]"), m))?;
-            pool.push((range, text));
+        let mut pool = parse_ranges("spec.addresses", &spec.addresses)?;
+        for (i, (range, text)) in pool.iter().enumerate() {
+            if let Some((first, what)) = never_an_egress_address(range) {
+                let message = format!("{text:?} has {first}, which is {what} and can be no egress IP; leave it out");
+                return Err(Invalid::new(format!("spec.addresses[{i}]"), message));
+            }
         }
         pool.sort();
         for pair in pool.windows(2) {
@@ -426,6 +450,14 @@ impl Gateway {
         }
         if spec.next_hop.as_ref().is_some_and(AddressPair::is_empty) {
             return Err(Invalid::new("spec.nextHop", "has no address; give ipv4, ipv6 or both, or leave nextHop out"));
+        }
+        let mut reservations = Vec::new();
+        for (i, reservation) in spec.reservations.iter().enumerate() {
+            let addresses = parse_ranges(&format!("spec.reservations[{i}].addresses"), &reservation.addresses)?;
+            let namespaces =
+                selector(&format!("reservations[{i}].namespaceSelector"), &reservation.namespace_selector)?;
+            let addresses = addresses.into_iter().map(|(range, _)| range).collect();
+            reservations.push(Reserved { addresses, namespaces });
         }
         Ok(Gateway {
             nodes: selector("nodeSelector", &spec.node_selector)?,
@@ -440,6 +472,9 @@ impl Gateway {
                 Some(s) => selector("namespaceSelector", s)?,
                 None => Selector::default(),
             },
+            sharing: spec.sharing,
+            reservations: reservations.into(),
+            quota: spec.namespace_quota.unwrap_or_default(),
             rebalance: meta.rebalance,
             end_cooldown: meta.end_cooldown,
             generation: meta.generation,
@@ -471,6 +506,40 @@ pub fn destinations(rules: &[EgressRule]) -> Result<Arc<[Destination]>, Invalid>
         ));
     }
     Ok(all.into())
+}
+
+/// What no server takes for the address of a host, and what it is.
+const NEVER: [(&str, &str); 10] = [
+    ("0.0.0.0/8", "\"this network\" (RFC 1122)"),
+    ("127.0.0.0/8", "loopback"),
+    ("169.254.0.0/16", "link-local"),
+    ("224.0.0.0/4", "multicast"),
+    ("240.0.0.0/4", "reserved or broadcast (RFC 1112)"),
+    ("::/128", "unspecified"),
+    ("::1/128", "loopback"),
+    ("::ffff:0:0/96", "an IPv4 address in IPv6 clothing (RFC 4291)"),
+    ("fe80::/10", "link-local"),
+    ("ff00::/8", "multicast"),
+];
+
+/// The first address of a range that can be no egress IP, and what it is.
+fn never_an_egress_address(range: &AddressRange) -> Option<(IpAddr, &'static str)> {
+    NEVER.iter().find_map(|(network, what)| {
+        let never = parse_range(network).ok()?;
+        let same_family = never.first.is_ipv4() == range.first.is_ipv4();
+        (same_family && never.first <= range.last && range.first <= never.last)
+            .then(|| (range.first.max(never.first), *what))
+    })
+}
+
+/// Parses each; the text stays beside it.
+fn parse_ranges<'t>(field: &str, texts: &'t [String]) -> Result<Vec<(AddressRange, &'t String)>, Invalid> {
+    let each = texts.iter().enumerate();
+    each.map(|(i, text)| {
+        let range = parse_range(text).map_err(|message| Invalid::new(format!("{field}[{i}]"), message))?;
+        Ok((range, text))
+    })
+    .collect()
 }
 
 /// Parses `A`, `A-B` or `A/P` into an inclusive range.
@@ -589,6 +658,12 @@ impl Policy {
     /// The node that is to have the policy's path, where the reader is a controller.
     pub fn move_to(&self) -> Option<&Name> {
         self.for_controller.as_ref()?.move_to.as_ref()
+    }
+
+    /// How many networks, exceptions and ports its `egress` lists.
+    pub fn listed_destinations(&self) -> usize {
+        let networks = |d: &Destination| d.networks.iter().map(|network| 1 + network.except.len()).sum::<usize>();
+        self.egress.iter().flat_map(|all| all.iter()).map(|d| networks(d) + d.ports.len()).sum()
     }
 
     /// Whether the policy covers every destination outside the cluster.

@@ -69,6 +69,7 @@ impl Names {
     pub fn gateway(&mut self, gateway: &mut Gateway) {
         self.selector(&mut gateway.nodes);
         self.selector(&mut gateway.namespaces);
+        gateway.reservations.iter_mut().for_each(|reserved| self.selector(&mut reserved.namespaces));
     }
 
     /// As [`Names::selector`], for a ledger, which loses the room that it does not need: it can have ten thousand paths.

@@ -7,8 +7,9 @@ use super::living;
 use super::pool::{Overlap, Pool, usable};
 use super::resting::{Resting, cooldown_ended_until, resting};
 use crate::api::{AddressPair, PathKind, Placement, Users};
-use crate::plan::model::{Cluster, Gateway, Node};
+use crate::plan::model::{AddressRange, Cluster, Gateway, Node};
 use crate::plan::selector::Name;
+use ipnetwork::IpNetwork;
 use std::collections::{HashMap, HashSet};
 use std::net::IpAddr;
 
@@ -23,6 +24,8 @@ pub(super) struct Desk<'a> {
     pub(super) declared: Pool,
     /// Its pool without what earlier gateways have: where new addresses come from.
     pub(super) usable: Pool,
+    /// What of it may be given to who names no address: not what is reserved for some namespaces.
+    pub(super) open: Pool,
     pub(super) overlaps: Vec<Overlap>,
     /// Addresses that were given back until then have no cooldown, by the gateway's annotation.
     pub(super) ended_until: i64,
@@ -52,6 +55,19 @@ impl Path {
     }
 }
 
+/// The cluster's own networks, as far as a controller knows them: no server outside could answer to their addresses.
+fn networks_inside(cluster: &Cluster) -> impl Iterator<Item = (AddressRange, IpNetwork)> + '_ {
+    let pods = cluster.nodes.values().flat_map(|node| node.pod_cidrs.iter());
+    let networks = pods.chain(cluster.inside.pods.keys()).chain(cluster.inside.services.keys());
+    networks.map(|network| {
+        let last = match network {
+            IpNetwork::V4(network) => IpAddr::V4(network.broadcast()),
+            IpNetwork::V6(network) => IpAddr::V6(network.broadcast()),
+        };
+        (AddressRange { first: network.network(), last }, *network)
+    })
+}
+
 /// The ledger while it is being written.
 #[derive(Clone, Debug)]
 pub(super) struct Book<'a> {
@@ -74,16 +90,33 @@ pub(super) struct Book<'a> {
 }
 
 impl<'a> Book<'a> {
+    /// The network of pods or Services that has the address.
+    pub(super) fn inside(&self, address: IpAddr) -> Option<IpNetwork> {
+        networks_inside(self.cluster).find(|(range, _)| range.contains(address)).map(|(_, network)| network)
+    }
+
+    /// A network of pods or Services that part of the range is in, and the first address of that part.
+    pub(super) fn inside_range(&self, range: &AddressRange) -> Option<(IpNetwork, IpAddr)> {
+        let overlaps = |other: &AddressRange| {
+            other.first.is_ipv4() == range.first.is_ipv4() && other.first <= range.last && range.first <= other.last
+        };
+        let first = networks_inside(self.cluster).find(|(other, _)| overlaps(other));
+        first.map(|(other, network)| (network, other.first.max(range.first)))
+    }
+
     /// With nothing in use, and what rests at `now`.
     pub(super) fn open(cluster: &'a Cluster, now: i64) -> Self {
         let mut desks = Vec::new();
+        let inside: Pool = networks_inside(cluster).map(|(range, _)| range).collect::<Vec<_>>().iter().collect();
         let pools = usable(cluster.gateways.values().map(|g| &**g));
         for ((name, gateway), (usable, overlaps)) in cluster.gateways.iter().zip(pools) {
             let nodes = cluster.nodes.iter().filter(|(_, node)| gateway.nodes.matches(&node.labels));
             let nodes = nodes.map(|(name, node)| (name, &**node)).collect();
             let declared = gateway.pool.iter().collect();
             let ended_until = cooldown_ended_until(gateway).unwrap_or(i64::MIN);
-            desks.push(Desk { name, gateway, nodes, declared, usable, overlaps, ended_until });
+            let reserved = gateway.reservations.iter().flat_map(|reserved| &reserved.addresses).collect();
+            let open = usable.clone().without(&reserved).without(&inside);
+            desks.push(Desk { name, gateway, nodes, declared, usable, open, overlaps, ended_until });
         }
         let mut node_addresses = HashMap::new();
         for (name, node) in &cluster.nodes {
@@ -173,7 +206,7 @@ impl<'a> Book<'a> {
     pub(super) fn pick(&mut self, gateway: usize, family: Family, policies: &[usize]) -> Option<IpAddr> {
         let returned = self.resting.of(gateway, policies).into_iter().find_map(|entry| {
             let address = family.of_pair(&entry.address)?;
-            let good = self.desks[gateway].usable.contains(address)
+            let good = self.desks[gateway].open.contains(address)
                 && self.holder(address).is_none()
                 && self.node_with(gateway, address).is_none()
                 && self.resting.until(address, policies).is_none();
@@ -184,7 +217,7 @@ impl<'a> Book<'a> {
         }
         let managed = self.desks[gateway].gateway.placement == Placement::Managed;
         let Book { desks, held, held_by_nodes, node_addresses, resting, .. } = self;
-        desks[gateway].usable.first(family, |address| {
+        desks[gateway].open.first(family, |address| {
             let in_use = held.contains_key(&address) || held_by_nodes.contains_key(&address);
             let of_node = managed && node_addresses.contains_key(&address);
             !in_use && !of_node && !resting.contains(address)

@@ -9,17 +9,18 @@ use super::verdict::{Grant, Reason, Refusal, Verdict};
 use crate::api::{Condition, EgressGatewayStatus, LedgerPath, PathKind, ReleasedPath};
 use crate::plan::condition::Conditions;
 use crate::plan::model::END_COOLDOWN;
+use ipnetwork::IpNetwork;
 use std::collections::HashMap;
 use std::net::IpAddr;
 
 /// Closes the book. `refused` says, by the demand's place, who got no path.
 pub(super) fn close(book: Book, refused: &HashMap<usize, Refusal>) -> Outcome {
     let mut outcome = Outcome::default();
-    for (applicant, demand) in book.demands.applicants.iter().zip(&book.demands.of) {
+    for (place, (applicant, demand)) in book.demands.applicants.iter().zip(&book.demands.of).enumerate() {
         let verdict = match demand {
             Err(refusal) => Verdict::Refused(refusal.clone()),
             Ok(demand) => match (book.demands.all[*demand].path, refused.get(demand)) {
-                (Some(path), _) => Verdict::Granted(granted(&book, *demand, path)),
+                (Some(path), _) => Verdict::Granted(granted(&book, place, *demand, path)),
                 (None, Some(refusal)) => Verdict::Refused(refusal.clone()),
                 (None, None) => unreachable!("a demand is either granted or refused"),
             },
@@ -66,7 +67,7 @@ pub(super) fn close(book: Book, refused: &HashMap<usize, Refusal>) -> Outcome {
     outcome
 }
 
-fn granted(book: &Book, demand: usize, place: usize) -> Grant {
+fn granted(book: &Book, applicant: usize, demand: usize, place: usize) -> Grant {
     let path = &book.paths[place];
     let desk = &book.desks[path.gateway];
     Grant {
@@ -76,8 +77,18 @@ fn granted(book: &Book, demand: usize, place: usize) -> Grant {
         address: path.address.clone(),
         node: path.node.clone(),
         leaving: path.leaving.clone(),
+        shared_with: (path.kind == PathKind::Explicit).then(|| shared_with(book, applicant, place)).flatten(),
         note: note(book, demand, place),
     }
+}
+
+/// Who else uses a path, the most senior first; of many the first three, so that not each one's status changes when one
+/// more comes.
+fn shared_with(book: &Book, applicant: usize, path: usize) -> Option<String> {
+    let others: Vec<usize> = book.users(path).into_iter().filter(|user| *user != applicant).collect();
+    let names = others.iter().take(3).map(|user| book.demands.applicants[*user].name.as_str());
+    let more = if others.len() > 3 { " and others" } else { "" };
+    (!others.is_empty()).then(|| names.collect::<Vec<_>>().join(", ") + more)
 }
 
 /// What a person should know of a path that was granted all the same.
@@ -97,7 +108,7 @@ fn note(book: &Book, demand: usize, place: usize) -> Option<String> {
         }
     }
     let lacking =
-        Family::BOTH.into_iter().find(|family| desk.usable.has(*family) && family.of_pair(&path.address).is_none())?;
+        Family::BOTH.into_iter().find(|family| desk.open.has(*family) && family.of_pair(&path.address).is_none())?;
     Some(format!(
         "the gateway has no {lacking} address left for it, so its {lacking} traffic has none to leave from; \
          add addresses to the gateway's spec.addresses"
@@ -129,6 +140,12 @@ fn conditions(
             book.desks[overlap.with].name
         );
         conditions.add("Accepted", false, "PoolOverlap", message);
+    } else if let Some((network, address)) = inside(book, desk) {
+        let message = format!(
+            "{address} is in {network}, a network of the cluster's pods or Services, and is not given to policies; take \
+             it out of spec.addresses"
+        );
+        conditions.add("Accepted", false, "PoolInCluster", message);
     } else if desk.gateway.default && defaults.len() > 1 {
         let message = format!(
             "several gateways are the default one: {}; policies that name no gateway get no path from them unless \
@@ -173,6 +190,11 @@ fn conditions(
         None => conditions.add("AddressesLeft", true, "AddressesLeft", in_use(desk, status)),
     }
     conditions.finish()
+}
+
+/// A network of the cluster's own that the gateway's pool reaches into, and the first address of it.
+fn inside(book: &Book, desk: &Desk) -> Option<(IpNetwork, IpAddr)> {
+    desk.gateway.pool.iter().find_map(|range| book.inside_range(range))
 }
 
 /// `IPv4: 3 of 10 in use, 1 in cooldown`.

@@ -1,7 +1,9 @@
 //! What policies ask for, and of which gateway.
 
+use super::family::addresses;
+use super::quota;
 use super::verdict::{Reason, Refusal};
-use crate::api::{AddressPair, Allocate};
+use crate::api::{AddressPair, Allocate, Sharing};
 use crate::plan::model::{AddressRequest, Cluster, Gateway, Namespaces, Policy, PolicyKey};
 use crate::plan::precedence::labels_or_name;
 use crate::plan::selector::Name;
@@ -30,6 +32,17 @@ pub(super) enum Want {
     Dedicated,
     /// The path of any of the gateway's nodes, for one policy.
     Node,
+}
+
+impl Want {
+    fn of(policy: &Policy) -> Self {
+        match &policy.address {
+            AddressRequest::Explicit(pair) => Want::Explicit(pair.clone()),
+            AddressRequest::Allocate(Allocate::Dedicated) => Want::Dedicated,
+            AddressRequest::Allocate(Allocate::Shared) => Want::Shared,
+            AddressRequest::Allocate(Allocate::Node) => Want::Node,
+        }
+    }
 }
 
 /// A policy and its name as the ledger writes it.
@@ -61,25 +74,38 @@ impl<'a> Demands<'a> {
         let places = applicants.iter().enumerate().map(|(place, a)| (a.key, place)).collect();
 
         let gateways = Gateways::new(cluster);
+        let wants: Vec<Want> = applicants.iter().map(|applicant| Want::of(applicant.policy)).collect();
+        let allowed = applicants.iter().zip(&wants).map(|(applicant, want)| {
+            let gateway = gateways.gateway_of(cluster, applicant)?;
+            gateways.check_reservations(cluster, gateway, applicant, want)?;
+            Ok(gateway)
+        });
+        let allowed: Vec<Result<usize, Refusal>> = allowed.collect();
+        let asks = allowed.iter().zip(&wants).map(|(gateway, want)| {
+            let (name, gateway) = gateways.all[*gateway.as_ref().ok()?];
+            Some((name, gateway, want))
+        });
+        let mut exceeded = quota::exceeded(cluster, &applicants, &asks.collect::<Vec<_>>());
         let mut all: Vec<Demand> = Vec::new();
-        let mut common: HashMap<(usize, Want), usize> = HashMap::new();
+        let mut common: HashMap<(usize, Want, Option<&Name>), usize> = HashMap::new();
         let mut of = Vec::new();
-        for (place, applicant) in applicants.iter().enumerate() {
-            let gateway = match gateways.gateway_of(cluster, applicant) {
-                Ok(gateway) => gateway,
-                Err(refusal) => {
+        for (place, (gateway, want)) in allowed.into_iter().zip(wants).enumerate() {
+            let gateway = match (gateway, exceeded.remove(&place)) {
+                (Ok(gateway), None) => gateway,
+                (Err(refusal), _) | (_, Some(refusal)) => {
                     of.push(Err(refusal));
                     continue;
                 }
             };
-            let want = match &applicant.policy.address {
-                AddressRequest::Explicit(pair) => Want::Explicit(pair.clone()),
-                AddressRequest::Allocate(Allocate::Dedicated) => Want::Dedicated,
-                AddressRequest::Allocate(Allocate::Shared) => Want::Shared,
-                AddressRequest::Allocate(Allocate::Node) => Want::Node,
-            };
             let demand = match want {
-                Want::Explicit(_) | Want::Shared => *common.entry((gateway, want.clone())).or_insert(all.len()),
+                Want::Explicit(_) => {
+                    let sharers = match (gateways.all[gateway].1.sharing, &applicants[place].policy.namespaces) {
+                        (Sharing::Namespace, Namespaces::One(namespace)) => Some(namespace),
+                        _ => None,
+                    };
+                    *common.entry((gateway, want.clone(), sharers)).or_insert(all.len())
+                }
+                Want::Shared => *common.entry((gateway, want.clone(), None)).or_insert(all.len()),
                 Want::Dedicated | Want::Node => all.len(),
             };
             if demand == all.len() {
@@ -165,6 +191,32 @@ impl<'a> Gateways<'a> {
             // Who may make a ClusterEgressPolicy may use every gateway.
             _ => Ok(place),
         }
+    }
+
+    /// Whether the addresses that a policy names are reserved for others.
+    fn check_reservations(
+        &self,
+        cluster: &Cluster,
+        gateway: usize,
+        applicant: &Applicant,
+        want: &Want,
+    ) -> Result<(), Refusal> {
+        let (name, gateway) = self.all[gateway];
+        let (Want::Explicit(pair), Namespaces::One(namespace)) = (want, &applicant.policy.namespaces) else {
+            return Ok(());
+        };
+        for address in addresses(pair) {
+            let mut reserved = gateway.reservations.iter().filter(|reserved| reserved.contains(address)).peekable();
+            let labels = labels_or_name(cluster.namespaces.get(namespace), namespace);
+            if reserved.peek().is_some() && !reserved.any(|reserved| reserved.namespaces.matches(&labels)) {
+                let message = format!(
+                    "{address} of EgressGateway {name:?} is reserved for other namespaces than {namespace:?} \
+                     (spec.reservations); name another address, or have the namespace labelled"
+                );
+                return Err(Refusal::new(Reason::AddressReserved, message));
+            }
+        }
+        Ok(())
     }
 
     fn some_names(&self) -> String {

@@ -84,10 +84,10 @@ fn explicit(book: &mut Book, demand: usize, address: AddressPair) -> Result<usiz
 
 /// Whether policies can have the addresses that they name.
 fn check_named(book: &Book, gateway: usize, pair: &AddressPair) -> Result<(), Refusal> {
-    addresses(pair).try_for_each(|address| check_one(book, gateway, address))
+    addresses(pair).try_for_each(|address| check_one(book, gateway, pair, address))
 }
 
-fn check_one(book: &Book, gateway: usize, address: IpAddr) -> Result<(), Refusal> {
+fn check_one(book: &Book, gateway: usize, pair: &AddressPair, address: IpAddr) -> Result<(), Refusal> {
     let desk = &book.desks[gateway];
     if !desk.declared.contains(address) {
         let message = format!(
@@ -111,6 +111,16 @@ fn check_one(book: &Book, gateway: usize, address: IpAddr) -> Result<(), Refusal
     }
     if let Some(holder) = holder {
         let path = &book.paths[holder];
+        if own && path.kind == PathKind::Explicit && path.address == *pair {
+            let message = format!(
+                "{} is the egress IP of {}, and EgressGateway {:?} shares none across namespaces (spec.sharing: \
+                 Namespace); name another address, or have sharing: Cluster set there",
+                in_words(pair),
+                book.demands.name_some(&book.users(holder)),
+                desk.name
+            );
+            return Err(Refusal::new(Reason::AddressNotShared, message));
+        }
         let message = format!(
             "{address} is taken by {}, which leaves from {} ({:?}); name another address{}",
             book.demands.name_some(&book.users(holder)),
@@ -130,6 +140,13 @@ fn check_one(book: &Book, gateway: usize, address: IpAddr) -> Result<(), Refusal
         );
         return Err(Refusal::new(Reason::AddressOfNode, message));
     }
+    if let Some(network) = book.inside(address) {
+        let message = format!(
+            "{address} is in {network}, a network of the cluster's pods or Services, and no server outside can answer to \
+             it; name another address, and take it out of the gateway's spec.addresses"
+        );
+        return Err(Refusal::new(Reason::AddressInCluster, message));
+    }
     Ok(())
 }
 
@@ -142,8 +159,14 @@ fn pool(
 ) -> Result<usize, Refusal> {
     let (gateway, policies) = (book.demands.all[demand].gateway, book.demands.all[demand].policies.clone());
     let desk = &book.desks[gateway];
-    if desk.usable.is_empty() {
-        let message = if desk.declared.is_empty() {
+    if desk.open.is_empty() {
+        let message = if !desk.usable.is_empty() {
+            format!(
+                "all addresses of EgressGateway {:?} are reserved for policies that name them; name one, or add addresses \
+                 to its spec.addresses",
+                desk.name
+            )
+        } else if desk.declared.is_empty() {
             format!(
                 "EgressGateway {:?} has no addresses; add some to its spec.addresses, or say allocate: Node",
                 desk.name
@@ -158,8 +181,7 @@ fn pool(
         return Err(Refusal::new(Reason::PoolEmpty, message));
     }
     let mut found = Vec::new();
-    for family in Family::BOTH.into_iter().filter(|family| book.desks[gateway].usable.has(*family)).collect::<Vec<_>>()
-    {
+    for family in Family::BOTH.into_iter().filter(|family| book.desks[gateway].open.has(*family)).collect::<Vec<_>>() {
         match book.pick(gateway, family, &policies) {
             Some(address) => found.push(address),
             None => {
@@ -181,7 +203,7 @@ fn exhausted(book: &Book, gateway: usize, family: Family) -> Refusal {
     let desk = &book.desks[gateway];
     let cooling = book.resting.entries.iter().filter(|entry| !entry.ended).filter(|entry| {
         let address = family.of_pair(&entry.address);
-        address.is_some_and(|a| desk.usable.contains(a) && book.holder(a).is_none())
+        address.is_some_and(|a| desk.open.contains(a) && book.holder(a).is_none())
     });
     let until = cooling.map(|entry| entry.at).min().map(|at| {
         let (at, until) = (time(at), time(at + REST_SECONDS));
@@ -194,7 +216,7 @@ fn exhausted(book: &Book, gateway: usize, family: Family) -> Refusal {
         "EgressGateway {:?} has no {family} address left: all {} are in use, in cooldown, or are nodes' own; {}add \
          addresses to its spec.addresses, or let policies say allocate: Shared",
         desk.name,
-        desk.usable.size(family),
+        desk.open.size(family),
         until.unwrap_or_default()
     );
     Refusal::new(Reason::PoolExhausted, message)

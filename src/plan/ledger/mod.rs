@@ -14,6 +14,7 @@ mod living;
 mod moves;
 mod placement;
 mod pool;
+mod quota;
 mod rebalance;
 mod resting;
 mod retain;

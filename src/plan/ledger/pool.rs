@@ -35,6 +35,29 @@ impl Pool {
         }
     }
 
+    /// Without the addresses of another pool.
+    pub(super) fn without(mut self, other: &Pool) -> Self {
+        for family in Family::BOTH {
+            let mut taken = other.family(family).ranges.iter().peekable();
+            let mut left = Vec::new();
+            for (first, last) in std::mem::take(&mut self.family_mut(family).ranges) {
+                while taken.next_if(|(_, end)| *end < first).is_some() {}
+                let mut next = Some(first);
+                // One of another pool's ranges may lie in several of this one's.
+                for (from, to) in taken.clone().take_while(|(from, _)| *from <= last) {
+                    let Some(first) = next else { break };
+                    if first < *from {
+                        left.push((first, from - 1));
+                    }
+                    next = to.checked_add(1).map(|after| after.max(first)).filter(|after| *after <= last);
+                }
+                left.extend(next.map(|first| (first, last)));
+            }
+            self.family_mut(family).ranges = left;
+        }
+        self
+    }
+
     /// Whether it has any address of the family.
     pub(super) fn has(&self, family: Family) -> bool {
         !self.family(family).ranges.is_empty()
@@ -87,8 +110,17 @@ impl<'a> FromIterator<&'a AddressRange> for Pool {
             let part = (number(range.first), number(range.last));
             pool.family_mut(Family::of(range.first)).ranges.push(part);
         }
-        pool.v4.ranges.sort_unstable();
-        pool.v6.ranges.sort_unstable();
+        for ranges in [&mut pool.v4.ranges, &mut pool.v6.ranges] {
+            ranges.sort_unstable();
+            // Those of one pool do not overlap; those of several reservations may.
+            ranges.dedup_by(|next, before| {
+                let overlaps = next.0 <= before.1;
+                if overlaps {
+                    before.1 = before.1.max(next.1);
+                }
+                overlaps
+            });
+        }
         pool
     }
 }
@@ -170,11 +202,28 @@ mod tests {
 
     #[test]
     fn the_last_address_of_all_is_no_trap() {
-        let pool: Pool = gateway(&["255.255.255.255", "ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff"]).pool.iter().collect();
+        let last = |family: Family| AddressRange { first: family.address(u128::MAX), last: family.address(u128::MAX) };
+        let pool: Pool = Family::BOTH.map(last).iter().collect();
         assert_eq!(all(pool.clone(), Family::V4).len(), 1);
         assert_eq!(all(pool, Family::V6).len(), 1);
-        let whole: Pool = gateway(&["::/0"]).pool.iter().collect();
+        let all = AddressRange { first: Family::V6.address(0), last: Family::V6.address(u128::MAX) };
+        let whole: Pool = [&all].into_iter().collect();
         assert_eq!(whole.size(Family::V6), u128::MAX);
+    }
+
+    #[test]
+    fn a_pool_without_another_has_the_rest() {
+        let pool = |addresses: &[&str]| -> Pool { gateway(addresses).pool.iter().collect() };
+        let left = |of: &[&str], without: &[&str]| all(pool(of).without(&pool(without)), Family::V4);
+        assert_eq!(left(&["192.0.2.1-192.0.2.4"], &["192.0.2.2-192.0.2.3"]), ["192.0.2.1", "192.0.2.4"]);
+        assert_eq!(left(&["192.0.2.1", "192.0.2.3", "192.0.2.5"], &["192.0.2.0-192.0.2.4"]), ["192.0.2.5"]);
+        assert_eq!(
+            left(&["192.0.2.1-192.0.2.4"], &["192.0.2.1", "192.0.2.3", "2001:db8::"]),
+            ["192.0.2.2", "192.0.2.4"]
+        );
+        assert_eq!(left(&["192.0.2.1-192.0.2.2"], &["192.0.2.2-192.0.2.9"]), ["192.0.2.1"]);
+        assert!(left(&["192.0.2.1-192.0.2.2"], &["192.0.0.0/9"]).is_empty());
+        assert_eq!(left(&["192.0.2.1-192.0.2.2"], &[]), ["192.0.2.1", "192.0.2.2"]);
     }
 
     #[test]

@@ -37,14 +37,19 @@ fn demands_of<'b>(book: &'b Book, gateway: usize, path: &'b LedgerPath) -> impl 
 }
 
 fn pool_path(book: &mut Book, gateway: usize, path: &LedgerPath) -> bool {
-    let demand = demands_of(book, gateway, path).find(|d| match (&book.demands.all[*d].want, path.kind) {
+    let fitting = demands_of(book, gateway, path).filter(|d| match (&book.demands.all[*d].want, path.kind) {
         (Want::Explicit(pair), PathKind::Explicit) => *pair == path.address,
         (Want::Shared, PathKind::Shared) | (Want::Dedicated, PathKind::Dedicated) => true,
         _ => false,
     });
-    let Some(demand) = demand else { return false };
-    let (kept, lost): (Vec<IpAddr>, Vec<IpAddr>) = addresses(&path.address)
-        .partition(|address| book.desks[gateway].declared.contains(*address) && !book.held.contains_key(address));
+    // The most senior one's, if the gateway shares addresses across namespaces no longer.
+    let Some(demand) = fitting.min() else { return false };
+    let may_keep = |address: &IpAddr| {
+        let reserved = || book.desks[gateway].gateway.reservations.iter().any(|reserved| reserved.contains(*address));
+        book.desks[gateway].declared.contains(*address) && (path.kind == PathKind::Explicit || !reserved())
+    };
+    let (kept, lost): (Vec<IpAddr>, Vec<IpAddr>) =
+        addresses(&path.address).partition(|address| may_keep(address) && !book.held.contains_key(address));
     // Who named an address means this one; who did not is content with half a pair while a new half is looked for.
     if kept.is_empty() || (path.kind == PathKind::Explicit && !lost.is_empty()) || !book.ids.take(path.id) {
         return false;
@@ -104,7 +109,7 @@ fn complete(book: &mut Book) {
         }
         let gateway = book.paths[place].gateway;
         for family in Family::BOTH {
-            if family.of_pair(&book.paths[place].address).is_some() || !book.desks[gateway].usable.has(family) {
+            if family.of_pair(&book.paths[place].address).is_some() || !book.desks[gateway].open.has(family) {
                 continue;
             }
             let policies = std::mem::take(&mut book.demands.all[demand].policies);

@@ -28,6 +28,8 @@ pub struct Grant {
     pub node: Option<Name>,
     /// The node that holds it until `node` does.
     pub leaving: Option<Name>,
+    /// Who else leaves from the address, in words, if policies name it.
+    pub shared_with: Option<String>,
     /// What a person should know besides.
     pub note: Option<String>,
 }
@@ -62,8 +64,16 @@ pub enum Reason {
     AddressOutsidePool,
     /// The address that it names is another path's.
     AddressTaken,
+    /// The address that it names is a policy's of another namespace, and the gateway does not let them share it.
+    AddressNotShared,
+    /// The address that it names is reserved for other namespaces.
+    AddressReserved,
+    /// Its namespace would have more of the gateway than it may.
+    QuotaExceeded,
     /// The address that it names is a node's own.
     AddressOfNode,
+    /// The address that it names is one of the cluster's pods or Services.
+    AddressInCluster,
     /// The gateway has no addresses to give.
     PoolEmpty,
     /// All the gateway's addresses of a family are in use.

@@ -23,6 +23,9 @@ const REFUSED: &str = "AddressRefused";
 /// The reason of a policy of which nobody knows whether it is ready, for nobody hears of the node that held its address.
 const NOT_HEARD: &str = "NodeNotHeard";
 
+/// The reason of a policy that is accepted and shares the address that it names with others.
+const SHARED: &str = "AddressShared";
+
 /// What nodes say of the paths that they are to hold, and of each other.
 struct Said<'a> {
     cluster: &'a Cluster,
@@ -53,7 +56,8 @@ pub fn report(cluster: &Cluster, outcome: &Outcome, now: i64) -> BTreeMap<Policy
             Verdict::Granted(grant) => {
                 status.addresses = Some(grant.address.clone());
                 status.node = grant.node.as_deref().map(str::to_owned);
-                conditions.add("Accepted", true, "Accepted", accepted(grant));
+                let reason = if grant.shared_with.is_some() { SHARED } else { "Accepted" };
+                conditions.add("Accepted", true, reason, accepted(grant));
                 let (state, reason, mut message) =
                     said.ready(grant, living.get(&grant.gateway).map_or(&[], Vec::as_slice));
                 if let Some(wanted) = policy.move_to().filter(|wanted| grant.node.as_ref() != Some(wanted)) {
@@ -108,7 +112,12 @@ fn accepted(grant: &Grant) -> String {
         PathKind::Node => "the node's own",
     };
     let note = grant.note.as_ref().map(|note| format!("; {note}")).unwrap_or_default();
-    format!("it leaves from {} ({whose}) through EgressGateway {:?}{note}", in_words(&grant.address), grant.gateway)
+    let with = grant.shared_with.as_ref().map(|with| format!(", shared with {with}")).unwrap_or_default();
+    format!(
+        "it leaves from {} ({whose}{with}) through EgressGateway {:?}{note}",
+        in_words(&grant.address),
+        grant.gateway
+    )
 }
 
 impl<'a> Said<'a> {

@@ -1,6 +1,6 @@
 //! What a person should hear of at once, as an event: not every state, but changes to act on or to know of.
 
-use super::REFUSED;
+use super::{REFUSED, SHARED};
 use crate::api::{Condition, EgressGatewayStatus, EgressPolicyStatus};
 use crate::plan::ledger::in_words;
 
@@ -37,6 +37,9 @@ pub fn of_policy(before: Option<&EgressPolicyStatus>, after: &EgressPolicyStatus
             _ if same => {}
             ("Accepted", "False") => {
                 notices.push(Notice::warning(&condition.reason, format!("refused: {}", condition.message)));
+            }
+            ("Accepted", "True") if condition.reason == SHARED && was.is_some() => {
+                notices.push(Notice::normal(SHARED, condition.message.clone()));
             }
             // This does not pass by itself.
             ("Ready", "False") if condition.reason == REFUSED => {

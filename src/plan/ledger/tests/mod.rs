@@ -3,3 +3,4 @@ mod moves;
 mod nodes;
 mod properties;
 mod refusals;
+mod tenants;

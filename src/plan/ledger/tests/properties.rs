@@ -1,7 +1,7 @@
 //! What holds for whatever happens to a cluster.
 
-use crate::api::{Allocate, EgressPolicySpec, PathKind};
-use crate::plan::fixture::{World, asking, naming};
+use crate::api::{Allocate, EgressPolicySpec, PathKind, Sharing};
+use crate::plan::fixture::{World, asking, naming, reservation};
 use crate::plan::ledger::{Outcome, REST_SECONDS, Reason, Verdict, allocate};
 use crate::plan::marks::MAX_PATH;
 use crate::plan::model::PolicyKey;
@@ -26,6 +26,7 @@ enum Step {
     NoNode(usize),
     Pool(usize, usize),
     Default(usize, bool),
+    Sharing(usize, bool),
     Wait(i64),
 }
 
@@ -55,6 +56,7 @@ fn step() -> impl Strategy<Value = Step> {
         1 => (0..4usize).prop_map(Step::NoNode),
         1 => (0..2usize, 0..POOLS.len()).prop_map(|(gateway, pool)| Step::Pool(gateway, pool)),
         1 => (0..2usize, any::<bool>()).prop_map(|(gateway, default)| Step::Default(gateway, default)),
+        1 => (0..2usize, any::<bool>()).prop_map(|(gateway, sharing)| Step::Sharing(gateway, sharing)),
         2 => (1..800i64).prop_map(Step::Wait),
     ]
 }
@@ -66,11 +68,12 @@ struct Story {
     world: World,
     pools: [usize; 2],
     defaults: [bool; 2],
+    sharing: [bool; 2],
 }
 
 impl Story {
     fn new() -> Self {
-        let mut story = Story { world: World::new(&[]), pools: [1, 2], defaults: [true, false] };
+        let mut story = Story { world: World::new(&[]), pools: [1, 2], defaults: [true, false], sharing: [true; 2] };
         story.gateways();
         story
     }
@@ -78,12 +81,23 @@ impl Story {
     fn gateways(&mut self) {
         for (i, name) in GATEWAYS.into_iter().enumerate() {
             let default = self.defaults[i];
-            self.world.gateway(name, POOLS[self.pools[i]], |spec| spec.default = default);
+            self.world.gateway(name, POOLS[self.pools[i]], |spec| {
+                spec.default = default;
+                spec.sharing = if self.sharing[i] { Sharing::Cluster } else { Sharing::Namespace };
+                spec.reservations = match i {
+                    0 => vec![],
+                    _ => vec![reservation(&["192.0.2.6-192.0.2.8", "2001:db8::4"], &["other"])],
+                };
+            });
         }
     }
 
     fn apply(&mut self, step: &Step) {
-        let key = |name: &usize| if *name < 10 { format!("ns/p{name}") } else { format!("c{name}") };
+        let key = |name: &usize| match name {
+            0..7 => format!("ns/p{name}"),
+            7..10 => format!("other/p{name}"),
+            _ => format!("c{name}"),
+        };
         match step {
             Step::Policy { name, gateway, address } => {
                 let spec = match address {
@@ -112,6 +126,10 @@ impl Story {
             }
             Step::Default(gateway, default) => {
                 self.defaults[*gateway] = *default;
+                self.gateways();
+            }
+            Step::Sharing(gateway, sharing) => {
+                self.sharing[*gateway] = *sharing;
                 self.gateways();
             }
             Step::Wait(seconds) => self.world.now += seconds,
@@ -153,6 +171,7 @@ fn check_sound(world: &World, outcome: &Outcome) -> Result<(), TestCaseError> {
         }
     }
     prop_assert!(held.is_disjoint(&of_nodes));
+    check_tenants(world, outcome)?;
     prop_assert_eq!(outcome.verdicts.len(), world.cluster.policies.len());
     for (key, verdict) in &outcome.verdicts {
         match verdict {
@@ -161,6 +180,23 @@ fn check_sound(world: &World, outcome: &Outcome) -> Result<(), TestCaseError> {
                 prop_assert!(!users.contains_key(key));
                 prop_assert!(refusal.message.contains(';'), "no remedy in {:?}", refusal.message);
             }
+        }
+    }
+    Ok(())
+}
+
+/// What is named is not another namespace's, unless the gateway lets them share; what is reserved is another's never.
+fn check_tenants(world: &World, outcome: &Outcome) -> Result<(), TestCaseError> {
+    for (name, status) in &outcome.gateways {
+        let gateway = &world.cluster.gateways[name];
+        for path in &status.paths {
+            let namespaces: BTreeSet<_> = path.policies.iter().map(|key| key.namespace.clone()).collect();
+            if path.kind == PathKind::Explicit && gateway.sharing == Sharing::Namespace {
+                prop_assert_eq!(namespaces.len(), 1);
+            }
+            let reserved = addresses(&path.address).iter().any(|a| gateway.reservations.iter().any(|r| r.contains(*a)));
+            let may = path.kind == PathKind::Explicit && namespaces.iter().flatten().all(|ns| &**ns == "other");
+            prop_assert!(path.kind == PathKind::Node || !reserved || may, "{path:?} is reserved");
         }
     }
     Ok(())
