@@ -98,6 +98,27 @@ impl<'a> Uplinks<'a> {
             .with_context(|| format!("interface {ifindex}, for {address}, has just vanished"))
     }
 
+    /// Why an address can be no egress IP of this host, whatever else the cluster says of it.
+    pub fn unusable(&self, address: IpAddr) -> Option<String> {
+        const REMEDY: &str = "take it out of the gateway's spec.addresses";
+        self.networks.iter().find_map(|own| {
+            if own.address == address {
+                return Some(format!(
+                    "{address} is an address that this node has on its own, and what listens there would be cut off; {REMEDY}"
+                ));
+            }
+            // In an IPv4 network of two addresses both are hosts' (RFC 3021); IPv6 has no broadcast.
+            let IpNetwork::V4(network) = IpNetwork::new(own.address, own.prefix).ok()? else { return None };
+            let what = match address {
+                IpAddr::V4(a) if network.prefix() < 31 && a == network.broadcast() => "broadcast address",
+                IpAddr::V4(a) if network.prefix() < 31 && a == network.network() => "network address",
+                _ => return None,
+            };
+            let network = format!("{}/{}", network.network(), network.prefix());
+            Some(format!("{address} is the {what} of this node's network {network}, and no host can have it; {REMEDY}"))
+        })
+    }
+
     async fn default_route(&mut self, ipv4: bool) -> Result<Option<u32>> {
         let at = usize::from(!ipv4);
         match self.default_routes[at] {

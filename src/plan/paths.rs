@@ -302,7 +302,8 @@ impl Scene<'_> {
             translates: member && self.uplink.is_some() && if managed { !refused } else { !unready },
             placing,
             by_ledger,
-            taken_over: mine && managed && here && !by_ledger && !leaves,
+            // What the host has on its own, Egret has not taken.
+            taken_over: mine && managed && here && !refused && !by_ledger && !leaves,
             since: entry.since,
             interface: gateway.interface.clone(),
             uplink: self.uplink.unwrap_or_default(),

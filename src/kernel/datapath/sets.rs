@@ -61,8 +61,10 @@ pub fn shared_sets(view: &View, peers: &PeerIndexes, marks: Marks, before: &Shar
         let snat = ways().map(|(mark, a)| (mark.into(), Data::Value(a.into()))).collect();
         let pairs = ways().map(|(mark, a)| (with_mark(mark, a), Data::None)).collect();
         // Also of those that others hold now: the address comes before its first packet. An address that is not
-        // Egret's to place serves the node's own connections, too.
-        let egress = members().filter(|(_, path)| path.managed).flat_map(|(_, path)| addresses(path));
+        // Egret's to place serves the node's own connections, too; so does one that this node cannot take because the
+        // host has it on its own.
+        let egress =
+            members().filter(|(_, path)| path.managed && path.translates).flat_map(|(_, path)| addresses(path));
         let egress = egress.filter(|a| of_family(&a)).map(|a| plain(&a)).collect();
         let ping = members().filter(|(_, path)| path.answers_ping).flat_map(|(_, path)| addresses(path));
         let ping = ping.filter(|a| of_family(&a)).map(|a| plain(&a)).collect();

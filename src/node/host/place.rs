@@ -53,6 +53,8 @@ pub struct Broken {
 pub struct Look {
     found: HashMap<Spot, Interface>,
     none: HashMap<Spot, String>,
+    /// Paths with an address that can be no egress IP of this host, and why.
+    pub unusable: BTreeMap<PathId, String>,
 }
 
 impl Look {
@@ -60,21 +62,21 @@ impl Look {
     #[cfg(test)]
     pub fn of(interface: &Interface, addresses: &[IpAddr]) -> Self {
         let found = addresses.iter().map(|a| ((*a, None), interface.clone())).collect();
-        Look { found, none: HashMap::new() }
+        Look { found, ..Look::default() }
     }
 
     /// As if an interface that gateways name were found for these addresses.
     #[cfg(test)]
     pub fn of_named(name: &str, interface: &Interface, addresses: &[IpAddr]) -> Self {
         let found = addresses.iter().map(|a| ((*a, Some(name.into())), interface.clone())).collect();
-        Look { found, none: HashMap::new() }
+        Look { found, ..Look::default() }
     }
 
     /// As if no interface were found for these addresses.
     #[cfg(test)]
     pub fn none_for(addresses: &[IpAddr]) -> Self {
         let none = addresses.iter().map(|a| ((*a, None), "no interface".to_owned())).collect();
-        Look { found: HashMap::new(), none }
+        Look { none, ..Look::default() }
     }
 
     /// Both.
@@ -124,11 +126,14 @@ impl Host {
     /// Finds the interfaces for the addresses of all paths that this node may come to own.
     pub async fn look(&mut self, view: &View) -> Result<Look> {
         let mut look = Look::default();
-        let members: Vec<_> = view.paths.paths.values().filter(|path| path.member).collect();
+        let members: Vec<_> = view.paths.paths.iter().filter(|(_, path)| path.member).collect();
         if !members.is_empty() {
             let mut uplinks = Uplinks::read(&self.routes).await?;
-            for path in members {
+            for (id, path) in members {
                 for address in addresses(path) {
+                    if let Some(why) = uplinks.unusable(address).filter(|_| path.managed) {
+                        look.unusable.entry(*id).or_insert(why);
+                    }
                     let spot = (address, path.interface.clone());
                     match uplinks.find(address, path.interface.as_deref()).await {
                         Ok(interface) => drop(look.found.insert(spot, interface)),

@@ -94,14 +94,16 @@ impl Node {
 
     /// Brings the addresses on this node in step. Returns how many changes it took.
     pub(super) async fn bring_addresses_in_step(&mut self) -> Result<usize> {
-        let look = self.host.look(&self.view).await?;
+        let mut look = self.host.look(&self.view).await?;
         let now = Instant::now();
         if self.holding.judge(&look, now) {
             self.look_again();
         }
         // A cordoned node goes on answering: where no other is left, it is better than none.
         let drained = self.cluster.nodes.get(&*self.options.name).is_some_and(|node| has_drain_label(node));
-        let decision = self.holding.decide(&self.view, &self.facts, &look, drained, now);
+        let mut decision = self.holding.decide(&self.view, &self.facts, &look, drained, now);
+        decision.wish.paths.retain(|id| !look.unusable.contains_key(id));
+        decision.wish.moving.retain(|id| !look.unusable.contains_key(id));
         let few = decision.new.len() <= FEW;
         let (new, others) = decision.ask.into_iter().partition(|id| few && decision.new.contains(id));
         self.ask(&look, new, &[ASK_NEW, ASK]);
@@ -109,7 +111,8 @@ impl Node {
         self.note_handovers(now);
         let mut changes = self.prepare(&decision.wish)?;
         self.host.announce_ahead(&self.view, &look, &self.facts.coming);
-        let (placed, refused) = self.host.place(&self.view, &look, &decision.wish).await?;
+        let (placed, mut refused) = self.host.place(&self.view, &look, &decision.wish).await?;
+        refused.extend(std::mem::take(&mut look.unusable));
         changes += placed;
         if std::mem::take(&mut self.announce_again) {
             // Of what it would take, others are told nothing before it is here.
