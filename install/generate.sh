@@ -20,7 +20,15 @@ cp "$crds" "$to/chart/crds/crds.yaml"
   done
 } >"$to/egret.yaml"
 
-{
-  echo '{{- /* Made by install/generate.sh from install/rbac.yaml. */ -}}'
-  sed 's/namespace: egret-system$/namespace: {{ .Release.Namespace }}/' install/rbac.yaml
-} >"$to/chart/templates/rbac.yaml"
+# copied FILE [VALUE]: as a template of the chart, if VALUE is so.
+copied() {
+  {
+    echo "{{- /* Made by install/generate.sh from install/$1. */ -}}"
+    [ $# = 1 ] || echo "{{- if .Values.$2 }}"
+    sed 's/namespace: egret-system$/namespace: {{ .Release.Namespace }}/' "install/$1"
+    [ $# = 1 ] || echo '{{- end }}'
+  } >"$to/chart/templates/$1"
+}
+copied rbac.yaml
+copied admission.yaml admissionPolicy
+copied metrics-authentication.yaml metricsAuthentication

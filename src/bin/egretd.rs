@@ -2,6 +2,7 @@
 
 use anyhow::Context;
 use clap::{Parser, Subcommand};
+use egret::cluster::kube::{Reviewer, Verdict};
 use egret::cluster::{self, KubeOptions, LeaseSettings, Scope, SourceName};
 use egret::cni::config::DEFAULT_SOCKET;
 use egret::kernel::check;
@@ -10,8 +11,9 @@ use egret::plan::marks::Marks;
 use egret::plan::model::ObjectKey;
 use egret::plan::target::Target;
 use egret::plan::why::why;
+use egret::telemetry::access::{Access, Guard};
 use egret::telemetry::logs;
-use egret::telemetry::server::ListenAddress;
+use egret::telemetry::server::{Addresses, ListenAddress};
 use egret::{api, controller, install, memory, node};
 use ipnetwork::IpNetwork;
 use std::io::Write;
@@ -117,9 +119,14 @@ struct Node {
     /// The lowest of the eleven bits of packet marks that are Egret's, 16 to 21
     #[arg(long, env = "EGRET_MARK_SHIFT", default_value_t = Marks::default().shift)]
     mark_shift: u8,
-    /// Where /metrics, /healthz and /readyz are served; empty: nowhere
-    #[arg(long, env = "EGRET_METRICS_ADDRESS", default_value = "[::]:9871")]
+    /// Where /metrics is served; empty: nowhere
+    #[arg(long, env = "EGRET_METRICS_ADDRESS", default_value = "127.0.0.1:9871")]
     metrics_address: ListenAddress,
+    /// Where /healthz and /readyz are served; empty: nowhere
+    #[arg(long, env = "EGRET_HEALTH_ADDRESS", default_value = "127.0.0.1:9873")]
+    health_address: ListenAddress,
+    #[command(flatten)]
+    readers: Readers,
     /// Keep the plugin's entry in the network configuration in this directory
     #[arg(long, env = "EGRET_CNI_CONF_DIR")]
     cni_conf_dir: Option<PathBuf>,
@@ -202,6 +209,15 @@ fn base(text: &str) -> Result<u16, String> {
     u16::from_str_radix(digits, 16).map_err(|e| format!("{e}; write four hexadecimal digits, as in 0x4547"))
 }
 
+/// Who may read the metrics.
+#[derive(clap::Args)]
+struct Readers {
+    /// Serve /metrics by TLS, and only to who has a token of the cluster's and may `get` the non-resource URL /metrics;
+    /// asks the API server by TokenReview and SubjectAccessReview
+    #[arg(long, env = "EGRET_METRICS_AUTHENTICATION", num_args = 0..=1, require_equals = true, default_missing_value = "true", default_value_t = false)]
+    metrics_authentication: bool,
+}
+
 #[derive(clap::Args)]
 struct Controller {
     #[command(flatten)]
@@ -212,9 +228,14 @@ struct Controller {
     /// This controller's name in the Lease [default: the host's name and a random number]
     #[arg(long, env = "EGRET_LEASE_IDENTITY")]
     lease_identity: Option<String>,
-    /// Where /metrics, /healthz and /readyz are served; empty: nowhere
-    #[arg(long, env = "EGRET_METRICS_ADDRESS", default_value = "[::]:9872")]
+    /// Where /metrics is served; empty: nowhere
+    #[arg(long, env = "EGRET_METRICS_ADDRESS", default_value = "127.0.0.1:9872")]
     metrics_address: ListenAddress,
+    /// Where /healthz and /readyz are served; empty: nowhere
+    #[arg(long, env = "EGRET_HEALTH_ADDRESS", default_value = "127.0.0.1:9874")]
+    health_address: ListenAddress,
+    #[command(flatten)]
+    readers: Readers,
 }
 
 fn main() -> ExitCode {
@@ -231,10 +252,7 @@ fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
     memory::give_back_early();
     logs::init(arguments.logs.log_format, &arguments.logs.log_level)?;
     match arguments.command {
-        Command::Node(flags) => {
-            let options = flags.options()?;
-            runtime()?.block_on(async { node::run(options, stopped()?).await })?;
-        }
+        Command::Node(flags) => runtime()?.block_on(flags.run())?,
         Command::Controller(flags) => flags.run()?,
         Command::Install(flags) => install::run(&flags.options()?)?,
         Command::Uninstall(flags) => runtime()?.block_on(install::uninstall::run(&flags.options()?))?,
@@ -246,22 +264,55 @@ fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
 }
 
 impl Node {
-    fn options(self) -> anyhow::Result<node::Options> {
-        Ok(node::Options {
+    async fn run(self) -> anyhow::Result<()> {
+        let stop = stopped()?;
+        let options = KubeOptions { kubeconfig: self.cluster.kubeconfig, ..KubeOptions::default() };
+        let cluster = self.cluster.source.with(options);
+        let addresses = self.readers.addresses(self.metrics_address, self.health_address, &cluster).await?;
+        let options = node::Options {
             name: self.name,
-            cluster: self
-                .cluster
-                .source
-                .with(KubeOptions { kubeconfig: self.cluster.kubeconfig, ..KubeOptions::default() }),
+            cluster,
             run_dir: self.run_dir,
             tunnel_address: self.tunnel_address,
             direct: self.direct,
             liveness: node::liveness::Settings { interval: self.probe_interval, misses: self.probe_misses },
             marks: Marks::new(self.connection_mark, self.mark_shift)?,
-            metrics_address: self.metrics_address,
+            addresses,
             cni_dirs: self.cni_conf_dir.map(|conf_dir| (conf_dir, self.cni_bin_dir)),
-        })
+        };
+        node::run(options, stop).await
     }
+}
+
+impl Readers {
+    async fn addresses(
+        self,
+        metrics: ListenAddress,
+        health: ListenAddress,
+        cluster: &SourceName,
+    ) -> anyhow::Result<Addresses> {
+        let guard = match self.metrics_authentication {
+            true => Some(guard(cluster::reviewer(cluster).await?)),
+            false => None,
+        };
+        Ok(Addresses { metrics, health, guard })
+    }
+}
+
+fn guard(reviewer: Reviewer) -> Guard {
+    Guard::new(Box::new(move |token| {
+        let reviewer = reviewer.clone();
+        Box::pin(async move {
+            match reviewer.may_read_metrics(&token).await {
+                Ok(Verdict::Allowed) => Access::Allowed,
+                Ok(Verdict::Unauthenticated) => Access::Unauthenticated,
+                Ok(Verdict::Forbidden(who)) => Access::Forbidden(format!(
+                    "{who} may not get the non-resource URL /metrics; bind it to the ClusterRole egret-metrics-reader"
+                )),
+                Err(e) => Access::Unknown(format!("the API server does not say whose token this is: {e}")),
+            }
+        })
+    }))
 }
 
 impl Install {
@@ -297,7 +348,10 @@ impl Controller {
         let identity = self.lease_identity.unwrap_or_else(LeaseSettings::unique_identity);
         let lease = Some(LeaseSettings::new(self.lease_namespace.unwrap_or_default(), identity));
         let source = self.cluster.source.with(KubeOptions { kubeconfig: self.cluster.kubeconfig, lease, known: None });
-        runtime()?.block_on(controller::run(&source, self.metrics_address))
+        runtime()?.block_on(async {
+            let addresses = self.readers.addresses(self.metrics_address, self.health_address, &source).await?;
+            controller::run(&source, &addresses).await
+        })
     }
 }
 

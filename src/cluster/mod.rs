@@ -226,6 +226,20 @@ pub async fn add_services(name: &SourceName, cluster: &mut Cluster, target: &Tar
     Ok(())
 }
 
+/// What asks about tokens, where there is somebody to ask.
+///
+/// # Errors
+/// Nobody there knows of tokens, or there are no credentials.
+pub async fn reviewer(name: &SourceName) -> anyhow::Result<kube::Reviewer> {
+    match name {
+        SourceName::Dir(path) => anyhow::bail!(
+            "nobody at dir:{} knows of tokens; leave --metrics-authentication out, or use --cluster kube",
+            path.display()
+        ),
+        SourceName::Kube(options) => kube::reviewer(options).await,
+    }
+}
+
 /// Removes what a node said of itself, for a node that Egret leaves; whether there was anything.
 ///
 /// # Errors

@@ -9,7 +9,7 @@ mod unseen;
 
 use crate::cluster::{self, Leadership, Scope, Source, SourceName};
 use crate::plan::model::{Cluster, Gateway};
-use crate::telemetry::server::{Endpoint, ListenAddress, serve};
+use crate::telemetry::server::{self, Addresses};
 use anyhow::{Context, bail};
 use metrics::Metrics;
 use pass::Controller;
@@ -30,22 +30,12 @@ const RETRY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs
 /// Runs until the source ends. Of several controllers one leads, and the others follow the source and wait.
 ///
 /// # Errors
-/// The metrics address cannot be listened on, or the source cannot be opened or has ended.
-pub async fn run(source: &SourceName, metrics_address: ListenAddress) -> anyhow::Result<()> {
+/// The source cannot be opened or has ended.
+pub async fn run(source: &SourceName, addresses: &Addresses) -> anyhow::Result<()> {
     let mut registry = Registry::with_prefix("egret");
     let metrics = Metrics::new(&mut registry);
     let (ready, readiness) = watch::channel(Err("the cluster has not been read yet".to_owned()));
-    let _server = match metrics_address.0 {
-        None => None,
-        Some(address) => {
-            let server = serve(address, Endpoint::new(registry, readiness));
-            let server = server.await.with_context(|| {
-                format!("cannot listen on {address} for metrics; name another one with --metrics-address")
-            })?;
-            info!(address = %server.address(), "metrics and health are served");
-            Some(server)
-        }
-    };
+    let _servers = addresses.serve(server::Metrics::new(registry), readiness)?;
     let source = tokio::select! {
         source = cluster::open(source, Scope::Controller) => source?,
         ended = stopped() => return ended,

@@ -4,6 +4,7 @@ use super::*;
 use crate::api::EgressGatewayStatus;
 use crate::cluster::{self, Scope, SourceName};
 use crate::plan::model::PolicyKey;
+use crate::telemetry::server::ListenAddress;
 use std::path::Path;
 use tokio::task::JoinHandle;
 
@@ -26,9 +27,12 @@ fn policy(name: &str) -> String {
     )
 }
 
+/// Nobody asks it anything.
+const NOWHERE: Addresses = Addresses { metrics: ListenAddress(None), health: ListenAddress(None), guard: None };
+
 async fn started(directory: &Path) -> JoinHandle<anyhow::Result<()>> {
     let name = SourceName::Dir(directory.to_owned());
-    tokio::spawn(async move { run(&name, ListenAddress(None)).await })
+    tokio::spawn(async move { run(&name, &NOWHERE).await })
 }
 
 /// Waits until the cluster, as the directory shows it, is as it should be.

@@ -24,7 +24,7 @@ use crate::install::keep;
 use crate::kernel::watch::Watch;
 use crate::memory;
 use crate::plan::marks::Marks;
-use crate::telemetry::server::{self, Endpoint, ListenAddress};
+use crate::telemetry::server;
 use anyhow::Context;
 use ipnetwork::IpNetwork;
 use socket::{Door, Question};
@@ -64,7 +64,7 @@ pub struct Options {
     /// The bits of marks that are Egret's.
     pub marks: Marks,
     /// Where metrics and health are served.
-    pub metrics_address: ListenAddress,
+    pub addresses: server::Addresses,
     /// The runtime's directory of network configurations, and that of plugins, if they are to be kept as `egretd
     /// install` left them.
     pub cni_dirs: Option<(PathBuf, Option<PathBuf>)>,
@@ -91,7 +91,7 @@ pub async fn run(options: Options, stop: impl Future<Output = ()>) -> anyhow::Re
     }
     let (asked, mut scrapes) = mpsc::channel::<oneshot::Sender<()>>(4);
     let (ready, readiness) = tokio::sync::watch::channel(Err("the kernel is not in step yet".to_owned()));
-    let endpoint = Endpoint::new(registry, readiness).before_scrape(move || {
+    let metrics_shown = server::Metrics::new(registry).before_scrape(move || {
         let asked = asked.clone();
         async move {
             let (done, read) = oneshot::channel();
@@ -100,10 +100,7 @@ pub async fn run(options: Options, stop: impl Future<Output = ()>) -> anyhow::Re
             }
         }
     });
-    let _server = match options.metrics_address.0 {
-        Some(address) => Some(server::serve(address, endpoint).await.with_context(|| format!("metrics on {address}"))?),
-        None => None,
-    };
+    let _servers = options.addresses.serve(metrics_shown, readiness)?;
 
     let known = Known {
         directory: options.run_dir.join(KNOWN),

@@ -1,4 +1,6 @@
-//! What the daemons show of themselves: logs, and an HTTP endpoint for metrics and health.
+//! What the daemons show of themselves: logs, and HTTP endpoints for metrics and for health.
 
+pub mod access;
 pub mod logs;
 pub mod server;
+mod tls;

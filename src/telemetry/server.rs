@@ -1,10 +1,12 @@
-//! An HTTP endpoint for metrics and health: `/metrics`, `/healthz`, `/readyz`.
+//! HTTP endpoints: `/metrics` at one address, `/healthz` and `/readyz` at another, which only this host reaches.
 //!
 //! Liveness means that the runtime still turns: whoever answers is alive. Readiness is told by the daemon.
 
+use super::access::{Access, Guard};
+use super::tls;
 use http_body_util::Full;
 use hyper::body::{Bytes, Incoming};
-use hyper::header::{ALLOW, CONTENT_TYPE};
+use hyper::header::{ALLOW, CONTENT_TYPE, HeaderValue, WWW_AUTHENTICATE};
 use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -12,14 +14,16 @@ use prometheus_client::encoding::text::encode;
 use prometheus_client::registry::Registry;
 use std::convert::Infallible;
 use std::io;
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::pin::Pin;
 use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, watch};
 use tokio::task::AbortHandle;
+use tokio_rustls::TlsAcceptor;
 
 /// Connections from other hosts and from pods that are served at once, and as many from this host itself, which kubelet's
 /// probes come from. Scrapers and probes are few; more are a mistake or an attack, and are closed.
@@ -28,6 +32,8 @@ const MAX_CONNECTIONS: usize = 32;
 const REQUEST_TIME: Duration = Duration::from_secs(3);
 /// A connection has this long for all of its one request and answer.
 const CONNECTION_TIME: Duration = Duration::from_secs(30);
+/// An address that cannot be listened on is tried again after this time: it may come late, as one of DHCP's does.
+const BIND_AGAIN: Duration = Duration::from_secs(5);
 /// <https://prometheus.io/docs/specs/om/open_metrics_spec/#overall-structure>
 const OPENMETRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
@@ -36,7 +42,7 @@ pub type Readiness = watch::Receiver<Result<(), String>>;
 
 type Refresh = Box<dyn Fn() -> Pin<Box<dyn Future<Output = ()> + Send>> + Send + Sync>;
 
-/// What `--metrics-address` names: an address and port, or nothing for no endpoint.
+/// What `--metrics-address` and `--health-address` name: an address and port, or nothing for no endpoint.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ListenAddress(pub Option<SocketAddr>);
 
@@ -47,22 +53,58 @@ impl FromStr for ListenAddress {
         if text.is_empty() {
             return Ok(ListenAddress(None));
         }
-        let wrong = |_| format!("{text:?} is no address and port; write [::]:9871 or 127.0.0.1:9871, or \"\" for none");
-        text.parse().map(|address| ListenAddress(Some(address))).map_err(wrong)
+        // `[192.0.2.1]:9871`, too: in a manifest, where the address is the node's, nobody knows of which family it is.
+        let bracketed = text.strip_prefix('[').and_then(|rest| rest.rsplit_once("]:"));
+        let parsed = match bracketed.map(|(ip, port)| (ip.parse::<IpAddr>(), port.parse::<u16>())) {
+            Some((Ok(ip), Ok(port))) => Some(SocketAddr::new(ip, port)),
+            _ => text.parse().ok(),
+        };
+        let address = parsed.ok_or_else(|| {
+            format!("{text:?} is no address and port; write 127.0.0.1:9871 or [::]:9871, or \"\" for none")
+        })?;
+        Ok(ListenAddress(Some(address)))
     }
 }
 
-/// What the endpoint shows.
-pub struct Endpoint {
+/// Where a daemon shows itself.
+#[derive(Clone, Debug)]
+pub struct Addresses {
+    /// Of `/metrics`.
+    pub metrics: ListenAddress,
+    /// Of `/healthz` and `/readyz`.
+    pub health: ListenAddress,
+    /// Asks who reads the metrics; `None`: anybody may.
+    pub guard: Option<Guard>,
+}
+
+impl Addresses {
+    /// Serves both, each in a task of its own.
+    ///
+    /// # Errors
+    /// There can be no TLS.
+    pub fn serve(&self, metrics: Metrics, readiness: Readiness) -> anyhow::Result<[Option<Server>; 2]> {
+        let metrics = Endpoint {
+            pages: Pages::Metrics(metrics, self.guard.clone()),
+            tls: self.guard.as_ref().map(|_| tls::self_signed()).transpose()?,
+        };
+        let health = Endpoint { pages: Pages::Health(readiness), tls: None };
+        Ok([
+            self.metrics.0.map(|address| keep_serving(address, metrics, "--metrics-address")),
+            self.health.0.map(|address| keep_serving(address, health, "--health-address")),
+        ])
+    }
+}
+
+/// The daemon's metrics.
+pub struct Metrics {
     registry: Registry,
-    readiness: Readiness,
     refresh: Option<Refresh>,
 }
 
-impl Endpoint {
+impl Metrics {
     /// From a registry whose metrics keep themselves up to date.
-    pub fn new(registry: Registry, readiness: Readiness) -> Self {
-        Endpoint { registry, readiness, refresh: None }
+    pub fn new(registry: Registry) -> Self {
+        Metrics { registry, refresh: None }
     }
 
     /// Has `refresh` run to its end before each scrape: for figures that are read when they are asked for, as
@@ -75,24 +117,7 @@ impl Endpoint {
         self
     }
 
-    async fn answer(&self, request: Request<Incoming>) -> Response<Full<Bytes>> {
-        if !matches!(*request.method(), Method::GET | Method::HEAD) {
-            let mut refusal = text(StatusCode::METHOD_NOT_ALLOWED, "only GET and HEAD are answered here\n".into());
-            refusal.headers_mut().insert(ALLOW, hyper::header::HeaderValue::from_static("GET, HEAD"));
-            return refusal;
-        }
-        match request.uri().path() {
-            "/metrics" => self.metrics().await,
-            "/healthz" => text(StatusCode::OK, "ok\n".into()),
-            "/readyz" => match &*self.readiness.borrow() {
-                Ok(()) => text(StatusCode::OK, "ok\n".into()),
-                Err(why) => text(StatusCode::SERVICE_UNAVAILABLE, format!("{why}\n")),
-            },
-            _ => text(StatusCode::NOT_FOUND, "here are /metrics, /healthz and /readyz\n".into()),
-        }
-    }
-
-    async fn metrics(&self) -> Response<Full<Bytes>> {
+    async fn answer(&self) -> Response<Full<Bytes>> {
         if let Some(refresh) = &self.refresh {
             refresh().await;
         }
@@ -104,6 +129,59 @@ impl Endpoint {
     }
 }
 
+/// What is shown at one address.
+struct Endpoint {
+    pages: Pages,
+    tls: Option<TlsAcceptor>,
+}
+
+enum Pages {
+    Metrics(Metrics, Option<Guard>),
+    Health(Readiness),
+}
+
+impl Endpoint {
+    async fn answer(&self, request: Request<Incoming>) -> Response<Full<Bytes>> {
+        if !matches!(*request.method(), Method::GET | Method::HEAD) {
+            let mut refusal = text(StatusCode::METHOD_NOT_ALLOWED, "only GET and HEAD are answered here\n".into());
+            refusal.headers_mut().insert(ALLOW, HeaderValue::from_static("GET, HEAD"));
+            return refusal;
+        }
+        match (&self.pages, request.uri().path()) {
+            (Pages::Metrics(metrics, guard), "/metrics") => {
+                let access = match guard {
+                    Some(guard) => guard.access(request.headers()).await,
+                    None => Access::Allowed,
+                };
+                if access == Access::Allowed { metrics.answer().await } else { refusal(access) }
+            }
+            (Pages::Health(_), "/healthz") => text(StatusCode::OK, "ok\n".into()),
+            (Pages::Health(readiness), "/readyz") => match &*readiness.borrow() {
+                Ok(()) => text(StatusCode::OK, "ok\n".into()),
+                Err(why) => text(StatusCode::SERVICE_UNAVAILABLE, format!("{why}\n")),
+            },
+            (Pages::Metrics(..), _) => text(StatusCode::NOT_FOUND, "here is /metrics\n".into()),
+            (Pages::Health(_), _) => text(StatusCode::NOT_FOUND, "here are /healthz and /readyz\n".into()),
+        }
+    }
+}
+
+/// What who may not read the metrics, or not now, is told.
+fn refusal(access: Access) -> Response<Full<Bytes>> {
+    let (status, words) = match access {
+        Access::Forbidden(why) => (StatusCode::FORBIDDEN, why),
+        Access::Unknown(why) => (StatusCode::SERVICE_UNAVAILABLE, why),
+        Access::Allowed | Access::Unauthenticated => {
+            (StatusCode::UNAUTHORIZED, "the metrics want a bearer token that the API server knows".into())
+        }
+    };
+    let mut refusal = text(status, format!("{words}\n"));
+    if status == StatusCode::UNAUTHORIZED {
+        refusal.headers_mut().insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+    }
+    refusal
+}
+
 fn text(status: StatusCode, body: String) -> Response<Full<Bytes>> {
     response(status, "text/plain; charset=utf-8", body)
 }
@@ -111,45 +189,50 @@ fn text(status: StatusCode, body: String) -> Response<Full<Bytes>> {
 fn response(status: StatusCode, content_type: &'static str, body: String) -> Response<Full<Bytes>> {
     let mut response = Response::new(Full::new(Bytes::from(body)));
     *response.status_mut() = status;
-    response.headers_mut().insert(CONTENT_TYPE, hyper::header::HeaderValue::from_static(content_type));
+    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
     response
 }
 
 /// A running endpoint; dropping it stops it.
 #[derive(Debug)]
-pub struct Server {
-    address: SocketAddr,
-    task: AbortHandle,
-}
-
-impl Server {
-    /// Where it listens; the port is the real one, also where port 0 was asked for.
-    pub fn address(&self) -> SocketAddr {
-        self.address
-    }
-}
+pub struct Server(AbortHandle);
 
 impl Drop for Server {
     fn drop(&mut self) {
-        self.task.abort();
+        self.0.abort();
     }
 }
 
-/// Listens and serves in a task of its own.
-///
-/// # Errors
-/// The address cannot be listened on: the port is another process's, or the address is not this host's.
-pub async fn serve(address: SocketAddr, endpoint: Endpoint) -> io::Result<Server> {
-    let listener = match TcpListener::bind(address).await {
+/// Serves, from when the address can be listened on. That it cannot stops nothing else: metrics are not what pods need.
+fn keep_serving(address: SocketAddr, endpoint: Endpoint, flag: &'static str) -> Server {
+    let task = async move {
+        let mut told = false;
+        let listener = loop {
+            match listen(address).await {
+                Ok(listener) => break listener,
+                Err(e) if !told => {
+                    let again = BIND_AGAIN.as_secs();
+                    tracing::warn!(%address, error = %e, "cannot listen; tried again every {again} s; {flag} names another address");
+                    told = true;
+                }
+                Err(_) => {}
+            }
+            tokio::time::sleep(BIND_AGAIN).await;
+        };
+        tracing::info!(%address, flag, "listening");
+        accept(listener, Arc::new(endpoint)).await;
+    };
+    Server(tokio::spawn(task).abort_handle())
+}
+
+async fn listen(address: SocketAddr) -> io::Result<TcpListener> {
+    match TcpListener::bind(address).await {
         // A host without IPv6 has no [::] to listen on; what was meant is every address.
         Err(e) if e.raw_os_error() == Some(nix::libc::EAFNOSUPPORT) && address.ip().is_unspecified() => {
-            TcpListener::bind((Ipv4Addr::UNSPECIFIED, address.port())).await?
+            TcpListener::bind((Ipv4Addr::UNSPECIFIED, address.port())).await
         }
-        other => other?,
-    };
-    let address = listener.local_addr()?;
-    let task = tokio::spawn(accept(listener, Arc::new(endpoint))).abort_handle();
-    Ok(Server { address, task })
+        other => other,
+    }
 }
 
 async fn accept(listener: TcpListener, endpoint: Arc<Endpoint>) {
@@ -168,7 +251,7 @@ async fn accept(listener: TcpListener, endpoint: Arc<Endpoint>) {
             }
             Err(e) => {
                 // Out of file descriptors, say: the connection waits in the backlog, and trying at once would spin.
-                tracing::warn!(error = %e, "a connection to the metrics endpoint could not be accepted");
+                tracing::warn!(error = %e, "a connection to an endpoint could not be accepted");
                 tokio::time::sleep(Duration::from_millis(200)).await;
             }
         }
@@ -176,6 +259,15 @@ async fn accept(listener: TcpListener, endpoint: Arc<Endpoint>) {
 }
 
 async fn connection(stream: TcpStream, endpoint: Arc<Endpoint>) {
+    let Some(tls) = &endpoint.tls else { return http(stream, endpoint).await };
+    match tokio::time::timeout(REQUEST_TIME, tls.accept(stream)).await {
+        Ok(Ok(stream)) => http(stream, endpoint.clone()).await,
+        Ok(Err(e)) => tracing::debug!(error = %e, "a connection to the metrics endpoint is not TLS"),
+        Err(_) => tracing::debug!("a connection to the metrics endpoint began no TLS in time"),
+    }
+}
+
+async fn http(stream: impl AsyncRead + AsyncWrite + Unpin, endpoint: Arc<Endpoint>) {
     let service = service_fn(|request| {
         let endpoint = endpoint.clone();
         async move { Ok::<_, Infallible>(endpoint.answer(request).await) }
@@ -187,97 +279,9 @@ async fn connection(stream: TcpStream, endpoint: Arc<Endpoint>) {
         .serve_connection(TokioIo::new(stream), service)
         .await;
     if let Err(e) = served {
-        tracing::debug!(error = %e, "a connection to the metrics endpoint ended early");
+        tracing::debug!(error = %e, "a connection to an endpoint ended early");
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use prometheus_client::metrics::gauge::Gauge;
-    use tokio::io::{AsyncReadExt, AsyncWriteExt};
-
-    async fn get(server: &Server, request: &str) -> String {
-        let mut stream = TcpStream::connect(server.address()).await.unwrap();
-        stream.write_all(format!("{request} HTTP/1.1\r\nHost: x\r\n\r\n").as_bytes()).await.unwrap();
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer).await.unwrap();
-        answer
-    }
-
-    async fn started(registry: Registry) -> (Server, watch::Sender<Result<(), String>>) {
-        let (ready, readiness) = watch::channel(Err("the first snapshot is not there yet".to_string()));
-        let gauge = Gauge::<i64>::default();
-        let mut registry = registry;
-        registry.register("asked", "Scrapes", gauge.clone());
-        let endpoint = Endpoint::new(registry, readiness).before_scrape(move || {
-            let gauge = gauge.clone();
-            async move {
-                gauge.inc();
-            }
-        });
-        (serve("127.0.0.1:0".parse().unwrap(), endpoint).await.unwrap(), ready)
-    }
-
-    #[tokio::test]
-    async fn health_is_told_apart_from_readiness() {
-        let (server, ready) = started(Registry::default()).await;
-        assert!(get(&server, "GET /healthz").await.starts_with("HTTP/1.1 200"));
-        let answer = get(&server, "GET /readyz").await;
-        assert!(answer.starts_with("HTTP/1.1 503") && answer.contains("first snapshot"), "{answer}");
-        ready.send(Ok(())).unwrap();
-        assert!(get(&server, "GET /readyz").await.starts_with("HTTP/1.1 200"));
-    }
-
-    #[tokio::test]
-    async fn metrics_are_refreshed_before_each_scrape() {
-        let (server, _ready) = started(Registry::with_prefix("egret")).await;
-        for scrape in 1..3 {
-            let answer = get(&server, "GET /metrics").await;
-            assert!(answer.contains("openmetrics-text"), "{answer}");
-            assert!(answer.contains(&format!("egret_asked {scrape}\n")), "{answer}");
-            assert!(answer.ends_with("# EOF\n"), "{answer}");
-        }
-    }
-
-    #[tokio::test]
-    async fn anything_else_is_refused_in_words() {
-        let (server, _ready) = started(Registry::default()).await;
-        assert!(get(&server, "GET /").await.starts_with("HTTP/1.1 404"));
-        assert!(get(&server, "POST /metrics").await.starts_with("HTTP/1.1 405"));
-    }
-
-    #[tokio::test]
-    async fn who_says_nothing_keeps_nobody_out() {
-        let (ready, readiness) = watch::channel(Ok(()));
-        let server = serve("[::]:0".parse().unwrap(), Endpoint::new(Registry::default(), readiness)).await.unwrap();
-        let port = server.address().port();
-        // 127.0.0.2 is not the address that is spoken to, so this is as from elsewhere.
-        let connect = async |from: [u8; 4]| {
-            let socket = tokio::net::TcpSocket::new_v4().unwrap();
-            socket.bind((from, 0).into()).unwrap();
-            socket.connect(([127, 0, 0, 1], port).into()).await.unwrap()
-        };
-        let ask = async |mut stream: TcpStream| {
-            let mut answer = String::new();
-            let _ = stream.write_all(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n").await;
-            let _ = stream.read_to_string(&mut answer).await;
-            answer.starts_with("HTTP/1.1 200")
-        };
-        let mut silent = Vec::new();
-        for _ in 0..MAX_CONNECTIONS {
-            silent.push(connect([127, 0, 0, 2]).await);
-        }
-        assert!(!ask(connect([127, 0, 0, 2]).await).await, "one too many");
-        assert!(ask(connect([127, 0, 0, 1]).await).await, "from this host");
-        tokio::time::sleep(REQUEST_TIME + Duration::from_millis(500)).await;
-        assert!(ask(connect([127, 0, 0, 2]).await).await, "the silent ones have been closed");
-        drop(ready);
-    }
-
-    #[test]
-    fn an_empty_address_means_no_endpoint() {
-        assert_eq!("".parse(), Ok(ListenAddress(None)));
-        assert!("9871".parse::<ListenAddress>().unwrap_err().contains("[::]:9871"));
-    }
-}
+mod tests;

@@ -4,6 +4,7 @@
 #[path = "../lab/mod.rs"]
 mod lab;
 
+mod admission;
 mod api_server;
 mod away;
 mod basics;
@@ -12,6 +13,7 @@ mod changes;
 mod failover;
 mod leaders;
 mod ledger;
+mod metrics;
 mod proxy;
 mod refusals;
 mod taint;
@@ -38,4 +40,9 @@ fn paths(lab: &Lab) -> Vec<Value> {
     let list = lab.api().egret("egressgateways");
     let each = list["items"].as_array().cloned().unwrap_or_default().into_iter();
     each.flat_map(|g| g["status"]["paths"].as_array().cloned().unwrap_or_default()).collect()
+}
+
+/// The objects of a YAML file.
+fn documents(text: &str) -> Vec<Value> {
+    serde_saphyr::from_multiple(text).unwrap_or_else(|e| panic!("{e}: {text}"))
 }

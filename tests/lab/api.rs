@@ -325,6 +325,7 @@ pub fn path_of(object: &Value) -> String {
     let plural = match kind.as_str() {
         "EgressPolicy" => "egresspolicies".to_owned(),
         "ClusterEgressPolicy" => "clusteregresspolicies".to_owned(),
+        "ValidatingAdmissionPolicy" => "validatingadmissionpolicies".to_owned(),
         other => format!("{}s", other.to_lowercase()),
     };
     let root = if version.contains('/') { format!("/apis/{version}") } else { format!("/api/{version}") };

@@ -10,8 +10,10 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::Path;
 use std::time::Duration;
 
-/// Where each daemon serves metrics and health: on its own namespace's loopback.
+/// Where each daemon serves metrics: on its own namespace's loopback.
 const METRICS: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 7870);
+/// And health.
+const HEALTH: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 7869);
 
 impl Lab {
     /// Starts the controller. It runs in the fabric's namespace, where it disturbs nobody, or beside the API server.
@@ -43,8 +45,10 @@ impl Lab {
     pub fn start_another_controller(&self, name: &str, port: u16) -> Daemon {
         let mut arguments = vec!["controller".to_owned(), "--cluster".to_owned()];
         arguments.extend(self.common_arguments(Role::Controller));
-        arguments.pop();
-        arguments.push(format!("127.0.0.1:{port}"));
+        arguments.truncate(arguments.len() - 4);
+        // Nobody asks it whether it is ready.
+        arguments.extend(["--metrics-address".to_owned(), format!("127.0.0.1:{port}")]);
+        arguments.extend(["--health-address".to_owned(), String::new()]);
         self.start_daemon(name, self.host_of("controller"), arguments)
     }
 
@@ -57,6 +61,7 @@ impl Lab {
             }
         };
         arguments.extend(["--metrics-address".to_owned(), METRICS.to_string()]);
+        arguments.extend(["--health-address".to_owned(), HEALTH.to_string()]);
         arguments
     }
 
@@ -99,7 +104,7 @@ impl Lab {
 
     /// Whether a daemon says that it is ready.
     pub fn ready(&self, daemon: &str) -> bool {
-        metrics::get(self.host_of(daemon), METRICS, "/readyz").is_ok_and(|(status, _)| status == 200)
+        metrics::get(self.host_of(daemon), HEALTH, "/readyz").is_ok_and(|(status, _)| status == 200)
     }
 
     /// Waits until a daemon is ready.

@@ -15,7 +15,9 @@ fn one_file() -> BTreeMap<String, Value> {
 
 #[test]
 fn every_object_is_one_that_kubernetes_takes() {
-    let files = ["install/egret.yaml", "install/uninstall.yaml"].map(manifests::read).into_iter();
+    let files = ["install/egret.yaml", "install/uninstall.yaml", "install/metrics-authentication.yaml"]
+        .map(manifests::read)
+        .into_iter();
     let charts = PLATFORMS.iter().map(|p| render("egret-system", &[&format!("install/chart/platforms/{p}.yaml")]));
     for text in files.chain(charts) {
         for (name, value) in documents(&text) {
@@ -99,8 +101,8 @@ fn the_charts_values_do_what_they_say() {
     let values = json!({
         "image": {"repository": "registry.example/egret", "tag": "t1", "pullSecrets": [{"name": "key"}]},
         "cni": {"binDir": "/x/bin", "confDir": "/x/net.d"}, "logLevel": "debug", "logFormat": "text",
-        "openshift": true, "criticalPods": 7,
-        "node": {"env": [{"name": "EGRET_DIRECT", "value": "10.0.0.0/8"}], "metricsPort": 1, "privileged": true,
+        "openshift": true, "criticalPods": 7, "metricsAuthentication": true, "admissionPolicy": false,
+        "node": {"env": [{"name": "EGRET_DIRECT", "value": "10.0.0.0/8"}], "metricsPort": 1, "healthPort": 3, "privileged": true,
                  "nodeSelector": {"kubernetes.io/os": null, "a": "b"}, "tolerations": [], "affinity": {"nodeAffinity": {}},
                  "podAnnotations": {"c": "d"}, "podLabels": {"e": "f"}, "seLinuxOptions": {"type": "spc_t"},
                  "resources": {"limits": {"memory": "1Gi"}}, "priorityClassName": ""},
@@ -114,11 +116,17 @@ fn the_charts_values_do_what_they_say() {
     for (name, object) in &objects {
         assert_eq!(Object::check(object), Ok(()), "{name}");
         let namespace = object["metadata"]["namespace"].as_str();
-        let expected = (!key(object).starts_with("ClusterRole")).then_some("elsewhere");
+        let expected = (!key(object).starts_with("Cluster")).then_some("elsewhere");
         assert_eq!(namespace, expected, "{name}");
         for subject in object["subjects"].as_array().into_iter().flatten() {
             assert_eq!(subject["namespace"], "elsewhere", "{name}");
         }
+    }
+    assert!(!objects.keys().any(|key| key.starts_with("ValidatingAdmission")), "admissionPolicy is false");
+    let authentication =
+        documents(&manifests::read("install/metrics-authentication.yaml").replace("egret-system", "elsewhere"));
+    for (name, object) in authentication {
+        assert_eq!(objects.get(&name), Some(&object), "{name}");
     }
     let quota = &objects["ResourceQuota elsewhere/egret-critical-pods"];
     assert_eq!(quota["spec"]["hard"]["pods"], "7");
@@ -145,7 +153,9 @@ fn the_charts_values_do_what_they_say() {
     };
     let wanted = [
         ("EGRET_DIRECT", "10.0.0.0/8"),
-        ("EGRET_METRICS_ADDRESS", "[::]:1"),
+        ("EGRET_METRICS_ADDRESS", "[$(EGRET_HOST_ADDRESS)]:1"),
+        ("EGRET_HEALTH_ADDRESS", "127.0.0.1:3"),
+        ("EGRET_METRICS_AUTHENTICATION", "true"),
         ("EGRET_LOG_LEVEL", "debug"),
         ("EGRET_LOG_FORMAT", "text"),
     ];
@@ -158,6 +168,35 @@ fn the_charts_values_do_what_they_say() {
     let controller = &objects["Deployment elsewhere/egret-controller"]["spec"];
     assert_eq!(controller["replicas"], 1);
     assert_eq!(controller["template"]["spec"]["affinity"], json!({"nodeAffinity": {}}));
+}
+
+/// Neither pods nor other hosts learn of a node's health, and metrics are not at every address of the host.
+#[test]
+fn nothing_listens_on_all_addresses_and_kubelet_asks_where_only_the_host_listens() {
+    let file = one_file();
+    for (object, metrics, health) in
+        [("DaemonSet egret-system/egret-node", 9871, 9873), ("Deployment egret-system/egret-controller", 9872, 9874)]
+    {
+        let container = &file[object]["spec"]["template"]["spec"]["containers"][0];
+        let environment = container["env"].as_array().expect("a list");
+        let value = |name: &str| environment.iter().find(|e| e["name"] == name).map(|e| &e["value"]);
+        let place = |name: &str| environment.iter().position(|e| e["name"] == name);
+        assert_eq!(
+            value("EGRET_METRICS_ADDRESS"),
+            Some(&json!(format!("[$(EGRET_HOST_ADDRESS)]:{metrics}"))),
+            "{object}"
+        );
+        // A variable is known to those after it.
+        assert!(place("EGRET_HOST_ADDRESS") < place("EGRET_METRICS_ADDRESS"), "{object}");
+        assert_eq!(value("EGRET_HEALTH_ADDRESS"), Some(&json!(format!("127.0.0.1:{health}"))), "{object}");
+        let ports = container["ports"].as_array().expect("a list");
+        let port = ports.iter().find(|p| p["name"] == "health").map(|p| &p["containerPort"]);
+        assert_eq!(port, Some(&json!(health)), "{object}");
+        for probe in ["startupProbe", "livenessProbe", "readinessProbe"] {
+            let get = &container[probe]["httpGet"];
+            assert_eq!((&get["host"], &get["port"]), (&json!("127.0.0.1"), &json!("health")), "{object} {probe}");
+        }
+    }
 }
 
 /// What is promised of privileges: no more than these.
@@ -203,7 +242,8 @@ fn the_release_is_named_alike_everywhere() {
     let version = env!("CARGO_PKG_VERSION");
     let chart = manifests::parse(&manifests::read("install/chart/Chart.yaml")).remove(0);
     assert_eq!((&chart["version"], &chart["appVersion"]), (&json!(version), &json!(version)));
-    let image = format!("ghcr.io/egret-dev/egret:v{version}");
+    // RFC 6761: nobody can ever have this name, so that nobody's image is pulled by accident.
+    let image = format!("egret.invalid/egret:v{version}");
     let text = manifests::read("install/egret.yaml") + &manifests::read("install/uninstall.yaml");
     let images: Vec<&str> = text.lines().filter_map(|l| l.trim().strip_prefix("image: ")).collect();
     assert!(images.len() == 5 && images.iter().all(|i| **i == image), "{images:?}");

@@ -1,5 +1,6 @@
 //! Manifests as values: read, rendered, compared, and held against Kubernetes' own types.
 
+use k8s_openapi::api::admissionregistration::v1::{ValidatingAdmissionPolicy, ValidatingAdmissionPolicyBinding};
 use k8s_openapi::api::apps::v1::{DaemonSet, Deployment};
 use k8s_openapi::api::core::v1::{Namespace, ResourceQuota, ServiceAccount};
 use k8s_openapi::api::policy::v1::PodDisruptionBudget;
@@ -108,6 +109,8 @@ fn compare(at: &str, a: &Value, b: &Value, found: &mut Vec<String>) {
     }
 }
 
+const ADMISSION: &str = "admissionregistration.k8s.io/v1";
+
 /// An object of a kind that is used here.
 pub struct Object;
 
@@ -129,6 +132,8 @@ impl Object {
             ("rbac.authorization.k8s.io/v1", "ClusterRoleBinding") => keeps::<ClusterRoleBinding>(object),
             ("rbac.authorization.k8s.io/v1", "Role") => keeps::<Role>(object),
             ("rbac.authorization.k8s.io/v1", "RoleBinding") => keeps::<RoleBinding>(object),
+            (ADMISSION, "ValidatingAdmissionPolicy") => keeps::<ValidatingAdmissionPolicy>(object),
+            (ADMISSION, "ValidatingAdmissionPolicyBinding") => keeps::<ValidatingAdmissionPolicyBinding>(object),
             ("apiextensions.k8s.io/v1", "CustomResourceDefinition") => keeps::<CustomResourceDefinition>(object),
             (version, kind) => Err(format!("{version} {kind} is no kind that this test knows")),
         }

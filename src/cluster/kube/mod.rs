@@ -14,6 +14,7 @@ mod known;
 pub mod lease;
 mod ledger_text;
 mod lookup;
+mod review;
 mod service_networks;
 mod services;
 mod split;
@@ -23,6 +24,7 @@ mod taint;
 mod watch;
 
 pub use lookup::Lookup;
+pub use review::{Reviewer, Verdict};
 pub use status::Statuses;
 
 use super::dir::names::Names;
@@ -98,6 +100,11 @@ pub(super) async fn open(options: KubeOptions, scope: Scope) -> anyhow::Result<S
 pub(super) async fn services(options: KubeOptions, target: &Target) -> anyhow::Result<services::Found> {
     let client = Client::connect(options.kubeconfig).await?;
     services::find(&client, target).await.context("Services")
+}
+
+/// What asks about tokens, with the credentials of these options.
+pub(super) async fn reviewer(options: &KubeOptions) -> anyhow::Result<Reviewer> {
+    Ok(Reviewer(Client::connect(options.kubeconfig.clone()).await?))
 }
 
 /// Removes what a node said of itself; whether there was anything.
