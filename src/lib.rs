@@ -6,6 +6,7 @@
 //! the daemon over a socket only, and `telemetry` knows none of them.
 
 pub mod api;
+pub mod careful;
 pub mod cluster;
 pub mod cni;
 pub mod controller;

@@ -186,6 +186,94 @@ fn an_emptied_run_directory_is_filled_again() {
     assert_no_traces(node, &before);
 }
 
+/// Makes something of a file's place, and of an attachment's.
+type Make<'a> = &'a dyn Fn(&str, &str);
+
+#[test]
+fn what_is_no_file_in_the_run_directory_stops_nothing() {
+    let lab = Lab::scene();
+    let (node, daemon) = (lab.node("n1"), lab.daemon("n1"));
+    let pod = lab.add_pod("n1", "shop", "visitor", VISITOR);
+    assert_leaves_by_egress(&pod);
+    let run_dir = node.run_dir();
+    let strange = |make: Make| {
+        for (at, place) in
+            ["egretd.lock", "attachments.lock", "cni.sock", ".cni.sock", ".trial"].into_iter().enumerate()
+        {
+            let _ = fs::remove_file(run_dir.join(place));
+            let _ = fs::remove_dir_all(run_dir.join(place));
+            make(place, &format!("attachments/c{at}@eth0.json"));
+        }
+    };
+    let fifo = |path: &str| node.run(["mkfifo", &run_dir.join(path).display().to_string()]);
+    let link = |to: &str, path: &str| std::os::unix::fs::symlink(to, run_dir.join(path)).expect("a link");
+    let all: [(&str, Make); 5] = [
+        ("pipes", &|place, attachment| [place, attachment].into_iter().for_each(|path| drop(fifo(path)))),
+        ("links in a circle", &|place, attachment| {
+            [place, attachment].into_iter().for_each(|path| {
+                let name = path.rsplit('/').next().expect("a name");
+                link(name, path);
+            })
+        }),
+        ("links to a device", &|place, attachment| {
+            [place, attachment].into_iter().for_each(|path| link("/dev/zero", path))
+        }),
+        ("directories", &|place, attachment| {
+            [place, attachment]
+                .into_iter()
+                .for_each(|path| fs::create_dir_all(run_dir.join(path).join("in")).expect("made"));
+        }),
+        ("huge files", &|_, attachment| {
+            fs::File::create(run_dir.join(attachment)).and_then(|file| file.set_len(1 << 36)).expect("a sparse file");
+        }),
+    ];
+    for (what, make) in all {
+        daemon.kill9();
+        strange(make);
+        daemon.restart();
+        lab.wait_until(&format!("a daemon that finds {what} is ready"), Duration::from_secs(20), || lab.ready("n1"));
+        assert_leaves_by_egress(&pod);
+        let new = lab.add_pod("n1", "shop", "new", VISITOR);
+        assert_leaves_by_egress(&new);
+        new.delete();
+        for at in 0..5 {
+            let path = run_dir.join(format!("attachments/c{at}@eth0.json"));
+            if path.is_dir() { fs::remove_dir_all(path) } else { fs::remove_file(path) }.expect("removed");
+        }
+    }
+    // Whoever connects and says nothing does not take all that the daemon can open.
+    let silent: Vec<_> = (0..1500).map(|_| std::os::unix::net::UnixStream::connect(node.cni_socket())).collect();
+    thread::sleep(Duration::from_millis(500));
+    let open = fs::read_dir(format!("/proc/{}/fd", daemon.pid().expect("it runs"))).expect("descriptors").count();
+    assert!(open < 700, "{open} descriptors are open");
+    drop(silent);
+    lab.add_pod("n1", "shop", "after", VISITOR).delete();
+    lab.assert_nothing_leaked();
+}
+
+#[test]
+fn a_full_run_directory_is_told_of() {
+    let lab = Lab::scene();
+    let (node, daemon) = (lab.node("n1"), lab.daemon("n1"));
+    daemon.kill9();
+    let run_dir = node.run_dir().display().to_string();
+    node.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", &run_dir]);
+    daemon.restart();
+    lab.wait_ready("n1");
+    lab.add_pod("n1", "shop", "before", VISITOR).delete();
+    let fill = format!("{run_dir}/fill");
+    node.try_run(["dd", "if=/dev/zero", &format!("of={fill}"), "bs=4k"]);
+    let mut pod = lab.sandbox("n1", "shop", "visitor", VISITOR);
+    pod.attach().expect_err("ADD with nowhere to write it down");
+    lab.wait_until("it says so", Duration::from_secs(5), || !lab.ready("n1"));
+    assert!(daemon.log().contains("no pod can start: the run directory"), "{}", daemon.log());
+    node.run(["rm", &fill]);
+    lab.wait_ready("n1");
+    pod.detach().expect("DEL of what was not added");
+    pod.attach().expect("ADD");
+    assert_leaves_by_egress(&pod);
+}
+
 /// The node reaches it by something that is no veth, so that nothing but its address tells whose its packets are.
 #[test]
 fn a_pod_whose_veth_is_not_found_is_kept_inside_by_its_address() {

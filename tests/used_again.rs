@@ -5,7 +5,7 @@ mod lab;
 use lab::by_hand::ByHand;
 use lab::kernel::assert_no_traces;
 use lab::server::UDP_WHO;
-use lab::{EGRESS4, EXT4, Lab, VISITOR};
+use lab::{EGRESS4, EXT4, Lab, VISITOR, manifests};
 use std::thread;
 use std::time::Duration;
 
@@ -130,6 +130,37 @@ fn a_pod_inherits_no_connection_of_an_adopted_pod_that_had_its_address() {
         let second = ByHand::add(&lab, &format!("second-{round}"), &[("app", "other")], "cali2", "10.244.1.77");
         assert_eq!(asks(&second).ok(), Some(node.ipv4().into()), "{gone_first} gone first");
         second.end();
+    }
+}
+
+/// What becomes of its Pod object says nothing of the container.
+#[test]
+fn an_adopted_pod_is_held_for_as_long_as_it_can_send() {
+    let lab = Lab::scene();
+    for round in ["forgotten", "failed"] {
+        let mut pod = ByHand::make(&lab, round, VISITOR, "cali1", "10.244.1.77");
+        pod.pod.relabel(VISITOR);
+        lab.wait_seen_as(&pod.pod, EGRESS4);
+        lab.forget_wire();
+        if round == "failed" {
+            let mut object = manifests::pod("n1", "shop", &pod.pod.name, &pod.pod.uid, VISITOR, &pod.pod.addresses);
+            object["status"]["phase"] = "Failed".into();
+            lab.manifests().write_object(&format!("pod-shop-{round}.yaml"), &object);
+        } else {
+            pod.pod.forget();
+        }
+        for _ in 0..20 {
+            assert_eq!(pod.pod.udp_who(EXT4).ok(), Some(EGRESS4.into()), "{round}");
+            thread::sleep(Duration::from_millis(50));
+        }
+        assert_eq!(lab.sources(EXT4), [EGRESS4.into()].into(), "{round}");
+        pod.unplug();
+        lab.wait_until("its chain is gone", Duration::from_secs(5), || {
+            !lab.node("n1").nft("list table inet egret").contains("cali1")
+        });
+        if round == "failed" {
+            pod.pod.forget();
+        }
     }
 }
 

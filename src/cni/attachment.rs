@@ -4,7 +4,8 @@
 //! or by the plugin while the daemon is away. So it survives either of them, and a DEL that comes late finds only
 //! what its own (container id, interface) did.
 
-use super::run_dir::ATTACHMENTS;
+use super::run_dir::{self, ATTACHMENTS};
+use crate::careful;
 use serde::{Deserialize, Serialize};
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
@@ -77,13 +78,12 @@ impl AttachmentId {
     /// Reads the attachment, or `None` if there is none of this id.
     ///
     /// # Errors
-    /// The file cannot be read. A file that holds no attachment counts as absent: it was cut short before it had
-    /// any effect.
+    /// The file cannot be read. A file that holds no attachment counts as absent, for it was cut short before it had any
+    /// effect; and so does what is no file.
     pub fn load(&self, run_dir: &Path) -> io::Result<Option<Attachment>> {
-        match fs::read(self.path(run_dir)) {
-            Ok(bytes) => Ok(serde_json::from_slice(&bytes).ok()),
+        match read(&self.path(run_dir)) {
             Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
-            Err(e) => Err(e),
+            other => other,
         }
     }
 
@@ -93,10 +93,7 @@ impl AttachmentId {
     /// It cannot be removed.
     pub fn forget(&self, run_dir: &Path) -> io::Result<()> {
         for path in [self.unfinished(run_dir), self.path(run_dir)] {
-            match fs::remove_file(path) {
-                Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
-                _ => {}
-            }
+            careful::put_aside(&path)?;
         }
         Ok(())
     }
@@ -108,18 +105,31 @@ impl Attachment {
     /// # Errors
     /// It cannot be written.
     pub fn store(&self, run_dir: &Path) -> io::Result<()> {
-        let path = self.id.path(run_dir);
-        let dir = path.parent().unwrap_or(run_dir);
-        let temporary = self.id.unfinished(run_dir);
+        let (path, unfinished) = (self.id.path(run_dir), self.id.unfinished(run_dir));
         let bytes = serde_json::to_vec(self)?;
-        if let Err(e) = fs::write(&temporary, &bytes) {
-            if e.kind() != io::ErrorKind::NotFound {
-                return Err(e);
+        careful::replace(&path, &unfinished, &bytes).or_else(|e| match e.kind() {
+            io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => {
+                run_dir::make_attachments(run_dir)?;
+                careful::replace(&path, &unfinished, &bytes)
             }
-            fs::create_dir_all(dir)?;
-            fs::write(&temporary, &bytes)?;
+            _ => Err(e),
+        })
+    }
+}
+
+/// An attachment is at most so long, bytes: its names are of 253 bytes at most, and it has few addresses.
+const LONGEST: u64 = 64 << 10;
+
+/// Reads a file; `None`: it holds no attachment.
+fn read(path: &Path) -> io::Result<Option<Attachment>> {
+    match careful::read(path, LONGEST) {
+        Ok(bytes) => Ok(serde_json::from_slice(&bytes).ok()),
+        // A link (ELOOP), a socket (ENXIO), a directory, a pipe, or too long.
+        Err(_) if path.symlink_metadata().is_ok_and(|there| !there.is_file() || there.len() > LONGEST) => {
+            tracing::warn!(file = %path.display(), "it is passed over: it is no file of an attachment's");
+            Ok(None)
         }
-        fs::rename(&temporary, &path)
+        Err(e) => Err(e),
     }
 }
 
@@ -127,10 +137,11 @@ impl Attachment {
 /// it. Files that hold none are passed over.
 ///
 /// # Errors
-/// The directory cannot be read; that it is not there is no error.
+/// The directory cannot be read; that it is not there, or is none, is no error. Nor is an entry that is no regular file, or
+/// cannot be read: it is one entry, and is told of.
 pub fn load_all(run_dir: &Path) -> io::Result<Vec<Attachment>> {
     let entries = match fs::read_dir(run_dir.join(ATTACHMENTS)) {
-        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => return Ok(Vec::new()),
         other => other?,
     };
     let mut all = Vec::new();
@@ -139,12 +150,10 @@ pub fn load_all(run_dir: &Path) -> io::Result<Vec<Attachment>> {
         if entry.file_name().as_encoded_bytes().first() == Some(&b'.') {
             continue;
         }
-        match fs::read(entry.path()).and_then(|bytes| Ok((bytes, entry.metadata()?.modified()?))) {
-            Ok((bytes, written)) => {
-                all.extend(serde_json::from_slice::<Attachment>(&bytes).ok().map(|attachment| (written, attachment)));
-            }
+        match read(&entry.path()).and_then(|attachment| Ok((attachment, entry.metadata()?.modified()?))) {
+            Ok((attachment, written)) => all.extend(attachment.map(|attachment| (written, attachment))),
             Err(e) if e.kind() == io::ErrorKind::NotFound => {}
-            Err(e) => return Err(e),
+            Err(e) => tracing::warn!(file = %entry.path().display(), "it is passed over: {e}"),
         }
     }
     all.sort_by_key(|(written, _)| *written);

@@ -2,10 +2,14 @@
 //! plugin that finds the daemon away.
 
 use super::run_dir::LAST_WORD as FILE;
+use crate::careful;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
 use std::path::Path;
 use std::{fs, io};
+
+/// It is at most so long, bytes: it names namespaces.
+const LONGEST: u64 = 64 << 20;
 
 /// See the module.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -35,8 +39,8 @@ impl LastWord {
     ///
     /// # Errors
     /// The file is there and cannot be read or understood.
-    pub fn load(run_dir: &Path) -> io::Result<Option<LastWord>> {
-        let bytes = match fs::read(run_dir.join(FILE)) {
+    pub fn load(directory: &Path) -> io::Result<Option<LastWord>> {
+        let bytes = match careful::read(&directory.join(FILE), LONGEST) {
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
             other => other?,
         };
@@ -45,18 +49,18 @@ impl LastWord {
     }
 
     /// Takes back what was said, as well as it can be.
-    pub fn take_back(run_dir: &Path) {
-        let _ = fs::remove_file(run_dir.join(FILE));
+    pub fn take_back(directory: &Path) {
+        let _ = careful::put_aside(&directory.join(FILE));
     }
 
     /// Writes the word, whole or not at all.
     ///
     /// # Errors
     /// It cannot be written.
-    pub fn store(&self, run_dir: &Path) -> io::Result<()> {
-        let temporary = run_dir.join(format!(".{FILE}"));
+    pub fn store(&self, directory: &Path) -> io::Result<()> {
+        let temporary = directory.join(format!(".{FILE}"));
         fs::write(&temporary, serde_json::to_vec(self)?)?;
-        fs::rename(&temporary, run_dir.join(FILE))
+        fs::rename(&temporary, directory.join(FILE))
     }
 }
 

@@ -1,9 +1,10 @@
 //! The run directory: what lies in it, and the lock that a daemon holds on it.
 
+use crate::careful::{create, open_lock, put_aside};
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, Write};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
 
@@ -36,7 +37,7 @@ pub fn make(run_dir: &Path) -> io::Result<()> {
 pub fn lock_daemon(run_dir: &Path) -> io::Result<Option<Flock<File>>> {
     let path = run_dir.join(DAEMON_LOCK);
     loop {
-        let file = File::options().create(true).write(true).truncate(false).open(&path)?;
+        let file = open_lock(&path)?;
         let lock = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
             Ok(lock) => lock,
             Err((_, Errno::EWOULDBLOCK)) => return Ok(None),
@@ -47,6 +48,37 @@ pub fn lock_daemon(run_dir: &Path) -> io::Result<Option<Flock<File>>> {
             return Ok(Some(lock));
         }
     }
+}
+
+/// Makes the directory of attachments; something else in its place is put aside.
+///
+/// # Errors
+/// It cannot be made.
+pub fn make_attachments(run_dir: &Path) -> io::Result<()> {
+    let path = run_dir.join(ATTACHMENTS);
+    match fs::create_dir(&path) {
+        Err(e) if e.kind() == io::ErrorKind::AlreadyExists && !path.is_dir() => {
+            put_aside(&path)?;
+            fs::create_dir(&path)
+        }
+        Err(e) if e.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => fs::create_dir_all(&path),
+        other => other,
+    }
+}
+
+/// Tries whether files can be written: as much as an attachment takes.
+///
+/// # Errors
+/// They cannot.
+pub fn try_writing(run_dir: &Path) -> io::Result<()> {
+    let path = run_dir.join(".trial");
+    let written = create(&path).and_then(|mut file| file.write_all(&[0; 4096]));
+    let removed = match fs::remove_file(&path) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
+        _ => Ok(()),
+    };
+    written.and(removed)
 }
 
 /// Whether the lock is of the file that is there now.
@@ -63,7 +95,7 @@ pub fn is_locked_by(run_dir: &Path, lock: &File) -> io::Result<bool> {
 /// # Errors
 /// It cannot be locked.
 pub fn lock_plugins(run_dir: &Path) -> io::Result<File> {
-    let file = File::create(run_dir.join(PLUGIN_LOCK))?;
+    let file = open_lock(&run_dir.join(PLUGIN_LOCK))?;
     file.lock()?;
     Ok(file)
 }

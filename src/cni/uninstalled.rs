@@ -2,8 +2,9 @@
 //! the plugin by them until they read again, or until the last pod of an old list has ended: so long it must stand in
 //! nobody's way.
 
+use crate::careful;
+use std::io::{self, Write};
 use std::path::Path;
-use std::{fs, io};
 
 const FILE: &str = "uninstalled";
 const TEXT: &str =
@@ -19,7 +20,7 @@ pub fn is_marked(run_dir: &Path) -> bool {
 /// # Errors
 /// It cannot be written.
 pub fn mark(run_dir: &Path) -> io::Result<()> {
-    fs::write(run_dir.join(FILE), TEXT)
+    careful::create(&run_dir.join(FILE))?.write_all(TEXT.as_bytes())
 }
 
 /// Removes the mark; that it is not there is fine. Returns whether it was.
@@ -27,8 +28,7 @@ pub fn mark(run_dir: &Path) -> io::Result<()> {
 /// # Errors
 /// It cannot be removed.
 pub fn clear(run_dir: &Path) -> io::Result<bool> {
-    match fs::remove_file(run_dir.join(FILE)) {
-        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
-        done => Ok(done.is_ok()),
-    }
+    let was_there = is_marked(run_dir);
+    careful::put_aside(&run_dir.join(FILE))?;
+    Ok(was_there)
 }

@@ -143,9 +143,18 @@ pub async fn run(options: Options, stop: impl Future<Output = ()>) -> anyhow::Re
         }
         // Nobody is answered before the kernel is in step: a plugin that finds nobody holds its pod back by itself.
         if door.is_none() && node.is_in_step() {
-            door = Some(socket::listen(&options.run_dir)?);
-            tracing::info!(node = %options.name, "ready");
-            tokio::spawn(taint::lift(source.statuses.clone(), options.name.clone()));
+            match socket::listen(&options.run_dir) {
+                Ok(new) => {
+                    door = Some(new);
+                    tracing::info!(node = %options.name, "ready");
+                    tokio::spawn(taint::lift(source.statuses.clone(), options.name.clone()));
+                }
+                Err(e) => {
+                    retry_at = retry_at.or(Some(Instant::now() + RETRY));
+                    retry = true;
+                    tracing::error!("plugins find no socket, and pods that are selected do not start: {e:#}");
+                }
+            }
         }
         retry = tokio::select! {
             biased;

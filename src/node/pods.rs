@@ -45,11 +45,15 @@ impl Attached {
     }
 }
 
-/// A pod that ran before Egret came.
+/// A pod that ran before Egret came. It is here as long as its interface: what becomes of the Pod object says nothing of the
+/// container, which may go on sending.
 #[derive(Debug)]
 struct Adopted {
+    pod: ObjectKey,
     interface: Interface,
     addresses: Vec<IpAddr>,
+    /// As of an attached one.
+    labels: Option<Labels>,
     judged: Judged,
 }
 
@@ -95,8 +99,8 @@ struct JudgedBy {
 pub enum Holder {
     /// By the runtime's names.
     Attached(Arc<AttachmentId>),
-    /// By the cluster's.
-    Adopted(ObjectKey),
+    /// By its interface's index.
+    Adopted(u32),
 }
 
 /// Which addresses a pod has and which paths its packets can take.
@@ -127,7 +131,8 @@ pub struct Census {
 #[derive(Debug, Default)]
 pub struct Pods {
     attached: BTreeMap<AttachmentId, Attached>,
-    adopted: BTreeMap<ObjectKey, Adopted>,
+    /// By their interfaces' indexes.
+    adopted: BTreeMap<u32, Adopted>,
     /// Pods whose DEL has come and which the cluster still lists, with the addresses that they had: not strangers.
     ended: BTreeMap<ObjectKey, Vec<IpAddr>>,
     /// Pods that are held because the cluster does not know them, or their namespaces.
@@ -155,7 +160,7 @@ impl Pods {
         let (id, judged) = (attachment.id.clone(), Judged::Unknown);
         let holder = Holder::Attached(Arc::new(id.clone()));
         self.attached.insert(id, Attached { holder, attachment, interface, labels, judged });
-        self.drop_adopted(|_, a| same(&a.interface))
+        self.drop_adopted(|a| same(&a.interface))
     }
 
     /// Removes a pod. Returns its addresses that no other pod has.
@@ -171,11 +176,11 @@ impl Pods {
         self.has_brought(address) || self.adopted.values().any(|a| a.addresses.contains(address))
     }
 
-    /// Whether a pod that is not gone has this address.
-    pub fn is_in_use(&self, address: &IpAddr) -> bool {
+    /// Whether another pod than this one, which is not gone, has this address.
+    pub fn is_in_use(&self, address: &IpAddr, but: &ObjectKey) -> bool {
         let living = self.attached.values().filter(|a| !a.is_gone());
         living.flat_map(|a| &a.attachment.addresses).any(|a| a == address)
-            || self.adopted.values().any(|a| a.addresses.contains(address))
+            || self.adopted.values().any(|a| a.pod != *but && a.addresses.contains(address))
     }
 
     /// Whether the plugin brought this pod, and it is gone: its DEL is still to come, or never comes.
@@ -204,7 +209,7 @@ impl Pods {
     pub fn has(&self, holder: &Holder) -> bool {
         match holder {
             Holder::Attached(id) => self.attached.contains_key(&**id),
-            Holder::Adopted(key) => self.adopted.contains_key(key),
+            Holder::Adopted(index) => self.adopted.contains_key(index),
         }
     }
 
@@ -237,13 +242,13 @@ impl Pods {
             }
         }
         // One that has another name is found again.
-        self.drop_adopted(|_, a| a.interface.index == index && now.is_none_or(|now| now.name != a.interface.name))
+        self.drop_adopted(|a| a.interface.index == index && now.is_none_or(|now| now.name != a.interface.name))
     }
 
     /// Forgets adopted pods. Returns their addresses that no other pod has.
-    fn drop_adopted(&mut self, is_gone: impl Fn(&ObjectKey, &Adopted) -> bool) -> Vec<IpAddr> {
-        let gone: BTreeMap<ObjectKey, Adopted>;
-        (gone, self.adopted) = std::mem::take(&mut self.adopted).into_iter().partition(|(key, a)| is_gone(key, a));
+    fn drop_adopted(&mut self, is_gone: impl Fn(&Adopted) -> bool) -> Vec<IpAddr> {
+        let gone: BTreeMap<u32, Adopted>;
+        (gone, self.adopted) = std::mem::take(&mut self.adopted).into_iter().partition(|(_, a)| is_gone(a));
         gone.into_values().flat_map(|a| a.addresses).filter(|address| !self.has_address(address)).collect()
     }
 
@@ -258,24 +263,24 @@ impl Pods {
         self.interfaces().any(|i| i == index)
     }
 
-    /// Takes in a pod that ran before.
-    pub fn adopt(&mut self, key: ObjectKey, interface: Interface, addresses: Vec<IpAddr>) {
-        if !self.has_interface(interface.index) {
-            self.adopted.insert(key, Adopted { interface, addresses, judged: Judged::Unknown });
+    /// Takes in a pod that ran before, with the addresses that it has now. Returns those that nobody has any more.
+    pub fn adopt(&mut self, pod: ObjectKey, interface: Interface, addresses: Vec<IpAddr>) -> Vec<IpAddr> {
+        let index = interface.index;
+        if self.attached.values().any(|a| a.interface.as_ref().is_some_and(|i| i.index == index)) {
+            return Vec::new();
         }
+        let new = Adopted { pod, interface, addresses, labels: None, judged: Judged::Unknown };
+        let before = self.adopted.insert(index, new);
+        before.into_iter().flat_map(|a| a.addresses).filter(|address| !self.has_address(address)).collect()
     }
 
-    /// Forgets pods that have ended or have other addresses now. Returns the addresses that nobody has now.
-    pub fn drop_ended(&mut self, cluster: &Cluster) -> Vec<IpAddr> {
-        let listed = |key: &ObjectKey, addresses: &[IpAddr]| {
-            cluster.pods.get(key).is_some_and(|p| runs(p) && *p.addresses == *addresses)
-        };
+    /// Forgets of which pods the DEL has come, once the cluster has forgotten them.
+    pub fn drop_ended(&mut self, cluster: &Cluster) {
         // A pod that was just added may not have its addresses in the cluster yet, and a runtime may know of more of them.
         self.ended.retain(|key, addresses| {
             let same = |p: &Pod| p.addresses.is_empty() || p.addresses.iter().any(|a| addresses.contains(a));
             cluster.pods.get(key).is_some_and(|p| same(p))
         });
-        self.drop_adopted(|key, a| !listed(key, &a.addresses))
     }
 
     /// Pods that a policy selects, that run here, and that nobody brought: they are to be found.
@@ -287,11 +292,14 @@ impl Pods {
         let is_brought = |key: &ObjectKey, pod: &Pod| {
             brought.get(&(&*key.namespace, &*key.name)).is_some_and(|uid| is_same(&pod.uid, uid))
         };
+        // One that has other addresses than it had is looked for again.
+        let adopted: HashSet<(&ObjectKey, &[IpAddr])> =
+            self.adopted.values().map(|a| (&a.pod, a.addresses.as_slice())).collect();
         cluster
             .pods
             .iter()
             .filter(|(key, pod)| runs(pod) && !is_brought(key, pod))
-            .filter(|(key, _)| !self.adopted.contains_key(key) && !self.ended.contains_key(key))
+            .filter(|(key, pod)| !adopted.contains(&(*key, &*pod.addresses)) && !self.ended.contains_key(*key))
             .filter(|(key, pod)| view.profile(&key.namespace, Some(&pod.labels)).is_some())
             .map(|(key, pod)| (key.clone(), pod.addresses.to_vec()))
             .collect()
@@ -338,9 +346,9 @@ impl Pods {
                 (Judged::Free | Judged::Unknown, _) => census.free += 1,
             }
         }
-        for (key, a) in &mut self.adopted {
+        for (index, a) in &mut self.adopted {
             if let Judged::Selected(selected) = &mut a.judged {
-                add(Holder::Adopted(key.clone()), &a.interface, &a.addresses, selected);
+                add(Holder::Adopted(*index), &a.interface, &a.addresses, selected);
             }
         }
         self.tags.retain(&in_use);
@@ -363,9 +371,12 @@ impl Pods {
             }
             a.judged = view.profile(&a.attachment.pod.namespace, a.labels.as_ref()).into();
         }
-        for (key, a) in self.adopted.iter_mut().filter(|(_, a)| matches!(a.judged, Judged::Unknown)) {
-            let pod = cluster.pods.get(key);
-            a.judged = pod.and_then(|pod| view.profile(&key.namespace, Some(&pod.labels))).into();
+        for a in self.adopted.values_mut().filter(|a| matches!(a.judged, Judged::Unknown)) {
+            // Another pod of the name has other addresses.
+            if let Some(pod) = cluster.pods.get(&a.pod).filter(|pod| *pod.addresses == *a.addresses) {
+                a.labels = Some(pod.labels.clone());
+            }
+            a.judged = view.profile(&a.pod.namespace, a.labels.as_ref()).into();
         }
     }
 }

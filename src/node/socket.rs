@@ -1,5 +1,6 @@
 //! The socket on which plugins ask, and the lock that keeps a second daemon away.
 
+use crate::careful;
 use crate::cni::protocol::{Failure, PROTOCOL, Request, Response, Verb, codes};
 use crate::cni::run_dir::{self, DAEMON_LOCK, SOCKET};
 use anyhow::Context;
@@ -7,15 +8,19 @@ use nix::fcntl::Flock;
 use std::fs::{self, File};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{Semaphore, mpsc, oneshot};
 
 /// A request is one line of at most this many bytes; GC names every attachment of the node.
 const MAX_REQUEST: u64 = 4 << 20;
 /// Who connects has this long to say what it wants.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// So many are spoken with at once; the others wait in the kernel's queue. A node has some hundred pods, and its runtime starts
+/// a few of them at a time.
+const AT_ONCE: usize = 512;
 
 /// What a plugin asks, and where the answer goes.
 pub struct Question {
@@ -71,19 +76,26 @@ pub fn listen(run_dir: &Path) -> anyhow::Result<Door> {
     // Bound under another name and renamed, so that there is no moment in which plugins find no socket and nobody
     // else may connect before its mode is right.
     let temporary = run_dir.join(format!(".{SOCKET}"));
-    let _ = fs::remove_file(&temporary);
+    careful::put_aside(&temporary).with_context(|| format!("socket {}", temporary.display()))?;
     let listener = UnixListener::bind(&temporary).with_context(|| format!("socket {}", temporary.display()))?;
+    let make_room =
+        || if path.symlink_metadata().is_ok_and(|m| m.is_dir()) { careful::put_aside(&path) } else { Ok(()) };
     fs::set_permissions(&temporary, fs::Permissions::from_mode(0o600))
+        .and_then(|()| make_room())
         .and_then(|()| fs::rename(&temporary, &path))
         .with_context(|| format!("socket {}", path.display()))?;
     let inode = fs::metadata(&path).with_context(|| format!("socket {}", path.display()))?.ino();
     let (questions, asked) = mpsc::channel(256);
     tokio::spawn(async move {
+        let room = Arc::new(Semaphore::new(AT_ONCE));
         loop {
+            // It is never closed.
+            let Ok(place) = room.clone().acquire_owned().await else { return };
             match listener.accept().await {
                 Ok((stream, _)) => {
                     let questions = questions.clone();
                     tokio::spawn(async move {
+                        let _place = place;
                         if let Err(e) = converse(stream, questions).await {
                             tracing::debug!("a plugin's connection ended early: {e}");
                         }

@@ -10,6 +10,7 @@ use super::decode::{Decoded, Key, Listed, Reading, decode};
 use super::essence::essence;
 use super::kind::Kind;
 use crate::api::EgressNodeStatus;
+use crate::careful;
 use crate::cluster::Known;
 use crate::cluster::dir::names::Names;
 use crate::plan::model::Inside;
@@ -27,6 +28,8 @@ use tracing::warn;
 const FORM: u32 = 1;
 /// A file is written anew when its changes are longer than this and what was listed, bytes.
 const CHANGES: u64 = 1 << 20;
+/// A file is at most so long, bytes: a hundred times what 5,000 nodes and 10,000 policies take.
+const LONGEST: u64 = 1 << 30;
 /// The file with the answer about Services' networks.
 const SERVICE_NETWORKS: &str = "service-networks";
 /// The file with what this node says of itself.
@@ -97,7 +100,7 @@ impl Files {
 
     /// A file's text after its head, up to its last whole line.
     fn read(&self, name: &str) -> Option<String> {
-        let text = fs::read_to_string(self.path(name)?).ok()?;
+        let text = String::from_utf8(careful::read(&self.path(name)?, LONGEST).ok()?).ok()?;
         let rest = text.strip_prefix(&self.head())?;
         Some(rest[..rest.rfind('\n').map_or(0, |end| end + 1)].to_owned())
     }
@@ -106,8 +109,8 @@ impl Files {
     fn write<T: Serialize>(&self, name: &str, value: &T) {
         let Some(path) = self.path(name) else { return };
         let text = serde_json::to_string(value).map_err(io::Error::from);
-        let written = text.and_then(|text| fs::write(unfinished(&path), format!("{}{text}\n", self.head())));
-        if let Err(e) = written.and_then(|()| fs::rename(unfinished(&path), &path)) {
+        let whole = text.map(|text| format!("{}{text}\n", self.head()));
+        if let Err(e) = whole.and_then(|text| careful::replace(&path, &unfinished(&path), text.as_bytes())) {
             spoilt(&path, &e);
         }
     }
@@ -136,7 +139,7 @@ impl Book {
     /// A list begins.
     pub fn begin(&mut self) {
         let Some(path) = &self.path else { return };
-        let begun = File::create(unfinished(path)).and_then(|file| {
+        let begun = careful::create(&unfinished(path)).and_then(|file| {
             let mut draft = BufWriter::new(file);
             draft.write_all(self.head.as_bytes()).map(|()| draft)
         });
@@ -164,6 +167,9 @@ impl Book {
         let Some(path) = &self.path else { return };
         let kept = match self.draft.take() {
             Some(draft) => draft.into_inner().map_err(io::IntoInnerError::into_error).and_then(|file| {
+                if path.is_dir() {
+                    careful::put_aside(path)?;
+                }
                 fs::rename(unfinished(path), path)?;
                 Ok(Kept { listed: file.metadata()?.len(), file, changes: 0 })
             }),
@@ -208,7 +214,7 @@ impl Book {
     /// Writes the file anew, with the last line of each object.
     fn shorten(&mut self) -> io::Result<()> {
         let Some(path) = self.path.clone() else { return Ok(()) };
-        let text = fs::read_to_string(&path)?;
+        let text = String::from_utf8(careful::read(&path, LONGEST)?).map_err(io::Error::other)?;
         let rest = text.strip_prefix(&self.head).ok_or_else(|| io::Error::other("another one has written to it"))?;
         self.begin();
         for (key, object) in latest(rest) {
@@ -233,9 +239,7 @@ fn spoilt(path: &Path, e: &io::Error) {
 
 fn remove(path: &Path) {
     for path in [path, &unfinished(path)] {
-        if let Err(e) = fs::remove_file(path)
-            && e.kind() != io::ErrorKind::NotFound
-        {
+        if let Err(e) = careful::put_aside(path) {
             warn!(file = %path.display(), "it cannot be removed, and must not be used: {e}");
         }
     }

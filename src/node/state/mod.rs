@@ -12,6 +12,7 @@ pub use stopping::Stopping;
 use crate::cluster::{Lookup, Statuses};
 use crate::cni::attachment::{self, Attachment, AttachmentId};
 use crate::cni::protocol::{Failure, codes};
+use crate::cni::run_dir;
 use crate::kernel::watch::{Event, Interest};
 use crate::node::Options;
 use crate::node::adoption::{self, Found};
@@ -98,6 +99,8 @@ pub struct Node {
     in_step: bool,
     /// Why the last word could not be written.
     unspoken: Option<String>,
+    /// Why the run directory cannot be written to.
+    unwritable: Option<String>,
     /// Whether the plugin may have left attachments and quarantines behind.
     left_behind: bool,
     /// Connections that have ended and are still in the kernel's table.
@@ -161,6 +164,7 @@ impl Node {
             local: None,
             in_step: false,
             unspoken: None,
+            unwritable: None,
             left_behind: true,
             ended: Ended::default(),
             stale_packets: 0,
@@ -326,10 +330,11 @@ impl Node {
         if let Some(failure) = &failure {
             tracing::error!("{failure}; trying again");
         }
-        if let Some(unspoken) = self.unspoken.as_ref().filter(|_| failure.is_none()) {
-            tracing::error!("{unspoken}; trying again");
+        let untold = self.unwritable.clone().or_else(|| self.unspoken.clone());
+        if let Some(untold) = untold.as_ref().filter(|_| failure.is_none()) {
+            tracing::error!("{untold}; trying again");
         }
-        let state = failure.map(|f| f.to_string()).or_else(|| self.unspoken.clone()).map_or(Ok(()), Err);
+        let state = failure.map(|f| f.to_string()).or(untold).map_or(Ok(()), Err);
         ready.send_if_modified(|now| {
             let changed = *now != state;
             now.clone_from(&state);
@@ -345,7 +350,7 @@ impl Node {
     async fn bring_in_step(&mut self) -> Result<usize> {
         let mut changes = 0;
         if self.stale {
-            self.ended.addresses.extend(self.pods.drop_ended(&self.cluster));
+            self.pods.drop_ended(&self.cluster);
             self.refresh_view();
             self.drop_missing();
         }
@@ -362,6 +367,7 @@ impl Node {
             if self.stale {
                 self.refresh_view();
             }
+            self.try_writing();
         }
         let (base, mut trouble) = (self.base, None);
         if base {
@@ -407,6 +413,17 @@ impl Node {
             self.leaving.pop();
         }
         trouble.map_or(Ok(changes), Err)
+    }
+
+    /// Finds out whether the run directory can be written to. If it is full, every ADD fails, and this node is not ready.
+    pub(super) fn try_writing(&mut self) {
+        let run_dir = &self.options.run_dir;
+        self.unwritable = run_dir::try_writing(run_dir).err().map(|e| {
+            format!(
+                "no pod can start: the run directory {} cannot be written to: {e}; make room there",
+                run_dir.display()
+            )
+        });
     }
 
     fn scene(&self) -> ended::Scene {

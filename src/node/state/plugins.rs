@@ -70,7 +70,10 @@ impl Node {
                  plugin that makes veth pairs for it, or exclude it from the policy's podSelector",
             ));
         }
-        a.store(&self.options.run_dir).map_err(|e| io(e.to_string()))?;
+        if let Err(e) = a.store(&self.options.run_dir) {
+            self.try_writing();
+            return Err(io(e.to_string()));
+        }
         if !pods::is_known(&a, &self.cluster) {
             self.listeners.lookup.look_for(ObjectKey::new(&a.pod.namespace, &a.pod.name), &a.pod.uid);
         }

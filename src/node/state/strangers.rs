@@ -28,7 +28,7 @@ impl Node {
     pub fn adopt(&mut self, found: Found) {
         self.sought.remove(&found.pod);
         let is_gone = found.interface.is_none() && self.pods.is_gone(&found.pod);
-        if is_gone || found.addresses.iter().any(|a| self.pods.is_in_use(a)) {
+        if is_gone || found.addresses.iter().any(|a| self.pods.is_in_use(a, &found.pod)) {
             // The address is another pod's, the plugin brought this one meanwhile, or it is gone and only its DEL is late.
             self.put_off.insert(found.pod, Instant::now());
             return;
@@ -38,7 +38,7 @@ impl Node {
             tracing::info!(pod = %found.pod, interface = %interface.name, "a pod that ran before is adopted");
             self.left_behind |= before.is_some();
             self.stale |= found.addresses.iter().any(|x| !self.view.networks.is_of_pods(*x));
-            self.pods.adopt(found.pod, interface, found.addresses);
+            self.ended.addresses.extend(self.pods.adopt(found.pod, interface, found.addresses));
             return;
         }
         if !self.is_to_be_held(&found.pod, &found.addresses) {
