@@ -59,7 +59,9 @@ fn a_gateway_with_a_next_hop_leaves_by_it_and_not_by_the_main_table() {
     }
     // A next hop that is not there is no reason to take another way.
     lab.write_manifest("gateway.yaml", &gateway_with("  nextHop: { ipv4: 192.0.2.250 }\n"));
-    pods.iter().for_each(|pod| wait_blocked(&lab, pod, EXT4));
+    pods.iter().for_each(|pod| wait_blocked(&lab, pod, FAR4));
+    // What is on the link is not the next hop's business.
+    pods.iter().for_each(|pod| lab.wait_seen_as(pod, EGRESS4));
     lab.write_manifest("gateway.yaml", &gateway_with(""));
     pods.iter().for_each(|pod| lab.wait_seen_as(pod, EGRESS4));
 }
@@ -164,7 +166,7 @@ fn a_gateway_on_a_second_interface_leaves_by_it_and_its_next_hop() {
         let all = of("-4") + &of("-6");
         all.lines().filter(|line| line.contains("7881")).map(str::to_owned).collect::<Vec<_>>()
     };
-    assert_eq!(ways(other).len(), 4, "a rule and a route of each family: {:?}", ways(other));
+    assert_eq!(ways(other).len(), 6, "a rule and two routes of each family: {:?}", ways(other));
     lab.remove_manifest("gateway.yaml");
     pods.iter().for_each(|pod| wait_blocked(&lab, pod, PARTNER4));
     for node in ["g1", "g2"] {

@@ -4,7 +4,8 @@ mod namespace;
 
 use egret::kernel::names::PROTOCOL;
 use egret::kernel::route_socket::{Change, RouteSocket};
-use egret::kernel::{addresses, tunnel, uplink};
+use egret::kernel::uplink::Uplinks;
+use egret::kernel::{addresses, tunnel};
 use namespace::host::{address, host, index, interface, ours};
 use namespace::{in_namespace, ip, ip_json};
 use netlink_packet_route::address::{AddressAttribute, AddressMessage, AddressProtocol};
@@ -88,7 +89,7 @@ fn an_uplink_is_named_or_found() {
         let socket = host();
         interface("eth1");
         ip("address add 198.51.100.2/24 dev eth1");
-        let find = async |a: &str, i: Option<&str>| uplink::uplink_for(&socket, address(a), i).await;
+        let find = async |a: &str, i: Option<&str>| Uplinks::read(&socket).await?.find(address(a), i).await;
         assert_eq!(find("203.0.113.9", Some("eth1")).await.unwrap().name, "eth1");
         assert_eq!(find("198.51.100.77", None).await.unwrap().name, "eth1");
         assert_eq!(find("203.0.113.9", None).await.unwrap().name, "eth0");

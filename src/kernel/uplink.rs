@@ -119,6 +119,15 @@ impl<'a> Uplinks<'a> {
         })
     }
 
+    /// The networks on an interface's own link, of one family.
+    pub fn on_link(&self, ifindex: u32, ipv4: bool) -> impl Iterator<Item = IpNetwork> {
+        let of_interface = move |a: &&LocalAddress| a.ifindex == ifindex && a.address.is_ipv4() == ipv4;
+        let networks = self.networks.iter().filter(of_interface);
+        let networks = networks.filter_map(|a| IpNetwork::new(a.address, a.prefix).ok());
+        let networks = networks.filter(move |n| n.prefix() < if ipv4 { 32 } else { 128 });
+        networks.filter_map(|n| IpNetwork::new(n.network(), n.prefix()).ok())
+    }
+
     async fn default_route(&mut self, ipv4: bool) -> Result<Option<u32>> {
         let at = usize::from(!ipv4);
         match self.default_routes[at] {
@@ -126,14 +135,6 @@ impl<'a> Uplinks<'a> {
             None => Ok(*self.default_routes[at].insert(default_route(self.socket, ipv4).await?)),
         }
     }
-}
-
-/// As [`Uplinks::find`], for one address.
-///
-/// # Errors
-/// There is none; the text says what to do.
-pub async fn uplink_for(socket: &RouteSocket, address: IpAddr, interface: Option<&str>) -> Result<Interface> {
-    Uplinks::read(socket).await?.find(address, interface).await
 }
 
 /// The interface on whose MTU a tunnel from `local` depends.

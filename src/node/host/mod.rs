@@ -15,7 +15,8 @@ use crate::kernel::route_socket::RouteSocket;
 use crate::kernel::routes::{self, METRIC_LAST, Route, RouteKind};
 use crate::kernel::rules::{self, Rule};
 use crate::kernel::tunnel::{self, Tunnel};
-use crate::kernel::{fdb, neighbours, sysctl, uplink};
+use crate::kernel::uplink::Uplinks;
+use crate::kernel::{fdb, neighbours, sysctl};
 use crate::plan::mac;
 use crate::plan::marks::{MAX_PEER, Marks, PathId};
 use crate::plan::networks::Networks;
@@ -218,22 +219,34 @@ impl Host {
         Ok(routing)
     }
 
-    /// Out by the gateway's own next hop, or not at all. A family for which it names none is the main table's.
-    /// Pods' networks are thrown back, as in the [`request_table`].
+    /// Out by the gateway's own next hop, or not at all; what is on the interface's own link is reached directly, as by
+    /// any router. A family for which it names none is the main table's. Pods' networks are thrown back, as in the
+    /// [`request_table`].
     async fn uplink_table(&self, uplink: &Uplink, networks: &Networks) -> BTreeSet<Route> {
         let mut routes: BTreeSet<Route> = networks.pods.iter().map(|n| throw(*n)).collect();
         let hops = [(EVERYTHING4, uplink.next_hop.0.map(IpAddr::V4)), (EVERYTHING6, uplink.next_hop.1.map(IpAddr::V6))];
         for (dst, hop) in hops {
             let Some(hop) = hop else { continue };
             routes.insert(Route { dst, kind: RouteKind::Unreachable, metric: METRIC_LAST });
-            match uplink::uplink_for(&self.routes, hop, uplink.interface.as_deref()).await {
+            let interface = async {
+                let mut uplinks = Uplinks::read(&self.routes).await?;
+                let interface = uplinks.find(hop, uplink.interface.as_deref()).await?;
+                let on_link: Vec<IpNetwork> = uplinks.on_link(interface.ifindex, hop.is_ipv4()).collect();
+                anyhow::Ok((interface, on_link))
+            };
+            match interface.await {
                 // The kernel takes no route by an interface that is down.
-                Ok(interface) if !interface.running => {
+                Ok((interface, _)) if !interface.running => {
                     tracing::warn!(%hop, interface = interface.name, "a gateway's next hop cannot be used: its interface is down");
                 }
-                Ok(interface) => {
-                    let kind = RouteKind::Unicast { gateway: Some(hop), oif: interface.ifindex, onlink: true };
+                Ok((interface, on_link)) => {
+                    let oif = interface.ifindex;
+                    let kind = RouteKind::Unicast { gateway: Some(hop), oif, onlink: true };
                     routes.insert(Route { dst, kind, metric: 0 });
+                    let kind = RouteKind::Unicast { gateway: None, oif, onlink: false };
+                    // Pods that have their addresses on the link are pods all the same.
+                    let on_link = on_link.into_iter().filter(|network| !networks.pods.contains(network));
+                    routes.extend(on_link.map(|dst| Route { dst, kind, metric: 0 }));
                 }
                 Err(e) => tracing::warn!(%hop, "a gateway's next hop cannot be used: {e:#}"),
             }
