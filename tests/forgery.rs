@@ -121,9 +121,89 @@ fn tunnel_packets_are_nodes_alone(ipv6: bool) {
         lab.assert_silence();
     }
 
-    // The same packet, from a node: it is as the gateway takes it.
-    send_from(lab.node("n1"));
+    // With a node's address, from the owner's own pods, whatever filter there is.
+    let node: IpAddr = if ipv6 { lab.node("n1").ipv6().into() } else { lab.node("n1").ipv4().into() };
+    for pod in selected.iter().chain(&others).filter(|pod| pod.node.name == owner.name) {
+        for rp_filter in ["0", "1", "2"] {
+            for interface in ["all", "default", &pod.host_interface()] {
+                owner.sysctl(&[&format!("net.ipv4.conf.{interface}.rp_filter={rp_filter}")]);
+            }
+            pod.ip(&format!(
+                "addr add {node}/{} dev eth0 {}",
+                if ipv6 { 128 } else { 32 },
+                if ipv6 { "nodad" } else { "" }
+            ));
+            let socket = pod.within(|| UdpSocket::bind((node, 0))).expect("bind");
+            drop(socket.send_to(&payload, (address, 7871)));
+            thread::sleep(Duration::from_millis(50));
+            pod.ip(&format!("addr del {node}/{} dev eth0", if ipv6 { 128 } else { 32 }));
+            lab.assert_silence();
+        }
+    }
+
+    // From a node, but by a process: straight, and by a Service that stands for the owner.
+    for node in ["n1", &owner.name] {
+        let host = lab.node(node);
+        let (ip, service) = if ipv6 { ("ip6", "fd00:10::1") } else { ("ip", "10.96.0.9") };
+        host.nft(&format!(
+            "table inet services {{ chain out {{ type nat hook output priority -100; \
+             {ip} daddr {service} udp dport 53 dnat {ip} to {}; }}; }}",
+            SocketAddr::new(address, 7871)
+        ));
+        send_from(host);
+        let socket = host.within(|| UdpSocket::bind((any, 0))).expect("bind");
+        host.ip(&format!("route add {service} dev eth0"));
+        drop(socket.send_to(&payload, (service.parse::<IpAddr>().expect("an address"), 53)));
+        thread::sleep(Duration::from_millis(100));
+        lab.assert_silence();
+    }
+    let metrics = lab.metrics("n1");
+    assert!(metrics.dropped("foreign").is_some_and(|n| n >= 2.0), "{metrics:?}");
+
+    // The same packet, with the mark that the tunnel device's have, which only root can give: it is as the gateway takes it.
+    let socket = lab.node("n1").within(|| UdpSocket::bind((any, 0))).expect("bind");
+    nix::sys::socket::setsockopt(&socket, nix::sys::socket::sockopt::Mark, &0x4547_0000).expect("SO_MARK");
+    socket.send_to(&payload, (address, 7871)).expect("send");
+    thread::sleep(Duration::from_millis(100));
     assert_eq!(lab.sources(EXT4), [EGRESS4.into()].into(), "the packet of this test is no tunnel packet");
+}
+
+#[test]
+fn a_process_on_the_owners_host_cannot_leave_from_an_egress_address() {
+    let lab = Lab::scene();
+    let owner = lab.node(&owner_and_other(&lab).0);
+    for server in SERVERS {
+        let egress = egress_towards(server);
+        let socket = owner.within(|| UdpSocket::bind((egress, 0))).expect("it is an address of the owner's");
+        drop(socket.send_to(b"who", (server, lab::server::UDP_WHO)));
+        thread::sleep(Duration::from_millis(50));
+        assert!(lab.sources(server).is_empty(), "{server} saw {:?}", lab.sources(server));
+    }
+}
+
+#[test]
+fn a_node_passes_on_other_nodes_tunnel_packets_and_nobody_elses() {
+    let lab = Lab::scene();
+    let (owner, other) = owner_and_other(&lab);
+    let routers = ["n2", &other];
+    for router in routers {
+        // Without word to the others that there is a shorter way.
+        lab.node(router).sysctl(&["net.ipv4.conf.all.send_redirects=0", "net.ipv4.conf.eth0.send_redirects=0"]);
+        for (from, to) in [("n1", &*owner), (&*owner, "n1")] {
+            let to = lab.node(to).ipv4();
+            lab.node(from).ip(&format!("route replace {to}/32 via {}", lab.node(router).ipv4()));
+        }
+        let pod = lab.add_pod("n1", "shop", &format!("visitor-{router}"), VISITOR);
+        assert_leaves_by_egress(&pod);
+        let stranger = lab.add_pod(router, "office", &format!("stranger-{router}"), &[]);
+        let before = lab.metrics(router).dropped("foreign").unwrap_or_default();
+        let socket = stranger.within(|| UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))).expect("bind");
+        drop(socket.send_to(b"no tunnel packet", (lab.node(&owner).ipv4(), 7871)));
+        lab.wait_until("it is counted", Duration::from_secs(5), || {
+            lab.metrics(router).dropped("foreign").unwrap_or_default() > before
+        });
+    }
+    lab.assert_nothing_leaked();
 }
 
 #[test]
@@ -190,10 +270,12 @@ fn whose_tag_somebody_else_takes_is_kept_inside() {
         }
         for session in sessions {
             let report = session.stop();
-            assert!(report.broken.is_none(), "what was decided before goes on: {report:?}");
+            assert!(report.broken.is_none(), "it is not refused: {report:?}");
         }
         let left = SERVERS.map(|server| lab.sources(server));
-        assert_eq!(left, SERVERS.map(|server| [egress_towards(server)].into()), "on {node}");
+        let routed = lab.node(node).spec.pods == Pods::Routed;
+        let wanted = SERVERS.map(|server| routed.then(|| egress_towards(server)).into_iter().collect());
+        assert_eq!(left, wanted, "on {node}");
         assert_leaves_by_node(&other);
         lab.node(node).nft("delete table inet other");
         assert_leaves_by_egress(&selected);

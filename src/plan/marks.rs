@@ -95,6 +95,12 @@ impl Marks {
         self.kind(0b01)
     }
 
+    /// Mask of what must be as in [`tag_kind`](Self::tag_kind) for a mark to be a tag: a connection's mark that somebody
+    /// restores into its packets can have the bits of the kind, but has a path or a peer.
+    pub fn tag_mask(self) -> u32 {
+        self.kind_mask() | self.path_mask()
+    }
+
     /// Kind 10: to the gateway, through the tunnel.
     pub fn request(self) -> u32 {
         self.kind(0b10)

@@ -38,16 +38,19 @@ pub(super) fn chains(marks: Marks, local: Option<IpAddr>) -> Vec<(&'static str, 
         ("prerouting", Chain::new(at(hook::PREROUTING, -90), prerouting(marks, local))),
         ("from-tunnel", Chain::new(None, from_tunnel(marks))),
         ("tracked", Chain::new(None, tracked(marks))),
+        ("related", Chain::new(None, related(marks))),
         ("foreign", Chain::new(None, foreign())),
         ("unsolicited", Chain::new(None, unsolicited())),
         ("untagged", Chain::new(None, untagged())),
         ("tagged-again", Chain::new(None, tagged_again(marks))),
         ("tag-lost", Chain::new(None, tag_lost())),
+        ("to-owner", Chain::new(None, to_owner())),
         ("known", Chain::new(None, known())),
         ("srcnat", Chain::new(base("nat", hook::POSTROUTING, SRCNAT), srcnat(marks))),
         ("departure", Chain::new(at(hook::POSTROUTING, 300), departure(marks))),
         ("departure-unmarked", Chain::new(None, departure_unmarked(marks))),
         ("departure-marked", Chain::new(None, departure_marked(marks))),
+        ("departure-foreign", Chain::new(None, departure_foreign())),
         ("departure-path", Chain::new(None, departure_path(marks))),
         ("departure-first", Chain::new(None, departure_first())),
         ("departure-tunnel", Chain::new(None, departure_tunnel())),
@@ -58,15 +61,23 @@ pub(super) fn chains(marks: Marks, local: Option<IpAddr>) -> Vec<(&'static str, 
 /// Tunnel packets between nodes need no connection tracking, nor do nodes' questions whether others live. Only nodes may
 /// speak to the tunnel, for the path id that a packet carries is believed.
 fn raw(local: Option<IpAddr>) -> Vec<Rule> {
-    let from_node = local.map(|local| from_node(tunnel_packet(), local).notrack().accept());
+    let between_nodes = between_nodes(tunnel_packet, local).into_iter().map(|rule| rule.notrack().accept());
     let echo = echo().map(|rule| rule.iif_group(DEVICE_GROUP).notrack());
-    [not_ours()].into_iter().chain(from_node).chain(echo).collect()
+    [not_ours()].into_iter().chain(between_nodes).chain(echo).collect()
 }
 
-/// From a node's end of the tunnel straight to this one's.
-fn from_node(packet: Rule, local: IpAddr) -> Rule {
+/// Tunnel packets from a node's end of the tunnel straight to this one's, or to another's for which this node routes.
+///
+/// An address is easily forged: they come in by an interface that has this end's address, or by the one that leads to
+/// the node; a pod's does neither, whatever reverse-path filtering there is (IPv6 has none). Not only the latter: nodes
+/// with several interfaces may answer by another one.
+fn between_nodes(packet: impl Fn() -> Rule, local: Option<IpAddr>) -> Vec<Rule> {
+    let Some(local) = local else { return vec![] };
     let (at, ip) = if local.is_ipv4() { (0, Ip::V4) } else { (1, Ip::V6) };
-    packet.daddr_in(local.into()).saddr_in_set(ip, set::TUNNEL[at])
+    let here = || packet().daddr_in(local.into()).saddr_in_set(ip, set::TUNNEL[at]);
+    let routed = |nodes| packet().daddr_in_set(ip, set::TUNNEL[at]).saddr_in_set(ip, nodes).back_by_iif();
+    // Ordinary nodes know only gateways' ends of the tunnel, but all nodes' addresses.
+    vec![here().daddr_type_at_iif(RTN_LOCAL), here().back_by_iif(), routed(set::HOSTS[at]), routed(set::TUNNEL[at])]
 }
 
 /// Nodes' questions whether others live, and the answers: the kernel's own, and never forwarded.
@@ -87,52 +98,56 @@ fn tunnel_packet() -> Rule {
 }
 
 fn output(marks: Marks) -> Vec<Rule> {
-    let echo = echo().map(|rule| rule.oif_group(DEVICE_GROUP).notrack());
-    // The outer packet inherits the inner one's mark, which would route it into the tunnel again. What goes into the
-    // tunnel with such a mark is handed over.
+    let echo = echo().map(|rule| rule.oif_group(DEVICE_GROUP).notrack().set_mark(marks.connection(0)));
+    // The outer packet inherits the inner one's mark, which would route it into the tunnel again. By it the tunnel
+    // device's packets are known from those of sockets: a mark takes CAP_NET_ADMIN, or CAP_NET_RAW (Linux 5.17). What goes
+    // into the tunnel with such a mark is handed over.
     let inherits = tunnel_packet().mark(marks.connection_mask(), marks.connection(0)).oif_group_not(DEVICE_GROUP);
     let outer = inherits.set_mark(0).notrack().accept();
-    [outer, not_ours(), tunnel_packet().goto("output-tunnel")].into_iter().chain(echo).collect()
+    // An egress address is an address of its owner's, to which any process there can bind a socket.
+    let egress = |(at, ip)| Rule::new().saddr_in_set(ip, set::EGRESS[at]).by_process().counter(counter::SPOOFED).drop();
+    let egress = Ip::BOTH.into_iter().enumerate().map(egress);
+    let rest = [not_ours(), tunnel_packet().goto("output-tunnel")].into_iter().chain(echo);
+    [outer].into_iter().chain(egress).chain(rest).collect()
 }
 
-/// The same whatever mark the packet has.
+/// Without such a mark: what a process has sent is none of this node's tunnel packets. The kernel's own may be.
 fn output_tunnel() -> Vec<Rule> {
-    let ours = |(at, ip)| Rule::new().daddr_in_set(ip, set::TUNNEL[at]).set_mark(0).notrack();
-    Ip::BOTH.into_iter().enumerate().map(ours).collect()
+    let to_node = |(at, ip)| Rule::new().daddr_in_set(ip, set::TUNNEL[at]);
+    let each = || Ip::BOTH.into_iter().enumerate().map(to_node);
+    let forged = each().map(|rule| rule.by_process().counter(counter::FOREIGN).drop());
+    forged.chain(each().map(|rule| rule.set_mark(0).notrack())).collect()
 }
 
 /// After connection tracking and destination NAT: a Service's address is already its backend's.
 fn prerouting(marks: Marks, local: Option<IpAddr>) -> Vec<Rule> {
     let path = marks.connection(0);
-    // Others untrack, too: that a packet is untracked does not make it a node's.
-    let tunnel = local.map(|local| from_node(Rule::new().ct_state(CT_STATE_UNTRACKED), local).accept());
-    let untagged = |rule: Rule| rule.mark_not(marks.kind_mask(), marks.tag_kind());
-    let others = || {
-        let established = Rule::new().ct_state(CT_STATE_ESTABLISHED | CT_STATE_RELATED);
-        established.ct_mark_not(marks.connection_mask(), path)
-    };
-    // A connection that was there before its pod had a policy is left alone; so is an answer of the pod's.
-    let left_alone = |rule: Rule| rule.clear_mark(!marks.kind_and_index_mask()).accept();
+    // Others untrack, too: that a packet is untracked does not make it a node's. What is tracked may have been sent
+    // elsewhere, and here by a Service.
+    let untracked = || tunnel_packet().ct_state(CT_STATE_UNTRACKED);
+    let tunnel = between_nodes(untracked, local).into_iter().map(Rule::accept);
+    let untagged = |rule: Rule| rule.mark_not(marks.tag_mask(), marks.tag_kind());
+    let others = || Rule::new().ct_state(CT_STATE_ESTABLISHED).ct_mark_not(marks.connection_mask(), path);
+    let tracked = || Rule::new().ct_mark(marks.connection_mask(), path).jump("tracked");
     let before = [
         Rule::new().iif_group(DEVICE_GROUP).goto("from-tunnel"),
         // A connection keeps its path.
-        Rule::new()
-            .ct_original()
-            .ct_mark(marks.connection_kind_mask(), path)
-            .set_mark_by_ct_mark(set::PATH_OUT)
-            .accept(),
+        of_path(marks).set_mark_by_ct_mark(set::PATH_OUT).accept(),
         // On a gateway: a server's reply to another node's pod.
         reply_to_peer(marks),
         // Most packets of a node are none of Egret's, and no tunnel packets either.
         untagged(others().dport_not(TUNNEL_PORT)).accept(),
     ];
     let after = [
-        left_alone(others().dport_not(TUNNEL_PORT)),
-        Rule::new().ct_mark(marks.connection_mask(), path).jump("tracked"),
+        left_alone(others().dport_not(TUNNEL_PORT), marks),
+        tracked(),
         tunnel_packet().jump("foreign"),
         Rule::new().ct_state(CT_STATE_NEW | CT_STATE_INVALID).jump("unsolicited"),
         untagged(Rule::new()).jump("untagged"),
-        left_alone(others()),
+        // What has got its tag back.
+        tracked(),
+        left_alone(others(), marks),
+        Rule::new().ct_state(CT_STATE_RELATED).goto("related"),
         // By the tag to the pod's profile.
         Rule::new().vmap_by_mark(marks.kind_and_index_mask(), set::PODS),
         Rule::new().counter(counter::BLOCKED).drop(),
@@ -140,17 +155,53 @@ fn prerouting(marks: Marks, local: Option<IpAddr>) -> Vec<Rule> {
     before.into_iter().chain(tunnel).chain(after).collect()
 }
 
-/// What belongs to a connection of Egret's: of its packets whose path goes nowhere, and of answers.
+/// A connection that was there before its pod had a policy is left alone; so is an answer of the pod's.
+fn left_alone(rule: Rule, marks: Marks) -> Rule {
+    rule.clear_mark(!marks.kind_and_index_mask()).accept()
+}
+
+/// A packet that the pod of a connection with a path has sent. Others on the node can send packets with the same
+/// addresses and ports, which connection tracking takes for the connection's: it is the tag that says whose a packet is,
+/// for the pod's own veth gives it, and only to the pod's own addresses. An ICMP error may be about any connection.
+fn of_path(marks: Marks) -> Rule {
+    let tagged = Rule::new().mark(marks.tag_mask(), marks.tag_kind()).ct_state(CT_STATE_NEW | CT_STATE_ESTABLISHED);
+    tagged.ct_original().ct_mark(marks.connection_kind_mask(), marks.connection(0))
+}
+
+/// What belongs to a connection of Egret's: of its packets whose path goes nowhere, of errors and of answers. What its
+/// pod has not sent returns.
 fn tracked(marks: Marks) -> Vec<Rule> {
-    let path = marks.connection(0);
-    vec![
-        Rule::new().ct_original().ct_mark(marks.connection_kind_mask(), path).goto("known"),
-        Rule::new()
-            .ct_reply()
-            .ct_mark(marks.connection_kind_mask(), path)
-            .clear_mark(!marks.kind_and_index_mask())
-            .accept(),
-    ]
+    let (kind, path) = (marks.connection_kind_mask(), marks.connection(0));
+    let tagged = || Rule::new().mark(marks.tag_mask(), marks.tag_kind()).ct_state(CT_STATE_RELATED).ct_original();
+    let related = |(at, ip)| {
+        let rule = tagged().ct_mark(kind, path);
+        rule.mark_and_original_saddr_in_set(marks.kind_and_index_mask(), ip, set::OWN[at]).goto("known")
+    };
+    let mut rules = vec![of_path(marks).goto("known")];
+    rules.extend(Ip::BOTH.into_iter().enumerate().map(related));
+    rules.push(left_alone(Rule::new().ct_reply().ct_mark(kind, path), marks));
+    // On a gateway: the connection of another node's pod, whose packets come out of the tunnel.
+    let forged = Rule::new().ct_original().ct_mark(kind, marks.connection_of_peer(0));
+    rules.push(forged.counter(counter::SPOOFED).drop());
+    rules
+}
+
+/// A selected pod's ICMP error, or the first packet of a connection that a helper has foreseen: about a connection that
+/// the pod is an end of and that has no path, it goes where that goes. That it is for the other end is made sure of by
+/// the kernel (`nf_conntrack_inet_error`, Linux 5.1); that it is about the pod's own connection is not: the pod writes
+/// what the error is about, and with another's connection it would leave with that one's translation.
+fn related(marks: Marks) -> Vec<Rule> {
+    let mask = marks.kind_and_index_mask();
+    let others = || Rule::new().ct_mark_not(marks.connection_mask(), marks.connection(0));
+    let own = |(at, ip): (usize, Ip)| {
+        let began = others().ct_original().mark_and_original_saddr_in_set(mask, ip, set::OWN[at]);
+        let answers = others().ct_reply().mark_and_reply_saddr_in_set(mask, ip, set::OWN[at]);
+        [began, answers].map(|rule| left_alone(rule, marks))
+    };
+    let inside = direct().map(|rule| left_alone(rule.ct_mark_not(marks.connection_mask(), marks.connection(0)), marks));
+    let mut rules: Vec<Rule> = Ip::BOTH.into_iter().enumerate().flat_map(own).chain(inside).collect();
+    rules.push(Rule::new().counter(counter::BLOCKED).drop());
+    rules
 }
 
 /// Back through the tunnel, to the node whose request made the connection.
@@ -211,6 +262,7 @@ fn tag_lost() -> Vec<Rule> {
 /// live; anything else is dropped.
 fn from_tunnel(marks: Marks) -> Vec<Rule> {
     let mut rules = vec![
+        Rule::new().ct_state(CT_STATE_NEW).jump("to-owner"),
         Rule::new().ct_original().admit(set::PEER, WIRE_MASK, set::RX).accept(),
         Rule::new().ct_reply().ct_mark(marks.connection_kind_mask(), marks.connection(0)).set_mark(0).accept(),
         // A server's reply, handed over by the node that the path is being moved to.
@@ -218,9 +270,17 @@ fn from_tunnel(marks: Marks) -> Vec<Rule> {
         // The same to a pod here, whose connection has been forgotten meanwhile.
         late(marks).set_mark(0).accept(),
     ];
-    rules.extend(echo().map(Rule::accept));
+    // Their outer packets bear a mark, of which a bit comes along.
+    rules.extend(echo().map(|rule| rule.set_mark(0).accept()));
     rules.push(Rule::new().counter(counter::UNKNOWN).drop());
     rules
+}
+
+/// What a pod of another node sends to this node itself, an egress address of its own included, is not translated and
+/// would come past the host's firewall of the uplink.
+fn to_owner() -> Vec<Rule> {
+    let here = [RTN_LOCAL, RTN_BROADCAST, RTN_ANYCAST].map(|kind| Rule::new().ct_original().daddr_type(kind));
+    here.map(|rule| rule.counter(counter::TO_OWNER).drop()).into()
 }
 
 /// What a server has sent before it could know that the path was moved.
@@ -258,7 +318,16 @@ fn departure(marks: Marks) -> Vec<Rule> {
         Rule::new().oif_group(DEVICE_GROUP).goto("departure-tunnel"),
         Rule::new().mark_not(marks.kind_mask() | marks.path_mask(), 0).goto("departure-marked"),
         unmarked.goto("departure-unmarked"),
+        tunnel_packet().goto("departure-foreign"),
     ]
+}
+
+/// Tunnel packets between nodes are not tracked. Others are tracked, and may have been sent to a Service that stands for a
+/// node's end of the tunnel.
+fn departure_foreign() -> Vec<Rule> {
+    let forged = |(at, ip)| Rule::new().ct_state(CT_STATE_NEW | CT_STATE_ESTABLISHED).daddr_in_set(ip, set::TUNNEL[at]);
+    let forged = Ip::BOTH.into_iter().enumerate().map(forged);
+    forged.map(|rule| rule.counter(counter::FOREIGN).drop()).collect()
 }
 
 /// In the original direction of a connection of Egret's, without the mark that a request should have.

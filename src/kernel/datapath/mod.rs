@@ -38,12 +38,14 @@ pub mod counter {
     pub const LEAKED: &str = "leaked";
     /// A selected pod's packet that has lost its tag: what its policies say of it is not known.
     pub const UNTAGGED: &str = "untagged";
-    /// A pod's packet with a source address that is not its own.
+    /// A pod's packet with a source address that is not its own, or a host's process's with an egress address.
     pub const SPOOFED: &str = "spoofed";
-    /// A tunnel packet from somebody who is no node.
+    /// A tunnel packet from somebody who is no node, or that a process on this node has made.
     pub const FOREIGN: &str = "foreign";
     /// A request from the tunnel whose path or sender is unknown here.
     pub const UNKNOWN: &str = "unknown";
+    /// A request from the tunnel for this node itself, which is the path's owner.
+    pub const TO_OWNER: &str = "to_owner";
     /// A packet that was translated to another address than its path's: its connection is older than the path.
     pub const STALE: &str = "stale";
     /// A packet to an egress address that belongs to no connection.
@@ -169,6 +171,7 @@ fn inet(
             counter::SPOOFED,
             counter::FOREIGN,
             counter::UNKNOWN,
+            counter::TO_OWNER,
             counter::STALE,
             counter::UNSOLICITED,
             counter::OTHER_PORT,

@@ -45,6 +45,10 @@ pub(super) fn of_profile(profile: &Profile, marks: Marks) -> Vec<Rule> {
         passed ^= number;
         Rule::new().flip_mark(marks.uplink(number))
     };
+    if steps.iter().any(|step| step.fallback == Fallback::NodeAddress) {
+        // What connection tracking cannot place is not translated: it would bear the pod's own address.
+        rules.push(numbered().ct_state(CT_STATE_INVALID).counter(counter::BLOCKED).drop());
+    }
     for step in steps {
         for destination in destinations(step) {
             let mut matched = || destination.iter().fold(numbered(), |rule, part| part.add_to(rule));

@@ -33,6 +33,11 @@ impl Rule {
         self.load_meta(NFT_META_IIF, R1).differs(&[0; 4])
     }
 
+    /// `meta skuid >= 0`, at output: a process's socket has sent it, not the kernel itself.
+    pub fn by_process(self) -> Self {
+        self.load_meta(NFT_META_SKUID, R1).compare(5, &[0; 4])
+    }
+
     /// `meta nfproto ipv4` or `ipv6`
     pub fn ip(self, ip: Ip) -> Self {
         self.load_meta(NFT_META_NFPROTO, R1).equals(&[ip.nfproto()])
@@ -155,6 +160,26 @@ impl Rule {
         self.load_mark_and_saddr(mask, ip).lookup(set, R1, None, false)
     }
 
+    /// `meta mark and MASK . ct original ip saddr @SET`: the address that began the connection (Linux 4.17).
+    pub fn mark_and_original_saddr_in_set(self, mask: u32, ip: Ip, set: &str) -> Self {
+        self.mark_and_ct_saddr_in_set(mask, ip, IP_CT_DIR_ORIGINAL, set)
+    }
+
+    /// `meta mark and MASK . ct reply ip saddr @SET`: the address that answers, which is a Service's backend.
+    pub fn mark_and_reply_saddr_in_set(self, mask: u32, ip: Ip, set: &str) -> Self {
+        self.mark_and_ct_saddr_in_set(mask, ip, IP_CT_DIR_REPLY, set)
+    }
+
+    fn mark_and_ct_saddr_in_set(self, mask: u32, ip: Ip, direction: u8, set: &str) -> Self {
+        let loaded = self.ip(ip).load_meta(NFT_META_MARK, R1).and(&mask.to_ne_bytes());
+        let loaded = loaded.expression("ct", |d| {
+            d.be32(NFTA_CT_KEY, if ip == Ip::V4 { NFT_CT_SRC_IP } else { NFT_CT_SRC_IP6 });
+            d.be32(NFTA_CT_DREG, R1_SECOND_WORD);
+            d.attribute(NFTA_CT_DIRECTION, &[direction]);
+        });
+        loaded.lookup(set, R1, None, false)
+    }
+
     /// `meta mark and MASK . ip saddr != @SET`
     pub fn mark_and_saddr_not_in_set(self, mask: u32, ip: Ip, set: &str) -> Self {
         self.load_mark_and_saddr(mask, ip).lookup(set, R1, None, true)
@@ -167,12 +192,25 @@ impl Rule {
 
     /// `fib daddr type TYPE`
     pub fn daddr_type(self, kind: u32) -> Self {
+        self.fib(NFT_FIB_RESULT_ADDRTYPE, NFTA_FIB_F_DADDR).equals(&kind.to_ne_bytes())
+    }
+
+    /// `fib daddr . iif type TYPE`: as the interface sees it that the packet came in by.
+    pub fn daddr_type_at_iif(self, kind: u32) -> Self {
+        self.fib(NFT_FIB_RESULT_ADDRTYPE, NFTA_FIB_F_DADDR | NFTA_FIB_F_IIF).equals(&kind.to_ne_bytes())
+    }
+
+    /// `fib saddr . iif oif != 0`: packets to where it came from would leave by the interface that it came in by.
+    pub fn back_by_iif(self) -> Self {
+        self.fib(NFT_FIB_RESULT_OIF, NFTA_FIB_F_SADDR | NFTA_FIB_F_IIF).differs(&[0; 4])
+    }
+
+    fn fib(self, result: u32, flags: u32) -> Self {
         self.expression("fib", |d| {
             d.be32(NFTA_FIB_DREG, R1);
-            d.be32(NFTA_FIB_RESULT, NFT_FIB_RESULT_ADDRTYPE);
-            d.be32(NFTA_FIB_FLAGS, NFTA_FIB_F_DADDR);
+            d.be32(NFTA_FIB_RESULT, result);
+            d.be32(NFTA_FIB_FLAGS, flags);
         })
-        .equals(&kind.to_ne_bytes())
     }
 
     /// `meta l4proto PROTOCOL`
@@ -210,8 +248,7 @@ impl Rule {
         self.expression("ct", |d| {
             d.be32(NFTA_CT_KEY, NFT_CT_PROTO_SRC);
             d.be32(NFTA_CT_DREG, R1);
-            // IP_CT_DIR_ORIGINAL
-            d.attribute(NFTA_CT_DIRECTION, &[0]);
+            d.attribute(NFTA_CT_DIRECTION, &[IP_CT_DIR_ORIGINAL]);
         })
         .and(&mask)
         .load_payload(NFT_PAYLOAD_TRANSPORT_HEADER, OFFSET_SPORT, 2, R1_SECOND_WORD)

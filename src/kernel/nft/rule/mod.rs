@@ -30,6 +30,9 @@ const OFFSET_ICMP_TYPE: u32 = 0;
 const TCP_FLAG_SYN: u8 = 0x02;
 const TCP_OPTION_MAXSEG: u8 = 2;
 const IFNAMSIZ: usize = 16;
+/// `enum ip_conntrack_dir`, include/uapi/linux/netfilter/nf_conntrack_tuple_common.h.
+const IP_CT_DIR_ORIGINAL: u8 = 0;
+const IP_CT_DIR_REPLY: u8 = 1;
 
 /// Numbers of IP protocols, <https://www.iana.org/assignments/protocol-numbers>.
 pub mod protocol {
