@@ -5,7 +5,7 @@ mod lab;
 use lab::mishaps::owner_and_other;
 use lab::scene::{assert_blocked, assert_leaves_by_egress, assert_leaves_by_node};
 use lab::server::{UDP_WHO, WHO};
-use lab::{EXT4, EXT6, Lab, SERVERS, VISITOR, manifests};
+use lab::{EXT4, EXT6, Lab, Node, SERVERS, VISITOR, manifests};
 use serde_json::Value;
 use std::net::IpAddr;
 use std::process::{Command, Output};
@@ -51,7 +51,8 @@ fn metrics_tell_of_pods_paths_and_packets() {
 
     let dropped = |reason: &str| lab.metrics("n1").dropped(reason);
     assert!(dropped("blocked").is_some_and(|n| n >= 4.0), "the pod that is held: {:?}", dropped("blocked"));
-    for reason in ["leaked", "untagged", "spoofed", "foreign", "unknown", "stale", "unsolicited", "no_hop"] {
+    for reason in ["leaked", "untagged", "spoofed", "foreign", "unknown", "stale", "unsolicited", "to_owner", "no_hop"]
+    {
         assert!(dropped(reason).is_some(), "{reason}");
     }
     for (name, labels) in [
@@ -199,4 +200,36 @@ fn programs_need_no_library_and_the_plugin_is_small() {
     let of = |name: &str| symbols.lines().filter(|line| line.contains(name)).count();
     assert!(of("egret") > 10, "the plugin has no symbols");
     assert_eq!(["tokio", "kube_client", "hyper", "rustls"].map(of), [0; 4]);
+}
+
+#[test]
+fn check_names_firewalls_that_drop_what_is_forwarded() {
+    let lab = Lab::new();
+    let node = lab.node("n1");
+    let check = || run_on(node, &[EGRETD, "check"]);
+    let warnings = |text: &str| text.lines().filter(|l| l.starts_with("warn")).count();
+    let before = check();
+    assert!(before.contains("firewall, forwarding") && before.contains("flow tables"), "{before}");
+    node.run(["iptables", "-P", "FORWARD", "DROP"]);
+    node.nft(
+        "table inet fw { chain last { type filter hook forward priority 10; counter reject; }; \
+         chain open { type filter hook forward priority 20; counter accept; }; }",
+    );
+    let text = check();
+    for found in ["ip filter FORWARD", "inet fw last"] {
+        assert!(text.contains(found), "{found} is not in\n{text}");
+    }
+    assert!(!text.contains("fw open"), "{text}");
+    assert_eq!(warnings(&text), warnings(&before) + 1, "{text}");
+    for direction in ["-i", "-o"] {
+        node.run(["iptables", "-I", "FORWARD", direction, "egret", "-j", "ACCEPT"]);
+    }
+    node.nft("insert rule inet fw last iifname egret accept");
+    let text = check();
+    assert!(text.contains("no chain drops what it does not know"), "who lets it pass is not named:\n{text}");
+}
+
+/// What a command that ends well or not says.
+fn run_on(node: &Node, command: &[&str]) -> String {
+    String::from_utf8_lossy(&node.try_run(command).stdout).into_owned()
 }

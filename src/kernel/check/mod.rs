@@ -6,6 +6,7 @@
 mod host;
 mod links;
 mod nf_tables;
+mod others;
 mod trial;
 
 use std::fmt;
@@ -78,6 +79,7 @@ pub fn check() -> Vec<Need> {
     let mut all = host::kernel();
     all.extend(trial::run());
     all.extend(host::settings());
+    all.extend(others::read());
     all
 }
 
