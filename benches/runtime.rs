@@ -151,7 +151,8 @@ fn until_ready(site: &Site) -> Duration {
     let daemon = site.lab.daemon(site::NODE);
     daemon.term();
     let run_dir = site.node().run_dir().display().to_string();
-    let out = site.runtime.egretd(&["uninstall", "--run-dir", &run_dir]);
+    let state_dir = site.node().state_dir().display().to_string();
+    let out = site.runtime.egretd(&["uninstall", "--state-dir", &state_dir, "--run-dir", &run_dir]);
     assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
     site.runtime.install();
     let begin = Instant::now();

@@ -77,9 +77,10 @@ impl Host {
             ("--cni-conf-dir", path("conf")),
             ("--plugin", path("new-plugin")),
             ("--socket", path("run/cni.sock")),
+            ("--state-dir", path("state")),
         ];
         let all = all.into_iter().flat_map(|(flag, value)| [flag.to_owned(), value]);
-        std::iter::once("install".to_owned()).chain(all).collect()
+        ["install".to_owned(), "--entry".to_owned()].into_iter().chain(all).collect()
     }
 
     fn command(&self) -> Command {
@@ -108,7 +109,8 @@ impl Host {
     }
 
     fn entry(&self) -> String {
-        format!("{{\"type\": \"egret-cni\", \"socket\": \"{}\"}}", self.path("run/cni.sock").display())
+        let [socket, state] = ["run/cni.sock", "state"].map(|name| self.path(name).display().to_string());
+        format!("{{\"type\": \"egret-cni\", \"socket\": \"{socket}\", \"stateDir\": \"{state}\"}}")
     }
 
     /// [`PLAIN`] with the entry.
@@ -165,7 +167,8 @@ fn an_entry_with_another_socket_is_brought_up_to_date_where_it_stands() {
     host.write("10-flannel.conflist", &old);
     host.install();
     let socket = host.path("run/cni.sock").display().to_string();
-    assert_eq!(host.read("10-flannel.conflist"), old.replace("/old", &socket));
+    let state = format!("\"egret-cni\", \"stateDir\": \"{}\"", host.path("state").display());
+    assert_eq!(host.read("10-flannel.conflist"), old.replace("/old", &socket).replace("\"egret-cni\"", &state));
 }
 
 #[test]
@@ -272,6 +275,24 @@ fn wrong_directories_and_files_are_named() {
     fs::remove_file(host.path("new-plugin")).unwrap();
     assert!(host.fails().contains("--plugin"));
     assert_eq!(host.read("10-flannel.conflist"), PLAIN, "an entry without a plugin would stop all pods");
+}
+
+/// The daemon puts the entry there when it is in sync: not before, for a node that has never been is to be none the worse.
+#[test]
+fn without_being_asked_for_the_entry_it_puts_the_program_only_and_waits_for_nothing() {
+    let host = Host::new();
+    host.write("10-flannel.conflist", PLAIN);
+    let arguments = host.arguments();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_egretd"));
+    command.args(arguments.iter().filter(|a| *a != "--entry"));
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let out = ended(command.spawn().unwrap());
+    let said = String::from_utf8_lossy(&out.stderr).into_owned();
+    assert!(out.status.success() && said.contains("egretd node"), "{said}");
+    assert_eq!(host.names("bin"), ["egret-cni"]);
+    assert_eq!(host.read("10-flannel.conflist"), PLAIN);
+    fs::remove_dir_all(host.path("conf")).unwrap();
+    assert!(ended(command.spawn().unwrap()).status.success());
 }
 
 #[test]

@@ -143,18 +143,19 @@ fn del_may_come_twice_with_the_daemon_away_with_the_namespace_gone_and_without_a
 }
 
 #[test]
-fn a_last_word_that_cannot_be_written_holds_up_no_policy() {
+fn a_snapshot_for_the_plugin_that_cannot_be_written_holds_up_no_policy() {
     let lab = Lab::scene();
     let pod = lab.add_pod("n1", "office", "visitor", VISITOR);
     assert_leaves_by_node(&pod);
     // Whoever writes the file finds a directory in the way.
-    let in_the_way = lab.node("n1").run_dir().join(".last-word.json");
+    let in_the_way = lab.node("n1").state_dir().join(".offline-policies.json");
     fs::create_dir(&in_the_way).expect("a directory");
     lab.write_manifest("more.yaml", &visitors().replace("namespace: shop", "namespace: office"));
     lab.wait_seen_as(&pod, EGRESS4);
     lab.wait_until("it says that something is wrong", Duration::from_secs(5), || !lab.ready("n1"));
     // What it said before would let pods of that namespace go.
-    assert!(!lab.node("n1").run_dir().join("last-word.json").exists());
+    let snapshot = fs::read(lab.node("n1").state_dir().join("offline-policies.json")).expect("the snapshot");
+    assert_eq!(snapshot, b"");
     assert_leaves_by_egress(&lab.add_pod("n1", "office", "another", VISITOR));
     fs::remove_dir(&in_the_way).expect("no directory");
     lab.wait_ready("n1");

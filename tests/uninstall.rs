@@ -54,6 +54,7 @@ fn uninstall(node: &Node, more: &[&str]) -> Output {
     argv.extend(["--cni-bin-dir".into(), cni_dir(node, "bin").display().to_string()]);
     argv.extend(["--cni-conf-dir".into(), cni_dir(node, "conf").display().to_string()]);
     argv.extend(["--run-dir".into(), node.run_dir().display().to_string()]);
+    argv.extend(["--state-dir".into(), node.state_dir().display().to_string()]);
     argv.extend(more.iter().map(|a| (*a).to_owned()));
     node.try_run(argv)
 }
@@ -80,7 +81,7 @@ fn after_an_uninstallation_a_host_is_as_it_was_before_the_first_start() {
         let conf = node.directory.join("conf").display().to_string();
         let bin = node.directory.join("bin").display().to_string();
         let socket = node.cni_socket().display().to_string();
-        node.run([program, "install", "--cni-conf-dir", &conf, "--cni-bin-dir", &bin, "--socket", &socket]);
+        node.run([program, "install", "--entry", "--cni-conf-dir", &conf, "--cni-bin-dir", &bin, "--socket", &socket]);
         assert!(fs::read_to_string(node.directory.join("conf").join(LIST)).expect("read").contains("egret-cni"));
     }
     start(&lab);
@@ -126,7 +127,7 @@ fn after_an_uninstallation_a_host_is_as_it_was_before_the_first_start() {
         uninstalled(node, &["--cluster", &cluster, "--name", &node.name]);
         uninstalled(node, &["--remove-plugin"]);
         uninstalled(node, &["--remove-plugin"]);
-        assert!(!node.run_dir().exists());
+        assert!(!node.run_dir().exists() && !node.state_dir().exists());
         let left: Vec<_> = fs::read_dir(node.directory.join("bin")).expect("bin").flatten().collect();
         assert_eq!(left.len(), 1, "{left:?}");
     }
@@ -198,6 +199,7 @@ fn the_daemon_answers_another_cnis_rewrite_within_a_second() {
     let (lab, conf, bin) = kept();
     fs::remove_dir(&conf).expect("remove");
     lab.start();
+    assert!(lab.node("n1").state_dir().join("offline-policies.json").exists());
     let list = conf.join(LIST);
     let second = Duration::from_secs(1);
     assert_eq!(lab.metrics("n1").get("egret_node_cni_configured", &[]), Some(0.0));

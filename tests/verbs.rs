@@ -75,7 +75,7 @@ fn gc_ends_what_its_network_has_no_more_and_status_says_that_pods_can_start() {
     assert_eq!(status(stays), None);
     node.ip("route flush table 7873");
     node.ip("-6 route flush table 7873");
-    assert_eq!(status(stays), Some(50));
+    assert_eq!(status(stays), None, "a runtime that hears no takes the whole node for one without a network");
     lab.daemon("n1").restart();
     lab.wait_ready("n1");
     assert_eq!(status(stays), None);

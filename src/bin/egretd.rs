@@ -4,7 +4,7 @@ use anyhow::Context;
 use clap::{Parser, Subcommand};
 use egret::cluster::kube::{Reviewer, Verdict};
 use egret::cluster::{self, KubeOptions, LeaseSettings, Scope, SourceName};
-use egret::cni::config::DEFAULT_SOCKET;
+use egret::cni::config::{DEFAULT_SOCKET, DEFAULT_STATE_DIR};
 use egret::kernel::check;
 use egret::plan::destination::parse_cidr;
 use egret::plan::marks::Marks;
@@ -54,7 +54,7 @@ enum Command {
     Node(Node),
     /// Keep the ledger: give policies their addresses, and addresses their nodes
     Controller(Controller),
-    /// Put the CNI plugin and its entry into place; waits until there is a network configuration
+    /// Put the CNI plugin into place; `egretd node` puts its entry into the network configuration when it is in sync
     Install(Install),
     /// Remove everything of Egret's from this host; pods then leave from their node's address
     Uninstall(Uninstall),
@@ -101,6 +101,9 @@ struct Node {
     /// Where the plugin's socket and the pods' attachments are
     #[arg(long, env = "EGRET_RUN_DIR", default_value = "/run/egret")]
     run_dir: PathBuf,
+    /// Where the offline policy snapshot is left for the plugin; it must outlive a reboot
+    #[arg(long, env = "EGRET_STATE_DIR", default_value = DEFAULT_STATE_DIR)]
+    state_dir: PathBuf,
     /// The address that other nodes send tunnel packets to [default: the node's first InternalIP on this host]
     #[arg(long, env = "EGRET_TUNNEL_ADDRESS")]
     tunnel_address: Option<IpAddr>,
@@ -155,6 +158,13 @@ struct Install {
     /// The socket of `egretd node` on this host: cni.sock in its run directory
     #[arg(long, env = "EGRET_CNI_SOCKET", default_value = DEFAULT_SOCKET)]
     socket: PathBuf,
+    /// The state directory of `egretd node` on this host
+    #[arg(long, env = "EGRET_STATE_DIR", default_value = DEFAULT_STATE_DIR)]
+    state_dir: PathBuf,
+    /// Put the entry into the network configuration, too, and wait until there is one: for an `egretd node` that runs
+    /// without --cni-conf-dir
+    #[arg(long)]
+    entry: bool,
 }
 
 #[derive(clap::Args)]
@@ -164,6 +174,9 @@ struct Uninstall {
     /// The run directory of `egretd node` on this host
     #[arg(long, env = "EGRET_RUN_DIR", default_value = "/run/egret")]
     run_dir: PathBuf,
+    /// The state directory of `egretd node` on this host
+    #[arg(long, env = "EGRET_STATE_DIR", default_value = DEFAULT_STATE_DIR)]
+    state_dir: PathBuf,
     /// The upper 16 bits of the connection marks that were Egret's
     #[arg(long, env = "EGRET_CONNECTION_MARK", default_value = "0x4547", value_parser = base)]
     connection_mark: u16,
@@ -273,6 +286,7 @@ impl Node {
             name: self.name,
             cluster,
             run_dir: self.run_dir,
+            state_dir: self.state_dir,
             tunnel_address: self.tunnel_address,
             direct: self.direct,
             liveness: node::liveness::Settings { interval: self.probe_interval, misses: self.probe_misses },
@@ -322,6 +336,8 @@ impl Install {
             conf_dir: self.directories.cni_conf_dir,
             plugin: self.plugin.map_or_else(install::plugin::beside_this_program, Ok)?,
             socket: self.socket,
+            state_dir: self.state_dir,
+            entry: self.entry,
         })
     }
 }
@@ -332,6 +348,7 @@ impl Uninstall {
             bin_dir: self.directories.cni_bin_dir,
             conf_dir: self.directories.cni_conf_dir,
             run_dir: self.run_dir,
+            state_dir: self.state_dir,
             remove_plugin: self.remove_plugin,
             marks: Marks::new(self.connection_mark, Marks::default().shift)?,
             cluster: self

@@ -204,9 +204,20 @@ impl Leadership {
 /// # Errors
 /// The source does not exist or cannot be watched.
 pub async fn open(name: &SourceName, scope: Scope) -> anyhow::Result<Source> {
+    open_and_report(name, scope, &|_| {}).await
+}
+
+/// Who is told what an opening waits for, in the words of the log.
+pub type WaitingFor<'a> = &'a (dyn Fn(&str) + Sync);
+
+/// Opens a source as [`open`] does, and reports what it waits for meanwhile.
+///
+/// # Errors
+/// The source does not exist or cannot be watched.
+pub async fn open_and_report(name: &SourceName, scope: Scope, waiting_for: WaitingFor<'_>) -> anyhow::Result<Source> {
     match name {
         SourceName::Dir(path) => dir::open(path, scope).await,
-        SourceName::Kube(options) => kube::open(options.clone(), scope).await,
+        SourceName::Kube(options) => kube::open(options.clone(), scope, waiting_for).await,
     }
 }
 

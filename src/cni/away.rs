@@ -1,5 +1,6 @@
 //! What the plugin does by itself while the daemon is away: it does not stop pods from starting, and it does not let
-//! them leak.
+//! them leak. A pod that no policy can select starts as if Egret were not there. One that a policy can select starts in
+//! quarantine; after a reboot, when the quarantine's routes are gone, it waits for the daemon.
 //!
 //! Everything is recorded in the attachment's file before it is done and undone before the file goes, so that it can
 //! be broken off at any line and run again. Plugins run side by side: what reads the files of others before it
@@ -7,7 +8,7 @@
 //! last has it: a DEL may come late, when the address is another pod's already, and must leave that pod's rule.
 
 use super::attachment::{Attachment, AttachmentId, load_all};
-use super::last_word::LastWord;
+use super::offline_policies::OfflinePolicies;
 use super::protocol::{Failure, codes};
 use super::run_dir;
 use super::uninstalled;
@@ -24,7 +25,7 @@ use std::path::Path;
 pub enum Admission {
     /// The pod may run: free, or in quarantine.
     Recorded,
-    /// The daemon left nothing on this boot to hold a pod with; why, in words.
+    /// The pod has to be held, and there is nothing to hold it with before the daemon has run; why, in words.
     Unprepared(String),
 }
 
@@ -32,31 +33,36 @@ pub enum Admission {
 ///
 /// # Errors
 /// The pod could not be held.
-pub fn add(run_dir: &Path, attachment: &Attachment) -> Result<Admission, Failure> {
-    let Some(word) = last_word(run_dir) else {
-        return Ok(Admission::Unprepared("egretd has not run on this node since it started".into()));
+pub fn add(run_dir: &Path, state_dir: &Path, attachment: &Attachment) -> Result<Admission, Failure> {
+    let namespace = &attachment.pod.namespace;
+    let selected_by = match that_select_in(state_dir, namespace) {
+        Ok(selected_by) => selected_by,
+        Err(e) => return Ok(Admission::Unprepared(format!("which policies there are is not known: {e}"))),
     };
-    let can_select = word.can_select(&attachment.pod.namespace);
-    if can_select && attachment.host.is_none() {
-        return Err(Failure::new(
-            codes::NO_HOST_INTERFACE,
-            format!("the pod's interface {} has no veth peer on the host", attachment.id.ifname),
-            format!(
-                "a policy can select pods of namespace {}, and a pod without one cannot be held to it; egretd, which \
-                 would know, is away",
-                attachment.pod.namespace
-            ),
-        ));
-    }
-    let mut quarantine = open()?;
-    if can_select {
+    if let Some(policies) = &selected_by {
+        if attachment.host.is_none() {
+            return Err(Failure::new(
+                codes::NO_HOST_INTERFACE,
+                format!("the pod's interface {} has no veth peer on the host", attachment.id.ifname),
+                format!(
+                    "{policies} can select pods of namespace {namespace}, and a pod without one cannot be held to it; \
+                     egretd, which would know, is away"
+                ),
+            ));
+        }
+        let mut quarantine = open()?;
         for address in &attachment.addresses {
             if !quarantine.is_ready(Family::of(address)).map_err(kernel)? {
-                let why = format!("the quarantine's routes, which egretd makes, are not there for {address}");
-                return Ok(Admission::Unprepared(why));
+                return Ok(Admission::Unprepared(format!(
+                    "{policies} can select pods of namespace {namespace}, and the routes of the quarantine, which \
+                     egretd makes when it starts, are not there"
+                )));
             }
         }
     }
+    let mut quarantine = open()?;
+    // It goes with a reboot, and the daemon may not have run since.
+    run_dir::make(run_dir).map_err(|e| files(run_dir, &e))?;
     let _lock = lock(run_dir)?;
     if uninstalled::is_marked(run_dir) {
         // What is held now, nobody would lift.
@@ -65,7 +71,7 @@ pub fn add(run_dir: &Path, attachment: &Attachment) -> Result<Admission, Failure
     let before = attachment.id.load(run_dir).map_err(|e| files(run_dir, &e))?;
     attachment.store(run_dir).map_err(|e| files(run_dir, &e))?;
     for address in &attachment.addresses {
-        let done = if can_select { quarantine.hold(address) } else { quarantine.lift(address) };
+        let done = if selected_by.is_some() { quarantine.hold(address) } else { quarantine.lift(address) };
         done.map_err(kernel)?;
     }
     // A runtime that adds again without a DEL between may come with other addresses.
@@ -115,7 +121,7 @@ pub fn gc(run_dir: &Path, network: &str, valid: &[AttachmentId]) -> Result<(), F
 ///
 /// # Errors
 /// The pod is not recorded as it is, or can reach the outside though a policy can select it.
-pub fn check(run_dir: &Path, attachment: &Attachment, why_away: &str) -> Result<(), Failure> {
+pub fn check(run_dir: &Path, state_dir: &Path, attachment: &Attachment, why_away: &str) -> Result<(), Failure> {
     let wrong = |msg: String| Err(Failure::new(codes::NOT_PROGRAMMED, msg, "delete the pod and let it be made anew"));
     match attachment.id.load(run_dir).map_err(|e| files(run_dir, &e))? {
         None => return wrong(format!("there is no record of an ADD for {}", attachment.id.container_id)),
@@ -127,7 +133,7 @@ pub fn check(run_dir: &Path, attachment: &Attachment, why_away: &str) -> Result<
         }
         Some(_) => {}
     }
-    if last_word(run_dir).is_some_and(|word| !word.can_select(&attachment.pod.namespace)) {
+    if matches!(that_select_in(state_dir, &attachment.pod.namespace), Ok(None)) {
         return Ok(());
     }
     let held = open()?.held().map_err(kernel)?;
@@ -141,30 +147,14 @@ pub fn check(run_dir: &Path, attachment: &Attachment, why_away: &str) -> Result<
     ))
 }
 
-/// STATUS.
-///
-/// # Errors
-/// No pod could be added: there is nothing to hold it with.
-pub fn status(run_dir: &Path, why_away: &str) -> Result<(), Failure> {
-    let unavailable = |msg: &str| {
-        let details = format!("egretd is away: {why_away}; start it on this node");
-        Err(Failure::new(codes::NOT_AVAILABLE, msg, details))
-    };
-    if last_word(run_dir).is_none() {
-        return unavailable("egretd has not run on this node since it started");
-    }
-    let mut quarantine = open()?;
-    for family in Family::ALL {
-        if quarantine.is_ready(family).map_err(kernel)? {
-            return Ok(());
-        }
-    }
-    unavailable("the quarantine's routes, which egretd makes, are not there")
-}
-
-/// A word that cannot be read says nothing.
-fn last_word(run_dir: &Path) -> Option<LastWord> {
-    LastWord::load(run_dir).ok().flatten()
+/// The policies that can select a pod of the namespace, in words; `None` if there are none. A node whose daemon has
+/// never been in sync knows of none.
+fn that_select_in(state_dir: &Path, namespace: &str) -> io::Result<Option<String>> {
+    let Some(snapshot) = OfflinePolicies::load(state_dir)? else { return Ok(None) };
+    Ok(snapshot.that_select_in(namespace).map(|policies| match policies {
+        [policy] => format!("policy {policy}"),
+        _ => format!("policies {}", policies.join(", ")),
+    }))
 }
 
 /// Undoes one attachment, and forgets it. The lock is held.

@@ -18,6 +18,8 @@ pub const MAX_BYTES: usize = 8 * 1024 * 1024;
 
 /// Where the daemon listens unless something else is said.
 pub const DEFAULT_SOCKET: &str = "/run/egret/cni.sock";
+/// Where the offline policy snapshot lies unless something else is said. It outlives a reboot.
+pub const DEFAULT_STATE_DIR: &str = "/var/lib/egret";
 /// `sun_path` less the NUL byte, include/uapi/linux/un.h.
 const MAX_SOCKET: usize = 107;
 
@@ -84,6 +86,8 @@ pub struct Config<'a> {
     pub network: String,
     /// `socket`: where the daemon listens.
     pub socket: PathBuf,
+    /// `stateDir`: where the daemon leaves what outlives a reboot.
+    pub state_dir: PathBuf,
     /// `prevResult`, unread; `None` if missing or null.
     pub previous: Option<&'a RawValue>,
     /// `cni.dev/valid-attachments`, of a GC.
@@ -102,9 +106,11 @@ impl<'a> Config<'a> {
         }
         let socket = fields.optional::<PathBuf>("socket")?.unwrap_or_else(|| DEFAULT_SOCKET.into());
         check_socket(&socket)?;
+        let state_dir = fields.optional::<PathBuf>("stateDir")?.unwrap_or_else(|| DEFAULT_STATE_DIR.into());
+        check_state_dir(&state_dir)?;
         let previous = fields.0.get("prevResult").copied().filter(|value| value.get() != "null");
         let valid = if command == Command::Gc { valid_attachments(fields)? } else { Vec::new() };
-        Ok(Config { network, socket, previous, valid })
+        Ok(Config { network, socket, state_dir, previous, valid })
     }
 
     /// The daemon's run directory: the one its socket lies in.
@@ -148,6 +154,20 @@ pub fn check_socket(socket: &Path) -> Result<(), Failure> {
     ))
 }
 
+/// Refuses a path that cannot be the state directory.
+///
+/// # Errors
+/// It is relative.
+pub fn check_state_dir(state_dir: &Path) -> Result<(), Failure> {
+    if state_dir.is_absolute() {
+        return Ok(());
+    }
+    Err(invalid(
+        format!("state directory {state_dir:?} is relative"),
+        "give egretd's state directory by its absolute path",
+    ))
+}
+
 fn invalid(msg: impl Into<String>, details: impl Into<String>) -> Failure {
     Failure::new(codes::INVALID_CONFIGURATION, msg, details)
 }
@@ -183,7 +203,11 @@ mod tests {
 
     #[test]
     fn a_wrong_type_names_its_key() {
-        for (text, key) in [(r#"{"name": 5}"#, "name"), (r#"{"name": "n", "socket": []}"#, "socket")] {
+        for (text, key) in [
+            (r#"{"name": 5}"#, "name"),
+            (r#"{"name": "n", "socket": []}"#, "socket"),
+            (r#"{"name": "n", "stateDir": 1}"#, "stateDir"),
+        ] {
             let (code, msg) = code(config(text, Command::Add));
             assert!(code == codes::DECODE && msg.starts_with(key), "{code} {msg}");
         }

@@ -10,8 +10,9 @@ use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// How long the daemon may take for an answer. A runtime gives the whole of ADD some minutes.
-const ANSWER_SECONDS: i64 = 30;
+/// How long the daemon may take for an answer. A runtime gives the whole of ADD some minutes, and pods of other policies,
+/// or of none, are not to wait for a daemon that hangs.
+const ANSWER_SECONDS: i64 = 10;
 /// How often a daemon that is away is looked for while waiting for it.
 const RETRY: Duration = Duration::from_millis(50);
 /// An answer has a few hundred bytes.
@@ -22,8 +23,10 @@ const MAX_ANSWER: u64 = 1024 * 1024;
 pub enum Answer {
     /// The daemon did it.
     Done,
-    /// The daemon understood, and says no; or it is there and does not answer.
+    /// The daemon understood, and says no.
     Refused(Failure),
+    /// A daemon is there and does not answer in time; in words. It may still do what it was asked.
+    Silent(String),
     /// There is no daemon that understands; why, in words.
     Away(String),
 }
@@ -91,10 +94,9 @@ impl<'a> Question<'a> {
     }
 
     fn silent(&self) -> Answer {
-        Answer::Refused(Failure::new(
-            codes::TRY_AGAIN,
-            format!("egretd at {} did not answer within {ANSWER_SECONDS} seconds", self.socket.display()),
-            "look at egretd's log on this node",
+        let at = self.socket.display();
+        Answer::Silent(format!(
+            "egretd at {at} did not answer within {ANSWER_SECONDS} seconds; look at its log on this node"
         ))
     }
 }

@@ -16,7 +16,7 @@ use std::io::{self, IsTerminal, Write};
 use std::process::ExitCode;
 use std::time::Duration;
 
-/// How long ADD waits for a daemon that has not run since boot. Longer than a daemon takes to start, and shorter than
+/// How long ADD waits for a daemon without which the pod cannot be held. Longer than a daemon takes to start, and shorter than
 /// the quarter of a minute after which a kubelet tries again.
 const PATIENCE: Duration = Duration::from_secs(5);
 
@@ -79,10 +79,9 @@ fn serve(version: &mut Version) -> Result<String, Failure> {
             let question = Question::new(&config.socket, verb)?;
             when_away(&question, |_| away::gc(config.run_dir(), &config.network, &config.valid))
         }
-        Call::Status => {
-            let question = Question::new(&config.socket, Verb::Status)?;
-            when_away(&question, |why| away::status(config.run_dir(), why))
-        }
+        // Whatever the daemon does: a runtime that is told no takes the whole node for one without a network, and its
+        // pods of all namespaces with it. Pods that a policy can select are held by ADD.
+        Call::Status => Ok(String::new()),
         Call::Version => Ok(versions(&input)),
     }
 }
@@ -92,7 +91,7 @@ fn when_away(question: &Question<'_>, otherwise: impl FnOnce(&str) -> Result<(),
     match question.ask() {
         Answer::Done => {}
         Answer::Refused(failure) => return Err(failure),
-        Answer::Away(why) => otherwise(&why)?,
+        Answer::Away(why) | Answer::Silent(why) => otherwise(&why)?,
     }
     Ok(String::new())
 }
@@ -112,21 +111,23 @@ fn add(config: &Config<'_>, target: Target) -> Result<String, Failure> {
         Answer::Done => return Ok(result),
         Answer::Refused(failure) => return Err(failure),
         Answer::Away(_) => {}
+        Answer::Silent(why) => {
+            return match away::add(config.run_dir(), &config.state_dir, &attachment)? {
+                Admission::Recorded => Ok(result),
+                Admission::Unprepared(cause) => Err(waits(&cause, &why)),
+            };
+        }
     }
-    let answer = match away::add(config.run_dir(), &attachment)? {
+    let answer = match away::add(config.run_dir(), &config.state_dir, &attachment)? {
         // Once more: a daemon that came back in the meantime may have read the records before this pod's was there.
         // One that comes back after this reads it.
         Admission::Recorded => match question.ask() {
-            Answer::Away(_) => Answer::Done,
+            Answer::Away(_) | Answer::Silent(_) => Answer::Done,
             answer => answer,
         },
         Admission::Unprepared(why) => match question.ask_for(PATIENCE) {
             Answer::Away(_) if uninstalled::is_marked(config.run_dir()) => Answer::Done,
-            Answer::Away(reason) => Answer::Refused(Failure::new(
-                codes::TRY_AGAIN,
-                format!("egretd is away, and the pod cannot be held without it: {why}"),
-                format!("start egretd on this node; {reason}"),
-            )),
+            Answer::Away(reason) | Answer::Silent(reason) => Answer::Refused(waits(&why, &reason)),
             answer => answer,
         },
     };
@@ -136,12 +137,17 @@ fn add(config: &Config<'_>, target: Target) -> Result<String, Failure> {
     }
 }
 
+fn waits(cause: &str, why_away: &str) -> Failure {
+    let msg = format!("the pod waits for egretd, which is away: {cause}");
+    Failure::new(codes::TRY_AGAIN, msg, format!("start egretd on this node; {why_away}"))
+}
+
 fn check(config: &Config<'_>, target: Target) -> Result<String, Failure> {
     let side = PodSide::read(config.previous)?;
     let Some(pod) = target.pod.clone() else { return Ok(String::new()) };
     let attachment = attachment(config, target, pod, side)?;
     let question = Question::new(&config.socket, Verb::Check(attachment.clone()))?;
-    when_away(&question, |why| away::check(config.run_dir(), &attachment, why))
+    when_away(&question, |why| away::check(config.run_dir(), &config.state_dir, &attachment, why))
 }
 
 fn attachment(config: &Config<'_>, target: Target, pod: PodRef, side: PodSide) -> Result<Attachment, Failure> {

@@ -35,8 +35,6 @@ pub enum Verb {
         /// All that the runtime knows.
         valid: Vec<AttachmentId>,
     },
-    /// Can pods be added?
-    Status,
 }
 
 /// What the daemon answers.
@@ -83,8 +81,6 @@ pub mod codes {
     pub const INVALID_CONFIGURATION: u32 = 7;
     /// Try again later.
     pub const TRY_AGAIN: u32 = 11;
-    /// The plugin is not available and cannot service ADD requests (STATUS).
-    pub const NOT_AVAILABLE: u32 = 50;
     /// A selected pod's interface has no veth peer on the host, so it cannot be held to its policy.
     pub const NO_HOST_INTERFACE: u32 = 100;
     /// CHECK: the kernel is not as it should be for the pod.

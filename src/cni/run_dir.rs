@@ -18,8 +18,6 @@ pub const PLUGIN_LOCK: &str = "attachments.lock";
 pub const ATTACHMENTS: &str = "attachments";
 /// What the daemon was told of the cluster, with the Kubernetes API as its source.
 pub const KNOWN: &str = "known";
-/// The daemon's last word.
-pub const LAST_WORD: &str = "last-word.json";
 
 /// Makes the directory, for root alone.
 ///

@@ -36,8 +36,9 @@ pub async fn run(source: &SourceName, addresses: &Addresses) -> anyhow::Result<(
     let metrics = Metrics::new(&mut registry);
     let (ready, readiness) = watch::channel(Err("the cluster has not been read yet".to_owned()));
     let _servers = addresses.serve(server::Metrics::new(registry), readiness)?;
+    let waiting_for = |what: &str| drop(ready.send_replace(Err(what.to_owned())));
     let source = tokio::select! {
-        source = cluster::open(source, Scope::Controller) => source?,
+        source = cluster::open_and_report(source, Scope::Controller, &waiting_for) => source?,
         ended = stopped() => return ended,
     };
     let stop = source.leadership.clone();

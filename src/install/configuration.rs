@@ -2,7 +2,7 @@
 //! choose it themselves (go-cni's `loadFromConfDir`, ocicni's `loadNetworks`).
 
 use super::directory::{Directory, Found};
-use super::network::{Kind, Network, stand_in};
+use super::network::{Entry, Kind, Network, stand_in};
 use anyhow::{Context, Result, anyhow};
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -39,16 +39,16 @@ pub struct Outcome {
     pub passed_over: Vec<String>,
 }
 
-/// Sees to it that the runtime's chain of plugins has the entry, with this socket.
+/// Sees to it that the runtime's chain of plugins has the entry.
 ///
 /// # Errors
 /// A file cannot be written, or the directory cannot be read.
-pub fn put(path: &Path, socket: &str) -> Result<Outcome> {
+pub fn put(path: &Path, entry: Entry<'_>) -> Result<Outcome> {
     let mut outcome = Outcome { state: State::Missing, changed: false, passed_over: Vec::new() };
     let Some(directory) = Directory::open(path)? else { return Ok(outcome) };
     for _ in 0..ROUNDS {
         outcome.passed_over.clear();
-        match look(&directory, socket, !outcome.changed, &mut outcome.passed_over)? {
+        match look(&directory, entry, !outcome.changed, &mut outcome.passed_over)? {
             // Looked at again: the file may have been changed since it was read.
             Look::Written => outcome.changed = true,
             Look::Again => {}
@@ -69,7 +69,7 @@ enum Look {
 }
 
 /// `may_write`: the entry is written once; who undoes it at once is not answered before the next call.
-fn look(directory: &Directory, socket: &str, may_write: bool, passed_over: &mut Vec<String>) -> Result<Look> {
+fn look(directory: &Directory, entry: Entry<'_>, may_write: bool, passed_over: &mut Vec<String>) -> Result<Look> {
     let mut stand_ins = BTreeMap::new();
     let mut first: Option<(String, Kind, Found)> = None;
     for name in directory.names()? {
@@ -103,7 +103,7 @@ fn look(directory: &Directory, socket: &str, may_write: bool, passed_over: &mut 
     }
     let (wanted, settled) = match &first {
         None => (None, State::Missing),
-        Some((name, kind, found)) => match extend(directory, name, *kind, found, socket, &stand_ins, may_write)? {
+        Some((name, kind, found)) => match extend(directory, name, *kind, found, entry, &stand_ins, may_write)? {
             Extension::Done => (None, State::Ready(name.clone())),
             Extension::StandIn(name) => (Some(name.clone()), State::Ready(name)),
             Extension::Written => return Ok(Look::Written),
@@ -134,7 +134,7 @@ fn extend(
     name: &str,
     kind: Kind,
     found: &Found,
-    socket: &str,
+    entry: Entry<'_>,
     stand_ins: &BTreeMap<String, Vec<u8>>,
     may_write: bool,
 ) -> Result<Extension> {
@@ -144,7 +144,7 @@ fn extend(
         return Ok(Extension::Impossible(reason));
     }
     if kind == Kind::List {
-        let extended = network.extended(socket);
+        let extended = network.extended(entry);
         if extended == text {
             return Ok(Extension::Done);
         }
@@ -158,7 +158,7 @@ fn extend(
         }
     }
     let list = stand_in(name);
-    let text = network.standing_for(name, socket);
+    let text = network.standing_for(name, entry);
     match stand_ins.get(&list) {
         Some(there) if there == text.as_bytes() => return Ok(Extension::StandIn(list)),
         _ if !may_write => return Ok(Extension::Again),

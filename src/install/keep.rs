@@ -2,7 +2,7 @@
 //! and whoever sets up a host's plugins may remove a program that they do not know.
 
 use super::configuration::{self, State};
-use super::{left_alone, passed_over, plugin, socket_text};
+use super::{entry, left_alone, passed_over, plugin};
 use futures_util::StreamExt;
 use inotify::{EventStream, Inotify, WatchMask};
 use prometheus_client::metrics::counter::Counter;
@@ -37,6 +37,8 @@ pub struct Options {
     pub bin_dir: Option<PathBuf>,
     /// The daemon's socket.
     pub socket: PathBuf,
+    /// The daemon's state directory.
+    pub state_dir: PathBuf,
 }
 
 /// What is counted.
@@ -141,7 +143,8 @@ impl Keeper {
                 let source = plugin::beside_this_program()?;
                 if plugin::is_settled(&source) { plugin::put(&source, dir).map(Some) } else { Ok(None) }
             });
-            (program, socket_text(&options.socket).and_then(|socket| configuration::put(&options.conf_dir, socket)))
+            let entry = entry(&options.socket, &options.state_dir);
+            (program, entry.and_then(|entry| configuration::put(&options.conf_dir, entry)))
         });
         let Ok((program, entry)) = looked.await else { return true };
         let dir = self.options.conf_dir.display().to_string();

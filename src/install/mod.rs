@@ -8,10 +8,11 @@ mod network;
 pub mod plugin;
 pub mod uninstall;
 
-use crate::cni::config::check_socket;
+use crate::cni::config::{check_socket, check_state_dir};
 use crate::cni::uninstalled;
 use anyhow::{Context, Result, bail};
 use configuration::State;
+use network::Entry;
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -34,14 +35,19 @@ pub struct Options {
     pub plugin: PathBuf,
     /// Where the plugin finds the daemon.
     pub socket: PathBuf,
+    /// Where the plugin finds what the daemon leaves for the time when it is away.
+    pub state_dir: PathBuf,
+    /// Whether the entry is put into the network configuration as well.
+    pub entry: bool,
 }
 
-/// Puts the program into its place, then the entry, for which it waits until there is a configuration to put it into.
+/// Puts the program into its place; then, if it is asked to, the entry, for which it waits until there is a configuration
+/// to put it into. Who does not ask leaves the entry to the daemon, which puts it there when it is in sync.
 ///
 /// # Errors
 /// What cannot be written; a configuration that cannot be extended.
 pub fn run(options: &Options) -> Result<()> {
-    let socket = socket_text(&options.socket)?;
+    let entry = entry(&options.socket, &options.state_dir)?;
     let place = options.bin_dir.display();
     match plugin::put(&options.plugin, &options.bin_dir)? {
         true => tracing::info!("egret-cni is in {place} now"),
@@ -50,10 +56,14 @@ pub fn run(options: &Options) -> Result<()> {
     if let Some(run_dir) = options.socket.parent() {
         uninstalled::clear(run_dir).with_context(|| format!("run directory {}", run_dir.display()))?;
     }
+    if !options.entry {
+        tracing::info!("the entry in the network configuration is left to egretd node --cni-conf-dir");
+        return Ok(());
+    }
     let dir = options.conf_dir.display();
     let (mut said, mut said_at, mut changed) = (Vec::new(), None::<Instant>, false);
     loop {
-        let outcome = configuration::put(&options.conf_dir, socket)?;
+        let outcome = configuration::put(&options.conf_dir, entry)?;
         changed |= outcome.changed;
         for file in outcome.passed_over.iter().filter(|file| !said.contains(*file)) {
             tracing::warn!("{}", passed_over(file));
@@ -89,8 +99,9 @@ fn left_alone(dir: &Path, file: &str, reason: &str) -> String {
     format!("{}/{file} is left alone, and pods start without Egret: {reason}", dir.display())
 }
 
-/// The socket's path as it stands in the entry.
-fn socket_text(socket: &Path) -> Result<&str> {
-    check_socket(socket).map_err(|e| anyhow::anyhow!("{e}"))?;
-    socket.to_str().with_context(|| format!("socket {} is not UTF-8; give it another path", socket.display()))
+/// What the entry tells the plugin.
+fn entry<'a>(socket: &'a Path, state_dir: &'a Path) -> Result<Entry<'a>> {
+    check_socket(socket).and_then(|()| check_state_dir(state_dir)).map_err(|e| anyhow::anyhow!("{e}"))?;
+    let text = |path: &'a Path| path.to_str().with_context(|| format!("{path:?} is not UTF-8; give it another name"));
+    Ok(Entry { socket: text(socket)?, state_dir: text(state_dir)? })
 }

@@ -4,7 +4,7 @@
 //! The text is never written anew from what was understood of it: pieces are put in and taken out, so that the order
 //! of keys, unknown fields, numbers and white space stay as they are, and taking out gives back what was there.
 
-use crate::cni::config::DEFAULT_SOCKET;
+use crate::cni::config::{DEFAULT_SOCKET, DEFAULT_STATE_DIR};
 use crate::cni::version::Version;
 use serde::Deserialize;
 use serde_json::Value;
@@ -13,6 +13,15 @@ use std::ops::Range;
 
 /// The plugin's type, which is also its file's name.
 pub const PLUGIN: &str = "egret-cni";
+/// What the entry tells the plugin. A path that the plugin takes by itself is not written.
+#[derive(Clone, Copy, Debug)]
+pub struct Entry<'a> {
+    /// Where the daemon listens.
+    pub socket: &'a str,
+    /// Where the daemon leaves what outlives a reboot.
+    pub state_dir: &'a str,
+}
+
 /// What is appended to a file's name, less its extension, to name the list that stands for it.
 const STAND_IN: &str = "-egret.conflist";
 
@@ -81,6 +90,8 @@ struct PluginFields<'a> {
     #[serde(borrow)]
     socket: Option<&'a RawValue>,
     #[serde(borrow)]
+    state_dir: Option<&'a RawValue>,
+    #[serde(borrow)]
     stands_for: Option<&'a RawValue>,
 }
 
@@ -129,32 +140,41 @@ impl<'a> Network<'a> {
         self.kind == Kind::List && self.entries().next().is_some()
     }
 
-    /// The list with `egret-cni` at its end, or where it stands already, asking the daemon at `socket`. The text is
-    /// the same if nothing has to be changed.
-    pub fn extended(&self, socket: &str) -> String {
+    /// The list with `egret-cni` at its end, or where it stands already, with what `entry` says. The text is the same
+    /// if nothing has to be changed.
+    pub fn extended(&self, entry: Entry<'_>) -> String {
         if !self.has_entry() {
-            return self.appended(&entry(socket, None));
+            return self.appended(&entry.text(None));
         }
-        let mut text = self.text.to_owned();
-        for own in self.entries().collect::<Vec<_>>().into_iter().rev() {
-            match own.fields.socket {
-                Some(value) if string(value).as_deref() != Some(socket) => {
-                    text.replace_range(self.range(value.get()), &quoted(socket));
+        let mut edits: Vec<(Range<usize>, String)> = Vec::new();
+        for own in self.entries() {
+            let after = own.fields.kind.map_or(0, |kind| self.range(kind.get()).end);
+            for (name, there, wanted, default) in [
+                ("socket", own.fields.socket, entry.socket, DEFAULT_SOCKET),
+                ("stateDir", own.fields.state_dir, entry.state_dir, DEFAULT_STATE_DIR),
+            ] {
+                match there {
+                    Some(value) if string(value).as_deref() != Some(wanted) => {
+                        edits.push((self.range(value.get()), quoted(wanted)));
+                    }
+                    None if wanted != default => {
+                        edits.push((after..after, format!(", \"{name}\": {}", quoted(wanted))))
+                    }
+                    _ => {}
                 }
-                None if socket != DEFAULT_SOCKET => {
-                    let after = own.fields.kind.map_or(0, |kind| self.range(kind.get()).end);
-                    text.insert_str(after, &format!(", \"socket\": {}", quoted(socket)));
-                }
-                _ => {}
             }
         }
+        // From the end, so that what comes before stays where it is.
+        edits.sort_by_key(|(range, _)| std::cmp::Reverse(range.start));
+        let mut text = self.text.to_owned();
+        edits.into_iter().for_each(|(range, with)| text.replace_range(range, &with));
         text
     }
 
     /// A list that stands for the file of this name, with `egret-cni` at its end. A single plugin becomes a list as
     /// libcni itself makes one of it (`ConfListFromConf`): under its own name and version.
-    pub fn standing_for(&self, file: &str, socket: &str) -> String {
-        let entry = entry(socket, Some(file));
+    pub fn standing_for(&self, file: &str, entry: Entry<'_>) -> String {
+        let entry = entry.text(Some(file));
         match self.kind {
             Kind::Single => {
                 let text = |value: Option<&RawValue>| value.map_or("\"\"", RawValue::get).to_owned();
@@ -253,9 +273,14 @@ fn quoted(text: &str) -> String {
     Value::from(text).to_string()
 }
 
-fn entry(socket: &str, stands_for: Option<&str>) -> String {
-    let stands_for = stands_for.map(|file| format!(", \"standsFor\": {}", quoted(file))).unwrap_or_default();
-    format!("{{\"type\": \"{PLUGIN}\", \"socket\": {}{stands_for}}}", quoted(socket))
+impl Entry<'_> {
+    /// As it stands in a list; in one that stands for another file, with that one's name.
+    fn text(self, stands_for: Option<&str>) -> String {
+        let state_dir = Some(self.state_dir).filter(|dir| *dir != DEFAULT_STATE_DIR);
+        let more = [("stateDir", state_dir), ("standsFor", stands_for)];
+        let more = more.iter().filter_map(|(name, value)| Some(format!(", \"{name}\": {}", quoted((*value)?))));
+        format!("{{\"type\": \"{PLUGIN}\", \"socket\": {}{}}}", quoted(self.socket), more.collect::<String>())
+    }
 }
 
 #[cfg(test)]
@@ -266,7 +291,7 @@ mod tests {
     const SOCKET: &str = "/run/egret/cni.sock";
 
     fn extended(text: &str, socket: &str) -> String {
-        Network::read(text, Kind::List).unwrap().extended(socket)
+        Network::read(text, Kind::List).unwrap().extended(Entry { socket, state_dir: DEFAULT_STATE_DIR })
     }
 
     #[test]
@@ -300,9 +325,27 @@ mod tests {
     }
 
     #[test]
+    fn another_state_directory_is_named_and_brought_up_to_date() {
+        let own = r#"{"name":"n","cniVersion":"1.0.0","plugins":[{"type":"a"},{"type":"egret-cni"}]}"#;
+        let extended = |text: &str, socket, state_dir| {
+            Network::read(text, Kind::List).unwrap().extended(Entry { socket, state_dir })
+        };
+        let with = extended(own, "/s", "/d");
+        let fields: Value = serde_json::from_str(&with).unwrap();
+        assert_eq!(fields["plugins"][1], serde_json::json!({"type": "egret-cni", "socket": "/s", "stateDir": "/d"}));
+        assert_eq!(extended(&with, "/s", "/d"), with);
+        let moved = extended(&with, "/t", DEFAULT_STATE_DIR);
+        assert_eq!(moved, with.replace("/s", "/t").replace("/d", DEFAULT_STATE_DIR));
+        let new = extended(r#"{"name":"n","cniVersion":"1.0.0","plugins":[{"type":"a"}]}"#, "/s", "/d");
+        assert!(new.ends_with(r#"{"type": "egret-cni", "socket": "/s", "stateDir": "/d"}]}"#), "{new}");
+    }
+
+    #[test]
     fn a_single_plugin_becomes_a_list_that_sorts_before_it() {
         let text = "{ \"cniVersion\": \"0.4.0\", \"type\": \"ptp\", \"name\": \"net\", \"mtu\": 9 }\n";
-        let list = Network::read(text, Kind::Single).unwrap().standing_for("10-x.conf", SOCKET);
+        let list = Network::read(text, Kind::Single)
+            .unwrap()
+            .standing_for("10-x.conf", Entry { socket: SOCKET, state_dir: DEFAULT_STATE_DIR });
         let network = Network::read(&list, Kind::List).unwrap();
         assert_eq!(network.check(), Ok(()));
         assert_eq!(network.stands_for().as_deref(), Some("10-x.conf"));

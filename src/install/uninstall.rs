@@ -3,6 +3,7 @@
 
 use super::{configuration, plugin};
 use crate::cluster::{self, SourceName};
+use crate::cni::offline_policies::OfflinePolicies;
 use crate::cni::{attachment, run_dir, uninstalled};
 use crate::kernel::datapath::{HANDOVER, INET, NETDEV};
 use crate::kernel::netlink::{NETLINK_NETFILTER, Socket};
@@ -25,6 +26,8 @@ pub struct Options {
     pub conf_dir: PathBuf,
     /// The daemon's run directory.
     pub run_dir: PathBuf,
+    /// The daemon's state directory.
+    pub state_dir: PathBuf,
     /// Whether the plugin's program goes as well.
     pub remove_plugin: bool,
     /// The bits of marks that were Egret's.
@@ -82,6 +85,7 @@ pub async fn run(options: &Options) -> Result<()> {
         let _plugins = run_dir::lock_plugins(run_dir).with_context(about)?;
         kernel(&mut work, options.marks).await;
         files(&mut work, run_dir);
+        state(&mut work, &options.state_dir);
     }
     if options.remove_plugin {
         work.done("the plugin", plugin::remove(&options.bin_dir).map(usize::from));
@@ -160,7 +164,7 @@ fn files(work: &mut Work, run_dir: &Path) {
         }
         _ => {}
     }
-    let names = [run_dir::SOCKET, run_dir::LAST_WORD, run_dir::PLUGIN_LOCK, run_dir::DAEMON_LOCK];
+    let names = [run_dir::SOCKET, run_dir::PLUGIN_LOCK, run_dir::DAEMON_LOCK];
     // With those that a killed writer left unfinished.
     for path in names.into_iter().flat_map(|name| [run_dir.join(name), run_dir.join(format!(".{name}"))]) {
         match fs::remove_file(&path) {
@@ -170,4 +174,15 @@ fn files(work: &mut Work, run_dir: &Path) {
             _ => {}
         }
     }
+}
+
+/// What outlives a reboot, and the directory if nothing else is in it.
+fn state(work: &mut Work, state_dir: &Path) {
+    let was_there = usize::from(OfflinePolicies::is_there(state_dir));
+    let removed = OfflinePolicies::remove(state_dir).map(|()| was_there);
+    work.done(
+        "the offline policy snapshot",
+        removed.with_context(|| format!("state directory {}", state_dir.display())),
+    );
+    let _ = fs::remove_dir(state_dir);
 }

@@ -17,7 +17,7 @@ mod state;
 mod taint;
 
 use crate::cluster::{self, Known, Scope, SourceName};
-use crate::cni::last_word::boot_id;
+use crate::cni::offline_policies::{OfflinePolicies, boot_id};
 use crate::cni::run_dir::{self, KNOWN, SOCKET};
 use crate::cni::uninstalled;
 use crate::install::keep;
@@ -53,8 +53,10 @@ pub struct Options {
     pub name: String,
     /// Where cluster state comes from.
     pub cluster: SourceName,
-    /// Where the socket, the attachments and the last word are.
+    /// Where the socket and the attachments are.
     pub run_dir: PathBuf,
+    /// Where the offline policy snapshot is, which outlives a reboot.
+    pub state_dir: PathBuf,
     /// The address that other nodes send tunnel packets to; `None`: the node's first InternalIP.
     pub tunnel_address: Option<IpAddr>,
     /// Destinations that no policy covers, beside the cluster's own.
@@ -83,14 +85,26 @@ pub async fn run(options: Options, stop: impl Future<Output = ()>) -> anyhow::Re
     };
     let (mut registry, metrics) = metrics::Metrics::new();
     uninstalled::clear(&options.run_dir).with_context(|| format!("run directory {}", options.run_dir.display()))?;
-    // Before anything that can take long: without the entry pods start without Egret.
+    let (can_hold, entry_wanted) = oneshot::channel();
+    let mut can_hold = Some(can_hold);
     if let Some((conf_dir, bin_dir)) = options.cni_dirs.clone() {
         let socket = std::path::absolute(options.run_dir.join(SOCKET)).context("run directory")?;
-        let keep = keep::Options { conf_dir, bin_dir, socket };
-        tokio::spawn(keep::run(keep, keep::Metrics::register(&mut registry)));
+        let state_dir = std::path::absolute(&options.state_dir).context("state directory")?;
+        let keep = keep::Options { conf_dir, bin_dir, socket, state_dir };
+        let metrics = keep::Metrics::register(&mut registry);
+        tokio::spawn(async move {
+            // A daemon that never comes in sync is to be in nobody's way; who drops the sender has ended.
+            if entry_wanted.await.is_ok() {
+                keep::run(keep, metrics).await;
+            }
+        });
+    }
+    // Without the entry pods start without Egret: where it was once, nothing is waited for.
+    if OfflinePolicies::is_there(&options.state_dir) {
+        let _ = can_hold.take().map(|entry| entry.send(()));
     }
     let (asked, mut scrapes) = mpsc::channel::<oneshot::Sender<()>>(4);
-    let (ready, readiness) = tokio::sync::watch::channel(Err("the kernel is not in step yet".to_owned()));
+    let (ready, readiness) = tokio::sync::watch::channel(Err("the cluster has not been read yet".to_owned()));
     let metrics_shown = server::Metrics::new(registry).before_scrape(move || {
         let asked = asked.clone();
         async move {
@@ -107,8 +121,9 @@ pub async fn run(options: Options, stop: impl Future<Output = ()>) -> anyhow::Re
         of: format!("{} {}", options.name, boot_id().context("the boot's id")?),
     };
     let cluster = options.cluster.clone().writing_down(known);
+    let waiting_for = |what: &str| drop(ready.send_replace(Err(what.to_owned())));
     let mut source = tokio::select! {
-        source = cluster::open(&cluster, Scope::Node(options.name.clone())) => source?,
+        source = cluster::open_and_report(&cluster, Scope::Node(options.name.clone()), &waiting_for) => source?,
         () = &mut stop => return Ok(()),
     };
     let (adopted, mut adoptions) = mpsc::unbounded_channel();
@@ -142,6 +157,9 @@ pub async fn run(options: Options, stop: impl Future<Output = ()>) -> anyhow::Re
             untidy = untidy.or(Some(Instant::now() + TIDY));
         }
         // Nobody is answered before the kernel is in step: a plugin that finds nobody holds its pod back by itself.
+        if node.can_hold() {
+            let _ = can_hold.take().map(|entry| entry.send(()));
+        }
         if door.is_none() && node.is_in_step() {
             match socket::listen(&options.run_dir) {
                 Ok(new) => {

@@ -1,12 +1,12 @@
-//! What the node tells others: its EgressNode to the cluster, its last word to the plugin.
+//! What the node tells others: its EgressNode to the cluster, its offline policy snapshot to the plugin.
 
 use crate::api::{BlockedPath, DirectNetwork, EgressNodeStatus, RefusedPath, TakenPath};
 use crate::cluster::Statuses;
-use crate::cni::last_word::{LastWord, boot_id};
+use crate::cni::offline_policies::{Elsewhere, OfflinePolicies};
 use crate::kernel::tunnel::Tunnel;
 use crate::plan::mac;
 use crate::plan::marks::PathId;
-use crate::plan::model::ObjectKey;
+use crate::plan::model::{ObjectKey, PolicyKey};
 use crate::plan::node::View;
 use crate::plan::paths::{Facts, PathState};
 use crate::plan::precedence::PolicyIndex;
@@ -29,10 +29,11 @@ const FOR_PEOPLE: Duration = Duration::from_millis(100);
 /// Writes each only when it has changed.
 pub struct Report {
     statuses: Statuses,
-    run_dir: PathBuf,
+    state_dir: PathBuf,
     published: watch::Sender<Option<Published>>,
-    spoken: Option<LastWord>,
-    spoken_of: Mark<PolicyIndex>,
+    /// The snapshot that is on the disk, and of what it was made.
+    stored: Option<OfflinePolicies>,
+    stored_of: Mark<PolicyIndex>,
 }
 
 /// What a node is to say of itself.
@@ -45,10 +46,10 @@ struct Published {
 
 impl Report {
     /// Of the node `name`.
-    pub fn new(name: &str, statuses: Statuses, run_dir: PathBuf) -> Self {
+    pub fn new(name: &str, statuses: Statuses, state_dir: PathBuf) -> Self {
         let (published, wanted) = watch::channel(None);
         tokio::spawn(publish(name.to_owned(), statuses.clone(), wanted));
-        Report { statuses, run_dir, published, spoken: None, spoken_of: Mark::default() }
+        Report { statuses, state_dir, published, stored: None, stored_of: Mark::default() }
     }
 
     /// Tells the other nodes where this end of the tunnel is, and what it holds. Nothing waits until that is written:
@@ -90,33 +91,36 @@ impl Report {
         self.statuses.pod(pod, uid, Notice::warning("NoHostInterface", note.to_owned()));
     }
 
-    /// The last word is to be written anew: it may have been removed.
-    pub fn forget_last_word(&mut self) {
-        (self.spoken, self.spoken_of) = (None, Mark::default());
-    }
-
-    /// Leaves word for a plugin that finds the daemon away.
-    pub fn last_word(&mut self, view: &View) -> io::Result<()> {
-        if view.policies.has(&self.spoken_of) {
+    /// Leaves the offline policy snapshot for a plugin that finds the daemon away.
+    ///
+    /// # Errors
+    /// It could not be written.
+    pub fn store_offline_policies(&mut self, view: &View) -> io::Result<()> {
+        let is_there = OfflinePolicies::is_there(&self.state_dir);
+        if view.policies.has(&self.stored_of) && is_there {
             return Ok(());
         }
-        let reach = view.policies.reach();
-        let names = |set: std::collections::BTreeSet<_>| {
-            set.iter().map(|n: &crate::plan::selector::Name| n.to_string()).collect()
-        };
-        let word = LastWord { boot_id: boot_id()?, selectable: names(reach.selectable), free: reach.free.map(names) };
-        if self.spoken.as_ref() != Some(&word) {
-            // An older word could let pods go that a policy selects now; without one, pods wait for the daemon.
-            if let Err(e) = word.store(&self.run_dir) {
-                self.spoken = None;
-                LastWord::take_back(&self.run_dir);
-                return Err(e);
-            }
-            self.spoken = Some(word);
+        let snapshot = offline_policies(&view.policies);
+        if self.stored.as_ref() != Some(&snapshot) || !is_there {
+            self.stored = None;
+            // An older one could let pods go that a policy selects now.
+            snapshot.store(&self.state_dir).inspect_err(|_| OfflinePolicies::invalidate(&self.state_dir))?;
+            self.stored = Some(snapshot);
         }
-        self.spoken_of = view.policies.mark();
+        self.stored_of = view.policies.mark();
         Ok(())
     }
+}
+
+fn offline_policies(index: &PolicyIndex) -> OfflinePolicies {
+    let reach = index.reach();
+    let texts = |policies: Vec<PolicyKey>| policies.iter().map(ToString::to_string).collect::<Vec<String>>();
+    let selectable = reach.selectable.into_iter().map(|(namespace, by)| (namespace.to_string(), texts(by))).collect();
+    let elsewhere = (!reach.in_unknown.is_empty()).then(|| Elsewhere {
+        policies: texts(reach.in_unknown),
+        free: reach.free.iter().map(ToString::to_string).collect(),
+    });
+    OfflinePolicies::new(selectable, elsewhere)
 }
 
 /// Writes the newest status, until nobody tells of one any more.

@@ -22,6 +22,12 @@ pub struct Ranked {
     pub policy: Arc<Policy>,
 }
 
+fn note(policies: &mut Vec<PolicyKey>, key: &PolicyKey) {
+    if policies.len() < NAMED && !policies.contains(key) {
+        policies.push(key.clone());
+    }
+}
+
 /// All policies of a snapshot, ready to be asked which of them select a pod. Made once for each snapshot; it holds
 /// on to nothing but the policies, and the Services and namespaces that they speak of.
 #[derive(Clone, Debug, Default)]
@@ -59,14 +65,18 @@ struct Services {
     by_namespace: HashMap<Name, LabelIndex>,
 }
 
+/// So many policies are named for a namespace.
+const NAMED: usize = 3;
+
 /// Where policies can select pods.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Reach {
-    /// The namespaces in which some policy can select a pod.
-    pub selectable: BTreeSet<Name>,
-    /// If some ClusterEgressPolicy could select pods of namespaces that are not known yet: the known ones in which
-    /// no policy can select a pod. `None`: every namespace that is not in `selectable` is free.
-    pub free: Option<BTreeSet<Name>>,
+    /// The namespaces in which some policy can select a pod, each with the first of these policies.
+    pub selectable: BTreeMap<Name, Vec<PolicyKey>>,
+    /// The first of the ClusterEgressPolicies that can select pods of namespaces that are not known yet.
+    pub in_unknown: Vec<PolicyKey>,
+    /// The known namespaces in which no policy can select a pod.
+    pub free: BTreeSet<Name>,
 }
 
 impl PolicyIndex {
@@ -153,15 +163,15 @@ impl PolicyIndex {
             || self.by_namespace_labels.candidates(labels.iter()).any(|rank| self.reaches(rank, &labels))
     }
 
-    /// Whether some ClusterEgressPolicy can select pods of namespaces that are not known yet.
-    pub fn can_select_in_unknown(&self) -> bool {
-        self.ranked.iter().any(|r| match &r.policy.namespaces {
+    /// Whether a policy can select pods of namespaces that are not known yet.
+    fn can_select_in_unknown(&self, policy: &Policy) -> bool {
+        match &policy.namespaces {
             Namespaces::One(_) => false,
             // A selector that names a known namespace can mean no other.
             Namespaces::Selected(selector) => !selector
                 .required_labels()
                 .any(|(key, value)| **key == *NAMESPACE_NAME_LABEL && self.known.contains_key(value)),
-        })
+        }
     }
 
     /// Whether it cannot be said yet which policies select a pod of the namespace, because some go by labels of
@@ -172,10 +182,26 @@ impl PolicyIndex {
 
     /// Where policies can select pods, over all namespaces that are known or have policies.
     pub fn reach(&self) -> Reach {
-        let all: BTreeSet<&Name> = self.known.keys().chain(self.namespaces.keys()).collect();
-        let (selectable, free): (BTreeSet<Name>, BTreeSet<Name>) =
-            all.into_iter().cloned().partition(|namespace| self.can_select_in(namespace));
-        Reach { selectable, free: self.can_select_in_unknown().then_some(free) }
+        let mut reach = Reach::default();
+        for Ranked { key, policy } in &self.ranked {
+            if let Namespaces::One(namespace) = &policy.namespaces {
+                note(reach.selectable.entry(namespace.clone()).or_default(), key);
+            } else if self.can_select_in_unknown(policy) {
+                note(&mut reach.in_unknown, key);
+            }
+        }
+        for namespace in self.known.keys().chain(self.namespaces.keys()) {
+            let labels = self.labels_of(namespace);
+            let candidates = self.by_namespace_labels.candidates(labels.iter());
+            let reaching: Vec<u32> = candidates.filter(|rank| self.reaches(*rank, &labels)).take(NAMED).collect();
+            if !reaching.is_empty() {
+                let here = reach.selectable.entry(namespace.clone()).or_default();
+                reaching.into_iter().for_each(|rank| note(here, &self.ranked[rank as usize].key));
+            } else if !reach.selectable.contains_key(namespace) {
+                reach.free.insert(namespace.clone());
+            }
+        }
+        reach
     }
 
     /// Whether a policy means the namespace that has these labels; an EgressPolicy is filed where it belongs.

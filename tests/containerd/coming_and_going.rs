@@ -28,7 +28,8 @@ fn egret_goes_from_a_node_whose_runtime_still_knows_it() {
     site.assert_left_by_egress("before-1");
     site.lab.daemon("n1").term();
     let run_dir = site.node().run_dir().display().to_string();
-    let out = site.runtime.egretd(&["uninstall", "--run-dir", &run_dir]);
+    let state_dir = site.node().state_dir().display().to_string();
+    let out = site.runtime.egretd(&["uninstall", "--state-dir", &state_dir, "--run-dir", &run_dir]);
     assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
     // At once: the runtime may still go by the list that it has read.
     let during = site.visitor("during");
@@ -42,7 +43,7 @@ fn egret_goes_from_a_node_whose_runtime_still_knows_it() {
     let [first, second] = before;
     [first, during, after].into_iter().for_each(Pod::end);
     // The runtime has read the directory again: the program can go, while a pod from before still runs.
-    let out = site.runtime.egretd(&["uninstall", "--run-dir", &run_dir, "--remove-plugin"]);
+    let out = site.runtime.egretd(&["uninstall", "--state-dir", &state_dir, "--run-dir", &run_dir, "--remove-plugin"]);
     assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
     assert!(!site.runtime.bin_dir.join("egret-cni").exists());
     second.end();

@@ -16,6 +16,8 @@ use std::time::Duration;
 const KUBE: u32 = 998;
 /// Where the plugin looks for the daemon when nothing else is said.
 const RUN_DIR: &str = "/run/egret";
+/// Holds the directory in which the plugin looks for what outlives a reboot when nothing else is said.
+const VAR_LIB: &str = "/var/lib";
 
 #[test]
 fn the_daemonset_as_it_is_written_holds_pods_to_their_policies() {
@@ -24,9 +26,12 @@ fn the_daemonset_as_it_is_written_holds_pods_to_their_policies() {
     let built = image::by_the_dockerfile(&site.lab.directory().join("egret-image"), &manifest.image);
     assert_eq!(built.added, ["usr/local/bin/egret-cni", "usr/local/bin/egretd"]);
     site.runtime.import(&built.archive, &manifest.image);
-    // The daemon's run directory of this node is the one of the manifest.
+    // The daemon's directories of this node are the ones of the manifest. The host's own stay as they are.
+    let (run_dir, var_lib) = (site.node().run_dir(), site.lab.directory().join("var-lib"));
+    fs::create_dir_all(var_lib.join("egret")).expect("make a directory");
+    site.node().run(["mount", "--bind", &var_lib.display().to_string(), VAR_LIB]);
     fs::create_dir_all(RUN_DIR).expect("make a directory");
-    site.node().run(["mount", "--bind", &site.node().run_dir().display().to_string(), RUN_DIR]);
+    site.node().run(["mount", "--bind", &run_dir.display().to_string(), RUN_DIR]);
     site.lab.start_controller();
     site.lab.start_node("g1");
 
@@ -55,13 +60,19 @@ fn the_daemonset_as_it_is_written_holds_pods_to_their_policies() {
     }
     let install = start("initContainers", 0);
     assert_eq!(site.exit_code(&install), 0);
+    assert!(site.runtime.bin_dir.join("egret-cni").exists());
+    let has_entry =
+        || fs::read_to_string(site.runtime.conf_dir.join("10-lab.conflist")).is_ok_and(|t| t.contains("egret-cni"));
+    assert!(!has_entry(), "the daemon has not been in sync");
+    site.runtime.wait_network();
+
+    let node = start("containers", 0);
+    site.lab.wait_until("the entry is there", Duration::from_secs(20), has_entry);
     let now = fs::metadata(&conflist).expect("the list");
     assert_eq!((now.uid(), now.gid(), now.mode() & 0o777), (KUBE, KUBE, 0o600), "owner and mode stay");
     let list = fs::read_to_string(site.runtime.conf_dir.join("10-lab.conflist")).expect("the list");
     assert!(list.contains(r#"{"type": "egret-cni", "socket": "/run/egret/cni.sock"}"#), "{list}");
     site.runtime.wait_network();
-
-    let node = start("containers", 0);
     let port: SocketAddr = format!("127.0.0.1:{}", manifest.port()).parse().expect("an address");
     let asked = |path: &str| metrics::get(site.node(), port, path).is_ok_and(|(status, _)| status == 200);
     for path in manifest.probes() {
@@ -77,8 +88,6 @@ fn the_daemonset_as_it_is_written_holds_pods_to_their_policies() {
     site.assert_left_by_egress("visitor");
     // The entry is kept.
     site.runtime.configure(&site.plain_conflist());
-    let has_entry =
-        || fs::read_to_string(site.runtime.conf_dir.join("10-lab.conflist")).is_ok_and(|t| t.contains("egret-cni"));
     site.lab.wait_until("the entry is back", Duration::from_secs(2), has_entry);
 
     // A rollout: the pod's container goes and comes back; traffic goes on, a pod that starts between is held.
@@ -103,6 +112,7 @@ fn the_daemonset_as_it_is_written_holds_pods_to_their_policies() {
     assert_eq!(site.exit_code(&start(1)), 0);
     site.wait_heard_from("visitor", own(site.node()));
     assert!(!has_entry());
+    assert!(!var_lib.join("egret").exists());
     visitor.end();
     pod.end();
 }

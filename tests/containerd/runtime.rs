@@ -87,11 +87,12 @@ impl Containerd {
         self.node.try_run(argv)
     }
 
-    /// Runs `egretd install`, and waits until the runtime has read what it wrote.
+    /// Runs `egretd install --entry`, and waits until the runtime has read what it wrote.
     #[track_caller]
     pub fn install(&self) {
         let socket = self.node.cni_socket().display().to_string();
-        let out = self.egretd(&["install", "--socket", &socket]);
+        let state_dir = self.node.state_dir().display().to_string();
+        let out = self.egretd(&["install", "--entry", "--socket", &socket, "--state-dir", &state_dir]);
         assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
         self.wait_network();
     }

@@ -111,6 +111,11 @@ impl Node {
         self.directory.join("run")
     }
 
+    /// Egret's state directory on it, which outlives a reboot.
+    pub fn state_dir(&self) -> PathBuf {
+        self.directory.join("state")
+    }
+
     /// The path of the daemon's socket for the plugin.
     pub fn cni_socket(&self) -> PathBuf {
         self.run_dir().join("cni.sock")
@@ -118,7 +123,7 @@ impl Node {
 
     /// Egret's entry in the node's conflist.
     pub fn cni_entry(&self) -> Value {
-        json!({"type": "egret-cni", "socket": self.cni_socket()})
+        json!({"type": "egret-cni", "socket": self.cni_socket(), "stateDir": self.state_dir()})
     }
 
     /// Replaces what the runtime runs for each pod.

@@ -27,6 +27,7 @@ impl<'a> Call<'a> {
             ("name", json!("pods")),
             ("type", json!("egret-cni")),
             ("socket", json!(node.socket())),
+            ("stateDir", json!(node.state_dir())),
         ];
         Call { node, variables: BTreeMap::new(), keys: keys.into(), previous: None, input: None }
             .variable("CNI_COMMAND", command)

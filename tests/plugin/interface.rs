@@ -15,7 +15,7 @@ fn index(namespace: &str, name: &str) -> Value {
 
 /// ADD of a pod that no policy can select: recorded, whatever its interface is.
 fn added(node: &Node, pod: &Pod) -> Value {
-    node.last_word(&[]);
+    node.offline_policies(&[]);
     Call::new(node, "ADD").pod(pod).run().success();
     record(node)
 }
@@ -41,7 +41,7 @@ fn an_interface_with_another_name_is_found_by_the_result() {
     ip(&format!("-n {} link set eth0 down", pod.name));
     ip(&format!("-n {} link set eth0 name net1", pod.name));
     let result = pod.result().replace("\"eth0\"", "\"net1\"");
-    node.last_word(&[]);
+    node.offline_policies(&[]);
     Call::new(&node, "ADD").pod(&pod).previous(&result).run().success();
     assert_eq!(record(&node)["host"]["index"], index(&node.name, &pod.host));
 }

@@ -1,6 +1,6 @@
 //! A node, its pods and the world outside, in network namespaces.
 
-use egret::cni::last_word::{LastWord, boot_id};
+use egret::cni::offline_policies::OfflinePolicies;
 use nix::sched::{CloneFlags, setns};
 use std::fs::File;
 use std::io;
@@ -79,6 +79,11 @@ impl Node {
         self.directory.path().join("run")
     }
 
+    /// Where the offline policy snapshot would be.
+    pub fn state_dir(&self) -> PathBuf {
+        self.directory.path().join("state")
+    }
+
     pub fn socket(&self) -> PathBuf {
         self.run_dir().join("cni.sock")
     }
@@ -112,10 +117,11 @@ impl Node {
         pod
     }
 
-    /// What a daemon leaves for the time when it is away: its word that policies select pods of `selectable`, and
+    /// What a daemon leaves for the time when it is away: the snapshot that policies select pods of `selectable`, and
     /// the quarantine's routes.
     pub fn prepare(&self, selectable: &[&str]) {
-        self.last_word(selectable);
+        self.offline_policies(selectable);
+        std::fs::create_dir_all(self.run_dir()).unwrap();
         let name = &self.name;
         ip(&format!("-n {name} route add unreachable default table 7873"));
         ip(&format!("-n {name} -6 route add unreachable default table 7873"));
@@ -123,11 +129,10 @@ impl Node {
         ip(&format!("-n {name} -6 route add fd00:244:9::/64 via 2001:db8::100 table 7873"));
     }
 
-    pub fn last_word(&self, selectable: &[&str]) {
-        let selectable = selectable.iter().map(ToString::to_string).collect();
-        let word = LastWord { boot_id: boot_id().unwrap(), selectable, free: None };
-        std::fs::create_dir_all(self.run_dir()).unwrap();
-        word.store(&self.run_dir()).unwrap();
+    /// The snapshot alone, as after a reboot. Each namespace has a policy `visitors`.
+    pub fn offline_policies(&self, selectable: &[&str]) {
+        let selectable = selectable.iter().map(|ns| ((*ns).to_owned(), vec![format!("{ns}/visitors")])).collect();
+        OfflinePolicies::new(selectable, None).store(&self.state_dir()).unwrap();
     }
 
     /// The quarantine's rules, as `ip rule` prints them: v4, then v6.

@@ -138,5 +138,5 @@ fn after_an_uninstallation_everything_passes_and_nothing_is_done() {
     let valid = serde_json::json!([]);
     assert_eq!(Call::new(&node, "GC").key("cni.dev/valid-attachments", valid).run().success(), "");
     assert!(node.rules().is_empty() && node.records().is_empty());
-    assert_eq!(std::fs::read_dir(node.run_dir()).unwrap().count(), 2, "the mark and the last word");
+    assert_eq!(std::fs::read_dir(node.run_dir()).unwrap().count(), 1, "the mark");
 }

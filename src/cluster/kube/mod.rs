@@ -28,7 +28,7 @@ pub use review::{Reviewer, Verdict};
 pub use status::Statuses;
 
 use super::dir::names::Names;
-use super::{KubeOptions, Leadership, Scope, Source, tell};
+use super::{KubeOptions, Leadership, Scope, Source, WaitingFor, tell};
 use crate::plan::model::Cluster;
 use crate::plan::selector::Name;
 use crate::plan::target::Target;
@@ -57,7 +57,7 @@ const IMPATIENCE: Duration = Duration::from_secs(10);
 const LINGER: Duration = Duration::from_secs(60);
 
 /// Follows the API server until nobody listens any more.
-pub(super) async fn open(options: KubeOptions, scope: Scope) -> anyhow::Result<Source> {
+pub(super) async fn open(options: KubeOptions, scope: Scope, waiting_for: WaitingFor<'_>) -> anyhow::Result<Source> {
     let client = Client::connect(options.kubeconfig).await?;
     let (node, lease) = match scope {
         Scope::Node(name) => (Some(Name::from(name)), None),
@@ -72,7 +72,7 @@ pub(super) async fn open(options: KubeOptions, scope: Scope) -> anyhow::Result<S
     for kind in Kind::ALWAYS.into_iter().chain(optional) {
         follower.tasks.follow(kind);
     }
-    let first = follower.first().await;
+    let first = follower.first(waiting_for).await;
     // Not before: who cannot read the cluster must not keep others from leading.
     let leadership = match lease {
         Some(mut lease) => {
@@ -160,7 +160,7 @@ impl Follower {
 
     /// The first snapshot. It waits for it as long as it takes: half a cluster is none. With the API server away, it is
     /// what an earlier daemon of this node was told last.
-    async fn first(&mut self) -> Cluster {
+    async fn first(&mut self, waiting_for: WaitingFor<'_>) -> Cluster {
         let mut said = Vec::new();
         let mut patience = Instant::now() + IMPATIENCE;
         loop {
@@ -184,6 +184,10 @@ impl Follower {
                     self.care_for_services();
                     let problems = self.store.problems();
                     tell(&said, &problems);
+                    waiting_for(&match &problems[..] {
+                        [] => format!("the API server has not listed {:?} yet", self.store.missing()),
+                        problems => format!("the cluster has not been read yet: {}", problems.join("; ")),
+                    });
                     said = problems;
                 }
                 () = sleep_until(patience) => {

@@ -11,6 +11,7 @@ pub use stopping::Stopping;
 
 use crate::cluster::{Lookup, Statuses};
 use crate::cni::attachment::{self, Attachment, AttachmentId};
+use crate::cni::offline_policies::OfflinePolicies;
 use crate::cni::protocol::{Failure, codes};
 use crate::cni::run_dir;
 use crate::kernel::watch::{Event, Interest};
@@ -97,8 +98,8 @@ pub struct Node {
     local: Option<IpAddr>,
     /// Whether the kernel was in step the last time.
     in_step: bool,
-    /// Why the last word could not be written.
-    unspoken: Option<String>,
+    /// Why the offline policy snapshot could not be written.
+    unstored: Option<String>,
     /// Why the run directory cannot be written to.
     unwritable: Option<String>,
     /// Whether the plugin may have left attachments and quarantines behind.
@@ -132,7 +133,7 @@ impl Node {
             cluster.egress_nodes.get(&*options.name).map(|said| said.of_paths().taken.as_slice()).unwrap_or_default();
         facts.taken = said.iter().map(|taken| (taken.id, taken.since)).collect();
         let holding = Holding::new(options.liveness, tokio::time::Instant::now());
-        let report = Report::new(&options.name, statuses, options.run_dir.clone());
+        let report = Report::new(&options.name, statuses, options.state_dir.clone());
         let mut node = Node {
             options,
             host,
@@ -163,7 +164,7 @@ impl Node {
             unknown_pods: false,
             local: None,
             in_step: false,
-            unspoken: None,
+            unstored: None,
             unwritable: None,
             left_behind: true,
             ended: Ended::default(),
@@ -303,12 +304,16 @@ impl Node {
         self.in_step
     }
 
+    /// Whether pods can be held, also by a plugin that finds this daemon away: the plugin may be in the chain then.
+    pub fn can_hold(&self) -> bool {
+        self.in_step && self.unstored.is_none()
+    }
+
     /// Writes down anew what the run directory is to hold.
     ///
     /// # Errors
     /// It cannot be written.
     pub fn write_down(&mut self) -> Result<()> {
-        self.report.forget_last_word();
         self.pods.attachments().try_for_each(|a| a.store(&self.options.run_dir)).context("attachments")
     }
 
@@ -317,24 +322,25 @@ impl Node {
         let started = Instant::now();
         let result = self.bring_in_step().await;
         let failure =
-            result.as_ref().err().map(|e| Failure::new(codes::KERNEL, "the kernel is not in step", format!("{e:#}")));
+            result.as_ref().err().map(|e| Failure::new(codes::KERNEL, "the kernel is not in sync", format!("{e:#}")));
         self.metrics.applied(started.elapsed(), &result);
         self.in_step = result.is_ok();
         for waiting in self.waiting.extract_if(.., |w| failure.is_some() || w.is_due(&self.pods)) {
             self.metrics.answered(waiting.verb, waiting.since.elapsed());
             // A plugin that has given up meanwhile will come with a DEL.
-            let _ = waiting.answer.send(failure.clone().map_or(Ok(()), Err));
+            let failure = failure.clone().filter(|_| !waiting.is_free(&self.pods, &self.cluster, &self.view));
+            let _ = waiting.answer.send(failure.map_or(Ok(()), Err));
         }
         // The answers go out before all that nobody waits for.
         tokio::task::yield_now().await;
         if let Some(failure) = &failure {
             tracing::error!("{failure}; trying again");
         }
-        let untold = self.unwritable.clone().or_else(|| self.unspoken.clone());
-        if let Some(untold) = untold.as_ref().filter(|_| failure.is_none()) {
-            tracing::error!("{untold}; trying again");
+        let unwritten = self.unwritable.clone().or_else(|| self.unstored.clone());
+        if let Some(unwritten) = unwritten.as_ref().filter(|_| failure.is_none()) {
+            tracing::error!("{unwritten}; trying again");
         }
-        let state = failure.map(|f| f.to_string()).or(untold).map_or(Ok(()), Err);
+        let state = failure.map(|f| f.to_string()).or(unwritten).map_or(Ok(()), Err);
         ready.send_if_modified(|now| {
             let changed = *now != state;
             now.clone_from(&state);
@@ -353,6 +359,11 @@ impl Node {
             self.pods.drop_ended(&self.cluster);
             self.refresh_view();
             self.drop_missing();
+        }
+        // Before the tables, so that no policy is in force that a plugin would not know of. Not on a node that has never
+        // been in sync: its pods are to start as if Egret were not there.
+        if OfflinePolicies::is_there(&self.options.state_dir) {
+            self.store_offline_policies();
         }
         let left_behind = self.left_behind;
         let mut quarantined = BTreeSet::new();
@@ -380,9 +391,6 @@ impl Node {
                 Err(e) => trouble = Some(e),
             }
         }
-        self.unspoken = self.report.last_word(&self.view).err().map(|e| {
-            format!("plugins that find this daemon away can be told nothing: the last word cannot be written: {e}")
-        });
         let (tables, uses) = self.bring_tables_in_step()?;
         changes += tables;
         if base || self.moved.is_none() {
@@ -412,7 +420,21 @@ impl Node {
             id.forget(&self.options.run_dir).context("attachments")?;
             self.leaving.pop();
         }
-        trouble.map_or(Ok(changes), Err)
+        if let Some(trouble) = trouble {
+            return Err(trouble);
+        }
+        self.store_offline_policies();
+        Ok(changes)
+    }
+
+    fn store_offline_policies(&mut self) {
+        self.unstored = self.report.store_offline_policies(&self.view).err().map(|e| {
+            let state_dir = self.options.state_dir.display();
+            format!(
+                "the offline policy snapshot cannot be written to {state_dir}, and while egretd is away pods wait for it: \
+                 {e}; make room there, or name another directory with --state-dir"
+            )
+        });
     }
 
     /// Finds out whether the run directory can be written to. If it is full, every ADD fails, and this node is not ready.

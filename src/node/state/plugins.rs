@@ -5,7 +5,8 @@ use crate::cni::attachment::{Attachment, AttachmentId};
 use crate::cni::protocol::{Failure, Verb, codes};
 use crate::node::pods::{self, Pods};
 use crate::node::socket::Question;
-use crate::plan::model::ObjectKey;
+use crate::plan::model::{Cluster, ObjectKey};
+use crate::plan::node::View;
 use std::time::{Duration, Instant};
 use tokio::sync::oneshot;
 
@@ -23,6 +24,13 @@ pub(super) struct Waiting {
 }
 
 impl Waiting {
+    /// Whether it waits for the start of a pod that no policy selects: such a pod starts also where the kernel cannot be
+    /// brought in sync, for nothing has to be there for it.
+    pub(super) fn is_free(&self, pods: &Pods, cluster: &Cluster, view: &View) -> bool {
+        let attachment = self.unknown.as_ref().and_then(|id| pods.get(id));
+        attachment.is_some_and(|a| pods.profile(a, cluster, view).is_none())
+    }
+
     pub(super) fn is_due(&self, pods: &Pods) -> bool {
         self.unknown.as_ref().is_none_or(|id| pods.is_decided(id)) || self.since.elapsed() >= UNKNOWN_WAIT
     }
@@ -41,13 +49,6 @@ impl Node {
                 Verb::Del(id) => ("DEL", self.del(id)),
                 Verb::Check(a) => ("CHECK", self.check(&a)),
                 Verb::Gc { network, valid } => ("GC", self.collect_garbage(&network, &valid)),
-                Verb::Status => {
-                    // Not when the kernel is in step: a node that says no here is taken for one that is not ready at all,
-                    // and what fails may be over at the next ADD.
-                    self.metrics.answered("STATUS", Duration::ZERO);
-                    let _ = answer.send(Ok(()));
-                    continue;
-                }
             };
             match result {
                 Ok(()) => self.waiting.push(Waiting { since: Instant::now(), verb, unknown, answer }),

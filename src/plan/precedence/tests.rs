@@ -142,8 +142,10 @@ fn reach_tells_known_from_unknown_namespaces() {
             },
         );
     let reach = builder.index().reach();
-    assert_eq!(reach.selectable, ["a", "b", "only-spoken-of"].into_iter().map(Name::from).collect());
-    assert_eq!(reach.free, None, "the only ClusterEgressPolicy names a known namespace");
+    let policies = |names: &[&str]| names.iter().map(|name| PolicyKey::from(*name)).collect::<Vec<_>>();
+    let selectable = [("a", ["a/p"]), ("b", ["named"]), ("only-spoken-of", ["only-spoken-of/p"])];
+    assert_eq!(reach.selectable, selectable.map(|(ns, by)| (Name::from(ns), policies(&by))).into());
+    assert_eq!(reach.in_unknown, [], "the only ClusterEgressPolicy names a known namespace");
 
     let builder = builder.cluster_policy(
         "by-label",
@@ -153,7 +155,8 @@ fn reach_tells_known_from_unknown_namespaces() {
             ..Default::default()
         },
     );
-    assert_eq!(builder.index().reach().free, Some(BTreeSet::from(["c".into()])));
+    let reach = builder.index().reach();
+    assert_eq!((reach.in_unknown, reach.free), (policies(&["by-label"]), BTreeSet::from(["c".into()])));
 }
 
 #[test]
@@ -252,7 +255,7 @@ proptest! {
             prop_assert_eq!(&found, &by_exhaustion(&builder.0, ns, &labels(&pod)));
             if !found.is_empty() {
                 prop_assert!(index.can_select_in(ns));
-                prop_assert!(index.reach().selectable.contains(ns));
+                prop_assert!(index.reach().selectable.contains_key(ns));
             }
         }
     }
