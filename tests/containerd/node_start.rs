@@ -65,6 +65,7 @@ fn after_a_reboot_nothing_of_before_is_in_the_way() {
     let free = site.start("other", "free", VISITOR);
     site.wait_heard_from("free", own(site.node()));
     free.end();
+    site.lab.forget_wire();
     let begin = Instant::now();
     let error = site.try_start("shop", "new", VISITOR).map(|p| p.id).expect_err("held back").to_string();
     assert!(error.contains("policy shop/visitors can select pods of namespace shop"), "{error}");

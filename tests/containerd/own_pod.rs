@@ -149,10 +149,12 @@ impl Manifest {
         let context = &container["securityContext"];
         assert_eq!(context["privileged"], false);
         let cluster = site.lab.manifests().path().display().to_string();
+        let host_ip = site.node().ipv4().to_string();
         let value = |variable: &Value| match text_of(&variable["name"]).as_str() {
             "EGRET_CLUSTER" => format!("dir:{cluster}"),
             _ if variable["valueFrom"]["fieldRef"]["fieldPath"] == "spec.nodeName" => NODE.to_owned(),
-            _ => text_of(&variable["value"]),
+            _ if variable["valueFrom"]["fieldRef"]["fieldPath"] == "status.hostIP" => host_ip.clone(),
+            _ => text_of(&variable["value"]).replace("$(EGRET_HOST_ADDRESS)", &host_ip),
         };
         let mounts = list(&container["volumeMounts"]).iter().map(|mount| {
             let volume = list(&self.pod["volumes"]).iter().find(|v| v["name"] == mount["name"]).expect("a volume");
