@@ -3,6 +3,8 @@
 //! Types only: what a field means is told in its doc comment, which becomes the CRD's description and so
 //! what `kubectl explain` prints. Meaning is given to them in [`crate::plan`].
 
+#[cfg(test)]
+mod cost;
 pub mod crds;
 mod gateway;
 mod node;

@@ -14,7 +14,7 @@ use std::fmt;
     status = "EgressPolicyStatus",
     shortname = "egp",
     category = "egret",
-    printcolumn = r#"{"name": "Gateway", "type": "string", "jsonPath": ".spec.gateway"}"#,
+    printcolumn = r#"{"name": "Gateway", "type": "string", "jsonPath": ".status.gateway"}"#,
     printcolumn = r#"{"name": "IPv4", "type": "string", "jsonPath": ".status.addresses.ipv4"}"#,
     printcolumn = r#"{"name": "IPv6", "type": "string", "jsonPath": ".status.addresses.ipv6"}"#,
     printcolumn = r#"{"name": "Node", "type": "string", "jsonPath": ".status.node"}"#,
@@ -65,7 +65,7 @@ pub struct EgressPolicySpec {
     status = "EgressPolicyStatus",
     shortname = "cegp",
     category = "egret",
-    printcolumn = r#"{"name": "Gateway", "type": "string", "jsonPath": ".spec.gateway"}"#,
+    printcolumn = r#"{"name": "Gateway", "type": "string", "jsonPath": ".status.gateway"}"#,
     printcolumn = r#"{"name": "IPv4", "type": "string", "jsonPath": ".status.addresses.ipv4"}"#,
     printcolumn = r#"{"name": "IPv6", "type": "string", "jsonPath": ".status.addresses.ipv6"}"#,
     printcolumn = r#"{"name": "Node", "type": "string", "jsonPath": ".status.node"}"#,
@@ -224,6 +224,9 @@ pub enum Fallback {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct EgressPolicyStatus {
+    /// The gateway that the policy uses: the one that it names, else the default one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gateway: Option<String>,
     /// The address that servers see.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub addresses: Option<AddressPair>,

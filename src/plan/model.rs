@@ -431,7 +431,7 @@ impl Gateway {
     /// without an address, a selector that cannot be understood.
     pub fn new(spec: &EgressGatewaySpec, meta: Metadata) -> Result<Self, Invalid> {
         let selector =
-            |field: &str, s| Selector::try_from(s).map_err(|e: SelectorError| Invalid::new(format!("spec.{field}"), e));
+            |field: &str, s| Selector::checked(s).map_err(|e: SelectorError| Invalid::new(format!("spec.{field}"), e));
         let mut pool = parse_ranges("spec.addresses", &spec.addresses)?;
         for (i, (range, text)) in pool.iter().enumerate() {
             if let Some((first, what)) = never_an_egress_address(range) {
@@ -592,7 +592,7 @@ impl Policy {
     /// As [`Policy::namespaced`].
     pub fn cluster(spec: &ClusterEgressPolicySpec, meta: Metadata) -> Result<Self, Invalid> {
         let namespaces = match &spec.namespace_selector {
-            Some(s) => Selector::try_from(s).map_err(|e| Invalid::new("spec.namespaceSelector", e))?,
+            Some(s) => Selector::checked(s).map_err(|e| Invalid::new("spec.namespaceSelector", e))?,
             None => Selector::default(),
         };
         let rest = EgressPolicySpec {
@@ -611,7 +611,7 @@ impl Policy {
 
     fn new(namespaces: Namespaces, spec: &EgressPolicySpec, meta: Metadata) -> Result<Self, Invalid> {
         let pods = match (&spec.pod_selector, spec.services.as_slice()) {
-            (Some(s), []) => PodMatch::Labels(Selector::try_from(s).map_err(|e| Invalid::new("spec.podSelector", e))?),
+            (Some(s), []) => PodMatch::Labels(Selector::checked(s).map_err(|e| Invalid::new("spec.podSelector", e))?),
             (None, services @ [_, ..]) => PodMatch::Services(services.iter().map(|s| s.as_str().into()).collect()),
             (Some(_), _) => {
                 return Err(Invalid::new("spec", "has both podSelector and services; keep the one that is meant"));

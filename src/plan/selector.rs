@@ -167,10 +167,59 @@ impl Selector {
     }
 }
 
-/// A selector that cannot be understood; the text names the requirement.
+/// A selector that cannot be understood, or that asks for labels that nothing can have; the text names the requirement.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
-#[error("matchExpressions: {0}")]
+#[error("{0}")]
 pub struct SelectorError(String);
+
+impl Selector {
+    /// Reads what a person has written, where a label that nothing can have is a mistake.
+    ///
+    /// # Errors
+    /// Keys or values that are no labels' (`ValidateLabelName`, `IsValidLabelValue`, apimachinery), and what
+    /// [`Selector::try_from`] refuses.
+    pub fn checked(s: &LabelSelector) -> Result<Self, SelectorError> {
+        let selector = Selector::try_from(s)?;
+        for (field, key, values) in words(s) {
+            if !is_label_key(key) {
+                return Err(SelectorError(format!(
+                    "{field}: nothing has a label with the key {key:?}; a key is at most 63 letters, digits, '-', '_' and \
+                     '.', with a letter or digit at both ends, and before it a DNS name and '/' if it has one"
+                )));
+            }
+            if let Some(value) = values.into_iter().find(|value| !is_label_value(value)) {
+                return Err(SelectorError(format!(
+                    "{field}: nothing has a label {key:?} with the value {value:?}; a value is empty, or at most 63 \
+                     letters, digits, '-', '_' and '.', with a letter or digit at both ends"
+                )));
+            }
+        }
+        Ok(selector)
+    }
+}
+
+/// The keys and values of a selector, each with the field that it stands in.
+fn words(s: &LabelSelector) -> impl Iterator<Item = (&'static str, &String, Vec<&String>)> {
+    let labels = s.match_labels.iter().flatten().map(|(key, value)| ("matchLabels", key, vec![value]));
+    let expressions = s.match_expressions.iter().flatten();
+    labels.chain(expressions.map(|e| ("matchExpressions", &e.key, e.values.iter().flatten().collect())))
+}
+
+fn is_label_key(key: &str) -> bool {
+    let (prefix, name) = key.rsplit_once('/').map_or((None, key), |(prefix, name)| (Some(prefix), name));
+    let is_part = |part: &str| {
+        let inside = |c: u8| c.is_ascii_lowercase() || c.is_ascii_digit() || c == b'-';
+        !part.is_empty() && part.bytes().all(inside) && !part.starts_with('-') && !part.ends_with('-')
+    };
+    let is_dns = |name: &str| name.len() <= 253 && name.split('.').all(is_part);
+    !name.is_empty() && is_label_value(name) && prefix.is_none_or(is_dns)
+}
+
+fn is_label_value(value: &str) -> bool {
+    let inside = |c: u8| c.is_ascii_alphanumeric() || matches!(c, b'-' | b'_' | b'.');
+    let at_ends = |c: Option<u8>| c.is_none_or(|c| c.is_ascii_alphanumeric());
+    value.len() <= 63 && value.bytes().all(inside) && at_ends(value.bytes().next()) && at_ends(value.bytes().last())
+}
 
 impl TryFrom<&LabelSelector> for Selector {
     type Error = SelectorError;
@@ -187,7 +236,7 @@ impl TryFrom<&LabelSelector> for Selector {
             if wants_values == values.is_empty() {
                 let (is, should) = if wants_values { ("no", "at least one") } else { ("some", "none") };
                 return Err(SelectorError(format!(
-                    "operator {} on key {:?} has {is} values, it needs {should}",
+                    "matchExpressions: operator {} on key {:?} has {is} values, it needs {should}",
                     e.operator, e.key
                 )));
             }
@@ -198,12 +247,57 @@ impl TryFrom<&LabelSelector> for Selector {
                 "DoesNotExist" => Requirement::DoesNotExist(key),
                 other => {
                     return Err(SelectorError(format!(
-                        "operator {other:?} on key {:?} is unknown; use In, NotIn, Exists or DoesNotExist",
+                        "matchExpressions: operator {other:?} on key {:?} is unknown; use In, NotIn, Exists or DoesNotExist",
                         e.key
                     )));
                 }
             });
         }
         Ok(Selector(all.into_iter().collect()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[track_caller]
+    fn refusal(selector: serde_json::Value) -> String {
+        let selector = serde_json::from_value(selector).unwrap();
+        assert!(Selector::try_from(&selector).is_ok());
+        Selector::checked(&selector).expect_err("nothing has such labels").to_string()
+    }
+
+    #[test]
+    fn labels_that_nothing_can_have_are_refused() {
+        let long = "x".repeat(64);
+        for value in ["no spaces please", "-x", "x.", "ä", &long] {
+            let said = refusal(json!({"matchLabels": {"app": value}}));
+            assert!(said.starts_with("matchLabels: ") && said.contains(&format!("{value:?}")), "{said}");
+            let said =
+                refusal(json!({"matchExpressions": [{"key": "app", "operator": "NotIn", "values": ["a", value]}]}));
+            assert!(said.starts_with("matchExpressions: ") && said.contains(&format!("{value:?}")), "{said}");
+        }
+        for key in ["", "a b", "/a", "a/", "a/b/c", "A.b/c", "a..b/c", "-a/b", &long, &format!("{}/a", "d".repeat(254))]
+        {
+            let said = refusal(json!({"matchLabels": {key: "x"}}));
+            assert!(said.contains(&format!("{key:?}")), "{said}");
+            refusal(json!({"matchExpressions": [{"key": key, "operator": "Exists"}]}));
+        }
+    }
+
+    #[test]
+    fn labels_that_something_can_have_are_taken() {
+        let long = "x".repeat(63);
+        for (key, value) in [("app", ""), ("A_b.c-1", "V.1_a-b"), ("kubernetes.io/metadata.name", "x"), (&long, &long)]
+        {
+            let selector = serde_json::from_value(json!({"matchLabels": {key: value}})).unwrap();
+            assert!(Selector::checked(&selector).is_ok(), "{key}: {value}");
+        }
+        let prefix = format!("{}/{long}", vec!["a"; 127].join("."));
+        let selector = serde_json::from_value(json!({"matchExpressions": [{"key": prefix, "operator": "Exists"}]}));
+        assert!(Selector::checked(&selector.unwrap()).is_ok());
+        assert!(Selector::checked(&LabelSelector::default()).is_ok());
     }
 }

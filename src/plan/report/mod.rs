@@ -50,10 +50,12 @@ pub fn report(cluster: &Cluster, outcome: &Outcome, now: i64) -> BTreeMap<Policy
         let mut status = EgressPolicyStatus::default();
         match verdict {
             Verdict::Refused(refusal) => {
+                status.gateway = policy.gateway.as_deref().map(str::to_owned);
                 conditions.add("Accepted", false, refusal.reason, refusal.message.as_str());
                 conditions.add("Ready", false, "NotAccepted", "it has no address; see the condition Accepted");
             }
             Verdict::Granted(grant) => {
+                status.gateway = Some(grant.gateway.to_string());
                 status.addresses = Some(grant.address.clone());
                 status.node = grant.node.as_deref().map(str::to_owned);
                 let reason = if grant.shared_with.is_some() { SHARED } else { "Accepted" };

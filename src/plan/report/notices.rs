@@ -101,6 +101,7 @@ mod tests {
             observed_generation: None,
         };
         EgressPolicyStatus {
+            gateway: None,
             addresses: Some(pair(&[address])),
             node: Some(node.to_owned()),
             pods: 0,

@@ -160,6 +160,16 @@ fn a_refused_policy_is_not_ready_and_has_no_address() {
 }
 
 #[test]
+fn a_policy_says_which_gateway_it_uses() {
+    let mut world = World::new(&["192.0.2.50"]);
+    world.policy("a/default", naming(&["192.0.2.50"]));
+    world.policy("a/nowhere", EgressPolicySpec { gateway: Some("nowhere".into()), ..naming(&["192.0.2.50"]) });
+    let gateway = |key: &str, world: &mut World| world.report()[&PolicyKey::from(key)].gateway.clone();
+    assert_eq!(gateway("a/default", &mut world).as_deref(), Some("g"));
+    assert_eq!(gateway("a/nowhere", &mut world).as_deref(), Some("nowhere"));
+}
+
+#[test]
 fn a_policy_that_makes_no_sense_is_told_so() {
     let mut world = World::new(&["192.0.2.50"]);
     let unreadable = |message: &str| Arc::new(Unreadable { message: message.into(), generation: Some(2) });

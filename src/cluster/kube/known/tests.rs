@@ -118,9 +118,11 @@ fn a_file_does_not_grow_with_the_number_of_changes() {
     let files = fixture.files("n1");
     let mut book = files.book(Kind::EgressPolicy);
     list(&mut book, &[policy("a", selects("a")), policy("b", selects("b"))]);
-    let long = "x".repeat(1000);
+    let long: Vec<String> = (0..20).map(|n| format!("{n:x>50}")).collect();
     for n in 0..3000 {
-        apply(&mut book, &policy("c", json!({"podSelector": {"matchLabels": {"n": n.to_string(), "long": long}}})));
+        let expression = json!({"key": "long", "operator": "In", "values": long});
+        let selector = json!({"matchLabels": {"n": n.to_string()}, "matchExpressions": [expression]});
+        apply(&mut book, &policy("c", json!({ "podSelector": selector })));
     }
     assert!(fs::metadata(fixture.path(Kind::EgressPolicy)).unwrap().len() < 2 * CHANGES);
     assert_eq!(recalled(&files, Kind::EgressPolicy).unwrap(), ["a", "b", "c"]);
