@@ -110,7 +110,7 @@ struct Node {
     /// How often a gateway's nodes are asked whether they live, 50ms to 10s
     #[arg(long, env = "EGRET_PROBE_INTERVAL", default_value = "300ms", value_parser = interval)]
     probe_interval: Duration,
-    /// How many questions in a row must stay unanswered before a node counts as dead, 1 to 20
+    /// For how many halves of that a node must be silent before it counts as dead, 1 to 20; it is asked three times in each
     #[arg(long, env = "EGRET_PROBE_MISSES", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=20))]
     probe_misses: u32,
     /// The upper 16 bits of the connection marks that are Egret's
