@@ -10,6 +10,7 @@ use egret::plan::destination::parse_cidr;
 use egret::plan::marks::Marks;
 use egret::plan::model::ObjectKey;
 use egret::plan::target::Target;
+use egret::plan::tunnel_family::TunnelFamily;
 use egret::plan::why::why;
 use egret::telemetry::access::{Access, Guard};
 use egret::telemetry::logs;
@@ -101,9 +102,13 @@ struct Node {
     /// Where the plugin's socket and the pods' attachments are
     #[arg(long, env = "EGRET_RUN_DIR", default_value = "/run/egret")]
     run_dir: PathBuf,
-    /// The address that other nodes send tunnel packets to [default: the node's first InternalIP on this host]
+    /// The address that other nodes send tunnel packets to [default: the node's first InternalIP on this
+    /// host of the tunnel's family]
     #[arg(long, env = "EGRET_TUNNEL_ADDRESS")]
     tunnel_address: Option<IpAddr>,
+    /// The family of the tunnel's outer packets, on all nodes alike: IPv4 or IPv6 [default: what all nodes have]
+    #[arg(long, env = "EGRET_TUNNEL_FAMILY", value_parser = tunnel_family)]
+    tunnel_family: Option<TunnelFamily>,
     /// Networks that no policy covers, beside the cluster's own: 10.0.0.0/8,fd00::/8
     #[arg(long, env = "EGRET_DIRECT", value_delimiter = ',', value_parser = network)]
     direct: Vec<IpNetwork>,
@@ -183,6 +188,14 @@ struct Uninstall {
 
 fn network(text: &str) -> Result<IpNetwork, String> {
     parse_cidr(text).map_err(|e| e.to_string())
+}
+
+fn tunnel_family(text: &str) -> Result<TunnelFamily, String> {
+    match text.to_ascii_lowercase().as_str() {
+        "ipv4" => Ok(TunnelFamily::V4),
+        "ipv6" => Ok(TunnelFamily::V6),
+        _ => Err(format!("{text:?} is no address family; write IPv4 or IPv6")),
+    }
 }
 
 fn pod(text: &str) -> Result<ObjectKey, String> {
@@ -274,6 +287,7 @@ impl Node {
             cluster,
             run_dir: self.run_dir,
             tunnel_address: self.tunnel_address,
+            tunnel_family: self.tunnel_family,
             direct: self.direct,
             liveness: node::liveness::Settings { interval: self.probe_interval, misses: self.probe_misses },
             marks: Marks::new(self.connection_mark, self.mark_shift)?,
