@@ -169,10 +169,13 @@ impl Node {
         if let Some(returning) = &mut self.returning {
             if question.asked >= returning.from {
                 returning.answered += 1;
-                returning.missed -= u32::from(question.missed);
+                returning.missed = returning.missed.saturating_sub(u32::from(question.missed));
             }
         } else {
-            self.returning = Some(Return { since: at, from: question.asked, answered: 1, missed: 0 });
+            // Later questions may have been missed before, where answers overtake each other.
+            let missed = self.open.iter().filter(|q| q.missed && q.asked > question.asked).count();
+            let missed = u32::try_from(missed).unwrap_or(u32::MAX);
+            self.returning = Some(Return { since: at, from: question.asked, answered: 1, missed });
             self.next = self.next.min(at);
         }
         if first || self.returning.is_some_and(|returning| returning.is_over(at)) {

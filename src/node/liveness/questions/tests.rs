@@ -255,3 +255,26 @@ fn who_is_asked_no_more_and_then_again_counts_as_alive() {
     world.pass(INTERVAL / 2, &[]);
     assert!(world.dead().is_empty() && !world.questions.take_stall());
 }
+
+#[test]
+fn answers_that_overtake_each_other_count_each_for_its_own_question() {
+    let mut world = World::new(1, SHORT);
+    world.pass(INTERVAL * 3, &[]);
+    assert_eq!(world.dead().len(), 1);
+    // Not the only one: it is not alive at once.
+    world.questions.set_nodes(&names(2), world.now);
+    let mut ask = || {
+        world.now += INTERVAL;
+        world.questions.judge(world.now);
+        world.questions.due(world.now).into_iter().find(|(to, _)| *to == address(0)).expect("it is due")
+    };
+    let asked = [ask(), ask()];
+    // Both are late, and the first one's answer comes first.
+    world.now += INTERVAL * 2;
+    world.questions.judge(world.now);
+    for (from, sequence) in asked {
+        world.questions.answered(from, sequence, world.now);
+    }
+    let returning = world.questions.nodes["n0"].returning.expect("it answers again");
+    assert_eq!((returning.answered, returning.missed), (2, 0));
+}
