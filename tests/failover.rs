@@ -3,7 +3,8 @@
 mod lab;
 
 use lab::mishaps::{
-    self, THOUSAND, answered_after, dies, holders, label, owner_and_other, plugged, thousand_paths, three_gateways,
+    self, THOUSAND, all_of, answered_after, cut, dies, holders, label, owner_and_other, plugged, thousand_paths,
+    three_gateways, tunnel_between,
 };
 use lab::scene::{assert_blocked, assert_leaves_by_egress, visitors};
 use lab::survival::{assert_live, assert_short, sessions};
@@ -13,25 +14,6 @@ use nix::unistd::Pid;
 use std::net::IpAddr;
 use std::thread;
 use std::time::{Duration, Instant};
-
-/// Lets nothing pass at the fabric that these rules drop, each without its verdict: `iifname "p-g1"`. No rules: all.
-fn cut(lab: &Lab, rules: &[String]) {
-    let rules: String = rules.iter().map(|rule| format!("  {rule} drop\n")).collect();
-    lab.host("fab").nft(&format!(
-        "add table bridge cut\ndelete table bridge cut\n\
-         table bridge cut {{\n chain pass {{\n  type filter hook forward priority 0;\n{rules} }}\n}}\n"
-    ));
-}
-
-/// Everything of a node, which keeps its carrier.
-fn all_of(node: &str) -> Vec<String> {
-    ["iifname", "oifname"].map(|way| format!("{way} \"p-{node}\"")).into()
-}
-
-/// The tunnel between two nodes.
-fn tunnel_between(a: &str, b: &str) -> Vec<String> {
-    [(a, b), (b, a)].map(|(from, to)| format!("iifname \"p-{from}\" oifname \"p-{to}\" udp dport 7871")).into()
-}
 
 /// Stops all of a daemon's threads, or lets them go on.
 fn frozen(lab: &Lab, daemon: &str, frozen: bool) {

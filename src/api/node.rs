@@ -51,12 +51,32 @@ pub struct EgressNodeStatus {
     /// where each is known from. Nodes' and Services' single addresses are not in it.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub direct: Vec<DirectNetwork>,
+    /// Other nodes, networks and addresses that this node had to pass over, sorted, and why; of many the first. All else is
+    /// in step, and they are tried again.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub faults: Vec<Fault>,
 }
 
 impl EgressNodeStatus {
     /// Without what is for people: five thousand nodes say the same.
     pub fn for_machines(self) -> Self {
-        EgressNodeStatus { direct: Vec::new(), blocked: Vec::new(), ..self }
+        EgressNodeStatus { direct: Vec::new(), blocked: Vec::new(), faults: Vec::new(), ..self }
+    }
+}
+
+/// What a node had to pass over.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Fault {
+    /// What it is about: `node n2`, `network 10.9.0.0/16, table 7874`.
+    pub of: String,
+    /// What is wrong, and what to do.
+    pub message: String,
+}
+
+impl From<(&String, &String)> for Fault {
+    fn from((of, message): (&String, &String)) -> Self {
+        Fault { of: of.clone(), message: message.clone() }
     }
 }
 

@@ -10,6 +10,7 @@ use egret::plan::destination::parse_cidr;
 use egret::plan::marks::Marks;
 use egret::plan::model::ObjectKey;
 use egret::plan::target::Target;
+use egret::plan::tunnel_family::TunnelFamily;
 use egret::plan::why::why;
 use egret::telemetry::access::{Access, Guard};
 use egret::telemetry::logs;
@@ -104,16 +105,20 @@ struct Node {
     /// Where the offline policy snapshot is left for the plugin; it must outlive a reboot
     #[arg(long, env = "EGRET_STATE_DIR", default_value = DEFAULT_STATE_DIR)]
     state_dir: PathBuf,
-    /// The address that other nodes send tunnel packets to [default: the node's first InternalIP on this host]
+    /// The address that other nodes send tunnel packets to [default: the node's first InternalIP on this
+    /// host of the tunnel's family]
     #[arg(long, env = "EGRET_TUNNEL_ADDRESS")]
     tunnel_address: Option<IpAddr>,
+    /// The family of the tunnel's outer packets, on all nodes alike: IPv4 or IPv6 [default: what all nodes have]
+    #[arg(long, env = "EGRET_TUNNEL_FAMILY", value_parser = tunnel_family)]
+    tunnel_family: Option<TunnelFamily>,
     /// Networks that no policy covers, beside the cluster's own: 10.0.0.0/8,fd00::/8
     #[arg(long, env = "EGRET_DIRECT", value_delimiter = ',', value_parser = network)]
     direct: Vec<IpNetwork>,
     /// How often a gateway's nodes are asked whether they live, 50ms to 10s
     #[arg(long, env = "EGRET_PROBE_INTERVAL", default_value = "300ms", value_parser = interval)]
     probe_interval: Duration,
-    /// How many questions in a row must stay unanswered before a node counts as dead, 1 to 20
+    /// For how many halves of that a node must be silent before it counts as dead, 1 to 20; it is asked three times in each
     #[arg(long, env = "EGRET_PROBE_MISSES", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=20))]
     probe_misses: u32,
     /// The upper 16 bits of the connection marks that are Egret's
@@ -196,6 +201,14 @@ struct Uninstall {
 
 fn network(text: &str) -> Result<IpNetwork, String> {
     parse_cidr(text).map_err(|e| e.to_string())
+}
+
+fn tunnel_family(text: &str) -> Result<TunnelFamily, String> {
+    match text.to_ascii_lowercase().as_str() {
+        "ipv4" => Ok(TunnelFamily::V4),
+        "ipv6" => Ok(TunnelFamily::V6),
+        _ => Err(format!("{text:?} is no address family; write IPv4 or IPv6")),
+    }
 }
 
 fn pod(text: &str) -> Result<ObjectKey, String> {
@@ -288,6 +301,7 @@ impl Node {
             run_dir: self.run_dir,
             state_dir: self.state_dir,
             tunnel_address: self.tunnel_address,
+            tunnel_family: self.tunnel_family,
             direct: self.direct,
             liveness: node::liveness::Settings { interval: self.probe_interval, misses: self.probe_misses },
             marks: Marks::new(self.connection_mark, self.mark_shift)?,

@@ -116,7 +116,11 @@ async fn kernel(work: &mut Work, marks: Marks) {
             work.done("the tunnel device", tunnel::remove(&socket).await.map(usize::from));
             work.done("routes", own_routes(&socket).await);
             let placed = addresses::sync(&socket, &BTreeSet::new()).await;
-            work.done("egress addresses", placed.map(|changes| changes.removed.len()));
+            let placed = placed.and_then(|mut changes| match changes.stuck.pop() {
+                Some((_, e)) => Err(e),
+                None => Ok(changes.removed.len()),
+            });
+            work.done("egress addresses", placed);
         }
         Err(e) => work.errors.push(e.context("rules, routes, addresses and the tunnel device could not be removed")),
     }

@@ -69,13 +69,15 @@ pub struct Changes {
     pub foreign: Vec<Placed>,
     /// Wanted and refused by the kernel.
     pub refused: Vec<(Placed, anyhow::Error)>,
+    /// Not wanted, and the kernel does not take them off.
+    pub stuck: Vec<(Placed, anyhow::Error)>,
 }
 
 /// Places the egress addresses `wanted`, and takes off what else carries our protocol number; the tunnel device's own
 /// addresses stay. An address that the host has without us, on whichever interface, is left as it is.
 ///
 /// # Errors
-/// The host's addresses cannot be read, or one cannot be taken off.
+/// The host's addresses cannot be read.
 pub async fn sync(socket: &RouteSocket, wanted: &BTreeSet<Placed>) -> Result<Changes> {
     sync_and_tell(socket, wanted, |_| ()).await
 }
@@ -114,7 +116,9 @@ pub async fn sync_and_tell(
     for ours in there.iter().filter(|a| a.is_ours() && !is_devices_own(a.address)) {
         if ours.prefix != host_prefix(ours.address) {
             // The kernel would not have it twice.
-            socket.apply(vec![delete(ours)]).await?;
+            if let Err(e) = socket.apply(vec![delete(ours)]).await {
+                changes.stuck.push((ours.placed(), e));
+            }
         } else if !wanted.contains(&ours.placed()) {
             old.push(ours);
         }
@@ -135,8 +139,10 @@ pub async fn sync_and_tell(
     // After the new ones: an address that moves to another interface is never away.
     let removals = socket.apply_each(old.iter().map(|address| delete(address)).collect()).await?;
     for (address, result) in old.into_iter().zip(removals) {
-        if result? {
-            changes.removed.push(address.placed());
+        match result {
+            Ok(true) => changes.removed.push(address.placed()),
+            Ok(false) => {}
+            Err(e) => changes.stuck.push((address.placed(), e)),
         }
     }
     if !changes.added.is_empty() {
@@ -151,7 +157,9 @@ async fn take_back_what_cannot_be_known_again(socket: &RouteSocket, changes: &mu
     let there = local_addresses(socket).await?;
     let added: BTreeSet<Placed> = changes.added.iter().copied().collect();
     for unknown in there.iter().filter(|a| !a.is_ours() && added.contains(&a.placed())) {
-        socket.apply(vec![delete(unknown)]).await?;
+        if let Err(e) = socket.apply(vec![delete(unknown)]).await {
+            changes.stuck.push((unknown.placed(), e));
+        }
         changes.added.retain(|placed| *placed != unknown.placed());
         let error = anyhow!("this kernel does not keep who has placed an address (IFA_PROTO); Linux 5.18 does");
         changes.refused.push((unknown.placed(), error));

@@ -9,9 +9,13 @@ use nix::sys::socket::{
     AddressFamily, ControlMessageOwned, MsgFlags, SockFlag, SockProtocol, SockType, SockaddrIn6, bind, recvmsg, sendto,
     setsockopt, socket, sockopt,
 };
+use nix::sys::time::TimeSpec;
+use std::collections::hash_map::RandomState;
+use std::hash::{BuildHasher, Hasher};
 use std::io::{self, IoSliceMut};
 use std::net::{Ipv6Addr, SocketAddrV6};
 use std::os::fd::AsRawFd;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio::io::Interest;
 use tokio::net::UdpSocket;
 
@@ -23,6 +27,20 @@ const HOP_LIMIT: i32 = 255;
 const MESSAGE: usize = 64;
 /// Room for the answers of a few thousand nodes, while the daemon is busy.
 const RECEIVE_BUFFER: usize = 1 << 20;
+
+/// Longer than this no answer lies unread.
+const LONGEST_WAIT: Duration = Duration::from_secs(60);
+
+/// A node's answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Answer {
+    /// The node's health address.
+    pub from: Ipv6Addr,
+    /// The number of the question.
+    pub sequence: u16,
+    /// How long it has lain in the socket.
+    pub waited: Duration,
+}
 
 /// See the module.
 #[derive(Debug)]
@@ -50,11 +68,15 @@ impl Echo {
         setsockopt(&fd, sockopt::BindToDevice, &DEVICE.into()).context("cannot ask through the tunnel device")?;
         setsockopt(&fd, sockopt::Ipv6RecvHopLimit, &true)?;
         setsockopt(&fd, sockopt::Ipv6Ttl, &HOP_LIMIT)?;
+        // Round trips are measured, and a daemon that is busy reads late.
+        setsockopt(&fd, sockopt::ReceiveTimestampns, &true)?;
         let _ = setsockopt(&fd, sockopt::RcvBufForce, &RECEIVE_BUFFER);
         bind(fd.as_raw_fd(), &SockaddrIn6::from(SocketAddrV6::new(source, 0, 0, device)))
             .with_context(|| format!("cannot ask from {source}"))?;
         let socket = UdpSocket::from_std(fd.into())?;
-        Ok(Echo { socket, device, identifier: std::process::id() as u16 })
+        // Not the process id: in a container it is the same after a restart, and answers to the daemon before would count.
+        let identifier = RandomState::new().build_hasher().finish() as u16;
+        Ok(Echo { socket, device, identifier })
     }
 
     /// Asks a node.
@@ -77,11 +99,11 @@ impl Echo {
         self.socket.readable().await
     }
 
-    /// The next answer that is there: the node, and the question's number.
+    /// The next answer that is there.
     ///
     /// # Errors
     /// The socket failed.
-    pub fn answer(&self) -> io::Result<Option<(Ipv6Addr, u16)>> {
+    pub fn answer(&self) -> io::Result<Option<Answer>> {
         loop {
             match self.socket.try_io(Interest::READABLE, || self.receive()) {
                 Ok(Some(answer)) => return Ok(Some(answer)),
@@ -94,18 +116,29 @@ impl Echo {
     }
 
     /// A message; `None`: it is no answer to this daemon.
-    fn receive(&self) -> io::Result<Option<(Ipv6Addr, u16)>> {
+    fn receive(&self) -> io::Result<Option<Answer>> {
         let mut message = [0; MESSAGE];
-        let mut control = nix::cmsg_space!(i32);
+        let mut control = nix::cmsg_space!(i32, TimeSpec);
         let mut room = [IoSliceMut::new(&mut message)];
         let heard = recvmsg::<SockaddrIn6>(self.socket.as_raw_fd(), &mut room, Some(&mut control), MsgFlags::empty())?;
-        let near = heard.cmsgs().is_ok_and(|mut all| all.any(|c| c == ControlMessageOwned::Ipv6HopLimit(HOP_LIMIT)));
+        let (mut near, mut arrived) = (false, None);
+        for control in heard.cmsgs().into_iter().flatten() {
+            match control {
+                ControlMessageOwned::Ipv6HopLimit(limit) => near = limit == HOP_LIMIT,
+                ControlMessageOwned::ScmTimestampns(time) => arrived = Some(Duration::from(time)),
+                _ => {}
+            }
+        }
+        // The kernel's stamp is of the clock that can be set; a step makes it one that has just come.
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let waited = arrived.and_then(|arrived| now.checked_sub(arrived)).filter(|waited| *waited < LONGEST_WAIT);
         let (from, length) = (heard.address.map(|a| a.ip()), heard.bytes);
         Ok(match (near, from, &message[..length]) {
             (true, Some(from), [ECHO_REPLY, 0, _, _, a, b, c, d])
                 if HEALTH.contains(from) && u16::from_be_bytes([*a, *b]) == self.identifier =>
             {
-                Some((from, u16::from_be_bytes([*c, *d])))
+                let sequence = u16::from_be_bytes([*c, *d]);
+                Some(Answer { from, sequence, waited: waited.unwrap_or_default() })
             }
             _ => None,
         })

@@ -1,7 +1,7 @@
 //! The forwarding database of the tunnel device: which node, by its tunnel MAC address, is reached at which address.
 
 use super::mac::{Mac, Shown};
-use super::route_socket::{Change, RouteSocket};
+use super::route_socket::{Applied, Change, RouteSocket};
 use anyhow::{Context, Result};
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_REPLACE};
 use netlink_packet_route::neighbour::{
@@ -25,6 +25,14 @@ struct Entry {
 /// # Errors
 /// The kernel's refusal; the other entries are as they should be then.
 pub async fn sync(socket: &RouteSocket, ifindex: u32, nodes: &BTreeMap<Mac, IpAddr>) -> Result<usize> {
+    sync_each(socket, ifindex, nodes).await?.all()
+}
+
+/// As [`sync`], and says which entries were refused.
+///
+/// # Errors
+/// The forwarding database cannot be read.
+pub async fn sync_each(socket: &RouteSocket, ifindex: u32, nodes: &BTreeMap<Mac, IpAddr>) -> Result<Applied<Mac>> {
     let entries = read(socket, ifindex).await?;
     let wanted = |e: &Entry| e.to.is_some() && nodes.get(&e.mac) == e.to.as_ref();
     let mut right: Vec<Mac> = entries.iter().filter(|e| wanted(e) && e.permanent).map(|e| e.mac).collect();
@@ -32,12 +40,12 @@ pub async fn sync(socket: &RouteSocket, ifindex: u32, nodes: &BTreeMap<Mac, IpAd
     // Without a destination, the kernel deletes all that there is for a MAC address; so before anything is added.
     let (nowhere, wrong): (Vec<&Entry>, Vec<&Entry>) =
         entries.iter().filter(|e| !wanted(e)).partition(|e| e.to.is_none());
-    let mut changes: Vec<Change> = nowhere.into_iter().map(|e| delete(ifindex, e)).collect();
+    let mut changes: Vec<(Mac, Change)> = nowhere.into_iter().map(|e| (e.mac, delete(ifindex, e))).collect();
     let missing = nodes.iter().filter(|(mac, _)| right.binary_search(mac).is_err());
-    changes.extend(missing.map(|(mac, to)| add(ifindex, *mac, *to)));
+    changes.extend(missing.map(|(mac, to)| (*mac, add(ifindex, *mac, *to))));
     // Adding has replaced one destination of an entry that was there; another one may be left.
-    changes.extend(wrong.into_iter().map(|e| delete(ifindex, e)));
-    socket.apply(changes).await
+    changes.extend(wrong.into_iter().map(|e| (e.mac, delete(ifindex, e))));
+    socket.apply_of(changes).await
 }
 
 async fn read(socket: &RouteSocket, ifindex: u32) -> Result<Vec<Entry>> {

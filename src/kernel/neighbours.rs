@@ -3,7 +3,7 @@
 
 use super::mac::{Mac, Shown};
 use super::names::{ASKING, HEALTH};
-use super::route_socket::{Change, RouteSocket};
+use super::route_socket::{Applied, Change, RouteSocket};
 use anyhow::{Context, Result};
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_REPLACE};
 use netlink_packet_route::neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState};
@@ -16,17 +16,17 @@ use std::net::Ipv6Addr;
 /// Returns how many changes it made.
 ///
 /// # Errors
-/// The kernel's refusal; the others are as they should be then.
-pub async fn sync(socket: &RouteSocket, ifindex: u32, nodes: &BTreeMap<Ipv6Addr, Mac>) -> Result<usize> {
+/// The neighbours cannot be read. Which were refused, the result says; the others are as they should be then.
+pub async fn sync(socket: &RouteSocket, ifindex: u32, nodes: &BTreeMap<Ipv6Addr, Mac>) -> Result<Applied<Ipv6Addr>> {
     let there = read(socket, ifindex).await?;
     let mut changes = Vec::new();
     for (address, mac) in nodes {
         if there.get(address) != Some(&Some(*mac)) {
-            changes.push(add(ifindex, *address, *mac));
+            changes.push((*address, add(ifindex, *address, *mac)));
         }
     }
-    changes.extend(there.keys().filter(|a| !nodes.contains_key(a)).map(|a| delete(ifindex, *a)));
-    socket.apply(changes).await
+    changes.extend(there.keys().filter(|a| !nodes.contains_key(a)).map(|a| (*a, delete(ifindex, *a))));
+    socket.apply_of(changes).await
 }
 
 /// Addresses of nodes, and the MAC address of each that is there for good.

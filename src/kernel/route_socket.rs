@@ -43,6 +43,29 @@ pub struct Change {
     pub about: String,
 }
 
+/// What became of many things, each by itself.
+#[derive(Debug)]
+pub struct Applied<T> {
+    /// How many changes were made.
+    pub changes: usize,
+    /// What was refused, and why.
+    pub refused: Vec<(T, anyhow::Error)>,
+}
+
+impl<T> Applied<T> {
+    /// How many changes were made.
+    ///
+    /// # Errors
+    /// The first refusal; how many there were.
+    pub fn all(mut self) -> Result<usize> {
+        match self.refused.len() {
+            0 => Ok(self.changes),
+            1 => Err(self.refused.swap_remove(0).1),
+            n => Err(self.refused.swap_remove(0).1.context(format!("{n} changes were refused, the first of them"))),
+        }
+    }
+}
+
 /// A route netlink socket in the network namespace in which it was opened. Clones share it.
 #[derive(Clone, Debug)]
 pub struct RouteSocket {
@@ -144,21 +167,23 @@ impl RouteSocket {
     /// # Errors
     /// The first refusal; how many there were.
     pub async fn apply(&self, changes: Vec<Change>) -> Result<usize> {
-        let (mut made, mut failures, mut first) = (0, 0usize, None);
-        for result in self.apply_each(changes).await? {
+        self.apply_of(changes.into_iter().map(|change| ((), change)).collect()).await?.all()
+    }
+
+    /// Makes changes, in their order, and says of which things one was refused.
+    ///
+    /// # Errors
+    /// The kernel cannot be spoken to.
+    pub async fn apply_of<T>(&self, changes: Vec<(T, Change)>) -> Result<Applied<T>> {
+        let (of, changes): (Vec<T>, Vec<Change>) = changes.into_iter().unzip();
+        let mut applied = Applied { changes: 0, refused: Vec::new() };
+        for (of, result) in of.into_iter().zip(self.apply_each(changes).await?) {
             match result {
-                Ok(done) => made += usize::from(done),
-                Err(e) => {
-                    failures += 1;
-                    first.get_or_insert(e);
-                }
+                Ok(done) => applied.changes += usize::from(done),
+                Err(e) => applied.refused.push((of, e)),
             }
         }
-        match first {
-            None => Ok(made),
-            Some(e) if failures == 1 => Err(e),
-            Some(e) => Err(e.context(format!("{failures} changes were refused, the first of them"))),
-        }
+        Ok(applied)
     }
 
     /// Makes changes, in their order, and returns what became of each: whether it was made now, or the refusal.

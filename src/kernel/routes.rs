@@ -1,7 +1,7 @@
 //! The routes of Egret's own tables. A table is Egret's as a whole: what else stands in it is removed.
 
 use super::names::{self, PROTOCOL};
-use super::route_socket::{Change, RouteSocket, errno};
+use super::route_socket::{Applied, Change, RouteSocket, errno};
 use super::sysctl;
 use anyhow::{Context, Result};
 use ipnetwork::IpNetwork;
@@ -58,10 +58,22 @@ pub enum RouteKind {
 /// # Errors
 /// The kernel's refusal; the other routes are as they should be then.
 pub async fn sync(socket: &RouteSocket, table: u32, routes: &BTreeSet<Route>) -> Result<usize> {
+    sync_each(socket, table, routes).await?.all()
+}
+
+/// As [`sync`], and says of which destinations and metrics a route was refused.
+///
+/// # Errors
+/// The table cannot be read.
+pub async fn sync_each(
+    socket: &RouteSocket,
+    table: u32,
+    routes: &BTreeSet<Route>,
+) -> Result<Applied<(IpNetwork, u32)>> {
     let ipv6 = sysctl::ipv6()?;
     let wanted: BTreeSet<Route> =
         routes.iter().filter(|r| ipv6 || r.dst.is_ipv4()).map(|r| r.as_the_kernel_has_it()).collect();
-    let mut made = 0;
+    let mut all = Applied { changes: 0, refused: Vec::new() };
     for _ in 0..ROUNDS {
         let mut there = read(socket, table, AddressFamily::Inet).await?;
         if ipv6 {
@@ -76,19 +88,22 @@ pub async fn sync(socket: &RouteSocket, table: u32, routes: &BTreeSet<Route>) ->
             }
         }
         let replaced: BTreeSet<_> = missing.iter().map(|r| (r.dst, r.metric)).collect();
-        let mut changes: Vec<Change> = missing.iter().map(|r| add(table, r)).collect();
+        let mut changes: Vec<((IpNetwork, u32), Change)> =
+            missing.iter().map(|r| ((r.dst, r.metric), add(table, r))).collect();
         let before = wrong.len();
         // The kernel does not look at the type when it deletes an IPv6 route: what is being replaced must not be
         // deleted as well. The next round sees what is left of it.
         wrong.retain(|m| !replaced.contains(&(destination(m), metric(m))));
         let again = wrong.len() < before;
-        changes.extend(wrong.into_iter().map(|m| delete(table, m)));
-        made += socket.apply(changes).await?;
+        changes.extend(wrong.into_iter().map(|m| ((destination(&m), metric(&m)), delete(table, m))));
+        let applied = socket.apply_of(changes).await?;
+        all.changes += applied.changes;
+        all.refused = applied.refused;
         if !again {
             break;
         }
     }
-    Ok(made)
+    Ok(all)
 }
 
 /// The tables of Egret's numbers in which there are routes of ours, also such that an earlier run has left.

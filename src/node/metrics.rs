@@ -46,6 +46,7 @@ pub struct Metrics {
     requests: Family<VerbLabel, Histogram>,
     applies: Histogram,
     errors: Counter,
+    faults: Gauge,
     changes: Counter,
     /// What the kernel's counters said last; they start again when their table or element does.
     drops_seen: BTreeMap<String, u64>,
@@ -70,6 +71,7 @@ impl Metrics {
             requests: Family::new_with_constructor(seconds),
             applies: seconds(),
             errors: Counter::default(),
+            faults: Gauge::default(),
             changes: Counter::default(),
             drops_seen: BTreeMap::new(),
             other_ports_seen: 0,
@@ -96,6 +98,8 @@ impl Metrics {
         let applies = "How long it took to bring the kernel in step";
         registry.register_with_unit("apply_duration", applies, Unit::Seconds, metrics.applies.clone());
         registry.register("apply_errors", "How often the kernel could not be brought in step", metrics.errors.clone());
+        let faults = "Other nodes, networks and addresses that are passed over; the node's EgressNode names them";
+        registry.register("faults", faults, metrics.faults.clone());
         registry.register("kernel_changes", "Changes made to the kernel's tables", metrics.changes.clone());
         (registry, metrics)
     }
@@ -114,6 +118,11 @@ impl Metrics {
                 self.errors.inc();
             }
         }
+    }
+
+    /// So much is passed over.
+    pub fn faults(&self, n: usize) {
+        self.faults.set(n as i64);
     }
 
     /// A plugin was answered.

@@ -24,6 +24,7 @@ use crate::install::keep;
 use crate::kernel::watch::Watch;
 use crate::memory;
 use crate::plan::marks::Marks;
+use crate::plan::tunnel_family::TunnelFamily;
 use crate::telemetry::server;
 use anyhow::Context;
 use ipnetwork::IpNetwork;
@@ -59,6 +60,8 @@ pub struct Options {
     pub state_dir: PathBuf,
     /// The address that other nodes send tunnel packets to; `None`: the node's first InternalIP.
     pub tunnel_address: Option<IpAddr>,
+    /// The family of the tunnel's outer packets; `None`: what the cluster's nodes have.
+    pub tunnel_family: Option<TunnelFamily>,
     /// Destinations that no policy covers, beside the cluster's own.
     pub direct: Vec<IpNetwork>,
     /// How other nodes are asked whether they live.

@@ -1,6 +1,7 @@
 //! What the node tells others: its EgressNode to the cluster, its offline policy snapshot to the plugin.
 
-use crate::api::{BlockedPath, DirectNetwork, EgressNodeStatus, RefusedPath, TakenPath};
+use super::host::Faults;
+use crate::api::{BlockedPath, DirectNetwork, EgressNodeStatus, Fault, RefusedPath, TakenPath};
 use crate::cluster::Statuses;
 use crate::cni::offline_policies::{Elsewhere, OfflinePolicies};
 use crate::kernel::tunnel::Tunnel;
@@ -25,6 +26,9 @@ const AGAIN: Duration = Duration::from_secs(5);
 /// What is in nodes' statuses for people alone is written at this pace by all nodes together: with each node that comes or
 /// goes all of them have something else to say, and each hears what each says.
 const FOR_PEOPLE: Duration = Duration::from_millis(100);
+
+/// So many faults are named in a node's status: who is of the wrong family has one for each other node.
+const FAULTS: usize = 20;
 
 /// Writes each only when it has changed.
 pub struct Report {
@@ -55,7 +59,15 @@ impl Report {
     /// Tells the other nodes where this end of the tunnel is, and what it holds. Nothing waits until that is written:
     /// an API server that does not answer must not keep this node from taking over what another one leaves.
     /// Pods of this node use the paths `used`; there are so many `nodes`.
-    pub fn publish(&self, view: &View, tunnel: Option<&Tunnel>, facts: &Facts, used: &BTreeSet<PathId>, nodes: usize) {
+    pub fn publish(
+        &self,
+        view: &View,
+        tunnel: Option<&Tunnel>,
+        facts: &Facts,
+        faults: &Faults,
+        used: &BTreeSet<PathId>,
+        nodes: usize,
+    ) {
         let Some(tunnel) = tunnel else { return };
         let refused = facts.refused.iter().map(|(id, why)| RefusedPath { id: *id, message: why.clone() });
         let direct = view.networks.origins.iter();
@@ -75,6 +87,7 @@ impl Report {
             silent: facts.dead.iter().filter(|_| view.paths.is_gateway).map(ToString::to_string).collect(),
             blocked: blocked.collect(),
             direct: direct.collect(),
+            faults: faults.iter().take(FAULTS).map(Fault::from).collect(),
         };
         let nodes = u32::try_from(nodes).unwrap_or(u32::MAX);
         self.published.send_if_modified(|published| {

@@ -55,8 +55,18 @@ impl EgressNode {
 
 impl From<EgressNodeStatus> for EgressNode {
     fn from(said: EgressNodeStatus) -> Self {
-        let EgressNodeStatus { tunnel_address, tunnel_mac, answers, paths, taken, refused, silent, blocked, direct: _ } =
-            said;
+        let EgressNodeStatus {
+            tunnel_address,
+            tunnel_mac,
+            answers,
+            paths,
+            taken,
+            refused,
+            silent,
+            blocked,
+            direct: _,
+            faults: _,
+        } = said;
         let of_paths = OfPaths { held: paths, taken, refused, silent, blocked };
         EgressNode {
             tunnel_address,

@@ -25,4 +25,5 @@ pub mod selector;
 pub mod shared;
 pub mod stand_in;
 pub mod target;
+pub mod tunnel_family;
 pub mod why;

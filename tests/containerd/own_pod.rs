@@ -133,8 +133,12 @@ impl Manifest {
         Manifest { pod, image }
     }
 
+    /// The port that the probes ask.
     fn port(&self) -> u64 {
-        self.pod["containers"][0]["ports"][0]["containerPort"].as_u64().expect("a port")
+        let container = &self.pod["containers"][0];
+        let name = &container["readinessProbe"]["httpGet"]["port"];
+        let port = list(&container["ports"]).iter().find(|port| port["name"] == *name).expect("the probes' port");
+        port["containerPort"].as_u64().expect("a port")
     }
 
     fn probes(&self) -> Vec<String> {

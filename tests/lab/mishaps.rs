@@ -27,6 +27,25 @@ pub fn plugged(lab: &Lab, node: &str, in_: bool) {
     lab.host("fab").ip(&format!("link set p-{node} {}", if in_ { "up" } else { "down" }));
 }
 
+/// Lets nothing pass at the fabric that these rules drop, each without its verdict: `iifname "p-g1"`. No rules: all passes.
+pub fn cut(lab: &Lab, rules: &[String]) {
+    let rules: String = rules.iter().map(|rule| format!("  {rule} drop\n")).collect();
+    lab.host("fab").nft(&format!(
+        "add table bridge cut\ndelete table bridge cut\n\
+         table bridge cut {{\n chain pass {{\n  type filter hook forward priority 0;\n{rules} }}\n}}\n"
+    ));
+}
+
+/// Everything of a node, which keeps its carrier.
+pub fn all_of(node: &str) -> Vec<String> {
+    ["iifname", "oifname"].map(|way| format!("{way} \"p-{node}\"")).into()
+}
+
+/// The tunnel between two nodes.
+pub fn tunnel_between(a: &str, b: &str) -> Vec<String> {
+    [(a, b), (b, a)].map(|(from, to)| format!("iifname \"p-{from}\" oifname \"p-{to}\" udp dport 7871")).into()
+}
+
 /// The owner's link goes down: how long the first of the pods waits until it is answered again. Returns when the other
 /// node has the address and each pod leaves from it.
 #[track_caller]

@@ -15,22 +15,22 @@ pub(super) struct Fitness {
 
 impl Fitness {
     /// Returns whether it has changed.
-    pub(super) fn judge(&mut self, look: &Look, now: Instant) -> bool {
+    pub(super) fn judge(&mut self, look: &Look, apart: Option<&str>, now: Instant) -> bool {
         let (broken, works) = look.judge();
         // Of two addresses with the same way one may have no interface, being on no network of this node's.
         let is_lost = |had: bool, down: bool| had || down && works.is_empty();
         let broken = broken.iter().filter(|b| !works.contains(&b.way));
         let lost: Vec<_> = broken.filter(|b| is_lost(self.had.contains(&b.way), b.down)).collect();
         let before = self.unfit.is_some();
-        self.cut_off = !lost.is_empty() && works.is_empty();
-        if lost.is_empty() {
+        self.cut_off = apart.is_some() || !lost.is_empty() && works.is_empty();
+        if lost.is_empty() && apart.is_none() {
             self.unfit = None;
         } else {
             self.unfit.get_or_insert(now);
         }
         match (before, self.unfit) {
             (false, Some(_)) => {
-                let why: BTreeSet<&str> = lost.iter().map(|b| &*b.why).collect();
+                let why: BTreeSet<&str> = lost.iter().map(|b| &*b.why).chain(apart).collect();
                 let why = why.into_iter().collect::<Vec<_>>().join("; ");
                 tracing::warn!("this node cannot hold egress addresses now: {why}");
             }

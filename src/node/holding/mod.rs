@@ -103,8 +103,9 @@ impl Holding {
     }
 
     /// Whether this node can hold addresses. Returns whether that has changed.
-    pub fn judge(&mut self, look: &Look, now: Instant) -> bool {
-        self.fitness.judge(look, now)
+    /// `apart`: why no other node reaches this one, where that is known.
+    pub fn judge(&mut self, look: &Look, apart: Option<&str>, now: Instant) -> bool {
+        self.fitness.judge(look, apart, now)
     }
 
     /// Whether it can.

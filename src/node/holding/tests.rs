@@ -49,7 +49,7 @@ impl Scene {
 
     /// Decides, and what is wished for happens.
     fn decide(&mut self) -> Decision {
-        if self.holding.judge(&self.look, self.now) {
+        if self.holding.judge(&self.look, None, self.now) {
             let own: crate::plan::selector::Name = "n1".into();
             if self.holding.is_fit() {
                 self.facts.dead.remove(&own)

@@ -1,8 +1,10 @@
 //! The host's kernel as the node daemon drives it: each part of the datapath brought in step, in an order in which
 //! nothing leaks in between.
 
+mod peers;
 mod place;
 
+pub use peers::Faults;
 pub use place::{Look, Way, Wish};
 
 use crate::kernel::addresses;
@@ -15,8 +17,8 @@ use crate::kernel::route_socket::RouteSocket;
 use crate::kernel::routes::{self, METRIC_LAST, Route, RouteKind};
 use crate::kernel::rules::{self, Rule};
 use crate::kernel::tunnel::{self, Tunnel};
+use crate::kernel::sysctl;
 use crate::kernel::uplink::Uplinks;
-use crate::kernel::{fdb, neighbours, sysctl};
 use crate::plan::mac;
 use crate::plan::marks::{MAX_PEER, Marks, PathId};
 use crate::plan::networks::Networks;
@@ -52,6 +54,15 @@ pub struct Host {
     forwarding: Option<Digest>,
     tunnel: Option<(Tunnel, u32)>,
     underlay: Option<(u32, u32)>,
+    faults: PartFaults,
+}
+
+/// What each part could not bring about.
+#[derive(Debug, Default)]
+struct PartFaults {
+    peers: Faults,
+    routes: Faults,
+    addresses: Faults,
 }
 
 /// Tells what was brought about from anything else, without a copy of what can be ten thousand entries. That two are
@@ -91,6 +102,7 @@ impl Host {
             forwarding: None,
             tunnel: None,
             underlay: None,
+            faults: PartFaults::default(),
         })
     }
 
@@ -171,27 +183,34 @@ impl Host {
         if self.routing.as_ref() == Some(&wanted) {
             return Ok(0);
         }
-        let mut changes = 0;
+        let (mut changes, mut faults) = (0, Faults::new());
         for (table, routes) in &wanted.tables {
-            let synced = routes::sync(&self.routes, *table, routes).await;
-            changes += match synced {
-                // One gateway's next hop that makes no sense here must not stop the others: what would go by it is unreachable.
-                Err(e) if *table > TABLE_UPLINK => {
-                    tracing::warn!("a gateway's next hop cannot be used: {e:#}");
-                    let without =
-                        routes.iter().filter(|r| !matches!(r.kind, RouteKind::Unicast { .. })).cloned().collect();
-                    routes::sync(&self.routes, *table, &without).await?
+            let applied = routes::sync_each(&self.routes, *table, routes).await?;
+            changes += applied.changes;
+            for ((network, metric), e) in applied.refused {
+                // Without the last resort, what should go nowhere would go by the main table. All else is one network's, or one
+                // gateway's next hop: what would go by it is unreachable.
+                if metric == METRIC_LAST || *table == TABLE_REQUEST && network.prefix() == 0 {
+                    return Err(e);
                 }
-                other => other?,
-            };
+                let of = if *table > TABLE_UPLINK { "next hop" } else { "network" };
+                faults.insert(format!("{of} {network}, table {table}"), format!("{e:#}"));
+            }
         }
         changes += rules::sync(&self.routes, &wanted.rules).await?;
         // Tables of uplinks that are no more: after the rules that led to them.
         for table in self.routing.iter().flat_map(|r| r.tables.keys()).filter(|t| !wanted.tables.contains_key(t)) {
             changes += routes::sync(&self.routes, *table, &BTreeSet::new()).await?;
         }
-        self.routing = Some(wanted);
+        self.routing = faults.is_empty().then_some(wanted);
+        self.faults.routes = faults;
         Ok(changes)
+    }
+
+    /// What could not be brought about of single nodes, networks and addresses. All else is in step, and these are tried again.
+    pub fn faults(&self) -> Faults {
+        let PartFaults { peers, routes, addresses } = &self.faults;
+        [peers, routes, addresses].into_iter().flatten().map(|(of, why)| (of.clone(), why.clone())).collect()
     }
 
     async fn wanted_routing(&self, view: &View, device: u32) -> Result<Routing> {
@@ -252,31 +271,6 @@ impl Host {
             }
         }
         routes
-    }
-
-    /// Brings the tunnel's forwarding entries and neighbours in step.
-    pub async fn forwarding(&mut self, view: &View) -> Result<usize> {
-        let Some((_, device)) = self.tunnel else { return Ok(0) };
-        let peers = &view.paths.peers;
-        let mut neighbours = BTreeMap::new();
-        if self.speaks_ipv6() {
-            let gateways = peers.iter().filter(|(_, peer)| peer.is_gateway);
-            neighbours.extend(gateways.map(|(mac, _)| (of_mac(HEALTH, *mac), *mac)));
-            if view.paths.is_gateway {
-                neighbours.extend(peers.keys().map(|mac| (of_mac(ASKING, *mac), *mac)));
-            }
-        }
-        let nodes: BTreeMap<mac::Mac, IpAddr> = peers.iter().map(|(mac, peer)| (*mac, peer.address)).collect();
-        let digest = Some(Digest::new(&(&nodes, &neighbours)));
-        if self.forwarding == digest {
-            return Ok(0);
-        }
-        let mut changes = fdb::sync(&self.routes, device, &nodes).await?;
-        if self.speaks_ipv6() {
-            changes += neighbours::sync(&self.routes, device, &neighbours).await?;
-        }
-        self.forwarding = digest;
-        Ok(changes)
     }
 
     /// Whether the tunnel carries IPv6.

@@ -177,15 +177,18 @@ impl Host {
         let changes = addresses::sync_and_tell(&self.routes, &wanted, announce).await?;
         tell("are on this node now", changes.added.iter().map(|(address, _)| *address));
         tell("are no longer on this node", changes.removed.iter().map(|(address, _)| *address));
+        self.faults.addresses.clear();
         for ((address, _), e) in &changes.refused {
             match of_address.get(address) {
                 Some((id, _)) => {
                     refused.insert(*id, format!("{address} cannot be put onto the uplink: {e:#}"));
                 }
-                None => tracing::warn!(%address, "the health address cannot be placed: {e:#}"),
+                None => drop(self.faults.addresses.insert("health address".to_owned(), format!("{e:#}"))),
             }
         }
-        self.placed = (refused.is_empty() && changes.refused.is_empty()).then_some(digest);
+        let stuck = changes.stuck.iter().map(|((address, _), e)| (format!("address {address}"), format!("{e:#}")));
+        self.faults.addresses.extend(stuck);
+        self.placed = (refused.is_empty() && self.faults.addresses.is_empty()).then_some(digest);
         Ok((changes.added.len() + changes.removed.len(), refused))
     }
 }

@@ -2,33 +2,187 @@
 
 use super::Settings;
 use crate::plan::selector::Name;
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::net::Ipv6Addr;
 use std::time::Duration;
 use tokio::time::Instant;
 
 /// How long a node that was dead must answer before it counts as alive, unless nobody else is. A node that was frozen
 /// answers before its daemon has looked around: in this time it finds out what others have taken over from it, and
-/// tells. It also keeps a line that lets every third packet through from taking paths to and fro.
+/// tells.
 const HOLD: Duration = Duration::from_millis(500);
+/// An answer that comes within this time belongs to its question, and tells that the node lived when it was asked.
+const LATE: Duration = Duration::from_secs(5);
+/// The longest patience; a round trip longer than this is no way for connections either.
+const MAX_PATIENCE: Duration = Duration::from_secs(3);
+/// Of a node that was silent, at least so many questions must be answered before it counts as alive.
+const ENOUGH: u32 = 3;
 
-/// An answer to one of so many last questions says that a node lives; an older one says that it did.
-const RECENT: u16 = 64;
+/// The round trip as TCP measures it (RFC 6298, section 2). Each answer names its question, so that every one is a
+/// sample (Karn's algorithm is for those that do not).
+#[derive(Clone, Copy, Debug)]
+struct RoundTrip {
+    smoothed: Duration,
+    variation: Duration,
+}
+
+impl RoundTrip {
+    fn first(sample: Duration) -> Self {
+        RoundTrip { smoothed: sample, variation: sample / 2 }
+    }
+
+    fn and(self, sample: Duration) -> Self {
+        RoundTrip {
+            smoothed: self.smoothed * 7 / 8 + sample / 8,
+            variation: self.variation * 3 / 4 + self.smoothed.abs_diff(sample) / 4,
+        }
+    }
+
+    /// After how long an answer is hardly to be expected any more. `least`: what a busy host may take for itself.
+    fn timeout(self, least: Duration) -> Duration {
+        self.smoothed + (self.variation * 4).max(least)
+    }
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Question {
+    sequence: u16,
+    asked: Instant,
+    /// Its answer did not come in time. It may still come.
+    missed: bool,
+}
+
+/// A dead node that answers again.
+#[derive(Clone, Copy, Debug)]
+struct Return {
+    /// When the first answer came.
+    since: Instant,
+    /// When the question was asked that was answered first.
+    from: Instant,
+    /// Of the questions since then.
+    answered: u32,
+    missed: u32,
+}
+
+impl Return {
+    /// Three answers for each two misses: a line that lets every other packet through must not take paths to and fro.
+    fn is_over(&self, now: Instant) -> bool {
+        now >= self.since + HOLD && self.answered >= ENOUGH && self.missed * 3 <= self.answered * 2
+    }
+}
 
 #[derive(Debug)]
 struct Node {
     address: Ipv6Addr,
     /// When it is to be asked next.
     next: Instant,
-    /// When it was asked, while its answer is awaited.
-    asked: Option<Instant>,
-    /// Questions in a row that were not answered.
+    /// The number of its next question.
+    sequence: u16,
+    /// Questions without an answer, oldest first.
+    open: VecDeque<Question>,
+    /// When the newest question was asked that was answered.
+    answered: Option<Instant>,
+    /// Questions since then that were not answered in time.
     missed: u32,
+    round_trip: Option<RoundTrip>,
     dead: bool,
-    /// Since when every question was answered.
-    answering: Option<Instant>,
+    returning: Option<Return>,
     /// When it answered last, or was first to be asked.
     last: Instant,
+}
+
+impl Node {
+    fn new(address: Ipv6Addr, now: Instant) -> Self {
+        Node {
+            address,
+            next: now,
+            sequence: 0,
+            open: VecDeque::new(),
+            answered: None,
+            missed: 0,
+            round_trip: None,
+            dead: false,
+            returning: None,
+            last: now,
+        }
+    }
+
+    /// After how long a question counts as missed.
+    fn patience(&self, settings: &Settings) -> Duration {
+        let least = settings.shortest_patience();
+        match self.round_trip {
+            Some(round_trip) => round_trip.timeout(least).min(MAX_PATIENCE.max(least)),
+            None => settings.interval,
+        }
+    }
+
+    /// How long after a question the next one is asked. A node that is in doubt is asked so often that chance alone
+    /// does not lose every question.
+    fn pace(&self, settings: &Settings) -> Duration {
+        let unanswered = self.open.iter().filter(|q| self.answered.is_none_or(|at| q.asked > at)).count();
+        match (self.dead, self.returning) {
+            (true, None) => settings.interval / 2,
+            (true, Some(_)) => settings.quick(),
+            (false, _) if self.missed == 0 => settings.interval,
+            (false, _) if unanswered < settings.questions() as usize => settings.quick(),
+            (false, _) => settings.interval / 2,
+        }
+    }
+
+    fn judge(&mut self, settings: &Settings, now: Instant) {
+        let (patience, before) = (self.patience(settings), self.missed);
+        for question in self.open.iter_mut().filter(|q| !q.missed && now >= q.asked + patience) {
+            question.missed = true;
+            self.missed += u32::from(self.answered.is_none_or(|at| question.asked > at));
+            if let Some(returning) = self.returning.as_mut().filter(|r| question.asked >= r.from) {
+                returning.missed += 1;
+            }
+        }
+        let late = LATE.max(patience);
+        while self.open.front().is_some_and(|q| now >= q.asked + late) {
+            self.open.pop_front();
+        }
+        if self.missed >= settings.questions() {
+            self.dead = true;
+            self.returning = None;
+        }
+        if before == 0 && self.missed > 0 && !self.dead {
+            self.next = self.next.min(now);
+        }
+    }
+
+    /// An answer came at `at`. `first`: no other node is alive.
+    fn hear(&mut self, sequence: u16, at: Instant, first: bool) {
+        let Some(place) = self.open.iter().position(|q| q.sequence == sequence) else { return };
+        let Some(question) = self.open.remove(place) else { return };
+        let sample = at.saturating_duration_since(question.asked);
+        self.round_trip = Some(self.round_trip.map_or(RoundTrip::first(sample), |before| before.and(sample)));
+        self.last = self.last.max(at);
+        if self.answered.is_none_or(|before| question.asked > before) {
+            self.answered = Some(question.asked);
+            let since = self.open.iter().filter(|q| q.missed && q.asked > question.asked).count();
+            self.missed = u32::try_from(since).unwrap_or(u32::MAX);
+        }
+        if !self.dead {
+            return;
+        }
+        if let Some(returning) = &mut self.returning {
+            if question.asked >= returning.from {
+                returning.answered += 1;
+                returning.missed = returning.missed.saturating_sub(u32::from(question.missed));
+            }
+        } else {
+            // Later questions may have been missed before, where answers overtake each other.
+            let missed = self.open.iter().filter(|q| q.missed && q.asked > question.asked).count();
+            let missed = u32::try_from(missed).unwrap_or(u32::MAX);
+            self.returning = Some(Return { since: at, from: question.asked, answered: 1, missed });
+            self.next = self.next.min(at);
+        }
+        if first || self.returning.is_some_and(|returning| returning.is_over(at)) {
+            self.dead = false;
+            self.returning = None;
+        }
+    }
 }
 
 /// See the module.
@@ -37,14 +191,13 @@ pub struct Questions {
     settings: Settings,
     nodes: BTreeMap<Name, Node>,
     by_address: HashMap<Ipv6Addr, Name>,
-    sequence: u16,
     stalled: bool,
 }
 
 impl Questions {
     pub fn new(settings: Settings) -> Self {
         let (nodes, by_address) = (BTreeMap::new(), HashMap::new());
-        Questions { settings, nodes, by_address, sequence: 0, stalled: false }
+        Questions { settings, nodes, by_address, stalled: false }
     }
 
     /// Whom to ask from now on. Who is new counts as alive.
@@ -55,71 +208,47 @@ impl Questions {
         }
         self.nodes.retain(|name, node| same(name, node));
         for (name, address) in wanted {
-            self.nodes.entry(name.clone()).or_insert_with(|| Node {
-                address: *address,
-                next: now,
-                asked: None,
-                missed: 0,
-                dead: false,
-                answering: None,
-                last: now,
-            });
+            self.nodes.entry(name.clone()).or_insert_with(|| Node::new(*address, now));
         }
         self.by_address = wanted.iter().map(|(name, address)| (*address, name.clone())).collect();
     }
 
     /// When something is to be done: a question, or judging one.
     pub fn next(&self) -> Option<Instant> {
-        self.nodes.values().map(|node| node.asked.map_or(node.next, |at| at + self.patience())).min()
-    }
-
-    /// After how long a question counts as not answered. An answer that comes later counts all the same, so a long way
-    /// makes nobody dead.
-    fn patience(&self) -> Duration {
-        self.settings.interval / 5
+        let of_node = |node: &Node| {
+            let oldest = node.open.iter().find(|q| !q.missed);
+            let due = oldest.map(|q| q.asked + node.patience(&self.settings));
+            due.map_or(node.next, |due| due.min(node.next))
+        };
+        self.nodes.values().map(of_node).min()
     }
 
     /// Judges the questions whose time is over. All answers that have come must have been told before.
     pub fn judge(&mut self, now: Instant) {
-        let (patience, Settings { interval, misses }) = (self.patience(), self.settings);
         for node in self.nodes.values_mut() {
-            let Some(asked) = node.asked.filter(|asked| now >= *asked + patience) else { continue };
-            node.asked = None;
-            node.missed += 1;
-            node.answering = None;
-            node.dead |= node.missed >= misses;
-            // Whoever has not answered is asked again soon, so that it is known soon.
-            node.next = asked + if node.dead { interval } else { interval / 2 };
+            node.judge(&self.settings, now);
         }
     }
 
     /// Whom to ask now, with which number.
     pub fn due(&mut self, now: Instant) -> Vec<(Ipv6Addr, u16)> {
-        let late = self.settings.safe_absence().max(self.patience());
-        self.sequence = self.sequence.wrapping_add(1);
+        let late = self.settings.safe_absence().max(self.settings.shortest_patience());
         let mut asked = Vec::new();
-        for node in self.nodes.values_mut().filter(|node| node.asked.is_none() && node.next <= now) {
+        for node in self.nodes.values_mut().filter(|node| node.next <= now) {
             self.stalled |= now - node.next > late;
-            node.asked = Some(now);
-            asked.push((node.address, self.sequence));
+            node.open.push_back(Question { sequence: node.sequence, asked: now, missed: false });
+            asked.push((node.address, node.sequence));
+            node.sequence = node.sequence.wrapping_add(1);
+            node.next = now + node.pace(&self.settings);
         }
         asked
     }
 
-    /// An answer came. One that is late is an answer all the same.
-    pub fn answered(&mut self, from: Ipv6Addr, sequence: u16, now: Instant) {
-        if self.sequence.wrapping_sub(sequence) > RECENT {
-            return;
-        }
+    /// An answer came at `at`. One that is late counts for its own question.
+    pub fn answered(&mut self, from: Ipv6Addr, sequence: u16, at: Instant) {
         let alone = self.nodes.values().all(|node| node.dead);
-        let Some(node) = self.by_address.get(&from).and_then(|name| self.nodes.get_mut(name)) else { return };
-        if let Some(asked) = node.asked.take() {
-            node.next = asked + self.settings.interval;
-        }
-        (node.missed, node.last) = (0, now);
-        let since = *node.answering.get_or_insert(now);
-        if node.dead && (alone || now - since >= HOLD) {
-            node.dead = false;
+        if let Some(node) = self.by_address.get(&from).and_then(|name| self.nodes.get_mut(name)) {
+            node.hear(sequence, at, alone);
         }
     }
 
@@ -130,7 +259,7 @@ impl Questions {
 
     /// How long nobody has answered.
     pub fn silent_for(&self, now: Instant) -> Duration {
-        self.nodes.values().map(|node| now - node.last).min().unwrap_or_default()
+        self.nodes.values().map(|node| now.saturating_duration_since(node.last)).min().unwrap_or_default()
     }
 
     /// Whether so much time has passed before a question that others may have found this node dead meanwhile.
@@ -140,124 +269,4 @@ impl Questions {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    const INTERVAL: Duration = Duration::from_millis(300);
-
-    struct World {
-        questions: Questions,
-        now: Instant,
-    }
-
-    fn address(n: usize) -> Ipv6Addr {
-        Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, n as u16)
-    }
-
-    impl World {
-        fn new(nodes: usize) -> Self {
-            let now = Instant::now();
-            let mut questions = Questions::new(Settings { interval: INTERVAL, misses: 3 });
-            questions.set_nodes(&(0..nodes).map(|n| (format!("n{n}").into(), address(n))).collect(), now);
-            World { questions, now }
-        }
-
-        /// Lets time pass, in which these nodes answer what they are asked.
-        fn pass(&mut self, time: Duration, answering: &[usize]) {
-            let end = self.now + time;
-            loop {
-                self.questions.judge(self.now);
-                for (to, sequence) in self.questions.due(self.now) {
-                    if answering.iter().any(|n| address(*n) == to) {
-                        self.questions.answered(to, sequence, self.now);
-                    }
-                }
-                match self.questions.next() {
-                    Some(next) if next <= end => self.now = next.max(self.now),
-                    _ => break,
-                }
-            }
-            self.now = end;
-        }
-
-        fn dead(&self) -> Vec<String> {
-            self.questions.dead().iter().map(ToString::to_string).collect()
-        }
-    }
-
-    #[test]
-    fn three_silences_in_a_row_are_a_death_and_two_are_not() {
-        let mut world = World::new(2);
-        world.pass(INTERVAL * 3, &[0, 1]);
-        for _ in 0..3 {
-            // Two questions, at once and after half the time.
-            world.pass(INTERVAL / 2 + INTERVAL / 4, &[0]);
-            assert!(world.dead().is_empty());
-            world.pass(INTERVAL * 2 - INTERVAL / 8, &[0, 1]);
-        }
-        world.pass(INTERVAL * 2 + INTERVAL / 3, &[0]);
-        assert_eq!(world.dead(), ["n1"]);
-    }
-
-    #[test]
-    fn who_comes_back_is_alive_after_half_a_second_of_answers() {
-        let mut world = World::new(2);
-        world.pass(INTERVAL * 4, &[0]);
-        world.pass(INTERVAL, &[0, 1]);
-        assert_eq!(world.dead(), ["n1"]);
-        world.pass(INTERVAL, &[0]);
-        world.pass(HOLD - INTERVAL / 2, &[0, 1]);
-        assert_eq!(world.dead(), ["n1"], "a question was missed, so it begins anew");
-        world.pass(INTERVAL * 2, &[0, 1]);
-        assert!(world.dead().is_empty());
-    }
-
-    #[test]
-    fn the_first_who_comes_back_of_all_is_alive_at_once() {
-        let mut world = World::new(2);
-        world.pass(INTERVAL * 4, &[]);
-        assert_eq!(world.dead().len(), 2);
-        world.pass(INTERVAL, &[1]);
-        assert_eq!(world.dead(), ["n0"]);
-        world.pass(INTERVAL, &[0, 1]);
-        assert_eq!(world.dead(), ["n0"]);
-    }
-
-    #[test]
-    fn a_busy_daemon_finds_nobody_dead() {
-        let mut world = World::new(1);
-        let asked = world.questions.due(world.now);
-        world.now += INTERVAL * 20;
-        // What was heard meanwhile is told before it is judged.
-        world.questions.answered(asked[0].0, asked[0].1, world.now);
-        world.questions.judge(world.now);
-        assert!(world.dead().is_empty());
-        assert!(!world.questions.take_stall());
-        world.pass(INTERVAL, &[0]);
-        assert!(world.questions.take_stall(), "it may have been frozen");
-        world.pass(INTERVAL * 3, &[0]);
-        assert!(!world.questions.take_stall());
-    }
-
-    #[test]
-    fn an_answer_to_a_question_of_long_ago_is_none() {
-        let mut world = World::new(1);
-        let old = world.questions.due(world.now)[0];
-        world.pass(INTERVAL * 70, &[]);
-        assert_eq!(world.dead().len(), 1);
-        world.questions.answered(old.0, old.1, world.now);
-        assert_eq!(world.dead().len(), 1);
-    }
-
-    #[test]
-    fn who_is_asked_no_more_and_then_again_counts_as_alive() {
-        let mut world = World::new(1);
-        world.pass(INTERVAL * 4, &[]);
-        world.questions.set_nodes(&BTreeMap::new(), world.now);
-        assert!(world.dead().is_empty() && world.questions.next().is_none());
-        world.now += INTERVAL * 50;
-        world.questions.set_nodes(&[("n0".into(), address(0))].into(), world.now);
-        world.pass(INTERVAL / 2, &[]);
-        assert!(world.dead().is_empty() && !world.questions.take_stall());
-    }
-}
+mod tests;

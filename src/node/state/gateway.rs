@@ -68,7 +68,7 @@ impl Node {
     pub async fn due(&self) {
         let handovers = self.handed.values().map(|(_, until)| *until).min();
         let left = self.left.values().copied().min();
-        match [self.holding.next(), handovers, left].into_iter().flatten().min() {
+        match [self.holding.next(), handovers, left, self.known_faults.next()].into_iter().flatten().min() {
             Some(due) => tokio::time::sleep_until(due).await,
             None => std::future::pending().await,
         }
@@ -96,7 +96,7 @@ impl Node {
     pub(super) async fn bring_addresses_in_step(&mut self) -> Result<usize> {
         let mut look = self.host.look(&self.view).await?;
         let now = Instant::now();
-        if self.holding.judge(&look, now) {
+        if self.holding.judge(&look, self.odd_family.as_deref(), now) {
             self.look_again();
         }
         // A cordoned node goes on answering: where no other is left, it is better than none.

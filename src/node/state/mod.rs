@@ -1,5 +1,6 @@
 //! The daemon's state, and what each occasion does to it.
 
+mod faults;
 mod gateway;
 mod plugins;
 mod stopping;
@@ -30,6 +31,7 @@ use crate::plan::marks::PathId;
 use crate::plan::model::{Cluster, ObjectKey};
 use crate::plan::node::{View, addresses};
 use crate::plan::paths::Facts;
+use crate::plan::tunnel_family::{TunnelFamily, internal};
 use anyhow::{Context, Result};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -96,6 +98,9 @@ pub struct Node {
     unknown_pods: bool,
     /// The address that the tunnel was last made with.
     local: Option<IpAddr>,
+    /// Why this node's end of the tunnel is of another family than the others', if it is.
+    odd_family: Option<String>,
+    known_faults: faults::Known,
     /// Whether the kernel was in step the last time.
     in_step: bool,
     /// Why the offline policy snapshot could not be written.
@@ -163,6 +168,8 @@ impl Node {
             listen: true,
             unknown_pods: false,
             local: None,
+            odd_family: None,
+            known_faults: faults::Known::default(),
             in_step: false,
             unstored: None,
             unwritable: None,
@@ -347,7 +354,8 @@ impl Node {
             changed
         });
         let used = self.uses.values().flat_map(|used| &used.paths).copied().collect();
-        self.report.publish(&self.view, self.host.tunnel_end(), &self.facts, &used, self.cluster.nodes.len());
+        let (end, faults) = (self.host.tunnel_end(), &self.known_faults.faults);
+        self.report.publish(&self.view, end, &self.facts, faults, &used, self.cluster.nodes.len());
         self.set_targets();
         self.seek_strangers();
         state.is_err()
@@ -481,11 +489,19 @@ impl Node {
         let routing = self.host.routing(&self.view).await;
         let addresses = self.bring_addresses_in_step().await;
         let forwarding = self.host.forwarding(&self.view).await;
+        self.note_faults();
         Ok([routing, addresses, forwarding].into_iter().sum())
     }
 
-    async fn tunnel_address(&self) -> Result<IpAddr> {
+    async fn tunnel_address(&mut self) -> Result<IpAddr> {
+        self.odd_family = None;
         if let Some(address) = self.options.tunnel_address {
+            let others = TunnelFamily::of_others(&self.cluster, &self.options.name);
+            if let Some(family) = others.filter(|family| *family != TunnelFamily::of(address)) {
+                self.odd_family = Some(format!(
+                    "most nodes' ends of the tunnel are {family}: {address}, by --tunnel-address, reaches none of them; give an                      {family} address of this host"
+                ));
+            }
             return Ok(address);
         }
         let Some(node) = self.cluster.nodes.get(&*self.options.name) else {
@@ -494,19 +510,27 @@ impl Node {
                 format!("the cluster has no Node {:?}; give the name that it has there with --name", self.options.name)
             });
         };
-        let own = |here: &BTreeSet<IpAddr>| {
-            node.addresses.iter().take(node.internal).find(|address| here.contains(address)).copied()
-        };
-        if let Some(address) = own(&self.facts.addresses) {
+        let family = self.options.tunnel_family.unwrap_or_else(|| TunnelFamily::of_cluster(&self.cluster));
+        let of_family = |address: &IpAddr| TunnelFamily::of(*address) == family;
+        if let Some(address) = internal(node).filter(of_family).find(|a| self.facts.addresses.contains(a)) {
             return Ok(address);
         }
         // It may have come since that was last looked at.
-        own(&self.host.facts(BTreeMap::new()).await?.addresses).with_context(|| {
+        let here = self.host.facts(BTreeMap::new()).await?.addresses;
+        let own: Vec<IpAddr> = internal(node).filter(|address| here.contains(address)).collect();
+        let first = own.iter().copied().find(of_family).or(own.first().copied()).with_context(|| {
             format!(
                 "none of the InternalIPs of Node {:?} is on this host; name one with --tunnel-address",
                 self.options.name
             )
-        })
+        })?;
+        if !of_family(&first) {
+            self.odd_family = Some(format!(
+                "the cluster's tunnel is {family}, and no InternalIP of Node {:?} on this host is: {first} reaches no node whose end                  is {family}; give the Node an {family} InternalIP, or name the tunnel's family with --tunnel-family on all nodes",
+                self.options.name
+            ));
+        }
+        Ok(first)
     }
 
     /// Sees to connections that are older than their paths, if there may be any.

@@ -1,0 +1,280 @@
+use super::*;
+
+const INTERVAL: Duration = Duration::from_millis(300);
+const HOUR: Duration = Duration::from_secs(3600);
+
+fn ms(n: u64) -> Duration {
+    Duration::from_millis(n)
+}
+
+/// The way to all nodes and back.
+#[derive(Clone, Copy)]
+struct Way {
+    round_trip: Duration,
+    /// By how much a round trip is shorter or longer, as a part of itself.
+    jitter: f64,
+    /// How much is lost in each direction.
+    loss: f64,
+}
+
+const SHORT: Way = Way { round_trip: Duration::from_micros(200), jitter: 0.0, loss: 0.0 };
+
+/// Nodes, the way to them, and a clock.
+struct World {
+    questions: Questions,
+    now: Instant,
+    way: Way,
+    /// Answers that are under way, by when they arrive.
+    answers: BTreeMap<Instant, Vec<(Ipv6Addr, u16)>>,
+    random: u64,
+    /// How often a node was found dead.
+    deaths: u32,
+    asked: u32,
+}
+
+fn address(n: usize) -> Ipv6Addr {
+    Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, n as u16)
+}
+
+fn names(nodes: usize) -> BTreeMap<Name, Ipv6Addr> {
+    (0..nodes).map(|n| (format!("n{n}").into(), address(n))).collect()
+}
+
+impl World {
+    fn new(nodes: usize, way: Way) -> Self {
+        let now = Instant::now();
+        let mut questions = Questions::new(Settings { interval: INTERVAL, misses: 3 });
+        questions.set_nodes(&names(nodes), now);
+        World { questions, now, way, answers: BTreeMap::new(), random: 1, deaths: 0, asked: 0 }
+    }
+
+    /// Evenly from 0 to 1 (SplitMix64).
+    fn random(&mut self) -> f64 {
+        self.random = self.random.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut mixed = (self.random ^ (self.random >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        ((mixed ^ (mixed >> 31)) >> 11) as f64 / (1u64 << 53) as f64
+    }
+
+    fn ask(&mut self, to: Ipv6Addr, sequence: u16, answering: &[usize]) {
+        self.asked += 1;
+        let Way { round_trip, jitter, loss } = self.way;
+        let lost = self.random() < loss || self.random() < loss;
+        let arrives = self.now + round_trip.mul_f64(1.0 + jitter * (2.0 * self.random() - 1.0));
+        if !lost && answering.iter().any(|n| address(*n) == to) {
+            self.answers.entry(arrives).or_default().push((to, sequence));
+        }
+    }
+
+    /// Lets time pass, in which these nodes answer what they are asked.
+    fn pass(&mut self, time: Duration, answering: &[usize]) {
+        let end = self.now + time;
+        loop {
+            while let Some(first) = self.answers.first_entry().filter(|first| *first.key() <= self.now) {
+                for (from, sequence) in first.remove() {
+                    self.questions.answered(from, sequence, self.now);
+                }
+            }
+            let before = self.dead().len();
+            self.questions.judge(self.now);
+            self.deaths += u32::try_from(self.dead().len().saturating_sub(before)).unwrap();
+            for (to, sequence) in self.questions.due(self.now) {
+                self.ask(to, sequence, answering);
+            }
+            let next = self.questions.next().into_iter().chain(self.answers.keys().next().copied()).min();
+            match next.filter(|next| *next <= end) {
+                Some(next) => self.now = next.max(self.now),
+                None => break,
+            }
+        }
+        self.now = end;
+    }
+
+    fn dead(&self) -> Vec<String> {
+        self.questions.dead().iter().map(ToString::to_string).collect()
+    }
+
+    /// How long it takes until the first node is found dead, or alive.
+    fn until(&mut self, dead: bool, answering: &[usize]) -> Duration {
+        let begin = self.now;
+        while self.dead().contains(&"n0".to_owned()) != dead {
+            self.pass(ms(1), answering);
+            assert!(self.now - begin < Duration::from_secs(60), "never");
+        }
+        self.now - begin
+    }
+}
+
+#[test]
+fn a_long_way_that_jitters_and_loses_finds_nobody_dead_in_an_hour() {
+    for (round_trip, seed) in [200, 400].into_iter().flat_map(|rt| (1..=5).map(move |seed| (rt, seed))) {
+        let way = Way { round_trip: ms(round_trip), jitter: 0.5, loss: 0.05 };
+        let mut world = World { random: seed, ..World::new(2, way) };
+        world.pass(HOUR, &[0, 1]);
+        assert_eq!(world.deaths, 0, "round trip {round_trip} ms, seed {seed}");
+        let usual = 2 * HOUR.as_millis() / INTERVAL.as_millis();
+        assert!(u128::from(world.asked) < 2 * usual, "{} questions, {usual} without loss", world.asked);
+    }
+}
+
+#[test]
+fn a_way_that_loses_a_fifth_of_all_round_trips_finds_nobody_dead_in_an_hour() {
+    let mut world = World::new(2, Way { loss: 0.105, ..SHORT });
+    world.pass(HOUR, &[0, 1]);
+    assert_eq!(world.deaths, 0);
+}
+
+#[test]
+fn after_a_break_a_node_is_alive_within_two_seconds_however_long_the_way() {
+    for (round_trip, jitter, loss) in
+        [(0, 0.0, 0.0), (40, 0.0, 0.0), (100, 0.0, 0.0), (100, 0.5, 0.05), (200, 0.5, 0.05), (400, 0.5, 0.05)]
+    {
+        let mut longest = Duration::ZERO;
+        for seed in 1..=50 {
+            let mut world = World::new(2, Way { round_trip: ms(round_trip), jitter, loss });
+            world.random = seed;
+            world.pass(ms(10_000 + 7 * seed), &[0, 1]);
+            world.pass(ms(4000), &[1]);
+            assert_eq!(world.dead(), ["n0"], "round trip {round_trip} ms");
+            longest = longest.max(world.until(false, &[0, 1]));
+        }
+        println!("round trip {round_trip} ms: alive at most {longest:?} after the break");
+        assert!(longest < ms(2000), "round trip {round_trip} ms: {longest:?}");
+    }
+}
+
+#[test]
+fn a_death_is_found_within_a_second_where_the_way_is_short() {
+    for loss in [0.0, 0.05] {
+        for seed in 1..=100 {
+            let mut world = World { random: seed, ..World::new(2, Way { loss, ..SHORT }) };
+            world.pass(ms(5000 + 3 * seed), &[0, 1]);
+            let took = world.until(true, &[1]);
+            assert!(took < ms(700), "{took:?}");
+            assert!(took > world.questions.settings.safe_absence(), "{took:?}");
+        }
+    }
+}
+
+#[test]
+fn patience_follows_the_round_trip() {
+    for (round_trip, most) in [(1, 700), (100, 900), (400, 1700)] {
+        let mut world = World::new(2, Way { round_trip: ms(round_trip), ..SHORT });
+        world.pass(ms(30_000), &[0, 1]);
+        let took = world.until(true, &[1]);
+        println!("round trip {round_trip} ms: found dead after {took:?}");
+        assert!(took < ms(most), "round trip {round_trip} ms: {took:?}");
+    }
+}
+
+#[test]
+fn a_few_silences_in_a_row_are_no_death() {
+    let mut world = World::new(2, SHORT);
+    world.pass(INTERVAL * 3, &[0, 1]);
+    for _ in 0..3 {
+        world.pass(INTERVAL, &[0]);
+        assert!(world.dead().is_empty());
+        world.pass(INTERVAL * 2, &[0, 1]);
+    }
+    world.pass(INTERVAL * 2 + INTERVAL / 3, &[0]);
+    assert_eq!(world.dead(), ["n1"]);
+}
+
+#[test]
+fn who_comes_back_is_alive_after_half_a_second_of_answers() {
+    let mut world = World::new(2, SHORT);
+    world.pass(INTERVAL * 4, &[0]);
+    world.pass(HOLD - ms(1), &[0, 1]);
+    assert_eq!(world.dead(), ["n1"]);
+    world.pass(INTERVAL * 3, &[0]);
+    world.pass(HOLD - ms(1), &[0, 1]);
+    assert_eq!(world.dead(), ["n1"], "it was silent, so it begins anew");
+    world.pass(INTERVAL, &[0, 1]);
+    assert!(world.dead().is_empty());
+}
+
+#[test]
+fn a_line_that_lets_every_third_packet_through_brings_nobody_back() {
+    let mut world = World::new(2, SHORT);
+    world.pass(INTERVAL * 4, &[0]);
+    for question in 0..1000 {
+        let next = world.questions.next().unwrap();
+        world.pass(next - world.now, if question % 3 == 0 { &[0, 1] } else { &[0] });
+        assert_eq!(world.dead(), ["n1"]);
+    }
+}
+
+#[test]
+fn the_first_who_comes_back_of_all_is_alive_at_once() {
+    let mut world = World::new(2, SHORT);
+    world.pass(INTERVAL * 4, &[]);
+    assert_eq!(world.dead().len(), 2);
+    world.pass(INTERVAL, &[1]);
+    assert_eq!(world.dead(), ["n0"]);
+    world.pass(INTERVAL, &[0, 1]);
+    assert_eq!(world.dead(), ["n0"]);
+}
+
+#[test]
+fn a_busy_daemon_finds_nobody_dead() {
+    let mut world = World::new(1, SHORT);
+    let asked = world.questions.due(world.now);
+    let arrived = world.now + ms(1);
+    world.now += INTERVAL * 20;
+    // What was heard meanwhile is told before it is judged.
+    world.questions.answered(asked[0].0, asked[0].1, arrived);
+    world.questions.judge(world.now);
+    assert!(world.dead().is_empty());
+    assert!(!world.questions.take_stall());
+    world.pass(INTERVAL, &[0]);
+    assert!(world.questions.take_stall(), "it may have been frozen");
+    world.pass(INTERVAL * 3, &[0]);
+    assert!(!world.questions.take_stall());
+    let took = world.until(true, &[]);
+    assert!(took < ms(700), "the way is as short as it was: {took:?}");
+}
+
+#[test]
+fn an_answer_to_a_question_of_long_ago_is_none() {
+    let mut world = World::new(1, SHORT);
+    let old = world.questions.due(world.now)[0];
+    world.pass(INTERVAL * 70, &[]);
+    assert_eq!(world.dead().len(), 1);
+    world.questions.answered(old.0, old.1, world.now);
+    assert_eq!(world.dead().len(), 1);
+}
+
+#[test]
+fn who_is_asked_no_more_and_then_again_counts_as_alive() {
+    let mut world = World::new(1, SHORT);
+    world.pass(INTERVAL * 4, &[]);
+    world.questions.set_nodes(&BTreeMap::new(), world.now);
+    assert!(world.dead().is_empty() && world.questions.next().is_none());
+    world.now += INTERVAL * 50;
+    world.questions.set_nodes(&names(1), world.now);
+    world.pass(INTERVAL / 2, &[]);
+    assert!(world.dead().is_empty() && !world.questions.take_stall());
+}
+
+#[test]
+fn answers_that_overtake_each_other_count_each_for_its_own_question() {
+    let mut world = World::new(1, SHORT);
+    world.pass(INTERVAL * 3, &[]);
+    assert_eq!(world.dead().len(), 1);
+    // Not the only one: it is not alive at once.
+    world.questions.set_nodes(&names(2), world.now);
+    let mut ask = || {
+        world.now += INTERVAL;
+        world.questions.judge(world.now);
+        world.questions.due(world.now).into_iter().find(|(to, _)| *to == address(0)).expect("it is due")
+    };
+    let asked = [ask(), ask()];
+    // Both are late, and the first one's answer comes first.
+    world.now += INTERVAL * 2;
+    world.questions.judge(world.now);
+    for (from, sequence) in asked {
+        world.questions.answered(from, sequence, world.now);
+    }
+    let returning = world.questions.nodes["n0"].returning.expect("it answers again");
+    assert_eq!((returning.answered, returning.missed), (2, 0));
+}
