@@ -7,7 +7,7 @@ use super::moves::is_drained;
 use super::placement::Load;
 use super::resting::REST_SECONDS;
 use super::verdict::{Reason, Refusal};
-use crate::api::{AddressPair, PathKind};
+use crate::api::{AddressPair, PathKind, Sharing};
 use crate::plan::condition::time;
 use crate::plan::marks::MAX_PATH;
 use crate::plan::model::END_COOLDOWN;
@@ -127,7 +127,13 @@ fn check_one(book: &Book, gateway: usize, pair: &AddressPair, address: IpAddr) -
             in_words(&path.address),
             path.kind,
             match path.kind {
-                PathKind::Explicit => format!(", or exactly {} to share the path", in_words(&path.address)),
+                PathKind::Explicit => {
+                    let among = match desk.gateway.sharing {
+                        Sharing::Namespace => ", if it is of the same namespace",
+                        Sharing::Cluster => "",
+                    };
+                    format!(", or exactly {} to share the path{among}", in_words(&path.address))
+                }
                 _ => String::new(),
             }
         );
