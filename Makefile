@@ -24,7 +24,8 @@ demo: setup
 	$(CARGO) test --locked $(AS_ROOT) --test demo
 
 test: setup apiserver
-	$(CARGO) test --locked $(AS_ROOT) --no-fail-fast
+	@rm -f target/*/tmp/not-run target/tmp/not-run
+	$(CARGO) test --locked $(AS_ROOT) --no-fail-fast; code=$$?; tests/not-run.sh; exit $$code
 
 bench: setup apiserver
 	$(CARGO) bench --locked $(AS_ROOT) --benches

@@ -1,44 +1,65 @@
 #!/bin/bash
-# Prints a directory that holds kube-apiserver and etcd, and gets them first if they are not there:
+# Prints a directory that holds kube-apiserver and etcd (and kubectl, where it is there), and gets them first if they are
+# not there:
 # 1. KUBEBUILDER_ASSETS, as controller-runtime's envtest has it;
-# 2. the envtest binaries, downloaded, the version and the checksum pinned here;
-# 3. where GitHub is out of reach: Debian's own source package, built once (3.5 minutes on two cores).
-# With --cached nothing is downloaded or built: it fails if they are not there yet.
+# 2. the newest that is kept in the user's cache directory, whoever put it there, by what it says of itself;
+# 3. the envtest binaries, downloaded, the version and the checksum pinned here;
+# 4. where GitHub is out of reach: Debian's own source package, built once (3.5 minutes on two cores).
+# With --cached nothing is downloaded or built: it fails if they are not there yet. With --oldest it is Debian's, which is
+# the oldest that Egret is tried with.
 set -eu
 
-envtest=1.30.0
+envtest=1.36.2
 # https://github.com/kubernetes-sigs/controller-tools/blob/main/envtest-releases.yaml, sha512.
 declare -A sha512=(
-  [x86_64]=d53870e1a6c9b3b50366489a9387f4e254c664955e932e3e25e2088bb437b270bfab75d241b50849233f9a34bb1f08b41567ebb81ea29352104ae0f5b1cb9e88
-  [aarch64]=140748efaa394598f50175e809cd53896881ed046d93ebdfbd5442100f68b3d8d51fd22f8cf1ae06a6e43473897b789df0db6e0ae6c45c8320b000d5ee900005
+  [x86_64]=ea743186c8a799f5cf8faf16969f86189d003cb7d130e0ac4b58789f1e5748dcf30ebe91c837a10d5ac415383da3e10b9e64d65785c938c23e739781cfb76f08
+  [aarch64]=2d72ee985a8e262a3c57dc9f7f0fd891f6a8c7bf7ebaa2db6dc6d8eac8ae28181afe51c1f368b67756cdb40b10de9b205609e1726e5f27f7c6d824dd9c6649ac
 )
 declare -A go=([x86_64]=amd64 [aarch64]=arm64)
 machine=$(uname -m)
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/egret/kubernetes
 downloaded=$cache/envtest-$envtest
 built=$cache/debian
+mode=${1:-}
 
 complete() { [ -x "$1/kube-apiserver" ] && [ -x "$1/etcd" ]; }
 say() { echo "apiserver: $*" >&2; }
 as_root() { if [ "$(id -u)" = 0 ]; then "$@"; else sudo "$@"; fi; }
-
-if [ -n "${KUBEBUILDER_ASSETS:-}" ]; then
-  complete "$KUBEBUILDER_ASSETS" || { say "KUBEBUILDER_ASSETS is $KUBEBUILDER_ASSETS, which lacks kube-apiserver or etcd"; exit 1; }
-  echo "$KUBEBUILDER_ASSETS"
+version() { "$1/kube-apiserver" --version 2>/dev/null | sed -n 's/^Kubernetes v//p'; }
+use() {
+  say "Kubernetes $(version "$1"), in $1"
+  echo "$1"
   exit
+}
+
+newest() {
+  local directory version
+  for directory in "$cache"/*/; do
+    directory=${directory%/}
+    if complete "$directory"; then
+      version=$(version "$directory")
+      [ -z "$version" ] || echo "$version $directory"
+    fi
+  done | sort -V | tail -n 1 | cut -d ' ' -f 2-
+}
+use_cached() {
+  local directory=$built
+  [ "$mode" = --oldest ] || directory=$(newest)
+  if [ -n "$directory" ] && complete "$directory"; then use "$directory"; fi
+}
+
+if [ -n "${KUBEBUILDER_ASSETS:-}" ] && [ "$mode" != --oldest ]; then
+  complete "$KUBEBUILDER_ASSETS" || { say "KUBEBUILDER_ASSETS is $KUBEBUILDER_ASSETS, which lacks kube-apiserver or etcd"; exit 1; }
+  use "$KUBEBUILDER_ASSETS"
 fi
-for directory in "$downloaded" "$built"; do
-  if complete "$directory"; then echo "$directory"; exit; fi
-done
-[ "${1:-}" != --cached ] || { say "no kube-apiserver here yet; run tests/setup.sh"; exit 1; }
+use_cached
+[ "$mode" != --cached ] || { say "no kube-apiserver here yet; run make apiserver"; exit 1; }
 
 mkdir -p "$cache"
 # Several may come at once; the first one works, the others find it done.
 exec 9>"$cache/lock"
 flock 9
-for directory in "$downloaded" "$built"; do
-  if complete "$directory"; then echo "$directory"; exit; fi
-done
+use_cached
 work=$(mktemp -d "$cache/work.XXXXXX")
 trap 'chmod -R u+w "$work"; rm -rf "$work"' EXIT
 
@@ -103,4 +124,6 @@ build() {
 }
 
 say "getting kube-apiserver and etcd; once"
-if download; then echo "$downloaded"; elif build; then echo "$built"; else exit 1; fi
+if [ "$mode" != --oldest ] && download; then use "$downloaded"; fi
+build || exit 1
+use "$built"

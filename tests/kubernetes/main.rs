@@ -10,6 +10,7 @@ mod away;
 mod basics;
 mod burst;
 mod changes;
+mod current;
 mod failover;
 mod leaders;
 mod ledger;

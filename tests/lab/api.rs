@@ -8,10 +8,11 @@ use http_body_util::BodyExt;
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use serde_json::{Value, json};
 use std::fs;
+use std::io::Write;
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::{Mutex, mpsc};
+use std::sync::{Mutex, OnceLock, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -44,7 +45,32 @@ struct Ask {
 }
 
 /// Where the programs are; gets them if they are not there.
-fn programs() -> PathBuf {
+pub fn programs() -> &'static Path {
+    static FOUND: OnceLock<PathBuf> = OnceLock::new();
+    FOUND.get_or_init(find_programs)
+}
+
+/// Whether the API server is of this version or newer, and has kubectl beside it if that is wanted. A test that returns
+/// because of this is named at the end of `make test`.
+pub fn has_server(version: (u32, u32), with_kubectl: bool, test: &str) -> bool {
+    let output =
+        Command::new(programs().join("kube-apiserver")).arg("--version").output().expect("the server's version");
+    let text = String::from_utf8_lossy(&output.stdout).trim().trim_start_matches("Kubernetes v").to_owned();
+    let mut parts = text.split('.').map(|part| part.parse().unwrap_or(0));
+    let is = (parts.next().unwrap_or(0), parts.next().unwrap_or(0));
+    let has = is >= version && (!with_kubectl || programs().join("kubectl").exists());
+    if !has {
+        let (major, minor) = version;
+        let wanted = if with_kubectl { " with kubectl beside it" } else { "" };
+        let line = format!("{test}: needs Kubernetes {major}.{minor}{wanted}; this is {text}\n");
+        let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join("not-run");
+        let file = fs::File::options().create(true).append(true).open(path);
+        file.and_then(|mut file| file.write_all(line.as_bytes())).expect("write down which test does not run");
+    }
+    has
+}
+
+fn find_programs() -> PathBuf {
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/kubernetes/apiserver.sh");
     let output = Command::new(&script).output().unwrap_or_else(|e| panic!("{}: {e}", script.display()));
     let said = String::from_utf8_lossy(&output.stdout);
@@ -53,7 +79,7 @@ fn programs() -> PathBuf {
 }
 
 impl Api {
-    /// Starts both, and installs Egret's CustomResourceDefinitions and RBAC. `more` are further flags of the API server.
+    /// Starts both. `more` are further flags of the API server.
     pub fn start(host: &Host, lab: &Path, more: &[&str]) -> Api {
         let directory = lab.join("api");
         let logs = lab.join("logs");
@@ -100,7 +126,6 @@ impl Api {
         let client = Mutex::new(client(host, directory.join("admin.kubeconfig")));
         let api = Api { directory, etcd, server, client };
         api.wait_started();
-        api.install();
         api
     }
 
@@ -148,7 +173,8 @@ impl Api {
         }
     }
 
-    fn install(&self) {
+    /// Installs Egret's CustomResourceDefinitions and RBAC.
+    pub fn install(&self) {
         let root = Path::new(env!("CARGO_MANIFEST_DIR"));
         self.apply(&json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE}}));
         for file in ["install/crds.yaml", "install/rbac.yaml"] {

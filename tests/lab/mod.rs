@@ -80,6 +80,7 @@ pub struct LabBuilder {
     node_arguments: Vec<String>,
     kubernetes: bool,
     api_arguments: Vec<String>,
+    bare: bool,
 }
 
 impl LabBuilder {
@@ -87,6 +88,13 @@ impl LabBuilder {
     #[must_use]
     pub fn kubernetes(mut self) -> Self {
         self.kubernetes = true;
+        self
+    }
+
+    /// With nothing of Egret on the API server.
+    #[must_use]
+    pub fn bare(mut self) -> Self {
+        self.bare = true;
         self
     }
 
@@ -160,6 +168,7 @@ impl Lab {
             node_arguments: Vec::new(),
             kubernetes: false,
             api_arguments: Vec::new(),
+            bare: false,
         }
     }
 
@@ -196,7 +205,11 @@ impl Lab {
         }
         if let Some(host) = lab.hosts.get("api") {
             let more: Vec<&str> = wanted.api_arguments.iter().map(String::as_str).collect();
-            lab.manifests.use_api(Arc::new(api::Api::start(host, &lab.directory, &more)));
+            let api = Arc::new(api::Api::start(host, &lab.directory, &more));
+            if !wanted.bare {
+                api.install();
+            }
+            lab.manifests.use_api(api);
         }
         for node in &lab.nodes {
             lab.manifests.write_object(&format!("node-{}.yaml", node.name), &manifests::node(node));

@@ -1,0 +1,228 @@
+//! What a person meets on a server of today: the manifests by kubectl, the rules from both sides, words for every field,
+//! several writers of one object.
+
+use super::PATIENCE;
+use super::lab::Lab;
+use super::lab::api::{Role, has_server};
+use serde_json::{Value, json};
+use std::process::Output;
+
+fn kubectl(lab: &Lab, arguments: &[&str]) -> Output {
+    let program = super::lab::api::programs().join("kubectl").display().to_string();
+    let kubeconfig = format!("--kubeconfig={}", lab.api().kubeconfig(Role::Admin).display());
+    let cache = format!("--cache-dir={}", lab.api().kubeconfig(Role::Admin).with_file_name("kubectl").display());
+    lab.host("api").try_run([&[&*program, &*kubeconfig, &*cache], arguments].concat())
+}
+
+/// What it prints; it must succeed and warn of nothing.
+#[track_caller]
+fn quietly(lab: &Lab, arguments: &[&str]) -> String {
+    let output = kubectl(lab, arguments);
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success() && said.is_empty(), "kubectl {arguments:?}: {}: {said}", output.status);
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+fn install(file: &str) -> String {
+    format!("{}/install/{file}", env!("CARGO_MANIFEST_DIR"))
+}
+
+fn definitions(lab: &Lab) -> Vec<Value> {
+    let list = lab.api().get("/apis/apiextensions.k8s.io/v1/customresourcedefinitions");
+    list["items"].as_array().cloned().unwrap_or_default()
+}
+
+fn schema(definition: &Value) -> &Value {
+    &definition["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
+}
+
+#[test]
+fn the_manifests_are_applied_without_a_warning() {
+    if !has_server((1, 25), true, "current::the_manifests_are_applied_without_a_warning") {
+        return;
+    }
+    let lab = Lab::builder().kubernetes().bare().nodes(vec![]).build();
+    let file = install("egret.yaml");
+    let said = quietly(&lab, &["apply", "-f", &file]);
+    assert!(said.lines().count() > 10 && said.lines().all(|line| line.ends_with(" created")), "{said}");
+    let said = quietly(&lab, &["apply", "-f", &file]);
+    assert!(!said.contains("created"), "{said}");
+    quietly(&lab, &["wait", "--for=condition=Established", "--timeout=60s", "-f", &install("crds.yaml")]);
+    // As GitOps tools do it.
+    quietly(&lab, &["apply", "--server-side", "--force-conflicts", "--field-manager=gitops", "-k", &install("")]);
+}
+
+#[test]
+fn every_field_is_explained() {
+    if !has_server((1, 25), true, "current::every_field_is_explained") {
+        return;
+    }
+    fn fields(schema: &Value, path: &str, found: &mut Vec<String>) {
+        for (name, inner) in schema["properties"].as_object().into_iter().flatten() {
+            let path = format!("{path}.{name}");
+            let text = inner["description"].as_str().unwrap_or_default();
+            assert!(!text.is_empty() || path.ends_with(".metadata"), "{path} has no description");
+            fields(inner, &path, found);
+            found.push(path);
+        }
+        for inner in ["items", "additionalProperties"].iter().filter_map(|name| schema.get(name)) {
+            fields(inner, path, found);
+        }
+    }
+    let lab = Lab::builder().kubernetes().nodes(vec![]).build();
+    for definition in definitions(&lab) {
+        let plural = definition["spec"]["names"]["plural"].as_str().expect("a plural");
+        let mut found = Vec::new();
+        fields(schema(&definition), plural, &mut found);
+        assert!(found.len() > 5, "{plural}: {found:?}");
+        let said = quietly(&lab, &["explain", plural, "--recursive"]);
+        for name in found.iter().filter_map(|path| path.rsplit('.').next()) {
+            assert!(said.contains(name), "{plural}: {name} is not in {said}");
+        }
+    }
+    let said = quietly(&lab, &["explain", "egresspolicies.spec.egress.to.ipBlock.except"]);
+    assert!(said.contains("not meant"), "{said}");
+}
+
+#[test]
+fn every_rule_is_met_from_both_sides() {
+    if !has_server((1, 25), false, "current::every_rule_is_met_from_both_sides") {
+        return;
+    }
+    let lab = Lab::builder().kubernetes().nodes(vec![]).build();
+    lab.add_namespace("shop", &[]);
+    let said = |kind: &str, spec: Value| {
+        let object = json!({"apiVersion": "egret.dev/v1alpha1", "kind": kind,
+                            "metadata": {"namespace": "shop", "name": "p"}, "spec": spec});
+        lab.api().try_apply(&object).err().unwrap_or_default()
+    };
+    let block = |cidr: &str, except: &str| json!({"podSelector": {}, "egress": [{"to": [{"ipBlock": {"cidr": cidr, "except": [except]}}]}]});
+    let port = |port: Value| json!({"podSelector": {}, "egress": [{"ports": [port]}]});
+    let asks = |field: &str, operator: &str, values: Value| {
+        let mut spec = json!({"podSelector": {}, "nodeSelector": {}});
+        spec[field] = json!({"matchExpressions": [{"key": "a", "operator": operator, "values": values}]});
+        spec.as_object_mut().map(|s| s.remove(if field == "nodeSelector" { "podSelector" } else { "nodeSelector" }));
+        spec
+    };
+    let gateway = |field: &str, value: Value| json!({"nodeSelector": {}, field: value});
+    let mut refused = String::new();
+    for (kind, good, bad) in [
+        ("EgressPolicy", json!({"podSelector": {}}), json!({"podSelector": {}, "services": ["a"]})),
+        (
+            "EgressPolicy",
+            json!({"podSelector": {}, "allocate": "Shared"}),
+            json!({"podSelector": {}, "allocate": "Shared", "address": {"ipv4": "192.0.2.1"}}),
+        ),
+        (
+            "EgressPolicy",
+            json!({"podSelector": {}, "address": {"ipv6": "2001:db8::1"}}),
+            json!({"podSelector": {}, "address": {}}),
+        ),
+        ("EgressPolicy", block("203.0.113.0/24", "203.0.113.1/32"), block("203.0.113.0/24", "2001:db8::/64")),
+        ("ClusterEgressPolicy", block("2001:db8::/32", "2001:db8::/64"), block("2001:db8::/32", "203.0.113.1/32")),
+        ("EgressPolicy", port(json!({"port": 1, "endPort": 2})), port(json!({"endPort": 2}))),
+        ("EgressPolicy", port(json!({"port": 2, "endPort": 2})), port(json!({"port": 2, "endPort": 1}))),
+        ("EgressPolicy", asks("podSelector", "In", json!(["b"])), asks("podSelector", "In", json!([]))),
+        ("EgressGateway", asks("nodeSelector", "Exists", json!([])), asks("nodeSelector", "Exists", json!(["b"]))),
+        ("EgressGateway", gateway("addresses", json!(["192.0.2.1"])), gateway("addresses", json!(["192.0.2"]))),
+        (
+            "EgressGateway",
+            gateway("addresses", json!(["2001:db8::1"])),
+            gateway("addresses", json!(["2001:db8::/129"])),
+        ),
+        ("EgressGateway", gateway("addresses", json!(["192.0.2.1"])), gateway("addresses", json!(["127.0.0.1"]))),
+        ("EgressGateway", gateway("nextHop", json!({"ipv4": "192.0.2.1"})), gateway("nextHop", json!({}))),
+    ] {
+        let answer = said(kind, good.clone());
+        assert!(answer.is_empty(), "{good}: {answer}");
+        let answer = said(kind, bad.clone());
+        assert!(!answer.is_empty(), "{bad} was taken");
+        refused += &answer;
+    }
+    fn messages(schema: &Value, found: &mut Vec<String>) {
+        match schema {
+            Value::Object(fields) => {
+                for rule in schema["x-kubernetes-validations"].as_array().into_iter().flatten() {
+                    found.extend(rule["message"].as_str().map(str::to_owned));
+                }
+                fields.values().for_each(|inner| messages(inner, found));
+            }
+            Value::Array(all) => all.iter().for_each(|inner| messages(inner, found)),
+            _ => {}
+        }
+    }
+    let mut all = Vec::new();
+    definitions(&lab).iter().for_each(|definition| messages(schema(definition), &mut all));
+    assert!(all.len() > 15, "{all:?}");
+    for message in all {
+        assert!(refused.contains(&message), "no object was refused for: {message}");
+    }
+}
+
+#[test]
+fn selectors_that_can_select_nothing_are_refused() {
+    let lab = Lab::builder().kubernetes().nodes(vec![]).build();
+    lab.add_namespace("shop", &[]);
+    let policy = |selector: Value| {
+        let object = json!({"apiVersion": "egret.dev/v1alpha1", "kind": "EgressPolicy",
+                            "metadata": {"namespace": "shop", "name": "p"}, "spec": {"podSelector": selector}});
+        lab.api().try_apply(&object)
+    };
+    for selector in [
+        json!({"matchLabels": {"app": "no spaces please"}}),
+        json!({"matchExpressions": [{"key": "app", "operator": "In", "values": ["no spaces please"]}]}),
+        json!({"matchExpressions": [{"key": "no spaces", "operator": "Exists"}]}),
+    ] {
+        let said = policy(selector.clone()).expect_err("nothing has such a label");
+        assert!(said.contains("no spaces") && said.contains("podSelector"), "{selector}: {said}");
+    }
+    policy(json!({"matchLabels": {"example.org/app": "a_b.c", "empty": ""}})).expect("something can have such labels");
+    policy(json!({"matchExpressions": [{"key": "example.org/app", "operator": "NotIn", "values": ["a", ""]}]}))
+        .expect("something can have such labels");
+    // What no schema can look at.
+    policy(json!({"matchLabels": {"no spaces please": "x"}})).expect("the server does not see it");
+    // There is no gateway yet, and a policy is told all the same.
+    let _controller = lab.start_controller();
+    lab.wait_until("the policy is told", PATIENCE, || {
+        super::condition(&lab, "shop/p", "Accepted").is_some_and(|(status, reason, message)| {
+            status == "False" && reason == "Invalid" && message.contains("\"no spaces please\"")
+        })
+    });
+}
+
+#[test]
+fn two_who_write_one_field_learn_of_each_other() {
+    let lab = Lab::builder().kubernetes().nodes(vec![]).build();
+    lab.add_namespace("shop", &[]);
+    let apply = |manager: &str, priority: i32, force: bool| {
+        let object = json!({"apiVersion": "egret.dev/v1alpha1", "kind": "EgressPolicy",
+                            "metadata": {"namespace": "shop", "name": "p"},
+                            "spec": {"podSelector": {}, "priority": priority}});
+        let path = "/apis/egret.dev/v1alpha1/namespaces/shop/egresspolicies/p";
+        let path = format!("{path}?fieldManager={manager}&force={force}");
+        lab.api().try_ask("PATCH", &path, Some(("application/apply-patch+yaml", &object))).expect("an answer")
+    };
+    assert!(apply("first", 1, false).0.is_success());
+    let (code, answer) = apply("second", 2, false);
+    assert_eq!(code.as_u16(), 409, "{answer}");
+    let said = answer["message"].as_str().unwrap_or_default();
+    assert!(said.contains("first") && said.contains(".spec.priority"), "{said}");
+    // Nobody's value is another's: the same one is no conflict, and force takes it.
+    assert!(apply("second", 1, false).0.is_success());
+    let (code, answer) = apply("second", 2, true);
+    assert!(code.is_success() && answer["spec"]["priority"] == 2, "{answer}");
+}
+
+#[test]
+fn networks_of_services_are_followed() {
+    if !has_server((1, 33), false, "current::networks_of_services_are_followed") {
+        return;
+    }
+    let lab = Lab::builder().kubernetes().scene();
+    let inside = || lab.api().egret("egressnodes/n1")["status"]["direct"].to_string().contains("10.97.0.0/16");
+    assert!(!inside());
+    let more = json!({"apiVersion": "networking.k8s.io/v1", "kind": "ServiceCIDR", "metadata": {"name": "more"},
+                      "spec": {"cidrs": ["10.97.0.0/16"]}});
+    lab.api().ask("POST", "/apis/networking.k8s.io/v1/servicecidrs", Some(("application/json", &more)));
+    lab.wait_until("the node knows the new network", PATIENCE, inside);
+}
