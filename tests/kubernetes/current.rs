@@ -2,8 +2,8 @@
 //! several writers of one object.
 
 use super::PATIENCE;
+use super::lab::Lab;
 use super::lab::api::{Role, has_server};
-use super::lab::{Lab, NodeSpec, Pods};
 use serde_json::{Value, json};
 use std::process::Output;
 
@@ -130,6 +130,7 @@ fn every_rule_is_met_from_both_sides() {
             gateway("addresses", json!(["2001:db8::1"])),
             gateway("addresses", json!(["2001:db8::/129"])),
         ),
+        ("EgressGateway", gateway("addresses", json!(["192.0.2.1"])), gateway("addresses", json!(["127.0.0.1"]))),
         ("EgressGateway", gateway("nextHop", json!({"ipv4": "192.0.2.1"})), gateway("nextHop", json!({}))),
     ] {
         let answer = said(kind, good.clone());
@@ -180,6 +181,7 @@ fn selectors_that_can_select_nothing_are_refused() {
         .expect("something can have such labels");
     // What no schema can look at.
     policy(json!({"matchLabels": {"no spaces please": "x"}})).expect("the server does not see it");
+    // There is no gateway yet, and a policy is told all the same.
     let _controller = lab.start_controller();
     lab.wait_until("the policy is told", PATIENCE, || {
         super::condition(&lab, "shop/p", "Accepted").is_some_and(|(status, reason, message)| {
@@ -216,11 +218,8 @@ fn networks_of_services_are_followed() {
     if !has_server((1, 33), false, "current::networks_of_services_are_followed") {
         return;
     }
-    let nodes = vec![NodeSpec::gateway("g1", 21, Pods::Routed)];
-    let lab = Lab::builder().kubernetes().nodes(nodes).build();
-    lab.start_node("g1");
-    lab.wait_ready("g1");
-    let inside = || lab.api().egret("egressnodes/g1")["status"]["direct"].to_string().contains("10.97.0.0/16");
+    let lab = Lab::builder().kubernetes().scene();
+    let inside = || lab.api().egret("egressnodes/n1")["status"]["direct"].to_string().contains("10.97.0.0/16");
     assert!(!inside());
     let more = json!({"apiVersion": "networking.k8s.io/v1", "kind": "ServiceCIDR", "metadata": {"name": "more"},
                       "spec": {"cidrs": ["10.97.0.0/16"]}});

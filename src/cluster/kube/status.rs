@@ -108,11 +108,12 @@ impl Statuses {
     pub(in crate::cluster) async fn gateway_versions(&self) -> Result<Vec<(Name, Box<str>)>, Failure> {
         #[derive(Deserialize)]
         struct List {
-            items: Vec<Answer>,
+            /// `null` where there is none.
+            items: Option<Vec<Answer>>,
         }
         let list: List = self.client.list_metadata(Kind::EgressGateway.path()).await?;
         let each = |a: Answer| (Name::from(a.metadata.name), a.metadata.resource_version.into());
-        Ok(list.items.into_iter().map(each).collect())
+        Ok(list.items.into_iter().flatten().map(each).collect())
     }
 
     pub(in crate::cluster) async fn policy(
