@@ -70,6 +70,11 @@ fn every_field_is_explained() {
         }
     }
     let lab = Lab::builder().kubernetes().nodes(vec![]).build();
+    // A server tells of a new kind a moment after it serves it, and kubectl keeps what it was told.
+    lab.wait_until("kubectl finds every kind", PATIENCE, || {
+        let names = quietly(&lab, &["api-resources", "--api-group=egret.dev", "--cached=false", "--output=name"]);
+        names.lines().count() == definitions(&lab).len()
+    });
     for definition in definitions(&lab) {
         let plural = definition["spec"]["names"]["plural"].as_str().expect("a plural");
         let mut found = Vec::new();
