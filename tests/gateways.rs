@@ -324,7 +324,10 @@ fn a_next_hop_that_makes_no_sense_stops_nothing_else() {
     let own = lab.node(&owner).ipv4();
     let second = manifests::gateway("second", &["192.0.2.70"]).replace("default: true", "default: false");
     lab.write_manifest("second.yaml", &format!("{second}  nextHop: {{ ipv4: {own} }}\n"));
-    lab.wait_until("the log says so", PATIENCE, || lab.daemon(&owner).log().contains("next hop cannot be used"));
+    lab.wait_until("the log says so", PATIENCE, || {
+        let log = lab.daemon(&owner).log();
+        log.contains("next hop 0.0.0.0/0") && log.contains(&format!("{own}")) && log.contains("invalid gateway")
+    });
     lab.wait_ready(&owner);
     assert_leaves_by_egress(&pod);
     let late = lab.add_pod(&owner, "office", "late", &[]);
