@@ -68,7 +68,7 @@ impl Node {
     pub async fn due(&self) {
         let handovers = self.handed.values().map(|(_, until)| *until).min();
         let left = self.left.values().copied().min();
-        match [self.holding.next(), handovers, left].into_iter().flatten().min() {
+        match [self.holding.next(), handovers, left, self.pods.next()].into_iter().flatten().min() {
             Some(due) => tokio::time::sleep_until(due).await,
             None => std::future::pending().await,
         }
