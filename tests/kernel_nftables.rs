@@ -29,6 +29,7 @@ fn path(state: PathState, last: u8) -> Path {
         answers_ping: false,
         translates: true,
         handed_by: None,
+        placed: true,
         placing: Placing::Never,
         by_ledger: true,
         taken_over: false,

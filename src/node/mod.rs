@@ -4,6 +4,7 @@
 //! start comes before a change of the cluster, and what came in together is programmed in one transaction.
 
 mod adoption;
+mod beginning;
 mod ended;
 mod holding;
 mod host;

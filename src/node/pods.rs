@@ -2,6 +2,7 @@
 
 use crate::cni::attachment::{Attachment, AttachmentId};
 use crate::kernel::links::Veth;
+use crate::node::beginning::Beginning;
 use crate::plan::marks::{MAX_INDEX, PathId};
 use crate::plan::model::{Cluster, ObjectKey, Pod};
 use crate::plan::node::{NodePlan, PodPlan, View, chain_name};
@@ -13,6 +14,7 @@ use crate::plan::shared::Mark;
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::IpAddr;
 use std::sync::Arc;
+use tokio::time::Instant;
 
 /// The tag that pods share for which there is none left: its profile lets nothing out.
 const OVERFLOW_TAG: u16 = MAX_INDEX;
@@ -36,6 +38,7 @@ struct Attached {
     /// What the pod's labels were when the cluster last knew it: it may be gone there before it is gone here.
     labels: Option<Labels>,
     judged: Judged,
+    beginning: Beginning,
 }
 
 impl Attached {
@@ -55,6 +58,7 @@ struct Adopted {
     /// As of an attached one.
     labels: Option<Labels>,
     judged: Judged,
+    beginning: Beginning,
 }
 
 /// What policies say of a pod, and what follows from it. A pod's start changes it for no other.
@@ -137,6 +141,8 @@ pub struct Pods {
     ended: BTreeMap<ObjectKey, Vec<IpAddr>>,
     /// Pods that are held because the cluster does not know them, or their namespaces.
     undecided: BTreeSet<AttachmentId>,
+    /// Pods that nobody brought, and that have not been found, or were not looked for: no policy selects them.
+    unmanaged: HashMap<ObjectKey, Beginning>,
     tags: Tags,
     judged_by: JudgedBy,
 }
@@ -155,11 +161,12 @@ impl Pods {
         for other in self.attached.values_mut().filter(|a| a.interface.as_ref().is_some_and(same)) {
             other.interface = None;
         }
-        let labels = self.attached.get(&attachment.id).and_then(|a| a.labels.clone());
+        let before = self.attached.remove(&attachment.id);
+        let (labels, beginning) = before.map(|a| (a.labels, a.beginning)).unwrap_or_default();
         self.ended.remove(&ObjectKey::new(&attachment.pod.namespace, &attachment.pod.name));
         let (id, judged) = (attachment.id.clone(), Judged::Unknown);
         let holder = Holder::Attached(Arc::new(id.clone()));
-        self.attached.insert(id, Attached { holder, attachment, interface, labels, judged });
+        self.attached.insert(id, Attached { holder, attachment, interface, labels, judged, beginning });
         self.drop_adopted(|a| same(&a.interface))
     }
 
@@ -269,7 +276,8 @@ impl Pods {
         if self.attached.values().any(|a| a.interface.as_ref().is_some_and(|i| i.index == index)) {
             return Vec::new();
         }
-        let new = Adopted { pod, interface, addresses, labels: None, judged: Judged::Unknown };
+        let beginning = self.unmanaged.remove(&pod).unwrap_or_default();
+        let new = Adopted { pod, interface, addresses, labels: None, judged: Judged::Unknown, beginning };
         let before = self.adopted.insert(index, new);
         before.into_iter().flat_map(|a| a.addresses).filter(|address| !self.has_address(address)).collect()
     }
@@ -284,7 +292,7 @@ impl Pods {
     }
 
     /// Pods that a policy selects, that run here, and that nobody brought: they are to be found.
-    pub fn strangers(&self, cluster: &Cluster, view: &View) -> Vec<(ObjectKey, Vec<IpAddr>)> {
+    pub fn strangers(&mut self, cluster: &Cluster, view: &View) -> Vec<(ObjectKey, Vec<IpAddr>)> {
         // A record whose DEL never came may be of an earlier pod of that name, and says nothing of the one that runs now.
         let living = self.attached.values().filter(|a| !a.is_gone()).map(|a| &a.attachment.pod);
         let brought: HashMap<(&str, &str), &str> =
@@ -295,14 +303,19 @@ impl Pods {
         // One that has other addresses than it had is looked for again.
         let adopted: HashSet<(&ObjectKey, &[IpAddr])> =
             self.adopted.values().map(|a| (&a.pod, a.addresses.as_slice())).collect();
-        cluster
-            .pods
-            .iter()
-            .filter(|(key, pod)| runs(pod) && !is_brought(key, pod))
-            .filter(|(key, pod)| !adopted.contains(&(*key, &*pod.addresses)) && !self.ended.contains_key(*key))
-            .filter(|(key, pod)| view.profile(&key.namespace, Some(&pod.labels)).is_some())
-            .map(|(key, pod)| (key.clone(), pod.addresses.to_vec()))
-            .collect()
+        let unmanaged = cluster.pods.iter().filter(|(key, pod)| runs(pod) && !is_brought(key, pod));
+        let unmanaged = unmanaged
+            .filter(|(key, pod)| !adopted.contains(&(*key, &*pod.addresses)) && !self.ended.contains_key(*key));
+        let (mut before, now) = (std::mem::take(&mut self.unmanaged), Instant::now());
+        let mut selected = Vec::new();
+        for (key, pod) in unmanaged {
+            let mut beginning = before.remove(key).unwrap_or_default();
+            if beginning.profile(view, &key.namespace, Some(&pod.labels), now).is_some() {
+                selected.push((key.clone(), pod.addresses.to_vec()));
+            }
+            self.unmanaged.insert(key.clone(), beginning);
+        }
+        selected
     }
 
     /// The profile that an attachment has, or would have.
@@ -355,10 +368,18 @@ impl Pods {
         (plan, uses.into_iter().collect(), census)
     }
 
+    /// When pods are to be judged again, if nothing else happens.
+    pub fn next(&self) -> Option<Instant> {
+        let known = self.attached.values().map(|a| &a.beginning).chain(self.adopted.values().map(|a| &a.beginning));
+        known.chain(self.unmanaged.values()).filter_map(Beginning::next).min()
+    }
+
     /// Finds out what policies say of each pod of which that is not known.
     fn judge(&mut self, cluster: &Cluster, view: &View) {
         let by = &self.judged_by;
-        let same = cluster.pods.has(&by.pods) && view.policies.has(&by.policies) && view.paths.has(&by.paths);
+        let now = Instant::now();
+        let due = self.next().is_some_and(|due| due <= now);
+        let same = !due && cluster.pods.has(&by.pods) && view.policies.has(&by.policies) && view.paths.has(&by.paths);
         if !same {
             let adopted = self.adopted.values_mut().map(|a| &mut a.judged);
             self.attached.values_mut().map(|a| &mut a.judged).chain(adopted).for_each(|j| *j = Judged::Unknown);
@@ -369,14 +390,14 @@ impl Pods {
             if let Some(now) = labels(&a.attachment, cluster) {
                 a.labels = Some(now.clone());
             }
-            a.judged = view.profile(&a.attachment.pod.namespace, a.labels.as_ref()).into();
+            a.judged = a.beginning.profile(view, &a.attachment.pod.namespace, a.labels.as_ref(), now).into();
         }
         for a in self.adopted.values_mut().filter(|a| matches!(a.judged, Judged::Unknown)) {
             // Another pod of the name has other addresses.
             if let Some(pod) = cluster.pods.get(&a.pod).filter(|pod| *pod.addresses == *a.addresses) {
                 a.labels = Some(pod.labels.clone());
             }
-            a.judged = view.profile(&a.pod.namespace, a.labels.as_ref()).into();
+            a.judged = a.beginning.profile(view, &a.pod.namespace, a.labels.as_ref(), now).into();
         }
     }
 }

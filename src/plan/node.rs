@@ -124,6 +124,13 @@ impl View {
         }
     }
 
+    /// The profile of a pod, as if it were not for these policies.
+    pub fn profile_without(&self, namespace: &str, labels: &Labels, policies: &BTreeSet<PolicyKey>) -> Option<Profile> {
+        let mut others = self.policies.policies_for(namespace, labels);
+        others.retain(|ranked| !policies.contains(&ranked.key));
+        Profile::new(&others, &self.paths)
+    }
+
     /// Addresses that tunnel packets may come from.
     pub fn tunnel_sources(&self) -> BTreeSet<IpAddr> {
         self.paths.peers.values().map(|p| p.address).collect()

@@ -51,6 +51,8 @@ pub struct Path {
     pub answers_ping: bool,
     /// The node that holds it until this one does, if it is being moved here on purpose.
     pub handed_by: Option<Mac>,
+    /// Whether the node that has the path says that its address is there.
+    pub placed: bool,
     /// What becomes of the address on this node.
     pub placing: Placing,
     /// Whether the ledger names this node.
@@ -189,6 +191,12 @@ impl Paths {
         self.of_policy.binary_search_by(|(key, _)| key.cmp(policy)).ok().map(|at| self.of_policy[at].1)
     }
 
+    /// Whether the policy has an egress IP, and a node has it.
+    pub fn is_placed(&self, policy: &PolicyKey) -> bool {
+        let path = self.of_policy(policy).and_then(|id| self.paths.get(&id));
+        path.is_some_and(|path| path.placed && !matches!(path.state, PathState::Unready(_)))
+    }
+
     /// 0 for the main table's route. A mark has no room for more than [`MAX_INDEX`].
     fn uplink_index(&mut self, gateway: &Gateway) -> Option<u16> {
         if gateway.next_hop.is_empty() {
@@ -300,6 +308,7 @@ impl Scene<'_> {
             handed_by: from.and_then(|old| self.ends.get(old)).map(|end| end.mac),
             answers_ping: managed && gateway.answer_ping,
             translates: member && self.uplink.is_some() && if managed { !refused } else { !unready },
+            placed: owner.is_some_and(|owner| said.holds(owner, entry.id, here)),
             placing,
             by_ledger,
             // What the host has on its own, Egret has not taken.

@@ -68,7 +68,8 @@ impl Node {
     pub async fn due(&self) {
         let handovers = self.handed.values().map(|(_, until)| *until).min();
         let left = self.left.values().copied().min();
-        match [self.holding.next(), handovers, left, self.known_faults.next()].into_iter().flatten().min() {
+        let of_pods = self.pods.next();
+        match [self.holding.next(), handovers, left, self.known_faults.next(), of_pods].into_iter().flatten().min() {
             Some(due) => tokio::time::sleep_until(due).await,
             None => std::future::pending().await,
         }

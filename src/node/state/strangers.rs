@@ -14,9 +14,6 @@ const SEEK_AGAIN: Duration = Duration::from_secs(5);
 impl Node {
     /// Looks for pods that a policy selects and that nobody brought.
     pub(super) fn seek_strangers(&mut self) {
-        if self.cluster.pods.is_empty() {
-            return;
-        }
         self.put_off.retain(|_, since| since.elapsed() < SEEK_AGAIN);
         let mut strangers = self.pods.strangers(&self.cluster, &self.view);
         let again = |key: &ObjectKey| self.missing.get(key).is_none_or(|(since, _)| since.elapsed() >= SEEK_AGAIN);
