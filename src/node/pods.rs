@@ -139,6 +139,8 @@ pub struct Pods {
     undecided: BTreeSet<AttachmentId>,
     tags: Tags,
     judged_by: JudgedBy,
+    /// How many profiles were held for what they list.
+    too_long: usize,
 }
 
 impl Pods {
@@ -352,6 +354,13 @@ impl Pods {
             }
         }
         self.tags.retain(&in_use);
+        let before = std::mem::replace(&mut self.too_long, plan.bound());
+        if self.too_long > before {
+            tracing::warn!(
+                profiles = self.too_long,
+                "policies of this node's pods list more destinations than it can hold: pods with the longest lists are held"
+            );
+        }
         (plan, uses.into_iter().collect(), census)
     }
 
