@@ -2,7 +2,7 @@
 
 mod namespace;
 
-use egret::api::{AddressPair, Fallback, MAX_EXCEPTIONS, Protocol};
+use egret::api::{AddressPair, Fallback, Protocol};
 use egret::kernel::datapath::{self, INET, Made, PeerIndexes, SharedSets, set};
 use egret::kernel::nft::Nftables;
 use egret::plan::destination::{Destination, Network, Ports};
@@ -13,7 +13,9 @@ use egret::plan::networks::Networks;
 use egret::plan::node::{NodePlan, PodPlan, View, chain_name};
 use egret::plan::paths::{Path, PathState, Peer, Placing};
 use egret::plan::profile::{Profile, Step};
+use ipnetwork::IpNetwork;
 use namespace::{in_namespace, ip, run};
+use std::net::IpAddr;
 use std::sync::Arc;
 
 fn path(state: PathState, last: u8) -> Path {
@@ -75,7 +77,7 @@ fn view_and_plan(nodes: u16, pods: u32) -> (View, NodePlan, PeerIndexes) {
             policy: PolicyKey::from(name),
             path: Some(path),
             fallback,
-            covers: covers.into(),
+            covers: Arc::new(covers.into()),
         };
         let profile = if n % 2 == 0 {
             Profile::Steps(vec![
@@ -108,35 +110,121 @@ fn made_of(plan: &NodePlan, shared: &SharedSets) -> Made {
     Made::new(plan.clone(), shared, Marks::default(), None)
 }
 
-/// As much as policies may cover, and a rule as long as a rule can get.
-#[test]
-fn the_kernel_takes_what_policies_may_be() {
-    in_namespace(|| async {
-        veths(1);
-        let (view, mut plan, peers) = view_and_plan(3, 1);
-        let inside = |n: usize| format!("2001:db8:{n:x}::/48").parse().unwrap();
-        let network =
-            Network { cidr: "2001:db8::/32".parse().unwrap(), except: (1..=MAX_EXCEPTIONS).map(inside).collect() };
+/// A plan with one pod, to whose networks and ports three policies with `networks` each go.
+fn listing(networks: u32) -> (NodePlan, SharedSets) {
+    let (view, mut plan, peers) = view_and_plan(3, 1);
+    let step = |n: u32| {
+        let v4 = |i: u32| Network {
+            cidr: IpNetwork::new(IpAddr::V4((0x1400_0000 + (i << 8)).into()), 25).unwrap(),
+            except: Box::default(),
+        };
+        let v6 = |i: u32| Network {
+            cidr: IpNetwork::new(IpAddr::V6(((0x2001_0db8 << 96) + (u128::from(i) << 64)).into()), 64).unwrap(),
+            // Of one network, for what is left of it is 64 to the kernel.
+            except: if i == 0 {
+                [IpNetwork::from(IpAddr::V6((0x2001_0db8 << 96).into()))].into()
+            } else {
+                Box::default()
+            },
+        };
         let ports = |first| Ports { protocol: Protocol::Sctp, first, last: first + 1 };
-        let covers = Destination { networks: vec![network; 40].into(), ports: (1..=25).map(ports).collect() };
-        assert_eq!(covers.rules(), 1_000);
-        let step = |fallback| Step {
+        let all = Ports { protocol: Protocol::Tcp, first: 0, last: u16::MAX };
+        let covers = vec![
+            Destination {
+                networks: (0..networks / 2).flat_map(|i| [v4(i), v6(i)]).collect(),
+                ports: (1..=20).map(|p| ports(p * 4)).chain([all]).collect(),
+            },
+            Destination { networks: [v4(networks + n)].into(), ports: Box::default() },
+        ];
+        Step {
             policy: PolicyKey::from("a/b"),
             path: Some(17),
-            fallback,
-            covers: [covers.clone()].into(),
+            fallback: Fallback::Block,
+            covers: Arc::new(covers.into()),
+        }
+    };
+    let profile = Profile::Steps((0..3).map(step).collect());
+    let (chain, mut pod) = plan.pods.pop_first().unwrap();
+    Arc::make_mut(&mut pod).profile = profile.name();
+    plan.profiles.clear();
+    plan.add(&view, chain, pod, profile.into());
+    (plan, datapath::shared_sets(&view, &peers, Marks::default(), &SharedSets::default()))
+}
+
+#[test]
+fn a_chain_does_not_grow_with_what_its_policies_list() {
+    in_namespace(|| async {
+        veths(1);
+        let mut lengths = Vec::new();
+        for networks in [2, 1_000, 100, 2] {
+            let (plan, shared) = listing(networks);
+            let name = plan.profiles.keys().next().unwrap().clone();
+            let made = Made::new(plan, &shared, Marks::default(), None);
+            let mut nft = Nftables::open().unwrap();
+            assert!(nft.apply(made.tables()).unwrap() > networks as usize);
+            nft.distrust();
+            assert_eq!(nft.apply(made.tables()).unwrap(), 0, "read back");
+            lengths.push(run("nft", &format!("list chain inet egret {name}")).lines().count());
+            let sets = run("nft", "-t list sets inet");
+            assert_eq!(sets.matches("constant").count(), 3 * 5, "those of earlier lists are gone: {sets}");
+        }
+        assert_eq!(lengths, [lengths[0]; 4]);
+    });
+}
+
+#[test]
+fn a_pods_start_writes_nothing_of_what_others_list() {
+    in_namespace(|| async {
+        veths(2);
+        let starting = |networks| {
+            let (before, shared) = listing(networks);
+            let mut nft = Nftables::open().unwrap();
+            let made = Made::new(before.clone(), &shared, Marks::default(), None);
+            nft.apply(made.tables()).unwrap();
+            let mut with = before;
+            let (_, others, _) = view_and_plan(3, 2);
+            let (chain, pod) = others.pods.last_key_value().unwrap();
+            with.pods.insert(chain.clone(), pod.clone());
+            with.profiles.insert(pod.profile.clone(), others.profiles[&pod.profile].clone());
+            let begin = std::time::Instant::now();
+            let next = Made::new(with, &shared, Marks::default(), Some(&made));
+            let changes = nft.apply(next.tables()).unwrap();
+            println!("{networks} networks: {changes} changes in {:?}", begin.elapsed());
+            changes
         };
-        let steps = [Fallback::NodeAddress, Fallback::Block, Fallback::Block].map(step);
-        let profile = Profile::Steps(steps.into());
-        let (chain, mut pod) = plan.pods.pop_first().unwrap();
-        Arc::make_mut(&mut pod).profile = profile.name();
-        plan.add(&view, chain, pod, profile.into());
-        let shared = datapath::shared_sets(&view, &peers, Marks::default(), &SharedSets::default());
-        let made = Made::new(plan, &shared, Marks::default(), None);
+        assert_eq!(starting(2), starting(1_600));
+    });
+}
+
+#[test]
+fn nobody_takes_an_element_out_of_what_a_policy_covers() {
+    in_namespace(|| async {
+        veths(1);
+        let (plan, shared) = listing(4);
+        let made = made_of(&plan, &shared);
         let mut nft = Nftables::open().unwrap();
-        assert!(nft.apply(made.tables()).unwrap() > 4_000);
+        nft.apply(made.tables()).unwrap();
+        let whole = run("nft", "list table inet egret");
+        let sets = run("nft", "-t list sets inet");
+        let kinds = sets.lines().filter_map(|line| line.trim().strip_suffix(" {")?.split_once(' '));
+        let constant: Vec<_> = kinds.filter(|(_, name)| name.contains('-')).collect();
+        assert_eq!(constant.len(), 3 * 5, "{sets}");
+        for (kind, name) in constant {
+            let out = std::process::Command::new("nft").args(["flush", kind, "inet", "egret", name]).output().unwrap();
+            let said = String::from_utf8_lossy(&out.stderr);
+            assert!(!out.status.success() && said.contains("busy"), "{name}: {said}");
+        }
+        assert_eq!(run("nft", "list table inet egret"), whole);
+        // With the rules away, which blocks, it can be done; and then all of it is made anew.
+        let chain = plan.profiles.keys().next().unwrap();
+        let set = run("nft", "-t list sets inet");
+        let set =
+            set.lines().find_map(|line| line.trim().strip_prefix("set to4-")?.strip_suffix(" {")).unwrap().to_owned();
+        run("nft", &format!("flush chain inet egret {chain}"));
+        run("nft", &format!("flush set inet egret to4-{set}"));
         nft.distrust();
-        assert_eq!(nft.apply(made.tables()).unwrap(), 0, "read back");
+        assert!(nft.apply(made.tables()).unwrap() > 0);
+        assert_eq!(run("nft", "list table inet egret"), whole);
     });
 }
 

@@ -145,6 +145,8 @@ pub struct Pods {
     unmanaged: HashMap<ObjectKey, Beginning>,
     tags: Tags,
     judged_by: JudgedBy,
+    /// How many profiles were held for what they list.
+    too_long: usize,
 }
 
 impl Pods {
@@ -365,6 +367,13 @@ impl Pods {
             }
         }
         self.tags.retain(&in_use);
+        let before = std::mem::replace(&mut self.too_long, plan.bound());
+        if self.too_long > before {
+            tracing::warn!(
+                profiles = self.too_long,
+                "policies of this node's pods list more destinations than it can hold: pods with the longest lists are held"
+            );
+        }
         (plan, uses.into_iter().collect(), census)
     }
 

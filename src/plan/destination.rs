@@ -60,8 +60,8 @@ pub fn contains(outer: &IpNetwork, inner: &IpNetwork) -> bool {
 }
 
 impl Destination {
-    /// How many rules it takes: one for each combination of a network and a range of ports.
-    pub fn rules(&self) -> usize {
+    /// How many combinations of a network and a range of ports it has.
+    pub fn combinations(&self) -> usize {
         self.networks.len().max(1) * self.ports.len().max(1)
     }
 

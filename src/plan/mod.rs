@@ -4,6 +4,7 @@
 
 pub mod backends;
 mod condition;
+pub mod covers;
 pub mod destination;
 pub mod egress_node;
 #[cfg(test)]
@@ -20,6 +21,7 @@ pub mod ownership;
 pub mod paths;
 pub mod precedence;
 pub mod profile;
+pub mod quota;
 pub mod report;
 pub mod selector;
 pub mod shared;

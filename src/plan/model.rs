@@ -3,6 +3,7 @@
 //! A [`Cluster`] is a snapshot. Sources ([`crate::cluster`]) make a new one for each change; objects are shared
 //! between snapshots.
 
+use super::covers::Covers;
 use super::destination::{Destination, DestinationError};
 use super::egress_node::EgressNode;
 use super::selector::{Labels, Name, Selector, SelectorError};
@@ -271,8 +272,8 @@ impl AddressRange {
     }
 }
 
-/// How many combinations of a network and a range of ports a policy can cover: each is a rule of each pod's profile.
-const MAX_RULES: usize = 1_000;
+/// How many combinations of a network and a range of ports a policy can cover: each is an entry of one of the kernel's sets.
+const MAX_ENTRIES: usize = 100_000;
 
 /// An EgressPolicy or a ClusterEgressPolicy, validated.
 #[derive(Clone, Debug, PartialEq)]
@@ -284,7 +285,7 @@ pub struct Policy {
     /// The gateway; `None`: the default one.
     pub gateway: Option<Name>,
     /// The destinations; `None`: everything outside the cluster. Shared between policies that say the same.
-    pub egress: Option<Arc<[Destination]>>,
+    pub egress: Option<Arc<Covers>>,
     /// The address.
     pub address: AddressRequest,
     /// What happens while the path is not ready.
@@ -488,24 +489,25 @@ impl Gateway {
 ///
 /// # Errors
 /// Networks or ports that cannot be parsed or are too many.
-pub fn destinations(rules: &[EgressRule]) -> Result<Arc<[Destination]>, Invalid> {
+pub fn destinations(rules: &[EgressRule]) -> Result<Arc<Covers>, Invalid> {
     let mut all = Vec::new();
     for (i, rule) in rules.iter().enumerate() {
         let d =
             Destination::try_from(rule).map_err(|e: DestinationError| Invalid::new(format!("spec.egress[{i}]"), e))?;
         all.push(d);
     }
-    let rules: usize = all.iter().map(Destination::rules).sum();
-    if rules > MAX_RULES {
+    let all = Covers::from(all);
+    if all.entries_at_most() > MAX_ENTRIES && all.shape().entries > MAX_ENTRIES {
         return Err(Invalid::new(
             "spec.egress",
             format!(
-                "makes {rules} combinations of a network and ports, and at most {MAX_RULES} can be; use wider networks or \
-                 ranges of ports"
+                "makes {} combinations of a network and ports, and at most {MAX_ENTRIES} can be; use wider networks or \
+                 ranges of ports",
+                all.shape().entries
             ),
         ));
     }
-    Ok(all.into())
+    Ok(Arc::new(all))
 }
 
 /// What no server takes for the address of a host, and what it is.

@@ -87,7 +87,7 @@ fn origins(cluster: &Cluster, pods: &BTreeSet<IpNetwork>, extra: &[IpNetwork]) -
     all
 }
 
-fn range(network: &IpNetwork) -> AddressRange {
+pub(super) fn range(network: &IpNetwork) -> AddressRange {
     let last = match network {
         IpNetwork::V4(n) => IpAddr::V4(n.broadcast()),
         IpNetwork::V6(n) => IpAddr::V6(n.broadcast()),

@@ -197,6 +197,32 @@ impl NodePlan {
         self.handed.iter().filter(move |(id, _)| is_here(id)).map(|(id, (_, mac))| (*id, *mac))
     }
 
+    /// Has the pods held whose policies list more than the node can take: the longest lists first, so that nobody else
+    /// notices. Returns how many profiles that were.
+    pub fn bound(&mut self) -> usize {
+        self.bound_to(MAX_ENTRIES)
+    }
+
+    fn bound_to(&mut self, most: usize) -> usize {
+        let steps = self.profiles.values().flat_map(|profile| profile.steps());
+        let shapes = steps.filter(|step| !step.covers_everything()).map(|step| step.covers.shape());
+        let lists: BTreeSet<(usize, &str)> = shapes.map(|shape| (shape.entries, &*shape.name)).collect();
+        let mut all = 0;
+        let too_long: BTreeSet<Box<str>> = lists
+            .into_iter()
+            .filter_map(|(entries, name)| {
+                all += entries;
+                (all > most).then(|| name.into())
+            })
+            .collect();
+        let is_too_long = |profile: &Profile| {
+            let mut listing = profile.steps().iter().filter(|step| !step.covers_everything());
+            !too_long.is_empty() && listing.any(|step| too_long.contains(&step.covers.shape().name))
+        };
+        let held = self.profiles.values_mut().filter(|profile| is_too_long(profile));
+        held.map(|profile| *profile = Arc::new(Profile::Held)).count()
+    }
+
     /// Adds a pod, whose chain has this name. It is held if its profile's name is another one's: a name is a hash, and
     /// policies' names are chosen by those who are held to them.
     pub fn add(&mut self, view: &View, chain: Arc<str>, mut pod: Arc<PodPlan>, mut profile: Arc<Profile>) {
@@ -222,6 +248,10 @@ impl NodePlan {
         self.pods.insert(chain, pod);
     }
 }
+
+/// How many entries the sets of all lists of destinations may have together that pods of one node use. An entry takes some
+/// 200 bytes of the kernel's memory.
+const MAX_ENTRIES: usize = 1_000_000;
 
 /// A pod's chain is named after its tag and its interface, so that a restarted daemon finds the tag again.
 pub fn chain_name(tag: u16, interface_index: u32) -> Arc<str> {

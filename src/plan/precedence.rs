@@ -2,6 +2,7 @@
 
 use super::label_index::LabelIndex;
 use super::model::{Cluster, Namespaces, PodMatch, Policy, PolicyKey, Service, Tier};
+use super::quota;
 use super::selector::{Labels, Name};
 use super::shared::Shared;
 use std::borrow::Cow;
@@ -20,6 +21,8 @@ pub struct Ranked {
     pub key: PolicyKey,
     /// The policy.
     pub policy: Arc<Policy>,
+    /// Whether its namespace's policies list too much, and this one is too much of it: its pods are held.
+    pub over_quota: bool,
 }
 
 fn note(policies: &mut Vec<PolicyKey>, key: &PolicyKey) {
@@ -82,8 +85,13 @@ pub struct Reach {
 impl PolicyIndex {
     /// Indexes a snapshot's policies.
     pub fn new(cluster: &Cluster) -> Self {
-        let mut ranked: Vec<Ranked> =
-            cluster.policies.iter().map(|(k, p)| Ranked { key: k.clone(), policy: p.clone() }).collect();
+        let over = quota::over(&cluster.policies);
+        let ranked = |(k, p): (&PolicyKey, &Arc<Policy>)| Ranked {
+            key: k.clone(),
+            policy: p.clone(),
+            over_quota: over.contains_key(k),
+        };
+        let mut ranked: Vec<Ranked> = cluster.policies.iter().map(ranked).collect();
         ranked.sort_by(|a, b| precedence(a).cmp(&precedence(b)));
 
         let mut index = PolicyIndex { known: cluster.namespaces.clone(), ..Self::default() };

@@ -1,6 +1,6 @@
 //! Profiles: the ordered list of policies that select a pod, as what is done with its packets.
 
-use super::destination::Destination;
+use super::covers::Covers;
 use super::fnv::fnv1a;
 use super::marks::PathId;
 use super::model::{Policy, PolicyKey};
@@ -28,16 +28,13 @@ pub struct Step {
     /// What happens while the path is not ready.
     pub fallback: Fallback,
     /// What it covers; empty: everything.
-    pub covers: Arc<[Destination]>,
+    pub covers: Arc<Covers>,
 }
-
-/// How many rules a pod's policies may take together: what the kernel is told of a node goes to it in one piece.
-const MAX_RULES: usize = 4_000;
 
 impl Profile {
     /// From the policies that select a pod, the first deciding first; some are [passed over](is_passed_over). What comes
-    /// after a policy that covers everything is left out. `None` if no policy selects the pod. One whose policies take too
-    /// many rules is held, and one of which it is not known which policy decides, for one of several cannot be read.
+    /// after a policy that covers everything is left out. `None` if no policy selects the pod. One with a policy that lists
+    /// too much is held, and one of which it is not known which policy decides, for one of several cannot be read.
     pub fn new(policies: &[&Ranked], paths: &Paths) -> Option<Self> {
         let mut steps = Vec::new();
         let with_path = policies.iter().map(|ranked| (*ranked, paths.of_policy(&ranked.key)));
@@ -46,8 +43,8 @@ impl Profile {
         if policies.len() > 1 && policies.iter().any(|(ranked, _)| ranked.policy.guessed.rank) {
             return Some(Profile::Held);
         }
-        for (at, (Ranked { key, policy }, path)) in policies.iter().enumerate() {
-            if policy.guessed.egress && at + 1 < policies.len() {
+        for (at, (Ranked { key, policy, over_quota }, path)) in policies.iter().enumerate() {
+            if *over_quota || policy.guessed.egress && at + 1 < policies.len() {
                 return Some(Profile::Held);
             }
             let all = policy.covers_everything();
@@ -63,9 +60,6 @@ impl Profile {
                 break;
             }
         }
-        if steps.iter().flat_map(|step| step.covers.iter()).map(Destination::rules).sum::<usize>() > MAX_RULES {
-            return Some(Profile::Held);
-        }
         (!steps.is_empty()).then_some(Profile::Steps(steps))
     }
 
@@ -76,13 +70,17 @@ impl Profile {
         format!("profile-{:016x}", fnv1a(names.bytes())).into()
     }
 
+    /// Its steps; one that is held has none.
+    pub fn steps(&self) -> &[Step] {
+        match self {
+            Profile::Held => &[],
+            Profile::Steps(steps) => steps,
+        }
+    }
+
     /// The paths that its packets can take.
     pub fn paths(&self) -> impl Iterator<Item = PathId> {
-        let steps = match self {
-            Profile::Held => [].as_slice(),
-            Profile::Steps(steps) => steps,
-        };
-        steps.iter().filter_map(|s| s.path)
+        self.steps().iter().filter_map(|s| s.path)
     }
 }
 
@@ -104,7 +102,7 @@ impl Step {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::plan::destination::Ports;
+    use crate::plan::destination::{Destination, Ports};
     use crate::plan::fixture::selector;
     use crate::plan::model::{Guessed, Metadata};
     use crate::plan::node::{NodePlan, PodPlan, View, chain_name};
@@ -113,16 +111,18 @@ mod tests {
         let spec = crate::api::EgressPolicySpec { pod_selector: Some(selector(&[])), ..Default::default() };
         let mut policy = Policy::namespaced("a", &spec, Metadata::default()).unwrap();
         let port = |first| Ports { protocol: crate::api::Protocol::Tcp, first, last: first };
-        policy.egress = Some([Destination { networks: Box::default(), ports: (1..=ports).map(port).collect() }].into());
-        Ranked { key: PolicyKey::from(format!("a/{name}").as_str()), policy: Arc::new(policy) }
+        let covers = Destination { networks: Box::default(), ports: (1..=ports).map(port).collect() };
+        policy.egress = Some(Arc::new(vec![covers].into()));
+        Ranked { key: PolicyKey::from(format!("a/{name}").as_str()), policy: Arc::new(policy), over_quota: false }
     }
 
     #[test]
-    fn a_pod_whose_policies_are_too_long_is_held() {
-        let all = ["p", "q", "r", "s", "t"].map(|name| policy(name, 1_000));
-        let profile = |count| Profile::new(&all.iter().take(count).collect::<Vec<_>>(), &Paths::default());
-        assert!(matches!(profile(4), Some(Profile::Steps(steps)) if steps.len() == 4));
-        assert_eq!(profile(5), Some(Profile::Held));
+    fn a_pod_with_a_policy_over_its_namespaces_quota_is_held() {
+        let mut all = ["p", "q", "r", "s", "t"].map(|name| policy(name, 1_000));
+        let profile = |all: &[Ranked]| Profile::new(&all.iter().collect::<Vec<_>>(), &Paths::default());
+        assert!(matches!(profile(&all), Some(Profile::Steps(steps)) if steps.len() == 5));
+        all[4].over_quota = true;
+        assert_eq!(profile(&all), Some(Profile::Held));
     }
 
     #[test]

@@ -5,7 +5,7 @@
 //! them: none may see another address; and where another policy could decide in its place, its pods are held. A policy that
 //! the ledger does not list was never in force, and nothing stands for it.
 
-use super::destination::Destination;
+use super::covers::Covers;
 use super::model::{AddressRequest, Cluster, Guessed, Namespaces, PodMatch, Policy, PolicyKey, Tier};
 use super::selector::Name;
 use super::selector::Selector;
@@ -27,7 +27,7 @@ pub struct Remains {
     /// `metadata.creationTimestamp`, as in [`Policy`].
     pub created: Option<i64>,
     /// `spec.egress`; the outer `None`: it cannot be read.
-    pub egress: Option<Option<Arc<[Destination]>>>,
+    pub egress: Option<Option<Arc<Covers>>>,
 }
 
 /// What stands for the policy, if the ledger lists it.

@@ -60,7 +60,11 @@ pub fn why(
                 "{} cannot be read, and it is not known whether it or another policy of the pod decides",
                 named(key)
             ),
-            None => "The policies that select it cover too much together".to_owned(),
+            None => {
+                let over = policies.iter().filter(|ranked| ranked.over_quota).map(|ranked| named(&ranked.key));
+                let over = in_a_row(&over.collect::<Vec<_>>());
+                format!("The policies of its namespace list too many destinations together, {over} among them")
+            }
         };
         lines.push(format!("{reason}: the pod is held, {nothing}."));
     } else {
@@ -82,7 +86,7 @@ fn all(cluster: &Cluster, policies: &[&Ranked]) -> Vec<String> {
     let passed_over = passed_over(cluster);
     let everything = policies.iter().position(|r| r.policy.covers_everything() && !passed_over(r));
     for (at, ranked) in policies.iter().enumerate() {
-        let Ranked { key, policy } = ranked;
+        let Ranked { key, policy, .. } = ranked;
         let covers = match &policy.egress {
             Some(destinations) if !policy.covers_everything() => list(destinations, "nothing"),
             _ => "everything".to_owned(),
@@ -217,7 +221,7 @@ fn decided(cluster: &Cluster, pod: &Pod, policies: &[&Ranked], target: Target) -
             SocketAddr::new(target.address, 443)
         ));
     }
-    let Some(Ranked { key, policy }) = decides else {
+    let Some(Ranked { key, policy, .. }) = decides else {
         let other_ports = if lines.is_empty() { "" } else { ", by other ports," };
         lines.push(format!("{target}{other_ports} is covered by no policy: it leaves as if Egret were not there."));
         return lines;
@@ -272,7 +276,7 @@ fn blocked<'a>(cluster: &'a Cluster, pod: &'a Pod, policy: &PolicyKey) -> Option
 fn passed_over(cluster: &Cluster) -> impl Fn(&Ranked) -> bool + use<> {
     let paths = cluster.gateways.values().flat_map(|gateway| &gateway.status.paths);
     let listed: HashSet<PolicyKey> = paths.flat_map(|path| path.policies.iter().cloned()).collect();
-    move |Ranked { key, policy }| is_passed_over(policy, listed.contains(key))
+    move |Ranked { key, policy, .. }| is_passed_over(policy, listed.contains(key))
 }
 
 fn address_towards(status: &EgressPolicyStatus, target: IpAddr) -> Option<IpAddr> {
@@ -281,12 +285,12 @@ fn address_towards(status: &EgressPolicyStatus, target: IpAddr) -> Option<IpAddr
 }
 
 fn covers(ranked: &Ranked, target: &Target) -> bool {
-    let destinations = ranked.policy.egress.as_deref().unwrap_or_default();
+    let destinations = ranked.policy.egress.as_deref().map(|covers| &**covers).unwrap_or_default();
     ranked.policy.covers_everything() || destinations.iter().any(|d| target.is_in(d))
 }
 
 fn covers_by_port(ranked: &Ranked, address: IpAddr) -> bool {
-    let destinations = ranked.policy.egress.as_deref().unwrap_or_default();
+    let destinations = ranked.policy.egress.as_deref().map(|covers| &**covers).unwrap_or_default();
     destinations.iter().any(|d| !d.ports.is_empty() && d.has_address(address))
 }
 

@@ -1,7 +1,7 @@
 //! Names kept once, and lists of destinations: clusters repeat the same few ten thousand times.
 
 use crate::api::{EgressGatewayStatus, Users};
-use crate::plan::destination::Destination;
+use crate::plan::covers::Covers;
 use crate::plan::model::{Gateway, Namespaces, PodMatch, Policy};
 use crate::plan::selector::{Labels, Name, Selector};
 use std::collections::{BTreeMap, HashSet};
@@ -17,7 +17,7 @@ pub struct Names {
     /// Words that have come since.
     words: HashSet<Name>,
     keys: HashSet<Arc<[Name]>>,
-    destinations: HashSet<Arc<[Destination]>>,
+    destinations: HashSet<Arc<Covers>>,
 }
 
 impl Names {
@@ -108,7 +108,7 @@ impl Names {
 }
 
 /// The one copy of `list`.
-fn one_of<T: Eq + Hash>(all: &mut HashSet<Arc<[T]>>, list: &Arc<[T]>) -> Arc<[T]> {
+fn one_of<T: Eq + Hash + ?Sized>(all: &mut HashSet<Arc<T>>, list: &Arc<T>) -> Arc<T> {
     match all.get(list) {
         Some(same) => same.clone(),
         None => {

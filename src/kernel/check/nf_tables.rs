@@ -53,14 +53,15 @@ const TRIALS: [Trial; 9] = [
     },
     Trial {
         name: "maps",
-        there: "marks, verdicts, intervals, counters",
+        there: "marks, verdicts, intervals, ranges of ports, counters",
         remedy: "needs nf_tables' sets of Linux 5.13 or newer",
         family: NFPROTO_INET,
         table: || {
-            let interval = SetKind { key: DataType::Ipv4, data: None, interval: true, counter: false };
+            let interval = SetKind { interval: true, ..SetKind::plain(DataType::Ipv4, None) };
             let counter = SetKind { counter: true, ..map(DataType::Mark, DataType::Mark) };
             let verdicts = with(Table::default(), "verdicts", map(DataType::Mark, DataType::Verdict));
-            with(with(verdicts, "intervals", interval), "counters", counter)
+            let ports = SetKind { interval: true, ..SetKind::plain(DataType::Ipv4ProtocolPort, None) };
+            with(with(with(verdicts, "intervals", interval), "ports", ports), "counters", counter)
         },
     },
     Trial {
@@ -147,12 +148,12 @@ fn on_device(kind: &str, number: u32) -> Hook {
 }
 
 fn with(mut table: Table, set: &'static str, kind: SetKind) -> Table {
-    table.sets.insert(set, Set { kind, elements: Arc::default() });
+    table.sets.insert(set.into(), Set { kind, elements: Arc::default() });
     table
 }
 
 fn map(key: DataType, data: DataType) -> SetKind {
-    SetKind { key, data: Some(data), interval: false, counter: false }
+    SetKind::plain(key, Some(data))
 }
 
 #[cfg(test)]

@@ -43,8 +43,8 @@ pub(super) fn keep_old_ways(plan: &NodePlan, marks: Marks, table: &mut Table) {
         table.chains.insert("old-ways".into(), Arc::new(chain));
     }
     for (name, elements) in [(set::LEFT, left), (set::CAME, came)] {
-        let kind = SetKind { key: DataType::Mark, data: Some(DataType::Mark), interval: false, counter: false };
-        table.sets.insert(name, Set { kind, elements: Arc::new(elements) });
+        let kind = SetKind::plain(DataType::Mark, Some(DataType::Mark));
+        table.sets.insert(name.into(), Set { kind, elements: Arc::new(elements) });
     }
 }
 
@@ -64,8 +64,8 @@ pub(super) fn tables(plan: &NodePlan, marks: Marks) -> impl Iterator<Item = (Tab
                 .chains
                 .insert("handover".into(), Arc::new(Chain::new(base("filter", hook::PREROUTING, PRIORITY), rules)));
         }
-        let kind = SetKind { key, data: Some(DataType::Mark), interval: false, counter: false };
-        table.sets.insert(set::HANDED, Set { kind, elements: Arc::new(elements) });
+        let kind = SetKind::plain(key, Some(DataType::Mark));
+        table.sets.insert(set::HANDED.into(), Set { kind, elements: Arc::new(elements) });
         (name, table)
     })
 }

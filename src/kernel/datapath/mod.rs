@@ -3,6 +3,7 @@
 //! Every chain fails closed: what should have had a decision and has none is dropped and counted, so that a rule or
 //! an element that somebody takes away blocks and does not leak.
 
+mod covers;
 mod fixed;
 mod handover;
 mod pods;
@@ -179,15 +180,18 @@ fn inet(
         .into(),
         ..Table::default()
     };
-    table.sets.extend(shared.sets.iter().filter(|(n, _)| **n != set::BACK).map(|(n, s)| (*n, s.clone())));
-    table.sets.extend(sets::of_pods(plan, marks, before));
-    let kind = SetKind { key: DataType::Mark, data: Some(DataType::Mark), interval: false, counter: true };
+    table.sets.extend(shared.sets.iter().filter(|(n, _)| **n != set::BACK).map(|(n, s)| ((*n).into(), s.clone())));
+    table.sets.extend(sets::of_pods(plan, marks, before).into_iter().map(|(name, set)| (name.into(), set)));
+    for step in plan.profiles.values().flat_map(|profile| profile.steps()).filter(|step| !step.covers_everything()) {
+        covers::add_sets(&step.covers, before.map(|(_, table)| &table.sets), &mut table.sets);
+    }
+    let kind = SetKind { counter: true, ..SetKind::plain(DataType::Mark, Some(DataType::Mark)) };
     let path_out = plan.paths.iter().map(|(id, p)| {
         let mark = if p.state == PathState::Local { marks.local(*id, p.uplink) } else { marks.request() };
         (marks.connection(*id).into(), value(mark))
     });
     let path_out = unless_same(path_out.collect(), before.and_then(|(_, table)| table.sets.get(set::PATH_OUT)));
-    table.sets.insert(set::PATH_OUT, Set { kind, elements: path_out });
+    table.sets.insert(set::PATH_OUT.into(), Set { kind, elements: path_out });
 
     let of_pods = before.map(|(last, table)| (&last.pods, table));
     let of_pods = chains(&plan.pods, of_pods, |pod| {
@@ -244,10 +248,10 @@ fn netdev(plan: &NodePlan, shared: &SharedSets, marks: Marks, before: Option<&Ma
     let came = plan.came().map(|(id, mac)| (marks.connection(id).into(), Data::Value(mac.as_slice().into())));
     let handed =
         plan.handed.iter().map(|(id, (_, mac))| (marks.handed(*id).into(), Data::Value(mac.as_slice().into())));
-    let kind = SetKind { key: DataType::Mark, data: Some(DataType::Ether), interval: false, counter: false };
+    let kind = SetKind::plain(DataType::Mark, Some(DataType::Ether));
     let hop = unless_same(hop.chain(came).chain(handed).collect(), before.and_then(|table| table.sets.get(set::HOP)));
-    table.sets.insert(set::HOP, Set { kind, elements: hop });
-    table.sets.extend(shared.sets.get(set::BACK).map(|s| (set::BACK, s.clone())));
+    table.sets.insert(set::HOP.into(), Set { kind, elements: hop });
+    table.sets.extend(shared.sets.get(set::BACK).map(|s| (set::BACK.into(), s.clone())));
     let out = Hook {
         kind: "filter".into(),
         number: hook::NETDEV_EGRESS,

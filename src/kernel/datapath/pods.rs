@@ -1,10 +1,9 @@
 //! The chains of pods and of their profiles.
 
-use super::{counter, set};
-use crate::api::{Fallback, Protocol};
-use crate::kernel::nft::rule::{Ip, Rule, protocol};
+use super::{counter, covers, set};
+use crate::api::Fallback;
+use crate::kernel::nft::rule::{Ip, Rule};
 use crate::kernel::nft::uapi::*;
-use crate::plan::destination::{Network, Ports};
 use crate::plan::marks::{MAX_INDEX, Marks};
 use crate::plan::node::PodPlan;
 use crate::plan::profile::{Profile, Step};
@@ -50,8 +49,8 @@ pub(super) fn of_profile(profile: &Profile, marks: Marks) -> Vec<Rule> {
         rules.push(numbered().ct_state(CT_STATE_INVALID).counter(counter::BLOCKED).drop());
     }
     for step in steps {
-        for destination in destinations(step) {
-            let mut matched = || destination.iter().fold(numbered(), |rule, part| part.add_to(rule));
+        for covered in covers::matches(&step.covers) {
+            let mut matched = || covered(numbered());
             match (step.path, step.fallback) {
                 (Some(path), Fallback::Block) => {
                     rules.push(matched().set_ct_mark(marks.connection(path)).goto("known"));
@@ -76,48 +75,4 @@ pub(super) fn of_profile(profile: &Profile, marks: Marks) -> Vec<Rule> {
 pub(super) fn direct() -> impl Iterator<Item = Rule> {
     let sets = |(at, ip)| [set::HOSTS[at], set::DIRECT[at]].map(|set| Rule::new().daddr_in_set(ip, set));
     Ip::BOTH.into_iter().enumerate().flat_map(sets).chain([Rule::new().daddr_type(RTN_LOCAL)])
-}
-
-/// What a rule matches.
-enum Match<'a> {
-    Network(&'a Network),
-    Ports(&'a Ports),
-}
-
-impl Match<'_> {
-    fn add_to(&self, rule: Rule) -> Rule {
-        match self {
-            Match::Network(n) => n.except.iter().fold(rule.daddr_in(n.cidr), |rule, e| rule.daddr_not_in(*e)),
-            Match::Ports(p) => {
-                let rule = rule.l4(match p.protocol {
-                    Protocol::Tcp => protocol::TCP,
-                    Protocol::Udp => protocol::UDP,
-                    Protocol::Sctp => protocol::SCTP,
-                });
-                if (p.first, p.last) == (0, u16::MAX) { rule } else { rule.dport(p.first, p.last) }
-            }
-        }
-    }
-}
-
-/// One for each combination of a network and a range of ports; what is all of its kind is not matched at all.
-fn destinations(step: &Step) -> Vec<Vec<Match<'_>>> {
-    if step.covers_everything() {
-        return vec![vec![]];
-    }
-    let mut all = Vec::new();
-    for destination in step.covers.iter() {
-        let networks = optional(&destination.networks);
-        for network in networks {
-            for ports in optional(&destination.ports) {
-                all.push(network.map(Match::Network).into_iter().chain(ports.map(Match::Ports)).collect());
-            }
-        }
-    }
-    all
-}
-
-/// Each of them, or once nothing if there are none.
-fn optional<T>(all: &[T]) -> Vec<Option<&T>> {
-    if all.is_empty() { vec![None] } else { all.iter().map(Some).collect() }
 }

@@ -30,7 +30,7 @@ pub type PeerIndexes = BTreeMap<Mac, u16>;
 pub fn shared_sets(view: &View, peers: &PeerIndexes, marks: Marks, before: &SharedSets) -> SharedSets {
     let mut sets = BTreeMap::new();
     let mut put = |name, key, data, interval, counter, elements: Elements| {
-        let kind = SetKind { key, data, interval, counter };
+        let kind = SetKind { interval, counter, ..SetKind::plain(key, data) };
         sets.insert(name, Set { kind, elements: unless_same(elements, before.sets.get(name)) });
     };
     let paths = &view.paths;
@@ -110,7 +110,7 @@ pub(super) fn of_pods(plan: &NodePlan, marks: Marks, before: Option<(&NodePlan, 
         None => (plan.pods.values().map(|pod| &**pod).collect(), Some(&plan.unfound), None),
     };
     let set = |name, key, data, elements: Vec<(Key, Data)>| {
-        let kind = SetKind { key, data, interval: false, counter: false };
+        let kind = SetKind::plain(key, data);
         let elements = match table.map(|table| &table.sets[name].elements) {
             Some(before) if elements.is_empty() => before.clone(),
             Some(before) => Arc::new(before.with(elements)),

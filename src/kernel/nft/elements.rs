@@ -197,7 +197,7 @@ pub struct Key {
 pub enum Data {
     /// Nothing: a set.
     None,
-    /// A value.
+    /// A value; in a set of ranges of several fields, where the range ends.
     Value(Bytes),
     /// `jump CHAIN`
     Jump(Arc<str>),
@@ -213,10 +213,10 @@ impl Data {
     }
 }
 
-/// Up to twenty bytes, in place: a mark and an IPv6 address are the longest.
+/// Up to 24 bytes, in place: an IPv6 address, a protocol and a port are the longest.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Bytes {
-    bytes: [u8; 20],
+    bytes: [u8; 24],
     len: u8,
 }
 
@@ -230,8 +230,8 @@ impl Bytes {
 impl From<&[u8]> for Bytes {
     /// Longer input is cut: the kernel holds none of ours.
     fn from(from: &[u8]) -> Self {
-        let len = from.len().min(20);
-        let mut bytes = [0; 20];
+        let len = from.len().min(24);
+        let mut bytes = [0; 24];
         bytes[..len].copy_from_slice(&from[..len]);
         Bytes { bytes, len: len as u8 }
     }

@@ -162,7 +162,16 @@ impl Nftables {
     /// Sends a batch and waits until the kernel has committed or refused it. The kernel acknowledges only what it
     /// is asked to, which is the last message before the batch's end; errors always come.
     fn commit(&mut self, batch: &Batch) -> Result<(), Error> {
-        self.socket.send(&batch.bytes)?;
+        // The kernel takes a batch in one piece or not at all.
+        let longer = batch.bytes.len() > BUFFER;
+        if longer {
+            self.socket.set_buffers(batch.bytes.len())?;
+        }
+        let sent = self.socket.send(&batch.bytes);
+        if longer {
+            self.socket.set_buffers(BUFFER)?;
+        }
+        sent?;
         let mut refusal: Option<Error> = None;
         loop {
             let mut done = false;

@@ -163,6 +163,7 @@ pub(super) fn elements(
                 for (attribute, value) in attributes(element) {
                     match attribute {
                         NFTA_SET_ELEM_KEY => key = data_value(value),
+                        NFTA_SET_ELEM_KEY_END => data = data_value(value).map_or(Data::None, Data::Value),
                         NFTA_SET_ELEM_DATA => data = element_data(value),
                         NFTA_SET_ELEM_FLAGS => end = be32(value) & NFT_SET_ELEM_INTERVAL_END != 0,
                         NFTA_SET_ELEM_EXPR => {

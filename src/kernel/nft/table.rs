@@ -25,10 +25,13 @@ pub struct Table {
     /// Chains by name. They are shared, so that one that did not change is not written again.
     pub chains: BTreeMap<Arc<str>, Arc<Chain>>,
     /// Sets and maps by name. The elements are shared, so that what did not change is not compared.
-    pub sets: BTreeMap<&'static str, Set>,
+    pub sets: BTreeMap<SetName, Set>,
     /// Named counters.
     pub counters: BTreeSet<&'static str>,
 }
+
+/// Most sets are always there and have one name.
+pub type SetName = Cow<'static, str>;
 
 /// A chain: its hook, if it has one, and its rules.
 pub struct Chain {
@@ -117,6 +120,9 @@ pub struct SetKind {
     pub interval: bool,
     /// Whether each element counts packets and bytes.
     pub counter: bool,
+    /// Whether it is written once, and what is in it never changes: of a set that a rule looks at the kernel lets nobody
+    /// take an element away, or add one (`nf_tables_delsetelem`, `nf_tables_newsetelem`).
+    pub constant: bool,
 }
 
 /// Types as `nft(8)` numbers them (its include/datatype.h: `enum datatypes`), so that it can print them; and their
@@ -141,6 +147,14 @@ pub enum DataType {
     MarkIpv6,
     /// Two ports.
     Ports,
+    /// An IPv4 address and a protocol.
+    Ipv4Protocol,
+    /// An IPv6 address and a protocol.
+    Ipv6Protocol,
+    /// An IPv4 address, a protocol and a port.
+    Ipv4ProtocolPort,
+    /// An IPv6 address, a protocol and a port.
+    Ipv6ProtocolPort,
 }
 
 impl DataType {
@@ -156,6 +170,10 @@ impl DataType {
             DataType::MarkIpv4 => 19 << 6 | 7,
             DataType::MarkIpv6 => 19 << 6 | 8,
             DataType::Ports => 13 << 6 | 13,
+            DataType::Ipv4Protocol => 7 << 6 | 12,
+            DataType::Ipv6Protocol => 8 << 6 | 12,
+            DataType::Ipv4ProtocolPort => (7 << 6 | 12) << 6 | 13,
+            DataType::Ipv6ProtocolPort => (8 << 6 | 12) << 6 | 13,
         }
     }
 
@@ -173,10 +191,23 @@ impl DataType {
         match self {
             DataType::Ipv4 | DataType::Mark | DataType::Interface => 4,
             DataType::Ether => 6,
-            DataType::MarkIpv4 | DataType::Ports => 8,
+            DataType::MarkIpv4 | DataType::Ports | DataType::Ipv4Protocol => 8,
+            DataType::Ipv4ProtocolPort => 12,
             DataType::Ipv6 => 16,
-            DataType::MarkIpv6 => 20,
+            DataType::MarkIpv6 | DataType::Ipv6Protocol => 20,
+            DataType::Ipv6ProtocolPort => 24,
             DataType::Verdict => 0,
+        }
+    }
+
+    /// In bytes, the fields of a type whose ranges are ranges of each field.
+    pub fn fields(self) -> &'static [u32] {
+        match self {
+            DataType::Ipv4Protocol => &[4, 1],
+            DataType::Ipv6Protocol => &[16, 1],
+            DataType::Ipv4ProtocolPort => &[4, 1, 2],
+            DataType::Ipv6ProtocolPort => &[16, 1, 2],
+            _ => &[],
         }
     }
 }
@@ -189,7 +220,7 @@ pub struct Held {
     /// Chains by name.
     pub chains: BTreeMap<Arc<str>, HeldChain>,
     /// Sets by name.
-    pub sets: BTreeMap<Cow<'static, str>, HeldSet>,
+    pub sets: BTreeMap<SetName, HeldSet>,
     /// Named counters.
     pub counters: BTreeSet<Cow<'static, str>>,
 }
@@ -288,16 +319,32 @@ pub struct HeldSet {
 }
 
 impl SetKind {
+    /// Of single keys that come and go, and count nothing.
+    pub const fn plain(key: DataType, data: Option<DataType>) -> Self {
+        SetKind { key, data, interval: false, counter: false, constant: false }
+    }
+
     /// `NFTA_SET_FLAGS`
     pub fn flags(self) -> u32 {
         let mut flags = 0;
         if self.interval {
             flags |= NFT_SET_INTERVAL;
         }
+        if self.is_of_fields() {
+            flags |= NFT_SET_CONCAT;
+        }
+        if self.constant {
+            flags |= NFT_SET_CONSTANT;
+        }
         if self.data.is_some() {
             flags |= NFT_SET_MAP;
         }
         flags
+    }
+
+    /// Whether its keys are ranges of each of several fields. Then the data of a key is the last of its range.
+    pub fn is_of_fields(self) -> bool {
+        self.interval && !self.key.fields().is_empty()
     }
 
     /// Whether a set in the kernel is of this kind.
@@ -325,7 +372,7 @@ impl From<&Table> for Held {
                         data_len: s.kind.data.map_or(0, DataType::len),
                         elements: s.elements.clone(),
                     };
-                    (Cow::Borrowed(*n), held)
+                    (n.clone(), held)
                 })
                 .collect(),
             counters: table.counters.iter().map(|n| Cow::Borrowed(*n)).collect(),

@@ -4,7 +4,9 @@
 //! and rules go, then rules and elements come, and chains and sets that are not wanted go last.
 
 use super::read::{header, kind};
-use super::table::{Data, DataType, Elements, Held, HeldChain, Hook, Key, Set, SetKind, Table, TableName, Unlike};
+use super::table::{
+    Data, DataType, Elements, Held, HeldChain, HeldSet, Hook, Key, Set, SetKind, Table, TableName, Unlike,
+};
 use super::uapi::*;
 use crate::kernel::netlink::{self, Attributes, NLM_F_ACK, NLM_F_APPEND, NLM_F_CREATE, NLM_F_REQUEST, Socket};
 
@@ -98,22 +100,28 @@ impl<'a> Transaction<'a> {
                 p.nested(NFTA_OBJ_DATA, |_| {});
             });
         }
-        for (set, s) in wanted.sets.iter().filter(|(n, _)| !held.sets.contains_key(**n)) {
+        for (set, s) in wanted.sets.iter().filter(|(n, _)| !held.sets.contains_key(*n)) {
             self.new_set(name, set, s);
+            // Before a rule looks at it.
+            if s.kind.constant {
+                self.elements(name, set, NFT_MSG_NEWSETELEM, s.elements.iter().collect(), s.kind);
+            }
         }
         for chain in chains.iter().filter(|chain| chain.held.is_none()) {
             self.new_chain(name, chain.name, chain.wanted.and_then(|wanted| wanted.hook()));
         }
         let none = Elements::default();
         for (set, s) in &wanted.sets {
-            let Some(h) = held.sets.get(*set) else { continue };
-            if std::sync::Arc::ptr_eq(&h.elements, &s.elements) {
+            let Some(h) = held.sets.get(set) else { continue };
+            if s.kind.constant || std::sync::Arc::ptr_eq(&h.elements, &s.elements) {
                 continue;
             }
-            self.elements(name, set, NFT_MSG_DELSETELEM, missing(&h.elements, &s.elements, s.kind), s.kind.data);
+            self.elements(name, set, NFT_MSG_DELSETELEM, missing(&h.elements, &s.elements, s.kind), s.kind);
         }
-        for (set, h) in held.sets.iter().filter(|(n, _)| !wanted.sets.contains_key(&***n)) {
-            self.elements(name, set, NFT_MSG_DELSETELEM, h.elements.iter().collect(), None);
+        // What is constant goes whole, after the rules that look at it. Others may lead to chains that go.
+        let unwanted = || held.sets.iter().filter(|(n, _)| !wanted.sets.contains_key(*n));
+        for (set, h) in unwanted().filter(|(_, h)| h.flags & NFT_SET_CONSTANT == 0) {
+            self.elements(name, set, NFT_MSG_DELSETELEM, h.elements.iter().collect(), KEYS);
         }
         for chain in chains.iter().filter(|chain| chain.held.is_some_and(HeldChain::has_rules)) {
             self.push(name, NFT_MSG_DELRULE, 0, |p| {
@@ -132,11 +140,11 @@ impl<'a> Transaction<'a> {
             }
         }
         for (set, s) in &wanted.sets {
-            let held = held.sets.get(*set).map_or(&none, |h| &*h.elements);
-            if std::ptr::eq(held, &*s.elements) {
+            let held = held.sets.get(set).map_or(&none, |h| &*h.elements);
+            if s.kind.constant || std::ptr::eq(held, &*s.elements) {
                 continue;
             }
-            self.elements(name, set, NFT_MSG_NEWSETELEM, missing(&s.elements, held, s.kind), s.kind.data);
+            self.elements(name, set, NFT_MSG_NEWSETELEM, missing(&s.elements, held, s.kind), s.kind);
         }
         for chain in chains.iter().filter(|chain| chain.wanted.is_none()) {
             self.push(name, NFT_MSG_DELCHAIN, 0, |p| {
@@ -144,7 +152,7 @@ impl<'a> Transaction<'a> {
                 p.text(NFTA_CHAIN_NAME, chain.name);
             });
         }
-        for set in held.sets.keys().filter(|n| !wanted.sets.contains_key(&***n)) {
+        for (set, _) in unwanted() {
             self.push(name, NFT_MSG_DELSET, 0, |p| {
                 p.text(NFTA_SET_TABLE, name.name);
                 p.text(NFTA_SET_NAME, set);
@@ -178,6 +186,15 @@ impl<'a> Transaction<'a> {
                 p.be32(NFTA_SET_DATA_LEN, data.len());
             }
             p.be32(NFTA_SET_ID, id);
+            if set.kind.is_of_fields() {
+                p.nested(NFTA_SET_DESC, |d| {
+                    d.nested(NFTA_SET_DESC_CONCAT, |fields| {
+                        for len in set.kind.key.fields() {
+                            fields.nested(NFTA_LIST_ELEM, |f| f.be32(NFTA_SET_FIELD_LEN, *len));
+                        }
+                    });
+                });
+            }
             p.attribute(NFTA_SET_USERDATA, &byte_orders(set));
             if set.kind.counter {
                 p.nested(NFTA_SET_EXPR, |e| {
@@ -206,14 +223,7 @@ impl<'a> Transaction<'a> {
         });
     }
 
-    fn elements(
-        &mut self,
-        table: TableName,
-        set: &str,
-        message: u16,
-        elements: Vec<(Key, Data)>,
-        data: Option<DataType>,
-    ) {
+    fn elements(&mut self, table: TableName, set: &str, message: u16, elements: Vec<(Key, Data)>, kind: SetKind) {
         for chunk in elements.chunks(ELEMENTS_A_MESSAGE) {
             self.push(table, message, if message == NFT_MSG_NEWSETELEM { NLM_F_CREATE } else { 0 }, |p| {
                 p.text(NFTA_SET_ELEM_LIST_TABLE, table.name);
@@ -222,11 +232,14 @@ impl<'a> Transaction<'a> {
                     for (key, value) in chunk {
                         list.nested(NFTA_LIST_ELEM, |e| {
                             e.nested(NFTA_SET_ELEM_KEY, |k| k.attribute(NFTA_DATA_VALUE, key.bytes.as_slice()));
+                            if let (true, Data::Value(last)) = (kind.is_of_fields(), value) {
+                                e.nested(NFTA_SET_ELEM_KEY_END, |k| k.attribute(NFTA_DATA_VALUE, last.as_slice()));
+                            }
                             if key.end {
                                 e.be32(NFTA_SET_ELEM_FLAGS, NFT_SET_ELEM_INTERVAL_END);
                             }
                             // A key alone names what is to be deleted.
-                            if message == NFT_MSG_NEWSETELEM && data.is_some() {
+                            if message == NFT_MSG_NEWSETELEM && kind.data.is_some() {
                                 element_data(e, value);
                             }
                         });
@@ -237,6 +250,9 @@ impl<'a> Transaction<'a> {
         }
     }
 }
+
+/// Of which only keys are said.
+const KEYS: SetKind = SetKind::plain(DataType::Mark, None);
 
 /// The elements of `these` that `others` lack.
 fn missing(these: &Elements, others: &Elements, kind: SetKind) -> Vec<(Key, Data)> {
@@ -268,9 +284,14 @@ fn byte_orders(set: &Set) -> Vec<u8> {
     out
 }
 
-/// Whether the table must be made anew, in the same transaction: a set's type or a chain's hook cannot be changed.
+/// Whether the table must be made anew, in the same transaction: a set's type, a chain's hook and what is in a constant set
+/// cannot be changed.
 fn rebuilt(held: &Held, wanted: &Table, chains: &[Unlike<'_>]) -> bool {
-    wanted.sets.iter().any(|(n, s)| held.sets.get(*n).is_some_and(|h| !s.kind.is(h)))
+    let other = |s: &Set, h: &HeldSet| {
+        let same = || std::sync::Arc::ptr_eq(&h.elements, &s.elements) || h.elements == s.elements;
+        !s.kind.is(h) || s.kind.constant && !same()
+    };
+    wanted.sets.iter().any(|(n, s)| held.sets.get(n).is_some_and(|h| other(s, h)))
         || chains.iter().any(|c| c.held.zip(c.wanted).is_some_and(|(held, wanted)| held.hook() != wanted.hook()))
 }
 

@@ -204,7 +204,7 @@ fn by_exhaustion(cluster: &Cluster, namespace: &str, pod: &Labels) -> Vec<Policy
             }),
         };
         if here && selected {
-            found.push(Ranked { key: key.clone(), policy: policy.clone() });
+            found.push(Ranked { key: key.clone(), policy: policy.clone(), over_quota: false });
         }
     }
     found.sort_by(|a, b| precedence(a).cmp(&precedence(b)));

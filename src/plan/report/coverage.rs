@@ -1,10 +1,13 @@
 //! What some policies cover together, as far as one policy's rule alone covers another's.
 
-use crate::plan::destination::{Network, Ports, contains};
+use crate::plan::destination::{Destination, Network, Ports, contains};
 use crate::plan::model::{Policy, PolicyKey};
 use ipnetwork::{IpNetwork, Ipv4Network, Ipv6Network};
 use std::collections::{BTreeSet, HashMap};
 use std::net::{Ipv4Addr, Ipv6Addr};
+
+/// How many combinations of a network and ports a policy may list that is compared with others.
+const MAX_COMBINATIONS: usize = 1_000;
 
 /// What "all networks" means.
 const EVERYWHERE: [IpNetwork; 2] = [
@@ -42,6 +45,9 @@ impl<'a> Coverage<'a> {
         if policy.covers_everything() {
             self.everything.get_or_insert(key);
         }
+        if is_long(policy) {
+            return;
+        }
         for_each_rule(policy, |cidr, except, ports| {
             self.prefixes.insert(cidr.prefix());
             self.rules.entry(cidr).or_default().push(Rule { except, ports, policy: key });
@@ -54,6 +60,9 @@ impl<'a> Coverage<'a> {
     pub(super) fn covers(&self, policy: &Policy) -> Option<BTreeSet<&'a PolicyKey>> {
         if let Some(key) = self.everything {
             return Some(BTreeSet::from([key]));
+        }
+        if is_long(policy) {
+            return None;
         }
         let mut by = BTreeSet::new();
         let whole = for_each_rule(policy, |cidr, except, ports| match self.find(cidr, except, ports) {
@@ -81,6 +90,12 @@ impl<'a> Coverage<'a> {
             Some(rule.policy)
         })
     }
+}
+
+/// Each combination is looked at, for each group of pods, whenever anything changes: not what has more than some.
+fn is_long(policy: &Policy) -> bool {
+    let listed = policy.egress.iter().flat_map(|covers| covers.iter());
+    listed.map(Destination::combinations).sum::<usize>() > MAX_COMBINATIONS
 }
 
 fn covers_ports(outer: Option<Ports>, inner: Option<Ports>) -> bool {

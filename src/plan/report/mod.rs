@@ -11,6 +11,7 @@ use super::ledger::{Grant, Outcome, Verdict, in_words, silent};
 use super::model::{Cluster, Gateway, MOVE_TO, Namespaces, Node, Policy, PolicyKey, Tier};
 use super::precedence::{PolicyIndex, Ranked};
 use super::profile::is_passed_over;
+use super::quota;
 use super::selector::Name;
 use crate::api::{EgressPolicyStatus, PathKind, Placement};
 use coverage::Coverage;
@@ -42,6 +43,7 @@ pub fn report(cluster: &Cluster, outcome: &Outcome, now: i64) -> BTreeMap<Policy
     let said = Said::new(cluster);
     let living: HashMap<&Name, Vec<&Name>> =
         cluster.gateways.iter().map(|(name, gateway)| (name, said.living(gateway, now))).collect();
+    let over_quota = quota::over(&cluster.policies);
     let mut statuses = BTreeMap::new();
     for (key, policy) in &cluster.policies {
         let Some(verdict) = outcome.verdicts.get(key) else { continue };
@@ -60,8 +62,11 @@ pub fn report(cluster: &Cluster, outcome: &Outcome, now: i64) -> BTreeMap<Policy
                 status.node = grant.node.as_deref().map(str::to_owned);
                 let reason = if grant.shared_with.is_some() { SHARED } else { "Accepted" };
                 conditions.add("Accepted", true, reason, accepted(grant));
-                let (state, reason, mut message) =
+                let (mut state, mut reason, mut message) =
                     said.ready(grant, living.get(&grant.gateway).map_or(&[], Vec::as_slice));
+                if let Some(over) = over_quota.get(key) {
+                    (state, reason, message) = (Some(false), quota::REASON, over.to_string());
+                }
                 if let Some(wanted) = policy.move_to().filter(|wanted| grant.node.as_ref() != Some(wanted)) {
                     message += &format!(
                         "; {MOVE_TO} asks for node {wanted:?}, which cannot have it now: it is no node of the gateway, \

@@ -108,8 +108,14 @@ async fn lists_are_read_in_yaml_and_in_json() {
     assert_eq!(source.now().policies.values().map(|p| p.priority).collect::<Vec<_>>(), [1, 2, 3, 4]);
 }
 
-fn list(item: &str, times: usize) -> String {
-    format!("[{}]", vec![item; times].join(", "))
+/// Few lists whose networks overlap in many ways, each way with many ports.
+fn overlapping() -> String {
+    let ports: Vec<String> = (0..5_000).map(|n| format!("{{port: {}}}", 2 * n + 1)).collect();
+    let rule = |prefix| {
+        format!("{{to: [{{ipBlock: {{cidr: 10.0.0.0/{prefix}}}}}], ports: [{{port: {}}}]}}", 20_000 + 2 * prefix)
+    };
+    let rules: Vec<String> = (8..=32).map(rule).collect();
+    format!("[{{ports: [{}]}}, {}]", ports.join(", "), rules.join(", "))
 }
 
 /// Each: a manifest, the line that is to be told, and what is to be told.
@@ -133,7 +139,7 @@ async fn what_is_wrong_is_told_with_its_line() {
         (gateway("  nodeSelector: {}\nsepc: {}\n"), 7, "unknown field \"sepc\""),
         (policy("  podSelector: {}\n  egress:\n  - to:\n    - ipBlock: {cidr: 203.0.113.1/24}\n"), 8, "EgressPolicy/p: spec.egress[0]: "),
         (policy(&format!("  podSelector: {{}}\n  egress:\n  - to:\n    - ipBlock: {{cidr: 10.0.0.0/8, except: {:?}}}\n", vec!["10.1.0.0/16"; 25])), 8, "25 exceptions, and at most 24"),
-        (policy(&format!("  podSelector: {{}}\n  egress:\n  - to: {}\n    ports: {}\n", list("{ipBlock: {cidr: 10.0.0.0/8}}", 91), list("{port: 1}", 11))), 7, "makes 1001 combinations"),
+        (policy(&format!("  podSelector: {{}}\n  egress: {}\n", overlapping())), 7, "combinations of a network and ports, and at most 100000"),
         (policy("  podSelector: {}\n  fallback: Open\n"), 7, "\"Open\" is not possible here; write Block or NodeAddress"),
         (policy("  podSelector: {}\n  address: {}\n"), 7, "spec.address: "),
         (policy("  priority: 1\n"), 5, "spec: selects no pods"),

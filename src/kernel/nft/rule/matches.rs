@@ -155,6 +155,22 @@ impl Rule {
         self.ip(ip).load_daddr(ip).lookup(set, R1, None, false)
     }
 
+    /// `ip daddr . meta l4proto @SET`
+    pub fn daddr_and_protocol_in_set(self, ip: Ip, set: &str) -> Self {
+        self.load_daddr_and_protocol(ip).lookup(set, R1, None, false)
+    }
+
+    /// `ip daddr . meta l4proto . th dport @SET`
+    pub fn daddr_and_port_in_set(self, ip: Ip, set: &str) -> Self {
+        let port = R1_FIRST_WORD + ip.len() / 4 + 1;
+        let loaded = self.load_daddr_and_protocol(ip);
+        loaded.load_payload(NFT_PAYLOAD_TRANSPORT_HEADER, OFFSET_DPORT, 2, port).lookup(set, R1, None, false)
+    }
+
+    fn load_daddr_and_protocol(self, ip: Ip) -> Self {
+        self.ip(ip).load_daddr(ip).load_meta(NFT_META_L4PROTO, R1_FIRST_WORD + ip.len() / 4)
+    }
+
     /// `meta mark and MASK . ip saddr @SET`
     pub fn mark_and_saddr_in_set(self, mask: u32, ip: Ip, set: &str) -> Self {
         self.load_mark_and_saddr(mask, ip).lookup(set, R1, None, false)

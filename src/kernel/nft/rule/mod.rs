@@ -15,7 +15,8 @@ use std::net::IpAddr;
 
 const R1: u32 = 1;
 const R2: u32 = 2;
-/// The 32-bit register that follows the first: register 1 is 32-bit registers 8 to 11 (`NFT_REG32_00`).
+/// Register 1 is 32-bit registers 8 to 11 (`NFT_REG32_00`), and the next ones follow.
+const R1_FIRST_WORD: u32 = 8;
 const R1_SECOND_WORD: u32 = 9;
 
 const OFFSET_SADDR4: u32 = 12;
