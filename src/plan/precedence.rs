@@ -191,7 +191,7 @@ impl PolicyIndex {
     /// Where policies can select pods, over all namespaces that are known or have policies.
     pub fn reach(&self) -> Reach {
         let mut reach = Reach::default();
-        for Ranked { key, policy } in &self.ranked {
+        for Ranked { key, policy, .. } in &self.ranked {
             if let Namespaces::One(namespace) = &policy.namespaces {
                 note(reach.selectable.entry(namespace.clone()).or_default(), key);
             } else if self.can_select_in_unknown(policy) {
