@@ -4,12 +4,12 @@
 mod lab;
 
 use lab::kernel::assert_no_traces;
-use lab::scene::{assert_leaves_by_egress, assert_leaves_by_node, visitors};
+use lab::scene::{assert_leaves_by_egress, assert_leaves_by_node};
 use lab::server::UDP_WHO;
 use lab::{EGRESS4, EXT4, Lab, Pod, SERVERS, Server, VISITOR, manifests};
 use serde_json::Value;
 use std::fs;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::thread;
 use std::time::Duration;
 
@@ -144,20 +144,29 @@ fn del_may_come_twice_with_the_daemon_away_with_the_namespace_gone_and_without_a
 
 #[test]
 fn a_snapshot_for_the_plugin_that_cannot_be_written_holds_up_no_policy() {
+    const OFFICE4: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 55);
     let lab = Lab::scene();
+    let (node, daemon) = (lab.node("n1"), lab.daemon("n1"));
+    let state_dir = node.state_dir();
+    daemon.kill9();
+    // Room for the directory itself and three files.
+    let place = state_dir.display().to_string();
+    node.run(["mount", "-t", "tmpfs", "-o", "nr_inodes=4", "tmpfs", &place]);
+    daemon.restart();
+    lab.wait_ready("n1");
     let pod = lab.add_pod("n1", "office", "visitor", VISITOR);
     assert_leaves_by_node(&pod);
-    // Whoever writes the file finds a directory in the way.
-    let in_the_way = lab.node("n1").state_dir().join(".offline-policies.json");
-    fs::create_dir(&in_the_way).expect("a directory");
-    lab.write_manifest("more.yaml", &visitors().replace("namespace: shop", "namespace: office"));
-    lab.wait_seen_as(&pod, EGRESS4);
+    let fill = ["fill-1", "fill-2"].map(|name| state_dir.join(name).display().to_string());
+    fill.iter().for_each(|file| drop(node.run(["touch", file])));
+    let policy = format!("podSelector: {{ matchLabels: {{ app: visitor }} }}\n  address: {{ ipv4: {OFFICE4} }}");
+    lab.write_manifest("more.yaml", &manifests::policy("office", "visitors", &policy));
+    lab.wait_seen_as(&pod, OFFICE4);
     lab.wait_until("it says that something is wrong", Duration::from_secs(5), || !lab.ready("n1"));
     // What it said before would let pods of that namespace go.
-    let snapshot = fs::read(lab.node("n1").state_dir().join("offline-policies.json")).expect("the snapshot");
-    assert_eq!(snapshot, b"");
-    assert_leaves_by_egress(&lab.add_pod("n1", "office", "another", VISITOR));
-    fs::remove_dir(&in_the_way).expect("no directory");
+    let file = state_dir.join("offline-policies.json").display().to_string();
+    assert_eq!(node.run(["cat", &file]), "");
+    lab.wait_seen_as(&lab.add_pod("n1", "office", "another", VISITOR), OFFICE4);
+    fill.iter().for_each(|file| drop(node.run(["rm", file])));
     lab.wait_ready("n1");
     lab.daemon("n1").kill9();
     lab.forget_wire();

@@ -72,8 +72,10 @@ fn every_field_is_explained() {
     let lab = Lab::builder().kubernetes().nodes(vec![]).build();
     // A server tells of a new kind a moment after it serves it, and kubectl keeps what it was told.
     lab.wait_until("kubectl finds every kind", PATIENCE, || {
-        let names = quietly(&lab, &["api-resources", "--api-group=egret.dev", "--cached=false", "--output=name"]);
-        names.lines().count() == definitions(&lab).len()
+        let cache = lab.api().kubeconfig(Role::Admin).with_file_name("kubectl");
+        let _ = std::fs::remove_dir_all(cache);
+        let plurals = definitions(&lab).into_iter().map(|d| d["spec"]["names"]["plural"].as_str().map(str::to_owned));
+        plurals.flatten().all(|plural| kubectl(&lab, &["explain", &plural]).status.success())
     });
     for definition in definitions(&lab) {
         let plural = definition["spec"]["names"]["plural"].as_str().expect("a plural");
