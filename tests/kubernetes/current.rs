@@ -168,6 +168,10 @@ fn every_rule_is_met_from_both_sides() {
 
 #[test]
 fn selectors_that_can_select_nothing_are_refused() {
+    // 1.20 makes null of an empty text, and of a map that an apply takes away, and then refuses it.
+    if !has_server((1, 25), false, "current::selectors_that_can_select_nothing_are_refused") {
+        return;
+    }
     let lab = Lab::builder().kubernetes().nodes(vec![]).build();
     lab.add_namespace("shop", &[]);
     let policy = |selector: Value| {
