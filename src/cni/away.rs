@@ -39,6 +39,7 @@ pub fn add(run_dir: &Path, state_dir: &Path, attachment: &Attachment) -> Result<
         Ok(selected_by) => selected_by,
         Err(e) => return Ok(Admission::Unprepared(format!("which policies there are is not known: {e}"))),
     };
+    let mut quarantine = open()?;
     if let Some(policies) = &selected_by {
         if attachment.host.is_none() {
             return Err(Failure::new(
@@ -50,7 +51,6 @@ pub fn add(run_dir: &Path, state_dir: &Path, attachment: &Attachment) -> Result<
                 ),
             ));
         }
-        let mut quarantine = open()?;
         for address in &attachment.addresses {
             if !quarantine.is_ready(Family::of(address)).map_err(kernel)? {
                 return Ok(Admission::Unprepared(format!(
@@ -60,7 +60,6 @@ pub fn add(run_dir: &Path, state_dir: &Path, attachment: &Attachment) -> Result<
             }
         }
     }
-    let mut quarantine = open()?;
     // It goes with a reboot, and the daemon may not have run since.
     run_dir::make(run_dir).map_err(|e| files(run_dir, &e))?;
     let _lock = lock(run_dir)?;

@@ -109,8 +109,8 @@ impl OfflinePolicies {
     /// # Errors
     /// It cannot be removed.
     pub fn remove(state_dir: &Path) -> io::Result<()> {
-        remove(&unfinished(state_dir))?;
-        remove(&path(state_dir))
+        careful::put_aside(&unfinished(state_dir))?;
+        careful::put_aside(&path(state_dir))
     }
 }
 
@@ -120,13 +120,6 @@ fn path(state_dir: &Path) -> PathBuf {
 
 fn unfinished(state_dir: &Path) -> PathBuf {
     state_dir.join(format!(".{FILE}"))
-}
-
-fn remove(path: &Path) -> io::Result<()> {
-    match fs::remove_file(path) {
-        Err(e) if e.kind() != ErrorKind::NotFound => Err(e),
-        _ => Ok(()),
-    }
 }
 
 /// This boot's id, <https://docs.kernel.org/admin-guide/sysctl/kernel.html#random>.

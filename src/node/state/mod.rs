@@ -370,7 +370,8 @@ impl Node {
         }
         // Before the tables, so that no policy is in force that a plugin would not know of. Not on a node that has never
         // been in sync: its pods are to start as if Egret were not there.
-        if OfflinePolicies::is_there(&self.options.state_dir) {
+        let was_in_sync = OfflinePolicies::is_there(&self.options.state_dir);
+        if was_in_sync {
             self.store_offline_policies();
         }
         let left_behind = self.left_behind;
@@ -431,7 +432,9 @@ impl Node {
         if let Some(trouble) = trouble {
             return Err(trouble);
         }
-        self.store_offline_policies();
+        if !was_in_sync {
+            self.store_offline_policies();
+        }
         Ok(changes)
     }
 
