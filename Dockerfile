@@ -14,15 +14,17 @@ ARG PROFILE=release
 WORKDIR /src
 COPY Cargo.toml Cargo.lock rust-toolchain.toml ./
 COPY .cargo .cargo
+COPY release release
 COPY src src
 COPY benches benches
 COPY tests tests
-# Stripped here, since not every profile does it.
-RUN cargo build --locked --profile "$PROFILE" --bins \
+# A release is stripped already: what is in the image is what `make build` makes, bit by bit.
+RUN release/build.sh "$PROFILE" \
  && mkdir /out \
  && for program in egretd egret-cni; do \
-      strip -o "/out/$program" target/*-linux-*/"$([ "$PROFILE" = dev ] && echo debug || echo "$PROFILE")/$program"; \
-    done
+      cp target/*-linux-*/"$([ "$PROFILE" = dev ] && echo debug || echo "$PROFILE")/$program" /out/; \
+    done \
+ && { [ "$PROFILE" != dev ] || strip /out/*; }
 
 FROM ${BASE}
 COPY --from=build /out/egretd /out/egret-cni /usr/local/bin/

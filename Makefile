@@ -7,18 +7,39 @@ ifneq ($(shell id -u),0)
 AS_ROOT = --config 'target."cfg(target_os = \"linux\")".runner = ["sudo", "-E"]'
 endif
 
-.PHONY: help build demo test lint bench setup apiserver clean-lab
+# Where the image is going to be. Nobody can pull this one.
+IMAGE ?= egret.invalid/egret:v$(shell sed -n 's/^version = "\(.*\)"$$/\1/p' Cargo.toml | head -1)
+ifneq ($(shell id -u),0)
+SUDO = sudo -E
+endif
+
+.PHONY: help build image release reproducible demo test cluster-test lint bench setup apiserver clean-lab
 
 help:
 	@echo 'make build      static release binaries, in target/<host>/release'
+	@echo 'make image      the image, without docker, in target/image/image.tar; IMAGE=registry.example/egret:v1 names it'
+	@echo 'make release    programs, image, manifests, chart, SBOM, checksums, in target/release-<version>; IMAGE as above'
 	@echo 'make demo       three nodes, two gateways and a server on this machine: who is seen as whom'
 	@echo 'make test       all tests'
+	@echo 'make reproducible  the release, built twice: the same bits, and no path of this machine in them'
+	@echo 'make cluster-test KUBECONFIG=… SERVER=… ADDRESSES=…   the acceptance suite, against any cluster: tests/cluster/README.md'
 	@echo 'make lint       format, clippy, licences and bans, generated files'
 	@echo 'make bench      measurements'
 	@echo 'make clean-lab  remove what killed tests left behind'
 
 build:
-	$(CARGO) build --release --locked --bins
+	@release/build.sh
+
+image: setup
+	@mkdir -p target/image
+	$(SUDO) tests/image.sh target/image $(IMAGE) release
+
+release: setup
+	@release/release.sh $(IMAGE)
+
+# Two builds of the release, compared bit by bit.
+reproducible:
+	@release/reproducible.sh
 
 demo: setup
 	$(CARGO) test --locked $(AS_ROOT) --test demo
@@ -26,6 +47,10 @@ demo: setup
 test: setup apiserver
 	@rm -f target/*/tmp/not-run target/tmp/not-run
 	$(CARGO) test --locked $(AS_ROOT) --no-fail-fast; code=$$?; tests/not-run.sh; exit $$code
+
+# Against any cluster that nobody uses: tests/cluster/README.md.
+cluster-test:
+	@tests/cluster/run.sh
 
 bench: setup apiserver
 	$(CARGO) bench --locked $(AS_ROOT) --benches

@@ -1,14 +1,23 @@
 #!/bin/bash
 # Builds the image by the Dockerfile, without a registry: onto a Debian made by debootstrap, with this machine's
 # compiler and what it has compiled before. Leaves it, named IMAGE, in DIRECTORY/image.tar, as `docker save` would, and
-# the paths that it has beyond Debian's in DIRECTORY/added.
-#   tests/image.sh DIRECTORY IMAGE
+# the paths that it has beyond Debian's in DIRECTORY/added. With the profile `release` also as an OCI archive,
+# DIRECTORY/image-oci.tar, its digest in DIRECTORY/digest, and the programs that are in it in DIRECTORY/programs.
+#   tests/image.sh DIRECTORY IMAGE [PROFILE]
 set -eu
 directory=$(realpath "$1")
 image=$2
+profile=${3:-dev}
 cd "$(dirname "$0")/.."
 # Mounts and what is stored go with this process.
-[ -n "${EGRET_IMAGE_INSIDE:-}" ] || EGRET_IMAGE_INSIDE=1 exec unshare --mount "$0" "$directory" "$image"
+[ -n "${EGRET_IMAGE_INSIDE:-}" ] || EGRET_IMAGE_INSIDE=1 exec unshare --mount "$0" "$directory" "$image" "$profile"
+
+# A release is not made of what tests have compiled, and keeps what it has compiled itself for the next one.
+compiled=$PWD/target:/src/target:O
+if [ "$profile" = release ]; then
+  mkdir -p "$PWD/target/image/build"
+  compiled=$PWD/target/image/build:/src/target
+fi
 
 # In memory: overlays do not lie on every file system.
 store=$directory/store
@@ -38,14 +47,22 @@ buildah commit --quiet "$base" localhost/egret-test/builder >/dev/null
 mkdir -p target
 echo "image: build"
 buildah build --isolation chroot --network host --pull=never --tag "$image" \
-  --build-arg BUILDER=localhost/egret-test/builder --build-arg BASE=localhost/egret-test/debian --build-arg PROFILE=dev \
+  --build-arg BUILDER=localhost/egret-test/builder --build-arg BASE=localhost/egret-test/debian --build-arg PROFILE="$profile" \
   --volume /usr:/usr:ro --volume /etc/alternatives:/etc/alternatives:ro \
-  --volume "$cargo:$cargo:O" --volume "$rustup:$rustup:O" --volume "$PWD/target:/src/target:O" .
+  --volume "$cargo:$cargo:O" --volume "$rustup:$rustup:O" --volume "$compiled" .
 
 final=$(buildah from --pull=never "$image")
 mounted=$(buildah mount "$final")
 paths() { (cd "$1" && find . -printf '%P\n' | LC_ALL=C sort); }
 LC_ALL=C comm -13 <(paths "$store/debian") <(paths "$mounted") >"$directory/added"
 ls -l "$mounted/usr/local/bin"
+if [ "$profile" = release ]; then
+  rm -rf "$directory/programs"
+  cp -r "$mounted/usr/local/bin" "$directory/programs"
+fi
 buildah umount "$final" >/dev/null
 buildah push --quiet "$image" "docker-archive:$directory/image.tar:$image"
+[ "$profile" = release ] || exit 0
+buildah push --quiet --digestfile "$directory/digest" "$image" "oci-archive:$directory/image-oci.tar:$image"
+# As root by sudo: what is left is the user's.
+[ -z "${SUDO_UID:-}" ] || chown -R "$SUDO_UID:$SUDO_GID" "$directory" "$PWD/target/image"
