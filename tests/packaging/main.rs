@@ -1,6 +1,7 @@
 //! The manifests: one file, a base for kustomize, a chart. They are what Kubernetes takes, and they are the same thing.
 
 mod manifests;
+mod release;
 
 use manifests::{Object, differences, documents, key, render};
 use serde_json::{Value, json};
