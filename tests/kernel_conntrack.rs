@@ -2,7 +2,7 @@
 
 mod namespace;
 
-use egret::kernel::conntrack::{Fate, Marked, delete, delete_of, list, settle};
+use egret::kernel::conntrack::{Fate, Marked, delete, delete_begun_by, delete_of, list, settle};
 use egret::kernel::netlink::{NETLINK_NETFILTER, Socket};
 use namespace::{in_namespace, run};
 use std::collections::BTreeSet;
@@ -70,6 +70,33 @@ fn all_connections_of_an_address_are_forgotten_and_nobody_elses() {
         assert_eq!(delete_of(&mut socket, &[address("192.0.2.100")].into(), |_| true).unwrap(), 3);
         assert_eq!(delete_of(&mut socket, &[address("2001:db8::100")].into(), |_| true).unwrap(), 3);
         assert_eq!(shown(), 0);
+    });
+}
+
+#[test]
+fn connections_that_an_address_has_begun_are_told_apart_by_server_port_and_id() {
+    in_namespace(|| async {
+        let mut socket = Socket::open(NETLINK_NETFILTER).unwrap();
+        connection("10.244.1.5", Some("192.0.2.11"), 1001, 0);
+        connection("10.244.1.5", Some("192.0.2.11"), 1002, 0);
+        connection("fd00:244:1::5", None, 1003, 0);
+        connection("10.244.1.6", None, 1004, 0);
+        let pod = BTreeSet::from([address("10.244.1.5"), address("fd00:244:1::5")]);
+        let mut seen = Vec::new();
+        let looked = delete_begun_by(&mut socket, &pod, |c| {
+            seen.push((c.id, c.protocol, c.reply_port));
+            false
+        });
+        assert_eq!(looked.unwrap(), 0);
+        let ids: BTreeSet<u32> = seen.iter().map(|(id, ..)| *id).collect();
+        assert!(ids.len() == 3 && !ids.contains(&0), "{seen:?}");
+        assert!(seen.iter().all(|(_, protocol, port)| (*protocol, *port) == (6, Some(80))), "{seen:?}");
+        // The next time they have the same ids.
+        assert_eq!(delete_begun_by(&mut socket, &pod, |c| c.id == seen[0].0).unwrap(), 1);
+        assert_eq!(delete_begun_by(&mut socket, &pod, |c| ids.contains(&c.id)).unwrap(), 2);
+        // Not of those that it answers.
+        assert_eq!(delete_begun_by(&mut socket, &[address("192.0.2.100")].into(), |_| true).unwrap(), 0);
+        assert_eq!(shown(), 1);
     });
 }
 

@@ -77,6 +77,7 @@ fn view_and_plan(nodes: u16, pods: u32) -> (View, NodePlan, PeerIndexes) {
             policy: PolicyKey::from(name),
             path: Some(path),
             fallback,
+            existing_connections: Default::default(),
             covers: Arc::new(covers.into()),
         };
         let profile = if n % 2 == 0 {
@@ -140,6 +141,7 @@ fn listing(networks: u32) -> (NodePlan, SharedSets) {
             policy: PolicyKey::from("a/b"),
             path: Some(17),
             fallback: Fallback::Block,
+            existing_connections: Default::default(),
             covers: Arc::new(covers.into()),
         }
     };

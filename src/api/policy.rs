@@ -48,6 +48,9 @@ pub struct EgressPolicySpec {
     /// What happens to covered traffic while the path is not ready.
     #[serde(default)]
     pub fallback: Fallback,
+    /// What happens to covered connections that pods had begun before the policy began for them.
+    #[serde(default)]
+    pub existing_connections: ExistingConnections,
     /// Of several policies that cover a destination, the one with the higher number decides; then an EgressPolicy
     /// goes before a ClusterEgressPolicy, the older before the newer, then by name. ClusterEgressPolicies of tier
     /// `Admin` go before all EgressPolicies, those of tier `Baseline` after them.
@@ -107,6 +110,9 @@ pub struct ClusterEgressPolicySpec {
     /// What happens to covered traffic while the path is not ready.
     #[serde(default)]
     pub fallback: Fallback,
+    /// What happens to covered connections that pods had begun before the policy began for them.
+    #[serde(default)]
+    pub existing_connections: ExistingConnections,
     /// Of several policies of one tier that cover a destination, the one with the higher number decides; then an
     /// EgressPolicy goes before a ClusterEgressPolicy, the older before the newer, then by name.
     #[serde(default)]
@@ -187,6 +193,17 @@ pub enum Protocol {
     Sctp,
 }
 
+impl Protocol {
+    /// Its number in IP's header, as IANA gives it.
+    pub const fn number(self) -> u8 {
+        match self {
+            Protocol::Tcp => 6,
+            Protocol::Udp => 17,
+            Protocol::Sctp => 132,
+        }
+    }
+}
+
 impl fmt::Display for Protocol {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
@@ -218,6 +235,18 @@ pub enum Fallback {
     /// It leaves as if there were no policy, with the node's address. While the policy has no address at all - it is
     /// refused, or new - it is passed over: the next policy that covers the destination decides.
     NodeAddress,
+}
+
+/// What happens to covered connections that pods had begun before the policy began for them. A connection cannot change
+/// its address.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, schemars::JsonSchema)]
+pub enum ExistingConnections {
+    /// They keep the node's address for as long as they last.
+    #[default]
+    Keep,
+    /// They are ended: TCP by the server's reset, when the pod sends next; what the pod sends by other protocols goes on
+    /// from the egress IP. The same happens to those that left by `fallback: NodeAddress`, once the egress IP is there.
+    End,
 }
 
 /// What became of a policy. Written by the controller alone.

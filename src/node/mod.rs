@@ -6,6 +6,7 @@
 mod adoption;
 mod beginning;
 mod ended;
+mod existing;
 mod holding;
 mod host;
 pub mod liveness;

@@ -116,6 +116,8 @@ pub struct Use {
     pub paths: BTreeSet<PathId>,
     /// Whether it is not known which policies select the pod.
     pub held: bool,
+    /// What the policies say; `None` in a [`Default`] one.
+    pub profile: Option<Arc<Profile>>,
 }
 
 /// How many pods are in which state.
@@ -424,7 +426,8 @@ impl Selected {
         self.planned.insert(as_before.unwrap_or_else(|| {
             let profile = if tag == OVERFLOW_TAG { Arc::new(Profile::Held) } else { self.profile.clone() };
             let held = *profile == Profile::Held;
-            let used = Use { addresses: addresses.to_vec(), paths: profile.paths().collect(), held };
+            let paths = profile.paths().collect();
+            let used = Use { addresses: addresses.to_vec(), paths, held, profile: Some(profile.clone()) };
             let pod = PodPlan {
                 interface: interface.name.clone(),
                 interface_index: interface.index,

@@ -87,6 +87,11 @@ impl Covers {
         })
     }
 
+    /// Whether packets to this address, of this IP protocol and to this port, if they have ports, are covered.
+    pub fn has(&self, address: IpAddr, protocol: u8, port: Option<u16>) -> bool {
+        self.listed.is_empty() || self.listed.iter().any(|d| d.has(address, protocol, port))
+    }
+
     /// More than [`Shape::entries`], or as many, without looking closely.
     pub fn entries_at_most(&self) -> usize {
         let networks = |d: &Destination| d.networks.iter().map(|n| 1 + n.except.len()).sum::<usize>();

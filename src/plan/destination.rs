@@ -70,6 +70,15 @@ impl Destination {
         let network = |n: &Network| n.cidr.contains(address) && !n.except.iter().any(|e| e.contains(address));
         self.networks.is_empty() || self.networks.iter().any(network)
     }
+
+    /// Whether it covers packets to this address, of this IP protocol and to this port, if they have ports.
+    pub fn has(&self, address: IpAddr, protocol: u8, port: Option<u16>) -> bool {
+        let of_ports = |p: &Ports| {
+            let whole = (p.first, p.last) == (0, u16::MAX);
+            p.protocol.number() == protocol && (whole || port.is_some_and(|port| (p.first..=p.last).contains(&port)))
+        };
+        self.has_address(address) && (self.ports.is_empty() || self.ports.iter().any(of_ports))
+    }
 }
 
 /// With commas between them.

@@ -125,6 +125,7 @@ impl World {
                     address: spec.address,
                     allocate: spec.allocate,
                     fallback: spec.fallback,
+                    existing_connections: spec.existing_connections,
                     priority: spec.priority,
                 };
                 Policy::cluster(&spec, meta)

@@ -10,7 +10,7 @@ use super::selector::{Labels, Name, Selector, SelectorError};
 use super::shared::Shared;
 use crate::api::{
     self, AddressPair, Allocate, ClusterEgressPolicySpec, EgressGatewaySpec, EgressGatewayStatus, EgressPolicySpec,
-    EgressPolicyStatus, EgressRule, Fallback, NamespaceQuota, Placement, Protocol, Sharing,
+    EgressPolicyStatus, EgressRule, ExistingConnections, Fallback, NamespaceQuota, Placement, Protocol, Sharing,
 };
 
 pub use crate::api::PolicyKey;
@@ -290,6 +290,8 @@ pub struct Policy {
     pub address: AddressRequest,
     /// What happens while the path is not ready.
     pub fallback: Fallback,
+    /// What happens to connections that began before it.
+    pub existing_connections: ExistingConnections,
     /// The upper one goes first.
     pub tier: Tier,
     /// Within a tier, higher goes first.
@@ -605,6 +607,7 @@ impl Policy {
             address: spec.address.clone(),
             allocate: spec.allocate,
             fallback: spec.fallback,
+            existing_connections: spec.existing_connections,
             priority: spec.priority,
         };
         let policy = Policy::new(Namespaces::Selected(Box::new(namespaces)), &rest, meta)?;
@@ -643,6 +646,7 @@ impl Policy {
             egress,
             address,
             fallback: spec.fallback,
+            existing_connections: spec.existing_connections,
             tier: Tier::default(),
             priority: spec.priority,
             created: meta.created.unwrap_or(i64::MAX),

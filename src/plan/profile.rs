@@ -6,7 +6,8 @@ use super::marks::PathId;
 use super::model::{Policy, PolicyKey};
 use super::paths::Paths;
 use super::precedence::Ranked;
-use crate::api::Fallback;
+use crate::api::{ExistingConnections, Fallback};
+use std::net::IpAddr;
 use std::sync::Arc;
 
 /// What is done with a pod's packets to destinations outside the cluster.
@@ -27,6 +28,8 @@ pub struct Step {
     pub path: Option<PathId>,
     /// What happens while the path is not ready.
     pub fallback: Fallback,
+    /// What happens to connections that began before it.
+    pub existing_connections: ExistingConnections,
     /// What it covers; empty: everything.
     pub covers: Arc<Covers>,
 }
@@ -54,7 +57,8 @@ impl Profile {
             };
             // `egress: []` covers nothing.
             if all || !covers.is_empty() {
-                steps.push(Step { policy: key.clone(), path: *path, fallback: policy.fallback, covers });
+                let (fallback, existing_connections) = (policy.fallback, policy.existing_connections);
+                steps.push(Step { policy: key.clone(), path: *path, fallback, existing_connections, covers });
             }
             if all {
                 break;
@@ -76,6 +80,12 @@ impl Profile {
             Profile::Held => &[],
             Profile::Steps(steps) => steps,
         }
+    }
+
+    /// The step that decides for packets to this address, which is outside the cluster, of this IP protocol and to this
+    /// port, if they have ports.
+    pub fn step_for(&self, address: IpAddr, protocol: u8, port: Option<u16>) -> Option<&Step> {
+        self.steps().iter().find(|step| step.covers.has(address, protocol, port))
     }
 
     /// The paths that its packets can take.

@@ -9,7 +9,7 @@ use super::covers::Covers;
 use super::model::{AddressRequest, Cluster, Guessed, Namespaces, PodMatch, Policy, PolicyKey, Tier};
 use super::selector::Name;
 use super::selector::Selector;
-use crate::api::{Allocate, Fallback, LedgerPath, PathKind};
+use crate::api::{Allocate, ExistingConnections, Fallback, LedgerPath, PathKind};
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
@@ -57,6 +57,7 @@ pub fn of_path(key: &PolicyKey, gateway: &Name, path: &LedgerPath, remains: &Rem
             PathKind::Node => AddressRequest::Allocate(Allocate::Node),
         },
         fallback: Fallback::Block,
+        existing_connections: ExistingConnections::Keep,
         tier: remains.tier.unwrap_or_default(),
         priority: remains.priority.unwrap_or_default(),
         created: remains.created.unwrap_or(i64::MAX),

@@ -9,7 +9,7 @@ use super::paths::Paths;
 use super::precedence::{PolicyIndex, Ranked};
 use super::profile::{Profile, is_passed_over};
 use super::target::Target;
-use crate::api::{EgressPolicyStatus, Fallback};
+use crate::api::{EgressPolicyStatus, ExistingConnections, Fallback};
 use ipnetwork::IpNetwork;
 use std::collections::HashSet;
 use std::net::{IpAddr, SocketAddr};
@@ -109,6 +109,9 @@ fn all(cluster: &Cluster, policies: &[&Ranked]) -> Vec<String> {
         lines.extend(conditions.map(|c| format!("   {}={}: {}", c.type_, c.status, c.message)));
         if status.is_none() {
             lines.push("   the controller has said nothing of it yet".to_owned());
+        }
+        if policy.existing_connections == ExistingConnections::End {
+            lines.push("   connections that began before it are ended (existingConnections: End)".into());
         }
         if policy.fallback == Fallback::NodeAddress {
             lines

@@ -33,6 +33,9 @@ const CTA_FILTER_REPLY_FLAGS: u16 = 2;
 /// What of a tuple a dump is filtered by: `CTA_FILTER_FLAG(CTA_IP_SRC)`, net/netfilter/nf_internals.h. Since Linux 5.8.
 const FILTER_IP_SRC: u32 = 1;
 const CTA_TUPLE_IP: u16 = 1;
+const CTA_TUPLE_PROTO: u16 = 2;
+const CTA_PROTO_NUM: u16 = 1;
+const CTA_PROTO_SRC_PORT: u16 = 2;
 const CTA_IP_V4_SRC: u16 = 1;
 const CTA_IP_V4_DST: u16 = 2;
 const CTA_IP_V6_SRC: u16 = 3;
@@ -69,8 +72,14 @@ pub struct Connection {
     pub reply_source: IpAddr,
     /// To whom the answers go: the source, or what it was translated to.
     pub reply_destination: IpAddr,
+    /// Its IP protocol.
+    pub protocol: u8,
+    /// From which port is answered, if the protocol has ports.
+    pub reply_port: Option<u16>,
     /// Its mark.
     pub mark: u32,
+    /// What the kernel calls it for as long as it lasts (`nf_ct_get_id`); 0 if it does not say.
+    pub id: u32,
 }
 
 /// What becomes of a connection's entry.
@@ -141,14 +150,40 @@ pub fn delete_of(
     let is_doomed =
         |c: &Connection| (addresses.contains(&c.source) || addresses.contains(&c.reply_source)) && doomed(c);
     let ends = [(CTA_TUPLE_ORIG, CTA_FILTER_ORIG_FLAGS), (CTA_TUPLE_REPLY, CTA_FILTER_REPLY_FLAGS)];
+    delete_by(socket, addresses, &ends, is_doomed)
+}
+
+/// Forgets connections that one of the addresses has begun, whatever their mark, which `doomed` picks, and returns how
+/// many.
+///
+/// # Errors
+/// The kernel's refusal; some may have been forgotten by then.
+pub fn delete_begun_by(
+    socket: &mut Socket,
+    addresses: &BTreeSet<IpAddr>,
+    mut doomed: impl FnMut(&Connection) -> bool,
+) -> Result<usize> {
+    let is_doomed = |c: &Connection| addresses.contains(&c.source) && doomed(c);
+    delete_by(socket, addresses, &[(CTA_TUPLE_ORIG, CTA_FILTER_ORIG_FLAGS)], is_doomed)
+}
+
+/// As [`delete_of`], of connections with the addresses in these tuples.
+fn delete_by(
+    socket: &mut Socket,
+    addresses: &BTreeSet<IpAddr>,
+    ends: &[(u16, u16)],
+    mut is_doomed: impl FnMut(&Connection) -> bool,
+) -> Result<usize> {
     if addresses.is_empty() {
         return Ok(0);
     }
+    let mut doomed = |c: Connection, raw: &[u8]| Some((is_doomed(&c).then(|| request(raw))??, None));
     if is_worth_reading(ends.len() * addresses.len()) {
-        return delete(socket, Marked { mark: 0, mask: 0 }, is_doomed);
+        let found = select_raw(socket, Marked { mark: 0, mask: 0 }, doomed)?;
+        return delete_all(socket, &found);
     }
     let mut deleted = 0;
-    for (address, (tuple, flags)) in addresses.iter().flat_map(|address| ends.map(|end| (address, end))) {
+    for (address, (tuple, flags)) in addresses.iter().flat_map(|address| ends.iter().map(move |end| (address, *end))) {
         let mut filter = vec![0; NFGENMSG];
         filter[0] = if address.is_ipv4() { AF_INET as u8 } else { AF_INET6 as u8 };
         filter.nested(tuple, |t| {
@@ -158,7 +193,7 @@ pub fn delete_of(
             });
         });
         filter.nested(CTA_FILTER, |f| f.attribute(flags, &FILTER_IP_SRC.to_ne_bytes()));
-        let found = select_filtered(socket, &filter, |c, raw| Some((is_doomed(&c).then(|| request(raw))??, None)))?;
+        let found = select_filtered(socket, &filter, &mut doomed)?;
         deleted += delete_all(socket, &found)?;
     }
     Ok(deleted)
@@ -207,17 +242,35 @@ fn select_filtered<T>(
 }
 
 fn parse(message: &[u8]) -> Option<Connection> {
-    let (mut original, mut reply, mut mark) = (None, None, 0);
+    let (mut original, mut reply, mut mark, mut id) = (None, None, 0, 0);
+    let (mut protocol, mut reply_port) = (0, None);
     for (kind, value) in attributes(message.get(NFGENMSG..)?) {
         match kind {
             CTA_TUPLE_ORIG => original = tuple(value),
-            CTA_TUPLE_REPLY => reply = tuple(value),
+            CTA_TUPLE_REPLY => {
+                reply = tuple(value);
+                (protocol, reply_port) = protocol_and_source_port(value);
+            }
             CTA_MARK => mark = u32::from_be_bytes(value.try_into().ok()?),
+            CTA_ID => id = u32::from_be_bytes(value.try_into().ok()?),
             _ => {}
         }
     }
     let ((source, destination), (reply_source, reply_destination)) = (original?, reply?);
-    Some(Connection { source, destination, reply_source, reply_destination, mark })
+    Some(Connection { source, destination, reply_source, reply_destination, protocol, reply_port, mark, id })
+}
+
+fn protocol_and_source_port(tuple: &[u8]) -> (u8, Option<u16>) {
+    let (mut protocol, mut port) = (0, None);
+    let all = attributes(tuple).filter(|(kind, _)| *kind == CTA_TUPLE_PROTO).flat_map(|(_, value)| attributes(value));
+    for (kind, value) in all {
+        match kind {
+            CTA_PROTO_NUM => protocol = value.first().copied().unwrap_or_default(),
+            CTA_PROTO_SRC_PORT => port = value.try_into().ok().map(u16::from_be_bytes),
+            _ => {}
+        }
+    }
+    (protocol, port)
 }
 
 /// Source and destination.

@@ -5,7 +5,7 @@
 //! policy covers, for what is in no set passes.
 
 use crate::api::Protocol;
-use crate::kernel::nft::rule::{Ip, Rule, protocol};
+use crate::kernel::nft::rule::{Ip, Rule};
 use crate::kernel::nft::table::{Bytes, Data, DataType, Elements, Key, Set, SetKind, SetName};
 use crate::plan::covers::{Covers, Lookups, Shape};
 use crate::plan::model::AddressRange;
@@ -96,13 +96,8 @@ fn of_fields([first, last]: [Bytes; 2]) -> (Key, Data) {
 
 /// An address, a protocol and perhaps a port, each filled up to whole registers of four bytes.
 fn fields(address: IpAddr, protocol: Protocol, port: Option<u16>) -> Bytes {
-    let protocol = match protocol {
-        Protocol::Tcp => protocol::TCP,
-        Protocol::Udp => protocol::UDP,
-        Protocol::Sctp => protocol::SCTP,
-    };
     let mut all = Bytes::from(address).as_slice().to_vec();
-    all.extend([protocol, 0, 0, 0]);
+    all.extend([protocol.number(), 0, 0, 0]);
     if let Some([high, low]) = port.map(u16::to_be_bytes) {
         all.extend([high, low, 0, 0]);
     }

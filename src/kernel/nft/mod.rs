@@ -28,6 +28,10 @@ pub struct Nftables {
     socket: Socket,
     /// What the kernel holds, as far as is known: read back once, then kept in step with what was committed.
     held: BTreeMap<TableName, Held>,
+    /// What it held when that was last known of tables of which it is not known now.
+    before: BTreeMap<TableName, Held>,
+    /// Whether what was read back was not what it had held.
+    changed_by_others: bool,
 }
 
 impl Nftables {
@@ -38,7 +42,7 @@ impl Nftables {
     pub fn open() -> Result<Self, Error> {
         let mut socket = Socket::open(NETLINK_NETFILTER)?;
         socket.set_buffers(BUFFER)?;
-        Ok(Nftables { socket, held: BTreeMap::new() })
+        Ok(Nftables { socket, held: BTreeMap::new(), before: BTreeMap::new(), changed_by_others: false })
     }
 
     /// The socket's netlink port, by which notifications name who made a change.
@@ -48,7 +52,13 @@ impl Nftables {
 
     /// Forgets what is known of the kernel, so that the next [`apply`](Self::apply) reads it again.
     pub fn distrust(&mut self) {
-        self.held.clear();
+        self.before.append(&mut self.held);
+    }
+
+    /// Whether somebody else has changed chains or sets of these tables, and they were mended, since this was last asked. Of
+    /// what was changed before this program knew the tables it cannot tell.
+    pub fn were_changed_by_others(&mut self) -> bool {
+        std::mem::take(&mut self.changed_by_others)
     }
 
     /// Makes the kernel's tables what `wanted` says, in one transaction. Returns how many changes that took.
@@ -63,6 +73,7 @@ impl Nftables {
             for (name, _) in wanted {
                 if !self.held.contains_key(name) {
                     let held = read::table(&mut self.socket, *name)?;
+                    self.changed_by_others |= self.before.remove(name).is_some_and(|before| !held.is_like(&before));
                     self.held.insert(*name, held);
                     read = true;
                 }
@@ -86,7 +97,7 @@ impl Nftables {
                     return Ok(changes);
                 }
                 Err(e) => {
-                    self.held.clear();
+                    self.distrust();
                     if tries == TRIES {
                         return Err(e);
                     }
@@ -107,6 +118,7 @@ impl Nftables {
         let mut removed = 0;
         for name in names {
             self.held.remove(name);
+            self.before.remove(name);
             if !read::table(&mut self.socket, *name)?.exists {
                 continue;
             }

@@ -237,6 +237,16 @@ pub struct Unlike<'a> {
 }
 
 impl Held {
+    /// Whether it has the chains and sets of another one.
+    pub fn is_like(&self, other: &Held) -> bool {
+        let same_chain = |(a, b): (&HeldChain, &HeldChain)| a.hook() == b.hook() && a.hashes() == b.hashes();
+        let same_set = |(a, b): (&HeldSet, &HeldSet)| Arc::ptr_eq(&a.elements, &b.elements) || a.elements == b.elements;
+        self.chains.keys().eq(other.chains.keys())
+            && self.chains.values().zip(other.chains.values()).all(same_chain)
+            && self.sets.keys().eq(other.sets.keys())
+            && self.sets.values().zip(other.sets.values()).all(same_set)
+    }
+
     /// The chains that are not as in `wanted`, by name.
     pub fn unlike<'a>(&'a self, wanted: &'a Table) -> impl Iterator<Item = Unlike<'a>> {
         // Both are sorted: a node has some hundred chains, and all but one or two are as they were.

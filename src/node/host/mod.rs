@@ -162,6 +162,16 @@ impl Host {
         self.nft.distrust();
     }
 
+    /// Whether there are tables of Egret's.
+    pub fn has_tables(&mut self) -> Result<bool> {
+        Ok(!self.nft.chains(datapath::INET).context("nf_tables")?.is_empty())
+    }
+
+    /// Whether somebody else had changed the tables, and they were mended, since this was last asked.
+    pub fn tables_were_changed_by_others(&mut self) -> bool {
+        self.nft.were_changed_by_others()
+    }
+
     /// Makes the tunnel device.
     pub async fn tunnel(&mut self, node: &str, local: IpAddr) -> Result<()> {
         if self.tunnel.as_ref().is_some_and(|(t, _)| t.local == local) {

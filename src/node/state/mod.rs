@@ -19,6 +19,7 @@ use crate::kernel::watch::{Event, Interest};
 use crate::node::Options;
 use crate::node::adoption::{self, Found};
 use crate::node::ended::{self, Ended};
+use crate::node::existing::Existing;
 use crate::node::holding::Holding;
 use crate::node::host::Host;
 use crate::node::liveness::{Seen, Targets};
@@ -111,6 +112,8 @@ pub struct Node {
     left_behind: bool,
     /// Connections that have ended and are still in the kernel's table.
     ended: Ended,
+    /// Connections that began before their policies.
+    existing: Existing,
     /// How many packets had been dropped for their connections' age when that was last looked at.
     stale_packets: u64,
     /// Answers that wait for the kernel to be in step.
@@ -138,8 +141,11 @@ impl Node {
             cluster.egress_nodes.get(&*options.name).map(|said| said.of_paths().taken.as_slice()).unwrap_or_default();
         facts.taken = said.iter().map(|taken| (taken.id, taken.since)).collect();
         let holding = Holding::new(options.liveness, tokio::time::Instant::now());
+        // Where the rules were once, somebody has taken them away while no daemon ran.
+        let flushed = OfflinePolicies::is_there(&options.state_dir) && !host.has_tables()?;
         let report = Report::new(&options.name, statuses, options.state_dir.clone());
         let mut node = Node {
+            existing: Existing::start(options.marks, flushed),
             options,
             host,
             cluster,
@@ -477,7 +483,10 @@ impl Node {
         plan.handed = self.handed.iter().filter_map(|(id, (mac, _))| Some((*id, (of_path(id)?, *mac)))).collect();
         plan.left = self.left.keys().copied().collect();
         plan.unfound = self.unfound();
+        let ready = plan.paths.keys().copied().collect();
         let changes = self.host.tables(plan)?;
+        let mended = self.host.tables_were_changed_by_others();
+        self.existing.look(&uses, ready, mended, &self.view.networks, &self.facts.addresses);
         self.census = census;
         Ok((changes, uses))
     }

@@ -3,10 +3,11 @@
 use super::Node;
 use crate::cni::attachment::{Attachment, AttachmentId};
 use crate::cni::protocol::{Failure, Verb, codes};
-use crate::node::pods::{self, Pods};
+use crate::node::pods::{self, Holder, Pods};
 use crate::node::socket::Question;
 use crate::plan::model::{Cluster, ObjectKey};
 use crate::plan::node::View;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::sync::oneshot;
 
@@ -80,6 +81,9 @@ impl Node {
         }
         // Whatever the kernel still tracks of them is not this one's.
         self.ended.addresses.extend(self.of_gone(&a));
+        if self.pods.get(&a.id).is_none() {
+            self.existing.begins(Holder::Attached(Arc::new(a.id.clone())));
+        }
         self.attach(a, interface);
         Ok(())
     }
