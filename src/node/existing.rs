@@ -79,10 +79,9 @@ impl Existing {
         own: &BTreeSet<IpAddr>,
     ) {
         self.mended |= mended;
-        let is_same =
-            |((a, old), (b, new)): ((&Holder, &Arc<Use>), (&Holder, &Arc<Use>))| a == b && Arc::ptr_eq(old, new);
         let (told, were_ready) = &self.told;
-        let same = told.len() == uses.len() && told.iter().zip(uses).all(is_same) && *were_ready == ready;
+        let same_uses = told.values().zip(uses.values()).all(|(old, new)| Arc::ptr_eq(old, new));
+        let same = told.keys().eq(uses.keys()) && same_uses && *were_ready == ready;
         self.new.retain(|pod| uses.contains_key(pod));
         if same && !self.mended {
             self.new.clear();

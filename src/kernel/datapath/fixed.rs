@@ -25,6 +25,8 @@ const WIRE_MASK: u32 = 0xffff;
 /// priorities order them among each other; it must be above connection tracking's own, -200 (`nft_chain_parse_hook`,
 /// net/netfilter/nf_tables_api.c).
 const SRCNAT: i32 = -190;
+/// Behind `output`, and before connection tracking: only what the kernel itself has made for a connection has one then.
+const ERRORS: i32 = -299;
 /// What nobody has forwarded.
 const HOP_LIMIT: u8 = 255;
 
@@ -34,10 +36,12 @@ pub(super) fn chains(marks: Marks, local: Option<IpAddr>) -> Vec<(&'static str, 
     vec![
         ("raw", Chain::new(at(hook::PREROUTING, -300), raw(local))),
         ("output", Chain::new(at(hook::OUTPUT, -300), output(marks))),
+        ("errors", Chain::new(base("route", hook::OUTPUT, ERRORS), errors(marks))),
         ("output-tunnel", Chain::new(None, output_tunnel())),
         ("prerouting", Chain::new(at(hook::PREROUTING, -90), prerouting(marks, local))),
         ("from-tunnel", Chain::new(None, from_tunnel(marks))),
         ("tracked", Chain::new(None, tracked(marks))),
+        ("tracked-tagged", Chain::new(None, tracked_tagged(marks))),
         ("related", Chain::new(None, related(marks))),
         ("foreign", Chain::new(None, foreign())),
         ("unsolicited", Chain::new(None, unsolicited())),
@@ -111,6 +115,15 @@ fn output(marks: Marks) -> Vec<Rule> {
     [outer].into_iter().chain(egress).chain(rest).collect()
 }
 
+/// This node's own ICMP errors about what servers have sent to its pods (a pod's MTU is below the tunnel's, say) go the
+/// connection's way: its path's owner translates what they quote, which is the pod's address here and means nothing to the
+/// server. `nf_ct_attach` gives them the connection (`icmp_glue_bits`, `icmpv6_getfrag`); a process's packet has none yet.
+/// Packets without a connection end at the first expression.
+fn errors(marks: Marks) -> Vec<Rule> {
+    let of_path = Rule::new().ct_mark(marks.connection_kind_mask(), marks.connection(0)).ct_original();
+    vec![of_path.ct_state(CT_STATE_RELATED).set_mark_by_ct_mark(set::PATH_OUT)]
+}
+
 /// Without such a mark: what a process has sent is none of this node's tunnel packets. The kernel's own may be.
 fn output_tunnel() -> Vec<Rule> {
     let to_node = |(at, ip)| Rule::new().daddr_in_set(ip, set::TUNNEL[at]);
@@ -172,18 +185,34 @@ fn of_path(marks: Marks) -> Rule {
 /// pod has not sent returns.
 fn tracked(marks: Marks) -> Vec<Rule> {
     let (kind, path) = (marks.connection_kind_mask(), marks.connection(0));
-    let tagged = || Rule::new().mark(marks.tag_mask(), marks.tag_kind()).ct_state(CT_STATE_RELATED).ct_original();
+    let of_peer = || Rule::new().ct_original().ct_mark(kind, marks.connection_of_peer(0));
+    vec![
+        Rule::new().mark(marks.tag_mask(), marks.tag_kind()).jump("tracked-tagged"),
+        // A server's answer to this node's pod.
+        left_alone(Rule::new().mark_not(marks.tag_mask(), marks.tag_kind()).ct_reply().ct_mark(kind, path), marks),
+        // On a gateway: a connection that a helper has foreseen, from a server to another node's pod.
+        of_peer().ct_expected_and_dnat().set_mark(marks.reply()).accept(),
+        // The connection of another node's pod, whose packets come out of the tunnel.
+        of_peer().counter(counter::SPOOFED).drop(),
+    ]
+}
+
+/// The same, of packets that a selected pod has sent.
+fn tracked_tagged(marks: Marks) -> Vec<Rule> {
+    let (kind, path) = (marks.connection_kind_mask(), marks.connection(0));
     let related = |(at, ip)| {
-        let rule = tagged().ct_mark(kind, path);
+        let rule = Rule::new().ct_state(CT_STATE_RELATED).ct_original().ct_mark(kind, path);
         rule.mark_and_original_saddr_in_set(marks.kind_and_index_mask(), ip, set::OWN[at]).goto("known")
     };
-    let mut rules = vec![of_path(marks).goto("known")];
-    rules.extend(Ip::BOTH.into_iter().enumerate().map(related));
-    rules.push(left_alone(Rule::new().ct_reply().ct_mark(kind, path), marks));
-    // On a gateway: the connection of another node's pod, whose packets come out of the tunnel.
-    let forged = Rule::new().ct_original().ct_mark(kind, marks.connection_of_peer(0));
-    rules.push(forged.counter(counter::SPOOFED).drop());
-    rules
+    let known = [of_path(marks), of_expected(marks)].map(|rule| rule.goto("known"));
+    known.into_iter().chain(Ip::BOTH.into_iter().enumerate().map(related)).collect()
+}
+
+/// A pod's answer in a connection that the other end began: a helper has foreseen it (active FTP), and it has the path of
+/// the connection in which it was agreed on.
+fn of_expected(marks: Marks) -> Rule {
+    let tagged = Rule::new().mark(marks.tag_mask(), marks.tag_kind()).ct_state(CT_STATE_ESTABLISHED);
+    tagged.ct_reply().ct_mark(marks.connection_kind_mask(), marks.connection(0))
 }
 
 /// A selected pod's ICMP error, or the first packet of a connection that a helper has foreseen: about a connection that
@@ -261,15 +290,23 @@ fn tag_lost() -> Vec<Rule> {
 /// What comes out of the tunnel: on a director replies, on a gateway requests, and nodes' questions whether others
 /// live; anything else is dropped.
 fn from_tunnel(marks: Marks) -> Vec<Rule> {
+    let of_peer = Rule::new().ct_reply().ct_mark(marks.connection_kind_mask(), marks.connection_of_peer(0));
+    let of_peer = of_peer.ct_expected_and_dnat();
+    let of_path = || Rule::new().ct_original().ct_mark(marks.connection_kind_mask(), marks.connection(0)).ct_expected();
     let mut rules = vec![
         Rule::new().ct_state(CT_STATE_NEW).jump("to-owner"),
         Rule::new().ct_original().admit(set::PEER, WIRE_MASK, set::RX).accept(),
         Rule::new().ct_reply().ct_mark(marks.connection_kind_mask(), marks.connection(0)).set_mark(0).accept(),
+        // A pod's answer to a server that has begun a connection which a helper has foreseen.
+        of_peer.admit(set::PEER, WIRE_MASK, set::RX).accept(),
         // A server's reply, handed over by the node that the path is being moved to.
         reply_to_peer(marks),
         // The same to a pod here, whose connection has been forgotten meanwhile.
         late(marks).set_mark(0).accept(),
     ];
+    // What that server sends.
+    let expected = |(at, ip)| of_path().daddr_in_set(ip, set::SELECTED[at]).set_mark(0).accept();
+    rules.extend(Ip::BOTH.into_iter().enumerate().map(expected));
     // Their outer packets bear a mark, of which a bit comes along.
     rules.extend(echo().map(|rule| rule.set_mark(0).accept()));
     rules.push(Rule::new().counter(counter::UNKNOWN).drop());
@@ -336,6 +373,9 @@ fn departure_unmarked(marks: Marks) -> Vec<Rule> {
         (marks.connection_of_path_mask(), marks.connection(0)),
         (marks.connection_kind_mask(), marks.connection_of_peer(0)),
     ];
+    // To a pod here, from a server that has begun a connection which a helper has foreseen.
+    let to_pod = |(at, ip)| Rule::new().ct_expected().daddr_in_set(ip, set::SELECTED[at]).accept();
+    let to_pod = Ip::BOTH.into_iter().enumerate().map(to_pod);
     let leaked = kinds.into_iter().flat_map(|(mask, kind)| {
         let request = Rule::new().ct_mark(mask, kind);
         [
@@ -344,7 +384,7 @@ fn departure_unmarked(marks: Marks) -> Vec<Rule> {
             request.ct_state(CT_STATE_RELATED).forwarded(),
         ]
     });
-    leaked.map(|rule| rule.counter(counter::LEAKED).drop()).collect()
+    to_pod.chain(leaked.map(|rule| rule.counter(counter::LEAKED).drop())).collect()
 }
 
 /// Out of this node, with a mark that may be Egret's.
