@@ -41,6 +41,7 @@ pub struct Metrics {
     paths: Family<State, Gauge>,
     dropped: Family<Reason, Counter>,
     other_ports: Counter,
+    insertions_failed: Counter,
     path_packets: Family<PathLabels, Counter>,
     path_bytes: Family<PathLabels, Counter>,
     requests: Family<VerbLabel, Histogram>,
@@ -51,6 +52,7 @@ pub struct Metrics {
     /// What the kernel's counters said last; they start again when their table or element does.
     drops_seen: BTreeMap<String, u64>,
     other_ports_seen: u64,
+    insertions_failed_seen: u64,
     paths_seen: BTreeMap<PathLabels, Count>,
 }
 
@@ -66,6 +68,7 @@ impl Metrics {
             paths: Family::default(),
             dropped: Family::default(),
             other_ports: Counter::default(),
+            insertions_failed: Counter::default(),
             path_packets: Family::default(),
             path_bytes: Family::default(),
             requests: Family::new_with_constructor(seconds),
@@ -75,6 +78,7 @@ impl Metrics {
             changes: Counter::default(),
             drops_seen: BTreeMap::new(),
             other_ports_seen: 0,
+            insertions_failed_seen: 0,
             paths_seen: BTreeMap::new(),
         };
         let mut registry = Registry::with_prefix("egret_node");
@@ -89,6 +93,12 @@ impl Metrics {
             "other_port_connections",
             "Connections that left this node from another port than their pod's: one with the same address had it",
             metrics.other_ports.clone(),
+        );
+        registry.register(
+            "insert_failed_packets",
+            "Packets that the kernel dropped because another connection had their place in its table: of protocols without \
+             ports, for one",
+            metrics.insertions_failed.clone(),
         );
         let packets = "Packets by path, as a director (of this node's pods) and as a gateway (of others')";
         registry.register("path_packets", packets, metrics.path_packets.clone());
@@ -167,6 +177,8 @@ impl Metrics {
         }
         let seen = std::mem::replace(&mut self.other_ports_seen, counts.other_ports.packets);
         self.other_ports.inc_by(since(seen, counts.other_ports.packets));
+        let seen = std::mem::replace(&mut self.insertions_failed_seen, counts.insertions_failed);
+        self.insertions_failed.inc_by(since(seen, counts.insertions_failed));
         let roles = [("director", &counts.sent), ("gateway", &counts.forwarded)];
         for (role, paths) in roles {
             for (path, count) in paths {

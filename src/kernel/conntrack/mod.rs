@@ -20,6 +20,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 const IPCTNL_MSG_CT_NEW: u16 = 0x100;
 const IPCTNL_MSG_CT_GET: u16 = 0x101;
 const IPCTNL_MSG_CT_DELETE: u16 = 0x102;
+const IPCTNL_MSG_CT_GET_STATS_CPU: u16 = 0x104;
 /// Attributes of a connection, include/uapi/linux/netfilter/nfnetlink_conntrack.h, and of its tuples.
 const CTA_TUPLE_ORIG: u16 = 1;
 const CTA_TUPLE_REPLY: u16 = 2;
@@ -40,6 +41,8 @@ const CTA_IP_V4_SRC: u16 = 1;
 const CTA_IP_V4_DST: u16 = 2;
 const CTA_IP_V6_SRC: u16 = 3;
 const CTA_IP_V6_DST: u16 = 4;
+/// Of one processor's counts, `enum ctattr_stats_cpu`.
+const CTA_STATS_INSERT_FAILED: u16 = 9;
 /// Length of `struct nfgenmsg`.
 const NFGENMSG: usize = 4;
 /// How many deletions go out in one datagram; the acknowledgements must fit into the socket's buffer.
@@ -127,6 +130,20 @@ pub fn settle(socket: &mut Socket, marked: Marked, fate: impl Fn(&Connection) ->
         Some((request(raw)?, follower))
     })?;
     delete_all(socket, &found)
+}
+
+/// How many packets the kernel has dropped, on all processors, because another connection had the place in the table that
+/// theirs would have taken (`insert_failed` of `conntrack -S`). They are counted modulo 2^32 by each processor.
+///
+/// # Errors
+/// The kernel's refusal.
+pub fn insertions_failed(socket: &mut Socket) -> Result<u64> {
+    let counted = socket.dump(IPCTNL_MSG_CT_GET_STATS_CPU, &[0; NFGENMSG], u64::default, |sum, message| {
+        let all = attributes(message.get(NFGENMSG..).unwrap_or_default());
+        let failed = all.filter(|(kind, _)| *kind == CTA_STATS_INSERT_FAILED);
+        *sum += failed.filter_map(|(_, n)| Some(u64::from(u32::from_be_bytes(n.try_into().ok()?)))).sum::<u64>();
+    });
+    counted.context("cannot read what connection tracking has counted")
 }
 
 fn delete_all(socket: &mut Socket, requests: &[(Vec<u8>, Option<Vec<u8>>)]) -> Result<usize> {

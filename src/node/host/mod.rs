@@ -8,9 +8,11 @@ pub use peers::Faults;
 pub use place::{Look, Way, Wish};
 
 use crate::kernel::addresses;
+use crate::kernel::conntrack;
 use crate::kernel::datapath::{self, Made, PeerIndexes, SharedSets};
 use crate::kernel::links::{self, Veth};
 use crate::kernel::names::*;
+use crate::kernel::netlink::{NETLINK_NETFILTER, Socket};
 use crate::kernel::nft::{Count, Nftables};
 use crate::kernel::quarantine::Quarantine;
 use crate::kernel::route_socket::RouteSocket;
@@ -334,6 +336,7 @@ impl Host {
         let mut counts = Counts { drops: self.nft.counters(datapath::INET)?, ..Counts::default() };
         counts.other_ports = counts.drops.remove(datapath::counter::OTHER_PORT).unwrap_or_default();
         counts.drops.extend(self.nft.counters(datapath::NETDEV)?);
+        counts.insertions_failed = conntrack::insertions_failed(&mut Socket::open(NETLINK_NETFILTER)?)?;
         for (set, into) in [(datapath::set::PATH_OUT, &mut counts.sent), (datapath::set::RX, &mut counts.forwarded)] {
             for (key, count) in self.nft.element_counters(datapath::INET, set)? {
                 if let Some(mark) = datapath::mark_in(&key) {
@@ -395,6 +398,8 @@ pub struct Counts {
     pub drops: BTreeMap<String, Count>,
     /// First packets of connections that left from another port than their pod's.
     pub other_ports: Count,
+    /// Packets of connections whose place in the kernel's table another one had.
+    pub insertions_failed: u64,
     /// What this node's pods sent, by path.
     pub sent: Vec<(PathId, Count)>,
     /// What other nodes' pods sent through this gateway, by path.
