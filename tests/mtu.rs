@@ -92,6 +92,28 @@ fn a_server_that_sends_full_packets_learns_the_tunnels_mtu() {
     }
 }
 
+#[test]
+fn a_server_learns_of_a_pods_mtu_that_is_below_the_tunnels() {
+    let lab = Lab::scene();
+    let ext = lab.host("ext");
+    for pod in visitors(&lab) {
+        pod.ip("link set eth0 mtu 1400");
+        pod.node.ip(&format!("link set {} mtu 1400", pod.host_interface()));
+        for (server, egress, around) in
+            [(EXT4.into(), IpAddr::from(EGRESS4), 28), (EXT6.into(), lab::EGRESS6.into(), 48)]
+        {
+            // What another pod's answers have told.
+            ext.ip("-4 route flush cache");
+            ext.ip("-6 route flush cache");
+            let what = format!("{} to {server}", pod.name);
+            echoed(&pod, server, 1430 - around).unwrap_or_else(|e| panic!("{what}: {e}"));
+            let route = ext.ip(&format!("route get {egress}"));
+            assert!(route.contains("mtu 1400"), "{what}: {route}");
+        }
+    }
+    lab.assert_nothing_leaked();
+}
+
 /// The tunnel device's MTU.
 fn tunnel_mtu(lab: &Lab, node: &str) -> usize {
     let device = lab.node(node).ip("-o link show egret");

@@ -183,9 +183,11 @@ pub const CT_STATE_NEW: u32 = 8;
 pub const CT_STATE_UNTRACKED: u32 = 64;
 
 /// include/uapi/linux/netfilter/nf_conntrack_common.h, `enum ip_conntrack_status`.
+pub const IPS_EXPECTED: u32 = 1 << 0;
 pub const IPS_ASSURED: u32 = 1 << 2;
 pub const IPS_CONFIRMED: u32 = 1 << 3;
 pub const IPS_SRC_NAT: u32 = 1 << 4;
+pub const IPS_DST_NAT: u32 = 1 << 5;
 pub const IPS_SRC_NAT_DONE: u32 = 1 << 7;
 
 /// include/uapi/linux/rtnetlink.h

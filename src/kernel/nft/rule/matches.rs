@@ -78,6 +78,17 @@ impl Rule {
         self.load_ct(NFT_CT_STATUS).and(&both).equals(&IPS_SRC_NAT_DONE.to_ne_bytes())
     }
 
+    /// `ct status expected`: a helper has foreseen the connection.
+    pub fn ct_expected(self) -> Self {
+        self.load_ct(NFT_CT_STATUS).and(&IPS_EXPECTED.to_ne_bytes()).differs(&[0; 4])
+    }
+
+    /// `ct status & (expected | dnat) == expected | dnat`: it was foreseen from outside to an address that is translated.
+    pub fn ct_expected_and_dnat(self) -> Self {
+        let both = (IPS_EXPECTED | IPS_DST_NAT).to_ne_bytes();
+        self.load_ct(NFT_CT_STATUS).and(&both).equals(&both)
+    }
+
     /// `ct status assured`: both sides have spoken, and of TCP neither is making the connection any more.
     pub fn ct_assured(self) -> Self {
         self.load_ct(NFT_CT_STATUS).and(&IPS_ASSURED.to_ne_bytes()).differs(&[0; 4])
