@@ -42,7 +42,7 @@ async fn link() -> (RouteSocket, Other) {
 
 async fn targets(socket: &RouteSocket, addresses: &[&str]) -> Vec<Target> {
     let interface = by_name(socket, "eth0").await.unwrap().unwrap();
-    addresses.iter().map(|a| Target { address: address(a), interface: interface.clone() }).collect()
+    addresses.iter().map(|a| Target { address: address(a), interface: interface.clone(), claim: None }).collect()
 }
 
 #[test]

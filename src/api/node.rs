@@ -44,6 +44,10 @@ pub struct EgressNodeStatus {
     /// gateway's node says so.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub silent: Vec<String>,
+    /// The uplinks of this node, by family, that it cannot use now, and why. Egress IPs that need them are on another node,
+    /// if one can use more of what they need.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub lost: Vec<LostUplink>,
     /// Paths that pods of this node use and whose packets lead nowhere from here now, and why.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub blocked: Vec<BlockedPath>,
@@ -98,6 +102,19 @@ pub struct TakenPath {
     pub id: u16,
     /// `since` of the ledger's entry at that time.
     pub since: i64,
+}
+
+/// One family of an uplink that a node cannot use.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct LostUplink {
+    /// The interface, where the gateway names one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub interface: Option<String>,
+    /// `IPv4` or `IPv6`.
+    pub family: String,
+    /// Why.
+    pub message: String,
 }
 
 /// A path that leads nowhere from a node.

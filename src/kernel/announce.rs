@@ -1,6 +1,11 @@
 //! Asking the link for an address, and telling it that the address is here now.
 
-use super::frames::{ETH_P_ARP, ETH_P_IPV6, HOP_LIMIT, advertiser, announcements, arp_sender, question};
+pub use super::frames::Claim;
+use super::frames::{
+    ETH_P_ARP, ETH_P_IPV6, HOP_LIMIT, NEIGHBOUR_SOLICITATION, advertiser, announcements, arp_claim, arp_sender,
+    question, solicitation_claim,
+};
+use super::icmpv6_filter::hear_only;
 use super::mac::Mac;
 use super::packet_address::packet_address;
 use super::uplink::Interface;
@@ -19,6 +24,8 @@ use std::time::{Duration, Instant};
 
 /// How often the sockets are looked at while an answer may come.
 const LOOK: Duration = Duration::from_millis(2);
+/// How often claims are looked for.
+const LOOK_FOR_CLAIMS: Duration = Duration::from_millis(20);
 /// Between those that go out at once.
 const PAUSE: Duration = Duration::from_millis(1);
 /// How often a question is asked; a link may lose one.
@@ -40,6 +47,8 @@ pub struct Target {
     pub address: IpAddr,
     /// The interface on the link. One without a MAC address has nothing to ask or to tell.
     pub interface: Interface,
+    /// What a question says beside to who has the address.
+    pub claim: Option<Claim>,
 }
 
 /// Tells the links of `targets` that their addresses are here. One announcement may be lost: call it again after some
@@ -50,7 +59,7 @@ pub struct Target {
 pub fn announce(targets: &[Target]) -> Result<()> {
     let socket = sender()?;
     let mut first = Ok(());
-    for Target { address, interface } in targets {
+    for Target { address, interface, .. } in targets {
         let Some(mac) = interface.mac else { continue };
         for frame in announcements(*address, mac) {
             let sent = send(&socket, interface.ifindex, *address, &frame);
@@ -72,7 +81,7 @@ pub async fn probe(targets: &[Target], timeout: Duration) -> Result<Vec<Option<M
     let socket = sender()?;
     // The ears before the mouth.
     let mut ears = BTreeMap::new();
-    for Target { address, interface } in targets {
+    for Target { address, interface, .. } in targets {
         let key = (interface.ifindex, address.is_ipv4());
         if interface.mac.is_some() && !ears.contains_key(&key) {
             let ear = if address.is_ipv4() {
@@ -110,9 +119,9 @@ pub async fn probe(targets: &[Target], timeout: Duration) -> Result<Vec<Option<M
             let silent: Vec<&Target> =
                 targets.iter().zip(&answers).filter(|(_, answer)| answer.is_none()).map(|(target, _)| target).collect();
             for some in silent.chunks(AT_ONCE) {
-                for Target { address, interface } in some {
+                for Target { address, interface, claim } in some {
                     let Some(mac) = interface.mac else { continue };
-                    send(&socket, interface.ifindex, *address, &question(*address, mac))
+                    send(&socket, interface.ifindex, *address, &question(*address, mac, *claim))
                         .with_context(|| format!("cannot ask for {address} on {}", interface.name))?;
                 }
                 if silent.len() > AT_ONCE {
@@ -130,6 +139,32 @@ pub async fn probe(targets: &[Target], timeout: Duration) -> Result<Vec<Option<M
         }
     }
     Ok(answers)
+}
+
+/// Hears the links' questions that claim addresses, and tells the address, who asks (all zeros: it does not say) and the
+/// claim of each. It returns only with an error.
+///
+/// # Errors
+/// An interface cannot be listened on.
+pub async fn hear_claims(interfaces: &[Interface], mut tell: impl FnMut(IpAddr, Mac, Claim)) -> Result<()> {
+    let mut ears = Vec::new();
+    for interface in interfaces {
+        let arp = arp_ear(interface).with_context(|| format!("cannot listen on {}", interface.name))?;
+        let icmpv6 = icmpv6_ear(interface).with_context(|| format!("cannot listen on {}", interface.name))?;
+        hear_only(&icmpv6, NEIGHBOUR_SOLICITATION)?;
+        ears.push((arp, icmpv6));
+    }
+    loop {
+        for (arp, icmpv6) in &ears {
+            while let Some((address, mac, claim)) = hear_arp(arp, arp_claim)? {
+                tell(address, mac, claim);
+            }
+            while let Some((address, mac, claim)) = hear_icmpv6(icmpv6, solicitation_claim)? {
+                tell(address, mac, claim);
+            }
+        }
+        tokio::time::sleep(LOOK_FOR_CLAIMS).await;
+    }
 }
 
 /// A packet socket. To close one the kernel waits for all processors (`synchronize_net` in `packet_release`,
@@ -168,8 +203,8 @@ impl Ear {
     /// The next that says whose an address is, `None` if there is none yet.
     fn hear(&self) -> Result<Option<(IpAddr, Mac)>> {
         match self {
-            Ear::Arp(ear) => hear_arp(ear),
-            Ear::Icmpv6(ear) => hear_icmpv6(ear),
+            Ear::Arp(ear) => hear_arp(ear, arp_sender),
+            Ear::Icmpv6(ear) => hear_icmpv6(ear, advertiser),
         }
     }
 }
@@ -208,13 +243,13 @@ fn icmpv6_ear(interface: &Interface) -> nix::Result<OwnedFd> {
     Ok(ear)
 }
 
-/// The next ARP packet that says whose an address is, `None` if there is none yet.
-fn hear_arp(ear: &PacketSocket) -> Result<Option<(IpAddr, Mac)>> {
+/// The next ARP packet that says what is looked for, `None` if there is none yet.
+fn hear_arp<T>(ear: &PacketSocket, read: fn(&[u8]) -> Option<T>) -> Result<Option<T>> {
     let mut frame = [0; FRAME];
     loop {
         match recv(ear.as_raw_fd(), &mut frame, MsgFlags::empty()) {
             Ok(length) => {
-                if let Some(said) = arp_sender(&frame[..length]) {
+                if let Some(said) = read(&frame[..length]) {
                     return Ok(Some(said));
                 }
             }
@@ -225,8 +260,8 @@ fn hear_arp(ear: &PacketSocket) -> Result<Option<(IpAddr, Mac)>> {
     }
 }
 
-/// The next advertisement, `None` if there is none yet.
-fn hear_icmpv6(ear: &OwnedFd) -> Result<Option<(IpAddr, Mac)>> {
+/// The next message of neighbour discovery that says what is looked for, `None` if there is none yet.
+fn hear_icmpv6<T>(ear: &OwnedFd, read: fn(&[u8]) -> Option<T>) -> Result<Option<T>> {
     let mut frame = [0; FRAME];
     let mut control = nix::cmsg_space!(i32);
     loop {
@@ -242,7 +277,7 @@ fn hear_icmpv6(ear: &OwnedFd) -> Result<Option<(IpAddr, Mac)>> {
             Err(Errno::EAGAIN) => return Ok(None),
             Err(e) => return Err(e).context("cannot listen for neighbour advertisements; is the interface up?"),
         };
-        if let Some(said) = heard.and_then(|length| advertiser(&frame[..length])) {
+        if let Some(said) = heard.and_then(|length| read(&frame[..length])) {
             return Ok(Some(said));
         }
     }

@@ -3,7 +3,7 @@
 //! One socket asks everybody and hears all answers. It hears nothing else: a gateway's node is asked by a thousand
 //! others, and none of that is to wake the daemon.
 
-use super::names::{DEVICE, HEALTH};
+use super::names::{DEVICE, is_health};
 use anyhow::{Context, Result};
 use nix::sys::socket::{
     AddressFamily, ControlMessageOwned, MsgFlags, SockFlag, SockProtocol, SockType, SockaddrIn6, bind, recvmsg, sendto,
@@ -34,7 +34,7 @@ const LONGEST_WAIT: Duration = Duration::from_secs(60);
 /// A node's answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Answer {
-    /// The node's health address.
+    /// The node's health address, or the one for an uplink of its.
     pub from: Ipv6Addr,
     /// The number of the question.
     pub sequence: u16,
@@ -135,7 +135,7 @@ impl Echo {
         let (from, length) = (heard.address.map(|a| a.ip()), heard.bytes);
         Ok(match (near, from, &message[..length]) {
             (true, Some(from), [ECHO_REPLY, 0, _, _, a, b, c, d])
-                if HEALTH.contains(from) && u16::from_be_bytes([*a, *b]) == self.identifier =>
+                if is_health(from) && u16::from_be_bytes([*a, *b]) == self.identifier =>
             {
                 let sequence = u16::from_be_bytes([*c, *d]);
                 Some(Answer { from, sequence, waited: waited.unwrap_or_default() })

@@ -14,12 +14,15 @@ const ALL_NODES: Ipv6Addr = Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 0, 1);
 /// Length of an Ethernet header.
 const ETHERNET: usize = 14;
 const ICMPV6: u8 = 58;
-const NEIGHBOUR_SOLICITATION: u8 = 135;
+/// A type of ICMPv6 messages (RFC 4861).
+pub const NEIGHBOUR_SOLICITATION: u8 = 135;
 const NEIGHBOUR_ADVERTISEMENT: u8 = 136;
 /// Neighbour discovery is never forwarded: what came through a router would have less (RFC 4861, section 7.1).
 pub const HOP_LIMIT: u8 = 255;
 const OVERRIDE: u8 = 0x20;
 const TARGET_LINK_LAYER: u8 = 2;
+/// The option by which duplicate address detection knows its own solicitations (RFC 7527); other hosts pass it over.
+const NONCE: u8 = 14;
 const ARP_REQUEST: u16 = 1;
 const ARP_REPLY: u16 = 2;
 
@@ -41,17 +44,25 @@ pub fn announcements(address: IpAddr, mac: Mac) -> Vec<Vec<u8>> {
     }
 }
 
+/// What a question for an address says beside, to who has it: see [`question`].
+pub type Claim = [u8; 6];
+
 /// The frame that asks who has `address`, without saying that it is ours: an ARP probe (RFC 5227), or the
-/// solicitation of duplicate address detection (RFC 4862).
-pub fn question(address: IpAddr, mac: Mac) -> Vec<u8> {
+/// solicitation of duplicate address detection (RFC 4862). A `claim` stands where hosts look at nothing: in the probe's
+/// target hardware address, in the solicitation's nonce.
+pub fn question(address: IpAddr, mac: Mac, claim: Option<Claim>) -> Vec<u8> {
     match address {
-        IpAddr::V4(a) => arp(ARP_REQUEST, mac, Ipv4Addr::UNSPECIFIED, Mac::default(), a),
+        IpAddr::V4(a) => arp(ARP_REQUEST, mac, Ipv4Addr::UNSPECIFIED, claim.unwrap_or_default(), a),
         IpAddr::V6(a) => {
             let [.., x, y, z] = a.octets();
             let mut group = Ipv6Addr::new(0xff02, 0, 0, 0, 0, 1, 0xff00, 0).octets();
             group[13..].copy_from_slice(&[x, y, z]);
             let mut body = vec![NEIGHBOUR_SOLICITATION, 0, 0, 0, 0, 0, 0, 0];
             body.extend_from_slice(&a.octets());
+            if let Some(claim) = claim {
+                body.extend_from_slice(&[NONCE, 1]);
+                body.extend_from_slice(&claim);
+            }
             icmpv6([0x33, 0x33, 0xff, x, y, z], mac, Ipv6Addr::UNSPECIFIED, group.into(), body)
         }
     }
@@ -70,6 +81,41 @@ pub fn arp_sender(frame: &[u8]) -> Option<(IpAddr, Mac)> {
     (!address.is_unspecified()).then_some((address.into(), mac))
 }
 
+/// Of an ARP probe with a claim: the address, who asks, and the claim.
+pub fn arp_claim(frame: &[u8]) -> Option<(IpAddr, Mac, Claim)> {
+    let packet = frame.get(ETHERNET..)?;
+    let is_probe = packet.get(..8)? == [0, 1, 8, 0, 6, 4, 0, ARP_REQUEST as u8] && packet.get(14..18)? == [0; 4];
+    let (mac, claim) = (Mac::try_from(packet.get(8..14)?).ok()?, Claim::try_from(packet.get(18..24)?).ok()?);
+    let address = Ipv4Addr::from(<[u8; 4]>::try_from(packet.get(24..28)?).ok()?);
+    (is_probe && claim != Claim::default()).then_some((address.into(), mac, claim))
+}
+
+/// The same of a solicitation, without its IPv6 header. It does not say who asks.
+pub fn solicitation_claim(message: &[u8]) -> Option<(IpAddr, Mac, Claim)> {
+    if message.get(..2)? != [NEIGHBOUR_SOLICITATION, 0] {
+        return None;
+    }
+    let address = Ipv6Addr::from(<[u8; 16]>::try_from(message.get(8..24)?).ok()?);
+    let claim = option(message.get(24..)?, NONCE)??;
+    Some((address.into(), Mac::default(), claim))
+}
+
+/// The first six bytes of an option of neighbour discovery, of several the last; `None` if the options make no sense.
+fn option(mut options: &[u8], wanted: u8) -> Option<Option<[u8; 6]>> {
+    let mut found = None;
+    while let [kind, eights, ..] = *options {
+        let length = usize::from(eights) * 8;
+        if length == 0 || length > options.len() {
+            return None;
+        }
+        if kind == wanted {
+            found = <[u8; 6]>::try_from(options.get(2..8)?).ok();
+        }
+        options = &options[length..];
+    }
+    Some(found)
+}
+
 /// Who says in this ICMPv6 message, without its IPv6 header, that an address is theirs. The MAC address is all zeros
 /// if the message has none.
 pub fn advertiser(message: &[u8]) -> Option<(IpAddr, Mac)> {
@@ -77,18 +123,7 @@ pub fn advertiser(message: &[u8]) -> Option<(IpAddr, Mac)> {
         return None;
     }
     let address = Ipv6Addr::from(<[u8; 16]>::try_from(message.get(8..24)?).ok()?);
-    let mut options = message.get(24..)?;
-    let mut mac = Mac::default();
-    while let [kind, eights, ..] = *options {
-        let length = usize::from(eights) * 8;
-        if length == 0 || length > options.len() {
-            return None;
-        }
-        if kind == TARGET_LINK_LAYER {
-            mac = Mac::try_from(options.get(2..8)?).ok()?;
-        }
-        options = &options[length..];
-    }
+    let mac = option(message.get(24..)?, TARGET_LINK_LAYER)?.unwrap_or_default();
     Some((address.into(), mac))
 }
 
@@ -148,16 +183,16 @@ mod tests {
             assert_eq!(frame[..6], BROADCAST);
             assert_eq!(arp_sender(&frame), Some((v4, MAC)));
         }
-        assert_eq!(arp_sender(&question(v4, MAC)), None);
+        assert_eq!(arp_sender(&question(v4, MAC, None)), None);
         let v6: IpAddr = "2001:db8::50".parse().unwrap();
         let frames = announcements(v6, MAC);
         assert_eq!(advertiser(&frames[0][ETHERNET + 40..]), Some((v6, MAC)));
-        assert_eq!(advertiser(&question(v6, MAC)[ETHERNET + 40..]), None);
+        assert_eq!(advertiser(&question(v6, MAC, None)[ETHERNET + 40..]), None);
     }
 
     #[test]
     fn a_solicitation_goes_to_the_addresss_own_group() {
-        let frame = question("2001:db8::a1:b2c3".parse().unwrap(), MAC);
+        let frame = question("2001:db8::a1:b2c3".parse().unwrap(), MAC, None);
         assert_eq!(frame[..6], [0x33, 0x33, 0xff, 0xa1, 0xb2, 0xc3]);
         let destination = Ipv6Addr::from(<[u8; 16]>::try_from(&frame[ETHERNET + 24..ETHERNET + 40]).unwrap());
         assert_eq!(destination, "ff02::1:ffa1:b2c3".parse::<Ipv6Addr>().unwrap());
@@ -178,5 +213,24 @@ mod tests {
         }
         let endless = [message, &[1, 0, 0, 0]].concat();
         assert_eq!(advertiser(&endless), None);
+    }
+    #[test]
+    fn a_claim_is_heard_by_who_looks_for_it_and_changes_nothing_for_others() {
+        const CLAIM: Claim = [1, 2, 3, 4, 5, 6];
+        let v4: IpAddr = "192.0.2.50".parse().unwrap();
+        let (plain, claims) = (question(v4, MAC, None), question(v4, MAC, Some(CLAIM)));
+        assert_eq!(arp_claim(&claims), Some((v4, MAC, CLAIM)));
+        assert_eq!((arp_claim(&plain), arp_sender(&claims)), (None, None));
+        assert!(announcements(v4, MAC).iter().all(|frame| arp_claim(frame).is_none()));
+        let v6: IpAddr = "2001:db8::50".parse().unwrap();
+        let (plain, claims) = (question(v6, MAC, None), question(v6, MAC, Some(CLAIM)));
+        let message = |frame: &[u8]| frame[ETHERNET + 40..].to_vec();
+        assert_eq!(solicitation_claim(&message(&claims)), Some((v6, Mac::default(), CLAIM)));
+        assert_eq!((solicitation_claim(&message(&plain)), advertiser(&message(&claims))), (None, None));
+        let pseudo = [&claims[ETHERNET + 8..ETHERNET + 40], &[0, 0, 0, 32, 0, 0, 0, ICMPV6]].concat();
+        assert_eq!(checksum(&[pseudo, message(&claims)].concat()), 0);
+        for length in 0..claims.len() {
+            assert!(arp_claim(&claims[..length]).is_none());
+        }
     }
 }

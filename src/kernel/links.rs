@@ -86,7 +86,7 @@ async fn ask(socket: &RouteSocket, bridge: u32, address: IpAddr) -> Result<Optio
     let Some(interface) = by_index(socket, bridge).await?.filter(|i| i.running && address.is_ipv4()) else {
         return Ok(None);
     };
-    let target = Target { address, interface };
+    let target = Target { address, interface, claim: None };
     let answers = probe(std::slice::from_ref(&target), ANSWER).await?;
     let Some(mac) = answers.first().copied().flatten() else { return Ok(None) };
     let Some(port) = bridge_port(socket, bridge, mac).await? else { return Ok(None) };

@@ -1,6 +1,7 @@
 //! The names and numbers under which Egret's things stand in the kernel.
 
 use super::mac::Mac;
+use crate::plan::uplink_key::CODES;
 use ipnetwork::Ipv6Network;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
@@ -56,15 +57,30 @@ pub const DEVICE4: Ipv4Addr = Ipv4Addr::new(169, 254, 78, 71);
 pub const NETWORK4: u8 = 25;
 
 /// A node asks from an address in this network whether others live: its tunnel MAC address is the rest.
-pub const ASKING: Ipv6Network = link_local(0x6501);
-/// A gateway's node answers, while it can hold addresses, at an address in this network: as [`ASKING`].
-pub const HEALTH: Ipv6Network = link_local(0x6502);
+pub const ASKING: Ipv6Network = link_local(0x6501, 80);
+/// A gateway's node answers, while all of its uplinks work, at an address in this network: as [`ASKING`].
+pub const HEALTH: Ipv6Network = link_local(0x6502, 80);
+/// A gateway's node answers, for each of its uplinks that works and each family, at an address in this network. Before the
+/// tunnel MAC address stands the uplink's code (`UplinkKey::code`), of 11 bits.
+pub const UPLINK_HEALTH: Ipv6Network = link_local(0x6800, 69);
 
-const fn link_local(role: u16) -> Ipv6Network {
-    match Ipv6Network::new_checked(Ipv6Addr::new(0xfe80, 0, 0, 0, role, 0, 0, 0), 80) {
+const fn link_local(role: u16, prefix: u8) -> Ipv6Network {
+    match Ipv6Network::new_checked(Ipv6Addr::new(0xfe80, 0, 0, 0, role, 0, 0, 0), prefix) {
         Some(network) => network,
-        None => panic!("80 is a prefix length"),
+        None => panic!("no prefix length"),
     }
+}
+
+/// Whether a node answers at this address that it lives, or that one of its uplinks does.
+pub fn is_health(address: Ipv6Addr) -> bool {
+    HEALTH.contains(address) || UPLINK_HEALTH.contains(address)
+}
+
+/// The address in [`UPLINK_HEALTH`] of the node with this tunnel MAC address for the uplink with this code.
+pub fn of_uplink(code: u16, mac: Mac) -> Ipv6Addr {
+    let mut segments = of_mac(UPLINK_HEALTH, mac).segments();
+    segments[4] |= code & (CODES - 1);
+    segments.into()
 }
 
 /// The address in [`ASKING`] or [`HEALTH`] of the node with this tunnel MAC address.

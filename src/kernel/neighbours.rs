@@ -2,7 +2,7 @@
 //! the tunnel resolves addresses.
 
 use super::mac::{Mac, Shown};
-use super::names::{ASKING, HEALTH};
+use super::names::{ASKING, is_health};
 use super::route_socket::{Applied, Change, RouteSocket};
 use anyhow::{Context, Result};
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_REPLACE};
@@ -54,7 +54,7 @@ fn entry(message: &NeighbourMessage) -> Option<(Ipv6Addr, Option<Mac>)> {
             _ => {}
         }
     }
-    let address = address.filter(|a| ASKING.contains(*a) || HEALTH.contains(*a))?;
+    let address = address.filter(|a| ASKING.contains(*a) || is_health(*a))?;
     Some((address, mac.filter(|_| message.header.state == NeighbourState::Permanent)))
 }
 

@@ -1,7 +1,8 @@
 //! What the node tells others: its EgressNode to the cluster, its offline policy snapshot to the plugin.
 
+use super::holding::Holding;
 use super::host::Faults;
-use crate::api::{BlockedPath, DirectNetwork, EgressNodeStatus, Fault, RefusedPath, TakenPath};
+use crate::api::{BlockedPath, DirectNetwork, EgressNodeStatus, Fault, LostUplink, RefusedPath, TakenPath};
 use crate::cluster::Statuses;
 use crate::cni::offline_policies::{Elsewhere, OfflinePolicies};
 use crate::kernel::tunnel::Tunnel;
@@ -13,6 +14,7 @@ use crate::plan::paths::{Facts, PathState};
 use crate::plan::precedence::PolicyIndex;
 use crate::plan::report::Notice;
 use crate::plan::shared::Mark;
+use crate::plan::uplink_key::UplinkKey;
 use std::collections::BTreeSet;
 use std::io;
 use std::path::PathBuf;
@@ -40,6 +42,18 @@ pub struct Report {
     stored_of: Mark<PolicyIndex>,
 }
 
+/// What a node knows of itself, beside the paths.
+pub struct Own<'a> {
+    /// Its end of the tunnel.
+    pub tunnel: Option<&'a Tunnel>,
+    /// Its addresses, and what became of the paths on it.
+    pub facts: &'a Facts,
+    /// Its uplinks.
+    pub holding: &'a Holding,
+    /// What it had to pass over.
+    pub faults: &'a Faults,
+}
+
 /// What a node is to say of itself.
 #[derive(Clone, Debug, PartialEq)]
 struct Published {
@@ -59,15 +73,8 @@ impl Report {
     /// Tells the other nodes where this end of the tunnel is, and what it holds. Nothing waits until that is written:
     /// an API server that does not answer must not keep this node from taking over what another one leaves.
     /// Pods of this node use the paths `used`; there are so many `nodes`.
-    pub fn publish(
-        &self,
-        view: &View,
-        tunnel: Option<&Tunnel>,
-        facts: &Facts,
-        faults: &Faults,
-        used: &BTreeSet<PathId>,
-        nodes: usize,
-    ) {
+    pub fn publish(&self, view: &View, own: &Own, used: &BTreeSet<PathId>, nodes: usize) {
+        let Own { tunnel, facts, holding, faults } = *own;
         let Some(tunnel) = tunnel else { return };
         let refused = facts.refused.iter().map(|(id, why)| RefusedPath { id: *id, message: why.clone() });
         let direct = view.networks.origins.iter();
@@ -85,6 +92,7 @@ impl Report {
             refused: refused.collect(),
             // Directors ask, too, but what thousands of them say costs more than it tells.
             silent: facts.dead.iter().filter(|_| view.paths.is_gateway).map(ToString::to_string).collect(),
+            lost: holding.lost().map(lost_uplink).collect(),
             blocked: blocked.collect(),
             direct: direct.collect(),
             faults: faults.iter().take(FAULTS).map(Fault::from).collect(),
@@ -122,6 +130,14 @@ impl Report {
         }
         self.stored_of = view.policies.mark();
         Ok(())
+    }
+}
+
+fn lost_uplink((key, why): (&UplinkKey, &str)) -> LostUplink {
+    LostUplink {
+        interface: key.interface.as_ref().map(ToString::to_string),
+        family: key.family().to_owned(),
+        message: why.to_owned(),
     }
 }
 

@@ -2,7 +2,8 @@
 
 use super::mac::{self, Mac};
 use super::marks::PathId;
-use crate::api::{BlockedPath, EgressNodeStatus, RefusedPath, TakenPath};
+use super::uplink_key::UplinkKey;
+use crate::api::{BlockedPath, EgressNodeStatus, LostUplink, RefusedPath, TakenPath};
 use std::net::IpAddr;
 
 /// What a node's daemon says of itself to the others, [`EgressNodeStatus`], as it is held: there are thousands, and all but
@@ -18,6 +19,15 @@ pub struct EgressNode {
     of_paths: Option<Box<OfPaths>>,
 }
 
+impl OfPaths {
+    /// What it says of an uplink that it has lost.
+    pub fn loss(&self, key: &UplinkKey) -> Option<&LostUplink> {
+        let is_it =
+            |lost: &&LostUplink| lost.family == key.family() && lost.interface.as_deref() == key.interface.as_deref();
+        self.lost.iter().find(is_it)
+    }
+}
+
 /// What a node says of paths, and of others that may have them.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct OfPaths {
@@ -29,6 +39,8 @@ pub struct OfPaths {
     pub refused: Vec<RefusedPath>,
     /// Gateways' nodes that do not answer it; this one itself, while it cannot hold any path.
     pub silent: Vec<String>,
+    /// What it has lost of its uplinks.
+    pub lost: Vec<LostUplink>,
     /// Those that pods of its use and that lead nowhere from it now.
     pub blocked: Vec<BlockedPath>,
 }
@@ -41,6 +53,7 @@ impl EgressNode {
             taken: Vec::new(),
             refused: Vec::new(),
             silent: Vec::new(),
+            lost: Vec::new(),
             blocked: Vec::new(),
         };
         self.of_paths.as_deref().unwrap_or(&NOTHING)
@@ -63,11 +76,12 @@ impl From<EgressNodeStatus> for EgressNode {
             taken,
             refused,
             silent,
+            lost,
             blocked,
             direct: _,
             faults: _,
         } = said;
-        let of_paths = OfPaths { held: paths, taken, refused, silent, blocked };
+        let of_paths = OfPaths { held: paths, taken, refused, silent, lost, blocked };
         EgressNode {
             tunnel_address,
             tunnel_mac: tunnel_mac.as_deref().and_then(|text| mac::parse(text).ok()),

@@ -4,8 +4,8 @@ use super::ledger::{Grant, Outcome, Reason, Refusal, Verdict, allocate};
 use super::model::{Cluster, Gateway, Metadata, Node, ObjectKey, Pod, Policy, PolicyKey};
 use super::selector::Name;
 use crate::api::{
-    AddressPair, Allocate, ClusterEgressPolicySpec, EgressGatewaySpec, EgressNodeStatus, EgressPolicySpec, Placement,
-    Reservation, Tier,
+    AddressPair, Allocate, ClusterEgressPolicySpec, EgressGatewaySpec, EgressNodeStatus, EgressPolicySpec, LostUplink,
+    Placement, Reservation, Tier,
 };
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{LabelSelector, LabelSelectorRequirement};
 use std::collections::BTreeMap;
@@ -153,6 +153,17 @@ impl World {
     pub(crate) fn misses(&mut self, node: &str, silent: &[String]) {
         let said = Arc::make_mut(self.cluster.egress_nodes.entry(node.into()).or_default());
         said.of_paths_mut().silent = silent.to_vec();
+    }
+
+    /// Has a node say which families of its main uplink it has lost.
+    pub(crate) fn loses(&mut self, node: &str, families: &[&str]) {
+        let lost = |family: &&str| LostUplink {
+            family: (*family).to_owned(),
+            message: "no default route".to_owned(),
+            ..LostUplink::default()
+        };
+        let said = Arc::make_mut(self.cluster.egress_nodes.entry(node.into()).or_default());
+        said.of_paths_mut().lost = families.iter().map(lost).collect();
     }
 
     /// Has each node say that it holds what the ledger gives it: everything has come to rest.

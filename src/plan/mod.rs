@@ -28,4 +28,5 @@ pub mod shared;
 pub mod stand_in;
 pub mod target;
 pub mod tunnel_family;
+pub mod uplink_key;
 pub mod why;

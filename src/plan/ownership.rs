@@ -3,11 +3,15 @@
 //! The ledger's node has it while it lives. When it dies, the first living node of the path's own order takes it: each
 //! path has another order, so that a dead node's paths spread over all that are left. What was taken over stays where
 //! it is when the dead node comes back; the ledger follows.
+//!
+//! A node whose uplink has lost a family that the path needs gives way to one that has lost fewer of them. What nobody can
+//! do better is no reason to move.
 
 use super::fnv::fnv1a;
 use super::marks::PathId;
 use super::selector::Name;
-use std::collections::BTreeSet;
+use super::uplink_key::UplinkKey;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// What nodes are believed to be.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -16,12 +20,19 @@ pub struct Liveness {
     pub dead: BTreeSet<Name>,
     /// They are to get nothing new.
     pub drained: BTreeSet<Name>,
+    /// They live, and have lost some of their uplinks' families.
+    pub lost: BTreeMap<Name, BTreeSet<UplinkKey>>,
 }
 
 impl Liveness {
     /// Whether a node answers, or nobody has asked it.
     pub fn is_alive(&self, node: &str) -> bool {
         !self.dead.contains(node)
+    }
+
+    /// How many of these a node has lost.
+    fn lacks(&self, node: &str, needs: &[UplinkKey]) -> usize {
+        self.lost.get(node).map_or(0, |lost| needs.iter().filter(|need| lost.contains(*need)).count())
     }
 }
 
@@ -40,11 +51,28 @@ pub struct Standing<'a> {
     pub takers: &'a [&'a str],
     /// The gateway's nodes, which may have it when `node` is dead. Nobody else can if there are none.
     pub members: &'a [Name],
+    /// The uplinks that its addresses need. None if they are not Egret's to place.
+    pub needs: &'a [UplinkKey],
+}
+
+impl<'a> Standing<'a> {
+    /// The least that a living node has lost of what the path needs, among those that may have it. `None`: that decides
+    /// nothing. Who is drained gets nothing new, also if it has lost less; and what is moved on purpose is to arrive.
+    fn least_lost(&self, liveness: &Liveness) -> Option<usize> {
+        if self.leaving.is_some() || liveness.lost.is_empty() {
+            return None;
+        }
+        let open = self.members.iter().map(|name| &**name).filter(|name| !liveness.drained.contains(*name));
+        let all = self.node.into_iter().chain(self.takers.iter().copied()).chain(open);
+        all.filter(|node| liveness.is_alive(node)).map(|node| liveness.lacks(node, self.needs)).min()
+    }
 }
 
 /// The node that has a path. `None`: nobody is left.
 pub fn owner<'a>(path: Standing<'a>, liveness: &Liveness) -> Option<&'a str> {
-    let alive = |node: &&str| liveness.is_alive(node);
+    let least = path.least_lost(liveness);
+    let alive =
+        |node: &&str| liveness.is_alive(node) && least.is_none_or(|least| liveness.lacks(node, path.needs) <= least);
     let takers = path.takers.iter().copied().filter(alive).filter(|taker| path.node != Some(taker));
     if let Some(taker) = takers.max_by_key(|node| rank(node, path.id)) {
         return Some(taker);

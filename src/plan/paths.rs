@@ -8,6 +8,7 @@ use super::marks::{MAX_INDEX, PathId};
 use super::model::{Cluster, Gateway, PolicyKey};
 use super::ownership::{self, Liveness, Standing};
 use super::selector::Name;
+use super::uplink_key::UplinkKey;
 use crate::api::{AddressPair, LedgerPath, PathKind, Placement};
 use arcstr::literal;
 use said::Said;
@@ -23,6 +24,10 @@ pub struct Facts {
     pub refused: BTreeMap<PathId, String>,
     /// Gateways' nodes that do not answer; this one among them if it cannot hold an address now.
     pub dead: BTreeSet<Name>,
+    /// What gateways' nodes that answer have lost; this one among them.
+    pub lost: BTreeMap<Name, BTreeSet<UplinkKey>>,
+    /// Paths that this node serves while it has lost a family that they have.
+    pub partial: BTreeSet<PathId>,
     /// Paths that this node has taken over, and `since` of the ledger's entry at that time.
     pub taken: BTreeMap<PathId, i64>,
     /// Paths whose address is being put onto the uplink now: nobody else on the link has it.
@@ -65,6 +70,25 @@ pub struct Path {
     pub interface: Option<Name>,
     /// The uplink by which it leaves from here, see [`Paths::uplinks`]; 0 is the main table.
     pub uplink: u16,
+}
+
+impl Path {
+    /// The uplinks that its addresses need, if these are Egret's to place.
+    pub fn needs(&self) -> impl Iterator<Item = UplinkKey> + use<> {
+        let needs = UplinkKey::of(&self.address, self.interface.as_ref());
+        needs.take(if self.managed { usize::MAX } else { 0 })
+    }
+
+    /// Whether its addresses are on this node: all of them, or those whose family this node has not lost.
+    pub fn is_here(&self, id: PathId, facts: &Facts) -> bool {
+        is_here(&self.address, id, facts)
+    }
+}
+
+fn is_here(address: &AddressPair, id: PathId, facts: &Facts) -> bool {
+    let here = |a: IpAddr| facts.addresses.contains(&a);
+    let mut all = address.ipv4.map(IpAddr::V4).into_iter().chain(address.ipv6.map(IpAddr::V6));
+    if facts.partial.contains(&id) { all.any(here) } else { all.all(here) }
 }
 
 /// What becomes of a path's address on this node.
@@ -129,6 +153,8 @@ pub struct Paths {
     pub is_gateway: bool,
     /// The nodes that each gateway's paths can go through.
     pub gateway_nodes: BTreeMap<Name, BTreeSet<Name>>,
+    /// The uplinks that each gateway's paths need.
+    pub gateway_uplinks: BTreeMap<Name, BTreeSet<UplinkKey>>,
     /// Paths that this node holds now, sorted: what it says of itself.
     pub held: BTreeSet<PathId>,
 }
@@ -141,7 +167,8 @@ impl Paths {
         let labels = cluster.nodes.get(node).map(|n| &n.labels);
         let ends = tunnel_ends(cluster);
         let said = Said::new(cluster, node, facts);
-        let mut liveness = Liveness { dead: facts.dead.clone(), ..Liveness::default() };
+        let (dead, lost) = (facts.dead.clone(), facts.lost.clone());
+        let mut liveness = Liveness { dead, lost, ..Liveness::default() };
         for (name, gateway) in &cluster.gateways {
             let members: Vec<Name> = cluster
                 .nodes
@@ -155,6 +182,7 @@ impl Paths {
             let named = gateway.status.paths.iter().flat_map(|entry| [&entry.node, &entry.leaving]);
             let named: BTreeSet<&str> = named.flatten().map(|name| &**name).collect();
             let gone = labels.is_none();
+            let mut needed = BTreeSet::new();
             let uplink = if selected || named.contains(node) { out.uplink_index(gateway) } else { Some(0) };
             for entry in &gateway.status.paths {
                 let scene =
@@ -164,6 +192,7 @@ impl Paths {
                     out.held.insert(entry.id);
                 }
                 out.is_gateway |= path.member;
+                needed.extend(UplinkKey::of(&path.address, path.interface.as_ref()));
                 for policy in &entry.policies {
                     of_policy.push((policy.clone(), entry.id));
                 }
@@ -172,6 +201,7 @@ impl Paths {
             out.is_gateway |= selected;
             let nodes: BTreeSet<Name> = members.into_iter().chain(named.into_iter().map(Into::into)).collect();
             out.gateway_nodes.insert(name.clone(), nodes);
+            out.gateway_uplinks.insert(name.clone(), needed);
         }
         of_policy.sort();
         out.of_policy = of_policy.into();
@@ -195,6 +225,12 @@ impl Paths {
     pub fn is_placed(&self, policy: &PolicyKey) -> bool {
         let path = self.of_policy(policy).and_then(|id| self.paths.get(&id));
         path.is_some_and(|path| path.placed && !matches!(path.state, PathState::Unready(_)))
+    }
+
+    /// What paths need of a node's uplinks, if they come to it.
+    pub fn uplinks_of(&self, node: &str) -> BTreeSet<UplinkKey> {
+        let gateways = self.gateway_nodes.iter().filter(|(_, nodes)| nodes.contains(node));
+        gateways.filter_map(|(gateway, _)| self.gateway_uplinks.get(gateway)).flatten().cloned().collect()
     }
 
     /// 0 for the main table's route. A mark has no room for more than [`MAX_INDEX`].
@@ -254,8 +290,7 @@ struct Scene<'a> {
 impl Scene<'_> {
     fn path(&self, entry: &LedgerPath, said: &Said, liveness: &Liveness) -> Path {
         let Scene { node, gateway, facts, .. } = *self;
-        let mut wanted = entry.address.ipv4.map(IpAddr::V4).into_iter().chain(entry.address.ipv6.map(IpAddr::V6));
-        let here = wanted.all(|a| facts.addresses.contains(&a));
+        let here = is_here(&entry.address, entry.id, facts);
         let external = gateway.placement == Placement::External;
         let managed = !external && entry.kind != PathKind::Node;
         let by_ledger = entry.node.as_deref() == Some(node);
@@ -267,6 +302,7 @@ impl Scene<'_> {
             () if managed => said.takers(entry),
             () => Vec::new(),
         };
+        let needs: Vec<UplinkKey> = UplinkKey::of(&entry.address, gateway.interface.as_ref()).collect();
         let standing = Standing {
             id: entry.id,
             node: entry.node.as_deref(),
@@ -275,6 +311,7 @@ impl Scene<'_> {
             takers: &takers,
             // An address that is not Egret's to place does not move with the path.
             members: if managed { self.members } else { &[] },
+            needs: if managed { &needs } else { &[] },
         };
         let owner = ownership::owner(standing, liveness);
         let mine = owner == Some(node);

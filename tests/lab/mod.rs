@@ -23,6 +23,7 @@ pub mod machine;
 pub mod manifests;
 pub mod metrics;
 pub mod mishaps;
+pub mod own_uplinks;
 pub mod pod;
 pub mod scene;
 pub mod server;

@@ -6,7 +6,7 @@
 use super::pods::{direct, without_address};
 use super::sets::PORT_BITS;
 use super::{base, counter, set};
-use crate::kernel::names::{ASKING, DEVICE, DEVICE_GROUP, HEALTH, HUB_MAC, TUNNEL_PORT};
+use crate::kernel::names::{ASKING, DEVICE, DEVICE_GROUP, HEALTH, HUB_MAC, TUNNEL_PORT, UPLINK_HEALTH};
 use crate::kernel::nft::rule::{Ip, Rule, protocol};
 use crate::kernel::nft::table::{Chain, hook};
 use crate::kernel::nft::uapi::*;
@@ -86,7 +86,8 @@ fn between_nodes(packet: impl Fn() -> Rule, local: Option<IpAddr>) -> Vec<Rule> 
 
 /// Nodes' questions whether others live, and the answers: the kernel's own, and never forwarded.
 fn echo() -> impl Iterator<Item = Rule> {
-    [(ECHO_REQUEST, ASKING, HEALTH), (ECHO_REPLY, HEALTH, ASKING)].into_iter().map(|(kind, from, to)| {
+    let both = |health| [(ECHO_REQUEST, ASKING, health), (ECHO_REPLY, health, ASKING)];
+    [HEALTH, UPLINK_HEALTH].into_iter().flat_map(both).map(|(kind, from, to)| {
         let between = Rule::new().l4(protocol::ICMPV6).saddr_in(from.into()).daddr_in(to.into());
         between.hop_limit(HOP_LIMIT).icmp_type(kind)
     })

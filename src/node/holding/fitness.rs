@@ -1,14 +1,24 @@
-//! Whether this node can hold egress addresses at all.
+//! Which of its uplinks this node can use, and whether it can hold egress addresses at all.
 
-use crate::node::host::{Look, Way};
-use std::collections::BTreeSet;
+use crate::node::host::Look;
+use crate::plan::uplink_key::UplinkKey;
+use std::collections::{BTreeMap, BTreeSet};
 use tokio::time::Instant;
 
-/// A node is unfit when a way out that it had is down or gone, or if it has none and one is down. One that it never had
-/// makes it no less fit than it was: not for what goes out by others.
+/// An uplink that cannot be used now.
+#[derive(Clone, Debug)]
+struct Lost {
+    since: Instant,
+    why: String,
+}
+
+/// A node is unfit when none of its uplinks is left. One whose interface it never had makes it no less fit than it was:
+/// that a path cannot be here for it, the path's status says.
 #[derive(Debug, Default)]
 pub(super) struct Fitness {
-    had: BTreeSet<Way>,
+    had: BTreeSet<UplinkKey>,
+    works: BTreeSet<UplinkKey>,
+    lost: BTreeMap<UplinkKey, Lost>,
     unfit: Option<Instant>,
     cut_off: bool,
 }
@@ -17,37 +27,70 @@ impl Fitness {
     /// Returns whether it has changed.
     pub(super) fn judge(&mut self, look: &Look, apart: Option<&str>, now: Instant) -> bool {
         let (broken, works) = look.judge();
-        // Of two addresses with the same way one may have no interface, being on no network of this node's.
-        let is_lost = |had: bool, down: bool| had || down && works.is_empty();
-        let broken = broken.iter().filter(|b| !works.contains(&b.way));
-        let lost: Vec<_> = broken.filter(|b| is_lost(self.had.contains(&b.way), b.down)).collect();
-        let before = self.unfit.is_some();
-        self.cut_off = apart.is_some() || !lost.is_empty() && works.is_empty();
-        if lost.is_empty() && apart.is_none() {
-            self.unfit = None;
-        } else {
+        // Of two addresses with the same uplink one may have no interface, being on no network of this node's.
+        let broken: Vec<_> = broken.into_iter().filter(|b| !works.contains(&b.key)).collect();
+        let had = broken.iter().any(|b| self.had.contains(&b.key) || b.down);
+        self.cut_off = apart.is_some() || had && works.is_empty();
+        let before = (self.unfit.is_some(), self.lost.keys().cloned().collect::<Vec<_>>());
+        let mut lost = std::mem::take(&mut self.lost);
+        for b in broken {
+            let known = lost.remove(&b.key).map(|lost| lost.since);
+            self.lost.insert(b.key, Lost { since: known.unwrap_or(now), why: b.why });
+        }
+        self.had.extend(works.iter().cloned());
+        self.works = works;
+        if self.cut_off {
             self.unfit.get_or_insert(now);
+        } else {
+            self.unfit = None;
         }
-        match (before, self.unfit) {
-            (false, Some(_)) => {
-                let why: BTreeSet<&str> = lost.iter().map(|b| &*b.why).chain(apart).collect();
-                let why = why.into_iter().collect::<Vec<_>>().join("; ");
-                tracing::warn!("this node cannot hold egress addresses now: {why}");
-            }
-            (true, None) => tracing::info!("this node can hold egress addresses again"),
-            _ => {}
+        let after = (self.unfit.is_some(), self.lost.keys().cloned().collect::<Vec<_>>());
+        if before != after {
+            self.tell(&before.1, before.0, apart);
         }
-        self.had.extend(works);
-        before != self.unfit.is_some()
+        before != after
     }
 
-    /// Since when it cannot, if it cannot.
+    fn tell(&self, before: &[UplinkKey], was_unfit: bool, apart: Option<&str>) {
+        let why = self.lost.values().map(|lost| &*lost.why).chain(apart).collect::<BTreeSet<&str>>();
+        let why = why.into_iter().collect::<Vec<_>>().join("; ");
+        if self.unfit.is_some() && !was_unfit {
+            tracing::warn!("this node cannot hold egress addresses now: {why}");
+            return;
+        }
+        if was_unfit && self.unfit.is_none() {
+            tracing::info!("this node can hold egress addresses again");
+        }
+        for (key, lost) in self.lost.iter().filter(|(key, _)| !before.contains(key)) {
+            tracing::warn!(uplink = %key, "the uplink is lost, and egress IPs are not announced there: {}", lost.why);
+        }
+        for key in before.iter().filter(|key| !self.lost.contains_key(key)) {
+            tracing::info!(uplink = %key, "the uplink can be used again");
+        }
+    }
+
+    /// Since when it cannot hold anything, if it cannot.
     pub(super) fn unfit_since(&self) -> Option<Instant> {
         self.unfit
     }
 
-    /// Whether no way out is left.
+    /// Since when it cannot use all of these uplinks, if it cannot.
+    pub(super) fn lost_since(&self, needs: impl Iterator<Item = UplinkKey>) -> Option<Instant> {
+        needs.filter_map(|key| self.lost.get(&key)).map(|lost| lost.since).min()
+    }
+
+    /// Whether no uplink is left that was there.
     pub(super) fn is_cut_off(&self) -> bool {
         self.cut_off
+    }
+
+    /// The uplinks that work.
+    pub(super) fn works(&self) -> &BTreeSet<UplinkKey> {
+        &self.works
+    }
+
+    /// What cannot be used, and why.
+    pub(super) fn lost(&self) -> impl Iterator<Item = (&UplinkKey, &str)> {
+        self.lost.iter().map(|(key, lost)| (key, &*lost.why))
     }
 }

@@ -12,6 +12,8 @@ use crate::plan::mac::{Mac, Shown};
 use crate::plan::marks::PathId;
 use crate::plan::node::{View, addresses};
 use crate::plan::paths::{Facts, Path, PathState, Placing};
+use crate::plan::selector::Name;
+use crate::plan::uplink_key::UplinkKey;
 use fitness::Fitness;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -27,6 +29,8 @@ const GRACE: Duration = Duration::from_millis(300);
 const AGAIN: [Duration; 2] = [Duration::from_millis(250), Duration::from_secs(2)];
 /// What "at first" is.
 const AT_FIRST: Duration = Duration::from_secs(5);
+/// What another node claims is not asked for again before this and [`AGAIN`].
+const CLAIMED: Duration = Duration::from_secs(5);
 /// A node that has nothing of what the ledger gives it does not say that it is fit, so that nobody sends to it who
 /// cannot hear that others have taken all over. Longer than this it is not out of service for it.
 const WITHHELD: Duration = Duration::from_secs(60);
@@ -46,8 +50,8 @@ pub struct Holding {
     settings: Settings,
     started: Instant,
     fitness: Fitness,
-    /// Nobody else has them: it was asked.
-    cleared: BTreeSet<PathId>,
+    /// Nobody else has these addresses: it was asked.
+    cleared: BTreeMap<PathId, BTreeSet<IpAddr>>,
     answered: BTreeMap<PathId, Answer>,
     /// It is being asked for them.
     asking: BTreeSet<PathId>,
@@ -75,6 +79,17 @@ pub struct Decision {
     pub ask: BTreeSet<PathId>,
     /// Those among them that were in no ledger before: no node of Egret's has had them.
     pub new: BTreeSet<PathId>,
+    /// Paths that are to be here without a family that this node has lost.
+    pub partial: BTreeSet<PathId>,
+}
+
+/// What a decision is made of.
+struct Scene<'a> {
+    look: &'a Look,
+    facts: &'a Facts,
+    /// Whether what is here is to be asked for.
+    verify: bool,
+    now: Instant,
 }
 
 impl Holding {
@@ -84,7 +99,7 @@ impl Holding {
             settings,
             started: now,
             fitness: Fitness::default(),
-            cleared: BTreeSet::new(),
+            cleared: BTreeMap::new(),
             answered: BTreeMap::new(),
             asking: BTreeSet::new(),
             known: None,
@@ -113,6 +128,20 @@ impl Holding {
         self.fitness.unfit_since().is_none()
     }
 
+    /// The uplinks that it cannot use, and why.
+    pub fn lost(&self) -> impl Iterator<Item = (&UplinkKey, &str)> {
+        self.fitness.lost()
+    }
+
+    /// What this node is to count as: not alive, or what it has lost of its uplinks.
+    pub fn note(&self, node: &Name, facts: &mut Facts) {
+        if !self.is_fit() {
+            facts.dead.insert(node.clone());
+        } else if self.lost().next().is_some() {
+            facts.lost.insert(node.clone(), self.lost().map(|(key, _)| key.clone()).collect());
+        }
+    }
+
     /// When [`decide`](Self::decide) is to be asked again, if nothing else happens.
     pub fn next(&self) -> Option<Instant> {
         self.next
@@ -125,15 +154,14 @@ impl Holding {
         self.next = None;
         self.forget(paths);
         let verify = std::mem::take(&mut self.verify);
-        let give_up = self.fitness.unfit_since().map(|since| since + self.settings.safe_absence());
-        self.wake_at(give_up.filter(|at| *at > now));
-        let give_up = give_up.is_some_and(|at| at <= now);
+        let mut of_ledger: BTreeSet<UplinkKey> = BTreeSet::new();
         let mut has_of_ledger = false;
         for (id, path) in paths.iter().filter(|(_, path)| path.placing != Placing::Never) {
-            let here = is_here(path, facts);
+            let here = path.is_here(*id, facts) || look.is_served(path, facts);
             if !here {
                 self.lost.remove(id);
             }
+            let give_up = self.is_to_give_up(path, now);
             if here && (self.lost.contains(id) || give_up && self.gives_up(path)) {
                 self.give(*id, path, now);
                 continue;
@@ -142,7 +170,8 @@ impl Holding {
                 // Where there is no link to ask, the attempt to place it says why.
                 Placing::Take { ask } => {
                     let ask = ask && look.can_ask(path);
-                    self.takes(*id, path, here, ask, verify, now, &mut decision)
+                    let scene = Scene { look, facts, verify, now };
+                    self.takes(*id, path, here, ask, &scene, &mut decision)
                 }
                 Placing::Keep => here,
                 Placing::Leave => here && self.lingers(*id, now),
@@ -158,14 +187,20 @@ impl Holding {
             }
             if stays {
                 has_of_ledger |= path.by_ledger;
+                of_ledger.extend(path.needs().filter(|_| path.by_ledger));
                 decision.wish.paths.insert(*id);
+                self.note_partial(*id, path, look, facts, &mut decision);
             }
         }
         decision.ask.retain(|id| self.asking.insert(*id));
         if let Some(known) = self.known.replace(paths.keys().copied().collect()) {
             decision.new = decision.ask.iter().copied().filter(|id| known.binary_search(id).is_err()).collect();
         }
-        let withheld = self.yielded.values().any(|(_, at)| now - *at < WITHHELD) && !has_of_ledger;
+        let yielded = self.yielded.iter().filter(|(_, (_, at))| now - *at < WITHHELD);
+        let yielded: BTreeSet<UplinkKey> = yielded.filter_map(|(id, _)| paths.get(id)).flat_map(Path::needs).collect();
+        let withheld = !yielded.is_empty() && !has_of_ledger;
+        let usable = self.fitness.works().iter().filter(|key| of_ledger.contains(*key) || !yielded.contains(*key));
+        decision.wish.uplinks = usable.cloned().collect();
         let holds = paths.values().any(|path| path.state == PathState::Local && path.member);
         let left = drained && !holds && decision.wish.paths.is_empty();
         decision.wish.health = view.paths.is_gateway && self.is_fit() && !withheld && !left;
@@ -173,17 +208,16 @@ impl Holding {
     }
 
     /// Whether the address of a path that is to be here shall be placed.
-    #[allow(clippy::too_many_arguments, reason = "the loop's state")]
     fn takes(
         &mut self,
         id: PathId,
         path: &Path,
         here: bool,
         ask: bool,
-        verify: bool,
-        now: Instant,
+        scene: &Scene,
         decision: &mut Decision,
     ) -> bool {
+        let Scene { look, facts, verify, now } = *scene;
         self.going.remove(&id);
         if !path.by_ledger && ask {
             self.inherited.insert(id);
@@ -195,10 +229,17 @@ impl Holding {
             decision.wish.moving.insert(id);
             return true;
         }
-        if here || self.cleared.contains(&id) {
+        let cleared = self.cleared.get(&id);
+        let is_unasked = |a: IpAddr| {
+            look.is_usable(a, path) && !facts.addresses.contains(&a) && cleared.is_none_or(|set| !set.contains(&a))
+        };
+        let unasked = addresses(path).any(is_unasked);
+        // A family that was lost is back, or new: what goes by the other one goes on meanwhile.
+        let some = here || addresses(path).any(|a| facts.addresses.contains(&a));
+        if here || cleared.is_some() && (some || !unasked) {
             self.answered.remove(&id);
             self.yielded.remove(&id);
-            if here && verify {
+            if here && verify || some && unasked {
                 decision.ask.insert(id);
             }
             return true;
@@ -223,6 +264,33 @@ impl Holding {
         at > now
     }
 
+    /// Notes which of a path's addresses are not to be here yet, and whether it is here without one of them.
+    fn note_partial(&mut self, id: PathId, path: &Path, look: &Look, facts: &Facts, decision: &mut Decision) {
+        let is_missing = |a: &IpAddr| !facts.addresses.contains(a);
+        let missing = addresses(path).filter(is_missing).count();
+        let some_are_here = missing > 0 && missing < addresses(path).count();
+        if !look.is_partial(path) && !some_are_here {
+            return;
+        }
+        decision.partial.insert(id);
+        if let Some(cleared) = self.cleared.get_mut(&id) {
+            cleared.retain(|address| look.is_usable(*address, path));
+        }
+        if !decision.wish.moving.contains(&id) {
+            let cleared = self.cleared.get(&id);
+            let unasked = addresses(path).filter(is_missing).filter(|a| cleared.is_none_or(|set| !set.contains(a)));
+            decision.wish.unasked.extend(unasked);
+        }
+    }
+
+    /// Whether others find out now that this node cannot use what a path needs.
+    fn is_to_give_up(&mut self, path: &Path, now: Instant) -> bool {
+        let since = self.fitness.unfit_since().into_iter().chain(self.fitness.lost_since(path.needs())).min();
+        let at = since.map(|since| since + self.settings.safe_absence());
+        self.wake_at(at.filter(|at| *at > now));
+        at.is_some_and(|at| at <= now)
+    }
+
     /// Whether a node that cannot use an address gives it up: where it cannot be reached anyway, or if another one
     /// can.
     fn gives_up(&self, path: &Path) -> bool {
@@ -244,7 +312,7 @@ impl Holding {
     /// Drops what is known of paths that are gone or are another node's by a newer ledger.
     fn forget(&mut self, paths: &BTreeMap<PathId, Path>) {
         let there = |id: &PathId| paths.get(id).is_some_and(|path| path.placing != Placing::Never);
-        self.cleared.retain(there);
+        self.cleared.retain(|id, _| there(id));
         self.answered.retain(|id, _| there(id));
         self.lost.retain(there);
         self.going.retain(|id, _| paths.get(id).is_some_and(|path| path.placing == Placing::Leave));
@@ -257,23 +325,24 @@ impl Holding {
     /// What the link said. Of a path that is here and that somebody else has, this node lets go.
     pub fn heard(&mut self, asked: Vec<(PathId, IpAddr, Option<Mac>)>, view: &View, facts: &Facts, now: Instant) {
         let mut taken: BTreeMap<PathId, (IpAddr, Mac)> = BTreeMap::new();
-        let ids: BTreeSet<PathId> = asked.iter().map(|(id, _, _)| *id).collect();
+        let mut silent: BTreeMap<PathId, BTreeSet<IpAddr>> = BTreeMap::new();
         for (id, address, mac) in asked {
-            if let Some(mac) = mac {
-                taken.insert(id, (address, mac));
+            let silent = silent.entry(id).or_default();
+            match mac {
+                Some(mac) => drop(taken.insert(id, (address, mac))),
+                None => drop(silent.insert(address)),
             }
         }
         let mut news: Vec<String> = Vec::new();
-        for id in ids {
+        for (id, silent) in silent {
             self.asking.remove(&id);
             let path = view.paths.paths.get(&id);
             if path.is_some_and(|path| path.placing == Placing::Take { ask: false }) {
                 continue;
             }
-            let here = path.is_some_and(|path| is_here(path, facts));
+            let here = path.is_some_and(|path| path.is_here(id, facts));
             match taken.get(&id) {
-                None if !here => drop(self.cleared.insert(id)),
-                None => {}
+                None => self.cleared.entry(id).or_default().extend(silent),
                 Some((address, mac)) => {
                     let before = self.answered.get(&id).map(|a| a.first);
                     let answer = Answer { address: *address, mac: *mac, first: before.unwrap_or(now), last: now };
@@ -293,6 +362,16 @@ impl Holding {
             news.truncate(NAMED);
             tracing::warn!(count, "somebody else on the link has egress addresses: {}{more}", news.join(", "));
         }
+    }
+
+    /// Another node, which others reach, asks for what is here. This node gives it up, and does not ask for it before that
+    /// one has had the time to take it.
+    pub fn claimed(&mut self, id: PathId, address: IpAddr, by: Mac, now: Instant) {
+        let who = if by == Mac::default() { String::new() } else { format!(" at {}", Shown(by)) };
+        tracing::warn!(%address, "no node reaches this one, and one that others reach{who} asks for the egress IP: given up");
+        self.lost.insert(id);
+        self.cleared.remove(&id);
+        self.answered.insert(id, Answer { address, mac: by, first: now, last: now + CLAIMED });
     }
 
     /// The link could not be asked: it is tried again.
@@ -323,11 +402,6 @@ impl Holding {
     pub fn inherited(&self) -> &BTreeSet<PathId> {
         &self.inherited
     }
-}
-
-/// Whether all of a path's addresses are on this node.
-pub fn is_here(path: &Path, facts: &Facts) -> bool {
-    addresses(path).all(|a| facts.addresses.contains(&a))
 }
 
 #[cfg(test)]

@@ -342,3 +342,84 @@ fn a_way_out_that_never_worked_takes_nothing_from_the_others() {
     scene.decide();
     assert!(!scene.holding.is_fit());
 }
+
+/// A path with both families on a node that loses IPv6 while no other node has more.
+#[test]
+fn what_is_lost_of_a_pair_is_taken_back_without_a_pause_of_the_rest() {
+    let [v4, v6]: [IpAddr; 2] = [ADDRESS.parse().unwrap(), "2001:db8::50".parse().unwrap()];
+    let mut world = World::new(&["192.0.2.50", "2001:db8::50"]);
+    world.policy("a/p", asking(Allocate::Dedicated));
+    let id = world.allocate().grant("a/p").id;
+    let other = Arc::make_mut(world.cluster.egress_nodes.entry("n2".into()).or_default());
+    (other.tunnel_mac, other.tunnel_address) = (Some([2, 0, 0, 0, 0, 2]), Some([10, 0, 0, 2].into()));
+    let both = || Look::of(&interface(true), &[v4, v6]);
+    let half = || Look::of(&interface(true), &[v4]).and(Look::none_for(&[v6]));
+    let now = Instant::now() + Duration::from_secs(60);
+    let mut holding = Holding::new(SETTINGS, now - Duration::from_secs(60));
+    let mut facts = Facts::default();
+    // What is wished for happens.
+    let decide = |holding: &mut Holding, facts: &mut Facts, look: &Look, now: Instant| {
+        holding.judge(look, None, now);
+        facts.lost.clear();
+        holding.note(&"n1".into(), facts);
+        let view = View::new(&world.cluster, "n1", facts, &[], []);
+        let decision = holding.decide(&view, facts, look, false, now);
+        facts.partial.clone_from(&decision.partial);
+        let path = &view.paths.paths[&id];
+        let here = |a: &IpAddr| look.is_usable(*a, path) && !decision.wish.unasked.contains(a);
+        facts.addresses = addresses(path).filter(|a| decision.wish.paths.contains(&id) && here(a)).collect();
+        decision
+    };
+    let hear = |holding: &mut Holding, facts: &Facts, of: &[IpAddr], now: Instant| {
+        let view = View::new(&world.cluster, "n1", facts, &[], []);
+        holding.heard(of.iter().map(|a| (id, *a, None)).collect(), &view, facts, now);
+    };
+    assert!(decide(&mut holding, &mut facts, &both(), now).ask.contains(&id));
+    hear(&mut holding, &facts, &[v4, v6], now);
+    decide(&mut holding, &mut facts, &both(), now);
+    assert_eq!(facts.addresses, [v4, v6].into());
+
+    let later = now + Duration::from_secs(5);
+    let lost = decide(&mut holding, &mut facts, &half(), now);
+    assert!(lost.wish.health && holding.is_fit() && lost.ask.is_empty());
+    assert_eq!(lost.wish.uplinks.iter().map(ToString::to_string).collect::<Vec<_>>(), ["IPv4"]);
+    let others: BTreeSet<Name> = ["n2".into()].into();
+    facts.dead = others;
+    decide(&mut holding, &mut facts, &half(), later);
+    assert_eq!(facts.addresses, [v4].into(), "nobody can do better");
+
+    let back = decide(&mut holding, &mut facts, &both(), later);
+    assert!(back.ask.contains(&id), "somebody may have taken it meanwhile");
+    assert_eq!(facts.addresses, [v4].into());
+    hear(&mut holding, &facts, &[v4, v6], later);
+    let back = decide(&mut holding, &mut facts, &both(), later);
+    assert_eq!(facts.addresses, [v4, v6].into());
+    assert!(back.wish.uplinks.len() == 2);
+    assert!(decide(&mut holding, &mut facts, &both(), later).partial.is_empty());
+
+    // Another daemon, while it is lost.
+    decide(&mut holding, &mut facts, &half(), later);
+    let mut holding = Holding::new(SETTINGS, later);
+    facts.partial.clear();
+    decide(&mut holding, &mut facts, &half(), later);
+    assert_eq!(facts.addresses, [v4].into());
+
+    // Another node can do better.
+    facts.dead.clear();
+    let much_later = later + Duration::from_secs(5);
+    decide(&mut holding, &mut facts, &half(), much_later);
+    assert!(facts.addresses.is_empty());
+}
+
+#[test]
+fn what_another_node_claims_is_given_up_and_left_to_it_for_a_while() {
+    let mut scene = Scene::new();
+    scene.take();
+    scene.holding.claimed(scene.id, ADDRESS.parse().unwrap(), STRANGER, scene.now);
+    assert!(!scene.decide().wish.health && !scene.is_here());
+    scene.pass(4000);
+    assert!(scene.decide().ask.is_empty(), "the other one may need a while to ask again");
+    scene.pass(3000);
+    assert!(scene.decide().ask.contains(&scene.id), "and may have died");
+    scene.take();
+}

@@ -5,7 +5,7 @@ mod peers;
 mod place;
 
 pub use peers::Faults;
-pub use place::{Look, Way, Wish};
+pub use place::{Look, Wish};
 
 use crate::kernel::addresses;
 use crate::kernel::conntrack;

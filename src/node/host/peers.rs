@@ -1,7 +1,7 @@
 //! The other nodes' ends of the tunnel. What is wrong with one of them is that one's.
 
 use super::{Digest, Host};
-use crate::kernel::names::{ASKING, HEALTH, of_mac};
+use crate::kernel::names::{ASKING, HEALTH, of_mac, of_uplink};
 use crate::kernel::{fdb, neighbours};
 use crate::plan::mac::Mac;
 use crate::plan::node::View;
@@ -28,6 +28,8 @@ impl Host {
             nodes.insert(*mac, peer.address);
             if self.speaks_ipv6() && peer.is_gateway {
                 neighbours.insert(of_mac(HEALTH, *mac), *mac);
+                let uplinks = view.paths.uplinks_of(&peer.node);
+                neighbours.extend(uplinks.iter().map(|key| (of_uplink(key.code(), *mac), *mac)));
             }
             if self.speaks_ipv6() && view.paths.is_gateway {
                 neighbours.insert(of_mac(ASKING, *mac), *mac);

@@ -3,15 +3,17 @@
 use super::{Digest, Host};
 use crate::kernel::addresses::{self, Placed};
 use crate::kernel::announce::{self, Target};
-use crate::kernel::names::{HEALTH, of_mac};
+use crate::kernel::names::{HEALTH, is_health, of_mac, of_uplink};
 use crate::kernel::uplink::{Interface, Uplinks};
+use crate::plan::mac::Mac;
 use crate::plan::marks::PathId;
 use crate::plan::node::{View, addresses};
-use crate::plan::paths::Path;
+use crate::plan::paths::{Facts, Path};
 use crate::plan::selector::Name;
+use crate::plan::uplink_key::UplinkKey;
 use anyhow::Result;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv6Addr};
 use std::time::Duration;
 
 /// How many addresses are named in one line of the log.
@@ -21,8 +23,6 @@ const NAMED: usize = 6;
 const ANNOUNCEMENTS: u32 = 5;
 const BETWEEN_ANNOUNCEMENTS: Duration = Duration::from_millis(150);
 
-/// A way out: the interface that a gateway names, and the family, IPv4 or not.
-pub type Way = (Option<Name>, bool);
 /// An egress address, and the interface that the gateway names for it.
 type Spot = (IpAddr, Option<Name>);
 
@@ -33,15 +33,19 @@ pub struct Wish {
     pub paths: BTreeSet<PathId>,
     /// Those among them that another node has until this one does.
     pub moving: BTreeSet<PathId>,
-    /// Whether this node is fit to hold addresses: its health address says so.
+    /// Addresses of those paths that are not to be here yet: nobody was asked whether they are somebody else's.
+    pub unasked: BTreeSet<IpAddr>,
+    /// Whether this node is fit to hold addresses, by whatever uplink: its health address says so.
     pub health: bool,
+    /// The uplinks that others are to know as usable.
+    pub uplinks: BTreeSet<UplinkKey>,
 }
 
-/// A way out that this node does not have now.
+/// An uplink that this node cannot use now.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Broken {
     /// Which.
-    pub way: Way,
+    pub key: UplinkKey,
     /// Whether there is an interface, and it is down.
     pub down: bool,
     /// Why.
@@ -55,6 +59,10 @@ pub struct Look {
     none: HashMap<Spot, String>,
     /// Paths with an address that can be no egress IP of this host, and why.
     pub unusable: BTreeMap<PathId, String>,
+}
+
+fn key(address: &IpAddr, interface: &Option<Name>) -> UplinkKey {
+    UplinkKey { interface: interface.clone(), ipv4: address.is_ipv4() }
 }
 
 impl Look {
@@ -88,10 +96,10 @@ impl Look {
     }
 
     /// What cannot be used; and what can, by interface and family.
-    pub fn judge(&self) -> (Vec<Broken>, BTreeSet<Way>) {
+    pub fn judge(&self) -> (Vec<Broken>, BTreeSet<UplinkKey>) {
         let (mut broken, mut works): (BTreeMap<_, (bool, String)>, BTreeSet<_>) = (BTreeMap::new(), BTreeSet::new());
         for ((address, named), interface) in &self.found {
-            let key = (named.clone(), address.is_ipv4());
+            let key = key(address, named);
             if interface.running {
                 works.insert(key);
             } else {
@@ -100,23 +108,61 @@ impl Look {
             }
         }
         for ((address, named), why) in &self.none {
-            broken.entry((named.clone(), address.is_ipv4())).or_insert_with(|| (false, why.clone()));
+            broken.entry(key(address, named)).or_insert_with(|| (false, why.clone()));
         }
-        let broken = broken.into_iter().map(|(way, (down, why))| Broken { way, down, why });
+        let broken = broken.into_iter().map(|(key, (down, why))| Broken { key, down, why });
         (broken.collect(), works)
     }
 
-    /// Whether the link can be asked for a path's addresses.
+    /// The interfaces on whose links others can ask for addresses.
+    pub fn askable(&self) -> BTreeMap<u32, Interface> {
+        let found = self.found.values().filter(|interface| interface.running && interface.mac.is_some());
+        found.map(|interface| (interface.ifindex, interface.clone())).collect()
+    }
+
+    /// Whether a path's address has an interface that works.
+    pub fn is_usable(&self, address: IpAddr, path: &Path) -> bool {
+        self.found.get(&(address, path.interface.clone())).is_some_and(|interface| interface.running)
+    }
+
+    /// Whether some of a path's addresses have one and others have not.
+    pub fn is_partial(&self, path: &Path) -> bool {
+        let usable = addresses(path).filter(|address| self.is_usable(*address, path)).count();
+        usable > 0 && usable < addresses(path).count()
+    }
+
+    /// Whether those of a path's addresses that have one are here, and others have none.
+    pub fn is_served(&self, path: &Path, facts: &Facts) -> bool {
+        let mut usable = addresses(path).filter(|address| self.is_usable(*address, path));
+        self.is_partial(path) && usable.all(|address| facts.addresses.contains(&address))
+    }
+
+    /// Whether the link can be asked for a path's addresses, or for those whose interface works.
     pub fn can_ask(&self, path: &Path) -> bool {
-        addresses(path).all(|address| self.found.contains_key(&(address, path.interface.clone())))
+        self.is_partial(path) || addresses(path).all(|address| self.finds(address, path))
+    }
+
+    fn finds(&self, address: IpAddr, path: &Path) -> bool {
+        self.found.contains_key(&(address, path.interface.clone()))
+    }
+
+    /// Where a node with this tunnel MAC address answers for these uplinks, and for all that its paths need if it has all.
+    fn health(&self, uplinks: &BTreeSet<UplinkKey>, mac: Mac) -> impl Iterator<Item = Ipv6Addr> {
+        let spots = self.found.keys().chain(self.none.keys());
+        let lost = spots.map(|(address, named)| key(address, named)).filter(|key| !uplinks.contains(key));
+        let lost: BTreeSet<u16> = lost.map(|key| key.code()).collect();
+        let all = lost.is_empty().then(|| of_mac(HEALTH, mac));
+        let codes: BTreeSet<u16> = uplinks.iter().map(UplinkKey::code).collect();
+        codes.into_iter().filter(move |code| !lost.contains(code)).map(move |code| of_uplink(code, mac)).chain(all)
     }
 
     /// The addresses of paths, and where to ask for them.
     pub fn targets(&self, view: &View, paths: &BTreeSet<PathId>) -> Vec<(PathId, Target)> {
         let of_paths = view.placeable().filter(|(id, _, _)| paths.contains(id));
+        let of_paths = of_paths.filter(|(_, address, path)| !self.is_partial(path) || self.is_usable(*address, path));
         let found = of_paths.filter_map(|(id, address, path)| {
             let interface = self.found.get(&(address, path.interface.clone()))?.clone();
-            Some((id, Target { address, interface }))
+            Some((id, Target { address, interface, claim: None }))
         });
         found.collect()
     }
@@ -152,27 +198,30 @@ impl Host {
         let placeable = view.placeable().filter(|(id, _, _)| wish.paths.contains(id));
         let placed: BTreeMap<Spot, PathId> = placeable.map(|(id, a, path)| ((a, path.interface.clone()), id)).collect();
         let interfaces: Vec<_> = placed.keys().map(|spot| look.found.get(spot).map(|i| i.ifindex)).collect();
-        let digest = Digest::new(&(&placed, interfaces, wish.health));
+        let digest = Digest::new(&(&placed, interfaces, &wish.unasked, wish.health, &wish.uplinks));
         if self.placed == Some(digest) {
             return Ok((0, BTreeMap::new()));
         }
         let (mut wanted, mut refused): (BTreeSet<Placed>, _) = (BTreeSet::new(), BTreeMap::new());
         let mut of_address: HashMap<IpAddr, (PathId, &Interface)> = HashMap::new();
-        for (spot, id) in &placed {
+        for (spot, id) in placed.iter().filter(|(spot, _)| !wish.unasked.contains(&spot.0)) {
             match (look.found.get(spot), look.none.get(spot)) {
                 (Some(interface), _) => {
                     wanted.insert((spot.0, interface.ifindex));
                     of_address.insert(spot.0, (*id, interface));
                 }
+                // It leaves by the other family until this one is back.
+                (None, _) if view.paths.paths.get(id).is_some_and(|path| look.is_partial(path)) => {}
                 (None, why) => drop(refused.insert(*id, why.cloned().unwrap_or_default())),
             }
         }
         if let (Some((tunnel, device)), true) = (&self.tunnel, wish.health && self.speaks_ipv6()) {
-            wanted.insert((of_mac(HEALTH, tunnel.mac).into(), *device));
+            let mac = tunnel.mac;
+            wanted.extend(look.health(&wish.uplinks, mac).map(|address| (address.into(), *device)));
         }
         let announce = |added: &[Placed]| {
             let placed = added.iter().filter_map(|(address, _)| Some((*address, of_address.get(address)?.1)));
-            tell_neighbours(placed.map(|(address, i)| Target { address, interface: i.clone() }).collect());
+            tell_neighbours(placed.map(|(address, i)| Target { address, interface: i.clone(), claim: None }).collect());
         };
         let changes = addresses::sync_and_tell(&self.routes, &wanted, announce).await?;
         tell("are on this node now", changes.added.iter().map(|(address, _)| *address));
@@ -214,7 +263,7 @@ fn targets(view: &View, look: &Look, paths: &BTreeSet<PathId>) -> Vec<Target> {
 
 /// Logs egress addresses, of many the first few.
 fn tell(what: &str, addresses: impl Iterator<Item = IpAddr>) {
-    let all: Vec<IpAddr> = addresses.filter(|a| !matches!(a, IpAddr::V6(a) if HEALTH.contains(*a))).collect();
+    let all: Vec<IpAddr> = addresses.filter(|a| !matches!(a, IpAddr::V6(a) if is_health(*a))).collect();
     if all.is_empty() {
         return;
     }

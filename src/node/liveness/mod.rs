@@ -1,12 +1,16 @@
 //! Whether the gateways' nodes live: asked of their kernels through the tunnel, again and again.
 //!
 //! A task of its own asks and hears; the daemon is told only what changes.
+//!
+//! A node answers at one address while all of its uplinks work, and at one more for each uplink's family that works. While
+//! it answers at the first, that is all that is asked; a node that has lost a family costs others some questions more.
 
 mod questions;
 
 use crate::kernel::echo::Echo;
 use crate::kernel::names::DEVICE;
 use crate::plan::selector::Name;
+use crate::plan::uplink_key::UplinkKey;
 use questions::Questions;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -62,6 +66,8 @@ pub struct Targets {
     pub source: Option<Ipv6Addr>,
     /// The nodes' health addresses.
     pub nodes: BTreeMap<Name, Ipv6Addr>,
+    /// What paths need of each node's uplinks, and where it answers for each.
+    pub uplinks: BTreeMap<Name, BTreeMap<UplinkKey, Ipv6Addr>>,
 }
 
 /// What was found out.
@@ -69,8 +75,12 @@ pub struct Targets {
 pub struct Seen {
     /// Nodes that do not answer.
     pub dead: BTreeSet<Name>,
+    /// What others have lost of their uplinks.
+    pub lost: BTreeMap<Name, BTreeSet<UplinkKey>>,
     /// Nobody answers, and nobody asks this node either.
     pub alone: bool,
+    /// Somebody answers, or has asked this node since nobody does.
+    pub reached: bool,
     /// How often this node has come back from where it could not know what the others did: it was frozen, or alone.
     pub returns: u64,
 }
@@ -78,12 +88,13 @@ pub struct Seen {
 /// Asks, until nobody wants to know any more.
 pub async fn watch(settings: Settings, mut targets: watch::Receiver<Targets>, seen: watch::Sender<Seen>) {
     let mut questions = Questions::new(settings);
+    let mut uplinks = Questions::unproven(settings);
     let mut echo: Option<Echo> = None;
     let mut wanted = Targets::default();
     let mut told = Seen::default();
     let mut loneliness = Loneliness::default();
     loop {
-        let next = questions.next();
+        let next = [questions.next(), uplinks.next()].into_iter().flatten().min();
         tokio::select! {
             changed = targets.changed() => if changed.is_err() { return },
             () = heard(&echo) => {}
@@ -97,9 +108,15 @@ pub async fn watch(settings: Settings, mut targets: watch::Receiver<Targets>, se
         let now = Instant::now();
         questions.set_nodes(&wanted.nodes, now);
         // However busy the daemon was: what came meanwhile came before the judgement.
-        take(&mut echo, &mut questions, now);
+        take(&mut echo, now, |from, sequence, at| {
+            questions.answered(from, sequence, at);
+            uplinks.answered(from, sequence, at);
+        });
         questions.judge(now);
-        let due = questions.due(now);
+        uplinks.set_nodes(&wanted.of_uplinks(questions.in_doubt()), now);
+        uplinks.judge(now);
+        let mut due = questions.due(now);
+        due.extend(uplinks.due(now));
         if !due.is_empty() && echo.is_none() {
             echo = open(&wanted);
         }
@@ -109,9 +126,11 @@ pub async fn watch(settings: Settings, mut targets: watch::Receiver<Targets>, se
                 let _ = echo.ask(address, sequence);
             }
         }
-        let mut new = Seen { dead: questions.dead(), ..told.clone() };
+        let (dead, lost) = tell_apart(&questions, &mut uplinks, &wanted);
+        let mut new = Seen { dead, lost, ..told.clone() };
         let nobody = !new.dead.is_empty() && new.dead.len() == wanted.nodes.len();
-        new.alone = loneliness.is_alone(nobody, questions.silent_for(now) > settings.detection());
+        new.reached = loneliness.is_reached(nobody);
+        new.alone = !new.reached && questions.silent_for(now) > settings.detection();
         new.returns += u64::from(questions.take_stall()) + u64::from(told.alone && !new.alone);
         if new != told {
             tell(&told, &new);
@@ -119,6 +138,39 @@ pub async fn watch(settings: Settings, mut targets: watch::Receiver<Targets>, se
             seen.send_replace(told.clone());
         }
     }
+}
+
+/// An address that stands for uplinks of a node's: several whose codes are the same have one.
+type OfUplink = (Name, Ipv6Addr);
+
+impl Targets {
+    /// Where these nodes answer for their uplinks.
+    fn of_uplinks<'a>(&self, nodes: impl Iterator<Item = &'a Name>) -> BTreeMap<OfUplink, Ipv6Addr> {
+        let known = nodes.filter_map(|name| self.uplinks.get_key_value(name));
+        known.flat_map(|(name, of)| of.values().map(|address| ((name.clone(), *address), *address))).collect()
+    }
+}
+
+/// The nodes that are dead, and what those have lost that do not answer for all of their uplinks.
+fn tell_apart(
+    nodes: &Questions<Name>,
+    uplinks: &mut Questions<OfUplink>,
+    targets: &Targets,
+) -> (BTreeSet<Name>, BTreeMap<Name, BTreeSet<UplinkKey>>) {
+    let (mut dead, mut lost) = (nodes.dead(), BTreeMap::new());
+    dead.retain(|name| {
+        let Some(of) = targets.uplinks.get(name) else { return true };
+        let silent = of.iter().filter(|(_, address)| !uplinks.is_alive(&(name.clone(), **address)));
+        let silent: BTreeSet<UplinkKey> = silent.map(|(key, _)| key.clone()).collect();
+        let is_dead = silent.len() == of.len();
+        if is_dead {
+            of.values().for_each(|address| uplinks.give_up(&(name.clone(), *address)));
+        } else if !silent.is_empty() {
+            lost.insert(name.clone(), silent);
+        }
+        is_dead
+    });
+    (dead, lost)
 }
 
 /// Whether others ask for this node, while it hears of nobody.
@@ -129,15 +181,15 @@ struct Loneliness {
 }
 
 impl Loneliness {
-    /// `long`: it has lasted longer than others would have left this node unasked by chance.
-    fn is_alone(&mut self, nobody_answers: bool, long: bool) -> bool {
+    /// Whether others reach this node. That they do not is certain only when that has lasted longer than they would have
+    /// left this node unasked by chance.
+    fn is_reached(&mut self, nobody_answers: bool) -> bool {
         if !nobody_answers {
             self.before = None;
-            return false;
+            return true;
         }
         let now = asked();
-        let before = *self.before.get_or_insert(now);
-        long && before == now
+        *self.before.get_or_insert(now) != now
     }
 }
 
@@ -147,6 +199,13 @@ fn tell(before: &Seen, now: &Seen) {
     }
     for node in before.dead.difference(&now.dead) {
         tracing::info!(%node, "the node answers again");
+    }
+    for (node, lost) in now.lost.iter().filter(|(node, lost)| before.lost.get(*node) != Some(*lost)) {
+        let lost = lost.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+        tracing::warn!(%node, lost, "the node's uplink has lost a family");
+    }
+    for node in before.lost.keys().filter(|node| !now.lost.contains_key(*node) && !now.dead.contains(*node)) {
+        tracing::info!(%node, "the node's uplink has all families again");
     }
     if now.alone && !before.alone {
         tracing::warn!("no other node answers, and none asks for this one");
@@ -171,13 +230,13 @@ async fn heard(echo: &Option<Echo>) {
     }
 }
 
-fn take(echo: &mut Option<Echo>, questions: &mut Questions, now: Instant) {
+fn take(echo: &mut Option<Echo>, now: Instant, mut answered: impl FnMut(Ipv6Addr, u16, Instant)) {
     let Some(open) = echo else { return };
     loop {
         match open.answer() {
             Ok(Some(answer)) => {
                 let at = now.checked_sub(answer.waited).unwrap_or(now);
-                questions.answered(answer.from, answer.sequence, at);
+                answered(answer.from, answer.sequence, at);
             }
             Ok(None) => return,
             Err(e) => {

@@ -1,7 +1,6 @@
 //! Questions, and what follows from answers and silence.
 
 use super::Settings;
-use crate::plan::selector::Name;
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::net::Ipv6Addr;
 use std::time::Duration;
@@ -86,13 +85,15 @@ struct Node {
     missed: u32,
     round_trip: Option<RoundTrip>,
     dead: bool,
+    /// Whether it was never found alive, nor dead: it is alive with the first answer.
+    unproven: bool,
     returning: Option<Return>,
     /// When it answered last, or was first to be asked.
     last: Instant,
 }
 
 impl Node {
-    fn new(address: Ipv6Addr, now: Instant) -> Self {
+    fn new(address: Ipv6Addr, unproven: bool, now: Instant) -> Self {
         Node {
             address,
             next: now,
@@ -101,7 +102,8 @@ impl Node {
             answered: None,
             missed: 0,
             round_trip: None,
-            dead: false,
+            dead: unproven,
+            unproven,
             returning: None,
             last: now,
         }
@@ -178,37 +180,44 @@ impl Node {
             self.returning = Some(Return { since: at, from: question.asked, answered: 1, missed });
             self.next = self.next.min(at);
         }
-        if first || self.returning.is_some_and(|returning| returning.is_over(at)) {
-            self.dead = false;
+        if first || self.unproven || self.returning.is_some_and(|returning| returning.is_over(at)) {
+            (self.dead, self.unproven) = (false, false);
             self.returning = None;
         }
     }
 }
 
-/// See the module.
+/// See the module. What is asked, a node or something of its, is told apart by `K`.
 #[derive(Debug)]
-pub struct Questions {
+pub struct Questions<K> {
     settings: Settings,
-    nodes: BTreeMap<Name, Node>,
-    by_address: HashMap<Ipv6Addr, Name>,
+    /// Who is new counts as dead until it answers for the first time.
+    unproven: bool,
+    nodes: BTreeMap<K, Node>,
+    by_address: HashMap<Ipv6Addr, K>,
     stalled: bool,
 }
 
-impl Questions {
+impl<K: Ord + Clone> Questions<K> {
+    /// Who is new counts as alive.
     pub fn new(settings: Settings) -> Self {
-        let (nodes, by_address) = (BTreeMap::new(), HashMap::new());
-        Questions { settings, nodes, by_address, stalled: false }
+        Questions { settings, unproven: false, nodes: BTreeMap::new(), by_address: HashMap::new(), stalled: false }
     }
 
-    /// Whom to ask from now on. Who is new counts as alive.
-    pub fn set_nodes(&mut self, wanted: &BTreeMap<Name, Ipv6Addr>, now: Instant) {
-        let same = |name: &Name, node: &Node| wanted.get(name) == Some(&node.address);
+    /// Who is new counts as dead until it answers for the first time.
+    pub fn unproven(settings: Settings) -> Self {
+        Questions { unproven: true, ..Self::new(settings) }
+    }
+
+    /// Whom to ask from now on.
+    pub fn set_nodes(&mut self, wanted: &BTreeMap<K, Ipv6Addr>, now: Instant) {
+        let same = |name: &K, node: &Node| wanted.get(name) == Some(&node.address);
         if self.nodes.len() == wanted.len() && self.nodes.iter().all(|(name, node)| same(name, node)) {
             return;
         }
         self.nodes.retain(|name, node| same(name, node));
         for (name, address) in wanted {
-            self.nodes.entry(name.clone()).or_insert_with(|| Node::new(*address, now));
+            self.nodes.entry(name.clone()).or_insert_with(|| Node::new(*address, self.unproven, now));
         }
         self.by_address = wanted.iter().map(|(name, address)| (*address, name.clone())).collect();
     }
@@ -252,9 +261,26 @@ impl Questions {
         }
     }
 
-    /// Nodes that do not answer.
-    pub fn dead(&self) -> BTreeSet<Name> {
+    /// Who does not answer.
+    pub fn dead(&self) -> BTreeSet<K> {
         self.nodes.iter().filter(|(_, node)| node.dead).map(|(name, _)| name.clone()).collect()
+    }
+
+    /// Who did not answer the last question in time.
+    pub fn in_doubt(&self) -> impl Iterator<Item = &K> {
+        self.nodes.iter().filter(|(_, node)| node.dead || node.missed > 0).map(|(name, _)| name)
+    }
+
+    /// Whether it is known to answer.
+    pub fn is_alive(&self, of: &K) -> bool {
+        self.nodes.get(of).is_some_and(|node| !node.dead)
+    }
+
+    /// One that has not answered yet counts as found dead: it must answer for as long as others before it is alive.
+    pub fn give_up(&mut self, of: &K) {
+        if let Some(node) = self.nodes.get_mut(of) {
+            node.unproven = false;
+        }
     }
 
     /// How long nobody has answered.

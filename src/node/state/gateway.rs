@@ -1,16 +1,17 @@
 //! The gateway's part: who lives, which addresses are here, and what the link says of them.
 
 use super::Node;
-use crate::kernel::announce;
+use crate::kernel::announce::{self, Claim};
 use crate::kernel::names::HEALTH;
-use crate::kernel::names::of_mac;
-use crate::node::holding::is_here;
+use crate::kernel::names::{of_mac, of_uplink};
 use crate::node::host::{Look, Wish};
 use crate::node::liveness::{Seen, Targets};
 use crate::node::moved::Moved;
+use crate::plan::fnv::fnv1a;
 use crate::plan::ledger::has_drain_label;
 use crate::plan::mac::Mac;
 use crate::plan::marks::PathId;
+use crate::plan::node::addresses;
 use crate::plan::paths::{Facts, Path, PathState};
 use crate::plan::selector::Name;
 use anyhow::Result;
@@ -34,12 +35,25 @@ const UNASKABLE: Duration = Duration::from_millis(500);
 /// the old node what servers answer to this one.
 const HANDOVER: Duration = Duration::from_secs(1);
 
-/// What the link said of some paths' addresses.
+/// What the link said.
 #[derive(Debug)]
-pub struct Heard {
-    paths: BTreeSet<PathId>,
-    /// Who answered for each address; `None`: it could not be asked.
-    answers: Option<Vec<(PathId, IpAddr, Option<Mac>)>>,
+pub enum Heard {
+    /// Of some paths' addresses, when it was asked.
+    Answers {
+        /// The paths.
+        paths: BTreeSet<PathId>,
+        /// Who answered for each address; `None`: it could not be asked.
+        answers: Option<Vec<(PathId, IpAddr, Option<Mac>)>>,
+    },
+    /// Somebody asked for an address, and claims it.
+    Claim {
+        /// The address.
+        address: IpAddr,
+        /// Who asked; all zeros where the question does not say.
+        by: Mac,
+        /// What the question says beside.
+        claim: Claim,
+    },
 }
 
 impl Node {
@@ -57,11 +71,52 @@ impl Node {
 
     /// The link has answered.
     pub fn heard(&mut self, heard: Heard) {
-        match heard.answers {
-            Some(answers) => self.holding.heard(answers, &self.view, &self.facts, Instant::now()),
-            None => self.holding.unheard(heard.paths),
+        match heard {
+            Heard::Answers { answers: Some(answers), .. } => {
+                self.holding.heard(answers, &self.view, &self.facts, Instant::now());
+            }
+            Heard::Answers { paths, answers: None } => self.holding.unheard(paths),
+            Heard::Claim { address, by, claim } => self.claimed(address, by, claim),
         }
         self.base = true;
+    }
+
+    /// A node that others reach asks for an address, and no other node reaches this one: what is here is of no use to
+    /// them, and that one can serve.
+    fn claimed(&mut self, address: IpAddr, by: Mac, claim: Claim) {
+        let paths = &self.view.paths.paths;
+        let of_address = paths.iter().find(|(_, path)| path.managed && addresses(path).any(|a| a == address));
+        if let Some((id, path)) = of_address.filter(|_| self.seen.alone)
+            && path.is_here(*id, &self.facts)
+            && claim == claim_of(*id, path)
+        {
+            self.holding.claimed(*id, address, by, Instant::now());
+        }
+    }
+
+    /// While no other node reaches this one, listens whether one that others reach asks for what is here.
+    fn listen_for_claims(&mut self, look: &Look) {
+        let interfaces = if self.seen.alone { look.askable() } else { BTreeMap::new() };
+        let listens = self.claims.as_ref().filter(|(_, task)| !task.is_finished()).map(|(on, _)| on);
+        if listens.is_some_and(|on| on.iter().eq(interfaces.keys())) || listens.is_none() && interfaces.is_empty() {
+            return;
+        }
+        if let Some((_, task)) = self.claims.take() {
+            task.abort();
+        }
+        if interfaces.is_empty() {
+            return;
+        }
+        let (on, interfaces) = (interfaces.keys().copied().collect(), interfaces.into_values().collect::<Vec<_>>());
+        let heard = self.listeners.heard.clone();
+        let task = tokio::spawn(async move {
+            let tell = |address, by, claim| drop(heard.send(Heard::Claim { address, by, claim }));
+            if let Err(e) = announce::hear_claims(&interfaces, tell).await {
+                tracing::warn!("it cannot be heard whether others ask for egress addresses: {e:#}");
+                tokio::time::sleep(UNASKABLE).await;
+            }
+        });
+        self.claims = Some((on, task.abort_handle()));
     }
 
     /// Waits until something is to be done about this node's addresses.
@@ -83,9 +138,8 @@ impl Node {
     /// Computes the paths anew: who lives, or what this node knows of itself, has changed.
     pub(super) fn look_again(&mut self) {
         self.facts.dead.clone_from(&self.seen.dead);
-        if !self.holding.is_fit() {
-            self.facts.dead.insert(self.options.name.as_str().into());
-        }
+        self.facts.lost.clone_from(&self.seen.lost);
+        self.holding.note(&self.options.name.as_str().into(), &mut self.facts);
         if !self.stale {
             self.view.look_again(&self.cluster, &self.options.name, &self.facts);
             self.host.view(&self.view);
@@ -105,10 +159,15 @@ impl Node {
         let mut decision = self.holding.decide(&self.view, &self.facts, &look, drained, now);
         decision.wish.paths.retain(|id| !look.unusable.contains_key(id));
         decision.wish.moving.retain(|id| !look.unusable.contains_key(id));
+        if self.facts.partial != decision.partial {
+            self.facts.partial.clone_from(&decision.partial);
+            self.look_again();
+        }
         let few = decision.new.len() <= FEW;
         let (new, others) = decision.ask.into_iter().partition(|id| few && decision.new.contains(id));
         self.ask(&look, new, &[ASK_NEW, ASK]);
         self.ask(&look, others, &[ASK]);
+        self.listen_for_claims(&look);
         self.note_handovers(now);
         let mut changes = self.prepare(&decision.wish)?;
         self.host.announce_ahead(&self.view, &look, &self.facts.coming);
@@ -117,13 +176,16 @@ impl Node {
         changes += placed;
         if std::mem::take(&mut self.announce_again) {
             // Of what it would take, others are told nothing before it is here.
-            let is_here = |id: &&PathId| self.view.paths.paths.get(id).is_some_and(|path| is_here(path, &self.facts));
+            let is_here =
+                |id: &&PathId| self.view.paths.paths.get(id).is_some_and(|path| path.is_here(**id, &self.facts));
             let inherited = self.holding.inherited().iter().filter(is_here).copied().collect();
             self.host.announce_again(&self.view, &look, &inherited);
         }
         self.here = decision.wish.paths;
         let mut facts = self.host.facts(refused).await?;
         facts.dead.clone_from(&self.facts.dead);
+        facts.lost.clone_from(&self.facts.lost);
+        facts.partial.clone_from(&self.facts.partial);
         self.note_since(&facts);
         facts.taken = self.taken(&facts);
         facts.yielded = self.holding.yielded();
@@ -143,7 +205,7 @@ impl Node {
     /// thousand takes the kernel a second. What is moved here on purpose comes with connections that the old node knows.
     fn prepare(&mut self, wish: &Wish) -> Result<usize> {
         let paths = &self.view.paths.paths;
-        let comes = |id: &PathId| paths.get(id).is_some_and(|path| !is_here(path, &self.facts));
+        let comes = |id: &PathId| paths.get(id).is_some_and(|path| !path.is_here(*id, &self.facts));
         let all: BTreeSet<PathId> = wish.paths.iter().copied().filter(comes).collect();
         if all.is_empty() {
             return Ok(0);
@@ -184,10 +246,10 @@ impl Node {
 
     /// Notes as of which ledger each address is here.
     fn note_since(&mut self, facts: &Facts) {
-        let here = |path: &Path| path.managed && is_here(path, facts);
+        let here = |id: &PathId, path: &Path| path.managed && path.is_here(*id, facts);
         let paths = &self.view.paths.paths;
-        self.since.retain(|id, _| paths.get(id).is_some_and(here));
-        for (id, path) in paths.iter().filter(|(_, path)| here(path)) {
+        self.since.retain(|id, _| paths.get(id).is_some_and(|path| here(id, path)));
+        for (id, path) in paths.iter().filter(|(id, path)| here(id, path)) {
             let since = self.since.entry(*id).or_insert(path.since);
             if path.by_ledger {
                 *since = path.since;
@@ -202,7 +264,7 @@ impl Node {
         let paths = self.view.paths.paths.iter().filter(|(_, path)| path.managed && !path.by_ledger);
         let paths = paths.filter(|(id, path)| {
             let claims = path.taken_over && self.since.get(id) == Some(&path.since);
-            is_here(path, facts) && (claims || facts_taken(&self.facts, **id) == Some(path.since))
+            path.is_here(**id, facts) && (claims || facts_taken(&self.facts, **id) == Some(path.since))
         });
         paths.map(|(id, path)| (*id, path.since)).collect()
     }
@@ -212,7 +274,11 @@ impl Node {
         if paths.is_empty() {
             return;
         }
-        let (ids, targets): (Vec<PathId>, Vec<_>) = look.targets(&self.view, &paths).into_iter().unzip();
+        let (ids, mut targets): (Vec<PathId>, Vec<_>) = look.targets(&self.view, &paths).into_iter().unzip();
+        // Who is reached by nobody claims nothing.
+        for (id, target) in ids.iter().zip(&mut targets).filter(|_| self.seen.reached) {
+            target.claim = self.view.paths.paths.get(id).map(|path| claim_of(*id, path));
+        }
         let heard = self.listeners.heard.clone();
         tokio::spawn(async move {
             for patience in patience {
@@ -228,7 +294,7 @@ impl Node {
                     }
                 };
                 // The daemon ends if nobody listens.
-                let _ = heard.send(Heard { paths: paths.clone(), answers });
+                let _ = heard.send(Heard::Answers { paths: paths.clone(), answers });
             }
         });
     }
@@ -251,15 +317,30 @@ impl Node {
         let others = nodes.filter(|name| ***name != *self.options.name);
         let answering = others.filter_map(|name| {
             let status = self.cluster.egress_nodes.get(name)?;
-            status.answers.then_some((name.clone(), of_mac(HEALTH, status.tunnel_mac?)))
+            status.answers.then_some((name.clone(), status.tunnel_mac?))
         });
-        let new = Targets { device, source: Some(source), nodes: answering.collect() };
+        let answering: BTreeMap<Name, Mac> = answering.collect();
+        let of_uplinks = |(name, mac): (&Name, &Mac)| {
+            let keys = paths.uplinks_of(name).into_iter();
+            (name.clone(), keys.map(|key| (key.clone(), of_uplink(key.code(), *mac))).collect())
+        };
+        let uplinks = answering.iter().map(of_uplinks).collect();
+        let nodes = answering.into_iter().map(|(name, mac)| (name, of_mac(HEALTH, mac))).collect();
+        let new = Targets { device, source: Some(source), nodes, uplinks };
         self.listeners.targets.send_if_modified(|now| {
             let changed = *now != new;
             *now = new;
             changed
         });
     }
+}
+
+/// By what a question for a path's address is known as another node's: hosts that speak to nothing but the link do not
+/// know it. It is no secret of those that read the cluster's objects.
+fn claim_of(id: PathId, path: &Path) -> Claim {
+    let [.., a, b, c, d, e, f] = fnv1a(path.gateway.bytes().chain(id.to_be_bytes())).to_be_bytes();
+    // All zeros are no claim.
+    [a, b, c, d, e, f | 1]
 }
 
 fn facts_taken(facts: &Facts, id: PathId) -> Option<i64> {

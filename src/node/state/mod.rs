@@ -26,7 +26,7 @@ use crate::node::liveness::{Seen, Targets};
 use crate::node::metrics::Metrics;
 use crate::node::moved::Moved;
 use crate::node::pods::{Census, Holder, Interface, Pods, Use};
-use crate::node::report::Report;
+use crate::node::report::{Own, Report};
 use crate::plan::mac::Mac;
 use crate::plan::marks::PathId;
 use crate::plan::model::{Cluster, ObjectKey};
@@ -39,6 +39,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Instant;
 use tokio::sync::{mpsc, watch};
+use tokio::task::AbortHandle;
 
 /// Those who work in the background, and where they tell what came of it.
 pub struct Listeners {
@@ -69,6 +70,8 @@ pub struct Node {
     holding: Holding,
     /// What is known of other nodes' being alive.
     seen: Seen,
+    /// Who listens for claims of addresses, and on which interfaces.
+    claims: Option<(Vec<u32>, AbortHandle)>,
     /// The paths whose addresses are here.
     here: BTreeSet<PathId>,
     /// `since` of the ledger's entries when the addresses that are here came, or when the ledger named this node last.
@@ -159,6 +162,7 @@ impl Node {
             listeners,
             holding,
             seen: Seen::default(),
+            claims: None,
             here: BTreeSet::new(),
             since: BTreeMap::new(),
             handed: BTreeMap::new(),
@@ -360,8 +364,9 @@ impl Node {
             changed
         });
         let used = self.uses.values().flat_map(|used| &used.paths).copied().collect();
-        let (end, faults) = (self.host.tunnel_end(), &self.known_faults.faults);
-        self.report.publish(&self.view, end, &self.facts, faults, &used, self.cluster.nodes.len());
+        let Node { facts, holding, .. } = self;
+        let own = Own { tunnel: self.host.tunnel_end(), facts, holding, faults: &self.known_faults.faults };
+        self.report.publish(&self.view, &own, &used, self.cluster.nodes.len());
         self.set_targets();
         self.seek_strangers();
         state.is_err()

@@ -6,7 +6,6 @@
 //! as there is a node to hand them to.
 
 use super::Node;
-use crate::node::holding::is_here;
 use crate::plan::ledger::is_drained;
 use crate::plan::paths::{Path, Placing};
 use std::time::Duration;
@@ -63,8 +62,9 @@ impl Node {
 
     /// How many egress IPs are here that are to go, and can.
     fn to_hand_over(&self) -> usize {
-        let here = self.view.paths.paths.values().filter(|path| path.managed && path.placing != Placing::Never);
-        here.filter(|path| is_here(path, &self.facts) && self.is_left_by(path) && self.has_taker(path)).count()
+        let paths = self.view.paths.paths.iter().filter(|(id, path)| path.managed && path.is_here(**id, &self.facts));
+        let here = paths.map(|(_, path)| path).filter(|path| path.placing != Placing::Never);
+        here.filter(|path| self.is_left_by(path) && self.has_taker(path)).count()
     }
 
     /// Whether a path is to leave this node.

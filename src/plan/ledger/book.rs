@@ -148,6 +148,13 @@ impl<'a> Book<'a> {
         !self.silent.contains(&**node)
     }
 
+    /// How much of its uplinks, as far as the gateway's paths may need them, a node says that it has lost.
+    pub(super) fn lacks(&self, node: &Name, gateway: usize) -> usize {
+        let interface = self.desks[gateway].gateway.interface.as_deref();
+        let said = self.cluster.egress_nodes.get(node).map(|node| node.of_paths().lost.as_slice()).unwrap_or_default();
+        said.iter().filter(|lost| lost.interface.as_deref() == interface).count()
+    }
+
     /// Whether a node has said where its end of the tunnel is: Egret runs there, or did.
     pub(super) fn is_reachable(&self, node: &Name) -> bool {
         self.cluster.egress_nodes.get(node).is_some_and(|status| status.tunnel_mac.is_some())

@@ -60,6 +60,7 @@ pub(super) fn follow_takeovers(book: &mut Book, gateway: usize, paths: &[usize],
             arrived: true,
             takers: &takers,
             members: &[],
+            needs: &[],
         };
         // All nodes see the same one of several as the owner.
         let taker: Option<Name> = ownership::owner(standing, &Liveness::default()).map(Into::into);

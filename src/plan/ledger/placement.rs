@@ -68,7 +68,7 @@ struct Room<'a> {
     nodes: Vec<(&'a Name, &'a Node)>,
     /// Those that are not drained, or all if all are: paths stay where they are.
     open: HashMap<&'a Name, usize>,
-    /// Those of them that paths can be moved to: they live, as far as can be told.
+    /// Those of them that paths can be moved to: they live, as far as can be told, and none has lost less of its uplinks.
     ready: HashMap<&'a Name, usize>,
 }
 
@@ -80,7 +80,10 @@ impl<'a> Room<'a> {
         let open = nodes.iter().enumerate().filter(|(_, (_, node))| all_drained || !is_drained(node));
         let open: HashMap<&Name, usize> = open.map(|(place, (name, _))| (*name, place)).collect();
         let anybody = nodes.iter().any(|(name, _)| book.is_reachable(name));
-        let ready = |name: &Name| book.lives(name) && (book.is_reachable(name) || !anybody);
+        let least = open.keys().filter(|name| book.lives(name)).map(|name| book.lacks(name, gateway)).min();
+        let ready = |name: &Name| {
+            book.lives(name) && (book.is_reachable(name) || !anybody) && Some(book.lacks(name, gateway)) == least
+        };
         let ready = open.iter().filter(|(name, _)| ready(name)).map(|(name, place)| (*name, *place)).collect();
         Room { nodes, open, ready }
     }
@@ -107,7 +110,8 @@ fn balance(book: &mut Book, gateway: usize, paths: &[usize], reports: &Reports) 
         let stays = node.is_some_and(|name| room.nodes.binary_search_by(|(n, _)| (*n).cmp(name)).is_ok());
         let is_ready = |place: &usize| room.ready.contains_key(room.nodes[*place].0);
         let lives = |place: &usize| book.lives(room.nodes[*place].0);
-        let found = if node.is_some() { load.places().find(is_ready) } else { load.places().find(lives) };
+        let found = load.places().find(is_ready);
+        let found = if node.is_some() { found } else { found.or_else(|| load.places().find(lives)) };
         let place = match found {
             None if stays => continue,
             found => found.or_else(|| load.least()),

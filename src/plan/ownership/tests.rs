@@ -12,7 +12,7 @@ fn liveness(members: &[Name], dead: &[bool]) -> Liveness {
 }
 
 fn of<'a>(id: PathId, node: &'a str, members: &'a [Name]) -> Standing<'a> {
-    Standing { id, node: Some(node), leaving: None, arrived: true, takers: &[], members }
+    Standing { id, node: Some(node), leaving: None, arrived: true, takers: &[], members, needs: &[] }
 }
 
 /// Each path's owner, where the ledger gives path n to the node n modulo the number of nodes.
@@ -133,4 +133,31 @@ fn what_is_moved_on_purpose_stays_with_the_old_node_until_the_new_one_has_it_and
     assert_eq!(owner(moving(true), &with([true, false])), Some(old), "it was drained, and is not known to live again");
     assert_eq!(owner(moving(false), &with([false, true])), Some(new));
     assert_eq!(owner(moving(true), &with([true, true])), Some(&*members[2]));
+}
+
+#[test]
+fn who_has_lost_less_of_what_a_path_needs_has_it_and_what_all_have_lost_moves_nothing() {
+    let members = names(3);
+    let needs: Vec<UplinkKey> = [true, false].map(|ipv4| UplinkKey { interface: None, ipv4 }).into();
+    let lost = |of: &[(usize, &[UplinkKey])]| {
+        let lost = of.iter().map(|(n, keys)| (members[*n].clone(), keys.iter().cloned().collect()));
+        Liveness { lost: lost.collect(), ..Liveness::default() }
+    };
+    let path = |takers: &'static [&'static str]| Standing { takers, needs: &needs, ..of(7, &members[0], &members) };
+    let (v4, v6) = (&needs[..1], &needs[1..]);
+    let first = owner(path(&[]), &lost(&[(0, v6)]));
+    assert!(first == Some(&members[1]) || first == Some(&members[2]));
+    let of_one_family = Standing { needs: v4, ..of(7, &members[0], &members) };
+    assert_eq!(owner(of_one_family, &lost(&[(0, v6)])), Some(&*members[0]), "it needs no IPv6");
+    assert_eq!(owner(path(&[]), &lost(&[(0, v6), (1, v6), (2, v6)])), Some(&*members[0]));
+    assert_eq!(owner(path(&[]), &lost(&[(0, v6), (1, v4), (2, v4)])), Some(&*members[0]), "none has more");
+    assert_eq!(owner(path(&[]), &lost(&[(0, v6), (1, &needs), (2, v4)])), Some(&*members[0]));
+    assert_eq!(owner(path(&[]), &lost(&[(0, &needs), (1, v6), (2, &needs)])), Some(&*members[1]));
+    assert_eq!(owner(path(&["gateway-1.example.org"]), &lost(&[])), Some(&*members[1]), "who took it over keeps it");
+    assert_eq!(owner(path(&["gateway-1.example.org"]), &lost(&[(1, v6), (2, v6)])), Some(&*members[0]));
+    let mut drained = lost(&[(0, v6), (1, v6)]);
+    drained.drained.insert(members[2].clone());
+    assert_eq!(owner(path(&[]), &drained), Some(&*members[0]), "who is drained gets nothing new");
+    let moving = Standing { leaving: Some(&members[1]), arrived: true, ..path(&[]) };
+    assert_eq!(owner(moving, &lost(&[(0, v6)])), Some(&*members[0]), "what is moved on purpose arrives");
 }

@@ -13,6 +13,7 @@ use super::precedence::{PolicyIndex, Ranked};
 use super::profile::is_passed_over;
 use super::quota;
 use super::selector::Name;
+use super::uplink_key::UplinkKey;
 use crate::api::{EgressPolicyStatus, PathKind, Placement};
 use coverage::Coverage;
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
@@ -172,6 +173,16 @@ impl<'a> Said<'a> {
         self.held.get(node).is_some_and(|paths| paths.contains(&path))
     }
 
+    /// What the holder of a path has lost of what it needs, in words.
+    fn lost(&self, holder: &Name, grant: &Grant) -> String {
+        let gateway = self.cluster.gateways.get(&grant.gateway);
+        let interface = gateway.and_then(|gateway| gateway.interface.as_ref());
+        let Some(said) = self.cluster.egress_nodes.get(holder) else { return String::new() };
+        let needs = UplinkKey::of(&grant.address, interface);
+        let lost = needs.filter_map(|key| said.of_paths().loss(&key).map(|lost| (key, lost)));
+        lost.map(|(key, lost)| format!("; it has lost {key}, and no other node has more: {}", lost.message)).collect()
+    }
+
     /// Whether the path's node holds it, if that is known: status, reason and message. `living` are the nodes of its gateway
     /// that are known to live.
     fn ready(&self, grant: &Grant, living: &[&Name]) -> (Option<bool>, &'static str, String) {
@@ -204,8 +215,9 @@ impl<'a> Said<'a> {
             let message = format!("node {holder:?} held {address}, and nobody hears of it now; see whether it lives");
             return (None, NOT_HEARD, message);
         }
+        let lost = self.lost(holder, grant);
         let until = old.map(|_| format!(" until node {node:?} does")).unwrap_or_default();
-        (Some(true), "AddressHeld", format!("node {holder:?} holds {address}{until}"))
+        (Some(true), "AddressHeld", format!("node {holder:?} holds {address}{until}{lost}"))
     }
 }
 

@@ -306,3 +306,23 @@ fn a_policy_without_an_address_that_lets_go_what_it_covers_shadows_none() {
     world.assert_condition("a/out", "Ready", "False", "NoNode", "");
     world.assert_condition("everywhere", "Shadowed", "True", "Shadowed", "a/out");
 }
+
+#[test]
+fn what_the_holder_has_lost_is_named_where_the_policy_needs_it() {
+    let mut world = World::new(&["192.0.2.50-192.0.2.59", "2001:db8::50-2001:db8::59"]);
+    world.policy("a/pair", asking(Allocate::Dedicated));
+    world.policy("a/plain", naming(&["192.0.2.57"]));
+    world.allocate();
+    world.settle();
+    for node in ["n1", "n2"] {
+        world.loses(node, &["IPv6"]);
+    }
+    world.assert_condition(
+        "a/pair",
+        "Ready",
+        "True",
+        "AddressHeld",
+        "it has lost IPv6, and no other node has more: no",
+    );
+    assert!(!world.condition("a/plain", "Ready").message.contains("lost"));
+}

@@ -1,4 +1,5 @@
 use super::*;
+use crate::plan::selector::Name;
 
 const INTERVAL: Duration = Duration::from_millis(300);
 const HOUR: Duration = Duration::from_secs(3600);
@@ -21,7 +22,7 @@ const SHORT: Way = Way { round_trip: Duration::from_micros(200), jitter: 0.0, lo
 
 /// Nodes, the way to them, and a clock.
 struct World {
-    questions: Questions,
+    questions: Questions<Name>,
     now: Instant,
     way: Way,
     /// Answers that are under way, by when they arrive.
@@ -277,4 +278,42 @@ fn answers_that_overtake_each_other_count_each_for_its_own_question() {
     }
     let returning = world.questions.nodes["n0"].returning.expect("it answers again");
     assert_eq!((returning.answered, returning.missed), (2, 0));
+}
+
+/// What is asked only when a node is in doubt.
+#[test]
+fn who_is_unproven_is_alive_with_the_first_answer_unless_it_was_given_up() {
+    let now = Instant::now();
+    let unproven = |given_up: bool| {
+        let mut questions = Questions::unproven(Settings { interval: INTERVAL, misses: 3 });
+        questions.set_nodes(&names(2), now);
+        let node: Name = "n0".into();
+        assert!(!questions.is_alive(&node));
+        if given_up {
+            questions.give_up(&node);
+            questions.give_up(&"n1".into());
+        }
+        World { questions, now, way: SHORT, answers: BTreeMap::new(), random: 1, deaths: 0, asked: 0 }
+    };
+    let mut world = unproven(false);
+    assert!(world.until(false, &[0]) <= ms(1));
+    assert_eq!(world.dead(), ["n1"]);
+    let mut world = unproven(false);
+    world.pass(ms(1), &[1]);
+    world.questions.give_up(&"n0".into());
+    assert!(world.until(false, &[0, 1]) >= HOLD, "a node that was frozen finds out first what others took over");
+}
+
+#[test]
+fn a_node_that_misses_a_question_is_in_doubt_long_before_it_counts_as_dead() {
+    let mut world = World::new(1, SHORT);
+    world.pass(ms(1000), &[0]);
+    assert_eq!(world.questions.in_doubt().count(), 0);
+    let begin = world.now;
+    while world.questions.in_doubt().count() == 0 {
+        world.pass(ms(1), &[]);
+    }
+    let doubt = world.now - begin;
+    let dead = world.until(true, &[]);
+    assert!(doubt <= ms(361) && dead >= ms(250), "{doubt:?}, then {dead:?}");
 }

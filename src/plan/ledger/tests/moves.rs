@@ -262,3 +262,18 @@ proptest! {
         prop_assert!(others.iter().all(|(name, n)| start[*name] == **n), "{:?}", end);
     }
 }
+
+#[test]
+fn who_has_lost_a_family_gets_nothing_new_while_another_has_it() {
+    let mut world = world(&["n1", "n2"], 2);
+    world.loses("n1", &["IPv6"]);
+    rebalancing(&mut world, true);
+    for i in 0..3 {
+        world.policy(&format!("b/p{i}"), asking(Allocate::Dedicated));
+        assert_eq!(world.allocate().node(&format!("b/p{i}")), Some("n2"));
+    }
+    assert_eq!(counts(&world)["n1"], 1, "what it has moves by itself, if it must");
+    world.loses("n2", &["IPv6"]);
+    world.policy("c/p", asking(Allocate::Dedicated));
+    assert_eq!(world.allocate().node("c/p"), Some("n1"), "none has more");
+}
