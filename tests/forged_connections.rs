@@ -17,16 +17,6 @@ fn own(pod: &Pod, server: IpAddr) -> IpAddr {
     if server.is_ipv4() { pod.ipv4().into() } else { pod.ipv6().into() }
 }
 
-/// How source addresses are looked at where packets come in: not at all, strictly, loosely.
-fn filter(node: &Host, rp_filter: u8) {
-    let all = node.within(|| std::fs::read_dir("/proc/sys/net/ipv4/conf").expect("conf").flatten().collect::<Vec<_>>());
-    // The tunnel device's own setting is Egret's.
-    for interface in all.iter().filter(|interface| interface.file_name() != "egret") {
-        let setting = interface.path().join("rp_filter");
-        node.within(|| std::fs::write(setting, rp_filter.to_string())).expect("rp_filter");
-    }
-}
-
 /// A socket with an answered packet, and one whose packet nobody answers.
 fn connections(lab: &Lab, pod: &Pod, server: IpAddr) -> [UdpSocket; 2] {
     // Where somebody sent with its address, the neighbours' word has to come back first.
@@ -64,7 +54,7 @@ fn a_pod_cannot_send_in_another_pods_connection() {
         let forger = lab.add_pod(node, "office", &format!("forger-{node}"), &[]);
         assert_leaves_by_node(&forger);
         for (rp_filter, restore) in [(0, false), (1, false), (2, false), (0, true)] {
-            filter(lab.node(node), rp_filter);
+            lab.node(node).set_rp_filter(rp_filter);
             for server in SERVERS {
                 let sockets = connections(&lab, &victim, server);
                 if restore {
@@ -85,7 +75,7 @@ fn a_pod_cannot_send_in_another_pods_connection() {
                 }
             }
         }
-        filter(lab.node(node), 1);
+        lab.node(node).set_rp_filter(1);
         // Who was forged has the neighbours' word back in no time.
         lab.wait_seen_as(&victim, EGRESS4);
         lab.wait_seen_as(&victim, EGRESS6);
@@ -104,7 +94,7 @@ fn a_pod_on_a_gateway_cannot_send_in_a_connection_that_is_translated_there() {
         let forger = lab.add_pod(&owner.name, namespace, "forger", labels);
         lab.wait_until("the forger is answered", Duration::from_secs(5), || forger.udp_who(EXT4).is_ok());
         for rp_filter in [0, 1, 2] {
-            filter(owner, rp_filter);
+            owner.set_rp_filter(rp_filter);
             for (victim, server) in victims.iter().flat_map(|victim| SERVERS.map(|server| (victim, server))) {
                 let sockets = connections(&lab, victim, server);
                 thread::sleep(Duration::from_millis(50));

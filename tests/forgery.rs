@@ -31,12 +31,7 @@ fn a_pod_cannot_send_with_another_pods_address() {
         lab.forget_wire();
         for pod in [&forger, &outsider] {
             for (own, server) in [(IpAddr::from(rich.ipv4()), IpAddr::from(EXT4)), (rich.ipv6().into(), EXT6.into())] {
-                let length = if own.is_ipv4() { 32 } else { 128 };
-                let nodad = if own.is_ipv4() { "" } else { "nodad" };
-                pod.ip(&format!("addr add {own}/{length} dev eth0 {nodad}"));
-                let socket = pod.within(|| UdpSocket::bind((own, 0))).expect("bind");
-                let _ = socket.send_to(b"who", (server, lab::server::UDP_WHO));
-                pod.ip(&format!("addr del {own}/{length} dev eth0"));
+                send_as(pod, own, server);
             }
         }
         thread::sleep(Duration::from_millis(50));
@@ -44,6 +39,15 @@ fn a_pod_cannot_send_with_another_pods_address() {
         let metrics = lab.metrics(node);
         assert!(metrics.dropped("spoofed").is_some_and(|n| n >= 2.0), "{node}: {metrics:?}");
     }
+}
+
+/// Sends a packet that the server would answer, from an address that is not the pod's.
+fn send_as(pod: &lab::Pod, address: IpAddr, server: IpAddr) {
+    let (length, nodad) = if address.is_ipv4() { (32, "") } else { (128, "nodad") };
+    pod.ip(&format!("addr add {address}/{length} dev eth0 {nodad}"));
+    let socket = pod.within(|| UdpSocket::bind((address, 0))).expect("bind");
+    let _ = socket.send_to(b"who", (server, lab::server::UDP_WHO));
+    pod.ip(&format!("addr del {address}/{length} dev eth0"));
 }
 
 /// A tunnel packet: VXLAN with group-based policy (draft-smith-vxlan-group-policy), in it a UDP packet of a pod.
@@ -178,6 +182,30 @@ fn a_process_on_the_owners_host_cannot_leave_from_an_egress_address() {
         drop(socket.send_to(b"who", (server, lab::server::UDP_WHO)));
         thread::sleep(Duration::from_millis(50));
         assert!(lab.sources(server).is_empty(), "{server} saw {:?}", lab.sources(server));
+    }
+}
+
+/// Whatever filters source addresses otherwise: IPv6 has nothing, and of IPv4 it can be switched off.
+#[test]
+fn a_pod_cannot_send_with_an_egress_address() {
+    let lab = Lab::scene();
+    for node in lab.nodes() {
+        node.set_rp_filter(0);
+        for labels in [&[][..], VISITOR] {
+            let forger = lab.add_pod(&node.name, "shop", &format!("forger-{}-{}", node.name, labels.len()), labels);
+            // So that neighbours are known and the forged packet goes out at once.
+            for server in SERVERS {
+                forger.udp_who(server).expect("an answer");
+            }
+            lab.forget_wire();
+            for server in SERVERS {
+                send_as(&forger, egress_towards(server), server);
+            }
+            thread::sleep(Duration::from_millis(50));
+            lab.assert_silence();
+        }
+        let spoofed = lab.metrics(&node.name).dropped("spoofed");
+        assert!(spoofed.is_some_and(|n| n >= 3.0), "{}: {spoofed:?}", node.name);
     }
 }
 

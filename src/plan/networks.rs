@@ -121,7 +121,7 @@ fn largest(first: IpAddr, last: IpAddr) -> IpNetwork {
 }
 
 /// Joins ranges that overlap or touch.
-fn merged(mut ranges: Vec<AddressRange>) -> Vec<AddressRange> {
+pub(super) fn merged(mut ranges: Vec<AddressRange>) -> Vec<AddressRange> {
     ranges.sort();
     let mut out: Vec<AddressRange> = Vec::new();
     for range in ranges {

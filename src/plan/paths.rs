@@ -5,7 +5,8 @@ mod said;
 use super::ledger::is_drained;
 use super::mac::Mac;
 use super::marks::{MAX_INDEX, PathId};
-use super::model::{Cluster, Gateway, PolicyKey};
+use super::model::{AddressRange, Cluster, Gateway, PolicyKey};
+use super::networks::merged;
 use super::ownership::{self, Liveness, Standing};
 use super::selector::Name;
 use super::uplink_key::UplinkKey;
@@ -157,6 +158,8 @@ pub struct Paths {
     pub gateway_uplinks: BTreeMap<Name, BTreeSet<UplinkKey>>,
     /// Paths that this node holds now, sorted: what it says of itself.
     pub held: BTreeSet<PathId>,
+    /// The pools of all gateways whose addresses Egret places, sorted and merged: who sends from one is an owner.
+    pub pools: Vec<AddressRange>,
 }
 
 impl Paths {
@@ -205,6 +208,8 @@ impl Paths {
         }
         of_policy.sort();
         out.of_policy = of_policy.into();
+        let managed = cluster.gateways.values().filter(|gateway| gateway.placement == Placement::Managed);
+        out.pools = merged(managed.flat_map(|gateway| gateway.pool.iter().copied()).collect());
         out.paths = paths.into_iter().collect();
         let gateway_nodes: BTreeSet<&str> = out.gateway_nodes.values().flatten().map(|n| &**n).collect();
         for End { node: name, mac, address } in ends.values().filter(|end| **end.node != *node) {

@@ -146,6 +146,17 @@ impl Host {
             }
         });
     }
+
+    /// How source addresses are looked at where packets come in: 0 not at all, 1 strictly, 2 loosely.
+    pub fn set_rp_filter(&self, rp_filter: u8) {
+        self.within(|| {
+            let all = std::fs::read_dir("/proc/sys/net/ipv4/conf").expect("conf").flatten();
+            // The tunnel device's own setting is Egret's.
+            for interface in all.filter(|interface| interface.file_name() != "egret") {
+                std::fs::write(interface.path().join("rp_filter"), rp_filter.to_string()).expect("rp_filter");
+            }
+        });
+    }
 }
 
 /// Runs a command outside of any lab namespace. Panics, with all it said, if it fails.

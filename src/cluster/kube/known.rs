@@ -4,7 +4,8 @@
 //! change. All of it is written before anybody is told. So the files are never older than what the kernel was made of,
 //! and who goes on from them takes nothing away: from something older, a policy that came since would be missing, and
 //! its pods would be let out. What cannot be written down makes a file worthless; it is removed, and where one is missing
-//! none is used.
+//! none is used. An object that makes no sense is written down as it is, or as it was when it made sense: a tenant's
+//! mistake costs nobody else the files.
 
 use super::decode::{Decoded, Key, Listed, Reading, decode};
 use super::essence::essence;
@@ -18,7 +19,7 @@ use crate::plan::selector::Name;
 use ipnetwork::IpNetwork;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
@@ -61,7 +62,8 @@ impl Files {
 
     /// The file of a kind, to be written.
     pub fn book(&self, kind: Kind) -> Book {
-        Book { kind, path: self.path(&kind.to_string()), head: self.head(), draft: None, kept: None }
+        let path = self.path(&kind.to_string());
+        Book { kind, path, head: self.head(), draft: None, kept: None, senseless: BTreeSet::new() }
     }
 
     /// The kind is no longer followed.
@@ -73,7 +75,7 @@ impl Files {
     pub fn recall(&self, kind: Kind, reading: &Reading, names: &mut Names) -> Option<Listed> {
         let text = self.read(&kind.to_string())?;
         let each = latest(&text).into_values().map(|text| decode(kind, text.as_bytes(), reading, names));
-        each.map(|decoded| decoded.ok().filter(|d| d.item.is_ok()).map(|d| (d.key.clone(), d))).collect()
+        each.map(|decoded| decoded.ok().map(|d| (d.key.clone(), d))).collect()
     }
 
     /// Writes down what somebody said of Services' networks.
@@ -124,6 +126,8 @@ pub struct Book {
     /// A list that has not come to its end.
     draft: Option<BufWriter<File>>,
     kept: Option<Kept>,
+    /// The objects whose last lines make no sense: no good state of them has been seen since the daemon began.
+    senseless: BTreeSet<String>,
 }
 
 /// A list and what has changed since.
@@ -149,17 +153,47 @@ impl Book {
         }
     }
 
-    /// An object of the list. One that makes no sense has a last good state, which is not in the list.
+    /// An object of the list. One that makes no sense has a last good state, which is not in the list: it is in the file
+    /// as it was before.
     pub fn item(&mut self, decoded: &Decoded, text: &[u8]) {
-        let Some(draft) = &mut self.draft else { return };
-        let written = match &decoded.item {
-            Ok(Some(_)) => line(self.kind, &decoded.key, text).and_then(|line| draft.write_all(&line)),
-            Ok(None) => Ok(()),
-            Err(_) => Err(io::Error::other("an object makes no sense")),
+        if self.draft.is_none() {
+            return;
+        }
+        let line = match &decoded.item {
+            Ok(Some(_)) => self.sensible(&decoded.key, text),
+            Ok(None) => return,
+            Err(_) => match self.last_good(&decoded.key) {
+                Some(line) => Ok(line),
+                None => self.as_it_is(&decoded.key, text),
+            },
         };
+        let written = line.and_then(|line| self.draft.as_mut().map_or(Ok(()), |draft| draft.write_all(&line)));
         if let Err(e) = written {
             self.spoil(&e);
         }
+    }
+
+    fn sensible(&mut self, key: &Key, text: &[u8]) -> io::Result<Vec<u8>> {
+        self.senseless.remove(&word(key));
+        line(self.kind, key, text)
+    }
+
+    /// The line of an object that makes no sense now and did before, in the file that the list is to replace.
+    fn last_good(&self, key: &Key) -> Option<Vec<u8>> {
+        let word = word(key);
+        if self.kept.is_none() || self.senseless.contains(&word) {
+            return None;
+        }
+        let text = String::from_utf8(careful::read(self.path.as_ref()?, LONGEST).ok()?).ok()?;
+        let object = *latest(text.strip_prefix(&self.head)?).get(word.as_str())?;
+        Some(format!("{word}\t{object}\n").into_bytes())
+    }
+
+    /// The line of an object of which nothing better is known: a daemon that reads it makes of it what this one does.
+    fn as_it_is(&mut self, key: &Key, text: &[u8]) -> io::Result<Vec<u8>> {
+        let object: serde_json::Value = serde_json::from_slice(text)?;
+        self.senseless.insert(word(key));
+        Ok(format!("{}\t{object}\n", word(key)).into_bytes())
     }
 
     /// The list has come to its end and counts.
@@ -184,18 +218,21 @@ impl Book {
 
     /// An object is there, or is another. One that makes no sense keeps its last good state, here too.
     pub fn applied(&mut self, decoded: &Decoded, text: &[u8]) {
-        match decoded.item {
-            Ok(Some(_)) => match line(self.kind, &decoded.key, text) {
-                Ok(line) => self.append(&line),
-                Err(e) => self.spoil(&e),
-            },
-            Ok(None) => self.deleted(&decoded.key),
-            Err(_) => {}
+        let line = match decoded.item {
+            Ok(Some(_)) => self.sensible(&decoded.key, text),
+            Ok(None) => return self.deleted(&decoded.key),
+            Err(_) if self.senseless.contains(&word(&decoded.key)) => self.as_it_is(&decoded.key, text),
+            Err(_) => return,
+        };
+        match line {
+            Ok(line) => self.append(&line),
+            Err(e) => self.spoil(&e),
         }
     }
 
     /// An object is gone.
     pub fn deleted(&mut self, key: &Key) {
+        self.senseless.remove(&word(key));
         self.append(format!("{}\n", word(key)).as_bytes());
     }
 

@@ -271,7 +271,13 @@ fn unsolicited() -> Vec<Rule> {
 fn untagged() -> Vec<Rule> {
     let selected = |(at, ip)| Rule::new().saddr_in_set(ip, set::SELECTED[at]).goto("tag-lost");
     let by_veth = Rule::new().set_mark_by_iif(set::VETHS).goto("tagged-again");
-    [by_veth].into_iter().chain(Ip::BOTH.into_iter().enumerate().map(selected)).chain([Rule::new().accept()]).collect()
+    // Anybody's, with an egress IP: it comes from its owner, by the interface that leads there. The kernel's own filtering
+    // may be off, or loose, and for IPv6 there is none.
+    let forged =
+        |(at, ip)| Rule::new().saddr_in_set(ip, set::POOLS[at]).not_back_by_iif().counter(counter::SPOOFED).drop();
+    let each = || Ip::BOTH.into_iter().enumerate();
+    let rules = [by_veth].into_iter().chain(each().map(selected)).chain(each().map(forged));
+    rules.chain([Rule::new().accept()]).collect()
 }
 
 /// From a routed pod's veth: as in the chain that is there. Bridged pods' packets come from the bridge.

@@ -39,7 +39,7 @@ pub mod counter {
     pub const LEAKED: &str = "leaked";
     /// A selected pod's packet that has lost its tag: what its policies say of it is not known.
     pub const UNTAGGED: &str = "untagged";
-    /// A pod's packet with a source address that is not its own, or a host's process's with an egress address.
+    /// A pod's packet with a source address that is not its own, or one with an egress address by anybody but its owner.
     pub const SPOOFED: &str = "spoofed";
     /// A tunnel packet from somebody who is no node, or that a process on this node has made.
     pub const FOREIGN: &str = "foreign";
@@ -90,7 +90,9 @@ pub mod set {
     pub const TUNNEL: [&str; 2] = ["tunnel4", "tunnel6"];
     /// Egress addresses that this node's paths may have.
     pub const EGRESS: [&str; 2] = ["egress4", "egress6"];
-    /// Those of them that answer echo requests.
+    /// All gateways' pools: what only an egress IP's owner sends from.
+    pub const POOLS: [&str; 2] = ["pools4", "pools6"];
+    /// The addresses of [`EGRESS`] that answer echo requests.
     pub const PING: [&str; 2] = ["ping4", "ping6"];
     /// Four bits of a port, wherever they stand in it, and the same again: to see whether two ports differ.
     pub const SAME_PORT: &str = "same_port";

@@ -5,6 +5,7 @@ use crate::kernel::nft::rule::Ip;
 use crate::kernel::nft::table::{Bytes, Data, DataType, Elements, Key, Set, SetKind, Table};
 use crate::plan::mac::Mac;
 use crate::plan::marks::Marks;
+use crate::plan::model::AddressRange;
 use crate::plan::networks;
 use crate::plan::node::{NodePlan, View, addresses};
 use crate::plan::paths::Path;
@@ -72,12 +73,8 @@ pub fn shared_sets(view: &View, peers: &PeerIndexes, marks: Marks, before: &Shar
         put(set::PAIRS[at], pair, None, false, false, pairs);
         put(set::EGRESS[at], address, None, false, false, egress);
         put(set::PING[at], address, None, false, false, ping);
-        let direct = view.networks.direct.iter().filter(|r| of_family(&&r.first)).flat_map(|range| {
-            let end = networks::next(range.last).map(|end| Key { bytes: end.into(), end: true });
-            std::iter::once(range.first.into()).chain(end).map(|key| (key, Data::None))
-        });
-        let direct = direct.collect();
-        put(set::DIRECT[at], address, None, true, false, direct);
+        put(set::DIRECT[at], address, None, true, false, ranges(&view.networks.direct, ip));
+        put(set::POOLS[at], address, None, true, false, ranges(&paths.pools, ip));
         put(
             set::HOSTS[at],
             address,
@@ -168,6 +165,15 @@ fn with_mark(mark: u32, address: IpAddr) -> Key {
 
 fn plain(address: &IpAddr) -> (Key, Data) {
     (Key::from(*address), Data::None)
+}
+
+/// The ranges of this family, as the elements of an interval set. They are sorted, and do not touch each other.
+fn ranges(all: &[AddressRange], ip: Ip) -> Elements {
+    let elements = all.iter().filter(|range| ip.has(&range.first)).flat_map(|range| {
+        let end = networks::next(range.last).map(|end| Key { bytes: end.into(), end: true });
+        std::iter::once(range.first.into()).chain(end).map(|key| (key, Data::None))
+    });
+    elements.collect()
 }
 
 /// Each four bits that a port can have in one of four places, twice, each padded to four bytes.

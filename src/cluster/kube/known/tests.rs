@@ -105,10 +105,50 @@ fn an_object_that_makes_no_sense_keeps_its_last_good_state() {
     apply(&mut book, &wrong);
     let listed = files.recall(Kind::EgressPolicy, &reading(), &mut Names::default()).unwrap();
     assert!(matches!(listed.values().next().unwrap().item, Ok(Some(Item::Policy(..)))));
-    // What it was is not in a list, and what is not complete is not used.
+    // What it was is not in a list.
     list(&mut book, &[wrong, policy("b", selects("b"))]);
-    assert!(recalled(&files, Kind::EgressPolicy).is_none());
     apply(&mut book, &policy("c", selects("c")));
+    assert_eq!(recalled(&files, Kind::EgressPolicy).unwrap(), ["a", "b", "c"]);
+    assert_eq!(item(&files, "a"), item_of(&policy("a", selects("a"))));
+}
+
+/// What is known of a policy, as text.
+fn item(files: &Files, name: &str) -> String {
+    let listed = files.recall(Kind::EgressPolicy, &reading(), &mut Names::default()).unwrap();
+    let decoded = &listed[&(Some("shop".into()), name.into())];
+    format!("{:?} {:?}", decoded.item, decoded.remains)
+}
+
+fn item_of(policy: &Value) -> String {
+    let decoded = read(Kind::EgressPolicy, policy);
+    format!("{:?} {:?}", decoded.item, decoded.remains)
+}
+
+#[test]
+fn an_object_that_never_made_sense_costs_no_other_object_the_file() {
+    let fixture = Fixture::new();
+    let files = fixture.files("n1");
+    // Of a file that an earlier daemon wrote nobody can say whether it was still the last good state.
+    list(&mut files.book(Kind::EgressPolicy), &[policy("a", selects("a"))]);
+    let mut book = files.book(Kind::EgressPolicy);
+    let wrong = |priority: &str| policy("a", json!({"podSelector": 7, "priority": priority}));
+    list(&mut book, &[wrong("one\ntwo"), policy("b", selects("b"))]);
+    assert_eq!(item(&files, "a"), item_of(&wrong("one\ntwo")));
+    assert_eq!(item(&files, "b"), item_of(&policy("b", selects("b"))));
+    // What can be read of it is what it says now.
+    apply(&mut book, &wrong("two"));
+    assert_eq!(item(&files, "a"), item_of(&wrong("two")));
+    list(&mut book, &[wrong("three")]);
+    assert_eq!(item(&files, "a"), item_of(&wrong("three")));
+    apply(&mut book, &policy("a", selects("a")));
+    apply(&mut book, &wrong("four"));
+    list(&mut book, &[wrong("five")]);
+    assert_eq!(item(&files, "a"), item_of(&policy("a", selects("a"))));
+    book.deleted(&(Some("shop".into()), "a".into()));
+    assert!(recalled(&files, Kind::EgressPolicy).unwrap().is_empty());
+    // One without a name is nobody's.
+    let path = fixture.path(Kind::EgressPolicy);
+    fs::write(&path, fs::read_to_string(&path).unwrap() + "shop/x\t{}\n").unwrap();
     assert!(recalled(&files, Kind::EgressPolicy).is_none());
 }
 

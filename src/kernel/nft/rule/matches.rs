@@ -232,6 +232,12 @@ impl Rule {
         self.fib(NFT_FIB_RESULT_OIF, NFTA_FIB_F_SADDR | NFTA_FIB_F_IIF).differs(&[0; 4])
     }
 
+    /// `fib saddr . iif oif 0`: packets to where it came from would leave by another interface, or by none; the source is
+    /// an address of this host's, or nobody's (`nft_fib4_eval`, `nft_fib6_eval`).
+    pub fn not_back_by_iif(self) -> Self {
+        self.fib(NFT_FIB_RESULT_OIF, NFTA_FIB_F_SADDR | NFTA_FIB_F_IIF).equals(&[0; 4])
+    }
+
     fn fib(self, result: u32, flags: u32) -> Self {
         self.expression("fib", |d| {
             d.be32(NFTA_FIB_DREG, R1);
