@@ -5,11 +5,12 @@ use super::backends::{Behind, Door, behind};
 use super::destination::in_a_row;
 use super::model::{Cluster, ObjectKey, Pod, PolicyKey, Tier};
 use super::networks::Networks;
+use super::node::addresses_of;
 use super::paths::Paths;
 use super::precedence::{PolicyIndex, Ranked};
 use super::profile::{Profile, is_passed_over};
 use super::target::Target;
-use crate::api::{EgressPolicyStatus, ExistingConnections, Fallback};
+use crate::api::{EgressPolicyStatus, ExistingConnections, Fallback, PathKind, Placement};
 use ipnetwork::IpNetwork;
 use std::collections::HashSet;
 use std::net::{IpAddr, SocketAddr};
@@ -241,6 +242,13 @@ fn decided(cluster: &Cluster, pod: &Pod, policies: &[&Ranked], target: Target) -
         (Some(_), _) if let Some((node, blocked)) = blocked(cluster, pod, key) => {
             format!("{target} {becomes}: {} decides, and from the pod's node {node:?} {blocked}.", named(key))
         }
+        (Some(_), Some(ready)) if ready.status == "True" && is_egress_ip(cluster, target.address) => {
+            format!(
+                "{target} is blocked: it is an egress IP. {} decides; what comes to an egress IP is dropped unless it answers \
+                 what has left from there, and what a pod sends to the gateway's node itself is, too.",
+                named(key)
+            )
+        }
         (Some(address), Some(ready)) if ready.status == "True" => {
             format!("{target} leaves from {address}: {} decides, and {}.", named(key), ready.message)
         }
@@ -280,6 +288,13 @@ fn passed_over(cluster: &Cluster) -> impl Fn(&Ranked) -> bool + use<> {
     let paths = cluster.gateways.values().flat_map(|gateway| &gateway.status.paths);
     let listed: HashSet<PolicyKey> = paths.flat_map(|path| path.policies.iter().cloned()).collect();
     move |Ranked { key, policy, .. }| is_passed_over(policy, listed.contains(key))
+}
+
+/// Whether it is an egress IP that Egret places.
+fn is_egress_ip(cluster: &Cluster, address: IpAddr) -> bool {
+    let managed = cluster.gateways.values().filter(|gateway| gateway.placement == Placement::Managed);
+    let paths = managed.flat_map(|gateway| &gateway.status.paths).filter(|path| path.kind != PathKind::Node);
+    paths.into_iter().any(|path| addresses_of(&path.address).any(|a| a == address))
 }
 
 fn address_towards(status: &EgressPolicyStatus, target: IpAddr) -> Option<IpAddr> {
@@ -390,6 +405,13 @@ mod tests {
             ("10.9.0.3", "10.9.0.3 leaves from 192.0.2.50"),
             ("198.51.100.9", "goes direct: it is in 198.51.100.0/24, from --direct"),
             ("224.0.0.1", "goes direct"),
+            // Another policy's egress IP, and its own.
+            (
+                "192.0.2.51:22",
+                "192.0.2.51, TCP port 22, is blocked: it is an egress IP. EgressPolicy shop/rest decides",
+            ),
+            ("192.0.2.50:22", "is blocked: it is an egress IP"),
+            ("192.0.2.99:22", "leaves from 192.0.2.50"),
         ] {
             says(&asked(&world, target), &[words]);
         }
