@@ -1,8 +1,9 @@
-//! What can be read of a policy that makes no sense, each part by itself.
+//! What can be read of a policy or a gateway that makes no sense, each part by itself.
 
-use crate::api::{EgressRule, PolicyKey, Tier};
+use crate::api::{EgressGatewaySpec, EgressGatewayStatus, EgressRule, PathKind, PolicyKey, Tier};
 use crate::cluster::dir::validate::parse_time;
-use crate::plan::model::{PodMatch, destinations};
+use crate::plan::model::{AddressRange, Gateway, Metadata, PodMatch, destinations};
+use crate::plan::node::addresses_of;
 use crate::plan::selector::{Name, Selector};
 use crate::plan::stand_in::Remains;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
@@ -39,6 +40,35 @@ pub fn remains_of(object: &Value) -> Remains {
         created: object["metadata"]["creationTimestamp"].as_str().and_then(parse_time),
         egress: if is_object { egress() } else { None },
     }
+}
+
+/// What stands for a gateway that makes no sense, and of which no last good state is known: its ledger, and of its spec
+/// all but the addresses. `None`: that makes no sense either.
+pub fn gateway_of_ledger(spec: &Value, meta: Metadata, status: EgressGatewayStatus) -> Option<Gateway> {
+    let spec: EgressGatewaySpec = serde_json::from_value(spec.clone()).ok()?;
+    let spec = EgressGatewaySpec { addresses: vec![], reservations: vec![], ..spec };
+    Some(frozen(Gateway::new(&spec, meta).ok()?, status))
+}
+
+/// The same, if nothing can be read of the spec: nobody else is given what the ledger gives its policies.
+pub fn ledger_alone(meta: Metadata, status: EgressGatewayStatus) -> Gateway {
+    let empty = EgressGatewaySpec::default();
+    // An empty spec always makes sense.
+    let gateway = Gateway::new(&empty, meta).unwrap_or_else(|e| unreachable!("an empty spec: {e}"));
+    frozen(gateway, status)
+}
+
+fn frozen(gateway: Gateway, status: EgressGatewayStatus) -> Gateway {
+    let mut pool: Vec<AddressRange> = status
+        .paths
+        .iter()
+        .filter(|path| path.kind != PathKind::Node)
+        .flat_map(|path| addresses_of(&path.address))
+        .map(|address| AddressRange { first: address, last: address })
+        .collect();
+    pool.sort();
+    pool.dedup();
+    Gateway { pool: pool.into(), frozen: true, status, ..gateway }
 }
 
 /// The policies in a document, or in the list that it is.

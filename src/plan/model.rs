@@ -236,6 +236,10 @@ pub struct Gateway {
     /// Which writing of the object this is, `metadata.resourceVersion`, where the source gives one and the reader
     /// writes the ledger: it writes in place of this one, and of no other.
     pub version: Option<Box<str>>,
+    /// What is wrong with the spec as it stands now; the fields are then as they made sense last.
+    pub fault: Option<Box<str>>,
+    /// How the fields made sense last is not known: what the ledger says stays, and nothing new is given out.
+    pub frozen: bool,
     /// The ledger.
     pub status: EgressGatewayStatus,
 }
@@ -427,6 +431,16 @@ impl Metadata {
 }
 
 impl Gateway {
+    /// What is used of it while its spec makes no sense.
+    pub fn used(&self) -> &'static str {
+        if self.frozen {
+            "its last good state is not known: until that is mended, its policies keep the egress IPs that they have, and no \
+             other ones are given out"
+        } else {
+            "its last good state is used until that is mended"
+        }
+    }
+
     /// Validates a spec. The status starts empty.
     ///
     /// # Errors
@@ -482,6 +496,8 @@ impl Gateway {
             end_cooldown: meta.end_cooldown,
             generation: meta.generation,
             version: None,
+            fault: None,
+            frozen: false,
             status: EgressGatewayStatus::default(),
         })
     }

@@ -12,12 +12,14 @@ mod burst;
 mod changes;
 mod current;
 mod failover;
+mod fields;
 mod leaders;
 mod ledger;
 mod metrics;
 mod proxy;
 mod refusals;
 mod taint;
+mod tokens;
 
 use lab::Lab;
 use serde_json::Value;
@@ -29,7 +31,11 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// A condition of a policy, `shop/visitors`: its status, reason and message.
 fn condition(lab: &Lab, policy: &str, type_: &str) -> Option<(String, String, String)> {
     let (namespace, name) = policy.split_once('/').expect("namespace/name");
-    let object = lab.api().egret(&format!("namespaces/{namespace}/egresspolicies/{name}"));
+    condition_of(&lab.api().egret(&format!("namespaces/{namespace}/egresspolicies/{name}")), type_)
+}
+
+/// The same, of an object that has been read.
+fn condition_of(object: &Value, type_: &str) -> Option<(String, String, String)> {
     let all = object["status"]["conditions"].as_array().cloned().unwrap_or_default();
     let found = all.into_iter().find(|c| c["type"] == type_)?;
     let text = |field: &str| found[field].as_str().unwrap_or_default().to_owned();

@@ -3,7 +3,7 @@
 use super::lab::api::Role;
 use super::lab::scene::{VISITOR, assert_leaves_by_egress};
 use super::lab::{EGRESS4, Lab, manifests};
-use super::{PATIENCE, condition};
+use super::{PATIENCE, condition, condition_of};
 use serde_json::json;
 
 #[test]
@@ -113,4 +113,57 @@ fn the_api_server_refuses_what_makes_no_sense() {
         policy(both).expect("the rule is passed over");
     }
     policy(json!({"podSelector": {}, "address": {"ipv4": "192.0.2.50"}})).expect("a good policy");
+}
+
+#[test]
+fn a_gateway_that_makes_no_sense_is_told_so_and_costs_nobody_anything() {
+    let lab = Lab::builder().kubernetes().scene();
+    let pods = ["n1", "n2"].map(|node| lab.add_pod(node, "shop", &format!("visitor-{node}"), VISITOR));
+    // Two ranges that overlap: the API server's formats and rules do not see that.
+    lab.write_manifest(
+        "gateway.yaml",
+        &manifests::gateway("default", &["192.0.2.50-192.0.2.59", "2001:db8::50-2001:db8::59", "192.0.2.55"]),
+    );
+    let told = |what: &'static str| {
+        lab.wait_until(what, PATIENCE, || {
+            condition_of(&lab.api().egret("egressgateways/default"), "Accepted").is_some_and(|(_, reason, message)| {
+                reason == "Invalid" && message.contains("overlap") && message.contains(what)
+            })
+        });
+    };
+    told("its last good state is used");
+    pods.iter().for_each(assert_leaves_by_egress);
+    // Of daemons that start now nobody knows how it made sense last.
+    for daemon in ["controller", "n1", "n2", "g1", "g2"] {
+        lab.daemon(daemon).restart();
+        lab.wait_ready(daemon);
+    }
+    told("its last good state is not known");
+    pods.iter().for_each(assert_leaves_by_egress);
+    // Another gateway gives out what it has, and this one gives out nothing.
+    lab.write_manifest(
+        "second.yaml",
+        &manifests::gateway("second", &["192.0.2.60-192.0.2.69"]).replace("default: true", "default: false"),
+    );
+    let asks = |gateway: &str| format!("podSelector: {{ matchLabels: {{ app: {gateway} }} }}\n  gateway: {gateway}");
+    for gateway in ["second", "default"] {
+        lab.write_manifest(&format!("{gateway}-new.yaml"), &manifests::policy("shop", gateway, &asks(gateway)));
+    }
+    lab.wait_until("the other gateway gives", PATIENCE, || {
+        condition(&lab, "shop/second", "Accepted").is_some_and(|(status, ..)| status == "True")
+    });
+    lab.wait_until("this one says why not", PATIENCE, || {
+        condition(&lab, "shop/default", "Accepted").is_some_and(|(_, reason, _)| reason == "GatewayInvalid")
+    });
+    let events = lab.api().get("/apis/events.k8s.io/v1/events")["items"].as_array().cloned().unwrap_or_default();
+    let told = |e: &serde_json::Value| e["regarding"]["kind"] == "EgressGateway" && e["reason"] == "Invalid";
+    assert!(events.iter().any(told), "{events:#?}");
+    lab.write_manifest(
+        "gateway.yaml",
+        &manifests::gateway("default", &["192.0.2.50-192.0.2.59", "2001:db8::50-2001:db8::59"]),
+    );
+    lab.wait_until("it is right now", PATIENCE, || {
+        condition(&lab, "shop/default", "Accepted").is_some_and(|(status, ..)| status == "True")
+    });
+    pods.iter().for_each(assert_leaves_by_egress);
 }

@@ -7,7 +7,7 @@ use crate::cluster::dir::fault::Fault;
 use crate::cluster::dir::kubernetes as k8s;
 use crate::cluster::dir::names::Names;
 use crate::cluster::dir::validate::times;
-use crate::cluster::remains::remains_of;
+use crate::cluster::remains::{gateway_of_ledger, ledger_alone, remains_of};
 use crate::plan::egress_node::EgressNode;
 use crate::plan::model::{Endpoints, Gateway, Node, ObjectKey, Pod, Policy, PolicyKey, Service};
 use crate::plan::selector::{Labels, Name};
@@ -15,6 +15,7 @@ use crate::plan::stand_in::Remains;
 use ipnetwork::IpNetwork;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -58,6 +59,19 @@ pub struct Decoded {
     pub told: Option<Arc<api::EgressPolicyStatus>>,
     /// What can be read of a policy that makes no sense.
     pub remains: Option<Box<Remains>>,
+    /// What can be read of a gateway that makes no sense.
+    pub gateway: Option<Box<GatewayRemains>>,
+}
+
+/// What can be read of a gateway that makes no sense.
+#[derive(Clone, Debug)]
+pub struct GatewayRemains {
+    /// As in [`Gateway`].
+    pub version: Option<Box<str>>,
+    /// Its ledger.
+    pub status: api::EgressGatewayStatus,
+    /// What stands for it where no last good state is known; a node does without one of which nothing can be read.
+    pub stands: Option<Gateway>,
 }
 
 /// How objects are to be read.
@@ -119,7 +133,30 @@ pub fn decode(kind: Kind, text: &[u8], reading: &Reading, names: &mut Names) -> 
         told = whole::<Ignored, api::EgressPolicyStatus>(text).ok().and_then(|w| wanted(w.status, reading));
         remains = Some(Box::new(remains_of(&serde_json::from_slice(text).unwrap_or_default())));
     }
-    Ok(Decoded { key, version: metadata.resource_version, generation: metadata.generation, item, told, remains })
+    let faulty = kind == Kind::EgressGateway && item.is_err();
+    let gateway = faulty.then(|| gateway_remains(text, &metadata.resource_version, reading, names)).flatten();
+    let generation = metadata.generation;
+    Ok(Decoded {
+        key,
+        version: metadata.resource_version,
+        generation,
+        item,
+        told,
+        remains,
+        gateway: gateway.map(Box::new),
+    })
+}
+
+fn gateway_remains(text: &[u8], version: &str, reading: &Reading, names: &mut Names) -> Option<GatewayRemains> {
+    let Whole { metadata, spec, status } = whole::<Value, api::EgressGatewayStatus>(text).ok()?;
+    let mut status = ledger_text::read(status.unwrap_or_default()).ok()?;
+    names.ledger(&mut status);
+    let meta = times(&metadata).unwrap_or_default();
+    let of_ledger = gateway_of_ledger(&spec.unwrap_or_default(), meta.clone(), status.clone());
+    let alone = || reading.node.is_none().then(|| ledger_alone(meta, status.clone()));
+    let mut stands = of_ledger.or_else(alone);
+    stands.iter_mut().for_each(|gateway| names.gateway(gateway));
+    Some(GatewayRemains { version: reading.node.is_none().then(|| version.into()), status, stands })
 }
 
 fn item(
@@ -263,7 +300,7 @@ pub type Listed = BTreeMap<Key, Decoded>;
 #[cfg(test)]
 mod tests {
     use super::*;
-    use serde_json::{Value, json};
+    use serde_json::json;
 
     fn read(kind: Kind, object: &Value, node: Option<&str>) -> Decoded {
         let reading = Reading { node: node.map(Name::from) };

@@ -1,9 +1,10 @@
 //! All that is known of the cluster, brought up to date change by change.
 
-use super::decode::{Decoded, Item, Key, Listed, is_newer};
+use super::decode::{Decoded, GatewayRemains, Item, Key, Listed, is_newer};
 use super::kind::Kind;
 use super::watch::Change;
-use crate::plan::model::{Cluster, Inside, ObjectKey, PodMatch, Policy, PolicyKey, Unreadable};
+use crate::cluster::dir::fault::Fault;
+use crate::plan::model::{Cluster, Gateway, Inside, ObjectKey, PodMatch, Policy, PolicyKey, Unreadable};
 use crate::plan::selector::Name;
 use crate::plan::shared::Shared;
 use crate::plan::stand_in::{Remains, stand_in};
@@ -141,7 +142,7 @@ impl Store {
     }
 
     fn apply(&mut self, kind: Kind, decoded: Decoded) {
-        let Decoded { key, version, generation, item, told, remains } = decoded;
+        let Decoded { key, version, generation, item, told, remains, gateway } = decoded;
         if kind == Kind::Pod && is_newer(&version, &self.newest_pod) {
             self.newest_pod = version;
         }
@@ -156,9 +157,22 @@ impl Store {
                 if let (Some(told), true) = (told, self.tells_policies) {
                     self.changed |= put(&mut self.cluster.policy_statuses, policy_key(&key), told);
                 }
+                if let Some(remains) = gateway {
+                    self.keep_gateway(&key.1, *remains, generation, &fault);
+                }
                 self.faults.insert((kind, key), Faulty { text: fault.to_string(), generation, remains });
             }
         }
+    }
+
+    /// A gateway makes no sense, and its ledger does: that is followed, with the last good spec if there is one.
+    fn keep_gateway(&mut self, name: &Name, remains: GatewayRemains, generation: Option<i64>, fault: &Fault) {
+        let GatewayRemains { version, status, stands } = remains;
+        let known = self.cluster.gateways.get(name).filter(|gateway| !gateway.frozen);
+        let Some(gateway) = known.map(|gateway| Gateway::clone(gateway)).or(stands) else { return };
+        let fault = Some(fault.to_string().into());
+        let gateway = Gateway { version, status, generation, fault, ..gateway };
+        self.changed |= put(&mut self.cluster.gateways, name.clone(), Arc::new(gateway));
     }
 
     /// Puts in the place of policies that make no sense, and of which no last good state is known, what the ledger knows of
@@ -340,6 +354,7 @@ impl Store {
                 Kind::EgressPolicy | Kind::ClusterEgressPolicy => {
                     used(&self.cluster, &self.waiting, &self.standing, &policy_key(key))
                 }
+                Kind::EgressGateway => self.cluster.gateways.get(&key.1).map_or(NOTHING, |gateway| gateway.used()),
                 _ if self.is_known(*kind, key) => LAST_GOOD,
                 _ => NOTHING,
             };

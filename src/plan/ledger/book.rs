@@ -110,7 +110,10 @@ impl<'a> Book<'a> {
         let inside: Pool = networks_inside(cluster).map(|(range, _)| range).collect::<Vec<_>>().iter().collect();
         let pools = usable(cluster.gateways.values().map(|g| &**g));
         for ((name, gateway), (usable, overlaps)) in cluster.gateways.iter().zip(pools) {
-            let nodes = cluster.nodes.iter().filter(|(_, node)| gateway.nodes.matches(&node.labels));
+            let nodes = cluster.nodes.iter().filter(|(name, node)| match gateway.frozen {
+                true => gateway.status.nodes.binary_search_by(|known| (**known).cmp(name)).is_ok(),
+                false => gateway.nodes.matches(&node.labels),
+            });
             let nodes = nodes.map(|(name, node)| (name, &**node)).collect();
             let declared = gateway.pool.iter().collect();
             let ended_until = cooldown_ended_until(gateway).unwrap_or(i64::MIN);

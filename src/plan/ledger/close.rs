@@ -125,7 +125,9 @@ fn conditions(
     let mut conditions = Conditions::new(&desk.gateway.status.conditions, desk.gateway.generation, book.now);
     let defaults: Vec<&str> =
         book.desks.iter().filter(|other| other.gateway.default).map(|other| &**other.name).collect();
-    if let Some(overlap) = desk.overlaps.first() {
+    if let Some(fault) = &desk.gateway.fault {
+        conditions.add("Accepted", false, "Invalid", format!("{fault}; {}", desk.gateway.used()));
+    } else if let Some(overlap) = desk.overlaps.first() {
         let range = if overlap.first == overlap.last {
             overlap.first.to_string()
         } else {

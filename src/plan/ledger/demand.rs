@@ -134,6 +134,8 @@ struct Gateways<'a> {
     defaults: Vec<usize>,
     /// Where several gateways are the default one: which of them a policy has a path of already.
     present: HashMap<&'a PolicyKey, usize>,
+    /// The same, of gateways of which the ledger alone is known: whether they are the default one is not.
+    kept: HashMap<&'a PolicyKey, usize>,
 }
 
 impl<'a> Gateways<'a> {
@@ -141,15 +143,18 @@ impl<'a> Gateways<'a> {
         let all: Vec<_> = cluster.gateways.iter().map(|(name, gateway)| (name, &**gateway)).collect();
         let by_name = all.iter().enumerate().map(|(place, (name, _))| (&***name, place)).collect();
         let defaults: Vec<usize> = (0..all.len()).filter(|place| all[*place].1.default).collect();
-        let mut present = HashMap::new();
-        if defaults.len() > 1 {
-            for place in &defaults {
+        let of = |places: &[usize]| {
+            let mut present = HashMap::new();
+            for place in places {
                 for policy in all[*place].1.status.paths.iter().flat_map(|path| &path.policies) {
                     present.entry(policy).or_insert(*place);
                 }
             }
-        }
-        Gateways { all, by_name, defaults, present }
+            present
+        };
+        let present = if defaults.len() > 1 { of(&defaults) } else { HashMap::new() };
+        let kept = of(&(0..all.len()).filter(|place| all[*place].1.frozen).collect::<Vec<_>>());
+        Gateways { all, by_name, defaults, present, kept }
     }
 
     /// The gateway that a policy is to use, if it may.
@@ -162,6 +167,7 @@ impl<'a> Gateways<'a> {
                 };
                 Refusal::new(Reason::GatewayUnknown, message)
             })?,
+            (None, _) if let Some(place) = self.kept.get(applicant.key) => *place,
             (None, [one]) => *one,
             (None, []) => {
                 let message = "the policy names no gateway, and none is the default one; \

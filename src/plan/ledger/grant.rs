@@ -25,6 +25,10 @@ pub(super) fn grant(book: &mut Book) -> HashMap<usize, Refusal> {
             if book.demands.all[demand].path.is_some() {
                 continue;
             }
+            if let Some(refusal) = frozen(book, demand) {
+                refused.insert(demand, refusal);
+                continue;
+            }
             let granted = match (&book.demands.all[demand].want, turn) {
                 (Want::Explicit(pair), PathKind::Explicit) => {
                     let pair = pair.clone();
@@ -58,12 +62,21 @@ pub(super) fn grant(book: &mut Book) -> HashMap<usize, Refusal> {
                 exhausted_of.entry((gateway, *family)).or_insert_with(|| exhausted(book, gateway, *family)).clone();
         }
         if let Demand { want: Want::Explicit(pair), gateway, .. } = &book.demands.all[*demand]
+            && refusal.reason != Reason::GatewayInvalid
             && let Err(why) = check_named(book, *gateway, pair)
         {
             *refusal = why;
         }
     }
     refused
+}
+
+/// Why the gateway gives nothing out, if it does not.
+fn frozen(book: &Book, demand: usize) -> Option<Refusal> {
+    let desk = &book.desks[book.demands.all[demand].gateway];
+    let message =
+        format!("EgressGateway {:?} makes no sense, and gives out no egress IP until it is mended", desk.name);
+    desk.gateway.frozen.then(|| Refusal::new(Reason::GatewayInvalid, message))
 }
 
 fn no_id() -> Refusal {

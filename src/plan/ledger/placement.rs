@@ -54,7 +54,9 @@ pub(super) fn place(book: &mut Book) {
         match book.desks[gateway].gateway.placement {
             Placement::Managed => {
                 moves::follow_takeovers(book, gateway, &paths, &reports);
-                balance(book, gateway, &paths, &reports);
+                if !book.desks[gateway].gateway.frozen {
+                    balance(book, gateway, &paths, &reports);
+                }
                 moves::finish(book, &paths, &reports);
             }
             Placement::External => follow(book, gateway, &paths),

@@ -54,6 +54,8 @@ impl Refusal {
 pub enum Reason {
     /// The gateway that it names does not exist.
     GatewayUnknown,
+    /// The gateway makes no sense, and how it made sense last is not known.
+    GatewayInvalid,
     /// It names no gateway, and no gateway is the default one.
     NoDefaultGateway,
     /// It names no gateway, and several say that they are the default one.

@@ -176,3 +176,43 @@ fn a_node_knows_what_is_inside_before_it_begins() {
     store.take(Change::Deleted(Kind::IpPool, (None, "default".into())));
     assert!(store.news().unwrap().inside.pods.is_empty());
 }
+
+#[test]
+fn a_gateway_that_makes_no_sense_keeps_its_ledger() {
+    let gateway = |version: u32, addresses: Value, spec: Value| {
+        let mut spec = spec;
+        spec["addresses"] = addresses;
+        let paths =
+            json!([{"id": version, "kind": "Dedicated", "ipv4": "192.0.2.50", "node": "g1", "policies": ["shop/p"]}]);
+        let object = json!({"metadata": {"name": "g", "resourceVersion": version.to_string(), "generation": version},
+                            "spec": spec, "status": {"paths": paths, "nodes": ["g1"]}});
+        let controller = Reading { node: None };
+        let of = |reading| decode(Kind::EgressGateway, object.to_string().as_bytes(), reading, &mut Names::default());
+        (of(&controller).unwrap(), decoded(Kind::EgressGateway, &object))
+    };
+    let (good, overlap) = (json!(["192.0.2.50-192.0.2.59"]), json!(["192.0.2.50-192.0.2.59", "192.0.2.55"]));
+    let spec = json!({"nodeSelector": {}, "interface": "eth1"});
+    let mut store = full();
+    store.take(Change::Applied(Kind::EgressGateway, gateway(1, good, spec.clone()).0));
+    store.take(Change::Applied(Kind::EgressGateway, gateway(2, overlap.clone(), spec.clone()).0));
+    let found = store.news().unwrap().gateways["g"].clone();
+    assert!(!found.frozen && found.pool.len() == 1 && found.fault.as_ref().unwrap().contains("overlap"), "{found:?}");
+    // What is written now is in place of this version.
+    assert_eq!((found.version.as_deref(), found.generation, found.status.paths[0].id), (Some("2"), Some(2), 2));
+
+    // Where no last good state is known.
+    let nonsense = json!({"nodeSelector": {}, "nextHop": {}});
+    for (spec, interface) in [(spec, Some("eth1")), (nonsense, None)] {
+        let mut store = full();
+        let (controllers, nodes) = gateway(3, overlap.clone(), spec);
+        store.take(Change::Applied(Kind::EgressGateway, controllers));
+        let found = store.news().unwrap().gateways["g"].clone();
+        assert!(found.frozen && found.fault.is_some() && found.status.paths[0].id == 3, "{found:?}");
+        assert_eq!((found.interface.as_deref(), found.pool.len()), (interface, 1));
+        assert!(store.problems()[0].contains("no other ones are given out"), "{:?}", store.problems());
+        // A node does without one that it does not understand: what it would carry is blocked.
+        store.take(Change::Deleted(Kind::EgressGateway, (None, "g".into())));
+        store.take(Change::Applied(Kind::EgressGateway, nodes));
+        assert_eq!(store.news().unwrap().gateways.contains_key("g"), interface.is_some());
+    }
+}

@@ -1,6 +1,9 @@
-use crate::api::{Allocate, EgressPolicySpec};
-use crate::plan::fixture::{World, asking, naming, selector};
+use crate::api::{Allocate, EgressPolicySpec, PathKind};
+use crate::plan::fixture::{World, asking, naming, pair, selector};
 use crate::plan::ledger::Reason;
+use crate::plan::model::AddressRange;
+use std::net::IpAddr;
+use std::sync::Arc;
 
 #[test]
 fn a_gateway_must_exist() {
@@ -73,4 +76,36 @@ fn the_cluster_has_16383_paths() {
         world.policy(&format!("a/p{i:05}"), asking(Allocate::Dedicated));
     }
     world.allocate().assert_refused("a/p16383", Reason::NoIdLeft, &["16383", "Shared"]);
+}
+
+#[test]
+fn a_gateway_of_which_the_ledger_alone_is_known_keeps_that_and_gives_out_nothing() {
+    let mut world = World::new(&["192.0.2.50-192.0.2.59"]);
+    world.policy("a/own", asking(Allocate::Dedicated));
+    world.policy("a/named", naming(&["192.0.2.55"]));
+    world.policy("a/nodes", asking(Allocate::Node));
+    world.allocate();
+    world.settle();
+    let before = world.allocate().gateways["g"].clone();
+    assert!(before.paths.len() == 3 && before.paths.iter().all(|path| path.node.is_some()), "{before:?}");
+    // Another gateway's pool has what the ledger gives out.
+    world.gateway("z", &["192.0.2.50-192.0.2.70"], |_| {});
+    world.gateway("g", &[], |spec| spec.node_selector = selector(&[("no", "node")]));
+    let gateway = Arc::make_mut(world.cluster.gateways.get_mut("g").unwrap());
+    let addresses = before.paths.iter().filter(|path| path.kind != PathKind::Node);
+    let addresses = addresses.filter_map(|path| path.address.ipv4.map(IpAddr::V4));
+    gateway.pool = addresses.map(|address| AddressRange { first: address, last: address }).collect();
+    gateway.pool.sort();
+    (gateway.frozen, gateway.fault, gateway.status) = (true, Some("two ranges overlap".into()), before.clone());
+    world.policy("a/new", EgressPolicySpec { gateway: Some("g".into()), ..naming(&["192.0.2.56"]) });
+    world.policy("b/new", EgressPolicySpec { gateway: Some("z".into()), ..asking(Allocate::Dedicated) });
+    world.now += 3600;
+    let outcome = world.allocate();
+    let after = &outcome.gateways["g"];
+    assert_eq!((&after.paths, &after.nodes, &after.released), (&before.paths, &before.nodes, &before.released));
+    let accepted = &after.conditions[0];
+    assert_eq!((&*accepted.status, &*accepted.reason), ("False", "Invalid"));
+    assert!(accepted.message.starts_with("two ranges overlap; its last good state is not known"), "{accepted:?}");
+    outcome.assert_refused("a/new", Reason::GatewayInvalid, &["\"g\"", "mended"]);
+    assert_eq!(outcome.grant("b/new").address, pair(&["192.0.2.51"]));
 }

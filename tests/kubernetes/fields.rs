@@ -1,0 +1,172 @@
+//! Every field of every object is stored as it was written: the API server drops what a definition does not have, without
+//! a word to a client that does not ask for one.
+
+use super::lab::Lab;
+use super::lab::api::path_of;
+use serde_json::{Value, json};
+use std::collections::BTreeSet;
+
+const EXPRESSIONS: [(&str, bool); 4] = [("In", true), ("NotIn", true), ("Exists", false), ("DoesNotExist", false)];
+
+fn selector() -> Value {
+    let expressions = EXPRESSIONS.map(|(operator, values)| {
+        let mut expression = json!({"key": "tier", "operator": operator});
+        if values {
+            expression["values"] = json!(["web", "db"]);
+        }
+        expression
+    });
+    json!({"matchLabels": {"app": "visitor"}, "matchExpressions": expressions})
+}
+
+fn conditions() -> Value {
+    json!([{"type": "Ready", "status": "True", "reason": "AddressHeld", "message": "all is well",
+            "lastTransitionTime": "2026-01-31T12:00:00Z", "observedGeneration": 3}])
+}
+
+fn object(kind: &str, name: &str, spec: Value, status: Value) -> Value {
+    let mut object = json!({"apiVersion": "egret.dev/v1alpha1", "kind": kind, "metadata": {"name": name},
+                            "spec": spec, "status": status});
+    if kind == "EgressPolicy" {
+        object["metadata"]["namespace"] = "shop".into();
+    }
+    object
+}
+
+fn gateways() -> Vec<Value> {
+    let spec = |placement: &str, sharing: &str| {
+        json!({
+            "nodeSelector": selector(), "addresses": ["192.0.2.50-192.0.2.59", "2001:db8::50"], "placement": placement,
+            "interface": "eth1", "nextHop": {"ipv4": "192.0.2.1", "ipv6": "2001:db8::1"}, "answerPing": true,
+            "ignoreCordon": true, "default": true, "namespaceSelector": selector(), "sharing": sharing,
+            "reservations": [{"addresses": ["192.0.2.59"], "namespaceSelector": selector()}],
+            "namespaceQuota": {"policies": 3, "addresses": 2, "destinations": 100},
+        })
+    };
+    let path = |id: u16, kind: &str| {
+        json!({"id": id, "kind": kind, "ipv4": format!("192.0.2.{id}"), "ipv6": format!("2001:db8::{id}"), "node": "g1",
+               "since": 1_700_000_000, "leaving": "g2", "policies": ["shop/a", "everywhere"]})
+    };
+    let paths: Vec<Value> =
+        ["Explicit", "Dedicated", "Shared", "Node"].into_iter().zip(50..).map(|(kind, id)| path(id, kind)).collect();
+    let released =
+        json!([{"id": 7, "ipv4": "192.0.2.57", "ipv6": "2001:db8::57", "policies": ["shop/b"], "at": 1_700_000_000}]);
+    let writer = json!({"name": "controller", "term": 2, "writes": 7});
+    let listed =
+        json!({"nodes": ["g1"], "paths": paths, "released": released, "conditions": conditions(), "writer": writer});
+    // The form that a long ledger has.
+    let text = json!({"nodes": ["g1"], "paths": [], "conditions": conditions(), "writer": writer,
+                      "text": "node g1\n1 Dedicated 192.0.2.50 - 0 1700000000 - shop/a\n"});
+    vec![
+        object("EgressGateway", "listed", spec("Managed", "Namespace"), listed),
+        object("EgressGateway", "as-text", spec("External", "Cluster"), text),
+    ]
+}
+
+fn policies(kind: &str, more: &Value) -> Vec<Value> {
+    let port = |protocol: &str| json!({"protocol": protocol, "port": 443, "endPort": 445});
+    let egress = json!([{"to": [{"ipBlock": {"cidr": "203.0.113.0/24", "except": ["203.0.113.128/25"]}}],
+                         "ports": [port("TCP"), port("UDP"), port("SCTP")]}]);
+    let status = json!({"gateway": "g", "addresses": {"ipv4": "192.0.2.50", "ipv6": "2001:db8::50"}, "node": "g1",
+                        "pods": 3, "conditions": conditions()});
+    let spec = |fallback: &str, pods: Value, address: Value| {
+        let existing = if fallback == "Block" { "Keep" } else { "End" };
+        let mut spec = json!({"gateway": "g", "egress": egress, "fallback": fallback, "priority": -7,
+                              "existingConnections": existing});
+        for part in [pods, address, more.clone()] {
+            let part = part.as_object().cloned().unwrap_or_default();
+            spec.as_object_mut().expect("an object").extend(part);
+        }
+        spec
+    };
+    let by_labels = || json!({"podSelector": selector()});
+    let named = json!({"address": {"ipv4": "192.0.2.50", "ipv6": "2001:db8::50"}});
+    let mut specs = vec![spec("Block", by_labels(), named)];
+    for allocate in ["Dedicated", "Shared", "Node"] {
+        specs.push(spec("NodeAddress", by_labels(), json!({"allocate": allocate})));
+    }
+    specs.push(spec("Block", json!({"services": ["frontend"]}), json!({})));
+    let object = |(number, spec)| object(kind, &format!("p{number}"), spec, status.clone());
+    specs.into_iter().enumerate().map(object).collect()
+}
+
+fn nodes() -> Vec<Value> {
+    let status = json!({
+        "tunnelAddress": "192.0.2.1", "tunnelMac": "02:00:00:00:00:01", "answers": true, "paths": [1, 2],
+        "taken": [{"id": 1, "since": 1_700_000_000}], "refused": [{"id": 2, "message": "another host has it"}],
+        "blocked": [{"id": 3, "message": "no node has it"}], "silent": ["g2"],
+        "direct": [{"network": "10.0.0.0/8", "from": "spec.podCIDRs of Nodes"}],
+        "faults": [{"of": "peer g2", "message": "no route"}],
+        "lost": [{"interface": "eth0", "family": "IPv6", "message": "no route"}],
+    });
+    vec![object("EgressNode", "n1", json!({}), status)]
+}
+
+/// The fields that a schema has, `spec.egress[].to[]`, and of fields with few values which.
+fn of_schema(schema: &Value, path: &str, found: &mut BTreeSet<String>) {
+    if let Some(properties) = schema["properties"].as_object() {
+        properties.iter().for_each(|(name, field)| of_schema(field, &format!("{path}.{name}"), found));
+    } else if schema["items"].is_object() {
+        of_schema(&schema["items"], &format!("{path}[]"), found);
+    } else if let Some(values) = schema["enum"].as_array() {
+        found.extend(values.iter().filter_map(Value::as_str).map(|value| format!("{path}={value}")));
+    } else {
+        found.insert(path.to_owned());
+    }
+}
+
+/// The fields of an object, by the same names as in the schema.
+fn of_object(value: &Value, schema: &Value, path: &str, found: &mut BTreeSet<String>) {
+    if schema["properties"].is_object() {
+        let fields = value.as_object().into_iter().flatten();
+        fields
+            .for_each(|(name, field)| of_object(field, &schema["properties"][name], &format!("{path}.{name}"), found));
+    } else if schema["items"].is_object() {
+        let items = value.as_array().into_iter().flatten();
+        items.for_each(|item| of_object(item, &schema["items"], &format!("{path}[]"), found));
+    } else if schema["enum"].is_array() {
+        found.insert(format!("{path}={}", value.as_str().unwrap_or_default()));
+    } else {
+        found.insert(path.to_owned());
+    }
+}
+
+#[test]
+fn every_field_of_every_object_is_stored() {
+    let lab = Lab::builder().kubernetes().nodes(vec![]).build();
+    lab.add_namespace("shop", &[]);
+    let list = lab.api().get("/apis/apiextensions.k8s.io/v1/customresourcedefinitions");
+    for definition in list["items"].as_array().expect("definitions") {
+        let kind = definition["spec"]["names"]["kind"].as_str().expect("a kind");
+        let objects = match kind {
+            "EgressGateway" => gateways(),
+            "EgressPolicy" => policies(kind, &json!({})),
+            "ClusterEgressPolicy" => ["Admin", "Baseline"]
+                .iter()
+                .flat_map(|tier| policies(kind, &json!({"tier": tier, "namespaceSelector": selector()})))
+                .collect(),
+            "EgressNode" => nodes(),
+            other => panic!("what is a {other}?"),
+        };
+        let schema = &definition["spec"]["versions"][0]["schema"]["openAPIV3Schema"];
+        let (mut all, mut written) = (BTreeSet::new(), BTreeSet::new());
+        for part in ["spec", "status"] {
+            of_schema(&schema["properties"][part], part, &mut all);
+            for object in &objects {
+                of_object(&object[part], &schema["properties"][part], part, &mut written);
+            }
+        }
+        assert_eq!(written, all, "fields of {kind}: those of this test, and those of the definition");
+        for object in &objects {
+            let path = path_of(object);
+            lab.api().apply(object);
+            let status = json!({"status": object["status"]});
+            let patch = Some(("application/merge-patch+json", &status));
+            lab.api().ask("PATCH", &format!("{path}/status"), patch);
+            let stored = lab.api().get(&path);
+            for part in ["spec", "status"] {
+                assert_eq!(stored[part], object[part], "{part} of {path}");
+            }
+        }
+    }
+}
