@@ -2,7 +2,10 @@
 
 mod namespace;
 
-use egret::kernel::conntrack::{Fate, Marked, delete, delete_begun_by, delete_of, list, settle};
+use egret::kernel::conntrack::{
+    Fate, Made, Marked, Translated, Tuple, delete, delete_begun_by, delete_of, find_by_answers, find_by_request,
+    forget, list, list_tracked, make, settle,
+};
 use egret::kernel::netlink::{NETLINK_NETFILTER, Socket};
 use namespace::{in_namespace, run};
 use std::collections::BTreeSet;
@@ -145,6 +148,86 @@ fn what_is_late_for_a_connection_has_an_entry_for_a_second_that_begins_at_the_ot
             std::thread::sleep(std::time::Duration::from_millis(50));
         }
         assert_eq!(list(&mut socket, PATHS).unwrap().len(), 1);
+    });
+}
+
+fn translated(source: &str, protocol: u8, port: u16, changed: u16) -> Translated {
+    let v6 = source.contains(':');
+    let out = Tuple {
+        source: address(source),
+        destination: address(if v6 { "2001:db8::100" } else { "192.0.2.100" }),
+        protocol,
+        ports: [port, 80],
+    };
+    let egress = address(if v6 { "2001:db8::50" } else { "192.0.2.50" });
+    Translated { out, address: egress, port: changed, mark: 0x4547_8007, timeout: 600 }
+}
+
+const TCP: u8 = 6;
+const UDP: u8 = 17;
+
+#[test]
+fn a_connection_is_made_with_the_port_that_another_node_gave_it_or_not_at_all() {
+    in_namespace(|| async {
+        let mut socket = Socket::open(NETLINK_NETFILTER).unwrap();
+        let no_place = |_: &_| false;
+        for source in ["10.244.1.5", "fd00:244:1::5"] {
+            for protocol in [TCP, UDP] {
+                let wanted = translated(source, protocol, 1001, 2001);
+                assert_eq!(make(&mut socket, &wanted, no_place).unwrap(), Made::There);
+                let found = find_by_answers(&mut socket, &wanted.back()).unwrap().unwrap();
+                assert_eq!((found.out, found.back, found.mark), (wanted.out, wanted.back(), wanted.mark));
+                assert!(found.has_changed_port() && !found.is_over && (500..=600).contains(&found.timeout));
+
+                let longer = Translated { timeout: 900, mark: 0x4547_8008, ..wanted };
+                assert_eq!(make(&mut socket, &longer, no_place).unwrap(), Made::There, "again");
+                let found = find_by_request(&mut socket, &wanted.out).unwrap().unwrap();
+                assert!(found.timeout > 800 && found.mark == 0x4547_8008, "{found:?}");
+
+                let rival = translated(source, protocol, 1002, 2001);
+                assert_eq!(make(&mut socket, &rival, no_place).unwrap(), Made::Taken, "the answers are another's");
+                assert_eq!(find_by_request(&mut socket, &rival.out).unwrap(), None);
+                let other = translated(source, protocol, 1001, 2002);
+                assert_eq!(make(&mut socket, &other, no_place).unwrap(), Made::Taken);
+                assert_eq!(make(&mut socket, &other, |there| there.back == wanted.back()).unwrap(), Made::There);
+                assert_eq!(find_by_answers(&mut socket, &wanted.back()).unwrap(), None);
+                assert_eq!(make(&mut socket, &rival, no_place).unwrap(), Made::There);
+            }
+        }
+        assert_eq!(shown(), 8);
+        assert!(run("conntrack", "-L -p tcp").contains("ESTABLISHED"));
+        let all = list_tracked(&mut socket, Marked { mark: 0x4547_8000, mask: 0xffff_8000 }, |_| true).unwrap();
+        assert_eq!(all.len(), 8);
+        for one in &all {
+            forget(&mut socket, &one.out, |_| false).unwrap();
+            assert!(find_by_request(&mut socket, &one.out).unwrap().is_some());
+            forget(&mut socket, &one.out, |there| there == one).unwrap();
+        }
+        assert_eq!(shown(), 0);
+    });
+}
+
+#[test]
+fn a_pods_connection_gives_place_to_its_translated_one_and_to_what_is_late() {
+    in_namespace(|| async {
+        let mut socket = Socket::open(NETLINK_NETFILTER).unwrap();
+        connection("10.244.1.5", None, 1001, 0x4547_0011);
+        connection("fd00:244:1::5", None, 1001, 0x4547_0011);
+        let heirs = ["10.244.1.5", "fd00:244:1::5"].map(|source| {
+            let heir = translated(source, TCP, 1001, 2001);
+            Translated { mark: 0x4547_0011, ..heir }
+        });
+        let fate = |c: &egret::kernel::conntrack::Connection| {
+            let heir = heirs.iter().find(|heir| Some(heir.out) == c.out).unwrap();
+            Fate::Replaced(*heir, Some(0x4547_4011))
+        };
+        assert_eq!(settle(&mut socket, PATHS, fate).unwrap(), 2);
+        for heir in &heirs {
+            assert_eq!(find_by_request(&mut socket, &heir.out).unwrap().unwrap().back, heir.back());
+        }
+        let late = list(&mut socket, Marked { mark: 0x4547_4011, mask: u32::MAX }).unwrap();
+        assert_eq!(late.len(), 2);
+        assert!(late.iter().all(|late| heirs.iter().any(|heir| heir.out.source == late.destination)), "{late:?}");
     });
 }
 

@@ -23,6 +23,8 @@ const ECHO_REQUEST: u8 = 128;
 const ECHO_REPLY: u8 = 129;
 /// Nobody forwards what goes through the tunnel; what was forwarded has less.
 const HOP_LIMIT: i32 = 255;
+/// The length of an answer, in bytes.
+const ANSWER: u32 = 8;
 /// Room for one answer; what is longer is none of ours.
 const MESSAGE: usize = 64;
 /// Room for the answers of a few thousand nodes, while the daemon is busy.
@@ -64,7 +66,9 @@ impl Echo {
         let fd = socket(AddressFamily::Inet6, SockType::Raw, flags, SockProtocol::IcmpV6)
             .context("cannot open a raw socket; the daemon needs CAP_NET_RAW")?;
         // Before it is bound, so that nothing else is ever queued.
-        super::icmpv6_filter::hear_only(&fd, ECHO_REPLY).context("cannot filter ICMPv6 messages")?;
+        super::icmpv6_filter::hear_only(&fd, &[ECHO_REPLY]).context("cannot filter ICMPv6 messages")?;
+        // Nor the answers to what the daemons tell each other.
+        super::socket_filter::hear_up_to(&fd, ANSWER).context("cannot filter by length")?;
         setsockopt(&fd, sockopt::BindToDevice, &DEVICE.into()).context("cannot ask through the tunnel device")?;
         setsockopt(&fd, sockopt::Ipv6RecvHopLimit, &true)?;
         setsockopt(&fd, sockopt::Ipv6Ttl, &HOP_LIMIT)?;

@@ -9,11 +9,11 @@ use std::os::fd::{AsRawFd, OwnedFd};
 /// `ICMPV6_FILTER`, include/uapi/linux/icmpv6.h.
 const ICMPV6_FILTER: c_int = 1;
 
-/// Lets a raw ICMPv6 socket hear messages of this type and no others (RFC 3542, section 3.2).
-pub fn hear_only(socket: &OwnedFd, kind: u8) -> nix::Result<()> {
+/// Lets a raw ICMPv6 socket hear messages of these types and no others (RFC 3542, section 3.2).
+pub fn hear_only(socket: &OwnedFd, kinds: &[u8]) -> nix::Result<()> {
     // `struct icmp6_filter`: a bit that is set keeps a type out.
     let mut filter = [u32::MAX; 8];
-    filter[usize::from(kind / 32)] &= !(1 << (kind % 32));
+    kinds.iter().for_each(|kind| filter[usize::from(kind / 32)] &= !(1 << (kind % 32)));
     let length = size_of_val(&filter) as socklen_t;
     // SAFETY: the kernel reads `length` bytes at the pointer, which is to as many, and keeps no hold of them.
     let result = unsafe {

@@ -107,6 +107,14 @@ impl Socket {
         set_send_buffer(&self.raw, bytes)
     }
 
+    /// From now on [`receive`](Self::receive) returns an error instead of waiting.
+    ///
+    /// # Errors
+    /// The socket refused it.
+    pub fn set_non_blocking(&self) -> io::Result<()> {
+        self.raw.set_non_blocking(true)
+    }
+
     /// The socket's netlink port: notifications of changes that it made carry it.
     pub fn port(&self) -> u32 {
         self.port
@@ -233,6 +241,12 @@ impl Socket {
             io::ErrorKind::Interrupted,
             "the kernel's tables change faster than they can be read",
         )))
+    }
+}
+
+impl std::os::fd::AsFd for Socket {
+    fn as_fd(&self) -> std::os::fd::BorrowedFd<'_> {
+        self.raw.as_fd()
     }
 }
 

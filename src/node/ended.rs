@@ -3,8 +3,9 @@
 //! A tracked connection keeps the way that it began with. Left in the table, it would lend its path, or the node's address,
 //! to the next pod with the same address, and keep the pod on a path that it has no more.
 
+use super::changed_ports::Replicas;
 use super::pods::{Holder, Pods, Use};
-use crate::kernel::conntrack::{self, Connection, Marked};
+use crate::kernel::conntrack::{self, Connection, Fate, Marked};
 use crate::kernel::netlink::{NETLINK_NETFILTER, Socket};
 use crate::plan::marks::{Marks, PathId};
 use crate::plan::networks::Networks;
@@ -115,11 +116,15 @@ impl Ended {
 }
 
 /// Takes connections that are translated to another address than their path's out of the kernel's table, in the
-/// background. Each packet of theirs is dropped and prolongs them, so they would not end by themselves.
-pub fn forget_stale(marks: Marks) {
+/// background. Each packet of theirs is dropped and prolongs them, so they would not end by themselves. Those of this node's
+/// pods on `local` paths, whose port was changed, keep it.
+pub fn forget_stale(marks: Marks, local: BTreeSet<PathId>, replicas: Arc<Replicas>) {
     let stale = Marked { mark: marks.stale(), mask: marks.connection_of_path_mask() | marks.path_mask() };
     in_background("connections that are older than their paths are picked up anew", move |socket| {
-        conntrack::delete(socket, stale, |_| true)
+        conntrack::settle(socket, stale, |c| {
+            let heir = c.out.and_then(|out| local.iter().find_map(|id| replicas.heir(&out, marks.connection(*id))));
+            heir.map_or(Fate::Forgotten, |heir| Fate::Replaced(heir, None))
+        })
     });
 }
 

@@ -1,5 +1,6 @@
 //! What the node daemon counts.
 
+use super::changed_ports::Figures;
 use super::host::Counts;
 use super::pods::Census;
 use crate::kernel::nft::Count;
@@ -42,6 +43,7 @@ pub struct Metrics {
     dropped: Family<Reason, Counter>,
     other_ports: Counter,
     insertions_failed: Counter,
+    changed_ports: Figures,
     path_packets: Family<PathLabels, Counter>,
     path_bytes: Family<PathLabels, Counter>,
     requests: Family<VerbLabel, Histogram>,
@@ -69,6 +71,7 @@ impl Metrics {
             dropped: Family::default(),
             other_ports: Counter::default(),
             insertions_failed: Counter::default(),
+            changed_ports: Figures::default(),
             path_packets: Family::default(),
             path_bytes: Family::default(),
             requests: Family::new_with_constructor(seconds),
@@ -100,6 +103,7 @@ impl Metrics {
              ports, for one",
             metrics.insertions_failed.clone(),
         );
+        metrics.changed_ports.register(&mut registry);
         let packets = "Packets by path, as a director (of this node's pods) and as a gateway (of others')";
         registry.register("path_packets", packets, metrics.path_packets.clone());
         registry.register("path_bytes", "Bytes of these packets", metrics.path_bytes.clone());
@@ -112,6 +116,11 @@ impl Metrics {
         registry.register("faults", faults, metrics.faults.clone());
         registry.register("kernel_changes", "Changes made to the kernel's tables", metrics.changes.clone());
         (registry, metrics)
+    }
+
+    /// What is counted of connections whose port was changed.
+    pub fn changed_ports(&self) -> Figures {
+        self.changed_ports.clone()
     }
 
     /// The kernel was brought in step, or not.

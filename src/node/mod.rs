@@ -5,6 +5,7 @@
 
 mod adoption;
 mod beginning;
+mod changed_ports;
 mod ended;
 mod existing;
 mod holding;

@@ -6,12 +6,14 @@
 //! gateway that has given an address up, what it knows of a connection is out of date should the address come back.
 
 use crate::kernel::conntrack::{self, Connection, Fate, Marked};
+use crate::node::changed_ports::Replicas;
 use crate::node::ended;
 use crate::plan::marks::{Marks, PathId};
 use crate::plan::node::{View, addresses};
 use crate::plan::paths::PathState;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+use std::sync::Arc;
 
 /// What the connections in the kernel's table are to be like.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -36,6 +38,11 @@ impl Moved {
         Moved { local: local.collect(), served: served.flat_map(|(_, path)| addresses(path)).collect() }
     }
 
+    /// The paths that leave from this node.
+    pub fn local(&self) -> BTreeSet<PathId> {
+        self.local.iter().filter(|(_, local)| **local).map(|(id, _)| *id).collect()
+    }
+
     /// Whether the path left from this node.
     pub fn was_local(&self, path: PathId) -> bool {
         self.local.get(&path) == Some(&true)
@@ -48,8 +55,9 @@ impl Moved {
     }
 
     /// Takes what is not as it should be out of the kernel's table, in the background: it may be large. For pods'
-    /// connections on `handed_over` paths, what servers have sent already is let in.
-    pub fn clean(self, marks: Marks, handed_over: BTreeSet<PathId>) {
+    /// connections on `handed_over` paths, what servers have sent already is let in. What other nodes have told of, whose
+    /// port was changed, stays; of a pod of this node's, whose path has come here, it gets the same port.
+    pub fn clean(self, marks: Marks, handed_over: BTreeSet<PathId>, replicas: Arc<Replicas>) {
         let of_path = marks.connection_of_path_mask();
         let late = Marked { mark: marks.handed(0), mask: of_path };
         let pods = Marked { mark: marks.connection(0), mask: of_path };
@@ -59,12 +67,24 @@ impl Moved {
             let is_wrong = |path, translated| self.local.get(&path).is_some_and(|local| *local != translated);
             // First: of a path that is moved back at once, they are in the way of what takes their place.
             conntrack::delete(socket, late, |c| is_wrong(path(c), c.destination == c.reply_source))?;
-            let of_pods = conntrack::settle(socket, pods, |c| match path(c) {
-                id if !is_wrong(id, c.reply_destination != c.source) => Fate::Stays,
-                id if handed_over.contains(&id) => Fate::Followed(marks.handed(id)),
-                _ => Fate::Forgotten,
+            let of_pods = conntrack::settle(socket, pods, |c| {
+                let id = path(c);
+                if !is_wrong(id, c.reply_destination != c.source) {
+                    return Fate::Stays;
+                }
+                let late = handed_over.contains(&id).then(|| marks.handed(id));
+                let comes = self.local.get(&id) == Some(&true);
+                let heir = c.out.filter(|_| comes).and_then(|out| replicas.heir(&out, marks.connection(id)));
+                match (heir, late) {
+                    (Some(heir), late) => Fate::Replaced(heir, late),
+                    (None, Some(mark)) => Fate::Followed(mark),
+                    (None, None) => Fate::Forgotten,
+                }
             })?;
-            Ok(of_pods + conntrack::delete(socket, peers, |c| !self.served.contains(&c.reply_destination))?)
+            let is_told = |c: &Connection| c.out.is_some_and(|out| replicas.has(&out, c.reply_destination));
+            let of_peers =
+                conntrack::delete(socket, peers, |c| !self.served.contains(&c.reply_destination) && !is_told(c))?;
+            Ok(of_pods + of_peers)
         });
     }
 }

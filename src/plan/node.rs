@@ -188,6 +188,8 @@ pub struct NodePlan {
     pub device: u32,
     /// This node's end of the tunnel: where the others' tunnel packets come to.
     pub local: Option<IpAddr>,
+    /// Whether the kernel can tell of connections whose port it has changed.
+    pub port_log: bool,
 }
 
 impl NodePlan {

@@ -2,7 +2,8 @@
 //! - TCP 8080: tells who asked, and closes;
 //! - TCP 9000: echoes;
 //! - UDP 9001: tells who asked;
-//! - UDP 9002: echoes.
+//! - UDP 9002: echoes;
+//! - UDP 9003: tells who asked, with the port.
 
 use super::host::Host;
 use nix::sys::socket::{Shutdown, shutdown};
@@ -22,6 +23,9 @@ pub const ECHO: u16 = 9000;
 pub const UDP_WHO: u16 = 9001;
 /// UDP, echoes.
 pub const UDP_ECHO: u16 = 9002;
+
+/// UDP, tells who asked, with the port.
+pub const UDP_PEER: u16 = 9003;
 
 /// A running server; it ends when dropped.
 pub struct Server {
@@ -50,6 +54,7 @@ impl Server {
         });
         server.udp(host, UDP_WHO, |_, peer| peer.ip().to_string().into_bytes());
         server.udp(host, UDP_ECHO, |datagram, _| datagram.to_vec());
+        server.udp(host, UDP_PEER, |_, peer| peer.to_string().into_bytes());
         server
     }
 

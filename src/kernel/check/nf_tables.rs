@@ -7,6 +7,7 @@ use crate::kernel::nft::Nftables;
 use crate::kernel::nft::rule::{Ip, Rule};
 use crate::kernel::nft::table::{Chain, DataType, Hook, Set, SetKind, Table, TableName, hook};
 use crate::kernel::nft::uapi::*;
+use crate::kernel::port_log;
 use std::net::Ipv4Addr;
 use std::sync::Arc;
 
@@ -21,12 +22,13 @@ struct Trial {
     table: fn() -> Table,
 }
 
-/// Egret works without it.
+/// Egret works without these.
 const COPIES: &str = "copies of packets";
+const LOG: &str = "log of packets";
 /// The set of a trial that has one.
 const SET: &str = "set";
 
-const TRIALS: [Trial; 9] = [
+const TRIALS: [Trial; 10] = [
     Trial {
         name: "nf_tables",
         there: "family inet",
@@ -102,6 +104,14 @@ const TRIALS: [Trial; 9] = [
         family: NFPROTO_IPV4,
         table: || table(at("filter", hook::PREROUTING, -91), Rule::new().dup(Ipv4Addr::LOCALHOST.into(), LOOPBACK)),
     },
+    Trial {
+        name: LOG,
+        there: "to a group",
+        remedy: "needs CONFIG_NFT_LOG and CONFIG_NETFILTER_NETLINK_LOG, the modules nft_log and nfnetlink_log: without it \
+                 connections whose port was changed end when their path moves",
+        family: NFPROTO_INET,
+        table: || table(at("filter", hook::POSTROUTING, 300), Rule::new().log(port_log::GROUP)),
+    },
 ];
 
 /// The index of a namespace's loopback device, `LOOPBACK_IFINDEX`, include/net/flow.h.
@@ -112,7 +122,7 @@ pub fn run() -> Vec<Need> {
     let mut all = Vec::new();
     for trial in TRIALS {
         let mut need = Need::tried(trial.name, attempt(trial.family, &(trial.table)()), trial.there, trial.remedy);
-        if trial.name == COPIES && need.state == State::Missing {
+        if [COPIES, LOG].contains(&trial.name) && need.state == State::Missing {
             need.state = State::Warn;
         }
         let stop = all.is_empty() && need.state == State::Missing;

@@ -4,6 +4,11 @@
 //! is then judged anew. What is on its way meanwhile can be let in by a [`straggler`] entry.
 
 mod straggler;
+mod translated;
+mod tuple;
+
+pub use translated::{Made, Tracked, Translated, find_by_answers, find_by_request, forget, list_tracked, make};
+pub use tuple::Tuple;
 
 use crate::kernel::netlink::{
     Attributes, Error, NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REQUEST, NLMSG_ERROR, Socket, append_message,
@@ -83,6 +88,8 @@ pub struct Connection {
     pub mark: u32,
     /// What the kernel calls it for as long as it lasts (`nf_ct_get_id`); 0 if it does not say.
     pub id: u32,
+    /// As its beginner sends it, with the ports.
+    pub out: Option<Tuple>,
 }
 
 /// What becomes of a connection's entry.
@@ -95,6 +102,8 @@ pub enum Fate {
     /// It is forgotten, and for a second an entry with this mark lets in what the other end has sent before it could
     /// know. There is none for other protocols than TCP and UDP, nor if the destination was translated.
     Followed(u32),
+    /// It is forgotten, and this one takes its place; with a mark, what the other end has sent before is let in as well.
+    Replaced(Translated, Option<u32>),
 }
 
 /// All connections with that mark.
@@ -122,12 +131,14 @@ pub fn delete(socket: &mut Socket, marked: Marked, doomed: impl Fn(&Connection) 
 /// The kernel's refusal; some may have been forgotten by then.
 pub fn settle(socket: &mut Socket, marked: Marked, fate: impl Fn(&Connection) -> Fate) -> Result<usize> {
     let found = select_raw(socket, marked, |connection, raw| {
-        let follower = match fate(&connection) {
+        let (late, heir) = match fate(&connection) {
             Fate::Stays => return None,
-            Fate::Forgotten => None,
-            Fate::Followed(mark) => straggler::after(raw, mark),
+            Fate::Forgotten => (None, None),
+            Fate::Followed(mark) => (Some(mark), None),
+            Fate::Replaced(heir, late) => (late, Some(heir.request())),
         };
-        Some((request(raw)?, follower))
+        let late = late.and_then(|mark| straggler::after(raw, mark));
+        Some(Deletion { request: request(raw)?, followers: late.into_iter().chain(heir).collect() })
     })?;
     delete_all(socket, &found)
 }
@@ -146,7 +157,13 @@ pub fn insertions_failed(socket: &mut Socket) -> Result<u64> {
     counted.context("cannot read what connection tracking has counted")
 }
 
-fn delete_all(socket: &mut Socket, requests: &[(Vec<u8>, Option<Vec<u8>>)]) -> Result<usize> {
+/// A connection that is forgotten, and the entries that take its place.
+struct Deletion {
+    request: Vec<u8>,
+    followers: Vec<Vec<u8>>,
+}
+
+fn delete_all(socket: &mut Socket, requests: &[Deletion]) -> Result<usize> {
     let mut deleted = 0;
     for batch in requests.chunks(BATCH) {
         deleted += send(socket, batch).context("cannot delete tracked connections")?;
@@ -194,7 +211,9 @@ fn delete_by(
     if addresses.is_empty() {
         return Ok(0);
     }
-    let mut doomed = |c: Connection, raw: &[u8]| Some((is_doomed(&c).then(|| request(raw))??, None));
+    let mut doomed = |c: Connection, raw: &[u8]| {
+        Some(Deletion { request: is_doomed(&c).then(|| request(raw))??, followers: Vec::new() })
+    };
     if is_worth_reading(ends.len() * addresses.len()) {
         let found = select_raw(socket, Marked { mark: 0, mask: 0 }, doomed)?;
         return delete_all(socket, &found);
@@ -260,10 +279,10 @@ fn select_filtered<T>(
 
 fn parse(message: &[u8]) -> Option<Connection> {
     let (mut original, mut reply, mut mark, mut id) = (None, None, 0, 0);
-    let (mut protocol, mut reply_port) = (0, None);
+    let (mut protocol, mut reply_port, mut out) = (0, None, None);
     for (kind, value) in attributes(message.get(NFGENMSG..)?) {
         match kind {
-            CTA_TUPLE_ORIG => original = tuple(value),
+            CTA_TUPLE_ORIG => (original, out) = (tuple(value), Tuple::parse(value)),
             CTA_TUPLE_REPLY => {
                 reply = tuple(value);
                 (protocol, reply_port) = protocol_and_source_port(value);
@@ -274,7 +293,7 @@ fn parse(message: &[u8]) -> Option<Connection> {
         }
     }
     let ((source, destination), (reply_source, reply_destination)) = (original?, reply?);
-    Some(Connection { source, destination, reply_source, reply_destination, protocol, reply_port, mark, id })
+    Some(Connection { source, destination, reply_source, reply_destination, protocol, reply_port, mark, id, out })
 }
 
 fn protocol_and_source_port(tuple: &[u8]) -> (u8, Option<u16>) {
@@ -329,20 +348,20 @@ fn request(message: &[u8]) -> Option<Vec<u8>> {
     Some(request)
 }
 
-/// Sends deletions in one datagram, each with the entry that follows, and returns how many connections were there.
-fn send(socket: &mut Socket, requests: &[(Vec<u8>, Option<Vec<u8>>)]) -> Result<usize, Error> {
+/// Sends deletions in one datagram, each with the entries that follow, and returns how many connections were there.
+fn send(socket: &mut Socket, requests: &[Deletion]) -> Result<usize, Error> {
     let mut datagram = Vec::new();
     let (mut deletions, mut followers) = (BTreeSet::new(), BTreeSet::new());
-    for (deletion, follower) in requests {
+    for deletion in requests {
         let mut append = |kind, flags, pending: &mut BTreeSet<u32>, request: &[u8]| {
             let sequence = socket.next_sequence();
             pending.insert(sequence);
             let flags = NLM_F_REQUEST | NLM_F_ACK | flags;
             append_message(&mut datagram, kind, flags, sequence, |m| m.extend_from_slice(request));
         };
-        append(IPCTNL_MSG_CT_DELETE, 0, &mut deletions, deletion);
+        append(IPCTNL_MSG_CT_DELETE, 0, &mut deletions, &deletion.request);
         // Right behind it, for both have the same place in the kernel's table.
-        if let Some(follower) = follower {
+        for follower in &deletion.followers {
             append(IPCTNL_MSG_CT_NEW, NLM_F_CREATE | NLM_F_EXCL, &mut followers, follower);
         }
     }

@@ -5,6 +5,7 @@
 //! no two entries for the same direction of one connection; but there may be one that begins at the other end, if the
 //! direction back has a zone of its own, in which nothing is ever looked up (`nf_conntrack_zone::dir`, conntrack.h).
 
+use super::tuple::Tuple;
 use super::*;
 use crate::kernel::nft::rule::protocol::{TCP, UDP};
 
@@ -13,7 +14,6 @@ const CTA_PROTOINFO: u16 = 4;
 const CTA_TIMEOUT: u16 = 7;
 const CTA_NAT_DST: u16 = 13;
 const CTA_TUPLE_ZONE: u16 = 3;
-const CTA_PROTO_DST_PORT: u16 = 3;
 const CTA_NAT_V4_MINIP: u16 = 1;
 const CTA_NAT_V4_MAXIP: u16 = 2;
 const CTA_NAT_PROTO: u16 = 3;
@@ -30,26 +30,19 @@ const CTA_PROTOINFO_TCP_FLAGS_REPLY: u16 = 5;
 const ESTABLISHED: u8 = 3;
 const BE_LIBERAL: u8 = 8;
 /// `enum ip_conntrack_status`, include/uapi/linux/netfilter/nf_conntrack_common.h: seen in both directions, assured,
-/// confirmed, and not prolonged by its packets.
-const STATUS: u32 = 1 << 1 | 1 << 2 | 1 << 3 | 1 << 10;
+/// confirmed.
+pub(super) const ASSURED: u32 = 1 << 1 | 1 << 2 | 1 << 3;
+/// The same, and not prolonged by its packets.
+const STATUS: u32 = ASSURED | 1 << 10;
 /// How long it lives, in seconds.
 const LIFE: u32 = 1;
 /// The zone of the direction back.
 const ZONE: u16 = 7871;
 
-/// One direction of a connection.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Direction {
-    source: IpAddr,
-    destination: IpAddr,
-    protocol: u8,
-    ports: [u16; 2],
-}
-
 /// The request for the entry that lets in the answers to the connection in this message. `None` if there can be none.
 pub(super) fn after(message: &[u8], mark: u32) -> Option<Vec<u8>> {
     let (header, rest) = message.split_at_checked(NFGENMSG)?;
-    let direction = |wanted| direction(attributes(rest).find(|(kind, _)| *kind == wanted)?.1);
+    let direction = |wanted| Tuple::parse(attributes(rest).find(|(kind, _)| *kind == wanted)?.1);
     let (out, back) = (direction(CTA_TUPLE_ORIG)?, direction(CTA_TUPLE_REPLY)?);
     let same_server = (out.destination, out.ports[1]) == (back.source, back.ports[0]);
     if !same_server || !matches!(out.protocol, TCP | UDP) {
@@ -68,20 +61,25 @@ pub(super) fn after(message: &[u8], mark: u32) -> Option<Vec<u8>> {
         request.nested(CTA_NAT_DST, |nat| to(nat, out.source, out.ports[0]));
     }
     if out.protocol == TCP {
-        request.nested(CTA_PROTOINFO, |info| {
-            info.nested(CTA_PROTOINFO_TCP, |tcp| {
-                tcp.attribute(CTA_PROTOINFO_TCP_STATE, &[ESTABLISHED]);
-                // `struct nf_ct_tcp_flags`: flags, and which of them are meant.
-                tcp.attribute(CTA_PROTOINFO_TCP_FLAGS_ORIGINAL, &[BE_LIBERAL; 2]);
-                tcp.attribute(CTA_PROTOINFO_TCP_FLAGS_REPLY, &[BE_LIBERAL; 2]);
-            });
-        });
+        established(&mut request);
     }
     Some(request)
 }
 
+/// An established TCP connection.
+pub(super) fn established(request: &mut Vec<u8>) {
+    request.nested(CTA_PROTOINFO, |info| {
+        info.nested(CTA_PROTOINFO_TCP, |tcp| {
+            tcp.attribute(CTA_PROTOINFO_TCP_STATE, &[ESTABLISHED]);
+            // `struct nf_ct_tcp_flags`: flags, and which of them are meant.
+            tcp.attribute(CTA_PROTOINFO_TCP_FLAGS_ORIGINAL, &[BE_LIBERAL; 2]);
+            tcp.attribute(CTA_PROTOINFO_TCP_FLAGS_REPLY, &[BE_LIBERAL; 2]);
+        });
+    });
+}
+
 /// A range of one address and one port.
-fn to(nat: &mut Vec<u8>, address: IpAddr, port: u16) {
+pub(super) fn to(nat: &mut Vec<u8>, address: IpAddr, port: u16) {
     let (least, most, bytes) = match address {
         IpAddr::V4(a) => (CTA_NAT_V4_MINIP, CTA_NAT_V4_MAXIP, a.octets().to_vec()),
         IpAddr::V6(a) => (CTA_NAT_V6_MINIP, CTA_NAT_V6_MAXIP, a.octets().to_vec()),
@@ -92,45 +90,4 @@ fn to(nat: &mut Vec<u8>, address: IpAddr, port: u16) {
         ports.attribute(CTA_PROTONAT_PORT_MIN, &port.to_be_bytes());
         ports.attribute(CTA_PROTONAT_PORT_MAX, &port.to_be_bytes());
     });
-}
-
-fn direction(tuple: &[u8]) -> Option<Direction> {
-    let (source, destination) = super::tuple(tuple)?;
-    let mut found = Direction { source, destination, protocol: 0, ports: [0; 2] };
-    let (_, protocol) = attributes(tuple).find(|(kind, _)| *kind == CTA_TUPLE_PROTO)?;
-    for (kind, value) in attributes(protocol) {
-        match kind {
-            CTA_PROTO_NUM => found.protocol = *value.first()?,
-            CTA_PROTO_SRC_PORT => found.ports[0] = u16::from_be_bytes(value.try_into().ok()?),
-            CTA_PROTO_DST_PORT => found.ports[1] = u16::from_be_bytes(value.try_into().ok()?),
-            _ => {}
-        }
-    }
-    Some(found)
-}
-
-impl Direction {
-    fn reversed(self) -> Direction {
-        let [from, to] = self.ports;
-        Direction { source: self.destination, destination: self.source, ports: [to, from], ..self }
-    }
-
-    fn write(self, tuple: &mut Vec<u8>) {
-        tuple.nested(CTA_TUPLE_IP, |ip| match (self.source, self.destination) {
-            (IpAddr::V4(source), IpAddr::V4(destination)) => {
-                ip.attribute(CTA_IP_V4_SRC, &source.octets());
-                ip.attribute(CTA_IP_V4_DST, &destination.octets());
-            }
-            (IpAddr::V6(source), IpAddr::V6(destination)) => {
-                ip.attribute(CTA_IP_V6_SRC, &source.octets());
-                ip.attribute(CTA_IP_V6_DST, &destination.octets());
-            }
-            _ => {}
-        });
-        tuple.nested(CTA_TUPLE_PROTO, |protocol| {
-            protocol.attribute(CTA_PROTO_NUM, &[self.protocol]);
-            protocol.attribute(CTA_PROTO_SRC_PORT, &self.ports[0].to_be_bytes());
-            protocol.attribute(CTA_PROTO_DST_PORT, &self.ports[1].to_be_bytes());
-        });
-    }
 }

@@ -10,6 +10,7 @@ use crate::kernel::names::{ASKING, DEVICE, DEVICE_GROUP, HEALTH, HUB_MAC, TUNNEL
 use crate::kernel::nft::rule::{Ip, Rule, protocol};
 use crate::kernel::nft::table::{Chain, hook};
 use crate::kernel::nft::uapi::*;
+use crate::kernel::port_log;
 use crate::plan::marks::Marks;
 use std::net::IpAddr;
 
@@ -30,8 +31,9 @@ const ERRORS: i32 = -299;
 /// What nobody has forwarded.
 const HOP_LIMIT: u8 = 255;
 
-/// All of them but the tunnel device's, by name; `local` is this node's end of the tunnel.
-pub(super) fn chains(marks: Marks, local: Option<IpAddr>) -> Vec<(&'static str, Chain)> {
+/// All of them but the tunnel device's, by name; `local` is this node's end of the tunnel, `port_log` whether the kernel can
+/// log packets.
+pub(super) fn chains(marks: Marks, local: Option<IpAddr>, port_log: bool) -> Vec<(&'static str, Chain)> {
     let at = |number, priority| base("filter", number, priority);
     vec![
         ("raw", Chain::new(at(hook::PREROUTING, -300), raw(local))),
@@ -56,7 +58,7 @@ pub(super) fn chains(marks: Marks, local: Option<IpAddr>) -> Vec<(&'static str, 
         ("departure-marked", Chain::new(None, departure_marked(marks))),
         ("departure-foreign", Chain::new(None, departure_foreign())),
         ("departure-path", Chain::new(None, departure_path(marks))),
-        ("departure-first", Chain::new(None, departure_first())),
+        ("departure-first", Chain::new(None, departure_first(port_log))),
         ("departure-tunnel", Chain::new(None, departure_tunnel())),
         ("departure-translated", Chain::new(None, departure_translated())),
     ]
@@ -417,12 +419,15 @@ fn departure_path(marks: Marks) -> Vec<Rule> {
     [missed].into_iter().chain(wrong).chain([Rule::new().ct_unconfirmed().goto("departure-first")]).collect()
 }
 
-/// The first packet of a connection, whose port another one may have had.
-fn departure_first() -> Vec<Rule> {
+/// The first packet of a connection, whose port another one may have had: the daemon is told, see
+/// [`port_log`](crate::kernel::port_log).
+fn departure_first(port_log: bool) -> Vec<Rule> {
     let other = |protocol, mask| Rule::new().l4(protocol).ports_not_in_set(mask, set::SAME_PORT);
     let each = [protocol::TCP, protocol::UDP, protocol::SCTP].into_iter();
     let rules = each.flat_map(|protocol| PORT_BITS.map(|mask| other(protocol, mask)));
-    rules.map(|rule| rule.counter(counter::OTHER_PORT).accept()).collect()
+    let counted = rules.map(|rule| rule.counter(counter::OTHER_PORT));
+    let told = counted.map(|rule| if port_log { rule.log(port_log::GROUP) } else { rule });
+    told.map(Rule::accept).collect()
 }
 
 /// Into the tunnel: the path's id goes into the mark, whose low 16 bits VXLAN's group-based policy carries to the other

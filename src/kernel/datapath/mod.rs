@@ -133,9 +133,10 @@ pub struct Made {
 impl Made {
     /// The tables as they should be for `plan`. What is as it was in `before`, made with the same marks, is taken over.
     pub fn new(plan: NodePlan, shared: &SharedSets, marks: Marks, before: Option<&Made>) -> Self {
-        let fixed = before.filter(|before| before.plan.local == plan.local).map_or_else(
+        let is_same = |before: &&Made| (before.plan.local, before.plan.port_log) == (plan.local, plan.port_log);
+        let fixed = before.filter(is_same).map_or_else(
             || {
-                fixed::chains(marks, plan.local)
+                fixed::chains(marks, plan.local, plan.port_log)
                     .into_iter()
                     .map(|(name, chain)| (name.into(), Arc::new(chain)))
                     .collect()

@@ -38,6 +38,7 @@ pub const NFT_MSG_GETOBJ: u16 = 19;
 pub const NFT_MSG_DELOBJ: u16 = 20;
 pub const NFT_MSG_GETFLOWTABLE: u16 = 23;
 
+pub const NFTA_LOG_GROUP: u16 = 1;
 pub const NFTA_LIST_ELEM: u16 = 1;
 pub const NFTA_HOOK_HOOKNUM: u16 = 1;
 pub const NFTA_HOOK_PRIORITY: u16 = 2;

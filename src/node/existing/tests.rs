@@ -32,6 +32,7 @@ fn connection(id: u32, port: u16) -> Connection {
         reply_port,
         mark: 0,
         id,
+        out: None,
     }
 }
 

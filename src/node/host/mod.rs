@@ -57,6 +57,10 @@ pub struct Host {
     tunnel: Option<(Tunnel, u32)>,
     underlay: Option<(u32, u32)>,
     faults: PartFaults,
+    /// Whether the kernel logs packets, as far as is known.
+    port_log: bool,
+    /// Whether it was said that it does not.
+    port_log_missed: bool,
 }
 
 /// What each part could not bring about.
@@ -105,6 +109,8 @@ impl Host {
             tunnel: None,
             underlay: None,
             faults: PartFaults::default(),
+            port_log: true,
+            port_log_missed: false,
         })
     }
 
@@ -128,6 +134,8 @@ impl Host {
     /// Forgets what was brought about: the next time everything is read back.
     pub fn distrust(&mut self) {
         self.nft.distrust();
+        // What was refused may have been something else, and a module be there now.
+        self.port_log = true;
         self.routing = None;
         self.placed = None;
         self.forwarding = None;
@@ -285,6 +293,11 @@ impl Host {
         routes
     }
 
+    /// The indexes of the other nodes in the marks of their connections.
+    pub fn peer_indexes(&self) -> &PeerIndexes {
+        &self.peers
+    }
+
     /// Whether the tunnel carries IPv6.
     fn speaks_ipv6(&self) -> bool {
         self.tunnel.as_ref().is_some_and(|(tunnel, _)| tunnel.ipv6)
@@ -316,14 +329,25 @@ impl Host {
     /// Brings the nftables tables in step, in one transaction. Returns how many changes that took.
     pub fn tables(&mut self, mut plan: NodePlan) -> Result<usize> {
         let Some((tunnel, device)) = &self.tunnel else { return Ok(0) };
-        (plan.device, plan.local) = (*device, Some(tunnel.local));
-        let without = (!plan.handed.is_empty()).then(|| NodePlan { handed: BTreeMap::new(), ..plan.clone() });
+        (plan.device, plan.local, plan.port_log) = (*device, Some(tunnel.local), self.port_log);
+        let (hands_over, mut others) = (!plan.handed.is_empty(), without_extras(&plan));
         let mut made = Made::new(plan, &self.shared, self.marks, self.made.as_ref());
         let mut applied = self.nft.apply(made.tables());
-        if let (Err(e), Some(without)) = (&applied, without) {
-            tracing::warn!("packets of paths that are moved cannot be handed over, see `egretd check`: {e}");
-            made = Made::new(without, &self.shared, self.marks, self.made.as_ref());
+        while let (Err(e), Some(other)) = (&applied, others.pop()) {
+            let (refused, logs, still_hands_over) = (e.to_string(), other.port_log, !other.handed.is_empty());
+            made = Made::new(other, &self.shared, self.marks, self.made.as_ref());
             applied = self.nft.apply(made.tables());
+            if applied.is_ok() && hands_over && !still_hands_over {
+                tracing::warn!("packets of paths that are moved cannot be handed over, see `egretd check`: {refused}");
+            }
+            if applied.is_ok() && !logs {
+                self.port_log = false;
+            }
+            if applied.is_ok() && !logs && !std::mem::replace(&mut self.port_log_missed, true) {
+                tracing::warn!(
+                    "sessions whose port is changed break when their path moves, see `egretd check`: {refused}"
+                );
+            }
         }
         let changes = applied.context("nf_tables refuses the datapath")?;
         self.made = Some(made);
@@ -389,6 +413,14 @@ impl Host {
         }
         Ok(())
     }
+}
+
+/// The same without what the kernel may not know and the datapath can be without, the least of it last.
+fn without_extras(plan: &NodePlan) -> Vec<NodePlan> {
+    let without_log = |plan: &NodePlan| plan.port_log.then(|| NodePlan { port_log: false, ..plan.clone() });
+    let without_handover = (!plan.handed.is_empty()).then(|| NodePlan { handed: BTreeMap::new(), ..plan.clone() });
+    let neither = without_handover.as_ref().and_then(without_log);
+    [neither, without_log(plan), without_handover].into_iter().flatten().collect()
 }
 
 /// See [`Host::counts`].

@@ -223,9 +223,12 @@ impl Node {
 
     /// Connections of paths that have come here or gone from here are picked up anew.
     pub(super) fn bring_connections_in_step(&mut self) {
+        // First: what is forgotten here because its path has gone has not ended.
+        self.set_roles();
         let moved = Moved::new(&self.view, &self.here);
         if self.moved.as_ref().is_none_or(|before| moved.needs_cleaning(before)) {
-            moved.clone().clean(self.options.marks, self.handed.keys().chain(self.left.keys()).copied().collect());
+            let handed_over = self.handed.keys().chain(self.left.keys()).copied().collect();
+            moved.clone().clean(self.options.marks, handed_over, self.changed_ports.replicas());
         }
         self.moved = Some(moved);
     }

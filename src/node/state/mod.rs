@@ -3,6 +3,7 @@
 mod faults;
 mod gateway;
 mod plugins;
+mod roles;
 mod stopping;
 mod strangers;
 
@@ -18,6 +19,7 @@ use crate::cni::run_dir;
 use crate::kernel::watch::{Event, Interest};
 use crate::node::Options;
 use crate::node::adoption::{self, Found};
+use crate::node::changed_ports::ChangedPorts;
 use crate::node::ended::{self, Ended};
 use crate::node::existing::Existing;
 use crate::node::holding::Holding;
@@ -84,6 +86,9 @@ pub struct Node {
     announce_again: bool,
     /// What the connections in the kernel's table were last made to be.
     moved: Option<Moved>,
+    /// Connections whose port was changed.
+    changed_ports: ChangedPorts,
+    roles_of: roles::MadeOf,
     /// Strangers that are being looked for.
     sought: BTreeSet<ObjectKey>,
     /// Strangers that were looked for in vain: when, and the addresses that are in quarantine for it.
@@ -146,6 +151,7 @@ impl Node {
         let holding = Holding::new(options.liveness, tokio::time::Instant::now());
         // Where the rules were once, somebody has taken them away while no daemon ran.
         let flushed = OfflinePolicies::is_there(&options.state_dir) && !host.has_tables()?;
+        let changed_ports = ChangedPorts::start(options.marks, metrics.changed_ports())?;
         let report = Report::new(&options.name, statuses, options.state_dir.clone());
         let mut node = Node {
             existing: Existing::start(options.marks, flushed),
@@ -169,6 +175,8 @@ impl Node {
             left: BTreeMap::new(),
             announce_again: false,
             moved: None,
+            changed_ports,
+            roles_of: roles::MadeOf::default(),
             sought: BTreeSet::new(),
             missing: BTreeMap::new(),
             put_off: BTreeMap::new(),
@@ -368,6 +376,7 @@ impl Node {
         let own = Own { tunnel: self.host.tunnel_end(), facts, holding, faults: &self.known_faults.faults };
         self.report.publish(&self.view, &own, &used, self.cluster.nodes.len());
         self.set_targets();
+        self.set_roles();
         self.seek_strangers();
         state.is_err()
     }
@@ -556,7 +565,8 @@ impl Node {
             Ok(packets) if packets == self.stale_packets => {}
             Ok(packets) => {
                 self.stale_packets = packets;
-                ended::forget_stale(self.options.marks);
+                let local = self.moved.as_ref().map(Moved::local).unwrap_or_default();
+                ended::forget_stale(self.options.marks, local, self.changed_ports.replicas());
             }
             Err(e) => tracing::warn!("the kernel's counters cannot be read: {e:#}"),
         }

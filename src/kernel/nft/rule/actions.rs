@@ -11,6 +11,11 @@ impl Rule {
         })
     }
 
+    /// `log group GROUP`
+    pub fn log(self, group: u16) -> Self {
+        self.expression("log", |d| d.attribute(NFTA_LOG_GROUP, &group.to_be_bytes()))
+    }
+
     /// `notrack`
     pub fn notrack(self) -> Self {
         self.expression("notrack", |_| {})
