@@ -151,7 +151,7 @@ pub async fn hear_claims(interfaces: &[Interface], mut tell: impl FnMut(IpAddr, 
     for interface in interfaces {
         let arp = arp_ear(interface).with_context(|| format!("cannot listen on {}", interface.name))?;
         let icmpv6 = icmpv6_ear(interface).with_context(|| format!("cannot listen on {}", interface.name))?;
-        hear_only(&icmpv6, NEIGHBOUR_SOLICITATION)?;
+        hear_only(&icmpv6, &[NEIGHBOUR_SOLICITATION])?;
         ears.push((arp, icmpv6));
     }
     loop {
