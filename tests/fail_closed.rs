@@ -285,7 +285,7 @@ fn rule_again(node: &Node, what: &str) -> Option<Vec<String>> {
 
 #[test]
 fn a_running_daemon_puts_back_what_is_removed_by_hand() {
-    let lab = Lab::scene();
+    let lab = Lab::builder().node_arguments(&["--own-tables=false"]).scene();
     let pod = lab.add_pod("n1", "shop", "visitor", VISITOR);
     assert_leaves_by_egress(&pod);
     let node = lab.node("n1");

@@ -127,6 +127,9 @@ struct Node {
     /// The lowest of the eleven bits of packet marks that are Egret's, 16 to 21
     #[arg(long, env = "EGRET_MARK_SHIFT", default_value_t = Marks::default().shift)]
     mark_shift: u8,
+    /// Own the nftables tables, so that nobody else can change or flush them while the daemon runs (Linux 6.9)
+    #[arg(long, env = "EGRET_OWN_TABLES", action = clap::ArgAction::Set, num_args = 0..=1, require_equals = true, default_missing_value = "true", default_value_t = true)]
+    own_tables: bool,
     /// Where /metrics is served; empty: nowhere
     #[arg(long, env = "EGRET_METRICS_ADDRESS", default_value = "127.0.0.1:9871")]
     metrics_address: ListenAddress,
@@ -305,6 +308,7 @@ impl Node {
             direct: self.direct,
             liveness: node::liveness::Settings { interval: self.probe_interval, misses: self.probe_misses },
             marks: Marks::new(self.connection_mark, self.mark_shift)?,
+            own_tables: self.own_tables,
             addresses,
             cni_dirs: self.cni_conf_dir.map(|conf_dir| (conf_dir, self.cni_bin_dir)),
         };

@@ -71,6 +71,8 @@ pub struct Options {
     pub liveness: liveness::Settings,
     /// The bits of marks that are Egret's.
     pub marks: Marks,
+    /// Whether nobody else can change the nftables tables, where the kernel can do that.
+    pub own_tables: bool,
     /// Where metrics and health are served.
     pub addresses: server::Addresses,
     /// The runtime's directory of network configurations, and that of plugins, if they are to be kept as `egretd

@@ -120,6 +120,7 @@ const LOOPBACK: u32 = 1;
 /// Tries all parts. Without the first there is no use in trying the others.
 pub fn run() -> Vec<Need> {
     let mut all = Vec::new();
+    let ownership = || Nftables::open()?.own_tables();
     for trial in TRIALS {
         let mut need = Need::tried(trial.name, attempt(trial.family, &(trial.table)()), trial.there, trial.remedy);
         if [COPIES, LOG].contains(&trial.name) && need.state == State::Missing {
@@ -128,10 +129,23 @@ pub fn run() -> Vec<Need> {
         let stop = all.is_empty() && need.state == State::Missing;
         all.push(need);
         if stop {
-            break;
+            return all;
         }
     }
+    all.push(owned(ownership()));
     all
+}
+
+/// Egret works without it.
+fn owned(result: Result<bool, Error>) -> Need {
+    let name = "tables with an owner";
+    let remedy = "needs Linux 6.9: without it `nft flush ruleset`, and so a restart of nftables.service, opens selected pods \
+                  for some milliseconds; take that line out of /etc/nftables.conf";
+    match result {
+        Ok(true) => Need::ok(name, "others cannot flush Egret's"),
+        Ok(false) => Need::warn(name, "not kept when the owner ends", remedy),
+        Err(e) => Need::warn(name, format!("the kernel says: {e}"), remedy),
+    }
 }
 
 /// Makes a table and removes it.

@@ -20,6 +20,8 @@ use transaction::{Batch, Transaction};
 
 /// How often a transaction is tried again on a fresh view of the kernel's tables, when somebody else changes them.
 const TRIES: usize = 5;
+/// The name of a table that is never made.
+const TRIAL: &str = "egret-trial";
 /// Room for a transaction with some ten thousand elements.
 const BUFFER: usize = 16 << 20;
 
@@ -32,6 +34,8 @@ pub struct Nftables {
     before: BTreeMap<TableName, Held>,
     /// Whether what was read back was not what it had held.
     changed_by_others: bool,
+    /// Whether the socket is to own the tables.
+    own: bool,
 }
 
 impl Nftables {
@@ -42,7 +46,24 @@ impl Nftables {
     pub fn open() -> Result<Self, Error> {
         let mut socket = Socket::open(NETLINK_NETFILTER)?;
         socket.set_buffers(BUFFER)?;
-        Ok(Nftables { socket, held: BTreeMap::new(), before: BTreeMap::new(), changed_by_others: false })
+        Ok(Nftables { socket, held: BTreeMap::new(), before: BTreeMap::new(), changed_by_others: false, own: false })
+    }
+
+    /// Lets the socket own the tables that [`apply`](Self::apply) makes, if the kernel can keep them when it closes
+    /// (Linux 6.9): nobody else can change them then, and others' `nft flush ruleset` passes them over. Returns whether
+    /// it does. A table that goes with its owner's socket (Linux 5.12) would open the node when the daemon ends.
+    ///
+    /// # Errors
+    /// The socket failed.
+    pub fn own_tables(&mut self) -> Result<bool, Error> {
+        let name = TableName { family: uapi::NFPROTO_INET, name: TRIAL };
+        let batch = Transaction::new(&mut self.socket).trial_of_ownership(name);
+        self.own = match self.commit(&batch) {
+            Ok(()) => true,
+            Err(e) if e.errno() == Some(nix::libc::EOPNOTSUPP) => false,
+            Err(e) => return Err(e),
+        };
+        Ok(self.own)
     }
 
     /// The socket's netlink port, by which notifications name who made a change.
@@ -73,6 +94,7 @@ impl Nftables {
             for (name, _) in wanted {
                 if !self.held.contains_key(name) {
                     let held = read::table(&mut self.socket, *name)?;
+                    self.must_not_be_anothers(*name, &held)?;
                     self.changed_by_others |= self.before.remove(name).is_some_and(|before| !held.is_like(&before));
                     self.held.insert(*name, held);
                     read = true;
@@ -80,7 +102,7 @@ impl Nftables {
             }
             let mut transaction = Transaction::new(&mut self.socket);
             for (name, table) in wanted {
-                transaction.table(*name, &self.held[name], table);
+                transaction.table(*name, &self.held[name], table, self.own);
             }
             let changes = transaction.changes;
             if changes == 0 {
@@ -107,7 +129,27 @@ impl Nftables {
     }
 
     fn now_holds(&mut self, tables: &[(TableName, Table)]) {
-        self.held.extend(tables.iter().map(|(name, table)| (*name, Held::from(table))));
+        for (name, table) in tables {
+            let flags = self.held.get(name).map_or(0, |held| transaction::flags(held, self.own));
+            let owner = self.own.then(|| self.port());
+            self.held.insert(*name, Held { flags, owner, ..Held::from(table) });
+        }
+    }
+
+    /// The kernel refuses every change of a table that another socket owns, and does not say whose it is.
+    fn must_not_be_anothers(&self, name: TableName, held: &Held) -> Result<(), Error> {
+        match held.owner.filter(|owner| *owner != self.port()) {
+            None => Ok(()),
+            Some(owner) => Err(Error::Kernel {
+                errno: nix::libc::EPERM,
+                message: format!(
+                    "nf_tables' table {:?} is owned by the netlink socket with port {owner}, mostly of the process with that \
+                     id: end it",
+                    name.name
+                ),
+                sequence: 0,
+            }),
+        }
     }
 
     /// Removes tables, and returns how many were there.
@@ -119,9 +161,11 @@ impl Nftables {
         for name in names {
             self.held.remove(name);
             self.before.remove(name);
-            if !read::table(&mut self.socket, *name)?.exists {
+            let held = read::without_content(&mut self.socket, *name)?;
+            if !held.exists {
                 continue;
             }
+            self.must_not_be_anothers(*name, &held)?;
             let mut transaction = Transaction::new(&mut self.socket);
             transaction.remove(*name);
             let batch = transaction.finish();

@@ -33,14 +33,10 @@ fn request(table: TableName, fill: impl FnOnce(&mut Vec<u8>)) -> Vec<u8> {
 
 /// Reads everything of `table`.
 pub(super) fn table(socket: &mut Socket, table: TableName) -> Result<Held, Error> {
-    let exists = {
-        let payload = request(table, |p| p.text(NFTA_TABLE_NAME, table.name));
-        match socket.get(kind(NFT_MSG_GETTABLE), &payload) {
-            Ok(_) => true,
-            Err(e) if e.errno() == Some(nix::libc::ENOENT) => return Ok(Held::default()),
-            Err(e) => return Err(e),
-        }
-    };
+    let mut held = without_content(socket, table)?;
+    if !held.exists {
+        return Ok(held);
+    }
     let mut chains = chains(socket, table)?;
     for (name, chain) in &mut chains {
         if let HeldChain::Read { hashes, .. } = chain {
@@ -52,8 +48,28 @@ pub(super) fn table(socket: &mut Socket, table: TableName) -> Result<Held, Error
         set.elements = Arc::new(elements(socket, table, &name, |_, _| {})?);
         sets.insert(name.into(), set);
     }
-    let counters = counters(socket, table)?.into_keys().map(Cow::Owned).collect();
-    Ok(Held { exists, chains, sets, counters })
+    held.counters = counters(socket, table)?.into_keys().map(Cow::Owned).collect();
+    (held.chains, held.sets) = (chains, sets);
+    Ok(held)
+}
+
+/// Whether there is such a table, its flags, and who owns it.
+pub(super) fn without_content(socket: &mut Socket, table: TableName) -> Result<Held, Error> {
+    let payload = request(table, |p| p.text(NFTA_TABLE_NAME, table.name));
+    let message = match socket.get(kind(NFT_MSG_GETTABLE), &payload) {
+        Ok(message) => message,
+        Err(e) if e.errno() == Some(nix::libc::ENOENT) => return Ok(Held::default()),
+        Err(e) => return Err(e),
+    };
+    let mut held = Held { exists: true, ..Held::default() };
+    for (attribute, value) in attributes(message.get(4..).unwrap_or_default()) {
+        match attribute {
+            NFTA_TABLE_FLAGS => held.flags = be32(value),
+            NFTA_TABLE_OWNER => held.owner = Some(be32(value)),
+            _ => {}
+        }
+    }
+    Ok(held)
 }
 
 fn chains(socket: &mut Socket, table: TableName) -> Result<BTreeMap<Arc<str>, HeldChain>, Error> {

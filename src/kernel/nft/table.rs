@@ -217,6 +217,10 @@ impl DataType {
 pub struct Held {
     /// Whether the table exists.
     pub exists: bool,
+    /// `NFTA_TABLE_FLAGS`
+    pub flags: u32,
+    /// The netlink port of the socket that owns it.
+    pub owner: Option<u32>,
     /// Chains by name.
     pub chains: BTreeMap<Arc<str>, HeldChain>,
     /// Sets by name.
@@ -371,6 +375,8 @@ impl From<&Table> for Held {
     fn from(table: &Table) -> Self {
         Held {
             exists: true,
+            flags: 0,
+            owner: None,
             chains: table.chains.iter().map(|(n, c)| (n.clone(), HeldChain::Written(c.clone()))).collect(),
             sets: table
                 .sets

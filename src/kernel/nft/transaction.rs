@@ -51,6 +51,10 @@ impl<'a> Transaction<'a> {
     /// Ends the batch, and has its last change acknowledged.
     pub(super) fn finish(mut self) -> Batch {
         self.batch(NFNL_MSG_BATCH_END);
+        self.acknowledged()
+    }
+
+    fn acknowledged(mut self) -> Batch {
         let (at, last) = self.last;
         netlink::set_flag(&mut self.bytes[at..], NLM_F_ACK);
         Batch { bytes: self.bytes, first: self.first, last }
@@ -76,20 +80,22 @@ impl<'a> Transaction<'a> {
         self.changes += 1;
     }
 
-    /// Appends what turns `held` into `wanted`.
-    pub(super) fn table(&mut self, name: TableName, held: &Held, wanted: &Table) {
+    /// Appends what turns `held` into `wanted`; with `own`, this socket is to own the table.
+    pub(super) fn table(&mut self, name: TableName, held: &Held, wanted: &Table, own: bool) {
         let empty = Held::default();
         let mut held = held;
         let mut chains: Vec<_> = held.unlike(wanted).collect();
-        if held.exists && rebuilt(held, wanted, &chains) {
+        if held.exists && (!can_be_owned(held, own) || rebuilt(held, wanted, &chains)) {
             self.push(name, NFT_MSG_DELTABLE, 0, |p| p.text(NFTA_TABLE_NAME, name.name));
             held = &empty;
             chains = held.unlike(wanted).collect();
         }
-        if !held.exists {
+        // An orphan is adopted (`nf_tables_updtable`), and one that somebody has made dormant is woken.
+        let flags = flags(held, own);
+        if !held.exists || held.flags != flags {
             self.push(name, NFT_MSG_NEWTABLE, NLM_F_CREATE, |p| {
                 p.text(NFTA_TABLE_NAME, name.name);
-                p.be32(NFTA_TABLE_FLAGS, 0);
+                p.be32(NFTA_TABLE_FLAGS, flags);
             });
         }
         for counter in wanted.counters.iter().filter(|c| !held.counters.contains(**c)) {
@@ -165,6 +171,13 @@ impl<'a> Transaction<'a> {
                 p.be32(NFTA_OBJ_TYPE, NFT_OBJECT_COUNTER);
             });
         }
+    }
+
+    /// Asks whether the kernel knows tables with an owner that outlive its socket. Such a batch has no end: the kernel
+    /// looks at it, answers, and does nothing (`nfnetlink_rcv_batch`), as for `nft --check`.
+    pub(super) fn trial_of_ownership(mut self, name: TableName) -> Batch {
+        self.table(name, &Held::default(), &Table::default(), true);
+        self.acknowledged()
     }
 
     /// Appends the table's removal.
@@ -282,6 +295,17 @@ fn byte_orders(set: &Set) -> Vec<u8> {
         }
     }
     out
+}
+
+/// The flags of a table that this socket is to own, or not. An orphan that is not adopted may stay one.
+pub(super) fn flags(held: &Held, own: bool) -> u32 {
+    if own { NFT_TABLE_F_OWNER | NFT_TABLE_F_PERSIST } else { held.flags & NFT_TABLE_F_PERSIST }
+}
+
+/// Whether the kernel lets the table become what it is to be: `NFT_TABLE_F_PERSIST` is given to a new table only
+/// (`nf_tables_updtable`).
+fn can_be_owned(held: &Held, own: bool) -> bool {
+    !own || held.flags & NFT_TABLE_F_PERSIST != 0
 }
 
 /// Whether the table must be made anew, in the same transaction: a set's type, a chain's hook and what is in a constant set

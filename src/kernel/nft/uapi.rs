@@ -45,6 +45,12 @@ pub const NFTA_HOOK_PRIORITY: u16 = 2;
 pub const NFTA_HOOK_DEV: u16 = 3;
 pub const NFTA_TABLE_NAME: u16 = 1;
 pub const NFTA_TABLE_FLAGS: u16 = 2;
+/// The netlink port of the socket that owns the table.
+pub const NFTA_TABLE_OWNER: u16 = 7;
+/// Linux 5.12: only the socket that made the table, or adopted it, can change it, and others' flush passes it over.
+pub const NFT_TABLE_F_OWNER: u32 = 0x2;
+/// Linux 6.9: the table stays when its owner's socket closes, and another socket can adopt it.
+pub const NFT_TABLE_F_PERSIST: u32 = 0x4;
 pub const NFTA_CHAIN_TABLE: u16 = 1;
 pub const NFTA_CHAIN_NAME: u16 = 3;
 pub const NFTA_CHAIN_HOOK: u16 = 4;

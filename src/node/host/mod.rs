@@ -86,8 +86,15 @@ impl Digest {
 
 impl Host {
     /// Opens the sockets and reads back what an earlier daemon left: the peers' indexes stand in connections' marks.
-    pub fn open(marks: Marks) -> Result<Self> {
+    /// With `own_tables`, nobody else can change the tables, where the kernel can do that.
+    pub fn open(marks: Marks, own_tables: bool) -> Result<Self> {
         let mut nft = Nftables::open().context("nf_tables")?;
+        if own_tables && !nft.own_tables().context("nf_tables")? {
+            tracing::warn!(
+                "this kernel cannot keep others from flushing Egret's tables (Linux 6.9 can): `nft flush ruleset`, and so a \
+                 restart of nftables.service, opens selected pods for some milliseconds"
+            );
+        }
         let mut peers = PeerIndexes::new();
         for (key, data) in nft.elements(datapath::INET, datapath::set::PEER).context("nf_tables")?.iter() {
             if let (Ok(mac), Some(mark)) = (mac::Mac::try_from(key.bytes.as_slice()), datapath::mark_of(&data)) {

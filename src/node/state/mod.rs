@@ -140,7 +140,7 @@ impl Node {
         metrics: Metrics,
         listeners: Listeners,
     ) -> Result<Self> {
-        let mut host = Host::open(options.marks)?;
+        let mut host = Host::open(options.marks, options.own_tables)?;
         let pods = Pods::new(host.tags()?);
         let base = host.connection_base()?.filter(|base| *base != options.marks.connection_base());
         let mut facts = host.facts(BTreeMap::new()).await?;
