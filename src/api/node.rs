@@ -48,7 +48,8 @@ pub struct EgressNodeStatus {
     /// if one can use more of what they need.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub lost: Vec<LostUplink>,
-    /// Paths that pods of this node use and whose packets lead nowhere from here now, and why.
+    /// Paths whose packets lead nowhere from here now, and why: that pods of this node use, or that it holds and whose new
+    /// connections it drops.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub blocked: Vec<BlockedPath>,
     /// The networks that this node takes for the cluster's own, to which no policy's traffic goes by a gateway, and
@@ -123,6 +124,9 @@ pub struct LostUplink {
 pub struct BlockedPath {
     /// The path's id.
     pub id: u16,
+    /// `IPv4` or `IPv6`, if it is of one of them.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub family: Option<String>,
     /// Why.
     pub message: String,
 }

@@ -1,6 +1,7 @@
 //! What the node daemon counts.
 
 use super::changed_ports::Figures;
+use super::forwarding::FirstPackets;
 use super::host::Counts;
 use super::pods::Census;
 use crate::kernel::nft::Count;
@@ -36,6 +37,31 @@ struct VerbLabel {
     verb: &'static str,
 }
 
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct FamilyLabel {
+    family: &'static str,
+}
+
+/// What was last seen of one family's first packets.
+#[derive(Debug, Default)]
+struct Forwarded {
+    entered: u64,
+    dropped: u64,
+}
+
+impl Forwarded {
+    /// The two numbers are read one after the other, so that their difference can be less for a moment.
+    fn dropped_since(&mut self, now: FirstPackets) -> u64 {
+        if now.entered < self.entered {
+            *self = Forwarded::default();
+        }
+        let dropped = now.entered.saturating_sub(now.forwarded);
+        let since = dropped.saturating_sub(self.dropped);
+        *self = Forwarded { entered: now.entered, dropped: self.dropped.max(dropped) };
+        since
+    }
+}
+
 /// See the module.
 pub struct Metrics {
     pods: Family<State, Gauge>,
@@ -44,6 +70,7 @@ pub struct Metrics {
     other_ports: Counter,
     insertions_failed: Counter,
     changed_ports: Figures,
+    forward_dropped: Family<FamilyLabel, Counter>,
     path_packets: Family<PathLabels, Counter>,
     path_bytes: Family<PathLabels, Counter>,
     requests: Family<VerbLabel, Histogram>,
@@ -55,6 +82,7 @@ pub struct Metrics {
     drops_seen: BTreeMap<String, u64>,
     other_ports_seen: u64,
     insertions_failed_seen: u64,
+    first_packets_seen: [Forwarded; 2],
     paths_seen: BTreeMap<PathLabels, Count>,
 }
 
@@ -72,6 +100,7 @@ impl Metrics {
             other_ports: Counter::default(),
             insertions_failed: Counter::default(),
             changed_ports: Figures::default(),
+            forward_dropped: Family::default(),
             path_packets: Family::default(),
             path_bytes: Family::default(),
             requests: Family::new_with_constructor(seconds),
@@ -82,6 +111,7 @@ impl Metrics {
             drops_seen: BTreeMap::new(),
             other_ports_seen: 0,
             insertions_failed_seen: 0,
+            first_packets_seen: Default::default(),
             paths_seen: BTreeMap::new(),
         };
         let mut registry = Registry::with_prefix("egret_node");
@@ -104,6 +134,12 @@ impl Metrics {
             metrics.insertions_failed.clone(),
         );
         metrics.changed_ports.register(&mut registry);
+        registry.register(
+            "forward_dropped_packets",
+            "First packets of connections of other nodes' pods that this gateway admitted and did not forward: a firewall of \
+             the host's, or no route",
+            metrics.forward_dropped.clone(),
+        );
         let packets = "Packets by path, as a director (of this node's pods) and as a gateway (of others')";
         registry.register("path_packets", packets, metrics.path_packets.clone());
         registry.register("path_bytes", "Bytes of these packets", metrics.path_bytes.clone());
@@ -188,6 +224,10 @@ impl Metrics {
         self.other_ports.inc_by(since(seen, counts.other_ports.packets));
         let seen = std::mem::replace(&mut self.insertions_failed_seen, counts.insertions_failed);
         self.insertions_failed.inc_by(since(seen, counts.insertions_failed));
+        for (at, family) in ["ipv4", "ipv6"].into_iter().enumerate() {
+            let dropped = self.first_packets_seen[at].dropped_since(counts.first_packets[at]);
+            self.forward_dropped.get_or_create(&FamilyLabel { family }).inc_by(dropped);
+        }
         let roles = [("director", &counts.sent), ("gateway", &counts.forwarded)];
         for (role, paths) in roles {
             for (path, count) in paths {

@@ -8,6 +8,7 @@ mod beginning;
 mod changed_ports;
 mod ended;
 mod existing;
+mod forwarding;
 mod holding;
 mod host;
 pub mod liveness;
@@ -238,8 +239,7 @@ pub async fn run(options: Options, stop: impl Future<Output = ()>) -> anyhow::Re
                 retry
             }
             _ = stale.tick() => {
-                node.look_for_stale();
-                retry
+                if node.look_at_counters() { node.settle(&ready).await } else { retry }
             }
             _ = read_back.tick() => {
                 if door.as_ref().is_some_and(|door| !door.is_there(&options.run_dir)) {

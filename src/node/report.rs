@@ -7,15 +7,13 @@ use crate::cluster::Statuses;
 use crate::cni::offline_policies::{Elsewhere, OfflinePolicies};
 use crate::kernel::tunnel::Tunnel;
 use crate::plan::mac;
-use crate::plan::marks::PathId;
 use crate::plan::model::{ObjectKey, PolicyKey};
 use crate::plan::node::View;
-use crate::plan::paths::{Facts, PathState};
+use crate::plan::paths::Facts;
 use crate::plan::precedence::PolicyIndex;
 use crate::plan::report::Notice;
 use crate::plan::shared::Mark;
 use crate::plan::uplink_key::UplinkKey;
-use std::collections::BTreeSet;
 use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -72,17 +70,13 @@ impl Report {
 
     /// Tells the other nodes where this end of the tunnel is, and what it holds. Nothing waits until that is written:
     /// an API server that does not answer must not keep this node from taking over what another one leaves.
-    /// Pods of this node use the paths `used`; there are so many `nodes`.
-    pub fn publish(&self, view: &View, own: &Own, used: &BTreeSet<PathId>, nodes: usize) {
+    /// The paths `blocked` lead nowhere from here; there are so many `nodes`.
+    pub fn publish(&self, view: &View, own: &Own, blocked: Vec<BlockedPath>, nodes: usize) {
         let Own { tunnel, facts, holding, faults } = *own;
         let Some(tunnel) = tunnel else { return };
         let refused = facts.refused.iter().map(|(id, why)| RefusedPath { id: *id, message: why.clone() });
         let direct = view.networks.origins.iter();
         let direct = direct.map(|(n, from)| DirectNetwork { network: n.to_string(), from: from.to_string() });
-        let blocked = used.iter().filter_map(|id| match &view.paths.paths.get(id)?.state {
-            PathState::Unready(why) => Some(BlockedPath { id: *id, message: why.to_string() }),
-            PathState::Local | PathState::Remote(_) => None,
-        });
         let status = EgressNodeStatus {
             tunnel_address: Some(tunnel.local),
             tunnel_mac: Some(mac::Shown(tunnel.mac).to_string()),
@@ -93,7 +87,7 @@ impl Report {
             // Directors ask, too, but what thousands of them say costs more than it tells.
             silent: facts.dead.iter().filter(|_| view.paths.is_gateway).map(ToString::to_string).collect(),
             lost: holding.lost().map(lost_uplink).collect(),
-            blocked: blocked.collect(),
+            blocked,
             direct: direct.collect(),
             faults: faults.iter().take(FAULTS).map(Fault::from).collect(),
         };

@@ -3,6 +3,8 @@
 
 use super::backends::{Behind, Door, behind};
 use super::destination::in_a_row;
+use super::egress_node::OfPaths;
+use super::marks::PathId;
 use super::model::{Cluster, ObjectKey, Pod, PolicyKey, Tier};
 use super::networks::Networks;
 use super::node::addresses_of;
@@ -10,7 +12,7 @@ use super::paths::Paths;
 use super::precedence::{PolicyIndex, Ranked};
 use super::profile::{Profile, is_passed_over};
 use super::target::Target;
-use crate::api::{EgressPolicyStatus, ExistingConnections, Fallback, PathKind, Placement};
+use crate::api::{BlockedPath, EgressPolicyStatus, ExistingConnections, Fallback, PathKind, Placement};
 use ipnetwork::IpNetwork;
 use std::collections::HashSet;
 use std::net::{IpAddr, SocketAddr};
@@ -239,7 +241,7 @@ fn decided(cluster: &Cluster, pod: &Pod, policies: &[&Ranked], target: Target) -
         Fallback::NodeAddress => "leaves from the node's address (fallback: NodeAddress)",
     };
     lines.push(match (address, ready) {
-        (Some(_), _) if let Some((node, blocked)) = blocked(cluster, pod, key) => {
+        (Some(_), _) if let Some((node, blocked)) = blocked(cluster, pod, key, target) => {
             format!("{target} {becomes}: {} decides, and from the pod's node {node:?} {blocked}.", named(key))
         }
         (Some(_), Some(ready)) if ready.status == "True" && is_egress_ip(cluster, target.address) => {
@@ -248,6 +250,9 @@ fn decided(cluster: &Cluster, pod: &Pod, policies: &[&Ranked], target: Target) -
                  what has left from there, and what a pod sends to the gateway's node itself is, too.",
                 named(key)
             )
+        }
+        (Some(_), _) if let Some((node, blocked)) = blocked_at_owner(cluster, key, target) => {
+            format!("{target} is blocked: {} decides, and on its owner, node {node:?}, {blocked}.", named(key))
         }
         (Some(address), Some(ready)) if ready.status == "True" => {
             format!("{target} leaves from {address}: {} decides, and {}.", named(key), ready.message)
@@ -275,12 +280,29 @@ fn decided(cluster: &Cluster, pod: &Pod, policies: &[&Ranked], target: Target) -
 }
 
 /// What the pod's own node says of the policy's path, if packets on it lead nowhere from there.
-fn blocked<'a>(cluster: &'a Cluster, pod: &'a Pod, policy: &PolicyKey) -> Option<(&'a str, &'a str)> {
+fn blocked<'a>(cluster: &'a Cluster, pod: &'a Pod, policy: &PolicyKey, target: Target) -> Option<(&'a str, &'a str)> {
     let node = pod.node.as_deref()?;
-    let paths = cluster.gateways.values().flat_map(|gateway| &gateway.status.paths);
-    let path = paths.into_iter().find(|path| path.policies.contains(policy))?;
-    let blocked = &cluster.egress_nodes.get(node)?.of_paths().blocked;
-    blocked.iter().find(|blocked| blocked.id == path.id).map(|blocked| (node, blocked.message.as_str()))
+    let of_paths = cluster.egress_nodes.get(node)?.of_paths();
+    Some((node, of_family(of_paths, path_of(cluster, policy)?, target)?))
+}
+
+/// What the node that holds the policy's path says of it, if packets on it do not leave there.
+fn blocked_at_owner<'a>(cluster: &'a Cluster, policy: &PolicyKey, target: Target) -> Option<(&'a str, &'a str)> {
+    let path = path_of(cluster, policy)?;
+    let holders = cluster.egress_nodes.iter().filter(|(_, node)| node.of_paths().held.contains(&path));
+    let mut told = holders.filter_map(|(name, node)| Some((&**name, of_family(node.of_paths(), path, target)?)));
+    told.next()
+}
+
+fn path_of(cluster: &Cluster, policy: &PolicyKey) -> Option<PathId> {
+    let mut paths = cluster.gateways.values().flat_map(|gateway| &gateway.status.paths);
+    paths.find(|path| path.policies.contains(policy)).map(|path| path.id)
+}
+
+fn of_family(of_paths: &OfPaths, path: PathId, target: Target) -> Option<&str> {
+    let family = if target.address.is_ipv4() { "IPv4" } else { "IPv6" };
+    let is_of = |blocked: &&BlockedPath| blocked.family.as_deref().is_none_or(|of| of == family);
+    of_paths.blocked.iter().filter(|blocked| blocked.id == path).find(is_of).map(|blocked| &*blocked.message)
 }
 
 /// Tells which policies decide nothing for their pods' node, by the ledger that it goes by.
@@ -324,7 +346,7 @@ fn list<T: ToString>(all: &[T], none: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::api::{BlockedPath, EgressPeer, EgressPolicySpec, EgressPort, EgressRule, IpBlock, Protocol};
+    use crate::api::{EgressPeer, EgressPolicySpec, EgressPort, EgressRule, IpBlock, Protocol};
     use crate::plan::fixture::{World, naming};
     use crate::plan::model::{Endpoints, Front, Service, ServicePort};
     use crate::plan::report::report;
@@ -455,7 +477,7 @@ mod tests {
     fn what_the_pods_own_node_says_of_the_path_counts() {
         let mut world = settled(world());
         let id = world.cluster.gateways["g"].status.paths.iter().find(|p| p.policies.contains(&"shop/rest".into()));
-        let blocked = BlockedPath { id: id.unwrap().id, message: "node n2 does not answer".into() };
+        let blocked = BlockedPath { id: id.unwrap().id, family: None, message: "node n2 does not answer".into() };
         let node = world.cluster.egress_nodes.get_mut("n1").unwrap();
         Arc::make_mut(node).of_paths_mut().blocked = vec![blocked];
         let words = "9.9.9.9 is blocked: EgressPolicy shop/rest decides, and from the pod's node \"n1\" node n2 does not answer.";

@@ -27,6 +27,7 @@ pub fn read() -> Vec<Need> {
         let mut socket = Socket::open(NETLINK_NETFILTER)?;
         all.push(firewalls(&mut socket)?);
         all.push(flow_tables(&mut socket)?);
+        all.extend(legacy_firewall());
         Ok::<(), Error>(())
     };
     if let Err(e) = read() {
@@ -60,6 +61,25 @@ fn firewalls(socket: &mut Socket) -> Result<Need, Error> {
         format!(
             "on a gateway, let pass what is forwarded from and to {DEVICE}, for both families: iptables -I FORWARD -i {DEVICE} \
              -j ACCEPT, iptables -I FORWARD -o {DEVICE} -j ACCEPT"
+        ),
+    ))
+}
+
+/// Tables of iptables-legacy are not nf_tables', and only its own programs can read their rules.
+fn legacy_firewall() -> Option<Need> {
+    let in_use = |(file, program)| {
+        let names = std::fs::read_to_string(format!("/proc/net/{file}")).unwrap_or_default();
+        names.lines().any(|name| name == "filter").then_some(program)
+    };
+    let files = [("ip_tables_names", "iptables-legacy"), ("ip6_tables_names", "ip6tables-legacy")];
+    let programs: Vec<&str> = files.into_iter().filter_map(in_use).collect();
+    let first = programs.first()?;
+    Some(Need::warn(
+        "firewall, legacy",
+        format!("the table filter of {} is in use, and its rules are not seen", programs.join(" and ")),
+        format!(
+            "if `{first} -S FORWARD` drops what it does not know, let pass on a gateway what is forwarded from and to {DEVICE}: \
+             {first} -I FORWARD -i {DEVICE} -j ACCEPT, {first} -I FORWARD -o {DEVICE} -j ACCEPT"
         ),
     ))
 }

@@ -323,10 +323,15 @@ fn from_tunnel(marks: Marks) -> Vec<Rule> {
 }
 
 /// What a pod of another node sends to this node itself, an egress address of its own included, is not translated and
-/// would come past the host's firewall of the uplink.
+/// would come past the host's firewall of the uplink. A connection's first packet is admitted here, to be counted.
 fn to_owner() -> Vec<Rule> {
     let here = [RTN_LOCAL, RTN_BROADCAST, RTN_ANYCAST].map(|kind| Rule::new().ct_original().daddr_type(kind));
-    here.map(|rule| rule.counter(counter::TO_OWNER).drop()).into()
+    let here = here.map(|rule| rule.counter(counter::TO_OWNER).drop());
+    let first = |(at, ip)| {
+        let first = Rule::new().ct_unconfirmed().ct_original().ip(ip).admit(set::PEER, WIRE_MASK, set::RX);
+        first.counter(counter::ENTERED[at]).accept()
+    };
+    here.into_iter().chain(Ip::BOTH.into_iter().enumerate().map(first)).collect()
 }
 
 /// What a server has sent before it could know that the path was moved.
@@ -347,7 +352,13 @@ fn srcnat(marks: Marks) -> Vec<Rule> {
             .ct_mark(marks.connection_mask(), marks.connection(0))
             .mark_not(marks.path_mask(), 0)
     };
-    let mut rules = vec![];
+    // A chain of this type is shown a connection's first packet alone.
+    let forwarded = |(at, ip)| {
+        let of_peer = Rule::new().iif_group(DEVICE_GROUP).ip(ip);
+        let of_peer = of_peer.ct_mark(marks.connection_kind_mask(), marks.connection_of_peer(0));
+        of_peer.counter(counter::FORWARDED[at])
+    };
+    let mut rules: Vec<Rule> = Ip::BOTH.into_iter().enumerate().map(forwarded).collect();
     for (at, ip) in Ip::BOTH.into_iter().enumerate() {
         rules.push(Rule::new().oif_group(DEVICE_GROUP).snat_identity(ip));
         rules.push(leaving().snat_by_mark(ip, marks.path_mask(), set::SNAT[at]));

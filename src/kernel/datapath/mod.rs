@@ -54,6 +54,11 @@ pub mod counter {
     /// Nothing was dropped: a connection left this node from another port than its pod's, which another connection
     /// with the same address had.
     pub const OTHER_PORT: &str = "other_port";
+    /// Nothing was dropped: the first packet of a connection, of IPv4 and of IPv6, that a gateway has admitted from the
+    /// tunnel.
+    pub const ENTERED: [&str; 2] = ["entered4", "entered6"];
+    /// The same, when it has come by the hook `forward`: what lies between is others' firewalls, and routing.
+    pub const FORWARDED: [&str; 2] = ["forwarded4", "forwarded6"];
     /// A packet in the tunnel device for whose path no node is known.
     pub const NO_HOP: &str = "no_hop";
 }
@@ -179,6 +184,10 @@ fn inet(
             counter::STALE,
             counter::UNSOLICITED,
             counter::OTHER_PORT,
+            counter::ENTERED[0],
+            counter::ENTERED[1],
+            counter::FORWARDED[0],
+            counter::FORWARDED[1],
         ]
         .into(),
         ..Table::default()

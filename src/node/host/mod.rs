@@ -21,6 +21,7 @@ use crate::kernel::rules::{self, Rule};
 use crate::kernel::sysctl;
 use crate::kernel::tunnel::{self, Tunnel};
 use crate::kernel::uplink::Uplinks;
+use crate::node::forwarding::FirstPackets;
 use crate::plan::mac;
 use crate::plan::marks::{MAX_PEER, Marks, PathId};
 use crate::plan::networks::Networks;
@@ -366,6 +367,7 @@ impl Host {
     pub fn counts(&mut self) -> Result<Counts> {
         let mut counts = Counts { drops: self.nft.counters(datapath::INET)?, ..Counts::default() };
         counts.other_ports = counts.drops.remove(datapath::counter::OTHER_PORT).unwrap_or_default();
+        counts.first_packets = first_packets(&mut counts.drops);
         counts.drops.extend(self.nft.counters(datapath::NETDEV)?);
         counts.insertions_failed = conntrack::insertions_failed(&mut Socket::open(NETLINK_NETFILTER)?)?;
         for (set, into) in [(datapath::set::PATH_OUT, &mut counts.sent), (datapath::set::RX, &mut counts.forwarded)] {
@@ -378,10 +380,12 @@ impl Host {
         Ok(counts)
     }
 
-    /// How many packets were dropped because their connection is older than their path.
-    pub fn stale_packets(&mut self) -> Result<u64> {
-        let counters = self.nft.counters(datapath::INET)?;
-        Ok(counters.get(datapath::counter::STALE).map_or(0, |count| count.packets))
+    /// How many packets were dropped because their connection is older than their path, and what became of connections'
+    /// first packets.
+    pub fn stale_and_first_packets(&mut self) -> Result<(u64, [FirstPackets; 2])> {
+        let mut counters = self.nft.counters(datapath::INET)?;
+        let stale = counters.get(datapath::counter::STALE).map_or(0, |count| count.packets);
+        Ok((stale, first_packets(&mut counters)))
     }
 
     /// Everything that the node knows of itself.
@@ -430,11 +434,22 @@ fn without_extras(plan: &NodePlan) -> Vec<NodePlan> {
     [neither, without_log(plan), without_handover].into_iter().flatten().collect()
 }
 
+/// Takes these out of all counters.
+fn first_packets(counters: &mut BTreeMap<String, Count>) -> [FirstPackets; 2] {
+    let mut packets = |name: &str| counters.remove(name).unwrap_or_default().packets;
+    [0, 1].map(|at| FirstPackets {
+        entered: packets(datapath::counter::ENTERED[at]),
+        forwarded: packets(datapath::counter::FORWARDED[at]),
+    })
+}
+
 /// See [`Host::counts`].
 #[derive(Debug, Default)]
 pub struct Counts {
     /// Dropped packets by the names in [`datapath::counter`].
     pub drops: BTreeMap<String, Count>,
+    /// First packets of other nodes' pods' connections, of IPv4 and of IPv6.
+    pub first_packets: [FirstPackets; 2],
     /// First packets of connections that left from another port than their pod's.
     pub other_ports: Count,
     /// Packets of connections whose place in the kernel's table another one had.

@@ -1,5 +1,6 @@
 //! The daemon's state, and what each occasion does to it.
 
+mod blocked;
 mod faults;
 mod gateway;
 mod plugins;
@@ -22,6 +23,7 @@ use crate::node::adoption::{self, Found};
 use crate::node::changed_ports::ChangedPorts;
 use crate::node::ended::{self, Ended};
 use crate::node::existing::Existing;
+use crate::node::forwarding::Forwarding;
 use crate::node::holding::Holding;
 use crate::node::host::Host;
 use crate::node::liveness::{Seen, Targets};
@@ -122,6 +124,8 @@ pub struct Node {
     ended: Ended,
     /// Connections that began before their policies.
     existing: Existing,
+    /// What becomes of other nodes' pods' connections here.
+    forwarding: Forwarding,
     /// How many packets had been dropped for their connections' age when that was last looked at.
     stale_packets: u64,
     /// Answers that wait for the kernel to be in step.
@@ -193,6 +197,7 @@ impl Node {
             unwritable: None,
             left_behind: true,
             ended: Ended::default(),
+            forwarding: Forwarding::default(),
             stale_packets: 0,
             waiting: Vec::new(),
             leaving: Vec::new(),
@@ -371,10 +376,10 @@ impl Node {
             now.clone_from(&state);
             changed
         });
-        let used = self.uses.values().flat_map(|used| &used.paths).copied().collect();
+        let blocked = self.blocked();
         let Node { facts, holding, .. } = self;
         let own = Own { tunnel: self.host.tunnel_end(), facts, holding, faults: &self.known_faults.faults };
-        self.report.publish(&self.view, &own, &used, self.cluster.nodes.len());
+        self.report.publish(&self.view, &own, blocked, self.cluster.nodes.len());
         self.set_targets();
         self.set_roles();
         self.seek_strangers();
@@ -559,17 +564,22 @@ impl Node {
         Ok(first)
     }
 
-    /// Sees to connections that are older than their paths, if there may be any.
-    pub fn look_for_stale(&mut self) {
-        match self.host.stale_packets() {
-            Ok(packets) if packets == self.stale_packets => {}
-            Ok(packets) => {
-                self.stale_packets = packets;
-                let local = self.moved.as_ref().map(Moved::local).unwrap_or_default();
-                ended::forget_stale(self.options.marks, local, self.changed_ports.replicas());
+    /// Sees to connections that are older than their paths, if there may be any, and to what this node admits and does not
+    /// forward. Returns whether there is something new to tell.
+    pub fn look_at_counters(&mut self) -> bool {
+        let (stale, first) = match self.host.stale_and_first_packets() {
+            Ok(counted) => counted,
+            Err(e) => {
+                tracing::warn!("the kernel's counters cannot be read: {e:#}");
+                return false;
             }
-            Err(e) => tracing::warn!("the kernel's counters cannot be read: {e:#}"),
+        };
+        if stale != self.stale_packets {
+            self.stale_packets = stale;
+            let local = self.moved.as_ref().map(Moved::local).unwrap_or_default();
+            ended::forget_stale(self.options.marks, local, self.changed_ports.replicas());
         }
+        self.forwarding_changed(first)
     }
 
     /// Brings the metrics up to date.

@@ -1,0 +1,55 @@
+//! The paths that lead nowhere from this node, and why.
+
+use super::Node;
+use crate::api::BlockedPath;
+use crate::node::forwarding::{self, FirstPackets};
+use crate::plan::marks::PathId;
+use crate::plan::paths::PathState;
+use std::collections::BTreeSet;
+
+const FAMILIES: [&str; 2] = ["IPv4", "IPv6"];
+
+impl Node {
+    /// Those that this node's pods use, and those that it holds and whose connections it admits and does not forward.
+    pub(super) fn blocked(&self) -> Vec<BlockedPath> {
+        let paths = &self.view.paths;
+        let used: BTreeSet<PathId> = self.uses.values().flat_map(|used| &used.paths).copied().collect();
+        let unready = used.iter().filter_map(|id| match &paths.paths.get(id)?.state {
+            PathState::Unready(why) => Some(BlockedPath { id: *id, family: None, message: why.to_string() }),
+            PathState::Local | PathState::Remote(_) => None,
+        });
+        let closed = self.closed();
+        let unforwarded = paths.held.iter().flat_map(|id| {
+            let families = closed.clone().filter(|at| {
+                let address = paths.paths.get(id).map(|path| &path.address);
+                address.is_some_and(|pair| if *at == 0 { pair.ipv4.is_some() } else { pair.ipv6.is_some() })
+            });
+            let blocked = |at: usize| BlockedPath {
+                id: *id,
+                family: Some(FAMILIES[at].to_owned()),
+                message: forwarding::told(at),
+            };
+            families.map(blocked)
+        });
+        unready.chain(unforwarded).collect()
+    }
+
+    fn closed(&self) -> impl Iterator<Item = usize> + Clone + use<> {
+        let closed = self.forwarding.closed();
+        [0, 1].into_iter().filter(move |at| closed[*at])
+    }
+
+    /// Returns whether others are to be told of it.
+    pub(super) fn forwarding_changed(&mut self, first: [FirstPackets; 2]) -> bool {
+        if !self.forwarding.look(first) {
+            return false;
+        }
+        for at in self.closed() {
+            tracing::warn!(family = FAMILIES[at], "{}", forwarding::told(at));
+        }
+        if self.closed().next().is_none() {
+            tracing::info!("new connections are forwarded again");
+        }
+        true
+    }
+}
