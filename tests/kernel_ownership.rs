@@ -87,6 +87,24 @@ fn a_table_outlives_its_owner_and_the_next_one_adopts_it_as_it_is() {
     });
 }
 
+/// As after pods have started while no daemon ran: the kernel takes no new chain at a hook together with new flags.
+#[test]
+fn a_table_is_adopted_that_lacks_a_chain_at_a_hook() {
+    in_namespace(|| async {
+        let more = || {
+            let [(name, mut table)] = tables(2);
+            let hook = Hook { kind: "filter".into(), number: hook::PREROUTING, priority: 0, drop: false, device: None };
+            table.chains.insert("more".into(), Arc::new(Chain::new(Some(hook), vec![Rule::new().accept()])));
+            [(name, table)]
+        };
+        owning().apply(&tables(2)).unwrap();
+        owning().apply(&more()).unwrap();
+        assert!(run("nft", "list table inet egret").contains("chain more"));
+        owning().apply(&tables(2)).unwrap();
+        assert!(!run("nft", "list table inet egret").contains("chain more"));
+    });
+}
+
 #[test]
 fn a_table_of_before_is_made_anew_with_an_owner_in_one_transaction() {
     in_namespace(|| async {

@@ -100,6 +100,16 @@ impl Nftables {
                     read = true;
                 }
             }
+            let updated = match self.update_flags(wanted) {
+                Ok(updated) => updated,
+                Err(e) => {
+                    self.held.clear();
+                    if tries == TRIES {
+                        return Err(e);
+                    }
+                    continue;
+                }
+            };
             let mut transaction = Transaction::new(&mut self.socket);
             for (name, table) in wanted {
                 transaction.table(*name, &self.held[name], table, self.own);
@@ -110,13 +120,13 @@ impl Nftables {
                     // Shared with the caller, and not a second copy.
                     self.now_holds(wanted);
                 }
-                return Ok(0);
+                return Ok(updated);
             }
             let batch = transaction.finish();
             match self.commit(&batch) {
                 Ok(()) => {
                     self.now_holds(wanted);
-                    return Ok(changes);
+                    return Ok(changes + updated);
                 }
                 Err(e) => {
                     self.distrust();
@@ -126,6 +136,32 @@ impl Nftables {
                 }
             }
         }
+    }
+
+    /// Adopts tables that nobody owns any more, and wakes those that somebody has made dormant: in a transaction of their
+    /// own, for the kernel takes no base chain beside new flags (`nf_tables_addchain`). Returns how many there were.
+    fn update_flags(&mut self, wanted: &[(TableName, Table)]) -> Result<usize, Error> {
+        let differ = |held: &Held| {
+            let flags = transaction::flags(held, self.own);
+            held.exists && held.flags != flags && transaction::can_be_owned(held, self.own)
+        };
+        let names: Vec<TableName> = wanted.iter().map(|(name, _)| *name).filter(|n| differ(&self.held[n])).collect();
+        if names.is_empty() {
+            return Ok(0);
+        }
+        let mut update = Transaction::new(&mut self.socket);
+        for name in &names {
+            update.new_table(*name, transaction::flags(&self.held[name], self.own));
+        }
+        let batch = update.finish();
+        self.commit(&batch)?;
+        let owner = self.own.then(|| self.port());
+        for name in &names {
+            if let Some(held) = self.held.get_mut(name) {
+                (held.flags, held.owner) = (transaction::flags(held, self.own), owner);
+            }
+        }
+        Ok(names.len())
     }
 
     fn now_holds(&mut self, tables: &[(TableName, Table)]) {

@@ -90,13 +90,8 @@ impl<'a> Transaction<'a> {
             held = &empty;
             chains = held.unlike(wanted).collect();
         }
-        // An orphan is adopted (`nf_tables_updtable`), and one that somebody has made dormant is woken.
-        let flags = flags(held, own);
-        if !held.exists || held.flags != flags {
-            self.push(name, NFT_MSG_NEWTABLE, NLM_F_CREATE, |p| {
-                p.text(NFTA_TABLE_NAME, name.name);
-                p.be32(NFTA_TABLE_FLAGS, flags);
-            });
+        if !held.exists {
+            self.new_table(name, flags(held, own));
         }
         for counter in wanted.counters.iter().filter(|c| !held.counters.contains(**c)) {
             self.push(name, NFT_MSG_NEWOBJ, NLM_F_CREATE, |p| {
@@ -171,6 +166,14 @@ impl<'a> Transaction<'a> {
                 p.be32(NFTA_OBJ_TYPE, NFT_OBJECT_COUNTER);
             });
         }
+    }
+
+    /// Makes a table, or gives one that is there other flags.
+    pub(super) fn new_table(&mut self, name: TableName, flags: u32) {
+        self.push(name, NFT_MSG_NEWTABLE, NLM_F_CREATE, |p| {
+            p.text(NFTA_TABLE_NAME, name.name);
+            p.be32(NFTA_TABLE_FLAGS, flags);
+        });
     }
 
     /// Asks whether the kernel knows tables with an owner that outlive its socket. Such a batch has no end: the kernel
@@ -304,7 +307,7 @@ pub(super) fn flags(held: &Held, own: bool) -> u32 {
 
 /// Whether the kernel lets the table become what it is to be: `NFT_TABLE_F_PERSIST` is given to a new table only
 /// (`nf_tables_updtable`).
-fn can_be_owned(held: &Held, own: bool) -> bool {
+pub(super) fn can_be_owned(held: &Held, own: bool) -> bool {
     !own || held.flags & NFT_TABLE_F_PERSIST != 0
 }
 
