@@ -85,7 +85,7 @@ fn a_policy_keeps_or_ends_the_connections_that_were_there_before_it() {
 
 #[test]
 fn what_begins_while_the_rules_are_away_is_ended_when_they_are_back() {
-    let lab = Lab::scene();
+    let lab = Lab::builder().node_arguments(&["--own-tables=false"]).scene();
     for node in ["n1", "n2", "g1"] {
         let [kept, visitor] = [("kept", "keeps"), ("visitor", "visitor")]
             .map(|(name, app)| lab.add_pod(node, "shop", &format!("{name}-{node}"), &[("app", app)]));
@@ -127,7 +127,7 @@ fn what_began_while_the_rules_and_the_daemon_were_away_is_ended() {
 
 #[test]
 fn a_daemon_that_is_restarted_ends_no_connection_that_was_kept() {
-    let lab = Lab::scene();
+    let lab = Lab::builder().node_arguments(&["--own-tables=false"]).scene();
     let kept = lab.add_pod("n1", "shop", "kept", &[("app", "keeps")]);
     thread::sleep(RUNS);
     let kept = Going::of(kept);
