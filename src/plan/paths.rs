@@ -5,7 +5,7 @@ mod said;
 use super::ledger::is_drained;
 use super::mac::Mac;
 use super::marks::{MAX_INDEX, PathId};
-use super::model::{AddressRange, Cluster, Gateway, PolicyKey};
+use super::model::{AddressRange, AddressRequest, Cluster, Gateway, Policy, PolicyKey};
 use super::networks::merged;
 use super::ownership::{self, Liveness, Standing};
 use super::selector::Name;
@@ -221,8 +221,22 @@ impl Paths {
         out
     }
 
+    /// The path that the ledger gives a policy, if it is what the policy asks for. A policy that was changed asks for another
+    /// address than the controller has given it until now, and its pods do not leave from that one any more; those that it
+    /// selects since never did.
+    pub fn of(&self, key: &PolicyKey, policy: &Policy) -> Option<PathId> {
+        let id = self.of_policy(key)?;
+        let path = self.paths.get(&id)?;
+        let of_its_gateway = policy.gateway.as_ref().is_none_or(|gateway| *gateway == path.gateway);
+        let asked_for = match &policy.address {
+            AddressRequest::Explicit(pair) => *pair == path.address,
+            AddressRequest::Allocate(_) => true,
+        };
+        (of_its_gateway && asked_for).then_some(id)
+    }
+
     /// The path of a policy, if the ledger gives it one.
-    pub fn of_policy(&self, policy: &PolicyKey) -> Option<PathId> {
+    fn of_policy(&self, policy: &PolicyKey) -> Option<PathId> {
         self.of_policy.binary_search_by(|(key, _)| key.cmp(policy)).ok().map(|at| self.of_policy[at].1)
     }
 

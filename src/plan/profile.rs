@@ -40,7 +40,7 @@ impl Profile {
     /// too much is held, and one of which it is not known which policy decides, for one of several cannot be read.
     pub fn new(policies: &[&Ranked], paths: &Paths) -> Option<Self> {
         let mut steps = Vec::new();
-        let with_path = policies.iter().map(|ranked| (*ranked, paths.of_policy(&ranked.key)));
+        let with_path = policies.iter().map(|ranked| (*ranked, paths.of(&ranked.key, &ranked.policy)));
         let in_force = with_path.filter(|(ranked, path)| !is_passed_over(&ranked.policy, path.is_some()));
         let policies: Vec<_> = in_force.collect();
         if policies.len() > 1 && policies.iter().any(|(ranked, _)| ranked.policy.guessed.rank) {

@@ -1,6 +1,6 @@
 use super::*;
 use crate::api::{Allocate, EgressNodeStatus, TakenPath};
-use crate::plan::fixture::{World, asking};
+use crate::plan::fixture::{World, asking, naming};
 use crate::plan::mac;
 use std::sync::Arc;
 
@@ -200,4 +200,29 @@ fn who_gave_a_path_up_sends_it_to_the_one_that_must_have_taken_it() {
     let (state, placing) = seen(&world, "n1", &facts, id);
     let taker = seen(&world, "plain", &super::tests::facts(&[], &["n1"]), id).0;
     assert_eq!((state, placing), (taker, Placing::Take { ask: true }), "and takes it back if nobody has it");
+}
+
+#[test]
+fn a_policy_has_no_path_that_it_does_not_ask_for_any_more() {
+    let (mut world, id) = world();
+    world.gateway("other", &["192.0.2.60-192.0.2.69"], |_| {});
+    let path = |world: &World| {
+        let key = "a/p".into();
+        Paths::new(&world.cluster, "plain", &facts(&[], &[])).of(&key, &world.cluster.policies[&key])
+    };
+    assert_eq!(path(&world), Some(id));
+    let in_other = |gateway: &str, spec: crate::api::EgressPolicySpec| crate::api::EgressPolicySpec {
+        gateway: Some(gateway.to_owned()),
+        ..spec
+    };
+    for spec in [naming(&["192.0.2.51"]), in_other("other", asking(Allocate::Dedicated)), naming(&["192.0.2.52"])] {
+        world.policy("a/p", spec);
+        assert_eq!(path(&world), None, "the controller has not given it another one yet");
+        let id = world.allocate().grant("a/p").id;
+        assert_eq!(path(&world), Some(id));
+    }
+    // A change of something else is none of the address.
+    let id = path(&world);
+    world.policy("a/p", crate::api::EgressPolicySpec { priority: 7, ..naming(&["192.0.2.52"]) });
+    assert_eq!(path(&world), id);
 }
