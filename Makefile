@@ -13,7 +13,11 @@ ifneq ($(shell id -u),0)
 SUDO = sudo -E
 endif
 
-.PHONY: help build image release reproducible demo test cluster-test lint bench setup apiserver clean-lab
+# Of `make fuzz`: how long in seconds, the first seed, and a sequence to run instead.
+SECONDS ?= 180
+SEED ?= 1
+
+.PHONY: help build image release reproducible demo test fuzz cluster-test lint bench setup apiserver clean-lab
 
 help:
 	@echo 'make build      static release binaries, in target/<host>/release'
@@ -23,6 +27,7 @@ help:
 	@echo 'make test       all tests'
 	@echo 'make reproducible  the release, built twice: the same bits, and no path of this machine in them'
 	@echo 'make cluster-test KUBECONFIG=… SERVER=… ADDRESSES=…   the acceptance suite, against any cluster: tests/cluster/README.md'
+	@echo 'make fuzz       SECONDS=180 SEED=1: what happens to clusters, at random, and who is seen as whom meanwhile'
 	@echo 'make lint       format, clippy, licences and bans, generated files'
 	@echo 'make bench      measurements'
 	@echo 'make clean-lab  remove what killed tests left behind'
@@ -52,13 +57,17 @@ test: setup apiserver
 cluster-test:
 	@tests/cluster/run.sh
 
+fuzz: setup
+	@FUZZ_SECONDS='$(SECONDS)' FUZZ_SEED='$(SEED)' FUZZ_SHRINK='$(SHRINK)' FUZZ_SEQUENCE='$(SEQUENCE)' \
+	  $(CARGO) test --locked $(AS_ROOT) --test fuzz
+
 bench: setup apiserver
 	$(CARGO) bench --locked $(AS_ROOT) --benches
 
 lint:
 	$(CARGO) fmt --check
 	$(CARGO) clippy --locked --all-targets -- -D warnings
-	$(CARGO) clippy --locked --test demo -- -D warnings
+	$(CARGO) clippy --locked --test demo --test fuzz -- -D warnings
 	@tests/generated.sh
 	@tests/dependencies.sh
 

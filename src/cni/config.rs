@@ -175,6 +175,7 @@ fn invalid(msg: impl Into<String>, details: impl Into<String>) -> Failure {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
 
     fn code<T>(result: Result<T, Failure>) -> (u32, String) {
         let failure = result.err().expect("a failure");
@@ -255,5 +256,57 @@ mod tests {
         let fields = Fields::parse(b"{}").unwrap();
         assert_eq!(code(fields.version(Command::Add)).0, codes::INCOMPATIBLE);
         assert_eq!(fields.version(Command::Del).unwrap(), Version::LATEST);
+    }
+
+    const KEYS: [&str; 9] = [
+        "cniVersion",
+        "name",
+        "type",
+        "socket",
+        "stateDir",
+        "prevResult",
+        "cni.dev/valid-attachments",
+        "cni.dev/attachments",
+        "sokcet",
+    ];
+    const VALUES: [&str; 14] = [
+        "null",
+        "5",
+        "\"\"",
+        "\"x\"",
+        "\"/x\"",
+        "\"1.0.0\"",
+        "[]",
+        "{}",
+        "[null]",
+        "true",
+        "-1e999",
+        "\"\\ud800\"",
+        "[{\"containerID\":\"a\",\"ifname\":\"b\"}]",
+        "[{\"containerID\":5}]",
+    ];
+
+    proptest! {
+        #[test]
+        fn any_configuration_is_understood_or_refused(
+            fields in prop::collection::vec((prop::sample::select(&KEYS[..]), prop::sample::select(&VALUES[..])), 0..7),
+            cut in any::<prop::sample::Index>(), noise in prop::collection::vec(any::<u8>(), 0..40),
+        ) {
+            let fields: Vec<String> = fields.iter().map(|(key, value)| format!("{key:?}:{value}")).collect();
+            let text = format!("{{{}}}", fields.join(","));
+            for bytes in [text.as_bytes(), &text.as_bytes()[..cut.index(text.len())], &noise] {
+                let Ok(fields) = Fields::parse(bytes) else { continue };
+                for command in [Command::Add, Command::Del, Command::Check, Command::Gc, Command::Status] {
+                    let known = [codes::DECODE, codes::INCOMPATIBLE, codes::INVALID_CONFIGURATION];
+                    match (fields.version(command), Config::read(&fields, command)) {
+                        (_, Ok(config)) => {
+                            prop_assert!(config.socket.is_absolute() && config.state_dir.is_absolute());
+                            prop_assert!(config.previous.is_none_or(|previous| previous.get() != "null"));
+                        }
+                        (Err(failure), _) | (_, Err(failure)) => prop_assert!(known.contains(&failure.code)),
+                    }
+                }
+            }
+        }
     }
 }

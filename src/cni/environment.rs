@@ -198,6 +198,7 @@ fn pod(args: &str) -> Result<Option<PodRef>, Failure> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
 
     fn read(variables: &[(&str, &str)]) -> Result<Call, Failure> {
         Call::read(|name| variables.iter().find(|(n, _)| *n == name).map(|(_, v)| v.into()))
@@ -255,5 +256,39 @@ mod tests {
         let call =
             read(&[("CNI_COMMAND", "DEL"), ("CNI_CONTAINERID", "c1"), ("CNI_IFNAME", "eth0"), ("CNI_ARGS", "broken")]);
         assert_eq!(call.unwrap().command(), Command::Del);
+    }
+
+    proptest! {
+        #[test]
+        fn any_environment_is_understood_or_refused(
+            verb in "ADD|DEL|CHECK|GC|STATUS|VERSION|.{0,4}", id in "[a-z0-9./_-]{0,9}|.{0,4}", netns in ".{0,9}",
+            name in "[a-z0-9.:/ ]{0,17}", args in "([A-Z0-9_]{0,4}[=;]?.{0,3};?){0,4}",
+        ) {
+            let call = read(&[
+                ("CNI_COMMAND", &verb), ("CNI_CONTAINERID", &id), ("CNI_NETNS", &netns), ("CNI_IFNAME", &name),
+                ("CNI_ARGS", &args),
+            ]);
+            match call {
+                Err(failure) => prop_assert_eq!(failure.code, codes::INVALID_ENVIRONMENT),
+                Ok(Call::Add(Target { id, .. }) | Call::Check(Target { id, .. }) | Call::Del(id)) => {
+                    // Both become part of a file's name.
+                    prop_assert!(!id.container_id.contains('/') && !id.ifname.contains('/'));
+                    prop_assert!(!id.container_id.is_empty() && !id.ifname.is_empty());
+                }
+                Ok(other) => prop_assert_eq!(other.command().as_str(), verb),
+            }
+        }
+
+        #[test]
+        fn the_pod_that_a_runtime_names_is_the_one_that_is_read(
+            pod in ["[a-z0-9-]{1,9}", "[a-z0-9.-]{1,9}", "[a-z0-9-]{0,9}"], others in prop::collection::vec("[A-J]{1,4}=[^;=]{0,4}", 0..4),
+        ) {
+            let [namespace, name, uid] = pod;
+            let args = format!(
+                "{};K8S_POD_NAME={name};K8S_POD_UID={uid};K8S_POD_NAMESPACE={namespace}", others.join(";")
+            );
+            let Ok(Call::Add(target)) = add(&[("CNI_ARGS", &args)]) else { panic!("{args}") };
+            prop_assert_eq!(target.pod, Some(PodRef { namespace, name, uid }));
+        }
     }
 }

@@ -385,5 +385,37 @@ mod tests {
             prop_assert!(network.has_entry());
             prop_assert_eq!(network.without_entry(), plain);
         }
+
+        /// Whatever a person or another program has written: it is refused, or stays what it is when the entry comes and goes.
+        #[test]
+        fn what_is_accepted_can_be_extended_and_put_back(
+            keys in prop::collection::vec((0..8usize, 0..9usize), 0..6), plugins in prop::collection::vec(0..6usize, 0..4),
+            cut in any::<prop::sample::Index>(),
+        ) {
+            const KEYS: [&str; 8] = ["name", "cniVersion", "cniVersions", "disableCheck", "plugins", "type", "", "egret.dev"];
+            const VALUES: [&str; 9] = [
+                "null", "\"n\"", "\"1.0.0\"", "[\"1.0.0\", \"0.4.0\"]", "5", "[]", "{ }", "\"\\u007d]\"", "[{\"type\":\"x\"} ]",
+            ];
+            const PLUGINS: [&str; 6] = [
+                "{\"type\":\"a\"}", "{ \"type\" : \"b\", \"x\": [\"]}\", {}] }", "{\"type\":\"egret-cni\"}", "{}", "7",
+                "{\"type\":\"egret-cni\",\"socket\":5}",
+            ];
+            let plugins: Vec<&str> = plugins.iter().map(|p| PLUGINS[*p]).collect();
+            let mut fields = vec![format!("\"plugins\": [{}]", plugins.join(" ,"))];
+            fields.extend(keys.iter().map(|(key, value)| format!("{:?}:{}", KEYS[*key], VALUES[*value])));
+            let text = format!("{{{}}}\n", fields.join(", "));
+            for (text, kind) in [(&text[..], Kind::List), (&text, Kind::Single), (&text[..cut.index(text.len())], Kind::List)] {
+                let Ok(network) = Network::read(text, kind) else { continue };
+                if network.check().is_err() || kind == Kind::Single {
+                    continue;
+                }
+                let with = network.extended(Entry { socket: SOCKET, state_dir: DEFAULT_STATE_DIR });
+                let extended = Network::read(&with, kind).map_err(TestCaseError::fail)?;
+                prop_assert!(extended.has_entry(), "{with}");
+                if !network.has_entry() {
+                    prop_assert_eq!(extended.without_entry(), text);
+                }
+            }
+        }
     }
 }

@@ -173,6 +173,8 @@ fn checksum(bytes: &[u8]) -> u16 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::collection::vec;
+    use proptest::prelude::*;
 
     const MAC: Mac = [2, 0, 0, 0, 0, 7];
 
@@ -214,6 +216,7 @@ mod tests {
         let endless = [message, &[1, 0, 0, 0]].concat();
         assert_eq!(advertiser(&endless), None);
     }
+
     #[test]
     fn a_claim_is_heard_by_who_looks_for_it_and_changes_nothing_for_others() {
         const CLAIM: Claim = [1, 2, 3, 4, 5, 6];
@@ -231,6 +234,19 @@ mod tests {
         assert_eq!(checksum(&[pseudo, message(&claims)].concat()), 0);
         for length in 0..claims.len() {
             assert!(arp_claim(&claims[..length]).is_none());
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_are_read_to_their_end(bytes in vec(any::<u8>(), 0..100), options in vec(0u8..4, 0..40)) {
+            let advertisement = [&[NEIGHBOUR_ADVERTISEMENT, 0], &[0; 22][..], &options].concat();
+            prop_assert!(advertiser(&bytes).is_none() || bytes.len() >= 24);
+            prop_assert!(advertiser(&advertisement).is_none_or(|(address, _)| address == Ipv6Addr::UNSPECIFIED));
+            prop_assert!(solicitation_claim(&bytes).is_none() || bytes.len() >= 24);
+            let arp = [&[0; ETHERNET][..], &[0, 1, 8, 0, 6, 4], &bytes].concat();
+            prop_assert!(arp_claim(&arp).is_none() || bytes.len() >= 12);
+            prop_assert!(arp_sender(&arp).is_none() || bytes.len() >= 12);
         }
     }
 }

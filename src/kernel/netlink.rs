@@ -437,3 +437,64 @@ fn u16_at(b: &[u8], at: usize) -> u16 {
 fn u32_at(b: &[u8], at: usize) -> u32 {
     u32::from_ne_bytes([b[at], b[at + 1], b[at + 2], b[at + 3]])
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn whatever_comes_is_read_to_its_end(bytes in vec(any::<u8>(), 0..200), len in 0u32..220) {
+            let mut datagram = len.to_ne_bytes().to_vec();
+            datagram.extend(&bytes);
+            for datagram in [&bytes, &datagram] {
+                let mut sizes = 0;
+                let read = messages(datagram, |message| {
+                    sizes += HEADER + message.payload.len();
+                    drop(message.acknowledgement());
+                });
+                prop_assert!(sizes <= datagram.len());
+                prop_assert!(read.is_ok() || datagram.len() >= HEADER);
+            }
+            let sizes: usize = attributes(&bytes).map(|(_, value)| 4 + value.len()).sum();
+            prop_assert!(sizes <= bytes.len());
+        }
+
+        #[test]
+        fn a_refusal_that_is_cut_short_anywhere_is_still_one(errno in 1i32..200, text in "[a-z ]{0,20}", cut in any::<prop::sample::Index>()) {
+            let mut payload = (-errno).to_ne_bytes().to_vec();
+            payload.extend(message(1, 0, 7, b"abcdef"));
+            payload.text(NLMSGERR_ATTR_MSG, &text);
+            let payload = &payload[..4 + cut.index(payload.len() - 3)];
+            for flags in [0, NLM_F_ACK_TLVS, NLM_F_ACK_TLVS | NLM_F_CAPPED] {
+                let answer = Message { kind: NLMSG_ERROR, flags, sequence: 7, port: 0, payload };
+                prop_assert_eq!(answer.acknowledgement().unwrap_err().errno(), Some(errno));
+            }
+        }
+
+        #[test]
+        fn what_was_written_is_read(written in vec((0u16..0x4000, vec(any::<u8>(), 0..9)), 0..9)) {
+            let mut inner = Vec::new();
+            for (kind, value) in &written {
+                inner.attribute(*kind, value);
+            }
+            let mut outer = Vec::new();
+            outer.nested(5, |nest| nest.extend(&inner));
+            outer.text(6, "end");
+            let mut datagram = message(9, 1, 2, &outer);
+            append_message(&mut datagram, 10, 3, 4, |m| m.extend(&inner));
+            let mut read = Vec::new();
+            messages(&datagram, |m| read.push((m.kind, m.flags, m.sequence, m.payload.to_vec()))).unwrap();
+            prop_assert_eq!(&read[0], &(9, 1, 2, outer));
+            prop_assert_eq!(&read[1], &(10, 3, 4, inner));
+            let mut nests = attributes(&read[0].3);
+            let (kind, nest) = nests.next().unwrap();
+            prop_assert_eq!(kind, 5);
+            let of_nest: Vec<(u16, Vec<u8>)> = attributes(nest).map(|(kind, value)| (kind, value.to_vec())).collect();
+            prop_assert_eq!(of_nest, written);
+            prop_assert_eq!(nests.next().map(|(kind, text)| (kind, string(text))), Some((6, "end".to_owned())));
+        }
+    }
+}

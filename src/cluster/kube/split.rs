@@ -155,5 +155,15 @@ mod tests {
                 }
             }
         }
+
+        #[test]
+        fn any_bytes_are_taken_apart_or_cut_off(
+            bytes in prop::collection::vec(prop::sample::select(&b"{}[],:\"\\ ai1"[..]), 0..80), piece in 1usize..9,
+        ) {
+            let (mut splitter, mut size) = (Splitter::default(), 0);
+            bytes.chunks(piece).for_each(|piece| splitter.push(piece, |item| size += item.len()));
+            prop_assert!(size <= bytes.len());
+            drop(splitter.finish());
+        }
     }
 }

@@ -386,3 +386,53 @@ fn send(socket: &mut Socket, requests: &[Deletion]) -> Result<usize, Error> {
     }
     refused.map_or(Ok(deleted), Err)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+
+    /// A connection as the kernel tells of it, and what else stands there.
+    fn entry(of: [[u8; 4]; 4], mark: u32, more: &[(u16, Vec<u8>)]) -> Vec<u8> {
+        let mut message = vec![AF_INET as u8, 0, 0, 0];
+        for (tuple, [source, destination]) in [(CTA_TUPLE_ORIG, [of[0], of[1]]), (CTA_TUPLE_REPLY, [of[2], of[3]])] {
+            message.nested(tuple, |t| {
+                t.nested(CTA_TUPLE_IP, |ip| {
+                    ip.attribute(CTA_IP_V4_SRC, &source);
+                    ip.attribute(CTA_IP_V4_DST, &destination);
+                });
+            });
+        }
+        message.be32(CTA_MARK, mark);
+        more.iter().for_each(|(kind, value)| message.attribute(*kind, value));
+        message
+    }
+
+    proptest! {
+        #[test]
+        fn what_the_kernel_tells_is_understood_and_what_is_cut_short_is_nothing_else(
+            of in any::<[[u8; 4]; 4]>(), mark in any::<u32>(), more in vec((200u16..300, vec(any::<u8>(), 0..9)), 0..4),
+            cut in any::<prop::sample::Index>(), broken in any::<(prop::sample::Index, u8)>(),
+        ) {
+            let whole = entry(of, mark, &more);
+            let [source, destination, reply_source, reply_destination] = of.map(IpAddr::from);
+            let (protocol, reply_port, id) = (0, None, 0);
+            let told = Connection { source, destination, reply_source, reply_destination, protocol, reply_port, mark, id };
+            prop_assert_eq!(parse(&whole), Some(told));
+            if let Some(read) = parse(&whole[..cut.index(whole.len())]) {
+                prop_assert_eq!((read.source, read.reply_destination), (source, reply_destination));
+            }
+            let (at, byte) = broken;
+            let mut spoilt = whole;
+            let at = at.index(spoilt.len());
+            spoilt[at] = byte;
+            drop((parse(&spoilt), request(&spoilt), straggler::after(&spoilt, mark)));
+        }
+
+        #[test]
+        fn any_bytes_are_no_reason_to_panic(bytes in vec(any::<u8>(), 0..120)) {
+            drop((parse(&bytes), request(&bytes), straggler::after(&bytes, 1)));
+        }
+    }
+}

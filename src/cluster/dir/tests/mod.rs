@@ -1,5 +1,6 @@
 //! Real files, the real watcher.
 
+mod any_text;
 mod changes;
 mod lost;
 mod manifests;
