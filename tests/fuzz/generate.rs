@@ -8,6 +8,9 @@ use super::step::{
 /// How many steps a sequence has after its beginning.
 const LENGTH: usize = 60;
 
+/// So many milliseconds are long enough for all to have heard of everything.
+const RESTS: u32 = 5500;
+
 /// The sequence of a seed. It begins with pods and policies, so that there is something to break.
 pub fn sequence(seed: u64) -> Vec<Step> {
     let mut random = Random::new(seed);
@@ -27,10 +30,24 @@ pub fn sequence(seed: u64) -> Vec<Step> {
             continue;
         }
         let step = step(&mut random);
+        if let Step::Kill(daemon) = step
+            && random.below(2) == 0
+        {
+            steps.extend(pods_without_daemon(&mut random, daemon));
+        } else {
+            steps.push(step);
+        }
         broken.extend(mended_by(step));
-        steps.push(step);
     }
     steps
+}
+
+/// All have heard of everything, then a daemon is killed, and a pod is made where it ran.
+fn pods_without_daemon(random: &mut Random, daemon: &'static str) -> [Step; 5] {
+    let node = NODES.into_iter().find(|node| *node == daemon).unwrap_or(random.one(&NODES));
+    let pod = random.below(PODS);
+    let rest = Step::Wait(RESTS);
+    [Step::Delete(pod), rest, Step::Kill(daemon), Step::Add(pod, node, random.one(&APPS)), Step::Wait(700)]
 }
 
 fn mended_by(step: Step) -> Option<Step> {
@@ -46,13 +63,12 @@ fn mended_by(step: Step) -> Option<Step> {
 
 /// Mostly short: races are between steps. Now and then long enough for all to have heard of everything.
 fn pause(random: &mut Random) -> Step {
-    let ms = match random.below(20) {
-        0 => 6000,
-        1..6 => 1000,
-        6..12 => 200,
-        _ => 5 + random.below(60),
-    };
-    Step::Wait(u32::try_from(ms).expect("milliseconds"))
+    Step::Wait(match random.below(20) {
+        0 => RESTS,
+        1..5 => 1000,
+        5..12 => 200,
+        _ => 5 + u32::try_from(random.below(60)).expect("less than 60"),
+    })
 }
 
 fn add(random: &mut Random, pod: usize) -> Step {
@@ -77,10 +93,10 @@ fn step(random: &mut Random) -> Step {
         16..26 => Step::Delete(pod),
         26..28 => Step::Forget(pod),
         28..36 => Step::Relabel(pod, random.one(&APPS)),
-        36..48 => Step::Policy(policy, spec(random)),
-        48..54 => Step::Unpolicy(policy),
-        54..56 => Step::Ungateway(random.one(&GATEWAYS)),
-        56..68 => Step::Kill(random.one(&DAEMONS)),
+        36..44 => Step::Policy(policy, spec(random)),
+        44..47 => Step::Unpolicy(policy),
+        47..49 => Step::Ungateway(random.one(&GATEWAYS)),
+        49..68 => Step::Kill(random.one(&DAEMONS)),
         68..70 => Step::Hang(random.one(&DAEMONS)),
         70..74 => Step::Unplug(random.one(&["g1", "g2", "g1", "g2", "n1"])),
         74..76 => Step::Leave(gateway_node),
