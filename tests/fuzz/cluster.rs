@@ -57,8 +57,9 @@ pub struct Cluster {
 
 impl Cluster {
     /// The cluster before the first step: everything runs, there are gateways, namespaces, and neither pods nor policies.
-    pub fn start() -> Cluster {
-        let lab = Lab::new();
+    /// With `owned`, the daemons own their tables, where the kernel lets them.
+    pub fn start(owned: bool) -> Cluster {
+        let lab = Lab::builder().node_arguments(&[&format!("--own-tables={owned}")]).build();
         let begin = Instant::now();
         let ext = lab.host("ext");
         ext.ip_batch(&[format!("addr add {SECOND4}/24 dev eth0"), format!("addr add {SECOND6}/64 dev eth0 nodad")]);
@@ -111,6 +112,7 @@ impl Cluster {
     pub fn apply(&mut self, step: Step) {
         self.finish_adding();
         match step {
+            Step::Unowned => {}
             Step::Wait(ms) => thread::sleep(Duration::from_millis(ms.into())),
             Step::Add(pod, node, app) => self.add(pod, node, app),
             Step::Delete(pod) => self.delete(pod),

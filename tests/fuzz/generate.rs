@@ -15,6 +15,10 @@ const RESTS: u32 = 5500;
 pub fn sequence(seed: u64) -> Vec<Step> {
     let mut random = Random::new(seed);
     let mut steps = Vec::new();
+    // Where daemons own their tables, nobody can take anything out of them.
+    if random.below(2) == 0 {
+        steps.push(Step::Unowned);
+    }
     for policy in 0..3 {
         steps.push(Step::Policy(random.below(POLICIES), spec(&mut random)));
         steps.push(add(&mut random, policy));

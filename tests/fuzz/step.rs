@@ -134,6 +134,8 @@ words!(
 /// One thing that happens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Step {
+    /// No daemon owns its nftables tables (`--own-tables=false`), wherever this stands: others can change them while it runs.
+    Unowned,
     /// Nothing for so many milliseconds.
     Wait(u32),
     /// The runtime makes the pod, and tries again until it is there.
@@ -187,6 +189,7 @@ pub enum Step {
 impl fmt::Display for Step {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            Step::Unowned => write!(f, "unowned"),
             Step::Wait(ms) => write!(f, "wait {ms}"),
             Step::Add(pod, node, app) => write!(f, "add p{pod} {node} {app}"),
             Step::Delete(pod) => write!(f, "delete p{pod}"),
@@ -225,6 +228,7 @@ impl FromStr for Step {
     fn from_str(text: &str) -> Result<Step, String> {
         let words: Vec<&str> = text.split_whitespace().collect();
         let step = match *words.as_slice() {
+            ["unowned"] => Step::Unowned,
             ["wait", ms] => Step::Wait(number(ms)?),
             ["add", pod, node, app] => Step::Add(of('p', pod, PODS)?, known(&NODES, node)?, known(&APPS, app)?),
             ["delete", pod] => Step::Delete(of('p', pod, PODS)?),

@@ -55,7 +55,7 @@ pub fn run(steps: &[Step]) -> Outcome {
 }
 
 fn run_inside(steps: &[Step]) -> Outcome {
-    let mut cluster = Cluster::start();
+    let mut cluster = Cluster::start(!steps.contains(&Step::Unowned));
     let mut said = Vec::new();
     for step in steps {
         said.push(format!("{:.3} {step}\n", cluster.now().as_secs_f64()));

@@ -418,8 +418,10 @@ mod tests {
             let whole = entry(of, mark, &more);
             let [source, destination, reply_source, reply_destination] = of.map(IpAddr::from);
             let (protocol, reply_port, id) = (0, None, 0);
-            let told = Connection { source, destination, reply_source, reply_destination, protocol, reply_port, mark, id };
-            prop_assert_eq!(parse(&whole), Some(told));
+            let read = parse(&whole);
+            let out = read.as_ref().and_then(|read| read.out);
+            let told = Connection { source, destination, reply_source, reply_destination, protocol, reply_port, mark, id, out };
+            prop_assert_eq!(read, Some(told));
             if let Some(read) = parse(&whole[..cut.index(whole.len())]) {
                 prop_assert_eq!((read.source, read.reply_destination), (source, reply_destination));
             }
