@@ -109,7 +109,7 @@ impl Attachment {
         let bytes = serde_json::to_vec(self)?;
         careful::replace(&path, &unfinished, &bytes).or_else(|e| match e.kind() {
             io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => {
-                run_dir::make_attachments(run_dir)?;
+                run_dir::make_within(run_dir, ATTACHMENTS)?;
                 careful::replace(&path, &unfinished, &bytes)
             }
             _ => Err(e),

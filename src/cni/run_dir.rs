@@ -16,6 +16,8 @@ pub const DAEMON_LOCK: &str = "egretd.lock";
 pub const PLUGIN_LOCK: &str = "attachments.lock";
 /// A file for each attachment.
 pub const ATTACHMENTS: &str = "attachments";
+/// A file for each pod that the plugin did not bring and that the daemon holds.
+pub const ADOPTED: &str = "adopted";
 /// What the daemon was told of the cluster, with the Kubernetes API as its source.
 pub const KNOWN: &str = "known";
 
@@ -48,12 +50,12 @@ pub fn lock_daemon(run_dir: &Path) -> io::Result<Option<Flock<File>>> {
     }
 }
 
-/// Makes the directory of attachments; something else in its place is put aside.
+/// Makes a directory in it; something else in its place is put aside.
 ///
 /// # Errors
 /// It cannot be made.
-pub fn make_attachments(run_dir: &Path) -> io::Result<()> {
-    let path = run_dir.join(ATTACHMENTS);
+pub fn make_within(run_dir: &Path, name: &str) -> io::Result<()> {
+    let path = run_dir.join(name);
     match fs::create_dir(&path) {
         Err(e) if e.kind() == io::ErrorKind::AlreadyExists && !path.is_dir() => {
             put_aside(&path)?;

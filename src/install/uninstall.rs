@@ -162,11 +162,13 @@ fn files(work: &mut Work, run_dir: &Path) {
         _ => Ok(attachments),
     };
     work.done("attachments", directory.context(run_dir::ATTACHMENTS));
-    match fs::remove_dir_all(run_dir.join(run_dir::KNOWN)) {
-        Err(e) if e.kind() != io::ErrorKind::NotFound => {
-            work.errors.push(Error::new(e).context("what was known of the cluster could not be removed"));
+    for (name, what) in [(run_dir::ADOPTED, "of adopted pods"), (run_dir::KNOWN, "of the cluster")] {
+        match fs::remove_dir_all(run_dir.join(name)) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => {
+                work.errors.push(Error::new(e).context(format!("what was known {what} could not be removed")));
+            }
+            _ => {}
         }
-        _ => {}
     }
     let names = [run_dir::SOCKET, run_dir::PLUGIN_LOCK, run_dir::DAEMON_LOCK];
     // With those that a killed writer left unfinished.

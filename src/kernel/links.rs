@@ -43,7 +43,8 @@ pub struct Veth {
 /// # Errors
 /// The kernel's refusal.
 pub async fn veth_by_index(socket: &RouteSocket, index: u32) -> Result<Option<Veth>> {
-    if index == 0 {
+    // The kernel has none such, and refuses the question.
+    if i32::try_from(index).is_err() || index == 0 {
         return Ok(None);
     }
     match socket.get(RouteNetlinkMessage::GetLink(LinkUnspec::new_with_index(index).build())).await {

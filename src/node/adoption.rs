@@ -44,7 +44,7 @@ async fn find(routes: RouteSocket, pod: ObjectKey, addresses: Vec<IpAddr>) -> Fo
     for address in &addresses {
         match links::find_pod_veth(&routes, *address).await {
             Ok(Some(veth)) => {
-                interface = Some(Interface { name: veth.name, index: veth.index });
+                interface = Some(Interface { name: veth.name, index: veth.index, peer_index: veth.peer_index });
                 break;
             }
             Ok(None) => {}

@@ -15,6 +15,7 @@ pub mod liveness;
 mod metrics;
 mod moved;
 mod pods;
+mod remembered;
 mod report;
 mod socket;
 mod state;

@@ -3,6 +3,7 @@
 use crate::cni::attachment::{Attachment, AttachmentId};
 use crate::kernel::links::Veth;
 use crate::node::beginning::Beginning;
+use crate::node::remembered::Remembered;
 use crate::plan::marks::{MAX_INDEX, PathId};
 use crate::plan::model::{Cluster, ObjectKey, Pod};
 use crate::plan::node::{NodePlan, PodPlan, View, chain_name};
@@ -26,6 +27,8 @@ pub struct Interface {
     pub name: String,
     /// Its index.
     pub index: u32,
+    /// The index of the pod's end, in the pod's network namespace.
+    pub peer_index: u32,
 }
 
 /// A pod that the plugin brought.
@@ -52,11 +55,8 @@ impl Attached {
 /// container, which may go on sending.
 #[derive(Debug)]
 struct Adopted {
-    pod: ObjectKey,
-    interface: Interface,
-    addresses: Vec<IpAddr>,
-    /// As of an attached one.
-    labels: Option<Labels>,
+    /// With the labels that it had last, as of an attached one.
+    known: Arc<Remembered>,
     judged: Judged,
     beginning: Beginning,
 }
@@ -171,7 +171,7 @@ impl Pods {
         let (id, judged) = (attachment.id.clone(), Judged::Unknown);
         let holder = Holder::Attached(Arc::new(id.clone()));
         self.attached.insert(id, Attached { holder, attachment, interface, labels, judged, beginning });
-        self.drop_adopted(|a| same(&a.interface))
+        self.drop_adopted(|a| same(&a.known.interface))
     }
 
     /// Removes a pod. Returns its addresses that no other pod has.
@@ -184,14 +184,14 @@ impl Pods {
 
     /// Whether a pod has this address.
     pub fn has_address(&self, address: &IpAddr) -> bool {
-        self.has_brought(address) || self.adopted.values().any(|a| a.addresses.contains(address))
+        self.has_brought(address) || self.adopted.values().any(|a| a.known.addresses.contains(address))
     }
 
     /// Whether another pod than this one, which is not gone, has this address.
     pub fn is_in_use(&self, address: &IpAddr, but: &ObjectKey) -> bool {
         let living = self.attached.values().filter(|a| !a.is_gone());
         living.flat_map(|a| &a.attachment.addresses).any(|a| a == address)
-            || self.adopted.values().any(|a| a.pod != *but && a.addresses.contains(address))
+            || self.adopted.values().any(|a| a.known.pod != *but && a.known.addresses.contains(address))
     }
 
     /// Whether the plugin brought this pod, and it is gone: its DEL is still to come, or never comes.
@@ -237,7 +237,7 @@ impl Pods {
     /// Every address of every pod.
     pub fn addresses(&self) -> impl Iterator<Item = IpAddr> {
         let attached = self.attached.values().flat_map(|a| a.attachment.addresses.iter());
-        attached.chain(self.adopted.values().flat_map(|a| a.addresses.iter())).copied()
+        attached.chain(self.adopted.values().flat_map(|a| a.known.addresses.iter())).copied()
     }
 
     /// The interface of that index is `now` this one, or none. Returns the addresses of pods that are gone with the one
@@ -247,26 +247,27 @@ impl Pods {
             let peer = a.attachment.host.as_ref().map(|host| host.peer_index);
             // It may have another name now. If it is the next pod's already, that one takes it when it is added.
             let now = now.filter(|now| Some(now.peer_index) == peer);
-            let now = now.map(|now| Interface { name: now.name.clone(), index });
+            let now = now.map(|now| Interface { name: now.name.clone(), index, peer_index: now.peer_index });
             if a.interface != now {
                 (a.interface, a.judged) = (now, Judged::Unknown);
             }
         }
         // One that has another name is found again.
-        self.drop_adopted(|a| a.interface.index == index && now.is_none_or(|now| now.name != a.interface.name))
+        let is_there = |i: &Interface| now.is_some_and(|now| now.name == i.name && now.peer_index == i.peer_index);
+        self.drop_adopted(|a| a.known.interface.index == index && !is_there(&a.known.interface))
     }
 
     /// Forgets adopted pods. Returns their addresses that no other pod has.
     fn drop_adopted(&mut self, is_gone: impl Fn(&Adopted) -> bool) -> Vec<IpAddr> {
         let gone: BTreeMap<u32, Adopted>;
         (gone, self.adopted) = std::mem::take(&mut self.adopted).into_iter().partition(|(_, a)| is_gone(a));
-        gone.into_values().flat_map(|a| a.addresses).filter(|address| !self.has_address(address)).collect()
+        self.unused(gone.into_values())
     }
 
     /// The indexes of all pods' interfaces.
     pub fn interfaces(&self) -> impl Iterator<Item = u32> {
         let attached = self.attached.values().filter_map(|a| a.interface.as_ref());
-        attached.chain(self.adopted.values().map(|a| &a.interface)).map(|i| i.index)
+        attached.chain(self.adopted.values().map(|a| &a.known.interface)).map(|i| i.index)
     }
 
     /// Whether any pod is on this interface.
@@ -274,16 +275,26 @@ impl Pods {
         self.interfaces().any(|i| i == index)
     }
 
+    /// The addresses of adopted pods that are gone, less those that other pods have.
+    fn unused(&self, gone: impl IntoIterator<Item = Adopted>) -> Vec<IpAddr> {
+        let addresses = gone.into_iter().flat_map(|a| a.known.addresses.clone());
+        addresses.filter(|address| !self.has_address(address)).collect()
+    }
+
+    /// What is known of adopted pods.
+    pub fn adopted(&self) -> impl Iterator<Item = &Arc<Remembered>> {
+        self.adopted.values().map(|a| &a.known)
+    }
+
     /// Takes in a pod that ran before, with the addresses that it has now. Returns those that nobody has any more.
-    pub fn adopt(&mut self, pod: ObjectKey, interface: Interface, addresses: Vec<IpAddr>) -> Vec<IpAddr> {
-        let index = interface.index;
+    pub fn adopt(&mut self, known: Remembered) -> Vec<IpAddr> {
+        let index = known.interface.index;
         if self.attached.values().any(|a| a.interface.as_ref().is_some_and(|i| i.index == index)) {
             return Vec::new();
         }
-        let beginning = self.unmanaged.remove(&pod).unwrap_or_default();
-        let new = Adopted { pod, interface, addresses, labels: None, judged: Judged::Unknown, beginning };
-        let before = self.adopted.insert(index, new);
-        before.into_iter().flat_map(|a| a.addresses).filter(|address| !self.has_address(address)).collect()
+        let beginning = self.unmanaged.remove(&known.pod).unwrap_or_default();
+        let before = self.adopted.insert(index, Adopted { known: Arc::new(known), judged: Judged::Unknown, beginning });
+        self.unused(before)
     }
 
     /// Forgets of which pods the DEL has come, once the cluster has forgotten them.
@@ -306,7 +317,7 @@ impl Pods {
         };
         // One that has other addresses than it had is looked for again.
         let adopted: HashSet<(&ObjectKey, &[IpAddr])> =
-            self.adopted.values().map(|a| (&a.pod, a.addresses.as_slice())).collect();
+            self.adopted.values().map(|a| (&a.known.pod, a.known.addresses.as_slice())).collect();
         let unmanaged = cluster.pods.iter().filter(|(key, pod)| runs(pod) && !is_brought(key, pod));
         let unmanaged = unmanaged
             .filter(|(key, pod)| !adopted.contains(&(*key, &*pod.addresses)) && !self.ended.contains_key(*key));
@@ -365,7 +376,7 @@ impl Pods {
         }
         for (index, a) in &mut self.adopted {
             if let Judged::Selected(selected) = &mut a.judged {
-                add(Holder::Adopted(*index), &a.interface, &a.addresses, selected);
+                add(Holder::Adopted(*index), &a.known.interface, &a.known.addresses, selected);
             }
         }
         self.tags.retain(&in_use);
@@ -405,10 +416,11 @@ impl Pods {
         }
         for a in self.adopted.values_mut().filter(|a| matches!(a.judged, Judged::Unknown)) {
             // Another pod of the name has other addresses.
-            if let Some(pod) = cluster.pods.get(&a.pod).filter(|pod| *pod.addresses == *a.addresses) {
-                a.labels = Some(pod.labels.clone());
+            let pod = cluster.pods.get(&a.known.pod).filter(|pod| *pod.addresses == *a.known.addresses);
+            if let Some(pod) = pod.filter(|pod| a.known.labels.as_ref() != Some(&pod.labels)) {
+                Arc::make_mut(&mut a.known).labels = Some(pod.labels.clone());
             }
-            a.judged = a.beginning.profile(view, &a.pod.namespace, a.labels.as_ref(), now).into();
+            a.judged = a.beginning.profile(view, &a.known.pod.namespace, a.known.labels.as_ref(), now).into();
         }
     }
 }

@@ -140,8 +140,10 @@ pub fn difference(before: &[String], after: &[String]) -> String {
 /// What Egret holds for pods of the node: its kernel state less what was there before them, and its records.
 fn pods_traces(node: &Node, before: &[String]) -> Vec<String> {
     let mut traces: Vec<String> = node.egret_state().into_iter().filter(|l| !before.contains(l)).collect();
-    let records = fs::read_dir(node.run_dir().join("attachments")).into_iter().flatten().flatten();
-    traces.extend(records.map(|r| r.path().display().to_string()));
+    for directory in ["attachments", "adopted"] {
+        let records = fs::read_dir(node.run_dir().join(directory)).into_iter().flatten().flatten();
+        traces.extend(records.map(|r| r.path().display().to_string()));
+    }
     traces
 }
 

@@ -403,7 +403,8 @@ impl Host {
     /// The host's end of a pod's veth pair, if the two belong together.
     pub async fn interface(&self, index: u32, peer_index: u32) -> Result<Option<super::pods::Interface>> {
         let veth = self.veth(index).await?;
-        Ok(veth.filter(|v| v.peer_index == peer_index).map(|v| super::pods::Interface { name: v.name, index: v.index }))
+        let veth = veth.filter(|v| v.peer_index == peer_index);
+        Ok(veth.map(|v| super::pods::Interface { name: v.name, index, peer_index }))
     }
 
     /// Puts addresses into quarantine. That they are there already is fine.

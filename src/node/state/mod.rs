@@ -14,7 +14,7 @@ pub use stopping::Stopping;
 
 use crate::cluster::{Lookup, Statuses};
 use crate::cni::attachment::{self, Attachment, AttachmentId};
-use crate::cni::offline_policies::OfflinePolicies;
+use crate::cni::offline_policies::{OfflinePolicies, boot_id};
 use crate::cni::protocol::{Failure, codes};
 use crate::cni::run_dir;
 use crate::kernel::watch::{Event, Interest};
@@ -30,6 +30,7 @@ use crate::node::liveness::{Seen, Targets};
 use crate::node::metrics::Metrics;
 use crate::node::moved::Moved;
 use crate::node::pods::{Census, Holder, Interface, Pods, Use};
+use crate::node::remembered::Written;
 use crate::node::report::{Own, Report};
 use crate::plan::mac::Mac;
 use crate::plan::marks::PathId;
@@ -118,6 +119,10 @@ pub struct Node {
     unstored: Option<String>,
     /// Why the run directory cannot be written to.
     unwritable: Option<String>,
+    /// What is written down of adopted pods.
+    written: Written,
+    /// Why it could not be.
+    forgetful: Option<String>,
     /// Whether the plugin may have left attachments and quarantines behind.
     left_behind: bool,
     /// Connections that have ended and are still in the kernel's table.
@@ -156,6 +161,8 @@ impl Node {
         // Where the rules were once, somebody has taken them away while no daemon ran.
         let flushed = OfflinePolicies::is_there(&options.state_dir) && !host.has_tables()?;
         let changed_ports = ChangedPorts::start(options.marks, metrics.changed_ports())?;
+        let boot = boot_id().context("the boot's id")?;
+        let (written, adopted) = Written::load(&options.run_dir, boot).context("adopted pods")?;
         let report = Report::new(&options.name, statuses, options.state_dir.clone());
         let mut node = Node {
             existing: Existing::start(options.marks, flushed),
@@ -195,6 +202,8 @@ impl Node {
             in_step: false,
             unstored: None,
             unwritable: None,
+            written,
+            forgetful: None,
             left_behind: true,
             ended: Ended::default(),
             forwarding: Forwarding::default(),
@@ -203,6 +212,7 @@ impl Node {
             leaving: Vec::new(),
         };
         node.load_attachments().await?;
+        node.restore_adopted(adopted).await?;
         node.refresh_view();
         let strangers = node.pods.strangers(&node.cluster, &node.view);
         for found in adoption::find_all(&node.host.routes, strangers).await {
@@ -344,6 +354,7 @@ impl Node {
     /// # Errors
     /// It cannot be written.
     pub fn write_down(&mut self) -> Result<()> {
+        self.written.is_lost();
         self.pods.attachments().try_for_each(|a| a.store(&self.options.run_dir)).context("attachments")
     }
 
@@ -366,7 +377,7 @@ impl Node {
         if let Some(failure) = &failure {
             tracing::error!("{failure}; trying again");
         }
-        let unwritten = self.unwritable.clone().or_else(|| self.unstored.clone());
+        let unwritten = [&self.unwritable, &self.unstored, &self.forgetful].into_iter().flatten().next().cloned();
         if let Some(unwritten) = unwritten.as_ref().filter(|_| failure.is_none()) {
             tracing::error!("{unwritten}; trying again");
         }
@@ -498,6 +509,8 @@ impl Node {
     /// Brings the tables in step with the view. Returns how many changes it took, and what the pods use.
     fn bring_tables_in_step(&mut self) -> Result<(usize, BTreeMap<Holder, Arc<Use>>)> {
         let (mut plan, uses, census) = self.pods.plan(&self.cluster, &self.view);
+        // Before the chains: whom the kernel holds, the next daemon is to know of.
+        self.write_adopted();
         let of_path = |id: &PathId| self.view.paths.paths.get(id).map(|path| path.address.clone());
         plan.handed = self.handed.iter().filter_map(|(id, (mac, _))| Some((*id, (of_path(id)?, *mac)))).collect();
         plan.left = self.left.keys().copied().collect();

@@ -3,7 +3,9 @@
 
 use super::Node;
 use crate::node::adoption::{self, Found};
+use crate::node::remembered::Remembered;
 use crate::plan::model::ObjectKey;
+use anyhow::Result;
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
@@ -35,7 +37,8 @@ impl Node {
             tracing::info!(pod = %found.pod, interface = %interface.name, "a pod that ran before is adopted");
             self.left_behind |= before.is_some();
             self.stale |= found.addresses.iter().any(|x| !self.view.networks.is_of_pods(*x));
-            self.ended.addresses.extend(self.pods.adopt(found.pod, interface, found.addresses));
+            let known = Remembered { pod: found.pod, interface, addresses: found.addresses, labels: None };
+            self.ended.addresses.extend(self.pods.adopt(known));
             return;
         }
         if !self.is_to_be_held(&found.pod, &found.addresses) {
@@ -56,6 +59,30 @@ impl Node {
             tracing::error!(pod = %found.pod, "it cannot even be kept to them: {e:#}");
         }
         self.missing.insert(found.pod, (Instant::now(), found.addresses));
+    }
+
+    /// Takes in pods that an earlier daemon had adopted and whose veths are still there: the cluster may have forgotten them.
+    pub(super) async fn restore_adopted(&mut self, all: Vec<Remembered>) -> Result<()> {
+        for known in all {
+            let (interface, pod) = (&known.interface, &known.pod);
+            let now = self.host.interface(interface.index, interface.peer_index).await?;
+            if now.as_ref() == Some(interface) {
+                tracing::info!(%pod, interface = %interface.name, "a pod that had been adopted is still here");
+                self.ended.addresses.extend(self.pods.adopt(known));
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes down which pods are adopted, for the next daemon.
+    pub(super) fn write_adopted(&mut self) {
+        self.forgetful = self.written.update(self.pods.adopted()).err().map(|e| {
+            format!(
+                "pods that ran before Egret cannot be written down in the run directory {}, and a restart of egretd forgets \
+                 those that the cluster has forgotten: {e}; make room there",
+                self.options.run_dir.display()
+            )
+        });
     }
 
     /// Forgets strangers that were looked for in vain and that have ended, have other addresses now, or that no policy
