@@ -1,4 +1,5 @@
-//! Sessions whose source port the gateway has changed, because another one had it: they live on too.
+//! Sessions whose source port the gateway has changed, because another one had it, and sessions whose port others want while
+//! they say nothing: they live on too.
 
 mod lab;
 
@@ -13,20 +14,20 @@ use std::os::fd::AsRawFd;
 use std::thread;
 use std::time::Duration;
 
-/// The source port that all sessions have.
+/// The source port that sessions have which are in each other's way.
 const PORT: u16 = 41_234;
 
 /// The pod's end of a session with the server.
-fn end(pod: &Pod, server: IpAddr) -> SocketAddr {
+fn end(pod: &Pod, server: IpAddr, port: u16) -> SocketAddr {
     let address: IpAddr = if server.is_ipv4() { pod.ipv4().into() } else { pod.ipv6().into() };
-    (address, PORT).into()
+    (address, port).into()
 }
 
-fn tcp(pod: &Pod, server: SocketAddr) -> TcpStream {
+fn tcp(pod: &Pod, server: SocketAddr, port: u16) -> TcpStream {
     let family = if server.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
     pod.within(|| {
         let fd = socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None).expect("a socket");
-        bind(fd.as_raw_fd(), &SockaddrStorage::from(end(pod, server.ip()))).expect("bind");
+        bind(fd.as_raw_fd(), &SockaddrStorage::from(end(pod, server.ip(), port))).expect("bind");
         connect(fd.as_raw_fd(), &SockaddrStorage::from(server)).expect("connect");
         TcpStream::from(fd)
     })
@@ -35,6 +36,7 @@ fn tcp(pod: &Pod, server: SocketAddr) -> TcpStream {
 /// A session that says nothing, but when it is asked whether it lives.
 struct Quiet {
     name: String,
+    port: u16,
     tcp: TcpStream,
     udp: UdpSocket,
     /// As the server saw them first.
@@ -42,17 +44,17 @@ struct Quiet {
 }
 
 impl Quiet {
-    fn open(lab: &Lab, pod: &Pod, server: IpAddr) -> Quiet {
-        let mut tcp = tcp(pod, (server, ECHO).into());
+    fn open(lab: &Lab, pod: &Pod, server: IpAddr, port: u16) -> Quiet {
+        let mut tcp = tcp(pod, (server, ECHO).into(), port);
         tcp.set_read_timeout(Some(Duration::from_secs(5))).expect("a timeout");
         round_trip(&mut tcp).expect("an echo");
         let connected = lab.server("ext").lock().expect("a lock").connections();
-        let udp = pod.within(|| UdpSocket::bind(end(pod, server))).expect("a UDP socket");
+        let udp = pod.within(|| UdpSocket::bind(end(pod, server, port))).expect("a UDP socket");
         udp.connect((server, UDP_PEER)).expect("a server");
         udp.set_read_timeout(Some(Duration::from_secs(1))).expect("a timeout");
         let seen = [*connected.last().expect("a connection"), peer(&udp).expect("an answer")];
         assert!(seen.iter().all(|seen| seen.ip() == egress_towards(server)), "{seen:?}");
-        Quiet { name: format!("{} to {server}", pod.name), tcp, udp, seen }
+        Quiet { name: format!("{} to {server}", pod.name), port, tcp, udp, seen }
     }
 
     /// What is wrong with it, if anything is.
@@ -66,8 +68,12 @@ impl Quiet {
         (!faults.is_empty()).then(|| format!("{} (from {:?}): {}", self.name, self.seen, faults.join("; ")))
     }
 
+    fn is_kept(&self) -> bool {
+        self.seen.iter().all(|seen| seen.port() == self.port)
+    }
+
     fn is_changed(&self) -> bool {
-        self.seen.iter().all(|seen| seen.port() != PORT)
+        self.seen.iter().all(|seen| seen.port() != self.port)
     }
 }
 
@@ -93,7 +99,7 @@ fn peer(udp: &UdpSocket) -> std::io::Result<SocketAddr> {
 /// Sessions of all these pods from the same port to the same servers. Returns those whose port was changed and the others.
 fn collide(lab: &Lab, pods: &[Pod]) -> Vec<Quiet> {
     let sessions: Vec<Quiet> =
-        pods.iter().flat_map(|pod| SERVERS.map(|server| Quiet::open(lab, pod, server))).collect();
+        pods.iter().flat_map(|pod| SERVERS.map(|server| Quiet::open(lab, pod, server, PORT))).collect();
     let changed = sessions.iter().filter(|session| session.is_changed()).count();
     assert_eq!(changed, sessions.len() - SERVERS.len(), "the first one keeps its port");
     sessions
@@ -139,6 +145,58 @@ fn a_gateways_death_leaves_every_session_its_changed_port() {
     lab.wait_for("the address is on", &vec![other.clone()], || holders(&lab));
     thread::sleep(Duration::from_secs(2));
     assert_all_live("dead", &mut sessions);
+    lab.assert_nothing_leaked();
+}
+
+/// A session of each pod with each server, each pod from a port of its own: they keep it.
+fn apart(lab: &Lab, pods: &[Pod]) -> Vec<Quiet> {
+    let each = pods.iter().zip(PORT..).flat_map(|(pod, port)| SERVERS.map(|server| (pod, server, port)));
+    let sessions: Vec<Quiet> = each.map(|(pod, server, port)| Quiet::open(lab, pod, server, port)).collect();
+    assert!(sessions.iter().all(Quiet::is_kept), "nobody else has their ports");
+    sessions
+}
+
+/// Sessions of a newcomer from the ports of sessions that say nothing, to the same servers. Then these speak again.
+fn assert_outlive(what: &str, lab: &Lab, newcomer: &Pod, sessions: &mut [Quiet]) -> Vec<Quiet> {
+    let ports = sessions.iter().map(|session| (session.port, session.seen[0].is_ipv4()));
+    let servers =
+        ports.flat_map(|(port, v4)| SERVERS.into_iter().filter(move |s| s.is_ipv4() == v4).map(move |s| (s, port)));
+    let mut new: Vec<Quiet> = servers.map(|(server, port)| Quiet::open(lab, newcomer, server, port)).collect();
+    let took: Vec<u16> = new.iter().filter(|session| !session.is_changed()).map(|session| session.port).collect();
+    assert_all_live(&format!("{what}; the newcomer took the ports {took:?}"), sessions);
+    assert!(took.is_empty(), "{what}: the newcomer took the ports {took:?}");
+    assert_all_live(what, &mut new);
+    new
+}
+
+#[test]
+fn quiet_sessions_keep_their_ports_in_a_planned_move_and_newcomers_get_others() {
+    let lab = Lab::scene();
+    let (owner, other) = owner_and_other(&lab);
+    let pods = pods(&lab, &["n1", &owner, &other, "n2", "n2"]);
+    let mut sessions = apart(&lab, &pods[..3]);
+    cordoned(&lab, &owner, true);
+    lab.wait_for("the address is on", &vec![other.clone()], || holders(&lab));
+    thread::sleep(Duration::from_secs(2));
+    let _first = assert_outlive("moved", &lab, &pods[3], &mut sessions);
+    cordoned(&lab, &owner, false);
+    cordoned(&lab, &other, true);
+    lab.wait_for("the address is on", &vec![owner.clone()], || holders(&lab));
+    thread::sleep(Duration::from_secs(2));
+    let _second = assert_outlive("moved back", &lab, &pods[4], &mut sessions);
+    lab.assert_nothing_leaked();
+}
+
+#[test]
+fn quiet_sessions_keep_their_ports_in_a_gateways_death_and_newcomers_get_others() {
+    let lab = Lab::scene();
+    let (owner, other) = owner_and_other(&lab);
+    let pods = pods(&lab, &["n1", &other, "n2"]);
+    let mut sessions = apart(&lab, &pods[..2]);
+    plugged(&lab, &owner, false);
+    lab.wait_for("the address is on", &vec![other.clone()], || holders(&lab));
+    thread::sleep(Duration::from_secs(2));
+    let _new = assert_outlive("dead", &lab, &pods[2], &mut sessions);
     lab.assert_nothing_leaked();
 }
 

@@ -5,21 +5,25 @@
 //! the wrong address, and be dropped for it; once forgotten, its next packet makes the kernel pick it up anew. On a
 //! gateway that has given an address up, what it knows of a connection is out of date should the address come back.
 
-use crate::kernel::conntrack::{self, Connection, Fate, Marked};
-use crate::node::changed_ports::Replicas;
+use crate::api::AddressPair;
+use crate::kernel::conntrack::{self, Connection, Fate, Marked, Tracked, Translated, Tuple};
+use crate::kernel::netlink::Socket;
+use crate::node::changed_ports::{ChangedPorts, kept_port};
 use crate::node::ended;
 use crate::plan::marks::{Marks, PathId};
 use crate::plan::node::{View, addresses};
 use crate::plan::paths::PathState;
-use std::collections::{BTreeMap, BTreeSet};
+use anyhow::Result;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
-use std::sync::Arc;
 
 /// What the connections in the kernel's table are to be like.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Moved {
     /// Whether each path that is ready leaves from this node.
     local: BTreeMap<PathId, bool>,
+    /// Each path's address.
+    egress: BTreeMap<PathId, AddressPair>,
     /// The addresses that other nodes' connections leave from here.
     served: BTreeSet<IpAddr>,
 }
@@ -35,7 +39,11 @@ impl Moved {
         });
         let served =
             paths.iter().filter(|(id, path)| path.member && (path.state == PathState::Local || here.contains(*id)));
-        Moved { local: local.collect(), served: served.flat_map(|(_, path)| addresses(path)).collect() }
+        Moved {
+            local: local.collect(),
+            egress: paths.iter().map(|(id, path)| (*id, path.address.clone())).collect(),
+            served: served.flat_map(|(_, path)| addresses(path)).collect(),
+        }
     }
 
     /// The paths that leave from this node.
@@ -56,15 +64,18 @@ impl Moved {
 
     /// Takes what is not as it should be out of the kernel's table, in the background: it may be large. For pods'
     /// connections on `handed_over` paths, what servers have sent already is let in. What other nodes have told of, whose
-    /// port was changed, stays; of a pod of this node's, whose path has come here, it gets the same port.
-    pub fn clean(self, marks: Marks, handed_over: BTreeSet<PathId>, replicas: Arc<Replicas>) {
+    /// port was changed, stays; of a pod of this node's, whose path has come here, it gets the same port. Another one keeps
+    /// its pod's port: here at once, and on the next owner, which is told of it.
+    pub fn clean(self, marks: Marks, handed_over: BTreeSet<PathId>, ports: &ChangedPorts) {
+        let (replicas, next_owners) = (ports.replicas(), ports.gone());
         let of_path = marks.connection_of_path_mask();
         let late = Marked { mark: marks.handed(0), mask: of_path };
         let pods = Marked { mark: marks.connection(0), mask: of_path };
         let peers = Marked { mark: marks.connection_of_peer(0), mask: marks.connection_kind_mask() };
         ended::in_background("connections of paths that have moved are picked up anew", move |socket| {
             let path = |c: &Connection| (c.mark & marks.path_mask()) as PathId;
-            let is_wrong = |path, translated| self.local.get(&path).is_some_and(|local| *local != translated);
+            let is_wrong = |path, translated| self.is_wrong(path, translated);
+            let (kept, gone) = self.kept(socket, marks)?;
             // First: of a path that is moved back at once, they are in the way of what takes their place.
             conntrack::delete(socket, late, |c| is_wrong(path(c), c.destination == c.reply_source))?;
             let of_pods = conntrack::settle(socket, pods, |c| {
@@ -74,17 +85,51 @@ impl Moved {
                 }
                 let late = handed_over.contains(&id).then(|| marks.handed(id));
                 let comes = self.local.get(&id) == Some(&true);
-                let heir = c.out.filter(|_| comes).and_then(|out| replicas.heir(&out, marks.connection(id)));
+                let heir = c.out.and_then(|out| {
+                    let told = comes.then(|| replicas.heir(&out, marks.connection(id))).flatten();
+                    told.or_else(|| kept.get(&out).copied())
+                });
                 match (heir, late) {
                     (Some(heir), late) => Fate::Replaced(heir, late),
                     (None, Some(mark)) => Fate::Followed(mark),
                     (None, None) => Fate::Forgotten,
                 }
             })?;
+            if !gone.is_empty() {
+                // Only now: what servers send comes as the next owner translates it from then on. While the daemon ends nobody
+                // hears of them.
+                let _ = next_owners.send(gone);
+            }
             let is_told = |c: &Connection| c.out.is_some_and(|out| replicas.has(&out, c.reply_destination));
             let of_peers =
                 conntrack::delete(socket, peers, |c| !self.served.contains(&c.reply_destination) && !is_told(c))?;
             Ok(of_pods + of_peers)
         });
+    }
+
+    fn is_wrong(&self, path: PathId, translated: bool) -> bool {
+        self.local.get(&path).is_some_and(|local| *local != translated)
+    }
+
+    /// Connections of this node's pods that have their pod's port: as they are to be, with the path's address where their
+    /// path has come here, else without translation; and as they were where it has gone.
+    fn kept(&self, socket: &mut Socket, marks: Marks) -> Result<(HashMap<Tuple, Translated>, Vec<Tracked>)> {
+        let pods = Marked { mark: marks.connection(0), mask: marks.connection_of_path_mask() };
+        let path = |tracked: &Tracked| (tracked.mark & marks.path_mask()) as PathId;
+        let port = |tracked: &Tracked| kept_port(tracked, self.egress.get(&path(tracked))?);
+        let is_kept = |tracked: &Tracked| {
+            self.is_wrong(path(tracked), tracked.back.destination != tracked.out.source) && port(tracked).is_some()
+        };
+        let moved = conntrack::list_tracked(socket, pods, is_kept)?;
+        let comes = |tracked: &Tracked| self.local.get(&path(tracked)) == Some(&true);
+        let heir = |tracked: &Tracked| {
+            // A Service's choice of a server cannot be made again.
+            let (out, address) = port(tracked).filter(|(out, _)| *out == tracked.out)?;
+            let address = if comes(tracked) { address } else { out.source };
+            let (mark, timeout) = (marks.connection(path(tracked)), tracked.timeout.max(1));
+            Some((out, Translated { out, address, port: out.ports[0], mark, timeout }))
+        };
+        let heirs = moved.iter().filter_map(heir).collect();
+        Ok((heirs, moved.into_iter().filter(|tracked| !comes(tracked)).collect()))
     }
 }

@@ -7,7 +7,7 @@ mod straggler;
 mod translated;
 mod tuple;
 
-pub use translated::{Made, Tracked, Translated, find_by_answers, find_by_request, forget, list_tracked, make};
+pub use translated::{Made, Tracked, Translated, create, find_by_answers, find_by_request, forget, list_tracked, make};
 pub use tuple::Tuple;
 
 use crate::kernel::netlink::{

@@ -27,7 +27,7 @@ const CTA_PROTOINFO_TCP_FLAGS_ORIGINAL: u16 = 4;
 const CTA_PROTOINFO_TCP_FLAGS_REPLY: u16 = 5;
 /// `TCP_CONNTRACK_ESTABLISHED` and `IP_CT_TCP_FLAG_BE_LIBERAL`, include/uapi/linux/netfilter/nf_conntrack_tcp.h: the
 /// windows are not known.
-const ESTABLISHED: u8 = 3;
+pub(super) const ESTABLISHED: u8 = 3;
 const BE_LIBERAL: u8 = 8;
 /// `enum ip_conntrack_status`, include/uapi/linux/netfilter/nf_conntrack_common.h: seen in both directions, assured,
 /// confirmed.

@@ -3,7 +3,7 @@
 //! A connection whose source port was changed is known by its translation alone. An entry that is made here has what the
 //! connection's own entry on another node has, so that its next packet is translated as its first one was.
 
-use super::straggler::{ASSURED, established, to};
+use super::straggler::{ASSURED, ESTABLISHED, established, to};
 use super::tuple::Tuple;
 use super::*;
 use crate::kernel::nft::rule::protocol::TCP;
@@ -18,6 +18,8 @@ const CTA_PROTOINFO_TCP_STATE: u16 = 1;
 /// `TCP_CONNTRACK_TIME_WAIT`, `_CLOSE`, include/uapi/linux/netfilter/nf_conntrack_tcp.h: both ends have closed it, or one
 /// has reset it.
 const TCP_IS_OVER: [u8; 2] = [7, 8];
+/// `IPS_SEEN_REPLY`, include/uapi/linux/netfilter/nf_conntrack_common.h.
+const SEEN_REPLY: u32 = 1 << 1;
 
 /// A connection as it is tracked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,6 +34,8 @@ pub struct Tracked {
     pub timeout: u32,
     /// Whether it has ended, and is still remembered for stray packets.
     pub is_over: bool,
+    /// Whether both ends have spoken; of TCP, whether it is established and neither end has closed it.
+    pub is_established: bool,
 }
 
 impl Tracked {
@@ -141,6 +145,14 @@ pub fn make(socket: &mut Socket, wanted: &Translated, gives_place: impl Fn(&Trac
             _ => return Ok(Made::Taken),
         }
     }
+    create(socket, wanted)
+}
+
+/// Makes the entry, if no other connection has its place.
+///
+/// # Errors
+/// The kernel's refusal.
+pub fn create(socket: &mut Socket, wanted: &Translated) -> Result<Made, Error> {
     match socket.request(IPCTNL_MSG_CT_NEW, NLM_F_CREATE | NLM_F_EXCL, &wanted.request()) {
         Ok(()) => Ok(Made::There),
         Err(e) if e.errno() == Some(EEXIST) => Ok(Made::Taken),
@@ -181,20 +193,23 @@ fn find(socket: &mut Socket, kind: u16, tuple: &Tuple) -> Result<Option<Vec<u8>>
 }
 
 fn parse_tracked(message: &[u8]) -> Option<Tracked> {
-    let (mut out, mut back, mut mark, mut timeout, mut is_over) = (None, None, 0, 0, false);
+    let (mut out, mut back, mut mark, mut timeout, mut status, mut state) = (None, None, 0, 0, 0, None);
     for (kind, value) in attributes(message.get(NFGENMSG..)?) {
         match kind {
             CTA_TUPLE_ORIG => out = Tuple::parse(value),
             CTA_TUPLE_REPLY => back = Tuple::parse(value),
             CTA_MARK => mark = u32::from_be_bytes(value.try_into().ok()?),
             CTA_TIMEOUT => timeout = u32::from_be_bytes(value.try_into().ok()?),
-            CTA_PROTOINFO => is_over = tcp_state(value).is_some_and(|state| TCP_IS_OVER.contains(&state)),
+            CTA_STATUS => status = u32::from_be_bytes(value.try_into().ok()?),
+            CTA_PROTOINFO => state = tcp_state(value),
             // What a CNI has set apart by a zone is none of Egret's.
             CTA_ZONE => return None,
             _ => {}
         }
     }
-    Some(Tracked { out: out?, back: back?, mark, timeout, is_over })
+    let is_over = state.is_some_and(|state| TCP_IS_OVER.contains(&state));
+    let is_established = status & SEEN_REPLY != 0 && state.is_none_or(|state| state == ESTABLISHED);
+    Some(Tracked { out: out?, back: back?, mark, timeout, is_over, is_established })
 }
 
 fn tcp_state(info: &[u8]) -> Option<u8> {

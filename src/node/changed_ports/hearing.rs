@@ -13,7 +13,7 @@ use tokio::time::Instant;
 const ASKED: Duration = Duration::from_secs(1);
 /// The longest that a connection is kept for, in seconds: the kernel's default for TCP
 /// (`net.netfilter.nf_conntrack_tcp_timeout_established`).
-const LONGEST: u32 = 432_000;
+pub(super) const LONGEST: u32 = 432_000;
 
 impl Task {
     pub(super) fn hear_messages(&mut self, ready: io::Result<()>) {
@@ -42,6 +42,9 @@ impl Task {
         match message {
             Message::Hold(connections) => {
                 connections.into_iter().for_each(|(changed, seconds)| self.hold(from, changed, seconds, now));
+            }
+            Message::Kept(connections) => {
+                connections.into_iter().for_each(|(changed, seconds)| self.hold_kept(from, changed, seconds));
             }
             Message::Forget(connections) => connections.iter().for_each(|changed| self.forget(from, changed)),
             Message::Tell => {

@@ -10,13 +10,14 @@ const MAGIC: [u8; 4] = *b"egp\x01";
 const HOLD: u8 = 1;
 const FORGET: u8 = 2;
 const TELL: u8 = 3;
+const KEPT: u8 = 4;
 /// The kind, and how many connections follow.
 const HEADER: usize = MAGIC.len() + 2;
 const IPV6: u8 = 1;
 /// All but the addresses of a connection: family, protocol, three ports, MAC, seconds.
 const FIXED: usize = 1 + 1 + 3 * 2 + 6 + 4;
 
-/// A connection that leaves from another port than its pod's.
+/// A connection that leaves from another port than its pod's; in [`Message::Kept`], from its pod's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Changed {
     /// As it comes to the gateway.
@@ -38,6 +39,8 @@ pub enum Message {
     Forget(Vec<Changed>),
     /// The sender knows of none, and wants to be told.
     Tell,
+    /// These of the sender's pods have their pod's port, and live so many seconds more.
+    Kept(Vec<(Changed, u32)>),
 }
 
 impl Message {
@@ -48,6 +51,7 @@ impl Message {
             Message::Hold(connections) => encode(HOLD, connections),
             Message::Forget(connections) => encode(FORGET, &connections.iter().map(none).collect::<Vec<_>>()),
             Message::Tell => vec![begun(TELL)],
+            Message::Kept(connections) => encode(KEPT, connections),
         }
     }
 
@@ -66,6 +70,7 @@ impl Message {
             (HOLD, true) => Some(Message::Hold(connections)),
             (FORGET, true) => Some(Message::Forget(connections.into_iter().map(|(changed, _)| changed).collect())),
             (TELL, true) if connections.is_empty() => Some(Message::Tell),
+            (KEPT, true) => Some(Message::Kept(connections)),
             _ => None,
         }
     }
@@ -165,6 +170,8 @@ mod tests {
         let ended = Message::Forget(vec![changed(7, true)]);
         assert_eq!(Message::decode(&ended.encode()[0]), Some(ended));
         assert_eq!(Message::decode(&Message::Tell.encode()[0]), Some(Message::Tell));
+        let kept = Message::Kept(vec![(changed(8, false), 9)]);
+        assert_eq!(Message::decode(&kept.encode()[0]), Some(kept));
     }
 
     #[test]

@@ -1,20 +1,23 @@
 //! Connections whose source port the gateway has changed, because another one had it: the other nodes that may come to own
 //! the egress IP are told of them, so that the next owner translates them to the same port.
 //!
-//! All other connections keep their pod's port, and need nobody to be told. A thread of its own hears of the changed ones
+//! All other connections keep their pod's port, and nobody needs to be told of them until the owner changes ([`kept`]). A thread of its own hears of the changed ones
 //! and tells others at once, however busy the daemon is: in a planned move a connection's next packet may go to the next
 //! owner a moment later.
 
 mod hearing;
+mod kept;
 mod message;
 mod owned;
 mod replicas;
 mod roles;
 mod task;
 
+pub use kept::{Way, Ways, kept_port};
 pub use replicas::Replicas;
 pub use roles::{Role, Roles};
 
+use crate::kernel::conntrack::Tracked;
 use crate::plan::marks::Marks;
 use anyhow::{Context, Result};
 use prometheus_client::metrics::counter::Counter;
@@ -23,7 +26,7 @@ use prometheus_client::registry::Registry;
 use std::sync::Arc;
 use std::thread;
 use tokio::runtime::Builder;
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 
 /// What is counted. Clones count together.
 #[derive(Clone, Debug, Default)]
@@ -76,6 +79,7 @@ impl Figures {
 pub struct ChangedPorts {
     roles: watch::Sender<Arc<Roles>>,
     replicas: Arc<Replicas>,
+    gone: mpsc::UnboundedSender<Vec<Tracked>>,
 }
 
 impl ChangedPorts {
@@ -85,12 +89,13 @@ impl ChangedPorts {
     /// No thread, or nothing to wait with, is to be had.
     pub fn start(marks: Marks, figures: Figures) -> Result<Self> {
         let (roles, wanted) = watch::channel(Arc::default());
+        let (gone, heard) = mpsc::unbounded_channel();
         let replicas: Arc<Replicas> = Arc::default();
         let runtime = Builder::new_current_thread().enable_all().build().context("a thread's runtime")?;
-        let task = task::Task::new(wanted, replicas.clone(), marks, figures).context("connection tracking")?;
+        let task = task::Task::new((wanted, heard), replicas.clone(), marks, figures).context("connection tracking")?;
         let thread = thread::Builder::new().name("changed-ports".into());
         thread.spawn(move || runtime.block_on(task.run())).context("a thread")?;
-        Ok(ChangedPorts { roles, replicas })
+        Ok(ChangedPorts { roles, replicas, gone })
     }
 
     /// This node's part from now on.
@@ -107,5 +112,11 @@ impl ChangedPorts {
     /// What other nodes have told of.
     pub fn replicas(&self) -> Arc<Replicas> {
         self.replicas.clone()
+    }
+
+    /// Takes connections of this node's pods that left from here, and whose egress IPs have gone to others: these are told of
+    /// them, though the kernel's table has them no more.
+    pub fn gone(&self) -> mpsc::UnboundedSender<Vec<Tracked>> {
+        self.gone.clone()
     }
 }

@@ -1,5 +1,6 @@
 //! Who tells whom, and whose word counts.
 
+use super::kept::Ways;
 use super::message::Changed;
 use crate::kernel::conntrack::Tracked;
 use crate::kernel::datapath::PeerIndexes;
@@ -25,6 +26,8 @@ pub struct Roles {
     pub peers: PeerIndexes,
     /// All addresses of this node: none of them is a pod's.
     pub own: BTreeSet<IpAddr>,
+    /// The egress IPs by which this node's pods leave.
+    pub ways: Ways,
 }
 
 /// This node's part for one egress IP.
@@ -65,17 +68,32 @@ impl Roles {
 
     /// The mark that a connection of which `from` tells has here. `None`: it is not for that node to tell of it.
     pub fn mark(&self, from: Mac, changed: &Changed, marks: Marks) -> Option<u32> {
-        let Changed { out, address, port, source_node } = changed;
-        let role = self.addresses.get(address).filter(|role| role.owners.contains(&from))?;
-        let same_family = [out.source, out.destination].iter().all(|a| a.is_ipv4() == address.is_ipv4());
-        let has_ports = matches!(out.protocol, TCP | UDP) && *port != 0 && !out.ports.contains(&0);
-        if !same_family || !has_ports || self.own.contains(&out.source) || self.own.contains(&out.destination) {
+        let role = self.addresses.get(&changed.address).filter(|role| role.owners.contains(&from))?;
+        if !self.can_be(changed) {
             return None;
         }
-        if *source_node == self.mac {
+        if changed.source_node == self.mac {
             return Some(marks.connection(role.path));
         }
-        self.peers.get(source_node).map(|index| marks.connection_of_peer(*index))
+        self.peers.get(&changed.source_node).map(|index| marks.connection_of_peer(*index))
+    }
+
+    /// The mark that a connection which has kept its port, and of which `from` tells, has here. `None`: it is not for that
+    /// node to tell of it, or not to this one. A node speaks of its own pods alone, and to the owner.
+    pub fn mark_of_kept(&self, from: Mac, changed: &Changed, marks: Marks) -> Option<u32> {
+        let counts = changed.source_node == from && self.owns(&changed.address);
+        if !counts || changed.port != changed.out.ports[0] || !self.can_be(changed) {
+            return None;
+        }
+        self.peers.get(&from).map(|index| marks.connection_of_peer(*index))
+    }
+
+    /// Whether a pod can have such a connection.
+    fn can_be(&self, changed: &Changed) -> bool {
+        let Changed { out, address, port, .. } = changed;
+        let same_family = [out.source, out.destination].iter().all(|a| a.is_ipv4() == address.is_ipv4());
+        let has_ports = matches!(out.protocol, TCP | UDP) && *port != 0 && !out.ports.contains(&0);
+        same_family && has_ports && !self.own.contains(&out.source) && !self.own.contains(&out.destination)
     }
 }
 
@@ -134,12 +152,28 @@ mod tests {
     }
 
     #[test]
+    fn a_node_tells_the_owner_of_its_own_pods_connections_that_kept_their_port() {
+        let (marks, kept) = (Marks::default(), Changed { port: 40_000, ..changed() });
+        let mark = |owns, from, kept: &Changed| roles(owns).mark_of_kept(from, kept, marks);
+        assert_eq!(mark(true, SOURCE, &kept), Some(marks.connection_of_peer(2)));
+        assert_eq!(mark(false, SOURCE, &kept), None, "this node is not the owner");
+        assert_eq!(mark(true, OWNER, &kept), None, "another node's pod, though it was the owner");
+        let of_unknown = Changed { source_node: [9; 6], ..kept };
+        assert_eq!(mark(true, [9; 6], &of_unknown), None, "an unknown node");
+        assert_eq!(mark(true, HERE, &Changed { source_node: HERE, ..kept }), None, "this node itself");
+        assert_eq!(mark(true, SOURCE, &changed()), None, "that port is not for the pod's node to choose");
+        let own = Tuple { source: address("192.0.2.22"), ..kept.out };
+        assert_eq!(mark(true, SOURCE, &Changed { out: own, ..kept }), None, "this node's own connection");
+        assert_eq!(roles(false).mark(SOURCE, &kept, marks), None, "it is no owner's word of changed ports");
+    }
+
+    #[test]
     fn the_owner_tells_of_changed_ports_alone_and_of_what_lives() {
         let marks = Marks::default();
         let wanted = changed();
         let back = Tuple { destination: wanted.address, ports: [443, 1025], ..wanted.out.reversed() };
         let mark = marks.connection_of_peer(2);
-        let tracked = Tracked { out: wanted.out, back, mark, timeout: 9, is_over: false };
+        let tracked = Tracked { out: wanted.out, back, mark, timeout: 9, is_over: false, is_established: true };
         assert_eq!(roles(true).told(&tracked, marks), Some(wanted));
         assert_eq!(roles(false).told(&tracked, marks), None, "not the owner");
         let own = Tracked { mark: marks.connection(5), ..tracked };

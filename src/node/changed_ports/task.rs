@@ -1,6 +1,7 @@
 //! The thread that hears of connections and tells of them.
 
 use super::Figures;
+use super::kept::Telling;
 use super::message::{Changed, Message};
 use super::owned::{Noted, Owned};
 use super::replicas::Replicas;
@@ -15,7 +16,7 @@ use std::io;
 use std::net::Ipv6Addr;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
 
 /// Whether connections live on is looked at this often, and at so many of them at most: each takes some 4 µs.
@@ -40,6 +41,7 @@ const SHORTEST: u32 = 60;
 /// See the module.
 pub(super) struct Task {
     wanted: watch::Receiver<Arc<Roles>>,
+    gone: mpsc::UnboundedReceiver<Vec<Tracked>>,
     pub(super) roles: Arc<Roles>,
     pub(super) marks: Marks,
     pub(super) figures: Figures,
@@ -48,6 +50,7 @@ pub(super) struct Task {
     pub(super) messages: Option<NodeMessages>,
     pub(super) owned: Owned,
     pub(super) replicas: Arc<Replicas>,
+    pub(super) telling: Telling,
     /// What is to be told now, by whom it is told to.
     outbox: BTreeMap<Arc<[Ipv6Addr]>, Vec<(Changed, u32)>>,
     /// Connections that were logged and not found yet, and how often they were looked for.
@@ -65,13 +68,14 @@ pub(super) struct Task {
 
 impl Task {
     pub(super) fn new(
-        wanted: watch::Receiver<Arc<Roles>>,
+        (wanted, gone): (watch::Receiver<Arc<Roles>>, mpsc::UnboundedReceiver<Vec<Tracked>>),
         replicas: Arc<Replicas>,
         marks: Marks,
         figures: Figures,
     ) -> io::Result<Self> {
         Ok(Task {
             wanted,
+            gone,
             roles: Arc::default(),
             marks,
             figures,
@@ -80,6 +84,7 @@ impl Task {
             messages: None,
             owned: Owned::default(),
             replicas,
+            telling: Telling::default(),
             outbox: BTreeMap::new(),
             unfound: Vec::new(),
             unfound_at: None,
@@ -99,6 +104,7 @@ impl Task {
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             let paused = self.log_paused.is_some_and(|until| until > Instant::now());
+            let telling = self.telling.next();
             tokio::select! {
                 changed = self.wanted.changed() => match changed {
                     Ok(()) => self.change_roles(),
@@ -110,9 +116,20 @@ impl Task {
                     self.look_for_unfound();
                 }
                 () = sleep_until(self.log_paused.unwrap_or_else(Instant::now)), if paused => self.log_paused = None,
+                Some(gone) = self.gone.recv() => self.hear_gone(gone),
+                () = sleep_until(telling.unwrap_or_else(Instant::now)), if telling.is_some() => {
+                    self.change_roles_if_new();
+                    self.tell_next_owners();
+                }
                 _ = tick.tick() => self.tick(),
             }
             self.flush();
+        }
+    }
+
+    fn change_roles_if_new(&mut self) {
+        if self.wanted.has_changed().unwrap_or_default() {
+            self.change_roles();
         }
     }
 
@@ -125,6 +142,7 @@ impl Task {
             self.replicas.touch(now, |a| self.roles.owns(a) && !before.owns(a));
         }
         let roles = self.roles.clone();
+        self.telling.change(&roles.ways, roles.mac, now);
         self.owned.keep(|address| roles.owns(&address));
         if (before.device, before.asking) != (self.roles.device, self.roles.asking) {
             self.messages = None;
@@ -139,7 +157,8 @@ impl Task {
             self.messages = None;
             return;
         };
-        if self.roles.addresses.is_empty() {
+        let is_member = !self.roles.addresses.is_empty();
+        if !is_member && self.roles.ways.is_empty() {
             (self.messages, self.log) = (None, None);
             return;
         }
@@ -153,7 +172,9 @@ impl Task {
                 Err(e) => faults.push(e),
             }
         }
-        if self.log.is_none() {
+        if !is_member {
+            self.log = None;
+        } else if self.log.is_none() {
             match PortLog::open() {
                 Ok(log) => {
                     self.log = Some(log);
@@ -176,10 +197,13 @@ impl Task {
     }
 
     fn send(&self, to: Ipv6Addr, message: &Message) {
-        let Some(messages) = &self.messages else { return };
-        for bytes in message.encode() {
+        message.encode().iter().for_each(|bytes| self.send_bytes(to, bytes));
+    }
+
+    pub(super) fn send_bytes(&self, to: Ipv6Addr, bytes: &[u8]) {
+        if let Some(messages) = &self.messages {
             // What this host cannot send is told again.
-            let _ = messages.send(to, &bytes);
+            let _ = messages.send(to, bytes);
         }
     }
 
@@ -256,9 +280,7 @@ impl Task {
 
     fn tick(&mut self) {
         let now = Instant::now();
-        if self.wanted.has_changed().unwrap_or_default() {
-            self.change_roles();
-        }
+        self.change_roles_if_new();
         self.open();
         self.read_if_due(now);
         self.look_at_owned(now);

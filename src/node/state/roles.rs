@@ -2,14 +2,14 @@
 
 use super::Node;
 use crate::kernel::names::{HEALTH, of_mac};
-use crate::node::changed_ports::{Role, Roles};
+use crate::node::changed_ports::{Role, Roles, Way, Ways};
 use crate::plan::mac::Mac;
 use crate::plan::marks::PathId;
 use crate::plan::node::addresses;
-use crate::plan::paths::{PathState, Paths};
+use crate::plan::paths::{Path, PathState, Paths};
 use crate::plan::selector::Name;
 use crate::plan::shared::Mark;
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::net::Ipv6Addr;
 use std::sync::Arc;
 
@@ -57,13 +57,15 @@ impl Node {
             };
             all.extend(addresses(path).map(|address| (address, role.clone())));
         }
+        let mac = self.host.tunnel_end().map(|end| end.mac).unwrap_or_default();
         Roles {
             device: asking.map_or(0, |(device, _)| device),
             asking: asking.map(|(_, source)| source),
-            mac: self.host.tunnel_end().map(|end| end.mac).unwrap_or_default(),
+            mac,
             addresses: all,
             peers: self.host.peer_indexes().clone(),
             own: self.facts.addresses.clone(),
+            ways: ways(&paths.paths, mac),
         }
     }
 
@@ -77,4 +79,17 @@ impl Node {
         };
         others.filter_map(hears).collect()
     }
+}
+
+/// Who owns each egress IP; `own`: this node.
+fn ways(paths: &BTreeMap<PathId, Path>, own: Mac) -> Ways {
+    let owned = paths.iter().filter_map(|(id, path)| {
+        let owner = match path.state {
+            PathState::Local => own,
+            PathState::Remote(mac) => mac,
+            PathState::Unready(_) => return None,
+        };
+        Some((*id, Way { owner, address: path.address.clone() }))
+    });
+    owned.collect()
 }
