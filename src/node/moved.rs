@@ -16,6 +16,35 @@ use crate::plan::paths::PathState;
 use anyhow::Result;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// Who cleans the kernel's table, one after the other. Two at a time would each make entries by what it knows, and the older
+/// one's could be the last.
+#[derive(Clone, Debug, Default)]
+pub struct Turns(Arc<Turn>);
+
+#[derive(Debug, Default)]
+struct Turn {
+    cleaning: Mutex<()>,
+    /// The number of the newest one. It does what all before it were to do.
+    newest: AtomicU64,
+}
+
+impl Turns {
+    /// What does the work when its turn comes, unless a newer one has come by then.
+    fn next<W: FnOnce(&mut Socket) -> Result<usize>>(
+        &self,
+        work: W,
+    ) -> impl FnOnce(&mut Socket) -> Result<usize> + use<W> {
+        let turn = self.0.clone();
+        let number = turn.newest.fetch_add(1, Ordering::SeqCst) + 1;
+        move |socket| {
+            let _turn = turn.cleaning.lock().unwrap_or_else(PoisonError::into_inner);
+            if turn.newest.load(Ordering::SeqCst) == number { work(socket) } else { Ok(0) }
+        }
+    }
+}
 
 /// What the connections in the kernel's table are to be like.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -66,13 +95,13 @@ impl Moved {
     /// connections on `handed_over` paths, what servers have sent already is let in. What other nodes have told of, whose
     /// port was changed, stays; of a pod of this node's, whose path has come here, it gets the same port. Another one keeps
     /// its pod's port: here at once, and on the next owner, which is told of it.
-    pub fn clean(self, marks: Marks, handed_over: BTreeSet<PathId>, ports: &ChangedPorts) {
+    pub fn clean(self, marks: Marks, handed_over: BTreeSet<PathId>, ports: &ChangedPorts, turns: &Turns) {
         let (replicas, next_owners) = (ports.replicas(), ports.gone());
         let of_path = marks.connection_of_path_mask();
         let late = Marked { mark: marks.handed(0), mask: of_path };
         let pods = Marked { mark: marks.connection(0), mask: of_path };
         let peers = Marked { mark: marks.connection_of_peer(0), mask: marks.connection_kind_mask() };
-        ended::in_background("connections of paths that have moved are picked up anew", move |socket| {
+        let clean = turns.next(move |socket| {
             let path = |c: &Connection| (c.mark & marks.path_mask()) as PathId;
             let is_wrong = |path, translated| self.is_wrong(path, translated);
             let (kept, gone) = self.kept(socket, marks)?;
@@ -105,6 +134,7 @@ impl Moved {
                 conntrack::delete(socket, peers, |c| !self.served.contains(&c.reply_destination) && !is_told(c))?;
             Ok(of_pods + of_peers)
         });
+        ended::in_background("connections of paths that have moved are picked up anew", clean);
     }
 
     fn is_wrong(&self, path: PathId, translated: bool) -> bool {
@@ -131,5 +161,29 @@ impl Moved {
         };
         let heirs = moved.iter().filter_map(heir).collect();
         Ok((heirs, moved.into_iter().filter(|tracked| !comes(tracked)).collect()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernel::netlink::NETLINK_NETFILTER;
+    use std::cell::RefCell;
+
+    #[test]
+    fn only_the_newest_cleans() {
+        let (turns, done) = (Turns::default(), RefCell::new(Vec::new()));
+        let work = |number: u32| {
+            let done = &done;
+            turns.next(move |_| {
+                done.borrow_mut().push(number);
+                Ok(1)
+            })
+        };
+        let mut socket = Socket::open(NETLINK_NETFILTER).unwrap();
+        let (first, second) = (work(1), work(2));
+        assert_eq!((first(&mut socket).unwrap(), second(&mut socket).unwrap()), (0, 1));
+        assert_eq!(work(3)(&mut socket).unwrap(), 1);
+        assert_eq!(*done.borrow(), [2, 3]);
     }
 }

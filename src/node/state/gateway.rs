@@ -228,7 +228,7 @@ impl Node {
         let moved = Moved::new(&self.view, &self.here);
         if self.moved.as_ref().is_none_or(|before| moved.needs_cleaning(before)) {
             let handed_over = self.handed.keys().chain(self.left.keys()).copied().collect();
-            moved.clone().clean(self.options.marks, handed_over, &self.changed_ports);
+            moved.clone().clean(self.options.marks, handed_over, &self.changed_ports, &self.cleaning);
         }
         self.moved = Some(moved);
     }

@@ -28,7 +28,7 @@ use crate::node::holding::Holding;
 use crate::node::host::Host;
 use crate::node::liveness::{Seen, Targets};
 use crate::node::metrics::Metrics;
-use crate::node::moved::Moved;
+use crate::node::moved::{Moved, Turns};
 use crate::node::pods::{Census, Holder, Interface, Pods, Use};
 use crate::node::remembered::Written;
 use crate::node::report::{Own, Report};
@@ -89,6 +89,8 @@ pub struct Node {
     announce_again: bool,
     /// What the connections in the kernel's table were last made to be.
     moved: Option<Moved>,
+    /// Who makes them so.
+    cleaning: Turns,
     /// Connections whose port was changed.
     changed_ports: ChangedPorts,
     roles_of: roles::MadeOf,
@@ -186,6 +188,7 @@ impl Node {
             left: BTreeMap::new(),
             announce_again: false,
             moved: None,
+            cleaning: Turns::default(),
             changed_ports,
             roles_of: roles::MadeOf::default(),
             sought: BTreeSet::new(),
