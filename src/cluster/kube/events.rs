@@ -1,7 +1,7 @@
 //! Events, <https://kubernetes.io/docs/reference/kubernetes-api/cluster-resources/event-v1/>: what `kubectl describe`
 //! shows below an object. They are told once, and one that cannot be told is lost: the object's status says it too.
 
-use super::client::{Client, JSON};
+use super::client::{Client, Failure, JSON};
 use super::watch::random;
 use crate::plan::report::Notice;
 use http::Method;
@@ -32,17 +32,26 @@ pub struct Regarding {
 /// Tells of an object, in the background.
 pub fn tell(client: &Client, reporter: &'static str, regarding: &Regarding, notices: Vec<Notice>) {
     for notice in notices {
-        let event = event(reporter, regarding, &notice);
+        let mut event = event(reporter, regarding, &notice);
         let namespace = regarding.namespace.as_deref().unwrap_or(DEFAULT);
         let path = format!("/apis/events.k8s.io/v1/namespaces/{namespace}/events");
         let client = client.clone();
         tokio::spawn(async move {
-            let content = Some((JSON, event.to_string().into_bytes()));
-            if let Err(e) = client.ask::<Value>(Method::POST, &path, content).await {
+            let mut answer = send(&client, &path, &event).await;
+            // Kubernetes 1.20 takes no event about an object without a namespace, unless it is said to be in the event's own.
+            if event["regarding"]["namespace"].is_null() && answer.as_ref().is_err_and(|e| e.code() == Some(422)) {
+                event["regarding"]["namespace"] = DEFAULT.into();
+                answer = send(&client, &path, &event).await;
+            }
+            if let Err(e) = answer {
                 debug!("an event is lost: {e}");
             }
         });
     }
+}
+
+async fn send(client: &Client, path: &str, event: &Value) -> Result<Value, Failure> {
+    client.ask(Method::POST, path, Some((JSON, event.to_string().into_bytes()))).await
 }
 
 fn event(reporter: &'static str, about: &Regarding, notice: &Notice) -> Value {
