@@ -6,7 +6,7 @@ mod lab;
 use lab::mishaps::owner_and_other;
 use lab::scene::{assert_leaves_by_egress, assert_leaves_by_node};
 use lab::server::UDP_WHO;
-use lab::{EGRESS4, EGRESS6, EXT4, Host, Lab, Pod, SERVERS, Server, VISITOR, manifests};
+use lab::{EGRESS4, EGRESS6, EXT4, Host, Lab, Pod, SERVERS, Server, VISITOR};
 use nix::sys::socket::{AddressFamily, SockFlag, SockProtocol, SockType, socket};
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::thread;
@@ -159,14 +159,7 @@ fn errors(lab: &Lab, server: IpAddr) -> Vec<IpAddr> {
 #[test]
 fn an_error_about_anothers_connection_does_not_leave() {
     let lab = Lab::scene();
-    lab.write_manifest(
-        "rich.yaml",
-        &manifests::policy(
-            "shop",
-            "rich",
-            "podSelector: { matchLabels: { app: rich } }\n  address: { ipv4: 192.0.2.56, ipv6: \"2001:db8::56\" }",
-        ),
-    );
+    lab.write_rich();
     let (owner, _) = owner_and_other(&lab);
     for node in ["n1", "n2", &owner] {
         let selected = lab.add_pod(node, "shop", &format!("selected-{node}"), VISITOR);

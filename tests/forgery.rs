@@ -4,7 +4,7 @@ mod lab;
 
 use lab::mishaps::owner_and_other;
 use lab::scene::{assert_blocked, assert_leaves_by_egress, assert_leaves_by_node, egress_towards};
-use lab::{EGRESS4, EXT4, EXT6, Lab, Node, Pods, SERVERS, Server, VISITOR, manifests};
+use lab::{EGRESS4, EXT4, EXT6, Lab, Node, Pods, SERVERS, Server, VISITOR};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6, UdpSocket};
 use std::thread;
 use std::time::Duration;
@@ -12,14 +12,7 @@ use std::time::Duration;
 #[test]
 fn a_pod_cannot_send_with_another_pods_address() {
     let lab = Lab::scene();
-    lab.write_manifest(
-        "rich.yaml",
-        &manifests::policy(
-            "shop",
-            "rich",
-            "podSelector: { matchLabels: { app: rich } }\n  address: { ipv4: 192.0.2.56, ipv6: \"2001:db8::56\" }",
-        ),
-    );
+    lab.write_rich();
     for node in ["n1", "n2", "g1"] {
         let rich = lab.add_pod(node, "shop", &format!("rich-{node}"), &[("app", "rich")]);
         lab.wait_seen_as(&rich, [192, 0, 2, 56]);

@@ -7,9 +7,9 @@
 use super::run_dir::{self, ATTACHMENTS};
 use crate::careful;
 use serde::{Deserialize, Serialize};
+use std::io;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
-use std::{fs, io};
 
 /// Names an attachment: the container (sandbox) and its interface, as the runtime calls them.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -140,20 +140,15 @@ fn read(path: &Path) -> io::Result<Option<Attachment>> {
 /// The directory cannot be read; that it is not there, or is none, is no error. Nor is an entry that is no regular file, or
 /// cannot be read: it is one entry, and is told of.
 pub fn load_all(run_dir: &Path) -> io::Result<Vec<Attachment>> {
-    let entries = match fs::read_dir(run_dir.join(ATTACHMENTS)) {
-        Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => return Ok(Vec::new()),
-        other => other?,
-    };
     let mut all = Vec::new();
-    for entry in entries {
-        let entry = entry?;
-        if entry.file_name().as_encoded_bytes().first() == Some(&b'.') {
+    for path in run_dir::entries(run_dir, ATTACHMENTS)? {
+        if path.file_name().is_some_and(|name| name.as_encoded_bytes().first() == Some(&b'.')) {
             continue;
         }
-        match read(&entry.path()).and_then(|attachment| Ok((attachment, entry.metadata()?.modified()?))) {
+        match read(&path).and_then(|attachment| Ok((attachment, path.symlink_metadata()?.modified()?))) {
             Ok((attachment, written)) => all.extend(attachment.map(|attachment| (written, attachment))),
             Err(e) if e.kind() == io::ErrorKind::NotFound => {}
-            Err(e) => tracing::warn!(file = %entry.path().display(), "it is passed over: {e}"),
+            Err(e) => tracing::warn!(file = %path.display(), "it is passed over: {e}"),
         }
     }
     all.sort_by_key(|(written, _)| *written);

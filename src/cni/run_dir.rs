@@ -3,10 +3,11 @@
 use crate::careful::{create, open_lock, put_aside};
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
+use nix::libc;
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// The daemon's socket.
 pub const SOCKET: &str = "cni.sock";
@@ -67,6 +68,18 @@ pub fn make_within(run_dir: &Path, name: &str) -> io::Result<()> {
     }
 }
 
+/// What lies in a directory in it: nothing where there is no such directory, or something else in its place.
+///
+/// # Errors
+/// It cannot be read.
+pub fn entries(run_dir: &Path, name: &str) -> io::Result<Vec<PathBuf>> {
+    match fs::read_dir(run_dir.join(name)) {
+        // A link in a circle, for one.
+        Err(e) if matches!(e.raw_os_error(), Some(libc::ENOENT | libc::ENOTDIR | libc::ELOOP)) => Ok(Vec::new()),
+        other => other?.map(|entry| Ok(entry?.path())).collect(),
+    }
+}
+
 /// Tries whether files can be written: as much as an attachment takes.
 ///
 /// # Errors
@@ -98,4 +111,23 @@ pub fn lock_plugins(run_dir: &Path) -> io::Result<File> {
     let file = open_lock(&run_dir.join(PLUGIN_LOCK))?;
     file.lock()?;
     Ok(file)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn where_no_directory_is_there_lies_nothing() {
+        let run_dir = tempfile::tempdir().unwrap();
+        let within = |name: &str| run_dir.path().join(name);
+        std::os::unix::fs::symlink("circle", within("circle")).unwrap();
+        fs::write(within("file"), b"").unwrap();
+        make_within(run_dir.path(), "full").unwrap();
+        fs::write(within("full/one"), b"").unwrap();
+        for name in ["circle", "file", "missing"] {
+            assert!(entries(run_dir.path(), name).unwrap().is_empty(), "{name}");
+        }
+        assert_eq!(entries(run_dir.path(), "full").unwrap(), [within("full/one")]);
+    }
 }

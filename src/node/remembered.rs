@@ -91,15 +91,8 @@ impl Written {
     /// or holds something else: it is one entry, and is told of.
     pub fn load(run_dir: &Path, boot: String) -> io::Result<(Self, Vec<Remembered>)> {
         let mut written = Written { run_dir: run_dir.to_owned(), boot, files: BTreeMap::new() };
-        let entries = match fs::read_dir(run_dir.join(ADOPTED)) {
-            Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
-                return Ok((written, Vec::new()));
-            }
-            other => other?,
-        };
         let mut pods = Vec::new();
-        for entry in entries {
-            let path = entry?.path();
+        for path in run_dir::entries(run_dir, ADOPTED)? {
             let name = path.file_name().unwrap_or_default();
             if name.as_encoded_bytes().first() == Some(&b'.') {
                 // A writer that was killed left it.

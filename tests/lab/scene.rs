@@ -60,6 +60,13 @@ impl Lab {
         lab
     }
 
+    /// Another policy of the scene's namespace: pods with the label `app: rich` leave from 192.0.2.56 and 2001:db8::56.
+    pub fn write_rich(&self) {
+        let spec =
+            "podSelector: { matchLabels: { app: rich } }\n  address: { ipv4: 192.0.2.56, ipv6: \"2001:db8::56\" }";
+        self.write_manifest("rich.yaml", &manifests::policy("shop", "rich", spec));
+    }
+
     /// Waits until a pod with these labels, whichever node it is on, leaves from these addresses. What went over the
     /// wire meanwhile is forgotten.
     #[track_caller]
