@@ -106,7 +106,9 @@ impl Policies {
             if self.damaged.contains(&policy) || (matches && !decided) {
                 allowed.join(&addresses(policy, spec, server));
             }
-            // Nobody can say from outside whether its egress IP is to be had: with a fallback all that follows is allowed.
+            // Nobody can say from outside whether a policy with a fallback has an allocation. Without one the next policy
+            // decides; with one whose owner is away the pod leaves from the node's address.
+            allowed.node |= matches && !decided && spec.fallback;
             decided |= matches && !spec.fallback;
         }
         allowed.node |= !decided;
