@@ -65,8 +65,8 @@ bench: setup apiserver
 	$(CARGO) bench --locked $(AS_ROOT) --benches
 
 lint:
-	$(CARGO) fmt --check
-	$(CARGO) clippy --locked --all-targets -- -D warnings
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --locked --workspace --all-targets -- -D warnings
 	$(CARGO) clippy --locked --test demo --test fuzz -- -D warnings
 	@tests/generated.sh
 	@tests/dependencies.sh

@@ -2,8 +2,6 @@
 //! many nodes ask whether it lives. `cargo bench --bench failover -- moves` measures one of `deaths`, `moves`, `probing`.
 
 mod harness;
-#[path = "../tests/lab/mod.rs"]
-mod lab;
 
 use harness::{Bound, Table, cluster, median, ms, questions};
 use lab::mishaps::{self, THOUSAND, holders, label, plugged, thousand_paths};

@@ -2,8 +2,6 @@
 //! what a big cluster costs: how long the controller computes, how much memory the daemons take.
 
 mod harness;
-#[path = "../tests/lab/mod.rs"]
-mod lab;
 
 use egret::api::{EgressGatewaySpec, EgressPolicySpec};
 use egret::plan::ledger::allocate;

@@ -4,8 +4,6 @@
 //! kernel does not hold, and ends when it does.
 
 mod harness;
-#[path = "../tests/lab/mod.rs"]
-mod lab;
 
 use harness::{Bound, Table, cluster, median, ms, pods};
 use lab::cni::{Conflist, Runtime, program};

@@ -3,8 +3,6 @@
 //! where `egretd install` has just run.
 
 mod harness;
-#[path = "../tests/lab/mod.rs"]
-mod lab;
 // The parts of the tests with containerd, as they are.
 #[path = "../tests/containerd/cri.rs"]
 #[allow(dead_code, reason = "sandboxes without containers are started and ended")]

@@ -2,8 +2,6 @@
 //! the kernel. On a director and on a gateway's node.
 
 mod harness;
-#[path = "../tests/lab/mod.rs"]
-mod lab;
 
 use harness::{Bound, Memory, Table, cluster, mb, median, pods};
 use lab::{Daemon, Lab, Node, NodeSpec, Pods};

@@ -3,8 +3,6 @@
 //! traffic of pods that no policy selects, against a node without Egret.
 
 mod harness;
-#[path = "../tests/lab/mod.rs"]
-mod lab;
 
 use harness::{Bound, Table, cluster, median, pods};
 use lab::host::Door;

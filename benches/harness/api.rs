@@ -1,8 +1,8 @@
 //! The big cluster of [`super::cluster`], in a real API server: created as kubelets and users would.
 
 use super::cluster::{POLICIES_A_NAMESPACE, node_address, node_name, policy};
-use crate::lab::Lab;
 use egret::plan::mac;
+use lab::Lab;
 use serde_json::{Value, json};
 
 fn create(lab: &Lab, collection: &str, object: &Value) {

@@ -1,10 +1,10 @@
 //! A cluster of many nodes and many policies, as manifests and as the statuses that a controller and the nodes'
 //! daemons would have written.
 
-use crate::lab::Lab;
-use crate::lab::manifests;
 use egret::api::{AddressPair, EgressGatewayStatus, EgressNodeStatus, LedgerPath, PathKind, PolicyKey};
 use egret::plan::mac;
+use lab::Lab;
+use lab::manifests;
 use serde_json::{Value, json};
 use std::fmt::Write;
 use std::fs;

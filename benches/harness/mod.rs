@@ -7,7 +7,7 @@ pub mod cluster;
 pub mod pods;
 pub mod questions;
 
-use crate::lab::{Daemon, Node};
+use lab::{Daemon, Node};
 use std::fs;
 use std::time::Duration;
 

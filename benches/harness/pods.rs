@@ -2,8 +2,8 @@
 //! programs that a runtime would have run for them were not.
 
 use super::cluster;
-use crate::lab::{Lab, topology};
 use egret::cni::attachment::{Attachment, AttachmentId, HostInterface, PodRef};
+use lab::{Lab, topology};
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 

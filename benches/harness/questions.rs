@@ -2,10 +2,10 @@
 //! from its own node's addresses, in the tunnel's packets.
 
 use super::cluster;
-use crate::lab::host::Door;
-use crate::lab::{EXT4, Lab};
 use egret::kernel::names::{ASKING, HEALTH, TUNNEL_PORT, TUNNEL_VNI, of_mac};
 use egret::plan::mac::{self, Mac};
+use lab::host::Door;
+use lab::{EXT4, Lab};
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, SockaddrIn, sendto, socket};
 use serde_json::Value;
 use std::net::Ipv4Addr;
@@ -101,7 +101,7 @@ impl Asker {
     /// How many answers have come since this was last called.
     pub fn answers(&self) -> u64 {
         let reset = ["nft", "-j", "reset", "counter", "ip", "answers", "heard"];
-        let text = self.door.within(|| crate::lab::host::checked(&reset, None));
+        let text = self.door.within(|| lab::host::checked(&reset, None));
         let all: Value = serde_json::from_str(&text).expect("nft's JSON");
         let objects = all["nftables"].as_array().into_iter().flatten();
         objects.filter_map(|o| o["counter"]["packets"].as_u64()).sum()

@@ -1,7 +1,7 @@
 //! What changes under pods' starts: the runtime, the daemon, the configuration, the plugin.
 
-use crate::lab::VISITOR;
 use crate::site::{NODE, Pod, Site};
+use lab::VISITOR;
 use std::fs;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -1,12 +1,12 @@
 //! The little of Kubernetes' Container Runtime Interface that a kubelet needs to start and end a pod.
 
-use crate::lab::Node;
 use crate::messages::*;
 use http_body_util::{BodyExt, Full};
 use hyper::body::Bytes;
 use hyper::client::conn::http2;
 use hyper::{HeaderMap, Request};
 use hyper_util::rt::{TokioExecutor, TokioIo};
+use lab::Node;
 use prost::Message;
 use std::fmt;
 use std::net::IpAddr;

@@ -1,8 +1,8 @@
 //! Images made on the spot: of static programs, packed as an archive of OCI's image layout,
 //! <https://github.com/opencontainers/image-spec/blob/main/image-layout.md>; and Egret's own, by its Dockerfile.
 
-use crate::lab::host::checked;
-use crate::lab::leftovers;
+use lab::host::checked;
+use lab::leftovers;
 use serde_json::{Value, json};
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -5,8 +5,6 @@ mod changes;
 mod coming_and_going;
 mod cri;
 mod image;
-#[path = "../lab/mod.rs"]
-mod lab;
 mod messages;
 mod node_start;
 mod own_pod;

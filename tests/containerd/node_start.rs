@@ -1,7 +1,7 @@
 //! What a node starts with: pods before the daemon, Egret's own pods, and everything anew after a reboot.
 
-use crate::lab::{Lab, VISITOR, topology};
 use crate::site::{Pod, Site, egress, own};
+use lab::{Lab, VISITOR, topology};
 use std::fs;
 use std::thread;
 use std::time::{Duration, Instant};

@@ -3,8 +3,8 @@
 
 use crate::cri::{Container, Sandbox};
 use crate::image;
-use crate::lab::{VISITOR, leftovers, metrics};
 use crate::site::{NODE, Pod, Site, egress, own};
+use lab::{VISITOR, leftovers, metrics};
 use serde_json::Value;
 use std::fs::{self, Permissions};
 use std::net::SocketAddr;

@@ -3,8 +3,8 @@
 
 use crate::cri::Cri;
 use crate::image::{self, Image};
-use crate::lab::host::checked;
-use crate::lab::{Daemon, Lab, Node, leftovers};
+use lab::host::checked;
+use lab::{Daemon, Lab, Node, leftovers};
 use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};

@@ -1,9 +1,9 @@
 //! A node with a container runtime, and a gateway for its pods to leave by.
 
 use crate::cri::{Cri, CriError, Sandbox};
-use crate::lab::{EGRESS4, EGRESS6, Lab, Node, NodeSpec, Pods, VISITOR, manifests, scene};
 use crate::runtime::{self, Containerd};
 use crate::visitor::{ARGUMENTS, Ear};
+use lab::{EGRESS4, EGRESS6, Lab, Node, NodeSpec, Pods, VISITOR, manifests, scene};
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::sync::Arc;

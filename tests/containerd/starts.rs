@@ -1,8 +1,8 @@
 //! Pods' starts and ends: one, many at once, and what the runtime tells plugins.
 
-use crate::lab::{Pods, VISITOR};
 use crate::recorder::{self, Recorder};
 use crate::site::{Site, end_at_once, own};
+use lab::{Pods, VISITOR};
 use serde_json::{Value, json};
 use std::sync::Arc;
 

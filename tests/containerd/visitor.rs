@@ -1,7 +1,7 @@
 //! What runs in the sandboxes: a process that says its pod's name to the outside server, from its very first moment on;
 //! and the ear on that server.
 
-use crate::lab::{EXT4, EXT6, Host, leftovers};
+use lab::{EXT4, EXT6, Host, leftovers};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::sync::atomic::{AtomicBool, Ordering};

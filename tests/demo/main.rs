@@ -1,8 +1,6 @@
 //! `make demo`: Egret at work on this machine, without a cluster. Nodes, gateways and a server outside are network
 //! namespaces; everything else is as on real nodes. The exit code is 0 only if every row is as promised.
 
-#[path = "../lab/mod.rs"]
-mod lab;
 mod table;
 
 use lab::{EXT4, EXT6, Lab, NodeSpec, Pod, Pods, manifests};

@@ -1,6 +1,6 @@
 //! The table that the demo shows.
 
-use super::lab::{Pod, Pods};
+use lab::{Pod, Pods};
 use std::net::IpAddr;
 
 const HEADINGS: [&str; 6] = ["POD", "NODE", "DESTINATION", "WITHOUT", "WITH", ""];

@@ -4,8 +4,8 @@
 //! Who sent a packet is told by what translation leaves alone. UDP and ICMP echoes carry it as their content; of TCP, and
 //! of the packets that ICMP errors quote, the server's port tells it.
 
-use super::lab::Host;
 use super::timeline;
+use lab::Host;
 use nix::sys::socket::{AddressFamily, SockFlag, SockProtocol, SockType, recv, socket};
 use nix::sys::time::TimeVal;
 use std::collections::HashMap;

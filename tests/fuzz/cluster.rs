@@ -1,12 +1,12 @@
 //! A cluster that steps are applied to, and what the fuzzer must remember of it.
 
 use super::capture::{ALL_PORTS, Capture, Seen, Users};
-use super::lab::host::Host;
-use super::lab::{Lab, Pod, mishaps, server, topology};
 use super::model::{self, SECOND4, SECOND6, namespace};
 use super::step::{DAEMONS, Flush, GATEWAYS, Harm, Junk, NODES, PODS, PolicySpec, Step};
 use super::timeline::{Life, Timeline};
 use super::traffic::Traffic;
+use lab::host::Host;
+use lab::{Lab, Pod, mishaps, server, topology};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::os::unix::fs::symlink;

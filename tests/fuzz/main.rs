@@ -15,8 +15,6 @@
 mod capture;
 mod cluster;
 mod generate;
-#[path = "../lab/mod.rs"]
-mod lab;
 mod model;
 mod random;
 mod shrink;

@@ -1,7 +1,7 @@
 //! Which source a packet may have: the policies as a person reads them, without any of Egret's code.
 
-use super::lab::topology::{EXT4, EXT6};
 use super::step::{Cover, Families, GATEWAYS, PolicySpec};
+use lab::topology::{EXT4, EXT6};
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};

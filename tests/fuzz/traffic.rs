@@ -2,8 +2,8 @@
 //! by both families.
 
 use super::capture::{PORTS, Sender, Users, port};
-use super::lab::host::Door;
 use super::model::SERVERS;
+use lab::host::Door;
 use nix::sys::socket::{AddressFamily, SockFlag, SockProtocol, SockType, socket};
 use std::io::{Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, UdpSocket};

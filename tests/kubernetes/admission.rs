@@ -1,8 +1,8 @@
 //! A node's token is good for that node alone: `install/admission.yaml`, with tokens as kubelet asks for them.
 
 use super::documents;
-use super::lab::Lab;
-use super::lab::api::{API, NAMESPACE};
+use lab::Lab;
+use lab::api::{API, NAMESPACE};
 use serde_json::{Value, json};
 use std::time::Duration;
 

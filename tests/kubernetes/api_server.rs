@@ -1,10 +1,10 @@
 //! Pods speak to the API server, which here is no Node, whatever becomes of gateways.
 
-use super::lab::api::{API, Role};
-use super::lab::mishaps::plugged;
-use super::lab::scene::{VISITOR, assert_blocked, assert_leaves_by_egress};
-use super::lab::{EXT4, Lab, Pod};
 use super::{PATIENCE, condition};
+use lab::api::{API, Role};
+use lab::mishaps::plugged;
+use lab::scene::{VISITOR, assert_blocked, assert_leaves_by_egress};
+use lab::{EXT4, Lab, Pod};
 use serde_json::json;
 use std::io;
 use std::net::{SocketAddr, TcpStream};

@@ -1,9 +1,9 @@
 //! The API server is away, or comes back and knows less, or cuts every connection, or takes the credentials no more.
 
-use super::lab::api::Role;
-use super::lab::scene::{VISITOR, assert_blocked, assert_leaves_by_egress, assert_leaves_by_node};
-use super::lab::{EGRESS4, EXT4, Lab, manifests};
 use super::{PATIENCE, condition, proxy};
+use lab::api::Role;
+use lab::scene::{VISITOR, assert_blocked, assert_leaves_by_egress, assert_leaves_by_node};
+use lab::{EGRESS4, EXT4, Lab, manifests};
 use serde_json::json;
 use std::net::{IpAddr, Ipv4Addr};
 use std::thread;

@@ -1,8 +1,8 @@
 //! What a user sees first: an object that is created takes effect.
 
-use super::lab::api::Role;
-use super::lab::scene::{VISITOR, assert_blocked, assert_leaves_by_egress, assert_leaves_by_node};
-use super::lab::{EGRESS4, EXT4, Lab};
+use lab::api::Role;
+use lab::scene::{VISITOR, assert_blocked, assert_leaves_by_egress, assert_leaves_by_node};
+use lab::{EGRESS4, EXT4, Lab};
 use std::time::Duration;
 
 #[test]

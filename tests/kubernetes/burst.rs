@@ -1,7 +1,7 @@
 //! Much at once.
 
 use super::PATIENCE;
-use super::lab::{Lab, NodeSpec, Pods, manifests};
+use lab::{Lab, NodeSpec, Pods, manifests};
 use serde_json::{Value, json};
 use std::time::{Duration, Instant};
 

@@ -1,8 +1,8 @@
 //! Labels, selectors and pools change under what runs.
 
-use super::lab::scene::{VISITOR, assert_leaves_by_egress};
-use super::lab::{EGRESS4, Lab, manifests};
 use super::{PATIENCE, condition};
+use lab::scene::{VISITOR, assert_leaves_by_egress};
+use lab::{EGRESS4, Lab, manifests};
 use serde_json::json;
 use std::net::Ipv4Addr;
 
@@ -84,9 +84,9 @@ fn a_gateway_loses_a_node_and_a_part_of_its_pool() {
     lab.wait_until("an event tells of it", PATIENCE, || {
         events(&lab).iter().any(|(reason, note)| reason == "AddressOutsidePool" && note.contains("192.0.2.50"))
     });
-    lab.wait_until("nothing leaves", PATIENCE, || pod.who(super::lab::EXT4).is_err());
+    lab.wait_until("nothing leaves", PATIENCE, || pod.who(lab::EXT4).is_err());
     let own = std::net::IpAddr::V4(lab.node("n1").ipv4());
-    assert!(!lab.sources(super::lab::EXT4).contains(&own), "it has left from its node");
+    assert!(!lab.sources(lab::EXT4).contains(&own), "it has left from its node");
     lab.write_manifest(
         "gateway.yaml",
         &manifests::gateway("default", &["192.0.2.50-192.0.2.59", "2001:db8::50-2001:db8::59"]),

@@ -2,13 +2,13 @@
 //! several writers of one object.
 
 use super::PATIENCE;
-use super::lab::Lab;
-use super::lab::api::{Role, has_server};
+use lab::Lab;
+use lab::api::{Role, has_server};
 use serde_json::{Value, json};
 use std::process::Output;
 
 fn kubectl(lab: &Lab, arguments: &[&str]) -> Output {
-    let program = super::lab::api::programs().join("kubectl").display().to_string();
+    let program = lab::api::programs().join("kubectl").display().to_string();
     let kubeconfig = format!("--kubeconfig={}", lab.api().kubeconfig(Role::Admin).display());
     let cache = format!("--cache-dir={}", lab.api().kubeconfig(Role::Admin).with_file_name("kubectl").display());
     lab.host("api").try_run([&[&*program, &*kubeconfig, &*cache], arguments].concat())

@@ -1,10 +1,10 @@
 //! Paths move while the API server is away.
 
-use super::lab::mishaps::{dies, holders, owner_and_other, plugged};
-use super::lab::scene::{VISITOR, assert_leaves_by_egress};
-use super::lab::survival::{assert_live, assert_short, sessions};
-use super::lab::{EGRESS4, Lab};
 use super::paths;
+use lab::mishaps::{dies, holders, owner_and_other, plugged};
+use lab::scene::{VISITOR, assert_leaves_by_egress};
+use lab::survival::{assert_live, assert_short, sessions};
+use lab::{EGRESS4, Lab};
 use std::thread;
 use std::time::{Duration, Instant};
 

@@ -1,8 +1,8 @@
 //! Every field of every object is stored as it was written: the API server drops what a definition does not have, without
 //! a word to a client that does not ask for one.
 
-use super::lab::Lab;
-use super::lab::api::path_of;
+use lab::Lab;
+use lab::api::path_of;
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
 

@@ -1,8 +1,8 @@
 //! Two controllers: one leads, and however they are made to overlap, no id and no address is given to two paths.
 
-use super::lab::api::NAMESPACE;
-use super::lab::{Lab, NodeSpec, Pods, manifests};
 use super::{PATIENCE, paths};
+use lab::api::NAMESPACE;
+use lab::{Lab, NodeSpec, Pods, manifests};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -1,7 +1,7 @@
 //! A ledger that is too long for one object.
 
-use super::lab::{Lab, NodeSpec, Pods, manifests};
 use super::{PATIENCE, paths};
+use lab::{Lab, NodeSpec, Pods, manifests};
 use serde_json::json;
 
 /// With the longest names that there can be, so many paths are more than etcd takes.

@@ -1,9 +1,6 @@
 //! Egret with Kubernetes as the source of cluster state: a real API server and etcd, under the rights of
 //! `install/rbac.yaml`.
 
-#[path = "../lab/mod.rs"]
-mod lab;
-
 mod admission;
 mod api_server;
 mod away;

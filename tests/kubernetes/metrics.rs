@@ -1,7 +1,7 @@
 //! Metrics that ask who reads them: by the API server's word.
 
-use super::lab::Lab;
 use super::{PATIENCE, documents};
+use lab::Lab;
 
 #[test]
 fn metrics_are_for_whom_the_api_server_lets_read_them() {

@@ -1,7 +1,7 @@
 //! A proxy before the API server that cuts every connection after a while.
 
-use super::lab::Lab;
-use super::lab::api::API;
+use lab::Lab;
+use lab::api::API;
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::thread;

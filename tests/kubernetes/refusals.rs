@@ -1,9 +1,9 @@
 //! What is refused, and how a person learns of it.
 
-use super::lab::api::Role;
-use super::lab::scene::{VISITOR, assert_leaves_by_egress};
-use super::lab::{EGRESS4, Lab, manifests};
 use super::{PATIENCE, condition, condition_of};
+use lab::api::Role;
+use lab::scene::{VISITOR, assert_leaves_by_egress};
+use lab::{EGRESS4, Lab, manifests};
 use serde_json::json;
 
 #[test]

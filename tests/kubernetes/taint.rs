@@ -1,7 +1,7 @@
 //! The taint that keeps pods away from a node until Egret is ready there.
 
 use super::PATIENCE;
-use super::lab::Lab;
+use lab::Lab;
 use serde_json::{Value, json};
 use std::thread;
 use std::time::Duration;

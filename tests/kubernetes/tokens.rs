@@ -1,8 +1,8 @@
 //! Bound tokens, as kubelet has them made and replaces them: they expire.
 
-use super::lab::api::{NAMESPACE, Role};
-use super::lab::scene::{VISITOR, assert_leaves_by_egress};
-use super::lab::{Host, Lab, manifests};
+use lab::api::{NAMESPACE, Role};
+use lab::scene::{VISITOR, assert_leaves_by_egress};
+use lab::{Host, Lab, manifests};
 use serde_json::{Value, json};
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
@@ -85,7 +85,7 @@ fn a_bound_token_expires_and_the_next_one_is_used() {
         lab.write_manifest("other.yaml", &manifests::policy("shop", "other", &spec));
         lab.wait_seen_as(&pod, Ipv4Addr::new(192, 0, 2, address));
         lab.remove_manifest("other.yaml");
-        lab.wait_seen_as(&pod, super::lab::EGRESS4);
+        lab.wait_seen_as(&pod, lab::EGRESS4);
     };
     let refusals = || daemon.log().matches("not accepted").count();
 
@@ -107,6 +107,6 @@ fn a_bound_token_expires_and_the_next_one_is_used() {
     let late = lab.add_pod("n1", "shop", "late", VISITOR);
     assert_leaves_by_egress(&pod);
     std::fs::write(&file, token(&lab, Duration::from_secs(600))).expect("write a token");
-    lab.wait_seen_as(&late, super::lab::EGRESS4);
+    lab.wait_seen_as(&late, lab::EGRESS4);
     told(59);
 }

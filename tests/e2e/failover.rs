@@ -1,0 +1,380 @@
+//! Gateways die, freeze, come back, and are taken out: connections live on, and nothing leaks.
+
+use lab::mishaps::{
+    self, THOUSAND, all_of, answered_after, cut, dies, holders, label, owner_and_other, plugged, thousand_paths,
+    three_gateways, tunnel_between,
+};
+use lab::scene::{assert_blocked, assert_leaves_by_egress, visitors};
+use lab::survival::{assert_live, assert_short, sessions};
+use lab::{EGRESS4, EGRESS6, EXT4, Lab, Pod, VISITOR, manifests};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use std::net::IpAddr;
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// Stops all of a daemon's threads, or lets them go on.
+fn frozen(lab: &Lab, daemon: &str, frozen: bool) {
+    let pid = Pid::from_raw(lab.daemon(daemon).pid().expect("it runs").cast_signed());
+    kill(pid, if frozen { Signal::SIGSTOP } else { Signal::SIGCONT }).expect("a signal");
+}
+
+/// For how long at a stretch several nodes had the scene's address, as seen every few milliseconds.
+fn longest_double(lab: &Lab, time: Duration) -> Duration {
+    let (begin, mut since, mut longest) = (Instant::now(), None, Duration::ZERO);
+    while begin.elapsed() < time {
+        if holders(lab).len() > 1 {
+            let since = *since.get_or_insert_with(Instant::now);
+            longest = longest.max(since.elapsed());
+        } else {
+            since = None;
+        }
+        thread::sleep(Duration::from_millis(5));
+    }
+    longest
+}
+
+/// Pods on three nodes, one of them a gateway's that lives on.
+fn pods(lab: &Lab, other: &str) -> Vec<Pod> {
+    ["n1", "n2", other].map(|n| lab.add_pod(n, "shop", &format!("visitor-{n}"), VISITOR)).into()
+}
+
+#[test]
+fn a_gateway_loses_its_link_connections_live_on_and_it_gets_nothing_back() {
+    let lab = Lab::scene();
+    let (owner, other) = owner_and_other(&lab);
+    let pods = pods(&lab, &other);
+    pods.iter().for_each(assert_leaves_by_egress);
+    let sessions = sessions(&pods);
+    thread::sleep(Duration::from_millis(500));
+
+    let gap = dies(&lab, &owner, &other, &pods);
+    thread::sleep(Duration::from_secs(2));
+    let longest = assert_live("link down", sessions);
+    assert_short(longest, 1500);
+    assert_short(gap, 1100);
+
+    let sessions = self::sessions(&pods);
+    plugged(&lab, &owner, true);
+    let begin = Instant::now();
+    while begin.elapsed() < Duration::from_secs(5) {
+        assert_eq!(holders(&lab), [other.as_str()], "{:?} after its return", begin.elapsed());
+        thread::sleep(Duration::from_millis(50));
+    }
+    let longest = assert_live("return", sessions);
+    assert_short(longest, 150);
+    let returned = lab.add_pod(&owner, "shop", "returned", VISITOR);
+    assert_leaves_by_egress(&returned);
+    lab.assert_nothing_leaked();
+}
+
+#[test]
+fn a_daemon_that_dies_moves_nothing() {
+    let lab = Lab::scene();
+    let (owner, other) = owner_and_other(&lab);
+    let pods = pods(&lab, &other);
+    let sessions = sessions(&pods);
+    lab.daemon(&owner).kill9();
+    let begin = Instant::now();
+    while begin.elapsed() < Duration::from_secs(4) {
+        assert_eq!(holders(&lab), [owner.as_str()]);
+        thread::sleep(Duration::from_millis(50));
+    }
+    lab.daemon(&owner).restart();
+    lab.wait_ready(&owner);
+    thread::sleep(Duration::from_secs(3));
+    assert_eq!(holders(&lab), [owner.as_str()]);
+    let longest = assert_live("daemon away", sessions);
+    assert_short(longest, 150);
+    lab.assert_nothing_leaked();
+}
+
+#[test]
+fn with_all_gateways_dead_nothing_leaves_and_the_first_one_back_serves() {
+    let lab = Lab::scene();
+    let pods = ["n1", "n2"].map(|n| lab.add_pod(n, "shop", &format!("visitor-{n}"), VISITOR));
+    let (owner, other) = owner_and_other(&lab);
+    plugged(&lab, &owner, false);
+    plugged(&lab, &other, false);
+    thread::sleep(Duration::from_secs(2));
+    lab.forget_wire();
+    pods.iter().for_each(assert_blocked);
+    lab.assert_silence();
+    for gateway in [&other, &owner] {
+        plugged(&lab, gateway, true);
+        let begin = Instant::now();
+        for pod in &pods {
+            println!("{gateway} is back: {} is answered after {:?}", pod.name, answered_after(pod, begin));
+            lab.wait_seen_as(pod, EGRESS6);
+        }
+    }
+    thread::sleep(Duration::from_secs(2));
+    pods.iter().for_each(assert_leaves_by_egress);
+    assert_eq!(holders(&lab), [other.as_str()], "who was first keeps it");
+    lab.assert_nothing_leaked();
+}
+
+#[test]
+fn a_gateway_that_was_frozen_gives_up_what_was_taken_over_as_soon_as_it_is_back() {
+    let lab = Lab::scene();
+    let (owner, other) = owner_and_other(&lab);
+    let pods = pods(&lab, &other);
+    let sessions = sessions(&pods);
+    cut(&lab, &all_of(&owner));
+    frozen(&lab, &owner, true);
+    let gap = answered_after(&pods[0], Instant::now());
+    println!("new packets are answered after {gap:?}");
+    thread::sleep(Duration::from_secs(2));
+    assert_eq!(holders(&lab).len(), 2, "it cannot know");
+    cut(&lab, &[]);
+    frozen(&lab, &owner, false);
+    let double = longest_double(&lab, Duration::from_secs(3));
+    println!("the address was on two nodes for {double:?}");
+    assert_short(double, 600);
+    assert_eq!(holders(&lab), [other.as_str()]);
+    let longest = assert_live("frozen", sessions);
+    assert_short(longest, 1500);
+    pods.iter().for_each(assert_leaves_by_egress);
+    lab.assert_nothing_leaked();
+}
+
+#[test]
+fn a_gateway_that_was_cut_off_with_its_daemon_awake_gives_up_what_was_taken_over() {
+    let lab = Lab::scene();
+    let (owner, other) = owner_and_other(&lab);
+    let pods = pods(&lab, &other);
+    let sessions = sessions(&pods);
+    cut(&lab, &all_of(&owner));
+    lab.wait_until("the other one has it", Duration::from_secs(5), || holders(&lab).contains(&other));
+    thread::sleep(Duration::from_secs(2));
+    cut(&lab, &[]);
+    let double = longest_double(&lab, Duration::from_secs(3));
+    println!("the address was on two nodes for {double:?}");
+    assert_short(double, 600);
+    assert_eq!(holders(&lab), [other.as_str()]);
+    let longest = assert_live("cut off", sessions);
+    assert_short(longest, 1500);
+    let changes = lab.daemon("controller").log().matches("the ledger has changed").count();
+    assert!(changes < 6, "the two claimed the path by turns: the ledger was written {changes} times");
+    lab.assert_nothing_leaked();
+}
+
+#[test]
+fn a_gateway_that_only_the_other_gateway_does_not_see_keeps_its_address() {
+    let lab = Lab::scene();
+    let (owner, other) = owner_and_other(&lab);
+    let pods = pods(&lab, &owner);
+    let sessions = sessions(&pods);
+    cut(&lab, &tunnel_between(&owner, &other));
+    let begin = Instant::now();
+    while begin.elapsed() < Duration::from_secs(4) {
+        assert_eq!(holders(&lab), [owner.as_str()], "the other one asks the link, which says who has it");
+        thread::sleep(Duration::from_millis(50));
+    }
+    pods.iter().for_each(assert_leaves_by_egress);
+    cut(&lab, &[]);
+    thread::sleep(Duration::from_secs(2));
+    assert_eq!(holders(&lab), [owner.as_str()]);
+    let longest = assert_live("gateways apart", sessions);
+    assert_short(longest, 150);
+    lab.assert_nothing_leaked();
+}
+
+#[test]
+fn a_gateway_that_one_director_does_not_see_keeps_its_address_and_serves_the_others() {
+    let lab = Lab::scene();
+    let (owner, _) = owner_and_other(&lab);
+    let [apart, n2] = ["n1", "n2"].map(|n| lab.add_pod(n, "shop", &format!("visitor-{n}"), VISITOR));
+    let sessions = sessions(std::slice::from_ref(&n2));
+    cut(&lab, &tunnel_between(&owner, "n1"));
+    thread::sleep(Duration::from_secs(2));
+    assert_blocked(&apart);
+    let begin = Instant::now();
+    while begin.elapsed() < Duration::from_secs(2) {
+        assert_eq!(holders(&lab), [owner.as_str()]);
+        thread::sleep(Duration::from_millis(50));
+    }
+    let longest = assert_live("seen by the others", sessions);
+    assert_short(longest, 150);
+    cut(&lab, &[]);
+    println!("the director sees it again: answered after {:?}", answered_after(&apart, Instant::now()));
+    assert_leaves_by_egress(&apart);
+    lab.assert_nothing_leaked();
+}
+
+#[test]
+fn a_directors_link_that_flaps_moves_nothing_and_breaks_nothing() {
+    let lab = Lab::scene();
+    let (owner, other) = owner_and_other(&lab);
+    let pods = pods(&lab, &other);
+    let sessions = sessions(&pods);
+    for away in [100, 400, 800, 1500] {
+        plugged(&lab, "n1", false);
+        thread::sleep(Duration::from_millis(away));
+        plugged(&lab, "n1", true);
+        let back = answered_after(&pods[0], Instant::now());
+        println!("after {away} ms without a link: answered after {back:?}");
+        assert_eq!(holders(&lab), [owner.as_str()]);
+        thread::sleep(Duration::from_millis(500));
+    }
+    assert_live("flapping", sessions);
+    pods.iter().for_each(assert_leaves_by_egress);
+    lab.assert_nothing_leaked();
+}
+
+#[test]
+fn an_address_that_somebody_removes_by_hand_is_back_within_a_second() {
+    let lab = Lab::scene();
+    let (owner, _) = owner_and_other(&lab);
+    for address in [IpAddr::from(EGRESS4), EGRESS6.into()] {
+        let prefix = if address.is_ipv4() { 32 } else { 128 };
+        lab.node(&owner).ip(&format!("addr del {address}/{prefix} dev eth0"));
+        let begin = Instant::now();
+        lab.wait_until("the address is back", Duration::from_secs(1), || {
+            lab.node(&owner).ip("-o addr").contains(&format!(" {address}/{prefix} "))
+        });
+        println!("{address} is back after {:?}", begin.elapsed());
+    }
+    assert_eq!(holders(&lab), [owner.as_str()]);
+}
+
+#[test]
+fn an_address_that_a_stranger_has_is_not_taken_until_the_stranger_has_gone() {
+    let lab = Lab::scene();
+    let ext = lab.host("ext");
+    ext.ip_batch(&["addr add 192.0.2.57/32 dev eth0".into(), "addr add 2001:db8::57/128 dev eth0 nodad".into()]);
+    let spec = "podSelector: { matchLabels: { app: late } }\n  address: { ipv4: 192.0.2.57, ipv6: \"2001:db8::57\" }";
+    lab.write_manifest("late.yaml", &manifests::policy("shop", "late", spec));
+    let pod = lab.add_pod("n1", "shop", "late", &[("app", "late")]);
+    let is_told = || lab.manifests().statuses().contains("answers for it on the link");
+    lab.wait_until("the policy is told who has its address", Duration::from_secs(5), is_told);
+    let has = |address: &str| lab.nodes().iter().any(|n| n.ip("-o addr").contains(address));
+    assert!(!has(" 192.0.2.57/32 ") && !has(" 2001:db8::57/128 "));
+    assert!(pod.udp_who(EXT4).is_err(), "blocked, not leaked");
+    assert!(!lab.sources(EXT4).contains(&pod.node.ipv4().into()));
+    ext.ip_batch(&["addr del 192.0.2.57/32 dev eth0".into(), "addr del 2001:db8::57/128 dev eth0".into()]);
+    lab.wait_seen_as(&pod, [192, 0, 2, 57]);
+    lab.wait_until("the policy is told that it has its address", Duration::from_secs(5), || !is_told());
+}
+
+#[test]
+fn of_three_gateways_two_die_one_after_the_other() {
+    let (lab, pod) = three_gateways();
+    let sessions = sessions(std::slice::from_ref(&pod));
+    for _ in 0..2 {
+        let dying = holders(&lab).remove(0);
+        plugged(&lab, &dying, false);
+        println!("{dying} dies: answered after {:?}", answered_after(&pod, Instant::now()));
+        thread::sleep(Duration::from_millis(1500));
+        assert_eq!(holders(&lab).len(), 1);
+    }
+    let longest = assert_live("two of three", sessions);
+    assert_short(longest, 1700);
+    lab.assert_nothing_leaked();
+}
+
+#[test]
+fn a_gateway_that_is_drained_or_taken_out_is_left_without_a_pause() {
+    let lab = Lab::scene();
+    let (owner, other) = owner_and_other(&lab);
+    let pods = ["n1", "n2", &owner, &other].map(|n| lab.add_pod(n, "shop", &format!("visitor-{n}"), VISITOR));
+    let sessions = sessions(&pods);
+    let floods: Vec<_> = pods.iter().map(|p| p.flood(EXT4, Duration::from_millis(5), false)).collect();
+    thread::sleep(Duration::from_millis(300));
+    let moves: [(&str, &str, manifests::Labels); 4] = [
+        (&owner, &other, &[("egret.dev/drain", "true")]),
+        (&other, &owner, &[("egret.dev/gateway", "no")]),
+        (&owner, &other, &[("egret.dev/drain", "true")]),
+        (&other, &owner, &[("egret.dev/drain", "true")]),
+    ];
+    for (from, to, labels) in moves {
+        label(&lab, to, &[]);
+        // Who was drained counts as dead until it answers again.
+        thread::sleep(Duration::from_millis(1500));
+        label(&lab, from, labels);
+        lab.wait_for("the address is on", &vec![to.to_owned()], || holders(&lab));
+        thread::sleep(Duration::from_millis(500));
+        assert_eq!(holders(&lab), [to]);
+        pods.iter().for_each(assert_leaves_by_egress);
+    }
+    let longest = assert_live("moved on purpose", sessions);
+    for flood in floods {
+        let report = flood.stop();
+        println!("moved on purpose: {} of {} packets lost", report.lost(), report.sent);
+        assert!(report.lost() * 100 < report.sent, "of four moves, each of which would lose more");
+    }
+    assert_short(longest, 50);
+    for gateway in ["g1", "g2"] {
+        let drops = lab.node(gateway).egret_drops();
+        assert!(!drops.contains("stale"), "connections of {gateway}'s own pods were translated as before: {drops}");
+    }
+    lab.assert_nothing_leaked();
+}
+
+#[test]
+fn a_path_is_moved_by_hand() {
+    let lab = Lab::scene();
+    let (owner, other) = owner_and_other(&lab);
+    let pods = ["n1", "n2"].map(|n| lab.add_pod(n, "shop", &format!("visitor-{n}"), VISITOR));
+    let sessions = sessions(&pods);
+    let policy = visitors();
+    for node in [&other, &owner] {
+        let asking =
+            policy.replacen("metadata: {", &format!("metadata: {{ annotations: {{ egret.dev/move-to: {node} }},"), 1);
+        lab.write_manifest("policy.yaml", &asking);
+        lab.wait_for("the address is on", &vec![node.clone()], || holders(&lab));
+        pods.iter().for_each(assert_leaves_by_egress);
+        thread::sleep(Duration::from_millis(500));
+    }
+    lab.write_manifest("policy.yaml", &policy);
+    thread::sleep(Duration::from_millis(500));
+    assert_eq!(holders(&lab), [owner], "it stays when nothing is asked for any more");
+    assert_short(assert_live("moved by hand", sessions), 50);
+    lab.assert_nothing_leaked();
+}
+
+#[test]
+fn a_thousand_paths_move_at_once() {
+    let lab = thousand_paths();
+    let held = |node: &str| mishaps::held(&lab, node);
+    let pods = ["n1", "n2", "g2"].map(|n| lab.add_pod(n, "shop", &format!("visitor-{n}"), VISITOR));
+    pods.iter().for_each(|pod| {
+        lab.wait_until(&format!("{} is answered", pod.name), Duration::from_secs(20), || pod.udp_who(EXT4).is_ok())
+    });
+    let before = pods[0].who(EXT4).expect("an answer");
+    let sessions = sessions(&pods);
+    thread::sleep(Duration::from_secs(2));
+
+    plugged(&lab, "g1", false);
+    let begin = Instant::now();
+    let gap = answered_after(&pods[0], begin);
+    println!("a thousand paths: answered after {gap:?}");
+    lab.wait_for("addresses on g2:", &THOUSAND, || held("g2"));
+    println!("a thousand paths: all addresses are on the other node after {:?}", begin.elapsed());
+    thread::sleep(Duration::from_secs(2));
+    let longest = assert_live("a thousand paths", sessions);
+    assert_eq!(pods[0].who(EXT4).expect("an answer"), before);
+    plugged(&lab, "g1", true);
+    thread::sleep(Duration::from_secs(4));
+    assert_eq!((held("g1"), held("g2")), (0, THOUSAND));
+    assert_short(gap, 1300);
+    assert_short(longest, 1700);
+}
+
+/// It might take the paths over, and has not: its link is back before it has asked who has them.
+#[test]
+fn a_gateway_that_has_nothing_and_loses_its_link_for_a_moment_disturbs_nobody() {
+    let (lab, pod) = three_gateways();
+    let owner = holders(&lab).pop().expect("an owner");
+    let bystander = ["g1", "g2", "g3"].into_iter().find(|name| *name != owner).expect("another gateway");
+    let sessions = sessions(std::slice::from_ref(&pod));
+    for milliseconds in [300, 600, 900, 1200] {
+        plugged(&lab, bystander, false);
+        thread::sleep(Duration::from_millis(milliseconds));
+        plugged(&lab, bystander, true);
+        thread::sleep(Duration::from_millis(2500));
+    }
+    let longest = assert_live("a bystander's link", sessions);
+    assert_short(longest, 500);
+    assert_eq!(holders(&lab), [owner]);
+}

@@ -1,0 +1,35 @@
+//! Egret's programs from outside, in labs: see `tests/lab`. `make e2e T=forgery` runs one module's tests, or one test.
+
+mod adopted;
+mod beginning;
+mod changed_ports;
+mod coexistence;
+mod datapath;
+mod destinations;
+mod existing;
+mod fail_closed;
+mod failover;
+mod flush;
+mod forged_connections;
+mod forgery;
+mod gateways;
+mod helpers;
+mod host_firewall;
+mod install;
+mod lab_itself;
+mod lifecycle;
+mod lost_families;
+mod manifests;
+mod moves;
+mod mtu;
+mod own_uplinks;
+mod partitions;
+mod seeing;
+mod slow_stranger;
+mod survival;
+mod tenancy;
+mod tunnel_family;
+mod uninstall;
+mod used_again;
+mod verbs;
+mod without_ports;

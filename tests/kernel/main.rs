@@ -1,0 +1,12 @@
+//! What Egret writes into the kernel and reads from it, with `nft`, `ip` and `conntrack` as witnesses.
+
+mod addresses;
+mod announce;
+mod conntrack;
+mod links;
+mod namespace;
+mod nftables;
+mod ownership;
+mod routes;
+mod tunnel;
+mod watch;

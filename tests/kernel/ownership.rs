@@ -1,0 +1,154 @@
+//! Tables that one socket owns, in a real kernel of Linux 6.9 or newer: others' flush passes them over. Needs root.
+
+use crate::namespace::{in_namespace, run};
+use egret::kernel::nft::Nftables;
+use egret::kernel::nft::rule::Rule;
+use egret::kernel::nft::table::{Chain, Hook, Table, TableName, hook};
+use egret::kernel::nft::uapi::NFPROTO_INET;
+use std::process::Command;
+use std::sync::Arc;
+
+const NAME: TableName = TableName { family: NFPROTO_INET, name: "egret" };
+
+/// A chain of `rules` rules at a hook, and a counter.
+fn tables(rules: usize) -> [(TableName, Table); 1] {
+    let hook = Hook { kind: "filter".into(), number: hook::POSTROUTING, priority: 300, drop: false, device: None };
+    let rules = (0..rules).map(|n| Rule::new().mark(u32::MAX, n as u32).counter("seen").drop()).collect();
+    let chains = [("departure".into(), Arc::new(Chain::new(Some(hook), rules)))].into();
+    [(NAME, Table { chains, counters: ["seen"].into(), ..Table::default() })]
+}
+
+fn owning() -> Nftables {
+    let mut nft = Nftables::open().unwrap();
+    assert!(nft.own_tables().unwrap(), "tables with an owner that outlive its socket need Linux 6.9");
+    nft
+}
+
+/// Applies, and ends. The program of another test that is just being started has the socket open, too, until it runs.
+fn apply_and_end(tables: &[(TableName, Table)]) {
+    owning().apply(tables).unwrap();
+    while run("nft", "list table inet egret").contains("owner") {
+        std::thread::sleep(std::time::Duration::from_millis(1));
+    }
+}
+
+/// What `nft` says when it is refused.
+fn refusal(arguments: &str) -> String {
+    let out = Command::new("nft").args(arguments.split(' ')).output().unwrap();
+    assert!(!out.status.success(), "{arguments} is not refused");
+    String::from_utf8_lossy(&out.stderr).into_owned()
+}
+
+/// The chain, with the handles that tell a table that was made anew from one that stayed.
+fn listed() -> String {
+    run("nft", "-a list chain inet egret departure").lines().filter(|l| l.contains("handle")).collect()
+}
+
+#[test]
+fn what_a_socket_owns_nobody_else_changes_and_everybody_reads() {
+    in_namespace(|| async {
+        let mut nft = owning();
+        assert_eq!(run("nft", "list ruleset"), "", "the trial leaves a table");
+        nft.apply(&tables(2)).unwrap();
+        let before = listed();
+        run("nft", "add table inet somebody");
+        run("nft", "flush ruleset");
+        assert_eq!(run("nft", "list tables").trim(), "table inet egret");
+        for command in [
+            "delete table inet egret",
+            "flush table inet egret",
+            "flush chain inet egret departure",
+            "insert rule inet egret departure accept",
+            "add table inet egret { flags dormant; }",
+        ] {
+            let refusal = refusal(command);
+            assert!(refusal.contains("not permitted"), "{command}: {refusal}");
+        }
+        assert_eq!(listed(), before);
+        assert!(run("nft", "list ruleset").contains("chain departure"));
+        nft.distrust();
+        assert_eq!(nft.apply(&tables(2)).unwrap(), 0, "there is nothing to mend");
+        assert!(nft.apply(&tables(3)).unwrap() > 0);
+    });
+}
+
+#[test]
+fn a_table_outlives_its_owner_and_the_next_one_adopts_it_as_it_is() {
+    in_namespace(|| async {
+        apply_and_end(&tables(2));
+        let before = listed();
+        // Nobody owns it now.
+        run("nft", "insert rule inet egret departure accept");
+        apply_and_end(&tables(2));
+        assert!(!listed().contains("accept"));
+        let mended = listed();
+        assert_ne!(mended, before);
+        let mut third = owning();
+        assert_eq!(third.apply(&tables(2)).unwrap(), 1, "it is adopted, and nothing else is to be done");
+        assert_eq!(listed(), mended, "it was made anew");
+        run("nft", "flush ruleset");
+        assert_eq!(listed(), mended);
+    });
+}
+
+/// As after pods have started while no daemon ran: the kernel takes no new chain at a hook together with new flags.
+#[test]
+fn a_table_is_adopted_that_lacks_a_chain_at_a_hook() {
+    in_namespace(|| async {
+        let more = || {
+            let [(name, mut table)] = tables(2);
+            let hook = Hook { kind: "filter".into(), number: hook::PREROUTING, priority: 0, drop: false, device: None };
+            table.chains.insert("more".into(), Arc::new(Chain::new(Some(hook), vec![Rule::new().accept()])));
+            [(name, table)]
+        };
+        apply_and_end(&tables(2));
+        apply_and_end(&more());
+        assert!(run("nft", "list table inet egret").contains("chain more"));
+        owning().apply(&tables(2)).unwrap();
+        assert!(!run("nft", "list table inet egret").contains("chain more"));
+    });
+}
+
+#[test]
+fn a_table_of_before_is_made_anew_with_an_owner_in_one_transaction() {
+    in_namespace(|| async {
+        Nftables::open().unwrap().apply(&tables(2)).unwrap();
+        let mut nft = owning();
+        nft.apply(&tables(2)).unwrap();
+        run("nft", "flush ruleset");
+        assert!(listed().contains("drop"));
+        nft.distrust();
+        assert_eq!(nft.apply(&tables(2)).unwrap(), 0);
+    });
+}
+
+/// Its chains see no packet.
+#[test]
+fn a_table_that_somebody_has_put_to_sleep_is_woken() {
+    in_namespace(|| async {
+        let mut nft = Nftables::open().unwrap();
+        nft.apply(&tables(1)).unwrap();
+        run("nft", "add table inet egret { flags dormant; }");
+        assert!(run("nft", "list table inet egret").contains("dormant"));
+        nft.distrust();
+        nft.apply(&tables(1)).unwrap();
+        assert!(!run("nft", "list table inet egret").contains("dormant"));
+    });
+}
+
+#[test]
+fn who_finds_a_table_that_another_socket_owns_is_told_whose_it_is() {
+    in_namespace(|| async {
+        let mut owner = owning();
+        owner.apply(&tables(1)).unwrap();
+        let mut other = owning();
+        let port = format!("port {}", owner.port());
+        for refused in [other.apply(&tables(2)).map(drop), other.remove(&[NAME]).map(drop)] {
+            let text = refused.unwrap_err().to_string();
+            assert!(text.contains(&port) && text.contains("egret"), "{text}");
+        }
+        drop(owner);
+        assert_eq!(other.remove(&[NAME]).unwrap(), 1);
+        assert_eq!(run("nft", "list ruleset"), "");
+    });
+}

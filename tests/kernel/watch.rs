@@ -1,0 +1,132 @@
+//! Which changes in the kernel are news to the daemon, and which are not.
+
+use crate::namespace::{Other, in_namespace, ip, ip_json, run};
+use egret::kernel::netlink::{NETLINK_NETFILTER, Socket};
+use egret::kernel::route_socket::RouteSocket;
+use egret::kernel::rules::Rule;
+use egret::kernel::tunnel::{self, Tunnel};
+use egret::kernel::watch::{Event, Interest, Watch};
+use egret::kernel::{names, rules};
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+async fn news(watch: &mut Watch) -> Vec<Event> {
+    let mut all = BTreeSet::new();
+    while let Ok(events) = tokio::time::timeout(Duration::from_millis(100), watch.next()).await {
+        all.extend(events.unwrap());
+    }
+    all.into_iter().collect()
+}
+
+async fn host() -> (RouteSocket, Watch) {
+    ip("link add eth0 type veth peer name wire0");
+    ip("link set wire0 up");
+    ip("link set eth0 up");
+    ip("address add 192.0.2.11/24 dev eth0");
+    let mut watch = Watch::open().unwrap();
+    let socket = RouteSocket::open().unwrap();
+    let tunnel = Tunnel {
+        vni: 7871,
+        port: 7871,
+        local: "192.0.2.11".parse().unwrap(),
+        mac: [2, 0, 0, 0, 0, 1],
+        mtu: 1450,
+        ipv6: true,
+    };
+    tunnel::ensure(&socket, &tunnel).await.unwrap();
+    assert!(news(&mut watch).await.contains(&Event::Tunnel));
+    let eth0 = ip_json("link show eth0")[0]["ifindex"].as_u64().unwrap() as u32;
+    watch.set_interest(Interest {
+        own_ports: BTreeSet::from([socket.port()]),
+        underlay: Some((eth0, 1500)),
+        uplinks: BTreeSet::from([eth0]),
+        addresses: BTreeSet::from(["198.51.100.7".parse().unwrap()]),
+    });
+    (socket, watch)
+}
+
+#[test]
+fn what_others_do_to_egrets_things_is_news() {
+    in_namespace(|| async {
+        let (_socket, mut watch) = host().await;
+        let pod = Other::new();
+        ip(&format!("link add veth-p1 type veth peer name eth0 netns {}", pod.id));
+        let index = ip_json("link show veth-p1")[0]["ifindex"].as_u64().unwrap() as u32;
+        ip("link add cni0 type bridge");
+        assert_eq!(news(&mut watch).await, []);
+        for (change, event) in [
+            ("route add 203.0.113.0/24 dev eth0 table 7871", Event::Routes),
+            ("-6 route add throw 2001:db8::/32 table 7872", Event::Routes),
+            ("route add default via 192.0.2.1 table 7881", Event::Routes),
+            ("rule add pref 72 fwmark 1 lookup 7871", Event::Rules),
+            ("-6 rule add pref 71 from fd00::1 lookup 7873", Event::Rules),
+            ("address add 192.0.2.50/32 dev eth0", Event::Addresses),
+            ("address add 198.51.100.7/32 dev lo", Event::Addresses),
+            ("address flush dev egret", Event::Tunnel),
+            ("neighbour replace 169.254.78.1 lladdr 02:00:00:00:00:09 dev egret", Event::Neighbours),
+            ("link set egret mtu 1400", Event::Tunnel),
+            ("link set eth0 mtu 1499", Event::Tunnel),
+            ("link set eth0 down", Event::Routes),
+            ("link delete veth-p1", Event::VethGone { index }),
+        ] {
+            ip(change);
+            let seen = news(&mut watch).await;
+            assert!(seen.contains(&event), "{change}: {seen:?}");
+        }
+        for setting in ["egret", "all"] {
+            std::fs::write(format!("/proc/sys/net/ipv4/conf/{setting}/rp_filter"), "1").unwrap();
+            assert_eq!(news(&mut watch).await, [Event::Tunnel], "{setting}");
+        }
+        run("bridge", "fdb append 02:00:00:00:00:01 dev egret dst 192.0.2.97");
+        assert_eq!(news(&mut watch).await, [Event::Neighbours]);
+        run("nft", "add table inet egret");
+        assert_eq!(news(&mut watch).await, [Event::Nftables]);
+        ip("link delete egret");
+        assert!(news(&mut watch).await.contains(&Event::Tunnel));
+    });
+}
+
+#[test]
+fn what_is_nobodys_business_is_no_news() {
+    in_namespace(|| async {
+        let (socket, mut watch) = host().await;
+        let rule = Rule { priority: names::RULE_REQUEST, mark: 1, mask: 1, table: names::TABLE_REQUEST };
+        rules::sync(&socket, &BTreeSet::from([rule])).await.unwrap();
+        let pod = Other::new();
+        ip(&format!("link add veth-p1 type veth peer name eth0 netns {}", pod.id));
+        ip("link add cni0 type bridge");
+        ip("link set cni0 up");
+        ip("link set veth-p1 master cni0 up");
+        pod.ip("link set eth0 up");
+        ip("address add 10.244.1.1/24 dev cni0");
+        ip("route add 10.244.9.0/24 via 192.0.2.12");
+        ip("neighbour replace 192.0.2.12 lladdr 02:00:00:00:00:09 dev eth0");
+        ip("rule add pref 100 from 10.0.0.0/8 lookup 100");
+        run("nft", "add table inet somebody");
+        ip("link set veth-p1 nomaster");
+        assert_eq!(news(&mut watch).await, []);
+    });
+}
+
+#[test]
+fn a_flood_of_changes_is_told_once_and_loss_is_told_too() {
+    in_namespace(|| async {
+        let (_socket, mut watch) = host().await;
+        let many: String =
+            (0..60_000).map(|n| format!("route add 10.{}.{}.0/24 dev eth0 table 7871\n", n >> 8, n & 255)).collect();
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        std::io::Write::write_all(&mut file, many.as_bytes()).unwrap();
+        run("ip", &format!("-force -batch {}", file.path().display()));
+        let events = news(&mut watch).await;
+        assert!(events.contains(&Event::Everything) && events.contains(&Event::Routes), "{events:?}");
+    });
+}
+
+#[test]
+fn the_sockets_know_their_ports() {
+    in_namespace(|| async {
+        let one = Socket::open(NETLINK_NETFILTER).unwrap();
+        let two = Socket::open(NETLINK_NETFILTER).unwrap();
+        assert!(one.port() != 0 && one.port() != two.port());
+    });
+}
