@@ -3,9 +3,9 @@
 
 mod harness;
 
+use egret::allocation::allocate;
 use egret::api::{EgressGatewaySpec, EgressPolicySpec};
-use egret::plan::ledger::allocate;
-use egret::plan::model::{self, Cluster, Gateway, Metadata, Policy, PolicyKey};
+use egret::model::{self, Cluster, Gateway, Metadata, Policy, PolicyKey};
 use harness::{Bound, Memory, Table, api, mb, median, ms, pods};
 use lab::{Daemon, EXT4, Lab, Node, NodeSpec, Pod, Pods, manifests};
 use serde_json::json;

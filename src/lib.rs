@@ -1,18 +1,38 @@
 //! Egret: pods leave the cluster from an address that stays.
 //!
-//! The modules depend on each other in one direction, downward:
-//! `node`, `controller` and `install` above; `cluster`, `cni` and `kernel` below them; then `plan`, then `api`
-//! (`tests/structure.rs` has it exactly). `plan` and `api` do no I/O, `kernel` knows nothing of Kubernetes, `cni` speaks to
-//! the daemon over a socket only, and `telemetry` knows none of them.
+//! | module | what is in it |
+//! |---|---|
+//! | `api` | the custom resources |
+//! | `model` | the cluster's state as validated types: policies, gateways, nodes, pods |
+//! | `allocation` | which policy gets which egress IP, and the statuses that say so |
+//! | `node_plan` | what one node has to do, compiled from the model |
+//! | `cluster` | where the state comes from: the Kubernetes API or a directory |
+//! | `kernel` | netlink, nf_tables and connection tracking, as any program could use them |
+//! | `datapath` | the rules, routes, addresses and devices that Egret has in a node's kernel |
+//! | `check` | `egretd check` |
+//! | `cni` | the plugin |
+//! | `install` | the plugin's installation on a host |
+//! | `controller`, `node` | the two daemons |
+//! | `telemetry` | logs, metrics, health |
+//!
+//! The modules depend on each other in one direction, downward (`tests/structure.rs` has it exactly). `api`, `model`,
+//! `allocation` and `node_plan` do no I/O. `kernel` and `datapath` know nothing of Kubernetes. `cni` speaks to the daemon over
+//! a socket only.
 
+pub mod allocation;
 pub mod api;
 pub mod careful;
+pub mod check;
 pub mod cluster;
 pub mod cni;
 pub mod controller;
+pub mod datapath;
+#[cfg(test)]
+pub(crate) mod fixture;
 pub mod install;
 pub mod kernel;
 pub mod memory;
+pub mod model;
 pub mod node;
-pub mod plan;
+pub mod node_plan;
 pub mod telemetry;

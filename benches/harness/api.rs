@@ -1,7 +1,7 @@
 //! The big cluster of [`super::cluster`], in a real API server: created as kubelets and users would.
 
 use super::cluster::{POLICIES_A_NAMESPACE, node_address, node_name, policy};
-use egret::plan::mac;
+use egret::model::mac;
 use lab::Lab;
 use serde_json::{Value, json};
 

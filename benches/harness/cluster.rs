@@ -2,7 +2,7 @@
 //! daemons would have written.
 
 use egret::api::{AddressPair, EgressGatewayStatus, EgressNodeStatus, LedgerPath, PathKind, PolicyKey};
-use egret::plan::mac;
+use egret::model::mac;
 use lab::Lab;
 use lab::manifests;
 use serde_json::{Value, json};

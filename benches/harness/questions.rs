@@ -2,8 +2,8 @@
 //! from its own node's addresses, in the tunnel's packets.
 
 use super::cluster;
-use egret::kernel::names::{ASKING, HEALTH, TUNNEL_PORT, TUNNEL_VNI, of_mac};
-use egret::plan::mac::{self, Mac};
+use egret::datapath::names::{ASKING, HEALTH, TUNNEL_PORT, TUNNEL_VNI, of_mac};
+use egret::model::mac::{self, Mac};
 use lab::host::Door;
 use lab::{EXT4, Lab};
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, SockaddrIn, sendto, socket};

@@ -2,16 +2,16 @@
 
 use anyhow::Context;
 use clap::{Parser, Subcommand};
+use egret::check;
 use egret::cluster::kube::{Reviewer, Verdict};
 use egret::cluster::{self, KubeOptions, LeaseSettings, Scope, SourceName};
 use egret::cni::config::{DEFAULT_SOCKET, DEFAULT_STATE_DIR};
-use egret::kernel::check;
-use egret::plan::destination::parse_cidr;
-use egret::plan::marks::Marks;
-use egret::plan::model::ObjectKey;
-use egret::plan::target::Target;
-use egret::plan::tunnel_family::TunnelFamily;
-use egret::plan::why::why;
+use egret::model::ObjectKey;
+use egret::model::destination::parse_cidr;
+use egret::model::marks::Marks;
+use egret::model::target::Target;
+use egret::model::tunnel_family::TunnelFamily;
+use egret::node_plan::why::why;
 use egret::telemetry::access::{Access, Guard};
 use egret::telemetry::logs;
 use egret::telemetry::server::{Addresses, ListenAddress};

@@ -8,10 +8,10 @@ pub mod kube;
 mod remains;
 
 use crate::api::{EgressGatewayStatus, EgressNodeStatus, EgressPolicyStatus};
-use crate::plan::model::{Cluster, ObjectKey, PolicyKey};
-use crate::plan::report::Notice;
-use crate::plan::selector::Name;
-use crate::plan::target::Target;
+use crate::model::notice::Notice;
+use crate::model::selector::Name;
+use crate::model::target::Target;
+use crate::model::{Cluster, ObjectKey, PolicyKey};
 pub use kube::lease::Settings as LeaseSettings;
 use std::collections::BTreeSet;
 use std::path::PathBuf;
@@ -264,7 +264,7 @@ pub async fn remove_node(name: &SourceName, node: &str) -> anyhow::Result<bool> 
 
 impl Statuses {
     /// Writes a gateway's status, the ledger, in place of the one of the version that a snapshot had
-    /// ([`Gateway::version`](crate::plan::model::Gateway::version)); returns the new version, where there are any.
+    /// ([`Gateway::version`](crate::model::Gateway::version)); returns the new version, where there are any.
     /// `notices` are told as events, where there are any.
     ///
     /// # Errors

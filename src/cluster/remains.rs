@@ -2,10 +2,10 @@
 
 use crate::api::{EgressGatewaySpec, EgressGatewayStatus, EgressRule, PathKind, PolicyKey, Tier};
 use crate::cluster::dir::validate::parse_time;
-use crate::plan::model::{AddressRange, Gateway, Metadata, PodMatch, destinations};
-use crate::plan::node::addresses_of;
-use crate::plan::selector::{Name, Selector};
-use crate::plan::stand_in::Remains;
+use crate::model::addresses_of;
+use crate::model::fallback_policy::Remains;
+use crate::model::selector::{Name, Selector};
+use crate::model::{AddressRange, Gateway, Metadata, PodMatch, destinations};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
 use serde_json::Value;
 
@@ -89,7 +89,7 @@ pub fn policies_of(document: &Value) -> Vec<(PolicyKey, Remains)> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::plan::model;
+    use crate::model;
     use serde_json::json;
 
     #[test]

@@ -2,7 +2,7 @@
 //!
 //! The way of a call: [`plugin`] reads the [`environment`] and the [`config`], finds the pod's addresses in the
 //! [`result`] of the plugin before it and the host's end of its [`interface`], and asks the [`daemon`]. When the
-//! daemon is [`away`], the [`offline_policies`] it left decide whether the pod goes free or into [quarantine](crate::kernel::quarantine).
+//! daemon is [`away`], the [`offline_policies`] it left decide whether the pod goes free or into [quarantine](crate::datapath::quarantine).
 
 pub mod attachment;
 pub mod away;

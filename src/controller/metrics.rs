@@ -1,7 +1,7 @@
 //! What the controller counts.
 
 use crate::api::{EgressGatewayStatus, EgressPolicyStatus};
-use crate::plan::selector::Name;
+use crate::model::selector::Name;
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;

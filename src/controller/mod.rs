@@ -8,7 +8,7 @@ mod pass;
 mod unseen;
 
 use crate::cluster::{self, Leadership, Scope, Source, SourceName};
-use crate::plan::model::{Cluster, Gateway};
+use crate::model::{Cluster, Gateway};
 use crate::telemetry::server::{self, Addresses};
 use anyhow::{Context, bail};
 use metrics::Metrics;

@@ -2,13 +2,13 @@
 
 use super::metrics::Metrics;
 use super::unseen::{self, Unseen};
+use crate::allocation::report::{of_gateway, of_policy, report};
+use crate::allocation::{Outcome, allocate};
 use crate::api::{EgressGatewayStatus, EgressPolicyStatus, LedgerWriter};
 use crate::cluster::{Leadership, NotWritten, Statuses, Term};
-use crate::plan::ledger::{Outcome, allocate};
-use crate::plan::model::{Cluster, Gateway, PolicyKey};
-use crate::plan::report::{of_gateway, of_policy, report};
-use crate::plan::selector::Name;
-use crate::plan::stand_in::listed_only;
+use crate::model::fallback_policy::listed_only;
+use crate::model::selector::Name;
+use crate::model::{Cluster, Gateway, PolicyKey};
 use anyhow::{Context, bail};
 use jiff::Timestamp;
 use std::collections::{BTreeMap, BTreeSet};

@@ -3,7 +3,7 @@
 use super::*;
 use crate::api::EgressGatewayStatus;
 use crate::cluster::{self, Scope, SourceName};
-use crate::plan::model::PolicyKey;
+use crate::model::PolicyKey;
 use crate::telemetry::server::ListenAddress;
 use std::path::Path;
 use tokio::task::JoinHandle;
@@ -163,7 +163,7 @@ async fn a_status_that_cannot_be_written_makes_the_controller_unready() {
 
 #[test]
 fn only_news_that_concern_the_ledger_hold_up_the_statuses() {
-    use crate::plan::fixture::{World, naming};
+    use crate::fixture::{World, naming};
     let mut world = World::new(&["192.0.2.50"]);
     world.policy("a/p", naming(&["192.0.2.50"]));
     let before = world.cluster.clone();

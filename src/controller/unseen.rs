@@ -4,8 +4,8 @@
 //! than the one it has just been told of, so what was written counts until the source shows it.
 
 use crate::api::{EgressGatewayStatus, EgressPolicyStatus};
-use crate::plan::model::{Cluster, PolicyKey};
-use crate::plan::selector::Name;
+use crate::model::selector::Name;
+use crate::model::{Cluster, PolicyKey};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -110,7 +110,7 @@ pub(super) fn is_older(shown: &str, version: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::plan::fixture::{World, naming};
+    use crate::fixture::{World, naming};
 
     fn id_of(cluster: &Cluster) -> Option<u16> {
         cluster.gateways["g"].status.paths.first().map(|path| path.id)

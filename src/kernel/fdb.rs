@@ -1,7 +1,7 @@
 //! The forwarding database of the tunnel device: which node, by its tunnel MAC address, is reached at which address.
 
-use super::mac::{Mac, Shown};
-use super::route_socket::{Applied, Change, RouteSocket};
+use crate::kernel::route_socket::{Applied, Change, RouteSocket};
+use crate::model::mac::{Mac, Shown};
 use anyhow::{Context, Result};
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_REPLACE};
 use netlink_packet_route::neighbour::{

@@ -1,6 +1,6 @@
 //! ARP and neighbour discovery on the wire: the frames that announce an address and ask for one.
 
-use super::mac::Mac;
+use crate::model::mac::Mac;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 /// EtherTypes, include/uapi/linux/if_ether.h.

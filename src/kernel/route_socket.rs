@@ -4,7 +4,7 @@
 //! interrupted dump may miss entries, and what seems to be missing would be added, what seems to be too much deleted.
 //! Strict checking is on, so that the kernel filters dumps instead of ignoring the filter.
 
-use super::netlink::{Error as KernelError, attributes, string};
+use crate::kernel::netlink::{Error as KernelError, attributes, string};
 use anyhow::{Context, Result, anyhow, bail};
 use futures_util::{Stream, StreamExt};
 use netlink_packet_core::{

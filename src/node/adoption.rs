@@ -1,9 +1,9 @@
 //! Pods that ran before Egret came, or that another CNI chain set up: their veth is found from their address.
 
 use super::pods::Interface;
-use crate::kernel::links;
+use crate::datapath::pod_veth;
 use crate::kernel::route_socket::RouteSocket;
-use crate::plan::model::ObjectKey;
+use crate::model::ObjectKey;
 use std::net::IpAddr;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
@@ -42,7 +42,7 @@ pub fn seek(routes: &RouteSocket, strangers: Vec<(ObjectKey, Vec<IpAddr>)>, foun
 async fn find(routes: RouteSocket, pod: ObjectKey, addresses: Vec<IpAddr>) -> Found {
     let mut interface = None;
     for address in &addresses {
-        match links::find_pod_veth(&routes, *address).await {
+        match pod_veth::find_pod_veth(&routes, *address).await {
             Ok(Some(veth)) => {
                 interface = Some(Interface { name: veth.name, index: veth.index, peer_index: veth.peer_index });
                 break;

@@ -6,10 +6,10 @@
 //! nothing else has changed for the pod: where a policy takes another one's place, nothing may leave as if there were
 //! none.
 
-use crate::plan::node::View;
-use crate::plan::precedence::Ranked;
-use crate::plan::profile::Profile;
-use crate::plan::selector::Labels;
+use crate::model::precedence::Ranked;
+use crate::model::selector::Labels;
+use crate::node_plan::View;
+use crate::node_plan::policy_chain::Profile;
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;

@@ -1,7 +1,7 @@
 //! Whether a gateway forwards the connections that it admits. A firewall of the host's at the hook `forward` drops them
 //! where nothing of Egret's stands; what is counted before and after it tells.
 
-use crate::kernel::names::DEVICE;
+use crate::datapath::names::DEVICE;
 
 /// As many first packets must be lost before somebody is told: single ones have no route, or too few hops left.
 const LOST: u64 = 3;

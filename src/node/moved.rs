@@ -8,11 +8,11 @@
 use crate::api::AddressPair;
 use crate::kernel::conntrack::{self, Connection, Fate, Marked, Tracked, Translated, Tuple};
 use crate::kernel::netlink::Socket;
+use crate::model::marks::{Marks, PathId};
 use crate::node::changed_ports::{ChangedPorts, kept_port};
 use crate::node::ended;
-use crate::plan::marks::{Marks, PathId};
-use crate::plan::node::{View, addresses};
-use crate::plan::paths::PathState;
+use crate::node_plan::allocations::PathState;
+use crate::node_plan::{View, addresses};
 use anyhow::Result;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;

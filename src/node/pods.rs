@@ -1,17 +1,17 @@
 //! The pods of this node: those that the plugin brought, and those that ran before Egret came.
 
 use crate::cni::attachment::{Attachment, AttachmentId};
-use crate::kernel::links::Veth;
+use crate::datapath::pod_veth::Veth;
+use crate::model::marks::{MAX_INDEX, PathId};
+use crate::model::precedence::PolicyIndex;
+use crate::model::selector::Labels;
+use crate::model::shared::Mark;
+use crate::model::{Cluster, ObjectKey, Pod};
 use crate::node::beginning::Beginning;
 use crate::node::remembered::Remembered;
-use crate::plan::marks::{MAX_INDEX, PathId};
-use crate::plan::model::{Cluster, ObjectKey, Pod};
-use crate::plan::node::{NodePlan, PodPlan, View, chain_name};
-use crate::plan::paths::Paths;
-use crate::plan::precedence::PolicyIndex;
-use crate::plan::profile::Profile;
-use crate::plan::selector::Labels;
-use crate::plan::shared::Mark;
+use crate::node_plan::allocations::Paths;
+use crate::node_plan::policy_chain::Profile;
+use crate::node_plan::{NodePlan, PodPlan, View, chain_name};
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::IpAddr;
 use std::sync::Arc;

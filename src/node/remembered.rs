@@ -7,8 +7,8 @@
 use super::pods::Interface;
 use crate::careful;
 use crate::cni::run_dir::{self, ADOPTED};
-use crate::plan::model::ObjectKey;
-use crate::plan::selector::Labels;
+use crate::model::ObjectKey;
+use crate::model::selector::Labels;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;

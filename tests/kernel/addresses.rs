@@ -2,10 +2,11 @@
 
 use crate::namespace::host::{address, host, index, interface, ours};
 use crate::namespace::{in_namespace, ip, ip_json};
-use egret::kernel::names::PROTOCOL;
+use egret::datapath::addresses;
+use egret::datapath::names::PROTOCOL;
+use egret::datapath::tunnel;
+use egret::datapath::uplink::Uplinks;
 use egret::kernel::route_socket::{Change, RouteSocket};
-use egret::kernel::uplink::Uplinks;
-use egret::kernel::{addresses, tunnel};
 use netlink_packet_route::address::{AddressAttribute, AddressMessage, AddressProtocol};
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use std::collections::BTreeSet;

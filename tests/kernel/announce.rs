@@ -1,11 +1,11 @@
 //! What is asked and told on the link about an address; the other end is another network namespace.
 
 use crate::namespace::{Other, in_namespace, ip};
-use egret::kernel::addresses;
-use egret::kernel::announce::{Target, announce, probe};
-use egret::kernel::mac::{Mac, parse};
+use egret::datapath::addresses;
+use egret::datapath::announce::{Target, announce, probe};
+use egret::datapath::uplink::by_name;
 use egret::kernel::route_socket::RouteSocket;
-use egret::kernel::uplink::by_name;
+use egret::model::mac::{Mac, parse};
 use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
 

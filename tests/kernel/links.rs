@@ -1,7 +1,7 @@
 //! How pods that ran before are found: by their route, or through their bridge.
 
 use crate::namespace::{Other, in_namespace, ip, ip_json, run};
-use egret::kernel::links::{find_pod_veth, veth_by_index};
+use egret::datapath::pod_veth::{find_pod_veth, veth_by_index};
 use egret::kernel::route_socket::RouteSocket;
 use std::net::IpAddr;
 use std::process::Command;

@@ -2,16 +2,16 @@
 
 use crate::namespace::{in_namespace, ip, run};
 use egret::api::{AddressPair, Fallback, Protocol};
-use egret::kernel::datapath::{self, INET, Made, PeerIndexes, SharedSets, set};
+use egret::datapath::ruleset::{self, INET, Made, PeerIndexes, SharedSets, set};
 use egret::kernel::nft::Nftables;
-use egret::plan::destination::{Destination, Network, Ports};
-use egret::plan::mac;
-use egret::plan::marks::Marks;
-use egret::plan::model::PolicyKey;
-use egret::plan::networks::Networks;
-use egret::plan::node::{NodePlan, PodPlan, View, chain_name};
-use egret::plan::paths::{Path, PathState, Peer, Placing};
-use egret::plan::profile::{Profile, Step};
+use egret::model::PolicyKey;
+use egret::model::destination::{Destination, Network, Ports};
+use egret::model::mac;
+use egret::model::marks::Marks;
+use egret::model::networks::Networks;
+use egret::node_plan::allocations::{Path, PathState, Peer, Placing};
+use egret::node_plan::policy_chain::{Profile, Step};
+use egret::node_plan::{NodePlan, PodPlan, View, chain_name};
 use ipnetwork::IpNetwork;
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -101,7 +101,7 @@ fn view_and_plan(nodes: u16, pods: u32) -> (View, NodePlan, PeerIndexes) {
 /// The plan of [`view_and_plan`], and the sets of its cluster.
 fn plan_and_sets(nodes: u16, pods: u32) -> (NodePlan, SharedSets) {
     let (view, plan, peers) = view_and_plan(nodes, pods);
-    (plan, datapath::shared_sets(&view, &peers, Marks::default(), &SharedSets::default()))
+    (plan, ruleset::shared_sets(&view, &peers, Marks::default(), &SharedSets::default()))
 }
 
 /// The tables of a plan, made without any before it.
@@ -148,7 +148,7 @@ fn listing(networks: u32) -> (NodePlan, SharedSets) {
     Arc::make_mut(&mut pod).profile = profile.name();
     plan.profiles.clear();
     plan.add(&view, chain, pod, profile.into());
-    (plan, datapath::shared_sets(&view, &peers, Marks::default(), &SharedSets::default()))
+    (plan, ruleset::shared_sets(&view, &peers, Marks::default(), &SharedSets::default()))
 }
 
 #[test]
@@ -303,7 +303,7 @@ fn ranges_become_any_other_ranges() {
                 }
             }
             view.networks = Networks::new(&Default::default(), &pods, []).into();
-            let shared = datapath::shared_sets(&view, &peers, Marks::default(), &SharedSets::default());
+            let shared = ruleset::shared_sets(&view, &peers, Marks::default(), &SharedSets::default());
             let made = made_of(&plan, &shared);
             nft.apply(made.tables()).unwrap_or_else(|e| panic!("round {round}: {e}"));
             nft.distrust();

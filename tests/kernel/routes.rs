@@ -4,11 +4,15 @@ use crate::namespace::host::{
     address, host, index, interface, mac, our_rules, ours, request_routes, rules_shown, table,
 };
 use crate::namespace::{in_namespace, ip};
-use egret::kernel::names::{RULE_QUARANTINE, TABLE_QUARANTINE, TABLE_REPLY, TABLE_REQUEST};
-use egret::kernel::quarantine::Quarantine;
+use egret::datapath::addresses;
+use egret::datapath::names::{RULE_QUARANTINE, TABLE_QUARANTINE, TABLE_REPLY, TABLE_REQUEST};
+use egret::datapath::quarantine::Quarantine;
+use egret::datapath::routes;
+use egret::datapath::routes::{Route, RouteKind};
+use egret::datapath::rules;
+use egret::datapath::tunnel;
+use egret::kernel::fdb;
 use egret::kernel::route_socket::RouteSocket;
-use egret::kernel::routes::{Route, RouteKind};
-use egret::kernel::{addresses, fdb, routes, rules, tunnel};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::process::{Command, Stdio};

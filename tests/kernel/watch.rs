@@ -1,12 +1,13 @@
 //! Which changes in the kernel are news to the daemon, and which are not.
 
 use crate::namespace::{Other, in_namespace, ip, ip_json, run};
+use egret::datapath::names;
+use egret::datapath::rules;
+use egret::datapath::rules::Rule;
+use egret::datapath::tunnel::{self, Tunnel};
+use egret::datapath::watch::{Event, Interest, Watch};
 use egret::kernel::netlink::{NETLINK_NETFILTER, Socket};
 use egret::kernel::route_socket::RouteSocket;
-use egret::kernel::rules::Rule;
-use egret::kernel::tunnel::{self, Tunnel};
-use egret::kernel::watch::{Event, Interest, Watch};
-use egret::kernel::{names, rules};
 use std::collections::BTreeSet;
 use std::time::Duration;
 

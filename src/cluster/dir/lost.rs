@@ -4,9 +4,9 @@
 
 use super::file::Salvage;
 use crate::api::LedgerPath;
-use crate::plan::model::{Cluster, PolicyKey};
-use crate::plan::selector::Name;
-use crate::plan::stand_in::{Remains, listed_only, of_path, stand_in};
+use crate::model::fallback_policy::{Remains, listed_only, of_path, stand_in};
+use crate::model::selector::Name;
+use crate::model::{Cluster, PolicyKey};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;

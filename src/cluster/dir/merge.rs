@@ -1,9 +1,9 @@
 //! From the files' objects to one snapshot.
 
 use super::object::{Ledger, Object};
-use crate::plan::model::{Cluster, PolicyKey};
-use crate::plan::selector::{Labels, Name};
-use crate::plan::shared::Shared;
+use crate::model::selector::{Labels, Name};
+use crate::model::shared::Shared;
+use crate::model::{Cluster, PolicyKey};
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;

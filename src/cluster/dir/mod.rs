@@ -33,7 +33,7 @@ pub use status::Statuses;
 pub(super) use status::remove_node;
 
 use super::{Scope, Source, tell};
-use crate::plan::model::Cluster;
+use crate::model::Cluster;
 use anyhow::{Context, bail};
 use futures_util::StreamExt;
 use inotify::{EventStream, Inotify};

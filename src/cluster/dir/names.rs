@@ -1,9 +1,9 @@
 //! Names kept once, and lists of destinations: clusters repeat the same few ten thousand times.
 
 use crate::api::{EgressGatewayStatus, Users};
-use crate::plan::covers::Covers;
-use crate::plan::model::{Gateway, Namespaces, PodMatch, Policy};
-use crate::plan::selector::{Labels, Name, Selector};
+use crate::model::covers::Covers;
+use crate::model::selector::{Labels, Name, Selector};
+use crate::model::{Gateway, Namespaces, PodMatch, Policy};
 use std::collections::{BTreeMap, HashSet};
 use std::hash::Hash;
 use std::sync::Arc;

@@ -1,9 +1,9 @@
 //! What a manifest is turned into: one of these for each object that Egret uses.
 
 use crate::api::{EgressGatewayStatus, EgressPolicyStatus, GROUP, VERSION};
-use crate::plan::egress_node::EgressNode;
-use crate::plan::model::{Endpoints, Gateway, Node, ObjectKey, Pod, Policy, PolicyKey, Service};
-use crate::plan::selector::{Labels, Name};
+use crate::model::egress_node::EgressNode;
+use crate::model::selector::{Labels, Name};
+use crate::model::{Endpoints, Gateway, Node, ObjectKey, Pod, Policy, PolicyKey, Service};
 use std::fmt;
 use std::sync::Arc;
 

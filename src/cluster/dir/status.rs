@@ -4,7 +4,7 @@ use super::area::{STATUS, status_of, status_path};
 use super::object::{Identity, Kind};
 use super::validate::is_subdomain;
 use crate::api::{API_VERSION, EgressGatewayStatus, EgressNodeStatus, EgressPolicyStatus};
-use crate::plan::model::{Cluster, PolicyKey};
+use crate::model::{Cluster, PolicyKey};
 use anyhow::{Context, bail};
 use serde::Serialize;
 use std::fs::{self, File};

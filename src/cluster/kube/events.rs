@@ -3,7 +3,7 @@
 
 use super::client::{Client, Failure, JSON};
 use super::watch::random;
-use crate::plan::report::Notice;
+use crate::model::notice::Notice;
 use http::Method;
 use jiff::Timestamp;
 use serde_json::{Value, json};

@@ -5,7 +5,7 @@ use super::decode::{Reading, decode};
 use super::kind::Kind;
 use super::watch::Change;
 use crate::cluster::dir::names::Names;
-use crate::plan::model::{Cluster, ObjectKey, Pod};
+use crate::model::{Cluster, ObjectKey, Pod};
 use serde_json::value::RawValue;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;

@@ -29,9 +29,9 @@ pub use status::Statuses;
 
 use super::dir::names::Names;
 use super::{KubeOptions, Leadership, Scope, Source, WaitingFor, tell};
-use crate::plan::model::Cluster;
-use crate::plan::selector::Name;
-use crate::plan::target::Target;
+use crate::model::Cluster;
+use crate::model::selector::Name;
+use crate::model::target::Target;
 use anyhow::Context;
 use client::Client;
 use decode::Reading;

@@ -6,8 +6,8 @@
 use super::client::{Client, Failure, JSON};
 use super::decode::network;
 use super::watch::{Backoff, Change};
-use crate::plan::model::Inside;
-use crate::plan::selector::Name;
+use crate::model::Inside;
+use crate::model::selector::Name;
 use http::Method;
 use ipnetwork::IpNetwork;
 use serde::Deserialize;

@@ -9,7 +9,7 @@ use super::kind::Kind;
 use super::known::{Book, Files};
 use super::split::Splitter;
 use crate::cluster::dir::names::Names;
-use crate::plan::model::Inside;
+use crate::model::Inside;
 use http::Method;
 use serde::Deserialize;
 use serde_json::value::RawValue;

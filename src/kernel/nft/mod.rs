@@ -12,7 +12,7 @@ pub mod uapi;
 
 pub use read::Count;
 
-use super::netlink::{Error, NETLINK_NETFILTER, Socket};
+use crate::kernel::netlink::{Error, NETLINK_NETFILTER, Socket};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use table::{Held, Key, Table, TableName};

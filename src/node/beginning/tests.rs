@@ -1,7 +1,7 @@
 use super::*;
 use crate::api::Allocate;
-use crate::plan::fixture::{World, asking};
-use crate::plan::paths::Facts;
+use crate::fixture::{World, asking};
+use crate::node_plan::allocations::Facts;
 
 const POD: &[(&str, &str)] = &[("app", "x")];
 

@@ -4,7 +4,7 @@ use super::message::{Changed, Message};
 use super::replicas::Replica;
 use super::task::{AT_ONCE, Task};
 use crate::kernel::conntrack::{self, Made, Tracked};
-use crate::plan::mac::Mac;
+use crate::model::mac::Mac;
 use std::io;
 use std::time::Duration;
 use tokio::time::Instant;

@@ -5,11 +5,11 @@
 use super::message::{Changed, Message};
 use super::task::Task;
 use crate::api::AddressPair;
+use crate::datapath::names::{HEALTH, of_mac};
 use crate::kernel::conntrack::{self, Made, Marked, Tracked, Translated, Tuple};
-use crate::kernel::names::{HEALTH, of_mac};
 use crate::kernel::nft::rule::protocol::{TCP, UDP};
-use crate::plan::mac::Mac;
-use crate::plan::marks::{Marks, PathId};
+use crate::model::mac::Mac;
+use crate::model::marks::{Marks, PathId};
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::net::{IpAddr, Ipv6Addr};
 use std::time::Duration;

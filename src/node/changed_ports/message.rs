@@ -1,8 +1,8 @@
 //! What nodes tell each other of connections whose port was changed, as bytes.
 
+use crate::datapath::node_messages::MOST;
 use crate::kernel::conntrack::Tuple;
-use crate::kernel::node_messages::MOST;
-use crate::plan::mac::Mac;
+use crate::model::mac::Mac;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 /// Begins each message: what it is, and the version of its form.

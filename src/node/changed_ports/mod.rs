@@ -18,7 +18,7 @@ pub use replicas::Replicas;
 pub use roles::{Role, Roles};
 
 use crate::kernel::conntrack::Tracked;
-use crate::plan::marks::Marks;
+use crate::model::marks::Marks;
 use anyhow::{Context, Result};
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::gauge::Gauge;

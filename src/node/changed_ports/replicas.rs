@@ -2,7 +2,7 @@
 
 use super::message::Changed;
 use crate::kernel::conntrack::{Translated, Tuple};
-use crate::plan::mac::Mac;
+use crate::model::mac::Mac;
 use std::collections::HashMap;
 use std::net::IpAddr;
 use std::sync::{Mutex, MutexGuard, PoisonError};

@@ -2,11 +2,11 @@
 
 use super::kept::Ways;
 use super::message::Changed;
+use crate::datapath::ruleset::PeerIndexes;
 use crate::kernel::conntrack::Tracked;
-use crate::kernel::datapath::PeerIndexes;
 use crate::kernel::nft::rule::protocol::{TCP, UDP};
-use crate::plan::mac::Mac;
-use crate::plan::marks::{MAX_PEER, Marks, PathId};
+use crate::model::mac::Mac;
+use crate::model::marks::{MAX_PEER, Marks, PathId};
 use std::collections::{BTreeSet, HashMap};
 use std::net::{IpAddr, Ipv6Addr};
 use std::sync::Arc;

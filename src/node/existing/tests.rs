@@ -1,8 +1,8 @@
 use super::*;
-use crate::plan::destination::{Destination, Ports};
-use crate::plan::marks::Marks;
-use crate::plan::model::PolicyKey;
-use crate::plan::profile::Step;
+use crate::model::PolicyKey;
+use crate::model::destination::{Destination, Ports};
+use crate::model::marks::Marks;
+use crate::node_plan::policy_chain::Step;
 
 const PATH: PathId = 7;
 const HTTPS: u16 = 443;

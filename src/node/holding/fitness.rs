@@ -1,7 +1,7 @@
 //! Which of its uplinks this node can use, and whether it can hold egress addresses at all.
 
+use crate::model::uplink_key::UplinkKey;
 use crate::node::host::Look;
-use crate::plan::uplink_key::UplinkKey;
 use std::collections::{BTreeMap, BTreeSet};
 use tokio::time::Instant;
 

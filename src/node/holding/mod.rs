@@ -8,12 +8,12 @@ mod fitness;
 
 use super::host::{Look, Wish};
 use super::liveness::Settings;
-use crate::plan::mac::{Mac, Shown};
-use crate::plan::marks::PathId;
-use crate::plan::node::{View, addresses};
-use crate::plan::paths::{Facts, Path, PathState, Placing};
-use crate::plan::selector::Name;
-use crate::plan::uplink_key::UplinkKey;
+use crate::model::mac::{Mac, Shown};
+use crate::model::marks::PathId;
+use crate::model::selector::Name;
+use crate::model::uplink_key::UplinkKey;
+use crate::node_plan::allocations::{Facts, Path, PathState, Placing};
+use crate::node_plan::{View, addresses};
 use fitness::Fitness;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;

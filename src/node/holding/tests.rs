@@ -1,7 +1,7 @@
 use super::*;
 use crate::api::Allocate;
-use crate::kernel::uplink::Interface;
-use crate::plan::fixture::{World, asking};
+use crate::datapath::uplink::Interface;
+use crate::fixture::{World, asking};
 use std::sync::Arc;
 
 const ADDRESS: &str = "192.0.2.50";
@@ -50,7 +50,7 @@ impl Scene {
     /// Decides, and what is wished for happens.
     fn decide(&mut self) -> Decision {
         if self.holding.judge(&self.look, None, self.now) {
-            let own: crate::plan::selector::Name = "n1".into();
+            let own: crate::model::selector::Name = "n1".into();
             if self.holding.is_fit() {
                 self.facts.dead.remove(&own)
             } else {

@@ -7,26 +7,26 @@ mod place;
 pub use peers::Faults;
 pub use place::{Look, Wish};
 
-use crate::kernel::addresses;
+use crate::datapath::addresses;
+use crate::datapath::names::*;
+use crate::datapath::pod_veth::{self, Veth};
+use crate::datapath::quarantine::Quarantine;
+use crate::datapath::routes::{self, METRIC_LAST, Route, RouteKind};
+use crate::datapath::rules::{self, Rule};
+use crate::datapath::ruleset::{self, Made, PeerIndexes, SharedSets};
+use crate::datapath::sysctl;
+use crate::datapath::tunnel::{self, Tunnel};
+use crate::datapath::uplink::Uplinks;
 use crate::kernel::conntrack;
-use crate::kernel::datapath::{self, Made, PeerIndexes, SharedSets};
-use crate::kernel::links::{self, Veth};
-use crate::kernel::names::*;
 use crate::kernel::netlink::{NETLINK_NETFILTER, Socket};
 use crate::kernel::nft::{Count, Nftables};
-use crate::kernel::quarantine::Quarantine;
 use crate::kernel::route_socket::RouteSocket;
-use crate::kernel::routes::{self, METRIC_LAST, Route, RouteKind};
-use crate::kernel::rules::{self, Rule};
-use crate::kernel::sysctl;
-use crate::kernel::tunnel::{self, Tunnel};
-use crate::kernel::uplink::Uplinks;
+use crate::model::mac;
+use crate::model::marks::{MAX_PEER, Marks, PathId};
+use crate::model::networks::Networks;
 use crate::node::forwarding::FirstPackets;
-use crate::plan::mac;
-use crate::plan::marks::{MAX_PEER, Marks, PathId};
-use crate::plan::networks::Networks;
-use crate::plan::node::{NodePlan, View, parse_chain_name};
-use crate::plan::paths::{Facts, Uplink};
+use crate::node_plan::allocations::{Facts, Uplink};
+use crate::node_plan::{NodePlan, View, parse_chain_name};
 use anyhow::{Context, Result};
 use ipnetwork::{IpNetwork, Ipv4Network, Ipv6Network};
 use std::collections::{BTreeMap, BTreeSet, HashSet};
@@ -97,8 +97,8 @@ impl Host {
             );
         }
         let mut peers = PeerIndexes::new();
-        for (key, data) in nft.elements(datapath::INET, datapath::set::PEER).context("nf_tables")?.iter() {
-            if let (Ok(mac), Some(mark)) = (mac::Mac::try_from(key.bytes.as_slice()), datapath::mark_of(&data)) {
+        for (key, data) in nft.elements(ruleset::INET, ruleset::set::PEER).context("nf_tables")?.iter() {
+            if let (Ok(mac), Some(mark)) = (mac::Mac::try_from(key.bytes.as_slice()), ruleset::mark_of(&data)) {
                 peers.insert(mac, (mark & u32::from(MAX_PEER)) as u16);
             }
         }
@@ -124,15 +124,15 @@ impl Host {
 
     /// Tags and interface indexes of the pods' chains that the kernel holds.
     pub fn tags(&mut self) -> Result<Vec<(u16, u32)>> {
-        let chains = self.nft.chains(datapath::INET).context("nf_tables")?;
+        let chains = self.nft.chains(ruleset::INET).context("nf_tables")?;
         Ok(chains.iter().filter_map(|name| parse_chain_name(name)).collect())
     }
 
     /// The upper half of the connections' marks that an earlier daemon gave, if its tables are there.
     pub fn connection_base(&mut self) -> Result<Option<u16>> {
-        for set in [datapath::set::PATH_OUT, datapath::set::BACK] {
-            let elements = self.nft.elements(datapath::INET, set).context("nf_tables")?;
-            if let Some(mark) = elements.iter().find_map(|(key, _)| datapath::mark_in(&key)) {
+        for set in [ruleset::set::PATH_OUT, ruleset::set::BACK] {
+            let elements = self.nft.elements(ruleset::INET, set).context("nf_tables")?;
+            if let Some(mark) = elements.iter().find_map(|(key, _)| ruleset::mark_in(&key)) {
                 return Ok(Some((mark >> 16) as u16));
             }
         }
@@ -182,7 +182,7 @@ impl Host {
 
     /// Whether there are tables of Egret's.
     pub fn has_tables(&mut self) -> Result<bool> {
-        Ok(!self.nft.chains(datapath::INET).context("nf_tables")?.is_empty())
+        Ok(!self.nft.chains(ruleset::INET).context("nf_tables")?.is_empty())
     }
 
     /// Whether somebody else had changed the tables, and they were mended, since this was last asked.
@@ -331,7 +331,7 @@ impl Host {
                 }
             }
         }
-        self.shared = datapath::shared_sets(view, &self.peers, self.marks, &self.shared);
+        self.shared = ruleset::shared_sets(view, &self.peers, self.marks, &self.shared);
     }
 
     /// Brings the nftables tables in step, in one transaction. Returns how many changes that took.
@@ -365,14 +365,14 @@ impl Host {
     /// What the kernel has counted: packets that were dropped, by reason, ports that were taken, and what went by each
     /// path, as a director and as a gateway.
     pub fn counts(&mut self) -> Result<Counts> {
-        let mut counts = Counts { drops: self.nft.counters(datapath::INET)?, ..Counts::default() };
-        counts.other_ports = counts.drops.remove(datapath::counter::OTHER_PORT).unwrap_or_default();
+        let mut counts = Counts { drops: self.nft.counters(ruleset::INET)?, ..Counts::default() };
+        counts.other_ports = counts.drops.remove(ruleset::counter::OTHER_PORT).unwrap_or_default();
         counts.first_packets = first_packets(&mut counts.drops);
-        counts.drops.extend(self.nft.counters(datapath::NETDEV)?);
+        counts.drops.extend(self.nft.counters(ruleset::NETDEV)?);
         counts.insertions_failed = conntrack::insertions_failed(&mut Socket::open(NETLINK_NETFILTER)?)?;
-        for (set, into) in [(datapath::set::PATH_OUT, &mut counts.sent), (datapath::set::RX, &mut counts.forwarded)] {
-            for (key, count) in self.nft.element_counters(datapath::INET, set)? {
-                if let Some(mark) = datapath::mark_in(&key) {
+        for (set, into) in [(ruleset::set::PATH_OUT, &mut counts.sent), (ruleset::set::RX, &mut counts.forwarded)] {
+            for (key, count) in self.nft.element_counters(ruleset::INET, set)? {
+                if let Some(mark) = ruleset::mark_in(&key) {
                     into.push(((mark & self.marks.path_mask()) as PathId, count));
                 }
             }
@@ -383,8 +383,8 @@ impl Host {
     /// How many packets were dropped because their connection is older than their path, and what became of connections'
     /// first packets.
     pub fn stale_and_first_packets(&mut self) -> Result<(u64, [FirstPackets; 2])> {
-        let mut counters = self.nft.counters(datapath::INET)?;
-        let stale = counters.get(datapath::counter::STALE).map_or(0, |count| count.packets);
+        let mut counters = self.nft.counters(ruleset::INET)?;
+        let stale = counters.get(ruleset::counter::STALE).map_or(0, |count| count.packets);
         Ok((stale, first_packets(&mut counters)))
     }
 
@@ -397,7 +397,7 @@ impl Host {
 
     /// The veth of that index, if there is one.
     pub async fn veth(&self, index: u32) -> Result<Option<Veth>> {
-        links::veth_by_index(&self.routes, index).await
+        pod_veth::veth_by_index(&self.routes, index).await
     }
 
     /// The host's end of a pod's veth pair, if the two belong together.
@@ -439,15 +439,15 @@ fn without_extras(plan: &NodePlan) -> Vec<NodePlan> {
 fn first_packets(counters: &mut BTreeMap<String, Count>) -> [FirstPackets; 2] {
     let mut packets = |name: &str| counters.remove(name).unwrap_or_default().packets;
     [0, 1].map(|at| FirstPackets {
-        entered: packets(datapath::counter::ENTERED[at]),
-        forwarded: packets(datapath::counter::FORWARDED[at]),
+        entered: packets(ruleset::counter::ENTERED[at]),
+        forwarded: packets(ruleset::counter::FORWARDED[at]),
     })
 }
 
 /// See [`Host::counts`].
 #[derive(Debug, Default)]
 pub struct Counts {
-    /// Dropped packets by the names in [`datapath::counter`].
+    /// Dropped packets by the names in [`ruleset::counter`].
     pub drops: BTreeMap<String, Count>,
     /// First packets of other nodes' pods' connections, of IPv4 and of IPv6.
     pub first_packets: [FirstPackets; 2],

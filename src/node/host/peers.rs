@@ -1,11 +1,12 @@
 //! The other nodes' ends of the tunnel. What is wrong with one of them is that one's.
 
 use super::{Digest, Host};
-use crate::kernel::names::{ASKING, HEALTH, of_mac, of_uplink};
-use crate::kernel::{fdb, neighbours};
-use crate::plan::mac::Mac;
-use crate::plan::node::View;
-use crate::plan::tunnel_family::TunnelFamily;
+use crate::datapath::names::{ASKING, HEALTH, of_mac, of_uplink};
+use crate::datapath::neighbours;
+use crate::kernel::fdb;
+use crate::model::mac::Mac;
+use crate::model::tunnel_family::TunnelFamily;
+use crate::node_plan::View;
 use anyhow::Result;
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv6Addr};

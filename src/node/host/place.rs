@@ -1,16 +1,16 @@
 //! Egress addresses on their uplinks, and the health address in the tunnel.
 
 use super::{Digest, Host};
-use crate::kernel::addresses::{self, Placed};
-use crate::kernel::announce::{self, Target};
-use crate::kernel::names::{HEALTH, is_health, of_mac, of_uplink};
-use crate::kernel::uplink::{Interface, Uplinks};
-use crate::plan::mac::Mac;
-use crate::plan::marks::PathId;
-use crate::plan::node::{View, addresses};
-use crate::plan::paths::{Facts, Path};
-use crate::plan::selector::Name;
-use crate::plan::uplink_key::UplinkKey;
+use crate::datapath::addresses::{self, Placed};
+use crate::datapath::announce::{self, Target};
+use crate::datapath::names::{HEALTH, is_health, of_mac, of_uplink};
+use crate::datapath::uplink::{Interface, Uplinks};
+use crate::model::mac::Mac;
+use crate::model::marks::PathId;
+use crate::model::selector::Name;
+use crate::model::uplink_key::UplinkKey;
+use crate::node_plan::allocations::{Facts, Path};
+use crate::node_plan::{View, addresses};
 use anyhow::Result;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::{IpAddr, Ipv6Addr};

@@ -7,10 +7,10 @@
 
 mod questions;
 
-use crate::kernel::echo::Echo;
-use crate::kernel::names::DEVICE;
-use crate::plan::selector::Name;
-use crate::plan::uplink_key::UplinkKey;
+use crate::datapath::echo::Echo;
+use crate::datapath::names::DEVICE;
+use crate::model::selector::Name;
+use crate::model::uplink_key::UplinkKey;
 use questions::Questions;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;

@@ -2,9 +2,9 @@
 
 use super::Node;
 use crate::api::BlockedPath;
+use crate::model::marks::PathId;
 use crate::node::forwarding::{self, FirstPackets};
-use crate::plan::marks::PathId;
-use crate::plan::paths::PathState;
+use crate::node_plan::allocations::PathState;
 use std::collections::BTreeSet;
 
 const FAMILIES: [&str; 2] = ["IPv4", "IPv6"];

@@ -1,19 +1,19 @@
 //! The gateway's part: who lives, which addresses are here, and what the link says of them.
 
 use super::Node;
-use crate::kernel::announce::{self, Claim};
-use crate::kernel::names::HEALTH;
-use crate::kernel::names::{of_mac, of_uplink};
+use crate::datapath::announce::{self, Claim};
+use crate::datapath::names::HEALTH;
+use crate::datapath::names::{of_mac, of_uplink};
+use crate::model::drain::has_drain_label;
+use crate::model::fnv::fnv1a;
+use crate::model::mac::Mac;
+use crate::model::marks::PathId;
+use crate::model::selector::Name;
 use crate::node::host::{Look, Wish};
 use crate::node::liveness::{Seen, Targets};
 use crate::node::moved::Moved;
-use crate::plan::fnv::fnv1a;
-use crate::plan::ledger::has_drain_label;
-use crate::plan::mac::Mac;
-use crate::plan::marks::PathId;
-use crate::plan::node::addresses;
-use crate::plan::paths::{Facts, Path, PathState};
-use crate::plan::selector::Name;
+use crate::node_plan::addresses;
+use crate::node_plan::allocations::{Facts, Path, PathState};
 use anyhow::Result;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;

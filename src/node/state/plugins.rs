@@ -3,10 +3,10 @@
 use super::Node;
 use crate::cni::attachment::{Attachment, AttachmentId};
 use crate::cni::protocol::{Failure, Verb, codes};
+use crate::model::{Cluster, ObjectKey};
 use crate::node::pods::{self, Holder, Pods};
 use crate::node::socket::Question;
-use crate::plan::model::{Cluster, ObjectKey};
-use crate::plan::node::View;
+use crate::node_plan::View;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::sync::oneshot;

@@ -1,14 +1,14 @@
 //! This node's part in what owners of egress IPs tell others of connections whose port was changed.
 
 use super::Node;
-use crate::kernel::names::{HEALTH, of_mac};
+use crate::datapath::names::{HEALTH, of_mac};
+use crate::model::mac::Mac;
+use crate::model::marks::PathId;
+use crate::model::selector::Name;
+use crate::model::shared::Mark;
 use crate::node::changed_ports::{Role, Roles, Way, Ways};
-use crate::plan::mac::Mac;
-use crate::plan::marks::PathId;
-use crate::plan::node::addresses;
-use crate::plan::paths::{Path, PathState, Paths};
-use crate::plan::selector::Name;
-use crate::plan::shared::Mark;
+use crate::node_plan::addresses;
+use crate::node_plan::allocations::{Path, PathState, Paths};
 use std::collections::{BTreeMap, HashMap};
 use std::net::Ipv6Addr;
 use std::sync::Arc;

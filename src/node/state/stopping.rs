@@ -6,8 +6,8 @@
 //! as there is a node to hand them to.
 
 use super::Node;
-use crate::plan::ledger::is_drained;
-use crate::plan::paths::{Path, Placing};
+use crate::model::drain::is_drained;
+use crate::node_plan::allocations::{Path, Placing};
 use std::time::Duration;
 use tokio::time::Instant;
 

@@ -2,9 +2,9 @@
 //! it. One that is found is adopted; one that is not is held by its address.
 
 use super::Node;
+use crate::model::ObjectKey;
 use crate::node::adoption::{self, Found};
 use crate::node::remembered::Remembered;
-use crate::plan::model::ObjectKey;
 use anyhow::Result;
 use std::collections::BTreeSet;
 use std::net::IpAddr;

@@ -1,12 +1,12 @@
 //! A host as the kernel's tests need it: an uplink with both families, and what Egret puts there.
 
 use super::{ip, ip_json};
-use egret::kernel::mac::Mac;
-use egret::kernel::names::{RULE_REPLY, RULE_REQUEST, TABLE_REPLY, TABLE_REQUEST};
+use egret::datapath::names::{RULE_REPLY, RULE_REQUEST, TABLE_REPLY, TABLE_REQUEST};
+use egret::datapath::routes::{METRIC_LAST, Route, RouteKind};
+use egret::datapath::rules::Rule;
+use egret::datapath::tunnel::Tunnel;
 use egret::kernel::route_socket::RouteSocket;
-use egret::kernel::routes::{METRIC_LAST, Route, RouteKind};
-use egret::kernel::rules::Rule;
-use egret::kernel::tunnel::Tunnel;
+use egret::model::mac::Mac;
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::api::{EgressGatewayStatus, LedgerPath, PathKind};
-use crate::plan::model::PolicyKey;
+use crate::model::PolicyKey;
 
 /// A gateway, its policies `x/p` of priority 7 and `x/q`, and a ledger with both.
 async fn in_force(fixture: &Fixture) {
@@ -12,7 +12,7 @@ async fn in_force(fixture: &Fixture) {
     let path = |id, policy: &str| LedgerPath {
         id,
         kind: PathKind::Dedicated,
-        address: crate::plan::fixture::pair(&["192.0.2.1"]),
+        address: crate::fixture::pair(&["192.0.2.1"]),
         node: None,
         since: 0,
         leaving: None,

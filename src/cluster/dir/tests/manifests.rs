@@ -1,6 +1,6 @@
 use super::*;
-use crate::plan::model::{ObjectKey, PodMatch};
-use crate::plan::selector::Labels;
+use crate::model::selector::Labels;
+use crate::model::{ObjectKey, PodMatch};
 use std::net::IpAddr;
 
 const CLUSTER: &str = r#"

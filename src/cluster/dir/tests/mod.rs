@@ -8,7 +8,7 @@ mod statuses;
 
 use super::open;
 use crate::cluster::{Scope, Source};
-use crate::plan::model::Cluster;
+use crate::model::Cluster;
 use std::fs;
 use std::path::PathBuf;
 use std::sync::Arc;

@@ -3,8 +3,8 @@ use crate::api::{
     AddressPair, EgressGatewayStatus, EgressNodeStatus, EgressPolicyStatus, LedgerPath, PathKind, RefusedPath,
     TakenPath,
 };
-use crate::plan::egress_node::EgressNode;
-use crate::plan::model::PolicyKey;
+use crate::model::PolicyKey;
+use crate::model::egress_node::EgressNode;
 
 fn ledger(paths: u16) -> EgressGatewayStatus {
     let path = |id| LedgerPath {

@@ -9,7 +9,7 @@ mod matches;
 
 use super::uapi::*;
 use crate::kernel::netlink::Attributes;
-use crate::plan::fnv::fnv1a;
+use crate::model::fnv::fnv1a;
 use ipnetwork::IpNetwork;
 use std::net::IpAddr;
 

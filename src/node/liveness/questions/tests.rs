@@ -1,5 +1,5 @@
 use super::*;
-use crate::plan::selector::Name;
+use crate::model::selector::Name;
 
 const INTERVAL: Duration = Duration::from_millis(300);
 const HOUR: Duration = Duration::from_secs(3600);

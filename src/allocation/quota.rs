@@ -1,0 +1,90 @@
+//! What the policies of one namespace may have of a gateway together.
+
+use super::demand::{Applicant, Want};
+use super::verdict::{Reason, Refusal};
+use crate::api::{AddressPair, NamespaceQuota};
+use crate::model::selector::Name;
+use crate::model::{Cluster, Gateway, Namespaces};
+use std::collections::{BTreeMap, HashMap, HashSet};
+
+/// Why policies have gone beyond their namespace's quota, by the policy's place. `asks` are the gateway's name, the gateway
+/// and what is asked of it, by the policy's place.
+pub(super) fn exceeded(
+    cluster: &Cluster,
+    applicants: &[Applicant],
+    asks: &[Option<(&Name, &Gateway, &Want)>],
+) -> HashMap<usize, Refusal> {
+    let mut groups: BTreeMap<(&Name, &Name), Vec<usize>> = BTreeMap::new();
+    for (place, (applicant, ask)) in applicants.iter().zip(asks).enumerate() {
+        if let (Some((name, gateway, _)), Namespaces::One(namespace)) = (ask, &applicant.policy.namespaces)
+            && gateway.quota != NamespaceQuota::default()
+        {
+            groups.entry((name, namespace)).or_default().push(place);
+        }
+    }
+    let mut refused = HashMap::new();
+    for ((name, namespace), mut places) in groups {
+        // What was accepted as it is now comes first: a policy that grows is refused itself, and no younger one.
+        places.sort_by_key(|place| (!is_accepted(cluster, &applicants[*place]), *place));
+        let mut used = Used::default();
+        for place in places {
+            let Some((_, gateway, want)) = asks[place] else { continue };
+            if let Err(beyond) = used.add(&gateway.quota, want, applicants[place].policy.listed_destinations()) {
+                let message = format!(
+                    "namespace {namespace:?} would have more than {beyond}, which is its quota of EgressGateway {name:?} \
+                     (spec.namespaceQuota); remove a policy or some of what it asks for, or have the quota raised"
+                );
+                refused.insert(place, Refusal::new(Reason::QuotaExceeded, message));
+            }
+        }
+    }
+    refused
+}
+
+/// Whether a policy was told that it is accepted, as it is now.
+fn is_accepted(cluster: &Cluster, applicant: &Applicant) -> bool {
+    let conditions = cluster.policy_statuses.get(applicant.key).map(|status| status.conditions.as_slice());
+    conditions.unwrap_or_default().iter().any(|condition| {
+        condition.type_ == "Accepted"
+            && condition.status == "True"
+            && condition.observed_generation == applicant.policy.generation()
+    })
+}
+
+/// What a namespace has.
+#[derive(Default)]
+struct Used<'a> {
+    policies: usize,
+    dedicated: usize,
+    named: HashSet<&'a AddressPair>,
+    destinations: usize,
+}
+
+impl<'a> Used<'a> {
+    /// Adds a policy, unless that is more than the namespace may have: of what.
+    fn add(&mut self, quota: &NamespaceQuota, want: &'a Want, destinations: usize) -> Result<(), String> {
+        let exceeds = |count: usize, limit: Option<u32>| limit.filter(|limit| count > *limit as usize);
+        let (dedicated, named) = match want {
+            Want::Dedicated => (1, None),
+            Want::Explicit(pair) => (0, Some(pair).filter(|pair| !self.named.contains(pair))),
+            Want::Shared | Want::Node => (0, None),
+        };
+        let addresses = self.dedicated + self.named.len() + dedicated + usize::from(named.is_some());
+        if let Some(limit) = exceeds(self.policies + 1, quota.policies) {
+            return Err(format!("{limit} policies"));
+        }
+        // Who takes none is not refused for what others have.
+        if let Some(limit) = exceeds(addresses, quota.addresses).filter(|_| dedicated > 0 || named.is_some()) {
+            return Err(format!("{limit} egress IPs"));
+        }
+        if let Some(limit) = exceeds(self.destinations + destinations, quota.destinations).filter(|_| destinations > 0)
+        {
+            return Err(format!("{limit} networks, exceptions and ports in its policies' egress"));
+        }
+        self.policies += 1;
+        self.dedicated += dedicated;
+        self.named.extend(named);
+        self.destinations += destinations;
+        Ok(())
+    }
+}

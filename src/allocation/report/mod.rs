@@ -1,0 +1,306 @@
+//! What each policy is told of itself: its address, its node, its pods, and whether it works.
+
+mod coverage;
+mod notices;
+
+pub use notices::{of_gateway, of_policy};
+
+use crate::allocation::{Grant, Outcome, Verdict, in_words, silent};
+use crate::api::{EgressPolicyStatus, PathKind, Placement};
+use crate::model::condition::Conditions;
+use crate::model::egress_node::OfPaths;
+use crate::model::precedence::is_passed_over;
+use crate::model::precedence::{PolicyIndex, Ranked};
+use crate::model::quota;
+use crate::model::selector::Name;
+use crate::model::uplink_key::UplinkKey;
+use crate::model::{Cluster, Gateway, MOVE_TO, Namespaces, Node, Policy, PolicyKey, Tier};
+use coverage::Coverage;
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+
+/// The reason of a policy that is not ready because its node cannot hold its address: somebody else has it, or the node
+/// has no interface for it.
+const REFUSED: &str = "AddressRefused";
+
+/// The reason of a policy of which nobody knows whether it is ready, for nobody hears of the node that held its address.
+const NOT_HEARD: &str = "NodeNotHeard";
+
+/// The reason of a policy that is accepted and shares the address that it names with others.
+const SHARED: &str = "AddressShared";
+
+/// What nodes say of the paths that they are to hold, and of each other.
+struct Said<'a> {
+    cluster: &'a Cluster,
+    held: HashMap<&'a str, HashSet<u16>>,
+    /// Why a node cannot hold a path.
+    refused: HashMap<(&'a str, u16), &'a str>,
+    /// The nodes that are not known to live, as far as nodes tell.
+    silent: HashSet<&'a str>,
+}
+
+/// The status of each policy. `now` is in seconds since the Unix epoch.
+pub fn report(cluster: &Cluster, outcome: &Outcome, now: i64) -> BTreeMap<PolicyKey, EgressPolicyStatus> {
+    let use_of = uses(cluster, outcome);
+    let said = Said::new(cluster);
+    let living: HashMap<&Name, Vec<&Name>> =
+        cluster.gateways.iter().map(|(name, gateway)| (name, said.living(gateway, now))).collect();
+    let over_quota = quota::over(&cluster.policies);
+    let mut statuses = BTreeMap::new();
+    for (key, policy) in &cluster.policies {
+        let Some(verdict) = outcome.verdicts.get(key) else { continue };
+        let previous = cluster.policy_statuses.get(key).map(|s| s.conditions.as_slice()).unwrap_or_default();
+        let mut conditions = Conditions::new(previous, policy.generation(), now);
+        let mut status = EgressPolicyStatus::default();
+        match verdict {
+            Verdict::Refused(refusal) => {
+                status.gateway = policy.gateway.as_deref().map(str::to_owned);
+                conditions.add("Accepted", false, refusal.reason, refusal.message.as_str());
+                conditions.add("Ready", false, "NotAccepted", "it has no address; see the condition Accepted");
+            }
+            Verdict::Granted(grant) => {
+                status.gateway = Some(grant.gateway.to_string());
+                status.addresses = Some(grant.address.clone());
+                status.node = grant.node.as_deref().map(str::to_owned);
+                let reason = if grant.shared_with.is_some() { SHARED } else { "Accepted" };
+                conditions.add("Accepted", true, reason, accepted(grant));
+                let (mut state, mut reason, mut message) =
+                    said.ready(grant, living.get(&grant.gateway).map_or(&[], Vec::as_slice));
+                if let Some(over) = over_quota.get(key) {
+                    (state, reason, message) = (Some(false), quota::REASON, over.to_string());
+                }
+                if let Some(wanted) = policy.move_to().filter(|wanted| grant.node.as_ref() != Some(wanted)) {
+                    message += &format!(
+                        "; {MOVE_TO} asks for node {wanted:?}, which cannot have it now: it is no node of the gateway, \
+                         is drained, does not answer, or a policy with the same path asks for another"
+                    );
+                }
+                match state {
+                    Some(is_true) => conditions.add("Ready", is_true, reason, message),
+                    None => conditions.add_unknown("Ready", reason, message),
+                }
+            }
+        }
+        let usage = use_of.get(key);
+        status.pods = usage.map_or(0, |u| u.pods);
+        match usage {
+            None => conditions.add("Shadowed", false, "NoPods", "it selects no pod now"),
+            Some(Usage { passed_over: true, .. }) => {
+                let message =
+                    "it has no address and says fallback: NodeAddress, so the next policy of each pod decides";
+                conditions.add("Shadowed", false, "PassedOver", message);
+            }
+            Some(Usage { in_the_open: true, .. }) => {
+                conditions.add("Shadowed", false, "NotShadowed", "it decides for some traffic of its pods");
+            }
+            Some(usage) => conditions.add("Shadowed", true, "Shadowed", shadowed(cluster, policy, &usage.shadowed_by)),
+        }
+        status.conditions = conditions.finish();
+        statuses.insert(key.clone(), status);
+    }
+    for (key, unreadable) in &cluster.unreadable {
+        let previous = cluster.policy_statuses.get(key).map(|s| s.conditions.as_slice()).unwrap_or_default();
+        let mut conditions = Conditions::new(previous, unreadable.generation, now);
+        conditions.add("Accepted", false, "Invalid", unreadable.message.as_str());
+        // What stands for it until it is mended, if anything does.
+        let status = statuses.entry(key.clone()).or_default();
+        if status.conditions.is_empty() {
+            conditions.add("Ready", false, "NotAccepted", "it has no address; see the condition Accepted");
+        }
+        status.conditions.retain(|c| c.type_ != "Accepted");
+        status.conditions.splice(0..0, conditions.finish());
+    }
+    statuses
+}
+
+fn accepted(grant: &Grant) -> String {
+    let whose = match grant.kind {
+        PathKind::Explicit => "as it asks for",
+        PathKind::Dedicated => "its own",
+        PathKind::Shared => "shared",
+        PathKind::Node => "the node's own",
+    };
+    let note = grant.note.as_ref().map(|note| format!("; {note}")).unwrap_or_default();
+    let with = grant.shared_with.as_ref().map(|with| format!(", shared with {with}")).unwrap_or_default();
+    format!(
+        "it leaves from {} ({whose}{with}) through EgressGateway {:?}{note}",
+        in_words(&grant.address),
+        grant.gateway
+    )
+}
+
+impl<'a> Said<'a> {
+    fn new(cluster: &'a Cluster) -> Self {
+        let nodes = || cluster.egress_nodes.iter().map(|(name, node)| (&**name, node.of_paths()));
+        let refused = |(name, paths): (&'a str, &'a OfPaths)| {
+            paths.refused.iter().map(move |refused| ((name, refused.id), refused.message.as_str()))
+        };
+        Said {
+            cluster,
+            held: nodes().map(|(name, paths)| (name, paths.held.iter().copied().collect())).collect(),
+            refused: nodes().flat_map(refused).collect(),
+            silent: silent(cluster),
+        }
+    }
+
+    /// The nodes of the gateway that are known to live.
+    fn living(&self, gateway: &Gateway, now: i64) -> Vec<&'a Name> {
+        let lives = |name: &Name, node: &Node| {
+            !node.is_lost(now) && !self.silent.contains(&**name) && self.cluster.egress_nodes.contains_key(name)
+        };
+        let nodes = self.cluster.nodes.iter().filter(|(_, node)| gateway.nodes.matches(&node.labels));
+        nodes.filter(|(name, node)| lives(name, node)).map(|(name, _)| name).collect()
+    }
+
+    /// Whether the holder of a path can be believed that it holds it: one that has died since does not take that back. Nobody
+    /// hears of it, or another one takes the path over at once, if there is one that can.
+    fn is_believed(&self, holder: &Name, grant: &Grant, living: &[&Name]) -> bool {
+        if living.contains(&holder) {
+            return true;
+        }
+        let takes_over = |node: &&Name| !self.refused.contains_key(&(&***node, grant.id));
+        // What Kubernetes hears nothing of, others would say that they do not hear.
+        let others_would_tell = !self.silent.contains(&**holder) && !living.is_empty();
+        let moves = !self.is_external(grant) && grant.kind != PathKind::Node;
+        others_would_tell || moves && living.iter().any(takes_over)
+    }
+
+    /// Whether something else places the path's address.
+    fn is_external(&self, grant: &Grant) -> bool {
+        self.cluster.gateways.get(&grant.gateway).is_some_and(|g| g.placement == Placement::External)
+    }
+
+    fn holds(&self, node: &str, path: u16) -> bool {
+        self.held.get(node).is_some_and(|paths| paths.contains(&path))
+    }
+
+    /// What the holder of a path has lost of what it needs, in words.
+    fn lost(&self, holder: &Name, grant: &Grant) -> String {
+        let gateway = self.cluster.gateways.get(&grant.gateway);
+        let interface = gateway.and_then(|gateway| gateway.interface.as_ref());
+        let Some(said) = self.cluster.egress_nodes.get(holder) else { return String::new() };
+        let needs = UplinkKey::of(&grant.address, interface);
+        let lost = needs.filter_map(|key| said.of_paths().loss(&key).map(|lost| (key, lost)));
+        lost.map(|(key, lost)| format!("; it has lost {key}, and no other node has more: {}", lost.message)).collect()
+    }
+
+    /// Whether the path's node holds it, if that is known: status, reason and message. `living` are the nodes of its gateway
+    /// that are known to live.
+    fn ready(&self, grant: &Grant, living: &[&Name]) -> (Option<bool>, &'static str, String) {
+        let address = in_words(&grant.address);
+        let Some(node) = &grant.node else {
+            let message = if self.is_external(grant) {
+                format!("no node of EgressGateway {:?} has {address}; place it on one", grant.gateway)
+            } else {
+                format!("EgressGateway {:?} has no node; label one, or mend its nodeSelector", grant.gateway)
+            };
+            return (Some(false), "NoNode", message);
+        };
+        if !self.cluster.egress_nodes.contains_key(node) {
+            let message = format!("node {node:?} says nothing of itself; see whether egretd runs there");
+            return (Some(false), "NodeNotReporting", message);
+        }
+        let old = grant.leaving.as_ref().filter(|old| self.holds(old, grant.id));
+        let holder = old.or(Some(node).filter(|node| self.holds(node, grant.id)));
+        let Some(holder) = holder else {
+            return match self.refused.get(&(&**node, grant.id)) {
+                Some(why) => (Some(false), REFUSED, format!("node {node:?} cannot hold {address}: {why}")),
+                None => {
+                    let message =
+                        format!("node {node:?} does not hold {address} yet; if that lasts, see egretd's log there");
+                    (Some(false), "AddressNotHeld", message)
+                }
+            };
+        };
+        if !self.is_believed(holder, grant, living) {
+            let message = format!("node {holder:?} held {address}, and nobody hears of it now; see whether it lives");
+            return (None, NOT_HEARD, message);
+        }
+        let lost = self.lost(holder, grant);
+        let until = old.map(|_| format!(" until node {node:?} does")).unwrap_or_default();
+        (Some(true), "AddressHeld", format!("node {holder:?} holds {address}{until}{lost}"))
+    }
+}
+
+fn shadowed(cluster: &Cluster, policy: &Policy, by: &BTreeSet<&PolicyKey>) -> String {
+    let names: Vec<String> = by.iter().take(3).map(|key| key.to_string()).collect();
+    let more = match by.len() - names.len() {
+        0 => String::new(),
+        more => format!(" and {more} more"),
+    };
+    format!(
+        "for each of its pods, policies that go before it decide for all its destinations: {}{more}; {}, or narrow their \
+         egress",
+        names.join(", "),
+        before_them(policy, by.iter().filter_map(|key| cluster.policies.get(*key)).map(|policy| &**policy))
+    )
+}
+
+/// How a policy comes to go before others.
+fn before_them<'a>(policy: &Policy, others: impl Iterator<Item = &'a Policy> + Clone) -> String {
+    let tier = others.clone().map(|other| other.tier).min().unwrap_or_default().min(policy.tier);
+    let of_tier = others.filter(|other| other.tier == tier);
+    let highest = of_tier.map(|other| other.priority).max().unwrap_or_default();
+    let first = match (tier == policy.tier, &policy.namespaces, tier) {
+        (true, ..) => String::new(),
+        (false, Namespaces::One(_), _) => {
+            return "who administers the cluster can take them out of tier Admin".to_owned();
+        }
+        (false, Namespaces::Selected(_), Tier::Admin) => "set its tier to Admin, and ".to_owned(),
+        (false, Namespaces::Selected(_), _) => "leave out its tier, and ".to_owned(),
+    };
+    match highest.checked_add(1) {
+        Some(above) => format!("{first}set its priority to {above} or more"),
+        None => format!("{first}set its priority to {highest} and theirs below that"),
+    }
+}
+
+/// Where a policy is of use.
+#[derive(Default)]
+struct Usage<'a> {
+    /// How many pods it selects.
+    pods: u32,
+    /// Whether it decides for some destination of some pod.
+    in_the_open: bool,
+    /// Whether it decides nothing, for it has no address.
+    passed_over: bool,
+    /// The policies that decide in its stead.
+    shadowed_by: BTreeSet<&'a PolicyKey>,
+}
+
+/// Where each policy that selects a pod is of use.
+fn uses<'a>(cluster: &'a Cluster, outcome: &Outcome) -> HashMap<&'a PolicyKey, Usage<'a>> {
+    let index = PolicyIndex::new(cluster);
+    // Pods with the same policies differ in nothing here, and there are many of them.
+    let mut profiles: BTreeMap<Vec<&PolicyKey>, (Vec<&Ranked>, u32)> = BTreeMap::new();
+    for (key, pod) in &cluster.pods {
+        if pod.host_network || pod.finished {
+            continue;
+        }
+        let policies = index.policies_for(&key.namespace, &pod.labels);
+        let keys = policies.iter().map(|r| &r.key).collect();
+        profiles.entry(keys).or_insert((policies, 0)).1 += 1;
+    }
+    let mut uses: HashMap<&PolicyKey, Usage> = HashMap::new();
+    for (policies, pods) in profiles.values() {
+        let mut coverage = Coverage::default();
+        for ranked in policies {
+            // The index is of this cluster, and its keys live shorter.
+            let Some((key, policy)) = cluster.policies.get_key_value(&ranked.key) else { continue };
+            let usage = uses.entry(key).or_default();
+            usage.pods += pods;
+            usage.passed_over = is_passed_over(policy, outcome.gateway_of(key).is_some());
+            if usage.passed_over {
+                continue;
+            }
+            match coverage.covers(policy) {
+                Some(by) => usage.shadowed_by.extend(by),
+                None => usage.in_the_open = true,
+            }
+            coverage.add(key, policy);
+        }
+    }
+    uses
+}
+
+#[cfg(test)]
+mod tests;

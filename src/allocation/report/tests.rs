@@ -1,0 +1,328 @@
+use super::*;
+use crate::api::{
+    Allocate, Condition, EgressPeer, EgressPolicySpec, EgressPort, EgressRule, Fallback, IpBlock, Protocol,
+    RefusedPath, Tier,
+};
+use crate::fixture::{World, asking, naming, selector};
+use crate::model::Unreadable;
+use std::sync::Arc;
+
+/// `203.0.113.0/24 -203.0.113.7/32 tcp:80-90`: a network, exceptions, ports.
+fn rule(text: &str) -> EgressRule {
+    let mut rule = EgressRule::default();
+    for word in text.split_whitespace() {
+        if let Some(except) = word.strip_prefix('-') {
+            rule.to.last_mut().unwrap().ip_block.except.push(except.to_owned());
+        } else if word.contains('/') {
+            rule.to.push(EgressPeer { ip_block: IpBlock { cidr: word.to_owned(), except: vec![] } });
+        } else {
+            let (protocol, ports) = word.split_once(':').unwrap();
+            let (first, last) = ports.split_once('-').unwrap_or((ports, ports));
+            rule.ports.push(EgressPort {
+                protocol: if protocol == "tcp" { Protocol::Tcp } else { Protocol::Udp },
+                port: first.parse().ok(),
+                end_port: last.parse().ok(),
+            });
+        }
+    }
+    rule
+}
+
+fn to(rules: &[&str], priority: i32) -> EgressPolicySpec {
+    let egress = Some(rules.iter().map(|text| rule(text)).collect());
+    EgressPolicySpec { egress, priority, ..asking(Allocate::Shared) }
+}
+
+impl World {
+    fn report(&mut self) -> BTreeMap<PolicyKey, EgressPolicyStatus> {
+        let outcome = self.allocate();
+        let statuses = report(&self.cluster, &outcome, self.now);
+        for (key, status) in &statuses {
+            self.cluster.policy_statuses.insert(key.clone(), Arc::new(status.clone()));
+        }
+        statuses
+    }
+
+    fn condition(&mut self, key: &str, type_: &str) -> Condition {
+        let status = &self.report()[&PolicyKey::from(key)];
+        status.conditions.iter().find(|c| c.type_ == type_).unwrap().clone()
+    }
+
+    #[track_caller]
+    fn assert_condition(&mut self, key: &str, type_: &str, status: &str, reason: &str, words: &str) {
+        let c = self.condition(key, type_);
+        assert_eq!((&*c.status, &*c.reason), (status, reason), "{}", c.message);
+        assert!(c.message.contains(words), "{words:?} is not in {:?}", c.message);
+    }
+}
+
+#[test]
+fn ready_follows_what_the_node_says() {
+    let mut world = World::new(&["192.0.2.50"]);
+    world.policy("a/p", naming(&["192.0.2.50"]));
+    world.assert_condition("a/p", "Accepted", "True", "Accepted", "192.0.2.50");
+    world.assert_condition("a/p", "Ready", "False", "NodeNotReporting", "\"n1\"");
+    world.holds("n1", &[]);
+    world.assert_condition("a/p", "Ready", "False", "AddressNotHeld", "egretd's log");
+    let id = world.allocate().grant("a/p").id;
+    let mut node = (*world.cluster.egress_nodes["n1"]).clone();
+    node.of_paths_mut().refused.push(RefusedPath { id, message: "a host answers for it".into() });
+    world.cluster.egress_nodes.insert("n1".into(), Arc::new(node));
+    world.assert_condition("a/p", "Ready", "False", "AddressRefused", "a host answers for it");
+    world.holds("n1", &[id]);
+    world.now += 60;
+    world.assert_condition("a/p", "Ready", "True", "AddressHeld", "\"n1\"");
+
+    let before = world.condition("a/p", "Ready");
+    world.now += 60;
+    assert_eq!(world.condition("a/p", "Ready"), before, "time alone changes nothing");
+
+    world.cluster.nodes.clear();
+    world.assert_condition("a/p", "Ready", "False", "NoNode", "nodeSelector");
+    world.external("g", &["192.0.2.50"]);
+    world.assert_condition("a/p", "Ready", "False", "NoNode", "place it");
+}
+
+#[test]
+fn what_a_node_said_that_nobody_hears_of_is_not_believed() {
+    let mut world = World::new(&["192.0.2.50"]);
+    world.policy("a/p", naming(&["192.0.2.50"]));
+    world.policy("a/own", asking(Allocate::Node));
+    world.allocate();
+    world.settle();
+    let held = [world.allocate().node("a/p").unwrap().to_owned(), world.allocate().node("a/own").unwrap().to_owned()];
+    let other = |node: &str| if node == "n1" { "n2" } else { "n1" };
+    world.assert_condition("a/p", "Ready", "True", "AddressHeld", "holds");
+
+    // Another one lives, and takes it over; but it cannot have a node's own address.
+    world.misses(other(&held[0]), &[held[0].clone()]);
+    world.assert_condition("a/p", "Ready", "True", "AddressHeld", "holds");
+    world.misses(other(&held[0]), &[]);
+    world.misses(other(&held[1]), &[held[1].clone()]);
+    world.assert_condition("a/own", "Ready", "Unknown", "NodeNotHeard", "nobody hears");
+    world.misses(other(&held[1]), &[]);
+
+    // The one that lives cannot take it either, or it is somebody else's to place.
+    let id = world.allocate().grant("a/p").id;
+    world.misses(other(&held[0]), &[held[0].clone()]);
+    let mut standby = (*world.cluster.egress_nodes[other(&held[0])]).clone();
+    standby.of_paths_mut().refused.push(RefusedPath { id, message: "a host answers for it".into() });
+    let before = world.cluster.egress_nodes.insert(other(&held[0]).into(), Arc::new(standby)).unwrap();
+    world.assert_condition("a/p", "Ready", "Unknown", "NodeNotHeard", "nobody hears");
+    world.cluster.egress_nodes.insert(other(&held[0]).into(), before);
+    world.assert_condition("a/p", "Ready", "True", "AddressHeld", "holds");
+    world.misses(other(&held[0]), &[]);
+
+    // Kubernetes hears of none of them.
+    let lost = |world: &mut World, node: &str, lost: bool| {
+        Arc::make_mut(world.cluster.nodes.get_mut(node).unwrap()).lost_since = lost.then_some(0);
+    };
+    lost(&mut world, "n1", true);
+    world.assert_condition("a/p", "Ready", "True", "AddressHeld", "holds");
+    lost(&mut world, "n2", true);
+    world.assert_condition("a/p", "Ready", "Unknown", "NodeNotHeard", "see whether it lives");
+    let gateway = |world: &mut World| {
+        let conditions = world.allocate().gateways["g"].conditions.clone();
+        let ready = conditions.into_iter().find(|c| c.type_ == "Ready").unwrap();
+        (ready.status, ready.reason)
+    };
+    assert_eq!(gateway(&mut world), ("Unknown".to_owned(), "NoNodeHeard".to_owned()));
+    lost(&mut world, "n2", false);
+    world.assert_condition("a/p", "Ready", "True", "AddressHeld", "holds");
+    assert_eq!(gateway(&mut world), ("True".to_owned(), "NodesMatch".to_owned()));
+
+    // The API server was away, and no kubelet was heard of meanwhile.
+    let now = world.now;
+    for node in ["n1", "n2"] {
+        Arc::make_mut(world.cluster.nodes.get_mut(node).unwrap()).lost_since = Some(now - 5);
+    }
+    world.assert_condition("a/p", "Ready", "True", "AddressHeld", "holds");
+    assert_eq!(gateway(&mut world), ("True".to_owned(), "NodesMatch".to_owned()));
+    world.now += 60;
+    world.assert_condition("a/p", "Ready", "Unknown", "NodeNotHeard", "see whether it lives");
+    lost(&mut world, "n2", false);
+
+    // Of two that do not hear each other, nobody knows which one lives.
+    lost(&mut world, "n1", false);
+    world.misses("n1", &["n2".to_owned()]);
+    world.misses("n2", &["n1".to_owned()]);
+    world.assert_condition("a/p", "Ready", "Unknown", "NodeNotHeard", "nobody hears");
+}
+
+#[test]
+fn a_refused_policy_is_not_ready_and_has_no_address() {
+    let mut world = World::new(&["192.0.2.50"]);
+    world.policy("a/p", naming(&["192.0.2.51"]));
+    world.assert_condition("a/p", "Accepted", "False", "AddressOutsidePool", "192.0.2.51");
+    world.assert_condition("a/p", "Ready", "False", "NotAccepted", "Accepted");
+    let status = world.report().remove(&PolicyKey::from("a/p")).unwrap();
+    assert_eq!((status.addresses, status.node), (None, None));
+}
+
+#[test]
+fn a_policy_says_which_gateway_it_uses() {
+    let mut world = World::new(&["192.0.2.50"]);
+    world.policy("a/default", naming(&["192.0.2.50"]));
+    world.policy("a/nowhere", EgressPolicySpec { gateway: Some("nowhere".into()), ..naming(&["192.0.2.50"]) });
+    let gateway = |key: &str, world: &mut World| world.report()[&PolicyKey::from(key)].gateway.clone();
+    assert_eq!(gateway("a/default", &mut world).as_deref(), Some("g"));
+    assert_eq!(gateway("a/nowhere", &mut world).as_deref(), Some("nowhere"));
+}
+
+#[test]
+fn a_policy_that_makes_no_sense_is_told_so() {
+    let mut world = World::new(&["192.0.2.50"]);
+    let unreadable = |message: &str| Arc::new(Unreadable { message: message.into(), generation: Some(2) });
+    world.cluster.unreadable.insert("a/p".into(), unreadable("spec.egress[0]: what?"));
+    world.assert_condition("a/p", "Accepted", "False", "Invalid", "spec.egress[0]");
+    world.assert_condition("a/p", "Ready", "False", "NotAccepted", "Accepted");
+    // Its last good state is used.
+    world.policy("a/p", naming(&["192.0.2.50"]));
+    world.assert_condition("a/p", "Accepted", "False", "Invalid", "spec.egress[0]");
+    assert!(world.report()[&PolicyKey::from("a/p")].addresses.is_some());
+    assert_eq!(world.condition("a/p", "Ready").reason, "NodeNotReporting");
+}
+
+#[test]
+fn pods_are_counted_while_they_can_be_selected() {
+    let mut world = World::new(&["192.0.2.50"]);
+    world.policy("a/p", EgressPolicySpec { pod_selector: Some(selector(&[("app", "x")])), ..naming(&["192.0.2.50"]) });
+    for name in ["one", "two", "host", "finished"] {
+        world.pod("a", name, &[("app", "x")]);
+    }
+    world.pod("a", "other", &[]);
+    world.pod("b", "elsewhere", &[("app", "x")]);
+    for (key, pod) in world.cluster.pods.iter_mut() {
+        let pod = Arc::make_mut(pod);
+        pod.host_network = &*key.name == "host";
+        pod.finished = &*key.name == "finished";
+    }
+    assert_eq!(world.report()[&PolicyKey::from("a/p")].pods, 2);
+}
+
+#[test]
+fn a_policy_is_shadowed_when_others_decide_for_all_its_pods() {
+    let mut world = World::new(&["192.0.2.50"]);
+    world.policy("a/all", asking(Allocate::Shared));
+    world.assert_condition("a/all", "Shadowed", "False", "NoPods", "");
+    world.pod("a", "one", &[("app", "x")]);
+    world.policy(
+        "a/x",
+        EgressPolicySpec { pod_selector: Some(selector(&[("app", "x")])), priority: 1, ..asking(Allocate::Shared) },
+    );
+    world.assert_condition("a/all", "Shadowed", "True", "Shadowed", "a/x");
+    world.assert_condition("a/x", "Shadowed", "False", "NotShadowed", "");
+    world.pod("a", "two", &[]);
+    world.assert_condition("a/all", "Shadowed", "False", "NotShadowed", "");
+}
+
+/// Whether a policy with the last rules is covered by policies with the rules before.
+#[track_caller]
+fn assert_covered(rules: &[&[&str]], expected: bool) {
+    let mut world = World::new(&["192.0.2.50"]);
+    world.pod("a", "one", &[]);
+    for (i, rules) in rules.iter().enumerate() {
+        world.policy(&format!("a/p{i}"), to(rules, -(i as i32)));
+    }
+    let shadowed = world.condition(&format!("a/p{}", rules.len() - 1), "Shadowed");
+    assert_eq!(shadowed.status == "True", expected, "{rules:?}: {}", shadowed.message);
+}
+
+#[test]
+fn destinations_are_compared_exactly() {
+    assert_covered(&[&["203.0.113.0/24"], &["203.0.113.0/25"]], true);
+    assert_covered(&[&["203.0.113.0/25"], &["203.0.113.0/24"]], false);
+    assert_covered(&[&["203.0.113.0/24 tcp:80-90"], &["203.0.113.5/32 tcp:80"]], true);
+    assert_covered(&[&["203.0.113.0/24 tcp:80-90"], &["203.0.113.5/32 udp:80"]], false);
+    assert_covered(&[&["203.0.113.0/24 tcp:80-90"], &["203.0.113.5/32 tcp:80-91"]], false);
+    assert_covered(&[&["203.0.113.0/24 tcp:80-90"], &["203.0.113.5/32"]], false);
+    assert_covered(&[&["203.0.113.0/24"], &["198.51.100.0/24"], &["203.0.113.5/32", "198.51.100.1/32"]], true);
+    assert_covered(&[&["203.0.113.0/24"], &["203.0.113.5/32", "198.51.100.1/32"]], false);
+    assert_covered(&[&[""], &["203.0.113.0/24"]], true);
+    assert_covered(&[&["0.0.0.0/0", "::/0"], &[""]], true);
+    assert_covered(&[&["0.0.0.0/0"], &[""]], false);
+    assert_covered(&[&["tcp:1-65535"], &["2001:db8::/64 tcp:443"]], true);
+    assert_covered(&[&["0.0.0.0/0"], &["2001:db8::/64"]], false);
+    assert_covered(&[&["203.0.113.0/24"], &[]], false);
+}
+
+#[test]
+fn exceptions_are_not_covered() {
+    let wide = "203.0.113.0/24 -203.0.113.0/28";
+    assert_covered(&[&[wide], &["203.0.113.0/24"]], false);
+    assert_covered(&[&[wide], &["203.0.113.4/32"]], false);
+    assert_covered(&[&[wide], &["203.0.113.128/25"]], true);
+    assert_covered(&[&[wide], &["203.0.113.0/24 -203.0.113.0/28"]], true);
+    assert_covered(&[&[wide], &["203.0.113.0/25 -203.0.113.0/27"]], true);
+    assert_covered(&[&[wide], &["203.0.113.0/25 -203.0.113.0/29"]], false);
+}
+
+#[test]
+fn the_hint_of_a_shadowed_policy_can_be_followed() {
+    // Priorities and tiers of the one that decides and of the one that is shadowed, and what the latter is told.
+    type Of = (&'static str, i32, Option<Tier>);
+    let cases: [(Of, Of, &str); 7] = [
+        (("a/first", 4, None), ("a/second", 4, None), "set its priority to 5 or more"),
+        (("a/first", 9, None), ("second", 4, None), "set its priority to 10 or more"),
+        (("a/first", i32::MAX, None), ("a/second", 4, None), "set its priority to 2147483647 and theirs below that"),
+        (
+            ("first", 0, Some(Tier::Admin)),
+            ("a/second", 4, None),
+            "who administers the cluster can take them out of tier",
+        ),
+        (
+            ("first", 3, Some(Tier::Admin)),
+            ("second", 4, None),
+            "set its tier to Admin, and set its priority to 4 or more",
+        ),
+        (("a/first", 3, None), ("second", 4, Some(Tier::Baseline)), "leave out its tier, and set its priority to 4 or"),
+        (("first", 3, Some(Tier::Admin)), ("second", 2, Some(Tier::Admin)), "set its priority to 4 or more"),
+    ];
+    for ((first, high, above), (second, low, below), words) in cases {
+        let mut world = World::new(&["192.0.2.50"]);
+        world.pod("a", "one", &[]);
+        world.policy_of_tier(first, EgressPolicySpec { priority: high, ..asking(Allocate::Shared) }, above);
+        world.now += 1;
+        world.policy_of_tier(second, EgressPolicySpec { priority: low, ..asking(Allocate::Shared) }, below);
+        world.assert_condition(second, "Shadowed", "True", "Shadowed", words);
+        world.assert_condition(first, "Shadowed", "False", "NotShadowed", "");
+    }
+}
+
+#[test]
+fn a_policy_without_an_address_that_lets_go_what_it_covers_shadows_none() {
+    let mut world = World::new(&["192.0.2.50"]);
+    world.pod("a", "one", &[]);
+    world.policy("everywhere", asking(Allocate::Shared));
+    let unknown = |fallback| EgressPolicySpec { gateway: Some("nope".into()), fallback, ..asking(Allocate::Shared) };
+    world.policy("a/out", unknown(Fallback::NodeAddress));
+    world.assert_condition("everywhere", "Shadowed", "False", "NotShadowed", "");
+    world.assert_condition("a/out", "Shadowed", "False", "PassedOver", "next policy");
+    world.policy("a/out", unknown(Fallback::Block));
+    world.assert_condition("everywhere", "Shadowed", "True", "Shadowed", "a/out");
+    // What has an address keeps its place while its gateway is dead.
+    world.policy("a/out", EgressPolicySpec { fallback: Fallback::NodeAddress, ..asking(Allocate::Shared) });
+    world.cluster.nodes.clear();
+    world.assert_condition("a/out", "Ready", "False", "NoNode", "");
+    world.assert_condition("everywhere", "Shadowed", "True", "Shadowed", "a/out");
+}
+
+#[test]
+fn what_the_holder_has_lost_is_named_where_the_policy_needs_it() {
+    let mut world = World::new(&["192.0.2.50-192.0.2.59", "2001:db8::50-2001:db8::59"]);
+    world.policy("a/pair", asking(Allocate::Dedicated));
+    world.policy("a/plain", naming(&["192.0.2.57"]));
+    world.allocate();
+    world.settle();
+    for node in ["n1", "n2"] {
+        world.loses(node, &["IPv6"]);
+    }
+    world.assert_condition(
+        "a/pair",
+        "Ready",
+        "True",
+        "AddressHeld",
+        "it has lost IPv6, and no other node has more: no",
+    );
+    assert!(!world.condition("a/plain", "Ready").message.contains("lost"));
+}

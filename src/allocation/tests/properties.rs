@@ -1,0 +1,354 @@
+//! What holds for whatever happens to a cluster.
+
+use crate::allocation::{Outcome, REST_SECONDS, Reason, Verdict, allocate};
+use crate::api::{Allocate, EgressPolicySpec, PathKind, Sharing};
+use crate::fixture::{World, asking, naming, reservation};
+use crate::model::PolicyKey;
+use crate::model::marks::MAX_PATH;
+use proptest::prelude::*;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::net::IpAddr;
+
+const POOLS: [&[&str]; 5] = [
+    &["192.0.2.0-192.0.2.9"],
+    &["192.0.2.0-192.0.2.3", "2001:db8::-2001:db8::5"],
+    &["192.0.2.5-192.0.2.12", "2001:db8::4-2001:db8::f"],
+    &["2001:db8::-2001:db8::2"],
+    &[],
+];
+
+/// One thing that happens.
+#[derive(Clone, Debug)]
+enum Step {
+    Policy { name: usize, gateway: Option<usize>, address: Ask },
+    NoPolicy(usize),
+    Node(usize, usize),
+    NoNode(usize),
+    Pool(usize, usize),
+    Default(usize, bool),
+    Sharing(usize, bool),
+    Wait(i64),
+}
+
+#[derive(Clone, Debug)]
+enum Ask {
+    V4(u8),
+    Both(u8, u8),
+    Allocate(Allocate),
+}
+
+fn ask() -> impl Strategy<Value = Ask> {
+    prop_oneof![
+        (0..12u8).prop_map(Ask::V4),
+        (0..12u8, 0..8u8).prop_map(|(a, b)| Ask::Both(a, b)),
+        Just(Ask::Allocate(Allocate::Dedicated)),
+        Just(Ask::Allocate(Allocate::Shared)),
+        Just(Ask::Allocate(Allocate::Node)),
+    ]
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    prop_oneof![
+        6 => (0..12usize, proptest::option::of(0..2usize), ask())
+            .prop_map(|(name, gateway, address)| Step::Policy { name, gateway, address }),
+        3 => (0..12usize).prop_map(Step::NoPolicy),
+        2 => (0..4usize, 0..2usize).prop_map(|(node, gateway)| Step::Node(node, gateway)),
+        1 => (0..4usize).prop_map(Step::NoNode),
+        1 => (0..2usize, 0..POOLS.len()).prop_map(|(gateway, pool)| Step::Pool(gateway, pool)),
+        1 => (0..2usize, any::<bool>()).prop_map(|(gateway, default)| Step::Default(gateway, default)),
+        1 => (0..2usize, any::<bool>()).prop_map(|(gateway, sharing)| Step::Sharing(gateway, sharing)),
+        2 => (1..800i64).prop_map(Step::Wait),
+    ]
+}
+
+const GATEWAYS: [&str; 2] = ["g", "h"];
+
+/// A world and what its gateways' specs are now.
+struct Story {
+    world: World,
+    pools: [usize; 2],
+    defaults: [bool; 2],
+    sharing: [bool; 2],
+}
+
+impl Story {
+    fn new() -> Self {
+        let mut story = Story { world: World::new(&[]), pools: [1, 2], defaults: [true, false], sharing: [true; 2] };
+        story.gateways();
+        story
+    }
+
+    fn gateways(&mut self) {
+        for (i, name) in GATEWAYS.into_iter().enumerate() {
+            let default = self.defaults[i];
+            self.world.gateway(name, POOLS[self.pools[i]], |spec| {
+                spec.default = default;
+                spec.sharing = if self.sharing[i] { Sharing::Cluster } else { Sharing::Namespace };
+                spec.reservations = match i {
+                    0 => vec![],
+                    _ => vec![reservation(&["192.0.2.6-192.0.2.8", "2001:db8::4"], &["other"])],
+                };
+            });
+        }
+    }
+
+    fn apply(&mut self, step: &Step) {
+        let key = |name: &usize| match name {
+            0..7 => format!("ns/p{name}"),
+            7..10 => format!("other/p{name}"),
+            _ => format!("c{name}"),
+        };
+        match step {
+            Step::Policy { name, gateway, address } => {
+                let spec = match address {
+                    Ask::V4(a) => naming(&[&format!("192.0.2.{a}")]),
+                    Ask::Both(a, b) => naming(&[&format!("192.0.2.{a}"), &format!("2001:db8::{b}")]),
+                    Ask::Allocate(allocate) => asking(*allocate),
+                };
+                let gateway = gateway.map(|g| GATEWAYS[g].to_owned());
+                self.world.policy(&key(name), EgressPolicySpec { gateway, ..spec });
+            }
+            Step::NoPolicy(name) => {
+                self.world.cluster.policies.remove(&PolicyKey::from(&*key(name)));
+            }
+            // 192.0.2.2 is in a pool, too.
+            Step::Node(node, gateway) => {
+                let address = format!("192.0.2.{}", node * 100 + 2);
+                let addresses: &[&str] = if *node < 3 { &[&address, "fd00::1"] } else { &[] };
+                self.world.node(&format!("n{node}"), GATEWAYS[*gateway], addresses);
+            }
+            Step::NoNode(node) => {
+                self.world.cluster.nodes.remove(&*format!("n{node}"));
+            }
+            Step::Pool(gateway, pool) => {
+                self.pools[*gateway] = *pool;
+                self.gateways();
+            }
+            Step::Default(gateway, default) => {
+                self.defaults[*gateway] = *default;
+                self.gateways();
+            }
+            Step::Sharing(gateway, sharing) => {
+                self.sharing[*gateway] = *sharing;
+                self.gateways();
+            }
+            Step::Wait(seconds) => self.world.now += seconds,
+        }
+    }
+}
+
+fn addresses(pair: &crate::api::AddressPair) -> Vec<IpAddr> {
+    [pair.ipv4.map(IpAddr::from), pair.ipv6.map(IpAddr::from)].into_iter().flatten().collect()
+}
+
+/// Ids and addresses are nobody else's; each policy has its path or a reason, and the ledger says the same.
+fn check_sound(world: &World, outcome: &Outcome) -> Result<(), TestCaseError> {
+    let (mut ids, mut held) = (BTreeSet::new(), BTreeSet::new());
+    let mut of_nodes = BTreeSet::new();
+    let mut users: BTreeMap<PolicyKey, u16> = BTreeMap::new();
+    for (name, status) in &outcome.gateways {
+        let mut of_this_gateways_nodes = BTreeSet::new();
+        for path in &status.paths {
+            prop_assert!((1..=MAX_PATH).contains(&path.id) && ids.insert(path.id), "id {} twice", path.id);
+            prop_assert!(!path.address.is_empty() && !path.policies.is_empty());
+            for address in addresses(&path.address) {
+                if path.kind == PathKind::Node {
+                    prop_assert!(of_this_gateways_nodes.insert((path.node.clone(), address)));
+                    of_nodes.insert(address);
+                } else {
+                    prop_assert!(held.insert(address), "{address} twice");
+                    let pool = &world.cluster.gateways[name].pool;
+                    prop_assert!(pool.iter().any(|range| range.contains(address)), "{address} is not in the pool");
+                }
+            }
+            match &path.node {
+                Some(node) => prop_assert!(status.nodes.iter().any(|name| **name == **node)),
+                None => prop_assert!(status.nodes.is_empty()),
+            }
+            for policy in &path.policies {
+                prop_assert!(users.insert(policy.clone(), path.id).is_none(), "{policy} has two paths");
+            }
+        }
+    }
+    prop_assert!(held.is_disjoint(&of_nodes));
+    check_tenants(world, outcome)?;
+    prop_assert_eq!(outcome.verdicts.len(), world.cluster.policies.len());
+    for (key, verdict) in &outcome.verdicts {
+        match verdict {
+            Verdict::Granted(grant) => prop_assert_eq!(users.get(key), Some(&grant.id)),
+            Verdict::Refused(refusal) => {
+                prop_assert!(!users.contains_key(key));
+                prop_assert!(refusal.message.contains(';'), "no remedy in {:?}", refusal.message);
+            }
+        }
+    }
+    Ok(())
+}
+
+/// What is named is not another namespace's, unless the gateway lets them share; what is reserved is another's never.
+fn check_tenants(world: &World, outcome: &Outcome) -> Result<(), TestCaseError> {
+    for (name, status) in &outcome.gateways {
+        let gateway = &world.cluster.gateways[name];
+        for path in &status.paths {
+            let namespaces: BTreeSet<_> = path.policies.iter().map(|key| key.namespace.clone()).collect();
+            if path.kind == PathKind::Explicit && gateway.sharing == Sharing::Namespace {
+                prop_assert_eq!(namespaces.len(), 1);
+            }
+            let reserved = addresses(&path.address).iter().any(|a| gateway.reservations.iter().any(|r| r.contains(*a)));
+            let may = path.kind == PathKind::Explicit && namespaces.iter().flatten().all(|ns| &**ns == "other");
+            prop_assert!(path.kind == PathKind::Node || !reserved || may, "{path:?} is reserved");
+        }
+    }
+    Ok(())
+}
+
+/// What was last used by whom, and when it was given back.
+#[derive(Default)]
+struct History {
+    ids: HashMap<u16, (i64, BTreeSet<PolicyKey>)>,
+    addresses: HashMap<IpAddr, (i64, BTreeSet<PolicyKey>)>,
+}
+
+impl History {
+    /// Nobody gets an id that another gave back less than ten minutes ago, nor an address, unless it names it.
+    fn check(&mut self, world: &World, outcome: &Outcome) -> Result<(), TestCaseError> {
+        let rested = |last: Option<&(i64, BTreeSet<PolicyKey>)>, users: &BTreeSet<PolicyKey>| match last {
+            Some((at, before)) => world.now >= at + REST_SECONDS || !before.is_disjoint(users),
+            None => true,
+        };
+        for path in outcome.gateways.values().flat_map(|status| &status.paths) {
+            let users: BTreeSet<PolicyKey> = path.policies.iter().cloned().collect();
+            prop_assert!(rested(self.ids.get(&path.id), &users), "id {} is reused", path.id);
+            self.ids.insert(path.id, (world.now, users.clone()));
+            if path.kind != PathKind::Node {
+                for address in addresses(&path.address) {
+                    let named = path.kind == PathKind::Explicit;
+                    prop_assert!(named || rested(self.addresses.get(&address), &users), "{address} is reused");
+                    self.addresses.insert(address, (world.now, users.clone()));
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+proptest! {
+    #[test]
+    fn whatever_happens_the_ledger_is_sound(steps in proptest::collection::vec((step(), any::<bool>()), 1..60)) {
+        let mut story = Story::new();
+        let mut history = History::default();
+        for (step, look) in &steps {
+            story.apply(step);
+            // Not every change is seen by itself.
+            if !look {
+                continue;
+            }
+            let twice = allocate(&story.world.cluster, story.world.now);
+            let outcome = story.world.allocate();
+            prop_assert_eq!(&twice, &outcome);
+            check_sound(&story.world, &outcome)?;
+            history.check(&story.world, &outcome)?;
+            let again = story.world.allocate();
+            for (name, status) in &again.gateways {
+                let same = (&outcome.gateways[name].paths, &outcome.gateways[name].released);
+                prop_assert_eq!((&status.paths, &status.released), same, "the same again changes nothing");
+            }
+            // Who is refused by one of two default gateways has nothing to tell it by the next time, and is then
+            // refused for that.
+            if story.defaults != [true, true] {
+                prop_assert_eq!(&again, &outcome);
+            }
+        }
+    }
+
+    #[test]
+    fn one_policys_change_touches_no_other(
+        steps in proptest::collection::vec(step(), 1..40), change in (0..12usize, ask()), removed in any::<bool>(),
+    ) {
+        let mut story = Story::new();
+        for step in &steps {
+            story.apply(step);
+        }
+        let before = story.world.allocate();
+        let (name, address) = change;
+        story.apply(&match removed {
+            true => Step::NoPolicy(name),
+            false => Step::Policy { name, gateway: None, address },
+        });
+        let after = story.world.allocate();
+        for (key, verdict) in &before.verdicts {
+            if let (Verdict::Granted(was), Some(Verdict::Granted(is))) = (verdict, after.verdicts.get(key))
+                && !key.name.ends_with(&name.to_string())
+            {
+                prop_assert_eq!((was.id, &was.address, &was.node), (is.id, &is.address, &is.node), "{}", key);
+            } else if let Verdict::Granted(_) = verdict {
+                prop_assert!(key.name.ends_with(&name.to_string()), "{key} has lost its path");
+            }
+        }
+    }
+
+    #[test]
+    fn from_nothing_the_nodes_are_balanced_within_one(asks in proptest::collection::vec(ask(), 1..60), nodes in 1..6usize) {
+        let mut world = World::new(&["192.0.2.0/24", "2001:db8::/64"]);
+        world.cluster.nodes.clear();
+        for node in 0..nodes {
+            world.node(&format!("n{node}"), "g", &[&format!("10.0.0.{node}")]);
+        }
+        for (i, ask) in asks.iter().enumerate() {
+            world.policy(&format!("ns/p{i}"), match ask {
+                Ask::V4(a) => naming(&[&format!("192.0.2.{a}")]),
+                Ask::Both(a, b) => naming(&[&format!("192.0.2.{a}"), &format!("2001:db8::{b}")]),
+                Ask::Allocate(allocate) => asking(*allocate),
+            });
+        }
+        let outcome = world.allocate();
+        let mut count: BTreeMap<&str, usize> = (0..nodes).map(|_| ("", 0)).collect();
+        count.clear();
+        let status = &outcome.gateways["g"];
+        for node in &status.nodes {
+            count.insert(node, status.paths.iter().filter(|p| p.node.as_deref() == Some(&**node)).count());
+        }
+        let (least, most) = (count.values().min().unwrap(), count.values().max().unwrap());
+        prop_assert!(most - least <= 1, "{count:?}");
+    }
+
+    #[test]
+    fn a_policy_that_comes_back_in_time_gets_the_same(
+        steps in proptest::collection::vec(step(), 1..40), name in 0..12usize, after in 0..REST_SECONDS,
+    ) {
+        let mut story = Story::new();
+        for step in &steps {
+            story.apply(step);
+        }
+        let before = story.world.allocate();
+        let key = before.verdicts.keys().nth(name % before.verdicts.len().max(1)).cloned();
+        if let Some(key) = key && let Verdict::Granted(was) = &before.verdicts[&key] {
+            let policy = story.world.cluster.policies.remove(&key).unwrap();
+            let without = story.world.allocate();
+            // Another policy may have waited for an address that it names.
+            let paths = without.gateways.values().flat_map(|status| &status.paths);
+            let mut named = paths.filter(|path| path.kind == PathKind::Explicit).flat_map(|path| addresses(&path.address));
+            prop_assume!(!named.any(|address| addresses(&was.address).contains(&address)));
+            story.world.now += after;
+            story.world.cluster.policies.insert(key.clone(), policy);
+            match &story.world.allocate().verdicts[&key] {
+                Verdict::Granted(is) => {
+                    prop_assert!((was.id, &was.address) == (is.id, &is.address) || was.kind == PathKind::Node);
+                }
+                // Of two default gateways it cannot be told which one the policy came from.
+                Verdict::Refused(refusal) => prop_assert_eq!(refusal.reason, Reason::SeveralDefaultGateways),
+            }
+        }
+    }
+}
+
+#[test]
+fn ten_thousand_policies_each_have_their_own() {
+    let mut world = World::new(&["10.1.0.0/16", "2001:db8::/64"]);
+    for i in 0..10_000 {
+        world.policy(&format!("ns{}/p{i}", i % 100), asking(Allocate::Dedicated));
+    }
+    let outcome = world.allocate();
+    assert_eq!(world.allocate(), outcome);
+    assert_eq!(outcome.gateways["g"].paths.len(), 10_000);
+}

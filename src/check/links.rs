@@ -1,0 +1,113 @@
+//! Devices and routes, tried.
+
+use super::{Need, State};
+use crate::kernel::netlink::{Attributes, Error, NETLINK_ROUTE, NLM_F_CREATE, NLM_F_EXCL, Socket};
+use nix::libc;
+
+// include/uapi/linux/rtnetlink.h
+const RTM_NEWLINK: u16 = 16;
+const RTM_NEWROUTE: u16 = 24;
+const RTM_NEWRULE: u16 = 32;
+const RTA_PRIORITY: u16 = 6;
+const RTA_TABLE: u16 = 15;
+const RTN_UNREACHABLE: u8 = 7;
+const RTN_THROW: u8 = 9;
+// include/uapi/linux/if_link.h
+const IFLA_IFNAME: u16 = 3;
+const IFLA_LINKINFO: u16 = 18;
+const IFLA_INFO_KIND: u16 = 1;
+const IFLA_INFO_DATA: u16 = 2;
+const IFLA_VXLAN_ID: u16 = 1;
+const IFLA_VXLAN_LEARNING: u16 = 7;
+const IFLA_VXLAN_PORT: u16 = 15;
+const IFLA_VXLAN_GBP: u16 = 23;
+// include/uapi/linux/fib_rules.h
+const FRA_PRIORITY: u16 = 6;
+const FRA_FWMARK: u16 = 10;
+const FRA_TABLE: u16 = 15;
+const FRA_FWMASK: u16 = 16;
+const FRA_PROTOCOL: u16 = 21;
+const FR_ACT_TO_TBL: u8 = 1;
+
+/// Any table but the three that always exist.
+const TABLE: u32 = 7871;
+
+/// The tunnel device, pods' devices, and policy routing.
+pub fn run() -> Vec<Need> {
+    let mut socket = match Socket::open(NETLINK_ROUTE) {
+        Ok(socket) => socket,
+        Err(e) => return vec![Need::missing("rtnetlink", format!("the kernel says: {e}"), "needs CONFIG_NET")],
+    };
+    vec![
+        Need::tried(
+            "VXLAN",
+            vxlan(&mut socket),
+            "with group-based policy",
+            "the tunnel needs CONFIG_VXLAN, the module vxlan; some distributions have it in a package of extra modules",
+        ),
+        Need::tried(
+            "veth",
+            device(&mut socket, "egt0", "veth", |_| {}),
+            "pods' interfaces",
+            "needs CONFIG_VETH, the module veth",
+        ),
+        Need::tried(
+            "policy routing, IPv4",
+            routing(&mut socket, libc::AF_INET as u8),
+            "by mark, with throw and unreachable",
+            "needs CONFIG_IP_ADVANCED_ROUTER and CONFIG_IP_MULTIPLE_TABLES",
+        ),
+        ipv6(routing(&mut socket, libc::AF_INET6 as u8)),
+    ]
+}
+
+/// A host without IPv6 works, for IPv4 alone.
+fn ipv6(result: Result<(), Error>) -> Need {
+    let without = matches!(&result, Err(e) if matches!(e.errno(), Some(libc::EAFNOSUPPORT | libc::EOPNOTSUPP)));
+    let need = Need::tried(
+        "policy routing, IPv6",
+        result,
+        "by mark, with throw and unreachable",
+        "needs CONFIG_IPV6_MULTIPLE_TABLES; without it there is no egress in IPv6",
+    );
+    if without { Need { state: State::Warn, ..need } } else { need }
+}
+
+fn vxlan(socket: &mut Socket) -> Result<(), Error> {
+    device(socket, "egt1", "vxlan", |data| {
+        data.attribute(IFLA_VXLAN_ID, &1u32.to_ne_bytes());
+        data.attribute(IFLA_VXLAN_PORT, &7871u16.to_be_bytes());
+        data.attribute(IFLA_VXLAN_LEARNING, &[0]);
+        data.attribute(IFLA_VXLAN_GBP, &[]);
+    })
+}
+
+fn device(socket: &mut Socket, name: &str, kind: &str, data: impl FnOnce(&mut Vec<u8>)) -> Result<(), Error> {
+    // ifinfomsg: any family, any type, a new index.
+    let mut message = vec![0; 16];
+    message.text(IFLA_IFNAME, name);
+    message.nested(IFLA_LINKINFO, |info| {
+        info.text(IFLA_INFO_KIND, kind);
+        info.nested(IFLA_INFO_DATA, data);
+    });
+    socket.request(RTM_NEWLINK, NLM_F_CREATE | NLM_F_EXCL, &message)
+}
+
+fn routing(socket: &mut Socket, family: u8) -> Result<(), Error> {
+    // fib_rule_hdr: family, prefix lengths, TOS, table (in an attribute), two reserved, action, flags.
+    let mut rule = vec![family, 0, 0, 0, 0, 0, 0, FR_ACT_TO_TBL, 0, 0, 0, 0];
+    rule.attribute(FRA_PRIORITY, &72u32.to_ne_bytes());
+    rule.attribute(FRA_FWMARK, &0x8000_0000u32.to_ne_bytes());
+    rule.attribute(FRA_FWMASK, &0xc000_0000u32.to_ne_bytes());
+    rule.attribute(FRA_TABLE, &TABLE.to_ne_bytes());
+    rule.attribute(FRA_PROTOCOL, &[crate::datapath::names::PROTOCOL]);
+    socket.request(RTM_NEWRULE, NLM_F_CREATE | NLM_F_EXCL, &rule)?;
+    for (kind, priority) in [(RTN_THROW, 1u32), (RTN_UNREACHABLE, 2)] {
+        // rtmsg: family, prefix lengths, TOS, table (in an attribute), protocol, scope, type, flags.
+        let mut route = vec![family, 0, 0, 0, 0, crate::datapath::names::PROTOCOL, 0, kind, 0, 0, 0, 0];
+        route.attribute(RTA_TABLE, &TABLE.to_ne_bytes());
+        route.attribute(RTA_PRIORITY, &priority.to_ne_bytes());
+        socket.request(RTM_NEWROUTE, NLM_F_CREATE | NLM_F_EXCL, &route)?;
+    }
+    Ok(())
+}

@@ -1,0 +1,200 @@
+//! The parts of nf_tables that Egret's tables are made of, each tried on its own, so that it can be said which one
+//! is missing.
+
+use super::{Need, State};
+use crate::datapath::port_log;
+use crate::kernel::netlink::Error;
+use crate::kernel::nft::Nftables;
+use crate::kernel::nft::rule::{Ip, Rule};
+use crate::kernel::nft::table::{Chain, DataType, Hook, Set, SetKind, Table, TableName, hook};
+use crate::kernel::nft::uapi::*;
+use std::net::Ipv4Addr;
+use std::sync::Arc;
+
+/// A part, and a table that needs it.
+struct Trial {
+    name: &'static str,
+    /// What is said if it works.
+    there: &'static str,
+    /// What is said if it does not.
+    remedy: &'static str,
+    family: u8,
+    table: fn() -> Table,
+}
+
+/// Egret works without these.
+const COPIES: &str = "copies of packets";
+const LOG: &str = "log of packets";
+/// The set of a trial that has one.
+const SET: &str = "set";
+
+const TRIALS: [Trial; 10] = [
+    Trial {
+        name: "nf_tables",
+        there: "family inet",
+        remedy: "needs CONFIG_NF_TABLES and CONFIG_NF_TABLES_INET, the module nf_tables",
+        family: NFPROTO_INET,
+        table: Table::default,
+    },
+    Trial {
+        name: "inet ingress chain",
+        there: "on a device",
+        remedy: "needs CONFIG_NETFILTER_INGRESS, Linux 5.10",
+        family: NFPROTO_INET,
+        table: || table(on_device("filter", hook::INGRESS), Rule::new().drop()),
+    },
+    Trial {
+        name: "netdev egress chain",
+        there: "on a device",
+        remedy: "needs CONFIG_NETFILTER_EGRESS and CONFIG_NF_TABLES_NETDEV, Linux 5.16",
+        family: NFPROTO_NETDEV,
+        table: || {
+            let rule = Rule::new().set_ether_daddr_by_mark(SET).accept();
+            with(table(on_device("filter", hook::NETDEV_EGRESS), rule), SET, map(DataType::Mark, DataType::Ether))
+        },
+    },
+    Trial {
+        name: "maps",
+        there: "marks, verdicts, intervals, ranges of ports, counters",
+        remedy: "needs nf_tables' sets of Linux 5.13 or newer",
+        family: NFPROTO_INET,
+        table: || {
+            let interval = SetKind { interval: true, ..SetKind::plain(DataType::Ipv4, None) };
+            let counter = SetKind { counter: true, ..map(DataType::Mark, DataType::Mark) };
+            let verdicts = with(Table::default(), "verdicts", map(DataType::Mark, DataType::Verdict));
+            let ports = SetKind { interval: true, ..SetKind::plain(DataType::Ipv4ProtocolPort, None) };
+            with(with(with(verdicts, "intervals", interval), "ports", ports), "counters", counter)
+        },
+    },
+    Trial {
+        name: "connection tracking",
+        there: "with marks",
+        remedy: "needs CONFIG_NFT_CT and CONFIG_NF_CONNTRACK_MARK, the module nf_conntrack",
+        family: NFPROTO_INET,
+        table: || table(at("filter", hook::PREROUTING, -90), Rule::new().ct_mark(1, 0).set_ct_mark(1).notrack()),
+    },
+    Trial {
+        name: "source NAT",
+        there: "by a map",
+        remedy: "needs CONFIG_NFT_NAT and CONFIG_NF_NAT, the modules nft_nat and nft_chain_nat",
+        family: NFPROTO_INET,
+        table: || {
+            let rule = Rule::new().snat_by_mark(Ip::V4, 1, SET);
+            with(table(at("nat", hook::POSTROUTING, -190), rule), SET, map(DataType::Mark, DataType::Ipv4))
+        },
+    },
+    Trial {
+        name: "MSS clamping",
+        there: "to the route's MTU",
+        remedy: "needs nf_tables' expressions rt and exthdr, Linux 4.14",
+        family: NFPROTO_INET,
+        table: || table(at("filter", hook::POSTROUTING, 300), Rule::new().clamp_mss()),
+    },
+    Trial {
+        name: "fib",
+        there: "types of addresses",
+        remedy: "needs CONFIG_NFT_FIB_INET, the module nft_fib_inet",
+        family: NFPROTO_INET,
+        table: || table(at("filter", hook::PREROUTING, -90), Rule::new().daddr_type(RTN_LOCAL).accept()),
+    },
+    Trial {
+        name: COPIES,
+        there: "by nft's dup",
+        remedy: "needs CONFIG_NFT_DUP_IPV4, the module nft_dup_ipv4: without it a path that is moved on purpose may lose packets",
+        family: NFPROTO_IPV4,
+        table: || table(at("filter", hook::PREROUTING, -91), Rule::new().dup(Ipv4Addr::LOCALHOST.into(), LOOPBACK)),
+    },
+    Trial {
+        name: LOG,
+        there: "to a group",
+        remedy: "needs CONFIG_NFT_LOG and CONFIG_NETFILTER_NETLINK_LOG, the modules nft_log and nfnetlink_log: without it \
+                 connections whose port was changed end when their path moves",
+        family: NFPROTO_INET,
+        table: || table(at("filter", hook::POSTROUTING, 300), Rule::new().log(port_log::GROUP)),
+    },
+];
+
+/// The index of a namespace's loopback device, `LOOPBACK_IFINDEX`, include/net/flow.h.
+const LOOPBACK: u32 = 1;
+
+/// Tries all parts. Without the first there is no use in trying the others.
+pub fn run() -> Vec<Need> {
+    let mut all = Vec::new();
+    let ownership = || Nftables::open()?.own_tables();
+    for trial in TRIALS {
+        let mut need = Need::tried(trial.name, attempt(trial.family, &(trial.table)()), trial.there, trial.remedy);
+        if [COPIES, LOG].contains(&trial.name) && need.state == State::Missing {
+            need.state = State::Warn;
+        }
+        let stop = all.is_empty() && need.state == State::Missing;
+        all.push(need);
+        if stop {
+            return all;
+        }
+    }
+    all.push(owned(ownership()));
+    all
+}
+
+/// Egret works without it.
+fn owned(result: Result<bool, Error>) -> Need {
+    let name = "tables with an owner";
+    let remedy = "needs Linux 6.9: without it `nft flush ruleset`, and so a restart of nftables.service, opens selected pods \
+                  for some milliseconds; take that line out of /etc/nftables.conf";
+    match result {
+        Ok(true) => Need::ok(name, "others cannot flush Egret's"),
+        Ok(false) => Need::warn(name, "not kept when the owner ends", remedy),
+        Err(e) => Need::warn(name, format!("the kernel says: {e}"), remedy),
+    }
+}
+
+/// Makes a table and removes it.
+fn attempt(family: u8, table: &Table) -> Result<(), Error> {
+    let name = TableName { family, name: "trial" };
+    let mut nft = Nftables::open()?;
+    nft.apply(&[(name, table.clone())])?;
+    nft.remove(&[name]).map(drop)
+}
+
+/// With one chain of one rule.
+fn table(hook: Hook, rule: Rule) -> Table {
+    let chain = Chain::new(Some(hook), vec![rule]);
+    Table { chains: [("chain".into(), Arc::new(chain))].into(), ..Table::default() }
+}
+
+fn at(kind: &str, number: u32, priority: i32) -> Hook {
+    Hook { kind: kind.into(), number, priority, drop: false, device: None }
+}
+
+/// On the loopback device.
+fn on_device(kind: &str, number: u32) -> Hook {
+    Hook { device: Some("lo".into()), ..at(kind, number, 0) }
+}
+
+fn with(mut table: Table, set: &'static str, kind: SetKind) -> Table {
+    table.sets.insert(set.into(), Set { kind, elements: Arc::default() });
+    table
+}
+
+fn map(key: DataType, data: DataType) -> SetKind {
+    SetKind::plain(key, Some(data))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nix::libc;
+    use nix::sched::{CloneFlags, unshare};
+
+    /// A trial that always succeeds would tell nothing.
+    #[test]
+    fn what_the_kernel_lacks_is_refused() {
+        let refusals = std::thread::spawn(|| {
+            unshare(CloneFlags::CLONE_NEWNET).unwrap();
+            let chain_unknown = table(at("filter", hook::PREROUTING, 0), Rule::new().jump("none-such"));
+            let kind_unknown = table(on_device("nat", hook::INGRESS), Rule::new().drop());
+            [chain_unknown, kind_unknown].map(|table| attempt(NFPROTO_INET, &table).unwrap_err().errno().unwrap())
+        });
+        assert_eq!(refusals.join().unwrap(), [libc::ENOENT, libc::EOPNOTSUPP]);
+    }
+}

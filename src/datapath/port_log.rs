@@ -1,0 +1,180 @@
+//! Word of connections that leave from another port than their pod's: the datapath logs their first packet, which has
+//! the other port already, to a group of nfnetlink_log.
+//!
+//! Events of connection tracking would tell it, too, and of every other connection of the host's, which the kernel makes a
+//! message for each.
+
+use crate::kernel::conntrack::Tuple;
+use crate::kernel::netlink::{self, Attributes, NETLINK_NETFILTER, Socket, attributes};
+use anyhow::{Context, Result};
+use nix::libc::ENOBUFS;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::os::fd::AsFd;
+use tokio::io::Interest;
+use tokio::net::UdpSocket;
+
+/// The group, of which each network namespace has its own.
+pub const GROUP: u16 = 7871;
+/// `NFNL_SUBSYS_ULOG` above, message below (include/uapi/linux/netfilter/nfnetlink_log.h).
+const NFULNL_MSG_PACKET: u16 = 0x400;
+const NFULNL_MSG_CONFIG: u16 = 0x401;
+const NFULA_CFG_CMD: u16 = 1;
+const NFULA_CFG_MODE: u16 = 2;
+const NFULA_CFG_NLBUFSIZ: u16 = 3;
+const NFULA_CFG_QTHRESH: u16 = 5;
+const NFULNL_CFG_CMD_BIND: u8 = 1;
+const NFULNL_COPY_PACKET: u8 = 2;
+const NFULA_PAYLOAD: u16 = 9;
+const NFGENMSG: usize = 4;
+/// The longest IPv4 header, and the ports behind it.
+const COPIED: u32 = 64;
+/// Room for one message of the kernel's: a header, the packet's beginning, and what else it tells.
+const MESSAGE: u32 = 512;
+/// Room for some thousand messages, while the processor is busy.
+const RECEIVE_BUFFER: usize = 4 << 20;
+
+/// Hears it; there can be one in a network namespace.
+pub struct PortLog {
+    socket: Socket,
+    /// The same socket; tokio's type for datagrams can wait for it.
+    readiness: UdpSocket,
+}
+
+/// What was heard.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Heard {
+    /// A connection's packet, as it leaves.
+    Packet(Tuple),
+    /// Some were lost.
+    Lost,
+    /// There is no more for now.
+    Nothing,
+}
+
+impl PortLog {
+    /// Begins to listen, in the calling thread's network namespace.
+    ///
+    /// # Errors
+    /// The kernel has no nfnetlink_log, or somebody else listens.
+    ///
+    /// # Panics
+    /// Outside a tokio runtime.
+    pub fn open() -> Result<Self> {
+        let mut socket = Socket::open(NETLINK_NETFILTER)?;
+        socket.set_buffers(RECEIVE_BUFFER)?;
+        let configure = |socket: &mut Socket, fill: &dyn Fn(&mut Vec<u8>)| {
+            // `struct nfgenmsg`: family, version, and the group.
+            let mut request = vec![0, 0];
+            request.extend_from_slice(&GROUP.to_be_bytes());
+            fill(&mut request);
+            socket.request(NFULNL_MSG_CONFIG, 0, &request)
+        };
+        configure(&mut socket, &|m| m.attribute(NFULA_CFG_CMD, &[NFULNL_CFG_CMD_BIND]))
+            .context("needs CONFIG_NETFILTER_NETLINK_LOG, the module nfnetlink_log")?;
+        configure(&mut socket, &|m| {
+            // `struct nfulnl_msg_config_mode`.
+            let [a, b, c, d] = COPIED.to_be_bytes();
+            m.attribute(NFULA_CFG_MODE, &[a, b, c, d, NFULNL_COPY_PACKET, 0]);
+            m.be32(NFULA_CFG_NLBUFSIZ, MESSAGE);
+            // Each at once: another node may need it for the connection's second packet.
+            m.be32(NFULA_CFG_QTHRESH, 1);
+        })
+        .context("nfnetlink_log")?;
+        socket.set_non_blocking()?;
+        let readiness = UdpSocket::from_std(socket.as_fd().try_clone_to_owned()?.into())?;
+        Ok(PortLog { socket, readiness })
+    }
+
+    /// Waits until there may be something to hear.
+    ///
+    /// # Errors
+    /// The socket failed.
+    pub async fn heard(&self) -> io::Result<()> {
+        self.readiness.readable().await
+    }
+
+    /// What comes next.
+    ///
+    /// # Errors
+    /// The socket failed.
+    pub fn take(&mut self) -> io::Result<Heard> {
+        let PortLog { socket, readiness } = self;
+        loop {
+            let mut heard = None;
+            let received = readiness.try_io(Interest::READABLE, || {
+                let received = socket.receive(|m| {
+                    if m.kind == NFULNL_MSG_PACKET {
+                        heard = heard.or_else(|| packet(m.payload));
+                    }
+                });
+                received.map_err(|e| match e {
+                    netlink::Error::Socket(e) => e,
+                    other => io::Error::other(other),
+                })
+            });
+            match (received, heard) {
+                (Ok(()), Some(tuple)) => return Ok(Heard::Packet(tuple)),
+                (Ok(()), None) => {}
+                (Err(e), _) if e.kind() == io::ErrorKind::WouldBlock => return Ok(Heard::Nothing),
+                (Err(e), _) if e.raw_os_error() == Some(ENOBUFS) => return Ok(Heard::Lost),
+                (Err(e), _) => return Err(e),
+            }
+        }
+    }
+}
+
+fn packet(message: &[u8]) -> Option<Tuple> {
+    let (_, bytes) = attributes(message.get(NFGENMSG..)?).find(|(kind, _)| *kind == NFULA_PAYLOAD)?;
+    tuple_of(bytes)
+}
+
+/// Who sends to whom, by the headers of an IP packet (RFC 791, RFC 8200). `None` if there are no ports right behind the
+/// IP header.
+fn tuple_of(packet: &[u8]) -> Option<Tuple> {
+    let (source, destination, protocol, ports): (IpAddr, IpAddr, u8, usize) = match packet.first()? >> 4 {
+        4 => {
+            let address = |at: usize| Some(Ipv4Addr::from(<[u8; 4]>::try_from(packet.get(at..at + 4)?).ok()?).into());
+            (address(12)?, address(16)?, *packet.get(9)?, usize::from(packet[0] & 0xf) * 4)
+        }
+        6 => {
+            let address = |at: usize| Some(Ipv6Addr::from(<[u8; 16]>::try_from(packet.get(at..at + 16)?).ok()?).into());
+            (address(8)?, address(24)?, *packet.get(6)?, 40)
+        }
+        _ => return None,
+    };
+    let port = |at: usize| Some(u16::from_be_bytes(packet.get(at..at + 2)?.try_into().ok()?));
+    Some(Tuple { source, destination, protocol, ports: [port(ports)?, port(ports + 2)?] })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_packets_tuple_is_read_with_and_without_options_and_of_no_short_one() {
+        let mut v4 = vec![0x46, 0, 0, 40, 0, 0, 0, 0, 64, 6, 0, 0, 192, 0, 2, 50, 198, 51, 100, 7, 1, 1, 1, 0];
+        v4.extend([0x9c, 0x40, 0, 80]);
+        let tuple = Tuple {
+            source: "192.0.2.50".parse().unwrap(),
+            destination: "198.51.100.7".parse().unwrap(),
+            protocol: 6,
+            ports: [40_000, 80],
+        };
+        assert_eq!(tuple_of(&v4), Some(tuple));
+        for length in 0..v4.len() {
+            assert_eq!(tuple_of(&v4[..length]), None, "{length} bytes");
+        }
+        let mut v6 = vec![0x60, 0, 0, 0, 0, 8, 17, 64];
+        v6.extend("2001:db8::50".parse::<Ipv6Addr>().unwrap().octets());
+        v6.extend("2001:db8::100".parse::<Ipv6Addr>().unwrap().octets());
+        v6.extend([0, 53, 0x23, 0x29]);
+        let tuple = Tuple {
+            source: "2001:db8::50".parse().unwrap(),
+            destination: "2001:db8::100".parse().unwrap(),
+            protocol: 17,
+            ports: [53, 9001],
+        };
+        assert_eq!(tuple_of(&v6), Some(tuple));
+    }
+}

@@ -1,0 +1,182 @@
+//! The quarantine: one routing rule for each address of a pod that must not reach the outside before the daemon has
+//! programmed it. The rule leads to a table in which the daemon left the cluster's networks and, behind them,
+//! `unreachable` for the rest.
+
+use crate::datapath::names::{PROTOCOL, RULE_QUARANTINE, TABLE_QUARANTINE};
+use crate::kernel::netlink::{Attributes, Error, NETLINK_ROUTE, NLM_F_CREATE, NLM_F_EXCL, Socket, attributes};
+use nix::libc;
+use std::collections::BTreeSet;
+use std::io;
+use std::net::IpAddr;
+
+/// Attributes of a rule, include/uapi/linux/fib_rules.h.
+const FRA_SRC: u16 = 2;
+const FRA_PRIORITY: u16 = 6;
+const FRA_TABLE: u16 = 15;
+const FRA_PROTOCOL: u16 = 21;
+/// The rule's action: look the route up in a table; same file.
+const FR_ACT_TO_TBL: u8 = 1;
+/// `sizeof(struct fib_rule_hdr)` and `sizeof(struct rtmsg)`.
+const HEADER: usize = 12;
+/// Rules added by hand may stand there twice; more often, something else adds them.
+const MAX_COPIES: usize = 16;
+
+/// An IP version.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Family {
+    /// IPv4.
+    V4,
+    /// IPv6.
+    V6,
+}
+
+impl Family {
+    /// Both.
+    pub const ALL: [Family; 2] = [Family::V4, Family::V6];
+
+    /// The one that `address` belongs to.
+    pub fn of(address: &IpAddr) -> Self {
+        if address.is_ipv4() { Family::V4 } else { Family::V6 }
+    }
+
+    /// `AF_INET` or `AF_INET6`, which fit the one byte that netlink headers have for them.
+    fn number(self) -> u8 {
+        match self {
+            Family::V4 => libc::AF_INET as u8,
+            Family::V6 => libc::AF_INET6 as u8,
+        }
+    }
+
+    fn bits(self) -> u8 {
+        match self {
+            Family::V4 => 32,
+            Family::V6 => 128,
+        }
+    }
+}
+
+/// The quarantine of the network namespace in which it was opened.
+pub struct Quarantine(Socket);
+
+impl Quarantine {
+    /// Opens it.
+    ///
+    /// # Errors
+    /// No netlink socket is to be had.
+    pub fn open() -> io::Result<Self> {
+        Socket::open(NETLINK_ROUTE).map(Quarantine)
+    }
+
+    /// The socket's netlink port, by which notifications name who made a change.
+    pub fn port(&self) -> u32 {
+        self.0.port()
+    }
+
+    /// Whether the table would hold a pod: its `unreachable` default route is there. A rule that leads to an empty
+    /// table holds nothing.
+    ///
+    /// # Errors
+    /// The kernel does not tell.
+    pub fn is_ready(&mut self, family: Family) -> Result<bool, Error> {
+        let mut request = vec![0; HEADER];
+        request[0] = family.number();
+        request[7] = libc::RTN_UNREACHABLE;
+        request.attribute(libc::RTA_TABLE, &TABLE_QUARANTINE.to_ne_bytes());
+        let found = self.0.dump(
+            libc::RTM_GETROUTE,
+            &request,
+            || false,
+            |found, route| {
+                // Old kernels do not filter.
+                *found |= route.len() >= HEADER
+                    && (route[0], route[1], route[7]) == (family.number(), 0, libc::RTN_UNREACHABLE)
+                    && number(&route[HEADER..], libc::RTA_TABLE) == Some(TABLE_QUARANTINE);
+            },
+        );
+        match found {
+            // There is no such table, or no such family.
+            Err(e) if matches!(e.errno(), Some(libc::ENOENT | libc::EAFNOSUPPORT | libc::EOPNOTSUPP)) => Ok(false),
+            other => other,
+        }
+    }
+
+    /// Puts an address into quarantine; that it is there already is fine.
+    ///
+    /// # Errors
+    /// The kernel's refusal.
+    pub fn hold(&mut self, address: &IpAddr) -> Result<(), Error> {
+        match self.0.request(libc::RTM_NEWRULE, NLM_F_CREATE | NLM_F_EXCL, &rule(address)) {
+            Err(e) if e.errno() == Some(libc::EEXIST) => Ok(()),
+            other => other,
+        }
+    }
+
+    /// Lets an address out; that it is not there is fine.
+    ///
+    /// # Errors
+    /// The kernel's refusal.
+    pub fn lift(&mut self, address: &IpAddr) -> Result<(), Error> {
+        for _ in 0..MAX_COPIES {
+            match self.0.request(libc::RTM_DELRULE, 0, &rule(address)) {
+                Ok(()) => {}
+                Err(e) if matches!(e.errno(), Some(libc::ENOENT | libc::EAFNOSUPPORT)) => return Ok(()),
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(())
+    }
+
+    /// The addresses in quarantine.
+    ///
+    /// # Errors
+    /// The kernel does not tell.
+    pub fn held(&mut self) -> Result<BTreeSet<IpAddr>, Error> {
+        let mut all = BTreeSet::new();
+        for family in Family::ALL {
+            let mut request = vec![0; HEADER];
+            request[0] = family.number();
+            let held = self.0.dump(libc::RTM_GETRULE, &request, Vec::new, |held, rule| held.extend(source(rule)));
+            match held {
+                Err(e) if matches!(e.errno(), Some(libc::EAFNOSUPPORT | libc::EOPNOTSUPP)) => {}
+                other => all.extend(other?),
+            }
+        }
+        Ok(all)
+    }
+}
+
+fn rule(address: &IpAddr) -> Vec<u8> {
+    let family = Family::of(address);
+    let mut rule = vec![0; HEADER];
+    rule[0] = family.number();
+    rule[2] = family.bits();
+    rule[7] = FR_ACT_TO_TBL;
+    match address {
+        IpAddr::V4(a) => rule.attribute(FRA_SRC, &a.octets()),
+        IpAddr::V6(a) => rule.attribute(FRA_SRC, &a.octets()),
+    }
+    rule.attribute(FRA_PRIORITY, &RULE_QUARANTINE.to_ne_bytes());
+    rule.attribute(FRA_TABLE, &TABLE_QUARANTINE.to_ne_bytes());
+    rule.attribute(FRA_PROTOCOL, &[PROTOCOL]);
+    rule
+}
+
+/// The address that a rule of the quarantine holds; `None` for all other rules.
+fn source(rule: &[u8]) -> Option<IpAddr> {
+    let attributes_of = rule.get(HEADER..)?;
+    let is_ours = rule[7] == FR_ACT_TO_TBL
+        && number(attributes_of, FRA_PRIORITY) == Some(RULE_QUARANTINE)
+        && number(attributes_of, FRA_TABLE) == Some(TABLE_QUARANTINE)
+        && attributes(attributes_of).any(|(kind, value)| kind == FRA_PROTOCOL && value == [PROTOCOL]);
+    let (_, value) = attributes(attributes_of).find(|(kind, _)| *kind == FRA_SRC).filter(|_| is_ours)?;
+    let address = match value.len() {
+        4 => IpAddr::from(<[u8; 4]>::try_from(value).ok()?),
+        _ => IpAddr::from(<[u8; 16]>::try_from(value).ok()?),
+    };
+    (rule[2] == Family::of(&address).bits()).then_some(address)
+}
+
+fn number(bytes: &[u8], kind: u16) -> Option<u32> {
+    let (_, value) = attributes(bytes).find(|(k, _)| *k == kind)?;
+    value.try_into().ok().map(u32::from_ne_bytes)
+}

@@ -1,0 +1,123 @@
+//! What policies list, as sets, and the rules that look into them.
+//!
+//! The sets are constant, and named after what is in them: another list is another set. So the kernel itself keeps
+//! everybody, `nft` included, from taking an element out of one that a rule looks at: it would be a hole in what the
+//! policy covers, for what is in no set passes.
+
+use crate::api::Protocol;
+use crate::kernel::nft::rule::{Ip, Rule};
+use crate::kernel::nft::table::{Bytes, Data, DataType, Elements, Key, Set, SetKind, SetName};
+use crate::model::AddressRange;
+use crate::model::covers::{Covers, Lookups, Shape};
+use crate::model::networks;
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::sync::Arc;
+
+/// The kinds of sets, of IPv4 and of IPv6.
+#[derive(Clone, Copy)]
+enum Kind {
+    /// Networks.
+    Whole,
+    /// Networks and protocols.
+    Protocols,
+    /// Networks, protocols and ports.
+    Ports,
+}
+
+const KINDS: [Kind; 3] = [Kind::Whole, Kind::Protocols, Kind::Ports];
+
+fn name(kind: Kind, at: usize, shape: &Shape) -> String {
+    let kind = match kind {
+        Kind::Whole => ["to4", "to6"][at],
+        Kind::Protocols => ["protocols4", "protocols6"][at],
+        Kind::Ports => ["ports4", "ports6"][at],
+    };
+    format!("{kind}-{}", shape.name)
+}
+
+/// Which sets a list has.
+fn sets_of(shape: &Shape) -> impl Iterator<Item = (Kind, usize)> {
+    let of = |kind, at: usize| match kind {
+        Kind::Whole => shape.whole[at],
+        Kind::Protocols => shape.protocols[at],
+        Kind::Ports => shape.ports[at],
+    };
+    [0, 1].into_iter().flat_map(|at| KINDS.map(|kind| (kind, at))).filter(move |(kind, at)| of(*kind, *at))
+}
+
+/// Adds a list's sets to `sets`; those that there were `before` are taken over.
+pub(super) fn add_sets(covers: &Covers, before: Option<&BTreeMap<SetName, Set>>, sets: &mut BTreeMap<SetName, Set>) {
+    let mut lookups = None;
+    for (kind, at) in sets_of(covers.shape()) {
+        let name = name(kind, at, covers.shape());
+        if sets.contains_key(&*name) {
+            continue;
+        }
+        let set = before.and_then(|before| before.get(&*name)).cloned();
+        let set = set.unwrap_or_else(|| set_of(kind, at, lookups.get_or_insert_with(|| covers.lookups())));
+        sets.insert(name.into(), set);
+    }
+}
+
+fn set_of(kind: Kind, at: usize, lookups: &Lookups) -> Set {
+    let (key, elements): (DataType, Elements) = match kind {
+        Kind::Whole => {
+            let all = lookups.whole[at].iter().flat_map(|range| bounds(*range));
+            ([DataType::Ipv4, DataType::Ipv6][at], all.collect())
+        }
+        Kind::Protocols => {
+            let all = lookups.protocols[at].iter();
+            let all = all.map(|(range, p)| of_fields([range.first, range.last].map(|a| fields(a, *p, None))));
+            ([DataType::Ipv4Protocol, DataType::Ipv6Protocol][at], all.collect())
+        }
+        Kind::Ports => {
+            let all = lookups.ports[at].iter().map(|(range, p)| {
+                let ends = [(range.first, p.first), (range.last, p.last)];
+                of_fields(ends.map(|(address, port)| fields(address, p.protocol, Some(port))))
+            });
+            ([DataType::Ipv4ProtocolPort, DataType::Ipv6ProtocolPort][at], all.collect())
+        }
+    };
+    let kind = SetKind { interval: true, constant: true, ..SetKind::plain(key, None) };
+    Set { kind, elements: Arc::new(elements) }
+}
+
+/// Where a range begins, and where it has ended.
+fn bounds(range: AddressRange) -> impl Iterator<Item = (Key, Data)> {
+    let end = networks::next(range.last).map(|end| Key { bytes: end.into(), end: true });
+    std::iter::once(range.first.into()).chain(end).map(|key| (key, Data::None))
+}
+
+/// The first and the last of a range of several fields.
+fn of_fields([first, last]: [Bytes; 2]) -> (Key, Data) {
+    (first.into(), Data::Value(last))
+}
+
+/// An address, a protocol and perhaps a port, each filled up to whole registers of four bytes.
+fn fields(address: IpAddr, protocol: Protocol, port: Option<u16>) -> Bytes {
+    let mut all = Bytes::from(address).as_slice().to_vec();
+    all.extend([protocol.number(), 0, 0, 0]);
+    if let Some([high, low]) = port.map(u16::to_be_bytes) {
+        all.extend([high, low, 0, 0]);
+    }
+    all.as_slice().into()
+}
+
+/// What makes a rule match all that is covered: one for each way to look it up. Nothing is to be looked up of a list that
+/// covers everything.
+pub(super) fn matches(covers: &Covers) -> Vec<Box<dyn Fn(Rule) -> Rule>> {
+    if covers.is_empty() {
+        return vec![Box::new(|rule| rule)];
+    }
+    let shape = covers.shape();
+    let of = |(kind, at): (Kind, usize)| -> Box<dyn Fn(Rule) -> Rule> {
+        let (ip, set) = (Ip::BOTH[at], name(kind, at, shape));
+        Box::new(move |rule| match kind {
+            Kind::Whole => rule.daddr_in_set(ip, &set),
+            Kind::Protocols => rule.daddr_and_protocol_in_set(ip, &set),
+            Kind::Ports => rule.daddr_and_port_in_set(ip, &set),
+        })
+    };
+    sets_of(shape).map(of).collect()
+}

@@ -1,0 +1,72 @@
+//! Packets for connections that another node still knows.
+//!
+//! While a path is moved on purpose, servers send to the new node before the pods' nodes do. What it does not know then
+//! goes through the tunnel to the old node, which knows the connection and sends it on to the pod. It is a copy that
+//! goes: the original is dropped as any unsolicited packet, before connection tracking confirms an entry that would
+//! occupy the very port that the connection needs here.
+//!
+//! This node's own pods' connections were translated elsewhere before and are translated here from now on, or the
+//! other way round, and an entry's translation cannot be changed. Until their entries are forgotten, which takes a
+//! moment, they go on in the old way; their next packet then makes an entry for the new one.
+
+use super::{HANDOVER, base, set, value};
+use crate::datapath::names::{DEVICE_GROUP, HUB4, HUB6};
+use crate::kernel::nft::rule::{Ip, Rule};
+use crate::kernel::nft::table::{Chain, DataType, Elements, Set, SetKind, Table, TableName, hook};
+use crate::kernel::nft::uapi::{CT_STATE_INVALID, CT_STATE_NEW};
+use crate::model::addresses_of;
+use crate::model::marks::{Marks, PathId};
+use crate::node_plan::NodePlan;
+use crate::node_plan::allocations::PathState;
+use std::net::IpAddr;
+use std::sync::Arc;
+
+/// Before the chain that drops what is unsolicited.
+const PRIORITY: i32 = -91;
+
+/// After the chain that decides on a packet's way.
+const PRIORITY_OLD_WAYS: i32 = -89;
+
+/// Adds what leads connections of paths that have just been moved in the old way; no chain if there are none.
+pub(super) fn keep_old_ways(plan: &NodePlan, marks: Marks, table: &mut Table) {
+    let uplink = |id: &PathId| {
+        let path = plan.paths.get(id).filter(|path| matches!(path.state, PathState::Remote(_)))?;
+        Some((marks.connection(*id).into(), value(marks.local(*id, path.uplink))))
+    };
+    let left: Elements = plan.left.iter().filter_map(uplink).collect();
+    let came: Elements = plan.came().map(|(id, _)| (marks.connection(id).into(), value(marks.request()))).collect();
+    if !(left.is_empty() && came.is_empty()) {
+        let rules = vec![
+            Rule::new().ct_original().ct_snat().set_mark_by_ct_mark(set::LEFT),
+            Rule::new().ct_original().ct_not_snat().set_mark_by_ct_mark(set::CAME),
+        ];
+        let chain = Chain::new(base("filter", hook::PREROUTING, PRIORITY_OLD_WAYS), rules);
+        table.chains.insert("old-ways".into(), Arc::new(chain));
+    }
+    for (name, elements) in [(set::LEFT, left), (set::CAME, came)] {
+        let kind = SetKind::plain(DataType::Mark, Some(DataType::Mark));
+        table.sets.insert(name.into(), Set { kind, elements: Arc::new(elements) });
+    }
+}
+
+/// Both tables; without chains, which every packet would have to pass, if nothing is moved.
+pub(super) fn tables(plan: &NodePlan, marks: Marks) -> impl Iterator<Item = (TableName, Table)> {
+    let ips = [(Ip::V4, DataType::Ipv4, IpAddr::V4(HUB4)), (Ip::V6, DataType::Ipv6, IpAddr::V6(HUB6))];
+    HANDOVER.into_iter().zip(ips).map(move |(name, (ip, key, hub))| {
+        let of_family = |a: &IpAddr| a.is_ipv4() == (ip == Ip::V4);
+        let addresses = plan.handed.iter().flat_map(|(id, (pair, _))| addresses_of(pair).map(|a| (*id, a)));
+        let moved = addresses.filter(|(_, a)| of_family(a));
+        let elements: Elements = moved.map(|(id, a)| (a.into(), value(marks.handed(id)))).collect();
+        let mut table = Table::default();
+        if !elements.is_empty() {
+            let rule = Rule::new().iif_group_not(DEVICE_GROUP).ct_state(CT_STATE_NEW | CT_STATE_INVALID);
+            let rules = vec![rule.set_mark_by_daddr(ip, set::HANDED).dup(hub, plan.device)];
+            table
+                .chains
+                .insert("handover".into(), Arc::new(Chain::new(base("filter", hook::PREROUTING, PRIORITY), rules)));
+        }
+        let kind = SetKind::plain(key, Some(DataType::Mark));
+        table.sets.insert(set::HANDED.into(), Set { kind, elements: Arc::new(elements) });
+        (name, table)
+    })
+}

@@ -1,0 +1,78 @@
+//! The chains of pods and of their profiles.
+
+use super::{counter, covers, set};
+use crate::api::Fallback;
+use crate::kernel::nft::rule::{Ip, Rule};
+use crate::kernel::nft::uapi::*;
+use crate::model::marks::{MAX_INDEX, Marks};
+use crate::node_plan::PodPlan;
+use crate::node_plan::policy_chain::{Profile, Step};
+use std::net::IpAddr;
+
+/// The pod's addresses get its tag. IPv6 link-local addresses and the unspecified one (duplicate address detection)
+/// pass untagged, other sources are forged. What is not IP passes.
+pub(super) fn from_pod(pod: &PodPlan, marks: Marks) -> Vec<Rule> {
+    let tag = marks.tag(pod.tag);
+    let mut rules: Vec<Rule> = pod.addresses.iter().map(|a| Rule::new().saddr(*a).set_mark(tag).accept()).collect();
+    rules.extend(without_address().map(Rule::accept));
+    rules.push(Rule::new().not_ip().accept());
+    rules.push(Rule::new().counter(counter::SPOOFED).drop());
+    rules
+}
+
+/// From what everybody may send from: IPv6 link-local addresses, and the unspecified one.
+pub(super) fn without_address() -> impl Iterator<Item = Rule> {
+    let link_local = ipnetwork::IpNetwork::new(IpAddr::V6([0xfe80, 0, 0, 0, 0, 0, 0, 0].into()), 10);
+    link_local.into_iter().map(|n| Rule::new().saddr_in(n)).chain([Rule::new().saddr(IpAddr::V6([0; 8].into()))])
+}
+
+/// A new connection of a pod: direct destinations pass, then the first policy that covers the destination decides.
+///
+/// What no policy covers passes at the end, if it has come by every rule: each flips the bits of its number in the
+/// index, which the tag needs no more. So a rule that somebody takes away blocks, and does not open what it covered.
+pub(super) fn of_profile(profile: &Profile, marks: Marks) -> Vec<Rule> {
+    let pass = |rule: Rule| rule.clear_mark(!marks.kind_and_index_mask()).accept();
+    let mut rules: Vec<Rule> = direct().map(pass).collect();
+    let Profile::Steps(steps) = profile else {
+        rules.push(Rule::new().counter(counter::BLOCKED).drop());
+        return rules;
+    };
+    rules.push(Rule::new().clear_mark(!marks.index_mask()));
+    let (mut number, mut passed) = (0, 0);
+    let mut numbered = || {
+        number = number % MAX_INDEX + 1;
+        passed ^= number;
+        Rule::new().flip_mark(marks.uplink(number))
+    };
+    if steps.iter().any(|step| step.fallback == Fallback::NodeAddress) {
+        // What connection tracking cannot place is not translated: it would bear the pod's own address.
+        rules.push(numbered().ct_state(CT_STATE_INVALID).counter(counter::BLOCKED).drop());
+    }
+    for step in steps {
+        for covered in covers::matches(&step.covers) {
+            let mut matched = || covered(numbered());
+            match (step.path, step.fallback) {
+                (Some(path), Fallback::Block) => {
+                    rules.push(matched().set_ct_mark(marks.connection(path)).goto("known"));
+                }
+                (Some(path), Fallback::NodeAddress) => {
+                    rules.push(matched().set_ct_mark_and_mark_by(marks.connection(path), set::PATH_OUT).accept());
+                    rules.push(pass(matched()));
+                }
+                (None, Fallback::Block) => rules.push(matched().counter(counter::BLOCKED).drop()),
+                (None, Fallback::NodeAddress) => rules.push(pass(matched())),
+            }
+        }
+    }
+    if !steps.iter().any(Step::covers_everything) {
+        let by_all = marks.tag(passed);
+        rules.push(pass(Rule::new().mark(marks.kind_and_index_mask(), by_all)));
+    }
+    rules
+}
+
+/// To destinations that every pod may reach.
+pub(super) fn direct() -> impl Iterator<Item = Rule> {
+    let sets = |(at, ip)| [set::HOSTS[at], set::DIRECT[at]].map(|set| Rule::new().daddr_in_set(ip, set));
+    Ip::BOTH.into_iter().enumerate().flat_map(sets).chain([Rule::new().daddr_type(RTN_LOCAL)])
+}

@@ -1,0 +1,187 @@
+//! Sets and maps that follow from the view.
+
+use super::{set, unless_same, value};
+use crate::kernel::nft::rule::Ip;
+use crate::kernel::nft::table::{Bytes, Data, DataType, Elements, Key, Set, SetKind, Table};
+use crate::model::AddressRange;
+use crate::model::mac::Mac;
+use crate::model::marks::Marks;
+use crate::model::networks;
+use crate::node_plan::allocations::Path;
+use crate::node_plan::{NodePlan, View, addresses};
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::sync::Arc;
+
+/// The sets that do not depend on this node's pods, made once for each [`View`].
+#[derive(Clone, Debug, Default)]
+pub struct SharedSets {
+    pub(super) sets: BTreeMap<&'static str, Set>,
+}
+
+/// The four places of four bits in a port. nf_tables compares with constants only (two registers: from Linux 6.13 on),
+/// but it looks anything up in a set: and so a set of pairs of equals tells whether two ports are the same, four bits at
+/// a time, lest it be a big one.
+pub(super) const PORT_BITS: [u16; 4] = [0xf000, 0x0f00, 0x00f0, 0x000f];
+
+/// Which peer index each tunnel MAC has on this node.
+pub type PeerIndexes = BTreeMap<Mac, u16>;
+
+/// The sets that follow from the view. Those that are as they were in `before` are the same ones.
+pub fn shared_sets(view: &View, peers: &PeerIndexes, marks: Marks, before: &SharedSets) -> SharedSets {
+    let mut sets = BTreeMap::new();
+    let mut put = |name, key, data, interval, counter, elements: Elements| {
+        let kind = SetKind { interval, counter, ..SetKind::plain(key, data) };
+        sets.insert(name, Set { kind, elements: unless_same(elements, before.sets.get(name)) });
+    };
+    let paths = &view.paths;
+    let members = || paths.paths.iter().filter(|(_, path)| path.member);
+    let translating: Vec<(u16, &Path)> =
+        members().filter(|(_, path)| path.translates).map(|(id, path)| (*id, path)).collect();
+    put(
+        set::RX,
+        DataType::Mark,
+        Some(DataType::Mark),
+        false,
+        true,
+        translating.iter().map(|(id, p)| (u32::from(*id).into(), value(marks.local(*id, p.uplink)))).collect(),
+    );
+    let known = peers.iter().filter(|(mac, _)| paths.is_gateway && paths.peers.contains_key(*mac));
+    let known = known.map(|(mac, index)| (mac.as_slice(), marks.connection_of_peer(*index)));
+    let peer = known.clone().map(|(mac, mark)| (Key::from(mac), value(mark))).collect();
+    let back = known.map(|(mac, mark)| (mark.into(), Data::Value(mac.into()))).collect();
+    put(set::PEER, DataType::Ether, Some(DataType::Mark), false, false, peer);
+    put(set::BACK, DataType::Mark, Some(DataType::Ether), false, false, back);
+    for (at, ip) in Ip::BOTH.into_iter().enumerate() {
+        let (address, pair) = types(ip);
+        let of_family = |a: &&IpAddr| ip.has(a);
+        let ways = || {
+            let ways = translating.iter().flat_map(|(id, path)| addresses(path).map(|a| (u32::from(*id), a)));
+            ways.filter(|(_, a)| of_family(&a))
+        };
+        let snat = ways().map(|(mark, a)| (mark.into(), Data::Value(a.into()))).collect();
+        let pairs = ways().map(|(mark, a)| (with_mark(mark, a), Data::None)).collect();
+        // Also of those that others hold now: the address comes before its first packet. An address that is not
+        // Egret's to place serves the node's own connections, too; so does one that this node cannot take because the
+        // host has it on its own.
+        let egress =
+            members().filter(|(_, path)| path.managed && path.translates).flat_map(|(_, path)| addresses(path));
+        let egress = egress.filter(|a| of_family(&a)).map(|a| plain(&a)).collect();
+        let ping = members().filter(|(_, path)| path.answers_ping).flat_map(|(_, path)| addresses(path));
+        let ping = ping.filter(|a| of_family(&a)).map(|a| plain(&a)).collect();
+        put(set::SNAT[at], DataType::Mark, Some(address), false, false, snat);
+        put(set::PAIRS[at], pair, None, false, false, pairs);
+        put(set::EGRESS[at], address, None, false, false, egress);
+        put(set::PING[at], address, None, false, false, ping);
+        put(set::DIRECT[at], address, None, true, false, ranges(&view.networks.direct, ip));
+        put(set::POOLS[at], address, None, true, false, ranges(&paths.pools, ip));
+        put(
+            set::HOSTS[at],
+            address,
+            None,
+            false,
+            false,
+            view.networks.hosts.iter().filter(of_family).map(plain).collect(),
+        );
+        let sources = view.tunnel_sources();
+        put(set::TUNNEL[at], address, None, false, false, sources.iter().filter(of_family).map(plain).collect());
+    }
+    put(
+        set::SAME_PORT,
+        DataType::Ports,
+        None,
+        false,
+        false,
+        if paths.is_gateway { same_port() } else { Elements::default() },
+    );
+    SharedSets { sets }
+}
+
+/// What selected pods are known by: the tag that they get, and more where that is lost. `before` is the last plan and
+/// what was made of it: a pod's start, which is waited for, adds to that.
+pub(super) fn of_pods(plan: &NodePlan, marks: Marks, before: Option<(&NodePlan, &Table)>) -> Vec<(&'static str, Set)> {
+    let same_unfound = before.filter(|(last, _)| last.unfound == plan.unfound);
+    let new = same_unfound.and_then(|(last, table)| Some((added(&last.pods, &plan.pods)?, table)));
+    let (pods, unfound, table) = match new {
+        Some((new, table)) => (new, None, Some(table)),
+        None => (plan.pods.values().map(|pod| &**pod).collect(), Some(&plan.unfound), None),
+    };
+    let set = |name, key, data, elements: Vec<(Key, Data)>| {
+        let kind = SetKind::plain(key, data);
+        let elements = match table.map(|table| &table.sets[name].elements) {
+            Some(before) if elements.is_empty() => before.clone(),
+            Some(before) => Arc::new(before.with(elements)),
+            None => Arc::new(elements.into_iter().collect()),
+        };
+        (name, Set { kind, elements })
+    };
+    let tags = pods.iter().map(|pod| (marks.tag(pod.tag).into(), Data::Jump(pod.profile.clone()))).collect();
+    let veths = pods.iter().map(|pod| (pod.interface_index.into(), value(marks.tag(pod.tag)))).collect();
+    let mut sets = vec![
+        set(set::PODS, DataType::Mark, Some(DataType::Verdict), tags),
+        set(set::VETHS, DataType::Interface, Some(DataType::Mark), veths),
+    ];
+    for (at, ip) in Ip::BOTH.into_iter().enumerate() {
+        let (address, tagged) = types(ip);
+        let addresses = pods.iter().flat_map(|pod| pod.addresses.iter().map(|a| (pod.tag, a)));
+        let addresses = addresses.filter(|(_, a)| ip.has(a));
+        let own = addresses.clone().map(|(tag, a)| (with_mark(marks.tag(tag), *a), Data::None)).collect();
+        let unfound = unfound.into_iter().flatten().filter(|a| ip.has(a));
+        let selected = addresses.map(|(_, a)| a).chain(unfound).map(plain).collect();
+        sets.push(set(set::OWN[at], tagged, None, own));
+        sets.push(set(set::SELECTED[at], address, None, selected));
+    }
+    sets
+}
+
+/// What `now` has more than `before`, if it has everything else as it was.
+fn added<'a, K: Ord, V: Eq>(before: &BTreeMap<K, Arc<V>>, now: &'a BTreeMap<K, Arc<V>>) -> Option<Vec<&'a V>> {
+    let (mut last, mut new) = (before.iter().peekable(), Vec::new());
+    for (key, value) in now {
+        let same = |(k, v): &(&K, &Arc<V>)| *k == key && *v == value;
+        if last.next_if(same).is_none() {
+            new.push(&**value);
+        }
+    }
+    last.next().is_none().then_some(new)
+}
+
+/// Of an address, and of a mark and an address.
+fn types(ip: Ip) -> (DataType, DataType) {
+    match ip {
+        Ip::V4 => (DataType::Ipv4, DataType::MarkIpv4),
+        Ip::V6 => (DataType::Ipv6, DataType::MarkIpv6),
+    }
+}
+
+/// A mark and an address, one after the other.
+fn with_mark(mark: u32, address: IpAddr) -> Key {
+    let (mut both, address) = ([0; 20], Bytes::from(address));
+    let length = 4 + address.as_slice().len();
+    both[..4].copy_from_slice(&mark.to_ne_bytes());
+    both[4..length].copy_from_slice(address.as_slice());
+    Key::from(&both[..length])
+}
+
+fn plain(address: &IpAddr) -> (Key, Data) {
+    (Key::from(*address), Data::None)
+}
+
+/// The ranges of this family, as the elements of an interval set. They are sorted, and do not touch each other.
+fn ranges(all: &[AddressRange], ip: Ip) -> Elements {
+    let elements = all.iter().filter(|range| ip.has(&range.first)).flat_map(|range| {
+        let end = networks::next(range.last).map(|end| Key { bytes: end.into(), end: true });
+        std::iter::once(range.first.into()).chain(end).map(|key| (key, Data::None))
+    });
+    elements.collect()
+}
+
+/// Each four bits that a port can have in one of four places, twice, each padded to four bytes.
+fn same_port() -> Elements {
+    let bits = PORT_BITS.iter().flat_map(|mask| (0..16).map(move |bits: u16| mask & (bits * 0x1111)));
+    let twice = bits.map(|bits| {
+        let [high, low] = bits.to_be_bytes();
+        (Key::from([high, low, 0, 0].repeat(2).as_slice()), Data::None)
+    });
+    twice.collect()
+}

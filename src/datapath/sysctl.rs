@@ -1,0 +1,81 @@
+//! Settings under /proc/sys/net. They are those of the calling thread's network namespace.
+
+use anyhow::{Context, Result};
+use std::fs::{self, OpenOptions};
+use std::io::{self, ErrorKind};
+use std::path::{Path, PathBuf};
+
+const NET: &str = "/proc/sys/net";
+/// Where manifests mount the host's `/proc/sys/net`, for a container without privileges: its own is read-only. Both are
+/// the same files, and both show the network namespace of the process that looks.
+pub const WRITABLE_NET: &str = "/host/proc/sys/net";
+
+/// Reads the setting `key`, with slashes: `ipv4/conf/egret/rp_filter`. `None` if the kernel has none of that name.
+///
+/// # Errors
+/// It is there and cannot be read.
+pub fn get(key: &str) -> Result<Option<String>> {
+    match fs::read_to_string(path(key)) {
+        Ok(text) => Ok(Some(text.trim_end().to_owned())),
+        Err(e) if e.kind() == ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(e).with_context(|| format!("cannot read {}", path(key).display())),
+    }
+}
+
+/// Gives the setting `key` a value and returns whether it had another one.
+///
+/// # Errors
+/// It cannot be read or written.
+pub fn ensure(key: &str, value: &str) -> Result<bool> {
+    if get(key)?.as_deref() == Some(value) {
+        return Ok(false);
+    }
+    match fs::write(path(key), value) {
+        Err(e) if e.kind() == ErrorKind::ReadOnlyFilesystem => fs::write(Path::new(WRITABLE_NET).join(key), value),
+        other => other,
+    }
+    .with_context(|| {
+        format!(
+            "cannot write {value} to {}; in a container that is not privileged, mount the host's {NET} at {WRITABLE_NET}",
+            path(key).display()
+        )
+    })?;
+    Ok(true)
+}
+
+/// Whether a setting of this kind can be written: opening it for writing changes nothing.
+///
+/// # Errors
+/// Why not.
+pub fn writable(key: &str) -> io::Result<()> {
+    let open = |path: &Path| OpenOptions::new().write(true).open(path).map(drop);
+    match open(&path(key)) {
+        Err(e) if e.kind() == ErrorKind::ReadOnlyFilesystem => open(&Path::new(WRITABLE_NET).join(key)).map_err(|_| e),
+        other => other,
+    }
+}
+
+/// Whether this network namespace speaks IPv6: the kernel has it, and it is not switched off everywhere.
+///
+/// # Errors
+/// The settings cannot be read.
+pub fn ipv6() -> Result<bool> {
+    match get("ipv6/conf/all/disable_ipv6")?.as_deref() {
+        None => return Ok(false),
+        Some("0") => return Ok(true),
+        Some(_) => {}
+    }
+    // Switched off for all, but a CNI may have switched it on again for its pods' interfaces.
+    for interface in fs::read_dir(path("ipv6/conf")).context("cannot list /proc/sys/net/ipv6/conf")? {
+        let name = interface?.file_name().to_string_lossy().into_owned();
+        let own = matches!(name.as_str(), "all" | "default" | "lo" | crate::datapath::names::DEVICE);
+        if !own && get(&format!("ipv6/conf/{name}/disable_ipv6"))?.as_deref() == Some("0") {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+fn path(key: &str) -> PathBuf {
+    [NET, key].iter().collect()
+}

@@ -1,0 +1,343 @@
+//! The tunnel device: one VXLAN device that reaches every other node, and nothing on it that learns or floods.
+//!
+//! All that is routed into it has one next hop, the hub; `netdev egret` swaps the hub's MAC address for that of the
+//! node that is meant, and the forwarding database ([`crate::kernel::fdb`]) knows that node's address.
+
+use crate::datapath::names::{ASKING, DEVICE, DEVICE_GROUP, DEVICE4, HUB_MAC, HUB4, HUB6, NETWORK4, PROTOCOL, of_mac};
+use crate::datapath::sysctl;
+use crate::datapath::uplink;
+use crate::kernel::route_socket::{Change, RouteSocket, errno};
+use crate::model::mac::{Mac, Shown};
+use anyhow::{Context, Result, bail};
+use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE};
+use netlink_packet_route::address::{
+    AddressAttribute, AddressHeaderFlags, AddressMessage, AddressProtocol, AddressScope,
+};
+use netlink_packet_route::link::{InfoData, InfoKind, InfoVxlan, LinkAttribute, LinkFlags, LinkInfo, LinkMessage};
+use netlink_packet_route::neighbour::{NeighbourAttribute, NeighbourMessage, NeighbourState};
+use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
+use nix::libc::{EADDRINUSE, EADDRNOTAVAIL, EAFNOSUPPORT, EEXIST, ENODEV, ENOENT};
+use rtnetlink::{LinkMessageBuilder, LinkUnspec, LinkVxlan};
+use std::net::IpAddr;
+
+/// The least MTU with which the kernel gives a device IPv6 (`IPV6_MIN_MTU`, include/uapi/linux/ipv6.h).
+pub const IPV6_MIN_MTU: u32 = 1280;
+
+/// What goes around a packet: Ethernet 14, VXLAN 8, UDP 8, IPv4 20 bytes.
+const OVERHEAD4: u32 = 50;
+/// As [`OVERHEAD4`], with IPv6's 40 bytes.
+const OVERHEAD6: u32 = 70;
+
+/// How the tunnel device is to be.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Tunnel {
+    /// VXLAN network identifier.
+    pub vni: u32,
+    /// UDP port, the same on every node.
+    pub port: u16,
+    /// This node's address, to which the others send.
+    pub local: IpAddr,
+    /// The device's MAC address.
+    pub mac: Mac,
+    /// The device's MTU, in bytes: [`underlay`].
+    pub mtu: u32,
+    /// Whether it carries IPv6: the host does, and the MTU is no less than [`IPV6_MIN_MTU`].
+    pub ipv6: bool,
+}
+
+/// The interface behind `local`, and the MTU that a tunnel from there can have: its own, less what goes around each packet.
+///
+/// # Errors
+/// The host does not have `local`.
+pub async fn underlay(socket: &RouteSocket, local: IpAddr) -> Result<(uplink::Interface, u32)> {
+    let underlay = uplink::underlay(socket, local).await?;
+    let overhead = if local.is_ipv4() { OVERHEAD4 } else { OVERHEAD6 };
+    let mtu = underlay.mtu.saturating_sub(overhead);
+    Ok((underlay, mtu))
+}
+
+/// Makes the device as it is to be, and returns its interface index. A device with another network identifier, port
+/// or local address is made anew, for the kernel cannot change those; its routes and forwarding entries go with it.
+///
+/// # Errors
+/// A device of that name that is no VXLAN device, another VXLAN device with the same identifier and port, a UDP port
+/// that is taken, a kernel without VXLAN; /proc/sys that cannot be written.
+pub async fn ensure(socket: &RouteSocket, tunnel: &Tunnel) -> Result<u32> {
+    let mut device = find(socket).await?;
+    if let Some(there) = &device {
+        if !is_vxlan(there) {
+            bail!(
+                "there is an interface {DEVICE} already, and it is no VXLAN device; rename it or remove it \
+                 (`ip link delete {DEVICE}`), Egret needs the name for its tunnel"
+            );
+        }
+        if !same_for_good(there, tunnel) {
+            remove(socket).await?;
+            device = None;
+        }
+    }
+    let device = match device {
+        Some(there) => there,
+        None => {
+            create(socket, tunnel).await?;
+            find(socket).await?.context("the tunnel device vanished as soon as it was made")?
+        }
+    };
+    let index = device.header.index;
+    // Before the device is up, so that nothing arrives under other rules.
+    settings(tunnel.ipv6)?;
+    adjust(socket, &device, tunnel).await?;
+    // With a network's prefix, for the route to the hub: a copy of a packet is sent there by address (`nf_dup_ipv4`).
+    address(socket, index, DEVICE4.into(), NETWORK4).await?;
+    neighbour(socket, index, HUB4.into()).await?;
+    if tunnel.ipv6 {
+        // With the network's prefix: it brings the route to the others' addresses, whatever else the device has.
+        address(socket, index, of_mac(ASKING, tunnel.mac).into(), 64).await?;
+        neighbour(socket, index, HUB6.into()).await?;
+    }
+    Ok(index)
+}
+
+/// Removes the device, and with it its routes, addresses and forwarding entries. Returns whether it was there.
+/// A device of that name that is no VXLAN device is somebody else's and stays.
+///
+/// # Errors
+/// The kernel's refusal.
+pub async fn remove(socket: &RouteSocket) -> Result<bool> {
+    let Some(device) = find(socket).await?.filter(is_vxlan) else { return Ok(false) };
+    let removed = socket
+        .apply(vec![Change {
+            message: RouteNetlinkMessage::DelLink(LinkUnspec::new_with_index(device.header.index).build()),
+            flags: 0,
+            done_already: &[ENODEV],
+            about: format!("remove the tunnel device {DEVICE}"),
+        }])
+        .await?;
+    Ok(removed > 0)
+}
+
+/// The device's interface index, if there is one that is ours.
+///
+/// # Errors
+/// The kernel's refusal.
+pub async fn index(socket: &RouteSocket) -> Result<Option<u32>> {
+    Ok(find(socket).await?.filter(is_vxlan).map(|device| device.header.index))
+}
+
+async fn find(socket: &RouteSocket) -> Result<Option<LinkMessage>> {
+    match socket.get(RouteNetlinkMessage::GetLink(LinkUnspec::new_with_name(DEVICE).build())).await {
+        Ok(RouteNetlinkMessage::NewLink(link)) => Ok(Some(link)),
+        Ok(_) => bail!("cannot look for the tunnel device {DEVICE}: the kernel answered something else"),
+        Err(e) if errno(&e) == Some(ENODEV) => Ok(None),
+        Err(e) => Err(e.context(format!("cannot look for the tunnel device {DEVICE}"))),
+    }
+}
+
+fn infos(link: &LinkMessage) -> &[LinkInfo] {
+    link.attributes
+        .iter()
+        .find_map(|a| if let LinkAttribute::LinkInfo(infos) = a { Some(infos.as_slice()) } else { None })
+        .unwrap_or_default()
+}
+
+fn is_vxlan(link: &LinkMessage) -> bool {
+    infos(link).contains(&LinkInfo::Kind(InfoKind::Vxlan))
+}
+
+/// The parameters that a VXLAN device has from its birth (`vxlan_nl2conf`, drivers/net/vxlan/vxlan_core.c).
+fn birth(tunnel: &Tunnel) -> Vec<InfoVxlan> {
+    vec![
+        InfoVxlan::Id(tunnel.vni),
+        InfoVxlan::Port(tunnel.port),
+        match tunnel.local {
+            IpAddr::V4(a) => InfoVxlan::Local(a),
+            IpAddr::V6(a) => InfoVxlan::Local6(a),
+        },
+        // The path's id travels in the group-based-policy extension.
+        InfoVxlan::Gbp,
+        InfoVxlan::Learning(false),
+        InfoVxlan::CollectMetadata(false),
+        // With a checksum the receiver can merge segments (GRO), and the sender's costs nothing: it is derived from
+        // the inner one (Documentation/networking/checksum-offloads.rst, local checksum offload).
+        InfoVxlan::UDPCsum(true),
+        InfoVxlan::UDPZeroCsumTX(false),
+        InfoVxlan::UDPZeroCsumRX(false),
+    ]
+}
+
+fn same_for_good(link: &LinkMessage, tunnel: &Tunnel) -> bool {
+    let Some(data) =
+        infos(link).iter().find_map(|i| if let LinkInfo::Data(InfoData::Vxlan(d)) = i { Some(d) } else { None })
+    else {
+        return false;
+    };
+    let foreign = |d: &InfoVxlan| {
+        matches!(d, InfoVxlan::Group(_) | InfoVxlan::Group6(_) | InfoVxlan::Gpe | InfoVxlan::Link(1..))
+            || *d == InfoVxlan::Vnifilter(true)
+    };
+    // A kernel need not say that a checksum flag is off.
+    let off = |d: &InfoVxlan| matches!(d, InfoVxlan::UDPZeroCsumTX(false) | InfoVxlan::UDPZeroCsumRX(false));
+    birth(tunnel).iter().all(|wanted| data.contains(wanted) || off(wanted)) && !data.iter().any(foreign)
+}
+
+async fn create(socket: &RouteSocket, tunnel: &Tunnel) -> Result<()> {
+    let device = birth(tunnel)
+        .into_iter()
+        .fold(LinkMessageBuilder::<LinkVxlan>::new(DEVICE), LinkMessageBuilder::<LinkVxlan>::append_info_data)
+        .address(tunnel.mac.to_vec())
+        .mtu(tunnel.mtu)
+        .append_extra_attribute(LinkAttribute::Group(DEVICE_GROUP))
+        .build();
+    let made = socket
+        .apply(vec![Change {
+            message: RouteNetlinkMessage::NewLink(device),
+            flags: NLM_F_CREATE | NLM_F_EXCL,
+            done_already: &[],
+            about: format!("make the tunnel device {DEVICE}"),
+        }])
+        .await;
+    let Tunnel { vni, port, local, .. } = tunnel;
+    match made {
+        Ok(_) => Ok(()),
+        Err(e) if errno(&e) == Some(EEXIST) => Err(e.context(format!(
+            "another VXLAN device has network identifier {vni} on UDP port {port} (`ip -d link show type vxlan`); \
+             remove it, or give the tunnel another port or identifier"
+        ))),
+        Err(e) => Err(e.context(format!("VXLAN {vni} from {local}, UDP port {port}"))),
+    }
+}
+
+fn settings(ipv6: bool) -> Result<()> {
+    // What comes out of the tunnel is routed by mark, and back by another table; and a node whose pods' only way out is the
+    // tunnel has no route back. The stricter of this and `all` counts, but 2, which is loose, counts more than 1.
+    let strict = sysctl::get("ipv4/conf/all/rp_filter")?.is_some_and(|all| all != "0");
+    sysctl::ensure(&format!("ipv4/conf/{DEVICE}/rp_filter"), if strict { "2" } else { "0" })?;
+    if ipv6 {
+        // A host may switch IPv6 off for new interfaces only.
+        sysctl::ensure(&format!("ipv6/conf/{DEVICE}/disable_ipv6"), "0")?;
+        sysctl::ensure(&format!("ipv6/conf/{DEVICE}/accept_ra"), "0")?;
+        // Answers to those who ask whether this node lives: whoever gets one sees that nobody has forwarded it.
+        sysctl::ensure(&format!("ipv6/conf/{DEVICE}/hop_limit"), "255")?;
+    }
+    Ok(())
+}
+
+/// MAC address, MTU, group, and up: what can be changed on a living device.
+async fn adjust(socket: &RouteSocket, device: &LinkMessage, tunnel: &Tunnel) -> Result<()> {
+    let has = |wanted: LinkAttribute| device.attributes.contains(&wanted);
+    let mut change = LinkUnspec::new_with_index(device.header.index);
+    let mut differs = false;
+    if !has(LinkAttribute::Address(tunnel.mac.to_vec())) {
+        change = change.address(tunnel.mac.to_vec());
+        differs = true;
+    }
+    if !has(LinkAttribute::Mtu(tunnel.mtu)) {
+        change = change.mtu(tunnel.mtu);
+        differs = true;
+    }
+    if !has(LinkAttribute::Group(DEVICE_GROUP)) {
+        change = change.append_extra_attribute(LinkAttribute::Group(DEVICE_GROUP));
+        differs = true;
+    }
+    if !device.header.flags.contains(LinkFlags::Up) {
+        change = change.up();
+        differs = true;
+    }
+    if !differs {
+        return Ok(());
+    }
+    let done = socket
+        .apply(vec![Change {
+            message: RouteNetlinkMessage::SetLink(change.build()),
+            flags: 0,
+            done_already: &[],
+            about: format!("set the tunnel device {DEVICE} up with {} and MTU {}", Shown(tunnel.mac), tunnel.mtu),
+        }])
+        .await;
+    match done {
+        Ok(_) => Ok(()),
+        Err(e) if errno(&e) == Some(EADDRINUSE) => Err(e.context(format!(
+            "UDP port {} is taken by another program (`ss -ulpn sport = :{}`); stop it, or give the tunnel another port",
+            tunnel.port, tunnel.port
+        ))),
+        Err(e) if [Some(EAFNOSUPPORT), Some(EADDRNOTAVAIL)].contains(&errno(&e)) => {
+            Err(e.context(format!("the host cannot open UDP sockets for {}; give a tunnel address that it has", tunnel.local)))
+        }
+        Err(e) => Err(e),
+    }
+}
+
+/// An address of the device's own.
+async fn address(socket: &RouteSocket, index: u32, own: IpAddr, prefix: u8) -> Result<()> {
+    let family = if own.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
+    // The kernel knows by itself that an IPv6 address is link-local.
+    let scope = if own.is_ipv4() { AddressScope::Link } else { AddressScope::Universe };
+    let mut filter = AddressMessage::default();
+    filter.header.family = family;
+    filter.header.index = index;
+    let attribute = if own.is_ipv4() { AddressAttribute::Local } else { AddressAttribute::Address };
+    let there = socket
+        .dump(RouteNetlinkMessage::GetAddress(filter), |m| match m {
+            RouteNetlinkMessage::NewAddress(a) if a.header.index == index && a.attributes.contains(&attribute(own)) => {
+                Some(a.header.prefix_len == prefix && (own.is_ipv6() || a.header.scope == scope))
+            }
+            _ => None,
+        })
+        .await
+        .context("cannot read the tunnel device's addresses")?;
+    if there.contains(&true) {
+        return Ok(());
+    }
+    let mut wanted = AddressMessage::default();
+    wanted.header.family = family;
+    wanted.header.prefix_len = prefix;
+    wanted.header.scope = scope;
+    wanted.header.index = index;
+    wanted.attributes = vec![
+        AddressAttribute::Local(own),
+        AddressAttribute::Address(own),
+        AddressAttribute::Protocol(AddressProtocol::Other(PROTOCOL)),
+    ];
+    if own.is_ipv6() {
+        // Nobody in the tunnel could tell that it has the same one.
+        wanted.header.flags = AddressHeaderFlags::Nodad;
+    }
+    socket
+        .apply(vec![Change {
+            message: RouteNetlinkMessage::NewAddress(wanted),
+            flags: NLM_F_CREATE | NLM_F_REPLACE,
+            done_already: &[],
+            about: format!("give the tunnel device {DEVICE} its address {own}/{prefix}"),
+        }])
+        .await?;
+    Ok(())
+}
+
+/// The hub's MAC address, for good: nobody would answer for it.
+async fn neighbour(socket: &RouteSocket, index: u32, hub: IpAddr) -> Result<()> {
+    let mut wanted = NeighbourMessage::default();
+    wanted.header.family = if hub.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
+    wanted.header.ifindex = index;
+    wanted.attributes = vec![NeighbourAttribute::Destination(hub.into())];
+    match socket.get(RouteNetlinkMessage::GetNeighbour(wanted.clone())).await {
+        Ok(RouteNetlinkMessage::NewNeighbour(there))
+            if there.header.state == NeighbourState::Permanent
+                && there.attributes.contains(&NeighbourAttribute::LinkLayerAddress(HUB_MAC.to_vec())) =>
+        {
+            return Ok(());
+        }
+        Err(e) if errno(&e) != Some(ENOENT) => return Err(e.context(format!("cannot look for the hub {hub}"))),
+        _ => {}
+    }
+    wanted.header.state = NeighbourState::Permanent;
+    wanted.attributes.push(NeighbourAttribute::LinkLayerAddress(HUB_MAC.to_vec()));
+    socket
+        .apply(vec![Change {
+            message: RouteNetlinkMessage::NewNeighbour(wanted),
+            flags: NLM_F_CREATE | NLM_F_REPLACE,
+            done_already: &[],
+            about: format!("give the hub {hub} its MAC address"),
+        }])
+        .await?;
+    Ok(())
+}

@@ -1,0 +1,254 @@
+//! By which interface an address leaves the host.
+
+use crate::datapath::addresses::{LocalAddress, local_addresses};
+use crate::datapath::names::DEVICE;
+use crate::kernel::route_socket::{RouteSocket, errno};
+use crate::model::mac::Mac;
+use anyhow::{Context, Result, bail};
+use ipnetwork::IpNetwork;
+use netlink_packet_route::link::{LinkAttribute, LinkFlags, LinkMessage};
+use netlink_packet_route::route::{RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteType};
+use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
+use nix::libc::{ENODEV, ENOENT};
+use rtnetlink::LinkUnspec;
+use std::collections::HashMap;
+use std::net::IpAddr;
+
+/// An interface.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Interface {
+    /// Its index.
+    pub ifindex: u32,
+    /// Its name.
+    pub name: String,
+    /// Its MAC address, if it has one of six bytes.
+    pub mac: Option<Mac>,
+    /// Its MTU, in bytes.
+    pub mtu: u32,
+    /// Whether it is up and has a carrier.
+    pub running: bool,
+    /// Whether it is the loopback interface.
+    pub loopback: bool,
+    /// Whether it speaks no ARP: a dummy, a tunnel.
+    pub no_arp: bool,
+}
+
+/// The host's addresses and default routes as they were read once, to find the interfaces of many addresses.
+#[derive(Debug)]
+pub struct Uplinks<'a> {
+    socket: &'a RouteSocket,
+    /// Addresses with a network that an egress address may lie in.
+    networks: Vec<LocalAddress>,
+    /// By family, IPv4 first, once it was asked for.
+    default_routes: [Option<Option<u32>>; 2],
+    by_name: HashMap<Box<str>, Option<Interface>>,
+    by_index: HashMap<u32, Option<Interface>>,
+}
+
+impl<'a> Uplinks<'a> {
+    /// Reads the host's addresses.
+    ///
+    /// # Errors
+    /// The kernel's refusal.
+    pub async fn read(socket: &'a RouteSocket) -> Result<Self> {
+        let tunnel = by_name(socket, DEVICE).await?.map(|i| i.ifindex);
+        let mut networks = local_addresses(socket).await?;
+        networks.retain(|a| !a.is_ours() && Some(a.ifindex) != tunnel);
+        let (by_name, by_index) = (HashMap::new(), HashMap::new());
+        Ok(Uplinks { socket, networks, default_routes: [None; 2], by_name, by_index })
+    }
+
+    /// The interface on which `address` is to be: the one that is named, else the one whose network holds the address,
+    /// else the one of the main table's default route.
+    ///
+    /// # Errors
+    /// There is none; the text says what to do.
+    pub async fn find(&mut self, address: IpAddr, interface: Option<&str>) -> Result<Interface> {
+        if let Some(name) = interface {
+            if !self.by_name.contains_key(name) {
+                self.by_name.insert(name.into(), by_name(self.socket, name).await?);
+            }
+            return self.by_name[name].clone().with_context(|| {
+                format!(
+                    "this node has no interface {name:?} for {address}; name one that each node of the gateway has, or \
+                     leave the interface out"
+                )
+            });
+        }
+        let holds = |a: &&LocalAddress| {
+            a.address.is_ipv4() == address.is_ipv4()
+                && IpNetwork::new(a.address, a.prefix).is_ok_and(|n| n.contains(address))
+        };
+        let on_link = self.networks.iter().filter(holds).max_by_key(|a| (a.prefix, std::cmp::Reverse(a.ifindex)));
+        let ifindex = match on_link {
+            Some(a) => a.ifindex,
+            None => self.default_route(address.is_ipv4()).await?.with_context(|| {
+                let family = if address.is_ipv4() { "IPv4" } else { "IPv6" };
+                format!(
+                    "this node has no interface for {address}: none whose network holds it, and no default {family} \
+                     route; name the gateway's interface"
+                )
+            })?,
+        };
+        if !self.by_index.contains_key(&ifindex) {
+            self.by_index.insert(ifindex, by_index(self.socket, ifindex).await?);
+        }
+        self.by_index[&ifindex]
+            .clone()
+            .with_context(|| format!("interface {ifindex}, for {address}, has just vanished"))
+    }
+
+    /// Why an address can be no egress IP of this host, whatever else the cluster says of it.
+    pub fn unusable(&self, address: IpAddr) -> Option<String> {
+        const REMEDY: &str = "take it out of the gateway's spec.addresses";
+        self.networks.iter().find_map(|own| {
+            if own.address == address {
+                return Some(format!(
+                    "{address} is an address that this node has on its own, and what listens there would be cut off; {REMEDY}"
+                ));
+            }
+            // In an IPv4 network of two addresses both are hosts' (RFC 3021); IPv6 has no broadcast.
+            let IpNetwork::V4(network) = IpNetwork::new(own.address, own.prefix).ok()? else { return None };
+            let what = match address {
+                IpAddr::V4(a) if network.prefix() < 31 && a == network.broadcast() => "broadcast address",
+                IpAddr::V4(a) if network.prefix() < 31 && a == network.network() => "network address",
+                _ => return None,
+            };
+            let network = format!("{}/{}", network.network(), network.prefix());
+            Some(format!("{address} is the {what} of this node's network {network}, and no host can have it; {REMEDY}"))
+        })
+    }
+
+    /// The networks on an interface's own link, of one family.
+    pub fn on_link(&self, ifindex: u32, ipv4: bool) -> impl Iterator<Item = IpNetwork> {
+        let of_interface = move |a: &&LocalAddress| a.ifindex == ifindex && a.address.is_ipv4() == ipv4;
+        let networks = self.networks.iter().filter(of_interface);
+        let networks = networks.filter_map(|a| IpNetwork::new(a.address, a.prefix).ok());
+        let networks = networks.filter(move |n| n.prefix() < if ipv4 { 32 } else { 128 });
+        networks.filter_map(|n| IpNetwork::new(n.network(), n.prefix()).ok())
+    }
+
+    async fn default_route(&mut self, ipv4: bool) -> Result<Option<u32>> {
+        let at = usize::from(!ipv4);
+        match self.default_routes[at] {
+            Some(known) => Ok(known),
+            None => Ok(*self.default_routes[at].insert(default_route(self.socket, ipv4).await?)),
+        }
+    }
+}
+
+/// The interface on whose MTU a tunnel from `local` depends.
+///
+/// # Errors
+/// The host does not have `local`.
+pub async fn underlay(socket: &RouteSocket, local: IpAddr) -> Result<Interface> {
+    let Some(at) = local_addresses(socket).await?.into_iter().find(|a| a.address == local) else {
+        bail!("this host does not have the tunnel address {local}; give one that it has (`ip address`)");
+    };
+    let gone = || format!("the interface with the tunnel address {local} has just vanished");
+    let holder = by_index(socket, at.ifindex).await?.with_context(gone)?;
+    // A host that announces its address by a routing protocol has it on lo or on a dummy, which nothing leaves by.
+    if (holder.loopback || holder.no_arp)
+        && let Some(ifindex) = default_route(socket, local.is_ipv4()).await?
+        && let Some(way_out) = by_index(socket, ifindex).await?
+    {
+        return Ok(way_out);
+    }
+    Ok(holder)
+}
+
+/// The interface of that name, if there is one.
+///
+/// # Errors
+/// The kernel's refusal.
+pub async fn by_name(socket: &RouteSocket, name: &str) -> Result<Option<Interface>> {
+    // The kernel refuses longer ones with another error (IFNAMSIZ, include/uapi/linux/if.h).
+    if name.is_empty() || name.len() > 15 {
+        return Ok(None);
+    }
+    get(socket, LinkUnspec::new_with_name(name).build()).await.with_context(|| format!("interface {name:?}"))
+}
+
+/// The interface of that index, if there is one.
+///
+/// # Errors
+/// The kernel's refusal.
+pub async fn by_index(socket: &RouteSocket, ifindex: u32) -> Result<Option<Interface>> {
+    if ifindex == 0 {
+        return Ok(None);
+    }
+    get(socket, LinkUnspec::new_with_index(ifindex).build()).await.with_context(|| format!("interface {ifindex}"))
+}
+
+async fn get(socket: &RouteSocket, request: LinkMessage) -> Result<Option<Interface>> {
+    match socket.get(RouteNetlinkMessage::GetLink(request)).await {
+        Ok(RouteNetlinkMessage::NewLink(link)) => Ok(Some(parse(&link))),
+        Ok(_) => bail!("the kernel answered something else"),
+        Err(e) if errno(&e) == Some(ENODEV) => Ok(None),
+        Err(e) => Err(e),
+    }
+}
+
+fn parse(link: &LinkMessage) -> Interface {
+    let flags = link.header.flags;
+    let mut interface = Interface {
+        ifindex: link.header.index,
+        name: String::new(),
+        mac: None,
+        mtu: 0,
+        running: flags.contains(LinkFlags::Up | LinkFlags::Running),
+        loopback: flags.contains(LinkFlags::Loopback),
+        no_arp: flags.contains(LinkFlags::Noarp),
+    };
+    for attribute in &link.attributes {
+        match attribute {
+            LinkAttribute::IfName(name) => interface.name.clone_from(name),
+            LinkAttribute::Address(bytes) => interface.mac = Mac::try_from(bytes.as_slice()).ok(),
+            LinkAttribute::Mtu(mtu) => interface.mtu = *mtu,
+            _ => {}
+        }
+    }
+    interface
+}
+
+/// The index of the interface of the main table's best default route.
+///
+/// # Errors
+/// The kernel's refusal.
+pub async fn default_route(socket: &RouteSocket, ipv4: bool) -> Result<Option<u32>> {
+    let family = if ipv4 { AddressFamily::Inet } else { AddressFamily::Inet6 };
+    let mut filter = RouteMessage::default();
+    filter.header.address_family = family;
+    filter.header.table = RouteHeader::RT_TABLE_MAIN;
+    filter.header.kind = RouteType::Unicast;
+    let routes = socket
+        .dump(RouteNetlinkMessage::GetRoute(filter), |m| match m {
+            RouteNetlinkMessage::NewRoute(r)
+                if r.header.address_family == family && r.header.destination_prefix_length == 0 =>
+            {
+                let dead = r.header.flags.intersects(RouteFlags::Dead | RouteFlags::Linkdown);
+                candidate(&r).map(|(metric, oif)| (dead, metric, oif))
+            }
+            _ => None,
+        })
+        .await;
+    match routes {
+        Ok(routes) => Ok(routes.into_iter().min().map(|(_, _, oif)| oif)),
+        Err(e) if errno(&e) == Some(ENOENT) => Ok(None),
+        Err(e) => Err(e.context("cannot read the main routing table")),
+    }
+}
+
+/// A default route's metric and interface; of several next hops, the first.
+fn candidate(route: &RouteMessage) -> Option<(u32, u32)> {
+    let (mut metric, mut oif) = (0, None);
+    for attribute in &route.attributes {
+        match attribute {
+            RouteAttribute::Priority(p) => metric = *p,
+            RouteAttribute::Oif(index) => oif = Some(*index),
+            RouteAttribute::MultiPath(hops) => oif = oif.or(hops.first().map(|hop| hop.interface_index)),
+            _ => {}
+        }
+    }
+    Some((metric, oif?))
+}

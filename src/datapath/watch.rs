@@ -1,0 +1,322 @@
+//! What others change in the kernel that is Egret's business: word of it, coarse, so that the daemon looks again.
+//!
+//! A busy node changes routes, neighbours and interfaces all the time. What is not Egret's is thrown away here,
+//! without a copy, and what comes in a burst is told once.
+
+use crate::datapath::names::{DEVICE, PROTOCOL, RULE_QUARANTINE, RULE_UPLINK, TABLE, is_own_table};
+use crate::kernel::netlink::{Message, NETLINK_NETFILTER, NETLINK_ROUTE, attributes, messages};
+use crate::model::mac::Mac;
+use netlink_sys::{AsyncSocket, SocketAddr, TokioSocket};
+use nix::libc::{AF_UNSPEC, ENOBUFS, IFF_RUNNING, IFF_UP};
+use nix::sys::socket::{setsockopt, sockopt};
+use std::collections::{BTreeSet, HashMap};
+use std::future::poll_fn;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::os::fd::AsFd;
+use std::task::{Context, Poll, ready};
+
+/// Multicast groups, include/uapi/linux/rtnetlink.h: links, neighbours, then addresses, routes, rules of both
+/// families, and IPv4's settings of interfaces.
+const ROUTE_GROUPS: [u32; 9] = [1, 3, 5, 9, 7, 11, 8, 19, 24];
+/// `NFNLGRP_NFTABLES`, include/uapi/linux/netfilter/nfnetlink.h.
+const NFNLGRP_NFTABLES: u32 = 7;
+/// Message types, include/uapi/linux/rtnetlink.h.
+const RTM_NEWLINK: u16 = 16;
+const RTM_DELLINK: u16 = 17;
+const RTM_NEWADDR: u16 = 20;
+const RTM_DELADDR: u16 = 21;
+const RTM_NEWROUTE: u16 = 24;
+const RTM_DELROUTE: u16 = 25;
+const RTM_NEWNEIGH: u16 = 28;
+const RTM_DELNEIGH: u16 = 29;
+const RTM_NEWRULE: u16 = 32;
+const RTM_DELRULE: u16 = 33;
+const RTM_NEWNETCONF: u16 = 80;
+/// include/uapi/linux/rtnetlink.h.
+const RT_TABLE_MAIN: u32 = 254;
+/// `NFNL_SUBSYS_NFTABLES << 8`, and `NFT_MSG_NEWGEN` in it, which comes with every transaction of anybody.
+const NFTABLES: u16 = 10 << 8;
+const NFT_MSG_NEWGEN: u16 = NFTABLES | 15;
+/// Attributes, each of its own message.
+const IFLA_IFNAME: u16 = 3;
+const IFLA_MTU: u16 = 4;
+const IFLA_LINKINFO: u16 = 18;
+const IFLA_INFO_KIND: u16 = 1;
+const IFA_ADDRESS: u16 = 1;
+const IFA_LOCAL: u16 = 2;
+const IFA_PROTO: u16 = 11;
+const RTA_TABLE: u16 = 15;
+const FRA_PRIORITY: u16 = 6;
+const NDA_LLADDR: u16 = 2;
+const NETCONFA_IFINDEX: u16 = 1;
+/// The index of the settings for all interfaces.
+const NETCONFA_IFINDEX_ALL: u32 = u32::MAX;
+/// `NFTA_TABLE_NAME`, `NFTA_CHAIN_TABLE`, `NFTA_RULE_TABLE`, `NFTA_SET_TABLE`, ...: all of them 1.
+const NFTA_TABLE: u16 = 1;
+/// Lengths of `struct ifinfomsg`, `ifaddrmsg`, `rtmsg`, `ndmsg`, `fib_rule_hdr`, `netconfmsg` (padded), `nfgenmsg`.
+const IFINFOMSG: usize = 16;
+const IFADDRMSG: usize = 8;
+const RTMSG: usize = 12;
+const NDMSG: usize = 12;
+const FIB_RULE_HDR: usize = 12;
+const NETCONFMSG: usize = 4;
+const NFGENMSG: usize = 4;
+/// The kernel sends no larger datagram (`NLMSG_GOODSIZE` and what nf_tables joins together).
+const DATAGRAM: usize = 128 * 1024;
+/// Room for what others change while the daemon is busy. It takes memory only then.
+const RECEIVE_BUFFER: usize = 4 << 20;
+
+/// What somebody else has changed.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Event {
+    /// Word was lost: look at all.
+    Everything,
+    /// The tunnel device, its settings, or what hangs on it: routes vanish with a device without word.
+    Tunnel,
+    /// The tunnel device's neighbours and forwarding entries.
+    Neighbours,
+    /// Routes in Egret's tables, or an uplink went up or down, which may take routes along without word.
+    Routes,
+    /// An uplink has lost its carrier or got it back, or a default route of the host's has come or gone.
+    Uplinks,
+    /// Routing rules of Egret's priorities.
+    Rules,
+    /// Addresses on an uplink, or such that are egress addresses.
+    Addresses,
+    /// The nftables tables of Egret's name.
+    Nftables,
+    /// A pod's veth is gone.
+    VethGone {
+        /// The index that it had.
+        index: u32,
+    },
+}
+
+/// What is the daemon's business besides what bears Egret's names and numbers.
+#[derive(Clone, Debug, Default)]
+pub struct Interest {
+    /// The netlink ports of the daemon's own sockets: what they change is no news.
+    pub own_ports: BTreeSet<u32>,
+    /// The index of the interface that the tunnel goes over, and its MTU in bytes, on which the tunnel's depends.
+    pub underlay: Option<(u32, u32)>,
+    /// The indices of the gateways' uplinks.
+    pub uplinks: BTreeSet<u32>,
+    /// Egress addresses, also such that something else places.
+    pub addresses: BTreeSet<IpAddr>,
+}
+
+/// Listens to the kernel, in the network namespace in which it was opened.
+pub struct Watch {
+    route: TokioSocket,
+    netfilter: TokioSocket,
+    buffer: Box<[u8]>,
+    /// The tunnel device's index, 0 if there is none.
+    device: u32,
+    /// Which uplinks had a carrier when word of them last came.
+    running: HashMap<u32, bool>,
+    interest: Interest,
+}
+
+impl Watch {
+    /// Begins to listen. What happens before the first [`Watch::next`] is kept.
+    ///
+    /// # Errors
+    /// No sockets are to be had.
+    ///
+    /// # Panics
+    /// Outside a tokio runtime.
+    pub fn open() -> io::Result<Self> {
+        Ok(Watch {
+            route: listen(NETLINK_ROUTE, &ROUTE_GROUPS)?,
+            netfilter: listen(NETLINK_NETFILTER, &[NFNLGRP_NFTABLES])?,
+            buffer: vec![0; DATAGRAM].into(),
+            device: nix::net::if_::if_nametoindex(DEVICE).unwrap_or(0),
+            running: HashMap::new(),
+            interest: Interest::default(),
+        })
+    }
+
+    /// Says what is the daemon's business from now on.
+    pub fn set_interest(&mut self, interest: Interest) {
+        self.interest = interest;
+    }
+
+    /// Waits for changes, and returns what has gathered, each once. Nothing is lost if it is dropped while it waits.
+    ///
+    /// # Errors
+    /// A socket failed.
+    pub async fn next(&mut self) -> io::Result<BTreeSet<Event>> {
+        poll_fn(|cx| self.poll_next(cx)).await
+    }
+
+    fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<BTreeSet<Event>>> {
+        let mut events = BTreeSet::new();
+        let Watch { route, netfilter, buffer, device, running, interest } = self;
+        running.retain(|index, _| interest.uplinks.contains(index));
+        let mut filter = Filter { device, running, interest, events: &mut events };
+        // Each ends with "nothing more", or when it is other tasks' turn.
+        while let Poll::Ready(read) = poll_receive(route, buffer, cx) {
+            filter.datagram(read?, buffer, Filter::route);
+        }
+        while let Poll::Ready(read) = poll_receive(netfilter, buffer, cx) {
+            filter.datagram(read?, buffer, Filter::nftables);
+        }
+        if events.is_empty() { Poll::Pending } else { Poll::Ready(Ok(events)) }
+    }
+}
+
+fn listen(protocol: isize, groups: &[u32]) -> io::Result<TokioSocket> {
+    let mut socket = TokioSocket::new(protocol)?;
+    let raw = socket.socket_mut();
+    // Root may go past net.core.rmem_max; with less room, more is read again.
+    let _ = setsockopt(&raw.as_fd(), sockopt::RcvBufForce, &RECEIVE_BUFFER);
+    raw.bind(&SocketAddr::new(0, 0))?;
+    groups.iter().try_for_each(|group| raw.add_membership(*group))?;
+    Ok(socket)
+}
+
+/// Reads one datagram, and returns its length; `None` if the kernel had to drop some.
+fn poll_receive(socket: &TokioSocket, buffer: &mut [u8], cx: &mut Context<'_>) -> Poll<io::Result<Option<usize>>> {
+    let all = buffer.len();
+    let mut room = buffer;
+    match ready!(socket.poll_recv(cx, &mut room)) {
+        Ok(()) => Poll::Ready(Ok(Some(all - room.len()))),
+        Err(e) if e.raw_os_error() == Some(ENOBUFS) => Poll::Ready(Ok(None)),
+        Err(e) => Poll::Ready(Err(e)),
+    }
+}
+
+struct Filter<'a> {
+    device: &'a mut u32,
+    running: &'a mut HashMap<u32, bool>,
+    interest: &'a Interest,
+    events: &'a mut BTreeSet<Event>,
+}
+
+impl Filter<'_> {
+    fn datagram(
+        &mut self,
+        read: Option<usize>,
+        buffer: &[u8],
+        each: impl Fn(&mut Self, &Message<'_>) -> Option<Event>,
+    ) {
+        let whole = read.is_some_and(|length| {
+            let told = messages(&buffer[..length.min(buffer.len())], |m| {
+                let news = each(self, &m);
+                if m.port == 0 || !self.interest.own_ports.contains(&m.port) {
+                    self.events.extend(news);
+                }
+            });
+            told.is_ok()
+        });
+        if !whole {
+            self.events.insert(Event::Everything);
+        }
+    }
+
+    fn route(&mut self, m: &Message<'_>) -> Option<Event> {
+        match m.kind {
+            RTM_NEWLINK | RTM_DELLINK => self.link(m),
+            RTM_NEWADDR | RTM_DELADDR => self.address(m),
+            RTM_NEWROUTE | RTM_DELROUTE => {
+                let table = attribute(m, RTMSG, RTA_TABLE).and_then(number).unwrap_or(u32::from(*m.payload.get(4)?));
+                let default = table == RT_TABLE_MAIN && *m.payload.get(1)? == 0;
+                if default && !self.interest.uplinks.is_empty() {
+                    return Some(Event::Uplinks);
+                }
+                is_own_table(table).then_some(Event::Routes)
+            }
+            RTM_NEWNEIGH | RTM_DELNEIGH => {
+                let on_device = *self.device != 0 && number(m.payload.get(4..8)?)? == *self.device;
+                // An attempt to resolve something is no change.
+                let known = attribute(m, NDMSG, NDA_LLADDR).is_some_and(|mac| mac.len() == size_of::<Mac>());
+                (on_device && known).then_some(Event::Neighbours)
+            }
+            RTM_NEWRULE | RTM_DELRULE => {
+                let priority = attribute(m, FIB_RULE_HDR, FRA_PRIORITY).and_then(number)?;
+                (RULE_QUARANTINE..=RULE_UPLINK).contains(&priority).then_some(Event::Rules)
+            }
+            RTM_NEWNETCONF => {
+                let index = attribute(m, NETCONFMSG, NETCONFA_IFINDEX).and_then(number)?;
+                (*self.device != 0 && [*self.device, NETCONFA_IFINDEX_ALL].contains(&index)).then_some(Event::Tunnel)
+            }
+            _ => None,
+        }
+    }
+
+    fn link(&mut self, m: &Message<'_>) -> Option<Event> {
+        // A bridge speaks of its ports in the same way, and says "deleted" when one leaves it.
+        if i32::from(*m.payload.first()?) != AF_UNSPEC {
+            return None;
+        }
+        let index = number(m.payload.get(4..8)?)?;
+        let name = attribute(m, IFINFOMSG, IFLA_IFNAME).map(trim)?;
+        if name == DEVICE.as_bytes() || index == *self.device {
+            let here = m.kind == RTM_NEWLINK && name == DEVICE.as_bytes();
+            *self.device = if here { index } else { 0 };
+            return Some(Event::Tunnel);
+        }
+        let mtu = || attribute(m, IFINFOMSG, IFLA_MTU).and_then(number);
+        if self.interest.underlay.is_some_and(|(of, was)| of == index && mtu().is_some_and(|mtu| mtu != was)) {
+            self.events.insert(Event::Tunnel);
+        }
+        if self.interest.uplinks.contains(&index) {
+            let (flags, changed) = (number(m.payload.get(8..12)?)?, number(m.payload.get(12..16)?)?);
+            let running = m.kind == RTM_NEWLINK && flags & IFF_RUNNING as u32 != 0;
+            if self.running.insert(index, running) != Some(running) {
+                self.events.insert(Event::Uplinks);
+            }
+            let news = m.kind == RTM_DELLINK || changed & IFF_UP as u32 != 0;
+            return news.then_some(Event::Routes);
+        }
+        let info = attribute(m, IFINFOMSG, IFLA_LINKINFO)?;
+        let veth = attributes(info).any(|(kind, value)| kind == IFLA_INFO_KIND && trim(value) == b"veth");
+        (m.kind == RTM_DELLINK && veth).then_some(Event::VethGone { index })
+    }
+
+    fn address(&self, m: &Message<'_>) -> Option<Event> {
+        let index = number(m.payload.get(4..8)?)?;
+        let (mut local, mut address, mut ours) = (None, None, false);
+        for (kind, value) in attributes(m.payload.get(IFADDRMSG..)?) {
+            match kind {
+                IFA_LOCAL => local = ip(value),
+                IFA_ADDRESS => address = ip(value),
+                IFA_PROTO => ours = value == [PROTOCOL],
+                _ => {}
+            }
+        }
+        if *self.device != 0 && index == *self.device {
+            // Its own address; the health address is one of ours, and is wanted or not as others are.
+            return Some(if ours { Event::Addresses } else { Event::Tunnel });
+        }
+        let wanted = local.or(address).is_some_and(|a| self.interest.addresses.contains(&a));
+        (ours || wanted || self.interest.uplinks.contains(&index)).then_some(Event::Addresses)
+    }
+
+    fn nftables(&mut self, m: &Message<'_>) -> Option<Event> {
+        if m.kind & 0xff00 != NFTABLES || m.kind == NFT_MSG_NEWGEN {
+            return None;
+        }
+        (trim(attribute(m, NFGENMSG, NFTA_TABLE)?) == TABLE.as_bytes()).then_some(Event::Nftables)
+    }
+}
+
+fn attribute<'a>(m: &Message<'a>, header: usize, wanted: u16) -> Option<&'a [u8]> {
+    attributes(m.payload.get(header..)?).find(|(kind, _)| *kind == wanted).map(|(_, value)| value)
+}
+
+fn number(bytes: &[u8]) -> Option<u32> {
+    bytes.try_into().ok().map(u32::from_ne_bytes)
+}
+
+fn trim(text: &[u8]) -> &[u8] {
+    text.split(|b| *b == 0).next().unwrap_or_default()
+}
+
+fn ip(bytes: &[u8]) -> Option<IpAddr> {
+    <[u8; 4]>::try_from(bytes)
+        .map(|b| Ipv4Addr::from(b).into())
+        .or_else(|_| <[u8; 16]>::try_from(bytes).map(|b| Ipv6Addr::from(b).into()))
+        .ok()
+}

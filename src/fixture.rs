@@ -1,0 +1,226 @@
+//! Small clusters for tests.
+
+use crate::allocation::{Grant, Outcome, Reason, Refusal, Verdict, allocate};
+use crate::api::{
+    AddressPair, Allocate, ClusterEgressPolicySpec, EgressGatewaySpec, EgressNodeStatus, EgressPolicySpec, LostUplink,
+    Placement, Reservation, Tier,
+};
+use crate::model::selector::Name;
+use crate::model::{Cluster, Gateway, Metadata, Node, ObjectKey, Pod, Policy, PolicyKey};
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{LabelSelector, LabelSelectorRequirement};
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+use std::sync::Arc;
+
+/// A cluster that is changed step by step.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct World {
+    pub(crate) cluster: Cluster,
+    pub(crate) now: i64,
+}
+
+pub(crate) fn selector(pairs: &[(&str, &str)]) -> LabelSelector {
+    let match_labels = pairs.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect();
+    LabelSelector { match_labels: Some(match_labels), match_expressions: None }
+}
+
+pub(crate) fn pair(addresses: &[&str]) -> AddressPair {
+    let mut pair = AddressPair::default();
+    for address in addresses {
+        match address.parse().unwrap() {
+            IpAddr::V4(a) => pair.ipv4 = Some(a),
+            IpAddr::V6(a) => pair.ipv6 = Some(a),
+        }
+    }
+    pair
+}
+
+/// Addresses that only these namespaces may name.
+pub(crate) fn reservation(addresses: &[&str], namespaces: &[&str]) -> Reservation {
+    let requirement = LabelSelectorRequirement {
+        key: "kubernetes.io/metadata.name".to_owned(),
+        operator: "In".to_owned(),
+        values: Some(namespaces.iter().map(|name| name.to_string()).collect()),
+    };
+    Reservation {
+        addresses: addresses.iter().map(|address| address.to_string()).collect(),
+        namespace_selector: LabelSelector { match_labels: None, match_expressions: Some(vec![requirement]) },
+    }
+}
+
+/// A policy for all pods that asks for these addresses.
+pub(crate) fn naming(addresses: &[&str]) -> EgressPolicySpec {
+    EgressPolicySpec { address: Some(pair(addresses)), pod_selector: Some(selector(&[])), ..Default::default() }
+}
+
+/// A policy for all pods that asks for an address.
+pub(crate) fn asking(allocate: Allocate) -> EgressPolicySpec {
+    EgressPolicySpec { allocate: Some(allocate), pod_selector: Some(selector(&[])), ..Default::default() }
+}
+
+impl World {
+    /// With the default gateway `g`, nodes `n1` and `n2` of it, and this pool.
+    pub(crate) fn new(pool: &[&str]) -> Self {
+        let mut world = World { now: 1_000_000, ..World::default() };
+        world.gateway("g", pool, |spec| spec.default = true);
+        world.node("n1", "g", &["10.0.0.1", "fd00::1"]);
+        world.node("n2", "g", &["10.0.0.2", "fd00::2"]);
+        world
+    }
+
+    /// Adds a gateway of the nodes that are labelled `gateway: NAME`, or changes its spec and keeps its status.
+    pub(crate) fn gateway(&mut self, name: &str, pool: &[&str], change: impl Fn(&mut EgressGatewaySpec)) {
+        let mut spec = EgressGatewaySpec {
+            node_selector: selector(&[("gateway", name)]),
+            addresses: pool.iter().map(|a| a.to_string()).collect(),
+            ..Default::default()
+        };
+        change(&mut spec);
+        let mut gateway = Gateway::new(&spec, Metadata { generation: Some(1), ..Metadata::default() }).unwrap();
+        if let Some(before) = self.cluster.gateways.get(name) {
+            gateway.status = before.status.clone();
+            gateway.end_cooldown.clone_from(&before.end_cooldown);
+        }
+        self.cluster.gateways.insert(name.into(), Arc::new(gateway));
+    }
+
+    pub(crate) fn external(&mut self, name: &str, pool: &[&str]) {
+        self.gateway(name, pool, |spec| {
+            spec.placement = Placement::External;
+            spec.default = true;
+        });
+    }
+
+    pub(crate) fn node(&mut self, name: &str, gateway: &str, addresses: &[&str]) {
+        let addresses: Box<[IpAddr]> = addresses.iter().map(|a| a.parse().unwrap()).collect();
+        let labels = [("gateway", gateway)].into_iter().collect();
+        let node = Node { labels, internal: addresses.len(), addresses, ..Node::default() };
+        self.cluster.nodes.insert(name.into(), Arc::new(node));
+    }
+
+    pub(crate) fn without_node(&mut self, name: &str) {
+        self.cluster.nodes.remove(name).unwrap();
+    }
+
+    /// Adds a policy of the current time.
+    pub(crate) fn policy(&mut self, key: &str, spec: EgressPolicySpec) {
+        self.policy_of_tier(key, spec, None);
+    }
+
+    /// The same, of a tier if it is a ClusterEgressPolicy.
+    pub(crate) fn policy_of_tier(&mut self, key: &str, spec: EgressPolicySpec, tier: Option<Tier>) {
+        let key = PolicyKey::from(key);
+        let created = Some(self.cluster.policies.get(&key).map_or(self.now, |p| p.created));
+        let meta = Metadata { created, generation: Some(1), ..Metadata::default() };
+        let policy = match &key.namespace {
+            Some(namespace) => Policy::namespaced(namespace, &spec, meta),
+            None => {
+                let spec = ClusterEgressPolicySpec {
+                    tier,
+                    namespace_selector: None,
+                    gateway: spec.gateway,
+                    pod_selector: spec.pod_selector,
+                    services: spec.services,
+                    egress: spec.egress,
+                    address: spec.address,
+                    allocate: spec.allocate,
+                    fallback: spec.fallback,
+                    existing_connections: spec.existing_connections,
+                    priority: spec.priority,
+                };
+                Policy::cluster(&spec, meta)
+            }
+        };
+        self.cluster.policies.insert(key, Arc::new(policy.unwrap()));
+    }
+
+    pub(crate) fn without_policy(&mut self, key: &str) {
+        self.cluster.policies.remove(&PolicyKey::from(key)).unwrap();
+    }
+
+    pub(crate) fn pod(&mut self, namespace: &str, name: &str, labels: &[(&str, &str)]) {
+        let pod = Pod { labels: labels.iter().copied().collect(), ..Pod::default() };
+        self.cluster.pods.insert(ObjectKey::new(namespace, name), Arc::new(pod));
+    }
+
+    /// Has a node say that it holds these paths.
+    pub(crate) fn holds(&mut self, node: &str, paths: &[u16]) {
+        let status = EgressNodeStatus { paths: paths.to_vec(), ..EgressNodeStatus::default() };
+        self.cluster.egress_nodes.insert(node.into(), Arc::new(status.into()));
+    }
+
+    /// Has a node say whom it does not hear.
+    pub(crate) fn misses(&mut self, node: &str, silent: &[String]) {
+        let said = Arc::make_mut(self.cluster.egress_nodes.entry(node.into()).or_default());
+        said.of_paths_mut().silent = silent.to_vec();
+    }
+
+    /// Has a node say which families of its main uplink it has lost.
+    pub(crate) fn loses(&mut self, node: &str, families: &[&str]) {
+        let lost = |family: &&str| LostUplink {
+            family: (*family).to_owned(),
+            message: "no default route".to_owned(),
+            ..LostUplink::default()
+        };
+        let said = Arc::make_mut(self.cluster.egress_nodes.entry(node.into()).or_default());
+        said.of_paths_mut().lost = families.iter().map(lost).collect();
+    }
+
+    /// Has each node say that it holds what the ledger gives it: everything has come to rest.
+    pub(crate) fn settle(&mut self) {
+        let mut held: BTreeMap<Name, Vec<u16>> = BTreeMap::new();
+        for path in self.cluster.gateways.values().flat_map(|gateway| &gateway.status.paths) {
+            held.entry(path.node.clone().unwrap_or_default()).or_default().push(path.id);
+        }
+        for node in self.cluster.nodes.keys().cloned().collect::<Vec<_>>() {
+            let paths = held.remove(&*node).unwrap_or_default();
+            let said = Arc::make_mut(self.cluster.egress_nodes.entry(node).or_default());
+            said.tunnel_mac = Some([2, 0, 0, 0, 0, 1]);
+            said.of_paths_mut().held = paths;
+        }
+    }
+
+    /// Allocates, and stores the ledger.
+    pub(crate) fn allocate(&mut self) -> Outcome {
+        let outcome = allocate(&self.cluster, self.now);
+        for (name, status) in &outcome.gateways {
+            Arc::make_mut(self.cluster.gateways.get_mut(name).unwrap()).status = status.clone();
+        }
+        outcome
+    }
+}
+
+impl Outcome {
+    pub(crate) fn grant(&self, key: &str) -> &Grant {
+        match &self.verdicts[&PolicyKey::from(key)] {
+            Verdict::Granted(grant) => grant,
+            Verdict::Refused(refusal) => panic!("{key} is refused: {}: {}", refusal.reason, refusal.message),
+        }
+    }
+
+    pub(crate) fn refusal(&self, key: &str) -> &Refusal {
+        match &self.verdicts[&PolicyKey::from(key)] {
+            Verdict::Granted(grant) => panic!("{key} has {grant:?}"),
+            Verdict::Refused(refusal) => refusal,
+        }
+    }
+
+    /// That a policy is refused for this reason, with these words in the message.
+    #[track_caller]
+    pub(crate) fn assert_refused(&self, key: &str, reason: Reason, words: &[&str]) {
+        let refusal = self.refusal(key);
+        assert_eq!(refusal.reason, reason, "{}", refusal.message);
+        for word in words {
+            assert!(refusal.message.contains(word), "{word:?} is not in {:?}", refusal.message);
+        }
+    }
+
+    /// A policy's address in words.
+    pub(crate) fn address(&self, key: &str) -> String {
+        crate::allocation::in_words(&self.grant(key).address)
+    }
+
+    pub(crate) fn node(&self, key: &str) -> Option<&str> {
+        self.grant(key).node.as_deref()
+    }
+}

@@ -1,0 +1,321 @@
+//! What a policy lists, as look-ups: of which networks every packet is covered, of which every packet of a protocol, and
+//! of which only some ports. So a list takes one rule for each kind of look-up, whatever its length.
+
+use crate::api::Protocol;
+use crate::model::AddressRange;
+use crate::model::destination::{Destination, Ports};
+use crate::model::networks::{next, range};
+use ring::digest::{Context, SHA256};
+use std::collections::{BTreeMap, HashMap};
+use std::hash::{Hash, Hasher};
+use std::net::IpAddr;
+use std::ops::Deref;
+use std::sync::OnceLock;
+
+/// How many networks a range of addresses can take.
+const MAX_PREFIXES: usize = 2 * 128;
+
+/// The destinations that a policy lists; none: everything.
+#[derive(Clone, Debug, Default)]
+pub struct Covers {
+    listed: Box<[Destination]>,
+    shape: OnceLock<Shape>,
+}
+
+/// What is to be known of [`Lookups`] when they are not at hand: they are as long as the list.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Shape {
+    /// A hash that nobody can find a second list for: kernels' sets are named after it, and tenants write the lists.
+    pub name: Box<str>,
+    /// Whether there is anything in [`Lookups::whole`], for IPv4 and IPv6.
+    pub whole: [bool; 2],
+    /// The same of [`Lookups::protocols`].
+    pub protocols: [bool; 2],
+    /// The same of [`Lookups::ports`].
+    pub ports: [bool; 2],
+    /// How many entries the kernel makes of the look-ups. Where there are several fields, it divides each range of one into
+    /// prefixes (`pipapo_expand`, net/netfilter/nft_set_pipapo.c).
+    pub entries: usize,
+}
+
+/// Sorted and free of overlaps. The pairs are of IPv4 and IPv6.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Lookups {
+    /// All that goes here is covered.
+    pub whole: [Vec<AddressRange>; 2],
+    /// All of a protocol that goes here: a packet too short to have ports, too.
+    pub protocols: [Vec<(AddressRange, Protocol)>; 2],
+    /// What goes here to some ports.
+    pub ports: [Vec<(AddressRange, Ports)>; 2],
+}
+
+impl Covers {
+    /// The same, as look-ups.
+    pub fn lookups(&self) -> Lookups {
+        let mut classes = Classes { of: &self.listed, ports: Vec::new(), by_places: HashMap::new() };
+        let mut lookups = Lookups::default();
+        for family in [0, 1] {
+            for (range, class) in classes.pieces(family) {
+                let Some(class) = class else {
+                    lookups.whole[family].push(range);
+                    continue;
+                };
+                for ports in &classes.ports[class] {
+                    if (ports.first, ports.last) == (0, u16::MAX) {
+                        lookups.protocols[family].push((range, ports.protocol));
+                    } else {
+                        lookups.ports[family].push((range, *ports));
+                    }
+                }
+            }
+        }
+        lookups
+    }
+
+    /// What is to be known of its look-ups.
+    pub fn shape(&self) -> &Shape {
+        self.shape.get_or_init(|| {
+            let all = self.lookups();
+            let lengths = [0, 1].map(|at| [all.whole[at].len(), all.protocols[at].len(), all.ports[at].len()]);
+            Shape {
+                name: all.name(),
+                whole: lengths.map(|of| of[0] > 0),
+                protocols: lengths.map(|of| of[1] > 0),
+                ports: lengths.map(|of| of[2] > 0),
+                entries: all.entries(),
+            }
+        })
+    }
+
+    /// Whether packets to this address, of this IP protocol and to this port, if they have ports, are covered.
+    pub fn has(&self, address: IpAddr, protocol: u8, port: Option<u16>) -> bool {
+        self.listed.is_empty() || self.listed.iter().any(|d| d.has(address, protocol, port))
+    }
+
+    /// More than [`Shape::entries`], or as many, without looking closely.
+    pub fn entries_at_most(&self) -> usize {
+        let networks = |d: &Destination| d.networks.iter().map(|n| 1 + n.except.len()).sum::<usize>();
+        let ends = self.listed.iter().map(|d| 2 * (networks(d) + 1)).sum::<usize>();
+        let ports = self.listed.iter().map(|d| d.ports.len()).sum::<usize>();
+        if ports == 0 { ends } else { ends.saturating_mul(ports).saturating_mul(MAX_PREFIXES) }
+    }
+}
+
+impl Lookups {
+    fn entries(&self) -> usize {
+        let protocols = self.protocols.iter().flatten().map(|(range, _)| prefixes_of(range));
+        let ports = self.ports.iter().flatten().map(|(range, p)| {
+            let ports = prefixes(u128::from(p.first), u128::from(p.last));
+            prefixes_of(range).max(ports)
+        });
+        self.whole.iter().map(Vec::len).sum::<usize>() + protocols.chain(ports).sum::<usize>()
+    }
+
+    fn name(&self) -> Box<str> {
+        let mut hash = Context::new(&SHA256);
+        let add = |hash: &mut Context, range: &AddressRange| {
+            for address in [range.first, range.last] {
+                match address {
+                    IpAddr::V4(a) => hash.update(&a.octets()),
+                    IpAddr::V6(a) => hash.update(&a.octets()),
+                }
+            }
+        };
+        for family in [0, 1] {
+            for length in [self.whole[family].len(), self.protocols[family].len(), self.ports[family].len()] {
+                hash.update(&(length as u64).to_be_bytes());
+            }
+            self.whole[family].iter().for_each(|range| add(&mut hash, range));
+            for (range, protocol) in &self.protocols[family] {
+                add(&mut hash, range);
+                hash.update(&[*protocol as u8]);
+            }
+            for (range, ports) in &self.ports[family] {
+                add(&mut hash, range);
+                hash.update(&[ports.protocol as u8]);
+                hash.update(&[ports.first.to_be_bytes(), ports.last.to_be_bytes()].concat());
+            }
+        }
+        // Half of it is enough against a second list.
+        hash.finish().as_ref()[..16].iter().map(|byte| format!("{byte:02x}")).collect::<String>().into()
+    }
+}
+
+/// Which ports the addresses have that the same destinations cover: they are of one class.
+struct Classes<'a> {
+    of: &'a [Destination],
+    ports: Vec<Vec<Ports>>,
+    by_places: HashMap<Box<[usize]>, Option<usize>>,
+}
+
+impl Classes<'_> {
+    /// The ranges of a family and their classes, in order. Neighbours of one class are one.
+    fn pieces(&mut self, family: usize) -> Vec<(AddressRange, Option<usize>)> {
+        let mut out: Vec<(AddressRange, Option<usize>)> = Vec::new();
+        for (range, places) in pieces(self.of, family) {
+            let class = self.class(&places);
+            match out.last_mut() {
+                Some((last, of)) if *of == class && next(last.last) == Some(range.first) => last.last = range.last,
+                _ => out.push((range, class)),
+            }
+        }
+        out
+    }
+
+    /// The class of what these destinations cover, by their places; `None`: every packet is covered.
+    fn class(&mut self, places: &[usize]) -> Option<usize> {
+        if let Some(class) = self.by_places.get(places) {
+            return *class;
+        }
+        let everything = places.iter().any(|at| self.of[*at].ports.is_empty());
+        let class = (!everything).then(|| {
+            let ports = merged_ports(places.iter().flat_map(|at| self.of[*at].ports.iter().copied()).collect());
+            self.ports.iter().position(|same| *same == ports).unwrap_or_else(|| {
+                self.ports.push(ports);
+                self.ports.len() - 1
+            })
+        });
+        self.by_places.insert(places.into(), class);
+        class
+    }
+}
+
+/// The ranges of addresses of a family that the same destinations cover, with those destinations' places, in order.
+fn pieces(listed: &[Destination], family: usize) -> Vec<(AddressRange, Vec<usize>)> {
+    // Where destinations begin and where they have ended: the address after the last of all is none.
+    let mut turns: Vec<(IpAddr, usize, bool)> = Vec::new();
+    for (place, destination) in listed.iter().enumerate() {
+        for range in ranges(destination, family) {
+            turns.push((range.first, place, true));
+            turns.extend(next(range.last).map(|end| (end, place, false)));
+        }
+    }
+    turns.sort_unstable();
+    let (mut pieces, mut open, mut at) = (Vec::new(), BTreeMap::<usize, usize>::new(), 0);
+    while let Some((first, ..)) = turns.get(at).copied() {
+        while let Some((_, place, begins)) = turns.get(at).filter(|turn| turn.0 == first) {
+            let count = open.entry(*place).or_default();
+            *count = if *begins { *count + 1 } else { *count - 1 };
+            if *count == 0 {
+                open.remove(place);
+            }
+            at += 1;
+        }
+        if !open.is_empty() {
+            let last = turns.get(at).map_or_else(|| last_of(family), |turn| before(turn.0));
+            pieces.push((AddressRange { first, last }, open.keys().copied().collect()));
+        }
+    }
+    pieces
+}
+
+/// What of a family a destination covers; ranges may overlap. A turn of an end comes before one of a beginning at the
+/// same address, so that counts must not be below zero: each network is less its own exceptions.
+fn ranges(destination: &Destination, family: usize) -> Vec<AddressRange> {
+    if destination.networks.is_empty() {
+        return vec![AddressRange { first: first_of(family), last: last_of(family) }];
+    }
+    let of_family = destination.networks.iter().filter(|n| n.cidr.is_ipv4() == (family == 0));
+    let less = |network: &crate::model::destination::Network| {
+        let whole = range(&network.cidr);
+        let mut except: Vec<AddressRange> = network.except.iter().map(range).collect();
+        except.sort_unstable();
+        let (mut out, mut from) = (Vec::new(), Some(whole.first));
+        for hole in except {
+            let Some(first) = from else { break };
+            if first < hole.first {
+                out.push(AddressRange { first, last: before(hole.first) });
+            }
+            from = next(hole.last).map_or_else(|| None, |after| Some(first.max(after)));
+        }
+        out.extend(from.filter(|first| *first <= whole.last).map(|first| AddressRange { first, last: whole.last }));
+        out
+    };
+    of_family.flat_map(less).collect()
+}
+
+fn first_of(family: usize) -> IpAddr {
+    if family == 0 { IpAddr::V4([0; 4].into()) } else { IpAddr::V6([0; 16].into()) }
+}
+
+fn last_of(family: usize) -> IpAddr {
+    if family == 0 { IpAddr::V4([0xff; 4].into()) } else { IpAddr::V6([0xff; 16].into()) }
+}
+
+/// The address before, of one that is not the first of all.
+fn before(address: IpAddr) -> IpAddr {
+    match address {
+        IpAddr::V4(a) => IpAddr::V4(u32::from(a).wrapping_sub(1).into()),
+        IpAddr::V6(a) => IpAddr::V6(u128::from(a).wrapping_sub(1).into()),
+    }
+}
+
+fn prefixes_of(range: &AddressRange) -> usize {
+    let number = |address| match address {
+        IpAddr::V4(a) => u128::from(u32::from(a)),
+        IpAddr::V6(a) => u128::from(a),
+    };
+    prefixes(number(range.first), number(range.last))
+}
+
+/// How many prefixes make up a range.
+fn prefixes(first: u128, last: u128) -> usize {
+    let (mut count, mut at) = (0, first);
+    loop {
+        count += 1;
+        let left = last - at;
+        let fits = left.checked_add(1).map_or(128, u128::ilog2);
+        let bits = at.trailing_zeros().min(fits);
+        let after = if bits >= 128 { None } else { at.checked_add(1 << bits) };
+        match after.filter(|after| *after <= last) {
+            Some(after) => at = after,
+            None => return count,
+        }
+    }
+}
+
+/// Sorted; what overlaps or touches is one.
+fn merged_ports(mut ports: Vec<Ports>) -> Vec<Ports> {
+    ports.sort_unstable();
+    let mut out: Vec<Ports> = Vec::new();
+    for ports in ports {
+        match out.last_mut() {
+            Some(last) if last.protocol == ports.protocol && u32::from(ports.first) <= u32::from(last.last) + 1 => {
+                last.last = last.last.max(ports.last);
+            }
+            _ => out.push(ports),
+        }
+    }
+    out
+}
+
+impl From<Vec<Destination>> for Covers {
+    fn from(listed: Vec<Destination>) -> Self {
+        Covers { listed: listed.into(), shape: OnceLock::new() }
+    }
+}
+
+impl Deref for Covers {
+    type Target = [Destination];
+
+    fn deref(&self) -> &[Destination] {
+        &self.listed
+    }
+}
+
+impl PartialEq for Covers {
+    fn eq(&self, other: &Self) -> bool {
+        self.listed == other.listed
+    }
+}
+
+impl Eq for Covers {}
+
+impl Hash for Covers {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.listed.hash(state);
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,283 @@
+//! Which policies select a pod, and in which order they decide.
+
+use crate::model::label_index::LabelIndex;
+use crate::model::quota;
+use crate::model::selector::{Labels, Name};
+use crate::model::shared::Shared;
+use crate::model::{Cluster, Namespaces, PodMatch, Policy, PolicyKey, Service, Tier};
+use std::borrow::Cow;
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::Arc;
+
+/// The label that every namespace has, with its name as the value,
+/// <https://kubernetes.io/docs/reference/labels-annotations-taints/#kubernetes-io-metadata-name>.
+const NAMESPACE_NAME_LABEL: &str = "kubernetes.io/metadata.name";
+
+/// A policy and its name.
+#[derive(Clone, Debug)]
+pub struct Ranked {
+    /// The name.
+    pub key: PolicyKey,
+    /// The policy.
+    pub policy: Arc<Policy>,
+    /// Whether its namespace's policies list too much, and this one is too much of it: its pods are held.
+    pub over_quota: bool,
+}
+
+fn note(policies: &mut Vec<PolicyKey>, key: &PolicyKey) {
+    if policies.len() < NAMED && !policies.contains(key) {
+        policies.push(key.clone());
+    }
+}
+
+/// All policies of a snapshot, ready to be asked which of them select a pod. Made once for each snapshot; it holds
+/// on to nothing but the policies, and the Services and namespaces that they speak of.
+#[derive(Clone, Debug, Default)]
+pub struct PolicyIndex {
+    /// In precedence order. A policy's place here is its rank.
+    ranked: Box<[Ranked]>,
+    /// What EgressPolicies select, by namespace; namespaces without any are missing.
+    namespaces: HashMap<Name, InNamespace>,
+    /// Ranks of the ClusterEgressPolicies that select by labels, filed under labels of pods and of namespaces alike.
+    by_labels: LabelIndex,
+    /// Ranks of the ClusterEgressPolicies that select by Service, by the Service's name.
+    by_service: HashMap<Name, Vec<u32>>,
+    /// Ranks of all ClusterEgressPolicies, filed under labels of namespaces.
+    by_namespace_labels: LabelIndex,
+    /// Services that policies name.
+    services: Services,
+    /// Whether some ClusterEgressPolicy goes by labels of namespaces other than their name.
+    by_unknown_labels: bool,
+    /// All namespaces of the snapshot.
+    known: Shared<BTreeMap<Name, Labels>>,
+}
+
+/// The policies of one namespace.
+#[derive(Clone, Debug, Default)]
+struct InNamespace {
+    by_labels: LabelIndex,
+    by_service: HashMap<Name, Vec<u32>>,
+}
+
+/// Services that policies name, findable by the pods that they select.
+#[derive(Clone, Debug, Default)]
+struct Services {
+    all: Vec<(Name, Arc<Service>)>,
+    /// Places in `all`, by namespace.
+    by_namespace: HashMap<Name, LabelIndex>,
+}
+
+/// So many policies are named for a namespace.
+const NAMED: usize = 3;
+
+/// Where policies can select pods.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Reach {
+    /// The namespaces in which some policy can select a pod, each with the first of these policies.
+    pub selectable: BTreeMap<Name, Vec<PolicyKey>>,
+    /// The first of the ClusterEgressPolicies that can select pods of namespaces that are not known yet.
+    pub in_unknown: Vec<PolicyKey>,
+    /// The known namespaces in which no policy can select a pod.
+    pub free: BTreeSet<Name>,
+}
+
+impl PolicyIndex {
+    /// Indexes a snapshot's policies.
+    pub fn new(cluster: &Cluster) -> Self {
+        let over = quota::over(&cluster.policies);
+        let ranked = |(k, p): (&PolicyKey, &Arc<Policy>)| Ranked {
+            key: k.clone(),
+            policy: p.clone(),
+            over_quota: over.contains_key(k),
+        };
+        let mut ranked: Vec<Ranked> = cluster.policies.iter().map(ranked).collect();
+        ranked.sort_by(|a, b| precedence(a).cmp(&precedence(b)));
+
+        let mut index = PolicyIndex { known: cluster.namespaces.clone(), ..Self::default() };
+        let mut in_namespace: HashMap<&Name, Vec<(u32, Vec<_>)>> = HashMap::new();
+        let mut everywhere: Vec<(u32, Vec<_>)> = Vec::new();
+        let mut reaching: Vec<(u32, Vec<_>)> = Vec::new();
+        for (rank, Ranked { policy, .. }) in (0u32..).zip(&ranked) {
+            match (&policy.namespaces, &policy.pods) {
+                (Namespaces::One(ns), PodMatch::Labels(pods)) => {
+                    in_namespace.entry(ns).or_default().push((rank, pods.required_labels().collect()));
+                }
+                (Namespaces::One(ns), PodMatch::Services(names)) => {
+                    let here = index.namespaces.entry(ns.clone()).or_default();
+                    for name in names {
+                        here.by_service.entry(name.clone()).or_default().push(rank);
+                    }
+                }
+                (Namespaces::Selected(namespaces), PodMatch::Labels(pods)) => {
+                    let labels = pods.required_labels().chain(namespaces.required_labels());
+                    everywhere.push((rank, labels.collect()));
+                }
+                (Namespaces::Selected(_), PodMatch::Services(names)) => {
+                    for name in names {
+                        index.by_service.entry(name.clone()).or_default().push(rank);
+                    }
+                }
+            }
+            if let Namespaces::Selected(namespaces) = &policy.namespaces {
+                index.by_unknown_labels |= !namespaces.decides_by_name(NAMESPACE_NAME_LABEL);
+                reaching.push((rank, namespaces.required_labels().collect()));
+            }
+        }
+        for (ns, items) in &in_namespace {
+            index.namespaces.entry(Name::clone(ns)).or_default().by_labels = LabelIndex::new(items);
+        }
+        index.by_labels = LabelIndex::new(&everywhere);
+        index.by_namespace_labels = LabelIndex::new(&reaching);
+        index.services = index.named_services(cluster);
+        index.ranked = ranked.into();
+        index
+    }
+
+    /// The policies that select a pod with these labels, the one that decides first coming first. Pods that share
+    /// their node's network and pods that have finished are not to be asked for.
+    pub fn policies_for(&self, namespace: &str, labels: &Labels) -> Vec<&Ranked> {
+        let mut ranks = Vec::new();
+        let here = self.namespaces.get(namespace);
+        if let Some(here) = here {
+            ranks.extend(here.by_labels.candidates(labels.iter()));
+        }
+        let of_namespace = self.labels_of(namespace);
+        ranks.extend(self.by_labels.candidates(labels.iter().chain(of_namespace.iter())));
+        ranks.retain(|rank| match &self.ranked[*rank as usize].policy.pods {
+            PodMatch::Labels(pods) => pods.matches(labels),
+            PodMatch::Services(_) => false,
+        });
+        for service in self.services.that_select(namespace, labels) {
+            ranks.extend(here.and_then(|h| h.by_service.get(service)).into_iter().flatten());
+            ranks.extend(self.by_service.get(service).into_iter().flatten());
+        }
+        ranks.sort_unstable();
+        ranks.dedup();
+        ranks.retain(|rank| self.reaches(*rank, &of_namespace));
+        ranks.into_iter().map(|rank| &self.ranked[rank as usize]).collect()
+    }
+
+    /// All policies, the one that decides first coming first.
+    pub fn all(&self) -> &[Ranked] {
+        &self.ranked
+    }
+
+    /// Whether some policy can select a pod of the namespace, by labels that a pod may have or by a Service that
+    /// may come.
+    pub fn can_select_in(&self, namespace: &str) -> bool {
+        let labels = self.labels_of(namespace);
+        self.namespaces.contains_key(namespace)
+            || self.by_namespace_labels.candidates(labels.iter()).any(|rank| self.reaches(rank, &labels))
+    }
+
+    /// Whether a policy can select pods of namespaces that are not known yet.
+    fn can_select_in_unknown(&self, policy: &Policy) -> bool {
+        match &policy.namespaces {
+            Namespaces::One(_) => false,
+            // A selector that names a known namespace can mean no other.
+            Namespaces::Selected(selector) => !selector
+                .required_labels()
+                .any(|(key, value)| **key == *NAMESPACE_NAME_LABEL && self.known.contains_key(value)),
+        }
+    }
+
+    /// Whether it cannot be said yet which policies select a pod of the namespace, because some go by labels of
+    /// namespaces and this one is not known.
+    pub fn is_undecided_in(&self, namespace: &str) -> bool {
+        self.by_unknown_labels && !self.known.contains_key(namespace)
+    }
+
+    /// Where policies can select pods, over all namespaces that are known or have policies.
+    pub fn reach(&self) -> Reach {
+        let mut reach = Reach::default();
+        for Ranked { key, policy, .. } in &self.ranked {
+            if let Namespaces::One(namespace) = &policy.namespaces {
+                note(reach.selectable.entry(namespace.clone()).or_default(), key);
+            } else if self.can_select_in_unknown(policy) {
+                note(&mut reach.in_unknown, key);
+            }
+        }
+        for namespace in self.known.keys().chain(self.namespaces.keys()) {
+            let labels = self.labels_of(namespace);
+            let candidates = self.by_namespace_labels.candidates(labels.iter());
+            let reaching: Vec<u32> = candidates.filter(|rank| self.reaches(*rank, &labels)).take(NAMED).collect();
+            if !reaching.is_empty() {
+                let here = reach.selectable.entry(namespace.clone()).or_default();
+                reaching.into_iter().for_each(|rank| note(here, &self.ranked[rank as usize].key));
+            } else if !reach.selectable.contains_key(namespace) {
+                reach.free.insert(namespace.clone());
+            }
+        }
+        reach
+    }
+
+    /// Whether a policy means the namespace that has these labels; an EgressPolicy is filed where it belongs.
+    fn reaches(&self, rank: u32, labels: &Labels) -> bool {
+        match &self.ranked[rank as usize].policy.namespaces {
+            Namespaces::One(_) => true,
+            Namespaces::Selected(selector) => selector.matches(labels),
+        }
+    }
+
+    fn labels_of(&self, namespace: &str) -> Cow<'_, Labels> {
+        labels_or_name(self.known.get(namespace), namespace)
+    }
+
+    fn named_services(&self, cluster: &Cluster) -> Services {
+        let mut services = Services::default();
+        if self.by_service.is_empty() && self.namespaces.values().all(|here| here.by_service.is_empty()) {
+            return services;
+        }
+        let mut items: HashMap<&Name, Vec<(u32, Vec<_>)>> = HashMap::new();
+        let mut place = 0;
+        for (key, service) in &cluster.services {
+            let Some(selector) = &service.selector else { continue };
+            let here = self.namespaces.get(&key.namespace);
+            if self.by_service.contains_key(&key.name) || here.is_some_and(|h| h.by_service.contains_key(&key.name)) {
+                items.entry(&key.namespace).or_default().push((place, selector.required_labels().collect()));
+                services.all.push((key.name.clone(), service.clone()));
+                place += 1;
+            }
+        }
+        services.by_namespace = items.into_iter().map(|(ns, items)| (ns.clone(), LabelIndex::new(&items))).collect();
+        services
+    }
+}
+
+impl Services {
+    /// The names of the Services of the namespace that select a pod with these labels.
+    fn that_select(&self, namespace: &str, labels: &Labels) -> impl Iterator<Item = &Name> {
+        let index = self.by_namespace.get(namespace);
+        index.into_iter().flat_map(|index| index.candidates(labels.iter())).filter_map(|place| {
+            let (name, service) = &self.all[place as usize];
+            service.selector.as_ref().is_some_and(|s| s.matches(labels)).then_some(name)
+        })
+    }
+}
+
+/// A namespace's labels; of one that no manifest tells of, the label that Kubernetes would give it.
+pub(crate) fn labels_or_name<'a>(known: Option<&'a Labels>, namespace: &str) -> Cow<'a, Labels> {
+    match known {
+        Some(labels) => Cow::Borrowed(labels),
+        None => Cow::Owned(Labels::from_iter([(NAMESPACE_NAME_LABEL, namespace)])),
+    }
+}
+
+/// The upper tier, then higher priority, then namespaced before cluster-wide, then older (where no time is given:
+/// newest), then by name.
+fn precedence(r: &Ranked) -> (Tier, Reverse<i32>, bool, i64, &PolicyKey) {
+    let cluster_wide = matches!(r.policy.namespaces, Namespaces::Selected(_));
+    (r.policy.tier, Reverse(r.policy.priority), cluster_wide, r.policy.created, &r.key)
+}
+
+/// Whether a policy decides nothing. One that has no address, because it is refused or new, blocks what it covers: that must
+/// not leave from another address. If it lets that leave without an address of its own (`fallback: NodeAddress`), the next
+/// policy decides: a tenant could else get out of a ClusterEgressPolicy by asking for what nobody gives. A policy keeps its
+/// allocation, and its place, while its gateway is dead.
+pub fn is_passed_over(policy: &Policy, has_allocation: bool) -> bool {
+    !has_allocation && policy.fallback == crate::api::Fallback::NodeAddress
+}
+
+#[cfg(test)]
+mod tests;
