@@ -1,10 +1,10 @@
-//! Gateways that die and paths that are moved: how long connections are silent for it; and what it costs a gateway that
+//! Gateways that die and allocations that are moved: how long connections are silent for it; and what it costs a gateway that
 //! many nodes ask whether it lives. `cargo bench --bench failover -- moves` measures one of `deaths`, `moves`, `probing`.
 
 mod harness;
 
 use harness::{Bound, Table, cluster, median, ms, questions};
-use lab::mishaps::{self, THOUSAND, holders, label, plugged, thousand_paths};
+use lab::fault_injection::{self, THOUSAND, holders, label, plugged, thousand_allocations};
 use lab::{Flood, Lab, NodeSpec, Pod, Pods, SERVERS, Session, VISITOR};
 use std::net::SocketAddr;
 use std::thread;
@@ -12,7 +12,7 @@ use std::time::Duration;
 
 /// How often a gateway dies in each lab.
 const DEATHS: usize = 6;
-/// How often a path is moved on purpose.
+/// How often an allocation is moved on purpose.
 const MOVES: usize = 8;
 /// Sessions in all; the first of them are busy, sending every 10 ms, the others send every 100 ms.
 const SESSIONS: usize = 200;
@@ -21,8 +21,8 @@ const UDP_PACE: Duration = Duration::from_millis(5);
 /// Until everybody has found out and everything has come to rest.
 const REST: Duration = Duration::from_millis(2500);
 
-/// What is asked for: silence of a busy session, the gap of UDP, silence with quick probing, what a thousand paths may
-/// take more, silence when a path is moved.
+/// What is asked for: silence of a busy session, the gap of UDP, silence with quick probing, what a thousand allocations may
+/// take more, silence when an allocation is moved.
 const SILENCE: Duration = Duration::from_millis(1500);
 const GAP: Duration = Duration::from_millis(1100);
 const QUICK: Duration = Duration::from_millis(700);
@@ -49,7 +49,7 @@ fn main() {
 struct Scene {
     lab: Lab,
     pods: Vec<Pod>,
-    /// Who has all paths.
+    /// Who has all allocations.
     owner: fn(&Lab) -> Vec<String>,
 }
 
@@ -82,7 +82,7 @@ impl Scene {
 }
 
 fn has_thousand(lab: &Lab) -> Vec<String> {
-    let all = ["g1", "g2"].into_iter().filter(|node| mishaps::held(lab, node) == THOUSAND);
+    let all = ["g1", "g2"].into_iter().filter(|node| fault_injection::held(lab, node) == THOUSAND);
     all.map(str::to_owned).collect()
 }
 
@@ -199,7 +199,7 @@ fn lost_row(table: &mut Table, what: &str, outcome: &Outcome) {
 fn deaths() {
     let one = Scene::new(Lab::scene(), holders);
     let quick = Scene::new(Lab::builder().node_arguments(&["--probe-interval", "100ms"]).scene(), holders);
-    let thousand = Scene::new(thousand_paths(), has_thousand);
+    let thousand = Scene::new(thousand_allocations(), has_thousand);
     let [mut bare, mut by_default, mut quickly, mut many] = [const { Vec::new() }; 4].map(Outcome::with);
     for _ in 0..DEATHS {
         nothing(&one, &mut bare);

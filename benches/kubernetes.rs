@@ -18,11 +18,11 @@ const POLICIES: usize = 10_000;
 const NODES: usize = 5_000;
 /// Pods on each of the nodes whose daemons are measured.
 const LOCAL_PODS: usize = 250;
-/// Nodes of the gateway, each with its part of the paths. Only the first one is real.
+/// Nodes of the gateway, each with its part of the allocations. Only the first one is real.
 const GATEWAYS: usize = 3;
 /// An even number: the last one makes the policy what it was.
 const CHANGES: usize = 20;
-/// What is asked for: the median and the 99th percentile from a change to traffic, and the time for a ledger.
+/// What is asked for: the median and the 99th percentile from a change to traffic, and the time for a gateway's allocations.
 const MEDIAN: Duration = Duration::from_millis(60);
 const P99: Duration = Duration::from_millis(300);
 const LEDGER: Duration = Duration::from_secs(2);
@@ -58,9 +58,9 @@ fn main() {
     };
     row("EgressPolicy created, until its traffic leaves from the address", &policies(&lab));
     row("label of a pod changed, until its traffic leaves from the address", &labels(&lab));
-    let time = ledger();
+    let time = gateway_status();
     let ratio = time.as_secs_f64() / LEDGER.as_secs_f64();
-    table.row(&format!("ledger of {POLICIES} policies from nothing"), ms(time), ratio, Bound::AtMost(1.0));
+    table.row(&format!("allocations of {POLICIES} policies from nothing"), ms(time), ratio, Bound::AtMost(1.0));
     table.print(["what", "time", "of what is asked"]);
     drop(lab);
     big_cluster();
@@ -85,18 +85,24 @@ fn big_cluster() {
         std::thread::sleep(Duration::from_secs(1));
         lab.metrics("controller").get("egret_status_writes_total", &labels).unwrap_or(0.0) >= POLICIES as f64
     });
-    let ledger = lab.api().egret("egressgateways/default")["status"]["text"].as_str().unwrap_or_default().to_owned();
-    let paths = ledger.lines().filter(|line| line.contains(",2001:db8:1::")).count();
-    assert_eq!(paths, POLICIES, "every path has both families");
+    let gateway_status =
+        lab.api().egret("egressgateways/default")["status"]["text"].as_str().unwrap_or_default().to_owned();
+    let allocations = gateway_status.lines().filter(|line| line.contains(",2001:db8:1::")).count();
+    assert_eq!(allocations, POLICIES, "every allocation has both families");
     let mut table = Table::default();
-    table.row("the ledger, as it is written", mb(ledger.len() as f64), ledger.len() as f64 / MOST, Bound::AtMost(1.0));
+    table.row(
+        "the allocations, as it is written",
+        mb(gateway_status.len() as f64),
+        gateway_status.len() as f64 / MOST,
+        Bound::AtMost(1.0),
+    );
     for (node, role) in lab.nodes().iter().zip(["a director", "one of three gateways"]) {
         daemon_of(&lab, node, role, &mut table);
     }
     let now = Memory::of(&controller);
     table.row("the controller", mb(now.resident), now.resident / MEMORY, Bound::None);
     table.row("the controller, at its peak", mb(now.peak), now.peak / MEMORY, Bound::None);
-    println!("{NODES} nodes, {POLICIES} policies and paths, {LOCAL_PODS} pods on the node:\n");
+    println!("{NODES} nodes, {POLICIES} policies and allocations, {LOCAL_PODS} pods on the node:\n");
     table.print(["memory", "resident", "of what is asked"]);
 }
 
@@ -105,8 +111,8 @@ fn daemon_of(lab: &Lab, node: &Node, role: &str, table: &mut Table) {
     let daemon: Daemon = lab.start_node(&node.name);
     let patience = Duration::from_secs(120);
     lab.wait_until("the daemon is ready", patience, || node.cni_socket().exists());
-    table.row(&format!("{role}: start, until in step"), ms(begun.elapsed()), 0.0, Bound::None);
-    // One of each family for each path.
+    table.row(&format!("{role}: start, until in sync"), ms(begun.elapsed()), 0.0, Bound::None);
+    // One of each family for each allocation.
     let wanted = if node.spec.gateway { 2 * (POLICIES / GATEWAYS) } else { 0 };
     lab.wait_until("the egress addresses are on the node", patience, || {
         let addresses = node.run(["ip", "-o", "addr", "show", "dev", "eth0"]);
@@ -149,7 +155,7 @@ fn until_seen_as(pod: &Pod, wanted: Ipv4Addr, begun: Instant) -> Duration {
     pod.within(|| {
         let mut buffer = [0; 64];
         loop {
-            // A connection keeps the path that it began with.
+            // A connection keeps the allocation that it began with.
             let socket = std::net::UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).expect("a socket");
             socket.connect(server).expect("a route");
             socket.set_read_timeout(Some(PROBE)).expect("a timeout");
@@ -174,11 +180,11 @@ fn policies(lab: &Lab) -> Vec<Duration> {
         let policy = json!({"apiVersion": "egret.dev/v1alpha1", "kind": "EgressPolicy",
             "metadata": {"namespace": "shop", "name": format!("p{i}")},
             "spec": {"podSelector": {"matchLabels": {"app": "visitor"}}, "address": {"ipv4": address}}});
-        let path = "/apis/egret.dev/v1alpha1/namespaces/shop/egresspolicies";
+        let allocation = "/apis/egret.dev/v1alpha1/namespaces/shop/egresspolicies";
         let begun = Instant::now();
-        lab.api().ask("POST", path, Some(("application/json", &policy)));
+        lab.api().ask("POST", allocation, Some(("application/json", &policy)));
         times.push(until_seen_as(&pod, address, begun));
-        lab.api().delete(&format!("{path}/p{i}"));
+        lab.api().delete(&format!("{allocation}/p{i}"));
         until_seen_as(&pod, lab.node("n1").ipv4(), Instant::now());
         // What goes with the policy is no part of what is measured next.
         std::thread::sleep(REST);
@@ -205,7 +211,7 @@ fn labels(lab: &Lab) -> Vec<Duration> {
     times
 }
 
-fn ledger() -> Duration {
+fn gateway_status() -> Duration {
     let mut cluster = Cluster::default();
     let gateway = EgressGatewaySpec { addresses: vec!["198.18.0.0/15".into()], default: true, ..Default::default() };
     let gateway = Gateway::new(&gateway, Metadata::default()).expect("a gateway");
@@ -223,6 +229,6 @@ fn ledger() -> Duration {
     let begun = Instant::now();
     let outcome = allocate(&cluster, 1_000_000);
     let time = begun.elapsed();
-    assert_eq!(outcome.gateways["default"].paths.len(), POLICIES);
+    assert_eq!(outcome.gateways["default"].allocations.len(), POLICIES);
     time
 }

@@ -254,25 +254,25 @@ fn node_by_nft(lab: &Lab) -> ByNft {
          add rule inet egret pod-500-500 ip6 saddr :: accept
          add rule inet egret pod-500-500 meta protocol != ip meta protocol != ip6 accept
          add rule inet egret pod-500-500 counter name spoofed drop
-         add chain inet egret profile-x
-         add rule inet egret profile-x ip daddr @hosts4 {pass}
-         add rule inet egret profile-x ip daddr @direct4 {pass}
-         add rule inet egret profile-x ip6 daddr @hosts6 {pass}
-         add rule inet egret profile-x ip6 daddr @direct6 {pass}
-         add rule inet egret profile-x fib daddr type local {pass}
-         add rule inet egret profile-x ip daddr 203.0.113.0/24 ct mark set 0x454703e8 goto known
-         add rule inet egret profile-x {pass}
-         add element inet egret pods {{ 0x7e800000 : jump profile-x }}
-         add element inet egret path_out {{ 0x454703e8 : 0x80000000 }}
+         add chain inet egret policy-x
+         add rule inet egret policy-x ip daddr @hosts4 {pass}
+         add rule inet egret policy-x ip daddr @direct4 {pass}
+         add rule inet egret policy-x ip6 daddr @hosts6 {pass}
+         add rule inet egret policy-x ip6 daddr @direct6 {pass}
+         add rule inet egret policy-x fib daddr type local {pass}
+         add rule inet egret policy-x ip daddr 203.0.113.0/24 ct mark set 0x454703e8 goto known
+         add rule inet egret policy-x {pass}
+         add element inet egret pods {{ 0x7e800000 : jump policy-x }}
+         add element inet egret egress_id_out {{ 0x454703e8 : 0x80000000 }}
          add element netdev egret hop {{ 0x454703e8 : 02:00:00:00:00:01 }}\n"
     );
     let remove = "delete element netdev egret hop { 0x454703e8 }
-                  delete element inet egret path_out { 0x454703e8 }
+                  delete element inet egret egress_id_out { 0x454703e8 }
                   delete element inet egret pods { 0x7e800000 }
                   flush chain inet egret pod-500-500
-                  flush chain inet egret profile-x
+                  flush chain inet egret policy-x
                   delete chain inet egret pod-500-500
-                  delete chain inet egret profile-x\n";
+                  delete chain inet egret policy-x\n";
     let write = |name: &str, text: &str| {
         let path = lab.directory().join(name);
         fs::write(&path, text).expect("write a transaction");

@@ -1,5 +1,5 @@
 //! `egretd node` in a big cluster: how much memory it takes, how long it takes to start, and how soon a change is in
-//! the kernel. On a director and on a gateway's node.
+//! the kernel. On a source node and on a gateway's node.
 
 mod harness;
 
@@ -14,7 +14,7 @@ use std::{fs, iter};
 const NODES: usize = 5_000;
 const POLICIES: usize = 10_000;
 const LOCAL_PODS: usize = 250;
-/// Nodes of the gateway, each with its part of the paths. Only the first one is real.
+/// Nodes of the gateway, each with its part of the allocations. Only the first one is real.
 const GATEWAYS: usize = 3;
 const STARTS: usize = 5;
 /// An even number: the last one makes the policy what it was.
@@ -93,9 +93,9 @@ fn measure(lab: &Lab, node: &Node, role: &str) {
     row("at its peak", mb(rest.peak), rest.peak / MEMORY, Bound::None);
     let of_start = |t: Duration| t.as_secs_f64() / START.as_secs_f64();
     let (first, placed, again, nft) = (median(&first), median(&placed), median(&again), median(&nft));
-    row("start, until an empty kernel is in step", harness::ms(first), of_start(first), Bound::AtMost(1.0));
+    row("start, until an empty kernel is in sync", harness::ms(first), of_start(first), Bound::AtMost(1.0));
     row("and the egress addresses, asked for, are here", harness::ms(placed), of_start(placed), Bound::None);
-    row("start, the kernel is in step already", harness::ms(again), of_start(again), Bound::AtMost(1.0));
+    row("start, the kernel is in sync already", harness::ms(again), of_start(again), Bound::AtMost(1.0));
     row("for comparison: `nft -f` of the same tables", harness::ms(nft), of_start(nft), Bound::None);
     let change = median(&changes);
     row(
@@ -109,7 +109,7 @@ fn measure(lab: &Lab, node: &Node, role: &str) {
     daemon.kill9();
 }
 
-/// Starts the daemon, and waits until it answers plugins: then the kernel is in step.
+/// Starts the daemon, and waits until it answers plugins: then the kernel is in sync.
 fn start(lab: &Lab, node: &Node) -> (Duration, Daemon) {
     let _ = fs::remove_file(node.cni_socket());
     let begin = Instant::now();
@@ -122,7 +122,7 @@ fn start(lab: &Lab, node: &Node) -> (Duration, Daemon) {
     (begin.elapsed(), daemon)
 }
 
-/// Waits until the node has all egress addresses that the ledger gives it. It asks the link for each before.
+/// Waits until the node has all egress addresses that the allocations give it. It asks the link for each before.
 fn until_placed(lab: &Lab, node: &Node) -> Duration {
     let wanted = if node.spec.gateway { POLICIES.div_ceil(GATEWAYS) } else { 0 };
     let begin = Instant::now();

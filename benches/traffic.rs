@@ -1,5 +1,5 @@
 //! What a remote gateway costs traffic: throughput, processor time and new connections a second, against the same two
-//! hops by a bare VXLAN device and masquerade, and with 10,000 policies and paths against one; and what Egret costs the
+//! hops by a bare VXLAN device and masquerade, and with 10,000 policies and allocations against one; and what Egret costs the
 //! traffic of pods that no policy selects, against a node without Egret.
 
 mod harness;

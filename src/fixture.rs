@@ -1,6 +1,6 @@
 //! Small clusters for tests.
 
-use crate::allocation::{Grant, Outcome, Reason, Refusal, Verdict, allocate};
+use crate::allocation::{Decision, Grant, Outcome, Reason, Rejection, allocate};
 use crate::api::{
     AddressPair, Allocate, ClusterEgressPolicySpec, EgressGatewaySpec, EgressNodeStatus, EgressPolicySpec, LostUplink,
     Placement, Reservation, Tier,
@@ -143,16 +143,16 @@ impl World {
         self.cluster.pods.insert(ObjectKey::new(namespace, name), Arc::new(pod));
     }
 
-    /// Has a node say that it holds these paths.
-    pub(crate) fn holds(&mut self, node: &str, paths: &[u16]) {
-        let status = EgressNodeStatus { paths: paths.to_vec(), ..EgressNodeStatus::default() };
+    /// Has a node say that it holds these allocations.
+    pub(crate) fn holds(&mut self, node: &str, allocations: &[u16]) {
+        let status = EgressNodeStatus { allocations: allocations.to_vec(), ..EgressNodeStatus::default() };
         self.cluster.egress_nodes.insert(node.into(), Arc::new(status.into()));
     }
 
     /// Has a node say whom it does not hear.
     pub(crate) fn misses(&mut self, node: &str, silent: &[String]) {
         let said = Arc::make_mut(self.cluster.egress_nodes.entry(node.into()).or_default());
-        said.of_paths_mut().silent = silent.to_vec();
+        said.of_allocations_mut().unreachable_peers = silent.to_vec();
     }
 
     /// Has a node say which families of its main uplink it has lost.
@@ -163,24 +163,24 @@ impl World {
             ..LostUplink::default()
         };
         let said = Arc::make_mut(self.cluster.egress_nodes.entry(node.into()).or_default());
-        said.of_paths_mut().lost = families.iter().map(lost).collect();
+        said.of_allocations_mut().lost = families.iter().map(lost).collect();
     }
 
-    /// Has each node say that it holds what the ledger gives it: everything has come to rest.
+    /// Has each node say that it holds what the allocations give it: everything has come to rest.
     pub(crate) fn settle(&mut self) {
         let mut held: BTreeMap<Name, Vec<u16>> = BTreeMap::new();
-        for path in self.cluster.gateways.values().flat_map(|gateway| &gateway.status.paths) {
-            held.entry(path.node.clone().unwrap_or_default()).or_default().push(path.id);
+        for allocation in self.cluster.gateways.values().flat_map(|gateway| &gateway.status.allocations) {
+            held.entry(allocation.node.clone().unwrap_or_default()).or_default().push(allocation.id);
         }
         for node in self.cluster.nodes.keys().cloned().collect::<Vec<_>>() {
-            let paths = held.remove(&*node).unwrap_or_default();
+            let allocations = held.remove(&*node).unwrap_or_default();
             let said = Arc::make_mut(self.cluster.egress_nodes.entry(node).or_default());
             said.tunnel_mac = Some([2, 0, 0, 0, 0, 1]);
-            said.of_paths_mut().held = paths;
+            said.of_allocations_mut().held = allocations;
         }
     }
 
-    /// Allocates, and stores the ledger.
+    /// Allocates, and stores the allocations.
     pub(crate) fn allocate(&mut self) -> Outcome {
         let outcome = allocate(&self.cluster, self.now);
         for (name, status) in &outcome.gateways {
@@ -192,26 +192,26 @@ impl World {
 
 impl Outcome {
     pub(crate) fn grant(&self, key: &str) -> &Grant {
-        match &self.verdicts[&PolicyKey::from(key)] {
-            Verdict::Granted(grant) => grant,
-            Verdict::Refused(refusal) => panic!("{key} is refused: {}: {}", refusal.reason, refusal.message),
+        match &self.decisions[&PolicyKey::from(key)] {
+            Decision::Granted(grant) => grant,
+            Decision::Rejected(rejection) => panic!("{key} is refused: {}: {}", rejection.reason, rejection.message),
         }
     }
 
-    pub(crate) fn refusal(&self, key: &str) -> &Refusal {
-        match &self.verdicts[&PolicyKey::from(key)] {
-            Verdict::Granted(grant) => panic!("{key} has {grant:?}"),
-            Verdict::Refused(refusal) => refusal,
+    pub(crate) fn rejection(&self, key: &str) -> &Rejection {
+        match &self.decisions[&PolicyKey::from(key)] {
+            Decision::Granted(grant) => panic!("{key} has {grant:?}"),
+            Decision::Rejected(rejection) => rejection,
         }
     }
 
     /// That a policy is refused for this reason, with these words in the message.
     #[track_caller]
     pub(crate) fn assert_refused(&self, key: &str, reason: Reason, words: &[&str]) {
-        let refusal = self.refusal(key);
-        assert_eq!(refusal.reason, reason, "{}", refusal.message);
+        let rejection = self.rejection(key);
+        assert_eq!(rejection.reason, reason, "{}", rejection.message);
         for word in words {
-            assert!(refusal.message.contains(word), "{word:?} is not in {:?}", refusal.message);
+            assert!(rejection.message.contains(word), "{word:?} is not in {:?}", rejection.message);
         }
     }
 

@@ -1,7 +1,7 @@
 //! A cluster of many nodes and many policies, as manifests and as the statuses that a controller and the nodes'
 //! daemons would have written.
 
-use egret::api::{AddressPair, EgressGatewayStatus, EgressNodeStatus, LedgerPath, PathKind, PolicyKey};
+use egret::api::{AddressPair, Allocation, AllocationKind, EgressGatewayStatus, EgressNodeStatus, PolicyKey};
 use egret::model::mac;
 use lab::Lab;
 use lab::manifests;
@@ -99,7 +99,7 @@ pub fn write_policies(lab: &Lab, count: usize) {
     }
 }
 
-/// Writes the gateway with a ledger in which each policy has a path of its own, held by these nodes in turn.
+/// Writes the gateway with a gateway's allocations in which each policy has an allocation of its own, held by these nodes in turn.
 pub fn write_gateway(directory: &Path, policies: usize, nodes: &[&str]) {
     let gateway = "apiVersion: egret.dev/v1alpha1\nkind: EgressGateway\nmetadata:\n  name: default\nspec:\n  \
                    nodeSelector: { matchLabels: { egret.dev/gateway: \"true\" } }\n  addresses: [\"198.18.0.0/15\"]\n  \
@@ -107,18 +107,18 @@ pub fn write_gateway(directory: &Path, policies: usize, nodes: &[&str]) {
     fs::write(directory.join("gateway.yaml"), gateway).expect("write a gateway");
     let path = |n: usize| {
         let policy = policy(n);
-        LedgerPath {
+        Allocation {
             id: n as u16 + 1,
-            kind: PathKind::Explicit,
+            kind: AllocationKind::Explicit,
             address: AddressPair { ipv4: Some(policy.address), ipv6: None },
             node: Some(nodes[n % nodes.len()].into()),
             policies: [PolicyKey { namespace: Some(policy.namespace.into()), name: policy.name.into() }].into(),
-            ..LedgerPath::default()
+            ..Allocation::default()
         }
     };
     let status = EgressGatewayStatus {
         nodes: nodes.iter().map(|n| (*n).to_owned()).collect(),
-        paths: (0..policies).map(path).collect(),
+        allocations: (0..policies).map(path).collect(),
         ..EgressGatewayStatus::default()
     };
     write_status(directory, "EgressGateway", "egressgateways", "default", &json!(status));

@@ -1,231 +1,237 @@
-//! New paths, for policies that have none in the ledger.
+//! New allocations, for policies that have none in the allocations.
 
-use super::book::{Book, Path};
-use super::demand::{Demand, Want};
+use super::allocator::{Allocator, Draft};
+use super::cooldown::COOLDOWN_SECONDS;
+use super::decision::{Reason, Rejection};
 use super::family::{Family, addresses, in_words, overlap, pair};
 use super::placement::Load;
-use super::resting::REST_SECONDS;
-use super::verdict::{Reason, Refusal};
-use crate::api::{AddressPair, PathKind, Sharing};
+use super::request::{Kind, Request};
+use crate::api::{AddressPair, AllocationKind, Sharing};
 use crate::model::END_COOLDOWN;
 use crate::model::condition::time;
 use crate::model::drain::is_drained;
-use crate::model::marks::MAX_PATH;
+use crate::model::marks::MAX_EGRESS_ID;
 use std::collections::HashMap;
 use std::net::IpAddr;
 
-/// Gives paths to those who ask and have none, the elder first; returns, by the demand's place, why some get none.
+/// Gives allocations to those who ask and have none, the elder first; returns, by the request's place, why some get none.
 /// Those who name an address come before those who take any.
-pub(super) fn grant(book: &mut Book) -> HashMap<usize, Refusal> {
+pub(super) fn grant(allocator: &mut Allocator) -> HashMap<usize, Rejection> {
     let mut refused = HashMap::new();
     let mut lacking = HashMap::new();
-    let mut nodes: Vec<Option<NodePaths>> = vec![None; book.desks.len()];
-    for turn in [PathKind::Explicit, PathKind::Node, PathKind::Shared, PathKind::Dedicated] {
-        for demand in 0..book.demands.all.len() {
-            if book.demands.all[demand].path.is_some() {
+    let mut nodes: Vec<Option<ByNode>> = vec![None; allocator.gateway_pools.len()];
+    for turn in [AllocationKind::Explicit, AllocationKind::Node, AllocationKind::Shared, AllocationKind::Dedicated] {
+        for request in 0..allocator.requests.all.len() {
+            if allocator.requests.all[request].allocation.is_some() {
                 continue;
             }
-            if let Some(refusal) = frozen(book, demand) {
-                refused.insert(demand, refusal);
+            if let Some(rejection) = frozen(allocator, request) {
+                refused.insert(request, rejection);
                 continue;
             }
-            let granted = match (&book.demands.all[demand].want, turn) {
-                (Want::Explicit(pair), PathKind::Explicit) => {
+            let granted = match (&allocator.requests.all[request].kind, turn) {
+                (Kind::Explicit(pair), AllocationKind::Explicit) => {
                     let pair = pair.clone();
-                    explicit(book, demand, pair)
+                    explicit(allocator, request, pair)
                 }
-                (Want::Node, PathKind::Node) => {
-                    let gateway = book.demands.all[demand].gateway;
-                    let paths = nodes[gateway].get_or_insert_with(|| NodePaths::new(book, gateway));
-                    node(book, demand, paths)
+                (Kind::Node, AllocationKind::Node) => {
+                    let gateway = allocator.requests.all[request].gateway;
+                    let allocations = nodes[gateway].get_or_insert_with(|| ByNode::new(allocator, gateway));
+                    node(allocator, request, allocations)
                 }
-                (Want::Shared, PathKind::Shared) | (Want::Dedicated, PathKind::Dedicated) => {
-                    pool(book, demand, turn, &mut lacking)
+                (Kind::Shared, AllocationKind::Shared) | (Kind::Dedicated, AllocationKind::Dedicated) => {
+                    pool(allocator, request, turn, &mut lacking)
                 }
                 _ => continue,
             };
             match granted {
-                Ok(path) => book.assign(path, demand),
-                Err(refusal) => {
-                    refused.insert(demand, refusal);
+                Ok(allocation) => allocator.assign(allocation, request),
+                Err(rejection) => {
+                    refused.insert(request, rejection);
                 }
             }
         }
     }
-    // Told by the finished ledger, so that the next look at it gives the same reasons: what such a policy named may
+    // Told by the finished allocations, so that the next look at it gives the same reasons: what such a policy named may
     // have gone to another one since.
-    let mut exhausted_of: HashMap<(usize, Family), Refusal> = HashMap::new();
-    for (demand, refusal) in &mut refused {
-        if let Some(family) = lacking.get(demand) {
-            let gateway = book.demands.all[*demand].gateway;
-            *refusal =
-                exhausted_of.entry((gateway, *family)).or_insert_with(|| exhausted(book, gateway, *family)).clone();
+    let mut exhausted_of: HashMap<(usize, Family), Rejection> = HashMap::new();
+    for (request, rejection) in &mut refused {
+        if let Some(family) = lacking.get(request) {
+            let gateway = allocator.requests.all[*request].gateway;
+            *rejection = exhausted_of
+                .entry((gateway, *family))
+                .or_insert_with(|| exhausted(allocator, gateway, *family))
+                .clone();
         }
-        if let Demand { want: Want::Explicit(pair), gateway, .. } = &book.demands.all[*demand]
-            && refusal.reason != Reason::GatewayInvalid
-            && let Err(why) = check_named(book, *gateway, pair)
+        if let Request { kind: Kind::Explicit(pair), gateway, .. } = &allocator.requests.all[*request]
+            && rejection.reason != Reason::GatewayInvalid
+            && let Err(why) = check_named(allocator, *gateway, pair)
         {
-            *refusal = why;
+            *rejection = why;
         }
     }
     refused
 }
 
 /// Why the gateway gives nothing out, if it does not.
-fn frozen(book: &Book, demand: usize) -> Option<Refusal> {
-    let desk = &book.desks[book.demands.all[demand].gateway];
+fn frozen(allocator: &Allocator, request: usize) -> Option<Rejection> {
+    let gateway_pool = &allocator.gateway_pools[allocator.requests.all[request].gateway];
     let message =
-        format!("EgressGateway {:?} makes no sense, and gives out no egress IP until it is mended", desk.name);
-    desk.gateway.frozen.then(|| Refusal::new(Reason::GatewayInvalid, message))
+        format!("EgressGateway {:?} makes no sense, and gives out no egress IP until it is mended", gateway_pool.name);
+    gateway_pool.gateway.frozen.then(|| Rejection::new(Reason::GatewayInvalid, message))
 }
 
-fn no_id() -> Refusal {
+fn no_id() -> Rejection {
     let message = format!(
-        "all {MAX_PATH} path ids of the cluster are in use or in cooldown; \
+        "all {MAX_EGRESS_ID} allocation ids of the cluster are in use or in cooldown; \
          let policies share addresses: name the same address, or say allocate: Shared"
     );
-    Refusal::new(Reason::NoIdLeft, message)
+    Rejection::new(Reason::NoIdLeft, message)
 }
 
-fn explicit(book: &mut Book, demand: usize, address: AddressPair) -> Result<usize, Refusal> {
-    let (gateway, policies) = (book.demands.all[demand].gateway, book.demands.all[demand].policies.clone());
-    check_named(book, gateway, &address)?;
+fn explicit(allocator: &mut Allocator, request: usize, address: AddressPair) -> Result<usize, Rejection> {
+    let (gateway, policies) =
+        (allocator.requests.all[request].gateway, allocator.requests.all[request].policies.clone());
+    check_named(allocator, gateway, &address)?;
     let name = format!("Explicit/{}", in_words(&address));
-    let id = book.new_id(gateway, &address, &policies, &name).ok_or_else(no_id)?;
-    Ok(book.enter(book.again(gateway, id, PathKind::Explicit, address)))
+    let id = allocator.new_id(gateway, &address, &policies, &name).ok_or_else(no_id)?;
+    Ok(allocator.enter(allocator.again(gateway, id, AllocationKind::Explicit, address)))
 }
 
 /// Whether policies can have the addresses that they name.
-fn check_named(book: &Book, gateway: usize, pair: &AddressPair) -> Result<(), Refusal> {
-    addresses(pair).try_for_each(|address| check_one(book, gateway, pair, address))
+fn check_named(allocator: &Allocator, gateway: usize, pair: &AddressPair) -> Result<(), Rejection> {
+    addresses(pair).try_for_each(|address| check_one(allocator, gateway, pair, address))
 }
 
-fn check_one(book: &Book, gateway: usize, pair: &AddressPair, address: IpAddr) -> Result<(), Refusal> {
-    let desk = &book.desks[gateway];
-    if !desk.declared.contains(address) {
+fn check_one(allocator: &Allocator, gateway: usize, pair: &AddressPair, address: IpAddr) -> Result<(), Rejection> {
+    let gateway_pool = &allocator.gateway_pools[gateway];
+    if !gateway_pool.declared.contains(address) {
         let message = format!(
             "{address} is not in the pool of EgressGateway {:?}; add it to the gateway's spec.addresses, \
              or name an address that is there",
-            desk.name
+            gateway_pool.name
         );
-        return Err(Refusal::new(Reason::AddressOutsidePool, message));
+        return Err(Rejection::new(Reason::AddressOutsidePool, message));
     }
-    let holder = book.holder(address);
-    let own = holder.is_some_and(|path| book.paths[path].gateway == gateway);
-    if !desk.usable.contains(address) && !own {
-        let with = desk.overlaps.iter().find(|o| o.first <= address && address <= o.last);
-        let with = with.map(|o| book.desks[o.with].name.to_string()).unwrap_or_default();
+    let holder = allocator.holder(address);
+    let own = holder.is_some_and(|allocation| allocator.allocations[allocation].gateway == gateway);
+    if !gateway_pool.usable.contains(address) && !own {
+        let with = gateway_pool.overlaps.iter().find(|o| o.first <= address && address <= o.last);
+        let with = with.map(|o| allocator.gateway_pools[o.with].name.to_string()).unwrap_or_default();
         let message = format!(
             "{address} is in the pools of EgressGateways {with:?} and {:?}, and the former keeps it; \
              take it out of one of the pools, or name another address",
-            desk.name
+            gateway_pool.name
         );
-        return Err(Refusal::new(Reason::AddressOutsidePool, message));
+        return Err(Rejection::new(Reason::AddressOutsidePool, message));
     }
     if let Some(holder) = holder {
-        let path = &book.paths[holder];
-        if own && path.kind == PathKind::Explicit && path.address == *pair {
+        let allocation = &allocator.allocations[holder];
+        if own && allocation.kind == AllocationKind::Explicit && allocation.address == *pair {
             let message = format!(
                 "{} is the egress IP of {}, and EgressGateway {:?} shares none across namespaces (spec.sharing: \
                  Namespace); name another address, or have sharing: Cluster set there",
                 in_words(pair),
-                book.demands.name_some(&book.users(holder)),
-                desk.name
+                allocator.requests.name_some(&allocator.users(holder)),
+                gateway_pool.name
             );
-            return Err(Refusal::new(Reason::AddressNotShared, message));
+            return Err(Rejection::new(Reason::AddressNotShared, message));
         }
         let message = format!(
             "{address} is taken by {}, which leaves from {} ({:?}); name another address{}",
-            book.demands.name_some(&book.users(holder)),
-            in_words(&path.address),
-            path.kind,
-            match path.kind {
-                PathKind::Explicit => {
-                    let among = match desk.gateway.sharing {
+            allocator.requests.name_some(&allocator.users(holder)),
+            in_words(&allocation.address),
+            allocation.kind,
+            match allocation.kind {
+                AllocationKind::Explicit => {
+                    let among = match gateway_pool.gateway.sharing {
                         Sharing::Namespace => ", if it is of the same namespace",
                         Sharing::Cluster => "",
                     };
-                    format!(", or exactly {} to share the path{among}", in_words(&path.address))
+                    format!(", or exactly {} to share the allocation{among}", in_words(&allocation.address))
                 }
                 _ => String::new(),
             }
         );
-        return Err(Refusal::new(Reason::AddressTaken, message));
+        return Err(Rejection::new(Reason::AddressTaken, message));
     }
-    if let Some(node) = book.node_with(gateway, address) {
+    if let Some(node) = allocator.node_with(gateway, address) {
         let message = format!(
             "{address} is the own address of node {node:?}; name another address, or say allocate: Node to leave \
              from a node's own"
         );
-        return Err(Refusal::new(Reason::AddressOfNode, message));
+        return Err(Rejection::new(Reason::AddressOfNode, message));
     }
-    if let Some(network) = book.inside(address) {
+    if let Some(network) = allocator.inside(address) {
         let message = format!(
             "{address} is in {network}, a network of the cluster's pods or Services, and no server outside can answer to \
              it; name another address, and take it out of the gateway's spec.addresses"
         );
-        return Err(Refusal::new(Reason::AddressInCluster, message));
+        return Err(Rejection::new(Reason::AddressInCluster, message));
     }
     Ok(())
 }
 
 /// An address of each family that the pool has. Of which family it has none left, is put into `lacking`.
 fn pool(
-    book: &mut Book,
-    demand: usize,
-    kind: PathKind,
+    allocator: &mut Allocator,
+    request: usize,
+    kind: AllocationKind,
     lacking: &mut HashMap<usize, Family>,
-) -> Result<usize, Refusal> {
-    let (gateway, policies) = (book.demands.all[demand].gateway, book.demands.all[demand].policies.clone());
-    let desk = &book.desks[gateway];
-    if desk.open.is_empty() {
-        let message = if !desk.usable.is_empty() {
+) -> Result<usize, Rejection> {
+    let (gateway, policies) =
+        (allocator.requests.all[request].gateway, allocator.requests.all[request].policies.clone());
+    let gateway_pool = &allocator.gateway_pools[gateway];
+    if gateway_pool.open.is_empty() {
+        let message = if !gateway_pool.usable.is_empty() {
             format!(
                 "all addresses of EgressGateway {:?} are reserved for policies that name them; name one, or add addresses \
                  to its spec.addresses",
-                desk.name
+                gateway_pool.name
             )
-        } else if desk.declared.is_empty() {
+        } else if gateway_pool.declared.is_empty() {
             format!(
                 "EgressGateway {:?} has no addresses; add some to its spec.addresses, or say allocate: Node",
-                desk.name
+                gateway_pool.name
             )
         } else {
             format!(
                 "all addresses of EgressGateway {:?} are other gateways' too, and theirs; add addresses to its \
                  spec.addresses",
-                desk.name
+                gateway_pool.name
             )
         };
-        return Err(Refusal::new(Reason::PoolEmpty, message));
+        return Err(Rejection::new(Reason::PoolEmpty, message));
     }
     let mut found = Vec::new();
-    for family in Family::BOTH.into_iter().filter(|family| book.desks[gateway].open.has(*family)).collect::<Vec<_>>() {
-        match book.pick(gateway, family, &policies) {
+    for family in
+        Family::BOTH.into_iter().filter(|family| allocator.gateway_pools[gateway].open.has(*family)).collect::<Vec<_>>()
+    {
+        match allocator.pick(gateway, family, &policies) {
             Some(address) => found.push(address),
             None => {
-                lacking.insert(demand, family);
-                return Err(Refusal::new(Reason::PoolExhausted, String::new()));
+                lacking.insert(request, family);
+                return Err(Rejection::new(Reason::PoolExhausted, String::new()));
             }
         }
     }
     let address = pair(found);
     let name = match kind {
-        PathKind::Shared => "Shared".to_owned(),
-        _ => format!("Dedicated/{}", book.demands.applicants[policies[0]].name),
+        AllocationKind::Shared => "Shared".to_owned(),
+        _ => format!("Dedicated/{}", allocator.requests.requesters[policies[0]].name),
     };
-    let id = book.new_id(gateway, &address, &policies, &name).ok_or_else(no_id)?;
-    Ok(book.enter(book.again(gateway, id, kind, address)))
+    let id = allocator.new_id(gateway, &address, &policies, &name).ok_or_else(no_id)?;
+    Ok(allocator.enter(allocator.again(gateway, id, kind, address)))
 }
 
-fn exhausted(book: &Book, gateway: usize, family: Family) -> Refusal {
-    let desk = &book.desks[gateway];
-    let cooling = book.resting.entries.iter().filter(|entry| !entry.ended).filter(|entry| {
+fn exhausted(allocator: &Allocator, gateway: usize, family: Family) -> Rejection {
+    let gateway_pool = &allocator.gateway_pools[gateway];
+    let cooling = allocator.in_cooldown.entries.iter().filter(|entry| !entry.ended).filter(|entry| {
         let address = family.of_pair(&entry.address);
-        address.is_some_and(|a| desk.open.contains(a) && book.holder(a).is_none())
+        address.is_some_and(|a| gateway_pool.open.contains(a) && allocator.holder(a).is_none())
     });
     let until = cooling.map(|entry| entry.at).min().map(|at| {
-        let (at, until) = (time(at), time(at + REST_SECONDS));
+        let (at, until) = (time(at), time(at + COOLDOWN_SECONDS));
         format!(
             "what was given back at {at} is free again at {until}, or at once if you annotate the gateway with \
              {END_COOLDOWN}={at}; "
@@ -234,76 +240,80 @@ fn exhausted(book: &Book, gateway: usize, family: Family) -> Refusal {
     let message = format!(
         "EgressGateway {:?} has no {family} address left: all {} are in use, in cooldown, or are nodes' own; {}add \
          addresses to its spec.addresses, or let policies say allocate: Shared",
-        desk.name,
-        desk.open.size(family),
+        gateway_pool.name,
+        gateway_pool.open.size(family),
         until.unwrap_or_default()
     );
-    Refusal::new(Reason::PoolExhausted, message)
+    Rejection::new(Reason::PoolExhausted, message)
 }
 
-/// A gateway's nodes as paths: which has one, and how many policies use it.
+/// A gateway's nodes as allocations: which has one, and how many policies use it.
 #[derive(Clone, Debug)]
-struct NodePaths {
+struct ByNode {
     /// By the node's place.
-    paths: Vec<Option<usize>>,
+    allocations: Vec<Option<usize>>,
     load: Load,
 }
 
-impl NodePaths {
-    fn new(book: &Book, gateway: usize) -> Self {
-        let nodes = &book.desks[gateway].nodes;
-        let usable = (0..nodes.len()).filter(|place| !book.own_address(nodes[*place].1).is_empty());
+impl ByNode {
+    fn new(allocator: &Allocator, gateway: usize) -> Self {
+        let nodes = &allocator.gateway_pools[gateway].nodes;
+        let usable = (0..nodes.len()).filter(|place| !allocator.own_address(nodes[*place].1).is_empty());
         let (mut open, drained): (Vec<usize>, Vec<usize>) =
-            usable.partition(|place| !is_drained(book.desks[gateway].gateway, nodes[*place].1));
-        if open.iter().any(|place| book.lives(nodes[*place].0)) {
-            open.retain(|place| book.lives(nodes[*place].0));
+            usable.partition(|place| !is_drained(allocator.gateway_pools[gateway].gateway, nodes[*place].1));
+        if open.iter().any(|place| allocator.lives(nodes[*place].0)) {
+            open.retain(|place| allocator.lives(nodes[*place].0));
         }
         let mut load = Load::new(if open.is_empty() { drained } else { open });
-        let mut paths = vec![None; nodes.len()];
+        let mut allocations = vec![None; nodes.len()];
         let places: HashMap<_, _> = nodes.iter().enumerate().map(|(place, (name, _))| (*name, place)).collect();
-        for demand in book.demands.all.iter().filter(|d| d.gateway == gateway && d.want == Want::Node) {
-            let Some(path) = demand.path else { continue };
-            if let Some(place) = book.paths[path].node.as_ref().and_then(|name| places.get(name)) {
-                paths[*place] = Some(path);
+        for request in allocator.requests.all.iter().filter(|d| d.gateway == gateway && d.kind == Kind::Node) {
+            let Some(allocation) = request.allocation else { continue };
+            if let Some(place) = allocator.allocations[allocation].node.as_ref().and_then(|name| places.get(name)) {
+                allocations[*place] = Some(allocation);
                 load.add(*place);
             }
         }
-        NodePaths { paths, load }
+        ByNode { allocations, load }
     }
 }
 
-fn node(book: &mut Book, demand: usize, nodes: &mut NodePaths) -> Result<usize, Refusal> {
-    let (gateway, policies) = (book.demands.all[demand].gateway, book.demands.all[demand].policies.clone());
-    let desk = &book.desks[gateway];
-    let before = book.resting.of(gateway, &policies).into_iter().find_map(|entry| {
-        let same = |place: &usize| overlap(&book.own_address(desk.nodes[*place].1), &entry.address);
+fn node(allocator: &mut Allocator, request: usize, nodes: &mut ByNode) -> Result<usize, Rejection> {
+    let (gateway, policies) =
+        (allocator.requests.all[request].gateway, allocator.requests.all[request].policies.clone());
+    let gateway_pool = &allocator.gateway_pools[gateway];
+    let before = allocator.in_cooldown.of(gateway, &policies).into_iter().find_map(|entry| {
+        let same = |place: &usize| overlap(&allocator.own_address(gateway_pool.nodes[*place].1), &entry.address);
         nodes.load.places().find(same)
     });
     let Some(place) = before.or_else(|| nodes.load.least()) else {
-        let message = if desk.nodes.is_empty() {
+        let message = if gateway_pool.nodes.is_empty() {
             format!(
                 "no node matches the nodeSelector of EgressGateway {:?}; label a node, or mend the selector",
-                desk.name
+                gateway_pool.name
             )
         } else {
             format!(
-                "no node of EgressGateway {:?} has an InternalIP of its own that no path has; see the nodes' \
+                "no node of EgressGateway {:?} has an InternalIP of its own that no allocation has; see the nodes' \
                  status.addresses, or add addresses to the gateway's spec.addresses",
-                desk.name
+                gateway_pool.name
             )
         };
-        return Err(Refusal::new(Reason::NoNode, message));
+        return Err(Rejection::new(Reason::NoNode, message));
     };
-    let path = match nodes.paths[place] {
-        Some(path) => path,
+    let allocation = match nodes.allocations[place] {
+        Some(allocation) => allocation,
         None => {
-            let (name, node) = desk.nodes[place];
-            let address = book.own_address(node);
-            let id = book.new_id(gateway, &address, &policies, &format!("Node/{name}")).ok_or_else(no_id)?;
-            book.enter(Path { since: book.now, ..Path::new(gateway, id, PathKind::Node, address, Some(name.clone())) })
+            let (name, node) = gateway_pool.nodes[place];
+            let address = allocator.own_address(node);
+            let id = allocator.new_id(gateway, &address, &policies, &format!("Node/{name}")).ok_or_else(no_id)?;
+            allocator.enter(Draft {
+                since: allocator.now,
+                ..Draft::new(gateway, id, AllocationKind::Node, address, Some(name.clone()))
+            })
         }
     };
-    nodes.paths[place] = Some(path);
+    nodes.allocations[place] = Some(allocation);
     nodes.load.add(place);
-    Ok(path)
+    Ok(allocation)
 }

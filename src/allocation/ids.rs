@@ -1,24 +1,24 @@
-//! Path ids.
+//! Draft ids.
 
 use crate::model::fnv::fnv1a;
-use crate::model::marks::MAX_PATH;
+use crate::model::marks::MAX_EGRESS_ID;
 
 /// Which ids are in use, and which rest.
 #[derive(Clone, Debug)]
 pub(super) struct Ids {
     live: Vec<bool>,
-    resting: Vec<bool>,
+    in_cooldown: Vec<bool>,
 }
 
 impl Ids {
     pub(super) fn new() -> Self {
-        let none = vec![false; usize::from(MAX_PATH) + 1];
-        Ids { live: none.clone(), resting: none }
+        let none = vec![false; usize::from(MAX_EGRESS_ID) + 1];
+        Ids { live: none.clone(), in_cooldown: none }
     }
 
-    /// Takes an id, resting or not, unless it is in use or no id at all.
+    /// Takes an id, in_cooldown or not, unless it is in use or no id at all.
     pub(super) fn take(&mut self, id: u16) -> bool {
-        let free = (1..=MAX_PATH).contains(&id) && !self.live[usize::from(id)];
+        let free = (1..=MAX_EGRESS_ID).contains(&id) && !self.live[usize::from(id)];
         if free {
             self.live[usize::from(id)] = true;
         }
@@ -31,18 +31,18 @@ impl Ids {
 
     /// Keeps an id from being found by [`Ids::find`].
     pub(super) fn rest(&mut self, id: u16) {
-        if let Some(resting) = self.resting.get_mut(usize::from(id)) {
-            *resting = true;
+        if let Some(in_cooldown) = self.in_cooldown.get_mut(usize::from(id)) {
+            *in_cooldown = true;
         }
     }
 
     /// Takes the first free id after the one that belongs to `name`. The ids of a deleted gateway are forgotten with
-    /// it, and have not rested: starting from a hash, the next path hardly ever gets one of them.
+    /// it, and have not rested: starting from a hash, the next allocation hardly ever gets one of them.
     pub(super) fn find(&mut self, name: &str) -> Option<u16> {
-        let start = (fnv1a(name.bytes()) % u64::from(MAX_PATH)) as u16;
-        let found = (0..MAX_PATH).map(|step| (start + step) % MAX_PATH + 1).find(|id| {
+        let start = (fnv1a(name.bytes()) % u64::from(MAX_EGRESS_ID)) as u16;
+        let found = (0..MAX_EGRESS_ID).map(|step| (start + step) % MAX_EGRESS_ID + 1).find(|id| {
             let place = usize::from(*id);
-            !self.live[place] && !self.resting[place]
+            !self.live[place] && !self.in_cooldown[place]
         })?;
         self.live[usize::from(found)] = true;
         Some(found)
@@ -57,10 +57,10 @@ mod tests {
     fn every_id_is_found_once_and_none_beyond() {
         let mut ids = Ids::new();
         ids.rest(7);
-        assert!(ids.take(9) && !ids.take(9) && !ids.take(0) && !ids.take(MAX_PATH + 1));
+        assert!(ids.take(9) && !ids.take(9) && !ids.take(0) && !ids.take(MAX_EGRESS_ID + 1));
         let mut found: Vec<u16> = std::iter::from_fn(|| ids.find("same")).collect();
         found.sort_unstable();
-        assert_eq!(found, (1..=MAX_PATH).filter(|id| *id != 7 && *id != 9).collect::<Vec<_>>());
+        assert_eq!(found, (1..=MAX_EGRESS_ID).filter(|id| *id != 7 && *id != 9).collect::<Vec<_>>());
         assert!(ids.take(7), "who had it gets it back");
     }
 }

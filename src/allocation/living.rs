@@ -1,6 +1,6 @@
 //! Which nodes live, as far as nodes tell of each other.
 //!
-//! The nodes of a gateway ask each other, and each tells who does not answer it. The ledger itself asks nobody, and
+//! The nodes of a gateway ask each other, and each tells who does not answer it. The allocations itself asks nobody, and
 //! what was said by a node that has died since is not taken back.
 
 use crate::model::Cluster;
@@ -9,19 +9,20 @@ use std::collections::{HashMap, HashSet};
 /// The nodes that are not known to live. Whom the most do not hear, they are right about, and what it says itself counts
 /// no more; so again with what is left. What a node says twice counts once. Of nodes of which each says it of the other,
 /// none is known to live. A node that says of itself that it can hold nothing is one of them, too.
-pub(crate) fn silent(cluster: &Cluster) -> HashSet<&str> {
+pub(crate) fn unreachable(cluster: &Cluster) -> HashSet<&str> {
     let nodes = cluster.egress_nodes.iter().filter(|(name, _)| cluster.nodes.contains_key(*name));
-    let each = nodes.flat_map(|(by, status)| status.of_paths().silent.iter().map(|of| (&**by, of.as_str())));
+    let each =
+        nodes.flat_map(|(by, status)| status.of_allocations().unreachable_peers.iter().map(|of| (&**by, of.as_str())));
     let mut said: HashSet<(&str, &str)> = each.collect();
-    let mut silent: HashSet<&str> = said.iter().filter(|(by, of)| by == of).map(|(by, _)| *by).collect();
+    let mut unreachable: HashSet<&str> = said.iter().filter(|(by, of)| by == of).map(|(by, _)| *by).collect();
     loop {
-        said.retain(|(by, of)| !silent.contains(by) && !silent.contains(of));
+        said.retain(|(by, of)| !unreachable.contains(by) && !unreachable.contains(of));
         let mut count: HashMap<&str, usize> = HashMap::new();
         for (_, of) in &said {
             *count.entry(*of).or_default() += 1;
         }
-        let Some(most) = count.values().max().copied() else { return silent };
-        silent.extend(count.into_iter().filter(|(_, n)| *n == most).map(|(of, _)| of));
+        let Some(most) = count.values().max().copied() else { return unreachable };
+        unreachable.extend(count.into_iter().filter(|(_, n)| *n == most).map(|(of, _)| of));
     }
 }
 
@@ -42,7 +43,7 @@ mod tests {
     }
 
     fn found(world: &World) -> Vec<&str> {
-        let mut found: Vec<&str> = silent(&world.cluster).into_iter().collect();
+        let mut found: Vec<&str> = unreachable(&world.cluster).into_iter().collect();
         found.sort_unstable();
         found
     }

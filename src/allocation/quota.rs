@@ -1,7 +1,7 @@
 //! What the policies of one namespace may have of a gateway together.
 
-use super::demand::{Applicant, Want};
-use super::verdict::{Reason, Refusal};
+use super::decision::{Reason, Rejection};
+use super::request::{Kind, Requester};
 use crate::api::{AddressPair, NamespaceQuota};
 use crate::model::selector::Name;
 use crate::model::{Cluster, Gateway, Namespaces};
@@ -11,12 +11,12 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 /// and what is asked of it, by the policy's place.
 pub(super) fn exceeded(
     cluster: &Cluster,
-    applicants: &[Applicant],
-    asks: &[Option<(&Name, &Gateway, &Want)>],
-) -> HashMap<usize, Refusal> {
+    requesters: &[Requester],
+    asks: &[Option<(&Name, &Gateway, &Kind)>],
+) -> HashMap<usize, Rejection> {
     let mut groups: BTreeMap<(&Name, &Name), Vec<usize>> = BTreeMap::new();
-    for (place, (applicant, ask)) in applicants.iter().zip(asks).enumerate() {
-        if let (Some((name, gateway, _)), Namespaces::One(namespace)) = (ask, &applicant.policy.namespaces)
+    for (place, (requester, ask)) in requesters.iter().zip(asks).enumerate() {
+        if let (Some((name, gateway, _)), Namespaces::One(namespace)) = (ask, &requester.policy.namespaces)
             && gateway.quota != NamespaceQuota::default()
         {
             groups.entry((name, namespace)).or_default().push(place);
@@ -25,16 +25,16 @@ pub(super) fn exceeded(
     let mut refused = HashMap::new();
     for ((name, namespace), mut places) in groups {
         // What was accepted as it is now comes first: a policy that grows is refused itself, and no younger one.
-        places.sort_by_key(|place| (!is_accepted(cluster, &applicants[*place]), *place));
+        places.sort_by_key(|place| (!is_accepted(cluster, &requesters[*place]), *place));
         let mut used = Used::default();
         for place in places {
-            let Some((_, gateway, want)) = asks[place] else { continue };
-            if let Err(beyond) = used.add(&gateway.quota, want, applicants[place].policy.listed_destinations()) {
+            let Some((_, gateway, kind)) = asks[place] else { continue };
+            if let Err(beyond) = used.add(&gateway.quota, kind, requesters[place].policy.listed_destinations()) {
                 let message = format!(
                     "namespace {namespace:?} would have more than {beyond}, which is its quota of EgressGateway {name:?} \
                      (spec.namespaceQuota); remove a policy or some of what it asks for, or have the quota raised"
                 );
-                refused.insert(place, Refusal::new(Reason::QuotaExceeded, message));
+                refused.insert(place, Rejection::new(Reason::QuotaExceeded, message));
             }
         }
     }
@@ -42,12 +42,12 @@ pub(super) fn exceeded(
 }
 
 /// Whether a policy was told that it is accepted, as it is now.
-fn is_accepted(cluster: &Cluster, applicant: &Applicant) -> bool {
-    let conditions = cluster.policy_statuses.get(applicant.key).map(|status| status.conditions.as_slice());
+fn is_accepted(cluster: &Cluster, requester: &Requester) -> bool {
+    let conditions = cluster.policy_statuses.get(requester.key).map(|status| status.conditions.as_slice());
     conditions.unwrap_or_default().iter().any(|condition| {
         condition.type_ == "Accepted"
             && condition.status == "True"
-            && condition.observed_generation == applicant.policy.generation()
+            && condition.observed_generation == requester.policy.generation()
     })
 }
 
@@ -62,12 +62,12 @@ struct Used<'a> {
 
 impl<'a> Used<'a> {
     /// Adds a policy, unless that is more than the namespace may have: of what.
-    fn add(&mut self, quota: &NamespaceQuota, want: &'a Want, destinations: usize) -> Result<(), String> {
+    fn add(&mut self, quota: &NamespaceQuota, kind: &'a Kind, destinations: usize) -> Result<(), String> {
         let exceeds = |count: usize, limit: Option<u32>| limit.filter(|limit| count > *limit as usize);
-        let (dedicated, named) = match want {
-            Want::Dedicated => (1, None),
-            Want::Explicit(pair) => (0, Some(pair).filter(|pair| !self.named.contains(pair))),
-            Want::Shared | Want::Node => (0, None),
+        let (dedicated, named) = match kind {
+            Kind::Dedicated => (1, None),
+            Kind::Explicit(pair) => (0, Some(pair).filter(|pair| !self.named.contains(pair))),
+            Kind::Shared | Kind::Node => (0, None),
         };
         let addresses = self.dedicated + self.named.len() + dedicated + usize::from(named.is_some());
         if let Some(limit) = exceeds(self.policies + 1, quota.policies) {

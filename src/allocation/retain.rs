@@ -1,124 +1,152 @@
-//! What is in the ledger stays there, as long as it is asked for and valid.
+//! What is in the allocations stays there, as long as it is asked for and valid.
 
-use super::book::{Book, Path};
-use super::demand::Want;
+use super::allocator::{Allocator, Draft};
 use super::family::{Family, addresses, overlap, pair};
-use crate::api::{LedgerPath, PathKind};
+use super::request::Kind;
+use crate::api::{Allocation, AllocationKind};
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 /// Carries over what stays, and lets the rest of it rest.
-pub(super) fn retain(book: &mut Book) {
-    // Pool addresses first: where a node has taken one for its own, the path is the elder.
+pub(super) fn retain(allocator: &mut Allocator) {
+    // Pool addresses first: where a node has taken one for its own, the allocation is the elder.
     for nodes_own in [false, true] {
-        for gateway in 0..book.desks.len() {
-            let desk = book.desks[gateway].gateway;
-            let mut paths: Vec<&LedgerPath> =
-                desk.status.paths.iter().filter(|p| (p.kind == PathKind::Node) == nodes_own).collect();
-            paths.sort_by_key(|p| p.id);
-            for path in paths {
-                let stays = if nodes_own { node_path(book, gateway, path) } else { pool_path(book, gateway, path) };
+        for gateway in 0..allocator.gateway_pools.len() {
+            let gateway_pool = allocator.gateway_pools[gateway].gateway;
+            let mut allocations: Vec<&Allocation> = gateway_pool
+                .status
+                .allocations
+                .iter()
+                .filter(|p| (p.kind == AllocationKind::Node) == nodes_own)
+                .collect();
+            allocations.sort_by_key(|p| p.id);
+            for allocation in allocations {
+                let stays = if nodes_own {
+                    node_allocation(allocator, gateway, allocation)
+                } else {
+                    pool_allocation(allocator, gateway, allocation)
+                };
                 if !stays {
-                    book.rest(gateway, path.id, path.address.clone(), path.policies.clone(), book.now);
+                    allocator.rest(
+                        gateway,
+                        allocation.id,
+                        allocation.address.clone(),
+                        allocation.policies.clone(),
+                        allocator.now,
+                    );
                 }
             }
         }
     }
-    complete(book);
+    complete(allocator);
 }
 
-/// The demands for paths of the gateway, as yet without one, that policies make which the ledger lists.
-fn demands_of<'b>(book: &'b Book, gateway: usize, path: &'b LedgerPath) -> impl Iterator<Item = usize> + 'b {
-    let places = path.policies.iter().filter_map(|name| book.demands.places.get(name));
-    places.filter_map(|place| book.demands.of[*place].as_ref().ok().copied()).filter(move |d| {
-        let demand = &book.demands.all[*d];
-        demand.gateway == gateway && demand.path.is_none()
+/// The requests for allocations of the gateway, as yet without one, that policies make which the allocations list.
+fn requests_of<'b>(
+    allocator: &'b Allocator,
+    gateway: usize,
+    allocation: &'b Allocation,
+) -> impl Iterator<Item = usize> + 'b {
+    let places = allocation.policies.iter().filter_map(|name| allocator.requests.places.get(name));
+    places.filter_map(|place| allocator.requests.of[*place].as_ref().ok().copied()).filter(move |d| {
+        let request = &allocator.requests.all[*d];
+        request.gateway == gateway && request.allocation.is_none()
     })
 }
 
-fn pool_path(book: &mut Book, gateway: usize, path: &LedgerPath) -> bool {
-    let fitting = demands_of(book, gateway, path).filter(|d| match (&book.demands.all[*d].want, path.kind) {
-        (Want::Explicit(pair), PathKind::Explicit) => *pair == path.address,
-        (Want::Shared, PathKind::Shared) | (Want::Dedicated, PathKind::Dedicated) => true,
-        _ => false,
+fn pool_allocation(allocator: &mut Allocator, gateway: usize, allocation: &Allocation) -> bool {
+    let fitting = requests_of(allocator, gateway, allocation).filter(|d| {
+        match (&allocator.requests.all[*d].kind, allocation.kind) {
+            (Kind::Explicit(pair), AllocationKind::Explicit) => *pair == allocation.address,
+            (Kind::Shared, AllocationKind::Shared) | (Kind::Dedicated, AllocationKind::Dedicated) => true,
+            _ => false,
+        }
     });
     // The most senior one's, if the gateway shares addresses across namespaces no longer.
-    let Some(demand) = fitting.min() else { return false };
+    let Some(request) = fitting.min() else { return false };
     let may_keep = |address: &IpAddr| {
-        let reserved = || book.desks[gateway].gateway.reservations.iter().any(|reserved| reserved.contains(*address));
-        book.desks[gateway].declared.contains(*address) && (path.kind == PathKind::Explicit || !reserved())
+        let reserved =
+            || allocator.gateway_pools[gateway].gateway.reservations.iter().any(|reserved| reserved.contains(*address));
+        allocator.gateway_pools[gateway].declared.contains(*address)
+            && (allocation.kind == AllocationKind::Explicit || !reserved())
     };
     let (kept, lost): (Vec<IpAddr>, Vec<IpAddr>) =
-        addresses(&path.address).partition(|address| may_keep(address) && !book.held.contains_key(address));
+        addresses(&allocation.address).partition(|address| may_keep(address) && !allocator.held.contains_key(address));
     // Who named an address means this one; who did not is content with half a pair while a new half is looked for.
-    if kept.is_empty() || (path.kind == PathKind::Explicit && !lost.is_empty()) || !book.ids.take(path.id) {
+    if kept.is_empty()
+        || (allocation.kind == AllocationKind::Explicit && !lost.is_empty())
+        || !allocator.ids.take(allocation.id)
+    {
         return false;
     }
     if !lost.is_empty() {
-        book.rest(gateway, path.id, pair(lost), path.policies.clone(), book.now);
+        allocator.rest(gateway, allocation.id, pair(lost), allocation.policies.clone(), allocator.now);
     }
-    let place = book.enter(Path {
+    let place = allocator.enter(Draft {
         gateway,
-        id: path.id,
-        kind: path.kind,
+        id: allocation.id,
+        kind: allocation.kind,
         address: pair(kept),
-        node: path.node.clone(),
-        since: path.since,
-        leaving: path.leaving.clone(),
-        demands: vec![],
+        node: allocation.node.clone(),
+        since: allocation.since,
+        leaving: allocation.leaving.clone(),
+        requests: vec![],
     });
-    book.assign(place, demand);
+    allocator.assign(place, request);
     true
 }
 
-fn node_path(book: &mut Book, gateway: usize, path: &LedgerPath) -> bool {
-    let nodes = &book.desks[gateway].nodes;
-    let Some((name, node)) = path.node.as_deref().and_then(|n| nodes.iter().find(|(name, _)| &***name == n).copied())
+fn node_allocation(allocator: &mut Allocator, gateway: usize, allocation: &Allocation) -> bool {
+    let nodes = &allocator.gateway_pools[gateway].nodes;
+    let Some((name, node)) =
+        allocation.node.as_deref().and_then(|n| nodes.iter().find(|(name, _)| &***name == n).copied())
     else {
         return false;
     };
-    let demands: BTreeSet<usize> =
-        demands_of(book, gateway, path).filter(|d| book.demands.all[*d].want == Want::Node).collect();
-    let address = book.own_address(node);
-    // With another address it is another path: what runs over the old one cannot live on.
-    if demands.is_empty() || !overlap(&address, &path.address) || !book.ids.take(path.id) {
+    let requests: BTreeSet<usize> =
+        requests_of(allocator, gateway, allocation).filter(|d| allocator.requests.all[*d].kind == Kind::Node).collect();
+    let address = allocator.own_address(node);
+    // With another address it is another allocation: what runs over the old one cannot live on.
+    if requests.is_empty() || !overlap(&address, &allocation.address) || !allocator.ids.take(allocation.id) {
         return false;
     }
-    let place = book.enter(Path {
+    let place = allocator.enter(Draft {
         gateway,
-        id: path.id,
-        kind: PathKind::Node,
+        id: allocation.id,
+        kind: AllocationKind::Node,
         address,
         node: Some(name.clone()),
-        since: path.since,
+        since: allocation.since,
         leaving: None,
-        demands: vec![],
+        requests: vec![],
     });
-    for demand in demands {
-        book.assign(place, demand);
+    for request in requests {
+        allocator.assign(place, request);
     }
     true
 }
 
-/// Gives paths the half of their pair that they lack: the pool has got a second family, or has lost an address.
-fn complete(book: &mut Book) {
-    for demand in 0..book.demands.all.len() {
-        let Some(place) = book.demands.all[demand].path else { continue };
-        if !matches!(book.paths[place].kind, PathKind::Dedicated | PathKind::Shared) {
+/// Gives allocations the half of their pair that they lack: the pool has got a second family, or has lost an address.
+fn complete(allocator: &mut Allocator) {
+    for request in 0..allocator.requests.all.len() {
+        let Some(place) = allocator.requests.all[request].allocation else { continue };
+        if !matches!(allocator.allocations[place].kind, AllocationKind::Dedicated | AllocationKind::Shared) {
             continue;
         }
-        let gateway = book.paths[place].gateway;
+        let gateway = allocator.allocations[place].gateway;
         for family in Family::BOTH {
-            if family.of_pair(&book.paths[place].address).is_some() || !book.desks[gateway].open.has(family) {
+            if family.of_pair(&allocator.allocations[place].address).is_some()
+                || !allocator.gateway_pools[gateway].open.has(family)
+            {
                 continue;
             }
-            let policies = std::mem::take(&mut book.demands.all[demand].policies);
-            if let Some(address) = book.pick(gateway, family, &policies) {
-                book.held.insert(address, place);
-                let path = &mut book.paths[place];
-                path.address = pair(addresses(&path.address).chain([address]));
+            let policies = std::mem::take(&mut allocator.requests.all[request].policies);
+            if let Some(address) = allocator.pick(gateway, family, &policies) {
+                allocator.held.insert(address, place);
+                let allocation = &mut allocator.allocations[place];
+                allocation.address = pair(addresses(&allocation.address).chain([address]));
             }
-            book.demands.all[demand].policies = policies;
+            allocator.requests.all[request].policies = policies;
         }
     }
 }

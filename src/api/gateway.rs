@@ -120,48 +120,48 @@ pub enum Placement {
     External,
 }
 
-/// The ledger, and what a person should know. Written by the controller alone.
+/// The allocations, and what a person should know. Written by the controller alone.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct EgressGatewayStatus {
     /// The nodes that match `nodeSelector`, sorted.
     #[serde(default)]
     pub nodes: Vec<String>,
-    /// The ledger: every address in use, its id, its node, and who uses it.
+    /// The allocations: every address in use, its id, its node, and who uses it.
     #[serde(default)]
-    pub paths: Vec<LedgerPath>,
+    pub allocations: Vec<Allocation>,
     /// Ids and addresses given back, kept from reuse for ten minutes.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub released: Vec<ReleasedPath>,
+    pub released: Vec<ReleasedAllocation>,
     /// What is so and what is not, in words.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub conditions: Vec<Condition>,
     /// Who wrote this, where several controllers take turns.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub writer: Option<LedgerWriter>,
-    /// Of a long ledger, `paths` and `released` as lines: after the `node` lines, each path's id, kind, addresses, node
+    pub writer: Option<AllocationsWriter>,
+    /// Of a long list, `allocations` and `released` as lines: after the `node` lines, each allocation's id, kind, addresses, node
     /// by its number among those, since, leaving, policies; with a `-`, what was released.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub text: Option<String>,
 }
 
-/// The controller that wrote a ledger.
+/// The controller that wrote a gateway's allocations.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "camelCase")]
-pub struct LedgerWriter {
+pub struct AllocationsWriter {
     /// Its name in the Lease.
     pub name: String,
     /// How often the Lease had changed hands when it got it.
     pub term: i64,
-    /// How often the ledger was written.
+    /// How often the allocations were written.
     pub writes: i64,
 }
 
-/// How a path's address came to be.
+/// How an allocation's address came to be.
 #[derive(
     Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, schemars::JsonSchema,
 )]
-pub enum PathKind {
+pub enum AllocationKind {
     /// Named by the policy, `spec.address`; policies that name the same address share it.
     Explicit,
     /// From the pool, for one policy alone.
@@ -169,21 +169,21 @@ pub enum PathKind {
     Dedicated,
     /// From the pool, for all the gateway's policies that say `allocate: Shared`.
     Shared,
-    /// The gateway node's own address. It does not move with the path: another node has another address.
+    /// The gateway node's own address. It does not move with the allocation: another node has another address.
     Node,
 }
 
-/// The policies of a path: of ten thousand paths nearly each has one, and that one needs no room of its own.
+/// The policies of an allocation: of ten thousand allocations nearly each has one, and that one needs no room of its own.
 pub type Users = SmallVec<[PolicyKey; 1]>;
 
 /// One egress address (or a pair) with its cluster-wide id and the node that is to hold it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "camelCase")]
-pub struct LedgerPath {
+pub struct Allocation {
     /// Cluster-wide id, 1 to 16383; it travels with each packet through the tunnel.
     pub id: u16,
     /// How the address came to be.
-    pub kind: PathKind,
+    pub kind: AllocationKind,
     /// The address that servers see.
     #[serde(flatten)]
     pub address: AddressPair,
@@ -191,11 +191,11 @@ pub struct LedgerPath {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(with = "Option<String>")]
     pub node: Option<Name>,
-    /// When `node` got it, seconds since the Unix epoch; each change of `node` has another. A node that takes the path
-    /// over says since when the ledger was as it saw it, so that what is said of an older ledger counts no more.
+    /// When `node` got it, seconds since the Unix epoch; each change of `node` has another. A node that takes the allocation
+    /// over says since when the allocations were as it saw it, so that what is said of older allocations counts no more.
     #[serde(default)]
     pub since: i64,
-    /// The node that holds the address until `node` does: the path is being moved on purpose.
+    /// The node that holds the address until `node` does: the allocation is being moved on purpose.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(with = "Option<String>")]
     pub leaving: Option<Name>,
@@ -204,10 +204,10 @@ pub struct LedgerPath {
     pub policies: Users,
 }
 
-/// A path that was given back.
+/// An allocation that was given back.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "camelCase")]
-pub struct ReleasedPath {
+pub struct ReleasedAllocation {
     /// The id it had.
     pub id: u16,
     /// The address it had.

@@ -13,13 +13,13 @@ use std::net::IpAddr;
     category = "egret",
     printcolumn = r#"{"name": "Tunnel", "type": "string", "jsonPath": ".status.tunnelAddress"}"#,
     printcolumn = r#"{"name": "Answers", "type": "boolean", "jsonPath": ".status.answers"}"#,
-    printcolumn = r#"{"name": "Paths", "type": "string", "jsonPath": ".status.paths", "priority": 1}"#,
+    printcolumn = r#"{"name": "Allocations", "type": "string", "jsonPath": ".status.allocations", "priority": 1}"#,
     printcolumn = r#"{"name": "Age", "type": "date", "jsonPath": ".metadata.creationTimestamp"}"#
 )]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct EgressNodeSpec {}
 
-/// Where the node's end of the tunnel is, and which paths it holds.
+/// Where the node's end of the tunnel is, and which allocations it holds.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct EgressNodeStatus {
@@ -27,37 +27,37 @@ pub struct EgressNodeStatus {
     pub tunnel_address: Option<IpAddr>,
     /// The MAC address of the node's end of the tunnel, `02:…`, derived from the node's name.
     pub tunnel_mac: Option<String>,
-    /// Whether the node answers in the tunnel, while it can hold paths, to those who ask whether it lives: its tunnel
+    /// Whether the node answers in the tunnel, while it can hold allocations, to those who ask whether it lives: its tunnel
     /// carries IPv6.
     #[serde(default)]
     pub answers: bool,
-    /// The ids of the paths whose addresses this node holds now, sorted.
+    /// The ids of the allocations whose addresses this node holds now, sorted.
     #[serde(default)]
-    pub paths: Vec<u16>,
-    /// Paths that this node has taken over because the ledger's node seemed dead.
+    pub allocations: Vec<u16>,
+    /// Allocations that this node has taken over because the allocations' node seemed dead.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub taken: Vec<TakenPath>,
-    /// Paths that this node should hold and cannot, and why.
+    pub taken: Vec<TakenAllocation>,
+    /// Allocations that this node should hold and cannot, and why.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub refused: Vec<RefusedPath>,
-    /// Gateways' nodes that do not answer this one, sorted; this one itself, while it cannot hold any path. Only a
+    pub refused: Vec<RefusedAllocation>,
+    /// Gateways' nodes that do not answer this one, sorted; this one itself, while it cannot hold any allocation. Only a
     /// gateway's node says so.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub silent: Vec<String>,
+    pub unreachable_peers: Vec<String>,
     /// The uplinks of this node, by family, that it cannot use now, and why. Egress IPs that need them are on another node,
     /// if one can use more of what they need.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub lost: Vec<LostUplink>,
-    /// Paths whose packets lead nowhere from here now, and why: that pods of this node use, or that it holds and whose new
+    /// Allocations whose packets lead nowhere from here now, and why: that pods of this node use, or that it holds and whose new
     /// connections it drops.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub blocked: Vec<BlockedPath>,
+    pub blocked: Vec<BlockedAllocation>,
     /// The networks that this node takes for the cluster's own, to which no policy's traffic goes by a gateway, and
     /// where each is known from. Nodes' and Services' single addresses are not in it.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub direct: Vec<DirectNetwork>,
     /// Other nodes, networks and addresses that this node had to pass over, sorted, and why; of many the first. All else is
-    /// in step, and they are tried again.
+    /// in sync, and they are tried again.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub faults: Vec<Fault>,
 }
@@ -95,13 +95,13 @@ pub struct DirectNetwork {
     pub from: String,
 }
 
-/// A path that a node holds though the ledger names another one.
+/// An allocation that a node holds though the allocations name another one.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "camelCase")]
-pub struct TakenPath {
-    /// The path's id.
+pub struct TakenAllocation {
+    /// The allocation's id.
     pub id: u16,
-    /// `since` of the ledger's entry at that time.
+    /// `since` of the allocations' entry at that time.
     pub since: i64,
 }
 
@@ -118,11 +118,11 @@ pub struct LostUplink {
     pub message: String,
 }
 
-/// A path that leads nowhere from a node.
+/// An allocation that leads nowhere from a node.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "camelCase")]
-pub struct BlockedPath {
-    /// The path's id.
+pub struct BlockedAllocation {
+    /// The allocation's id.
     pub id: u16,
     /// `IPv4` or `IPv6`, if it is of one of them.
     #[serde(skip_serializing_if = "Option::is_none", default)]
@@ -131,11 +131,11 @@ pub struct BlockedPath {
     pub message: String,
 }
 
-/// A path that its node cannot hold.
+/// An allocation that its node cannot hold.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "camelCase")]
-pub struct RefusedPath {
-    /// The path's id.
+pub struct RefusedAllocation {
+    /// The allocation's id.
     pub id: u16,
     /// Why, and what to do.
     pub message: String,

@@ -45,7 +45,7 @@ pub struct EgressPolicySpec {
     /// How an address is found when none is named. Default: `Dedicated`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub allocate: Option<Allocate>,
-    /// What happens to covered traffic while the path is not ready.
+    /// What happens to covered traffic while the allocation is not ready.
     #[serde(default)]
     pub fallback: Fallback,
     /// What happens to covered connections that pods had begun before the policy began for them.
@@ -107,7 +107,7 @@ pub struct ClusterEgressPolicySpec {
     /// How an address is found when none is named. Default: `Dedicated`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub allocate: Option<Allocate>,
-    /// What happens to covered traffic while the path is not ready.
+    /// What happens to covered traffic while the allocation is not ready.
     #[serde(default)]
     pub fallback: Fallback,
     /// What happens to covered connections that pods had begun before the policy began for them.
@@ -226,7 +226,7 @@ pub enum Allocate {
     Node,
 }
 
-/// What happens to covered traffic while its path is not ready.
+/// What happens to covered traffic while its allocation is not ready.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, schemars::JsonSchema)]
 pub enum Fallback {
     /// It is dropped and counted.

@@ -5,7 +5,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use std::fmt;
 
 /// Names an EgressPolicy (with a namespace) or a ClusterEgressPolicy (without). Shown as `namespace/name` and
-/// `name`, which is how the ledger writes it.
+/// `name`, which is how the allocations write it.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct PolicyKey {
     /// `None` for a ClusterEgressPolicy.

@@ -53,7 +53,7 @@ struct Logs {
 enum Command {
     /// Hold this node's pods to their policies, and this node's egress addresses
     Node(Node),
-    /// Keep the ledger: give policies their addresses, and addresses their nodes
+    /// Keep the allocations: give policies their addresses, and addresses their nodes
     Controller(Controller),
     /// Put the CNI plugin into place; `egretd node` puts its entry into the network configuration when it is in sync
     Install(Install),

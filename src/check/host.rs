@@ -111,7 +111,7 @@ fn expect(name: &'static str, setting: &str, wanted: &str, remedy: &str) -> Need
     }
 }
 
-/// How many connections there can be, and how many there are. Every egress connection is one, on its director and on
+/// How many connections there can be, and how many there are. Every egress connection is one, on its source node and on
 /// its gateway.
 fn conntrack_table() -> Need {
     let number = |name: &str| read(&format!("net/netfilter/nf_conntrack_{name}")).and_then(|v| v.parse::<u64>().ok());

@@ -5,7 +5,7 @@
 
 pub mod dir;
 pub mod kube;
-mod remains;
+mod readable;
 
 use crate::api::{EgressGatewayStatus, EgressNodeStatus, EgressPolicyStatus};
 use crate::model::notice::Notice;
@@ -37,12 +37,12 @@ pub struct KubeOptions {
     /// How several controllers take turns; `None`: there is only one.
     pub lease: Option<LeaseSettings>,
     /// Where a node writes down what it is told, for a start while the API server is away; `None`: nowhere.
-    pub known: Option<Known>,
+    pub known: Option<OfflineCache>,
 }
 
 /// Where a node writes down what it knows of the cluster.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Known {
+pub struct OfflineCache {
     /// The directory; it is made if need be.
     pub directory: PathBuf,
     /// Whose it is. What was written for another is not read: what another node knew, or this one before a boot, when
@@ -75,7 +75,7 @@ impl SourceName {
 
     /// With what is known written down there, by a node.
     #[must_use]
-    pub fn writing_down(mut self, known: Known) -> Self {
+    pub fn writing_down(mut self, known: OfflineCache) -> Self {
         if let SourceName::Kube(options) = &mut self {
             options.known = Some(known);
         }
@@ -263,7 +263,7 @@ pub async fn remove_node(name: &SourceName, node: &str) -> anyhow::Result<bool> 
 }
 
 impl Statuses {
-    /// Writes a gateway's status, the ledger, in place of the one of the version that a snapshot had
+    /// Writes a gateway's status, the allocations, in place of the one of the version that a snapshot had
     /// ([`Gateway::version`](crate::model::Gateway::version)); returns the new version, where there are any.
     /// `notices` are told as events, where there are any.
     ///

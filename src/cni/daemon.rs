@@ -28,7 +28,7 @@ pub enum Answer {
     /// A daemon is there and does not answer in time; in words. It may still do what it was asked.
     Silent(String),
     /// There is no daemon that understands; why, in words.
-    Away(String),
+    Offline(String),
 }
 
 /// A question to the daemon behind a socket.
@@ -55,7 +55,7 @@ impl<'a> Question<'a> {
         let mut stream = match dial(self.socket) {
             Ok(stream) => stream,
             Err(e) if timed_out(&e) => return self.silent(),
-            Err(e) => return Answer::Away(format!("no answer at {at}: {e}")),
+            Err(e) => return Answer::Offline(format!("no answer at {at}: {e}")),
         };
         // A daemon that closes before it has read all may have left its answer: writing may fail, reading decides.
         match stream.write_all(&self.line) {
@@ -65,20 +65,22 @@ impl<'a> Question<'a> {
         let mut answer = Vec::new();
         match BufReader::new((&mut stream).take(MAX_ANSWER)).read_until(b'\n', &mut answer) {
             Err(e) if timed_out(&e) => return self.silent(),
-            Err(e) => return Answer::Away(format!("the connection to {at} broke off: {e}")),
-            Ok(_) if answer.is_empty() => return Answer::Away(format!("{at} closed the connection without an answer")),
+            Err(e) => return Answer::Offline(format!("the connection to {at} broke off: {e}")),
+            Ok(_) if answer.is_empty() => {
+                return Answer::Offline(format!("{at} closed the connection without an answer"));
+            }
             Ok(_) => {}
         }
         match serde_json::from_slice::<Response>(&answer) {
-            Ok(Response { version, .. }) if version != PROTOCOL => Answer::Away(format!(
+            Ok(Response { version, .. }) if version != PROTOCOL => Answer::Offline(format!(
                 "egretd at {at} speaks version {version} of the conversation, this plugin speaks {PROTOCOL}"
             )),
             Ok(Response { error: None, .. }) => Answer::Done,
             Ok(Response { error: Some(e), .. }) if e.code == codes::INCOMPATIBLE => {
-                Answer::Away(format!("egretd at {at} refused the conversation: {e}"))
+                Answer::Offline(format!("egretd at {at} refused the conversation: {e}"))
             }
             Ok(Response { error: Some(e), .. }) => Answer::Refused(e),
-            Err(e) => Answer::Away(format!("the answer from {at} cannot be understood: {e}")),
+            Err(e) => Answer::Offline(format!("the answer from {at} cannot be understood: {e}")),
         }
     }
 
@@ -87,7 +89,7 @@ impl<'a> Question<'a> {
         let deadline = Instant::now() + patience;
         loop {
             match self.ask() {
-                Answer::Away(_) if Instant::now() < deadline => thread::sleep(RETRY),
+                Answer::Offline(_) if Instant::now() < deadline => thread::sleep(RETRY),
                 answer => return answer,
             }
         }

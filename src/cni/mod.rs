@@ -5,11 +5,11 @@
 //! daemon is [`away`], the [`offline_policies`] it left decide whether the pod goes free or into [quarantine](crate::datapath::quarantine).
 
 pub mod attachment;
-pub mod away;
 pub mod config;
 pub mod daemon;
 pub mod environment;
 pub mod interface;
+pub mod offline;
 pub mod offline_policies;
 pub mod plugin;
 pub mod protocol;

@@ -1,11 +1,11 @@
 //! The plugin as a whole: a call comes in, is understood, done and answered.
 
 use super::attachment::{Attachment, PodRef};
-use super::away::{self, Admission};
 use super::config::{self, Config, Fields};
 use super::daemon::{Answer, Question};
 use super::environment::{Call, Command, Target};
 use super::interface::host_end;
+use super::offline::{self, Admission};
 use super::protocol::{Failure, Verb, codes};
 use super::result::PodSide;
 use super::uninstalled;
@@ -71,13 +71,13 @@ fn serve(version: &mut Version) -> Result<String, Failure> {
         Call::Add(target) => add(&config, target),
         Call::Del(id) => {
             let question = Question::new(&config.socket, Verb::Del(id.clone()))?;
-            when_away(&question, |_| away::del(config.run_dir(), &id))
+            when_offline(&question, |_| offline::del(config.run_dir(), &id))
         }
         Call::Check(target) => check(&config, target),
         Call::Gc => {
             let verb = Verb::Gc { network: config.network.clone(), valid: config.valid.clone() };
             let question = Question::new(&config.socket, verb)?;
-            when_away(&question, |_| away::gc(config.run_dir(), &config.network, &config.valid))
+            when_offline(&question, |_| offline::gc(config.run_dir(), &config.network, &config.valid))
         }
         // Whatever the daemon does: a runtime that is told no takes the whole node for one without a network, and its
         // pods of all namespaces with it. Pods that a policy can select are held by ADD.
@@ -87,11 +87,14 @@ fn serve(version: &mut Version) -> Result<String, Failure> {
 }
 
 /// Asks the daemon, and does `otherwise` while it is away, told why it is thought to be. Nothing is printed.
-fn when_away(question: &Question<'_>, otherwise: impl FnOnce(&str) -> Result<(), Failure>) -> Result<String, Failure> {
+fn when_offline(
+    question: &Question<'_>,
+    otherwise: impl FnOnce(&str) -> Result<(), Failure>,
+) -> Result<String, Failure> {
     match question.ask() {
         Answer::Done => {}
         Answer::Refused(failure) => return Err(failure),
-        Answer::Away(why) | Answer::Silent(why) => otherwise(&why)?,
+        Answer::Offline(why) | Answer::Silent(why) => otherwise(&why)?,
     }
     Ok(String::new())
 }
@@ -110,24 +113,24 @@ fn add(config: &Config<'_>, target: Target) -> Result<String, Failure> {
     match question.ask() {
         Answer::Done => return Ok(result),
         Answer::Refused(failure) => return Err(failure),
-        Answer::Away(_) => {}
+        Answer::Offline(_) => {}
         Answer::Silent(why) => {
-            return match away::add(config.run_dir(), &config.state_dir, &attachment)? {
+            return match offline::add(config.run_dir(), &config.state_dir, &attachment)? {
                 Admission::Recorded => Ok(result),
                 Admission::Unprepared(cause) => Err(waits(&cause, &why)),
             };
         }
     }
-    let answer = match away::add(config.run_dir(), &config.state_dir, &attachment)? {
+    let answer = match offline::add(config.run_dir(), &config.state_dir, &attachment)? {
         // Once more: a daemon that came back in the meantime may have read the records before this pod's was there.
         // One that comes back after this reads it.
         Admission::Recorded => match question.ask() {
-            Answer::Away(_) | Answer::Silent(_) => Answer::Done,
+            Answer::Offline(_) | Answer::Silent(_) => Answer::Done,
             answer => answer,
         },
         Admission::Unprepared(why) => match question.ask_for(PATIENCE) {
-            Answer::Away(_) if uninstalled::is_marked(config.run_dir()) => Answer::Done,
-            Answer::Away(reason) | Answer::Silent(reason) => Answer::Refused(waits(&why, &reason)),
+            Answer::Offline(_) if uninstalled::is_marked(config.run_dir()) => Answer::Done,
+            Answer::Offline(reason) | Answer::Silent(reason) => Answer::Refused(waits(&why, &reason)),
             answer => answer,
         },
     };
@@ -137,9 +140,9 @@ fn add(config: &Config<'_>, target: Target) -> Result<String, Failure> {
     }
 }
 
-fn waits(cause: &str, why_away: &str) -> Failure {
+fn waits(cause: &str, why_offline: &str) -> Failure {
     let msg = format!("the pod waits for egretd, which is away: {cause}");
-    Failure::new(codes::TRY_AGAIN, msg, format!("start egretd on this node; {why_away}"))
+    Failure::new(codes::TRY_AGAIN, msg, format!("start egretd on this node; {why_offline}"))
 }
 
 fn check(config: &Config<'_>, target: Target) -> Result<String, Failure> {
@@ -147,7 +150,7 @@ fn check(config: &Config<'_>, target: Target) -> Result<String, Failure> {
     let Some(pod) = target.pod.clone() else { return Ok(String::new()) };
     let attachment = attachment(config, target, pod, side)?;
     let question = Question::new(&config.socket, Verb::Check(attachment.clone()))?;
-    when_away(&question, |why| away::check(config.run_dir(), &config.state_dir, &attachment, why))
+    when_offline(&question, |why| offline::check(config.run_dir(), &config.state_dir, &attachment, why))
 }
 
 fn attachment(config: &Config<'_>, target: Target, pod: PodRef, side: PodSide) -> Result<Attachment, Failure> {

@@ -12,7 +12,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct Paths {
+struct AllocationLabels {
     gateway: String,
     kind: String,
 }
@@ -37,8 +37,8 @@ struct Write {
 
 pub(super) struct Metrics {
     allocation: Histogram,
-    paths: Family<Paths, Gauge>,
-    resting: Family<OfGateway, Gauge>,
+    allocations: Family<AllocationLabels, Gauge>,
+    in_cooldown: Family<OfGateway, Gauge>,
     policies: Family<Condition, Gauge>,
     writes: Family<Write, Counter>,
 }
@@ -48,22 +48,22 @@ impl Metrics {
         let metrics = Metrics {
             // 0.1 ms to 1.6 s.
             allocation: Histogram::new(exponential_buckets(0.0001, 2.0, 15)),
-            paths: Family::default(),
-            resting: Family::default(),
+            allocations: Family::default(),
+            in_cooldown: Family::default(),
             policies: Family::default(),
             writes: Family::default(),
         };
         registry.register_with_unit(
             "allocation_duration",
-            "How long it took to compute the ledger",
+            "How long it took to compute the allocations",
             Unit::Seconds,
             metrics.allocation.clone(),
         );
-        registry.register("ledger_paths", "Paths in the ledger", metrics.paths.clone());
+        registry.register("allocations", "Allocations by gateway and kind", metrics.allocations.clone());
         registry.register(
-            "ledger_resting",
-            "Paths that were given back and are kept from reuse for ten minutes",
-            metrics.resting.clone(),
+            "allocations_in_cooldown",
+            "Allocations that were given back and are kept from reuse for ten minutes",
+            metrics.in_cooldown.clone(),
         );
         registry.register("policies", "Policies by condition", metrics.policies.clone());
         registry.register("status_writes", "Statuses written", metrics.writes.clone());
@@ -74,16 +74,16 @@ impl Metrics {
         self.allocation.observe(duration.as_secs_f64());
     }
 
-    pub(super) fn ledgers(&self, gateways: &BTreeMap<Name, EgressGatewayStatus>) {
-        self.paths.clear();
-        self.resting.clear();
+    pub(super) fn gateway_statuses(&self, gateways: &BTreeMap<Name, EgressGatewayStatus>) {
+        self.allocations.clear();
+        self.in_cooldown.clear();
         for (name, status) in gateways {
             let gateway = name.to_string();
-            for path in &status.paths {
-                let kind = format!("{:?}", path.kind);
-                self.paths.get_or_create(&Paths { gateway: gateway.clone(), kind }).inc();
+            for allocation in &status.allocations {
+                let kind = format!("{:?}", allocation.kind);
+                self.allocations.get_or_create(&AllocationLabels { gateway: gateway.clone(), kind }).inc();
             }
-            self.resting.get_or_create(&OfGateway { gateway }).set(status.released.len() as i64);
+            self.in_cooldown.get_or_create(&OfGateway { gateway }).set(status.released.len() as i64);
         }
     }
 

@@ -1,11 +1,11 @@
-//! The controller: keeps the ledger, and tells each policy what became of it.
+//! The controller: keeps the allocations, and tells each policy what became of it.
 //!
 //! The source's snapshot goes in, statuses come out; what they are is [`crate::plan`]'s to say. The controller
 //! itself remembers only what it has written and the source has not shown yet.
 
 mod metrics;
 mod pass;
-mod unseen;
+mod write_overlay;
 
 use crate::cluster::{self, Leadership, Scope, Source, SourceName};
 use crate::model::{Cluster, Gateway};
@@ -77,7 +77,7 @@ async fn keep(source: Source, metrics: Metrics, ready: watch::Sender<Result<(), 
     }
 }
 
-/// Keeps everything in step, until another one leads.
+/// Keeps everything in sync, until another one leads.
 async fn lead(
     controller: &mut Controller,
     snapshots: &mut watch::Receiver<Arc<Cluster>>,
@@ -90,7 +90,7 @@ async fn lead(
         let snapshot = snapshots.borrow_and_update().clone();
         let newer = || {
             let news = snapshots.has_changed().unwrap_or_default();
-            news && changes_the_ledger(&snapshot, &snapshots.borrow())
+            news && changes_the_allocations(&snapshot, &snapshots.borrow())
         };
         let pass = controller.pass(snapshot.clone(), newer).await;
         let mut wake = pass.wake;
@@ -128,8 +128,8 @@ async fn lead(
     Ok(())
 }
 
-/// Whether a newer snapshot can lead to another ledger. Most are but echoes of what is being written.
-fn changes_the_ledger(old: &Cluster, new: &Cluster) -> bool {
+/// Whether a newer snapshot can lead to another allocations. Most are but echoes of what is being written.
+fn changes_the_allocations(old: &Cluster, new: &Cluster) -> bool {
     let asks = |gateway: &Gateway| Gateway { status: Default::default(), version: None, ..gateway.clone() };
     let same_gateway = |a: &Arc<Gateway>, b: &Arc<Gateway>| Arc::ptr_eq(a, b) || asks(a) == asks(b);
     !(same(&old.policies, &new.policies, Arc::ptr_eq)

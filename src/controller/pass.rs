@@ -1,10 +1,10 @@
-//! One look at the cluster: the ledger is computed anew, and what has changed is written.
+//! One look at the cluster: the allocations are computed anew, and what has changed is written.
 
 use super::metrics::Metrics;
-use super::unseen::{self, Unseen};
+use super::write_overlay::{self, WriteOverlay};
 use crate::allocation::report::{of_gateway, of_policy, report};
 use crate::allocation::{Outcome, allocate};
-use crate::api::{EgressGatewayStatus, EgressPolicyStatus, LedgerWriter};
+use crate::api::{AllocationsWriter, EgressGatewayStatus, EgressPolicyStatus};
 use crate::cluster::{Leadership, NotWritten, Statuses, Term};
 use crate::model::fallback_policy::listed_only;
 use crate::model::selector::Name;
@@ -22,7 +22,7 @@ use tracing::{info, warn};
 const CATCH_UP: Duration = Duration::from_secs(2);
 /// So many statuses are written before others get their turn: a scrape, a signal.
 const WRITES_AT_ONCE: usize = 64;
-/// After this time, statuses that are still to be written wait for a newer snapshot's ledger, if it is another one.
+/// After this time, statuses that are still to be written wait for a newer snapshot's allocations, if it is another one.
 const WRITES_LAST: Duration = Duration::from_millis(500);
 /// Statuses that are wrong in their number of pods alone are written this often: pods come and go all the time.
 const COUNT_AGAIN: Duration = Duration::from_secs(10);
@@ -32,10 +32,10 @@ pub(super) struct Controller {
     statuses: Statuses,
     pub(super) leadership: Leadership,
     metrics: Metrics,
-    pub(super) unseen: Unseen,
+    pub(super) write_overlay: WriteOverlay,
     /// The time of leading that all this is of.
     term: Option<Term>,
-    /// Ledgers that may have been written, or still will be: in place of which version.
+    /// Allocations that may have been written, or still will be: in place of which version.
     uncertain: BTreeMap<Name, Option<Box<str>>>,
     /// The gateways and policies of the last snapshot, if all that is not there has been forgotten.
     known: Option<(BTreeSet<Name>, BTreeSet<PolicyKey>)>,
@@ -54,8 +54,8 @@ pub(super) struct Pass {
 impl Controller {
     pub(super) fn new(statuses: Statuses, leadership: Leadership, metrics: Metrics) -> Self {
         let term = leadership.term();
-        let (unseen, uncertain) = (Unseen::default(), BTreeMap::new());
-        Controller { statuses, leadership, metrics, unseen, term, uncertain, known: None, counted: None }
+        let (write_overlay, uncertain) = (WriteOverlay::default(), BTreeMap::new());
+        Controller { statuses, leadership, metrics, write_overlay, term, uncertain, known: None, counted: None }
     }
 
     /// Whether it still leads as it did when it began.
@@ -64,11 +64,11 @@ impl Controller {
     }
 
     /// Begins to lead: forgets what it wrote the last time, and waits until the source shows every gateway that there
-    /// was when it began to lead. A ledger that it does not know of could have what it gives out.
+    /// was when it began to lead. A gateway's allocations that it does not know of could have what it gives out.
     pub(super) async fn begin(&mut self, snapshots: &mut watch::Receiver<Arc<Cluster>>) -> anyhow::Result<()> {
         self.term = self.leadership.term();
         // What is uncertain stays so: a term that lapsed and goes on makes nothing void that was sent in it.
-        self.unseen = Unseen::default();
+        self.write_overlay = WriteOverlay::default();
         while self.leads() {
             let wanted = match self.statuses.gateway_versions().await {
                 Ok(None) => return Ok(()),
@@ -83,14 +83,14 @@ impl Controller {
                 let shown = |name| cluster.gateways.get(name).and_then(|gateway| gateway.version.as_deref());
                 let missing = wanted
                     .iter()
-                    .find(|(name, version)| shown(name).is_none_or(|shown| unseen::is_older(shown, version)));
+                    .find(|(name, version)| shown(name).is_none_or(|shown| write_overlay::is_older(shown, version)));
                 missing.map(|(name, _)| name.clone())
             };
             let caught_up = async { snapshots.wait_for(|cluster| missing(cluster).is_none()).await.map(drop) };
             match timeout(CATCH_UP, caught_up).await {
                 Ok(shown) => {
                     shown.context("the source of cluster state has ended")?;
-                    // A policy that the ledger lists may be younger than what is shown of policies; one that is gone stays so.
+                    // A policy that the allocations list may be younger than what is shown of policies; one that is gone stays so.
                     let _ = timeout(CATCH_UP, snapshots.wait_for(|cluster| listed_only(cluster).is_empty())).await;
                     return Ok(());
                 }
@@ -106,13 +106,13 @@ impl Controller {
         Ok(())
     }
 
-    /// Brings all statuses in step with a snapshot; some policies' may be left to the next pass if a `newer` snapshot
+    /// Brings all statuses in sync with a snapshot; some policies' may be left to the next pass if a `newer` snapshot
     /// waits for it.
     pub(super) async fn pass(&mut self, snapshot: Arc<Cluster>, newer: impl Fn() -> bool) -> Pass {
         let cluster = match self.sealed(&snapshot).await {
             Ok(cluster) => cluster,
             Err(e) => {
-                warn!("the ledgers cannot be made this controller's, and are tried again: {e:#}");
+                warn!("the allocations cannot be made this controller's, and are tried again: {e:#}");
                 return Pass { wake: None, failure: Some(e) };
             }
         };
@@ -128,7 +128,7 @@ impl Controller {
         // A policy shall not be told of an address that it may not get after all.
         reports.retain(|key, _| outcome.gateway_of(key).is_none_or(|gateway| !unwritten.contains(gateway)));
         let count_again = self.write_policies(&cluster, reports, newer, &mut failure).await;
-        self.unseen.count_from(Instant::now());
+        self.write_overlay.count_from(Instant::now());
         if let Err(e) = self.forget(&snapshot).await {
             warn!("statuses of objects that are gone cannot be removed: {e:#}");
             failure = Some(e);
@@ -137,15 +137,15 @@ impl Controller {
         // What becomes of a node that Kubernetes hears nothing of is said when it has lasted.
         let lost = cluster.nodes.values().filter_map(|node| node.is_lost_at()).filter(|at| *at > now).min();
         let lost = lost.map(|at| Duration::from_secs(at.saturating_sub(now).unsigned_abs()));
-        let wake = [release, count_again, lost, self.unseen.until(Instant::now())].into_iter().flatten().min();
+        let wake = [release, count_again, lost, self.write_overlay.until(Instant::now())].into_iter().flatten().min();
         Pass { wake, failure }
     }
 
-    /// The cluster, with every ledger in it made this leader's: what an earlier one may still send is in place of
-    /// another version, and is refused. Then nobody but this one writes a ledger, and what is free in all of them is
+    /// The cluster, with every allocations in it made this leader's: what an earlier one may still send is in place of
+    /// another version, and is refused. Then nobody but this one writes a gateway's allocations, and what is free in all of them is
     /// free.
     async fn sealed(&mut self, snapshot: &Arc<Cluster>) -> anyhow::Result<Arc<Cluster>> {
-        let cluster = self.unseen.merge(snapshot.clone(), Instant::now());
+        let cluster = self.write_overlay.merge(snapshot.clone(), Instant::now());
         self.uncertain.retain(|name, version| cluster.gateways.get(name).is_some_and(|g| g.version == *version));
         let Some(term) = self.term.clone().filter(|term| term.number > 0) else { return Ok(cluster) };
         let foreign = |gateway: &Gateway| {
@@ -161,19 +161,19 @@ impl Controller {
         self.leadership.confirm().await?;
         for (name, gateway) in open {
             let status = EgressGatewayStatus { writer: self.signature(&gateway), ..gateway.status.clone() };
-            self.write_gateway(&name, &gateway, status).await.with_context(|| format!("the ledger of {name}"))?;
+            self.write_gateway(&name, &gateway, status).await.with_context(|| format!("the allocations of {name}"))?;
         }
-        Ok(self.unseen.merge(snapshot.clone(), Instant::now()))
+        Ok(self.write_overlay.merge(snapshot.clone(), Instant::now()))
     }
 
-    /// What a ledger that is written next says of its writer.
-    fn signature(&self, gateway: &Gateway) -> Option<LedgerWriter> {
+    /// What a gateway's allocations that is written next says of its writer.
+    fn signature(&self, gateway: &Gateway) -> Option<AllocationsWriter> {
         let term = self.term.as_ref().filter(|term| term.number > 0)?;
         let writes = gateway.status.writer.as_ref().map_or(0, |writer| writer.writes) + 1;
-        Some(LedgerWriter { name: term.name.clone(), term: term.number, writes })
+        Some(AllocationsWriter { name: term.name.clone(), term: term.number, writes })
     }
 
-    /// Writes a ledger in place of the one that the gateway has.
+    /// Writes a gateway's allocations in place of the one that the gateway has.
     async fn write_gateway(
         &mut self,
         name: &Name,
@@ -189,7 +189,7 @@ impl Controller {
         match written {
             Ok(version) => {
                 self.uncertain.remove(name);
-                self.unseen.gateway(name.clone(), status, version);
+                self.write_overlay.gateway(name.clone(), status, version);
                 Ok(())
             }
             Err(NotWritten::Refused(e)) => Err(e),
@@ -200,7 +200,7 @@ impl Controller {
         }
     }
 
-    /// Writes the ledgers that have changed; returns the gateways whose ledger could not be written.
+    /// Writes the allocations that have changed; returns the gateways whose allocations could not be written.
     async fn write_gateways(
         &mut self,
         cluster: &Cluster,
@@ -208,7 +208,7 @@ impl Controller {
         failure: &mut Option<anyhow::Error>,
     ) -> BTreeSet<Name> {
         let mut unwritten = BTreeSet::new();
-        self.metrics.ledgers(&outcome.gateways);
+        self.metrics.gateway_statuses(&outcome.gateways);
         for (name, status) in &mut outcome.gateways {
             let Some(gateway) = cluster.gateways.get(name) else { continue };
             status.writer.clone_from(&gateway.status.writer);
@@ -216,12 +216,12 @@ impl Controller {
                 continue;
             }
             let mut status = std::mem::take(status);
-            let (nodes, paths, resting) = (status.nodes.len(), status.paths.len(), status.released.len());
+            let (nodes, allocations, resting) = (status.nodes.len(), status.allocations.len(), status.released.len());
             status.writer = self.signature(gateway);
             match self.write_gateway(name, gateway, status).await {
-                Ok(()) => info!(gateway = &**name, nodes, paths, resting, "the ledger has changed"),
+                Ok(()) => info!(gateway = &**name, nodes, allocations, resting, "the allocations has changed"),
                 Err(e) => {
-                    warn!(gateway = &**name, "the ledger cannot be written, and is tried again: {e:#}");
+                    warn!(gateway = &**name, "the allocations cannot be written, and is tried again: {e:#}");
                     unwritten.insert(name.clone());
                     *failure = Some(e);
                 }
@@ -264,7 +264,7 @@ impl Controller {
                 Ok(()) => {
                     written += 1;
                     tell(&key, &status);
-                    self.unseen.policy(key, status);
+                    self.write_overlay.policy(key, status);
                 }
                 Err(e) => {
                     failed += 1;

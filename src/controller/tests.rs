@@ -45,7 +45,7 @@ async fn wait(directory: &Path, what: &str, good: impl Fn(&Cluster) -> bool) -> 
     }
 }
 
-fn ledger(cluster: &Cluster) -> &EgressGatewayStatus {
+fn gateway_status(cluster: &Cluster) -> &EgressGatewayStatus {
     &cluster.gateways["default"].status
 }
 
@@ -53,9 +53,9 @@ fn told(cluster: &Cluster, policy: &str) -> Option<String> {
     cluster.policy_statuses.get(&PolicyKey::from(policy))?.addresses.as_ref()?.ipv4.map(|a| a.to_string())
 }
 
-/// The ledger's paths, but for the time since when their nodes have them: a test may run from one second to the next.
-fn timeless(cluster: &Cluster) -> Vec<crate::api::LedgerPath> {
-    ledger(cluster).paths.iter().map(|path| crate::api::LedgerPath { since: 0, ..path.clone() }).collect()
+/// The allocations' allocations, but for the time since when their nodes have them: a test may run from one second to the next.
+fn timeless(cluster: &Cluster) -> Vec<crate::api::Allocation> {
+    gateway_status(cluster).allocations.iter().map(|path| crate::api::Allocation { since: 0, ..path.clone() }).collect()
 }
 
 #[tokio::test]
@@ -66,7 +66,7 @@ async fn policies_get_their_addresses_and_keep_them() {
     std::fs::write(path.join("q.yaml"), policy("q")).unwrap();
     let controller = started(path).await;
     let first = wait(path, "q has an address", |c| told(c, "shop/q").is_some()).await;
-    assert_eq!(ledger(&first).nodes, ["n1"]);
+    assert_eq!(gateway_status(&first).nodes, ["n1"]);
 
     std::fs::write(path.join("p.yaml"), policy("p")).unwrap();
     let both = wait(path, "p has an address", |c| told(c, "shop/p").is_some()).await;
@@ -76,13 +76,14 @@ async fn policies_get_their_addresses_and_keep_them() {
     controller.abort();
     std::fs::remove_file(path.join("q.yaml")).unwrap();
     let controller = started(path).await;
-    let one = wait(path, "q is forgotten", |c| ledger(c).paths.len() == 1).await;
+    let one = wait(path, "q is forgotten", |c| gateway_status(c).allocations.len() == 1).await;
     assert_eq!(told(&one, "shop/p").unwrap(), "192.0.2.51");
-    assert_eq!(ledger(&one).released[0].policies[..], ["shop/q".into()]);
+    assert_eq!(gateway_status(&one).released[0].policies[..], ["shop/q".into()]);
     std::fs::write(path.join("q.yaml"), policy("q")).unwrap();
-    let back = wait(path, "q is back", |c| ledger(c).paths.len() == 2 && told(c, "shop/q").is_some()).await;
+    let back =
+        wait(path, "q is back", |c| gateway_status(c).allocations.len() == 2 && told(c, "shop/q").is_some()).await;
     assert_eq!(timeless(&back), timeless(&both));
-    assert!(ledger(&back).released.is_empty());
+    assert!(gateway_status(&back).released.is_empty());
     controller.abort();
 }
 
@@ -100,7 +101,7 @@ async fn when_nothing_changes_nothing_is_written() {
     let mut second = Controller::new(source.statuses, source.leadership, Metrics::new(&mut Registry::default()));
     let pass = second.pass(snapshot, || false).await;
     assert!(pass.failure.is_none() && pass.wake.is_none());
-    assert!(second.unseen.until(Instant::now()).is_none(), "a second controller finds nothing to write");
+    assert!(second.write_overlay.until(Instant::now()).is_none(), "a second controller finds nothing to write");
     controller.abort();
 }
 
@@ -123,7 +124,7 @@ async fn numbers_of_pods_alone_are_written_at_once_and_then_together() {
         std::fs::write(path.join("pods.yaml"), (0..pods).map(named).collect::<String>()).unwrap();
         let snapshot = source.snapshots.wait_for(|cluster| cluster.pods.len() == pods).await.unwrap().clone();
         wake = controller.pass(snapshot.clone(), || false).await.wake;
-        let seen = controller.unseen.merge(snapshot, Instant::now());
+        let seen = controller.write_overlay.merge(snapshot, Instant::now());
         told.push(seen.policy_statuses[&PolicyKey::from("shop/p")].pods);
     }
     // With the first pod the policy is told more than a number.
@@ -132,7 +133,7 @@ async fn numbers_of_pods_alone_are_written_at_once_and_then_together() {
 }
 
 #[tokio::test]
-async fn a_ledger_that_somebody_spoils_is_mended() {
+async fn allocations_that_somebody_spoils_is_mended() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path();
     std::fs::write(path.join("cluster.yaml"), format!("{GATEWAY}---\n{}", policy("p"))).unwrap();
@@ -140,7 +141,7 @@ async fn a_ledger_that_somebody_spoils_is_mended() {
     let before = wait(path, "p has an address", |c| told(c, "shop/p").is_some()).await;
     sleep(Duration::from_millis(300)).await;
     std::fs::remove_dir_all(path.join("status")).unwrap();
-    let after = wait(path, "the ledger is back", |c| told(c, "shop/p").is_some()).await;
+    let after = wait(path, "the allocations are back", |c| told(c, "shop/p").is_some()).await;
     assert_eq!(timeless(&after), timeless(&before));
     controller.abort();
 }
@@ -162,7 +163,7 @@ async fn a_status_that_cannot_be_written_makes_the_controller_unready() {
 }
 
 #[test]
-fn only_news_that_concern_the_ledger_hold_up_the_statuses() {
+fn only_news_that_concern_the_allocations_hold_up_the_statuses() {
     use crate::fixture::{World, naming};
     let mut world = World::new(&["192.0.2.50"]);
     world.policy("a/p", naming(&["192.0.2.50"]));
@@ -170,13 +171,13 @@ fn only_news_that_concern_the_ledger_hold_up_the_statuses() {
     world.allocate();
     world.cluster.policy_statuses.insert("a/p".into(), Arc::default());
     world.pod("a", "pod", &[]);
-    assert!(!changes_the_ledger(&before, &world.cluster), "what was written comes back");
+    assert!(!changes_the_allocations(&before, &world.cluster), "what was written comes back");
     let mut changed = world.clone();
     changed.gateway("g", &["192.0.2.51"], |_| {});
-    assert!(changes_the_ledger(&before, &changed.cluster));
+    assert!(changes_the_allocations(&before, &changed.cluster));
     let mut changed = world.clone();
     changed.policy("a/q", naming(&["192.0.2.50"]));
-    assert!(changes_the_ledger(&before, &changed.cluster));
+    assert!(changes_the_allocations(&before, &changed.cluster));
     world.holds("n1", &[1]);
-    assert!(changes_the_ledger(&before, &world.cluster));
+    assert!(changes_the_allocations(&before, &world.cluster));
 }

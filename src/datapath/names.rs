@@ -45,15 +45,15 @@ pub const RULE_UPLINK: u32 = 74;
 pub const PROTOCOL: u8 = 71;
 
 /// The one next hop inside the tunnel. It exists nowhere: the egress chain of the device replaces its MAC address.
-pub const HUB4: Ipv4Addr = Ipv4Addr::new(169, 254, 78, 1);
-/// As [`HUB4`], for IPv6.
-pub const HUB6: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 0xe);
-/// The hub's MAC address.
-pub const HUB_MAC: [u8; 6] = [0x02, 0x65, 0x67, 0xff, 0xff, 0xff];
+pub const TUNNEL_NEXT_HOP4: Ipv4Addr = Ipv4Addr::new(169, 254, 78, 1);
+/// As [`TUNNEL_NEXT_HOP4`], for IPv6.
+pub const TUNNEL_NEXT_HOP6: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 0xe);
+/// The tunnel next hop's MAC address.
+pub const TUNNEL_NEXT_HOP_MAC: [u8; 6] = [0x02, 0x65, 0x67, 0xff, 0xff, 0xff];
 /// The tunnel device's own address, on every node the same. A device without any IPv4 address drops all IPv4 that
 /// arrives on it unless rp_filter is 0 (`fib_validate_source`, net/ipv4/fib_frontend.c).
 pub const DEVICE4: Ipv4Addr = Ipv4Addr::new(169, 254, 78, 71);
-/// The length of the prefix that [`HUB4`] and [`DEVICE4`] share.
+/// The length of the prefix that [`TUNNEL_NEXT_HOP4`] and [`DEVICE4`] share.
 pub const NETWORK4: u8 = 25;
 
 /// A node asks from an address in this network whether others live: its tunnel MAC address is the rest.

@@ -1,9 +1,12 @@
 //! The tunnel device: one VXLAN device that reaches every other node, and nothing on it that learns or floods.
 //!
-//! All that is routed into it has one next hop, the hub; `netdev egret` swaps the hub's MAC address for that of the
+//! All that is routed into it has one next hop, the tunnel next hop; `netdev egret` swaps the tunnel next hop's MAC address for that of the
 //! node that is meant, and the forwarding database ([`crate::kernel::fdb`]) knows that node's address.
 
-use crate::datapath::names::{ASKING, DEVICE, DEVICE_GROUP, DEVICE4, HUB_MAC, HUB4, HUB6, NETWORK4, PROTOCOL, of_mac};
+use crate::datapath::names::{
+    ASKING, DEVICE, DEVICE_GROUP, DEVICE4, NETWORK4, PROTOCOL, TUNNEL_NEXT_HOP_MAC, TUNNEL_NEXT_HOP4, TUNNEL_NEXT_HOP6,
+    of_mac,
+};
 use crate::datapath::sysctl;
 use crate::datapath::uplink;
 use crate::kernel::route_socket::{Change, RouteSocket, errno};
@@ -87,13 +90,13 @@ pub async fn ensure(socket: &RouteSocket, tunnel: &Tunnel) -> Result<u32> {
     // Before the device is up, so that nothing arrives under other rules.
     settings(tunnel.ipv6)?;
     adjust(socket, &device, tunnel).await?;
-    // With a network's prefix, for the route to the hub: a copy of a packet is sent there by address (`nf_dup_ipv4`).
+    // With a network's prefix, for the route to the tunnel next hop: a copy of a packet is sent there by address (`nf_dup_ipv4`).
     address(socket, index, DEVICE4.into(), NETWORK4).await?;
-    neighbour(socket, index, HUB4.into()).await?;
+    neighbour(socket, index, TUNNEL_NEXT_HOP4.into()).await?;
     if tunnel.ipv6 {
         // With the network's prefix: it brings the route to the others' addresses, whatever else the device has.
         address(socket, index, of_mac(ASKING, tunnel.mac).into(), 64).await?;
-        neighbour(socket, index, HUB6.into()).await?;
+        neighbour(socket, index, TUNNEL_NEXT_HOP6.into()).await?;
     }
     Ok(index)
 }
@@ -153,7 +156,7 @@ fn birth(tunnel: &Tunnel) -> Vec<InfoVxlan> {
             IpAddr::V4(a) => InfoVxlan::Local(a),
             IpAddr::V6(a) => InfoVxlan::Local6(a),
         },
-        // The path's id travels in the group-based-policy extension.
+        // The allocation's id travels in the group-based-policy extension.
         InfoVxlan::Gbp,
         InfoVxlan::Learning(false),
         InfoVxlan::CollectMetadata(false),
@@ -313,30 +316,32 @@ async fn address(socket: &RouteSocket, index: u32, own: IpAddr, prefix: u8) -> R
     Ok(())
 }
 
-/// The hub's MAC address, for good: nobody would answer for it.
-async fn neighbour(socket: &RouteSocket, index: u32, hub: IpAddr) -> Result<()> {
+/// The tunnel next hop's MAC address, for good: nobody would answer for it.
+async fn neighbour(socket: &RouteSocket, index: u32, tunnel_next_hop: IpAddr) -> Result<()> {
     let mut wanted = NeighbourMessage::default();
-    wanted.header.family = if hub.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
+    wanted.header.family = if tunnel_next_hop.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
     wanted.header.ifindex = index;
-    wanted.attributes = vec![NeighbourAttribute::Destination(hub.into())];
+    wanted.attributes = vec![NeighbourAttribute::Destination(tunnel_next_hop.into())];
     match socket.get(RouteNetlinkMessage::GetNeighbour(wanted.clone())).await {
         Ok(RouteNetlinkMessage::NewNeighbour(there))
             if there.header.state == NeighbourState::Permanent
-                && there.attributes.contains(&NeighbourAttribute::LinkLayerAddress(HUB_MAC.to_vec())) =>
+                && there.attributes.contains(&NeighbourAttribute::LinkLayerAddress(TUNNEL_NEXT_HOP_MAC.to_vec())) =>
         {
             return Ok(());
         }
-        Err(e) if errno(&e) != Some(ENOENT) => return Err(e.context(format!("cannot look for the hub {hub}"))),
+        Err(e) if errno(&e) != Some(ENOENT) => {
+            return Err(e.context(format!("cannot look for the tunnel_next_hop {tunnel_next_hop}")));
+        }
         _ => {}
     }
     wanted.header.state = NeighbourState::Permanent;
-    wanted.attributes.push(NeighbourAttribute::LinkLayerAddress(HUB_MAC.to_vec()));
+    wanted.attributes.push(NeighbourAttribute::LinkLayerAddress(TUNNEL_NEXT_HOP_MAC.to_vec()));
     socket
         .apply(vec![Change {
             message: RouteNetlinkMessage::NewNeighbour(wanted),
             flags: NLM_F_CREATE | NLM_F_REPLACE,
             done_already: &[],
-            about: format!("give the hub {hub} its MAC address"),
+            about: format!("give the tunnel_next_hop {tunnel_next_hop} its MAC address"),
         }])
         .await?;
     Ok(())

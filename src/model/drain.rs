@@ -2,7 +2,7 @@
 
 use super::{Gateway, Node};
 
-/// A node with this label, `"true"`, gets no new paths, and those that it has move away.
+/// A node with this label, `"true"`, gets no new allocations, and those that it has move away.
 pub const DRAIN_LABEL: &str = "egret.dev/drain";
 
 /// Whether a node has the label.

@@ -1,8 +1,8 @@
 //! What nodes say of themselves, as it is held.
 
-use crate::api::{BlockedPath, EgressNodeStatus, LostUplink, RefusedPath, TakenPath};
+use crate::api::{BlockedAllocation, EgressNodeStatus, LostUplink, RefusedAllocation, TakenAllocation};
 use crate::model::mac::{self, Mac};
-use crate::model::marks::PathId;
+use crate::model::marks::EgressId;
 use crate::model::uplink_key::UplinkKey;
 use std::net::IpAddr;
 
@@ -16,10 +16,10 @@ pub struct EgressNode {
     pub tunnel_mac: Option<Mac>,
     /// Whether it answers to those who ask whether it lives.
     pub answers: bool,
-    of_paths: Option<Box<OfPaths>>,
+    of_allocations: Option<Box<OfAllocations>>,
 }
 
-impl OfPaths {
+impl OfAllocations {
     /// What it says of an uplink that it has lost.
     pub fn loss(&self, key: &UplinkKey) -> Option<&LostUplink> {
         let is_it =
@@ -28,41 +28,41 @@ impl OfPaths {
     }
 }
 
-/// What a node says of paths, and of others that may have them.
+/// What a node says of allocations, and of others that may have them.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct OfPaths {
+pub struct OfAllocations {
     /// Those that it holds.
-    pub held: Vec<PathId>,
+    pub held: Vec<EgressId>,
     /// Those that it has taken over.
-    pub taken: Vec<TakenPath>,
+    pub taken: Vec<TakenAllocation>,
     /// Those that it should hold and cannot.
-    pub refused: Vec<RefusedPath>,
-    /// Gateways' nodes that do not answer it; this one itself, while it cannot hold any path.
-    pub silent: Vec<String>,
+    pub refused: Vec<RefusedAllocation>,
+    /// Gateways' nodes that do not answer it; this one itself, while it cannot hold any allocation.
+    pub unreachable_peers: Vec<String>,
     /// What it has lost of its uplinks.
     pub lost: Vec<LostUplink>,
     /// Those that pods of its use and that lead nowhere from it now.
-    pub blocked: Vec<BlockedPath>,
+    pub blocked: Vec<BlockedAllocation>,
 }
 
 impl EgressNode {
-    /// What it says of paths.
-    pub fn of_paths(&self) -> &OfPaths {
-        static NOTHING: OfPaths = OfPaths {
+    /// What it says of allocations.
+    pub fn of_allocations(&self) -> &OfAllocations {
+        static NOTHING: OfAllocations = OfAllocations {
             held: Vec::new(),
             taken: Vec::new(),
             refused: Vec::new(),
-            silent: Vec::new(),
+            unreachable_peers: Vec::new(),
             lost: Vec::new(),
             blocked: Vec::new(),
         };
-        self.of_paths.as_deref().unwrap_or(&NOTHING)
+        self.of_allocations.as_deref().unwrap_or(&NOTHING)
     }
 
     /// The same, for tests to change.
     #[cfg(test)]
-    pub(crate) fn of_paths_mut(&mut self) -> &mut OfPaths {
-        self.of_paths.get_or_insert_default()
+    pub(crate) fn of_allocations_mut(&mut self) -> &mut OfAllocations {
+        self.of_allocations.get_or_insert_default()
     }
 }
 
@@ -72,21 +72,21 @@ impl From<EgressNodeStatus> for EgressNode {
             tunnel_address,
             tunnel_mac,
             answers,
-            paths,
+            allocations,
             taken,
             refused,
-            silent,
+            unreachable_peers,
             lost,
             blocked,
             direct: _,
             faults: _,
         } = said;
-        let of_paths = OfPaths { held: paths, taken, refused, silent, lost, blocked };
+        let of_allocations = OfAllocations { held: allocations, taken, refused, unreachable_peers, lost, blocked };
         EgressNode {
             tunnel_address,
             tunnel_mac: tunnel_mac.as_deref().and_then(|text| mac::parse(text).ok()),
             answers,
-            of_paths: (of_paths != OfPaths::default()).then(|| Box::new(of_paths)),
+            of_allocations: (of_allocations != OfAllocations::default()).then(|| Box::new(of_allocations)),
         }
     }
 }

@@ -1,11 +1,11 @@
 //! What stands for a policy that was in force and cannot be read now, while nobody knows its last good state: a daemon
 //! that has been started since.
 //!
-//! The ledger still tells the policy's path. Its pods go by that. Where its destinations are not known either, they are all of
+//! The allocations still tells the policy's allocation. Its pods go by that. Where its destinations are not known either, they are all of
 //! them: none may see another address; and where another policy could decide in its place, its pods are held. A policy that
-//! the ledger does not list was never in force, and nothing stands for it.
+//! the allocations does not list was never in force, and nothing stands for it.
 
-use crate::api::{Allocate, ExistingConnections, Fallback, LedgerPath, PathKind};
+use crate::api::{Allocate, Allocation, AllocationKind, ExistingConnections, Fallback};
 use crate::model::covers::Covers;
 use crate::model::selector::Name;
 use crate::model::selector::Selector;
@@ -15,7 +15,7 @@ use std::sync::Arc;
 
 /// What can be read of such a policy; what cannot, means everything.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub struct Remains {
+pub struct ReadableParts {
     /// The namespaces of a ClusterEgressPolicy.
     pub namespaces: Selector,
     /// The pods in them.
@@ -30,48 +30,52 @@ pub struct Remains {
     pub egress: Option<Option<Arc<Covers>>>,
 }
 
-/// What stands for the policy, if the ledger lists it.
-pub fn stand_in(cluster: &Cluster, key: &PolicyKey, remains: &Remains) -> Option<Policy> {
-    let (gateway, path) = cluster.gateways.iter().find_map(|(name, gateway)| {
-        let path = gateway.status.paths.iter().find(|path| path.policies.contains(key))?;
-        Some((name, path))
+/// What stands for the policy, if the allocations list it.
+pub fn fallback_policy(cluster: &Cluster, key: &PolicyKey, readable: &ReadableParts) -> Option<Policy> {
+    let (gateway, allocation) = cluster.gateways.iter().find_map(|(name, gateway)| {
+        let allocation = gateway.status.allocations.iter().find(|allocation| allocation.policies.contains(key))?;
+        Some((name, allocation))
     })?;
-    Some(of_path(key, gateway, path, remains))
+    Some(of_allocation(key, gateway, allocation, readable))
 }
 
-/// What stands for a policy that a ledger lists on this path. If the gateway is not there, what its pods send is blocked.
-pub fn of_path(key: &PolicyKey, gateway: &Name, path: &LedgerPath, remains: &Remains) -> Policy {
+/// What stands for a policy that a gateway's allocations lists on this allocation. If the gateway is not there, what its pods send is blocked.
+pub fn of_allocation(key: &PolicyKey, gateway: &Name, allocation: &Allocation, readable: &ReadableParts) -> Policy {
     Policy {
         namespaces: match &key.namespace {
             Some(namespace) => Namespaces::One(namespace.clone()),
-            None => Namespaces::Selected(Box::new(remains.namespaces.clone())),
+            None => Namespaces::Selected(Box::new(readable.namespaces.clone())),
         },
-        pods: remains.pods.clone().unwrap_or_else(|| PodMatch::Labels(Selector::default())),
+        pods: readable.pods.clone().unwrap_or_else(|| PodMatch::Labels(Selector::default())),
         gateway: Some(gateway.clone()),
-        egress: remains.egress.clone().flatten(),
-        // As it was asked for, so that the ledger keeps it.
-        address: match path.kind {
-            PathKind::Explicit => AddressRequest::Explicit(path.address.clone()),
-            PathKind::Dedicated => AddressRequest::Allocate(Allocate::Dedicated),
-            PathKind::Shared => AddressRequest::Allocate(Allocate::Shared),
-            PathKind::Node => AddressRequest::Allocate(Allocate::Node),
+        egress: readable.egress.clone().flatten(),
+        // As it was asked for, so that the allocations keep it.
+        address: match allocation.kind {
+            AllocationKind::Explicit => AddressRequest::Explicit(allocation.address.clone()),
+            AllocationKind::Dedicated => AddressRequest::Allocate(Allocate::Dedicated),
+            AllocationKind::Shared => AddressRequest::Allocate(Allocate::Shared),
+            AllocationKind::Node => AddressRequest::Allocate(Allocate::Node),
         },
         fallback: Fallback::Block,
         existing_connections: ExistingConnections::Keep,
-        tier: remains.tier.unwrap_or_default(),
-        priority: remains.priority.unwrap_or_default(),
-        created: remains.created.unwrap_or(i64::MAX),
+        tier: readable.tier.unwrap_or_default(),
+        priority: readable.priority.unwrap_or_default(),
+        created: readable.created.unwrap_or(i64::MAX),
         guessed: Guessed {
-            rank: remains.tier.is_none() || remains.priority.is_none(),
-            egress: remains.egress.is_none(),
+            rank: readable.tier.is_none() || readable.priority.is_none(),
+            egress: readable.egress.is_none(),
         },
         for_controller: None,
     }
 }
 
-/// The policies that the ledger lists and the cluster does not have.
+/// The policies that the allocations list and the cluster does not have.
 pub fn listed_only(cluster: &Cluster) -> BTreeSet<PolicyKey> {
-    let listed = cluster.gateways.values().flat_map(|gateway| &gateway.status.paths).flat_map(|path| &path.policies);
+    let listed = cluster
+        .gateways
+        .values()
+        .flat_map(|gateway| &gateway.status.allocations)
+        .flat_map(|allocation| &allocation.policies);
     listed.filter(|key| !cluster.policies.contains_key(*key)).cloned().collect()
 }
 
@@ -81,17 +85,17 @@ mod tests {
     use crate::fixture::{World, asking, naming, selector};
     use std::sync::Arc;
 
-    /// Puts stand-ins in the place of all policies.
-    fn bereft(world: &mut World, remains: &Remains) {
+    /// Puts fallback policies in the place of all policies.
+    fn bereft(world: &mut World, readable: &ReadableParts) {
         world.cluster.policies = Default::default();
         for key in listed_only(&world.cluster) {
-            let policy = stand_in(&world.cluster, &key, remains).unwrap();
+            let policy = fallback_policy(&world.cluster, &key, readable).unwrap();
             world.cluster.policies.insert(key, Arc::new(policy));
         }
     }
 
     #[test]
-    fn the_ledger_stays_as_it_is() {
+    fn the_allocations_stays_as_it_is() {
         let mut world = World::new(&["192.0.2.50-192.0.2.59"]);
         world.policy("a/named", naming(&["192.0.2.57"]));
         world.policy("a/own", asking(Allocate::Dedicated));
@@ -102,11 +106,11 @@ mod tests {
         world.allocate();
         world.settle();
         let before = world.allocate().gateways;
-        bereft(&mut world, &Remains::default());
+        bereft(&mut world, &ReadableParts::default());
         assert_eq!(world.cluster.policies.len(), 6);
         world.now += 3600;
         let after = world.allocate().gateways;
-        assert_eq!(after["g"].paths, before["g"].paths);
+        assert_eq!(after["g"].allocations, before["g"].allocations);
         assert!(after["g"].released.is_empty());
     }
 
@@ -116,7 +120,7 @@ mod tests {
         world.policy("a/p", naming(&["192.0.2.51"]));
         world.allocate();
         assert!(listed_only(&world.cluster).is_empty());
-        assert_eq!(stand_in(&world.cluster, &"a/p".into(), &Remains::default()), None);
+        assert_eq!(fallback_policy(&world.cluster, &"a/p".into(), &ReadableParts::default()), None);
     }
 
     #[test]
@@ -125,14 +129,14 @@ mod tests {
         world.policy("a/p", naming(&["192.0.2.50"]));
         world.allocate();
         let pods = || PodMatch::Labels(Selector::try_from(&selector(&[("app", "x")])).unwrap());
-        let remains = Remains {
+        let readable = ReadableParts {
             pods: Some(pods()),
             tier: Some(Tier::Admin),
             priority: Some(7),
             created: Some(3),
-            ..Remains::default()
+            ..ReadableParts::default()
         };
-        let policy = stand_in(&world.cluster, &"a/p".into(), &remains).unwrap();
+        let policy = fallback_policy(&world.cluster, &"a/p".into(), &readable).unwrap();
         assert_eq!((policy.pods, policy.priority, policy.created, policy.egress), (pods(), 7, 3, None));
         assert_eq!((policy.tier, policy.guessed.rank), (Tier::Admin, false));
     }

@@ -1,16 +1,16 @@
 //! The bits of packet marks and connection marks that are Egret's.
 //!
-//! A packet's mark: two bits of kind, nine of index below them, and in bits 13-0 a path id. A connection's mark:
-//! the base above, then 0 and a path id (where the pod runs), or 1 and a peer index (on a gateway).
+//! A packet's mark: two bits of kind, nine of index below them, and in bits 13-0 an allocation id. A connection's mark:
+//! the base above, then 0 and an allocation id (where the pod runs), or 1 and a peer index (on a gateway).
 
 use std::fmt;
 
-/// An egress path's cluster-wide id.
-pub type PathId = u16;
+/// An allocation's cluster-wide id.
+pub type EgressId = u16;
 
-/// The highest path id: 14 bits.
-pub const MAX_PATH: PathId = 0x3fff;
-/// The highest index of a pod's tag or of an uplink: 9 bits.
+/// The highest allocation id: 14 bits.
+pub const MAX_EGRESS_ID: EgressId = 0x3fff;
+/// The highest index of a pod's pod mark or of an uplink: 9 bits.
 pub const MAX_INDEX: u16 = 0x1ff;
 /// The highest peer index: 15 bits, and 0 is not used.
 pub const MAX_PEER: u16 = 0x7fff;
@@ -38,7 +38,7 @@ impl Default for Marks {
 pub enum MarksError {
     /// See the message.
     #[error(
-        "mark shift {0}: the index needs nine bits and the kind two, above the path id and kube-proxy's two; use 16 to 21"
+        "mark shift {0}: the index needs nine bits and the kind two, above the allocation id and kube-proxy's two; use 16 to 21"
     )]
     Shift(u8),
     /// See the message.
@@ -80,25 +80,25 @@ impl Marks {
         u32::from(MAX_INDEX) << self.shift
     }
 
-    /// Mask of the path id.
-    pub fn path_mask(self) -> u32 {
-        u32::from(MAX_PATH)
+    /// Mask of the allocation id.
+    pub fn allocation_mask(self) -> u32 {
+        u32::from(MAX_EGRESS_ID)
     }
 
     /// Kind 01: a pod's packet, before anything was decided.
-    pub fn tag(self, index: u16) -> u32 {
+    pub fn pod_mark(self, index: u16) -> u32 {
         self.kind(0b01) | u32::from(index) << self.shift
     }
 
-    /// The kind bits alone of a tag.
-    pub fn tag_kind(self) -> u32 {
+    /// The kind bits alone of a pod mark.
+    pub fn pod_mark_kind(self) -> u32 {
         self.kind(0b01)
     }
 
-    /// Mask of what must be as in [`tag_kind`](Self::tag_kind) for a mark to be a tag: a connection's mark that somebody
-    /// restores into its packets can have the bits of the kind, but has a path or a peer.
-    pub fn tag_mask(self) -> u32 {
-        self.kind_mask() | self.path_mask()
+    /// Mask of what must be as in [`pod_mark_kind`](Self::pod_mark_kind) for a mark to be a pod mark: a connection's mark that somebody
+    /// restores into its packets can have the bits of the kind, but has an allocation or a peer.
+    pub fn pod_mark_mask(self) -> u32 {
+        self.kind_mask() | self.allocation_mask()
     }
 
     /// Kind 10: to the gateway, through the tunnel.
@@ -112,8 +112,8 @@ impl Marks {
     }
 
     /// Kind 00: out of this node, by the main table (uplink 0) or by the table of an uplink.
-    pub fn local(self, path: PathId, uplink: u16) -> u32 {
-        self.uplink(uplink) | u32::from(path)
+    pub fn local(self, allocation: EgressId, uplink: u16) -> u32 {
+        self.uplink(uplink) | u32::from(allocation)
     }
 
     /// What the routing rule of an uplink looks for.
@@ -122,8 +122,8 @@ impl Marks {
     }
 
     /// The mark of a connection on the node where its pod runs.
-    pub fn connection(self, path: PathId) -> u32 {
-        u32::from(self.connection_base) << 16 | u32::from(path)
+    pub fn connection(self, allocation: EgressId) -> u32 {
+        u32::from(self.connection_base) << 16 | u32::from(allocation)
     }
 
     /// The upper half of all connections' marks.
@@ -131,8 +131,8 @@ impl Marks {
         self.connection_base
     }
 
-    /// The mark of a connection that is translated to another address than its path's: it is to be forgotten, and picked
-    /// up anew by its next packet. No path has the id 0.
+    /// The mark of a connection that is translated to another address than its allocation's: it is to be forgotten, and picked
+    /// up anew by its next packet. No allocation has the id 0.
     pub fn stale(self) -> u32 {
         self.connection(0)
     }
@@ -143,19 +143,19 @@ impl Marks {
     }
 
     /// The mark of a server's packet on its way to the node that still knows its connection, and of the entries that
-    /// let in what is late there. It is no other connection's: bit 14 is neither a path's nor, with bit 15 unset, a
+    /// let in what is late there. It is no other connection's: bit 14 is neither an allocation's nor, with bit 15 unset, a
     /// peer's.
-    pub fn handed(self, path: PathId) -> u32 {
-        self.connection(path) | 0x4000
+    pub fn handed(self, allocation: EgressId) -> u32 {
+        self.connection(allocation) | 0x4000
     }
 
-    /// Mask that tells connections with a path from those of peers, and from others'.
+    /// Mask that tells connections with an allocation from those of peers, and from others'.
     pub fn connection_kind_mask(self) -> u32 {
         0xffff_8000
     }
 
-    /// Mask that tells connections with a path from what is [`handed`](Self::handed), and from peers' and others'.
-    pub fn connection_of_path_mask(self) -> u32 {
+    /// Mask that tells connections with an allocation from what is [`handed`](Self::handed), and from peers' and others'.
+    pub fn connection_of_allocation_mask(self) -> u32 {
         0xffff_c000
     }
 

@@ -55,7 +55,7 @@ pub struct Cluster {
     pub services: Shared<BTreeMap<ObjectKey, Arc<Service>>>,
     /// Endpoints, by the objects that tell them. A node daemon sees those of the API servers only.
     pub endpoints: Shared<BTreeMap<ObjectKey, Arc<Endpoints>>>,
-    /// Gateways by name, with the ledger.
+    /// Gateways by name, with the allocations.
     pub gateways: Shared<BTreeMap<Name, Arc<Gateway>>>,
     /// Policies of both kinds.
     pub policies: Shared<BTreeMap<PolicyKey, Arc<Policy>>>,
@@ -227,7 +227,7 @@ impl Endpoints {
     }
 }
 
-/// An EgressGateway, validated, and its ledger.
+/// An EgressGateway, validated, and its allocations.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Gateway {
     /// The nodes that can hold its addresses.
@@ -254,20 +254,20 @@ pub struct Gateway {
     pub reservations: Box<[Reserved]>,
     /// What the EgressPolicies of one namespace may have together.
     pub quota: NamespaceQuota,
-    /// Whether its paths are to be spread evenly over its nodes, by [`REBALANCE`].
+    /// Whether its allocations are to be spread evenly over its nodes, by [`REBALANCE`].
     pub rebalance: bool,
     /// [`END_COOLDOWN`], as it was written.
     pub end_cooldown: Option<Name>,
     /// `metadata.generation`.
     pub generation: Option<i64>,
     /// Which writing of the object this is, `metadata.resourceVersion`, where the source gives one and the reader
-    /// writes the ledger: it writes in place of this one, and of no other.
+    /// writes the allocations: it writes in place of this one, and of no other.
     pub version: Option<Box<str>>,
     /// What is wrong with the spec as it stands now; the fields are then as they made sense last.
     pub fault: Option<Box<str>>,
-    /// How the fields made sense last is not known: what the ledger says stays, and nothing new is given out.
+    /// How the fields made sense last is not known: what the allocations say stays, and nothing new is given out.
     pub frozen: bool,
-    /// The ledger.
+    /// The allocations.
     pub status: EgressGatewayStatus,
 }
 
@@ -319,7 +319,7 @@ pub struct Policy {
     pub egress: Option<Arc<Covers>>,
     /// The address.
     pub address: AddressRequest,
-    /// What happens while the path is not ready.
+    /// What happens while the allocation is not ready.
     pub fallback: Fallback,
     /// What happens to connections that began before it.
     pub existing_connections: ExistingConnections,
@@ -351,14 +351,14 @@ pub struct Guessed {
 pub struct ForController {
     /// `metadata.generation`.
     pub generation: Option<i64>,
-    /// The node that is to have the policy's path, by [`MOVE_TO`].
+    /// The node that is to have the policy's allocation, by [`MOVE_TO`].
     pub move_to: Option<Name>,
 }
 
-/// An annotation of a policy: the node of its gateway that its path is to be moved to.
+/// An annotation of a policy: the node of its gateway that its allocation is to be moved to.
 pub const MOVE_TO: &str = "egret.dev/move-to";
 
-/// An annotation of a gateway: with the value `"true"`, paths are moved until each of its nodes has as many as the
+/// An annotation of a gateway: with the value `"true"`, allocations are moved until each of its nodes has as many as the
 /// others, and again when that is so no longer.
 pub const REBALANCE: &str = "egret.dev/rebalance";
 
@@ -704,7 +704,7 @@ impl Policy {
         self.for_controller.as_ref()?.generation
     }
 
-    /// The node that is to have the policy's path, where the reader is a controller.
+    /// The node that is to have the policy's allocation, where the reader is a controller.
     pub fn move_to(&self) -> Option<&Name> {
         self.for_controller.as_ref()?.move_to.as_ref()
     }

@@ -1,14 +1,14 @@
-//! Which node has a path, computed by every node alike from what all of them see: no vote, no messenger.
+//! Which node has an allocation, computed by every node alike from what all of them see: no vote, no messenger.
 //!
-//! The ledger's node has it while it lives. When it dies, the first living node of the path's own order takes it: each
-//! path has another order, so that a dead node's paths spread over all that are left. What was taken over stays where
-//! it is when the dead node comes back; the ledger follows.
+//! The allocations' node has it while it lives. When it dies, the first living node of the allocation's own order takes it: each
+//! allocation has another order, so that a dead node's allocations spread over all that are left. What was taken over stays where
+//! it is when the dead node comes back; the allocations follow.
 //!
-//! A node whose uplink has lost a family that the path needs gives way to one that has lost fewer of them. What nobody can
+//! A node whose uplink has lost a family that the allocation needs gives way to one that has lost fewer of them. What nobody can
 //! do better is no reason to move.
 
 use crate::model::fnv::fnv1a;
-use crate::model::marks::PathId;
+use crate::model::marks::EgressId;
 use crate::model::selector::Name;
 use crate::model::uplink_key::UplinkKey;
 use std::collections::{BTreeMap, BTreeSet};
@@ -36,12 +36,12 @@ impl Liveness {
     }
 }
 
-/// A path, as far as its owner follows from it.
+/// An allocation, as far as its owner follows from it.
 #[derive(Clone, Copy, Debug)]
 pub struct Standing<'a> {
-    /// The path.
-    pub id: PathId,
-    /// The ledger's node.
+    /// The allocation.
+    pub id: EgressId,
+    /// The allocations' node.
     pub node: Option<&'a str>,
     /// The node that holds it until `node` does, if it is being moved on purpose.
     pub leaving: Option<&'a str>,
@@ -56,7 +56,7 @@ pub struct Standing<'a> {
 }
 
 impl<'a> Standing<'a> {
-    /// The least that a living node has lost of what the path needs, among those that may have it. `None`: that decides
+    /// The least that a living node has lost of what the allocation needs, among those that may have it. `None`: that decides
     /// nothing. Who is drained gets nothing new, also if it has lost less; and what is moved on purpose is to arrive.
     fn least_lost(&self, liveness: &Liveness) -> Option<usize> {
         if self.leaving.is_some() || liveness.lost.is_empty() {
@@ -68,27 +68,28 @@ impl<'a> Standing<'a> {
     }
 }
 
-/// The node that has a path. `None`: nobody is left.
-pub fn owner<'a>(path: Standing<'a>, liveness: &Liveness) -> Option<&'a str> {
-    let least = path.least_lost(liveness);
-    let alive =
-        |node: &&str| liveness.is_alive(node) && least.is_none_or(|least| liveness.lacks(node, path.needs) <= least);
-    let takers = path.takers.iter().copied().filter(alive).filter(|taker| path.node != Some(taker));
-    if let Some(taker) = takers.max_by_key(|node| rank(node, path.id)) {
+/// The node that has an allocation. `None`: nobody is left.
+pub fn owner<'a>(allocation: Standing<'a>, liveness: &Liveness) -> Option<&'a str> {
+    let least = allocation.least_lost(liveness);
+    let alive = |node: &&str| {
+        liveness.is_alive(node) && least.is_none_or(|least| liveness.lacks(node, allocation.needs) <= least)
+    };
+    let takers = allocation.takers.iter().copied().filter(alive).filter(|taker| allocation.node != Some(taker));
+    if let Some(taker) = takers.max_by_key(|node| rank(node, allocation.id)) {
         return Some(taker);
     }
-    // Whom the ledger names nobody for, nobody takes: there is no node that may.
-    let node = path.node?;
-    // Who was drained and is to have the path now may have been found dead, and not alive again yet.
-    let leaving = path.leaving.filter(alive).filter(|_| !path.arrived || !alive(&node));
+    // Whom the allocations name nobody for, nobody takes: there is no node that may.
+    let node = allocation.node?;
+    // Who was drained and is to have the allocation now may have been found dead, and not alive again yet.
+    let leaving = allocation.leaving.filter(alive).filter(|_| !allocation.arrived || !alive(&node));
     leaving.or(Some(node).filter(alive)).or_else(|| {
-        let others = path.members.iter().map(|name| &**name).filter(|name| *name != node).filter(alive);
-        others.max_by_key(|name| (!liveness.drained.contains(*name), rank(name, path.id)))
+        let others = allocation.members.iter().map(|name| &**name).filter(|name| *name != node).filter(alive);
+        others.max_by_key(|name| (!liveness.drained.contains(*name), rank(name, allocation.id)))
     })
 }
 
-/// How early a node comes in a path's order; the highest is the first (rendezvous hashing, Thaler and Ravishankar 1998).
-fn rank(node: &str, id: PathId) -> (u64, &str) {
+/// How early a node comes in an allocation's order; the highest is the first (rendezvous hashing, Thaler and Ravishankar 1998).
+fn rank(node: &str, id: EgressId) -> (u64, &str) {
     let name = fnv1a(node.bytes());
     // The finaliser of SplitMix64: FNV alone mixes the last letters badly, and names of nodes differ in them.
     let mut mixed = name ^ (u64::from(id) + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15);

@@ -20,17 +20,17 @@ pub struct Found {
 }
 
 /// Looks for pods, all at the same time.
-pub async fn find_all(routes: &RouteSocket, strangers: Vec<(ObjectKey, Vec<IpAddr>)>) -> Vec<Found> {
+pub async fn find_all(routes: &RouteSocket, unmanaged: Vec<(ObjectKey, Vec<IpAddr>)>) -> Vec<Found> {
     let mut tasks = JoinSet::new();
-    for (pod, addresses) in strangers {
+    for (pod, addresses) in unmanaged {
         tasks.spawn(find(routes.clone(), pod, addresses));
     }
     tasks.join_all().await
 }
 
 /// Looks for pods; each is told through `found`.
-pub fn seek(routes: &RouteSocket, strangers: Vec<(ObjectKey, Vec<IpAddr>)>, found: &mpsc::UnboundedSender<Found>) {
-    for (pod, addresses) in strangers {
+pub fn seek(routes: &RouteSocket, unmanaged: Vec<(ObjectKey, Vec<IpAddr>)>, found: &mpsc::UnboundedSender<Found>) {
+    for (pod, addresses) in unmanaged {
         let (routes, found) = (routes.clone(), found.clone());
         tokio::spawn(async move {
             // The daemon ends if nobody listens.

@@ -9,7 +9,7 @@
 use crate::model::precedence::Ranked;
 use crate::model::selector::Labels;
 use crate::node_plan::View;
-use crate::node_plan::policy_chain::Profile;
+use crate::node_plan::policy_chain::PolicyChain;
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
@@ -33,12 +33,18 @@ pub struct Beginning {
 }
 
 impl Beginning {
-    /// What holds the pod now; `labels` as for [`View::profile`].
-    pub fn profile(&mut self, view: &View, namespace: &str, labels: Option<&Labels>, now: Instant) -> Option<Profile> {
-        let profile = view.profile(namespace, labels);
-        if profile == Some(Profile::Held) {
+    /// What holds the pod now; `labels` as for [`View::policy chain`].
+    pub fn policy_chain(
+        &mut self,
+        view: &View,
+        namespace: &str,
+        labels: Option<&Labels>,
+        now: Instant,
+    ) -> Option<PolicyChain> {
+        let policy_chain = view.policy_chain(namespace, labels);
+        if policy_chain == Some(PolicyChain::Held) {
             *self = Beginning::default();
-            return profile;
+            return policy_chain;
         }
         let policies = labels.map(|labels| view.policies.policies_for(namespace, labels)).unwrap_or_default();
         let open = *self.open.get_or_insert(now);
@@ -49,11 +55,11 @@ impl Beginning {
         let mut waiting = BTreeSet::new();
         if was_open && before.iter().all(stays) && self.until.is_none_or(|until| now < until) {
             let new = policies.iter().map(|now| &now.key).filter(|key| before.iter().all(|old| old.key != **key));
-            waiting.extend(new.filter(|key| !view.paths.is_placed(key)).cloned());
+            waiting.extend(new.filter(|key| !view.allocations.is_placed(key)).cloned());
         }
         self.in_force = policies.iter().filter(|now| !waiting.contains(&now.key)).map(|now| (*now).clone()).collect();
         self.until = (!waiting.is_empty()).then(|| self.until.unwrap_or(now + GRACE));
-        if waiting.is_empty() { profile } else { view.profile_without(namespace, labels?, &waiting) }
+        if waiting.is_empty() { policy_chain } else { view.policy_chain_without(namespace, labels?, &waiting) }
     }
 
     /// When the pod is to be judged again, if nothing else happens.

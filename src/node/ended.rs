@@ -1,13 +1,13 @@
 //! Connections that have ended, by a pod's end or by the end of a policy, while the kernel still tracks them.
 //!
-//! A tracked connection keeps the way that it began with. Left in the table, it would lend its path, or the node's address,
-//! to the next pod with the same address, and keep the pod on a path that it has no more.
+//! A tracked connection keeps the way that it began with. Left in the table, it would lend its allocation, or the node's address,
+//! to the next pod with the same address, and keep the pod on an allocation that it has no more.
 
 use super::changed_ports::Replicas;
 use super::pods::{Holder, Pods, Use};
 use crate::kernel::conntrack::{self, Connection, Fate, Marked};
 use crate::kernel::netlink::{NETLINK_NETFILTER, Socket};
-use crate::model::marks::{Marks, PathId};
+use crate::model::marks::{EgressId, Marks};
 use crate::model::networks::Networks;
 use crate::model::shared::Shared;
 use anyhow::Result;
@@ -27,8 +27,8 @@ pub struct Ended {
     pub of_earlier: bool,
     /// All whose marks have this upper half: an earlier daemon's were other ones.
     pub of_base: Option<u16>,
-    /// Those of these addresses on these paths.
-    paths: BTreeMap<IpAddr, BTreeSet<PathId>>,
+    /// Those of these addresses on these allocations.
+    allocations: BTreeMap<IpAddr, BTreeSet<EgressId>>,
 }
 
 /// What is to be known of the node, to tell connections by.
@@ -54,11 +54,11 @@ impl Ended {
             if new.is_some_and(|new| Arc::ptr_eq(old, new)) || !pods.has(holder) {
                 continue;
             }
-            let paths = new.map_or(&none, |u| &u.paths);
-            let paths: BTreeSet<PathId> = old.paths.difference(paths).copied().collect();
-            if !paths.is_empty() {
+            let allocations = new.map_or(&none, |u| &u.allocations);
+            let allocations: BTreeSet<EgressId> = old.allocations.difference(allocations).copied().collect();
+            if !allocations.is_empty() {
                 for address in &old.addresses {
-                    self.paths.entry(*address).or_default().extend(&paths);
+                    self.allocations.entry(*address).or_default().extend(&allocations);
                 }
             }
         }
@@ -78,7 +78,7 @@ impl Ended {
         match forgotten.await {
             Ok(Ok(n)) => {
                 if n > 0 {
-                    tracing::info!(entries = n, "connections of paths or pods that are gone were ended");
+                    tracing::info!(entries = n, "connections of allocations or pods that are gone were ended");
                 }
                 *self = Ended::default();
             }
@@ -92,11 +92,11 @@ impl Ended {
         let ours = Marked { mark: marks.connection(0), mask: marks.connection_kind_mask() };
         let mut socket = Socket::open(NETLINK_NETFILTER)?;
         let mut forgotten = 0;
-        if possible.is_some() || !self.paths.is_empty() {
+        if possible.is_some() || !self.allocations.is_empty() {
             forgotten += conntrack::delete(&mut socket, ours, |c| {
-                let path = (c.mark & marks.path_mask()) as PathId;
-                possible.is_some_and(|possible| !possible.contains(c.source, path))
-                    || self.paths.get(&c.source).is_some_and(|p| p.contains(&path))
+                let allocation = (c.mark & marks.allocation_mask()) as EgressId;
+                possible.is_some_and(|possible| !possible.contains(c.source, allocation))
+                    || self.allocations.get(&c.source).is_some_and(|p| p.contains(&allocation))
             })?;
         }
         if possible.is_some() {
@@ -115,12 +115,12 @@ impl Ended {
     }
 }
 
-/// Takes connections that are translated to another address than their path's out of the kernel's table, in the
+/// Takes connections that are translated to another address than their allocation's out of the kernel's table, in the
 /// background. Each packet of theirs is dropped and prolongs them, so they would not end by themselves. Those of this node's
-/// pods on `local` paths, whose port was changed, keep it.
-pub fn forget_stale(marks: Marks, local: BTreeSet<PathId>, replicas: Arc<Replicas>) {
-    let stale = Marked { mark: marks.stale(), mask: marks.connection_of_path_mask() | marks.path_mask() };
-    in_background("connections that are older than their paths are picked up anew", move |socket| {
+/// pods on `local` allocations, whose port was changed, keep it.
+pub fn forget_stale(marks: Marks, local: BTreeSet<EgressId>, replicas: Arc<Replicas>) {
+    let stale = Marked { mark: marks.stale(), mask: marks.connection_of_allocation_mask() | marks.allocation_mask() };
+    in_background("connections that are older than their allocations are picked up anew", move |socket| {
         conntrack::settle(socket, stale, |c| {
             let heir = c.out.and_then(|out| local.iter().find_map(|id| replicas.heir(&out, marks.connection(*id))));
             heir.map_or(Fate::Forgotten, |heir| Fate::Replaced(heir, None))
@@ -143,8 +143,8 @@ pub fn in_background(what: &'static str, clean: impl FnOnce(&mut Socket) -> Resu
 /// What pods as they are could have begun.
 #[derive(Debug, Default)]
 struct Possible {
-    /// Connections on these paths, of each address.
-    paths: HashMap<IpAddr, BTreeSet<PathId>>,
+    /// Connections on these allocations, of each address.
+    allocations: HashMap<IpAddr, BTreeSet<EgressId>>,
     /// Any of these addresses: it is not known which policies select them.
     any: HashSet<IpAddr>,
 }
@@ -156,12 +156,13 @@ impl Possible {
             if used.held {
                 possible.any.insert(address);
             }
-            possible.paths.entry(address).or_default().extend(&used.paths);
+            possible.allocations.entry(address).or_default().extend(&used.allocations);
         }
         possible
     }
 
-    fn contains(&self, source: IpAddr, path: PathId) -> bool {
-        self.any.contains(&source) || self.paths.get(&source).is_some_and(|paths| paths.contains(&path))
+    fn contains(&self, source: IpAddr, allocation: EgressId) -> bool {
+        self.any.contains(&source)
+            || self.allocations.get(&source).is_some_and(|allocations| allocations.contains(&allocation))
     }
 }

@@ -12,10 +12,10 @@ use super::pods::{Holder, Use};
 use crate::api::{ExistingConnections, Fallback};
 use crate::kernel::conntrack::{self, Connection};
 use crate::kernel::netlink::{NETLINK_NETFILTER, Socket};
-use crate::model::marks::{Marks, PathId};
+use crate::model::marks::{EgressId, Marks};
 use crate::model::networks::Networks;
 use crate::model::shared::Shared;
-use crate::node_plan::policy_chain::Profile;
+use crate::node_plan::policy_chain::PolicyChain;
 use anyhow::Result;
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::IpAddr;
@@ -31,7 +31,7 @@ pub struct Existing {
     jobs: Sender<Job>,
     marks: Marks,
     /// What it was last told.
-    told: (Uses, BTreeSet<PathId>),
+    told: (Uses, BTreeSet<EgressId>),
     /// Pods that have begun since, under their policies.
     new: BTreeSet<Holder>,
     /// Whether Egret's rules were away since.
@@ -41,8 +41,8 @@ pub struct Existing {
 /// What the kernel holds now.
 struct Job {
     uses: Uses,
-    /// The paths that are ready.
-    ready: BTreeSet<PathId>,
+    /// The allocations that are ready.
+    ready: BTreeSet<EgressId>,
     new: BTreeSet<Holder>,
     mended: bool,
     inside: Inside,
@@ -69,11 +69,11 @@ impl Existing {
         self.new.insert(pod);
     }
 
-    /// The kernel holds pods to `uses`, and these paths are ready. With `mended`, rules had been taken away meanwhile.
+    /// The kernel holds pods to `uses`, and these allocations are ready. With `mended`, rules had been taken away meanwhile.
     pub fn look(
         &mut self,
         uses: &Uses,
-        ready: BTreeSet<PathId>,
+        ready: BTreeSet<EgressId>,
         mended: bool,
         networks: &Shared<Networks>,
         own: &BTreeSet<IpAddr>,
@@ -105,7 +105,7 @@ impl Existing {
 #[derive(Default)]
 struct Seen {
     pods: BTreeMap<Holder, Pod>,
-    ready: BTreeSet<PathId>,
+    ready: BTreeSet<EgressId>,
     /// Rules were away, and the connections of pods have not been looked at since.
     mended: bool,
     has_looked: bool,
@@ -113,7 +113,7 @@ struct Seen {
 
 /// A pod whose connections were looked at.
 struct Pod {
-    profile: Arc<Profile>,
+    policy_chain: Arc<PolicyChain>,
     /// The ids of connections that began before its policies.
     kept: HashSet<u32>,
     /// Whether it has been held ever since it began, so that there are no such connections.
@@ -141,15 +141,15 @@ impl Seen {
         self.pods.retain(|holder, _| job.uses.contains_key(holder));
         self.mended |= job.mended;
         for holder in job.new.iter().filter(|holder| job.uses.contains_key(*holder)) {
-            let held = Pod { profile: Arc::new(Profile::Held), kept: HashSet::new(), is_new: true };
+            let held = Pod { policy_chain: Arc::new(PolicyChain::Held), kept: HashSet::new(), is_new: true };
             self.pods.insert(holder.clone(), held);
         }
-        let changed: Vec<(&Holder, &Use, &Arc<Profile>)> = job
+        let changed: Vec<(&Holder, &Use, &Arc<PolicyChain>)> = job
             .uses
             .iter()
             .filter_map(|(holder, used)| {
-                let profile = used.profile.as_ref()?;
-                self.is_to_be_looked_at(holder, profile, &job.ready).then_some((holder, &**used, profile))
+                let policy_chain = used.policy_chain.as_ref()?;
+                self.is_to_be_looked_at(holder, policy_chain, &job.ready).then_some((holder, &**used, policy_chain))
             })
             .collect();
         let mut found = Found { kept: BTreeMap::new(), ended: 0 };
@@ -157,18 +157,18 @@ impl Seen {
             found = self.find(&changed, job)?;
         }
         for (holder, used) in &job.uses {
-            let Some(profile) = &used.profile else { continue };
+            let Some(policy_chain) = &used.policy_chain else { continue };
             let before = self.pods.remove(holder);
-            let is_new = before.as_ref().is_some_and(|pod| pod.is_new) && **profile == Profile::Held;
+            let is_new = before.as_ref().is_some_and(|pod| pod.is_new) && **policy_chain == PolicyChain::Held;
             let kept = found.kept.remove(holder).or(before.map(|pod| pod.kept)).unwrap_or_default();
-            self.pods.insert(holder.clone(), Pod { profile: profile.clone(), kept, is_new });
+            self.pods.insert(holder.clone(), Pod { policy_chain: policy_chain.clone(), kept, is_new });
         }
         self.ready.clone_from(&job.ready);
         (self.mended, self.has_looked) = (false, true);
         Ok(found.ended)
     }
 
-    fn is_to_be_looked_at(&self, holder: &Holder, profile: &Arc<Profile>, ready: &BTreeSet<PathId>) -> bool {
+    fn is_to_be_looked_at(&self, holder: &Holder, policy_chain: &Arc<PolicyChain>, ready: &BTreeSet<EgressId>) -> bool {
         let Some(before) = self.pods.get(holder) else { return true };
         if self.mended {
             return true;
@@ -176,27 +176,29 @@ impl Seen {
         if before.is_new {
             return false;
         }
-        let is_ready_now = |path: PathId| ready.contains(&path) && !self.ready.contains(&path);
-        let mut of_node = profile.steps().iter().filter(|step| step.fallback == Fallback::NodeAddress);
-        before.profile != *profile || of_node.any(|step| step.path.is_some_and(is_ready_now))
+        let is_ready_now = |allocation: EgressId| ready.contains(&allocation) && !self.ready.contains(&allocation);
+        let mut of_node = policy_chain.steps().iter().filter(|step| step.fallback == Fallback::NodeAddress);
+        before.policy_chain != *policy_chain || of_node.any(|step| step.allocation.is_some_and(is_ready_now))
     }
 
     /// Ends what is to be ended of these pods, and finds what stays.
-    fn find(&self, pods: &[(&Holder, &Use, &Arc<Profile>)], job: &Job) -> Result<Found> {
-        let of_address: HashMap<IpAddr, (&Holder, &Profile)> = pods
+    fn find(&self, pods: &[(&Holder, &Use, &Arc<PolicyChain>)], job: &Job) -> Result<Found> {
+        let of_address: HashMap<IpAddr, (&Holder, &PolicyChain)> = pods
             .iter()
-            .flat_map(|(holder, used, profile)| used.addresses.iter().map(move |a| (*a, (*holder, &***profile))))
+            .flat_map(|(holder, used, policy_chain)| {
+                used.addresses.iter().map(move |a| (*a, (*holder, &***policy_chain)))
+            })
             .collect();
         let mut kept: BTreeMap<Holder, HashSet<u32>> =
             pods.iter().map(|(h, ..)| ((*h).clone(), HashSet::new())).collect();
         let mut socket = Socket::open(NETLINK_NETFILTER)?;
         let ended = conntrack::delete_begun_by(&mut socket, &of_address.keys().copied().collect(), |c| {
-            let Some((holder, profile)) = of_address.get(&c.source) else { return false };
+            let Some((holder, policy_chain)) = of_address.get(&c.source) else { return false };
             if c.mark & job.marks.connection_mask() == job.marks.connection(0) || job.inside.has(c.reply_source) {
                 return false;
             }
             let before = self.pods.get(*holder);
-            match self.fate(before, profile, &job.ready, c) {
+            match self.fate(before, policy_chain, &job.ready, c) {
                 Fate::Ended => return true,
                 Fate::Kept => {
                     kept.entry((*holder).clone()).or_default().insert(c.id);
@@ -208,13 +210,21 @@ impl Seen {
         Ok(Found { kept, ended })
     }
 
-    fn fate(&self, before: Option<&Pod>, profile: &Profile, ready: &BTreeSet<PathId>, c: &Connection) -> Fate {
-        match decides(profile, ready, c) {
+    fn fate(
+        &self,
+        before: Option<&Pod>,
+        policy_chain: &PolicyChain,
+        ready: &BTreeSet<EgressId>,
+        c: &Connection,
+    ) -> Fate {
+        match decides(policy_chain, ready, c) {
             None => Fate::Passes,
             Some(ExistingConnections::End) => Fate::Ended,
             Some(ExistingConnections::Keep) => {
                 let is_known = match before {
-                    Some(before) => before.kept.contains(&c.id) || decides(&before.profile, &self.ready, c).is_none(),
+                    Some(before) => {
+                        before.kept.contains(&c.id) || decides(&before.policy_chain, &self.ready, c).is_none()
+                    }
                     // The rules were taken away before this daemon began: which connections were there is not known.
                     None => self.has_looked,
                 };
@@ -247,12 +257,12 @@ impl Inside {
 }
 
 /// What is said of a connection that began before the policy that covers it. `None`: it may leave from the node's address.
-fn decides(profile: &Profile, ready: &BTreeSet<PathId>, c: &Connection) -> Option<ExistingConnections> {
-    if *profile == Profile::Held {
+fn decides(policy_chain: &PolicyChain, ready: &BTreeSet<EgressId>, c: &Connection) -> Option<ExistingConnections> {
+    if *policy_chain == PolicyChain::Held {
         return Some(ExistingConnections::Keep);
     }
-    let step = profile.step_for(c.reply_source, c.protocol, c.reply_port)?;
-    let is_ready = step.path.is_some_and(|path| ready.contains(&path));
+    let step = policy_chain.step_for(c.reply_source, c.protocol, c.reply_port)?;
+    let is_ready = step.allocation.is_some_and(|allocation| ready.contains(&allocation));
     (step.fallback == Fallback::Block || is_ready).then_some(step.existing_connections)
 }
 

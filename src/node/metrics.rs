@@ -6,7 +6,7 @@ use super::host::Counts;
 use super::pods::Census;
 use crate::kernel::nft::Count;
 use crate::node_plan::View;
-use crate::node_plan::allocations::PathState;
+use crate::node_plan::allocations::AllocationState;
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
@@ -27,8 +27,8 @@ struct Reason {
 }
 
 #[derive(Clone, Debug, Hash, PartialEq, Eq, PartialOrd, Ord, EncodeLabelSet)]
-struct PathLabels {
-    path: u16,
+struct AllocationLabels {
+    allocation: u16,
     role: &'static str,
 }
 
@@ -65,14 +65,14 @@ impl Forwarded {
 /// See the module.
 pub struct Metrics {
     pods: Family<State, Gauge>,
-    paths: Family<State, Gauge>,
+    allocations: Family<State, Gauge>,
     dropped: Family<Reason, Counter>,
     other_ports: Counter,
     insertions_failed: Counter,
     changed_ports: Figures,
     forward_dropped: Family<FamilyLabel, Counter>,
-    path_packets: Family<PathLabels, Counter>,
-    path_bytes: Family<PathLabels, Counter>,
+    allocation_packets: Family<AllocationLabels, Counter>,
+    allocation_bytes: Family<AllocationLabels, Counter>,
     requests: Family<VerbLabel, Histogram>,
     applies: Histogram,
     errors: Counter,
@@ -83,7 +83,7 @@ pub struct Metrics {
     other_ports_seen: u64,
     insertions_failed_seen: u64,
     first_packets_seen: [Forwarded; 2],
-    paths_seen: BTreeMap<PathLabels, Count>,
+    allocations_seen: BTreeMap<AllocationLabels, Count>,
 }
 
 fn seconds() -> Histogram {
@@ -95,14 +95,14 @@ impl Metrics {
     pub fn new() -> (Registry, Self) {
         let metrics = Metrics {
             pods: Family::default(),
-            paths: Family::default(),
+            allocations: Family::default(),
             dropped: Family::default(),
             other_ports: Counter::default(),
             insertions_failed: Counter::default(),
             changed_ports: Figures::default(),
             forward_dropped: Family::default(),
-            path_packets: Family::default(),
-            path_bytes: Family::default(),
+            allocation_packets: Family::default(),
+            allocation_bytes: Family::default(),
             requests: Family::new_with_constructor(seconds),
             applies: seconds(),
             errors: Counter::default(),
@@ -112,14 +112,14 @@ impl Metrics {
             other_ports_seen: 0,
             insertions_failed_seen: 0,
             first_packets_seen: Default::default(),
-            paths_seen: BTreeMap::new(),
+            allocations_seen: BTreeMap::new(),
         };
         let mut registry = Registry::with_prefix("egret_node");
         registry.register("pods", "Pods of this node by state: selected, held, free, unmanaged", metrics.pods.clone());
-        registry.register("paths", "Paths of the ledger by state: local, remote, unready", metrics.paths.clone());
+        registry.register("allocations", "Allocations by state: local, remote, unready", metrics.allocations.clone());
         registry.register(
             "dropped_packets",
-            "Packets dropped, by reason; leaked: they had a path and were about to leave another way",
+            "Packets dropped, by reason; leaked: they had an allocation and were about to leave another way",
             metrics.dropped.clone(),
         );
         registry.register(
@@ -140,14 +140,14 @@ impl Metrics {
              the host's, or no route",
             metrics.forward_dropped.clone(),
         );
-        let packets = "Packets by path, as a director (of this node's pods) and as a gateway (of others')";
-        registry.register("path_packets", packets, metrics.path_packets.clone());
-        registry.register("path_bytes", "Bytes of these packets", metrics.path_bytes.clone());
+        let packets = "Packets by allocation, by role: source (of this node's pods), gateway (of others')";
+        registry.register("allocation_packets", packets, metrics.allocation_packets.clone());
+        registry.register("allocation_bytes", "Bytes of these packets", metrics.allocation_bytes.clone());
         let requests = "How long plugins waited for an answer, by verb";
         registry.register_with_unit("cni_duration", requests, Unit::Seconds, metrics.requests.clone());
-        let applies = "How long it took to bring the kernel in step";
+        let applies = "How long it took to bring the kernel in sync";
         registry.register_with_unit("apply_duration", applies, Unit::Seconds, metrics.applies.clone());
-        registry.register("apply_errors", "How often the kernel could not be brought in step", metrics.errors.clone());
+        registry.register("apply_errors", "How often the kernel could not be brought in sync", metrics.errors.clone());
         let faults = "Other nodes, networks and addresses that are passed over; the node's EgressNode names them";
         registry.register("faults", faults, metrics.faults.clone());
         registry.register("kernel_changes", "Changes made to the kernel's tables", metrics.changes.clone());
@@ -159,14 +159,14 @@ impl Metrics {
         self.changed_ports.clone()
     }
 
-    /// The kernel was brought in step, or not.
+    /// The kernel was brought in sync, or not.
     pub fn applied(&self, took: Duration, result: &anyhow::Result<usize>) {
         self.applies.observe(took.as_secs_f64());
         match result {
             Ok(changes) => {
                 self.changes.inc_by(*changes as u64);
                 if *changes > 0 {
-                    tracing::debug!(changes, ?took, "the kernel is in step");
+                    tracing::debug!(changes, ?took, "the kernel is in sync");
                 }
             }
             Err(_) => {
@@ -198,19 +198,19 @@ impl Metrics {
         }
     }
 
-    /// How many paths are in which state.
-    pub fn paths(&self, view: &View) {
+    /// How many allocations are in which state.
+    pub fn allocations(&self, view: &View) {
         let mut states = BTreeMap::from([("local", 0), ("remote", 0), ("unready", 0)]);
-        for path in view.paths.paths.values() {
-            let state = match path.state {
-                PathState::Local => "local",
-                PathState::Remote(_) => "remote",
-                PathState::Unready(_) => "unready",
+        for allocation in view.allocations.allocations.values() {
+            let state = match allocation.state {
+                AllocationState::Local => "local",
+                AllocationState::Remote(_) => "remote",
+                AllocationState::Unready(_) => "unready",
             };
             *states.entry(state).or_default() += 1;
         }
         for (state, n) in states {
-            self.paths.get_or_create(&State { state }).set(n);
+            self.allocations.get_or_create(&State { state }).set(n);
         }
     }
 
@@ -228,13 +228,13 @@ impl Metrics {
             let dropped = self.first_packets_seen[at].dropped_since(counts.first_packets[at]);
             self.forward_dropped.get_or_create(&FamilyLabel { family }).inc_by(dropped);
         }
-        let roles = [("director", &counts.sent), ("gateway", &counts.forwarded)];
-        for (role, paths) in roles {
-            for (path, count) in paths {
-                let labels = PathLabels { path: *path, role };
-                let seen = self.paths_seen.insert(labels.clone(), *count).unwrap_or_default();
-                self.path_packets.get_or_create(&labels).inc_by(since(seen.packets, count.packets));
-                self.path_bytes.get_or_create(&labels).inc_by(since(seen.bytes, count.bytes));
+        let roles = [("source", &counts.sent), ("gateway", &counts.forwarded)];
+        for (role, allocations) in roles {
+            for (allocation, count) in allocations {
+                let labels = AllocationLabels { allocation: *allocation, role };
+                let seen = self.allocations_seen.insert(labels.clone(), *count).unwrap_or_default();
+                self.allocation_packets.get_or_create(&labels).inc_by(since(seen.packets, count.packets));
+                self.allocation_bytes.get_or_create(&labels).inc_by(since(seen.bytes, count.bytes));
             }
         }
     }

@@ -1,4 +1,4 @@
-//! The node daemon: watches the cluster, compiles the plan, keeps the kernel in step with it, and answers the plugin.
+//! The node daemon: watches the cluster, compiles the plan, keeps the kernel in sync with it, and answers the plugin.
 //!
 //! One task owns everything and does one thing after another, so there are no locks and no half states. A pod's
 //! start comes before a change of the cluster, and what came in together is programmed in one transaction.
@@ -21,7 +21,7 @@ mod socket;
 mod state;
 mod taint;
 
-use crate::cluster::{self, Known, Scope, SourceName};
+use crate::cluster::{self, OfflineCache, Scope, SourceName};
 use crate::cni::offline_policies::{OfflinePolicies, boot_id};
 use crate::cni::run_dir::{self, KNOWN, SOCKET};
 use crate::cni::uninstalled;
@@ -33,7 +33,7 @@ use crate::model::tunnel_family::TunnelFamily;
 use crate::telemetry::server;
 use anyhow::Context;
 use ipnetwork::IpNetwork;
-use socket::{Door, Question};
+use socket::{Listener, Question};
 use state::{Node, Stopping};
 use std::net::IpAddr;
 use std::path::PathBuf;
@@ -43,7 +43,7 @@ use tokio::time::{Instant, MissedTickBehavior};
 
 /// The kernel is read back this often without any occasion: a notification may have been lost.
 const READ_BACK: Duration = Duration::from_secs(30);
-/// Whether connections are older than their paths is looked at this often.
+/// Whether connections are older than their allocations is looked at this often.
 const STALE: Duration = Duration::from_secs(1);
 /// What the kernel refused is tried again after this long.
 const RETRY: Duration = Duration::from_secs(1);
@@ -126,7 +126,7 @@ pub async fn run(options: Options, stop: impl Future<Output = ()>) -> anyhow::Re
     });
     let _servers = options.addresses.serve(metrics_shown, readiness)?;
 
-    let known = Known {
+    let known = OfflineCache {
         directory: options.run_dir.join(KNOWN),
         of: format!("{} {}", options.name, boot_id().context("the boot's id")?),
     };
@@ -146,7 +146,7 @@ pub async fn run(options: Options, stop: impl Future<Output = ()>) -> anyhow::Re
     let snapshot = source.snapshots.borrow_and_update().clone();
     let mut node = Node::start(options.clone(), source.statuses.clone(), snapshot, metrics, listeners).await?;
     let mut retry = node.settle(&ready).await;
-    let mut door: Option<Door> = None;
+    let mut listener: Option<Listener> = None;
     let mut retry_at = None;
     let mut untidy = None;
     let mut stopping: Option<Stopping> = None;
@@ -166,14 +166,14 @@ pub async fn run(options: Options, stop: impl Future<Output = ()>) -> anyhow::Re
         if node.is_untidy() {
             untidy = untidy.or(Some(Instant::now() + TIDY));
         }
-        // Nobody is answered before the kernel is in step: a plugin that finds nobody holds its pod back by itself.
+        // Nobody is answered before the kernel is in sync: a plugin that finds nobody holds its pod back by itself.
         if node.can_hold() {
             let _ = can_hold.take().map(|entry| entry.send(()));
         }
-        if door.is_none() && node.is_in_step() {
+        if listener.is_none() && node.is_in_sync() {
             match socket::listen(&options.run_dir) {
                 Ok(new) => {
-                    door = Some(new);
+                    listener = Some(new);
                     tracing::info!(node = %options.name, "ready");
                     tokio::spawn(taint::lift(source.statuses.clone(), options.name.clone()));
                 }
@@ -191,9 +191,9 @@ pub async fn run(options: Options, stop: impl Future<Output = ()>) -> anyhow::Re
                 retry
             }
             () = deadline(stopping.as_ref()), if stopping.is_some() => retry,
-            Some(first) = next(&mut door) => {
+            Some(first) = next(&mut listener) => {
                 let mut batch = vec![first];
-                while batch.len() < AT_ONCE && let Some(Ok(more)) = door.as_mut().map(|d| d.questions.try_recv()) {
+                while batch.len() < AT_ONCE && let Some(Ok(more)) = listener.as_mut().map(|d| d.questions.try_recv()) {
                     batch.push(more);
                 }
                 node.answer(batch).await;
@@ -232,7 +232,7 @@ pub async fn run(options: Options, stop: impl Future<Output = ()>) -> anyhow::Re
                 let _ = done.send(());
                 retry
             }
-            () = node.impatience() => node.settle(&ready).await,
+            () = node.next_deadline() => node.settle(&ready).await,
             () = tokio::time::sleep_until(untidy.unwrap_or_else(Instant::now)), if untidy.is_some() => {
                 untidy = None;
                 memory::give_back();
@@ -243,23 +243,23 @@ pub async fn run(options: Options, stop: impl Future<Output = ()>) -> anyhow::Re
                 if node.look_at_counters() { node.settle(&ready).await } else { retry }
             }
             _ = read_back.tick() => {
-                if door.as_ref().is_some_and(|door| !door.is_there(&options.run_dir)) {
+                if listener.as_ref().is_some_and(|listener| !listener.is_there(&options.run_dir)) {
                     let run_dir = options.run_dir.display();
                     tracing::warn!(%run_dir, "the run directory was emptied; what it held is made anew");
                     if !run_dir::is_locked_by(&options.run_dir, &lock)? {
                         lock = socket::lock(&options.run_dir).await?;
                     }
                     match node.write_down().and_then(|()| socket::listen(&options.run_dir)) {
-                        Ok(new) => door = Some(new),
+                        Ok(new) => listener = Some(new),
                         Err(e) => tracing::error!(%run_dir, "it cannot be made anew, and is tried again: {e:#}"),
                     }
                 }
-                node.distrust();
+                node.invalidate();
                 node.settle(&ready).await
             }
             () = tokio::time::sleep_until(retry_at.unwrap_or_else(Instant::now)), if retry => {
                 retry_at = None;
-                node.distrust();
+                node.invalidate();
                 node.settle(&ready).await
             }
         };
@@ -273,9 +273,9 @@ async fn deadline(stopping: Option<&Stopping>) {
     }
 }
 
-async fn next(door: &mut Option<Door>) -> Option<Question> {
-    match door {
-        Some(door) => door.questions.recv().await,
+async fn next(listener: &mut Option<Listener>) -> Option<Question> {
+    match listener {
+        Some(listener) => listener.questions.recv().await,
         None => std::future::pending().await,
     }
 }

@@ -1,17 +1,17 @@
-//! Connections of paths that have come to this node or gone from it, while the kernel still tracks them as before.
+//! Connections of allocations that have come to this node or gone from it, while the kernel still tracks them as before.
 //!
-//! A connection's address translation is settled by its first packet. On the node that owns its path a pod's
-//! connection gets the path's address; on any other, none. Left in the table when the path moves, it would leave with
+//! A connection's address translation is settled by its first packet. On the node that owns its allocation a pod's
+//! connection gets the allocation's address; on any other, none. Left in the table when the allocation moves, it would leave with
 //! the wrong address, and be dropped for it; once forgotten, its next packet makes the kernel pick it up anew. On a
 //! gateway that has given an address up, what it knows of a connection is out of date should the address come back.
 
 use crate::api::AddressPair;
 use crate::kernel::conntrack::{self, Connection, Fate, Marked, Tracked, Translated, Tuple};
 use crate::kernel::netlink::Socket;
-use crate::model::marks::{Marks, PathId};
+use crate::model::marks::{EgressId, Marks};
 use crate::node::changed_ports::{ChangedPorts, kept_port};
 use crate::node::ended;
-use crate::node_plan::allocations::PathState;
+use crate::node_plan::allocations::AllocationState;
 use crate::node_plan::{View, addresses};
 use anyhow::Result;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -49,66 +49,67 @@ impl Turns {
 /// What the connections in the kernel's table are to be like.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Moved {
-    /// Whether each path that is ready leaves from this node.
-    local: BTreeMap<PathId, bool>,
-    /// Each path's address.
-    egress: BTreeMap<PathId, AddressPair>,
+    /// Whether each allocation that is ready leaves from this node.
+    local: BTreeMap<EgressId, bool>,
+    /// Each allocation's address.
+    egress: BTreeMap<EgressId, AddressPair>,
     /// The addresses that other nodes' connections leave from here.
     served: BTreeSet<IpAddr>,
 }
 
 impl Moved {
-    /// As the kernel is now: these paths' addresses are on this node.
-    pub fn new(view: &View, here: &BTreeSet<PathId>) -> Self {
-        let paths = &view.paths.paths;
-        let local = paths.iter().filter_map(|(id, path)| match path.state {
-            PathState::Local => Some((*id, true)),
-            PathState::Remote(_) => Some((*id, false)),
-            PathState::Unready(_) => None,
+    /// As the kernel is now: these allocations' addresses are on this node.
+    pub fn new(view: &View, here: &BTreeSet<EgressId>) -> Self {
+        let allocations = &view.allocations.allocations;
+        let local = allocations.iter().filter_map(|(id, allocation)| match allocation.state {
+            AllocationState::Local => Some((*id, true)),
+            AllocationState::Remote(_) => Some((*id, false)),
+            AllocationState::Unready(_) => None,
         });
-        let served =
-            paths.iter().filter(|(id, path)| path.member && (path.state == PathState::Local || here.contains(*id)));
+        let served = allocations.iter().filter(|(id, allocation)| {
+            allocation.member && (allocation.state == AllocationState::Local || here.contains(*id))
+        });
         Moved {
             local: local.collect(),
-            egress: paths.iter().map(|(id, path)| (*id, path.address.clone())).collect(),
-            served: served.flat_map(|(_, path)| addresses(path)).collect(),
+            egress: allocations.iter().map(|(id, allocation)| (*id, allocation.address.clone())).collect(),
+            served: served.flat_map(|(_, allocation)| addresses(allocation)).collect(),
         }
     }
 
-    /// The paths that leave from this node.
-    pub fn local(&self) -> BTreeSet<PathId> {
+    /// The allocations that leave from this node.
+    pub fn local(&self) -> BTreeSet<EgressId> {
         self.local.iter().filter(|(_, local)| **local).map(|(id, _)| *id).collect()
     }
 
-    /// Whether the path left from this node.
-    pub fn was_local(&self, path: PathId) -> bool {
-        self.local.get(&path) == Some(&true)
+    /// Whether the allocation left from this node.
+    pub fn was_local(&self, allocation: EgressId) -> bool {
+        self.local.get(&allocation) == Some(&true)
     }
 
     /// Whether the table may hold connections that are no longer as they should be.
     pub fn needs_cleaning(&self, before: &Moved) -> bool {
-        let changed = |(id, local): (&PathId, &bool)| before.local.get(id) != Some(local);
+        let changed = |(id, local): (&EgressId, &bool)| before.local.get(id) != Some(local);
         self.local.iter().any(changed) || before.served.iter().any(|a| !self.served.contains(a))
     }
 
     /// Takes what is not as it should be out of the kernel's table, in the background: it may be large. For pods'
-    /// connections on `handed_over` paths, what servers have sent already is let in. What other nodes have told of, whose
-    /// port was changed, stays; of a pod of this node's, whose path has come here, it gets the same port. Another one keeps
+    /// connections on `handed_over` allocations, what servers have sent already is let in. What other nodes have told of, whose
+    /// port was changed, stays; of a pod of this node's, whose allocation has come here, it gets the same port. Another one keeps
     /// its pod's port: here at once, and on the next owner, which is told of it.
-    pub fn clean(self, marks: Marks, handed_over: BTreeSet<PathId>, ports: &ChangedPorts, turns: &Turns) {
+    pub fn clean(self, marks: Marks, handed_over: BTreeSet<EgressId>, ports: &ChangedPorts, turns: &Turns) {
         let (replicas, next_owners) = (ports.replicas(), ports.gone());
-        let of_path = marks.connection_of_path_mask();
-        let late = Marked { mark: marks.handed(0), mask: of_path };
-        let pods = Marked { mark: marks.connection(0), mask: of_path };
+        let of_allocation = marks.connection_of_allocation_mask();
+        let late = Marked { mark: marks.handed(0), mask: of_allocation };
+        let pods = Marked { mark: marks.connection(0), mask: of_allocation };
         let peers = Marked { mark: marks.connection_of_peer(0), mask: marks.connection_kind_mask() };
         let clean = turns.next(move |socket| {
-            let path = |c: &Connection| (c.mark & marks.path_mask()) as PathId;
-            let is_wrong = |path, translated| self.is_wrong(path, translated);
+            let allocation = |c: &Connection| (c.mark & marks.allocation_mask()) as EgressId;
+            let is_wrong = |allocation, translated| self.is_wrong(allocation, translated);
             let (kept, gone) = self.kept(socket, marks)?;
-            // First: of a path that is moved back at once, they are in the way of what takes their place.
-            conntrack::delete(socket, late, |c| is_wrong(path(c), c.destination == c.reply_source))?;
+            // First: of an allocation that is moved back at once, they are in the way of what takes their place.
+            conntrack::delete(socket, late, |c| is_wrong(allocation(c), c.destination == c.reply_source))?;
             let of_pods = conntrack::settle(socket, pods, |c| {
-                let id = path(c);
+                let id = allocation(c);
                 if !is_wrong(id, c.reply_destination != c.source) {
                     return Fate::Stays;
                 }
@@ -134,29 +135,30 @@ impl Moved {
                 conntrack::delete(socket, peers, |c| !self.served.contains(&c.reply_destination) && !is_told(c))?;
             Ok(of_pods + of_peers)
         });
-        ended::in_background("connections of paths that have moved are picked up anew", clean);
+        ended::in_background("connections of allocations that have moved are picked up anew", clean);
     }
 
-    fn is_wrong(&self, path: PathId, translated: bool) -> bool {
-        self.local.get(&path).is_some_and(|local| *local != translated)
+    fn is_wrong(&self, allocation: EgressId, translated: bool) -> bool {
+        self.local.get(&allocation).is_some_and(|local| *local != translated)
     }
 
-    /// Connections of this node's pods that have their pod's port: as they are to be, with the path's address where their
-    /// path has come here, else without translation; and as they were where it has gone.
+    /// Connections of this node's pods that have their pod's port: as they are to be, with the allocation's address where their
+    /// allocation has come here, else without translation; and as they were where it has gone.
     fn kept(&self, socket: &mut Socket, marks: Marks) -> Result<(HashMap<Tuple, Translated>, Vec<Tracked>)> {
-        let pods = Marked { mark: marks.connection(0), mask: marks.connection_of_path_mask() };
-        let path = |tracked: &Tracked| (tracked.mark & marks.path_mask()) as PathId;
-        let port = |tracked: &Tracked| kept_port(tracked, self.egress.get(&path(tracked))?);
+        let pods = Marked { mark: marks.connection(0), mask: marks.connection_of_allocation_mask() };
+        let allocation = |tracked: &Tracked| (tracked.mark & marks.allocation_mask()) as EgressId;
+        let port = |tracked: &Tracked| kept_port(tracked, self.egress.get(&allocation(tracked))?);
         let is_kept = |tracked: &Tracked| {
-            self.is_wrong(path(tracked), tracked.back.destination != tracked.out.source) && port(tracked).is_some()
+            self.is_wrong(allocation(tracked), tracked.back.destination != tracked.out.source)
+                && port(tracked).is_some()
         };
         let moved = conntrack::list_tracked(socket, pods, is_kept)?;
-        let comes = |tracked: &Tracked| self.local.get(&path(tracked)) == Some(&true);
+        let comes = |tracked: &Tracked| self.local.get(&allocation(tracked)) == Some(&true);
         let heir = |tracked: &Tracked| {
             // A Service's choice of a server cannot be made again.
             let (out, address) = port(tracked).filter(|(out, _)| *out == tracked.out)?;
             let address = if comes(tracked) { address } else { out.source };
-            let (mark, timeout) = (marks.connection(path(tracked)), tracked.timeout.max(1));
+            let (mark, timeout) = (marks.connection(allocation(tracked)), tracked.timeout.max(1));
             Some((out, Translated { out, address, port: out.ports[0], mark, timeout }))
         };
         let heirs = moved.iter().filter_map(heir).collect();

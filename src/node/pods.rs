@@ -2,23 +2,23 @@
 
 use crate::cni::attachment::{Attachment, AttachmentId};
 use crate::datapath::pod_veth::Veth;
-use crate::model::marks::{MAX_INDEX, PathId};
+use crate::model::marks::{EgressId, MAX_INDEX};
 use crate::model::precedence::PolicyIndex;
 use crate::model::selector::Labels;
 use crate::model::shared::Mark;
 use crate::model::{Cluster, ObjectKey, Pod};
 use crate::node::beginning::Beginning;
 use crate::node::remembered::Remembered;
-use crate::node_plan::allocations::Paths;
-use crate::node_plan::policy_chain::Profile;
+use crate::node_plan::allocations::NodeAllocations;
+use crate::node_plan::policy_chain::PolicyChain;
 use crate::node_plan::{NodePlan, PodPlan, View, chain_name};
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 use tokio::time::Instant;
 
-/// The tag that pods share for which there is none left: its profile lets nothing out.
-const OVERFLOW_TAG: u16 = MAX_INDEX;
+/// The pod mark that pods share for which there is none left: its policy chain lets nothing out.
+const OVERFLOW_MARK: u16 = MAX_INDEX;
 
 /// A veth on the host that is a pod's.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -76,8 +76,8 @@ enum Judged {
 /// See [`Judged`].
 #[derive(Debug)]
 struct Selected {
-    profile: Arc<Profile>,
-    /// With the tag that it last had.
+    policy_chain: Arc<PolicyChain>,
+    /// With the pod mark that it last had.
     planned: Option<Planned>,
 }
 
@@ -86,7 +86,7 @@ struct Selected {
 struct Planned {
     chain: Arc<str>,
     pod: Arc<PodPlan>,
-    profile: Arc<Profile>,
+    policy_chain: Arc<PolicyChain>,
     used: Arc<Use>,
 }
 
@@ -95,7 +95,7 @@ struct Planned {
 struct JudgedBy {
     pods: Mark<BTreeMap<ObjectKey, Arc<Pod>>>,
     policies: Mark<PolicyIndex>,
-    paths: Mark<Paths>,
+    allocations: Mark<NodeAllocations>,
 }
 
 /// Names a pod of either kind.
@@ -107,17 +107,17 @@ pub enum Holder {
     Adopted(u32),
 }
 
-/// Which addresses a pod has and which paths its packets can take.
+/// Which addresses a pod has and which allocations its packets can take.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Use {
     /// The pod's addresses.
     pub addresses: Vec<IpAddr>,
-    /// The paths.
-    pub paths: BTreeSet<PathId>,
+    /// The allocations.
+    pub allocations: BTreeSet<EgressId>,
     /// Whether it is not known which policies select the pod.
     pub held: bool,
     /// What the policies say; `None` in a [`Default`] one.
-    pub profile: Option<Arc<Profile>>,
+    pub policy_chain: Option<Arc<PolicyChain>>,
 }
 
 /// How many pods are in which state.
@@ -139,22 +139,22 @@ pub struct Pods {
     attached: BTreeMap<AttachmentId, Attached>,
     /// By their interfaces' indexes.
     adopted: BTreeMap<u32, Adopted>,
-    /// Pods whose DEL has come and which the cluster still lists, with the addresses that they had: not strangers.
+    /// Pods whose DEL has come and which the cluster still lists, with the addresses that they had: not unmanaged.
     ended: BTreeMap<ObjectKey, Vec<IpAddr>>,
     /// Pods that are held because the cluster does not know them, or their namespaces.
     undecided: BTreeSet<AttachmentId>,
     /// Pods that nobody brought, and that have not been found, or were not looked for: no policy selects them.
     unmanaged: HashMap<ObjectKey, Beginning>,
-    tags: Tags,
+    pod_marks: PodMarks,
     judged_by: JudgedBy,
-    /// How many profiles were held for what they list.
+    /// How many policy chains were held for what they list.
     too_long: usize,
 }
 
 impl Pods {
-    /// With the tags that the kernel holds, by interface index.
-    pub fn new(tags: impl IntoIterator<Item = (u16, u32)>) -> Self {
-        Pods { tags: Tags::new(tags), ..Pods::default() }
+    /// With the pod marks that the kernel holds, by interface index.
+    pub fn new(pod_marks: impl IntoIterator<Item = (u16, u32)>) -> Self {
+        Pods { pod_marks: PodMarks::new(pod_marks), ..Pods::default() }
     }
 
     /// Adds a pod, in place of one of the same id. Others that claim its interface are gone: indexes and names are
@@ -307,7 +307,7 @@ impl Pods {
     }
 
     /// Pods that a policy selects, that run here, and that nobody brought: they are to be found.
-    pub fn strangers(&mut self, cluster: &Cluster, view: &View) -> Vec<(ObjectKey, Vec<IpAddr>)> {
+    pub fn unmanaged(&mut self, cluster: &Cluster, view: &View) -> Vec<(ObjectKey, Vec<IpAddr>)> {
         // A record whose DEL never came may be of an earlier pod of that name, and says nothing of the one that runs now.
         let living = self.attached.values().filter(|a| !a.is_gone()).map(|a| &a.attachment.pod);
         let brought: HashMap<(&str, &str), &str> =
@@ -325,7 +325,7 @@ impl Pods {
         let mut selected = Vec::new();
         for (key, pod) in unmanaged {
             let mut beginning = before.remove(key).unwrap_or_default();
-            if beginning.profile(view, &key.namespace, Some(&pod.labels), now).is_some() {
+            if beginning.policy_chain(view, &key.namespace, Some(&pod.labels), now).is_some() {
                 selected.push((key.clone(), pod.addresses.to_vec()));
             }
             self.unmanaged.insert(key.clone(), beginning);
@@ -333,10 +333,10 @@ impl Pods {
         selected
     }
 
-    /// The profile that an attachment has, or would have.
-    pub fn profile(&self, attachment: &Attachment, cluster: &Cluster, view: &View) -> Option<Profile> {
+    /// The policy chain that an attachment has, or would have.
+    pub fn policy_chain(&self, attachment: &Attachment, cluster: &Cluster, view: &View) -> Option<PolicyChain> {
         let remembered = self.attached.get(&attachment.id).and_then(|a| a.labels.as_ref());
-        view.profile(&attachment.pod.namespace, labels(attachment, cluster).or(remembered))
+        view.policy_chain(&attachment.pod.namespace, labels(attachment, cluster).or(remembered))
     }
 
     /// The plan of all pods, what each uses, and how many are in which state.
@@ -344,26 +344,26 @@ impl Pods {
         self.judge(cluster, view);
         // Whose pods are gone, the others can have: there may be some without.
         let there = self.interfaces().collect();
-        self.tags.retain(&there);
+        self.pod_marks.retain(&there);
         let (mut plan, mut uses, mut census) = (NodePlan::default(), Vec::new(), Census::default());
-        let (tags, mut in_use) = (&mut self.tags, HashSet::new());
+        let (pod_marks, mut in_use) = (&mut self.pod_marks, HashSet::new());
         let mut add = |holder, interface: &Interface, addresses: &[IpAddr], selected: &mut Selected| {
-            let tag = tags.get(interface.index);
+            let pod_mark = pod_marks.get(interface.index);
             in_use.insert(interface.index);
-            let planned = selected.planned(tag, interface, addresses);
+            let planned = selected.planned(pod_mark, interface, addresses);
             if planned.used.held {
                 census.held += 1;
             } else {
                 census.selected += 1;
             }
             uses.push((holder, planned.used.clone()));
-            plan.add(view, planned.chain.clone(), planned.pod.clone(), planned.profile.clone());
+            plan.add(view, planned.chain.clone(), planned.pod.clone(), planned.policy_chain.clone());
         };
         self.undecided.clear();
         for (id, a) in &mut self.attached {
             match (&mut a.judged, &a.interface) {
                 (Judged::Selected(selected), Some(i)) => {
-                    if *selected.profile == Profile::Held {
+                    if *selected.policy_chain == PolicyChain::Held {
                         self.undecided.insert(id.clone());
                     }
                     add(a.holder.clone(), i, &a.attachment.addresses, selected);
@@ -379,11 +379,11 @@ impl Pods {
                 add(Holder::Adopted(*index), &a.known.interface, &a.known.addresses, selected);
             }
         }
-        self.tags.retain(&in_use);
+        self.pod_marks.retain(&in_use);
         let before = std::mem::replace(&mut self.too_long, plan.bound());
         if self.too_long > before {
             tracing::warn!(
-                profiles = self.too_long,
+                policy_chains = self.too_long,
                 "policies of this node's pods list more destinations than it can hold: pods with the longest lists are held"
             );
         }
@@ -401,18 +401,24 @@ impl Pods {
         let by = &self.judged_by;
         let now = Instant::now();
         let due = self.next().is_some_and(|due| due <= now);
-        let same = !due && cluster.pods.has(&by.pods) && view.policies.has(&by.policies) && view.paths.has(&by.paths);
+        let same = !due
+            && cluster.pods.has(&by.pods)
+            && view.policies.has(&by.policies)
+            && view.allocations.has(&by.allocations);
         if !same {
             let adopted = self.adopted.values_mut().map(|a| &mut a.judged);
             self.attached.values_mut().map(|a| &mut a.judged).chain(adopted).for_each(|j| *j = Judged::Unknown);
-            self.judged_by =
-                JudgedBy { pods: cluster.pods.mark(), policies: view.policies.mark(), paths: view.paths.mark() };
+            self.judged_by = JudgedBy {
+                pods: cluster.pods.mark(),
+                policies: view.policies.mark(),
+                allocations: view.allocations.mark(),
+            };
         }
         for a in self.attached.values_mut().filter(|a| matches!(a.judged, Judged::Unknown)) {
             if let Some(now) = labels(&a.attachment, cluster) {
                 a.labels = Some(now.clone());
             }
-            a.judged = a.beginning.profile(view, &a.attachment.pod.namespace, a.labels.as_ref(), now).into();
+            a.judged = a.beginning.policy_chain(view, &a.attachment.pod.namespace, a.labels.as_ref(), now).into();
         }
         for a in self.adopted.values_mut().filter(|a| matches!(a.judged, Judged::Unknown)) {
             // Another pod of the name has other addresses.
@@ -420,35 +426,38 @@ impl Pods {
             if let Some(pod) = pod.filter(|pod| a.known.labels.as_ref() != Some(&pod.labels)) {
                 Arc::make_mut(&mut a.known).labels = Some(pod.labels.clone());
             }
-            a.judged = a.beginning.profile(view, &a.known.pod.namespace, a.known.labels.as_ref(), now).into();
+            a.judged = a.beginning.policy_chain(view, &a.known.pod.namespace, a.known.labels.as_ref(), now).into();
         }
     }
 }
 
-impl From<Option<Profile>> for Judged {
-    fn from(profile: Option<Profile>) -> Self {
-        let selected = |profile| Judged::Selected(Selected { profile: Arc::new(profile), planned: None });
-        profile.map_or(Judged::Free, selected)
+impl From<Option<PolicyChain>> for Judged {
+    fn from(policy_chain: Option<PolicyChain>) -> Self {
+        let selected =
+            |policy_chain| Judged::Selected(Selected { policy_chain: Arc::new(policy_chain), planned: None });
+        policy_chain.map_or(Judged::Free, selected)
     }
 }
 
 impl Selected {
-    fn planned(&mut self, tag: u16, interface: &Interface, addresses: &[IpAddr]) -> &Planned {
-        let as_before = self.planned.take().filter(|planned| planned.pod.tag == tag);
+    fn planned(&mut self, pod_mark: u16, interface: &Interface, addresses: &[IpAddr]) -> &Planned {
+        let as_before = self.planned.take().filter(|planned| planned.pod.pod_mark == pod_mark);
         self.planned.insert(as_before.unwrap_or_else(|| {
-            let profile = if tag == OVERFLOW_TAG { Arc::new(Profile::Held) } else { self.profile.clone() };
-            let held = *profile == Profile::Held;
-            let paths = profile.paths().collect();
-            let used = Use { addresses: addresses.to_vec(), paths, held, profile: Some(profile.clone()) };
+            let policy_chain =
+                if pod_mark == OVERFLOW_MARK { Arc::new(PolicyChain::Held) } else { self.policy_chain.clone() };
+            let held = *policy_chain == PolicyChain::Held;
+            let allocations = policy_chain.allocations().collect();
+            let used =
+                Use { addresses: addresses.to_vec(), allocations, held, policy_chain: Some(policy_chain.clone()) };
             let pod = PodPlan {
                 interface: interface.name.clone(),
                 interface_index: interface.index,
                 addresses: addresses.to_vec(),
-                tag,
-                profile: profile.name(),
+                pod_mark,
+                policy_chain: policy_chain.name(),
             };
-            let chain = chain_name(tag, interface.index);
-            Planned { chain, pod: Arc::new(pod), profile, used: Arc::new(used) }
+            let chain = chain_name(pod_mark, interface.index);
+            Planned { chain, pod: Arc::new(pod), policy_chain, used: Arc::new(used) }
         }))
     }
 }
@@ -474,32 +483,32 @@ fn runs(pod: &Pod) -> bool {
     !pod.host_network && !pod.finished && !pod.addresses.is_empty()
 }
 
-/// Tags by interface index. A tag that was given back is taken again as late as can be.
+/// Pod marks by interface index. A pod mark that was given back is taken again as late as can be.
 #[derive(Debug, Default)]
-struct Tags {
+struct PodMarks {
     of: HashMap<u32, u16>,
     last: u16,
 }
 
-impl Tags {
+impl PodMarks {
     fn new(held: impl IntoIterator<Item = (u16, u32)>) -> Self {
-        let of: HashMap<u32, u16> = held.into_iter().map(|(tag, index)| (index, tag)).collect();
-        let last = of.values().copied().filter(|t| *t < OVERFLOW_TAG).max().unwrap_or(0);
-        Tags { of, last }
+        let of: HashMap<u32, u16> = held.into_iter().map(|(pod_mark, index)| (index, pod_mark)).collect();
+        let last = of.values().copied().filter(|t| *t < OVERFLOW_MARK).max().unwrap_or(0);
+        PodMarks { of, last }
     }
 
     fn get(&mut self, index: u32) -> u16 {
-        if let Some(tag) = self.of.get(&index).filter(|tag| **tag != OVERFLOW_TAG) {
-            return *tag;
+        if let Some(pod_mark) = self.of.get(&index).filter(|pod_mark| **pod_mark != OVERFLOW_MARK) {
+            return *pod_mark;
         }
         let taken: HashSet<u16> = self.of.values().copied().collect();
-        let after = (1..OVERFLOW_TAG).map(|n| (self.last + n - 1) % (OVERFLOW_TAG - 1) + 1);
-        let tag = after.into_iter().find(|t| !taken.contains(t)).unwrap_or(OVERFLOW_TAG);
-        if tag != OVERFLOW_TAG {
-            self.last = tag;
+        let after = (1..OVERFLOW_MARK).map(|n| (self.last + n - 1) % (OVERFLOW_MARK - 1) + 1);
+        let pod_mark = after.into_iter().find(|t| !taken.contains(t)).unwrap_or(OVERFLOW_MARK);
+        if pod_mark != OVERFLOW_MARK {
+            self.last = pod_mark;
         }
-        self.of.insert(index, tag);
-        tag
+        self.of.insert(index, pod_mark);
+        pod_mark
     }
 
     fn retain(&mut self, indexes: &HashSet<u32>) {
@@ -512,16 +521,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_pod_without_a_tag_gets_one_when_another_has_gone() {
-        let mut tags = Tags::default();
-        let all: HashSet<u16> = (1..=510).map(|index| tags.get(index)).collect();
-        assert_eq!(all, (1..OVERFLOW_TAG).collect());
-        assert_eq!([511, 512].map(|index| tags.get(index)), [OVERFLOW_TAG; 2]);
-        // A restarted daemon finds the tags in the kernel.
-        let mut tags = Tags::new(tags.of.iter().map(|(index, tag)| (*tag, *index)));
-        let given_back = tags.get(7);
-        tags.retain(&(1..=512).filter(|index| *index != 7).collect());
-        assert_eq!([511, 512].map(|index| tags.get(index)), [given_back, OVERFLOW_TAG]);
-        assert_eq!([511, 512].map(|index| tags.get(index)), [given_back, OVERFLOW_TAG]);
+    fn a_pod_without_a_pod_mark_gets_one_when_another_has_gone() {
+        let mut pod_marks = PodMarks::default();
+        let all: HashSet<u16> = (1..=510).map(|index| pod_marks.get(index)).collect();
+        assert_eq!(all, (1..OVERFLOW_MARK).collect());
+        assert_eq!([511, 512].map(|index| pod_marks.get(index)), [OVERFLOW_MARK; 2]);
+        // A restarted daemon finds the pod marks in the kernel.
+        let mut pod_marks = PodMarks::new(pod_marks.of.iter().map(|(index, pod_mark)| (*pod_mark, *index)));
+        let given_back = pod_marks.get(7);
+        pod_marks.retain(&(1..=512).filter(|index| *index != 7).collect());
+        assert_eq!([511, 512].map(|index| pod_marks.get(index)), [given_back, OVERFLOW_MARK]);
+        assert_eq!([511, 512].map(|index| pod_marks.get(index)), [given_back, OVERFLOW_MARK]);
     }
 }

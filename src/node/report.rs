@@ -2,7 +2,9 @@
 
 use super::holding::Holding;
 use super::host::Faults;
-use crate::api::{BlockedPath, DirectNetwork, EgressNodeStatus, Fault, LostUplink, RefusedPath, TakenPath};
+use crate::api::{
+    BlockedAllocation, DirectNetwork, EgressNodeStatus, Fault, LostUplink, RefusedAllocation, TakenAllocation,
+};
 use crate::cluster::Statuses;
 use crate::cni::offline_policies::{Elsewhere, OfflinePolicies};
 use crate::datapath::tunnel::Tunnel;
@@ -40,11 +42,11 @@ pub struct Report {
     stored_of: Mark<PolicyIndex>,
 }
 
-/// What a node knows of itself, beside the paths.
+/// What a node knows of itself, beside the allocations.
 pub struct Own<'a> {
     /// Its end of the tunnel.
     pub tunnel: Option<&'a Tunnel>,
-    /// Its addresses, and what became of the paths on it.
+    /// Its addresses, and what became of the allocations on it.
     pub facts: &'a Facts,
     /// Its uplinks.
     pub holding: &'a Holding,
@@ -70,22 +72,27 @@ impl Report {
 
     /// Tells the other nodes where this end of the tunnel is, and what it holds. Nothing waits until that is written:
     /// an API server that does not answer must not keep this node from taking over what another one leaves.
-    /// The paths `blocked` lead nowhere from here; there are so many `nodes`.
-    pub fn publish(&self, view: &View, own: &Own, blocked: Vec<BlockedPath>, nodes: usize) {
+    /// The allocations `blocked` lead nowhere from here; there are so many `nodes`.
+    pub fn publish(&self, view: &View, own: &Own, blocked: Vec<BlockedAllocation>, nodes: usize) {
         let Own { tunnel, facts, holding, faults } = *own;
         let Some(tunnel) = tunnel else { return };
-        let refused = facts.refused.iter().map(|(id, why)| RefusedPath { id: *id, message: why.clone() });
+        let refused = facts.refused.iter().map(|(id, why)| RefusedAllocation { id: *id, message: why.clone() });
         let direct = view.networks.origins.iter();
         let direct = direct.map(|(n, from)| DirectNetwork { network: n.to_string(), from: from.to_string() });
         let status = EgressNodeStatus {
             tunnel_address: Some(tunnel.local),
             tunnel_mac: Some(mac::Shown(tunnel.mac).to_string()),
             answers: tunnel.ipv6,
-            paths: view.paths.held.iter().copied().collect(),
-            taken: facts.taken.iter().map(|(id, since)| TakenPath { id: *id, since: *since }).collect(),
+            allocations: view.allocations.held.iter().copied().collect(),
+            taken: facts.taken.iter().map(|(id, since)| TakenAllocation { id: *id, since: *since }).collect(),
             refused: refused.collect(),
-            // Directors ask, too, but what thousands of them say costs more than it tells.
-            silent: facts.dead.iter().filter(|_| view.paths.is_gateway).map(ToString::to_string).collect(),
+            // Source nodes ask, too, but what thousands of them say costs more than it tells.
+            unreachable_peers: facts
+                .dead
+                .iter()
+                .filter(|_| view.allocations.is_gateway)
+                .map(ToString::to_string)
+                .collect(),
             lost: holding.lost().map(lost_uplink).collect(),
             blocked,
             direct: direct.collect(),

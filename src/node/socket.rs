@@ -53,14 +53,14 @@ pub async fn lock(run_dir: &Path) -> anyhow::Result<Flock<File>> {
 }
 
 /// Where plugins ask.
-pub struct Door {
+pub struct Listener {
     /// What they ask.
     pub questions: mpsc::Receiver<Question>,
     /// The socket's inode.
     inode: u64,
 }
 
-impl Door {
+impl Listener {
     /// Whether plugins still find it.
     pub fn is_there(&self, run_dir: &Path) -> bool {
         fs::metadata(run_dir.join(SOCKET)).is_ok_and(|there| there.ino() == self.inode)
@@ -71,7 +71,7 @@ impl Door {
 ///
 /// # Errors
 /// The socket cannot be made.
-pub fn listen(run_dir: &Path) -> anyhow::Result<Door> {
+pub fn listen(run_dir: &Path) -> anyhow::Result<Listener> {
     let path = run_dir.join(SOCKET);
     // Bound under another name and renamed, so that there is no moment in which plugins find no socket and nobody
     // else may connect before its mode is right.
@@ -108,7 +108,7 @@ pub fn listen(run_dir: &Path) -> anyhow::Result<Door> {
             }
         }
     });
-    Ok(Door { questions: asked, inode })
+    Ok(Listener { questions: asked, inode })
 }
 
 async fn converse(mut stream: UnixStream, questions: mpsc::Sender<Question>) -> std::io::Result<()> {

@@ -11,14 +11,14 @@ use crate::api::AddressPair;
 use crate::model::addresses_of;
 use crate::model::egress_node::EgressNode;
 use crate::model::mac::Mac;
-use crate::model::marks::PathId;
+use crate::model::marks::EgressId;
 use crate::model::networks::Networks;
 use crate::model::precedence::PolicyIndex;
 use crate::model::selector::{Labels, Name};
 use crate::model::shared::{Mark, Shared};
 use crate::model::{Cluster, Endpoints, Gateway, Inside, Node, ObjectKey, Policy, PolicyKey, Service};
-use crate::node_plan::allocations::{Facts, Path, PathState, Paths, Placing};
-use crate::node_plan::policy_chain::Profile;
+use crate::node_plan::allocations::{AllocationState, Facts, NodeAllocation, NodeAllocations, Placing};
+use crate::node_plan::policy_chain::PolicyChain;
 use ipnetwork::IpNetwork;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -29,8 +29,8 @@ use std::sync::Arc;
 pub struct View {
     /// Which policies select which pods.
     pub policies: Shared<PolicyIndex>,
-    /// Paths, peers, uplinks.
-    pub paths: Shared<Paths>,
+    /// NodeAllocations, peers, uplinks.
+    pub allocations: Shared<NodeAllocations>,
     /// What is inside the cluster.
     pub networks: Shared<Networks>,
     made_of: MadeOf,
@@ -86,8 +86,8 @@ impl View {
             self.policies = Shared::default();
             self.policies = PolicyIndex::new(cluster).into();
         }
-        let same_ledger = cluster.gateways.has(&of.gateways) && cluster.egress_nodes.has(&of.egress_nodes);
-        if !(same_nodes && same_ledger && *facts == of.facts) {
+        let same_allocations = cluster.gateways.has(&of.gateways) && cluster.egress_nodes.has(&of.egress_nodes);
+        if !(same_nodes && same_allocations && *facts == of.facts) {
             self.look_again(cluster, node, facts);
         }
         let same_endpoints = cluster.endpoints.has(&self.made_of.endpoints);
@@ -110,47 +110,52 @@ impl View {
         };
     }
 
-    /// Looks at the paths anew, with other facts about the same cluster.
+    /// Looks at the allocations anew, with other facts about the same cluster.
     pub fn look_again(&mut self, cluster: &Cluster, node: &str, facts: &Facts) {
-        self.paths = Shared::default();
-        self.paths = Paths::new(cluster, node, facts).into();
+        self.allocations = Shared::default();
+        self.allocations = NodeAllocations::new(cluster, node, facts).into();
         self.made_of.facts.clone_from(facts);
     }
 
-    /// The profile of a pod; `labels` is `None` for a pod that the cluster does not know yet. `None` for a pod that
+    /// The policy chain of a pod; `labels` is `None` for a pod that the cluster does not know yet. `None` for a pod that
     /// no policy selects, or can select. A pod of which it cannot be said yet is held.
-    pub fn profile(&self, namespace: &str, labels: Option<&Labels>) -> Option<Profile> {
+    pub fn policy_chain(&self, namespace: &str, labels: Option<&Labels>) -> Option<PolicyChain> {
         if self.policies.is_undecided_in(namespace) {
-            return Some(Profile::Held);
+            return Some(PolicyChain::Held);
         }
         match labels {
-            Some(labels) => Profile::new(&self.policies.policies_for(namespace, labels), &self.paths),
-            None => self.policies.can_select_in(namespace).then_some(Profile::Held),
+            Some(labels) => PolicyChain::new(&self.policies.policies_for(namespace, labels), &self.allocations),
+            None => self.policies.can_select_in(namespace).then_some(PolicyChain::Held),
         }
     }
 
-    /// The profile of a pod, as if it were not for these policies.
-    pub fn profile_without(&self, namespace: &str, labels: &Labels, policies: &BTreeSet<PolicyKey>) -> Option<Profile> {
+    /// The policy chain of a pod, as if it were not for these policies.
+    pub fn policy_chain_without(
+        &self,
+        namespace: &str,
+        labels: &Labels,
+        policies: &BTreeSet<PolicyKey>,
+    ) -> Option<PolicyChain> {
         let mut others = self.policies.policies_for(namespace, labels);
         others.retain(|ranked| !policies.contains(&ranked.key));
-        Profile::new(&others, &self.paths)
+        PolicyChain::new(&others, &self.allocations)
     }
 
     /// Addresses that tunnel packets may come from.
     pub fn tunnel_sources(&self) -> BTreeSet<IpAddr> {
-        self.paths.peers.values().map(|p| p.address).collect()
+        self.allocations.peers.values().map(|p| p.address).collect()
     }
 
-    /// The addresses of paths that are Egret's to place and that this node may come to hold.
-    pub fn placeable(&self) -> impl Iterator<Item = (PathId, IpAddr, &Path)> {
-        let placeable = self.paths.paths.iter().filter(|(_, p)| p.placing != Placing::Never);
+    /// The addresses of allocations that are Egret's to place and that this node may come to hold.
+    pub fn placeable(&self) -> impl Iterator<Item = (EgressId, IpAddr, &NodeAllocation)> {
+        let placeable = self.allocations.allocations.iter().filter(|(_, p)| p.placing != Placing::Never);
         placeable.flat_map(|(id, p)| addresses(p).map(move |a| (*id, a, p)))
     }
 }
 
-/// A path's addresses, of both families.
-pub fn addresses(path: &Path) -> impl Iterator<Item = IpAddr> + use<> {
-    addresses_of(&path.address)
+/// An allocation's addresses, of both families.
+pub fn addresses(allocation: &NodeAllocation) -> impl Iterator<Item = IpAddr> + use<> {
+    addresses_of(&allocation.address)
 }
 
 /// A pod that a policy selects, as the kernel is to see it.
@@ -163,9 +168,9 @@ pub struct PodPlan {
     /// The pod's addresses: what it may send from.
     pub addresses: Vec<IpAddr>,
     /// The index in the mark that its packets get.
-    pub tag: u16,
-    /// Name of its profile in [`NodePlan::profiles`].
-    pub profile: Arc<str>,
+    pub pod_mark: u16,
+    /// Name of its policy chain in [`NodePlan::policy chains`].
+    pub policy_chain: Arc<str>,
 }
 
 /// Everything that the node's datapath should be. One plan differs from the next by a pod or two: the others are shared.
@@ -175,15 +180,15 @@ pub struct NodePlan {
     pub pods: BTreeMap<Arc<str>, Arc<PodPlan>>,
     /// Addresses of selected pods behind interfaces that were not found.
     pub unfound: BTreeSet<IpAddr>,
-    /// Profiles in use, by name.
-    pub profiles: BTreeMap<Arc<str>, Arc<Profile>>,
-    /// Paths that the profiles lead to and that are ready, and where.
-    pub paths: BTreeMap<PathId, Path>,
-    /// Paths that are being moved here, and the nodes that still know their connections.
-    pub handed: BTreeMap<PathId, (AddressPair, Mac)>,
-    /// Paths that have just been moved away: connections that this node translates go on leaving from here until
+    /// PolicyChains in use, by name.
+    pub policy_chains: BTreeMap<Arc<str>, Arc<PolicyChain>>,
+    /// Allocations that the policy chains lead to and that are ready, and where.
+    pub allocations: BTreeMap<EgressId, NodeAllocation>,
+    /// Allocations that are being moved here, and the nodes that still know their connections.
+    pub handed: BTreeMap<EgressId, (AddressPair, Mac)>,
+    /// Allocations that have just been moved away: connections that this node translates go on leaving from here until
     /// they are picked up anew.
-    pub left: BTreeSet<PathId>,
+    pub left: BTreeSet<EgressId>,
     /// The tunnel device's index.
     pub device: u32,
     /// This node's end of the tunnel: where the others' tunnel packets come to.
@@ -193,20 +198,22 @@ pub struct NodePlan {
 }
 
 impl NodePlan {
-    /// Paths of this node's pods that have just been moved here, and the nodes that had them.
-    pub fn came(&self) -> impl Iterator<Item = (PathId, Mac)> {
-        let is_here = |id: &PathId| self.paths.get(id).is_some_and(|path| path.state == PathState::Local);
+    /// Allocations of this node's pods that have just been moved here, and the nodes that had them.
+    pub fn came(&self) -> impl Iterator<Item = (EgressId, Mac)> {
+        let is_here = |id: &EgressId| {
+            self.allocations.get(id).is_some_and(|allocation| allocation.state == AllocationState::Local)
+        };
         self.handed.iter().filter(move |(id, _)| is_here(id)).map(|(id, (_, mac))| (*id, *mac))
     }
 
     /// Has the pods held whose policies list more than the node can take: the longest lists first, so that nobody else
-    /// notices. Returns how many profiles that were.
+    /// notices. Returns how many policy chains that were.
     pub fn bound(&mut self) -> usize {
         self.bound_to(MAX_ENTRIES)
     }
 
     fn bound_to(&mut self, most: usize) -> usize {
-        let steps = self.profiles.values().flat_map(|profile| profile.steps());
+        let steps = self.policy_chains.values().flat_map(|policy_chain| policy_chain.steps());
         let shapes = steps.filter(|step| !step.covers_everything()).map(|step| step.covers.shape());
         let lists: BTreeSet<(usize, &str)> = shapes.map(|shape| (shape.entries, &*shape.name)).collect();
         let mut all = 0;
@@ -217,36 +224,36 @@ impl NodePlan {
                 (all > most).then(|| name.into())
             })
             .collect();
-        let is_too_long = |profile: &Profile| {
-            let mut listing = profile.steps().iter().filter(|step| !step.covers_everything());
+        let is_too_long = |policy_chain: &PolicyChain| {
+            let mut listing = policy_chain.steps().iter().filter(|step| !step.covers_everything());
             !too_long.is_empty() && listing.any(|step| too_long.contains(&step.covers.shape().name))
         };
-        let held = self.profiles.values_mut().filter(|profile| is_too_long(profile));
-        held.map(|profile| *profile = Arc::new(Profile::Held)).count()
+        let held = self.policy_chains.values_mut().filter(|policy_chain| is_too_long(policy_chain));
+        held.map(|policy_chain| *policy_chain = Arc::new(PolicyChain::Held)).count()
     }
 
-    /// Adds a pod, whose chain has this name. It is held if its profile's name is another one's: a name is a hash, and
+    /// Adds a pod, whose chain has this name. It is held if its policy chain's name is another one's: a name is a hash, and
     /// policies' names are chosen by those who are held to them.
-    pub fn add(&mut self, view: &View, chain: Arc<str>, mut pod: Arc<PodPlan>, mut profile: Arc<Profile>) {
-        match self.profiles.get(&pod.profile) {
-            Some(same) if *same == profile => {
+    pub fn add(&mut self, view: &View, chain: Arc<str>, mut pod: Arc<PodPlan>, mut policy_chain: Arc<PolicyChain>) {
+        match self.policy_chains.get(&pod.policy_chain) {
+            Some(same) if *same == policy_chain => {
                 self.pods.insert(chain, pod);
                 return;
             }
             Some(_) => {
-                profile = Arc::new(Profile::Held);
-                Arc::make_mut(&mut pod).profile = profile.name();
+                policy_chain = Arc::new(PolicyChain::Held);
+                Arc::make_mut(&mut pod).policy_chain = policy_chain.name();
             }
             None => {}
         }
-        for id in profile.paths() {
-            if let Some(path) = view.paths.paths.get(&id)
-                && !matches!(path.state, PathState::Unready(_))
+        for id in policy_chain.allocations() {
+            if let Some(allocation) = view.allocations.allocations.get(&id)
+                && !matches!(allocation.state, AllocationState::Unready(_))
             {
-                self.paths.entry(id).or_insert_with(|| path.clone());
+                self.allocations.entry(id).or_insert_with(|| allocation.clone());
             }
         }
-        self.profiles.entry(pod.profile.clone()).or_insert(profile);
+        self.policy_chains.entry(pod.policy_chain.clone()).or_insert(policy_chain);
         self.pods.insert(chain, pod);
     }
 }
@@ -255,13 +262,13 @@ impl NodePlan {
 /// 200 bytes of the kernel's memory.
 const MAX_ENTRIES: usize = 1_000_000;
 
-/// A pod's chain is named after its tag and its interface, so that a restarted daemon finds the tag again.
-pub fn chain_name(tag: u16, interface_index: u32) -> Arc<str> {
-    format!("pod-{tag}-{interface_index}").into()
+/// A pod's chain is named after its pod mark and its interface, so that a restarted daemon finds the pod mark again.
+pub fn chain_name(pod_mark: u16, interface_index: u32) -> Arc<str> {
+    format!("pod-{pod_mark}-{interface_index}").into()
 }
 
-/// Tag and interface index of a pod's chain.
+/// Pod mark and interface index of a pod's chain.
 pub fn parse_chain_name(name: &str) -> Option<(u16, u32)> {
-    let (tag, index) = name.strip_prefix("pod-")?.split_once('-')?;
-    Some((tag.parse().ok()?, index.parse().ok()?))
+    let (pod_mark, index) = name.strip_prefix("pod-")?.split_once('-')?;
+    Some((pod_mark.parse().ok()?, index.parse().ok()?))
 }

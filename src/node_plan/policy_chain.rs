@@ -1,19 +1,19 @@
-//! Profiles: the ordered list of policies that select a pod, as what is done with its packets.
+//! PolicyChains: the ordered list of policies that select a pod, as what is done with its packets.
 
 use crate::api::{ExistingConnections, Fallback};
 use crate::model::PolicyKey;
 use crate::model::covers::Covers;
 use crate::model::fnv::fnv1a;
-use crate::model::marks::PathId;
+use crate::model::marks::EgressId;
 use crate::model::precedence::Ranked;
 use crate::model::precedence::is_passed_over;
-use crate::node_plan::allocations::Paths;
+use crate::node_plan::allocations::NodeAllocations;
 use std::net::IpAddr;
 use std::sync::Arc;
 
 /// What is done with a pod's packets to destinations outside the cluster.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Profile {
+pub enum PolicyChain {
     /// The pod is not known yet, and a policy could select it: nothing leaves.
     Held,
     /// The first step that covers a destination decides; what none covers leaves as if Egret were not there.
@@ -25,9 +25,9 @@ pub enum Profile {
 pub struct Step {
     /// The policy.
     pub policy: PolicyKey,
-    /// Its path; `None` while it has none, which is as a path that is not ready.
-    pub path: Option<PathId>,
-    /// What happens while the path is not ready.
+    /// Its allocation; `None` while it has none, which is as an allocation that is not ready.
+    pub allocation: Option<EgressId>,
+    /// What happens while the allocation is not ready.
     pub fallback: Fallback,
     /// What happens to connections that began before it.
     pub existing_connections: ExistingConnections,
@@ -35,21 +35,22 @@ pub struct Step {
     pub covers: Arc<Covers>,
 }
 
-impl Profile {
+impl PolicyChain {
     /// From the policies that select a pod, the first deciding first; some are [passed over](is_passed_over). What comes
     /// after a policy that covers everything is left out. `None` if no policy selects the pod. One with a policy that lists
     /// too much is held, and one of which it is not known which policy decides, for one of several cannot be read.
-    pub fn new(policies: &[&Ranked], paths: &Paths) -> Option<Self> {
+    pub fn new(policies: &[&Ranked], allocations: &NodeAllocations) -> Option<Self> {
         let mut steps = Vec::new();
-        let with_path = policies.iter().map(|ranked| (*ranked, paths.of(&ranked.key, &ranked.policy)));
-        let in_force = with_path.filter(|(ranked, path)| !is_passed_over(&ranked.policy, path.is_some()));
+        let with_allocation = policies.iter().map(|ranked| (*ranked, allocations.of(&ranked.key, &ranked.policy)));
+        let in_force =
+            with_allocation.filter(|(ranked, allocation)| !is_passed_over(&ranked.policy, allocation.is_some()));
         let policies: Vec<_> = in_force.collect();
         if policies.len() > 1 && policies.iter().any(|(ranked, _)| ranked.policy.guessed.rank) {
-            return Some(Profile::Held);
+            return Some(PolicyChain::Held);
         }
-        for (at, (Ranked { key, policy, over_quota }, path)) in policies.iter().enumerate() {
+        for (at, (Ranked { key, policy, over_quota }, allocation)) in policies.iter().enumerate() {
             if *over_quota || policy.guessed.egress && at + 1 < policies.len() {
-                return Some(Profile::Held);
+                return Some(PolicyChain::Held);
             }
             let all = policy.covers_everything();
             let covers = match &policy.egress {
@@ -59,27 +60,33 @@ impl Profile {
             // `egress: []` covers nothing.
             if all || !covers.is_empty() {
                 let (fallback, existing_connections) = (policy.fallback, policy.existing_connections);
-                steps.push(Step { policy: key.clone(), path: *path, fallback, existing_connections, covers });
+                steps.push(Step {
+                    policy: key.clone(),
+                    allocation: *allocation,
+                    fallback,
+                    existing_connections,
+                    covers,
+                });
             }
             if all {
                 break;
             }
         }
-        (!steps.is_empty()).then_some(Profile::Steps(steps))
+        (!steps.is_empty()).then_some(PolicyChain::Steps(steps))
     }
 
     /// A name that stays as long as the list of policies does: FNV-1a of their names.
     pub fn name(&self) -> Arc<str> {
-        let Profile::Steps(steps) = self else { return "profile-held".into() };
+        let PolicyChain::Steps(steps) = self else { return "policy-held".into() };
         let names: String = steps.iter().map(|step| format!("{}\0", step.policy)).collect();
-        format!("profile-{:016x}", fnv1a(names.bytes())).into()
+        format!("policy-{:016x}", fnv1a(names.bytes())).into()
     }
 
     /// Its steps; one that is held has none.
     pub fn steps(&self) -> &[Step] {
         match self {
-            Profile::Held => &[],
-            Profile::Steps(steps) => steps,
+            PolicyChain::Held => &[],
+            PolicyChain::Steps(steps) => steps,
         }
     }
 
@@ -89,9 +96,9 @@ impl Profile {
         self.steps().iter().find(|step| step.covers.has(address, protocol, port))
     }
 
-    /// The paths that its packets can take.
-    pub fn paths(&self) -> impl Iterator<Item = PathId> {
-        self.steps().iter().filter_map(|s| s.path)
+    /// The allocations that its packets can take.
+    pub fn allocations(&self) -> impl Iterator<Item = EgressId> {
+        self.steps().iter().filter_map(|s| s.allocation)
     }
 }
 
@@ -122,10 +129,11 @@ mod tests {
     #[test]
     fn a_pod_with_a_policy_over_its_namespaces_quota_is_held() {
         let mut all = ["p", "q", "r", "s", "t"].map(|name| policy(name, 1_000));
-        let profile = |all: &[Ranked]| Profile::new(&all.iter().collect::<Vec<_>>(), &Paths::default());
-        assert!(matches!(profile(&all), Some(Profile::Steps(steps)) if steps.len() == 5));
+        let policy_chain =
+            |all: &[Ranked]| PolicyChain::new(&all.iter().collect::<Vec<_>>(), &NodeAllocations::default());
+        assert!(matches!(policy_chain(&all), Some(PolicyChain::Steps(steps)) if steps.len() == 5));
         all[4].over_quota = true;
-        assert_eq!(profile(&all), Some(Profile::Held));
+        assert_eq!(policy_chain(&all), Some(PolicyChain::Held));
     }
 
     #[test]
@@ -135,8 +143,8 @@ mod tests {
             Arc::make_mut(&mut guess.policy).guessed = Guessed { rank, egress };
             guess
         };
-        let (other, paths) = (policy("other", 1), Paths::default());
-        let is_held = |all: &[&Ranked]| Profile::new(all, &paths) == Some(Profile::Held);
+        let (other, allocations) = (policy("other", 1), NodeAllocations::default());
+        let is_held = |all: &[&Ranked]| PolicyChain::new(all, &allocations) == Some(PolicyChain::Held);
         // Alone it decides, whatever it said.
         assert!(!is_held(&[&guess(true, true)]));
         assert!(is_held(&[&guess(true, false), &other]) && is_held(&[&other, &guess(true, false)]));
@@ -145,16 +153,23 @@ mod tests {
     }
 
     #[test]
-    fn a_profile_is_not_another_one_for_its_name() {
-        let paths = Paths::default();
-        let [one, other] = ["p", "q"].map(|name| Profile::new(&[&policy(name, 1)], &paths).unwrap());
+    fn a_policy_chain_is_not_another_one_for_its_name() {
+        let allocations = NodeAllocations::default();
+        let [one, other] = ["p", "q"].map(|name| PolicyChain::new(&[&policy(name, 1)], &allocations).unwrap());
         let mut plan = NodePlan::default();
-        for (tag, profile) in [(1, &one), (2, &one), (3, &other)] {
-            let interface_index = u32::from(tag);
-            let pod = PodPlan { interface: "v".into(), interface_index, addresses: vec![], tag, profile: one.name() };
-            plan.add(&View::default(), chain_name(tag, interface_index), pod.into(), profile.clone().into());
+        for (pod_mark, policy_chain) in [(1, &one), (2, &one), (3, &other)] {
+            let interface_index = u32::from(pod_mark);
+            let pod = PodPlan {
+                interface: "v".into(),
+                interface_index,
+                addresses: vec![],
+                pod_mark,
+                policy_chain: one.name(),
+            };
+            plan.add(&View::default(), chain_name(pod_mark, interface_index), pod.into(), policy_chain.clone().into());
         }
-        let profiles: Vec<&Profile> = plan.pods.values().map(|pod| &*plan.profiles[&pod.profile]).collect();
-        assert_eq!(profiles, [&one, &one, &Profile::Held]);
+        let policy_chains: Vec<&PolicyChain> =
+            plan.pods.values().map(|pod| &*plan.policy_chains[&pod.policy_chain]).collect();
+        assert_eq!(policy_chains, [&one, &one, &PolicyChain::Held]);
     }
 }

@@ -1,19 +1,19 @@
 //! Why a pod's packets leave the cluster as they do, in words: by the same index, in the same order, as the rules of its
 //! node.
 
-use crate::api::{BlockedPath, EgressPolicyStatus, ExistingConnections, Fallback, PathKind, Placement};
+use crate::api::{AllocationKind, BlockedAllocation, EgressPolicyStatus, ExistingConnections, Fallback, Placement};
 use crate::model::addresses_of;
 use crate::model::backends::{Behind, Door, behind};
 use crate::model::destination::in_a_row;
-use crate::model::egress_node::OfPaths;
-use crate::model::marks::PathId;
+use crate::model::egress_node::OfAllocations;
+use crate::model::marks::EgressId;
 use crate::model::networks::Networks;
 use crate::model::precedence::is_passed_over;
 use crate::model::precedence::{PolicyIndex, Ranked};
 use crate::model::target::Target;
 use crate::model::{Cluster, ObjectKey, Pod, PolicyKey, Tier};
-use crate::node_plan::allocations::Paths;
-use crate::node_plan::policy_chain::Profile;
+use crate::node_plan::allocations::NodeAllocations;
+use crate::node_plan::policy_chain::PolicyChain;
 use ipnetwork::IpNetwork;
 use std::collections::HashSet;
 use std::net::{IpAddr, SocketAddr};
@@ -44,7 +44,7 @@ pub fn why(
     )];
     let index = PolicyIndex::new(cluster);
     let policies = index.policies_for(&key.namespace, &pod.labels);
-    let held = Profile::new(&policies, &Paths::default()) == Some(Profile::Held);
+    let held = PolicyChain::new(&policies, &NodeAllocations::default()) == Some(PolicyChain::Held);
     let nothing = "so only what stays inside the cluster leaves the pod";
     if pod.host_network {
         lines.push("It is on its host's network: no policy selects it, and it leaves from its node's address.".into());
@@ -236,7 +236,7 @@ fn decided(cluster: &Cluster, pod: &Pod, policies: &[&Ranked], target: Target) -
     let status = cluster.policy_statuses.get(key);
     let address = status.and_then(|status| address_towards(status, target.address));
     let ready = status.and_then(|s| s.conditions.iter().find(|c| c.type_ == "Ready"));
-    let has_path = status.is_some_and(|status| status.addresses.is_some());
+    let has_allocation = status.is_some_and(|status| status.addresses.is_some());
     let becomes = match policy.fallback {
         Fallback::Block => "is blocked",
         Fallback::NodeAddress => "leaves from the node's address (fallback: NodeAddress)",
@@ -258,8 +258,8 @@ fn decided(cluster: &Cluster, pod: &Pod, policies: &[&Ranked], target: Target) -
         (Some(address), Some(ready)) if ready.status == "True" => {
             format!("{target} leaves from {address}: {} decides, and {}.", named(key), ready.message)
         }
-        (None, Some(ready)) if ready.status == "True" && has_path => {
-            format!("{target} is blocked: {} decides, and its path has no address of that family.", named(key))
+        (None, Some(ready)) if ready.status == "True" && has_allocation => {
+            format!("{target} is blocked: {} decides, and its allocation has no address of that family.", named(key))
         }
         (Some(address), Some(ready)) if ready.status == "Unknown" => {
             let otherwise = match policy.fallback {
@@ -280,44 +280,52 @@ fn decided(cluster: &Cluster, pod: &Pod, policies: &[&Ranked], target: Target) -
     lines
 }
 
-/// What the pod's own node says of the policy's path, if packets on it lead nowhere from there.
+/// What the pod's own node says of the policy's allocation, if packets on it lead nowhere from there.
 fn blocked<'a>(cluster: &'a Cluster, pod: &'a Pod, policy: &PolicyKey, target: Target) -> Option<(&'a str, &'a str)> {
     let node = pod.node.as_deref()?;
-    let of_paths = cluster.egress_nodes.get(node)?.of_paths();
-    Some((node, of_family(of_paths, path_of(cluster, policy)?, target)?))
+    let of_allocations = cluster.egress_nodes.get(node)?.of_allocations();
+    Some((node, of_family(of_allocations, allocation_of(cluster, policy)?, target)?))
 }
 
-/// What the node that holds the policy's path says of it, if packets on it do not leave there.
+/// What the node that holds the policy's allocation says of it, if packets on it do not leave there.
 fn blocked_at_owner<'a>(cluster: &'a Cluster, policy: &PolicyKey, target: Target) -> Option<(&'a str, &'a str)> {
-    let path = path_of(cluster, policy)?;
-    let holders = cluster.egress_nodes.iter().filter(|(_, node)| node.of_paths().held.contains(&path));
-    let mut told = holders.filter_map(|(name, node)| Some((&**name, of_family(node.of_paths(), path, target)?)));
+    let allocation = allocation_of(cluster, policy)?;
+    let holders = cluster.egress_nodes.iter().filter(|(_, node)| node.of_allocations().held.contains(&allocation));
+    let mut told =
+        holders.filter_map(|(name, node)| Some((&**name, of_family(node.of_allocations(), allocation, target)?)));
     told.next()
 }
 
-fn path_of(cluster: &Cluster, policy: &PolicyKey) -> Option<PathId> {
-    let mut paths = cluster.gateways.values().flat_map(|gateway| &gateway.status.paths);
-    paths.find(|path| path.policies.contains(policy)).map(|path| path.id)
+fn allocation_of(cluster: &Cluster, policy: &PolicyKey) -> Option<EgressId> {
+    let mut allocations = cluster.gateways.values().flat_map(|gateway| &gateway.status.allocations);
+    allocations.find(|allocation| allocation.policies.contains(policy)).map(|allocation| allocation.id)
 }
 
-fn of_family(of_paths: &OfPaths, path: PathId, target: Target) -> Option<&str> {
+fn of_family(of_allocations: &OfAllocations, allocation: EgressId, target: Target) -> Option<&str> {
     let family = if target.address.is_ipv4() { "IPv4" } else { "IPv6" };
-    let is_of = |blocked: &&BlockedPath| blocked.family.as_deref().is_none_or(|of| of == family);
-    of_paths.blocked.iter().filter(|blocked| blocked.id == path).find(is_of).map(|blocked| &*blocked.message)
+    let is_of = |blocked: &&BlockedAllocation| blocked.family.as_deref().is_none_or(|of| of == family);
+    of_allocations
+        .blocked
+        .iter()
+        .filter(|blocked| blocked.id == allocation)
+        .find(is_of)
+        .map(|blocked| &*blocked.message)
 }
 
-/// Tells which policies decide nothing for their pods' node, by the ledger that it goes by.
+/// Tells which policies decide nothing for their pods' node, by the allocations that it goes by.
 fn passed_over(cluster: &Cluster) -> impl Fn(&Ranked) -> bool + use<> {
-    let paths = cluster.gateways.values().flat_map(|gateway| &gateway.status.paths);
-    let listed: HashSet<PolicyKey> = paths.flat_map(|path| path.policies.iter().cloned()).collect();
+    let allocations = cluster.gateways.values().flat_map(|gateway| &gateway.status.allocations);
+    let listed: HashSet<PolicyKey> = allocations.flat_map(|allocation| allocation.policies.iter().cloned()).collect();
     move |Ranked { key, policy, .. }| is_passed_over(policy, listed.contains(key))
 }
 
 /// Whether it is an egress IP that Egret places.
 fn is_egress_ip(cluster: &Cluster, address: IpAddr) -> bool {
     let managed = cluster.gateways.values().filter(|gateway| gateway.placement == Placement::Managed);
-    let paths = managed.flat_map(|gateway| &gateway.status.paths).filter(|path| path.kind != PathKind::Node);
-    paths.into_iter().any(|path| addresses_of(&path.address).any(|a| a == address))
+    let allocations = managed
+        .flat_map(|gateway| &gateway.status.allocations)
+        .filter(|allocation| allocation.kind != AllocationKind::Node);
+    allocations.into_iter().any(|allocation| addresses_of(&allocation.address).any(|a| a == address))
 }
 
 fn address_towards(status: &EgressPolicyStatus, target: IpAddr) -> Option<IpAddr> {
@@ -421,7 +429,7 @@ mod tests {
             ),
             (
                 "2001:db8::1",
-                "2001:db8::1 is blocked: EgressPolicy shop/rest decides, and its path has no address of that family",
+                "2001:db8::1 is blocked: EgressPolicy shop/rest decides, and its allocation has no address of that family",
             ),
             ("10.0.0.1", "10.0.0.1 goes direct"),
             ("10.9.0.2", "10.9.0.2 goes direct"),
@@ -475,12 +483,13 @@ mod tests {
     }
 
     #[test]
-    fn what_the_pods_own_node_says_of_the_path_counts() {
+    fn what_the_pods_own_node_says_of_the_allocation_counts() {
         let mut world = settled(world());
-        let id = world.cluster.gateways["g"].status.paths.iter().find(|p| p.policies.contains(&"shop/rest".into()));
-        let blocked = BlockedPath { id: id.unwrap().id, family: None, message: "node n2 does not answer".into() };
+        let id =
+            world.cluster.gateways["g"].status.allocations.iter().find(|p| p.policies.contains(&"shop/rest".into()));
+        let blocked = BlockedAllocation { id: id.unwrap().id, family: None, message: "node n2 does not answer".into() };
         let node = world.cluster.egress_nodes.get_mut("n1").unwrap();
-        Arc::make_mut(node).of_paths_mut().blocked = vec![blocked];
+        Arc::make_mut(node).of_allocations_mut().blocked = vec![blocked];
         let words = "9.9.9.9 is blocked: EgressPolicy shop/rest decides, and from the pod's node \"n1\" node n2 does not answer.";
         says(&asked(&world, "9.9.9.9"), &[words]);
     }

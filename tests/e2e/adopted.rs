@@ -141,11 +141,11 @@ fn what_was_written_of_an_adopted_pod_holds_no_other_pod() {
     let mut adopted = ByHand::make(&lab, "third", VISITOR, "cali3 index 1001", "10.244.1.79");
     adopted.pod.relabel(VISITOR);
     lab.wait_seen_as(&adopted.pod, EGRESS4);
-    let path = node.run_dir().join("adopted/1001.json");
+    let allocation = node.run_dir().join("adopted/1001.json");
     lab.daemon("n1").kill9();
-    let mut record: serde_json::Value = serde_json::from_slice(&fs::read(&path).expect("read")).expect("JSON");
+    let mut record: serde_json::Value = serde_json::from_slice(&fs::read(&allocation).expect("read")).expect("JSON");
     record["boot"] = "an earlier one".into();
-    fs::write(&path, record.to_string()).expect("write");
+    fs::write(&allocation, record.to_string()).expect("write");
     adopted.pod.relabel(&[("app", "other")]);
     lab.daemon("n1").restart();
     lab.wait_ready("n1");

@@ -1,7 +1,7 @@
 //! Sessions whose source port the gateway has changed, because another one had it, and sessions whose port others want while
 //! they say nothing: they live on too.
 
-use lab::mishaps::{cordoned, holders, owner_and_other, plugged};
+use lab::fault_injection::{cordoned, holders, owner_and_other, plugged};
 use lab::scene::egress_towards;
 use lab::server::{ECHO, UDP_PEER};
 use lab::{Lab, Pod, SERVERS, VISITOR};

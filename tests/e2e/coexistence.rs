@@ -1,7 +1,7 @@
 //! Other people's settings stay, and what they do keeps working.
 
 use lab::client::udp_who_by;
-use lab::mishaps::holders;
+use lab::fault_injection::holders;
 use lab::scene::{assert_blocked, assert_leaves_by_egress, assert_leaves_by_node};
 use lab::{EGRESS4, EXT4, EXT6, Lab, Node, Pods, Server, VISITOR, server};
 use serde_json::json;
@@ -237,7 +237,7 @@ fn other_bits_for_the_marks_do_as_well() {
     }
 }
 
-/// Their marks mean nothing to the daemon that comes, and without a path they would leave with the pods' own addresses.
+/// Their marks mean nothing to the daemon that comes, and without an allocation they would leave with the pods' own addresses.
 #[test]
 fn connections_with_other_marks_are_picked_up_anew_when_the_marks_change() {
     let lab = Lab::scene();

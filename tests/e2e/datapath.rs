@@ -121,7 +121,7 @@ fn a_policy_can_name_the_services_whose_pods_it_means() {
 }
 
 #[test]
-fn with_fallback_node_address_pods_leave_as_before_while_no_gateway_has_the_path() {
+fn with_fallback_node_address_pods_leave_as_before_while_no_gateway_has_the_allocation() {
     let lab = Lab::scene();
     lab.write_manifest("policy.yaml", &(visitors() + "  fallback: NodeAddress\n"));
     let nobody =
@@ -288,16 +288,16 @@ fn a_tunnel_over_ipv6_carries_both_families() {
     assert!(!tunnel.is_empty() && tunnel.iter().all(|s| s.from.is_ipv6()), "{tunnel:?}");
 }
 
-/// What a path has no address for is blocked, and does not leave by the other family or the node.
+/// What an allocation has no address for is blocked, and does not leave by the other family or the node.
 #[test]
-fn a_path_of_one_family_blocks_the_other() {
+fn an_allocation_of_one_family_blocks_the_other() {
     let lab = Lab::scene();
     for (name, own, other) in [("four", EXT4.into(), EXT6.into()), ("six", IpAddr::from(EXT6), IpAddr::from(EXT4))] {
         let address: IpAddr = if own.is_ipv4() { [192, 0, 2, 57].into() } else { "2001:db8::57".parse().expect("one") };
         let field = if own.is_ipv4() { "ipv4" } else { "ipv6" };
         let spec = format!("podSelector: {{}}\n  address: {{ {field}: \"{address}\" }}");
         lab.write_manifest(&format!("{name}.yaml"), &manifests::policy(name, "only", &spec));
-        lab.wait_until("the path is there", Duration::from_secs(10), || {
+        lab.wait_until("the allocation is there", Duration::from_secs(10), || {
             let pod = lab.add_pod("n1", name, "probe", &[]);
             let there = pod.who(own).is_ok_and(|who| who == address);
             pod.delete();
@@ -321,7 +321,7 @@ fn a_path_of_one_family_blocks_the_other() {
 #[test]
 fn a_socket_goes_on_from_the_new_address_when_its_pods_policy_has_changed() {
     let lab = Lab::scene();
-    // Two of four paths are on the same gateway node as the scene's, or one.
+    // Two of four allocations are on the same gateway node as the scene's, or one.
     let addresses = |n: usize| {
         let texts = [format!("192.0.2.{}", 51 + n), format!("2001:db8::{}", 51 + n)];
         texts.map(|text| text.parse::<IpAddr>().expect("an address"))
@@ -334,7 +334,7 @@ fn a_socket_goes_on_from_the_new_address_when_its_pods_policy_has_changed() {
         lab.write_manifest(&format!("{name}.yaml"), &manifests::policy("shop", name, &spec));
     }
     for node in ["n1", "g1", "g2"] {
-        // The first path stays in use.
+        // The first allocation stays in use.
         let stays = lab.add_pod(node, "shop", &format!("stays-{node}"), VISITOR);
         let mut changes = lab.add_pod(node, "shop", &format!("changes-{node}"), VISITOR);
         let sockets = SERVERS.map(|server| changes.udp_socket((server, UDP_WHO).into()).expect("a socket"));
@@ -352,7 +352,7 @@ fn a_socket_goes_on_from_the_new_address_when_its_pods_policy_has_changed() {
 
 /// Nobody answers it, so it is no established connection that could stay as it is.
 #[test]
-fn what_is_sent_without_an_answer_gets_its_path_when_a_policy_begins() {
+fn what_is_sent_without_an_answer_gets_its_allocation_when_a_policy_begins() {
     let lab = Lab::scene();
     for node in ["n1", "n2", "g1", "g2"] {
         let mut pod = lab.add_pod(node, "shop", &format!("log-{node}"), &[("app", "other")]);

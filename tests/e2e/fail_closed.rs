@@ -1,8 +1,8 @@
 //! Nothing leaks: whatever is away or broken, no packet of a selected pod leaves with another address. What is forged
 //! stands in `forgery.rs`.
 
+use lab::fault_injection::owner_and_other;
 use lab::kernel::difference;
-use lab::mishaps::owner_and_other;
 use lab::scene::{assert_blocked, assert_leaves_by_egress, assert_leaves_by_node, egress_towards, visitors};
 use lab::{EGRESS4, EGRESS6, EXT4, Lab, Node, Pod, SERVERS, Server, VISITOR, manifests};
 use std::net::{SocketAddr, UdpSocket};
@@ -289,7 +289,7 @@ fn a_running_daemon_puts_back_what_is_removed_by_hand() {
     let node = lab.node("n1");
     let whole = node.egret_state();
     for command in [
-        "nft flush map inet egret path_out",
+        "nft flush map inet egret egress_id_out",
         "nft flush map inet egret pods",
         "nft flush map netdev egret hop",
         "nft flush chain inet egret prerouting",

@@ -1,7 +1,7 @@
 //! Gateways die, freeze, come back, and are taken out: connections live on, and nothing leaks.
 
-use lab::mishaps::{
-    self, THOUSAND, all_of, answered_after, cut, dies, holders, label, owner_and_other, plugged, thousand_paths,
+use lab::fault_injection::{
+    self, THOUSAND, all_of, answered_after, cut, dies, holders, label, owner_and_other, plugged, thousand_allocations,
     three_gateways, tunnel_between,
 };
 use lab::scene::{assert_blocked, assert_leaves_by_egress, visitors};
@@ -154,8 +154,8 @@ fn a_gateway_that_was_cut_off_with_its_daemon_awake_gives_up_what_was_taken_over
     assert_eq!(holders(&lab), [other.as_str()]);
     let longest = assert_live("cut off", sessions);
     assert_short(longest, 1500);
-    let changes = lab.daemon("controller").log().matches("the ledger has changed").count();
-    assert!(changes < 6, "the two claimed the path by turns: the ledger was written {changes} times");
+    let changes = lab.daemon("controller").log().matches("the allocations has changed").count();
+    assert!(changes < 6, "the two claimed the allocation by turns: the allocations was written {changes} times");
     lab.assert_nothing_leaked();
 }
 
@@ -239,7 +239,7 @@ fn an_address_that_somebody_removes_by_hand_is_back_within_a_second() {
 }
 
 #[test]
-fn an_address_that_a_stranger_has_is_not_taken_until_the_stranger_has_gone() {
+fn an_address_that_another_host_has_is_not_taken_until_the_stranger_has_gone() {
     let lab = Lab::scene();
     let ext = lab.host("ext");
     ext.ip_batch(&["addr add 192.0.2.57/32 dev eth0".into(), "addr add 2001:db8::57/128 dev eth0 nodad".into()]);
@@ -312,7 +312,7 @@ fn a_gateway_that_is_drained_or_taken_out_is_left_without_a_pause() {
 }
 
 #[test]
-fn a_path_is_moved_by_hand() {
+fn an_allocation_is_moved_by_hand() {
     let lab = Lab::scene();
     let (owner, other) = owner_and_other(&lab);
     let pods = ["n1", "n2"].map(|n| lab.add_pod(n, "shop", &format!("visitor-{n}"), VISITOR));
@@ -334,9 +334,9 @@ fn a_path_is_moved_by_hand() {
 }
 
 #[test]
-fn a_thousand_paths_move_at_once() {
-    let lab = thousand_paths();
-    let held = |node: &str| mishaps::held(&lab, node);
+fn a_thousand_allocations_move_at_once() {
+    let lab = thousand_allocations();
+    let held = |node: &str| fault_injection::held(&lab, node);
     let pods = ["n1", "n2", "g2"].map(|n| lab.add_pod(n, "shop", &format!("visitor-{n}"), VISITOR));
     pods.iter().for_each(|pod| {
         lab.wait_until(&format!("{} is answered", pod.name), Duration::from_secs(20), || pod.udp_who(EXT4).is_ok())
@@ -348,11 +348,11 @@ fn a_thousand_paths_move_at_once() {
     plugged(&lab, "g1", false);
     let begin = Instant::now();
     let gap = answered_after(&pods[0], begin);
-    println!("a thousand paths: answered after {gap:?}");
+    println!("a thousand allocations: answered after {gap:?}");
     lab.wait_for("addresses on g2:", &THOUSAND, || held("g2"));
-    println!("a thousand paths: all addresses are on the other node after {:?}", begin.elapsed());
+    println!("a thousand allocations: all addresses are on the other node after {:?}", begin.elapsed());
     thread::sleep(Duration::from_secs(2));
-    let longest = assert_live("a thousand paths", sessions);
+    let longest = assert_live("a thousand allocations", sessions);
     assert_eq!(pods[0].who(EXT4).expect("an answer"), before);
     plugged(&lab, "g1", true);
     thread::sleep(Duration::from_secs(4));
@@ -361,7 +361,7 @@ fn a_thousand_paths_move_at_once() {
     assert_short(longest, 1700);
 }
 
-/// It might take the paths over, and has not: its link is back before it has asked who has them.
+/// It might take the allocations over, and has not: its link is back before it has asked who has them.
 #[test]
 fn a_gateway_that_has_nothing_and_loses_its_link_for_a_moment_disturbs_nobody() {
     let (lab, pod) = three_gateways();

@@ -1,9 +1,9 @@
 //! `nft flush ruleset`, the first line of most hosts' /etc/nftables.conf, and so every restart of nftables.service. Needs
 //! Linux 6.9, with which others cannot flush Egret's tables.
 
+use lab::fault_injection::owner_and_other;
 use lab::host::Host;
 use lab::kernel::difference;
-use lab::mishaps::owner_and_other;
 use lab::scene::assert_leaves_by_egress;
 use lab::survival::{assert_live, sessions};
 use lab::{Flood, Lab, Node, Pod, SERVERS, VISITOR, topology};
@@ -140,8 +140,8 @@ fn tables_without_an_owner_get_one_under_traffic() {
 fn people_see_the_tables_and_are_refused_their_change() {
     let lab = Lab::scene();
     let node = lab.node("n1");
-    assert!(node.run(["nft", "list", "ruleset"]).contains("chain departure"));
-    assert!(node.run(["nft", "-j", "list", "ruleset"]).contains("\"departure\""));
+    assert!(node.run(["nft", "list", "ruleset"]).contains("chain egress_guard"));
+    assert!(node.run(["nft", "-j", "list", "ruleset"]).contains("\"egress-guard\""));
     for command in
         ["nft flush chain inet egret prerouting", "nft delete table inet egret", "nft flush table netdev egret"]
     {

@@ -1,7 +1,7 @@
 //! Packets that connection tracking takes for another pod's connection, by their addresses or by what they quote: nobody
 //! leaves from an address that is not the policy's.
 
-use lab::mishaps::owner_and_other;
+use lab::fault_injection::owner_and_other;
 use lab::scene::{assert_leaves_by_egress, assert_leaves_by_node};
 use lab::server::UDP_WHO;
 use lab::{EGRESS4, EGRESS6, EXT4, Host, Lab, Pod, SERVERS, Server, VISITOR};
@@ -81,7 +81,7 @@ fn a_pod_cannot_send_in_another_pods_connection() {
     }
 }
 
-/// On the owner of the path, of a pod that runs elsewhere.
+/// On the owner of the allocation, of a pod that runs elsewhere.
 #[test]
 fn a_pod_on_a_gateway_cannot_send_in_a_connection_that_is_translated_there() {
     let lab = Lab::scene();
@@ -172,7 +172,7 @@ fn an_error_about_anothers_connection_does_not_leave() {
             };
             let (to, [_mine, _rich, _other]) = ((server, UDP_WHO).into(), [&selected, &rich, &other].map(at));
             for (sender, end) in [
-                // Another's that has no path, another's that has one, of pods that have a policy and that have none.
+                // Another's that has no allocation, another's that has one, of pods that have a policy and that have none.
                 (&selected, _other.1),
                 (&selected, _rich.1),
                 (&other, _rich.1),

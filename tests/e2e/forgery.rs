@@ -1,6 +1,6 @@
 //! Nobody passes for another: forged addresses, forged tunnel packets, and marks that somebody else takes away.
 
-use lab::mishaps::owner_and_other;
+use lab::fault_injection::owner_and_other;
 use lab::scene::{assert_blocked, assert_leaves_by_egress, assert_leaves_by_node, egress_towards};
 use lab::{EGRESS4, EXT4, EXT6, Lab, Node, Pods, SERVERS, Server, VISITOR};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6, UdpSocket};
@@ -42,14 +42,14 @@ fn send_as(pod: &lab::Pod, address: IpAddr, server: IpAddr) {
 }
 
 /// A tunnel packet: VXLAN with group-based policy (draft-smith-vxlan-group-policy), in it a UDP packet of a pod.
-fn tunnel_payload(to_mac: &[u8], from_mac: &[u8], path: u16, from: Ipv4Addr, to: Ipv4Addr) -> Vec<u8> {
+fn tunnel_payload(to_mac: &[u8], from_mac: &[u8], allocation: u16, from: Ipv4Addr, to: Ipv4Addr) -> Vec<u8> {
     let udp = [&[0x30, 0x39][..], &lab::server::UDP_WHO.to_be_bytes(), &11u16.to_be_bytes(), &[0, 0], b"who"].concat();
     let mut ip = [&[0x45, 0][..], &(20 + udp.len() as u16).to_be_bytes(), &[0, 1, 0, 0, 64, 17, 0, 0]].concat();
     ip.extend(from.octets().into_iter().chain(to.octets()));
     let sum = ip.chunks(2).map(|w| u32::from(w[0]) << 8 | u32::from(w[1])).sum::<u32>();
     let sum = !(((sum & 0xffff) + (sum >> 16)) as u16);
     ip[10..12].copy_from_slice(&sum.to_be_bytes());
-    let vxlan = [&[0x88, 0][..], &path.to_be_bytes(), &7871u32.to_be_bytes()[1..], &[0]].concat();
+    let vxlan = [&[0x88, 0][..], &allocation.to_be_bytes(), &7871u32.to_be_bytes()[1..], &[0]].concat();
     [&vxlan[..], to_mac, from_mac, &[0x08, 0x00], &ip, &udp].concat()
 }
 
@@ -75,7 +75,7 @@ fn tunnel_packets_are_nodes_alone(ipv6: bool) {
     assert_leaves_by_egress(&victim);
     let owner = lab.node(&owner_and_other(&lab).0);
     let (to_mac, from_mac) = (tunnel_mac(owner), tunnel_mac(lab.node("n1")));
-    let payload = tunnel_payload(&to_mac, &from_mac, lab.path_id("shop/visitors"), victim.ipv4(), EXT4);
+    let payload = tunnel_payload(&to_mac, &from_mac, lab.egress_id("shop/visitors"), victim.ipv4(), EXT4);
     let everybody = || -> Vec<SocketAddr> {
         if ipv6 {
             let link = nix::net::if_::if_nametoindex("eth0").expect("eth0");
@@ -243,7 +243,7 @@ fn where_somebody_else_clears_marks_nothing_leaks() {
             let table = format!("table inet other {{ chain clear {{ type filter hook {chain} }}; }}");
             nodes.iter().for_each(|node| drop(node.nft(&table)));
             for (pod, server) in pods.iter().flat_map(|pod| SERVERS.map(|server| (pod, server))) {
-                // What was routed already needs the mark no more, on a director.
+                // What was routed already needs the mark no more, on a source node.
                 let who = pod.udp_who(server);
                 assert!(who.is_err() || who.ok() == Some(egress_towards(server)), "{chain} on {}", nodes[0].name);
                 // Answers that come too late are answered with an ICMP error.
@@ -261,7 +261,7 @@ fn where_somebody_else_clears_marks_nothing_leaks() {
 }
 
 #[test]
-fn whose_tag_somebody_else_takes_is_kept_inside() {
+fn whose_pod_mark_somebody_else_takes_is_kept_inside() {
     let lab = Lab::scene();
     let inside = lab.add_pod("n2", "office", "inside", &[]);
     let _server = Server::start(&inside);
@@ -281,8 +281,8 @@ fn whose_tag_somebody_else_takes_is_kept_inside() {
             assert_leaves_by_egress(&selected);
         } else {
             assert_blocked(&selected);
-            let untagged = lab.metrics(node).dropped("untagged");
-            assert!(untagged.is_some_and(|n| n >= SERVERS.len() as f64), "on {node}: {untagged:?}");
+            let unmarked = lab.metrics(node).dropped("unmarked");
+            assert!(unmarked.is_some_and(|n| n >= SERVERS.len() as f64), "on {node}: {unmarked:?}");
         }
         for address in [IpAddr::from(inside.ipv4()), inside.ipv6().into()] {
             assert!(selected.who(address).is_ok(), "from {node} to {address}, inside the cluster");

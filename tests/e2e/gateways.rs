@@ -1,10 +1,10 @@
 //! What an EgressGateway's fields promise. Needs root.
 
-use lab::mishaps::owner_and_other;
+use lab::fault_injection::owner_and_other;
 use lab::scene::assert_leaves_by_egress;
 use lab::server::{ECHO, UDP_WHO};
 use lab::{EGRESS4, EGRESS6, EXT4, EXT6, FAR4, FAR6, Host, Lab, Node, Pod, SERVERS, Server, VISITOR, manifests};
-use lab::{mishaps, topology};
+use lab::{fault_injection, topology};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, SockaddrIn, bind, connect, socket};
 use std::io::ErrorKind;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, UdpSocket};
@@ -130,15 +130,15 @@ fn a_gateway_on_a_second_interface_leaves_by_it_and_its_next_hop() {
     assert!(!has(lab.node(owner), "eth0", egress4) && !has(lab.node(other), "eth1", egress4));
 
     // The same from the other node.
-    mishaps::label(&lab, owner, &[("egret.dev/gateway", "no")]);
+    fault_injection::label(&lab, owner, &[("egret.dev/gateway", "no")]);
     lab.wait_until(&format!("{other} alone has it"), PATIENCE, || {
         has(lab.node(other), "eth1", egress4) && !has(lab.node(owner), "eth1", egress4)
     });
     seen_everywhere();
 
-    // Its interface goes down: the path moves, and policies go on being enforced there.
+    // Its interface goes down: the allocation moves, and policies go on being enforced there.
     lab.node(other).ip("link set eth1 down");
-    mishaps::label(&lab, owner, &[("egret.dev/gateway", "true")]);
+    fault_injection::label(&lab, owner, &[("egret.dev/gateway", "true")]);
     lab.wait_until(&format!("{owner} has it"), PATIENCE, || has(lab.node(owner), "eth1", egress4));
     seen_everywhere();
     let late = lab.add_pod(other, "office", "late", &[]);
@@ -147,7 +147,7 @@ fn a_gateway_on_a_second_interface_leaves_by_it_and_its_next_hop() {
     let egress: IpAddr = [198, 51, 100, 51].into();
     lab.wait_for("the partner to see it", &Some(egress), || late.who(PARTNER4).ok());
     lab.node(other).ip("link set eth1 up");
-    mishaps::label(&lab, owner, &[("egret.dev/gateway", "no")]);
+    fault_injection::label(&lab, owner, &[("egret.dev/gateway", "no")]);
     lab.wait_until(&format!("{other} alone has it"), PATIENCE, || {
         has(lab.node(other), "eth1", egress4) && !has(lab.node(owner), "eth1", egress4)
     });
@@ -307,7 +307,7 @@ fn a_gateways_node_that_is_deleted_from_the_cluster_lets_its_addresses_go() {
     let pod = lab.add_pod("n1", "shop", "visitor", VISITOR);
     assert_leaves_by_egress(&pod);
     lab.remove_manifest(&format!("node-{owner}.yaml"));
-    lab.wait_for("the address is on", &vec![other.clone()], || mishaps::holders(&lab));
+    lab.wait_for("the address is on", &vec![other.clone()], || fault_injection::holders(&lab));
     lab.wait_seen_as(&pod, EGRESS4);
     assert_leaves_by_egress(&pod);
 }

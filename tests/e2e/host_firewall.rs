@@ -1,7 +1,7 @@
 //! A gateway whose host firewall drops what is forwarded: ufw, firewalld and Docker set the policy of iptables' chain
 //! FORWARD to DROP.
 
-use lab::mishaps::owner_and_other;
+use lab::fault_injection::owner_and_other;
 use lab::scene::{assert_blocked, assert_leaves_by_egress};
 use lab::{EXT4, EXT6, Lab, Node, Pod, SERVERS, VISITOR};
 use std::net::IpAddr;

@@ -1,6 +1,6 @@
 //! Gateways' uplinks lose one family: the other goes on, and what another node can do better moves there. Needs root.
 
-use lab::mishaps::{answered_after, holders, owner_and_other};
+use lab::fault_injection::{answered_after, holders, owner_and_other};
 use lab::scene::assert_leaves_by_egress;
 use lab::survival::{assert_live, assert_short, sessions};
 use lab::{EGRESS4, EGRESS6, EXT4, EXT6, Lab, Pod, VISITOR, manifests};

@@ -197,7 +197,7 @@ fn a_controller_that_is_killed_keeps_everybodys_address() {
 fn a_policy_that_is_broken_when_daemons_start_keeps_its_pods_and_its_address() {
     let lab = Lab::scene();
     let [visitor, other] = pods(&lab);
-    let path = lab.path_id("shop/visitors");
+    let path = lab.egress_id("shop/visitors");
     lab.write_manifest("policy.yaml", &visitors().replace("spec:", "sepc:"));
     for daemon in ["n1", "controller"] {
         lab.daemon(daemon).kill9();
@@ -210,7 +210,7 @@ fn a_policy_that_is_broken_when_daemons_start_keeps_its_pods_and_its_address() {
         std::thread::sleep(Duration::from_millis(50));
     }
     assert_leaves_by_egress(&lab.add_pod("n1", "shop", "new", VISITOR));
-    assert_eq!(lab.path_id("shop/visitors"), path);
+    assert_eq!(lab.egress_id("shop/visitors"), path);
     let elsewhere = lab.add_pod("n1", "office", "elsewhere", VISITOR);
     assert_leaves_by_node(&elsewhere);
     // Mended, it selects whom it selects.
@@ -218,7 +218,7 @@ fn a_policy_that_is_broken_when_daemons_start_keeps_its_pods_and_its_address() {
     lab.wait_seen_as(&other, other.node.ipv4());
     assert_leaves_by_node(&other);
     assert_leaves_by_egress(&visitor);
-    assert_eq!(lab.path_id("shop/visitors"), path);
+    assert_eq!(lab.egress_id("shop/visitors"), path);
 }
 
 /// What a node said before it was switched off nobody takes back, but Kubernetes tells that it hears nothing of it.

@@ -1,6 +1,6 @@
 //! Planned moves: to nodes that live, and to a node that has joined where that is asked for.
 
-use lab::mishaps::{cordoned, holders, label, owner_and_other, plugged, three_gateways};
+use lab::fault_injection::{cordoned, holders, label, owner_and_other, plugged, three_gateways};
 use lab::scene::assert_leaves_by_egress;
 use lab::survival::{assert_live, assert_short, sessions};
 use lab::{Lab, Pod, VISITOR, manifests};

@@ -12,7 +12,7 @@ fn visitors(lab: &Lab) -> Vec<Pod> {
     lab.nodes().iter().map(add).collect()
 }
 
-/// Sends a datagram of `size` bytes to the echo port until it is back. A sender that is told of a smaller path MTU
+/// Sends a datagram of `size` bytes to the echo port until it is back. A sender that is told of a smaller allocation MTU
 /// loses one packet for each narrow place there and each on the way back.
 fn echoed(pod: &Pod, server: IpAddr, size: usize) -> io::Result<()> {
     let socket = pod.udp_socket(SocketAddr::new(server, server::UDP_ECHO))?;

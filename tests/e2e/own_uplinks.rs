@@ -1,7 +1,7 @@
 //! The nodes' network breaks while gateways' own uplinks live: who holds the egress IP, and for how long nobody does.
 //! Needs root.
 
-use lab::mishaps::{all_of, cut, tunnel_between};
+use lab::fault_injection::{all_of, cut, tunnel_between};
 use lab::own_uplinks::{OUTSIDE, OwnUplinks, both, holders, scene};
 use lab::survival::assert_short;
 use lab::{Lab, Pod};

@@ -1,6 +1,6 @@
 //! Ways between nodes that break, lose packets, and come back: who is found dead, and for how long. Needs root.
 
-use lab::mishaps::{answered_after, cut, holders, owner_and_other, tunnel_between};
+use lab::fault_injection::{answered_after, cut, holders, owner_and_other, tunnel_between};
 use lab::scene::{assert_blocked, assert_leaves_by_egress};
 use lab::{Lab, VISITOR};
 use std::thread;

@@ -1,6 +1,6 @@
 //! What Egret tells of itself: metrics, logs, `egretd check`, and what its programs need. Needs root.
 
-use lab::mishaps::owner_and_other;
+use lab::fault_injection::owner_and_other;
 use lab::scene::{assert_blocked, assert_leaves_by_egress, assert_leaves_by_node};
 use lab::server::{UDP_WHO, WHO};
 use lab::{EXT4, EXT6, Lab, Node, SERVERS, VISITOR, manifests};
@@ -28,7 +28,7 @@ fn metrics_tell_of_pods_paths_and_packets() {
     assert_eq!(["local", "remote", "unready"].map(|s| paths("n1", s)), [Some(0.0), Some(1.0), Some(0.0)]);
     assert_eq!(["local", "remote", "unready"].map(|s| paths(&owner, s)), [Some(1.0), Some(0.0), Some(0.0)]);
 
-    let id = lab.path_id("shop/visitors").to_string();
+    let id = lab.egress_id("shop/visitors").to_string();
     let went = |daemon: &str, role: &str, what: &str| {
         let labels = [("path", id.as_str()), ("role", role)];
         get(daemon, &format!("egret_node_path_{what}_total"), &labels).unwrap_or(0.0)
@@ -49,7 +49,7 @@ fn metrics_tell_of_pods_paths_and_packets() {
 
     let dropped = |reason: &str| lab.metrics("n1").dropped(reason);
     assert!(dropped("blocked").is_some_and(|n| n >= 4.0), "the pod that is held: {:?}", dropped("blocked"));
-    for reason in ["leaked", "untagged", "spoofed", "foreign", "unknown", "stale", "unsolicited", "to_owner", "no_hop"]
+    for reason in ["leaked", "unmarked", "spoofed", "foreign", "unknown", "stale", "unsolicited", "to_owner", "no_hop"]
     {
         assert!(dropped(reason).is_some(), "{reason}");
     }
@@ -62,9 +62,9 @@ fn metrics_tell_of_pods_paths_and_packets() {
     }
     assert_eq!(get("n1", "egret_node_apply_errors_total", &[]), Some(0.0));
     for (name, labels, wanted) in [
-        ("egret_ledger_paths", &[("gateway", "default"), ("kind", "Explicit")][..], 1.0),
+        ("egret_allocations_paths", &[("gateway", "default"), ("kind", "Explicit")][..], 1.0),
         ("egret_policies", &[("condition", "Accepted"), ("status", "True")], 1.0),
-        ("egret_ledger_resting", &[("gateway", "default")], 0.0),
+        ("egret_allocations_resting", &[("gateway", "default")], 0.0),
     ] {
         assert_eq!(get("controller", name, labels), Some(wanted), "{name}: {:?}", lab.metrics("controller"));
     }

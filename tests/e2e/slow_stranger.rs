@@ -9,7 +9,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 const ADDRESS: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 57);
-const STRANGER: [u8; 6] = [2, 0, 0, 0, 0, 9];
+const OTHER_HOST: [u8; 6] = [2, 0, 0, 0, 0, 9];
 /// Longer than the link has to answer before an address is used for the first time.
 const SLOW: Duration = Duration::from_millis(45);
 
@@ -31,16 +31,16 @@ fn stranger(lab: &Lab) {
         loop {
             while let Ok(size) = recv(socket.as_raw_fd(), &mut frame, MsgFlags::MSG_DONTWAIT) {
                 let asks = frame[12..14] == [8, 6] && frame[20..22] == [0, 1] && frame[38..42] == ADDRESS.octets();
-                if size >= 42 && asks && frame[6..12] != STRANGER {
+                if size >= 42 && asks && frame[6..12] != OTHER_HOST {
                     due.extend((0..50).map(|n| Instant::now() + SLOW + n * Duration::from_millis(20)));
                 }
             }
             let now = Instant::now();
             if due.iter().any(|at| *at <= now) {
                 due.retain(|at| *at > now);
-                let mut answer = [[0xff; 6], STRANGER].concat();
+                let mut answer = [[0xff; 6], OTHER_HOST].concat();
                 answer.extend([8, 6, 0, 1, 8, 0, 6, 4, 0, 2]);
-                answer.extend(STRANGER.iter().chain(&ADDRESS.octets()).chain(&[0; 6]).chain(&[0; 4]));
+                answer.extend(OTHER_HOST.iter().chain(&ADDRESS.octets()).chain(&[0; 6]).chain(&[0; 4]));
                 sendto(socket.as_raw_fd(), &answer, &link, MsgFlags::empty()).expect("send a frame");
             }
             thread::sleep(Duration::from_millis(2));

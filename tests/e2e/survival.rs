@@ -1,7 +1,7 @@
 //! What connections outlive besides a link that is lost: a gateway's reboot, two deaths at once, a source of cluster
 //! state that is away meanwhile.
 
-use lab::mishaps::{answered_after, dies, holders, owner_and_other, plugged, three_gateways};
+use lab::fault_injection::{answered_after, dies, holders, owner_and_other, plugged, three_gateways};
 use lab::scene::assert_leaves_by_egress;
 use lab::survival::{assert_live, assert_short, sessions};
 use lab::{Lab, VISITOR};
@@ -100,7 +100,7 @@ fn of_three_gateways_two_die_at_once() {
 }
 
 #[test]
-fn paths_move_while_the_cluster_directory_is_away() {
+fn allocations_move_while_the_cluster_directory_is_away() {
     let lab = Lab::scene();
     let (owner, other) = owner_and_other(&lab);
     let pods = ["n1", "n2", &other].map(|n| lab.add_pod(n, "shop", &format!("visitor-{n}"), VISITOR));
@@ -120,7 +120,7 @@ fn paths_move_while_the_cluster_directory_is_away() {
 
     fs::rename(&elsewhere, directory).expect("move the cluster directory back");
     let follows = || lab.manifests().statuses().contains(&format!("node \"{other}\" holds"));
-    lab.wait_until("the ledger follows", Duration::from_secs(20), follows);
+    lab.wait_until("the allocations follows", Duration::from_secs(20), follows);
     for daemon in ["controller", "n1", "n2", "g1", "g2"] {
         assert!(lab.daemon(daemon).runs(), "{daemon} has ended");
     }

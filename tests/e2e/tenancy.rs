@@ -8,7 +8,7 @@ use std::time::Duration;
 
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// Whether the ledger has so many addresses of the gateway's ten in use.
+/// Whether the allocations have so many addresses of the gateway's ten in use.
 fn in_use(lab: &Lab, count: usize) -> bool {
     lab.manifests().statuses().contains(&format!("IPv4: {count} of 10 in use"))
 }
@@ -23,7 +23,7 @@ fn a_policy_made_again_under_another_name_has_its_address_at_once() {
                       podSelector: { matchLabels: { app: visitor } }\n  \
                       address: { ipv4: 192.0.2.50, ipv6: \"2001:db8::50\" }\n";
     for (name, text) in [("shop/guests", renamed.as_str()), ("visitors", everywhere)] {
-        let before = lab.path_id(if name == "visitors" { "shop/guests" } else { "shop/visitors" });
+        let before = lab.egress_id(if name == "visitors" { "shop/guests" } else { "shop/visitors" });
         // GitOps in the other order: what is old goes before what is new comes.
         lab.remove_manifest("policy.yaml");
         lab.wait_until("its address is given back", PATIENCE, || in_use(&lab, 0));
@@ -31,7 +31,7 @@ fn a_policy_made_again_under_another_name_has_its_address_at_once() {
         lab.wait_until("it is given again", PATIENCE, || in_use(&lab, 1));
         lab.wait_seen_as(&pod, EGRESS4);
         assert_leaves_by_egress(&pod);
-        assert_ne!(lab.path_id(name), before);
+        assert_ne!(lab.egress_id(name), before);
     }
 }
 

@@ -1,7 +1,7 @@
 //! A node whose end of the tunnel is of another family than the others', or is no address of a host: that node's fault, and
 //! nobody else's. Needs root.
 
-use lab::mishaps::holders;
+use lab::fault_injection::holders;
 use lab::scene::{assert_blocked, assert_leaves_by_egress, visitors};
 use lab::{EGRESS4, EGRESS6, Lab, Pod, VISITOR, manifests};
 use std::time::Duration;

@@ -69,7 +69,7 @@ fn gc_ends_what_its_network_has_no_more_and_status_says_that_pods_can_start() {
     assert_leaves_by_egress(&of_other_network);
     let status = |pod: &Pod| code(pod, "STATUS", version);
     assert_eq!(status(stays), None);
-    // The kernel is not in step, and pods can start all the same, if only into quarantine.
+    // The kernel is not in sync, and pods can start all the same, if only into quarantine.
     lab.daemon("n1").kill9();
     assert_eq!(status(stays), None);
     node.ip("route flush table 7873");

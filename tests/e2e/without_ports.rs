@@ -1,6 +1,6 @@
 //! Protocols without ports: one flow at a time for an egress address and a server.
 
-use lab::mishaps::owner_and_other;
+use lab::fault_injection::owner_and_other;
 use lab::{EGRESS4, EXT4, Lab, Pod, VISITOR};
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, SockaddrIn, sendto, socket};
 use std::net::SocketAddrV4;

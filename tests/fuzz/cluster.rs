@@ -6,7 +6,7 @@ use super::step::{DAEMONS, Flush, GATEWAYS, Harm, Junk, NODES, PODS, PolicySpec,
 use super::timeline::{Life, Timeline};
 use super::traffic::Traffic;
 use lab::host::Host;
-use lab::{Lab, Pod, mishaps, server, topology};
+use lab::{Lab, Pod, fault_injection, server, topology};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -301,13 +301,13 @@ impl Cluster {
     fn plug(&mut self, node: &'static str, in_: bool) {
         let changed = if in_ { self.unplugged.remove(node) } else { self.unplugged.insert(node) };
         if changed {
-            mishaps::plugged(&self.lab, node, in_);
+            fault_injection::plugged(&self.lab, node, in_);
         }
     }
 
     fn label(&mut self, node: &'static str, member: bool) {
         if node.starts_with('g') && (if member { self.left.remove(node) } else { self.left.insert(node) }) {
-            mishaps::label(&self.lab, node, &[("egret.dev/gateway", if member { "true" } else { "no" })]);
+            fault_injection::label(&self.lab, node, &[("egret.dev/gateway", if member { "true" } else { "no" })]);
         }
     }
 

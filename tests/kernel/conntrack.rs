@@ -32,7 +32,7 @@ fn address(text: &str) -> IpAddr {
 }
 
 #[test]
-fn a_pods_connections_on_some_paths_are_forgotten_and_others_stay() {
+fn a_pods_connections_on_some_allocations_are_forgotten_and_others_stay() {
     in_namespace(|| async {
         let mut socket = Socket::open(NETLINK_NETFILTER).unwrap();
         assert_eq!(list(&mut socket, PATHS).unwrap(), []);

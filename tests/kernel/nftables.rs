@@ -9,15 +9,15 @@ use egret::model::destination::{Destination, Network, Ports};
 use egret::model::mac;
 use egret::model::marks::Marks;
 use egret::model::networks::Networks;
-use egret::node_plan::allocations::{Path, PathState, Peer, Placing};
-use egret::node_plan::policy_chain::{Profile, Step};
+use egret::node_plan::allocations::{AllocationState, NodeAllocation, Peer, Placing};
+use egret::node_plan::policy_chain::{PolicyChain, Step};
 use egret::node_plan::{NodePlan, PodPlan, View, chain_name};
 use ipnetwork::IpNetwork;
 use std::net::IpAddr;
 use std::sync::Arc;
 
-fn path(state: PathState, last: u8) -> Path {
-    Path {
+fn allocation(state: AllocationState, last: u8) -> NodeAllocation {
+    NodeAllocation {
         gateway: "gw".into(),
         address: AddressPair {
             ipv4: Some([192, 0, 2, last].into()),
@@ -31,7 +31,7 @@ fn path(state: PathState, last: u8) -> Path {
         handed_by: None,
         placed: true,
         placing: Placing::Never,
-        by_ledger: true,
+        by_allocations: true,
         taken_over: false,
         since: 0,
         interface: None,
@@ -39,15 +39,15 @@ fn path(state: PathState, last: u8) -> Path {
     }
 }
 
-/// A node with `pods` pods of two profiles, in a cluster of `nodes` nodes.
+/// A node with `pods` pods of two policy chains, in a cluster of `nodes` nodes.
 fn view_and_plan(nodes: u16, pods: u32) -> (View, NodePlan, PeerIndexes) {
     let mut view = View::default();
-    view.paths.is_gateway = true;
+    view.allocations.is_gateway = true;
     let mut peers = PeerIndexes::new();
     for n in 1..=nodes {
         let mac = mac::of_node(&format!("node-{n}"));
         let [a, b] = n.to_be_bytes();
-        view.paths
+        view.allocations
             .peers
             .insert(mac, Peer { node: format!("node-{n}").into(), address: [10, 1, a, b].into(), is_gateway: n == 1 });
         view.networks.hosts.insert([10, 1, a, b].into());
@@ -55,8 +55,8 @@ fn view_and_plan(nodes: u16, pods: u32) -> (View, NodePlan, PeerIndexes) {
     }
     let networks = Networks::new(&Default::default(), &["10.244.0.0/16".parse().unwrap()], []);
     view.networks = Networks { hosts: view.networks.hosts.clone(), ..networks }.into();
-    view.paths.paths.insert(17, path(PathState::Remote(mac::of_node("node-1")), 50));
-    view.paths.paths.insert(18, path(PathState::Local, 51));
+    view.allocations.allocations.insert(17, allocation(AllocationState::Remote(mac::of_node("node-1")), 50));
+    view.allocations.allocations.insert(18, allocation(AllocationState::Local, 51));
     let mut plan = NodePlan::default();
     for n in 0..pods {
         let covers = Destination {
@@ -71,29 +71,29 @@ fn view_and_plan(nodes: u16, pods: u32) -> (View, NodePlan, PeerIndexes) {
             ]
             .into(),
         };
-        let step = |name: &str, path, fallback, covers: Vec<Destination>| Step {
+        let step = |name: &str, allocation, fallback, covers: Vec<Destination>| Step {
             policy: PolicyKey::from(name),
-            path: Some(path),
+            allocation: Some(allocation),
             fallback,
             existing_connections: Default::default(),
             covers: Arc::new(covers.into()),
         };
-        let profile = if n % 2 == 0 {
-            Profile::Steps(vec![
+        let policy_chain = if n % 2 == 0 {
+            PolicyChain::Steps(vec![
                 step("a/b", 17, Fallback::NodeAddress, vec![covers]),
                 step("c", 18, Fallback::Block, vec![]),
             ])
         } else {
-            Profile::Steps(vec![step("a/b", 17, Fallback::Block, vec![covers])])
+            PolicyChain::Steps(vec![step("a/b", 17, Fallback::Block, vec![covers])])
         };
         let pod = PodPlan {
             interface: format!("veth{n}"),
             interface_index: 1000 + n,
             addresses: vec![[10, 244, 1, n as u8].into(), [0xfd00, 0, 0, 0, 0, 0, 0, n as u16].into()],
-            tag: n as u16 + 1,
-            profile: profile.name(),
+            pod_mark: n as u16 + 1,
+            policy_chain: policy_chain.name(),
         };
-        plan.add(&view, chain_name(pod.tag, pod.interface_index), pod.into(), profile.into());
+        plan.add(&view, chain_name(pod.pod_mark, pod.interface_index), pod.into(), policy_chain.into());
     }
     (view, plan, peers)
 }
@@ -137,17 +137,17 @@ fn listing(networks: u32) -> (NodePlan, SharedSets) {
         ];
         Step {
             policy: PolicyKey::from("a/b"),
-            path: Some(17),
+            allocation: Some(17),
             fallback: Fallback::Block,
             existing_connections: Default::default(),
             covers: Arc::new(covers.into()),
         }
     };
-    let profile = Profile::Steps((0..3).map(step).collect());
+    let policy_chain = PolicyChain::Steps((0..3).map(step).collect());
     let (chain, mut pod) = plan.pods.pop_first().unwrap();
-    Arc::make_mut(&mut pod).profile = profile.name();
-    plan.profiles.clear();
-    plan.add(&view, chain, pod, profile.into());
+    Arc::make_mut(&mut pod).policy_chain = policy_chain.name();
+    plan.policy_chains.clear();
+    plan.add(&view, chain, pod, policy_chain.into());
     (plan, ruleset::shared_sets(&view, &peers, Marks::default(), &SharedSets::default()))
 }
 
@@ -158,11 +158,11 @@ fn a_chain_does_not_grow_with_what_its_policies_list() {
         let mut lengths = Vec::new();
         for networks in [2, 1_000, 100, 2] {
             let (plan, shared) = listing(networks);
-            let name = plan.profiles.keys().next().unwrap().clone();
+            let name = plan.policy_chains.keys().next().unwrap().clone();
             let made = Made::new(plan, &shared, Marks::default(), None);
             let mut nft = Nftables::open().unwrap();
             assert!(nft.apply(made.tables()).unwrap() > networks as usize);
-            nft.distrust();
+            nft.invalidate();
             assert_eq!(nft.apply(made.tables()).unwrap(), 0, "read back");
             lengths.push(run("nft", &format!("list chain inet egret {name}")).lines().count());
             let sets = run("nft", "-t list sets inet");
@@ -185,7 +185,7 @@ fn a_pods_start_writes_nothing_of_what_others_list() {
             let (_, others, _) = view_and_plan(3, 2);
             let (chain, pod) = others.pods.last_key_value().unwrap();
             with.pods.insert(chain.clone(), pod.clone());
-            with.profiles.insert(pod.profile.clone(), others.profiles[&pod.profile].clone());
+            with.policy_chains.insert(pod.policy_chain.clone(), others.policy_chains[&pod.policy_chain].clone());
             let begin = std::time::Instant::now();
             let next = Made::new(with, &shared, Marks::default(), Some(&made));
             let changes = nft.apply(next.tables()).unwrap();
@@ -216,13 +216,13 @@ fn nobody_takes_an_element_out_of_what_a_policy_covers() {
         }
         assert_eq!(run("nft", "list table inet egret"), whole);
         // With the rules away, which blocks, it can be done; and then all of it is made anew.
-        let chain = plan.profiles.keys().next().unwrap();
+        let chain = plan.policy_chains.keys().next().unwrap();
         let set = run("nft", "-t list sets inet");
         let set =
             set.lines().find_map(|line| line.trim().strip_prefix("set to4-")?.strip_suffix(" {")).unwrap().to_owned();
         run("nft", &format!("flush chain inet egret {chain}"));
         run("nft", &format!("flush set inet egret to4-{set}"));
-        nft.distrust();
+        nft.invalidate();
         assert!(nft.apply(made.tables()).unwrap() > 0);
         assert_eq!(run("nft", "list table inet egret"), whole);
     });
@@ -245,7 +245,7 @@ fn what_was_applied_is_read_back_as_the_same() {
         let mut nft = Nftables::open().unwrap();
         assert!(nft.apply(tables).unwrap() > 1200);
         assert_eq!(nft.apply(tables).unwrap(), 0, "known without reading");
-        nft.distrust();
+        nft.invalidate();
         assert_eq!(nft.apply(tables).unwrap(), 0, "read back");
         println!("{}", run("nft", "list ruleset"));
         assert_eq!(nft.elements(INET, set::PEER).unwrap().iter().count(), 1200);
@@ -263,7 +263,7 @@ fn what_somebody_takes_away_is_put_back() {
         nft.apply(tables).unwrap();
         let whole = run("nft", "list ruleset");
         for damage in [
-            "delete element inet egret path_out { 0x45470011 }",
+            "delete element inet egret egress_id_out { 0x45470011 }",
             "delete element netdev egret hop { 0x45470011 }",
             "delete element inet egret pods { 0x40200000 }",
             "delete element inet egret direct4 { 10.244.0.0/16 }",
@@ -277,7 +277,7 @@ fn what_somebody_takes_away_is_put_back() {
         ] {
             run("nft", damage);
             assert_ne!(run("nft", "list ruleset"), whole, "{damage} changes something");
-            nft.distrust();
+            nft.invalidate();
             assert!(nft.apply(tables).unwrap() > 0, "{damage} is noticed");
             assert_eq!(run("nft", "list ruleset"), whole, "{damage} is mended");
         }
@@ -306,7 +306,7 @@ fn ranges_become_any_other_ranges() {
             let shared = ruleset::shared_sets(&view, &peers, Marks::default(), &SharedSets::default());
             let made = made_of(&plan, &shared);
             nft.apply(made.tables()).unwrap_or_else(|e| panic!("round {round}: {e}"));
-            nft.distrust();
+            nft.invalidate();
             assert_eq!(nft.apply(made.tables()).unwrap(), 0, "round {round}, read back");
         }
     });
@@ -321,19 +321,19 @@ fn what_follows_from_the_last_plan_is_what_is_made_anew() {
         let only = |pods: &[u32]| {
             let mut plan = all.clone();
             plan.pods.retain(|_, pod| pods.contains(&(pod.interface_index - 1000)));
-            let used: Vec<_> = plan.pods.values().map(|pod| pod.profile.clone()).collect();
-            plan.profiles.retain(|name, _| used.contains(name));
+            let used: Vec<_> = plan.pods.values().map(|pod| pod.policy_chain.clone()).collect();
+            plan.policy_chains.retain(|name, _| used.contains(name));
             plan
         };
         let with = |mut plan: NodePlan, unfound: &str| {
             plan.unfound.insert(unfound.parse().unwrap());
             plan
         };
-        let renumbered = |pods: &[u32], tag| {
+        let renumbered = |pods: &[u32], pod_mark| {
             let mut plan = only(pods);
             let (_, mut pod) = plan.pods.pop_first().unwrap();
-            Arc::make_mut(&mut pod).tag = tag;
-            plan.pods.insert(chain_name(tag, pod.interface_index), pod);
+            Arc::make_mut(&mut pod).pod_mark = pod_mark;
+            plan.pods.insert(chain_name(pod_mark, pod.interface_index), pod);
             plan
         };
         let elsewhere = |pods: &[u32]| {
@@ -363,7 +363,7 @@ fn what_follows_from_the_last_plan_is_what_is_made_anew() {
             let (pods, unfound) = (plan.pods.len(), plan.unfound.len());
             let next = Made::new(plan.clone(), &shared, Marks::default(), made.as_ref());
             nft.apply(next.tables()).unwrap();
-            nft.distrust();
+            nft.invalidate();
             let anew = made_of(&plan, &shared);
             assert_eq!(nft.apply(anew.tables()).unwrap(), 0, "with {pods} pods and {unfound} addresses");
             made = Some(next);
@@ -385,7 +385,7 @@ fn a_view_that_is_out_of_date_is_read_again() {
         let mut fewer = plan.clone();
         fewer.pods.retain(|_, p| p.interface != "veth0");
         nft.apply(made_of(&fewer, &shared).tables()).unwrap();
-        nft.distrust();
+        nft.invalidate();
         assert_eq!(nft.apply(made_of(&fewer, &shared).tables()).unwrap(), 0);
     });
 }

@@ -14,7 +14,7 @@ const NAME: TableName = TableName { family: NFPROTO_INET, name: "egret" };
 fn tables(rules: usize) -> [(TableName, Table); 1] {
     let hook = Hook { kind: "filter".into(), number: hook::POSTROUTING, priority: 300, drop: false, device: None };
     let rules = (0..rules).map(|n| Rule::new().mark(u32::MAX, n as u32).counter("seen").drop()).collect();
-    let chains = [("departure".into(), Arc::new(Chain::new(Some(hook), rules)))].into();
+    let chains = [("egress-guard".into(), Arc::new(Chain::new(Some(hook), rules)))].into();
     [(NAME, Table { chains, counters: ["seen"].into(), ..Table::default() })]
 }
 
@@ -41,7 +41,7 @@ fn refusal(arguments: &str) -> String {
 
 /// The chain, with the handles that tell a table that was made anew from one that stayed.
 fn listed() -> String {
-    run("nft", "-a list chain inet egret departure").lines().filter(|l| l.contains("handle")).collect()
+    run("nft", "-a list chain inet egret egress_guard").lines().filter(|l| l.contains("handle")).collect()
 }
 
 #[test]
@@ -57,16 +57,16 @@ fn what_a_socket_owns_nobody_else_changes_and_everybody_reads() {
         for command in [
             "delete table inet egret",
             "flush table inet egret",
-            "flush chain inet egret departure",
-            "insert rule inet egret departure accept",
+            "flush chain inet egret egress_guard",
+            "insert rule inet egret egress_guard accept",
             "add table inet egret { flags dormant; }",
         ] {
             let refusal = refusal(command);
             assert!(refusal.contains("not permitted"), "{command}: {refusal}");
         }
         assert_eq!(listed(), before);
-        assert!(run("nft", "list ruleset").contains("chain departure"));
-        nft.distrust();
+        assert!(run("nft", "list ruleset").contains("chain egress_guard"));
+        nft.invalidate();
         assert_eq!(nft.apply(&tables(2)).unwrap(), 0, "there is nothing to mend");
         assert!(nft.apply(&tables(3)).unwrap() > 0);
     });
@@ -78,7 +78,7 @@ fn a_table_outlives_its_owner_and_the_next_one_adopts_it_as_it_is() {
         apply_and_end(&tables(2));
         let before = listed();
         // Nobody owns it now.
-        run("nft", "insert rule inet egret departure accept");
+        run("nft", "insert rule inet egret egress_guard accept");
         apply_and_end(&tables(2));
         assert!(!listed().contains("accept"));
         let mended = listed();
@@ -117,7 +117,7 @@ fn a_table_of_before_is_made_anew_with_an_owner_in_one_transaction() {
         nft.apply(&tables(2)).unwrap();
         run("nft", "flush ruleset");
         assert!(listed().contains("drop"));
-        nft.distrust();
+        nft.invalidate();
         assert_eq!(nft.apply(&tables(2)).unwrap(), 0);
     });
 }
@@ -130,7 +130,7 @@ fn a_table_that_somebody_has_put_to_sleep_is_woken() {
         nft.apply(&tables(1)).unwrap();
         run("nft", "add table inet egret { flags dormant; }");
         assert!(run("nft", "list table inet egret").contains("dormant"));
-        nft.distrust();
+        nft.invalidate();
         nft.apply(&tables(1)).unwrap();
         assert!(!run("nft", "list table inet egret").contains("dormant"));
     });

@@ -2,7 +2,7 @@
 
 use super::{PATIENCE, condition};
 use lab::api::{API, Role};
-use lab::mishaps::plugged;
+use lab::fault_injection::plugged;
 use lab::scene::{VISITOR, assert_blocked, assert_leaves_by_egress};
 use lab::{EXT4, Lab, Pod};
 use serde_json::json;

@@ -28,8 +28,8 @@ fn a_thousand_policies_and_two_thousand_pods_at_once() {
             let spec = json!({"podSelector": {"matchLabels": {"app": format!("app-{i}")}}});
             let policy = json!({"apiVersion": "egret.dev/v1alpha1", "kind": "EgressPolicy",
                 "metadata": {"namespace": "shop", "name": format!("policy-{i}")}, "spec": spec});
-            let path = "/apis/egret.dev/v1alpha1/namespaces/shop/egresspolicies";
-            lab.api().ask("POST", path, Some(("application/json", &policy)));
+            let allocation = "/apis/egret.dev/v1alpha1/namespaces/shop/egresspolicies";
+            lab.api().ask("POST", allocation, Some(("application/json", &policy)));
         }
     }
     eprintln!("created in {:.1?}", begun.elapsed());
@@ -48,11 +48,11 @@ fn a_thousand_policies_and_two_thousand_pods_at_once() {
         told() == POLICIES
     });
     eprintln!("all told after {:.1?}", begun.elapsed());
-    // A ledger as long as this is text.
+    // A gateway's allocations as long as this is text.
     let gateway = lab.api().egret("egressgateways/default");
     let text = gateway["status"]["text"].as_str().unwrap_or_default();
     let lines = text.lines().filter(|line| line.contains(" shop/policy-")).count();
-    assert!(lines == POLICIES && super::paths(&lab).is_empty(), "{}", gateway["status"]);
+    assert!(lines == POLICIES && super::allocations(&lab).is_empty(), "{}", gateway["status"]);
     let labels = [("object", "policy"), ("result", "ok")];
     let writes = || lab.metrics("controller").get("egret_status_writes_total", &labels).unwrap_or(0.0);
     // Each policy: an address, a first pod, a second pod, and the node that holds the address.

@@ -67,11 +67,13 @@ fn a_gateway_loses_a_node_and_a_part_of_its_pool() {
     assert_leaves_by_egress(&pod);
     let node_of = || lab.api().egret("namespaces/shop/egresspolicies/visitors")["status"]["node"].clone();
     let holder = node_of().as_str().unwrap_or_default().to_owned();
-    // A node's label is removed: another one takes its paths.
+    // A node's label is removed: another one takes its allocations.
     let mut object = manifests::node(lab.node(&holder));
     object["metadata"]["labels"]["egret.dev/gateway"] = "no".into();
     lab.manifests().write_object(&format!("node-{holder}.yaml"), &object);
-    lab.wait_until("another node has the path", PATIENCE, || node_of() != holder.as_str() && !node_of().is_null());
+    lab.wait_until("another node has the allocation", PATIENCE, || {
+        node_of() != holder.as_str() && !node_of().is_null()
+    });
     lab.wait_seen_as(&pod, EGRESS4);
     lab.wait_until("an event tells of the move", PATIENCE, || {
         events(&lab).iter().any(|(reason, note)| reason == "AddressMoved" && note.contains(&holder))

@@ -1,7 +1,7 @@
-//! Paths move while the API server is away.
+//! NodeAllocations move while the API server is away.
 
-use super::paths;
-use lab::mishaps::{dies, holders, owner_and_other, plugged};
+use super::allocations;
+use lab::fault_injection::{dies, holders, owner_and_other, plugged};
 use lab::scene::{VISITOR, assert_leaves_by_egress};
 use lab::survival::{assert_live, assert_short, sessions};
 use lab::{EGRESS4, Lab};
@@ -9,7 +9,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 /// What the API server does when it is away: it refuses connections, or does not answer at all.
-fn paths_move(away: impl Fn(&Lab), back: impl Fn(&Lab)) {
+fn allocations_move(away: impl Fn(&Lab), back: impl Fn(&Lab)) {
     let lab = Lab::builder().kubernetes().scene();
     let (owner, other) = owner_and_other(&lab);
     let pods = ["n1", "n2", &other].map(|n| lab.add_pod(n, "shop", &format!("visitor-{n}"), VISITOR));
@@ -31,8 +31,8 @@ fn paths_move(away: impl Fn(&Lab), back: impl Fn(&Lab)) {
     assert_live("without an API server", going_on);
     assert_short(gap, 1100);
     back(&lab);
-    lab.wait_until("the ledger follows", Duration::from_secs(60), || {
-        paths(&lab).iter().any(|path| path["node"] == other.as_str())
+    lab.wait_until("the allocations follows", Duration::from_secs(60), || {
+        allocations(&lab).iter().any(|allocation| allocation["node"] == other.as_str())
     });
     pods.iter().for_each(assert_leaves_by_egress);
     assert_eq!(holders(&lab), [other.as_str()]);
@@ -40,11 +40,11 @@ fn paths_move(away: impl Fn(&Lab), back: impl Fn(&Lab)) {
 }
 
 #[test]
-fn paths_move_while_the_api_server_refuses_connections() {
-    paths_move(|lab| lab.api().stop(), |lab| lab.api().start_again());
+fn allocations_move_while_the_api_server_refuses_connections() {
+    allocations_move(|lab| lab.api().stop(), |lab| lab.api().start_again());
 }
 
 #[test]
-fn paths_move_while_nobody_hears_of_the_api_server() {
-    paths_move(|lab| plugged(lab, "api", false), |lab| plugged(lab, "api", true));
+fn allocations_move_while_nobody_hears_of_the_api_server() {
+    allocations_move(|lab| plugged(lab, "api", false), |lab| plugged(lab, "api", true));
 }

@@ -47,15 +47,14 @@ fn gateways() -> Vec<Value> {
         json!({"id": id, "kind": kind, "ipv4": format!("192.0.2.{id}"), "ipv6": format!("2001:db8::{id}"), "node": "g1",
                "since": 1_700_000_000, "leaving": "g2", "policies": ["shop/a", "everywhere"]})
     };
-    let paths: Vec<Value> =
+    let allocations: Vec<Value> =
         ["Explicit", "Dedicated", "Shared", "Node"].into_iter().zip(50..).map(|(kind, id)| path(id, kind)).collect();
     let released =
         json!([{"id": 7, "ipv4": "192.0.2.57", "ipv6": "2001:db8::57", "policies": ["shop/b"], "at": 1_700_000_000}]);
     let writer = json!({"name": "controller", "term": 2, "writes": 7});
-    let listed =
-        json!({"nodes": ["g1"], "paths": paths, "released": released, "conditions": conditions(), "writer": writer});
-    // The form that a long ledger has.
-    let text = json!({"nodes": ["g1"], "paths": [], "conditions": conditions(), "writer": writer,
+    let listed = json!({"nodes": ["g1"], "allocations": allocations, "released": released, "conditions": conditions(), "writer": writer});
+    // The form that a long allocations has.
+    let text = json!({"nodes": ["g1"], "allocations": [], "conditions": conditions(), "writer": writer,
                       "text": "node g1\n1 Dedicated 192.0.2.50 - 0 1700000000 - shop/a\n"});
     vec![
         object("EgressGateway", "listed", spec("Managed", "Namespace"), listed),
@@ -92,9 +91,9 @@ fn policies(kind: &str, more: &Value) -> Vec<Value> {
 
 fn nodes() -> Vec<Value> {
     let status = json!({
-        "tunnelAddress": "192.0.2.1", "tunnelMac": "02:00:00:00:00:01", "answers": true, "paths": [1, 2],
+        "tunnelAddress": "192.0.2.1", "tunnelMac": "02:00:00:00:00:01", "answers": true, "allocations": [1, 2],
         "taken": [{"id": 1, "since": 1_700_000_000}], "refused": [{"id": 2, "message": "another host has it"}],
-        "blocked": [{"id": 3, "message": "no node has it", "family": "IPv6"}], "silent": ["g2"],
+        "blocked": [{"id": 3, "message": "no node has it", "family": "IPv6"}], "unreachablePeers": ["g2"],
         "direct": [{"network": "10.0.0.0/8", "from": "spec.podCIDRs of Nodes"}],
         "faults": [{"of": "peer g2", "message": "no route"}],
         "lost": [{"interface": "eth0", "family": "IPv6", "message": "no route"}],

@@ -1,6 +1,6 @@
-//! Two controllers: one leads, and however they are made to overlap, no id and no address is given to two paths.
+//! Two controllers: one leads, and however they are made to overlap, no id and no address is given to two allocations.
 
-use super::{PATIENCE, paths};
+use super::{PATIENCE, allocations};
 use lab::api::NAMESPACE;
 use lab::{Lab, NodeSpec, Pods, manifests};
 use serde_json::{Value, json};
@@ -18,17 +18,17 @@ fn holder(lab: &Lab) -> String {
     answer.map(|(_, lease)| lease["spec"]["holderIdentity"].as_str().unwrap_or_default().to_owned()).unwrap_or_default()
 }
 
-/// Panics if two paths share an id or an address.
+/// Panics if two allocations share an id or an address.
 #[track_caller]
-fn assert_unique(paths: &[Value]) {
+fn assert_unique(allocations: &[Value]) {
     let mut seen: BTreeMap<String, &Value> = BTreeMap::new();
-    for path in paths {
+    for allocation in allocations {
         for key in ["id", "ipv4", "ipv6"] {
-            let value = &path[key];
+            let value = &allocation[key];
             if !value.is_null()
-                && let Some(other) = seen.insert(format!("{key} {value}"), path)
+                && let Some(other) = seen.insert(format!("{key} {value}"), allocation)
             {
-                panic!("{key} {value} is of two paths: {other} and {path}");
+                panic!("{key} {value} is of two allocations: {other} and {allocation}");
             }
         }
     }
@@ -59,23 +59,23 @@ fn one_leads_and_the_other_takes_over() {
     let first = holder(&lab);
     let two = lab.start_another_controller("two", 7882);
     lab.write_manifest("p0.yaml", &policy(0));
-    lab.wait_until("there is a path", PATIENCE, || paths(&lab).len() == 1);
-    let before = paths(&lab);
+    lab.wait_until("there is an allocation", PATIENCE, || allocations(&lab).len() == 1);
+    let before = allocations(&lab);
     assert!(!two.log().contains("this controller leads"));
     // It gives its Lease back, and the other one need not wait until it has run out.
     assert!(one.term().success());
     lab.wait_until("the second leads", Duration::from_secs(8), || !holder(&lab).is_empty() && holder(&lab) != first);
     lab.write_manifest("p1.yaml", &policy(1));
-    lab.wait_until("the second gives out paths", PATIENCE, || paths(&lab).len() == 2);
-    let after = paths(&lab);
-    assert!(before.iter().all(|path| after.contains(path)), "{before:?} {after:?}");
+    lab.wait_until("the second gives out allocations", PATIENCE, || allocations(&lab).len() == 2);
+    let after = allocations(&lab);
+    assert!(before.iter().all(|allocation| after.contains(allocation)), "{before:?} {after:?}");
     // A leader that dies keeps it until it has run out.
     two.kill9();
     let three = lab.start_another_controller("three", 7883);
     lab.write_manifest("p2.yaml", &policy(2));
-    lab.wait_until("the third leads", Duration::from_secs(40), || paths(&lab).len() == 3);
+    lab.wait_until("the third leads", Duration::from_secs(40), || allocations(&lab).len() == 3);
     assert!(three.log().contains("this controller leads"));
-    assert_unique(&paths(&lab));
+    assert_unique(&allocations(&lab));
 }
 
 #[test]
@@ -103,7 +103,7 @@ fn leaders_that_overlap_give_nothing_out_twice() {
         });
         scope.spawn(|| {
             while !done.load(Ordering::Relaxed) {
-                assert_unique(&paths(&lab));
+                assert_unique(&allocations(&lab));
                 thread::sleep(Duration::from_millis(5));
             }
         });
@@ -127,12 +127,12 @@ fn leaders_that_overlap_give_nothing_out_twice() {
     for i in 0..40 {
         lab.write_manifest(&format!("p{i}.yaml"), &policy(i));
     }
-    lab.wait_until("every policy has its path", Duration::from_secs(30), || paths(&lab).len() == 40);
-    assert_unique(&paths(&lab));
+    lab.wait_until("every policy has its allocation", Duration::from_secs(30), || allocations(&lab).len() == 40);
+    assert_unique(&allocations(&lab));
 }
 
 #[test]
-fn a_controller_that_is_killed_again_and_again_leaves_no_half_ledger() {
+fn a_controller_that_is_killed_again_and_again_leaves_no_half_allocations() {
     let lab = bare();
     for round in 0..6 {
         let controller = lab.start_another_controller("one", 7881);
@@ -143,7 +143,7 @@ fn a_controller_that_is_killed_again_and_again_leaves_no_half_ledger() {
         let begun = std::time::Instant::now();
         let patience = Duration::from_millis(300 + 170 * round as u64);
         while begun.elapsed() < patience {
-            assert_unique(&paths(&lab));
+            assert_unique(&allocations(&lab));
         }
         controller.kill9();
         // So that the next one need not wait for it.
@@ -151,8 +151,8 @@ fn a_controller_that_is_killed_again_and_again_leaves_no_half_ledger() {
         let _ = lab.api().try_ask("PATCH", &lease(), Some(("application/merge-patch+json", &gone)));
     }
     let _controller = lab.start_another_controller("one", 7881);
-    lab.wait_until("every policy has its path", PATIENCE, || {
-        assert_unique(&paths(&lab));
-        paths(&lab).len() == 36
+    lab.wait_until("every policy has its allocation", PATIENCE, || {
+        assert_unique(&allocations(&lab));
+        allocations(&lab).len() == 36
     });
 }

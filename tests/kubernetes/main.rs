@@ -2,6 +2,7 @@
 //! `install/rbac.yaml`.
 
 mod admission;
+mod allocations;
 mod api_server;
 mod away;
 mod basics;
@@ -11,7 +12,6 @@ mod current;
 mod failover;
 mod fields;
 mod leaders;
-mod ledger;
 mod metrics;
 mod proxy;
 mod refusals;
@@ -39,11 +39,11 @@ fn condition_of(object: &Value, type_: &str) -> Option<(String, String, String)>
     Some((text("status"), text("reason"), text("message")))
 }
 
-/// The paths of all ledgers, as they stood together at one moment.
-fn paths(lab: &Lab) -> Vec<Value> {
+/// The allocations of all allocations, as they stood together at one moment.
+fn allocations(lab: &Lab) -> Vec<Value> {
     let list = lab.api().egret("egressgateways");
     let each = list["items"].as_array().cloned().unwrap_or_default().into_iter();
-    each.flat_map(|g| g["status"]["paths"].as_array().cloned().unwrap_or_default()).collect()
+    each.flat_map(|g| g["status"]["allocations"].as_array().cloned().unwrap_or_default()).collect()
 }
 
 /// The objects of a YAML file.

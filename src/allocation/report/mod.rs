@@ -5,10 +5,10 @@ mod notices;
 
 pub use notices::{of_gateway, of_policy};
 
-use crate::allocation::{Grant, Outcome, Verdict, in_words, silent};
-use crate::api::{EgressPolicyStatus, PathKind, Placement};
+use crate::allocation::{Decision, Grant, Outcome, in_words, unreachable};
+use crate::api::{AllocationKind, EgressPolicyStatus, Placement};
 use crate::model::condition::Conditions;
-use crate::model::egress_node::OfPaths;
+use crate::model::egress_node::OfAllocations;
 use crate::model::precedence::is_passed_over;
 use crate::model::precedence::{PolicyIndex, Ranked};
 use crate::model::quota;
@@ -28,36 +28,36 @@ const NOT_HEARD: &str = "NodeNotHeard";
 /// The reason of a policy that is accepted and shares the address that it names with others.
 const SHARED: &str = "AddressShared";
 
-/// What nodes say of the paths that they are to hold, and of each other.
-struct Said<'a> {
+/// What nodes say of the allocations that they are to hold, and of each other.
+struct NodeReports<'a> {
     cluster: &'a Cluster,
     held: HashMap<&'a str, HashSet<u16>>,
-    /// Why a node cannot hold a path.
+    /// Why a node cannot hold an allocation.
     refused: HashMap<(&'a str, u16), &'a str>,
     /// The nodes that are not known to live, as far as nodes tell.
-    silent: HashSet<&'a str>,
+    unreachable: HashSet<&'a str>,
 }
 
 /// The status of each policy. `now` is in seconds since the Unix epoch.
 pub fn report(cluster: &Cluster, outcome: &Outcome, now: i64) -> BTreeMap<PolicyKey, EgressPolicyStatus> {
     let use_of = uses(cluster, outcome);
-    let said = Said::new(cluster);
+    let said = NodeReports::new(cluster);
     let living: HashMap<&Name, Vec<&Name>> =
         cluster.gateways.iter().map(|(name, gateway)| (name, said.living(gateway, now))).collect();
     let over_quota = quota::over(&cluster.policies);
     let mut statuses = BTreeMap::new();
     for (key, policy) in &cluster.policies {
-        let Some(verdict) = outcome.verdicts.get(key) else { continue };
+        let Some(decision) = outcome.decisions.get(key) else { continue };
         let previous = cluster.policy_statuses.get(key).map(|s| s.conditions.as_slice()).unwrap_or_default();
         let mut conditions = Conditions::new(previous, policy.generation(), now);
         let mut status = EgressPolicyStatus::default();
-        match verdict {
-            Verdict::Refused(refusal) => {
+        match decision {
+            Decision::Rejected(rejection) => {
                 status.gateway = policy.gateway.as_deref().map(str::to_owned);
-                conditions.add("Accepted", false, refusal.reason, refusal.message.as_str());
+                conditions.add("Accepted", false, rejection.reason, rejection.message.as_str());
                 conditions.add("Ready", false, "NotAccepted", "it has no address; see the condition Accepted");
             }
-            Verdict::Granted(grant) => {
+            Decision::Granted(grant) => {
                 status.gateway = Some(grant.gateway.to_string());
                 status.addresses = Some(grant.address.clone());
                 status.node = grant.node.as_deref().map(str::to_owned);
@@ -71,7 +71,7 @@ pub fn report(cluster: &Cluster, outcome: &Outcome, now: i64) -> BTreeMap<Policy
                 if let Some(wanted) = policy.move_to().filter(|wanted| grant.node.as_ref() != Some(wanted)) {
                     message += &format!(
                         "; {MOVE_TO} asks for node {wanted:?}, which cannot have it now: it is no node of the gateway, \
-                         is drained, does not answer, or a policy with the same path asks for another"
+                         is drained, does not answer, or a policy with the same allocation asks for another"
                     );
                 }
                 match state {
@@ -114,10 +114,10 @@ pub fn report(cluster: &Cluster, outcome: &Outcome, now: i64) -> BTreeMap<Policy
 
 fn accepted(grant: &Grant) -> String {
     let whose = match grant.kind {
-        PathKind::Explicit => "as it asks for",
-        PathKind::Dedicated => "its own",
-        PathKind::Shared => "shared",
-        PathKind::Node => "the node's own",
+        AllocationKind::Explicit => "as it asks for",
+        AllocationKind::Dedicated => "its own",
+        AllocationKind::Shared => "shared",
+        AllocationKind::Node => "the node's own",
     };
     let note = grant.note.as_ref().map(|note| format!("; {note}")).unwrap_or_default();
     let with = grant.shared_with.as_ref().map(|with| format!(", shared with {with}")).unwrap_or_default();
@@ -128,62 +128,62 @@ fn accepted(grant: &Grant) -> String {
     )
 }
 
-impl<'a> Said<'a> {
+impl<'a> NodeReports<'a> {
     fn new(cluster: &'a Cluster) -> Self {
-        let nodes = || cluster.egress_nodes.iter().map(|(name, node)| (&**name, node.of_paths()));
-        let refused = |(name, paths): (&'a str, &'a OfPaths)| {
-            paths.refused.iter().map(move |refused| ((name, refused.id), refused.message.as_str()))
+        let nodes = || cluster.egress_nodes.iter().map(|(name, node)| (&**name, node.of_allocations()));
+        let refused = |(name, allocations): (&'a str, &'a OfAllocations)| {
+            allocations.refused.iter().map(move |refused| ((name, refused.id), refused.message.as_str()))
         };
-        Said {
+        NodeReports {
             cluster,
-            held: nodes().map(|(name, paths)| (name, paths.held.iter().copied().collect())).collect(),
+            held: nodes().map(|(name, allocations)| (name, allocations.held.iter().copied().collect())).collect(),
             refused: nodes().flat_map(refused).collect(),
-            silent: silent(cluster),
+            unreachable: unreachable(cluster),
         }
     }
 
     /// The nodes of the gateway that are known to live.
     fn living(&self, gateway: &Gateway, now: i64) -> Vec<&'a Name> {
         let lives = |name: &Name, node: &Node| {
-            !node.is_lost(now) && !self.silent.contains(&**name) && self.cluster.egress_nodes.contains_key(name)
+            !node.is_lost(now) && !self.unreachable.contains(&**name) && self.cluster.egress_nodes.contains_key(name)
         };
         let nodes = self.cluster.nodes.iter().filter(|(_, node)| gateway.nodes.matches(&node.labels));
         nodes.filter(|(name, node)| lives(name, node)).map(|(name, _)| name).collect()
     }
 
-    /// Whether the holder of a path can be believed that it holds it: one that has died since does not take that back. Nobody
-    /// hears of it, or another one takes the path over at once, if there is one that can.
+    /// Whether the holder of an allocation can be believed that it holds it: one that has died since does not take that back. Nobody
+    /// hears of it, or another one takes the allocation over at once, if there is one that can.
     fn is_believed(&self, holder: &Name, grant: &Grant, living: &[&Name]) -> bool {
         if living.contains(&holder) {
             return true;
         }
         let takes_over = |node: &&Name| !self.refused.contains_key(&(&***node, grant.id));
         // What Kubernetes hears nothing of, others would say that they do not hear.
-        let others_would_tell = !self.silent.contains(&**holder) && !living.is_empty();
-        let moves = !self.is_external(grant) && grant.kind != PathKind::Node;
+        let others_would_tell = !self.unreachable.contains(&**holder) && !living.is_empty();
+        let moves = !self.is_external(grant) && grant.kind != AllocationKind::Node;
         others_would_tell || moves && living.iter().any(takes_over)
     }
 
-    /// Whether something else places the path's address.
+    /// Whether something else places the allocation's address.
     fn is_external(&self, grant: &Grant) -> bool {
         self.cluster.gateways.get(&grant.gateway).is_some_and(|g| g.placement == Placement::External)
     }
 
-    fn holds(&self, node: &str, path: u16) -> bool {
-        self.held.get(node).is_some_and(|paths| paths.contains(&path))
+    fn holds(&self, node: &str, allocation: u16) -> bool {
+        self.held.get(node).is_some_and(|allocations| allocations.contains(&allocation))
     }
 
-    /// What the holder of a path has lost of what it needs, in words.
+    /// What the holder of an allocation has lost of what it needs, in words.
     fn lost(&self, holder: &Name, grant: &Grant) -> String {
         let gateway = self.cluster.gateways.get(&grant.gateway);
         let interface = gateway.and_then(|gateway| gateway.interface.as_ref());
         let Some(said) = self.cluster.egress_nodes.get(holder) else { return String::new() };
         let needs = UplinkKey::of(&grant.address, interface);
-        let lost = needs.filter_map(|key| said.of_paths().loss(&key).map(|lost| (key, lost)));
+        let lost = needs.filter_map(|key| said.of_allocations().loss(&key).map(|lost| (key, lost)));
         lost.map(|(key, lost)| format!("; it has lost {key}, and no other node has more: {}", lost.message)).collect()
     }
 
-    /// Whether the path's node holds it, if that is known: status, reason and message. `living` are the nodes of its gateway
+    /// Whether the allocation's node holds it, if that is known: status, reason and message. `living` are the nodes of its gateway
     /// that are known to live.
     fn ready(&self, grant: &Grant, living: &[&Name]) -> (Option<bool>, &'static str, String) {
         let address = in_words(&grant.address);
@@ -271,17 +271,17 @@ struct Usage<'a> {
 fn uses<'a>(cluster: &'a Cluster, outcome: &Outcome) -> HashMap<&'a PolicyKey, Usage<'a>> {
     let index = PolicyIndex::new(cluster);
     // Pods with the same policies differ in nothing here, and there are many of them.
-    let mut profiles: BTreeMap<Vec<&PolicyKey>, (Vec<&Ranked>, u32)> = BTreeMap::new();
+    let mut policy_chains: BTreeMap<Vec<&PolicyKey>, (Vec<&Ranked>, u32)> = BTreeMap::new();
     for (key, pod) in &cluster.pods {
         if pod.host_network || pod.finished {
             continue;
         }
         let policies = index.policies_for(&key.namespace, &pod.labels);
         let keys = policies.iter().map(|r| &r.key).collect();
-        profiles.entry(keys).or_insert((policies, 0)).1 += 1;
+        policy_chains.entry(keys).or_insert((policies, 0)).1 += 1;
     }
     let mut uses: HashMap<&PolicyKey, Usage> = HashMap::new();
-    for (policies, pods) in profiles.values() {
+    for (policies, pods) in policy_chains.values() {
         let mut coverage = Coverage::default();
         for ranked in policies {
             // The index is of this cluster, and its keys live shorter.

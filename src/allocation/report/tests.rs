@@ -1,7 +1,7 @@
 use super::*;
 use crate::api::{
     Allocate, Condition, EgressPeer, EgressPolicySpec, EgressPort, EgressRule, Fallback, IpBlock, Protocol,
-    RefusedPath, Tier,
+    RefusedAllocation, Tier,
 };
 use crate::fixture::{World, asking, naming, selector};
 use crate::model::Unreadable;
@@ -66,7 +66,7 @@ fn ready_follows_what_the_node_says() {
     world.assert_condition("a/p", "Ready", "False", "AddressNotHeld", "egretd's log");
     let id = world.allocate().grant("a/p").id;
     let mut node = (*world.cluster.egress_nodes["n1"]).clone();
-    node.of_paths_mut().refused.push(RefusedPath { id, message: "a host answers for it".into() });
+    node.of_allocations_mut().refused.push(RefusedAllocation { id, message: "a host answers for it".into() });
     world.cluster.egress_nodes.insert("n1".into(), Arc::new(node));
     world.assert_condition("a/p", "Ready", "False", "AddressRefused", "a host answers for it");
     world.holds("n1", &[id]);
@@ -106,7 +106,7 @@ fn what_a_node_said_that_nobody_hears_of_is_not_believed() {
     let id = world.allocate().grant("a/p").id;
     world.misses(other(&held[0]), &[held[0].clone()]);
     let mut standby = (*world.cluster.egress_nodes[other(&held[0])]).clone();
-    standby.of_paths_mut().refused.push(RefusedPath { id, message: "a host answers for it".into() });
+    standby.of_allocations_mut().refused.push(RefusedAllocation { id, message: "a host answers for it".into() });
     let before = world.cluster.egress_nodes.insert(other(&held[0]).into(), Arc::new(standby)).unwrap();
     world.assert_condition("a/p", "Ready", "Unknown", "NodeNotHeard", "nobody hears");
     world.cluster.egress_nodes.insert(other(&held[0]).into(), before);

@@ -1,18 +1,18 @@
-use crate::allocation::{REST_SECONDS, Reason};
-use crate::api::{Allocate, EgressPolicySpec, PathKind};
+use crate::allocation::{COOLDOWN_SECONDS, Reason};
+use crate::api::{Allocate, AllocationKind, EgressPolicySpec};
 use crate::fixture::{World, asking, naming, pair};
 
 #[test]
-fn policies_that_name_the_same_address_share_a_path() {
+fn policies_that_name_the_same_address_share_an_allocation() {
     let mut world = World::new(&["192.0.2.50-192.0.2.59", "2001:db8::50"]);
     world.policy("a/p", naming(&["192.0.2.55", "2001:db8::50"]));
     world.policy("a/q", naming(&["2001:db8::50", "192.0.2.55"]));
     let outcome = world.allocate();
     assert_eq!(outcome.grant("a/p").id, outcome.grant("a/q").id);
-    let paths = &outcome.gateways["g"].paths;
-    assert_eq!(paths.len(), 1);
-    assert_eq!(paths[0].policies[..], ["a/p".into(), "a/q".into()]);
-    assert_eq!(paths[0].kind, PathKind::Explicit);
+    let allocations = &outcome.gateways["g"].allocations;
+    assert_eq!(allocations.len(), 1);
+    assert_eq!(allocations[0].policies[..], ["a/p".into(), "a/q".into()]);
+    assert_eq!(allocations[0].kind, AllocationKind::Explicit);
 }
 
 #[test]
@@ -23,7 +23,7 @@ fn dedicated_takes_one_of_each_family_that_the_pool_has() {
     let id = world.allocate().grant("a/p").id;
     world.gateway("g", &["192.0.2.50-192.0.2.59", "2001:db8::50"], |spec| spec.default = true);
     let outcome = world.allocate();
-    assert_eq!(outcome.address("a/p"), "192.0.2.50 and 2001:db8::50", "the second family comes to the path");
+    assert_eq!(outcome.address("a/p"), "192.0.2.50 and 2001:db8::50", "the second family comes to the allocation");
     assert_eq!(outcome.grant("a/p").id, id);
 }
 
@@ -39,7 +39,7 @@ fn dedicated_leaves_alone_what_others_name_at_the_same_time() {
 }
 
 #[test]
-fn shared_is_one_path_for_the_gateway_apart_from_dedicated_ones() {
+fn shared_is_one_allocation_for_the_gateway_apart_from_dedicated_ones() {
     let mut world = World::new(&["192.0.2.50-192.0.2.59"]);
     world.policy("a/s1", asking(Allocate::Shared));
     world.policy("a/d", asking(Allocate::Dedicated));
@@ -47,7 +47,7 @@ fn shared_is_one_path_for_the_gateway_apart_from_dedicated_ones() {
     let outcome = world.allocate();
     assert_eq!(outcome.grant("a/s1").id, outcome.grant("s2").id);
     assert_ne!(outcome.address("a/s1"), outcome.address("a/d"));
-    assert_eq!(outcome.gateways["g"].paths.len(), 2);
+    assert_eq!(outcome.gateways["g"].allocations.len(), 2);
 }
 
 #[test]
@@ -70,18 +70,18 @@ fn what_was_given_back_cools_down_for_ten_minutes_for_all_but_who_had_it() {
     let outcome = world.allocate();
     let words = ["IPv4", "spec.addresses", "1970-01-12T13:56:40Z", "egret.dev/end-cooldown=1970-01-12T13:46:40Z"];
     outcome.assert_refused("a/q", Reason::PoolExhausted, &words);
-    assert_eq!(outcome.next_release, Some(world.now + REST_SECONDS));
+    assert_eq!(outcome.next_release, Some(world.now + COOLDOWN_SECONDS));
     let released = &outcome.gateways["g"].released;
     assert_eq!((released[0].id, &released[0].address), (before.id, &pair(&["192.0.2.50"])));
 
     let mut returned = world.clone();
-    returned.now += REST_SECONDS - 1;
+    returned.now += COOLDOWN_SECONDS - 1;
     returned.policy("a/p", asking(Allocate::Dedicated));
     let outcome = returned.allocate();
     assert_eq!((outcome.grant("a/p").id, outcome.address("a/p")), (before.id, "192.0.2.50".into()));
     assert!(outcome.gateways["g"].released.is_empty());
 
-    world.now += REST_SECONDS;
+    world.now += COOLDOWN_SECONDS;
     let outcome = world.allocate();
     assert_eq!(outcome.address("a/q"), "192.0.2.50");
     assert_eq!(outcome.next_release, None);
@@ -154,7 +154,7 @@ fn an_annotation_ends_the_cooldown_of_what_was_given_back_until_then() {
 }
 
 #[test]
-fn a_second_address_comes_to_an_explicit_path_without_a_new_id() {
+fn a_second_address_comes_to_an_explicit_allocation_without_a_new_id() {
     let mut world = World::new(&["192.0.2.50-192.0.2.59", "2001:db8::50"]);
     world.policy("a/p", naming(&["192.0.2.50"]));
     let before = world.allocate().grant("a/p").id;
@@ -201,7 +201,7 @@ fn the_elder_claim_keeps_the_address() {
     outcome.assert_refused("a/a-young", Reason::AddressTaken, &["a/old", "2001:db8::50"]);
     outcome.assert_refused("a/dedicated", Reason::PoolExhausted, &["IPv6"]);
 
-    // Whose claim is in the ledger is the elder, whatever its own age.
+    // Whose claim is in the allocations are the elder, whatever its own age.
     let mut world = World::new(&["192.0.2.50"]);
     world.policy("a/young", asking(Allocate::Dedicated));
     world.allocate();
@@ -250,7 +250,7 @@ fn overlapping_pools_are_the_first_gateways_but_what_was_given_out_stays() {
 }
 
 #[test]
-fn a_ledger_that_says_a_thing_twice_is_mended() {
+fn allocations_that_says_a_thing_twice_is_mended() {
     let mut world = World::new(&["192.0.2.50-192.0.2.59"]);
     world.policy("a/p", asking(Allocate::Dedicated));
     world.policy("a/q", asking(Allocate::Dedicated));
@@ -258,9 +258,9 @@ fn a_ledger_that_says_a_thing_twice_is_mended() {
     for (id, address) in [(1, "192.0.2.50"), (7, "192.0.2.59"), (0, "192.0.2.51"), (20000, "192.0.2.50")] {
         let mut broken = world.clone();
         let gateway = std::sync::Arc::make_mut(broken.cluster.gateways.get_mut("g").unwrap());
-        for path in &mut gateway.status.paths {
-            path.id = id;
-            path.address = pair(&[address]);
+        for allocation in &mut gateway.status.allocations {
+            allocation.id = id;
+            allocation.address = pair(&[address]);
         }
         let outcome = broken.allocate();
         let (p, q) = (outcome.grant("a/p"), outcome.grant("a/q"));

@@ -2,5 +2,5 @@ mod addresses;
 mod moves;
 mod nodes;
 mod properties;
-mod refusals;
+mod rejections;
 mod tenants;

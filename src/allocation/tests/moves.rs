@@ -10,14 +10,14 @@ use proptest::prelude::*;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-/// With these nodes, each of which has said where it is, and so many policies with a path of their own.
-fn world(nodes: &[&str], paths: usize) -> World {
+/// With these nodes, each of which has said where it is, and so many policies with an allocation of their own.
+fn world(nodes: &[&str], allocations: usize) -> World {
     let mut world = World::new(&["192.0.2.0/24", "198.51.100.0/24"]);
     world.cluster.nodes.clear();
     for (i, node) in nodes.iter().enumerate() {
         world.node(node, "g", &[&format!("10.0.0.{i}")]);
     }
-    (0..paths).for_each(|i| world.policy(&format!("a/p{i:03}"), asking(Allocate::Dedicated)));
+    (0..allocations).for_each(|i| world.policy(&format!("a/p{i:03}"), asking(Allocate::Dedicated)));
     world.settle();
     world.allocate();
     world.settle();
@@ -30,25 +30,25 @@ fn drain(world: &mut World, node: &str, drained: bool) {
     node.labels = [("gateway", "g"), (DRAIN_LABEL, value)].into_iter().collect();
 }
 
-fn misses(world: &mut World, node: &str, silent: &[&str]) {
-    world.misses(node, &silent.iter().map(ToString::to_string).collect::<Vec<_>>());
+fn misses(world: &mut World, node: &str, unreachable: &[&str]) {
+    world.misses(node, &unreachable.iter().map(ToString::to_string).collect::<Vec<_>>());
 }
 
 fn rebalancing(world: &mut World, on: bool) {
     Arc::make_mut(world.cluster.gateways.get_mut("g").unwrap()).rebalance = on;
 }
 
-/// How many paths each node has.
+/// How many allocations each node has.
 fn counts(world: &World) -> BTreeMap<String, usize> {
     let mut counts: BTreeMap<String, usize> = world.cluster.nodes.keys().map(|name| (name.to_string(), 0)).collect();
-    for path in &world.cluster.gateways["g"].status.paths {
-        *counts.entry(path.node.as_ref().unwrap().to_string()).or_default() += 1;
+    for allocation in &world.cluster.gateways["g"].status.allocations {
+        *counts.entry(allocation.node.as_ref().unwrap().to_string()).or_default() += 1;
     }
     counts
 }
 
 fn nodes_of(outcome: &Outcome) -> BTreeMap<u16, Option<Name>> {
-    outcome.gateways["g"].paths.iter().map(|path| (path.id, path.node.clone())).collect()
+    outcome.gateways["g"].allocations.iter().map(|allocation| (allocation.id, allocation.node.clone())).collect()
 }
 
 #[test]
@@ -62,7 +62,7 @@ fn a_drain_passes_over_a_node_that_others_do_not_hear() {
 }
 
 #[test]
-fn a_drained_node_keeps_its_paths_until_another_one_lives() {
+fn a_drained_node_keeps_its_allocations_until_another_one_lives() {
     let mut world = world(&["n1", "n2"], 1);
     misses(&mut world, "n1", &["n2"]);
     drain(&mut world, "n1", true);
@@ -122,7 +122,7 @@ fn what_a_node_had_that_is_the_gateways_no_more_moves_whether_anybody_lives_or_n
 }
 
 #[test]
-fn new_paths_go_to_nodes_that_live_if_any_does() {
+fn new_allocations_go_to_nodes_that_live_if_any_does() {
     let mut world = world(&["n1", "n2", "n3"], 0);
     misses(&mut world, "n2", &["n1"]);
     world.policy("a/new", asking(Allocate::Dedicated));
@@ -138,7 +138,7 @@ fn new_paths_go_to_nodes_that_live_if_any_does() {
 }
 
 #[test]
-fn a_path_is_moved_by_hand_when_the_node_lives() {
+fn an_allocation_is_moved_by_hand_when_the_node_lives() {
     let mut world = world(&["n1", "n2"], 1);
     let policy = world.cluster.policies.get_mut(&PolicyKey::from("a/p000")).unwrap();
     Arc::make_mut(policy).for_controller.get_or_insert_default().move_to = Some("n2".into());
@@ -156,9 +156,14 @@ fn a_new_node_gets_its_share_when_it_is_asked_for_and_not_all_at_once() {
     let before = nodes_of(&world.allocate());
     rebalancing(&mut world, true);
     let outcome = world.allocate();
-    let moving: Vec<_> = outcome.gateways["g"].paths.iter().filter(|path| path.leaving.is_some()).collect();
+    let moving: Vec<_> =
+        outcome.gateways["g"].allocations.iter().filter(|allocation| allocation.leaving.is_some()).collect();
     assert_eq!(moving.len(), rebalance::AT_ONCE);
-    assert!(moving.iter().all(|path| (path.node.as_deref(), path.leaving.as_deref()) == (Some("n2"), Some("n1"))));
+    assert!(
+        moving
+            .iter()
+            .all(|allocation| (allocation.node.as_deref(), allocation.leaving.as_deref()) == (Some("n2"), Some("n1")))
+    );
     assert_eq!(nodes_of(&world.allocate()), nodes_of(&outcome), "those are to arrive first");
     world.settle();
     let next = nodes_of(&world.allocate());
@@ -192,8 +197,8 @@ fn a_node_that_cannot_hold_what_it_has_gets_no_more() {
     world.node("n2", "g", &["10.0.0.9"]);
     world.settle();
     let said = Arc::make_mut(world.cluster.egress_nodes.get_mut("n2").unwrap());
-    said.of_paths_mut().refused =
-        vec![crate::api::RefusedPath { id: 1, message: "there is no interface bond7".into() }];
+    said.of_allocations_mut().refused =
+        vec![crate::api::RefusedAllocation { id: 1, message: "there is no interface bond7".into() }];
     rebalancing(&mut world, true);
     world.allocate();
     assert_eq!(counts(&world)["n2"], 0);
@@ -204,7 +209,7 @@ proptest! {
 
     /// Whatever the nodes have, whoever is drained or dead.
     #[test]
-    fn paths_are_evened_out_by_as_few_moves_as_can_be(
+    fn allocations_are_evened_out_by_as_few_moves_as_can_be(
         has in proptest::collection::vec(0..40usize, 1..6), drained in any::<prop::sample::Index>(),
         dead in any::<prop::sample::Index>(), is_drained in any::<bool>(), is_dead in any::<bool>(),
     ) {
@@ -213,7 +218,7 @@ proptest! {
         let mut world = world(&names, has.iter().sum());
         let gateway = Arc::make_mut(world.cluster.gateways.get_mut("g").unwrap());
         let given = has.iter().zip(&names).flat_map(|(n, name)| std::iter::repeat_n(name, *n));
-        gateway.status.paths.iter_mut().zip(given).for_each(|(path, node)| path.node = Some((*node).into()));
+        gateway.status.allocations.iter_mut().zip(given).for_each(|(allocation, node)| allocation.node = Some((*node).into()));
         world.settle();
         let (drained, dead) = (drained.index(names.len()), dead.index(names.len()));
         if is_dead {
@@ -243,9 +248,9 @@ proptest! {
         rebalancing(&mut world, true);
         let mut moves = 0;
         for round in 0.. {
-            let before = world.cluster.gateways["g"].status.paths.clone();
+            let before = world.cluster.gateways["g"].status.allocations.clone();
             let after = world.allocate();
-            let moved = before.iter().zip(&after.gateways["g"].paths).filter(|(a, b)| a.node != b.node).count();
+            let moved = before.iter().zip(&after.gateways["g"].allocations).filter(|(a, b)| a.node != b.node).count();
             prop_assert!(moved <= rebalance::AT_ONCE);
             if moved == 0 {
                 break;

@@ -5,7 +5,7 @@ use crate::model::PolicyKey;
 use std::sync::Arc;
 
 #[test]
-fn paths_are_spread_over_the_gateways_nodes_and_stay() {
+fn allocations_are_spread_over_the_gateways_nodes_and_stay() {
     let mut world = World::new(&["192.0.2.0/24"]);
     for i in 0..5 {
         world.policy(&format!("a/p{i}"), asking(Allocate::Dedicated));
@@ -17,13 +17,13 @@ fn paths_are_spread_over_the_gateways_nodes_and_stay() {
 
     world.node("n0", "g", &["10.0.0.3"]);
     let outcome = world.allocate();
-    assert_eq!(outcome.verdicts, before.verdicts, "a new node draws nothing to itself");
+    assert_eq!(outcome.decisions, before.decisions, "a new node draws nothing to itself");
     world.policy("a/p5", asking(Allocate::Dedicated));
     assert_eq!(world.allocate().node("a/p5"), Some("n0"));
 }
 
 #[test]
-fn a_path_whose_node_goes_moves_and_keeps_id_and_address() {
+fn an_allocation_whose_node_goes_moves_and_keeps_id_and_address() {
     let mut world = World::new(&["192.0.2.0/24"]);
     world.policy("a/p", naming(&["192.0.2.7"]));
     let before = world.allocate().grant("a/p").clone();
@@ -43,20 +43,20 @@ fn a_path_whose_node_goes_moves_and_keeps_id_and_address() {
 }
 
 #[test]
-fn node_paths_have_the_nodes_own_addresses() {
+fn node_allocations_have_the_nodes_own_addresses() {
     let mut world = World::new(&[]);
     for i in 0..4 {
         world.policy(&format!("a/p{i}"), asking(Allocate::Node));
     }
     let outcome = world.allocate();
-    assert_eq!(outcome.gateways["g"].paths.len(), 2);
+    assert_eq!(outcome.gateways["g"].allocations.len(), 2);
     assert_eq!(outcome.address("a/p0"), "10.0.0.1 and fd00::1");
     assert_eq!(outcome.address("a/p1"), "10.0.0.2 and fd00::2");
     assert_eq!(outcome.grant("a/p0").id, outcome.grant("a/p2").id);
 
     world.without_node("n1");
     let moved = world.allocate();
-    assert_eq!(moved.grant("a/p0"), outcome.grant("a/p1"), "its policies join the other node's path");
+    assert_eq!(moved.grant("a/p0"), outcome.grant("a/p1"), "its policies join the other node's allocation");
     assert_eq!(moved.grant("a/p1"), outcome.grant("a/p1"));
     assert_eq!(moved.gateways["g"].released.len(), 1);
 
@@ -65,7 +65,7 @@ fn node_paths_have_the_nodes_own_addresses() {
 }
 
 #[test]
-fn a_policy_that_comes_back_to_a_node_finds_the_same_path() {
+fn a_policy_that_comes_back_to_a_node_finds_the_same_allocation() {
     let mut world = World::new(&[]);
     world.policy("a/p0", asking(Allocate::Node));
     world.policy("a/p1", asking(Allocate::Node));
@@ -90,7 +90,7 @@ fn a_node_of_two_gateways_serves_both() {
 }
 
 #[test]
-fn where_others_place_the_addresses_the_node_that_has_one_holds_the_path() {
+fn where_others_place_the_addresses_the_node_that_has_one_holds_the_allocation() {
     let mut world = World::new(&[]);
     world.external("g", &["192.0.2.50-192.0.2.51"]);
     world.policy("a/p", asking(Allocate::Dedicated));
@@ -113,7 +113,7 @@ fn where_others_place_the_addresses_the_node_that_has_one_holds_the_path() {
 }
 
 #[test]
-fn a_policy_moves_its_path_by_hand_to_a_node_of_the_gateway() {
+fn a_policy_moves_its_allocation_by_hand_to_a_node_of_the_gateway() {
     let mut world = World::new(&["192.0.2.50-192.0.2.59"]);
     world.policy("a/p", asking(Allocate::Dedicated));
     let before = world.allocate().node("a/p").unwrap().to_owned();

@@ -1,10 +1,10 @@
 //! What holds for whatever happens to a cluster.
 
-use crate::allocation::{Outcome, REST_SECONDS, Reason, Verdict, allocate};
-use crate::api::{Allocate, EgressPolicySpec, PathKind, Sharing};
+use crate::allocation::{COOLDOWN_SECONDS, Decision, Outcome, Reason, allocate};
+use crate::api::{Allocate, AllocationKind, EgressPolicySpec, Sharing};
 use crate::fixture::{World, asking, naming, reservation};
 use crate::model::PolicyKey;
-use crate::model::marks::MAX_PATH;
+use crate::model::marks::MAX_EGRESS_ID;
 use proptest::prelude::*;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
@@ -141,19 +141,23 @@ fn addresses(pair: &crate::api::AddressPair) -> Vec<IpAddr> {
     [pair.ipv4.map(IpAddr::from), pair.ipv6.map(IpAddr::from)].into_iter().flatten().collect()
 }
 
-/// Ids and addresses are nobody else's; each policy has its path or a reason, and the ledger says the same.
+/// Ids and addresses are nobody else's; each policy has its allocation or a reason, and the allocations say the same.
 fn check_sound(world: &World, outcome: &Outcome) -> Result<(), TestCaseError> {
     let (mut ids, mut held) = (BTreeSet::new(), BTreeSet::new());
     let mut of_nodes = BTreeSet::new();
     let mut users: BTreeMap<PolicyKey, u16> = BTreeMap::new();
     for (name, status) in &outcome.gateways {
         let mut of_this_gateways_nodes = BTreeSet::new();
-        for path in &status.paths {
-            prop_assert!((1..=MAX_PATH).contains(&path.id) && ids.insert(path.id), "id {} twice", path.id);
-            prop_assert!(!path.address.is_empty() && !path.policies.is_empty());
-            for address in addresses(&path.address) {
-                if path.kind == PathKind::Node {
-                    prop_assert!(of_this_gateways_nodes.insert((path.node.clone(), address)));
+        for allocation in &status.allocations {
+            prop_assert!(
+                (1..=MAX_EGRESS_ID).contains(&allocation.id) && ids.insert(allocation.id),
+                "id {} twice",
+                allocation.id
+            );
+            prop_assert!(!allocation.address.is_empty() && !allocation.policies.is_empty());
+            for address in addresses(&allocation.address) {
+                if allocation.kind == AllocationKind::Node {
+                    prop_assert!(of_this_gateways_nodes.insert((allocation.node.clone(), address)));
                     of_nodes.insert(address);
                 } else {
                     prop_assert!(held.insert(address), "{address} twice");
@@ -161,24 +165,24 @@ fn check_sound(world: &World, outcome: &Outcome) -> Result<(), TestCaseError> {
                     prop_assert!(pool.iter().any(|range| range.contains(address)), "{address} is not in the pool");
                 }
             }
-            match &path.node {
+            match &allocation.node {
                 Some(node) => prop_assert!(status.nodes.iter().any(|name| **name == **node)),
                 None => prop_assert!(status.nodes.is_empty()),
             }
-            for policy in &path.policies {
-                prop_assert!(users.insert(policy.clone(), path.id).is_none(), "{policy} has two paths");
+            for policy in &allocation.policies {
+                prop_assert!(users.insert(policy.clone(), allocation.id).is_none(), "{policy} has two allocations");
             }
         }
     }
     prop_assert!(held.is_disjoint(&of_nodes));
     check_tenants(world, outcome)?;
-    prop_assert_eq!(outcome.verdicts.len(), world.cluster.policies.len());
-    for (key, verdict) in &outcome.verdicts {
-        match verdict {
-            Verdict::Granted(grant) => prop_assert_eq!(users.get(key), Some(&grant.id)),
-            Verdict::Refused(refusal) => {
+    prop_assert_eq!(outcome.decisions.len(), world.cluster.policies.len());
+    for (key, decision) in &outcome.decisions {
+        match decision {
+            Decision::Granted(grant) => prop_assert_eq!(users.get(key), Some(&grant.id)),
+            Decision::Rejected(rejection) => {
                 prop_assert!(!users.contains_key(key));
-                prop_assert!(refusal.message.contains(';'), "no remedy in {:?}", refusal.message);
+                prop_assert!(rejection.message.contains(';'), "no remedy in {:?}", rejection.message);
             }
         }
     }
@@ -189,14 +193,16 @@ fn check_sound(world: &World, outcome: &Outcome) -> Result<(), TestCaseError> {
 fn check_tenants(world: &World, outcome: &Outcome) -> Result<(), TestCaseError> {
     for (name, status) in &outcome.gateways {
         let gateway = &world.cluster.gateways[name];
-        for path in &status.paths {
-            let namespaces: BTreeSet<_> = path.policies.iter().map(|key| key.namespace.clone()).collect();
-            if path.kind == PathKind::Explicit && gateway.sharing == Sharing::Namespace {
+        for allocation in &status.allocations {
+            let namespaces: BTreeSet<_> = allocation.policies.iter().map(|key| key.namespace.clone()).collect();
+            if allocation.kind == AllocationKind::Explicit && gateway.sharing == Sharing::Namespace {
                 prop_assert_eq!(namespaces.len(), 1);
             }
-            let reserved = addresses(&path.address).iter().any(|a| gateway.reservations.iter().any(|r| r.contains(*a)));
-            let may = path.kind == PathKind::Explicit && namespaces.iter().flatten().all(|ns| &**ns == "other");
-            prop_assert!(path.kind == PathKind::Node || !reserved || may, "{path:?} is reserved");
+            let reserved =
+                addresses(&allocation.address).iter().any(|a| gateway.reservations.iter().any(|r| r.contains(*a)));
+            let may =
+                allocation.kind == AllocationKind::Explicit && namespaces.iter().flatten().all(|ns| &**ns == "other");
+            prop_assert!(allocation.kind == AllocationKind::Node || !reserved || may, "{allocation:?} is reserved");
         }
     }
     Ok(())
@@ -213,16 +219,16 @@ impl History {
     /// Nobody gets an id that another gave back less than ten minutes ago, nor an address, unless it names it.
     fn check(&mut self, world: &World, outcome: &Outcome) -> Result<(), TestCaseError> {
         let rested = |last: Option<&(i64, BTreeSet<PolicyKey>)>, users: &BTreeSet<PolicyKey>| match last {
-            Some((at, before)) => world.now >= at + REST_SECONDS || !before.is_disjoint(users),
+            Some((at, before)) => world.now >= at + COOLDOWN_SECONDS || !before.is_disjoint(users),
             None => true,
         };
-        for path in outcome.gateways.values().flat_map(|status| &status.paths) {
-            let users: BTreeSet<PolicyKey> = path.policies.iter().cloned().collect();
-            prop_assert!(rested(self.ids.get(&path.id), &users), "id {} is reused", path.id);
-            self.ids.insert(path.id, (world.now, users.clone()));
-            if path.kind != PathKind::Node {
-                for address in addresses(&path.address) {
-                    let named = path.kind == PathKind::Explicit;
+        for allocation in outcome.gateways.values().flat_map(|status| &status.allocations) {
+            let users: BTreeSet<PolicyKey> = allocation.policies.iter().cloned().collect();
+            prop_assert!(rested(self.ids.get(&allocation.id), &users), "id {} is reused", allocation.id);
+            self.ids.insert(allocation.id, (world.now, users.clone()));
+            if allocation.kind != AllocationKind::Node {
+                for address in addresses(&allocation.address) {
+                    let named = allocation.kind == AllocationKind::Explicit;
                     prop_assert!(named || rested(self.addresses.get(&address), &users), "{address} is reused");
                     self.addresses.insert(address, (world.now, users.clone()));
                 }
@@ -234,7 +240,7 @@ impl History {
 
 proptest! {
     #[test]
-    fn whatever_happens_the_ledger_is_sound(steps in proptest::collection::vec((step(), any::<bool>()), 1..60)) {
+    fn whatever_happens_the_allocations_is_sound(steps in proptest::collection::vec((step(), any::<bool>()), 1..60)) {
         let mut story = Story::new();
         let mut history = History::default();
         for (step, look) in &steps {
@@ -250,8 +256,8 @@ proptest! {
             history.check(&story.world, &outcome)?;
             let again = story.world.allocate();
             for (name, status) in &again.gateways {
-                let same = (&outcome.gateways[name].paths, &outcome.gateways[name].released);
-                prop_assert_eq!((&status.paths, &status.released), same, "the same again changes nothing");
+                let same = (&outcome.gateways[name].allocations, &outcome.gateways[name].released);
+                prop_assert_eq!((&status.allocations, &status.released), same, "the same again changes nothing");
             }
             // Who is refused by one of two default gateways has nothing to tell it by the next time, and is then
             // refused for that.
@@ -276,13 +282,13 @@ proptest! {
             false => Step::Policy { name, gateway: None, address },
         });
         let after = story.world.allocate();
-        for (key, verdict) in &before.verdicts {
-            if let (Verdict::Granted(was), Some(Verdict::Granted(is))) = (verdict, after.verdicts.get(key))
+        for (key, decision) in &before.decisions {
+            if let (Decision::Granted(was), Some(Decision::Granted(is))) = (decision, after.decisions.get(key))
                 && !key.name.ends_with(&name.to_string())
             {
                 prop_assert_eq!((was.id, &was.address, &was.node), (is.id, &is.address, &is.node), "{}", key);
-            } else if let Verdict::Granted(_) = verdict {
-                prop_assert!(key.name.ends_with(&name.to_string()), "{key} has lost its path");
+            } else if let Decision::Granted(_) = decision {
+                prop_assert!(key.name.ends_with(&name.to_string()), "{key} has lost its allocation");
             }
         }
     }
@@ -306,7 +312,7 @@ proptest! {
         count.clear();
         let status = &outcome.gateways["g"];
         for node in &status.nodes {
-            count.insert(node, status.paths.iter().filter(|p| p.node.as_deref() == Some(&**node)).count());
+            count.insert(node, status.allocations.iter().filter(|p| p.node.as_deref() == Some(&**node)).count());
         }
         let (least, most) = (count.values().min().unwrap(), count.values().max().unwrap());
         prop_assert!(most - least <= 1, "{count:?}");
@@ -314,29 +320,29 @@ proptest! {
 
     #[test]
     fn a_policy_that_comes_back_in_time_gets_the_same(
-        steps in proptest::collection::vec(step(), 1..40), name in 0..12usize, after in 0..REST_SECONDS,
+        steps in proptest::collection::vec(step(), 1..40), name in 0..12usize, after in 0..COOLDOWN_SECONDS,
     ) {
         let mut story = Story::new();
         for step in &steps {
             story.apply(step);
         }
         let before = story.world.allocate();
-        let key = before.verdicts.keys().nth(name % before.verdicts.len().max(1)).cloned();
-        if let Some(key) = key && let Verdict::Granted(was) = &before.verdicts[&key] {
+        let key = before.decisions.keys().nth(name % before.decisions.len().max(1)).cloned();
+        if let Some(key) = key && let Decision::Granted(was) = &before.decisions[&key] {
             let policy = story.world.cluster.policies.remove(&key).unwrap();
             let without = story.world.allocate();
             // Another policy may have waited for an address that it names.
-            let paths = without.gateways.values().flat_map(|status| &status.paths);
-            let mut named = paths.filter(|path| path.kind == PathKind::Explicit).flat_map(|path| addresses(&path.address));
+            let allocations = without.gateways.values().flat_map(|status| &status.allocations);
+            let mut named = allocations.filter(|allocation| allocation.kind == AllocationKind::Explicit).flat_map(|allocation| addresses(&allocation.address));
             prop_assume!(!named.any(|address| addresses(&was.address).contains(&address)));
             story.world.now += after;
             story.world.cluster.policies.insert(key.clone(), policy);
-            match &story.world.allocate().verdicts[&key] {
-                Verdict::Granted(is) => {
-                    prop_assert!((was.id, &was.address) == (is.id, &is.address) || was.kind == PathKind::Node);
+            match &story.world.allocate().decisions[&key] {
+                Decision::Granted(is) => {
+                    prop_assert!((was.id, &was.address) == (is.id, &is.address) || was.kind == AllocationKind::Node);
                 }
                 // Of two default gateways it cannot be told which one the policy came from.
-                Verdict::Refused(refusal) => prop_assert_eq!(refusal.reason, Reason::SeveralDefaultGateways),
+                Decision::Rejected(rejection) => prop_assert_eq!(rejection.reason, Reason::SeveralDefaultGateways),
             }
         }
     }
@@ -350,5 +356,5 @@ fn ten_thousand_policies_each_have_their_own() {
     }
     let outcome = world.allocate();
     assert_eq!(world.allocate(), outcome);
-    assert_eq!(outcome.gateways["g"].paths.len(), 10_000);
+    assert_eq!(outcome.gateways["g"].allocations.len(), 10_000);
 }

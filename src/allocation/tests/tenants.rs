@@ -152,7 +152,7 @@ fn the_policy_that_lists_more_is_refused_and_the_others_stay() {
     outcome.assert_refused("a/old", Reason::QuotaExceeded, &["\"a\""]);
     outcome.grant("a/young");
     tell(&mut world);
-    assert_eq!(world.allocate().verdicts, outcome.verdicts);
+    assert_eq!(world.allocate().decisions, outcome.decisions);
 }
 
 #[test]

@@ -4,8 +4,8 @@ use super::documents::{Documents, StreamError};
 use super::fault::{Fault, options};
 use super::manifest::Reader;
 use super::object::{Identity, Object};
-use crate::cluster::remains::policies_of;
-use crate::model::fallback_policy::Remains;
+use crate::cluster::readable::policies_of;
+use crate::model::fallback_policy::ReadableParts;
 use crate::model::{Policy, PolicyKey};
 use std::collections::hash_map::RandomState;
 use std::collections::{BTreeMap, HashMap};
@@ -117,14 +117,14 @@ pub struct Salvage {
     /// Those in documents that are right.
     pub whole: BTreeMap<PolicyKey, Arc<Policy>>,
     /// What can be read of the others.
-    pub remains: BTreeMap<PolicyKey, Remains>,
+    pub readable: BTreeMap<PolicyKey, ReadableParts>,
 }
 
 impl Salvage {
     fn of_text(&mut self, text: &str) {
         // Where the text is no YAML, nothing can.
         let document: serde_json::Value = serde_saphyr::from_str_with_options(text, options()).unwrap_or_default();
-        self.remains.extend(policies_of(&document));
+        self.readable.extend(policies_of(&document));
     }
 
     fn of_objects(&mut self, objects: Vec<(u32, Object)>) {

@@ -1,10 +1,10 @@
 //! Policies that were in force when this daemon started, and that no file tells of: a file was broken, or cut off to
-//! nothing, or a directory was emptied. Until that is mended, what the ledger and the broken files tell of them stands for
+//! nothing, or a directory was emptied. Until that is mended, what the allocations and the broken files tell of them stands for
 //! them.
 
 use super::file::Salvage;
-use crate::api::LedgerPath;
-use crate::model::fallback_policy::{Remains, listed_only, of_path, stand_in};
+use crate::api::Allocation;
+use crate::model::fallback_policy::{ReadableParts, fallback_policy, listed_only, of_allocation};
 use crate::model::selector::Name;
 use crate::model::{Cluster, PolicyKey};
 use std::collections::{BTreeMap, BTreeSet};
@@ -23,7 +23,7 @@ pub struct Lost {
     /// Files of no bytes, and directories without anything, that were so from the beginning.
     hollow: BTreeSet<PathBuf>,
     /// Policies on paths of gateways that are in no file either.
-    orphans: BTreeMap<PolicyKey, (Name, LedgerPath)>,
+    orphans: BTreeMap<PolicyKey, (Name, Allocation)>,
 }
 
 impl Lost {
@@ -31,7 +31,7 @@ impl Lost {
     pub fn salvaged(&mut self, salvage: Salvage) {
         if !self.looked {
             self.salvage.whole.extend(salvage.whole);
-            self.salvage.remains.extend(salvage.remains);
+            self.salvage.readable.extend(salvage.readable);
         }
     }
 
@@ -51,36 +51,36 @@ impl Lost {
 
     /// What is wrong, by file or directory.
     pub fn problems(&self) -> impl Iterator<Item = (&Path, &'static str)> {
-        const WHAT: &str = "is empty, and there are policies in force that are in no file; what the ledger knows of them is used. \
+        const WHAT: &str = "is empty, and there are policies in force that are in no file; what the allocations know of them is used. \
                             If they are to go, delete this, or leave a comment in it";
         self.hollow.iter().filter(|_| self.is_any()).map(|path| (&**path, WHAT))
     }
 
     /// Puts in what stands for the policies that are lost, until every file is known or they are there. `unread`: a part of
-    /// the directory cannot be read; `ledgers` are those of gateways that are in no file.
+    /// the directory cannot be read; `allocations` are those of gateways that are in no file.
     pub fn fill_in<'a>(
         &mut self,
         root: &Path,
         cluster: &mut Cluster,
         unread: bool,
-        ledgers: impl Iterator<Item = (&'a Name, &'a [LedgerPath])>,
+        gateway_statuses: impl Iterator<Item = (&'a Name, &'a [Allocation])>,
     ) {
         self.hollow.retain(|path| root.join(path).exists());
         let incomplete = unread || !self.hollow.is_empty();
         if !std::mem::replace(&mut self.looked, true) && incomplete {
-            self.look(cluster, ledgers);
+            self.look(cluster, gateway_statuses);
         }
         if !incomplete {
             *self = Lost { looked: true, ..Lost::default() };
         }
         self.policies.retain(|key| !cluster.policies.contains_key(key));
         for key in &self.policies {
-            let nothing = Remains::default();
-            let remains = self.salvage.remains.get(key).unwrap_or(&nothing);
-            let orphan = || self.orphans.get(key).map(|(gateway, path)| of_path(key, gateway, path, remains));
+            let nothing = ReadableParts::default();
+            let readable = self.salvage.readable.get(key).unwrap_or(&nothing);
+            let orphan = || self.orphans.get(key).map(|(gateway, path)| of_allocation(key, gateway, path, readable));
             let policy = match self.salvage.whole.get(key) {
                 Some(whole) => Some(whole.clone()),
-                None => stand_in(cluster, key, remains).or_else(orphan).map(Arc::new),
+                None => fallback_policy(cluster, key, readable).or_else(orphan).map(Arc::new),
             };
             if let Some(policy) = policy {
                 cluster.policies.insert(key.clone(), policy);
@@ -88,13 +88,13 @@ impl Lost {
         }
     }
 
-    fn look<'a>(&mut self, cluster: &Cluster, ledgers: impl Iterator<Item = (&'a Name, &'a [LedgerPath])>) {
-        for (gateway, paths) in ledgers {
-            let of_path = |path: &LedgerPath| {
+    fn look<'a>(&mut self, cluster: &Cluster, gateway_statuses: impl Iterator<Item = (&'a Name, &'a [Allocation])>) {
+        for (gateway, paths) in gateway_statuses {
+            let of_allocation = |path: &Allocation| {
                 let place = (gateway.clone(), path.clone());
                 path.policies.iter().map(move |key| (key.clone(), place.clone())).collect::<Vec<_>>()
             };
-            self.orphans.extend(paths.iter().flat_map(of_path));
+            self.orphans.extend(paths.iter().flat_map(of_allocation));
         }
         self.policies = listed_only(cluster);
         self.policies.extend(self.orphans.keys().filter(|key| !cluster.policies.contains_key(*key)).cloned());

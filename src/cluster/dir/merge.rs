@@ -1,6 +1,6 @@
 //! From the files' objects to one snapshot.
 
-use super::object::{Ledger, Object};
+use super::object::{GatewayStatus, Object};
 use crate::model::selector::{Labels, Name};
 use crate::model::shared::Shared;
 use crate::model::{Cluster, PolicyKey};
@@ -37,7 +37,7 @@ pub fn merge<'a, O: Iterator<Item = (u32, &'a mut Object)>>(
     let (mut gateways, mut policies) = (Vec::new(), Vec::new());
     let (mut slices, mut endpoints) = (Vec::new(), Vec::new());
     let (mut egress_nodes, mut reported, mut policy_statuses) = (Vec::new(), Vec::new(), Vec::new());
-    let mut ledgers: BTreeMap<Name, &mut Ledger> = BTreeMap::new();
+    let mut gateway_statuses: BTreeMap<Name, &mut GatewayStatus> = BTreeMap::new();
     for Part { path, is_status, objects } in parts {
         for (line, object) in objects {
             let at = Place { path, line };
@@ -54,7 +54,9 @@ pub fn merge<'a, O: Iterator<Item = (u32, &'a mut Object)>>(
                 Object::EgressNode(name, v) => egress_nodes.push((name.clone(), at, v.clone())),
                 Object::PolicyStatus(key, v) => policy_statuses.push((key.clone(), at, v.clone())),
                 // The path of a status file names the object, so no two files have the same one's.
-                Object::Ledger(name, ledger) => drop(ledgers.insert(name.clone(), ledger)),
+                Object::GatewayStatus(name, gateway_status) => {
+                    gateway_statuses.insert(name.clone(), gateway_status);
+                }
             }
         }
     }
@@ -69,8 +71,8 @@ pub fn merge<'a, O: Iterator<Item = (u32, &'a mut Object)>>(
     }
     let mut gateways = unique(gateways, |n| format!("EgressGateway/{n}"), &mut twice);
     for (name, gateway) in &mut gateways {
-        if let Some(ledger) = ledgers.get_mut(name) {
-            *gateway = ledger.merge(gateway);
+        if let Some(gateway_status) = gateway_statuses.get_mut(name) {
+            *gateway = gateway_status.merge(gateway);
         }
     }
     let kind = |key: &PolicyKey| if key.namespace.is_some() { "EgressPolicy" } else { "ClusterEgressPolicy" };

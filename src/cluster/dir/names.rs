@@ -72,17 +72,17 @@ impl Names {
         gateway.reservations.iter_mut().for_each(|reserved| self.selector(&mut reserved.namespaces));
     }
 
-    /// As [`Names::selector`], for a ledger, which loses the room that it does not need: it can have ten thousand paths.
-    pub fn ledger(&mut self, ledger: &mut EgressGatewayStatus) {
-        ledger.paths.shrink_to_fit();
-        ledger.released.shrink_to_fit();
-        for path in &mut ledger.paths {
-            for name in [&mut path.node, &mut path.leaving].into_iter().flatten() {
+    /// As [`Names::selector`], for a gateway's allocations, which loses the room that it does not need: it can have ten thousand allocations.
+    pub fn gateway_status(&mut self, gateway_status: &mut EgressGatewayStatus) {
+        gateway_status.allocations.shrink_to_fit();
+        gateway_status.released.shrink_to_fit();
+        for allocation in &mut gateway_status.allocations {
+            for name in [&mut allocation.node, &mut allocation.leaving].into_iter().flatten() {
                 *name = self.get(name);
             }
-            self.users(&mut path.policies);
+            self.users(&mut allocation.policies);
         }
-        ledger.released.iter_mut().for_each(|released| self.users(&mut released.policies));
+        gateway_status.released.iter_mut().for_each(|released| self.users(&mut released.policies));
     }
 
     fn users(&mut self, users: &mut Users) {
@@ -94,7 +94,7 @@ impl Names {
     }
 
     /// Forgets what is used once or not at all: there is nothing to share in it.
-    pub fn tidy(&mut self) {
+    pub fn trim(&mut self) {
         let is_shared = |name: &Name| Name::strong_count(name).is_none_or(|count| count > 2);
         self.kept.retain(is_shared);
         self.kept.extend(std::mem::take(&mut self.words).into_iter().filter(is_shared));
@@ -132,7 +132,7 @@ mod tests {
         let (a, b) = (names.get("team-a"), names.get("team-a"));
         assert!(Name::ptr_eq(&a, &b));
         for _ in 0..2 {
-            names.tidy();
+            names.trim();
             assert!(Name::ptr_eq(&a, &names.get("team-a")));
         }
         assert_eq!((names.kept.len(), names.words.len()), (1, 0));
@@ -144,10 +144,10 @@ mod tests {
         let (one, two) = (names.get("one"), names.get("two"));
         let again = two.clone();
         drop(names.get("nobody's"));
-        names.tidy();
+        names.trim();
         assert_eq!(names.kept, ["two"]);
         drop((one, two, again));
-        names.tidy();
+        names.trim();
         assert!(names.kept.is_empty());
     }
 
@@ -156,13 +156,13 @@ mod tests {
         let mut names = Names::default();
         let a = labels(&mut names, &[("zone", "a"), ("arch", "amd64")]);
         let b = labels(&mut names, &[("arch", "arm64"), ("zone", "b")]);
-        names.tidy();
+        names.trim();
         let c = labels(&mut names, &[("arch", "arm64"), ("zone", "a")]);
         assert_eq!(names.keys.len(), 1);
         let of_zone = |labels: &Labels| labels.get("zone").map(ToString::to_string).unwrap_or_default();
         assert_eq!([of_zone(&a), of_zone(&b), of_zone(&c)], ["a", "b", "a"]);
         drop((a, b, c));
-        names.tidy();
+        names.trim();
         assert!(names.keys.is_empty() && names.kept.is_empty());
     }
 }

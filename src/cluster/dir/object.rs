@@ -94,14 +94,14 @@ pub enum Object {
     Policy(PolicyKey, Arc<Policy>),
     EgressNode(Name, Arc<EgressNode>),
     /// A gateway's status, from the directory of statuses.
-    Ledger(Name, Box<Ledger>),
+    GatewayStatus(Name, Box<GatewayStatus>),
     /// A policy's status, from the directory of statuses.
     PolicyStatus(PolicyKey, Arc<EgressPolicyStatus>),
 }
 
 /// A gateway's status. It is big; once a snapshot has it, only the snapshot's copy is kept.
 #[derive(Clone, Debug)]
-pub enum Ledger {
+pub enum GatewayStatus {
     /// As it was read.
     Read(EgressGatewayStatus),
     /// In the snapshot.
@@ -113,24 +113,24 @@ pub enum Ledger {
     },
 }
 
-impl Ledger {
+impl GatewayStatus {
     /// The status, wherever it is.
     pub fn status(&self) -> &EgressGatewayStatus {
         match self {
-            Ledger::Read(status) => status,
-            Ledger::Merged { whole, .. } => &whole.status,
+            GatewayStatus::Read(status) => status,
+            GatewayStatus::Merged { whole, .. } => &whole.status,
         }
     }
 
     /// The gateway `spec` with this status.
     pub fn merge(&mut self, spec: &Arc<Gateway>) -> Arc<Gateway> {
         let status = match self {
-            Ledger::Merged { spec: before, whole } if Arc::ptr_eq(before, spec) => return whole.clone(),
-            Ledger::Merged { whole, .. } => whole.status.clone(),
-            Ledger::Read(status) => std::mem::take(status),
+            GatewayStatus::Merged { spec: before, whole } if Arc::ptr_eq(before, spec) => return whole.clone(),
+            GatewayStatus::Merged { whole, .. } => whole.status.clone(),
+            GatewayStatus::Read(status) => std::mem::take(status),
         };
         let whole = Arc::new(Gateway { status, ..Gateway::clone(spec) });
-        *self = Ledger::Merged { spec: spec.clone(), whole: whole.clone() };
+        *self = GatewayStatus::Merged { spec: spec.clone(), whole: whole.clone() };
         whole
     }
 }
@@ -148,7 +148,7 @@ impl Object {
             Object::Service(key, _) => (Kind::Service, Some(&key.namespace), &key.name),
             Object::Endpoints(key, _) => (Kind::Endpoints, Some(&key.namespace), &key.name),
             Object::EndpointSlice(key, _) => (Kind::EndpointSlice, Some(&key.namespace), &key.name),
-            Object::Gateway(name, _) | Object::Ledger(name, _) => (Kind::EgressGateway, None, name),
+            Object::Gateway(name, _) | Object::GatewayStatus(name, _) => (Kind::EgressGateway, None, name),
             Object::Policy(key, _) | Object::PolicyStatus(key, _) => match &key.namespace {
                 Some(namespace) => (Kind::EgressPolicy, Some(namespace), &key.name),
                 None => (Kind::ClusterEgressPolicy, None, &key.name),
@@ -169,7 +169,7 @@ impl Object {
             (Object::Gateway(_, a), Object::Gateway(_, b)) => a == b,
             (Object::Policy(_, a), Object::Policy(_, b)) => a == b,
             (Object::EgressNode(_, a), Object::EgressNode(_, b)) => a == b,
-            (Object::Ledger(_, a), Object::Ledger(_, b)) => a.status() == b.status(),
+            (Object::GatewayStatus(_, a), Object::GatewayStatus(_, b)) => a.status() == b.status(),
             (Object::PolicyStatus(_, a), Object::PolicyStatus(_, b)) => a == b,
             _ => false,
         }

@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// A status of this length, bytes, is written as JSON, which is YAML too: a ledger of ten thousand paths is written and
+/// A status of this length, bytes, is written as JSON, which is YAML too: a gateway's allocations of ten thousand paths is written and
 /// read ten times faster so.
 const JSON_FROM: usize = 64 << 10;
 
@@ -60,7 +60,7 @@ impl Statuses {
     }
 
     /// Removes the statuses of gateways and policies that are not in `cluster`. While parts of the directory cannot
-    /// be read, nothing is removed: a ledger shall not be lost because of a typing error beside it.
+    /// be read, nothing is removed: a gateway's allocations shall not be lost because of a typing error beside it.
     pub(in crate::cluster) fn forget(&self, cluster: &Cluster) -> anyhow::Result<()> {
         if self.incomplete.load(Ordering::Relaxed) {
             return Ok(());
@@ -145,7 +145,7 @@ impl Statuses {
         let mut file = File::create(&temporary)?;
         file.write_all(text)?;
         if durable {
-            // The ledger: after a power failure an empty file here would give every path another address.
+            // The allocations: after a power failure an empty file here would give every path another address.
             file.sync_all()?;
         }
         fs::rename(&temporary, &full)

@@ -6,7 +6,7 @@ use super::lost::Lost;
 use super::manifest::Reader;
 use super::merge::{Part, merge};
 use super::names::Names;
-use super::object::{Ledger, Object};
+use super::object::{GatewayStatus, Object};
 use super::watch::{Dirty, Watched};
 use crate::model::Cluster;
 use crate::model::selector::Name;
@@ -372,23 +372,25 @@ impl Store {
                 first.line
             ));
         });
-        self.names.tidy();
+        self.names.trim();
         let unread = self.is_unread();
         let gateways = cluster.gateways.clone();
-        let mut ledgers = Vec::new();
-        for (name, ledger) in self.files.values_mut().flat_map(|file| file.contents.objects()).filter_map(ledger_of) {
+        let mut gateway_statuses = Vec::new();
+        for (name, gateway_status) in
+            self.files.values_mut().flat_map(|file| file.contents.objects()).filter_map(allocations_of)
+        {
             if !gateways.contains_key(name) {
-                ledgers.push((name, ledger.status().paths.as_slice()));
+                gateway_statuses.push((name, gateway_status.status().allocations.as_slice()));
             }
         }
-        self.lost.fill_in(&self.root, &mut cluster, unread, ledgers.into_iter());
+        self.lost.fill_in(&self.root, &mut cluster, unread, gateway_statuses.into_iter());
         cluster
     }
 }
 
-fn ledger_of((_, object): (u32, &mut Object)) -> Option<(&Name, &Ledger)> {
+fn allocations_of((_, object): (u32, &mut Object)) -> Option<(&Name, &GatewayStatus)> {
     match object {
-        Object::Ledger(name, ledger) => Some((name, ledger)),
+        Object::GatewayStatus(name, gateway_status) => Some((name, gateway_status)),
         _ => None,
     }
 }

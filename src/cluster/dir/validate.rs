@@ -4,7 +4,7 @@ use super::fault::Fault;
 use super::kubernetes::{self as k8s, Metadata};
 use super::manifest::Reader;
 use super::names::Names;
-use super::object::{Identity, Kind, Ledger, Object, label};
+use super::object::{GatewayStatus, Identity, Kind, Object, label};
 use crate::api;
 use crate::model::egress_node::EgressNode;
 use crate::model::{self, Gateway, Invalid, ObjectKey, Policy, PolicyKey};
@@ -218,8 +218,8 @@ fn match_status(
     let name = reader.names.get(name);
     Ok(match status {
         Some(Status::Gateway(mut status)) => {
-            reader.names.ledger(&mut status);
-            Some(Object::Ledger(name, Box::new(Ledger::Read(*status))))
+            reader.names.gateway_status(&mut status);
+            Some(Object::GatewayStatus(name, Box::new(GatewayStatus::Read(*status))))
         }
         Some(Status::Policy(status)) => {
             let namespace = namespace.map(|n| reader.names.get(n));

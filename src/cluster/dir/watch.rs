@@ -7,7 +7,7 @@ use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-/// What is to be looked at again. Paths are relative to the whole.
+/// What is to be looked at again. Allocations are relative to the whole.
 #[derive(Debug, Default)]
 pub struct Dirty {
     /// All of it.

@@ -1,15 +1,15 @@
 //! From an object's text to the model, one object at a time: one that makes no sense spoils no list.
 
+use super::allocations_text;
 use super::kind::Kind;
-use super::ledger_text;
 use crate::api;
 use crate::cluster::dir::fault::Fault;
 use crate::cluster::dir::kubernetes as k8s;
 use crate::cluster::dir::names::Names;
 use crate::cluster::dir::validate::times;
-use crate::cluster::remains::{gateway_of_ledger, ledger_alone, remains_of};
+use crate::cluster::readable::{allocations_alone, gateway_of_allocations, readable_parts};
 use crate::model::egress_node::EgressNode;
-use crate::model::fallback_policy::Remains;
+use crate::model::fallback_policy::ReadableParts;
 use crate::model::selector::{Labels, Name};
 use crate::model::{Endpoints, Gateway, Node, ObjectKey, Pod, Policy, PolicyKey, Service};
 use ipnetwork::IpNetwork;
@@ -33,7 +33,7 @@ pub enum Item {
     Node(Name, Arc<Node>),
     Pod(ObjectKey, Arc<Pod>),
     Service(ObjectKey, Arc<Service>),
-    /// With its ledger.
+    /// With its allocations.
     Gateway(Name, Arc<Gateway>),
     /// With its status, if that is wanted.
     Policy(PolicyKey, Arc<Policy>, Option<Arc<api::EgressPolicyStatus>>),
@@ -58,17 +58,17 @@ pub struct Decoded {
     /// The status of a policy that makes no sense, as it was written last.
     pub told: Option<Arc<api::EgressPolicyStatus>>,
     /// What can be read of a policy that makes no sense.
-    pub remains: Option<Box<Remains>>,
+    pub readable: Option<Box<ReadableParts>>,
     /// What can be read of a gateway that makes no sense.
-    pub gateway: Option<Box<GatewayRemains>>,
+    pub gateway: Option<Box<ReadableGateway>>,
 }
 
 /// What can be read of a gateway that makes no sense.
 #[derive(Clone, Debug)]
-pub struct GatewayRemains {
+pub struct ReadableGateway {
     /// As in [`Gateway`].
     pub version: Option<Box<str>>,
-    /// Its ledger.
+    /// Its allocations.
     pub status: api::EgressGatewayStatus,
     /// What stands for it where no last good state is known; a node does without one of which nothing can be read.
     pub stands: Option<Gateway>,
@@ -128,13 +128,13 @@ pub fn decode(kind: Kind, text: &[u8], reading: &Reading, names: &mut Names) -> 
     let key = (metadata.namespace.map(|n| names.get(&n)), Name::from(metadata.name));
     let item = item(kind, &key, &metadata.resource_version, text, reading, names);
     let is_policy = matches!(kind, Kind::EgressPolicy | Kind::ClusterEgressPolicy);
-    let (mut told, mut remains) = (None, None);
+    let (mut told, mut readable) = (None, None);
     if is_policy && item.is_err() {
         told = whole::<Ignored, api::EgressPolicyStatus>(text).ok().and_then(|w| wanted(w.status, reading));
-        remains = Some(Box::new(remains_of(&serde_json::from_slice(text).unwrap_or_default())));
+        readable = Some(Box::new(readable_parts(&serde_json::from_slice(text).unwrap_or_default())));
     }
     let faulty = kind == Kind::EgressGateway && item.is_err();
-    let gateway = faulty.then(|| gateway_remains(text, &metadata.resource_version, reading, names)).flatten();
+    let gateway = faulty.then(|| readable_gateway(text, &metadata.resource_version, reading, names)).flatten();
     let generation = metadata.generation;
     Ok(Decoded {
         key,
@@ -142,21 +142,21 @@ pub fn decode(kind: Kind, text: &[u8], reading: &Reading, names: &mut Names) -> 
         generation,
         item,
         told,
-        remains,
+        readable,
         gateway: gateway.map(Box::new),
     })
 }
 
-fn gateway_remains(text: &[u8], version: &str, reading: &Reading, names: &mut Names) -> Option<GatewayRemains> {
+fn readable_gateway(text: &[u8], version: &str, reading: &Reading, names: &mut Names) -> Option<ReadableGateway> {
     let Whole { metadata, spec, status } = whole::<Value, api::EgressGatewayStatus>(text).ok()?;
-    let mut status = ledger_text::read(status.unwrap_or_default()).ok()?;
-    names.ledger(&mut status);
+    let mut status = allocations_text::read(status.unwrap_or_default()).ok()?;
+    names.gateway_status(&mut status);
     let meta = times(&metadata).unwrap_or_default();
-    let of_ledger = gateway_of_ledger(&spec.unwrap_or_default(), meta.clone(), status.clone());
-    let alone = || reading.node.is_none().then(|| ledger_alone(meta, status.clone()));
-    let mut stands = of_ledger.or_else(alone);
+    let of_allocations = gateway_of_allocations(&spec.unwrap_or_default(), meta.clone(), status.clone());
+    let alone = || reading.node.is_none().then(|| allocations_alone(meta, status.clone()));
+    let mut stands = of_allocations.or_else(alone);
     stands.iter_mut().for_each(|gateway| names.gateway(gateway));
-    Some(GatewayRemains { version: reading.node.is_none().then(|| version.into()), status, stands })
+    Some(ReadableGateway { version: reading.node.is_none().then(|| version.into()), status, stands })
 }
 
 fn item(
@@ -199,10 +199,10 @@ fn item(
             let Whole { metadata, spec, status } = whole::<_, api::EgressGatewayStatus>(text)?;
             let mut gateway = Gateway::new(&spec.ok_or_else(no_spec)?, times(&metadata)?)?;
             names.gateway(&mut gateway);
-            gateway.status =
-                ledger_text::read(status.unwrap_or_default()).map_err(|e| Fault { message: e, ..Fault::default() })?;
-            names.ledger(&mut gateway.status);
-            // A node writes no ledger, and need not hear of every version.
+            gateway.status = allocations_text::read(status.unwrap_or_default())
+                .map_err(|e| Fault { message: e, ..Fault::default() })?;
+            names.gateway_status(&mut gateway.status);
+            // A node writes no allocations, and need not hear of every version.
             gateway.version = reading.node.is_none().then(|| version.into());
             Item::Gateway(names.get(name), Arc::new(gateway))
         }
@@ -372,7 +372,7 @@ mod tests {
                 "egress": [{"to": [{"ipBlock": {"cidr": "192.0.2.0/24"}}], "ports": [{"port": 80}]}],
                 "nodeSelector": {}, "addresses": ["192.0.2.1"], "unschedulable": true},
             "status": {"phase": "Running", "podIP": "10.0.0.1", "podIPs": [{"ip": "10.0.0.1"}],
-                "addresses": [{"type": "InternalIP", "address": "192.0.2.11"}], "paths": [{"id": 1}], "nodes": ["n1"],
+                "addresses": [{"type": "InternalIP", "address": "192.0.2.11"}], "allocations": [{"id": 1}], "nodes": ["n1"],
                 "conditions": [{"type": "Ready", "status": "True"}], "pods": 3},
             "endpoints": [{"addresses": ["192.0.2.3"], "conditions": {"ready": true}}], "ports": [{"port": 80}],
             "addressType": "IPv4"

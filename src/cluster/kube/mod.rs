@@ -5,15 +5,15 @@
 //! What is read is the least: a node daemon reads its own node's pods, metadata alone of namespaces, Services only
 //! while a policy names one.
 
+mod allocations_text;
 mod client;
 mod decode;
-mod essence;
 mod events;
 mod kind;
-mod known;
 pub mod lease;
-mod ledger_text;
 mod lookup;
+mod offline_cache;
+mod prune;
 mod review;
 mod service_networks;
 mod services;
@@ -37,7 +37,7 @@ use client::Client;
 use decode::Reading;
 use http::Method;
 use kind::Kind;
-use known::Files;
+use offline_cache::Files;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use store::Store;
@@ -52,9 +52,9 @@ const PACE: Duration = Duration::from_millis(5);
 /// As many changes wait for the store.
 const CHANGES: usize = 256;
 /// Between words on what is waited for.
-const IMPATIENCE: Duration = Duration::from_secs(10);
+const DEADLINE: Duration = Duration::from_secs(10);
 /// Services are followed for so long after the last policy has named one.
-const LINGER: Duration = Duration::from_secs(60);
+const GRACE_PERIOD: Duration = Duration::from_secs(60);
 
 /// Follows the API server until nobody listens any more.
 pub(super) async fn open(options: KubeOptions, scope: Scope, waiting_for: WaitingFor<'_>) -> anyhow::Result<Source> {
@@ -162,11 +162,11 @@ impl Follower {
     /// what an earlier daemon of this node was told last.
     async fn first(&mut self, waiting_for: WaitingFor<'_>) -> Cluster {
         let mut said = Vec::new();
-        let mut patience = Instant::now() + IMPATIENCE;
+        let mut patience = Instant::now() + DEADLINE;
         loop {
             let missing = self.store.missing();
             if missing.is_empty() && !self.store.lacks_service_networks() {
-                self.tidy();
+                self.trim();
                 if self.services.is_none() {
                     self.tasks.files.forget(Kind::Service);
                 }
@@ -192,7 +192,7 @@ impl Follower {
                 }
                 () = sleep_until(patience) => {
                     info!(?missing, "still waiting for the API server");
-                    patience = Instant::now() + IMPATIENCE;
+                    patience = Instant::now() + DEADLINE;
                 }
             }
         }
@@ -228,10 +228,10 @@ impl Follower {
     async fn follow(mut self, snapshots: channel::Sender<Arc<Cluster>>, problems: channel::Sender<Arc<Vec<String>>>) {
         let mut last = Instant::now() - PACE;
         loop {
-            let lingering = self.unneeded.map(|since| since + LINGER);
+            let grace_ends = self.unneeded.map(|since| since + GRACE_PERIOD);
             let change = tokio::select! {
                 change = self.taken.recv() => change,
-                () = sleep_until(lingering.unwrap_or_else(Instant::now)), if lingering.is_some() => None,
+                () = sleep_until(grace_ends.unwrap_or_else(Instant::now)), if grace_ends.is_some() => None,
                 () = async { tokio::join!(snapshots.closed(), problems.closed()); } => return self.end(),
             };
             let mut listed = matches!(change, Some(Change::Listed(..)));
@@ -245,7 +245,7 @@ impl Follower {
             }
             self.care_for_services();
             if listed {
-                self.tidy();
+                self.trim();
             }
             let now = self.store.problems();
             let before = problems.borrow().clone();
@@ -288,7 +288,7 @@ impl Follower {
             (Some(_), true) => self.unneeded = None,
             (Some(task), false) => {
                 let since = *self.unneeded.get_or_insert_with(Instant::now);
-                if since.elapsed() >= LINGER {
+                if since.elapsed() >= GRACE_PERIOD {
                     task.abort();
                     self.services = None;
                     self.unneeded = None;
@@ -300,8 +300,8 @@ impl Follower {
         }
     }
 
-    fn tidy(&self) {
-        self.tasks.names.lock().unwrap_or_else(PoisonError::into_inner).tidy();
+    fn trim(&self) {
+        self.tasks.names.lock().unwrap_or_else(PoisonError::into_inner).trim();
     }
 
     /// The channel closes, and with it every task ends.

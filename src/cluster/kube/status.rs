@@ -1,10 +1,10 @@
 //! Statuses, written by server-side apply: one field manager for each role, and a field has one writer.
 
+use super::allocations_text;
 use super::client::{APPLY, Client, Failure, JSON};
 use super::events::{self, Regarding};
 use super::kind::Kind;
-use super::known::Files;
-use super::ledger_text;
+use super::offline_cache::Files;
 use super::taint;
 use crate::api::{API_VERSION, EgressGatewayStatus, EgressNodeStatus, EgressPolicyStatus};
 use crate::cluster::NotWritten;
@@ -21,7 +21,7 @@ use std::fmt;
 const CONTROLLER: &str = "egret-controller";
 /// The field manager of what nodes write of themselves.
 const NODE: &str = "egret-node";
-/// A ledger of more paths than this is written as text: that is half as long, and the API server need not merge them one
+/// A gateway's allocations of more allocations than this is written as text: that is half as long, and the API server need not merge them one
 /// by one.
 const SHORT_LEDGER: usize = 500;
 /// A status that is longer than this, bytes, is not sent: etcd takes requests of 1.5 MiB by default, and the API server
@@ -89,7 +89,7 @@ impl Statuses {
         Statuses { client, files }
     }
 
-    /// Writes a ledger in place of the one that the version names, and returns the new version.
+    /// Writes a gateway's allocations in place of the one that the version names, and returns the new version.
     pub(in crate::cluster) async fn gateway(
         &self,
         name: &str,
@@ -97,8 +97,8 @@ impl Statuses {
         in_place_of: Option<&str>,
         notices: Vec<Notice>,
     ) -> Result<Option<Box<str>>, NotWritten> {
-        let is_short = status.paths.len() + status.released.len() <= SHORT_LEDGER;
-        let status = if is_short { Cow::Borrowed(status) } else { Cow::Owned(ledger_text::write(status)) };
+        let is_short = status.allocations.len() + status.released.len() <= SHORT_LEDGER;
+        let status = if is_short { Cow::Borrowed(status) } else { Cow::Owned(allocations_text::write(status)) };
         let answer = self.apply(Kind::EgressGateway, (None, name), CONTROLLER, &*status, in_place_of).await?;
         self.tell(Kind::EgressGateway, (None, name), &answer, notices);
         Ok(Some(answer.metadata.resource_version.into()))

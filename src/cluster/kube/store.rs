@@ -1,10 +1,10 @@
 //! All that is known of the cluster, brought up to date change by change.
 
-use super::decode::{Decoded, GatewayRemains, Item, Key, Listed, is_newer};
+use super::decode::{Decoded, Item, Key, Listed, ReadableGateway, is_newer};
 use super::kind::Kind;
 use super::watch::Change;
 use crate::cluster::dir::fault::Fault;
-use crate::model::fallback_policy::{Remains, stand_in};
+use crate::model::fallback_policy::{ReadableParts, fallback_policy};
 use crate::model::selector::Name;
 use crate::model::shared::Shared;
 use crate::model::{Cluster, Gateway, Inside, ObjectKey, PodMatch, Policy, PolicyKey, Unreadable};
@@ -45,7 +45,7 @@ struct Faulty {
     text: String,
     generation: Option<i64>,
     /// Of a policy: what can be read of it.
-    remains: Option<Box<Remains>>,
+    readable: Option<Box<ReadableParts>>,
 }
 
 impl Store {
@@ -142,7 +142,7 @@ impl Store {
     }
 
     fn apply(&mut self, kind: Kind, decoded: Decoded) {
-        let Decoded { key, version, generation, item, told, remains, gateway } = decoded;
+        let Decoded { key, version, generation, item, told, readable, gateway } = decoded;
         if kind == Kind::Pod && is_newer(&version, &self.newest_pod) {
             self.newest_pod = version;
         }
@@ -157,17 +157,17 @@ impl Store {
                 if let (Some(told), true) = (told, self.tells_policies) {
                     self.changed |= put(&mut self.cluster.policy_statuses, policy_key(&key), told);
                 }
-                if let Some(remains) = gateway {
-                    self.keep_gateway(&key.1, *remains, generation, &fault);
+                if let Some(readable) = gateway {
+                    self.keep_gateway(&key.1, *readable, generation, &fault);
                 }
-                self.faults.insert((kind, key), Faulty { text: fault.to_string(), generation, remains });
+                self.faults.insert((kind, key), Faulty { text: fault.to_string(), generation, readable });
             }
         }
     }
 
-    /// A gateway makes no sense, and its ledger does: that is followed, with the last good spec if there is one.
-    fn keep_gateway(&mut self, name: &Name, remains: GatewayRemains, generation: Option<i64>, fault: &Fault) {
-        let GatewayRemains { version, status, stands } = remains;
+    /// A gateway makes no sense, and its allocations does: that is followed, with the last good spec if there is one.
+    fn keep_gateway(&mut self, name: &Name, readable: ReadableGateway, generation: Option<i64>, fault: &Fault) {
+        let ReadableGateway { version, status, stands } = readable;
         let known = self.cluster.gateways.get(name).filter(|gateway| !gateway.frozen);
         let Some(gateway) = known.map(|gateway| Gateway::clone(gateway)).or(stands) else { return };
         let fault = Some(fault.to_string().into());
@@ -175,11 +175,12 @@ impl Store {
         self.changed |= put(&mut self.cluster.gateways, name.clone(), Arc::new(gateway));
     }
 
-    /// Puts in the place of policies that make no sense, and of which no last good state is known, what the ledger knows of
+    /// Puts in the place of policies that make no sense, and of which no last good state is known, what the allocations know of
     /// them; and tells policies what is used of them.
     fn fill_in(&mut self) {
-        let policies = self.faults.iter().filter_map(|((_, key), fault)| Some((key, fault, fault.remains.as_deref()?)));
-        let policies: Vec<_> = policies.map(|(key, fault, remains)| (policy_key(key), fault, remains)).collect();
+        let policies =
+            self.faults.iter().filter_map(|((_, key), fault)| Some((key, fault, fault.readable.as_deref()?)));
+        let policies: Vec<_> = policies.map(|(key, fault, readable)| (policy_key(key), fault, readable)).collect();
         if policies.is_empty() && self.standing.is_empty() {
             return;
         }
@@ -189,7 +190,7 @@ impl Store {
         };
         let lost = policies.iter().filter(|(key, ..)| is_lost(key));
         let stands: BTreeMap<PolicyKey, Policy> =
-            lost.filter_map(|(key, _, remains)| Some((key.clone(), stand_in(c, key, remains)?))).collect();
+            lost.filter_map(|(key, _, readable)| Some((key.clone(), fallback_policy(c, key, readable)?))).collect();
         for key in std::mem::take(&mut self.standing).iter().filter(|key| !stands.contains_key(key)) {
             self.changed |= remove(&mut c.policies, key);
         }
@@ -371,8 +372,8 @@ impl Store {
 /// What is used of an object that makes no sense.
 const LAST_GOOD: &str = "its last good state is used until that is mended";
 const NOTHING: &str = "it is not used until that is mended";
-const PATH: &str = "its last good state is not known: until that is mended, whatever its pods send to the outside leaves by \
-                    the path that the ledger gives it";
+const ALLOCATION: &str = "its last good state is not known: until that is mended, whatever its pods send to the outside leaves by \
+                    the egress IP that it has";
 
 /// The same, of a policy.
 fn used(
@@ -382,7 +383,7 @@ fn used(
     key: &PolicyKey,
 ) -> &'static str {
     if standing.contains(key) {
-        PATH
+        ALLOCATION
     } else if cluster.policies.contains_key(key) || waiting.contains_key(key) {
         LAST_GOOD
     } else {

@@ -6,7 +6,7 @@
 use super::client::{Client, Failure, Status};
 use super::decode::{Decoded, Key, Listed, Reading, decode};
 use super::kind::Kind;
-use super::known::{Book, Files};
+use super::offline_cache::{Book, Files};
 use super::split::Splitter;
 use crate::cluster::dir::names::Names;
 use crate::model::Inside;
@@ -135,7 +135,7 @@ impl Watch {
         let mut backoff = Backoff::default();
         let mut book = self.files.book(self.kind);
         // The API server's memory may be older than what an earlier controller has written, and what is not there would lose
-        // its path. There are two controllers, and thousands of nodes.
+        // its allocation. There are two controllers, and thousands of nodes.
         let mut from = if self.reading.node.is_none() && self.kind.is_ours() { Origin::Store } else { Origin::Cache };
         // How many there were, as of the last list and all changes since.
         let mut count = 0usize;

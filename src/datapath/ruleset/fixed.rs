@@ -6,7 +6,7 @@
 use super::pods::{direct, without_address};
 use super::sets::PORT_BITS;
 use super::{base, counter, set};
-use crate::datapath::names::{ASKING, DEVICE, DEVICE_GROUP, HEALTH, HUB_MAC, TUNNEL_PORT, UPLINK_HEALTH};
+use crate::datapath::names::{ASKING, DEVICE, DEVICE_GROUP, HEALTH, TUNNEL_NEXT_HOP_MAC, TUNNEL_PORT, UPLINK_HEALTH};
 use crate::datapath::port_log;
 use crate::kernel::nft::rule::{Ip, Rule, protocol};
 use crate::kernel::nft::table::{Chain, hook};
@@ -19,8 +19,8 @@ const ECHO_REQUEST: u8 = 128;
 const ECHO_REPLY: u8 = 129;
 /// Of an ICMP message, RFC 792.
 const ECHO_REQUEST4: u8 = 8;
-/// What VXLAN's group-based policy carries of a mark. In a request it is the path id, in a reply a peer's index with
-/// bit 15 set, which is no path.
+/// What VXLAN's group-based policy carries of a mark. In a request it is the allocation id, in a reply a peer's index with
+/// bit 15 set, which is no allocation.
 const WIRE_MASK: u32 = 0xffff;
 /// Before the masquerade of any CNI: kindnet's is at 90. All chains of this type run at one place of the hook, and their
 /// priorities order them among each other; it must be above connection tracking's own, -200 (`nft_chain_parse_hook`,
@@ -43,29 +43,29 @@ pub(super) fn chains(marks: Marks, local: Option<IpAddr>, port_log: bool) -> Vec
         ("prerouting", Chain::new(at(hook::PREROUTING, -90), prerouting(marks, local))),
         ("from-tunnel", Chain::new(None, from_tunnel(marks))),
         ("tracked", Chain::new(None, tracked(marks))),
-        ("tracked-tagged", Chain::new(None, tracked_tagged(marks))),
+        ("tracked-marked", Chain::new(None, tracked_marked(marks))),
         ("related", Chain::new(None, related(marks))),
         ("foreign", Chain::new(None, foreign())),
         ("unsolicited", Chain::new(None, unsolicited())),
-        ("untagged", Chain::new(None, untagged())),
-        ("tagged-again", Chain::new(None, tagged_again(marks))),
-        ("tag-lost", Chain::new(None, tag_lost())),
+        ("unmarked", Chain::new(None, unmarked())),
+        ("marked-again", Chain::new(None, marked_again(marks))),
+        ("pod-mark-lost", Chain::new(None, pod_mark_lost())),
         ("to-owner", Chain::new(None, to_owner())),
         ("known", Chain::new(None, known())),
         ("srcnat", Chain::new(base("nat", hook::POSTROUTING, SRCNAT), srcnat(marks))),
-        ("departure", Chain::new(at(hook::POSTROUTING, 300), departure(marks))),
-        ("departure-unmarked", Chain::new(None, departure_unmarked(marks))),
-        ("departure-marked", Chain::new(None, departure_marked(marks))),
-        ("departure-foreign", Chain::new(None, departure_foreign())),
-        ("departure-path", Chain::new(None, departure_path(marks))),
-        ("departure-first", Chain::new(None, departure_first(port_log))),
-        ("departure-tunnel", Chain::new(None, departure_tunnel())),
-        ("departure-translated", Chain::new(None, departure_translated())),
+        ("egress-guard", Chain::new(at(hook::POSTROUTING, 300), egress_guard(marks))),
+        ("egress-guard-unmarked", Chain::new(None, egress_guard_unmarked(marks))),
+        ("egress-guard-marked", Chain::new(None, egress_guard_marked(marks))),
+        ("egress-guard-foreign", Chain::new(None, egress_guard_foreign())),
+        ("egress-guard-allocation", Chain::new(None, egress_guard_allocation(marks))),
+        ("egress-guard-first", Chain::new(None, egress_guard_first(port_log))),
+        ("egress-guard-tunnel", Chain::new(None, egress_guard_tunnel())),
+        ("egress-guard-translated", Chain::new(None, egress_guard_translated())),
     ]
 }
 
 /// Tunnel packets between nodes need no connection tracking, nor do nodes' questions whether others live. Only nodes may
-/// speak to the tunnel, for the path id that a packet carries is believed.
+/// speak to the tunnel, for the allocation id that a packet carries is believed.
 fn raw(local: Option<IpAddr>) -> Vec<Rule> {
     let between_nodes = between_nodes(tunnel_packet, local).into_iter().map(|rule| rule.notrack().accept());
     let echo = echo().map(|rule| rule.iif_group(DEVICE_GROUP).notrack());
@@ -75,7 +75,7 @@ fn raw(local: Option<IpAddr>) -> Vec<Rule> {
 /// Tunnel packets from a node's end of the tunnel straight to this one's, or to another's for which this node routes.
 ///
 /// An address is easily forged: they come in by an interface that has this end's address, or by the one that leads to
-/// the node; a pod's does neither, whatever reverse-path filtering there is (IPv6 has none). Not only the latter: nodes
+/// the node; a pod's does neither, whatever reverse-allocation filtering there is (IPv6 has none). Not only the latter: nodes
 /// with several interfaces may answer by another one.
 fn between_nodes(packet: impl Fn() -> Rule, local: Option<IpAddr>) -> Vec<Rule> {
     let Some(local) = local else { return vec![] };
@@ -119,12 +119,12 @@ fn output(marks: Marks) -> Vec<Rule> {
 }
 
 /// This node's own ICMP errors about what servers have sent to its pods (a pod's MTU is below the tunnel's, say) go the
-/// connection's way: its path's owner translates what they quote, which is the pod's address here and means nothing to the
+/// connection's way: its allocation's owner translates what they quote, which is the pod's address here and means nothing to the
 /// server. `nf_ct_attach` gives them the connection (`icmp_glue_bits`, `icmpv6_getfrag`); a process's packet has none yet.
 /// Packets without a connection end at the first expression.
 fn errors(marks: Marks) -> Vec<Rule> {
-    let of_path = Rule::new().ct_mark(marks.connection_kind_mask(), marks.connection(0)).ct_original();
-    vec![of_path.ct_state(CT_STATE_RELATED).set_mark_by_ct_mark(set::PATH_OUT)]
+    let of_allocation = Rule::new().ct_mark(marks.connection_kind_mask(), marks.connection(0)).ct_original();
+    vec![of_allocation.ct_state(CT_STATE_RELATED).set_mark_by_ct_mark(set::EGRESS_ID_OUT)]
 }
 
 /// Without such a mark: what a process has sent is none of this node's tunnel packets. The kernel's own may be.
@@ -137,34 +137,34 @@ fn output_tunnel() -> Vec<Rule> {
 
 /// After connection tracking and destination NAT: a Service's address is already its backend's.
 fn prerouting(marks: Marks, local: Option<IpAddr>) -> Vec<Rule> {
-    let path = marks.connection(0);
+    let allocation = marks.connection(0);
     // Others untrack, too: that a packet is untracked does not make it a node's. What is tracked may have been sent
     // elsewhere, and here by a Service.
     let untracked = || tunnel_packet().ct_state(CT_STATE_UNTRACKED);
     let tunnel = between_nodes(untracked, local).into_iter().map(Rule::accept);
-    let untagged = |rule: Rule| rule.mark_not(marks.tag_mask(), marks.tag_kind());
-    let others = || Rule::new().ct_state(CT_STATE_ESTABLISHED).ct_mark_not(marks.connection_mask(), path);
-    let tracked = || Rule::new().ct_mark(marks.connection_mask(), path).jump("tracked");
+    let unmarked = |rule: Rule| rule.mark_not(marks.pod_mark_mask(), marks.pod_mark_kind());
+    let others = || Rule::new().ct_state(CT_STATE_ESTABLISHED).ct_mark_not(marks.connection_mask(), allocation);
+    let tracked = || Rule::new().ct_mark(marks.connection_mask(), allocation).jump("tracked");
     let before = [
         Rule::new().iif_group(DEVICE_GROUP).goto("from-tunnel"),
-        // A connection keeps its path.
-        of_path(marks).set_mark_by_ct_mark(set::PATH_OUT).accept(),
+        // A connection keeps its allocation.
+        of_allocation(marks).set_mark_by_ct_mark(set::EGRESS_ID_OUT).accept(),
         // On a gateway: a server's reply to another node's pod.
         reply_to_peer(marks),
         // Most packets of a node are none of Egret's, and no tunnel packets either.
-        untagged(others().dport_not(TUNNEL_PORT)).accept(),
+        unmarked(others().dport_not(TUNNEL_PORT)).accept(),
     ];
     let after = [
         left_alone(others().dport_not(TUNNEL_PORT), marks),
         tracked(),
         tunnel_packet().jump("foreign"),
         Rule::new().ct_state(CT_STATE_NEW | CT_STATE_INVALID).jump("unsolicited"),
-        untagged(Rule::new()).jump("untagged"),
-        // What has got its tag back.
+        unmarked(Rule::new()).jump("unmarked"),
+        // What has got its pod mark back.
         tracked(),
         left_alone(others(), marks),
         Rule::new().ct_state(CT_STATE_RELATED).goto("related"),
-        // By the tag to the pod's profile.
+        // By the pod mark to the pod's policy chain.
         Rule::new().vmap_by_mark(marks.kind_and_index_mask(), set::PODS),
         Rule::new().counter(counter::BLOCKED).drop(),
     ];
@@ -176,23 +176,27 @@ fn left_alone(rule: Rule, marks: Marks) -> Rule {
     rule.clear_mark(!marks.kind_and_index_mask()).accept()
 }
 
-/// A packet that the pod of a connection with a path has sent. Others on the node can send packets with the same
-/// addresses and ports, which connection tracking takes for the connection's: it is the tag that says whose a packet is,
+/// A packet that the pod of a connection with an allocation has sent. Others on the node can send packets with the same
+/// addresses and ports, which connection tracking takes for the connection's: it is the pod mark that says whose a packet is,
 /// for the pod's own veth gives it, and only to the pod's own addresses. An ICMP error may be about any connection.
-fn of_path(marks: Marks) -> Rule {
-    let tagged = Rule::new().mark(marks.tag_mask(), marks.tag_kind()).ct_state(CT_STATE_NEW | CT_STATE_ESTABLISHED);
-    tagged.ct_original().ct_mark(marks.connection_kind_mask(), marks.connection(0))
+fn of_allocation(marks: Marks) -> Rule {
+    let marked =
+        Rule::new().mark(marks.pod_mark_mask(), marks.pod_mark_kind()).ct_state(CT_STATE_NEW | CT_STATE_ESTABLISHED);
+    marked.ct_original().ct_mark(marks.connection_kind_mask(), marks.connection(0))
 }
 
-/// What belongs to a connection of Egret's: of its packets whose path goes nowhere, of errors and of answers. What its
+/// What belongs to a connection of Egret's: of its packets whose allocation goes nowhere, of errors and of answers. What its
 /// pod has not sent returns.
 fn tracked(marks: Marks) -> Vec<Rule> {
-    let (kind, path) = (marks.connection_kind_mask(), marks.connection(0));
+    let (kind, allocation) = (marks.connection_kind_mask(), marks.connection(0));
     let of_peer = || Rule::new().ct_original().ct_mark(kind, marks.connection_of_peer(0));
     vec![
-        Rule::new().mark(marks.tag_mask(), marks.tag_kind()).jump("tracked-tagged"),
+        Rule::new().mark(marks.pod_mark_mask(), marks.pod_mark_kind()).jump("tracked-marked"),
         // A server's answer to this node's pod.
-        left_alone(Rule::new().mark_not(marks.tag_mask(), marks.tag_kind()).ct_reply().ct_mark(kind, path), marks),
+        left_alone(
+            Rule::new().mark_not(marks.pod_mark_mask(), marks.pod_mark_kind()).ct_reply().ct_mark(kind, allocation),
+            marks,
+        ),
         // On a gateway: a connection that a helper has foreseen, from a server to another node's pod.
         of_peer().ct_expected_and_dnat().set_mark(marks.reply()).accept(),
         // The connection of another node's pod, whose packets come out of the tunnel.
@@ -201,25 +205,25 @@ fn tracked(marks: Marks) -> Vec<Rule> {
 }
 
 /// The same, of packets that a selected pod has sent.
-fn tracked_tagged(marks: Marks) -> Vec<Rule> {
-    let (kind, path) = (marks.connection_kind_mask(), marks.connection(0));
+fn tracked_marked(marks: Marks) -> Vec<Rule> {
+    let (kind, allocation) = (marks.connection_kind_mask(), marks.connection(0));
     let related = |(at, ip)| {
-        let rule = Rule::new().ct_state(CT_STATE_RELATED).ct_original().ct_mark(kind, path);
+        let rule = Rule::new().ct_state(CT_STATE_RELATED).ct_original().ct_mark(kind, allocation);
         rule.mark_and_original_saddr_in_set(marks.kind_and_index_mask(), ip, set::OWN[at]).goto("known")
     };
-    let known = [of_path(marks), of_expected(marks)].map(|rule| rule.goto("known"));
+    let known = [of_allocation(marks), of_expected(marks)].map(|rule| rule.goto("known"));
     known.into_iter().chain(Ip::BOTH.into_iter().enumerate().map(related)).collect()
 }
 
-/// A pod's answer in a connection that the other end began: a helper has foreseen it (active FTP), and it has the path of
+/// A pod's answer in a connection that the other end began: a helper has foreseen it (active FTP), and it has the allocation of
 /// the connection in which it was agreed on.
 fn of_expected(marks: Marks) -> Rule {
-    let tagged = Rule::new().mark(marks.tag_mask(), marks.tag_kind()).ct_state(CT_STATE_ESTABLISHED);
-    tagged.ct_reply().ct_mark(marks.connection_kind_mask(), marks.connection(0))
+    let marked = Rule::new().mark(marks.pod_mark_mask(), marks.pod_mark_kind()).ct_state(CT_STATE_ESTABLISHED);
+    marked.ct_reply().ct_mark(marks.connection_kind_mask(), marks.connection(0))
 }
 
 /// A selected pod's ICMP error, or the first packet of a connection that a helper has foreseen: about a connection that
-/// the pod is an end of and that has no path, it goes where that goes. That it is for the other end is made sure of by
+/// the pod is an end of and that has no allocation, it goes where that goes. That it is for the other end is made sure of by
 /// the kernel (`nf_conntrack_inet_error`, Linux 5.1); that it is about the pod's own connection is not: the pod writes
 /// what the error is about, and with another's connection it would leave with that one's translation.
 fn related(marks: Marks) -> Vec<Rule> {
@@ -267,12 +271,12 @@ fn unsolicited() -> Vec<Rule> {
     each().map(ping).chain(each().map(to_egress)).chain([arrived]).collect()
 }
 
-/// What is new and has no tag. It may be a selected pod's all the same: others set whole marks, and what the CNI plugin
+/// What is new and has no pod mark. It may be a selected pod's all the same: others set whole marks, and what the CNI plugin
 /// `bandwidth` holds up comes back past the chain on the veth (`tc_skip_classify`, net/core/dev.c), and passes the one on the
-/// tunnel device by, too (`nf_skip_egress`): its hub's MAC stays, which is nobody's. What gets its tag back returns.
-fn untagged() -> Vec<Rule> {
-    let selected = |(at, ip)| Rule::new().saddr_in_set(ip, set::SELECTED[at]).goto("tag-lost");
-    let by_veth = Rule::new().set_mark_by_iif(set::VETHS).goto("tagged-again");
+/// tunnel device by, too (`nf_skip_egress`): its tunnel next hop's MAC stays, which is nobody's. What gets its pod mark back returns.
+fn unmarked() -> Vec<Rule> {
+    let selected = |(at, ip)| Rule::new().saddr_in_set(ip, set::SELECTED[at]).goto("pod-mark-lost");
+    let by_veth = Rule::new().set_mark_by_iif(set::VETHS).goto("marked-again");
     // Anybody's, with an egress IP: it comes from its owner, by the interface that leads there. The kernel's own filtering
     // may be off, or loose, and for IPv6 there is none.
     let forged =
@@ -283,7 +287,7 @@ fn untagged() -> Vec<Rule> {
 }
 
 /// From a routed pod's veth: as in the chain that is there. Bridged pods' packets come from the bridge.
-fn tagged_again(marks: Marks) -> Vec<Rule> {
+fn marked_again(marks: Marks) -> Vec<Rule> {
     let own = |(at, ip)| Rule::new().mark_and_saddr_in_set(marks.kind_and_index_mask(), ip, set::OWN[at]).return_();
     let own = Ip::BOTH.into_iter().enumerate().map(own);
     let others = without_address().map(|rule| rule.clear_mark(!marks.kind_and_index_mask()).accept());
@@ -291,30 +295,31 @@ fn tagged_again(marks: Marks) -> Vec<Rule> {
 }
 
 /// An address is not enough to say whose a packet is, but enough to keep it inside.
-fn tag_lost() -> Vec<Rule> {
-    let lost = Rule::new().counter(counter::UNTAGGED).drop();
+fn pod_mark_lost() -> Vec<Rule> {
+    let lost = Rule::new().counter(counter::UNMARKED).drop();
     direct().map(Rule::accept).chain([lost]).collect()
 }
 
-/// What comes out of the tunnel: on a director replies, on a gateway requests, and nodes' questions whether others
+/// What comes out of the tunnel: on a source node replies, on a gateway requests, and nodes' questions whether others
 /// live; anything else is dropped.
 fn from_tunnel(marks: Marks) -> Vec<Rule> {
     let of_peer = Rule::new().ct_reply().ct_mark(marks.connection_kind_mask(), marks.connection_of_peer(0));
     let of_peer = of_peer.ct_expected_and_dnat();
-    let of_path = || Rule::new().ct_original().ct_mark(marks.connection_kind_mask(), marks.connection(0)).ct_expected();
+    let of_allocation =
+        || Rule::new().ct_original().ct_mark(marks.connection_kind_mask(), marks.connection(0)).ct_expected();
     let mut rules = vec![
         Rule::new().ct_state(CT_STATE_NEW).jump("to-owner"),
         Rule::new().ct_original().admit(set::PEER, WIRE_MASK, set::RX).accept(),
         Rule::new().ct_reply().ct_mark(marks.connection_kind_mask(), marks.connection(0)).set_mark(0).accept(),
         // A pod's answer to a server that has begun a connection which a helper has foreseen.
         of_peer.admit(set::PEER, WIRE_MASK, set::RX).accept(),
-        // A server's reply, handed over by the node that the path is being moved to.
+        // A server's reply, handed over by the node that the allocation is being moved to.
         reply_to_peer(marks),
         // The same to a pod here, whose connection has been forgotten meanwhile.
         late(marks).set_mark(0).accept(),
     ];
     // What that server sends.
-    let expected = |(at, ip)| of_path().daddr_in_set(ip, set::SELECTED[at]).set_mark(0).accept();
+    let expected = |(at, ip)| of_allocation().daddr_in_set(ip, set::SELECTED[at]).set_mark(0).accept();
     rules.extend(Ip::BOTH.into_iter().enumerate().map(expected));
     // Their outer packets bear a mark, of which a bit comes along.
     rules.extend(echo().map(|rule| rule.set_mark(0).accept()));
@@ -334,14 +339,14 @@ fn to_owner() -> Vec<Rule> {
     here.into_iter().chain(Ip::BOTH.into_iter().enumerate().map(first)).collect()
 }
 
-/// What a server has sent before it could know that the path was moved.
+/// What a server has sent before it could know that the allocation was moved.
 fn late(marks: Marks) -> Rule {
-    Rule::new().ct_original().ct_mark(marks.connection_of_path_mask(), marks.handed(0))
+    Rule::new().ct_original().ct_mark(marks.connection_of_allocation_mask(), marks.handed(0))
 }
 
-/// A connection with a path goes where its path goes; a path that is not ready goes nowhere.
+/// A connection with an allocation goes where its allocation goes; an allocation that is not ready goes nowhere.
 fn known() -> Vec<Rule> {
-    vec![Rule::new().set_mark_by_ct_mark(set::PATH_OUT).accept(), Rule::new().counter(counter::BLOCKED).drop()]
+    vec![Rule::new().set_mark_by_ct_mark(set::EGRESS_ID_OUT).accept(), Rule::new().counter(counter::BLOCKED).drop()]
 }
 
 /// Before the masquerade of any CNI: whoever is translated here is translated there no more.
@@ -350,7 +355,7 @@ fn srcnat(marks: Marks) -> Vec<Rule> {
         Rule::new()
             .oif_group_not(DEVICE_GROUP)
             .ct_mark(marks.connection_mask(), marks.connection(0))
-            .mark_not(marks.path_mask(), 0)
+            .mark_not(marks.allocation_mask(), 0)
     };
     // A chain of this type is shown a connection's first packet alone.
     let forwarded = |(at, ip)| {
@@ -361,36 +366,36 @@ fn srcnat(marks: Marks) -> Vec<Rule> {
     let mut rules: Vec<Rule> = Ip::BOTH.into_iter().enumerate().map(forwarded).collect();
     for (at, ip) in Ip::BOTH.into_iter().enumerate() {
         rules.push(Rule::new().oif_group(DEVICE_GROUP).snat_identity(ip));
-        rules.push(leaving().snat_by_mark(ip, marks.path_mask(), set::SNAT[at]));
+        rules.push(leaving().snat_by_mark(ip, marks.allocation_mask(), set::SNAT[at]));
     }
-    // Its path has no address of this family.
+    // Its allocation has no address of this family.
     rules.push(leaving().counter(counter::BLOCKED).drop());
     rules
 }
 
-/// The last look at a packet: what has a path leaves by it or not at all.
-fn departure(marks: Marks) -> Vec<Rule> {
+/// The last look at a packet: what has an allocation leaves by it or not at all.
+fn egress_guard(marks: Marks) -> Vec<Rule> {
     let unmarked = Rule::new().ct_mark(marks.connection_mask(), marks.connection(0)).ct_original();
     vec![
-        Rule::new().oif_group(DEVICE_GROUP).goto("departure-tunnel"),
-        Rule::new().mark_not(marks.kind_mask() | marks.path_mask(), 0).goto("departure-marked"),
-        unmarked.goto("departure-unmarked"),
-        tunnel_packet().goto("departure-foreign"),
+        Rule::new().oif_group(DEVICE_GROUP).goto("egress-guard-tunnel"),
+        Rule::new().mark_not(marks.kind_mask() | marks.allocation_mask(), 0).goto("egress-guard-marked"),
+        unmarked.goto("egress-guard-unmarked"),
+        tunnel_packet().goto("egress-guard-foreign"),
     ]
 }
 
 /// Tunnel packets between nodes are not tracked. Others are tracked, and may have been sent to a Service that stands for a
 /// node's end of the tunnel.
-fn departure_foreign() -> Vec<Rule> {
+fn egress_guard_foreign() -> Vec<Rule> {
     let forged = |(at, ip)| Rule::new().ct_state(CT_STATE_NEW | CT_STATE_ESTABLISHED).daddr_in_set(ip, set::TUNNEL[at]);
     let forged = Ip::BOTH.into_iter().enumerate().map(forged);
     forged.map(|rule| rule.counter(counter::FOREIGN).drop()).collect()
 }
 
 /// In the original direction of a connection of Egret's, without the mark that a request should have.
-fn departure_unmarked(marks: Marks) -> Vec<Rule> {
+fn egress_guard_unmarked(marks: Marks) -> Vec<Rule> {
     let kinds = [
-        (marks.connection_of_path_mask(), marks.connection(0)),
+        (marks.connection_of_allocation_mask(), marks.connection(0)),
         (marks.connection_kind_mask(), marks.connection_of_peer(0)),
     ];
     // To a pod here, from a server that has begun a connection which a helper has foreseen.
@@ -408,31 +413,33 @@ fn departure_unmarked(marks: Marks) -> Vec<Rule> {
 }
 
 /// Out of this node, with a mark that may be Egret's.
-fn departure_marked(marks: Marks) -> Vec<Rule> {
-    let right =
-        |(at, ip)| Rule::new().mark_and_saddr_in_set(marks.path_mask(), ip, set::PAIRS[at]).ct_confirmed().accept();
+fn egress_guard_marked(marks: Marks) -> Vec<Rule> {
+    let right = |(at, ip)| {
+        Rule::new().mark_and_saddr_in_set(marks.allocation_mask(), ip, set::PAIRS[at]).ct_confirmed().accept()
+    };
     let leaked = [
         // Nothing decided on a pod's packet. The node's own may have such a mark from somebody else.
-        Rule::new().mark(marks.kind_mask(), marks.tag_kind()).forwarded(),
+        Rule::new().mark(marks.kind_mask(), marks.pod_mark_kind()).forwarded(),
         Rule::new().iif_group(DEVICE_GROUP).ct_mark_not(marks.connection_mask(), marks.connection(0)),
     ];
-    let path = Rule::new().ct_original().ct_mark(marks.connection_mask(), marks.connection(0)).goto("departure-path");
+    let allocation =
+        Rule::new().ct_original().ct_mark(marks.connection_mask(), marks.connection(0)).goto("egress-guard-allocation");
     let rules = Ip::BOTH.into_iter().enumerate().map(right);
-    rules.chain(leaked.map(|rule| rule.counter(counter::LEAKED).drop())).chain([path]).collect()
+    rules.chain(leaked.map(|rule| rule.counter(counter::LEAKED).drop())).chain([allocation]).collect()
 }
 
-/// It must bear its path's address, whatever translated it, and was not to go into the tunnel.
-fn departure_path(marks: Marks) -> Vec<Rule> {
+/// It must bear its allocation's address, whatever translated it, and was not to go into the tunnel.
+fn egress_guard_allocation(marks: Marks) -> Vec<Rule> {
     let missed = Rule::new().mark_not(marks.kind_mask(), 0).counter(counter::LEAKED).drop();
-    let wrong = |(at, ip)| Rule::new().mark_and_saddr_not_in_set(marks.path_mask(), ip, set::PAIRS[at]);
+    let wrong = |(at, ip)| Rule::new().mark_and_saddr_not_in_set(marks.allocation_mask(), ip, set::PAIRS[at]);
     let stale = |rule: Rule| rule.counter(counter::STALE).set_ct_mark(marks.stale()).drop();
     let wrong = Ip::BOTH.into_iter().enumerate().map(wrong).map(stale);
-    [missed].into_iter().chain(wrong).chain([Rule::new().ct_unconfirmed().goto("departure-first")]).collect()
+    [missed].into_iter().chain(wrong).chain([Rule::new().ct_unconfirmed().goto("egress-guard-first")]).collect()
 }
 
 /// The first packet of a connection, whose port another one may have had: the daemon is told, see
 /// [`port_log`](crate::datapath::port_log).
-fn departure_first(port_log: bool) -> Vec<Rule> {
+fn egress_guard_first(port_log: bool) -> Vec<Rule> {
     let other = |protocol, mask| Rule::new().l4(protocol).ports_not_in_set(mask, set::SAME_PORT);
     let each = [protocol::TCP, protocol::UDP, protocol::SCTP].into_iter();
     let rules = each.flat_map(|protocol| PORT_BITS.map(|mask| other(protocol, mask)));
@@ -441,32 +448,32 @@ fn departure_first(port_log: bool) -> Vec<Rule> {
     told.map(Rule::accept).collect()
 }
 
-/// Into the tunnel: the path's id goes into the mark, whose low 16 bits VXLAN's group-based policy carries to the other
+/// Into the tunnel: the allocation's id goes into the mark, whose low 16 bits VXLAN's group-based policy carries to the other
 /// side.
-fn departure_tunnel() -> Vec<Rule> {
+fn egress_guard_tunnel() -> Vec<Rule> {
     vec![
         // Connections that have been answered send no SYN; and the requests' source address is as the pod wrote it.
         Rule::new().ct_assured_and_not_snat().set_mark_from_ct().accept(),
         Rule::new().ct_reply().ct_assured().set_mark_from_ct().accept(),
-        Rule::new().ct_snat().ct_original().jump("departure-translated"),
+        Rule::new().ct_snat().ct_original().jump("egress-guard-translated"),
         Rule::new().tcp_syn().clamp_mss(),
         Rule::new().set_mark_from_ct(),
     ]
 }
 
-/// A connection that was this node's own to translate, until its path moved, would come to the other side with an
+/// A connection that was this node's own to translate, until its allocation moved, would come to the other side with an
 /// address that is the other side's own, and be answered with a reset.
-fn departure_translated() -> Vec<Rule> {
+fn egress_guard_translated() -> Vec<Rule> {
     let stale = |(at, ip)| Rule::new().saddr_in_set(ip, set::EGRESS[at]).counter(counter::STALE).drop();
     Ip::BOTH.into_iter().enumerate().map(stale).collect()
 }
 
-/// On the tunnel device, the hub's MAC becomes the real one: of the path's owner, or of the pod's node.
+/// On the tunnel device, the tunnel next hop's MAC becomes the real one: of the allocation's owner, or of the pod's node.
 pub(super) fn to_tunnel() -> Vec<Rule> {
     vec![
         Rule::new().set_ether_daddr_by_mark(set::HOP).accept(),
         Rule::new().set_ether_daddr_by_mark(set::BACK).accept(),
-        Rule::new().ether_daddr_not(HUB_MAC).accept(),
+        Rule::new().ether_daddr_not(TUNNEL_NEXT_HOP_MAC).accept(),
         Rule::new().counter(counter::NO_HOP).drop(),
     ]
 }

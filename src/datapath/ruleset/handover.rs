@@ -1,6 +1,6 @@
 //! Packets for connections that another node still knows.
 //!
-//! While a path is moved on purpose, servers send to the new node before the pods' nodes do. What it does not know then
+//! While an allocation is moved on purpose, servers send to the new node before the pods' nodes do. What it does not know then
 //! goes through the tunnel to the old node, which knows the connection and sends it on to the pod. It is a copy that
 //! goes: the original is dropped as any unsolicited packet, before connection tracking confirms an entry that would
 //! occupy the very port that the connection needs here.
@@ -10,14 +10,14 @@
 //! moment, they go on in the old way; their next packet then makes an entry for the new one.
 
 use super::{HANDOVER, base, set, value};
-use crate::datapath::names::{DEVICE_GROUP, HUB4, HUB6};
+use crate::datapath::names::{DEVICE_GROUP, TUNNEL_NEXT_HOP4, TUNNEL_NEXT_HOP6};
 use crate::kernel::nft::rule::{Ip, Rule};
 use crate::kernel::nft::table::{Chain, DataType, Elements, Set, SetKind, Table, TableName, hook};
 use crate::kernel::nft::uapi::{CT_STATE_INVALID, CT_STATE_NEW};
 use crate::model::addresses_of;
-use crate::model::marks::{Marks, PathId};
+use crate::model::marks::{EgressId, Marks};
 use crate::node_plan::NodePlan;
-use crate::node_plan::allocations::PathState;
+use crate::node_plan::allocations::AllocationState;
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -27,11 +27,12 @@ const PRIORITY: i32 = -91;
 /// After the chain that decides on a packet's way.
 const PRIORITY_OLD_WAYS: i32 = -89;
 
-/// Adds what leads connections of paths that have just been moved in the old way; no chain if there are none.
+/// Adds what leads connections of allocations that have just been moved in the old way; no chain if there are none.
 pub(super) fn keep_old_ways(plan: &NodePlan, marks: Marks, table: &mut Table) {
-    let uplink = |id: &PathId| {
-        let path = plan.paths.get(id).filter(|path| matches!(path.state, PathState::Remote(_)))?;
-        Some((marks.connection(*id).into(), value(marks.local(*id, path.uplink))))
+    let uplink = |id: &EgressId| {
+        let allocation =
+            plan.allocations.get(id).filter(|allocation| matches!(allocation.state, AllocationState::Remote(_)))?;
+        Some((marks.connection(*id).into(), value(marks.local(*id, allocation.uplink))))
     };
     let left: Elements = plan.left.iter().filter_map(uplink).collect();
     let came: Elements = plan.came().map(|(id, _)| (marks.connection(id).into(), value(marks.request()))).collect();
@@ -51,8 +52,11 @@ pub(super) fn keep_old_ways(plan: &NodePlan, marks: Marks, table: &mut Table) {
 
 /// Both tables; without chains, which every packet would have to pass, if nothing is moved.
 pub(super) fn tables(plan: &NodePlan, marks: Marks) -> impl Iterator<Item = (TableName, Table)> {
-    let ips = [(Ip::V4, DataType::Ipv4, IpAddr::V4(HUB4)), (Ip::V6, DataType::Ipv6, IpAddr::V6(HUB6))];
-    HANDOVER.into_iter().zip(ips).map(move |(name, (ip, key, hub))| {
+    let ips = [
+        (Ip::V4, DataType::Ipv4, IpAddr::V4(TUNNEL_NEXT_HOP4)),
+        (Ip::V6, DataType::Ipv6, IpAddr::V6(TUNNEL_NEXT_HOP6)),
+    ];
+    HANDOVER.into_iter().zip(ips).map(move |(name, (ip, key, tunnel_next_hop))| {
         let of_family = |a: &IpAddr| a.is_ipv4() == (ip == Ip::V4);
         let addresses = plan.handed.iter().flat_map(|(id, (pair, _))| addresses_of(pair).map(|a| (*id, a)));
         let moved = addresses.filter(|(_, a)| of_family(a));
@@ -60,7 +64,7 @@ pub(super) fn tables(plan: &NodePlan, marks: Marks) -> impl Iterator<Item = (Tab
         let mut table = Table::default();
         if !elements.is_empty() {
             let rule = Rule::new().iif_group_not(DEVICE_GROUP).ct_state(CT_STATE_NEW | CT_STATE_INVALID);
-            let rules = vec![rule.set_mark_by_daddr(ip, set::HANDED).dup(hub, plan.device)];
+            let rules = vec![rule.set_mark_by_daddr(ip, set::HANDED).dup(tunnel_next_hop, plan.device)];
             table
                 .chains
                 .insert("handover".into(), Arc::new(Chain::new(base("filter", hook::PREROUTING, PRIORITY), rules)));

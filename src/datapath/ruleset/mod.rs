@@ -16,7 +16,7 @@ use crate::kernel::nft::table::{Chain, Data, DataType, Elements, Hook, Key, Set,
 use crate::kernel::nft::uapi::*;
 use crate::model::marks::Marks;
 use crate::node_plan::NodePlan;
-use crate::node_plan::allocations::PathState;
+use crate::node_plan::allocations::AllocationState;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -24,7 +24,7 @@ use std::sync::Arc;
 pub const INET: TableName = TableName { family: NFPROTO_INET, name: TABLE };
 /// The table with the tunnel device's own chain.
 pub const NETDEV: TableName = TableName { family: NFPROTO_NETDEV, name: TABLE };
-/// The tables that hand packets over while paths are moved on purpose: IPv4's and IPv6's.
+/// The tables that hand packets over while allocations are moved on purpose: IPv4's and IPv6's.
 pub const HANDOVER: [TableName; 2] =
     [TableName { family: NFPROTO_IPV4, name: TABLE }, TableName { family: NFPROTO_IPV6, name: TABLE }];
 
@@ -33,21 +33,21 @@ const TO_TUNNEL: &str = "to-tunnel";
 
 /// What is dropped is counted under one of these names.
 pub mod counter {
-    /// A selected pod's packet whose path is not ready, or which nothing decided on.
+    /// A selected pod's packet whose allocation is not ready, or which nothing decided on.
     pub const BLOCKED: &str = "blocked";
-    /// A packet with a path that was about to leave another way. It was dropped; but the datapath is not whole.
+    /// A packet with an allocation that was about to leave another way. It was dropped; but the datapath is not whole.
     pub const LEAKED: &str = "leaked";
-    /// A selected pod's packet that has lost its tag: what its policies say of it is not known.
-    pub const UNTAGGED: &str = "untagged";
+    /// A selected pod's packet that has lost its pod mark: what its policies say of it is not known.
+    pub const UNMARKED: &str = "unmarked";
     /// A pod's packet with a source address that is not its own, or one with an egress address by anybody but its owner.
     pub const SPOOFED: &str = "spoofed";
     /// A tunnel packet from somebody who is no node, or that a process on this node has made.
     pub const FOREIGN: &str = "foreign";
-    /// A request from the tunnel whose path or sender is unknown here.
+    /// A request from the tunnel whose allocation or sender is unknown here.
     pub const UNKNOWN: &str = "unknown";
-    /// A request from the tunnel for this node itself, which is the path's owner.
+    /// A request from the tunnel for this node itself, which is the allocation's owner.
     pub const TO_OWNER: &str = "to_owner";
-    /// A packet that was translated to another address than its path's: its connection is older than the path.
+    /// A packet that was translated to another address than its allocation's: its connection is older than the allocation.
     pub const STALE: &str = "stale";
     /// A packet to an egress address that belongs to no connection.
     pub const UNSOLICITED: &str = "unsolicited";
@@ -59,33 +59,33 @@ pub mod counter {
     pub const ENTERED: [&str; 2] = ["entered4", "entered6"];
     /// The same, when it has come by the hook `forward`: what lies between is others' firewalls, and routing.
     pub const FORWARDED: [&str; 2] = ["forwarded4", "forwarded6"];
-    /// A packet in the tunnel device for whose path no node is known.
+    /// A packet in the tunnel device for whose allocation no node is known.
     pub const NO_HOP: &str = "no_hop";
 }
 
 /// Maps and sets by name.
 pub mod set {
-    /// A pod's tag to its profile.
+    /// A pod's pod mark to its policy chain.
     pub const PODS: &str = "pods";
-    /// A selected pod's veth to its tag.
+    /// A selected pod's veth to its pod mark.
     pub const VETHS: &str = "veths";
-    /// A tag and an address of its pod's.
+    /// A pod mark and an address of its pod's.
     pub const OWN: [&str; 2] = ["own4", "own6"];
     /// The addresses of this node's selected pods, also of those that have no veth here.
     pub const SELECTED: [&str; 2] = ["selected4", "selected6"];
-    /// A connection's path to the mark that routes it.
-    pub const PATH_OUT: &str = "path_out";
-    /// A path off the wire to the mark that routes it on.
+    /// A connection's allocation to the mark that routes it.
+    pub const EGRESS_ID_OUT: &str = "egress_id_out";
+    /// An allocation off the wire to the mark that routes it on.
     pub const RX: &str = "rx";
     /// A sender's MAC to the mark of its connections.
     pub const PEER: &str = "peer";
-    /// A path to the MAC of the node that owns it.
+    /// An allocation to the MAC of the node that owns it.
     pub const HOP: &str = "hop";
     /// A peer's connection mark to its MAC.
     pub const BACK: &str = "back";
-    /// A path to its address.
+    /// An allocation to its address.
     pub const SNAT: [&str; 2] = ["snat4", "snat6"];
-    /// Which address goes with which path.
+    /// Which address goes with which allocation.
     pub const PAIRS: [&str; 2] = ["pairs4", "pairs6"];
     /// Direct ranges.
     pub const DIRECT: [&str; 2] = ["direct4", "direct6"];
@@ -93,7 +93,7 @@ pub mod set {
     pub const HOSTS: [&str; 2] = ["hosts4", "hosts6"];
     /// Who may send tunnel packets.
     pub const TUNNEL: [&str; 2] = ["tunnel4", "tunnel6"];
-    /// Egress addresses that this node's paths may have.
+    /// Egress addresses that this node's allocations may have.
     pub const EGRESS: [&str; 2] = ["egress4", "egress6"];
     /// All gateways' pools: what only an egress IP's owner sends from.
     pub const POOLS: [&str; 2] = ["pools4", "pools6"];
@@ -103,9 +103,9 @@ pub mod set {
     pub const SAME_PORT: &str = "same_port";
     /// Egress addresses that are being moved here, to the marks of what is handed over.
     pub const HANDED: &str = "handed";
-    /// A path that was moved away just now, to the mark of connections that this node goes on translating.
+    /// An allocation that was moved away just now, to the mark of connections that this node goes on translating.
     pub const LEFT: &str = "left";
-    /// A path that was moved here just now, to the mark of connections that the old node goes on translating.
+    /// An allocation that was moved here just now, to the mark of connections that the old node goes on translating.
     pub const CAME: &str = "came";
 }
 
@@ -176,7 +176,7 @@ fn inet(
         counters: [
             counter::BLOCKED,
             counter::LEAKED,
-            counter::UNTAGGED,
+            counter::UNMARKED,
             counter::SPOOFED,
             counter::FOREIGN,
             counter::UNKNOWN,
@@ -194,26 +194,33 @@ fn inet(
     };
     table.sets.extend(shared.sets.iter().filter(|(n, _)| **n != set::BACK).map(|(n, s)| ((*n).into(), s.clone())));
     table.sets.extend(sets::of_pods(plan, marks, before).into_iter().map(|(name, set)| (name.into(), set)));
-    for step in plan.profiles.values().flat_map(|profile| profile.steps()).filter(|step| !step.covers_everything()) {
+    for step in plan
+        .policy_chains
+        .values()
+        .flat_map(|policy_chain| policy_chain.steps())
+        .filter(|step| !step.covers_everything())
+    {
         covers::add_sets(&step.covers, before.map(|(_, table)| &table.sets), &mut table.sets);
     }
     let kind = SetKind { counter: true, ..SetKind::plain(DataType::Mark, Some(DataType::Mark)) };
-    let path_out = plan.paths.iter().map(|(id, p)| {
-        let mark = if p.state == PathState::Local { marks.local(*id, p.uplink) } else { marks.request() };
+    let egress_id_out = plan.allocations.iter().map(|(id, p)| {
+        let mark = if p.state == AllocationState::Local { marks.local(*id, p.uplink) } else { marks.request() };
         (marks.connection(*id).into(), value(mark))
     });
-    let path_out = unless_same(path_out.collect(), before.and_then(|(_, table)| table.sets.get(set::PATH_OUT)));
-    table.sets.insert(set::PATH_OUT.into(), Set { kind, elements: path_out });
+    let egress_id_out =
+        unless_same(egress_id_out.collect(), before.and_then(|(_, table)| table.sets.get(set::EGRESS_ID_OUT)));
+    table.sets.insert(set::EGRESS_ID_OUT.into(), Set { kind, elements: egress_id_out });
 
     let of_pods = before.map(|(last, table)| (&last.pods, table));
     let of_pods = chains(&plan.pods, of_pods, |pod| {
         let hook = ingress(&pod.interface);
         Chain::of(Some(hook), move || pods::from_pod(&pod, marks))
     });
-    let of_profiles = before.map(|(last, table)| (&last.profiles, table));
-    let of_profiles =
-        chains(&plan.profiles, of_profiles, |profile| Chain::of(None, move || pods::of_profile(&profile, marks)));
-    table.chains = fixed.iter().cloned().chain(of_pods).chain(of_profiles).collect();
+    let of_policy_chains = before.map(|(last, table)| (&last.policy_chains, table));
+    let of_policy_chains = chains(&plan.policy_chains, of_policy_chains, |policy_chain| {
+        Chain::of(None, move || pods::of_policy_chain(&policy_chain, marks))
+    });
+    table.chains = fixed.iter().cloned().chain(of_pods).chain(of_policy_chains).collect();
     handover::keep_old_ways(plan, marks, &mut table);
     table
 }
@@ -252,8 +259,8 @@ fn ingress(device: &str) -> Hook {
 fn netdev(plan: &NodePlan, shared: &SharedSets, marks: Marks, before: Option<&Made>) -> Table {
     let before = before.and_then(|before| before.table(NETDEV));
     let mut table = Table { counters: [counter::NO_HOP].into(), ..Table::default() };
-    let hop = plan.paths.iter().filter_map(|(id, path)| match path.state {
-        PathState::Remote(mac) => Some((marks.connection(*id).into(), Data::Value(mac.as_slice().into()))),
+    let hop = plan.allocations.iter().filter_map(|(id, allocation)| match allocation.state {
+        AllocationState::Remote(mac) => Some((marks.connection(*id).into(), Data::Value(mac.as_slice().into()))),
         _ => None,
     });
     // Of what has come here, the connections of before go the old way for a moment.

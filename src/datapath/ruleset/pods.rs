@@ -1,4 +1,4 @@
-//! The chains of pods and of their profiles.
+//! The chains of pods and of their policy chains.
 
 use super::{counter, covers, set};
 use crate::api::Fallback;
@@ -6,14 +6,15 @@ use crate::kernel::nft::rule::{Ip, Rule};
 use crate::kernel::nft::uapi::*;
 use crate::model::marks::{MAX_INDEX, Marks};
 use crate::node_plan::PodPlan;
-use crate::node_plan::policy_chain::{Profile, Step};
+use crate::node_plan::policy_chain::{PolicyChain, Step};
 use std::net::IpAddr;
 
-/// The pod's addresses get its tag. IPv6 link-local addresses and the unspecified one (duplicate address detection)
-/// pass untagged, other sources are forged. What is not IP passes.
+/// The pod's addresses get its pod mark. IPv6 link-local addresses and the unspecified one (duplicate address detection)
+/// pass unmarked, other sources are forged. What is not IP passes.
 pub(super) fn from_pod(pod: &PodPlan, marks: Marks) -> Vec<Rule> {
-    let tag = marks.tag(pod.tag);
-    let mut rules: Vec<Rule> = pod.addresses.iter().map(|a| Rule::new().saddr(*a).set_mark(tag).accept()).collect();
+    let pod_mark = marks.pod_mark(pod.pod_mark);
+    let mut rules: Vec<Rule> =
+        pod.addresses.iter().map(|a| Rule::new().saddr(*a).set_mark(pod_mark).accept()).collect();
     rules.extend(without_address().map(Rule::accept));
     rules.push(Rule::new().not_ip().accept());
     rules.push(Rule::new().counter(counter::SPOOFED).drop());
@@ -29,11 +30,11 @@ pub(super) fn without_address() -> impl Iterator<Item = Rule> {
 /// A new connection of a pod: direct destinations pass, then the first policy that covers the destination decides.
 ///
 /// What no policy covers passes at the end, if it has come by every rule: each flips the bits of its number in the
-/// index, which the tag needs no more. So a rule that somebody takes away blocks, and does not open what it covered.
-pub(super) fn of_profile(profile: &Profile, marks: Marks) -> Vec<Rule> {
+/// index, which the pod mark needs no more. So a rule that somebody takes away blocks, and does not open what it covered.
+pub(super) fn of_policy_chain(policy_chain: &PolicyChain, marks: Marks) -> Vec<Rule> {
     let pass = |rule: Rule| rule.clear_mark(!marks.kind_and_index_mask()).accept();
     let mut rules: Vec<Rule> = direct().map(pass).collect();
-    let Profile::Steps(steps) = profile else {
+    let PolicyChain::Steps(steps) = policy_chain else {
         rules.push(Rule::new().counter(counter::BLOCKED).drop());
         return rules;
     };
@@ -51,12 +52,14 @@ pub(super) fn of_profile(profile: &Profile, marks: Marks) -> Vec<Rule> {
     for step in steps {
         for covered in covers::matches(&step.covers) {
             let mut matched = || covered(numbered());
-            match (step.path, step.fallback) {
-                (Some(path), Fallback::Block) => {
-                    rules.push(matched().set_ct_mark(marks.connection(path)).goto("known"));
+            match (step.allocation, step.fallback) {
+                (Some(allocation), Fallback::Block) => {
+                    rules.push(matched().set_ct_mark(marks.connection(allocation)).goto("known"));
                 }
-                (Some(path), Fallback::NodeAddress) => {
-                    rules.push(matched().set_ct_mark_and_mark_by(marks.connection(path), set::PATH_OUT).accept());
+                (Some(allocation), Fallback::NodeAddress) => {
+                    rules.push(
+                        matched().set_ct_mark_and_mark_by(marks.connection(allocation), set::EGRESS_ID_OUT).accept(),
+                    );
                     rules.push(pass(matched()));
                 }
                 (None, Fallback::Block) => rules.push(matched().counter(counter::BLOCKED).drop()),
@@ -65,7 +68,7 @@ pub(super) fn of_profile(profile: &Profile, marks: Marks) -> Vec<Rule> {
         }
     }
     if !steps.iter().any(Step::covers_everything) {
-        let by_all = marks.tag(passed);
+        let by_all = marks.pod_mark(passed);
         rules.push(pass(Rule::new().mark(marks.kind_and_index_mask(), by_all)));
     }
     rules

@@ -7,7 +7,7 @@ use crate::model::AddressRange;
 use crate::model::mac::Mac;
 use crate::model::marks::Marks;
 use crate::model::networks;
-use crate::node_plan::allocations::Path;
+use crate::node_plan::allocations::NodeAllocation;
 use crate::node_plan::{NodePlan, View, addresses};
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -34,10 +34,10 @@ pub fn shared_sets(view: &View, peers: &PeerIndexes, marks: Marks, before: &Shar
         let kind = SetKind { interval, counter, ..SetKind::plain(key, data) };
         sets.insert(name, Set { kind, elements: unless_same(elements, before.sets.get(name)) });
     };
-    let paths = &view.paths;
-    let members = || paths.paths.iter().filter(|(_, path)| path.member);
-    let translating: Vec<(u16, &Path)> =
-        members().filter(|(_, path)| path.translates).map(|(id, path)| (*id, path)).collect();
+    let allocations = &view.allocations;
+    let members = || allocations.allocations.iter().filter(|(_, allocation)| allocation.member);
+    let translating: Vec<(u16, &NodeAllocation)> =
+        members().filter(|(_, allocation)| allocation.translates).map(|(id, allocation)| (*id, allocation)).collect();
     put(
         set::RX,
         DataType::Mark,
@@ -46,7 +46,7 @@ pub fn shared_sets(view: &View, peers: &PeerIndexes, marks: Marks, before: &Shar
         true,
         translating.iter().map(|(id, p)| (u32::from(*id).into(), value(marks.local(*id, p.uplink)))).collect(),
     );
-    let known = peers.iter().filter(|(mac, _)| paths.is_gateway && paths.peers.contains_key(*mac));
+    let known = peers.iter().filter(|(mac, _)| allocations.is_gateway && allocations.peers.contains_key(*mac));
     let known = known.map(|(mac, index)| (mac.as_slice(), marks.connection_of_peer(*index)));
     let peer = known.clone().map(|(mac, mark)| (Key::from(mac), value(mark))).collect();
     let back = known.map(|(mac, mark)| (mark.into(), Data::Value(mac.into()))).collect();
@@ -56,7 +56,8 @@ pub fn shared_sets(view: &View, peers: &PeerIndexes, marks: Marks, before: &Shar
         let (address, pair) = types(ip);
         let of_family = |a: &&IpAddr| ip.has(a);
         let ways = || {
-            let ways = translating.iter().flat_map(|(id, path)| addresses(path).map(|a| (u32::from(*id), a)));
+            let ways =
+                translating.iter().flat_map(|(id, allocation)| addresses(allocation).map(|a| (u32::from(*id), a)));
             ways.filter(|(_, a)| of_family(&a))
         };
         let snat = ways().map(|(mark, a)| (mark.into(), Data::Value(a.into()))).collect();
@@ -64,17 +65,20 @@ pub fn shared_sets(view: &View, peers: &PeerIndexes, marks: Marks, before: &Shar
         // Also of those that others hold now: the address comes before its first packet. An address that is not
         // Egret's to place serves the node's own connections, too; so does one that this node cannot take because the
         // host has it on its own.
-        let egress =
-            members().filter(|(_, path)| path.managed && path.translates).flat_map(|(_, path)| addresses(path));
+        let egress = members()
+            .filter(|(_, allocation)| allocation.managed && allocation.translates)
+            .flat_map(|(_, allocation)| addresses(allocation));
         let egress = egress.filter(|a| of_family(&a)).map(|a| plain(&a)).collect();
-        let ping = members().filter(|(_, path)| path.answers_ping).flat_map(|(_, path)| addresses(path));
+        let ping = members()
+            .filter(|(_, allocation)| allocation.answers_ping)
+            .flat_map(|(_, allocation)| addresses(allocation));
         let ping = ping.filter(|a| of_family(&a)).map(|a| plain(&a)).collect();
         put(set::SNAT[at], DataType::Mark, Some(address), false, false, snat);
         put(set::PAIRS[at], pair, None, false, false, pairs);
         put(set::EGRESS[at], address, None, false, false, egress);
         put(set::PING[at], address, None, false, false, ping);
         put(set::DIRECT[at], address, None, true, false, ranges(&view.networks.direct, ip));
-        put(set::POOLS[at], address, None, true, false, ranges(&paths.pools, ip));
+        put(set::POOLS[at], address, None, true, false, ranges(&allocations.pools, ip));
         put(
             set::HOSTS[at],
             address,
@@ -92,12 +96,12 @@ pub fn shared_sets(view: &View, peers: &PeerIndexes, marks: Marks, before: &Shar
         None,
         false,
         false,
-        if paths.is_gateway { same_port() } else { Elements::default() },
+        if allocations.is_gateway { same_port() } else { Elements::default() },
     );
     SharedSets { sets }
 }
 
-/// What selected pods are known by: the tag that they get, and more where that is lost. `before` is the last plan and
+/// What selected pods are known by: the pod mark that they get, and more where that is lost. `before` is the last plan and
 /// what was made of it: a pod's start, which is waited for, adds to that.
 pub(super) fn of_pods(plan: &NodePlan, marks: Marks, before: Option<(&NodePlan, &Table)>) -> Vec<(&'static str, Set)> {
     let same_unfound = before.filter(|(last, _)| last.unfound == plan.unfound);
@@ -115,20 +119,22 @@ pub(super) fn of_pods(plan: &NodePlan, marks: Marks, before: Option<(&NodePlan, 
         };
         (name, Set { kind, elements })
     };
-    let tags = pods.iter().map(|pod| (marks.tag(pod.tag).into(), Data::Jump(pod.profile.clone()))).collect();
-    let veths = pods.iter().map(|pod| (pod.interface_index.into(), value(marks.tag(pod.tag)))).collect();
+    let pod_marks =
+        pods.iter().map(|pod| (marks.pod_mark(pod.pod_mark).into(), Data::Jump(pod.policy_chain.clone()))).collect();
+    let veths = pods.iter().map(|pod| (pod.interface_index.into(), value(marks.pod_mark(pod.pod_mark)))).collect();
     let mut sets = vec![
-        set(set::PODS, DataType::Mark, Some(DataType::Verdict), tags),
+        set(set::PODS, DataType::Mark, Some(DataType::Verdict), pod_marks),
         set(set::VETHS, DataType::Interface, Some(DataType::Mark), veths),
     ];
     for (at, ip) in Ip::BOTH.into_iter().enumerate() {
-        let (address, tagged) = types(ip);
-        let addresses = pods.iter().flat_map(|pod| pod.addresses.iter().map(|a| (pod.tag, a)));
+        let (address, marked) = types(ip);
+        let addresses = pods.iter().flat_map(|pod| pod.addresses.iter().map(|a| (pod.pod_mark, a)));
         let addresses = addresses.filter(|(_, a)| ip.has(a));
-        let own = addresses.clone().map(|(tag, a)| (with_mark(marks.tag(tag), *a), Data::None)).collect();
+        let own =
+            addresses.clone().map(|(pod_mark, a)| (with_mark(marks.pod_mark(pod_mark), *a), Data::None)).collect();
         let unfound = unfound.into_iter().flatten().filter(|a| ip.has(a));
         let selected = addresses.map(|(_, a)| a).chain(unfound).map(plain).collect();
-        sets.push(set(set::OWN[at], tagged, None, own));
+        sets.push(set(set::OWN[at], marked, None, own));
         sets.push(set(set::SELECTED[at], address, None, selected));
     }
     sets

@@ -1,9 +1,9 @@
 //! Connections that the kernel tracks: found by their mark, and forgotten.
 //!
 //! A connection keeps the path that it began with. When that path ends for it, its entry has to go; its next packet
-//! is then judged anew. What is on its way meanwhile can be let in by a [`straggler`] entry.
+//! is then judged anew. What is on its way meanwhile can be let in by a [`in_flight_reply`] entry.
 
-mod straggler;
+mod in_flight_reply;
 mod translated;
 mod tuple;
 
@@ -137,7 +137,7 @@ pub fn settle(socket: &mut Socket, marked: Marked, fate: impl Fn(&Connection) ->
             Fate::Followed(mark) => (Some(mark), None),
             Fate::Replaced(heir, late) => (late, Some(heir.request())),
         };
-        let late = late.and_then(|mark| straggler::after(raw, mark));
+        let late = late.and_then(|mark| in_flight_reply::after(raw, mark));
         Some(Deletion { request: request(raw)?, followers: late.into_iter().chain(heir).collect() })
     })?;
     delete_all(socket, &found)
@@ -429,12 +429,12 @@ mod tests {
             let mut spoilt = whole;
             let at = at.index(spoilt.len());
             spoilt[at] = byte;
-            drop((parse(&spoilt), request(&spoilt), straggler::after(&spoilt, mark)));
+            drop((parse(&spoilt), request(&spoilt), in_flight_reply::after(&spoilt, mark)));
         }
 
         #[test]
         fn any_bytes_are_no_reason_to_panic(bytes in vec(any::<u8>(), 0..120)) {
-            drop((parse(&bytes), request(&bytes), straggler::after(&bytes, 1)));
+            drop((parse(&bytes), request(&bytes), in_flight_reply::after(&bytes, 1)));
         }
     }
 }

@@ -3,7 +3,7 @@
 //! A connection whose source port was changed is known by its translation alone. An entry that is made here has what the
 //! connection's own entry on another node has, so that its next packet is translated as its first one was.
 
-use super::straggler::{ASSURED, ESTABLISHED, established, to};
+use super::in_flight_reply::{ASSURED, ESTABLISHED, established, to};
 use super::tuple::Tuple;
 use super::*;
 use crate::kernel::nft::rule::protocol::TCP;

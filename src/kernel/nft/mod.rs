@@ -28,7 +28,7 @@ const BUFFER: usize = 16 << 20;
 /// Egret's tables in the kernel.
 pub struct Nftables {
     socket: Socket,
-    /// What the kernel holds, as far as is known: read back once, then kept in step with what was committed.
+    /// What the kernel holds, as far as is known: read back once, then kept in sync with what was committed.
     held: BTreeMap<TableName, Held>,
     /// What it held when that was last known of tables of which it is not known now.
     before: BTreeMap<TableName, Held>,
@@ -72,7 +72,7 @@ impl Nftables {
     }
 
     /// Forgets what is known of the kernel, so that the next [`apply`](Self::apply) reads it again.
-    pub fn distrust(&mut self) {
+    pub fn invalidate(&mut self) {
         self.before.append(&mut self.held);
     }
 
@@ -129,7 +129,7 @@ impl Nftables {
                     return Ok(changes + updated);
                 }
                 Err(e) => {
-                    self.distrust();
+                    self.invalidate();
                     if tries == TRIES {
                         return Err(e);
                     }

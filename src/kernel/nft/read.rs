@@ -1,6 +1,6 @@
 //! Reads a table back from the kernel.
 
-use super::table::{Bytes, Data, Elements, Held, HeldChain, HeldSet, Hook, Key, TableName};
+use super::table::{Bytes, Data, Elements, Held, HeldSet, Hook, Key, ObservedChain, TableName};
 use super::uapi::*;
 use crate::kernel::netlink::{Attributes, Error, Socket, attributes, string};
 use std::borrow::Cow;
@@ -39,7 +39,7 @@ pub(super) fn table(socket: &mut Socket, table: TableName) -> Result<Held, Error
     }
     let mut chains = chains(socket, table)?;
     for (name, chain) in &mut chains {
-        if let HeldChain::Read { hashes, .. } = chain {
+        if let ObservedChain::Read { hashes, .. } = chain {
             *hashes = rules(socket, table, name)?;
         }
     }
@@ -72,7 +72,7 @@ pub(super) fn without_content(socket: &mut Socket, table: TableName) -> Result<H
     Ok(held)
 }
 
-fn chains(socket: &mut Socket, table: TableName) -> Result<BTreeMap<Arc<str>, HeldChain>, Error> {
+fn chains(socket: &mut Socket, table: TableName) -> Result<BTreeMap<Arc<str>, ObservedChain>, Error> {
     let payload = request(table, |p| p.text(NFTA_CHAIN_TABLE, table.name));
     socket.dump(kind(NFT_MSG_GETCHAIN), &payload, BTreeMap::new, |all, message| {
         let (mut of, mut name, mut hook, mut policy, mut type_) =
@@ -102,7 +102,7 @@ fn chains(socket: &mut Socket, table: TableName) -> Result<BTreeMap<Arc<str>, He
             }
             hook
         });
-        all.insert(name.into(), HeldChain::Read { hook, hashes: Vec::new() });
+        all.insert(name.into(), ObservedChain::Read { hook, hashes: Vec::new() });
     })
 }
 

@@ -222,7 +222,7 @@ pub struct Held {
     /// The netlink port of the socket that owns it.
     pub owner: Option<u32>,
     /// Chains by name.
-    pub chains: BTreeMap<Arc<str>, HeldChain>,
+    pub chains: BTreeMap<Arc<str>, ObservedChain>,
     /// Sets by name.
     pub sets: BTreeMap<SetName, HeldSet>,
     /// Named counters.
@@ -235,7 +235,7 @@ pub struct Unlike<'a> {
     /// Its name.
     pub name: &'a str,
     /// As it is; `None`: it is not there.
-    pub held: Option<&'a HeldChain>,
+    pub held: Option<&'a ObservedChain>,
     /// As it should be; `None`: it should not be there.
     pub wanted: Option<&'a Arc<Chain>>,
 }
@@ -243,7 +243,7 @@ pub struct Unlike<'a> {
 impl Held {
     /// Whether it has the chains and sets of another one.
     pub fn is_like(&self, other: &Held) -> bool {
-        let same_chain = |(a, b): (&HeldChain, &HeldChain)| a.hook() == b.hook() && a.hashes() == b.hashes();
+        let same_chain = |(a, b): (&ObservedChain, &ObservedChain)| a.hook() == b.hook() && a.hashes() == b.hashes();
         let same_set = |(a, b): (&HeldSet, &HeldSet)| Arc::ptr_eq(&a.elements, &b.elements) || a.elements == b.elements;
         self.chains.keys().eq(other.chains.keys())
             && self.chains.values().zip(other.chains.values()).all(same_chain)
@@ -272,7 +272,7 @@ impl Held {
 
 /// A chain in the kernel.
 #[derive(Clone, Debug)]
-pub enum HeldChain {
+pub enum ObservedChain {
     /// As it was read.
     Read {
         /// Its hook.
@@ -284,12 +284,12 @@ pub enum HeldChain {
     Written(Arc<Chain>),
 }
 
-impl HeldChain {
+impl ObservedChain {
     /// Its hook.
     pub fn hook(&self) -> Option<&Hook> {
         match self {
-            HeldChain::Read { hook, .. } => hook.as_ref(),
-            HeldChain::Written(chain) => chain.hook(),
+            ObservedChain::Read { hook, .. } => hook.as_ref(),
+            ObservedChain::Written(chain) => chain.hook(),
         }
     }
 
@@ -301,7 +301,7 @@ impl HeldChain {
     /// Whether it is `chain`.
     pub fn is(&self, chain: &Arc<Chain>) -> bool {
         match self {
-            HeldChain::Written(held) if Arc::ptr_eq(held, chain) => true,
+            ObservedChain::Written(held) if Arc::ptr_eq(held, chain) => true,
             _ => self.hook() == chain.hook() && self.has_rules_of(chain),
         }
     }
@@ -313,8 +313,8 @@ impl HeldChain {
 
     fn hashes(&self) -> &[u64] {
         match self {
-            HeldChain::Read { hashes, .. } => hashes,
-            HeldChain::Written(chain) => &chain.hashes,
+            ObservedChain::Read { hashes, .. } => hashes,
+            ObservedChain::Written(chain) => &chain.hashes,
         }
     }
 }
@@ -377,7 +377,7 @@ impl From<&Table> for Held {
             exists: true,
             flags: 0,
             owner: None,
-            chains: table.chains.iter().map(|(n, c)| (n.clone(), HeldChain::Written(c.clone()))).collect(),
+            chains: table.chains.iter().map(|(n, c)| (n.clone(), ObservedChain::Written(c.clone()))).collect(),
             sets: table
                 .sets
                 .iter()

@@ -5,7 +5,7 @@
 
 use super::read::{header, kind};
 use super::table::{
-    Data, DataType, Elements, Held, HeldChain, HeldSet, Hook, Key, Set, SetKind, Table, TableName, Unlike,
+    Data, DataType, Elements, Held, HeldSet, Hook, Key, ObservedChain, Set, SetKind, Table, TableName, Unlike,
 };
 use super::uapi::*;
 use crate::kernel::netlink::{self, Attributes, NLM_F_ACK, NLM_F_APPEND, NLM_F_CREATE, NLM_F_REQUEST, Socket};
@@ -124,7 +124,7 @@ impl<'a> Transaction<'a> {
         for (set, h) in unwanted().filter(|(_, h)| h.flags & NFT_SET_CONSTANT == 0) {
             self.elements(name, set, NFT_MSG_DELSETELEM, h.elements.iter().collect(), KEYS);
         }
-        for chain in chains.iter().filter(|chain| chain.held.is_some_and(HeldChain::has_rules)) {
+        for chain in chains.iter().filter(|chain| chain.held.is_some_and(ObservedChain::has_rules)) {
             self.push(name, NFT_MSG_DELRULE, 0, |p| {
                 p.text(NFTA_RULE_TABLE, name.name);
                 p.text(NFTA_RULE_CHAIN, chain.name);

@@ -11,13 +11,13 @@ fn liveness(members: &[Name], dead: &[bool]) -> Liveness {
     Liveness { dead: dead.collect(), ..Liveness::default() }
 }
 
-fn of<'a>(id: PathId, node: &'a str, members: &'a [Name]) -> Standing<'a> {
+fn of<'a>(id: EgressId, node: &'a str, members: &'a [Name]) -> Standing<'a> {
     Standing { id, node: Some(node), leaving: None, arrived: true, takers: &[], members, needs: &[] }
 }
 
-/// Each path's owner, where the ledger gives path n to the node n modulo the number of nodes.
-fn owners<'a>(members: &'a [Name], ids: u16, liveness: &Liveness) -> BTreeMap<PathId, Option<&'a str>> {
-    let node = |id: PathId| &*members[usize::from(id) % members.len()];
+/// Each allocation's owner, where the allocations give allocation n to the node n modulo the number of nodes.
+fn owners<'a>(members: &'a [Name], ids: u16, liveness: &Liveness) -> BTreeMap<EgressId, Option<&'a str>> {
+    let node = |id: EgressId| &*members[usize::from(id) % members.len()];
     (1..=ids).map(|id| (id, owner(of(id, node(id), members), liveness))).collect()
 }
 
@@ -44,7 +44,7 @@ proptest! {
     }
 
     #[test]
-    fn a_death_moves_the_dead_nodes_paths_and_no_other_and_a_return_gives_back_what_nobody_took(
+    fn a_death_moves_the_dead_nodes_allocations_and_no_other_and_a_return_gives_back_what_nobody_took(
         dead in prop::collection::vec(any::<bool>(), 2..8), which in any::<prop::sample::Index>(),
     ) {
         let members = names(dead.len());
@@ -53,9 +53,9 @@ proptest! {
         let (before, after) = (owners(&members, 200, &with(false)), owners(&members, 200, &with(true)));
         for (id, owner) in &before {
             if *owner != Some(&*members[which]) {
-                prop_assert_eq!(owner, &after[id], "path {}", id);
+                prop_assert_eq!(owner, &after[id], "allocation {}", id);
             } else {
-                prop_assert_ne!(owner, &after[id], "path {}", id);
+                prop_assert_ne!(owner, &after[id], "allocation {}", id);
             }
         }
     }
@@ -76,7 +76,7 @@ proptest! {
 }
 
 #[test]
-fn a_dead_nodes_paths_are_spread_evenly_over_those_that_are_left() {
+fn a_dead_nodes_allocations_are_spread_evenly_over_those_that_are_left() {
     for nodes in [3, 5, 11] {
         let members = names(nodes);
         let liveness = liveness(&members, &[true]);
@@ -93,11 +93,11 @@ fn a_dead_nodes_paths_are_spread_evenly_over_those_that_are_left() {
 }
 
 #[test]
-fn a_path_that_is_moved_on_purpose_stays_until_the_new_node_has_it() {
+fn an_allocation_that_is_moved_on_purpose_stays_until_the_new_node_has_it() {
     let members = names(3);
     let moving = |arrived, dead: &[bool]| {
-        let path = Standing { leaving: Some(&members[0]), arrived, ..of(7, &members[1], &members) };
-        owner(path, &liveness(&members, dead)).unwrap()
+        let allocation = Standing { leaving: Some(&members[0]), arrived, ..of(7, &members[1], &members) };
+        owner(allocation, &liveness(&members, dead)).unwrap()
     };
     assert_eq!(moving(false, &[]), &*members[0]);
     assert_eq!(moving(true, &[]), &*members[1]);
@@ -117,7 +117,7 @@ fn a_drained_node_is_the_last_resort() {
 }
 
 #[test]
-fn what_the_ledger_gives_nobody_nobody_takes() {
+fn what_the_allocations_gives_nobody_nobody_takes() {
     let members = names(3);
     assert_eq!(owner(Standing { node: None, ..of(1, "", &members) }, &Liveness::default()), None);
 }
@@ -136,28 +136,33 @@ fn what_is_moved_on_purpose_stays_with_the_old_node_until_the_new_one_has_it_and
 }
 
 #[test]
-fn who_has_lost_less_of_what_a_path_needs_has_it_and_what_all_have_lost_moves_nothing() {
+fn who_has_lost_less_of_what_an_allocation_needs_has_it_and_what_all_have_lost_moves_nothing() {
     let members = names(3);
     let needs: Vec<UplinkKey> = [true, false].map(|ipv4| UplinkKey { interface: None, ipv4 }).into();
     let lost = |of: &[(usize, &[UplinkKey])]| {
         let lost = of.iter().map(|(n, keys)| (members[*n].clone(), keys.iter().cloned().collect()));
         Liveness { lost: lost.collect(), ..Liveness::default() }
     };
-    let path = |takers: &'static [&'static str]| Standing { takers, needs: &needs, ..of(7, &members[0], &members) };
+    let allocation =
+        |takers: &'static [&'static str]| Standing { takers, needs: &needs, ..of(7, &members[0], &members) };
     let (v4, v6) = (&needs[..1], &needs[1..]);
-    let first = owner(path(&[]), &lost(&[(0, v6)]));
+    let first = owner(allocation(&[]), &lost(&[(0, v6)]));
     assert!(first == Some(&members[1]) || first == Some(&members[2]));
     let of_one_family = Standing { needs: v4, ..of(7, &members[0], &members) };
     assert_eq!(owner(of_one_family, &lost(&[(0, v6)])), Some(&*members[0]), "it needs no IPv6");
-    assert_eq!(owner(path(&[]), &lost(&[(0, v6), (1, v6), (2, v6)])), Some(&*members[0]));
-    assert_eq!(owner(path(&[]), &lost(&[(0, v6), (1, v4), (2, v4)])), Some(&*members[0]), "none has more");
-    assert_eq!(owner(path(&[]), &lost(&[(0, v6), (1, &needs), (2, v4)])), Some(&*members[0]));
-    assert_eq!(owner(path(&[]), &lost(&[(0, &needs), (1, v6), (2, &needs)])), Some(&*members[1]));
-    assert_eq!(owner(path(&["gateway-1.example.org"]), &lost(&[])), Some(&*members[1]), "who took it over keeps it");
-    assert_eq!(owner(path(&["gateway-1.example.org"]), &lost(&[(1, v6), (2, v6)])), Some(&*members[0]));
+    assert_eq!(owner(allocation(&[]), &lost(&[(0, v6), (1, v6), (2, v6)])), Some(&*members[0]));
+    assert_eq!(owner(allocation(&[]), &lost(&[(0, v6), (1, v4), (2, v4)])), Some(&*members[0]), "none has more");
+    assert_eq!(owner(allocation(&[]), &lost(&[(0, v6), (1, &needs), (2, v4)])), Some(&*members[0]));
+    assert_eq!(owner(allocation(&[]), &lost(&[(0, &needs), (1, v6), (2, &needs)])), Some(&*members[1]));
+    assert_eq!(
+        owner(allocation(&["gateway-1.example.org"]), &lost(&[])),
+        Some(&*members[1]),
+        "who took it over keeps it"
+    );
+    assert_eq!(owner(allocation(&["gateway-1.example.org"]), &lost(&[(1, v6), (2, v6)])), Some(&*members[0]));
     let mut drained = lost(&[(0, v6), (1, v6)]);
     drained.drained.insert(members[2].clone());
-    assert_eq!(owner(path(&[]), &drained), Some(&*members[0]), "who is drained gets nothing new");
-    let moving = Standing { leaving: Some(&members[1]), arrived: true, ..path(&[]) };
+    assert_eq!(owner(allocation(&[]), &drained), Some(&*members[0]), "who is drained gets nothing new");
+    let moving = Standing { leaving: Some(&members[1]), arrived: true, ..allocation(&[]) };
     assert_eq!(owner(moving, &lost(&[(0, v6)])), Some(&*members[0]), "what is moved on purpose arrives");
 }

@@ -38,9 +38,9 @@ impl Scene {
     fn policies(&mut self) -> Vec<String> {
         let view = View::new(&self.world.cluster, "plain", &Facts::default(), &[], []);
         let labels: Labels = POD.iter().copied().collect();
-        match self.beginning.profile(&view, "a", Some(&labels), self.now) {
-            Some(Profile::Steps(steps)) => steps.iter().map(|step| step.policy.to_string()).collect(),
-            Some(Profile::Held) => vec!["held".into()],
+        match self.beginning.policy_chain(&view, "a", Some(&labels), self.now) {
+            Some(PolicyChain::Steps(steps)) => steps.iter().map(|step| step.policy.to_string()).collect(),
+            Some(PolicyChain::Held) => vec!["held".into()],
             None => vec![],
         }
     }

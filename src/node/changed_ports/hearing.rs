@@ -68,7 +68,7 @@ impl Task {
         }
         let (is_here, owns) = (changed.source_node == self.roles.mac, self.roles.owns(&changed.address));
         if is_here && !owns {
-            // A pod of this node's: it goes through the tunnel by an entry of its own, until its path comes here.
+            // A pod of this node's: it goes through the tunnel by an entry of its own, until its allocation comes here.
             return;
         }
         let there = owns.then(|| conntrack::find_by_request(&mut self.table, &changed.out).ok().flatten()).flatten();
@@ -78,7 +78,7 @@ impl Task {
         }
         let marks = self.marks;
         // What this node knows of a connection that another one owns is older; and a pod's own way through the tunnel ends
-        // when its path comes here.
+        // when its allocation comes here.
         let gives_place = |there: &Tracked| match is_here {
             true => there.mark == mark && there.back == there.out.reversed(),
             false => there.mark & marks.connection_kind_mask() == marks.connection_of_peer(0),

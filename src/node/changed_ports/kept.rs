@@ -9,18 +9,18 @@ use crate::datapath::names::{HEALTH, of_mac};
 use crate::kernel::conntrack::{self, Made, Marked, Tracked, Translated, Tuple};
 use crate::kernel::nft::rule::protocol::{TCP, UDP};
 use crate::model::mac::Mac;
-use crate::model::marks::{Marks, PathId};
+use crate::model::marks::{EgressId, Marks};
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::net::{IpAddr, Ipv6Addr};
 use std::time::Duration;
 use tokio::time::Instant;
 
 /// Where this node's pods leave, by the ids of the egress IPs.
-pub type Ways = BTreeMap<PathId, Way>;
+pub type Holders = BTreeMap<EgressId, Holder>;
 
 /// An egress IP that has an owner.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Way {
+pub struct Holder {
     /// The owner's MAC address in the tunnel; this node may be it.
     pub owner: Mac,
     /// The egress IP.
@@ -42,9 +42,9 @@ const LONGEST: u32 = super::hearing::LONGEST;
 #[derive(Debug, Default)]
 pub(super) struct Telling {
     /// The last owner of each egress IP. One that has none for a while may get another one.
-    owners: BTreeMap<PathId, Mac>,
+    owners: BTreeMap<EgressId, Mac>,
     /// The egress IPs that have moved, and when their owners are told.
-    moved: Vec<(Instant, PathId)>,
+    moved: Vec<(Instant, EgressId)>,
     /// Connections that are in the kernel's table no more, and when they are told of.
     gone: Vec<(Instant, Vec<Tracked>)>,
     messages: VecDeque<(Ipv6Addr, Vec<u8>)>,
@@ -61,12 +61,12 @@ impl Telling {
     }
 
     /// Notes which egress IPs have another owner than before. `own`: this node needs not be told.
-    pub(super) fn change(&mut self, ways: &Ways, own: Mac, now: Instant) {
-        for (id, way) in ways {
-            let before = self.owners.insert(*id, way.owner);
-            if before.is_some_and(|before| before != way.owner) {
+    pub(super) fn change(&mut self, holders: &Holders, own: Mac, now: Instant) {
+        for (id, holder) in holders {
+            let before = self.owners.insert(*id, holder.owner);
+            if before.is_some_and(|before| before != holder.owner) {
                 self.moved.retain(|(_, other)| other != id);
-                if way.owner != own {
+                if holder.owner != own {
                     self.moved.extend([(now, *id), (now + AGAIN, *id)]);
                 }
             }
@@ -74,9 +74,9 @@ impl Telling {
     }
 
     /// The egress IPs whose owners are told now.
-    fn moved(&mut self, ways: &Ways, now: Instant) -> Ways {
+    fn moved(&mut self, holders: &Holders, now: Instant) -> Holders {
         let due = self.moved.extract_if(.., |(at, _)| *at <= now);
-        due.filter_map(|(_, id)| Some((id, ways.get(&id)?.clone()))).collect()
+        due.filter_map(|(_, id)| Some((id, holders.get(&id)?.clone()))).collect()
     }
 
     /// The connections that are told of now though the kernel's table has them no more.
@@ -95,23 +95,23 @@ impl Task {
     /// Tells next owners of what is due, and sends what waits.
     pub(super) fn tell_next_owners(&mut self) {
         let now = Instant::now();
-        let (ways, gone) = (self.telling.moved(&self.roles.ways, now), self.telling.gone(now));
+        let (holders, gone) = (self.telling.moved(&self.roles.holders, now), self.telling.gone(now));
         let mut found = Vec::new();
-        if !ways.is_empty() {
+        if !holders.is_empty() {
             let marks = self.marks;
-            let of_pods = Marked { mark: marks.connection(0), mask: marks.connection_of_path_mask() };
+            let of_pods = Marked { mark: marks.connection(0), mask: marks.connection_of_allocation_mask() };
             // What still has the egress IP's translation here is told of when it has it no more (`hear_gone`):
             // what the next owner translates back has to be known here.
             let is_there = |tracked: &Tracked| {
                 let goes_on = tracked.is_established && tracked.back.destination == tracked.out.source;
-                goes_on && ways.contains_key(&path(tracked.mark, marks))
+                goes_on && holders.contains_key(&allocation(tracked.mark, marks))
             };
             match conntrack::list_tracked(&mut self.table, of_pods, is_there) {
-                Ok(all) => found.extend(all.iter().filter_map(|tracked| self.kept(tracked, &ways))),
+                Ok(all) => found.extend(all.iter().filter_map(|tracked| self.kept(tracked, &holders))),
                 Err(e) => tracing::warn!("connections of egress IPs that have moved cannot be told of: {e:#}"),
             }
         }
-        found.extend(gone.iter().filter_map(|tracked| self.kept(tracked, &self.roles.ways)));
+        found.extend(gone.iter().filter_map(|tracked| self.kept(tracked, &self.roles.holders)));
         for (owner, connections) in shared_out(found) {
             let messages = Message::Kept(connections).encode().into_iter();
             self.telling.messages.extend(messages.map(|message| (of_mac(HEALTH, owner), message)));
@@ -131,11 +131,12 @@ impl Task {
     }
 
     /// What the egress IP's owner, another node, is told of a connection of a pod here, and for how long it lives.
-    fn kept(&self, tracked: &Tracked, ways: &Ways) -> Option<(Mac, Changed, u32)> {
-        let way = ways.get(&path(tracked.mark, self.marks)).filter(|way| way.owner != self.roles.mac)?;
-        let (out, address) = kept_port(tracked, &way.address)?;
+    fn kept(&self, tracked: &Tracked, holders: &Holders) -> Option<(Mac, Changed, u32)> {
+        let holder =
+            holders.get(&allocation(tracked.mark, self.marks)).filter(|holder| holder.owner != self.roles.mac)?;
+        let (out, address) = kept_port(tracked, &holder.address)?;
         let changed = Changed { out, address, port: out.ports[0], source_node: self.roles.mac };
-        Some((way.owner, changed, tracked.timeout))
+        Some((holder.owner, changed, tracked.timeout))
     }
 
     /// A node's word of a connection of one of its pods, which has kept its port. What is known of it here is newer.
@@ -160,8 +161,8 @@ impl Task {
     }
 }
 
-fn path(mark: u32, marks: Marks) -> PathId {
-    (mark & marks.path_mask()) as PathId
+fn allocation(mark: u32, marks: Marks) -> EgressId {
+    (mark & marks.allocation_mask()) as EgressId
 }
 
 /// What is told to each owner: no more than there is room for, of what lives longest.
@@ -210,24 +211,24 @@ mod tests {
         AddressPair { ipv4: Some([192, 0, 2, 50].into()), ipv6: None }
     }
 
-    fn ways(owner: Mac) -> Ways {
-        [(5, Way { owner, address: egress() })].into()
+    fn holders(owner: Mac) -> Holders {
+        [(5, Holder { owner, address: egress() })].into()
     }
 
     #[test]
     fn who_comes_to_own_an_egress_ip_is_told_at_once_and_after_a_second() {
         let (mut telling, begin) = (Telling::default(), Instant::now());
-        let told = |telling: &mut Telling, now| telling.moved(&ways(A), now).len();
-        telling.change(&ways(A), HERE, begin);
+        let told = |telling: &mut Telling, now| telling.moved(&holders(A), now).len();
+        telling.change(&holders(A), HERE, begin);
         assert_eq!(telling.next(), None, "it is not known that it has moved");
-        telling.change(&Ways::new(), HERE, begin);
-        telling.change(&ways(B), HERE, begin);
+        telling.change(&Holders::new(), HERE, begin);
+        telling.change(&holders(B), HERE, begin);
         assert_eq!(telling.next(), Some(begin), "it had no owner for a while");
         assert_eq!((told(&mut telling, begin), told(&mut telling, begin)), (1, 0));
         assert_eq!(telling.next(), Some(begin + AGAIN));
         assert_eq!((told(&mut telling, begin + AGAIN), telling.next()), (1, None));
-        telling.change(&ways(A), HERE, begin);
-        telling.change(&ways(HERE), HERE, begin);
+        telling.change(&holders(A), HERE, begin);
+        telling.change(&holders(HERE), HERE, begin);
         assert_eq!(telling.next(), None, "this node is told by nobody");
     }
 

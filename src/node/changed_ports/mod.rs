@@ -13,7 +13,7 @@ mod replicas;
 mod roles;
 mod task;
 
-pub use kept::{Way, Ways, kept_port};
+pub use kept::{Holder, Holders, kept_port};
 pub use replicas::Replicas;
 pub use roles::{Role, Roles};
 

@@ -16,7 +16,7 @@ const SILENT: Duration = Duration::from_secs(60);
 /// An owner from which a message came in this time tells what there is.
 const SPEAKS: Duration = Duration::from_secs(20);
 
-/// Shared by the task that hears of them, and by what cleans the kernel's table when a path has moved.
+/// Shared by the task that hears of them, and by what cleans the kernel's table when an allocation has moved.
 #[derive(Debug, Default)]
 pub struct Replicas {
     table: Mutex<Table>,
@@ -104,7 +104,7 @@ impl Replicas {
         self.table().connections.get(out).is_some_and(|replica| replica.changed.address == address)
     }
 
-    /// What the connection of a pod of this node becomes when its path comes here.
+    /// What the connection of a pod of this node becomes when its allocation comes here.
     pub fn heir(&self, out: &Tuple, mark: u32) -> Option<Translated> {
         let replica = self.table().connections.get(out).copied()?;
         (replica.mark == mark).then(|| replica.translated(Instant::now()))

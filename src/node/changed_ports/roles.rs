@@ -1,12 +1,12 @@
 //! Who tells whom, and whose word counts.
 
-use super::kept::Ways;
+use super::kept::Holders;
 use super::message::Changed;
 use crate::datapath::ruleset::PeerIndexes;
 use crate::kernel::conntrack::Tracked;
 use crate::kernel::nft::rule::protocol::{TCP, UDP};
 use crate::model::mac::Mac;
-use crate::model::marks::{MAX_PEER, Marks, PathId};
+use crate::model::marks::{EgressId, MAX_PEER, Marks};
 use std::collections::{BTreeSet, HashMap};
 use std::net::{IpAddr, Ipv6Addr};
 use std::sync::Arc;
@@ -27,14 +27,14 @@ pub struct Roles {
     /// All addresses of this node: none of them is a pod's.
     pub own: BTreeSet<IpAddr>,
     /// The egress IPs by which this node's pods leave.
-    pub ways: Ways,
+    pub holders: Holders,
 }
 
 /// This node's part for one egress IP.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Role {
     /// The egress IP's id.
-    pub path: PathId,
+    pub allocation: EgressId,
     /// Whether this node is the owner.
     pub owns: bool,
     /// Who else is or just was.
@@ -60,7 +60,7 @@ impl Roles {
             let index = (tracked.mark & u32::from(MAX_PEER)) as u16;
             *self.peers.iter().find(|(_, peer)| **peer == index)?.0
         } else {
-            (tracked.mark == marks.connection(role.path)).then_some(self.mac)?
+            (tracked.mark == marks.connection(role.allocation)).then_some(self.mac)?
         };
         let (address, port) = (tracked.back.destination, tracked.back.ports[1]);
         Some(Changed { out: tracked.out, address, port, source_node })
@@ -73,7 +73,7 @@ impl Roles {
             return None;
         }
         if changed.source_node == self.mac {
-            return Some(marks.connection(role.path));
+            return Some(marks.connection(role.allocation));
         }
         self.peers.get(&changed.source_node).map(|index| marks.connection_of_peer(*index))
     }
@@ -111,7 +111,7 @@ mod tests {
     }
 
     fn roles(owns: bool) -> Roles {
-        let role = Role { path: 5, owns, owners: vec![OWNER], members: Arc::new([]) };
+        let role = Role { allocation: 5, owns, owners: vec![OWNER], members: Arc::new([]) };
         Roles {
             mac: HERE,
             addresses: [(address("192.0.2.50"), role)].into(),

@@ -142,7 +142,7 @@ impl Task {
             self.replicas.touch(now, |a| self.roles.owns(a) && !before.owns(a));
         }
         let roles = self.roles.clone();
-        self.telling.change(&roles.ways, roles.mac, now);
+        self.telling.change(&roles.holders, roles.mac, now);
         self.owned.keep(|address| roles.owns(&address));
         if (before.device, before.asking) != (self.roles.device, self.roles.asking) {
             self.messages = None;
@@ -158,7 +158,7 @@ impl Task {
             return;
         };
         let is_member = !self.roles.addresses.is_empty();
-        if !is_member && self.roles.ways.is_empty() {
+        if !is_member && self.roles.holders.is_empty() {
             (self.messages, self.log) = (None, None);
             return;
         }
@@ -184,7 +184,7 @@ impl Task {
             }
         }
         if let (Some(fault), false) = (faults.first(), self.warned) {
-            tracing::warn!("sessions whose port is changed break when their path moves; trying again: {fault:#}");
+            tracing::warn!("sessions whose port is changed break when their allocation moves; trying again: {fault:#}");
         }
         self.warned = !faults.is_empty();
     }
@@ -332,7 +332,7 @@ impl Task {
         self.read_at.retain(|at| *at > now);
         let marks = self.marks;
         let of_peers = Marked { mark: marks.connection_of_peer(0), mask: marks.connection_kind_mask() };
-        let of_pods = Marked { mark: marks.connection(0), mask: marks.connection_of_path_mask() };
+        let of_pods = Marked { mark: marks.connection(0), mask: marks.connection_of_allocation_mask() };
         for marked in [of_peers, of_pods] {
             match conntrack::list_tracked(&mut self.table, marked, Tracked::has_changed_port) {
                 Ok(found) => found.iter().for_each(|tracked| self.note(tracked)),
@@ -348,7 +348,7 @@ impl Task {
         let now = Instant::now();
         if self.complained.is_none_or(|at| at + OVERRUN <= now) {
             self.complained = Some(now);
-            tracing::warn!("connections whose ports were changed cannot be kept in step: {error}");
+            tracing::warn!("connections whose ports were changed cannot be kept in sync: {error}");
         }
     }
 }

@@ -4,7 +4,7 @@ use crate::model::destination::{Destination, Ports};
 use crate::model::marks::Marks;
 use crate::node_plan::policy_chain::Step;
 
-const PATH: PathId = 7;
+const ALLOCATION: EgressId = 7;
 const HTTPS: u16 = 443;
 
 fn holder() -> Holder {
@@ -12,12 +12,18 @@ fn holder() -> Holder {
 }
 
 /// Of one policy, which covers port 443 alone.
-fn profile(existing_connections: ExistingConnections, fallback: Fallback) -> Arc<Profile> {
+fn policy_chain(existing_connections: ExistingConnections, fallback: Fallback) -> Arc<PolicyChain> {
     let ports = Ports { protocol: crate::api::Protocol::Tcp, first: HTTPS, last: HTTPS };
     let covers = Destination { networks: Box::default(), ports: [ports].into() };
     let policy = PolicyKey::from("a/p");
     let covers = Arc::new(vec![covers].into());
-    Arc::new(Profile::Steps(vec![Step { policy, path: Some(PATH), fallback, existing_connections, covers }]))
+    Arc::new(PolicyChain::Steps(vec![Step {
+        policy,
+        allocation: Some(ALLOCATION),
+        fallback,
+        existing_connections,
+        covers,
+    }]))
 }
 
 fn connection(id: u32, port: u16) -> Connection {
@@ -37,45 +43,46 @@ fn connection(id: u32, port: u16) -> Connection {
 }
 
 /// What becomes of connections 1 and 2, of which the first has been kept, and of one to another port.
-fn fates(mended: bool, profile: &Arc<Profile>, ready: &[PathId], before: &Arc<Profile>) -> [Fate; 3] {
-    let pod = Pod { profile: before.clone(), kept: [1].into(), is_new: false };
-    let seen = Seen { ready: [PATH].into(), mended, has_looked: true, ..Seen::default() };
+fn fates(mended: bool, policy_chain: &Arc<PolicyChain>, ready: &[EgressId], before: &Arc<PolicyChain>) -> [Fate; 3] {
+    let pod = Pod { policy_chain: before.clone(), kept: [1].into(), is_new: false };
+    let seen = Seen { ready: [ALLOCATION].into(), mended, has_looked: true, ..Seen::default() };
     let ready = ready.iter().copied().collect();
-    [(1, HTTPS), (2, HTTPS), (3, 80)].map(|(id, port)| seen.fate(Some(&pod), profile, &ready, &connection(id, port)))
+    [(1, HTTPS), (2, HTTPS), (3, 80)]
+        .map(|(id, port)| seen.fate(Some(&pod), policy_chain, &ready, &connection(id, port)))
 }
 
 #[test]
 fn connections_without_a_policys_decision_are_kept_or_ended_as_it_says() {
     use ExistingConnections::{End, Keep};
     use Fate::{Ended, Kept, Passes};
-    let (keep, end) = (profile(Keep, Fallback::Block), profile(End, Fallback::Block));
-    let free = Arc::new(Profile::Steps(vec![]));
+    let (keep, end) = (policy_chain(Keep, Fallback::Block), policy_chain(End, Fallback::Block));
+    let free = Arc::new(PolicyChain::Steps(vec![]));
     // A policy begins; what has begun before is known from then on.
-    assert_eq!(fates(false, &keep, &[PATH], &free), [Kept, Kept, Passes]);
-    assert_eq!(fates(false, &end, &[PATH], &free), [Ended, Ended, Passes]);
+    assert_eq!(fates(false, &keep, &[ALLOCATION], &free), [Kept, Kept, Passes]);
+    assert_eq!(fates(false, &end, &[ALLOCATION], &free), [Ended, Ended, Passes]);
     // Somebody has taken rules away: what is not known has begun meanwhile.
-    assert_eq!(fates(true, &keep, &[PATH], &keep), [Kept, Ended, Passes]);
+    assert_eq!(fates(true, &keep, &[ALLOCATION], &keep), [Kept, Ended, Passes]);
     assert_eq!(fates(true, &keep, &[], &keep), [Kept, Ended, Passes]);
-    assert_eq!(fates(true, &keep, &[PATH], &free), [Kept, Kept, Passes]);
+    assert_eq!(fates(true, &keep, &[ALLOCATION], &free), [Kept, Kept, Passes]);
     // What nobody knows anything of may be anything.
-    assert_eq!(fates(false, &Arc::new(Profile::Held), &[], &free), [Kept, Kept, Kept]);
+    assert_eq!(fates(false, &Arc::new(PolicyChain::Held), &[], &free), [Kept, Kept, Kept]);
 }
 
 #[test]
 fn a_fallback_to_the_nodes_address_makes_connections_that_stay_while_it_lasts() {
     use ExistingConnections::{End, Keep};
     use Fate::{Ended, Kept, Passes};
-    let (keep, end) = (profile(Keep, Fallback::NodeAddress), profile(End, Fallback::NodeAddress));
+    let (keep, end) = (policy_chain(Keep, Fallback::NodeAddress), policy_chain(End, Fallback::NodeAddress));
     assert_eq!(fates(true, &end, &[], &end), [Passes, Passes, Passes]);
-    assert_eq!(fates(false, &end, &[PATH], &end), [Ended, Ended, Passes]);
+    assert_eq!(fates(false, &end, &[ALLOCATION], &end), [Ended, Ended, Passes]);
     assert_eq!(fates(true, &keep, &[], &keep), [Passes, Passes, Passes]);
-    assert_eq!(fates(true, &keep, &[PATH], &keep), [Kept, Ended, Passes]);
+    assert_eq!(fates(true, &keep, &[ALLOCATION], &keep), [Kept, Ended, Passes]);
 }
 
 #[test]
 fn a_daemon_that_finds_its_rules_gone_ends_what_it_cannot_know() {
-    let ready = [PATH].into();
-    let keep = profile(ExistingConnections::Keep, Fallback::Block);
+    let ready = [ALLOCATION].into();
+    let keep = policy_chain(ExistingConnections::Keep, Fallback::Block);
     let fate = |mended, has_looked| {
         let seen = Seen { mended, has_looked, ..Seen::default() };
         seen.fate(None, &keep, &ready, &connection(1, HTTPS))
@@ -85,17 +92,18 @@ fn a_daemon_that_finds_its_rules_gone_ends_what_it_cannot_know() {
 
 #[test]
 fn a_pod_that_began_under_its_policies_is_not_looked_at() {
-    let keep = profile(ExistingConnections::Keep, Fallback::Block);
+    let keep = policy_chain(ExistingConnections::Keep, Fallback::Block);
     let mut seen = Seen::default();
-    let is_looked_at =
-        |seen: &Seen, profile: &Arc<Profile>| seen.is_to_be_looked_at(&holder(), profile, &[PATH].into());
+    let is_looked_at = |seen: &Seen, policy_chain: &Arc<PolicyChain>| {
+        seen.is_to_be_looked_at(&holder(), policy_chain, &[ALLOCATION].into())
+    };
     assert!(is_looked_at(&seen, &keep), "it ran before");
-    let held = Arc::new(Profile::Held);
-    seen.pods.insert(holder(), Pod { profile: held.clone(), kept: HashSet::new(), is_new: true });
+    let held = Arc::new(PolicyChain::Held);
+    seen.pods.insert(holder(), Pod { policy_chain: held.clone(), kept: HashSet::new(), is_new: true });
     assert!(!is_looked_at(&seen, &keep));
-    seen.pods.insert(holder(), Pod { profile: held, kept: HashSet::new(), is_new: false });
+    seen.pods.insert(holder(), Pod { policy_chain: held, kept: HashSet::new(), is_new: false });
     assert!(is_looked_at(&seen, &keep), "it was held later");
-    seen.pods.insert(holder(), Pod { profile: keep.clone(), kept: HashSet::new(), is_new: false });
+    seen.pods.insert(holder(), Pod { policy_chain: keep.clone(), kept: HashSet::new(), is_new: false });
     assert!(!is_looked_at(&seen, &keep));
     seen.mended = true;
     assert!(is_looked_at(&seen, &keep));
@@ -106,10 +114,10 @@ fn what_is_told_twice_is_done_once() {
     let (jobs, incoming) = channel();
     let told = Default::default();
     let mut existing = Existing { jobs, marks: Marks::default(), told, new: BTreeSet::new(), mended: false };
-    let used = Use { profile: Some(profile(ExistingConnections::Keep, Fallback::Block)), ..Use::default() };
+    let used = Use { policy_chain: Some(policy_chain(ExistingConnections::Keep, Fallback::Block)), ..Use::default() };
     let uses = Uses::from([(holder(), Arc::new(used))]);
     let mut look = |mended| {
-        existing.look(&uses, [PATH].into(), mended, &Shared::default(), &BTreeSet::new());
+        existing.look(&uses, [ALLOCATION].into(), mended, &Shared::default(), &BTreeSet::new());
         incoming.try_iter().count()
     };
     assert_eq!([look(false), look(false), look(true), look(false)], [1, 0, 1, 0]);

@@ -1,7 +1,7 @@
 //! Which of its uplinks this node can use, and whether it can hold egress addresses at all.
 
 use crate::model::uplink_key::UplinkKey;
-use crate::node::host::Look;
+use crate::node::host::UplinkStatus;
 use std::collections::{BTreeMap, BTreeSet};
 use tokio::time::Instant;
 
@@ -13,7 +13,7 @@ struct Lost {
 }
 
 /// A node is unfit when none of its uplinks is left. One whose interface it never had makes it no less fit than it was:
-/// that a path cannot be here for it, the path's status says.
+/// that an allocation cannot be here for it, the allocation's status says.
 #[derive(Debug, Default)]
 pub(super) struct Fitness {
     had: BTreeSet<UplinkKey>,
@@ -25,8 +25,8 @@ pub(super) struct Fitness {
 
 impl Fitness {
     /// Returns whether it has changed.
-    pub(super) fn judge(&mut self, look: &Look, apart: Option<&str>, now: Instant) -> bool {
-        let (broken, works) = look.judge();
+    pub(super) fn judge(&mut self, uplinks_now: &UplinkStatus, apart: Option<&str>, now: Instant) -> bool {
+        let (broken, works) = uplinks_now.judge();
         // Of two addresses with the same uplink one may have no interface, being on no network of this node's.
         let broken: Vec<_> = broken.into_iter().filter(|b| !works.contains(&b.key)).collect();
         let had = broken.iter().any(|b| self.had.contains(&b.key) || b.down);

@@ -6,13 +6,13 @@
 
 mod fitness;
 
-use super::host::{Look, Wish};
+use super::host::{Desired, UplinkStatus};
 use super::liveness::Settings;
 use crate::model::mac::{Mac, Shown};
-use crate::model::marks::PathId;
+use crate::model::marks::EgressId;
 use crate::model::selector::Name;
 use crate::model::uplink_key::UplinkKey;
-use crate::node_plan::allocations::{Facts, Path, PathState, Placing};
+use crate::node_plan::allocations::{AllocationState, Facts, NodeAllocation, Placing};
 use crate::node_plan::{View, addresses};
 use fitness::Fitness;
 use std::collections::{BTreeMap, BTreeSet};
@@ -31,7 +31,7 @@ const AGAIN: [Duration; 2] = [Duration::from_millis(250), Duration::from_secs(2)
 const AT_FIRST: Duration = Duration::from_secs(5);
 /// What another node claims is not asked for again before this and [`AGAIN`].
 const CLAIMED: Duration = Duration::from_secs(5);
-/// A node that has nothing of what the ledger gives it does not say that it is fit, so that nobody sends to it who
+/// A node that has nothing of what the allocations give it does not say that it is fit, so that nobody sends to it who
 /// cannot hear that others have taken all over. Longer than this it is not out of service for it.
 const WITHHELD: Duration = Duration::from_secs(60);
 
@@ -51,22 +51,22 @@ pub struct Holding {
     started: Instant,
     fitness: Fitness,
     /// Nobody else has these addresses: it was asked.
-    cleared: BTreeMap<PathId, BTreeSet<IpAddr>>,
-    answered: BTreeMap<PathId, Answer>,
+    cleared: BTreeMap<EgressId, BTreeSet<IpAddr>>,
+    answered: BTreeMap<EgressId, Answer>,
     /// It is being asked for them.
-    asking: BTreeSet<PathId>,
-    /// The paths that there were when it was decided last, sorted; `None` before.
-    known: Option<Vec<PathId>>,
+    asking: BTreeSet<EgressId>,
+    /// The allocations that there were when it was decided last, sorted; `None` before.
+    known: Option<Vec<EgressId>>,
     /// What is here is to be asked for.
     verify: bool,
     /// Somebody answered for what is here.
-    lost: BTreeSet<PathId>,
+    lost: BTreeSet<EgressId>,
     /// Another node has them: when they go.
-    going: BTreeMap<PathId, Instant>,
-    /// The ledger gives them to this node, which gave them up: `since` of the ledger's entry, and when.
-    yielded: BTreeMap<PathId, (i64, Instant)>,
+    going: BTreeMap<EgressId, Instant>,
+    /// The allocations give them to this node, which gave them up: `since` of the allocations' entry, and when.
+    relinquished: BTreeMap<EgressId, (i64, Instant)>,
     /// What this node has taken over from others.
-    inherited: BTreeSet<PathId>,
+    taken_from_the_dead: BTreeSet<EgressId>,
     next: Option<Instant>,
 }
 
@@ -74,18 +74,18 @@ pub struct Holding {
 #[derive(Debug, Default)]
 pub struct Decision {
     /// What is to be on this node.
-    pub wish: Wish,
-    /// Paths for whose addresses the link is to be asked.
-    pub ask: BTreeSet<PathId>,
-    /// Those among them that were in no ledger before: no node of Egret's has had them.
-    pub new: BTreeSet<PathId>,
-    /// Paths that are to be here without a family that this node has lost.
-    pub partial: BTreeSet<PathId>,
+    pub desired: Desired,
+    /// Allocations for whose addresses the link is to be asked.
+    pub ask: BTreeSet<EgressId>,
+    /// Those among them that were in no allocations before: no node of Egret's has had them.
+    pub new: BTreeSet<EgressId>,
+    /// Allocations that are to be here without a family that this node has lost.
+    pub partial: BTreeSet<EgressId>,
 }
 
 /// What a decision is made of.
 struct Scene<'a> {
-    look: &'a Look,
+    uplinks_now: &'a UplinkStatus,
     facts: &'a Facts,
     /// Whether what is here is to be asked for.
     verify: bool,
@@ -106,8 +106,8 @@ impl Holding {
             verify: true,
             lost: BTreeSet::new(),
             going: BTreeMap::new(),
-            yielded: BTreeMap::new(),
-            inherited: BTreeSet::new(),
+            relinquished: BTreeMap::new(),
+            taken_from_the_dead: BTreeSet::new(),
             next: None,
         }
     }
@@ -119,8 +119,8 @@ impl Holding {
 
     /// Whether this node can hold addresses. Returns whether that has changed.
     /// `apart`: why no other node reaches this one, where that is known.
-    pub fn judge(&mut self, look: &Look, apart: Option<&str>, now: Instant) -> bool {
-        self.fitness.judge(look, apart, now)
+    pub fn judge(&mut self, uplinks_now: &UplinkStatus, apart: Option<&str>, now: Instant) -> bool {
+        self.fitness.judge(uplinks_now, apart, now)
     }
 
     /// Whether it can.
@@ -148,97 +148,109 @@ impl Holding {
     }
 
     /// Decides what is to be here.
-    pub fn decide(&mut self, view: &View, facts: &Facts, look: &Look, drained: bool, now: Instant) -> Decision {
+    pub fn decide(
+        &mut self,
+        view: &View,
+        facts: &Facts,
+        uplinks_now: &UplinkStatus,
+        drained: bool,
+        now: Instant,
+    ) -> Decision {
         let mut decision = Decision::default();
-        let paths = &view.paths.paths;
+        let allocations = &view.allocations.allocations;
         self.next = None;
-        self.forget(paths);
+        self.forget(allocations);
         let verify = std::mem::take(&mut self.verify);
-        let mut of_ledger: BTreeSet<UplinkKey> = BTreeSet::new();
-        let mut has_of_ledger = false;
-        for (id, path) in paths.iter().filter(|(_, path)| path.placing != Placing::Never) {
-            let here = path.is_here(*id, facts) || look.is_served(path, facts);
+        let mut of_allocations: BTreeSet<UplinkKey> = BTreeSet::new();
+        let mut has_of_allocations = false;
+        for (id, allocation) in allocations.iter().filter(|(_, allocation)| allocation.placing != Placing::Never) {
+            let here = allocation.is_here(*id, facts) || uplinks_now.is_served(allocation, facts);
             if !here {
                 self.lost.remove(id);
             }
-            let give_up = self.is_to_give_up(path, now);
-            if here && (self.lost.contains(id) || give_up && self.gives_up(path)) {
-                self.give(*id, path, now);
+            let give_up = self.is_to_give_up(allocation, now);
+            if here && (self.lost.contains(id) || give_up && self.gives_up(allocation)) {
+                self.give(*id, allocation, now);
                 continue;
             }
-            let stays = match path.placing {
+            let stays = match allocation.placing {
                 // Where there is no link to ask, the attempt to place it says why.
                 Placing::Take { ask } => {
-                    let ask = ask && look.can_ask(path);
-                    let scene = Scene { look, facts, verify, now };
-                    self.takes(*id, path, here, ask, &scene, &mut decision)
+                    let ask = ask && uplinks_now.can_ask(allocation);
+                    let scene = Scene { uplinks_now, facts, verify, now };
+                    self.takes(*id, allocation, here, ask, &scene, &mut decision)
                 }
                 Placing::Keep => here,
-                Placing::Leave => here && self.lingers(*id, now),
+                Placing::Leave => here && self.is_in_grace_period(*id, now),
                 Placing::Never => false,
             };
-            if !matches!(path.placing, Placing::Take { .. }) {
+            if !matches!(allocation.placing, Placing::Take { .. }) {
                 self.cleared.remove(id);
                 self.answered.remove(id);
                 // After a start, it may be that only this node thinks that another one has it.
-                if here && verify && look.can_ask(path) {
+                if here && verify && uplinks_now.can_ask(allocation) {
                     decision.ask.insert(*id);
                 }
             }
             if stays {
-                has_of_ledger |= path.by_ledger;
-                of_ledger.extend(path.needs().filter(|_| path.by_ledger));
-                decision.wish.paths.insert(*id);
-                self.note_partial(*id, path, look, facts, &mut decision);
+                has_of_allocations |= allocation.by_allocations;
+                of_allocations.extend(allocation.needs().filter(|_| allocation.by_allocations));
+                decision.desired.allocations.insert(*id);
+                self.note_partial(*id, allocation, uplinks_now, facts, &mut decision);
             }
         }
         decision.ask.retain(|id| self.asking.insert(*id));
-        if let Some(known) = self.known.replace(paths.keys().copied().collect()) {
+        if let Some(known) = self.known.replace(allocations.keys().copied().collect()) {
             decision.new = decision.ask.iter().copied().filter(|id| known.binary_search(id).is_err()).collect();
         }
-        let yielded = self.yielded.iter().filter(|(_, (_, at))| now - *at < WITHHELD);
-        let yielded: BTreeSet<UplinkKey> = yielded.filter_map(|(id, _)| paths.get(id)).flat_map(Path::needs).collect();
-        let withheld = !yielded.is_empty() && !has_of_ledger;
-        let usable = self.fitness.works().iter().filter(|key| of_ledger.contains(*key) || !yielded.contains(*key));
-        decision.wish.uplinks = usable.cloned().collect();
-        let holds = paths.values().any(|path| path.state == PathState::Local && path.member);
-        let left = drained && !holds && decision.wish.paths.is_empty();
-        decision.wish.health = view.paths.is_gateway && self.is_fit() && !withheld && !left;
+        let relinquished = self.relinquished.iter().filter(|(_, (_, at))| now - *at < WITHHELD);
+        let relinquished: BTreeSet<UplinkKey> =
+            relinquished.filter_map(|(id, _)| allocations.get(id)).flat_map(NodeAllocation::needs).collect();
+        let withheld = !relinquished.is_empty() && !has_of_allocations;
+        let usable =
+            self.fitness.works().iter().filter(|key| of_allocations.contains(*key) || !relinquished.contains(*key));
+        decision.desired.uplinks = usable.cloned().collect();
+        let holds =
+            allocations.values().any(|allocation| allocation.state == AllocationState::Local && allocation.member);
+        let left = drained && !holds && decision.desired.allocations.is_empty();
+        decision.desired.health = view.allocations.is_gateway && self.is_fit() && !withheld && !left;
         decision
     }
 
-    /// Whether the address of a path that is to be here shall be placed.
+    /// Whether the address of an allocation that is to be here shall be placed.
     fn takes(
         &mut self,
-        id: PathId,
-        path: &Path,
+        id: EgressId,
+        allocation: &NodeAllocation,
         here: bool,
         ask: bool,
         scene: &Scene,
         decision: &mut Decision,
     ) -> bool {
-        let Scene { look, facts, verify, now } = *scene;
+        let Scene { uplinks_now, facts, verify, now } = *scene;
         self.going.remove(&id);
-        if !path.by_ledger && ask {
-            self.inherited.insert(id);
+        if !allocation.by_allocations && ask {
+            self.taken_from_the_dead.insert(id);
         }
         if !ask {
             // Who answered may be the node that hands it over.
             self.answered.remove(&id);
-            self.yielded.remove(&id);
-            decision.wish.moving.insert(id);
+            self.relinquished.remove(&id);
+            decision.desired.moving.insert(id);
             return true;
         }
         let cleared = self.cleared.get(&id);
         let is_unasked = |a: IpAddr| {
-            look.is_usable(a, path) && !facts.addresses.contains(&a) && cleared.is_none_or(|set| !set.contains(&a))
+            uplinks_now.is_usable(a, allocation)
+                && !facts.addresses.contains(&a)
+                && cleared.is_none_or(|set| !set.contains(&a))
         };
-        let unasked = addresses(path).any(is_unasked);
+        let unasked = addresses(allocation).any(is_unasked);
         // A family that was lost is back, or new: what goes by the other one goes on meanwhile.
-        let some = here || addresses(path).any(|a| facts.addresses.contains(&a));
+        let some = here || addresses(allocation).any(|a| facts.addresses.contains(&a));
         if here || cleared.is_some() && (some || !unasked) {
             self.answered.remove(&id);
-            self.yielded.remove(&id);
+            self.relinquished.remove(&id);
             if here && verify || some && unasked {
                 decision.ask.insert(id);
             }
@@ -256,7 +268,7 @@ impl Holding {
     }
 
     /// Whether an address that another node has stays a little longer.
-    fn lingers(&mut self, id: PathId, now: Instant) -> bool {
+    fn is_in_grace_period(&mut self, id: EgressId, now: Instant) -> bool {
         // After a start, nobody has been found dead yet, and who is said to have it may be.
         let known = self.started + self.settings.detection() + Duration::from_millis(500);
         let at = *self.going.entry(id).or_insert_with(|| known.max(now + GRACE));
@@ -264,28 +276,36 @@ impl Holding {
         at > now
     }
 
-    /// Notes which of a path's addresses are not to be here yet, and whether it is here without one of them.
-    fn note_partial(&mut self, id: PathId, path: &Path, look: &Look, facts: &Facts, decision: &mut Decision) {
+    /// Notes which of an allocation's addresses are not to be here yet, and whether it is here without one of them.
+    fn note_partial(
+        &mut self,
+        id: EgressId,
+        allocation: &NodeAllocation,
+        uplinks_now: &UplinkStatus,
+        facts: &Facts,
+        decision: &mut Decision,
+    ) {
         let is_missing = |a: &IpAddr| !facts.addresses.contains(a);
-        let missing = addresses(path).filter(is_missing).count();
-        let some_are_here = missing > 0 && missing < addresses(path).count();
-        if !look.is_partial(path) && !some_are_here {
+        let missing = addresses(allocation).filter(is_missing).count();
+        let some_are_here = missing > 0 && missing < addresses(allocation).count();
+        if !uplinks_now.is_partial(allocation) && !some_are_here {
             return;
         }
         decision.partial.insert(id);
         if let Some(cleared) = self.cleared.get_mut(&id) {
-            cleared.retain(|address| look.is_usable(*address, path));
+            cleared.retain(|address| uplinks_now.is_usable(*address, allocation));
         }
-        if !decision.wish.moving.contains(&id) {
+        if !decision.desired.moving.contains(&id) {
             let cleared = self.cleared.get(&id);
-            let unasked = addresses(path).filter(is_missing).filter(|a| cleared.is_none_or(|set| !set.contains(a)));
-            decision.wish.unasked.extend(unasked);
+            let unasked =
+                addresses(allocation).filter(is_missing).filter(|a| cleared.is_none_or(|set| !set.contains(a)));
+            decision.desired.unasked.extend(unasked);
         }
     }
 
-    /// Whether others find out now that this node cannot use what a path needs.
-    fn is_to_give_up(&mut self, path: &Path, now: Instant) -> bool {
-        let since = self.fitness.unfit_since().into_iter().chain(self.fitness.lost_since(path.needs())).min();
+    /// Whether others find out now that this node cannot use what an allocation needs.
+    fn is_to_give_up(&mut self, allocation: &NodeAllocation, now: Instant) -> bool {
+        let since = self.fitness.unfit_since().into_iter().chain(self.fitness.lost_since(allocation.needs())).min();
         let at = since.map(|since| since + self.settings.safe_absence());
         self.wake_at(at.filter(|at| *at > now));
         at.is_some_and(|at| at <= now)
@@ -293,15 +313,15 @@ impl Holding {
 
     /// Whether a node that cannot use an address gives it up: where it cannot be reached anyway, or if another one
     /// can.
-    fn gives_up(&self, path: &Path) -> bool {
-        self.fitness.is_cut_off() || matches!(path.state, PathState::Remote(_))
+    fn gives_up(&self, allocation: &NodeAllocation) -> bool {
+        self.fitness.is_cut_off() || matches!(allocation.state, AllocationState::Remote(_))
     }
 
-    fn give(&mut self, id: PathId, path: &Path, now: Instant) {
+    fn give(&mut self, id: EgressId, allocation: &NodeAllocation, now: Instant) {
         self.cleared.remove(&id);
-        self.inherited.remove(&id);
-        if path.by_ledger {
-            self.yielded.insert(id, (path.since, now));
+        self.taken_from_the_dead.remove(&id);
+        if allocation.by_allocations {
+            self.relinquished.insert(id, (allocation.since, now));
         }
     }
 
@@ -309,23 +329,27 @@ impl Holding {
         self.next = [self.next, at].into_iter().flatten().min();
     }
 
-    /// Drops what is known of paths that are gone or are another node's by a newer ledger.
-    fn forget(&mut self, paths: &BTreeMap<PathId, Path>) {
-        let there = |id: &PathId| paths.get(id).is_some_and(|path| path.placing != Placing::Never);
+    /// Drops what is known of allocations that are gone or are another node's by a newer allocations.
+    fn forget(&mut self, allocations: &BTreeMap<EgressId, NodeAllocation>) {
+        let there = |id: &EgressId| allocations.get(id).is_some_and(|allocation| allocation.placing != Placing::Never);
         self.cleared.retain(|id, _| there(id));
         self.answered.retain(|id, _| there(id));
         self.lost.retain(there);
-        self.going.retain(|id, _| paths.get(id).is_some_and(|path| path.placing == Placing::Leave));
-        self.inherited.retain(|id| {
-            paths.get(id).is_some_and(|path| matches!(path.placing, Placing::Take { .. } | Placing::Keep))
+        self.going.retain(|id, _| allocations.get(id).is_some_and(|allocation| allocation.placing == Placing::Leave));
+        self.taken_from_the_dead.retain(|id| {
+            allocations
+                .get(id)
+                .is_some_and(|allocation| matches!(allocation.placing, Placing::Take { .. } | Placing::Keep))
         });
-        self.yielded.retain(|id, (since, _)| paths.get(id).is_some_and(|path| path.by_ledger && path.since == *since));
+        self.relinquished.retain(|id, (since, _)| {
+            allocations.get(id).is_some_and(|allocation| allocation.by_allocations && allocation.since == *since)
+        });
     }
 
-    /// What the link said. Of a path that is here and that somebody else has, this node lets go.
-    pub fn heard(&mut self, asked: Vec<(PathId, IpAddr, Option<Mac>)>, view: &View, facts: &Facts, now: Instant) {
-        let mut taken: BTreeMap<PathId, (IpAddr, Mac)> = BTreeMap::new();
-        let mut silent: BTreeMap<PathId, BTreeSet<IpAddr>> = BTreeMap::new();
+    /// What the link said. Of an allocation that is here and that somebody else has, this node lets go.
+    pub fn heard(&mut self, asked: Vec<(EgressId, IpAddr, Option<Mac>)>, view: &View, facts: &Facts, now: Instant) {
+        let mut taken: BTreeMap<EgressId, (IpAddr, Mac)> = BTreeMap::new();
+        let mut silent: BTreeMap<EgressId, BTreeSet<IpAddr>> = BTreeMap::new();
         for (id, address, mac) in asked {
             let silent = silent.entry(id).or_default();
             match mac {
@@ -336,11 +360,11 @@ impl Holding {
         let mut news: Vec<String> = Vec::new();
         for (id, silent) in silent {
             self.asking.remove(&id);
-            let path = view.paths.paths.get(&id);
-            if path.is_some_and(|path| path.placing == Placing::Take { ask: false }) {
+            let allocation = view.allocations.allocations.get(&id);
+            if allocation.is_some_and(|allocation| allocation.placing == Placing::Take { ask: false }) {
                 continue;
             }
-            let here = path.is_some_and(|path| path.is_here(id, facts));
+            let here = allocation.is_some_and(|allocation| allocation.is_here(id, facts));
             match taken.get(&id) {
                 None => self.cleared.entry(id).or_default().extend(silent),
                 Some((address, mac)) => {
@@ -366,7 +390,7 @@ impl Holding {
 
     /// Another node, which others reach, asks for what is here. This node gives it up, and does not ask for it before that
     /// one has had the time to take it.
-    pub fn claimed(&mut self, id: PathId, address: IpAddr, by: Mac, now: Instant) {
+    pub fn claimed(&mut self, id: EgressId, address: IpAddr, by: Mac, now: Instant) {
         let who = if by == Mac::default() { String::new() } else { format!(" at {}", Shown(by)) };
         tracing::warn!(%address, "no node reaches this one, and one that others reach{who} asks for the egress IP: given up");
         self.lost.insert(id);
@@ -375,14 +399,14 @@ impl Holding {
     }
 
     /// The link could not be asked: it is tried again.
-    pub fn unheard(&mut self, ids: BTreeSet<PathId>) {
+    pub fn unheard(&mut self, ids: BTreeSet<EgressId>) {
         for id in ids {
             self.asking.remove(&id);
         }
     }
 
     /// What this node should hold and cannot, and why.
-    pub fn refused(&self) -> impl Iterator<Item = (PathId, String)> {
+    pub fn refused(&self) -> impl Iterator<Item = (EgressId, String)> {
         self.answered.iter().map(|(id, Answer { address, mac, .. })| {
             let why = format!(
                 "{address} is somebody else's: {} answers for it on the link; it comes here as soon as nobody does; see \
@@ -393,14 +417,14 @@ impl Holding {
         })
     }
 
-    /// What the ledger gives this node, and it gave up.
-    pub fn yielded(&self) -> BTreeSet<PathId> {
-        self.yielded.keys().copied().collect()
+    /// What the allocations give this node, and it gave up.
+    pub fn relinquished(&self) -> BTreeSet<EgressId> {
+        self.relinquished.keys().copied().collect()
     }
 
     /// What this node has taken over from others.
-    pub fn inherited(&self) -> &BTreeSet<PathId> {
-        &self.inherited
+    pub fn taken_from_the_dead(&self) -> &BTreeSet<EgressId> {
+        &self.taken_from_the_dead
     }
 }
 

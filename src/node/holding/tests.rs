@@ -5,15 +5,15 @@ use crate::fixture::{World, asking};
 use std::sync::Arc;
 
 const ADDRESS: &str = "192.0.2.50";
-const STRANGER: Mac = [2, 0, 0, 0, 0, 9];
+const OTHER_HOST: Mac = [2, 0, 0, 0, 0, 9];
 const SETTINGS: Settings = Settings { interval: Duration::from_millis(300), misses: 3 };
 
-/// A gateway's node `n1`, to which the ledger gives one path.
+/// A gateway's node `n1`, to which the allocations give one allocation.
 struct Scene {
     world: World,
-    id: PathId,
+    id: EgressId,
     facts: Facts,
-    look: Look,
+    uplinks_now: UplinkStatus,
     holding: Holding,
     now: Instant,
 }
@@ -35,7 +35,7 @@ impl Scene {
             world,
             id: grant.id,
             facts: Facts::default(),
-            look: Look::of(&interface(true), &[ADDRESS.parse().unwrap()]),
+            uplinks_now: UplinkStatus::of(&interface(true), &[ADDRESS.parse().unwrap()]),
             holding: Holding::new(SETTINGS, now),
             now: now + Duration::from_secs(60),
         };
@@ -49,7 +49,7 @@ impl Scene {
 
     /// Decides, and what is wished for happens.
     fn decide(&mut self) -> Decision {
-        if self.holding.judge(&self.look, None, self.now) {
+        if self.holding.judge(&self.uplinks_now, None, self.now) {
             let own: crate::model::selector::Name = "n1".into();
             if self.holding.is_fit() {
                 self.facts.dead.remove(&own)
@@ -57,14 +57,14 @@ impl Scene {
                 self.facts.dead.insert(own)
             };
         }
-        let decision = self.holding.decide(&self.view(), &self.facts, &self.look, false, self.now);
+        let decision = self.holding.decide(&self.view(), &self.facts, &self.uplinks_now, false, self.now);
         let address: IpAddr = ADDRESS.parse().unwrap();
-        if decision.wish.paths.contains(&self.id) {
+        if decision.desired.allocations.contains(&self.id) {
             self.facts.addresses.insert(address);
         } else {
             self.facts.addresses.remove(&address);
         }
-        self.facts.yielded = self.holding.yielded();
+        self.facts.relinquished = self.holding.relinquished();
         self.facts.refused = self.holding.refused().collect();
         decision
     }
@@ -89,11 +89,11 @@ impl Scene {
         self.now += Duration::from_millis(milliseconds);
     }
 
-    /// The ledger gives the path to the other node, which says that it holds it.
+    /// The allocations give the allocation to the other node, which says that it holds it.
     fn other_takes_it(&mut self) {
         let gateway = Arc::make_mut(self.world.cluster.gateways.get_mut("g").unwrap());
-        gateway.status.paths[0].node = Some("n2".into());
-        gateway.status.paths[0].since += 1;
+        gateway.status.allocations[0].node = Some("n2".into());
+        gateway.status.allocations[0].since += 1;
         self.world.holds("n2", &[self.id]);
     }
 }
@@ -106,22 +106,22 @@ fn it_asks_before_it_takes() {
     scene.take();
     assert!(scene.decide().ask.is_empty());
     scene.facts.addresses.clear();
-    assert!(scene.decide().wish.paths.contains(&scene.id), "removed by hand: it need not ask again");
+    assert!(scene.decide().desired.allocations.contains(&scene.id), "removed by hand: it need not ask again");
 }
 
 #[test]
-fn what_a_stranger_has_it_does_not_take_until_nobody_answers() {
+fn what_another_host_has_it_does_not_take_until_nobody_answers() {
     let mut scene = Scene::new();
-    scene.hear(Some(STRANGER));
+    scene.hear(Some(OTHER_HOST));
     let decision = scene.decide();
-    assert!(!scene.is_here() && decision.ask.is_empty() && decision.wish.health);
+    assert!(!scene.is_here() && decision.ask.is_empty() && decision.desired.health);
     assert!(scene.facts.refused[&scene.id].contains("02:00:00:00:00:09"));
     let again = scene.holding.next().unwrap() - scene.now;
     assert_eq!(again, AGAIN[0]);
     scene.pass(250);
     assert!(scene.decide().ask.contains(&scene.id));
     scene.pass(6000);
-    scene.hear(Some(STRANGER));
+    scene.hear(Some(OTHER_HOST));
     scene.decide();
     assert_eq!(scene.holding.next().unwrap() - scene.now, AGAIN[1], "it asks less often then");
     scene.pass(2000);
@@ -163,17 +163,17 @@ fn who_was_away_asks_for_what_it_has_and_gives_up_what_others_took() {
     scene.holding.returned();
     assert!(scene.decide().ask.contains(&scene.id));
     assert!(scene.is_here(), "while it asks");
-    scene.hear(Some(STRANGER));
+    scene.hear(Some(OTHER_HOST));
     let decision = scene.decide();
     assert!(!scene.is_here());
-    assert!(!decision.wish.health, "who cannot hear of the takeover shall not send here");
-    assert!(scene.facts.yielded.contains(&scene.id));
+    assert!(!decision.desired.health, "who cannot hear of the takeover shall not send here");
+    assert!(scene.facts.relinquished.contains(&scene.id));
     scene.pass(250);
     assert!(scene.decide().ask.contains(&scene.id), "the other one may die");
-    scene.hear(Some(STRANGER));
+    scene.hear(Some(OTHER_HOST));
     scene.other_takes_it();
-    assert!(scene.decide().wish.health, "the ledger has followed");
-    assert!(scene.facts.yielded.is_empty());
+    assert!(scene.decide().desired.health, "the allocations has followed");
+    assert!(scene.facts.relinquished.is_empty());
 }
 
 #[test]
@@ -183,49 +183,49 @@ fn who_was_away_keeps_what_nobody_took() {
     scene.holding.returned();
     scene.decide();
     scene.hear(None);
-    assert!(scene.decide().wish.health && scene.is_here());
+    assert!(scene.decide().desired.health && scene.is_here());
 }
 
 #[test]
 fn without_an_uplink_it_gives_all_up_before_others_take_it_and_asks_before_it_takes_it_back() {
     let mut scene = Scene::new();
     scene.take();
-    scene.look = Look::of(&interface(false), &[ADDRESS.parse().unwrap()]);
-    assert!(!scene.decide().wish.health);
+    scene.uplinks_now = UplinkStatus::of(&interface(false), &[ADDRESS.parse().unwrap()]);
+    assert!(!scene.decide().desired.health);
     assert!(scene.is_here(), "it may be back at once");
     let gone = scene.holding.next().unwrap();
     assert!(gone - scene.now <= SETTINGS.safe_absence());
     scene.now = gone;
     scene.decide();
     assert!(!scene.is_here());
-    scene.look = Look::of(&interface(true), &[ADDRESS.parse().unwrap()]);
+    scene.uplinks_now = UplinkStatus::of(&interface(true), &[ADDRESS.parse().unwrap()]);
     let decision = scene.decide();
-    assert!(decision.ask.contains(&scene.id) && !decision.wish.health && !scene.is_here());
+    assert!(decision.ask.contains(&scene.id) && !decision.desired.health && !scene.is_here());
     scene.take();
-    assert!(scene.decide().wish.health);
+    assert!(scene.decide().desired.health);
 }
 
 #[test]
 fn a_short_loss_of_the_uplink_moves_nothing() {
     let mut scene = Scene::new();
     scene.take();
-    scene.look = Look::of(&interface(false), &[ADDRESS.parse().unwrap()]);
+    scene.uplinks_now = UplinkStatus::of(&interface(false), &[ADDRESS.parse().unwrap()]);
     scene.decide();
     scene.pass(100);
-    scene.look = Look::of(&interface(true), &[ADDRESS.parse().unwrap()]);
+    scene.uplinks_now = UplinkStatus::of(&interface(true), &[ADDRESS.parse().unwrap()]);
     let decision = scene.decide();
-    assert!(scene.is_here() && decision.wish.health && decision.ask.is_empty());
+    assert!(scene.is_here() && decision.desired.health && decision.ask.is_empty());
 }
 
 #[test]
-fn a_path_that_is_moved_on_purpose_comes_without_a_question_and_is_not_announced_at_once() {
+fn an_allocation_that_is_moved_on_purpose_comes_without_a_question_and_is_not_announced_at_once() {
     let mut scene = Scene::new();
     let gateway = Arc::make_mut(scene.world.cluster.gateways.get_mut("g").unwrap());
-    gateway.status.paths[0].leaving = Some("n2".into());
+    gateway.status.allocations[0].leaving = Some("n2".into());
     scene.world.holds("n2", &[scene.id]);
     let decision = scene.decide();
     assert!(scene.is_here() && decision.ask.is_empty());
-    assert!(decision.wish.moving.contains(&scene.id));
+    assert!(decision.desired.moving.contains(&scene.id));
 }
 
 #[test]
@@ -239,7 +239,7 @@ fn a_daemon_that_starts_asks_for_what_is_here_and_lets_nothing_go_before_it_know
     scene.pass(400);
     scene.decide();
     assert!(scene.is_here(), "the other one is said to hold it, and may be dead");
-    scene.hear(Some(STRANGER));
+    scene.hear(Some(OTHER_HOST));
     scene.decide();
     assert!(!scene.is_here(), "it does hold it");
 }
@@ -248,8 +248,9 @@ fn a_daemon_that_starts_asks_for_what_is_here_and_lets_nothing_go_before_it_know
 fn a_drained_node_that_has_nothing_left_says_that_it_is_not_fit() {
     let mut scene = Scene::new();
     scene.take();
-    let decide =
-        |scene: &mut Scene| scene.holding.decide(&scene.view(), &scene.facts, &scene.look, true, scene.now).wish.health;
+    let decide = |scene: &mut Scene| {
+        scene.holding.decide(&scene.view(), &scene.facts, &scene.uplinks_now, true, scene.now).desired.health
+    };
     assert!(decide(&mut scene));
     scene.other_takes_it();
     scene.decide();
@@ -259,7 +260,7 @@ fn a_drained_node_that_has_nothing_left_says_that_it_is_not_fit() {
 }
 
 #[test]
-fn a_path_that_is_no_more_goes_at_once() {
+fn an_allocation_that_is_no_more_goes_at_once() {
     let mut scene = Scene::new();
     scene.take();
     scene.world.without_policy("a/p");
@@ -272,19 +273,24 @@ fn a_path_that_is_no_more_goes_at_once() {
 fn what_no_node_has_had_before_is_told_apart() {
     let mut world = World::new(&["192.0.2.50-192.0.2.52"]);
     let addresses = [50, 51, 52].map(|last| IpAddr::from([192, 0, 2, last]));
-    let look = Look::of(&interface(true), &addresses);
+    let uplinks_now = UplinkStatus::of(&interface(true), &addresses);
     let now = Instant::now();
     let mut holding = Holding::new(SETTINGS, now);
     let mut asked = |world: &World| {
         let view = View::new(&world.cluster, "n1", &Facts::default(), &[], []);
-        let decision = holding.decide(&view, &Facts::default(), &look, false, now + Duration::from_secs(60));
+        let decision = holding.decide(&view, &Facts::default(), &uplinks_now, false, now + Duration::from_secs(60));
         (decision.ask.len(), decision.new.len())
     };
     let give = |world: &mut World, policy: &str, node: &str| {
         let gateway = Arc::make_mut(world.cluster.gateways.get_mut("g").unwrap());
-        let path = gateway.status.paths.iter_mut().find(|path| path.policies[..] == [policy.into()]).unwrap();
-        path.node = Some(node.into());
-        path.since += 1;
+        let allocation = gateway
+            .status
+            .allocations
+            .iter_mut()
+            .find(|allocation| allocation.policies[..] == [policy.into()])
+            .unwrap();
+        allocation.node = Some(node.into());
+        allocation.since += 1;
     };
     world.policy("a/p", asking(Allocate::Dedicated));
     world.allocate();
@@ -302,23 +308,24 @@ fn what_no_node_has_had_before_is_told_apart() {
     assert_eq!(asked(&world), (1, 0), "it was another node's");
 }
 
-/// A node that was cut off asked, and the one that had taken the path over answered; then the path is moved back.
+/// A node that was cut off asked, and the one that had taken the allocation over answered; then the allocation is moved back.
 #[test]
 fn who_answered_and_hands_it_over_keeps_it_from_nobody() {
     let mut scene = Scene::new();
-    scene.hear(Some(STRANGER));
+    scene.hear(Some(OTHER_HOST));
     scene.decide();
     assert!(!scene.is_here() && scene.holding.refused().next().is_some());
     // n2 has it, and gives it to n1 on purpose.
     let id = scene.id;
     scene.world.holds("n2", &[id]);
     let gateway = scene.world.cluster.gateways.get_mut("g").unwrap();
-    let path = Arc::make_mut(gateway).status.paths.iter_mut().find(|path| path.id == id).unwrap();
-    (path.node, path.leaving) = (Some("n1".into()), Some("n2".into()));
+    let allocation =
+        Arc::make_mut(gateway).status.allocations.iter_mut().find(|allocation| allocation.id == id).unwrap();
+    (allocation.node, allocation.leaving) = (Some("n1".into()), Some("n2".into()));
     scene.decide();
     assert!(scene.is_here() && scene.holding.refused().next().is_none());
     // An answer that is late is the old node's.
-    scene.hear(Some(STRANGER));
+    scene.hear(Some(OTHER_HOST));
     scene.decide();
     assert!(scene.is_here() && scene.holding.refused().next().is_none());
 }
@@ -330,20 +337,20 @@ fn a_way_out_that_never_worked_takes_nothing_from_the_others() {
     scene.take();
     let other: IpAddr = "198.51.100.1".parse().unwrap();
     let down = Interface { name: "eth1".into(), ..interface(false) };
-    for broken in [Look::of_named("eth1", &down, &[other]), Look::none_for(&[other])] {
-        scene.look = Look::of(&interface(true), &[ADDRESS.parse().unwrap()]).and(broken);
+    for broken in [UplinkStatus::of_named("eth1", &down, &[other]), UplinkStatus::none_for(&[other])] {
+        scene.uplinks_now = UplinkStatus::of(&interface(true), &[ADDRESS.parse().unwrap()]).and(broken);
         scene.decide();
         scene.pass(10_000);
         scene.decide();
         assert!(scene.is_here() && scene.holding.is_fit());
     }
     // The only one there is.
-    scene.look = Look::of(&interface(false), &[ADDRESS.parse().unwrap()]);
+    scene.uplinks_now = UplinkStatus::of(&interface(false), &[ADDRESS.parse().unwrap()]);
     scene.decide();
     assert!(!scene.holding.is_fit());
 }
 
-/// A path with both families on a node that loses IPv6 while no other node has more.
+/// An allocation with both families on a node that loses IPv6 while no other node has more.
 #[test]
 fn what_is_lost_of_a_pair_is_taken_back_without_a_pause_of_the_rest() {
     let [v4, v6]: [IpAddr; 2] = [ADDRESS.parse().unwrap(), "2001:db8::50".parse().unwrap()];
@@ -352,22 +359,23 @@ fn what_is_lost_of_a_pair_is_taken_back_without_a_pause_of_the_rest() {
     let id = world.allocate().grant("a/p").id;
     let other = Arc::make_mut(world.cluster.egress_nodes.entry("n2".into()).or_default());
     (other.tunnel_mac, other.tunnel_address) = (Some([2, 0, 0, 0, 0, 2]), Some([10, 0, 0, 2].into()));
-    let both = || Look::of(&interface(true), &[v4, v6]);
-    let half = || Look::of(&interface(true), &[v4]).and(Look::none_for(&[v6]));
+    let both = || UplinkStatus::of(&interface(true), &[v4, v6]);
+    let half = || UplinkStatus::of(&interface(true), &[v4]).and(UplinkStatus::none_for(&[v6]));
     let now = Instant::now() + Duration::from_secs(60);
     let mut holding = Holding::new(SETTINGS, now - Duration::from_secs(60));
     let mut facts = Facts::default();
     // What is wished for happens.
-    let decide = |holding: &mut Holding, facts: &mut Facts, look: &Look, now: Instant| {
-        holding.judge(look, None, now);
+    let decide = |holding: &mut Holding, facts: &mut Facts, uplinks_now: &UplinkStatus, now: Instant| {
+        holding.judge(uplinks_now, None, now);
         facts.lost.clear();
         holding.note(&"n1".into(), facts);
         let view = View::new(&world.cluster, "n1", facts, &[], []);
-        let decision = holding.decide(&view, facts, look, false, now);
+        let decision = holding.decide(&view, facts, uplinks_now, false, now);
         facts.partial.clone_from(&decision.partial);
-        let path = &view.paths.paths[&id];
-        let here = |a: &IpAddr| look.is_usable(*a, path) && !decision.wish.unasked.contains(a);
-        facts.addresses = addresses(path).filter(|a| decision.wish.paths.contains(&id) && here(a)).collect();
+        let allocation = &view.allocations.allocations[&id];
+        let here = |a: &IpAddr| uplinks_now.is_usable(*a, allocation) && !decision.desired.unasked.contains(a);
+        facts.addresses =
+            addresses(allocation).filter(|a| decision.desired.allocations.contains(&id) && here(a)).collect();
         decision
     };
     let hear = |holding: &mut Holding, facts: &Facts, of: &[IpAddr], now: Instant| {
@@ -381,8 +389,8 @@ fn what_is_lost_of_a_pair_is_taken_back_without_a_pause_of_the_rest() {
 
     let later = now + Duration::from_secs(5);
     let lost = decide(&mut holding, &mut facts, &half(), now);
-    assert!(lost.wish.health && holding.is_fit() && lost.ask.is_empty());
-    assert_eq!(lost.wish.uplinks.iter().map(ToString::to_string).collect::<Vec<_>>(), ["IPv4"]);
+    assert!(lost.desired.health && holding.is_fit() && lost.ask.is_empty());
+    assert_eq!(lost.desired.uplinks.iter().map(ToString::to_string).collect::<Vec<_>>(), ["IPv4"]);
     let others: BTreeSet<Name> = ["n2".into()].into();
     facts.dead = others;
     decide(&mut holding, &mut facts, &half(), later);
@@ -394,7 +402,7 @@ fn what_is_lost_of_a_pair_is_taken_back_without_a_pause_of_the_rest() {
     hear(&mut holding, &facts, &[v4, v6], later);
     let back = decide(&mut holding, &mut facts, &both(), later);
     assert_eq!(facts.addresses, [v4, v6].into());
-    assert!(back.wish.uplinks.len() == 2);
+    assert!(back.desired.uplinks.len() == 2);
     assert!(decide(&mut holding, &mut facts, &both(), later).partial.is_empty());
 
     // Another daemon, while it is lost.
@@ -415,8 +423,8 @@ fn what_is_lost_of_a_pair_is_taken_back_without_a_pause_of_the_rest() {
 fn what_another_node_claims_is_given_up_and_left_to_it_for_a_while() {
     let mut scene = Scene::new();
     scene.take();
-    scene.holding.claimed(scene.id, ADDRESS.parse().unwrap(), STRANGER, scene.now);
-    assert!(!scene.decide().wish.health && !scene.is_here());
+    scene.holding.claimed(scene.id, ADDRESS.parse().unwrap(), OTHER_HOST, scene.now);
+    assert!(!scene.decide().desired.health && !scene.is_here());
     scene.pass(4000);
     assert!(scene.decide().ask.is_empty(), "the other one may need a while to ask again");
     scene.pass(3000);

@@ -1,11 +1,11 @@
-//! The host's kernel as the node daemon drives it: each part of the datapath brought in step, in an order in which
+//! The host's kernel as the node daemon drives it: each part of the datapath brought in sync, in an order in which
 //! nothing leaks in between.
 
 mod peers;
 mod place;
 
 pub use peers::Faults;
-pub use place::{Look, Wish};
+pub use place::{Desired, UplinkStatus};
 
 use crate::datapath::addresses;
 use crate::datapath::names::*;
@@ -22,7 +22,7 @@ use crate::kernel::netlink::{NETLINK_NETFILTER, Socket};
 use crate::kernel::nft::{Count, Nftables};
 use crate::kernel::route_socket::RouteSocket;
 use crate::model::mac;
-use crate::model::marks::{MAX_PEER, Marks, PathId};
+use crate::model::marks::{EgressId, MAX_PEER, Marks};
 use crate::model::networks::Networks;
 use crate::node::forwarding::FirstPackets;
 use crate::node_plan::allocations::{Facts, Uplink};
@@ -122,15 +122,15 @@ impl Host {
         })
     }
 
-    /// Tags and interface indexes of the pods' chains that the kernel holds.
-    pub fn tags(&mut self) -> Result<Vec<(u16, u32)>> {
+    /// Pod marks and interface indexes of the pods' chains that the kernel holds.
+    pub fn pod_marks(&mut self) -> Result<Vec<(u16, u32)>> {
         let chains = self.nft.chains(ruleset::INET).context("nf_tables")?;
         Ok(chains.iter().filter_map(|name| parse_chain_name(name)).collect())
     }
 
     /// The upper half of the connections' marks that an earlier daemon gave, if its tables are there.
     pub fn connection_base(&mut self) -> Result<Option<u16>> {
-        for set in [ruleset::set::PATH_OUT, ruleset::set::BACK] {
+        for set in [ruleset::set::EGRESS_ID_OUT, ruleset::set::BACK] {
             let elements = self.nft.elements(ruleset::INET, set).context("nf_tables")?;
             if let Some(mark) = elements.iter().find_map(|(key, _)| ruleset::mark_in(&key)) {
                 return Ok(Some((mark >> 16) as u16));
@@ -140,8 +140,8 @@ impl Host {
     }
 
     /// Forgets what was brought about: the next time everything is read back.
-    pub fn distrust(&mut self) {
-        self.nft.distrust();
+    pub fn invalidate(&mut self) {
+        self.nft.invalidate();
         // What was refused may have been something else, and a module be there now.
         self.port_log = true;
         self.routing = None;
@@ -151,7 +151,7 @@ impl Host {
     }
 
     /// Forgets what is known of rules and routes.
-    pub fn distrust_routing(&mut self) {
+    pub fn invalidate_routing(&mut self) {
         self.routing = None;
     }
 
@@ -176,8 +176,8 @@ impl Host {
     }
 
     /// Forgets what is known of the nftables tables.
-    pub fn distrust_tables(&mut self) {
-        self.nft.distrust();
+    pub fn invalidate_tables(&mut self) {
+        self.nft.invalidate();
     }
 
     /// Whether there are tables of Egret's.
@@ -204,7 +204,7 @@ impl Host {
         Ok(())
     }
 
-    /// Brings rules and routes in step. Returns how many changes that took.
+    /// Brings rules and routes in sync. Returns how many changes that took.
     pub async fn routing(&mut self, view: &View) -> Result<usize> {
         let Some((_, device)) = self.tunnel else { return Ok(0) };
         let wanted = self.wanted_routing(view, device).await?;
@@ -235,7 +235,7 @@ impl Host {
         Ok(changes)
     }
 
-    /// What could not be brought about of single nodes, networks and addresses. All else is in step, and these are tried again.
+    /// What could not be brought about of single nodes, networks and addresses. All else is in sync, and these are tried again.
     pub fn faults(&self) -> Faults {
         let PartFaults { peers, routes, addresses } = &self.faults;
         [peers, routes, addresses].into_iter().flatten().map(|(of, why)| (of.clone(), why.clone())).collect()
@@ -252,12 +252,12 @@ impl Host {
             .into(),
             tables: [
                 (TABLE_REQUEST, request_table(&view.networks, device)),
-                (TABLE_REPLY, view.networks.pods.iter().map(|n| via_hub(*n, device)).collect()),
+                (TABLE_REPLY, view.networks.pods.iter().map(|n| via_tunnel_next_hop(*n, device)).collect()),
                 (TABLE_QUARANTINE, quarantine_table(&view.networks)),
             ]
             .into(),
         };
-        for (at, uplink) in view.paths.uplinks.iter().enumerate() {
+        for (at, uplink) in view.allocations.uplinks.iter().enumerate() {
             let index = at as u16 + 1;
             let table = TABLE_UPLINK + u32::from(index);
             routing.rules.insert(rule(RULE_UPLINK, marks.uplink(index), marks.kind_and_index_mask(), table));
@@ -319,11 +319,11 @@ impl Host {
 
     /// Makes the sets that follow from a new view.
     pub fn view(&mut self, view: &View) {
-        self.peers.retain(|mac, _| view.paths.peers.contains_key(mac));
-        if view.paths.is_gateway {
+        self.peers.retain(|mac, _| view.allocations.peers.contains_key(mac));
+        if view.allocations.is_gateway {
             let taken: HashSet<u16> = self.peers.values().copied().collect();
             let mut free = (1..=MAX_PEER).filter(|i| !taken.contains(i));
-            for mac in view.paths.peers.keys() {
+            for mac in view.allocations.peers.keys() {
                 if !self.peers.contains_key(mac)
                     && let Some(index) = free.next()
                 {
@@ -334,7 +334,7 @@ impl Host {
         self.shared = ruleset::shared_sets(view, &self.peers, self.marks, &self.shared);
     }
 
-    /// Brings the nftables tables in step, in one transaction. Returns how many changes that took.
+    /// Brings the nftables tables in sync, in one transaction. Returns how many changes that took.
     pub fn tables(&mut self, mut plan: NodePlan) -> Result<usize> {
         let Some((tunnel, device)) = &self.tunnel else { return Ok(0) };
         (plan.device, plan.local, plan.port_log) = (*device, Some(tunnel.local), self.port_log);
@@ -346,14 +346,16 @@ impl Host {
             made = Made::new(other, &self.shared, self.marks, self.made.as_ref());
             applied = self.nft.apply(made.tables());
             if applied.is_ok() && hands_over && !still_hands_over {
-                tracing::warn!("packets of paths that are moved cannot be handed over, see `egretd check`: {refused}");
+                tracing::warn!(
+                    "packets of allocations that are moved cannot be handed over, see `egretd check`: {refused}"
+                );
             }
             if applied.is_ok() && !logs {
                 self.port_log = false;
             }
             if applied.is_ok() && !logs && !std::mem::replace(&mut self.port_log_missed, true) {
                 tracing::warn!(
-                    "sessions whose port is changed break when their path moves, see `egretd check`: {refused}"
+                    "sessions whose port is changed break when their allocation moves, see `egretd check`: {refused}"
                 );
             }
         }
@@ -363,24 +365,25 @@ impl Host {
     }
 
     /// What the kernel has counted: packets that were dropped, by reason, ports that were taken, and what went by each
-    /// path, as a director and as a gateway.
+    /// allocation, as a source node and as a gateway.
     pub fn counts(&mut self) -> Result<Counts> {
         let mut counts = Counts { drops: self.nft.counters(ruleset::INET)?, ..Counts::default() };
         counts.other_ports = counts.drops.remove(ruleset::counter::OTHER_PORT).unwrap_or_default();
         counts.first_packets = first_packets(&mut counts.drops);
         counts.drops.extend(self.nft.counters(ruleset::NETDEV)?);
         counts.insertions_failed = conntrack::insertions_failed(&mut Socket::open(NETLINK_NETFILTER)?)?;
-        for (set, into) in [(ruleset::set::PATH_OUT, &mut counts.sent), (ruleset::set::RX, &mut counts.forwarded)] {
+        for (set, into) in [(ruleset::set::EGRESS_ID_OUT, &mut counts.sent), (ruleset::set::RX, &mut counts.forwarded)]
+        {
             for (key, count) in self.nft.element_counters(ruleset::INET, set)? {
                 if let Some(mark) = ruleset::mark_in(&key) {
-                    into.push(((mark & self.marks.path_mask()) as PathId, count));
+                    into.push(((mark & self.marks.allocation_mask()) as EgressId, count));
                 }
             }
         }
         Ok(counts)
     }
 
-    /// How many packets were dropped because their connection is older than their path, and what became of connections'
+    /// How many packets were dropped because their connection is older than their allocation, and what became of connections'
     /// first packets.
     pub fn stale_and_first_packets(&mut self) -> Result<(u64, [FirstPackets; 2])> {
         let mut counters = self.nft.counters(ruleset::INET)?;
@@ -389,7 +392,7 @@ impl Host {
     }
 
     /// Everything that the node knows of itself.
-    pub async fn facts(&self, refused: BTreeMap<PathId, String>) -> Result<Facts> {
+    pub async fn facts(&self, refused: BTreeMap<EgressId, String>) -> Result<Facts> {
         let all = addresses::local_addresses(&self.routes).await?;
         let addresses = all.iter().filter(|a| !a.tentative && !a.address.is_loopback()).map(|a| a.address);
         Ok(Facts { addresses: addresses.filter(|a| !is_devices_own(*a)).collect(), refused, ..Facts::default() })
@@ -455,10 +458,10 @@ pub struct Counts {
     pub other_ports: Count,
     /// Packets of connections whose place in the kernel's table another one had.
     pub insertions_failed: u64,
-    /// What this node's pods sent, by path.
-    pub sent: Vec<(PathId, Count)>,
-    /// What other nodes' pods sent through this gateway, by path.
-    pub forwarded: Vec<(PathId, Count)>,
+    /// What this node's pods sent, by allocation.
+    pub sent: Vec<(EgressId, Count)>,
+    /// What other nodes' pods sent through this gateway, by allocation.
+    pub forwarded: Vec<(EgressId, Count)>,
 }
 
 const EVERYTHING4: IpNetwork = match Ipv4Network::new_checked(Ipv4Addr::UNSPECIFIED, 0) {
@@ -470,10 +473,14 @@ const EVERYTHING6: IpNetwork = match Ipv6Network::new_checked(Ipv6Addr::UNSPECIF
     None => unreachable!(),
 };
 
-fn via_hub(dst: IpNetwork, device: u32) -> Route {
-    let hub = if dst.is_ipv4() { IpAddr::V4(HUB4) } else { IpAddr::V6(HUB6) };
-    // HUB6 is link-local, and so on the link of any interface.
-    Route { dst, kind: RouteKind::Unicast { gateway: Some(hub), oif: device, onlink: dst.is_ipv4() }, metric: 0 }
+fn via_tunnel_next_hop(dst: IpNetwork, device: u32) -> Route {
+    let tunnel_next_hop = if dst.is_ipv4() { IpAddr::V4(TUNNEL_NEXT_HOP4) } else { IpAddr::V6(TUNNEL_NEXT_HOP6) };
+    // TUNNEL_NEXT_HOP6 is link-local, and so on the link of any interface.
+    Route {
+        dst,
+        kind: RouteKind::Unicast { gateway: Some(tunnel_next_hop), oif: device, onlink: dst.is_ipv4() },
+        metric: 0,
+    }
 }
 
 fn last_resort() -> BTreeSet<Route> {
@@ -481,12 +488,12 @@ fn last_resort() -> BTreeSet<Route> {
     [unreachable(EVERYTHING4), unreachable(EVERYTHING6)].into()
 }
 
-/// Everything to the hub. Pods' networks are thrown back to the main table: source validation looks a pod's own
+/// Everything to the tunnel next hop. Pods' networks are thrown back to the main table: source validation looks a pod's own
 /// address up with the mark, and must find it behind its veth.
 fn request_table(networks: &Networks, device: u32) -> BTreeSet<Route> {
     let mut routes = last_resort();
-    routes.insert(via_hub(EVERYTHING4, device));
-    routes.insert(via_hub(EVERYTHING6, device));
+    routes.insert(via_tunnel_next_hop(EVERYTHING4, device));
+    routes.insert(via_tunnel_next_hop(EVERYTHING6, device));
     routes.extend(networks.pods.iter().map(|n| throw(*n)));
     routes
 }

@@ -15,13 +15,13 @@ use std::net::{IpAddr, Ipv6Addr};
 pub type Faults = BTreeMap<String, String>;
 
 impl Host {
-    /// Brings the tunnel's forwarding entries and neighbours in step.
+    /// Brings the tunnel's forwarding entries and neighbours in sync.
     pub async fn forwarding(&mut self, view: &View) -> Result<usize> {
         let Some((tunnel, device)) = &self.tunnel else { return Ok(0) };
         let (local, device) = (tunnel.local, *device);
         let mut faults = Faults::new();
         let (mut nodes, mut neighbours): (BTreeMap<Mac, IpAddr>, BTreeMap<Ipv6Addr, Mac>) = Default::default();
-        for (mac, peer) in &view.paths.peers {
+        for (mac, peer) in &view.allocations.peers {
             if let Some(why) = unreachable(local, peer.address) {
                 faults.insert(of_node(&peer.node), why);
                 continue;
@@ -29,10 +29,10 @@ impl Host {
             nodes.insert(*mac, peer.address);
             if self.speaks_ipv6() && peer.is_gateway {
                 neighbours.insert(of_mac(HEALTH, *mac), *mac);
-                let uplinks = view.paths.uplinks_of(&peer.node);
+                let uplinks = view.allocations.uplinks_of(&peer.node);
                 neighbours.extend(uplinks.iter().map(|key| (of_uplink(key.code(), *mac), *mac)));
             }
-            if self.speaks_ipv6() && view.paths.is_gateway {
+            if self.speaks_ipv6() && view.allocations.is_gateway {
                 neighbours.insert(of_mac(ASKING, *mac), *mac);
             }
         }
@@ -42,8 +42,9 @@ impl Host {
             self.faults.peers = faults;
             return Ok(0);
         }
-        let of =
-            |mac: &Mac| view.paths.peers.get(mac).map_or_else(|| "a former node".into(), |peer| of_node(&peer.node));
+        let of = |mac: &Mac| {
+            view.allocations.peers.get(mac).map_or_else(|| "a former node".into(), |peer| of_node(&peer.node))
+        };
         let mut entries = fdb::sync_each(&self.routes, device, &nodes).await?;
         let mut refused: Vec<_> = entries.refused.drain(..).map(|(mac, e)| (of(&mac), e)).collect();
         if self.speaks_ipv6() {

@@ -6,10 +6,10 @@ use crate::datapath::announce::{self, Target};
 use crate::datapath::names::{HEALTH, is_health, of_mac, of_uplink};
 use crate::datapath::uplink::{Interface, Uplinks};
 use crate::model::mac::Mac;
-use crate::model::marks::PathId;
+use crate::model::marks::EgressId;
 use crate::model::selector::Name;
 use crate::model::uplink_key::UplinkKey;
-use crate::node_plan::allocations::{Facts, Path};
+use crate::node_plan::allocations::{Facts, NodeAllocation};
 use crate::node_plan::{View, addresses};
 use anyhow::Result;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -28,12 +28,12 @@ type Spot = (IpAddr, Option<Name>);
 
 /// What is to be on this node.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Wish {
-    /// The paths whose addresses are to be here.
-    pub paths: BTreeSet<PathId>,
+pub struct Desired {
+    /// The allocations whose addresses are to be here.
+    pub allocations: BTreeSet<EgressId>,
     /// Those among them that another node has until this one does.
-    pub moving: BTreeSet<PathId>,
-    /// Addresses of those paths that are not to be here yet: nobody was asked whether they are somebody else's.
+    pub moving: BTreeSet<EgressId>,
+    /// Addresses of those allocations that are not to be here yet: nobody was asked whether they are somebody else's.
     pub unasked: BTreeSet<IpAddr>,
     /// Whether this node is fit to hold addresses, by whatever uplink: its health address says so.
     pub health: bool,
@@ -54,42 +54,42 @@ pub struct Broken {
 
 /// The interfaces for egress addresses, as they are now.
 #[derive(Debug, Default)]
-pub struct Look {
+pub struct UplinkStatus {
     found: HashMap<Spot, Interface>,
     none: HashMap<Spot, String>,
-    /// Paths with an address that can be no egress IP of this host, and why.
-    pub unusable: BTreeMap<PathId, String>,
+    /// Allocations with an address that can be no egress IP of this host, and why.
+    pub unusable: BTreeMap<EgressId, String>,
 }
 
 fn key(address: &IpAddr, interface: &Option<Name>) -> UplinkKey {
     UplinkKey { interface: interface.clone(), ipv4: address.is_ipv4() }
 }
 
-impl Look {
+impl UplinkStatus {
     /// As if one interface were found for these addresses, whatever interface their gateways name.
     #[cfg(test)]
     pub fn of(interface: &Interface, addresses: &[IpAddr]) -> Self {
         let found = addresses.iter().map(|a| ((*a, None), interface.clone())).collect();
-        Look { found, ..Look::default() }
+        UplinkStatus { found, ..UplinkStatus::default() }
     }
 
     /// As if an interface that gateways name were found for these addresses.
     #[cfg(test)]
     pub fn of_named(name: &str, interface: &Interface, addresses: &[IpAddr]) -> Self {
         let found = addresses.iter().map(|a| ((*a, Some(name.into())), interface.clone())).collect();
-        Look { found, ..Look::default() }
+        UplinkStatus { found, ..UplinkStatus::default() }
     }
 
     /// As if no interface were found for these addresses.
     #[cfg(test)]
     pub fn none_for(addresses: &[IpAddr]) -> Self {
         let none = addresses.iter().map(|a| ((*a, None), "no interface".to_owned())).collect();
-        Look { none, ..Look::default() }
+        UplinkStatus { none, ..UplinkStatus::default() }
     }
 
     /// Both.
     #[cfg(test)]
-    pub fn and(mut self, other: Look) -> Self {
+    pub fn and(mut self, other: UplinkStatus) -> Self {
         self.found.extend(other.found);
         self.none.extend(other.none);
         self
@@ -120,33 +120,33 @@ impl Look {
         found.map(|interface| (interface.ifindex, interface.clone())).collect()
     }
 
-    /// Whether a path's address has an interface that works.
-    pub fn is_usable(&self, address: IpAddr, path: &Path) -> bool {
-        self.found.get(&(address, path.interface.clone())).is_some_and(|interface| interface.running)
+    /// Whether an allocation's address has an interface that works.
+    pub fn is_usable(&self, address: IpAddr, allocation: &NodeAllocation) -> bool {
+        self.found.get(&(address, allocation.interface.clone())).is_some_and(|interface| interface.running)
     }
 
-    /// Whether some of a path's addresses have one and others have not.
-    pub fn is_partial(&self, path: &Path) -> bool {
-        let usable = addresses(path).filter(|address| self.is_usable(*address, path)).count();
-        usable > 0 && usable < addresses(path).count()
+    /// Whether some of an allocation's addresses have one and others have not.
+    pub fn is_partial(&self, allocation: &NodeAllocation) -> bool {
+        let usable = addresses(allocation).filter(|address| self.is_usable(*address, allocation)).count();
+        usable > 0 && usable < addresses(allocation).count()
     }
 
-    /// Whether those of a path's addresses that have one are here, and others have none.
-    pub fn is_served(&self, path: &Path, facts: &Facts) -> bool {
-        let mut usable = addresses(path).filter(|address| self.is_usable(*address, path));
-        self.is_partial(path) && usable.all(|address| facts.addresses.contains(&address))
+    /// Whether those of an allocation's addresses that have one are here, and others have none.
+    pub fn is_served(&self, allocation: &NodeAllocation, facts: &Facts) -> bool {
+        let mut usable = addresses(allocation).filter(|address| self.is_usable(*address, allocation));
+        self.is_partial(allocation) && usable.all(|address| facts.addresses.contains(&address))
     }
 
-    /// Whether the link can be asked for a path's addresses, or for those whose interface works.
-    pub fn can_ask(&self, path: &Path) -> bool {
-        self.is_partial(path) || addresses(path).all(|address| self.finds(address, path))
+    /// Whether the link can be asked for an allocation's addresses, or for those whose interface works.
+    pub fn can_ask(&self, allocation: &NodeAllocation) -> bool {
+        self.is_partial(allocation) || addresses(allocation).all(|address| self.finds(address, allocation))
     }
 
-    fn finds(&self, address: IpAddr, path: &Path) -> bool {
-        self.found.contains_key(&(address, path.interface.clone()))
+    fn finds(&self, address: IpAddr, allocation: &NodeAllocation) -> bool {
+        self.found.contains_key(&(address, allocation.interface.clone()))
     }
 
-    /// Where a node with this tunnel MAC address answers for these uplinks, and for all that its paths need if it has all.
+    /// Where a node with this tunnel MAC address answers for these uplinks, and for all that its allocations need if it has all.
     fn health(&self, uplinks: &BTreeSet<UplinkKey>, mac: Mac) -> impl Iterator<Item = Ipv6Addr> {
         let spots = self.found.keys().chain(self.none.keys());
         let lost = spots.map(|(address, named)| key(address, named)).filter(|key| !uplinks.contains(key));
@@ -156,12 +156,13 @@ impl Look {
         codes.into_iter().filter(move |code| !lost.contains(code)).map(move |code| of_uplink(code, mac)).chain(all)
     }
 
-    /// The addresses of paths, and where to ask for them.
-    pub fn targets(&self, view: &View, paths: &BTreeSet<PathId>) -> Vec<(PathId, Target)> {
-        let of_paths = view.placeable().filter(|(id, _, _)| paths.contains(id));
-        let of_paths = of_paths.filter(|(_, address, path)| !self.is_partial(path) || self.is_usable(*address, path));
-        let found = of_paths.filter_map(|(id, address, path)| {
-            let interface = self.found.get(&(address, path.interface.clone()))?.clone();
+    /// The addresses of allocations, and where to ask for them.
+    pub fn targets(&self, view: &View, allocations: &BTreeSet<EgressId>) -> Vec<(EgressId, Target)> {
+        let of_allocations = view.placeable().filter(|(id, _, _)| allocations.contains(id));
+        let of_allocations = of_allocations
+            .filter(|(_, address, allocation)| !self.is_partial(allocation) || self.is_usable(*address, allocation));
+        let found = of_allocations.filter_map(|(id, address, allocation)| {
+            let interface = self.found.get(&(address, allocation.interface.clone()))?.clone();
             Some((id, Target { address, interface, claim: None }))
         });
         found.collect()
@@ -169,55 +170,66 @@ impl Look {
 }
 
 impl Host {
-    /// Finds the interfaces for the addresses of all paths that this node may come to own.
-    pub async fn look(&mut self, view: &View) -> Result<Look> {
-        let mut look = Look::default();
-        let members: Vec<_> = view.paths.paths.iter().filter(|(_, path)| path.member).collect();
+    /// Finds the interfaces for the addresses of all allocations that this node may come to own.
+    pub async fn look(&mut self, view: &View) -> Result<UplinkStatus> {
+        let mut uplinks_now = UplinkStatus::default();
+        let members: Vec<_> = view.allocations.allocations.iter().filter(|(_, allocation)| allocation.member).collect();
         if !members.is_empty() {
             let mut uplinks = Uplinks::read(&self.routes).await?;
-            for (id, path) in members {
-                for address in addresses(path) {
-                    if let Some(why) = uplinks.unusable(address).filter(|_| path.managed) {
-                        look.unusable.entry(*id).or_insert(why);
+            for (id, allocation) in members {
+                for address in addresses(allocation) {
+                    if let Some(why) = uplinks.unusable(address).filter(|_| allocation.managed) {
+                        uplinks_now.unusable.entry(*id).or_insert(why);
                     }
-                    let spot = (address, path.interface.clone());
-                    match uplinks.find(address, path.interface.as_deref()).await {
-                        Ok(interface) => drop(look.found.insert(spot, interface)),
-                        Err(e) => drop(look.none.insert(spot, format!("{e:#}"))),
+                    let spot = (address, allocation.interface.clone());
+                    match uplinks.find(address, allocation.interface.as_deref()).await {
+                        Ok(interface) => drop(uplinks_now.found.insert(spot, interface)),
+                        Err(e) => drop(uplinks_now.none.insert(spot, format!("{e:#}"))),
                     }
                 }
             }
         }
-        self.uplinks = look.found.values().map(|interface| interface.ifindex).collect();
-        Ok(look)
+        self.uplinks = uplinks_now.found.values().map(|interface| interface.ifindex).collect();
+        Ok(uplinks_now)
     }
 
-    /// Puts what is wished for onto the uplinks, takes off all else, announces what is new, and says which paths could
+    /// Puts what is wished for onto the uplinks, takes off all else, announces what is new, and says which allocations could
     /// not be placed, and how many changes it took.
-    pub async fn place(&mut self, view: &View, look: &Look, wish: &Wish) -> Result<(usize, BTreeMap<PathId, String>)> {
-        let placeable = view.placeable().filter(|(id, _, _)| wish.paths.contains(id));
-        let placed: BTreeMap<Spot, PathId> = placeable.map(|(id, a, path)| ((a, path.interface.clone()), id)).collect();
-        let interfaces: Vec<_> = placed.keys().map(|spot| look.found.get(spot).map(|i| i.ifindex)).collect();
-        let digest = Digest::new(&(&placed, interfaces, &wish.unasked, wish.health, &wish.uplinks));
+    pub async fn place(
+        &mut self,
+        view: &View,
+        uplinks_now: &UplinkStatus,
+        desired: &Desired,
+    ) -> Result<(usize, BTreeMap<EgressId, String>)> {
+        let placeable = view.placeable().filter(|(id, _, _)| desired.allocations.contains(id));
+        let placed: BTreeMap<Spot, EgressId> =
+            placeable.map(|(id, a, allocation)| ((a, allocation.interface.clone()), id)).collect();
+        let interfaces: Vec<_> = placed.keys().map(|spot| uplinks_now.found.get(spot).map(|i| i.ifindex)).collect();
+        let digest = Digest::new(&(&placed, interfaces, &desired.unasked, desired.health, &desired.uplinks));
         if self.placed == Some(digest) {
             return Ok((0, BTreeMap::new()));
         }
         let (mut wanted, mut refused): (BTreeSet<Placed>, _) = (BTreeSet::new(), BTreeMap::new());
-        let mut of_address: HashMap<IpAddr, (PathId, &Interface)> = HashMap::new();
-        for (spot, id) in placed.iter().filter(|(spot, _)| !wish.unasked.contains(&spot.0)) {
-            match (look.found.get(spot), look.none.get(spot)) {
+        let mut of_address: HashMap<IpAddr, (EgressId, &Interface)> = HashMap::new();
+        for (spot, id) in placed.iter().filter(|(spot, _)| !desired.unasked.contains(&spot.0)) {
+            match (uplinks_now.found.get(spot), uplinks_now.none.get(spot)) {
                 (Some(interface), _) => {
                     wanted.insert((spot.0, interface.ifindex));
                     of_address.insert(spot.0, (*id, interface));
                 }
                 // It leaves by the other family until this one is back.
-                (None, _) if view.paths.paths.get(id).is_some_and(|path| look.is_partial(path)) => {}
+                (None, _)
+                    if view
+                        .allocations
+                        .allocations
+                        .get(id)
+                        .is_some_and(|allocation| uplinks_now.is_partial(allocation)) => {}
                 (None, why) => drop(refused.insert(*id, why.cloned().unwrap_or_default())),
             }
         }
-        if let (Some((tunnel, device)), true) = (&self.tunnel, wish.health && self.speaks_ipv6()) {
+        if let (Some((tunnel, device)), true) = (&self.tunnel, desired.health && self.speaks_ipv6()) {
             let mac = tunnel.mac;
-            wanted.extend(look.health(&wish.uplinks, mac).map(|address| (address.into(), *device)));
+            wanted.extend(uplinks_now.health(&desired.uplinks, mac).map(|address| (address.into(), *device)));
         }
         let announce = |added: &[Placed]| {
             let placed = added.iter().filter_map(|(address, _)| Some((*address, of_address.get(address)?.1)));
@@ -243,22 +255,22 @@ impl Host {
 }
 
 impl Host {
-    /// Announces paths' addresses once more.
-    pub fn announce_again(&self, view: &View, look: &Look, paths: &BTreeSet<PathId>) {
-        tell_neighbours(targets(view, look, paths));
+    /// Announces allocations' addresses once more.
+    pub fn announce_again(&self, view: &View, uplinks_now: &UplinkStatus, allocations: &BTreeSet<EgressId>) {
+        tell_neighbours(targets(view, uplinks_now, allocations));
     }
 
-    /// Announces the addresses of paths that are about to be here. To place a thousand takes a second, and a server's
+    /// Announces the addresses of allocations that are about to be here. To place a thousand takes a second, and a server's
     /// packets need not wait for it: they are translated back before anybody asks whether their address is the host's.
-    pub fn announce_ahead(&self, view: &View, look: &Look, paths: &BTreeSet<PathId>) {
-        if !paths.is_empty() {
-            announce_once(&targets(view, look, paths));
+    pub fn announce_ahead(&self, view: &View, uplinks_now: &UplinkStatus, allocations: &BTreeSet<EgressId>) {
+        if !allocations.is_empty() {
+            announce_once(&targets(view, uplinks_now, allocations));
         }
     }
 }
 
-fn targets(view: &View, look: &Look, paths: &BTreeSet<PathId>) -> Vec<Target> {
-    look.targets(view, paths).into_iter().map(|(_, target)| target).collect()
+fn targets(view: &View, uplinks_now: &UplinkStatus, allocations: &BTreeSet<EgressId>) -> Vec<Target> {
+    uplinks_now.targets(view, allocations).into_iter().map(|(_, target)| target).collect()
 }
 
 /// Logs egress addresses, of many the first few.

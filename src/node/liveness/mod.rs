@@ -3,15 +3,15 @@
 //! A task of its own asks and hears; the daemon is told only what changes.
 //!
 //! A node answers at one address while all of its uplinks work, and at one more for each uplink's family that works. While
-//! it answers at the first, that is all that is asked; a node that has lost a family costs others some questions more.
+//! it answers at the first, that is all that is asked; a node that has lost a family costs others some probes more.
 
-mod questions;
+mod probes;
 
 use crate::datapath::echo::Echo;
 use crate::datapath::names::DEVICE;
 use crate::model::selector::Name;
 use crate::model::uplink_key::UplinkKey;
-use questions::Questions;
+use probes::Probes;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::net::Ipv6Addr;
@@ -22,7 +22,7 @@ use tokio::time::{Instant, sleep_until};
 /// How nodes are asked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Settings {
-    /// Between questions to a node that answers.
+    /// Between probes to a node that answers.
     pub interval: Duration,
     /// How many times this long, the first time at half the pace, a node must be silent before it counts as dead.
     pub misses: u32,
@@ -39,20 +39,20 @@ impl Settings {
         self.interval / 5
     }
 
-    /// Between questions to a node that is in doubt.
+    /// Between probes to a node that is in doubt.
     fn quick(&self) -> Duration {
         self.interval / 6
     }
 
-    /// How many questions in a row must be missed before a node counts as dead. With seven of them, a line that loses
+    /// How many probes in a row must be missed before a node counts as dead. With seven of them, a line that loses
     /// 5 % in each direction loses all once in a thousand hours; three would be lost ten times an hour.
-    fn questions(&self) -> u32 {
+    fn probes(&self) -> u32 {
         (self.misses * 3).saturating_sub(2).max(1)
     }
 
     /// Longer than a node can be away without anybody's finding it dead.
     pub fn safe_absence(&self) -> Duration {
-        // The first question may come at once; the others come within half the time for each further miss.
+        // The first probe may come at once; the others come within half the time for each further miss.
         self.interval / 2 * (self.misses - 1)
     }
 }
@@ -66,7 +66,7 @@ pub struct Targets {
     pub source: Option<Ipv6Addr>,
     /// The nodes' health addresses.
     pub nodes: BTreeMap<Name, Ipv6Addr>,
-    /// What paths need of each node's uplinks, and where it answers for each.
+    /// What allocations need of each node's uplinks, and where it answers for each.
     pub uplinks: BTreeMap<Name, BTreeMap<UplinkKey, Ipv6Addr>>,
 }
 
@@ -87,14 +87,14 @@ pub struct Seen {
 
 /// Asks, until nobody wants to know any more.
 pub async fn watch(settings: Settings, mut targets: watch::Receiver<Targets>, seen: watch::Sender<Seen>) {
-    let mut questions = Questions::new(settings);
-    let mut uplinks = Questions::unproven(settings);
+    let mut probes = Probes::new(settings);
+    let mut uplinks = Probes::unproven(settings);
     let mut echo: Option<Echo> = None;
     let mut wanted = Targets::default();
     let mut told = Seen::default();
     let mut loneliness = Loneliness::default();
     loop {
-        let next = [questions.next(), uplinks.next()].into_iter().flatten().min();
+        let next = [probes.next(), uplinks.next()].into_iter().flatten().min();
         tokio::select! {
             changed = targets.changed() => if changed.is_err() { return },
             () = heard(&echo) => {}
@@ -106,16 +106,16 @@ pub async fn watch(settings: Settings, mut targets: watch::Receiver<Targets>, se
         }
         wanted = new;
         let now = Instant::now();
-        questions.set_nodes(&wanted.nodes, now);
+        probes.set_nodes(&wanted.nodes, now);
         // However busy the daemon was: what came meanwhile came before the judgement.
         take(&mut echo, now, |from, sequence, at| {
-            questions.answered(from, sequence, at);
+            probes.answered(from, sequence, at);
             uplinks.answered(from, sequence, at);
         });
-        questions.judge(now);
-        uplinks.set_nodes(&wanted.of_uplinks(questions.in_doubt()), now);
+        probes.judge(now);
+        uplinks.set_nodes(&wanted.of_uplinks(probes.in_doubt()), now);
         uplinks.judge(now);
-        let mut due = questions.due(now);
+        let mut due = probes.due(now);
         due.extend(uplinks.due(now));
         if !due.is_empty() && echo.is_none() {
             echo = open(&wanted);
@@ -126,12 +126,12 @@ pub async fn watch(settings: Settings, mut targets: watch::Receiver<Targets>, se
                 let _ = echo.ask(address, sequence);
             }
         }
-        let (dead, lost) = tell_apart(&questions, &mut uplinks, &wanted);
+        let (dead, lost) = tell_apart(&probes, &mut uplinks, &wanted);
         let mut new = Seen { dead, lost, ..told.clone() };
         let nobody = !new.dead.is_empty() && new.dead.len() == wanted.nodes.len();
         new.reached = loneliness.is_reached(nobody);
-        new.alone = !new.reached && questions.silent_for(now) > settings.detection();
-        new.returns += u64::from(questions.take_stall()) + u64::from(told.alone && !new.alone);
+        new.alone = !new.reached && probes.silent_for(now) > settings.detection();
+        new.returns += u64::from(probes.take_stall()) + u64::from(told.alone && !new.alone);
         if new != told {
             tell(&told, &new);
             told = new;
@@ -153,8 +153,8 @@ impl Targets {
 
 /// The nodes that are dead, and what those have lost that do not answer for all of their uplinks.
 fn tell_apart(
-    nodes: &Questions<Name>,
-    uplinks: &mut Questions<OfUplink>,
+    nodes: &Probes<Name>,
+    uplinks: &mut Probes<OfUplink>,
     targets: &Targets,
 ) -> (BTreeSet<Name>, BTreeMap<Name, BTreeSet<UplinkKey>>) {
     let (mut dead, mut lost) = (nodes.dead(), BTreeMap::new());
@@ -195,7 +195,7 @@ impl Loneliness {
 
 fn tell(before: &Seen, now: &Seen) {
     for node in now.dead.difference(&before.dead) {
-        tracing::warn!(%node, "the node does not answer: its paths are other nodes' now");
+        tracing::warn!(%node, "the node does not answer: its allocations are other nodes' now");
     }
     for node in before.dead.difference(&now.dead) {
         tracing::info!(%node, "the node answers again");

@@ -1,30 +1,32 @@
-//! The paths that lead nowhere from this node, and why.
+//! The allocations that lead nowhere from this node, and why.
 
 use super::Node;
-use crate::api::BlockedPath;
-use crate::model::marks::PathId;
+use crate::api::BlockedAllocation;
+use crate::model::marks::EgressId;
 use crate::node::forwarding::{self, FirstPackets};
-use crate::node_plan::allocations::PathState;
+use crate::node_plan::allocations::AllocationState;
 use std::collections::BTreeSet;
 
 const FAMILIES: [&str; 2] = ["IPv4", "IPv6"];
 
 impl Node {
     /// Those that this node's pods use, and those that it holds and whose connections it admits and does not forward.
-    pub(super) fn blocked(&self) -> Vec<BlockedPath> {
-        let paths = &self.view.paths;
-        let used: BTreeSet<PathId> = self.uses.values().flat_map(|used| &used.paths).copied().collect();
-        let unready = used.iter().filter_map(|id| match &paths.paths.get(id)?.state {
-            PathState::Unready(why) => Some(BlockedPath { id: *id, family: None, message: why.to_string() }),
-            PathState::Local | PathState::Remote(_) => None,
+    pub(super) fn blocked(&self) -> Vec<BlockedAllocation> {
+        let allocations = &self.view.allocations;
+        let used: BTreeSet<EgressId> = self.uses.values().flat_map(|used| &used.allocations).copied().collect();
+        let unready = used.iter().filter_map(|id| match &allocations.allocations.get(id)?.state {
+            AllocationState::Unready(why) => {
+                Some(BlockedAllocation { id: *id, family: None, message: why.to_string() })
+            }
+            AllocationState::Local | AllocationState::Remote(_) => None,
         });
         let closed = self.closed();
-        let unforwarded = paths.held.iter().flat_map(|id| {
+        let unforwarded = allocations.held.iter().flat_map(|id| {
             let families = closed.clone().filter(|at| {
-                let address = paths.paths.get(id).map(|path| &path.address);
+                let address = allocations.allocations.get(id).map(|allocation| &allocation.address);
                 address.is_some_and(|pair| if *at == 0 { pair.ipv4.is_some() } else { pair.ipv6.is_some() })
             });
-            let blocked = |at: usize| BlockedPath {
+            let blocked = |at: usize| BlockedAllocation {
                 id: *id,
                 family: Some(FAMILIES[at].to_owned()),
                 message: forwarding::told(at),

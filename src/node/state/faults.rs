@@ -1,5 +1,5 @@
 //! What could not be brought about of single nodes, networks and addresses: named, passed over, tried again. It keeps
-//! nothing else from being in step.
+//! nothing else from being in sync.
 
 use super::Node;
 use crate::node::host::Faults;

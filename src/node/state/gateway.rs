@@ -7,13 +7,13 @@ use crate::datapath::names::{of_mac, of_uplink};
 use crate::model::drain::has_drain_label;
 use crate::model::fnv::fnv1a;
 use crate::model::mac::Mac;
-use crate::model::marks::PathId;
+use crate::model::marks::EgressId;
 use crate::model::selector::Name;
-use crate::node::host::{Look, Wish};
+use crate::node::host::{Desired, UplinkStatus};
 use crate::node::liveness::{Seen, Targets};
 use crate::node::moved::Moved;
 use crate::node_plan::addresses;
-use crate::node_plan::allocations::{Facts, Path, PathState};
+use crate::node_plan::allocations::{AllocationState, Facts, NodeAllocation};
 use anyhow::Result;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -31,19 +31,19 @@ const FEW: usize = 64;
 /// A link that cannot be asked is asked again after this long.
 const UNASKABLE: Duration = Duration::from_millis(500);
 
-/// A node hands over for as long after a path has been moved to it: others may not have heard of it yet, and send to
+/// A node hands over for as long after an allocation has been moved to it: others may not have heard of it yet, and send to
 /// the old node what servers answer to this one.
 const HANDOVER: Duration = Duration::from_secs(1);
 
 /// What the link said.
 #[derive(Debug)]
 pub enum Heard {
-    /// Of some paths' addresses, when it was asked.
+    /// Of some allocations' addresses, when it was asked.
     Answers {
-        /// The paths.
-        paths: BTreeSet<PathId>,
+        /// The allocations.
+        allocations: BTreeSet<EgressId>,
         /// Who answered for each address; `None`: it could not be asked.
-        answers: Option<Vec<(PathId, IpAddr, Option<Mac>)>>,
+        answers: Option<Vec<(EgressId, IpAddr, Option<Mac>)>>,
     },
     /// Somebody asked for an address, and claims it.
     Claim {
@@ -75,7 +75,7 @@ impl Node {
             Heard::Answers { answers: Some(answers), .. } => {
                 self.holding.heard(answers, &self.view, &self.facts, Instant::now());
             }
-            Heard::Answers { paths, answers: None } => self.holding.unheard(paths),
+            Heard::Answers { allocations, answers: None } => self.holding.unheard(allocations),
             Heard::Claim { address, by, claim } => self.claimed(address, by, claim),
         }
         self.base = true;
@@ -84,19 +84,21 @@ impl Node {
     /// A node that others reach asks for an address, and no other node reaches this one: what is here is of no use to
     /// them, and that one can serve.
     fn claimed(&mut self, address: IpAddr, by: Mac, claim: Claim) {
-        let paths = &self.view.paths.paths;
-        let of_address = paths.iter().find(|(_, path)| path.managed && addresses(path).any(|a| a == address));
-        if let Some((id, path)) = of_address.filter(|_| self.seen.alone)
-            && path.is_here(*id, &self.facts)
-            && claim == claim_of(*id, path)
+        let allocations = &self.view.allocations.allocations;
+        let of_address = allocations
+            .iter()
+            .find(|(_, allocation)| allocation.managed && addresses(allocation).any(|a| a == address));
+        if let Some((id, allocation)) = of_address.filter(|_| self.seen.alone)
+            && allocation.is_here(*id, &self.facts)
+            && claim == claim_of(*id, allocation)
         {
             self.holding.claimed(*id, address, by, Instant::now());
         }
     }
 
     /// While no other node reaches this one, listens whether one that others reach asks for what is here.
-    fn listen_for_claims(&mut self, look: &Look) {
-        let interfaces = if self.seen.alone { look.askable() } else { BTreeMap::new() };
+    fn listen_for_claims(&mut self, uplinks_now: &UplinkStatus) {
+        let interfaces = if self.seen.alone { uplinks_now.askable() } else { BTreeMap::new() };
         let listens = self.claims.as_ref().filter(|(_, task)| !task.is_finished()).map(|(on, _)| on);
         if listens.is_some_and(|on| on.iter().eq(interfaces.keys())) || listens.is_none() && interfaces.is_empty() {
             return;
@@ -135,7 +137,7 @@ impl Node {
         self.base = true;
     }
 
-    /// Computes the paths anew: who lives, or what this node knows of itself, has changed.
+    /// Computes the allocations anew: who lives, or what this node knows of itself, has changed.
     pub(super) fn look_again(&mut self) {
         self.facts.dead.clone_from(&self.seen.dead);
         self.facts.lost.clone_from(&self.seen.lost);
@@ -147,48 +149,53 @@ impl Node {
         self.base = true;
     }
 
-    /// Brings the addresses on this node in step. Returns how many changes it took.
-    pub(super) async fn bring_addresses_in_step(&mut self) -> Result<usize> {
-        let mut look = self.host.look(&self.view).await?;
+    /// Brings the addresses on this node in sync. Returns how many changes it took.
+    pub(super) async fn reconcile_addresses(&mut self) -> Result<usize> {
+        let mut uplinks_now = self.host.look(&self.view).await?;
         let now = Instant::now();
-        if self.holding.judge(&look, self.odd_family.as_deref(), now) {
+        if self.holding.judge(&uplinks_now, self.odd_family.as_deref(), now) {
             self.look_again();
         }
         // A cordoned node goes on answering: where no other is left, it is better than none.
         let drained = self.cluster.nodes.get(&*self.options.name).is_some_and(|node| has_drain_label(node));
-        let mut decision = self.holding.decide(&self.view, &self.facts, &look, drained, now);
-        decision.wish.paths.retain(|id| !look.unusable.contains_key(id));
-        decision.wish.moving.retain(|id| !look.unusable.contains_key(id));
+        let mut decision = self.holding.decide(&self.view, &self.facts, &uplinks_now, drained, now);
+        decision.desired.allocations.retain(|id| !uplinks_now.unusable.contains_key(id));
+        decision.desired.moving.retain(|id| !uplinks_now.unusable.contains_key(id));
         if self.facts.partial != decision.partial {
             self.facts.partial.clone_from(&decision.partial);
             self.look_again();
         }
         let few = decision.new.len() <= FEW;
         let (new, others) = decision.ask.into_iter().partition(|id| few && decision.new.contains(id));
-        self.ask(&look, new, &[ASK_NEW, ASK]);
-        self.ask(&look, others, &[ASK]);
-        self.listen_for_claims(&look);
+        self.ask(&uplinks_now, new, &[ASK_NEW, ASK]);
+        self.ask(&uplinks_now, others, &[ASK]);
+        self.listen_for_claims(&uplinks_now);
         self.note_handovers(now);
-        let mut changes = self.prepare(&decision.wish)?;
-        self.host.announce_ahead(&self.view, &look, &self.facts.coming);
-        let (placed, mut refused) = self.host.place(&self.view, &look, &decision.wish).await?;
-        refused.extend(std::mem::take(&mut look.unusable));
+        let mut changes = self.prepare(&decision.desired)?;
+        self.host.announce_ahead(&self.view, &uplinks_now, &self.facts.coming);
+        let (placed, mut refused) = self.host.place(&self.view, &uplinks_now, &decision.desired).await?;
+        refused.extend(std::mem::take(&mut uplinks_now.unusable));
         changes += placed;
         if std::mem::take(&mut self.announce_again) {
             // Of what it would take, others are told nothing before it is here.
-            let is_here =
-                |id: &&PathId| self.view.paths.paths.get(id).is_some_and(|path| path.is_here(**id, &self.facts));
-            let inherited = self.holding.inherited().iter().filter(is_here).copied().collect();
-            self.host.announce_again(&self.view, &look, &inherited);
+            let is_here = |id: &&EgressId| {
+                self.view
+                    .allocations
+                    .allocations
+                    .get(id)
+                    .is_some_and(|allocation| allocation.is_here(**id, &self.facts))
+            };
+            let taken_from_the_dead = self.holding.taken_from_the_dead().iter().filter(is_here).copied().collect();
+            self.host.announce_again(&self.view, &uplinks_now, &taken_from_the_dead);
         }
-        self.here = decision.wish.paths;
+        self.here = decision.desired.allocations;
         let mut facts = self.host.facts(refused).await?;
         facts.dead.clone_from(&self.facts.dead);
         facts.lost.clone_from(&self.facts.lost);
         facts.partial.clone_from(&self.facts.partial);
         self.note_since(&facts);
         facts.taken = self.taken(&facts);
-        facts.yielded = self.holding.yielded();
+        facts.relinquished = self.holding.relinquished();
         for (id, why) in self.holding.refused() {
             facts.refused.entry(id).or_insert(why);
         }
@@ -203,27 +210,27 @@ impl Node {
 
     /// What must be in the tables before addresses come here. This node's pods need not wait for them: to place a
     /// thousand takes the kernel a second. What is moved here on purpose comes with connections that the old node knows.
-    fn prepare(&mut self, wish: &Wish) -> Result<usize> {
-        let paths = &self.view.paths.paths;
-        let comes = |id: &PathId| paths.get(id).is_some_and(|path| !path.is_here(*id, &self.facts));
-        let all: BTreeSet<PathId> = wish.paths.iter().copied().filter(comes).collect();
+    fn prepare(&mut self, desired: &Desired) -> Result<usize> {
+        let allocations = &self.view.allocations.allocations;
+        let comes = |id: &EgressId| allocations.get(id).is_some_and(|allocation| !allocation.is_here(*id, &self.facts));
+        let all: BTreeSet<EgressId> = desired.allocations.iter().copied().filter(comes).collect();
         if all.is_empty() {
             return Ok(0);
         }
-        let coming: BTreeSet<PathId> = all.difference(&wish.moving).copied().collect();
+        let coming: BTreeSet<EgressId> = all.difference(&desired.moving).copied().collect();
         if !coming.is_empty() {
             self.facts.coming = coming;
             self.look_again();
-            self.here.extend(&wish.paths);
+            self.here.extend(&desired.allocations);
         }
-        let (changes, _) = self.bring_tables_in_step()?;
-        self.bring_connections_in_step();
+        let (changes, _) = self.reconcile_tables()?;
+        self.reconcile_connections();
         Ok(changes)
     }
 
-    /// Connections of paths that have come here or gone from here are picked up anew.
-    pub(super) fn bring_connections_in_step(&mut self) {
-        // First: what is forgotten here because its path has gone has not ended.
+    /// Connections of allocations that have come here or gone from here are picked up anew.
+    pub(super) fn reconcile_connections(&mut self) {
+        // First: what is forgotten here because its allocation has gone has not ended.
         self.set_roles();
         let moved = Moved::new(&self.view, &self.here);
         if self.moved.as_ref().is_none_or(|before| moved.needs_cleaning(before)) {
@@ -233,54 +240,66 @@ impl Node {
         self.moved = Some(moved);
     }
 
-    /// Notes which paths are being moved here or from here, and forgets what was.
+    /// Notes which allocations are being moved here or from here, and forgets what was.
     fn note_handovers(&mut self, now: Instant) {
-        self.handed.retain(|id, (_, until)| *until > now && self.view.paths.paths.contains_key(id));
-        let by = self.view.paths.paths.iter().filter_map(|(id, path)| Some((*id, path.handed_by?)));
+        self.handed.retain(|id, (_, until)| *until > now && self.view.allocations.allocations.contains_key(id));
+        let by =
+            self.view.allocations.allocations.iter().filter_map(|(id, allocation)| Some((*id, allocation.handed_by?)));
         self.handed.extend(by.map(|(id, mac)| (id, (mac, now + HANDOVER))));
         self.left.retain(|_, until| *until > now);
         // A node that has lost its uplink cannot let anything go on.
         if let Some(before) = self.moved.as_ref().filter(|_| self.holding.is_fit()) {
-            let remote = self.view.paths.paths.iter().filter(|(_, path)| matches!(path.state, PathState::Remote(_)));
+            let remote = self
+                .view
+                .allocations
+                .allocations
+                .iter()
+                .filter(|(_, allocation)| matches!(allocation.state, AllocationState::Remote(_)));
             let left = remote.map(|(id, _)| *id).filter(|id| before.was_local(*id));
             self.left.extend(left.map(|id| (id, now + HANDOVER)));
         }
     }
 
-    /// Notes as of which ledger each address is here.
+    /// Notes as of which allocations each address is here.
     fn note_since(&mut self, facts: &Facts) {
-        let here = |id: &PathId, path: &Path| path.managed && path.is_here(*id, facts);
-        let paths = &self.view.paths.paths;
-        self.since.retain(|id, _| paths.get(id).is_some_and(|path| here(id, path)));
-        for (id, path) in paths.iter().filter(|(id, path)| here(id, path)) {
-            let since = self.since.entry(*id).or_insert(path.since);
-            if path.by_ledger {
-                *since = path.since;
+        let here = |id: &EgressId, allocation: &NodeAllocation| allocation.managed && allocation.is_here(*id, facts);
+        let allocations = &self.view.allocations.allocations;
+        self.since.retain(|id, _| allocations.get(id).is_some_and(|allocation| here(id, allocation)));
+        for (id, allocation) in allocations.iter().filter(|(id, allocation)| here(id, allocation)) {
+            let since = self.since.entry(*id).or_insert(allocation.since);
+            if allocation.by_allocations {
+                *since = allocation.since;
             }
         }
     }
 
-    /// The paths that this node has taken over, as the ledger is now. If the ledger has come to name another node while
-    /// the address was here, that one has taken the path over from this node, which does not hear it. Two that do not
-    /// hear each other must not claim a path by turns, and have the ledger follow them.
-    fn taken(&self, facts: &Facts) -> BTreeMap<PathId, i64> {
-        let paths = self.view.paths.paths.iter().filter(|(_, path)| path.managed && !path.by_ledger);
-        let paths = paths.filter(|(id, path)| {
-            let claims = path.taken_over && self.since.get(id) == Some(&path.since);
-            path.is_here(**id, facts) && (claims || facts_taken(&self.facts, **id) == Some(path.since))
+    /// The allocations that this node has taken over, as the allocations are now. If the allocations have come to name another node while
+    /// the address was here, that one has taken the allocation over from this node, which does not hear it. Two that do not
+    /// hear each other must not claim an allocation by turns, and have the allocations follow them.
+    fn taken(&self, facts: &Facts) -> BTreeMap<EgressId, i64> {
+        let allocations = self
+            .view
+            .allocations
+            .allocations
+            .iter()
+            .filter(|(_, allocation)| allocation.managed && !allocation.by_allocations);
+        let allocations = allocations.filter(|(id, allocation)| {
+            let claims = allocation.taken_over && self.since.get(id) == Some(&allocation.since);
+            allocation.is_here(**id, facts) && (claims || facts_taken(&self.facts, **id) == Some(allocation.since))
         });
-        paths.map(|(id, path)| (*id, path.since)).collect()
+        allocations.map(|(id, allocation)| (*id, allocation.since)).collect()
     }
 
-    /// Asks the link who has the addresses of paths, and tells each time that it has been silent for so long.
-    fn ask(&self, look: &Look, paths: BTreeSet<PathId>, patience: &'static [Duration]) {
-        if paths.is_empty() {
+    /// Asks the link who has the addresses of allocations, and tells each time that it has been silent for so long.
+    fn ask(&self, uplinks_now: &UplinkStatus, allocations: BTreeSet<EgressId>, patience: &'static [Duration]) {
+        if allocations.is_empty() {
             return;
         }
-        let (ids, mut targets): (Vec<PathId>, Vec<_>) = look.targets(&self.view, &paths).into_iter().unzip();
+        let (ids, mut targets): (Vec<EgressId>, Vec<_>) =
+            uplinks_now.targets(&self.view, &allocations).into_iter().unzip();
         // Who is reached by nobody claims nothing.
         for (id, target) in ids.iter().zip(&mut targets).filter(|_| self.seen.reached) {
-            target.claim = self.view.paths.paths.get(id).map(|path| claim_of(*id, path));
+            target.claim = self.view.allocations.allocations.get(id).map(|allocation| claim_of(*id, allocation));
         }
         let heard = self.listeners.heard.clone();
         tokio::spawn(async move {
@@ -297,12 +316,12 @@ impl Node {
                     }
                 };
                 // The daemon ends if nobody listens.
-                let _ = heard.send(Heard::Answers { paths: paths.clone(), answers });
+                let _ = heard.send(Heard::Answers { allocations: allocations.clone(), answers });
             }
         });
     }
 
-    /// Says whom to ask whether they live: the nodes that paths of this node's pods can go through, and for a
+    /// Says whom to ask whether they live: the nodes that allocations of this node's pods can go through, and for a
     /// gateway's node the others of its gateways.
     pub(super) fn set_targets(&self) {
         let Some((device, source)) = self.host.asking() else {
@@ -312,11 +331,11 @@ impl Node {
             }
             return;
         };
-        let paths = &self.view.paths;
-        let used = self.uses.values().flat_map(|u| &u.paths).filter_map(|id| paths.paths.get(id));
-        let own = paths.paths.values().filter(|path| path.member);
-        let gateways: BTreeSet<&Name> = used.chain(own).map(|path| &path.gateway).collect();
-        let nodes = gateways.into_iter().filter_map(|gateway| paths.gateway_nodes.get(gateway)).flatten();
+        let allocations = &self.view.allocations;
+        let used = self.uses.values().flat_map(|u| &u.allocations).filter_map(|id| allocations.allocations.get(id));
+        let own = allocations.allocations.values().filter(|allocation| allocation.member);
+        let gateways: BTreeSet<&Name> = used.chain(own).map(|allocation| &allocation.gateway).collect();
+        let nodes = gateways.into_iter().filter_map(|gateway| allocations.gateway_nodes.get(gateway)).flatten();
         let others = nodes.filter(|name| ***name != *self.options.name);
         let answering = others.filter_map(|name| {
             let status = self.cluster.egress_nodes.get(name)?;
@@ -324,7 +343,7 @@ impl Node {
         });
         let answering: BTreeMap<Name, Mac> = answering.collect();
         let of_uplinks = |(name, mac): (&Name, &Mac)| {
-            let keys = paths.uplinks_of(name).into_iter();
+            let keys = allocations.uplinks_of(name).into_iter();
             (name.clone(), keys.map(|key| (key.clone(), of_uplink(key.code(), *mac))).collect())
         };
         let uplinks = answering.iter().map(of_uplinks).collect();
@@ -338,14 +357,14 @@ impl Node {
     }
 }
 
-/// By what a question for a path's address is known as another node's: hosts that speak to nothing but the link do not
+/// By what a question for an allocation's address is known as another node's: hosts that speak to nothing but the link do not
 /// know it. It is no secret of those that read the cluster's objects.
-fn claim_of(id: PathId, path: &Path) -> Claim {
-    let [.., a, b, c, d, e, f] = fnv1a(path.gateway.bytes().chain(id.to_be_bytes())).to_be_bytes();
+fn claim_of(id: EgressId, allocation: &NodeAllocation) -> Claim {
+    let [.., a, b, c, d, e, f] = fnv1a(allocation.gateway.bytes().chain(id.to_be_bytes())).to_be_bytes();
     // All zeros are no claim.
     [a, b, c, d, e, f | 1]
 }
 
-fn facts_taken(facts: &Facts, id: PathId) -> Option<i64> {
+fn facts_taken(facts: &Facts, id: EgressId) -> Option<i64> {
     facts.taken.get(&id).copied()
 }

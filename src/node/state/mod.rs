@@ -6,7 +6,7 @@ mod gateway;
 mod plugins;
 mod roles;
 mod stopping;
-mod strangers;
+mod unmanaged;
 
 pub use gateway::Heard;
 use plugins::Waiting;
@@ -19,7 +19,7 @@ use crate::cni::protocol::{Failure, codes};
 use crate::cni::run_dir;
 use crate::datapath::watch::{Event, Interest};
 use crate::model::mac::Mac;
-use crate::model::marks::PathId;
+use crate::model::marks::EgressId;
 use crate::model::tunnel_family::{TunnelFamily, internal};
 use crate::model::{Cluster, ObjectKey};
 use crate::node::Options;
@@ -48,7 +48,7 @@ use tokio::task::AbortHandle;
 
 /// Those who work in the background, and where they tell what came of it.
 pub struct Listeners {
-    /// Where strangers that were looked for are told of.
+    /// Where unmanaged pods that were looked for are told of.
     pub adopted: mpsc::UnboundedSender<Found>,
     /// Where the link's answers are told of.
     pub heard: mpsc::UnboundedSender<Heard>,
@@ -66,7 +66,7 @@ pub struct Node {
     view: View,
     facts: Facts,
     pods: Pods,
-    /// What each pod used when the kernel was last in step.
+    /// What each pod used when the kernel was last in sync.
     uses: BTreeMap<Holder, Arc<Use>>,
     census: Census,
     metrics: Metrics,
@@ -77,14 +77,14 @@ pub struct Node {
     seen: Seen,
     /// Who listens for claims of addresses, and on which interfaces.
     claims: Option<(Vec<u32>, AbortHandle)>,
-    /// The paths whose addresses are here.
-    here: BTreeSet<PathId>,
-    /// `since` of the ledger's entries when the addresses that are here came, or when the ledger named this node last.
-    since: BTreeMap<PathId, i64>,
-    /// Paths that are being moved here or just were, from which node, and how long their packets are handed over to it.
-    handed: BTreeMap<PathId, (Mac, tokio::time::Instant)>,
-    /// Paths that were just moved away, and how long their connections may go on leaving from here.
-    left: BTreeMap<PathId, tokio::time::Instant>,
+    /// The allocations whose addresses are here.
+    here: BTreeSet<EgressId>,
+    /// `since` of the allocations' entries when the addresses that are here came, or when the allocations named this node last.
+    since: BTreeMap<EgressId, i64>,
+    /// Allocations that are being moved here or just were, from which node, and how long their packets are handed over to it.
+    handed: BTreeMap<EgressId, (Mac, tokio::time::Instant)>,
+    /// Allocations that were just moved away, and how long their connections may go on leaving from here.
+    left: BTreeMap<EgressId, tokio::time::Instant>,
     /// What this node has taken over is to be announced once more.
     announce_again: bool,
     /// What the connections in the kernel's table were last made to be.
@@ -94,15 +94,15 @@ pub struct Node {
     /// Connections whose port was changed.
     changed_ports: ChangedPorts,
     roles_of: roles::MadeOf,
-    /// Strangers that are being looked for.
+    /// Unmanaged pods that are being looked for.
     sought: BTreeSet<ObjectKey>,
-    /// Strangers that were looked for in vain: when, and the addresses that are in quarantine for it.
+    /// Unmanaged pods that were looked for in vain: when, and the addresses that are in quarantine for it.
     missing: BTreeMap<ObjectKey, (Instant, Vec<IpAddr>)>,
-    /// Strangers of which nothing is to be made, and when that was found: they are not looked for again at once.
+    /// Unmanaged pods of which nothing is to be made, and when that was found: they are not looked for again at once.
     put_off: BTreeMap<ObjectKey, Instant>,
     /// Whether the view is older than the snapshot, the facts or the pods' addresses.
     stale: bool,
-    /// Whether what lies below the pods' chains must be brought in step: tunnel, routes, addresses.
+    /// Whether what lies below the pods' chains must be brought in sync: tunnel, routes, addresses.
     base: bool,
     /// Whether much memory was taken and let go since that was last asked.
     untidy: bool,
@@ -115,8 +115,8 @@ pub struct Node {
     /// Why this node's end of the tunnel is of another family than the others', if it is.
     odd_family: Option<String>,
     known_faults: faults::Known,
-    /// Whether the kernel was in step the last time.
-    in_step: bool,
+    /// Whether the kernel was in sync the last time.
+    in_sync: bool,
     /// Why the offline policy snapshot could not be written.
     unstored: Option<String>,
     /// Why the run directory cannot be written to.
@@ -135,7 +135,7 @@ pub struct Node {
     forwarding: Forwarding,
     /// How many packets had been dropped for their connections' age when that was last looked at.
     stale_packets: u64,
-    /// Answers that wait for the kernel to be in step.
+    /// Answers that wait for the kernel to be in sync.
     waiting: Vec<Waiting>,
     /// Attachments that go when everything of theirs is undone.
     leaving: Vec<AttachmentId>,
@@ -152,12 +152,15 @@ impl Node {
         listeners: Listeners,
     ) -> Result<Self> {
         let mut host = Host::open(options.marks, options.own_tables)?;
-        let pods = Pods::new(host.tags()?);
+        let pods = Pods::new(host.pod_marks()?);
         let base = host.connection_base()?.filter(|base| *base != options.marks.connection_base());
         let mut facts = host.facts(BTreeMap::new()).await?;
         // What an earlier daemon had taken over.
-        let said =
-            cluster.egress_nodes.get(&*options.name).map(|said| said.of_paths().taken.as_slice()).unwrap_or_default();
+        let said = cluster
+            .egress_nodes
+            .get(&*options.name)
+            .map(|said| said.of_allocations().taken.as_slice())
+            .unwrap_or_default();
         facts.taken = said.iter().map(|taken| (taken.id, taken.since)).collect();
         let holding = Holding::new(options.liveness, tokio::time::Instant::now());
         // Where the rules were once, somebody has taken them away while no daemon ran.
@@ -202,7 +205,7 @@ impl Node {
             local: None,
             odd_family: None,
             known_faults: faults::Known::default(),
-            in_step: false,
+            in_sync: false,
             unstored: None,
             unwritable: None,
             written,
@@ -217,8 +220,8 @@ impl Node {
         node.load_attachments().await?;
         node.restore_adopted(adopted).await?;
         node.refresh_view();
-        let strangers = node.pods.strangers(&node.cluster, &node.view);
-        for found in adoption::find_all(&node.host.routes, strangers).await {
+        let unmanaged = node.pods.unmanaged(&node.cluster, &node.view);
+        for found in adoption::find_all(&node.host.routes, unmanaged).await {
             node.adopt(found);
         }
         node.ended.of_earlier = true;
@@ -282,7 +285,7 @@ impl Node {
             own_ports: self.host.ports(),
             underlay: self.host.underlay(),
             uplinks: self.host.uplinks().collect(),
-            addresses: self.view.paths.paths.values().filter(|p| p.member).flat_map(addresses).collect(),
+            addresses: self.view.allocations.allocations.values().filter(|p| p.member).flat_map(addresses).collect(),
         })
     }
 
@@ -291,14 +294,14 @@ impl Node {
         for event in events {
             match event {
                 Event::VethGone { index } => self.veth_gone(*index).await,
-                Event::Nftables => self.host.distrust_tables(),
+                Event::Nftables => self.host.invalidate_tables(),
                 Event::Uplinks => self.base = true,
                 Event::Rules => {
                     self.left_behind = true;
-                    self.host.distrust_routing();
+                    self.host.invalidate_routing();
                     self.base = true;
                 }
-                _ => self.distrust(),
+                _ => self.invalidate(),
             }
         }
     }
@@ -316,15 +319,15 @@ impl Node {
     }
 
     /// The next [`settle`](Self::settle) reads everything back.
-    pub fn distrust(&mut self) {
-        self.host.distrust();
+    pub fn invalidate(&mut self) {
+        self.host.invalidate();
         self.base = true;
         self.left_behind = true;
     }
 
     fn refresh_view(&mut self) {
         let pods: BTreeSet<IpAddr> = self.pods.addresses().collect();
-        let (paths, networks) = (self.view.paths.mark(), self.view.networks.mark());
+        let (allocations, networks) = (self.view.allocations.mark(), self.view.networks.mark());
         self.view.update(&self.cluster, &self.options.name, &self.facts, &self.options.direct, pods);
         self.stale = false;
         let unknown = !self.view.networks.pods_are_known && self.cluster.nodes.len() > 1;
@@ -336,20 +339,20 @@ impl Node {
         }
         self.unknown_pods = unknown;
         // Most changes are of policies alone, and then nothing below the pods' chains is to be looked at.
-        if !self.view.paths.has(&paths) || !self.view.networks.has(&networks) {
+        if !self.view.allocations.has(&allocations) || !self.view.networks.has(&networks) {
             self.host.view(&self.view);
             self.base = true;
         }
     }
 
-    /// Whether the kernel was in step when that was last seen to.
-    pub fn is_in_step(&self) -> bool {
-        self.in_step
+    /// Whether the kernel was in sync when that was last seen to.
+    pub fn is_in_sync(&self) -> bool {
+        self.in_sync
     }
 
     /// Whether pods can be held, also by a plugin that finds this daemon away: the plugin may be in the chain then.
     pub fn can_hold(&self) -> bool {
-        self.in_step && self.unstored.is_none()
+        self.in_sync && self.unstored.is_none()
     }
 
     /// Writes down anew what the run directory is to hold.
@@ -361,14 +364,14 @@ impl Node {
         self.pods.attachments().try_for_each(|a| a.store(&self.options.run_dir)).context("attachments")
     }
 
-    /// Brings the kernel in step and answers who waits for it. Returns whether it has to be tried again.
+    /// Brings the kernel in sync and answers who waits for it. Returns whether it has to be tried again.
     pub async fn settle(&mut self, ready: &watch::Sender<Result<(), String>>) -> bool {
         let started = Instant::now();
-        let result = self.bring_in_step().await;
+        let result = self.reconcile().await;
         let failure =
             result.as_ref().err().map(|e| Failure::new(codes::KERNEL, "the kernel is not in sync", format!("{e:#}")));
         self.metrics.applied(started.elapsed(), &result);
-        self.in_step = result.is_ok();
+        self.in_sync = result.is_ok();
         for waiting in self.waiting.extract_if(.., |w| failure.is_some() || w.is_due(&self.pods)) {
             self.metrics.answered(waiting.verb, waiting.since.elapsed());
             // A plugin that has given up meanwhile will come with a DEL.
@@ -396,11 +399,11 @@ impl Node {
         self.report.publish(&self.view, &own, blocked, self.cluster.nodes.len());
         self.set_targets();
         self.set_roles();
-        self.seek_strangers();
+        self.seek_unmanaged();
         state.is_err()
     }
 
-    async fn bring_in_step(&mut self) -> Result<usize> {
+    async fn reconcile(&mut self) -> Result<usize> {
         let mut changes = 0;
         if self.stale {
             self.pods.drop_ended(&self.cluster);
@@ -431,7 +434,7 @@ impl Node {
         let (base, mut trouble) = (self.base, None);
         if base {
             (self.listen, self.untidy) = (true, true);
-            match self.bring_base_in_step().await? {
+            match self.reconcile_base().await? {
                 Ok(n) => {
                     changes += n;
                     self.base = false;
@@ -439,10 +442,10 @@ impl Node {
                 Err(e) => trouble = Some(e),
             }
         }
-        let (tables, uses) = self.bring_tables_in_step()?;
+        let (tables, uses) = self.reconcile_tables()?;
         changes += tables;
         if base || self.moved.is_none() {
-            self.bring_connections_in_step();
+            self.reconcile_connections();
         }
         self.ended.uses(&self.uses, &uses, &self.pods);
         self.uses = uses;
@@ -509,16 +512,17 @@ impl Node {
         }
     }
 
-    /// Brings the tables in step with the view. Returns how many changes it took, and what the pods use.
-    fn bring_tables_in_step(&mut self) -> Result<(usize, BTreeMap<Holder, Arc<Use>>)> {
+    /// Brings the tables in sync with the view. Returns how many changes it took, and what the pods use.
+    fn reconcile_tables(&mut self) -> Result<(usize, BTreeMap<Holder, Arc<Use>>)> {
         let (mut plan, uses, census) = self.pods.plan(&self.cluster, &self.view);
         // Before the chains: whom the kernel holds, the next daemon is to know of.
         self.write_adopted();
-        let of_path = |id: &PathId| self.view.paths.paths.get(id).map(|path| path.address.clone());
-        plan.handed = self.handed.iter().filter_map(|(id, (mac, _))| Some((*id, (of_path(id)?, *mac)))).collect();
+        let of_allocation =
+            |id: &EgressId| self.view.allocations.allocations.get(id).map(|allocation| allocation.address.clone());
+        plan.handed = self.handed.iter().filter_map(|(id, (mac, _))| Some((*id, (of_allocation(id)?, *mac)))).collect();
         plan.left = self.left.keys().copied().collect();
         plan.unfound = self.unfound();
-        let ready = plan.paths.keys().copied().collect();
+        let ready = plan.allocations.keys().copied().collect();
         let changes = self.host.tables(plan)?;
         let mended = self.host.tables_were_changed_by_others();
         self.existing.look(&uses, ready, mended, &self.view.networks, &self.facts.addresses);
@@ -526,15 +530,15 @@ impl Node {
         Ok((changes, uses))
     }
 
-    /// Brings in step what lies below the tables. Returns how many changes it took, or what failed. An error is one with which
+    /// Brings in sync what lies below the tables. Returns how many changes it took, or what failed. An error is one with which
     /// the tables cannot be made.
-    async fn bring_base_in_step(&mut self) -> Result<Result<usize>> {
+    async fn reconcile_base(&mut self) -> Result<Result<usize>> {
         let local = self.tunnel_address().await?;
         self.host.tunnel(&self.options.name, local).await?;
         self.local = Some(local);
         // What fails must not keep the rest from being done: addresses go and come when nodes die.
         let routing = self.host.routing(&self.view).await;
-        let addresses = self.bring_addresses_in_step().await;
+        let addresses = self.reconcile_addresses().await;
         let forwarding = self.host.forwarding(&self.view).await;
         self.note_faults();
         Ok([routing, addresses, forwarding].into_iter().sum())
@@ -580,7 +584,7 @@ impl Node {
         Ok(first)
     }
 
-    /// Sees to connections that are older than their paths, if there may be any, and to what this node admits and does not
+    /// Sees to connections that are older than their allocations, if there may be any, and to what this node admits and does not
     /// forward. Returns whether there is something new to tell.
     pub fn look_at_counters(&mut self) -> bool {
         let (stale, first) = match self.host.stale_and_first_packets() {
@@ -602,7 +606,7 @@ impl Node {
     pub fn refresh_metrics(&mut self) {
         let unmanaged = self.census.unmanaged + self.missing.len() as i64;
         self.metrics.pods(&Census { unmanaged, ..self.census });
-        self.metrics.paths(&self.view);
+        self.metrics.allocations(&self.view);
         match self.host.counts() {
             Ok(counts) => self.metrics.counts(&counts),
             Err(e) => tracing::warn!("the kernel's counters cannot be read: {e:#}"),

@@ -29,7 +29,7 @@ impl Waiting {
     /// brought in sync, for nothing has to be there for it.
     pub(super) fn is_free(&self, pods: &Pods, cluster: &Cluster, view: &View) -> bool {
         let attachment = self.unknown.as_ref().and_then(|id| pods.get(id));
-        attachment.is_some_and(|a| pods.profile(a, cluster, view).is_none())
+        attachment.is_some_and(|a| pods.policy_chain(a, cluster, view).is_none())
     }
 
     pub(super) fn is_due(&self, pods: &Pods) -> bool {
@@ -38,7 +38,7 @@ impl Waiting {
 }
 
 impl Node {
-    /// Takes in what plugins ask. They are answered by [`settle`](Self::settle), when the kernel is in step.
+    /// Takes in what plugins ask. They are answered by [`settle`](Self::settle), when the kernel is in sync.
     pub async fn answer(&mut self, questions: Vec<Question>) {
         for Question { verb, answer } in questions {
             let mut unknown = None;
@@ -64,7 +64,7 @@ impl Node {
     async fn add(&mut self, a: Attachment) -> Result<(), Failure> {
         let io = |e: String| Failure::new(codes::IO, "egretd cannot take the pod in", e);
         let interface = self.interface(&a).await.map_err(|e| io(format!("{e:#}")))?;
-        if interface.is_none() && self.pods.profile(&a, &self.cluster, &self.view).is_some() {
+        if interface.is_none() && self.pods.policy_chain(&a, &self.cluster, &self.view).is_some() {
             return Err(Failure::new(
                 codes::NO_HOST_INTERFACE,
                 format!("pod {}/{} has no veth peer on the host", a.pod.namespace, a.pod.name),
@@ -121,7 +121,7 @@ impl Node {
             Some(_) => {}
         }
         // What is missing in the kernel is mended before the answer.
-        self.distrust();
+        self.invalidate();
         Ok(())
     }
 
@@ -131,7 +131,7 @@ impl Node {
     }
 
     /// When somebody who waits has waited long enough.
-    pub async fn impatience(&self) {
+    pub async fn next_deadline(&self) {
         match self.waiting.iter().map(|w| w.since + UNKNOWN_WAIT).min() {
             Some(due) => tokio::time::sleep_until(due.into()).await,
             None => std::future::pending().await,

@@ -3,12 +3,12 @@
 use super::Node;
 use crate::datapath::names::{HEALTH, of_mac};
 use crate::model::mac::Mac;
-use crate::model::marks::PathId;
+use crate::model::marks::EgressId;
 use crate::model::selector::Name;
 use crate::model::shared::Mark;
-use crate::node::changed_ports::{Role, Roles, Way, Ways};
+use crate::node::changed_ports::{Holder, Holders, Role, Roles};
 use crate::node_plan::addresses;
-use crate::node_plan::allocations::{Path, PathState, Paths};
+use crate::node_plan::allocations::{AllocationState, NodeAllocation, NodeAllocations};
 use std::collections::{BTreeMap, HashMap};
 use std::net::Ipv6Addr;
 use std::sync::Arc;
@@ -16,9 +16,9 @@ use std::sync::Arc;
 /// What the part was last made of.
 #[derive(Debug, Default)]
 pub(super) struct MadeOf {
-    paths: Mark<Paths>,
+    allocations: Mark<NodeAllocations>,
     end: Option<(u32, Ipv6Addr)>,
-    handed: Vec<(PathId, Mac)>,
+    handed: Vec<(EgressId, Mac)>,
 }
 
 impl Node {
@@ -29,33 +29,33 @@ impl Node {
             // The tunnel is being looked at.
             return;
         }
-        let handed: Vec<(PathId, Mac)> = self.handed.iter().map(|(id, (mac, _))| (*id, *mac)).collect();
+        let handed: Vec<(EgressId, Mac)> = self.handed.iter().map(|(id, (mac, _))| (*id, *mac)).collect();
         let of = &self.roles_of;
-        if self.view.paths.has(&of.paths) && (of.end, &of.handed) == (end, &handed) {
+        if self.view.allocations.has(&of.allocations) && (of.end, &of.handed) == (end, &handed) {
             return;
         }
-        self.roles_of = MadeOf { paths: self.view.paths.mark(), end, handed };
+        self.roles_of = MadeOf { allocations: self.view.allocations.mark(), end, handed };
         self.changed_ports.set_roles(self.roles());
     }
 
     fn roles(&self) -> Roles {
-        let (paths, asking) = (&self.view.paths, self.host.asking());
+        let (allocations, asking) = (&self.view.allocations, self.host.asking());
         let mut members: HashMap<&Name, Arc<[Ipv6Addr]>> = HashMap::new();
         let mut all = HashMap::new();
-        for (id, path) in paths.paths.iter().filter(|(_, path)| path.member) {
-            let members = members.entry(&path.gateway).or_insert_with(|| self.others(&path.gateway));
-            let remote = match path.state {
-                PathState::Remote(mac) => Some(mac),
+        for (id, allocation) in allocations.allocations.iter().filter(|(_, allocation)| allocation.member) {
+            let members = members.entry(&allocation.gateway).or_insert_with(|| self.others(&allocation.gateway));
+            let remote = match allocation.state {
+                AllocationState::Remote(mac) => Some(mac),
                 _ => None,
             };
             let before = self.handed.get(id).map(|(mac, _)| *mac);
             let role = Role {
-                path: *id,
-                owns: path.state == PathState::Local,
-                owners: remote.into_iter().chain(path.handed_by).chain(before).collect(),
+                allocation: *id,
+                owns: allocation.state == AllocationState::Local,
+                owners: remote.into_iter().chain(allocation.handed_by).chain(before).collect(),
                 members: members.clone(),
             };
-            all.extend(addresses(path).map(|address| (address, role.clone())));
+            all.extend(addresses(allocation).map(|address| (address, role.clone())));
         }
         let mac = self.host.tunnel_end().map(|end| end.mac).unwrap_or_default();
         Roles {
@@ -65,13 +65,13 @@ impl Node {
             addresses: all,
             peers: self.host.peer_indexes().clone(),
             own: self.facts.addresses.clone(),
-            ways: ways(&paths.paths, mac),
+            holders: holders(&allocations.allocations, mac),
         }
     }
 
     /// Where the gateway's other nodes hear, as far as they can hold addresses.
     fn others(&self, gateway: &Name) -> Arc<[Ipv6Addr]> {
-        let nodes = self.view.paths.gateway_nodes.get(gateway).into_iter().flatten();
+        let nodes = self.view.allocations.gateway_nodes.get(gateway).into_iter().flatten();
         let others = nodes.filter(|name| ***name != *self.options.name);
         let hears = |name: &Name| {
             let status = self.cluster.egress_nodes.get(name)?;
@@ -82,14 +82,14 @@ impl Node {
 }
 
 /// Who owns each egress IP; `own`: this node.
-fn ways(paths: &BTreeMap<PathId, Path>, own: Mac) -> Ways {
-    let owned = paths.iter().filter_map(|(id, path)| {
-        let owner = match path.state {
-            PathState::Local => own,
-            PathState::Remote(mac) => mac,
-            PathState::Unready(_) => return None,
+fn holders(allocations: &BTreeMap<EgressId, NodeAllocation>, own: Mac) -> Holders {
+    let owned = allocations.iter().filter_map(|(id, allocation)| {
+        let owner = match allocation.state {
+            AllocationState::Local => own,
+            AllocationState::Remote(mac) => mac,
+            AllocationState::Unready(_) => return None,
         };
-        Some((*id, Way { owner, address: path.address.clone() }))
+        Some((*id, Holder { owner, address: allocation.address.clone() }))
     });
     owned.collect()
 }

@@ -7,7 +7,7 @@
 
 use super::Node;
 use crate::model::drain::is_drained;
-use crate::node_plan::allocations::{Path, Placing};
+use crate::node_plan::allocations::{NodeAllocation, Placing};
 use std::time::Duration;
 use tokio::time::Instant;
 
@@ -62,20 +62,27 @@ impl Node {
 
     /// How many egress IPs are here that are to go, and can.
     fn to_hand_over(&self) -> usize {
-        let paths = self.view.paths.paths.iter().filter(|(id, path)| path.managed && path.is_here(**id, &self.facts));
-        let here = paths.map(|(_, path)| path).filter(|path| path.placing != Placing::Never);
-        here.filter(|path| self.is_left_by(path) && self.has_taker(path)).count()
+        let allocations = self
+            .view
+            .allocations
+            .allocations
+            .iter()
+            .filter(|(id, allocation)| allocation.managed && allocation.is_here(**id, &self.facts));
+        let here =
+            allocations.map(|(_, allocation)| allocation).filter(|allocation| allocation.placing != Placing::Never);
+        here.filter(|allocation| self.is_left_by(allocation) && self.has_taker(allocation)).count()
     }
 
-    /// Whether a path is to leave this node.
-    fn is_left_by(&self, path: &Path) -> bool {
-        let (node, gateway) = (self.cluster.nodes.get(&*self.options.name), self.cluster.gateways.get(&*path.gateway));
+    /// Whether an allocation is to leave this node.
+    fn is_left_by(&self, allocation: &NodeAllocation) -> bool {
+        let (node, gateway) =
+            (self.cluster.nodes.get(&*self.options.name), self.cluster.gateways.get(&*allocation.gateway));
         node.is_none_or(|node| gateway.is_some_and(|gateway| is_drained(gateway, node)))
     }
 
-    /// Whether there is a node to hand a path to: one that answers and is not to be left itself.
-    fn has_taker(&self, path: &Path) -> bool {
-        let Some(gateway) = self.cluster.gateways.get(&*path.gateway) else { return false };
+    /// Whether there is a node to hand an allocation to: one that answers and is not to be left itself.
+    fn has_taker(&self, allocation: &NodeAllocation) -> bool {
+        let Some(gateway) = self.cluster.gateways.get(&*allocation.gateway) else { return false };
         let others = self.cluster.nodes.iter().filter(|(name, _)| ***name != *self.options.name);
         others.filter(|(_, node)| gateway.nodes.matches(&node.labels) && !is_drained(gateway, node)).any(|(name, _)| {
             !self.facts.dead.contains(name) && self.cluster.egress_nodes.get(name).is_some_and(|status| status.answers)

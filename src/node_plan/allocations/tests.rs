@@ -1,11 +1,11 @@
 use super::*;
-use crate::api::{Allocate, EgressNodeStatus, TakenPath};
+use crate::api::{Allocate, EgressNodeStatus, TakenAllocation};
 use crate::fixture::{World, asking, naming};
 use crate::model::mac;
 use std::sync::Arc;
 
-/// Three gateway nodes and a plain one, and one policy, whose path `n1` holds.
-fn world() -> (World, PathId) {
+/// Three gateway nodes and a plain one, and one policy, whose allocation `n1` holds.
+fn world() -> (World, EgressId) {
     let mut world = World::new(&["192.0.2.50-192.0.2.59"]);
     world.node("n3", "g", &["10.0.0.3"]);
     world.node("plain", "none", &["10.0.0.4"]);
@@ -18,13 +18,13 @@ fn world() -> (World, PathId) {
     (world, id)
 }
 
-fn says(world: &mut World, node: &str, paths: &[PathId], taken: &[(PathId, i64)]) {
+fn says(world: &mut World, node: &str, allocations: &[EgressId], taken: &[(EgressId, i64)]) {
     let status = EgressNodeStatus {
         tunnel_address: world.cluster.nodes[node].addresses.first().copied(),
         tunnel_mac: Some(mac::Shown(mac::of_node(node)).to_string()),
         answers: true,
-        paths: paths.to_vec(),
-        taken: taken.iter().map(|(id, since)| TakenPath { id: *id, since: *since }).collect(),
+        allocations: allocations.to_vec(),
+        taken: taken.iter().map(|(id, since)| TakenAllocation { id: *id, since: *since }).collect(),
         refused: Vec::new(),
         ..Default::default()
     };
@@ -39,79 +39,79 @@ fn facts(here: &[&str], dead: &[&str]) -> Facts {
     }
 }
 
-fn seen(world: &World, node: &str, facts: &Facts, id: PathId) -> (PathState, Placing) {
-    let path = Paths::new(&world.cluster, node, facts).paths[&id].clone();
-    (path.state, path.placing)
+fn seen(world: &World, node: &str, facts: &Facts, id: EgressId) -> (AllocationState, Placing) {
+    let allocation = NodeAllocations::new(&world.cluster, node, facts).allocations[&id].clone();
+    (allocation.state, allocation.placing)
 }
 
-fn to(node: &str) -> PathState {
-    PathState::Remote(mac::of_node(node))
+fn to(node: &str) -> AllocationState {
+    AllocationState::Remote(mac::of_node(node))
 }
 
 const A: &str = "192.0.2.50";
 
 #[test]
-fn the_ledgers_node_takes_it_and_the_others_send_to_it() {
+fn the_allocations_node_takes_it_and_the_others_send_to_it() {
     let (world, id) = world();
-    assert_eq!(seen(&world, "n1", &facts(&[A], &[]), id), (PathState::Local, Placing::Take { ask: true }));
+    assert_eq!(seen(&world, "n1", &facts(&[A], &[]), id), (AllocationState::Local, Placing::Take { ask: true }));
     assert_eq!(seen(&world, "n2", &facts(&[], &[]), id), (to("n1"), Placing::Leave));
     assert_eq!(seen(&world, "plain", &facts(&[], &[]), id), (to("n1"), Placing::Never));
     let (state, placing) = seen(&world, "n1", &facts(&[], &[]), id);
-    assert!(matches!(state, PathState::Unready(_)), "it is not there yet");
+    assert!(matches!(state, AllocationState::Unready(_)), "it is not there yet");
     assert_eq!(placing, Placing::Take { ask: true });
 }
 
 #[test]
-fn one_of_the_others_takes_a_dead_nodes_path_and_all_know_which() {
+fn one_of_the_others_takes_a_dead_nodes_allocation_and_all_know_which() {
     let (world, id) = world();
-    let PathState::Remote(new) = seen(&world, "plain", &facts(&[], &["n1"]), id).0 else { panic!() };
+    let AllocationState::Remote(new) = seen(&world, "plain", &facts(&[], &["n1"]), id).0 else { panic!() };
     let (taker, other) = if new == mac::of_node("n2") { ("n2", "n3") } else { ("n3", "n2") };
     assert_eq!(seen(&world, taker, &facts(&[], &["n1"]), id).1, Placing::Take { ask: true });
-    assert_eq!(seen(&world, taker, &facts(&[A], &["n1"]), id).0, PathState::Local);
-    // The dead node's word that it holds the path is nobody's any more.
+    assert_eq!(seen(&world, taker, &facts(&[A], &["n1"]), id).0, AllocationState::Local);
+    // The dead node's word that it holds the allocation is nobody's any more.
     assert_eq!(seen(&world, other, &facts(&[], &["n1"]), id), (to(taker), Placing::Keep));
     assert_eq!(seen(&world, other, &facts(&[], &["n1", taker]), id).1, Placing::Take { ask: true });
     let nobody = seen(&world, "plain", &facts(&[], &["n1", "n2", "n3"]), id).0;
-    assert!(matches!(nobody, PathState::Unready(_)));
+    assert!(matches!(nobody, AllocationState::Unready(_)));
 }
 
 #[test]
-fn who_takes_a_path_over_translates_all_the_while() {
+fn who_takes_an_allocation_over_translates_all_the_while() {
     let (world, id) = world();
-    let PathState::Remote(new) = seen(&world, "plain", &facts(&[], &["n1"]), id).0 else { panic!() };
+    let AllocationState::Remote(new) = seen(&world, "plain", &facts(&[], &["n1"]), id).0 else { panic!() };
     let taker = if new == mac::of_node("n2") { "n2" } else { "n3" };
     let (asking, mut coming, mut refused) = (facts(&[], &["n1"]), facts(&[], &["n1"]), facts(&[], &["n1"]));
     coming.coming.insert(id);
-    refused.refused.insert(id, "a stranger has it".into());
+    refused.refused.insert(id, "another host has it".into());
     let at = |facts: &Facts| {
-        let paths = Paths::new(&world.cluster, taker, facts);
-        let path = &paths.paths[&id];
-        assert!(path.member);
-        (path.state.clone(), path.translates, paths.held.contains(&id))
+        let allocations = NodeAllocations::new(&world.cluster, taker, facts);
+        let allocation = &allocations.allocations[&id];
+        assert!(allocation.member);
+        (allocation.state.clone(), allocation.translates, allocations.held.contains(&id))
     };
     assert_eq!(at(&facts(&[], &[])), (to("n1"), true, false));
     assert_eq!(at(&asking), (to("n1"), true, false), "as it was, until it is known that nobody has the address");
-    assert_eq!(at(&coming), (PathState::Local, true, false), "its own pods need not wait for the address");
-    assert_eq!(at(&facts(&[A], &["n1"])), (PathState::Local, true, true));
-    assert_eq!(at(&refused), (PathState::Unready("a stranger has it".into()), false, false));
+    assert_eq!(at(&coming), (AllocationState::Local, true, false), "its own pods need not wait for the address");
+    assert_eq!(at(&facts(&[A], &["n1"])), (AllocationState::Local, true, true));
+    assert_eq!(at(&refused), (AllocationState::Unready("another host has it".into()), false, false));
 }
 
 #[test]
-fn what_was_taken_over_stays_when_the_dead_node_is_back_and_the_ledger_follows() {
+fn what_was_taken_over_stays_when_the_dead_node_is_back_and_the_allocations_follows() {
     let (mut world, id) = world();
-    let since = world.cluster.gateways["g"].status.paths[0].since;
+    let since = world.cluster.gateways["g"].status.allocations[0].since;
     says(&mut world, "n3", &[id], &[(id, since)]);
     let mut own = facts(&[A], &[]);
     own.taken.insert(id, since);
     let all_agree = |world: &World| {
-        assert_eq!(seen(world, "n3", &own, id), (PathState::Local, Placing::Take { ask: true }));
+        assert_eq!(seen(world, "n3", &own, id), (AllocationState::Local, Placing::Take { ask: true }));
         assert_eq!(seen(world, "n1", &facts(&[A], &[]), id), (to("n3"), Placing::Leave), "it was frozen, say");
         assert_eq!(seen(world, "n1", &facts(&[], &[]), id).0, to("n3"));
         assert_eq!(seen(world, "plain", &facts(&[], &[]), id).0, to("n3"));
     };
     all_agree(&world);
     assert_eq!(world.allocate().node("a/p"), Some("n3"));
-    assert_ne!(world.cluster.gateways["g"].status.paths[0].since, since);
+    assert_ne!(world.cluster.gateways["g"].status.allocations[0].since, since);
     all_agree(&world);
     let after = world.cluster.gateways["g"].status.clone();
     world.allocate();
@@ -119,9 +119,9 @@ fn what_was_taken_over_stays_when_the_dead_node_is_back_and_the_ledger_follows()
 }
 
 #[test]
-fn what_was_said_of_an_older_ledger_counts_no_more() {
+fn what_was_said_of_an_older_allocations_counts_no_more() {
     let (mut world, id) = world();
-    let since = world.cluster.gateways["g"].status.paths[0].since;
+    let since = world.cluster.gateways["g"].status.allocations[0].since;
     says(&mut world, "n3", &[id], &[(id, since - 1)]);
     assert_eq!(seen(&world, "plain", &facts(&[], &[]), id).0, to("n1"));
     assert_eq!(world.allocate().node("a/p"), Some("n1"));
@@ -133,27 +133,34 @@ fn label(world: &mut World, node: &str, labels: &[(&str, &str)]) {
 }
 
 #[test]
-fn a_drained_or_deselected_node_holds_its_paths_until_another_has_them() {
+fn a_drained_or_deselected_node_holds_its_allocations_until_another_has_them() {
     for labels in [&[("gateway", "g"), ("egret.dev/drain", "true")][..], &[("gateway", "none")]] {
         let (mut world, id) = world();
         label(&mut world, "n1", labels);
-        assert_eq!(seen(&world, "n1", &facts(&[A], &[]), id).0, PathState::Local, "before the ledger has moved it");
+        assert_eq!(
+            seen(&world, "n1", &facts(&[A], &[]), id).0,
+            AllocationState::Local,
+            "before the allocations has moved it"
+        );
         assert_eq!(seen(&world, "plain", &facts(&[], &[]), id).0, to("n1"));
 
         let new = world.allocate().node("a/p").unwrap().to_owned();
         assert!(new == "n2" || new == "n3");
-        assert_eq!(world.cluster.gateways["g"].status.paths[0].leaving.as_deref(), Some("n1"));
-        assert_eq!(seen(&world, "n1", &facts(&[A], &[]), id), (PathState::Local, Placing::Take { ask: false }));
+        assert_eq!(world.cluster.gateways["g"].status.allocations[0].leaving.as_deref(), Some("n1"));
+        assert_eq!(seen(&world, "n1", &facts(&[A], &[]), id), (AllocationState::Local, Placing::Take { ask: false }));
         assert_eq!(seen(&world, &new, &facts(&[], &[]), id), (to("n1"), Placing::Take { ask: false }));
         assert_eq!(seen(&world, "plain", &facts(&[], &[]), id).0, to("n1"));
 
-        assert_eq!(seen(&world, &new, &facts(&[A], &[]), id), (PathState::Local, Placing::Take { ask: false }));
+        assert_eq!(seen(&world, &new, &facts(&[A], &[]), id), (AllocationState::Local, Placing::Take { ask: false }));
         says(&mut world, &new, &[id], &[]);
         assert_eq!(seen(&world, "n1", &facts(&[A], &[]), id), (to(&new), Placing::Leave));
         assert_eq!(seen(&world, "plain", &facts(&[], &[]), id).0, to(&new));
         world.allocate();
-        assert_eq!(world.cluster.gateways["g"].status.paths[0].leaving, None);
-        assert!(Paths::new(&world.cluster, "n1", &facts(&[A], &[])).paths[&id].member, "while the address is there");
+        assert_eq!(world.cluster.gateways["g"].status.allocations[0].leaving, None);
+        assert!(
+            NodeAllocations::new(&world.cluster, "n1", &facts(&[A], &[])).allocations[&id].member,
+            "while the address is there"
+        );
     }
 }
 
@@ -164,22 +171,22 @@ fn of_nodes_that_are_all_drained_none_is_left() {
         label(&mut world, node, &[("gateway", "g"), ("egret.dev/drain", "true")]);
     }
     assert_eq!(world.allocate().node("a/p"), Some("n1"));
-    assert_eq!(seen(&world, "n1", &facts(&[A], &[]), id).0, PathState::Local);
+    assert_eq!(seen(&world, "n1", &facts(&[A], &[]), id).0, AllocationState::Local);
 }
 
 #[test]
-fn where_others_place_the_addresses_the_node_that_has_one_owns_the_path() {
+fn where_others_place_the_addresses_the_node_that_has_one_owns_the_allocation() {
     let (mut world, id) = world();
     world.external("g", &["192.0.2.50-192.0.2.59"]);
-    let path = |world: &World, node: &str, facts: &Facts| seen(world, node, facts, id);
-    assert_eq!(path(&world, "n1", &facts(&[A], &[])), (PathState::Local, Placing::Never));
-    assert_eq!(path(&world, "n2", &facts(&[A], &[])).0, PathState::Local, "it has moved here");
-    assert!(matches!(path(&world, "n1", &facts(&[], &[])).0, PathState::Unready(_)));
+    let allocation = |world: &World, node: &str, facts: &Facts| seen(world, node, facts, id);
+    assert_eq!(allocation(&world, "n1", &facts(&[A], &[])), (AllocationState::Local, Placing::Never));
+    assert_eq!(allocation(&world, "n2", &facts(&[A], &[])).0, AllocationState::Local, "it has moved here");
+    assert!(matches!(allocation(&world, "n1", &facts(&[], &[])).0, AllocationState::Unready(_)));
     says(&mut world, "n1", &[], &[]);
     says(&mut world, "n2", &[id], &[]);
-    assert_eq!(path(&world, "plain", &facts(&[], &[])).0, to("n2"), "before the ledger has followed");
+    assert_eq!(allocation(&world, "plain", &facts(&[], &[])).0, to("n2"), "before the allocations has followed");
     says(&mut world, "n1", &[id], &[]);
-    assert_eq!(path(&world, "plain", &facts(&[], &["n1"])).0, to("n2"), "a dead node's word counts no more");
+    assert_eq!(allocation(&world, "plain", &facts(&[], &["n1"])).0, to("n2"), "a dead node's word counts no more");
 }
 
 #[test]
@@ -189,40 +196,40 @@ fn a_nodes_own_address_does_not_move() {
     let grant = world.allocate().grant("a/own").clone();
     let node = grant.node.as_deref().unwrap();
     assert_eq!(seen(&world, "plain", &facts(&[], &[]), grant.id), (to(node), Placing::Never));
-    assert!(matches!(seen(&world, "plain", &facts(&[], &[node]), grant.id).0, PathState::Unready(_)));
+    assert!(matches!(seen(&world, "plain", &facts(&[], &[node]), grant.id).0, AllocationState::Unready(_)));
 }
 
 #[test]
-fn who_gave_a_path_up_sends_it_to_the_one_that_must_have_taken_it() {
+fn who_gave_an_allocation_up_sends_it_to_the_one_that_must_have_taken_it() {
     let (world, id) = world();
     let mut facts = facts(&[], &[]);
-    facts.yielded.insert(id);
+    facts.relinquished.insert(id);
     let (state, placing) = seen(&world, "n1", &facts, id);
     let taker = seen(&world, "plain", &super::tests::facts(&[], &["n1"]), id).0;
     assert_eq!((state, placing), (taker, Placing::Take { ask: true }), "and takes it back if nobody has it");
 }
 
 #[test]
-fn a_policy_has_no_path_that_it_does_not_ask_for_any_more() {
+fn a_policy_has_no_allocation_that_it_does_not_ask_for_any_more() {
     let (mut world, id) = world();
     world.gateway("other", &["192.0.2.60-192.0.2.69"], |_| {});
-    let path = |world: &World| {
+    let allocation = |world: &World| {
         let key = "a/p".into();
-        Paths::new(&world.cluster, "plain", &facts(&[], &[])).of(&key, &world.cluster.policies[&key])
+        NodeAllocations::new(&world.cluster, "plain", &facts(&[], &[])).of(&key, &world.cluster.policies[&key])
     };
-    assert_eq!(path(&world), Some(id));
+    assert_eq!(allocation(&world), Some(id));
     let in_other = |gateway: &str, spec: crate::api::EgressPolicySpec| crate::api::EgressPolicySpec {
         gateway: Some(gateway.to_owned()),
         ..spec
     };
     for spec in [naming(&["192.0.2.51"]), in_other("other", asking(Allocate::Dedicated)), naming(&["192.0.2.52"])] {
         world.policy("a/p", spec);
-        assert_eq!(path(&world), None, "the controller has not given it another one yet");
+        assert_eq!(allocation(&world), None, "the controller has not given it another one yet");
         let id = world.allocate().grant("a/p").id;
-        assert_eq!(path(&world), Some(id));
+        assert_eq!(allocation(&world), Some(id));
     }
     // A change of something else is none of the address.
-    let id = path(&world);
+    let id = allocation(&world);
     world.policy("a/p", crate::api::EgressPolicySpec { priority: 7, ..naming(&["192.0.2.52"]) });
-    assert_eq!(path(&world), id);
+    assert_eq!(allocation(&world), id);
 }

@@ -89,7 +89,7 @@ impl Node {
         rules
     }
 
-    /// Names of the maps and sets in Egret's tables that hold something: `inet egret path_out`, with `map` or `set`.
+    /// Names of the maps and sets in Egret's tables that hold something: `inet egret egress_id_out`, with `map` or `set`.
     pub fn egret_sets(&self) -> Vec<(String, String)> {
         let text = self.run(["nft", "-j", "list", "ruleset"]);
         let all: Value = serde_json::from_str(&text).expect("nft's JSON");

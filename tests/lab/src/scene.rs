@@ -81,9 +81,9 @@ impl Lab {
         self.forget_wire();
     }
 
-    /// The id of the path that the ledger gives the policy.
+    /// The id of the allocation that the allocations give the policy.
     #[track_caller]
-    pub fn path_id(&self, policy: &str) -> u16 {
+    pub fn egress_id(&self, policy: &str) -> u16 {
         let statuses = self.manifests().statuses();
         let mut id = None;
         for line in statuses.lines().map(|l| l.trim().trim_start_matches("- ")) {
@@ -93,7 +93,7 @@ impl Lab {
                 break;
             }
         }
-        id.unwrap_or_else(|| panic!("no path of {policy} in the ledger:\n{statuses}"))
+        id.unwrap_or_else(|| panic!("no allocation of {policy} in the allocations:\n{statuses}"))
     }
 
     /// Panics unless every packet that came to the outside server, since the wire was last forgotten, came from the

@@ -1,24 +1,24 @@
 //! A daemon that starts and finds less than was in force.
 
 use super::*;
-use crate::api::{EgressGatewayStatus, LedgerPath, PathKind};
+use crate::api::{Allocation, AllocationKind, EgressGatewayStatus};
 use crate::model::PolicyKey;
 
-/// A gateway, its policies `x/p` of priority 7 and `x/q`, and a ledger with both.
+/// A gateway, its policies `x/p` of priority 7 and `x/q`, and a gateway's allocations with both.
 async fn in_force(fixture: &Fixture) {
     fixture.put("gateway.yaml", &gateway("g", "192.0.2.1"));
     fixture.put("p.yaml", &policy("x", "p", 7));
     fixture.put("q/q.yaml", &policy("x", "q", 3));
-    let path = |id, policy: &str| LedgerPath {
+    let path = |id, policy: &str| Allocation {
         id,
-        kind: PathKind::Dedicated,
+        kind: AllocationKind::Dedicated,
         address: crate::fixture::pair(&["192.0.2.1"]),
         node: None,
         since: 0,
         leaving: None,
         policies: [PolicyKey::from(policy)].into_iter().collect(),
     };
-    let status = EgressGatewayStatus { paths: vec![path(1, "x/p"), path(2, "x/q")], ..Default::default() };
+    let status = EgressGatewayStatus { allocations: vec![path(1, "x/p"), path(2, "x/q")], ..Default::default() };
     let source = fixture.open().await;
     source.0.statuses.gateway("g", &status, None, Vec::new()).await.unwrap();
 }
@@ -55,7 +55,7 @@ async fn a_directory_without_a_file_is_not_taken_for_one_without_policies() {
     fixture.put("q/q.yaml", &policy("x", "q", 3));
     source.until("the policy", |c| priority(c, "x/q") == Some(3)).await;
     source.until_well().await;
-    // Without the gateway's file the ledger is still there, and nothing of it is lost.
+    // Without the gateway's file the allocations are still there, and nothing of it is lost.
     for file in ["gateway.yaml", "p.yaml", "q/q.yaml"] {
         fs::remove_file(fixture.path(file)).unwrap();
     }

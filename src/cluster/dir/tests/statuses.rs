@@ -1,22 +1,26 @@
 use super::*;
 use crate::api::{
-    AddressPair, EgressGatewayStatus, EgressNodeStatus, EgressPolicyStatus, LedgerPath, PathKind, RefusedPath,
-    TakenPath,
+    AddressPair, Allocation, AllocationKind, EgressGatewayStatus, EgressNodeStatus, EgressPolicyStatus,
+    RefusedAllocation, TakenAllocation,
 };
 use crate::model::PolicyKey;
 use crate::model::egress_node::EgressNode;
 
-fn ledger(paths: u16) -> EgressGatewayStatus {
-    let path = |id| LedgerPath {
+fn gateway_status(paths: u16) -> EgressGatewayStatus {
+    let path = |id| Allocation {
         id,
-        kind: PathKind::Shared,
+        kind: AllocationKind::Shared,
         address: AddressPair { ipv4: Some([192, 0, 2, id as u8].into()), ipv6: "2001:db8::1".parse().ok() },
         node: (id % 2 == 0).then(|| "node-1".into()),
         since: 1_700_000_000 + i64::from(id),
         leaving: (id % 3 == 0).then(|| "node-2".into()),
         policies: ["x/p", "yes"].into_iter().map(PolicyKey::from).collect(),
     };
-    EgressGatewayStatus { nodes: vec!["node-1".into()], paths: (1..=paths).map(path).collect(), ..Default::default() }
+    EgressGatewayStatus {
+        nodes: vec!["node-1".into()],
+        allocations: (1..=paths).map(path).collect(),
+        ..Default::default()
+    }
 }
 
 #[tokio::test]
@@ -27,17 +31,17 @@ async fn statuses_come_back() {
     let statuses = source.0.statuses.clone();
     // 1000 paths are written as JSON.
     for paths in [0, 3, 1000] {
-        statuses.gateway("g", &ledger(paths), None, Vec::new()).await.unwrap();
-        let c = source.until("the ledger", |c| c.gateways["g"].status == ledger(paths)).await;
+        statuses.gateway("g", &gateway_status(paths), None, Vec::new()).await.unwrap();
+        let c = source.until("the allocations", |c| c.gateways["g"].status == gateway_status(paths)).await;
         assert_eq!(c.gateways["g"].pool.len(), 1);
     }
     let node = EgressNodeStatus {
         tunnel_address: "192.0.2.11".parse().ok(),
         tunnel_mac: Some("02:00:00:00:00:01".into()),
         answers: true,
-        paths: vec![1, 2],
-        taken: vec![TakenPath { id: 2, since: 1_700_000_002 }],
-        refused: vec![RefusedPath { id: 3, message: "somebody else has 192.0.2.3: see \"arp\"\n".into() }],
+        allocations: vec![1, 2],
+        taken: vec![TakenAllocation { id: 2, since: 1_700_000_002 }],
+        refused: vec![RefusedAllocation { id: 3, message: "somebody else has 192.0.2.3: see \"arp\"\n".into() }],
         ..Default::default()
     };
     statuses.node("node-1", &node).await.unwrap();
@@ -52,18 +56,18 @@ async fn statuses_come_back() {
     }
     assert_eq!(source.problems(), [""; 0]);
 
-    // A user's change keeps the ledger, and a new start finds all of it.
+    // A user's change keeps the allocations, and a new start finds all of it.
     fixture.put("a.yaml", &[gateway("g", "192.0.2.9"), policy("x", "p", 1)].join("---\n"));
     source
         .until("the pool", |c| c.gateways["g"].pool[0].first == "192.0.2.9".parse::<std::net::IpAddr>().unwrap())
         .await;
     let again = fixture.open().await;
     assert_eq!(again.now(), source.now());
-    assert_eq!(again.now().gateways["g"].status, ledger(1000));
+    assert_eq!(again.now().gateways["g"].status, gateway_status(1000));
     // A node has no use for the policies' statuses.
     let node = fixture.open_for(Scope::Node("node-1".into())).await;
     assert!(node.now().policy_statuses.is_empty());
-    assert_eq!(node.now().gateways["g"].status, ledger(1000));
+    assert_eq!(node.now().gateways["g"].status, gateway_status(1000));
 }
 
 #[tokio::test]
@@ -89,22 +93,22 @@ async fn a_status_is_written_whole_and_only_when_it_changed() {
     let fixture = Fixture::new();
     let source = fixture.open().await;
     let statuses = source.0.statuses.clone();
-    statuses.gateway("g", &ledger(2), None, Vec::new()).await.unwrap();
+    statuses.gateway("g", &gateway_status(2), None, Vec::new()).await.unwrap();
     let file = fixture.path("status/egressgateways/g.yaml");
     let inode = |f: &PathBuf| std::os::unix::fs::MetadataExt::ino(&fs::metadata(f).unwrap());
     let text = fs::read_to_string(&file).unwrap();
     assert!(text.starts_with("apiVersion: egret.dev/v1alpha1\nkind: EgressGateway\nmetadata:\n  name: g\n"), "{text}");
     let before = inode(&file);
-    statuses.gateway("g", &ledger(2), None, Vec::new()).await.unwrap();
+    statuses.gateway("g", &gateway_status(2), None, Vec::new()).await.unwrap();
     assert_eq!(inode(&file), before);
-    statuses.gateway("g", &ledger(3), None, Vec::new()).await.unwrap();
+    statuses.gateway("g", &gateway_status(3), None, Vec::new()).await.unwrap();
     assert_ne!(inode(&file), before);
     assert_eq!(fs::read_dir(file.parent().unwrap()).unwrap().count(), 1, "nothing else is left there");
     for name in ["", "../x", "a/b", "A"] {
-        assert!(statuses.gateway(name, &ledger(1), None, Vec::new()).await.is_err(), "{name}");
+        assert!(statuses.gateway(name, &gateway_status(1), None, Vec::new()).await.is_err(), "{name}");
     }
     fs::remove_dir_all(fixture.path("")).unwrap();
-    statuses.gateway("g", &ledger(3), None, Vec::new()).await.unwrap_err();
+    statuses.gateway("g", &gateway_status(3), None, Vec::new()).await.unwrap_err();
     assert!(!fixture.path("").exists(), "a directory of manifests that went is not made anew");
 }
 
@@ -113,17 +117,17 @@ async fn a_wrong_status_keeps_the_last_good_one() {
     let fixture = Fixture::new();
     fixture.put("a.yaml", &gateway("g", "192.0.2.1"));
     let mut source = fixture.open().await;
-    source.0.statuses.gateway("g", &ledger(2), None, Vec::new()).await.unwrap();
-    source.until("the ledger", |c| c.gateways["g"].status == ledger(2)).await;
+    source.0.statuses.gateway("g", &gateway_status(2), None, Vec::new()).await.unwrap();
+    source.until("the allocations", |c| c.gateways["g"].status == gateway_status(2)).await;
     fixture.put(
         "status/egressgateways/g.yaml",
         "apiVersion: egret.dev/v1alpha1\nkind: EgressGateway\nmetadata: {name: h}\nstatus: {}\n",
     );
     let told = source.until_problem("promises EgressGateway/g").await;
     assert!(told.starts_with("status/egressgateways/g.yaml:3: "), "{told}");
-    assert_eq!(source.now().gateways["g"].status, ledger(2));
-    source.0.statuses.gateway("g", &ledger(3), None, Vec::new()).await.unwrap();
-    source.until("the next ledger", |c| c.gateways["g"].status == ledger(3)).await;
+    assert_eq!(source.now().gateways["g"].status, gateway_status(2));
+    source.0.statuses.gateway("g", &gateway_status(3), None, Vec::new()).await.unwrap();
+    source.until("the next allocations", |c| c.gateways["g"].status == gateway_status(3)).await;
     source.until_well().await;
 }
 
@@ -135,7 +139,7 @@ async fn only_statuses_of_what_is_gone_are_forgotten() {
     let mut source = fixture.open().await;
     let statuses = source.0.statuses.clone();
     for name in ["g", "gone"] {
-        statuses.gateway(name, &ledger(1), None, Vec::new()).await.unwrap();
+        statuses.gateway(name, &gateway_status(1), None, Vec::new()).await.unwrap();
         statuses.node(name, &EgressNodeStatus::default()).await.unwrap();
     }
     for key in ["x/p", "x/gone", "y/gone", "gone"] {

@@ -69,14 +69,14 @@ fn an_object_that_makes_no_sense_keeps_its_last_good_state() {
 
 /// A daemon that starts while a policy makes no sense has no last good state of it, and its pods must not be let out.
 #[test]
-fn for_a_policy_in_force_that_makes_no_sense_stands_what_the_ledger_knows() {
+fn for_a_policy_in_force_that_makes_no_sense_stands_what_the_allocations_know() {
     let mut store = full();
     let bad = json!({"podSelector": {"matchLabels": {"app": "x"}}, "priority": 7, "gateway": 7});
     store.take(listed(Kind::EgressPolicy, &[policy("p", bad.clone()), policy("never", bad)]));
     assert!(store.news().unwrap().policies.is_empty());
     let gateway = |policies: Value| {
         json!({"metadata": {"name": "g"}, "spec": {"nodeSelector": {}, "addresses": ["192.0.2.50"]},
-            "status": {"paths": [{"id": 5, "kind": "Dedicated", "ipv4": "192.0.2.50", "policies": policies}]}})
+            "status": {"allocations": [{"id": 5, "kind": "Dedicated", "ipv4": "192.0.2.50", "policies": policies}]}})
     };
     store.take(listed(Kind::EgressGateway, &[gateway(json!(["shop/p"]))]));
     let cluster = store.news().unwrap();
@@ -87,9 +87,11 @@ fn for_a_policy_in_force_that_makes_no_sense_stands_what_the_ledger_knows() {
     assert!(matches!(&stands.pods, PodMatch::Labels(pods) if pods.matches(&[("app", "x")].into_iter().collect())));
     assert!(matches!(&stands.pods, PodMatch::Labels(pods) if !pods.matches(&[("app", "y")].into_iter().collect())));
     let told = |name: &str| cluster.unreadable[&PolicyKey::from(name)].message.clone();
-    assert!(told("shop/p").contains("by the path that the ledger gives it"), "{}", told("shop/p"));
+    assert!(told("shop/p").contains("by the egress IP that it has"), "{}", told("shop/p"));
     assert!(told("shop/never").contains("it is not used"), "{}", told("shop/never"));
-    assert!(store.problems().iter().any(|p| p.contains("EgressPolicy shop/p: ") && p.contains("the ledger gives it")));
+    assert!(
+        store.problems().iter().any(|p| p.contains("EgressPolicy shop/p: ") && p.contains("the egress IP that it has"))
+    );
 
     // It is mended; then it makes no sense again, and has a last good state.
     let good = decoded(Kind::EgressPolicy, &policy("p", json!({"podSelector": {}})));
@@ -102,7 +104,7 @@ fn for_a_policy_in_force_that_makes_no_sense_stands_what_the_ledger_knows() {
     // It goes.
     store.take(Change::Deleted(Kind::EgressPolicy, (Some("shop".into()), "p".into())));
     assert!(store.news().unwrap().policies.is_empty());
-    // What stands for one goes with the ledger's entry.
+    // What stands for one goes with the allocations' entry.
     let again = decoded(Kind::EgressPolicy, &policy("p", json!({"gateway": 7})));
     store.take(Change::Applied(Kind::EgressPolicy, again));
     assert_eq!(store.news().unwrap().policies.len(), 1);
@@ -178,14 +180,14 @@ fn a_node_knows_what_is_inside_before_it_begins() {
 }
 
 #[test]
-fn a_gateway_that_makes_no_sense_keeps_its_ledger() {
+fn a_gateway_that_makes_no_sense_keeps_its_allocations() {
     let gateway = |version: u32, addresses: Value, spec: Value| {
         let mut spec = spec;
         spec["addresses"] = addresses;
-        let paths =
+        let allocations =
             json!([{"id": version, "kind": "Dedicated", "ipv4": "192.0.2.50", "node": "g1", "policies": ["shop/p"]}]);
         let object = json!({"metadata": {"name": "g", "resourceVersion": version.to_string(), "generation": version},
-                            "spec": spec, "status": {"paths": paths, "nodes": ["g1"]}});
+                            "spec": spec, "status": {"allocations": allocations, "nodes": ["g1"]}});
         let controller = Reading { node: None };
         let of = |reading| decode(Kind::EgressGateway, object.to_string().as_bytes(), reading, &mut Names::default());
         (of(&controller).unwrap(), decoded(Kind::EgressGateway, &object))
@@ -198,7 +200,7 @@ fn a_gateway_that_makes_no_sense_keeps_its_ledger() {
     let found = store.news().unwrap().gateways["g"].clone();
     assert!(!found.frozen && found.pool.len() == 1 && found.fault.as_ref().unwrap().contains("overlap"), "{found:?}");
     // What is written now is in place of this version.
-    assert_eq!((found.version.as_deref(), found.generation, found.status.paths[0].id), (Some("2"), Some(2), 2));
+    assert_eq!((found.version.as_deref(), found.generation, found.status.allocations[0].id), (Some("2"), Some(2), 2));
 
     // Where no last good state is known.
     let nonsense = json!({"nodeSelector": {}, "nextHop": {}});
@@ -207,7 +209,7 @@ fn a_gateway_that_makes_no_sense_keeps_its_ledger() {
         let (controllers, nodes) = gateway(3, overlap.clone(), spec);
         store.take(Change::Applied(Kind::EgressGateway, controllers));
         let found = store.news().unwrap().gateways["g"].clone();
-        assert!(found.frozen && found.fault.is_some() && found.status.paths[0].id == 3, "{found:?}");
+        assert!(found.frozen && found.fault.is_some() && found.status.allocations[0].id == 3, "{found:?}");
         assert_eq!((found.interface.as_deref(), found.pool.len()), (interface, 1));
         assert!(store.problems()[0].contains("no other ones are given out"), "{:?}", store.problems());
         // A node does without one that it does not understand: what it would carry is blocked.

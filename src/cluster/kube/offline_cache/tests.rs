@@ -13,7 +13,7 @@ impl Fixture {
     }
 
     fn files(&self, of: &str) -> Files {
-        Files::new(Some(Known { directory: self.directory.path().join("known"), of: of.to_owned() }))
+        Files::new(Some(OfflineCache { directory: self.directory.path().join("known"), of: of.to_owned() }))
     }
 
     fn path(&self, kind: Kind) -> PathBuf {
@@ -116,12 +116,12 @@ fn an_object_that_makes_no_sense_keeps_its_last_good_state() {
 fn item(files: &Files, name: &str) -> String {
     let listed = files.recall(Kind::EgressPolicy, &reading(), &mut Names::default()).unwrap();
     let decoded = &listed[&(Some("shop".into()), name.into())];
-    format!("{:?} {:?}", decoded.item, decoded.remains)
+    format!("{:?} {:?}", decoded.item, decoded.readable)
 }
 
 fn item_of(policy: &Value) -> String {
     let decoded = read(Kind::EgressPolicy, policy);
-    format!("{:?} {:?}", decoded.item, decoded.remains)
+    format!("{:?} {:?}", decoded.item, decoded.readable)
 }
 
 #[test]
@@ -195,7 +195,7 @@ fn everything_that_a_node_reads_of_an_object_is_kept() {
         (
             Kind::EgressGateway,
             json!({"nodeSelector": {}, "addresses": ["192.0.2.50"], "nextHop": {"ipv4": "192.0.2.1"}}),
-            json!({"nodes": ["g1"], "paths": [{"id": 1, "kind": "Dedicated", "ipv4": "192.0.2.50", "policies": ["shop/a"]}]}),
+            json!({"nodes": ["g1"], "allocations": [{"id": 1, "kind": "Dedicated", "ipv4": "192.0.2.50", "policies": ["shop/a"]}]}),
         ),
         (
             Kind::EgressPolicy,
@@ -206,7 +206,7 @@ fn everything_that_a_node_reads_of_an_object_is_kept() {
         (
             Kind::EgressNode,
             json!({}),
-            json!({"tunnelAddress": "192.0.2.1", "tunnelMac": "02:00:00:00:00:01", "answers": true, "paths": [1],
+            json!({"tunnelAddress": "192.0.2.1", "tunnelMac": "02:00:00:00:00:01", "answers": true, "allocations": [1],
                    "taken": [{"id": 1, "since": 7}], "direct": [{"network": "10.0.0.0/8", "from": "here"}]}),
         ),
         (Kind::ServiceCidr, json!({"cidrs": ["10.96.0.0/16"]}), json!({"conditions": []})),
@@ -215,7 +215,7 @@ fn everything_that_a_node_reads_of_an_object_is_kept() {
     for (kind, spec, status) in objects {
         let whole = json!({"metadata": metadata, "spec": spec, "status": status});
         let mut kept = Vec::new();
-        essence(kind, whole.to_string().as_bytes(), &mut kept).unwrap();
+        prune(kind, whole.to_string().as_bytes(), &mut kept).unwrap();
         let (whole, kept) = (read(kind, &whole), read(kind, &serde_json::from_slice(&kept).unwrap()));
         assert!(matches!(whole.item, Ok(Some(_))), "{kind}: {:?}", whole.item);
         assert_eq!(format!("{:?}", kept.item), format!("{:?}", whole.item), "{kind}");
@@ -235,9 +235,9 @@ fn the_nodes_own_word_and_the_services_networks_are_known_again() {
     let answer = Some(Inside { services, ..Inside::default() });
     files.note_service_networks(&answer);
     assert_eq!(files.service_networks(), Some(answer));
-    files.note_own("n1", &EgressNodeStatus { paths: vec![3], ..EgressNodeStatus::default() });
+    files.note_own("n1", &EgressNodeStatus { allocations: vec![3], ..EgressNodeStatus::default() });
     let own = files.own(&reading(), &mut Names::default()).unwrap();
     assert!(
-        matches!(own.item, Ok(Some(Item::EgressNode(name, status))) if &*name == "n1" && status.of_paths().held == [3])
+        matches!(own.item, Ok(Some(Item::EgressNode(name, status))) if &*name == "n1" && status.of_allocations().held == [3])
     );
 }

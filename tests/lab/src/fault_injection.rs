@@ -53,7 +53,7 @@ pub fn dies(lab: &Lab, owner: &str, other: &str, pods: &[Pod]) -> Duration {
     let gap = answered_after(&pods[0], Instant::now());
     println!("new packets are answered after {gap:?}");
     lab.wait_for("the address is on", &vec![other.to_owned()], || holders(lab));
-    // Each director finds out by itself.
+    // Each source node finds out by itself.
     for pod in pods {
         answered_after(pod, Instant::now());
     }
@@ -101,11 +101,11 @@ pub fn answered_after(pod: &Pod, begin: Instant) -> Duration {
     }
 }
 
-/// How many paths [`thousand_paths`] has.
+/// How many allocations [`thousand_allocations`] has.
 pub const THOUSAND: usize = 1000;
 
-/// A lab whose pods of namespace `shop` all leave by the first of a thousand paths. All are on `g1`; `g2` has none.
-pub fn thousand_paths() -> Lab {
+/// A lab whose pods of namespace `shop` all leave by the first of a thousand allocations. All are on `g1`; `g2` has none.
+pub fn thousand_allocations() -> Lab {
     let lab = Lab::builder().build();
     // Addresses beyond the nodes' network: who asks for them is on the link all the same.
     lab.host("ext").ip_batch(&["route add 198.18.0.0/16 dev eth0".into(), "route add 2001:db8:3::/64 dev eth0".into()]);
@@ -129,7 +129,7 @@ pub fn thousand_paths() -> Lab {
     lab
 }
 
-/// How many of [`thousand_paths`]' IPv4 addresses a node has.
+/// How many of [`thousand_allocations`]' IPv4 addresses a node has.
 pub fn held(lab: &Lab, node: &str) -> usize {
     lab.node(node).ip("-o addr show dev eth0").matches("198.18.").count()
 }

@@ -1,10 +1,10 @@
-//! A ledger that is too long for one object.
+//! A gateway's allocations that is too long for one object.
 
-use super::{PATIENCE, paths};
+use super::{PATIENCE, allocations};
 use lab::{Lab, NodeSpec, Pods, manifests};
 use serde_json::json;
 
-/// With the longest names that there can be, so many paths are more than etcd takes.
+/// With the longest names that there can be, so many allocations are more than etcd takes.
 const TOO_MANY: usize = 4_200;
 
 #[test]
@@ -16,18 +16,18 @@ fn what_has_no_room_is_refused_in_words_and_what_is_written_stays() {
     let create = |n: usize| {
         let policy = json!({"apiVersion": "egret.dev/v1alpha1", "kind": "EgressPolicy",
             "metadata": {"namespace": namespace, "name": format!("{n:0>253}")}, "spec": {"podSelector": {}}});
-        let path = format!("/apis/egret.dev/v1alpha1/namespaces/{namespace}/egresspolicies");
-        lab.api().ask("POST", &path, Some(("application/json", &policy)));
+        let allocation = format!("/apis/egret.dev/v1alpha1/namespaces/{namespace}/egresspolicies");
+        lab.api().ask("POST", &allocation, Some(("application/json", &policy)));
     };
     (0..3).for_each(create);
     let controller = lab.start_controller();
-    lab.wait_until("there are paths", PATIENCE, || paths(&lab).len() == 3);
-    let before = paths(&lab);
+    lab.wait_until("there are allocations", PATIENCE, || allocations(&lab).len() == 3);
+    let before = allocations(&lab);
     // So that it need not write them one by one.
     assert!(controller.term().success());
     (3..TOO_MANY).for_each(create);
     let controller = lab.start_controller();
     lab.wait_until("the controller says what to do", PATIENCE, || controller.log().contains("divide the gateway"));
     lab.wait_until("it is not ready", PATIENCE, || !lab.ready("controller"));
-    assert_eq!(paths(&lab), before);
+    assert_eq!(allocations(&lab), before);
 }

@@ -22,7 +22,7 @@ const SHORT: Way = Way { round_trip: Duration::from_micros(200), jitter: 0.0, lo
 
 /// Nodes, the way to them, and a clock.
 struct World {
-    questions: Questions<Name>,
+    probes: Probes<Name>,
     now: Instant,
     way: Way,
     /// Answers that are under way, by when they arrive.
@@ -44,9 +44,9 @@ fn names(nodes: usize) -> BTreeMap<Name, Ipv6Addr> {
 impl World {
     fn new(nodes: usize, way: Way) -> Self {
         let now = Instant::now();
-        let mut questions = Questions::new(Settings { interval: INTERVAL, misses: 3 });
-        questions.set_nodes(&names(nodes), now);
-        World { questions, now, way, answers: BTreeMap::new(), random: 1, deaths: 0, asked: 0 }
+        let mut probes = Probes::new(Settings { interval: INTERVAL, misses: 3 });
+        probes.set_nodes(&names(nodes), now);
+        World { probes, now, way, answers: BTreeMap::new(), random: 1, deaths: 0, asked: 0 }
     }
 
     /// Evenly from 0 to 1 (SplitMix64).
@@ -73,16 +73,16 @@ impl World {
         loop {
             while let Some(first) = self.answers.first_entry().filter(|first| *first.key() <= self.now) {
                 for (from, sequence) in first.remove() {
-                    self.questions.answered(from, sequence, self.now);
+                    self.probes.answered(from, sequence, self.now);
                 }
             }
             let before = self.dead().len();
-            self.questions.judge(self.now);
+            self.probes.judge(self.now);
             self.deaths += u32::try_from(self.dead().len().saturating_sub(before)).unwrap();
-            for (to, sequence) in self.questions.due(self.now) {
+            for (to, sequence) in self.probes.due(self.now) {
                 self.ask(to, sequence, answering);
             }
-            let next = self.questions.next().into_iter().chain(self.answers.keys().next().copied()).min();
+            let next = self.probes.next().into_iter().chain(self.answers.keys().next().copied()).min();
             match next.filter(|next| *next <= end) {
                 Some(next) => self.now = next.max(self.now),
                 None => break,
@@ -92,7 +92,7 @@ impl World {
     }
 
     fn dead(&self) -> Vec<String> {
-        self.questions.dead().iter().map(ToString::to_string).collect()
+        self.probes.dead().iter().map(ToString::to_string).collect()
     }
 
     /// How long it takes until the first node is found dead, or alive.
@@ -114,7 +114,7 @@ fn a_long_way_that_jitters_and_loses_finds_nobody_dead_in_an_hour() {
         world.pass(HOUR, &[0, 1]);
         assert_eq!(world.deaths, 0, "round trip {round_trip} ms, seed {seed}");
         let usual = 2 * HOUR.as_millis() / INTERVAL.as_millis();
-        assert!(u128::from(world.asked) < 2 * usual, "{} questions, {usual} without loss", world.asked);
+        assert!(u128::from(world.asked) < 2 * usual, "{} probes, {usual} without loss", world.asked);
     }
 }
 
@@ -152,7 +152,7 @@ fn a_death_is_found_within_a_second_where_the_way_is_short() {
             world.pass(ms(5000 + 3 * seed), &[0, 1]);
             let took = world.until(true, &[1]);
             assert!(took < ms(700), "{took:?}");
-            assert!(took > world.questions.settings.safe_absence(), "{took:?}");
+            assert!(took > world.probes.settings.safe_absence(), "{took:?}");
         }
     }
 }
@@ -198,9 +198,9 @@ fn who_comes_back_is_alive_after_half_a_second_of_answers() {
 fn a_line_that_lets_every_third_packet_through_brings_nobody_back() {
     let mut world = World::new(2, SHORT);
     world.pass(INTERVAL * 4, &[0]);
-    for question in 0..1000 {
-        let next = world.questions.next().unwrap();
-        world.pass(next - world.now, if question % 3 == 0 { &[0, 1] } else { &[0] });
+    for probe in 0..1000 {
+        let next = world.probes.next().unwrap();
+        world.pass(next - world.now, if probe % 3 == 0 { &[0, 1] } else { &[0] });
         assert_eq!(world.dead(), ["n1"]);
     }
 }
@@ -219,29 +219,29 @@ fn the_first_who_comes_back_of_all_is_alive_at_once() {
 #[test]
 fn a_busy_daemon_finds_nobody_dead() {
     let mut world = World::new(1, SHORT);
-    let asked = world.questions.due(world.now);
+    let asked = world.probes.due(world.now);
     let arrived = world.now + ms(1);
     world.now += INTERVAL * 20;
     // What was heard meanwhile is told before it is judged.
-    world.questions.answered(asked[0].0, asked[0].1, arrived);
-    world.questions.judge(world.now);
+    world.probes.answered(asked[0].0, asked[0].1, arrived);
+    world.probes.judge(world.now);
     assert!(world.dead().is_empty());
-    assert!(!world.questions.take_stall());
+    assert!(!world.probes.take_stall());
     world.pass(INTERVAL, &[0]);
-    assert!(world.questions.take_stall(), "it may have been frozen");
+    assert!(world.probes.take_stall(), "it may have been frozen");
     world.pass(INTERVAL * 3, &[0]);
-    assert!(!world.questions.take_stall());
+    assert!(!world.probes.take_stall());
     let took = world.until(true, &[]);
     assert!(took < ms(700), "the way is as short as it was: {took:?}");
 }
 
 #[test]
-fn an_answer_to_a_question_of_long_ago_is_none() {
+fn an_answer_to_a_probe_of_long_ago_is_none() {
     let mut world = World::new(1, SHORT);
-    let old = world.questions.due(world.now)[0];
+    let old = world.probes.due(world.now)[0];
     world.pass(INTERVAL * 70, &[]);
     assert_eq!(world.dead().len(), 1);
-    world.questions.answered(old.0, old.1, world.now);
+    world.probes.answered(old.0, old.1, world.now);
     assert_eq!(world.dead().len(), 1);
 }
 
@@ -249,34 +249,34 @@ fn an_answer_to_a_question_of_long_ago_is_none() {
 fn who_is_asked_no_more_and_then_again_counts_as_alive() {
     let mut world = World::new(1, SHORT);
     world.pass(INTERVAL * 4, &[]);
-    world.questions.set_nodes(&BTreeMap::new(), world.now);
-    assert!(world.dead().is_empty() && world.questions.next().is_none());
+    world.probes.set_nodes(&BTreeMap::new(), world.now);
+    assert!(world.dead().is_empty() && world.probes.next().is_none());
     world.now += INTERVAL * 50;
-    world.questions.set_nodes(&names(1), world.now);
+    world.probes.set_nodes(&names(1), world.now);
     world.pass(INTERVAL / 2, &[]);
-    assert!(world.dead().is_empty() && !world.questions.take_stall());
+    assert!(world.dead().is_empty() && !world.probes.take_stall());
 }
 
 #[test]
-fn answers_that_overtake_each_other_count_each_for_its_own_question() {
+fn answers_that_overtake_each_other_count_each_for_its_own_probe() {
     let mut world = World::new(1, SHORT);
     world.pass(INTERVAL * 3, &[]);
     assert_eq!(world.dead().len(), 1);
     // Not the only one: it is not alive at once.
-    world.questions.set_nodes(&names(2), world.now);
+    world.probes.set_nodes(&names(2), world.now);
     let mut ask = || {
         world.now += INTERVAL;
-        world.questions.judge(world.now);
-        world.questions.due(world.now).into_iter().find(|(to, _)| *to == address(0)).expect("it is due")
+        world.probes.judge(world.now);
+        world.probes.due(world.now).into_iter().find(|(to, _)| *to == address(0)).expect("it is due")
     };
     let asked = [ask(), ask()];
     // Both are late, and the first one's answer comes first.
     world.now += INTERVAL * 2;
-    world.questions.judge(world.now);
+    world.probes.judge(world.now);
     for (from, sequence) in asked {
-        world.questions.answered(from, sequence, world.now);
+        world.probes.answered(from, sequence, world.now);
     }
-    let returning = world.questions.nodes["n0"].returning.expect("it answers again");
+    let returning = world.probes.nodes["n0"].returning.expect("it answers again");
     assert_eq!((returning.answered, returning.missed), (2, 0));
 }
 
@@ -285,32 +285,32 @@ fn answers_that_overtake_each_other_count_each_for_its_own_question() {
 fn who_is_unproven_is_alive_with_the_first_answer_unless_it_was_given_up() {
     let now = Instant::now();
     let unproven = |given_up: bool| {
-        let mut questions = Questions::unproven(Settings { interval: INTERVAL, misses: 3 });
-        questions.set_nodes(&names(2), now);
+        let mut probes = Probes::unproven(Settings { interval: INTERVAL, misses: 3 });
+        probes.set_nodes(&names(2), now);
         let node: Name = "n0".into();
-        assert!(!questions.is_alive(&node));
+        assert!(!probes.is_alive(&node));
         if given_up {
-            questions.give_up(&node);
-            questions.give_up(&"n1".into());
+            probes.give_up(&node);
+            probes.give_up(&"n1".into());
         }
-        World { questions, now, way: SHORT, answers: BTreeMap::new(), random: 1, deaths: 0, asked: 0 }
+        World { probes, now, way: SHORT, answers: BTreeMap::new(), random: 1, deaths: 0, asked: 0 }
     };
     let mut world = unproven(false);
     assert!(world.until(false, &[0]) <= ms(1));
     assert_eq!(world.dead(), ["n1"]);
     let mut world = unproven(false);
     world.pass(ms(1), &[1]);
-    world.questions.give_up(&"n0".into());
+    world.probes.give_up(&"n0".into());
     assert!(world.until(false, &[0, 1]) >= HOLD, "a node that was frozen finds out first what others took over");
 }
 
 #[test]
-fn a_node_that_misses_a_question_is_in_doubt_long_before_it_counts_as_dead() {
+fn a_node_that_misses_a_probe_is_in_doubt_long_before_it_counts_as_dead() {
     let mut world = World::new(1, SHORT);
     world.pass(ms(1000), &[0]);
-    assert_eq!(world.questions.in_doubt().count(), 0);
+    assert_eq!(world.probes.in_doubt().count(), 0);
     let begin = world.now;
-    while world.questions.in_doubt().count() == 0 {
+    while world.probes.in_doubt().count() == 0 {
         world.pass(ms(1), &[]);
     }
     let doubt = world.now - begin;

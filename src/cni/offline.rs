@@ -120,7 +120,7 @@ pub fn gc(run_dir: &Path, network: &str, valid: &[AttachmentId]) -> Result<(), F
 ///
 /// # Errors
 /// The pod is not recorded as it is, or can reach the outside though a policy can select it.
-pub fn check(run_dir: &Path, state_dir: &Path, attachment: &Attachment, why_away: &str) -> Result<(), Failure> {
+pub fn check(run_dir: &Path, state_dir: &Path, attachment: &Attachment, why_offline: &str) -> Result<(), Failure> {
     let wrong = |msg: String| Err(Failure::new(codes::NOT_PROGRAMMED, msg, "delete the pod and let it be made anew"));
     match attachment.id.load(run_dir).map_err(|e| files(run_dir, &e))? {
         None => return wrong(format!("there is no record of an ADD for {}", attachment.id.container_id)),
@@ -142,7 +142,7 @@ pub fn check(run_dir: &Path, state_dir: &Path, attachment: &Attachment, why_away
     Err(Failure::new(
         codes::TRY_AGAIN,
         "the pod is not in quarantine, and only egretd can tell whether it is held to its policy",
-        format!("egretd is away: {why_away}"),
+        format!("egretd is away: {why_offline}"),
     ))
 }
 

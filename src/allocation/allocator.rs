@@ -1,21 +1,21 @@
-//! The ledger while it is being written: what is in use, what rests, what is free.
+//! The allocations while it is being written: what is in use, what rests, what is free.
 
-use super::demand::Demands;
+use super::cooldown::{Cooldowns, cooldown_ended_until, in_cooldown};
 use super::family::{Family, addresses, overlap, pair};
 use super::ids::Ids;
 use super::living;
 use super::pool::{Overlap, Pool, usable};
-use super::resting::{Resting, cooldown_ended_until, resting};
-use crate::api::{AddressPair, PathKind, Placement, Users};
+use super::request::Requests;
+use crate::api::{AddressPair, AllocationKind, Placement, Users};
 use crate::model::selector::Name;
 use crate::model::{AddressRange, Cluster, Gateway, Node};
 use ipnetwork::IpNetwork;
 use std::collections::{HashMap, HashSet};
 use std::net::IpAddr;
 
-/// A gateway, as the ledger needs it.
+/// A gateway, as the allocations needs it.
 #[derive(Clone, Debug)]
-pub(super) struct Desk<'a> {
+pub(super) struct GatewayPool<'a> {
     pub(super) name: &'a Name,
     pub(super) gateway: &'a Gateway,
     /// Its nodes, by name.
@@ -31,27 +31,27 @@ pub(super) struct Desk<'a> {
     pub(super) ended_until: i64,
 }
 
-/// A path to be.
+/// An allocation to be.
 #[derive(Clone, Debug)]
-pub(super) struct Path {
+pub(super) struct Draft {
     /// The gateway's place.
     pub(super) gateway: usize,
     pub(super) id: u16,
-    pub(super) kind: PathKind,
+    pub(super) kind: AllocationKind,
     pub(super) address: AddressPair,
     pub(super) node: Option<Name>,
     /// When its node got it.
     pub(super) since: i64,
     /// The node that holds it until its node does.
     pub(super) leaving: Option<Name>,
-    /// The places of the demands that it serves.
-    pub(super) demands: Vec<usize>,
+    /// The places of the requests that it serves.
+    pub(super) requests: Vec<usize>,
 }
 
-impl Path {
+impl Draft {
     /// One that nobody uses yet.
-    pub(super) fn new(gateway: usize, id: u16, kind: PathKind, address: AddressPair, node: Option<Name>) -> Self {
-        Path { gateway, id, kind, address, node, since: 0, leaving: None, demands: vec![] }
+    pub(super) fn new(gateway: usize, id: u16, kind: AllocationKind, address: AddressPair, node: Option<Name>) -> Self {
+        Draft { gateway, id, kind, address, node, since: 0, leaving: None, requests: vec![] }
     }
 }
 
@@ -68,28 +68,28 @@ fn networks_inside(cluster: &Cluster) -> impl Iterator<Item = (AddressRange, IpN
     })
 }
 
-/// The ledger while it is being written.
+/// The allocations while it is being written.
 #[derive(Clone, Debug)]
-pub(super) struct Book<'a> {
+pub(super) struct Allocator<'a> {
     pub(super) cluster: &'a Cluster,
     pub(super) now: i64,
-    pub(super) desks: Vec<Desk<'a>>,
-    pub(super) demands: Demands<'a>,
+    pub(super) gateway_pools: Vec<GatewayPool<'a>>,
+    pub(super) requests: Requests<'a>,
     /// The first ones are those that were there before; new ones come in the order in which they were asked for.
-    pub(super) paths: Vec<Path>,
-    /// The paths of pool addresses, by address.
+    pub(super) allocations: Vec<Draft>,
+    /// The allocations of pool addresses, by address.
     pub(super) held: HashMap<IpAddr, usize>,
-    /// The paths of nodes' own addresses, by address. Two gateways may have the same node.
+    /// The allocations of nodes' own addresses, by address. Two gateways may have the same node.
     pub(super) held_by_nodes: HashMap<IpAddr, usize>,
     /// Nodes' own addresses. Giving one away would cut the node off.
     pub(super) node_addresses: HashMap<IpAddr, &'a Name>,
     /// Nodes that are not known to live.
-    silent: HashSet<&'a str>,
+    unreachable: HashSet<&'a str>,
     pub(super) ids: Ids,
-    pub(super) resting: Resting,
+    pub(super) in_cooldown: Cooldowns,
 }
 
-impl<'a> Book<'a> {
+impl<'a> Allocator<'a> {
     /// The network of pods or Services that has the address.
     pub(super) fn inside(&self, address: IpAddr) -> Option<IpNetwork> {
         networks_inside(self.cluster).find(|(range, _)| range.contains(address)).map(|(_, network)| network)
@@ -106,7 +106,7 @@ impl<'a> Book<'a> {
 
     /// With nothing in use, and what rests at `now`.
     pub(super) fn open(cluster: &'a Cluster, now: i64) -> Self {
-        let mut desks = Vec::new();
+        let mut gateway_pools = Vec::new();
         let inside: Pool = networks_inside(cluster).map(|(range, _)| range).collect::<Vec<_>>().iter().collect();
         let pools = usable(cluster.gateways.values().map(|g| &**g));
         for ((name, gateway), (usable, overlaps)) in cluster.gateways.iter().zip(pools) {
@@ -119,42 +119,43 @@ impl<'a> Book<'a> {
             let ended_until = cooldown_ended_until(gateway).unwrap_or(i64::MIN);
             let reserved = gateway.reservations.iter().flat_map(|reserved| &reserved.addresses).collect();
             let open = usable.clone().without(&reserved).without(&inside);
-            desks.push(Desk { name, gateway, nodes, declared, usable, open, overlaps, ended_until });
+            gateway_pools.push(GatewayPool { name, gateway, nodes, declared, usable, open, overlaps, ended_until });
         }
         let mut node_addresses = HashMap::new();
         for (name, node) in &cluster.nodes {
             node_addresses.extend(node.addresses.iter().map(|address| (*address, name)));
         }
-        let mut book = Book {
+        let mut allocator = Allocator {
             cluster,
             now,
-            desks,
-            demands: Demands::new(cluster),
-            paths: Vec::new(),
+            gateway_pools,
+            requests: Requests::new(cluster),
+            allocations: Vec::new(),
             held: HashMap::new(),
             held_by_nodes: HashMap::new(),
             node_addresses,
-            silent: living::silent(cluster),
+            unreachable: living::unreachable(cluster),
             ids: Ids::new(),
-            resting: Resting::default(),
+            in_cooldown: Cooldowns::default(),
         };
         for (place, gateway) in cluster.gateways.values().enumerate() {
-            for (released, at) in resting(&gateway.status, now) {
-                book.rest(place, released.id, released.address.clone(), released.policies.clone(), at);
+            for (released, at) in in_cooldown(&gateway.status, now) {
+                allocator.rest(place, released.id, released.address.clone(), released.policies.clone(), at);
             }
         }
-        book
+        allocator
     }
 
     /// Whether a node answers others, as far as they tell.
     pub(super) fn lives(&self, node: &Name) -> bool {
-        !self.silent.contains(&**node)
+        !self.unreachable.contains(&**node)
     }
 
-    /// How much of its uplinks, as far as the gateway's paths may need them, a node says that it has lost.
+    /// How much of its uplinks, as far as the gateway's allocations may need them, a node says that it has lost.
     pub(super) fn lacks(&self, node: &Name, gateway: usize) -> usize {
-        let interface = self.desks[gateway].gateway.interface.as_deref();
-        let said = self.cluster.egress_nodes.get(node).map(|node| node.of_paths().lost.as_slice()).unwrap_or_default();
+        let interface = self.gateway_pools[gateway].gateway.interface.as_deref();
+        let said =
+            self.cluster.egress_nodes.get(node).map(|node| node.of_allocations().lost.as_slice()).unwrap_or_default();
         said.iter().filter(|lost| lost.interface.as_deref() == interface).count()
     }
 
@@ -166,75 +167,75 @@ impl<'a> Book<'a> {
     /// Lets an id and its addresses rest.
     pub(super) fn rest(&mut self, gateway: usize, id: u16, address: AddressPair, policies: Users, at: i64) {
         self.ids.rest(id);
-        let ended = at <= self.desks[gateway].ended_until;
-        self.resting.add(gateway, id, address, policies, (at, ended), &self.demands.places);
+        let ended = at <= self.gateway_pools[gateway].ended_until;
+        self.in_cooldown.add(gateway, id, address, policies, (at, ended), &self.requests.places);
     }
 
-    /// Has a path serve a demand.
-    pub(super) fn assign(&mut self, path: usize, demand: usize) {
-        self.paths[path].demands.push(demand);
-        self.demands.all[demand].path = Some(path);
+    /// Has an allocation serve a request.
+    pub(super) fn assign(&mut self, allocation: usize, request: usize) {
+        self.allocations[allocation].requests.push(request);
+        self.requests.all[request].allocation = Some(allocation);
     }
 
-    /// The places of the policies that use a path, by seniority.
-    pub(super) fn users(&self, path: usize) -> Vec<usize> {
-        let demands = self.paths[path].demands.iter();
-        let mut users: Vec<usize> = demands.flat_map(|d| self.demands.all[*d].policies.iter().copied()).collect();
+    /// The places of the policies that use an allocation, by seniority.
+    pub(super) fn users(&self, allocation: usize) -> Vec<usize> {
+        let requests = self.allocations[allocation].requests.iter();
+        let mut users: Vec<usize> = requests.flat_map(|d| self.requests.all[*d].policies.iter().copied()).collect();
         users.sort_unstable();
         users.dedup();
         users
     }
 
-    /// Enters a path. Its id has been taken.
-    pub(super) fn enter(&mut self, path: Path) -> usize {
-        let place = self.paths.len();
-        for address in addresses(&path.address) {
-            match path.kind {
-                PathKind::Node => self.held_by_nodes.insert(address, place),
+    /// Enters an allocation. Its id has been taken.
+    pub(super) fn enter(&mut self, allocation: Draft) -> usize {
+        let place = self.allocations.len();
+        for address in addresses(&allocation.address) {
+            match allocation.kind {
+                AllocationKind::Node => self.held_by_nodes.insert(address, place),
                 _ => self.held.insert(address, place),
             };
         }
-        self.paths.push(path);
+        self.allocations.push(allocation);
         place
     }
 
     /// The node that has the address as its own, if the gateway's addresses are Egret's to place. Where something
     /// else places them, a node that has one may well tell of it.
     pub(super) fn node_with(&self, gateway: usize, address: IpAddr) -> Option<&'a Name> {
-        match self.desks[gateway].gateway.placement {
+        match self.gateway_pools[gateway].gateway.placement {
             Placement::Managed => self.node_addresses.get(&address).copied(),
             Placement::External => None,
         }
     }
 
-    /// The path that has the address now.
+    /// The allocation that has the address now.
     pub(super) fn holder(&self, address: IpAddr) -> Option<usize> {
         self.held.get(&address).or_else(|| self.held_by_nodes.get(&address)).copied()
     }
 
     /// A free address of the family for these policies: one that they gave back a short while ago, else the first.
     pub(super) fn pick(&mut self, gateway: usize, family: Family, policies: &[usize]) -> Option<IpAddr> {
-        let returned = self.resting.of(gateway, policies).into_iter().find_map(|entry| {
+        let returned = self.in_cooldown.of(gateway, policies).into_iter().find_map(|entry| {
             let address = family.of_pair(&entry.address)?;
-            let good = self.desks[gateway].open.contains(address)
+            let good = self.gateway_pools[gateway].open.contains(address)
                 && self.holder(address).is_none()
                 && self.node_with(gateway, address).is_none()
-                && self.resting.until(address, policies).is_none();
+                && self.in_cooldown.until(address, policies).is_none();
             good.then_some(address)
         });
         if returned.is_some() {
             return returned;
         }
-        let managed = self.desks[gateway].gateway.placement == Placement::Managed;
-        let Book { desks, held, held_by_nodes, node_addresses, resting, .. } = self;
-        desks[gateway].open.first(family, |address| {
+        let managed = self.gateway_pools[gateway].gateway.placement == Placement::Managed;
+        let Allocator { gateway_pools, held, held_by_nodes, node_addresses, in_cooldown, .. } = self;
+        gateway_pools[gateway].open.first(family, |address| {
             let in_use = held.contains_key(&address) || held_by_nodes.contains_key(&address);
             let of_node = managed && node_addresses.contains_key(&address);
-            !in_use && !of_node && !resting.contains(address)
+            !in_use && !of_node && !in_cooldown.contains(address)
         })
     }
 
-    /// Takes an id for a new path: the one that these policies gave back together with one of its addresses, else
+    /// Takes an id for a new allocation: the one that these policies gave back together with one of its addresses, else
     /// one that belongs to `name`.
     pub(super) fn new_id(
         &mut self,
@@ -243,32 +244,37 @@ impl<'a> Book<'a> {
         policies: &[usize],
         name: &str,
     ) -> Option<u16> {
-        for entry in self.resting.of(gateway, policies) {
-            let same = overlap(&entry.address, address) && !self.resting.keeps_id(entry.id, policies);
+        for entry in self.in_cooldown.of(gateway, policies) {
+            let same = overlap(&entry.address, address) && !self.in_cooldown.keeps_id(entry.id, policies);
             if same && self.ids.take(entry.id) {
                 return Some(entry.id);
             }
         }
-        self.ids.find(&format!("{}/{name}", self.desks[gateway].name))
+        self.ids.find(&format!("{}/{name}", self.gateway_pools[gateway].name))
     }
 
-    /// A path from the pool. If it has the id that its policies had until now, as when they come to name the address that they
+    /// An allocation from the pool. If it has the id that its policies had until now, as when they come to name the address that they
     /// have, it stays on its node. So does an address that one policy leaves and another one names at the same time.
-    pub(super) fn again(&self, gateway: usize, id: u16, kind: PathKind, address: AddressPair) -> Path {
-        let path = Path::new(gateway, id, kind, address, None);
-        let before = self.desks[gateway].gateway.status.paths.iter().filter(|before| before.kind != PathKind::Node);
+    pub(super) fn again(&self, gateway: usize, id: u16, kind: AllocationKind, address: AddressPair) -> Draft {
+        let allocation = Draft::new(gateway, id, kind, address, None);
+        let before = self.gateway_pools[gateway]
+            .gateway
+            .status
+            .allocations
+            .iter()
+            .filter(|before| before.kind != AllocationKind::Node);
         match before.clone().find(|before| before.id == id) {
             Some(before) => {
-                Path { node: before.node.clone(), since: before.since, leaving: before.leaving.clone(), ..path }
+                Draft { node: before.node.clone(), since: before.since, leaving: before.leaving.clone(), ..allocation }
             }
-            None => match before.clone().find(|before| overlap(&before.address, &path.address)) {
-                Some(before) => Path { node: before.node.clone(), since: self.now, ..path },
-                None => path,
+            None => match before.clone().find(|before| overlap(&before.address, &allocation.address)) {
+                Some(before) => Draft { node: before.node.clone(), since: self.now, ..allocation },
+                None => allocation,
             },
         }
     }
 
-    /// A node's own address, as a path can have it: its first InternalIP of each family.
+    /// A node's own address, as an allocation can have it: its first InternalIP of each family.
     pub(super) fn own_address(&self, node: &Node) -> AddressPair {
         let internal = node.addresses.iter().take(node.internal).copied();
         pair(internal.filter(|address| !self.held.contains_key(address)))

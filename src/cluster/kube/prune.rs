@@ -33,7 +33,7 @@ impl<'de> Deserialize<'de> for NodeStatus {
 }
 
 #[derive(Serialize, Deserialize)]
-struct Essence<Spec, Status> {
+struct Prune<Spec, Status> {
     #[serde(default)]
     metadata: k8s::Metadata,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -42,12 +42,12 @@ struct Essence<Spec, Status> {
     status: Option<Status>,
 }
 
-/// Appends the essence of an object, on one line: for a node, [`decode`](super::decode::decode) makes the same of it as
+/// Appends the prune of an object, on one line: for a node, [`decode`](super::decode::decode) makes the same of it as
 /// of all.
 ///
 /// # Errors
 /// The object makes no sense.
-pub fn essence(kind: Kind, text: &[u8], to: &mut Vec<u8>) -> serde_json::Result<()> {
+pub fn prune(kind: Kind, text: &[u8], to: &mut Vec<u8>) -> serde_json::Result<()> {
     match kind {
         Kind::Namespace => of::<Nothing, Nothing>(text, to),
         Kind::Node => of::<k8s::NodeSpec, k8s::NodeStatus>(text, to),
@@ -69,7 +69,7 @@ fn of<Spec: DeserializeOwned + Serialize, Status: DeserializeOwned + Serialize>(
     text: &[u8],
     to: &mut Vec<u8>,
 ) -> serde_json::Result<()> {
-    let mut object: Essence<Spec, Status> = serde_json::from_slice(text)?;
+    let mut object: Prune<Spec, Status> = serde_json::from_slice(text)?;
     // What a person applied stands in it a second time. A node reads none of them.
     object.metadata.annotations = None;
     serde_json::to_writer(to, &object)

@@ -1,16 +1,16 @@
 //! What can be read of a policy or a gateway that makes no sense, each part by itself.
 
-use crate::api::{EgressGatewaySpec, EgressGatewayStatus, EgressRule, PathKind, PolicyKey, Tier};
+use crate::api::{AllocationKind, EgressGatewaySpec, EgressGatewayStatus, EgressRule, PolicyKey, Tier};
 use crate::cluster::dir::validate::parse_time;
 use crate::model::addresses_of;
-use crate::model::fallback_policy::Remains;
+use crate::model::fallback_policy::ReadableParts;
 use crate::model::selector::{Name, Selector};
 use crate::model::{AddressRange, Gateway, Metadata, PodMatch, destinations};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
 use serde_json::Value;
 
 /// Of an object that is one at all.
-pub fn remains_of(object: &Value) -> Remains {
+pub fn readable_parts(object: &Value) -> ReadableParts {
     let spec = &object["spec"];
     let selector = |field: &str| {
         let text: LabelSelector = serde_json::from_value(spec.get(field)?.clone()).ok()?;
@@ -29,7 +29,7 @@ pub fn remains_of(object: &Value) -> Remains {
     let tier = || serde_json::from_value::<Option<Tier>>(spec["tier"].clone()).ok().map(Into::into);
     // Without its spec nothing is known of it.
     let is_object = spec.is_object();
-    Remains {
+    ReadableParts {
         namespaces: selector("namespaceSelector").unwrap_or_default(),
         pods: match services.as_slice() {
             [] => selector("podSelector").map(PodMatch::Labels),
@@ -42,16 +42,16 @@ pub fn remains_of(object: &Value) -> Remains {
     }
 }
 
-/// What stands for a gateway that makes no sense, and of which no last good state is known: its ledger, and of its spec
+/// What stands for a gateway that makes no sense, and of which no last good state is known: its allocations, and of its spec
 /// all but the addresses. `None`: that makes no sense either.
-pub fn gateway_of_ledger(spec: &Value, meta: Metadata, status: EgressGatewayStatus) -> Option<Gateway> {
+pub fn gateway_of_allocations(spec: &Value, meta: Metadata, status: EgressGatewayStatus) -> Option<Gateway> {
     let spec: EgressGatewaySpec = serde_json::from_value(spec.clone()).ok()?;
     let spec = EgressGatewaySpec { addresses: vec![], reservations: vec![], ..spec };
     Some(frozen(Gateway::new(&spec, meta).ok()?, status))
 }
 
-/// The same, if nothing can be read of the spec: nobody else is given what the ledger gives its policies.
-pub fn ledger_alone(meta: Metadata, status: EgressGatewayStatus) -> Gateway {
+/// The same, if nothing can be read of the spec: nobody else is given what the allocations give its policies.
+pub fn allocations_alone(meta: Metadata, status: EgressGatewayStatus) -> Gateway {
     let empty = EgressGatewaySpec::default();
     // An empty spec always makes sense.
     let gateway = Gateway::new(&empty, meta).unwrap_or_else(|e| unreachable!("an empty spec: {e}"));
@@ -60,10 +60,10 @@ pub fn ledger_alone(meta: Metadata, status: EgressGatewayStatus) -> Gateway {
 
 fn frozen(gateway: Gateway, status: EgressGatewayStatus) -> Gateway {
     let mut pool: Vec<AddressRange> = status
-        .paths
+        .allocations
         .iter()
-        .filter(|path| path.kind != PathKind::Node)
-        .flat_map(|path| addresses_of(&path.address))
+        .filter(|allocation| allocation.kind != AllocationKind::Node)
+        .flat_map(|allocation| addresses_of(&allocation.address))
         .map(|address| AddressRange { first: address, last: address })
         .collect();
     pool.sort();
@@ -72,7 +72,7 @@ fn frozen(gateway: Gateway, status: EgressGatewayStatus) -> Gateway {
 }
 
 /// The policies in a document, or in the list that it is.
-pub fn policies_of(document: &Value) -> Vec<(PolicyKey, Remains)> {
+pub fn policies_of(document: &Value) -> Vec<(PolicyKey, ReadableParts)> {
     let objects = document["items"].as_array().map_or(std::slice::from_ref(document), Vec::as_slice);
     let policy = |object: &Value| {
         let text = |field: &str| object["metadata"][field].as_str();
@@ -81,7 +81,7 @@ pub fn policies_of(document: &Value) -> Vec<(PolicyKey, Remains)> {
             "ClusterEgressPolicy" => None,
             _ => return None,
         };
-        Some((PolicyKey { namespace, name: text("name")?.into() }, remains_of(object)))
+        Some((PolicyKey { namespace, name: text("name")?.into() }, readable_parts(object)))
     };
     objects.iter().filter_map(policy).collect()
 }
@@ -95,7 +95,9 @@ mod tests {
     #[test]
     fn each_part_is_read_by_itself() {
         let policy = |spec: Value| {
-            remains_of(&json!({"metadata": {"name": "p", "creationTimestamp": "1970-01-01T00:01:00Z"}, "spec": spec}))
+            readable_parts(
+                &json!({"metadata": {"name": "p", "creationTimestamp": "1970-01-01T00:01:00Z"}, "spec": spec}),
+            )
         };
         let whole = policy(json!({"podSelector": {}, "priority": 7, "egress": [], "gatway": "g"}));
         assert_eq!((whole.priority, whole.created), (Some(7), Some(60)));
@@ -108,8 +110,8 @@ mod tests {
             json!({"priority": 1_i64 << 40, "egress": 7}),
             Value::Null,
         ] {
-            let remains = policy(unknown);
-            assert_eq!((remains.priority, remains.egress), (None, None));
+            let readable = policy(unknown);
+            assert_eq!((readable.priority, readable.egress), (None, None));
         }
         for (tier, read) in [
             (json!("Admin"), Some(model::Tier::Admin)),

@@ -8,11 +8,11 @@
 //! mistake costs nobody else the files.
 
 use super::decode::{Decoded, Key, Listed, Reading, decode};
-use super::essence::essence;
 use super::kind::Kind;
+use super::prune::prune;
 use crate::api::EgressNodeStatus;
 use crate::careful;
-use crate::cluster::Known;
+use crate::cluster::OfflineCache;
 use crate::cluster::dir::names::Names;
 use crate::model::Inside;
 use crate::model::selector::Name;
@@ -38,11 +38,11 @@ const OWN: &str = "own-status";
 
 /// All the files; where none are to be, `None`.
 #[derive(Clone, Debug)]
-pub struct Files(Option<Known>);
+pub struct Files(Option<OfflineCache>);
 
 impl Files {
     /// In that place, which is made if need be.
-    pub fn new(known: Option<Known>) -> Self {
+    pub fn new(known: Option<OfflineCache>) -> Self {
         let made = known.as_ref().map(|known| fs::create_dir_all(&known.directory));
         if let Some(Err(e)) = made {
             warn!("what is known of the cluster cannot be written down: {e}");
@@ -289,7 +289,7 @@ fn unfinished(path: &Path) -> PathBuf {
 /// An object's line. Neither names nor JSON on one line have tabs or line breaks.
 fn line(kind: Kind, key: &Key, text: &[u8]) -> io::Result<Vec<u8>> {
     let mut line = format!("{}\t", word(key)).into_bytes();
-    essence(kind, text, &mut line)?;
+    prune(kind, text, &mut line)?;
     line.push(b'\n');
     Ok(line)
 }

@@ -1,5 +1,5 @@
 use super::*;
-use crate::api::LedgerWriter;
+use crate::api::AllocationsWriter;
 use proptest::option::of;
 use proptest::prelude::*;
 
@@ -19,10 +19,10 @@ fn policies() -> impl Strategy<Value = Users> {
     prop::collection::vec(key, 0..4).prop_map(Users::from)
 }
 
-fn path() -> impl Strategy<Value = LedgerPath> {
+fn allocation() -> impl Strategy<Value = Allocation> {
     let kind = prop::sample::select(KINDS.map(|(kind, _)| kind).to_vec());
     (any::<u16>(), kind, address(), of(name()), any::<i64>(), of(name()), policies()).prop_map(
-        |(id, kind, address, node, since, leaving, policies)| LedgerPath {
+        |(id, kind, address, node, since, leaving, policies)| Allocation {
             id,
             kind,
             address,
@@ -34,8 +34,8 @@ fn path() -> impl Strategy<Value = LedgerPath> {
     )
 }
 
-fn released() -> impl Strategy<Value = ReleasedPath> {
-    (any::<u16>(), address(), policies(), any::<i64>()).prop_map(|(id, address, policies, at)| ReleasedPath {
+fn released() -> impl Strategy<Value = ReleasedAllocation> {
+    (any::<u16>(), address(), policies(), any::<i64>()).prop_map(|(id, address, policies, at)| ReleasedAllocation {
         id,
         address,
         policies,
@@ -45,14 +45,14 @@ fn released() -> impl Strategy<Value = ReleasedPath> {
 
 proptest! {
     #[test]
-    fn a_ledger_comes_back_as_it_was(
-        paths in prop::collection::vec(path(), 0..20),
+    fn allocations_comes_back_as_it_was(
+        allocations in prop::collection::vec(allocation(), 0..20),
         released in prop::collection::vec(released(), 0..10),
     ) {
-        let writer = Some(LedgerWriter { name: "one".into(), term: 3, writes: 7 });
-        let status = EgressGatewayStatus { nodes: vec!["g1".into()], paths, released, writer, ..Default::default() };
+        let writer = Some(AllocationsWriter { name: "one".into(), term: 3, writes: 7 });
+        let status = EgressGatewayStatus { nodes: vec!["g1".into()], allocations, released, writer, ..Default::default() };
         let written = write(&status);
-        prop_assert!(written.paths.is_empty() && written.released.is_empty());
+        prop_assert!(written.allocations.is_empty() && written.released.is_empty());
         prop_assert_eq!(read(written), Ok(status));
     }
 }
@@ -70,10 +70,10 @@ fn what_makes_no_sense_is_named() {
 
 /// With names of the usual lengths, all the ids that there are fit into one object.
 #[test]
-fn all_paths_that_there_can_be_have_room() {
-    let path = |n: u16| LedgerPath {
+fn all_allocations_that_there_can_be_have_room() {
+    let allocation = |n: u16| Allocation {
         id: n,
-        kind: PathKind::Dedicated,
+        kind: AllocationKind::Dedicated,
         address: AddressPair {
             ipv4: Some((0xc612_6400 + u32::from(n)).into()),
             ipv6: Some(((0x2001_0db8_0123_4567 << 64) + u128::from(n) + 0xff_0000).into()),
@@ -83,7 +83,7 @@ fn all_paths_that_there_can_be_have_room() {
         leaving: None,
         policies: [PolicyKey::from(&*format!("team-{:03}/app-{n:05}", n / 100))].into(),
     };
-    let status = EgressGatewayStatus { paths: (1..=16_383).map(path).collect(), ..Default::default() };
+    let status = EgressGatewayStatus { allocations: (1..=16_383).map(allocation).collect(), ..Default::default() };
     let objects = serde_json::to_string(&status).unwrap().len();
     let text = serde_json::to_string(&write(&status)).unwrap().len();
     assert!(text < 1_400_000 && objects > 2_400_000, "{text} and {objects} bytes");

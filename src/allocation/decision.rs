@@ -1,27 +1,27 @@
 //! What becomes of a policy.
 
-use crate::api::{AddressPair, PathKind};
+use crate::api::{AddressPair, AllocationKind};
 use crate::model::selector::Name;
 use std::fmt;
 
 /// What became of a policy.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Verdict {
-    /// It has a path.
+pub enum Decision {
+    /// It has an allocation.
     Granted(Grant),
     /// It has none.
-    Refused(Refusal),
+    Rejected(Rejection),
 }
 
-/// A policy's path.
+/// A policy's allocation.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Grant {
     /// The gateway.
     pub gateway: Name,
-    /// The path's id.
+    /// The allocation's id.
     pub id: u16,
     /// How its address came to be.
-    pub kind: PathKind,
+    pub kind: AllocationKind,
     /// Its address.
     pub address: AddressPair,
     /// The node that is to hold it.
@@ -34,22 +34,22 @@ pub struct Grant {
     pub note: Option<String>,
 }
 
-/// Why a policy has no path.
+/// Why a policy has no allocation.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Refusal {
+pub struct Rejection {
     /// In one word, for programs.
     pub reason: Reason,
     /// In words, with what to do.
     pub message: String,
 }
 
-impl Refusal {
+impl Rejection {
     pub(super) fn new(reason: Reason, message: impl Into<String>) -> Self {
-        Refusal { reason, message: message.into() }
+        Rejection { reason, message: message.into() }
     }
 }
 
-/// Why a policy has no path, in one word.
+/// Why a policy has no allocation, in one word.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Reason {
     /// The gateway that it names does not exist.
@@ -64,7 +64,7 @@ pub enum Reason {
     NamespaceNotAllowed,
     /// The address that it names is not in the gateway's pool.
     AddressOutsidePool,
-    /// The address that it names is another path's.
+    /// The address that it names is another allocation's.
     AddressTaken,
     /// The address that it names is a policy's of another namespace, and the gateway does not let them share it.
     AddressNotShared,
@@ -82,7 +82,7 @@ pub enum Reason {
     PoolExhausted,
     /// The gateway has no node whose address could be used.
     NoNode,
-    /// All path ids of the cluster are in use.
+    /// All allocation ids of the cluster are in use.
     NoIdLeft,
 }
 

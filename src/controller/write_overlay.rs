@@ -1,6 +1,6 @@
 //! What was written and the source has not shown yet.
 //!
-//! A snapshot may be older than the last write. Allocating from an old ledger would give a policy another address
+//! A snapshot may be older than the last write. Allocating from old allocations would give a policy another address
 //! than the one it has just been told of, so what was written counts until the source shows it.
 
 use crate::api::{EgressGatewayStatus, EgressPolicyStatus};
@@ -14,14 +14,14 @@ use std::time::{Duration, Instant};
 const PATIENCE: Duration = Duration::from_secs(10);
 
 #[derive(Debug, Default)]
-pub(super) struct Unseen {
-    gateways: BTreeMap<Name, Written<Ledger>>,
+pub(super) struct WriteOverlay {
+    gateways: BTreeMap<Name, Written<GatewayStatus>>,
     policies: BTreeMap<PolicyKey, Written<Arc<EgressPolicyStatus>>>,
 }
 
-/// A ledger, and which version of its object it made.
+/// A gateway's allocations, and which version of its object it made.
 #[derive(Debug, PartialEq)]
-struct Ledger {
+struct GatewayStatus {
     status: EgressGatewayStatus,
     version: Option<Box<str>>,
 }
@@ -39,10 +39,10 @@ impl<S> Written<S> {
     }
 }
 
-impl Unseen {
-    /// A ledger was written, and made this version of its object.
+impl WriteOverlay {
+    /// A gateway's allocations was written, and made this version of its object.
     pub(super) fn gateway(&mut self, name: Name, status: EgressGatewayStatus, version: Option<Box<str>>) {
-        self.gateways.insert(name, Written { status: Ledger { status, version }, at: None });
+        self.gateways.insert(name, Written { status: GatewayStatus { status, version }, at: None });
     }
 
     /// A policy's status was written.
@@ -113,10 +113,10 @@ mod tests {
     use crate::fixture::{World, naming};
 
     fn id_of(cluster: &Cluster) -> Option<u16> {
-        cluster.gateways["g"].status.paths.first().map(|path| path.id)
+        cluster.gateways["g"].status.allocations.first().map(|allocation| allocation.id)
     }
 
-    /// A snapshot from before the ledger was written, one from after, and the ledger.
+    /// A snapshot from before the allocations were written, one from after, and the allocations.
     fn before_and_after() -> (Arc<Cluster>, Arc<Cluster>, EgressGatewayStatus) {
         let mut world = World::new(&["192.0.2.50"]);
         world.policy("a/p", naming(&["192.0.2.50"]));
@@ -128,53 +128,53 @@ mod tests {
     #[test]
     fn what_was_written_counts_until_the_source_shows_it() {
         let (before, after, status) = before_and_after();
-        let (mut unseen, now) = (Unseen::default(), Instant::now());
-        unseen.gateway("g".into(), status.clone(), None);
-        unseen.count_from(now);
-        assert_eq!(id_of(&unseen.merge(before.clone(), now)), Some(status.paths[0].id));
-        assert_eq!(unseen.until(now), Some(PATIENCE));
-        assert!(Arc::ptr_eq(&unseen.merge(after.clone(), now), &after));
-        assert_eq!(unseen.until(now), None);
-        assert_eq!(id_of(&unseen.merge(before, now)), None, "what it has shown is the source's again");
+        let (mut write_overlay, now) = (WriteOverlay::default(), Instant::now());
+        write_overlay.gateway("g".into(), status.clone(), None);
+        write_overlay.count_from(now);
+        assert_eq!(id_of(&write_overlay.merge(before.clone(), now)), Some(status.allocations[0].id));
+        assert_eq!(write_overlay.until(now), Some(PATIENCE));
+        assert!(Arc::ptr_eq(&write_overlay.merge(after.clone(), now), &after));
+        assert_eq!(write_overlay.until(now), None);
+        assert_eq!(id_of(&write_overlay.merge(before, now)), None, "what it has shown is the source's again");
     }
 
     #[test]
     fn what_the_source_does_not_show_in_time_is_given_up() {
         let (before, _, status) = before_and_after();
-        let (mut unseen, now) = (Unseen::default(), Instant::now());
-        unseen.gateway("g".into(), status, None);
-        unseen.count_from(now);
-        assert_eq!(id_of(&unseen.merge(before, now + PATIENCE)), None);
-        assert_eq!(unseen.until(now + PATIENCE), None);
+        let (mut write_overlay, now) = (WriteOverlay::default(), Instant::now());
+        write_overlay.gateway("g".into(), status, None);
+        write_overlay.count_from(now);
+        assert_eq!(id_of(&write_overlay.merge(before, now + PATIENCE)), None);
+        assert_eq!(write_overlay.until(now + PATIENCE), None);
     }
 
     #[test]
     fn what_has_a_version_counts_until_that_version_is_shown() {
         let (before, after, status) = before_and_after();
-        let (mut unseen, now) = (Unseen::default(), Instant::now());
+        let (mut write_overlay, now) = (WriteOverlay::default(), Instant::now());
         let versioned = |cluster: &Arc<Cluster>, version: &str| {
             let mut cluster = Cluster::clone(cluster);
             Arc::make_mut(cluster.gateways.get_mut("g").unwrap()).version = Some(version.into());
             Arc::new(cluster)
         };
-        unseen.gateway("g".into(), status.clone(), Some("10".into()));
-        unseen.count_from(now);
-        let merged = unseen.merge(versioned(&before, "9"), now + 10 * PATIENCE);
-        assert_eq!(id_of(&merged), Some(status.paths[0].id));
+        write_overlay.gateway("g".into(), status.clone(), Some("10".into()));
+        write_overlay.count_from(now);
+        let merged = write_overlay.merge(versioned(&before, "9"), now + 10 * PATIENCE);
+        assert_eq!(id_of(&merged), Some(status.allocations[0].id));
         assert_eq!(merged.gateways["g"].version.as_deref(), Some("10"));
         // A person has changed it since.
-        assert_eq!(id_of(&unseen.merge(versioned(&before, "11"), now)), None);
-        assert_eq!(id_of(&unseen.merge(versioned(&after, "12"), now)), Some(status.paths[0].id));
+        assert_eq!(id_of(&write_overlay.merge(versioned(&before, "11"), now)), None);
+        assert_eq!(id_of(&write_overlay.merge(versioned(&after, "12"), now)), Some(status.allocations[0].id));
     }
 
     #[test]
     fn what_is_gone_is_not_waited_for() {
         let (_, _, status) = before_and_after();
-        let (mut unseen, now) = (Unseen::default(), Instant::now());
-        unseen.gateway("g".into(), status, None);
-        unseen.count_from(now);
-        unseen.policy("a/p".into(), EgressPolicyStatus::default());
-        unseen.merge(Arc::default(), now);
-        assert_eq!(unseen.until(now), None);
+        let (mut write_overlay, now) = (WriteOverlay::default(), Instant::now());
+        write_overlay.gateway("g".into(), status, None);
+        write_overlay.count_from(now);
+        write_overlay.policy("a/p".into(), EgressPolicyStatus::default());
+        write_overlay.merge(Arc::default(), now);
+        assert_eq!(write_overlay.until(now), None);
     }
 }

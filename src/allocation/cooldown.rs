@@ -1,25 +1,25 @@
 //! The cooldown of ids and addresses that were given back.
 //!
-//! An id cools down so that a node that has not heard yet sends nobody's traffic by a path that is another's by now: the
+//! An id cools down so that a node that has not heard yet sends nobody's traffic by an allocation that is another's by now: the
 //! id travels with the packet, and the owner knows the old one no more. For the same reason an address may be given at
 //! once to a policy that names it, under another id. From the pool it is given later: servers may still take it for
 //! the policy that had it.
 
 use super::family::addresses;
-use crate::api::{AddressPair, EgressGatewayStatus, PolicyKey, ReleasedPath, Users};
+use crate::api::{AddressPair, EgressGatewayStatus, PolicyKey, ReleasedAllocation, Users};
 use crate::model::Gateway;
 use jiff::Timestamp;
 use std::collections::HashMap;
 use std::net::IpAddr;
 
 /// How long an id or an address that was given back is kept from others.
-pub const REST_SECONDS: i64 = 600;
+pub const COOLDOWN_SECONDS: i64 = 600;
 
 /// What a gateway was given back and still rests, and since when.
-pub(super) fn resting(status: &EgressGatewayStatus, now: i64) -> impl Iterator<Item = (&ReleasedPath, i64)> {
+pub(super) fn in_cooldown(status: &EgressGatewayStatus, now: i64) -> impl Iterator<Item = (&ReleasedAllocation, i64)> {
     // A time to come is another clock's; nothing rests for longer than it should.
-    let since = move |released: &ReleasedPath| released.at.min(now);
-    status.released.iter().map(move |r| (r, since(r))).filter(move |(_, at)| at.saturating_add(REST_SECONDS) > now)
+    let since = move |released: &ReleasedAllocation| released.at.min(now);
+    status.released.iter().map(move |r| (r, since(r))).filter(move |(_, at)| at.saturating_add(COOLDOWN_SECONDS) > now)
 }
 
 /// Until when the gateway's annotation ends the cooldown of addresses, seconds since the Unix epoch; what it says, if
@@ -57,14 +57,14 @@ impl Entry {
 
 /// All that rests.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Resting {
+pub(super) struct Cooldowns {
     pub(super) entries: Vec<Entry>,
     by_address: HashMap<IpAddr, Vec<usize>>,
     by_policy: HashMap<(usize, usize), Vec<usize>>,
     by_id: HashMap<u16, Vec<usize>>,
 }
 
-impl Resting {
+impl Cooldowns {
     /// Adds what a gateway's policies gave back. `places` are the policies that still exist.
     pub(super) fn add(
         &mut self,
@@ -91,10 +91,10 @@ impl Resting {
     /// Until when an address is kept from these policies; `None` if it is not.
     pub(super) fn until(&self, address: IpAddr, policies: &[usize]) -> Option<i64> {
         let entries = self.by_address.get(&address).into_iter().flatten().map(|e| &self.entries[*e]);
-        entries.filter(|e| !e.ended && !e.was_of(policies)).map(|e| e.at + REST_SECONDS).max()
+        entries.filter(|e| !e.ended && !e.was_of(policies)).map(|e| e.at + COOLDOWN_SECONDS).max()
     }
 
-    /// Whether an id is kept from these policies: a path that changes its addresses one by one leaves its id behind
+    /// Whether an id is kept from these policies: an allocation that changes its addresses one by one leaves its id behind
     /// more than once, and not always for the same policies.
     pub(super) fn keeps_id(&self, id: u16, policies: &[usize]) -> bool {
         self.by_id.get(&id).into_iter().flatten().any(|e| !self.entries[*e].was_of(policies))

@@ -1,53 +1,53 @@
 //! What policies ask for, and of which gateway.
 
+use super::decision::{Reason, Rejection};
 use super::family::addresses;
 use super::quota;
-use super::verdict::{Reason, Refusal};
 use crate::api::{AddressPair, Allocate, Sharing};
 use crate::model::precedence::labels_or_name;
 use crate::model::selector::Name;
 use crate::model::{AddressRequest, Cluster, Gateway, Namespaces, Policy, PolicyKey};
 use std::collections::HashMap;
 
-/// A path that policies ask for.
+/// An allocation that policies ask for.
 #[derive(Clone, Debug)]
-pub(super) struct Demand {
+pub(super) struct Request {
     /// The gateway's place.
     pub(super) gateway: usize,
-    pub(super) want: Want,
+    pub(super) kind: Kind,
     /// The places of the policies that ask, by seniority.
     pub(super) policies: Vec<usize>,
-    /// The place of the path, once there is one.
-    pub(super) path: Option<usize>,
+    /// The place of the allocation, once there is one.
+    pub(super) allocation: Option<usize>,
 }
 
 /// What is asked for.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub(super) enum Want {
+pub(super) enum Kind {
     /// These addresses, shared with all who name the same.
     Explicit(AddressPair),
-    /// The gateway's shared path.
+    /// The gateway's shared allocation.
     Shared,
-    /// A path for one policy.
+    /// An allocation for one policy.
     Dedicated,
-    /// The path of any of the gateway's nodes, for one policy.
+    /// The allocation of any of the gateway's nodes, for one policy.
     Node,
 }
 
-impl Want {
+impl Kind {
     fn of(policy: &Policy) -> Self {
         match &policy.address {
-            AddressRequest::Explicit(pair) => Want::Explicit(pair.clone()),
-            AddressRequest::Allocate(Allocate::Dedicated) => Want::Dedicated,
-            AddressRequest::Allocate(Allocate::Shared) => Want::Shared,
-            AddressRequest::Allocate(Allocate::Node) => Want::Node,
+            AddressRequest::Explicit(pair) => Kind::Explicit(pair.clone()),
+            AddressRequest::Allocate(Allocate::Dedicated) => Kind::Dedicated,
+            AddressRequest::Allocate(Allocate::Shared) => Kind::Shared,
+            AddressRequest::Allocate(Allocate::Node) => Kind::Node,
         }
     }
 }
 
-/// A policy and its name as the ledger writes it.
+/// A policy and its name as the allocations write it.
 #[derive(Clone, Debug)]
-pub(super) struct Applicant<'a> {
+pub(super) struct Requester<'a> {
     pub(super) key: &'a PolicyKey,
     pub(super) policy: &'a Policy,
     pub(super) name: String,
@@ -55,71 +55,71 @@ pub(super) struct Applicant<'a> {
 
 /// All policies and what they ask for.
 #[derive(Clone, Debug)]
-pub(super) struct Demands<'a> {
+pub(super) struct Requests<'a> {
     /// By seniority: the older first, where no time is given last, then by name. A policy's place is its place here.
-    pub(super) applicants: Vec<Applicant<'a>>,
+    pub(super) requesters: Vec<Requester<'a>>,
     /// Places by key.
     pub(super) places: HashMap<&'a PolicyKey, usize>,
     /// In the order of the most senior policy of each.
-    pub(super) all: Vec<Demand>,
-    /// By a policy's place: its demand's place, or why it has none.
-    pub(super) of: Vec<Result<usize, Refusal>>,
+    pub(super) all: Vec<Request>,
+    /// By a policy's place: its request's place, or why it has none.
+    pub(super) of: Vec<Result<usize, Rejection>>,
 }
 
-impl<'a> Demands<'a> {
+impl<'a> Requests<'a> {
     pub(super) fn new(cluster: &'a Cluster) -> Self {
-        let mut applicants: Vec<Applicant> =
-            cluster.policies.iter().map(|(key, policy)| Applicant { key, policy, name: key.to_string() }).collect();
-        applicants.sort_by_key(|a| (a.policy.created, a.key));
-        let places = applicants.iter().enumerate().map(|(place, a)| (a.key, place)).collect();
+        let mut requesters: Vec<Requester> =
+            cluster.policies.iter().map(|(key, policy)| Requester { key, policy, name: key.to_string() }).collect();
+        requesters.sort_by_key(|a| (a.policy.created, a.key));
+        let places = requesters.iter().enumerate().map(|(place, a)| (a.key, place)).collect();
 
         let gateways = Gateways::new(cluster);
-        let wants: Vec<Want> = applicants.iter().map(|applicant| Want::of(applicant.policy)).collect();
-        let allowed = applicants.iter().zip(&wants).map(|(applicant, want)| {
-            let gateway = gateways.gateway_of(cluster, applicant)?;
-            gateways.check_reservations(cluster, gateway, applicant, want)?;
+        let kinds: Vec<Kind> = requesters.iter().map(|requester| Kind::of(requester.policy)).collect();
+        let allowed = requesters.iter().zip(&kinds).map(|(requester, kind)| {
+            let gateway = gateways.gateway_of(cluster, requester)?;
+            gateways.check_reservations(cluster, gateway, requester, kind)?;
             Ok(gateway)
         });
-        let allowed: Vec<Result<usize, Refusal>> = allowed.collect();
-        let asks = allowed.iter().zip(&wants).map(|(gateway, want)| {
+        let allowed: Vec<Result<usize, Rejection>> = allowed.collect();
+        let asks = allowed.iter().zip(&kinds).map(|(gateway, kind)| {
             let (name, gateway) = gateways.all[*gateway.as_ref().ok()?];
-            Some((name, gateway, want))
+            Some((name, gateway, kind))
         });
-        let mut exceeded = quota::exceeded(cluster, &applicants, &asks.collect::<Vec<_>>());
-        let mut all: Vec<Demand> = Vec::new();
-        let mut common: HashMap<(usize, Want, Option<&Name>), usize> = HashMap::new();
+        let mut exceeded = quota::exceeded(cluster, &requesters, &asks.collect::<Vec<_>>());
+        let mut all: Vec<Request> = Vec::new();
+        let mut common: HashMap<(usize, Kind, Option<&Name>), usize> = HashMap::new();
         let mut of = Vec::new();
-        for (place, (gateway, want)) in allowed.into_iter().zip(wants).enumerate() {
+        for (place, (gateway, kind)) in allowed.into_iter().zip(kinds).enumerate() {
             let gateway = match (gateway, exceeded.remove(&place)) {
                 (Ok(gateway), None) => gateway,
-                (Err(refusal), _) | (_, Some(refusal)) => {
-                    of.push(Err(refusal));
+                (Err(rejection), _) | (_, Some(rejection)) => {
+                    of.push(Err(rejection));
                     continue;
                 }
             };
-            let demand = match want {
-                Want::Explicit(_) => {
-                    let sharers = match (gateways.all[gateway].1.sharing, &applicants[place].policy.namespaces) {
+            let request = match kind {
+                Kind::Explicit(_) => {
+                    let sharers = match (gateways.all[gateway].1.sharing, &requesters[place].policy.namespaces) {
                         (Sharing::Namespace, Namespaces::One(namespace)) => Some(namespace),
                         _ => None,
                     };
-                    *common.entry((gateway, want.clone(), sharers)).or_insert(all.len())
+                    *common.entry((gateway, kind.clone(), sharers)).or_insert(all.len())
                 }
-                Want::Shared => *common.entry((gateway, want.clone(), None)).or_insert(all.len()),
-                Want::Dedicated | Want::Node => all.len(),
+                Kind::Shared => *common.entry((gateway, kind.clone(), None)).or_insert(all.len()),
+                Kind::Dedicated | Kind::Node => all.len(),
             };
-            if demand == all.len() {
-                all.push(Demand { gateway, want, policies: Vec::new(), path: None });
+            if request == all.len() {
+                all.push(Request { gateway, kind, policies: Vec::new(), allocation: None });
             }
-            all[demand].policies.push(place);
-            of.push(Ok(demand));
+            all[request].policies.push(place);
+            of.push(Ok(request));
         }
-        Demands { applicants, places, all, of }
+        Requests { requesters, places, all, of }
     }
 
     /// The names of policies, for a sentence: not more than three.
     pub(super) fn name_some(&self, policies: &[usize]) -> String {
-        let names: Vec<&str> = policies.iter().take(3).map(|p| self.applicants[*p].name.as_str()).collect();
+        let names: Vec<&str> = policies.iter().take(3).map(|p| self.requesters[*p].name.as_str()).collect();
         match policies.len() - names.len() {
             0 => names.join(", "),
             more => format!("{} and {more} more", names.join(", ")),
@@ -132,9 +132,9 @@ struct Gateways<'a> {
     all: Vec<(&'a Name, &'a Gateway)>,
     by_name: HashMap<&'a str, usize>,
     defaults: Vec<usize>,
-    /// Where several gateways are the default one: which of them a policy has a path of already.
+    /// Where several gateways are the default one: which of them a policy has an allocation of already.
     present: HashMap<&'a PolicyKey, usize>,
-    /// The same, of gateways of which the ledger alone is known: whether they are the default one is not.
+    /// The same, of gateways of which the allocations alone is known: whether they are the default one is not.
     kept: HashMap<&'a PolicyKey, usize>,
 }
 
@@ -146,7 +146,7 @@ impl<'a> Gateways<'a> {
         let of = |places: &[usize]| {
             let mut present = HashMap::new();
             for place in places {
-                for policy in all[*place].1.status.paths.iter().flat_map(|path| &path.policies) {
+                for policy in all[*place].1.status.allocations.iter().flat_map(|allocation| &allocation.policies) {
                     present.entry(policy).or_insert(*place);
                 }
             }
@@ -158,41 +158,41 @@ impl<'a> Gateways<'a> {
     }
 
     /// The gateway that a policy is to use, if it may.
-    fn gateway_of(&self, cluster: &Cluster, applicant: &Applicant) -> Result<usize, Refusal> {
-        let place = match (&applicant.policy.gateway, self.defaults.as_slice()) {
+    fn gateway_of(&self, cluster: &Cluster, requester: &Requester) -> Result<usize, Rejection> {
+        let place = match (&requester.policy.gateway, self.defaults.as_slice()) {
             (Some(name), _) => *self.by_name.get(&**name).ok_or_else(|| {
                 let message = match self.some_names() {
                     names if names.is_empty() => format!("there is no EgressGateway {name:?}; create it"),
                     names => format!("there is no EgressGateway {name:?}; create it, or name one of: {names}"),
                 };
-                Refusal::new(Reason::GatewayUnknown, message)
+                Rejection::new(Reason::GatewayUnknown, message)
             })?,
-            (None, _) if let Some(place) = self.kept.get(applicant.key) => *place,
+            (None, _) if let Some(place) = self.kept.get(requester.key) => *place,
             (None, [one]) => *one,
             (None, []) => {
                 let message = "the policy names no gateway, and none is the default one; \
                                set spec.gateway, or default: true on one EgressGateway";
-                return Err(Refusal::new(Reason::NoDefaultGateway, message));
+                return Err(Rejection::new(Reason::NoDefaultGateway, message));
             }
             // A second default gateway is a mistake that must not take their addresses from those who have one.
-            (None, several) => *self.present.get(applicant.key).ok_or_else(|| {
+            (None, several) => *self.present.get(requester.key).ok_or_else(|| {
                 let names: Vec<&str> = several.iter().map(|place| &**self.all[*place].0).collect();
                 let message = format!(
                     "the policy names no gateway, and several are the default one: {}; \
                      set spec.gateway, or leave default: true on one of them",
                     names.join(", ")
                 );
-                Refusal::new(Reason::SeveralDefaultGateways, message)
+                Rejection::new(Reason::SeveralDefaultGateways, message)
             })?,
         };
         let (name, gateway) = self.all[place];
-        match &applicant.policy.namespaces {
+        match &requester.policy.namespaces {
             Namespaces::One(ns) if !gateway.namespaces.matches(&labels_or_name(cluster.namespaces.get(ns), ns)) => {
                 let message = format!(
                     "EgressGateway {name:?} is not for policies of namespace {ns:?}: its namespaceSelector does not \
                      match the namespace's labels; label the namespace, or name another gateway"
                 );
-                Err(Refusal::new(Reason::NamespaceNotAllowed, message))
+                Err(Rejection::new(Reason::NamespaceNotAllowed, message))
             }
             // Who may make a ClusterEgressPolicy may use every gateway.
             _ => Ok(place),
@@ -204,11 +204,11 @@ impl<'a> Gateways<'a> {
         &self,
         cluster: &Cluster,
         gateway: usize,
-        applicant: &Applicant,
-        want: &Want,
-    ) -> Result<(), Refusal> {
+        requester: &Requester,
+        kind: &Kind,
+    ) -> Result<(), Rejection> {
         let (name, gateway) = self.all[gateway];
-        let (Want::Explicit(pair), Namespaces::One(namespace)) = (want, &applicant.policy.namespaces) else {
+        let (Kind::Explicit(pair), Namespaces::One(namespace)) = (kind, &requester.policy.namespaces) else {
             return Ok(());
         };
         for address in addresses(pair) {
@@ -219,7 +219,7 @@ impl<'a> Gateways<'a> {
                     "{address} of EgressGateway {name:?} is reserved for other namespaces than {namespace:?} \
                      (spec.reservations); name another address, or have the namespace labelled"
                 );
-                return Err(Refusal::new(Reason::AddressReserved, message));
+                return Err(Rejection::new(Reason::AddressReserved, message));
             }
         }
         Ok(())

@@ -1,4 +1,4 @@
-//! A long ledger as text, a line a path: as objects, 10,000 paths are more than etcd takes, and a server-side apply
+//! A long allocations as text, a line an allocation: as objects, 10,000 allocations are more than etcd takes, and a server-side apply
 //! merges them one by one.
 //!
 //! ```text
@@ -9,26 +9,32 @@
 //! -9 192.0.2.52 1763718090 shop/gone
 //! ```
 //!
-//! First the nodes, by whose number they are named from then on. Then the paths: id, kind, addresses, `node`, `since`,
+//! First the nodes, by whose number they are named from then on. Then the allocations: id, kind, addresses, `node`, `since`,
 //! `leaving`, policies. Then, with a `-`, what was released: id, addresses, `at`, policies. What is absent is `-`. Names in
 //! Kubernetes have neither spaces nor commas.
 
-use crate::api::{AddressPair, EgressGatewayStatus, LedgerPath, Name, PathKind, PolicyKey, ReleasedPath, Users};
+use crate::api::{
+    AddressPair, Allocation, AllocationKind, EgressGatewayStatus, Name, PolicyKey, ReleasedAllocation, Users,
+};
 use std::collections::HashMap;
 use std::fmt::Write;
 use std::net::IpAddr;
 use std::str::{FromStr, SplitWhitespace};
 
 const ABSENT: &str = "-";
-const KINDS: [(PathKind, &str); 4] =
-    [(PathKind::Dedicated, "D"), (PathKind::Explicit, "E"), (PathKind::Node, "N"), (PathKind::Shared, "S")];
+const KINDS: [(AllocationKind, &str); 4] = [
+    (AllocationKind::Dedicated, "D"),
+    (AllocationKind::Explicit, "E"),
+    (AllocationKind::Node, "N"),
+    (AllocationKind::Shared, "S"),
+];
 
-/// The same ledger with the paths and what was released as text.
+/// The same allocations with the allocations and what was released as text.
 pub fn write(status: &EgressGatewayStatus) -> EgressGatewayStatus {
-    let EgressGatewayStatus { paths, released, .. } = status;
+    let EgressGatewayStatus { allocations, released, .. } = status;
     let mut nodes: HashMap<&str, usize> = HashMap::new();
     let mut text = String::new();
-    for name in paths.iter().flat_map(|path| [&path.node, &path.leaving]).flatten() {
+    for name in allocations.iter().flat_map(|allocation| [&allocation.node, &allocation.leaving]).flatten() {
         let number = nodes.len();
         nodes.entry(name).or_insert_with(|| {
             line(&mut text, format_args!("node {name}"));
@@ -39,14 +45,14 @@ pub fn write(status: &EgressGatewayStatus) -> EgressGatewayStatus {
         Some(name) => nodes[&**name].to_string(),
         None => ABSENT.to_owned(),
     };
-    for path in paths {
-        let LedgerPath { id, kind, address, node, since, leaving, policies } = path;
+    for allocation in allocations {
+        let Allocation { id, kind, address, node, since, leaving, policies } = allocation;
         let kind = KINDS.iter().find(|(k, _)| k == kind).map_or(ABSENT, |(_, letter)| *letter);
         let (address, policies) = (pair(address), list(policies));
         let (node, leaving) = (number(node), number(leaving));
         line(&mut text, format_args!("{id} {kind} {address} {node} {since} {leaving} {policies}"));
     }
-    for ReleasedPath { id, address, policies, at } in released {
+    for ReleasedAllocation { id, address, policies, at } in released {
         line(&mut text, format_args!("-{id} {} {at} {}", pair(address), list(policies)));
     }
     EgressGatewayStatus {
@@ -73,7 +79,7 @@ fn list(words: &[impl ToString]) -> String {
     if words.is_empty() { ABSENT.to_owned() } else { words.join(",") }
 }
 
-/// Moves the text back into paths and what was released.
+/// Moves the text back into allocations and what was released.
 ///
 /// # Errors
 /// A line that makes no sense, with the line.
@@ -94,7 +100,12 @@ fn take(line: &str, nodes: &mut Vec<Name>, status: &mut EgressGatewayStatus) -> 
     } else if let Some(id) = first.strip_prefix('-') {
         let id = id.parse().ok()?;
         let address = addresses(words.next()?)?;
-        status.released.push(ReleasedPath { id, address, at: number(&mut words)?, policies: policies(words.next()?) });
+        status.released.push(ReleasedAllocation {
+            id,
+            address,
+            at: number(&mut words)?,
+            policies: policies(words.next()?),
+        });
     } else {
         let id = first.parse().ok()?;
         let letter = words.next()?;
@@ -104,7 +115,7 @@ fn take(line: &str, nodes: &mut Vec<Name>, status: &mut EgressGatewayStatus) -> 
         let since = number(&mut words)?;
         let leaving = self::node(words.next()?, nodes)?;
         let policies = policies(words.next()?);
-        status.paths.push(LedgerPath { id, kind, address, node, since, leaving, policies });
+        status.allocations.push(Allocation { id, kind, address, node, since, leaving, policies });
     }
     words.next().is_none().then_some(())
 }

@@ -1,5 +1,5 @@
 use crate::allocation::Reason;
-use crate::api::{Allocate, EgressPolicySpec, PathKind};
+use crate::api::{Allocate, AllocationKind, EgressPolicySpec};
 use crate::fixture::{World, asking, naming, pair, selector};
 use crate::model::AddressRange;
 use std::net::IpAddr;
@@ -66,11 +66,11 @@ fn an_empty_or_exhausted_pool_says_so() {
     outcome.assert_refused("a/q", Reason::PoolExhausted, &["IPv6", "all 1 are", "allocate: Shared"]);
     let left = outcome.gateways["g"].conditions.iter().find(|c| c.type_ == "AddressesLeft").unwrap();
     assert_eq!((&*left.status, &*left.reason), ("False", "PoolExhausted"));
-    assert_eq!(outcome.gateways["g"].paths.len(), 1, "no half of a pair is kept for it");
+    assert_eq!(outcome.gateways["g"].allocations.len(), 1, "no half of a pair is kept for it");
 }
 
 #[test]
-fn the_cluster_has_16383_paths() {
+fn the_cluster_has_16383_allocations() {
     let mut world = World::new(&["10.1.0.0/16"]);
     for i in 0..16384 {
         world.policy(&format!("a/p{i:05}"), asking(Allocate::Dedicated));
@@ -79,7 +79,7 @@ fn the_cluster_has_16383_paths() {
 }
 
 #[test]
-fn a_gateway_of_which_the_ledger_alone_is_known_keeps_that_and_gives_out_nothing() {
+fn a_gateway_of_which_the_allocations_alone_is_known_keeps_that_and_gives_out_nothing() {
     let mut world = World::new(&["192.0.2.50-192.0.2.59"]);
     world.policy("a/own", asking(Allocate::Dedicated));
     world.policy("a/named", naming(&["192.0.2.55"]));
@@ -87,13 +87,16 @@ fn a_gateway_of_which_the_ledger_alone_is_known_keeps_that_and_gives_out_nothing
     world.allocate();
     world.settle();
     let before = world.allocate().gateways["g"].clone();
-    assert!(before.paths.len() == 3 && before.paths.iter().all(|path| path.node.is_some()), "{before:?}");
-    // Another gateway's pool has what the ledger gives out.
+    assert!(
+        before.allocations.len() == 3 && before.allocations.iter().all(|allocation| allocation.node.is_some()),
+        "{before:?}"
+    );
+    // Another gateway's pool has what the allocations give out.
     world.gateway("z", &["192.0.2.50-192.0.2.70"], |_| {});
     world.gateway("g", &[], |spec| spec.node_selector = selector(&[("no", "node")]));
     let gateway = Arc::make_mut(world.cluster.gateways.get_mut("g").unwrap());
-    let addresses = before.paths.iter().filter(|path| path.kind != PathKind::Node);
-    let addresses = addresses.filter_map(|path| path.address.ipv4.map(IpAddr::V4));
+    let addresses = before.allocations.iter().filter(|allocation| allocation.kind != AllocationKind::Node);
+    let addresses = addresses.filter_map(|allocation| allocation.address.ipv4.map(IpAddr::V4));
     gateway.pool = addresses.map(|address| AddressRange { first: address, last: address }).collect();
     gateway.pool.sort();
     (gateway.frozen, gateway.fault, gateway.status) = (true, Some("two ranges overlap".into()), before.clone());
@@ -102,7 +105,10 @@ fn a_gateway_of_which_the_ledger_alone_is_known_keeps_that_and_gives_out_nothing
     world.now += 3600;
     let outcome = world.allocate();
     let after = &outcome.gateways["g"];
-    assert_eq!((&after.paths, &after.nodes, &after.released), (&before.paths, &before.nodes, &before.released));
+    assert_eq!(
+        (&after.allocations, &after.nodes, &after.released),
+        (&before.allocations, &before.nodes, &before.released)
+    );
     let accepted = &after.conditions[0];
     assert_eq!((&*accepted.status, &*accepted.reason), ("False", "Invalid"));
     assert!(accepted.message.starts_with("two ranges overlap; its last good state is not known"), "{accepted:?}");

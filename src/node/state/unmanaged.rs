@@ -10,20 +10,20 @@ use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
-/// A stranger that was not found is looked for again after this long.
+/// An unmanaged pod that was not found is looked for again after this long.
 const SEEK_AGAIN: Duration = Duration::from_secs(5);
 
 impl Node {
     /// Looks for pods that a policy selects and that nobody brought.
-    pub(super) fn seek_strangers(&mut self) {
+    pub(super) fn seek_unmanaged(&mut self) {
         self.put_off.retain(|_, since| since.elapsed() < SEEK_AGAIN);
-        let mut strangers = self.pods.strangers(&self.cluster, &self.view);
+        let mut unmanaged = self.pods.unmanaged(&self.cluster, &self.view);
         let again = |key: &ObjectKey| self.missing.get(key).is_none_or(|(since, _)| since.elapsed() >= SEEK_AGAIN);
-        strangers.retain(|(key, _)| again(key) && !self.put_off.contains_key(key) && self.sought.insert(key.clone()));
-        adoption::seek(&self.host.routes, strangers, &self.listeners.adopted);
+        unmanaged.retain(|(key, _)| again(key) && !self.put_off.contains_key(key) && self.sought.insert(key.clone()));
+        adoption::seek(&self.host.routes, unmanaged, &self.listeners.adopted);
     }
 
-    /// A stranger was found, or not; one that is not found is held by its address.
+    /// An unmanaged pod was found, or not; one that is not found is held by its address.
     pub fn adopt(&mut self, found: Found) {
         self.sought.remove(&found.pod);
         let is_gone = found.interface.is_none() && self.pods.is_gone(&found.pod);
@@ -85,7 +85,7 @@ impl Node {
         });
     }
 
-    /// Forgets strangers that were looked for in vain and that have ended, have other addresses now, or that no policy
+    /// Forgets unmanaged pods that were looked for in vain and that have ended, have other addresses now, or that no policy
     /// selects any more.
     pub(super) fn drop_missing(&mut self) {
         let before = self.missing.len();
@@ -98,10 +98,10 @@ impl Node {
     /// Whether the cluster has a pod with these addresses that a policy selects.
     fn is_to_be_held(&self, key: &ObjectKey, addresses: &[IpAddr]) -> bool {
         let pod = self.cluster.pods.get(key).filter(|pod| *pod.addresses == *addresses);
-        pod.is_some_and(|pod| self.view.profile(&key.namespace, Some(&pod.labels)).is_some())
+        pod.is_some_and(|pod| self.view.policy_chain(&key.namespace, Some(&pod.labels)).is_some())
     }
 
-    /// The addresses of strangers that were looked for in vain.
+    /// The addresses of unmanaged pods that were looked for in vain.
     pub(super) fn unfound(&self) -> BTreeSet<IpAddr> {
         self.missing.values().flat_map(|(_, addresses)| addresses).copied().collect()
     }

@@ -1,4 +1,4 @@
-//! Questions, and what follows from answers and silence.
+//! Probes, and what follows from answers and silence.
 
 use super::Settings;
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
@@ -10,14 +10,14 @@ use tokio::time::Instant;
 /// answers before its daemon has looked around: in this time it finds out what others have taken over from it, and
 /// tells.
 const HOLD: Duration = Duration::from_millis(500);
-/// An answer that comes within this time belongs to its question, and tells that the node lived when it was asked.
+/// An answer that comes within this time belongs to its probe, and tells that the node lived when it was asked.
 const LATE: Duration = Duration::from_secs(5);
 /// The longest patience; a round trip longer than this is no way for connections either.
 const MAX_PATIENCE: Duration = Duration::from_secs(3);
-/// Of a node that was silent, at least so many questions must be answered before it counts as alive.
+/// Of a node that was silent, at least so many probes must be answered before it counts as alive.
 const ENOUGH: u32 = 3;
 
-/// The round trip as TCP measures it (RFC 6298, section 2). Each answer names its question, so that every one is a
+/// The round trip as TCP measures it (RFC 6298, section 2). Each answer names its probe, so that every one is a
 /// sample (Karn's algorithm is for those that do not).
 #[derive(Clone, Copy, Debug)]
 struct RoundTrip {
@@ -44,7 +44,7 @@ impl RoundTrip {
 }
 
 #[derive(Clone, Copy, Debug)]
-struct Question {
+struct Probe {
     sequence: u16,
     asked: Instant,
     /// Its answer did not come in time. It may still come.
@@ -56,15 +56,15 @@ struct Question {
 struct Return {
     /// When the first answer came.
     since: Instant,
-    /// When the question was asked that was answered first.
+    /// When the probe was asked that was answered first.
     from: Instant,
-    /// Of the questions since then.
+    /// Of the probes since then.
     answered: u32,
     missed: u32,
 }
 
 impl Return {
-    /// Three answers for each two misses: a line that lets every other packet through must not take paths to and fro.
+    /// Three answers for each two misses: a line that lets every other packet through must not take allocations to and fro.
     fn is_over(&self, now: Instant) -> bool {
         now >= self.since + HOLD && self.answered >= ENOUGH && self.missed * 3 <= self.answered * 2
     }
@@ -75,13 +75,13 @@ struct Node {
     address: Ipv6Addr,
     /// When it is to be asked next.
     next: Instant,
-    /// The number of its next question.
+    /// The number of its next probe.
     sequence: u16,
-    /// Questions without an answer, oldest first.
-    open: VecDeque<Question>,
-    /// When the newest question was asked that was answered.
+    /// Probes without an answer, oldest first.
+    open: VecDeque<Probe>,
+    /// When the newest probe was asked that was answered.
     answered: Option<Instant>,
-    /// Questions since then that were not answered in time.
+    /// Probes since then that were not answered in time.
     missed: u32,
     round_trip: Option<RoundTrip>,
     dead: bool,
@@ -109,7 +109,7 @@ impl Node {
         }
     }
 
-    /// After how long a question counts as missed.
+    /// After how long a probe counts as missed.
     fn patience(&self, settings: &Settings) -> Duration {
         let least = settings.shortest_patience();
         match self.round_trip {
@@ -118,25 +118,25 @@ impl Node {
         }
     }
 
-    /// How long after a question the next one is asked. A node that is in doubt is asked so often that chance alone
-    /// does not lose every question.
+    /// How long after a probe the next one is asked. A node that is in doubt is asked so often that chance alone
+    /// does not lose every probe.
     fn pace(&self, settings: &Settings) -> Duration {
         let unanswered = self.open.iter().filter(|q| self.answered.is_none_or(|at| q.asked > at)).count();
         match (self.dead, self.returning) {
             (true, None) => settings.interval / 2,
             (true, Some(_)) => settings.quick(),
             (false, _) if self.missed == 0 => settings.interval,
-            (false, _) if unanswered < settings.questions() as usize => settings.quick(),
+            (false, _) if unanswered < settings.probes() as usize => settings.quick(),
             (false, _) => settings.interval / 2,
         }
     }
 
     fn judge(&mut self, settings: &Settings, now: Instant) {
         let (patience, before) = (self.patience(settings), self.missed);
-        for question in self.open.iter_mut().filter(|q| !q.missed && now >= q.asked + patience) {
-            question.missed = true;
-            self.missed += u32::from(self.answered.is_none_or(|at| question.asked > at));
-            if let Some(returning) = self.returning.as_mut().filter(|r| question.asked >= r.from) {
+        for probe in self.open.iter_mut().filter(|q| !q.missed && now >= q.asked + patience) {
+            probe.missed = true;
+            self.missed += u32::from(self.answered.is_none_or(|at| probe.asked > at));
+            if let Some(returning) = self.returning.as_mut().filter(|r| probe.asked >= r.from) {
                 returning.missed += 1;
             }
         }
@@ -144,7 +144,7 @@ impl Node {
         while self.open.front().is_some_and(|q| now >= q.asked + late) {
             self.open.pop_front();
         }
-        if self.missed >= settings.questions() {
+        if self.missed >= settings.probes() {
             self.dead = true;
             self.returning = None;
         }
@@ -156,28 +156,28 @@ impl Node {
     /// An answer came at `at`. `first`: no other node is alive.
     fn hear(&mut self, sequence: u16, at: Instant, first: bool) {
         let Some(place) = self.open.iter().position(|q| q.sequence == sequence) else { return };
-        let Some(question) = self.open.remove(place) else { return };
-        let sample = at.saturating_duration_since(question.asked);
+        let Some(probe) = self.open.remove(place) else { return };
+        let sample = at.saturating_duration_since(probe.asked);
         self.round_trip = Some(self.round_trip.map_or(RoundTrip::first(sample), |before| before.and(sample)));
         self.last = self.last.max(at);
-        if self.answered.is_none_or(|before| question.asked > before) {
-            self.answered = Some(question.asked);
-            let since = self.open.iter().filter(|q| q.missed && q.asked > question.asked).count();
+        if self.answered.is_none_or(|before| probe.asked > before) {
+            self.answered = Some(probe.asked);
+            let since = self.open.iter().filter(|q| q.missed && q.asked > probe.asked).count();
             self.missed = u32::try_from(since).unwrap_or(u32::MAX);
         }
         if !self.dead {
             return;
         }
         if let Some(returning) = &mut self.returning {
-            if question.asked >= returning.from {
+            if probe.asked >= returning.from {
                 returning.answered += 1;
-                returning.missed = returning.missed.saturating_sub(u32::from(question.missed));
+                returning.missed = returning.missed.saturating_sub(u32::from(probe.missed));
             }
         } else {
-            // Later questions may have been missed before, where answers overtake each other.
-            let missed = self.open.iter().filter(|q| q.missed && q.asked > question.asked).count();
+            // Later probes may have been missed before, where answers overtake each other.
+            let missed = self.open.iter().filter(|q| q.missed && q.asked > probe.asked).count();
             let missed = u32::try_from(missed).unwrap_or(u32::MAX);
-            self.returning = Some(Return { since: at, from: question.asked, answered: 1, missed });
+            self.returning = Some(Return { since: at, from: probe.asked, answered: 1, missed });
             self.next = self.next.min(at);
         }
         if first || self.unproven || self.returning.is_some_and(|returning| returning.is_over(at)) {
@@ -189,7 +189,7 @@ impl Node {
 
 /// See the module. What is asked, a node or something of its, is told apart by `K`.
 #[derive(Debug)]
-pub struct Questions<K> {
+pub struct Probes<K> {
     settings: Settings,
     /// Who is new counts as dead until it answers for the first time.
     unproven: bool,
@@ -198,15 +198,15 @@ pub struct Questions<K> {
     stalled: bool,
 }
 
-impl<K: Ord + Clone> Questions<K> {
+impl<K: Ord + Clone> Probes<K> {
     /// Who is new counts as alive.
     pub fn new(settings: Settings) -> Self {
-        Questions { settings, unproven: false, nodes: BTreeMap::new(), by_address: HashMap::new(), stalled: false }
+        Probes { settings, unproven: false, nodes: BTreeMap::new(), by_address: HashMap::new(), stalled: false }
     }
 
     /// Who is new counts as dead until it answers for the first time.
     pub fn unproven(settings: Settings) -> Self {
-        Questions { unproven: true, ..Self::new(settings) }
+        Probes { unproven: true, ..Self::new(settings) }
     }
 
     /// Whom to ask from now on.
@@ -222,7 +222,7 @@ impl<K: Ord + Clone> Questions<K> {
         self.by_address = wanted.iter().map(|(name, address)| (*address, name.clone())).collect();
     }
 
-    /// When something is to be done: a question, or judging one.
+    /// When something is to be done: a probe, or judging one.
     pub fn next(&self) -> Option<Instant> {
         let of_node = |node: &Node| {
             let oldest = node.open.iter().find(|q| !q.missed);
@@ -232,7 +232,7 @@ impl<K: Ord + Clone> Questions<K> {
         self.nodes.values().map(of_node).min()
     }
 
-    /// Judges the questions whose time is over. All answers that have come must have been told before.
+    /// Judges the probes whose time is over. All answers that have come must have been told before.
     pub fn judge(&mut self, now: Instant) {
         for node in self.nodes.values_mut() {
             node.judge(&self.settings, now);
@@ -245,7 +245,7 @@ impl<K: Ord + Clone> Questions<K> {
         let mut asked = Vec::new();
         for node in self.nodes.values_mut().filter(|node| node.next <= now) {
             self.stalled |= now - node.next > late;
-            node.open.push_back(Question { sequence: node.sequence, asked: now, missed: false });
+            node.open.push_back(Probe { sequence: node.sequence, asked: now, missed: false });
             asked.push((node.address, node.sequence));
             node.sequence = node.sequence.wrapping_add(1);
             node.next = now + node.pace(&self.settings);
@@ -253,7 +253,7 @@ impl<K: Ord + Clone> Questions<K> {
         asked
     }
 
-    /// An answer came at `at`. One that is late counts for its own question.
+    /// An answer came at `at`. One that is late counts for its own probe.
     pub fn answered(&mut self, from: Ipv6Addr, sequence: u16, at: Instant) {
         let alone = self.nodes.values().all(|node| node.dead);
         if let Some(node) = self.by_address.get(&from).and_then(|name| self.nodes.get_mut(name)) {
@@ -266,7 +266,7 @@ impl<K: Ord + Clone> Questions<K> {
         self.nodes.iter().filter(|(_, node)| node.dead).map(|(name, _)| name.clone()).collect()
     }
 
-    /// Who did not answer the last question in time.
+    /// Who did not answer the last probe in time.
     pub fn in_doubt(&self) -> impl Iterator<Item = &K> {
         self.nodes.iter().filter(|(_, node)| node.dead || node.missed > 0).map(|(name, _)| name)
     }
@@ -288,7 +288,7 @@ impl<K: Ord + Clone> Questions<K> {
         self.nodes.values().map(|node| now.saturating_duration_since(node.last)).min().unwrap_or_default()
     }
 
-    /// Whether so much time has passed before a question that others may have found this node dead meanwhile.
+    /// Whether so much time has passed before a probe that others may have found this node dead meanwhile.
     pub fn take_stall(&mut self) -> bool {
         std::mem::take(&mut self.stalled)
     }

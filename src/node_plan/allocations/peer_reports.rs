@@ -1,0 +1,58 @@
+//! What nodes say of allocations: who holds which, who has taken which over, who cannot hold which.
+
+use crate::api::Allocation;
+use crate::model::Cluster;
+use crate::model::egress_node::OfAllocations;
+use crate::model::marks::EgressId;
+use crate::node_plan::allocations::Facts;
+use std::collections::{BTreeMap, HashMap, HashSet};
+
+/// See the module. Of the node itself it is not what it last said but what is so.
+pub(super) struct PeerReports<'a> {
+    node: &'a str,
+    facts: &'a Facts,
+    held: HashMap<&'a str, HashSet<EgressId>>,
+    refused: HashSet<(&'a str, EgressId)>,
+    taken: BTreeMap<EgressId, Vec<(&'a str, i64)>>,
+}
+
+impl<'a> PeerReports<'a> {
+    pub(super) fn new(cluster: &'a Cluster, node: &'a str, facts: &'a Facts) -> Self {
+        let mut said =
+            PeerReports { node, facts, held: HashMap::new(), refused: HashSet::new(), taken: BTreeMap::new() };
+        let others = cluster.egress_nodes.iter().filter(|(name, _)| ***name != *node);
+        for (name, status) in others.filter(|(name, _)| cluster.nodes.contains_key(&**name)) {
+            let OfAllocations { held, taken, refused, .. } = status.of_allocations();
+            if !held.is_empty() {
+                said.held.insert(name, held.iter().copied().collect());
+            }
+            said.refused.extend(refused.iter().map(|r| (&**name, r.id)));
+            for t in taken {
+                said.taken.entry(t.id).or_default().push((name, t.since));
+            }
+        }
+        for (id, since) in &facts.taken {
+            said.taken.entry(*id).or_default().push((node, *since));
+        }
+        said
+    }
+
+    /// Whether `node` says that it holds the allocation. `here`: whether its address is on this node.
+    pub(super) fn holds(&self, node: &str, allocation: EgressId, here: bool) -> bool {
+        if node == self.node {
+            return here && !self.facts.refused.contains_key(&allocation);
+        }
+        self.held.get(node).is_some_and(|allocations| allocations.contains(&allocation))
+    }
+
+    /// Whether another node says that it cannot hold the allocation.
+    pub(super) fn refuses(&self, node: &'a str, allocation: EgressId) -> bool {
+        self.refused.contains(&(node, allocation))
+    }
+
+    /// The nodes that have taken an allocation over from the allocations' node, as the allocations are now.
+    pub(super) fn takers(&self, entry: &Allocation) -> Vec<&'a str> {
+        let taken = self.taken.get(&entry.id).into_iter().flatten();
+        taken.filter(|(_, since)| *since == entry.since).map(|(name, _)| *name).collect()
+    }
+}
