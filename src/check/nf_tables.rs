@@ -139,8 +139,8 @@ pub fn run() -> Vec<Need> {
 /// Egret works without it.
 fn owned(result: Result<bool, Error>) -> Need {
     let name = "tables with an owner";
-    let remedy = "needs Linux 6.9: without it `nft flush ruleset`, and so a restart of nftables.service, opens selected pods \
-                  for some milliseconds; take that line out of /etc/nftables.conf";
+    let remedy = "needs Linux 6.9: without it `nft flush ruleset`, and so a restart of nftables.service, interrupts selected \
+                  pods for some milliseconds, and opens them while egretd is away; take that line out of /etc/nftables.conf";
     match result {
         Ok(true) => Need::ok(name, "others cannot flush Egret's"),
         Ok(false) => Need::warn(name, "not kept when the owner ends", remedy),

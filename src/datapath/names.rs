@@ -12,6 +12,8 @@ pub const DEVICE: &str = "egret";
 pub const DEVICE_GROUP: u32 = 7871;
 /// The nftables tables `inet egret` and `netdev egret`.
 pub const TABLE: &str = "egret";
+/// The nftables table `inet egret-guard`: see `datapath/guard.rs`.
+pub const GUARD: &str = "egret-guard";
 
 /// Routing table of requests: a pod's packets to their gateway.
 pub const TABLE_REQUEST: u32 = 7871;
@@ -19,6 +21,8 @@ pub const TABLE_REQUEST: u32 = 7871;
 pub const TABLE_REPLY: u32 = 7872;
 /// Routing table of quarantined pods: the cluster's networks, and nothing else.
 pub const TABLE_QUARANTINE: u32 = 7873;
+/// Routing table of selected pods' packets on which nothing has decided: the cluster's networks, and nothing else.
+pub const TABLE_GUARD: u32 = 7874;
 /// Routing tables of gateways' own uplinks: this number plus the uplink's index, 1 to 511.
 pub const TABLE_UPLINK: u32 = 7880;
 
@@ -27,7 +31,7 @@ pub const UPLINKS: u32 = 511;
 
 /// Whether a routing table is Egret's, by its number.
 pub fn is_own_table(table: u32) -> bool {
-    matches!(table, TABLE_REQUEST | TABLE_REPLY | TABLE_QUARANTINE)
+    matches!(table, TABLE_REQUEST | TABLE_REPLY | TABLE_QUARANTINE | TABLE_GUARD)
         || (TABLE_UPLINK + 1..=TABLE_UPLINK + UPLINKS).contains(&table)
 }
 
@@ -39,6 +43,8 @@ pub const RULE_REQUEST: u32 = 72;
 pub const RULE_REPLY: u32 = 73;
 /// Priority of the rules for gateways' own uplinks.
 pub const RULE_UPLINK: u32 = 74;
+/// Priority of the rules for packets on which nothing has decided.
+pub const RULE_GUARD: u32 = 75;
 
 /// The protocol number that Egret's routes, rules and addresses carry (`RTA_PROTOCOL`, `FRA_PROTOCOL`,
 /// `IFA_PROTO`), by which it knows its own. Not taken in iproute2's `rt_protos`.

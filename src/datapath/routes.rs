@@ -49,6 +49,8 @@ pub enum RouteKind {
     Throw,
     /// Drops them, and tells the sender.
     Unreachable,
+    /// Drops them.
+    Blackhole,
 }
 
 /// Gives `table` these routes and no others, for both families, and returns how many changes it made. What is added
@@ -190,6 +192,7 @@ fn parse(message: &RouteMessage) -> Option<Route> {
         // IPv6 shows the loopback interface as theirs.
         RouteType::Throw => RouteKind::Throw,
         RouteType::Unreachable => RouteKind::Unreachable,
+        RouteType::BlackHole => RouteKind::Blackhole,
         _ => return None,
     };
     Some(Route { dst: destination(message), kind, metric: metric(message) })
@@ -252,6 +255,7 @@ fn add(table: u32, route: &Route) -> Change {
         }
         RouteKind::Throw => header.kind = RouteType::Throw,
         RouteKind::Unreachable => header.kind = RouteType::Unreachable,
+        RouteKind::Blackhole => header.kind = RouteType::BlackHole,
     }
     Change {
         message: RouteNetlinkMessage::NewRoute(message),

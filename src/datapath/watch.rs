@@ -3,7 +3,7 @@
 //! A busy node changes routes, neighbours and interfaces all the time. What is not Egret's is thrown away here,
 //! without a copy, and what comes in a burst is told once.
 
-use crate::datapath::names::{DEVICE, PROTOCOL, RULE_QUARANTINE, RULE_UPLINK, TABLE, is_own_table};
+use crate::datapath::names::{DEVICE, GUARD, PROTOCOL, RULE_GUARD, RULE_QUARANTINE, TABLE, is_own_table};
 use crate::kernel::netlink::{Message, NETLINK_NETFILTER, NETLINK_ROUTE, attributes, messages};
 use crate::model::mac::Mac;
 use netlink_sys::{AsyncSocket, SocketAddr, TokioSocket};
@@ -235,7 +235,7 @@ impl Filter<'_> {
             }
             RTM_NEWRULE | RTM_DELRULE => {
                 let priority = attribute(m, FIB_RULE_HDR, FRA_PRIORITY).and_then(number)?;
-                (RULE_QUARANTINE..=RULE_UPLINK).contains(&priority).then_some(Event::Rules)
+                (RULE_QUARANTINE..=RULE_GUARD).contains(&priority).then_some(Event::Rules)
             }
             RTM_NEWNETCONF => {
                 let index = attribute(m, NETCONFMSG, NETCONFA_IFINDEX).and_then(number)?;
@@ -298,7 +298,8 @@ impl Filter<'_> {
         if m.kind & 0xff00 != NFTABLES || m.kind == NFT_MSG_NEWGEN {
             return None;
         }
-        (trim(attribute(m, NFGENMSG, NFTA_TABLE)?) == TABLE.as_bytes()).then_some(Event::Nftables)
+        let table = trim(attribute(m, NFGENMSG, NFTA_TABLE)?);
+        [TABLE, GUARD].map(str::as_bytes).contains(&table).then_some(Event::Nftables)
     }
 }
 

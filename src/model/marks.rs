@@ -95,6 +95,12 @@ impl Marks {
         self.kind(0b01)
     }
 
+    /// A packet of a pod's, or out of the tunnel, on which nothing has decided: the guard's mark. Its index is that of the
+    /// pod mark which lets nothing out.
+    pub fn undecided(self) -> u32 {
+        self.pod_mark(MAX_INDEX)
+    }
+
     /// Mask of what must be as in [`pod_mark_kind`](Self::pod_mark_kind) for a mark to be a pod mark: a connection's mark that somebody
     /// restores into its packets can have the bits of the kind, but has an allocation or a peer.
     pub fn pod_mark_mask(self) -> u32 {

@@ -195,6 +195,8 @@ pub struct NodePlan {
     pub local: Option<IpAddr>,
     /// Whether the kernel can tell of connections whose port it has changed.
     pub port_log: bool,
+    /// Whether others can flush the tables, and something else is to hold the pods then.
+    pub guarded: bool,
 }
 
 impl NodePlan {

@@ -96,6 +96,10 @@ fn what_begins_while_the_rules_are_away_is_ended_when_they_are_back() {
         let daemon = lab.daemon(node);
         daemon.suspend(true);
         lab.node(node).nft("delete table inet egret");
+        // What holds the pod while the table is away.
+        for command in ["route flush table 7874", "-6 route flush table 7874"] {
+            lab.node(node).ip(command);
+        }
         let open = Going::of(visitor);
         thread::sleep(Duration::from_millis(300));
         daemon.suspend(false);

@@ -1,12 +1,12 @@
 //! `nft flush ruleset`, the first line of most hosts' /etc/nftables.conf, and so every restart of nftables.service. Needs
-//! Linux 6.9, with which others cannot flush Egret's tables.
+//! Linux 6.9, with which others cannot flush Egret's tables; older kernels are as with `--own-tables=false`.
 
 use lab::fault_injection::owner_and_other;
 use lab::host::Host;
 use lab::kernel::difference;
-use lab::scene::assert_leaves_by_egress;
+use lab::scene::{assert_blocked, assert_leaves_by_egress, assert_leaves_by_node};
 use lab::survival::{assert_live, sessions};
-use lab::{Flood, Lab, Node, Pod, SERVERS, VISITOR, topology};
+use lab::{EGRESS4, Flood, Lab, Node, Pod, SERVERS, Server, VISITOR, topology};
 use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -49,6 +49,18 @@ fn assert_lost_nothing(floods: Vec<Flood>) {
         let report = flood.stop();
         assert!(report.sent > 20 && report.lost() == 0, "{report:?}");
     }
+}
+
+/// Flushes on all nodes under traffic, on which anything but the egress IPs is a leak. The lab's masquerade goes with the first.
+fn assert_flushes_open_nothing(lab: &Lab, pods: &[Pod]) {
+    let floods = floods(pods);
+    let mut flushing: Vec<Flushing> = lab.nodes().iter().map(|node| Flushing::on(node)).collect();
+    thread::sleep(SO_LONG);
+    assert!(flushing.iter_mut().all(Flushing::goes_on), "nft has failed");
+    drop(flushing);
+    lab.assert_nothing_leaked();
+    let sent: u64 = floods.into_iter().map(|flood| flood.stop().sent).sum();
+    assert!(sent > 1000, "only {sent} packets were sent");
 }
 
 /// The tables' flags as `nft` shows them. Version 1.0.6 knows no name for the one that lets a table outlive its owner.
@@ -148,5 +160,46 @@ fn people_see_the_tables_and_are_refused_their_change() {
         let refused = node.try_run(command.split(' '));
         let text = String::from_utf8_lossy(&refused.stderr);
         assert!(!refused.status.success() && text.contains("not permitted"), "{command}: {text}");
+    }
+}
+
+/// As on kernels before Linux 6.9, where others can flush the tables: selected pods' packets wait until the daemon has put them
+/// back, on whichever node the pod runs and on the owner.
+#[test]
+fn a_flush_of_tables_without_an_owner_opens_nothing_while_a_daemon_runs() {
+    let lab = Lab::builder().node_arguments(&["--own-tables=false"]).scene();
+    let pods = ["n1", "n2", "g1", "g2"].map(|n| lab.add_pod(n, "shop", &format!("visitor-{n}"), VISITOR));
+    pods.iter().for_each(assert_leaves_by_egress);
+    assert_flushes_open_nothing(&lab, &pods);
+    for pod in &pods {
+        lab.wait_seen_as(pod, EGRESS4);
+    }
+    pods.iter().for_each(assert_leaves_by_egress);
+}
+
+/// What runs and cannot put them back holds its pods all the same; what they do inside the cluster goes on.
+#[test]
+fn a_daemon_that_hangs_holds_its_pods_when_its_tables_are_flushed() {
+    let lab = Lab::builder().node_arguments(&["--own-tables=false"]).scene();
+    let (owner, _) = owner_and_other(&lab);
+    let inside = lab.add_pod("n2", "office", "inside", &[]);
+    let _server = Server::start(&inside);
+    for name in ["n1", "n2", &owner] {
+        let (node, daemon) = (lab.node(name), lab.daemon(name));
+        let pod = lab.add_pod(name, "shop", &format!("visitor-{name}"), VISITOR);
+        let other = lab.add_pod(name, "office", &format!("other-{name}"), &[]);
+        assert_leaves_by_egress(&pod);
+        lab.forget_wire();
+        daemon.suspend(true);
+        node.run(["nft", "flush", "ruleset"]);
+        topology::masquerade(node);
+        assert_blocked(&pod);
+        lab.assert_silence();
+        assert_eq!(pod.who(inside.ipv4()).ok(), Some(pod.ipv4().into()), "{name}");
+        assert_eq!(pod.who(inside.ipv6()).ok(), Some(pod.ipv6().into()), "{name}");
+        assert_leaves_by_node(&other);
+        daemon.suspend(false);
+        lab.wait_seen_as(&pod, EGRESS4);
+        pod.delete();
     }
 }

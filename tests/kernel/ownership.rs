@@ -152,3 +152,31 @@ fn who_finds_a_table_that_another_socket_owns_is_told_whose_it_is() {
         assert_eq!(run("nft", "list ruleset"), "");
     });
 }
+
+/// As on kernels before Linux 6.9, where no owned table outlives its owner's socket.
+#[test]
+fn a_table_that_is_to_go_with_its_socket_is_owned_beside_one_that_is_not() {
+    const GUARD: TableName = TableName { family: NFPROTO_INET, name: "egret-guard" };
+    in_namespace(|| async {
+        let both = || {
+            let [(name, table)] = tables(2);
+            [(name, table.clone()), (GUARD, Table { ends_with_socket: true, ..table })]
+        };
+        // Somebody has made one of that name.
+        run("nft", "add table inet egret-guard");
+        let mut nft = Nftables::open().unwrap();
+        nft.apply(&both()).unwrap();
+        run("nft", "flush ruleset");
+        assert_eq!(run("nft", "list tables").trim(), "table inet egret-guard");
+        assert!(refusal("flush table inet egret-guard").contains("not permitted"));
+        nft.invalidate();
+        nft.apply(&both()).unwrap();
+        nft.invalidate();
+        assert_eq!(nft.apply(&both()).unwrap(), 0, "there is nothing to mend");
+        drop(nft);
+        while run("nft", "list tables").contains("egret-guard") {
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
+        assert_eq!(run("nft", "list tables").trim(), "table inet egret");
+    });
+}

@@ -5,10 +5,10 @@ use crate::namespace::host::{
 };
 use crate::namespace::{in_namespace, ip};
 use egret::datapath::addresses;
-use egret::datapath::names::{RULE_QUARANTINE, TABLE_QUARANTINE, TABLE_REPLY, TABLE_REQUEST};
+use egret::datapath::names::{RULE_QUARANTINE, TABLE_GUARD, TABLE_QUARANTINE, TABLE_REPLY, TABLE_REQUEST};
 use egret::datapath::quarantine::Quarantine;
 use egret::datapath::routes;
-use egret::datapath::routes::{Route, RouteKind};
+use egret::datapath::routes::{METRIC_LAST, Route, RouteKind};
 use egret::datapath::rules;
 use egret::datapath::tunnel;
 use egret::kernel::fdb;
@@ -60,6 +60,24 @@ fn five_thousand_nodes_are_quick() {
         assert!(again < Duration::from_millis(500), "{again:?}");
         assert!(routes_first < Duration::from_millis(1000), "{routes_first:?}");
         assert!(routes_again < Duration::from_millis(500), "{routes_again:?}");
+    });
+}
+
+#[test]
+fn a_tables_last_resort_can_be_silent() {
+    in_namespace(|| async {
+        let socket = host();
+        let last = |dst: &str| Route { dst: dst.parse().unwrap(), kind: RouteKind::Blackhole, metric: METRIC_LAST };
+        let wanted = [last("0.0.0.0/0"), last("::/0")].into();
+        assert_eq!(routes::sync(&socket, TABLE_GUARD, &wanted).await.unwrap(), 2);
+        assert_eq!(
+            table(TABLE_GUARD),
+            [
+                "-4 blackhole default proto 71 metric 4278198272",
+                "-6 blackhole default dev lo proto 71 metric 4278198272 pref medium",
+            ]
+        );
+        assert_eq!(routes::sync(&socket, TABLE_GUARD, &wanted).await.unwrap(), 0);
     });
 }
 

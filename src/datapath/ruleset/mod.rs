@@ -5,13 +5,14 @@
 
 mod covers;
 mod fixed;
+mod guard;
 mod handover;
 mod pods;
 mod sets;
 
 pub use sets::{PeerIndexes, SharedSets, shared_sets};
 
-use crate::datapath::names::{DEVICE, TABLE};
+use crate::datapath::names::{self, DEVICE, TABLE};
 use crate::kernel::nft::table::{Chain, Data, DataType, Elements, Hook, Key, Set, SetKind, Table, TableName, hook};
 use crate::kernel::nft::uapi::*;
 use crate::model::marks::Marks;
@@ -27,6 +28,9 @@ pub const NETDEV: TableName = TableName { family: NFPROTO_NETDEV, name: TABLE };
 /// The tables that hand packets over while allocations are moved on purpose: IPv4's and IPv6's.
 pub const HANDOVER: [TableName; 2] =
     [TableName { family: NFPROTO_IPV4, name: TABLE }, TableName { family: NFPROTO_IPV6, name: TABLE }];
+
+/// The table that marks selected pods' packets where others can flush the rest.
+pub const GUARD: TableName = TableName { family: NFPROTO_INET, name: names::GUARD };
 
 /// The chain on the tunnel device.
 const TO_TUNNEL: &str = "to-tunnel";
@@ -151,6 +155,8 @@ impl Made {
         let mut tables = vec![(INET, inet(&plan, &fixed, shared, marks, before))];
         tables.extend(handover::tables(&plan, marks));
         tables.push((NETDEV, netdev(&plan, shared, marks, before)));
+        let guard = before.and_then(|before| Some((&before.plan, before.table(GUARD)?)));
+        tables.extend(guard::table(&plan, marks, guard));
         Made { plan, fixed, tables }
     }
 

@@ -16,7 +16,7 @@ use crate::kernel::netlink::{Error, NETLINK_NETFILTER, Socket};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use table::{Held, Key, Table, TableName};
-use transaction::{Batch, Transaction};
+use transaction::{Batch, Ownership, Transaction};
 
 /// How often a transaction is tried again on a fresh view of the kernel's tables, when somebody else changes them.
 const TRIES: usize = 5;
@@ -66,6 +66,11 @@ impl Nftables {
         Ok(self.own)
     }
 
+    /// Whether the socket owns the tables that [`apply`](Self::apply) makes.
+    pub fn owns_tables(&self) -> bool {
+        self.own
+    }
+
     /// The socket's netlink port, by which notifications name who made a change.
     pub fn port(&self) -> u32 {
         self.socket.port()
@@ -112,7 +117,7 @@ impl Nftables {
             };
             let mut transaction = Transaction::new(&mut self.socket);
             for (name, table) in wanted {
-                transaction.table(*name, &self.held[name], table, self.own);
+                transaction.table(*name, &self.held[name], table, Ownership::of(table, self.own));
             }
             let changes = transaction.changes;
             if changes == 0 {
@@ -141,33 +146,35 @@ impl Nftables {
     /// Adopts tables that nobody owns any more, and wakes those that somebody has made dormant: in a transaction of their
     /// own, for the kernel takes no base chain beside new flags (`nf_tables_addchain`). Returns how many there were.
     fn update_flags(&mut self, wanted: &[(TableName, Table)]) -> Result<usize, Error> {
-        let differ = |held: &Held| {
-            let flags = transaction::flags(held, self.own);
-            held.exists && held.flags != flags && transaction::can_be_owned(held, self.own)
-        };
-        let names: Vec<TableName> = wanted.iter().map(|(name, _)| *name).filter(|n| differ(&self.held[n])).collect();
-        if names.is_empty() {
+        let others = wanted.iter().filter_map(|(name, table)| {
+            let (held, ownership) = (&self.held[name], Ownership::of(table, self.own));
+            let flags = ownership.flags(held);
+            let differ = held.exists && held.flags != flags && ownership.can_be_given(held);
+            differ.then(|| (*name, flags, ownership.owner(self.port())))
+        });
+        let others: Vec<(TableName, u32, Option<u32>)> = others.collect();
+        if others.is_empty() {
             return Ok(0);
         }
         let mut update = Transaction::new(&mut self.socket);
-        for name in &names {
-            update.new_table(*name, transaction::flags(&self.held[name], self.own));
+        for (name, flags, _) in &others {
+            update.new_table(*name, *flags);
         }
         let batch = update.finish();
         self.commit(&batch)?;
-        let owner = self.own.then(|| self.port());
-        for name in &names {
+        for (name, flags, owner) in &others {
             if let Some(held) = self.held.get_mut(name) {
-                (held.flags, held.owner) = (transaction::flags(held, self.own), owner);
+                (held.flags, held.owner) = (*flags, *owner);
             }
         }
-        Ok(names.len())
+        Ok(others.len())
     }
 
     fn now_holds(&mut self, tables: &[(TableName, Table)]) {
         for (name, table) in tables {
-            let flags = self.held.get(name).map_or(0, |held| transaction::flags(held, self.own));
-            let owner = self.own.then(|| self.port());
+            let ownership = Ownership::of(table, self.own);
+            let flags = ownership.flags(self.held.get(name).unwrap_or(&Held::default()));
+            let owner = ownership.owner(self.port());
             self.held.insert(*name, Held { flags, owner, ..Held::from(table) });
         }
     }

@@ -28,6 +28,8 @@ pub struct Table {
     pub sets: BTreeMap<SetName, Set>,
     /// Named counters.
     pub counters: BTreeSet<&'static str>,
+    /// Whether this socket owns it in any case, and it goes with the socket (Linux 5.12).
+    pub ends_with_socket: bool,
 }
 
 /// Most sets are always there and have one name.

@@ -19,6 +19,52 @@ const UDATA_KEY_BYTE_ORDER: u8 = 0;
 const UDATA_DATA_BYTE_ORDER: u8 = 1;
 const COMMENT_PREFIX: &str = "egret ";
 
+/// Whether this socket owns a table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Ownership {
+    /// Nobody does.
+    None,
+    /// It does, and the table stays when the socket closes.
+    Lasting,
+    /// It does, and the table goes with it.
+    WithSocket,
+}
+
+impl Ownership {
+    /// Of a table as it should be; `own`: this socket is to own tables that stay.
+    pub(super) fn of(wanted: &Table, own: bool) -> Self {
+        match (wanted.ends_with_socket, own) {
+            (true, _) => Ownership::WithSocket,
+            (false, true) => Ownership::Lasting,
+            (false, false) => Ownership::None,
+        }
+    }
+
+    /// The table's flags. An orphan that is not adopted may stay one.
+    pub(super) fn flags(self, held: &Held) -> u32 {
+        match self {
+            Ownership::None => held.flags & NFT_TABLE_F_PERSIST,
+            Ownership::Lasting => NFT_TABLE_F_OWNER | NFT_TABLE_F_PERSIST,
+            Ownership::WithSocket => NFT_TABLE_F_OWNER,
+        }
+    }
+
+    /// The owner, if it is the socket with this port.
+    pub(super) fn owner(self, port: u32) -> Option<u32> {
+        (self != Ownership::None).then_some(port)
+    }
+
+    /// Whether the kernel lets the table have it: `NFT_TABLE_F_PERSIST` is given to a new table only, and taken from none
+    /// (`nf_tables_updtable`).
+    pub(super) fn can_be_given(self, held: &Held) -> bool {
+        match self {
+            Ownership::None => true,
+            Ownership::Lasting => held.flags & NFT_TABLE_F_PERSIST != 0,
+            Ownership::WithSocket => held.owner.is_some() && held.flags & NFT_TABLE_F_PERSIST == 0,
+        }
+    }
+}
+
 /// Messages that are being put together.
 pub(super) struct Transaction<'a> {
     bytes: Vec<u8>,
@@ -80,18 +126,18 @@ impl<'a> Transaction<'a> {
         self.changes += 1;
     }
 
-    /// Appends what turns `held` into `wanted`; with `own`, this socket is to own the table.
-    pub(super) fn table(&mut self, name: TableName, held: &Held, wanted: &Table, own: bool) {
+    /// Appends what turns `held` into `wanted`.
+    pub(super) fn table(&mut self, name: TableName, held: &Held, wanted: &Table, ownership: Ownership) {
         let empty = Held::default();
         let mut held = held;
         let mut chains: Vec<_> = held.unlike(wanted).collect();
-        if held.exists && (!can_be_owned(held, own) || rebuilt(held, wanted, &chains)) {
+        if held.exists && (!ownership.can_be_given(held) || rebuilt(held, wanted, &chains)) {
             self.push(name, NFT_MSG_DELTABLE, 0, |p| p.text(NFTA_TABLE_NAME, name.name));
             held = &empty;
             chains = held.unlike(wanted).collect();
         }
         if !held.exists {
-            self.new_table(name, flags(held, own));
+            self.new_table(name, ownership.flags(held));
         }
         for counter in wanted.counters.iter().filter(|c| !held.counters.contains(**c)) {
             self.push(name, NFT_MSG_NEWOBJ, NLM_F_CREATE, |p| {
@@ -179,7 +225,7 @@ impl<'a> Transaction<'a> {
     /// Asks whether the kernel knows tables with an owner that outlive its socket. Such a batch has no end: the kernel
     /// looks at it, answers, and does nothing (`nfnetlink_rcv_batch`), as for `nft --check`.
     pub(super) fn trial_of_ownership(mut self, name: TableName) -> Batch {
-        self.table(name, &Held::default(), &Table::default(), true);
+        self.table(name, &Held::default(), &Table::default(), Ownership::Lasting);
         self.acknowledged()
     }
 
@@ -298,17 +344,6 @@ fn byte_orders(set: &Set) -> Vec<u8> {
         }
     }
     out
-}
-
-/// The flags of a table that this socket is to own, or not. An orphan that is not adopted may stay one.
-pub(super) fn flags(held: &Held, own: bool) -> u32 {
-    if own { NFT_TABLE_F_OWNER | NFT_TABLE_F_PERSIST } else { held.flags & NFT_TABLE_F_PERSIST }
-}
-
-/// Whether the kernel lets the table become what it is to be: `NFT_TABLE_F_PERSIST` is given to a new table only
-/// (`nf_tables_updtable`).
-pub(super) fn can_be_owned(held: &Held, own: bool) -> bool {
-    !own || held.flags & NFT_TABLE_F_PERSIST != 0
 }
 
 /// Whether the table must be made anew, in the same transaction: a set's type, a chain's hook and what is in a constant set

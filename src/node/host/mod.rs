@@ -93,7 +93,8 @@ impl Host {
         if own_tables && !nft.own_tables().context("nf_tables")? {
             tracing::warn!(
                 "this kernel cannot keep others from flushing Egret's tables (Linux 6.9 can): `nft flush ruleset`, and so a \
-                 restart of nftables.service, opens selected pods for some milliseconds"
+                 restart of nftables.service, interrupts selected pods for some milliseconds, and while egretd is away opens \
+                 them"
             );
         }
         let mut peers = PeerIndexes::new();
@@ -248,12 +249,16 @@ impl Host {
             rules: [
                 rule(RULE_REQUEST, marks.request(), marks.kind_mask(), TABLE_REQUEST),
                 rule(RULE_REPLY, marks.reply(), marks.kind_mask(), TABLE_REPLY),
+                // A pod mark that nothing has taken away; and what the guard marks, which may bear an egress ID.
+                rule(RULE_GUARD, marks.pod_mark_kind(), marks.pod_mark_mask(), TABLE_GUARD),
+                rule(RULE_GUARD, marks.undecided(), marks.kind_and_index_mask(), TABLE_GUARD),
             ]
             .into(),
             tables: [
                 (TABLE_REQUEST, request_table(&view.networks, device)),
                 (TABLE_REPLY, view.networks.pods.iter().map(|n| via_tunnel_next_hop(*n, device)).collect()),
-                (TABLE_QUARANTINE, quarantine_table(&view.networks)),
+                (TABLE_QUARANTINE, only_direct(&view.networks, RouteKind::Unreachable)),
+                (TABLE_GUARD, only_direct(&view.networks, RouteKind::Blackhole)),
             ]
             .into(),
         };
@@ -338,6 +343,7 @@ impl Host {
     pub fn tables(&mut self, mut plan: NodePlan) -> Result<usize> {
         let Some((tunnel, device)) = &self.tunnel else { return Ok(0) };
         (plan.device, plan.local, plan.port_log) = (*device, Some(tunnel.local), self.port_log);
+        plan.guarded = !self.nft.owns_tables();
         let (hands_over, mut others) = (!plan.handed.is_empty(), without_extras(&plan));
         let mut made = Made::new(plan, &self.shared, self.marks, self.made.as_ref());
         let mut applied = self.nft.apply(made.tables());
@@ -483,24 +489,23 @@ fn via_tunnel_next_hop(dst: IpNetwork, device: u32) -> Route {
     }
 }
 
-fn last_resort() -> BTreeSet<Route> {
-    let unreachable = |dst| Route { dst, kind: RouteKind::Unreachable, metric: METRIC_LAST };
-    [unreachable(EVERYTHING4), unreachable(EVERYTHING6)].into()
+fn last_resort(kind: RouteKind) -> BTreeSet<Route> {
+    [EVERYTHING4, EVERYTHING6].map(|dst| Route { dst, kind, metric: METRIC_LAST }).into()
 }
 
 /// Everything to the tunnel next hop. Pods' networks are thrown back to the main table: source validation looks a pod's own
 /// address up with the mark, and must find it behind its veth.
 fn request_table(networks: &Networks, device: u32) -> BTreeSet<Route> {
-    let mut routes = last_resort();
+    let mut routes = last_resort(RouteKind::Unreachable);
     routes.insert(via_tunnel_next_hop(EVERYTHING4, device));
     routes.insert(via_tunnel_next_hop(EVERYTHING6, device));
     routes.extend(networks.pods.iter().map(|n| throw(*n)));
     routes
 }
 
-/// What is direct, and nothing else.
-fn quarantine_table(networks: &Networks) -> BTreeSet<Route> {
-    let mut routes = last_resort();
+/// What is direct, and nothing else: a quarantine lasts, and the pod is told; what the guard holds up is sent again.
+fn only_direct(networks: &Networks, last: RouteKind) -> BTreeSet<Route> {
+    let mut routes = last_resort(last);
     routes.extend(networks.networks.iter().map(|n| throw(*n)));
     routes
 }

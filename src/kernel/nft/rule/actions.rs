@@ -31,6 +31,12 @@ impl Rule {
         self.load_meta(NFT_META_MARK, R1).and(&keep.to_ne_bytes()).store_mark(R1)
     }
 
+    /// `meta mark set meta mark and not MASK or VALUE`
+    pub fn set_mark_in(self, mask: u32, value: u32) -> Self {
+        let keep = (!mask).to_ne_bytes();
+        self.load_meta(NFT_META_MARK, R1).bitwise(R1, &keep, &value.to_ne_bytes()).store_mark(R1)
+    }
+
     /// `meta mark set meta mark xor VALUE`
     pub fn flip_mark(self, value: u32) -> Self {
         self.load_meta(NFT_META_MARK, R1).bitwise(R1, &[0xff; 4], &value.to_ne_bytes()).store_mark(R1)
