@@ -152,7 +152,7 @@ fn tables_without_an_owner_get_one_under_traffic() {
 fn people_see_the_tables_and_are_refused_their_change() {
     let lab = Lab::scene();
     let node = lab.node("n1");
-    assert!(node.run(["nft", "list", "ruleset"]).contains("chain egress_guard"));
+    assert!(node.run(["nft", "list", "ruleset"]).contains("chain egress-guard"));
     assert!(node.run(["nft", "-j", "list", "ruleset"]).contains("\"egress-guard\""));
     for command in
         ["nft flush chain inet egret prerouting", "nft delete table inet egret", "nft flush table netdev egret"]

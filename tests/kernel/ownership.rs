@@ -41,7 +41,7 @@ fn refusal(arguments: &str) -> String {
 
 /// The chain, with the handles that tell a table that was made anew from one that stayed.
 fn listed() -> String {
-    run("nft", "-a list chain inet egret egress_guard").lines().filter(|l| l.contains("handle")).collect()
+    run("nft", "-a list chain inet egret egress-guard").lines().filter(|l| l.contains("handle")).collect()
 }
 
 #[test]
@@ -57,15 +57,15 @@ fn what_a_socket_owns_nobody_else_changes_and_everybody_reads() {
         for command in [
             "delete table inet egret",
             "flush table inet egret",
-            "flush chain inet egret egress_guard",
-            "insert rule inet egret egress_guard accept",
+            "flush chain inet egret egress-guard",
+            "insert rule inet egret egress-guard accept",
             "add table inet egret { flags dormant; }",
         ] {
             let refusal = refusal(command);
             assert!(refusal.contains("not permitted"), "{command}: {refusal}");
         }
         assert_eq!(listed(), before);
-        assert!(run("nft", "list ruleset").contains("chain egress_guard"));
+        assert!(run("nft", "list ruleset").contains("chain egress-guard"));
         nft.invalidate();
         assert_eq!(nft.apply(&tables(2)).unwrap(), 0, "there is nothing to mend");
         assert!(nft.apply(&tables(3)).unwrap() > 0);
@@ -78,7 +78,7 @@ fn a_table_outlives_its_owner_and_the_next_one_adopts_it_as_it_is() {
         apply_and_end(&tables(2));
         let before = listed();
         // Nobody owns it now.
-        run("nft", "insert rule inet egret egress_guard accept");
+        run("nft", "insert rule inet egret egress-guard accept");
         apply_and_end(&tables(2));
         assert!(!listed().contains("accept"));
         let mended = listed();
