@@ -1,5 +1,8 @@
 //! The code's own rules that neither compiler nor clippy knows: which module may use which, and where no I/O is done.
 
+#[path = "structure/documents.rs"]
+mod documents;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 
