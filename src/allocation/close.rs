@@ -132,7 +132,7 @@ fn conditions(
     let defaults: Vec<&str> =
         allocator.gateway_pools.iter().filter(|other| other.gateway.default).map(|other| &**other.name).collect();
     if let Some(fault) = &gateway_pool.gateway.fault {
-        conditions.add("Accepted", false, "Invalid", format!("{fault}; {}", gateway_pool.gateway.used()));
+        conditions.add("Accepted", false, "Invalid", format!("{fault}; {}", gateway_pool.gateway.while_invalid()));
     } else if let Some(overlap) = gateway_pool.overlaps.first() {
         let range = if overlap.first == overlap.last {
             overlap.first.to_string()

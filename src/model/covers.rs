@@ -4,7 +4,7 @@
 use crate::api::Protocol;
 use crate::model::AddressRange;
 use crate::model::destination::{Destination, Ports};
-use crate::model::networks::{next, range};
+use crate::model::networks::next;
 use ring::digest::{Context, SHA256};
 use std::collections::{BTreeMap, HashMap};
 use std::hash::{Hash, Hasher};
@@ -217,8 +217,8 @@ fn ranges(destination: &Destination, family: usize) -> Vec<AddressRange> {
     }
     let of_family = destination.networks.iter().filter(|n| n.cidr.is_ipv4() == (family == 0));
     let less = |network: &crate::model::destination::Network| {
-        let whole = range(&network.cidr);
-        let mut except: Vec<AddressRange> = network.except.iter().map(range).collect();
+        let whole = AddressRange::from(&network.cidr);
+        let mut except: Vec<AddressRange> = network.except.iter().map(AddressRange::from).collect();
         except.sort_unstable();
         let (mut out, mut from) = (Vec::new(), Some(whole.first));
         for hole in except {

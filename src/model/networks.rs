@@ -45,7 +45,7 @@ impl Networks {
         pods.extend(cluster.inside.pods.keys().chain(extra));
         let pods_are_known = !pods.is_empty();
         // Hundreds of pods, thousands of networks.
-        let known = merged(pods.iter().map(range).collect());
+        let known = merged(pods.iter().map(AddressRange::from).collect());
         let is_known =
             |a: &IpAddr| known[..known.partition_point(|r| r.first <= *a)].last().is_some_and(|r| r.contains(*a));
         pods.extend(local_pods.into_iter().filter(|a| !is_known(a)).map(IpNetwork::from));
@@ -53,11 +53,11 @@ impl Networks {
         let services = cluster.services.values().flat_map(|s| s.cluster_ips.iter().copied());
         let hosts: BTreeSet<IpAddr> = nodes.chain(services).chain(cluster.api_servers()).collect();
         let services = cluster.inside.services.keys();
-        let direct = merged(pods.iter().chain(services).chain(&by_nature()).map(range).collect());
+        let direct = merged(pods.iter().chain(services).chain(&by_nature()).map(AddressRange::from).collect());
         let one = |a: &IpAddr| AddressRange { first: *a, last: *a };
         let networks = merged(direct.iter().copied().chain(hosts.iter().map(one)).collect());
         Networks {
-            pods: fewest(&merged(pods.iter().map(range).collect())),
+            pods: fewest(&merged(pods.iter().map(AddressRange::from).collect())),
             pods_are_known,
             direct,
             hosts,
@@ -79,20 +79,12 @@ impl Networks {
 
 /// Which networks are direct, and why. Neighbouring networks of nodes' pods are one.
 fn origins(cluster: &Cluster, pods: &BTreeSet<IpNetwork>, extra: &[IpNetwork]) -> Vec<(IpNetwork, Box<str>)> {
-    let of_nodes = fewest(&merged(pods.iter().map(range).collect())).into_iter();
+    let of_nodes = fewest(&merged(pods.iter().map(AddressRange::from).collect())).into_iter();
     let mut all: Vec<(IpNetwork, Box<str>)> = of_nodes.map(|n| (n, "spec.podCIDRs of Nodes".into())).collect();
     let inside = cluster.inside.pods.iter().chain(&cluster.inside.services);
     all.extend(inside.map(|(network, from)| (*network, (&**from).into())));
     all.extend(extra.iter().map(|network| (*network, "--direct".into())));
     all
-}
-
-pub(crate) fn range(network: &IpNetwork) -> AddressRange {
-    let last = match network {
-        IpNetwork::V4(n) => IpAddr::V4(n.broadcast()),
-        IpNetwork::V6(n) => IpAddr::V6(n.broadcast()),
-    };
-    AddressRange { first: network.network(), last }
 }
 
 /// The fewest networks that make up ranges which do not touch each other.
@@ -103,7 +95,7 @@ fn fewest(ranges: &[AddressRange]) -> Vec<IpNetwork> {
         loop {
             let network = largest(first, range.last);
             networks.push(network);
-            match next(self::range(&network).last) {
+            match next(AddressRange::from(&network).last) {
                 Some(after) if after <= range.last => first = after,
                 _ => break,
             }
@@ -115,7 +107,7 @@ fn fewest(ranges: &[AddressRange]) -> Vec<IpNetwork> {
 /// The largest network that begins at `first` and does not go past `last`.
 fn largest(first: IpAddr, last: IpAddr) -> IpNetwork {
     let bits = if first.is_ipv4() { 32 } else { 128 };
-    let fits = |n: &IpNetwork| n.network() == first && range(n).last <= last;
+    let fits = |n: &IpNetwork| n.network() == first && AddressRange::from(n).last <= last;
     // One address always fits.
     (0..bits).map(|prefix| net(first, prefix)).find(fits).unwrap_or_else(|| net(first, bits))
 }
@@ -220,7 +212,7 @@ mod tests {
     fn the_whole_of_a_family_is_one_network() {
         for all in ["0.0.0.0/0", "::/0"] {
             let all: IpNetwork = all.parse().unwrap();
-            assert_eq!(fewest(&[range(&all)]), [all]);
+            assert_eq!(fewest(&[AddressRange::from(&all)]), [all]);
         }
     }
 
@@ -260,7 +252,7 @@ mod tests {
             prop_assert_eq!(merged.iter().any(|r| r.contains(probe)), networks.iter().any(|n| n.contains(probe)));
             for pair in networks.windows(2) {
                 let sum = net(pair[0].network(), pair[0].prefix().saturating_sub(1));
-                let halves = pair[0].prefix() == pair[1].prefix() && range(&sum).last == range(&pair[1]).last;
+                let halves = pair[0].prefix() == pair[1].prefix() && AddressRange::from(&sum).last == AddressRange::from(&pair[1]).last;
                 prop_assert!(!(halves && sum.network() == pair[0].network()), "{} and {} are one", pair[0], pair[1]);
             }
         }

@@ -42,7 +42,7 @@ impl Beginning {
         now: Instant,
     ) -> Option<PolicyChain> {
         let policy_chain = view.policy_chain(namespace, labels);
-        if policy_chain == Some(PolicyChain::Held) {
+        if policy_chain == Some(PolicyChain::Isolated) {
             *self = Beginning::default();
             return policy_chain;
         }

@@ -141,7 +141,7 @@ impl Seen {
         self.pods.retain(|holder, _| job.uses.contains_key(holder));
         self.mended |= job.mended;
         for holder in job.new.iter().filter(|holder| job.uses.contains_key(*holder)) {
-            let held = Pod { policy_chain: Arc::new(PolicyChain::Held), kept: HashSet::new(), is_new: true };
+            let held = Pod { policy_chain: Arc::new(PolicyChain::Isolated), kept: HashSet::new(), is_new: true };
             self.pods.insert(holder.clone(), held);
         }
         let changed: Vec<(&Holder, &Use, &Arc<PolicyChain>)> = job
@@ -159,7 +159,7 @@ impl Seen {
         for (holder, used) in &job.uses {
             let Some(policy_chain) = &used.policy_chain else { continue };
             let before = self.pods.remove(holder);
-            let is_new = before.as_ref().is_some_and(|pod| pod.is_new) && **policy_chain == PolicyChain::Held;
+            let is_new = before.as_ref().is_some_and(|pod| pod.is_new) && **policy_chain == PolicyChain::Isolated;
             let kept = found.kept.remove(holder).or(before.map(|pod| pod.kept)).unwrap_or_default();
             self.pods.insert(holder.clone(), Pod { policy_chain: policy_chain.clone(), kept, is_new });
         }
@@ -258,7 +258,7 @@ impl Inside {
 
 /// What is said of a connection that began before the policy that covers it. `None`: it may leave from the node's address.
 fn decides(policy_chain: &PolicyChain, ready: &BTreeSet<EgressId>, c: &Connection) -> Option<ExistingConnections> {
-    if *policy_chain == PolicyChain::Held {
+    if *policy_chain == PolicyChain::Isolated {
         return Some(ExistingConnections::Keep);
     }
     let step = policy_chain.step_for(c.reply_source, c.protocol, c.reply_port)?;

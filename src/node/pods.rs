@@ -363,7 +363,7 @@ impl Pods {
         for (id, a) in &mut self.attached {
             match (&mut a.judged, &a.interface) {
                 (Judged::Selected(selected), Some(i)) => {
-                    if *selected.policy_chain == PolicyChain::Held {
+                    if *selected.policy_chain == PolicyChain::Isolated {
                         self.undecided.insert(id.clone());
                     }
                     add(a.holder.clone(), i, &a.attachment.addresses, selected);
@@ -444,8 +444,8 @@ impl Selected {
         let as_before = self.planned.take().filter(|planned| planned.pod.pod_mark == pod_mark);
         self.planned.insert(as_before.unwrap_or_else(|| {
             let policy_chain =
-                if pod_mark == OVERFLOW_MARK { Arc::new(PolicyChain::Held) } else { self.policy_chain.clone() };
-            let held = *policy_chain == PolicyChain::Held;
+                if pod_mark == OVERFLOW_MARK { Arc::new(PolicyChain::Isolated) } else { self.policy_chain.clone() };
+            let held = *policy_chain == PolicyChain::Isolated;
             let allocations = policy_chain.allocations().collect();
             let used =
                 Use { addresses: addresses.to_vec(), allocations, held, policy_chain: Some(policy_chain.clone()) };

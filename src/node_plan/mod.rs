@@ -121,11 +121,11 @@ impl View {
     /// no policy selects, or can select. A pod of which it cannot be said yet is held.
     pub fn policy_chain(&self, namespace: &str, labels: Option<&Labels>) -> Option<PolicyChain> {
         if self.policies.is_undecided_in(namespace) {
-            return Some(PolicyChain::Held);
+            return Some(PolicyChain::Isolated);
         }
         match labels {
             Some(labels) => PolicyChain::new(&self.policies.policies_for(namespace, labels), &self.allocations),
-            None => self.policies.can_select_in(namespace).then_some(PolicyChain::Held),
+            None => self.policies.can_select_in(namespace).then_some(PolicyChain::Isolated),
         }
     }
 
@@ -231,7 +231,7 @@ impl NodePlan {
             !too_long.is_empty() && listing.any(|step| too_long.contains(&step.covers.shape().name))
         };
         let held = self.policy_chains.values_mut().filter(|policy_chain| is_too_long(policy_chain));
-        held.map(|policy_chain| *policy_chain = Arc::new(PolicyChain::Held)).count()
+        held.map(|policy_chain| *policy_chain = Arc::new(PolicyChain::Isolated)).count()
     }
 
     /// Adds a pod, whose chain has this name. It is held if its policy chain's name is another one's: a name is a hash, and
@@ -243,7 +243,7 @@ impl NodePlan {
                 return;
             }
             Some(_) => {
-                policy_chain = Arc::new(PolicyChain::Held);
+                policy_chain = Arc::new(PolicyChain::Isolated);
                 Arc::make_mut(&mut pod).policy_chain = policy_chain.name();
             }
             None => {}

@@ -15,7 +15,7 @@ use std::sync::Arc;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum PolicyChain {
     /// The pod is not known yet, and a policy could select it: nothing leaves.
-    Held,
+    Isolated,
     /// The first step that covers a destination decides; what none covers leaves as if Egret were not there.
     Steps(Vec<Step>),
 }
@@ -46,11 +46,11 @@ impl PolicyChain {
             with_allocation.filter(|(ranked, allocation)| !is_passed_over(&ranked.policy, allocation.is_some()));
         let policies: Vec<_> = in_force.collect();
         if policies.len() > 1 && policies.iter().any(|(ranked, _)| ranked.policy.guessed.rank) {
-            return Some(PolicyChain::Held);
+            return Some(PolicyChain::Isolated);
         }
         for (at, (Ranked { key, policy, over_quota }, allocation)) in policies.iter().enumerate() {
             if *over_quota || policy.guessed.egress && at + 1 < policies.len() {
-                return Some(PolicyChain::Held);
+                return Some(PolicyChain::Isolated);
             }
             let all = policy.covers_everything();
             let covers = match &policy.egress {
@@ -85,7 +85,7 @@ impl PolicyChain {
     /// Its steps; one that is held has none.
     pub fn steps(&self) -> &[Step] {
         match self {
-            PolicyChain::Held => &[],
+            PolicyChain::Isolated => &[],
             PolicyChain::Steps(steps) => steps,
         }
     }
@@ -133,7 +133,7 @@ mod tests {
             |all: &[Ranked]| PolicyChain::new(&all.iter().collect::<Vec<_>>(), &NodeAllocations::default());
         assert!(matches!(policy_chain(&all), Some(PolicyChain::Steps(steps)) if steps.len() == 5));
         all[4].over_quota = true;
-        assert_eq!(policy_chain(&all), Some(PolicyChain::Held));
+        assert_eq!(policy_chain(&all), Some(PolicyChain::Isolated));
     }
 
     #[test]
@@ -144,7 +144,7 @@ mod tests {
             guess
         };
         let (other, allocations) = (policy("other", 1), NodeAllocations::default());
-        let is_held = |all: &[&Ranked]| PolicyChain::new(all, &allocations) == Some(PolicyChain::Held);
+        let is_held = |all: &[&Ranked]| PolicyChain::new(all, &allocations) == Some(PolicyChain::Isolated);
         // Alone it decides, whatever it said.
         assert!(!is_held(&[&guess(true, true)]));
         assert!(is_held(&[&guess(true, false), &other]) && is_held(&[&other, &guess(true, false)]));
@@ -170,6 +170,6 @@ mod tests {
         }
         let policy_chains: Vec<&PolicyChain> =
             plan.pods.values().map(|pod| &*plan.policy_chains[&pod.policy_chain]).collect();
-        assert_eq!(policy_chains, [&one, &one, &PolicyChain::Held]);
+        assert_eq!(policy_chains, [&one, &one, &PolicyChain::Isolated]);
     }
 }

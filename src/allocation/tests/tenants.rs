@@ -175,7 +175,7 @@ fn what_no_host_can_have_is_in_no_pool() {
     ] {
         let refused = pool(entry).unwrap_err();
         assert!(refused.starts_with("spec.addresses[0]: "), "{refused}");
-        assert!(refused.contains(&format!("has {first}, which is")), "{refused}");
+        assert!(refused.contains(&format!("contains {first}, which is")), "{refused}");
     }
     for entry in ["1.0.0.0-126.255.255.255", "128.0.0.0-169.253.255.255", "198.51.100.16/28", "2001:db8::/64"] {
         assert_eq!(pool(entry), Ok(()));

@@ -6,7 +6,7 @@ use super::names::Names;
 use super::validate::parse_time;
 use crate::api::Protocol;
 use crate::model::selector::Selector;
-use crate::model::{Endpoints, Front, Node, ObjectKey, Pod, Service, ServicePort};
+use crate::model::{Endpoints, Exposure, Node, ObjectKey, Pod, Service, ServicePort};
 use ipnetwork::IpNetwork;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -245,11 +245,11 @@ pub fn service(spec: &ServiceSpec, names: &mut Names) -> Result<Service, Fault> 
     // The endpoints controllers pass over Services of type ExternalName and those without a selector.
     let selector = spec.selector.as_ref().filter(|s| !s.is_empty() && spec.type_.as_deref() != Some("ExternalName"));
     let selector = selector.map(|s| Selector::equals(s.iter().map(|(k, v)| (names.get(k), names.get(v)))));
-    Ok(Service { selector, cluster_ips: cluster_ips.into(), front: None })
+    Ok(Service { selector, cluster_ips: cluster_ips.into(), exposure: None })
 }
 
 /// What else a Service is reached by. What is no address says nothing.
-pub fn front(spec: &ServiceSpec, status: &ServiceStatus) -> Front {
+pub fn exposure(spec: &ServiceSpec, status: &ServiceStatus) -> Exposure {
     let ingress = status.load_balancer.iter().flat_map(|lb| lb.ingress.iter().flatten()).filter_map(|i| i.ip.as_ref());
     let addresses = spec.external_ips.iter().flatten().chain(ingress).filter_map(|a| a.parse().ok());
     let port = |p: &ServicePortSpec| ServicePort {
@@ -258,7 +258,7 @@ pub fn front(spec: &ServiceSpec, status: &ServiceStatus) -> Front {
         port: p.port,
         node_port: p.node_port.filter(|port| *port != 0),
     };
-    Front { addresses: addresses.collect(), ports: spec.ports.iter().flatten().map(port).collect() }
+    Exposure { addresses: addresses.collect(), ports: spec.ports.iter().flatten().map(port).collect() }
 }
 
 /// The label of an EndpointSlice that names its Service.

@@ -161,8 +161,8 @@ pub fn object(
         (Kind::Service, spec, status) => {
             let spec = if let Some(Spec::Service(s)) = spec { s } else { Default::default() };
             let status = if let Some(Status::Service(s)) = status { s } else { Default::default() };
-            let front = reader.node.is_none().then(|| Box::new(k8s::front(&spec, &status)));
-            Object::Service(key(names), Arc::new(model::Service { front, ..k8s::service(&spec, names)? }))
+            let exposure = reader.node.is_none().then(|| Box::new(k8s::exposure(&spec, &status)));
+            Object::Service(key(names), Arc::new(model::Service { exposure, ..k8s::service(&spec, names)? }))
         }
         (Kind::Endpoints | Kind::EndpointSlice, ..) => {
             let key = key(names);
@@ -183,13 +183,13 @@ pub fn object(
             Object::Gateway(names.get(name), Arc::new(gateway))
         }
         (Kind::EgressPolicy, Some(Spec::Policy(spec)), _) => {
-            let mut policy = Policy::namespaced(namespace, &spec, times(meta)?.read_by(reader.node))?;
+            let mut policy = Policy::namespaced(namespace, &spec, times(meta)?.for_reader(reader.node))?;
             names.policy(&mut policy);
             let key = PolicyKey { namespace: Some(names.get(namespace)), name: names.get(name) };
             Object::Policy(key, Arc::new(policy))
         }
         (Kind::ClusterEgressPolicy, Some(Spec::ClusterPolicy(spec)), _) => {
-            let mut policy = Policy::cluster(&spec, times(meta)?.read_by(reader.node))?;
+            let mut policy = Policy::cluster(&spec, times(meta)?.for_reader(reader.node))?;
             names.policy(&mut policy);
             Object::Policy(PolicyKey { namespace: None, name: names.get(name) }, Arc::new(policy))
         }

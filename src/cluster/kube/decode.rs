@@ -210,14 +210,15 @@ fn item(
             let Whole { metadata, spec, status } = whole(text)?;
             let namespace = namespace.clone().ok_or_else(|| Fault::field("metadata.namespace", "is missing"))?;
             let spec = spec.ok_or_else(no_spec)?;
-            let mut policy = Policy::namespaced(&namespace, &spec, times(&metadata)?.read_by(reading.node.as_deref()))?;
+            let mut policy =
+                Policy::namespaced(&namespace, &spec, times(&metadata)?.for_reader(reading.node.as_deref()))?;
             names.policy(&mut policy);
             let key = PolicyKey { namespace: Some(namespace), name: names.get(name) };
             Item::Policy(key, Arc::new(policy), wanted(status, reading))
         }
         Kind::ClusterEgressPolicy => {
             let Whole { metadata, spec, status } = whole(text)?;
-            let meta = times(&metadata)?.read_by(reading.node.as_deref());
+            let meta = times(&metadata)?.for_reader(reading.node.as_deref());
             let mut policy = Policy::cluster(&spec.ok_or_else(no_spec)?, meta)?;
             names.policy(&mut policy);
             let key = PolicyKey { namespace: None, name: names.get(name) };

@@ -48,8 +48,8 @@ pub(super) async fn find(client: &Client, target: &Target) -> Result<Found, Fail
     for ServiceObject { metadata, spec, status } in all::<ServiceObject>(client, Kind::Service.path(), "").await? {
         // One that makes no sense says nothing of others.
         let Ok(service) = k8s::service(&spec, &mut names) else { continue };
-        let front = Some(Box::new(k8s::front(&spec, &status)));
-        services.insert(key(&metadata), Arc::new(Service { front, ..service }));
+        let exposure = Some(Box::new(k8s::exposure(&spec, &status)));
+        services.insert(key(&metadata), Arc::new(Service { exposure, ..service }));
     }
     for (service, _) in services.iter().filter(|(_, service)| may_lead_to(service, target)) {
         for object in endpoints_of(client, service).await? {

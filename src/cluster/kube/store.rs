@@ -355,7 +355,9 @@ impl Store {
                 Kind::EgressPolicy | Kind::ClusterEgressPolicy => {
                     used(&self.cluster, &self.waiting, &self.standing, &policy_key(key))
                 }
-                Kind::EgressGateway => self.cluster.gateways.get(&key.1).map_or(NOTHING, |gateway| gateway.used()),
+                Kind::EgressGateway => {
+                    self.cluster.gateways.get(&key.1).map_or(NOTHING, |gateway| gateway.while_invalid())
+                }
                 _ if self.is_known(*kind, key) => LAST_GOOD,
                 _ => NOTHING,
             };

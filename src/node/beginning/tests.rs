@@ -40,7 +40,7 @@ impl Scene {
         let labels: Labels = POD.iter().copied().collect();
         match self.beginning.policy_chain(&view, "a", Some(&labels), self.now) {
             Some(PolicyChain::Steps(steps)) => steps.iter().map(|step| step.policy.to_string()).collect(),
-            Some(PolicyChain::Held) => vec!["held".into()],
+            Some(PolicyChain::Isolated) => vec!["held".into()],
             None => vec![],
         }
     }

@@ -65,7 +65,7 @@ fn connections_without_a_policys_decision_are_kept_or_ended_as_it_says() {
     assert_eq!(fates(true, &keep, &[], &keep), [Kept, Ended, Passes]);
     assert_eq!(fates(true, &keep, &[ALLOCATION], &free), [Kept, Kept, Passes]);
     // What nobody knows anything of may be anything.
-    assert_eq!(fates(false, &Arc::new(PolicyChain::Held), &[], &free), [Kept, Kept, Kept]);
+    assert_eq!(fates(false, &Arc::new(PolicyChain::Isolated), &[], &free), [Kept, Kept, Kept]);
 }
 
 #[test]
@@ -98,7 +98,7 @@ fn a_pod_that_began_under_its_policies_is_not_looked_at() {
         seen.is_to_be_looked_at(&holder(), policy_chain, &[ALLOCATION].into())
     };
     assert!(is_looked_at(&seen, &keep), "it ran before");
-    let held = Arc::new(PolicyChain::Held);
+    let held = Arc::new(PolicyChain::Isolated);
     seen.pods.insert(holder(), Pod { policy_chain: held.clone(), kept: HashSet::new(), is_new: true });
     assert!(!is_looked_at(&seen, &keep));
     seen.pods.insert(holder(), Pod { policy_chain: held, kept: HashSet::new(), is_new: false });

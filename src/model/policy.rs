@@ -1,0 +1,239 @@
+//! EgressPolicies and ClusterEgressPolicies, validated.
+
+use super::covers::Covers;
+use super::destination::{Destination, DestinationError};
+use super::metadata::{Invalid, Metadata};
+use super::selector::{Name, Selector};
+use crate::api::{
+    self, AddressPair, Allocate, ClusterEgressPolicySpec, EgressPolicySpec, EgressRule, ExistingConnections, Fallback,
+};
+use std::sync::Arc;
+
+/// How many combinations of a network and a range of ports a policy may list. Each one is an entry of a kernel set.
+const MAX_ENTRIES: usize = 100_000;
+
+/// An EgressPolicy or a ClusterEgressPolicy, validated.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Policy {
+    /// The namespaces that it applies to; for an EgressPolicy its own.
+    pub namespaces: Namespaces,
+    /// The pods in them.
+    pub pods: PodMatch,
+    /// The gateway; `None`: the default one.
+    pub gateway: Option<Name>,
+    /// The destinations; `None`: everything outside the cluster. Policies with equal lists share one.
+    pub egress: Option<Arc<Covers>>,
+    /// The egress IP that it asks for.
+    pub address: AddressRequest,
+    /// What happens to traffic while the egress IP is not ready.
+    pub fallback: Fallback,
+    /// What happens to connections that began before the policy.
+    pub existing_connections: ExistingConnections,
+    /// A policy of an upper tier decides first.
+    pub tier: Tier,
+    /// Within a tier, the higher priority decides first.
+    pub priority: i32,
+    /// `metadata.creationTimestamp`, seconds since the Unix epoch. [`i64::MAX`] where the source gives none: the policy
+    /// counts as the youngest.
+    pub created: i64,
+    /// Which parts are guesses, if this is the fallback policy of one that cannot be read.
+    pub guessed: Guessed,
+    /// What only a controller uses. It is boxed because there may be ten thousand policies.
+    pub for_controller: Option<Box<ForController>>,
+}
+
+/// Which parts of a policy that cannot be read are unknown. If another policy selects the same pod, and the unknown part
+/// decides between the two, the pod is isolated.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Guessed {
+    /// Tier or priority.
+    pub rank: bool,
+    /// The destinations.
+    pub egress: bool,
+}
+
+/// The parts of a policy that only a controller uses.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ForController {
+    /// `metadata.generation`.
+    pub generation: Option<i64>,
+    /// The node that the egress IP is to be moved to ([`MOVE_TO`](super::MOVE_TO)).
+    pub move_to: Option<Name>,
+}
+
+/// Policies of an upper tier decide before those of a lower one, whatever the priorities. The first variant is the upper
+/// one.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Tier {
+    /// ClusterEgressPolicies that decide before every EgressPolicy.
+    Admin,
+    /// EgressPolicies, and ClusterEgressPolicies without a tier.
+    #[default]
+    ByPriority,
+    /// ClusterEgressPolicies that decide after every EgressPolicy.
+    Baseline,
+}
+
+impl From<Option<api::Tier>> for Tier {
+    fn from(tier: Option<api::Tier>) -> Self {
+        match tier {
+            Some(api::Tier::Admin) => Tier::Admin,
+            None => Tier::ByPriority,
+            Some(api::Tier::Baseline) => Tier::Baseline,
+        }
+    }
+}
+
+/// The namespaces that a policy applies to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Namespaces {
+    /// An EgressPolicy's own.
+    One(Name),
+    /// A ClusterEgressPolicy's, by label.
+    Selected(Box<Selector>),
+}
+
+/// The pods that a policy selects within a namespace.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum PodMatch {
+    /// By their labels.
+    Labels(Selector),
+    /// The pods that Services of these names select.
+    Services(Box<[Name]>),
+}
+
+/// The egress IP that a policy asks for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum AddressRequest {
+    /// These addresses.
+    Explicit(AddressPair),
+    /// Addresses that the controller chooses.
+    Allocate(Allocate),
+}
+
+impl Policy {
+    /// Validates an EgressPolicy's spec.
+    ///
+    /// # Errors
+    /// Both or neither of `podSelector` and `services`, both of `address` and `allocate`, networks or ports that
+    /// cannot be parsed or are too many, an invalid selector.
+    pub fn namespaced(namespace: &str, spec: &EgressPolicySpec, meta: Metadata) -> Result<Self, Invalid> {
+        Policy::new(Namespaces::One(namespace.into()), spec, meta)
+    }
+
+    /// Validates a ClusterEgressPolicy's spec.
+    ///
+    /// # Errors
+    /// As [`Policy::namespaced`].
+    pub fn cluster(spec: &ClusterEgressPolicySpec, meta: Metadata) -> Result<Self, Invalid> {
+        let namespaces = match &spec.namespace_selector {
+            Some(s) => Selector::checked(s).map_err(|e| Invalid::new("spec.namespaceSelector", e))?,
+            None => Selector::default(),
+        };
+        let rest = EgressPolicySpec {
+            gateway: spec.gateway.clone(),
+            pod_selector: spec.pod_selector.clone(),
+            services: spec.services.clone(),
+            egress: spec.egress.clone(),
+            address: spec.address.clone(),
+            allocate: spec.allocate,
+            fallback: spec.fallback,
+            existing_connections: spec.existing_connections,
+            priority: spec.priority,
+        };
+        let policy = Policy::new(Namespaces::Selected(Box::new(namespaces)), &rest, meta)?;
+        Ok(Policy { tier: spec.tier.into(), ..policy })
+    }
+
+    fn new(namespaces: Namespaces, spec: &EgressPolicySpec, meta: Metadata) -> Result<Self, Invalid> {
+        Ok(Policy {
+            namespaces,
+            pods: pods(spec)?,
+            address: address(spec)?,
+            gateway: spec.gateway.as_deref().map(Into::into),
+            egress: spec.egress.as_deref().map(destinations).transpose()?,
+            fallback: spec.fallback,
+            existing_connections: spec.existing_connections,
+            tier: Tier::default(),
+            priority: spec.priority,
+            created: meta.created.unwrap_or(i64::MAX),
+            guessed: Guessed::default(),
+            for_controller: (meta.generation.is_some() || meta.move_to.is_some())
+                .then(|| Box::new(ForController { generation: meta.generation, move_to: meta.move_to })),
+        })
+    }
+
+    /// `metadata.generation`, where the reader is a controller.
+    pub fn generation(&self) -> Option<i64> {
+        self.for_controller.as_ref()?.generation
+    }
+
+    /// The node that the policy's egress IP is to be moved to, where the reader is a controller.
+    pub fn move_to(&self) -> Option<&Name> {
+        self.for_controller.as_ref()?.move_to.as_ref()
+    }
+
+    /// How many networks, exceptions and ports its `egress` lists.
+    pub fn listed_destinations(&self) -> usize {
+        let networks = |d: &Destination| d.networks.iter().map(|network| 1 + network.except.len()).sum::<usize>();
+        self.egress.iter().flat_map(|all| all.iter()).map(|d| networks(d) + d.ports.len()).sum()
+    }
+
+    /// Whether the policy covers every destination outside the cluster.
+    pub fn covers_everything(&self) -> bool {
+        match &self.egress {
+            None => true,
+            Some(rules) => rules.iter().any(|d| d.networks.is_empty() && d.ports.is_empty()),
+        }
+    }
+}
+
+/// Validates `spec.podSelector` and `spec.services`, of which there must be one.
+fn pods(spec: &EgressPolicySpec) -> Result<PodMatch, Invalid> {
+    match (&spec.pod_selector, spec.services.as_slice()) {
+        (Some(s), []) => Ok(PodMatch::Labels(Selector::checked(s).map_err(|e| Invalid::new("spec.podSelector", e))?)),
+        (None, services @ [_, ..]) => Ok(PodMatch::Services(services.iter().map(|s| s.as_str().into()).collect())),
+        (Some(_), _) => Err(Invalid::new("spec", "has both podSelector and services; keep the one that is meant")),
+        (None, []) => Err(Invalid::new(
+            "spec",
+            "selects no pods; add podSelector ({} for every pod of the namespace) or services",
+        )),
+    }
+}
+
+/// Validates `spec.address` and `spec.allocate`, of which there can be one.
+fn address(spec: &EgressPolicySpec) -> Result<AddressRequest, Invalid> {
+    match (&spec.address, spec.allocate) {
+        (Some(_), Some(_)) => Err(Invalid::new("spec", "has both address and allocate; keep the one that is meant")),
+        (Some(a), None) if a.is_empty() => {
+            Err(Invalid::new("spec.address", "has neither ipv4 nor ipv6; give one, or leave address out"))
+        }
+        (Some(a), None) => Ok(AddressRequest::Explicit(a.clone())),
+        (None, allocate) => Ok(AddressRequest::Allocate(allocate.unwrap_or_default())),
+    }
+}
+
+/// Validates `spec.egress`.
+///
+/// # Errors
+/// Networks or ports that cannot be parsed or are too many.
+pub fn destinations(rules: &[EgressRule]) -> Result<Arc<Covers>, Invalid> {
+    let mut all = Vec::new();
+    for (i, rule) in rules.iter().enumerate() {
+        let d =
+            Destination::try_from(rule).map_err(|e: DestinationError| Invalid::new(format!("spec.egress[{i}]"), e))?;
+        all.push(d);
+    }
+    let all = Covers::from(all);
+    if all.entries_at_most() > MAX_ENTRIES && all.shape().entries > MAX_ENTRIES {
+        return Err(Invalid::new(
+            "spec.egress",
+            format!(
+                "makes {} combinations of a network and ports, and at most {MAX_ENTRIES} are allowed; use wider networks \
+                 or ranges of ports",
+                all.shape().entries
+            ),
+        ));
+    }
+    Ok(Arc::new(all))
+}

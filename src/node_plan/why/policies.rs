@@ -1,0 +1,62 @@
+//! Explains what each policy of a pod does.
+
+use super::{list, named};
+use crate::api::{ExistingConnections, Fallback};
+use crate::model::precedence::{Ranked, is_passed_over};
+use crate::model::{Cluster, PolicyKey, Tier};
+use std::collections::HashSet;
+
+/// What each of a pod's policies does.
+pub(super) fn explain_all(cluster: &Cluster, policies: &[&Ranked]) -> Vec<String> {
+    let mut lines = vec![
+        "Traffic inside the cluster goes direct. For other traffic the first policy that covers the destination decides:"
+            .to_owned(),
+    ];
+    let passed_over = passed_over(cluster);
+    let everything = policies.iter().position(|r| r.policy.covers_everything() && !passed_over(r));
+    for (at, ranked) in policies.iter().enumerate() {
+        let Ranked { key, policy, .. } = ranked;
+        let covers = match &policy.egress {
+            Some(destinations) if !policy.covers_everything() => list(destinations, "nothing"),
+            _ => "everything".to_owned(),
+        };
+        let tier = match policy.tier {
+            Tier::ByPriority => String::new(),
+            tier => format!("tier {tier:?}, "),
+        };
+        lines.push(format!("{}. {}, {tier}priority {}, covers {covers}", at + 1, named(key), policy.priority));
+        if passed_over(ranked) {
+            lines.push("   it is passed over: it has no egress IP, and has fallback: NodeAddress".to_owned());
+        }
+        if everything.is_some_and(|everything| at > everything) {
+            lines.push("   it never decides: a policy before it covers everything".to_owned());
+            continue;
+        }
+        let status = cluster.policy_statuses.get(key);
+        let conditions = status.iter().flat_map(|status| &status.conditions);
+        let conditions = conditions.filter(|c| ["Accepted", "Ready"].contains(&&*c.type_));
+        lines.extend(conditions.map(|c| format!("   {}={}: {}", c.type_, c.status, c.message)));
+        if status.is_none() {
+            lines.push("   the controller has not written its status yet".to_owned());
+        }
+        if policy.existing_connections == ExistingConnections::End {
+            lines.push("   connections that began before it are ended (existingConnections: End)".into());
+        }
+        if policy.fallback == Fallback::NodeAddress {
+            lines.push(
+                "   while it is not ready, traffic leaves from the node's address (fallback: NodeAddress)".into(),
+            );
+        }
+    }
+    if everything.is_none() {
+        lines.push("Traffic that none of them covers leaves as if Egret were not there.".to_owned());
+    }
+    lines
+}
+
+/// Returns a function that tells whether a policy is passed over, by the allocations in the gateways' statuses.
+pub(super) fn passed_over(cluster: &Cluster) -> impl Fn(&Ranked) -> bool + use<> {
+    let allocations = cluster.gateways.values().flat_map(|gateway| &gateway.status.allocations);
+    let listed: HashSet<PolicyKey> = allocations.flat_map(|allocation| allocation.policies.iter().cloned()).collect();
+    move |Ranked { key, policy, .. }| is_passed_over(policy, listed.contains(key))
+}
