@@ -81,7 +81,7 @@ impl Site {
         self.lab.wait_seen_as(&probe, EGRESS6);
         probe.delete();
         self.lab.wait_until("the path is in the node's kernel", Duration::from_secs(10), || {
-            self.lab.metrics(NODE).get("egret_node_paths", &[("state", "remote")]) == Some(1.0)
+            self.lab.metrics(NODE).get("egret_node_allocations", &[("state", "remote")]) == Some(1.0)
         });
         self.lab.forget_wire();
     }

@@ -11,7 +11,7 @@ use std::process::{Command, Output};
 const EGRETD: &str = env!("CARGO_BIN_EXE_egretd");
 
 #[test]
-fn metrics_tell_of_pods_paths_and_packets() {
+fn metrics_tell_of_pods_allocations_and_packets() {
     let lab = Lab::scene();
     let (owner, _) = owner_and_other(&lab);
     let get = |daemon: &str, name: &str, labels: &[(&str, &str)]| lab.metrics(daemon).get(name, labels);
@@ -24,17 +24,17 @@ fn metrics_tell_of_pods_paths_and_packets() {
     assert_eq!(["selected", "held", "free", "unmanaged"].map(pods), [Some(1.0), Some(1.0), Some(1.0), Some(0.0)]);
     assert_blocked(&unknown);
 
-    let paths = |daemon: &str, state: &str| get(daemon, "egret_node_paths", &[("state", state)]);
-    assert_eq!(["local", "remote", "unready"].map(|s| paths("n1", s)), [Some(0.0), Some(1.0), Some(0.0)]);
-    assert_eq!(["local", "remote", "unready"].map(|s| paths(&owner, s)), [Some(1.0), Some(0.0), Some(0.0)]);
+    let allocations = |daemon: &str, state: &str| get(daemon, "egret_node_allocations", &[("state", state)]);
+    assert_eq!(["local", "remote", "unready"].map(|s| allocations("n1", s)), [Some(0.0), Some(1.0), Some(0.0)]);
+    assert_eq!(["local", "remote", "unready"].map(|s| allocations(&owner, s)), [Some(1.0), Some(0.0), Some(0.0)]);
 
     let id = lab.egress_id("shop/visitors").to_string();
     let went = |daemon: &str, role: &str, what: &str| {
-        let labels = [("path", id.as_str()), ("role", role)];
-        get(daemon, &format!("egret_node_path_{what}_total"), &labels).unwrap_or(0.0)
+        let labels = [("allocation", id.as_str()), ("role", role)];
+        get(daemon, &format!("egret_node_allocation_{what}_total"), &labels).unwrap_or(0.0)
     };
     let all = || {
-        [("n1", "director"), (owner.as_str(), "gateway")]
+        [("n1", "source"), (owner.as_str(), "gateway")]
             .map(|(node, role)| ["packets", "bytes"].map(|w| went(node, role, w)))
     };
     let before = all();
@@ -45,7 +45,7 @@ fn metrics_tell_of_pods_paths_and_packets() {
     let after = all();
     // IPv4 20, UDP 8, "who" 3.
     let more = [0, 1].map(|node| [0, 1].map(|what| after[node][what] - before[node][what]));
-    assert_eq!(more, [[20.0, 20.0 * 31.0]; 2], "packets and bytes on the director and the gateway");
+    assert_eq!(more, [[20.0, 20.0 * 31.0]; 2], "packets and bytes on the source node and the gateway");
 
     let dropped = |reason: &str| lab.metrics("n1").dropped(reason);
     assert!(dropped("blocked").is_some_and(|n| n >= 4.0), "the pod that is held: {:?}", dropped("blocked"));
@@ -62,9 +62,9 @@ fn metrics_tell_of_pods_paths_and_packets() {
     }
     assert_eq!(get("n1", "egret_node_apply_errors_total", &[]), Some(0.0));
     for (name, labels, wanted) in [
-        ("egret_allocations_paths", &[("gateway", "default"), ("kind", "Explicit")][..], 1.0),
+        ("egret_allocations", &[("gateway", "default"), ("kind", "Explicit")][..], 1.0),
         ("egret_policies", &[("condition", "Accepted"), ("status", "True")], 1.0),
-        ("egret_allocations_resting", &[("gateway", "default")], 0.0),
+        ("egret_allocations_in_cooldown", &[("gateway", "default")], 0.0),
     ] {
         assert_eq!(get("controller", name, labels), Some(wanted), "{name}: {:?}", lab.metrics("controller"));
     }

@@ -167,6 +167,23 @@ fn every_metric_is_documented() {
     }
 }
 
+/// A test that asks for a metric under a name that nobody registers waits in vain.
+#[test]
+fn every_metric_that_a_test_asks_for_is_registered() {
+    let registered = metrics();
+    for (path, text) in sources("tests").into_iter().chain(sources("benches")) {
+        for rest in text.split("\"egret_").skip(1).filter(|_| !path.ends_with("documents.rs")) {
+            let end = rest.find(|c: char| !c.is_ascii_lowercase() && c != '_').unwrap_or(rest.len());
+            let name = format!("egret_{}", &rest[..end]);
+            let name =
+                ["_total", "_count", "_sum", "_bucket"].iter().find_map(|e| name.strip_suffix(e)).unwrap_or(&name);
+            // The rest of it is filled in.
+            let known = registered.iter().any(|r| r == name || name.ends_with('_') && r.starts_with(name));
+            assert!(known, "{} asks for the metric {name}, which the code does not register", path.display());
+        }
+    }
+}
+
 /// The flags of `egretd`, as clap makes them: of fields with `#[arg(long …)]`.
 fn flags() -> BTreeSet<String> {
     let mut all = BTreeSet::from(["--help".to_owned(), "--version".to_owned()]);
