@@ -1,7 +1,7 @@
-# Pods that ask the server outside who they are, and what it told them. Sourced by run.sh.
+# Client pods: they ask the server outside which address it sees, and record the answers. Sourced by run.sh.
 #
-# A client writes a line for each question: the seconds since its node's boot, and the address that the server saw, or `-`
-# for none. The path that it asks for says who it is, for the server's own log.
+# A client writes a line for each request: the seconds since its node's boot, and the address that the server saw, or `-`
+# without an answer. The path of the request names the client, for the server's own log.
 
 # by ROLE: until the first answer, at most eight times; or for ever, a new connection each; or for ever on one connection.
 readonly ASK='ask() { seen=$(wget -qO- -T 2 "http://$SERVER$SERVER_PATH?$WHO.$HOSTNAME" 2>/dev/null | tr -d "\r\n "); read -r up _ </proc/uptime; echo "$up ${seen:--}"; }'
@@ -16,7 +16,7 @@ while :; do printf "GET %s?%s.%s HTTP/1.1\r\nHost: %s\r\n\r\n" "$SERVER_PATH" "$
 echo "0 closed"
 while :; do sleep 1; done'
 
-# Text as YAML's double quotes have it.
+# Text as a double-quoted string in YAML.
 quoted() { printf '%s' "$1" | sed -e 's/\\/\\\\/g' -e 's/"/\\"/g' | awk '{ printf "%s%s", (NR > 1 ? "\\n" : "\""), $0 } END { print "\"" }'; }
 
 # container NAME SCRIPT [WHO]
@@ -45,7 +45,7 @@ Y
   rolled_out "$1/$2" 120
 }
 
-# lines SELECTOR [CONTAINER [OPTION]]: what these pods have written.
+# lines SELECTOR [CONTAINER [OPTION]]: the lines that these pods have written.
 lines() {
   local pod
   kn get pods -l "$1" --field-selector=status.phase!=Pending -o name | while read -r pod; do
@@ -71,7 +71,7 @@ assert_never_seen_as_egress_ip() {
   ! grep -qxF "$address" <<<"$seen" || fail "$1: the server saw $address"
 }
 
-# pauses SELECTOR [NODE]: the longest time between two answers of one pod, and how many questions had none; of pods on
+# pauses SELECTOR [NODE]: the longest time between two answers of one pod, and how many requests had none; of pods on
 # other nodes than NODE.
 pauses() {
   local pod
@@ -82,7 +82,7 @@ pauses() {
   done | awk '$1 > gap { gap = $1 } { lost += $2; n += $3 } END { printf "%.2f s, %d of %d questions without an answer\n", gap, lost, n + lost }'
 }
 
-# The last thing that each of these pods was told is the egress IP; or, with another address, that.
+# The last answer to each of these pods is the egress IP, or the given address.
 last_answers() { lines "$1" main --tail=1 | awk '{ print $2 }' | sort | uniq -c | awk '{ print $2 }'; }
 all_leave_by_the_egress_ip() { [ "$(last_answers "$1")" = "$address" ]; }
 all_leave_as_before() { last_answers "$1" | awk -v egress="$address" '$1 == egress || $1 == "-" { bad = 1 } END { exit bad || NR == 0 }'; }
@@ -96,16 +96,16 @@ assert_held_connections_live() {
     before=$(kn logs "$pod" --tail=-1 | wc -l)
     sleep 1
     after=$(kn logs "$pod" --tail=-1)
-    ! grep -q closed <<<"$after" || fail "$1: a connection that $pod held was closed"
-    [ "$(wc -l <<<"$after")" -gt "$before" ] || fail "$1: a connection that $pod held has no answers any more (docs/failover.md, Ports, says which may not)"
+    ! grep -q closed <<<"$after" || fail "$1: an open connection of $pod was closed"
+    [ "$(wc -l <<<"$after")" -gt "$before" ] || fail "$1: an open connection of $pod gets no answers any more (docs/failover.md, Ports, says which may break)"
   done
 }
 
-# Everything that the server wrote down since the policy is in force, where it can be asked: nobody whom the policy
-# selects was seen with another address, nobody else with the egress IP.
+# The server's own log since the policy is in force, if SERVER_LOG gives it: no selected pod was seen with another address,
+# and no other pod with the egress IP.
 assert_servers_own_log() {
   local wrong
-  [ -n "${SERVER_LOG:-}" ] || { say 'the log of the server itself is not looked at: SERVER_LOG says how'; return 0; }
+  [ -n "${SERVER_LOG:-}" ] || { say 'the log of the server itself is not checked: set SERVER_LOG'; return 0; }
   bash -c "$SERVER_LOG" >"$work/server" || fail "SERVER_LOG: $SERVER_LOG"
   grep -qF "?visitor." "$work/server" || fail 'SERVER_LOG has no line of a pod of this suite'
   wrong=$(awk -v egress="$address" '

@@ -1,4 +1,4 @@
-# What the suite's steps are made of: saying, waiting, kubectl. Sourced by run.sh.
+# Helpers of the steps: output, waiting, kubectl. Sourced by run.sh.
 
 say() { printf '%s  %s\n' "$(date +%T)" "$*"; }
 fail() { say "FAILED: $*"; exit 1; }
@@ -14,7 +14,7 @@ wait_for() {
   local end=$((SECONDS + $1)) what=$2
   shift 2
   until "$@" >/dev/null 2>&1; do
-    [ $SECONDS -lt $end ] || fail "$what: not so in time"
+    [ $SECONDS -lt $end ] || fail "$what: not within the time allowed"
     sleep 0.2
   done
 }
@@ -40,7 +40,7 @@ nodes_not_ready() {
 all_nodes_are_ready() { [ -z "$(nodes_not_ready)" ]; }
 assert_nodes_are_ready() { all_nodes_are_ready || fail "nodes are not Ready: $(nodes_not_ready)"; }
 
-# From here on, every node that is ever not Ready is written down.
+# From here on, every node that is not Ready at any time is recorded.
 watch_nodes() {
   kubectl get nodes --watch -o 'jsonpath={.metadata.name}={.status.conditions[?(@.type=="Ready")].status}{"\n"}' >"$work/nodes" 2>/dev/null &
   node_watch=$!
@@ -48,12 +48,12 @@ watch_nodes() {
 assert_nodes_were_ready() {
   local not
   kill -0 "$node_watch" 2>/dev/null || fail 'the watch of the nodes ended'
-  [ -s "$work/nodes" ] || fail 'the watch of the nodes told nothing'
+  [ -s "$work/nodes" ] || fail 'the watch of the nodes reported nothing'
   not=$(grep -v '=True$' "$work/nodes" | sort | uniq -c || true)
   [ -z "$not" ] || fail "nodes were not Ready at some time: $not"
 }
 
-# No container of Egret's has been started again by its kubelet.
+# No container of Egret's was restarted by its kubelet.
 assert_no_restarts() {
   local restarted
   restarted=$(ke get pods -l app.kubernetes.io/name=egret -o jsonpath='{range .items[*]}{.metadata.name}{range .status.containerStatuses[*]} {.restartCount}{end}{range .status.initContainerStatuses[*]} {.restartCount}{end}{"\n"}{end}' |

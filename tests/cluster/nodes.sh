@@ -1,7 +1,7 @@
-# What is done on the nodes themselves, by privileged pods: looking at what Egret leaves there, restarting what kubelet and
-# runtime are. Sourced by run.sh.
+# Actions on the nodes themselves, by privileged pods: looking at what Egret leaves there, restarting kubelet and runtime.
+# Sourced by run.sh.
 
-# on_node NODE SCRIPT: runs it in a privileged pod with the node's network and processes, and prints what it says. The
+# on_node NODE SCRIPT: runs it in a privileged pod with the node's network and processes, and prints its output. The
 # node's files are at $host; `inside COMMAND...` runs the node's own programs.
 on_node() {
   local name="on-$1" code=0
@@ -38,7 +38,7 @@ for tool in md5sum ip nsenter pidof; do command -v $tool >/dev/null || eval "$to
 inside() { nsenter -t 1 -m -u -i -n -p -- "$@"; }
 '
 
-# What an uninstallation must leave as it was: network configurations, rules, devices that are no pods', tables, files.
+# What an uninstallation must restore: network configurations, rules, devices that are not pods', tables, files.
 # The program egret-cni and /run/egret stay for pods that started with them (docs/install.md).
 readonly STATE='cd "$host$CNI_CONF_DIR" && for file in *; do [ ! -f "$file" ] || { sum=$(md5sum <"$file") || exit 1; echo "$file $sum"; }; done
 ip rule; ip -6 rule
@@ -51,7 +51,7 @@ inside sh -c "command -v nft >/dev/null && nft list tables | grep -i egret"
 for file in /var/lib/egret /run/egret/cni.sock; do [ ! -e "$host$file" ] || echo "file $file"; done
 true'
 
-# states DIRECTORY NODE...: of each node, a file.
+# states DIRECTORY NODE...: writes the state of each node into a file.
 states() {
   local node directory=$1
   shift
@@ -61,11 +61,11 @@ states() {
   done
 }
 
-# When the kubelet of a node was started, as it says itself.
+# The time at which a node's kubelet was started, by its own metrics.
 kubelet_began() { k get --raw "/api/v1/nodes/$1/proxy/metrics" | awk '$1 == "process_start_time_seconds" { print $2 }'; }
 
-# Runs $command by the node's own shell, and waits until what was $process is another one. A pod that ends while its runtime
-# is away has no exit code, so it stays for some seconds.
+# Runs $command in the node's own shell, and waits until $process is another process. A pod that ends while its runtime is
+# away has no exit code, so this one stays for some seconds.
 readonly RESTART='before=$(pidof "$process"); inside sh -c "$command" || exit 1
 sleep 5
 for n in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do
@@ -73,7 +73,7 @@ for n in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do
   [ -n "$before" ] || exit 0
   sleep 1
 done
-echo "$process is the same one as before: $before"; exit 1'
+echo "$process is the same process as before: $before"; exit 1'
 
 # restart WHAT COMMAND: kubelet or runtime, on each node in turn.
 restart() {

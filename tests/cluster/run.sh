@@ -1,6 +1,6 @@
 #!/bin/bash
-# The acceptance suite: installs Egret in a cluster by the manifests alone, runs what people run there, disturbs it, takes
-# Egret away again, and asserts what a server outside saw. README.md has the variables.
+# The acceptance suite: installs Egret in a cluster by the manifests alone, runs common workloads, disturbs them, uninstalls
+# Egret, and asserts which addresses a server outside saw. README.md has the variables.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 root=$(cd "$here/../.." && pwd)
@@ -23,7 +23,7 @@ installed= mine= drained= unplugged= node_watch= keeps_connections=
 for part in lib clients nodes steps; do . "$here/$part.sh"; done
 work=$(mktemp -d)
 
-# What there is to see of a failure, before it is taken away.
+# Prints what a failure left, before it is removed.
 show() {
   k get nodes -o wide
   ke get pods -o wide
@@ -34,7 +34,7 @@ show() {
   kn get events --sort-by=.lastTimestamp | tail -20
 }
 
-# Nothing of the suite's stays in the cluster, whatever happened.
+# Removes everything of the suite's from the cluster, whatever happened.
 take_away() {
   local code=0
   [ -z "$unplugged" ] || NODE=$unplugged bash -c "$LINK_UP" || code=1
@@ -57,9 +57,9 @@ end() {
   if [ -n "$mine" ]; then
     [ $code = 0 ] || show 2>&1
     if [ $code != 0 ] && [ -n "${KEEP:-}" ]; then
-      say 'all is left as it is, to be looked at'
+      say 'everything stays as it is (KEEP)'
     else
-      take_away >"$work/take-away" 2>&1 || { cat "$work/take-away"; say 'taking away what the suite made failed: see above'; code=1; }
+      take_away >"$work/take-away" 2>&1 || { cat "$work/take-away"; say 'the clean-up failed: see above'; code=1; }
     fi
   fi
   rm -rf "$work"
@@ -77,7 +77,7 @@ mapfile -t workers < <(k get nodes -l kubernetes.io/os=linux -o jsonpath='{range
 [ ${#workers[@]} -ge 2 ] || fail "two schedulable nodes are needed, not ${#workers[@]}"
 gateways=("${workers[@]:0:2}")
 for there in namespace/$EGRET namespace/$NAMESPACE crd/egressgateways.egret.dev; do
-  [ -z "$(k get "$there" --ignore-not-found -o name)" ] || fail "$there is there: this cluster is somebody's, or a run was killed"
+  [ -z "$(k get "$there" --ignore-not-found -o name)" ] || fail "$there exists: this cluster is in use, or an earlier run was killed"
 done
 for file in egret uninstall; do sed "s|egret.invalid/egret:[^ ]*|$IMAGE|" "$root/install/$file.yaml" >"$work/$file.yaml"; done
 
@@ -85,7 +85,7 @@ say "Kubernetes $(k version -o yaml 2>/dev/null | awk '/^serverVersion/ { server
 assert_nodes_are_ready
 mine=1
 k create namespace "$NAMESPACE" >/dev/null
-# For the pods that look at nodes.
+# For the pods that examine nodes.
 k label namespace "$NAMESPACE" pod-security.kubernetes.io/enforce=privileged pod-security.kubernetes.io/warn=privileged >/dev/null
 account_is_there() { kn get serviceaccount default; }
 wait_for 30 'the namespace has its service account' account_is_there

@@ -15,7 +15,7 @@ step_install() {
   assert_no_restarts
 }
 
-# Without a policy everything leaves as it did. Then there is one: pods that run leave from the egress IP, new ones too.
+# Without a policy, pods leave as before. With one, running pods leave from the egress IP, and so do new ones.
 step_policy() {
   local begin
   clients Deployment running "$STEADY" 4 before
@@ -23,7 +23,7 @@ step_policy() {
   sleep 2
   assert_never_seen_as_egress_ip 'without a policy' app=visitor
   keeps_connections=1
-  ! lines role=early | grep -q closed || { keeps_connections=; say 'the server closes connections: whether they live on is not looked at (server.py keeps them open)'; }
+  ! lines role=early | grep -q closed || { keeps_connections=; say 'the server closes connections, so the suite cannot check whether they live on (server.py keeps them open)'; }
   k label node "${gateways[@]}" egret.dev/gateway=true --overwrite >/dev/null
   begin=$(now)
   apply <<Y
@@ -44,8 +44,8 @@ Y
   figure 'kubectl apply of gateway and policy until all running pods leave by it' "$(since "$begin") s"
   wait_for 30 'the policy is Ready' policy_is_ready
   figure 'the longest pause of these pods meanwhile' "$(pauses role=running)"
-  # What was connected before stays as it was.
-  [ -z "$keeps_connections" ] || ! lines role=early | grep -qE "closed|$address" || fail 'the policy changed connections that were there before'
+  # Connections from before stay as they were.
+  [ -z "$keeps_connections" ] || ! lines role=early | grep -qE "closed|$address" || fail 'the policy changed connections that existed before'
   kn delete deployment/running daemonset/early --wait=true >/dev/null
 }
 
@@ -133,8 +133,8 @@ Y
   kn delete statefulset,cronjob,job --all --wait=true >/dev/null
 }
 
-# under_traffic WHAT COMMAND...: on every node a pod that connects again and again, and one that holds a connection; nobody
-# is seen with another address, and no connection ends.
+# under_traffic WHAT COMMAND...: on every node, one pod makes new connections and one keeps a connection open. No pod is seen
+# with another address, and no connection ends.
 under_traffic() {
   local what=$1 cut_off=
   shift
@@ -185,8 +185,8 @@ drain() {
   rolled_out deployment/replicas 60
 }
 
-# The owner's link is taken away by $LINK_DOWN, as when its machine dies, and given back by $LINK_UP. Its own pods are cut
-# off meanwhile, and theirs are no pauses of Egret's.
+# $LINK_DOWN takes the owner's link down, as when its machine dies, and $LINK_UP restores it. The owner's own pods are cut
+# off meanwhile, so their pauses do not count.
 gateways_death() {
   local node
   node=$(owner)
@@ -201,7 +201,7 @@ gateways_death() {
   rolled_out daemonset/egret-node 120 "$EGRET"
 }
 
-# With no gateway left, what the policy covers is dropped; it does not leave another way.
+# Without a gateway, covered packets are dropped; they do not leave by another way.
 step_no_gateway() {
   clients DaemonSet traffic "$STEADY"
   k label node "${gateways[@]}" egret.dev/gateway- >/dev/null
@@ -221,10 +221,10 @@ step_uninstall() {
   local node what
   node=$(owner)
   assert_servers_own_log 'in all of it'
-  # What is compared at the end tells the difference.
+  # The comparison at the end must be able to see a difference.
   states "$work/with" "$node"
-  for what in 'device egret' "$address"; do grep -q "$what" "$work/with/$node" || fail "on $node, the owner: no $what is seen: $(cat "$work/with/$node")"; done
-  diff -q <(grep -E '\.(conf|conflist|json) ' "$work/before/$node") <(grep -E '\.(conf|conflist|json) ' "$work/with/$node") >/dev/null && fail "on $node: no entry is seen in $CNI_CONF_DIR"
+  for what in 'device egret' "$address"; do grep -q "$what" "$work/with/$node" || fail "on $node, the owner: $what is not found: $(cat "$work/with/$node")"; done
+  diff -q <(grep -E '\.(conf|conflist|json) ' "$work/before/$node") <(grep -E '\.(conf|conflist|json) ' "$work/with/$node") >/dev/null && fail "on $node: no entry is found in $CNI_CONF_DIR"
   clients DaemonSet traffic "$STEADY"
   ke delete daemonset/egret-node deployment/egret-controller --wait=true >/dev/null
   apply_silently "$work/uninstall.yaml"
