@@ -168,9 +168,6 @@ async fn take_back_what_cannot_be_known_again(socket: &RouteSocket, changes: &mu
 }
 
 /// All addresses of this network namespace.
-///
-/// # Errors
-/// The kernel's refusal.
 pub async fn local_addresses(socket: &RouteSocket) -> Result<Vec<LocalAddress>> {
     let mut all = Vec::new();
     for family in [AddressFamily::Inet, AddressFamily::Inet6] {

@@ -4,9 +4,9 @@ use crate::datapath::uplink::Interface;
 pub use crate::kernel::frames::Claim;
 use crate::kernel::frames::{
     ETH_P_ARP, ETH_P_IPV6, HOP_LIMIT, NEIGHBOUR_SOLICITATION, advertiser, announcements, arp_claim, arp_sender,
-    question, solicitation_claim,
+    probe_frame, solicitation_claim,
 };
-use crate::kernel::icmpv6_filter::hear_only;
+use crate::kernel::icmpv6_filter::accept_types;
 use crate::kernel::packet_address::packet_address;
 use crate::model::mac::Mac;
 use anyhow::{Context, Result};
@@ -121,7 +121,7 @@ pub async fn probe(targets: &[Target], timeout: Duration) -> Result<Vec<Option<M
             for some in silent.chunks(AT_ONCE) {
                 for Target { address, interface, claim } in some {
                     let Some(mac) = interface.mac else { continue };
-                    send(&socket, interface.ifindex, *address, &question(*address, mac, *claim))
+                    send(&socket, interface.ifindex, *address, &probe_frame(*address, mac, *claim))
                         .with_context(|| format!("cannot ask for {address} on {}", interface.name))?;
                 }
                 if silent.len() > AT_ONCE {
@@ -151,7 +151,7 @@ pub async fn hear_claims(interfaces: &[Interface], mut tell: impl FnMut(IpAddr, 
     for interface in interfaces {
         let arp = arp_ear(interface).with_context(|| format!("cannot listen on {}", interface.name))?;
         let icmpv6 = icmpv6_ear(interface).with_context(|| format!("cannot listen on {}", interface.name))?;
-        hear_only(&icmpv6, &[NEIGHBOUR_SOLICITATION])?;
+        accept_types(&icmpv6, &[NEIGHBOUR_SOLICITATION])?;
         ears.push((arp, icmpv6));
     }
     loop {

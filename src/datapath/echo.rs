@@ -66,9 +66,9 @@ impl Echo {
         let fd = socket(AddressFamily::Inet6, SockType::Raw, flags, SockProtocol::IcmpV6)
             .context("cannot open a raw socket; the daemon needs CAP_NET_RAW")?;
         // Before it is bound, so that nothing else is ever queued.
-        crate::kernel::icmpv6_filter::hear_only(&fd, &[ECHO_REPLY]).context("cannot filter ICMPv6 messages")?;
+        crate::kernel::icmpv6_filter::accept_types(&fd, &[ECHO_REPLY]).context("cannot filter ICMPv6 messages")?;
         // Nor the answers to what the daemons tell each other.
-        crate::kernel::socket_filter::hear_up_to(&fd, ANSWER).context("cannot filter by length")?;
+        crate::kernel::socket_filter::accept_up_to(&fd, ANSWER).context("cannot filter by length")?;
         setsockopt(&fd, sockopt::BindToDevice, &DEVICE.into()).context("cannot ask through the tunnel device")?;
         setsockopt(&fd, sockopt::Ipv6RecvHopLimit, &true)?;
         setsockopt(&fd, sockopt::Ipv6Ttl, &HOP_LIMIT)?;

@@ -26,7 +26,7 @@ pub async fn sync(socket: &RouteSocket, ifindex: u32, nodes: &BTreeMap<Ipv6Addr,
         }
     }
     changes.extend(there.keys().filter(|a| !nodes.contains_key(a)).map(|a| (*a, delete(ifindex, *a))));
-    socket.apply_of(changes).await
+    socket.apply_keyed(changes).await
 }
 
 /// Addresses of nodes, and the MAC address of each that is there for good.

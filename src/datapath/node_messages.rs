@@ -55,7 +55,7 @@ impl NodeMessages {
             .with_context(|| format!("cannot send from {source}"))?;
         let receiver = raw(&[ECHO_REQUEST])?;
         // A gateway's node is asked whether it lives by a thousand others.
-        socket_filter::hear_longer_than(&receiver, (HEADER + LEAST - 1) as u32)
+        socket_filter::accept_longer_than(&receiver, (HEADER + LEAST - 1) as u32)
             .context("cannot filter by length; the kernel refuses SO_ATTACH_FILTER")?;
         setsockopt(&receiver, sockopt::Ipv6RecvHopLimit, &true)?;
         let _ = setsockopt(&receiver, sockopt::RcvBufForce, &RECEIVE_BUFFER);
@@ -127,7 +127,7 @@ fn raw(hears: &[u8]) -> Result<OwnedFd> {
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
     let fd = socket(AddressFamily::Inet6, SockType::Raw, flags, SockProtocol::IcmpV6)
         .context("cannot open a raw socket; the daemon needs CAP_NET_RAW")?;
-    icmpv6_filter::hear_only(&fd, hears).context("cannot filter ICMPv6 messages")?;
+    icmpv6_filter::accept_types(&fd, hears).context("cannot filter ICMPv6 messages")?;
     setsockopt(&fd, sockopt::BindToDevice, &DEVICE.into()).context("cannot speak through the tunnel device")?;
     Ok(fd)
 }

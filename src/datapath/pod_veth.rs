@@ -39,9 +39,6 @@ pub struct Veth {
 }
 
 /// The veth of that index; `None` if there is no such interface, or it is of another kind.
-///
-/// # Errors
-/// The kernel's refusal.
 pub async fn veth_by_index(socket: &RouteSocket, index: u32) -> Result<Option<Veth>> {
     // The kernel has none such, and refuses the question.
     if i32::try_from(index).is_err() || index == 0 {
@@ -58,9 +55,6 @@ pub async fn veth_by_index(socket: &RouteSocket, index: u32) -> Result<Option<Ve
 /// The veth behind which the pod with `address` is: by the pod's own route, or else by the bridge that knows the
 /// pod's MAC address. A pod of which the bridge has not heard for long is sent something, and looked for again.
 /// `None` if the pod is not behind a veth of this host.
-///
-/// # Errors
-/// The kernel's refusal.
 pub async fn find_pod_veth(socket: &RouteSocket, address: IpAddr) -> Result<Option<Veth>> {
     let context = || format!("cannot find out behind which interface {address} is");
     let mut bridge = match look(socket, address).await.with_context(context)? {

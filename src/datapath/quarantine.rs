@@ -101,9 +101,6 @@ impl Quarantine {
     }
 
     /// Puts an address into quarantine; that it is there already is fine.
-    ///
-    /// # Errors
-    /// The kernel's refusal.
     pub fn hold(&mut self, address: &IpAddr) -> Result<(), Error> {
         match self.0.request(libc::RTM_NEWRULE, NLM_F_CREATE | NLM_F_EXCL, &rule(address)) {
             Err(e) if e.errno() == Some(libc::EEXIST) => Ok(()),
@@ -112,9 +109,6 @@ impl Quarantine {
     }
 
     /// Lets an address out; that it is not there is fine.
-    ///
-    /// # Errors
-    /// The kernel's refusal.
     pub fn lift(&mut self, address: &IpAddr) -> Result<(), Error> {
         for _ in 0..MAX_COPIES {
             match self.0.request(libc::RTM_DELRULE, 0, &rule(address)) {

@@ -98,7 +98,7 @@ pub async fn sync_each(
         wrong.retain(|m| !replaced.contains(&(destination(m), metric(m))));
         let again = wrong.len() < before;
         changes.extend(wrong.into_iter().map(|m| ((destination(&m), metric(&m)), delete(table, m))));
-        let applied = socket.apply_of(changes).await?;
+        let applied = socket.apply_keyed(changes).await?;
         all.changes += applied.changes;
         all.refused = applied.refused;
         if !again {
@@ -109,9 +109,6 @@ pub async fn sync_each(
 }
 
 /// The tables of Egret's numbers in which there are routes of ours, also such that an earlier run has left.
-///
-/// # Errors
-/// The kernel's refusal.
 pub async fn tables(socket: &RouteSocket) -> Result<BTreeSet<u32>> {
     let mut tables = BTreeSet::new();
     for family in [AddressFamily::Inet, AddressFamily::Inet6] {

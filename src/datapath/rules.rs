@@ -31,9 +31,6 @@ pub struct Rule {
 /// Makes these the rules of Egret's priorities, for both families, each once, and returns how many changes it made.
 /// The quarantine's rules and those that do not carry Egret's protocol number are left alone. Where the host has no
 /// IPv6, there are no rules for it.
-///
-/// # Errors
-/// The kernel's refusal.
 pub async fn sync(socket: &RouteSocket, rules: &BTreeSet<Rule>) -> Result<usize> {
     let mut made = 0;
     for family in families()? {

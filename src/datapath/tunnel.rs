@@ -103,9 +103,6 @@ pub async fn ensure(socket: &RouteSocket, tunnel: &Tunnel) -> Result<u32> {
 
 /// Removes the device, and with it its routes, addresses and forwarding entries. Returns whether it was there.
 /// A device of that name that is no VXLAN device is somebody else's and stays.
-///
-/// # Errors
-/// The kernel's refusal.
 pub async fn remove(socket: &RouteSocket) -> Result<bool> {
     let Some(device) = find(socket).await?.filter(is_vxlan) else { return Ok(false) };
     let removed = socket
@@ -120,9 +117,6 @@ pub async fn remove(socket: &RouteSocket) -> Result<bool> {
 }
 
 /// The device's interface index, if there is one that is ours.
-///
-/// # Errors
-/// The kernel's refusal.
 pub async fn index(socket: &RouteSocket) -> Result<Option<u32>> {
     Ok(find(socket).await?.filter(is_vxlan).map(|device| device.header.index))
 }

@@ -47,9 +47,6 @@ pub struct Uplinks<'a> {
 
 impl<'a> Uplinks<'a> {
     /// Reads the host's addresses.
-    ///
-    /// # Errors
-    /// The kernel's refusal.
     pub async fn read(socket: &'a RouteSocket) -> Result<Self> {
         let tunnel = by_name(socket, DEVICE).await?.map(|i| i.ifindex);
         let mut networks = local_addresses(socket).await?;
@@ -158,9 +155,6 @@ pub async fn underlay(socket: &RouteSocket, local: IpAddr) -> Result<Interface> 
 }
 
 /// The interface of that name, if there is one.
-///
-/// # Errors
-/// The kernel's refusal.
 pub async fn by_name(socket: &RouteSocket, name: &str) -> Result<Option<Interface>> {
     // The kernel refuses longer ones with another error (IFNAMSIZ, include/uapi/linux/if.h).
     if name.is_empty() || name.len() > 15 {
@@ -170,9 +164,6 @@ pub async fn by_name(socket: &RouteSocket, name: &str) -> Result<Option<Interfac
 }
 
 /// The interface of that index, if there is one.
-///
-/// # Errors
-/// The kernel's refusal.
 pub async fn by_index(socket: &RouteSocket, ifindex: u32) -> Result<Option<Interface>> {
     if ifindex == 0 {
         return Ok(None);
@@ -212,9 +203,6 @@ fn parse(link: &LinkMessage) -> Interface {
 }
 
 /// The index of the interface of the main table's best default route.
-///
-/// # Errors
-/// The kernel's refusal.
 pub async fn default_route(socket: &RouteSocket, ipv4: bool) -> Result<Option<u32>> {
     let family = if ipv4 { AddressFamily::Inet } else { AddressFamily::Inet6 };
     let mut filter = RouteMessage::default();

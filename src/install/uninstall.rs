@@ -155,7 +155,7 @@ async fn own_routes(socket: &RouteSocket) -> Result<usize> {
 
 fn connections(marks: Marks) -> Result<usize> {
     let mut socket = Socket::open(NETLINK_NETFILTER)?;
-    let ours = conntrack::Marked { mark: marks.connection(0), mask: marks.connection_mask() };
+    let ours = conntrack::MarkFilter { mark: marks.connection(0), mask: marks.connection_mask() };
     conntrack::delete(&mut socket, ours, |_| true)
 }
 

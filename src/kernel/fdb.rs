@@ -1,4 +1,4 @@
-//! The forwarding database of the tunnel device: which node, by its tunnel MAC address, is reached at which address.
+//! The forwarding database of the tunnel device: it maps nodes' tunnel MAC addresses to their underlay addresses.
 
 use crate::kernel::route_socket::{Applied, Change, RouteSocket};
 use crate::model::mac::{Mac, Shown};
@@ -12,40 +12,40 @@ use nix::libc::ENOENT;
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-/// An entry as it is read back.
+/// An entry as the kernel returns it.
 struct Entry {
     mac: Mac,
     to: Option<IpAddr>,
     permanent: bool,
 }
 
-/// Gives the VXLAN device `ifindex` the entries `nodes`, tunnel MAC address to underlay address, and no others.
-/// Returns how many changes it made.
+/// Makes `nodes`, tunnel MAC address to underlay address, the only entries of the VXLAN device `ifindex`. Returns how many
+/// changes it made.
 ///
 /// # Errors
-/// The kernel's refusal; the other entries are as they should be then.
+/// The forwarding database cannot be read, or the kernel rejected a change; the other changes have been made.
 pub async fn sync(socket: &RouteSocket, ifindex: u32, nodes: &BTreeMap<Mac, IpAddr>) -> Result<usize> {
     sync_each(socket, ifindex, nodes).await?.all()
 }
 
-/// As [`sync`], and says which entries were refused.
+/// As [`sync`], and returns the MAC addresses whose changes failed.
 ///
 /// # Errors
 /// The forwarding database cannot be read.
 pub async fn sync_each(socket: &RouteSocket, ifindex: u32, nodes: &BTreeMap<Mac, IpAddr>) -> Result<Applied<Mac>> {
     let entries = read(socket, ifindex).await?;
     let wanted = |e: &Entry| e.to.is_some() && nodes.get(&e.mac) == e.to.as_ref();
-    let mut right: Vec<Mac> = entries.iter().filter(|e| wanted(e) && e.permanent).map(|e| e.mac).collect();
-    right.sort_unstable();
-    // Without a destination, the kernel deletes all that there is for a MAC address; so before anything is added.
-    let (nowhere, wrong): (Vec<&Entry>, Vec<&Entry>) =
+    let mut correct: Vec<Mac> = entries.iter().filter(|e| wanted(e) && e.permanent).map(|e| e.mac).collect();
+    correct.sort_unstable();
+    // A deletion without a destination deletes all entries of the MAC address, so it comes before the additions.
+    let (without_destination, wrong): (Vec<&Entry>, Vec<&Entry>) =
         entries.iter().filter(|e| !wanted(e)).partition(|e| e.to.is_none());
-    let mut changes: Vec<(Mac, Change)> = nowhere.into_iter().map(|e| (e.mac, delete(ifindex, e))).collect();
-    let missing = nodes.iter().filter(|(mac, _)| right.binary_search(mac).is_err());
+    let mut changes: Vec<(Mac, Change)> = without_destination.into_iter().map(|e| (e.mac, delete(ifindex, e))).collect();
+    let missing = nodes.iter().filter(|(mac, _)| correct.binary_search(mac).is_err());
     changes.extend(missing.map(|(mac, to)| (*mac, add(ifindex, *mac, *to))));
-    // Adding has replaced one destination of an entry that was there; another one may be left.
+    // An addition replaces one destination of an existing entry; further ones may remain.
     changes.extend(wrong.into_iter().map(|e| (e.mac, delete(ifindex, e))));
-    socket.apply_of(changes).await
+    socket.apply_keyed(changes).await
 }
 
 async fn read(socket: &RouteSocket, ifindex: u32) -> Result<Vec<Entry>> {
@@ -72,7 +72,7 @@ fn entry(message: &NeighbourMessage) -> Option<Entry> {
     for attribute in &message.attributes {
         match attribute {
             NeighbourAttribute::LinkLayerAddress(bytes) => mac = Mac::try_from(bytes.as_slice()).ok(),
-            // The family of the message is AF_BRIDGE, so that the address comes as bytes.
+            // The message's family is AF_BRIDGE, so the crate leaves the address as bytes.
             NeighbourAttribute::Destination(NeighbourAddress::Other(bytes)) => {
                 to = <[u8; 4]>::try_from(bytes.as_slice())
                     .map(|b| Ipv4Addr::from(b).into())
@@ -101,7 +101,7 @@ fn add(ifindex: u32, mac: Mac, to: IpAddr) -> Change {
         message: RouteNetlinkMessage::NewNeighbour(message(ifindex, mac, Some(to))),
         flags: NLM_F_CREATE | NLM_F_REPLACE,
         done_already: &[],
-        about: format!("let the tunnel reach {} at {to}", Shown(mac)),
+        about: format!("add {} at {to} to the tunnel's forwarding database", Shown(mac)),
     }
 }
 

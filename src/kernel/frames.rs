@@ -1,4 +1,4 @@
-//! ARP and neighbour discovery on the wire: the frames that announce an address and ask for one.
+//! ARP and IPv6 neighbour discovery frames: announcements of an address, probes for an address, and their parsers.
 
 use crate::model::mac::Mac;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -8,26 +8,28 @@ pub const ETH_P_ARP: u16 = 0x0806;
 /// See [`ETH_P_ARP`].
 pub const ETH_P_IPV6: u16 = 0x86dd;
 const BROADCAST: Mac = [0xff; 6];
-/// Where 33:33 and the last four bytes of a multicast address make a MAC address (RFC 2464, section 7).
+/// The MAC address of [`ALL_NODES`]: 33:33 and the last four bytes of the group address (RFC 2464, section 7).
 const ALL_NODES_MAC: Mac = [0x33, 0x33, 0, 0, 0, 1];
 const ALL_NODES: Ipv6Addr = Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 0, 1);
 /// Length of an Ethernet header.
 const ETHERNET: usize = 14;
 const ICMPV6: u8 = 58;
-/// A type of ICMPv6 messages (RFC 4861).
+/// ICMPv6 type (RFC 4861).
 pub const NEIGHBOUR_SOLICITATION: u8 = 135;
 const NEIGHBOUR_ADVERTISEMENT: u8 = 136;
-/// Neighbour discovery is never forwarded: what came through a router would have less (RFC 4861, section 7.1).
+/// The hop limit of neighbour discovery. A forwarded packet has a lower one and is invalid (RFC 4861, section 7.1).
 pub const HOP_LIMIT: u8 = 255;
 const OVERRIDE: u8 = 0x20;
 const TARGET_LINK_LAYER: u8 = 2;
-/// The option by which duplicate address detection knows its own solicitations (RFC 7527); other hosts pass it over.
+/// The nonce option, by which duplicate address detection recognises its own solicitations (RFC 7527). Other hosts ignore
+/// it.
 const NONCE: u8 = 14;
 const ARP_REQUEST: u16 = 1;
 const ARP_REPLY: u16 = 2;
 
-/// The frames that tell everybody on the link that `address` is at `mac`: of ARP both forms, for some listen to the
-/// one and some to the other; of neighbour discovery an unsolicited advertisement that overrides.
+/// The frames that announce on the link that `address` is at `mac`. For IPv4 they are a gratuitous ARP request and a
+/// gratuitous reply, because some hosts accept only one of the two. For IPv6 it is an unsolicited neighbour advertisement
+/// with the override flag.
 pub fn announcements(address: IpAddr, mac: Mac) -> Vec<Vec<u8>> {
     match address {
         IpAddr::V4(a) => vec![
@@ -44,13 +46,13 @@ pub fn announcements(address: IpAddr, mac: Mac) -> Vec<Vec<u8>> {
     }
 }
 
-/// What a question for an address says beside, to who has it: see [`question`].
+/// Six bytes that a probe carries for the host that has the address: see [`probe_frame`].
 pub type Claim = [u8; 6];
 
-/// The frame that asks who has `address`, without saying that it is ours: an ARP probe (RFC 5227), or the
-/// solicitation of duplicate address detection (RFC 4862). A `claim` stands where hosts look at nothing: in the probe's
-/// target hardware address, in the solicitation's nonce.
-pub fn question(address: IpAddr, mac: Mac, claim: Option<Claim>) -> Vec<u8> {
+/// The frame that asks which host has `address` without claiming it: an ARP probe (RFC 5227), or the neighbour
+/// solicitation of duplicate address detection (RFC 4862). A `claim` is put where other hosts ignore it: into the ARP
+/// probe's target hardware address, or into the solicitation's nonce option.
+pub fn probe_frame(address: IpAddr, mac: Mac, claim: Option<Claim>) -> Vec<u8> {
     match address {
         IpAddr::V4(a) => arp(ARP_REQUEST, mac, Ipv4Addr::UNSPECIFIED, claim.unwrap_or_default(), a),
         IpAddr::V6(a) => {
@@ -68,7 +70,7 @@ pub fn question(address: IpAddr, mac: Mac, claim: Option<Claim>) -> Vec<u8> {
     }
 }
 
-/// Who says in this ARP frame that an address is theirs.
+/// The sender's address and MAC address in an ARP frame; `None` if the frame is a probe or no ARP frame.
 pub fn arp_sender(frame: &[u8]) -> Option<(IpAddr, Mac)> {
     let packet = frame.get(ETHERNET..)?;
     // Ethernet, IPv4, and the lengths of their addresses.
@@ -77,11 +79,11 @@ pub fn arp_sender(frame: &[u8]) -> Option<(IpAddr, Mac)> {
     }
     let mac = Mac::try_from(packet.get(8..14)?).ok()?;
     let address = Ipv4Addr::from(<[u8; 4]>::try_from(packet.get(14..18)?).ok()?);
-    // A probe says nothing of its sender.
+    // A probe's sender address is unspecified.
     (!address.is_unspecified()).then_some((address.into(), mac))
 }
 
-/// Of an ARP probe with a claim: the address, who asks, and the claim.
+/// The probed address, the sender's MAC address and the claim of an ARP probe with a claim.
 pub fn arp_claim(frame: &[u8]) -> Option<(IpAddr, Mac, Claim)> {
     let packet = frame.get(ETHERNET..)?;
     let is_probe = packet.get(..8)? == [0, 1, 8, 0, 6, 4, 0, ARP_REQUEST as u8] && packet.get(14..18)? == [0; 4];
@@ -90,7 +92,8 @@ pub fn arp_claim(frame: &[u8]) -> Option<(IpAddr, Mac, Claim)> {
     (is_probe && claim != Claim::default()).then_some((address.into(), mac, claim))
 }
 
-/// The same of a solicitation, without its IPv6 header. It does not say who asks.
+/// As [`arp_claim`], of a neighbour solicitation without its IPv6 header. The MAC address is all zeros, because the
+/// solicitation does not contain the sender's.
 pub fn solicitation_claim(message: &[u8]) -> Option<(IpAddr, Mac, Claim)> {
     if message.get(..2)? != [NEIGHBOUR_SOLICITATION, 0] {
         return None;
@@ -100,7 +103,8 @@ pub fn solicitation_claim(message: &[u8]) -> Option<(IpAddr, Mac, Claim)> {
     Some((address.into(), Mac::default(), claim))
 }
 
-/// The first six bytes of an option of neighbour discovery, of several the last; `None` if the options make no sense.
+/// The first six bytes of a neighbour discovery option, the last one of its kind. The outer `None` means that the options
+/// are malformed, the inner one that there is no such option.
 fn option(mut options: &[u8], wanted: u8) -> Option<Option<[u8; 6]>> {
     let mut found = None;
     while let [kind, eights, ..] = *options {
@@ -116,8 +120,8 @@ fn option(mut options: &[u8], wanted: u8) -> Option<Option<[u8; 6]>> {
     Some(found)
 }
 
-/// Who says in this ICMPv6 message, without its IPv6 header, that an address is theirs. The MAC address is all zeros
-/// if the message has none.
+/// The target address and MAC address of a neighbour advertisement without its IPv6 header. The MAC address is all zeros
+/// if the message has no such option.
 pub fn advertiser(message: &[u8]) -> Option<(IpAddr, Mac)> {
     if message.get(..2)? != [NEIGHBOUR_ADVERTISEMENT, 0] {
         return None;
@@ -151,7 +155,7 @@ fn icmpv6(to: Mac, from: Mac, source: Ipv6Addr, destination: Ipv6Addr, mut body:
     let mut header = vec![0x60, 0, 0, 0, length[0], length[1], ICMPV6, HOP_LIMIT];
     header.extend_from_slice(&source.octets());
     header.extend_from_slice(&destination.octets());
-    // The pseudo-header has the addresses, the length and the next header (RFC 8200, section 8.1).
+    // The pseudo-header contains the addresses, the length and the next header (RFC 8200, section 8.1).
     let pseudo = [&header[8..], &[0, 0, length[0], length[1], 0, 0, 0, ICMPV6]].concat();
     let sum = checksum(&[pseudo.as_slice(), body.as_slice()].concat());
     body[2..4].copy_from_slice(&sum.to_be_bytes());
@@ -179,32 +183,32 @@ mod tests {
     const MAC: Mac = [2, 0, 0, 0, 0, 7];
 
     #[test]
-    fn an_announcement_says_whose_the_address_is_and_a_question_does_not() {
+    fn an_announcement_claims_the_address_and_a_probe_does_not() {
         let v4: IpAddr = "192.0.2.50".parse().unwrap();
         for frame in announcements(v4, MAC) {
             assert_eq!(frame[..6], BROADCAST);
             assert_eq!(arp_sender(&frame), Some((v4, MAC)));
         }
-        assert_eq!(arp_sender(&question(v4, MAC, None)), None);
+        assert_eq!(arp_sender(&probe_frame(v4, MAC, None)), None);
         let v6: IpAddr = "2001:db8::50".parse().unwrap();
         let frames = announcements(v6, MAC);
         assert_eq!(advertiser(&frames[0][ETHERNET + 40..]), Some((v6, MAC)));
-        assert_eq!(advertiser(&question(v6, MAC, None)[ETHERNET + 40..]), None);
+        assert_eq!(advertiser(&probe_frame(v6, MAC, None)[ETHERNET + 40..]), None);
     }
 
     #[test]
-    fn a_solicitation_goes_to_the_addresss_own_group() {
-        let frame = question("2001:db8::a1:b2c3".parse().unwrap(), MAC, None);
+    fn a_solicitation_is_sent_to_the_solicited_node_group() {
+        let frame = probe_frame("2001:db8::a1:b2c3".parse().unwrap(), MAC, None);
         assert_eq!(frame[..6], [0x33, 0x33, 0xff, 0xa1, 0xb2, 0xc3]);
         let destination = Ipv6Addr::from(<[u8; 16]>::try_from(&frame[ETHERNET + 24..ETHERNET + 40]).unwrap());
         assert_eq!(destination, "ff02::1:ffa1:b2c3".parse::<Ipv6Addr>().unwrap());
-        // With its checksum in it, the whole sums up to nothing.
+        // The sum over the message, its checksum included, is zero.
         let pseudo = [&frame[ETHERNET + 8..ETHERNET + 40], &[0, 0, 0, 24, 0, 0, 0, ICMPV6]].concat();
         assert_eq!(checksum(&[pseudo.as_slice(), &frame[ETHERNET + 40..]].concat()), 0);
     }
 
     #[test]
-    fn what_is_cut_short_or_makes_no_sense_says_nothing() {
+    fn truncated_and_malformed_frames_are_ignored() {
         let frame = announcements("192.0.2.50".parse().unwrap(), MAC).remove(0);
         for length in 0..ETHERNET + 18 {
             assert_eq!(arp_sender(&frame[..length]), None, "{length}");
@@ -218,15 +222,15 @@ mod tests {
     }
 
     #[test]
-    fn a_claim_is_heard_by_who_looks_for_it_and_changes_nothing_for_others() {
+    fn only_the_claim_parsers_see_a_claim() {
         const CLAIM: Claim = [1, 2, 3, 4, 5, 6];
         let v4: IpAddr = "192.0.2.50".parse().unwrap();
-        let (plain, claims) = (question(v4, MAC, None), question(v4, MAC, Some(CLAIM)));
+        let (plain, claims) = (probe_frame(v4, MAC, None), probe_frame(v4, MAC, Some(CLAIM)));
         assert_eq!(arp_claim(&claims), Some((v4, MAC, CLAIM)));
         assert_eq!((arp_claim(&plain), arp_sender(&claims)), (None, None));
         assert!(announcements(v4, MAC).iter().all(|frame| arp_claim(frame).is_none()));
         let v6: IpAddr = "2001:db8::50".parse().unwrap();
-        let (plain, claims) = (question(v6, MAC, None), question(v6, MAC, Some(CLAIM)));
+        let (plain, claims) = (probe_frame(v6, MAC, None), probe_frame(v6, MAC, Some(CLAIM)));
         let message = |frame: &[u8]| frame[ETHERNET + 40..].to_vec();
         assert_eq!(solicitation_claim(&message(&claims)), Some((v6, Mac::default(), CLAIM)));
         assert_eq!((solicitation_claim(&message(&plain)), advertiser(&message(&claims))), (None, None));
@@ -239,7 +243,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_bytes_are_read_to_their_end(bytes in vec(any::<u8>(), 0..100), options in vec(0u8..4, 0..40)) {
+        fn arbitrary_bytes_are_parsed_within_their_bounds(bytes in vec(any::<u8>(), 0..100), options in vec(0u8..4, 0..40)) {
             let advertisement = [&[NEIGHBOUR_ADVERTISEMENT, 0], &[0; 22][..], &options].concat();
             prop_assert!(advertiser(&bytes).is_none() || bytes.len() >= 24);
             prop_assert!(advertiser(&advertisement).is_none_or(|(address, _)| address == Ipv6Addr::UNSPECIFIED));

@@ -1,5 +1,5 @@
-//! The kernel's interfaces, as any program could use them: netlink, nf_tables, connection tracking, frames. Nothing here
-//! knows of Egret.
+//! Kernel interfaces that any program could use: netlink, nf_tables, connection tracking, raw frames. Nothing in this
+//! module knows of Egret.
 
 pub mod conntrack;
 pub mod fdb;

@@ -1,8 +1,8 @@
-//! A synchronous netlink socket, and attributes written and read.
+//! A synchronous netlink socket, and an encoder and a parser of attributes.
 //!
-//! For the netlink families that no maintained crate speaks (nf_tables, ctnetlink), and for the plugin, which must
-//! not carry an async runtime. Dumps that the kernel marks as interrupted are read again: a raw dump may miss
-//! entries (`NLM_F_DUMP_INTR`).
+//! It serves the netlink families that no maintained crate covers (nf_tables, ctnetlink), and the CNI plugin, which must
+//! not carry an async runtime. A dump that the kernel marks as interrupted (`NLM_F_DUMP_INTR`) is read again, because it
+//! may miss entries.
 
 use netlink_sys::{Socket as RawSocket, SocketAddr};
 use nix::libc::MSG_TRUNC;
@@ -28,22 +28,23 @@ pub const NLM_F_APPEND: u16 = 0x800;
 const NLM_F_DUMP_INTR: u16 = 0x10;
 const NLM_F_CAPPED: u16 = 0x100;
 const NLM_F_ACK_TLVS: u16 = 0x200;
-/// The answer to a request that asked for one: an errno, 0 for success.
+/// The response to a request with [`NLM_F_ACK`]: an errno, 0 for success.
 pub const NLMSG_ERROR: u16 = 2;
 const NLMSG_DONE: u16 = 3;
 const NLMSG_OVERRUN: u16 = 4;
 const NLMSGERR_ATTR_MSG: u16 = 1;
 const HEADER: usize = 16;
-/// Attribute types carry two flags in their upper bits.
+/// The upper two bits of an attribute's type are flags.
 const NLA_TYPE_MASK: u16 = 0x3fff;
 const NLA_F_NESTED: u16 = 0x8000;
-/// How much is received at once. The kernel makes a dump's datagrams as large as what was received into before, up to
-/// 32 KiB (`netlink_dump`, net/netlink/af_netlink.c); what does not fit into one, a long rule, ends the dump.
+/// The receive buffer, bytes. The kernel sizes a dump's datagrams by the largest buffer that was received into before, up
+/// to 32 KiB (`netlink_dump`, net/netlink/af_netlink.c). An entry that fits into no datagram, such as a long rule, ends
+/// the dump.
 const BUFFER: usize = 64 << 10;
-/// How often an interrupted dump is read again before it is given up.
+/// How often an interrupted dump is read before it fails.
 const DUMP_TRIES: usize = 20;
 
-/// The kernel's refusal of a request.
+/// Why a request failed.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The socket itself failed.
@@ -54,12 +55,12 @@ pub enum Error {
     Kernel {
         /// The positive errno.
         errno: i32,
-        /// The kernel's own words, if it had any (extended acknowledgement).
+        /// The kernel's message (extended acknowledgement), empty if there is none.
         message: String,
-        /// The sequence number of the request that was refused.
+        /// The sequence number of the request that failed.
         sequence: u32,
     },
-    /// Something that is no netlink message arrived.
+    /// The datagram is no netlink message.
     #[error("netlink: malformed message")]
     Malformed,
 }
@@ -87,49 +88,49 @@ impl Socket {
     /// Opens a socket of `protocol` in the calling thread's network namespace.
     ///
     /// # Errors
-    /// The kernel has no such protocol, or no socket is to be had.
+    /// The kernel lacks the protocol, or the process may open no more sockets.
     pub fn open(protocol: isize) -> io::Result<Self> {
         let mut raw = RawSocket::new(protocol)?;
         let port = raw.bind_auto()?.port_number();
         raw.connect(&SocketAddr::new(0, 0))?;
         raw.set_ext_ack(true)?;
-        // Old kernels do not know it for every protocol; then dumps are merely not filtered by the kernel.
+        // Old kernels do not support it for every protocol. Without it, the kernel does not filter dumps.
         let _ = raw.set_netlink_get_strict_chk(true);
         Ok(Socket { raw, port, sequence: 0, buffer: Vec::with_capacity(BUFFER) })
     }
 
-    /// Lets a batch of `bytes` be sent at once, and as many acknowledgements be held.
+    /// Makes the send buffer and the receive buffer large enough for a batch of `bytes` and its acknowledgements.
     ///
     /// # Errors
-    /// The limit could not be set.
+    /// The kernel rejects the size.
     pub fn set_buffers(&mut self, bytes: usize) -> io::Result<()> {
         self.raw.set_rx_buf_sz(bytes)?;
         set_send_buffer(&self.raw, bytes)
     }
 
-    /// From now on [`receive`](Self::receive) returns an error instead of waiting.
+    /// Makes [`receive`](Self::receive) return an error (`EAGAIN`) instead of waiting.
     ///
     /// # Errors
-    /// The socket refused it.
+    /// The socket cannot be set to non-blocking.
     pub fn set_non_blocking(&self) -> io::Result<()> {
         self.raw.set_non_blocking(true)
     }
 
-    /// The socket's netlink port: notifications of changes that it made carry it.
+    /// The socket's netlink port. Notifications about changes that this socket made carry it.
     pub fn port(&self) -> u32 {
         self.port
     }
 
-    /// A fresh sequence number.
+    /// Returns the next sequence number; it is never 0.
     pub fn next_sequence(&mut self) -> u32 {
         self.sequence = self.sequence.wrapping_add(1).max(1);
         self.sequence
     }
 
-    /// Sends raw bytes: one message, or several one after another.
+    /// Sends one message, or several in sequence, as one datagram.
     ///
     /// # Errors
-    /// The socket refused them.
+    /// The socket failed, or it sent only a part.
     pub fn send(&mut self, bytes: &[u8]) -> io::Result<()> {
         let sent = self.raw.send(bytes, 0)?;
         if sent != bytes.len() {
@@ -138,11 +139,11 @@ impl Socket {
         Ok(())
     }
 
-    /// Receives one datagram and hands each message in it to `each`: type, flags, sequence number, payload.
+    /// Receives one datagram and calls `each` with every message in it.
     ///
     /// # Errors
-    /// The socket failed, or what came is no netlink message.
-    #[expect(clippy::disallowed_methods, reason = "this is the helper that others use")]
+    /// The socket failed, or the datagram is no netlink message.
+    #[expect(clippy::disallowed_methods, reason = "this is the one caller of the raw function")]
     pub fn receive(&mut self, mut each: impl FnMut(Message<'_>)) -> Result<(), Error> {
         self.buffer.clear();
         let length = loop {
@@ -158,9 +159,6 @@ impl Socket {
     }
 
     /// Sends one request and waits for the kernel's acknowledgement.
-    ///
-    /// # Errors
-    /// The kernel's refusal.
     pub fn request(&mut self, kind: u16, flags: u16, payload: &[u8]) -> Result<(), Error> {
         let sequence = self.next_sequence();
         self.send(&message(kind, NLM_F_REQUEST | NLM_F_ACK | flags, sequence, payload))?;
@@ -177,10 +175,7 @@ impl Socket {
         }
     }
 
-    /// Sends one request and returns the payload of its one answer.
-    ///
-    /// # Errors
-    /// The kernel's refusal.
+    /// Sends one request and returns the payload of its only response.
     pub fn get(&mut self, kind: u16, payload: &[u8]) -> Result<Vec<u8>, Error> {
         let sequence = self.next_sequence();
         self.send(&message(kind, NLM_F_REQUEST, sequence, payload))?;
@@ -200,11 +195,11 @@ impl Socket {
         }
     }
 
-    /// Asks for a dump and hands each entry to `each`. An interrupted dump is asked for again, and `restart` is
-    /// called first so that the caller can forget what it was given.
+    /// Requests a dump and calls `each` with every entry's payload and the state that `start` returned. An interrupted
+    /// dump is requested again, with a new state from `start`.
     ///
     /// # Errors
-    /// The kernel's refusal, or a dump that is interrupted time and again.
+    /// The kernel returned an error, or the dump was interrupted 20 times.
     pub fn dump<S>(
         &mut self,
         kind: u16,
@@ -239,7 +234,7 @@ impl Socket {
         }
         Err(Error::Socket(io::Error::new(
             io::ErrorKind::Interrupted,
-            "the kernel's tables change faster than they can be read",
+            "the kernel's table changes faster than it can be read; try again when it changes less often",
         )))
     }
 }
@@ -260,17 +255,17 @@ fn set_send_buffer(raw: &RawSocket, bytes: usize) -> io::Result<()> {
     use nix::sys::socket::{setsockopt, sockopt};
     use std::os::fd::AsFd;
     let fd = raw.as_fd();
-    // Root may go past net.core.wmem_max.
+    // With CAP_NET_ADMIN the size may exceed net.core.wmem_max.
     setsockopt(&fd, sockopt::SndBufForce, &bytes)
         .or_else(|_| setsockopt(&fd, sockopt::SndBuf, &bytes))
         .map_err(io::Error::from)?;
     setsockopt(&fd, sockopt::RcvBufForce, &bytes).or(Ok::<(), nix::Error>(())).map_err(io::Error::from)
 }
 
-/// Hands each message of a datagram to `each`.
+/// Calls `each` with every message of a datagram.
 ///
 /// # Errors
-/// What came is no netlink message.
+/// The datagram is no netlink message.
 pub fn messages(datagram: &[u8], mut each: impl FnMut(Message<'_>)) -> Result<(), Error> {
     let mut rest = datagram;
     while rest.len() >= HEADER {
@@ -298,17 +293,17 @@ pub struct Message<'a> {
     pub flags: u16,
     /// `nlmsg_seq`.
     pub sequence: u32,
-    /// `nlmsg_pid`: in a notification, the port of the socket that caused it.
+    /// `nlmsg_pid`: in a notification, the port of the socket that made the change.
     pub port: u32,
-    /// What follows the header.
+    /// The bytes behind the header.
     pub payload: &'a [u8],
 }
 
 impl Message<'_> {
-    /// Reads the payload as `nlmsgerr`.
+    /// Reads the payload as `struct nlmsgerr`.
     ///
     /// # Errors
-    /// The kernel's refusal, if it is one.
+    /// The payload carries an errno.
     pub fn acknowledgement(&self) -> Result<(), Error> {
         if self.payload.len() < 4 {
             return Ok(());
@@ -319,9 +314,9 @@ impl Message<'_> {
         }
         let mut message = String::new();
         if self.kind == NLMSG_ERROR && self.flags & NLM_F_ACK_TLVS != 0 && self.payload.len() >= 4 + HEADER {
-            // The refused message comes first: its header alone if the answer is capped, else the whole of it.
-            let refused = if self.flags & NLM_F_CAPPED != 0 { HEADER } else { u32_at(self.payload, 4) as usize };
-            let at = (4 + align(refused)).min(self.payload.len());
+            // The attributes follow the failed request: its header alone if the response is capped, else all of it.
+            let request = if self.flags & NLM_F_CAPPED != 0 { HEADER } else { u32_at(self.payload, 4) as usize };
+            let at = (4 + align(request)).min(self.payload.len());
             for (kind, value) in attributes(&self.payload[at..]) {
                 if kind == NLMSGERR_ATTR_MSG {
                     message = string(value);
@@ -332,14 +327,14 @@ impl Message<'_> {
     }
 }
 
-/// A message with its header. Netlink speaks the host's byte order.
+/// Encodes a message with its header. Netlink headers are in the host's byte order.
 pub fn message(kind: u16, flags: u16, sequence: u32, payload: &[u8]) -> Vec<u8> {
     let mut out = Vec::with_capacity(HEADER + align(payload.len()));
     append_message(&mut out, kind, flags, sequence, |m| m.extend_from_slice(payload));
     out
 }
 
-/// Appends a message whose payload `fill` writes, padded so that another can follow.
+/// Appends a message whose payload `fill` writes, and pads it so that another message can follow.
 pub fn append_message(out: &mut Vec<u8>, kind: u16, flags: u16, sequence: u32, fill: impl FnOnce(&mut Vec<u8>)) {
     let start = out.len();
     out.extend_from_slice(&[0; 4]);
@@ -353,21 +348,21 @@ pub fn append_message(out: &mut Vec<u8>, kind: u16, flags: u16, sequence: u32, f
     pad(out);
 }
 
-/// Sets a flag in the header of the message that `message` begins with.
+/// Sets a flag in the first message header of `message`.
 pub fn set_flag(message: &mut [u8], flag: u16) {
     let flags = u16_at(message, 6) | flag;
     message[6..8].copy_from_slice(&flags.to_ne_bytes());
 }
 
-/// Attributes are appended to any byte vector.
+/// Appends netlink attributes to a byte vector.
 pub trait Attributes {
     /// Appends an attribute.
     fn attribute(&mut self, kind: u16, value: &[u8]);
-    /// Appends an attribute with a text that ends in a NUL byte.
+    /// Appends an attribute with a NUL-terminated text.
     fn text(&mut self, kind: u16, value: &str);
-    /// Appends an attribute with a number in network byte order, as nf_tables and ctnetlink have them.
+    /// Appends an attribute with a number in network byte order, which nf_tables and ctnetlink use.
     fn be32(&mut self, kind: u16, value: u32);
-    /// Appends an attribute whose value is the attributes that `fill` appends.
+    /// Appends a nested attribute that contains the attributes that `fill` appends.
     fn nested(&mut self, kind: u16, fill: impl FnOnce(&mut Vec<u8>));
 }
 
@@ -401,7 +396,8 @@ impl Attributes for Vec<u8> {
     }
 }
 
-/// Reads attributes: type without its flags, value. Stops at the first that does not fit.
+/// Iterates over attributes: the type without its flags, and the value. The iteration ends at the first attribute whose
+/// length exceeds the remaining bytes.
 pub fn attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
     std::iter::from_fn(move || {
         if bytes.len() < 4 {
@@ -417,7 +413,7 @@ pub fn attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
     })
 }
 
-/// An attribute's text, without the NUL byte that ends it.
+/// Decodes an attribute's text up to its NUL byte.
 pub fn string(value: &[u8]) -> String {
     String::from_utf8_lossy(value.split(|b| *b == 0).next().unwrap_or_default()).into_owned()
 }
@@ -446,7 +442,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn whatever_comes_is_read_to_its_end(bytes in vec(any::<u8>(), 0..200), len in 0u32..220) {
+        fn arbitrary_bytes_are_parsed_within_their_bounds(bytes in vec(any::<u8>(), 0..200), len in 0u32..220) {
             let mut datagram = len.to_ne_bytes().to_vec();
             datagram.extend(&bytes);
             for datagram in [&bytes, &datagram] {
@@ -463,7 +459,9 @@ mod tests {
         }
 
         #[test]
-        fn a_refusal_that_is_cut_short_anywhere_is_still_one(errno in 1i32..200, text in "[a-z ]{0,20}", cut in any::<prop::sample::Index>()) {
+        fn a_truncated_error_keeps_its_errno(
+            errno in 1i32..200, text in "[a-z ]{0,20}", cut in any::<prop::sample::Index>(),
+        ) {
             let mut payload = (-errno).to_ne_bytes().to_vec();
             payload.extend(message(1, 0, 7, b"abcdef"));
             payload.text(NLMSGERR_ATTR_MSG, &text);
@@ -475,7 +473,7 @@ mod tests {
         }
 
         #[test]
-        fn what_was_written_is_read(written in vec((0u16..0x4000, vec(any::<u8>(), 0..9)), 0..9)) {
+        fn encoded_messages_and_attributes_are_parsed_back(written in vec((0u16..0x4000, vec(any::<u8>(), 0..9)), 0..9)) {
             let mut inner = Vec::new();
             for (kind, value) in &written {
                 inner.attribute(*kind, value);

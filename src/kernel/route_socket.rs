@@ -1,8 +1,8 @@
-//! Route netlink for the daemon: one socket, served by a task in the background.
+//! Route netlink for the daemon: one socket, served by a background task.
 //!
-//! Dumps are read to their end and asked for again if the kernel marks them as interrupted (`NLM_F_DUMP_INTR`): an
-//! interrupted dump may miss entries, and what seems to be missing would be added, what seems to be too much deleted.
-//! Strict checking is on, so that the kernel filters dumps instead of ignoring the filter.
+//! A dump that the kernel marks as interrupted (`NLM_F_DUMP_INTR`) is requested again. It may miss entries, and the caller
+//! would then add entries that exist and delete entries that belong there. Strict checking is on, so that the kernel
+//! filters dumps instead of ignoring the filter.
 
 use crate::kernel::netlink::{Error as KernelError, attributes, string};
 use anyhow::{Context, Result, anyhow, bail};
@@ -17,56 +17,56 @@ use rtnetlink::proto::{ConnectionHandle, new_connection};
 use std::os::fd::AsFd;
 use std::time::Duration;
 
-/// How often an interrupted dump is read again before it is given up.
+/// How often an interrupted dump is read before it fails.
 const DUMP_TRIES: usize = 20;
-/// How many changes go out in one datagram. The kernel answers each with an acknowledgement of about 1 KiB of socket
-/// memory, before the next datagram goes out; what does not fit into the socket's buffer is lost.
+/// Changes per datagram. Each acknowledgement takes about 1 KiB of socket memory, and the kernel drops those that exceed
+/// the receive buffer. The next datagram is sent when all acknowledgements have been read.
 const BATCH: usize = 128;
-/// Room for acknowledgements and for several dumps at once.
+/// The receive buffer, bytes: room for acknowledgements and for several concurrent dumps.
 const RECEIVE_BUFFER: usize = 1 << 20;
-/// The kernel answers at once; this is for a lost answer.
-const PATIENCE: Duration = Duration::from_secs(10);
-/// `NLMSGERR_ATTR_MSG`, include/uapi/linux/netlink.h: the kernel's own words about a refusal.
+/// The kernel responds at once. This limits the wait for a response that was lost.
+const RESPONSE_TIMEOUT: Duration = Duration::from_secs(10);
+/// `NLMSGERR_ATTR_MSG`, include/uapi/linux/netlink.h: the text of an extended acknowledgement.
 const NLMSGERR_ATTR_MSG: u16 = 1;
 /// Length of `struct nlmsghdr`.
 const HEADER: usize = 16;
 
-/// A change to make, and how to speak of it.
+/// A change to the kernel's state, with its description.
 pub struct Change {
-    /// The message.
+    /// The request.
     pub message: RouteNetlinkMessage,
     /// Flags besides `NLM_F_REQUEST | NLM_F_ACK`.
     pub flags: u16,
-    /// Errno values that mean that the change has been made already.
+    /// Errno values that mean that the change had been made before.
     pub done_already: &'static [i32],
-    /// What it does, for the text of an error: "cannot {about}: ...".
+    /// What the change does, for the text of an error: "cannot {about}: ...".
     pub about: String,
 }
 
-/// What became of many things, each by itself.
+/// The result of several changes that do not depend on each other.
 #[derive(Debug)]
 pub struct Applied<T> {
     /// How many changes were made.
     pub changes: usize,
-    /// What was refused, and why.
+    /// The keys of the changes that failed, with the errors.
     pub refused: Vec<(T, anyhow::Error)>,
 }
 
 impl<T> Applied<T> {
-    /// How many changes were made.
+    /// Returns how many changes were made.
     ///
     /// # Errors
-    /// The first refusal; how many there were.
+    /// A change failed. The error is the first one, with the number of failed changes.
     pub fn all(mut self) -> Result<usize> {
         match self.refused.len() {
             0 => Ok(self.changes),
             1 => Err(self.refused.swap_remove(0).1),
-            n => Err(self.refused.swap_remove(0).1.context(format!("{n} changes were refused, the first of them"))),
+            n => Err(self.refused.swap_remove(0).1.context(format!("{n} changes failed, the first of them"))),
         }
     }
 }
 
-/// A route netlink socket in the network namespace in which it was opened. Clones share it.
+/// A route netlink socket in the network namespace in which it was opened. Clones share the socket.
 #[derive(Clone, Debug)]
 pub struct RouteSocket {
     handle: ConnectionHandle<RouteNetlinkMessage>,
@@ -74,18 +74,18 @@ pub struct RouteSocket {
 }
 
 impl RouteSocket {
-    /// Opens a socket in the calling thread's network namespace, and starts the task that serves it. The task ends
-    /// with the last clone.
+    /// Opens a socket in the calling thread's network namespace, and starts the task that serves it. The task ends when
+    /// the last clone is dropped.
     ///
     /// # Errors
-    /// No socket is to be had, or the kernel is too old to check strictly (before 4.20).
+    /// The socket cannot be opened, or the kernel (before 4.20) does not support strict checking.
     ///
     /// # Panics
     /// Outside a tokio runtime.
     pub fn open() -> Result<Self> {
         let (mut connection, handle, unsolicited) =
             new_connection::<RouteNetlinkMessage>(NETLINK_ROUTE).context("cannot open a route netlink socket")?;
-        // Nothing is subscribed to, so nothing comes that was not asked for.
+        // The socket joins no multicast group, so it receives no notifications.
         drop(unsolicited);
         connection.set_forward_ack(true);
         connection.set_forward_done(true);
@@ -94,21 +94,21 @@ impl RouteSocket {
         raw.set_ext_ack(true).context("route netlink: NETLINK_EXT_ACK")?;
         raw.set_cap_ack(true).context("route netlink: NETLINK_CAP_ACK")?;
         raw.set_netlink_get_strict_chk(true).context("route netlink: NETLINK_GET_STRICT_CHK")?;
-        // Root may go past net.core.rmem_max; without it, the default holds a batch's answers as well.
+        // With CAP_NET_ADMIN the size may exceed net.core.rmem_max. The default size is enough for a batch, too.
         let _ = setsockopt(&raw.as_fd(), sockopt::RcvBufForce, &RECEIVE_BUFFER);
         tokio::spawn(connection);
         Ok(RouteSocket { handle, port })
     }
 
-    /// The socket's netlink port: notifications of changes that it made carry it.
+    /// The socket's netlink port. Notifications about changes that this socket made carry it.
     pub fn port(&self) -> u32 {
         self.port
     }
 
-    /// Dumps what `request` asks for, and keeps what `pick` returns.
+    /// Requests a dump and collects what `pick` returns for its entries.
     ///
     /// # Errors
-    /// The kernel's refusal, or a table that changes faster than it can be read.
+    /// The kernel returned an error, or the table changes faster than it can be read.
     pub async fn dump<T>(
         &self,
         request: RouteNetlinkMessage,
@@ -124,11 +124,11 @@ impl RouteSocket {
                 match payload {
                     NetlinkPayload::InnerMessage(m) => found.extend(pick(m)),
                     NetlinkPayload::Done(done) if done.code != 0 => {
-                        return Err(refusal(done.code, &done.extended_ack).into());
+                        return Err(kernel_error(done.code, &done.extended_ack).into());
                     }
                     NetlinkPayload::Done(_) => break,
                     NetlinkPayload::Error(e) if e.code.is_some() => {
-                        return Err(refusal(e.raw_code(), e.header.get(HEADER..).unwrap_or_default()).into());
+                        return Err(kernel_error(e.raw_code(), e.header.get(HEADER..).unwrap_or_default()).into());
                     }
                     NetlinkPayload::Overrun(_) => interrupted = true,
                     _ => {}
@@ -138,43 +138,43 @@ impl RouteSocket {
                 return Ok(found);
             }
         }
-        bail!("the kernel's tables change faster than they can be read")
+        bail!("the kernel's table changes faster than it can be read; try again when it changes less often")
     }
 
-    /// Asks for one thing.
+    /// Requests one object.
     ///
     /// # Errors
-    /// The kernel's refusal, such as `ENODEV`; [`errno`] finds it in the error.
+    /// The kernel returned an error, such as `ENODEV`; [`errno`] extracts it.
     pub async fn get(&self, request: RouteNetlinkMessage) -> Result<RouteNetlinkMessage> {
-        // With an acknowledgement, there is an end also if the answer itself cannot be parsed.
+        // With an acknowledgement the wait ends even if the response itself cannot be parsed.
         let mut answers = self.send(vec![message(request, NLM_F_ACK)])?;
         let mut found = None;
         loop {
             match next(&mut answers).await?.payload {
                 NetlinkPayload::InnerMessage(m) => found = Some(m),
                 NetlinkPayload::Error(e) if e.code.is_some() => {
-                    return Err(refusal(e.raw_code(), e.header.get(HEADER..).unwrap_or_default()).into());
+                    return Err(kernel_error(e.raw_code(), e.header.get(HEADER..).unwrap_or_default()).into());
                 }
                 NetlinkPayload::Error(_) => break,
                 _ => {}
             }
         }
-        found.context("the kernel's answer cannot be understood")
+        found.context("the kernel's response cannot be parsed")
     }
 
-    /// Makes changes, in their order, and returns how many it made. One that fails does not keep the others.
+    /// Makes changes in their order and returns how many it made. A failed change does not stop the others.
     ///
     /// # Errors
-    /// The first refusal; how many there were.
+    /// A change failed. The error is the first one, with the number of failed changes.
     pub async fn apply(&self, changes: Vec<Change>) -> Result<usize> {
-        self.apply_of(changes.into_iter().map(|change| ((), change)).collect()).await?.all()
+        self.apply_keyed(changes.into_iter().map(|change| ((), change)).collect()).await?.all()
     }
 
-    /// Makes changes, in their order, and says of which things one was refused.
+    /// Makes changes in their order and returns the keys of those that failed.
     ///
     /// # Errors
-    /// The kernel cannot be spoken to.
-    pub async fn apply_of<T>(&self, changes: Vec<(T, Change)>) -> Result<Applied<T>> {
+    /// The socket failed or received no response.
+    pub async fn apply_keyed<T>(&self, changes: Vec<(T, Change)>) -> Result<Applied<T>> {
         let (of, changes): (Vec<T>, Vec<Change>) = changes.into_iter().unzip();
         let mut applied = Applied { changes: 0, refused: Vec::new() };
         for (of, result) in of.into_iter().zip(self.apply_each(changes).await?) {
@@ -186,10 +186,10 @@ impl RouteSocket {
         Ok(applied)
     }
 
-    /// Makes changes, in their order, and returns what became of each: whether it was made now, or the refusal.
+    /// Makes changes in their order and returns the result of each: `false` if it had been made before.
     ///
     /// # Errors
-    /// The kernel cannot be spoken to.
+    /// The socket failed or received no response.
     pub async fn apply_each(&self, changes: Vec<Change>) -> Result<Vec<Result<bool>>> {
         let mut results = Vec::with_capacity(changes.len());
         let mut changes = changes.into_iter().peekable();
@@ -204,16 +204,16 @@ impl RouteSocket {
                 })
                 .collect();
             let mut answers = self.send(batch)?;
-            // The kernel answers each message of a batch once, in their order.
+            // The kernel acknowledges each message of a batch once, in their order.
             for (about, done_already) in expected {
                 let NetlinkPayload::Error(answer) = next(&mut answers).await?.payload else {
-                    bail!("cannot {about}: the kernel's answer cannot be understood");
+                    bail!("cannot {about}: the kernel's response cannot be parsed");
                 };
                 results.push(match -answer.raw_code() {
                     0 => Ok(true),
                     errno if done_already.contains(&errno) => Ok(false),
                     errno => {
-                        let refused = refusal(-errno, answer.header.get(HEADER..).unwrap_or_default());
+                        let refused = kernel_error(-errno, answer.header.get(HEADER..).unwrap_or_default());
                         Err(anyhow::Error::from(refused).context(format!("cannot {about}")))
                     }
                 });
@@ -230,16 +230,16 @@ impl RouteSocket {
     }
 }
 
-/// The positive errno of the kernel's refusal, if that is what `error` is about.
+/// The positive errno, if the kernel returned `error`.
 pub fn errno(error: &anyhow::Error) -> Option<i32> {
     error.downcast_ref::<KernelError>().and_then(KernelError::errno)
 }
 
 async fn next<M>(answers: &mut (impl Stream<Item = M> + Unpin)) -> Result<M> {
-    match tokio::time::timeout(PATIENCE, answers.next()).await {
+    match tokio::time::timeout(RESPONSE_TIMEOUT, answers.next()).await {
         Ok(Some(answer)) => Ok(answer),
         Ok(None) => Err(closed()),
-        Err(_) => bail!("the kernel has not answered a route netlink request for {} s", PATIENCE.as_secs()),
+        Err(_) => bail!("no response to a route netlink request within {} s", RESPONSE_TIMEOUT.as_secs()),
     }
 }
 
@@ -253,7 +253,7 @@ fn message(inner: RouteNetlinkMessage, flags: u16) -> NetlinkMessage<RouteNetlin
     NetlinkMessage::new(header, NetlinkPayload::InnerMessage(inner))
 }
 
-fn refusal(code: i32, extended: &[u8]) -> KernelError {
+fn kernel_error(code: i32, extended: &[u8]) -> KernelError {
     let message = attributes(extended).find(|(kind, _)| *kind == NLMSGERR_ATTR_MSG).map(|(_, text)| string(text));
     KernelError::Kernel { errno: code.abs(), message: message.unwrap_or_default(), sequence: 0 }
 }

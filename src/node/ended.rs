@@ -5,7 +5,7 @@
 
 use super::changed_ports::Replicas;
 use super::pods::{Holder, Pods, Use};
-use crate::kernel::conntrack::{self, Connection, Fate, Marked};
+use crate::kernel::conntrack::{self, Connection, EntryAction, MarkFilter};
 use crate::kernel::netlink::{NETLINK_NETFILTER, Socket};
 use crate::model::marks::{EgressId, Marks};
 use crate::model::networks::Networks;
@@ -89,7 +89,7 @@ impl Ended {
 
     fn take_out(&self, scene: &Scene, possible: Option<&Possible>) -> Result<usize> {
         let marks = scene.marks;
-        let ours = Marked { mark: marks.connection(0), mask: marks.connection_kind_mask() };
+        let ours = MarkFilter { mark: marks.connection(0), mask: marks.connection_kind_mask() };
         let mut socket = Socket::open(NETLINK_NETFILTER)?;
         let mut forgotten = 0;
         if possible.is_some() || !self.allocations.is_empty() {
@@ -101,16 +101,16 @@ impl Ended {
         }
         if possible.is_some() {
             let gone = |a: &IpAddr| scene.of_pods.iter().any(|n| n.contains(*a)) && !scene.in_use.contains(a);
-            let all = Marked { mark: 0, mask: 0 };
+            let all = MarkFilter { mark: 0, mask: 0 };
             forgotten += conntrack::delete(&mut socket, all, |c| gone(&c.source) || gone(&c.reply_source))?;
         }
         if let Some(base) = self.of_base {
-            let marked = Marked { mark: u32::from(base) << 16, mask: marks.connection_mask() };
+            let marked = MarkFilter { mark: u32::from(base) << 16, mask: marks.connection_mask() };
             forgotten += conntrack::delete(&mut socket, marked, |_| true)?;
         }
-        forgotten += conntrack::delete_of(&mut socket, &self.addresses, |_| true)?;
-        let is_outside = |c: &Connection| !ours.has(c) && !scene.networks.is_direct(c.reply_source);
-        forgotten += conntrack::delete_of(&mut socket, &self.quarantined, is_outside)?;
+        forgotten += conntrack::delete_by_address(&mut socket, &self.addresses, |_| true)?;
+        let is_outside = |c: &Connection| !ours.matches(c) && !scene.networks.is_direct(c.reply_source);
+        forgotten += conntrack::delete_by_address(&mut socket, &self.quarantined, is_outside)?;
         Ok(forgotten)
     }
 }
@@ -119,11 +119,11 @@ impl Ended {
 /// background. Each packet of theirs is dropped and prolongs them, so they would not end by themselves. Those of this node's
 /// pods on `local` allocations, whose port was changed, keep it.
 pub fn forget_stale(marks: Marks, local: BTreeSet<EgressId>, replicas: Arc<Replicas>) {
-    let stale = Marked { mark: marks.stale(), mask: marks.connection_of_allocation_mask() | marks.allocation_mask() };
+    let stale = MarkFilter { mark: marks.stale(), mask: marks.connection_of_allocation_mask() | marks.allocation_mask() };
     in_background("connections that are older than their allocations are picked up anew", move |socket| {
-        conntrack::settle(socket, stale, |c| {
+        conntrack::update_entries(socket, stale, |c| {
             let heir = c.out.and_then(|out| local.iter().find_map(|id| replicas.heir(&out, marks.connection(*id))));
-            heir.map_or(Fate::Forgotten, |heir| Fate::Replaced(heir, None))
+            heir.map_or(EntryAction::Delete, |heir| EntryAction::Replace(heir, None))
         })
     });
 }

@@ -192,7 +192,7 @@ impl Seen {
         let mut kept: BTreeMap<Holder, HashSet<u32>> =
             pods.iter().map(|(h, ..)| ((*h).clone(), HashSet::new())).collect();
         let mut socket = Socket::open(NETLINK_NETFILTER)?;
-        let ended = conntrack::delete_begun_by(&mut socket, &of_address.keys().copied().collect(), |c| {
+        let ended = conntrack::delete_by_source(&mut socket, &of_address.keys().copied().collect(), |c| {
             let Some((holder, policy_chain)) = of_address.get(&c.source) else { return false };
             if c.mark & job.marks.connection_mask() == job.marks.connection(0) || job.inside.has(c.reply_source) {
                 return false;

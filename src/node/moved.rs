@@ -6,7 +6,7 @@
 //! gateway that has given an address up, what it knows of a connection is out of date should the address come back.
 
 use crate::api::AddressPair;
-use crate::kernel::conntrack::{self, Connection, Fate, Marked, Tracked, Translated, Tuple};
+use crate::kernel::conntrack::{self, Connection, EntryAction, MarkFilter, Tracked, Translated, Tuple};
 use crate::kernel::netlink::Socket;
 use crate::model::marks::{EgressId, Marks};
 use crate::node::changed_ports::{ChangedPorts, kept_port};
@@ -99,19 +99,19 @@ impl Moved {
     pub fn clean(self, marks: Marks, handed_over: BTreeSet<EgressId>, ports: &ChangedPorts, turns: &Turns) {
         let (replicas, next_owners) = (ports.replicas(), ports.gone());
         let of_allocation = marks.connection_of_allocation_mask();
-        let late = Marked { mark: marks.handed(0), mask: of_allocation };
-        let pods = Marked { mark: marks.connection(0), mask: of_allocation };
-        let peers = Marked { mark: marks.connection_of_peer(0), mask: marks.connection_kind_mask() };
+        let late = MarkFilter { mark: marks.handed(0), mask: of_allocation };
+        let pods = MarkFilter { mark: marks.connection(0), mask: of_allocation };
+        let peers = MarkFilter { mark: marks.connection_of_peer(0), mask: marks.connection_kind_mask() };
         let clean = turns.next(move |socket| {
             let allocation = |c: &Connection| (c.mark & marks.allocation_mask()) as EgressId;
             let is_wrong = |allocation, translated| self.is_wrong(allocation, translated);
             let (kept, gone) = self.kept(socket, marks)?;
             // First: of an allocation that is moved back at once, they are in the way of what takes their place.
             conntrack::delete(socket, late, |c| is_wrong(allocation(c), c.destination == c.reply_source))?;
-            let of_pods = conntrack::settle(socket, pods, |c| {
+            let of_pods = conntrack::update_entries(socket, pods, |c| {
                 let id = allocation(c);
                 if !is_wrong(id, c.reply_destination != c.source) {
-                    return Fate::Stays;
+                    return EntryAction::Keep;
                 }
                 let late = handed_over.contains(&id).then(|| marks.handed(id));
                 let comes = self.local.get(&id) == Some(&true);
@@ -120,9 +120,9 @@ impl Moved {
                     told.or_else(|| kept.get(&out).copied())
                 });
                 match (heir, late) {
-                    (Some(heir), late) => Fate::Replaced(heir, late),
-                    (None, Some(mark)) => Fate::Followed(mark),
-                    (None, None) => Fate::Forgotten,
+                    (Some(heir), late) => EntryAction::Replace(heir, late),
+                    (None, Some(mark)) => EntryAction::DeleteAdmittingReplies(mark),
+                    (None, None) => EntryAction::Delete,
                 }
             })?;
             if !gone.is_empty() {
@@ -145,7 +145,7 @@ impl Moved {
     /// Connections of this node's pods that have their pod's port: as they are to be, with the allocation's address where their
     /// allocation has come here, else without translation; and as they were where it has gone.
     fn kept(&self, socket: &mut Socket, marks: Marks) -> Result<(HashMap<Tuple, Translated>, Vec<Tracked>)> {
-        let pods = Marked { mark: marks.connection(0), mask: marks.connection_of_allocation_mask() };
+        let pods = MarkFilter { mark: marks.connection(0), mask: marks.connection_of_allocation_mask() };
         let allocation = |tracked: &Tracked| (tracked.mark & marks.allocation_mask()) as EgressId;
         let port = |tracked: &Tracked| kept_port(tracked, self.egress.get(&allocation(tracked))?);
         let is_kept = |tracked: &Tracked| {

@@ -1,16 +1,16 @@
-//! Tracked connections, found by mark and forgotten; `conntrack` makes and shows them.
+//! Tracked connections: listed by mark, deleted and inserted; the program `conntrack` inserts and lists them for comparison.
 
 use crate::namespace::{in_namespace, run};
 use egret::kernel::conntrack::{
-    Fate, Made, Marked, Translated, Tuple, delete, delete_begun_by, delete_of, find_by_answers, find_by_request,
-    forget, list, list_tracked, make, settle,
+    EntryAction, Insertion, MarkFilter, Translated, Tuple, delete, delete_by_source, delete_by_address, find_by_reply, find_by_original,
+    delete_one, insert_or_update, list, list_tracked, update_entries,
 };
 use egret::kernel::netlink::{NETLINK_NETFILTER, Socket};
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::time::Instant;
 
-const PATHS: Marked = Marked { mark: 0x4547_0000, mask: 0xffff_8000 };
+const PATHS: MarkFilter = MarkFilter { mark: 0x4547_0000, mask: 0xffff_8000 };
 
 fn connection(source: &str, nat: Option<&str>, port: u16, mark: u32) {
     let destination = if source.contains(':') { "2001:db8::100" } else { "192.0.2.100" };
@@ -48,7 +48,7 @@ fn a_pods_connections_on_some_allocations_are_forgotten_and_others_stay() {
         assert_eq!(delete(&mut socket, PATHS, doomed).unwrap(), 2);
         assert_eq!(delete(&mut socket, PATHS, doomed).unwrap(), 0);
         assert_eq!(shown(), 4);
-        assert_eq!(list(&mut socket, Marked { mark: 0, mask: 0 }).unwrap().len(), 4);
+        assert_eq!(list(&mut socket, MarkFilter { mark: 0, mask: 0 }).unwrap().len(), 4);
     });
 }
 
@@ -63,13 +63,13 @@ fn all_connections_of_an_address_are_forgotten_and_nobody_elses() {
             connection(source, Some(if source.contains(':') { "2001:db8::50" } else { "192.0.2.50" }), 1003 + n, 7);
         }
         assert_eq!(shown(), 12);
-        assert_eq!(delete_of(&mut socket, &[address("10.244.1.5")].into(), |_| true).unwrap(), 3);
-        assert_eq!(delete_of(&mut socket, &[address("10.244.1.5")].into(), |_| true).unwrap(), 0);
-        assert_eq!(delete_of(&mut socket, &[address("fd00:244:1::5")].into(), |_| true).unwrap(), 3);
+        assert_eq!(delete_by_address(&mut socket, &[address("10.244.1.5")].into(), |_| true).unwrap(), 3);
+        assert_eq!(delete_by_address(&mut socket, &[address("10.244.1.5")].into(), |_| true).unwrap(), 0);
+        assert_eq!(delete_by_address(&mut socket, &[address("fd00:244:1::5")].into(), |_| true).unwrap(), 3);
         assert_eq!(shown(), 6);
         // Those that it answers.
-        assert_eq!(delete_of(&mut socket, &[address("192.0.2.100")].into(), |_| true).unwrap(), 3);
-        assert_eq!(delete_of(&mut socket, &[address("2001:db8::100")].into(), |_| true).unwrap(), 3);
+        assert_eq!(delete_by_address(&mut socket, &[address("192.0.2.100")].into(), |_| true).unwrap(), 3);
+        assert_eq!(delete_by_address(&mut socket, &[address("2001:db8::100")].into(), |_| true).unwrap(), 3);
         assert_eq!(shown(), 0);
     });
 }
@@ -84,7 +84,7 @@ fn connections_that_an_address_has_begun_are_told_apart_by_server_port_and_id() 
         connection("10.244.1.6", None, 1004, 0);
         let pod = BTreeSet::from([address("10.244.1.5"), address("fd00:244:1::5")]);
         let mut seen = Vec::new();
-        let looked = delete_begun_by(&mut socket, &pod, |c| {
+        let looked = delete_by_source(&mut socket, &pod, |c| {
             seen.push((c.id, c.protocol, c.reply_port));
             false
         });
@@ -93,10 +93,10 @@ fn connections_that_an_address_has_begun_are_told_apart_by_server_port_and_id() 
         assert!(ids.len() == 3 && !ids.contains(&0), "{seen:?}");
         assert!(seen.iter().all(|(_, protocol, port)| (*protocol, *port) == (6, Some(80))), "{seen:?}");
         // The next time they have the same ids.
-        assert_eq!(delete_begun_by(&mut socket, &pod, |c| c.id == seen[0].0).unwrap(), 1);
-        assert_eq!(delete_begun_by(&mut socket, &pod, |c| ids.contains(&c.id)).unwrap(), 2);
+        assert_eq!(delete_by_source(&mut socket, &pod, |c| c.id == seen[0].0).unwrap(), 1);
+        assert_eq!(delete_by_source(&mut socket, &pod, |c| ids.contains(&c.id)).unwrap(), 2);
         // Not of those that it answers.
-        assert_eq!(delete_begun_by(&mut socket, &[address("192.0.2.100")].into(), |_| true).unwrap(), 0);
+        assert_eq!(delete_by_source(&mut socket, &[address("192.0.2.100")].into(), |_| true).unwrap(), 0);
         assert_eq!(shown(), 1);
     });
 }
@@ -108,7 +108,7 @@ fn connections_of_an_egress_address_are_forgotten() {
         connection("10.244.1.5", Some("192.0.2.50"), 1001, 0x4547_800b);
         connection("fd00:244:1::5", Some("2001:db8::50"), 1002, 0x4547_800b);
         connection("10.244.1.6", Some("192.0.2.51"), 1003, 0x4547_800b);
-        let gateways = Marked { mark: 0x4547_8000, mask: 0xffff_8000 };
+        let gateways = MarkFilter { mark: 0x4547_8000, mask: 0xffff_8000 };
         let found = list(&mut socket, gateways).unwrap();
         assert_eq!(found.len(), 3);
         assert!(found.iter().all(|c| c.source != c.reply_destination && c.destination == c.reply_source), "{found:?}");
@@ -126,8 +126,8 @@ fn what_is_late_for_a_connection_has_an_entry_for_a_second_that_begins_at_the_ot
         connection("10.244.1.5", Some("192.0.2.50"), 1001, 0x4547_0011);
         connection("fd00:244:1::5", Some("2001:db8::50"), 1002, 0x4547_0011);
         connection("10.244.1.6", None, 1003, 0x4547_0011);
-        assert_eq!(settle(&mut socket, PATHS, |_| Fate::Followed(0x4547_4011)).unwrap(), 3);
-        let late = Marked { mark: 0x4547_4000, mask: 0xffff_c000 };
+        assert_eq!(update_entries(&mut socket, PATHS, |_| EntryAction::DeleteAdmittingReplies(0x4547_4011)).unwrap(), 3);
+        let late = MarkFilter { mark: 0x4547_4000, mask: 0xffff_c000 };
         let mut found: Vec<_> = list(&mut socket, late).unwrap();
         found.sort_by_key(|c| c.reply_source);
         let shown: Vec<_> = found.iter().map(|c| (c.source, c.destination, c.reply_source)).collect();
@@ -172,34 +172,34 @@ fn a_connection_is_made_with_the_port_that_another_node_gave_it_or_not_at_all() 
         for source in ["10.244.1.5", "fd00:244:1::5"] {
             for protocol in [TCP, UDP] {
                 let wanted = translated(source, protocol, 1001, 2001);
-                assert_eq!(make(&mut socket, &wanted, no_place).unwrap(), Made::There);
-                let found = find_by_answers(&mut socket, &wanted.back()).unwrap().unwrap();
+                assert_eq!(insert_or_update(&mut socket, &wanted, no_place).unwrap(), Insertion::Present);
+                let found = find_by_reply(&mut socket, &wanted.back()).unwrap().unwrap();
                 assert_eq!((found.out, found.back, found.mark), (wanted.out, wanted.back(), wanted.mark));
                 assert!(found.has_changed_port() && !found.is_over && (500..=600).contains(&found.timeout));
 
                 let longer = Translated { timeout: 900, mark: 0x4547_8008, ..wanted };
-                assert_eq!(make(&mut socket, &longer, no_place).unwrap(), Made::There, "again");
-                let found = find_by_request(&mut socket, &wanted.out).unwrap().unwrap();
+                assert_eq!(insert_or_update(&mut socket, &longer, no_place).unwrap(), Insertion::Present, "again");
+                let found = find_by_original(&mut socket, &wanted.out).unwrap().unwrap();
                 assert!(found.timeout > 800 && found.mark == 0x4547_8008, "{found:?}");
 
                 let rival = translated(source, protocol, 1002, 2001);
-                assert_eq!(make(&mut socket, &rival, no_place).unwrap(), Made::Taken, "the answers are another's");
-                assert_eq!(find_by_request(&mut socket, &rival.out).unwrap(), None);
+                assert_eq!(insert_or_update(&mut socket, &rival, no_place).unwrap(), Insertion::Conflict, "the answers are another's");
+                assert_eq!(find_by_original(&mut socket, &rival.out).unwrap(), None);
                 let other = translated(source, protocol, 1001, 2002);
-                assert_eq!(make(&mut socket, &other, no_place).unwrap(), Made::Taken);
-                assert_eq!(make(&mut socket, &other, |there| there.back == wanted.back()).unwrap(), Made::There);
-                assert_eq!(find_by_answers(&mut socket, &wanted.back()).unwrap(), None);
-                assert_eq!(make(&mut socket, &rival, no_place).unwrap(), Made::There);
+                assert_eq!(insert_or_update(&mut socket, &other, no_place).unwrap(), Insertion::Conflict);
+                assert_eq!(insert_or_update(&mut socket, &other, |there| there.back == wanted.back()).unwrap(), Insertion::Present);
+                assert_eq!(find_by_reply(&mut socket, &wanted.back()).unwrap(), None);
+                assert_eq!(insert_or_update(&mut socket, &rival, no_place).unwrap(), Insertion::Present);
             }
         }
         assert_eq!(shown(), 8);
         assert!(run("conntrack", "-L -p tcp").contains("ESTABLISHED"));
-        let all = list_tracked(&mut socket, Marked { mark: 0x4547_8000, mask: 0xffff_8000 }, |_| true).unwrap();
+        let all = list_tracked(&mut socket, MarkFilter { mark: 0x4547_8000, mask: 0xffff_8000 }, |_| true).unwrap();
         assert_eq!(all.len(), 8);
         for one in &all {
-            forget(&mut socket, &one.out, |_| false).unwrap();
-            assert!(find_by_request(&mut socket, &one.out).unwrap().is_some());
-            forget(&mut socket, &one.out, |there| there == one).unwrap();
+            delete_one(&mut socket, &one.out, |_| false).unwrap();
+            assert!(find_by_original(&mut socket, &one.out).unwrap().is_some());
+            delete_one(&mut socket, &one.out, |there| there == one).unwrap();
         }
         assert_eq!(shown(), 0);
     });
@@ -217,13 +217,13 @@ fn a_pods_connection_gives_place_to_its_translated_one_and_to_what_is_late() {
         });
         let fate = |c: &egret::kernel::conntrack::Connection| {
             let heir = heirs.iter().find(|heir| Some(heir.out) == c.out).unwrap();
-            Fate::Replaced(*heir, Some(0x4547_4011))
+            EntryAction::Replace(*heir, Some(0x4547_4011))
         };
-        assert_eq!(settle(&mut socket, PATHS, fate).unwrap(), 2);
+        assert_eq!(update_entries(&mut socket, PATHS, fate).unwrap(), 2);
         for heir in &heirs {
-            assert_eq!(find_by_request(&mut socket, &heir.out).unwrap().unwrap().back, heir.back());
+            assert_eq!(find_by_original(&mut socket, &heir.out).unwrap().unwrap().back, heir.back());
         }
-        let late = list(&mut socket, Marked { mark: 0x4547_4011, mask: u32::MAX }).unwrap();
+        let late = list(&mut socket, MarkFilter { mark: 0x4547_4011, mask: u32::MAX }).unwrap();
         assert_eq!(late.len(), 2);
         assert!(late.iter().all(|late| heirs.iter().any(|heir| heir.out.source == late.destination)), "{late:?}");
     });
@@ -249,9 +249,9 @@ fn many_connections_are_forgotten_quickly() {
         run("conntrack", &format!("-R {}", file.path().display()));
         // So many that the kernel is asked to look for an address.
         let one = [address("10.244.0.7")].into();
-        assert_eq!(delete_of(&mut socket, &one, |_| false).unwrap(), 0);
-        assert_eq!(delete_of(&mut socket, &one, |_| true).unwrap(), 1);
-        assert_eq!(delete_of(&mut socket, &one, |_| true).unwrap(), 0);
+        assert_eq!(delete_by_address(&mut socket, &one, |_| false).unwrap(), 0);
+        assert_eq!(delete_by_address(&mut socket, &one, |_| true).unwrap(), 1);
+        assert_eq!(delete_by_address(&mut socket, &one, |_| true).unwrap(), 0);
         let start = Instant::now();
         assert_eq!(delete(&mut socket, PATHS, |_| true).unwrap(), 2999);
         println!("3000 connections: {:?}", start.elapsed());

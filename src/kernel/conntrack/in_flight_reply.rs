@@ -1,9 +1,9 @@
-//! Entries for what is still on its way to a connection whose own entry has been forgotten.
+//! Entries for replies that are in flight when a connection's own entry is deleted.
 //!
-//! A connection's translation is settled for good. Where it has to become another one its entry is forgotten, and the
-//! pod's next packet makes a new one. What the other end has sent before comes with the old translation, and there are
-//! no two entries for the same direction of one connection; but there may be one that begins at the other end, if the
-//! direction back has a zone of its own, in which nothing is ever looked up (`nf_conntrack_zone::dir`, conntrack.h).
+//! The kernel never changes the translation of a tracked connection. To change it, the daemon deletes the entry, and the
+//! pod's next packet creates a new one. Replies that the server sent before that carry the old translation. A second entry
+//! for the same direction of the connection is impossible. An entry that begins at the server is possible, if its reply
+//! direction is in a zone of its own in which no packet is ever looked up (`nf_conntrack_zone::dir`, nf_conntrack_zones.h).
 
 use super::tuple::Tuple;
 use super::*;
@@ -25,21 +25,21 @@ const CTA_PROTOINFO_TCP: u16 = 1;
 const CTA_PROTOINFO_TCP_STATE: u16 = 1;
 const CTA_PROTOINFO_TCP_FLAGS_ORIGINAL: u16 = 4;
 const CTA_PROTOINFO_TCP_FLAGS_REPLY: u16 = 5;
-/// `TCP_CONNTRACK_ESTABLISHED` and `IP_CT_TCP_FLAG_BE_LIBERAL`, include/uapi/linux/netfilter/nf_conntrack_tcp.h: the
-/// windows are not known.
+/// `TCP_CONNTRACK_ESTABLISHED` and `IP_CT_TCP_FLAG_BE_LIBERAL`, include/uapi/linux/netfilter/nf_conntrack_tcp.h. The flag
+/// turns window checks off, because the windows are unknown.
 pub(super) const ESTABLISHED: u8 = 3;
 const BE_LIBERAL: u8 = 8;
-/// `enum ip_conntrack_status`, include/uapi/linux/netfilter/nf_conntrack_common.h: seen in both directions, assured,
-/// confirmed.
+/// `IPS_SEEN_REPLY`, `IPS_ASSURED`, `IPS_CONFIRMED`, include/uapi/linux/netfilter/nf_conntrack_common.h.
 pub(super) const ASSURED: u32 = 1 << 1 | 1 << 2 | 1 << 3;
-/// The same, and not prolonged by its packets.
+/// As [`ASSURED`], with `IPS_FIXED_TIMEOUT`: packets do not extend the entry's lifetime.
 const STATUS: u32 = ASSURED | 1 << 10;
-/// How long it lives, in seconds.
+/// The entry's lifetime, in seconds.
 const LIFE: u32 = 1;
-/// The zone of the direction back.
+/// The zone of the entry's reply direction.
 const ZONE: u16 = 7871;
 
-/// The request for the entry that lets in the answers to the connection in this message. `None` if there can be none.
+/// The request that creates an entry for replies in flight to the connection in `message`. `None` for a protocol other
+/// than TCP and UDP, and for a connection whose destination is translated.
 pub(super) fn after(message: &[u8], mark: u32) -> Option<Vec<u8>> {
     let (header, rest) = message.split_at_checked(NFGENMSG)?;
     let direction = |wanted| Tuple::parse(attributes(rest).find(|(kind, _)| *kind == wanted)?.1);
@@ -66,19 +66,19 @@ pub(super) fn after(message: &[u8], mark: u32) -> Option<Vec<u8>> {
     Some(request)
 }
 
-/// An established TCP connection.
+/// Appends the attributes of an established TCP connection.
 pub(super) fn established(request: &mut Vec<u8>) {
     request.nested(CTA_PROTOINFO, |info| {
         info.nested(CTA_PROTOINFO_TCP, |tcp| {
             tcp.attribute(CTA_PROTOINFO_TCP_STATE, &[ESTABLISHED]);
-            // `struct nf_ct_tcp_flags`: flags, and which of them are meant.
+            // `struct nf_ct_tcp_flags`: flags and mask.
             tcp.attribute(CTA_PROTOINFO_TCP_FLAGS_ORIGINAL, &[BE_LIBERAL; 2]);
             tcp.attribute(CTA_PROTOINFO_TCP_FLAGS_REPLY, &[BE_LIBERAL; 2]);
         });
     });
 }
 
-/// A range of one address and one port.
+/// Appends a NAT range of one address and one port.
 pub(super) fn to(nat: &mut Vec<u8>, address: IpAddr, port: u16) {
     let (least, most, bytes) = match address {
         IpAddr::V4(a) => (CTA_NAT_V4_MINIP, CTA_NAT_V4_MAXIP, a.octets().to_vec()),

@@ -1,13 +1,15 @@
-//! Connections that the kernel tracks: found by their mark, and forgotten.
+//! Entries of connection tracking (ctnetlink): listed by mark or address, deleted, replaced.
 //!
-//! A connection keeps the path that it began with. When that path ends for it, its entry has to go; its next packet
-//! is then judged anew. What is on its way meanwhile can be let in by a [`in_flight_reply`] entry.
+//! A connection keeps the allocation with which it began. When the connection may no longer use it, the daemon deletes the
+//! entry, and the next packet is classified anew. An [`in_flight_reply`] entry admits replies that are in flight meanwhile.
 
 mod in_flight_reply;
 mod translated;
 mod tuple;
 
-pub use translated::{Made, Tracked, Translated, create, find_by_answers, find_by_request, forget, list_tracked, make};
+pub use translated::{
+    Insertion, Tracked, Translated, delete_one, find_by_original, find_by_reply, insert, insert_or_update, list_tracked,
+};
 pub use tuple::Tuple;
 
 use crate::kernel::netlink::{
@@ -20,7 +22,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-/// Message types: subsystem `NFNL_SUBSYS_CTNETLINK` above, message below
+/// Message types: subsystem `NFNL_SUBSYS_CTNETLINK` in the upper byte, message in the lower
 /// (include/uapi/linux/netfilter/nfnetlink.h, nfnetlink_conntrack.h).
 const IPCTNL_MSG_CT_NEW: u16 = 0x100;
 const IPCTNL_MSG_CT_GET: u16 = 0x101;
@@ -36,7 +38,8 @@ const CTA_MARK_MASK: u16 = 21;
 const CTA_FILTER: u16 = 25;
 const CTA_FILTER_ORIG_FLAGS: u16 = 1;
 const CTA_FILTER_REPLY_FLAGS: u16 = 2;
-/// What of a tuple a dump is filtered by: `CTA_FILTER_FLAG(CTA_IP_SRC)`, net/netfilter/nf_internals.h. Since Linux 5.8.
+/// A dump's filter compares the source address: `CTA_FILTER_FLAG(CTA_IP_SRC)`, net/netfilter/nf_internals.h. Since
+/// Linux 5.8.
 const FILTER_IP_SRC: u32 = 1;
 const CTA_TUPLE_IP: u16 = 1;
 const CTA_TUPLE_PROTO: u16 = 2;
@@ -46,121 +49,116 @@ const CTA_IP_V4_SRC: u16 = 1;
 const CTA_IP_V4_DST: u16 = 2;
 const CTA_IP_V6_SRC: u16 = 3;
 const CTA_IP_V6_DST: u16 = 4;
-/// Of one processor's counts, `enum ctattr_stats_cpu`.
+/// A counter of one processor, `enum ctattr_stats_cpu`.
 const CTA_STATS_INSERT_FAILED: u16 = 9;
 /// Length of `struct nfgenmsg`.
 const NFGENMSG: usize = 4;
-/// How many deletions go out in one datagram; the acknowledgements must fit into the socket's buffer.
+/// Deletions per datagram. Their acknowledgements must fit into the socket's receive buffer.
 const BATCH: usize = 64;
 
-/// The connections whose mark, in the bits of `mask`, is `mark`. The kernel looks, so that a big table is cheap.
+/// Selects the connections whose mark equals `mark` in the bits of `mask`. The kernel filters, which keeps a large table
+/// cheap.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Marked {
+pub struct MarkFilter {
     /// The mark.
     pub mark: u32,
-    /// The bits of it that count; 0: every connection.
+    /// The bits to compare; 0 selects every connection.
     pub mask: u32,
 }
 
-impl Marked {
-    /// Whether this is one of them.
-    pub fn has(&self, connection: &Connection) -> bool {
+impl MarkFilter {
+    /// Whether it selects `connection`.
+    pub fn matches(&self, connection: &Connection) -> bool {
         connection.mark & self.mask == self.mark & self.mask
     }
 }
 
-/// A connection.
+/// A tracked connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Connection {
-    /// Who began it.
+    /// The client.
     pub source: IpAddr,
-    /// With whom, as the beginner sees it.
+    /// The server's address as the client sees it.
     pub destination: IpAddr,
-    /// Who answers: the destination, or what it was translated to.
+    /// The source of the replies: the destination, or the address that it was translated to.
     pub reply_source: IpAddr,
-    /// To whom the answers go: the source, or what it was translated to.
+    /// The destination of the replies: the source, or the address that it was translated to.
     pub reply_destination: IpAddr,
-    /// Its IP protocol.
+    /// The IP protocol.
     pub protocol: u8,
-    /// From which port is answered, if the protocol has ports.
+    /// The source port of the replies, if the protocol has ports.
     pub reply_port: Option<u16>,
-    /// Its mark.
+    /// The connection mark.
     pub mark: u32,
-    /// What the kernel calls it for as long as it lasts (`nf_ct_get_id`); 0 if it does not say.
+    /// The kernel's id of the entry (`nf_ct_get_id`); 0 if the kernel gives none.
     pub id: u32,
-    /// As its beginner sends it, with the ports.
+    /// The original direction, with the ports.
     pub out: Option<Tuple>,
 }
 
-/// What becomes of a connection's entry.
+/// What to do with a connection's entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Fate {
-    /// It stays.
-    Stays,
-    /// It is forgotten.
-    Forgotten,
-    /// It is forgotten, and for a second an entry with this mark lets in what the other end has sent before it could
-    /// know. There is none for other protocols than TCP and UDP, nor if the destination was translated.
-    Followed(u32),
-    /// It is forgotten, and this one takes its place; with a mark, what the other end has sent before is let in as well.
-    Replaced(Translated, Option<u32>),
+pub enum EntryAction {
+    /// Keep the entry.
+    Keep,
+    /// Delete the entry.
+    Delete,
+    /// Delete the entry, and for one second admit replies in flight by an entry with this mark. Only for TCP and UDP, and
+    /// only if the destination was not translated.
+    DeleteAdmittingReplies(u32),
+    /// Replace the entry by this one. With a mark, also admit replies in flight to the old entry.
+    Replace(Translated, Option<u32>),
 }
 
-/// All connections with that mark.
-///
-/// # Errors
-/// The kernel's refusal.
-pub fn list(socket: &mut Socket, marked: Marked) -> Result<Vec<Connection>> {
+/// Lists the connections that `marked` selects.
+pub fn list(socket: &mut Socket, marked: MarkFilter) -> Result<Vec<Connection>> {
     select(socket, marked, Some)
 }
 
-/// Forgets the connections with that mark that `doomed` picks, and returns how many. Those that end by themselves in
-/// the meantime do not count.
+/// Deletes the selected connections for which `doomed` returns true, and returns how many it deleted. Connections that
+/// end by themselves in the meantime do not count.
 ///
-/// This reads and deletes synchronously: about 5 µs for each connection with the mark.
+/// This reads and deletes synchronously: about 5 µs for each selected connection.
 ///
 /// # Errors
-/// The kernel's refusal; some may have been forgotten by then.
-pub fn delete(socket: &mut Socket, marked: Marked, doomed: impl Fn(&Connection) -> bool) -> Result<usize> {
-    settle(socket, marked, |c| if doomed(c) { Fate::Forgotten } else { Fate::Stays })
+/// The table cannot be read, or the kernel rejected a deletion; other connections may have been deleted.
+pub fn delete(socket: &mut Socket, marked: MarkFilter, doomed: impl Fn(&Connection) -> bool) -> Result<usize> {
+    update_entries(socket, marked, |c| if doomed(c) { EntryAction::Delete } else { EntryAction::Keep })
 }
 
-/// As [`delete`], for connections of which some have to be [`Followed`](Fate::Followed).
+/// Does to each selected connection's entry what `action` returns. Returns how many entries it deleted or replaced.
 ///
 /// # Errors
-/// The kernel's refusal; some may have been forgotten by then.
-pub fn settle(socket: &mut Socket, marked: Marked, fate: impl Fn(&Connection) -> Fate) -> Result<usize> {
+/// As [`delete`].
+pub fn update_entries(socket: &mut Socket, marked: MarkFilter, action: impl Fn(&Connection) -> EntryAction) -> Result<usize> {
     let found = select_raw(socket, marked, |connection, raw| {
-        let (late, heir) = match fate(&connection) {
-            Fate::Stays => return None,
-            Fate::Forgotten => (None, None),
-            Fate::Followed(mark) => (Some(mark), None),
-            Fate::Replaced(heir, late) => (late, Some(heir.request())),
+        let (admitted, replacement) = match action(&connection) {
+            EntryAction::Keep => return None,
+            EntryAction::Delete => (None, None),
+            EntryAction::DeleteAdmittingReplies(mark) => (Some(mark), None),
+            EntryAction::Replace(replacement, admitted) => (admitted, Some(replacement.request())),
         };
-        let late = late.and_then(|mark| in_flight_reply::after(raw, mark));
-        Some(Deletion { request: request(raw)?, followers: late.into_iter().chain(heir).collect() })
+        let admitted = admitted.and_then(|mark| in_flight_reply::after(raw, mark));
+        Some(Deletion { request: request(raw)?, insertions: admitted.into_iter().chain(replacement).collect() })
     })?;
     delete_all(socket, &found)
 }
 
-/// How many packets the kernel has dropped, on all processors, because another connection had the place in the table that
-/// theirs would have taken (`insert_failed` of `conntrack -S`). They are counted modulo 2^32 by each processor.
-///
-/// # Errors
-/// The kernel's refusal.
+/// How many packets the kernel has dropped, on all processors, because another connection had the same tuple
+/// (`insert_failed` of `conntrack -S`). Each processor counts modulo 2^32.
 pub fn insertions_failed(socket: &mut Socket) -> Result<u64> {
     let counted = socket.dump(IPCTNL_MSG_CT_GET_STATS_CPU, &[0; NFGENMSG], u64::default, |sum, message| {
         let all = attributes(message.get(NFGENMSG..).unwrap_or_default());
         let failed = all.filter(|(kind, _)| *kind == CTA_STATS_INSERT_FAILED);
         *sum += failed.filter_map(|(_, n)| Some(u64::from(u32::from_be_bytes(n.try_into().ok()?)))).sum::<u64>();
     });
-    counted.context("cannot read what connection tracking has counted")
+    counted.context("cannot read the counters of connection tracking")
 }
 
-/// A connection that is forgotten, and the entries that take its place.
+/// A request that deletes a connection's entry, and the requests that create entries in its place.
 struct Deletion {
     request: Vec<u8>,
-    followers: Vec<Vec<u8>>,
+    insertions: Vec<Vec<u8>>,
 }
 
 fn delete_all(socket: &mut Socket, requests: &[Deletion]) -> Result<usize> {
@@ -171,12 +169,12 @@ fn delete_all(socket: &mut Socket, requests: &[Deletion]) -> Result<usize> {
     Ok(deleted)
 }
 
-/// Forgets connections that one of the addresses has begun or answers, whatever their mark, which `doomed` picks, and
-/// returns how many.
+/// Deletes the connections whose source or reply source is one of the addresses, with any mark, for which `doomed` returns
+/// true. Returns how many.
 ///
 /// # Errors
-/// The kernel's refusal; some may have been forgotten by then.
-pub fn delete_of(
+/// As [`delete`].
+pub fn delete_by_address(
     socket: &mut Socket,
     addresses: &BTreeSet<IpAddr>,
     doomed: impl Fn(&Connection) -> bool,
@@ -184,25 +182,25 @@ pub fn delete_of(
     let is_doomed =
         |c: &Connection| (addresses.contains(&c.source) || addresses.contains(&c.reply_source)) && doomed(c);
     let ends = [(CTA_TUPLE_ORIG, CTA_FILTER_ORIG_FLAGS), (CTA_TUPLE_REPLY, CTA_FILTER_REPLY_FLAGS)];
-    delete_by(socket, addresses, &ends, is_doomed)
+    delete_matching(socket, addresses, &ends, is_doomed)
 }
 
-/// Forgets connections that one of the addresses has begun, whatever their mark, which `doomed` picks, and returns how
-/// many.
+/// Deletes the connections whose source is one of the addresses, with any mark, for which `doomed` returns true. Returns
+/// how many.
 ///
 /// # Errors
-/// The kernel's refusal; some may have been forgotten by then.
-pub fn delete_begun_by(
+/// As [`delete`].
+pub fn delete_by_source(
     socket: &mut Socket,
     addresses: &BTreeSet<IpAddr>,
     mut doomed: impl FnMut(&Connection) -> bool,
 ) -> Result<usize> {
     let is_doomed = |c: &Connection| addresses.contains(&c.source) && doomed(c);
-    delete_by(socket, addresses, &[(CTA_TUPLE_ORIG, CTA_FILTER_ORIG_FLAGS)], is_doomed)
+    delete_matching(socket, addresses, &[(CTA_TUPLE_ORIG, CTA_FILTER_ORIG_FLAGS)], is_doomed)
 }
 
-/// As [`delete_of`], of connections with the addresses in these tuples.
-fn delete_by(
+/// As [`delete_by_address`], for connections with one of the addresses as the source of one of these tuples.
+fn delete_matching(
     socket: &mut Socket,
     addresses: &BTreeSet<IpAddr>,
     ends: &[(u16, u16)],
@@ -212,10 +210,10 @@ fn delete_by(
         return Ok(0);
     }
     let mut doomed = |c: Connection, raw: &[u8]| {
-        Some(Deletion { request: is_doomed(&c).then(|| request(raw))??, followers: Vec::new() })
+        Some(Deletion { request: is_doomed(&c).then(|| request(raw))??, insertions: Vec::new() })
     };
     if is_worth_reading(ends.len() * addresses.len()) {
-        let found = select_raw(socket, Marked { mark: 0, mask: 0 }, doomed)?;
+        let found = select_raw(socket, MarkFilter { mark: 0, mask: 0 }, doomed)?;
         return delete_all(socket, &found);
     }
     let mut deleted = 0;
@@ -235,8 +233,8 @@ fn delete_by(
     Ok(deleted)
 }
 
-/// Whether it costs less to read the table once than to have the kernel search it so many times. Each search goes through
-/// the whole of it, empty or not; reading takes as long as that, and as going through `BUCKETS` more for each connection.
+/// Whether reading the table once costs less than `searches` filtered dumps. Each filtered dump walks all buckets, empty
+/// or not. Reading costs one walk, and as much as `BUCKETS` more buckets for each connection.
 fn is_worth_reading(searches: usize) -> bool {
     const BUCKETS: usize = 150;
     let number = |what: &str| -> Option<usize> {
@@ -246,23 +244,23 @@ fn is_worth_reading(searches: usize) -> bool {
     connections.saturating_mul(BUCKETS) < (searches - 1).saturating_mul(buckets)
 }
 
-fn select<T>(socket: &mut Socket, marked: Marked, mut pick: impl FnMut(Connection) -> Option<T>) -> Result<Vec<T>> {
+fn select<T>(socket: &mut Socket, marked: MarkFilter, mut pick: impl FnMut(Connection) -> Option<T>) -> Result<Vec<T>> {
     select_raw(socket, marked, |connection, _| pick(connection))
 }
 
 fn select_raw<T>(
     socket: &mut Socket,
-    marked: Marked,
+    marked: MarkFilter,
     mut pick: impl FnMut(Connection, &[u8]) -> Option<T>,
 ) -> Result<Vec<T>> {
-    // AF_UNSPEC: both families.
+    // AF_UNSPEC selects both families.
     let mut filter = vec![0; NFGENMSG];
     if marked.mask != 0 {
         filter.be32(CTA_MARK, marked.mark);
         filter.be32(CTA_MARK_MASK, marked.mask);
     }
     select_filtered(socket, &filter, |connection, message| {
-        marked.has(&connection).then(|| pick(connection, message)).flatten()
+        marked.matches(&connection).then(|| pick(connection, message)).flatten()
     })
 }
 
@@ -309,7 +307,7 @@ fn protocol_and_source_port(tuple: &[u8]) -> (u8, Option<u16>) {
     (protocol, port)
 }
 
-/// Source and destination.
+/// The source and the destination of a tuple.
 fn tuple(value: &[u8]) -> Option<(IpAddr, IpAddr)> {
     let (_, addresses) = attributes(value).find(|(kind, _)| *kind == CTA_TUPLE_IP)?;
     let (mut source, mut destination) = (None, None);
@@ -333,8 +331,8 @@ fn v6(bytes: &[u8]) -> Option<IpAddr> {
     <[u8; 16]>::try_from(bytes).ok().map(|b| Ipv6Addr::from(b).into())
 }
 
-/// What names one connection: its tuple and zone, and its id, so that another one that has taken its place since
-/// stays.
+/// A request that identifies one connection by its tuple, zone and id. The id keeps a newer connection with the same tuple
+/// from being deleted instead.
 fn request(message: &[u8]) -> Option<Vec<u8>> {
     let (header, rest) = message.split_at_checked(NFGENMSG)?;
     let mut request = header.to_vec();
@@ -348,10 +346,10 @@ fn request(message: &[u8]) -> Option<Vec<u8>> {
     Some(request)
 }
 
-/// Sends deletions in one datagram, each with the entries that follow, and returns how many connections were there.
+/// Sends deletions in one datagram, each followed by the entries that take its place. Returns how many connections existed.
 fn send(socket: &mut Socket, requests: &[Deletion]) -> Result<usize, Error> {
     let mut datagram = Vec::new();
-    let (mut deletions, mut followers) = (BTreeSet::new(), BTreeSet::new());
+    let (mut deletions, mut insertions) = (BTreeSet::new(), BTreeSet::new());
     for deletion in requests {
         let mut append = |kind, flags, pending: &mut BTreeSet<u32>, request: &[u8]| {
             let sequence = socket.next_sequence();
@@ -360,21 +358,21 @@ fn send(socket: &mut Socket, requests: &[Deletion]) -> Result<usize, Error> {
             append_message(&mut datagram, kind, flags, sequence, |m| m.extend_from_slice(request));
         };
         append(IPCTNL_MSG_CT_DELETE, 0, &mut deletions, &deletion.request);
-        // Right behind it, for both have the same place in the kernel's table.
-        for follower in &deletion.followers {
-            append(IPCTNL_MSG_CT_NEW, NLM_F_CREATE | NLM_F_EXCL, &mut followers, follower);
+        // Directly after the deletion, because the new entry has the same tuple.
+        for insertion in &deletion.insertions {
+            append(IPCTNL_MSG_CT_NEW, NLM_F_CREATE | NLM_F_EXCL, &mut insertions, insertion);
         }
     }
     socket.send(&datagram)?;
     let (mut deleted, mut refused) = (0, None);
-    while !(deletions.is_empty() && followers.is_empty()) {
+    while !(deletions.is_empty() && insertions.is_empty()) {
         socket.receive(|m| {
             if m.kind != NLMSG_ERROR {
                 return;
             }
-            // A follower that cannot be is a packet's loss, and its connection lives on.
+            // If a new entry is rejected, at most some packets are lost and the connection lives on.
             if !deletions.remove(&m.sequence) {
-                followers.remove(&m.sequence);
+                insertions.remove(&m.sequence);
                 return;
             }
             match m.acknowledgement() {
@@ -393,7 +391,7 @@ mod tests {
     use proptest::collection::vec;
     use proptest::prelude::*;
 
-    /// A connection as the kernel tells of it, and what else stands there.
+    /// A connection as the kernel encodes it, with further attributes.
     fn entry(of: [[u8; 4]; 4], mark: u32, more: &[(u16, Vec<u8>)]) -> Vec<u8> {
         let mut message = vec![AF_INET as u8, 0, 0, 0];
         for (tuple, [source, destination]) in [(CTA_TUPLE_ORIG, [of[0], of[1]]), (CTA_TUPLE_REPLY, [of[2], of[3]])] {
@@ -411,7 +409,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_the_kernel_tells_is_understood_and_what_is_cut_short_is_nothing_else(
+        fn a_connection_is_parsed_and_a_truncated_one_is_no_other(
             of in any::<[[u8; 4]; 4]>(), mark in any::<u32>(), more in vec((200u16..300, vec(any::<u8>(), 0..9)), 0..4),
             cut in any::<prop::sample::Index>(), broken in any::<(prop::sample::Index, u8)>(),
         ) {
@@ -420,20 +418,22 @@ mod tests {
             let (protocol, reply_port, id) = (0, None, 0);
             let read = parse(&whole);
             let out = read.as_ref().and_then(|read| read.out);
-            let told = Connection { source, destination, reply_source, reply_destination, protocol, reply_port, mark, id, out };
-            prop_assert_eq!(read, Some(told));
+            let expected = Connection {
+                source, destination, reply_source, reply_destination, protocol, reply_port, mark, id, out,
+            };
+            prop_assert_eq!(read, Some(expected));
             if let Some(read) = parse(&whole[..cut.index(whole.len())]) {
                 prop_assert_eq!((read.source, read.reply_destination), (source, reply_destination));
             }
             let (at, byte) = broken;
-            let mut spoilt = whole;
-            let at = at.index(spoilt.len());
-            spoilt[at] = byte;
-            drop((parse(&spoilt), request(&spoilt), in_flight_reply::after(&spoilt, mark)));
+            let mut corrupted = whole;
+            let at = at.index(corrupted.len());
+            corrupted[at] = byte;
+            drop((parse(&corrupted), request(&corrupted), in_flight_reply::after(&corrupted, mark)));
         }
 
         #[test]
-        fn any_bytes_are_no_reason_to_panic(bytes in vec(any::<u8>(), 0..120)) {
+        fn arbitrary_bytes_cause_no_panic(bytes in vec(any::<u8>(), 0..120)) {
             drop((parse(&bytes), request(&bytes), in_flight_reply::after(&bytes, 1)));
         }
     }

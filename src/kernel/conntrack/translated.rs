@@ -1,7 +1,7 @@
-//! Connections with their translation: read one by one, and made.
+//! Connections with their translation: looked up one by one, and inserted.
 //!
-//! A connection whose source port was changed is known by its translation alone. An entry that is made here has what the
-//! connection's own entry on another node has, so that its next packet is translated as its first one was.
+//! If the kernel changed a connection's source port, only its entry knows the translation. An entry that is inserted here
+//! copies the entry of another node, so that the connection's next packet is translated as before.
 
 use super::in_flight_reply::{ASSURED, ESTABLISHED, established, to};
 use super::tuple::Tuple;
@@ -15,60 +15,61 @@ const CTA_NAT_SRC: u16 = 6;
 const CTA_TIMEOUT: u16 = 7;
 const CTA_PROTOINFO_TCP: u16 = 1;
 const CTA_PROTOINFO_TCP_STATE: u16 = 1;
-/// `TCP_CONNTRACK_TIME_WAIT`, `_CLOSE`, include/uapi/linux/netfilter/nf_conntrack_tcp.h: both ends have closed it, or one
-/// has reset it.
+/// `TCP_CONNTRACK_TIME_WAIT`, `_CLOSE`, include/uapi/linux/netfilter/nf_conntrack_tcp.h: both ends have closed the
+/// connection, or one has reset it.
 const TCP_IS_OVER: [u8; 2] = [7, 8];
 /// `IPS_SEEN_REPLY`, include/uapi/linux/netfilter/nf_conntrack_common.h.
 const SEEN_REPLY: u32 = 1 << 1;
 
-/// A connection as it is tracked.
+/// A tracked connection with its ports and its state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Tracked {
-    /// The direction in which it was begun, before translation.
+    /// The original direction, before translation.
     pub out: Tuple,
-    /// What the answers look like, before they are translated back.
+    /// The reply direction, before the replies are translated back.
     pub back: Tuple,
-    /// Its mark.
+    /// The connection mark.
     pub mark: u32,
-    /// In how many seconds it is forgotten, if it goes on saying nothing. 0: not known.
+    /// Seconds until the idle entry expires; 0 if unknown.
     pub timeout: u32,
-    /// Whether it has ended, and is still remembered for stray packets.
+    /// Whether the connection has ended and its entry remains for late packets.
     pub is_over: bool,
-    /// Whether both ends have spoken; of TCP, whether it is established and neither end has closed it.
+    /// Whether packets have been seen in both directions. For TCP, whether the connection is established and neither end
+    /// has closed it.
     pub is_established: bool,
 }
 
 impl Tracked {
-    /// Whether its source port was changed, and nothing but its source.
+    /// Whether translation changed the source address and port, and nothing else.
     pub fn has_changed_port(&self) -> bool {
         let same_server = (self.out.destination, self.out.ports[1]) == (self.back.source, self.back.ports[0]);
         same_server && self.out.ports[0] != self.back.ports[1] && self.out.source != self.back.destination
     }
 }
 
-/// A connection that is to be tracked as one that is established, with its source translated.
+/// An established connection with a translated source, to be inserted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Translated {
-    /// As its beginner sends it.
+    /// The original direction.
     pub out: Tuple,
-    /// The address that its source is translated to.
+    /// The address that the source is translated to.
     pub address: IpAddr,
-    /// The port that its source port is translated to.
+    /// The port that the source port is translated to.
     pub port: u16,
-    /// Its mark.
+    /// The connection mark.
     pub mark: u32,
-    /// In how many seconds it is forgotten if nothing comes.
+    /// Seconds until the idle entry expires.
     pub timeout: u32,
 }
 
 impl Translated {
-    /// What its answers look like.
+    /// The reply direction.
     pub fn back(&self) -> Tuple {
         Tuple { destination: self.address, ports: [self.out.ports[1], self.port], ..self.out.reversed() }
     }
 
-    /// The request that makes it. The kernel translates to this port or makes nothing (`nf_nat_setup_info`,
-    /// `nf_conntrack_hash_check_insert`).
+    /// The request that inserts the entry. The kernel translates to exactly this port or inserts nothing
+    /// (`nf_nat_setup_info`, `nf_conntrack_hash_check_insert`).
     pub(super) fn request(&self) -> Vec<u8> {
         let mut request = self.out.header();
         request.nested(CTA_TUPLE_ORIG, |tuple| self.out.write(tuple));
@@ -84,45 +85,33 @@ impl Translated {
     }
 }
 
-/// What became of an entry that was to be made.
+/// The result of an insertion.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Made {
-    /// It is there.
-    There,
-    /// Another connection has its place, at one of its ends.
-    Taken,
+pub enum Insertion {
+    /// The entry is in the table.
+    Present,
+    /// Another connection has the same tuple in one direction.
+    Conflict,
 }
 
-/// The connection with these answers, or the one that was begun so.
-///
-/// # Errors
-/// The kernel's refusal.
-pub fn find_by_answers(socket: &mut Socket, back: &Tuple) -> Result<Option<Tracked>, Error> {
+/// Finds the connection that has this tuple in one of its directions, usually the reply direction.
+pub fn find_by_reply(socket: &mut Socket, back: &Tuple) -> Result<Option<Tracked>, Error> {
     Ok(find(socket, CTA_TUPLE_REPLY, back)?.and_then(|message| parse_tracked(&message)))
 }
 
-/// The connection that was begun so.
-///
-/// # Errors
-/// The kernel's refusal.
-pub fn find_by_request(socket: &mut Socket, out: &Tuple) -> Result<Option<Tracked>, Error> {
+/// Finds the connection that has this tuple in one of its directions, usually the original direction.
+pub fn find_by_original(socket: &mut Socket, out: &Tuple) -> Result<Option<Tracked>, Error> {
     Ok(find(socket, CTA_TUPLE_ORIG, out)?.and_then(|message| parse_tracked(&message)))
 }
 
-/// All connections with that mark that `pick` wants.
-///
-/// # Errors
-/// The kernel's refusal.
-pub fn list_tracked(socket: &mut Socket, marked: Marked, pick: impl Fn(&Tracked) -> bool) -> Result<Vec<Tracked>> {
+/// Lists the connections that `marked` selects and for which `pick` returns true.
+pub fn list_tracked(socket: &mut Socket, marked: MarkFilter, pick: impl Fn(&Tracked) -> bool) -> Result<Vec<Tracked>> {
     select_raw(socket, marked, |_, message| parse_tracked(message).filter(&pick))
 }
 
-/// Makes the entry. If it is there, its mark and its time are set, and its TCP windows count no more; another connection that was begun in the same way
-/// gives place if `gives_place` says so.
-///
-/// # Errors
-/// The kernel's refusal.
-pub fn make(socket: &mut Socket, wanted: &Translated, gives_place: impl Fn(&Tracked) -> bool) -> Result<Made, Error> {
+/// Inserts the entry. If it exists, its mark and timeout are set and its TCP window checks are turned off. Another
+/// connection with the same original tuple is deleted first if `gives_place` returns true for it.
+pub fn insert_or_update(socket: &mut Socket, wanted: &Translated, gives_place: impl Fn(&Tracked) -> bool) -> Result<Insertion, Error> {
     if let Some(message) = find(socket, CTA_TUPLE_ORIG, &wanted.out)? {
         match parse_tracked(&message) {
             Some(there) if there.out == wanted.out && there.back == wanted.back() => {
@@ -131,40 +120,34 @@ pub fn make(socket: &mut Socket, wanted: &Translated, gives_place: impl Fn(&Trac
                 update.be32(CTA_TIMEOUT, wanted.timeout);
                 update.be32(CTA_MARK, wanted.mark);
                 if wanted.out.protocol == TCP {
-                    // What has been said on another node meanwhile would be outside of the windows as they are here.
+                    // Data that passed through another node meanwhile would be outside of this node's windows.
                     established(&mut update);
                 }
                 return match socket.request(IPCTNL_MSG_CT_NEW, 0, &update) {
-                    Ok(()) => Ok(Made::There),
-                    // It has ended meanwhile.
-                    Err(e) if e.errno() == Some(ENOENT) => Ok(Made::Taken),
+                    Ok(()) => Ok(Insertion::Present),
+                    // The entry has expired meanwhile.
+                    Err(e) if e.errno() == Some(ENOENT) => Ok(Insertion::Conflict),
                     Err(e) => Err(e),
                 };
             }
             Some(other) if gives_place(&other) => remove(socket, &message)?,
-            _ => return Ok(Made::Taken),
+            _ => return Ok(Insertion::Conflict),
         }
     }
-    create(socket, wanted)
+    insert(socket, wanted)
 }
 
-/// Makes the entry, if no other connection has its place.
-///
-/// # Errors
-/// The kernel's refusal.
-pub fn create(socket: &mut Socket, wanted: &Translated) -> Result<Made, Error> {
+/// Inserts the entry if no other connection has one of its tuples.
+pub fn insert(socket: &mut Socket, wanted: &Translated) -> Result<Insertion, Error> {
     match socket.request(IPCTNL_MSG_CT_NEW, NLM_F_CREATE | NLM_F_EXCL, &wanted.request()) {
-        Ok(()) => Ok(Made::There),
-        Err(e) if e.errno() == Some(EEXIST) => Ok(Made::Taken),
+        Ok(()) => Ok(Insertion::Present),
+        Err(e) if e.errno() == Some(EEXIST) => Ok(Insertion::Conflict),
         Err(e) => Err(e),
     }
 }
 
-/// Forgets a connection, if `doomed` says so of what is there.
-///
-/// # Errors
-/// The kernel's refusal.
-pub fn forget(socket: &mut Socket, out: &Tuple, doomed: impl Fn(&Tracked) -> bool) -> Result<(), Error> {
+/// Deletes the connection with the original tuple `out` if `doomed` returns true for it.
+pub fn delete_one(socket: &mut Socket, out: &Tuple, doomed: impl Fn(&Tracked) -> bool) -> Result<(), Error> {
     match find(socket, CTA_TUPLE_ORIG, out)? {
         Some(message) if parse_tracked(&message).is_some_and(|there| there.out == *out && doomed(&there)) => {
             remove(socket, &message)
@@ -181,7 +164,7 @@ fn remove(socket: &mut Socket, message: &[u8]) -> Result<(), Error> {
     }
 }
 
-/// The kernel's message about the connection that has this tuple, in one of its directions.
+/// The kernel's message about the connection that has this tuple in one of its directions.
 fn find(socket: &mut Socket, kind: u16, tuple: &Tuple) -> Result<Option<Vec<u8>>, Error> {
     let mut request = tuple.header();
     request.nested(kind, |t| tuple.write(t));
@@ -202,7 +185,7 @@ fn parse_tracked(message: &[u8]) -> Option<Tracked> {
             CTA_TIMEOUT => timeout = u32::from_be_bytes(value.try_into().ok()?),
             CTA_STATUS => status = u32::from_be_bytes(value.try_into().ok()?),
             CTA_PROTOINFO => state = tcp_state(value),
-            // What a CNI has set apart by a zone is none of Egret's.
+            // Connections in a zone are another program's, such as a CNI's; Egret uses none here.
             CTA_ZONE => return None,
             _ => {}
         }

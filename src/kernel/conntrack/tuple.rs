@@ -1,24 +1,24 @@
-//! One direction of a connection, with its ports.
+//! The tuple of one direction of a connection, with its ports.
 
 use super::*;
 
 const CTA_PROTO_DST_PORT: u16 = 3;
 
-/// Who sends to whom.
+/// One direction of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Tuple {
     /// The sender's address.
     pub source: IpAddr,
     /// The receiver's address.
     pub destination: IpAddr,
-    /// The number of the protocol.
+    /// The IP protocol number.
     pub protocol: u8,
-    /// The sender's port and the receiver's.
+    /// The sender's port and the receiver's port.
     pub ports: [u16; 2],
 }
 
 impl Tuple {
-    /// From the content of `CTA_TUPLE_ORIG` or `CTA_TUPLE_REPLY`.
+    /// Parses the content of `CTA_TUPLE_ORIG` or `CTA_TUPLE_REPLY`.
     pub(super) fn parse(tuple: &[u8]) -> Option<Tuple> {
         let (source, destination) = super::tuple(tuple)?;
         let mut found = Tuple { source, destination, protocol: 0, ports: [0; 2] };
@@ -60,7 +60,7 @@ impl Tuple {
         });
     }
 
-    /// `struct nfgenmsg` for requests about it.
+    /// `struct nfgenmsg` of the tuple's family.
     pub(super) fn header(&self) -> Vec<u8> {
         let mut header = vec![0; NFGENMSG];
         header[0] = if self.source.is_ipv4() { AF_INET as u8 } else { AF_INET6 as u8 };

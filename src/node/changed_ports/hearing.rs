@@ -3,7 +3,7 @@
 use super::message::{Changed, Message};
 use super::replicas::Replica;
 use super::task::{AT_ONCE, Task};
-use crate::kernel::conntrack::{self, Made, Tracked};
+use crate::kernel::conntrack::{self, Insertion, Tracked};
 use crate::model::mac::Mac;
 use std::io;
 use std::time::Duration;
@@ -71,7 +71,7 @@ impl Task {
             // A pod of this node's: it goes through the tunnel by an entry of its own, until its allocation comes here.
             return;
         }
-        let there = owns.then(|| conntrack::find_by_request(&mut self.table, &changed.out).ok().flatten()).flatten();
+        let there = owns.then(|| conntrack::find_by_original(&mut self.table, &changed.out).ok().flatten()).flatten();
         if there.is_some_and(|there| there.back == replica.back()) {
             // This node has just become the owner, and the connection goes through it already.
             return;
@@ -83,9 +83,9 @@ impl Task {
             true => there.mark == mark && there.back == there.out.reversed(),
             false => there.mark & marks.connection_kind_mask() == marks.connection_of_peer(0),
         };
-        match conntrack::make(&mut self.table, &replica.translated(now), gives_place) {
-            Ok(Made::There) => {}
-            Ok(Made::Taken) => drop(self.figures.taken.inc()),
+        match conntrack::insert_or_update(&mut self.table, &replica.translated(now), gives_place) {
+            Ok(Insertion::Present) => {}
+            Ok(Insertion::Conflict) => drop(self.figures.taken.inc()),
             Err(e) => self.complain(&e),
         }
     }
@@ -107,7 +107,7 @@ impl Task {
         }
         let (kind, of_peer) = (self.marks.connection_kind_mask(), self.marks.connection_of_peer(0));
         let is_it = |there: &Tracked| there.mark & kind == of_peer && there.back == replica.back();
-        if let Err(e) = conntrack::forget(&mut self.table, &changed.out, is_it) {
+        if let Err(e) = conntrack::delete_one(&mut self.table, &changed.out, is_it) {
             self.complain(&e);
         }
     }

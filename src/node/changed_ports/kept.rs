@@ -6,7 +6,7 @@ use super::message::{Changed, Message};
 use super::task::Task;
 use crate::api::AddressPair;
 use crate::datapath::names::{HEALTH, of_mac};
-use crate::kernel::conntrack::{self, Made, Marked, Tracked, Translated, Tuple};
+use crate::kernel::conntrack::{self, Insertion, MarkFilter, Tracked, Translated, Tuple};
 use crate::kernel::nft::rule::protocol::{TCP, UDP};
 use crate::model::mac::Mac;
 use crate::model::marks::{EgressId, Marks};
@@ -99,7 +99,7 @@ impl Task {
         let mut found = Vec::new();
         if !holders.is_empty() {
             let marks = self.marks;
-            let of_pods = Marked { mark: marks.connection(0), mask: marks.connection_of_allocation_mask() };
+            let of_pods = MarkFilter { mark: marks.connection(0), mask: marks.connection_of_allocation_mask() };
             // What still has the egress IP's translation here is told of when it has it no more (`hear_gone`):
             // what the next owner translates back has to be known here.
             let is_there = |tracked: &Tracked| {
@@ -146,16 +146,16 @@ impl Task {
             return;
         }
         let Changed { out, address, port, .. } = changed;
-        let made = conntrack::find_by_request(&mut self.table, &out).and_then(|there| match there {
-            Some(_) => Ok(Made::There),
+        let made = conntrack::find_by_original(&mut self.table, &out).and_then(|there| match there {
+            Some(_) => Ok(Insertion::Present),
             None => {
                 let wanted = Translated { out, address, port, mark, timeout: seconds.clamp(1, LONGEST) };
-                conntrack::create(&mut self.table, &wanted)
+                conntrack::insert(&mut self.table, &wanted)
             }
         });
         match made {
-            Ok(Made::There) => {}
-            Ok(Made::Taken) => drop(self.figures.taken.inc()),
+            Ok(Insertion::Present) => {}
+            Ok(Insertion::Conflict) => drop(self.figures.taken.inc()),
             Err(e) => self.complain(&e),
         }
     }

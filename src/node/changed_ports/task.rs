@@ -8,7 +8,7 @@ use super::replicas::Replicas;
 use super::roles::Roles;
 use crate::datapath::node_messages::NodeMessages;
 use crate::datapath::port_log::{Heard, PortLog};
-use crate::kernel::conntrack::{self, Marked, Tracked, Tuple};
+use crate::kernel::conntrack::{self, MarkFilter, Tracked, Tuple};
 use crate::kernel::netlink::{self, NETLINK_NETFILTER, Socket};
 use crate::model::marks::Marks;
 use std::collections::{BTreeMap, BTreeSet};
@@ -245,7 +245,7 @@ impl Task {
 
     /// Finds the connection with these answers in the kernel's table.
     fn find(&mut self, back: Tuple, tries: u8) {
-        match conntrack::find_by_answers(&mut self.table, &back) {
+        match conntrack::find_by_reply(&mut self.table, &back) {
             Ok(Some(tracked)) => self.note(&tracked),
             Ok(None) if tries < TRIES && self.unfound.len() < AT_ONCE => {
                 self.unfound.push((back, tries + 1));
@@ -296,7 +296,7 @@ impl Task {
     fn look_at_owned(&mut self, now: Instant) {
         let mut ended = Vec::new();
         for changed in self.owned.due(now, LOOKS) {
-            match conntrack::find_by_request(&mut self.table, &changed.out) {
+            match conntrack::find_by_original(&mut self.table, &changed.out) {
                 Ok(Some(tracked)) if self.roles.told(&tracked, self.marks) == Some(changed) => {
                     if self.owned.lives(&changed.out, now) {
                         self.tell(changed, tracked.timeout);
@@ -331,8 +331,8 @@ impl Task {
         }
         self.read_at.retain(|at| *at > now);
         let marks = self.marks;
-        let of_peers = Marked { mark: marks.connection_of_peer(0), mask: marks.connection_kind_mask() };
-        let of_pods = Marked { mark: marks.connection(0), mask: marks.connection_of_allocation_mask() };
+        let of_peers = MarkFilter { mark: marks.connection_of_peer(0), mask: marks.connection_kind_mask() };
+        let of_pods = MarkFilter { mark: marks.connection(0), mask: marks.connection_of_allocation_mask() };
         for marked in [of_peers, of_pods] {
             match conntrack::list_tracked(&mut self.table, marked, Tracked::has_changed_port) {
                 Ok(found) => found.iter().for_each(|tracked| self.note(tracked)),
