@@ -1,5 +1,6 @@
-//! Gateways that die and allocations that are moved: how long connections are silent for it; and what it costs a gateway that
-//! many nodes ask whether it lives. `cargo bench --bench failover -- moves` measures one of `deaths`, `moves`, `probing`.
+//! Gateways that die and allocations that are moved: how long connections are silent for it; and what it costs a
+//! gateway that many nodes ask whether it lives. `cargo bench --bench failover -- moves` measures one of `deaths`,
+//! `moves`, `probing`.
 
 mod harness;
 
@@ -21,8 +22,8 @@ const UDP_PACE: Duration = Duration::from_millis(5);
 /// Until everybody has found out and everything has come to rest.
 const REST: Duration = Duration::from_millis(2500);
 
-/// What is asked for: silence of a busy session, the gap of UDP, silence with quick probing, what a thousand allocations may
-/// take more, silence when an allocation is moved.
+/// What is asked for: silence of a busy session, the gap of UDP, silence with quick probing, what a thousand
+/// allocations may take more, silence when an allocation is moved.
 const SILENCE: Duration = Duration::from_millis(1500);
 const GAP: Duration = Duration::from_millis(1100);
 const QUICK: Duration = Duration::from_millis(700);
@@ -30,7 +31,7 @@ const MORE: Duration = Duration::from_millis(200);
 const MOVED: Duration = Duration::from_millis(50);
 
 /// Nodes that ask, how often in all, and for how long in each round.
-const ASKING: usize = 1000;
+const PROBER: usize = 1000;
 const INTERVAL: Duration = Duration::from_millis(300);
 const ASKED: Duration = Duration::from_secs(6);
 const ASKED_ROUNDS: usize = 5;
@@ -289,10 +290,10 @@ fn probing() {
         .build();
     lab.host("fab").nft("delete table bridge wire");
     let directory = lab.manifests().path();
-    cluster::write_nodes(directory, ASKING);
+    cluster::write_nodes(directory, PROBER);
     cluster::write_policies(&lab, 1);
     cluster::write_gateway(directory, 1, &["g1"]);
-    let asker = questions::Asker::new(&lab, "g1", "sink", ASKING);
+    let asker = questions::Asker::new(&lab, "g1", "sink", PROBER);
     let daemon = lab.start_node("g1");
     lab.wait_ready("g1");
     lab.wait_until("the gateway answers everybody", Duration::from_secs(20), || {
@@ -312,7 +313,7 @@ fn probing() {
         idle.push(of(between - before, ASKED));
         asked.push(of(of_daemon() - between, ASKED));
     }
-    println!("A gateway is asked by {ASKING} nodes, each every {INTERVAL:?}:\n");
+    println!("A gateway is asked by {PROBER} nodes, each every {INTERVAL:?}:\n");
     let mut table = Table::default();
     let mut row = |what: &str, shares: &[f64]| {
         let share = median(shares);

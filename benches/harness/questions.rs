@@ -2,7 +2,7 @@
 //! from its own node's addresses, in the tunnel's packets.
 
 use super::cluster;
-use egret::datapath::names::{ASKING, HEALTH, TUNNEL_PORT, TUNNEL_VNI, of_mac};
+use egret::datapath::names::{HEALTH, PROBER, TUNNEL_PORT, TUNNEL_VNI, of_mac};
 use egret::model::mac::{self, Mac};
 use lab::host::Door;
 use lab::{EXT4, Lab};
@@ -117,7 +117,7 @@ pub fn run_time(schedstat: &std::path::Path) -> Duration {
 
 /// An Ethernet frame with an ICMPv6 echo request between two ends of the tunnel.
 fn echo_request(from: Mac, to: Mac) -> Vec<u8> {
-    let [source, destination] = [of_mac(ASKING, from), of_mac(HEALTH, to)].map(|a| a.octets());
+    let [source, destination] = [of_mac(PROBER, from), of_mac(HEALTH, to)].map(|a| a.octets());
     let mut message = [ECHO_REQUEST, 0, 0, 0, 0x12, 0x34, 0, 1];
     let length = message.len() as u8;
     let pseudo = [&source[..], &destination, &[0, 0, 0, length, 0, 0, 0, ICMPV6], &message].concat();
@@ -133,7 +133,8 @@ fn checksum(bytes: &[u8]) -> u16 {
     !((folded & 0xffff) + (folded >> 16)) as u16
 }
 
-/// VXLAN and UDP around a frame. As Linux sends it over IPv4, without a checksum; its source port is a hash of the flow.
+/// VXLAN and UDP around a frame. As Linux sends it over IPv4, without a checksum; its source port is a hash of the
+/// flow.
 fn tunnelled(frame: &[u8]) -> Vec<u8> {
     let vxlan = [VNI_VALID.to_be_bytes(), (TUNNEL_VNI << 8).to_be_bytes()].concat();
     let length = (8 + vxlan.len() + frame.len()) as u16;

@@ -34,9 +34,9 @@ pub fn run() -> Vec<Need> {
 
 /// What has ended is taken out of the table of tracked connections.
 fn connections() -> Need {
-    let ended = Socket::open(NETLINK_NETFILTER)
-        .map_err(anyhow::Error::from)
-        .and_then(|mut socket| conntrack::delete_by_address(&mut socket, &[Ipv4Addr::LOCALHOST.into()].into(), |_| true));
+    let ended = Socket::open(NETLINK_NETFILTER).map_err(anyhow::Error::from).and_then(|mut socket| {
+        conntrack::delete_by_address(&mut socket, &[Ipv4Addr::LOCALHOST.into()].into(), |_| true)
+    });
     let remedy = "needs CONFIG_NF_CT_NETLINK (module nf_conntrack_netlink): the connections of policies and pods that have \
                   ended would live on";
     let ended = ended.map(drop).map_err(|e| format!("{e:#}"));

@@ -1,7 +1,6 @@
-//! Egress addresses on their uplinks, and what other addresses the host has.
+//! The egress IPs on their uplinks, and the host's other addresses.
 //!
-//! An address is ours if it carries our protocol number (`IFA_PROTO`, Linux 5.18). All others are the host's or
-//! somebody else's and are never touched.
+//! Egret's addresses carry its protocol number (`IFA_PROTO`, Linux 5.18). Other addresses are never changed.
 
 use crate::datapath::names::{PROTOCOL, is_devices_own};
 use crate::datapath::sysctl;
@@ -16,34 +15,34 @@ use nix::libc::{EADDRNOTAVAIL, ENODEV};
 use std::collections::{BTreeSet, HashMap};
 use std::net::IpAddr;
 
-/// A lifetime without end (`INFINITY_LIFE_TIME`, include/net/addrconf.h).
+/// An unlimited lifetime (`INFINITY_LIFE_TIME`, include/net/addrconf.h).
 const FOREVER: u32 = u32::MAX;
 
-/// How many addresses are placed before they are told of.
+/// Addresses per batch; after each batch the caller is notified.
 const AT_ONCE: usize = 64;
 
-/// An egress address and the index of the interface that is to have it.
+/// An egress IP and the index of its interface.
 pub type Placed = (IpAddr, u32);
 
-/// An address that the host has.
+/// An address of the host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LocalAddress {
     /// The address.
     pub address: IpAddr,
-    /// The length of its network's prefix.
+    /// The prefix length of its network.
     pub prefix: u8,
-    /// The index of the interface that has it.
+    /// The index of its interface.
     pub ifindex: u32,
-    /// Who put it there (`IFA_PROTO`); 0 if nobody says so.
+    /// The protocol number of the program that added it (`IFA_PROTO`); 0 if unknown.
     pub protocol: u8,
-    /// Whether the host leaves it alone as a source of its own packets (IPv6 only).
+    /// Whether the host avoids it as a source of its own packets (IPv6 only).
     pub deprecated: bool,
-    /// Whether it cannot be used yet or any more: its uniqueness is being checked, or it was found not to be unique.
+    /// Whether it is unusable: duplicate address detection is running or has failed.
     pub tentative: bool,
 }
 
 impl LocalAddress {
-    /// Whether Egret put it there.
+    /// Whether Egret added it.
     pub fn is_ours(&self) -> bool {
         self.protocol == PROTOCOL
     }
@@ -52,29 +51,30 @@ impl LocalAddress {
         (self.address, self.ifindex)
     }
 
-    /// Whether it is as [`sync`] makes it.
+    /// Whether it has the prefix and flags that [`sync`] gives.
     fn is_right(&self) -> bool {
         self.prefix == host_prefix(self.address) && (self.address.is_ipv4() || self.deprecated)
     }
 }
 
-/// What [`sync`] did and found.
+/// The result of [`sync`].
 #[derive(Debug, Default)]
 pub struct Changes {
-    /// Put on, or put right.
+    /// Addresses that were added or corrected.
     pub added: Vec<Placed>,
-    /// Taken off.
+    /// Addresses that were removed.
     pub removed: Vec<Placed>,
-    /// Wanted, and there already on the interface of that index, but not Egret's: left alone.
+    /// Desired addresses that another program has added to the interface of that index; they are unchanged.
     pub foreign: Vec<Placed>,
-    /// Wanted and refused by the kernel.
+    /// Desired addresses that the kernel rejected.
     pub refused: Vec<(Placed, anyhow::Error)>,
-    /// Not wanted, and the kernel does not take them off.
+    /// Addresses that could not be removed.
     pub stuck: Vec<(Placed, anyhow::Error)>,
 }
 
-/// Places the egress addresses `wanted`, and takes off what else carries our protocol number; the tunnel device's own
-/// addresses stay. An address that the host has without us, on whichever interface, is left as it is.
+/// Adds the egress IPs `wanted` to their interfaces, and removes the other addresses with Egret's protocol number,
+/// except the tunnel device's own ones. A wanted address that another program has added, to any interface, is left as
+/// it is.
 ///
 /// # Errors
 /// The host's addresses cannot be read.
@@ -82,9 +82,8 @@ pub async fn sync(socket: &RouteSocket, wanted: &BTreeSet<Placed>) -> Result<Cha
     sync_and_tell(socket, wanted, |_| ()).await
 }
 
-/// As [`sync`], and tells of those that were added, some at a time, as soon as they are there. It takes the kernel
-/// about 1 ms to give an interface its thousandth IPv6 address, for each brings a multicast group; those of IPv4 come
-/// first.
+/// As [`sync`], and calls `added` after each batch with the addresses that were added. The kernel takes about 1 ms to
+/// add an interface's thousandth IPv6 address, because each one joins a multicast group. IPv4 addresses come first.
 ///
 /// # Errors
 /// As [`sync`].
@@ -115,7 +114,7 @@ pub async fn sync_and_tell(
     }
     for ours in there.iter().filter(|a| a.is_ours() && !is_devices_own(a.address)) {
         if ours.prefix != host_prefix(ours.address) {
-            // The kernel would not have it twice.
+            // The kernel rejects the same address with another prefix.
             if let Err(e) = socket.apply(vec![delete(ours)]).await {
                 changes.stuck.push((ours.placed(), e));
             }
@@ -136,7 +135,7 @@ pub async fn sync_and_tell(
         }
         added(&changes.added[before..]);
     }
-    // After the new ones: an address that moves to another interface is never away.
+    // Removals come after the additions, so that an address that moves to another interface is always present.
     let removals = socket.apply_each(old.iter().map(|address| delete(address)).collect()).await?;
     for (address, result) in old.into_iter().zip(removals) {
         match result {
@@ -146,14 +145,14 @@ pub async fn sync_and_tell(
         }
     }
     if !changes.added.is_empty() {
-        take_back_what_cannot_be_known_again(socket, &mut changes).await?;
+        remove_unrecognisable(socket, &mut changes).await?;
     }
     Ok(changes)
 }
 
-/// A kernel before 5.18 drops the protocol number without a word. An address that we could not take off again later
-/// must not stay.
-async fn take_back_what_cannot_be_known_again(socket: &RouteSocket, changes: &mut Changes) -> Result<()> {
+/// Removes added addresses that do not carry the protocol number. A kernel before 5.18 silently drops it, and Egret
+/// could not recognise such an address later to remove it.
+async fn remove_unrecognisable(socket: &RouteSocket, changes: &mut Changes) -> Result<()> {
     let there = local_addresses(socket).await?;
     let added: BTreeSet<Placed> = changes.added.iter().copied().collect();
     for unknown in there.iter().filter(|a| !a.is_ours() && added.contains(&a.placed())) {
@@ -161,7 +160,7 @@ async fn take_back_what_cannot_be_known_again(socket: &RouteSocket, changes: &mu
             changes.stuck.push((unknown.placed(), e));
         }
         changes.added.retain(|placed| *placed != unknown.placed());
-        let error = anyhow!("this kernel does not keep who has placed an address (IFA_PROTO); Linux 5.18 does");
+        let error = anyhow!("this kernel does not store the protocol of an address (IFA_PROTO); Linux 5.18 does");
         changes.refused.push((unknown.placed(), error));
     }
     Ok(())
@@ -196,7 +195,7 @@ fn parse(message: &AddressMessage) -> Option<LocalAddress> {
     let mut flags = AddressFlags::from_bits_retain(message.header.flags.bits().into());
     for attribute in &message.attributes {
         match attribute {
-            // On a point-to-point interface, the other one is the peer's.
+            // On a point-to-point interface, `Address` is the peer's address.
             AddressAttribute::Local(a) => local = Some(*a),
             AddressAttribute::Address(a) => address = Some(*a),
             AddressAttribute::Protocol(p) => protocol = u8::from(*p),
@@ -228,12 +227,12 @@ fn add(address: IpAddr, ifindex: u32, flag: u16) -> Change {
     wanted.attributes.push(AddressAttribute::Address(address));
     wanted.attributes.push(AddressAttribute::Protocol(AddressProtocol::Other(PROTOCOL)));
     if address.is_ipv4() {
-        // The kernel passes over it when it looks for a source, for the host's own packets and for a CNI's masquerade
-        // (`inet_select_addr`, net/ipv4/devinet.c), and answers ARP for it all the same.
+        // With host scope, the kernel does not select the address as a source of the host's own packets or of a CNI's
+        // masquerade (`inet_select_addr`, net/ipv4/devinet.c), and still answers ARP for it.
         wanted.header.scope = AddressScope::Host;
     } else {
-        // The owner was asked for before, and detection would hold the address back for a second. There is no network
-        // behind a single address.
+        // The daemon has probed the address before, and duplicate address detection would delay it by a second. A
+        // single address needs no route to a network.
         wanted.header.flags = AddressHeaderFlags::Nodad;
         wanted.attributes.push(AddressAttribute::Flags(AddressFlags::Nodad | AddressFlags::Noprefixroute));
         let mut lifetimes = CacheInfo::default();
@@ -245,7 +244,7 @@ fn add(address: IpAddr, ifindex: u32, flag: u16) -> Change {
         message: RouteNetlinkMessage::NewAddress(wanted),
         flags: NLM_F_CREATE | flag,
         done_already: &[],
-        about: format!("put the egress address {address} on interface {ifindex}"),
+        about: format!("add the egress IP {address} to interface {ifindex}"),
     }
 }
 
@@ -254,6 +253,6 @@ fn delete(address: &LocalAddress) -> Change {
         message: RouteNetlinkMessage::DelAddress(message(address.address, address.prefix, address.ifindex)),
         flags: 0,
         done_already: &[EADDRNOTAVAIL, ENODEV],
-        about: format!("take {}/{} off interface {}", address.address, address.prefix, address.ifindex),
+        about: format!("remove {}/{} from interface {}", address.address, address.prefix, address.ifindex),
     }
 }

@@ -1,4 +1,4 @@
-//! Asking the link for an address, and telling it that the address is here now.
+//! Address probes and announcements on the uplinks: ARP and IPv6 neighbour discovery.
 
 use crate::datapath::uplink::Interface;
 pub use crate::kernel::frames::Claim;
@@ -22,22 +22,22 @@ use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// How often the sockets are looked at while an answer may come.
-const LOOK: Duration = Duration::from_millis(2);
-/// How often claims are looked for.
-const LOOK_FOR_CLAIMS: Duration = Duration::from_millis(20);
-/// Between those that go out at once.
+/// The interval at which [`probe`] reads its sockets.
+const PROBE_POLL: Duration = Duration::from_millis(2);
+/// The interval at which [`listen_for_claims`] reads its sockets.
+const CLAIM_POLL: Duration = Duration::from_millis(20);
+/// The pause between two batches of probes.
 const PAUSE: Duration = Duration::from_millis(1);
-/// How often a question is asked; a link may lose one.
-const QUESTIONS: u32 = 3;
-/// How many questions go out at once. What is in a queue between here and there that has no room for more is lost, and
-/// an answer that is lost lets an address be taken that somebody has.
+/// Probes per address, because a link may lose one.
+const PROBES: u32 = 3;
+/// Probes per batch. A queue on the way drops what exceeds its room. If a reply were lost, this node would take an
+/// address that another host has.
 const AT_ONCE: usize = 128;
-/// Room for the answers of a few thousand addresses.
+/// The receive buffer, bytes: room for the replies of a few thousand addresses.
 const RECEIVE_BUFFER: usize = 8 << 20;
 /// The stack of a thread that closes a socket, bytes.
 const CLOSING_STACK: usize = 64 << 10;
-/// Room for one ARP frame or ICMPv6 message; what is longer is no answer.
+/// Bytes read of an ARP frame or ICMPv6 message. The messages of interest are shorter.
 const FRAME: usize = 2048;
 
 /// An address on a link.
@@ -45,17 +45,17 @@ const FRAME: usize = 2048;
 pub struct Target {
     /// The address.
     pub address: IpAddr,
-    /// The interface on the link. One without a MAC address has nothing to ask or to tell.
+    /// The interface on the link. On an interface without a MAC address nothing is probed or announced.
     pub interface: Interface,
-    /// What a question says beside to who has the address.
+    /// The claim that probes carry for the address's present owner.
     pub claim: Option<Claim>,
 }
 
-/// Tells the links of `targets` that their addresses are here. One announcement may be lost: call it again after some
-/// 100 ms. All are tried, whatever becomes of the others.
+/// Announces the addresses of `targets` on their links. A link may lose an announcement, so call it again after some
+/// 100 ms. A failure does not stop the other announcements.
 ///
 /// # Errors
-/// The first that could not be sent.
+/// An announcement could not be sent; the error is the first one.
 pub fn announce(targets: &[Target]) -> Result<()> {
     let socket = sender()?;
     let mut first = Ok(());
@@ -70,26 +70,26 @@ pub fn announce(targets: &[Target]) -> Result<()> {
     first
 }
 
-/// Asks the links of `targets` who has the addresses, and returns for each the MAC address of somebody else who
-/// answered, `None` if nobody did until `timeout`, or a little longer if there are many. It returns as soon as all have
-/// been answered.
+/// Probes the addresses of `targets` on their links. Returns for each the MAC address of another host that answered,
+/// or `None` if no host answered within `timeout`, which is extended if there are many targets. Returns as soon as
+/// all targets have been answered.
 ///
 /// # Errors
-/// An address could not be asked for: an interface is down, or gone.
+/// A probe could not be sent, because its interface is down or gone.
 pub async fn probe(targets: &[Target], timeout: Duration) -> Result<Vec<Option<Mac>>> {
     let mut answers = vec![None; targets.len()];
     let socket = sender()?;
-    // The ears before the mouth.
-    let mut ears = BTreeMap::new();
+    // Open the receive sockets before sending, so that no reply is missed.
+    let mut receivers = BTreeMap::new();
     for Target { address, interface, .. } in targets {
         let key = (interface.ifindex, address.is_ipv4());
-        if interface.mac.is_some() && !ears.contains_key(&key) {
-            let ear = if address.is_ipv4() {
-                arp_ear(interface).map(Ear::Arp)
+        if interface.mac.is_some() && !receivers.contains_key(&key) {
+            let receiver = if address.is_ipv4() {
+                arp_receiver(interface).map(Receiver::Arp)
             } else {
-                icmpv6_ear(interface).map(Ear::Icmpv6)
+                icmpv6_receiver(interface).map(Receiver::Icmpv6)
             };
-            ears.insert(key, ear.with_context(|| format!("cannot listen on {}", interface.name))?);
+            receivers.insert(key, receiver.with_context(|| format!("cannot listen on {}", interface.name))?);
         }
     }
     let mut places: HashMap<(u32, IpAddr), Vec<usize>> = HashMap::new();
@@ -97,8 +97,8 @@ pub async fn probe(targets: &[Target], timeout: Duration) -> Result<Vec<Option<M
         places.entry((target.interface.ifindex, target.address)).or_default().push(place);
     }
     let listen = |answers: &mut [Option<Mac>]| -> Result<()> {
-        for ((ifindex, _), ear) in &ears {
-            while let Some((address, mac)) = ear.hear()? {
+        for ((ifindex, _), receiver) in &receivers {
+            while let Some((address, mac)) = receiver.receive()? {
                 for place in places.get(&(*ifindex, address)).into_iter().flatten() {
                     if targets[*place].interface.mac != Some(mac) {
                         answers[*place].get_or_insert(mac);
@@ -110,29 +110,29 @@ pub async fn probe(targets: &[Target], timeout: Duration) -> Result<Vec<Option<M
     };
     let begin = Instant::now();
     let mut end = begin + timeout;
-    let mut asked = 0;
+    let mut probed = 0;
     while Instant::now() < end {
-        // The first question at once, the others in the first half of the time. Many addresses take longer, and are
-        // asked for less often.
-        let next = timeout / 2 / QUESTIONS * asked;
-        if asked < QUESTIONS && (next..timeout).contains(&begin.elapsed()) {
-            let silent: Vec<&Target> =
+        // The first probe is sent at once, the others within the first half of the time. Many addresses take longer
+        // and are probed less often.
+        let next = timeout / 2 / PROBES * probed;
+        if probed < PROBES && (next..timeout).contains(&begin.elapsed()) {
+            let unanswered: Vec<&Target> =
                 targets.iter().zip(&answers).filter(|(_, answer)| answer.is_none()).map(|(target, _)| target).collect();
-            for some in silent.chunks(AT_ONCE) {
+            for some in unanswered.chunks(AT_ONCE) {
                 for Target { address, interface, claim } in some {
                     let Some(mac) = interface.mac else { continue };
                     send(&socket, interface.ifindex, *address, &probe_frame(*address, mac, *claim))
                         .with_context(|| format!("cannot ask for {address} on {}", interface.name))?;
                 }
-                if silent.len() > AT_ONCE {
+                if unanswered.len() > AT_ONCE {
                     tokio::time::sleep(PAUSE).await;
                     listen(&mut answers)?;
                 }
             }
-            asked += 1;
+            probed += 1;
             end = end.max(Instant::now() + timeout / 4);
         }
-        tokio::time::sleep(LOOK).await;
+        tokio::time::sleep(PROBE_POLL).await;
         listen(&mut answers)?;
         if targets.iter().zip(&answers).all(|(target, answer)| answer.is_some() || target.interface.mac.is_none()) {
             break;
@@ -141,38 +141,39 @@ pub async fn probe(targets: &[Target], timeout: Duration) -> Result<Vec<Option<M
     Ok(answers)
 }
 
-/// Hears the links' questions that claim addresses, and tells the address, who asks (all zeros: it does not say) and the
-/// claim of each. It returns only with an error.
+/// Listens for probes that carry a claim, and calls `claimed` with each one's address, sender's MAC address (all
+/// zeros if unknown) and claim. Returns only with an error.
 ///
 /// # Errors
-/// An interface cannot be listened on.
-pub async fn hear_claims(interfaces: &[Interface], mut tell: impl FnMut(IpAddr, Mac, Claim)) -> Result<()> {
-    let mut ears = Vec::new();
+/// A socket on an interface cannot be opened or read.
+pub async fn listen_for_claims(interfaces: &[Interface], mut claimed: impl FnMut(IpAddr, Mac, Claim)) -> Result<()> {
+    let mut receivers = Vec::new();
     for interface in interfaces {
-        let arp = arp_ear(interface).with_context(|| format!("cannot listen on {}", interface.name))?;
-        let icmpv6 = icmpv6_ear(interface).with_context(|| format!("cannot listen on {}", interface.name))?;
+        let arp = arp_receiver(interface).with_context(|| format!("cannot listen on {}", interface.name))?;
+        let icmpv6 = icmpv6_receiver(interface).with_context(|| format!("cannot listen on {}", interface.name))?;
         accept_types(&icmpv6, &[NEIGHBOUR_SOLICITATION])?;
-        ears.push((arp, icmpv6));
+        receivers.push((arp, icmpv6));
     }
     loop {
-        for (arp, icmpv6) in &ears {
-            while let Some((address, mac, claim)) = hear_arp(arp, arp_claim)? {
-                tell(address, mac, claim);
+        for (arp, icmpv6) in &receivers {
+            while let Some((address, mac, claim)) = receive_arp(arp, arp_claim)? {
+                claimed(address, mac, claim);
             }
-            while let Some((address, mac, claim)) = hear_icmpv6(icmpv6, solicitation_claim)? {
-                tell(address, mac, claim);
+            while let Some((address, mac, claim)) = receive_icmpv6(icmpv6, solicitation_claim)? {
+                claimed(address, mac, claim);
             }
         }
-        tokio::time::sleep(LOOK_FOR_CLAIMS).await;
+        tokio::time::sleep(CLAIM_POLL).await;
     }
 }
 
-/// A packet socket. To close one the kernel waits for all processors (`synchronize_net` in `packet_release`,
-/// net/packet/af_packet.c), 20 ms or more: that is left to a thread, for whoever opened it has more to do.
+/// A packet socket. A thread closes it, because the close waits for all processors (`synchronize_net` in
+/// `packet_release`, net/packet/af_packet.c), 20 ms or more.
 struct PacketSocket(Option<OwnedFd>);
 
 impl PacketSocket {
-    /// It sends, and nothing comes to it: it has no protocol. With one, binding it to another would wait likewise.
+    /// Opens a socket without a protocol, which only sends. To bind a socket that has a protocol to another one would
+    /// wait for all processors, too.
     fn open() -> nix::Result<Self> {
         let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
         socket(AddressFamily::Packet, SockType::Raw, flags, None).map(|socket| PacketSocket(Some(socket)))
@@ -188,23 +189,23 @@ impl AsRawFd for PacketSocket {
 impl Drop for PacketSocket {
     fn drop(&mut self) {
         let socket = self.0.take();
-        // Without a thread it is closed here.
+        // If no thread can be started, the closure is dropped and the socket is closed here.
         let _ = thread::Builder::new().name("close".to_owned()).stack_size(CLOSING_STACK).spawn(|| drop(socket));
     }
 }
 
-/// A socket that listens.
-enum Ear {
+/// A socket that receives the replies of one interface and family.
+enum Receiver {
     Arp(PacketSocket),
     Icmpv6(OwnedFd),
 }
 
-impl Ear {
-    /// The next that says whose an address is, `None` if there is none yet.
-    fn hear(&self) -> Result<Option<(IpAddr, Mac)>> {
+impl Receiver {
+    /// The address and MAC address in the next reply, `None` if there is none yet.
+    fn receive(&self) -> Result<Option<(IpAddr, Mac)>> {
         match self {
-            Ear::Arp(ear) => hear_arp(ear, arp_sender),
-            Ear::Icmpv6(ear) => hear_icmpv6(ear, advertiser),
+            Receiver::Arp(receiver) => receive_arp(receiver, arp_sender),
+            Receiver::Icmpv6(receiver) => receive_icmpv6(receiver, advertiser),
         }
     }
 }
@@ -217,68 +218,69 @@ fn send(socket: &PacketSocket, ifindex: u32, address: IpAddr, frame: &[u8]) -> n
     let ethertype = if address.is_ipv4() { ETH_P_ARP } else { ETH_P_IPV6 };
     let to = packet_address(ifindex, ethertype).ok_or(Errno::ENODEV)?;
     match sendto(socket.as_raw_fd(), frame, &to, MsgFlags::empty()) {
-        // The interface's queue is full: as if the link had lost it.
+        // The interface's queue is full. The frame counts as lost on the link.
         Ok(_) | Err(Errno::EAGAIN | Errno::ENOBUFS) => Ok(()),
         Err(e) => Err(e),
     }
 }
 
-fn arp_ear(interface: &Interface) -> nix::Result<PacketSocket> {
-    let ear = PacketSocket::open()?;
-    // Root may go past net.core.rmem_max.
-    if let Some(socket) = &ear.0 {
+fn arp_receiver(interface: &Interface) -> nix::Result<PacketSocket> {
+    let receiver = PacketSocket::open()?;
+    // With CAP_NET_ADMIN the size may exceed net.core.rmem_max.
+    if let Some(socket) = &receiver.0 {
         let _ = setsockopt(socket, sockopt::RcvBufForce, &RECEIVE_BUFFER);
     }
-    bind(ear.as_raw_fd(), &packet_address(interface.ifindex, ETH_P_ARP).ok_or(Errno::ENODEV)?)?;
-    Ok(ear)
+    bind(receiver.as_raw_fd(), &packet_address(interface.ifindex, ETH_P_ARP).ok_or(Errno::ENODEV)?)?;
+    Ok(receiver)
 }
 
-/// A raw ICMPv6 socket: a packet socket would be given all of the uplink's IPv6 packets.
-fn icmpv6_ear(interface: &Interface) -> nix::Result<OwnedFd> {
+/// Opens a raw ICMPv6 socket. A packet socket would receive all IPv6 packets of the uplink.
+fn icmpv6_receiver(interface: &Interface) -> nix::Result<OwnedFd> {
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-    let ear = socket(AddressFamily::Inet6, SockType::Raw, flags, SockProtocol::IcmpV6)?;
-    let _ = setsockopt(&ear, sockopt::RcvBufForce, &RECEIVE_BUFFER);
-    setsockopt(&ear, sockopt::Ipv6RecvHopLimit, &true)?;
-    setsockopt(&ear, sockopt::BindToDevice, &interface.name.clone().into())?;
-    Ok(ear)
+    let receiver = socket(AddressFamily::Inet6, SockType::Raw, flags, SockProtocol::IcmpV6)?;
+    let _ = setsockopt(&receiver, sockopt::RcvBufForce, &RECEIVE_BUFFER);
+    setsockopt(&receiver, sockopt::Ipv6RecvHopLimit, &true)?;
+    setsockopt(&receiver, sockopt::BindToDevice, &interface.name.clone().into())?;
+    Ok(receiver)
 }
 
-/// The next ARP packet that says what is looked for, `None` if there is none yet.
-fn hear_arp<T>(ear: &PacketSocket, read: fn(&[u8]) -> Option<T>) -> Result<Option<T>> {
+/// What `read` finds in the next ARP frame for which it returns a value, `None` if there is none yet.
+fn receive_arp<T>(receiver: &PacketSocket, read: fn(&[u8]) -> Option<T>) -> Result<Option<T>> {
     let mut frame = [0; FRAME];
     loop {
-        match recv(ear.as_raw_fd(), &mut frame, MsgFlags::empty()) {
+        match recv(receiver.as_raw_fd(), &mut frame, MsgFlags::empty()) {
             Ok(length) => {
-                if let Some(said) = read(&frame[..length]) {
-                    return Ok(Some(said));
+                if let Some(found) = read(&frame[..length]) {
+                    return Ok(Some(found));
                 }
             }
             Err(Errno::EINTR) => {}
             Err(Errno::EAGAIN) => return Ok(None),
-            Err(e) => return Err(e).context("cannot listen for ARP; is the interface up?"),
+            Err(e) => return Err(e).context("cannot receive ARP; is the interface up?"),
         }
     }
 }
 
-/// The next message of neighbour discovery that says what is looked for, `None` if there is none yet.
-fn hear_icmpv6<T>(ear: &OwnedFd, read: fn(&[u8]) -> Option<T>) -> Result<Option<T>> {
+/// What `read` finds in the next neighbour discovery message for which it returns a value, `None` if there is none
+/// yet.
+fn receive_icmpv6<T>(receiver: &OwnedFd, read: fn(&[u8]) -> Option<T>) -> Result<Option<T>> {
     let mut frame = [0; FRAME];
     let mut control = nix::cmsg_space!(i32);
     loop {
         let mut room = [IoSliceMut::new(&mut frame)];
-        let heard = match recvmsg::<()>(ear.as_raw_fd(), &mut room, Some(&mut control), MsgFlags::empty()) {
-            Ok(heard) => {
-                let near = heard
+        let received = match recvmsg::<()>(receiver.as_raw_fd(), &mut room, Some(&mut control), MsgFlags::empty()) {
+            Ok(received) => {
+                let near = received
                     .cmsgs()
                     .is_ok_and(|mut c| c.any(|c| c == ControlMessageOwned::Ipv6HopLimit(HOP_LIMIT.into())));
-                near.then_some(heard.bytes)
+                near.then_some(received.bytes)
             }
             Err(Errno::EINTR) => None,
             Err(Errno::EAGAIN) => return Ok(None),
-            Err(e) => return Err(e).context("cannot listen for neighbour advertisements; is the interface up?"),
+            Err(e) => return Err(e).context("cannot receive neighbour advertisements; is the interface up?"),
         };
-        if let Some(said) = heard.and_then(|length| read(&frame[..length])) {
-            return Ok(Some(said));
+        if let Some(found) = received.and_then(|length| read(&frame[..length])) {
+            return Ok(Some(found));
         }
     }
 }

@@ -1,5 +1,5 @@
-//! What Egret has in a node's kernel. Each module has a desired state, reads back what is there, compares, and sends the
-//! difference; running it again changes nothing. Nothing here knows of Kubernetes.
+//! Egret's state in a node's kernel. Each module takes a desired state, reads the observed one, compares the two, and
+//! sends the difference; a second run changes nothing. Nothing in this module knows of Kubernetes.
 
 pub mod addresses;
 pub mod announce;

@@ -1,4 +1,4 @@
-//! The names and numbers under which Egret's things stand in the kernel.
+//! Names and numbers of Egret's objects in the kernel: devices, tables, rules, addresses.
 
 use crate::model::mac::Mac;
 use crate::model::uplink_key::CODES;
@@ -7,35 +7,35 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 /// The tunnel device.
 pub const DEVICE: &str = "egret";
-/// The group that the tunnel device is in, and no other interface (`IFLA_GROUP`): rules know the device by it, for a
-/// number is compared faster than a name.
+/// The interface group of the tunnel device alone (`IFLA_GROUP`). Rules match the device by it, because the kernel
+/// compares a number faster than a name.
 pub const DEVICE_GROUP: u32 = 7871;
 /// The nftables tables `inet egret` and `netdev egret`.
 pub const TABLE: &str = "egret";
 /// The nftables table `inet egret-guard`: see `datapath/guard.rs`.
 pub const GUARD: &str = "egret-guard";
 
-/// Routing table of requests: a pod's packets to their gateway.
+/// Routing table of requests: packets from pods to their gateway.
 pub const TABLE_REQUEST: u32 = 7871;
-/// Routing table of replies: a gateway's packets back to the pod's node.
+/// Routing table of replies: packets from a gateway back to the pod's node.
 pub const TABLE_REPLY: u32 = 7872;
-/// Routing table of quarantined pods: the cluster's networks, and nothing else.
+/// Routing table of quarantined pods: it contains the cluster's networks alone.
 pub const TABLE_QUARANTINE: u32 = 7873;
-/// Routing table of selected pods' packets on which nothing has decided: the cluster's networks, and nothing else.
+/// Routing table of selected pods' packets on which nothing has decided: it contains the cluster's networks alone.
 pub const TABLE_GUARD: u32 = 7874;
-/// Routing tables of gateways' own uplinks: this number plus the uplink's index, 1 to 511.
+/// Routing tables of gateways with an uplink of their own: this number plus the uplink's index, 1 to 511.
 pub const TABLE_UPLINK: u32 = 7880;
 
-/// How many uplinks of their own gateways can have on a node.
+/// The largest number of gateways' own uplinks on a node.
 pub const UPLINKS: u32 = 511;
 
-/// Whether a routing table is Egret's, by its number.
+/// Whether a routing table's number is one of Egret's.
 pub fn is_own_table(table: u32) -> bool {
     matches!(table, TABLE_REQUEST | TABLE_REPLY | TABLE_QUARANTINE | TABLE_GUARD)
         || (TABLE_UPLINK + 1..=TABLE_UPLINK + UPLINKS).contains(&table)
 }
 
-/// Priority of the quarantine's routing rules. All of Egret's stand before the ones that usual CNIs add.
+/// Priority of the quarantine's routing rules. All of Egret's rules come before those of common CNIs.
 pub const RULE_QUARANTINE: u32 = 71;
 /// Priority of the rule for requests.
 pub const RULE_REQUEST: u32 = 72;
@@ -46,28 +46,31 @@ pub const RULE_UPLINK: u32 = 74;
 /// Priority of the rules for packets on which nothing has decided.
 pub const RULE_GUARD: u32 = 75;
 
-/// The protocol number that Egret's routes, rules and addresses carry (`RTA_PROTOCOL`, `FRA_PROTOCOL`,
-/// `IFA_PROTO`), by which it knows its own. Not taken in iproute2's `rt_protos`.
+/// The protocol number of Egret's routes, rules and addresses (`RTA_PROTOCOL`, `FRA_PROTOCOL`, `IFA_PROTO`), by which
+/// Egret recognises them. iproute2's `rt_protos` does not assign it.
 pub const PROTOCOL: u8 = 71;
 
-/// The one next hop inside the tunnel. It exists nowhere: the egress chain of the device replaces its MAC address.
+/// The tunnel next hop: the one next hop in the tunnel. No host has it; the device's egress chain replaces its MAC
+/// address.
 pub const TUNNEL_NEXT_HOP4: Ipv4Addr = Ipv4Addr::new(169, 254, 78, 1);
 /// As [`TUNNEL_NEXT_HOP4`], for IPv6.
 pub const TUNNEL_NEXT_HOP6: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 0xe);
 /// The tunnel next hop's MAC address.
 pub const TUNNEL_NEXT_HOP_MAC: [u8; 6] = [0x02, 0x65, 0x67, 0xff, 0xff, 0xff];
-/// The tunnel device's own address, on every node the same. A device without any IPv4 address drops all IPv4 that
-/// arrives on it unless rp_filter is 0 (`fib_validate_source`, net/ipv4/fib_frontend.c).
+/// The tunnel device's own address, the same on every node. A device without an IPv4 address drops all IPv4 packets
+/// that arrive on it unless rp_filter is 0 (`fib_validate_source`, net/ipv4/fib_frontend.c).
 pub const DEVICE4: Ipv4Addr = Ipv4Addr::new(169, 254, 78, 71);
 /// The length of the prefix that [`TUNNEL_NEXT_HOP4`] and [`DEVICE4`] share.
 pub const NETWORK4: u8 = 25;
 
-/// A node asks from an address in this network whether others live: its tunnel MAC address is the rest.
-pub const ASKING: Ipv6Network = link_local(0x6501, 80);
-/// A gateway's node answers, while all of its uplinks work, at an address in this network: as [`ASKING`].
+/// The network of the addresses from which nodes send liveness probes. The rest of an address is the node's tunnel MAC
+/// address.
+pub const PROBER: Ipv6Network = link_local(0x6501, 80);
+/// The network of health addresses. A gateway node has one while all of its uplinks work. The rest of an address is
+/// as in [`PROBER`].
 pub const HEALTH: Ipv6Network = link_local(0x6502, 80);
-/// A gateway's node answers, for each of its uplinks that works and each family, at an address in this network. Before the
-/// tunnel MAC address stands the uplink's code (`UplinkKey::code`), of 11 bits.
+/// The network of uplinks' health addresses. A gateway node has one for each family of each uplink that works. The
+/// uplink's code (`UplinkKey::code`), of 11 bits, precedes the tunnel MAC address.
 pub const UPLINK_HEALTH: Ipv6Network = link_local(0x6800, 69);
 
 const fn link_local(role: u16, prefix: u8) -> Ipv6Network {
@@ -77,7 +80,7 @@ const fn link_local(role: u16, prefix: u8) -> Ipv6Network {
     }
 }
 
-/// Whether a node answers at this address that it lives, or that one of its uplinks does.
+/// Whether `address` is a health address of a node or of an uplink.
 pub fn is_health(address: Ipv6Addr) -> bool {
     HEALTH.contains(address) || UPLINK_HEALTH.contains(address)
 }
@@ -89,22 +92,22 @@ pub fn of_uplink(code: u16, mac: Mac) -> Ipv6Addr {
     segments.into()
 }
 
-/// The address in [`ASKING`] or [`HEALTH`] of the node with this tunnel MAC address.
+/// The address in [`PROBER`] or [`HEALTH`] of the node with this tunnel MAC address.
 pub fn of_mac(network: Ipv6Network, mac: Mac) -> Ipv6Addr {
     let mut octets = network.network().octets();
     octets[10..].copy_from_slice(&mac);
     octets.into()
 }
 
-/// Whether the tunnel device has this address for itself: it stays as long as the device does.
+/// Whether this is one of the tunnel device's own addresses, which stay as long as the device.
 pub fn is_devices_own(address: IpAddr) -> bool {
     match address {
         IpAddr::V4(a) => a == DEVICE4,
-        IpAddr::V6(a) => ASKING.contains(a),
+        IpAddr::V6(a) => PROBER.contains(a),
     }
 }
 
-/// UDP port of the tunnel.
+/// The tunnel's default UDP port.
 pub const TUNNEL_PORT: u16 = 7871;
-/// VXLAN network identifier of the tunnel.
+/// The tunnel's default VXLAN network identifier.
 pub const TUNNEL_VNI: u32 = 7871;

@@ -1,7 +1,7 @@
-//! The tunnel device's neighbours: other nodes' addresses in the tunnel, at their MAC addresses, for good. Nothing in
-//! the tunnel resolves addresses.
+//! Permanent neighbour entries of the tunnel device: other nodes' tunnel addresses and their MAC addresses. Nothing
+//! in the tunnel resolves addresses.
 
-use crate::datapath::names::{ASKING, is_health};
+use crate::datapath::names::{PROBER, is_health};
 use crate::kernel::route_socket::{Applied, Change, RouteSocket};
 use crate::model::mac::{Mac, Shown};
 use anyhow::{Context, Result};
@@ -12,11 +12,11 @@ use nix::libc::ENOENT;
 use std::collections::BTreeMap;
 use std::net::Ipv6Addr;
 
-/// Gives the device `ifindex` the neighbours `nodes`, and of the networks of nodes' addresses in the tunnel no others.
-/// Returns how many changes it made.
+/// Makes `nodes` the only neighbours of the device `ifindex` in the networks of nodes' tunnel addresses. Returns how
+/// many changes it made, and which ones failed.
 ///
 /// # Errors
-/// The neighbours cannot be read. Which were refused, the result says; the others are as they should be then.
+/// The neighbours cannot be read.
 pub async fn sync(socket: &RouteSocket, ifindex: u32, nodes: &BTreeMap<Ipv6Addr, Mac>) -> Result<Applied<Ipv6Addr>> {
     let there = read(socket, ifindex).await?;
     let mut changes = Vec::new();
@@ -29,12 +29,11 @@ pub async fn sync(socket: &RouteSocket, ifindex: u32, nodes: &BTreeMap<Ipv6Addr,
     socket.apply_keyed(changes).await
 }
 
-/// Addresses of nodes, and the MAC address of each that is there for good.
+/// The nodes' addresses among the neighbours, each with its MAC address if the entry is permanent.
 async fn read(socket: &RouteSocket, ifindex: u32) -> Result<BTreeMap<Ipv6Addr, Option<Mac>>> {
     let mut filter = NeighbourMessage::default();
     filter.header.family = AddressFamily::Inet6;
-    // The kernel wants the interface as an attribute in a dump of neighbours (`neigh_valid_dump_req`,
-    // net/core/neighbour.c).
+    // A dump of neighbours takes the interface as an attribute (`neigh_valid_dump_req`, net/core/neighbour.c).
     filter.attributes.push(NeighbourAttribute::IfIndex(ifindex));
     let found = socket
         .dump(RouteNetlinkMessage::GetNeighbour(filter), |m| match m {
@@ -54,7 +53,7 @@ fn entry(message: &NeighbourMessage) -> Option<(Ipv6Addr, Option<Mac>)> {
             _ => {}
         }
     }
-    let address = address.filter(|a| ASKING.contains(*a) || is_health(*a))?;
+    let address = address.filter(|a| PROBER.contains(*a) || is_health(*a))?;
     Some((address, mac.filter(|_| message.header.state == NeighbourState::Permanent)))
 }
 
@@ -74,7 +73,7 @@ fn add(ifindex: u32, address: Ipv6Addr, mac: Mac) -> Change {
         message: RouteNetlinkMessage::NewNeighbour(wanted),
         flags: NLM_F_CREATE | NLM_F_REPLACE,
         done_already: &[],
-        about: format!("let {address} in the tunnel be at {}", Shown(mac)),
+        about: format!("add {address} at {} to the tunnel's neighbours", Shown(mac)),
     }
 }
 

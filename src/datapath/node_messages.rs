@@ -1,10 +1,9 @@
-//! What nodes' daemons tell each other: in ICMPv6 echo requests (RFC 4443) through the tunnel, as nodes ask each other
-//! whether they live.
+//! Messages between nodes' daemons: ICMPv6 echo requests (RFC 4443) through the tunnel, as liveness probes are.
 //!
-//! The datapath lets echo requests through the tunnel from nodes alone, with a hop limit that nothing forwarded has; the
-//! API server need not be there; and a node whose daemon hears no such messages answers them as any other.
+//! The datapath accepts echo requests in the tunnel only from nodes, with a hop limit that no forwarded packet has.
+//! The messages need no API server. A node whose daemon does not listen for them answers them as any echo request.
 
-use crate::datapath::names::{ASKING, DEVICE};
+use crate::datapath::names::{DEVICE, PROBER};
 use crate::kernel::icmpv6_filter;
 use crate::kernel::socket_filter;
 use crate::model::mac::Mac;
@@ -20,31 +19,31 @@ use tokio::io::Interest;
 use tokio::net::UdpSocket;
 
 const ECHO_REQUEST: u8 = 128;
-/// Nobody forwards what goes through the tunnel; what was forwarded has less.
+/// The hop limit of messages in the tunnel. A forwarded packet has a lower one.
 const HOP_LIMIT: i32 = 255;
 /// Length of an echo request without data.
 const HEADER: usize = 8;
-/// How much a message may hold, in bytes: any IPv6 link carries it (RFC 8200, section 5).
-pub const MOST: usize = 1200;
-/// What is longer than a question whether a node lives by these bytes at least is a message.
-const LEAST: usize = 4;
-/// Room for some thousand messages, while the processor is busy.
+/// The largest message, in bytes. Any IPv6 link carries it (RFC 8200, section 5).
+pub const MAX_MESSAGE: usize = 1200;
+/// The smallest message, in bytes. A shorter echo request is a liveness probe.
+const MIN_MESSAGE: usize = 4;
+/// The receive buffer, bytes: room for some thousand messages while the processor is busy.
 const RECEIVE_BUFFER: usize = 4 << 20;
 
-/// Sends and hears them.
+/// Sends and receives messages between daemons.
 #[derive(Debug)]
 pub struct NodeMessages {
     sender: OwnedFd,
-    /// A raw socket; tokio's type for datagrams can wait for it.
+    /// A raw socket, in tokio's datagram type so that a task can wait for it.
     receiver: UdpSocket,
     device: u32,
 }
 
 impl NodeMessages {
-    /// Sends from `source`, on the tunnel device, which has the index `device`.
+    /// Opens sockets on the tunnel device, which has the index `device`. Messages have the source address `source`.
     ///
     /// # Errors
-    /// No socket is to be had, or the device or its address is not there.
+    /// A socket cannot be opened, or the device or its address does not exist.
     ///
     /// # Panics
     /// Outside a tokio runtime.
@@ -54,18 +53,18 @@ impl NodeMessages {
         bind(sender.as_raw_fd(), &SockaddrIn6::from(SocketAddrV6::new(source, 0, 0, device)))
             .with_context(|| format!("cannot send from {source}"))?;
         let receiver = raw(&[ECHO_REQUEST])?;
-        // A gateway's node is asked whether it lives by a thousand others.
-        socket_filter::accept_longer_than(&receiver, (HEADER + LEAST - 1) as u32)
-            .context("cannot filter by length; the kernel refuses SO_ATTACH_FILTER")?;
+        // A thousand nodes probe a gateway node; their requests must not wake its daemon.
+        socket_filter::accept_longer_than(&receiver, (HEADER + MIN_MESSAGE - 1) as u32)
+            .context("cannot filter by length; the kernel rejects SO_ATTACH_FILTER")?;
         setsockopt(&receiver, sockopt::Ipv6RecvHopLimit, &true)?;
         let _ = setsockopt(&receiver, sockopt::RcvBufForce, &RECEIVE_BUFFER);
         Ok(NodeMessages { sender, receiver: UdpSocket::from_std(receiver.into())?, device })
     }
 
-    /// Sends a message of at most [`MOST`] bytes.
+    /// Sends a message of at most [`MAX_MESSAGE`] bytes.
     ///
     /// # Errors
-    /// The host could not send it.
+    /// The message could not be sent.
     pub fn send(&self, node: Ipv6Addr, data: &[u8]) -> nix::Result<()> {
         // The kernel fills in the checksum (RFC 3542, section 3.1).
         let mut message = vec![ECHO_REQUEST, 0, 0, 0, 0, 0, 0, 0];
@@ -78,11 +77,11 @@ impl NodeMessages {
     ///
     /// # Errors
     /// The socket failed.
-    pub async fn heard(&self) -> io::Result<()> {
+    pub async fn readable(&self) -> io::Result<()> {
         self.receiver.readable().await
     }
 
-    /// The next message that is there, and the tunnel's MAC address of the node that sent it.
+    /// Returns the next message in the socket with the tunnel MAC address of its sender, `None` if there is none.
     ///
     /// # Errors
     /// The socket failed.
@@ -98,22 +97,22 @@ impl NodeMessages {
         }
     }
 
-    /// A message; `None`: it is no node's.
+    /// Receives a message; `None` if no node sent it.
     fn receive(&self) -> io::Result<Option<(Mac, Vec<u8>)>> {
-        let mut message = [0; HEADER + MOST];
+        let mut message = [0; HEADER + MAX_MESSAGE];
         let mut control = nix::cmsg_space!(i32);
         let mut room = [IoSliceMut::new(&mut message)];
-        let heard =
+        let received =
             recvmsg::<SockaddrIn6>(self.receiver.as_raw_fd(), &mut room, Some(&mut control), MsgFlags::empty())?;
-        let near = heard
+        let near = received
             .cmsgs()
             .into_iter()
             .flatten()
             .any(|control| matches!(control, ControlMessageOwned::Ipv6HopLimit(HOP_LIMIT)));
-        let whole = !heard.flags.contains(MsgFlags::MSG_TRUNC);
-        let (from, length) = (heard.address.map(|a| a.ip()), heard.bytes);
+        let whole = !received.flags.contains(MsgFlags::MSG_TRUNC);
+        let (from, length) = (received.address.map(|a| a.ip()), received.bytes);
         Ok(match (from, message[..length].split_at_checked(HEADER)) {
-            (Some(from), Some(([ECHO_REQUEST, 0, ..], data))) if near && whole && ASKING.contains(from) => {
+            (Some(from), Some(([ECHO_REQUEST, 0, ..], data))) if near && whole && PROBER.contains(from) => {
                 let [.., a, b, c, d, e, f] = from.octets();
                 Some(([a, b, c, d, e, f], data.to_vec()))
             }
@@ -122,12 +121,12 @@ impl NodeMessages {
     }
 }
 
-/// A raw socket that hears these ICMPv6 messages on the tunnel device.
-fn raw(hears: &[u8]) -> Result<OwnedFd> {
+/// Opens a raw socket on the tunnel device that receives ICMPv6 messages of these types.
+fn raw(types: &[u8]) -> Result<OwnedFd> {
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
     let fd = socket(AddressFamily::Inet6, SockType::Raw, flags, SockProtocol::IcmpV6)
         .context("cannot open a raw socket; the daemon needs CAP_NET_RAW")?;
-    icmpv6_filter::accept_types(&fd, hears).context("cannot filter ICMPv6 messages")?;
-    setsockopt(&fd, sockopt::BindToDevice, &DEVICE.into()).context("cannot speak through the tunnel device")?;
+    icmpv6_filter::accept_types(&fd, types).context("cannot filter ICMPv6 messages")?;
+    setsockopt(&fd, sockopt::BindToDevice, &DEVICE.into()).context("cannot bind to the tunnel device")?;
     Ok(fd)
 }

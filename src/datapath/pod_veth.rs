@@ -1,4 +1,4 @@
-//! The host's ends of pods' interfaces.
+//! The host's ends of pods' veth pairs.
 
 use crate::datapath::announce::{Target, probe};
 use crate::datapath::uplink::by_index;
@@ -15,106 +15,108 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::time::Duration;
 use tokio::net::UdpSocket;
 
-/// UDP port 9, discard (RFC 863): what is sent there means nothing to anybody.
+/// UDP port 9, discard (RFC 863): a datagram to it has no effect.
 const DISCARD: u16 = 9;
-/// How often, and how long apart, a pod is looked for after it was sent something.
-const LOOKS: u32 = 20;
-const BETWEEN_LOOKS: Duration = Duration::from_millis(15);
-/// How long a pod has to answer ARP.
-const ANSWER: Duration = Duration::from_millis(300);
+/// How often a pod is looked up after it was sent a datagram.
+const LOOKUPS: u32 = 20;
+const LOOKUP_INTERVAL: Duration = Duration::from_millis(15);
+/// How long to wait for a pod's ARP reply.
+const ARP_TIMEOUT: Duration = Duration::from_millis(300);
 
 /// The host's end of a veth pair.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Veth {
-    /// Its name.
+    /// The interface name.
     pub name: String,
-    /// Its index.
+    /// The interface index.
     pub index: u32,
     /// The other end's index, in the pod's network namespace.
     pub peer_index: u32,
-    /// The index of the bridge that it is a port of.
+    /// The index of the bridge of which it is a port.
     pub master: Option<u32>,
-    /// Its own MAC address.
+    /// The MAC address of the host's end.
     pub mac: Mac,
 }
 
-/// The veth of that index; `None` if there is no such interface, or it is of another kind.
+/// The veth with this index; `None` if there is no such interface or it is of another kind.
 pub async fn veth_by_index(socket: &RouteSocket, index: u32) -> Result<Option<Veth>> {
-    // The kernel has none such, and refuses the question.
+    // The kernel rejects a request with such an index.
     if i32::try_from(index).is_err() || index == 0 {
         return Ok(None);
     }
     match socket.get(RouteNetlinkMessage::GetLink(LinkUnspec::new_with_index(index).build())).await {
         Ok(RouteNetlinkMessage::NewLink(link)) => Ok(veth(&link)),
-        Ok(_) => bail!("cannot look for interface {index}: the kernel answered something else"),
+        Ok(_) => bail!("cannot read interface {index}: the kernel's response is no link message"),
         Err(e) if errno(&e) == Some(ENODEV) => Ok(None),
-        Err(e) => Err(e.context(format!("cannot look for interface {index}"))),
+        Err(e) => Err(e.context(format!("cannot read interface {index}"))),
     }
 }
 
-/// The veth behind which the pod with `address` is: by the pod's own route, or else by the bridge that knows the
-/// pod's MAC address. A pod of which the bridge has not heard for long is sent something, and looked for again.
-/// `None` if the pod is not behind a veth of this host.
+/// Finds the veth of the pod with `address`: by the pod's own route, else by the bridge that knows the pod's MAC
+/// address. If the bridge's entry has expired, the pod is sent a datagram and looked up again. `None` if the pod is
+/// not behind a veth of this host.
 pub async fn find_pod_veth(socket: &RouteSocket, address: IpAddr) -> Result<Option<Veth>> {
-    let context = || format!("cannot find out behind which interface {address} is");
-    let mut bridge = match look(socket, address).await.with_context(context)? {
-        Found::Veth(veth) => return Ok(Some(veth)),
-        Found::Elsewhere => return Ok(None),
-        Found::Silent { bridge } => bridge,
+    let context = || format!("cannot find the interface of the pod {address}");
+    let mut bridge = match locate(socket, address).await.with_context(context)? {
+        Location::Veth(veth) => return Ok(Some(veth)),
+        Location::Elsewhere => return Ok(None),
+        Location::Unlearned { bridge } => bridge,
     };
-    // Its answer, also "nobody listens there", teaches the bridge where the pod is.
+    // From the pod's answer, which may be an ICMP error, the bridge learns the pod's port.
     let _ = provoke(address).await;
-    for _ in 0..LOOKS {
-        tokio::time::sleep(BETWEEN_LOOKS).await;
-        match look(socket, address).await.with_context(context)? {
-            Found::Veth(veth) => return Ok(Some(veth)),
-            Found::Elsewhere => return Ok(None),
-            Found::Silent { bridge: still } => bridge = still,
+    for _ in 0..LOOKUPS {
+        tokio::time::sleep(LOOKUP_INTERVAL).await;
+        match locate(socket, address).await.with_context(context)? {
+            Location::Veth(veth) => return Ok(Some(veth)),
+            Location::Elsewhere => return Ok(None),
+            Location::Unlearned { bridge: same } => bridge = same,
         }
     }
-    ask(socket, bridge, address).await.with_context(context)
+    probe_by_arp(socket, bridge, address).await.with_context(context)
 }
 
-/// Asks by ARP, which no packet filter holds back. Not for IPv6: a pod that is just being set up, and checks that its
-/// address is unique, would take the question for somebody else's claim.
-async fn ask(socket: &RouteSocket, bridge: u32, address: IpAddr) -> Result<Option<Veth>> {
+/// Probes the pod by ARP, which no IP packet filter blocks. IPv6 pods are not probed: a pod that is being set up and
+/// checks its address for uniqueness would take the probe for another host's claim.
+async fn probe_by_arp(socket: &RouteSocket, bridge: u32, address: IpAddr) -> Result<Option<Veth>> {
     let Some(interface) = by_index(socket, bridge).await?.filter(|i| i.running && address.is_ipv4()) else {
         return Ok(None);
     };
     let target = Target { address, interface, claim: None };
-    let answers = probe(std::slice::from_ref(&target), ANSWER).await?;
+    let answers = probe(std::slice::from_ref(&target), ARP_TIMEOUT).await?;
     let Some(mac) = answers.first().copied().flatten() else { return Ok(None) };
     let Some(port) = bridge_port(socket, bridge, mac).await? else { return Ok(None) };
     Ok(veth_by_index(socket, port).await?.filter(|v| v.master == Some(bridge)))
 }
 
-enum Found {
+enum Location {
     Veth(Veth),
-    /// On the link of a bridge, which does not know where.
-    Silent {
+    /// The address is on a bridge's link, and the bridge has no entry for it.
+    Unlearned {
         /// The bridge's index.
         bridge: u32,
     },
     Elsewhere,
 }
 
-async fn look(socket: &RouteSocket, address: IpAddr) -> Result<Found> {
-    let Some(oif) = on_link(socket, address).await? else { return Ok(Found::Elsewhere) };
+async fn locate(socket: &RouteSocket, address: IpAddr) -> Result<Location> {
+    let Some(oif) = on_link(socket, address).await? else { return Ok(Location::Elsewhere) };
     match oif {
-        // A whole network behind a veth is the host's own uplink, of a host that is itself a container.
-        Link { index, single: true } => Ok(veth_by_index(socket, index).await?.map_or(Found::Elsewhere, Found::Veth)),
+        // If a veth has a whole network behind it, the host is itself a container and the veth is its uplink.
+        Link { index, single: true } => {
+            Ok(veth_by_index(socket, index).await?.map_or(Location::Elsewhere, Location::Veth))
+        }
         Link { index, single: false } => behind_bridge(socket, index, address).await,
     }
 }
 
-async fn behind_bridge(socket: &RouteSocket, bridge: u32, address: IpAddr) -> Result<Found> {
+async fn behind_bridge(socket: &RouteSocket, bridge: u32, address: IpAddr) -> Result<Location> {
     if !is_bridge(socket, bridge).await? {
-        return Ok(Found::Elsewhere);
+        return Ok(Location::Elsewhere);
     }
-    let Some(mac) = neighbour(socket, bridge, address).await? else { return Ok(Found::Silent { bridge }) };
-    let Some(port) = bridge_port(socket, bridge, mac).await? else { return Ok(Found::Silent { bridge }) };
+    let Some(mac) = neighbour(socket, bridge, address).await? else { return Ok(Location::Unlearned { bridge }) };
+    let Some(port) = bridge_port(socket, bridge, mac).await? else { return Ok(Location::Unlearned { bridge }) };
     let veth = veth_by_index(socket, port).await?.filter(|v| v.master == Some(bridge));
-    Ok(veth.map_or(Found::Elsewhere, Found::Veth))
+    Ok(veth.map_or(Location::Elsewhere, Location::Veth))
 }
 
 struct Link {
@@ -123,19 +125,19 @@ struct Link {
     single: bool,
 }
 
-/// Where the host would send to `address` directly, without a next hop.
+/// The interface by which the host sends to `address` directly, without a next hop.
 async fn on_link(socket: &RouteSocket, address: IpAddr) -> Result<Option<Link>> {
     let (family, bits) = if address.is_ipv4() { (AddressFamily::Inet, 32) } else { (AddressFamily::Inet6, 128) };
     let mut request = RouteMessage::default();
     request.header.address_family = family;
     request.header.destination_prefix_length = bits;
-    // The route itself, not what follows from it.
+    // Return the matching route itself, not the result of the lookup.
     request.header.flags = RouteFlags::FibMatch;
     request.attributes.push(RouteAttribute::Destination(address.into()));
     let route = match socket.get(RouteNetlinkMessage::GetRoute(request)).await {
         Ok(RouteNetlinkMessage::NewRoute(route)) => route,
-        Ok(_) => bail!("the kernel answered something else than a route"),
-        // An `unreachable` or `blackhole` route answers so, and so does a host without IPv6.
+        Ok(_) => bail!("the kernel's response is no route"),
+        // An `unreachable` or `blackhole` route causes these errors, and so does a host without IPv6.
         Err(e) if errno(&e).is_some_and(|e| [ENETUNREACH, EHOSTUNREACH, EOPNOTSUPP].contains(&e)) => {
             return Ok(None);
         }
@@ -161,7 +163,7 @@ async fn is_bridge(socket: &RouteSocket, index: u32) -> Result<bool> {
     }
 }
 
-/// The MAC address that the host knows for its neighbour `address`.
+/// The MAC address in the host's neighbour entry of `address`.
 async fn neighbour(socket: &RouteSocket, ifindex: u32, address: IpAddr) -> Result<Option<Mac>> {
     let mut request = NeighbourMessage::default();
     request.header.family = if address.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
@@ -178,7 +180,7 @@ async fn neighbour(socket: &RouteSocket, ifindex: u32, address: IpAddr) -> Resul
     }
 }
 
-/// The port behind which the bridge has heard `mac`.
+/// The bridge port at which the bridge has learned `mac`.
 async fn bridge_port(socket: &RouteSocket, bridge: u32, mac: Mac) -> Result<Option<u32>> {
     let mut request = NeighbourMessage::default();
     request.header.family = AddressFamily::Bridge;
@@ -190,7 +192,7 @@ async fn bridge_port(socket: &RouteSocket, bridge: u32, mac: Mac) -> Result<Opti
         Err(e) if errno(&e) != Some(ENOENT) => return Err(e),
         _ => {}
     }
-    // A bridge with VLANs finds it only if it is asked with the VLAN, which is not known.
+    // A bridge with VLANs finds an entry only by its VLAN, which is unknown here, so all entries are read.
     let ports = socket
         .dump(RouteNetlinkMessage::GetNeighbour(request), |m| match m {
             RouteNetlinkMessage::NewNeighbour(n) if n.header.ifindex != bridge && link_layer(&n) == Some(mac) => {

@@ -1,8 +1,8 @@
-//! Word of connections that leave from another port than their pod's: the datapath logs their first packet, which has
-//! the other port already, to a group of nfnetlink_log.
+//! Log of connections whose source port translation changed. The datapath logs the first packet of each, already
+//! translated, to a group of nfnetlink_log.
 //!
-//! Events of connection tracking would tell it, too, and of every other connection of the host's, which the kernel makes a
-//! message for each.
+//! Events of connection tracking would report them, too, but the kernel would send a message for every connection of
+//! the host.
 
 use crate::kernel::conntrack::Tuple;
 use crate::kernel::netlink::{self, Attributes, NETLINK_NETFILTER, Socket, attributes};
@@ -14,9 +14,9 @@ use std::os::fd::AsFd;
 use tokio::io::Interest;
 use tokio::net::UdpSocket;
 
-/// The group, of which each network namespace has its own.
+/// The nfnetlink_log group. Each network namespace has its own groups.
 pub const GROUP: u16 = 7871;
-/// `NFNL_SUBSYS_ULOG` above, message below (include/uapi/linux/netfilter/nfnetlink_log.h).
+/// `NFNL_SUBSYS_ULOG` in the upper byte, the message in the lower (include/uapi/linux/netfilter/nfnetlink_log.h).
 const NFULNL_MSG_PACKET: u16 = 0x400;
 const NFULNL_MSG_CONFIG: u16 = 0x401;
 const NFULA_CFG_CMD: u16 = 1;
@@ -27,36 +27,36 @@ const NFULNL_CFG_CMD_BIND: u8 = 1;
 const NFULNL_COPY_PACKET: u8 = 2;
 const NFULA_PAYLOAD: u16 = 9;
 const NFGENMSG: usize = 4;
-/// The longest IPv4 header, and the ports behind it.
+/// Bytes of a packet that the kernel copies: the longest IPv4 header and the ports behind it.
 const COPIED: u32 = 64;
-/// Room for one message of the kernel's: a header, the packet's beginning, and what else it tells.
+/// The size of a log message, bytes: a header, the copied bytes, and further attributes.
 const MESSAGE: u32 = 512;
-/// Room for some thousand messages, while the processor is busy.
+/// The receive buffer, bytes: room for some thousand messages while the processor is busy.
 const RECEIVE_BUFFER: usize = 4 << 20;
 
-/// Hears it; there can be one in a network namespace.
+/// Reads the log. Only one reader is possible in a network namespace.
 pub struct PortLog {
     socket: Socket,
-    /// The same socket; tokio's type for datagrams can wait for it.
+    /// The same socket, in tokio's datagram type so that a task can wait for it.
     readiness: UdpSocket,
 }
 
-/// What was heard.
+/// The result of a read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Heard {
-    /// A connection's packet, as it leaves.
+pub enum LogRead {
+    /// The translated tuple of a connection's first packet.
     Packet(Tuple),
-    /// Some were lost.
+    /// The kernel dropped log messages.
     Lost,
-    /// There is no more for now.
+    /// There is no message.
     Nothing,
 }
 
 impl PortLog {
-    /// Begins to listen, in the calling thread's network namespace.
+    /// Starts to read the log, in the calling thread's network namespace.
     ///
     /// # Errors
-    /// The kernel has no nfnetlink_log, or somebody else listens.
+    /// The kernel lacks nfnetlink_log, or another program reads the group.
     ///
     /// # Panics
     /// Outside a tokio runtime.
@@ -77,7 +77,7 @@ impl PortLog {
             let [a, b, c, d] = COPIED.to_be_bytes();
             m.attribute(NFULA_CFG_MODE, &[a, b, c, d, NFULNL_COPY_PACKET, 0]);
             m.be32(NFULA_CFG_NLBUFSIZ, MESSAGE);
-            // Each at once: another node may need it for the connection's second packet.
+            // The kernel must not batch messages: another node may need one for the connection's second packet.
             m.be32(NFULA_CFG_QTHRESH, 1);
         })
         .context("nfnetlink_log")?;
@@ -86,19 +86,19 @@ impl PortLog {
         Ok(PortLog { socket, readiness })
     }
 
-    /// Waits until there may be something to hear.
+    /// Waits until there may be a message.
     ///
     /// # Errors
     /// The socket failed.
-    pub async fn heard(&self) -> io::Result<()> {
+    pub async fn readable(&self) -> io::Result<()> {
         self.readiness.readable().await
     }
 
-    /// What comes next.
+    /// Reads the next message without waiting.
     ///
     /// # Errors
     /// The socket failed.
-    pub fn take(&mut self) -> io::Result<Heard> {
+    pub fn next(&mut self) -> io::Result<LogRead> {
         let PortLog { socket, readiness } = self;
         loop {
             let mut heard = None;
@@ -114,10 +114,10 @@ impl PortLog {
                 })
             });
             match (received, heard) {
-                (Ok(()), Some(tuple)) => return Ok(Heard::Packet(tuple)),
+                (Ok(()), Some(tuple)) => return Ok(LogRead::Packet(tuple)),
                 (Ok(()), None) => {}
-                (Err(e), _) if e.kind() == io::ErrorKind::WouldBlock => return Ok(Heard::Nothing),
-                (Err(e), _) if e.raw_os_error() == Some(ENOBUFS) => return Ok(Heard::Lost),
+                (Err(e), _) if e.kind() == io::ErrorKind::WouldBlock => return Ok(LogRead::Nothing),
+                (Err(e), _) if e.raw_os_error() == Some(ENOBUFS) => return Ok(LogRead::Lost),
                 (Err(e), _) => return Err(e),
             }
         }
@@ -129,8 +129,7 @@ fn packet(message: &[u8]) -> Option<Tuple> {
     tuple_of(bytes)
 }
 
-/// Who sends to whom, by the headers of an IP packet (RFC 791, RFC 8200). `None` if there are no ports right behind the
-/// IP header.
+/// The tuple in the headers of an IP packet (RFC 791, RFC 8200). `None` if no ports follow the IP header directly.
 fn tuple_of(packet: &[u8]) -> Option<Tuple> {
     let (source, destination, protocol, ports): (IpAddr, IpAddr, u8, usize) = match packet.first()? >> 4 {
         4 => {
@@ -152,7 +151,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_packets_tuple_is_read_with_and_without_options_and_of_no_short_one() {
+    fn a_tuple_is_parsed_with_ip_options_and_not_from_a_truncated_packet() {
         let mut v4 = vec![0x46, 0, 0, 40, 0, 0, 0, 0, 64, 6, 0, 0, 192, 0, 2, 50, 198, 51, 100, 7, 1, 1, 1, 0];
         v4.extend([0x9c, 0x40, 0, 80]);
         let tuple = Tuple {

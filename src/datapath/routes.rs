@@ -1,4 +1,4 @@
-//! The routes of Egret's own tables. A table is Egret's as a whole: what else stands in it is removed.
+//! The routes in Egret's own routing tables. Egret owns a table as a whole and removes other routes from it.
 
 use crate::datapath::names::{self, PROTOCOL};
 use crate::datapath::sysctl;
@@ -14,12 +14,12 @@ use nix::libc::{ENODEV, ENOENT, ESRCH};
 use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-/// The metric of a last resort: behind every other route (what iproute2 and the kernel give their `unreachable`
-/// defaults, 0xff000030).
+/// The metric of a fallback route, behind all other routes: the one that Documentation/networking/vrf.rst gives an
+/// `unreachable` default route.
 pub const METRIC_LAST: u32 = 4_278_198_272;
-/// The metric of an IPv6 route that was given none (`IP6_RT_PRIO_USER`, include/net/ip6_route.h).
+/// The metric of an IPv6 route without one (`IP6_RT_PRIO_USER`, include/net/ip6_route.h).
 const IP6_RT_PRIO_USER: u32 = 1024;
-/// A replaced route shows only when the table is read again; so many times at most.
+/// How often a table is read at most. After a replacement it must be read again to see what remains.
 const ROUNDS: usize = 4;
 
 /// A route.
@@ -27,43 +27,43 @@ const ROUNDS: usize = 4;
 pub struct Route {
     /// The destinations.
     pub dst: IpNetwork,
-    /// What is done with their packets.
+    /// What the route does with a packet.
     pub kind: RouteKind,
-    /// The lowest of a destination counts. 0: the kernel's default.
+    /// The metric; the kernel takes the route with the lowest one. 0 is the kernel's default.
     pub metric: u32,
 }
 
-/// What a route does.
+/// What a route does with a packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum RouteKind {
-    /// Sends them on.
+    /// Forwards it.
     Unicast {
-        /// The next hop; `None`: the destinations are on the link itself.
+        /// The next hop; `None` if the destinations are on the link.
         gateway: Option<IpAddr>,
         /// The interface's index.
         oif: u32,
-        /// The next hop is on the link, though no address of the interface says so.
+        /// Treats the next hop as on the link, even if no network of the interface contains it.
         onlink: bool,
     },
-    /// Lets the rules behind this one decide.
+    /// Continues with the routing rules behind the one that led to this table.
     Throw,
-    /// Drops them, and tells the sender.
+    /// Drops it and sends an ICMP error.
     Unreachable,
     /// Drops them.
     Blackhole,
 }
 
-/// Gives `table` these routes and no others, for both families, and returns how many changes it made. What is added
-/// or replaced comes before what is removed, so that no packet meets a table without a route. Where the host has no
-/// IPv6, IPv6 routes are passed over.
+/// Makes these the only routes of `table`, for both families, and returns how many changes it made. Additions and
+/// replacements come before removals, so that the table is never without a route. On a host without IPv6, IPv6 routes
+/// are ignored.
 ///
 /// # Errors
-/// The kernel's refusal; the other routes are as they should be then.
+/// The table cannot be read, or the kernel rejected a change; the other changes have been made.
 pub async fn sync(socket: &RouteSocket, table: u32, routes: &BTreeSet<Route>) -> Result<usize> {
     sync_each(socket, table, routes).await?.all()
 }
 
-/// As [`sync`], and says of which destinations and metrics a route was refused.
+/// As [`sync`], and returns the destinations and metrics of the routes whose changes failed.
 ///
 /// # Errors
 /// The table cannot be read.
@@ -84,7 +84,7 @@ pub async fn sync_each(
         let mut missing = wanted.clone();
         let mut wrong = Vec::new();
         for (route, message) in there {
-            // The second of two that are the same is one too many.
+            // Of two equal routes the second is removed.
             if !route.is_some_and(|r| missing.remove(&r)) {
                 wrong.push(message);
             }
@@ -93,8 +93,8 @@ pub async fn sync_each(
         let mut changes: Vec<((IpNetwork, u32), Change)> =
             missing.iter().map(|r| ((r.dst, r.metric), add(table, r))).collect();
         let before = wrong.len();
-        // The kernel does not look at the type when it deletes an IPv6 route: what is being replaced must not be
-        // deleted as well. The next round sees what is left of it.
+        // The kernel ignores the type when it deletes an IPv6 route. A deletion of the replaced route would also
+        // match the new one, so what remains is left to the next round.
         wrong.retain(|m| !replaced.contains(&(destination(m), metric(m))));
         let again = wrong.len() < before;
         changes.extend(wrong.into_iter().map(|m| ((destination(&m), metric(&m)), delete(table, m))));
@@ -108,7 +108,7 @@ pub async fn sync_each(
     Ok(all)
 }
 
-/// The tables of Egret's numbers in which there are routes of ours, also such that an earlier run has left.
+/// The numbers of Egret's tables that contain routes of Egret's, including those of an earlier run.
 pub async fn tables(socket: &RouteSocket) -> Result<BTreeSet<u32>> {
     let mut tables = BTreeSet::new();
     for family in [AddressFamily::Inet, AddressFamily::Inet6] {
@@ -135,7 +135,7 @@ pub async fn tables(socket: &RouteSocket) -> Result<BTreeSet<u32>> {
 impl Route {
     fn as_the_kernel_has_it(&self) -> Route {
         let mut route = *self;
-        // Both are valid by construction; a network address has no host bits.
+        // The network address has no host bits. Both values are valid by construction.
         route.dst = IpNetwork::new(self.dst.network(), self.dst.prefix()).unwrap_or(self.dst);
         if route.metric == 0 && !route.dst.is_ipv4() {
             route.metric = IP6_RT_PRIO_USER;
@@ -159,13 +159,13 @@ async fn read(socket: &RouteSocket, table: u32, family: AddressFamily) -> Result
         })
         .await;
     match read {
-        // A table comes into being with its first route.
+        // A table exists from its first route on.
         Err(e) if errno(&e) == Some(ENOENT) => Ok(Vec::new()),
         other => other.with_context(|| format!("cannot read routing table {table}")),
     }
 }
 
-/// The message as one of our routes; `None` if it says more than that.
+/// Parses a route of Egret's; `None` if the route has another origin or further attributes.
 fn parse(message: &RouteMessage) -> Option<Route> {
     let header = &message.header;
     if header.protocol != RouteProtocol::from(PROTOCOL) || header.tos != 0 || header.source_prefix_length != 0 {
@@ -186,7 +186,7 @@ fn parse(message: &RouteMessage) -> Option<Route> {
     }
     let kind = match header.kind {
         RouteType::Unicast => RouteKind::Unicast { gateway, oif, onlink: header.flags.contains(RouteFlags::Onlink) },
-        // IPv6 shows the loopback interface as theirs.
+        // For IPv6 the kernel reports the loopback interface as the outgoing one; it is ignored.
         RouteType::Throw => RouteKind::Throw,
         RouteType::Unreachable => RouteKind::Unreachable,
         RouteType::BlackHole => RouteKind::Blackhole,
@@ -256,7 +256,7 @@ fn add(table: u32, route: &Route) -> Change {
     }
     Change {
         message: RouteNetlinkMessage::NewRoute(message),
-        // Replaces what has the same destination and metric, in one step.
+        // Atomically replaces a route with the same destination and metric.
         flags: NLM_F_CREATE | NLM_F_REPLACE,
         done_already: &[],
         about: format!("add the route {} ({:?}, metric {}) to table {table}", route.dst, route.kind, route.metric),
@@ -273,7 +273,7 @@ fn delete(table: u32, mut message: RouteMessage) -> Change {
         | RouteAttribute::Source(_)
         | RouteAttribute::Priority(_)
         | RouteAttribute::NhId(_) => true,
-        // The kernel shows both and takes one.
+        // The kernel reports the next hop's id and its attributes, and accepts only one of the two.
         RouteAttribute::Oif(_) | RouteAttribute::Gateway(_) | RouteAttribute::Via(_) | RouteAttribute::MultiPath(_) => {
             !by_nexthop_id
         }

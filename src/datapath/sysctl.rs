@@ -1,4 +1,4 @@
-//! Settings under /proc/sys/net. They are those of the calling thread's network namespace.
+//! Settings under /proc/sys/net, of the calling thread's network namespace.
 
 use anyhow::{Context, Result};
 use std::fs::{self, OpenOptions};
@@ -6,14 +6,14 @@ use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
 
 const NET: &str = "/proc/sys/net";
-/// Where manifests mount the host's `/proc/sys/net`, for a container without privileges: its own is read-only. Both are
-/// the same files, and both show the network namespace of the process that looks.
+/// Where the manifests mount the host's `/proc/sys/net`, because that of an unprivileged container is read-only. Both
+/// show the network namespace of the process that opens them.
 pub const WRITABLE_NET: &str = "/host/proc/sys/net";
 
-/// Reads the setting `key`, with slashes: `ipv4/conf/egret/rp_filter`. `None` if the kernel has none of that name.
+/// Reads the setting `key`, with slashes: `ipv4/conf/egret/rp_filter`. `None` if the kernel has no such setting.
 ///
 /// # Errors
-/// It is there and cannot be read.
+/// The setting exists and cannot be read.
 pub fn get(key: &str) -> Result<Option<String>> {
     match fs::read_to_string(path(key)) {
         Ok(text) => Ok(Some(text.trim_end().to_owned())),
@@ -22,10 +22,10 @@ pub fn get(key: &str) -> Result<Option<String>> {
     }
 }
 
-/// Gives the setting `key` a value and returns whether it had another one.
+/// Sets `key` to `value`, and returns whether it had another value.
 ///
 /// # Errors
-/// It cannot be read or written.
+/// The setting cannot be read or written.
 pub fn ensure(key: &str, value: &str) -> Result<bool> {
     if get(key)?.as_deref() == Some(value) {
         return Ok(false);
@@ -43,10 +43,10 @@ pub fn ensure(key: &str, value: &str) -> Result<bool> {
     Ok(true)
 }
 
-/// Whether a setting of this kind can be written: opening it for writing changes nothing.
+/// Checks whether a setting can be written. Opening it for writing changes nothing.
 ///
 /// # Errors
-/// Why not.
+/// The setting cannot be opened for writing.
 pub fn writable(key: &str) -> io::Result<()> {
     let open = |path: &Path| OpenOptions::new().write(true).open(path).map(drop);
     match open(&path(key)) {
@@ -55,7 +55,7 @@ pub fn writable(key: &str) -> io::Result<()> {
     }
 }
 
-/// Whether this network namespace speaks IPv6: the kernel has it, and it is not switched off everywhere.
+/// Whether this network namespace has IPv6: the kernel supports it, and it is not disabled on every interface.
 ///
 /// # Errors
 /// The settings cannot be read.
@@ -65,7 +65,7 @@ pub fn ipv6() -> Result<bool> {
         Some("0") => return Ok(true),
         Some(_) => {}
     }
-    // Switched off for all, but a CNI may have switched it on again for its pods' interfaces.
+    // It is disabled for all, but a CNI may have enabled it on its pods' interfaces.
     for interface in fs::read_dir(path("ipv6/conf")).context("cannot list /proc/sys/net/ipv6/conf")? {
         let name = interface?.file_name().to_string_lossy().into_owned();
         let own = matches!(name.as_str(), "all" | "default" | "lo" | crate::datapath::names::DEVICE);

@@ -1,10 +1,11 @@
-//! The tunnel device: one VXLAN device that reaches every other node, and nothing on it that learns or floods.
+//! The tunnel device: one VXLAN device for all other nodes. It neither learns nor floods.
 //!
-//! All that is routed into it has one next hop, the tunnel next hop; `netdev egret` swaps the tunnel next hop's MAC address for that of the
-//! node that is meant, and the forwarding database ([`crate::kernel::fdb`]) knows that node's address.
+//! Every packet that is routed into it has the same next hop, the tunnel next hop. The egress chain of the table
+//! `netdev egret` replaces the tunnel next hop's MAC address by the destination node's, and the forwarding database
+//! ([`crate::kernel::fdb`]) maps that to the node's underlay address.
 
 use crate::datapath::names::{
-    ASKING, DEVICE, DEVICE_GROUP, DEVICE4, NETWORK4, PROTOCOL, TUNNEL_NEXT_HOP_MAC, TUNNEL_NEXT_HOP4, TUNNEL_NEXT_HOP6,
+    DEVICE, DEVICE_GROUP, DEVICE4, NETWORK4, PROBER, PROTOCOL, TUNNEL_NEXT_HOP_MAC, TUNNEL_NEXT_HOP4, TUNNEL_NEXT_HOP6,
     of_mac,
 };
 use crate::datapath::sysctl;
@@ -23,35 +24,35 @@ use nix::libc::{EADDRINUSE, EADDRNOTAVAIL, EAFNOSUPPORT, EEXIST, ENODEV, ENOENT}
 use rtnetlink::{LinkMessageBuilder, LinkUnspec, LinkVxlan};
 use std::net::IpAddr;
 
-/// The least MTU with which the kernel gives a device IPv6 (`IPV6_MIN_MTU`, include/uapi/linux/ipv6.h).
+/// The smallest MTU of a device with IPv6 (`IPV6_MIN_MTU`, include/uapi/linux/ipv6.h).
 pub const IPV6_MIN_MTU: u32 = 1280;
 
-/// What goes around a packet: Ethernet 14, VXLAN 8, UDP 8, IPv4 20 bytes.
+/// The tunnel's overhead per packet, bytes: Ethernet 14, VXLAN 8, UDP 8, IPv4 20.
 const OVERHEAD4: u32 = 50;
 /// As [`OVERHEAD4`], with IPv6's 40 bytes.
 const OVERHEAD6: u32 = 70;
 
-/// How the tunnel device is to be.
+/// The desired state of the tunnel device.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Tunnel {
-    /// VXLAN network identifier.
+    /// The VXLAN network identifier.
     pub vni: u32,
-    /// UDP port, the same on every node.
+    /// The UDP port, the same on every node.
     pub port: u16,
-    /// This node's address, to which the others send.
+    /// This node's underlay address, to which the other nodes send.
     pub local: IpAddr,
     /// The device's MAC address.
     pub mac: Mac,
-    /// The device's MTU, in bytes: [`underlay`].
+    /// The device's MTU, in bytes: see [`underlay`].
     pub mtu: u32,
-    /// Whether it carries IPv6: the host does, and the MTU is no less than [`IPV6_MIN_MTU`].
+    /// Whether the device carries IPv6. It can if the host has IPv6 and the MTU is at least [`IPV6_MIN_MTU`].
     pub ipv6: bool,
 }
 
-/// The interface behind `local`, and the MTU that a tunnel from there can have: its own, less what goes around each packet.
+/// The interface of the address `local`, and the MTU of a tunnel from it: the interface's MTU less the overhead.
 ///
 /// # Errors
-/// The host does not have `local`.
+/// The host does not have the address `local`.
 pub async fn underlay(socket: &RouteSocket, local: IpAddr) -> Result<(uplink::Interface, u32)> {
     let underlay = uplink::underlay(socket, local).await?;
     let overhead = if local.is_ipv4() { OVERHEAD4 } else { OVERHEAD6 };
@@ -59,12 +60,13 @@ pub async fn underlay(socket: &RouteSocket, local: IpAddr) -> Result<(uplink::In
     Ok((underlay, mtu))
 }
 
-/// Makes the device as it is to be, and returns its interface index. A device with another network identifier, port
-/// or local address is made anew, for the kernel cannot change those; its routes and forwarding entries go with it.
+/// Creates or adjusts the device, and returns its interface index. The kernel cannot change the network identifier,
+/// port or local address of a device, so a device with other ones is created anew; its routes and forwarding entries
+/// are lost.
 ///
 /// # Errors
-/// A device of that name that is no VXLAN device, another VXLAN device with the same identifier and port, a UDP port
-/// that is taken, a kernel without VXLAN; /proc/sys that cannot be written.
+/// Another interface has the name, another VXLAN device has the identifier and port, another program has the UDP
+/// port, the kernel lacks VXLAN, or /proc/sys cannot be written.
 pub async fn ensure(socket: &RouteSocket, tunnel: &Tunnel) -> Result<u32> {
     let mut device = find(socket).await?;
     if let Some(there) = &device {
@@ -74,7 +76,7 @@ pub async fn ensure(socket: &RouteSocket, tunnel: &Tunnel) -> Result<u32> {
                  (`ip link delete {DEVICE}`), Egret needs the name for its tunnel"
             );
         }
-        if !same_for_good(there, tunnel) {
+        if !has_fixed_parameters(there, tunnel) {
             remove(socket).await?;
             device = None;
         }
@@ -83,26 +85,27 @@ pub async fn ensure(socket: &RouteSocket, tunnel: &Tunnel) -> Result<u32> {
         Some(there) => there,
         None => {
             create(socket, tunnel).await?;
-            find(socket).await?.context("the tunnel device vanished as soon as it was made")?
+            find(socket).await?.context("the tunnel device vanished just after its creation")?
         }
     };
     let index = device.header.index;
-    // Before the device is up, so that nothing arrives under other rules.
+    // Set before the device is up, so that no packet arrives under other settings.
     settings(tunnel.ipv6)?;
     adjust(socket, &device, tunnel).await?;
-    // With a network's prefix, for the route to the tunnel next hop: a copy of a packet is sent there by address (`nf_dup_ipv4`).
+    // The prefix brings a route to the tunnel next hop: the kernel sends a copy of a packet there by address
+    // (`nf_dup_ipv4`).
     address(socket, index, DEVICE4.into(), NETWORK4).await?;
     neighbour(socket, index, TUNNEL_NEXT_HOP4.into()).await?;
     if tunnel.ipv6 {
-        // With the network's prefix: it brings the route to the others' addresses, whatever else the device has.
-        address(socket, index, of_mac(ASKING, tunnel.mac).into(), 64).await?;
+        // The prefix brings a route to the other nodes' addresses.
+        address(socket, index, of_mac(PROBER, tunnel.mac).into(), 64).await?;
         neighbour(socket, index, TUNNEL_NEXT_HOP6.into()).await?;
     }
     Ok(index)
 }
 
-/// Removes the device, and with it its routes, addresses and forwarding entries. Returns whether it was there.
-/// A device of that name that is no VXLAN device is somebody else's and stays.
+/// Removes the device, and with it its routes, addresses and forwarding entries. Returns whether it existed. A device
+/// of that name that is no VXLAN device is another program's and stays.
 pub async fn remove(socket: &RouteSocket) -> Result<bool> {
     let Some(device) = find(socket).await?.filter(is_vxlan) else { return Ok(false) };
     let removed = socket
@@ -116,7 +119,7 @@ pub async fn remove(socket: &RouteSocket) -> Result<bool> {
     Ok(removed > 0)
 }
 
-/// The device's interface index, if there is one that is ours.
+/// The device's interface index, if there is a VXLAN device of that name.
 pub async fn index(socket: &RouteSocket) -> Result<Option<u32>> {
     Ok(find(socket).await?.filter(is_vxlan).map(|device| device.header.index))
 }
@@ -124,9 +127,9 @@ pub async fn index(socket: &RouteSocket) -> Result<Option<u32>> {
 async fn find(socket: &RouteSocket) -> Result<Option<LinkMessage>> {
     match socket.get(RouteNetlinkMessage::GetLink(LinkUnspec::new_with_name(DEVICE).build())).await {
         Ok(RouteNetlinkMessage::NewLink(link)) => Ok(Some(link)),
-        Ok(_) => bail!("cannot look for the tunnel device {DEVICE}: the kernel answered something else"),
+        Ok(_) => bail!("cannot read the tunnel device {DEVICE}: the kernel's response is no link message"),
         Err(e) if errno(&e) == Some(ENODEV) => Ok(None),
-        Err(e) => Err(e.context(format!("cannot look for the tunnel device {DEVICE}"))),
+        Err(e) => Err(e.context(format!("cannot read the tunnel device {DEVICE}"))),
     }
 }
 
@@ -141,8 +144,9 @@ fn is_vxlan(link: &LinkMessage) -> bool {
     infos(link).contains(&LinkInfo::Kind(InfoKind::Vxlan))
 }
 
-/// The parameters that a VXLAN device has from its birth (`vxlan_nl2conf`, drivers/net/vxlan/vxlan_core.c).
-fn birth(tunnel: &Tunnel) -> Vec<InfoVxlan> {
+/// The parameters of a VXLAN device that can be set at its creation only (`vxlan_nl2conf`,
+/// drivers/net/vxlan/vxlan_core.c).
+fn fixed_parameters(tunnel: &Tunnel) -> Vec<InfoVxlan> {
     vec![
         InfoVxlan::Id(tunnel.vni),
         InfoVxlan::Port(tunnel.port),
@@ -154,15 +158,15 @@ fn birth(tunnel: &Tunnel) -> Vec<InfoVxlan> {
         InfoVxlan::Gbp,
         InfoVxlan::Learning(false),
         InfoVxlan::CollectMetadata(false),
-        // With a checksum the receiver can merge segments (GRO), and the sender's costs nothing: it is derived from
-        // the inner one (Documentation/networking/checksum-offloads.rst, local checksum offload).
+        // With a checksum the receiver can merge segments (GRO). It costs the sender nothing, because the kernel
+        // derives it from the inner one (Documentation/networking/checksum-offloads.rst, local checksum offload).
         InfoVxlan::UDPCsum(true),
         InfoVxlan::UDPZeroCsumTX(false),
         InfoVxlan::UDPZeroCsumRX(false),
     ]
 }
 
-fn same_for_good(link: &LinkMessage, tunnel: &Tunnel) -> bool {
+fn has_fixed_parameters(link: &LinkMessage, tunnel: &Tunnel) -> bool {
     let Some(data) =
         infos(link).iter().find_map(|i| if let LinkInfo::Data(InfoData::Vxlan(d)) = i { Some(d) } else { None })
     else {
@@ -172,13 +176,13 @@ fn same_for_good(link: &LinkMessage, tunnel: &Tunnel) -> bool {
         matches!(d, InfoVxlan::Group(_) | InfoVxlan::Group6(_) | InfoVxlan::Gpe | InfoVxlan::Link(1..))
             || *d == InfoVxlan::Vnifilter(true)
     };
-    // A kernel need not say that a checksum flag is off.
+    // A kernel may omit a checksum flag that is off.
     let off = |d: &InfoVxlan| matches!(d, InfoVxlan::UDPZeroCsumTX(false) | InfoVxlan::UDPZeroCsumRX(false));
-    birth(tunnel).iter().all(|wanted| data.contains(wanted) || off(wanted)) && !data.iter().any(foreign)
+    fixed_parameters(tunnel).iter().all(|wanted| data.contains(wanted) || off(wanted)) && !data.iter().any(foreign)
 }
 
 async fn create(socket: &RouteSocket, tunnel: &Tunnel) -> Result<()> {
-    let device = birth(tunnel)
+    let device = fixed_parameters(tunnel)
         .into_iter()
         .fold(LinkMessageBuilder::<LinkVxlan>::new(DEVICE), LinkMessageBuilder::<LinkVxlan>::append_info_data)
         .address(tunnel.mac.to_vec())
@@ -190,7 +194,7 @@ async fn create(socket: &RouteSocket, tunnel: &Tunnel) -> Result<()> {
             message: RouteNetlinkMessage::NewLink(device),
             flags: NLM_F_CREATE | NLM_F_EXCL,
             done_already: &[],
-            about: format!("make the tunnel device {DEVICE}"),
+            about: format!("create the tunnel device {DEVICE}"),
         }])
         .await;
     let Tunnel { vni, port, local, .. } = tunnel;
@@ -205,21 +209,23 @@ async fn create(socket: &RouteSocket, tunnel: &Tunnel) -> Result<()> {
 }
 
 fn settings(ipv6: bool) -> Result<()> {
-    // What comes out of the tunnel is routed by mark, and back by another table; and a node whose pods' only way out is the
-    // tunnel has no route back. The stricter of this and `all` counts, but 2, which is loose, counts more than 1.
+    // Packets from the tunnel are routed by their mark, and replies by another table. A node whose pods' only route
+    // is the tunnel has no route back at all. So the reverse-path filter must be off or loose. The kernel takes the
+    // larger one of this setting and `all`, and 2 is loose.
     let strict = sysctl::get("ipv4/conf/all/rp_filter")?.is_some_and(|all| all != "0");
     sysctl::ensure(&format!("ipv4/conf/{DEVICE}/rp_filter"), if strict { "2" } else { "0" })?;
     if ipv6 {
         // A host may switch IPv6 off for new interfaces only.
         sysctl::ensure(&format!("ipv6/conf/{DEVICE}/disable_ipv6"), "0")?;
         sysctl::ensure(&format!("ipv6/conf/{DEVICE}/accept_ra"), "0")?;
-        // Answers to those who ask whether this node lives: whoever gets one sees that nobody has forwarded it.
+        // The hop limit of this node's replies to liveness probes: the receiver sees that no router has forwarded
+        // them.
         sysctl::ensure(&format!("ipv6/conf/{DEVICE}/hop_limit"), "255")?;
     }
     Ok(())
 }
 
-/// MAC address, MTU, group, and up: what can be changed on a living device.
+/// Sets the parameters that the kernel can change on an existing device: MAC address, MTU, group, and up.
 async fn adjust(socket: &RouteSocket, device: &LinkMessage, tunnel: &Tunnel) -> Result<()> {
     let has = |wanted: LinkAttribute| device.attributes.contains(&wanted);
     let mut change = LinkUnspec::new_with_index(device.header.index);
@@ -258,16 +264,19 @@ async fn adjust(socket: &RouteSocket, device: &LinkMessage, tunnel: &Tunnel) -> 
             tunnel.port, tunnel.port
         ))),
         Err(e) if [Some(EAFNOSUPPORT), Some(EADDRNOTAVAIL)].contains(&errno(&e)) => {
-            Err(e.context(format!("the host cannot open UDP sockets for {}; give a tunnel address that it has", tunnel.local)))
+            Err(e.context(format!(
+                "the host cannot open UDP sockets for {}; give a tunnel address that it has",
+                tunnel.local
+            )))
         }
         Err(e) => Err(e),
     }
 }
 
-/// An address of the device's own.
+/// Gives the device an address of its own.
 async fn address(socket: &RouteSocket, index: u32, own: IpAddr, prefix: u8) -> Result<()> {
     let family = if own.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
-    // The kernel knows by itself that an IPv6 address is link-local.
+    // The kernel derives the scope of an IPv6 address from the address.
     let scope = if own.is_ipv4() { AddressScope::Link } else { AddressScope::Universe };
     let mut filter = AddressMessage::default();
     filter.header.family = family;
@@ -296,7 +305,7 @@ async fn address(socket: &RouteSocket, index: u32, own: IpAddr, prefix: u8) -> R
         AddressAttribute::Protocol(AddressProtocol::Other(PROTOCOL)),
     ];
     if own.is_ipv6() {
-        // Nobody in the tunnel could tell that it has the same one.
+        // Duplicate address detection has no effect in the tunnel, which forwards no multicast.
         wanted.header.flags = AddressHeaderFlags::Nodad;
     }
     socket
@@ -310,7 +319,7 @@ async fn address(socket: &RouteSocket, index: u32, own: IpAddr, prefix: u8) -> R
     Ok(())
 }
 
-/// The tunnel next hop's MAC address, for good: nobody would answer for it.
+/// Adds a permanent neighbour entry for the tunnel next hop, because no host answers for it.
 async fn neighbour(socket: &RouteSocket, index: u32, tunnel_next_hop: IpAddr) -> Result<()> {
     let mut wanted = NeighbourMessage::default();
     wanted.header.family = if tunnel_next_hop.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
@@ -324,7 +333,7 @@ async fn neighbour(socket: &RouteSocket, index: u32, tunnel_next_hop: IpAddr) ->
             return Ok(());
         }
         Err(e) if errno(&e) != Some(ENOENT) => {
-            return Err(e.context(format!("cannot look for the tunnel_next_hop {tunnel_next_hop}")));
+            return Err(e.context(format!("cannot read the neighbour entry of the tunnel next hop {tunnel_next_hop}")));
         }
         _ => {}
     }
@@ -335,7 +344,7 @@ async fn neighbour(socket: &RouteSocket, index: u32, tunnel_next_hop: IpAddr) ->
             message: RouteNetlinkMessage::NewNeighbour(wanted),
             flags: NLM_F_CREATE | NLM_F_REPLACE,
             done_already: &[],
-            about: format!("give the tunnel_next_hop {tunnel_next_hop} its MAC address"),
+            about: format!("add the neighbour entry of the tunnel next hop {tunnel_next_hop}"),
         }])
         .await?;
     Ok(())

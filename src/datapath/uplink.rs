@@ -1,4 +1,4 @@
-//! By which interface an address leaves the host.
+//! Uplinks: the interfaces by which egress IPs leave the host.
 
 use crate::datapath::addresses::{LocalAddress, local_addresses};
 use crate::datapath::names::DEVICE;
@@ -14,32 +14,32 @@ use rtnetlink::LinkUnspec;
 use std::collections::HashMap;
 use std::net::IpAddr;
 
-/// An interface.
+/// A network interface.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Interface {
-    /// Its index.
+    /// The interface index.
     pub ifindex: u32,
-    /// Its name.
+    /// The interface name.
     pub name: String,
-    /// Its MAC address, if it has one of six bytes.
+    /// The MAC address, if it has six bytes.
     pub mac: Option<Mac>,
-    /// Its MTU, in bytes.
+    /// The MTU, in bytes.
     pub mtu: u32,
     /// Whether it is up and has a carrier.
     pub running: bool,
     /// Whether it is the loopback interface.
     pub loopback: bool,
-    /// Whether it speaks no ARP: a dummy, a tunnel.
+    /// Whether it does not use ARP (`IFF_NOARP`): a dummy, a tunnel.
     pub no_arp: bool,
 }
 
-/// The host's addresses and default routes as they were read once, to find the interfaces of many addresses.
+/// A snapshot of the host's addresses and default routes, to find the interfaces of many addresses.
 #[derive(Debug)]
 pub struct Uplinks<'a> {
     socket: &'a RouteSocket,
-    /// Addresses with a network that an egress address may lie in.
+    /// The host's own addresses, whose networks may contain an egress IP.
     networks: Vec<LocalAddress>,
-    /// By family, IPv4 first, once it was asked for.
+    /// By family, IPv4 first; read at the first use.
     default_routes: [Option<Option<u32>>; 2],
     by_name: HashMap<Box<str>, Option<Interface>>,
     by_index: HashMap<u32, Option<Interface>>,
@@ -55,11 +55,11 @@ impl<'a> Uplinks<'a> {
         Ok(Uplinks { socket, networks, default_routes: [None; 2], by_name, by_index })
     }
 
-    /// The interface on which `address` is to be: the one that is named, else the one whose network holds the address,
-    /// else the one of the main table's default route.
+    /// Finds the uplink of `address`: the interface with the given name, else the one whose network contains the
+    /// address, else the one of the main table's default route.
     ///
     /// # Errors
-    /// There is none; the text says what to do.
+    /// There is no such interface; the text says what to do.
     pub async fn find(&mut self, address: IpAddr, interface: Option<&str>) -> Result<Interface> {
         if let Some(name) = interface {
             if !self.by_name.contains_key(name) {
@@ -82,7 +82,7 @@ impl<'a> Uplinks<'a> {
             None => self.default_route(address.is_ipv4()).await?.with_context(|| {
                 let family = if address.is_ipv4() { "IPv4" } else { "IPv6" };
                 format!(
-                    "this node has no interface for {address}: none whose network holds it, and no default {family} \
+                    "this node has no interface for {address}: none whose network contains it, and no default {family} \
                      route; name the gateway's interface"
                 )
             })?,
@@ -95,16 +95,16 @@ impl<'a> Uplinks<'a> {
             .with_context(|| format!("interface {ifindex}, for {address}, has just vanished"))
     }
 
-    /// Why an address can be no egress IP of this host, whatever else the cluster says of it.
+    /// Returns why this host cannot use `address` as an egress IP, or `None` if it can.
     pub fn unusable(&self, address: IpAddr) -> Option<String> {
         const REMEDY: &str = "take it out of the gateway's spec.addresses";
         self.networks.iter().find_map(|own| {
             if own.address == address {
                 return Some(format!(
-                    "{address} is an address that this node has on its own, and what listens there would be cut off; {REMEDY}"
+                    "{address} is this node's own address, and programs that listen there would lose it; {REMEDY}"
                 ));
             }
-            // In an IPv4 network of two addresses both are hosts' (RFC 3021); IPv6 has no broadcast.
+            // In an IPv4 /31 network, hosts use both addresses (RFC 3021). IPv6 has no broadcast address.
             let IpNetwork::V4(network) = IpNetwork::new(own.address, own.prefix).ok()? else { return None };
             let what = match address {
                 IpAddr::V4(a) if network.prefix() < 31 && a == network.broadcast() => "broadcast address",
@@ -116,7 +116,7 @@ impl<'a> Uplinks<'a> {
         })
     }
 
-    /// The networks on an interface's own link, of one family.
+    /// The networks on an interface's link, of one family.
     pub fn on_link(&self, ifindex: u32, ipv4: bool) -> impl Iterator<Item = IpNetwork> {
         let of_interface = move |a: &&LocalAddress| a.ifindex == ifindex && a.address.is_ipv4() == ipv4;
         let networks = self.networks.iter().filter(of_interface);
@@ -134,29 +134,30 @@ impl<'a> Uplinks<'a> {
     }
 }
 
-/// The interface on whose MTU a tunnel from `local` depends.
+/// The interface whose MTU limits a tunnel from `local`.
 ///
 /// # Errors
-/// The host does not have `local`.
+/// The host does not have the address `local`.
 pub async fn underlay(socket: &RouteSocket, local: IpAddr) -> Result<Interface> {
     let Some(at) = local_addresses(socket).await?.into_iter().find(|a| a.address == local) else {
         bail!("this host does not have the tunnel address {local}; give one that it has (`ip address`)");
     };
     let gone = || format!("the interface with the tunnel address {local} has just vanished");
     let holder = by_index(socket, at.ifindex).await?.with_context(gone)?;
-    // A host that announces its address by a routing protocol has it on lo or on a dummy, which nothing leaves by.
+    // A host that announces its address by a routing protocol has it on lo or on a dummy, and sends by another
+    // interface.
     if (holder.loopback || holder.no_arp)
         && let Some(ifindex) = default_route(socket, local.is_ipv4()).await?
-        && let Some(way_out) = by_index(socket, ifindex).await?
+        && let Some(outgoing) = by_index(socket, ifindex).await?
     {
-        return Ok(way_out);
+        return Ok(outgoing);
     }
     Ok(holder)
 }
 
 /// The interface of that name, if there is one.
 pub async fn by_name(socket: &RouteSocket, name: &str) -> Result<Option<Interface>> {
-    // The kernel refuses longer ones with another error (IFNAMSIZ, include/uapi/linux/if.h).
+    // For a longer name the kernel returns another error (IFNAMSIZ, include/uapi/linux/if.h).
     if name.is_empty() || name.len() > 15 {
         return Ok(None);
     }
@@ -174,7 +175,7 @@ pub async fn by_index(socket: &RouteSocket, ifindex: u32) -> Result<Option<Inter
 async fn get(socket: &RouteSocket, request: LinkMessage) -> Result<Option<Interface>> {
     match socket.get(RouteNetlinkMessage::GetLink(request)).await {
         Ok(RouteNetlinkMessage::NewLink(link)) => Ok(Some(parse(&link))),
-        Ok(_) => bail!("the kernel answered something else"),
+        Ok(_) => bail!("the kernel's response is no link message"),
         Err(e) if errno(&e) == Some(ENODEV) => Ok(None),
         Err(e) => Err(e),
     }
@@ -227,7 +228,7 @@ pub async fn default_route(socket: &RouteSocket, ipv4: bool) -> Result<Option<u3
     }
 }
 
-/// A default route's metric and interface; of several next hops, the first.
+/// A default route's metric and interface. If it has several next hops, the interface is the first one's.
 fn candidate(route: &RouteMessage) -> Option<(u32, u32)> {
     let (mut metric, mut oif) = (0, None);
     for attribute in &route.attributes {

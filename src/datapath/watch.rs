@@ -1,7 +1,8 @@
-//! What others change in the kernel that is Egret's business: word of it, coarse, so that the daemon looks again.
+//! Netlink notifications about changes by other programs that concern Egret. The events are coarse: they tell the
+//! daemon what to read again.
 //!
-//! A busy node changes routes, neighbours and interfaces all the time. What is not Egret's is thrown away here,
-//! without a copy, and what comes in a burst is told once.
+//! On a busy node, routes, neighbours and interfaces change all the time. Notifications that do not concern Egret are
+//! discarded here without a copy, and a burst becomes one event of each kind.
 
 use crate::datapath::names::{DEVICE, GUARD, PROTOCOL, RULE_GUARD, RULE_QUARANTINE, TABLE, is_own_table};
 use crate::kernel::netlink::{Message, NETLINK_NETFILTER, NETLINK_ROUTE, attributes, messages};
@@ -16,8 +17,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::AsFd;
 use std::task::{Context, Poll, ready};
 
-/// Multicast groups, include/uapi/linux/rtnetlink.h: links, neighbours, then addresses, routes, rules of both
-/// families, and IPv4's settings of interfaces.
+/// Multicast groups, include/uapi/linux/rtnetlink.h: links, neighbours, addresses, routes and rules of both families,
+/// and the IPv4 settings of interfaces.
 const ROUTE_GROUPS: [u32; 9] = [1, 3, 5, 9, 7, 11, 8, 19, 24];
 /// `NFNLGRP_NFTABLES`, include/uapi/linux/netfilter/nfnetlink.h.
 const NFNLGRP_NFTABLES: u32 = 7;
@@ -35,10 +36,10 @@ const RTM_DELRULE: u16 = 33;
 const RTM_NEWNETCONF: u16 = 80;
 /// include/uapi/linux/rtnetlink.h.
 const RT_TABLE_MAIN: u32 = 254;
-/// `NFNL_SUBSYS_NFTABLES << 8`, and `NFT_MSG_NEWGEN` in it, which comes with every transaction of anybody.
+/// `NFNL_SUBSYS_NFTABLES << 8`, and `NFT_MSG_NEWGEN` in it, which ends every transaction of every program.
 const NFTABLES: u16 = 10 << 8;
 const NFT_MSG_NEWGEN: u16 = NFTABLES | 15;
-/// Attributes, each of its own message.
+/// Attribute types, each of its own message type.
 const IFLA_IFNAME: u16 = 3;
 const IFLA_MTU: u16 = 4;
 const IFLA_LINKINFO: u16 = 18;
@@ -62,67 +63,67 @@ const NDMSG: usize = 12;
 const FIB_RULE_HDR: usize = 12;
 const NETCONFMSG: usize = 4;
 const NFGENMSG: usize = 4;
-/// The kernel sends no larger datagram (`NLMSG_GOODSIZE` and what nf_tables joins together).
+/// The largest datagram of the kernel (`NLMSG_GOODSIZE`, and messages that nf_tables joins).
 const DATAGRAM: usize = 128 * 1024;
-/// Room for what others change while the daemon is busy. It takes memory only then.
+/// The receive buffer, bytes: room for notifications while the daemon is busy. It takes memory only then.
 const RECEIVE_BUFFER: usize = 4 << 20;
 
-/// What somebody else has changed.
+/// What another program has changed.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Event {
-    /// Word was lost: look at all.
+    /// Notifications were lost, and anything may have changed.
     Everything,
-    /// The tunnel device, its settings, or what hangs on it: routes vanish with a device without word.
+    /// The tunnel device or its settings. When a device goes, its routes go without a notification.
     Tunnel,
-    /// The tunnel device's neighbours and forwarding entries.
+    /// The tunnel device's neighbours or forwarding entries.
     Neighbours,
-    /// Routes in Egret's tables, or an uplink went up or down, which may take routes along without word.
+    /// Routes in Egret's tables, or an uplink went up or down, which may remove routes without a notification.
     Routes,
-    /// An uplink has lost its carrier or got it back, or a default route of the host's has come or gone.
+    /// An uplink lost or regained its carrier, or a default route of the host was added or removed.
     Uplinks,
-    /// Routing rules of Egret's priorities.
+    /// Routing rules with Egret's priorities.
     Rules,
-    /// Addresses on an uplink, or such that are egress addresses.
+    /// Addresses on an uplink, or egress IPs on any interface.
     Addresses,
-    /// The nftables tables of Egret's name.
+    /// The nftables tables with Egret's name.
     Nftables,
-    /// A pod's veth is gone.
+    /// A veth was removed.
     VethGone {
         /// The index that it had.
         index: u32,
     },
 }
 
-/// What is the daemon's business besides what bears Egret's names and numbers.
+/// What concerns the daemon, besides objects with Egret's names and numbers.
 #[derive(Clone, Debug, Default)]
 pub struct Interest {
-    /// The netlink ports of the daemon's own sockets: what they change is no news.
+    /// The netlink ports of the daemon's own sockets, whose changes cause no events.
     pub own_ports: BTreeSet<u32>,
-    /// The index of the interface that the tunnel goes over, and its MTU in bytes, on which the tunnel's depends.
+    /// The index and the MTU, in bytes, of the tunnel's underlay interface; the tunnel's MTU depends on it.
     pub underlay: Option<(u32, u32)>,
     /// The indices of the gateways' uplinks.
     pub uplinks: BTreeSet<u32>,
-    /// Egress addresses, also such that something else places.
+    /// The egress IPs, including those that another program places.
     pub addresses: BTreeSet<IpAddr>,
 }
 
-/// Listens to the kernel, in the network namespace in which it was opened.
+/// Receives the kernel's notifications, in the network namespace in which it was opened.
 pub struct Watch {
     route: TokioSocket,
     netfilter: TokioSocket,
     buffer: Box<[u8]>,
     /// The tunnel device's index, 0 if there is none.
     device: u32,
-    /// Which uplinks had a carrier when word of them last came.
+    /// Whether each uplink had a carrier in its last notification.
     running: HashMap<u32, bool>,
     interest: Interest,
 }
 
 impl Watch {
-    /// Begins to listen. What happens before the first [`Watch::next`] is kept.
+    /// Starts to receive. The sockets queue notifications until the first [`Watch::next`].
     ///
     /// # Errors
-    /// No sockets are to be had.
+    /// A socket cannot be opened.
     ///
     /// # Panics
     /// Outside a tokio runtime.
@@ -137,12 +138,12 @@ impl Watch {
         })
     }
 
-    /// Says what is the daemon's business from now on.
+    /// Sets what concerns the daemon from now on.
     pub fn set_interest(&mut self, interest: Interest) {
         self.interest = interest;
     }
 
-    /// Waits for changes, and returns what has gathered, each once. Nothing is lost if it is dropped while it waits.
+    /// Waits for changes and returns the pending events, each kind once. It is cancel-safe.
     ///
     /// # Errors
     /// A socket failed.
@@ -155,7 +156,7 @@ impl Watch {
         let Watch { route, netfilter, buffer, device, running, interest } = self;
         running.retain(|index, _| interest.uplinks.contains(index));
         let mut filter = Filter { device, running, interest, events: &mut events };
-        // Each ends with "nothing more", or when it is other tasks' turn.
+        // Each loop ends when the socket is empty, or when tokio's budget of this task is used up.
         while let Poll::Ready(read) = poll_receive(route, buffer, cx) {
             filter.datagram(read?, buffer, Filter::route);
         }
@@ -169,14 +170,14 @@ impl Watch {
 fn listen(protocol: isize, groups: &[u32]) -> io::Result<TokioSocket> {
     let mut socket = TokioSocket::new(protocol)?;
     let raw = socket.socket_mut();
-    // Root may go past net.core.rmem_max; with less room, more is read again.
+    // With CAP_NET_ADMIN the size may exceed net.core.rmem_max. With a smaller buffer, losses cause more reading.
     let _ = setsockopt(&raw.as_fd(), sockopt::RcvBufForce, &RECEIVE_BUFFER);
     raw.bind(&SocketAddr::new(0, 0))?;
     groups.iter().try_for_each(|group| raw.add_membership(*group))?;
     Ok(socket)
 }
 
-/// Reads one datagram, and returns its length; `None` if the kernel had to drop some.
+/// Reads one datagram and returns its length; `None` if the kernel dropped some.
 fn poll_receive(socket: &TokioSocket, buffer: &mut [u8], cx: &mut Context<'_>) -> Poll<io::Result<Option<usize>>> {
     let all = buffer.len();
     let mut room = buffer;
@@ -202,13 +203,13 @@ impl Filter<'_> {
         each: impl Fn(&mut Self, &Message<'_>) -> Option<Event>,
     ) {
         let whole = read.is_some_and(|length| {
-            let told = messages(&buffer[..length.min(buffer.len())], |m| {
+            let parsed = messages(&buffer[..length.min(buffer.len())], |m| {
                 let news = each(self, &m);
                 if m.port == 0 || !self.interest.own_ports.contains(&m.port) {
                     self.events.extend(news);
                 }
             });
-            told.is_ok()
+            parsed.is_ok()
         });
         if !whole {
             self.events.insert(Event::Everything);
@@ -229,7 +230,7 @@ impl Filter<'_> {
             }
             RTM_NEWNEIGH | RTM_DELNEIGH => {
                 let on_device = *self.device != 0 && number(m.payload.get(4..8)?)? == *self.device;
-                // An attempt to resolve something is no change.
+                // A neighbour entry without a MAC address is only an attempt to resolve it.
                 let known = attribute(m, NDMSG, NDA_LLADDR).is_some_and(|mac| mac.len() == size_of::<Mac>());
                 (on_device && known).then_some(Event::Neighbours)
             }
@@ -246,7 +247,7 @@ impl Filter<'_> {
     }
 
     fn link(&mut self, m: &Message<'_>) -> Option<Event> {
-        // A bridge speaks of its ports in the same way, and says "deleted" when one leaves it.
+        // A bridge sends the same messages about its ports, with AF_BRIDGE, and RTM_DELLINK when a port leaves it.
         if i32::from(*m.payload.first()?) != AF_UNSPEC {
             return None;
         }
@@ -287,7 +288,7 @@ impl Filter<'_> {
             }
         }
         if *self.device != 0 && index == *self.device {
-            // Its own address; the health address is one of ours, and is wanted or not as others are.
+            // The device's own address concerns the tunnel. Health addresses are synchronised like egress IPs.
             return Some(if ours { Event::Addresses } else { Event::Tunnel });
         }
         let wanted = local.or(address).is_some_and(|a| self.interest.addresses.contains(&a));

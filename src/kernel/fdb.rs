@@ -19,8 +19,8 @@ struct Entry {
     permanent: bool,
 }
 
-/// Makes `nodes`, tunnel MAC address to underlay address, the only entries of the VXLAN device `ifindex`. Returns how many
-/// changes it made.
+/// Makes `nodes`, tunnel MAC address to underlay address, the only entries of the VXLAN device `ifindex`. Returns how
+/// many changes it made.
 ///
 /// # Errors
 /// The forwarding database cannot be read, or the kernel rejected a change; the other changes have been made.
@@ -40,7 +40,8 @@ pub async fn sync_each(socket: &RouteSocket, ifindex: u32, nodes: &BTreeMap<Mac,
     // A deletion without a destination deletes all entries of the MAC address, so it comes before the additions.
     let (without_destination, wrong): (Vec<&Entry>, Vec<&Entry>) =
         entries.iter().filter(|e| !wanted(e)).partition(|e| e.to.is_none());
-    let mut changes: Vec<(Mac, Change)> = without_destination.into_iter().map(|e| (e.mac, delete(ifindex, e))).collect();
+    let mut changes: Vec<(Mac, Change)> =
+        without_destination.into_iter().map(|e| (e.mac, delete(ifindex, e))).collect();
     let missing = nodes.iter().filter(|(mac, _)| correct.binary_search(mac).is_err());
     changes.extend(missing.map(|(mac, to)| (*mac, add(ifindex, *mac, *to))));
     // An addition replaces one destination of an existing entry; further ones may remain.

@@ -21,15 +21,15 @@ const NEIGHBOUR_ADVERTISEMENT: u8 = 136;
 pub const HOP_LIMIT: u8 = 255;
 const OVERRIDE: u8 = 0x20;
 const TARGET_LINK_LAYER: u8 = 2;
-/// The nonce option, by which duplicate address detection recognises its own solicitations (RFC 7527). Other hosts ignore
-/// it.
+/// The nonce option, by which duplicate address detection recognises its own solicitations (RFC 7527). Other hosts
+/// ignore it.
 const NONCE: u8 = 14;
 const ARP_REQUEST: u16 = 1;
 const ARP_REPLY: u16 = 2;
 
 /// The frames that announce on the link that `address` is at `mac`. For IPv4 they are a gratuitous ARP request and a
-/// gratuitous reply, because some hosts accept only one of the two. For IPv6 it is an unsolicited neighbour advertisement
-/// with the override flag.
+/// gratuitous reply, because some hosts accept only one of the two. For IPv6 it is an unsolicited neighbour
+/// advertisement with the override flag.
 pub fn announcements(address: IpAddr, mac: Mac) -> Vec<Vec<u8>> {
     match address {
         IpAddr::V4(a) => vec![
@@ -103,8 +103,8 @@ pub fn solicitation_claim(message: &[u8]) -> Option<(IpAddr, Mac, Claim)> {
     Some((address.into(), Mac::default(), claim))
 }
 
-/// The first six bytes of a neighbour discovery option, the last one of its kind. The outer `None` means that the options
-/// are malformed, the inner one that there is no such option.
+/// The first six bytes of a neighbour discovery option, the last one of its kind. The outer `None` means that the
+/// options are malformed, the inner one that there is no such option.
 fn option(mut options: &[u8], wanted: u8) -> Option<Option<[u8; 6]>> {
     let mut found = None;
     while let [kind, eights, ..] = *options {
@@ -120,8 +120,8 @@ fn option(mut options: &[u8], wanted: u8) -> Option<Option<[u8; 6]>> {
     Some(found)
 }
 
-/// The target address and MAC address of a neighbour advertisement without its IPv6 header. The MAC address is all zeros
-/// if the message has no such option.
+/// The target address and MAC address of a neighbour advertisement without its IPv6 header. The MAC address is all
+/// zeros if the message has no such option.
 pub fn advertiser(message: &[u8]) -> Option<(IpAddr, Mac)> {
     if message.get(..2)? != [NEIGHBOUR_ADVERTISEMENT, 0] {
         return None;

@@ -1,8 +1,8 @@
 //! A synchronous netlink socket, and an encoder and a parser of attributes.
 //!
-//! It serves the netlink families that no maintained crate covers (nf_tables, ctnetlink), and the CNI plugin, which must
-//! not carry an async runtime. A dump that the kernel marks as interrupted (`NLM_F_DUMP_INTR`) is read again, because it
-//! may miss entries.
+//! It serves the netlink families that no maintained crate covers (nf_tables, ctnetlink), and the CNI plugin, which
+//! must not carry an async runtime. A dump that the kernel marks as interrupted (`NLM_F_DUMP_INTR`) is read again,
+//! because it may miss entries.
 
 use netlink_sys::{Socket as RawSocket, SocketAddr};
 use nix::libc::MSG_TRUNC;
@@ -37,9 +37,9 @@ const HEADER: usize = 16;
 /// The upper two bits of an attribute's type are flags.
 const NLA_TYPE_MASK: u16 = 0x3fff;
 const NLA_F_NESTED: u16 = 0x8000;
-/// The receive buffer, bytes. The kernel sizes a dump's datagrams by the largest buffer that was received into before, up
-/// to 32 KiB (`netlink_dump`, net/netlink/af_netlink.c). An entry that fits into no datagram, such as a long rule, ends
-/// the dump.
+/// The receive buffer, bytes. The kernel sizes a dump's datagrams by the largest buffer that was received into
+/// before, up to 32 KiB (`netlink_dump`, net/netlink/af_netlink.c). An entry that fits into no datagram, such as a
+/// long rule, ends the dump.
 const BUFFER: usize = 64 << 10;
 /// How often an interrupted dump is read before it fails.
 const DUMP_TRIES: usize = 20;
@@ -396,8 +396,8 @@ impl Attributes for Vec<u8> {
     }
 }
 
-/// Iterates over attributes: the type without its flags, and the value. The iteration ends at the first attribute whose
-/// length exceeds the remaining bytes.
+/// Iterates over attributes: the type without its flags, and the value. The iteration ends at the first attribute
+/// whose length exceeds the remaining bytes.
 pub fn attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
     std::iter::from_fn(move || {
         if bytes.len() < 4 {

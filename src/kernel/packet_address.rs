@@ -5,8 +5,8 @@
 use nix::libc::{AF_PACKET, sockaddr_ll};
 use nix::sys::socket::{LinkAddr, SockaddrLike};
 
-/// The address of interface `ifindex` for frames of `ethertype`, to bind to or to send to. `None` if the index is out of
-/// range.
+/// The address of interface `ifindex` for frames of `ethertype`, to bind to or to send to. `None` if the index is out
+/// of range.
 pub fn packet_address(ifindex: u32, ethertype: u16) -> Option<LinkAddr> {
     let address = sockaddr_ll {
         sll_family: u16::try_from(AF_PACKET).ok()?,

@@ -1,8 +1,8 @@
 //! Route netlink for the daemon: one socket, served by a background task.
 //!
-//! A dump that the kernel marks as interrupted (`NLM_F_DUMP_INTR`) is requested again. It may miss entries, and the caller
-//! would then add entries that exist and delete entries that belong there. Strict checking is on, so that the kernel
-//! filters dumps instead of ignoring the filter.
+//! A dump that the kernel marks as interrupted (`NLM_F_DUMP_INTR`) is requested again. It may miss entries, and the
+//! caller would then add entries that exist and delete entries that belong there. Strict checking is on, so that the
+//! kernel filters dumps instead of ignoring the filter.
 
 use crate::kernel::netlink::{Error as KernelError, attributes, string};
 use anyhow::{Context, Result, anyhow, bail};
@@ -19,8 +19,8 @@ use std::time::Duration;
 
 /// How often an interrupted dump is read before it fails.
 const DUMP_TRIES: usize = 20;
-/// Changes per datagram. Each acknowledgement takes about 1 KiB of socket memory, and the kernel drops those that exceed
-/// the receive buffer. The next datagram is sent when all acknowledgements have been read.
+/// Changes per datagram. Each acknowledgement takes about 1 KiB of socket memory, and the kernel drops those that
+/// exceed the receive buffer. The next datagram is sent when all acknowledgements have been read.
 const BATCH: usize = 128;
 /// The receive buffer, bytes: room for acknowledgements and for several concurrent dumps.
 const RECEIVE_BUFFER: usize = 1 << 20;
@@ -74,8 +74,8 @@ pub struct RouteSocket {
 }
 
 impl RouteSocket {
-    /// Opens a socket in the calling thread's network namespace, and starts the task that serves it. The task ends when
-    /// the last clone is dropped.
+    /// Opens a socket in the calling thread's network namespace, and starts the task that serves it. The task ends
+    /// when the last clone is dropped.
     ///
     /// # Errors
     /// The socket cannot be opened, or the kernel (before 4.20) does not support strict checking.

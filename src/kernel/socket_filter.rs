@@ -1,5 +1,5 @@
-//! A socket filter by a datagram's length: classic BPF (`SO_ATTACH_FILTER`, socket(7)). A rejected datagram does not wake
-//! the socket's reader.
+//! A socket filter by a datagram's length: classic BPF (`SO_ATTACH_FILTER`, socket(7)). A rejected datagram does not
+//! wake the socket's reader.
 // nix has no such socket option.
 #![allow(unsafe_code)]
 
@@ -13,7 +13,8 @@ const LOAD_LENGTH: u16 = 0x80;
 const JUMP_IF_GREATER: u16 = 0x25;
 const RETURN: u16 = 0x06;
 
-/// Makes a socket accept only datagrams of more than `bytes` bytes. The length counts from where a raw socket's data begin.
+/// Makes a socket accept only datagrams of more than `bytes` bytes. The length counts from where a raw socket's data
+/// begin.
 pub fn accept_longer_than(socket: &OwnedFd, bytes: u32) -> nix::Result<()> {
     attach(socket, bytes, true)
 }

@@ -1,7 +1,7 @@
 //! Connections that have ended, by a pod's end or by the end of a policy, while the kernel still tracks them.
 //!
-//! A tracked connection keeps the way that it began with. Left in the table, it would lend its allocation, or the node's address,
-//! to the next pod with the same address, and keep the pod on an allocation that it has no more.
+//! A tracked connection keeps the way that it began with. Left in the table, it would lend its allocation, or the
+//! node's address, to the next pod with the same address, and keep the pod on an allocation that it has no more.
 
 use super::changed_ports::Replicas;
 use super::pods::{Holder, Pods, Use};
@@ -116,19 +116,22 @@ impl Ended {
 }
 
 /// Takes connections that are translated to another address than their allocation's out of the kernel's table, in the
-/// background. Each packet of theirs is dropped and prolongs them, so they would not end by themselves. Those of this node's
-/// pods on `local` allocations, whose port was changed, keep it.
+/// background. Each packet of theirs is dropped and prolongs them, so they would not end by themselves. Those of this
+/// node's pods on `local` allocations, whose port was changed, keep it.
 pub fn forget_stale(marks: Marks, local: BTreeSet<EgressId>, replicas: Arc<Replicas>) {
-    let stale = MarkFilter { mark: marks.stale(), mask: marks.connection_of_allocation_mask() | marks.allocation_mask() };
+    let stale =
+        MarkFilter { mark: marks.stale(), mask: marks.connection_of_allocation_mask() | marks.allocation_mask() };
     in_background("connections that are older than their allocations are picked up anew", move |socket| {
         conntrack::update_entries(socket, stale, |c| {
-            let heir = c.out.and_then(|out| local.iter().find_map(|id| replicas.heir(&out, marks.connection(*id))));
+            let heir =
+                c.out.and_then(|out| local.iter().find_map(|id| replicas.translation_of(&out, marks.connection(*id))));
             heir.map_or(EntryAction::Delete, |heir| EntryAction::Replace(heir, None))
         })
     });
 }
 
-/// Cleans the kernel's table of connections, which may be large, while everything else goes on; and says `what` came of it.
+/// Cleans the kernel's table of connections, which may be large, while everything else goes on; and says `what` came
+/// of it.
 pub fn in_background(what: &'static str, clean: impl FnOnce(&mut Socket) -> Result<usize> + Send + 'static) {
     tokio::task::spawn_blocking(move || {
         let cleaned = Socket::open(NETLINK_NETFILTER).map_err(anyhow::Error::from);

@@ -1,6 +1,6 @@
 //! What the node daemon counts.
 
-use super::changed_ports::Figures;
+use super::changed_ports::ReplicationMetrics;
 use super::forwarding::FirstPackets;
 use super::host::Counts;
 use super::pods::Census;
@@ -69,7 +69,7 @@ pub struct Metrics {
     dropped: Family<Reason, Counter>,
     other_ports: Counter,
     insertions_failed: Counter,
-    changed_ports: Figures,
+    changed_ports: ReplicationMetrics,
     forward_dropped: Family<FamilyLabel, Counter>,
     allocation_packets: Family<AllocationLabels, Counter>,
     allocation_bytes: Family<AllocationLabels, Counter>,
@@ -99,7 +99,7 @@ impl Metrics {
             dropped: Family::default(),
             other_ports: Counter::default(),
             insertions_failed: Counter::default(),
-            changed_ports: Figures::default(),
+            changed_ports: ReplicationMetrics::default(),
             forward_dropped: Family::default(),
             allocation_packets: Family::default(),
             allocation_bytes: Family::default(),
@@ -155,7 +155,7 @@ impl Metrics {
     }
 
     /// What is counted of connections whose port was changed.
-    pub fn changed_ports(&self) -> Figures {
+    pub fn changed_ports(&self) -> ReplicationMetrics {
         self.changed_ports.clone()
     }
 

@@ -1,9 +1,11 @@
-//! Connections of allocations that have come to this node or gone from it, while the kernel still tracks them as before.
+//! Connections of allocations that have come to this node or gone from it, while the kernel still tracks them as
+//! before.
 //!
 //! A connection's address translation is settled by its first packet. On the node that owns its allocation a pod's
-//! connection gets the allocation's address; on any other, none. Left in the table when the allocation moves, it would leave with
-//! the wrong address, and be dropped for it; once forgotten, its next packet makes the kernel pick it up anew. On a
-//! gateway that has given an address up, what it knows of a connection is out of date should the address come back.
+//! connection gets the allocation's address; on any other, none. Left in the table when the allocation moves, it
+//! would leave with the wrong address, and be dropped for it; once forgotten, its next packet makes the kernel pick
+//! it up anew. On a gateway that has given an address up, what it knows of a connection is out of date should the
+//! address come back.
 
 use crate::api::AddressPair;
 use crate::kernel::conntrack::{self, Connection, EntryAction, MarkFilter, Tracked, Translated, Tuple};
@@ -19,8 +21,8 @@ use std::net::IpAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-/// Who cleans the kernel's table, one after the other. Two at a time would each make entries by what it knows, and the older
-/// one's could be the last.
+/// Who cleans the kernel's table, one after the other. Two at a time would each make entries by what it knows, and
+/// the older one's could be the last.
 #[derive(Clone, Debug, Default)]
 pub struct Turns(Arc<Turn>);
 
@@ -93,9 +95,9 @@ impl Moved {
     }
 
     /// Takes what is not as it should be out of the kernel's table, in the background: it may be large. For pods'
-    /// connections on `handed_over` allocations, what servers have sent already is let in. What other nodes have told of, whose
-    /// port was changed, stays; of a pod of this node's, whose allocation has come here, it gets the same port. Another one keeps
-    /// its pod's port: here at once, and on the next owner, which is told of it.
+    /// connections on `handed_over` allocations, what servers have sent already is let in. What other nodes have told
+    /// of, whose port was changed, stays; of a pod of this node's, whose allocation has come here, it gets the same
+    /// port. Another one keeps its pod's port: here at once, and on the next owner, which is told of it.
     pub fn clean(self, marks: Marks, handed_over: BTreeSet<EgressId>, ports: &ChangedPorts, turns: &Turns) {
         let (replicas, next_owners) = (ports.replicas(), ports.gone());
         let of_allocation = marks.connection_of_allocation_mask();
@@ -116,7 +118,7 @@ impl Moved {
                 let late = handed_over.contains(&id).then(|| marks.handed(id));
                 let comes = self.local.get(&id) == Some(&true);
                 let heir = c.out.and_then(|out| {
-                    let told = comes.then(|| replicas.heir(&out, marks.connection(id))).flatten();
+                    let told = comes.then(|| replicas.translation_of(&out, marks.connection(id))).flatten();
                     told.or_else(|| kept.get(&out).copied())
                 });
                 match (heir, late) {
@@ -126,8 +128,8 @@ impl Moved {
                 }
             })?;
             if !gone.is_empty() {
-                // Only now: what servers send comes as the next owner translates it from then on. While the daemon ends nobody
-                // hears of them.
+                // Only now: what servers send comes as the next owner translates it from then on. While the daemon
+                // ends nobody hears of them.
                 let _ = next_owners.send(gone);
             }
             let is_told = |c: &Connection| c.out.is_some_and(|out| replicas.has(&out, c.reply_destination));
@@ -142,8 +144,8 @@ impl Moved {
         self.local.get(&allocation).is_some_and(|local| *local != translated)
     }
 
-    /// Connections of this node's pods that have their pod's port: as they are to be, with the allocation's address where their
-    /// allocation has come here, else without translation; and as they were where it has gone.
+    /// Connections of this node's pods that have their pod's port: as they are to be, with the allocation's address
+    /// where their allocation has come here, else without translation; and as they were where it has gone.
     fn kept(&self, socket: &mut Socket, marks: Marks) -> Result<(HashMap<Tuple, Translated>, Vec<Tracked>)> {
         let pods = MarkFilter { mark: marks.connection(0), mask: marks.connection_of_allocation_mask() };
         let allocation = |tracked: &Tracked| (tracked.mark & marks.allocation_mask()) as EgressId;

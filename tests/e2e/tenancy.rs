@@ -134,7 +134,7 @@ fn an_address_that_is_the_hosts_own_or_no_hosts_is_not_taken() {
     let answers = || lab.host("ext").within(connect).is_err_and(|e| e.kind() == ErrorKind::ConnectionRefused);
     assert!(answers());
     for (address, words) in [
-        ("192.0.2.57", "192.0.2.57 is an address that this node has on its own"),
+        ("192.0.2.57", "192.0.2.57 is this node's own address"),
         ("192.0.2.255", "192.0.2.255 is the broadcast address of this node's network 192.0.2.0/24"),
     ] {
         let gateway = manifests::gateway("default", &["192.0.2.50-192.0.2.59", "192.0.2.255"]);

@@ -2,8 +2,8 @@
 
 use crate::namespace::{in_namespace, run};
 use egret::kernel::conntrack::{
-    EntryAction, Insertion, MarkFilter, Translated, Tuple, delete, delete_by_source, delete_by_address, find_by_reply, find_by_original,
-    delete_one, insert_or_update, list, list_tracked, update_entries,
+    EntryAction, Insertion, MarkFilter, Translated, Tuple, delete, delete_by_address, delete_by_source, delete_one,
+    find_by_original, find_by_reply, insert_or_update, list, list_tracked, update_entries,
 };
 use egret::kernel::netlink::{NETLINK_NETFILTER, Socket};
 use std::collections::BTreeSet;
@@ -126,7 +126,10 @@ fn what_is_late_for_a_connection_has_an_entry_for_a_second_that_begins_at_the_ot
         connection("10.244.1.5", Some("192.0.2.50"), 1001, 0x4547_0011);
         connection("fd00:244:1::5", Some("2001:db8::50"), 1002, 0x4547_0011);
         connection("10.244.1.6", None, 1003, 0x4547_0011);
-        assert_eq!(update_entries(&mut socket, PATHS, |_| EntryAction::DeleteAdmittingReplies(0x4547_4011)).unwrap(), 3);
+        assert_eq!(
+            update_entries(&mut socket, PATHS, |_| EntryAction::DeleteAdmittingReplies(0x4547_4011)).unwrap(),
+            3
+        );
         let late = MarkFilter { mark: 0x4547_4000, mask: 0xffff_c000 };
         let mut found: Vec<_> = list(&mut socket, late).unwrap();
         found.sort_by_key(|c| c.reply_source);
@@ -183,11 +186,18 @@ fn a_connection_is_made_with_the_port_that_another_node_gave_it_or_not_at_all() 
                 assert!(found.timeout > 800 && found.mark == 0x4547_8008, "{found:?}");
 
                 let rival = translated(source, protocol, 1002, 2001);
-                assert_eq!(insert_or_update(&mut socket, &rival, no_place).unwrap(), Insertion::Conflict, "the answers are another's");
+                assert_eq!(
+                    insert_or_update(&mut socket, &rival, no_place).unwrap(),
+                    Insertion::Conflict,
+                    "the answers are another's"
+                );
                 assert_eq!(find_by_original(&mut socket, &rival.out).unwrap(), None);
                 let other = translated(source, protocol, 1001, 2002);
                 assert_eq!(insert_or_update(&mut socket, &other, no_place).unwrap(), Insertion::Conflict);
-                assert_eq!(insert_or_update(&mut socket, &other, |there| there.back == wanted.back()).unwrap(), Insertion::Present);
+                assert_eq!(
+                    insert_or_update(&mut socket, &other, |there| there.back == wanted.back()).unwrap(),
+                    Insertion::Present
+                );
                 assert_eq!(find_by_reply(&mut socket, &wanted.back()).unwrap(), None);
                 assert_eq!(insert_or_update(&mut socket, &rival, no_place).unwrap(), Insertion::Present);
             }

@@ -6,7 +6,7 @@
 use super::pods::{direct, without_address};
 use super::sets::PORT_BITS;
 use super::{base, counter, set};
-use crate::datapath::names::{ASKING, DEVICE, DEVICE_GROUP, HEALTH, TUNNEL_NEXT_HOP_MAC, TUNNEL_PORT, UPLINK_HEALTH};
+use crate::datapath::names::{DEVICE, DEVICE_GROUP, HEALTH, PROBER, TUNNEL_NEXT_HOP_MAC, TUNNEL_PORT, UPLINK_HEALTH};
 use crate::datapath::port_log;
 use crate::kernel::nft::rule::{Ip, Rule, protocol};
 use crate::kernel::nft::table::{Chain, hook};
@@ -88,7 +88,7 @@ fn between_nodes(packet: impl Fn() -> Rule, local: Option<IpAddr>) -> Vec<Rule> 
 
 /// Nodes' questions whether others live, and the answers: the kernel's own, and never forwarded.
 fn echo() -> impl Iterator<Item = Rule> {
-    let both = |health| [(ECHO_REQUEST, ASKING, health), (ECHO_REPLY, health, ASKING)];
+    let both = |health| [(ECHO_REQUEST, PROBER, health), (ECHO_REPLY, health, PROBER)];
     [HEALTH, UPLINK_HEALTH].into_iter().flat_map(both).map(|(kind, from, to)| {
         let between = Rule::new().l4(protocol::ICMPV6).saddr_in(from.into()).daddr_in(to.into());
         between.hop_limit(HOP_LIMIT).icmp_type(kind)

@@ -1,9 +1,10 @@
 //! Entries for replies that are in flight when a connection's own entry is deleted.
 //!
-//! The kernel never changes the translation of a tracked connection. To change it, the daemon deletes the entry, and the
-//! pod's next packet creates a new one. Replies that the server sent before that carry the old translation. A second entry
-//! for the same direction of the connection is impossible. An entry that begins at the server is possible, if its reply
-//! direction is in a zone of its own in which no packet is ever looked up (`nf_conntrack_zone::dir`, nf_conntrack_zones.h).
+//! The kernel never changes the translation of a tracked connection. To change it, the daemon deletes the entry, and
+//! the pod's next packet creates a new one. Replies that the server sent before that carry the old translation. A
+//! second entry for the same direction of the connection is impossible. An entry that begins at the server is
+//! possible, if its reply direction is in a zone of its own in which no packet is ever looked up
+//! (`nf_conntrack_zone::dir`, nf_conntrack_zones.h).
 
 use super::tuple::Tuple;
 use super::*;
@@ -25,8 +26,8 @@ const CTA_PROTOINFO_TCP: u16 = 1;
 const CTA_PROTOINFO_TCP_STATE: u16 = 1;
 const CTA_PROTOINFO_TCP_FLAGS_ORIGINAL: u16 = 4;
 const CTA_PROTOINFO_TCP_FLAGS_REPLY: u16 = 5;
-/// `TCP_CONNTRACK_ESTABLISHED` and `IP_CT_TCP_FLAG_BE_LIBERAL`, include/uapi/linux/netfilter/nf_conntrack_tcp.h. The flag
-/// turns window checks off, because the windows are unknown.
+/// `TCP_CONNTRACK_ESTABLISHED` and `IP_CT_TCP_FLAG_BE_LIBERAL`, include/uapi/linux/netfilter/nf_conntrack_tcp.h. The
+/// flag turns window checks off, because the windows are unknown.
 pub(super) const ESTABLISHED: u8 = 3;
 const BE_LIBERAL: u8 = 8;
 /// `IPS_SEEN_REPLY`, `IPS_ASSURED`, `IPS_CONFIRMED`, include/uapi/linux/netfilter/nf_conntrack_common.h.

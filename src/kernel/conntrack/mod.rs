@@ -1,7 +1,8 @@
 //! Entries of connection tracking (ctnetlink): listed by mark or address, deleted, replaced.
 //!
-//! A connection keeps the allocation with which it began. When the connection may no longer use it, the daemon deletes the
-//! entry, and the next packet is classified anew. An [`in_flight_reply`] entry admits replies that are in flight meanwhile.
+//! A connection keeps the allocation with which it began. When the connection may no longer use it, the daemon
+//! deletes the entry, and the next packet is classified anew. An [`in_flight_reply`] entry admits replies that are in
+//! flight meanwhile.
 
 mod in_flight_reply;
 mod translated;
@@ -56,8 +57,8 @@ const NFGENMSG: usize = 4;
 /// Deletions per datagram. Their acknowledgements must fit into the socket's receive buffer.
 const BATCH: usize = 64;
 
-/// Selects the connections whose mark equals `mark` in the bits of `mask`. The kernel filters, which keeps a large table
-/// cheap.
+/// Selects the connections whose mark equals `mark` in the bits of `mask`. The kernel filters, which keeps a large
+/// table cheap.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MarkFilter {
     /// The mark.
@@ -103,8 +104,8 @@ pub enum EntryAction {
     Keep,
     /// Delete the entry.
     Delete,
-    /// Delete the entry, and for one second admit replies in flight by an entry with this mark. Only for TCP and UDP, and
-    /// only if the destination was not translated.
+    /// Delete the entry, and for one second admit replies in flight by an entry with this mark. Only for TCP and UDP,
+    /// and only if the destination was not translated.
     DeleteAdmittingReplies(u32),
     /// Replace the entry by this one. With a mark, also admit replies in flight to the old entry.
     Replace(Translated, Option<u32>),
@@ -130,7 +131,11 @@ pub fn delete(socket: &mut Socket, marked: MarkFilter, doomed: impl Fn(&Connecti
 ///
 /// # Errors
 /// As [`delete`].
-pub fn update_entries(socket: &mut Socket, marked: MarkFilter, action: impl Fn(&Connection) -> EntryAction) -> Result<usize> {
+pub fn update_entries(
+    socket: &mut Socket,
+    marked: MarkFilter,
+    action: impl Fn(&Connection) -> EntryAction,
+) -> Result<usize> {
     let found = select_raw(socket, marked, |connection, raw| {
         let (admitted, replacement) = match action(&connection) {
             EntryAction::Keep => return None,
@@ -169,8 +174,8 @@ fn delete_all(socket: &mut Socket, requests: &[Deletion]) -> Result<usize> {
     Ok(deleted)
 }
 
-/// Deletes the connections whose source or reply source is one of the addresses, with any mark, for which `doomed` returns
-/// true. Returns how many.
+/// Deletes the connections whose source or reply source is one of the addresses, with any mark, for which `doomed`
+/// returns true. Returns how many.
 ///
 /// # Errors
 /// As [`delete`].
@@ -185,8 +190,8 @@ pub fn delete_by_address(
     delete_matching(socket, addresses, &ends, is_doomed)
 }
 
-/// Deletes the connections whose source is one of the addresses, with any mark, for which `doomed` returns true. Returns
-/// how many.
+/// Deletes the connections whose source is one of the addresses, with any mark, for which `doomed` returns true.
+/// Returns how many.
 ///
 /// # Errors
 /// As [`delete`].
@@ -233,8 +238,8 @@ fn delete_matching(
     Ok(deleted)
 }
 
-/// Whether reading the table once costs less than `searches` filtered dumps. Each filtered dump walks all buckets, empty
-/// or not. Reading costs one walk, and as much as `BUCKETS` more buckets for each connection.
+/// Whether reading the table once costs less than `searches` filtered dumps. Each filtered dump walks all buckets,
+/// empty or not. Reading costs one walk, and as much as `BUCKETS` more buckets for each connection.
 fn is_worth_reading(searches: usize) -> bool {
     const BUCKETS: usize = 150;
     let number = |what: &str| -> Option<usize> {
@@ -331,8 +336,8 @@ fn v6(bytes: &[u8]) -> Option<IpAddr> {
     <[u8; 16]>::try_from(bytes).ok().map(|b| Ipv6Addr::from(b).into())
 }
 
-/// A request that identifies one connection by its tuple, zone and id. The id keeps a newer connection with the same tuple
-/// from being deleted instead.
+/// A request that identifies one connection by its tuple, zone and id. The id keeps a newer connection with the same
+/// tuple from being deleted instead.
 fn request(message: &[u8]) -> Option<Vec<u8>> {
     let (header, rest) = message.split_at_checked(NFGENMSG)?;
     let mut request = header.to_vec();
@@ -346,7 +351,8 @@ fn request(message: &[u8]) -> Option<Vec<u8>> {
     Some(request)
 }
 
-/// Sends deletions in one datagram, each followed by the entries that take its place. Returns how many connections existed.
+/// Sends deletions in one datagram, each followed by the entries that take its place. Returns how many connections
+/// existed.
 fn send(socket: &mut Socket, requests: &[Deletion]) -> Result<usize, Error> {
     let mut datagram = Vec::new();
     let (mut deletions, mut insertions) = (BTreeSet::new(), BTreeSet::new());

@@ -1,7 +1,7 @@
 //! Connections with their translation: looked up one by one, and inserted.
 //!
-//! If the kernel changed a connection's source port, only its entry knows the translation. An entry that is inserted here
-//! copies the entry of another node, so that the connection's next packet is translated as before.
+//! If the kernel changed a connection's source port, only its entry knows the translation. An entry that is inserted
+//! here copies the entry of another node, so that the connection's next packet is translated as before.
 
 use super::in_flight_reply::{ASSURED, ESTABLISHED, established, to};
 use super::tuple::Tuple;
@@ -34,8 +34,8 @@ pub struct Tracked {
     pub timeout: u32,
     /// Whether the connection has ended and its entry remains for late packets.
     pub is_over: bool,
-    /// Whether packets have been seen in both directions. For TCP, whether the connection is established and neither end
-    /// has closed it.
+    /// Whether packets have been seen in both directions. For TCP, whether the connection is established and neither
+    /// end has closed it.
     pub is_established: bool,
 }
 
@@ -111,7 +111,11 @@ pub fn list_tracked(socket: &mut Socket, marked: MarkFilter, pick: impl Fn(&Trac
 
 /// Inserts the entry. If it exists, its mark and timeout are set and its TCP window checks are turned off. Another
 /// connection with the same original tuple is deleted first if `gives_place` returns true for it.
-pub fn insert_or_update(socket: &mut Socket, wanted: &Translated, gives_place: impl Fn(&Tracked) -> bool) -> Result<Insertion, Error> {
+pub fn insert_or_update(
+    socket: &mut Socket,
+    wanted: &Translated,
+    gives_place: impl Fn(&Tracked) -> bool,
+) -> Result<Insertion, Error> {
     if let Some(message) = find(socket, CTA_TUPLE_ORIG, &wanted.out)? {
         match parse_tracked(&message) {
             Some(there) if there.out == wanted.out && there.back == wanted.back() => {

@@ -1,6 +1,6 @@
-//! Connections that have kept their pod's port. When the owner of their egress IP changes, the node on which the pod runs
-//! tells the next owner of them: else another pod's new connection could take there the port of one that says nothing just
-//! then, and it would break when it speaks again.
+//! Connections that kept their pod's port. When the owner of their egress IP changes, the pod's node sends them to
+//! the new owner. Without that, another pod's new connection could take the port of an idle one there, and the idle
+//! connection would break with its next packet.
 
 use super::message::{Changed, Message};
 use super::task::Task;
@@ -15,54 +15,57 @@ use std::net::{IpAddr, Ipv6Addr};
 use std::time::Duration;
 use tokio::time::Instant;
 
-/// Where this node's pods leave, by the ids of the egress IPs.
-pub type Holders = BTreeMap<EgressId, Holder>;
+/// The egress IPs that this node's pods use, with their owners.
+pub type Owners = BTreeMap<EgressId, EgressOwner>;
 
-/// An egress IP that has an owner.
+/// An egress IP and its owner.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Holder {
-    /// The owner's MAC address in the tunnel; this node may be it.
+pub struct EgressOwner {
+    /// The owner's tunnel MAC address; it may be this node.
     pub owner: Mac,
     /// The egress IP.
     pub address: AddressPair,
 }
 
-/// The next owner is told twice: a message may be lost, or come before it knows that it is the owner.
+/// A message to the new owner is repeated after this time. The first may be lost, or arrive before the node knows
+/// that it is the owner.
 const AGAIN: Duration = Duration::from_secs(1);
-/// As many connections are told of at a time, and as many of one pod's address: those that live longest.
+/// The largest number of connections sent after a move, and for one pod address. Those with the longest timeout come
+/// first.
 const MOST: usize = 65_536;
 const MOST_OF_POD: usize = 16_384;
-/// As many messages are sent at once, and then none for a moment: the receiver has room for some thousand of all nodes.
+/// Messages per batch, and the pause between two batches: the receiver's buffer has room for some thousand messages
+/// of all nodes.
 const AT_ONCE: usize = 64;
 const PAUSE: Duration = Duration::from_millis(10);
-/// The longest that a connection is kept for without a packet, in seconds.
-const LONGEST: u32 = super::hearing::LONGEST;
+/// The longest timeout of an idle connection, in seconds.
+const LONGEST: u32 = super::receive::LONGEST;
 
-/// What is to be told to next owners.
+/// What is to be sent to new owners.
 #[derive(Debug, Default)]
-pub(super) struct Telling {
-    /// The last owner of each egress IP. One that has none for a while may get another one.
+pub(super) struct OwnerNotices {
+    /// The last owner of each egress IP, also while it has none.
     owners: BTreeMap<EgressId, Mac>,
-    /// The egress IPs that have moved, and when their owners are told.
+    /// The egress IPs that have moved, and when their connections are sent.
     moved: Vec<(Instant, EgressId)>,
-    /// Connections that are in the kernel's table no more, and when they are told of.
+    /// Connections that the kernel's table no longer contains, and when they are sent.
     gone: Vec<(Instant, Vec<Tracked>)>,
     messages: VecDeque<(Ipv6Addr, Vec<u8>)>,
     /// When the next messages may be sent.
     resume: Option<Instant>,
 }
 
-impl Telling {
-    /// When something is to be done next.
+impl OwnerNotices {
+    /// The next deadline.
     pub(super) fn next(&self) -> Option<Instant> {
         let waiting = self.resume.filter(|_| !self.messages.is_empty());
         let due = self.moved.iter().map(|(at, _)| *at).chain(self.gone.iter().map(|(at, _)| *at));
         due.chain(waiting).min()
     }
 
-    /// Notes which egress IPs have another owner than before. `own`: this node needs not be told.
-    pub(super) fn change(&mut self, holders: &Holders, own: Mac, now: Instant) {
-        for (id, holder) in holders {
+    /// Schedules the egress IPs whose owner has changed. `own` is this node, which needs no message.
+    pub(super) fn change(&mut self, owners: &Owners, own: Mac, now: Instant) {
+        for (id, holder) in owners {
             let before = self.owners.insert(*id, holder.owner);
             if before.is_some_and(|before| before != holder.owner) {
                 self.moved.retain(|(_, other)| other != id);
@@ -73,74 +76,76 @@ impl Telling {
         }
     }
 
-    /// The egress IPs whose owners are told now.
-    fn moved(&mut self, holders: &Holders, now: Instant) -> Holders {
+    /// The egress IPs that are due.
+    fn moved(&mut self, owners: &Owners, now: Instant) -> Owners {
         let due = self.moved.extract_if(.., |(at, _)| *at <= now);
-        due.filter_map(|(_, id)| Some((id, holders.get(&id)?.clone()))).collect()
+        due.filter_map(|(_, id)| Some((id, owners.get(&id)?.clone()))).collect()
     }
 
-    /// The connections that are told of now though the kernel's table has them no more.
+    /// The connections outside of the kernel's table that are due.
     fn gone(&mut self, now: Instant) -> Vec<Tracked> {
         self.gone.extract_if(.., |(at, _)| *at <= now).flat_map(|(_, gone)| gone).collect()
     }
 }
 
 impl Task {
-    /// Connections of this node's pods that left from here, and whose egress IPs have just gone to others.
-    pub(super) fn hear_gone(&mut self, gone: Vec<Tracked>) {
+    /// Schedules connections of this node's pods whose egress IPs have just moved from this node to others.
+    pub(super) fn schedule_gone(&mut self, gone: Vec<Tracked>) {
         let now = Instant::now();
-        self.telling.gone.extend([(now, gone.clone()), (now + AGAIN, gone)]);
+        self.notices.gone.extend([(now, gone.clone()), (now + AGAIN, gone)]);
     }
 
-    /// Tells next owners of what is due, and sends what waits.
-    pub(super) fn tell_next_owners(&mut self) {
+    /// Queues the connections that are due for new owners, and sends queued messages.
+    pub(super) fn notify_owners(&mut self) {
         let now = Instant::now();
-        let (holders, gone) = (self.telling.moved(&self.roles.holders, now), self.telling.gone(now));
+        let (owners, gone) = (self.notices.moved(&self.roles.owners, now), self.notices.gone(now));
         let mut found = Vec::new();
-        if !holders.is_empty() {
+        if !owners.is_empty() {
             let marks = self.marks;
             let of_pods = MarkFilter { mark: marks.connection(0), mask: marks.connection_of_allocation_mask() };
-            // What still has the egress IP's translation here is told of when it has it no more (`hear_gone`):
-            // what the next owner translates back has to be known here.
+            // A connection that is still translated to the egress IP here is sent later, by `schedule_gone`: this
+            // node must know the connections that the new owner translates back.
             let is_there = |tracked: &Tracked| {
                 let goes_on = tracked.is_established && tracked.back.destination == tracked.out.source;
-                goes_on && holders.contains_key(&allocation(tracked.mark, marks))
+                goes_on && owners.contains_key(&allocation(tracked.mark, marks))
             };
             match conntrack::list_tracked(&mut self.table, of_pods, is_there) {
-                Ok(all) => found.extend(all.iter().filter_map(|tracked| self.kept(tracked, &holders))),
-                Err(e) => tracing::warn!("connections of egress IPs that have moved cannot be told of: {e:#}"),
+                Ok(all) => found.extend(all.iter().filter_map(|tracked| self.kept(tracked, &owners))),
+                Err(e) => tracing::warn!("cannot send the connections of moved egress IPs to their new owners: {e:#}"),
             }
         }
-        found.extend(gone.iter().filter_map(|tracked| self.kept(tracked, &self.roles.holders)));
-        for (owner, connections) in shared_out(found) {
+        found.extend(gone.iter().filter_map(|tracked| self.kept(tracked, &self.roles.owners)));
+        for (owner, connections) in by_owner(found) {
             let messages = Message::Kept(connections).encode().into_iter();
-            self.telling.messages.extend(messages.map(|message| (of_mac(HEALTH, owner), message)));
+            self.notices.messages.extend(messages.map(|message| (of_mac(HEALTH, owner), message)));
         }
         self.send_waiting(now);
     }
 
     fn send_waiting(&mut self, now: Instant) {
-        if self.telling.resume.is_some_and(|at| at > now) {
+        if self.notices.resume.is_some_and(|at| at > now) {
             return;
         }
         for _ in 0..AT_ONCE {
-            let Some((to, message)) = self.telling.messages.pop_front() else { break };
+            let Some((to, message)) = self.notices.messages.pop_front() else { break };
             self.send_bytes(to, &message);
         }
-        self.telling.resume = Some(now + PAUSE);
+        self.notices.resume = Some(now + PAUSE);
     }
 
-    /// What the egress IP's owner, another node, is told of a connection of a pod here, and for how long it lives.
-    fn kept(&self, tracked: &Tracked, holders: &Holders) -> Option<(Mac, Changed, u32)> {
+    /// The owner, the connection and its timeout to send for a connection of this node's pods, if another node owns
+    /// its egress IP.
+    fn kept(&self, tracked: &Tracked, owners: &Owners) -> Option<(Mac, Changed, u32)> {
         let holder =
-            holders.get(&allocation(tracked.mark, self.marks)).filter(|holder| holder.owner != self.roles.mac)?;
+            owners.get(&allocation(tracked.mark, self.marks)).filter(|holder| holder.owner != self.roles.mac)?;
         let (out, address) = kept_port(tracked, &holder.address)?;
         let changed = Changed { out, address, port: out.ports[0], source_node: self.roles.mac };
         Some((holder.owner, changed, tracked.timeout))
     }
 
-    /// A node's word of a connection of one of its pods, which has kept its port. What is known of it here is newer.
-    pub(super) fn hold_kept(&mut self, from: Mac, changed: Changed, seconds: u32) {
+    /// Inserts a connection that kept its port and that its pod's node has sent. An entry that exists here is newer
+    /// and stays.
+    pub(super) fn insert_kept(&mut self, from: Mac, changed: Changed, seconds: u32) {
         let Some(mark) = self.roles.mark_of_kept(from, &changed, self.marks) else { return };
         if self.replicas.has(&changed.out, changed.address) {
             return;
@@ -155,8 +160,8 @@ impl Task {
         });
         match made {
             Ok(Insertion::Present) => {}
-            Ok(Insertion::Conflict) => drop(self.figures.taken.inc()),
-            Err(e) => self.complain(&e),
+            Ok(Insertion::Conflict) => drop(self.metrics.taken.inc()),
+            Err(e) => self.log_error(&e),
         }
     }
 }
@@ -165,8 +170,8 @@ fn allocation(mark: u32, marks: Marks) -> EgressId {
     (mark & marks.allocation_mask()) as EgressId
 }
 
-/// What is told to each owner: no more than there is room for, of what lives longest.
-fn shared_out(mut found: Vec<(Mac, Changed, u32)>) -> BTreeMap<Mac, Vec<(Changed, u32)>> {
+/// Groups connections by owner. If there are too many, those with the longest timeout remain.
+fn by_owner(mut found: Vec<(Mac, Changed, u32)>) -> BTreeMap<Mac, Vec<(Changed, u32)>> {
     found.sort_by_key(|(_, _, seconds)| std::cmp::Reverse(*seconds));
     let mut of_pods: HashMap<IpAddr, usize> = HashMap::new();
     found.retain(|(_, changed, _)| {
@@ -181,20 +186,20 @@ fn shared_out(mut found: Vec<(Mac, Changed, u32)>) -> BTreeMap<Mac, Vec<(Changed
     by_owner
 }
 
-/// An established connection of a pod here, as it comes to the owner of its egress IP, and the egress IP: if it has its
-/// pod's port there.
+/// For an established connection of this node's pods that kept its port: the tuple as it arrives at the owner of its
+/// egress IP, and the egress IP.
 pub fn kept_port(tracked: &Tracked, egress: &AddressPair) -> Option<(Tuple, IpAddr)> {
     let Tracked { out, back, .. } = tracked;
     let address: IpAddr = match out.source {
         IpAddr::V4(_) => egress.ipv4?.into(),
         IpAddr::V6(_) => egress.ipv6?.into(),
     };
-    // Here its source is translated to itself, or to the egress IP if this node was its owner.
+    // On this node the source is translated to itself, or to the egress IP if this node was the owner.
     let is_egress = [out.source, address].contains(&back.destination) && back.ports[1] == out.ports[0];
     if !is_egress || !tracked.is_established || !matches!(out.protocol, TCP | UDP) {
         return None;
     }
-    // A Service's address has become a server's here.
+    // This node has translated a Service's address to a server's.
     let comes = Tuple { destination: back.source, ports: [out.ports[0], back.ports[0]], ..*out };
     Some((comes, address))
 }
@@ -211,29 +216,29 @@ mod tests {
         AddressPair { ipv4: Some([192, 0, 2, 50].into()), ipv6: None }
     }
 
-    fn holders(owner: Mac) -> Holders {
-        [(5, Holder { owner, address: egress() })].into()
+    fn owners(owner: Mac) -> Owners {
+        [(5, EgressOwner { owner, address: egress() })].into()
     }
 
     #[test]
-    fn who_comes_to_own_an_egress_ip_is_told_at_once_and_after_a_second() {
-        let (mut telling, begin) = (Telling::default(), Instant::now());
-        let told = |telling: &mut Telling, now| telling.moved(&holders(A), now).len();
-        telling.change(&holders(A), HERE, begin);
-        assert_eq!(telling.next(), None, "it is not known that it has moved");
-        telling.change(&Holders::new(), HERE, begin);
-        telling.change(&holders(B), HERE, begin);
-        assert_eq!(telling.next(), Some(begin), "it had no owner for a while");
-        assert_eq!((told(&mut telling, begin), told(&mut telling, begin)), (1, 0));
-        assert_eq!(telling.next(), Some(begin + AGAIN));
-        assert_eq!((told(&mut telling, begin + AGAIN), telling.next()), (1, None));
-        telling.change(&holders(A), HERE, begin);
-        telling.change(&holders(HERE), HERE, begin);
-        assert_eq!(telling.next(), None, "this node is told by nobody");
+    fn a_new_owner_is_notified_at_once_and_after_a_second() {
+        let (mut notices, begin) = (OwnerNotices::default(), Instant::now());
+        let told = |notices: &mut OwnerNotices, now| notices.moved(&owners(A), now).len();
+        notices.change(&owners(A), HERE, begin);
+        assert_eq!(notices.next(), None, "it is not known that it has moved");
+        notices.change(&Owners::new(), HERE, begin);
+        notices.change(&owners(B), HERE, begin);
+        assert_eq!(notices.next(), Some(begin), "it had no owner for a while");
+        assert_eq!((told(&mut notices, begin), told(&mut notices, begin)), (1, 0));
+        assert_eq!(notices.next(), Some(begin + AGAIN));
+        assert_eq!((told(&mut notices, begin + AGAIN), notices.next()), (1, None));
+        notices.change(&owners(A), HERE, begin);
+        notices.change(&owners(HERE), HERE, begin);
+        assert_eq!(notices.next(), None, "this node is told by nobody");
     }
 
     #[test]
-    fn told_of_are_established_connections_with_their_pods_port() {
+    fn only_established_connections_with_their_pods_port_are_sent() {
         let tuple = |source: [u8; 4], destination: [u8; 4], ports| Tuple {
             source: source.into(),
             destination: destination.into(),
@@ -259,7 +264,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pod_takes_no_more_than_its_share_and_what_lives_longest_comes_first() {
+    fn connections_are_limited_for_each_pod_and_those_with_the_longest_timeout_come_first() {
         let changed = |pod: u8, n: u32| {
             let ports = [(n % 60_000) as u16 + 1, (n / 60_000) as u16 + 1];
             let out =
@@ -268,10 +273,10 @@ mod tests {
         };
         let busy = (0..20_000).map(|n| (A, changed(1, n), n));
         let found: Vec<_> = busy.chain([(B, changed(2, 1), 1)]).collect();
-        let told = shared_out(found);
+        let told = by_owner(found);
         assert_eq!((told[&A].len(), told[&B].len()), (MOST_OF_POD, 1));
         assert_eq!(told[&A][0].1, 19_999);
         let many = (0..200_000).map(|n| (A, changed((n % 200) as u8, n), n)).collect();
-        assert_eq!(shared_out(many)[&A].len(), MOST);
+        assert_eq!(by_owner(many)[&A].len(), MOST);
     }
 }

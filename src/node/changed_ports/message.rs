@@ -1,61 +1,61 @@
-//! What nodes tell each other of connections whose port was changed, as bytes.
+//! The wire format of replicated connections.
 
-use crate::datapath::node_messages::MOST;
+use crate::datapath::node_messages::MAX_MESSAGE;
 use crate::kernel::conntrack::Tuple;
 use crate::model::mac::Mac;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-/// Begins each message: what it is, and the version of its form.
+/// The first bytes of each message: its type and the version of the format.
 const MAGIC: [u8; 4] = *b"egp\x01";
-const HOLD: u8 = 1;
-const FORGET: u8 = 2;
-const TELL: u8 = 3;
+const REPLICATE: u8 = 1;
+const ENDED: u8 = 2;
+const RESEND: u8 = 3;
 const KEPT: u8 = 4;
-/// The kind, and how many connections follow.
+/// The magic bytes, the kind, and the number of connections.
 const HEADER: usize = MAGIC.len() + 2;
 const IPV6: u8 = 1;
-/// All but the addresses of a connection: family, protocol, three ports, MAC, seconds.
+/// The length of a connection without its addresses: family, protocol, three ports, MAC address, seconds.
 const FIXED: usize = 1 + 1 + 3 * 2 + 6 + 4;
 
-/// A connection that leaves from another port than its pod's; in [`Message::Kept`], from its pod's.
+/// A connection whose source port the gateway changed; in [`Message::Kept`], one that has its pod's port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Changed {
-    /// As it comes to the gateway.
+    /// The original direction, as it arrives at the gateway.
     pub out: Tuple,
     /// The egress IP.
     pub address: IpAddr,
-    /// The port that servers see.
+    /// The source port that servers see.
     pub port: u16,
-    /// The node on which its pod runs, by its MAC address in the tunnel.
+    /// The tunnel MAC address of the pod's node.
     pub source_node: Mac,
 }
 
-/// What one node tells another.
+/// A message between two nodes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Message {
-    /// These connections are there, and live so many seconds more if they say nothing.
-    Hold(Vec<(Changed, u32)>),
-    /// These have ended.
-    Forget(Vec<Changed>),
-    /// The sender knows of none, and wants to be told.
-    Tell,
-    /// These of the sender's pods have their pod's port, and live so many seconds more.
+    /// These connections exist, and expire after this many seconds without a packet.
+    Replicate(Vec<(Changed, u32)>),
+    /// These connections have ended.
+    Ended(Vec<Changed>),
+    /// The sender has just started and requests all connections.
+    Resend,
+    /// These connections of the sender's pods have their pod's port, and expire after this many seconds.
     Kept(Vec<(Changed, u32)>),
 }
 
 impl Message {
-    /// As many messages of at most [`MOST`] bytes as it takes.
+    /// Encodes into as many messages of at most [`MAX_MESSAGE`] bytes as needed.
     pub fn encode(&self) -> Vec<Vec<u8>> {
         let none = |changed: &Changed| (*changed, 0);
         match self {
-            Message::Hold(connections) => encode(HOLD, connections),
-            Message::Forget(connections) => encode(FORGET, &connections.iter().map(none).collect::<Vec<_>>()),
-            Message::Tell => vec![begun(TELL)],
+            Message::Replicate(connections) => encode(REPLICATE, connections),
+            Message::Ended(connections) => encode(ENDED, &connections.iter().map(none).collect::<Vec<_>>()),
+            Message::Resend => vec![begin(RESEND)],
             Message::Kept(connections) => encode(KEPT, connections),
         }
     }
 
-    /// `None`: it is no such message, or not as this version writes them.
+    /// Decodes a message; `None` if the bytes are no message of this version.
     pub fn decode(bytes: &[u8]) -> Option<Message> {
         let (kind, count) = match bytes.strip_prefix(&MAGIC)? {
             [kind, count, ..] => (*kind, *count),
@@ -67,17 +67,17 @@ impl Message {
             connections.push(take(&mut rest)?);
         }
         match (kind, rest.is_empty()) {
-            (HOLD, true) => Some(Message::Hold(connections)),
-            (FORGET, true) => Some(Message::Forget(connections.into_iter().map(|(changed, _)| changed).collect())),
-            (TELL, true) if connections.is_empty() => Some(Message::Tell),
+            (REPLICATE, true) => Some(Message::Replicate(connections)),
+            (ENDED, true) => Some(Message::Ended(connections.into_iter().map(|(changed, _)| changed).collect())),
+            (RESEND, true) if connections.is_empty() => Some(Message::Resend),
             (KEPT, true) => Some(Message::Kept(connections)),
             _ => None,
         }
     }
 }
 
-fn begun(kind: u8) -> Vec<u8> {
-    let mut message = Vec::with_capacity(MOST);
+fn begin(kind: u8) -> Vec<u8> {
+    let mut message = Vec::with_capacity(MAX_MESSAGE);
     message.extend_from_slice(&MAGIC);
     message.extend_from_slice(&[kind, 0]);
     message
@@ -87,9 +87,9 @@ fn encode(kind: u8, connections: &[(Changed, u32)]) -> Vec<Vec<u8>> {
     let mut messages: Vec<Vec<u8>> = Vec::new();
     for (changed, seconds) in connections {
         let addresses = if changed.address.is_ipv4() { 3 * 4 } else { 3 * 16 };
-        let fits = |m: &Vec<u8>| m.len() + FIXED + addresses <= MOST && m[HEADER - 1] < u8::MAX;
+        let fits = |m: &Vec<u8>| m.len() + FIXED + addresses <= MAX_MESSAGE && m[HEADER - 1] < u8::MAX;
         if !messages.last().is_some_and(fits) {
-            messages.push(begun(kind));
+            messages.push(begin(kind));
         }
         if let Some(message) = messages.last_mut() {
             message[HEADER - 1] += 1;
@@ -156,27 +156,27 @@ mod tests {
     }
 
     #[test]
-    fn any_number_of_both_families_is_read_as_it_was_written_and_no_message_is_too_long() {
+    fn encoded_messages_are_decoded_back_and_none_is_too_long() {
         let all: Vec<_> = (1..400).map(|n| (changed(n, n % 3 == 0), u32::from(n) * 1000)).collect();
         for part in [&all[..0], &all[..1], &all[..37], &all[..]] {
-            let messages = Message::Hold(part.to_vec()).encode();
-            assert!(messages.iter().all(|m| m.len() <= MOST));
+            let messages = Message::Replicate(part.to_vec()).encode();
+            assert!(messages.iter().all(|m| m.len() <= MAX_MESSAGE));
             let read = messages.iter().flat_map(|m| match Message::decode(m) {
-                Some(Message::Hold(connections)) => connections,
+                Some(Message::Replicate(connections)) => connections,
                 other => panic!("{other:?}"),
             });
             assert_eq!(read.collect::<Vec<_>>(), part);
         }
-        let ended = Message::Forget(vec![changed(7, true)]);
+        let ended = Message::Ended(vec![changed(7, true)]);
         assert_eq!(Message::decode(&ended.encode()[0]), Some(ended));
-        assert_eq!(Message::decode(&Message::Tell.encode()[0]), Some(Message::Tell));
+        assert_eq!(Message::decode(&Message::Resend.encode()[0]), Some(Message::Resend));
         let kept = Message::Kept(vec![(changed(8, false), 9)]);
         assert_eq!(Message::decode(&kept.encode()[0]), Some(kept));
     }
 
     #[test]
-    fn what_is_cut_off_too_long_or_of_another_version_is_no_message() {
-        let whole = Message::Hold(vec![(changed(1, false), 5), (changed(2, true), 6)]).encode().remove(0);
+    fn truncated_overlong_and_foreign_messages_are_rejected() {
+        let whole = Message::Replicate(vec![(changed(1, false), 5), (changed(2, true), 6)]).encode().remove(0);
         for length in 0..whole.len() {
             assert_eq!(Message::decode(&whole[..length]), None, "{length} bytes");
         }

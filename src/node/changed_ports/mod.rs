@@ -1,19 +1,20 @@
-//! Connections whose source port the gateway has changed, because another one had it: the other nodes that may come to own
-//! the egress IP are told of them, so that the next owner translates them to the same port.
+//! Replication of connections whose source port the gateway changed, because another connection had the port. The
+//! owner of an egress IP sends them to the other nodes that may become its owner, so that the next owner translates
+//! them to the same port.
 //!
-//! All other connections keep their pod's port, and nobody needs to be told of them until the owner changes ([`kept`]). A thread of its own hears of the changed ones
-//! and tells others at once, however busy the daemon is: in a planned move a connection's next packet may go to the next
-//! owner a moment later.
+//! All other connections keep their pod's port and need no replication until the owner changes ([`kept`]). A thread
+//! of its own reads the log of changed ports and sends at once, even if the daemon is busy: in a planned move, a
+//! connection's next packet may reach the next owner a moment later.
 
-mod hearing;
 mod kept;
 mod message;
 mod owned;
+mod receive;
 mod replicas;
 mod roles;
 mod task;
 
-pub use kept::{Holder, Holders, kept_port};
+pub use kept::{EgressOwner, Owners, kept_port};
 pub use replicas::Replicas;
 pub use roles::{Role, Roles};
 
@@ -28,53 +29,53 @@ use std::thread;
 use tokio::runtime::Builder;
 use tokio::sync::{mpsc, watch};
 
-/// What is counted. Clones count together.
+/// Metrics of the replication. Clones share the values.
 #[derive(Clone, Debug, Default)]
-pub struct Figures {
-    /// Connections that this node, their owner, tells others of.
+pub struct ReplicationMetrics {
+    /// Connections that this node owns and replicates.
     pub owned: Gauge,
-    /// Connections that this node was told of.
+    /// Connections that this node has received.
     pub replicas: Gauge,
-    /// Connections that others were not told of, or that this node could not keep: there was no room.
+    /// Connections that were not replicated or not stored, because a limit was reached.
     pub no_room: Counter,
-    /// How often the kernel could not say which connections' ports it had changed: there were too many at once.
+    /// How often the kernel dropped messages of the log of changed ports.
     pub overruns: Counter,
-    /// Connections that this node was told of, and that another one here is in the way of.
+    /// Received connections that conflict with another connection of this node.
     pub taken: Counter,
 }
 
-impl Figures {
-    /// Shows them.
+impl ReplicationMetrics {
+    /// Registers the metrics.
     pub fn register(&self, registry: &mut Registry) {
         registry.register(
             "changed_port_connections",
-            "Connections with another port than their pod's that others of the gateway's nodes are told of",
+            "Connections with a changed port that this node owns and replicates to the gateway's other nodes",
             self.owned.clone(),
         );
         registry.register(
             "changed_port_replicas",
-            "Connections with another port than their pod's that this node was told of by the owners of their egress IPs",
+            "Connections with a changed port that this node has received from the owners of their egress IPs",
             self.replicas.clone(),
         );
         registry.register(
             "changed_port_no_room",
-            "How often such a connection was not told of, or not kept: there was no room",
+            "Connections with a changed port that were not replicated or not stored, because a limit was reached",
             self.no_room.clone(),
         );
         registry.register(
             "changed_port_overruns",
-            "How often such connections began faster than the daemon hears of them; they are looked for later",
+            "How often the kernel dropped log messages about connections with a changed port; the daemon reads its table later",
             self.overruns.clone(),
         );
         registry.register(
             "changed_port_taken",
-            "How often such a connection could not be kept, for another one was in its place",
+            "Received connections with a changed port that conflict with another connection of this node",
             self.taken.clone(),
         );
     }
 }
 
-/// The daemon's end.
+/// The daemon's handle of the replication thread.
 #[derive(Debug)]
 pub struct ChangedPorts {
     roles: watch::Sender<Arc<Roles>>,
@@ -83,22 +84,22 @@ pub struct ChangedPorts {
 }
 
 impl ChangedPorts {
-    /// Starts the thread. It ends when this is dropped.
+    /// Starts the thread. It ends when the handle is dropped.
     ///
     /// # Errors
-    /// No thread, or nothing to wait with, is to be had.
-    pub fn start(marks: Marks, figures: Figures) -> Result<Self> {
+    /// The thread, its runtime or its socket cannot be created.
+    pub fn start(marks: Marks, metrics: ReplicationMetrics) -> Result<Self> {
         let (roles, wanted) = watch::channel(Arc::default());
         let (gone, heard) = mpsc::unbounded_channel();
         let replicas: Arc<Replicas> = Arc::default();
         let runtime = Builder::new_current_thread().enable_all().build().context("a thread's runtime")?;
-        let task = task::Task::new((wanted, heard), replicas.clone(), marks, figures).context("connection tracking")?;
+        let task = task::Task::new((wanted, heard), replicas.clone(), marks, metrics).context("connection tracking")?;
         let thread = thread::Builder::new().name("changed-ports".into());
         thread.spawn(move || runtime.block_on(task.run())).context("a thread")?;
         Ok(ChangedPorts { roles, replicas, gone })
     }
 
-    /// This node's part from now on.
+    /// Sets this node's roles from now on.
     pub fn set_roles(&self, roles: Roles) {
         self.roles.send_if_modified(|now| {
             let changed = **now != roles;
@@ -109,13 +110,13 @@ impl ChangedPorts {
         });
     }
 
-    /// What other nodes have told of.
+    /// The connections that other nodes have replicated to this one.
     pub fn replicas(&self) -> Arc<Replicas> {
         self.replicas.clone()
     }
 
-    /// Takes connections of this node's pods that left from here, and whose egress IPs have gone to others: these are told of
-    /// them, though the kernel's table has them no more.
+    /// A channel for connections of this node's pods whose egress IPs have moved from this node to others. They are
+    /// sent to the new owners, although the kernel's table no longer contains them.
     pub fn gone(&self) -> mpsc::UnboundedSender<Vec<Tracked>> {
         self.gone.clone()
     }

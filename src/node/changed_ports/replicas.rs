@@ -1,4 +1,4 @@
-//! The connections that the owners of egress IPs have told this node of, which may come to own them.
+//! The connections that the owners of egress IPs have replicated to this node, which may become the owner.
 
 use super::message::Changed;
 use crate::kernel::conntrack::{Translated, Tuple};
@@ -9,14 +9,16 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::time::Instant;
 
-/// As many are kept, of all owners.
+/// The largest number of stored connections, of all owners.
 pub const MOST: usize = 65_536;
-/// What its owner's daemon has not told of for this long, while it tells of others, has ended: word of that was lost.
-const SILENT: Duration = Duration::from_secs(60);
-/// An owner from which a message came in this time tells what there is.
-const SPEAKS: Duration = Duration::from_secs(20);
+/// A connection that its owner has not repeated for this long, while it sends others, has ended, and the message
+/// about its end was lost.
+const UNCONFIRMED: Duration = Duration::from_secs(60);
+/// An owner is active if a message from it arrived within this time.
+const ACTIVE: Duration = Duration::from_secs(20);
 
-/// Shared by the task that hears of them, and by what cleans the kernel's table when an allocation has moved.
+/// The replicated connections. The replication thread fills them; the cleaning of connection tracking after a move
+/// reads them.
 #[derive(Debug, Default)]
 pub struct Replicas {
     table: Mutex<Table>,
@@ -25,31 +27,31 @@ pub struct Replicas {
 #[derive(Debug, Default)]
 struct Table {
     connections: HashMap<Tuple, Replica>,
-    by_answers: HashMap<Tuple, Tuple>,
-    heard: HashMap<Mac, Instant>,
+    by_reply: HashMap<Tuple, Tuple>,
+    last_message: HashMap<Mac, Instant>,
 }
 
-/// One of them.
+/// A replicated connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Replica {
-    /// What its owner told.
+    /// The connection as its owner sent it.
     pub changed: Changed,
-    /// The mark that it has here.
+    /// Its connection mark on this node.
     pub mark: u32,
-    /// When it is forgotten if nothing more comes.
+    /// When it expires if the owner does not repeat it.
     pub expires: Instant,
     from: Mac,
-    told: Instant,
+    confirmed: Instant,
 }
 
 impl Replica {
-    /// What its answers look like.
+    /// The reply direction.
     pub fn back(&self) -> Tuple {
         let Changed { out, address, port, .. } = self.changed;
         Tuple { destination: address, ports: [out.ports[1], port], ..out.reversed() }
     }
 
-    /// As the kernel is to track it.
+    /// The connection to insert into the kernel's table.
     pub fn translated(&self, now: Instant) -> Translated {
         let Changed { out, address, port, .. } = self.changed;
         let timeout = self.expires.saturating_duration_since(now).as_secs().max(1);
@@ -59,17 +61,17 @@ impl Replica {
 
 impl Replicas {
     fn table(&self) -> MutexGuard<'_, Table> {
-        // Each change leaves the table whole.
+        // A panic leaves the table consistent, because each change is complete.
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// How many there are.
+    /// The number of connections.
     pub fn len(&self) -> usize {
         self.table().connections.len()
     }
 
-    /// A node's word of a connection, which lives so many seconds more; and another one whose answers it has: its owner has
-    /// given them to this one. `None`: there is no room.
+    /// Stores a connection that `from` has sent and that expires in `seconds`. Returns it, and the connection that
+    /// had the same reply tuple before, which has ended on its owner. `None` if the limit is reached.
     pub fn put(
         &self,
         from: Mac,
@@ -79,52 +81,54 @@ impl Replicas {
         now: Instant,
     ) -> Option<(Replica, Option<Replica>)> {
         let mut table = self.table();
-        table.heard.insert(from, now);
+        table.last_message.insert(from, now);
         if table.connections.len() >= MOST && !table.connections.contains_key(&changed.out) {
             return None;
         }
-        let replica = Replica { changed, mark, expires: now + Duration::from_secs(seconds.into()), from, told: now };
+        let replica =
+            Replica { changed, mark, expires: now + Duration::from_secs(seconds.into()), from, confirmed: now };
         let back = replica.back();
         table.remove(&changed.out);
-        let rival = table.by_answers.get(&back).copied().and_then(|out| table.remove(&out));
-        table.by_answers.insert(back, changed.out);
+        let rival = table.by_reply.get(&back).copied().and_then(|out| table.remove(&out));
+        table.by_reply.insert(back, changed.out);
         table.connections.insert(changed.out, replica);
         Some((replica, rival))
     }
 
-    /// Takes out what has ended, if it is there.
+    /// Removes a connection that has ended, if it is stored.
     pub fn take(&self, changed: &Changed) -> Option<Replica> {
         let mut table = self.table();
         let is_there = table.connections.get(&changed.out).is_some_and(|replica| replica.changed == *changed);
         is_there.then(|| table.remove(&changed.out)).flatten()
     }
 
-    /// Whether this connection, with this egress IP, is one of them.
+    /// Whether this connection with this egress IP is stored.
     pub fn has(&self, out: &Tuple, address: IpAddr) -> bool {
         self.table().connections.get(out).is_some_and(|replica| replica.changed.address == address)
     }
 
-    /// What the connection of a pod of this node becomes when its allocation comes here.
-    pub fn heir(&self, out: &Tuple, mark: u32) -> Option<Translated> {
+    /// The translation of a connection of this node's pods after its egress IP has moved to this node.
+    pub fn translation_of(&self, out: &Tuple, mark: u32) -> Option<Translated> {
         let replica = self.table().connections.get(out).copied()?;
         (replica.mark == mark).then(|| replica.translated(Instant::now()))
     }
 
-    /// These egress IPs are this node's now: what it was told of them counts for a while yet, however long ago that was.
+    /// Marks the connections of egress IPs that have moved to this node as just confirmed.
     pub fn touch(&self, now: Instant, comes: impl Fn(&IpAddr) -> bool) {
         let mut table = self.table();
         let coming = table.connections.values_mut().filter(|replica| comes(&replica.changed.address));
-        coming.for_each(|replica| replica.told = now);
+        coming.for_each(|replica| replica.confirmed = now);
     }
 
-    /// Takes out what has ended without word of it. `owned`: of these egress IPs the kernel's table is what counts.
+    /// Removes and returns the connections that have expired, and those that an active owner no longer repeats. For
+    /// the egress IPs for which `owned` returns true, this node's own table replaces the owner's messages.
     pub fn prune(&self, now: Instant, owned: impl Fn(IpAddr) -> bool) -> Vec<Replica> {
         let mut table = self.table();
-        table.heard.retain(|_, heard| *heard + SPEAKS > now);
-        let speaks = |from: &Mac| table.heard.contains_key(from);
+        table.last_message.retain(|_, at| *at + ACTIVE > now);
+        let is_active = |from: &Mac| table.last_message.contains_key(from);
         let has_ended = |replica: &Replica| {
-            let silent = replica.told + SILENT <= now;
-            replica.expires <= now || silent && (owned(replica.changed.address) || speaks(&replica.from))
+            let unconfirmed = replica.confirmed + UNCONFIRMED <= now;
+            replica.expires <= now || unconfirmed && (owned(replica.changed.address) || is_active(&replica.from))
         };
         let ended: Vec<Replica> = table.connections.values().filter(|r| has_ended(r)).copied().collect();
         for replica in &ended {
@@ -138,8 +142,8 @@ impl Table {
     fn remove(&mut self, out: &Tuple) -> Option<Replica> {
         let replica = self.connections.remove(out)?;
         let back = replica.back();
-        if self.by_answers.get(&back) == Some(out) {
-            self.by_answers.remove(&back);
+        if self.by_reply.get(&back) == Some(out) {
+            self.by_reply.remove(&back);
         }
         Some(replica)
     }
@@ -163,7 +167,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_told_no_more_goes_while_its_owner_speaks_and_stays_while_it_is_silent() {
+    fn an_unconfirmed_connection_is_removed_only_while_its_owner_is_active() {
         let (replicas, begin) = (Replicas::default(), Instant::now());
         let at = |seconds| begin + Duration::from_secs(seconds);
         replicas.put(OWNER, changed(1, 101), 7, 10_000, begin).unwrap();
@@ -172,18 +176,18 @@ mod tests {
         replicas.put(OWNER, changed(4, 104), 7, 10_000, at(59)).unwrap();
         assert_eq!(replicas.prune(at(59), |_| false), []);
         let pruned = replicas.prune(at(61), |_| false);
-        assert_eq!(pruned.iter().map(|r| r.changed).collect::<Vec<_>>(), [changed(1, 101)], "its owner speaks");
+        assert_eq!(pruned.iter().map(|r| r.changed).collect::<Vec<_>>(), [changed(1, 101)], "its owner is active");
         let pruned = replicas.prune(at(71), |_| false);
-        assert_eq!(pruned.iter().map(|r| r.changed).collect::<Vec<_>>(), [changed(3, 103)], "its time is over");
+        assert_eq!(pruned.iter().map(|r| r.changed).collect::<Vec<_>>(), [changed(3, 103)], "it has expired");
         assert_eq!(replicas.len(), 2);
         replicas.touch(at(100), |_| true);
         assert_eq!(replicas.prune(at(159), |_| true), [], "this node has just become the owner");
         assert_eq!(replicas.prune(at(160), |_| true).len(), 2, "what this node owns is in the kernel's table");
-        assert_eq!((replicas.len(), replicas.table().by_answers.len()), (0, 0));
+        assert_eq!((replicas.len(), replicas.table().by_reply.len()), (0, 0));
     }
 
     #[test]
-    fn the_newest_has_the_answers_and_only_what_was_meant_is_taken_out() {
+    fn the_newest_connection_has_the_reply_tuple_and_only_the_same_one_is_removed() {
         let (replicas, now) = (Replicas::default(), Instant::now());
         let put = |changed| replicas.put(OWNER, changed, 7, 100, now).unwrap().1.map(|rival| rival.changed);
         assert_eq!(put(changed(1, 101)), None);
@@ -194,9 +198,9 @@ mod tests {
         assert!(replicas.has(&changed(1, 0).out, [192, 0, 2, 50].into()));
         assert!(!replicas.has(&changed(1, 0).out, [192, 0, 2, 51].into()));
         assert!(replicas.take(&changed(1, 102)).is_some());
-        assert_eq!(replicas.heir(&changed(2, 0).out, 7).map(|heir| heir.port), Some(101));
-        assert_eq!(replicas.heir(&changed(2, 0).out, 8), None, "no pod of this node's");
+        assert_eq!(replicas.translation_of(&changed(2, 0).out, 7).map(|wanted| wanted.port), Some(101));
+        assert_eq!(replicas.translation_of(&changed(2, 0).out, 8), None, "no pod of this node's");
         assert!(replicas.take(&changed(2, 101)).is_some());
-        assert_eq!((replicas.len(), replicas.table().by_answers.len()), (0, 0));
+        assert_eq!((replicas.len(), replicas.table().by_reply.len()), (0, 0));
     }
 }

@@ -1,6 +1,6 @@
-//! Who tells whom, and whose word counts.
+//! A node's roles: which connections it sends to which nodes, and from which nodes it accepts which connections.
 
-use super::kept::Holders;
+use super::kept::Owners;
 use super::message::Changed;
 use crate::datapath::ruleset::PeerIndexes;
 use crate::kernel::conntrack::Tracked;
@@ -11,35 +11,35 @@ use std::collections::{BTreeSet, HashMap};
 use std::net::{IpAddr, Ipv6Addr};
 use std::sync::Arc;
 
-/// This node's part.
+/// This node's roles.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Roles {
     /// The tunnel device's index.
     pub device: u32,
-    /// The address that this node tells others from. `None`: the tunnel carries no IPv6, and nobody is told.
-    pub asking: Option<Ipv6Addr>,
-    /// This node's MAC address in the tunnel.
+    /// The source address of messages. `None` if the tunnel carries no IPv6, and no messages are possible.
+    pub source: Option<Ipv6Addr>,
+    /// This node's tunnel MAC address.
     pub mac: Mac,
-    /// The egress IPs that this node has or may come to have.
+    /// The egress IPs that this node owns or may come to own.
     pub addresses: HashMap<IpAddr, Role>,
-    /// Other nodes, by the index in the marks of their connections.
+    /// The other nodes' indexes in connection marks.
     pub peers: PeerIndexes,
-    /// All addresses of this node: none of them is a pod's.
+    /// All addresses of this node, which no pod has.
     pub own: BTreeSet<IpAddr>,
-    /// The egress IPs by which this node's pods leave.
-    pub holders: Holders,
+    /// The owners of the egress IPs that this node's pods use.
+    pub owners: Owners,
 }
 
-/// This node's part for one egress IP.
+/// This node's role for one egress IP.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Role {
     /// The egress IP's id.
     pub allocation: EgressId,
     /// Whether this node is the owner.
     pub owns: bool,
-    /// Who else is or just was.
+    /// The other nodes that are or just were the owner.
     pub owners: Vec<Mac>,
-    /// The health addresses of the others that may come to own it.
+    /// The health addresses of the other nodes that may become the owner.
     pub members: Arc<[Ipv6Addr]>,
 }
 
@@ -49,8 +49,8 @@ impl Roles {
         self.addresses.get(address).is_some_and(|role| role.owns)
     }
 
-    /// What is to be told of a connection in this node's table, if anything is.
-    pub fn told(&self, tracked: &Tracked, marks: Marks) -> Option<Changed> {
+    /// The connection to send for an entry in this node's table, if it is to be replicated.
+    pub fn replicated(&self, tracked: &Tracked, marks: Marks) -> Option<Changed> {
         let role = self.addresses.get(&tracked.back.destination).filter(|role| role.owns)?;
         let known = matches!(tracked.out.protocol, TCP | UDP);
         if !known || tracked.is_over || !tracked.has_changed_port() {
@@ -66,7 +66,7 @@ impl Roles {
         Some(Changed { out: tracked.out, address, port, source_node })
     }
 
-    /// The mark that a connection of which `from` tells has here. `None`: it is not for that node to tell of it.
+    /// The mark of a connection that `from` has sent. `None` if that node is no owner of its egress IP.
     pub fn mark(&self, from: Mac, changed: &Changed, marks: Marks) -> Option<u32> {
         let role = self.addresses.get(&changed.address).filter(|role| role.owners.contains(&from))?;
         if !self.can_be(changed) {
@@ -78,8 +78,8 @@ impl Roles {
         self.peers.get(&changed.source_node).map(|index| marks.connection_of_peer(*index))
     }
 
-    /// The mark that a connection which has kept its port, and of which `from` tells, has here. `None`: it is not for that
-    /// node to tell of it, or not to this one. A node speaks of its own pods alone, and to the owner.
+    /// The mark of a connection that kept its port and that `from` has sent. `None` if its pod is not on that node,
+    /// or this node is not the owner of its egress IP.
     pub fn mark_of_kept(&self, from: Mac, changed: &Changed, marks: Marks) -> Option<u32> {
         let counts = changed.source_node == from && self.owns(&changed.address);
         if !counts || changed.port != changed.out.ports[0] || !self.can_be(changed) {
@@ -88,7 +88,7 @@ impl Roles {
         self.peers.get(&from).map(|index| marks.connection_of_peer(*index))
     }
 
-    /// Whether a pod can have such a connection.
+    /// Whether a pod can have this connection.
     fn can_be(&self, changed: &Changed) -> bool {
         let Changed { out, address, port, .. } = changed;
         let same_family = [out.source, out.destination].iter().all(|a| a.is_ipv4() == address.is_ipv4());
@@ -132,7 +132,7 @@ mod tests {
     }
 
     #[test]
-    fn only_the_owners_word_counts_and_only_of_connections_that_can_be() {
+    fn only_the_owners_plausible_connections_are_accepted() {
         let (roles, marks, told) = (roles(false), Marks::default(), changed());
         assert_eq!(roles.mark(OWNER, &told, marks), Some(marks.connection_of_peer(2)));
         let here = Changed { source_node: HERE, ..told };
@@ -152,7 +152,7 @@ mod tests {
     }
 
     #[test]
-    fn a_node_tells_the_owner_of_its_own_pods_connections_that_kept_their_port() {
+    fn kept_ports_are_accepted_only_from_the_pods_node_and_only_by_the_owner() {
         let (marks, kept) = (Marks::default(), Changed { port: 40_000, ..changed() });
         let mark = |owns, from, kept: &Changed| roles(owns).mark_of_kept(from, kept, marks);
         assert_eq!(mark(true, SOURCE, &kept), Some(marks.connection_of_peer(2)));
@@ -168,16 +168,16 @@ mod tests {
     }
 
     #[test]
-    fn the_owner_tells_of_changed_ports_alone_and_of_what_lives() {
+    fn the_owner_replicates_only_live_connections_with_a_changed_port() {
         let marks = Marks::default();
         let wanted = changed();
         let back = Tuple { destination: wanted.address, ports: [443, 1025], ..wanted.out.reversed() };
         let mark = marks.connection_of_peer(2);
         let tracked = Tracked { out: wanted.out, back, mark, timeout: 9, is_over: false, is_established: true };
-        assert_eq!(roles(true).told(&tracked, marks), Some(wanted));
-        assert_eq!(roles(false).told(&tracked, marks), None, "not the owner");
+        assert_eq!(roles(true).replicated(&tracked, marks), Some(wanted));
+        assert_eq!(roles(false).replicated(&tracked, marks), None, "not the owner");
         let own = Tracked { mark: marks.connection(5), ..tracked };
-        assert_eq!(roles(true).told(&own, marks), Some(Changed { source_node: HERE, ..wanted }));
+        assert_eq!(roles(true).replicated(&own, marks), Some(Changed { source_node: HERE, ..wanted }));
         let none = [
             Tracked { mark: 0, ..tracked },
             Tracked { mark: marks.connection_of_peer(9), ..tracked },
@@ -185,6 +185,6 @@ mod tests {
             Tracked { is_over: true, ..tracked },
             Tracked { back: Tuple { ports: [443, 40_000], ..back }, ..tracked },
         ];
-        assert!(none.iter().all(|other| roles(true).told(other, marks).is_none()));
+        assert!(none.iter().all(|other| roles(true).replicated(other, marks).is_none()));
     }
 }

@@ -1,13 +1,13 @@
-//! The thread that hears of connections and tells of them.
+//! The replication thread's task: it reads the log of changed ports, and sends and receives messages.
 
-use super::Figures;
-use super::kept::Telling;
+use super::ReplicationMetrics;
+use super::kept::OwnerNotices;
 use super::message::{Changed, Message};
-use super::owned::{Noted, Owned};
+use super::owned::{Owned, Recorded};
 use super::replicas::Replicas;
 use super::roles::Roles;
 use crate::datapath::node_messages::NodeMessages;
-use crate::datapath::port_log::{Heard, PortLog};
+use crate::datapath::port_log::{LogRead, PortLog};
 use crate::kernel::conntrack::{self, MarkFilter, Tracked, Tuple};
 use crate::kernel::netlink::{self, NETLINK_NETFILTER, Socket};
 use crate::model::marks::Marks;
@@ -19,51 +19,54 @@ use std::time::Duration;
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
 
-/// Whether connections live on is looked at this often, and at so many of them at most: each takes some 4 µs.
+/// The interval of the checks of owned connections, and the largest number in one interval. A check takes some 4 µs.
 const TICK: Duration = Duration::from_millis(250);
-const LOOKS: usize = 512;
-/// As much is heard at once, and then nothing for a moment: a pod can have as many ports changed as it can open connections,
-/// and must not keep a processor busy with it. What the kernel cannot tell meanwhile is found in its table.
+const CHECKS: usize = 512;
+/// Messages read in one batch, and the pause after a full batch. A pod can cause a changed port with each connection
+/// that it opens, and must not keep a processor busy with it. Connections whose log messages are lost meanwhile are
+/// found in the kernel's table.
 pub(super) const AT_ONCE: usize = 64;
 const PAUSE: Duration = Duration::from_millis(10);
-/// The kernel logs a connection's first packet just before the connection is in its table.
+/// The kernel logs a connection's first packet just before it inserts the connection into its table, so a failed
+/// lookup is repeated after this time.
 const UNFOUND: Duration = Duration::from_millis(2);
 const TRIES: u8 = 3;
-/// The table is read again this long after an address came here: connections of this node's pods may have been in the way.
+/// The table is read again this long after an egress IP moved to this node: connections of this node's pods may have
+/// been in the way.
 const AGAIN: Duration = Duration::from_secs(2);
-/// At most this often because the kernel could not tell all.
+/// The shortest interval between two readings of the table because of lost log messages.
 const OVERRUN: Duration = Duration::from_secs(10);
-/// What others do not tell of any more is looked for this often.
+/// The interval at which replicas that have ended are removed.
 const PRUNE: Duration = Duration::from_secs(5);
-/// Others keep a connection for no less than this, in seconds: the next word of it comes before.
+/// The shortest timeout that is sent, in seconds. The connection is sent again before that.
 const SHORTEST: u32 = 60;
 
-/// See the module.
+/// The task's state.
 pub(super) struct Task {
     wanted: watch::Receiver<Arc<Roles>>,
     gone: mpsc::UnboundedReceiver<Vec<Tracked>>,
     pub(super) roles: Arc<Roles>,
     pub(super) marks: Marks,
-    pub(super) figures: Figures,
+    pub(super) metrics: ReplicationMetrics,
     pub(super) table: Socket,
     log: Option<PortLog>,
     pub(super) messages: Option<NodeMessages>,
     pub(super) owned: Owned,
     pub(super) replicas: Arc<Replicas>,
-    pub(super) telling: Telling,
-    /// What is to be told now, by whom it is told to.
+    pub(super) notices: OwnerNotices,
+    /// Connections to send now, by receivers.
     outbox: BTreeMap<Arc<[Ipv6Addr]>, Vec<(Changed, u32)>>,
-    /// Connections that were logged and not found yet, and how often they were looked for.
+    /// Connections that were logged and not found yet, and how often they were looked up.
     unfound: Vec<(Tuple, u8)>,
     unfound_at: Option<Instant>,
     log_paused: Option<Instant>,
-    /// When the kernel's table is read.
+    /// When the kernel's table is to be read.
     read_at: BTreeSet<Instant>,
     overrun_at: Option<Instant>,
     pruned: Instant,
     pub(super) repeated: Option<Instant>,
     warned: bool,
-    complained: Option<Instant>,
+    logged_error: Option<Instant>,
 }
 
 impl Task {
@@ -71,20 +74,20 @@ impl Task {
         (wanted, gone): (watch::Receiver<Arc<Roles>>, mpsc::UnboundedReceiver<Vec<Tracked>>),
         replicas: Arc<Replicas>,
         marks: Marks,
-        figures: Figures,
+        metrics: ReplicationMetrics,
     ) -> io::Result<Self> {
         Ok(Task {
             wanted,
             gone,
             roles: Arc::default(),
             marks,
-            figures,
+            metrics,
             table: Socket::open(NETLINK_NETFILTER)?,
             log: None,
             messages: None,
             owned: Owned::default(),
             replicas,
-            telling: Telling::default(),
+            notices: OwnerNotices::default(),
             outbox: BTreeMap::new(),
             unfound: Vec::new(),
             unfound_at: None,
@@ -94,7 +97,7 @@ impl Task {
             pruned: Instant::now(),
             repeated: None,
             warned: false,
-            complained: None,
+            logged_error: None,
         })
     }
 
@@ -104,22 +107,22 @@ impl Task {
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             let paused = self.log_paused.is_some_and(|until| until > Instant::now());
-            let telling = self.telling.next();
+            let notices = self.notices.next();
             tokio::select! {
                 changed = self.wanted.changed() => match changed {
                     Ok(()) => self.change_roles(),
                     Err(_) => return,
                 },
-                result = heard_log(&self.log), if !paused => self.hear_log(result),
-                result = heard_messages(&self.messages) => self.hear_messages(result),
+                result = log_readable(&self.log), if !paused => self.read_log(result),
+                result = messages_readable(&self.messages) => self.receive_messages(result),
                 () = sleep_until(self.unfound_at.unwrap_or_else(Instant::now)), if self.unfound_at.is_some() => {
-                    self.look_for_unfound();
+                    self.retry_unfound();
                 }
                 () = sleep_until(self.log_paused.unwrap_or_else(Instant::now)), if paused => self.log_paused = None,
-                Some(gone) = self.gone.recv() => self.hear_gone(gone),
-                () = sleep_until(telling.unwrap_or_else(Instant::now)), if telling.is_some() => {
+                Some(gone) = self.gone.recv() => self.schedule_gone(gone),
+                () = sleep_until(notices.unwrap_or_else(Instant::now)), if notices.is_some() => {
                     self.change_roles_if_new();
-                    self.tell_next_owners();
+                    self.notify_owners();
                 }
                 _ = tick.tick() => self.tick(),
             }
@@ -142,23 +145,23 @@ impl Task {
             self.replicas.touch(now, |a| self.roles.owns(a) && !before.owns(a));
         }
         let roles = self.roles.clone();
-        self.telling.change(&roles.holders, roles.mac, now);
+        self.notices.change(&roles.owners, roles.mac, now);
         self.owned.keep(|address| roles.owns(&address));
-        if (before.device, before.asking) != (self.roles.device, self.roles.asking) {
+        if (before.device, before.source) != (self.roles.device, self.roles.source) {
             self.messages = None;
         }
         self.open();
         self.read_if_due(now);
     }
 
-    /// Opens what this node's part needs and is not open.
+    /// Opens the sockets that this node's roles need.
     fn open(&mut self) {
-        let Some(source) = self.roles.asking else {
+        let Some(source) = self.roles.source else {
             self.messages = None;
             return;
         };
         let is_member = !self.roles.addresses.is_empty();
-        if !is_member && self.roles.holders.is_empty() {
+        if !is_member && self.roles.owners.is_empty() {
             (self.messages, self.log) = (None, None);
             return;
         }
@@ -167,7 +170,7 @@ impl Task {
             match NodeMessages::open(self.roles.device, source) {
                 Ok(messages) => {
                     self.messages = Some(messages);
-                    self.ask_for_all();
+                    self.request_all();
                 }
                 Err(e) => faults.push(e),
             }
@@ -184,15 +187,15 @@ impl Task {
             }
         }
         if let (Some(fault), false) = (faults.first(), self.warned) {
-            tracing::warn!("sessions whose port is changed break when their allocation moves; trying again: {fault:#}");
+            tracing::warn!("connections with a changed port break when their egress IP moves; trying again: {fault:#}");
         }
         self.warned = !faults.is_empty();
     }
 
-    fn ask_for_all(&self) {
+    fn request_all(&self) {
         let members: BTreeSet<_> = self.roles.addresses.values().flat_map(|role| role.members.iter()).collect();
         for member in members {
-            self.send(*member, &Message::Tell);
+            self.send(*member, &Message::Resend);
         }
     }
 
@@ -202,77 +205,77 @@ impl Task {
 
     pub(super) fn send_bytes(&self, to: Ipv6Addr, bytes: &[u8]) {
         if let Some(messages) = &self.messages {
-            // What this host cannot send is told again.
+            // A message that cannot be sent is repeated later.
             let _ = messages.send(to, bytes);
         }
     }
 
     fn flush(&mut self) {
         for (members, connections) in std::mem::take(&mut self.outbox) {
-            let message = Message::Hold(connections);
+            let message = Message::Replicate(connections);
             members.iter().for_each(|member| self.send(*member, &message));
         }
-        self.figures.owned.set(self.owned.len() as i64);
-        self.figures.replicas.set(self.replicas.len() as i64);
+        self.metrics.owned.set(self.owned.len() as i64);
+        self.metrics.replicas.set(self.replicas.len() as i64);
     }
 
-    fn hear_log(&mut self, result: io::Result<()>) {
-        let mut result = result.map(|()| Heard::Nothing);
+    fn read_log(&mut self, result: io::Result<()>) {
+        let mut result = result.map(|()| LogRead::Nothing);
         for _ in 0..AT_ONCE {
             let Some(log) = self.log.as_mut().filter(|_| result.is_ok()) else { break };
-            result = log.take();
+            result = log.next();
             match result {
-                Ok(Heard::Packet(leaving)) => self.find(leaving.reversed(), 0),
-                Ok(Heard::Lost) => {
-                    self.figures.overruns.inc();
+                Ok(LogRead::Packet(leaving)) => self.find(leaving.reversed(), 0),
+                Ok(LogRead::Lost) => {
+                    self.metrics.overruns.inc();
                     let now = Instant::now();
                     let at = self.overrun_at.map_or(now, |before| now.max(before + OVERRUN));
                     self.overrun_at = Some(at);
                     self.read_at.insert(at);
                 }
-                Ok(Heard::Nothing) => return,
+                Ok(LogRead::Nothing) => return,
                 Err(_) => {}
             }
         }
         match result {
             Ok(_) => self.log_paused = Some(Instant::now() + PAUSE),
             Err(e) => {
-                tracing::warn!("it cannot be heard which connections' ports are changed: {e}");
+                tracing::warn!("cannot read the log of changed ports: {e}");
                 self.log = None;
             }
         }
     }
 
-    /// Finds the connection with these answers in the kernel's table.
+    /// Looks up the connection with this reply tuple in the kernel's table.
     fn find(&mut self, back: Tuple, tries: u8) {
         match conntrack::find_by_reply(&mut self.table, &back) {
-            Ok(Some(tracked)) => self.note(&tracked),
+            Ok(Some(tracked)) => self.record(&tracked),
             Ok(None) if tries < TRIES && self.unfound.len() < AT_ONCE => {
                 self.unfound.push((back, tries + 1));
                 self.unfound_at = self.unfound_at.or_else(|| Some(Instant::now() + UNFOUND));
             }
             Ok(None) => {}
-            Err(e) => self.complain(&e),
+            Err(e) => self.log_error(&e),
         }
     }
 
-    fn look_for_unfound(&mut self) {
+    fn retry_unfound(&mut self) {
         self.unfound_at = None;
         for (back, tries) in std::mem::take(&mut self.unfound) {
             self.find(back, tries);
         }
     }
 
-    fn note(&mut self, tracked: &Tracked) {
-        let Some(changed) = self.roles.told(tracked, self.marks) else { return };
-        match self.owned.note(changed, Instant::now()) {
-            Noted::New => self.tell(changed, tracked.timeout),
-            Noted::Known => {}
-            Noted::NoRoom => drop(self.figures.no_room.inc()),
+    fn record(&mut self, tracked: &Tracked) {
+        let Some(changed) = self.roles.replicated(tracked, self.marks) else { return };
+        match self.owned.record(changed, Instant::now()) {
+            Recorded::New => self.queue(changed, tracked.timeout),
+            Recorded::Known => {}
+            Recorded::NoRoom => drop(self.metrics.no_room.inc()),
         }
     }
 
-    fn tell(&mut self, changed: Changed, timeout: u32) {
+    fn queue(&mut self, changed: Changed, timeout: u32) {
         if let Some(role) = self.roles.addresses.get(&changed.address) {
             self.outbox.entry(role.members.clone()).or_default().push((changed, timeout.max(SHORTEST)));
         }
@@ -283,7 +286,7 @@ impl Task {
         self.change_roles_if_new();
         self.open();
         self.read_if_due(now);
-        self.look_at_owned(now);
+        self.check_owned(now);
         if self.pruned + PRUNE <= now {
             self.pruned = now;
             let roles = self.roles.clone();
@@ -293,21 +296,21 @@ impl Task {
         }
     }
 
-    fn look_at_owned(&mut self, now: Instant) {
+    fn check_owned(&mut self, now: Instant) {
         let mut ended = Vec::new();
-        for changed in self.owned.due(now, LOOKS) {
+        for changed in self.owned.due(now, CHECKS) {
             match conntrack::find_by_original(&mut self.table, &changed.out) {
-                Ok(Some(tracked)) if self.roles.told(&tracked, self.marks) == Some(changed) => {
+                Ok(Some(tracked)) if self.roles.replicated(&tracked, self.marks) == Some(changed) => {
                     if self.owned.lives(&changed.out, now) {
-                        self.tell(changed, tracked.timeout);
+                        self.queue(changed, tracked.timeout);
                     }
                 }
                 Ok(_) => ended.push(changed),
-                Err(e) => return self.complain(&e),
+                Err(e) => return self.log_error(&e),
             }
         }
-        // The connections of an egress IP that has just gone from here have not ended: they were forgotten here, after the
-        // roles were changed.
+        // If the roles have changed, an egress IP may have moved away. Its connections have not ended; the daemon
+        // deleted their entries here.
         if self.wanted.has_changed().unwrap_or(true) {
             return;
         }
@@ -319,12 +322,12 @@ impl Task {
             }
         }
         for (members, ended) in messages {
-            let message = Message::Forget(ended);
+            let message = Message::Ended(ended);
             members.iter().for_each(|member| self.send(*member, &message));
         }
     }
 
-    /// Reads the kernel's table, for connections that were not heard of.
+    /// Reads the kernel's table for connections whose log messages were lost.
     fn read_if_due(&mut self, now: Instant) {
         if self.read_at.first().is_none_or(|at| *at > now) {
             return;
@@ -335,34 +338,34 @@ impl Task {
         let of_pods = MarkFilter { mark: marks.connection(0), mask: marks.connection_of_allocation_mask() };
         for marked in [of_peers, of_pods] {
             match conntrack::list_tracked(&mut self.table, marked, Tracked::has_changed_port) {
-                Ok(found) => found.iter().for_each(|tracked| self.note(tracked)),
+                Ok(found) => found.iter().for_each(|tracked| self.record(tracked)),
                 Err(e) => {
-                    tracing::warn!("connections whose ports were changed cannot be looked for: {e:#}");
+                    tracing::warn!("cannot list the connections with a changed port: {e:#}");
                 }
             }
         }
     }
 
-    /// What the kernel refuses is tried again with the next word of it; it is said once in a while.
-    pub(super) fn complain(&mut self, error: &netlink::Error) {
+    /// Logs an error of connection tracking, at most once in 10 s. The next message about the connection tries again.
+    pub(super) fn log_error(&mut self, error: &netlink::Error) {
         let now = Instant::now();
-        if self.complained.is_none_or(|at| at + OVERRUN <= now) {
-            self.complained = Some(now);
-            tracing::warn!("connections whose ports were changed cannot be kept in sync: {error}");
+        if self.logged_error.is_none_or(|at| at + OVERRUN <= now) {
+            self.logged_error = Some(now);
+            tracing::warn!("cannot keep connections with a changed port in sync: {error}");
         }
     }
 }
 
-async fn heard_log(log: &Option<PortLog>) -> io::Result<()> {
+async fn log_readable(log: &Option<PortLog>) -> io::Result<()> {
     match log {
-        Some(log) => log.heard().await,
+        Some(log) => log.readable().await,
         None => std::future::pending().await,
     }
 }
 
-async fn heard_messages(messages: &Option<NodeMessages>) -> io::Result<()> {
+async fn messages_readable(messages: &Option<NodeMessages>) -> io::Result<()> {
     match messages {
-        Some(messages) => messages.heard().await,
+        Some(messages) => messages.readable().await,
         None => std::future::pending().await,
     }
 }

@@ -217,8 +217,8 @@ impl Host {
             let applied = routes::sync_each(&self.routes, *table, routes).await?;
             changes += applied.changes;
             for ((network, metric), e) in applied.refused {
-                // Without the last resort, what should go nowhere would go by the main table. All else is one network's, or one
-                // gateway's next hop: what would go by it is unreachable.
+                // Without the last resort, what should go nowhere would go by the main table. All else is one
+                // network's, or one gateway's next hop: what would go by it is unreachable.
                 if metric == METRIC_LAST || *table == TABLE_REQUEST && network.prefix() == 0 {
                     return Err(e);
                 }
@@ -236,7 +236,8 @@ impl Host {
         Ok(changes)
     }
 
-    /// What could not be brought about of single nodes, networks and addresses. All else is in sync, and these are tried again.
+    /// What could not be brought about of single nodes, networks and addresses. All else is in sync, and these are
+    /// tried again.
     pub fn faults(&self) -> Faults {
         let PartFaults { peers, routes, addresses } = &self.faults;
         [peers, routes, addresses].into_iter().flatten().map(|(of, why)| (of.clone(), why.clone())).collect()
@@ -271,8 +272,8 @@ impl Host {
         Ok(routing)
     }
 
-    /// Out by the gateway's own next hop, or not at all; what is on the interface's own link is reached directly, as by
-    /// any router. A family for which it names none is the main table's. Pods' networks are thrown back, as in the
+    /// Out by the gateway's own next hop, or not at all; what is on the interface's own link is reached directly, as
+    /// by any router. A family for which it names none is the main table's. Pods' networks are thrown back, as in the
     /// [`request_table`].
     async fn uplink_table(&self, uplink: &Uplink, networks: &Networks) -> BTreeSet<Route> {
         let mut routes: BTreeSet<Route> = networks.pods.iter().map(|n| throw(*n)).collect();
@@ -319,7 +320,7 @@ impl Host {
     /// The tunnel device's index, and the addresses from which this node asks others and answers them.
     pub fn asking(&self) -> Option<(u32, Ipv6Addr)> {
         let (tunnel, device) = self.tunnel.as_ref()?;
-        tunnel.ipv6.then(|| (*device, of_mac(ASKING, tunnel.mac)))
+        tunnel.ipv6.then(|| (*device, of_mac(PROBER, tunnel.mac)))
     }
 
     /// Makes the sets that follow from a new view.
@@ -389,8 +390,8 @@ impl Host {
         Ok(counts)
     }
 
-    /// How many packets were dropped because their connection is older than their allocation, and what became of connections'
-    /// first packets.
+    /// How many packets were dropped because their connection is older than their allocation, and what became of
+    /// connections' first packets.
     pub fn stale_and_first_packets(&mut self) -> Result<(u64, [FirstPackets; 2])> {
         let mut counters = self.nft.counters(ruleset::INET)?;
         let stale = counters.get(ruleset::counter::STALE).map_or(0, |count| count.packets);
@@ -493,8 +494,8 @@ fn last_resort(kind: RouteKind) -> BTreeSet<Route> {
     [EVERYTHING4, EVERYTHING6].map(|dst| Route { dst, kind, metric: METRIC_LAST }).into()
 }
 
-/// Everything to the tunnel next hop. Pods' networks are thrown back to the main table: source validation looks a pod's own
-/// address up with the mark, and must find it behind its veth.
+/// Everything to the tunnel next hop. Pods' networks are thrown back to the main table: source validation looks a
+/// pod's own address up with the mark, and must find it behind its veth.
 fn request_table(networks: &Networks, device: u32) -> BTreeSet<Route> {
     let mut routes = last_resort(RouteKind::Unreachable);
     routes.insert(via_tunnel_next_hop(EVERYTHING4, device));

@@ -1,7 +1,7 @@
 //! The other nodes' ends of the tunnel. What is wrong with one of them is that one's.
 
 use super::{Digest, Host};
-use crate::datapath::names::{ASKING, HEALTH, of_mac, of_uplink};
+use crate::datapath::names::{HEALTH, PROBER, of_mac, of_uplink};
 use crate::datapath::neighbours;
 use crate::kernel::fdb;
 use crate::model::mac::Mac;
@@ -33,7 +33,7 @@ impl Host {
                 neighbours.extend(uplinks.iter().map(|key| (of_uplink(key.code(), *mac), *mac)));
             }
             if self.speaks_ipv6() && view.allocations.is_gateway {
-                neighbours.insert(of_mac(ASKING, *mac), *mac);
+                neighbours.insert(of_mac(PROBER, *mac), *mac);
             }
         }
         let digest = Digest::new(&(&nodes, &neighbours));

@@ -2,8 +2,9 @@
 //!
 //! A task of its own asks and hears; the daemon is told only what changes.
 //!
-//! A node answers at one address while all of its uplinks work, and at one more for each uplink's family that works. While
-//! it answers at the first, that is all that is asked; a node that has lost a family costs others some probes more.
+//! A node answers at one address while all of its uplinks work, and at one more for each uplink's family that works.
+//! While it answers at the first, that is all that is asked; a node that has lost a family costs others some probes
+//! more.
 
 mod probes;
 
@@ -123,7 +124,7 @@ pub async fn watch(settings: Settings, mut targets: watch::Receiver<Targets>, se
         for (address, sequence) in due {
             // What this host cannot send is not answered either.
             if let Some(echo) = &echo {
-                let _ = echo.ask(address, sequence);
+                let _ = echo.request(address, sequence);
             }
         }
         let (dead, lost) = tell_apart(&probes, &mut uplinks, &wanted);
@@ -181,8 +182,8 @@ struct Loneliness {
 }
 
 impl Loneliness {
-    /// Whether others reach this node. That they do not is certain only when that has lasted longer than they would have
-    /// left this node unasked by chance.
+    /// Whether others reach this node. That they do not is certain only when that has lasted longer than they would
+    /// have left this node unasked by chance.
     fn is_reached(&mut self, nobody_answers: bool) -> bool {
         if !nobody_answers {
             self.before = None;
@@ -225,7 +226,7 @@ fn open(targets: &Targets) -> Option<Echo> {
 /// Waits until there may be an answer. What is wrong with the socket, taking the answer tells.
 async fn heard(echo: &Option<Echo>) {
     match echo {
-        Some(echo) => drop(echo.heard().await),
+        Some(echo) => drop(echo.readable().await),
         None => std::future::pending().await,
     }
 }
@@ -233,7 +234,7 @@ async fn heard(echo: &Option<Echo>) {
 fn take(echo: &mut Option<Echo>, now: Instant, mut answered: impl FnMut(Ipv6Addr, u16, Instant)) {
     let Some(open) = echo else { return };
     loop {
-        match open.answer() {
+        match open.reply() {
             Ok(Some(answer)) => {
                 let at = now.checked_sub(answer.waited).unwrap_or(now);
                 answered(answer.from, answer.sequence, at);

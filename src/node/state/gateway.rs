@@ -22,17 +22,17 @@ use tokio::time::Instant;
 
 /// How long the link has to say that somebody has an address.
 const ASK: Duration = Duration::from_millis(100);
-/// The same for an address that is used for the first time. Who answers later than this, while the link is asked again,
-/// has it all the same, and this node gives it up. Of one that another node had, which may be frozen and come to, that
-/// would be too late: its connections would have come here.
+/// The same for an address that is used for the first time. Who answers later than this, while the link is asked
+/// again, has it all the same, and this node gives it up. Of one that another node had, which may be frozen and come
+/// to, that would be too late: its connections would have come here.
 const ASK_NEW: Duration = Duration::from_millis(20);
 /// Of more addresses than this the answers may take longer, were it only for their number.
 const FEW: usize = 64;
 /// A link that cannot be asked is asked again after this long.
 const UNASKABLE: Duration = Duration::from_millis(500);
 
-/// A node hands over for as long after an allocation has been moved to it: others may not have heard of it yet, and send to
-/// the old node what servers answer to this one.
+/// A node hands over for as long after an allocation has been moved to it: others may not have heard of it yet, and
+/// send to the old node what servers answer to this one.
 const HANDOVER: Duration = Duration::from_secs(1);
 
 /// What the link said.
@@ -113,7 +113,7 @@ impl Node {
         let heard = self.listeners.heard.clone();
         let task = tokio::spawn(async move {
             let tell = |address, by, claim| drop(heard.send(Heard::Claim { address, by, claim }));
-            if let Err(e) = announce::hear_claims(&interfaces, tell).await {
+            if let Err(e) = announce::listen_for_claims(&interfaces, tell).await {
                 tracing::warn!("it cannot be heard whether others ask for egress addresses: {e:#}");
                 tokio::time::sleep(UNASKABLE).await;
             }
@@ -209,7 +209,8 @@ impl Node {
     }
 
     /// What must be in the tables before addresses come here. This node's pods need not wait for them: to place a
-    /// thousand takes the kernel a second. What is moved here on purpose comes with connections that the old node knows.
+    /// thousand takes the kernel a second. What is moved here on purpose comes with connections that the old node
+    /// knows.
     fn prepare(&mut self, desired: &Desired) -> Result<usize> {
         let allocations = &self.view.allocations.allocations;
         let comes = |id: &EgressId| allocations.get(id).is_some_and(|allocation| !allocation.is_here(*id, &self.facts));
@@ -273,9 +274,10 @@ impl Node {
         }
     }
 
-    /// The allocations that this node has taken over, as the allocations are now. If the allocations have come to name another node while
-    /// the address was here, that one has taken the allocation over from this node, which does not hear it. Two that do not
-    /// hear each other must not claim an allocation by turns, and have the allocations follow them.
+    /// The allocations that this node has taken over, as the allocations are now. If the allocations have come to
+    /// name another node while the address was here, that one has taken the allocation over from this node, which
+    /// does not hear it. Two that do not hear each other must not claim an allocation by turns, and have the
+    /// allocations follow them.
     fn taken(&self, facts: &Facts) -> BTreeMap<EgressId, i64> {
         let allocations = self
             .view
@@ -357,8 +359,8 @@ impl Node {
     }
 }
 
-/// By what a question for an allocation's address is known as another node's: hosts that speak to nothing but the link do not
-/// know it. It is no secret of those that read the cluster's objects.
+/// By what a question for an allocation's address is known as another node's: hosts that speak to nothing but the
+/// link do not know it. It is no secret of those that read the cluster's objects.
 fn claim_of(id: EgressId, allocation: &NodeAllocation) -> Claim {
     let [.., a, b, c, d, e, f] = fnv1a(allocation.gateway.bytes().chain(id.to_be_bytes())).to_be_bytes();
     // All zeros are no claim.

@@ -79,9 +79,11 @@ pub struct Node {
     claims: Option<(Vec<u32>, AbortHandle)>,
     /// The allocations whose addresses are here.
     here: BTreeSet<EgressId>,
-    /// `since` of the allocations' entries when the addresses that are here came, or when the allocations named this node last.
+    /// `since` of the allocations' entries when the addresses that are here came, or when the allocations named this
+    /// node last.
     since: BTreeMap<EgressId, i64>,
-    /// Allocations that are being moved here or just were, from which node, and how long their packets are handed over to it.
+    /// Allocations that are being moved here or just were, from which node, and how long their packets are handed
+    /// over to it.
     handed: BTreeMap<EgressId, (Mac, tokio::time::Instant)>,
     /// Allocations that were just moved away, and how long their connections may go on leaving from here.
     left: BTreeMap<EgressId, tokio::time::Instant>,
@@ -93,7 +95,7 @@ pub struct Node {
     cleaning: Turns,
     /// Connections whose port was changed.
     changed_ports: ChangedPorts,
-    roles_of: roles::MadeOf,
+    roles_of: roles::RoleInputs,
     /// Unmanaged pods that are being looked for.
     sought: BTreeSet<ObjectKey>,
     /// Unmanaged pods that were looked for in vain: when, and the addresses that are in quarantine for it.
@@ -193,7 +195,7 @@ impl Node {
             moved: None,
             cleaning: Turns::default(),
             changed_ports,
-            roles_of: roles::MadeOf::default(),
+            roles_of: roles::RoleInputs::default(),
             sought: BTreeSet::new(),
             missing: BTreeMap::new(),
             put_off: BTreeMap::new(),
@@ -410,8 +412,8 @@ impl Node {
             self.refresh_view();
             self.drop_missing();
         }
-        // Before the tables, so that no policy is in force that a plugin would not know of. Not on a node that has never
-        // been in sync: its pods are to start as if Egret were not there.
+        // Before the tables, so that no policy is in force that a plugin would not know of. Not on a node that has
+        // never been in sync: its pods are to start as if Egret were not there.
         let was_in_sync = OfflinePolicies::is_there(&self.options.state_dir);
         if was_in_sync {
             self.store_offline_policies();
@@ -421,7 +423,8 @@ impl Node {
         if left_behind {
             // Before the attachments, for a plugin writes those first: whose quarantine is seen here is known then.
             quarantined = self.host.quarantined()?;
-            // Word of one that is gone may have been lost, and the kernel takes no chain of an interface that is not there.
+            // Word of one that is gone may have been lost, and the kernel takes no chain of an interface that is not
+            // there.
             for index in self.pods.interfaces().collect::<Vec<_>>() {
                 self.veth_gone(index).await;
             }
@@ -490,7 +493,8 @@ impl Node {
         });
     }
 
-    /// Finds out whether the run directory can be written to. If it is full, every ADD fails, and this node is not ready.
+    /// Finds out whether the run directory can be written to. If it is full, every ADD fails, and this node is not
+    /// ready.
     pub(super) fn try_writing(&mut self) {
         let run_dir = &self.options.run_dir;
         self.unwritable = run_dir::try_writing(run_dir).err().map(|e| {
@@ -530,8 +534,8 @@ impl Node {
         Ok((changes, uses))
     }
 
-    /// Brings in sync what lies below the tables. Returns how many changes it took, or what failed. An error is one with which
-    /// the tables cannot be made.
+    /// Brings in sync what lies below the tables. Returns how many changes it took, or what failed. An error is one
+    /// with which the tables cannot be made.
     async fn reconcile_base(&mut self) -> Result<Result<usize>> {
         let local = self.tunnel_address().await?;
         self.host.tunnel(&self.options.name, local).await?;
@@ -584,8 +588,8 @@ impl Node {
         Ok(first)
     }
 
-    /// Sees to connections that are older than their allocations, if there may be any, and to what this node admits and does not
-    /// forward. Returns whether there is something new to tell.
+    /// Sees to connections that are older than their allocations, if there may be any, and to what this node admits
+    /// and does not forward. Returns whether there is something new to tell.
     pub fn look_at_counters(&mut self) -> bool {
         let (stale, first) = match self.host.stale_and_first_packets() {
             Ok(counted) => counted,

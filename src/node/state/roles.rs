@@ -1,4 +1,4 @@
-//! This node's part in what owners of egress IPs tell others of connections whose port was changed.
+//! This node's roles in the replication of connections with a changed port.
 
 use super::Node;
 use crate::datapath::names::{HEALTH, of_mac};
@@ -6,27 +6,27 @@ use crate::model::mac::Mac;
 use crate::model::marks::EgressId;
 use crate::model::selector::Name;
 use crate::model::shared::Mark;
-use crate::node::changed_ports::{Holder, Holders, Role, Roles};
+use crate::node::changed_ports::{EgressOwner, Owners, Role, Roles};
 use crate::node_plan::addresses;
 use crate::node_plan::allocations::{AllocationState, NodeAllocation, NodeAllocations};
 use std::collections::{BTreeMap, HashMap};
 use std::net::Ipv6Addr;
 use std::sync::Arc;
 
-/// What the part was last made of.
+/// The inputs from which the roles were last computed.
 #[derive(Debug, Default)]
-pub(super) struct MadeOf {
+pub(super) struct RoleInputs {
     allocations: Mark<NodeAllocations>,
     end: Option<(u32, Ipv6Addr)>,
     handed: Vec<(EgressId, Mac)>,
 }
 
 impl Node {
-    /// Says what this node's part is from now on, if it is another one.
+    /// Computes the roles anew if their inputs have changed, and passes them to the replication thread.
     pub(super) fn set_roles(&mut self) {
         let end = self.host.asking();
         if end.is_none() && self.host.tunnel_end().is_none() {
-            // The tunnel is being looked at.
+            // The tunnel device is being repaired.
             return;
         }
         let handed: Vec<(EgressId, Mac)> = self.handed.iter().map(|(id, (mac, _))| (*id, *mac)).collect();
@@ -34,7 +34,7 @@ impl Node {
         if self.view.allocations.has(&of.allocations) && (of.end, &of.handed) == (end, &handed) {
             return;
         }
-        self.roles_of = MadeOf { allocations: self.view.allocations.mark(), end, handed };
+        self.roles_of = RoleInputs { allocations: self.view.allocations.mark(), end, handed };
         self.changed_ports.set_roles(self.roles());
     }
 
@@ -60,36 +60,36 @@ impl Node {
         let mac = self.host.tunnel_end().map(|end| end.mac).unwrap_or_default();
         Roles {
             device: asking.map_or(0, |(device, _)| device),
-            asking: asking.map(|(_, source)| source),
+            source: asking.map(|(_, source)| source),
             mac,
             addresses: all,
             peers: self.host.peer_indexes().clone(),
             own: self.facts.addresses.clone(),
-            holders: holders(&allocations.allocations, mac),
+            owners: owners(&allocations.allocations, mac),
         }
     }
 
-    /// Where the gateway's other nodes hear, as far as they can hold addresses.
+    /// The health addresses of the gateway's other nodes that can own egress IPs.
     fn others(&self, gateway: &Name) -> Arc<[Ipv6Addr]> {
         let nodes = self.view.allocations.gateway_nodes.get(gateway).into_iter().flatten();
         let others = nodes.filter(|name| ***name != *self.options.name);
-        let hears = |name: &Name| {
+        let answering = |name: &Name| {
             let status = self.cluster.egress_nodes.get(name)?;
             status.tunnel_mac.filter(|_| status.answers).map(|mac| of_mac(HEALTH, mac))
         };
-        others.filter_map(hears).collect()
+        others.filter_map(answering).collect()
     }
 }
 
-/// Who owns each egress IP; `own`: this node.
-fn holders(allocations: &BTreeMap<EgressId, NodeAllocation>, own: Mac) -> Holders {
+/// The owner of each egress IP that has one. `own` is this node.
+fn owners(allocations: &BTreeMap<EgressId, NodeAllocation>, own: Mac) -> Owners {
     let owned = allocations.iter().filter_map(|(id, allocation)| {
         let owner = match allocation.state {
             AllocationState::Local => own,
             AllocationState::Remote(mac) => mac,
             AllocationState::Unready(_) => return None,
         };
-        Some((*id, Holder { owner, address: allocation.address.clone() }))
+        Some((*id, EgressOwner { owner, address: allocation.address.clone() }))
     });
     owned.collect()
 }
