@@ -13,18 +13,25 @@ ifneq ($(shell id -u),0)
 SUDO = sudo -E
 endif
 
+# Of `make e2e`: which tests, and of which program of tests/.
+T ?=
+S ?= e2e
+
 # Of `make fuzz`: how long in seconds, the first seed, and a sequence to run instead.
 SECONDS ?= 180
 SEED ?= 1
 
-.PHONY: help build image release reproducible demo test fuzz cluster-test lint bench setup apiserver clean-lab
+.PHONY: help build image release reproducible demo unit e2e snapshots test fuzz cluster-test lint bench setup apiserver clean-lab
 
 help:
 	@echo 'make build      static release binaries, in target/<host>/release'
 	@echo 'make image      the image, without docker, in target/image/image.tar; IMAGE=registry.example/egret:v1 names it'
 	@echo 'make release    programs, image, manifests, chart, SBOM, checksums, in target/release-<version>; IMAGE as above'
 	@echo 'make demo       three nodes, two gateways and a server on this machine: who is seen as whom'
+	@echo 'make unit       what needs no root: the code without a kernel, its structure, what the programs say'
+	@echo 'make e2e T=…    scenarios whose names contain this, each in a lab; S=kubernetes, containerd, plugin, kernel: others'
 	@echo 'make test       all tests'
+	@echo 'make snapshots  write tests/snapshots anew, to be looked at with git diff'
 	@echo 'make reproducible  the release, built twice: the same bits, and no path of this machine in them'
 	@echo 'make cluster-test KUBECONFIG=… SERVER=… ADDRESSES=…   the acceptance suite, against any cluster: tests/cluster/README.md'
 	@echo 'make fuzz       SECONDS=180 SEED=1: what happens to clusters, at random, and who is seen as whom meanwhile'
@@ -48,6 +55,17 @@ reproducible:
 
 demo: setup
 	$(CARGO) test --locked $(AS_ROOT) --test demo
+
+unit:
+	$(CARGO) test --locked --lib --test cli --test structure -- --skip needs_root
+
+# The API server is there for those that need it alone.
+e2e: setup $(if $(filter kubernetes,$(S)),apiserver)
+	$(CARGO) test --locked $(AS_ROOT) --test $(S) -- $(T)
+
+snapshots: setup
+	EGRET_WRITE_SNAPSHOTS=1 $(CARGO) test --locked --test cli
+	EGRET_WRITE_SNAPSHOTS=1 $(CARGO) test --locked $(AS_ROOT) --test e2e snapshots
 
 test: setup apiserver
 	@rm -f target/*/tmp/not-run target/tmp/not-run

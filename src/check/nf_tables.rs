@@ -182,19 +182,21 @@ fn map(key: DataType, data: DataType) -> SetKind {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
-    use nix::libc;
-    use nix::sched::{CloneFlags, unshare};
+    mod needs_root {
+        use super::super::*;
+        use nix::libc;
+        use nix::sched::{CloneFlags, unshare};
 
-    /// A trial that always succeeds would tell nothing.
-    #[test]
-    fn what_the_kernel_lacks_is_refused() {
-        let refusals = std::thread::spawn(|| {
-            unshare(CloneFlags::CLONE_NEWNET).unwrap();
-            let chain_unknown = table(at("filter", hook::PREROUTING, 0), Rule::new().jump("none-such"));
-            let kind_unknown = table(on_device("nat", hook::INGRESS), Rule::new().drop());
-            [chain_unknown, kind_unknown].map(|table| attempt(NFPROTO_INET, &table).unwrap_err().errno().unwrap())
-        });
-        assert_eq!(refusals.join().unwrap(), [libc::ENOENT, libc::EOPNOTSUPP]);
+        /// A trial that always succeeds would tell nothing.
+        #[test]
+        fn what_the_kernel_lacks_is_refused() {
+            let refusals = std::thread::spawn(|| {
+                unshare(CloneFlags::CLONE_NEWNET).unwrap();
+                let chain_unknown = table(at("filter", hook::PREROUTING, 0), Rule::new().jump("none-such"));
+                let kind_unknown = table(on_device("nat", hook::INGRESS), Rule::new().drop());
+                [chain_unknown, kind_unknown].map(|table| attempt(NFPROTO_INET, &table).unwrap_err().errno().unwrap())
+            });
+            assert_eq!(refusals.join().unwrap(), [libc::ENOENT, libc::EOPNOTSUPP]);
+        }
     }
 }

@@ -261,6 +261,7 @@ fn broken(sessions: &mut [(TcpStream, SocketAddr)]) -> Vec<String> {
 
 #[test]
 fn quiet_sessions_beside_a_busy_client_outlive_a_planned_move_and_the_next_owners_death() {
+    let _machine = lab::turn::alone();
     let lab = Lab::scene();
     let (owner, other) = owner_and_other(&lab);
     let (mut sessions, changed) = beside_a_busy_client(&lab);

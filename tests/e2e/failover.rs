@@ -335,6 +335,7 @@ fn an_allocation_is_moved_by_hand() {
 
 #[test]
 fn a_thousand_allocations_move_at_once() {
+    let _machine = lab::turn::alone();
     let lab = thousand_allocations();
     let held = |node: &str| fault_injection::held(&lab, node);
     let pods = ["n1", "n2", "g2"].map(|n| lab.add_pod(n, "shop", &format!("visitor-{n}"), VISITOR));

@@ -1,6 +1,7 @@
 //! `egretd install` on directories of its own: what it makes of each network configuration, and what becomes of it
 //! when it is killed, or when somebody else writes at the same time.
 
+use lab::turn::{self, Turn};
 use nix::sys::ptrace;
 use nix::sys::signal::Signal;
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
@@ -10,6 +11,7 @@ use std::fs::{self, File, Permissions};
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
@@ -27,16 +29,18 @@ const SINGLE: &str = "{\"cniVersion\":\"0.4.0\", \"name\": \"net\", \"type\":\"p
 /// A host's directories.
 struct Host {
     directory: TempDir,
+    _turn: Arc<Turn>,
 }
 
 impl Host {
     fn new() -> Host {
+        let turn = turn::beside_others();
         let directory = tempfile::tempdir().unwrap();
         for name in ["bin", "conf", "run"] {
             fs::create_dir(directory.path().join(name)).unwrap();
         }
         fs::write(directory.path().join("new-plugin"), "#!/bin/sh\necho new\n").unwrap();
-        Host { directory }
+        Host { directory, _turn: turn }
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -330,6 +334,7 @@ fn the_mark_of_an_uninstallation_goes() {
 /// meanwhile.
 #[test]
 fn who_writes_at_the_same_time_wins() {
+    let _machine = lab::turn::alone();
     let host = Host::new();
     let version = |i: usize| PLAIN.replace("1.50", &format!("{i}"));
     fs::write(host.conf("10-flannel.conflist"), version(0)).unwrap();

@@ -13,6 +13,7 @@ use std::time::Duration;
 
 #[test]
 fn two_hundred_pods_come_at_once_each_works_from_its_first_packet_and_they_go_at_once() {
+    let _machine = lab::turn::alone();
     let lab = Lab::scene();
     let before: Vec<_> = lab.nodes().iter().map(|n| n.egret_state()).collect();
     let sandboxes: Vec<Pod> = (0..200)

@@ -26,6 +26,7 @@ mod own_uplinks;
 mod partitions;
 mod seeing;
 mod slow_stranger;
+mod snapshots;
 mod survival;
 mod tenancy;
 mod tunnel_family;

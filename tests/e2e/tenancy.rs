@@ -27,6 +27,7 @@ fn a_policy_made_again_under_another_name_has_its_address_at_once() {
         // GitOps in the other order: what is old goes before what is new comes.
         lab.remove_manifest("policy.yaml");
         lab.wait_until("its address is given back", PATIENCE, || in_use(&lab, 0));
+        lab.wait_seen_as(&pod, pod.node.ipv4());
         lab.write_manifest("policy.yaml", text);
         lab.wait_until("it is given again", PATIENCE, || in_use(&lab, 1));
         lab.wait_seen_as(&pod, EGRESS4);

@@ -241,6 +241,7 @@ fn a_pods_connection_gives_place_to_its_translated_one_and_to_what_is_late() {
 
 #[test]
 fn many_connections_are_forgotten_quickly() {
+    let _machine = lab::turn::alone();
     in_namespace(|| async {
         let mut socket = Socket::open(NETLINK_NETFILTER).unwrap();
         let lines: String = (0..3000u32)

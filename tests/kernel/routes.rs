@@ -36,6 +36,7 @@ fn a_host_without_ipv6_has_a_tunnel_without_ipv6() {
 
 #[test]
 fn five_thousand_nodes_are_quick() {
+    let _machine = lab::turn::alone();
     in_namespace(|| async {
         let socket = host();
         let device = tunnel::ensure(&socket, &ours()).await.unwrap();

@@ -1,14 +1,15 @@
 //! A node, its pods and the world outside, in network namespaces.
 
 use egret::cni::offline_policies::OfflinePolicies;
+use lab::turn::{self, Turn};
 use nix::sched::{CloneFlags, setns};
 use std::fs::File;
 use std::io;
 use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::path::PathBuf;
 use std::process::Command;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 use tempfile::TempDir;
@@ -28,6 +29,7 @@ pub struct Node {
     /// The node's namespace.
     pub name: String,
     directory: TempDir,
+    _turn: Arc<Turn>,
     pods: Mutex<Vec<String>>,
 }
 
@@ -43,9 +45,10 @@ pub struct Pod {
 impl Node {
     pub fn new() -> Node {
         assert!(nix::unistd::Uid::effective().is_root(), "these tests make network namespaces: run them as root");
+        let turn = turn::beside_others();
         let prefix = format!("egt-{}-{}", std::process::id(), NODES.fetch_add(1, Ordering::Relaxed));
         let directory = tempfile::tempdir().unwrap();
-        let node = Node { name: format!("{prefix}-node"), prefix, directory, pods: Mutex::default() };
+        let node = Node { name: format!("{prefix}-node"), prefix, directory, _turn: turn, pods: Mutex::default() };
         let (name, outside) = (&node.name, node.outside());
         add_namespace(name);
         add_namespace(&outside);

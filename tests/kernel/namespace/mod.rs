@@ -1,6 +1,5 @@
 //! Network namespaces for tests. Each test has a fresh one of its own, which ends with the test's thread.
-// Not every test file uses all of it.
-#![allow(dead_code)]
+
 pub mod host;
 
 use nix::sched::{CloneFlags, unshare};
@@ -14,6 +13,7 @@ use std::process::Command;
 /// Not root, or the test panics.
 pub fn in_namespace<F: Future<Output = ()>>(test: impl FnOnce() -> F + Send + 'static) {
     assert!(nix::unistd::geteuid().is_root(), "this test makes network namespaces: run it as root");
+    let _turn = lab::turn::beside_others();
     let thread = std::thread::spawn(move || {
         unshare(CloneFlags::CLONE_NEWNET).expect("a new network namespace");
         ip("link set lo up");

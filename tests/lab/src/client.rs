@@ -10,6 +10,8 @@ use std::time::Duration;
 
 /// Below the second after which a lost SYN is repeated: an answer in this time is an answer to the first packet.
 pub const FIRST_PACKET: Duration = Duration::from_millis(900);
+/// Nobody sends a UDP packet again: where an answer is expected, it may take as long as a busy machine needs.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 impl Host {
     /// Asks the server by TCP who asks. The error of a connection that gets no answer is `TimedOut`, after less than
@@ -47,6 +49,15 @@ impl Host {
     /// No answer, or a refusal.
     pub fn udp_who_at(&self, server: SocketAddr) -> io::Result<IpAddr> {
         self.udp_who_from(0, server)
+    }
+
+    /// As [`Host::udp_who`], where the answer is expected: the one packet's answer may be late.
+    ///
+    /// # Errors
+    /// No answer, or a refusal.
+    pub fn udp_who_patiently(&self, server: impl Into<IpAddr>) -> io::Result<IpAddr> {
+        let server = SocketAddr::new(server.into(), UDP_WHO);
+        machine::asked(|| udp_who_within(PATIENCE, &self.udp_socket(server)?))
     }
 
     /// As [`Self::udp_who_at`], from a port of its own.
@@ -105,7 +116,11 @@ impl Host {
 /// # Errors
 /// No answer, or a refusal.
 pub fn udp_who_by(socket: &UdpSocket) -> io::Result<IpAddr> {
-    socket.set_read_timeout(Some(FIRST_PACKET))?;
+    udp_who_within(FIRST_PACKET, socket)
+}
+
+fn udp_who_within(patience: Duration, socket: &UdpSocket) -> io::Result<IpAddr> {
+    socket.set_read_timeout(Some(patience))?;
     socket.send(b"who")?;
     receive_address(socket)
 }

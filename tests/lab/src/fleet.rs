@@ -120,11 +120,17 @@ impl Lab {
     /// A daemon's metrics.
     #[track_caller]
     pub fn metrics(&self, daemon: &str) -> Metrics {
+        Metrics::parse(&self.metrics_text(daemon))
+    }
+
+    /// A daemon's metrics as it writes them.
+    #[track_caller]
+    pub fn metrics_text(&self, daemon: &str) -> String {
         let get = || metrics::get(self.host_of(daemon), METRICS, "/metrics");
         // A daemon without optimization can be busy for a while, on a machine that is busy too.
         let answer = get().or_else(|_| get()).or_else(|_| get());
         let (status, text) = answer.unwrap_or_else(|e| panic!("metrics of {daemon}: {e}"));
         assert_eq!(status, 200, "metrics of {daemon}: {text}");
-        Metrics::parse(&text)
+        text
     }
 }

@@ -26,6 +26,7 @@ pub mod places;
 pub mod pod;
 pub mod scene;
 pub mod server;
+pub mod snapshot;
 pub mod survival;
 pub mod topology;
 pub mod traffic;

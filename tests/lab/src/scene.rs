@@ -119,7 +119,7 @@ impl Lab {
 #[track_caller]
 pub fn assert_leaves_by_egress(pod: &Pod) {
     for server in SERVERS {
-        let who = pod.udp_who(server);
+        let who = pod.udp_who_patiently(server);
         assert_eq!(who.ok(), Some(egress_towards(server)), "{} on {} by UDP to {server}", pod.name, pod.node.name);
         let who = pod.who(server);
         assert_eq!(who.ok(), Some(egress_towards(server)), "{} on {} by TCP to {server}", pod.name, pod.node.name);
@@ -131,7 +131,8 @@ pub fn assert_leaves_by_egress(pod: &Pod) {
 pub fn assert_leaves_by_node(pod: &Pod) {
     for server in SERVERS {
         let own: IpAddr = if server.is_ipv4() { pod.node.ipv4().into() } else { pod.node.ipv6().into() };
-        assert_eq!(pod.udp_who(server).ok(), Some(own), "{} on {} by UDP to {server}", pod.name, pod.node.name);
+        let who = pod.udp_who_patiently(server);
+        assert_eq!(who.ok(), Some(own), "{} on {} by UDP to {server}", pod.name, pod.node.name);
         assert_eq!(pod.who(server).ok(), Some(own), "{} on {} by TCP to {server}", pod.name, pod.node.name);
     }
 }
