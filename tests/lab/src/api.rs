@@ -439,6 +439,10 @@ fn client(host: &Host, kubeconfig: PathBuf) -> mpsc::Sender<Ask> {
                     Some(client) => send(client, request).await,
                     None => Err("the API server has no certificate yet".to_owned()),
                 };
+                // A certificate that was read while the server wrote it fits nothing.
+                if result.is_err() {
+                    client = None;
+                }
                 let _ = answer.send(result);
             }
         });
