@@ -1,4 +1,7 @@
 //! Tables that one socket owns, in a real kernel of Linux 6.9 or newer: others' flush passes them over. Needs root.
+//!
+//! Each test is alone: a program that another test starts has for a moment all sockets of this process, and who owns a
+//! table is a socket that is open.
 
 use crate::namespace::{in_namespace, run};
 use egret::kernel::nft::Nftables;
@@ -46,6 +49,7 @@ fn listed() -> String {
 
 #[test]
 fn what_a_socket_owns_nobody_else_changes_and_everybody_reads() {
+    let _machine = lab::turn::alone();
     in_namespace(|| async {
         let mut nft = owning();
         assert_eq!(run("nft", "list ruleset"), "", "the trial leaves a table");
@@ -74,6 +78,7 @@ fn what_a_socket_owns_nobody_else_changes_and_everybody_reads() {
 
 #[test]
 fn a_table_outlives_its_owner_and_the_next_one_adopts_it_as_it_is() {
+    let _machine = lab::turn::alone();
     in_namespace(|| async {
         apply_and_end(&tables(2));
         let before = listed();
@@ -94,6 +99,7 @@ fn a_table_outlives_its_owner_and_the_next_one_adopts_it_as_it_is() {
 /// As after pods have started while no daemon ran: the kernel takes no new chain at a hook together with new flags.
 #[test]
 fn a_table_is_adopted_that_lacks_a_chain_at_a_hook() {
+    let _machine = lab::turn::alone();
     in_namespace(|| async {
         let more = || {
             let [(name, mut table)] = tables(2);
@@ -111,6 +117,7 @@ fn a_table_is_adopted_that_lacks_a_chain_at_a_hook() {
 
 #[test]
 fn a_table_of_before_is_made_anew_with_an_owner_in_one_transaction() {
+    let _machine = lab::turn::alone();
     in_namespace(|| async {
         Nftables::open().unwrap().apply(&tables(2)).unwrap();
         let mut nft = owning();
@@ -125,6 +132,7 @@ fn a_table_of_before_is_made_anew_with_an_owner_in_one_transaction() {
 /// Its chains see no packet.
 #[test]
 fn a_table_that_somebody_has_put_to_sleep_is_woken() {
+    let _machine = lab::turn::alone();
     in_namespace(|| async {
         let mut nft = Nftables::open().unwrap();
         nft.apply(&tables(1)).unwrap();
@@ -138,6 +146,7 @@ fn a_table_that_somebody_has_put_to_sleep_is_woken() {
 
 #[test]
 fn who_finds_a_table_that_another_socket_owns_is_told_whose_it_is() {
+    let _machine = lab::turn::alone();
     in_namespace(|| async {
         let mut owner = owning();
         owner.apply(&tables(1)).unwrap();
@@ -156,6 +165,7 @@ fn who_finds_a_table_that_another_socket_owns_is_told_whose_it_is() {
 /// As on kernels before Linux 6.9, where no owned table outlives its owner's socket.
 #[test]
 fn a_table_that_is_to_go_with_its_socket_is_owned_beside_one_that_is_not() {
+    let _machine = lab::turn::alone();
     const GUARD: TableName = TableName { family: NFPROTO_INET, name: "egret-guard" };
     in_namespace(|| async {
         let both = || {
