@@ -1,21 +1,20 @@
-//! Files in directories where anything may stand in their place: one bad entry is one bad entry.
+//! Safe access to files in directories where anything may be in their place.
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
-/// How every file here is opened: whoever has put a link, a pipe or a device in its place does not lead this elsewhere, and
-/// does not make it wait.
-const CAREFULLY: i32 = nix::libc::O_NOFOLLOW | nix::libc::O_NONBLOCK | nix::libc::O_NOCTTY;
+/// Flags for opening a file: do not follow a symbolic link, do not wait for a pipe's other end, do not take a terminal.
+const SAFE_OPEN: i32 = nix::libc::O_NOFOLLOW | nix::libc::O_NONBLOCK | nix::libc::O_NOCTTY;
 
-/// Opens a file to lock it. What is none is put aside.
+/// Opens a file to lock it. Anything else in its place is moved aside.
 ///
 /// # Errors
-/// It cannot be made or opened.
+/// The file cannot be created or opened.
 pub fn open_lock(path: &Path) -> io::Result<File> {
     let open = || {
-        let file = File::options().create(true).write(true).truncate(false).custom_flags(CAREFULLY).open(path)?;
+        let file = File::options().create(true).write(true).truncate(false).custom_flags(SAFE_OPEN).open(path)?;
         if file.metadata()?.is_file() { Ok(file) } else { Err(not_a_file()) }
     };
     open().or_else(|e| {
@@ -31,17 +30,17 @@ fn not_a_file() -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, "it is no regular file")
 }
 
-/// Reads a file of at most so many bytes.
+/// Reads a file of at most `longest` bytes.
 ///
 /// # Errors
-/// It is not there, is longer, is no regular file, or cannot be read.
+/// The file does not exist, is longer, is no regular file, or cannot be read.
 pub fn read(path: &Path, longest: u64) -> io::Result<Vec<u8>> {
-    let file = File::options().read(true).custom_flags(CAREFULLY).open(path)?;
+    let file = File::options().read(true).custom_flags(SAFE_OPEN).open(path)?;
     if !file.metadata()?.is_file() {
         return Err(not_a_file());
     }
     let mut bytes = Vec::new();
-    // What it says of its length may be wrong a moment later.
+    // The file may have grown since its metadata was read: bound the read itself.
     file.take(longest + 1).read_to_end(&mut bytes)?;
     if bytes.len() as u64 > longest {
         let message = format!("it is longer than {longest} bytes");
@@ -50,22 +49,22 @@ pub fn read(path: &Path, longest: u64) -> io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// Makes a new, empty file in place of whatever was there.
+/// Creates a new, empty file, and moves aside anything else in its place.
 ///
 /// # Errors
-/// It cannot be made.
+/// The file cannot be created.
 pub fn create(path: &Path) -> io::Result<File> {
-    let create = || File::options().write(true).create_new(true).custom_flags(CAREFULLY).open(path);
+    let create = || File::options().write(true).create_new(true).custom_flags(SAFE_OPEN).open(path);
     create().or_else(|e| match e.kind() {
         io::ErrorKind::AlreadyExists => put_aside(path).and_then(|()| create()),
         _ => Err(e),
     })
 }
 
-/// Writes a file whole or not at all, by another one that then takes its name.
+/// Writes a file atomically: writes `unfinished`, and renames it to `path`.
 ///
 /// # Errors
-/// It cannot be written.
+/// The file cannot be written or renamed.
 pub fn replace(path: &Path, unfinished: &Path, bytes: &[u8]) -> io::Result<()> {
     create(unfinished)?.write_all(bytes)?;
     if path.symlink_metadata().is_ok_and(|there| there.is_dir()) {
@@ -74,10 +73,10 @@ pub fn replace(path: &Path, unfinished: &Path, bytes: &[u8]) -> io::Result<()> {
     fs::rename(unfinished, path)
 }
 
-/// Makes room for a file where something else is: removes it, or gives another name to a directory that is not empty.
+/// Makes room for a file: removes a file or an empty directory, renames a directory that is not empty.
 ///
 /// # Errors
-/// It stays there.
+/// The entry cannot be removed or renamed.
 pub fn put_aside(path: &Path) -> io::Result<()> {
     let there = match path.symlink_metadata() {
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
@@ -90,7 +89,8 @@ pub fn put_aside(path: &Path) -> io::Result<()> {
         let mut name = std::ffi::OsString::from(".put-aside.");
         name.push(path.file_name().unwrap_or_default());
         let aside = path.with_file_name(name);
-        tracing::warn!(directory = %path.display(), to = %aside.display(), "it stands where a file is to be, and is renamed");
+        let (directory, to) = (path.display(), aside.display());
+        tracing::warn!(%directory, %to, "renamed a directory that was in a file's place");
         fs::rename(path, aside)
     })
 }
@@ -102,7 +102,7 @@ mod tests {
     use std::os::unix::fs::symlink;
 
     #[test]
-    fn only_a_file_is_read_and_anything_else_makes_room_for_one() {
+    fn only_regular_files_are_read_and_anything_else_is_replaced() {
         let directory = tempfile::tempdir().unwrap();
         let path = |name: &str| directory.path().join(name);
         nix::unistd::mkfifo(&path("pipe"), Mode::S_IRWXU).unwrap();

@@ -1,4 +1,4 @@
-//! The daemon: arguments and wiring only.
+//! The command `egretd`: arguments and wiring only.
 
 use anyhow::Context;
 use clap::{Parser, Subcommand};
@@ -26,10 +26,10 @@ use tokio::runtime::{Builder, Runtime};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::time::timeout;
 
-/// How long `egretd why` waits for the cluster's state. A hundred thousand pods take some seconds.
+/// How long `egretd why` waits for the cluster's state. Reading 100,000 pods takes some seconds.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// Egret gives Kubernetes pods a source address that stays.
+/// Egret gives Kubernetes pods a stable source address outside the cluster.
 #[derive(Parser)]
 #[command(name = "egretd", version)]
 struct Arguments {
@@ -41,117 +41,119 @@ struct Arguments {
 
 #[derive(clap::Args)]
 struct Logs {
-    /// What is logged: a level, or levels by module as in `info,egret::kernel=debug`
+    /// Log level, or levels by module as in `info,egret::kernel=debug`
     #[arg(long, env = "EGRET_LOG_LEVEL", default_value = "info", global = true)]
     log_level: String,
-    /// How it is logged
+    /// Log format
     #[arg(long, env = "EGRET_LOG_FORMAT", value_enum, default_value_t, global = true)]
     log_format: logs::Format,
 }
 
 #[derive(Subcommand)]
 enum Command {
-    /// Hold this node's pods to their policies, and this node's egress addresses
+    /// Run the node daemon: apply policies to this node's pods, and hold this node's egress IPs
     Node(Node),
-    /// Keep the allocations: give policies their addresses, and addresses their nodes
+    /// Run the controller: allocate egress IPs to policies, and assign them to nodes
     Controller(Controller),
-    /// Put the CNI plugin into place; `egretd node` puts its entry into the network configuration when it is in sync
+    /// Install the CNI plugin; `egretd node` puts its entry into the network configuration when it is in sync
     Install(Install),
-    /// Remove everything of Egret's from this host; pods then leave from their node's address
+    /// Remove everything of Egret's from this host; pods then leave with their node's address
     Uninstall(Uninstall),
     /// Print the CustomResourceDefinitions
     Crds,
-    /// Tell what this kernel and this host lack, one line a need; fails if Egret cannot run here
+    /// Check what this kernel and this host lack, one line a requirement; fails if Egret cannot run here
     Check,
-    /// Tell why a pod leaves the cluster as it does: its policies, or what becomes of one destination
+    /// Explain with which address a pod leaves the cluster, and why: its policies, or the way to one destination
     Why(Why),
 }
 
 #[derive(clap::Args)]
 struct Cluster {
-    /// Where cluster state comes from: kube, or dir:PATH
+    /// Source of cluster state: kube, or dir:PATH
     #[arg(long = "cluster", env = "EGRET_CLUSTER")]
     source: SourceName,
-    /// With --cluster kube: the file with the API server's address and the credentials [default: those of a pod]
+    /// With --cluster kube: kubeconfig file with the API server's address and the credentials [default: those of a
+    /// pod]
     #[arg(long, env = "EGRET_KUBECONFIG")]
     kubeconfig: Option<PathBuf>,
 }
 
 #[derive(clap::Args)]
 struct Why {
-    /// The pod, as NAMESPACE/NAME
+    /// Pod, as NAMESPACE/NAME
     #[arg(value_parser = pod)]
     pod: ObjectKey,
-    /// A destination: 203.0.113.7, 203.0.113.7:443, [2001:db8::7]:53/udp
+    /// Destination: 203.0.113.7, 203.0.113.7:443, [2001:db8::7]:53/udp
     #[arg(long)]
     to: Option<Target>,
     #[command(flatten)]
     cluster: Cluster,
-    /// Networks that no policy covers, as the nodes' daemons are told them
+    /// Networks that no policy covers; give the same as the nodes' daemons have
     #[arg(long, env = "EGRET_DIRECT", value_delimiter = ',', value_parser = network)]
     direct: Vec<IpNetwork>,
 }
 
 #[derive(clap::Args)]
 struct Node {
-    /// This node's name in the cluster
+    /// Name of this node in the cluster
     #[arg(long, env = "EGRET_NODE_NAME")]
     name: String,
     #[command(flatten)]
     cluster: Cluster,
-    /// Where the plugin's socket and the pods' attachments are
+    /// Directory of the plugin's socket and the attachment records
     #[arg(long, env = "EGRET_RUN_DIR", default_value = "/run/egret")]
     run_dir: PathBuf,
-    /// Where the offline policy snapshot is left for the plugin; it must outlive a reboot
+    /// Directory of the offline policy snapshot for the plugin; it must outlive a reboot
     #[arg(long, env = "EGRET_STATE_DIR", default_value = DEFAULT_STATE_DIR)]
     state_dir: PathBuf,
-    /// The address that other nodes send tunnel packets to [default: the node's first InternalIP on this
-    /// host of the tunnel's family]
+    /// Address to which other nodes send tunnel packets [default: the node's first InternalIP on this host of the
+    /// tunnel's family]
     #[arg(long, env = "EGRET_TUNNEL_ADDRESS")]
     tunnel_address: Option<IpAddr>,
-    /// The family of the tunnel's outer packets, on all nodes alike: IPv4 or IPv6 [default: what all nodes have]
+    /// Address family of the tunnel's outer packets, the same on all nodes: IPv4 or IPv6 [default: one that all nodes
+    /// have]
     #[arg(long, env = "EGRET_TUNNEL_FAMILY", value_parser = tunnel_family)]
     tunnel_family: Option<TunnelFamily>,
-    /// Networks that no policy covers, beside the cluster's own: 10.0.0.0/8,fd00::/8
+    /// Networks that no policy covers, in addition to the cluster's own: 10.0.0.0/8,fd00::/8
     #[arg(long, env = "EGRET_DIRECT", value_delimiter = ',', value_parser = network)]
     direct: Vec<IpNetwork>,
-    /// How often a gateway's nodes are asked whether they live, 50ms to 10s
+    /// Interval at which a gateway's nodes are probed, 50ms to 10s
     #[arg(long, env = "EGRET_PROBE_INTERVAL", default_value = "300ms", value_parser = interval)]
     probe_interval: Duration,
-    /// For how many halves of that a node must be silent before it counts as dead, 1 to 20; it is asked three times in each
+    /// Number of half intervals without a reply after which a node counts as dead, 1 to 20; each has three probes
     #[arg(long, env = "EGRET_PROBE_MISSES", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=20))]
     probe_misses: u32,
-    /// The upper 16 bits of the connection marks that are Egret's
+    /// Upper 16 bits of Egret's connection marks
     #[arg(long, env = "EGRET_CONNECTION_MARK", default_value = "0x4547", value_parser = base)]
     connection_mark: u16,
-    /// The lowest of the eleven bits of packet marks that are Egret's, 16 to 21
+    /// Lowest of the eleven bits of packet marks that Egret uses, 16 to 21
     #[arg(long, env = "EGRET_MARK_SHIFT", default_value_t = Marks::default().shift)]
     mark_shift: u8,
-    /// Own the nftables tables, so that nobody else can change or flush them while the daemon runs (Linux 6.9)
+    /// Own the nftables tables, so that no other program can change or flush them while the daemon runs (Linux 6.9)
     #[arg(long, env = "EGRET_OWN_TABLES", action = clap::ArgAction::Set, num_args = 0..=1, require_equals = true, default_missing_value = "true", default_value_t = true)]
     own_tables: bool,
-    /// Where /metrics is served; empty: nowhere
+    /// Address of /metrics; empty for none
     #[arg(long, env = "EGRET_METRICS_ADDRESS", default_value = "127.0.0.1:9871")]
     metrics_address: ListenAddress,
-    /// Where /healthz and /readyz are served; empty: nowhere
+    /// Address of /healthz and /readyz; empty for none
     #[arg(long, env = "EGRET_HEALTH_ADDRESS", default_value = "127.0.0.1:9873")]
     health_address: ListenAddress,
     #[command(flatten)]
     readers: Readers,
-    /// Keep the plugin's entry in the network configuration in this directory
+    /// Directory of the network configuration in which to keep the plugin's entry
     #[arg(long, env = "EGRET_CNI_CONF_DIR")]
     cni_conf_dir: Option<PathBuf>,
-    /// Keep the plugin's program, the one beside this one, in this directory
+    /// Directory in which to keep the plugin's program, copied from this program's directory
     #[arg(long, env = "EGRET_CNI_BIN_DIR", requires = "cni_conf_dir")]
     cni_bin_dir: Option<PathBuf>,
 }
 
 #[derive(clap::Args)]
 struct CniDirectories {
-    /// Where the container runtime looks for plugins
+    /// Directory in which the container runtime looks for plugins
     #[arg(long, env = "EGRET_CNI_BIN_DIR", default_value = "/opt/cni/bin")]
     cni_bin_dir: PathBuf,
-    /// Where the container runtime looks for network configurations
+    /// Directory in which the container runtime looks for network configurations
     #[arg(long, env = "EGRET_CNI_CONF_DIR", default_value = "/etc/cni/net.d")]
     cni_conf_dir: PathBuf,
 }
@@ -160,17 +162,17 @@ struct CniDirectories {
 struct Install {
     #[command(flatten)]
     directories: CniDirectories,
-    /// The plugin's program [default: egret-cni beside this program]
+    /// Path of the plugin's program [default: egret-cni in this program's directory]
     #[arg(long)]
     plugin: Option<PathBuf>,
-    /// The socket of `egretd node` on this host: cni.sock in its run directory
+    /// Socket of `egretd node` on this host: cni.sock in its run directory
     #[arg(long, env = "EGRET_CNI_SOCKET", default_value = DEFAULT_SOCKET)]
     socket: PathBuf,
-    /// The state directory of `egretd node` on this host
+    /// State directory of `egretd node` on this host
     #[arg(long, env = "EGRET_STATE_DIR", default_value = DEFAULT_STATE_DIR)]
     state_dir: PathBuf,
-    /// Put the entry into the network configuration, too, and wait until there is one: for an `egretd node` that runs
-    /// without --cni-conf-dir
+    /// Also put the entry into the network configuration, and wait until there is one; for an `egretd node` without
+    /// --cni-conf-dir
     #[arg(long)]
     entry: bool,
 }
@@ -179,25 +181,26 @@ struct Install {
 struct Uninstall {
     #[command(flatten)]
     directories: CniDirectories,
-    /// The run directory of `egretd node` on this host
+    /// Run directory of `egretd node` on this host
     #[arg(long, env = "EGRET_RUN_DIR", default_value = "/run/egret")]
     run_dir: PathBuf,
-    /// The state directory of `egretd node` on this host
+    /// State directory of `egretd node` on this host
     #[arg(long, env = "EGRET_STATE_DIR", default_value = DEFAULT_STATE_DIR)]
     state_dir: PathBuf,
-    /// The upper 16 bits of the connection marks that were Egret's
+    /// Upper 16 bits of the connection marks that Egret used
     #[arg(long, env = "EGRET_CONNECTION_MARK", default_value = "0x4547", value_parser = base)]
     connection_mark: u16,
-    /// Remove the plugin's program, too: when no pod is left that started with it
+    /// Also remove the plugin's program; do this when no pod is left that started with it
     #[arg(long)]
     remove_plugin: bool,
-    /// Also remove what the node said of itself from this source of cluster state: kube, or dir:PATH
+    /// Also remove the node's report from this source of cluster state: kube, or dir:PATH
     #[arg(long, env = "EGRET_CLUSTER", requires = "name")]
     cluster: Option<SourceName>,
-    /// With --cluster kube: the file with the API server's address and the credentials [default: those of a pod]
+    /// With --cluster kube: kubeconfig file with the API server's address and the credentials [default: those of a
+    /// pod]
     #[arg(long, env = "EGRET_KUBECONFIG")]
     kubeconfig: Option<PathBuf>,
-    /// The node's name in the cluster
+    /// Name of the node in the cluster
     #[arg(long, env = "EGRET_NODE_NAME")]
     name: Option<String>,
 }
@@ -226,7 +229,7 @@ fn interval(text: &str) -> Result<Duration, String> {
         None => (text.strip_suffix('s').ok_or_else(wrong)?, 1000.0),
     };
     let milliseconds = number.trim().parse::<f64>().map_err(|_| wrong())? * milliseconds;
-    // Not a number is in no range.
+    // NaN is in no range.
     if !(50.0..=10_000.0).contains(&milliseconds) {
         return Err(wrong());
     }
@@ -238,11 +241,11 @@ fn base(text: &str) -> Result<u16, String> {
     u16::from_str_radix(digits, 16).map_err(|e| format!("{e}; write four hexadecimal digits, as in 0x4547"))
 }
 
-/// Who may read the metrics.
+/// Authentication of metrics readers.
 #[derive(clap::Args)]
 struct Readers {
-    /// Serve /metrics by TLS, and only to who has a token of the cluster's and may `get` the non-resource URL /metrics;
-    /// asks the API server by TokenReview and SubjectAccessReview
+    /// Serve /metrics over TLS, and only to users who may `get` the non-resource URL /metrics; the API server decides
+    /// by TokenReview and SubjectAccessReview
     #[arg(long, env = "EGRET_METRICS_AUTHENTICATION", num_args = 0..=1, require_equals = true, default_missing_value = "true", default_value_t = false)]
     metrics_authentication: bool,
 }
@@ -251,16 +254,16 @@ struct Readers {
 struct Controller {
     #[command(flatten)]
     cluster: Cluster,
-    /// The namespace of the Lease by which several controllers take turns [default: the pod's own]
+    /// Namespace of the Lease for leader election among several controllers [default: the pod's own]
     #[arg(long, env = "EGRET_LEASE_NAMESPACE")]
     lease_namespace: Option<String>,
-    /// This controller's name in the Lease [default: the host's name and a random number]
+    /// This controller's identity in the Lease [default: the host's name and a random number]
     #[arg(long, env = "EGRET_LEASE_IDENTITY")]
     lease_identity: Option<String>,
-    /// Where /metrics is served; empty: nowhere
+    /// Address of /metrics; empty for none
     #[arg(long, env = "EGRET_METRICS_ADDRESS", default_value = "127.0.0.1:9872")]
     metrics_address: ListenAddress,
-    /// Where /healthz and /readyz are served; empty: nowhere
+    /// Address of /healthz and /readyz; empty for none
     #[arg(long, env = "EGRET_HEALTH_ADDRESS", default_value = "127.0.0.1:9874")]
     health_address: ListenAddress,
     #[command(flatten)]
@@ -341,7 +344,7 @@ fn guard(reviewer: Reviewer) -> Guard {
                 Ok(Verdict::Forbidden(who)) => Access::Forbidden(format!(
                     "{who} may not get the non-resource URL /metrics; bind it to the ClusterRole egret-metrics-reader"
                 )),
-                Err(e) => Access::Unknown(format!("the API server does not say whose token this is: {e}")),
+                Err(e) => Access::Unknown(format!("the API server cannot review the token: {e}")),
             }
         })
     }))
@@ -378,7 +381,7 @@ impl Uninstall {
 }
 
 impl Controller {
-    /// Runs it. It hears signals itself: it gives its Lease back before it ends.
+    /// Runs the controller. It handles signals itself, because it releases its Lease before it ends.
     fn run(self) -> anyhow::Result<()> {
         let identity = self.lease_identity.unwrap_or_else(LeaseSettings::unique_identity);
         let lease = Some(LeaseSettings::new(self.lease_namespace.unwrap_or_default(), identity));
@@ -396,14 +399,15 @@ impl Why {
         let name = self.cluster.source.with(options);
         let open = async |scope| match timeout(PATIENCE, cluster::open(&name, scope)).await {
             Ok(source) => source,
-            Err(_) => anyhow::bail!("the cluster could not be read within {PATIENCE:?}; the log above says why"),
+            Err(_) => anyhow::bail!("cannot read the cluster within {PATIENCE:?}; the log above says why"),
         };
         let (cluster, problems) = runtime()?.block_on(async {
-            // What the controller says is the controller's to know, and what is inside the cluster the nodes'.
+            // The controller's scope has the reasons for allocations; only a node's scope has the cluster's own
+            // networks.
             let source = open(Scope::Controller).await?;
             let mut cluster = (**source.snapshots.borrow()).clone();
             let node = cluster.pods.get(&self.pod).and_then(|pod| pod.node.as_ref()).or(cluster.nodes.keys().next());
-            // A directory tells both the same.
+            // With a directory as the source, both scopes are the same.
             let differs = self.to.is_some() && matches!(name, SourceName::Kube(_));
             if let Some(node) = node.filter(|_| differs).map(ToString::to_string) {
                 let as_node = open(Scope::Node(node)).await?.snapshots.borrow().clone();
@@ -415,7 +419,7 @@ impl Why {
             if let Some(target) = &self.to
                 && let Err(e) = cluster::add_services(&name, &mut cluster, target).await
             {
-                problems.push(format!("{e:#}; an address of a Service is told of as if it had no endpoints"));
+                problems.push(format!("{e:#}; a Service's address is explained as if it had no endpoints"));
             }
             anyhow::Ok((cluster, problems.join("\n  ")))
         })?;
@@ -423,15 +427,15 @@ impl Why {
         if problems.is_empty() {
             return Ok(text?);
         }
-        let unread = format!("not read, and nodes may go by what it was before:\n  {problems}");
+        let unread = format!("these objects cannot be read, and nodes may use their earlier versions:\n  {problems}");
         Ok(text.with_context(|| unread.clone())? + &unread + "\n")
     }
 }
 
-/// Waits until the daemon is told to stop, by SIGTERM or SIGINT.
+/// Completes when the daemon receives SIGTERM or SIGINT.
 fn stopped() -> anyhow::Result<impl Future<Output = ()>> {
-    let mut terminate = signal(SignalKind::terminate()).context("SIGTERM cannot be watched")?;
-    let mut interrupt = signal(SignalKind::interrupt()).context("SIGINT cannot be watched")?;
+    let mut terminate = signal(SignalKind::terminate()).context("cannot watch SIGTERM")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("cannot watch SIGINT")?;
     Ok(async move {
         tokio::select! {
             _ = terminate.recv() => tracing::info!("stopping: SIGTERM"),
@@ -441,12 +445,12 @@ fn stopped() -> anyhow::Result<impl Future<Output = ()>> {
 }
 
 fn runtime() -> anyhow::Result<Runtime> {
-    Builder::new_current_thread().enable_all().build().context("the runtime")
+    Builder::new_current_thread().enable_all().build().context("cannot start the async runtime")
 }
 
 fn print(text: &str) -> anyhow::Result<()> {
     match std::io::stdout().write_all(text.as_bytes()) {
-        // `egretd crds | head`: who closes the pipe has seen enough.
+        // `egretd crds | head`: a closed pipe is no error.
         Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
         other => other.context("stdout"),
     }

@@ -1,16 +1,17 @@
-//! What is read of the host: the kernel's version, our capabilities, settings.
+//! Checks of the host: the kernel's version, this process's capabilities, and settings.
 
 use super::Need;
 use crate::datapath::sysctl;
 use std::{fs, io};
 
-/// Chains on a device's egress came with Linux 5.16, `IFA_PROTO`, by which Egret knows its own addresses, with 5.18.
+/// The oldest kernel. Egress chains on a device came with Linux 5.16; `IFA_PROTO`, by which Egret recognises its own
+/// addresses, with 5.18.
 const KERNEL: (u32, u32) = (5, 18);
 
-/// What the daemon needs; bits of capability sets, include/uapi/linux/capability.h.
+/// The capabilities that the daemon needs, with their bits, include/uapi/linux/capability.h.
 const CAPABILITIES: [(u32, &str); 2] = [(12, "CAP_NET_ADMIN"), (13, "CAP_NET_RAW")];
 
-/// The kernel's version, the capabilities, and /proc.
+/// Checks the kernel's version, the capabilities, and /proc/sys.
 pub fn kernel() -> Vec<Need> {
     let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
     vec![version(release.trim()), capabilities(), proc_sys()]
@@ -21,11 +22,13 @@ fn version(release: &str) -> Need {
     match parse(release) {
         Some(v) if v >= KERNEL => Need::ok("kernel", release),
         Some(_) => Need::missing("kernel", release, newer),
-        None => Need::missing("kernel", format!("version {release:?}"), format!("is /proc mounted? {newer}")),
+        None => {
+            Need::missing("kernel", format!("version {release:?}"), format!("check that /proc is mounted; {newer}"))
+        }
     }
 }
 
-/// `6.18.44-x` is (6, 18).
+/// Parses the first two numbers: `6.18.44-x` is (6, 18).
 fn parse(release: &str) -> Option<(u32, u32)> {
     let mut parts = release.split(|c: char| !c.is_ascii_digit());
     Some((parts.next()?.parse().ok()?, parts.next()?.parse().ok()?))
@@ -41,12 +44,12 @@ fn capabilities() -> Need {
         _ => Need::missing(
             "capabilities",
             format!("without {}", lacking.join(", ")),
-            "run as root; in a container, on the host's network, add these capabilities",
+            "run as root; in a container on the host's network, add these capabilities",
         ),
     }
 }
 
-/// The tunnel device has settings of its own there.
+/// The daemon writes the tunnel device's settings there.
 fn proc_sys() -> Need {
     let path = "/proc/sys/net/ipv4/ip_forward";
     match sysctl::writable("ipv4/ip_forward") {
@@ -58,7 +61,7 @@ fn proc_sys() -> Need {
             "/proc/sys",
             format!("{path}: {e}"),
             format!(
-                "Egret gives its tunnel device settings; in a container that is not privileged, mount the host's \
+                "Egret sets its tunnel device's sysctls; in a container that is not privileged, mount the host's \
                  /proc/sys/net at {}",
                 sysctl::WRITABLE_NET
             ),
@@ -66,9 +69,10 @@ fn proc_sys() -> Need {
     }
 }
 
-/// Settings of the host's network. Read after the trials, which make the kernel load what has them.
+/// Checks settings of the host's network. Call it after the trials, which make the kernel load the modules that have
+/// them.
 pub fn settings() -> Vec<Need> {
-    let forwarding = "a node whose pods or gateways speak this family must forward it: set it to 1";
+    let forwarding = "a node whose pods or gateways use this family must forward it: set it to 1";
     vec![
         expect("IPv4 forwarding", "net/ipv4/ip_forward", "1", forwarding),
         expect("IPv6 forwarding", "net/ipv6/conf/all/forwarding", "1", forwarding),
@@ -76,16 +80,16 @@ pub fn settings() -> Vec<Need> {
             "conntrack, loose",
             "net/netfilter/nf_conntrack_tcp_loose",
             "1",
-            "with 0, a gateway that takes over drops the connections it has not seen from their beginning: set it to 1",
+            "with 0, a gateway node that takes over an egress IP drops connections already in progress: set it to 1",
         ),
         conntrack_table(),
         ipvs(),
     ]
 }
 
-/// IPVS translates a Service's address after Egret has decided.
+/// IPVS translates a Service's address after Egret's decision.
 fn ipvs() -> Need {
-    // Three lines of heading, then what is served; no such file without the module.
+    // The table has three heading lines. Without the module there is no such file.
     let served = fs::read_to_string("/proc/net/ip_vs").is_ok_and(|table| table.lines().count() > 3);
     if !served {
         return Need::ok("IPVS", "not in use");
@@ -93,8 +97,8 @@ fn ipvs() -> Need {
     Need::warn(
         "IPVS",
         "in use",
-        "a Service whose backend is outside the cluster is reached with the node's address: select the backend's address in \
-         policies, or use another mode of kube-proxy",
+        "traffic to a Service whose backend is outside the cluster leaves with the node's address: name the backend's \
+         address in policies, or use another mode of kube-proxy",
     )
 }
 
@@ -107,25 +111,25 @@ fn expect(name: &'static str, setting: &str, wanted: &str, remedy: &str) -> Need
     match read(setting) {
         Some(value) if value == wanted => Need::ok(name, format!("{shown} = {value}")),
         Some(value) => Need::warn(name, format!("{shown} = {value}"), remedy),
-        None => Need::warn(name, format!("no {shown}"), "the kernel lacks this part, or has it switched off"),
+        None => Need::warn(name, format!("no {shown}"), "the kernel lacks this part, or has it disabled"),
     }
 }
 
-/// How many connections there can be, and how many there are. Every egress connection is one, on its source node and on
-/// its gateway.
+/// Checks the room in the table of tracked connections. Every egress connection takes an entry on its source node and
+/// one on its gateway.
 fn conntrack_table() -> Need {
     let number = |name: &str| read(&format!("net/netfilter/nf_conntrack_{name}")).and_then(|v| v.parse::<u64>().ok());
     match (number("count"), number("max")) {
         (Some(count), Some(max)) if count.saturating_mul(10) >= max.saturating_mul(8) => Need::warn(
             "conntrack, room",
             format!("{count} of {max} connections"),
-            "new connections are dropped when it is full: raise net.netfilter.nf_conntrack_max",
+            "when the table is full, new connections are dropped: raise net.netfilter.nf_conntrack_max",
         ),
         (Some(count), Some(max)) => Need::ok("conntrack, room", format!("{count} of {max} connections")),
         _ => Need::warn(
             "conntrack, room",
             "no net.netfilter.nf_conntrack_max",
-            "nothing uses connection tracking yet; it comes with Egret's tables",
+            "nothing uses connection tracking yet; Egret's tables will",
         ),
     }
 }

@@ -1,4 +1,4 @@
-//! Devices and routes, tried.
+//! Trials of devices and routes.
 
 use super::{Need, State};
 use crate::kernel::netlink::{Attributes, Error, NETLINK_ROUTE, NLM_F_CREATE, NLM_F_EXCL, Socket};
@@ -29,27 +29,27 @@ const FRA_FWMASK: u16 = 16;
 const FRA_PROTOCOL: u16 = 21;
 const FR_ACT_TO_TBL: u8 = 1;
 
-/// Any table but the three that always exist.
+/// A routing table that is none of the three that always exist.
 const TABLE: u32 = 7871;
 
-/// The tunnel device, pods' devices, and policy routing.
+/// Tries the tunnel device, pods' devices, and policy routing.
 pub fn run() -> Vec<Need> {
     let mut socket = match Socket::open(NETLINK_ROUTE) {
         Ok(socket) => socket,
-        Err(e) => return vec![Need::missing("rtnetlink", format!("the kernel says: {e}"), "needs CONFIG_NET")],
+        Err(e) => return vec![Need::missing("rtnetlink", format!("error: {e}"), "needs CONFIG_NET")],
     };
     vec![
         Need::tried(
             "VXLAN",
             vxlan(&mut socket),
             "with group-based policy",
-            "the tunnel needs CONFIG_VXLAN, the module vxlan; some distributions have it in a package of extra modules",
+            "the tunnel needs CONFIG_VXLAN (module vxlan); some distributions ship it in a package of extra modules",
         ),
         Need::tried(
             "veth",
             device(&mut socket, "egt0", "veth", |_| {}),
             "pods' interfaces",
-            "needs CONFIG_VETH, the module veth",
+            "needs CONFIG_VETH (module veth)",
         ),
         Need::tried(
             "policy routing, IPv4",
@@ -61,7 +61,7 @@ pub fn run() -> Vec<Need> {
     ]
 }
 
-/// A host without IPv6 works, for IPv4 alone.
+/// On a host without IPv6, Egret works for IPv4 alone.
 fn ipv6(result: Result<(), Error>) -> Need {
     let without = matches!(&result, Err(e) if matches!(e.errno(), Some(libc::EAFNOSUPPORT | libc::EOPNOTSUPP)));
     let need = Need::tried(

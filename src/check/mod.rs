@@ -1,7 +1,6 @@
-//! `egretd check`: whether this kernel and this host have what Egret needs, one line a need.
+//! `egretd check`: whether this kernel and this host have what Egret needs, one line a requirement.
 //!
-//! What the kernel can do is tried, in a network namespace that is made for it and goes with it. The host's own
-//! settings are only read.
+//! The kernel's features are tried in a temporary network namespace. The host's own settings are only read.
 
 mod host;
 mod links;
@@ -13,27 +12,27 @@ use std::fmt;
 use std::io::Write;
 use std::process::ExitCode;
 
-/// Something that Egret needs, or is better with.
+/// One requirement, or recommendation, and what the host has of it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Need {
-    /// What it is.
+    /// Name of the requirement.
     pub name: &'static str,
-    /// Whether it is there.
+    /// Whether it is met.
     pub state: State,
-    /// What was found.
+    /// What the host has.
     pub found: String,
-    /// What to do, and what it is for; empty if nothing is to be done.
+    /// What to do, and why; empty if there is nothing to do.
     pub remedy: String,
 }
 
-/// Whether a need is met.
+/// Whether a requirement is met.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum State {
-    /// It is.
+    /// Met.
     Ok,
-    /// It is not, and part of Egret works less well or not at all.
+    /// Not met, and a part of Egret works less well or not at all.
     Warn,
-    /// It is not, and Egret cannot work.
+    /// Not met, and Egret cannot work.
     Missing,
 }
 
@@ -50,11 +49,11 @@ impl Need {
         Need { name, state: State::Missing, found: found.to_string(), remedy: remedy.to_string() }
     }
 
-    /// From trying it: what it is when it is there, and what to do when it is not.
+    /// From a trial's result: `there` describes the feature if it works, `remedy` says what to do if it fails.
     fn tried<E: fmt::Display>(name: &'static str, result: Result<(), E>, there: &str, remedy: &str) -> Self {
         match result {
             Ok(()) => Need::ok(name, there),
-            Err(e) => Need::missing(name, format!("the kernel says: {e}"), remedy),
+            Err(e) => Need::missing(name, format!("error: {e}"), remedy),
         }
     }
 }
@@ -74,7 +73,7 @@ impl fmt::Display for Need {
     }
 }
 
-/// Everything that Egret needs, with what there is of it.
+/// Checks all requirements.
 pub fn check() -> Vec<Need> {
     let mut all = host::kernel();
     all.extend(trial::run());
@@ -83,12 +82,12 @@ pub fn check() -> Vec<Need> {
     all
 }
 
-/// Prints a line for each need. Fails if one is missing without which Egret cannot work.
+/// Prints a line for each requirement. Fails if Egret cannot work without one that is missing.
 pub fn run() -> ExitCode {
     let needs = check();
     let mut out = std::io::stdout().lock();
     for need in &needs {
-        // Who does not listen any more still gets the exit code.
+        // The exit code counts even if the reader has closed the pipe.
         let _ = writeln!(out, "{need}");
     }
     match needs.iter().any(|n| n.state == State::Missing) {
@@ -102,18 +101,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_need_is_one_line() {
+    fn a_requirement_is_one_line() {
         let line = Need::tried("VXLAN", Err("no such device"), "with GBP", "build it").to_string();
-        assert_eq!(line, "MISSING VXLAN                 the kernel says: no such device; build it");
+        assert_eq!(line, "MISSING VXLAN                 error: no such device; build it");
         assert_eq!(Need::ok("kernel", "6.18").to_string(), "ok      kernel                6.18");
     }
 
     mod needs_root {
         use super::*;
 
-        /// Where these tests run, Egret's others run too: all that is needed is there. And it leaves nothing behind.
+        /// Egret's other tests run here too, so all requirements are met. The check must leave nothing behind.
         #[test]
-        fn this_machine_is_fit_and_stays_as_it_is() {
+        fn this_machine_meets_all_requirements_and_is_unchanged() {
             let interfaces = || {
                 let mut all: Vec<_> =
                     std::fs::read_dir("/sys/class/net").unwrap().map(|e| e.unwrap().file_name()).collect();

@@ -1,5 +1,5 @@
-//! The parts of nf_tables that Egret's tables are made of, each tried on its own, so that it can be said which one
-//! is missing.
+//! Trials of the parts of nf_tables that Egret's tables use. Each part is tried alone, so that the missing one can be
+//! named.
 
 use super::{Need, State};
 use crate::datapath::port_log;
@@ -11,28 +11,28 @@ use crate::kernel::nft::uapi::*;
 use std::net::Ipv4Addr;
 use std::sync::Arc;
 
-/// A part, and a table that needs it.
+/// A part of nf_tables, and a table that needs it.
 struct Trial {
     name: &'static str,
-    /// What is said if it works.
+    /// Description if it works.
     there: &'static str,
-    /// What is said if it does not.
+    /// What to do if it does not.
     remedy: &'static str,
     family: u8,
     table: fn() -> Table,
 }
 
-/// Egret works without these.
+// Egret works without these two.
 const COPIES: &str = "copies of packets";
 const LOG: &str = "log of packets";
-/// The set of a trial that has one.
+/// The set's name in the trials that have one.
 const SET: &str = "set";
 
 const TRIALS: [Trial; 10] = [
     Trial {
         name: "nf_tables",
         there: "family inet",
-        remedy: "needs CONFIG_NF_TABLES and CONFIG_NF_TABLES_INET, the module nf_tables",
+        remedy: "needs CONFIG_NF_TABLES and CONFIG_NF_TABLES_INET (module nf_tables)",
         family: NFPROTO_INET,
         table: Table::default,
     },
@@ -69,14 +69,14 @@ const TRIALS: [Trial; 10] = [
     Trial {
         name: "connection tracking",
         there: "with marks",
-        remedy: "needs CONFIG_NFT_CT and CONFIG_NF_CONNTRACK_MARK, the module nf_conntrack",
+        remedy: "needs CONFIG_NFT_CT and CONFIG_NF_CONNTRACK_MARK (module nf_conntrack)",
         family: NFPROTO_INET,
         table: || table(at("filter", hook::PREROUTING, -90), Rule::new().ct_mark(1, 0).set_ct_mark(1).notrack()),
     },
     Trial {
         name: "source NAT",
         there: "by a map",
-        remedy: "needs CONFIG_NFT_NAT and CONFIG_NF_NAT, the modules nft_nat and nft_chain_nat",
+        remedy: "needs CONFIG_NFT_NAT and CONFIG_NF_NAT (modules nft_nat and nft_chain_nat)",
         family: NFPROTO_INET,
         table: || {
             let rule = Rule::new().snat_by_mark(Ip::V4, 1, SET);
@@ -92,23 +92,23 @@ const TRIALS: [Trial; 10] = [
     },
     Trial {
         name: "fib",
-        there: "types of addresses",
-        remedy: "needs CONFIG_NFT_FIB_INET, the module nft_fib_inet",
+        there: "address types",
+        remedy: "needs CONFIG_NFT_FIB_INET (module nft_fib_inet)",
         family: NFPROTO_INET,
         table: || table(at("filter", hook::PREROUTING, -90), Rule::new().daddr_type(RTN_LOCAL).accept()),
     },
     Trial {
         name: COPIES,
         there: "by nft's dup",
-        remedy: "needs CONFIG_NFT_DUP_IPV4, the module nft_dup_ipv4: without it a path that is moved on purpose may lose packets",
+        remedy: "needs CONFIG_NFT_DUP_IPV4 (module nft_dup_ipv4): without it a planned move may lose packets",
         family: NFPROTO_IPV4,
         table: || table(at("filter", hook::PREROUTING, -91), Rule::new().dup(Ipv4Addr::LOCALHOST.into(), LOOPBACK)),
     },
     Trial {
         name: LOG,
         there: "to a group",
-        remedy: "needs CONFIG_NFT_LOG and CONFIG_NETFILTER_NETLINK_LOG, the modules nft_log and nfnetlink_log: without it \
-                 connections whose port was changed end when their path moves",
+        remedy: "needs CONFIG_NFT_LOG and CONFIG_NETFILTER_NETLINK_LOG (modules nft_log and nfnetlink_log): without \
+                 it, connections whose source port was changed end when their egress IP moves",
         family: NFPROTO_INET,
         table: || table(at("filter", hook::POSTROUTING, 300), Rule::new().log(port_log::GROUP)),
     },
@@ -117,7 +117,7 @@ const TRIALS: [Trial; 10] = [
 /// The index of a namespace's loopback device, `LOOPBACK_IFINDEX`, include/net/flow.h.
 const LOOPBACK: u32 = 1;
 
-/// Tries all parts. Without the first there is no use in trying the others.
+/// Tries all parts. If nf_tables itself is missing, the others are not tried.
 pub fn run() -> Vec<Need> {
     let mut all = Vec::new();
     let ownership = || Nftables::open()?.own_tables();
@@ -136,15 +136,16 @@ pub fn run() -> Vec<Need> {
     all
 }
 
-/// Egret works without it.
+/// Whether tables can have an owner. Egret works without it.
 fn owned(result: Result<bool, Error>) -> Need {
     let name = "tables with an owner";
-    let remedy = "needs Linux 6.9: without it `nft flush ruleset`, and so a restart of nftables.service, interrupts selected \
-                  pods for some milliseconds, and opens them while egretd is away; take that line out of /etc/nftables.conf";
+    let remedy = "needs Linux 6.9: without it `nft flush ruleset`, and so a restart of nftables.service, interrupts \
+                  selected pods for some milliseconds, and lets their traffic pass while egretd is away; remove that \
+                  line from /etc/nftables.conf";
     match result {
-        Ok(true) => Need::ok(name, "others cannot flush Egret's"),
-        Ok(false) => Need::warn(name, "not kept when the owner ends", remedy),
-        Err(e) => Need::warn(name, format!("the kernel says: {e}"), remedy),
+        Ok(true) => Need::ok(name, "other programs cannot flush Egret's tables"),
+        Ok(false) => Need::warn(name, "the kernel does not keep them when the owner ends", remedy),
+        Err(e) => Need::warn(name, format!("error: {e}"), remedy),
     }
 }
 
@@ -156,7 +157,7 @@ fn attempt(family: u8, table: &Table) -> Result<(), Error> {
     nft.remove(&[name]).map(drop)
 }
 
-/// With one chain of one rule.
+/// A table with one chain of one rule.
 fn table(hook: Hook, rule: Rule) -> Table {
     let chain = Chain::new(Some(hook), vec![rule]);
     Table { chains: [("chain".into(), Arc::new(chain))].into(), ..Table::default() }
@@ -166,7 +167,7 @@ fn at(kind: &str, number: u32, priority: i32) -> Hook {
     Hook { kind: kind.into(), number, priority, drop: false, device: None }
 }
 
-/// On the loopback device.
+/// A hook on the loopback device.
 fn on_device(kind: &str, number: u32) -> Hook {
     Hook { device: Some("lo".into()), ..at(kind, number, 0) }
 }
@@ -187,16 +188,16 @@ mod tests {
         use nix::libc;
         use nix::sched::{CloneFlags, unshare};
 
-        /// A trial that always succeeds would tell nothing.
+        /// A trial that always succeeds would prove nothing.
         #[test]
-        fn what_the_kernel_lacks_is_refused() {
-            let refusals = std::thread::spawn(|| {
+        fn trials_of_missing_features_fail() {
+            let errors = std::thread::spawn(|| {
                 unshare(CloneFlags::CLONE_NEWNET).unwrap();
                 let chain_unknown = table(at("filter", hook::PREROUTING, 0), Rule::new().jump("none-such"));
                 let kind_unknown = table(on_device("nat", hook::INGRESS), Rule::new().drop());
                 [chain_unknown, kind_unknown].map(|table| attempt(NFPROTO_INET, &table).unwrap_err().errno().unwrap())
             });
-            assert_eq!(refusals.join().unwrap(), [libc::ENOENT, libc::EOPNOTSUPP]);
+            assert_eq!(errors.join().unwrap(), [libc::ENOENT, libc::EOPNOTSUPP]);
         }
     }
 }

@@ -1,4 +1,4 @@
-//! What others' nf_tables rules do to packets that this node forwards. Only read.
+//! Checks whether other programs' nf_tables rules disturb the packets that this node forwards. Only reads.
 
 use super::Need;
 use crate::datapath::names::{DEVICE, TABLE};
@@ -7,12 +7,12 @@ use crate::kernel::nft::uapi::*;
 
 /// `NF_INET_FORWARD`, include/uapi/linux/netfilter.h.
 const FORWARD: u32 = 2;
-/// All families.
+/// Stands for all families.
 const NFPROTO_UNSPEC: u8 = 0;
-/// Expressions that match nothing, and so decide on whatever comes to them.
+/// Expressions that match nothing: a rule of these alone applies to every packet.
 const UNCONDITIONAL: [&str; 4] = ["counter", "log", "immediate", "reject"];
 
-/// A chain of a family's table.
+/// A chain of another program's table.
 struct Chain {
     family: u8,
     table: String,
@@ -20,7 +20,7 @@ struct Chain {
     drops: bool,
 }
 
-/// Firewalls at the hook `forward`, and flow tables.
+/// Checks the firewalls at the hook `forward`, and the flow tables.
 pub fn read() -> Vec<Need> {
     let mut all = Vec::new();
     let mut read = || {
@@ -31,7 +31,7 @@ pub fn read() -> Vec<Need> {
         Ok::<(), Error>(())
     };
     if let Err(e) = read() {
-        all.push(Need::warn("others' rules", format!("cannot be read: {e}"), "run as root"));
+        all.push(Need::warn("other rules", format!("cannot be read: {e}"), "run as root"));
     }
     all
 }
@@ -52,20 +52,20 @@ fn firewalls(socket: &mut Socket) -> Result<Need, Error> {
     if closed.is_empty() {
         return Ok(Need::ok(
             "firewall, forwarding",
-            "no chain drops what it does not know (legacy iptables is not seen)",
+            "no chain drops forwarded packets by default (legacy iptables cannot be read)",
         ));
     }
     Ok(Need::warn(
         "firewall, forwarding",
-        format!("dropped unless a rule accepts it, by {}", closed.join(", ")),
+        format!("packets are dropped unless a rule accepts them, by {}", closed.join(", ")),
         format!(
-            "on a gateway, let pass what is forwarded from and to {DEVICE}, for both families: iptables -I FORWARD -i {DEVICE} \
-             -j ACCEPT, iptables -I FORWARD -o {DEVICE} -j ACCEPT"
+            "on a gateway, accept what is forwarded from and to {DEVICE}, for both families: iptables -I FORWARD \
+             -i {DEVICE} -j ACCEPT, iptables -I FORWARD -o {DEVICE} -j ACCEPT"
         ),
     ))
 }
 
-/// Tables of iptables-legacy are not nf_tables', and only its own programs can read their rules.
+/// Tables of iptables-legacy are not part of nf_tables, and only its own programs can read their rules.
 fn legacy_firewall() -> Option<Need> {
     let in_use = |(file, program)| {
         let names = std::fs::read_to_string(format!("/proc/net/{file}")).unwrap_or_default();
@@ -76,10 +76,10 @@ fn legacy_firewall() -> Option<Need> {
     let first = programs.first()?;
     Some(Need::warn(
         "firewall, legacy",
-        format!("the table filter of {} is in use, and its rules are not seen", programs.join(" and ")),
+        format!("the table filter of {} is in use, and its rules cannot be read", programs.join(" and ")),
         format!(
-            "if `{first} -S FORWARD` drops what it does not know, let pass on a gateway what is forwarded from and to {DEVICE}: \
-             {first} -I FORWARD -i {DEVICE} -j ACCEPT, {first} -I FORWARD -o {DEVICE} -j ACCEPT"
+            "if `{first} -S FORWARD` drops packets by default, accept on a gateway what is forwarded from and to \
+             {DEVICE}: {first} -I FORWARD -i {DEVICE} -j ACCEPT, {first} -I FORWARD -o {DEVICE} -j ACCEPT"
         ),
     ))
 }
@@ -92,7 +92,7 @@ fn kind(message: u16) -> u16 {
     NFNL_SUBSYS_NFTABLES << 8 | message
 }
 
-/// Filters of IP packets at the hook `forward`.
+/// Reads the chains that filter IP packets at the hook `forward`, without Egret's own.
 fn forward_chains(socket: &mut Socket) -> Result<Vec<Chain>, Error> {
     socket.dump(kind(NFT_MSG_GETCHAIN), &[NFPROTO_UNSPEC, 0, 0, 0], Vec::new, |all, message| {
         let family = message.first().copied().unwrap_or_default();
@@ -117,12 +117,12 @@ fn forward_chains(socket: &mut Socket) -> Result<Vec<Chain>, Error> {
     })
 }
 
-/// What there is to know of a chain's rules.
+/// The relevant facts about a chain's rules.
 #[derive(Default)]
 struct Rules {
-    /// The last one drops or rejects all that comes to it.
+    /// The last rule drops or rejects every packet.
     end_closed: bool,
-    /// One names the tunnel device.
+    /// A rule names the tunnel device.
     know_device: bool,
 }
 
@@ -145,7 +145,7 @@ impl Rules {
     }
 }
 
-/// Whether a rule drops or rejects whatever comes to it.
+/// Whether a rule drops or rejects every packet.
 fn closes(expressions: &[u8]) -> bool {
     let (mut unconditional, mut closes) = (true, false);
     for (_, expression) in attributes(expressions) {
@@ -157,7 +157,7 @@ fn closes(expressions: &[u8]) -> bool {
     unconditional && closes
 }
 
-/// Whether an `immediate` is the verdict `drop`.
+/// Whether an `immediate` expression is the verdict `drop`.
 fn drops(immediate: &[u8]) -> bool {
     let inside = |bytes, wanted| attributes(bytes).find(|(attribute, _)| *attribute == wanted).map(|(_, value)| value);
     let verdict = inside(immediate, NFTA_IMMEDIATE_DATA).and_then(|data| inside(data, NFTA_DATA_VERDICT));
@@ -165,7 +165,7 @@ fn drops(immediate: &[u8]) -> bool {
     code.is_some_and(|code| be32(code) as i32 == NF_DROP)
 }
 
-/// Its table's name and its own.
+/// The flow table's full name: its table's and its own.
 fn flow_table(message: &[u8]) -> String {
     let of = |wanted| attributes(message.get(4..).unwrap_or_default()).find(|(attribute, _)| *attribute == wanted);
     let [table, name] = [NFTA_FLOWTABLE_TABLE, NFTA_FLOWTABLE_NAME].map(|wanted| of(wanted).map(|(_, v)| string(v)));
@@ -182,8 +182,8 @@ fn flow_tables(socket: &mut Socket) -> Result<Need, Error> {
     Ok(Need::warn(
         "flow tables",
         found.join(", "),
-        "what is added there passes Egret's rules by, and selected pods' connections stall: keep connections with Egret's marks \
-         out, ct mark and 0xffff0000 != 0x45470000",
+        "a flow that is added there bypasses Egret's rules, and selected pods' connections stall: exclude connections \
+         with Egret's marks from it, that is, add only those with ct mark and 0xffff0000 != 0x45470000",
     ))
 }
 
@@ -201,7 +201,7 @@ mod tests {
     }
 
     #[test]
-    fn a_rule_closes_a_chain_that_drops_whatever_comes_to_it() {
+    fn a_rule_that_drops_every_packet_closes_its_chain() {
         assert!(closes(Rule::new().drop().expressions()));
         assert!(!closes(Rule::new().l4(protocol::TCP).drop().expressions()));
         assert!(!closes(Rule::new().accept().expressions()));

@@ -1,4 +1,4 @@
-//! What the kernel can do, tried in a network namespace that nobody else is in.
+//! Trials of the kernel's features, in a temporary network namespace.
 
 use super::{Need, State, links, nf_tables};
 use crate::kernel::conntrack;
@@ -7,14 +7,14 @@ use nix::sched::{CloneFlags, unshare};
 use nix::sys::socket::{AddressFamily, SockFlag, SockProtocol, SockType, socket};
 use std::net::Ipv4Addr;
 
-/// Makes a network namespace, tries everything in it, and lets it go.
+/// Creates a network namespace, and tries everything in it.
 pub fn run() -> Vec<Need> {
-    // The namespace is the thread's: it goes with it, also if we are killed.
+    // The namespace belongs to the thread and ends with it, also if this process is killed.
     let trials = std::thread::spawn(|| {
         if let Err(e) = unshare(CloneFlags::CLONE_NEWNET) {
             let remedy =
-                "run the check as root (CAP_SYS_ADMIN), on a kernel with CONFIG_NET_NS: nothing could be tried";
-            return vec![Need::missing("network namespace", format!("the kernel says: {e}"), remedy)];
+                "run the check as root (CAP_SYS_ADMIN) on a kernel with CONFIG_NET_NS; nothing else could be tried";
+            return vec![Need::missing("network namespace", format!("error: {e}"), remedy)];
         }
         let mut all = vec![raw_sockets()];
         all.extend(links::run());
@@ -26,28 +26,28 @@ pub fn run() -> Vec<Need> {
         vec![Need {
             name: "trials",
             state: State::Missing,
-            found: "they ended early".into(),
-            remedy: "please report this with the output above".into(),
+            found: "the trials panicked".into(),
+            remedy: "report this with the output above".into(),
         }]
     })
 }
 
-/// What has ended is taken out of the table of tracked connections.
+/// Tries to delete tracked connections.
 fn connections() -> Need {
     let ended = Socket::open(NETLINK_NETFILTER).map_err(anyhow::Error::from).and_then(|mut socket| {
         conntrack::delete_by_address(&mut socket, &[Ipv4Addr::LOCALHOST.into()].into(), |_| true)
     });
-    let remedy = "needs CONFIG_NF_CT_NETLINK (module nf_conntrack_netlink): the connections of policies and pods that have \
-                  ended would live on";
+    let remedy = "needs CONFIG_NF_CT_NETLINK (module nf_conntrack_netlink): without it, connections outlive the \
+                  policies and pods that they belong to";
     let ended = ended.map(drop).map_err(|e| format!("{e:#}"));
     Need::tried("conntrack, forgetting", ended, "connections by address", remedy)
 }
 
-/// Addresses are asked for and announced by frames of our own making, and gateways are pinged.
+/// Tries raw sockets: Egret sends its own ARP and neighbour discovery frames, and probes gateways.
 fn raw_sockets() -> Need {
     let open = |family, kind, protocol| socket(family, kind, SockFlag::SOCK_CLOEXEC, protocol).map(drop);
     let packet = open(AddressFamily::Packet, SockType::Raw, None);
-    // A host without IPv6 announces nothing in it.
+    // Without IPv6 there is nothing to announce in it.
     let icmpv6 = match open(AddressFamily::Inet6, SockType::Raw, Some(SockProtocol::IcmpV6)) {
         Err(nix::Error::EAFNOSUPPORT) => Ok(()),
         other => other,

@@ -1,8 +1,8 @@
-//! What is known of a pod's interface, and the file that keeps it: `RUN_DIR/attachments/CONTAINER@IFNAME.json`.
+//! The record of a pod's interface, and its file `RUN_DIR/attachments/CONTAINER@IFNAME.json`.
 //!
-//! The file is written before anything is done for the pod and removed after everything is undone, by the daemon,
-//! or by the plugin while the daemon is away. So it survives either of them, and a DEL that comes late finds only
-//! what its own (container id, interface) did.
+//! The daemon, or the plugin while the daemon is away, writes the file before it does anything for the pod, and
+//! removes it after it has undone everything. The file survives a restart of either, and a late DEL undoes only what
+//! its own (container id, interface) did.
 
 use super::run_dir::{self, ATTACHMENTS};
 use crate::careful;
@@ -11,7 +11,7 @@ use std::io;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
-/// Names an attachment: the container (sandbox) and its interface, as the runtime calls them.
+/// The key of an attachment: the container (sandbox) and its interface, as the runtime names them.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct AttachmentId {
@@ -25,17 +25,17 @@ pub struct AttachmentId {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Attachment {
-    /// Who it belongs to.
+    /// The container and interface.
     #[serde(flatten)]
     pub id: AttachmentId,
-    /// The network's name in the runtime's configuration. GC speaks for one network alone.
+    /// The network's name in the runtime's configuration. A GC concerns one network only.
     #[serde(default)]
     pub network: String,
     /// The pod, from `CNI_ARGS`.
     pub pod: PodRef,
     /// The pod's addresses, from `prevResult`.
     pub addresses: Vec<IpAddr>,
-    /// The interface's other end on the host; absent if it has none (macvlan, SR-IOV).
+    /// The interface's veth peer on the host; absent if it has none (macvlan, SR-IOV).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub host: Option<HostInterface>,
 }
@@ -48,19 +48,19 @@ pub struct PodRef {
     pub namespace: String,
     /// `K8S_POD_NAME`.
     pub name: String,
-    /// `K8S_POD_UID`, where the runtime gives it; else empty.
+    /// `K8S_POD_UID`; empty if the runtime does not set it.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub uid: String,
 }
 
-/// The host's end of a pod's veth pair.
+/// The host end of a pod's veth pair.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct HostInterface {
-    /// Its interface index on the host.
+    /// The host end's interface index.
     pub index: u32,
-    /// The interface index of the pod's end, in the pod's namespace: the host's end names it in `IFLA_LINK`, which
-    /// proves that the two belong together.
+    /// The interface index of the pod's end, in the pod's namespace. The host end's `IFLA_LINK` has it, which proves
+    /// that the two are a pair.
     pub peer_index: u32,
 }
 
@@ -69,17 +69,17 @@ impl AttachmentId {
         run_dir.join(ATTACHMENTS).join(format!("{}@{}.json", self.container_id, self.ifname))
     }
 
-    /// Where the file is written before it takes its name. Always the same, so that what a writer killed in the
-    /// middle leaves does not outlive the attachment.
+    /// The path under which the file is written before it is renamed. It depends on the id alone, so that the remains
+    /// of a killed writer do not outlive the attachment.
     fn unfinished(&self, run_dir: &Path) -> PathBuf {
         run_dir.join(ATTACHMENTS).join(format!(".{}@{}", self.container_id, self.ifname))
     }
 
-    /// Reads the attachment, or `None` if there is none of this id.
+    /// Reads the attachment's file; `None` if there is none.
     ///
     /// # Errors
-    /// The file cannot be read. A file that holds no attachment counts as absent, for it was cut short before it had any
-    /// effect; and so does what is no file.
+    /// The file cannot be read. A file that cannot be decoded counts as absent: its writer was killed before the
+    /// attachment had any effect. So does anything that is no regular file.
     pub fn load(&self, run_dir: &Path) -> io::Result<Option<Attachment>> {
         match read(&self.path(run_dir)) {
             Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
@@ -87,10 +87,10 @@ impl AttachmentId {
         }
     }
 
-    /// Removes the file; that it is not there is no error.
+    /// Removes the file. It is no error if there is none.
     ///
     /// # Errors
-    /// It cannot be removed.
+    /// The file cannot be removed.
     pub fn forget(&self, run_dir: &Path) -> io::Result<()> {
         for path in [self.unfinished(run_dir), self.path(run_dir)] {
             careful::put_aside(&path)?;
@@ -100,10 +100,10 @@ impl AttachmentId {
 }
 
 impl Attachment {
-    /// Writes the file, whole or not at all.
+    /// Writes the file atomically.
     ///
     /// # Errors
-    /// It cannot be written.
+    /// The file cannot be written.
     pub fn store(&self, run_dir: &Path) -> io::Result<()> {
         let (path, unfinished) = (self.id.path(run_dir), self.id.unfinished(run_dir));
         let bytes = serde_json::to_vec(self)?;
@@ -117,14 +117,14 @@ impl Attachment {
     }
 }
 
-/// An attachment is at most so long, bytes: its names are of 253 bytes at most, and it has few addresses.
+/// The longest file accepted, in bytes. Names have at most 253 bytes, and a pod has few addresses.
 const LONGEST: u64 = 64 << 10;
 
-/// Reads a file; `None`: it holds no attachment.
+/// Reads a file; `None` if it holds no attachment.
 fn read(path: &Path) -> io::Result<Option<Attachment>> {
     match careful::read(path, LONGEST) {
         Ok(bytes) => Ok(serde_json::from_slice(&bytes).ok()),
-        // A link (ELOOP), a socket (ENXIO), a directory, a pipe, or too long.
+        // A symbolic link (ELOOP), a socket (ENXIO), a directory, a pipe, or a file that is too long.
         Err(_) if path.symlink_metadata().is_ok_and(|there| !there.is_file() || there.len() > LONGEST) => {
             tracing::warn!(file = %path.display(), "it is passed over: it is no file of an attachment's");
             Ok(None)
@@ -133,12 +133,12 @@ fn read(path: &Path) -> io::Result<Option<Attachment>> {
     }
 }
 
-/// Reads all attachments, the oldest first: of two that name one interface, whose index was used again, the newer one has
-/// it. Files that hold none are passed over.
+/// Reads all attachments, the oldest first. If two name the same interface, because its index was used again, the
+/// newer one owns it. Files that hold no attachment are skipped.
 ///
 /// # Errors
-/// The directory cannot be read; that it is not there, or is none, is no error. Nor is an entry that is no regular file, or
-/// cannot be read: it is one entry, and is told of.
+/// The directory cannot be read. A missing directory is no error. An entry that is no regular file or cannot be read
+/// is logged and skipped.
 pub fn load_all(run_dir: &Path) -> io::Result<Vec<Attachment>> {
     let mut all = Vec::new();
     for path in run_dir::entries(run_dir, ATTACHMENTS)? {

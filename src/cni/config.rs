@@ -1,7 +1,7 @@
-//! The configuration that a runtime writes to the plugin's standard input, read and validated in one place.
+//! The network configuration that a runtime writes to the plugin's standard input, read and validated in one place.
 //!
-//! Runtimes add keys of their own, and an administrator's may be meant for others: keys that are not known are
-//! passed over. A known key of a wrong type is an error that names the key.
+//! Unknown keys are ignored: runtimes add keys of their own, and an administrator's keys may be meant for other
+//! plugins. A known key of a wrong type is an error that names the key.
 
 use super::attachment::AttachmentId;
 use super::environment::Command;
@@ -13,12 +13,12 @@ use std::collections::HashMap;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
-/// A configuration is some kilobytes; what is longer than this is none.
+/// The longest configuration accepted, in bytes. Real ones have some kilobytes.
 pub const MAX_BYTES: usize = 8 * 1024 * 1024;
 
-/// Where the daemon listens unless something else is said.
+/// The daemon's socket, unless `socket` names another.
 pub const DEFAULT_SOCKET: &str = "/run/egret/cni.sock";
-/// Where the offline policy snapshot lies unless something else is said. It outlives a reboot.
+/// The directory of the offline policy snapshot, unless `stateDir` names another. It outlives a reboot.
 pub const DEFAULT_STATE_DIR: &str = "/var/lib/egret";
 /// `sun_path` less the NUL byte, include/uapi/linux/un.h.
 const MAX_SOCKET: usize = 107;
@@ -26,7 +26,7 @@ const MAX_SOCKET: usize = 107;
 /// Reads all of standard input.
 ///
 /// # Errors
-/// It cannot be read, or has more than [`MAX_BYTES`].
+/// Standard input cannot be read, or has more than [`MAX_BYTES`].
 pub fn read(input: impl Read) -> Result<Vec<u8>, Failure> {
     let mut bytes = Vec::new();
     input.take(MAX_BYTES as u64 + 1).read_to_end(&mut bytes).map_err(|e: io::Error| {
@@ -36,20 +36,21 @@ pub fn read(input: impl Read) -> Result<Vec<u8>, Failure> {
         return Err(Failure::new(
             codes::DECODE,
             format!("the configuration on standard input is longer than {} MiB", MAX_BYTES >> 20),
-            "this is no network configuration; look at what calls the plugin",
+            "this is no network configuration; check what calls the plugin",
         ));
     }
     Ok(bytes)
 }
 
-/// A configuration's keys, each with its value unread. `prevResult` stays so: it is printed as it came.
+/// A configuration's keys with their values as raw JSON. `prevResult` stays raw, because the plugin prints it
+/// unchanged.
 pub struct Fields<'a>(HashMap<String, &'a RawValue>);
 
 impl<'a> Fields<'a> {
     /// Splits a configuration into its keys.
     ///
     /// # Errors
-    /// It is not a JSON object.
+    /// The bytes are not a JSON object.
     pub fn parse(bytes: &'a [u8]) -> Result<Self, Failure> {
         serde_json::from_slice(bytes).map(Fields).map_err(|e| {
             let msg = format!("the configuration on standard input is no JSON object: {e}");
@@ -57,10 +58,10 @@ impl<'a> Fields<'a> {
         })
     }
 
-    /// `cniVersion`. A DEL without one goes on all the same: nothing in it depends on the version.
+    /// `cniVersion`. A DEL without one is accepted: nothing in a DEL depends on the version.
     ///
     /// # Errors
-    /// It is missing, of a wrong type, or not supported.
+    /// `cniVersion` is missing, of a wrong type, or not supported.
     pub fn version(&self, command: Command) -> Result<Version, Failure> {
         match self.optional::<String>("cniVersion")? {
             Some(version) => Version::parse(&version),
@@ -80,25 +81,25 @@ impl<'a> Fields<'a> {
     }
 }
 
-/// A configuration, understood.
+/// A validated configuration.
 pub struct Config<'a> {
-    /// `name`: the network's. Empty only for DEL and STATUS, which do not need it.
+    /// `name`, the network's name. Empty only for DEL and STATUS, which do not need it.
     pub network: String,
-    /// `socket`: where the daemon listens.
+    /// `socket`, the daemon's socket.
     pub socket: PathBuf,
-    /// `stateDir`: where the daemon leaves what outlives a reboot.
+    /// `stateDir`, the directory of the daemon's files that outlive a reboot.
     pub state_dir: PathBuf,
-    /// `prevResult`, unread; `None` if missing or null.
+    /// `prevResult` as raw JSON; `None` if missing or null.
     pub previous: Option<&'a RawValue>,
-    /// `cni.dev/valid-attachments`, of a GC.
+    /// `cni.dev/valid-attachments` of a GC.
     pub valid: Vec<AttachmentId>,
 }
 
 impl<'a> Config<'a> {
-    /// Reads what `command` needs.
+    /// Reads the fields that `command` needs.
     ///
     /// # Errors
-    /// A known field is of a wrong type, or says what cannot be.
+    /// A known field has a wrong type or an invalid value.
     pub fn read(fields: &Fields<'a>, command: Command) -> Result<Self, Failure> {
         let network = fields.optional::<String>("name")?.unwrap_or_default();
         if network.is_empty() && !matches!(command, Command::Del | Command::Status) {
@@ -113,7 +114,7 @@ impl<'a> Config<'a> {
         Ok(Config { network, socket, state_dir, previous, valid })
     }
 
-    /// The daemon's run directory: the one its socket lies in.
+    /// The daemon's run directory, which is the socket's parent.
     pub fn run_dir(&self) -> &Path {
         self.socket.parent().unwrap_or(Path::new("/"))
     }
@@ -126,45 +127,45 @@ fn valid_attachments(fields: &Fields<'_>) -> Result<Vec<AttachmentId>, Failure> 
         container_id: String,
         ifname: String,
     }
-    // The second is what libcni called it before the specification did.
+    // libcni used the second key before the specification defined the first.
     let key = ["cni.dev/valid-attachments", "cni.dev/attachments"].into_iter().find(|k| fields.0.contains_key(*k));
     let Some(key) = key else {
-        // Not an empty list: that would end every attachment there is.
+        // Do not take this as an empty list: that would remove all attachments.
         return Err(invalid(
             "GC without cni.dev/valid-attachments",
-            "a runtime gives the attachments that are still valid; nothing was collected",
+            "the runtime must list the attachments that are still valid; nothing was removed",
         ));
     };
-    // Go writes an empty list that was never allocated as null.
+    // Go encodes a nil slice as null.
     let list = fields.optional::<Vec<Valid>>(key)?.unwrap_or_default();
     Ok(list.into_iter().map(|v| AttachmentId { container_id: v.container_id, ifname: v.ifname }).collect())
 }
 
-/// Refuses a path that cannot be the daemon's socket.
+/// Rejects a path that cannot be the daemon's socket.
 ///
 /// # Errors
-/// It is relative or too long.
+/// The path is relative or too long for `sun_path`.
 pub fn check_socket(socket: &Path) -> Result<(), Failure> {
     if socket.is_absolute() && socket.as_os_str().len() <= MAX_SOCKET {
         return Ok(());
     }
     Err(invalid(
-        format!("socket {socket:?} cannot be a socket"),
-        format!("give egretd's socket by its absolute path, of no more than {MAX_SOCKET} bytes"),
+        format!("socket {socket:?} is relative or too long"),
+        format!("set it to the absolute path of egretd's socket, at most {MAX_SOCKET} bytes"),
     ))
 }
 
-/// Refuses a path that cannot be the state directory.
+/// Rejects a path that cannot be the state directory.
 ///
 /// # Errors
-/// It is relative.
+/// The path is relative.
 pub fn check_state_dir(state_dir: &Path) -> Result<(), Failure> {
     if state_dir.is_absolute() {
         return Ok(());
     }
     Err(invalid(
         format!("state directory {state_dir:?} is relative"),
-        "give egretd's state directory by its absolute path",
+        "set it to the absolute path of egretd's state directory",
     ))
 }
 
@@ -189,7 +190,7 @@ mod tests {
     }
 
     #[test]
-    fn unknown_keys_are_passed_over_and_defaults_filled_in() {
+    fn unknown_keys_are_ignored_and_defaults_filled_in() {
         let text = r#"{"name": "n", "type": "egret-cni", "sokcet": 5, "runtimeConfig": {}, "prevResult": null}"#;
         assert_eq!(config(text, Command::Add).unwrap(), ("n".into(), "/run/egret".into(), None, 0));
     }
@@ -235,7 +236,7 @@ mod tests {
     }
 
     #[test]
-    fn garbage_is_refused_whatever_its_depth() {
+    fn garbage_is_rejected_at_any_depth() {
         for text in ["", "[]", "null", "{", r#"{"a": 1} x"#, "\u{0}"] {
             assert_eq!(code(config(text, Command::Add)).0, codes::DECODE, "{text}");
         }
@@ -288,7 +289,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_configuration_is_understood_or_refused(
+        fn any_configuration_is_accepted_or_rejected(
             fields in prop::collection::vec((prop::sample::select(&KEYS[..]), prop::sample::select(&VALUES[..])), 0..7),
             cut in any::<prop::sample::Index>(), noise in prop::collection::vec(any::<u8>(), 0..40),
         ) {

@@ -1,4 +1,4 @@
-//! The plugin's side of the conversation with the daemon ([`super::protocol`]).
+//! The plugin's side of the protocol ([`super::protocol`]): sends a request to the daemon and reads its response.
 
 use super::protocol::{Failure, PROTOCOL, Request, Response, Verb, codes};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, setsockopt, socket, sockopt};
@@ -10,103 +10,104 @@ use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// How long the daemon may take for an answer. A runtime gives the whole of ADD some minutes, and pods of other policies,
-/// or of none, are not to wait for a daemon that hangs.
-const ANSWER_SECONDS: i64 = 10;
-/// How often a daemon that is away is looked for while waiting for it.
+/// How long the daemon may take to respond. A runtime allows minutes for the whole ADD. Pods that no policy selects
+/// must not wait longer for a daemon that hangs.
+const RESPONSE_SECONDS: i64 = 10;
+/// Pause between two attempts while the daemon is away.
 const RETRY: Duration = Duration::from_millis(50);
-/// An answer has a few hundred bytes.
-const MAX_ANSWER: u64 = 1024 * 1024;
+/// The longest response accepted, in bytes. Real ones have a few hundred.
+const MAX_RESPONSE: u64 = 1024 * 1024;
 
-/// How a question ended.
+/// How a request to the daemon ended.
 #[derive(Debug, PartialEq, Eq)]
-pub enum Answer {
-    /// The daemon did it.
+pub enum Outcome {
+    /// The daemon did what was requested.
     Done,
-    /// The daemon understood, and says no.
+    /// The daemon understood the request and reports a failure.
     Refused(Failure),
-    /// A daemon is there and does not answer in time; in words. It may still do what it was asked.
-    Silent(String),
-    /// There is no daemon that understands; why, in words.
+    /// The daemon accepted the connection but did not respond in time; the reason, in words. It may still do what was
+    /// requested.
+    TimedOut(String),
+    /// No daemon that understands the request is there; the reason, in words.
     Offline(String),
 }
 
-/// A question to the daemon behind a socket.
-pub struct Question<'a> {
+/// One request to the daemon at a socket. It can be sent several times.
+pub struct Client<'a> {
     socket: &'a Path,
     line: Vec<u8>,
 }
 
-impl<'a> Question<'a> {
-    /// A question that is put to the daemon at `socket`.
+impl<'a> Client<'a> {
+    /// Encodes the request `verb` for the daemon at `socket`.
     ///
     /// # Errors
-    /// None that input can cause: it cannot be written as JSON.
+    /// The request cannot be encoded as JSON; no input causes that.
     pub fn new(socket: &'a Path, verb: Verb) -> Result<Self, Failure> {
         let mut line = serde_json::to_vec(&Request { version: PROTOCOL, verb })
-            .map_err(|e| Failure::new(codes::IO, format!("the question to egretd cannot be written: {e}"), ""))?;
+            .map_err(|e| Failure::new(codes::IO, format!("the request to egretd cannot be encoded: {e}"), ""))?;
         line.push(b'\n');
-        Ok(Question { socket, line })
+        Ok(Client { socket, line })
     }
 
-    /// Puts it once.
-    pub fn ask(&self) -> Answer {
+    /// Sends the request once.
+    pub fn send(&self) -> Outcome {
         let at = self.socket.display();
         let mut stream = match dial(self.socket) {
             Ok(stream) => stream,
-            Err(e) if timed_out(&e) => return self.silent(),
-            Err(e) => return Answer::Offline(format!("no answer at {at}: {e}")),
+            Err(e) if timed_out(&e) => return self.timed_out(),
+            Err(e) => return Outcome::Offline(format!("cannot connect to {at}: {e}")),
         };
-        // A daemon that closes before it has read all may have left its answer: writing may fail, reading decides.
+        // A daemon may respond and close before it has read everything: ignore a write error, read the response.
         match stream.write_all(&self.line) {
-            Err(e) if timed_out(&e) => return self.silent(),
+            Err(e) if timed_out(&e) => return self.timed_out(),
             _ => {}
         }
-        let mut answer = Vec::new();
-        match BufReader::new((&mut stream).take(MAX_ANSWER)).read_until(b'\n', &mut answer) {
-            Err(e) if timed_out(&e) => return self.silent(),
-            Err(e) => return Answer::Offline(format!("the connection to {at} broke off: {e}")),
-            Ok(_) if answer.is_empty() => {
-                return Answer::Offline(format!("{at} closed the connection without an answer"));
+        let mut response = Vec::new();
+        match BufReader::new((&mut stream).take(MAX_RESPONSE)).read_until(b'\n', &mut response) {
+            Err(e) if timed_out(&e) => return self.timed_out(),
+            Err(e) => return Outcome::Offline(format!("the connection to {at} failed: {e}")),
+            Ok(_) if response.is_empty() => {
+                return Outcome::Offline(format!("{at} closed the connection without a response"));
             }
             Ok(_) => {}
         }
-        match serde_json::from_slice::<Response>(&answer) {
-            Ok(Response { version, .. }) if version != PROTOCOL => Answer::Offline(format!(
-                "egretd at {at} speaks version {version} of the conversation, this plugin speaks {PROTOCOL}"
+        match serde_json::from_slice::<Response>(&response) {
+            Ok(Response { version, .. }) if version != PROTOCOL => Outcome::Offline(format!(
+                "egretd at {at} speaks protocol version {version}, this plugin speaks version {PROTOCOL}"
             )),
-            Ok(Response { error: None, .. }) => Answer::Done,
+            Ok(Response { error: None, .. }) => Outcome::Done,
             Ok(Response { error: Some(e), .. }) if e.code == codes::INCOMPATIBLE => {
-                Answer::Offline(format!("egretd at {at} refused the conversation: {e}"))
+                Outcome::Offline(format!("egretd at {at} rejected the protocol version: {e}"))
             }
-            Ok(Response { error: Some(e), .. }) => Answer::Refused(e),
-            Err(e) => Answer::Offline(format!("the answer from {at} cannot be understood: {e}")),
+            Ok(Response { error: Some(e), .. }) => Outcome::Refused(e),
+            Err(e) => Outcome::Offline(format!("the response from {at} cannot be decoded: {e}")),
         }
     }
 
-    /// Puts it until there is an answer, for as long as `patience`.
-    pub fn ask_for(&self, patience: Duration) -> Answer {
+    /// Sends the request until the daemon is not offline any more, for at most `patience`.
+    pub fn send_for(&self, patience: Duration) -> Outcome {
         let deadline = Instant::now() + patience;
         loop {
-            match self.ask() {
-                Answer::Offline(_) if Instant::now() < deadline => thread::sleep(RETRY),
-                answer => return answer,
+            match self.send() {
+                Outcome::Offline(_) if Instant::now() < deadline => thread::sleep(RETRY),
+                outcome => return outcome,
             }
         }
     }
 
-    fn silent(&self) -> Answer {
+    fn timed_out(&self) -> Outcome {
         let at = self.socket.display();
-        Answer::Silent(format!(
-            "egretd at {at} did not answer within {ANSWER_SECONDS} seconds; look at its log on this node"
+        Outcome::TimedOut(format!(
+            "egretd at {at} did not respond within {RESPONSE_SECONDS} seconds; look at its log on this node"
         ))
     }
 }
 
-/// Connects, with a bound on the time: the standard library has none for a listener whose queue is full.
+/// Connects with a timeout. The standard library has none, and connecting blocks while a listener's queue is full.
 fn dial(path: &Path) -> io::Result<UnixStream> {
     let fd = socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
-    let limit = TimeVal::seconds(ANSWER_SECONDS);
+    let limit = TimeVal::seconds(RESPONSE_SECONDS);
     setsockopt(&fd, sockopt::SendTimeout, &limit)?;
     setsockopt(&fd, sockopt::ReceiveTimeout, &limit)?;
     connect(fd.as_raw_fd(), &UnixAddr::new(path)?)?;

@@ -1,4 +1,4 @@
-//! What a runtime tells by environment variables, <https://www.cni.dev/docs/spec/#parameters>, read and validated in
+//! The environment variables that a runtime sets, <https://www.cni.dev/docs/spec/#parameters>, read and validated in
 //! one place.
 
 use super::attachment::{AttachmentId, PodRef};
@@ -6,7 +6,7 @@ use super::protocol::{Failure, codes};
 use std::ffi::OsString;
 use std::path::PathBuf;
 
-/// Container ids become part of a file's name; runtimes' are 64 characters long.
+/// Longest container id, in bytes. It becomes part of a file's name; runtimes' ids have 64.
 const MAX_CONTAINER_ID: usize = 200;
 /// `IFNAMSIZ` less the NUL byte, include/uapi/linux/if.h.
 const MAX_IFNAME: usize = 15;
@@ -18,13 +18,13 @@ pub enum Command {
     Add,
     /// Undo what ADD did.
     Del,
-    /// Is it as ADD left it?
+    /// Check that the network is as ADD left it.
     Check,
-    /// Clean up what is no longer valid.
+    /// Remove what is no longer valid.
     Gc,
-    /// Can containers be added?
+    /// Check that containers can be added.
     Status,
-    /// Which versions are spoken?
+    /// List the supported versions.
     Version,
 }
 
@@ -45,7 +45,7 @@ impl Command {
     }
 }
 
-/// What is to be done, and for whom.
+/// A verb with its parameters.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Call {
     /// See [`Command::Add`].
@@ -62,19 +62,19 @@ pub enum Call {
     Version,
 }
 
-/// The interface that ADD and CHECK speak of.
+/// The interface of an ADD or CHECK.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Target {
     /// `CNI_CONTAINERID` and `CNI_IFNAME`.
     pub id: AttachmentId,
     /// `CNI_NETNS`.
     pub netns: PathBuf,
-    /// The pod that `CNI_ARGS` names; `None` if the runtime is not Kubernetes'.
+    /// The pod that `CNI_ARGS` names; `None` if the runtime is not a Kubernetes one.
     pub pod: Option<PodRef>,
 }
 
 impl Call {
-    /// Which of the verbs it is.
+    /// The call's verb.
     pub fn command(&self) -> Command {
         match self {
             Call::Add(_) => Command::Add,
@@ -86,17 +86,17 @@ impl Call {
         }
     }
 
-    /// Reads the call from environment variables, which `variable` looks up.
+    /// Reads the call from environment variables, which `variable` returns by name.
     ///
     /// # Errors
-    /// Variables that the verb needs are missing (all are named), or one is wrong.
+    /// Variables that the verb needs are missing (the text names all of them), or one is invalid.
     pub fn read(variable: impl Fn(&str) -> Option<OsString>) -> Result<Self, Failure> {
         let set = |name: &str| variable(name).filter(|value| !value.is_empty());
         let command = match set("CNI_COMMAND") {
             None => return Err(missing(&["CNI_COMMAND"])),
             Some(value) => Command::ALL.into_iter().find(|c| value == c.as_str()).ok_or_else(|| {
                 let known = Command::ALL.map(Command::as_str).join(", ");
-                wrong(format!("CNI_COMMAND={} is no verb of CNI", value.display()), format!("it can be {known}"))
+                wrong(format!("CNI_COMMAND={} is no CNI verb", value.display()), format!("it can be {known}"))
             })?,
         };
         let needed: &[&str] = match command {
@@ -119,7 +119,7 @@ impl Call {
             ifname: ifname(text("CNI_IFNAME")?)?,
         };
         if command == Command::Del {
-            // CNI_ARGS and CNI_NETNS are not looked at: a DEL must go through, whatever became of the pod.
+            // CNI_ARGS and CNI_NETNS are ignored: a DEL must succeed, whatever became of the pod.
             return Ok(Call::Del(id));
         }
         let netns = PathBuf::from(set("CNI_NETNS").unwrap_or_default());
@@ -132,7 +132,7 @@ fn missing(names: &[&str]) -> Failure {
     Failure::new(
         codes::INVALID_ENVIRONMENT,
         format!("missing environment variables: {}", names.join(", ")),
-        "egret-cni is called by a container runtime, as the CNI specification says",
+        "a container runtime sets them when it calls egret-cni (CNI specification)",
     )
 }
 
@@ -140,7 +140,7 @@ fn wrong(msg: impl Into<String>, details: impl Into<String>) -> Failure {
     Failure::new(codes::INVALID_ENVIRONMENT, msg, details)
 }
 
-/// An alphanumeric character, then alphanumeric characters, `_`, `.` or `-`; the specification's words.
+/// An alphanumeric character, then alphanumeric characters, `_`, `.` or `-`, as the specification says.
 fn container_id(id: String) -> Result<String, Failure> {
     let mut bytes = id.bytes();
     let fits = bytes.next().is_some_and(|b| b.is_ascii_alphanumeric())
@@ -156,7 +156,7 @@ fn container_id(id: String) -> Result<String, Failure> {
     Err(wrong(format!("CNI_CONTAINERID={id:?} is not a container id"), must))
 }
 
-/// What the kernel takes as an interface's name: `dev_valid_name`, net/core/dev.c.
+/// Checks an interface name as the kernel does: `dev_valid_name`, net/core/dev.c.
 fn ifname(name: String) -> Result<String, Failure> {
     let fits = name.len() <= MAX_IFNAME
         && name != "."
@@ -170,7 +170,7 @@ fn ifname(name: String) -> Result<String, Failure> {
     Err(wrong(format!("CNI_IFNAME={name:?} is not an interface name"), must))
 }
 
-/// Reads `KEY=VALUE;KEY=VALUE`. Keys that are not the pod's are not ours to judge.
+/// Reads `KEY=VALUE;KEY=VALUE`. Keys that do not name the pod are ignored.
 fn pod(args: &str) -> Result<Option<PodRef>, Failure> {
     let mut pod = PodRef::default();
     for pair in args.split(';').filter(|pair| !pair.is_empty()) {
@@ -187,10 +187,10 @@ fn pod(args: &str) -> Result<Option<PodRef>, Failure> {
     match (pod.namespace.is_empty(), pod.name.is_empty()) {
         (true, true) => Ok(None),
         (false, false) => Ok(Some(pod)),
-        // Half a name is no sign of another runtime but of a mistake, and what it names might be selected.
+        // Half a name means a mistake, not another runtime, and a policy might select the pod.
         _ => Err(wrong(
-            format!("CNI_ARGS={args:?} names half a pod"),
-            "give both K8S_POD_NAMESPACE and K8S_POD_NAME, or neither",
+            format!("CNI_ARGS={args:?} names a pod's namespace or name, but not both"),
+            "set both K8S_POD_NAMESPACE and K8S_POD_NAME, or neither",
         )),
     }
 }
@@ -252,7 +252,7 @@ mod tests {
     }
 
     #[test]
-    fn del_does_not_look_at_the_arguments() {
+    fn del_ignores_cni_args() {
         let call =
             read(&[("CNI_COMMAND", "DEL"), ("CNI_CONTAINERID", "c1"), ("CNI_IFNAME", "eth0"), ("CNI_ARGS", "broken")]);
         assert_eq!(call.unwrap().command(), Command::Del);
@@ -260,7 +260,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_environment_is_understood_or_refused(
+        fn any_environment_is_accepted_or_rejected(
             verb in "ADD|DEL|CHECK|GC|STATUS|VERSION|.{0,4}", id in "[a-z0-9./_-]{0,9}|.{0,4}", netns in ".{0,9}",
             name in "[a-z0-9.:/ ]{0,17}", args in "([A-Z0-9_]{0,4}[=;]?.{0,3};?){0,4}",
         ) {
@@ -271,7 +271,7 @@ mod tests {
             match call {
                 Err(failure) => prop_assert_eq!(failure.code, codes::INVALID_ENVIRONMENT),
                 Ok(Call::Add(Target { id, .. }) | Call::Check(Target { id, .. }) | Call::Del(id)) => {
-                    // Both become part of a file's name.
+                    // Both become parts of a file's name.
                     prop_assert!(!id.container_id.contains('/') && !id.ifname.contains('/'));
                     prop_assert!(!id.container_id.is_empty() && !id.ifname.is_empty());
                 }

@@ -1,4 +1,4 @@
-//! Finds the host's end of a pod's interface.
+//! Finds the host end of a pod's interface.
 
 use super::attachment::HostInterface;
 use super::protocol::{Failure, codes};
@@ -13,7 +13,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::thread;
 
-/// `RTEXT_FILTER_SKIP_STATS`, include/uapi/linux/rtnetlink.h: the answer need not count packets.
+/// `RTEXT_FILTER_SKIP_STATS`, include/uapi/linux/rtnetlink.h: the kernel need not collect packet counters.
 const RTEXT_FILTER_SKIP_STATS: u32 = 1 << 3;
 /// `NETNSA_NSID` and `NETNSA_FD`, include/uapi/linux/net_namespace.h.
 const NETNSA_NSID: u16 = 1;
@@ -22,14 +22,14 @@ const NETNSA_FD: u16 = 3;
 const IFINFOMSG: usize = 16;
 /// `sizeof(struct rtgenmsg)`, padded.
 const RTGENMSG: usize = 4;
-/// The thread opens one socket.
+/// Stack of the thread that enters the namespace. It opens one socket.
 const STACK_BYTES: usize = 128 * 1024;
 
-/// Finds the host's end of the pod's interface: the first of `names` that exists in the namespace `netns`. `None` if
-/// it has none: it is no veth, or its other end is not in this network namespace.
+/// Finds the host end of the pod's interface, which is the first of `names` that exists in the namespace `netns`.
+/// `None` if the interface is no veth, or if its peer is not in this network namespace.
 ///
 /// # Errors
-/// `netns` is no network namespace, or the kernel refuses to tell.
+/// `netns` is no network namespace, or the kernel rejects a request.
 pub fn host_end(netns: &Path, names: &[&str]) -> Result<Option<HostInterface>, Failure> {
     let namespace = open_namespace(netns)?;
     let mut inside = enter(&namespace).map_err(|e| match e.raw_os_error() {
@@ -45,7 +45,7 @@ pub fn host_end(netns: &Path, names: &[&str]) -> Result<Option<HostInterface>, F
 }
 
 fn open_namespace(netns: &Path) -> Result<File, Failure> {
-    // Non-blocking: were it a FIFO, opening it would wait for a writer.
+    // Non-blocking, because opening a FIFO would wait for a writer.
     let options = libc::O_NONBLOCK;
     let file = OpenOptions::new().read(true).custom_flags(options).open(netns).map_err(|e| no_namespace(netns, &e))?;
     match fstatfs(&file) {
@@ -68,7 +68,7 @@ fn no_namespace(netns: &Path, why: impl std::fmt::Display) -> Failure {
     )
 }
 
-/// Opens a netlink socket inside. A thread goes in and dies there, so that nothing else runs in the wrong place.
+/// Opens a netlink socket in the namespace. A thread enters it and ends there, so that no other code runs in it.
 fn enter(namespace: &File) -> io::Result<Socket> {
     thread::scope(|scope| {
         let inside = thread::Builder::new().stack_size(STACK_BYTES).spawn_scoped(scope, || {
@@ -88,12 +88,13 @@ fn peer(inside: &mut Socket, namespace: &File, names: &[&str]) -> Result<Option<
             break;
         }
     }
-    // Without IFLA_LINK_NETNSID the other end is in the pod's namespace as well.
+    // Without IFLA_LINK_NETNSID the peer is in the pod's namespace too.
     let Some(pods) = pods.filter(|l| l.is_veth && l.peer_namespace.is_some()) else { return Ok(None) };
     let mut outside = Socket::open(NETLINK_ROUTE)?;
     let Some(hosts) = link(&mut outside, pods.peer, |_| {})? else { return Ok(None) };
-    // An index says little: most pods' ends have the same one. What proves the pair is that the host's end names
-    // the pod's namespace. Its id there exists by now, for it was just given out with the host's end.
+    // The index alone proves nothing: most pods' interfaces have the same one. The pair is proven if the host end
+    // names the pod's namespace. The namespace has an id on the host by now: the kernel assigned it for the previous
+    // response.
     let proven = hosts.is_veth
         && hosts.peer == pods.index
         && hosts.peer_namespace.is_some()
@@ -104,13 +105,13 @@ fn peer(inside: &mut Socket, namespace: &File, names: &[&str]) -> Result<Option<
 struct Link {
     index: u32,
     is_veth: bool,
-    /// `IFLA_LINK`: of a veth, the other end's index.
+    /// `IFLA_LINK`: a veth's peer index.
     peer: u32,
-    /// `IFLA_LINK_NETNSID`: the other end's namespace, if it is not this one.
+    /// `IFLA_LINK_NETNSID`: the peer's namespace, if it is another one.
     peer_namespace: Option<i32>,
 }
 
-/// Asks for one link, by its index or by what `select` appends. `None` if there is no such link.
+/// Requests one link, by its index or by the attributes that `select` appends. `None` if there is no such link.
 fn link(socket: &mut Socket, index: u32, select: impl FnOnce(&mut Vec<u8>)) -> Result<Option<Link>, Error> {
     let mut request = vec![0; IFINFOMSG];
     request[4..8].copy_from_slice(&index.to_ne_bytes());
@@ -136,7 +137,7 @@ fn link(socket: &mut Socket, index: u32, select: impl FnOnce(&mut Vec<u8>)) -> R
     Ok(Some(link))
 }
 
-/// The id under which the socket's namespace knows `namespace`.
+/// The id that the socket's namespace has assigned to `namespace`.
 fn namespace_id(socket: &mut Socket, namespace: &File) -> Result<Option<i32>, Error> {
     let mut request = vec![0; RTGENMSG];
     request.attribute(NETNSA_FD, &namespace.as_raw_fd().to_ne_bytes());

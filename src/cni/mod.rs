@@ -1,8 +1,9 @@
-//! The plugin: the CNI specification's types and verbs, and the conversation with the daemon.
+//! The CNI plugin: the specification's types and verbs, and the protocol between plugin and daemon.
 //!
-//! The way of a call: [`plugin`] reads the [`environment`] and the [`config`], finds the pod's addresses in the
-//! [`result`] of the plugin before it and the host's end of its [`interface`], and asks the [`daemon`]. When the
-//! daemon is [`away`], the [`offline_policies`] it left decide whether the pod goes free or into [quarantine](crate::datapath::quarantine).
+//! A call goes through these modules: [`plugin`] reads the [`environment`] and the [`config`], finds the pod's
+//! addresses in the previous plugin's [`result`] and the host end of its [`interface`], and sends a request to the
+//! [`daemon`]. If the daemon is [`offline`], the [`offline_policies`] that it left decide whether the pod starts
+//! unrestricted or in [quarantine](crate::datapath::quarantine).
 
 pub mod attachment;
 pub mod config;

@@ -1,11 +1,11 @@
-//! What the plugin does by itself while the daemon is away: it does not stop pods from starting, and it does not let
-//! them leak. A pod that no policy can select starts as if Egret were not there. One that a policy can select starts in
-//! quarantine; after a reboot, when the quarantine's routes are gone, it waits for the daemon.
+//! What the plugin does itself while the daemon is away: pods still start, and none leaks. A pod that no policy can
+//! select starts as if Egret were not installed. A pod that a policy can select starts in quarantine. After a reboot
+//! the quarantine's routes are gone, and such a pod waits for the daemon.
 //!
-//! Everything is recorded in the attachment's file before it is done and undone before the file goes, so that it can
-//! be broken off at any line and run again. Plugins run side by side: what reads the files of others before it
-//! touches a rule does so under one lock. Of several attachments that name the same address, the one that was added
-//! last has it: a DEL may come late, when the address is another pod's already, and must leave that pod's rule.
+//! The attachment's file records everything before it is done, and is removed after everything is undone. A call can
+//! therefore be interrupted at any line and repeated. Plugins run in parallel: code that reads other attachments'
+//! files before it changes a rule holds one lock. If several attachments name the same address, the last one added
+//! owns it: a late DEL must not remove the rule of the pod that has the address now.
 
 use super::attachment::{Attachment, AttachmentId, load_all};
 use super::offline_policies::OfflinePolicies;
@@ -20,24 +20,24 @@ use std::io;
 use std::net::IpAddr;
 use std::path::Path;
 
-/// What became of an ADD.
+/// Result of an ADD.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Admission {
-    /// The pod may run: free, or in quarantine.
+    /// The pod may start: unrestricted, or in quarantine.
     Recorded,
-    /// The pod has to be held, and there is nothing to hold it with before the daemon has run; why, in words.
+    /// The pod must be quarantined, but the quarantine's routes or the policies are missing; the reason, in words.
     Unprepared(String),
 }
 
 /// ADD.
 ///
 /// # Errors
-/// The pod could not be held.
+/// The pod could not be quarantined.
 pub fn add(run_dir: &Path, state_dir: &Path, attachment: &Attachment) -> Result<Admission, Failure> {
     let namespace = &attachment.pod.namespace;
     let selected_by = match that_select_in(state_dir, namespace) {
         Ok(selected_by) => selected_by,
-        Err(e) => return Ok(Admission::Unprepared(format!("which policies there are is not known: {e}"))),
+        Err(e) => return Ok(Admission::Unprepared(format!("the offline policy snapshot cannot be read: {e}"))),
     };
     let mut quarantine = open()?;
     if let Some(policies) = &selected_by {
@@ -46,25 +46,25 @@ pub fn add(run_dir: &Path, state_dir: &Path, attachment: &Attachment) -> Result<
                 codes::NO_HOST_INTERFACE,
                 format!("the pod's interface {} has no veth peer on the host", attachment.id.ifname),
                 format!(
-                    "{policies} can select pods of namespace {namespace}, and a pod without one cannot be held to it; \
-                     egretd, which would know, is away"
+                    "{policies} can select pods of namespace {namespace}, and a pod without a veth peer cannot be \
+                     quarantined; egretd, which knows the pod's labels, is away"
                 ),
             ));
         }
         for address in &attachment.addresses {
             if !quarantine.is_ready(Family::of(address)).map_err(kernel)? {
                 return Ok(Admission::Unprepared(format!(
-                    "{policies} can select pods of namespace {namespace}, and the routes of the quarantine, which \
-                     egretd makes when it starts, are not there"
+                    "{policies} can select pods of namespace {namespace}, and the quarantine's routes, which egretd \
+                     installs when it starts, are missing"
                 )));
             }
         }
     }
-    // It goes with a reboot, and the daemon may not have run since.
+    // A reboot removes the run directory, and the daemon may not have run since.
     run_dir::make(run_dir).map_err(|e| files(run_dir, &e))?;
     let _lock = lock(run_dir)?;
     if uninstalled::is_marked(run_dir) {
-        // What is held now, nobody would lift.
+        // Nothing would lift a quarantine that is set now.
         return Ok(Admission::Recorded);
     }
     let before = attachment.id.load(run_dir).map_err(|e| files(run_dir, &e))?;
@@ -73,20 +73,20 @@ pub fn add(run_dir: &Path, state_dir: &Path, attachment: &Attachment) -> Result<
         let done = if selected_by.is_some() { quarantine.hold(address) } else { quarantine.lift(address) };
         done.map_err(kernel)?;
     }
-    // A runtime that adds again without a DEL between may come with other addresses.
+    // A runtime that repeats ADD without a DEL may give other addresses.
     let mut left = before.map(|a| a.addresses).unwrap_or_default();
     left.retain(|a| !attachment.addresses.contains(a));
     lift(run_dir, &mut quarantine, &attachment.id, &left)?;
     Ok(Admission::Recorded)
 }
 
-/// DEL. That there is nothing to undo is fine.
+/// DEL. It is no error if there is nothing to undo.
 ///
 /// # Errors
-/// What is there could not be undone.
+/// The quarantine rules or the record could not be removed.
 pub fn del(run_dir: &Path, id: &AttachmentId) -> Result<(), Failure> {
     if id.load(run_dir).map_err(|e| files(run_dir, &e))?.is_none() {
-        // Also a file that was cut short.
+        // An incomplete file also counts as no attachment.
         return id.forget(run_dir).map_err(|e| files(run_dir, &e));
     }
     let _lock = lock(run_dir)?;
@@ -96,7 +96,7 @@ pub fn del(run_dir: &Path, id: &AttachmentId) -> Result<(), Failure> {
 /// GC: ends the network's attachments that are not among `valid`.
 ///
 /// # Errors
-/// The first one; the others are ended all the same.
+/// The first error. The other attachments are removed all the same.
 pub fn gc(run_dir: &Path, network: &str, valid: &[AttachmentId]) -> Result<(), Failure> {
     let valid: BTreeSet<&AttachmentId> = valid.iter().collect();
     let is_stale = |a: &Attachment| a.network == network && !valid.contains(&a.id);
@@ -112,18 +112,19 @@ pub fn gc(run_dir: &Path, network: &str, valid: &[AttachmentId]) -> Result<(), F
         a.addresses.iter().filter(|x| !claimed.contains(x)).try_for_each(|x| quarantine.lift(x)).map_err(kernel)?;
         a.id.forget(run_dir).map_err(|e| files(run_dir, &e))
     };
-    // All are tried, the first error counts.
+    // Try all of them, and return the first error.
     stale.iter().map(&mut end).fold(Ok(()), Result::and)
 }
 
 /// CHECK.
 ///
 /// # Errors
-/// The pod is not recorded as it is, or can reach the outside though a policy can select it.
+/// The pod's record is missing or differs, or the pod is not quarantined though a policy can select it.
 pub fn check(run_dir: &Path, state_dir: &Path, attachment: &Attachment, why_offline: &str) -> Result<(), Failure> {
-    let wrong = |msg: String| Err(Failure::new(codes::NOT_PROGRAMMED, msg, "delete the pod and let it be made anew"));
+    let wrong =
+        |msg: String| Err(Failure::new(codes::NOT_PROGRAMMED, msg, "delete the pod, so that it is created again"));
     match attachment.id.load(run_dir).map_err(|e| files(run_dir, &e))? {
-        None => return wrong(format!("there is no record of an ADD for {}", attachment.id.container_id)),
+        None => return wrong(format!("no ADD is recorded for container {}", attachment.id.container_id)),
         Some(recorded) if recorded.addresses != attachment.addresses => {
             return wrong(format!(
                 "the pod's addresses are {:?}, the record says {:?}",
@@ -141,13 +142,13 @@ pub fn check(run_dir: &Path, state_dir: &Path, attachment: &Attachment, why_offl
     }
     Err(Failure::new(
         codes::TRY_AGAIN,
-        "the pod is not in quarantine, and only egretd can tell whether it is held to its policy",
+        "the pod is not in quarantine, and only egretd can check whether its policy is applied",
         format!("egretd is away: {why_offline}"),
     ))
 }
 
-/// The policies that can select a pod of the namespace, in words; `None` if there are none. A node whose daemon has
-/// never been in sync knows of none.
+/// The policies that can select a pod of the namespace, in words; `None` if there are none, or if this node's daemon
+/// has never been in sync.
 fn that_select_in(state_dir: &Path, namespace: &str) -> io::Result<Option<String>> {
     let Some(snapshot) = OfflinePolicies::load(state_dir)? else { return Ok(None) };
     Ok(snapshot.that_select_in(namespace).map(|policies| match policies {
@@ -156,14 +157,14 @@ fn that_select_in(state_dir: &Path, namespace: &str) -> io::Result<Option<String
     }))
 }
 
-/// Undoes one attachment, and forgets it. The lock is held.
+/// Undoes one attachment and removes its file. The caller holds the lock.
 fn release(run_dir: &Path, quarantine: &mut Quarantine, id: &AttachmentId) -> Result<(), Failure> {
     let Some(attachment) = id.load(run_dir).map_err(|e| files(run_dir, &e))? else { return Ok(()) };
     lift(run_dir, quarantine, id, &attachment.addresses)?;
     id.forget(run_dir).map_err(|e| files(run_dir, &e))
 }
 
-/// Lets those of `addresses` out that no attachment but `id` claims. The lock is held.
+/// Lifts the quarantine of those `addresses` that no other attachment than `id` claims. The caller holds the lock.
 fn lift(run_dir: &Path, quarantine: &mut Quarantine, id: &AttachmentId, addresses: &[IpAddr]) -> Result<(), Failure> {
     if addresses.is_empty() {
         return Ok(());
@@ -185,9 +186,17 @@ fn open() -> Result<Quarantine, Failure> {
 }
 
 fn kernel(e: netlink::Error) -> Failure {
-    Failure::new(codes::KERNEL, format!("the quarantine's routing rules: {e}"), "egret-cni must run as root")
+    Failure::new(
+        codes::KERNEL,
+        format!("the quarantine's routing rules cannot be read or changed: {e}"),
+        "egret-cni must run as root",
+    )
 }
 
 fn files(run_dir: &Path, e: &io::Error) -> Failure {
-    Failure::new(codes::IO, format!("egret's records in {}: {e}", run_dir.display()), "egret-cni must run as root")
+    Failure::new(
+        codes::IO,
+        format!("the attachment files in {} cannot be read or written: {e}", run_dir.display()),
+        "egret-cni must run as root",
+    )
 }

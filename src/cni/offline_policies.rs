@@ -1,9 +1,9 @@
-//! The offline policy snapshot: in which namespaces a policy can select pods, left in
-//! `STATE_DIR/offline-policies.json` for a plugin that finds the daemon away.
+//! The offline policy snapshot: the namespaces in which a policy can select pods, in
+//! `STATE_DIR/offline-policies.json`. The daemon writes it; the plugin reads it while the daemon is away.
 //!
-//! It outlives a reboot, so that after one only pods that a policy can select wait for the daemon, and all others
-//! start. A node whose daemon has never been in sync has no such file: nothing is known that a pod could be held to.
-//! A plugin is told the pod's namespace and name, not its labels (`CNI_ARGS`), so it decides by namespace.
+//! The file outlives a reboot. After one, only pods that a policy can select wait for the daemon; all others start. A
+//! node whose daemon has never been in sync has no such file, and no pod waits there. The plugin decides by
+//! namespace, because `CNI_ARGS` gives the pod's namespace and name, but not its labels.
 
 use crate::careful;
 use serde::{Deserialize, Serialize};
@@ -15,36 +15,36 @@ use std::path::{Path, PathBuf};
 
 /// The file's name in the state directory.
 const FILE: &str = "offline-policies.json";
-/// The form of the file that this build reads and writes.
+/// The version of the file's format that this build reads and writes.
 const FORM: u32 = 1;
-/// A cluster of 10,000 namespaces takes some 600 kB.
+/// The longest snapshot accepted, in bytes. 10,000 namespaces take some 600 kB.
 const MAX_BYTES: u64 = 64 << 20;
 
-/// See the module.
+/// Which namespaces a policy can select pods in.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct OfflinePolicies {
     form: u32,
     /// The namespaces in which a policy can select a pod, each with some of these policies' names.
+    /// The namespaces in which a policy can select a pod, each with some of these policies' names.
     pub selectable: BTreeMap<String, Vec<String>>,
-    /// Policies that can select pods of namespaces that the daemon has not seen. `None`: every namespace that is not
-    /// in `selectable` is free.
+    /// Policies that can select pods of namespaces that the daemon has not seen. `None`: no policy can select a pod
+    /// of a namespace that is not in `selectable`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub elsewhere: Option<Elsewhere>,
 }
 
-/// Policies that go by labels of namespaces, and so may select in namespaces that are made later.
+/// Policies that select namespaces by label, and so may select namespaces that are created later.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
 pub struct Elsewhere {
     /// Some of these policies' names.
     pub policies: Vec<String>,
-    /// The namespaces that are known, and in which no policy can select a pod.
+    /// The known namespaces in which no policy can select a pod.
     pub free: BTreeSet<String>,
 }
 
 impl OfflinePolicies {
-    /// A snapshot.
+    /// Makes a snapshot in the current format.
     pub fn new(selectable: BTreeMap<String, Vec<String>>, elsewhere: Option<Elsewhere>) -> Self {
         OfflinePolicies { form: FORM, selectable, elsewhere }
     }
@@ -58,15 +58,15 @@ impl OfflinePolicies {
         (!elsewhere.free.contains(namespace)).then_some(&elsewhere.policies)
     }
 
-    /// Whether a daemon of this node has left a snapshot, and so has been in sync once.
+    /// Whether there is a snapshot, which means that this node's daemon has been in sync at least once.
     pub fn is_there(state_dir: &Path) -> bool {
         path(state_dir).symlink_metadata().is_ok()
     }
 
-    /// Reads the snapshot; `None` if no daemon of this node has been in sync yet.
+    /// Reads the snapshot; `None` if this node's daemon has never been in sync.
     ///
     /// # Errors
-    /// The file is there and cannot be read or understood; the text names it.
+    /// The file exists and cannot be read or decoded. The text names the file.
     pub fn load(state_dir: &Path) -> io::Result<Option<OfflinePolicies>> {
         let path = path(state_dir);
         let about = |e: &dyn std::fmt::Display| io::Error::other(format!("{}: {e}", path.display()));
@@ -77,12 +77,14 @@ impl OfflinePolicies {
         let snapshot: OfflinePolicies = serde_json::from_slice(&bytes).map_err(|e| about(&e))?;
         if snapshot.form != FORM {
             let form = snapshot.form;
-            return Err(about(&format!("its form is {form}, and this egret-cni reads {FORM}; install one release")));
+            let text =
+                format!("its form is {form}, this egret-cni reads {FORM}; install egretd and egret-cni of one release");
+            return Err(about(&text));
         }
         Ok(Some(snapshot))
     }
 
-    /// Writes the snapshot, whole or not at all, and returns when it is on the disk.
+    /// Writes the snapshot atomically, and returns after it has been synced to the disk.
     ///
     /// # Errors
     /// It cannot be written.
@@ -97,14 +99,15 @@ impl OfflinePolicies {
         File::open(state_dir)?.sync_all()
     }
 
-    /// Empties the snapshot, which cannot be written anew: a plugin that finds it so holds every pod, for which
-    /// policies there are is not known to it.
+    /// Truncates a snapshot that cannot be written again. A plugin that finds it empty does not know the policies and
+    /// makes every pod wait.
     pub fn invalidate(state_dir: &Path) {
-        // Nothing can be done about a file that cannot even be emptied, as on a disk that has become read-only.
+        // Nothing else can be done if the file cannot be truncated, for example on a file system that became
+        // read-only.
         let _ = OpenOptions::new().write(true).truncate(true).open(path(state_dir));
     }
 
-    /// Removes the snapshot; that it is not there is fine.
+    /// Removes the snapshot. It is no error if there is none.
     ///
     /// # Errors
     /// It cannot be removed.
@@ -122,7 +125,7 @@ fn unfinished(state_dir: &Path) -> PathBuf {
     state_dir.join(format!(".{FILE}"))
 }
 
-/// This boot's id, <https://docs.kernel.org/admin-guide/sysctl/kernel.html#random>.
+/// The id of this boot, <https://docs.kernel.org/admin-guide/sysctl/kernel.html#random>.
 ///
 /// # Errors
 /// `/proc` is not mounted.
@@ -140,7 +143,7 @@ mod tests {
     }
 
     #[test]
-    fn a_namespace_is_free_unless_a_policy_can_select_in_it() {
+    fn namespace_is_free_unless_policy_can_select_in_it() {
         let known = snapshot();
         assert_eq!(known.that_select_in("shop").unwrap(), ["shop/visitors"]);
         assert_eq!(known.that_select_in("other"), None);
@@ -152,7 +155,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_stored_is_loaded_and_what_is_damaged_is_an_error() {
+    fn stored_snapshot_is_loaded_and_damaged_one_is_an_error() {
         let directory = tempfile::tempdir().unwrap();
         let state_dir = directory.path().join("state");
         assert_eq!(OfflinePolicies::load(&state_dir).unwrap(), None);
@@ -171,7 +174,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_file_is_not_read() {
+    fn anything_but_a_regular_file_is_not_read() {
         let directory = tempfile::tempdir().unwrap();
         fs::create_dir(path(directory.path())).unwrap();
         assert!(OfflinePolicies::load(directory.path()).is_err());

@@ -1,8 +1,8 @@
-//! The plugin as a whole: a call comes in, is understood, done and answered.
+//! The plugin's verbs: reads one call, performs it, and prints its result.
 
 use super::attachment::{Attachment, PodRef};
 use super::config::{self, Config, Fields};
-use super::daemon::{Answer, Question};
+use super::daemon::{Client, Outcome};
 use super::environment::{Call, Command, Target};
 use super::interface::host_end;
 use super::offline::{self, Admission};
@@ -16,8 +16,8 @@ use std::io::{self, IsTerminal, Write};
 use std::process::ExitCode;
 use std::time::Duration;
 
-/// How long ADD waits for a daemon without which the pod cannot be held. Longer than a daemon takes to start, and shorter than
-/// the quarter of a minute after which a kubelet tries again.
+/// How long ADD waits for the daemon if the pod cannot be quarantined without it. Longer than a daemon takes to
+/// start, and shorter than the 15 seconds after which a kubelet tries again.
 const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Serves the one call that this process was started for. Success writes nothing to standard error.
@@ -29,7 +29,7 @@ pub fn run() -> ExitCode {
     };
     match io::stdout().write_all(text.as_bytes()) {
         Ok(()) => code,
-        // Nobody reads the answer: then it has not been given.
+        // The runtime closed the pipe and has not received the result.
         Err(_) => ExitCode::FAILURE,
     }
 }
@@ -53,7 +53,7 @@ fn line(mut text: String) -> String {
 
 /// Returns what goes to standard output. `version` becomes the configuration's as soon as that is known.
 fn serve(version: &mut Version) -> Result<String, Failure> {
-    // First of all: a runtime may be confused by a plugin that does not take what it is told.
+    // Read the input first: a runtime may fail if the plugin ends without reading it.
     let input = if io::stdin().is_terminal() { Vec::new() } else { config::read(io::stdin().lock())? };
     let call = Call::read(|name| env::var_os(name))?;
     if call == Call::Version {
@@ -70,36 +70,33 @@ fn serve(version: &mut Version) -> Result<String, Failure> {
     match call {
         Call::Add(target) => add(&config, target),
         Call::Del(id) => {
-            let question = Question::new(&config.socket, Verb::Del(id.clone()))?;
-            when_offline(&question, |_| offline::del(config.run_dir(), &id))
+            let client = Client::new(&config.socket, Verb::Del(id.clone()))?;
+            when_offline(&client, |_| offline::del(config.run_dir(), &id))
         }
         Call::Check(target) => check(&config, target),
         Call::Gc => {
             let verb = Verb::Gc { network: config.network.clone(), valid: config.valid.clone() };
-            let question = Question::new(&config.socket, verb)?;
-            when_offline(&question, |_| offline::gc(config.run_dir(), &config.network, &config.valid))
+            let client = Client::new(&config.socket, verb)?;
+            when_offline(&client, |_| offline::gc(config.run_dir(), &config.network, &config.valid))
         }
-        // Whatever the daemon does: a runtime that is told no takes the whole node for one without a network, and its
-        // pods of all namespaces with it. Pods that a policy can select are held by ADD.
+        // STATUS succeeds even while the daemon is away. A runtime that gets an error takes the node as one without a
+        // network, and starts no pod at all. ADD alone holds back the pods that a policy can select.
         Call::Status => Ok(String::new()),
         Call::Version => Ok(versions(&input)),
     }
 }
 
-/// Asks the daemon, and does `otherwise` while it is away, told why it is thought to be. Nothing is printed.
-fn when_offline(
-    question: &Question<'_>,
-    otherwise: impl FnOnce(&str) -> Result<(), Failure>,
-) -> Result<String, Failure> {
-    match question.ask() {
-        Answer::Done => {}
-        Answer::Refused(failure) => return Err(failure),
-        Answer::Offline(why) | Answer::Silent(why) => otherwise(&why)?,
+/// Sends the request, and calls `otherwise` with the reason if the daemon is away. Nothing is printed.
+fn when_offline(client: &Client<'_>, otherwise: impl FnOnce(&str) -> Result<(), Failure>) -> Result<String, Failure> {
+    match client.send() {
+        Outcome::Done => {}
+        Outcome::Refused(failure) => return Err(failure),
+        Outcome::Offline(why) | Outcome::TimedOut(why) => otherwise(&why)?,
     }
     Ok(String::new())
 }
 
-/// What ADD prints: the result of the plugin before, as it came.
+/// What ADD prints: the previous plugin's result, unchanged.
 fn passed_on(config: &Config<'_>) -> String {
     line(config.previous.map(|p| p.get().to_owned()).unwrap_or_default())
 }
@@ -109,33 +106,33 @@ fn add(config: &Config<'_>, target: Target) -> Result<String, Failure> {
     let result = passed_on(config);
     let Some(pod) = target.pod.clone() else { return Ok(result) };
     let attachment = attachment(config, target, pod, side)?;
-    let question = Question::new(&config.socket, Verb::Add(attachment.clone()))?;
-    match question.ask() {
-        Answer::Done => return Ok(result),
-        Answer::Refused(failure) => return Err(failure),
-        Answer::Offline(_) => {}
-        Answer::Silent(why) => {
+    let client = Client::new(&config.socket, Verb::Add(attachment.clone()))?;
+    match client.send() {
+        Outcome::Done => return Ok(result),
+        Outcome::Refused(failure) => return Err(failure),
+        Outcome::Offline(_) => {}
+        Outcome::TimedOut(why) => {
             return match offline::add(config.run_dir(), &config.state_dir, &attachment)? {
                 Admission::Recorded => Ok(result),
                 Admission::Unprepared(cause) => Err(waits(&cause, &why)),
             };
         }
     }
-    let answer = match offline::add(config.run_dir(), &config.state_dir, &attachment)? {
-        // Once more: a daemon that came back in the meantime may have read the records before this pod's was there.
-        // One that comes back after this reads it.
-        Admission::Recorded => match question.ask() {
-            Answer::Offline(_) | Answer::Silent(_) => Answer::Done,
-            answer => answer,
+    let outcome = match offline::add(config.run_dir(), &config.state_dir, &attachment)? {
+        // Send the request again: a daemon that returned meanwhile may have read the records before this pod's was
+        // there. A daemon that returns later reads it.
+        Admission::Recorded => match client.send() {
+            Outcome::Offline(_) | Outcome::TimedOut(_) => Outcome::Done,
+            outcome => outcome,
         },
-        Admission::Unprepared(why) => match question.ask_for(PATIENCE) {
-            Answer::Offline(_) if uninstalled::is_marked(config.run_dir()) => Answer::Done,
-            Answer::Offline(reason) | Answer::Silent(reason) => Answer::Refused(waits(&why, &reason)),
-            answer => answer,
+        Admission::Unprepared(why) => match client.send_for(PATIENCE) {
+            Outcome::Offline(_) if uninstalled::is_marked(config.run_dir()) => Outcome::Done,
+            Outcome::Offline(reason) | Outcome::TimedOut(reason) => Outcome::Refused(waits(&why, &reason)),
+            outcome => outcome,
         },
     };
-    match answer {
-        Answer::Refused(failure) => Err(failure),
+    match outcome {
+        Outcome::Refused(failure) => Err(failure),
         _ => Ok(result),
     }
 }
@@ -149,8 +146,8 @@ fn check(config: &Config<'_>, target: Target) -> Result<String, Failure> {
     let side = PodSide::read(config.previous)?;
     let Some(pod) = target.pod.clone() else { return Ok(String::new()) };
     let attachment = attachment(config, target, pod, side)?;
-    let question = Question::new(&config.socket, Verb::Check(attachment.clone()))?;
-    when_offline(&question, |why| offline::check(config.run_dir(), &config.state_dir, &attachment, why))
+    let client = Client::new(&config.socket, Verb::Check(attachment.clone()))?;
+    when_offline(&client, |why| offline::check(config.run_dir(), &config.state_dir, &attachment, why))
 }
 
 fn attachment(config: &Config<'_>, target: Target, pod: PodRef, side: PodSide) -> Result<Attachment, Failure> {
@@ -160,7 +157,7 @@ fn attachment(config: &Config<'_>, target: Target, pod: PodRef, side: PodSide) -
     Ok(Attachment { id: target.id, network: config.network.clone(), pod, addresses: side.addresses, host })
 }
 
-/// Answers VERSION: with the version asked in, if it says one.
+/// Responds to VERSION, in the requested version if the input names one.
 fn versions(input: &[u8]) -> String {
     let asked = Fields::parse(input).and_then(|fields| fields.version(Command::Version));
     let version = asked.unwrap_or(Version::LATEST).as_str();

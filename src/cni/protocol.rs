@@ -1,19 +1,19 @@
-//! The conversation between plugin and daemon: over a Unix socket, one JSON object a line, one request and one
-//! answer a connection.
+//! The protocol between plugin and daemon: a Unix socket, one JSON object a line, one request and one response a
+//! connection.
 
 use super::attachment::{Attachment, AttachmentId};
 use serde::{Deserialize, Serialize};
 
-/// The version of this conversation. A daemon answers requests of its own version and refuses others by
-/// [`codes::INCOMPATIBLE`]; the plugin that finds its request refused so treats the daemon as away.
+/// The protocol's version. A daemon rejects requests of other versions with [`codes::INCOMPATIBLE`]; the plugin then
+/// treats the daemon as offline.
 pub const PROTOCOL: u32 = 1;
 
-/// What the plugin asks.
+/// What the plugin sends.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Request {
     /// [`PROTOCOL`].
     pub version: u32,
-    /// What is asked.
+    /// The verb with its parameters.
     #[serde(flatten)]
     pub verb: Verb,
 }
@@ -22,27 +22,27 @@ pub struct Request {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "verb", rename_all = "UPPERCASE")]
 pub enum Verb {
-    /// A pod's interface is there: program it before answering.
+    /// A pod's interface exists: program it before responding.
     Add(Attachment),
-    /// It goes.
+    /// A pod's interface is being removed.
     Del(AttachmentId),
-    /// Is the kernel as it should be for it?
+    /// Check that the kernel's state for the pod is as it should be.
     Check(Attachment),
-    /// Of this network's attachments, only these are still valid.
+    /// Remove this network's attachments that are not listed.
     Gc {
-        /// The network's name; attachments of other networks are not spoken of.
+        /// The network's name. Attachments of other networks are not affected.
         network: String,
-        /// All that the runtime knows.
+        /// All attachments that the runtime knows.
         valid: Vec<AttachmentId>,
     },
 }
 
-/// What the daemon answers.
+/// What the daemon returns.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Response {
     /// [`PROTOCOL`].
     pub version: u32,
-    /// `None`: done.
+    /// `None` means success.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<Failure>,
 }
@@ -51,23 +51,23 @@ pub struct Response {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
 #[error("{msg}{}", if details.is_empty() { String::new() } else { format!(": {details}") })]
 pub struct Failure {
-    /// See [`codes`].
+    /// One of [`codes`].
     pub code: u32,
-    /// In a few words.
+    /// What was wrong, in a few words.
     pub msg: String,
-    /// What to do.
+    /// What to do about it.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub details: String,
 }
 
 impl Failure {
-    /// A failure of `code` with the two texts.
+    /// A failure with a code, a message, and details.
     pub fn new(code: u32, msg: impl Into<String>, details: impl Into<String>) -> Self {
         Failure { code, msg: msg.into(), details: details.into() }
     }
 }
 
-/// CNI error codes, <https://www.cni.dev/docs/spec/#error>; from 100 on they are the plugin's own.
+/// CNI error codes, <https://www.cni.dev/docs/spec/#error>. Codes from 100 on are the plugin's own.
 pub mod codes {
     /// Incompatible CNI version.
     pub const INCOMPATIBLE: u32 = 1;
@@ -81,10 +81,10 @@ pub mod codes {
     pub const INVALID_CONFIGURATION: u32 = 7;
     /// Try again later.
     pub const TRY_AGAIN: u32 = 11;
-    /// A selected pod's interface has no veth peer on the host, so it cannot be held to its policy.
+    /// A selected pod's interface has no veth peer on the host, so no policy can be applied to it.
     pub const NO_HOST_INTERFACE: u32 = 100;
-    /// CHECK: the kernel is not as it should be for the pod.
+    /// CHECK: the kernel's state is not as it should be for the pod.
     pub const NOT_PROGRAMMED: u32 = 101;
-    /// The kernel refused.
+    /// The kernel rejected a request.
     pub const KERNEL: u32 = 102;
 }

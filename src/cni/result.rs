@@ -1,5 +1,5 @@
-//! What the plugins before this one in the chain did: `prevResult`, as far as it is needed. The format of 0.3
-//! differs from the later ones only in a field that is passed over (`ips[].version`).
+//! The previous plugin's result (`prevResult`), as far as the plugin needs it. Version 0.3 differs from later ones
+//! only in a field that is ignored (`ips[].version`).
 
 use super::protocol::{Failure, codes};
 use serde::Deserialize;
@@ -25,7 +25,7 @@ struct PrevResult {
 struct Interface {
     #[serde(default)]
     name: String,
-    /// Where the interface is: empty or absent for the host's own.
+    /// The interface's network namespace; empty or absent for the host's.
     sandbox: Option<String>,
 }
 
@@ -45,7 +45,7 @@ impl PodSide {
     /// Reads a `prevResult`.
     ///
     /// # Errors
-    /// It is no result, or has no address.
+    /// The JSON is no CNI result, or has no address.
     pub fn read(previous: Option<&RawValue>) -> Result<Self, Failure> {
         let previous = previous.ok_or_else(|| {
             Failure::new(
@@ -67,7 +67,8 @@ impl PodSide {
             let interface = ip.interface.map(|i| usize::try_from(i).ok().and_then(|i| interfaces.get(i)));
             all.push((address.to_canonical(), interface.map(|i| i.is_some_and(Interface::is_pods))));
         }
-        // Calico and others name only the host's end, or point at it: then all addresses are the pod's.
+        // Calico and others name only the host end, or make the addresses point to it: then all addresses are the
+        // pod's.
         let pods_are_named = all.iter().any(|(_, of_pod)| *of_pod == Some(true));
         let mut addresses: Vec<IpAddr> = Vec::new();
         for (address, of_pod) in all {

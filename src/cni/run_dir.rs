@@ -1,4 +1,4 @@
-//! The run directory: what lies in it, and the lock that a daemon holds on it.
+//! The run directory: its files and directories, and the daemon's lock on it.
 
 use crate::careful::{create, open_lock, put_aside};
 use nix::errno::Errno;
@@ -11,30 +11,30 @@ use std::path::{Path, PathBuf};
 
 /// The daemon's socket.
 pub const SOCKET: &str = "cni.sock";
-/// Locked by the daemon that uses the directory.
+/// The lock file of the daemon that uses the directory.
 pub const DAEMON_LOCK: &str = "egretd.lock";
-/// Locked by plugins that do the daemon's work while it is away.
+/// The lock file of plugins that do the daemon's work while it is away.
 pub const PLUGIN_LOCK: &str = "attachments.lock";
-/// A file for each attachment.
+/// Directory with one file for each attachment.
 pub const ATTACHMENTS: &str = "attachments";
-/// A file for each pod that the plugin did not bring and that the daemon holds.
+/// Directory with one file for each adopted pod.
 pub const ADOPTED: &str = "adopted";
-/// What the daemon was told of the cluster, with the Kubernetes API as its source.
+/// Directory of the offline cache, which the daemon keeps with the Kubernetes API as its source.
 pub const KNOWN: &str = "known";
 
-/// Makes the directory, for root alone.
+/// Creates the directory, accessible by root alone.
 ///
 /// # Errors
-/// It cannot be made.
+/// The directory cannot be created.
 pub fn make(run_dir: &Path) -> io::Result<()> {
     fs::create_dir_all(run_dir)?;
     fs::set_permissions(run_dir, fs::Permissions::from_mode(0o700))
 }
 
-/// Takes the daemon's lock. `None`: somebody else has it.
+/// Takes the daemon's lock. `None` if another process has it.
 ///
 /// # Errors
-/// It cannot be locked.
+/// The file cannot be opened or locked.
 pub fn lock_daemon(run_dir: &Path) -> io::Result<Option<Flock<File>>> {
     let path = run_dir.join(DAEMON_LOCK);
     loop {
@@ -44,17 +44,17 @@ pub fn lock_daemon(run_dir: &Path) -> io::Result<Option<Flock<File>>> {
             Err((_, Errno::EWOULDBLOCK)) => return Ok(None),
             Err((_, e)) => return Err(e.into()),
         };
-        // An uninstallation removes the file; who locks what has been removed, locks nothing.
+        // An uninstallation removes the file. A lock on a removed file has no effect, so try again.
         if is_locked_by(run_dir, &lock)? {
             return Ok(Some(lock));
         }
     }
 }
 
-/// Makes a directory in it; something else in its place is put aside.
+/// Creates a directory in the run directory. Anything else in its place is moved aside.
 ///
 /// # Errors
-/// It cannot be made.
+/// The directory cannot be created.
 pub fn make_within(run_dir: &Path, name: &str) -> io::Result<()> {
     let path = run_dir.join(name);
     match fs::create_dir(&path) {
@@ -68,22 +68,23 @@ pub fn make_within(run_dir: &Path, name: &str) -> io::Result<()> {
     }
 }
 
-/// What lies in a directory in it: nothing where there is no such directory, or something else in its place.
+/// Paths of the entries of a directory in the run directory. Empty if there is no such directory, or anything else in
+/// its place.
 ///
 /// # Errors
-/// It cannot be read.
+/// The directory cannot be read.
 pub fn entries(run_dir: &Path, name: &str) -> io::Result<Vec<PathBuf>> {
     match fs::read_dir(run_dir.join(name)) {
-        // A link in a circle, for one.
+        // ELOOP: a symbolic link that leads to itself.
         Err(e) if matches!(e.raw_os_error(), Some(libc::ENOENT | libc::ENOTDIR | libc::ELOOP)) => Ok(Vec::new()),
         other => other?.map(|entry| Ok(entry?.path())).collect(),
     }
 }
 
-/// Tries whether files can be written: as much as an attachment takes.
+/// Checks that files can be written, by writing one of an attachment's size.
 ///
 /// # Errors
-/// They cannot.
+/// The file cannot be written or removed.
 pub fn try_writing(run_dir: &Path) -> io::Result<()> {
     let path = run_dir.join(".trial");
     let written = create(&path).and_then(|mut file| file.write_all(&[0; 4096]));
@@ -94,19 +95,19 @@ pub fn try_writing(run_dir: &Path) -> io::Result<()> {
     written.and(removed)
 }
 
-/// Whether the lock is of the file that is there now.
+/// Whether `lock` is on the lock file that is in the directory now.
 ///
 /// # Errors
-/// The lock's own file cannot be looked at.
+/// The lock's own file has no metadata.
 pub fn is_locked_by(run_dir: &Path, lock: &File) -> io::Result<bool> {
     let own = lock.metadata()?;
     Ok(run_dir.join(DAEMON_LOCK).metadata().is_ok_and(|there| (there.dev(), there.ino()) == (own.dev(), own.ino())))
 }
 
-/// Takes the plugins' lock, for which it waits.
+/// Takes the plugins' lock, and waits until it is free.
 ///
 /// # Errors
-/// It cannot be locked.
+/// The file cannot be opened or locked.
 pub fn lock_plugins(run_dir: &Path) -> io::Result<File> {
     let file = open_lock(&run_dir.join(PLUGIN_LOCK))?;
     file.lock()?;
@@ -118,7 +119,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn where_no_directory_is_there_lies_nothing() {
+    fn entries_of_anything_but_a_directory_are_empty() {
         let run_dir = tempfile::tempdir().unwrap();
         let within = |name: &str| run_dir.path().join(name);
         std::os::unix::fs::symlink("circle", within("circle")).unwrap();

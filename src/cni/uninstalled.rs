@@ -1,6 +1,6 @@
-//! The mark that an uninstallation leaves in the run directory. Runtimes keep the lists that they have read, and call
-//! the plugin by them until they read again, or until the last pod of an old list has ended: so long it must stand in
-//! nobody's way.
+//! The mark that an uninstallation leaves in the run directory. A runtime keeps the lists that it has read, and calls
+//! the plugin until it reads them again, or until the last pod of an old list has ended. Until then the plugin must
+//! let every call succeed.
 
 use crate::careful;
 use std::io::{self, Write};
@@ -15,18 +15,18 @@ pub fn is_marked(run_dir: &Path) -> bool {
     run_dir.join(FILE).symlink_metadata().is_ok()
 }
 
-/// Leaves the mark.
+/// Writes the mark.
 ///
 /// # Errors
-/// It cannot be written.
+/// The file cannot be written.
 pub fn mark(run_dir: &Path) -> io::Result<()> {
     careful::create(&run_dir.join(FILE))?.write_all(TEXT.as_bytes())
 }
 
-/// Removes the mark; that it is not there is fine. Returns whether it was.
+/// Removes the mark, and returns whether there was one.
 ///
 /// # Errors
-/// It cannot be removed.
+/// The file cannot be removed.
 pub fn clear(run_dir: &Path) -> io::Result<bool> {
     let was_there = is_marked(run_dir);
     careful::put_aside(&run_dir.join(FILE))?;

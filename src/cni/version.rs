@@ -1,14 +1,14 @@
-//! The versions of the CNI specification that the plugin speaks, and which verbs each has.
+//! The supported versions of the CNI specification, and the verbs of each.
 
 use super::environment::Command;
 use super::protocol::{Failure, codes};
 
-/// A version of the specification, in their order.
+/// A version of the specification. Later versions are greater.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Version {
-    /// 0.3.0: chains of plugins. kube-router's configuration says it.
+    /// 0.3.0: chained plugins. kube-router's configuration uses it.
     V0_3_0,
-    /// 0.3.1: the same, with a mistake in its text mended.
+    /// 0.3.1: as 0.3.0, with an error in the text corrected.
     V0_3_1,
     /// 0.4.0: CHECK, and `prevResult` on DEL.
     V0_4_0,
@@ -19,13 +19,13 @@ pub enum Version {
 }
 
 impl Version {
-    /// All that are spoken.
+    /// All supported versions.
     pub const SUPPORTED: [Version; 5] =
         [Version::V0_3_0, Version::V0_3_1, Version::V0_4_0, Version::V1_0_0, Version::V1_1_0];
     /// The newest.
     pub const LATEST: Version = Version::V1_1_0;
 
-    /// As it stands in a configuration's `cniVersion`.
+    /// The text that `cniVersion` has.
     pub fn as_str(self) -> &'static str {
         match self {
             Version::V0_3_0 => "0.3.0",
@@ -50,10 +50,10 @@ impl Version {
         })
     }
 
-    /// Refuses a verb that this version does not have.
+    /// Rejects a verb that this version does not have.
     ///
     /// # Errors
-    /// The verb came with a later version.
+    /// A later version introduced the verb.
     pub fn allows(self, command: Command) -> Result<(), Failure> {
         let since = match command {
             Command::Check => Version::V0_4_0,

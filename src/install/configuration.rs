@@ -1,5 +1,5 @@
-//! The entry in the node's network configuration: in the first file by name that a runtime can use, as the runtimes
-//! choose it themselves (go-cni's `loadFromConfDir`, ocicni's `loadNetworks`).
+//! The entry of `egret-cni` in the node's network configuration. It is put into the first file by name that a runtime
+//! can use, because runtimes choose that file (go-cni's `loadFromConfDir`, ocicni's `loadNetworks`).
 
 use super::directory::{Directory, Found};
 use super::network::{Entry, Kind, Network, stand_in};
@@ -7,69 +7,71 @@ use anyhow::{Context, Result, anyhow};
 use std::collections::BTreeMap;
 use std::path::Path;
 
-/// Somebody else may write at the same time; who writes without pause is waited for.
+/// Another program may write at the same time: after so many attempts, wait for it.
 const ROUNDS: usize = 5;
 
-/// How the configuration is.
+/// The state of the network configuration.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum State {
-    /// The runtime's chain has the entry, by this file.
+    /// The runtime's plugin chain has the entry, in this file.
     Ready(String),
-    /// There is no file that a runtime could use.
+    /// No file can be used by a runtime.
     Missing,
-    /// A file is being written.
-    Unsettled,
+    /// Another program is writing a file.
+    BeingWritten,
     /// The file that the runtime uses cannot be extended.
-    LeftAlone {
-        /// Its name.
+    NotExtensible {
+        /// The file's name.
         file: String,
-        /// Why.
+        /// Why it cannot be extended.
         reason: String,
     },
 }
 
-/// What [`put`] found and did.
+/// The result of [`put`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Outcome {
-    /// How the configuration is now.
+    /// The state of the configuration after the call.
     pub state: State,
     /// Whether the entry was written.
     pub changed: bool,
-    /// Files before the one that is used which runtimes cannot use, each with the reason.
-    pub passed_over: Vec<String>,
+    /// Files that runtimes cannot use and that sort before the used one, each with the reason.
+    pub skipped: Vec<String>,
 }
 
-/// Sees to it that the runtime's chain of plugins has the entry.
+/// Makes sure that the runtime's plugin chain has the entry.
 ///
 /// # Errors
 /// A file cannot be written, or the directory cannot be read.
 pub fn put(path: &Path, entry: Entry<'_>) -> Result<Outcome> {
-    let mut outcome = Outcome { state: State::Missing, changed: false, passed_over: Vec::new() };
+    let mut outcome = Outcome { state: State::Missing, changed: false, skipped: Vec::new() };
     let Some(directory) = Directory::open(path)? else { return Ok(outcome) };
     for _ in 0..ROUNDS {
-        outcome.passed_over.clear();
-        match look(&directory, entry, !outcome.changed, &mut outcome.passed_over)? {
-            // Looked at again: the file may have been changed since it was read.
-            Look::Written => outcome.changed = true,
-            Look::Again => {}
-            Look::Settled(state) => {
+        outcome.skipped.clear();
+        match pass(&directory, entry, !outcome.changed, &mut outcome.skipped)? {
+            // Check again: the file may have been changed since it was read.
+            Pass::Written => outcome.changed = true,
+            Pass::Again => {}
+            Pass::Done(state) => {
                 outcome.state = state;
                 return Ok(outcome);
             }
         }
     }
-    outcome.state = State::Unsettled;
+    outcome.state = State::BeingWritten;
     Ok(outcome)
 }
 
-enum Look {
-    Settled(State),
+/// What one pass over the directory did.
+enum Pass {
+    Done(State),
     Written,
     Again,
 }
 
-/// `may_write`: the entry is written once; who undoes it at once is not answered before the next call.
-fn look(directory: &Directory, entry: Entry<'_>, may_write: bool, passed_over: &mut Vec<String>) -> Result<Look> {
+/// Reads the directory once, and writes the entry if it is missing. `may_write`: one call writes the entry only once;
+/// if another program removes it at once, the next call puts it back.
+fn pass(directory: &Directory, entry: Entry<'_>, may_write: bool, skipped: &mut Vec<String>) -> Result<Pass> {
     let mut stand_ins = BTreeMap::new();
     let mut first: Option<(String, Kind, Found)> = None;
     for name in directory.names()? {
@@ -79,18 +81,18 @@ fn look(directory: &Directory, entry: Entry<'_>, may_write: bool, passed_over: &
             Ok(None) => continue,
             Err(reason) => {
                 if first.is_none() {
-                    passed_over.push(format!("{}: {reason}", directory.path(&name).display()));
+                    skipped.push(format!("{}: {reason}", directory.path(&name).display()));
                 }
                 continue;
             }
         };
         let file = match found.text().and_then(|text| Ok(Network::read(text, kind)?.stands_for())) {
             Ok(file) => file,
-            // The file may well become the first: another one is not touched for it.
-            Err(_) if first.is_none() && found.is_young() => return Ok(Look::Settled(State::Unsettled)),
+            // The file may become the first one when it is complete. Do not extend another one meanwhile.
+            Err(_) if first.is_none() && found.is_young() => return Ok(Pass::Done(State::BeingWritten)),
             Err(reason) => {
                 if first.is_none() {
-                    passed_over.push(format!("{}: {reason}", directory.path(&name).display()));
+                    skipped.push(format!("{}: {reason}", directory.path(&name).display()));
                 }
                 continue;
             }
@@ -101,28 +103,28 @@ fn look(directory: &Directory, entry: Entry<'_>, may_write: bool, passed_over: &
             first = Some((name, kind, found));
         }
     }
-    let (wanted, settled) = match &first {
+    let (wanted, state) = match &first {
         None => (None, State::Missing),
         Some((name, kind, found)) => match extend(directory, name, *kind, found, entry, &stand_ins, may_write)? {
             Extension::Done => (None, State::Ready(name.clone())),
             Extension::StandIn(name) => (Some(name.clone()), State::Ready(name)),
-            Extension::Written => return Ok(Look::Written),
-            Extension::Again => return Ok(Look::Again),
-            Extension::Impossible(reason) => (None, State::LeftAlone { file: name.clone(), reason }),
+            Extension::Written => return Ok(Pass::Written),
+            Extension::Again => return Ok(Pass::Again),
+            Extension::Impossible(reason) => (None, State::NotExtensible { file: name.clone(), reason }),
         },
     };
-    // Lists that stood for files which are no longer there, or no longer the first.
+    // Remove stand-in lists whose file is gone or not the first any more.
     let mut removed = false;
     for name in stand_ins.keys().filter(|name| Some(*name) != wanted.as_ref()) {
         removed |= directory.remove(name)?;
     }
-    Ok(if removed { Look::Again } else { Look::Settled(settled) })
+    Ok(if removed { Pass::Again } else { Pass::Done(state) })
 }
 
 enum Extension {
     /// The file has the entry.
     Done,
-    /// The list of this name has the entry, and stands for the file.
+    /// The stand-in list of this name has the entry.
     StandIn(String),
     Written,
     Again,
@@ -148,7 +150,7 @@ fn extend(
         if extended == text {
             return Ok(Extension::Done);
         }
-        // A link leads to where somebody else keeps the file, perhaps where nobody can write.
+        // The target of a symbolic link may belong to another program, or be read-only.
         if !found.is_link {
             if !may_write {
                 return Ok(Extension::Again);
@@ -164,14 +166,18 @@ fn extend(
         _ if !may_write => return Ok(Extension::Again),
         Some(_) => {}
         None if directory.path(&list).symlink_metadata().is_err() => {}
-        None => return Ok(Extension::Impossible(format!("{list}, which would stand for it, is somebody else's"))),
+        None => {
+            return Ok(Extension::Impossible(format!(
+                "{list}, which Egret would write in its place, belongs to another program; rename that file"
+            )));
+        }
     }
     directory.write(&list, text.as_bytes(), found.mode())?;
     Ok(Extension::Written)
 }
 
-/// Takes the entry out of every file that has it, also of such as no runtime reads: CNIs put each other's files aside
-/// under other names and bring them back. Returns the names of the files that were changed, and what went wrong.
+/// Removes the entry from every file that has it, also from files that runtimes do not read: CNIs rename each other's
+/// files and restore them later. Returns the names of the changed files, and the errors.
 pub fn remove(path: &Path) -> (Vec<String>, Vec<anyhow::Error>) {
     let (mut changed, mut errors) = (Vec::new(), Vec::new());
     let names = Directory::open(path).and_then(|directory| match directory {
@@ -196,13 +202,13 @@ pub fn remove(path: &Path) -> (Vec<String>, Vec<anyhow::Error>) {
 
 fn remove_from(directory: &Directory, name: &str) -> Result<bool> {
     for _ in 0..ROUNDS {
-        // What runtimes cannot read, they cannot find an entry in.
+        // A runtime finds no entry in a file that it cannot read.
         let Ok(Some(found)) = directory.read(name) else { return Ok(false) };
         let Ok(text) = found.text() else { return Ok(false) };
         let network = match Network::read(text, Kind::of(name).unwrap_or(Kind::List)) {
             Ok(network) => network,
             Err(e) if Kind::of(name).is_some() && text.contains(super::network::PLUGIN) => {
-                return Err(anyhow!(e)).context("the entry must be taken out by hand");
+                return Err(anyhow!(e)).context("remove the egret-cni entry by hand");
             }
             Err(_) => return Ok(false),
         };
@@ -213,11 +219,13 @@ fn remove_from(directory: &Directory, name: &str) -> Result<bool> {
             return Ok(false);
         }
         if found.is_link {
-            return Err(anyhow!("it is a link, and was not extended by egretd; take the entry out by hand"));
+            return Err(anyhow!(
+                "it is a symbolic link, which egretd does not change; remove the egret-cni entry by hand"
+            ));
         }
         if directory.replace(name, &found, network.without_entry().as_bytes())? {
             return Ok(true);
         }
     }
-    Err(anyhow!("it is being written by somebody else without pause; try again"))
+    Err(anyhow!("another program keeps writing it; try again"))
 }

@@ -1,5 +1,5 @@
-//! A directory that runtimes and other CNIs use at the same time: what is written there appears whole or not at all,
-//! and what somebody else writes meanwhile is not lost.
+//! A directory that runtimes and other CNIs use at the same time. Files are written atomically, and concurrent
+//! changes by others are not lost.
 
 use anyhow::{Context, Result};
 use nix::errno::Errno;
@@ -11,53 +11,53 @@ use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt, fchown};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
-/// Files are written under `.NAME.egret-tmp` before they take their name. No runtime reads files that end so.
+/// Suffix of temporary files, `.NAME.egret-tmp`. No runtime reads files with it.
 const TEMPORARY: &str = ".egret-tmp";
-/// Network configurations have some kilobytes; this is what containerd takes at most.
+/// The longest file accepted, in bytes; containerd's limit. Network configurations have some kilobytes.
 const MAX_BYTES: u64 = 2 << 20;
-/// A file that was changed less than this long ago may still be being written.
+/// A file that was changed less than this time ago may be incomplete.
 const YOUNG: Duration = Duration::from_secs(1);
 
-/// A directory, locked against other processes of Egret until it is dropped: an init container, a daemon, a person.
+/// A directory, locked against other processes of Egret (init container, daemon, command line) until it is dropped.
 pub struct Directory {
     path: PathBuf,
     lock: Flock<File>,
 }
 
-/// A file as it was read.
+/// A file's contents and metadata at the time of reading.
 pub struct Found {
-    /// Its bytes.
     pub bytes: Vec<u8>,
-    /// Whether its name is that of a symbolic link.
+    /// Whether the name is a symbolic link.
     pub is_link: bool,
     metadata: Metadata,
 }
 
 impl Found {
-    /// As text.
+    /// The contents as text.
     ///
     /// # Errors
-    /// It is none.
+    /// The contents are not UTF-8.
     pub fn text(&self) -> Result<&str, String> {
         str::from_utf8(&self.bytes).map_err(|e| format!("it is not UTF-8: {e}"))
     }
 
-    /// Whether its writer may not have finished.
+    /// Whether the file may be incomplete.
     pub fn is_young(&self) -> bool {
         is_young(&self.metadata)
     }
 
-    /// The permission bits.
+    /// The file's permission bits.
     pub fn mode(&self) -> u32 {
         self.metadata.permissions().mode() & 0o7777
     }
 }
 
 impl Directory {
-    /// Opens and locks it, and removes what a killed process left unfinished. `None` if there is no such directory.
+    /// Opens and locks the directory, and removes the temporary files of killed processes. `None` if there is no such
+    /// directory.
     ///
     /// # Errors
-    /// It cannot be opened, locked or cleaned.
+    /// The directory cannot be opened, locked or cleaned.
     pub fn open(path: &Path) -> Result<Option<Self>> {
         let about = || format!("directory {}", path.display());
         let file = match File::open(path) {
@@ -67,7 +67,7 @@ impl Directory {
         let lock = Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, e)| e).with_context(about)?;
         let directory = Directory { path: path.to_owned(), lock };
         for name in directory.names()? {
-            // The lock is ours: nobody is at work on it.
+            // This process has the lock, so no other one is using the file.
             if name.starts_with('.') && name.ends_with(TEMPORARY) {
                 directory.remove(&name)?;
             }
@@ -75,15 +75,15 @@ impl Directory {
         Ok(Some(directory))
     }
 
-    /// The path of a file in it.
+    /// The path of a file in the directory.
     pub fn path(&self, name: &str) -> PathBuf {
         self.path.join(name)
     }
 
-    /// The names in it, sorted as runtimes sort them: by their bytes. Names that are not UTF-8 are left out.
+    /// The directory's file names in byte order, as runtimes sort them. Names that are not UTF-8 are omitted.
     ///
     /// # Errors
-    /// It cannot be read.
+    /// The directory cannot be read.
     pub fn names(&self) -> Result<Vec<String>> {
         let entries = fs::read_dir(&self.path).and_then(|entries| entries.collect::<io::Result<Vec<_>>>());
         let entries = entries.with_context(|| format!("directory {}", self.path.display()))?;
@@ -95,14 +95,14 @@ impl Directory {
     /// Reads a file; `None` if there is none.
     ///
     /// # Errors
-    /// Why it cannot be a network configuration: it is no file, is too big, cannot be read.
+    /// The file cannot be a network configuration: it is no regular file, is too big, or cannot be read.
     pub fn read(&self, name: &str) -> Result<Option<Found>, String> {
         let path = self.path(name);
         let is_link = match path.symlink_metadata() {
             Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
             other => other.map_err(|e| e.to_string())?.is_symlink(),
         };
-        // Who puts a pipe under such a name shall not make us wait for it.
+        // Non-blocking, because opening a FIFO would wait for a writer.
         let file = match OpenOptions::new().read(true).custom_flags(O_NONBLOCK).open(&path) {
             Err(e) if e.kind() == ErrorKind::NotFound && !is_link => return Ok(None),
             other => other.map_err(|e| e.to_string())?,
@@ -119,10 +119,10 @@ impl Directory {
         Ok(Some(Found { bytes, is_link, metadata }))
     }
 
-    /// Writes a file of Egret's own.
+    /// Writes a file that belongs to Egret.
     ///
     /// # Errors
-    /// It cannot be written; then what was there is there still.
+    /// The file cannot be written; the old one is unchanged.
     pub fn write(&self, name: &str, bytes: &[u8], mode: u32) -> Result<()> {
         let temporary = self.temporary(name);
         let done = unfinished(&temporary, bytes, mode, None).and_then(|()| fs::rename(&temporary, self.path(name)));
@@ -130,29 +130,29 @@ impl Directory {
         self.keep()
     }
 
-    /// Gives somebody else's file new contents, with its mode and owner. False: it is not as it was found any more,
-    /// and was left to who changed it.
+    /// Replaces the contents of a file that belongs to another program, and keeps its mode and owner. Returns false
+    /// if the file was changed since it was read; the newer contents stay.
     ///
     /// # Errors
-    /// It cannot be written; then what was there is there still.
+    /// The file cannot be written; the old one is unchanged.
     pub fn replace(&self, name: &str, found: &Found, bytes: &[u8]) -> Result<bool> {
         let (temporary, path) = (self.temporary(name), self.path(name));
         let about = || format!("{}", path.display());
         unfinished(&temporary, bytes, found.mode(), Some((found.metadata.uid(), found.metadata.gid())))
             .with_context(about)?;
-        // What comes out is what was there in that very moment. If it is not what was thought to be there, somebody has
-        // written meanwhile and perhaps still does: the newer one goes back to its place, and so on.
+        // The exchange returns what was in place at that moment. If that is not what was read before, another program
+        // has written meanwhile, and may still: put the newer contents back, and compare again.
         let (mut there, mut mine) = (found.bytes.clone(), bytes.to_vec());
         loop {
             match exchange(&temporary, &path) {
                 Ok(()) => {}
-                // A file system that cannot.
+                // The file system cannot exchange.
                 Err(Errno::EINVAL | Errno::ENOSYS) => {
                     fs::rename(&temporary, &path).with_context(about)?;
                     self.keep()?;
                     return Ok(true);
                 }
-                // It was removed.
+                // The file was removed meanwhile.
                 Err(Errno::ENOENT) => {
                     fs::remove_file(&temporary).with_context(about)?;
                     return Ok(false);
@@ -169,10 +169,10 @@ impl Directory {
         }
     }
 
-    /// Removes a file; that it is not there is no error. Returns whether it was.
+    /// Removes a file. Returns whether there was one.
     ///
     /// # Errors
-    /// It cannot be removed.
+    /// The file cannot be removed.
     pub fn remove(&self, name: &str) -> Result<bool> {
         match fs::remove_file(self.path(name)) {
             Ok(()) => Ok(true),
@@ -185,20 +185,19 @@ impl Directory {
         self.path.join(format!(".{name}{TEMPORARY}"))
     }
 
-    /// Makes names outlast a loss of power.
+    /// Syncs the directory, so that renames survive a power loss.
     fn keep(&self) -> Result<()> {
         self.lock.sync_all().with_context(|| format!("directory {}", self.path.display()))
     }
 }
 
-/// Whether a file's writer may not have finished. What was changed in the future is not young.
+/// Whether a file may be incomplete. A modification time in the future does not count as recent.
 pub fn is_young(file: &Metadata) -> bool {
     let age = file.modified().ok().and_then(|at| SystemTime::now().duration_since(at).ok());
     age.is_some_and(|age| age < YOUNG)
 }
 
-/// Writes all of a file but its name. It is closed when this returns: a program that is open for writing cannot be
-/// executed (`ETXTBSY`).
+/// Writes a temporary file and closes it. A program that is open for writing cannot be executed (`ETXTBSY`).
 fn unfinished(path: &Path, bytes: &[u8], mode: u32, owner: Option<(u32, u32)>) -> io::Result<()> {
     let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(path)?;
     file.write_all(bytes)?;
@@ -216,7 +215,7 @@ fn exchange(a: &Path, b: &Path) -> nix::Result<()> {
     renameat2(AT_FDCWD, a, AT_FDCWD, b, RenameFlags::RENAME_EXCHANGE)
 }
 
-/// Other C libraries do not offer it.
+/// `renameat2` is not available with other C libraries.
 #[cfg(not(target_env = "gnu"))]
 fn exchange(_: &Path, _: &Path) -> nix::Result<()> {
     Err(Errno::ENOSYS)

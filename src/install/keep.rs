@@ -1,8 +1,8 @@
-//! The node daemon's care for what was installed: another CNI that writes its configuration anew leaves the entry out,
-//! and whoever sets up a host's plugins may remove a program that they do not know.
+//! Keeps the plugin installed while the node daemon runs. Another CNI that rewrites its configuration drops the
+//! entry, and a tool that manages a host's plugins may remove an unknown program.
 
 use super::configuration::{self, State};
-use super::{entry, left_alone, passed_over, plugin};
+use super::{entry, not_extensible, plugin, skipped};
 use futures_util::StreamExt;
 use inotify::{EventStream, Inotify, WatchMask};
 use prometheus_client::metrics::counter::Counter;
@@ -14,26 +14,26 @@ use std::path::PathBuf;
 use std::time::Duration;
 use tokio::time::{Instant, sleep, timeout};
 
-/// Without any event everything is looked at this often: events can be lost.
-const LOOK_AGAIN: Duration = Duration::from_secs(30);
-/// How soon a directory that was not there, or a file that was being written, is looked at again.
-const SOON: Duration = Duration::from_millis(100);
-/// Events that come this close to each other are answered together.
-const TOGETHER: Duration = Duration::from_millis(10);
-/// How often the entry is put back within [`FIGHT`] before it is taken for a fight,
-const PUT_BACK: usize = 10;
-const FIGHT: Duration = Duration::from_secs(60);
-/// and how far apart it is put back from then on.
-const TRUCE: Duration = Duration::from_secs(6);
-/// Room for some hundreds of inotify's events.
-const EVENTS: usize = 16 << 10;
+/// How often everything is checked without any event: events can be lost.
+const CHECK_INTERVAL: Duration = Duration::from_secs(30);
+/// How soon a missing directory, or a file that is being written, is checked again.
+const RETRY: Duration = Duration::from_millis(100);
+/// Events within this time of each other cause one check.
+const DEBOUNCE: Duration = Duration::from_millis(10);
+/// If the entry is put back so often within [`CONFLICT_WINDOW`], another program removes it,
+const CONFLICT_WRITES: usize = 10;
+const CONFLICT_WINDOW: Duration = Duration::from_secs(60);
+/// and from then on this time passes between two writes.
+const CONFLICT_INTERVAL: Duration = Duration::from_secs(6);
+/// Buffer for some hundreds of inotify events, in bytes.
+const EVENTS_BYTES: usize = 16 << 10;
 
-/// What is kept.
+/// What is kept installed, and where.
 #[derive(Clone, Debug)]
 pub struct Options {
     /// The runtime's directory of network configurations.
     pub conf_dir: PathBuf,
-    /// The runtime's directory of plugins, if the program is to be kept as well.
+    /// The runtime's directory of plugins, if the program is kept there as well.
     pub bin_dir: Option<PathBuf>,
     /// The daemon's socket.
     pub socket: PathBuf,
@@ -41,7 +41,7 @@ pub struct Options {
     pub state_dir: PathBuf,
 }
 
-/// What is counted.
+/// Metrics of the installation.
 #[derive(Clone, Debug, Default)]
 pub struct Metrics {
     put_back: Counter,
@@ -50,14 +50,15 @@ pub struct Metrics {
 }
 
 impl Metrics {
-    /// All of them, shown by `registry`.
+    /// Registers the metrics.
     pub fn register(registry: &mut Registry) -> Self {
         let metrics = Metrics::default();
         let put_back = "How often the entry was put into the node's network configuration";
         registry.register("cni_entry_written", put_back, metrics.put_back.clone());
         let configured = "1: the runtime's chain has the entry; 0: pods start without Egret";
         registry.register("cni_configured", configured, metrics.configured.clone());
-        let fight = "1: somebody takes the entry out again and again, and it is put back every few seconds only";
+        let fight =
+            "1: another program removes the entry again and again, and egretd puts it back only every few seconds";
         registry.register("cni_fight", fight, metrics.fight.clone());
         metrics
     }
@@ -65,15 +66,16 @@ impl Metrics {
 
 /// Keeps the entry and the program for as long as the daemon runs.
 pub async fn run(options: Options, metrics: Metrics) {
-    let mut keeper = Keeper { options, metrics, written: VecDeque::new(), said: Vec::new(), fought_at: None };
+    let mut keeper =
+        Keeper { options, metrics, written: VecDeque::new(), reported: Vec::new(), conflict_reported_at: None };
     let mut events = None;
     loop {
-        // Watched before it is looked at, so that nothing falls in between.
+        // Start the watch before the check, so that no change is missed.
         if events.is_none() {
             events = keeper.watch();
         }
-        let settled = keeper.look().await && events.is_some();
-        let wait = if settled { LOOK_AGAIN } else { SOON };
+        let settled = keeper.reconcile().await && events.is_some();
+        let wait = if settled { CHECK_INTERVAL } else { RETRY };
         let watched = match &mut events {
             Some(stream) => timeout(wait, next(stream)).await.unwrap_or(true),
             None => {
@@ -84,13 +86,13 @@ pub async fn run(options: Options, metrics: Metrics) {
         if !watched {
             events = None;
         }
-        keeper.hold_back().await;
+        keeper.pace_writes().await;
     }
 }
 
 type Events = EventStream<Vec<u8>>;
 
-/// Waits for an event, and those that come with it. False: a directory is no longer the one that was watched.
+/// Waits for an event and those that follow it closely. Returns false if a directory was removed or replaced.
 async fn next(events: &mut Events) -> bool {
     use inotify::EventMask;
     let gone = EventMask::IGNORED | EventMask::DELETE_SELF | EventMask::MOVE_SELF;
@@ -100,7 +102,7 @@ async fn next(events: &mut Events) -> bool {
             Some(Ok(event)) if !event.mask.intersects(gone) => {}
             _ => return false,
         }
-        first = match timeout(TOGETHER, events.next()).await {
+        first = match timeout(DEBOUNCE, events.next()).await {
             Ok(more) => more,
             Err(_) => return true,
         };
@@ -110,16 +112,16 @@ async fn next(events: &mut Events) -> bool {
 struct Keeper {
     options: Options,
     metrics: Metrics,
-    /// When the entry was written, within the last [`FIGHT`].
+    /// The times of the writes within the last [`CONFLICT_WINDOW`].
     written: VecDeque<Instant>,
-    /// What was last said of the state, which is said only when it changes.
-    said: Vec<String>,
-    /// When it was last said that there is a fight.
-    fought_at: Option<Instant>,
+    /// The problems that were logged last. They are logged again only if they change.
+    reported: Vec<String>,
+    /// When a conflict with another program was last logged.
+    conflict_reported_at: Option<Instant>,
 }
 
 impl Keeper {
-    /// `None`: a directory is not there yet, or cannot be watched; then it is looked at again and again.
+    /// Watches the directories. `None` if one is missing or cannot be watched; the caller tries again.
     fn watch(&self) -> Option<Events> {
         let open = || -> io::Result<Events> {
             let inotify = Inotify::init()?;
@@ -127,16 +129,16 @@ impl Keeper {
             let mask = mask | WatchMask::DELETE_SELF | WatchMask::MOVE_SELF | WatchMask::ONLYDIR;
             inotify.watches().add(&self.options.conf_dir, mask)?;
             if let Some(dir) = self.options.bin_dir.as_ref().filter(|dir| dir.is_dir()) {
-                // A program is complete when it is closed or renamed.
+                // A program is complete once it is closed or renamed.
                 inotify.watches().add(dir, mask - WatchMask::MODIFY)?;
             }
-            inotify.into_event_stream(vec![0; EVENTS])
+            inotify.into_event_stream(vec![0; EVENTS_BYTES])
         };
         open().inspect_err(|e| tracing::debug!("{}: {e}", self.options.conf_dir.display())).ok()
     }
 
-    /// Puts everything right. False: to be looked at again soon.
-    async fn look(&mut self) -> bool {
+    /// Installs what is missing. Returns false if it must be checked again soon.
+    async fn reconcile(&mut self) -> bool {
         let options = self.options.clone();
         let looked = tokio::task::spawn_blocking(move || {
             let program = options.bin_dir.as_ref().map(|dir| {
@@ -151,12 +153,12 @@ impl Keeper {
         let mut problems = Vec::new();
         let mut settled = !matches!(program, Some(Ok(None)));
         match program {
-            Some(Ok(Some(true))) => tracing::info!("egret-cni was missing or another one, and is in its place now"),
-            Some(Err(e)) => problems.push(format!("egret-cni cannot be kept in its place: {e:#}")),
+            Some(Ok(Some(true))) => tracing::info!("installed egret-cni, which was missing or different"),
+            Some(Err(e)) => problems.push(format!("cannot install egret-cni: {e:#}")),
             _ => {}
         }
         match entry {
-            Err(e) => problems.push(format!("the network configuration cannot be kept: {e:#}")),
+            Err(e) => problems.push(format!("cannot put egret-cni into the network configuration: {e:#}")),
             Ok(outcome) => {
                 let ready = matches!(outcome.state, State::Ready(_));
                 self.metrics.configured.set(ready.into());
@@ -164,52 +166,52 @@ impl Keeper {
                     self.metrics.put_back.inc();
                     self.written.push_back(Instant::now());
                 }
-                problems.extend(outcome.passed_over.iter().map(|file| passed_over(file)));
+                problems.extend(outcome.skipped.iter().map(|file| skipped(file)));
                 match outcome.state {
-                    State::Ready(file) if outcome.changed => tracing::info!("{dir}/{file} calls egret-cni now"),
+                    State::Ready(file) if outcome.changed => tracing::info!("put egret-cni into {dir}/{file}"),
                     State::Ready(_) => {}
-                    State::Unsettled => settled = false,
+                    State::BeingWritten => settled = false,
                     State::Missing => {
                         problems.push(format!("there is no network configuration in {dir}; waiting for one"));
                     }
-                    State::LeftAlone { file, reason } => {
-                        problems.push(left_alone(&self.options.conf_dir, &file, &reason));
+                    State::NotExtensible { file, reason } => {
+                        problems.push(not_extensible(&self.options.conf_dir, &file, &reason));
                     }
                 }
             }
         }
         if settled {
-            for problem in problems.iter().filter(|p| !self.said.contains(p)) {
+            for problem in problems.iter().filter(|p| !self.reported.contains(p)) {
                 tracing::warn!("{problem}");
             }
-            self.said = problems;
+            self.reported = problems;
         }
         settled
     }
 
-    /// Waits if the entry has been written so often that somebody must be at work against it: two programs that answer
+    /// Waits if the entry was written so often that another program must be removing it: two programs that react to
     /// each other at once would keep the host busy and its runtime reloading.
-    async fn hold_back(&mut self) {
-        while self.written.front().is_some_and(|at| at.elapsed() > FIGHT) {
+    async fn pace_writes(&mut self) {
+        while self.written.front().is_some_and(|at| at.elapsed() > CONFLICT_WINDOW) {
             self.written.pop_front();
         }
-        let fights = self.written.len() >= PUT_BACK;
+        let fights = self.written.len() >= CONFLICT_WRITES;
         self.metrics.fight.set(fights.into());
         let Some(last) = self.written.back().copied().filter(|_| fights) else {
-            self.fought_at = None;
+            self.conflict_reported_at = None;
             return;
         };
-        if self.fought_at.is_none_or(|at| at.elapsed() > FIGHT) {
-            self.fought_at = Some(Instant::now());
+        if self.conflict_reported_at.is_none_or(|at| at.elapsed() > CONFLICT_WINDOW) {
+            self.conflict_reported_at = Some(Instant::now());
             tracing::warn!(
-                "somebody has taken egret-cni out of the network configuration in {} {} times within a minute; \
-                 from now on it is put back every {} s only, and pods that start in between start without Egret and \
-                 are adopted after: find out who writes there (for instance with fatrace or auditctl)",
+                "another program removed egret-cni from the network configuration in {} {} times within a minute; \
+                 egretd now puts it back only every {} s, and pods that start in between start without Egret and are \
+                 adopted later: find the program that writes there (for instance with fatrace or auditctl)",
                 self.options.conf_dir.display(),
                 self.written.len(),
-                TRUCE.as_secs(),
+                CONFLICT_INTERVAL.as_secs(),
             );
         }
-        sleep((last + TRUCE).saturating_duration_since(Instant::now())).await;
+        sleep((last + CONFLICT_INTERVAL).saturating_duration_since(Instant::now())).await;
     }
 }

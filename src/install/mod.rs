@@ -1,5 +1,5 @@
-//! Egret on a host: the plugin's program and its entry in the node's network configuration, put there, kept there, and
-//! taken away again with everything else of Egret's.
+//! Egret's installation on a host: the plugin's program and its entry in the node's network configuration. Installs
+//! them, keeps them installed, and removes everything of Egret's.
 
 pub mod configuration;
 mod directory;
@@ -17,12 +17,12 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// How often a directory is looked at in which there is no configuration yet.
-const LOOK_AGAIN: Duration = Duration::from_millis(200);
-/// How often a file is looked at that is being written.
-const SETTLING: Duration = Duration::from_millis(50);
-/// How often it is said that this still waits.
-const SAY_AGAIN: Duration = Duration::from_secs(60);
+/// How often a directory without a network configuration is checked.
+const CHECK_INTERVAL: Duration = Duration::from_millis(200);
+/// How often a file that is being written is checked.
+const RETRY: Duration = Duration::from_millis(50);
+/// How often the log says that the installation still waits.
+const LOG_INTERVAL: Duration = Duration::from_secs(60);
 
 /// What is installed, and where.
 #[derive(Clone, Debug)]
@@ -33,75 +33,75 @@ pub struct Options {
     pub conf_dir: PathBuf,
     /// The plugin's program.
     pub plugin: PathBuf,
-    /// Where the plugin finds the daemon.
+    /// The daemon's socket, for the plugin.
     pub socket: PathBuf,
-    /// Where the plugin finds what the daemon leaves for the time when it is away.
+    /// The daemon's state directory, for the plugin.
     pub state_dir: PathBuf,
-    /// Whether the entry is put into the network configuration as well.
+    /// Whether to put the entry into the network configuration as well.
     pub entry: bool,
 }
 
-/// Puts the program into its place; then, if it is asked to, the entry, for which it waits until there is a configuration
-/// to put it into. Who does not ask leaves the entry to the daemon, which puts it there when it is in sync.
+/// Installs the program. If `entry` is set, also waits for a network configuration and puts the entry into it.
+/// Otherwise the daemon puts the entry there as soon as it is in sync.
 ///
 /// # Errors
-/// What cannot be written; a configuration that cannot be extended.
+/// A file cannot be written, or the configuration cannot be extended.
 pub fn run(options: &Options) -> Result<()> {
     let entry = entry(&options.socket, &options.state_dir)?;
     let place = options.bin_dir.display();
     match plugin::put(&options.plugin, &options.bin_dir)? {
-        true => tracing::info!("egret-cni is in {place} now"),
+        true => tracing::info!("installed egret-cni in {place}"),
         false => tracing::info!("egret-cni in {place} is up to date"),
     }
     if let Some(run_dir) = options.socket.parent() {
         uninstalled::clear(run_dir).with_context(|| format!("run directory {}", run_dir.display()))?;
     }
     if !options.entry {
-        tracing::info!("the entry in the network configuration is left to egretd node --cni-conf-dir");
+        tracing::info!("egretd node --cni-conf-dir will put the entry into the network configuration");
         return Ok(());
     }
     let dir = options.conf_dir.display();
-    let (mut said, mut said_at, mut changed) = (Vec::new(), None::<Instant>, false);
+    let (mut reported, mut waiting_logged_at, mut changed) = (Vec::new(), None::<Instant>, false);
     loop {
         let outcome = configuration::put(&options.conf_dir, entry)?;
         changed |= outcome.changed;
-        for file in outcome.passed_over.iter().filter(|file| !said.contains(*file)) {
-            tracing::warn!("{}", passed_over(file));
+        for file in outcome.skipped.iter().filter(|file| !reported.contains(*file)) {
+            tracing::warn!("{}", skipped(file));
         }
-        said = outcome.passed_over;
+        reported = outcome.skipped;
         match outcome.state {
             State::Ready(file) if changed => {
-                tracing::info!("{dir}/{file} calls egret-cni now");
+                tracing::info!("put egret-cni into {dir}/{file}");
                 return Ok(());
             }
             State::Ready(file) => {
-                tracing::info!("{dir}/{file} calls egret-cni already");
+                tracing::info!("{dir}/{file} has egret-cni already");
                 return Ok(());
             }
-            State::LeftAlone { file, reason } => bail!(left_alone(&options.conf_dir, &file, &reason)),
-            State::Unsettled => thread::sleep(SETTLING),
+            State::NotExtensible { file, reason } => bail!(not_extensible(&options.conf_dir, &file, &reason)),
+            State::BeingWritten => thread::sleep(RETRY),
             State::Missing => {
-                if said_at.is_none_or(|at| at.elapsed() >= SAY_AGAIN) {
-                    said_at = Some(Instant::now());
+                if waiting_logged_at.is_none_or(|at| at.elapsed() >= LOG_INTERVAL) {
+                    waiting_logged_at = Some(Instant::now());
                     tracing::info!("there is no network configuration in {dir} yet; waiting for the cluster's CNI");
                 }
-                thread::sleep(LOOK_AGAIN);
+                thread::sleep(CHECK_INTERVAL);
             }
         }
     }
 }
 
-fn passed_over(file: &str) -> String {
-    format!("passed over: {file} (CRI-O passes it over, too; containerd loads no network at all because of it)")
+fn skipped(file: &str) -> String {
+    format!("skipped {file} (CRI-O skips it too; containerd loads no network at all because of it)")
 }
 
-fn left_alone(dir: &Path, file: &str, reason: &str) -> String {
-    format!("{}/{file} is left alone, and pods start without Egret: {reason}", dir.display())
+fn not_extensible(dir: &Path, file: &str, reason: &str) -> String {
+    format!("{}/{file} cannot be extended, and pods start without Egret: {reason}", dir.display())
 }
 
-/// What the entry tells the plugin.
+/// The entry that tells the plugin the daemon's socket and state directory.
 fn entry<'a>(socket: &'a Path, state_dir: &'a Path) -> Result<Entry<'a>> {
     check_socket(socket).and_then(|()| check_state_dir(state_dir)).map_err(|e| anyhow::anyhow!("{e}"))?;
-    let text = |path: &'a Path| path.to_str().with_context(|| format!("{path:?} is not UTF-8; give it another name"));
+    let text = |path: &'a Path| path.to_str().with_context(|| format!("{path:?} is not UTF-8; choose another path"));
     Ok(Entry { socket: text(socket)?, state_dir: text(state_dir)? })
 }

@@ -1,8 +1,7 @@
-//! A network configuration as a file holds it: which chain of plugins, and where in the text `egret-cni` stands or
-//! would stand.
+//! A network configuration as a file's text: its plugin chain, and the position of the `egret-cni` entry in it.
 //!
-//! The text is never written anew from what was understood of it: pieces are put in and taken out, so that the order
-//! of keys, unknown fields, numbers and white space stay as they are, and taking out gives back what was there.
+//! The text is edited, never serialised again: the order of keys, unknown fields, numbers and white space stay, and
+//! removing the entry restores the original text.
 
 use crate::cni::config::{DEFAULT_SOCKET, DEFAULT_STATE_DIR};
 use crate::cni::version::Version;
@@ -13,19 +12,20 @@ use std::ops::Range;
 
 /// The plugin's type, which is also its file's name.
 pub const PLUGIN: &str = "egret-cni";
-/// What the entry tells the plugin. A path that the plugin takes by itself is not written.
+
+/// The entry's fields. A path that equals the plugin's default is not written.
 #[derive(Clone, Copy, Debug)]
 pub struct Entry<'a> {
-    /// Where the daemon listens.
+    /// The daemon's socket.
     pub socket: &'a str,
-    /// Where the daemon leaves what outlives a reboot.
+    /// The daemon's state directory.
     pub state_dir: &'a str,
 }
 
-/// What is appended to a file's name, less its extension, to name the list that stands for it.
+/// Suffix of a stand-in list's name, after the file's name without its extension.
 const STAND_IN: &str = "-egret.conflist";
 
-/// What a file is by its name, for libcni and so for every runtime.
+/// A configuration file's kind, which its name tells (libcni, and so every runtime).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
     /// `.conflist`: a list of plugins.
@@ -35,7 +35,7 @@ pub enum Kind {
 }
 
 impl Kind {
-    /// By the file's name; `None` for files that runtimes do not read.
+    /// The kind of a file of this name; `None` if runtimes do not read it.
     pub fn of(name: &str) -> Option<Kind> {
         match name.rsplit_once('.')?.1 {
             "conflist" => Some(Kind::List),
@@ -45,21 +45,21 @@ impl Kind {
     }
 }
 
-/// The name of the list that stands for a file which cannot be extended itself. It sorts before the file's own name,
-/// for `-` sorts before `.`, and runtimes take the first: `10-x.conflist` would come after `10-x.conf`, and never be
-/// read. The file itself stays, so that its owner finds it, and nothing has to be brought back.
+/// The name of the stand-in list, which runtimes read instead of a file that cannot be extended. It sorts before the
+/// file, because `-` sorts before `.`, and runtimes take the first name. (`10-x.conflist` would sort after
+/// `10-x.conf`.) The file itself is not changed: its owner finds it, and nothing has to be restored.
 pub fn stand_in(name: &str) -> String {
     format!("{}{STAND_IN}", name.rsplit_once('.').map_or(name, |(stem, _)| stem))
 }
 
-/// A network configuration, understood as far as needed.
+/// A parsed network configuration.
 #[derive(Debug)]
 pub struct Network<'a> {
     text: &'a str,
     kind: Kind,
     name: Option<&'a RawValue>,
     version: Option<&'a RawValue>,
-    /// Whether the plugin speaks the version in which the runtime will call it; else why not.
+    /// Whether the plugin supports the version in which the runtime will call it, or why not.
     speakable: Result<(), String>,
     plugins: Vec<Plugin<'a>>,
 }
@@ -99,7 +99,7 @@ impl<'a> Network<'a> {
     /// Reads a file's text.
     ///
     /// # Errors
-    /// Why it is no configuration to a runtime.
+    /// Why a runtime would reject the file.
     pub fn read(text: &'a str, kind: Kind) -> Result<Self, String> {
         let fields: Fields<'a> =
             serde_json::from_str(text).map_err(|e| format!("it cannot be read as a network configuration: {e}"))?;
@@ -119,18 +119,18 @@ impl<'a> Network<'a> {
         Ok(Network { text, kind, name: fields.name, version: fields.cni_version, speakable, plugins })
     }
 
-    /// Whether `egret-cni` can be chained to it.
+    /// Checks that `egret-cni` can be chained to the network.
     ///
     /// # Errors
-    /// Why not.
+    /// Why it cannot.
     pub fn check(&self) -> Result<(), String> {
         if !self.name.is_some_and(is_named) {
-            return Err("it has no name; give the network one".into());
+            return Err("it has no name; give the network a name".into());
         }
         self.speakable.clone()
     }
 
-    /// The name of the file that this list stands for, if it is one that [`Network::standing_for`] made.
+    /// The name of the file that this list replaces, if [`Network::standing_for`] made the list.
     pub fn stands_for(&self) -> Option<String> {
         self.entries().find_map(|entry| string(entry.fields.stands_for?))
     }
@@ -140,8 +140,8 @@ impl<'a> Network<'a> {
         self.kind == Kind::List && self.entries().next().is_some()
     }
 
-    /// The list with `egret-cni` at its end, or where it stands already, with what `entry` says. The text is the same
-    /// if nothing has to be changed.
+    /// The list's text with `egret-cni` in its place or at the end, with `entry`'s values. The text is unchanged if
+    /// it has them already.
     pub fn extended(&self, entry: Entry<'_>) -> String {
         if !self.has_entry() {
             return self.appended(&entry.text(None));
@@ -164,15 +164,15 @@ impl<'a> Network<'a> {
                 }
             }
         }
-        // From the end, so that what comes before stays where it is.
+        // Edit from the end, so that earlier positions stay valid.
         edits.sort_by_key(|(range, _)| std::cmp::Reverse(range.start));
         let mut text = self.text.to_owned();
         edits.into_iter().for_each(|(range, with)| text.replace_range(range, &with));
         text
     }
 
-    /// A list that stands for the file of this name, with `egret-cni` at its end. A single plugin becomes a list as
-    /// libcni itself makes one of it (`ConfListFromConf`): under its own name and version.
+    /// The stand-in list for the file of this name, with `egret-cni` at its end. A single plugin becomes a list of
+    /// its own name and version, as in libcni (`ConfListFromConf`).
     pub fn standing_for(&self, file: &str, entry: Entry<'_>) -> String {
         let entry = entry.text(Some(file));
         match self.kind {
@@ -189,14 +189,14 @@ impl<'a> Network<'a> {
                 let plain = self.without_entry();
                 match Network::read(&plain, Kind::List) {
                     Ok(network) => network.appended(&entry),
-                    // Nothing but ours was in it.
+                    // The list had no plugin but egret-cni.
                     Err(_) => self.text.to_owned(),
                 }
             }
         }
     }
 
-    /// The list without `egret-cni`.
+    /// The list's text without `egret-cni`.
     pub fn without_entry(&self) -> String {
         let mut text = self.text.to_owned();
         if self.kind == Kind::Single {
@@ -204,7 +204,7 @@ impl<'a> Network<'a> {
         }
         let range = |at: usize| self.range(self.plugins[at].text);
         let first = self.plugins.iter().position(|p| !p.is_ours());
-        // With the comma, and the space before or after, that was put in with it.
+        // Remove the comma and the space as well that were added with the entry.
         for at in (first.unwrap_or(0) + 1..self.plugins.len()).rev().filter(|at| self.plugins[*at].is_ours()) {
             text.replace_range(range(at - 1).end..range(at).end, "");
         }
@@ -221,7 +221,7 @@ impl<'a> Network<'a> {
         self.plugins.iter().filter(|p| p.is_ours())
     }
 
-    /// The entry comes after the last plugin, set apart from it as that one is from what stands before it.
+    /// The text with the entry after the last plugin, with the same white space as before that one.
     fn appended(&self, entry: &str) -> String {
         let Some(last) = self.plugins.last().map(|p| self.range(p.text)) else { return self.text.to_owned() };
         let before = &self.text[..last.start];
@@ -229,7 +229,7 @@ impl<'a> Network<'a> {
         format!("{},{space}{entry}{}", &self.text[..last.end], &self.text[last.end..])
     }
 
-    /// Where a piece of the text stands in it.
+    /// The position of a part of the text.
     fn range(&self, piece: &str) -> Range<usize> {
         let start = piece.as_ptr().addr() - self.text.as_ptr().addr();
         start..start + piece.len()
@@ -251,7 +251,8 @@ impl<'a> Plugin<'a> {
     }
 }
 
-/// A runtime calls plugins in the newest version that the configuration offers and that it knows itself.
+/// Checks the version in which a runtime calls the plugins: the newest that the configuration offers and the runtime
+/// knows.
 fn newest(version: Option<String>, others: Vec<String>) -> Result<(), String> {
     let parts = |text: &String| text.split('.').map(|part| part.parse::<u32>().unwrap_or(u32::MAX)).collect::<Vec<_>>();
     let Some(newest) = version.into_iter().chain(others).max_by_key(parts) else {
@@ -274,7 +275,7 @@ fn quoted(text: &str) -> String {
 }
 
 impl Entry<'_> {
-    /// As it stands in a list; in one that stands for another file, with that one's name.
+    /// The entry's JSON; in a stand-in list, with the name of the file that the list replaces.
     fn text(self, stands_for: Option<&str>) -> String {
         let state_dir = Some(self.state_dir).filter(|dir| *dir != DEFAULT_STATE_DIR);
         let more = [("stateDir", state_dir), ("standsFor", stands_for)];
@@ -309,7 +310,7 @@ mod tests {
     }
 
     #[test]
-    fn an_entry_without_a_socket_means_the_usual_one() {
+    fn an_entry_without_a_socket_means_the_default_one() {
         let own = r#"{"name":"n","cniVersion":"1.0.0","plugins":[{"type":"a"},{"type":"egret-cni"},{"type":"b"}]}"#;
         assert_eq!(extended(own, SOCKET), own);
         let with = extended(own, "/x");
@@ -358,7 +359,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_configuration_and_what_cannot_be_extended() {
+    fn invalid_configurations_and_unsupported_versions_are_rejected() {
         let list = |version: &str| format!(r#"{{{version}"name":"n","plugins":[{{"type":"a"}}]}}"#);
         let check = |text: &str| Network::read(text, Kind::List).unwrap().check();
         for version in [r#""cniVersion":"0.3.1","#, r#""cniVersions":["0.3.0","1.0.0"],"cniVersion":"0.4.0","#] {
@@ -377,7 +378,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn taking_out_undoes_putting_in(space in "[ \n\t]{0,3}", types in prop::collection::vec("[a-z]{1,4}", 1..4)) {
+        fn removing_the_entry_restores_the_text(space in "[ \n\t]{0,3}", types in prop::collection::vec("[a-z]{1,4}", 1..4)) {
             let plugins: Vec<String> = types.iter().map(|t| format!("{space}{{\"type\":{space}\"{t}\"}}{space}")).collect();
             let plain = format!("{{\"name\":\"n\",{space}\"plugins\":[{}],\"cniVersion\":\"1.0.0\"}}", plugins.join(","));
             let with = extended(&plain, SOCKET);
@@ -386,9 +387,9 @@ mod tests {
             prop_assert_eq!(network.without_entry(), plain);
         }
 
-        /// Whatever a person or another program has written: it is refused, or stays what it is when the entry comes and goes.
+        /// Any text is rejected, or is unchanged after the entry has been added and removed.
         #[test]
-        fn what_is_accepted_can_be_extended_and_put_back(
+        fn any_accepted_list_can_be_extended_and_restored(
             keys in prop::collection::vec((0..8usize, 0..9usize), 0..6), plugins in prop::collection::vec(0..6usize, 0..4),
             cut in any::<prop::sample::Index>(),
         ) {

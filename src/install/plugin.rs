@@ -1,4 +1,4 @@
-//! The plugin's program in the runtime's directory of plugins.
+//! The plugin's program in the runtime's plugin directory.
 
 use super::directory::{Directory, is_young};
 use super::network::PLUGIN;
@@ -7,30 +7,30 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
-/// Anybody may call it, as is usual there; what it does needs root.
+/// Any user may execute it, as is usual there; its work needs root.
 const MODE: u32 = 0o755;
 
-/// The program that comes with the running `egretd`: the one beside it.
+/// Path of the plugin's program that was released with the running `egretd`: in the same directory.
 ///
 /// # Errors
-/// It is not known where `egretd` is.
+/// The running program's path cannot be determined.
 pub fn beside_this_program() -> Result<PathBuf> {
     Ok(std::env::current_exe().context("the running egretd's own path")?.with_file_name(PLUGIN))
 }
 
-/// Puts the program into the directory, in place of what is there. Runtimes that start it meanwhile get the one or the
-/// other, whole. Returns whether it was another one.
+/// Writes the program to the directory, replacing what is there. A runtime that starts it meanwhile gets the old or
+/// the new one, never a part. Returns whether the program differed.
 ///
 /// # Errors
-/// There is no such program or directory, or it cannot be written.
+/// The source or the directory does not exist, or the program cannot be written.
 pub fn put(source: &Path, bin_dir: &Path) -> Result<bool> {
     let bytes = fs::read(source).with_context(|| {
-        format!("the plugin's program {}; name it with --plugin if it is elsewhere", source.display())
+        format!("cannot read the plugin's program {}; set --plugin if it is elsewhere", source.display())
     })?;
     let Some(directory) = Directory::open(bin_dir)? else {
         bail!(
-            "there is no directory {}; name the one in which the container runtime looks for plugins \
-             (containerd: bin_dir) with --cni-bin-dir",
+            "there is no directory {}; set --cni-bin-dir to the directory in which the container runtime looks for \
+             plugins (containerd: bin_dir)",
             bin_dir.display()
         );
     };
@@ -43,15 +43,15 @@ pub fn put(source: &Path, bin_dir: &Path) -> Result<bool> {
     Ok(!is_right)
 }
 
-/// Whether the program `source` may still be being written, by somebody who brings a new release onto the host.
+/// Whether the program `source` is complete. An installation of a new release may still be writing it.
 pub fn is_settled(source: &Path) -> bool {
     !source.metadata().is_ok_and(|m| is_young(&m))
 }
 
-/// Removes it. Returns whether it was there.
+/// Removes the program. Returns whether there was one.
 ///
 /// # Errors
-/// It cannot be removed.
+/// The program cannot be removed.
 pub fn remove(bin_dir: &Path) -> Result<bool> {
     match Directory::open(bin_dir)? {
         Some(directory) => directory.remove(PLUGIN),

@@ -1,5 +1,5 @@
-//! Everything of Egret's goes from the host: the entry, what is in the kernel, the files; and what the node told the
-//! cluster of itself.
+//! Removes everything of Egret's from the host: the entry in the network configuration, the kernel's state and the
+//! files. Also removes what the node reported about itself to the cluster.
 
 use super::{configuration, plugin};
 use crate::cluster::{self, SourceName};
@@ -21,7 +21,7 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::{fs, io};
 
-/// What is uninstalled, and from where.
+/// What is removed, and from where.
 #[derive(Clone, Debug)]
 pub struct Options {
     /// The runtime's directory of plugins.
@@ -32,106 +32,109 @@ pub struct Options {
     pub run_dir: PathBuf,
     /// The daemon's state directory.
     pub state_dir: PathBuf,
-    /// Whether the plugin's program goes as well.
+    /// Whether to remove the plugin's program as well.
     pub remove_plugin: bool,
-    /// The bits of marks that were Egret's.
+    /// The mark bits that Egret used.
     pub marks: Marks,
-    /// The cluster that is told that this node is gone, and the node's name there.
+    /// The cluster in which to remove the node's report, and the node's name there.
     pub cluster: Option<(SourceName, String)>,
 }
 
-/// What went wrong does not stop what comes after it.
+/// Collects errors, because a failed step does not stop the later ones.
 #[derive(Default)]
-struct Work {
+struct Removal {
     errors: Vec<Error>,
 }
 
-impl Work {
-    /// Tells of one thing that was done, if there was anything to do.
-    fn done(&mut self, what: &str, result: Result<usize>) {
+impl Removal {
+    /// Logs one step if it removed anything, or keeps its error.
+    fn record(&mut self, what: &str, result: Result<usize>) {
         match result {
             Ok(0) => {}
-            Ok(n) => tracing::info!(n, "removed: {what}"),
-            Err(e) => self.errors.push(e.context(format!("{what} could not be removed"))),
+            Ok(n) => tracing::info!(n, "removed {what}"),
+            Err(e) => self.errors.push(e.context(format!("cannot remove {what}"))),
         }
     }
 }
 
-/// Removes everything; what is gone already is fine. Everything is tried, whatever goes wrong before it.
+/// Removes everything. What does not exist is no error. Every step is tried, whatever failed before it.
 ///
 /// # Errors
-/// A daemon runs; or all that went wrong, in one text.
+/// A daemon runs; or all failed steps, in one text.
 pub async fn run(options: &Options) -> Result<()> {
     let run_dir = &options.run_dir;
     let about = || format!("run directory {}", run_dir.display());
     run_dir::make(run_dir).with_context(about)?;
     let Some(lock) = run_dir::lock_daemon(run_dir).with_context(about)? else {
         bail!(
-            "an egretd runs on this host, with the run directory {}; stop it first: it would put back what is removed",
+            "egretd runs on this host with the run directory {}; stop it first, because it restores what is removed",
             run_dir.display()
         );
     };
-    let mut work = Work::default();
-    // From here on the plugin lets everything pass, and the runtime forgets it; then nothing comes after what is
-    // removed below.
+    let mut removal = Removal::default();
+    // From here on the plugin lets every call succeed, and then the runtime forgets it. So nothing is added after the
+    // steps below.
     uninstalled::mark(run_dir).with_context(about)?;
     let (changed, errors) = configuration::remove(&options.conf_dir);
     for file in changed {
-        tracing::info!("{}/{file} no longer calls egret-cni", options.conf_dir.display());
+        tracing::info!("removed egret-cni from {}/{file}", options.conf_dir.display());
     }
-    work.errors.extend(errors);
-    // First, so that others stop to send here.
+    removal.errors.extend(errors);
+    // Before the kernel's state, so that other nodes stop sending traffic to this one.
     if let Some((source, node)) = &options.cluster {
-        work.done("what the node said of itself", cluster::remove_node(source, node).await.map(usize::from));
+        removal.record("the node's report in the cluster", cluster::remove_node(source, node).await.map(usize::from));
     }
     {
-        // A plugin that began before the mark was there ends its work first.
+        // Wait for plugins that began before the mark was set.
         let _plugins = run_dir::lock_plugins(run_dir).with_context(about)?;
-        kernel(&mut work, options.marks).await;
-        files(&mut work, run_dir);
-        state(&mut work, &options.state_dir);
+        kernel(&mut removal, options.marks).await;
+        files(&mut removal, run_dir);
+        state(&mut removal, &options.state_dir);
     }
     if options.remove_plugin {
-        work.done("the plugin", plugin::remove(&options.bin_dir).map(usize::from));
-        // Nobody is left who would look at the mark.
+        removal.record("the plugin", plugin::remove(&options.bin_dir).map(usize::from));
+        // Nothing reads the mark any more.
         let cleared = uninstalled::clear(run_dir).map(usize::from);
-        work.done("the mark for the plugin", cleared.with_context(about));
+        removal.record("the uninstallation mark", cleared.with_context(about));
     }
     drop(lock);
     if options.remove_plugin {
-        // Somebody else's file in it is no reason to fail.
+        // A foreign file in the directory is no error.
         let _ = fs::remove_dir(run_dir);
     }
-    if work.errors.is_empty() {
+    if removal.errors.is_empty() {
         return Ok(());
     }
-    let texts: Vec<String> = work.errors.iter().map(|e| format!("\n- {e:#}")).collect();
-    bail!("not everything could be removed; run it again when this is mended:{}", texts.concat())
+    let texts: Vec<String> = removal.errors.iter().map(|e| format!("\n- {e:#}")).collect();
+    bail!("not everything was removed; correct the following and run the command again:{}", texts.concat())
 }
 
-/// The tables stand until the last: without the rules, what has a path is dropped by them and can neither leave another
-/// way nor become a connection. One that lives on would leave with the pod's own address as its source, for that is
-/// what its translation says, and nobody else would translate it again.
-async fn kernel(work: &mut Work, marks: Marks) {
+/// Removes the nf_tables tables last. Without the rules, the tables drop traffic that has an egress IP, so that it
+/// can neither take another way nor become a tracked connection. Such a connection would outlive the tables, and its
+/// packets would leave with the pod's own address as their source: its NAT binding says so, and nothing would change
+/// it.
+async fn kernel(removal: &mut Removal, marks: Marks) {
     match RouteSocket::open() {
         Ok(socket) => {
-            work.done("routing rules", rules::sync(&socket, &BTreeSet::new()).await);
-            work.done("tracked connections", connections(marks));
-            work.done("the tunnel device", tunnel::remove(&socket).await.map(usize::from));
-            work.done("routes", own_routes(&socket).await);
+            removal.record("routing rules", rules::sync(&socket, &BTreeSet::new()).await);
+            removal.record("tracked connections", connections(marks));
+            removal.record("the tunnel device", tunnel::remove(&socket).await.map(usize::from));
+            removal.record("routes", own_routes(&socket).await);
             let placed = addresses::sync(&socket, &BTreeSet::new()).await;
             let placed = placed.and_then(|mut changes| match changes.stuck.pop() {
                 Some((_, e)) => Err(e),
                 None => Ok(changes.removed.len()),
             });
-            work.done("egress addresses", placed);
+            removal.record("egress IPs", placed);
         }
-        Err(e) => work.errors.push(e.context("rules, routes, addresses and the tunnel device could not be removed")),
+        Err(e) => {
+            removal.errors.push(e.context("cannot remove routing rules, routes, egress IPs and the tunnel device"))
+        }
     }
-    work.done("quarantines", quarantines());
-    work.done("nf_tables' tables", tables());
+    removal.record("quarantines", quarantines());
+    removal.record("nf_tables' tables", tables());
     // Those that the gateway's own pods have begun meanwhile.
-    work.done("tracked connections", connections(marks));
+    removal.record("tracked connections", connections(marks));
 }
 
 fn tables() -> Result<usize> {
@@ -159,38 +162,38 @@ fn connections(marks: Marks) -> Result<usize> {
     conntrack::delete(&mut socket, ours, |_| true)
 }
 
-fn files(work: &mut Work, run_dir: &Path) {
+fn files(removal: &mut Removal, run_dir: &Path) {
     let attachments = attachment::load_all(run_dir).map_or(0, |all| all.len());
     let directory = match fs::remove_dir_all(run_dir.join(run_dir::ATTACHMENTS)) {
         Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
         _ => Ok(attachments),
     };
-    work.done("attachments", directory.context(run_dir::ATTACHMENTS));
-    for (name, what) in [(run_dir::ADOPTED, "of adopted pods"), (run_dir::KNOWN, "of the cluster")] {
+    removal.record("attachments", directory.context(run_dir::ATTACHMENTS));
+    for (name, what) in [(run_dir::ADOPTED, "the records of adopted pods"), (run_dir::KNOWN, "the offline cache")] {
         match fs::remove_dir_all(run_dir.join(name)) {
             Err(e) if e.kind() != io::ErrorKind::NotFound => {
-                work.errors.push(Error::new(e).context(format!("what was known {what} could not be removed")));
+                removal.errors.push(Error::new(e).context(format!("cannot remove {what}")));
             }
             _ => {}
         }
     }
     let names = [run_dir::SOCKET, run_dir::PLUGIN_LOCK, run_dir::DAEMON_LOCK];
-    // With those that a killed writer left unfinished.
+    // Including the temporary files of killed processes.
     for path in names.into_iter().flat_map(|name| [run_dir.join(name), run_dir.join(format!(".{name}"))]) {
         match fs::remove_file(&path) {
             Err(e) if e.kind() != io::ErrorKind::NotFound => {
-                work.errors.push(Error::new(e).context(format!("{} could not be removed", path.display())));
+                removal.errors.push(Error::new(e).context(format!("cannot remove {}", path.display())));
             }
             _ => {}
         }
     }
 }
 
-/// What outlives a reboot, and the directory if nothing else is in it.
-fn state(work: &mut Work, state_dir: &Path) {
+/// Removes the files that outlive a reboot, and the directory if it is empty then.
+fn state(removal: &mut Removal, state_dir: &Path) {
     let was_there = usize::from(OfflinePolicies::is_there(state_dir));
     let removed = OfflinePolicies::remove(state_dir).map(|()| was_there);
-    work.done(
+    removal.record(
         "the offline policy snapshot",
         removed.with_context(|| format!("state directory {}", state_dir.display())),
     );

@@ -236,7 +236,6 @@ pub async fn run(options: Options, stop: impl Future<Output = ()>) -> anyhow::Re
             () = tokio::time::sleep_until(untidy.unwrap_or_else(Instant::now)), if untidy.is_some() => {
                 untidy = None;
                 memory::give_back();
-                memory::give_program_back();
                 retry
             }
             _ = stale.tick() => {

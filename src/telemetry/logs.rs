@@ -1,4 +1,4 @@
-//! Logs, to stderr.
+//! Logging to stderr.
 
 use anyhow::Context;
 use std::io::IsTerminal;
@@ -7,10 +7,10 @@ use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{Layer, fmt, registry};
 
-/// How a log line looks.
+/// The format of log lines.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum Format {
-    /// For people.
+    /// Text, for people.
     #[default]
     Text,
     /// One JSON object a line.
@@ -21,11 +21,11 @@ pub enum Format {
 /// (`info,egret::kernel=debug`).
 ///
 /// # Errors
-/// The filter cannot be understood, or logs were set up already.
+/// The filter cannot be parsed, or logging was set up already.
 pub fn init(format: Format, filter: &str) -> anyhow::Result<()> {
     let filter: Targets = filter.parse().with_context(|| {
         format!(
-            "log level {filter:?} cannot be understood; write error, warn, info, debug or trace, \
+            "log level {filter:?} is not valid; write error, warn, info, debug or trace, \
              or levels by module as in info,egret::kernel=debug"
         )
     })?;
@@ -35,5 +35,5 @@ pub fn init(format: Format, filter: &str) -> anyhow::Result<()> {
         Format::Json => layer.json().flatten_event(true).with_current_span(false).boxed(),
     };
     let done = registry().with(layer.with_filter(filter)).try_init();
-    done.map_err(|e| anyhow::anyhow!("logs cannot be set up: {e}"))
+    done.map_err(|e| anyhow::anyhow!("cannot set up logging: {e}"))
 }

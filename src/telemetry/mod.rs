@@ -1,4 +1,4 @@
-//! What the daemons show of themselves: logs, and HTTP endpoints for metrics and for health.
+//! Logs, and HTTP endpoints for metrics and health.
 
 pub mod access;
 pub mod logs;

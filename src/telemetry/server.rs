@@ -1,6 +1,6 @@
-//! HTTP endpoints: `/metrics` at one address, `/healthz` and `/readyz` at another, which only this host reaches.
+//! HTTP endpoints: `/metrics` at one address; `/healthz` and `/readyz` at another, which only this host can reach.
 //!
-//! Liveness means that the runtime still turns: whoever answers is alive. Readiness is told by the daemon.
+//! Liveness means that the runtime still runs tasks: any response proves it. The daemon sets the readiness.
 
 use super::access::{Access, Guard};
 use super::tls;
@@ -25,24 +25,24 @@ use tokio::sync::{Semaphore, watch};
 use tokio::task::AbortHandle;
 use tokio_rustls::TlsAcceptor;
 
-/// Connections from other hosts and from pods that are served at once, and as many from this host itself, which kubelet's
-/// probes come from. Scrapers and probes are few; more are a mistake or an attack, and are closed.
+/// The most connections served at once from other hosts and pods, and as many from this host, which kubelet's probes
+/// come from. Scrapers and probes are few; connections above the limit are closed.
 const MAX_CONNECTIONS: usize = 32;
-/// A request has this long to arrive.
+/// Time limit for receiving a request.
 const REQUEST_TIME: Duration = Duration::from_secs(3);
-/// A connection has this long for all of its one request and answer.
+/// Time limit for a whole connection, with its one request and response.
 const CONNECTION_TIME: Duration = Duration::from_secs(30);
-/// An address that cannot be listened on is tried again after this time: it may come late, as one of DHCP's does.
+/// Pause before an address that could not be bound is tried again. It may come late, for example by DHCP.
 const BIND_AGAIN: Duration = Duration::from_secs(5);
 /// <https://prometheus.io/docs/specs/om/open_metrics_spec/#overall-structure>
 const OPENMETRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
-/// Whether the daemon does its work; else why not, in plain words.
+/// Whether the daemon does its work, or why not, in words.
 pub type Readiness = watch::Receiver<Result<(), String>>;
 
 type Refresh = Box<dyn Fn() -> Pin<Box<dyn Future<Output = ()> + Send>> + Send + Sync>;
 
-/// What `--metrics-address` and `--health-address` name: an address and port, or nothing for no endpoint.
+/// An address and port, or nothing for no endpoint: `--metrics-address` and `--health-address`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ListenAddress(pub Option<SocketAddr>);
 
@@ -53,7 +53,8 @@ impl FromStr for ListenAddress {
         if text.is_empty() {
             return Ok(ListenAddress(None));
         }
-        // `[192.0.2.1]:9871`, too: in a manifest, where the address is the node's, nobody knows of which family it is.
+        // Accept `[192.0.2.1]:9871` too: a manifest writes the node's address in brackets, because its family is not
+        // known.
         let bracketed = text.strip_prefix('[').and_then(|rest| rest.rsplit_once("]:"));
         let parsed = match bracketed.map(|(ip, port)| (ip.parse::<IpAddr>(), port.parse::<u16>())) {
             Some((Ok(ip), Ok(port))) => Some(SocketAddr::new(ip, port)),
@@ -66,22 +67,22 @@ impl FromStr for ListenAddress {
     }
 }
 
-/// Where a daemon shows itself.
+/// The addresses of the endpoints.
 #[derive(Clone, Debug)]
 pub struct Addresses {
-    /// Of `/metrics`.
+    /// Address of `/metrics`.
     pub metrics: ListenAddress,
-    /// Of `/healthz` and `/readyz`.
+    /// Address of `/healthz` and `/readyz`.
     pub health: ListenAddress,
-    /// Asks who reads the metrics; `None`: anybody may.
+    /// Authorises readers of the metrics; `None`: anyone may read them.
     pub guard: Option<Guard>,
 }
 
 impl Addresses {
-    /// Serves both, each in a task of its own.
+    /// Serves both endpoints, each in its own task.
     ///
     /// # Errors
-    /// There can be no TLS.
+    /// TLS cannot be set up.
     pub fn serve(&self, metrics: Metrics, readiness: Readiness) -> anyhow::Result<[Option<Server>; 2]> {
         let metrics = Endpoint {
             pages: Pages::Metrics(metrics, self.guard.clone()),
@@ -102,13 +103,13 @@ pub struct Metrics {
 }
 
 impl Metrics {
-    /// From a registry whose metrics keep themselves up to date.
+    /// Metrics of a registry that is always up to date.
     pub fn new(registry: Registry) -> Self {
         Metrics { registry, refresh: None }
     }
 
-    /// Has `refresh` run to its end before each scrape: for figures that are read when they are asked for, as
-    /// counters in the kernel are.
+    /// Runs `refresh` before each scrape, for figures that are read only when requested, such as counters in the
+    /// kernel.
     pub fn before_scrape<F>(mut self, refresh: impl Fn() -> F + Send + Sync + 'static) -> Self
     where
         F: Future<Output = ()> + Send + 'static,
@@ -117,19 +118,19 @@ impl Metrics {
         self
     }
 
-    async fn answer(&self) -> Response<Full<Bytes>> {
+    async fn respond(&self) -> Response<Full<Bytes>> {
         if let Some(refresh) = &self.refresh {
             refresh().await;
         }
         let mut body = String::new();
         match encode(&mut body, &self.registry) {
             Ok(()) => response(StatusCode::OK, OPENMETRICS, body),
-            Err(e) => text(StatusCode::INTERNAL_SERVER_ERROR, format!("the metrics cannot be written: {e}\n")),
+            Err(e) => text(StatusCode::INTERNAL_SERVER_ERROR, format!("cannot encode the metrics: {e}\n")),
         }
     }
 }
 
-/// What is shown at one address.
+/// The pages and the TLS of one address.
 struct Endpoint {
     pages: Pages,
     tls: Option<TlsAcceptor>,
@@ -141,11 +142,11 @@ enum Pages {
 }
 
 impl Endpoint {
-    async fn answer(&self, request: Request<Incoming>) -> Response<Full<Bytes>> {
+    async fn respond(&self, request: Request<Incoming>) -> Response<Full<Bytes>> {
         if !matches!(*request.method(), Method::GET | Method::HEAD) {
-            let mut refusal = text(StatusCode::METHOD_NOT_ALLOWED, "only GET and HEAD are answered here\n".into());
-            refusal.headers_mut().insert(ALLOW, HeaderValue::from_static("GET, HEAD"));
-            return refusal;
+            let mut response = text(StatusCode::METHOD_NOT_ALLOWED, "only GET and HEAD are supported\n".into());
+            response.headers_mut().insert(ALLOW, HeaderValue::from_static("GET, HEAD"));
+            return response;
         }
         match (&self.pages, request.uri().path()) {
             (Pages::Metrics(metrics, guard), "/metrics") => {
@@ -153,33 +154,33 @@ impl Endpoint {
                     Some(guard) => guard.access(request.headers()).await,
                     None => Access::Allowed,
                 };
-                if access == Access::Allowed { metrics.answer().await } else { refusal(access) }
+                if access == Access::Allowed { metrics.respond().await } else { denied(access) }
             }
             (Pages::Health(_), "/healthz") => text(StatusCode::OK, "ok\n".into()),
             (Pages::Health(readiness), "/readyz") => match &*readiness.borrow() {
                 Ok(()) => text(StatusCode::OK, "ok\n".into()),
                 Err(why) => text(StatusCode::SERVICE_UNAVAILABLE, format!("{why}\n")),
             },
-            (Pages::Metrics(..), _) => text(StatusCode::NOT_FOUND, "here is /metrics\n".into()),
-            (Pages::Health(_), _) => text(StatusCode::NOT_FOUND, "here are /healthz and /readyz\n".into()),
+            (Pages::Metrics(..), _) => text(StatusCode::NOT_FOUND, "the only page is /metrics\n".into()),
+            (Pages::Health(_), _) => text(StatusCode::NOT_FOUND, "the only pages are /healthz and /readyz\n".into()),
         }
     }
 }
 
-/// What who may not read the metrics, or not now, is told.
-fn refusal(access: Access) -> Response<Full<Bytes>> {
-    let (status, words) = match access {
+/// The response to a reader who is not authorised, or cannot be authorised now.
+fn denied(access: Access) -> Response<Full<Bytes>> {
+    let (status, reason) = match access {
         Access::Forbidden(why) => (StatusCode::FORBIDDEN, why),
         Access::Unknown(why) => (StatusCode::SERVICE_UNAVAILABLE, why),
         Access::Allowed | Access::Unauthenticated => {
-            (StatusCode::UNAUTHORIZED, "the metrics want a bearer token that the API server knows".into())
+            (StatusCode::UNAUTHORIZED, "the metrics need a bearer token that the API server knows".into())
         }
     };
-    let mut refusal = text(status, format!("{words}\n"));
+    let mut response = text(status, format!("{reason}\n"));
     if status == StatusCode::UNAUTHORIZED {
-        refusal.headers_mut().insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+        response.headers_mut().insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
     }
-    refusal
+    response
 }
 
 fn text(status: StatusCode, body: String) -> Response<Full<Bytes>> {
@@ -203,17 +204,17 @@ impl Drop for Server {
     }
 }
 
-/// Serves, from when the address can be listened on. That it cannot stops nothing else: metrics are not what pods need.
+/// Serves an endpoint as soon as the address can be bound. A failure stops nothing else: pods do not need metrics.
 fn keep_serving(address: SocketAddr, endpoint: Endpoint, flag: &'static str) -> Server {
     let task = async move {
-        let mut told = false;
+        let mut warned = false;
         let listener = loop {
             match listen(address).await {
                 Ok(listener) => break listener,
-                Err(e) if !told => {
-                    let again = BIND_AGAIN.as_secs();
-                    tracing::warn!(%address, error = %e, "cannot listen; tried again every {again} s; {flag} names another address");
-                    told = true;
+                Err(e) if !warned => {
+                    let retry = BIND_AGAIN.as_secs();
+                    tracing::warn!(%address, error = %e, "cannot listen, retrying every {retry} s; see {flag}");
+                    warned = true;
                 }
                 Err(_) => {}
             }
@@ -227,7 +228,7 @@ fn keep_serving(address: SocketAddr, endpoint: Endpoint, flag: &'static str) -> 
 
 async fn listen(address: SocketAddr) -> io::Result<TcpListener> {
     match TcpListener::bind(address).await {
-        // A host without IPv6 has no [::] to listen on; what was meant is every address.
+        // A host without IPv6 cannot bind [::]; bind all IPv4 addresses instead.
         Err(e) if e.raw_os_error() == Some(nix::libc::EAFNOSUPPORT) && address.ip().is_unspecified() => {
             TcpListener::bind((Ipv4Addr::UNSPECIFIED, address.port())).await
         }
@@ -250,8 +251,9 @@ async fn accept(listener: TcpListener, endpoint: Arc<Endpoint>) {
                 });
             }
             Err(e) => {
-                // Out of file descriptors, say: the connection waits in the backlog, and trying at once would spin.
-                tracing::warn!(error = %e, "a connection to an endpoint could not be accepted");
+                // For example out of file descriptors: the connection stays in the backlog, and trying at once would
+                // spin.
+                tracing::warn!(error = %e, "cannot accept a connection to an endpoint");
                 tokio::time::sleep(Duration::from_millis(200)).await;
             }
         }
@@ -263,14 +265,14 @@ async fn connection(stream: TcpStream, endpoint: Arc<Endpoint>) {
     match tokio::time::timeout(REQUEST_TIME, tls.accept(stream)).await {
         Ok(Ok(stream)) => http(stream, endpoint.clone()).await,
         Ok(Err(e)) => tracing::debug!(error = %e, "a connection to the metrics endpoint is not TLS"),
-        Err(_) => tracing::debug!("a connection to the metrics endpoint began no TLS in time"),
+        Err(_) => tracing::debug!("a connection to the metrics endpoint did not complete the TLS handshake in time"),
     }
 }
 
 async fn http(stream: impl AsyncRead + AsyncWrite + Unpin, endpoint: Arc<Endpoint>) {
     let service = service_fn(|request| {
         let endpoint = endpoint.clone();
-        async move { Ok::<_, Infallible>(endpoint.answer(request).await) }
+        async move { Ok::<_, Infallible>(endpoint.respond(request).await) }
     });
     let served = hyper::server::conn::http1::Builder::new()
         .timer(TokioTimer::new())
@@ -279,7 +281,7 @@ async fn http(stream: impl AsyncRead + AsyncWrite + Unpin, endpoint: Arc<Endpoin
         .serve_connection(TokioIo::new(stream), service)
         .await;
     if let Err(e) = served {
-        tracing::debug!(error = %e, "a connection to an endpoint ended early");
+        tracing::debug!(error = %e, "a connection to an endpoint failed");
     }
 }
 

@@ -1,7 +1,7 @@
-//! TLS for the metrics, where who reads them is asked: a token must not cross a network in the clear.
+//! TLS for the metrics endpoint with authentication: a token must not cross a network in the clear.
 //!
-//! The certificate is made at the start and signed by itself, as controller-runtime's is: scrapers cannot verify it
-//! (`insecure_skip_verify`). It keeps a token from who listens, not from who stands in between.
+//! The certificate is created at the start and self-signed, as controller-runtime's is. Scrapers cannot verify it
+//! (`insecure_skip_verify`), so it protects the token from an eavesdropper, but not from a man in the middle.
 
 use anyhow::Context;
 use std::sync::Arc;
@@ -10,14 +10,14 @@ use tokio_rustls::rustls::ServerConfig;
 use tokio_rustls::rustls::crypto::ring;
 use tokio_rustls::rustls::pki_types::PrivatePkcs8KeyDer;
 
-/// With a new key and a certificate for `localhost`.
+/// An acceptor with a new key and a certificate for `localhost`.
 ///
 /// # Errors
-/// There is no randomness, or the certificate cannot be made.
+/// The system gives no random numbers, or the certificate cannot be created.
 pub fn self_signed() -> anyhow::Result<TlsAcceptor> {
     let made = rcgen::generate_simple_self_signed(["localhost".to_owned()]).context("a certificate for the metrics")?;
     let key = PrivatePkcs8KeyDer::from(made.signing_key.serialize_der());
-    // The provider by name: a process may have several, and then there is no default one.
+    // Name the provider: a process may have several, and then there is no default one.
     let config = ServerConfig::builder_with_provider(Arc::new(ring::default_provider()))
         .with_safe_default_protocol_versions()
         .and_then(|config| config.with_no_client_auth().with_single_cert(vec![made.cert.der().clone()], key.into()))

@@ -224,7 +224,7 @@ fn check_names_firewalls_that_drop_what_is_forwarded() {
     }
     node.nft("insert rule inet fw last iifname egret accept");
     let text = check();
-    assert!(text.contains("no chain drops what it does not know"), "who lets it pass is not named:\n{text}");
+    assert!(text.contains("no chain drops forwarded packets by default"), "who lets it pass is not named:\n{text}");
 }
 
 /// What a command that ends well or not says.

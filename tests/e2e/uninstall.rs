@@ -89,7 +89,7 @@ fn after_an_uninstallation_a_host_is_as_it_was_before_the_first_start() {
     let node = lab.node("n1");
     let out = uninstall(node, &[]);
     let said = String::from_utf8_lossy(&out.stderr);
-    assert!(!out.status.success() && said.contains("an egretd runs on this host"), "{said}");
+    assert!(!out.status.success() && said.contains("egretd runs on this host"), "{said}");
     assert_leaves_by_egress(&pods[0]);
 
     // One with a pod in quarantine, one whose daemon was killed at work.

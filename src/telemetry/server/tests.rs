@@ -1,4 +1,4 @@
-//! The endpoints, asked over sockets.
+//! Tests of the endpoints over sockets.
 
 use super::*;
 use prometheus_client::metrics::gauge::Gauge;
@@ -36,7 +36,7 @@ fn scrapes() -> Metrics {
 }
 
 #[tokio::test]
-async fn health_is_told_apart_from_readiness() {
+async fn liveness_and_readiness_differ() {
     let (ready, readiness) = watch::channel(Err("the first snapshot is not there yet".to_owned()));
     let (_server, address) = start("127.0.0.1:0", Pages::Health(readiness), None).await;
     assert!(get(address, "GET /healthz").await.starts_with("HTTP/1.1 200"));
@@ -59,7 +59,7 @@ async fn metrics_are_refreshed_before_each_scrape() {
 }
 
 #[tokio::test]
-async fn anything_else_is_refused_in_words() {
+async fn other_paths_and_methods_are_rejected() {
     let (_server, address) = start("127.0.0.1:0", Pages::Metrics(scrapes(), None), None).await;
     assert!(get(address, "GET /").await.starts_with("HTTP/1.1 404"));
     assert!(get(address, "GET /readyz").await.starts_with("HTTP/1.1 404"));
@@ -67,11 +67,11 @@ async fn anything_else_is_refused_in_words() {
 }
 
 #[tokio::test]
-async fn who_says_nothing_keeps_nobody_out() {
+async fn silent_connections_do_not_block_others() {
     let (_ready, readiness) = watch::channel(Ok(()));
     let (_server, address) = start("[::]:0", Pages::Health(readiness), None).await;
     let port = address.port();
-    // 127.0.0.2 is not the address that is spoken to, so this is as from elsewhere.
+    // 127.0.0.2 differs from the server's address, so this counts as another host.
     let connect = async |from: [u8; 4]| {
         let socket = tokio::net::TcpSocket::new_v4().unwrap();
         socket.bind((from, 0).into()).unwrap();
@@ -88,7 +88,7 @@ async fn who_says_nothing_keeps_nobody_out() {
     assert!(answered(connect([127, 0, 0, 2]).await).await, "the silent ones have been closed");
 }
 
-/// A scraper that takes any certificate, as one does whose configuration says `insecure_skip_verify`.
+/// A scraper that accepts any certificate, as with `insecure_skip_verify`.
 #[derive(Debug)]
 struct AnyCertificate(rustls::crypto::CryptoProvider);
 
@@ -142,7 +142,7 @@ async fn scrape(address: SocketAddr, token: &str) -> String {
 }
 
 #[tokio::test]
-async fn metrics_that_ask_who_reads_them_are_for_whom_the_review_lets() {
+async fn metrics_with_authentication_are_served_to_permitted_users_only() {
     let away = Arc::new(AtomicBool::new(false));
     let guard = Guard::new(Box::new({
         let away = away.clone();
@@ -163,15 +163,15 @@ async fn metrics_that_ask_who_reads_them_are_for_whom_the_review_lets() {
         let answer = scrape(address, token).await;
         assert!(answer.starts_with(&format!("HTTP/1.1 {status}")) && !answer.contains("egret_"), "{answer}");
     }
-    // In the clear there is no answer at all.
+    // Without TLS there is no response.
     assert!(!get(address, "GET /metrics").await.contains("egret_"));
     away.store(true, Ordering::Relaxed);
     assert!(scrape(address, "another").await.starts_with("HTTP/1.1 503"));
 }
 
 #[tokio::test]
-async fn an_address_that_is_not_there_yet_is_tried_again() {
-    // Somebody else has the port, for a while.
+async fn binding_an_address_is_retried() {
+    // Another socket has the port for a while.
     let other = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = other.local_addr().unwrap();
     let endpoint = Endpoint { pages: Pages::Metrics(scrapes(), None), tls: None };
@@ -183,7 +183,7 @@ async fn an_address_that_is_not_there_yet_is_tried_again() {
 }
 
 #[test]
-fn addresses_are_read_as_people_and_manifests_write_them() {
+fn addresses_are_parsed_with_and_without_brackets() {
     let read = |text: &str| text.parse::<ListenAddress>().map(|a| a.0);
     assert_eq!(read(""), Ok(None));
     for text in ["[::]:9871", "127.0.0.1:9871"] {
