@@ -35,7 +35,7 @@ pub(crate) fn pair(addresses: &[&str]) -> AddressPair {
     pair
 }
 
-/// Addresses that only these namespaces may name.
+/// A reservation of addresses for these namespaces.
 pub(crate) fn reservation(addresses: &[&str], namespaces: &[&str]) -> Reservation {
     let requirement = LabelSelectorRequirement {
         key: "kubernetes.io/metadata.name".to_owned(),
@@ -48,18 +48,18 @@ pub(crate) fn reservation(addresses: &[&str], namespaces: &[&str]) -> Reservatio
     }
 }
 
-/// A policy for all pods that asks for these addresses.
+/// A policy for all pods that names these addresses.
 pub(crate) fn naming(addresses: &[&str]) -> EgressPolicySpec {
     EgressPolicySpec { address: Some(pair(addresses)), pod_selector: Some(selector(&[])), ..Default::default() }
 }
 
-/// A policy for all pods that asks for an address.
+/// A policy for all pods that lets an address be allocated.
 pub(crate) fn asking(allocate: Allocate) -> EgressPolicySpec {
     EgressPolicySpec { allocate: Some(allocate), pod_selector: Some(selector(&[])), ..Default::default() }
 }
 
 impl World {
-    /// With the default gateway `g`, nodes `n1` and `n2` of it, and this pool.
+    /// A cluster with the default gateway `g`, its nodes `n1` and `n2`, and this pool.
     pub(crate) fn new(pool: &[&str]) -> Self {
         let mut world = World { now: 1_000_000, ..World::default() };
         world.gateway("g", pool, |spec| spec.default = true);
@@ -68,7 +68,7 @@ impl World {
         world
     }
 
-    /// Adds a gateway of the nodes that are labelled `gateway: NAME`, or changes its spec and keeps its status.
+    /// Adds a gateway whose nodes have the label `gateway: NAME`, or changes its spec and keeps its status.
     pub(crate) fn gateway(&mut self, name: &str, pool: &[&str], change: impl Fn(&mut EgressGatewaySpec)) {
         let mut spec = EgressGatewaySpec {
             node_selector: selector(&[("gateway", name)]),
@@ -102,12 +102,12 @@ impl World {
         self.cluster.nodes.remove(name).unwrap();
     }
 
-    /// Adds a policy of the current time.
+    /// Adds a policy, created at the current time.
     pub(crate) fn policy(&mut self, key: &str, spec: EgressPolicySpec) {
         self.policy_of_tier(key, spec, None);
     }
 
-    /// The same, of a tier if it is a ClusterEgressPolicy.
+    /// The same, with a tier if it is a ClusterEgressPolicy.
     pub(crate) fn policy_of_tier(&mut self, key: &str, spec: EgressPolicySpec, tier: Option<Tier>) {
         let key = PolicyKey::from(key);
         let created = Some(self.cluster.policies.get(&key).map_or(self.now, |p| p.created));
@@ -143,30 +143,30 @@ impl World {
         self.cluster.pods.insert(ObjectKey::new(namespace, name), Arc::new(pod));
     }
 
-    /// Has a node say that it holds these allocations.
+    /// Lets a node report that it holds these egress IPs.
     pub(crate) fn holds(&mut self, node: &str, allocations: &[u16]) {
         let status = EgressNodeStatus { allocations: allocations.to_vec(), ..EgressNodeStatus::default() };
         self.cluster.egress_nodes.insert(node.into(), Arc::new(status.into()));
     }
 
-    /// Has a node say whom it does not hear.
-    pub(crate) fn misses(&mut self, node: &str, silent: &[String]) {
-        let said = Arc::make_mut(self.cluster.egress_nodes.entry(node.into()).or_default());
-        said.of_allocations_mut().unreachable_peers = silent.to_vec();
+    /// Lets a node report these peers as unreachable.
+    pub(crate) fn misses(&mut self, node: &str, unreachable: &[String]) {
+        let status = Arc::make_mut(self.cluster.egress_nodes.entry(node.into()).or_default());
+        status.of_allocations_mut().unreachable_peers = unreachable.to_vec();
     }
 
-    /// Has a node say which families of its main uplink it has lost.
+    /// Lets a node report that its main uplink has lost these families.
     pub(crate) fn loses(&mut self, node: &str, families: &[&str]) {
         let lost = |family: &&str| LostUplink {
             family: (*family).to_owned(),
             message: "no default route".to_owned(),
             ..LostUplink::default()
         };
-        let said = Arc::make_mut(self.cluster.egress_nodes.entry(node.into()).or_default());
-        said.of_allocations_mut().lost = families.iter().map(lost).collect();
+        let status = Arc::make_mut(self.cluster.egress_nodes.entry(node.into()).or_default());
+        status.of_allocations_mut().lost = families.iter().map(lost).collect();
     }
 
-    /// Has each node say that it holds what the allocations give it: everything has come to rest.
+    /// Lets each node report that it holds what the allocations assign to it.
     pub(crate) fn settle(&mut self) {
         let mut held: BTreeMap<Name, Vec<u16>> = BTreeMap::new();
         for allocation in self.cluster.gateways.values().flat_map(|gateway| &gateway.status.allocations) {
@@ -174,13 +174,13 @@ impl World {
         }
         for node in self.cluster.nodes.keys().cloned().collect::<Vec<_>>() {
             let allocations = held.remove(&*node).unwrap_or_default();
-            let said = Arc::make_mut(self.cluster.egress_nodes.entry(node).or_default());
-            said.tunnel_mac = Some([2, 0, 0, 0, 0, 1]);
-            said.of_allocations_mut().held = allocations;
+            let status = Arc::make_mut(self.cluster.egress_nodes.entry(node).or_default());
+            status.tunnel_mac = Some([2, 0, 0, 0, 0, 1]);
+            status.of_allocations_mut().held = allocations;
         }
     }
 
-    /// Allocates, and stores the allocations.
+    /// Computes the allocations, and stores them.
     pub(crate) fn allocate(&mut self) -> Outcome {
         let outcome = allocate(&self.cluster, self.now);
         for (name, status) in &outcome.gateways {
@@ -205,7 +205,7 @@ impl Outcome {
         }
     }
 
-    /// That a policy is refused for this reason, with these words in the message.
+    /// Asserts that a policy is refused for this reason, with these words in the message.
     #[track_caller]
     pub(crate) fn assert_refused(&self, key: &str, reason: Reason, words: &[&str]) {
         let rejection = self.rejection(key);
@@ -215,7 +215,7 @@ impl Outcome {
         }
     }
 
-    /// A policy's address in words.
+    /// The egress IP of a policy as text.
     pub(crate) fn address(&self, key: &str) -> String {
         crate::allocation::in_words(&self.grant(key).address)
     }

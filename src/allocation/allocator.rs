@@ -1,4 +1,4 @@
-//! The allocations while it is being written: what is in use, what rests, what is free.
+//! The allocator's working state: which ids and addresses are in use, in cooldown and free.
 
 use super::cooldown::{Cooldowns, cooldown_ended_until, in_cooldown};
 use super::family::{Family, addresses, overlap, pair};
@@ -13,98 +13,90 @@ use ipnetwork::IpNetwork;
 use std::collections::{HashMap, HashSet};
 use std::net::IpAddr;
 
-/// A gateway, as the allocations needs it.
+/// A gateway with its nodes and the addresses that it may give out.
 #[derive(Clone, Debug)]
 pub(super) struct GatewayPool<'a> {
     pub(super) name: &'a Name,
     pub(super) gateway: &'a Gateway,
-    /// Its nodes, by name.
+    /// The nodes of the gateway, sorted by name.
     pub(super) nodes: Vec<(&'a Name, &'a Node)>,
-    /// All of its pool: where what was given out may stay.
+    /// The whole pool. Existing allocations may keep any address of it.
     pub(super) declared: Pool,
-    /// Its pool without what earlier gateways have: where new addresses come from.
+    /// The pool without the addresses that earlier gateways have. New allocations may name any address of it.
     pub(super) usable: Pool,
-    /// What of it may be given to who names no address: not what is reserved for some namespaces.
+    /// The addresses that are given to policies that name none: `usable` without reservations and networks of the
+    /// cluster.
     pub(super) open: Pool,
     pub(super) overlaps: Vec<Overlap>,
-    /// Addresses that were given back until then have no cooldown, by the gateway's annotation.
+    /// Addresses that were given back until this time have no cooldown, by the annotation of the gateway.
     pub(super) ended_until: i64,
 }
 
-/// An allocation to be.
+/// An allocation that is being computed.
 #[derive(Clone, Debug)]
 pub(super) struct Draft {
-    /// The gateway's place.
+    /// The place of the gateway in `gateway_pools`.
     pub(super) gateway: usize,
     pub(super) id: u16,
     pub(super) kind: AllocationKind,
     pub(super) address: AddressPair,
     pub(super) node: Option<Name>,
-    /// When its node got it.
+    /// When the allocation was assigned to `node`, seconds since the Unix epoch.
     pub(super) since: i64,
-    /// The node that holds it until its node does.
+    /// In a planned move, the node that holds the egress IP until `node` does.
     pub(super) leaving: Option<Name>,
-    /// The places of the requests that it serves.
+    /// The places of the requests that use the allocation.
     pub(super) requests: Vec<usize>,
 }
 
 impl Draft {
-    /// One that nobody uses yet.
+    /// An allocation without requests.
     pub(super) fn new(gateway: usize, id: u16, kind: AllocationKind, address: AddressPair, node: Option<Name>) -> Self {
         Draft { gateway, id, kind, address, node, since: 0, leaving: None, requests: vec![] }
     }
 }
 
-/// The cluster's own networks, as far as a controller knows them: no server outside could answer to their addresses.
+/// The networks of pods and Services that the controller knows. A server outside cannot answer to an address in them.
 fn networks_inside(cluster: &Cluster) -> impl Iterator<Item = (AddressRange, IpNetwork)> + '_ {
     let pods = cluster.nodes.values().flat_map(|node| node.pod_cidrs.iter());
     let networks = pods.chain(cluster.inside.pods.keys()).chain(cluster.inside.services.keys());
-    networks.map(|network| {
-        let last = match network {
-            IpNetwork::V4(network) => IpAddr::V4(network.broadcast()),
-            IpNetwork::V6(network) => IpAddr::V6(network.broadcast()),
-        };
-        (AddressRange { first: network.network(), last }, *network)
-    })
+    networks.map(|network| (AddressRange::from(network), *network))
 }
 
-/// The allocations while it is being written.
+/// The state of one computation.
 #[derive(Clone, Debug)]
 pub(super) struct Allocator<'a> {
     pub(super) cluster: &'a Cluster,
     pub(super) now: i64,
     pub(super) gateway_pools: Vec<GatewayPool<'a>>,
     pub(super) requests: Requests<'a>,
-    /// The first ones are those that were there before; new ones come in the order in which they were asked for.
+    /// The existing allocations that stay come first, then new ones in the order in which they were made.
     pub(super) allocations: Vec<Draft>,
-    /// The allocations of pool addresses, by address.
+    /// The places of allocations of pool addresses, by address.
     pub(super) held: HashMap<IpAddr, usize>,
-    /// The allocations of nodes' own addresses, by address. Two gateways may have the same node.
+    /// The places of allocations of nodes' own addresses, by address. Two gateways may have the same node.
     pub(super) held_by_nodes: HashMap<IpAddr, usize>,
-    /// Nodes' own addresses. Giving one away would cut the node off.
+    /// Nodes' own addresses. A node whose address is given away would be cut off.
     pub(super) node_addresses: HashMap<IpAddr, &'a Name>,
-    /// Nodes that are not known to live.
+    /// Nodes that count as unreachable.
     unreachable: HashSet<&'a str>,
     pub(super) ids: Ids,
     pub(super) in_cooldown: Cooldowns,
 }
 
 impl<'a> Allocator<'a> {
-    /// The network of pods or Services that has the address.
+    /// The network of pods or Services that contains the address.
     pub(super) fn inside(&self, address: IpAddr) -> Option<IpNetwork> {
         networks_inside(self.cluster).find(|(range, _)| range.contains(address)).map(|(_, network)| network)
     }
 
-    /// A network of pods or Services that part of the range is in, and the first address of that part.
+    /// A network of pods or Services that overlaps the range, and the first common address.
     pub(super) fn inside_range(&self, range: &AddressRange) -> Option<(IpNetwork, IpAddr)> {
-        let overlaps = |other: &AddressRange| {
-            other.first.is_ipv4() == range.first.is_ipv4() && other.first <= range.last && range.first <= other.last
-        };
-        let first = networks_inside(self.cluster).find(|(other, _)| overlaps(other));
+        let first = networks_inside(self.cluster).find(|(other, _)| other.overlaps(range));
         first.map(|(other, network)| (network, other.first.max(range.first)))
     }
 
-    /// With nothing in use, and what rests at `now`.
+    /// A state in which nothing is allocated, with the cooldowns at `now`.
     pub(super) fn open(cluster: &'a Cluster, now: i64) -> Self {
         let mut gateway_pools = Vec::new();
         let inside: Pool = networks_inside(cluster).map(|(range, _)| range).collect::<Vec<_>>().iter().collect();
@@ -140,38 +132,38 @@ impl<'a> Allocator<'a> {
         };
         for (place, gateway) in cluster.gateways.values().enumerate() {
             for (released, at) in in_cooldown(&gateway.status, now) {
-                allocator.rest(place, released.id, released.address.clone(), released.policies.clone(), at);
+                allocator.start_cooldown(place, released.id, released.address.clone(), released.policies.clone(), at);
             }
         }
         allocator
     }
 
-    /// Whether a node answers others, as far as they tell.
+    /// Whether a node counts as alive, by the reports of the other nodes.
     pub(super) fn lives(&self, node: &Name) -> bool {
         !self.unreachable.contains(&**node)
     }
 
-    /// How much of its uplinks, as far as the gateway's allocations may need them, a node says that it has lost.
+    /// How many of the uplinks and families that the gateway may need a node reports as lost.
     pub(super) fn lacks(&self, node: &Name, gateway: usize) -> usize {
         let interface = self.gateway_pools[gateway].gateway.interface.as_deref();
-        let said =
-            self.cluster.egress_nodes.get(node).map(|node| node.of_allocations().lost.as_slice()).unwrap_or_default();
-        said.iter().filter(|lost| lost.interface.as_deref() == interface).count()
+        let status = self.cluster.egress_nodes.get(node);
+        let lost = status.map(|status| status.of_allocations().lost.as_slice()).unwrap_or_default();
+        lost.iter().filter(|lost| lost.interface.as_deref() == interface).count()
     }
 
-    /// Whether a node has said where its end of the tunnel is: Egret runs there, or did.
+    /// Whether a node reports a tunnel address: Egret runs there, or has run there.
     pub(super) fn is_reachable(&self, node: &Name) -> bool {
         self.cluster.egress_nodes.get(node).is_some_and(|status| status.tunnel_mac.is_some())
     }
 
-    /// Lets an id and its addresses rest.
-    pub(super) fn rest(&mut self, gateway: usize, id: u16, address: AddressPair, policies: Users, at: i64) {
-        self.ids.rest(id);
+    /// Starts the cooldown of an id and its addresses, at time `at`.
+    pub(super) fn start_cooldown(&mut self, gateway: usize, id: u16, address: AddressPair, policies: Users, at: i64) {
+        self.ids.start_cooldown(id);
         let ended = at <= self.gateway_pools[gateway].ended_until;
         self.in_cooldown.add(gateway, id, address, policies, (at, ended), &self.requests.places);
     }
 
-    /// Has an allocation serve a request.
+    /// Assigns an allocation to a request.
     pub(super) fn assign(&mut self, allocation: usize, request: usize) {
         self.allocations[allocation].requests.push(request);
         self.requests.all[request].allocation = Some(allocation);
@@ -186,8 +178,8 @@ impl<'a> Allocator<'a> {
         users
     }
 
-    /// Enters an allocation. Its id has been taken.
-    pub(super) fn enter(&mut self, allocation: Draft) -> usize {
+    /// Adds an allocation. Its id is taken already.
+    pub(super) fn add(&mut self, allocation: Draft) -> usize {
         let place = self.allocations.len();
         for address in addresses(&allocation.address) {
             match allocation.kind {
@@ -199,8 +191,8 @@ impl<'a> Allocator<'a> {
         place
     }
 
-    /// The node that has the address as its own, if the gateway's addresses are Egret's to place. Where something
-    /// else places them, a node that has one may well tell of it.
+    /// The node that has the address as its own, if Egret places the gateway's addresses. With external placement, a
+    /// node that has an address may well report it.
     pub(super) fn node_with(&self, gateway: usize, address: IpAddr) -> Option<&'a Name> {
         match self.gateway_pools[gateway].gateway.placement {
             Placement::Managed => self.node_addresses.get(&address).copied(),
@@ -213,7 +205,8 @@ impl<'a> Allocator<'a> {
         self.held.get(&address).or_else(|| self.held_by_nodes.get(&address)).copied()
     }
 
-    /// A free address of the family for these policies: one that they gave back a short while ago, else the first.
+    /// A free address of the family for these policies: one that they gave back within the cooldown, else the first
+    /// free one.
     pub(super) fn pick(&mut self, gateway: usize, family: Family, policies: &[usize]) -> Option<IpAddr> {
         let returned = self.in_cooldown.of(gateway, policies).into_iter().find_map(|entry| {
             let address = family.of_pair(&entry.address)?;
@@ -235,8 +228,8 @@ impl<'a> Allocator<'a> {
         })
     }
 
-    /// Takes an id for a new allocation: the one that these policies gave back together with one of its addresses, else
-    /// one that belongs to `name`.
+    /// Takes an id for a new allocation: the one that these policies gave back together with one of its addresses,
+    /// else the first free one after the hash of `name`.
     pub(super) fn new_id(
         &mut self,
         gateway: usize,
@@ -253,9 +246,15 @@ impl<'a> Allocator<'a> {
         self.ids.find(&format!("{}/{name}", self.gateway_pools[gateway].name))
     }
 
-    /// An allocation from the pool. If it has the id that its policies had until now, as when they come to name the address that they
-    /// have, it stays on its node. So does an address that one policy leaves and another one names at the same time.
-    pub(super) fn again(&self, gateway: usize, id: u16, kind: AllocationKind, address: AddressPair) -> Draft {
+    /// A new allocation of pool addresses. If it has the id of an existing allocation (its policy now names the
+    /// address that it had), it keeps the node. So does an address that one policy leaves while another one names it.
+    pub(super) fn draft_like_before(
+        &self,
+        gateway: usize,
+        id: u16,
+        kind: AllocationKind,
+        address: AddressPair,
+    ) -> Draft {
         let allocation = Draft::new(gateway, id, kind, address, None);
         let before = self.gateway_pools[gateway]
             .gateway
@@ -274,7 +273,7 @@ impl<'a> Allocator<'a> {
         }
     }
 
-    /// A node's own address, as an allocation can have it: its first InternalIP of each family.
+    /// The own address of a node, as an allocation can have it: the first InternalIP of each family.
     pub(super) fn own_address(&self, node: &Node) -> AddressPair {
         let internal = node.addresses.iter().take(node.internal).copied();
         pair(internal.filter(|address| !self.held.contains_key(address)))

@@ -1,4 +1,4 @@
-//! The finished allocations, as it is stored and told.
+//! The result: the status of each gateway, and the decision for each policy.
 
 use super::Outcome;
 use super::allocator::{Allocator, GatewayPool};
@@ -13,16 +13,16 @@ use ipnetwork::IpNetwork;
 use std::collections::HashMap;
 use std::net::IpAddr;
 
-/// Closes the allocator. `refused` says, by the request's place, who got no allocation.
-pub(super) fn close(allocator: Allocator, refused: &HashMap<usize, Rejection>) -> Outcome {
+/// Turns the finished state into the result. `rejections` has the requests without an allocation, by place.
+pub(super) fn close(allocator: Allocator, rejections: &HashMap<usize, Rejection>) -> Outcome {
     let mut outcome = Outcome::default();
     for (place, (requester, request)) in allocator.requests.requesters.iter().zip(&allocator.requests.of).enumerate() {
         let decision = match request {
             Err(rejection) => Decision::Rejected(rejection.clone()),
-            Ok(request) => match (allocator.requests.all[*request].allocation, refused.get(request)) {
-                (Some(allocation), _) => Decision::Granted(granted(&allocator, place, *request, allocation)),
+            Ok(request) => match (allocator.requests.all[*request].allocation, rejections.get(request)) {
+                (Some(allocation), _) => Decision::Granted(grant_of(&allocator, place, *request, allocation)),
                 (None, Some(rejection)) => Decision::Rejected(rejection.clone()),
-                (None, None) => unreachable!("a request is either granted or refused"),
+                (None, None) => unreachable!("a request is either granted or rejected"),
             },
         };
         outcome.decisions.insert(requester.key.clone(), decision);
@@ -44,7 +44,7 @@ pub(super) fn close(allocator: Allocator, refused: &HashMap<usize, Rejection>) -
         });
     }
     for entry in &allocator.in_cooldown.entries {
-        // What has been taken up again rests no longer.
+        // An address that is in use again has no cooldown.
         let address = pair(addresses(&entry.address).filter(|a| allocator.holder(*a).is_none()));
         if !address.is_empty() || !allocator.ids.is_live(entry.id) {
             statuses[entry.gateway].released.push(ReleasedAllocation {
@@ -59,7 +59,7 @@ pub(super) fn close(allocator: Allocator, refused: &HashMap<usize, Rejection>) -
         status.nodes = gateway_pool.nodes.iter().map(|(name, _)| name.to_string()).collect();
         status.allocations.sort_by_key(|allocation| allocation.id);
         status.released.sort_by_key(|r| (r.at, r.id, r.address.ipv4, r.address.ipv6));
-        status.conditions = conditions(&allocator, place, gateway_pool, &status, refused);
+        status.conditions = conditions(&allocator, place, gateway_pool, &status, rejections);
         let next = status.released.first().map(|released| released.at + COOLDOWN_SECONDS);
         outcome.next_release = [outcome.next_release, next].into_iter().flatten().min();
         outcome.gateways.insert(gateway_pool.name.clone(), status);
@@ -67,7 +67,7 @@ pub(super) fn close(allocator: Allocator, refused: &HashMap<usize, Rejection>) -
     outcome
 }
 
-fn granted(allocator: &Allocator, requester: usize, request: usize, place: usize) -> Grant {
+fn grant_of(allocator: &Allocator, requester: usize, request: usize, place: usize) -> Grant {
     let allocation = &allocator.allocations[place];
     let gateway_pool = &allocator.gateway_pools[allocation.gateway];
     Grant {
@@ -84,8 +84,8 @@ fn granted(allocator: &Allocator, requester: usize, request: usize, place: usize
     }
 }
 
-/// Who else uses an allocation, the most senior first; of many the first three, so that not each one's status changes when one
-/// more comes.
+/// The other policies that use an allocation, the most senior first. Only the first three are named, so that a new
+/// user does not change the status of all others.
 fn shared_with(allocator: &Allocator, requester: usize, allocation: usize) -> Option<String> {
     let others: Vec<usize> = allocator.users(allocation).into_iter().filter(|user| *user != requester).collect();
     let names = others.iter().take(3).map(|user| allocator.requests.requesters[*user].name.as_str());
@@ -93,7 +93,7 @@ fn shared_with(allocator: &Allocator, requester: usize, allocation: usize) -> Op
     (!others.is_empty()).then(|| names.collect::<Vec<_>>().join(", ") + more)
 }
 
-/// What a person should know of an allocation that was granted all the same.
+/// A remark for users about a granted allocation.
 fn note(allocator: &Allocator, request: usize, place: usize) -> Option<String> {
     let (allocation, request) = (&allocator.allocations[place], &allocator.requests.all[request]);
     if !matches!(request.kind, Kind::Dedicated | Kind::Shared) {
@@ -101,21 +101,22 @@ fn note(allocator: &Allocator, request: usize, place: usize) -> Option<String> {
     }
     let gateway_pool = &allocator.gateway_pools[allocation.gateway];
     for entry in allocator.in_cooldown.of(allocation.gateway, &request.policies) {
-        // What another policy has by now is not in the released entry any more when the allocations are read again.
+        // The address may belong to another policy by now, and then leaves the released entry at the next
+        // computation.
         let left_pool = |a: &IpAddr| {
             !gateway_pool.declared.contains(*a)
                 && !allocator.node_addresses.contains_key(a)
                 && allocator.holder(*a).is_none()
         };
         if let Some(lost) = addresses(&entry.address).find(left_pool) {
-            return Some(format!("{lost} is no longer in the pool of the gateway, so the policy has left it"));
+            return Some(format!("{lost} is no longer in the gateway's pool, so the policy no longer uses it"));
         }
     }
     let lacking = Family::BOTH
         .into_iter()
         .find(|family| gateway_pool.open.has(*family) && family.of_pair(&allocation.address).is_none())?;
     Some(format!(
-        "the gateway has no {lacking} address left for it, so its {lacking} traffic has none to leave from; \
+        "the gateway has no {lacking} address left for it, so its {lacking} traffic is blocked; \
          add addresses to the gateway's spec.addresses"
     ))
 }
@@ -125,7 +126,7 @@ fn conditions(
     place: usize,
     gateway_pool: &GatewayPool,
     status: &EgressGatewayStatus,
-    refused: &HashMap<usize, Rejection>,
+    rejections: &HashMap<usize, Rejection>,
 ) -> Vec<Condition> {
     let mut conditions =
         Conditions::new(&gateway_pool.gateway.status.conditions, gateway_pool.gateway.generation, allocator.now);
@@ -141,35 +142,35 @@ fn conditions(
         };
         let more = match gateway_pool.overlaps.len() - 1 {
             0 => String::new(),
-            more => format!(" (and {more} more ranges with others)"),
+            more => format!(" (and {more} more ranges)"),
         };
         let message = format!(
-            "{range} is in the pool of EgressGateway {:?} too, which keeps it{more}; take it out of one of the pools",
+            "{range} is also in the pool of EgressGateway {:?}, which keeps it{more}; take it out of one of the pools",
             allocator.gateway_pools[overlap.with].name
         );
         conditions.add("Accepted", false, "PoolOverlap", message);
     } else if let Some((network, address)) = inside(allocator, gateway_pool) {
         let message = format!(
-            "{address} is in {network}, a network of the cluster's pods or Services, and is not given to policies; take \
-             it out of spec.addresses"
+            "{address} is in {network}, a network of the cluster's pods or Services, and is not given to policies; \
+             take it out of spec.addresses"
         );
         conditions.add("Accepted", false, "PoolInCluster", message);
     } else if gateway_pool.gateway.default && defaults.len() > 1 {
         let message = format!(
-            "several gateways are the default one: {}; policies that name no gateway get no allocation from them unless \
+            "several gateways are the default one: {}; policies that name no gateway get no egress IP from them unless \
              they had one; leave default: true on one",
             defaults.join(", ")
         );
         conditions.add("Accepted", false, "SeveralDefaultGateways", message);
     } else if let Err(text) = cooldown_ended_until(gateway_pool.gateway) {
         let message = format!(
-            "its addresses are its own; the annotation {END_COOLDOWN} is no time, and is passed over: {text:?}; write it \
-             like {}",
+            "no other gateway has its addresses; the annotation {END_COOLDOWN} is ignored, because {text:?} is not a \
+             time; write it like {}",
             "2026-01-31T12:00:00Z"
         );
         conditions.add("Accepted", true, "Accepted", message);
     } else {
-        conditions.add("Accepted", true, "Accepted", "its addresses are its own");
+        conditions.add("Accepted", true, "Accepted", "no other gateway has its addresses");
     }
 
     let matching = match gateway_pool.nodes.len() {
@@ -177,22 +178,24 @@ fn conditions(
         n => format!("{n} nodes match"),
     };
     if gateway_pool.nodes.is_empty() {
-        let message = "no node matches spec.nodeSelector; label a node, or mend the selector";
+        let message = "no node matches spec.nodeSelector; label a node, or correct the selector";
         conditions.add("Ready", false, "NoNode", message);
     } else if gateway_pool.nodes.iter().all(|(name, node)| node.is_lost(allocator.now) || !allocator.lives(name)) {
-        let message = format!("{matching}, and none of them is known to live: nobody hears of them; see what they do");
+        let message = format!("{matching}, and none of them is known to be alive; see whether they run");
         conditions.add_unknown("Ready", "NoNodeHeard", message);
     } else {
         conditions.add("Ready", true, "NodesMatch", matching);
     }
 
     let kinds = allocator.requests.all.iter().enumerate().filter(|(_, request)| request.gateway == place);
-    let exhausted = kinds.filter_map(|(d, _)| refused.get(&d)).find(|r| r.reason == Reason::PoolExhausted);
+    let exhausted = kinds.filter_map(|(d, _)| rejections.get(&d)).find(|r| r.reason == Reason::PoolExhausted);
     match exhausted {
         Some(rejection) => conditions.add("AddressesLeft", false, Reason::PoolExhausted, rejection.message.as_str()),
-        None if gateway_pool.declared.is_empty() => conditions.add("AddressesLeft", true, "NoPool", "it has no pool"),
+        None if gateway_pool.declared.is_empty() => {
+            conditions.add("AddressesLeft", true, "NoPool", "the gateway has no pool")
+        }
         None if gateway_pool.usable.is_empty() => {
-            let message = "all of its pool is other gateways' too, and theirs; add addresses to spec.addresses";
+            let message = "its whole pool belongs to other gateways; add addresses to spec.addresses";
             conditions.add("AddressesLeft", false, Reason::PoolEmpty, message);
         }
         None => conditions.add("AddressesLeft", true, "AddressesLeft", in_use(gateway_pool, status)),
@@ -200,7 +203,7 @@ fn conditions(
     conditions.finish()
 }
 
-/// A network of the cluster's own that the gateway's pool reaches into, and the first address of it.
+/// A network of pods or Services that overlaps the gateway's pool, and the first common address.
 fn inside(allocator: &Allocator, gateway_pool: &GatewayPool) -> Option<(IpNetwork, IpAddr)> {
     gateway_pool.gateway.pool.iter().find_map(|range| allocator.inside_range(range))
 }

@@ -1,9 +1,9 @@
 //! The cooldown of ids and addresses that were given back.
 //!
-//! An id cools down so that a node that has not heard yet sends nobody's traffic by an allocation that is another's by now: the
-//! id travels with the packet, and the owner knows the old one no more. For the same reason an address may be given at
-//! once to a policy that names it, under another id. From the pool it is given later: servers may still take it for
-//! the policy that had it.
+//! The id travels with each packet. A source node that has not seen the change yet still sends with the old id, so an
+//! id is not given to another policy for a while, and the owner drops packets with an unknown id. For this reason an
+//! address can be given at once to a policy that names it: it gets another id. Addresses for policies that name none
+//! have a cooldown too, because servers may still associate them with the previous policy.
 
 use super::family::addresses;
 use crate::api::{AddressPair, EgressGatewayStatus, PolicyKey, ReleasedAllocation, Users};
@@ -12,18 +12,20 @@ use jiff::Timestamp;
 use std::collections::HashMap;
 use std::net::IpAddr;
 
-/// How long an id or an address that was given back is kept from others.
+/// How long an id or an address that was given back is kept from other policies, seconds.
 pub const COOLDOWN_SECONDS: i64 = 600;
 
-/// What a gateway was given back and still rests, and since when.
+/// The released entries of a gateway that are in cooldown at `now`, each with the start of its cooldown.
 pub(super) fn in_cooldown(status: &EgressGatewayStatus, now: i64) -> impl Iterator<Item = (&ReleasedAllocation, i64)> {
-    // A time to come is another clock's; nothing rests for longer than it should.
+    // A time in the future comes from another clock. The cooldown does not last longer for it.
     let since = move |released: &ReleasedAllocation| released.at.min(now);
     status.released.iter().map(move |r| (r, since(r))).filter(move |(_, at)| at.saturating_add(COOLDOWN_SECONDS) > now)
 }
 
-/// Until when the gateway's annotation ends the cooldown of addresses, seconds since the Unix epoch; what it says, if
-/// that is no time.
+/// Until when the annotation of the gateway ends the cooldown of addresses, seconds since the Unix epoch.
+///
+/// # Errors
+/// The text of the annotation is not a time; it is returned.
 pub(super) fn cooldown_ended_until(gateway: &Gateway) -> Result<i64, &str> {
     match &gateway.end_cooldown {
         None => Ok(i64::MIN),
@@ -31,31 +33,31 @@ pub(super) fn cooldown_ended_until(gateway: &Gateway) -> Result<i64, &str> {
     }
 }
 
-/// What was given back.
+/// An id with addresses that were given back.
 #[derive(Clone, Debug)]
 pub(super) struct Entry {
-    /// The gateway's place.
+    /// The place of the gateway.
     pub(super) gateway: usize,
     pub(super) id: u16,
     pub(super) address: AddressPair,
-    /// Who had it, by name; some of them are gone.
+    /// The policies that had it, including those that no longer exist.
     pub(super) policies: Users,
-    /// When.
+    /// When it was given back, seconds since the Unix epoch.
     pub(super) at: i64,
-    /// Whether a person has ended the cooldown of its addresses.
+    /// Whether the annotation of the gateway has ended the cooldown of the addresses.
     pub(super) ended: bool,
-    /// Those who had it and are there, by seniority, sorted.
+    /// The places of the policies that had it and still exist, sorted.
     had_by: Vec<usize>,
 }
 
 impl Entry {
-    /// Whether one of these policies had it; such may have it again.
+    /// Whether one of these policies had it. Such a policy may have it again.
     fn was_of(&self, policies: &[usize]) -> bool {
         policies.iter().any(|p| self.had_by.binary_search(p).is_ok())
     }
 }
 
-/// All that rests.
+/// All entries in cooldown.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Cooldowns {
     pub(super) entries: Vec<Entry>,
@@ -65,7 +67,7 @@ pub(super) struct Cooldowns {
 }
 
 impl Cooldowns {
-    /// Adds what a gateway's policies gave back. `places` are the policies that still exist.
+    /// Adds an entry. `places` has the policies that still exist.
     pub(super) fn add(
         &mut self,
         gateway: usize,
@@ -94,13 +96,13 @@ impl Cooldowns {
         entries.filter(|e| !e.ended && !e.was_of(policies)).map(|e| e.at + COOLDOWN_SECONDS).max()
     }
 
-    /// Whether an id is kept from these policies: an allocation that changes its addresses one by one leaves its id behind
-    /// more than once, and not always for the same policies.
+    /// Whether an id is kept from these policies. An allocation that loses its addresses one by one leaves several
+    /// entries with its id, and not always of the same policies.
     pub(super) fn keeps_id(&self, id: u16, policies: &[usize]) -> bool {
         self.by_id.get(&id).into_iter().flatten().any(|e| !self.entries[*e].was_of(policies))
     }
 
-    /// What these policies gave back to the gateway, the latest first.
+    /// The entries that these policies gave back to the gateway, the latest first.
     pub(super) fn of(&self, gateway: usize, policies: &[usize]) -> Vec<&Entry> {
         let places = policies.iter().filter_map(|p| self.by_policy.get(&(gateway, *p))).flatten();
         let mut entries: Vec<&Entry> = places.map(|e| &self.entries[*e]).collect();
@@ -108,7 +110,7 @@ impl Cooldowns {
         entries
     }
 
-    /// Whether any policy gave it back a short while ago.
+    /// Whether the address is in cooldown.
     pub(super) fn contains(&self, address: IpAddr) -> bool {
         self.by_address.get(&address).into_iter().flatten().any(|e| !self.entries[*e].ended)
     }

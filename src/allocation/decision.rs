@@ -1,45 +1,45 @@
-//! What becomes of a policy.
+//! The decision for a policy.
 
 use crate::api::{AddressPair, AllocationKind};
 use crate::model::selector::Name;
 use std::fmt;
 
-/// What became of a policy.
+/// The decision for a policy.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Decision {
-    /// It has an allocation.
+    /// The policy has an allocation.
     Granted(Grant),
-    /// It has none.
+    /// The policy has none.
     Rejected(Rejection),
 }
 
 /// A policy's allocation.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Grant {
-    /// The gateway.
+    /// The gateway of the allocation.
     pub gateway: Name,
-    /// The allocation's id.
+    /// The egress ID.
     pub id: u16,
-    /// How its address came to be.
+    /// How the address was chosen.
     pub kind: AllocationKind,
-    /// Its address.
+    /// The egress IP.
     pub address: AddressPair,
     /// The node that is to hold it.
     pub node: Option<Name>,
-    /// The node that holds it until `node` does.
+    /// In a planned move, the node that holds it until `node` does.
     pub leaving: Option<Name>,
-    /// Who else leaves from the address, in words, if policies name it.
+    /// If the policy names the address: the names of the other policies that share it.
     pub shared_with: Option<String>,
-    /// What a person should know besides.
+    /// A remark for users.
     pub note: Option<String>,
 }
 
-/// Why a policy has no allocation.
+/// The reason why a policy has no allocation.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Rejection {
-    /// In one word, for programs.
+    /// One word for programs.
     pub reason: Reason,
-    /// In words, with what to do.
+    /// A sentence for users, with the remedy.
     pub message: String,
 }
 
@@ -49,40 +49,41 @@ impl Rejection {
     }
 }
 
-/// Why a policy has no allocation, in one word.
+/// The reason why a policy has no allocation, as one word.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Reason {
-    /// The gateway that it names does not exist.
+    /// The policy names a gateway that does not exist.
     GatewayUnknown,
-    /// The gateway makes no sense, and how it made sense last is not known.
+    /// The spec of the gateway is invalid, and its last good state is not known.
     GatewayInvalid,
-    /// It names no gateway, and no gateway is the default one.
+    /// The policy names no gateway, and there is no default gateway.
     NoDefaultGateway,
-    /// It names no gateway, and several say that they are the default one.
+    /// The policy names no gateway, and several gateways are the default one.
     SeveralDefaultGateways,
-    /// The gateway is not for policies of its namespace.
+    /// The gateway is not available to the namespace of the policy.
     NamespaceNotAllowed,
-    /// The address that it names is not in the gateway's pool.
+    /// The policy names an address that is not in the gateway's pool.
     AddressOutsidePool,
-    /// The address that it names is another allocation's.
+    /// The policy names an address that another allocation has.
     AddressTaken,
-    /// The address that it names is a policy's of another namespace, and the gateway does not let them share it.
+    /// The policy names an address that a policy of another namespace has, and the gateway does not share across
+    /// namespaces.
     AddressNotShared,
-    /// The address that it names is reserved for other namespaces.
+    /// The policy names an address that is reserved for other namespaces.
     AddressReserved,
-    /// Its namespace would have more of the gateway than it may.
+    /// The namespace would exceed its quota of the gateway.
     QuotaExceeded,
-    /// The address that it names is a node's own.
+    /// The policy names a node's own address.
     AddressOfNode,
-    /// The address that it names is one of the cluster's pods or Services.
+    /// The policy names an address in a network of the cluster's pods or Services.
     AddressInCluster,
-    /// The gateway has no addresses to give.
+    /// The gateway has no addresses to give out.
     PoolEmpty,
-    /// All the gateway's addresses of a family are in use.
+    /// The gateway has no free address of a family left.
     PoolExhausted,
-    /// The gateway has no node whose address could be used.
+    /// The gateway has no node whose own address could be used.
     NoNode,
-    /// All allocation ids of the cluster are in use.
+    /// The cluster has no free egress ID left.
     NoIdLeft,
 }
 

@@ -18,7 +18,7 @@ impl Family {
         if address.is_ipv4() { Family::V4 } else { Family::V6 }
     }
 
-    /// The family's address of a pair.
+    /// The address of this family in a pair.
     pub(super) fn of_pair(self, pair: &AddressPair) -> Option<IpAddr> {
         match self {
             Family::V4 => pair.ipv4.map(IpAddr::V4),
@@ -26,7 +26,7 @@ impl Family {
         }
     }
 
-    /// The address that has this number in the family.
+    /// The address with this number in the family.
     pub(super) fn address(self, number: u128) -> IpAddr {
         match self {
             Family::V4 => IpAddr::V4(Ipv4Addr::from_bits(number as u32)),
@@ -57,7 +57,7 @@ pub(super) fn addresses(pair: &AddressPair) -> impl Iterator<Item = IpAddr> + us
     [Family::V4.of_pair(pair), Family::V6.of_pair(pair)].into_iter().flatten()
 }
 
-/// A pair of those addresses, at most one of each family; the first one counts.
+/// A pair of these addresses. Of several of one family, the first one is used.
 pub(super) fn pair(addresses: impl IntoIterator<Item = IpAddr>) -> AddressPair {
     let mut pair = AddressPair::default();
     for address in addresses {

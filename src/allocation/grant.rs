@@ -1,4 +1,4 @@
-//! New allocations, for policies that have none in the allocations.
+//! Grants allocations to requests that have none.
 
 use super::allocator::{Allocator, Draft};
 use super::cooldown::COOLDOWN_SECONDS;
@@ -14,22 +14,22 @@ use crate::model::marks::MAX_EGRESS_ID;
 use std::collections::HashMap;
 use std::net::IpAddr;
 
-/// Gives allocations to those who ask and have none, the elder first; returns, by the request's place, why some get none.
-/// Those who name an address come before those who take any.
+/// Grants allocations to the requests that have none, older ones first. Requests that name an address come before
+/// those that take any. Returns the rejections by the place of the request.
 pub(super) fn grant(allocator: &mut Allocator) -> HashMap<usize, Rejection> {
-    let mut refused = HashMap::new();
+    let mut rejections = HashMap::new();
     let mut lacking = HashMap::new();
     let mut nodes: Vec<Option<ByNode>> = vec![None; allocator.gateway_pools.len()];
-    for turn in [AllocationKind::Explicit, AllocationKind::Node, AllocationKind::Shared, AllocationKind::Dedicated] {
+    for kind in [AllocationKind::Explicit, AllocationKind::Node, AllocationKind::Shared, AllocationKind::Dedicated] {
         for request in 0..allocator.requests.all.len() {
             if allocator.requests.all[request].allocation.is_some() {
                 continue;
             }
             if let Some(rejection) = frozen(allocator, request) {
-                refused.insert(request, rejection);
+                rejections.insert(request, rejection);
                 continue;
             }
-            let granted = match (&allocator.requests.all[request].kind, turn) {
+            let granted = match (&allocator.requests.all[request].kind, kind) {
                 (Kind::Explicit(pair), AllocationKind::Explicit) => {
                     let pair = pair.clone();
                     explicit(allocator, request, pair)
@@ -40,22 +40,22 @@ pub(super) fn grant(allocator: &mut Allocator) -> HashMap<usize, Rejection> {
                     node(allocator, request, allocations)
                 }
                 (Kind::Shared, AllocationKind::Shared) | (Kind::Dedicated, AllocationKind::Dedicated) => {
-                    pool(allocator, request, turn, &mut lacking)
+                    pool(allocator, request, kind, &mut lacking)
                 }
                 _ => continue,
             };
             match granted {
                 Ok(allocation) => allocator.assign(allocation, request),
                 Err(rejection) => {
-                    refused.insert(request, rejection);
+                    rejections.insert(request, rejection);
                 }
             }
         }
     }
-    // Told by the finished allocations, so that the next look at it gives the same reasons: what such a policy named may
-    // have gone to another one since.
+    // The final allocations decide the reasons, so that the next computation gives the same ones: a named address may
+    // have been given to another policy in between.
     let mut exhausted_of: HashMap<(usize, Family), Rejection> = HashMap::new();
-    for (request, rejection) in &mut refused {
+    for (request, rejection) in &mut rejections {
         if let Some(family) = lacking.get(request) {
             let gateway = allocator.requests.all[*request].gateway;
             *rejection = exhausted_of
@@ -65,26 +65,28 @@ pub(super) fn grant(allocator: &mut Allocator) -> HashMap<usize, Rejection> {
         }
         if let Request { kind: Kind::Explicit(pair), gateway, .. } = &allocator.requests.all[*request]
             && rejection.reason != Reason::GatewayInvalid
-            && let Err(why) = check_named(allocator, *gateway, pair)
+            && let Err(named) = check_named(allocator, *gateway, pair)
         {
-            *rejection = why;
+            *rejection = named;
         }
     }
-    refused
+    rejections
 }
 
-/// Why the gateway gives nothing out, if it does not.
+/// The rejection if the gateway gives out nothing.
 fn frozen(allocator: &Allocator, request: usize) -> Option<Rejection> {
     let gateway_pool = &allocator.gateway_pools[allocator.requests.all[request].gateway];
-    let message =
-        format!("EgressGateway {:?} makes no sense, and gives out no egress IP until it is mended", gateway_pool.name);
+    let message = format!(
+        "the spec of EgressGateway {:?} is invalid; it gives out no egress IP until that is corrected",
+        gateway_pool.name
+    );
     gateway_pool.gateway.frozen.then(|| Rejection::new(Reason::GatewayInvalid, message))
 }
 
 fn no_id() -> Rejection {
     let message = format!(
-        "all {MAX_EGRESS_ID} allocation ids of the cluster are in use or in cooldown; \
-         let policies share addresses: name the same address, or say allocate: Shared"
+        "all {MAX_EGRESS_ID} egress IDs of the cluster are in use or in cooldown; \
+         let policies share egress IPs: name the same address, or use allocate: Shared"
     );
     Rejection::new(Reason::NoIdLeft, message)
 }
@@ -95,10 +97,10 @@ fn explicit(allocator: &mut Allocator, request: usize, address: AddressPair) -> 
     check_named(allocator, gateway, &address)?;
     let name = format!("Explicit/{}", in_words(&address));
     let id = allocator.new_id(gateway, &address, &policies, &name).ok_or_else(no_id)?;
-    Ok(allocator.enter(allocator.again(gateway, id, AllocationKind::Explicit, address)))
+    Ok(allocator.add(allocator.draft_like_before(gateway, id, AllocationKind::Explicit, address)))
 }
 
-/// Whether policies can have the addresses that they name.
+/// Checks whether policies can have the addresses that they name.
 fn check_named(allocator: &Allocator, gateway: usize, pair: &AddressPair) -> Result<(), Rejection> {
     addresses(pair).try_for_each(|address| check_one(allocator, gateway, pair, address))
 }
@@ -129,7 +131,7 @@ fn check_one(allocator: &Allocator, gateway: usize, pair: &AddressPair, address:
         let allocation = &allocator.allocations[holder];
         if own && allocation.kind == AllocationKind::Explicit && allocation.address == *pair {
             let message = format!(
-                "{} is the egress IP of {}, and EgressGateway {:?} shares none across namespaces (spec.sharing: \
+                "{} is the egress IP of {}, and EgressGateway {:?} does not share it across namespaces (spec.sharing: \
                  Namespace); name another address, or have sharing: Cluster set there",
                 in_words(pair),
                 allocator.requests.name_some(&allocator.users(holder)),
@@ -148,7 +150,7 @@ fn check_one(allocator: &Allocator, gateway: usize, pair: &AddressPair, address:
                         Sharing::Namespace => ", if it is of the same namespace",
                         Sharing::Cluster => "",
                     };
-                    format!(", or exactly {} to share the allocation{among}", in_words(&allocation.address))
+                    format!(", or exactly {} to share the egress IP{among}", in_words(&allocation.address))
                 }
                 _ => String::new(),
             }
@@ -157,22 +159,22 @@ fn check_one(allocator: &Allocator, gateway: usize, pair: &AddressPair, address:
     }
     if let Some(node) = allocator.node_with(gateway, address) {
         let message = format!(
-            "{address} is the own address of node {node:?}; name another address, or say allocate: Node to leave \
-             from a node's own"
+            "{address} is an address of node {node:?}; name another one, or use allocate: Node to leave \
+             from a node's own address"
         );
         return Err(Rejection::new(Reason::AddressOfNode, message));
     }
     if let Some(network) = allocator.inside(address) {
         let message = format!(
-            "{address} is in {network}, a network of the cluster's pods or Services, and no server outside can answer to \
-             it; name another address, and take it out of the gateway's spec.addresses"
+            "{address} is in {network}, a network of the cluster's pods or Services, and no server outside can \
+             answer to it; name another address, and take it out of the gateway's spec.addresses"
         );
         return Err(Rejection::new(Reason::AddressInCluster, message));
     }
     Ok(())
 }
 
-/// An address of each family that the pool has. Of which family it has none left, is put into `lacking`.
+/// Grants an address of each family that the pool has. If a family is exhausted, it is added to `lacking`.
 fn pool(
     allocator: &mut Allocator,
     request: usize,
@@ -185,18 +187,18 @@ fn pool(
     if gateway_pool.open.is_empty() {
         let message = if !gateway_pool.usable.is_empty() {
             format!(
-                "all addresses of EgressGateway {:?} are reserved for policies that name them; name one, or add addresses \
-                 to its spec.addresses",
+                "all addresses of EgressGateway {:?} are reserved for policies that name them; name one, or add \
+                 addresses to its spec.addresses",
                 gateway_pool.name
             )
         } else if gateway_pool.declared.is_empty() {
             format!(
-                "EgressGateway {:?} has no addresses; add some to its spec.addresses, or say allocate: Node",
+                "EgressGateway {:?} has no addresses; add some to its spec.addresses, or use allocate: Node",
                 gateway_pool.name
             )
         } else {
             format!(
-                "all addresses of EgressGateway {:?} are other gateways' too, and theirs; add addresses to its \
+                "all addresses of EgressGateway {:?} belong to other gateways; add addresses to its \
                  spec.addresses",
                 gateway_pool.name
             )
@@ -221,7 +223,7 @@ fn pool(
         _ => format!("Dedicated/{}", allocator.requests.requesters[policies[0]].name),
     };
     let id = allocator.new_id(gateway, &address, &policies, &name).ok_or_else(no_id)?;
-    Ok(allocator.enter(allocator.again(gateway, id, kind, address)))
+    Ok(allocator.add(allocator.draft_like_before(gateway, id, kind, address)))
 }
 
 fn exhausted(allocator: &Allocator, gateway: usize, family: Family) -> Rejection {
@@ -233,13 +235,13 @@ fn exhausted(allocator: &Allocator, gateway: usize, family: Family) -> Rejection
     let until = cooling.map(|entry| entry.at).min().map(|at| {
         let (at, until) = (time(at), time(at + COOLDOWN_SECONDS));
         format!(
-            "what was given back at {at} is free again at {until}, or at once if you annotate the gateway with \
-             {END_COOLDOWN}={at}; "
+            "the address that was given back at {at} is free again at {until}, or at once if you annotate the \
+             gateway with {END_COOLDOWN}={at}; "
         )
     });
     let message = format!(
-        "EgressGateway {:?} has no {family} address left: all {} are in use, in cooldown, or are nodes' own; {}add \
-         addresses to its spec.addresses, or let policies say allocate: Shared",
+        "EgressGateway {:?} has no {family} address left: all {} are in use, in cooldown, or nodes' own addresses; \
+         {}add addresses to its spec.addresses, or let policies use allocate: Shared",
         gateway_pool.name,
         gateway_pool.open.size(family),
         until.unwrap_or_default()
@@ -247,10 +249,10 @@ fn exhausted(allocator: &Allocator, gateway: usize, family: Family) -> Rejection
     Rejection::new(Reason::PoolExhausted, message)
 }
 
-/// A gateway's nodes as allocations: which has one, and how many policies use it.
+/// The allocations of a gateway's nodes with their own addresses, and how many policies use each.
 #[derive(Clone, Debug)]
 struct ByNode {
-    /// By the node's place.
+    /// By the place of the node.
     allocations: Vec<Option<usize>>,
     load: Load,
 }
@@ -289,12 +291,12 @@ fn node(allocator: &mut Allocator, request: usize, nodes: &mut ByNode) -> Result
     let Some(place) = before.or_else(|| nodes.load.least()) else {
         let message = if gateway_pool.nodes.is_empty() {
             format!(
-                "no node matches the nodeSelector of EgressGateway {:?}; label a node, or mend the selector",
+                "no node matches the nodeSelector of EgressGateway {:?}; label a node, or correct the selector",
                 gateway_pool.name
             )
         } else {
             format!(
-                "no node of EgressGateway {:?} has an InternalIP of its own that no allocation has; see the nodes' \
+                "no node of EgressGateway {:?} has an InternalIP that no allocation uses; see the nodes' \
                  status.addresses, or add addresses to the gateway's spec.addresses",
                 gateway_pool.name
             )
@@ -307,7 +309,7 @@ fn node(allocator: &mut Allocator, request: usize, nodes: &mut ByNode) -> Result
             let (name, node) = gateway_pool.nodes[place];
             let address = allocator.own_address(node);
             let id = allocator.new_id(gateway, &address, &policies, &format!("Node/{name}")).ok_or_else(no_id)?;
-            allocator.enter(Draft {
+            allocator.add(Draft {
                 since: allocator.now,
                 ..Draft::new(gateway, id, AllocationKind::Node, address, Some(name.clone()))
             })

@@ -1,8 +1,8 @@
-//! The allocations: which policy has which allocation, which address it leaves from, which node holds it.
+//! The allocator: which policy gets which egress IP, and which node holds it.
 //!
-//! [`allocate`] computes it anew from what the allocations say and what policies ask for now. What was given out stays
-//! as it was while it is asked for and valid; the rest is decided by age and name alone, so that two controllers
-//! that see the same cluster come to the same allocations.
+//! [`allocate`] computes all allocations from the existing ones and from what policies request now. An existing
+//! allocation stays as it is while it is requested and valid. Everything else is decided by age and name alone, so
+//! that two controllers that see the same cluster compute the same allocations.
 
 mod allocator;
 mod close;
@@ -32,19 +32,19 @@ use std::collections::BTreeMap;
 pub(super) use family::in_words;
 pub(super) use living::unreachable;
 
-/// What [`allocate`] decided.
+/// The result of [`allocate`].
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Outcome {
-    /// Each gateway's status, with its allocations.
+    /// The new status of each gateway, with its allocations.
     pub gateways: BTreeMap<Name, EgressGatewayStatus>,
-    /// What became of each policy.
+    /// The decision for each policy.
     pub decisions: BTreeMap<PolicyKey, Decision>,
-    /// When something that rests is free again, seconds since the Unix epoch: time to allocate once more.
+    /// When the next cooldown ends, seconds since the Unix epoch: the time to allocate again.
     pub next_release: Option<i64>,
 }
 
 impl Outcome {
-    /// The gateway of which a policy has its allocation; `None` if it has none.
+    /// The gateway of a policy's allocation; `None` if the policy has none.
     pub fn gateway_of(&self, policy: &PolicyKey) -> Option<&Name> {
         match self.decisions.get(policy)? {
             Decision::Granted(grant) => Some(&grant.gateway),
@@ -53,13 +53,13 @@ impl Outcome {
     }
 }
 
-/// Gives each policy its allocation. `now` is in seconds since the Unix epoch.
+/// Computes all allocations. `now` is in seconds since the Unix epoch.
 pub fn allocate(cluster: &Cluster, now: i64) -> Outcome {
     let mut allocator = allocator::Allocator::open(cluster, now);
     retain::retain(&mut allocator);
-    let refused = grant::grant(&mut allocator);
+    let rejections = grant::grant(&mut allocator);
     placement::place(&mut allocator);
-    close::close(allocator, &refused)
+    close::close(allocator, &rejections)
 }
 
 #[cfg(test)]

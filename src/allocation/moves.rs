@@ -1,13 +1,13 @@
-//! Allocations that change their node. What a node has taken over from a dead one stays with it; what is moved on purpose
-//! stays with the old node until the new one says that it has it.
+//! Allocations that change their node. After a takeover, the allocation follows the node that took it over. In a
+//! planned move, the old node keeps the egress IP until the new one reports that it has it.
 
 use super::allocator::Allocator;
 use crate::api::AllocationKind;
-use crate::model::ownership::{self, Liveness, Standing};
+use crate::model::ownership::{self, Liveness, OwnershipInputs};
 use crate::model::selector::Name;
 use std::collections::{HashMap, HashSet};
 
-/// What nodes say that they have.
+/// What nodes report: the egress IPs that they hold and have taken over.
 pub(super) struct Reports<'a> {
     held: HashMap<&'a str, HashSet<u16>>,
     taken: HashMap<(u16, i64), Vec<&'a str>>,
@@ -19,9 +19,9 @@ impl<'a> Reports<'a> {
         for (name, status) in
             allocator.cluster.egress_nodes.iter().filter(|(n, _)| allocator.cluster.nodes.contains_key(*n))
         {
-            let said = status.of_allocations();
-            reports.held.insert(name, said.held.iter().copied().collect());
-            for taken in &said.taken {
+            let status = status.of_allocations();
+            reports.held.insert(name, status.held.iter().copied().collect());
+            for taken in &status.taken {
                 reports.taken.entry((taken.id, taken.since)).or_default().push(name);
             }
         }
@@ -33,7 +33,8 @@ impl<'a> Reports<'a> {
     }
 }
 
-/// The allocations follow a node that has taken an allocation over. What was said of older allocations counts no more.
+/// Assigns an allocation to the node that has taken it over. A report counts only if its `since` is that of the
+/// allocation.
 pub(super) fn follow_takeovers(allocator: &mut Allocator, gateway: usize, allocations: &[usize], reports: &Reports) {
     for place in allocations
         .iter()
@@ -44,7 +45,7 @@ pub(super) fn follow_takeovers(allocator: &mut Allocator, gateway: usize, alloca
         let of_gateway = |name: &&str| allocator.gateway_pools[gateway].nodes.iter().any(|(n, _)| ***n == **name);
         let takers = reports.taken.get(&(allocation.id, allocation.since)).map(Vec::as_slice).unwrap_or_default();
         let takers: Vec<&str> = takers.iter().copied().filter(of_gateway).collect();
-        let standing = Standing {
+        let standing = OwnershipInputs {
             id: allocation.id,
             node: allocation.node.as_deref(),
             leaving: None,
@@ -53,35 +54,35 @@ pub(super) fn follow_takeovers(allocator: &mut Allocator, gateway: usize, alloca
             members: &[],
             needs: &[],
         };
-        // All nodes see the same one of several as the owner.
+        // If several nodes report it, all nodes compute the same owner.
         let taker: Option<Name> = ownership::owner(standing, &Liveness::default()).map(Into::into);
         if taker.is_some() && taker != allocation.node {
-            give(allocator, *place, taker, None);
+            assign_node(allocator, *place, taker, None);
         }
     }
 }
 
-/// The allocations that a policy kinds on another of these nodes, and on which. An allocation that is a node's own address cannot
-/// move.
-pub(super) fn asked_for(
+/// The allocations that a policy wants on another of these nodes (`egret.dev/move-to`), with that node. An allocation
+/// of a node's own address cannot move.
+pub(super) fn requested_moves(
     allocator: &Allocator,
     allocations: &[usize],
     nodes: &HashMap<&Name, usize>,
 ) -> Vec<(usize, Name)> {
-    let asked = |place: &usize| {
+    let requested_move = |place: &usize| {
         let allocation = &allocator.allocations[*place];
-        let wanted = wish(allocator, *place)?;
+        let wanted = requested_node(allocator, *place)?;
         let moves = allocation.kind != AllocationKind::Node
             && allocation.node.as_ref() != Some(wanted)
             && nodes.contains_key(wanted);
         moves.then(|| (*place, wanted.clone()))
     };
-    allocations.iter().filter_map(asked).collect()
+    allocations.iter().filter_map(requested_move).collect()
 }
 
-/// The node that an allocation is wanted on. Of several policies with the same allocation, the most senior one that says something
-/// decides.
-pub(super) fn wish<'b>(allocator: &'b Allocator, allocation: usize) -> Option<&'b Name> {
+/// The node that policies request for an allocation. Of several policies with this allocation, the most senior one
+/// that requests a node decides.
+pub(super) fn requested_node<'b>(allocator: &'b Allocator, allocation: usize) -> Option<&'b Name> {
     let policies = allocator.allocations[allocation]
         .requests
         .iter()
@@ -90,15 +91,16 @@ pub(super) fn wish<'b>(allocator: &'b Allocator, allocation: usize) -> Option<&'
     allocator.requests.requesters[*asking].policy.move_to()
 }
 
-/// Gives an allocation another node. If an old one says that it has it, it keeps it until the new one does.
+/// Assigns an allocation to another node. If the old node reports that it holds the egress IP, it keeps it until the
+/// new one does.
 pub(super) fn move_to(allocator: &mut Allocator, place: usize, node: Option<Name>, reports: &Reports) {
     let allocation = &allocator.allocations[place];
     let old = [allocation.node.clone(), allocation.leaving.clone()].into_iter().flatten();
     let leaving = old.into_iter().find(|old| reports.holds(old, allocation.id) && node.as_ref() != Some(old));
-    give(allocator, place, node.clone(), leaving.filter(|_| node.is_some()));
+    assign_node(allocator, place, node.clone(), leaving.filter(|_| node.is_some()));
 }
 
-fn give(allocator: &mut Allocator, place: usize, node: Option<Name>, leaving: Option<Name>) {
+fn assign_node(allocator: &mut Allocator, place: usize, node: Option<Name>, leaving: Option<Name>) {
     let now = allocator.now;
     let allocation = &mut allocator.allocations[place];
     if allocation.node != node {
@@ -107,7 +109,7 @@ fn give(allocator: &mut Allocator, place: usize, node: Option<Name>, leaving: Op
     (allocation.node, allocation.leaving) = (node, leaving);
 }
 
-/// Ends the moves that are over: the new node has the allocation, or the old one has it no more.
+/// Ends the planned moves that are finished: the new node holds the egress IP, or the old one no longer does.
 pub(super) fn finish(allocator: &mut Allocator, allocations: &[usize], reports: &Reports) {
     for place in allocations {
         let allocation = &mut allocator.allocations[*place];

@@ -1,4 +1,4 @@
-//! Which node holds which allocation.
+//! Assigns allocations to nodes.
 
 use super::allocator::Allocator;
 use super::moves::{self, Reports};
@@ -9,10 +9,11 @@ use crate::model::drain::is_drained;
 use crate::model::selector::Name;
 use std::collections::{BTreeSet, HashMap};
 
-/// How much each of some nodes has, by its place among the gateway's nodes, which are sorted by name.
+/// How many allocations each node has. Nodes are given by their places among the gateway's nodes, which are sorted by
+/// name.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Load {
-    /// Count and place.
+    /// Count and place of each node.
     order: BTreeSet<(u32, usize)>,
     count: HashMap<usize, u32>,
 }
@@ -23,7 +24,7 @@ impl Load {
         Load { order: count.keys().map(|place| (0, *place)).collect(), count }
     }
 
-    /// One more for the node.
+    /// Counts one more allocation for the node.
     pub(super) fn add(&mut self, place: usize) {
         if let Some(count) = self.count.get_mut(&place) {
             self.order.remove(&(*count, place));
@@ -32,19 +33,19 @@ impl Load {
         }
     }
 
-    /// The node that has the least; of several, the first by name.
+    /// The node with the fewest allocations; of several, the first by name.
     pub(super) fn least(&self) -> Option<usize> {
         self.order.first().map(|(_, place)| *place)
     }
 
-    /// All of the nodes, those that have the least first.
+    /// All nodes, those with the fewest allocations first.
     pub(super) fn places(&self) -> impl Iterator<Item = usize> {
         self.order.iter().map(|(_, place)| *place)
     }
 }
 
-/// Gives each allocation a node of its gateway. An allocation stays where it is while its node is one of the gateway's, and is not
-/// drained while others are there; and until it is asked for that allocations be spread evenly.
+/// Assigns each allocation to a node of its gateway. It stays on its node while that is a node of the gateway and is
+/// not drained (or all nodes are), until a rebalance is requested.
 pub(super) fn place(allocator: &mut Allocator) {
     let reports = Reports::new(allocator);
     let mut allocations_of: Vec<Vec<usize>> = vec![Vec::new(); allocator.gateway_pools.len()];
@@ -65,17 +66,18 @@ pub(super) fn place(allocator: &mut Allocator) {
     }
 }
 
-/// The nodes of a gateway, as far as allocations may be on them.
-struct Room<'a> {
-    /// By name.
+/// The nodes of a gateway that can hold allocations.
+struct Candidates<'a> {
+    /// All nodes of the gateway, sorted by name.
     nodes: Vec<(&'a Name, &'a Node)>,
-    /// Those that are not drained, or all if all are: allocations stay where they are.
+    /// The nodes that are not drained, or all nodes if all are drained: then allocations stay.
     open: HashMap<&'a Name, usize>,
-    /// Those of them that allocations can be moved to: they live, as far as can be told, and none has lost less of its uplinks.
+    /// The nodes among them that an allocation can be moved to: they count as alive, and none has lost fewer of its
+    /// uplinks.
     ready: HashMap<&'a Name, usize>,
 }
 
-impl<'a> Room<'a> {
+impl<'a> Candidates<'a> {
     fn new(allocator: &Allocator<'a>, gateway: usize) -> Self {
         let nodes = allocator.gateway_pools[gateway].nodes.clone();
         let is_drained = |node: &Node| is_drained(allocator.gateway_pools[gateway].gateway, node);
@@ -90,48 +92,48 @@ impl<'a> Room<'a> {
                 && Some(allocator.lacks(name, gateway)) == least
         };
         let ready = open.iter().filter(|(name, _)| ready(name)).map(|(name, place)| (*name, *place)).collect();
-        Room { nodes, open, ready }
+        Candidates { nodes, open, ready }
     }
 }
 
-/// A new allocation goes to the node that has the least of those that live. An allocation moves only if there is one that it can
-/// be moved to, unless its node is none of the gateway's any more.
+/// Assigns new allocations to the living node with the fewest. An existing allocation moves only if there is a node
+/// that it can be moved to, or its node no longer belongs to the gateway.
 fn balance(allocator: &mut Allocator, gateway: usize, allocations: &[usize], reports: &Reports) {
-    let room = Room::new(allocator, gateway);
-    for (allocation, node) in moves::asked_for(allocator, allocations, &room.ready) {
+    let candidates = Candidates::new(allocator, gateway);
+    for (allocation, node) in moves::requested_moves(allocator, allocations, &candidates.ready) {
         moves::move_to(allocator, allocation, Some(node), reports);
     }
-    let mut load = Load::new(room.open.values().copied());
-    let mut homeless = Vec::new();
+    let mut load = Load::new(candidates.open.values().copied());
+    let mut unplaced = Vec::new();
     for allocation in allocations {
-        match allocator.allocations[*allocation].node.as_ref().and_then(|name| room.open.get(name)) {
+        match allocator.allocations[*allocation].node.as_ref().and_then(|name| candidates.open.get(name)) {
             Some(place) => load.add(*place),
             None if allocator.allocations[*allocation].kind == AllocationKind::Node => {}
-            None => homeless.push(*allocation),
+            None => unplaced.push(*allocation),
         }
     }
-    for allocation in homeless {
+    for allocation in unplaced {
         let node = allocator.allocations[allocation].node.as_ref();
-        let stays = node.is_some_and(|name| room.nodes.binary_search_by(|(n, _)| (*n).cmp(name)).is_ok());
-        let is_ready = |place: &usize| room.ready.contains_key(room.nodes[*place].0);
-        let lives = |place: &usize| allocator.lives(room.nodes[*place].0);
+        let stays = node.is_some_and(|name| candidates.nodes.binary_search_by(|(n, _)| (*n).cmp(name)).is_ok());
+        let is_ready = |place: &usize| candidates.ready.contains_key(candidates.nodes[*place].0);
+        let lives = |place: &usize| allocator.lives(candidates.nodes[*place].0);
         let found = load.places().find(is_ready);
         let found = if node.is_some() { found } else { found.or_else(|| load.places().find(lives)) };
         let place = match found {
             None if stays => continue,
             found => found.or_else(|| load.least()),
         };
-        moves::move_to(allocator, allocation, place.map(|place| room.nodes[place].0.clone()), reports);
+        moves::move_to(allocator, allocation, place.map(|place| candidates.nodes[place].0.clone()), reports);
         if let Some(place) = place {
             load.add(place);
         }
     }
     if allocator.gateway_pools[gateway].gateway.rebalance {
-        rebalance::rebalance(allocator, allocations, room.ready.into_keys(), reports);
+        rebalance::rebalance(allocator, allocations, candidates.ready.into_keys(), reports);
     }
 }
 
-/// Something else places the addresses: the node that says it has one holds the allocation.
+/// External placement: the node that reports the address holds the allocation.
 fn follow(allocator: &mut Allocator, gateway: usize, allocations: &[usize]) {
     let mut reported: HashMap<u16, Vec<&Name>> = HashMap::new();
     for (name, _) in &allocator.gateway_pools[gateway].nodes {
@@ -147,7 +149,7 @@ fn follow(allocator: &mut Allocator, gateway: usize, allocations: &[usize]) {
         let here =
             |name: &Name| allocator.gateway_pools[gateway].nodes.binary_search_by(|(n, _)| (*n).cmp(name)).is_ok();
         allocation.node = match (allocation.node.take(), reported.get(&allocation.id)) {
-            // While an address moves two nodes may say that they have it.
+            // While an address moves, two nodes may report it.
             (Some(node), Some(reporters)) if reporters.contains(&&node) => Some(node),
             (_, Some(reporters)) => reporters.first().map(|name| Name::clone(name)),
             (node, None) => node.filter(here),

@@ -1,11 +1,11 @@
-//! A gateway's addresses, and which of them it may hand out.
+//! The addresses of gateways, and which of them a gateway may give out.
 
 use super::family::{Family, number};
 use crate::model::{AddressRange, Gateway};
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 
-/// Addresses by family, in ranges that do not overlap, in order.
+/// Addresses by family, in sorted ranges that do not overlap.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Pool {
     v4: Ranges,
@@ -16,7 +16,7 @@ pub(super) struct Pool {
 struct Ranges {
     /// First and last, inclusive.
     ranges: Vec<(u128, u128)>,
-    /// The range and the number in it before which nothing is free any more.
+    /// The range, and the number in it, before which no address is free.
     cursor: (usize, u128),
 }
 
@@ -35,7 +35,7 @@ impl Pool {
         }
     }
 
-    /// Without the addresses of another pool.
+    /// Removes the addresses of another pool.
     pub(super) fn without(mut self, other: &Pool) -> Self {
         for family in Family::BOTH {
             let mut taken = other.family(family).ranges.iter().peekable();
@@ -43,7 +43,7 @@ impl Pool {
             for (first, last) in std::mem::take(&mut self.family_mut(family).ranges) {
                 while taken.next_if(|(_, end)| *end < first).is_some() {}
                 let mut next = Some(first);
-                // One of another pool's ranges may lie in several of this one's.
+                // A range of the other pool may overlap several of this one.
                 for (from, to) in taken.clone().take_while(|(from, _)| *from <= last) {
                     let Some(first) = next else { break };
                     if first < *from {
@@ -74,14 +74,14 @@ impl Pool {
         after > 0 && number <= ranges[after - 1].1
     }
 
-    /// How many addresses of the family it has; a network of all of IPv6 counts one less than it has.
+    /// How many addresses of the family it has. The count saturates at `u128::MAX`, one less than all of IPv6.
     pub(super) fn size(&self, family: Family) -> u128 {
         let size = |(first, last): &(u128, u128)| (last - first).saturating_add(1);
         self.family(family).ranges.iter().map(size).fold(0, u128::saturating_add)
     }
 
-    /// The first address of the family that is free. What was not free once is not asked for again: within one
-    /// allocation nothing becomes free.
+    /// The first free address of the family. An address that was not free is not tried again: within one computation
+    /// no address becomes free.
     pub(super) fn first(&mut self, family: Family, free: impl Fn(IpAddr) -> bool) -> Option<IpAddr> {
         let Ranges { ranges, cursor } = self.family_mut(family);
         while let Some((first, last)) = ranges.get(cursor.0) {
@@ -112,7 +112,7 @@ impl<'a> FromIterator<&'a AddressRange> for Pool {
         }
         for ranges in [&mut pool.v4.ranges, &mut pool.v6.ranges] {
             ranges.sort_unstable();
-            // Those of one pool do not overlap; those of several reservations may.
+            // Ranges of one pool do not overlap. Those of several reservations may.
             ranges.dedup_by(|next, before| {
                 let overlaps = next.0 <= before.1;
                 if overlaps {
@@ -125,7 +125,7 @@ impl<'a> FromIterator<&'a AddressRange> for Pool {
     }
 }
 
-/// Part of a pool that an earlier gateway has too.
+/// A part of a pool that an earlier gateway has too.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Overlap {
     pub(super) first: IpAddr,
@@ -134,9 +134,9 @@ pub(super) struct Overlap {
     pub(super) with: usize,
 }
 
-/// What each gateway may hand out: its pool without what gateways before it have, and what that took from it.
+/// For each gateway, its pool without the addresses of the gateways before it, and the overlaps with these.
 pub(super) fn usable<'a>(gateways: impl Iterator<Item = &'a Gateway>) -> Vec<(Pool, Vec<Overlap>)> {
-    // Family and first number of parts that are some gateway's; they do not overlap.
+    // The claimed parts: family and first number, then last number and gateway. They do not overlap.
     let mut claimed: BTreeMap<(Family, u128), (u128, usize)> = BTreeMap::new();
     let mut all = Vec::new();
     for (place, gateway) in gateways.enumerate() {
@@ -194,14 +194,14 @@ mod tests {
     }
 
     #[test]
-    fn addresses_come_in_order() {
+    fn addresses_are_taken_in_order() {
         let pool: Pool = gateway(&["198.51.100.0/31", "192.0.2.1", "2001:db8::f-2001:db8::10"]).pool.iter().collect();
         assert_eq!(all(pool.clone(), Family::V4), ["192.0.2.1", "198.51.100.0", "198.51.100.1"]);
         assert_eq!(all(pool, Family::V6), ["2001:db8::f", "2001:db8::10"]);
     }
 
     #[test]
-    fn the_last_address_of_all_is_no_trap() {
+    fn the_last_address_of_a_family_can_be_taken() {
         let last = |family: Family| AddressRange { first: family.address(u128::MAX), last: family.address(u128::MAX) };
         let pool: Pool = Family::BOTH.map(last).iter().collect();
         assert_eq!(all(pool.clone(), Family::V4).len(), 1);
@@ -212,7 +212,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pool_without_another_has_the_rest() {
+    fn without_removes_the_addresses_of_another_pool() {
         let pool = |addresses: &[&str]| -> Pool { gateway(addresses).pool.iter().collect() };
         let left = |of: &[&str], without: &[&str]| all(pool(of).without(&pool(without)), Family::V4);
         assert_eq!(left(&["192.0.2.1-192.0.2.4"], &["192.0.2.2-192.0.2.3"]), ["192.0.2.1", "192.0.2.4"]);
@@ -227,7 +227,7 @@ mod tests {
     }
 
     #[test]
-    fn what_an_earlier_gateway_has_is_taken_out() {
+    fn addresses_of_an_earlier_gateway_are_not_usable() {
         let gateways = [
             gateway(&["192.0.2.4-192.0.2.5", "192.0.2.8"]),
             gateway(&["192.0.2.3-192.0.2.9", "2001:db8::1"]),

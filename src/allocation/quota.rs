@@ -1,4 +1,4 @@
-//! What the policies of one namespace may have of a gateway together.
+//! Quotas: how much of a gateway the policies of one namespace may have together.
 
 use super::decision::{Reason, Rejection};
 use super::request::{Kind, Requester};
@@ -7,8 +7,8 @@ use crate::model::selector::Name;
 use crate::model::{Cluster, Gateway, Namespaces};
 use std::collections::{BTreeMap, HashMap, HashSet};
 
-/// Why policies have gone beyond their namespace's quota, by the policy's place. `asks` are the gateway's name, the gateway
-/// and what is asked of it, by the policy's place.
+/// The policies that exceed the quota of their namespace, by place, with the rejection. `asks` has, by the place of
+/// the policy, the gateway's name, the gateway and the kind of the request.
 pub(super) fn exceeded(
     cluster: &Cluster,
     requesters: &[Requester],
@@ -22,26 +22,28 @@ pub(super) fn exceeded(
             groups.entry((name, namespace)).or_default().push(place);
         }
     }
-    let mut refused = HashMap::new();
+    let mut rejections = HashMap::new();
     for ((name, namespace), mut places) in groups {
-        // What was accepted as it is now comes first: a policy that grows is refused itself, and no younger one.
+        // Policies that were accepted in their current generation come first: a policy that grows is refused itself,
+        // and no younger one.
         places.sort_by_key(|place| (!is_accepted(cluster, &requesters[*place]), *place));
         let mut used = Used::default();
         for place in places {
             let Some((_, gateway, kind)) = asks[place] else { continue };
-            if let Err(beyond) = used.add(&gateway.quota, kind, requesters[place].policy.listed_destinations()) {
+            if let Err(limit) = used.add(&gateway.quota, kind, requesters[place].policy.listed_destinations()) {
                 let message = format!(
-                    "namespace {namespace:?} would have more than {beyond}, which is its quota of EgressGateway {name:?} \
-                     (spec.namespaceQuota); remove a policy or some of what it asks for, or have the quota raised"
+                    "namespace {namespace:?} would have more than {limit}, which is its quota of EgressGateway \
+                     {name:?} (spec.namespaceQuota); remove a policy or some of what it asks for, or have the quota \
+                      raised"
                 );
-                refused.insert(place, Rejection::new(Reason::QuotaExceeded, message));
+                rejections.insert(place, Rejection::new(Reason::QuotaExceeded, message));
             }
         }
     }
-    refused
+    rejections
 }
 
-/// Whether a policy was told that it is accepted, as it is now.
+/// Whether the policy was accepted in its current generation.
 fn is_accepted(cluster: &Cluster, requester: &Requester) -> bool {
     let conditions = cluster.policy_statuses.get(requester.key).map(|status| status.conditions.as_slice());
     conditions.unwrap_or_default().iter().any(|condition| {
@@ -51,7 +53,7 @@ fn is_accepted(cluster: &Cluster, requester: &Requester) -> bool {
     })
 }
 
-/// What a namespace has.
+/// What a namespace uses.
 #[derive(Default)]
 struct Used<'a> {
     policies: usize,
@@ -61,7 +63,10 @@ struct Used<'a> {
 }
 
 impl<'a> Used<'a> {
-    /// Adds a policy, unless that is more than the namespace may have: of what.
+    /// Adds a policy.
+    ///
+    /// # Errors
+    /// The namespace would exceed its quota: the limit, as text.
     fn add(&mut self, quota: &NamespaceQuota, kind: &'a Kind, destinations: usize) -> Result<(), String> {
         let exceeds = |count: usize, limit: Option<u32>| limit.filter(|limit| count > *limit as usize);
         let (dedicated, named) = match kind {
@@ -73,7 +78,7 @@ impl<'a> Used<'a> {
         if let Some(limit) = exceeds(self.policies + 1, quota.policies) {
             return Err(format!("{limit} policies"));
         }
-        // Who takes none is not refused for what others have.
+        // A policy that takes no address is not refused for the addresses of others.
         if let Some(limit) = exceeds(addresses, quota.addresses).filter(|_| dedicated > 0 || named.is_some()) {
             return Err(format!("{limit} egress IPs"));
         }

@@ -1,4 +1,4 @@
-//! What policies ask for, and of which gateway.
+//! The requests of policies, and the gateway that each one uses.
 
 use super::decision::{Reason, Rejection};
 use super::family::addresses;
@@ -9,28 +9,28 @@ use crate::model::selector::Name;
 use crate::model::{AddressRequest, Cluster, Gateway, Namespaces, Policy, PolicyKey};
 use std::collections::HashMap;
 
-/// An allocation that policies ask for.
+/// A request for an allocation, by one or more policies.
 #[derive(Clone, Debug)]
 pub(super) struct Request {
-    /// The gateway's place.
+    /// The place of the gateway.
     pub(super) gateway: usize,
     pub(super) kind: Kind,
-    /// The places of the policies that ask, by seniority.
+    /// The places of the requesting policies, by seniority.
     pub(super) policies: Vec<usize>,
-    /// The place of the allocation, once there is one.
+    /// The place of the allocation, once granted.
     pub(super) allocation: Option<usize>,
 }
 
-/// What is asked for.
+/// The kind of a request.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Kind {
-    /// These addresses, shared with all who name the same.
+    /// These addresses, shared by all policies that name them.
     Explicit(AddressPair),
-    /// The gateway's shared allocation.
+    /// The shared allocation of the gateway.
     Shared,
     /// An allocation for one policy.
     Dedicated,
-    /// The allocation of any of the gateway's nodes, for one policy.
+    /// The own address of any node of the gateway, for one policy.
     Node,
 }
 
@@ -45,7 +45,7 @@ impl Kind {
     }
 }
 
-/// A policy and its name as the allocations write it.
+/// A policy, its key, and its key as text.
 #[derive(Clone, Debug)]
 pub(super) struct Requester<'a> {
     pub(super) key: &'a PolicyKey,
@@ -53,16 +53,17 @@ pub(super) struct Requester<'a> {
     pub(super) name: String,
 }
 
-/// All policies and what they ask for.
+/// All policies and their requests.
 #[derive(Clone, Debug)]
 pub(super) struct Requests<'a> {
-    /// By seniority: the older first, where no time is given last, then by name. A policy's place is its place here.
+    /// All policies by seniority: older ones first, those without a time last, then by name. The place of a policy is
+    /// its index here.
     pub(super) requesters: Vec<Requester<'a>>,
     /// Places by key.
     pub(super) places: HashMap<&'a PolicyKey, usize>,
-    /// In the order of the most senior policy of each.
+    /// All requests, in the order of the most senior policy of each.
     pub(super) all: Vec<Request>,
-    /// By a policy's place: its request's place, or why it has none.
+    /// By the place of the policy: the place of its request, or its rejection.
     pub(super) of: Vec<Result<usize, Rejection>>,
 }
 
@@ -117,7 +118,7 @@ impl<'a> Requests<'a> {
         Requests { requesters, places, all, of }
     }
 
-    /// The names of policies, for a sentence: not more than three.
+    /// Names at most three policies, as text for users.
     pub(super) fn name_some(&self, policies: &[usize]) -> String {
         let names: Vec<&str> = policies.iter().take(3).map(|p| self.requesters[*p].name.as_str()).collect();
         match policies.len() - names.len() {
@@ -127,14 +128,14 @@ impl<'a> Requests<'a> {
     }
 }
 
-/// The gateways by place and name.
+/// All gateways, by place and by name.
 struct Gateways<'a> {
     all: Vec<(&'a Name, &'a Gateway)>,
     by_name: HashMap<&'a str, usize>,
     defaults: Vec<usize>,
-    /// Where several gateways are the default one: which of them a policy has an allocation of already.
+    /// If several gateways are the default one: the one of which a policy already has an allocation.
     present: HashMap<&'a PolicyKey, usize>,
-    /// The same, of gateways of which the allocations alone is known: whether they are the default one is not.
+    /// The same for frozen gateways, of which it is unknown whether they are the default one.
     kept: HashMap<&'a PolicyKey, usize>,
 }
 
@@ -157,7 +158,10 @@ impl<'a> Gateways<'a> {
         Gateways { all, by_name, defaults, present, kept }
     }
 
-    /// The gateway that a policy is to use, if it may.
+    /// The gateway that a policy uses.
+    ///
+    /// # Errors
+    /// There is none, or the policy may not use it.
     fn gateway_of(&self, cluster: &Cluster, requester: &Requester) -> Result<usize, Rejection> {
         let place = match (&requester.policy.gateway, self.defaults.as_slice()) {
             (Some(name), _) => *self.by_name.get(&**name).ok_or_else(|| {
@@ -174,7 +178,7 @@ impl<'a> Gateways<'a> {
                                set spec.gateway, or default: true on one EgressGateway";
                 return Err(Rejection::new(Reason::NoDefaultGateway, message));
             }
-            // A second default gateway is a mistake that must not take their addresses from those who have one.
+            // A second default gateway is a mistake. It must not take the egress IPs of policies that have one.
             (None, several) => *self.present.get(requester.key).ok_or_else(|| {
                 let names: Vec<&str> = several.iter().map(|place| &**self.all[*place].0).collect();
                 let message = format!(
@@ -189,17 +193,17 @@ impl<'a> Gateways<'a> {
         match &requester.policy.namespaces {
             Namespaces::One(ns) if !gateway.namespaces.matches(&labels_or_name(cluster.namespaces.get(ns), ns)) => {
                 let message = format!(
-                    "EgressGateway {name:?} is not for policies of namespace {ns:?}: its namespaceSelector does not \
-                     match the namespace's labels; label the namespace, or name another gateway"
+                    "EgressGateway {name:?} is not available to policies of namespace {ns:?}: its namespaceSelector \
+                     does not match the namespace's labels; label the namespace, or name another gateway"
                 );
                 Err(Rejection::new(Reason::NamespaceNotAllowed, message))
             }
-            // Who may make a ClusterEgressPolicy may use every gateway.
+            // A user who may create ClusterEgressPolicies may use every gateway.
             _ => Ok(place),
         }
     }
 
-    /// Whether the addresses that a policy names are reserved for others.
+    /// Refuses a policy that names an address that is reserved for other namespaces.
     fn check_reservations(
         &self,
         cluster: &Cluster,

@@ -1,4 +1,4 @@
-//! What is in the allocations stays there, as long as it is asked for and valid.
+//! Keeps existing allocations while they are requested and valid.
 
 use super::allocator::{Allocator, Draft};
 use super::family::{Family, addresses, overlap, pair};
@@ -7,9 +7,9 @@ use crate::api::{Allocation, AllocationKind};
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 
-/// Carries over what stays, and lets the rest of it rest.
+/// Keeps the allocations that stay, and starts the cooldown of the others.
 pub(super) fn retain(allocator: &mut Allocator) {
-    // Pool addresses first: where a node has taken one for its own, the allocation is the elder.
+    // Pool addresses come first: where a node has taken a pool address as its own, the pool allocation is older.
     for nodes_own in [false, true] {
         for gateway in 0..allocator.gateway_pools.len() {
             let gateway_pool = allocator.gateway_pools[gateway].gateway;
@@ -27,7 +27,7 @@ pub(super) fn retain(allocator: &mut Allocator) {
                     pool_allocation(allocator, gateway, allocation)
                 };
                 if !stays {
-                    allocator.rest(
+                    allocator.start_cooldown(
                         gateway,
                         allocation.id,
                         allocation.address.clone(),
@@ -41,7 +41,7 @@ pub(super) fn retain(allocator: &mut Allocator) {
     complete(allocator);
 }
 
-/// The requests for allocations of the gateway, as yet without one, that policies make which the allocations list.
+/// The requests to the gateway, still without an allocation, of the policies that this allocation lists.
 fn requests_of<'b>(
     allocator: &'b Allocator,
     gateway: usize,
@@ -62,7 +62,7 @@ fn pool_allocation(allocator: &mut Allocator, gateway: usize, allocation: &Alloc
             _ => false,
         }
     });
-    // The most senior one's, if the gateway shares addresses across namespaces no longer.
+    // The most senior request keeps it, if the gateway no longer shares addresses across namespaces.
     let Some(request) = fitting.min() else { return false };
     let may_keep = |address: &IpAddr| {
         let reserved =
@@ -72,7 +72,7 @@ fn pool_allocation(allocator: &mut Allocator, gateway: usize, allocation: &Alloc
     };
     let (kept, lost): (Vec<IpAddr>, Vec<IpAddr>) =
         addresses(&allocation.address).partition(|address| may_keep(address) && !allocator.held.contains_key(address));
-    // Who named an address means this one; who did not is content with half a pair while a new half is looked for.
+    // A policy that names a pair needs all of it. Any other one keeps half a pair while a new half is looked for.
     if kept.is_empty()
         || (allocation.kind == AllocationKind::Explicit && !lost.is_empty())
         || !allocator.ids.take(allocation.id)
@@ -80,9 +80,9 @@ fn pool_allocation(allocator: &mut Allocator, gateway: usize, allocation: &Alloc
         return false;
     }
     if !lost.is_empty() {
-        allocator.rest(gateway, allocation.id, pair(lost), allocation.policies.clone(), allocator.now);
+        allocator.start_cooldown(gateway, allocation.id, pair(lost), allocation.policies.clone(), allocator.now);
     }
-    let place = allocator.enter(Draft {
+    let place = allocator.add(Draft {
         gateway,
         id: allocation.id,
         kind: allocation.kind,
@@ -106,11 +106,11 @@ fn node_allocation(allocator: &mut Allocator, gateway: usize, allocation: &Alloc
     let requests: BTreeSet<usize> =
         requests_of(allocator, gateway, allocation).filter(|d| allocator.requests.all[*d].kind == Kind::Node).collect();
     let address = allocator.own_address(node);
-    // With another address it is another allocation: what runs over the old one cannot live on.
+    // With another address it is a new allocation: connections over the old address cannot survive.
     if requests.is_empty() || !overlap(&address, &allocation.address) || !allocator.ids.take(allocation.id) {
         return false;
     }
-    let place = allocator.enter(Draft {
+    let place = allocator.add(Draft {
         gateway,
         id: allocation.id,
         kind: AllocationKind::Node,
@@ -126,7 +126,7 @@ fn node_allocation(allocator: &mut Allocator, gateway: usize, allocation: &Alloc
     true
 }
 
-/// Gives allocations the half of their pair that they lack: the pool has got a second family, or has lost an address.
+/// Adds the missing half of a pair: the pool has got a second family, or has lost an address.
 fn complete(allocator: &mut Allocator) {
     for request in 0..allocator.requests.all.len() {
         let Some(place) = allocator.requests.all[request].allocation else { continue };

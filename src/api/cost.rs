@@ -1,10 +1,11 @@
-//! What the API server estimates the CEL rules to cost, reckoned high: it refuses a definition with a rule that could cost
-//! more than it allows, and no server is needed here to see how near a rule comes.
+//! An estimate, on the high side, of what the CEL rules cost in the API server. The server refuses a definition with
+//! a rule that exceeds its limit. With the estimate, tests without a server see how near a rule comes.
 //!
-//! A rule costs what it costs once, as often as its place can be there: once for each item of all lists and maps around it
-//! (`childContext` and `getExpressionCost`, pkg/apis/apiextensions/validation of apiextensions-apiserver). What has no
-//! bound is taken to be as long as a request can be. The costs of operators and functions are those of cel-go
-//! (checker/cost.go) and of Kubernetes' library (pkg/cel/library/cost.go of apiserver), rounded up.
+//! The cost of a rule is the cost of one evaluation, times how often its place can occur: once for each item of all
+//! lists and maps around it (`childContext` and `getExpressionCost`, pkg/apis/apiextensions/validation of
+//! apiextensions-apiserver). A value without a bound counts as long as a request can be. The costs of operators and
+//! functions are those of cel-go (checker/cost.go) and of Kubernetes' library (pkg/cel/library/cost.go of apiserver),
+//! rounded up.
 
 use super::crds;
 use cel::Program;
@@ -15,19 +16,19 @@ use serde_json::{Value, json};
 const LIMIT_OF_RULE: u64 = 10_000_000;
 /// `StaticEstimatedCRDCostLimit`, ibid.
 const LIMIT_OF_CRD: u64 = 100_000_000;
-/// `MaxRequestSizeBytes`, pkg/apis/cel/config.go of apiserver: nothing is longer, and of nothing are there more.
+/// `MaxRequestSizeBytes`, pkg/apis/cel/config.go of apiserver: no value is longer, and no list has more items.
 const UNBOUNDED: u64 = 3 * 1024 * 1024;
-/// The part of a limit that rules may use, an eighth: our estimate and the server's may differ, and later versions may
-/// count otherwise.
+/// Rules may use an eighth of a limit: our estimate and the server's may differ, and later versions may count
+/// otherwise.
 const SHARE: u64 = 8;
 
-/// A CEL rule where it stands.
+/// A CEL rule and its place.
 pub(super) struct Rule<'a> {
-    /// What it looks at.
+    /// The schema of `self`.
     pub(super) schema: &'a Value,
-    /// The rule.
+    /// The text of the rule.
     pub(super) text: &'a str,
-    /// How often its place can be there in one object.
+    /// How often its place can occur in one object.
     times: u64,
 }
 
@@ -52,7 +53,7 @@ fn collect<'a>(schema: &'a Value, times: u64, found: &mut Vec<Rule<'a>>) {
     }
 }
 
-/// Of a text, how many bytes it can have; of a list or a map, how many entries.
+/// The size of a value: of a text in bytes, of a list or map in entries.
 fn size(schema: &Value) -> u64 {
     let bound = |name: &str| schema[name].as_u64().unwrap_or(UNBOUNDED);
     match schema["type"].as_str() {
@@ -68,11 +69,11 @@ fn size(schema: &Value) -> u64 {
     }
 }
 
-/// What a name in a rule stands for.
+/// The names in scope of an expression, with their schemas.
 type Names<'a> = Vec<(String, Option<&'a Value>)>;
 
 impl Rule<'_> {
-    /// What the API server could reckon that it costs, or more.
+    /// An upper estimate of the cost in the API server.
     fn cost(&self) -> u64 {
         let program = Program::compile(self.text).unwrap_or_else(|e| panic!("{}: {e}", self.text));
         let names = vec![("self".to_owned(), Some(self.schema))];
@@ -80,7 +81,7 @@ impl Rule<'_> {
     }
 }
 
-/// The schema of what an expression gives, where it is a part of the object.
+/// The schema of the result of an expression, if it is a part of the object.
 fn part_of<'a>(expression: &Expr, names: &Names<'a>) -> Option<&'a Value> {
     match expression {
         Expr::Ident(name) => names.iter().rev().find(|(known, _)| known == name)?.1,
@@ -93,13 +94,13 @@ fn part_of<'a>(expression: &Expr, names: &Names<'a>) -> Option<&'a Value> {
     }
 }
 
-/// How long what an expression gives can be.
+/// The size of the result of an expression.
 fn length(expression: &Expr, names: &Names<'_>) -> u64 {
     match expression {
         Expr::Literal(LiteralValue::String(text)) => text.inner().len() as u64,
         Expr::Literal(_) => 1,
         Expr::List(list) => list.elements.len() as u64,
-        // Truth values and numbers. Names that are no part of the object are the accumulators of loops.
+        // Booleans and numbers. Names that are no part of the object are the accumulators of loops.
         Expr::Call(call) if call.func_name != operators::INDEX && call.func_name != operators::CONDITIONAL => 1,
         Expr::Comprehension(_) => 1,
         Expr::Select(select) if select.test => 1,
@@ -123,7 +124,7 @@ fn cost(expression: &Expr, names: &Names<'_>) -> u64 {
     }
 }
 
-/// What a function does beside evaluating its arguments.
+/// The cost of a function, without that of its arguments.
 fn of_call(call: &CallExpr, names: &Names<'_>) -> u64 {
     let lengths: Vec<u64> =
         call.target.as_deref().into_iter().chain(&call.args).map(|part| length(&part.expr, names)).collect();
@@ -155,7 +156,7 @@ fn of_call(call: &CallExpr, names: &Names<'_>) -> u64 {
 
 fn of_walk(walk: &ComprehensionExpr, names: &Names<'_>) -> u64 {
     let list = part_of(&walk.iter_range.expr, names);
-    // Over a map, the name is a key's, which has no bound.
+    // In a loop over a map the name is a key, which has no bound.
     let item = list.and_then(|list| list.get("items"));
     let mut inside = names.clone();
     inside.push((walk.iter_var.clone(), item));
@@ -172,7 +173,7 @@ fn definitions() -> Vec<Value> {
 }
 
 #[test]
-fn no_rule_comes_near_what_the_api_server_allows() {
+fn no_rule_comes_near_the_limit_of_the_api_server() {
     for crd in definitions() {
         let name = crd["metadata"]["name"].as_str().unwrap();
         let mut sum = 0;
@@ -190,7 +191,7 @@ fn no_rule_comes_near_what_the_api_server_allows() {
     }
 }
 
-/// The first `except` of a policy kind, made as it once was, when servers said that the rule was 1.42 times too dear.
+/// The first rule about `except`, as it once was. Servers refused it as 1.42 times too expensive.
 #[test]
 fn a_rule_that_a_server_refused_is_found() {
     let mut crd = definitions().into_iter().find(|crd| crd["spec"]["names"]["kind"] == "EgressPolicy").unwrap();
@@ -201,10 +202,10 @@ fn a_rule_that_a_server_refused_is_found() {
     let of_walk = |crd: &Value| rules(crd).into_iter().find(|rule| rule.text == walk).unwrap().cost();
     let cost = of_walk(&crd);
     assert!((14_210_000..30_000_000).contains(&cost), "{cost}");
-    // Fewer exceptions, which servers took.
+    // With fewer exceptions servers accepted it.
     crd.pointer_mut(block).unwrap()["properties"]["except"]["maxItems"] = 16.into();
     assert!(of_walk(&crd) < cost * 7 / 10);
-    // No bound at one of the lists around it.
+    // Without a bound on one of the lists around it.
     crd.pointer_mut(block.trim_end_matches("/items/properties/ipBlock"))
         .unwrap()
         .as_object_mut()

@@ -36,8 +36,8 @@ fn make_structural(value: &mut Value) {
     }
 }
 
-/// The API server warns of formats that it does not know (`supportedVersionedFormats`, pkg/apiserver/validation/formats.go
-/// of apiextensions-apiserver); bounds say the same of numbers.
+/// The API server warns about formats that it does not know (`supportedVersionedFormats`,
+/// pkg/apiserver/validation/formats.go of apiextensions-apiserver). Bounds express the same for numbers.
 fn keep_known_formats(value: &mut Value) {
     match value {
         Value::Object(fields) => {
@@ -57,7 +57,7 @@ fn keep_known_formats(value: &mut Value) {
     }
 }
 
-/// What `kubectl explain` says of the kind: what the spec's type says, not that the type was generated.
+/// The description of a kind in `kubectl explain` is that of the spec's type, instead of the generated one.
 fn describe(crd: &mut Value) {
     for version in crd.pointer_mut("/spec/versions").and_then(Value::as_array_mut).into_iter().flatten() {
         if let Some(schema) = version.pointer_mut("/schema/openAPIV3Schema")

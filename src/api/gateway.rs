@@ -3,7 +3,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
 use serde::{Deserialize, Serialize};
 use smallvec::SmallVec;
 
-/// A group of nodes and the addresses that they hold between them.
+/// A group of nodes and the egress IPs that these nodes hold.
 #[derive(kube::CustomResource, Clone, Debug, Default, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 #[kube(
     group = "egret.dev",
@@ -23,68 +23,71 @@ use smallvec::SmallVec;
 )]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct EgressGatewaySpec {
-    /// The nodes that can hold this gateway's addresses.
+    /// The nodes that can hold the egress IPs of this gateway.
     #[serde(deserialize_with = "super::selector::required")]
     pub node_selector: LabelSelector,
     /// The pool: single addresses (`192.0.2.50`), ranges (`192.0.2.50-192.0.2.59`) and networks in CIDR notation
-    /// (`198.51.100.16/28`, every address of it), IPv4 and IPv6. May be empty for a gateway whose policies all say
-    /// `allocate: Node`. What can be no host's address (loopback, link-local, multicast, 0.0.0.0/8, 240.0.0.0/4), what is
-    /// a pod's or a Service's, and what a node has on its own is refused.
+    /// (`198.51.100.16/28`, all its addresses), IPv4 and IPv6. It may be empty if all policies of the gateway have
+    /// `allocate: Node`. Addresses that no host can have (loopback, link-local, multicast, 0.0.0.0/8, 240.0.0.0/4),
+    /// addresses of pods and Services, and nodes' own addresses are refused.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub addresses: Vec<String>,
-    /// `Managed`: Egret puts each address onto the owning node's uplink. `External`: something else places the
-    /// addresses, and the node that has one locally owns it.
+    /// `Managed`: Egret puts each egress IP onto the uplink of its owner. `External`: something else places the
+    /// addresses, and the node that has an address is its owner.
     #[serde(default)]
     pub placement: Placement,
-    /// The interface that the addresses are put on, and that `nextHop` is behind. Default: the interface whose network
-    /// holds the address, else the one of the default route.
+    /// The interface that the addresses are put on, and that `nextHop` is reached by. Default: the interface in whose
+    /// network the address is, else the one of the default route.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub interface: Option<String>,
-    /// The router that the traffic leaves through. Default: what the main routing table says.
+    /// The router that the traffic leaves through. Default: as the main routing table says.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub next_hop: Option<AddressPair>,
-    /// Whether policies that name no gateway use this one. At most one gateway should say so.
+    /// Whether policies that name no gateway use this one. Set it on one gateway at most.
     #[serde(default)]
     pub default: bool,
-    /// Whether nodes answer ICMP and ICMPv6 echo requests (ping) to the addresses that they hold. Without it nothing
-    /// that comes to an egress address is answered, but what belongs to a pod's connection. Of use with
-    /// `placement: Managed` alone: an address that Egret does not place is the node's to answer for.
+    /// Whether nodes answer ICMP and ICMPv6 echo requests (ping) to the egress IPs that they hold. By default,
+    /// packets to an egress IP are dropped unless they belong to a connection of a pod. It takes effect with
+    /// `placement: Managed` only: the node itself answers for an address that Egret does not place.
     #[serde(default)]
     pub answer_ping: bool,
-    /// Whether egress IPs stay on a node that is cordoned (`spec.unschedulable`, set by `kubectl cordon` and `kubectl
-    /// drain`). Without it they move to the gateway's other nodes, one by one and without a pause, if one of those
-    /// lives and is not cordoned; after `kubectl uncordon` they stay where they are.
+    /// Whether egress IPs stay on a cordoned node (`spec.unschedulable`, set by `kubectl cordon` and `kubectl
+    /// drain`). By default they move to other nodes of the gateway, one by one and without a pause, if one of these
+    /// is alive and not cordoned. After `kubectl uncordon` they stay where they are.
     #[serde(default)]
     pub ignore_cordon: bool,
     /// The namespaces whose policies may use this gateway. Default: all.
     #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "super::selector::optional")]
     pub namespace_selector: Option<LabelSelector>,
-    /// Who may share an egress IP that policies name (`address`). `Namespace`: policies of one namespace; the first one has
-    /// it, and those of other namespaces, and ClusterEgressPolicies, are refused. `Cluster`: all policies that may use the
-    /// gateway. The address that policies get by `allocate: Shared` is shared by all of them, as they ask for.
+    /// Which policies may share an egress IP that they name (`address`). `Namespace`: policies of one namespace; the
+    /// first policy has it, and those of other namespaces, and ClusterEgressPolicies, are refused. `Cluster`: all
+    /// policies that may use the gateway. The egress IP of `allocate: Shared` is always shared by all policies that
+    /// request it.
     #[serde(default)]
     pub sharing: Sharing,
-    /// Addresses that only policies of some namespaces may have, and only by naming them: nobody gets them by `allocate`.
-    /// A ClusterEgressPolicy may name all. An address that several of these have may be named by the namespaces of each.
+    /// Addresses that only policies of some namespaces may have, by naming them; `allocate` gives them to no policy.
+    /// A ClusterEgressPolicy may name all of them. If several reservations contain an address, the namespaces of each
+    /// may name it.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub reservations: Vec<Reservation>,
-    /// How much of this gateway the EgressPolicies of one namespace may have together; of each namespace the same. A policy
-    /// that goes beyond is refused, and the others are as they were. ClusterEgressPolicies do not count.
+    /// How much of this gateway the EgressPolicies of one namespace may have together. Each namespace has the same
+    /// quota. A policy that exceeds it is refused, and the others stay as they are. ClusterEgressPolicies do not
+    /// count.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub namespace_quota: Option<NamespaceQuota>,
 }
 
-/// Who may share an egress IP that policies name.
+/// Which policies may share an egress IP that they name.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 pub enum Sharing {
-    /// Policies of one namespace; or several ClusterEgressPolicies.
+    /// Policies of one namespace, or ClusterEgressPolicies among themselves.
     #[default]
     Namespace,
     /// All policies that may use the gateway.
     Cluster,
 }
 
-/// Addresses that are for some namespaces alone.
+/// Addresses that are reserved for some namespaces.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Reservation {
@@ -95,52 +98,54 @@ pub struct Reservation {
     pub namespace_selector: LabelSelector,
 }
 
-/// How much the EgressPolicies of one namespace may have together. What is absent has no limit.
+/// How much the EgressPolicies of one namespace may have together. An absent field is no limit.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct NamespaceQuota {
-    /// How many policies.
+    /// The number of policies.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub policies: Option<u32>,
-    /// How many egress IPs, named or by `allocate: Dedicated`; a pair counts once, and so does what several share.
+    /// The number of egress IPs, named or by `allocate: Dedicated`. A pair counts once, and so does a shared one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub addresses: Option<u32>,
-    /// How many networks, exceptions and ports their `egress` may list.
+    /// The number of networks, exceptions and ports that their `egress` may list.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub destinations: Option<u32>,
 }
 
-/// Who puts a gateway's addresses onto its nodes.
+/// What puts the egress IPs of a gateway onto its nodes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 pub enum Placement {
-    /// Egret does.
+    /// Egret.
     #[default]
     Managed,
-    /// Something else does; the node that has the address locally owns it.
+    /// Something else. The node that has an address is its owner.
     External,
 }
 
-/// The allocations, and what a person should know. Written by the controller alone.
+/// The allocations and conditions of a gateway. Only the controller writes it.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct EgressGatewayStatus {
     /// The nodes that match `nodeSelector`, sorted.
     #[serde(default)]
     pub nodes: Vec<String>,
-    /// The allocations: every address in use, its id, its node, and who uses it.
+    /// The allocations: every egress IP in use, with its id, its node and its policies.
     #[serde(default)]
     pub allocations: Vec<Allocation>,
-    /// Ids and addresses given back, kept from reuse for ten minutes.
+    /// Ids and addresses that were given back and are kept from reuse for ten minutes.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub released: Vec<ReleasedAllocation>,
-    /// What is so and what is not, in words.
+    /// `Accepted`: the spec is valid. `Ready`: nodes can hold the egress IPs. `AddressesLeft`: the pool is not
+    /// exhausted.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub conditions: Vec<Condition>,
-    /// Who wrote this, where several controllers take turns.
+    /// The controller that wrote this status, if there are several.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub writer: Option<AllocationsWriter>,
-    /// Of a long list, `allocations` and `released` as lines: after the `node` lines, each allocation's id, kind, addresses, node
-    /// by its number among those, since, leaving, policies; with a `-`, what was released.
+    /// A long list of `allocations` and `released` as lines of text: after the `node` lines, one line for each
+    /// allocation with id, kind, addresses, the number of its node among those, since, leaving, policies. Lines of
+    /// released entries begin with `-`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub text: Option<String>,
 }
@@ -149,57 +154,58 @@ pub struct EgressGatewayStatus {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct AllocationsWriter {
-    /// Its name in the Lease.
+    /// The name of the controller in the Lease.
     pub name: String,
-    /// How often the Lease had changed hands when it got it.
+    /// How often the Lease had changed hands when the controller got it.
     pub term: i64,
     /// How often the allocations were written.
     pub writes: i64,
 }
 
-/// How an allocation's address came to be.
+/// How an egress IP was chosen.
 #[derive(
     Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, schemars::JsonSchema,
 )]
 pub enum AllocationKind {
-    /// Named by the policy, `spec.address`; policies that name the same address share it.
+    /// Named by the policy, in `spec.address`. Policies that name the same address share it.
     Explicit,
-    /// From the pool, for one policy alone.
+    /// From the pool, for a single policy.
     #[default]
     Dedicated,
-    /// From the pool, for all the gateway's policies that say `allocate: Shared`.
+    /// From the pool, for all policies of the gateway that have `allocate: Shared`.
     Shared,
-    /// The gateway node's own address. It does not move with the allocation: another node has another address.
+    /// The own address of a node of the gateway. When the allocation moves to another node, the address changes.
     Node,
 }
 
-/// The policies of an allocation: of ten thousand allocations nearly each has one, and that one needs no room of its own.
+/// The policies of an allocation. Nearly all of ten thousand allocations have one policy, which needs no memory of
+/// its own.
 pub type Users = SmallVec<[PolicyKey; 1]>;
 
-/// One egress address (or a pair) with its cluster-wide id and the node that is to hold it.
+/// One egress IP (an address or a pair) with its cluster-wide id and its node.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Allocation {
-    /// Cluster-wide id, 1 to 16383; it travels with each packet through the tunnel.
+    /// The cluster-wide id, 1 to 16383. It travels with each packet through the tunnel.
     pub id: u16,
-    /// How the address came to be.
+    /// How the address was chosen.
     pub kind: AllocationKind,
     /// The address that servers see.
     #[serde(flatten)]
     pub address: AddressPair,
-    /// The node that is to hold the address; absent while no node of the gateway can.
+    /// The node that is to hold the egress IP; absent while the gateway has no node for it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(with = "Option<String>")]
     pub node: Option<Name>,
-    /// When `node` got it, seconds since the Unix epoch; each change of `node` has another. A node that takes the allocation
-    /// over says since when the allocations were as it saw it, so that what is said of older allocations counts no more.
+    /// When `node` was assigned, seconds since the Unix epoch. Each assignment has another time. A node that takes
+    /// the egress IP over reports the `since` that it saw, so that reports about older assignments do not count.
     #[serde(default)]
     pub since: i64,
-    /// The node that holds the address until `node` does: the allocation is being moved on purpose.
+    /// In a planned move, the node that holds the egress IP until `node` does.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(with = "Option<String>")]
     pub leaving: Option<Name>,
-    /// The policies that use it: `namespace/name` of an EgressPolicy, `name` of a ClusterEgressPolicy. Sorted.
+    /// The policies that use it, sorted: `namespace/name` for an EgressPolicy, `name` for a ClusterEgressPolicy.
     #[schemars(with = "Vec<String>")]
     pub policies: Users,
 }
@@ -213,7 +219,7 @@ pub struct ReleasedAllocation {
     /// The address it had.
     #[serde(flatten)]
     pub address: AddressPair,
-    /// The policies that had it; one that comes back within the time gets the same again.
+    /// The policies that had it. One that asks again in time gets the same id and addresses.
     #[serde(default)]
     #[schemars(with = "Vec<String>")]
     pub policies: Users,

@@ -1,7 +1,7 @@
-//! The objects of the group `egret.dev/v1alpha1`, as users write them and as Kubernetes stores them.
+//! The custom resources of the group `egret.dev/v1alpha1`, as users write them and as Kubernetes stores them.
 //!
-//! Types only: what a field means is told in its doc comment, which becomes the CRD's description and so
-//! what `kubectl explain` prints. Meaning is given to them in [`crate::plan`].
+//! Types only. The doc comment of a field becomes its description in the CRD, which `kubectl explain` prints.
+//! [`crate::model`] validates them.
 
 #[cfg(test)]
 mod cost;
@@ -27,8 +27,8 @@ pub const VERSION: &str = "v1alpha1";
 /// `GROUP/VERSION`, as it stands in a manifest's `apiVersion`.
 pub const API_VERSION: &str = "egret.dev/v1alpha1";
 
-/// A label's or an object's name, shared: clusters repeat the same few words ten thousand times. One word wide, since a
-/// big cluster's names are held in ten times as many places.
+/// A name, or a label's key or value, shared: clusters repeat the same few words ten thousand times. It is one
+/// machine word wide, since a big cluster refers to each name in many places.
 pub type Name = arcstr::ArcStr;
 
 /// One IPv4 address, one IPv6 address, or one of each.
@@ -50,8 +50,8 @@ impl AddressPair {
     }
 }
 
-/// One thing that is or is not so about an object, with the reason and what a person can do about it.
-/// The same fields as Kubernetes' `metav1.Condition`.
+/// A condition of an object, with the reason and what a user can do about it. It has the same fields as
+/// `metav1.Condition` of Kubernetes.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Condition {
@@ -62,7 +62,7 @@ pub struct Condition {
     pub status: String,
     /// One CamelCase word for programs.
     pub reason: String,
-    /// What a person should know and do.
+    /// A message for users: what is the case, and what to do.
     pub message: String,
     /// When `status` last changed, RFC 3339.
     pub last_transition_time: String,

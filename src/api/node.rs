@@ -1,7 +1,7 @@
 use serde::{Deserialize, Serialize};
 use std::net::IpAddr;
 
-/// What one node says of itself to the others. Written by that node alone.
+/// The status of one node, for the other nodes and for the controller. Only the node itself writes it.
 #[derive(kube::CustomResource, Clone, Debug, Default, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 #[kube(
     group = "egret.dev",
@@ -19,61 +19,60 @@ use std::net::IpAddr;
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct EgressNodeSpec {}
 
-/// Where the node's end of the tunnel is, and which allocations it holds.
+/// The tunnel address of a node, and the egress IPs that it holds.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct EgressNodeStatus {
     /// The address that tunnel packets are sent to, one of the node's own.
     pub tunnel_address: Option<IpAddr>,
-    /// The MAC address of the node's end of the tunnel, `02:…`, derived from the node's name.
+    /// The MAC address of the node's tunnel device, `02:…`, derived from the node's name.
     pub tunnel_mac: Option<String>,
-    /// Whether the node answers in the tunnel, while it can hold allocations, to those who ask whether it lives: its tunnel
-    /// carries IPv6.
+    /// Whether the node answers liveness probes in the tunnel while it can hold egress IPs: its tunnel carries IPv6.
     #[serde(default)]
     pub answers: bool,
-    /// The ids of the allocations whose addresses this node holds now, sorted.
+    /// The ids of the egress IPs that this node holds now, sorted.
     #[serde(default)]
     pub allocations: Vec<u16>,
-    /// Allocations that this node has taken over because the allocations' node seemed dead.
+    /// Egress IPs that this node has taken over, because the node that the allocation names did not answer.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub taken: Vec<TakenAllocation>,
-    /// Allocations that this node should hold and cannot, and why.
+    /// Egress IPs that this node should hold and cannot, with the reason.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub refused: Vec<RefusedAllocation>,
-    /// Gateways' nodes that do not answer this one, sorted; this one itself, while it cannot hold any allocation. Only a
-    /// gateway's node says so.
+    /// Gateway nodes that do not answer this node, sorted. It lists itself while it cannot hold any egress IP. Only a
+    /// gateway node reports this.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub unreachable_peers: Vec<String>,
-    /// The uplinks of this node, by family, that it cannot use now, and why. Egress IPs that need them are on another node,
-    /// if one can use more of what they need.
+    /// The uplinks of this node, by family, that it cannot use now, with the reason. Egress IPs that need them move
+    /// to another node, if one has lost fewer of them.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub lost: Vec<LostUplink>,
-    /// Allocations whose packets lead nowhere from here now, and why: that pods of this node use, or that it holds and whose new
-    /// connections it drops.
+    /// Egress IPs whose packets this node drops now, with the reason: those that its own pods use, and those that it
+    /// holds and whose new connections it drops.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub blocked: Vec<BlockedAllocation>,
-    /// The networks that this node takes for the cluster's own, to which no policy's traffic goes by a gateway, and
-    /// where each is known from. Nodes' and Services' single addresses are not in it.
+    /// The networks inside the cluster, as this node knows them, each with its origin. Traffic to them goes direct.
+    /// Single addresses of nodes and Services are not listed.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub direct: Vec<DirectNetwork>,
-    /// Other nodes, networks and addresses that this node had to pass over, sorted, and why; of many the first. All else is
-    /// in sync, and they are tried again.
+    /// Nodes, networks and addresses that this node had to skip, sorted, with the reason; only the first ones of
+    /// many. Everything else is in sync, and these are retried.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub faults: Vec<Fault>,
 }
 
 impl EgressNodeStatus {
-    /// Without what is for people: five thousand nodes say the same.
+    /// Drops the fields for users, which thousands of nodes repeat.
     pub fn for_machines(self) -> Self {
         EgressNodeStatus { direct: Vec::new(), blocked: Vec::new(), faults: Vec::new(), ..self }
     }
 }
 
-/// What a node had to pass over.
+/// Something that a node had to skip.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Fault {
-    /// What it is about: `node n2`, `network 10.9.0.0/16, table 7874`.
+    /// The subject: `node n2`, `network 10.9.0.0/16, table 7874`.
     pub of: String,
     /// What is wrong, and what to do.
     pub message: String,
@@ -89,19 +88,19 @@ impl From<(&String, &String)> for Fault {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct DirectNetwork {
-    /// In CIDR notation.
+    /// The network in CIDR notation.
     pub network: String,
-    /// Where it is known from.
+    /// The origin: the object or setting that lists it.
     pub from: String,
 }
 
-/// An allocation that a node holds though the allocations name another one.
+/// An egress IP that a node holds although the allocation names another node.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct TakenAllocation {
-    /// The allocation's id.
+    /// The id of the allocation.
     pub id: u16,
-    /// `since` of the allocations' entry at that time.
+    /// The `since` of the allocation at the takeover.
     pub since: i64,
 }
 
@@ -114,29 +113,29 @@ pub struct LostUplink {
     pub interface: Option<String>,
     /// `IPv4` or `IPv6`.
     pub family: String,
-    /// Why.
+    /// The reason.
     pub message: String,
 }
 
-/// An allocation that leads nowhere from a node.
+/// An egress IP whose packets a node drops.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct BlockedAllocation {
-    /// The allocation's id.
+    /// The id of the allocation.
     pub id: u16,
-    /// `IPv4` or `IPv6`, if it is of one of them.
+    /// `IPv4` or `IPv6`; absent: both.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub family: Option<String>,
-    /// Why.
+    /// The reason.
     pub message: String,
 }
 
-/// An allocation that its node cannot hold.
+/// An egress IP that its node cannot hold.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct RefusedAllocation {
-    /// The allocation's id.
+    /// The id of the allocation.
     pub id: u16,
-    /// Why, and what to do.
+    /// The reason, and the remedy.
     pub message: String,
 }

@@ -3,7 +3,8 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
 use serde::{Deserialize, Serialize};
 use std::fmt;
 
-/// Which pods of its namespace leave the cluster to which destinations, through which gateway, from which address.
+/// Selects pods of its namespace. Their traffic to the given destinations leaves the cluster through a gateway, from
+/// an egress IP.
 #[derive(kube::CustomResource, Clone, Debug, Default, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 #[kube(
     group = "egret.dev",
@@ -27,38 +28,38 @@ use std::fmt;
 )]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct EgressPolicySpec {
-    /// The gateway's name. Default: the gateway that says `default: true`.
+    /// The name of the gateway. Default: the gateway with `default: true`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub gateway: Option<String>,
-    /// The pods, by label; `{}` is every pod of the namespace. Either this or `services`.
+    /// The pods, by label; `{}` selects every pod of the namespace. Set either this or `services`.
     #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "super::selector::optional")]
     pub pod_selector: Option<LabelSelector>,
-    /// The pods that these Services of the namespace select. Either this or `podSelector`.
+    /// The pods that these Services of the namespace select. Set either this or `podSelector`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub services: Vec<String>,
-    /// The destinations; absent: everything outside the cluster.
+    /// The covered destinations. Default: everything outside the cluster.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub egress: Option<Vec<EgressRule>>,
-    /// The address to leave from, out of the gateway's pool. Either this or `allocate`.
+    /// The egress IP, from the pool of the gateway. Set either this or `allocate`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub address: Option<AddressPair>,
-    /// How an address is found when none is named. Default: `Dedicated`.
+    /// How an egress IP is chosen if `address` is absent. Default: `Dedicated`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub allocate: Option<Allocate>,
-    /// What happens to covered traffic while the allocation is not ready.
+    /// What happens to covered traffic while the egress IP is not ready.
     #[serde(default)]
     pub fallback: Fallback,
-    /// What happens to covered connections that pods had begun before the policy began for them.
+    /// What happens to covered connections that began before the policy applied to the pod.
     #[serde(default)]
     pub existing_connections: ExistingConnections,
-    /// Of several policies that cover a destination, the one with the higher number decides; then an EgressPolicy
-    /// goes before a ClusterEgressPolicy, the older before the newer, then by name. ClusterEgressPolicies of tier
-    /// `Admin` go before all EgressPolicies, those of tier `Baseline` after them.
+    /// Of several policies that cover a destination, the one with the highest priority decides; of those, an
+    /// EgressPolicy before a ClusterEgressPolicy, then the oldest, then the first by name. ClusterEgressPolicies of
+    /// tier `Admin` decide before all EgressPolicies, those of tier `Baseline` after them.
     #[serde(default)]
     pub priority: i32,
 }
 
-/// The same as EgressPolicy, for pods of several namespaces.
+/// Like EgressPolicy, for pods of several namespaces.
 #[derive(kube::CustomResource, Clone, Debug, Default, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 #[kube(
     group = "egret.dev",
@@ -82,44 +83,45 @@ pub struct EgressPolicySpec {
 )]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct ClusterEgressPolicySpec {
-    /// `Admin`: goes before every EgressPolicy, whatever the priorities. `Baseline`: goes after every EgressPolicy.
-    /// Absent: among the EgressPolicies, by `priority`. Within a tier `priority` decides.
+    /// `Admin`: decides before every EgressPolicy, whatever the priorities. `Baseline`: decides after every
+    /// EgressPolicy. Absent: ranks among the EgressPolicies by `priority`. Within a tier, `priority` decides.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tier: Option<Tier>,
-    /// The namespaces; `{}` or absent: all.
+    /// The namespaces of the pods. `{}` or absent: all.
     #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "super::selector::optional")]
     pub namespace_selector: Option<LabelSelector>,
-    /// The gateway's name. Default: the gateway that says `default: true`.
+    /// The name of the gateway. Default: the gateway with `default: true`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub gateway: Option<String>,
-    /// The pods, by label; `{}` is every pod of the namespaces. Either this or `services`.
+    /// The pods, by label; `{}` selects every pod of the namespaces. Set either this or `services`.
     #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "super::selector::optional")]
     pub pod_selector: Option<LabelSelector>,
-    /// The pods that Services of these names select, in each of the namespaces. Either this or `podSelector`.
+    /// The pods that Services of these names select, in each of the namespaces. Set either this or `podSelector`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub services: Vec<String>,
-    /// The destinations; absent: everything outside the cluster.
+    /// The covered destinations. Default: everything outside the cluster.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub egress: Option<Vec<EgressRule>>,
-    /// The address to leave from, out of the gateway's pool. Either this or `allocate`.
+    /// The egress IP, from the pool of the gateway. Set either this or `allocate`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub address: Option<AddressPair>,
-    /// How an address is found when none is named. Default: `Dedicated`.
+    /// How an egress IP is chosen if `address` is absent. Default: `Dedicated`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub allocate: Option<Allocate>,
-    /// What happens to covered traffic while the allocation is not ready.
+    /// What happens to covered traffic while the egress IP is not ready.
     #[serde(default)]
     pub fallback: Fallback,
-    /// What happens to covered connections that pods had begun before the policy began for them.
+    /// What happens to covered connections that began before the policy applied to the pod.
     #[serde(default)]
     pub existing_connections: ExistingConnections,
-    /// Of several policies of one tier that cover a destination, the one with the higher number decides; then an
-    /// EgressPolicy goes before a ClusterEgressPolicy, the older before the newer, then by name.
+    /// Of several policies of one tier that cover a destination, the one with the highest priority decides; of those,
+    /// an EgressPolicy before a ClusterEgressPolicy, then the oldest, then the first by name.
     #[serde(default)]
     pub priority: i32,
 }
 
-/// Where a ClusterEgressPolicy stands beside the EgressPolicies, named as in Kubernetes' ClusterNetworkPolicy.
+/// The rank of a ClusterEgressPolicy among the EgressPolicies. The names are those of Kubernetes'
+/// ClusterNetworkPolicy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 pub enum Tier {
     /// Before every EgressPolicy.
@@ -128,7 +130,7 @@ pub enum Tier {
     Baseline,
 }
 
-/// Destinations with their ports. As in NetworkPolicy: the rule covers what is in `to` and in `ports`.
+/// Destinations with their ports, as in NetworkPolicy: the rule covers packets that match both `to` and `ports`.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct EgressRule {
@@ -144,26 +146,26 @@ pub struct EgressRule {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct EgressPeer {
-    /// A network, and networks within it that are not meant.
+    /// A network, without some networks within it.
     pub ip_block: IpBlock,
 }
 
-/// How many exceptions a network can have: each takes three expressions of the one rule that they all stand in, of
-/// which the kernel allows 128 (`NFT_RULE_MAXEXPRS`, net/netfilter/nf_tables_api.c) in less than 4,096 bytes.
+/// How many exceptions a network can have. Each takes three expressions of the one rule that has them all. The kernel
+/// allows 128 expressions (`NFT_RULE_MAXEXPRS`, net/netfilter/nf_tables_api.c) in less than 4,096 bytes.
 pub const MAX_EXCEPTIONS: usize = 24;
 
-/// A network, and networks within it that are not meant.
+/// A network, without some networks within it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct IpBlock {
     /// The network in CIDR notation, `203.0.113.0/24` or `2001:db8::/32`.
     pub cidr: String,
-    /// Networks within `cidr` that are not meant, at most 24.
+    /// Networks within `cidr` that the rule does not cover, at most 24.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub except: Vec<String>,
 }
 
-/// A protocol, and a port or a range of ports of it.
+/// A protocol, with a port or a range of ports.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct EgressPort {
@@ -194,7 +196,7 @@ pub enum Protocol {
 }
 
 impl Protocol {
-    /// Its number in IP's header, as IANA gives it.
+    /// The protocol number in the IP header, assigned by IANA.
     pub const fn number(self) -> u8 {
         match self {
             Protocol::Tcp => 6,
@@ -214,59 +216,59 @@ impl fmt::Display for Protocol {
     }
 }
 
-/// How an address is found for a policy that names none.
+/// How an egress IP is chosen for a policy that names none.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 pub enum Allocate {
-    /// An address of its own from the gateway's pool, of each family that the pool has.
+    /// An egress IP for this policy alone, from the gateway's pool: an address of each family that the pool has.
     #[default]
     Dedicated,
-    /// One address for all the gateway's policies that say so.
+    /// One egress IP for all policies of the gateway that have `allocate: Shared`.
     Shared,
-    /// The own address of one of the gateway's nodes. No pool is needed, but the address changes when the node does.
+    /// The own address of a node of the gateway. It needs no pool, but the address changes when the node does.
     Node,
 }
 
-/// What happens to covered traffic while its allocation is not ready.
+/// What happens to covered traffic while the egress IP is not ready.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, schemars::JsonSchema)]
 pub enum Fallback {
-    /// It is dropped and counted.
+    /// The traffic is dropped and counted.
     #[default]
     Block,
-    /// It leaves as if there were no policy, with the node's address. While the policy has no address at all - it is
-    /// refused, or new - it is passed over: the next policy that covers the destination decides.
+    /// The traffic leaves as if there were no policy, with the node's address. While the policy has no egress IP at
+    /// all, because it is refused or new, it is passed over: the next policy that covers the destination decides.
     NodeAddress,
 }
 
-/// What happens to covered connections that pods had begun before the policy began for them. A connection cannot change
-/// its address.
+/// What happens to covered connections that began before the policy applied to the pod. The address of a connection
+/// cannot change.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, schemars::JsonSchema)]
 pub enum ExistingConnections {
-    /// They keep the node's address for as long as they last.
+    /// The connections keep the node's address as long as they last.
     #[default]
     Keep,
-    /// They are ended: TCP by the server's reset, when the pod sends next; what the pod sends by other protocols goes on
-    /// from the egress IP. The same happens to those that left by `fallback: NodeAddress`, once the egress IP is there.
+    /// The connections are ended. TCP ends by the server's reset when the pod sends next; other protocols go on from
+    /// the egress IP. Connections that left by `fallback: NodeAddress` are ended too, once the egress IP is ready.
     End,
 }
 
-/// What became of a policy. Written by the controller alone.
+/// The egress IP and the conditions of a policy. Only the controller writes it.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct EgressPolicyStatus {
-    /// The gateway that the policy uses: the one that it names, else the default one.
+    /// The gateway of the policy: the one that it names, else the default one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub gateway: Option<String>,
-    /// The address that servers see.
+    /// The egress IP.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub addresses: Option<AddressPair>,
-    /// The node that holds the address.
+    /// The node that holds the egress IP.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub node: Option<String>,
-    /// How many pods the policy selects, as of ten seconds ago or less.
+    /// How many pods the policy selects. The number may be ten seconds old.
     #[serde(default)]
     pub pods: u32,
-    /// `Accepted`: an address is set aside. `Ready`: its node holds it. `Shadowed`: other policies decide for all
-    /// its pods.
+    /// `Accepted`: the policy has an egress IP. `Ready`: its node holds it. `Shadowed`: other policies decide for all
+    /// pods of this one.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub conditions: Vec<Condition>,
 }

@@ -1,16 +1,16 @@
-//! What a policy is called.
+//! The key of a policy.
 
 use super::Name;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use std::fmt;
 
-/// Names an EgressPolicy (with a namespace) or a ClusterEgressPolicy (without). Shown as `namespace/name` and
-/// `name`, which is how the allocations write it.
+/// The key of an EgressPolicy (with a namespace) or a ClusterEgressPolicy (without). As text, `namespace/name` or
+/// `name`, which is how allocations list policies.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct PolicyKey {
-    /// `None` for a ClusterEgressPolicy.
+    /// `metadata.namespace`; `None` for a ClusterEgressPolicy.
     pub namespace: Option<Name>,
-    /// The name.
+    /// `metadata.name`.
     pub name: Name,
 }
 

@@ -1,10 +1,11 @@
-//! What the API server itself refuses: bounds, formats and CEL rules, put into the generated schemas.
+//! Validation by the API server: bounds, formats and CEL rules, which are added to the generated schemas.
 //!
-//! The rules keep to what the CEL of Kubernetes 1.25 knows: a server that does not know a function refuses all of the
-//! definition. So there is no `isIP` (1.30) and no `cidr` (1.31) here; what is beyond that is told by the condition
-//! `Accepted`. Servers before 1.25 pass the rules over, and still go by bounds and formats.
+//! The rules use only what the CEL of Kubernetes 1.25 has: a server that does not know a function refuses the whole
+//! definition. So `isIP` (1.30) and `cidr` (1.31) are not used here. The condition `Accepted` reports what the rules
+//! cannot check. Servers before 1.25 ignore the rules, and still apply bounds and formats.
 //!
-//! A rule's cost is estimated from how long lists and texts can be, so those that rules look at have bounds.
+//! The server estimates the cost of a rule from the possible sizes of lists and texts, so those that rules read have
+//! bounds.
 
 use super::MAX_EXCEPTIONS;
 use serde_json::{Value, json};
@@ -12,14 +13,14 @@ use serde_json::{Value, json};
 /// An IPv4 entry of the pool: an address, a network or a range.
 const POOL_IPV4: &str =
     "^ *[0-9]{1,3}([.][0-9]{1,3}){3} *(/([0-9]|[12][0-9]|3[0-2])|- *[0-9]{1,3}([.][0-9]{1,3}){3})? *$";
-/// The same of IPv6.
+/// An IPv6 entry of the pool.
 const POOL_IPV6: &str =
     "^ *[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]* *(/([0-9]|[1-9][0-9]|1[01][0-9]|12[0-8])|- *[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*)? *$";
 
-/// More fields for a place in a schema.
+/// A place in a schema, and the fields to add there.
 type Addition = (String, Value);
 
-/// What is added to the schema of a kind: where below `spec`, and what.
+/// The additions to the schema of a kind. Places are below `spec`.
 fn additions(kind: &str) -> Vec<Addition> {
     let mut all = match kind {
         "EgressGateway" => gateway(),
@@ -38,7 +39,7 @@ fn gateway() -> Vec<Addition> {
         ("/properties/addresses".to_owned(), json!({"maxItems": 1000})),
         ("/properties/addresses/items".to_owned(), {
             let mut entry = pool_entry();
-            let message = "loopback, link-local, multicast, 0.0.0.0/8 and 240.0.0.0/4 can be no egress IPs";
+            let message = "loopback, link-local, multicast, 0.0.0.0/8 and 240.0.0.0/4 cannot be egress IPs";
             let rule = json!({"rule": format!("!self.matches('{NO_EGRESS_ADDRESS}')"), "message": message});
             if let Some(rules) = entry["x-kubernetes-validations"].as_array_mut() {
                 rules.push(rule);
@@ -48,7 +49,7 @@ fn gateway() -> Vec<Addition> {
         ("/properties/reservations".to_owned(), json!({"maxItems": 20})),
         (format!("{reservation}/properties/addresses"), json!({"maxItems": 50, "minItems": 1})),
         (format!("{reservation}/properties/addresses/items"), pool_entry()),
-        // IFNAMSIZ is 16 with the zero at its end, include/uapi/linux/if.h.
+        // IFNAMSIZ is 16 including the terminating zero, include/uapi/linux/if.h.
         ("/properties/interface".to_owned(), json!({"maxLength": 15, "minLength": 1})),
         ("/properties/nextHop".to_owned(), address_pair("give ipv4, ipv6 or both, or leave nextHop out")),
     ];
@@ -58,8 +59,8 @@ fn gateway() -> Vec<Addition> {
     all
 }
 
-/// Beginnings of what can be no egress IP: 0/8, loopback, link-local, multicast, 240/4. What only lies within an entry is
-/// found by the condition `Accepted`.
+/// Entries that begin with an address that cannot be an egress IP: 0/8, loopback, link-local, multicast, 240/4. The
+/// condition `Accepted` reports such addresses further inside of an entry.
 const NO_EGRESS_ADDRESS: &str = "^ *((0|127|169[.]254|22[4-9]|2[34][0-9]|25[0-5])[.]|::1?( |/|-|$)|[Ff][Ee][89ABab][0-9A-Fa-f]:|[Ff][Ff][0-9A-Fa-f][0-9A-Fa-f]:)";
 
 fn pool_entry() -> Value {
@@ -96,7 +97,7 @@ fn policy() -> Vec<Addition> {
         (format!("{rule}/properties/to"), json!({"maxItems": 100})),
         (format!("{rule}/properties/ports"), json!({"maxItems": 100})),
         (block.clone(), {
-            let message = "except has to be of the family of cidr";
+            let message = "except must have the address family of cidr";
             with_rules(json!({"anyOf": [of_family("^[^:]*$"), of_family(":")]}), &[(families, message)])
         }),
         (format!("{block}/properties/cidr"), json!({"format": "cidr", "maxLength": 64})),
@@ -122,13 +123,13 @@ fn policy() -> Vec<Addition> {
     all
 }
 
-/// A CEL rule that walks `except` costs too much where lists hold ten thousand of them; patterns cost nothing. The rule
-/// looks at the first exception alone, for the sake of its message.
+/// A CEL rule that reads all of `except` costs too much where lists hold ten thousand exceptions. Patterns cost
+/// nothing. The rule reads only the first exception, to give a clear message.
 fn of_family(pattern: &str) -> Value {
     json!({"properties": {"cidr": {"pattern": pattern}, "except": {"items": {"pattern": pattern}}}})
 }
 
-/// A label's key: a name, and before it a DNS name and a slash if there is one (`ValidateLabelName`, pkg/api/validate/content
+/// The key of a label: a name, optionally after a DNS name and a slash (`ValidateLabelName`, pkg/api/validate/content
 /// of apimachinery).
 const LABEL_KEY: &str = "^([a-z0-9]([-a-z0-9]*[a-z0-9])?([.][a-z0-9]([-a-z0-9]*[a-z0-9])?)*/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$";
 /// 253 of the DNS name, the slash, 63 of the name.
@@ -140,9 +141,9 @@ fn address_pair(message: &str) -> Value {
     with_rules(json!({}), &[("has(self.ipv4) || has(self.ipv6)", message)])
 }
 
-/// What Kubernetes demands of label selectors and says in no schema: no object has a label that is none. The keys of
-/// `matchLabels` no schema can look at, and a CEL rule costs too much, for a key's length has no bound; the condition
-/// `Accepted` tells of them.
+/// The requirements of Kubernetes for label selectors, which its schema does not express. A schema cannot check the
+/// keys of `matchLabels`, and a CEL rule costs too much because a key has no maximum length. The condition `Accepted`
+/// reports them.
 fn selector(at: &str) -> Vec<Addition> {
     let labels = format!("{at}/properties/matchLabels");
     let requirement = format!("{at}/properties/matchExpressions/items");
@@ -171,7 +172,7 @@ fn with_rules(mut fields: Value, rules: &[(&str, &str)]) -> Value {
 /// Adds everything to a CustomResourceDefinition.
 ///
 /// # Errors
-/// A place that the schema does not have: a field was renamed, and the rule about it was not.
+/// The schema has no such place: a field was renamed without its rule.
 pub(super) fn add(crd: &mut Value) -> Result<(), String> {
     let kind = crd["spec"]["names"]["kind"].as_str().unwrap_or_default().to_owned();
     let versions = crd["spec"]["versions"].as_array_mut().into_iter().flatten();
@@ -192,8 +193,8 @@ mod tests {
     use super::*;
     use kube::core::cel::{Validator, compile_schema};
 
-    /// What the API server would say to a `spec`, by the CEL rules.
-    fn refusals(kind: &str, spec: &Value) -> Vec<String> {
+    /// The messages with which the API server would refuse a `spec`, by the CEL rules.
+    fn refusal_messages(kind: &str, spec: &Value) -> Vec<String> {
         let documents: Vec<Value> = serde_saphyr::from_multiple(&crds::yaml().unwrap()).unwrap();
         let crd = documents.iter().find(|d| d["spec"]["names"]["kind"] == kind).unwrap();
         let schema = &crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"];
@@ -205,14 +206,14 @@ mod tests {
 
     #[track_caller]
     fn assert_good(kind: &str, spec: &Value) {
-        let said = refusals(kind, spec);
-        assert!(said.is_empty(), "{spec}: {said:?}");
+        let messages = refusal_messages(kind, spec);
+        assert!(messages.is_empty(), "{spec}: {messages:?}");
     }
 
     #[track_caller]
     fn assert_refused(kind: &str, spec: &Value, words: &str) {
-        let said = refusals(kind, spec);
-        assert!(said.iter().any(|m| m.contains(words)), "{spec}: {words:?} is not in {said:?}");
+        let messages = refusal_messages(kind, spec);
+        assert!(messages.iter().any(|m| m.contains(words)), "{spec}: {words:?} is not in {messages:?}");
     }
 
     #[test]
@@ -255,7 +256,7 @@ mod tests {
             "fe80::1",
             "FF02::1-FF02::9",
         ] {
-            assert_refused("EgressGateway", &pool(entry), "no egress IPs");
+            assert_refused("EgressGateway", &pool(entry), "cannot be egress IPs");
         }
     }
 

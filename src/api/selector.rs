@@ -1,4 +1,4 @@
-//! Label selectors, read strictly: a misspelt `matchLabels`, passed over, would make a selector of everything.
+//! Strict parsing of label selectors: with an ignored misspelt `matchLabels`, the selector would select everything.
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{LabelSelector, LabelSelectorRequirement};
 use serde::de::Error;
@@ -31,12 +31,12 @@ impl From<Strict> for LabelSelector {
     }
 }
 
-/// A selector that must be there. Nothing at all (`nodeSelector:` and no more) is not taken for everything.
+/// Parses a required selector. A missing value (`nodeSelector:` alone) is an error, not a selector of everything.
 pub(super) fn required<'de, D: Deserializer<'de>>(deserializer: D) -> Result<LabelSelector, D::Error> {
     optional(deserializer)?.ok_or_else(|| D::Error::custom("the selector is empty; write {} to select everything"))
 }
 
-/// A selector that can be absent.
+/// Parses an optional selector.
 pub(super) fn optional<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<LabelSelector>, D::Error> {
     Ok(Option::<Strict>::deserialize(deserializer)?.map(Into::into))
 }

@@ -1,4 +1,4 @@
-//! What the controller counts.
+//! The metrics of the controller.
 
 use crate::api::{EgressGatewayStatus, EgressPolicyStatus};
 use crate::model::selector::Name;
@@ -18,19 +18,19 @@ struct AllocationLabels {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct OfGateway {
+struct GatewayLabel {
     gateway: String,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct Condition {
+struct ConditionLabels {
     condition: String,
     status: String,
     reason: String,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct Write {
+struct WriteLabels {
     object: &'static str,
     result: &'static str,
 }
@@ -38,9 +38,9 @@ struct Write {
 pub(super) struct Metrics {
     allocation: Histogram,
     allocations: Family<AllocationLabels, Gauge>,
-    in_cooldown: Family<OfGateway, Gauge>,
-    policies: Family<Condition, Gauge>,
-    writes: Family<Write, Counter>,
+    in_cooldown: Family<GatewayLabel, Gauge>,
+    policies: Family<ConditionLabels, Gauge>,
+    writes: Family<WriteLabels, Counter>,
 }
 
 impl Metrics {
@@ -83,7 +83,7 @@ impl Metrics {
                 let kind = format!("{:?}", allocation.kind);
                 self.allocations.get_or_create(&AllocationLabels { gateway: gateway.clone(), kind }).inc();
             }
-            self.in_cooldown.get_or_create(&OfGateway { gateway }).set(status.released.len() as i64);
+            self.in_cooldown.get_or_create(&GatewayLabel { gateway }).set(status.released.len() as i64);
         }
     }
 
@@ -91,7 +91,7 @@ impl Metrics {
         self.policies.clear();
         for condition in statuses.flat_map(|status| &status.conditions) {
             self.policies
-                .get_or_create(&Condition {
+                .get_or_create(&ConditionLabels {
                     condition: condition.type_.clone(),
                     status: condition.status.clone(),
                     reason: condition.reason.clone(),
@@ -100,9 +100,9 @@ impl Metrics {
         }
     }
 
-    /// A status was written, or could not be.
+    /// Counts a write of a status.
     pub(super) fn written(&self, object: &'static str, ok: bool) {
         let result = if ok { "ok" } else { "error" };
-        self.writes.get_or_create(&Write { object, result }).inc();
+        self.writes.get_or_create(&WriteLabels { object, result }).inc();
     }
 }

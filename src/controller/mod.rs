@@ -1,7 +1,7 @@
-//! The controller: keeps the allocations, and tells each policy what became of it.
+//! The controller: computes the allocations and writes the statuses of gateways and policies.
 //!
-//! The source's snapshot goes in, statuses come out; what they are is [`crate::plan`]'s to say. The controller
-//! itself remembers only what it has written and the source has not shown yet.
+//! Snapshots of the cluster go in, statuses come out. [`crate::allocation`] computes them. The controller itself
+//! remembers only its own writes that the source has not shown yet.
 
 mod metrics;
 mod pass;
@@ -22,15 +22,13 @@ use tokio::sync::watch;
 use tokio::time::{sleep, sleep_until};
 use tracing::info;
 
-/// Changes that come within this time are looked at together: at least, and at most, when much is to be done.
+/// Changes within this time are handled together: minimum, and maximum under load.
 const DEBOUNCE: (Duration, Duration) = (Duration::from_millis(2), Duration::from_millis(500));
-/// How long a write that failed waits to be tried again: at first, and at most.
+/// How long a failed write waits until it is retried: at first, and at most.
 const RETRY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
 
-/// Runs until the source ends. Of several controllers one leads, and the others follow the source and wait.
-///
-/// # Errors
-/// The source cannot be opened or has ended.
+/// Runs until the source ends or a signal arrives. Of several controllers one leads; the others follow the source and
+/// wait.
 pub async fn run(source: &SourceName, addresses: &Addresses) -> anyhow::Result<()> {
     let mut registry = Registry::with_prefix("egret");
     let metrics = Metrics::new(&mut registry);
@@ -43,7 +41,7 @@ pub async fn run(source: &SourceName, addresses: &Addresses) -> anyhow::Result<(
     };
     let stop = source.leadership.clone();
     tokio::select! {
-        ended = keep(source, metrics, ready) => ended,
+        ended = lead_in_turns(source, metrics, ready) => ended,
         ended = stopped() => {
             stop.release().await;
             ended
@@ -62,13 +60,17 @@ async fn stopped() -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn keep(source: Source, metrics: Metrics, ready: watch::Sender<Result<(), String>>) -> anyhow::Result<()> {
+async fn lead_in_turns(
+    source: Source,
+    metrics: Metrics,
+    ready: watch::Sender<Result<(), String>>,
+) -> anyhow::Result<()> {
     let Source { mut snapshots, statuses, leadership, problems: _problems, lookup: _ } = source;
     let mut waiting = leadership.clone();
     let mut controller = Controller::new(statuses, leadership, metrics);
     loop {
         while controller.leadership.term().is_none() {
-            // One that could lead at once is as good as one that leads.
+            // A controller that could lead at once counts as ready.
             let _ = ready.send_replace(Ok(()));
             waiting.changed().await;
         }
@@ -77,7 +79,7 @@ async fn keep(source: Source, metrics: Metrics, ready: watch::Sender<Result<(), 
     }
 }
 
-/// Keeps everything in sync, until another one leads.
+/// Writes statuses for each snapshot until another controller leads.
 async fn lead(
     controller: &mut Controller,
     snapshots: &mut watch::Receiver<Arc<Cluster>>,
@@ -105,7 +107,7 @@ async fn lead(
                 backoff = (backoff * 2).min(RETRY.1);
             }
         }
-        // As long as it took, others get their turn, and changes come together.
+        // Other tasks get as much time as the pass took, and changes are collected meanwhile.
         let rest = start.elapsed().clamp(DEBOUNCE.0, DEBOUNCE.1);
         let waking = async {
             match wake {
@@ -128,7 +130,7 @@ async fn lead(
     Ok(())
 }
 
-/// Whether a newer snapshot can lead to another allocations. Most are but echoes of what is being written.
+/// Whether a newer snapshot can lead to other allocations. Most only show what this controller has just written.
 fn changes_the_allocations(old: &Cluster, new: &Cluster) -> bool {
     let asks = |gateway: &Gateway| Gateway { status: Default::default(), version: None, ..gateway.clone() };
     let same_gateway = |a: &Arc<Gateway>, b: &Arc<Gateway>| Arc::ptr_eq(a, b) || asks(a) == asks(b);

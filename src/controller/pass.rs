@@ -1,4 +1,4 @@
-//! One look at the cluster: the allocations are computed anew, and what has changed is written.
+//! One pass: the allocations are computed from a snapshot, and the statuses that have changed are written.
 
 use super::metrics::Metrics;
 use super::write_overlay::{self, WriteOverlay};
@@ -18,36 +18,37 @@ use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 use tracing::{info, warn};
 
-/// A leader waits so long for the source to show what was there when it began, and then looks again what there is.
+/// How long a new leader waits for the source to show what existed when it began, before it checks again.
 const CATCH_UP: Duration = Duration::from_secs(2);
-/// So many statuses are written before others get their turn: a scrape, a signal.
+/// How many statuses are written before other tasks (a scrape, a signal) get their turn.
 const WRITES_AT_ONCE: usize = 64;
-/// After this time, statuses that are still to be written wait for a newer snapshot's allocations, if it is another one.
+/// After this time, statuses that are still to be written wait for the allocations of a newer snapshot, if there is
+/// one.
 const WRITES_LAST: Duration = Duration::from_millis(500);
-/// Statuses that are wrong in their number of pods alone are written this often: pods come and go all the time.
+/// How often statuses are written in which only the number of pods has changed: pods come and go all the time.
 const COUNT_AGAIN: Duration = Duration::from_secs(10);
 
-/// What is known from one look at the cluster to the next.
+/// What the controller remembers from one pass to the next.
 pub(super) struct Controller {
     statuses: Statuses,
     pub(super) leadership: Leadership,
     metrics: Metrics,
     pub(super) write_overlay: WriteOverlay,
-    /// The time of leading that all this is of.
+    /// The term of leadership that this state belongs to.
     term: Option<Term>,
-    /// Allocations that may have been written, or still will be: in place of which version.
+    /// Gateways whose last write may still take effect, with the version that it replaces.
     uncertain: BTreeMap<Name, Option<Box<str>>>,
-    /// The gateways and policies of the last snapshot, if all that is not there has been forgotten.
+    /// The gateways and policies of the last snapshot, once the statuses of all others have been removed.
     known: Option<(BTreeSet<Name>, BTreeSet<PolicyKey>)>,
-    /// When numbers of pods alone were last written.
+    /// When statuses with only another number of pods were last written.
     counted: Option<Instant>,
 }
 
-/// What one look at the cluster led to.
+/// The result of a pass.
 pub(super) struct Pass {
-    /// When to look again although nothing has changed.
+    /// When the next pass is due if nothing changes.
     pub(super) wake: Option<Duration>,
-    /// A write that failed, of maybe several.
+    /// The last failed write.
     pub(super) failure: Option<anyhow::Error>,
 }
 
@@ -58,23 +59,23 @@ impl Controller {
         Controller { statuses, leadership, metrics, write_overlay, term, uncertain, known: None, counted: None }
     }
 
-    /// Whether it still leads as it did when it began.
+    /// Whether the controller still leads in the term in which it began.
     pub(super) fn leads(&self) -> bool {
         self.term.is_some() && self.leadership.term() == self.term
     }
 
-    /// Begins to lead: forgets what it wrote the last time, and waits until the source shows every gateway that there
-    /// was when it began to lead. A gateway's allocations that it does not know of could have what it gives out.
+    /// Begins a term: forgets earlier writes, and waits until the source shows every gateway that existed at the
+    /// beginning. The allocations of an unknown gateway might have the same ids and addresses as new ones.
     pub(super) async fn begin(&mut self, snapshots: &mut watch::Receiver<Arc<Cluster>>) -> anyhow::Result<()> {
         self.term = self.leadership.term();
-        // What is uncertain stays so: a term that lapsed and goes on makes nothing void that was sent in it.
+        // Uncertain writes stay: a term that lapsed and continues does not cancel what was sent in it.
         self.write_overlay = WriteOverlay::default();
         while self.leads() {
             let wanted = match self.statuses.gateway_versions().await {
                 Ok(None) => return Ok(()),
                 Ok(Some(wanted)) => wanted,
                 Err(e) => {
-                    warn!("the gateways cannot be read, and are tried again: {e:#}");
+                    warn!("cannot read the gateways; retrying: {e:#}");
                     sleep(CATCH_UP).await;
                     continue;
                 }
@@ -90,7 +91,8 @@ impl Controller {
             match timeout(CATCH_UP, caught_up).await {
                 Ok(shown) => {
                     shown.context("the source of cluster state has ended")?;
-                    // A policy that the allocations list may be younger than what is shown of policies; one that is gone stays so.
+                    // A policy that the allocations list may be newer than the shown policies. If it was deleted,
+                    // this wait ends by the timeout.
                     let _ = timeout(CATCH_UP, snapshots.wait_for(|cluster| listed_only(cluster).is_empty())).await;
                     return Ok(());
                 }
@@ -98,7 +100,8 @@ impl Controller {
                     let gateway = missing(&snapshots.borrow()).unwrap_or_default();
                     warn!(
                         gateway = &*gateway,
-                        "nothing is given out before this gateway can be read; if that lasts, see what is wrong with it"
+                        "waiting for a gateway that the source does not show; no egress IP is given out until then; \
+                         if that lasts, check the gateway"
                     );
                 }
             }
@@ -106,13 +109,13 @@ impl Controller {
         Ok(())
     }
 
-    /// Brings all statuses in sync with a snapshot; some policies' may be left to the next pass if a `newer` snapshot
-    /// waits for it.
+    /// Writes all statuses for a snapshot. Statuses of policies may be left to the next pass if a `newer` snapshot is
+    /// waiting.
     pub(super) async fn pass(&mut self, snapshot: Arc<Cluster>, newer: impl Fn() -> bool) -> Pass {
-        let cluster = match self.sealed(&snapshot).await {
+        let cluster = match self.sign_all(&snapshot).await {
             Ok(cluster) => cluster,
             Err(e) => {
-                warn!("the allocations cannot be made this controller's, and are tried again: {e:#}");
+                warn!("cannot sign the allocations as this controller's; retrying: {e:#}");
                 return Pass { wake: None, failure: Some(e) };
             }
         };
@@ -125,26 +128,26 @@ impl Controller {
         let unwritten = self.write_gateways(&cluster, &mut outcome, &mut failure).await;
         let mut reports = report(&cluster, &outcome, now);
         self.metrics.policies(reports.values());
-        // A policy shall not be told of an address that it may not get after all.
+        // A policy's status must not show an address that the policy may not get after all.
         reports.retain(|key, _| outcome.gateway_of(key).is_none_or(|gateway| !unwritten.contains(gateway)));
         let count_again = self.write_policies(&cluster, reports, newer, &mut failure).await;
         self.write_overlay.count_from(Instant::now());
         if let Err(e) = self.forget(&snapshot).await {
-            warn!("statuses of objects that are gone cannot be removed: {e:#}");
+            warn!("cannot remove the statuses of deleted objects: {e:#}");
             failure = Some(e);
         }
         let release = outcome.next_release.map(|at| Duration::from_secs(at.saturating_sub(now).max(1).unsigned_abs()));
-        // What becomes of a node that Kubernetes hears nothing of is said when it has lasted.
+        // A node that Kubernetes hears nothing from counts as lost after a while.
         let lost = cluster.nodes.values().filter_map(|node| node.is_lost_at()).filter(|at| *at > now).min();
         let lost = lost.map(|at| Duration::from_secs(at.saturating_sub(now).unsigned_abs()));
         let wake = [release, count_again, lost, self.write_overlay.until(Instant::now())].into_iter().flatten().min();
         Pass { wake, failure }
     }
 
-    /// The cluster, with every allocations in it made this leader's: what an earlier one may still send is in place of
-    /// another version, and is refused. Then nobody but this one writes a gateway's allocations, and what is free in all of them is
-    /// free.
-    async fn sealed(&mut self, snapshot: &Arc<Cluster>) -> anyhow::Result<Arc<Cluster>> {
+    /// The cluster, after this leader has signed the allocations of every gateway. A write that an earlier leader may
+    /// still send replaces another version and is refused by the API server. After that nobody else writes
+    /// allocations, and what is free in all of them is free.
+    async fn sign_all(&mut self, snapshot: &Arc<Cluster>) -> anyhow::Result<Arc<Cluster>> {
         let cluster = self.write_overlay.merge(snapshot.clone(), Instant::now());
         self.uncertain.retain(|name, version| cluster.gateways.get(name).is_some_and(|g| g.version == *version));
         let Some(term) = self.term.clone().filter(|term| term.number > 0) else { return Ok(cluster) };
@@ -157,7 +160,7 @@ impl Controller {
         if open.is_empty() {
             return Ok(cluster);
         }
-        // Whoever leads next finds these gateways, and makes them its own before it gives anything out.
+        // The next leader finds these gateways, and signs them before it gives anything out.
         self.leadership.confirm().await?;
         for (name, gateway) in open {
             let status = EgressGatewayStatus { writer: self.signature(&gateway), ..gateway.status.clone() };
@@ -166,14 +169,14 @@ impl Controller {
         Ok(self.write_overlay.merge(snapshot.clone(), Instant::now()))
     }
 
-    /// What a gateway's allocations that is written next says of its writer.
+    /// The signature for the next write of a gateway's allocations.
     fn signature(&self, gateway: &Gateway) -> Option<AllocationsWriter> {
         let term = self.term.as_ref().filter(|term| term.number > 0)?;
         let writes = gateway.status.writer.as_ref().map_or(0, |writer| writer.writes) + 1;
         Some(AllocationsWriter { name: term.name.clone(), term: term.number, writes })
     }
 
-    /// Writes a gateway's allocations in place of the one that the gateway has.
+    /// Writes the allocations of a gateway, in place of its current version.
     async fn write_gateway(
         &mut self,
         name: &Name,
@@ -200,7 +203,7 @@ impl Controller {
         }
     }
 
-    /// Writes the allocations that have changed; returns the gateways whose allocations could not be written.
+    /// Writes the allocations that have changed. Returns the gateways that could not be written.
     async fn write_gateways(
         &mut self,
         cluster: &Cluster,
@@ -216,12 +219,13 @@ impl Controller {
                 continue;
             }
             let mut status = std::mem::take(status);
-            let (nodes, allocations, resting) = (status.nodes.len(), status.allocations.len(), status.released.len());
+            let (nodes, allocations, in_cooldown) =
+                (status.nodes.len(), status.allocations.len(), status.released.len());
             status.writer = self.signature(gateway);
             match self.write_gateway(name, gateway, status).await {
-                Ok(()) => info!(gateway = &**name, nodes, allocations, resting, "the allocations has changed"),
+                Ok(()) => info!(gateway = &**name, nodes, allocations, in_cooldown, "wrote the allocations"),
                 Err(e) => {
-                    warn!(gateway = &**name, "the allocations cannot be written, and is tried again: {e:#}");
+                    warn!(gateway = &**name, "cannot write the allocations; retrying: {e:#}");
                     unwritten.insert(name.clone());
                     *failure = Some(e);
                 }
@@ -230,7 +234,8 @@ impl Controller {
         unwritten
     }
 
-    /// Writes the statuses of policies that have changed. Returns when to write those that wait for it.
+    /// Writes the statuses of policies that have changed. Returns when those with only another number of pods are
+    /// due.
     async fn write_policies(
         &mut self,
         cluster: &Cluster,
@@ -263,7 +268,7 @@ impl Controller {
             match result {
                 Ok(()) => {
                     written += 1;
-                    tell(&key, &status);
+                    log_conditions(&key, &status);
                     self.write_overlay.policy(key, status);
                 }
                 Err(e) => {
@@ -279,15 +284,15 @@ impl Controller {
             }
         }
         if let (Some(e), 1..) = (&failure, failed) {
-            warn!(failed, "statuses of policies cannot be written, and are tried again: {e:#}");
+            warn!(failed, "cannot write statuses of policies; retrying: {e:#}");
         }
         if written > 0 {
-            info!(written, "policies have been told");
+            info!(written, "wrote statuses of policies");
         }
         count_in.filter(|_| waits)
     }
 
-    /// Has the statuses of objects that are gone removed: at first, and when some have gone.
+    /// Removes the statuses of deleted objects: in the first pass, and when objects were deleted.
     async fn forget(&mut self, snapshot: &Cluster) -> anyhow::Result<()> {
         let gone = |(gateways, policies): &(BTreeSet<Name>, BTreeSet<PolicyKey>)| {
             gateways.iter().any(|name| !snapshot.gateways.contains_key(name))
@@ -303,12 +308,12 @@ impl Controller {
     }
 }
 
-/// Says what has become of a policy: to everyone what a person should act on, to who asks the rest.
-fn tell(key: &PolicyKey, status: &EgressPolicyStatus) {
+/// Logs the conditions of a policy: a refusal as a warning, others at debug level.
+fn log_conditions(key: &PolicyKey, status: &EgressPolicyStatus) {
     for condition in &status.conditions {
         let (reason, message) = (&*condition.reason, &*condition.message);
         match (&*condition.type_, &*condition.status) {
-            ("Accepted", "False") => warn!(policy = %key, reason, "the policy is refused: {message}"),
+            ("Accepted", "False") => warn!(policy = %key, reason, "refused policy: {message}"),
             (type_, status) => tracing::debug!(policy = %key, condition = type_, status, reason, "{message}"),
         }
     }

@@ -1,4 +1,4 @@
-//! The controller with the directory as its source, as it is run.
+//! The whole controller, with a directory as the source.
 
 use super::*;
 use crate::api::EgressGatewayStatus;
@@ -27,7 +27,7 @@ fn policy(name: &str) -> String {
     )
 }
 
-/// Nobody asks it anything.
+/// No metrics and health servers.
 const NOWHERE: Addresses = Addresses { metrics: ListenAddress(None), health: ListenAddress(None), guard: None };
 
 async fn started(directory: &Path) -> JoinHandle<anyhow::Result<()>> {
@@ -35,7 +35,7 @@ async fn started(directory: &Path) -> JoinHandle<anyhow::Result<()>> {
     tokio::spawn(async move { run(&name, &NOWHERE).await })
 }
 
-/// Waits until the cluster, as the directory shows it, is as it should be.
+/// Waits until the snapshot that the directory shows is `good`.
 async fn wait(directory: &Path, what: &str, good: impl Fn(&Cluster) -> bool) -> Arc<Cluster> {
     let source = cluster::open(&SourceName::Dir(directory.to_owned()), Scope::Controller).await.unwrap();
     let mut snapshots = source.snapshots;
@@ -49,12 +49,12 @@ fn gateway_status(cluster: &Cluster) -> &EgressGatewayStatus {
     &cluster.gateways["default"].status
 }
 
-fn told(cluster: &Cluster, policy: &str) -> Option<String> {
+fn address_of(cluster: &Cluster, policy: &str) -> Option<String> {
     cluster.policy_statuses.get(&PolicyKey::from(policy))?.addresses.as_ref()?.ipv4.map(|a| a.to_string())
 }
 
-/// The allocations' allocations, but for the time since when their nodes have them: a test may run from one second to the next.
-fn timeless(cluster: &Cluster) -> Vec<crate::api::Allocation> {
+/// The allocations without `since`: a test may run across the turn of a second.
+fn without_since(cluster: &Cluster) -> Vec<crate::api::Allocation> {
     gateway_status(cluster).allocations.iter().map(|path| crate::api::Allocation { since: 0, ..path.clone() }).collect()
 }
 
@@ -65,35 +65,36 @@ async fn policies_get_their_addresses_and_keep_them() {
     std::fs::write(path.join("cluster.yaml"), GATEWAY).unwrap();
     std::fs::write(path.join("q.yaml"), policy("q")).unwrap();
     let controller = started(path).await;
-    let first = wait(path, "q has an address", |c| told(c, "shop/q").is_some()).await;
+    let first = wait(path, "q has an address", |c| address_of(c, "shop/q").is_some()).await;
     assert_eq!(gateway_status(&first).nodes, ["n1"]);
 
     std::fs::write(path.join("p.yaml"), policy("p")).unwrap();
-    let both = wait(path, "p has an address", |c| told(c, "shop/p").is_some()).await;
-    assert_eq!(told(&both, "shop/q").unwrap(), "192.0.2.50");
-    assert_eq!(told(&both, "shop/p").unwrap(), "192.0.2.51");
+    let both = wait(path, "p has an address", |c| address_of(c, "shop/p").is_some()).await;
+    assert_eq!(address_of(&both, "shop/q").unwrap(), "192.0.2.50");
+    assert_eq!(address_of(&both, "shop/p").unwrap(), "192.0.2.51");
 
     controller.abort();
     std::fs::remove_file(path.join("q.yaml")).unwrap();
     let controller = started(path).await;
-    let one = wait(path, "q is forgotten", |c| gateway_status(c).allocations.len() == 1).await;
-    assert_eq!(told(&one, "shop/p").unwrap(), "192.0.2.51");
+    let one = wait(path, "q is released", |c| gateway_status(c).allocations.len() == 1).await;
+    assert_eq!(address_of(&one, "shop/p").unwrap(), "192.0.2.51");
     assert_eq!(gateway_status(&one).released[0].policies[..], ["shop/q".into()]);
     std::fs::write(path.join("q.yaml"), policy("q")).unwrap();
     let back =
-        wait(path, "q is back", |c| gateway_status(c).allocations.len() == 2 && told(c, "shop/q").is_some()).await;
-    assert_eq!(timeless(&back), timeless(&both));
+        wait(path, "q is back", |c| gateway_status(c).allocations.len() == 2 && address_of(c, "shop/q").is_some())
+            .await;
+    assert_eq!(without_since(&back), without_since(&both));
     assert!(gateway_status(&back).released.is_empty());
     controller.abort();
 }
 
 #[tokio::test]
-async fn when_nothing_changes_nothing_is_written() {
+async fn without_changes_nothing_is_written() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path();
     std::fs::write(path.join("cluster.yaml"), format!("{GATEWAY}---\n{}", policy("p"))).unwrap();
     let controller = started(path).await;
-    wait(path, "p has an address", |c| told(c, "shop/p").is_some()).await;
+    wait(path, "p has an address", |c| address_of(c, "shop/p").is_some()).await;
     // Until the source has shown the last write, and the controller has seen it.
     sleep(Duration::from_millis(300)).await;
     let source = cluster::open(&SourceName::Dir(path.to_owned()), Scope::Controller).await.unwrap();
@@ -106,14 +107,14 @@ async fn when_nothing_changes_nothing_is_written() {
 }
 
 #[tokio::test]
-async fn numbers_of_pods_alone_are_written_at_once_and_then_together() {
+async fn pod_counts_are_written_at_once_and_then_at_intervals() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path();
     std::fs::write(path.join("cluster.yaml"), format!("{GATEWAY}---\n{}", policy("p"))).unwrap();
     let mut source = cluster::open(&SourceName::Dir(path.to_owned()), Scope::Controller).await.unwrap();
     let metrics = Metrics::new(&mut Registry::default());
     let mut controller = Controller::new(source.statuses, source.leadership, metrics);
-    let (mut told, mut wake) = (Vec::new(), None);
+    let (mut counts, mut wake) = (Vec::new(), None);
     for pods in 0..5 {
         let named = |n| {
             format!(
@@ -125,24 +126,24 @@ async fn numbers_of_pods_alone_are_written_at_once_and_then_together() {
         let snapshot = source.snapshots.wait_for(|cluster| cluster.pods.len() == pods).await.unwrap().clone();
         wake = controller.pass(snapshot.clone(), || false).await.wake;
         let seen = controller.write_overlay.merge(snapshot, Instant::now());
-        told.push(seen.policy_statuses[&PolicyKey::from("shop/p")].pods);
+        counts.push(seen.policy_statuses[&PolicyKey::from("shop/p")].pods);
     }
-    // With the first pod the policy is told more than a number.
-    assert_eq!(told, [0, 1, 2, 2, 2]);
+    // With the first pod other parts of the status change too.
+    assert_eq!(counts, [0, 1, 2, 2, 2]);
     assert!(wake.is_some_and(|wake| wake <= Duration::from_secs(10)), "{wake:?}");
 }
 
 #[tokio::test]
-async fn allocations_that_somebody_spoils_is_mended() {
+async fn deleted_allocations_are_written_again() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path();
     std::fs::write(path.join("cluster.yaml"), format!("{GATEWAY}---\n{}", policy("p"))).unwrap();
     let controller = started(path).await;
-    let before = wait(path, "p has an address", |c| told(c, "shop/p").is_some()).await;
+    let before = wait(path, "p has an address", |c| address_of(c, "shop/p").is_some()).await;
     sleep(Duration::from_millis(300)).await;
     std::fs::remove_dir_all(path.join("status")).unwrap();
-    let after = wait(path, "the allocations are back", |c| told(c, "shop/p").is_some()).await;
-    assert_eq!(timeless(&after), timeless(&before));
+    let after = wait(path, "the allocations are back", |c| address_of(c, "shop/p").is_some()).await;
+    assert_eq!(without_since(&after), without_since(&before));
     controller.abort();
 }
 
@@ -163,7 +164,7 @@ async fn a_status_that_cannot_be_written_makes_the_controller_unready() {
 }
 
 #[test]
-fn only_news_that_concern_the_allocations_hold_up_the_statuses() {
+fn only_changes_that_affect_allocations_interrupt_the_writing_of_statuses() {
     use crate::fixture::{World, naming};
     let mut world = World::new(&["192.0.2.50"]);
     world.policy("a/p", naming(&["192.0.2.50"]));

@@ -1,7 +1,7 @@
-//! What was written and the source has not shown yet.
+//! The write overlay: the controller's own writes that the source has not shown yet.
 //!
-//! A snapshot may be older than the last write. Allocating from old allocations would give a policy another address
-//! than the one it has just been told of, so what was written counts until the source shows it.
+//! A snapshot may be older than the last write. Computed from old allocations, a policy would get another address
+//! than the one that its status already shows. So a write counts until the source shows it.
 
 use crate::api::{EgressGatewayStatus, EgressPolicyStatus};
 use crate::model::selector::Name;
@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// A source that shows something else after this time has something else: someone wrote over it.
+/// How long a write counts if the source shows something else. After that, somebody else has overwritten it.
 const PATIENCE: Duration = Duration::from_secs(10);
 
 #[derive(Debug, Default)]
@@ -19,7 +19,7 @@ pub(super) struct WriteOverlay {
     policies: BTreeMap<PolicyKey, Written<Arc<EgressPolicyStatus>>>,
 }
 
-/// A gateway's allocations, and which version of its object it made.
+/// The written status of a gateway, and the version of the object that the write made.
 #[derive(Debug, PartialEq)]
 struct GatewayStatus {
     status: EgressGatewayStatus,
@@ -29,7 +29,7 @@ struct GatewayStatus {
 #[derive(Debug)]
 struct Written<S> {
     status: S,
-    /// When the pass that wrote it was over; the source cannot be asked to keep up with a pass.
+    /// When the pass that wrote it ended. The source cannot be expected to keep up with a pass.
     at: Option<Instant>,
 }
 
@@ -40,28 +40,28 @@ impl<S> Written<S> {
 }
 
 impl WriteOverlay {
-    /// A gateway's allocations was written, and made this version of its object.
+    /// Adds a written status of a gateway, with the version of the object that the write made.
     pub(super) fn gateway(&mut self, name: Name, status: EgressGatewayStatus, version: Option<Box<str>>) {
         self.gateways.insert(name, Written { status: GatewayStatus { status, version }, at: None });
     }
 
-    /// A policy's status was written.
+    /// Adds a written status of a policy.
     pub(super) fn policy(&mut self, key: PolicyKey, status: EgressPolicyStatus) {
         self.policies.insert(key, Written { status: Arc::new(status), at: None });
     }
 
-    /// The pass is over; from now on the source is expected to show what was written.
+    /// The pass has ended: from now on the source is expected to show its writes.
     pub(super) fn count_from(&mut self, now: Instant) {
         self.gateways.values_mut().for_each(|written| _ = written.at.get_or_insert(now));
         self.policies.values_mut().for_each(|written| _ = written.at.get_or_insert(now));
     }
 
-    /// The snapshot as it will be when the source has seen all that was written.
+    /// The snapshot with all writes that the source has not shown yet.
     pub(super) fn merge(&mut self, snapshot: Arc<Cluster>, now: Instant) -> Arc<Cluster> {
         self.gateways.retain(|name, written| {
             let Some(shown) = snapshot.gateways.get(name) else { return false };
             match (&shown.version, &written.status.version) {
-                // Whatever comes after that version has it in it; until then it counts, however long it takes.
+                // Every later version contains the write. Until then the write counts, however long that takes.
                 (Some(shown), Some(version)) => is_older(shown, version),
                 _ => shown.status != written.status.status && written.is_awaited(now),
             }
@@ -89,17 +89,17 @@ impl WriteOverlay {
         Arc::new(cluster)
     }
 
-    /// How long until something that was written is given up; `None` if the source has shown all of it.
+    /// How long until a write stops counting; `None` if the source has shown all writes.
     pub(super) fn until(&self, now: Instant) -> Option<Duration> {
-        // What has a version is not given up.
+        // A write with a version does not expire.
         let gateways = self.gateways.values().filter(|w| w.status.version.is_none()).map(|written| written.at);
         let policies = self.policies.values().map(|written| written.at);
         gateways.chain(policies).min().map(|at| (at.unwrap_or(now) + PATIENCE).saturating_duration_since(now))
     }
 }
 
-/// Whether one version of an object came before another. They are numbers in every Kubernetes there is; of others only
-/// the very same is known to be no older.
+/// Whether one version of an object is older than another. Versions are numbers in all Kubernetes implementations; of
+/// other texts only the equal one counts as not older.
 pub(super) fn is_older(shown: &str, version: &str) -> bool {
     match (shown.parse::<u64>(), version.parse::<u64>()) {
         (Ok(shown), Ok(version)) => shown < version,
@@ -126,7 +126,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_written_counts_until_the_source_shows_it() {
+    fn a_write_counts_until_the_source_shows_it() {
         let (before, after, status) = before_and_after();
         let (mut write_overlay, now) = (WriteOverlay::default(), Instant::now());
         write_overlay.gateway("g".into(), status.clone(), None);
@@ -135,11 +135,11 @@ mod tests {
         assert_eq!(write_overlay.until(now), Some(PATIENCE));
         assert!(Arc::ptr_eq(&write_overlay.merge(after.clone(), now), &after));
         assert_eq!(write_overlay.until(now), None);
-        assert_eq!(id_of(&write_overlay.merge(before, now)), None, "what it has shown is the source's again");
+        assert_eq!(id_of(&write_overlay.merge(before, now)), None, "a write that was shown no longer counts");
     }
 
     #[test]
-    fn what_the_source_does_not_show_in_time_is_given_up() {
+    fn a_write_that_the_source_does_not_show_in_time_expires() {
         let (before, _, status) = before_and_after();
         let (mut write_overlay, now) = (WriteOverlay::default(), Instant::now());
         write_overlay.gateway("g".into(), status, None);
@@ -149,7 +149,7 @@ mod tests {
     }
 
     #[test]
-    fn what_has_a_version_counts_until_that_version_is_shown() {
+    fn a_write_with_a_version_counts_until_that_version_is_shown() {
         let (before, after, status) = before_and_after();
         let (mut write_overlay, now) = (WriteOverlay::default(), Instant::now());
         let versioned = |cluster: &Arc<Cluster>, version: &str| {
@@ -168,7 +168,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_gone_is_not_waited_for() {
+    fn a_deleted_object_is_not_waited_for() {
         let (_, _, status) = before_and_after();
         let (mut write_overlay, now) = (WriteOverlay::default(), Instant::now());
         write_overlay.gateway("g".into(), status, None);

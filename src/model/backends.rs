@@ -1,35 +1,35 @@
-//! What a destination is to kube-proxy: an address of a Service is replaced by one of its endpoints' before Egret decides,
-//! and where that endpoint is decides then.
+//! Services as destinations. kube-proxy replaces a Service's address by an endpoint's before Egret decides, so the
+//! endpoint's address is the one that counts.
 
 use crate::model::target::Target;
 use crate::model::{Cluster, Endpoints, ObjectKey, Service, ServicePort};
 use std::net::IpAddr;
 
-/// A Service that a destination is an address of.
+/// The Service that a destination belongs to.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ServiceMatch {
     /// The Service.
     pub service: ObjectKey,
-    /// Which of its addresses the destination is.
+    /// The kind of address that the destination is.
     pub access: Access,
-    /// Where its packets go.
+    /// The endpoints that its packets are sent to.
     pub endpoints: Vec<Target>,
 }
 
-/// One of the ways to reach a Service.
+/// The kind of address at which a Service is reached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Access {
-    /// Its cluster address.
+    /// `spec.clusterIPs`.
     Cluster,
-    /// An external address, or a load balancer's.
+    /// `spec.externalIPs`, or a load balancer's address.
     External,
-    /// A port of the pod's own node.
+    /// A node port at the pod's own node.
     OwnNodePort,
-    /// A port of another node.
+    /// A node port at another node.
     OtherNodePort,
 }
 
-/// The Service that packets of a pod on `node` to `target` are for.
+/// The Service that receives packets that a pod on `node` sends to `target`.
 pub fn service_at(cluster: &Cluster, node: Option<&str>, target: &Target) -> Option<ServiceMatch> {
     cluster.services.iter().find_map(|(key, service)| {
         let (access, port) = access(cluster, service, node, target)?;
@@ -53,7 +53,7 @@ pub fn may_lead_to(service: &Service, target: &Target) -> bool {
         || exposure.is_some_and(|f| f.addresses.contains(&target.address) || f.ports.iter().any(is_node_port))
 }
 
-/// How a destination leads to the Service, and to which of its ports.
+/// The kind of address that a destination is of the Service, and the port.
 fn access<'a>(
     cluster: &Cluster,
     service: &'a Service,
@@ -65,7 +65,7 @@ fn access<'a>(
     let of_target =
         |number: fn(&ServicePort) -> Option<u16>| ports().find(|p| target.port == number(p).map(|n| (p.protocol, n)));
     let port = of_target(|p| Some(p.port));
-    // What comes to another port of an address that is not the cluster's is not for the Service.
+    // An address that is not the cluster's may have other ports, which do not belong to the Service.
     let is_one = target.port.is_none() || port.is_some();
     if service.cluster_ips.contains(&target.address) {
         return Some((Access::Cluster, port));
@@ -78,7 +78,7 @@ fn access<'a>(
     Some((if Some(&**name) == node { Access::OwnNodePort } else { Access::OtherNodePort }, Some(port)))
 }
 
-/// The endpoints' port for one of the Service's.
+/// The endpoints' number for a port of the Service.
 fn endpoint_port(endpoints: &Endpoints, port: Option<&ServicePort>) -> Option<u16> {
     let name = &port?.name;
     endpoints.ports.iter().find(|(of, _)| of == name).map(|(_, port)| *port)

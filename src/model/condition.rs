@@ -1,9 +1,9 @@
-//! Conditions whose time tells when the status changed, not when somebody looked.
+//! Conditions of a status. The transition time of a condition changes only when its status changes.
 
 use crate::api::Condition;
 use jiff::Timestamp;
 
-/// Makes the conditions of one object anew.
+/// Collects the new conditions of one object.
 pub(crate) struct Conditions<'a> {
     previous: &'a [Condition],
     generation: Option<i64>,
@@ -12,17 +12,17 @@ pub(crate) struct Conditions<'a> {
 }
 
 impl<'a> Conditions<'a> {
-    /// `previous` are those that the object has now, `now` is in seconds since the Unix epoch.
+    /// `previous` are the conditions that the object has now. `now` is in seconds since the Unix epoch.
     pub(crate) fn new(previous: &'a [Condition], generation: Option<i64>, now: i64) -> Self {
         Conditions { previous, generation, now, made: Vec::new() }
     }
 
-    /// Adds a condition; it keeps the time of the previous one of its type if the status is the same.
+    /// Adds a condition. It keeps the time of the previous condition of its type if the status is the same.
     pub(crate) fn add(&mut self, type_: &str, is_true: bool, reason: impl ToString, message: impl Into<String>) {
         self.add_as(type_, if is_true { "True" } else { "False" }, reason, message);
     }
 
-    /// Adds one of which nobody knows whether it is true.
+    /// Adds a condition with the status `Unknown`.
     pub(crate) fn add_unknown(&mut self, type_: &str, reason: impl ToString, message: impl Into<String>) {
         self.add_as(type_, "Unknown", reason, message);
     }
@@ -39,7 +39,7 @@ impl<'a> Conditions<'a> {
         });
     }
 
-    /// All that were added, in that order.
+    /// All conditions, in the order in which they were added.
     pub(crate) fn finish(self) -> Vec<Condition> {
         self.made
     }

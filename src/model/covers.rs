@@ -1,5 +1,6 @@
-//! What a policy lists, as look-ups: of which networks every packet is covered, of which every packet of a protocol, and
-//! of which only some ports. So a list takes one rule for each kind of look-up, whatever its length.
+//! The destinations that a policy lists, as set look-ups: networks covered whole, networks covered for a whole
+//! protocol, and networks covered for some ports. A list takes one rule for each kind of look-up, whatever its
+//! length.
 
 use crate::api::Protocol;
 use crate::model::AddressRange;
@@ -12,45 +13,45 @@ use std::net::IpAddr;
 use std::ops::Deref;
 use std::sync::OnceLock;
 
-/// How many networks a range of addresses can take.
+/// How many prefixes a range of addresses can consist of.
 const MAX_PREFIXES: usize = 2 * 128;
 
-/// The destinations that a policy lists; none: everything.
+/// The destinations that a policy lists. An empty list covers everything.
 #[derive(Clone, Debug, Default)]
 pub struct Covers {
     listed: Box<[Destination]>,
     shape: OnceLock<Shape>,
 }
 
-/// What is to be known of [`Lookups`] when they are not at hand: they are as long as the list.
+/// A summary of [`Lookups`], which are as long as the list and are not kept.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Shape {
-    /// A hash that nobody can find a second list for: kernels' sets are named after it, and tenants write the lists.
+    /// A collision-resistant hash of the look-ups. Kernel sets are named after it, and tenants write the lists.
     pub name: Box<str>,
-    /// Whether there is anything in [`Lookups::whole`], for IPv4 and IPv6.
+    /// Whether [`Lookups::whole`] has entries, for IPv4 and IPv6.
     pub whole: [bool; 2],
-    /// The same of [`Lookups::protocols`].
+    /// Whether [`Lookups::protocols`] has entries.
     pub protocols: [bool; 2],
-    /// The same of [`Lookups::ports`].
+    /// Whether [`Lookups::ports`] has entries.
     pub ports: [bool; 2],
-    /// How many entries the kernel makes of the look-ups. Where there are several fields, it divides each range of one into
-    /// prefixes (`pipapo_expand`, net/netfilter/nft_set_pipapo.c).
+    /// How many entries the kernel makes of the look-ups. In a set of several fields it divides each range of a field
+    /// into prefixes (`pipapo_expand`, net/netfilter/nft_set_pipapo.c).
     pub entries: usize,
 }
 
-/// Sorted and free of overlaps. The pairs are of IPv4 and IPv6.
+/// The look-ups of a list, sorted and without overlaps. Each array has the entries of IPv4, then those of IPv6.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Lookups {
-    /// All that goes here is covered.
+    /// Every packet to these addresses is covered.
     pub whole: [Vec<AddressRange>; 2],
-    /// All of a protocol that goes here: a packet too short to have ports, too.
+    /// Every packet of the protocol to these addresses is covered, also one that is too short to have ports.
     pub protocols: [Vec<(AddressRange, Protocol)>; 2],
-    /// What goes here to some ports.
+    /// Packets of the protocol to these addresses and ports are covered.
     pub ports: [Vec<(AddressRange, Ports)>; 2],
 }
 
 impl Covers {
-    /// The same, as look-ups.
+    /// Computes the look-ups.
     pub fn lookups(&self) -> Lookups {
         let mut classes = Classes { of: &self.listed, ports: Vec::new(), by_places: HashMap::new() };
         let mut lookups = Lookups::default();
@@ -72,7 +73,7 @@ impl Covers {
         lookups
     }
 
-    /// What is to be known of its look-ups.
+    /// The summary of the look-ups. It is computed once.
     pub fn shape(&self) -> &Shape {
         self.shape.get_or_init(|| {
             let all = self.lookups();
@@ -87,12 +88,12 @@ impl Covers {
         })
     }
 
-    /// Whether packets to this address, of this IP protocol and to this port, if they have ports, are covered.
+    /// Whether packets to `address`, of the IP protocol `protocol` and to `port` (if they have ports), are covered.
     pub fn has(&self, address: IpAddr, protocol: u8, port: Option<u16>) -> bool {
         self.listed.is_empty() || self.listed.iter().any(|d| d.has(address, protocol, port))
     }
 
-    /// More than [`Shape::entries`], or as many, without looking closely.
+    /// An upper bound of [`Shape::entries`] that is cheap to compute.
     pub fn entries_at_most(&self) -> usize {
         let networks = |d: &Destination| d.networks.iter().map(|n| 1 + n.except.len()).sum::<usize>();
         let ends = self.listed.iter().map(|d| 2 * (networks(d) + 1)).sum::<usize>();
@@ -136,12 +137,12 @@ impl Lookups {
                 hash.update(&[ports.first.to_be_bytes(), ports.last.to_be_bytes()].concat());
             }
         }
-        // Half of it is enough against a second list.
+        // 128 bits suffice against a second preimage.
         hash.finish().as_ref()[..16].iter().map(|byte| format!("{byte:02x}")).collect::<String>().into()
     }
 }
 
-/// Which ports the addresses have that the same destinations cover: they are of one class.
+/// Groups addresses into classes: those of one class are covered by the same destinations, and so for the same ports.
 struct Classes<'a> {
     of: &'a [Destination],
     ports: Vec<Vec<Ports>>,
@@ -149,7 +150,7 @@ struct Classes<'a> {
 }
 
 impl Classes<'_> {
-    /// The ranges of a family and their classes, in order. Neighbours of one class are one.
+    /// The ranges of a family with their classes, in order. Adjacent ranges of one class are merged.
     fn pieces(&mut self, family: usize) -> Vec<(AddressRange, Option<usize>)> {
         let mut out: Vec<(AddressRange, Option<usize>)> = Vec::new();
         for (range, places) in pieces(self.of, family) {
@@ -162,7 +163,7 @@ impl Classes<'_> {
         out
     }
 
-    /// The class of what these destinations cover, by their places; `None`: every packet is covered.
+    /// The class of addresses that the destinations at these places cover; `None` if every packet is covered.
     fn class(&mut self, places: &[usize]) -> Option<usize> {
         if let Some(class) = self.by_places.get(places) {
             return *class;
@@ -180,20 +181,21 @@ impl Classes<'_> {
     }
 }
 
-/// The ranges of addresses of a family that the same destinations cover, with those destinations' places, in order.
+/// The ranges of a family that the same destinations cover, with the places of these destinations, in order.
 fn pieces(listed: &[Destination], family: usize) -> Vec<(AddressRange, Vec<usize>)> {
-    // Where destinations begin and where they have ended: the address after the last of all is none.
-    let mut turns: Vec<(IpAddr, usize, bool)> = Vec::new();
+    // The points at which a destination begins (`true`) or has ended (`false`). A destination that reaches the last
+    // address of the family has no end point.
+    let mut edges: Vec<(IpAddr, usize, bool)> = Vec::new();
     for (place, destination) in listed.iter().enumerate() {
         for range in ranges(destination, family) {
-            turns.push((range.first, place, true));
-            turns.extend(next(range.last).map(|end| (end, place, false)));
+            edges.push((range.first, place, true));
+            edges.extend(next(range.last).map(|end| (end, place, false)));
         }
     }
-    turns.sort_unstable();
+    edges.sort_unstable();
     let (mut pieces, mut open, mut at) = (Vec::new(), BTreeMap::<usize, usize>::new(), 0);
-    while let Some((first, ..)) = turns.get(at).copied() {
-        while let Some((_, place, begins)) = turns.get(at).filter(|turn| turn.0 == first) {
+    while let Some((first, ..)) = edges.get(at).copied() {
+        while let Some((_, place, begins)) = edges.get(at).filter(|edge| edge.0 == first) {
             let count = open.entry(*place).or_default();
             *count = if *begins { *count + 1 } else { *count - 1 };
             if *count == 0 {
@@ -202,15 +204,15 @@ fn pieces(listed: &[Destination], family: usize) -> Vec<(AddressRange, Vec<usize
             at += 1;
         }
         if !open.is_empty() {
-            let last = turns.get(at).map_or_else(|| last_of(family), |turn| before(turn.0));
+            let last = edges.get(at).map_or_else(|| last_of(family), |edge| before(edge.0));
             pieces.push((AddressRange { first, last }, open.keys().copied().collect()));
         }
     }
     pieces
 }
 
-/// What of a family a destination covers; ranges may overlap. A turn of an end comes before one of a beginning at the
-/// same address, so that counts must not be below zero: each network is less its own exceptions.
+/// The ranges of a family that a destination covers; they may overlap. At one address, an end sorts before a
+/// beginning. A network contains its own exceptions, so no count falls below zero.
 fn ranges(destination: &Destination, family: usize) -> Vec<AddressRange> {
     if destination.networks.is_empty() {
         return vec![AddressRange { first: first_of(family), last: last_of(family) }];
@@ -242,7 +244,7 @@ fn last_of(family: usize) -> IpAddr {
     if family == 0 { IpAddr::V4([0xff; 4].into()) } else { IpAddr::V6([0xff; 16].into()) }
 }
 
-/// The address before, of one that is not the first of all.
+/// The preceding address. The caller does not pass the first address of a family.
 fn before(address: IpAddr) -> IpAddr {
     match address {
         IpAddr::V4(a) => IpAddr::V4(u32::from(a).wrapping_sub(1).into()),
@@ -258,7 +260,7 @@ fn prefixes_of(range: &AddressRange) -> usize {
     prefixes(number(range.first), number(range.last))
 }
 
-/// How many prefixes make up a range.
+/// How many prefixes a range consists of.
 fn prefixes(first: u128, last: u128) -> usize {
     let (mut count, mut at) = (0, first);
     loop {
@@ -274,7 +276,7 @@ fn prefixes(first: u128, last: u128) -> usize {
     }
 }
 
-/// Sorted; what overlaps or touches is one.
+/// Sorts ports and merges those that overlap or are adjacent.
 fn merged_ports(mut ports: Vec<Ports>) -> Vec<Ports> {
     ports.sort_unstable();
     let mut out: Vec<Ports> = Vec::new();

@@ -1,29 +1,29 @@
-//! What a policy covers: networks, exceptions, ports.
+//! Destinations: networks, their exceptions, and ports.
 
 use crate::api::{EgressPort, EgressRule, MAX_EXCEPTIONS, Protocol};
 use ipnetwork::IpNetwork;
 use std::fmt;
 use std::net::IpAddr;
 
-/// What one policy covers; an empty list of networks or of ports means all of them.
+/// One rule of a policy. An empty list of networks or of ports means all of them.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Destination {
-    /// The networks; empty: every address.
+    /// The networks; empty: all addresses.
     pub networks: Box<[Network]>,
-    /// The ports; empty: every port of every protocol.
+    /// The ports; empty: all ports of all protocols.
     pub ports: Box<[Ports]>,
 }
 
-/// A network less some networks within it.
+/// A network without some networks within it.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Network {
     /// The network; its host bits are zero.
     pub cidr: IpNetwork,
-    /// Networks within it that are not meant.
+    /// Networks within it that the rule does not cover.
     pub except: Box<[IpNetwork]>,
 }
 
-/// Ports `first` to `last` of a protocol; 0 to 65535 means all of it.
+/// Ports `first` to `last` of a protocol. 0 to 65535 means every packet of the protocol.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Ports {
     /// The protocol.
@@ -34,12 +34,15 @@ pub struct Ports {
     pub last: u16,
 }
 
-/// Something in `spec.egress` that cannot be; the text has the value and the remedy.
+/// An invalid entry of `spec.egress`. The text has the value and the remedy.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 #[error("{0}")]
 pub struct DestinationError(pub String);
 
-/// Parses CIDR notation strictly: no host bits, no missing prefix.
+/// Parses CIDR notation strictly.
+///
+/// # Errors
+/// The prefix length is missing, host bits are set, or the text is not a network.
 pub fn parse_cidr(text: &str) -> Result<IpNetwork, DestinationError> {
     let wrong = |why: String| DestinationError(format!("{text:?} is not a network: {why}"));
     if !text.contains('/') {
@@ -60,18 +63,19 @@ pub fn contains(outer: &IpNetwork, inner: &IpNetwork) -> bool {
 }
 
 impl Destination {
-    /// How many combinations of a network and a range of ports it has.
+    /// How many combinations of a network and a range of ports the rule has.
     pub fn combinations(&self) -> usize {
         self.networks.len().max(1) * self.ports.len().max(1)
     }
 
-    /// Whether an address is in its networks.
+    /// Whether an address is in the networks of the rule.
     pub fn has_address(&self, address: IpAddr) -> bool {
         let network = |n: &Network| n.cidr.contains(address) && !n.except.iter().any(|e| e.contains(address));
         self.networks.is_empty() || self.networks.iter().any(network)
     }
 
-    /// Whether it covers packets to this address, of this IP protocol and to this port, if they have ports.
+    /// Whether the rule covers packets to `address`, of the IP protocol `protocol` and to `port` (if they have
+    /// ports).
     pub fn has(&self, address: IpAddr, protocol: u8, port: Option<u16>) -> bool {
         let of_ports = |p: &Ports| {
             let whole = (p.first, p.last) == (0, u16::MAX);
@@ -81,24 +85,28 @@ impl Destination {
     }
 }
 
-/// With commas between them.
-pub fn in_a_row<T: ToString>(all: &[T]) -> String {
+/// Joins the texts with commas.
+pub fn comma_separated<T: ToString>(all: &[T]) -> String {
     all.iter().map(T::to_string).collect::<Vec<_>>().join(", ")
 }
 
 impl fmt::Display for Destination {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if !self.ports.is_empty() {
-            write!(f, "{} of ", in_a_row(&self.ports))?;
+            write!(f, "{} of ", comma_separated(&self.ports))?;
         }
-        f.write_str(&if self.networks.is_empty() { "every address".to_owned() } else { in_a_row(&self.networks) })
+        f.write_str(&if self.networks.is_empty() {
+            "every address".to_owned()
+        } else {
+            comma_separated(&self.networks)
+        })
     }
 }
 
 impl fmt::Display for Network {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}", self.cidr)?;
-        if self.except.is_empty() { Ok(()) } else { write!(f, " without {}", in_a_row(&self.except)) }
+        if self.except.is_empty() { Ok(()) } else { write!(f, " without {}", comma_separated(&self.except)) }
     }
 }
 
@@ -122,8 +130,8 @@ impl TryFrom<&EgressRule> for Destination {
             let count = peer.ip_block.except.len();
             if count > MAX_EXCEPTIONS {
                 return Err(DestinationError(format!(
-                    "{cidr} has {count} exceptions, and at most {MAX_EXCEPTIONS} can be; write several smaller networks \
-                     instead, each with its own exceptions"
+                    "{cidr} has {count} exceptions, and at most {MAX_EXCEPTIONS} are allowed; write several smaller \
+                     networks instead, each with its own exceptions"
                 )));
             }
             let mut except = Vec::new();

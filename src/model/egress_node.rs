@@ -1,4 +1,4 @@
-//! What nodes say of themselves, as it is held.
+//! EgressNode statuses, stored compactly.
 
 use crate::api::{BlockedAllocation, EgressNodeStatus, LostUplink, RefusedAllocation, TakenAllocation};
 use crate::model::mac::{self, Mac};
@@ -6,21 +6,21 @@ use crate::model::marks::EgressId;
 use crate::model::uplink_key::UplinkKey;
 use std::net::IpAddr;
 
-/// What a node's daemon says of itself to the others, [`EgressNodeStatus`], as it is held: there are thousands, and all but
-/// the gateways' nodes say no more than where their end of the tunnel is.
+/// The status that a node's daemon writes ([`EgressNodeStatus`]). There may be thousands, and only gateway nodes
+/// report more than their tunnel address.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct EgressNode {
-    /// Where tunnel packets are sent.
+    /// The address that tunnel packets are sent to.
     pub tunnel_address: Option<IpAddr>,
-    /// The MAC address of its end of the tunnel; `None` also if what stands there is none.
+    /// The MAC address of the node's tunnel device; `None` also if the text is not a MAC address.
     pub tunnel_mac: Option<Mac>,
-    /// Whether it answers to those who ask whether it lives.
+    /// Whether the node answers liveness probes.
     pub answers: bool,
     of_allocations: Option<Box<OfAllocations>>,
 }
 
 impl OfAllocations {
-    /// What it says of an uplink that it has lost.
+    /// The report that the node has lost this uplink.
     pub fn loss(&self, key: &UplinkKey) -> Option<&LostUplink> {
         let is_it =
             |lost: &&LostUplink| lost.family == key.family() && lost.interface.as_deref() == key.interface.as_deref();
@@ -28,25 +28,25 @@ impl OfAllocations {
     }
 }
 
-/// What a node says of allocations, and of others that may have them.
+/// The part of a node's status that concerns egress IPs and gateway nodes.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct OfAllocations {
-    /// Those that it holds.
+    /// The egress IPs that it holds.
     pub held: Vec<EgressId>,
-    /// Those that it has taken over.
+    /// The egress IPs that it has taken over.
     pub taken: Vec<TakenAllocation>,
-    /// Those that it should hold and cannot.
+    /// The egress IPs that it should hold and cannot.
     pub refused: Vec<RefusedAllocation>,
-    /// Gateways' nodes that do not answer it; this one itself, while it cannot hold any allocation.
+    /// Gateway nodes that do not answer this node. It lists itself while it cannot hold any egress IP.
     pub unreachable_peers: Vec<String>,
-    /// What it has lost of its uplinks.
+    /// The uplinks and families that it has lost.
     pub lost: Vec<LostUplink>,
-    /// Those that pods of its use and that lead nowhere from it now.
+    /// The egress IPs that its pods use and whose traffic it blocks now.
     pub blocked: Vec<BlockedAllocation>,
 }
 
 impl EgressNode {
-    /// What it says of allocations.
+    /// The part of the status that concerns egress IPs.
     pub fn of_allocations(&self) -> &OfAllocations {
         static NOTHING: OfAllocations = OfAllocations {
             held: Vec::new(),
@@ -59,7 +59,7 @@ impl EgressNode {
         self.of_allocations.as_deref().unwrap_or(&NOTHING)
     }
 
-    /// The same, for tests to change.
+    /// The part of the status that concerns egress IPs, for tests to change.
     #[cfg(test)]
     pub(crate) fn of_allocations_mut(&mut self) -> &mut OfAllocations {
         self.of_allocations.get_or_insert_default()
@@ -67,7 +67,7 @@ impl EgressNode {
 }
 
 impl From<EgressNodeStatus> for EgressNode {
-    fn from(said: EgressNodeStatus) -> Self {
+    fn from(status: EgressNodeStatus) -> Self {
         let EgressNodeStatus {
             tunnel_address,
             tunnel_mac,
@@ -80,7 +80,7 @@ impl From<EgressNodeStatus> for EgressNode {
             blocked,
             direct: _,
             faults: _,
-        } = said;
+        } = status;
         let of_allocations = OfAllocations { held: allocations, taken, refused, unreachable_peers, lost, blocked };
         EgressNode {
             tunnel_address,

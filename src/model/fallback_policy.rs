@@ -1,9 +1,10 @@
-//! What stands for a policy that was in force and cannot be read now, while nobody knows its last good state: a daemon
-//! that has been started since.
+//! The fallback policy: it stands for a policy that was in force and cannot be read now, when its last good state is
+//! not known because the daemon has been restarted since.
 //!
-//! The allocations still tells the policy's allocation. Its pods go by that. Where its destinations are not known either, they are all of
-//! them: none may see another address; and where another policy could decide in its place, its pods are held. A policy that
-//! the allocations does not list was never in force, and nothing stands for it.
+//! The gateway's allocations still list the egress IP of the policy, and its pods keep using that one. Unknown
+//! destinations count as all destinations, so that no destination sees another address. If another policy selects the
+//! same pods and might decide in its place, these pods are isolated. A policy that the allocations do not list was
+//! never in force, and has no fallback policy.
 
 use crate::api::{Allocate, Allocation, AllocationKind, ExistingConnections, Fallback};
 use crate::model::covers::Covers;
@@ -13,12 +14,12 @@ use crate::model::{AddressRequest, Cluster, Guessed, Namespaces, PodMatch, Polic
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
-/// What can be read of such a policy; what cannot, means everything.
+/// The parts of an invalid policy that can be read. A missing part means everything.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct ReadableParts {
     /// The namespaces of a ClusterEgressPolicy.
     pub namespaces: Selector,
-    /// The pods in them.
+    /// The pods in them; `None`: it cannot be read.
     pub pods: Option<PodMatch>,
     /// `spec.tier`; `None`: it cannot be read.
     pub tier: Option<Tier>,
@@ -30,17 +31,18 @@ pub struct ReadableParts {
     pub egress: Option<Option<Arc<Covers>>>,
 }
 
-/// What stands for the policy, if the allocations list it.
+/// The fallback policy, if the allocations list the policy.
 pub fn fallback_policy(cluster: &Cluster, key: &PolicyKey, readable: &ReadableParts) -> Option<Policy> {
     let (gateway, allocation) = cluster.gateways.iter().find_map(|(name, gateway)| {
         let allocation = gateway.status.allocations.iter().find(|allocation| allocation.policies.contains(key))?;
         Some((name, allocation))
     })?;
-    Some(of_allocation(key, gateway, allocation, readable))
+    Some(from_allocation(key, gateway, allocation, readable))
 }
 
-/// What stands for a policy that a gateway's allocations lists on this allocation. If the gateway is not there, what its pods send is blocked.
-pub fn of_allocation(key: &PolicyKey, gateway: &Name, allocation: &Allocation, readable: &ReadableParts) -> Policy {
+/// The fallback policy of a policy that a gateway lists on this allocation. If the gateway does not exist, the
+/// traffic of its pods is blocked.
+pub fn from_allocation(key: &PolicyKey, gateway: &Name, allocation: &Allocation, readable: &ReadableParts) -> Policy {
     Policy {
         namespaces: match &key.namespace {
             Some(namespace) => Namespaces::One(namespace.clone()),
@@ -49,7 +51,7 @@ pub fn of_allocation(key: &PolicyKey, gateway: &Name, allocation: &Allocation, r
         pods: readable.pods.clone().unwrap_or_else(|| PodMatch::Labels(Selector::default())),
         gateway: Some(gateway.clone()),
         egress: readable.egress.clone().flatten(),
-        // As it was asked for, so that the allocations keep it.
+        // The same request as before, so that the controller keeps the allocation.
         address: match allocation.kind {
             AllocationKind::Explicit => AddressRequest::Explicit(allocation.address.clone()),
             AllocationKind::Dedicated => AddressRequest::Allocate(Allocate::Dedicated),
@@ -85,8 +87,8 @@ mod tests {
     use crate::fixture::{World, asking, naming, selector};
     use std::sync::Arc;
 
-    /// Puts fallback policies in the place of all policies.
-    fn bereft(world: &mut World, readable: &ReadableParts) {
+    /// Replaces all policies by their fallback policies.
+    fn replace_by_fallback_policies(world: &mut World, readable: &ReadableParts) {
         world.cluster.policies = Default::default();
         for key in listed_only(&world.cluster) {
             let policy = fallback_policy(&world.cluster, &key, readable).unwrap();
@@ -95,7 +97,7 @@ mod tests {
     }
 
     #[test]
-    fn the_allocations_stays_as_it_is() {
+    fn fallback_policies_keep_all_allocations() {
         let mut world = World::new(&["192.0.2.50-192.0.2.59"]);
         world.policy("a/named", naming(&["192.0.2.57"]));
         world.policy("a/own", asking(Allocate::Dedicated));
@@ -106,7 +108,7 @@ mod tests {
         world.allocate();
         world.settle();
         let before = world.allocate().gateways;
-        bereft(&mut world, &ReadableParts::default());
+        replace_by_fallback_policies(&mut world, &ReadableParts::default());
         assert_eq!(world.cluster.policies.len(), 6);
         world.now += 3600;
         let after = world.allocate().gateways;
@@ -115,7 +117,7 @@ mod tests {
     }
 
     #[test]
-    fn what_was_never_in_force_is_nothing() {
+    fn a_policy_that_was_never_in_force_has_no_fallback_policy() {
         let mut world = World::new(&["192.0.2.50"]);
         world.policy("a/p", naming(&["192.0.2.51"]));
         world.allocate();
@@ -124,7 +126,7 @@ mod tests {
     }
 
     #[test]
-    fn what_can_be_read_of_it_counts() {
+    fn readable_parts_are_used() {
         let mut world = World::new(&["192.0.2.50"]);
         world.policy("a/p", naming(&["192.0.2.50"]));
         world.allocate();

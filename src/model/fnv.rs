@@ -1,7 +1,7 @@
-//! A hash that is the same on every machine and in every release.
+//! A hash with the same result on every machine and in every release.
 
-/// FNV-1a, 64 bits, <http://www.isthe.com/chongo/tech/comp/fnv/>. What differs in the last bytes alone differs in few of
-/// the upper bits.
+/// FNV-1a, 64 bits, <http://www.isthe.com/chongo/tech/comp/fnv/>. Inputs that differ only in their last bytes differ
+/// in few of the upper bits.
 pub fn fnv1a(bytes: impl IntoIterator<Item = u8>) -> u64 {
     let hash = |hash: u64, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3);
     bytes.into_iter().fold(0xcbf2_9ce4_8422_2325, hash)

@@ -1,27 +1,27 @@
-//! Finds the few of many selectors that can match an object's labels.
+//! An index that finds the few of many selectors that can match an object's labels.
 
 use crate::model::selector::Name;
 use std::collections::HashMap;
 
-/// So few items are looked at one by one faster than they are found in a map, and ten thousand namespaces with a
-/// policy each need no ten thousand maps.
-const WORTH_A_MAP: usize = 8;
+/// Up to this many items a linear scan is faster than a map. Ten thousand namespaces with one policy each then need
+/// no ten thousand maps.
+const MAX_SCANNED: usize = 8;
 
-/// Items, each filed under one label that everything it selects must have.
+/// Items, each stored under one label that everything it selects must have.
 #[derive(Clone, Debug, Default)]
 pub(super) struct LabelIndex {
     /// By key: values with their items, sorted. Ten thousand lists of one item each would take four times the memory.
     labelled: HashMap<Name, Box<[(Name, u32)]>>,
-    /// Items that any labels might match.
+    /// Items that objects without a required label might match.
     rest: Vec<u32>,
 }
 
 impl LabelIndex {
-    /// Files each item under the rarest of the labels it requires: with ten thousand policies that all ask for
-    /// `tier: web`, only their other labels tell them apart.
+    /// Stores each item under the rarest of the labels it requires: of ten thousand policies that all ask for `tier:
+    /// web`, only their other labels tell them apart.
     pub(super) fn new(items: &[(u32, Vec<(&Name, &Name)>)]) -> Self {
         let mut index = LabelIndex::default();
-        if items.len() <= WORTH_A_MAP {
+        if items.len() <= MAX_SCANNED {
             index.rest = items.iter().map(|(item, _)| *item).collect();
             return index;
         }
@@ -50,8 +50,8 @@ impl LabelIndex {
         &from[..from.partition_point(|(v, _)| v == value)]
     }
 
-    /// The items that could match an object with these labels; the caller asks their selectors. An item comes twice
-    /// if a label does.
+    /// The items that could match an object with these labels. The caller checks their selectors. An item is repeated
+    /// if a label is.
     pub(super) fn candidates<'a>(
         &self,
         labels: impl Iterator<Item = (&'a Name, &'a Name)>,

@@ -1,9 +1,9 @@
-//! MAC addresses, and the one of a node's end of the tunnel.
+//! MAC addresses, and the one of a node's tunnel device.
 
 use crate::model::fnv::fnv1a;
 use std::fmt;
 
-/// A MAC address, in the order in which it stands on the wire.
+/// A MAC address, in wire order.
 pub type Mac = [u8; 6];
 
 /// Shows a MAC address as `02:65:67:00:00:0b`.
@@ -16,7 +16,7 @@ impl fmt::Display for Shown {
     }
 }
 
-/// What is not a MAC address.
+/// The error of [`parse`].
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0:?} is not a MAC address; write six bytes in hexadecimal with colons, 02:65:67:00:00:0b")]
 pub struct NotAMac(String);
@@ -40,7 +40,7 @@ pub fn parse(text: &str) -> Result<Mac, NotAMac> {
 /// nodes two share one with a probability of about 1 in 90,000.
 pub fn of_node(node: &str) -> Mac {
     let hash = fnv1a(node.bytes());
-    // FNV alone mixes the last letters badly into the upper bits; names of nodes differ in the last letters.
+    // FNV mixes the last letters badly into the upper bits, and node names differ in their last letters.
     let mixed = (hash ^ (hash >> 33)).wrapping_mul(0xff51_afd7_ed55_8ccd);
     let [_, _, _, a, b, c, d, e] = (mixed ^ (mixed >> 33)).to_be_bytes();
     [0x02, a, b, c, d, e]
@@ -51,14 +51,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_shown_can_be_parsed() {
+    fn displayed_addresses_can_be_parsed() {
         let mac = [0x02, 0x65, 0x67, 0, 0x0a, 0xff];
         assert_eq!(Shown(mac).to_string(), "02:65:67:00:0a:ff");
         assert_eq!(parse("02:65:67:0:A:FF"), Ok(mac));
     }
 
     #[test]
-    fn what_is_no_mac_is_refused() {
+    fn other_texts_are_refused() {
         for text in ["", "02", "02:65:67:00:0a", "02:65:67:00:0a:ff:00", "02:65:67:00:0a:+f", "g2:65:67:00:0a:ff"] {
             assert!(parse(text).is_err(), "{text:?}");
         }

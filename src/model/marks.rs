@@ -1,47 +1,50 @@
-//! The bits of packet marks and connection marks that are Egret's.
+//! Egret's bits in packet marks and connection marks.
 //!
-//! A packet's mark: two bits of kind, nine of index below them, and in bits 13-0 an allocation id. A connection's mark:
-//! the base above, then 0 and an allocation id (where the pod runs), or 1 and a peer index (on a gateway).
+//! A packet mark has two bits of kind, nine bits of index below them, and an egress ID in bits 13-0. A connection
+//! mark has the base in its upper half. Below it, it has 0 and an egress ID (where the pod runs), or 1 and a peer
+//! index (on a gateway).
 
 use std::fmt;
 
-/// An allocation's cluster-wide id.
+/// The cluster-wide number of an egress IP.
 pub type EgressId = u16;
 
-/// The highest allocation id: 14 bits.
+/// The highest egress ID: 14 bits.
 pub const MAX_EGRESS_ID: EgressId = 0x3fff;
-/// The highest index of a pod's pod mark or of an uplink: 9 bits.
+/// The highest index in a pod mark, and of an uplink: 9 bits.
 pub const MAX_INDEX: u16 = 0x1ff;
-/// The highest peer index: 15 bits, and 0 is not used.
+/// The highest peer index: 15 bits. Index 0 is not used.
 pub const MAX_PEER: u16 = 0x7fff;
 
 const INDEX_BITS: u32 = 9;
 
-/// Where the bits lie.
+/// The position of the bits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Marks {
     /// The upper half of a connection's mark.
     pub connection_base: u16,
-    /// The lowest bit of the index; the kind lies above it. 16 to 21.
+    /// The lowest bit of the index, 16 to 21. The kind lies above the index.
     pub shift: u8,
 }
 
 impl Default for Marks {
-    /// Clear of kube-proxy (0x4000, 0x8000) and of the bits from 0x10000 to 0x100000 that Calico takes first.
+    /// These bits collide neither with kube-proxy (0x4000, 0x8000) nor with the bits from 0x10000 to 0x100000 that
+    /// Calico takes first.
     fn default() -> Self {
         Marks { connection_base: 0x4547, shift: 21 }
     }
 }
 
-/// A layout of bits that cannot be.
+/// An invalid layout of bits.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum MarksError {
-    /// See the message.
+    /// The shift is out of range.
     #[error(
-        "mark shift {0}: the index needs nine bits and the kind two, above the allocation id and kube-proxy's two; use 16 to 21"
+        "mark shift {0}: the index needs nine bits and the kind two, above the egress ID and kube-proxy's two bits; \
+         use 16 to 21"
     )]
     Shift(u8),
-    /// See the message.
+    /// The base is 0.
     #[error("connection mark base 0: connections without a mark would be taken for Egret's; use 1 to 0xffff")]
     Base,
 }
@@ -80,12 +83,12 @@ impl Marks {
         u32::from(MAX_INDEX) << self.shift
     }
 
-    /// Mask of the allocation id.
+    /// Mask of the egress ID.
     pub fn allocation_mask(self) -> u32 {
         u32::from(MAX_EGRESS_ID)
     }
 
-    /// Kind 01: a pod's packet, before anything was decided.
+    /// Kind 01: a packet of a selected pod, before a policy has decided.
     pub fn pod_mark(self, index: u16) -> u32 {
         self.kind(0b01) | u32::from(index) << self.shift
     }
@@ -95,34 +98,34 @@ impl Marks {
         self.kind(0b01)
     }
 
-    /// A packet of a pod's, or out of the tunnel, on which nothing has decided: the guard's mark. Its index is that of the
-    /// pod mark which lets nothing out.
+    /// The guard's mark: a packet of a pod, or out of the tunnel, on which nothing has decided. Its index is that of
+    /// the pod mark which lets nothing out.
     pub fn undecided(self) -> u32 {
         self.pod_mark(MAX_INDEX)
     }
 
-    /// Mask of what must be as in [`pod_mark_kind`](Self::pod_mark_kind) for a mark to be a pod mark: a connection's mark that somebody
-    /// restores into its packets can have the bits of the kind, but has an allocation or a peer.
+    /// Mask of the bits that must equal [`pod_mark_kind`](Self::pod_mark_kind) in a pod mark. A connection mark that
+    /// somebody restores into packets can have the bits of the kind, but it has an egress ID or a peer index too.
     pub fn pod_mark_mask(self) -> u32 {
         self.kind_mask() | self.allocation_mask()
     }
 
-    /// Kind 10: to the gateway, through the tunnel.
+    /// Kind 10: a request to the gateway, through the tunnel.
     pub fn request(self) -> u32 {
         self.kind(0b10)
     }
 
-    /// Kind 11: back to the pod's node, through the tunnel.
+    /// Kind 11: a reply to the pod's node, through the tunnel.
     pub fn reply(self) -> u32 {
         self.kind(0b11)
     }
 
-    /// Kind 00: out of this node, by the main table (uplink 0) or by the table of an uplink.
+    /// Kind 00: leaves this node, by the main table (uplink 0) or by the table of an uplink.
     pub fn local(self, allocation: EgressId, uplink: u16) -> u32 {
         self.uplink(uplink) | u32::from(allocation)
     }
 
-    /// What the routing rule of an uplink looks for.
+    /// The mark that the routing rule of an uplink matches.
     pub fn uplink(self, uplink: u16) -> u32 {
         u32::from(uplink) << self.shift
     }
@@ -132,13 +135,13 @@ impl Marks {
         u32::from(self.connection_base) << 16 | u32::from(allocation)
     }
 
-    /// The upper half of all connections' marks.
+    /// The upper half of the marks of Egret's connections.
     pub fn connection_base(self) -> u16 {
         self.connection_base
     }
 
-    /// The mark of a connection that is translated to another address than its allocation's: it is to be forgotten, and picked
-    /// up anew by its next packet. No allocation has the id 0.
+    /// The mark of a connection whose translation has another address than its egress IP. The daemon deletes it, and
+    /// the next packet begins it anew. No egress IP has the ID 0.
     pub fn stale(self) -> u32 {
         self.connection(0)
     }
@@ -148,24 +151,25 @@ impl Marks {
         u32::from(self.connection_base) << 16 | 0x8000 | u32::from(peer)
     }
 
-    /// The mark of a server's packet on its way to the node that still knows its connection, and of the entries that
-    /// let in what is late there. It is no other connection's: bit 14 is neither an allocation's nor, with bit 15 unset, a
-    /// peer's.
+    /// The mark of a server's packet on its way to the node that still knows the connection, and of the entries there
+    /// that admit late packets. No other connection has it: bit 14 belongs neither to an egress ID nor, with bit 15
+    /// unset, to a peer index.
     pub fn handed(self, allocation: EgressId) -> u32 {
         self.connection(allocation) | 0x4000
     }
 
-    /// Mask that tells connections with an allocation from those of peers, and from others'.
+    /// Mask that distinguishes connections with an egress ID from those with a peer index, and from foreign ones.
     pub fn connection_kind_mask(self) -> u32 {
         0xffff_8000
     }
 
-    /// Mask that tells connections with an allocation from what is [`handed`](Self::handed), and from peers' and others'.
+    /// Mask that distinguishes connections with an egress ID from those that are [`handed`](Self::handed), from those
+    /// with a peer index, and from foreign ones.
     pub fn connection_of_allocation_mask(self) -> u32 {
         0xffff_c000
     }
 
-    /// Mask that tells Egret's connections from others'.
+    /// Mask that distinguishes Egret's connections from foreign ones.
     pub fn connection_mask(self) -> u32 {
         0xffff_0000
     }

@@ -5,8 +5,8 @@ use super::selector::Name;
 /// Annotation of a policy: the node of its gateway that its egress IP is to be moved to.
 pub const MOVE_TO: &str = "egret.dev/move-to";
 
-/// Annotation of a gateway: while its value is `"true"`, egress IPs are moved until all nodes of the gateway hold equally
-/// many.
+/// Annotation of a gateway: while its value is `"true"`, egress IPs are moved until all nodes of the gateway hold
+/// equally many.
 pub const REBALANCE: &str = "egret.dev/rebalance";
 
 /// Annotation of a gateway, a time (RFC 3339): addresses that were given back until then have no cooldown. Ids keep

@@ -1,29 +1,31 @@
-//! Which destinations are inside the cluster, and so never leave it by a gateway.
+//! Destinations inside the cluster: their traffic goes direct, never through a gateway.
 
 use crate::model::{AddressRange, Cluster};
 use ipnetwork::IpNetwork;
 use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-/// Destinations that no policy covers.
+/// The destinations that no policy covers.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Networks {
-    /// Networks of pods, and the user's: where a reply to a pod is routed. The fewest that there can be; neighbours are one.
+    /// Networks of pods, and those that the user lists: replies to pods are routed to them. Merged into as few
+    /// networks as possible.
     pub pods: Vec<IpNetwork>,
-    /// Whether anything but the pods of this node tells where pods have their addresses.
+    /// Whether another source than the pods of this node tells the networks of pods.
     pub pods_are_known: bool,
-    /// Direct ranges: pods' networks, link-local, multicast and reserved ones, the user's. Sorted, merged.
+    /// Direct ranges: networks of pods and Services, link-local, multicast and reserved ones, those that the user
+    /// lists. Sorted and merged.
     pub direct: Vec<AddressRange>,
-    /// Single direct addresses: nodes', Services' and API servers'.
+    /// Single direct addresses: those of nodes, Services and API servers.
     pub hosts: BTreeSet<IpAddr>,
-    /// All that is direct, as the fewest networks that there can be.
+    /// All direct destinations, as few networks as possible.
     pub networks: Vec<IpNetwork>,
-    /// For people: which networks are direct and where that is known from. Single addresses are not in it.
+    /// For users: the direct networks, each with its origin. Single addresses are not listed.
     pub origins: Vec<(IpNetwork, Box<str>)>,
 }
 
-/// Networks that are direct by their nature: link-local and multicast, and what no host has.
-fn by_nature() -> [IpNetwork; 4] {
+/// Networks that are always direct: link-local, multicast, and addresses that no host has.
+fn always_direct() -> [IpNetwork; 4] {
     let v4 = |a, b, p| net(IpAddr::V4(Ipv4Addr::new(a, b, 0, 0)), p);
     let v6 = |a, p| net(IpAddr::V6(Ipv6Addr::new(a, 0, 0, 0, 0, 0, 0, 0)), p);
     // RFC 3927, RFC 5771 and RFC 1112 (224/4 multicast, 240/4 reserved and broadcast), RFC 4291.
@@ -31,20 +33,20 @@ fn by_nature() -> [IpNetwork; 4] {
 }
 
 fn net(address: IpAddr, prefix: u8) -> IpNetwork {
-    // The prefixes are constants or the family's own length.
+    // It does not fail: the prefixes are constants, or the length of the family.
     IpNetwork::new(address, prefix).unwrap_or_else(|_| IpNetwork::from(address))
 }
 
 impl Networks {
-    /// From a snapshot, the user's list, and the addresses of pods on this node: a pod may have an address outside
-    /// its node's `podCIDRs`.
+    /// Computes the networks from a snapshot, the networks that the user lists, and the addresses of pods on this
+    /// node: a pod may have an address outside of its node's `podCIDRs`.
     pub fn new(cluster: &Cluster, extra: &[IpNetwork], local_pods: impl IntoIterator<Item = IpAddr>) -> Self {
         let mut pods: BTreeSet<IpNetwork> = cluster.nodes.values().flat_map(|n| n.pod_cidrs.iter().copied()).collect();
         let origins = origins(cluster, &pods, extra);
-        // The user may have to name networks of pods that nothing else tells of.
+        // The user may have to list networks of pods that no object in the cluster lists.
         pods.extend(cluster.inside.pods.keys().chain(extra));
         let pods_are_known = !pods.is_empty();
-        // Hundreds of pods, thousands of networks.
+        // A binary search: there are hundreds of pods and thousands of networks.
         let known = merged(pods.iter().map(AddressRange::from).collect());
         let is_known =
             |a: &IpAddr| known[..known.partition_point(|r| r.first <= *a)].last().is_some_and(|r| r.contains(*a));
@@ -53,20 +55,20 @@ impl Networks {
         let services = cluster.services.values().flat_map(|s| s.cluster_ips.iter().copied());
         let hosts: BTreeSet<IpAddr> = nodes.chain(services).chain(cluster.api_servers()).collect();
         let services = cluster.inside.services.keys();
-        let direct = merged(pods.iter().chain(services).chain(&by_nature()).map(AddressRange::from).collect());
+        let direct = merged(pods.iter().chain(services).chain(&always_direct()).map(AddressRange::from).collect());
         let one = |a: &IpAddr| AddressRange { first: *a, last: *a };
         let networks = merged(direct.iter().copied().chain(hosts.iter().map(one)).collect());
         Networks {
-            pods: fewest(&merged(pods.iter().map(AddressRange::from).collect())),
+            pods: as_networks(&merged(pods.iter().map(AddressRange::from).collect())),
             pods_are_known,
             direct,
             hosts,
-            networks: fewest(&networks),
+            networks: as_networks(&networks),
             origins,
         }
     }
 
-    /// Whether `address` is in the networks of pods.
+    /// Whether `address` belongs to a network of pods.
     pub fn is_of_pods(&self, address: IpAddr) -> bool {
         self.pods.iter().any(|network| network.contains(address))
     }
@@ -77,9 +79,9 @@ impl Networks {
     }
 }
 
-/// Which networks are direct, and why. Neighbouring networks of nodes' pods are one.
+/// The direct networks with their origins. Adjacent networks of nodes' pods are merged.
 fn origins(cluster: &Cluster, pods: &BTreeSet<IpNetwork>, extra: &[IpNetwork]) -> Vec<(IpNetwork, Box<str>)> {
-    let of_nodes = fewest(&merged(pods.iter().map(AddressRange::from).collect())).into_iter();
+    let of_nodes = as_networks(&merged(pods.iter().map(AddressRange::from).collect())).into_iter();
     let mut all: Vec<(IpNetwork, Box<str>)> = of_nodes.map(|n| (n, "spec.podCIDRs of Nodes".into())).collect();
     let inside = cluster.inside.pods.iter().chain(&cluster.inside.services);
     all.extend(inside.map(|(network, from)| (*network, (&**from).into())));
@@ -87,8 +89,8 @@ fn origins(cluster: &Cluster, pods: &BTreeSet<IpNetwork>, extra: &[IpNetwork]) -
     all
 }
 
-/// The fewest networks that make up ranges which do not touch each other.
-fn fewest(ranges: &[AddressRange]) -> Vec<IpNetwork> {
+/// Splits ranges that are not adjacent into as few networks as possible.
+fn as_networks(ranges: &[AddressRange]) -> Vec<IpNetwork> {
     let mut networks = Vec::new();
     for range in ranges {
         let mut first = range.first;
@@ -104,15 +106,15 @@ fn fewest(ranges: &[AddressRange]) -> Vec<IpNetwork> {
     networks
 }
 
-/// The largest network that begins at `first` and does not go past `last`.
+/// The largest network that begins at `first` and does not exceed `last`.
 fn largest(first: IpAddr, last: IpAddr) -> IpNetwork {
     let bits = if first.is_ipv4() { 32 } else { 128 };
     let fits = |n: &IpNetwork| n.network() == first && AddressRange::from(n).last <= last;
-    // One address always fits.
+    // A single address always fits.
     (0..bits).map(|prefix| net(first, prefix)).find(fits).unwrap_or_else(|| net(first, bits))
 }
 
-/// Joins ranges that overlap or touch.
+/// Merges ranges that overlap or are adjacent.
 pub(crate) fn merged(mut ranges: Vec<AddressRange>) -> Vec<AddressRange> {
     ranges.sort();
     let mut out: Vec<AddressRange> = Vec::new();
@@ -130,7 +132,7 @@ pub(crate) fn merged(mut ranges: Vec<AddressRange>) -> Vec<AddressRange> {
     out
 }
 
-/// The address after `address`, unless it is the last one.
+/// The next address; `None` after the last one of the family.
 pub fn next(address: IpAddr) -> Option<IpAddr> {
     match address {
         IpAddr::V4(a) => u32::from(a).checked_add(1).map(|n| IpAddr::V4(n.into())),
@@ -171,7 +173,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_cluster_says_of_itself_is_direct_and_told_with_its_origin() {
+    fn networks_that_the_cluster_lists_are_direct_and_have_an_origin() {
         let mut cluster = cluster(&["10.244.0.0/24", "10.244.1.0/24"]);
         let inside = |text: &str| (text.parse().unwrap(), "somebody".into());
         cluster.inside.pods = [inside("10.10.0.0/16")].into();
@@ -182,9 +184,9 @@ mod tests {
         }
         assert!(networks.pods.contains(&"10.10.0.0/16".parse().unwrap()));
         assert!(!networks.pods.contains(&"10.96.0.0/16".parse().unwrap()));
-        let told: Vec<String> = networks.origins.iter().map(|(network, from)| format!("{network} {from}")).collect();
+        let origins: Vec<String> = networks.origins.iter().map(|(network, from)| format!("{network} {from}")).collect();
         assert_eq!(
-            told,
+            origins,
             [
                 "10.244.0.0/23 spec.podCIDRs of Nodes",
                 "10.10.0.0/16 somebody",
@@ -212,7 +214,7 @@ mod tests {
     fn the_whole_of_a_family_is_one_network() {
         for all in ["0.0.0.0/0", "::/0"] {
             let all: IpNetwork = all.parse().unwrap();
-            assert_eq!(fewest(&[AddressRange::from(&all)]), [all]);
+            assert_eq!(as_networks(&[AddressRange::from(&all)]), [all]);
         }
     }
 
@@ -248,7 +250,7 @@ mod tests {
             let merged = merged(ranges.clone());
             prop_assert_eq!(ranges.iter().any(|r| r.contains(probe)), merged.iter().any(|r| r.contains(probe)));
             prop_assert!(merged.windows(2).all(|w| next(w[0].last).is_some_and(|n| n < w[1].first)));
-            let networks = fewest(&merged);
+            let networks = as_networks(&merged);
             prop_assert_eq!(merged.iter().any(|r| r.contains(probe)), networks.iter().any(|n| n.contains(probe)));
             for pair in networks.windows(2) {
                 let sum = net(pair[0].network(), pair[0].prefix().saturating_sub(1));

@@ -17,14 +17,14 @@ pub struct Node {
     pub pod_cidrs: Box<[IpNetwork]>,
     /// `spec.unschedulable`: new pods are not placed on the node. Tools set it before they stop a node.
     pub cordoned: bool,
-    /// Since when the condition `Ready` is `Unknown`, because Kubernetes hears nothing from the kubelet: seconds since the
-    /// Unix epoch, 0 where the time is missing.
+    /// Since when the condition `Ready` is `Unknown`, because Kubernetes hears nothing from the kubelet: seconds
+    /// since the Unix epoch, 0 where the time is missing.
     pub lost_since: Option<i64>,
 }
 
-/// How long the condition `Ready` has to be `Unknown` before the node counts as lost, seconds. No kubelet can report while
-/// the API server is away. After that all nodes are `Unknown` until each kubelet has reported, which it does every 10 s
-/// (`nodeStatusUpdateFrequency`).
+/// How long the condition `Ready` has to be `Unknown` before the node counts as lost, seconds. No kubelet can report
+/// while the API server is away. After that all nodes are `Unknown` until each kubelet has reported, which it does
+/// every 10 s (`nodeStatusUpdateFrequency`).
 const LOST_AFTER_SECONDS: i64 = 30;
 
 impl Node {

@@ -1,9 +1,9 @@
-//! What a person should hear of at once: it becomes an event.
+//! Notices to users about an object. They become Kubernetes events.
 
-/// Something to be told of an object.
+/// A notice about an object.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Notice {
-    /// Whether somebody should act.
+    /// Whether a user should act on it.
     pub is_warning: bool,
     /// One CamelCase word for programs.
     pub reason: String,
@@ -12,12 +12,12 @@ pub struct Notice {
 }
 
 impl Notice {
-    /// Something to act on.
+    /// A notice that a user should act on.
     pub fn warning(reason: &str, note: String) -> Self {
         Notice { is_warning: true, reason: reason.to_owned(), note }
     }
 
-    /// Something to know of.
+    /// A notice for information.
     pub fn normal(reason: &str, note: String) -> Self {
         Notice { is_warning: false, reason: reason.to_owned(), note }
     }

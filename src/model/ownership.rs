@@ -1,11 +1,13 @@
-//! Which node has an allocation, computed by every node alike from what all of them see: no vote, no messenger.
+//! The owner of an egress IP. Every node computes it from the same cluster state, without a vote and without
+//! messages.
 //!
-//! The allocations' node has it while it lives. When it dies, the first living node of the allocation's own order takes it: each
-//! allocation has another order, so that a dead node's allocations spread over all that are left. What was taken over stays where
-//! it is when the dead node comes back; the allocations follow.
+//! The node that the allocation names is the owner while it is alive. When it dies, the first living node in the
+//! order of the allocation takes over. Each allocation has another order, so that the egress IPs of a dead node
+//! spread over all remaining nodes. When the dead node is back, an egress IP stays with the node that took it over,
+//! and the controller changes the allocation accordingly.
 //!
-//! A node whose uplink has lost a family that the allocation needs gives way to one that has lost fewer of them. What nobody can
-//! do better is no reason to move.
+//! A node whose uplink has lost a family that the egress IP needs gives way to a node that has lost fewer of them. If
+//! no node has lost fewer, the egress IP stays.
 
 use crate::model::fnv::fnv1a;
 use crate::model::marks::EgressId;
@@ -13,51 +15,51 @@ use crate::model::selector::Name;
 use crate::model::uplink_key::UplinkKey;
 use std::collections::{BTreeMap, BTreeSet};
 
-/// What nodes are believed to be.
+/// The state of the nodes, as far as this node knows.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Liveness {
-    /// They do not answer.
+    /// Nodes that do not answer.
     pub dead: BTreeSet<Name>,
-    /// They are to get nothing new.
+    /// Drained nodes: they take nothing over.
     pub drained: BTreeSet<Name>,
-    /// They live, and have lost some of their uplinks' families.
+    /// Living nodes that have lost families of their uplinks.
     pub lost: BTreeMap<Name, BTreeSet<UplinkKey>>,
 }
 
 impl Liveness {
-    /// Whether a node answers, or nobody has asked it.
+    /// Whether a node answers, or was not probed.
     pub fn is_alive(&self, node: &str) -> bool {
         !self.dead.contains(node)
     }
 
-    /// How many of these a node has lost.
+    /// How many of the needed uplinks a node has lost.
     fn lacks(&self, node: &str, needs: &[UplinkKey]) -> usize {
         self.lost.get(node).map_or(0, |lost| needs.iter().filter(|need| lost.contains(*need)).count())
     }
 }
 
-/// An allocation, as far as its owner follows from it.
+/// What determines the owner of an allocation.
 #[derive(Clone, Copy, Debug)]
-pub struct Standing<'a> {
+pub struct OwnershipInputs<'a> {
     /// The allocation.
     pub id: EgressId,
-    /// The allocations' node.
+    /// The node that the allocation names.
     pub node: Option<&'a str>,
-    /// The node that holds it until `node` does, if it is being moved on purpose.
+    /// In a planned move, the node that holds the egress IP until `node` does.
     pub leaving: Option<&'a str>,
-    /// Whether `node` says that it holds it.
+    /// Whether `node` reports that it holds the egress IP.
     pub arrived: bool,
-    /// Nodes that say that they have taken it over from `node`.
+    /// Nodes that report that they have taken it over from `node`.
     pub takers: &'a [&'a str],
-    /// The gateway's nodes, which may have it when `node` is dead. Nobody else can if there are none.
+    /// The gateway's nodes, which may take over when `node` is dead. If empty, no other node can be the owner.
     pub members: &'a [Name],
-    /// The uplinks that its addresses need. None if they are not Egret's to place.
+    /// The uplinks that its addresses need. Empty if Egret does not place them.
     pub needs: &'a [UplinkKey],
 }
 
-impl<'a> Standing<'a> {
-    /// The least that a living node has lost of what the allocation needs, among those that may have it. `None`: that decides
-    /// nothing. Who is drained gets nothing new, also if it has lost less; and what is moved on purpose is to arrive.
+impl<'a> OwnershipInputs<'a> {
+    /// The smallest number of needed uplinks that a living candidate has lost; `None` if lost uplinks do not matter.
+    /// A drained node takes nothing over, even if it has lost fewer. A planned move is to finish, whatever is lost.
     fn least_lost(&self, liveness: &Liveness) -> Option<usize> {
         if self.leaving.is_some() || liveness.lost.is_empty() {
             return None;
@@ -68,8 +70,8 @@ impl<'a> Standing<'a> {
     }
 }
 
-/// The node that has an allocation. `None`: nobody is left.
-pub fn owner<'a>(allocation: Standing<'a>, liveness: &Liveness) -> Option<&'a str> {
+/// The owner of an egress IP; `None` if no candidate is alive.
+pub fn owner<'a>(allocation: OwnershipInputs<'a>, liveness: &Liveness) -> Option<&'a str> {
     let least = allocation.least_lost(liveness);
     let alive = |node: &&str| {
         liveness.is_alive(node) && least.is_none_or(|least| liveness.lacks(node, allocation.needs) <= least)
@@ -78,9 +80,9 @@ pub fn owner<'a>(allocation: Standing<'a>, liveness: &Liveness) -> Option<&'a st
     if let Some(taker) = takers.max_by_key(|node| rank(node, allocation.id)) {
         return Some(taker);
     }
-    // Whom the allocations name nobody for, nobody takes: there is no node that may.
+    // An allocation without an assigned node has no candidate owner: the gateway has no node.
     let node = allocation.node?;
-    // Who was drained and is to have the allocation now may have been found dead, and not alive again yet.
+    // `node` may have been drained and found dead before it was assigned again, and may not count as alive yet.
     let leaving = allocation.leaving.filter(alive).filter(|_| !allocation.arrived || !alive(&node));
     leaving.or(Some(node).filter(alive)).or_else(|| {
         let others = allocation.members.iter().map(|name| &**name).filter(|name| *name != node).filter(alive);
@@ -88,10 +90,11 @@ pub fn owner<'a>(allocation: Standing<'a>, liveness: &Liveness) -> Option<&'a st
     })
 }
 
-/// How early a node comes in an allocation's order; the highest is the first (rendezvous hashing, Thaler and Ravishankar 1998).
+/// The rank of a node in the order of an allocation; the highest is first (rendezvous hashing, Thaler and Ravishankar
+/// 1998).
 fn rank(node: &str, id: EgressId) -> (u64, &str) {
     let name = fnv1a(node.bytes());
-    // The finaliser of SplitMix64: FNV alone mixes the last letters badly, and names of nodes differ in them.
+    // The finaliser of SplitMix64: FNV mixes the last letters badly, and node names differ in their last letters.
     let mut mixed = name ^ (u64::from(id) + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
     mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);

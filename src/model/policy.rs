@@ -42,8 +42,8 @@ pub struct Policy {
     pub for_controller: Option<Box<ForController>>,
 }
 
-/// Which parts of a policy that cannot be read are unknown. If another policy selects the same pod, and the unknown part
-/// decides between the two, the pod is isolated.
+/// Which parts of a policy that cannot be read are unknown. If another policy selects the same pod, and the unknown
+/// part decides between the two, the pod is isolated.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Guessed {
     /// Tier or priority.
@@ -61,8 +61,8 @@ pub struct ForController {
     pub move_to: Option<Name>,
 }
 
-/// Policies of an upper tier decide before those of a lower one, whatever the priorities. The first variant is the upper
-/// one.
+/// Policies of an upper tier decide before those of a lower one, whatever the priorities. The first variant is the
+/// upper one.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Tier {
     /// ClusterEgressPolicies that decide before every EgressPolicy.
@@ -229,8 +229,8 @@ pub fn destinations(rules: &[EgressRule]) -> Result<Arc<Covers>, Invalid> {
         return Err(Invalid::new(
             "spec.egress",
             format!(
-                "makes {} combinations of a network and ports, and at most {MAX_ENTRIES} are allowed; use wider networks \
-                 or ranges of ports",
+                "makes {} combinations of a network and ports, and at most {MAX_ENTRIES} are allowed; use wider \
+                 networks or ranges of ports",
                 all.shape().entries
             ),
         ));

@@ -1,4 +1,4 @@
-//! Which policies select a pod, and in which order they decide.
+//! The policies that select a pod, in the order in which they decide.
 
 use crate::model::label_index::LabelIndex;
 use crate::model::quota;
@@ -14,14 +14,15 @@ use std::sync::Arc;
 /// <https://kubernetes.io/docs/reference/labels-annotations-taints/#kubernetes-io-metadata-name>.
 const NAMESPACE_NAME_LABEL: &str = "kubernetes.io/metadata.name";
 
-/// A policy and its name.
+/// A policy with its name.
 #[derive(Clone, Debug)]
 pub struct Ranked {
     /// The name.
     pub key: PolicyKey,
     /// The policy.
     pub policy: Arc<Policy>,
-    /// Whether its namespace's policies list too much, and this one is too much of it: its pods are held.
+    /// Whether the policies of its namespace list too many destinations and this policy exceeds the limit. Its pods
+    /// are isolated.
     pub over_quota: bool,
 }
 
@@ -31,23 +32,23 @@ fn note(policies: &mut Vec<PolicyKey>, key: &PolicyKey) {
     }
 }
 
-/// All policies of a snapshot, ready to be asked which of them select a pod. Made once for each snapshot; it holds
-/// on to nothing but the policies, and the Services and namespaces that they speak of.
+/// An index of all policies of a snapshot that finds those that select a pod. It is built once for each snapshot. It
+/// keeps only the policies, and the Services and namespaces that they name.
 #[derive(Clone, Debug, Default)]
 pub struct PolicyIndex {
-    /// In precedence order. A policy's place here is its rank.
+    /// In order of precedence. The place of a policy here is its rank.
     ranked: Box<[Ranked]>,
-    /// What EgressPolicies select, by namespace; namespaces without any are missing.
+    /// EgressPolicies by namespace; a namespace without any is missing.
     namespaces: HashMap<Name, InNamespace>,
-    /// Ranks of the ClusterEgressPolicies that select by labels, filed under labels of pods and of namespaces alike.
+    /// Ranks of the ClusterEgressPolicies that select by labels, under labels of pods and of namespaces alike.
     by_labels: LabelIndex,
     /// Ranks of the ClusterEgressPolicies that select by Service, by the Service's name.
     by_service: HashMap<Name, Vec<u32>>,
-    /// Ranks of all ClusterEgressPolicies, filed under labels of namespaces.
+    /// Ranks of all ClusterEgressPolicies, under labels of namespaces.
     by_namespace_labels: LabelIndex,
     /// Services that policies name.
     services: Services,
-    /// Whether some ClusterEgressPolicy goes by labels of namespaces other than their name.
+    /// Whether some ClusterEgressPolicy selects namespaces by other labels than their name.
     by_unknown_labels: bool,
     /// All namespaces of the snapshot.
     known: Shared<BTreeMap<Name, Labels>>,
@@ -60,7 +61,7 @@ struct InNamespace {
     by_service: HashMap<Name, Vec<u32>>,
 }
 
-/// Services that policies name, findable by the pods that they select.
+/// Services that policies name, with an index that finds those that select a pod.
 #[derive(Clone, Debug, Default)]
 struct Services {
     all: Vec<(Name, Arc<Service>)>,
@@ -68,22 +69,22 @@ struct Services {
     by_namespace: HashMap<Name, LabelIndex>,
 }
 
-/// So many policies are named for a namespace.
+/// How many policies are listed for a namespace.
 const NAMED: usize = 3;
 
-/// Where policies can select pods.
+/// The namespaces in which policies can select pods.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Reach {
-    /// The namespaces in which some policy can select a pod, each with the first of these policies.
+    /// Namespaces in which some policy can select a pod, each with the first of these policies.
     pub selectable: BTreeMap<Name, Vec<PolicyKey>>,
-    /// The first of the ClusterEgressPolicies that can select pods of namespaces that are not known yet.
+    /// The first ClusterEgressPolicies that can select pods of namespaces that are not known yet.
     pub in_unknown: Vec<PolicyKey>,
-    /// The known namespaces in which no policy can select a pod.
+    /// Known namespaces in which no policy can select a pod.
     pub free: BTreeSet<Name>,
 }
 
 impl PolicyIndex {
-    /// Indexes a snapshot's policies.
+    /// Indexes the policies of a snapshot.
     pub fn new(cluster: &Cluster) -> Self {
         let over = quota::over(&cluster.policies);
         let ranked = |(k, p): (&PolicyKey, &Arc<Policy>)| Ranked {
@@ -134,8 +135,8 @@ impl PolicyIndex {
         index
     }
 
-    /// The policies that select a pod with these labels, the one that decides first coming first. Pods that share
-    /// their node's network and pods that have finished are not to be asked for.
+    /// The policies that select a pod with these labels, in order of precedence. The caller does not ask for pods
+    /// that use their node's network, nor for pods that have finished.
     pub fn policies_for(&self, namespace: &str, labels: &Labels) -> Vec<&Ranked> {
         let mut ranks = Vec::new();
         let here = self.namespaces.get(namespace);
@@ -158,13 +159,13 @@ impl PolicyIndex {
         ranks.into_iter().map(|rank| &self.ranked[rank as usize]).collect()
     }
 
-    /// All policies, the one that decides first coming first.
+    /// All policies in order of precedence.
     pub fn all(&self) -> &[Ranked] {
         &self.ranked
     }
 
-    /// Whether some policy can select a pod of the namespace, by labels that a pod may have or by a Service that
-    /// may come.
+    /// Whether some policy can select a pod of the namespace: by labels that a pod may have, or by a Service that may
+    /// be created.
     pub fn can_select_in(&self, namespace: &str) -> bool {
         let labels = self.labels_of(namespace);
         self.namespaces.contains_key(namespace)
@@ -175,20 +176,20 @@ impl PolicyIndex {
     fn can_select_in_unknown(&self, policy: &Policy) -> bool {
         match &policy.namespaces {
             Namespaces::One(_) => false,
-            // A selector that names a known namespace can mean no other.
+            // A selector that requires the name of a known namespace selects no other.
             Namespaces::Selected(selector) => !selector
                 .required_labels()
                 .any(|(key, value)| **key == *NAMESPACE_NAME_LABEL && self.known.contains_key(value)),
         }
     }
 
-    /// Whether it cannot be said yet which policies select a pod of the namespace, because some go by labels of
-    /// namespaces and this one is not known.
+    /// Whether the policies of pods in this namespace cannot be determined yet: some policies select namespaces by
+    /// label, and the labels of this one are not known.
     pub fn is_undecided_in(&self, namespace: &str) -> bool {
         self.by_unknown_labels && !self.known.contains_key(namespace)
     }
 
-    /// Where policies can select pods, over all namespaces that are known or have policies.
+    /// The namespaces in which policies can select pods, of all that are known or have policies.
     pub fn reach(&self) -> Reach {
         let mut reach = Reach::default();
         for Ranked { key, policy, .. } in &self.ranked {
@@ -212,7 +213,8 @@ impl PolicyIndex {
         reach
     }
 
-    /// Whether a policy means the namespace that has these labels; an EgressPolicy is filed where it belongs.
+    /// Whether a policy applies to the namespace with these labels. An EgressPolicy is only looked up in its own
+    /// namespace.
     fn reaches(&self, rank: u32, labels: &Labels) -> bool {
         match &self.ranked[rank as usize].policy.namespaces {
             Namespaces::One(_) => true,
@@ -246,7 +248,7 @@ impl PolicyIndex {
 }
 
 impl Services {
-    /// The names of the Services of the namespace that select a pod with these labels.
+    /// The names of the Services in the namespace that select a pod with these labels.
     fn that_select(&self, namespace: &str, labels: &Labels) -> impl Iterator<Item = &Name> {
         let index = self.by_namespace.get(namespace);
         index.into_iter().flat_map(|index| index.candidates(labels.iter())).filter_map(|place| {
@@ -256,7 +258,7 @@ impl Services {
     }
 }
 
-/// A namespace's labels; of one that no manifest tells of, the label that Kubernetes would give it.
+/// The labels of a namespace. If the source does not list the namespace, the label that Kubernetes would give it.
 pub(crate) fn labels_or_name<'a>(known: Option<&'a Labels>, namespace: &str) -> Cow<'a, Labels> {
     match known {
         Some(labels) => Cow::Borrowed(labels),
@@ -264,17 +266,19 @@ pub(crate) fn labels_or_name<'a>(known: Option<&'a Labels>, namespace: &str) -> 
     }
 }
 
-/// The upper tier, then higher priority, then namespaced before cluster-wide, then older (where no time is given:
-/// newest), then by name.
+/// The sort key: upper tier, higher priority, EgressPolicy before ClusterEgressPolicy, older (without a time:
+/// youngest), name.
 fn precedence(r: &Ranked) -> (Tier, Reverse<i32>, bool, i64, &PolicyKey) {
     let cluster_wide = matches!(r.policy.namespaces, Namespaces::Selected(_));
     (r.policy.tier, Reverse(r.policy.priority), cluster_wide, r.policy.created, &r.key)
 }
 
-/// Whether a policy decides nothing. One that has no address, because it is refused or new, blocks what it covers: that must
-/// not leave from another address. If it lets that leave without an address of its own (`fallback: NodeAddress`), the next
-/// policy decides: a tenant could else get out of a ClusterEgressPolicy by asking for what nobody gives. A policy keeps its
-/// allocation, and its place, while its gateway is dead.
+/// Whether a policy is passed over.
+///
+/// A policy without an egress IP, because it is refused or new, blocks what it covers: that traffic must not leave
+/// from another address. With `fallback: NodeAddress` the next policy decides instead. Otherwise a tenant could
+/// escape a ClusterEgressPolicy by asking for an address that is never given out. While a gateway is dead, its
+/// policies keep their egress IPs, and so their places.
 pub fn is_passed_over(policy: &Policy, has_allocation: bool) -> bool {
     !has_allocation && policy.fallback == crate::api::Fallback::NodeAddress
 }

@@ -1,4 +1,5 @@
-//! How much the policies of one namespace may list: what they list takes memory on every node where their pods run.
+//! A limit for the destinations that the policies of one namespace list. They take memory on every node that runs
+//! pods of the namespace.
 
 use crate::model::covers::Covers;
 use crate::model::{Policy, PolicyKey};
@@ -9,20 +10,20 @@ use std::sync::Arc;
 /// How many combinations of a network and a range of ports the EgressPolicies of a namespace may list together.
 const MAX_ENTRIES: usize = 200_000;
 
-/// The reason of a policy that is not ready because its namespace's policies list too much.
+/// The reason of the condition `Ready` when the policies of the namespace list too much.
 pub(crate) const REASON: &str = "TooManyDestinations";
 
-/// A policy that is over its namespace's quota. It says why.
+/// By how much a policy exceeds the limit of its namespace. Its `Display` is a message for users.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Over {
-    /// What it lists.
+    /// Combinations that the policy lists.
     listed: usize,
-    /// What older policies of the namespace list.
+    /// Combinations that older policies of the namespace list.
     before: usize,
 }
 
-/// The policies that are too much: those that came last. Older ones stay untouched, and so do ClusterEgressPolicies, which
-/// administrators write.
+/// The youngest policies of each namespace that exceed the limit. Older ones are not affected. ClusterEgressPolicies,
+/// which administrators write, do not count.
 pub fn over(policies: &BTreeMap<PolicyKey, Arc<Policy>>) -> BTreeMap<&PolicyKey, Over> {
     over_limit(policies, MAX_ENTRIES)
 }
@@ -36,7 +37,7 @@ fn over_limit(policies: &BTreeMap<PolicyKey, Arc<Policy>>, limit: usize) -> BTre
     }
     let mut over = BTreeMap::new();
     for mut of_namespace in of_namespaces.into_values() {
-        // Most list so little that it need not be counted.
+        // Most namespaces are far below the limit, so the exact count is not needed.
         if of_namespace.iter().map(|(.., covers)| covers.entries_at_most()).fold(0, usize::saturating_add) <= limit {
             continue;
         }
@@ -59,7 +60,8 @@ impl fmt::Display for Over {
         write!(
             f,
             "it makes {} combinations of a network and ports, older policies of its namespace make {}, and at most \
-             {MAX_ENTRIES} can be: the pods that it selects are held; list less, or use wider networks",
+             {MAX_ENTRIES} are allowed: the pods that it selects are isolated; list fewer destinations, or use wider \
+              networks",
             self.listed, self.before
         )
     }
@@ -78,7 +80,7 @@ mod tests {
     }
 
     #[test]
-    fn the_youngest_policies_of_a_namespace_are_over_its_quota_and_no_other_is() {
+    fn only_the_youngest_policies_of_a_namespace_exceed_its_limit() {
         let mut world = World::new(&["192.0.2.50-192.0.2.59"]);
         for (name, networks) in [("a/z-first", 6), ("a/second", 5), ("a/fits", 4), ("b/other", 9), ("cluster", 50)] {
             world.policy(name, spec(networks));

@@ -6,12 +6,12 @@ pub use crate::api::Name;
 use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
 
-/// Labels, sorted by key.
+/// The labels of an object, sorted by key.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Labels {
-    /// Shared: 5,000 nodes have the same few.
+    /// Shared between objects: 5,000 nodes have the same few keys.
     keys: Arc<[Name]>,
-    /// In the order of their keys.
+    /// In the order of `keys`.
     values: Box<[Name]>,
 }
 
@@ -26,7 +26,7 @@ impl Labels {
         self.keys.iter().zip(&self.values)
     }
 
-    /// Exchanges the list of keys for what `share` gives for it, an equal one.
+    /// Replaces the list of keys by the equal one that `share` returns.
     pub fn share_keys(&mut self, share: impl FnOnce(&Arc<[Name]>) -> Arc<[Name]>) {
         self.keys = share(&self.keys);
     }
@@ -46,7 +46,7 @@ impl<K: Into<Name>, V: Into<Name>> FromIterator<(K, V)> for Labels {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Selector(Requirements);
 
-/// Most of ten thousand policies ask for one label, which needs no room of its own.
+/// Most of ten thousand policies require one label, which needs no allocation of its own.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 enum Requirements {
     One(Requirement),
@@ -92,7 +92,7 @@ impl DerefMut for Requirements {
     }
 }
 
-/// Two words at most beside its kind; what is longer and rarer has a place of its own.
+/// At most two machine words besides its kind. Longer and rarer requirements are boxed.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 enum Requirement {
     Equals(Name, Name),
@@ -134,7 +134,7 @@ impl Selector {
         self.0.iter().all(|r| r.matches(labels))
     }
 
-    /// The labels that everything selected has: what an index can be built on.
+    /// The labels that every selected object has. An index can be built on them.
     pub fn required_labels(&self) -> impl Iterator<Item = (&Name, &Name)> {
         self.0.iter().filter_map(|r| match r {
             Requirement::Equals(k, v) => Some((k, v)),
@@ -142,8 +142,8 @@ impl Selector {
         })
     }
 
-    /// Exchanges each word for what `share` gives for it, an equal one: so that a word that many selectors have is
-    /// kept once.
+    /// Replaces each key and value by the equal one that `share` returns, so that a word that many selectors have is
+    /// stored once.
     pub fn share_names(&mut self, share: &mut impl FnMut(&Name) -> Name) {
         for requirement in &mut *self.0 {
             let (key, values): (_, &mut [Name]) = match requirement {
@@ -156,41 +156,42 @@ impl Selector {
         }
     }
 
-    /// Whether `name_label`, which every object is known to have, is the only label that it asks for.
+    /// Whether the selector requires no other label than `name_label`, which every object is known to have.
     pub fn decides_by_name(&self, name_label: &str) -> bool {
         self.0.iter().all(|r| r.key() == name_label)
     }
 
-    /// From equalities alone, as a Service's `spec.selector` has them.
+    /// A selector that requires these labels, as a Service's `spec.selector`.
     pub fn equals<K: Into<Name>, V: Into<Name>>(labels: impl IntoIterator<Item = (K, V)>) -> Self {
         Selector(labels.into_iter().map(|(k, v)| Requirement::Equals(k.into(), v.into())).collect())
     }
 }
 
-/// A selector that cannot be understood, or that asks for labels that nothing can have; the text names the requirement.
+/// An invalid selector. The text names the requirement.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 #[error("{0}")]
 pub struct SelectorError(String);
 
 impl Selector {
-    /// Reads what a person has written, where a label that nothing can have is a mistake.
+    /// Converts a selector that a user has written. It refuses labels that no object can have.
     ///
     /// # Errors
-    /// Keys or values that are no labels' (`ValidateLabelName`, `IsValidLabelValue`, apimachinery), and what
-    /// [`Selector::try_from`] refuses.
+    /// Keys or values that cannot be labels (`ValidateLabelName`, `IsValidLabelValue`, apimachinery), and the errors
+    /// of [`Selector::try_from`].
     pub fn checked(s: &LabelSelector) -> Result<Self, SelectorError> {
         let selector = Selector::try_from(s)?;
         for (field, key, values) in words(s) {
             if !is_label_key(key) {
                 return Err(SelectorError(format!(
-                    "{field}: nothing has a label with the key {key:?}; a key is at most 63 letters, digits, '-', '_' and \
-                     '.', with a letter or digit at both ends, and before it a DNS name and '/' if it has one"
+                    "{field}: no object can have a label with the key {key:?}; a key is at most 63 letters, digits, \
+                     '-', '_' and '.', with a letter or digit at both ends, and before it a DNS name and '/' if it \
+                      has one"
                 )));
             }
             if let Some(value) = values.into_iter().find(|value| !is_label_value(value)) {
                 return Err(SelectorError(format!(
-                    "{field}: nothing has a label {key:?} with the value {value:?}; a value is empty, or at most 63 \
-                     letters, digits, '-', '_' and '.', with a letter or digit at both ends"
+                    "{field}: no object can have a label {key:?} with the value {value:?}; a value is empty, or at \
+                     most 63 letters, digits, '-', '_' and '.', with a letter or digit at both ends"
                 )));
             }
         }
@@ -198,7 +199,7 @@ impl Selector {
     }
 }
 
-/// The keys and values of a selector, each with the field that it stands in.
+/// The keys and values of a selector, each with its field.
 fn words(s: &LabelSelector) -> impl Iterator<Item = (&'static str, &String, Vec<&String>)> {
     let labels = s.match_labels.iter().flatten().map(|(key, value)| ("matchLabels", key, vec![value]));
     let expressions = s.match_expressions.iter().flatten();
@@ -266,29 +267,29 @@ mod tests {
     fn refusal(selector: serde_json::Value) -> String {
         let selector = serde_json::from_value(selector).unwrap();
         assert!(Selector::try_from(&selector).is_ok());
-        Selector::checked(&selector).expect_err("nothing has such labels").to_string()
+        Selector::checked(&selector).expect_err("no object can have such labels").to_string()
     }
 
     #[test]
-    fn labels_that_nothing_can_have_are_refused() {
+    fn impossible_labels_are_refused() {
         let long = "x".repeat(64);
         for value in ["no spaces please", "-x", "x.", "ä", &long] {
-            let said = refusal(json!({"matchLabels": {"app": value}}));
-            assert!(said.starts_with("matchLabels: ") && said.contains(&format!("{value:?}")), "{said}");
-            let said =
+            let error = refusal(json!({"matchLabels": {"app": value}}));
+            assert!(error.starts_with("matchLabels: ") && error.contains(&format!("{value:?}")), "{error}");
+            let error =
                 refusal(json!({"matchExpressions": [{"key": "app", "operator": "NotIn", "values": ["a", value]}]}));
-            assert!(said.starts_with("matchExpressions: ") && said.contains(&format!("{value:?}")), "{said}");
+            assert!(error.starts_with("matchExpressions: ") && error.contains(&format!("{value:?}")), "{error}");
         }
         for key in ["", "a b", "/a", "a/", "a/b/c", "A.b/c", "a..b/c", "-a/b", &long, &format!("{}/a", "d".repeat(254))]
         {
-            let said = refusal(json!({"matchLabels": {key: "x"}}));
-            assert!(said.contains(&format!("{key:?}")), "{said}");
+            let error = refusal(json!({"matchLabels": {key: "x"}}));
+            assert!(error.contains(&format!("{key:?}")), "{error}");
             refusal(json!({"matchExpressions": [{"key": key, "operator": "Exists"}]}));
         }
     }
 
     #[test]
-    fn labels_that_something_can_have_are_taken() {
+    fn possible_labels_are_accepted() {
         let long = "x".repeat(63);
         for (key, value) in [("app", ""), ("A_b.c-1", "V.1_a-b"), ("kubernetes.io/metadata.name", "x"), (&long, &long)]
         {

@@ -1,40 +1,41 @@
-//! Values that are shared until they change, and known again by their identity.
+//! Values that snapshots share until they change.
 //!
-//! A change of the cluster is mostly one object of ten thousand. What follows from the other kinds of objects is not
-//! computed again: whether a value is the same one is a comparison of two pointers.
+//! A change of the cluster mostly concerns one object of ten thousand. What is computed from the other kinds of
+//! objects need not be computed again: whether a value is the same is a comparison of two pointers.
 
 use std::collections::{BTreeMap, btree_map};
 use std::fmt;
 use std::ops::{Deref, DerefMut};
 use std::sync::{Arc, Weak};
 
-/// A shared value. Changing it in place makes a copy if others have it too.
+/// A shared value. A change in place copies the value if others share it.
 pub struct Shared<T>(Arc<T>);
 
-/// Remembers which value one was, without keeping it.
+/// Identifies a value without keeping it alive.
 #[derive(Debug)]
 pub struct Mark<T>(Weak<T>);
 
 impl<T> Shared<T> {
-    /// Whether the two are one and the same. Others may be equal all the same.
+    /// Whether both are the same value. Different values may be equal.
     pub fn is(&self, other: &Self) -> bool {
         Arc::ptr_eq(&self.0, &other.0)
     }
 
-    /// To know it again by.
+    /// The mark that identifies this value.
     pub fn mark(&self) -> Mark<T> {
         Mark(Arc::downgrade(&self.0))
     }
 
-    /// Whether it is the one that was marked.
+    /// Whether `mark` identifies this value.
     pub fn has(&self, mark: &Mark<T>) -> bool {
-        // Compares as it should also when the marked one is gone: its place is not used again while it is remembered.
+        // This holds also after the marked value is gone: a `Weak` keeps its allocation, so the address is not
+        // reused.
         mark.0.as_ptr() == Arc::as_ptr(&self.0)
     }
 }
 
 impl<T> Default for Mark<T> {
-    /// No value's.
+    /// The mark of no value.
     fn default() -> Self {
         Mark(Weak::new())
     }
@@ -120,7 +121,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_marked_is_known_again_and_nothing_else_is() {
+    fn a_mark_identifies_its_value_only() {
         let value = Shared::from(1);
         let mark = value.mark();
         assert!(value.clone().has(&mark));

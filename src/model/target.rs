@@ -1,4 +1,4 @@
-//! Where a packet is to go, as people write it.
+//! Destinations of packets, as users write them.
 
 use crate::api::Protocol;
 use crate::model::destination::Destination;
@@ -6,17 +6,17 @@ use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::str::FromStr;
 
-/// Where a packet is to go.
+/// The destination of a packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Target {
     /// The address.
     pub address: IpAddr,
-    /// The port, if it matters.
+    /// The protocol and port, if the user gives them.
     pub port: Option<(Protocol, u16)>,
 }
 
 impl Target {
-    /// Whether it is one of these. What is for some ports only does not mean a target without a port.
+    /// Whether `destination` contains the target. A destination with ports does not contain a target without a port.
     pub fn is_in(&self, destination: &Destination) -> bool {
         let ports = &destination.ports;
         let of_port =
@@ -43,7 +43,7 @@ impl FromStr for Target {
         match (socket.parse::<SocketAddr>(), protocol) {
             (Ok(socket), Some(protocol)) => Ok(Target { address: socket.ip(), port: Some((protocol, socket.port())) }),
             _ => Err(format!(
-                "{text:?} is no destination; write it like 203.0.113.7, 203.0.113.7:443 or [2001:db8::7]:53/udp"
+                "{text:?} is not a destination; write it like 203.0.113.7, 203.0.113.7:443 or [2001:db8::7]:53/udp"
             )),
         }
     }
@@ -63,7 +63,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_destination_is_written_as_people_write_it() {
+    fn targets_are_parsed() {
         let target = |text: &str| text.parse::<Target>();
         assert_eq!(target("[2001:db8::7]:53/sctp").unwrap().port, Some((Protocol::Sctp, 53)));
         assert_eq!(target("203.0.113.7:53/UDP").unwrap().port, Some((Protocol::Udp, 53)));

@@ -1,7 +1,7 @@
-//! IPv4 or IPv6 for the tunnel's outer packets: the cluster's decision, not each node's.
+//! The family of the tunnel's outer packets. The whole cluster uses one.
 //!
-//! A node whose end is of the other family than the others' reaches nobody. Nodes in one cluster may list their InternalIPs in
-//! different orders, so each must come to the same family from what all of them see.
+//! A node whose tunnel address is of another family than the others' reaches none of them. The nodes of a cluster may
+//! list their InternalIPs in different orders, so each node computes the family from what all of them see.
 
 use crate::model::{Cluster, Node};
 use std::fmt;
@@ -24,9 +24,11 @@ impl TunnelFamily {
         if address.is_ipv4() { TunnelFamily::V4 } else { TunnelFamily::V6 }
     }
 
-    /// The family that most nodes' ends have now, if most nodes have an address of it: a tunnel that runs is not torn down
-    /// because a node joins, or says something else of itself than before. Else the one that all nodes have; of both or none,
-    /// the one that more nodes have, that more nodes name first, IPv4.
+    /// The tunnel family of the cluster.
+    ///
+    /// It is the family that most nodes' tunnel addresses have now, if most nodes have an InternalIP of it: a running
+    /// tunnel is not torn down because a node joins or changes its status. Otherwise it is the family that more nodes
+    /// have; of both, the one that more nodes list first; else IPv4.
     pub fn of_cluster(cluster: &Cluster) -> Self {
         let nodes = || cluster.nodes.values();
         let having = |family: Self| nodes().filter(|node| family.is_of(node)).count();
@@ -37,7 +39,7 @@ impl TunnelFamily {
         in_use.unwrap_or(if v6_is_better { Self::V6 } else { Self::V4 })
     }
 
-    /// The family of most nodes' ends, but for one node's, if there are two others.
+    /// The family of most other nodes' tunnel addresses, if at least two other nodes have one.
     pub fn of_others(cluster: &Cluster, node: &str) -> Option<Self> {
         Self::of_ends(cluster, Some(node))
     }
@@ -45,7 +47,7 @@ impl TunnelFamily {
     fn of_ends(cluster: &Cluster, but: Option<&str>) -> Option<Self> {
         let nodes = cluster.egress_nodes.iter().filter(|(name, _)| cluster.nodes.contains_key(&**name));
         let others = nodes.filter(|(name, _)| but.is_none_or(|but| ***name != *but));
-        let ends: Vec<Self> = others.filter_map(|(_, said)| said.tunnel_address.map(Self::of)).collect();
+        let ends: Vec<Self> = others.filter_map(|(_, status)| status.tunnel_address.map(Self::of)).collect();
         let most = |family: &Self| 2 * ends.iter().filter(|end| *end == family).count() > ends.len();
         Self::BOTH.into_iter().find(most).filter(|_| but.is_none() || ends.len() > 1)
     }
@@ -64,7 +66,7 @@ impl fmt::Display for TunnelFamily {
     }
 }
 
-/// A node's InternalIPs, in the API's order.
+/// The InternalIPs of a node, in the order of the API.
 pub fn internal(node: &Node) -> impl Iterator<Item = IpAddr> {
     node.addresses.iter().take(node.internal).copied()
 }
@@ -75,16 +77,16 @@ mod tests {
     use crate::model::egress_node::EgressNode;
     use std::sync::Arc;
 
-    /// Nodes with these InternalIPs, and the ends of the tunnel that they say they have.
+    /// The family of a cluster of nodes with these InternalIPs and tunnel addresses.
     fn family(nodes: &[(&[&str], Option<&str>)]) -> TunnelFamily {
         let mut cluster = Cluster::default();
         for (at, (addresses, end)) in nodes.iter().enumerate() {
             let addresses: Vec<IpAddr> = addresses.iter().map(|a| a.parse().unwrap()).collect();
             let node = Node { internal: addresses.len(), addresses: addresses.into(), ..Node::default() };
             cluster.nodes.insert(format!("n{at}").into(), Arc::new(node));
-            let mut said = EgressNode::default();
-            said.tunnel_address = end.map(|a| a.parse().unwrap());
-            cluster.egress_nodes.insert(format!("n{at}").into(), Arc::new(said));
+            let mut status = EgressNode::default();
+            status.tunnel_address = end.map(|a| a.parse().unwrap());
+            cluster.egress_nodes.insert(format!("n{at}").into(), Arc::new(status));
         }
         TunnelFamily::of_cluster(&cluster)
     }

@@ -1,36 +1,37 @@
-//! By what a node's uplinks are told apart: the interface that a gateway names, and the address family.
+//! The key of an uplink of a node: the interface that a gateway names, and the address family.
 
 use crate::api::AddressPair;
 use crate::model::fnv::fnv1a;
 use crate::model::selector::Name;
 use std::fmt;
 
-/// How many codes there are, see [`UplinkKey::code`].
+/// The number of codes, see [`UplinkKey::code`].
 pub const CODES: u16 = 1 << 11;
 
 /// One family of one uplink.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct UplinkKey {
-    /// The interface, where the gateway names one; else each address has the one that leads to its network, or to the rest.
+    /// The interface, where the gateway names one. Without one, each address uses the interface of its network, or
+    /// else that of the default route.
     pub interface: Option<Name>,
-    /// Whether it is IPv4, and not IPv6.
+    /// Whether the family is IPv4.
     pub ipv4: bool,
 }
 
 impl UplinkKey {
-    /// What addresses on that interface need.
+    /// The uplinks that addresses on that interface need.
     pub fn of(address: &AddressPair, interface: Option<&Name>) -> impl Iterator<Item = UplinkKey> + use<> {
         let interface = interface.cloned();
         let families = [address.ipv4.is_some().then_some(true), address.ipv6.is_some().then_some(false)];
         families.into_iter().flatten().map(move |ipv4| UplinkKey { interface: interface.clone(), ipv4 })
     }
 
-    /// A number below [`CODES`] that all nodes compute alike. Two uplinks of one node may share it; then neither of them
-    /// counts as usable while one is not.
+    /// A number below [`CODES`] that all nodes compute alike. Two uplinks of one node may share a number; then
+    /// neither counts as usable while one of them is not.
     pub fn code(&self) -> u16 {
         let name = self.interface.as_deref().unwrap_or_default().bytes();
         let hash = fnv1a(name.chain([u8::from(self.ipv4)]));
-        // FNV-1a mixes the last byte into the lower bits; the upper ones have the rest.
+        // FNV-1a mixes the last byte into the lower bits only, so the upper bits are folded in.
         ((hash ^ hash >> 32) % u64::from(CODES)) as u16
     }
 

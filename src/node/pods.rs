@@ -380,7 +380,7 @@ impl Pods {
             }
         }
         self.pod_marks.retain(&in_use);
-        let before = std::mem::replace(&mut self.too_long, plan.bound());
+        let before = std::mem::replace(&mut self.too_long, plan.isolate_long_lists());
         if self.too_long > before {
             tracing::warn!(
                 policy_chains = self.too_long,

@@ -1,4 +1,4 @@
-//! Allocations as one node sees them: who owns each, and what that makes of the node.
+//! The allocations as one node sees them: who owns each egress IP, and what this node has to do for it.
 
 mod peer_reports;
 
@@ -7,7 +7,7 @@ use crate::model::drain::is_drained;
 use crate::model::mac::Mac;
 use crate::model::marks::{EgressId, MAX_INDEX};
 use crate::model::networks::merged;
-use crate::model::ownership::{self, Liveness, Standing};
+use crate::model::ownership::{self, Liveness, OwnershipInputs};
 use crate::model::selector::Name;
 use crate::model::uplink_key::UplinkKey;
 use crate::model::{AddressRange, AddressRequest, Cluster, Gateway, Policy, PolicyKey};
@@ -16,71 +16,72 @@ use peer_reports::PeerReports;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
-/// What a node knows of itself and of the others' being alive, beside the cluster's state.
+/// What a node knows about itself and about the liveness of others, besides the cluster's state.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Facts {
-    /// Every address that the node has now.
+    /// All addresses of the node.
     pub addresses: BTreeSet<IpAddr>,
-    /// Allocations whose address could not be put onto the uplink, and why.
+    /// Egress IPs that could not be put onto the uplink, with the reason.
     pub refused: BTreeMap<EgressId, String>,
-    /// Gateways' nodes that do not answer; this one among them if it cannot hold an address now.
+    /// Gateway nodes that do not answer. It includes this node while it cannot hold egress IPs.
     pub dead: BTreeSet<Name>,
-    /// What gateways' nodes that answer have lost; this one among them.
+    /// The uplinks and families that answering gateway nodes, including this one, have lost.
     pub lost: BTreeMap<Name, BTreeSet<UplinkKey>>,
-    /// Allocations that this node serves while it has lost a family that they have.
+    /// Egress IPs that this node holds although it has lost one of their families.
     pub partial: BTreeSet<EgressId>,
-    /// Allocations that this node has taken over, and `since` of the allocations' entry at that time.
+    /// Egress IPs that this node has taken over, with the `since` of the allocation at that time.
     pub taken: BTreeMap<EgressId, i64>,
-    /// Allocations whose address is being put onto the uplink now: nobody else on the link has it.
+    /// Egress IPs that are being put onto the uplink: no other host on the link has them.
     pub coming: BTreeSet<EgressId>,
-    /// Allocations that this node had and gave up, because another one had taken them over while it could not know.
+    /// Egress IPs that this node relinquished, because another node had taken them over while this one could not
+    /// know.
     pub relinquished: BTreeSet<EgressId>,
 }
 
-/// One allocation of the allocations, from where this node stands.
+/// One allocation, as this node sees it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NodeAllocation {
-    /// The gateway it belongs to.
+    /// The gateway of the allocation.
     pub gateway: Name,
-    /// The address that servers see.
+    /// The egress IP.
     pub address: AddressPair,
-    /// Where packets go.
+    /// Where its packets go from this node.
     pub state: AllocationState,
-    /// Whether this node may come to own it, and so has the allocation's address translation ready.
+    /// Whether this node may become the owner. It then has the address translation ready.
     pub member: bool,
-    /// Whether the address is Egret's to place.
+    /// Whether Egret places the address.
     pub managed: bool,
-    /// Whether this node translates what comes for it. A member does so before it owns the allocation and while it takes it
-    /// over, so that nothing but the address is missing; not if the address is somebody else's.
+    /// Whether this node translates packets of this egress IP. A member does so before it becomes the owner and while
+    /// it takes over, so that only the address is missing. It does not if another host has the address.
     pub translates: bool,
-    /// Whether this node answers echo requests to the address while it has it.
+    /// Whether this node answers echo requests to the address while it holds it.
     pub answers_ping: bool,
-    /// The node that holds it until this one does, if it is being moved here on purpose.
+    /// In a planned move to this node: the tunnel MAC of the node that holds the egress IP until then.
     pub handed_by: Option<Mac>,
-    /// Whether the node that has the allocation says that its address is there.
+    /// Whether the owner reports that it holds the address.
     pub placed: bool,
-    /// What becomes of the address on this node.
+    /// What this node does with the address.
     pub placing: Placing,
-    /// Whether the allocations name this node.
+    /// Whether the allocation names this node.
     pub by_allocations: bool,
-    /// Whether this node owns it in place of the allocations' node, which is dead or was.
+    /// Whether this node owns the egress IP although the allocation names another node, which is or was dead.
     pub taken_over: bool,
-    /// `since` of the allocations' entry.
+    /// The `since` of the allocation.
     pub since: i64,
-    /// The interface that is to have the address, where the gateway names one.
+    /// The interface for the address, where the gateway names one.
     pub interface: Option<Name>,
-    /// The uplink by which it leaves from here, see [`NodeAllocations::uplinks`]; 0 is the main table.
+    /// The uplink that its traffic leaves by, see [`NodeAllocations::uplinks`]. 0 is the main table.
     pub uplink: u16,
 }
 
 impl NodeAllocation {
-    /// The uplinks that its addresses need, if these are Egret's to place.
+    /// The uplinks that its addresses need. None if Egret does not place them.
     pub fn needs(&self) -> impl Iterator<Item = UplinkKey> + use<> {
         let needs = UplinkKey::of(&self.address, self.interface.as_ref());
         needs.take(if self.managed { usize::MAX } else { 0 })
     }
 
-    /// Whether its addresses are on this node: all of them, or those whose family this node has not lost.
+    /// Whether this node has the addresses: all of them, or those of a family that it has not lost.
     pub fn is_here(&self, id: EgressId, facts: &Facts) -> bool {
         is_here(&self.address, id, facts)
     }
@@ -92,34 +93,35 @@ fn is_here(address: &AddressPair, id: EgressId, facts: &Facts) -> bool {
     if facts.partial.contains(&id) { all.any(here) } else { all.all(here) }
 }
 
-/// What becomes of an allocation's address on this node.
+/// What a node does with the address of an allocation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Placing {
-    /// It is not this node's business.
+    /// Nothing: it neither adds nor removes the address.
     Never,
-    /// It is to be on the uplink. `ask`: unless somebody else on the link has it.
+    /// It puts the address onto the uplink.
     Take {
-        /// Not if the allocation is moved on purpose: the old node answers until this one has it.
+        /// Whether it first checks that no other host on the link has the address. In a planned move it does not: the
+        /// old node answers until this one has it.
         ask: bool,
     },
-    /// Another node is to have it. If it is here it stays until that one has it.
+    /// Another node becomes the holder. If the address is here, it stays until that node has it.
     Keep,
-    /// Another node has it.
+    /// It removes the address: another node has it.
     Leave,
 }
 
-/// Where an allocation's packets go from this node.
+/// Where packets of an allocation go from this node.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum AllocationState {
     /// Through the tunnel, to the node with this MAC address.
     Remote(Mac),
     /// Out of this node.
     Local,
-    /// Nowhere, and why.
+    /// They are dropped, with the reason.
     Unready(Name),
 }
 
-/// A way out that is not the main table's: a gateway's own next hop.
+/// A route out other than the main table's: a next hop that a gateway names.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Uplink {
     /// The interface that the next hop is behind, where the gateway names one.
@@ -128,48 +130,50 @@ pub struct Uplink {
     pub next_hop: (Option<std::net::Ipv4Addr>, Option<std::net::Ipv6Addr>),
 }
 
-/// Another node's end of the tunnel.
+/// The tunnel address of another node.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Peer {
     /// The node.
     pub node: Name,
     /// Where tunnel packets are sent.
     pub address: IpAddr,
-    /// Whether it is one of some gateway's nodes.
+    /// Whether the node belongs to a gateway.
     pub is_gateway: bool,
 }
 
-/// All allocations, and the nodes that this one speaks to.
+/// All allocations, and the peers of this node.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct NodeAllocations {
-    /// By id.
+    /// The allocations by egress ID.
     pub allocations: BTreeMap<EgressId, NodeAllocation>,
-    /// Which allocation a policy has, sorted by the policy.
+    /// The allocation of each policy, sorted by policy.
     of_policy: Box<[(PolicyKey, EgressId)]>,
-    /// Uplinks by index less one.
+    /// The uplinks, by index minus one.
     pub uplinks: Vec<Uplink>,
-    /// The tunnel's other ends that this node speaks to, by MAC: the gateways' nodes, and for a gateway's node all.
+    /// The nodes that this node exchanges tunnel packets with, by tunnel MAC: the gateway nodes, and for a gateway
+    /// node all nodes.
     pub peers: BTreeMap<Mac, Peer>,
-    /// Whether this node is one of some gateway's.
+    /// Whether this node belongs to a gateway.
     pub is_gateway: bool,
-    /// The nodes that each gateway's allocations can go through.
+    /// The nodes that can hold the egress IPs of each gateway.
     pub gateway_nodes: BTreeMap<Name, BTreeSet<Name>>,
-    /// The uplinks that each gateway's allocations need.
+    /// The uplinks that the egress IPs of each gateway need.
     pub gateway_uplinks: BTreeMap<Name, BTreeSet<UplinkKey>>,
-    /// Allocations that this node holds now, sorted: what it says of itself.
+    /// The egress IPs that this node holds now, sorted. The node reports them in its status.
     pub held: BTreeSet<EgressId>,
-    /// The pools of all gateways whose addresses Egret places, sorted and merged: who sends from one is an owner.
+    /// The pools of all gateways whose addresses Egret places, sorted and merged. Only an owner sends from such an
+    /// address.
     pub pools: Vec<AddressRange>,
 }
 
 impl NodeAllocations {
-    /// As `node` sees them.
+    /// The allocations as `node` sees them.
     pub fn new(cluster: &Cluster, node: &str, facts: &Facts) -> Self {
         let mut out = NodeAllocations::default();
         let (mut allocations, mut of_policy) = (Vec::new(), Vec::new());
         let labels = cluster.nodes.get(node).map(|n| &n.labels);
         let ends = tunnel_ends(cluster);
-        let said = PeerReports::new(cluster, node, facts);
+        let reports = PeerReports::new(cluster, node, facts);
         let (dead, lost) = (facts.dead.clone(), facts.lost.clone());
         let mut liveness = Liveness { dead, lost, ..Liveness::default() };
         for (name, gateway) in &cluster.gateways {
@@ -188,9 +192,9 @@ impl NodeAllocations {
             let mut needed = BTreeSet::new();
             let uplink = if selected || named.contains(node) { out.uplink_index(gateway) } else { Some(0) };
             for entry in &gateway.status.allocations {
-                let scene =
-                    Scene { node, name, gateway, members: &members, selected, gone, uplink, facts, ends: &ends };
-                let allocation = scene.allocation(entry, &said, &liveness);
+                let viewpoint =
+                    Viewpoint { node, name, gateway, members: &members, selected, gone, uplink, facts, ends: &ends };
+                let allocation = viewpoint.allocation(entry, &reports, &liveness);
                 if allocation.state == AllocationState::Local && allocation.member && !facts.coming.contains(&entry.id)
                 {
                     out.held.insert(entry.id);
@@ -222,9 +226,9 @@ impl NodeAllocations {
         out
     }
 
-    /// The allocation that the allocations give a policy, if it is what the policy asks for. A policy that was changed asks for another
-    /// address than the controller has given it until now, and its pods do not leave from that one any more; those that it
-    /// selects since never did.
+    /// The allocation of a policy, if it is what the policy requests now. After a policy has changed, the controller
+    /// may not have given it another address yet. Its pods no longer use the old one, and pods that it selects only
+    /// since then never did.
     pub fn of(&self, key: &PolicyKey, policy: &Policy) -> Option<EgressId> {
         let id = self.of_policy(key)?;
         let allocation = self.allocations.get(&id)?;
@@ -236,25 +240,26 @@ impl NodeAllocations {
         (of_its_gateway && asked_for).then_some(id)
     }
 
-    /// The allocation of a policy, if the allocations give it one.
+    /// The allocation that lists the policy.
     fn of_policy(&self, policy: &PolicyKey) -> Option<EgressId> {
         self.of_policy.binary_search_by(|(key, _)| key.cmp(policy)).ok().map(|at| self.of_policy[at].1)
     }
 
-    /// Whether the policy has an egress IP, and a node has it.
+    /// Whether the policy has an egress IP that a node holds.
     pub fn is_placed(&self, policy: &PolicyKey) -> bool {
         let allocation = self.of_policy(policy).and_then(|id| self.allocations.get(&id));
         allocation
             .is_some_and(|allocation| allocation.placed && !matches!(allocation.state, AllocationState::Unready(_)))
     }
 
-    /// What allocations need of a node's uplinks, if they come to it.
+    /// The uplinks that egress IPs need on a node that may come to hold them.
     pub fn uplinks_of(&self, node: &str) -> BTreeSet<UplinkKey> {
         let gateways = self.gateway_nodes.iter().filter(|(_, nodes)| nodes.contains(node));
         gateways.filter_map(|(gateway, _)| self.gateway_uplinks.get(gateway)).flatten().cloned().collect()
     }
 
-    /// 0 for the main table's route. A mark has no room for more than [`MAX_INDEX`].
+    /// The index of a gateway's uplink; 0 for the main table. A mark has no room for more than [`MAX_INDEX`]: then it
+    /// is `None`.
     fn uplink_index(&mut self, gateway: &Gateway) -> Option<u16> {
         if gateway.next_hop.is_empty() {
             return Some(0);
@@ -272,14 +277,14 @@ impl NodeAllocations {
     }
 }
 
-/// A node's end of the tunnel.
+/// The tunnel address and MAC of a node.
 struct End<'a> {
     node: &'a Name,
     mac: Mac,
     address: IpAddr,
 }
 
-/// Each node's end of the tunnel, as it says itself. What a node left behind that is no more is passed over.
+/// The tunnel ends of all nodes, as they report them. A status whose node no longer exists is ignored.
 fn tunnel_ends(cluster: &Cluster) -> BTreeMap<&str, End<'_>> {
     let mut ends = BTreeMap::new();
     for (name, status) in &cluster.egress_nodes {
@@ -292,25 +297,25 @@ fn tunnel_ends(cluster: &Cluster) -> BTreeMap<&str, End<'_>> {
     ends
 }
 
-/// Where an allocation is looked at from.
-struct Scene<'a> {
+/// The point of view from which allocations of one gateway are computed.
+struct Viewpoint<'a> {
     node: &'a str,
     name: &'a Name,
     gateway: &'a Gateway,
     members: &'a [Name],
-    /// Whether the node is one of the gateway's.
+    /// Whether this node matches the gateway's nodeSelector.
     selected: bool,
-    /// Whether the cluster has this node no more: others take what it has, and hear nothing that it says.
+    /// Whether this node no longer exists in the cluster: other nodes take over what it holds, and ignore its status.
     gone: bool,
-    /// `None`: the node has as many next hops as there can be, and not this one.
+    /// `None`: this node has no index left for the next hop of the gateway.
     uplink: Option<u16>,
     facts: &'a Facts,
     ends: &'a BTreeMap<&'a str, End<'a>>,
 }
 
-impl Scene<'_> {
-    fn allocation(&self, entry: &Allocation, said: &PeerReports, liveness: &Liveness) -> NodeAllocation {
-        let Scene { node, gateway, facts, .. } = *self;
+impl Viewpoint<'_> {
+    fn allocation(&self, entry: &Allocation, reports: &PeerReports, liveness: &Liveness) -> NodeAllocation {
+        let Viewpoint { node, gateway, facts, .. } = *self;
         let here = is_here(&entry.address, entry.id, facts);
         let external = gateway.placement == Placement::External;
         let managed = !external && entry.kind != AllocationKind::Node;
@@ -319,18 +324,18 @@ impl Scene<'_> {
         let member = self.selected || managed && (by_allocations || leaves || here);
 
         let takers: Vec<&str> = match () {
-            () if external => self.reporters(entry, said, liveness, here),
-            () if managed => said.takers(entry),
+            () if external => self.reporters(entry, reports, liveness, here),
+            () if managed => reports.takers(entry),
             () => Vec::new(),
         };
         let needs: Vec<UplinkKey> = UplinkKey::of(&entry.address, gateway.interface.as_ref()).collect();
-        let standing = Standing {
+        let standing = OwnershipInputs {
             id: entry.id,
             node: entry.node.as_deref(),
             leaving: entry.leaving.as_deref().filter(|_| managed),
-            arrived: entry.node.as_deref().is_some_and(|n| said.holds(n, entry.id, here)),
+            arrived: entry.node.as_deref().is_some_and(|n| reports.holds(n, entry.id, here)),
             takers: &takers,
-            // An address that is not Egret's to place does not move with the allocation.
+            // An address that Egret does not place does not move with the allocation.
             members: if managed { self.members } else { &[] },
             needs: if managed { &needs } else { &[] },
         };
@@ -342,12 +347,13 @@ impl Scene<'_> {
             _ if self.gone => Placing::Leave,
             _ if arriving && !standing.arrived => Placing::Take { ask: false },
             Some(_) if mine => Placing::Take { ask: standing.leaving.is_none_or(|o| !liveness.is_alive(o)) },
-            Some(other) if !said.holds(other, entry.id, false) && !said.refuses(other, entry.id) => Placing::Keep,
+            Some(other) if !reports.holds(other, entry.id, false) && !reports.refuses(other, entry.id) => Placing::Keep,
             None if entry.node.is_some() => Placing::Keep,
             _ => Placing::Leave,
         };
         let state = if mine && facts.relinquished.contains(&entry.id) {
-            // Who took it over has not been heard of; it must be the first of the allocation's order but this node.
+            // The status of the node that took over has not arrived. It must be the first one in the order of the
+            // allocation, without this node.
             let mut without = liveness.clone();
             without.dead.insert(node.into());
             self.state(entry, ownership::owner(standing, &without), member, here)
@@ -366,10 +372,10 @@ impl Scene<'_> {
             handed_by: from.and_then(|old| self.ends.get(old)).map(|end| end.mac),
             answers_ping: managed && gateway.answer_ping,
             translates: member && self.uplink.is_some() && if managed { !refused } else { !unready },
-            placed: owner.is_some_and(|owner| said.holds(owner, entry.id, here)),
+            placed: owner.is_some_and(|owner| reports.holds(owner, entry.id, here)),
             placing,
             by_allocations,
-            // What the host has on its own, Egret has not taken.
+            // An address that the host has on its own was not taken over by Egret.
             taken_over: mine && managed && here && !refused && !by_allocations && !leaves,
             since: entry.since,
             interface: gateway.interface.clone(),
@@ -377,19 +383,19 @@ impl Scene<'_> {
         }
     }
 
-    /// Where something else places the addresses: this node if it has this one, else those that say so, unless the
-    /// allocations' node is one of them.
+    /// External placement: this node if it has the address. Otherwise the nodes that report it, unless the node that
+    /// the allocation names is one of them.
     fn reporters<'b>(
         &'b self,
         entry: &Allocation,
-        said: &PeerReports,
+        reports: &PeerReports,
         liveness: &Liveness,
         here: bool,
     ) -> Vec<&'b str> {
         if here && self.selected {
             return vec![self.node];
         }
-        let has = |name: &&str| liveness.is_alive(name) && said.holds(name, entry.id, here);
+        let has = |name: &&str| liveness.is_alive(name) && reports.holds(name, entry.id, here);
         if entry.node.as_deref().is_some_and(|node| has(&node)) {
             return Vec::new();
         }
@@ -413,14 +419,14 @@ impl Scene<'_> {
             Some(owner) if owner == self.node => match self.facts.refused.get(&entry.id) {
                 Some(why) => unready(why.clone()),
                 None if self.uplink.is_none() => unready(format!(
-                    "node {owner} has {MAX_INDEX} next hops of gateways already, and no room for another"
+                    "node {owner} already has {MAX_INDEX} next hops of gateways, the most that are possible"
                 )),
                 None if external && !here => {
                     AllocationState::Unready(literal!("its address is on no node of the gateway"))
                 }
-                None if !member => unready(format!("this node is no longer one of gateway {name}'s")),
+                None if !member => unready(format!("this node no longer belongs to gateway {name}")),
                 None if managed && !here && !self.facts.coming.contains(&entry.id) => {
-                    // As it was until the address is here: packets for the node before are lost as they were.
+                    // Until the address is here, packets go to the node before, as they did.
                     let before = entry.node.as_deref().and_then(|node| self.ends.get(node));
                     before.filter(|_| entry.node.as_deref() != Some(self.node)).map_or_else(
                         || AllocationState::Unready(literal!("its address is being put onto the uplink")),
@@ -431,9 +437,7 @@ impl Scene<'_> {
             },
             Some(owner) => match self.ends.get(owner) {
                 Some(end) => AllocationState::Remote(end.mac),
-                None => unready(format!(
-                    "node {owner} has not said where its end of the tunnel is; is egretd running there?"
-                )),
+                None => unready(format!("node {owner} has not reported its tunnel address; is egretd running there?")),
             },
         }
     }

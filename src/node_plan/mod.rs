@@ -1,7 +1,7 @@
-//! What a node's kernel should hold: the plan, compiled from the cluster's state.
+//! The desired state of one node, compiled from the cluster's state.
 //!
-//! In two steps, because a pod's start waits for the second: [`View`] is what does not depend on this node's pods
-//! and is made once for each snapshot; [`NodePlan`] adds the pods.
+//! It is made in two steps, because a pod's start waits for the second. [`View`] does not depend on the pods of this
+//! node, and is made once for each snapshot. [`NodePlan`] adds the pods.
 
 pub mod allocations;
 pub mod policy_chain;
@@ -24,21 +24,21 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
-/// The cluster as one node sees it, less the node's own pods.
+/// The cluster as one node sees it, without the pods of the node.
 #[derive(Clone, Debug, Default)]
 pub struct View {
-    /// Which policies select which pods.
+    /// The policies, with an index that finds those that select a pod.
     pub policies: Shared<PolicyIndex>,
-    /// NodeAllocations, peers, uplinks.
+    /// The allocations, peers and uplinks.
     pub allocations: Shared<NodeAllocations>,
-    /// What is inside the cluster.
+    /// The networks inside the cluster.
     pub networks: Shared<Networks>,
-    made_of: MadeOf,
+    inputs: ViewInputs,
 }
 
-/// What a view was made of.
+/// The inputs that a view was made from.
 #[derive(Clone, Debug, Default)]
-struct MadeOf {
+struct ViewInputs {
     nodes: Mark<BTreeMap<Name, Arc<Node>>>,
     namespaces: Mark<BTreeMap<Name, Labels>>,
     services: Mark<BTreeMap<ObjectKey, Arc<Service>>>,
@@ -53,7 +53,7 @@ struct MadeOf {
 }
 
 impl View {
-    /// As `node` sees the cluster. `extra` are direct destinations of the user's, `local_pods` the addresses of
+    /// The view of `node`. `extra` are the direct destinations that the user lists, `local_pods` the addresses of
     /// this node's pods.
     pub fn new(
         cluster: &Cluster,
@@ -67,8 +67,8 @@ impl View {
         view
     }
 
-    /// Brings it up to date. What follows from things that have not changed since stays the same, and
-    /// [`Shared`](crate::model::shared) tells so. It is of one node always.
+    /// Updates the view, which always belongs to the same node. A part whose inputs have not changed stays the same
+    /// value, as [`Shared`](crate::model::shared) tells.
     pub fn update(
         &mut self,
         cluster: &Cluster,
@@ -77,25 +77,25 @@ impl View {
         extra: &[IpNetwork],
         local_pods: BTreeSet<IpAddr>,
     ) {
-        let of = &self.made_of;
+        let of = &self.inputs;
         let same_nodes = cluster.nodes.has(&of.nodes);
         let same_services = cluster.services.has(&of.services);
         let same_policies = cluster.policies.has(&of.policies);
-        // Not two of the same at once: in a big cluster each is some megabytes.
+        // The old index is dropped before the new one is built: in a big cluster each takes some megabytes.
         if !(same_policies && same_services && cluster.namespaces.has(&of.namespaces)) {
             self.policies = Shared::default();
             self.policies = PolicyIndex::new(cluster).into();
         }
         let same_allocations = cluster.gateways.has(&of.gateways) && cluster.egress_nodes.has(&of.egress_nodes);
         if !(same_nodes && same_allocations && *facts == of.facts) {
-            self.look_again(cluster, node, facts);
+            self.update_allocations(cluster, node, facts);
         }
-        let same_endpoints = cluster.endpoints.has(&self.made_of.endpoints);
-        let same_inside = same_nodes && same_services && same_endpoints && cluster.inside.has(&self.made_of.inside);
-        if !(same_inside && *extra == *self.made_of.extra && local_pods == self.made_of.local_pods) {
+        let same_endpoints = cluster.endpoints.has(&self.inputs.endpoints);
+        let same_inside = same_nodes && same_services && same_endpoints && cluster.inside.has(&self.inputs.inside);
+        if !(same_inside && *extra == *self.inputs.extra && local_pods == self.inputs.local_pods) {
             self.networks = Networks::new(cluster, extra, local_pods.iter().copied()).into();
         }
-        self.made_of = MadeOf {
+        self.inputs = ViewInputs {
             nodes: cluster.nodes.mark(),
             namespaces: cluster.namespaces.mark(),
             services: cluster.services.mark(),
@@ -110,15 +110,15 @@ impl View {
         };
     }
 
-    /// Looks at the allocations anew, with other facts about the same cluster.
-    pub fn look_again(&mut self, cluster: &Cluster, node: &str, facts: &Facts) {
+    /// Computes the allocations again, with other facts about the same cluster.
+    pub fn update_allocations(&mut self, cluster: &Cluster, node: &str, facts: &Facts) {
         self.allocations = Shared::default();
         self.allocations = NodeAllocations::new(cluster, node, facts).into();
-        self.made_of.facts.clone_from(facts);
+        self.inputs.facts.clone_from(facts);
     }
 
-    /// The policy chain of a pod; `labels` is `None` for a pod that the cluster does not know yet. `None` for a pod that
-    /// no policy selects, or can select. A pod of which it cannot be said yet is held.
+    /// The policy chain of a pod; `None` if no policy selects it. `labels` is `None` for a pod that the cluster does
+    /// not know yet. A pod whose policies cannot be determined yet is isolated.
     pub fn policy_chain(&self, namespace: &str, labels: Option<&Labels>) -> Option<PolicyChain> {
         if self.policies.is_undecided_in(namespace) {
             return Some(PolicyChain::Isolated);
@@ -129,7 +129,7 @@ impl View {
         }
     }
 
-    /// The policy chain of a pod, as if it were not for these policies.
+    /// The policy chain of a pod without these policies.
     pub fn policy_chain_without(
         &self,
         namespace: &str,
@@ -141,80 +141,80 @@ impl View {
         PolicyChain::new(&others, &self.allocations)
     }
 
-    /// Addresses that tunnel packets may come from.
+    /// The addresses that tunnel packets may come from.
     pub fn tunnel_sources(&self) -> BTreeSet<IpAddr> {
         self.allocations.peers.values().map(|p| p.address).collect()
     }
 
-    /// The addresses of allocations that are Egret's to place and that this node may come to hold.
+    /// The egress IPs that Egret places and that this node may come to hold.
     pub fn placeable(&self) -> impl Iterator<Item = (EgressId, IpAddr, &NodeAllocation)> {
         let placeable = self.allocations.allocations.iter().filter(|(_, p)| p.placing != Placing::Never);
         placeable.flat_map(|(id, p)| addresses(p).map(move |a| (*id, a, p)))
     }
 }
 
-/// An allocation's addresses, of both families.
+/// The addresses of an allocation, IPv4 first.
 pub fn addresses(allocation: &NodeAllocation) -> impl Iterator<Item = IpAddr> + use<> {
     addresses_of(&allocation.address)
 }
 
-/// A pod that a policy selects, as the kernel is to see it.
+/// A selected pod, as the kernel is to know it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PodPlan {
-    /// The host's end of its veth pair.
+    /// The name of the host's end of the pod's veth pair.
     pub interface: String,
-    /// Its index.
+    /// The index of that interface.
     pub interface_index: u32,
-    /// The pod's addresses: what it may send from.
+    /// The addresses of the pod: its packets may have no other source.
     pub addresses: Vec<IpAddr>,
-    /// The index in the mark that its packets get.
+    /// The index in its pod mark.
     pub pod_mark: u16,
-    /// Name of its policy chain in [`NodePlan::policy chains`].
+    /// The name of its policy chain in [`NodePlan::policy_chains`].
     pub policy_chain: Arc<str>,
 }
 
-/// Everything that the node's datapath should be. One plan differs from the next by a pod or two: the others are shared.
+/// The desired state of the node's datapath. Two consecutive plans differ by a pod or two, and share the others.
 #[derive(Clone, Debug, Default)]
 pub struct NodePlan {
-    /// Selected pods by the name of their chain.
+    /// Selected pods by the name of their nftables chain.
     pub pods: BTreeMap<Arc<str>, Arc<PodPlan>>,
-    /// Addresses of selected pods behind interfaces that were not found.
+    /// Addresses of selected pods whose interface was not found.
     pub unfound: BTreeSet<IpAddr>,
-    /// PolicyChains in use, by name.
+    /// The policy chains in use, by name.
     pub policy_chains: BTreeMap<Arc<str>, Arc<PolicyChain>>,
-    /// Allocations that the policy chains lead to and that are ready, and where.
+    /// The allocations that the policy chains use and that are ready.
     pub allocations: BTreeMap<EgressId, NodeAllocation>,
-    /// Allocations that are being moved here, and the nodes that still know their connections.
+    /// In planned moves to this node: the allocations, and the nodes that still know their connections.
     pub handed: BTreeMap<EgressId, (AddressPair, Mac)>,
-    /// Allocations that have just been moved away: connections that this node translates go on leaving from here until
-    /// they are picked up anew.
+    /// Allocations that have just moved away: connections that this node translates keep leaving from here until the
+    /// next owner picks them up.
     pub left: BTreeSet<EgressId>,
-    /// The tunnel device's index.
+    /// The index of the tunnel device.
     pub device: u32,
-    /// This node's end of the tunnel: where the others' tunnel packets come to.
+    /// The address that other nodes send tunnel packets to.
     pub local: Option<IpAddr>,
-    /// Whether the kernel can tell of connections whose port it has changed.
+    /// Whether the kernel can report connections whose port it has changed.
     pub port_log: bool,
     /// Whether others can flush the tables, and something else is to hold the pods then.
     pub guarded: bool,
 }
 
 impl NodePlan {
-    /// Allocations of this node's pods that have just been moved here, and the nodes that had them.
-    pub fn came(&self) -> impl Iterator<Item = (EgressId, Mac)> {
+    /// The allocations that this node's pods use and that have just moved here, with the nodes that held them before.
+    pub fn moved_here(&self) -> impl Iterator<Item = (EgressId, Mac)> {
         let is_here = |id: &EgressId| {
             self.allocations.get(id).is_some_and(|allocation| allocation.state == AllocationState::Local)
         };
         self.handed.iter().filter(move |(id, _)| is_here(id)).map(|(id, (_, mac))| (*id, *mac))
     }
 
-    /// Has the pods held whose policies list more than the node can take: the longest lists first, so that nobody else
-    /// notices. Returns how many policy chains that were.
-    pub fn bound(&mut self) -> usize {
-        self.bound_to(MAX_ENTRIES)
+    /// Isolates the pods whose policies list more than the node can take. The longest lists go first, so that no
+    /// other pod is affected. Returns the number of isolated policy chains.
+    pub fn isolate_long_lists(&mut self) -> usize {
+        self.isolate_beyond(MAX_ENTRIES)
     }
 
-    fn bound_to(&mut self, most: usize) -> usize {
+    fn isolate_beyond(&mut self, most: usize) -> usize {
         let steps = self.policy_chains.values().flat_map(|policy_chain| policy_chain.steps());
         let shapes = steps.filter(|step| !step.covers_everything()).map(|step| step.covers.shape());
         let lists: BTreeSet<(usize, &str)> = shapes.map(|shape| (shape.entries, &*shape.name)).collect();
@@ -230,12 +230,12 @@ impl NodePlan {
             let mut listing = policy_chain.steps().iter().filter(|step| !step.covers_everything());
             !too_long.is_empty() && listing.any(|step| too_long.contains(&step.covers.shape().name))
         };
-        let held = self.policy_chains.values_mut().filter(|policy_chain| is_too_long(policy_chain));
-        held.map(|policy_chain| *policy_chain = Arc::new(PolicyChain::Isolated)).count()
+        let isolated = self.policy_chains.values_mut().filter(|policy_chain| is_too_long(policy_chain));
+        isolated.map(|policy_chain| *policy_chain = Arc::new(PolicyChain::Isolated)).count()
     }
 
-    /// Adds a pod, whose chain has this name. It is held if its policy chain's name is another one's: a name is a hash, and
-    /// policies' names are chosen by those who are held to them.
+    /// Adds a pod with its nftables chain and its policy chain. The pod is isolated if another policy chain has the
+    /// same name: names are hashes of policy names, which tenants choose.
     pub fn add(&mut self, view: &View, chain: Arc<str>, mut pod: Arc<PodPlan>, mut policy_chain: Arc<PolicyChain>) {
         match self.policy_chains.get(&pod.policy_chain) {
             Some(same) if *same == policy_chain => {
@@ -260,16 +260,17 @@ impl NodePlan {
     }
 }
 
-/// How many entries the sets of all lists of destinations may have together that pods of one node use. An entry takes some
-/// 200 bytes of the kernel's memory.
+/// How many entries all sets of destinations on one node may have together. An entry takes some 200 bytes of kernel
+/// memory.
 const MAX_ENTRIES: usize = 1_000_000;
 
-/// A pod's chain is named after its pod mark and its interface, so that a restarted daemon finds the pod mark again.
+/// The name of a pod's chain. It has the pod mark and the interface index, so that a restarted daemon finds the pod
+/// mark again.
 pub fn chain_name(pod_mark: u16, interface_index: u32) -> Arc<str> {
     format!("pod-{pod_mark}-{interface_index}").into()
 }
 
-/// Pod mark and interface index of a pod's chain.
+/// Parses the pod mark and the interface index from the name of a pod's chain.
 pub fn parse_chain_name(name: &str) -> Option<(u16, u32)> {
     let (pod_mark, index) = name.strip_prefix("pod-")?.split_once('-')?;
     Some((pod_mark.parse().ok()?, index.parse().ok()?))

@@ -1,4 +1,4 @@
-//! PolicyChains: the ordered list of policies that select a pod, as what is done with its packets.
+//! Policy chains: the ordered policies that select a pod, as steps.
 
 use crate::api::{ExistingConnections, Fallback};
 use crate::model::PolicyKey;
@@ -11,34 +11,38 @@ use crate::node_plan::allocations::NodeAllocations;
 use std::net::IpAddr;
 use std::sync::Arc;
 
-/// What is done with a pod's packets to destinations outside the cluster.
+/// What happens to packets of a pod to destinations outside the cluster.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum PolicyChain {
-    /// The pod is not known yet, and a policy could select it: nothing leaves.
+    /// The pod's policies are not known yet, or exceed a limit: nothing leaves the cluster.
     Isolated,
-    /// The first step that covers a destination decides; what none covers leaves as if Egret were not there.
+    /// The first step that covers the destination decides. A packet that no step covers leaves as if Egret were not
+    /// there.
     Steps(Vec<Step>),
 }
 
-/// What one policy does.
+/// What one policy does with packets.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Step {
     /// The policy.
     pub policy: PolicyKey,
-    /// Its allocation; `None` while it has none, which is as an allocation that is not ready.
+    /// The allocation; `None` while it has none. It is then treated as one that is not ready.
     pub allocation: Option<EgressId>,
-    /// What happens while the allocation is not ready.
+    /// What happens to packets while the egress IP is not ready.
     pub fallback: Fallback,
-    /// What happens to connections that began before it.
+    /// What happens to connections that began before the policy.
     pub existing_connections: ExistingConnections,
-    /// What it covers; empty: everything.
+    /// The covered destinations; empty: all.
     pub covers: Arc<Covers>,
 }
 
 impl PolicyChain {
-    /// From the policies that select a pod, the first deciding first; some are [passed over](is_passed_over). What comes
-    /// after a policy that covers everything is left out. `None` if no policy selects the pod. One with a policy that lists
-    /// too much is held, and one of which it is not known which policy decides, for one of several cannot be read.
+    /// Makes the policy chain of a pod from the policies that select it, in order of precedence; `None` if no policy
+    /// selects it. Policies may be [passed over](is_passed_over). Those after one that covers everything are left
+    /// out.
+    ///
+    /// The pod is isolated if one of the policies exceeds the limit of its namespace, or if one cannot be read and it
+    /// is therefore unknown which policy decides.
     pub fn new(policies: &[&Ranked], allocations: &NodeAllocations) -> Option<Self> {
         let mut steps = Vec::new();
         let with_allocation = policies.iter().map(|ranked| (*ranked, allocations.of(&ranked.key, &ranked.policy)));
@@ -75,14 +79,14 @@ impl PolicyChain {
         (!steps.is_empty()).then_some(PolicyChain::Steps(steps))
     }
 
-    /// A name that stays as long as the list of policies does: FNV-1a of their names.
+    /// The name: FNV-1a of the policies' names, so it stays as long as the list of policies does.
     pub fn name(&self) -> Arc<str> {
         let PolicyChain::Steps(steps) = self else { return "policy-held".into() };
         let names: String = steps.iter().map(|step| format!("{}\0", step.policy)).collect();
         format!("policy-{:016x}", fnv1a(names.bytes())).into()
     }
 
-    /// Its steps; one that is held has none.
+    /// The steps; none for an isolated pod.
     pub fn steps(&self) -> &[Step] {
         match self {
             PolicyChain::Isolated => &[],
@@ -90,20 +94,20 @@ impl PolicyChain {
         }
     }
 
-    /// The step that decides for packets to this address, which is outside the cluster, of this IP protocol and to this
-    /// port, if they have ports.
+    /// The step that decides for packets to `address`, outside the cluster, of the IP protocol `protocol` and to
+    /// `port` (if they have ports).
     pub fn step_for(&self, address: IpAddr, protocol: u8, port: Option<u16>) -> Option<&Step> {
         self.steps().iter().find(|step| step.covers.has(address, protocol, port))
     }
 
-    /// The allocations that its packets can take.
+    /// The allocations that its packets may use.
     pub fn allocations(&self) -> impl Iterator<Item = EgressId> {
         self.steps().iter().filter_map(|s| s.allocation)
     }
 }
 
 impl Step {
-    /// Whether it covers every destination outside the cluster.
+    /// Whether the step covers every destination outside the cluster.
     pub fn covers_everything(&self) -> bool {
         self.covers.is_empty()
     }
@@ -127,7 +131,7 @@ mod tests {
     }
 
     #[test]
-    fn a_pod_with_a_policy_over_its_namespaces_quota_is_held() {
+    fn a_policy_over_the_limit_of_its_namespace_isolates_its_pods() {
         let mut all = ["p", "q", "r", "s", "t"].map(|name| policy(name, 1_000));
         let policy_chain =
             |all: &[Ranked]| PolicyChain::new(&all.iter().collect::<Vec<_>>(), &NodeAllocations::default());
@@ -137,23 +141,23 @@ mod tests {
     }
 
     #[test]
-    fn a_pod_of_which_nobody_knows_which_policy_decides_is_held() {
+    fn a_pod_is_isolated_if_the_deciding_policy_is_unknown() {
         let guess = |rank, egress| {
             let mut guess = policy("guess", 1);
             Arc::make_mut(&mut guess.policy).guessed = Guessed { rank, egress };
             guess
         };
         let (other, allocations) = (policy("other", 1), NodeAllocations::default());
-        let is_held = |all: &[&Ranked]| PolicyChain::new(all, &allocations) == Some(PolicyChain::Isolated);
-        // Alone it decides, whatever it said.
-        assert!(!is_held(&[&guess(true, true)]));
-        assert!(is_held(&[&guess(true, false), &other]) && is_held(&[&other, &guess(true, false)]));
-        assert!(is_held(&[&guess(false, true), &other]) && !is_held(&[&other, &guess(false, true)]));
-        assert!(!is_held(&[&guess(false, false), &other]));
+        let is_isolated = |all: &[&Ranked]| PolicyChain::new(all, &allocations) == Some(PolicyChain::Isolated);
+        // Alone it decides, whatever it says.
+        assert!(!is_isolated(&[&guess(true, true)]));
+        assert!(is_isolated(&[&guess(true, false), &other]) && is_isolated(&[&other, &guess(true, false)]));
+        assert!(is_isolated(&[&guess(false, true), &other]) && !is_isolated(&[&other, &guess(false, true)]));
+        assert!(!is_isolated(&[&guess(false, false), &other]));
     }
 
     #[test]
-    fn a_policy_chain_is_not_another_one_for_its_name() {
+    fn a_pod_is_isolated_if_policy_chains_have_the_same_name() {
         let allocations = NodeAllocations::default();
         let [one, other] = ["p", "q"].map(|name| PolicyChain::new(&[&policy(name, 1)], &allocations).unwrap());
         let mut plan = NodePlan::default();

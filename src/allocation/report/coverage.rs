@@ -1,4 +1,5 @@
-//! What some policies cover together, as far as one policy's rule alone covers another's.
+//! The destinations that policies cover together. A rule counts as covered only if a single rule of another policy
+//! covers it.
 
 use crate::model::destination::{Destination, Network, Ports, contains};
 use crate::model::{Policy, PolicyKey};
@@ -6,10 +7,10 @@ use ipnetwork::{IpNetwork, Ipv4Network, Ipv6Network};
 use std::collections::{BTreeSet, HashMap};
 use std::net::{Ipv4Addr, Ipv6Addr};
 
-/// How many combinations of a network and ports a policy may list that is compared with others.
+/// A policy with more combinations of a network and ports than this is not compared with others.
 const MAX_COMBINATIONS: usize = 1_000;
 
-/// What "all networks" means.
+/// The networks that an empty list stands for.
 const EVERYWHERE: [IpNetwork; 2] = [
     match Ipv4Network::new_checked(Ipv4Addr::UNSPECIFIED, 0) {
         Some(all) => IpNetwork::V4(all),
@@ -21,18 +22,18 @@ const EVERYWHERE: [IpNetwork; 2] = [
     },
 ];
 
-/// What policies cover that go before others.
+/// The destinations covered by the policies that decide before others.
 #[derive(Default)]
 pub(super) struct Coverage<'a> {
     /// A policy that covers everything.
     everything: Option<&'a PolicyKey>,
-    /// Rules by network.
+    /// The rules by network.
     rules: HashMap<IpNetwork, Vec<Rule<'a>>>,
     /// The prefix lengths that occur in `rules`.
     prefixes: BTreeSet<u8>,
 }
 
-/// Ports of a network, less some networks within it. No ports: all of all protocols.
+/// A network without `except`, and its covered ports. `None`: all ports of all protocols.
 struct Rule<'a> {
     except: &'a [IpNetwork],
     ports: Option<Ports>,
@@ -40,7 +41,7 @@ struct Rule<'a> {
 }
 
 impl<'a> Coverage<'a> {
-    /// Adds what a policy covers.
+    /// Adds the destinations of a policy.
     pub(super) fn add(&mut self, key: &'a PolicyKey, policy: &'a Policy) {
         if policy.covers_everything() {
             self.everything.get_or_insert(key);
@@ -55,8 +56,8 @@ impl<'a> Coverage<'a> {
         });
     }
 
-    /// The policies that cover all that this one covers; `None` if some of it is left to it. A policy that covers
-    /// nothing is not covered.
+    /// The policies that cover all destinations of this one; `None` if some are left to it. A policy that covers
+    /// nothing does not count as covered.
     pub(super) fn covers(&self, policy: &Policy) -> Option<BTreeSet<&'a PolicyKey>> {
         if let Some(key) = self.everything {
             return Some(BTreeSet::from([key]));
@@ -75,14 +76,14 @@ impl<'a> Coverage<'a> {
         (whole && !by.is_empty()).then_some(by)
     }
 
-    /// A policy of which one rule covers this one.
+    /// A policy with a rule that covers this one.
     fn find(&self, cidr: IpNetwork, except: &[IpNetwork], ports: Option<Ports>) -> Option<&'a PolicyKey> {
         self.prefixes.range(..=cidr.prefix()).find_map(|prefix| {
             let wider = IpNetwork::new(cidr.ip(), *prefix).ok()?;
             let wider = IpNetwork::new(wider.network(), *prefix).ok()?;
             let rules = self.rules.get(&wider)?;
             let rule = rules.iter().find(|rule| {
-                // What the wider rule leaves out must not be meant by this one either.
+                // An exception of the wider rule must be excepted here too.
                 let left_out = |e: &IpNetwork| contains(e, &cidr) || contains(&cidr, e);
                 covers_ports(rule.ports, ports)
                     && rule.except.iter().filter(|e| left_out(e)).all(|e| except.iter().any(|own| contains(own, e)))
@@ -92,7 +93,7 @@ impl<'a> Coverage<'a> {
     }
 }
 
-/// Each combination is looked at, for each group of pods, whenever anything changes: not what has more than some.
+/// Whether a policy is too long to be compared: each combination is examined for each group of pods at every change.
 fn is_long(policy: &Policy) -> bool {
     let listed = policy.egress.iter().flat_map(|covers| covers.iter());
     listed.map(Destination::combinations).sum::<usize>() > MAX_COMBINATIONS
@@ -106,7 +107,7 @@ fn covers_ports(outer: Option<Ports>, inner: Option<Ports>) -> bool {
     }
 }
 
-/// Calls `each` with all pairs of networks and ports that a policy covers, until it says `false`; returns whether it
+/// Calls `each` with all combinations of networks and ports of a policy until it returns `false`. Returns whether it
 /// never did.
 fn for_each_rule<'a>(
     policy: &'a Policy,

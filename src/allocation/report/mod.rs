@@ -1,4 +1,4 @@
-//! What each policy is told of itself: its address, its node, its pods, and whether it works.
+//! The statuses of policies: egress IP, node, number of pods, and conditions.
 
 mod coverage;
 mod notices;
@@ -18,32 +18,32 @@ use crate::model::{Cluster, Gateway, MOVE_TO, Namespaces, Node, Policy, PolicyKe
 use coverage::Coverage;
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
-/// The reason of a policy that is not ready because its node cannot hold its address: somebody else has it, or the node
-/// has no interface for it.
+/// The reason of `Ready=False` when the node cannot hold the egress IP: another host has the address, or the node has
+/// no interface for it.
 const REFUSED: &str = "AddressRefused";
 
-/// The reason of a policy of which nobody knows whether it is ready, for nobody hears of the node that held its address.
+/// The reason of `Ready=Unknown` when Kubernetes hears nothing from the node that held the egress IP.
 const NOT_HEARD: &str = "NodeNotHeard";
 
-/// The reason of a policy that is accepted and shares the address that it names with others.
+/// The reason of `Accepted=True` when other policies share the named egress IP.
 const SHARED: &str = "AddressShared";
 
-/// What nodes say of the allocations that they are to hold, and of each other.
+/// What nodes report about egress IPs and about each other.
 struct NodeReports<'a> {
     cluster: &'a Cluster,
     held: HashMap<&'a str, HashSet<u16>>,
-    /// Why a node cannot hold an allocation.
+    /// Why a node cannot hold an egress IP.
     refused: HashMap<(&'a str, u16), &'a str>,
-    /// The nodes that are not known to live, as far as nodes tell.
+    /// Nodes that count as unreachable.
     unreachable: HashSet<&'a str>,
 }
 
 /// The status of each policy. `now` is in seconds since the Unix epoch.
 pub fn report(cluster: &Cluster, outcome: &Outcome, now: i64) -> BTreeMap<PolicyKey, EgressPolicyStatus> {
     let use_of = uses(cluster, outcome);
-    let said = NodeReports::new(cluster);
+    let reports = NodeReports::new(cluster);
     let living: HashMap<&Name, Vec<&Name>> =
-        cluster.gateways.iter().map(|(name, gateway)| (name, said.living(gateway, now))).collect();
+        cluster.gateways.iter().map(|(name, gateway)| (name, reports.living(gateway, now))).collect();
     let over_quota = quota::over(&cluster.policies);
     let mut statuses = BTreeMap::new();
     for (key, policy) in &cluster.policies {
@@ -55,7 +55,7 @@ pub fn report(cluster: &Cluster, outcome: &Outcome, now: i64) -> BTreeMap<Policy
             Decision::Rejected(rejection) => {
                 status.gateway = policy.gateway.as_deref().map(str::to_owned);
                 conditions.add("Accepted", false, rejection.reason, rejection.message.as_str());
-                conditions.add("Ready", false, "NotAccepted", "it has no address; see the condition Accepted");
+                conditions.add("Ready", false, "NotAccepted", "it has no egress IP; see the condition Accepted");
             }
             Decision::Granted(grant) => {
                 status.gateway = Some(grant.gateway.to_string());
@@ -64,14 +64,15 @@ pub fn report(cluster: &Cluster, outcome: &Outcome, now: i64) -> BTreeMap<Policy
                 let reason = if grant.shared_with.is_some() { SHARED } else { "Accepted" };
                 conditions.add("Accepted", true, reason, accepted(grant));
                 let (mut state, mut reason, mut message) =
-                    said.ready(grant, living.get(&grant.gateway).map_or(&[], Vec::as_slice));
+                    reports.ready(grant, living.get(&grant.gateway).map_or(&[], Vec::as_slice));
                 if let Some(over) = over_quota.get(key) {
                     (state, reason, message) = (Some(false), quota::REASON, over.to_string());
                 }
                 if let Some(wanted) = policy.move_to().filter(|wanted| grant.node.as_ref() != Some(wanted)) {
                     message += &format!(
-                        "; {MOVE_TO} asks for node {wanted:?}, which cannot have it now: it is no node of the gateway, \
-                         is drained, does not answer, or a policy with the same allocation asks for another"
+                        "; {MOVE_TO} asks for node {wanted:?}, which cannot have it now: it is not a node of the \
+                         gateway, is drained, does not answer, or a policy with the same egress IP asks for another \
+                          node"
                     );
                 }
                 match state {
@@ -86,10 +87,10 @@ pub fn report(cluster: &Cluster, outcome: &Outcome, now: i64) -> BTreeMap<Policy
             None => conditions.add("Shadowed", false, "NoPods", "it selects no pod now"),
             Some(Usage { passed_over: true, .. }) => {
                 let message =
-                    "it has no address and says fallback: NodeAddress, so the next policy of each pod decides";
+                    "it has no egress IP and has fallback: NodeAddress, so the next policy of each pod decides";
                 conditions.add("Shadowed", false, "PassedOver", message);
             }
-            Some(Usage { in_the_open: true, .. }) => {
+            Some(Usage { decides: true, .. }) => {
                 conditions.add("Shadowed", false, "NotShadowed", "it decides for some traffic of its pods");
             }
             Some(usage) => conditions.add("Shadowed", true, "Shadowed", shadowed(cluster, policy, &usage.shadowed_by)),
@@ -101,10 +102,10 @@ pub fn report(cluster: &Cluster, outcome: &Outcome, now: i64) -> BTreeMap<Policy
         let previous = cluster.policy_statuses.get(key).map(|s| s.conditions.as_slice()).unwrap_or_default();
         let mut conditions = Conditions::new(previous, unreadable.generation, now);
         conditions.add("Accepted", false, "Invalid", unreadable.message.as_str());
-        // What stands for it until it is mended, if anything does.
+        // The fallback policy applies until the policy is corrected, if there is one.
         let status = statuses.entry(key.clone()).or_default();
         if status.conditions.is_empty() {
-            conditions.add("Ready", false, "NotAccepted", "it has no address; see the condition Accepted");
+            conditions.add("Ready", false, "NotAccepted", "it has no egress IP; see the condition Accepted");
         }
         status.conditions.retain(|c| c.type_ != "Accepted");
         status.conditions.splice(0..0, conditions.finish());
@@ -142,7 +143,7 @@ impl<'a> NodeReports<'a> {
         }
     }
 
-    /// The nodes of the gateway that are known to live.
+    /// The nodes of the gateway that count as alive.
     fn living(&self, gateway: &Gateway, now: i64) -> Vec<&'a Name> {
         let lives = |name: &Name, node: &Node| {
             !node.is_lost(now) && !self.unreachable.contains(&**name) && self.cluster.egress_nodes.contains_key(name)
@@ -151,20 +152,20 @@ impl<'a> NodeReports<'a> {
         nodes.filter(|(name, node)| lives(name, node)).map(|(name, _)| name).collect()
     }
 
-    /// Whether the holder of an allocation can be believed that it holds it: one that has died since does not take that back. Nobody
-    /// hears of it, or another one takes the allocation over at once, if there is one that can.
+    /// Whether the report of the holder that it holds the egress IP is still valid. A node that has died cannot
+    /// withdraw its report. But if other nodes are alive, they would report it as unreachable, or take over.
     fn is_believed(&self, holder: &Name, grant: &Grant, living: &[&Name]) -> bool {
         if living.contains(&holder) {
             return true;
         }
         let takes_over = |node: &&Name| !self.refused.contains_key(&(&***node, grant.id));
-        // What Kubernetes hears nothing of, others would say that they do not hear.
+        // Even if Kubernetes hears nothing from the node, other nodes would report it as unreachable.
         let others_would_tell = !self.unreachable.contains(&**holder) && !living.is_empty();
         let moves = !self.is_external(grant) && grant.kind != AllocationKind::Node;
         others_would_tell || moves && living.iter().any(takes_over)
     }
 
-    /// Whether something else places the allocation's address.
+    /// Whether the egress IP has external placement.
     fn is_external(&self, grant: &Grant) -> bool {
         self.cluster.gateways.get(&grant.gateway).is_some_and(|g| g.placement == Placement::External)
     }
@@ -173,30 +174,31 @@ impl<'a> NodeReports<'a> {
         self.held.get(node).is_some_and(|allocations| allocations.contains(&allocation))
     }
 
-    /// What the holder of an allocation has lost of what it needs, in words.
+    /// The uplinks and families that the holder needs and has lost, as text.
     fn lost(&self, holder: &Name, grant: &Grant) -> String {
         let gateway = self.cluster.gateways.get(&grant.gateway);
         let interface = gateway.and_then(|gateway| gateway.interface.as_ref());
-        let Some(said) = self.cluster.egress_nodes.get(holder) else { return String::new() };
+        let Some(reports) = self.cluster.egress_nodes.get(holder) else { return String::new() };
         let needs = UplinkKey::of(&grant.address, interface);
-        let lost = needs.filter_map(|key| said.of_allocations().loss(&key).map(|lost| (key, lost)));
-        lost.map(|(key, lost)| format!("; it has lost {key}, and no other node has more: {}", lost.message)).collect()
+        let lost = needs.filter_map(|key| reports.of_allocations().loss(&key).map(|lost| (key, lost)));
+        lost.map(|(key, lost)| format!("; it has lost {key}, and no other node has lost less: {}", lost.message))
+            .collect()
     }
 
-    /// Whether the allocation's node holds it, if that is known: status, reason and message. `living` are the nodes of its gateway
-    /// that are known to live.
+    /// Whether the egress IP is on its node: status (`None`: unknown), reason and message. `living` has the nodes of
+    /// the gateway that count as alive.
     fn ready(&self, grant: &Grant, living: &[&Name]) -> (Option<bool>, &'static str, String) {
         let address = in_words(&grant.address);
         let Some(node) = &grant.node else {
             let message = if self.is_external(grant) {
                 format!("no node of EgressGateway {:?} has {address}; place it on one", grant.gateway)
             } else {
-                format!("EgressGateway {:?} has no node; label one, or mend its nodeSelector", grant.gateway)
+                format!("EgressGateway {:?} has no node; label one, or correct its nodeSelector", grant.gateway)
             };
             return (Some(false), "NoNode", message);
         };
         if !self.cluster.egress_nodes.contains_key(node) {
-            let message = format!("node {node:?} says nothing of itself; see whether egretd runs there");
+            let message = format!("node {node:?} has no status; see whether egretd runs there");
             return (Some(false), "NodeNotReporting", message);
         }
         let old = grant.leaving.as_ref().filter(|old| self.holds(old, grant.id));
@@ -228,14 +230,14 @@ fn shadowed(cluster: &Cluster, policy: &Policy, by: &BTreeSet<&PolicyKey>) -> St
         more => format!(" and {more} more"),
     };
     format!(
-        "for each of its pods, policies that go before it decide for all its destinations: {}{more}; {}, or narrow their \
+        "for each of its pods, policies before it decide for all its destinations: {}{more}; {}, or narrow their \
          egress",
         names.join(", "),
         before_them(policy, by.iter().filter_map(|key| cluster.policies.get(*key)).map(|policy| &**policy))
     )
 }
 
-/// How a policy comes to go before others.
+/// How the policy can be made to decide before the others, as text.
 fn before_them<'a>(policy: &Policy, others: impl Iterator<Item = &'a Policy> + Clone) -> String {
     let tier = others.clone().map(|other| other.tier).min().unwrap_or_default().min(policy.tier);
     let of_tier = others.filter(|other| other.tier == tier);
@@ -243,7 +245,7 @@ fn before_them<'a>(policy: &Policy, others: impl Iterator<Item = &'a Policy> + C
     let first = match (tier == policy.tier, &policy.namespaces, tier) {
         (true, ..) => String::new(),
         (false, Namespaces::One(_), _) => {
-            return "who administers the cluster can take them out of tier Admin".to_owned();
+            return "a cluster administrator can take them out of tier Admin".to_owned();
         }
         (false, Namespaces::Selected(_), Tier::Admin) => "set its tier to Admin, and ".to_owned(),
         (false, Namespaces::Selected(_), _) => "leave out its tier, and ".to_owned(),
@@ -254,23 +256,23 @@ fn before_them<'a>(policy: &Policy, others: impl Iterator<Item = &'a Policy> + C
     }
 }
 
-/// Where a policy is of use.
+/// What a policy decides, over all pods.
 #[derive(Default)]
 struct Usage<'a> {
-    /// How many pods it selects.
+    /// How many pods the policy selects.
     pods: u32,
     /// Whether it decides for some destination of some pod.
-    in_the_open: bool,
-    /// Whether it decides nothing, for it has no address.
+    decides: bool,
+    /// Whether it is passed over because it has no egress IP.
     passed_over: bool,
-    /// The policies that decide in its stead.
+    /// The policies that decide instead of it.
     shadowed_by: BTreeSet<&'a PolicyKey>,
 }
 
-/// Where each policy that selects a pod is of use.
+/// The usage of each policy that selects a pod.
 fn uses<'a>(cluster: &'a Cluster, outcome: &Outcome) -> HashMap<&'a PolicyKey, Usage<'a>> {
     let index = PolicyIndex::new(cluster);
-    // Pods with the same policies differ in nothing here, and there are many of them.
+    // Pods with the same policies are counted together; there are many of them.
     let mut policy_chains: BTreeMap<Vec<&PolicyKey>, (Vec<&Ranked>, u32)> = BTreeMap::new();
     for (key, pod) in &cluster.pods {
         if pod.host_network || pod.finished {
@@ -284,7 +286,7 @@ fn uses<'a>(cluster: &'a Cluster, outcome: &Outcome) -> HashMap<&'a PolicyKey, U
     for (policies, pods) in policy_chains.values() {
         let mut coverage = Coverage::default();
         for ranked in policies {
-            // The index is of this cluster, and its keys live shorter.
+            // The keys of the index live shorter than those of the cluster.
             let Some((key, policy)) = cluster.policies.get_key_value(&ranked.key) else { continue };
             let usage = uses.entry(key).or_default();
             usage.pods += pods;
@@ -294,7 +296,7 @@ fn uses<'a>(cluster: &'a Cluster, outcome: &Outcome) -> HashMap<&'a PolicyKey, U
             }
             match coverage.covers(policy) {
                 Some(by) => usage.shadowed_by.extend(by),
-                None => usage.in_the_open = true,
+                None => usage.decides = true,
             }
             coverage.add(key, policy);
         }

@@ -1,11 +1,11 @@
-//! What a person should hear of at once, as an event: not every state, but changes to act on or to know of.
+//! Events for users: not every state, but changes that they should act on or know of.
 
 use super::{REFUSED, SHARED};
 use crate::allocation::in_words;
 use crate::api::{Condition, EgressGatewayStatus, EgressPolicyStatus};
 use crate::model::notice::Notice;
 
-/// What is to be told when a policy's status changes.
+/// The notices for a change of a policy's status.
 pub fn of_policy(before: Option<&EgressPolicyStatus>, after: &EgressPolicyStatus) -> Vec<Notice> {
     let old = before.map(|s| s.conditions.as_slice()).unwrap_or_default();
     let mut notices = Vec::new();
@@ -20,14 +20,14 @@ pub fn of_policy(before: Option<&EgressPolicyStatus>, after: &EgressPolicyStatus
             ("Accepted", "True") if condition.reason == SHARED && was.is_some() => {
                 notices.push(Notice::normal(SHARED, condition.message.clone()));
             }
-            // This does not pass by itself.
+            // This state does not end by itself.
             ("Ready", "False") if condition.reason == REFUSED => {
                 notices.push(Notice::warning(REFUSED, format!("blocked: {}", condition.message)));
             }
             ("Ready", "Unknown") => {
                 notices.push(Notice::warning(&condition.reason, format!("maybe blocked: {}", condition.message)));
             }
-            // A policy that begins is not ready for a moment, which is nobody's concern.
+            // A new policy is not ready for a moment, which concerns nobody.
             ("Ready", "False") if was.is_some_and(|was| was.status == "True") && condition.reason != "NotAccepted" => {
                 notices.push(Notice::warning(&condition.reason, format!("blocked: {}", condition.message)));
             }
@@ -38,7 +38,7 @@ pub fn of_policy(before: Option<&EgressPolicyStatus>, after: &EgressPolicyStatus
     if let Some(before) = before {
         match (&before.addresses, &after.addresses) {
             (Some(from), Some(to)) if from != to => {
-                let note = format!("its address moved from {} to {}", in_words(from), in_words(to));
+                let note = format!("its egress IP changed from {} to {}", in_words(from), in_words(to));
                 notices.push(Notice::normal("AddressChanged", note));
             }
             (Some(address), Some(_)) => {
@@ -55,7 +55,7 @@ pub fn of_policy(before: Option<&EgressPolicyStatus>, after: &EgressPolicyStatus
     notices
 }
 
-/// What is to be told when a gateway's status changes.
+/// The notices for a change of a gateway's status.
 pub fn of_gateway(before: &EgressGatewayStatus, after: &EgressGatewayStatus) -> Vec<Notice> {
     let is_new = |condition: &&Condition| {
         let was = before.conditions.iter().find(|c| c.type_ == condition.type_);
@@ -88,34 +88,39 @@ mod tests {
         }
     }
 
-    fn told(before: Option<&EgressPolicyStatus>, after: &EgressPolicyStatus) -> Vec<String> {
+    fn notices(before: Option<&EgressPolicyStatus>, after: &EgressPolicyStatus) -> Vec<String> {
         of_policy(before, after).into_iter().map(|n| format!("{}: {}", n.reason, n.note)).collect()
     }
 
     #[test]
-    fn a_person_hears_of_what_changes() {
+    fn changes_make_notices() {
         let good = status(&[("Accepted", "True", "Accepted"), ("Ready", "True", "AddressHeld")], "192.0.2.50", "g1");
         let new = status(&[("Accepted", "True", "Accepted"), ("Ready", "False", "AddressNotHeld")], "192.0.2.50", "g1");
         assert!(
-            told(None, &new).is_empty() && told(Some(&new), &good).is_empty() && told(Some(&good), &good).is_empty()
+            notices(None, &new).is_empty()
+                && notices(Some(&new), &good).is_empty()
+                && notices(Some(&good), &good).is_empty()
         );
-        assert_eq!(told(Some(&good), &new), ["AddressNotHeld: blocked: because"]);
+        assert_eq!(notices(Some(&good), &new), ["AddressNotHeld: blocked: because"]);
         let unheard =
             status(&[("Accepted", "True", "Accepted"), ("Ready", "Unknown", "NodeNotHeard")], "192.0.2.50", "g1");
-        assert_eq!(told(Some(&good), &unheard), ["NodeNotHeard: maybe blocked: because"]);
-        assert!(told(Some(&unheard), &unheard).is_empty() && told(Some(&unheard), &good).is_empty());
+        assert_eq!(notices(Some(&good), &unheard), ["NodeNotHeard: maybe blocked: because"]);
+        assert!(notices(Some(&unheard), &unheard).is_empty() && notices(Some(&unheard), &good).is_empty());
         let stranger = status(&[("Accepted", "True", "Accepted"), ("Ready", "False", REFUSED)], "192.0.2.50", "g1");
-        assert_eq!(told(None, &stranger), ["AddressRefused: blocked: because"]);
-        assert_eq!(told(Some(&new), &stranger), ["AddressRefused: blocked: because"]);
-        assert!(told(Some(&stranger), &stranger).is_empty());
+        assert_eq!(notices(None, &stranger), ["AddressRefused: blocked: because"]);
+        assert_eq!(notices(Some(&new), &stranger), ["AddressRefused: blocked: because"]);
+        assert!(notices(Some(&stranger), &stranger).is_empty());
         let refused = status(&[("Accepted", "False", "PoolExhausted"), ("Ready", "False", "NotAccepted")], "::1", "g1");
-        assert_eq!(told(None, &refused), ["PoolExhausted: refused: because"]);
-        assert!(told(Some(&refused), &refused).is_empty());
+        assert_eq!(notices(None, &refused), ["PoolExhausted: refused: because"]);
+        assert!(notices(Some(&refused), &refused).is_empty());
         let moved = EgressPolicyStatus { node: Some("g2".into()), ..good.clone() };
-        assert_eq!(told(Some(&good), &moved), ["AddressMoved: 192.0.2.50 moved from node \"g1\" to node \"g2\""]);
+        assert_eq!(notices(Some(&good), &moved), ["AddressMoved: 192.0.2.50 moved from node \"g1\" to node \"g2\""]);
         let other = EgressPolicyStatus { addresses: Some(pair(&["192.0.2.51"])), ..good.clone() };
-        assert_eq!(told(Some(&good), &other), ["AddressChanged: its address moved from 192.0.2.50 to 192.0.2.51"]);
+        assert_eq!(
+            notices(Some(&good), &other),
+            ["AddressChanged: its egress IP changed from 192.0.2.50 to 192.0.2.51"]
+        );
         let shadowed = status(&[("Shadowed", "True", "Shadowed")], "192.0.2.50", "g1");
-        assert_eq!(told(Some(&good), &shadowed), ["Shadowed: because"]);
+        assert_eq!(notices(Some(&good), &shadowed), ["Shadowed: because"]);
     }
 }

@@ -265,11 +265,7 @@ fn the_hint_of_a_shadowed_policy_can_be_followed() {
         (("a/first", 4, None), ("a/second", 4, None), "set its priority to 5 or more"),
         (("a/first", 9, None), ("second", 4, None), "set its priority to 10 or more"),
         (("a/first", i32::MAX, None), ("a/second", 4, None), "set its priority to 2147483647 and theirs below that"),
-        (
-            ("first", 0, Some(Tier::Admin)),
-            ("a/second", 4, None),
-            "who administers the cluster can take them out of tier",
-        ),
+        (("first", 0, Some(Tier::Admin)), ("a/second", 4, None), "a cluster administrator can take them out of tier"),
         (
             ("first", 3, Some(Tier::Admin)),
             ("second", 4, None),
@@ -322,7 +318,7 @@ fn what_the_holder_has_lost_is_named_where_the_policy_needs_it() {
         "Ready",
         "True",
         "AddressHeld",
-        "it has lost IPv6, and no other node has more: no",
+        "it has lost IPv6, and no other node has lost less: no",
     );
     assert!(!world.condition("a/plain", "Ready").message.contains("lost"));
 }

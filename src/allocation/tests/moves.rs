@@ -158,7 +158,7 @@ fn a_new_node_gets_its_share_when_it_is_asked_for_and_not_all_at_once() {
     let outcome = world.allocate();
     let moving: Vec<_> =
         outcome.gateways["g"].allocations.iter().filter(|allocation| allocation.leaving.is_some()).collect();
-    assert_eq!(moving.len(), rebalance::AT_ONCE);
+    assert_eq!(moving.len(), rebalance::MAX_MOVING);
     assert!(
         moving
             .iter()
@@ -251,7 +251,7 @@ proptest! {
             let before = world.cluster.gateways["g"].status.allocations.clone();
             let after = world.allocate();
             let moved = before.iter().zip(&after.gateways["g"].allocations).filter(|(a, b)| a.node != b.node).count();
-            prop_assert!(moved <= rebalance::AT_ONCE);
+            prop_assert!(moved <= rebalance::MAX_MOVING);
             if moved == 0 {
                 break;
             }

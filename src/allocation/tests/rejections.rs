@@ -112,6 +112,6 @@ fn a_gateway_of_which_the_allocations_alone_is_known_keeps_that_and_gives_out_no
     let accepted = &after.conditions[0];
     assert_eq!((&*accepted.status, &*accepted.reason), ("False", "Invalid"));
     assert!(accepted.message.starts_with("two ranges overlap; its last good state is not known"), "{accepted:?}");
-    outcome.assert_refused("a/new", Reason::GatewayInvalid, &["\"g\"", "mended"]);
+    outcome.assert_refused("a/new", Reason::GatewayInvalid, &["\"g\"", "corrected"]);
     assert_eq!(outcome.grant("b/new").address, pair(&["192.0.2.51"]));
 }

@@ -4,7 +4,7 @@
 
 use super::file::Salvage;
 use crate::api::Allocation;
-use crate::model::fallback_policy::{ReadableParts, fallback_policy, listed_only, of_allocation};
+use crate::model::fallback_policy::{ReadableParts, fallback_policy, from_allocation, listed_only};
 use crate::model::selector::Name;
 use crate::model::{Cluster, PolicyKey};
 use std::collections::{BTreeMap, BTreeSet};
@@ -77,7 +77,7 @@ impl Lost {
         for key in &self.policies {
             let nothing = ReadableParts::default();
             let readable = self.salvage.readable.get(key).unwrap_or(&nothing);
-            let orphan = || self.orphans.get(key).map(|(gateway, path)| of_allocation(key, gateway, path, readable));
+            let orphan = || self.orphans.get(key).map(|(gateway, path)| from_allocation(key, gateway, path, readable));
             let policy = match self.salvage.whole.get(key) {
                 Some(whole) => Some(whole.clone()),
                 None => fallback_policy(cluster, key, readable).or_else(orphan).map(Arc::new),
@@ -90,11 +90,11 @@ impl Lost {
 
     fn look<'a>(&mut self, cluster: &Cluster, gateway_statuses: impl Iterator<Item = (&'a Name, &'a [Allocation])>) {
         for (gateway, paths) in gateway_statuses {
-            let of_allocation = |path: &Allocation| {
+            let from_allocation = |path: &Allocation| {
                 let place = (gateway.clone(), path.clone());
                 path.policies.iter().map(move |key| (key.clone(), place.clone())).collect::<Vec<_>>()
             };
-            self.orphans.extend(paths.iter().flat_map(of_allocation));
+            self.orphans.extend(paths.iter().flat_map(from_allocation));
         }
         self.policies = listed_only(cluster);
         self.policies.extend(self.orphans.keys().filter(|key| !cluster.policies.contains_key(*key)).cloned());

@@ -35,7 +35,8 @@ pub(super) fn keep_old_ways(plan: &NodePlan, marks: Marks, table: &mut Table) {
         Some((marks.connection(*id).into(), value(marks.local(*id, allocation.uplink))))
     };
     let left: Elements = plan.left.iter().filter_map(uplink).collect();
-    let came: Elements = plan.came().map(|(id, _)| (marks.connection(id).into(), value(marks.request()))).collect();
+    let came: Elements =
+        plan.moved_here().map(|(id, _)| (marks.connection(id).into(), value(marks.request()))).collect();
     if !(left.is_empty() && came.is_empty()) {
         let rules = vec![
             Rule::new().ct_original().ct_snat().set_mark_by_ct_mark(set::LEFT),

@@ -270,7 +270,7 @@ fn netdev(plan: &NodePlan, shared: &SharedSets, marks: Marks, before: Option<&Ma
         _ => None,
     });
     // Of what has come here, the connections of before go the old way for a moment.
-    let came = plan.came().map(|(id, mac)| (marks.connection(id).into(), Data::Value(mac.as_slice().into())));
+    let came = plan.moved_here().map(|(id, mac)| (marks.connection(id).into(), Data::Value(mac.as_slice().into())));
     let handed =
         plan.handed.iter().map(|(id, (_, mac))| (marks.handed(*id).into(), Data::Value(mac.as_slice().into())));
     let kind = SetKind::plain(DataType::Mark, Some(DataType::Ether));

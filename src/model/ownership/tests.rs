@@ -11,8 +11,8 @@ fn liveness(members: &[Name], dead: &[bool]) -> Liveness {
     Liveness { dead: dead.collect(), ..Liveness::default() }
 }
 
-fn of<'a>(id: EgressId, node: &'a str, members: &'a [Name]) -> Standing<'a> {
-    Standing { id, node: Some(node), leaving: None, arrived: true, takers: &[], members, needs: &[] }
+fn of<'a>(id: EgressId, node: &'a str, members: &'a [Name]) -> OwnershipInputs<'a> {
+    OwnershipInputs { id, node: Some(node), leaving: None, arrived: true, takers: &[], members, needs: &[] }
 }
 
 /// Each allocation's owner, where the allocations give allocation n to the node n modulo the number of nodes.
@@ -65,7 +65,7 @@ proptest! {
         let members = names(dead.len());
         let liveness = liveness(&members, &dead);
         let takers = [&*members[1], &members[2]];
-        let owner = owner(Standing { takers: &takers, ..of(id, &members[0], &members) }, &liveness);
+        let owner = owner(OwnershipInputs { takers: &takers, ..of(id, &members[0], &members) }, &liveness);
         match (dead[1], dead[2]) {
             (true, true) => prop_assert!(owner.is_none_or(|o| !takers.contains(&o))),
             (false, true) => prop_assert_eq!(owner, Some(takers[0])),
@@ -96,7 +96,7 @@ fn a_dead_nodes_allocations_are_spread_evenly_over_those_that_are_left() {
 fn an_allocation_that_is_moved_on_purpose_stays_until_the_new_node_has_it() {
     let members = names(3);
     let moving = |arrived, dead: &[bool]| {
-        let allocation = Standing { leaving: Some(&members[0]), arrived, ..of(7, &members[1], &members) };
+        let allocation = OwnershipInputs { leaving: Some(&members[0]), arrived, ..of(7, &members[1], &members) };
         owner(allocation, &liveness(&members, dead)).unwrap()
     };
     assert_eq!(moving(false, &[]), &*members[0]);
@@ -119,14 +119,14 @@ fn a_drained_node_is_the_last_resort() {
 #[test]
 fn what_the_allocations_gives_nobody_nobody_takes() {
     let members = names(3);
-    assert_eq!(owner(Standing { node: None, ..of(1, "", &members) }, &Liveness::default()), None);
+    assert_eq!(owner(OwnershipInputs { node: None, ..of(1, "", &members) }, &Liveness::default()), None);
 }
 
 #[test]
 fn what_is_moved_on_purpose_stays_with_the_old_node_until_the_new_one_has_it_and_lives() {
     let members = names(3);
     let [new, old] = [&*members[0], &members[1]];
-    let moving = |arrived| Standing { leaving: Some(old), arrived, ..of(7, new, &members) };
+    let moving = |arrived| OwnershipInputs { leaving: Some(old), arrived, ..of(7, new, &members) };
     let with = |dead: [bool; 2]| liveness(&members, &dead);
     assert_eq!(owner(moving(false), &with([false, false])), Some(old));
     assert_eq!(owner(moving(true), &with([false, false])), Some(new));
@@ -144,11 +144,11 @@ fn who_has_lost_less_of_what_an_allocation_needs_has_it_and_what_all_have_lost_m
         Liveness { lost: lost.collect(), ..Liveness::default() }
     };
     let allocation =
-        |takers: &'static [&'static str]| Standing { takers, needs: &needs, ..of(7, &members[0], &members) };
+        |takers: &'static [&'static str]| OwnershipInputs { takers, needs: &needs, ..of(7, &members[0], &members) };
     let (v4, v6) = (&needs[..1], &needs[1..]);
     let first = owner(allocation(&[]), &lost(&[(0, v6)]));
     assert!(first == Some(&members[1]) || first == Some(&members[2]));
-    let of_one_family = Standing { needs: v4, ..of(7, &members[0], &members) };
+    let of_one_family = OwnershipInputs { needs: v4, ..of(7, &members[0], &members) };
     assert_eq!(owner(of_one_family, &lost(&[(0, v6)])), Some(&*members[0]), "it needs no IPv6");
     assert_eq!(owner(allocation(&[]), &lost(&[(0, v6), (1, v6), (2, v6)])), Some(&*members[0]));
     assert_eq!(owner(allocation(&[]), &lost(&[(0, v6), (1, v4), (2, v4)])), Some(&*members[0]), "none has more");
@@ -163,6 +163,6 @@ fn who_has_lost_less_of_what_an_allocation_needs_has_it_and_what_all_have_lost_m
     let mut drained = lost(&[(0, v6), (1, v6)]);
     drained.drained.insert(members[2].clone());
     assert_eq!(owner(allocation(&[]), &drained), Some(&*members[0]), "who is drained gets nothing new");
-    let moving = Standing { leaving: Some(&members[1]), arrived: true, ..allocation(&[]) };
+    let moving = OwnershipInputs { leaving: Some(&members[1]), arrived: true, ..allocation(&[]) };
     assert_eq!(owner(moving, &lost(&[(0, v6)])), Some(&*members[0]), "what is moved on purpose arrives");
 }

@@ -66,7 +66,7 @@ impl Node {
         // Who was frozen may have answered for what was taken over from it, before it has found out.
         self.announce_again |= back;
         self.seen = seen;
-        self.look_again();
+        self.update_allocations();
     }
 
     /// The link has answered.
@@ -138,12 +138,12 @@ impl Node {
     }
 
     /// Computes the allocations anew: who lives, or what this node knows of itself, has changed.
-    pub(super) fn look_again(&mut self) {
+    pub(super) fn update_allocations(&mut self) {
         self.facts.dead.clone_from(&self.seen.dead);
         self.facts.lost.clone_from(&self.seen.lost);
         self.holding.note(&self.options.name.as_str().into(), &mut self.facts);
         if !self.stale {
-            self.view.look_again(&self.cluster, &self.options.name, &self.facts);
+            self.view.update_allocations(&self.cluster, &self.options.name, &self.facts);
             self.host.view(&self.view);
         }
         self.base = true;
@@ -154,7 +154,7 @@ impl Node {
         let mut uplinks_now = self.host.look(&self.view).await?;
         let now = Instant::now();
         if self.holding.judge(&uplinks_now, self.odd_family.as_deref(), now) {
-            self.look_again();
+            self.update_allocations();
         }
         // A cordoned node goes on answering: where no other is left, it is better than none.
         let drained = self.cluster.nodes.get(&*self.options.name).is_some_and(|node| has_drain_label(node));
@@ -163,7 +163,7 @@ impl Node {
         decision.desired.moving.retain(|id| !uplinks_now.unusable.contains_key(id));
         if self.facts.partial != decision.partial {
             self.facts.partial.clone_from(&decision.partial);
-            self.look_again();
+            self.update_allocations();
         }
         let few = decision.new.len() <= FEW;
         let (new, others) = decision.ask.into_iter().partition(|id| few && decision.new.contains(id));
@@ -201,7 +201,7 @@ impl Node {
         }
         if facts != self.facts {
             self.facts = facts;
-            self.look_again();
+            self.update_allocations();
             // Of what has just come here, the view knows only now that it is this node's.
             self.facts.taken = self.taken(&self.facts);
         }
@@ -221,7 +221,7 @@ impl Node {
         let coming: BTreeSet<EgressId> = all.difference(&desired.moving).copied().collect();
         if !coming.is_empty() {
             self.facts.coming = coming;
-            self.look_again();
+            self.update_allocations();
             self.here.extend(&desired.allocations);
         }
         let (changes, _) = self.reconcile_tables()?;

@@ -1,4 +1,4 @@
-//! What nodes say of allocations: who holds which, who has taken which over, who cannot hold which.
+//! What nodes report about egress IPs: which they hold, have taken over, and cannot hold.
 
 use crate::api::Allocation;
 use crate::model::Cluster;
@@ -7,7 +7,7 @@ use crate::model::marks::EgressId;
 use crate::node_plan::allocations::Facts;
 use std::collections::{BTreeMap, HashMap, HashSet};
 
-/// See the module. Of the node itself it is not what it last said but what is so.
+/// The reports of all nodes. Of this node they are its current facts, not its last status.
 pub(super) struct PeerReports<'a> {
     node: &'a str,
     facts: &'a Facts,
@@ -18,26 +18,26 @@ pub(super) struct PeerReports<'a> {
 
 impl<'a> PeerReports<'a> {
     pub(super) fn new(cluster: &'a Cluster, node: &'a str, facts: &'a Facts) -> Self {
-        let mut said =
+        let mut reports =
             PeerReports { node, facts, held: HashMap::new(), refused: HashSet::new(), taken: BTreeMap::new() };
         let others = cluster.egress_nodes.iter().filter(|(name, _)| ***name != *node);
         for (name, status) in others.filter(|(name, _)| cluster.nodes.contains_key(&**name)) {
             let OfAllocations { held, taken, refused, .. } = status.of_allocations();
             if !held.is_empty() {
-                said.held.insert(name, held.iter().copied().collect());
+                reports.held.insert(name, held.iter().copied().collect());
             }
-            said.refused.extend(refused.iter().map(|r| (&**name, r.id)));
+            reports.refused.extend(refused.iter().map(|r| (&**name, r.id)));
             for t in taken {
-                said.taken.entry(t.id).or_default().push((name, t.since));
+                reports.taken.entry(t.id).or_default().push((name, t.since));
             }
         }
         for (id, since) in &facts.taken {
-            said.taken.entry(*id).or_default().push((node, *since));
+            reports.taken.entry(*id).or_default().push((node, *since));
         }
-        said
+        reports
     }
 
-    /// Whether `node` says that it holds the allocation. `here`: whether its address is on this node.
+    /// Whether `node` reports that it holds the egress IP. `here`: whether the address is on this node.
     pub(super) fn holds(&self, node: &str, allocation: EgressId, here: bool) -> bool {
         if node == self.node {
             return here && !self.facts.refused.contains_key(&allocation);
@@ -45,12 +45,12 @@ impl<'a> PeerReports<'a> {
         self.held.get(node).is_some_and(|allocations| allocations.contains(&allocation))
     }
 
-    /// Whether another node says that it cannot hold the allocation.
+    /// Whether another node reports that it cannot hold the egress IP.
     pub(super) fn refuses(&self, node: &'a str, allocation: EgressId) -> bool {
         self.refused.contains(&(node, allocation))
     }
 
-    /// The nodes that have taken an allocation over from the allocations' node, as the allocations are now.
+    /// The nodes that report that they have taken the egress IP over since the allocation last changed its node.
     pub(super) fn takers(&self, entry: &Allocation) -> Vec<&'a str> {
         let taken = self.taken.get(&entry.id).into_iter().flatten();
         taken.filter(|(_, since)| *since == entry.since).map(|(name, _)| *name).collect()

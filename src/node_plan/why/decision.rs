@@ -44,8 +44,8 @@ pub(super) fn decided(cluster: &Cluster, pod: &Pod, policies: &[&Ranked], target
         }
         (Some(_), Some(ready)) if ready.status == "True" && is_egress_ip(cluster, target.address) => {
             format!(
-                "{target} is blocked: it is an egress IP. {} decides; packets to an egress IP are dropped unless they answer \
-                 traffic that left from it.",
+                "{target} is blocked: it is an egress IP. {} decides; packets to an egress IP are dropped unless \
+                 they answer traffic that left from it.",
                 named(key)
             )
         }

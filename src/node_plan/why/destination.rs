@@ -2,7 +2,7 @@
 
 use super::decision::decided;
 use crate::model::backends::{Access, ServiceMatch, service_at};
-use crate::model::destination::in_a_row;
+use crate::model::destination::comma_separated;
 use crate::model::networks::Networks;
 use crate::model::precedence::Ranked;
 use crate::model::target::Target;
@@ -97,5 +97,5 @@ const FEW: usize = 8;
 fn few(endpoints: &[Target]) -> String {
     let more = endpoints.len().saturating_sub(FEW);
     let shown: Vec<String> = endpoints.iter().take(FEW).map(|e| e.address.to_string()).collect();
-    in_a_row(&shown) + &if more > 0 { format!(" and {more} more") } else { String::new() }
+    comma_separated(&shown) + &if more > 0 { format!(" and {more} more") } else { String::new() }
 }

@@ -1,11 +1,11 @@
-//! `egretd why`: explains in words how a pod's packets leave the cluster. It asks the same index, in the same order, as the
-//! rules of the pod's node.
+//! `egretd why`: explains in words how a pod's packets leave the cluster. It asks the same index, in the same order,
+//! as the rules of the pod's node.
 
 mod decision;
 mod destination;
 mod policies;
 
-use crate::model::destination::in_a_row;
+use crate::model::destination::comma_separated;
 use crate::model::precedence::{PolicyIndex, Ranked};
 use crate::model::target::Target;
 use crate::model::{Cluster, ObjectKey, PolicyKey};
@@ -18,8 +18,8 @@ use ipnetwork::IpNetwork;
 #[error("the cluster has no pod {0}; write NAMESPACE/NAME")]
 pub struct NoSuchPod(String);
 
-/// Some lines of text about a pod, or, with a target, about its packets to that target. `direct` are the destinations that
-/// the user has excluded from all policies, beside the cluster's own networks.
+/// Some lines of text about a pod, or, with a target, about its packets to that target. `direct` are the destinations
+/// that the user has excluded from all policies, beside the cluster's own networks.
 ///
 /// # Errors
 /// The cluster has no such pod.
@@ -47,7 +47,8 @@ pub fn why(
         lines.push("It has ended.".into());
     } else if index.is_undecided_in(&key.namespace) {
         lines.push(format!(
-            "A policy selects namespaces by label, and the namespace {} is not known yet: the pod is isolated, {effect}.",
+            "A policy selects namespaces by label, and the namespace {} is not known yet: the pod is isolated, \
+             {effect}.",
             key.namespace
         ));
     } else if policies.is_empty() {
@@ -61,7 +62,7 @@ pub fn why(
             ),
             None => {
                 let over = policies.iter().filter(|ranked| ranked.over_quota).map(|ranked| named(&ranked.key));
-                let over = in_a_row(&over.collect::<Vec<_>>());
+                let over = comma_separated(&over.collect::<Vec<_>>());
                 format!("The policies of its namespace list too many destinations together, {over} among them")
             }
         };
@@ -82,7 +83,7 @@ fn named(key: &PolicyKey) -> String {
 }
 
 fn list<T: ToString>(all: &[T], none: &str) -> String {
-    if all.is_empty() { none.to_owned() } else { in_a_row(all) }
+    if all.is_empty() { none.to_owned() } else { comma_separated(all) }
 }
 
 #[cfg(test)]

@@ -9,7 +9,8 @@ use std::collections::HashSet;
 /// What each of a pod's policies does.
 pub(super) fn explain_all(cluster: &Cluster, policies: &[&Ranked]) -> Vec<String> {
     let mut lines = vec![
-        "Traffic inside the cluster goes direct. For other traffic the first policy that covers the destination decides:"
+        "Traffic inside the cluster goes direct. For other traffic the first policy that covers the destination \
+         decides:"
             .to_owned(),
     ];
     let passed_over = passed_over(cluster);
