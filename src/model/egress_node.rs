@@ -39,6 +39,8 @@ pub struct OfAllocations {
     pub refused: Vec<RefusedAllocation>,
     /// Gateway nodes that do not answer this node. It lists itself while it cannot hold any egress IP.
     pub unreachable_peers: Vec<String>,
+    /// Gateway nodes that do not answer this source node, while others do.
+    pub unreachable_gateway_nodes: Vec<String>,
     /// The uplinks and families that it has lost.
     pub lost: Vec<LostUplink>,
     /// The egress IPs that its pods use and whose traffic it blocks now.
@@ -53,6 +55,7 @@ impl EgressNode {
             taken: Vec::new(),
             refused: Vec::new(),
             unreachable_peers: Vec::new(),
+            unreachable_gateway_nodes: Vec::new(),
             lost: Vec::new(),
             blocked: Vec::new(),
         };
@@ -76,12 +79,21 @@ impl From<EgressNodeStatus> for EgressNode {
             taken,
             refused,
             unreachable_peers,
+            unreachable_gateway_nodes,
             lost,
             blocked,
             direct: _,
             faults: _,
         } = status;
-        let of_allocations = OfAllocations { held: allocations, taken, refused, unreachable_peers, lost, blocked };
+        let of_allocations = OfAllocations {
+            held: allocations,
+            taken,
+            refused,
+            unreachable_peers,
+            unreachable_gateway_nodes,
+            lost,
+            blocked,
+        };
         EgressNode {
             tunnel_address,
             tunnel_mac: tunnel_mac.as_deref().and_then(|text| mac::parse(text).ok()),

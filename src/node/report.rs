@@ -11,11 +11,13 @@ use crate::datapath::tunnel::Tunnel;
 use crate::model::mac;
 use crate::model::notice::Notice;
 use crate::model::precedence::PolicyIndex;
+use crate::model::selector::Name;
 use crate::model::shared::Mark;
 use crate::model::uplink_key::UplinkKey;
 use crate::model::{ObjectKey, PolicyKey};
 use crate::node_plan::View;
 use crate::node_plan::allocations::Facts;
+use std::collections::BTreeSet;
 use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -52,6 +54,8 @@ pub struct Own<'a> {
     pub holding: &'a Holding,
     /// What it had to pass over.
     pub faults: &'a Faults,
+    /// The gateways' nodes that others are to hear of, for this one does not reach them.
+    pub unreachable: &'a BTreeSet<Name>,
 }
 
 /// What a node is to say of itself.
@@ -74,7 +78,7 @@ impl Report {
     /// an API server that does not answer must not keep this node from taking over what another one leaves.
     /// The allocations `blocked` lead nowhere from here; there are so many `nodes`.
     pub fn publish(&self, view: &View, own: &Own, blocked: Vec<BlockedAllocation>, nodes: usize) {
-        let Own { tunnel, facts, holding, faults } = *own;
+        let Own { tunnel, facts, holding, faults, unreachable } = *own;
         let Some(tunnel) = tunnel else { return };
         let refused = facts.refused.iter().map(|(id, why)| RefusedAllocation { id: *id, message: why.clone() });
         let direct = view.networks.origins.iter();
@@ -86,13 +90,14 @@ impl Report {
             allocations: view.allocations.held.iter().copied().collect(),
             taken: facts.taken.iter().map(|(id, since)| TakenAllocation { id: *id, since: *since }).collect(),
             refused: refused.collect(),
-            // Source nodes ask, too, but what thousands of them say costs more than it tells.
+            // Source nodes ask, too, but what thousands of them would say at once costs more than it tells.
             unreachable_peers: facts
                 .dead
                 .iter()
                 .filter(|_| view.allocations.is_gateway)
                 .map(ToString::to_string)
                 .collect(),
+            unreachable_gateway_nodes: unreachable.iter().map(ToString::to_string).collect(),
             lost: holding.lost().map(lost_uplink).collect(),
             blocked,
             direct: direct.collect(),

@@ -7,6 +7,7 @@ mod plugins;
 mod roles;
 mod stopping;
 mod unmanaged;
+mod unreachable;
 
 pub use gateway::Heard;
 use plugins::Waiting;
@@ -117,6 +118,7 @@ pub struct Node {
     /// Why this node's end of the tunnel is of another family than the others', if it is.
     odd_family: Option<String>,
     known_faults: faults::Known,
+    unreachable: unreachable::Unreachable,
     /// Whether the kernel was in sync the last time.
     in_sync: bool,
     /// Why the offline policy snapshot could not be written.
@@ -207,6 +209,7 @@ impl Node {
             local: None,
             odd_family: None,
             known_faults: faults::Known::default(),
+            unreachable: unreachable::Unreachable::default(),
             in_sync: false,
             unstored: None,
             unwritable: None,
@@ -395,9 +398,10 @@ impl Node {
             now.clone_from(&state);
             changed
         });
-        let blocked = self.blocked();
+        let (blocked, unreachable) = (self.blocked(), &self.unreachable());
         let Node { facts, holding, .. } = self;
-        let own = Own { tunnel: self.host.tunnel_end(), facts, holding, faults: &self.known_faults.faults };
+        let faults = &self.known_faults.faults;
+        let own = Own { tunnel: self.host.tunnel_end(), facts, holding, faults, unreachable };
         self.report.publish(&self.view, &own, blocked, self.cluster.nodes.len());
         self.set_targets();
         self.set_roles();
