@@ -5,13 +5,14 @@
 
 mod harness;
 
+use harness::call::{Call, pod_before_add};
 use harness::{Bound, Table, cluster, median, ms, pods};
-use lab::cni::{Conflist, Runtime, program};
-use lab::{Lab, NodeSpec, Pod, Pods, manifests};
+use lab::cni::Runtime;
+use lab::{Lab, NodeSpec, Pod, Pods};
 use serde_json::{Value, json};
-use std::fs::{self, File};
+use std::fs;
 use std::path::PathBuf;
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 const NODES: usize = 100;
@@ -130,28 +131,17 @@ fn main() {
     table.print(["", "median", "of `tuning`"]);
 }
 
-/// A pod as the main plugin leaves it, with the label of a policy, or of none.
+/// A pod with the label of a policy, or of none.
 fn pod(lab: &Lab, name: &str, policy: usize) -> Pod {
     let wanted = cluster::policy(policy.min(POLICIES - 1));
     let app = if policy < POLICIES { wanted.name.as_str() } else { "other" };
-    lab.node("n1").set_conflist(lab.plain_conflist("n1"));
-    let labels = [("app", app)];
-    let mut pod = lab.sandbox("n1", &wanted.namespace, name, &labels);
-    pod.attach().unwrap_or_else(|e| panic!("{e}"));
-    // As a kubelet has it: the cluster learns the addresses after ADD. A daemon that knew them would adopt the pod.
-    let before_add = manifests::pod("n1", &wanted.namespace, name, &pod.uid, &labels, &[]);
-    lab.manifests().write_object(&format!("pod-{}-{name}.yaml", wanted.namespace), &before_add);
-    std::thread::sleep(Duration::from_millis(500));
-    pod
+    pod_before_add(lab, &wanted.namespace, name, &[("app", app)])
 }
 
 /// A program that is started again and again.
 struct Contestant {
     name: String,
-    program: PathBuf,
-    arguments: Vec<&'static str>,
-    stdin: PathBuf,
-    runtime: Runtime,
+    call: Call,
     /// What has to be done after its DEL so that it can be called again.
     after: Vec<String>,
     /// Why it does not run on this machine.
@@ -161,20 +151,11 @@ struct Contestant {
 
 impl Contestant {
     fn new(lab: &Lab, name: &str, pod: &Pod, configuration: Value) -> Contestant {
-        let kind = configuration["type"].as_str().unwrap_or_default().to_owned();
-        let stdin = lab.directory().join(format!("{name}.json"));
-        let text = Conflist::empty().stdin_of(&configuration, &pod.runtime, pod.result.as_ref()).to_string();
-        fs::write(&stdin, text).expect("write a configuration");
-        Contestant {
-            name: name.to_owned(),
-            program: program(&kind),
-            arguments: Vec::new(),
-            stdin,
-            runtime: pod.runtime.clone(),
-            after: Vec::new(),
-            refusal: None,
-            times: Vec::new(),
-        }
+        Contestant::of(name, Call::new(lab, name, pod, &configuration))
+    }
+
+    fn of(name: &str, call: Call) -> Contestant {
+        Contestant { name: name.to_owned(), call, after: Vec::new(), refusal: None, times: Vec::new() }
     }
 
     fn nothing() -> Contestant {
@@ -185,33 +166,9 @@ impl Contestant {
             args: String::new(),
             capabilities: Value::Null,
         };
-        Contestant {
-            name: "a static program that does nothing".into(),
-            program: std::env::current_exe().expect("this program's path"),
-            arguments: vec![NOTHING],
-            stdin: "/dev/null".into(),
-            runtime,
-            after: Vec::new(),
-            refusal: None,
-            times: Vec::new(),
-        }
-    }
-
-    /// One call, from before the process is there until it is gone.
-    fn call(&self, verb: &str) -> (Duration, bool) {
-        let mut command = Command::new(&self.program);
-        command
-            .args(&self.arguments)
-            .env_clear()
-            .envs([("PATH", "/usr/sbin:/usr/bin:/sbin:/bin"), ("CNI_PATH", "/usr/lib/cni"), ("CNI_COMMAND", verb)])
-            .envs([("CNI_CONTAINERID", &self.runtime.container_id), ("CNI_NETNS", &self.runtime.netns)])
-            .envs([("CNI_IFNAME", &self.runtime.ifname), ("CNI_ARGS", &self.runtime.args)])
-            .stdin(File::open(&self.stdin).expect("a configuration"))
-            .stdout(Stdio::null())
-            .stderr(Stdio::null());
-        let begin = Instant::now();
-        let ok = command.spawn().and_then(|mut child| child.wait()).is_ok_and(|status| status.success());
-        (begin.elapsed(), ok)
+        let program = std::env::current_exe().expect("this program's path");
+        let call = Call { program, arguments: vec![NOTHING], stdin: "/dev/null".into(), runtime };
+        Contestant::of("a static program that does nothing", call)
     }
 
     /// Calls it twice before anything is counted.
@@ -223,8 +180,8 @@ impl Contestant {
 
     /// How long ADD takes; `None` if ADD or DEL fails.
     fn round(&self) -> Option<Duration> {
-        let (took, added) = self.call("ADD");
-        let (_, deleted) = self.call("DEL");
+        let (took, added) = self.call.verb("ADD");
+        let (_, deleted) = self.call.verb("DEL");
         if let [program, arguments @ ..] = &self.after[..] {
             let _ = Command::new(program).args(arguments).status();
         }

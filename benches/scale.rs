@@ -3,13 +3,13 @@
 
 mod harness;
 
-use harness::{Bound, Memory, Table, cluster, mb, median, pods};
+use harness::{Bound, Memory, Table, cluster, mb, median, pods, start};
 use lab::{Daemon, Lab, Node, NodeSpec, Pods};
 use netlink_sys::{Socket, SocketAddr};
 use nix::sys::socket::{setsockopt, sockopt};
 use nix::sys::time::{TimeVal, TimeValLike};
+use std::iter;
 use std::time::{Duration, Instant};
-use std::{fs, iter};
 
 const NODES: usize = 5_000;
 const POLICIES: usize = 10_000;
@@ -107,19 +107,6 @@ fn measure(lab: &Lab, node: &Node, role: &str) {
     println!("On {role}:\n");
     table.print(["", "median", "of what is allowed"]);
     daemon.kill9();
-}
-
-/// Starts the daemon, and waits until it answers plugins: then the kernel is in sync.
-fn start(lab: &Lab, node: &Node) -> (Duration, Daemon) {
-    let _ = fs::remove_file(node.cni_socket());
-    let begin = Instant::now();
-    let daemon = lab.start_node(&node.name);
-    while !node.cni_socket().exists() {
-        assert!(daemon.runs(), "the daemon has ended:\n{}", daemon.log());
-        assert!(begin.elapsed() < Duration::from_secs(60), "not ready in a minute:\n{}", daemon.log());
-        std::thread::sleep(Duration::from_micros(200));
-    }
-    (begin.elapsed(), daemon)
 }
 
 /// Waits until the node has all egress addresses that the allocations give it. It asks the link for each before.

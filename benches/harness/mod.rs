@@ -3,13 +3,14 @@
 #![allow(dead_code, reason = "every measurement compiles its own copy, and uses part of it")]
 
 pub mod api;
+pub mod call;
 pub mod cluster;
 pub mod pods;
 pub mod questions;
 
-use lab::{Daemon, Node};
+use lab::{Daemon, Lab, Node};
 use std::fs;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Prints what is measured, and on what. Until the end of this program no lab of another one begins.
 pub fn begin(what: &str) {
@@ -61,6 +62,19 @@ impl Memory {
         };
         Memory { resident: field("VmRSS:"), file: field("RssFile:"), peak: field("VmHWM:") }
     }
+}
+
+/// Starts the daemon, and waits until it answers plugins: then the kernel is in sync.
+pub fn start(lab: &Lab, node: &Node) -> (Duration, Daemon) {
+    let _ = fs::remove_file(node.cni_socket());
+    let begin = Instant::now();
+    let daemon = lab.start_node(&node.name);
+    while !node.cni_socket().exists() {
+        assert!(daemon.runs(), "the daemon has ended:\n{}", daemon.log());
+        assert!(begin.elapsed() < Duration::from_secs(60), "not ready in a minute:\n{}", daemon.log());
+        std::thread::sleep(Duration::from_micros(200));
+    }
+    (begin.elapsed(), daemon)
 }
 
 /// Millions of bytes.

@@ -1,10 +1,10 @@
 //! Several tenants: whose address is whose, and who decides. Needs root.
 
 use lab::scene::{assert_blocked, assert_leaves_by_egress};
-use lab::{EGRESS4, EXT4, Lab, VISITOR, manifests};
+use lab::{EGRESS4, EXT4, Lab, Pod, VISITOR, manifests};
 use std::io::ErrorKind;
 use std::net::{IpAddr, Ipv4Addr, TcpStream};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -151,4 +151,59 @@ fn an_address_that_is_the_hosts_own_or_no_hosts_is_not_taken() {
         &manifests::policy("shop", "visitors", "podSelector: {}\n  address: { ipv4: 192.0.2.50 }"),
     );
     lab.wait_seen_as(&pod, EGRESS4);
+}
+
+/// Four policies of the namespace `greedy` for all of its pods, each with so many rules of 25 networks and 100 ports.
+fn greedy(rules: usize) -> String {
+    let ports: String = (0..100).map(|n| format!("{{ protocol: TCP, port: {} }}, ", 1_000 + 2 * n)).collect();
+    let rule = |of: usize, n: usize| {
+        let cidr = |i| format!("{{ ipBlock: {{ cidr: 11.{of}.{n}.{}/32 }} }}, ", 2 * i);
+        let networks: String = (0..25).map(cidr).collect();
+        format!("\n  - to: [{networks}]\n    ports: [{ports}]")
+    };
+    let policy = |of: usize| {
+        let rules: String = (0..rules).map(|n| rule(of, n)).collect();
+        let spec = format!("podSelector: {{}}\n  priority: {of}\n  egress:{rules}");
+        manifests::policy("greedy", &format!("p{of}"), &spec)
+    };
+    (0..4).map(policy).collect()
+}
+
+/// The middle of some ADDs of the pod by egret-cni, each undone before the next.
+fn time_of_add(pod: &Pod) -> Duration {
+    let add = || {
+        pod.egret("DEL", |_| ()).expect("DEL");
+        let begin = Instant::now();
+        pod.egret("ADD", |_| ()).expect("ADD");
+        begin.elapsed()
+    };
+    let mut times: Vec<Duration> = (0..7).map(|_| add()).collect();
+    times.sort_unstable();
+    times[3]
+}
+
+#[test]
+fn a_tenant_who_lists_a_hundred_thousand_destinations_delays_nobody() {
+    let _machine = lab::turn::alone();
+    let lab = Lab::scene();
+    lab.write_manifest("greedy.yaml", &greedy(1));
+    let pods: Vec<Pod> = (0..24).map(|n| lab.add_pod("n1", "greedy", &format!("greedy-{n}"), &[])).collect();
+    let other = lab.add_pod("n1", "shop", "visitor", VISITOR);
+    let elements = || lab.node("n1").nft("list table inet egret").matches(" 11.").count();
+    lab.wait_until("its lists are in the kernel", PATIENCE, || elements() >= 100);
+    let before = time_of_add(&other);
+    lab.write_manifest("greedy.yaml", &greedy(10));
+    // An element for each network and port.
+    lab.wait_until("its long lists are in the kernel", 6 * PATIENCE, || elements() >= 100_000);
+    lab.wait_ready("n1");
+    let beside = time_of_add(&other);
+    println!("ADD of another tenant's pod: {before:?}, and {beside:?} beside 100,000 destinations");
+    assert!(beside < before * 3 + Duration::from_millis(50), "{before:?}, and {beside:?}");
+    assert_leaves_by_egress(&other);
+    let begin = Instant::now();
+    lab.daemon("n1").restart();
+    lab.wait_ready("n1");
+    println!("ready {:?} after a restart", begin.elapsed());
+    assert_leaves_by_egress(&other);
+    assert!(pods.iter().all(|pod| pod.check().is_ok()));
 }
