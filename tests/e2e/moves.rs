@@ -19,7 +19,7 @@ fn a_drained_gateways_path_goes_to_one_that_lives() {
     let told = |by: &str| {
         let status = lab.manifests().path().join(format!("status/egressnodes/{by}.yaml"));
         let text = std::fs::read_to_string(status).unwrap_or_default();
-        let silent = text.split_once("silent:").and_then(|(_, after)| after.lines().map(str::trim).nth(1));
+        let silent = text.split_once("unreachablePeers:").and_then(|(_, after)| after.lines().map(str::trim).nth(1));
         silent.is_some_and(|line| line == format!("- {dead}"))
     };
     lab.wait_until("the others tell", Duration::from_secs(20), || told(lives) && told(&owner));
