@@ -261,7 +261,7 @@ mod tests {
     }
 
     #[test]
-    fn who_may_use_a_gateway_is_bounded() {
+    fn reservations_are_validated() {
         let reserved = |reservation: Value| json!({"nodeSelector": {}, "reservations": [reservation]});
         let selector = json!({"matchLabels": {"team": "sales"}});
         assert_good("EgressGateway", &reserved(json!({"addresses": ["192.0.2.50"], "namespaceSelector": selector})));

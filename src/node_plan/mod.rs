@@ -68,7 +68,7 @@ impl View {
     }
 
     /// Updates the view, which always belongs to the same node. A part whose inputs have not changed stays the same
-    /// value, as [`Shared`](crate::model::shared) tells.
+    /// value, which [`Shared`](crate::model::shared) can compare.
     pub fn update(
         &mut self,
         cluster: &Cluster,

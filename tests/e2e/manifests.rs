@@ -240,7 +240,7 @@ fn a_policy_whose_gateway_nobody_hears_of_is_not_said_to_be_ready() {
     std::thread::sleep(Duration::from_millis(300));
     ready("True", "AddressHeld", &["192.0.2.50"]);
     hears("g2", "Unknown");
-    ready("Unknown", "NodeNotHeard", &["192.0.2.50", "see whether it lives"]);
+    ready("Unknown", "NodeNotHeard", &["192.0.2.50", "see whether it runs"]);
     // Its kubelet says that something else is wrong, and so it lives.
     hears("g2", "False");
     ready("True", "AddressHeld", &["192.0.2.50"]);

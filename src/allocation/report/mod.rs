@@ -214,7 +214,7 @@ impl<'a> NodeReports<'a> {
             };
         };
         if !self.is_believed(holder, grant, living) {
-            let message = format!("node {holder:?} held {address}, and nobody hears of it now; see whether it lives");
+            let message = format!("node {holder:?} held {address}, and nobody hears from it now; see whether it runs");
             return (None, NOT_HEARD, message);
         }
         let lost = self.lost(holder, grant);

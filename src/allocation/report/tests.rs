@@ -84,7 +84,7 @@ fn ready_follows_what_the_node_says() {
 }
 
 #[test]
-fn what_a_node_said_that_nobody_hears_of_is_not_believed() {
+fn the_report_of_a_lost_node_is_not_believed() {
     let mut world = World::new(&["192.0.2.50"]);
     world.policy("a/p", naming(&["192.0.2.50"]));
     world.policy("a/own", asking(Allocate::Node));
@@ -120,7 +120,7 @@ fn what_a_node_said_that_nobody_hears_of_is_not_believed() {
     lost(&mut world, "n1", true);
     world.assert_condition("a/p", "Ready", "True", "AddressHeld", "holds");
     lost(&mut world, "n2", true);
-    world.assert_condition("a/p", "Ready", "Unknown", "NodeNotHeard", "see whether it lives");
+    world.assert_condition("a/p", "Ready", "Unknown", "NodeNotHeard", "see whether it runs");
     let gateway = |world: &mut World| {
         let conditions = world.allocate().gateways["g"].conditions.clone();
         let ready = conditions.into_iter().find(|c| c.type_ == "Ready").unwrap();
@@ -139,7 +139,7 @@ fn what_a_node_said_that_nobody_hears_of_is_not_believed() {
     world.assert_condition("a/p", "Ready", "True", "AddressHeld", "holds");
     assert_eq!(gateway(&mut world), ("True".to_owned(), "NodesMatch".to_owned()));
     world.now += 60;
-    world.assert_condition("a/p", "Ready", "Unknown", "NodeNotHeard", "see whether it lives");
+    world.assert_condition("a/p", "Ready", "Unknown", "NodeNotHeard", "see whether it runs");
     lost(&mut world, "n2", false);
 
     // Of two that do not hear each other, nobody knows which one lives.
@@ -304,7 +304,7 @@ fn a_policy_without_an_address_that_lets_go_what_it_covers_shadows_none() {
 }
 
 #[test]
-fn what_the_holder_has_lost_is_named_where_the_policy_needs_it() {
+fn lost_families_that_the_policy_needs_are_named() {
     let mut world = World::new(&["192.0.2.50-192.0.2.59", "2001:db8::50-2001:db8::59"]);
     world.policy("a/pair", asking(Allocate::Dedicated));
     world.policy("a/plain", naming(&["192.0.2.57"]));

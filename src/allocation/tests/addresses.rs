@@ -61,7 +61,7 @@ fn a_nodes_own_address_is_never_given_away() {
 }
 
 #[test]
-fn what_was_given_back_cools_down_for_ten_minutes_for_all_but_who_had_it() {
+fn released_addresses_cool_down_for_all_but_their_former_policies() {
     let mut world = World::new(&["192.0.2.50"]);
     world.policy("a/p", asking(Allocate::Dedicated));
     let before = world.allocate().grant("a/p").clone();
@@ -169,7 +169,7 @@ fn a_second_address_comes_to_an_explicit_allocation_without_a_new_id() {
 }
 
 #[test]
-fn who_comes_to_name_the_address_it_has_stays_on_its_node() {
+fn a_policy_that_names_its_present_address_stays_on_its_node() {
     let mut world = World::new(&["192.0.2.50-192.0.2.59", "2001:db8::50-2001:db8::59"]);
     for name in ["a/1", "a/2", "a/3", "a/4"] {
         world.policy(name, asking(Allocate::Dedicated));

@@ -113,7 +113,7 @@ fn a_node_that_egret_has_not_come_to_yet_gets_nothing_that_others_have() {
 }
 
 #[test]
-fn what_a_node_had_that_is_the_gateways_no_more_moves_whether_anybody_lives_or_not() {
+fn allocations_move_from_a_node_that_left_the_gateway() {
     let mut world = world(&["n1", "n2"], 1);
     misses(&mut world, "n1", &["n2"]);
     world.node("n1", "other", &["10.0.0.0"]);
@@ -174,7 +174,7 @@ fn a_new_node_gets_its_share_when_it_is_asked_for_and_not_all_at_once() {
 }
 
 #[test]
-fn what_a_policy_wants_where_it_is_and_what_cannot_move_stays() {
+fn requested_and_immovable_allocations_are_not_rebalanced() {
     let mut world = world(&["n1"], 4);
     for policy in ["a/p000", "a/p001", "a/p002"] {
         let policy = world.cluster.policies.get_mut(&PolicyKey::from(policy)).unwrap();
@@ -196,8 +196,8 @@ fn a_node_that_cannot_hold_what_it_has_gets_no_more() {
     let mut world = world(&["n1"], 4);
     world.node("n2", "g", &["10.0.0.9"]);
     world.settle();
-    let said = Arc::make_mut(world.cluster.egress_nodes.get_mut("n2").unwrap());
-    said.of_allocations_mut().refused =
+    let status = Arc::make_mut(world.cluster.egress_nodes.get_mut("n2").unwrap());
+    status.of_allocations_mut().refused =
         vec![crate::api::RefusedAllocation { id: 1, message: "there is no interface bond7".into() }];
     rebalancing(&mut world, true);
     world.allocate();
@@ -269,7 +269,7 @@ proptest! {
 }
 
 #[test]
-fn who_has_lost_a_family_gets_nothing_new_while_another_has_it() {
+fn a_node_that_has_lost_a_family_gets_no_new_allocations() {
     let mut world = world(&["n1", "n2"], 2);
     world.loses("n1", &["IPv6"]);
     rebalancing(&mut world, true);

@@ -90,7 +90,7 @@ fn a_node_of_two_gateways_serves_both() {
 }
 
 #[test]
-fn where_others_place_the_addresses_the_node_that_has_one_holds_the_allocation() {
+fn with_external_placement_the_node_with_the_address_holds_the_allocation() {
     let mut world = World::new(&[]);
     world.external("g", &["192.0.2.50-192.0.2.51"]);
     world.policy("a/p", asking(Allocate::Dedicated));

@@ -96,7 +96,7 @@ fn listing(networks: usize) -> EgressPolicySpec {
 }
 
 /// Tells the policies, as the controller does.
-fn tell(world: &mut World) {
+fn store_reports(world: &mut World) {
     let outcome = world.allocate();
     for (key, status) in report(&world.cluster, &outcome, world.now) {
         world.cluster.policy_statuses.insert(key, Arc::new(status));
@@ -139,7 +139,7 @@ fn the_policy_that_lists_more_is_refused_and_the_others_stay() {
         world.policy(name, listing(networks));
         world.now += 1;
     }
-    tell(&mut world);
+    store_reports(&mut world);
     world.policy("a/late", listing(20));
     world.allocate().assert_refused("a/late", Reason::QuotaExceeded, &["100 networks"]);
     world.without_policy("a/late");
@@ -151,12 +151,12 @@ fn the_policy_that_lists_more_is_refused_and_the_others_stay() {
     let outcome = world.allocate();
     outcome.assert_refused("a/old", Reason::QuotaExceeded, &["\"a\""]);
     outcome.grant("a/young");
-    tell(&mut world);
+    store_reports(&mut world);
     assert_eq!(world.allocate().decisions, outcome.decisions);
 }
 
 #[test]
-fn what_no_host_can_have_is_in_no_pool() {
+fn unusable_addresses_are_refused_in_a_pool() {
     let pool = |entry: &str| {
         let spec = EgressGatewaySpec { addresses: vec![entry.to_owned()], ..Default::default() };
         Gateway::new(&spec, Metadata::default()).map(|_| ()).map_err(|e| e.to_string())

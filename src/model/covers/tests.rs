@@ -127,7 +127,7 @@ fn any_ports() -> impl Strategy<Value = Ports> {
 
 proptest! {
     #[test]
-    fn what_is_found_is_what_is_listed(of in vec((vec(any_network(), 0..4), vec(any_ports(), 0..3)), 0..5)) {
+    fn lookups_cover_exactly_the_listed_destinations(of in vec((vec(any_network(), 0..4), vec(any_ports(), 0..3)), 0..5)) {
         let all = covers(of);
         let lookups = all.lookups();
         for v4 in [true, false] {

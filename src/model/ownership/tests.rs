@@ -61,7 +61,7 @@ proptest! {
     }
 
     #[test]
-    fn what_was_taken_over_stays_until_the_taker_dies(dead in prop::collection::vec(any::<bool>(), 3..8), id in 1u16..16384) {
+    fn a_taken_over_allocation_stays_until_its_new_owner_dies(dead in prop::collection::vec(any::<bool>(), 3..8), id in 1u16..16384) {
         let members = names(dead.len());
         let liveness = liveness(&members, &dead);
         let takers = [&*members[1], &members[2]];
@@ -117,13 +117,13 @@ fn a_drained_node_is_the_last_resort() {
 }
 
 #[test]
-fn what_the_allocations_gives_nobody_nobody_takes() {
+fn an_allocation_without_an_assigned_node_has_no_owner() {
     let members = names(3);
     assert_eq!(owner(OwnershipInputs { node: None, ..of(1, "", &members) }, &Liveness::default()), None);
 }
 
 #[test]
-fn what_is_moved_on_purpose_stays_with_the_old_node_until_the_new_one_has_it_and_lives() {
+fn in_a_planned_move_the_old_node_is_the_owner_until_the_new_one_holds_it() {
     let members = names(3);
     let [new, old] = [&*members[0], &members[1]];
     let moving = |arrived| OwnershipInputs { leaving: Some(old), arrived, ..of(7, new, &members) };
@@ -136,7 +136,7 @@ fn what_is_moved_on_purpose_stays_with_the_old_node_until_the_new_one_has_it_and
 }
 
 #[test]
-fn who_has_lost_less_of_what_an_allocation_needs_has_it_and_what_all_have_lost_moves_nothing() {
+fn a_node_that_has_lost_fewer_families_becomes_the_owner() {
     let members = names(3);
     let needs: Vec<UplinkKey> = [true, false].map(|ipv4| UplinkKey { interface: None, ipv4 }).into();
     let lost = |of: &[(usize, &[UplinkKey])]| {

@@ -76,7 +76,7 @@ fn one_of_the_others_takes_a_dead_nodes_allocation_and_all_know_which() {
 }
 
 #[test]
-fn who_takes_an_allocation_over_translates_all_the_while() {
+fn a_node_translates_before_and_during_a_takeover() {
     let (world, id) = world();
     let AllocationState::Remote(new) = seen(&world, "plain", &facts(&[], &["n1"]), id).0 else { panic!() };
     let taker = if new == mac::of_node("n2") { "n2" } else { "n3" };
@@ -97,7 +97,7 @@ fn who_takes_an_allocation_over_translates_all_the_while() {
 }
 
 #[test]
-fn what_was_taken_over_stays_when_the_dead_node_is_back_and_the_allocations_follows() {
+fn a_taken_over_allocation_stays_when_the_dead_node_is_back() {
     let (mut world, id) = world();
     let since = world.cluster.gateways["g"].status.allocations[0].since;
     says(&mut world, "n3", &[id], &[(id, since)]);
@@ -119,7 +119,7 @@ fn what_was_taken_over_stays_when_the_dead_node_is_back_and_the_allocations_foll
 }
 
 #[test]
-fn what_was_said_of_an_older_allocations_counts_no_more() {
+fn reports_about_older_allocations_do_not_count() {
     let (mut world, id) = world();
     let since = world.cluster.gateways["g"].status.allocations[0].since;
     says(&mut world, "n3", &[id], &[(id, since - 1)]);
@@ -175,7 +175,7 @@ fn of_nodes_that_are_all_drained_none_is_left() {
 }
 
 #[test]
-fn where_others_place_the_addresses_the_node_that_has_one_owns_the_allocation() {
+fn with_external_placement_the_node_with_the_address_is_the_owner() {
     let (mut world, id) = world();
     world.external("g", &["192.0.2.50-192.0.2.59"]);
     let allocation = |world: &World, node: &str, facts: &Facts| seen(world, node, facts, id);
@@ -200,7 +200,7 @@ fn a_nodes_own_address_does_not_move() {
 }
 
 #[test]
-fn who_gave_an_allocation_up_sends_it_to_the_one_that_must_have_taken_it() {
+fn a_node_that_relinquished_an_allocation_sends_to_the_next_owner() {
     let (world, id) = world();
     let mut facts = facts(&[], &[]);
     facts.relinquished.insert(id);
