@@ -1,7 +1,7 @@
-//! Where cluster state comes from and statuses go to: the Kubernetes API, or a directory of manifests.
+//! The sources of cluster state and the destinations of statuses: the Kubernetes API, or a directory of manifests.
 //!
-//! A source delivers snapshots ([`Cluster`]): the first one when it has read everything once, then one for each
-//! change. It never delivers less than it knows: what cannot be read keeps its last good state.
+//! A source delivers snapshots ([`Cluster`]): the first when it has read everything once, then one for each change.
+//! An object that cannot be read keeps its last good state.
 
 pub mod dir;
 pub mod kube;
@@ -20,7 +20,7 @@ use std::sync::Arc;
 use tokio::sync::watch;
 use tracing::{info, warn};
 
-/// What `--cluster` names.
+/// The value of `--cluster`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum SourceName {
     /// `dir:PATH`: a directory of manifests.
@@ -29,24 +29,24 @@ pub enum SourceName {
     Kube(KubeOptions),
 }
 
-/// How the Kubernetes API is used.
+/// Options of the Kubernetes API as a source.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct KubeOptions {
-    /// A file with the address and the credentials; `None`: those that Kubernetes gives to pods.
+    /// A kubeconfig file; `None`: the credentials that Kubernetes gives to pods.
     pub kubeconfig: Option<PathBuf>,
-    /// How several controllers take turns; `None`: there is only one.
+    /// Leader election among several controllers; `None`: there is only one.
     pub lease: Option<LeaseSettings>,
-    /// Where a node writes down what it is told, for a start while the API server is away; `None`: nowhere.
+    /// The offline cache, for a node's start while the API server is away; `None`: there is none.
     pub known: Option<OfflineCache>,
 }
 
-/// Where a node writes down what it knows of the cluster.
+/// The directory of a node's offline cache.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct OfflineCache {
-    /// The directory; it is made if need be.
+    /// The directory; it is created if it does not exist.
     pub directory: PathBuf,
-    /// Whose it is. What was written for another is not read: what another node knew, or this one before a boot, when
-    /// the kernel was another one.
+    /// The owner: the node and its boot. A cache of another owner is not read, because it describes another node, or
+    /// a kernel that no longer runs.
     pub of: String,
 }
 
@@ -64,7 +64,7 @@ impl FromStr for SourceName {
 }
 
 impl SourceName {
-    /// With these options, where they have a meaning.
+    /// Sets the options, if the source is the Kubernetes API.
     #[must_use]
     pub fn with(self, options: KubeOptions) -> Self {
         match self {
@@ -73,7 +73,7 @@ impl SourceName {
         }
     }
 
-    /// With what is known written down there, by a node.
+    /// Sets the offline cache, if the source is the Kubernetes API.
     #[must_use]
     pub fn writing_down(mut self, known: OfflineCache) -> Self {
         if let SourceName::Kube(options) = &mut self {
@@ -96,47 +96,48 @@ pub enum Scope {
 pub struct Source {
     /// The newest snapshot.
     pub snapshots: watch::Receiver<Arc<Cluster>>,
-    /// Where statuses go.
+    /// Writes statuses.
     pub statuses: Statuses,
-    /// What is wrong in the source now, one line each: what it is about, and what is wrong. Empty when all is well.
+    /// The source's current problems, one line each with the object and the fault. Empty if there are none.
     pub problems: watch::Receiver<Arc<Vec<String>>>,
-    /// For pods that start before a snapshot has them.
+    /// Looks up pods that start before a snapshot has them.
     pub lookup: Lookup,
-    /// Whether this reader may write what several could: a controller's.
+    /// Whether this process may write what only one controller may write.
     pub leadership: Leadership,
 }
 
-/// Writes statuses to where the cluster keeps them. Each kind of status has one writer in the cluster.
+/// Writes statuses to the source. Each kind of status has one writer in the cluster.
 #[derive(Clone, Debug)]
 pub enum Statuses {
-    /// Into `PATH/status/`.
+    /// To files in `PATH/status/`.
     Dir(dir::Statuses),
-    /// Into the objects' status, by the Kubernetes API.
+    /// To the objects' status, by the Kubernetes API.
     Kube(kube::Statuses),
 }
 
-/// A status that was not written, or maybe not.
+/// A status was not written, or may not have been.
 #[derive(Debug, thiserror::Error)]
 pub enum NotWritten {
     /// Nothing was changed.
     #[error("{0:#}")]
     Refused(#[from] anyhow::Error),
-    /// It is not known whether it was written, or still will be.
+    /// It is not known whether the status was written or still will be.
     #[error("{0:#}")]
     Uncertain(anyhow::Error),
 }
 
-/// Looks for a pod by name.
+/// Looks up a pod by name.
 #[derive(Clone)]
 pub enum Lookup {
-    /// The source tells of pods as soon as it can be told of them.
+    /// The source delivers every pod without being asked.
     None,
     /// By the Kubernetes API.
     Kube(kube::Lookup),
 }
 
 impl Lookup {
-    /// Has the pod in one of the next snapshots, if there is one of that name, and of that uid unless it is empty.
+    /// Makes one of the next snapshots have the pod, if there is one of this name, and of this uid unless `uid` is
+    /// empty.
     pub fn look_for(&self, pod: ObjectKey, uid: &str) {
         match self {
             Lookup::None => {}
@@ -145,26 +146,26 @@ impl Lookup {
     }
 }
 
-/// Which of several controllers leads.
+/// Leader election among controllers.
 #[derive(Clone)]
 pub enum Leadership {
-    /// There is only this one.
+    /// This is the only controller.
     Alone,
-    /// Who has the Lease.
+    /// The holder of the Lease leads.
     Lease(kube::lease::Leadership),
 }
 
-/// One time of leading.
+/// One term of a leader.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Term {
-    /// Who leads.
+    /// The leader's name.
     pub name: String,
-    /// Which time it is; later ones have higher numbers. 0 where nobody takes turns.
+    /// The term's number; later terms have higher numbers. 0 without leader election.
     pub number: i64,
 }
 
 impl Leadership {
-    /// The time of leading that this process is in; `None`: another one leads, or nobody.
+    /// The term in which this process leads; `None` if it does not.
     pub fn term(&self) -> Option<Term> {
         match self {
             Leadership::Alone => Some(Term { name: String::new(), number: 0 }),
@@ -172,7 +173,7 @@ impl Leadership {
         }
     }
 
-    /// Waits until this process begins to lead, or ceases to.
+    /// Waits until this process becomes the leader, or is no longer.
     pub async fn changed(&mut self) {
         match self {
             Leadership::Alone => std::future::pending().await,
@@ -180,10 +181,10 @@ impl Leadership {
         }
     }
 
-    /// Makes sure that this process leads now: who leads after it sees all that was there before this call.
+    /// Makes sure that this process leads now. A later leader sees everything that was written before this call.
     ///
     /// # Errors
-    /// It does not, or that cannot be found out.
+    /// This process does not lead, or the Lease cannot be read.
     pub async fn confirm(&self) -> anyhow::Result<()> {
         match self {
             Leadership::Alone => Ok(()),
@@ -191,7 +192,7 @@ impl Leadership {
         }
     }
 
-    /// Lets the next one lead at once.
+    /// Releases the leadership, so that the next process can lead at once.
     pub async fn release(&self) {
         if let Leadership::Lease(lease) = self {
             lease.release().await;
@@ -199,7 +200,7 @@ impl Leadership {
     }
 }
 
-/// Opens a source and returns when everything has been read once.
+/// Opens a source. Returns when everything has been read once.
 ///
 /// # Errors
 /// The source does not exist or cannot be watched.
@@ -207,10 +208,10 @@ pub async fn open(name: &SourceName, scope: Scope) -> anyhow::Result<Source> {
     open_and_report(name, scope, &|_| {}).await
 }
 
-/// Who is told what an opening waits for, in the words of the log.
+/// Receives a text that says what an opening waits for.
 pub type WaitingFor<'a> = &'a (dyn Fn(&str) + Sync);
 
-/// Opens a source as [`open`] does, and reports what it waits for meanwhile.
+/// Opens a source as [`open`] does, and reports what it waits for.
 ///
 /// # Errors
 /// The source does not exist or cannot be watched.
@@ -221,8 +222,8 @@ pub async fn open_and_report(name: &SourceName, scope: Scope, waiting_for: Waiti
     }
 }
 
-/// Adds to a snapshot all Services, and the endpoints of those that packets to `target` may be for, where they are not in
-/// it anyway.
+/// Adds to a snapshot all Services, and the endpoints of those to which packets to `target` may belong, if the
+/// snapshot has none.
 ///
 /// # Errors
 /// They cannot be read.
@@ -237,24 +238,24 @@ pub async fn add_services(name: &SourceName, cluster: &mut Cluster, target: &Tar
     Ok(())
 }
 
-/// What asks about tokens, where there is somebody to ask.
+/// The reviewer of bearer tokens.
 ///
 /// # Errors
-/// Nobody there knows of tokens, or there are no credentials.
+/// The source knows no tokens, or there are no credentials.
 pub async fn reviewer(name: &SourceName) -> anyhow::Result<kube::Reviewer> {
     match name {
         SourceName::Dir(path) => anyhow::bail!(
-            "nobody at dir:{} knows of tokens; leave --metrics-authentication out, or use --cluster kube",
+            "dir:{} has no API server to review tokens; omit --metrics-authentication, or use --cluster kube",
             path.display()
         ),
         SourceName::Kube(options) => kube::reviewer(options).await,
     }
 }
 
-/// Removes what a node said of itself, for a node that Egret leaves; whether there was anything.
+/// Removes a node's report from the cluster. Returns whether there was one.
 ///
 /// # Errors
-/// It is still there.
+/// The report could not be removed.
 pub async fn remove_node(name: &SourceName, node: &str) -> anyhow::Result<bool> {
     match name {
         SourceName::Dir(path) => dir::remove_node(path, node),
@@ -263,12 +264,12 @@ pub async fn remove_node(name: &SourceName, node: &str) -> anyhow::Result<bool> 
 }
 
 impl Statuses {
-    /// Writes a gateway's status, the allocations, in place of the one of the version that a snapshot had
-    /// ([`Gateway::version`](crate::model::Gateway::version)); returns the new version, where there are any.
-    /// `notices` are told as events, where there are any.
+    /// Writes a gateway's status with its allocations, replacing the version that a snapshot had
+    /// ([`Gateway::version`](crate::model::Gateway::version)). Returns the new version, if the source has versions.
+    /// `notices` become events, if the source has events.
     ///
     /// # Errors
-    /// It could not be stored, or the object has another version by now.
+    /// The status was not stored, or the object's version has changed meanwhile.
     pub async fn gateway(
         &self,
         name: &str,
@@ -285,8 +286,8 @@ impl Statuses {
         }
     }
 
-    /// The gateways that there are now, and their versions: newer than any snapshot. `None` where a snapshot is as new
-    /// as can be.
+    /// The current gateways and their versions, newer than any snapshot. `None` if the source's snapshots are always
+    /// current.
     ///
     /// # Errors
     /// They cannot be read.
@@ -297,10 +298,10 @@ impl Statuses {
         }
     }
 
-    /// Writes a policy's status, and tells of it.
+    /// Writes a policy's status, and emits `notices` as events.
     ///
     /// # Errors
-    /// It could not be stored.
+    /// The status could not be stored.
     pub async fn policy(
         &self,
         key: &PolicyKey,
@@ -316,7 +317,7 @@ impl Statuses {
         }
     }
 
-    /// Tells of a pod.
+    /// Emits an event about a pod.
     pub fn pod(&self, key: &ObjectKey, uid: &str, notice: Notice) {
         match self {
             // The log has it.
@@ -325,10 +326,10 @@ impl Statuses {
         }
     }
 
-    /// Writes what a node says of itself.
+    /// Writes a node's status.
     ///
     /// # Errors
-    /// It could not be stored.
+    /// The status could not be stored.
     pub async fn node(&self, name: &str, status: &EgressNodeStatus) -> Result<(), NotWritten> {
         match self {
             Statuses::Dir(d) => {
@@ -339,10 +340,10 @@ impl Statuses {
         }
     }
 
-    /// Takes the taint `egret.dev/not-ready` off a node, by which it was kept free of pods; whether it was there.
+    /// Removes the taint `egret.dev/not-ready`, which keeps pods off a node. Returns whether the node had it.
     ///
     /// # Errors
-    /// It may still be there.
+    /// The node may still have the taint.
     pub async fn untaint(&self, node: &str) -> anyhow::Result<bool> {
         match self {
             Statuses::Dir(_) => Ok(false),
@@ -350,33 +351,33 @@ impl Statuses {
         }
     }
 
-    /// Removes the statuses of objects that are gone.
+    /// Removes the statuses of objects that no longer exist.
     ///
     /// # Errors
-    /// They could not be removed.
+    /// A status could not be removed.
     pub async fn forget(&self, cluster: &Cluster) -> anyhow::Result<()> {
         match self {
             Statuses::Dir(d) => d.forget(cluster),
-            // They are part of the objects, and go with them.
+            // Statuses are parts of the objects, and are deleted with them.
             Statuses::Kube(_) => Ok(()),
         }
     }
 }
 
-/// The directory may be on another machine, and that may be away: nothing else shall wait for it.
+/// Runs `work` on another thread: the directory may be on another machine that does not respond.
 async fn in_background<T: Send + 'static>(
     work: impl FnOnce() -> anyhow::Result<T> + Send + 'static,
 ) -> anyhow::Result<T> {
     tokio::task::spawn_blocking(work).await?
 }
 
-/// Logs each problem once, and once that it is over.
-fn tell(before: &[String], now: &[String]) {
+/// Logs each problem once when it appears and once when it is solved.
+fn log_changes(before: &[String], now: &[String]) {
     let (old, new): (BTreeSet<&String>, BTreeSet<&String>) = (before.iter().collect(), now.iter().collect());
     for problem in now.iter().filter(|p| !old.contains(p)) {
         warn!("{problem}");
     }
     for problem in before.iter().filter(|p| !new.contains(p)) {
-        info!("no longer so: {problem}");
+        info!("solved: {problem}");
     }
 }

@@ -1,4 +1,4 @@
-//! What can be read of a policy or a gateway that makes no sense, each part by itself.
+//! Reads the valid parts of a policy or gateway that is invalid as a whole.
 
 use crate::api::{AllocationKind, EgressGatewaySpec, EgressGatewayStatus, EgressRule, PolicyKey, Tier};
 use crate::cluster::dir::validate::parse_time;
@@ -9,7 +9,7 @@ use crate::model::{AddressRange, Gateway, Metadata, PodMatch, destinations};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
 use serde_json::Value;
 
-/// Of an object that is one at all.
+/// The readable parts of a policy.
 pub fn readable_parts(object: &Value) -> ReadableParts {
     let spec = &object["spec"];
     let selector = |field: &str| {
@@ -27,7 +27,7 @@ pub fn readable_parts(object: &Value) -> ReadableParts {
         Some(value) => value.as_i64().and_then(|priority| priority.try_into().ok()),
     };
     let tier = || serde_json::from_value::<Option<Tier>>(spec["tier"].clone()).ok().map(Into::into);
-    // Without its spec nothing is known of it.
+    // An object without a spec has no readable parts.
     let is_object = spec.is_object();
     ReadableParts {
         namespaces: selector("namespaceSelector").unwrap_or_default(),
@@ -42,18 +42,19 @@ pub fn readable_parts(object: &Value) -> ReadableParts {
     }
 }
 
-/// What stands for a gateway that makes no sense, and of which no last good state is known: its allocations, and of its spec
-/// all but the addresses. `None`: that makes no sense either.
+/// Stands for an invalid gateway without a last good state: its allocations, and its spec without the addresses.
+/// `None` if the rest of the spec is invalid too.
 pub fn gateway_of_allocations(spec: &Value, meta: Metadata, status: EgressGatewayStatus) -> Option<Gateway> {
     let spec: EgressGatewaySpec = serde_json::from_value(spec.clone()).ok()?;
     let spec = EgressGatewaySpec { addresses: vec![], reservations: vec![], ..spec };
     Some(frozen(Gateway::new(&spec, meta).ok()?, status))
 }
 
-/// The same, if nothing can be read of the spec: nobody else is given what the allocations give its policies.
+/// Stands for a gateway whose spec cannot be read at all: its policies keep their allocations, and no other policy
+/// gets them.
 pub fn allocations_alone(meta: Metadata, status: EgressGatewayStatus) -> Gateway {
     let empty = EgressGatewaySpec::default();
-    // An empty spec always makes sense.
+    // An empty spec is always valid.
     let gateway = Gateway::new(&empty, meta).unwrap_or_else(|e| unreachable!("an empty spec: {e}"));
     frozen(gateway, status)
 }
@@ -71,7 +72,7 @@ fn frozen(gateway: Gateway, status: EgressGatewayStatus) -> Gateway {
     Gateway { pool: pool.into(), frozen: true, status, ..gateway }
 }
 
-/// The policies in a document, or in the list that it is.
+/// The policies of a document, which may be a list.
 pub fn policies_of(document: &Value) -> Vec<(PolicyKey, ReadableParts)> {
     let objects = document["items"].as_array().map_or(std::slice::from_ref(document), Vec::as_slice);
     let policy = |object: &Value| {
@@ -93,7 +94,7 @@ mod tests {
     use serde_json::json;
 
     #[test]
-    fn each_part_is_read_by_itself() {
+    fn each_part_is_read_independently() {
         let policy = |spec: Value| {
             readable_parts(
                 &json!({"metadata": {"name": "p", "creationTimestamp": "1970-01-01T00:01:00Z"}, "spec": spec}),
@@ -102,7 +103,7 @@ mod tests {
         let whole = policy(json!({"podSelector": {}, "priority": 7, "egress": [], "gatway": "g"}));
         assert_eq!((whole.priority, whole.created), (Some(7), Some(60)));
         assert!(whole.pods.is_some() && whole.egress.is_some_and(|egress| egress.is_some()));
-        // What is not there says what it says where all is well.
+        // An absent field has its default.
         let little = policy(json!({"podSelector": 7}));
         assert_eq!((little.pods, little.priority, little.egress), (None, Some(0), Some(None)));
         for unknown in [

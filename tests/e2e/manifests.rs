@@ -204,7 +204,7 @@ fn a_policy_that_is_broken_when_daemons_start_keeps_its_pods_and_its_address() {
         lab.daemon(daemon).restart();
         lab.wait_ready(daemon);
     }
-    wait_said(&lab, "n1", &["shop/visitors", "in no file that can be read"]);
+    wait_said(&lab, "n1", &["shop/visitors", "in no readable file"]);
     for _ in 0..10 {
         assert_leaves_by_egress(&visitor);
         std::thread::sleep(Duration::from_millis(50));

@@ -170,7 +170,7 @@ fn an_uninstallation_goes_on_after_an_error_and_tells_it() {
     let out = uninstall(node, &["--cluster", &format!("dir:{}", lab.manifests().path().display()), "--name", "N 1"]);
     let said = String::from_utf8_lossy(&out.stderr);
     assert!(!out.status.success() && said.contains("01-broken.conflist"), "{said}");
-    assert!(said.contains(r#""N 1" cannot be a node's name"#), "{said}");
+    assert!(said.contains(r#""N 1" is not a valid node name"#), "{said}");
     assert!(!said.contains("kubeconfig"), "{said}");
     assert!(!network(node).iter().any(|l| l.contains("egret")), "{:#?}", network(node));
     let aside = fs::read_to_string(cni_dir(node, "conf").join("10-flannel.conflist.cilium_bak")).expect("read");

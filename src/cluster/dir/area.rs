@@ -1,4 +1,4 @@
-//! What the parts of the directory are for: the user's manifests, and `status/`, where Egret writes.
+//! The areas of the directory: the user's manifests, and `status/`, which Egret writes.
 
 use super::object::{Identity, Kind};
 use std::ffi::OsStr;
@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 /// The directory of statuses, in the directory of manifests.
 pub const STATUS: &str = "status";
 
-/// What a directory is for.
+/// What a directory contains.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Area {
     /// The user's manifests.
@@ -19,8 +19,8 @@ pub enum Area {
 }
 
 impl Area {
-    /// What the directory `path`, relative to the whole, is for; `None`: it is not read. Without `policies`, the
-    /// statuses of policies are not read.
+    /// The area of `path`, which is relative to the root; `None` if it is not read. Without `policies`, the statuses
+    /// of policies are not read.
     pub fn of(path: &Path, policies: bool) -> Option<Area> {
         let mut parts = path.components().map(|c| c.as_os_str().to_str().unwrap_or_default());
         if parts.next() != Some(STATUS) {
@@ -37,7 +37,7 @@ impl Area {
     }
 }
 
-/// Where an object's status stands, relative to the whole; `None` if it is not Egret that writes it.
+/// The path of an object's status, relative to the root; `None` if Egret writes no status of this kind.
 pub fn status_path((kind, namespace, name): Identity<'_>) -> Option<PathBuf> {
     let mut path = PathBuf::from(STATUS);
     path.push(match kind {
@@ -54,7 +54,7 @@ pub fn status_path((kind, namespace, name): Identity<'_>) -> Option<PathBuf> {
     Some(path)
 }
 
-/// Whose status the file `path` has; `None` if it is no such file.
+/// The object whose status the file `path` has; `None` if it is no status file.
 pub fn status_of(path: &Path) -> Option<Identity<'_>> {
     let name = path.file_name()?.to_str()?.strip_suffix(".yaml")?;
     let mut parts = path.parent()?.components().map(|c| c.as_os_str().to_str().unwrap_or_default());
@@ -70,7 +70,7 @@ pub fn status_of(path: &Path) -> Option<Identity<'_>> {
     })
 }
 
-/// Whether a file of this name holds manifests. Names that start with a dot are editors' and Kubernetes' own.
+/// Whether a file of this name holds manifests. Editors and Kubernetes use names that start with a dot.
 pub fn is_manifest(name: &OsStr) -> bool {
     let extension = Path::new(name).extension().and_then(OsStr::to_str);
     !is_hidden(name) && matches!(extension, Some("yaml" | "yml" | "json"))

@@ -1,38 +1,37 @@
-//! A YAML stream, taken apart into its documents without ever holding more than one of them.
+//! Splits a YAML stream into documents, with at most one of them in memory.
 
 use std::io::{self, BufRead, Read};
 
-/// The longest document that is read, bytes. A dump of a few thousand nodes as one `List` stays below.
+/// The longest document accepted, in bytes. A `List` of a few thousand nodes is shorter.
 pub const MAX_DOCUMENT: usize = 64 << 20;
 
-/// The documents of a stream. What holds nothing but comments, blank lines and markers is no document.
+/// The documents of a stream. Comments, blank lines and markers alone are no document.
 ///
-/// A line that starts with `---` or `...` ends a document wherever it stands: YAML forbids it within any scalar or
-/// flow collection (YAML 1.2.2, 9.1.2, `c-forbidden`). So no parser is needed to tell documents apart.
+/// A line that starts with `---` or `...` always ends a document: YAML forbids it within any scalar or flow
+/// collection (YAML 1.2.2, 9.1.2, `c-forbidden`). So documents can be split without a parser.
 pub struct Documents<R> {
     input: R,
-    /// Lines taken from `input` so far.
+    /// Lines read from `input` so far.
     lines: u32,
-    /// The document being collected, and then the last one handed out, followed by the marker that ended it if that
-    /// starts the next.
+    /// The current document, or the last one returned, followed by the marker that ended it if that starts the next.
     text: Vec<u8>,
-    /// Where in `text` that marker is.
+    /// The position of that marker in `text`.
     marker: Option<usize>,
 }
 
 /// One document's text.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Document<'a> {
-    /// The line of the stream, from 1, that the text starts with.
+    /// The line of the stream at which the text starts, from 1.
     pub line: u32,
-    /// The text, its `---` included.
+    /// The text, including its `---`.
     pub text: &'a str,
 }
 
-/// Why a stream cannot be read on.
+/// Why a stream cannot be read further.
 #[derive(Debug, thiserror::Error)]
 pub enum StreamError {
-    /// The text itself is wrong.
+    /// The text is invalid.
     #[error("{message}")]
     Text {
         /// The line, from 1.
@@ -46,7 +45,7 @@ pub enum StreamError {
 }
 
 impl<R: BufRead> Documents<R> {
-    /// From a stream's beginning.
+    /// Starts at a stream's beginning.
     pub fn new(input: R) -> Self {
         Documents { input, lines: 0, text: Vec::new(), marker: None }
     }
@@ -80,7 +79,7 @@ impl<R: BufRead> Documents<R> {
                 }
                 Some("---") => {
                     content = has_content(&line[3..]);
-                    // What came before are comments, or directives for this document.
+                    // The text before holds comments, or directives for this document.
                     if started || !directives {
                         self.text.drain(..start);
                         first = self.lines;
@@ -104,7 +103,7 @@ impl<R: BufRead> Documents<R> {
         Ok(Document { line, text: text(&self.text[..end], line)? })
     }
 
-    /// Appends one line to `text`; false at the end.
+    /// Appends one line to `text`. Returns false at the end of the stream.
     fn line(&mut self) -> Result<bool, StreamError> {
         let start = self.text.len();
         let room = (MAX_DOCUMENT + 1).saturating_sub(start) as u64;
@@ -113,7 +112,7 @@ impl<R: BufRead> Documents<R> {
             return Err(StreamError::Text {
                 line: self.lines + 1,
                 message: format!(
-                    "the document is longer than {} MiB; write the objects as documents of their own, with --- between \
+                    "the document is longer than {} MiB; write the objects as separate documents, with --- between \
                      them",
                     MAX_DOCUMENT >> 20
                 ),
@@ -140,7 +139,7 @@ fn marker(line: &str) -> Option<&str> {
     (matches!(start, "---" | "...") && ends).then_some(start)
 }
 
-/// Whether there is more than blanks and a comment.
+/// Whether the line has anything but blanks and a comment.
 fn has_content(line: &str) -> bool {
     let text = line.trim();
     !text.is_empty() && !text.starts_with('#')

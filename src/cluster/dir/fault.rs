@@ -1,17 +1,17 @@
-//! What is wrong in a manifest, in words and with its line.
+//! Faults of a manifest, with their texts and lines.
 
 use serde::de::{DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde_saphyr::{MessageFormatter, Options, Spanned, UserMessageFormatter};
 use std::fmt;
 
-/// How YAML is read here: no text is kept for snippets, `yes` and `on` are words, the limits hold for one document.
+/// The YAML options: no snippets, `yes` and `on` are strings, and limits for each document.
 pub fn options() -> Options {
     serde_saphyr::options! {
         with_snippet: false,
         emit_comments: false,
         strict_booleans: true,
         budget: serde_saphyr::budget! {
-            // The length of the text is bounded already; a dump of a cluster has a few million of each.
+            // The text's length is bounded already; a dump of a cluster has a few million of each.
             max_events: 50_000_000,
             max_nodes: 50_000_000,
             // Each level takes up to 20 KiB of stack (unoptimized); threads have 2 MiB.
@@ -23,21 +23,21 @@ pub fn options() -> Options {
     }
 }
 
-/// Something wrong.
+/// A fault in a manifest.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Fault {
-    /// The line within the document's text, from 1; 0 if it is not known.
+    /// The line within the document, from 1; 0 if unknown.
     pub line: u32,
-    /// The object, `EgressGateway/default`; empty if it is not known.
+    /// The object, such as `EgressGateway/default`; empty if unknown.
     pub object: String,
-    /// The field, `spec.addresses[1]`; empty if `message` names it or if it is all of the object.
+    /// The field, such as `spec.addresses[1]`; empty if `message` names it or the fault concerns the whole object.
     pub field: String,
-    /// What is wrong, the value, and what to do.
+    /// What is wrong, with the value and the remedy.
     pub message: String,
 }
 
 impl Fault {
-    /// About a field.
+    /// A fault of a field.
     pub fn field(field: impl Into<String>, message: impl ToString) -> Self {
         Fault { field: field.into(), message: message.to_string(), ..Fault::default() }
     }
@@ -56,10 +56,10 @@ impl From<&serde_saphyr::Error> for Fault {
     fn from(e: &serde_saphyr::Error) -> Self {
         use serde_saphyr::Error as E;
         let message = match e.without_snippet() {
-            E::DuplicateMappingKey { key: Some(key), .. } => format!("{key:?} stands there twice; keep one"),
-            E::DuplicateMappingKey { key: None, .. } => "a key stands there twice; keep one".into(),
+            E::DuplicateMappingKey { key: Some(key), .. } => format!("{key:?} is there twice; keep one"),
+            E::DuplicateMappingKey { key: None, .. } => "a key is there twice; keep one".into(),
             E::SerdeUnknownField { field, expected, .. } if expected.is_empty() => {
-                format!("unknown field {field:?}; there is none to be set here")
+                format!("unknown field {field:?}; no field can be set here")
             }
             E::SerdeUnknownField { field, expected, .. } => {
                 format!("unknown field {field:?}; the fields here are {}", expected.join(", "))
@@ -69,7 +69,7 @@ impl From<&serde_saphyr::Error> for Fault {
             }
             E::SerdeMissingField { field, .. } => format!("the field {field:?} is missing"),
             E::InvalidBooleanStrict { .. } => "not a boolean; write true or false".into(),
-            E::NullIntoString { .. } => "empty where a text should be; write the value, or \"\" for none".into(),
+            E::NullIntoString { .. } => "empty, but must be a string; write the value, or \"\" for none".into(),
             other => UserMessageFormatter.format_message(other).into_owned(),
         };
         let line = e.location().and_then(|l| u32::try_from(l.line()).ok()).unwrap_or(0);
@@ -77,13 +77,13 @@ impl From<&serde_saphyr::Error> for Fault {
     }
 }
 
-/// The line, from 1, at which `field` (`items[3].spec.addresses[1]`) stands in a document; if it is not there, that of
-/// the nearest thing around it that is.
+/// The line, from 1, of `field` (such as `items[3].spec.addresses[1]`) in a document; if it does not exist, the line
+/// of the nearest enclosing field.
 pub fn line_of(text: &str, field: &str) -> Option<u32> {
     let path: Vec<Step> = field.split(['.', '[']).filter(|s| !s.is_empty()).map(Step::from).collect();
     let mut line = None;
     let find = Find { path: &path, line: &mut line };
-    // What is wrong with the text is told elsewhere.
+    // Faults of the text are reported elsewhere.
     let _ = serde_saphyr::with_deserializer_from_str_with_options(text, options(), |d| find.deserialize(d));
     line.filter(|l| *l > 0)
 }

@@ -1,4 +1,4 @@
-//! One file of the directory: when it changed, and what it held when it was last right.
+//! One file of the directory: its signature, and its last good contents.
 
 use super::documents::{Documents, StreamError};
 use super::fault::{Fault, options};
@@ -18,14 +18,14 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-/// How many faults of one file are told. Who has more begins with these.
+/// The most faults reported for one file.
 const MAX_FAULTS: usize = 10;
-/// A file whose time stamps are younger than this when it is read can change again without their changing: the
+/// A file whose time stamps are younger than this when it is read can change again without new time stamps: the
 /// kernel's clock for them ticks every 1 to 10 ms.
 const RACY: Duration = Duration::from_millis(50);
 
-/// By what a file is known to have changed: a hash of its inode, its size and its times. The time of the last change
-/// of the inode tells of writers that set the time of modification back.
+/// A hash of a file's inode, size and times, by which changes are detected. It includes the inode's change time,
+/// because some writers reset the modification time.
 pub type Signature = NonZeroU64;
 
 /// A file's signature.
@@ -34,7 +34,7 @@ pub fn signature(m: &Metadata, hasher: &RandomState) -> Signature {
     Signature::new(hasher.hash_one(all)).unwrap_or(Signature::MIN)
 }
 
-/// Whether a file, read at `now`, could change after that without a trace.
+/// Whether a file that is read at `now` could change later without a new signature.
 fn is_racy(m: &Metadata, now: SystemTime) -> bool {
     let now = now.duration_since(UNIX_EPOCH).unwrap_or_default();
     let (seconds, nanos) = (m.ctime(), m.ctime_nsec()).max((m.mtime(), m.mtime_nsec()));
@@ -42,26 +42,26 @@ fn is_racy(m: &Metadata, now: SystemTime) -> bool {
     now < stamp + RACY
 }
 
-/// What a file holds. There are thousands of files with one object each.
+/// A file's contents. There are thousands of files with one object each.
 #[derive(Debug, Default)]
 pub enum Contents {
-    /// Nothing.
+    /// No object.
     #[default]
     Nothing,
     /// One document with one object.
     One(Document, (u32, Object)),
-    /// Others.
+    /// Any other number of documents and objects.
     Many(Box<[Document]>, Box<[(u32, Object)]>),
 }
 
-/// A document is not parsed again while its text stays the same.
+/// A document, which is not parsed again while its text is the same.
 #[derive(Clone, Copy, Debug)]
 pub struct Document {
-    /// Of its text.
+    /// Hash of the text.
     hash: u64,
     /// The line of the file that it starts with, from 1.
     line: u32,
-    /// How many objects it has.
+    /// The number of objects.
     objects: u32,
 }
 
@@ -95,39 +95,39 @@ impl Contents {
         lines.zip(objects).map(|(first, (line, object))| (first + line.saturating_sub(1), object))
     }
 
-    /// How many objects there are.
+    /// The number of objects.
     pub fn len(&self) -> usize {
         self.parts().1.len()
     }
 }
 
-/// What came of reading a file.
+/// The result of reading a file.
 pub enum Reading {
-    /// It is right.
+    /// The file is valid.
     Good(Contents),
-    /// It is wrong; each fault with its line in the file.
-    Bad(Vec<Fault>, Salvage),
-    /// It changed while it was read.
+    /// The file is invalid; each fault has its line in the file.
+    Bad(Vec<Fault>, Recovered),
+    /// The file changed while it was read.
     Busy,
 }
 
-/// What a file that is wrong tells of its policies all the same.
+/// What can be read of the policies in an invalid file.
 #[derive(Debug, Default)]
-pub struct Salvage {
-    /// Those in documents that are right.
+pub struct Recovered {
+    /// Policies in valid documents.
     pub whole: BTreeMap<PolicyKey, Arc<Policy>>,
-    /// What can be read of the others.
+    /// The readable parts of the other policies.
     pub readable: BTreeMap<PolicyKey, ReadableParts>,
 }
 
-impl Salvage {
-    fn of_text(&mut self, text: &str) {
-        // Where the text is no YAML, nothing can.
+impl Recovered {
+    fn add_text(&mut self, text: &str) {
+        // Text that is not YAML has no readable parts.
         let document: serde_json::Value = serde_saphyr::from_str_with_options(text, options()).unwrap_or_default();
         self.readable.extend(policies_of(&document));
     }
 
-    fn of_objects(&mut self, objects: Vec<(u32, Object)>) {
+    fn add_objects(&mut self, objects: Vec<(u32, Object)>) {
         self.whole.extend(objects.into_iter().filter_map(|(_, object)| match object {
             Object::Policy(key, policy) => Some((key, policy)),
             _ => None,
@@ -135,8 +135,8 @@ impl Salvage {
     }
 }
 
-/// Reads a file, and parses those of its documents that `before` does not have. Tells its signature, whether that can stay
-/// the same though the file changes, and its length.
+/// Reads a file, and parses the documents that `before` does not have. Returns its signature, whether the file can
+/// change without a new signature, its length, and the contents.
 ///
 /// # Errors
 /// The file cannot be read.
@@ -146,21 +146,21 @@ pub fn read(
     reader: &mut Reader<'_>,
     hasher: &RandomState,
 ) -> io::Result<(Signature, bool, u64, Reading)> {
-    // Who puts a pipe under such a name shall not make us wait for it.
+    // Non-blocking, because opening a FIFO would wait for a writer.
     let file = OpenOptions::new().read(true).custom_flags(nix::libc::O_NONBLOCK).open(path)?;
     let metadata = file.metadata()?;
     let before_reading = signature(&metadata, hasher);
     let racy = is_racy(&metadata, SystemTime::now());
     let reading = if !metadata.is_file() {
         let message = "is no regular file; move it elsewhere".into();
-        Reading::Bad(vec![Fault { line: 1, message, ..Fault::default() }], Salvage::default())
+        Reading::Bad(vec![Fault { line: 1, message, ..Fault::default() }], Recovered::default())
     } else if metadata.len() == 0 && before.len() > 0 {
-        // More likely cut off by a full disk or caught in the middle of being written than meant.
+        // Probably truncated by a full disk, or still being written.
         let message = format!(
-            "is empty; the {} objects that it had are kept. If they are to go, delete the file or leave a comment in it",
+            "is empty; its {} objects are kept. To remove them, delete the file or leave a comment in it",
             before.len()
         );
-        Reading::Bad(vec![Fault { line: 1, message, ..Fault::default() }], Salvage::default())
+        Reading::Bad(vec![Fault { line: 1, message, ..Fault::default() }], Recovered::default())
     } else {
         parse(&file, before, reader, hasher)?
     };
@@ -173,7 +173,7 @@ fn parse(file: &File, before: &Contents, reader: &mut Reader<'_>, hasher: &Rando
     let known = by_hash(before);
     let mut by_name: Option<HashMap<Identity<'_>, &Object>> = None;
     let (mut documents, mut objects, mut faults) = (Vec::new(), Vec::new(), Vec::new());
-    let mut salvage = Salvage::default();
+    let mut recovered = Recovered::default();
     loop {
         let document = match stream.next() {
             Ok(Some(document)) => document,
@@ -194,12 +194,12 @@ fn parse(file: &File, before: &Contents, reader: &mut Reader<'_>, hasher: &Rando
                     let by_name = by_name
                         .get_or_insert_with(|| before.parts().1.iter().map(|(_, o)| (o.identity(), o)).collect());
                     objects.extend(new.into_iter().map(|(line, object)| match by_name.get(&object.identity()) {
-                        Some(before) if before.says_the_same(&object) => (line, Object::clone(before)),
+                        Some(before) if before.has_same_contents(&object) => (line, Object::clone(before)),
                         _ => (line, object),
                     }));
                 }
                 Err(fault) => {
-                    salvage.of_text(document.text);
+                    recovered.add_text(document.text);
                     faults.push(Fault { line: document.line + fault.line.max(1) - 1, ..fault });
                 }
             }
@@ -213,8 +213,8 @@ fn parse(file: &File, before: &Contents, reader: &mut Reader<'_>, hasher: &Rando
     if faults.is_empty() {
         return Ok(Reading::Good(Contents::new(documents, objects)));
     }
-    salvage.of_objects(objects);
-    Ok(Reading::Bad(faults, salvage))
+    recovered.add_objects(objects);
+    Ok(Reading::Bad(faults, recovered))
 }
 
 fn by_hash(contents: &Contents) -> HashMap<u64, &[(u32, Object)]> {

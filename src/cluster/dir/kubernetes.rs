@@ -1,5 +1,5 @@
-//! Kubernetes' own kinds: the few fields that Egret uses, read strictly; everything else in them is passed over. What is
-//! written down of them is the same fields.
+//! Kubernetes' own kinds: the few fields that Egret uses, parsed strictly. All other fields are ignored. The offline
+//! cache holds the same fields.
 
 use super::fault::Fault;
 use super::names::Names;
@@ -13,7 +13,7 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::str::FromStr;
 
-/// `metadata`, of any kind.
+/// `metadata` of any kind.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct Metadata {
@@ -40,7 +40,7 @@ pub struct NodeSpec {
     pod_cidr: Option<String>,
     #[serde(rename = "podCIDRs", skip_serializing_if = "Option::is_none")]
     pod_cidrs: Option<Vec<String>>,
-    /// What `kubectl cordon` and `kubectl drain` set.
+    /// Set by `kubectl cordon` and `kubectl drain`.
     #[serde(skip_serializing_if = "Option::is_none")]
     unschedulable: Option<bool>,
 }
@@ -50,7 +50,7 @@ pub struct NodeSpec {
 pub struct NodeStatus {
     #[serde(skip_serializing_if = "Option::is_none")]
     addresses: Option<Vec<NodeAddress>>,
-    /// The controller's to know, which writes nothing down.
+    /// For the controller, which has no offline cache.
     #[serde(skip_serializing)]
     conditions: Option<Vec<NodeCondition>>,
 }
@@ -107,7 +107,7 @@ pub struct ServiceSpec {
     cluster_ip: Option<String>,
     #[serde(rename = "clusterIPs", skip_serializing_if = "Option::is_none")]
     cluster_ips: Option<Vec<String>>,
-    /// These are for people who ask, not for nodes, which write nothing of them down.
+    /// These fields are for `egretd why`; the offline cache does not have them.
     #[serde(rename = "externalIPs", skip_serializing)]
     external_ips: Option<Vec<String>>,
     #[serde(skip_serializing)]
@@ -141,7 +141,7 @@ struct Ingress {
     ip: Option<String>,
 }
 
-/// What an EndpointSlice (`endpoints`, `ports`) or an Endpoints object (`subsets`) says.
+/// The endpoints of an EndpointSlice (`endpoints`, `ports`) or an Endpoints object (`subsets`).
 #[derive(Debug, Default, Serialize, Deserialize)]
 #[serde(default)]
 pub struct EndpointsParts {
@@ -171,10 +171,10 @@ pub struct EndpointPort {
     port: Option<u16>,
 }
 
-/// A Node.
+/// Makes a Node.
 ///
 /// # Errors
-/// An address or a network that is none.
+/// An address or a network is invalid.
 pub fn node(meta: &Metadata, spec: &NodeSpec, status: &NodeStatus, names: &mut Names) -> Result<Node, Fault> {
     let (mut internal, mut external) = (Vec::new(), Vec::new());
     for (i, a) in status.addresses.iter().flatten().enumerate() {
@@ -203,10 +203,10 @@ pub fn node(meta: &Metadata, spec: &NodeSpec, status: &NodeStatus, names: &mut N
     Ok(Node { labels, addresses: internal.into(), internal: count, pod_cidrs, cordoned, lost_since })
 }
 
-/// A Pod.
+/// Makes a Pod.
 ///
 /// # Errors
-/// An address that is none.
+/// An address is invalid.
 pub fn pod(meta: &Metadata, spec: &PodSpec, status: &PodStatus, names: &mut Names) -> Result<Pod, Fault> {
     let addresses = match (&status.pod_ips, &status.pod_ip) {
         (Some(all), _) if !all.is_empty() => all
@@ -227,10 +227,10 @@ pub fn pod(meta: &Metadata, spec: &PodSpec, status: &PodStatus, names: &mut Name
     })
 }
 
-/// A Service.
+/// Makes a Service.
 ///
 /// # Errors
-/// A cluster address that is neither an address nor `None`.
+/// A cluster IP is neither an address nor `None`.
 pub fn service(spec: &ServiceSpec, names: &mut Names) -> Result<Service, Fault> {
     let listed = match (&spec.cluster_ips, &spec.cluster_ip) {
         (Some(all), _) if !all.is_empty() => all.iter().enumerate().map(|(i, a)| (Some(i), a)).collect(),
@@ -242,13 +242,13 @@ pub fn service(spec: &ServiceSpec, names: &mut Names) -> Result<Service, Fault> 
         let field = || i.map_or("spec.clusterIP".into(), |i| format!("spec.clusterIPs[{i}]"));
         cluster_ips.push(address(text, field)?);
     }
-    // The endpoints controllers pass over Services of type ExternalName and those without a selector.
+    // The endpoints controllers ignore Services of type ExternalName and those without a selector.
     let selector = spec.selector.as_ref().filter(|s| !s.is_empty() && spec.type_.as_deref() != Some("ExternalName"));
     let selector = selector.map(|s| Selector::equals(s.iter().map(|(k, v)| (names.get(k), names.get(v)))));
     Ok(Service { selector, cluster_ips: cluster_ips.into(), exposure: None })
 }
 
-/// What else a Service is reached by. What is no address says nothing.
+/// The other addresses and ports of a Service. Invalid addresses are ignored.
 pub fn exposure(spec: &ServiceSpec, status: &ServiceStatus) -> Exposure {
     let ingress = status.load_balancer.iter().flat_map(|lb| lb.ingress.iter().flatten()).filter_map(|i| i.ip.as_ref());
     let addresses = spec.external_ips.iter().flatten().chain(ingress).filter_map(|a| a.parse().ok());
@@ -264,8 +264,8 @@ pub fn exposure(spec: &ServiceSpec, status: &ServiceStatus) -> Exposure {
 /// The label of an EndpointSlice that names its Service.
 pub const SERVICE_NAME: &str = "kubernetes.io/service-name";
 
-/// Some endpoints of a Service. What is no address, as the names in a slice of the type FQDN, is passed over, as kube-proxy
-/// does.
+/// Some endpoints of a Service. Entries that are no addresses, such as the names in a slice of the type FQDN, are
+/// ignored, as kube-proxy does.
 pub fn endpoints(meta: &Metadata, key: &ObjectKey, parts: &EndpointsParts) -> Endpoints {
     let named = meta.labels.as_ref().and_then(|labels| labels.get(SERVICE_NAME));
     let service = match named {

@@ -1,4 +1,4 @@
-//! From a document's text to objects: which kind it is, and its parts in whatever order they stand.
+//! Parses a document into objects: determines each object's kind, and reads its parts in any order.
 
 use super::fault::{Fault, line_of, options};
 use super::kubernetes::{EndpointsParts, Metadata};
@@ -13,21 +13,21 @@ use tracing::{debug, info};
 
 /// Reads the manifests of one file.
 pub struct Reader<'a> {
-    /// The names of the whole source.
+    /// The interned names of the whole source.
     pub names: &'a mut Names,
-    /// Only this node's pods are wanted.
+    /// If set, only this node's pods are read.
     pub node: Option<&'a str>,
-    /// Set if the file is one of the directory of statuses: the object whose status it should have.
+    /// For a status file: the object whose status it must have.
     pub status_of: Option<Identity<'a>>,
 }
 
 impl Reader<'_> {
-    /// The objects in a document, each with its line in `text`, from 1.
+    /// The objects of a document, each with its line in `text`, from 1.
     ///
     /// # Errors
-    /// The first thing that is wrong.
+    /// The first fault.
     pub fn read(&mut self, text: &str) -> Result<Vec<(u32, Object)>, Fault> {
-        // JSON is YAML too, but its own parser is ten times faster. What it refuses, the other one shall explain.
+        // JSON is YAML too, but its own parser is ten times faster. The YAML parser explains what it rejects.
         if text.trim_start().starts_with('{')
             && let Ok(objects) = self.passes(|pass| {
                 let mut json = serde_json::Deserializer::from_str(text);
@@ -42,7 +42,7 @@ impl Reader<'_> {
                 Part { pass, nested: false }.deserialize(yaml)
             })
         })
-        .map_err(|(Blame { mut fault, path, line }, e)| {
+        .map_err(|(FaultPosition { mut fault, path, line }, e)| {
             if fault.message.is_empty() {
                 let object = std::mem::take(&mut fault.object);
                 fault = Fault { object, ..Fault::from(&e) };
@@ -56,11 +56,11 @@ impl Reader<'_> {
         })
     }
 
-    /// Goes through the text once; and a second time if an object's kind stood behind what depends on it.
+    /// Parses the text once, and again if an object's kind came after the parts that depend on it.
     fn passes<E>(
         &mut self,
         mut parse: impl FnMut(&mut Pass<'_, '_>) -> Result<(), E>,
-    ) -> Result<Vec<(u32, Object)>, (Blame, E)> {
+    ) -> Result<Vec<(u32, Object)>, (FaultPosition, E)> {
         let mut kinds = Vec::new();
         loop {
             let mut pass =
@@ -76,48 +76,48 @@ impl Reader<'_> {
     }
 }
 
-/// What an object's kind says about how to read it.
+/// How to read an object, by its kind.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Role {
     /// `kind: List`.
     List,
-    /// Egret uses it.
+    /// A kind that Egret uses.
     Used(Kind),
-    /// Egret does not use it.
+    /// A kind that Egret does not use.
     Foreign,
 }
 
-/// What is wrong, and in which object.
+/// A fault with its object's position.
 #[derive(Default)]
-struct Blame {
+struct FaultPosition {
     /// Without a message if the parser has it.
     fault: Fault,
-    /// The object's place within the document, `items[3].`, or empty.
+    /// The object's path within the document, such as `items[3].`, or empty.
     path: String,
     /// The object's line.
     line: u32,
 }
 
-/// One reading of a document.
+/// One pass over a document.
 struct Pass<'p, 'a> {
     reader: &'p mut Reader<'a>,
-    /// What the reading before found out, by the objects' order.
+    /// The roles that the previous pass found, by the objects' order.
     known: Vec<Option<Role>>,
     kinds: Vec<Option<Role>>,
-    /// A part was passed over because its object's kind was not known yet.
+    /// A part was skipped because its object's kind was not known yet.
     again: bool,
     objects: Vec<(u32, Object)>,
-    fault: Option<Blame>,
+    fault: Option<FaultPosition>,
 }
 
 /// One object of a document, or the list that holds the others.
 struct Part<'x, 'p, 'a> {
     pass: &'x mut Pass<'p, 'a>,
-    /// Within a list.
+    /// The object is in a list.
     nested: bool,
 }
 
-/// What has been seen of an object so far.
+/// The parts of an object read so far.
 #[derive(Default)]
 struct Seen {
     line: u32,
@@ -129,8 +129,8 @@ struct Seen {
     status: Option<Status>,
     endpoints: EndpointsParts,
     items: bool,
-    /// A field that no object of Egret's has.
-    strange: Option<(String, u32)>,
+    /// An unknown field and its line.
+    unknown_field: Option<(String, u32)>,
 }
 
 fn line(at: serde_saphyr::Location) -> u32 {
@@ -138,14 +138,14 @@ fn line(at: serde_saphyr::Location) -> u32 {
 }
 
 impl Seen {
-    /// Finds the role out once both of the fields that tell it are there.
+    /// Determines the role once `apiVersion` and `kind` are both known.
     fn role(&mut self) -> Result<Option<Role>, Fault> {
         if let (None, Some(version), Some(kind)) = (self.role, &self.api_version, &self.kind) {
             self.role = Some(match Kind::of(&version.value, &kind.value) {
                 _ if version.value == "v1" && kind.value == "List" => Role::List,
                 Ok(Some(kind)) => Role::Used(kind),
                 Ok(None) => {
-                    pass_over(&version.value, &kind.value);
+                    log_ignored(&version.value, &kind.value);
                     Role::Foreign
                 }
                 Err(message) => {
@@ -169,12 +169,12 @@ impl Seen {
     }
 }
 
-fn pass_over(version: &str, kind: &str) {
-    // Other projects have kinds of these names; so has a manifest with a misspelt group.
+fn log_ignored(version: &str, kind: &str) {
+    // Other projects have kinds of these names, and the group may be misspelt.
     if matches!(kind, "EgressGateway" | "EgressPolicy" | "ClusterEgressPolicy" | "EgressNode") {
-        info!("{kind} of apiVersion {version:?} is passed over: Egret's own have {API_VERSION}");
+        info!("ignored {kind} of apiVersion {version:?}: Egret's own kinds have {API_VERSION}");
     } else {
-        debug!("{kind} of apiVersion {version:?} is passed over");
+        debug!("ignored {kind} of apiVersion {version:?}");
     }
 }
 
@@ -201,22 +201,22 @@ impl<'de> Visitor<'de> for Part<'_, '_, '_> {
         self.pass.kinds[index] = seen.role;
         let (mut fault, e) = match result {
             Ok(()) => return Ok(()),
-            Err(Failure::Fault(fault)) => (fault, A::Error::custom("the manifest is wrong")),
+            Err(Failure::Fault(fault)) => (fault, A::Error::custom("the manifest is invalid")),
             Err(Failure::Parser(e)) => (Fault::default(), e),
         };
-        // What is wrong in one of a list's objects is not blamed on the list.
+        // Keep the fault of a list's object: it is not the list's.
         if self.pass.fault.is_none() {
             if fault.object.is_empty() {
                 fault.object = seen.label();
             }
             let path = if self.nested { format!("items[{}].", index.saturating_sub(1)) } else { String::new() };
-            self.pass.fault = Some(Blame { fault, path, line: seen.line });
+            self.pass.fault = Some(FaultPosition { fault, path, line: seen.line });
         }
         Err(e)
     }
 }
 
-/// Why reading an object ended early.
+/// Why parsing an object failed.
 enum Failure<E> {
     Parser(E),
     Fault(Fault),
@@ -282,13 +282,13 @@ impl Part<'_, '_, '_> {
                 }
                 _ => {
                     map.next_value::<IgnoredAny>()?;
-                    seen.strange.get_or_insert((key.value, at));
+                    seen.unknown_field.get_or_insert((key.value, at));
                     continue;
                 }
             };
             if twice {
-                // The YAML parser tells of it before we see it; the JSON parser does not.
-                return Err(Failure::Parser(A::Error::custom("a field stands there twice")));
+                // The YAML parser reports it before this; the JSON parser does not.
+                return Err(Failure::Parser(A::Error::custom("a field is there twice")));
             }
             seen.role().map_err(Failure::Fault)?;
         }
@@ -306,7 +306,7 @@ impl Part<'_, '_, '_> {
         if self.pass.again {
             return Ok(());
         }
-        if let (Some((field, at)), true) = (&seen.strange, kind.is_ours()) {
+        if let (Some((field, at)), true) = (&seen.unknown_field, kind.is_ours()) {
             return Err(Fault {
                 line: *at,
                 message: format!(

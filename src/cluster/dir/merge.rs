@@ -1,4 +1,4 @@
-//! From the files' objects to one snapshot.
+//! Merges the files' objects into one snapshot.
 
 use super::object::{GatewayStatus, Object};
 use crate::model::selector::{Labels, Name};
@@ -8,27 +8,27 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
-/// One file's part in the snapshot.
+/// One file's part of the snapshot.
 pub struct Part<'a, O> {
-    /// Relative to the directory.
+    /// The file, relative to the root.
     pub path: &'a Path,
-    /// Whether it lies in the directory of statuses.
+    /// Whether the file is in the directory of statuses.
     pub is_status: bool,
-    /// Its objects, with their lines.
+    /// The file's objects with their lines.
     pub objects: O,
 }
 
-/// Where an object stands.
+/// An object's position.
 #[derive(Clone, Copy)]
 pub struct Place<'a> {
-    /// The file, relative to the directory.
+    /// The file, relative to the root.
     pub path: &'a Path,
     /// The line, from 1.
     pub line: u32,
 }
 
-/// Puts the objects of all files together. Of two that have the same name, the first in the order of paths and lines
-/// counts, and `twice` is told what they are, where the first is, and where the other.
+/// Merges the objects of all files. If two have the same name, the first in the order of paths and lines counts, and
+/// `twice` is called with the object's label, the first position and the second.
 pub fn merge<'a, O: Iterator<Item = (u32, &'a mut Object)>>(
     parts: impl Iterator<Item = Part<'a, O>>,
     mut twice: impl FnMut(String, Place<'_>, Place<'_>),
@@ -53,7 +53,7 @@ pub fn merge<'a, O: Iterator<Item = (u32, &'a mut Object)>>(
                 Object::EgressNode(name, v) if is_status => reported.push((name.clone(), at, v.clone())),
                 Object::EgressNode(name, v) => egress_nodes.push((name.clone(), at, v.clone())),
                 Object::PolicyStatus(key, v) => policy_statuses.push((key.clone(), at, v.clone())),
-                // The path of a status file names the object, so no two files have the same one's.
+                // A status file's path names its object, so no two files have a status of the same object.
                 Object::GatewayStatus(name, gateway_status) => {
                     gateway_statuses.insert(name.clone(), gateway_status);
                 }
@@ -64,7 +64,7 @@ pub fn merge<'a, O: Iterator<Item = (u32, &'a mut Object)>>(
     for (name, status) in unique(egress_nodes, |n| format!("EgressNode/{n}"), &mut twice) {
         all_reported.entry(name).or_insert(status);
     }
-    // Kubernetes mirrors each in the other's form.
+    // Kubernetes mirrors Endpoints as EndpointSlices and vice versa.
     let mut all_endpoints = unique(slices, |k| format!("EndpointSlice/{k}"), &mut twice);
     for (key, endpoints) in unique(endpoints, |k| format!("Endpoints/{k}"), &mut twice) {
         all_endpoints.entry(key).or_insert(endpoints);
@@ -95,7 +95,7 @@ fn unique<'a, K: Ord, V>(
     what: impl Fn(&K) -> String,
     twice: &mut impl FnMut(String, Place<'_>, Place<'_>),
 ) -> BTreeMap<K, V> {
-    // Stable: who came first stays first.
+    // The sort is stable, so the first one stays first.
     all.sort_by(|a, b| a.0.cmp(&b.0));
     all.dedup_by(|b, a| {
         let same = a.0 == b.0;
@@ -107,11 +107,11 @@ fn unique<'a, K: Ord, V>(
     all.into_iter().map(|(key, _, value)| (key, value)).collect()
 }
 
-/// An object and its name.
+/// A name and an object.
 type Entry<'a, K, V> = (&'a K, &'a Arc<V>);
 
-/// Lets a snapshot share with the one before it what is the same in both, and returns whether that is all of it. Most
-/// objects are shared already, so their contents need no look.
+/// Makes a snapshot share equal parts with the previous one. Returns whether all parts are equal. Most objects are
+/// shared already, so their contents need not be compared.
 pub fn share(before: &Cluster, now: &mut Cluster) -> bool {
     fn objects<K: PartialEq, V: PartialEq>(
         before: &Shared<BTreeMap<K, Arc<V>>>,

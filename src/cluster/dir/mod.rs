@@ -1,15 +1,16 @@
 //! A directory of manifests as the source of cluster state.
 //!
-//! Any number of `.yaml`, `.yml` and `.json` files, in subdirectories too, each with any number of documents. Names
-//! that start with a dot are passed over, and so are kinds that Egret does not use. `PATH/status/` is Egret's own.
+//! It holds any number of `.yaml`, `.yml` and `.json` files, also in subdirectories, each with any number of
+//! documents. Names that start with a dot and kinds that Egret does not use are ignored. `PATH/status/` is Egret's
+//! own.
 //!
-//! What is promised:
-//! - A file that is wrong, half-written, unreadable or cut off to nothing keeps what it last held, all of it, and
-//!   [`Source::problems`] says what is wrong and where. Only deleting a file removes its objects.
-//! - If all of the directory goes, the last state stays until it is back.
-//! - A change is seen some 20 ms after its writer closes the file, and only what changed is parsed again: of a file,
-//!   the documents that have another text. Whatever inotify does not tell (network file systems, links to files
-//!   elsewhere) is found by a look at every file's inode every ten seconds.
+//! Guarantees:
+//! - A file that is invalid, incomplete, unreadable or truncated to nothing keeps all of its last good contents, and
+//! [`Source::problems`] says what is wrong and where. Only deleting a file removes its objects.
+//! - If the whole directory disappears, the last state stays until it is back.
+//! - A change is seen some 20 ms after its writer closes the file. Only documents with a new text are parsed again.
+//! Changes that inotify does not report (network file systems, links to files elsewhere) are found by checking every
+//! file's inode every ten seconds.
 
 mod area;
 mod documents;
@@ -32,7 +33,7 @@ mod tests;
 pub use status::Statuses;
 pub(super) use status::remove_node;
 
-use super::{Scope, Source, tell};
+use super::{Scope, Source, log_changes};
 use crate::model::Cluster;
 use anyhow::{Context, bail};
 use futures_util::StreamExt;
@@ -47,23 +48,23 @@ use tokio::time::{Instant, sleep_until, timeout_at};
 use tracing::{error, warn};
 use watch::{Dirty, Watched};
 
-/// How long nothing must happen before changes are looked at: what is written together is read together.
+/// Changes are read after a pause of this length, so that files written together are read together.
 const QUIET: Duration = Duration::from_millis(10);
-/// How long changes can wait for quiet.
-const PATIENCE: Duration = Duration::from_millis(100);
-/// Between looks at everything.
+/// The longest time that changes wait for such a pause.
+const MAX_WAIT: Duration = Duration::from_millis(100);
+/// Interval of complete scans.
 const RESCAN: Duration = Duration::from_secs(10);
-/// Between looks at files that are being written, unless inotify tells first.
+/// Interval of checks of files that are being written, unless inotify reports them first.
 const SETTLE: Duration = Duration::from_secs(1);
-/// Between looks for a directory that is gone.
+/// Interval of checks for a missing directory.
 const ABSENCE: Duration = Duration::from_millis(500);
-/// Room for inotify's events: some hundreds, with their names.
-const EVENTS: usize = 16 << 10;
+/// Buffer for some hundreds of inotify events with names, in bytes.
+const EVENTS_BYTES: usize = 16 << 10;
 
-/// Reads the directory, and follows its changes until nobody listens any more.
+/// Reads the directory, and follows its changes until the receivers are dropped.
 pub(super) async fn open(path: &Path, scope: Scope) -> anyhow::Result<Source> {
     let inotify = Inotify::init().context(
-        "inotify is not to be had; raise the sysctl fs.inotify.max_user_instances, or end what uses so many of them",
+        "cannot start inotify; raise the sysctl fs.inotify.max_user_instances, or stop what uses so many instances",
     )?;
     let node = match scope {
         Scope::Node(name) => Some(name),
@@ -71,8 +72,8 @@ pub(super) async fn open(path: &Path, scope: Scope) -> anyhow::Result<Source> {
     };
     match path.metadata() {
         Ok(m) if m.is_dir() => {}
-        Ok(_) => bail!("{} is not a directory; --cluster dir:PATH wants a directory of manifests", path.display()),
-        Err(e) => bail!("{}: {e}; --cluster dir:PATH wants a directory of manifests", path.display()),
+        Ok(_) => bail!("{} is not a directory; --cluster dir:PATH needs a directory of manifests", path.display()),
+        Err(e) => bail!("{}: {e}; --cluster dir:PATH needs a directory of manifests", path.display()),
     }
     let mut store = Store::new(path.to_owned(), node, Watched::new(inotify.watches()));
     let outcome = store.refresh(&Dirty::everything());
@@ -81,12 +82,12 @@ pub(super) async fn open(path: &Path, scope: Scope) -> anyhow::Result<Source> {
     }
     let cluster = store.snapshot();
     let problems = store.problems();
-    tell(&[], &problems);
+    log_changes(&[], &problems);
     let incomplete = Arc::new(AtomicBool::new(store.is_incomplete()));
     let statuses = Statuses::new(path.to_owned(), incomplete.clone());
     let (snapshots, snapshots_seen) = channel::channel(Arc::new(cluster));
     let (problems, problems_seen) = channel::channel(Arc::new(problems));
-    let events = inotify.into_event_stream(vec![0; EVENTS]).context("cannot listen to inotify")?;
+    let events = inotify.into_event_stream(vec![0; EVENTS_BYTES]).context("cannot read inotify events")?;
     tokio::spawn(follow(store, events, Outlet { snapshots, problems, incomplete }, outcome));
     Ok(Source {
         snapshots: snapshots_seen,
@@ -97,7 +98,7 @@ pub(super) async fn open(path: &Path, scope: Scope) -> anyhow::Result<Source> {
     })
 }
 
-/// Where what was read goes to.
+/// The receivers of what was read.
 struct Outlet {
     snapshots: channel::Sender<Arc<Cluster>>,
     problems: channel::Sender<Arc<Vec<String>>>,
@@ -123,12 +124,12 @@ async fn follow(mut store: Store, mut events: EventStream<Vec<u8>>, outlet: Outl
         if dirty.everything {
             scan = Instant::now() + RESCAN;
         }
-        // Reading a big file takes a while, in which the daemon has others to answer.
+        // Reading a large file takes time, in which the daemon has other work.
         let before = outlet.snapshots.borrow().clone();
         let work = tokio::task::spawn_blocking(move || {
             let outcome = store.refresh(&dirty);
             let mut cluster = outcome.changed.then(|| store.snapshot());
-            // What there was before goes as soon as it can: of most of it there is one copy then.
+            // Share equal parts with the previous snapshot, so that there is one copy of them.
             let changed = |new: &mut Cluster| !merge::share(&before, new);
             cluster = cluster.take_if(changed);
             (store, outcome, cluster)
@@ -136,26 +137,26 @@ async fn follow(mut store: Store, mut events: EventStream<Vec<u8>>, outlet: Outl
         let cluster;
         (store, outcome, cluster) = match work.await {
             Ok(done) => done,
-            Err(e) => return error!("reading the directory of manifests failed, and is given up: {e}"),
+            Err(e) => return error!("stopped reading the directory of manifests: {e}"),
         };
         outlet.publish(&store, cluster);
     }
 }
 
-/// Takes events until there is quiet, and finds out what they mean.
+/// Collects events until there is a pause, and notes what changed.
 async fn collect(
     store: &mut Store,
     events: &mut EventStream<Vec<u8>>,
     first: Option<std::io::Result<inotify::EventOwned>>,
     dirty: &mut Dirty,
 ) {
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + MAX_WAIT;
     let mut next = first;
     loop {
         match next {
             Some(Ok(event)) => store.note(&event, dirty),
             Some(Err(e)) => {
-                warn!("inotify: {e}; everything is looked at again");
+                warn!("inotify: {e}; scanning everything");
                 dirty.everything = true;
                 return tokio::time::sleep(SETTLE).await;
             }
@@ -175,7 +176,7 @@ impl Outlet {
         let problems = store.problems();
         let before = self.problems.borrow().clone();
         if *before != problems {
-            tell(&before, &problems);
+            log_changes(&before, &problems);
             self.problems.send_replace(Arc::new(problems));
         }
         if let Some(cluster) = cluster {

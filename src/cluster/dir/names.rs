@@ -1,4 +1,4 @@
-//! Names kept once, and lists of destinations: clusters repeat the same few ten thousand times.
+//! Interns names and lists of destinations, of which a cluster has many equal ones.
 
 use crate::api::{EgressGatewayStatus, Users};
 use crate::model::covers::Covers;
@@ -8,20 +8,20 @@ use std::collections::{BTreeMap, HashSet};
 use std::hash::Hash;
 use std::sync::Arc;
 
-/// What was seen so far.
+/// The interned values.
 #[derive(Debug, Default)]
 pub struct Names {
-    /// Words that were kept when it was tidied last, sorted: with 5,000 nodes and 10,000 policies a set would have as much
-    /// room again for words that do not come.
+    /// Names that were kept at the last [`Names::trim`], sorted. With 5,000 nodes and 10,000 policies, a set would
+    /// have as much memory again in unused capacity.
     kept: Vec<Name>,
-    /// Words that have come since.
+    /// Names added since.
     words: HashSet<Name>,
     keys: HashSet<Arc<[Name]>>,
     destinations: HashSet<Arc<Covers>>,
 }
 
 impl Names {
-    /// The one copy of `text`.
+    /// The interned copy of `text`.
     pub fn get(&mut self, text: &str) -> Name {
         if let Some(name) = self.words.get(text) {
             return name.clone();
@@ -34,19 +34,19 @@ impl Names {
         name
     }
 
-    /// Labels, each word of them kept once.
+    /// Labels of interned names.
     pub fn labels(&mut self, labels: &BTreeMap<String, String>) -> Labels {
         let mut labels: Labels = labels.iter().map(|(k, v)| (self.get(k), self.get(v))).collect();
         labels.share_keys(|keys| one_of(&mut self.keys, keys));
         labels
     }
 
-    /// Exchanges a selector's words for the copies kept here.
+    /// Replaces a selector's names by interned copies.
     pub fn selector(&mut self, selector: &mut Selector) {
         selector.share_names(&mut |name| self.get(name));
     }
 
-    /// As [`Names::selector`], for all of a policy.
+    /// Like [`Names::selector`], for a whole policy.
     pub fn policy(&mut self, policy: &mut Policy) {
         match &mut policy.namespaces {
             Namespaces::One(name) => *name = self.get(name),
@@ -65,14 +65,15 @@ impl Names {
         }
     }
 
-    /// As [`Names::selector`], for all of a gateway.
+    /// Like [`Names::selector`], for a whole gateway.
     pub fn gateway(&mut self, gateway: &mut Gateway) {
         self.selector(&mut gateway.nodes);
         self.selector(&mut gateway.namespaces);
         gateway.reservations.iter_mut().for_each(|reserved| self.selector(&mut reserved.namespaces));
     }
 
-    /// As [`Names::selector`], for a gateway's allocations, which loses the room that it does not need: it can have ten thousand allocations.
+    /// Like [`Names::selector`], for a gateway's status. Also frees unused capacity: a gateway can have 10,000
+    /// allocations.
     pub fn gateway_status(&mut self, gateway_status: &mut EgressGatewayStatus) {
         gateway_status.allocations.shrink_to_fit();
         gateway_status.released.shrink_to_fit();
@@ -93,7 +94,7 @@ impl Names {
         }
     }
 
-    /// Forgets what is used once or not at all: there is nothing to share in it.
+    /// Removes values that are used once or not at all, because there is nothing to share.
     pub fn trim(&mut self) {
         let is_shared = |name: &Name| Name::strong_count(name).is_none_or(|count| count > 2);
         self.kept.retain(is_shared);
@@ -107,7 +108,7 @@ impl Names {
     }
 }
 
-/// The one copy of `list`.
+/// The interned copy of `list`.
 fn one_of<T: Eq + Hash + ?Sized>(all: &mut HashSet<Arc<T>>, list: &Arc<T>) -> Arc<T> {
     match all.get(list) {
         Some(same) => same.clone(),
@@ -127,7 +128,7 @@ mod tests {
     }
 
     #[test]
-    fn a_word_that_two_have_is_one_before_and_after_tidying() {
+    fn a_shared_name_is_one_copy_before_and_after_trimming() {
         let mut names = Names::default();
         let (a, b) = (names.get("team-a"), names.get("team-a"));
         assert!(Name::ptr_eq(&a, &b));
@@ -139,7 +140,7 @@ mod tests {
     }
 
     #[test]
-    fn what_one_has_or_nobody_is_forgotten() {
+    fn names_used_once_or_never_are_removed() {
         let mut names = Names::default();
         let (one, two) = (names.get("one"), names.get("two"));
         let again = two.clone();

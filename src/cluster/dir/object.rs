@@ -1,4 +1,4 @@
-//! What a manifest is turned into: one of these for each object that Egret uses.
+//! The validated object that a manifest becomes.
 
 use crate::api::{EgressGatewayStatus, EgressPolicyStatus, GROUP, VERSION};
 use crate::model::egress_node::EgressNode;
@@ -7,7 +7,7 @@ use crate::model::{Endpoints, Gateway, Node, ObjectKey, Pod, Policy, PolicyKey, 
 use std::fmt;
 use std::sync::Arc;
 
-/// The kinds that are read.
+/// The kinds that Egret reads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Kind {
     /// `v1`.
@@ -22,13 +22,13 @@ pub enum Kind {
     Endpoints,
     /// `discovery.k8s.io`.
     EndpointSlice,
-    /// Egret's.
+    /// `egret.dev`.
     EgressGateway,
-    /// Egret's.
+    /// `egret.dev`.
     EgressPolicy,
-    /// Egret's.
+    /// `egret.dev`.
     ClusterEgressPolicy,
-    /// Egret's.
+    /// `egret.dev`.
     EgressNode,
 }
 
@@ -39,10 +39,10 @@ impl fmt::Display for Kind {
 }
 
 impl Kind {
-    /// What `apiVersion` and `kind` mean; `None`: something that Egret does not use.
+    /// The kind that `apiVersion` and `kind` name; `None` if Egret does not use it.
     ///
     /// # Errors
-    /// A kind or a version of Egret's group that this build does not know; the text says which.
+    /// Egret's group has no such kind or version; the text names it.
     pub fn of(api_version: &str, kind: &str) -> Result<Option<Kind>, String> {
         let (group, version) = api_version.split_once('/').unwrap_or(("", api_version));
         Ok(Some(match (group, kind) {
@@ -69,18 +69,18 @@ impl Kind {
         }))
     }
 
-    /// Whether its objects live in a namespace.
+    /// Whether objects of this kind are namespaced.
     pub fn is_namespaced(self) -> bool {
         matches!(self, Kind::Pod | Kind::Service | Kind::Endpoints | Kind::EndpointSlice | Kind::EgressPolicy)
     }
 
-    /// Whether it is of Egret's group: every field counts, and unknown ones are errors.
+    /// Whether the kind is Egret's own: then unknown fields are errors.
     pub fn is_ours(self) -> bool {
         matches!(self, Kind::EgressGateway | Kind::EgressPolicy | Kind::ClusterEgressPolicy | Kind::EgressNode)
     }
 }
 
-/// An object, validated. There are tens of thousands, so it is kept small.
+/// A validated object. There are tens of thousands, so it is kept small.
 #[derive(Clone, Debug)]
 pub enum Object {
     Namespace(Name, Box<Labels>),
@@ -90,7 +90,7 @@ pub enum Object {
     Endpoints(ObjectKey, Arc<Endpoints>),
     EndpointSlice(ObjectKey, Arc<Endpoints>),
     Gateway(Name, Arc<Gateway>),
-    /// Of either kind.
+    /// An EgressPolicy or ClusterEgressPolicy.
     Policy(PolicyKey, Arc<Policy>),
     EgressNode(Name, Arc<EgressNode>),
     /// A gateway's status, from the directory of statuses.
@@ -99,22 +99,22 @@ pub enum Object {
     PolicyStatus(PolicyKey, Arc<EgressPolicyStatus>),
 }
 
-/// A gateway's status. It is big; once a snapshot has it, only the snapshot's copy is kept.
+/// A gateway's status. It is large, so it is stored once: in the snapshot, as soon as there is one.
 #[derive(Clone, Debug)]
 pub enum GatewayStatus {
-    /// As it was read.
+    /// Read, and not yet in a snapshot.
     Read(EgressGatewayStatus),
-    /// In the snapshot.
+    /// In a snapshot.
     Merged {
-        /// The gateway as the user wrote it.
+        /// The gateway without the status.
         spec: Arc<Gateway>,
-        /// The same, with the status.
+        /// The gateway with the status.
         whole: Arc<Gateway>,
     },
 }
 
 impl GatewayStatus {
-    /// The status, wherever it is.
+    /// The status, in either case.
     pub fn status(&self) -> &EgressGatewayStatus {
         match self {
             GatewayStatus::Read(status) => status,
@@ -135,11 +135,11 @@ impl GatewayStatus {
     }
 }
 
-/// What an object is called: kind, namespace, name. A status is called as the object that it belongs to.
+/// An object's kind, namespace and name. A status has those of its object.
 pub type Identity<'a> = (Kind, Option<&'a str>, &'a str);
 
 impl Object {
-    /// What it is called.
+    /// The object's kind, namespace and name.
     pub fn identity(&self) -> Identity<'_> {
         match self {
             Object::Namespace(name, _) => (Kind::Namespace, None, name),
@@ -157,8 +157,8 @@ impl Object {
         }
     }
 
-    /// Whether the two mean the same. Both have the same identity.
-    pub fn says_the_same(&self, other: &Object) -> bool {
+    /// Whether the contents are equal. Both objects have the same identity.
+    pub fn has_same_contents(&self, other: &Object) -> bool {
         match (self, other) {
             (Object::Namespace(_, a), Object::Namespace(_, b)) => a == b,
             (Object::Node(_, a), Object::Node(_, b)) => a == b,
@@ -176,7 +176,7 @@ impl Object {
     }
 }
 
-/// `Kind/name` or `Kind/namespace/name`, as problems are told.
+/// `Kind/name` or `Kind/namespace/name`, for error texts.
 pub fn label((kind, namespace, name): Identity<'_>) -> String {
     match namespace {
         Some(namespace) => format!("{kind}/{namespace}/{name}"),

@@ -1,4 +1,4 @@
-//! Writes statuses into the directory's own subdirectory, `status/`.
+//! Writes statuses to the subdirectory `status/`.
 
 use super::area::{STATUS, status_of, status_path};
 use super::object::{Identity, Kind};
@@ -13,15 +13,15 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// A status of this length, bytes, is written as JSON, which is YAML too: a gateway's allocations of ten thousand paths is written and
-/// read ten times faster so.
+/// A status of at least this length, in bytes, is written as JSON, which is YAML too: the status of a gateway with
+/// 10,000 allocations is written and read ten times faster.
 const JSON_FROM: usize = 64 << 10;
 
 /// Writes statuses into `PATH/status/`.
 #[derive(Clone, Debug)]
 pub struct Statuses {
     directory: PathBuf,
-    /// Parts of the directory could not be read: what is not in a snapshot may exist all the same.
+    /// Parts of the directory cannot be read: an object that is not in the snapshot may exist.
     incomplete: Arc<AtomicBool>,
 }
 
@@ -59,8 +59,8 @@ impl Statuses {
         self.write((Kind::EgressNode, None, name), status)
     }
 
-    /// Removes the statuses of gateways and policies that are not in `cluster`. While parts of the directory cannot
-    /// be read, nothing is removed: a gateway's allocations shall not be lost because of a typing error beside it.
+    /// Removes the statuses of gateways and policies that are not in `cluster`. Nothing is removed while a part of
+    /// the directory cannot be read: a mistake in one file must not lose a gateway's allocations.
     pub(in crate::cluster) fn forget(&self, cluster: &Cluster) -> anyhow::Result<()> {
         if self.incomplete.load(Ordering::Relaxed) {
             return Ok(());
@@ -87,14 +87,14 @@ impl Statuses {
                 }
             }
             if directory.starts_with(&namespaces) {
-                // It stays if there is anything left in it.
+                // A directory that is not empty stays.
                 let _ = fs::remove_dir(self.directory.join(directory));
             }
         }
         Ok(())
     }
 
-    /// The names in a directory; none if it is not there.
+    /// The names in a directory; none if it does not exist.
     fn list(&self, directory: &Path) -> anyhow::Result<Vec<std::ffi::OsString>> {
         let full = self.directory.join(directory);
         let entries = match fs::read_dir(&full) {
@@ -109,7 +109,7 @@ impl Statuses {
     fn write(&self, identity: Identity<'_>, status: &impl Serialize) -> anyhow::Result<()> {
         let (kind, namespace, name) = identity;
         if !is_subdomain(name) || namespace.is_some_and(|n| !is_subdomain(n)) {
-            bail!("{name:?} cannot be the name of an object, so its status cannot be stored");
+            bail!("{name:?} is not a valid object name, so its status cannot be stored");
         }
         let Some(path) = status_path(identity) else { bail!("Egret writes no status of a {kind}") };
         let manifest = Manifest {
@@ -127,13 +127,13 @@ impl Statuses {
             .with_context(|| format!("cannot write the status to {}", full.display()))
     }
 
-    /// Writes a file so that a reader finds the old or the new one, whole.
+    /// Writes a file atomically.
     fn replace(&self, path: &Path, text: &[u8], durable: bool) -> io::Result<()> {
         let full = self.directory.join(path);
         if fs::read(&full).is_ok_and(|before| before == text) {
             return Ok(());
         }
-        // Not the directory of manifests itself: if that is gone, it is not for us to put an empty one there.
+        // Do not create the root: if it is missing, an empty directory must not take its place.
         let parents: Vec<&Path> = path.ancestors().skip(1).filter(|p| !p.as_os_str().is_empty()).collect();
         for parent in parents.into_iter().rev() {
             match fs::create_dir(self.directory.join(parent)) {
@@ -145,21 +145,21 @@ impl Statuses {
         let mut file = File::create(&temporary)?;
         file.write_all(text)?;
         if durable {
-            // The allocations: after a power failure an empty file here would give every path another address.
+            // After a power failure, an empty file would give every policy another egress IP.
             file.sync_all()?;
         }
         fs::rename(&temporary, &full)
     }
 }
 
-/// Removes what a node said of itself; whether there was anything.
+/// Removes a node's report. Returns whether there was one.
 pub(in crate::cluster) fn remove_node(directory: &Path, name: &str) -> anyhow::Result<bool> {
     if !is_subdomain(name) {
-        bail!("{name:?} cannot be a node's name; write the one that was given to `egretd node`");
+        bail!("{name:?} is not a valid node name; give the same name as to `egretd node`");
     }
     let Some(path) = status_path((Kind::EgressNode, None, name)) else { return Ok(false) };
     let path = directory.join(path);
-    // With what a killed writer left unfinished, which nobody reads.
+    // Also remove the temporary file of a killed writer.
     gone_is_fine(fs::remove_file(unfinished(&path)))
         .with_context(|| format!("cannot remove what is beside {}", path.display()))?;
     match fs::remove_file(&path) {
@@ -168,8 +168,8 @@ pub(in crate::cluster) fn remove_node(directory: &Path, name: &str) -> anyhow::R
     }
 }
 
-/// Where a status is written before it takes its place. Each has one writer, so the name can be fixed, and what a
-/// killed writer left is written over.
+/// The path under which a status is written before it is renamed. Each status has one writer, so the name is fixed,
+/// and the file of a killed writer is overwritten.
 fn unfinished(path: &Path) -> PathBuf {
     let mut name = std::ffi::OsString::from(".");
     name.push(path.file_name().unwrap_or_default());

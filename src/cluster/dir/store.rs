@@ -1,4 +1,4 @@
-//! All that is known of the directory, brought up to date step by step.
+//! The contents of the directory, updated incrementally.
 
 use super::area::{Area, STATUS, is_hidden, is_manifest, status_of};
 use super::file::{self, Contents, Reading, Signature, signature};
@@ -21,63 +21,63 @@ use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 use tracing::debug;
 
-/// How deep directories are followed; links can make circles.
+/// The deepest directory that is read; links can form cycles.
 const MAX_DEPTH: usize = 16;
 
-/// The directory.
+/// The contents of the directory, and its problems.
 pub struct Store {
     root: PathBuf,
-    /// Only this node's pods are read, and no statuses of policies.
+    /// If set, only this node's pods are read, and no statuses of policies.
     node: Option<String>,
     /// By path relative to `root`.
     files: BTreeMap<Box<Path>, FileState>,
-    /// What is wrong with files, ready to be told.
+    /// Faults of files, as texts.
     faults: BTreeMap<PathBuf, Vec<String>>,
-    /// Signatures of files that the last look at everything found changed. They are believed, and the files read, when
-    /// the next one finds the same.
+    /// Signatures of files that the last scan found changed. The file is read when the next scan finds the same
+    /// signature.
     pending: BTreeMap<PathBuf, Signature>,
-    /// The same, of the look before.
+    /// The signatures of the scan before.
     pending_before: BTreeMap<PathBuf, Signature>,
-    /// What is wrong with directories, by path.
+    /// Faults of directories, by path.
     directories: BTreeMap<PathBuf, String>,
-    /// Objects that are defined twice, as of the last snapshot.
+    /// Objects that are defined twice in the last snapshot.
     twice: Vec<String>,
-    /// The device, the inode and the birth of the `root` that the files are of.
+    /// The device, inode and creation time of the `root` that was read.
     identity: Option<Identity>,
-    /// `root` was not there the last time.
+    /// `root` was missing at the last update.
     missing: bool,
-    /// Policies that were in force when this daemon started, and in no file.
+    /// Policies that were in force when this daemon started, but are in no readable file.
     lost: Lost,
     names: Names,
     watched: Watched,
     hasher: RandomState,
-    /// The number of the last walk through directories.
+    /// The number of the last walk.
     walk: u32,
 }
 
-/// Inodes' numbers are used again at once, so their birth counts too, where the file system tells it.
+/// Inode numbers are reused at once, so the creation time counts too, if the file system has it.
 type Identity = (u64, u64, Option<SystemTime>);
 
-/// There can be tens of thousands: what most of them do not have stands elsewhere.
+/// The state of a file. There can be tens of thousands, so rare data is stored elsewhere.
 #[derive(Default)]
 struct FileState {
     contents: Contents,
-    /// Of what was read last.
+    /// Signature of the file that was read last.
     signature: Option<Signature>,
-    /// The walk that saw it last.
+    /// The last walk that found the file.
     walk: u32,
-    /// It can have changed since it was read without another signature.
+    /// The file can have changed since it was read without a new signature.
     racy: bool,
 }
 
-/// What came of bringing the store up to date.
+/// The result of an update.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Outcome {
     /// Objects may have changed.
     pub changed: bool,
-    /// Files are being written; look again soon.
+    /// Files are being written; update again soon.
     pub unsettled: bool,
-    /// The directory is not there.
+    /// The directory is missing.
     pub missing: bool,
 }
 
@@ -103,12 +103,12 @@ impl Store {
         }
     }
 
-    /// Finds out what an event of inotify means.
+    /// Notes the changes that an inotify event reports.
     pub fn note(&mut self, event: &EventOwned, dirty: &mut Dirty) {
         self.watched.note(&self.root, event, dirty);
     }
 
-    /// Looks again at what is dirty.
+    /// Updates what is dirty.
     pub fn refresh(&mut self, dirty: &Dirty) -> Outcome {
         let mut outcome = Outcome::default();
         let metadata = fs::metadata(&self.root);
@@ -119,7 +119,7 @@ impl Store {
                     Err(e) => e.to_string(),
                     Ok(_) => "not a directory".into(),
                 };
-                self.complain(Path::new(""), format!("{why}; what was last read of it is kept until it is back"));
+                self.add_problem(Path::new(""), format!("{why}; Egret keeps its last state until it is back"));
                 self.missing = true;
                 return Outcome { missing: true, ..outcome };
             }
@@ -131,10 +131,9 @@ impl Store {
             self.visit(Path::new(""), dirty.complete || replaced, &mut outcome);
             let any = self.files.iter().any(|(p, f)| f.walk == self.walk && status_of(p).is_none());
             if replaced && !any {
-                self.complain(
+                self.add_problem(
                     Path::new(""),
-                    "another directory is in its place, without any manifest; what was last read is kept until there \
-                     is one"
+                    "was replaced by a directory without any manifest; Egret keeps the last state until there is one"
                         .into(),
                 );
             } else {
@@ -143,7 +142,7 @@ impl Store {
                 self.sweep(Path::new(""), &mut outcome);
             }
             if self.files.len() > before + 1000 {
-                // A tree that grew leaf by leaf has a third of its room empty; one built at once has none.
+                // A B-tree that grew entry by entry has a third of its space empty; one built at once has none.
                 self.files = std::mem::take(&mut self.files).into_iter().collect();
             }
         } else {
@@ -161,7 +160,7 @@ impl Store {
         outcome
     }
 
-    /// Goes through a directory and all below it.
+    /// Walks a directory and everything below it.
     fn visit(&mut self, path: &Path, complete: bool, outcome: &mut Outcome) {
         self.walk += 1;
         self.directories.retain(|p, _| !p.starts_with(path));
@@ -171,16 +170,16 @@ impl Store {
     fn enter(&mut self, path: &Path, complete: bool, outcome: &mut Outcome) {
         let Some(area) = Area::of(path, self.node.is_none()) else { return };
         if path.components().count() > MAX_DEPTH {
-            return self.complain(path, format!("is more than {MAX_DEPTH} directories deep, and is not read"));
+            return self.add_problem(path, format!("is more than {MAX_DEPTH} directories deep, and is not read"));
         }
-        // Watching comes first: what is written after the listing is told.
+        // Watch before listing, so that later changes are reported.
         match self.watched.arm(&self.root, path, area) {
-            Ok(false) => return debug!("{}: is there under another name already", self.root.join(path).display()),
-            Err(e) if !is_gone(&e) => self.complain(
+            Ok(false) => return debug!("{}: is already watched under another name", self.root.join(path).display()),
+            Err(e) if !is_gone(&e) => self.add_problem(
                 path,
                 format!(
-                    "cannot be watched: {e}; changes are seen within ten seconds only. Is fs.inotify.max_user_watches \
-                     high enough?"
+                    "cannot be watched: {e}; Egret sees changes only within ten seconds. Check that \
+                     fs.inotify.max_user_watches is high enough"
                 ),
             ),
             _ => {}
@@ -188,7 +187,7 @@ impl Store {
         if let Err(e) = self.list(path, area, complete, outcome)
             && !is_gone(&e)
         {
-            self.complain(path, format!("cannot be read: {e}; what was last read of it is kept"));
+            self.add_problem(path, format!("cannot be read: {e}; Egret keeps its last contents"));
             let walk = self.walk;
             let below = self.files.range_mut::<Path, _>((Bound::Included(path), Bound::Unbounded));
             below.take_while(|(p, _)| p.starts_with(path)).for_each(|(_, file)| file.walk = walk);
@@ -226,7 +225,7 @@ impl Store {
         Ok(())
     }
 
-    /// Forgets the files below `path` that the last walk did not see.
+    /// Removes the files below `path` that the last walk did not find.
     fn sweep(&mut self, path: &Path, outcome: &mut Outcome) {
         let walk = self.walk;
         let below = self.files.range::<Path, _>((Bound::Included(path), Bound::Unbounded));
@@ -247,15 +246,16 @@ impl Store {
         }
     }
 
-    /// Looks whether a file changed, and reads it if so.
+    /// Checks whether a file changed, and reads it if so.
     fn check(&mut self, path: &Path, complete: bool, outcome: &mut Outcome) {
         let full = self.root.join(path);
         let metadata = match fs::metadata(&full) {
             Ok(m) => m,
             Err(e) if is_gone(&e) && full.symlink_metadata().is_err() => return self.remove(path, outcome),
             Err(e) => {
-                let what = if is_gone(&e) { "is a link to nothing".into() } else { format!("cannot be read: {e}") };
-                return self.blame(path, None, vec![(1, what)]);
+                let what =
+                    if is_gone(&e) { "is a link to a missing file".into() } else { format!("cannot be read: {e}") };
+                return self.add_faults(path, None, vec![(1, what)]);
             }
         };
         let signature = signature(&metadata, &self.hasher);
@@ -280,7 +280,7 @@ impl Store {
         let mut reader = Reader { names: &mut self.names, node: self.node.as_deref(), status_of: status_of(path) };
         let (signature, racy, length, reading) = match file::read(full, &file.contents, &mut reader, &self.hasher) {
             Ok(read) => read,
-            Err(e) => return self.blame(path, None, vec![(1, format!("cannot be read: {e}"))]),
+            Err(e) => return self.add_faults(path, None, vec![(1, format!("cannot be read: {e}"))]),
         };
         match reading {
             Reading::Good(contents) => {
@@ -292,13 +292,13 @@ impl Store {
                 self.faults.remove(path);
                 self.pending.remove(path);
             }
-            Reading::Bad(faults, salvage) => {
+            Reading::Bad(faults, recovered) => {
                 if file.contents.len() == 0 {
-                    self.lost.salvaged(salvage);
+                    self.lost.add_recovered(recovered);
                 }
                 file.racy = racy;
                 let faults = faults.into_iter().map(|f| (f.line, f.to_string())).collect();
-                self.blame(path, Some(signature), faults);
+                self.add_faults(path, Some(signature), faults);
             }
             Reading::Busy => {
                 self.pending.insert(path.into(), signature);
@@ -307,44 +307,43 @@ impl Store {
         }
     }
 
-    /// Notes what is wrong with a file. Its contents stay what they were.
-    fn blame(&mut self, path: &Path, signature: Option<Signature>, faults: Vec<(u32, String)>) {
+    /// Records the faults of a file, which keeps its contents.
+    fn add_faults(&mut self, path: &Path, signature: Option<Signature>, faults: Vec<(u32, String)>) {
         let shown = self.root.join(path);
         let file = self.files.entry(path.into()).or_default();
         file.walk = self.walk;
         file.signature = signature;
         let kept = match file.contents.len() {
-            0 => "nothing of this file is used until that is mended",
-            _ => "the file's last good state is used until that is mended",
+            0 => "Egret uses nothing of this file until that is corrected",
+            _ => "Egret uses the file's last good state until that is corrected",
         };
         let lines = faults.into_iter().map(|(line, what)| format!("{}:{line}: {what} ({kept})", shown.display()));
         self.faults.insert(path.into(), lines.collect());
         self.pending.remove(path);
     }
 
-    fn complain(&mut self, path: &Path, what: String) {
+    fn add_problem(&mut self, path: &Path, what: String) {
         self.directories.insert(path.into(), format!("{}: {what}", self.shown(path).display()));
     }
 
-    /// The whole path. There is no trailing slash for the directory itself.
+    /// The full path. The root has no trailing slash.
     fn shown(&self, path: &Path) -> PathBuf {
         if path.as_os_str().is_empty() { self.root.clone() } else { self.root.join(path) }
     }
 
-    /// What is wrong now, a line each.
+    /// The current problems, one line each.
     pub fn problems(&self) -> Vec<String> {
         let told = self.directories.values().chain(self.faults.values().flatten()).chain(&self.twice).cloned();
         let lost = self.lost.problems().map(|(path, what)| format!("{}: {what}", self.shown(path).display()));
         told.chain(lost).collect()
     }
 
-    /// Whether there is a part of the directory that is not known at all, so that an object that is not in the
-    /// snapshot may be in there.
+    /// Whether a part of the directory is unknown, so that it may hold objects that are not in the snapshot.
     pub fn is_incomplete(&self) -> bool {
         self.lost.is_any() || self.is_unread()
     }
 
-    /// Whether there is a part of it that cannot be read, and of which nothing is known.
+    /// Whether a part of the directory cannot be read and has no last state.
     fn is_unread(&self) -> bool {
         !self.directories.is_empty()
             || self
@@ -353,7 +352,7 @@ impl Store {
                 .any(|path| status_of(path).is_none() && self.files.get(&**path).is_none_or(|f| f.contents.len() == 0))
     }
 
-    /// The snapshot.
+    /// Makes a snapshot.
     pub fn snapshot(&mut self) -> Cluster {
         let root = &self.root;
         let twice = &mut self.twice;

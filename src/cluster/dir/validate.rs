@@ -1,4 +1,4 @@
-//! From a manifest's parts to an object of the model.
+//! Validates a manifest's parts and makes an object of the model.
 
 use super::fault::Fault;
 use super::kubernetes::{self as k8s, Metadata};
@@ -12,12 +12,12 @@ use serde::Deserialize;
 use serde::de::{DeserializeSeed, Deserializer, IgnoredAny};
 use std::sync::Arc;
 
-/// The namespace of an object that names none.
+/// The namespace of an object without one.
 const DEFAULT_NAMESPACE: &str = "default";
 
-/// `spec`, as its kind has it.
+/// `spec` of each kind.
 pub enum Spec {
-    /// Not looked at.
+    /// Not read.
     Ignored,
     Node(k8s::NodeSpec),
     Pod(k8s::PodSpec),
@@ -28,9 +28,9 @@ pub enum Spec {
     EgressNode,
 }
 
-/// `status`, as its kind has it.
+/// `status` of each kind.
 pub enum Status {
-    /// Not looked at.
+    /// Not read.
     Ignored,
     Node(k8s::NodeStatus),
     Pod(k8s::PodStatus),
@@ -40,21 +40,21 @@ pub enum Status {
     EgressNode(Box<api::EgressNodeStatus>),
 }
 
-/// Reads a `spec` of the kind.
+/// Reads a `spec` of a kind.
 pub struct SpecSeed(Kind, bool);
 
-/// Reads a `status` of the kind.
+/// Reads a `status` of a kind.
 pub struct StatusSeed(Kind, bool);
 
 impl Spec {
-    /// Reads a `spec` of `kind`. In the directory of statuses it does not count.
+    /// Reads a `spec` of `kind`. In the directory of statuses it is ignored.
     pub fn seed(kind: Kind, of_status: bool) -> SpecSeed {
         SpecSeed(kind, of_status)
     }
 }
 
 impl Status {
-    /// Reads a `status` of `kind`. Gateways' and policies' count only in the directory of statuses.
+    /// Reads a `status` of `kind`. Those of gateways and policies are read only in the directory of statuses.
     pub fn seed(kind: Kind, of_status: bool) -> StatusSeed {
         StatusSeed(kind, of_status)
     }
@@ -110,10 +110,10 @@ impl From<Invalid> for Fault {
     }
 }
 
-/// The object that the parts make, or `None` if the reader has no use for it.
+/// Makes an object of its parts; `None` if the reader does not need it.
 ///
 /// # Errors
-/// What is wrong, by field.
+/// The fault, with its field.
 pub fn object(
     reader: &mut Reader<'_>,
     kind: Kind,
@@ -137,7 +137,7 @@ pub fn object(
         return match_status(reader, expected, (kind, kind.is_namespaced().then_some(namespace), name), status);
     }
     let names = &mut *reader.names;
-    // Names of pods and Services stand nowhere else, so there is nothing to share.
+    // Names of pods and Services occur once, so there is nothing to share.
     let key = |names: &mut Names| ObjectKey { namespace: names.get(namespace), name: name.into() };
     Ok(Some(match (kind, spec, status) {
         (Kind::Namespace, ..) => {
@@ -204,7 +204,7 @@ pub fn object(
     }))
 }
 
-/// A status, if it is the one that the file's path promises.
+/// Returns a status if it is of the object that the file's path names.
 fn match_status(
     reader: &mut Reader<'_>,
     expected: Identity<'_>,
@@ -212,7 +212,8 @@ fn match_status(
     status: Option<Status>,
 ) -> Result<Option<Object>, Fault> {
     if expected != found {
-        return Err(Fault::field("metadata", format!("the path of the file promises {}", label(expected))));
+        let message = format!("does not match the file's path, which is of {}", label(expected));
+        return Err(Fault::field("metadata", message));
     }
     let (_, namespace, name) = found;
     let name = reader.names.get(name);
@@ -226,7 +227,7 @@ fn match_status(
             Some(Object::PolicyStatus(PolicyKey { namespace, name }, status.into()))
         }
         Some(Status::EgressNode(status)) => {
-            // What is for people is nothing to other nodes.
+            // Other nodes do not need the parts that are for people.
             let status = if reader.node.is_some() { status.for_machines() } else { *status };
             Some(Object::EgressNode(name, Arc::new(EgressNode::from(status))))
         }
@@ -234,12 +235,12 @@ fn match_status(
     })
 }
 
-/// RFC 3339 as seconds since the Unix epoch.
+/// Parses RFC 3339 to seconds since the Unix epoch.
 pub(in crate::cluster) fn parse_time(text: &str) -> Option<i64> {
     text.parse::<jiff::Timestamp>().ok().map(|time| time.as_second())
 }
 
-/// What the metadata contribute to gateways and policies.
+/// The metadata of gateways and policies.
 pub(in crate::cluster) fn times(meta: &Metadata) -> Result<model::Metadata, Fault> {
     let created = match meta.creation_timestamp.as_deref() {
         None | Some("") => None,
@@ -249,7 +250,7 @@ pub(in crate::cluster) fn times(meta: &Metadata) -> Result<model::Metadata, Faul
         })?),
     };
     let annotation = |key: &str| meta.annotations.as_ref().and_then(|all| all.get(key)).map(String::as_str);
-    // What is no node's name is told of by the policy's status: a wish that cannot be met must not end the policy.
+    // The policy's status reports a wrong node name: a request that cannot be met must not invalidate the policy.
     let move_to = annotation(model::MOVE_TO).filter(|node| !node.is_empty()).map(Into::into);
     let rebalance = annotation(model::REBALANCE) == Some("true");
     let end_cooldown = annotation(model::END_COOLDOWN).filter(|time| !time.is_empty()).map(Into::into);
@@ -259,8 +260,8 @@ pub(in crate::cluster) fn times(meta: &Metadata) -> Result<model::Metadata, Faul
 const NOT_A_NAME: &str = "cannot be a name; names have lower-case letters, digits, '-' and '.', begin and end with a \
                           letter or a digit, and have at most 253 characters";
 
-/// A DNS subdomain name, as Kubernetes wants its objects' names (RFC 1123). So a name is always a harmless part of a
-/// path as well.
+/// Whether the name is a DNS subdomain name (RFC 1123), as Kubernetes requires. Such a name is safe as a part of a
+/// path.
 pub fn is_subdomain(name: &str) -> bool {
     let part = |p: &str| {
         !p.is_empty()

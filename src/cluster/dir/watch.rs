@@ -1,4 +1,4 @@
-//! What the kernel tells of changes in the directory (inotify), and what it means for us to look at again.
+//! The directory's inotify watches, and the meaning of their events.
 
 use super::area::{Area, is_hidden, is_manifest};
 use inotify::{EventMask, EventOwned, WatchDescriptor, WatchMask, Watches};
@@ -7,15 +7,15 @@ use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-/// What is to be looked at again. Allocations are relative to the whole.
+/// What must be read again. Paths are relative to the root.
 #[derive(Debug, Default)]
 pub struct Dirty {
-    /// All of it.
+    /// The whole directory.
     pub everything: bool,
-    /// Whether files that changed can be read at once: somebody told that they are complete. Otherwise they are read
-    /// when they look the same twice.
+    /// Whether changed files can be read at once, because they are known to be complete. Otherwise they are read when
+    /// two scans find the same signature.
     pub complete: bool,
-    /// Directories, with all in them.
+    /// Directories with everything below them.
     pub directories: BTreeSet<PathBuf>,
     /// Files.
     pub files: BTreeSet<PathBuf>,
@@ -28,7 +28,7 @@ impl Dirty {
     }
 }
 
-/// The directories that are watched.
+/// The watched directories.
 pub struct Watched {
     watches: Watches,
     by_id: HashMap<i32, PathBuf>,
@@ -36,26 +36,26 @@ pub struct Watched {
 }
 
 impl Watched {
-    /// Nothing yet.
+    /// Without any directory.
     pub fn new(watches: Watches) -> Self {
         Watched { watches, by_id: HashMap::new(), by_path: BTreeMap::new() }
     }
 
-    /// Watches the directory `path` below `root`; also if it is not the one any more that it was. False if it is
-    /// there under another name already, through a link.
+    /// Watches the directory `path` below `root`, also if it was replaced by another. Returns false if it is watched
+    /// under another name already, through a link.
     ///
     /// # Errors
-    /// It cannot be watched.
+    /// The kernel rejects the watch.
     pub fn arm(&mut self, root: &Path, path: &Path, area: Area) -> io::Result<bool> {
-        // A file that is merely created, or written to, is not complete yet: what counts is that its writer closes
-        // it. Creation counts for what is complete at once: links and directories.
+        // A file that was only created or written to is incomplete until its writer closes it. Creation counts for
+        // links and directories, which are complete at once.
         let mut mask = WatchMask::CLOSE_WRITE | WatchMask::MOVED_TO | WatchMask::DELETE | WatchMask::ONLYDIR;
         if area != Area::Statuses {
             mask |= WatchMask::CREATE | WatchMask::MOVED_FROM | WatchMask::DELETE_SELF | WatchMask::MOVE_SELF;
         }
         let descriptor = self.watches.add(root.join(path), mask)?;
         let id = descriptor.get_watch_descriptor_id();
-        // The kernel counts by inode: the same directory has the same number.
+        // The kernel assigns descriptors by inode: the same directory has the same one.
         if let Some(before) = self.by_id.get(&id).filter(|before| *before != path) {
             if identity(&root.join(before)) == identity(&root.join(path)) {
                 return Ok(false);
@@ -67,13 +67,13 @@ impl Watched {
             && before.get_watch_descriptor_id() != id
         {
             self.by_id.remove(&before.get_watch_descriptor_id());
-            // It is gone already if the directory is.
+            // The removal fails if the directory no longer exists.
             let _ = self.watches.remove(before);
         }
         Ok(true)
     }
 
-    /// Watches none of the directories in `path`, itself included, but those that `keep` is true for.
+    /// Stops watching the directories at and below `path`, except those for which `keep` returns true.
     pub fn disarm(&mut self, path: &Path, keep: impl Fn(&Path) -> bool) {
         let below = self.by_path.range(path.to_path_buf()..).take_while(|(p, _)| p.starts_with(path));
         let gone: Vec<PathBuf> = below.map(|(p, _)| p).filter(|p| !keep(p)).cloned().collect();
@@ -85,7 +85,7 @@ impl Watched {
         }
     }
 
-    /// Finds out what an event means.
+    /// Notes the change that an event reports.
     pub fn note(&mut self, root: &Path, event: &EventOwned, dirty: &mut Dirty) {
         let id = event.wd.get_watch_descriptor_id();
         if event.mask.contains(EventMask::Q_OVERFLOW) {
@@ -100,7 +100,7 @@ impl Watched {
         }
         let Some(directory) = self.by_id.get(&id) else { return };
         let Some(name) = &event.name else {
-            // The directory itself went or moved.
+            // The directory itself was removed or moved.
             match directory.as_os_str().is_empty() {
                 true => (dirty.everything, dirty.complete) = (true, true),
                 false => drop(dirty.directories.insert(directory.clone())),

@@ -30,7 +30,7 @@ pub struct Regarding {
 }
 
 /// Tells of an object, in the background.
-pub fn tell(client: &Client, reporter: &'static str, regarding: &Regarding, notices: Vec<Notice>) {
+pub fn emit(client: &Client, reporter: &'static str, regarding: &Regarding, notices: Vec<Notice>) {
     for notice in notices {
         let mut event = event(reporter, regarding, &notice);
         let namespace = regarding.namespace.as_deref().unwrap_or(DEFAULT);

@@ -28,7 +28,7 @@ pub use review::{Reviewer, Verdict};
 pub use status::Statuses;
 
 use super::dir::names::Names;
-use super::{KubeOptions, Leadership, Scope, Source, WaitingFor, tell};
+use super::{KubeOptions, Leadership, Scope, Source, WaitingFor, log_changes};
 use crate::model::Cluster;
 use crate::model::selector::Name;
 use crate::model::target::Target;
@@ -183,7 +183,7 @@ impl Follower {
                     }
                     self.care_for_services();
                     let problems = self.store.problems();
-                    tell(&said, &problems);
+                    log_changes(&said, &problems);
                     waiting_for(&match &problems[..] {
                         [] => format!("the API server has not listed {:?} yet", self.store.missing()),
                         problems => format!("the cluster has not been read yet: {}", problems.join("; ")),
@@ -250,7 +250,7 @@ impl Follower {
             let now = self.store.problems();
             let before = problems.borrow().clone();
             if *before != now {
-                tell(&before, &now);
+                log_changes(&before, &now);
                 problems.send_replace(Arc::new(now));
             }
             if let Some(cluster) = self.store.news() {

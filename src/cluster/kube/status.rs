@@ -100,7 +100,7 @@ impl Statuses {
         let is_short = status.allocations.len() + status.released.len() <= SHORT_LEDGER;
         let status = if is_short { Cow::Borrowed(status) } else { Cow::Owned(allocations_text::write(status)) };
         let answer = self.apply(Kind::EgressGateway, (None, name), CONTROLLER, &*status, in_place_of).await?;
-        self.tell(Kind::EgressGateway, (None, name), &answer, notices);
+        self.emit(Kind::EgressGateway, (None, name), &answer, notices);
         Ok(Some(answer.metadata.resource_version.into()))
     }
 
@@ -128,13 +128,13 @@ impl Statuses {
             // The policy is gone, and needs no status.
             Err(e) if e.is_not_found() => Ok(()),
             other => {
-                self.tell(kind, (key.namespace.as_deref(), &key.name), &other?, notices);
+                self.emit(kind, (key.namespace.as_deref(), &key.name), &other?, notices);
                 Ok(())
             }
         }
     }
 
-    fn tell(&self, kind: Kind, (namespace, name): (Option<&str>, &str), answer: &Answer, notices: Vec<Notice>) {
+    fn emit(&self, kind: Kind, (namespace, name): (Option<&str>, &str), answer: &Answer, notices: Vec<Notice>) {
         let about = Regarding {
             version: API_VERSION,
             kind: kind.to_string(),
@@ -142,7 +142,7 @@ impl Statuses {
             name: name.to_owned(),
             uid: answer.metadata.uid.clone(),
         };
-        events::tell(&self.client, "controller", &about, notices);
+        events::emit(&self.client, "controller", &about, notices);
     }
 
     pub(in crate::cluster) fn pod(&self, key: &ObjectKey, uid: &str, notice: Notice) {
@@ -153,7 +153,7 @@ impl Statuses {
             name: key.name.to_string(),
             uid: uid.to_owned(),
         };
-        events::tell(&self.client, "node", &about, vec![notice]);
+        events::emit(&self.client, "node", &about, vec![notice]);
     }
 
     pub(in crate::cluster) async fn node(&self, name: &str, status: &EgressNodeStatus) -> Result<(), NotWritten> {

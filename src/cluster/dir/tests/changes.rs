@@ -99,7 +99,8 @@ async fn a_wrong_file_keeps_its_last_good_state_and_heals() {
     fixture.put("a.yaml", &new[..new.len() - 40]);
     let told = source.until_problem("a.yaml").await;
     assert!(
-        told.starts_with("a.yaml:10: ") && told.ends_with("(the file's last good state is used until that is mended)"),
+        told.starts_with("a.yaml:10: ")
+            && told.ends_with("(Egret uses the file's last good state until that is corrected)"),
         "{told}"
     );
     fixture.put("b.yaml", &policy("y", "r", 2));
@@ -214,7 +215,7 @@ async fn a_directory_that_goes_keeps_its_state_until_it_is_back() {
     source.until_problem("until it is back").await;
     assert_eq!(source.now().policies.len(), 2);
     fs::create_dir(fixture.path("")).unwrap();
-    source.until_problem("another directory is in its place").await;
+    source.until_problem("was replaced by a directory without any manifest").await;
     assert_eq!(source.now().policies.len(), 2);
     fixture.put("a.yaml", &policy("x", "p", 2));
     source.until("the new one", |c| priority(c, "x/p") == Some(2) && c.policies.len() == 1).await;

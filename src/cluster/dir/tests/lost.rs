@@ -67,7 +67,7 @@ async fn a_directory_without_a_file_is_not_taken_for_one_without_policies() {
 }
 
 #[tokio::test]
-async fn what_a_broken_file_tells_of_its_policies_counts() {
+async fn readable_parts_of_a_broken_file_are_used() {
     let fixture = Fixture::new();
     in_force(&fixture).await;
     // One that is right in a file that is not; one of which a part is wrong; one of which nothing can be read.

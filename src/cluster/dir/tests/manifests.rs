@@ -134,7 +134,7 @@ async fn what_is_wrong_is_told_with_its_line() {
         (gateway("  nodeSelector:\n  addresses: [192.0.2.1]\n"), 6, "selector is empty"),
         (gateway("  nodeSelector: {matchLabel: {a: b}}\n"), 6, "unknown field \"matchLabel\""),
         (gateway("  nodeSelector: {}\n  default: yes\n"), 7, "true or false"),
-        (gateway("  nodeSelector: {}\n  default: true\n  default: true\n"), 8, "\"default\" stands there twice"),
+        (gateway("  nodeSelector: {}\n  default: true\n  default: true\n"), 8, "\"default\" is there twice"),
         (gateway("  addresses: []\n"), 6, "\"nodeSelector\" is missing"),
         (gateway("  nodeSelector: {}\nsepc: {}\n"), 7, "unknown field \"sepc\""),
         (policy("  podSelector: {}\n  egress:\n  - to:\n    - ipBlock: {cidr: 203.0.113.1/24}\n"), 8, "EgressPolicy/p: spec.egress[0]: "),
@@ -156,7 +156,7 @@ async fn what_is_wrong_is_told_with_its_line() {
         ("a: b: c\n".into(), 1, ""),
         ("\tx".into(), 1, ""),
         ("just words\n".into(), 1, ""),
-        ("{\"apiVersion\": \"egret.dev/v1alpha1\",\n\"kind\": \"EgressPolicy\",\n\"kind\": \"EgressPolicy\"}".into(), 3, "\"kind\" stands there twice"),
+        ("{\"apiVersion\": \"egret.dev/v1alpha1\",\n\"kind\": \"EgressPolicy\",\n\"kind\": \"EgressPolicy\"}".into(), 3, "\"kind\" is there twice"),
     ];
     let fixture = Fixture::new();
     for (i, (text, ..)) in cases.iter().enumerate() {
@@ -169,7 +169,7 @@ async fn what_is_wrong_is_told_with_its_line() {
         let told: Vec<&String> = problems.iter().filter(|p| p.starts_with(&file)).collect();
         let [told] = told[..] else { panic!("{file} {told:?}\n{text}") };
         assert!(told.starts_with(&format!("{file}{line}: ")) && told.contains(part), "{told}\n{text}");
-        assert!(told.ends_with("(nothing of this file is used until that is mended)"), "{told}");
+        assert!(told.ends_with("(Egret uses nothing of this file until that is corrected)"), "{told}");
     }
     assert_eq!(*source.now(), Cluster::default());
 }

@@ -123,7 +123,7 @@ async fn a_wrong_status_keeps_the_last_good_one() {
         "status/egressgateways/g.yaml",
         "apiVersion: egret.dev/v1alpha1\nkind: EgressGateway\nmetadata: {name: h}\nstatus: {}\n",
     );
-    let told = source.until_problem("promises EgressGateway/g").await;
+    let told = source.until_problem("which is of EgressGateway/g").await;
     assert!(told.starts_with("status/egressgateways/g.yaml:3: "), "{told}");
     assert_eq!(source.now().gateways["g"].status, gateway_status(2));
     source.0.statuses.gateway("g", &gateway_status(3), None, Vec::new()).await.unwrap();
