@@ -1,4 +1,5 @@
-//! Pods that ran before Egret came, or that another CNI chain set up: their veth is found from their address.
+//! Search for the veths of unmanaged pods by the pods' addresses. Such a pod started before Egret was installed, or
+//! another CNI chain set it up.
 
 use super::pods::Interface;
 use crate::datapath::pod_veth;
@@ -8,19 +9,18 @@ use std::net::IpAddr;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
-/// What came of looking for a pod.
+/// The result of a search.
 #[derive(Debug)]
-pub struct Found {
-    /// The pod.
+pub struct SearchResult {
     pub pod: ObjectKey,
-    /// Its addresses.
+    /// The pod's addresses when the search began.
     pub addresses: Vec<IpAddr>,
-    /// The host's end of its veth pair.
+    /// The host's end of its veth pair, if it was found.
     pub interface: Option<Interface>,
 }
 
-/// Looks for pods, all at the same time.
-pub async fn find_all(routes: &RouteSocket, unmanaged: Vec<(ObjectKey, Vec<IpAddr>)>) -> Vec<Found> {
+/// Searches for all pods concurrently, and waits for the results.
+pub async fn find_all(routes: &RouteSocket, unmanaged: Vec<(ObjectKey, Vec<IpAddr>)>) -> Vec<SearchResult> {
     let mut tasks = JoinSet::new();
     for (pod, addresses) in unmanaged {
         tasks.spawn(find(routes.clone(), pod, addresses));
@@ -28,18 +28,22 @@ pub async fn find_all(routes: &RouteSocket, unmanaged: Vec<(ObjectKey, Vec<IpAdd
     tasks.join_all().await
 }
 
-/// Looks for pods; each is told through `found`.
-pub fn seek(routes: &RouteSocket, unmanaged: Vec<(ObjectKey, Vec<IpAddr>)>, found: &mpsc::UnboundedSender<Found>) {
+/// Searches for pods in the background, and sends each result to `found`.
+pub fn spawn_search(
+    routes: &RouteSocket,
+    unmanaged: Vec<(ObjectKey, Vec<IpAddr>)>,
+    found: &mpsc::UnboundedSender<SearchResult>,
+) {
     for (pod, addresses) in unmanaged {
         let (routes, found) = (routes.clone(), found.clone());
         tokio::spawn(async move {
-            // The daemon ends if nobody listens.
+            // Without a receiver the daemon is ending.
             let _ = found.send(find(routes, pod, addresses).await);
         });
     }
 }
 
-async fn find(routes: RouteSocket, pod: ObjectKey, addresses: Vec<IpAddr>) -> Found {
+async fn find(routes: RouteSocket, pod: ObjectKey, addresses: Vec<IpAddr>) -> SearchResult {
     let mut interface = None;
     for address in &addresses {
         match pod_veth::find_pod_veth(&routes, *address).await {
@@ -48,8 +52,8 @@ async fn find(routes: RouteSocket, pod: ObjectKey, addresses: Vec<IpAddr>) -> Fo
                 break;
             }
             Ok(None) => {}
-            Err(e) => tracing::warn!(%pod, %address, "the pod's interface could not be looked for: {e:#}"),
+            Err(e) => tracing::warn!(%pod, %address, "cannot search for the pod's interface: {e:#}"),
         }
     }
-    Found { pod, addresses, interface }
+    SearchResult { pod, addresses, interface }
 }

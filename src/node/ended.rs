@@ -1,7 +1,8 @@
-//! Connections that have ended, by a pod's end or by the end of a policy, while the kernel still tracks them.
+//! Connections whose pod or policy has ended while the kernel still tracks them.
 //!
-//! A tracked connection keeps the way that it began with. Left in the table, it would lend its allocation, or the
-//! node's address, to the next pod with the same address, and keep the pod on an allocation that it has no more.
+//! A tracked connection keeps the allocation with which it began. If its entry stayed, the next pod with the same
+//! address would use that allocation, or the node's address, and a pod would keep an allocation that its policies no
+//! longer give.
 
 use super::changed_ports::Replicas;
 use super::pods::{Holder, Pods, Use};
@@ -16,41 +17,42 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
-/// Which connections are to be forgotten.
+/// The connections whose entries are to be deleted.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Ended {
-    /// All of these addresses: their pods are gone.
+pub struct EndedConnections {
+    /// All connections of these addresses, whose pods are gone.
     pub addresses: BTreeSet<IpAddr>,
-    /// Those of these addresses with the outside: their pods, which are in quarantine, cannot have begun them.
+    /// The connections of these addresses with destinations outside the cluster. Their pods were in quarantine and
+    /// cannot have begun them.
     pub quarantined: BTreeSet<IpAddr>,
-    /// All that pods as they are could not have begun: it is not known what they used before this daemon started.
+    /// All connections that the present pods cannot have begun. It is unknown what they used before this daemon
+    /// started.
     pub of_earlier: bool,
-    /// All whose marks have this upper half: an earlier daemon's were other ones.
+    /// All connections whose marks have this upper half, which an earlier daemon used.
     pub of_base: Option<u16>,
-    /// Those of these addresses on these allocations.
+    /// The connections of these addresses on these allocations.
     allocations: BTreeMap<IpAddr, BTreeSet<EgressId>>,
 }
 
-/// What is to be known of the node, to tell connections by.
+/// What the daemon knows of the node and uses to classify connections.
 #[derive(Clone, Debug)]
-pub struct Scene {
-    /// Egret's marks.
+pub struct ConnectionContext {
     pub marks: Marks,
-    /// What is inside the cluster.
+    /// The cluster's networks.
     pub networks: Shared<Networks>,
-    /// The networks that this node's pods have their addresses from.
+    /// The networks of this node's pods.
     pub of_pods: Box<[IpNetwork]>,
-    /// Addresses in them that are somebody's now.
+    /// Addresses that a pod or the node has now.
     pub in_use: HashSet<IpAddr>,
 }
 
-impl Ended {
-    /// Adds what pods could use before and can no more.
+impl EndedConnections {
+    /// Adds the allocations that pods could use before and can no longer use.
     pub fn uses(&mut self, before: &BTreeMap<Holder, Arc<Use>>, now: &BTreeMap<Holder, Arc<Use>>, pods: &Pods) {
         let none = BTreeSet::new();
         for (holder, old) in before {
             let new = now.get(holder);
-            // Pods that are gone are seen to when they go: their addresses may be others' by now.
+            // A removed pod's connections were added at its removal. Another pod may have its address by now.
             if new.is_some_and(|new| Arc::ptr_eq(old, new)) || !pods.has(holder) {
                 continue;
             }
@@ -66,72 +68,72 @@ impl Ended {
 
     /// Whether there are none.
     pub fn is_empty(&self) -> bool {
-        *self == Ended::default()
+        *self == EndedConnections::default()
     }
 
-    /// Takes them out of the kernel's table. What cannot be taken out is tried again the next time.
-    pub async fn forget(&mut self, uses: &BTreeMap<Holder, Arc<Use>>, scene: Scene) {
+    /// Deletes the entries from the kernel's table. After an error it keeps them for the next call.
+    pub async fn delete(&mut self, uses: &BTreeMap<Holder, Arc<Use>>, context: ConnectionContext) {
         let ended = self.clone();
         let possible = self.of_earlier.then(|| Possible::new(uses));
-        // A large table takes its time, and the endpoint for metrics and health goes on meanwhile.
-        let forgotten = tokio::task::spawn_blocking(move || ended.take_out(&scene, possible.as_ref()));
-        match forgotten.await {
+        // A large table takes long, and the endpoint for metrics and health must respond meanwhile.
+        let deleted = tokio::task::spawn_blocking(move || ended.delete_entries(&context, possible.as_ref()));
+        match deleted.await {
             Ok(Ok(n)) => {
                 if n > 0 {
-                    tracing::info!(entries = n, "connections of allocations or pods that are gone were ended");
+                    tracing::info!(entries = n, "deleted connections of removed pods or allocations");
                 }
-                *self = Ended::default();
+                *self = EndedConnections::default();
             }
             Ok(Err(e)) => tracing::error!("the connection table cannot be cleaned: {e:#}"),
             Err(e) => tracing::error!("the connection table cannot be cleaned: {e}"),
         }
     }
 
-    fn take_out(&self, scene: &Scene, possible: Option<&Possible>) -> Result<usize> {
-        let marks = scene.marks;
+    fn delete_entries(&self, context: &ConnectionContext, possible: Option<&Possible>) -> Result<usize> {
+        let marks = context.marks;
         let ours = MarkFilter { mark: marks.connection(0), mask: marks.connection_kind_mask() };
         let mut socket = Socket::open(NETLINK_NETFILTER)?;
-        let mut forgotten = 0;
+        let mut deleted = 0;
         if possible.is_some() || !self.allocations.is_empty() {
-            forgotten += conntrack::delete(&mut socket, ours, |c| {
+            deleted += conntrack::delete(&mut socket, ours, |c| {
                 let allocation = (c.mark & marks.allocation_mask()) as EgressId;
                 possible.is_some_and(|possible| !possible.contains(c.source, allocation))
                     || self.allocations.get(&c.source).is_some_and(|p| p.contains(&allocation))
             })?;
         }
         if possible.is_some() {
-            let gone = |a: &IpAddr| scene.of_pods.iter().any(|n| n.contains(*a)) && !scene.in_use.contains(a);
+            let gone = |a: &IpAddr| context.of_pods.iter().any(|n| n.contains(*a)) && !context.in_use.contains(a);
             let all = MarkFilter { mark: 0, mask: 0 };
-            forgotten += conntrack::delete(&mut socket, all, |c| gone(&c.source) || gone(&c.reply_source))?;
+            deleted += conntrack::delete(&mut socket, all, |c| gone(&c.source) || gone(&c.reply_source))?;
         }
         if let Some(base) = self.of_base {
             let marked = MarkFilter { mark: u32::from(base) << 16, mask: marks.connection_mask() };
-            forgotten += conntrack::delete(&mut socket, marked, |_| true)?;
+            deleted += conntrack::delete(&mut socket, marked, |_| true)?;
         }
-        forgotten += conntrack::delete_by_address(&mut socket, &self.addresses, |_| true)?;
-        let is_outside = |c: &Connection| !ours.matches(c) && !scene.networks.is_direct(c.reply_source);
-        forgotten += conntrack::delete_by_address(&mut socket, &self.quarantined, is_outside)?;
-        Ok(forgotten)
+        deleted += conntrack::delete_by_address(&mut socket, &self.addresses, |_| true)?;
+        let is_outside = |c: &Connection| !ours.matches(c) && !context.networks.is_direct(c.reply_source);
+        deleted += conntrack::delete_by_address(&mut socket, &self.quarantined, is_outside)?;
+        Ok(deleted)
     }
 }
 
-/// Takes connections that are translated to another address than their allocation's out of the kernel's table, in the
-/// background. Each packet of theirs is dropped and prolongs them, so they would not end by themselves. Those of this
-/// node's pods on `local` allocations, whose port was changed, keep it.
-pub fn forget_stale(marks: Marks, local: BTreeSet<EgressId>, replicas: Arc<Replicas>) {
+/// Deletes stale connections, which are translated to another address than their allocation's, in the background.
+/// Each of their packets is dropped and extends their lifetime, so they would not expire. Connections of this node's
+/// pods on `local` allocations keep a changed port.
+pub fn delete_stale(marks: Marks, local: BTreeSet<EgressId>, replicas: Arc<Replicas>) {
     let stale =
         MarkFilter { mark: marks.stale(), mask: marks.connection_of_allocation_mask() | marks.allocation_mask() };
-    in_background("connections that are older than their allocations are picked up anew", move |socket| {
+    in_background("deleted or replaced connections that are older than their allocations", move |socket| {
         conntrack::update_entries(socket, stale, |c| {
-            let heir =
+            let replacement =
                 c.out.and_then(|out| local.iter().find_map(|id| replicas.translation_of(&out, marks.connection(*id))));
-            heir.map_or(EntryAction::Delete, |heir| EntryAction::Replace(heir, None))
+            replacement.map_or(EntryAction::Delete, |replacement| EntryAction::Replace(replacement, None))
         })
     });
 }
 
-/// Cleans the kernel's table of connections, which may be large, while everything else goes on; and says `what` came
-/// of it.
+/// Runs `clean` on connection tracking in the background, because the table may be large. Logs `what` with the number
+/// of entries.
 pub fn in_background(what: &'static str, clean: impl FnOnce(&mut Socket) -> Result<usize> + Send + 'static) {
     tokio::task::spawn_blocking(move || {
         let cleaned = Socket::open(NETLINK_NETFILTER).map_err(anyhow::Error::from);
@@ -143,12 +145,12 @@ pub fn in_background(what: &'static str, clean: impl FnOnce(&mut Socket) -> Resu
     });
 }
 
-/// What pods as they are could have begun.
+/// The connections that the present pods can have begun.
 #[derive(Debug, Default)]
 struct Possible {
-    /// Connections on these allocations, of each address.
+    /// For each address, its allocations.
     allocations: HashMap<IpAddr, BTreeSet<EgressId>>,
-    /// Any of these addresses: it is not known which policies select them.
+    /// Addresses of isolated pods, whose policies are unknown: any allocation is possible.
     any: HashSet<IpAddr>,
 }
 

@@ -1,10 +1,10 @@
-//! Connections that pods have begun and that no policy has decided on: they have no mark of Egret's, and leave from the
-//! node's address.
+//! Connections that pods have begun and that no policy has decided on: they have no mark of Egret's, and leave from
+//! the node's address.
 //!
 //! There are some when a policy begins for a pod that runs. With `existingConnections: End` they are ended then, by
-//! being forgotten: a packet that follows begins a new one. With `Keep` they go on, and it is remembered which ones they
-//! are: others can only have begun while somebody had taken Egret's rules away, and would leave from the node's address
-//! for as long as they last. Once the rules are back, those are ended.
+//! being forgotten: a packet that follows begins a new one. With `Keep` they go on, and it is remembered which ones
+//! they are: others can only have begun while somebody had taken Egret's rules away, and would leave from the node's
+//! address for as long as they last. Once the rules are back, those are ended.
 //!
 //! Nobody waits for this. One thread does it, in the order in which things happened.
 
@@ -69,7 +69,8 @@ impl Existing {
         self.new.insert(pod);
     }
 
-    /// The kernel holds pods to `uses`, and these allocations are ready. With `mended`, rules had been taken away meanwhile.
+    /// The kernel holds pods to `uses`, and these allocations are ready. With `mended`, rules had been taken away
+    /// meanwhile.
     pub fn look(
         &mut self,
         uses: &Uses,
@@ -256,7 +257,8 @@ impl Inside {
     }
 }
 
-/// What is said of a connection that began before the policy that covers it. `None`: it may leave from the node's address.
+/// What is said of a connection that began before the policy that covers it. `None`: it may leave from the node's
+/// address.
 fn decides(policy_chain: &PolicyChain, ready: &BTreeSet<EgressId>, c: &Connection) -> Option<ExistingConnections> {
     if *policy_chain == PolicyChain::Isolated {
         return Some(ExistingConnections::Keep);

@@ -3,8 +3,8 @@
 //! One task owns everything and does one thing after another, so there are no locks and no half states. A pod's
 //! start comes before a change of the cluster, and what came in together is programmed in one transaction.
 
+mod adopted_files;
 mod adoption;
-mod beginning;
 mod changed_ports;
 mod ended;
 mod existing;
@@ -15,7 +15,7 @@ pub mod liveness;
 mod metrics;
 mod moved;
 mod pods;
-mod remembered;
+mod policy_delay;
 mod report;
 mod socket;
 mod state;
@@ -33,7 +33,7 @@ use crate::model::tunnel_family::TunnelFamily;
 use crate::telemetry::server;
 use anyhow::Context;
 use ipnetwork::IpNetwork;
-use socket::{Listener, Question};
+use socket::{Listener, PluginRequest};
 use state::{Node, Stopping};
 use std::net::IpAddr;
 use std::path::PathBuf;
@@ -82,8 +82,8 @@ pub struct Options {
     pub cni_dirs: Option<(PathBuf, Option<PathBuf>)>,
 }
 
-/// Runs until it is told to stop, and has handed over what it has if its node is going. What it has put into the kernel
-/// stays.
+/// Runs until it is told to stop, and has handed over what it has if its node is going. What it has put into the
+/// kernel stays.
 ///
 /// # Errors
 /// Something without which it cannot run at all: the run directory, the cluster's source, a socket.
@@ -175,7 +175,7 @@ pub async fn run(options: Options, stop: impl Future<Output = ()>) -> anyhow::Re
                 Ok(new) => {
                     listener = Some(new);
                     tracing::info!(node = %options.name, "ready");
-                    tokio::spawn(taint::lift(source.statuses.clone(), options.name.clone()));
+                    tokio::spawn(taint::remove(source.statuses.clone(), options.name.clone()));
                 }
                 Err(e) => {
                     retry_at = retry_at.or(Some(Instant::now() + RETRY));
@@ -193,7 +193,7 @@ pub async fn run(options: Options, stop: impl Future<Output = ()>) -> anyhow::Re
             () = deadline(stopping.as_ref()), if stopping.is_some() => retry,
             Some(first) = next(&mut listener) => {
                 let mut batch = vec![first];
-                while batch.len() < AT_ONCE && let Some(Ok(more)) = listener.as_mut().map(|d| d.questions.try_recv()) {
+                while batch.len() < AT_ONCE && let Some(Ok(more)) = listener.as_mut().map(|d| d.requests.try_recv()) {
                     batch.push(more);
                 }
                 node.answer(batch).await;
@@ -272,9 +272,9 @@ async fn deadline(stopping: Option<&Stopping>) {
     }
 }
 
-async fn next(listener: &mut Option<Listener>) -> Option<Question> {
+async fn next(listener: &mut Option<Listener>) -> Option<PluginRequest> {
     match listener {
-        Some(listener) => listener.questions.recv().await,
+        Some(listener) => listener.requests.recv().await,
         None => std::future::pending().await,
     }
 }

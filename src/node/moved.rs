@@ -1,11 +1,10 @@
-//! Connections of allocations that have come to this node or gone from it, while the kernel still tracks them as
-//! before.
+//! Connections of egress IPs that have moved to this node or away from it.
 //!
-//! A connection's address translation is settled by its first packet. On the node that owns its allocation a pod's
-//! connection gets the allocation's address; on any other, none. Left in the table when the allocation moves, it
-//! would leave with the wrong address, and be dropped for it; once forgotten, its next packet makes the kernel pick
-//! it up anew. On a gateway that has given an address up, what it knows of a connection is out of date should the
-//! address come back.
+//! A connection's first packet determines its address translation. On the owner, a local pod's connection is
+//! translated to the egress IP; on other nodes it is not translated. If the entry stayed when the egress IP moves,
+//! packets would have the wrong source address and be dropped. After its deletion, the next packet creates an entry
+//! with the right translation. On a gateway node that has given up an egress IP, entries would be out of date if the
+//! egress IP returned.
 
 use crate::api::AddressPair;
 use crate::kernel::conntrack::{self, Connection, EntryAction, MarkFilter, Tracked, Translated, Tuple};
@@ -21,46 +20,45 @@ use std::net::IpAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-/// Who cleans the kernel's table, one after the other. Two at a time would each make entries by what it knows, and
-/// the older one's could be the last.
+/// Serialises the cleaning jobs. Of two concurrent ones, the older could insert its outdated entries last.
 #[derive(Clone, Debug, Default)]
-pub struct Turns(Arc<Turn>);
+pub struct CleaningQueue(Arc<QueueState>);
 
 #[derive(Debug, Default)]
-struct Turn {
+struct QueueState {
     cleaning: Mutex<()>,
-    /// The number of the newest one. It does what all before it were to do.
+    /// The number of the newest job. It supersedes all jobs before it.
     newest: AtomicU64,
 }
 
-impl Turns {
-    /// What does the work when its turn comes, unless a newer one has come by then.
-    fn next<W: FnOnce(&mut Socket) -> Result<usize>>(
+impl CleaningQueue {
+    /// Wraps `work` so that it waits for the running job, and does nothing if a newer one is queued by then.
+    fn enqueue<W: FnOnce(&mut Socket) -> Result<usize>>(
         &self,
         work: W,
     ) -> impl FnOnce(&mut Socket) -> Result<usize> + use<W> {
-        let turn = self.0.clone();
-        let number = turn.newest.fetch_add(1, Ordering::SeqCst) + 1;
+        let state = self.0.clone();
+        let number = state.newest.fetch_add(1, Ordering::SeqCst) + 1;
         move |socket| {
-            let _turn = turn.cleaning.lock().unwrap_or_else(PoisonError::into_inner);
-            if turn.newest.load(Ordering::SeqCst) == number { work(socket) } else { Ok(0) }
+            let _guard = state.cleaning.lock().unwrap_or_else(PoisonError::into_inner);
+            if state.newest.load(Ordering::SeqCst) == number { work(socket) } else { Ok(0) }
         }
     }
 }
 
-/// What the connections in the kernel's table are to be like.
+/// How the connections in the kernel's table must be translated.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Moved {
-    /// Whether each allocation that is ready leaves from this node.
+    /// For each allocation that is ready, whether this node is the owner.
     local: BTreeMap<EgressId, bool>,
-    /// Each allocation's address.
+    /// Each allocation's egress IP.
     egress: BTreeMap<EgressId, AddressPair>,
-    /// The addresses that other nodes' connections leave from here.
+    /// The egress IPs of other nodes' connections through this node.
     served: BTreeSet<IpAddr>,
 }
 
 impl Moved {
-    /// As the kernel is now: these allocations' addresses are on this node.
+    /// The present translation, where the egress IPs of the allocations `here` are on this node.
     pub fn new(view: &View, here: &BTreeSet<EgressId>) -> Self {
         let allocations = &view.allocations.allocations;
         let local = allocations.iter().filter_map(|(id, allocation)| match allocation.state {
@@ -78,74 +76,77 @@ impl Moved {
         }
     }
 
-    /// The allocations that leave from this node.
+    /// The allocations that this node owns.
     pub fn local(&self) -> BTreeSet<EgressId> {
         self.local.iter().filter(|(_, local)| **local).map(|(id, _)| *id).collect()
     }
 
-    /// Whether the allocation left from this node.
+    /// Whether this node owned the allocation.
     pub fn was_local(&self, allocation: EgressId) -> bool {
         self.local.get(&allocation) == Some(&true)
     }
 
-    /// Whether the table may hold connections that are no longer as they should be.
+    /// Whether the table may contain connections with the wrong translation.
     pub fn needs_cleaning(&self, before: &Moved) -> bool {
         let changed = |(id, local): (&EgressId, &bool)| before.local.get(id) != Some(local);
         self.local.iter().any(changed) || before.served.iter().any(|a| !self.served.contains(a))
     }
 
-    /// Takes what is not as it should be out of the kernel's table, in the background: it may be large. For pods'
-    /// connections on `handed_over` allocations, what servers have sent already is let in. What other nodes have told
-    /// of, whose port was changed, stays; of a pod of this node's, whose allocation has come here, it gets the same
-    /// port. Another one keeps its pod's port: here at once, and on the next owner, which is told of it.
-    pub fn clean(self, marks: Marks, handed_over: BTreeSet<EgressId>, ports: &ChangedPorts, turns: &Turns) {
+    /// Deletes or replaces the entries with the wrong translation, in the background, because the table may be large.
+    /// Replies in flight to pods' connections on `handed_over` allocations are admitted. Replicated connections with
+    /// a changed port stay. A local pod's replicated connection gets its changed port when its egress IP moves to
+    /// this node. Other connections keep their pod's port: on this node at once, and on the new owner, to which they
+    /// are sent.
+    pub fn clean(self, marks: Marks, handed_over: BTreeSet<EgressId>, ports: &ChangedPorts, queue: &CleaningQueue) {
         let (replicas, next_owners) = (ports.replicas(), ports.gone());
         let of_allocation = marks.connection_of_allocation_mask();
-        let late = MarkFilter { mark: marks.handed(0), mask: of_allocation };
+        let in_flight = MarkFilter { mark: marks.handed(0), mask: of_allocation };
         let pods = MarkFilter { mark: marks.connection(0), mask: of_allocation };
         let peers = MarkFilter { mark: marks.connection_of_peer(0), mask: marks.connection_kind_mask() };
-        let clean = turns.next(move |socket| {
+        let clean = queue.enqueue(move |socket| {
             let allocation = |c: &Connection| (c.mark & marks.allocation_mask()) as EgressId;
             let is_wrong = |allocation, translated| self.is_wrong(allocation, translated);
             let (kept, gone) = self.kept(socket, marks)?;
-            // First: of an allocation that is moved back at once, they are in the way of what takes their place.
-            conntrack::delete(socket, late, |c| is_wrong(allocation(c), c.destination == c.reply_source))?;
+            // First the entries for replies in flight: if an egress IP moves back at once, they conflict with the
+            // entries that replace the connections.
+            conntrack::delete(socket, in_flight, |c| is_wrong(allocation(c), c.destination == c.reply_source))?;
             let of_pods = conntrack::update_entries(socket, pods, |c| {
                 let id = allocation(c);
                 if !is_wrong(id, c.reply_destination != c.source) {
                     return EntryAction::Keep;
                 }
-                let late = handed_over.contains(&id).then(|| marks.handed(id));
+                let in_flight = handed_over.contains(&id).then(|| marks.handed(id));
                 let comes = self.local.get(&id) == Some(&true);
-                let heir = c.out.and_then(|out| {
-                    let told = comes.then(|| replicas.translation_of(&out, marks.connection(id))).flatten();
-                    told.or_else(|| kept.get(&out).copied())
+                let replacement = c.out.and_then(|out| {
+                    let replicated = comes.then(|| replicas.translation_of(&out, marks.connection(id))).flatten();
+                    replicated.or_else(|| kept.get(&out).copied())
                 });
-                match (heir, late) {
-                    (Some(heir), late) => EntryAction::Replace(heir, late),
+                match (replacement, in_flight) {
+                    (Some(replacement), in_flight) => EntryAction::Replace(replacement, in_flight),
                     (None, Some(mark)) => EntryAction::DeleteAdmittingReplies(mark),
                     (None, None) => EntryAction::Delete,
                 }
             })?;
             if !gone.is_empty() {
-                // Only now: what servers send comes as the next owner translates it from then on. While the daemon
-                // ends nobody hears of them.
+                // Only now: from then on the new owner translates the servers' replies. Without a receiver the daemon
+                // is ending.
                 let _ = next_owners.send(gone);
             }
-            let is_told = |c: &Connection| c.out.is_some_and(|out| replicas.has(&out, c.reply_destination));
+            let is_replicated = |c: &Connection| c.out.is_some_and(|out| replicas.has(&out, c.reply_destination));
             let of_peers =
-                conntrack::delete(socket, peers, |c| !self.served.contains(&c.reply_destination) && !is_told(c))?;
+                conntrack::delete(socket, peers, |c| !self.served.contains(&c.reply_destination) && !is_replicated(c))?;
             Ok(of_pods + of_peers)
         });
-        ended::in_background("connections of allocations that have moved are picked up anew", clean);
+        ended::in_background("deleted or replaced connections of moved egress IPs", clean);
     }
 
     fn is_wrong(&self, allocation: EgressId, translated: bool) -> bool {
         self.local.get(&allocation).is_some_and(|local| *local != translated)
     }
 
-    /// Connections of this node's pods that have their pod's port: as they are to be, with the allocation's address
-    /// where their allocation has come here, else without translation; and as they were where it has gone.
+    /// The connections of this node's pods with the wrong translation that kept their port. Returns their
+    /// replacements, translated to the egress IP if it has moved to this node and untranslated otherwise, and the
+    /// entries of those whose egress IP has moved away.
     fn kept(&self, socket: &mut Socket, marks: Marks) -> Result<(HashMap<Tuple, Translated>, Vec<Tracked>)> {
         let pods = MarkFilter { mark: marks.connection(0), mask: marks.connection_of_allocation_mask() };
         let allocation = |tracked: &Tracked| (tracked.mark & marks.allocation_mask()) as EgressId;
@@ -156,15 +157,15 @@ impl Moved {
         };
         let moved = conntrack::list_tracked(socket, pods, is_kept)?;
         let comes = |tracked: &Tracked| self.local.get(&allocation(tracked)) == Some(&true);
-        let heir = |tracked: &Tracked| {
-            // A Service's choice of a server cannot be made again.
+        let replacement = |tracked: &Tracked| {
+            // A connection to a Service cannot be replaced, because the choice of a server cannot be repeated.
             let (out, address) = port(tracked).filter(|(out, _)| *out == tracked.out)?;
             let address = if comes(tracked) { address } else { out.source };
             let (mark, timeout) = (marks.connection(allocation(tracked)), tracked.timeout.max(1));
             Some((out, Translated { out, address, port: out.ports[0], mark, timeout }))
         };
-        let heirs = moved.iter().filter_map(heir).collect();
-        Ok((heirs, moved.into_iter().filter(|tracked| !comes(tracked)).collect()))
+        let replacements = moved.iter().filter_map(replacement).collect();
+        Ok((replacements, moved.into_iter().filter(|tracked| !comes(tracked)).collect()))
     }
 }
 
@@ -175,11 +176,11 @@ mod tests {
     use std::cell::RefCell;
 
     #[test]
-    fn only_the_newest_cleans() {
-        let (turns, done) = (Turns::default(), RefCell::new(Vec::new()));
+    fn only_the_newest_job_cleans() {
+        let (queue, done) = (CleaningQueue::default(), RefCell::new(Vec::new()));
         let work = |number: u32| {
             let done = &done;
-            turns.next(move |_| {
+            queue.enqueue(move |_| {
                 done.borrow_mut().push(number);
                 Ok(1)
             })

@@ -7,8 +7,8 @@ use crate::model::precedence::PolicyIndex;
 use crate::model::selector::Labels;
 use crate::model::shared::Mark;
 use crate::model::{Cluster, ObjectKey, Pod};
-use crate::node::beginning::Beginning;
-use crate::node::remembered::Remembered;
+use crate::node::adopted_files::Remembered;
+use crate::node::policy_delay::PolicyDelay;
 use crate::node_plan::allocations::NodeAllocations;
 use crate::node_plan::policy_chain::PolicyChain;
 use crate::node_plan::{NodePlan, PodPlan, View, chain_name};
@@ -41,7 +41,7 @@ struct Attached {
     /// What the pod's labels were when the cluster last knew it: it may be gone there before it is gone here.
     labels: Option<Labels>,
     judged: Judged,
-    beginning: Beginning,
+    policy_delay: PolicyDelay,
 }
 
 impl Attached {
@@ -51,14 +51,14 @@ impl Attached {
     }
 }
 
-/// A pod that ran before Egret came. It is here as long as its interface: what becomes of the Pod object says nothing of the
-/// container, which may go on sending.
+/// A pod that ran before Egret came. It is here as long as its interface: what becomes of the Pod object says nothing
+/// of the container, which may go on sending.
 #[derive(Debug)]
 struct Adopted {
     /// With the labels that it had last, as of an attached one.
     known: Arc<Remembered>,
     judged: Judged,
-    beginning: Beginning,
+    policy_delay: PolicyDelay,
 }
 
 /// What policies say of a pod, and what follows from it. A pod's start changes it for no other.
@@ -144,7 +144,7 @@ pub struct Pods {
     /// Pods that are held because the cluster does not know them, or their namespaces.
     undecided: BTreeSet<AttachmentId>,
     /// Pods that nobody brought, and that have not been found, or were not looked for: no policy selects them.
-    unmanaged: HashMap<ObjectKey, Beginning>,
+    unmanaged: HashMap<ObjectKey, PolicyDelay>,
     pod_marks: PodMarks,
     judged_by: JudgedBy,
     /// How many policy chains were held for what they list.
@@ -166,11 +166,11 @@ impl Pods {
             other.interface = None;
         }
         let before = self.attached.remove(&attachment.id);
-        let (labels, beginning) = before.map(|a| (a.labels, a.beginning)).unwrap_or_default();
+        let (labels, policy_delay) = before.map(|a| (a.labels, a.policy_delay)).unwrap_or_default();
         self.ended.remove(&ObjectKey::new(&attachment.pod.namespace, &attachment.pod.name));
         let (id, judged) = (attachment.id.clone(), Judged::Unknown);
         let holder = Holder::Attached(Arc::new(id.clone()));
-        self.attached.insert(id, Attached { holder, attachment, interface, labels, judged, beginning });
+        self.attached.insert(id, Attached { holder, attachment, interface, labels, judged, policy_delay });
         self.drop_adopted(|a| same(&a.known.interface))
     }
 
@@ -224,7 +224,8 @@ impl Pods {
         }
     }
 
-    /// Whether it is known what is to become of the pod: it is not one that is held because the cluster does not know it.
+    /// Whether it is known what is to become of the pod: it is not one that is held because the cluster does not know
+    /// it.
     pub fn is_decided(&self, id: &AttachmentId) -> bool {
         !self.undecided.contains(id)
     }
@@ -240,8 +241,8 @@ impl Pods {
         attached.chain(self.adopted.values().flat_map(|a| a.known.addresses.iter())).copied()
     }
 
-    /// The interface of that index is `now` this one, or none. Returns the addresses of pods that are gone with the one
-    /// before; of those that the plugin brought DEL is still to come.
+    /// The interface of that index is `now` this one, or none. Returns the addresses of pods that are gone with the
+    /// one before; of those that the plugin brought DEL is still to come.
     pub fn interface_gone(&mut self, index: u32, now: Option<&Veth>) -> Vec<IpAddr> {
         for a in self.attached.values_mut().filter(|a| a.interface.as_ref().is_some_and(|i| i.index == index)) {
             let peer = a.attachment.host.as_ref().map(|host| host.peer_index);
@@ -292,14 +293,16 @@ impl Pods {
         if self.attached.values().any(|a| a.interface.as_ref().is_some_and(|i| i.index == index)) {
             return Vec::new();
         }
-        let beginning = self.unmanaged.remove(&known.pod).unwrap_or_default();
-        let before = self.adopted.insert(index, Adopted { known: Arc::new(known), judged: Judged::Unknown, beginning });
+        let policy_delay = self.unmanaged.remove(&known.pod).unwrap_or_default();
+        let before =
+            self.adopted.insert(index, Adopted { known: Arc::new(known), judged: Judged::Unknown, policy_delay });
         self.unused(before)
     }
 
     /// Forgets of which pods the DEL has come, once the cluster has forgotten them.
     pub fn drop_ended(&mut self, cluster: &Cluster) {
-        // A pod that was just added may not have its addresses in the cluster yet, and a runtime may know of more of them.
+        // A pod that was just added may not have its addresses in the cluster yet, and a runtime may know of more of
+        // them.
         self.ended.retain(|key, addresses| {
             let same = |p: &Pod| p.addresses.is_empty() || p.addresses.iter().any(|a| addresses.contains(a));
             cluster.pods.get(key).is_some_and(|p| same(p))
@@ -308,7 +311,8 @@ impl Pods {
 
     /// Pods that a policy selects, that run here, and that nobody brought: they are to be found.
     pub fn unmanaged(&mut self, cluster: &Cluster, view: &View) -> Vec<(ObjectKey, Vec<IpAddr>)> {
-        // A record whose DEL never came may be of an earlier pod of that name, and says nothing of the one that runs now.
+        // A record whose DEL never came may be of an earlier pod of that name, and says nothing of the one that runs
+        // now.
         let living = self.attached.values().filter(|a| !a.is_gone()).map(|a| &a.attachment.pod);
         let brought: HashMap<(&str, &str), &str> =
             living.map(|pod| ((&*pod.namespace, &*pod.name), &*pod.uid)).collect();
@@ -324,11 +328,11 @@ impl Pods {
         let (mut before, now) = (std::mem::take(&mut self.unmanaged), Instant::now());
         let mut selected = Vec::new();
         for (key, pod) in unmanaged {
-            let mut beginning = before.remove(key).unwrap_or_default();
-            if beginning.policy_chain(view, &key.namespace, Some(&pod.labels), now).is_some() {
+            let mut policy_delay = before.remove(key).unwrap_or_default();
+            if policy_delay.policy_chain(view, &key.namespace, Some(&pod.labels), now).is_some() {
                 selected.push((key.clone(), pod.addresses.to_vec()));
             }
-            self.unmanaged.insert(key.clone(), beginning);
+            self.unmanaged.insert(key.clone(), policy_delay);
         }
         selected
     }
@@ -392,8 +396,9 @@ impl Pods {
 
     /// When pods are to be judged again, if nothing else happens.
     pub fn next(&self) -> Option<Instant> {
-        let known = self.attached.values().map(|a| &a.beginning).chain(self.adopted.values().map(|a| &a.beginning));
-        known.chain(self.unmanaged.values()).filter_map(Beginning::next).min()
+        let known =
+            self.attached.values().map(|a| &a.policy_delay).chain(self.adopted.values().map(|a| &a.policy_delay));
+        known.chain(self.unmanaged.values()).filter_map(PolicyDelay::next).min()
     }
 
     /// Finds out what policies say of each pod of which that is not known.
@@ -418,7 +423,7 @@ impl Pods {
             if let Some(now) = labels(&a.attachment, cluster) {
                 a.labels = Some(now.clone());
             }
-            a.judged = a.beginning.policy_chain(view, &a.attachment.pod.namespace, a.labels.as_ref(), now).into();
+            a.judged = a.policy_delay.policy_chain(view, &a.attachment.pod.namespace, a.labels.as_ref(), now).into();
         }
         for a in self.adopted.values_mut().filter(|a| matches!(a.judged, Judged::Unknown)) {
             // Another pod of the name has other addresses.
@@ -426,7 +431,7 @@ impl Pods {
             if let Some(pod) = pod.filter(|pod| a.known.labels.as_ref() != Some(&pod.labels)) {
                 Arc::make_mut(&mut a.known).labels = Some(pod.labels.clone());
             }
-            a.judged = a.beginning.policy_chain(view, &a.known.pod.namespace, a.known.labels.as_ref(), now).into();
+            a.judged = a.policy_delay.policy_chain(view, &a.known.pod.namespace, a.known.labels.as_ref(), now).into();
         }
     }
 }

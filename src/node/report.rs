@@ -27,8 +27,8 @@ use tokio::time::{Instant, sleep_until};
 /// A status that could not be written is tried again after this long.
 const AGAIN: Duration = Duration::from_secs(5);
 
-/// What is in nodes' statuses for people alone is written at this pace by all nodes together: with each node that comes or
-/// goes all of them have something else to say, and each hears what each says.
+/// What is in nodes' statuses for people alone is written at this pace by all nodes together: with each node that
+/// comes or goes all of them have something else to say, and each hears what each says.
 const FOR_PEOPLE: Duration = Duration::from_millis(100);
 
 /// So many faults are named in a node's status: who is of the wrong family has one for each other node.

@@ -1,4 +1,4 @@
-//! The socket on which plugins ask, and the lock that keeps a second daemon away.
+//! The socket for plugins' requests, and the lock against a second daemon.
 
 use crate::careful;
 use crate::cni::protocol::{Failure, PROTOCOL, Request, Response, Verb, codes};
@@ -14,26 +14,25 @@ use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{Semaphore, mpsc, oneshot};
 
-/// A request is one line of at most this many bytes; GC names every attachment of the node.
+/// The largest request, bytes. A request is one line, and GC lists every attachment of the node.
 const MAX_REQUEST: u64 = 4 << 20;
-/// Who connects has this long to say what it wants.
-const PATIENCE: Duration = Duration::from_secs(10);
-/// So many are spoken with at once; the others wait in the kernel's queue. A node has some hundred pods, and its runtime starts
-/// a few of them at a time.
+/// How long to wait for the request on a new connection.
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
+/// The largest number of concurrent connections; further ones wait in the kernel's queue. A node has some hundred
+/// pods, and its runtime starts a few of them at a time.
 const AT_ONCE: usize = 512;
 
-/// What a plugin asks, and where the answer goes.
-pub struct Question {
-    /// What is asked.
+/// A plugin's request that waits for its response.
+pub struct PluginRequest {
     pub verb: Verb,
-    /// Where the answer goes.
-    pub answer: oneshot::Sender<Result<(), Failure>>,
+    /// Where the response goes.
+    pub response: oneshot::Sender<Result<(), Failure>>,
 }
 
-/// Makes the run directory and waits until no other daemon uses it.
+/// Creates the run directory and waits until no other daemon uses it.
 ///
 /// # Errors
-/// It cannot be made or locked.
+/// The directory cannot be created or locked.
 pub async fn lock(run_dir: &Path) -> anyhow::Result<Flock<File>> {
     run_dir::make(run_dir).with_context(|| format!("run directory {}", run_dir.display()))?;
     let path = run_dir.join(DAEMON_LOCK);
@@ -52,29 +51,28 @@ pub async fn lock(run_dir: &Path) -> anyhow::Result<Flock<File>> {
     }
 }
 
-/// Where plugins ask.
+/// The socket that accepts plugins' connections.
 pub struct Listener {
-    /// What they ask.
-    pub questions: mpsc::Receiver<Question>,
+    pub requests: mpsc::Receiver<PluginRequest>,
     /// The socket's inode.
     inode: u64,
 }
 
 impl Listener {
-    /// Whether plugins still find it.
+    /// Whether the socket is still in the run directory.
     pub fn is_there(&self, run_dir: &Path) -> bool {
         fs::metadata(run_dir.join(SOCKET)).is_ok_and(|there| there.ino() == self.inode)
     }
 }
 
-/// Listens, in place of a daemon that is gone.
+/// Opens the socket, and replaces that of an earlier daemon.
 ///
 /// # Errors
-/// The socket cannot be made.
+/// The socket cannot be created.
 pub fn listen(run_dir: &Path) -> anyhow::Result<Listener> {
     let path = run_dir.join(SOCKET);
-    // Bound under another name and renamed, so that there is no moment in which plugins find no socket and nobody
-    // else may connect before its mode is right.
+    // Bind under another name and rename, so that plugins always find a socket and no other user can connect before
+    // the mode is set.
     let temporary = run_dir.join(format!(".{SOCKET}"));
     careful::put_aside(&temporary).with_context(|| format!("socket {}", temporary.display()))?;
     let listener = UnixListener::bind(&temporary).with_context(|| format!("socket {}", temporary.display()))?;
@@ -85,18 +83,18 @@ pub fn listen(run_dir: &Path) -> anyhow::Result<Listener> {
         .and_then(|()| fs::rename(&temporary, &path))
         .with_context(|| format!("socket {}", path.display()))?;
     let inode = fs::metadata(&path).with_context(|| format!("socket {}", path.display()))?.ino();
-    let (questions, asked) = mpsc::channel(256);
+    let (sender, requests) = mpsc::channel(256);
     tokio::spawn(async move {
         let room = Arc::new(Semaphore::new(AT_ONCE));
         loop {
-            // It is never closed.
+            // The semaphore is never closed.
             let Ok(place) = room.clone().acquire_owned().await else { return };
             match listener.accept().await {
                 Ok((stream, _)) => {
-                    let questions = questions.clone();
+                    let sender = sender.clone();
                     tokio::spawn(async move {
                         let _place = place;
-                        if let Err(e) = converse(stream, questions).await {
+                        if let Err(e) = serve(stream, sender).await {
                             tracing::debug!("a plugin's connection ended early: {e}");
                         }
                     });
@@ -108,33 +106,33 @@ pub fn listen(run_dir: &Path) -> anyhow::Result<Listener> {
             }
         }
     });
-    Ok(Listener { questions: asked, inode })
+    Ok(Listener { requests, inode })
 }
 
-async fn converse(mut stream: UnixStream, questions: mpsc::Sender<Question>) -> std::io::Result<()> {
+async fn serve(mut stream: UnixStream, requests: mpsc::Sender<PluginRequest>) -> std::io::Result<()> {
     let (read, mut write) = stream.split();
     let mut line = Vec::new();
     let mut reader = BufReader::new(read.take(MAX_REQUEST));
-    match tokio::time::timeout(PATIENCE, reader.read_until(b'\n', &mut line)).await {
+    match tokio::time::timeout(REQUEST_TIMEOUT, reader.read_until(b'\n', &mut line)).await {
         Ok(read) => read?,
         Err(_) => return Ok(()),
     };
     let result = match serde_json::from_slice::<Request>(&line) {
         Ok(Request { version: PROTOCOL, verb }) => {
-            let (answer, answered) = oneshot::channel();
-            if questions.send(Question { verb, answer }).await.is_err() {
+            let (response, responded) = oneshot::channel();
+            if requests.send(PluginRequest { verb, response }).await.is_err() {
                 return Ok(());
             }
-            match answered.await {
+            match responded.await {
                 Ok(result) => result,
                 Err(_) => return Ok(()),
             }
         }
         Ok(Request { version, .. }) => Err(incompatible(version)),
-        // Another version may have other verbs.
+        // Another protocol version may have other verbs.
         Err(e) => match serde_json::from_slice::<Version>(&line) {
             Ok(v) if v.version != PROTOCOL => Err(incompatible(v.version)),
-            _ => Err(Failure::new(codes::DECODE, "egretd does not understand the request", e.to_string())),
+            _ => Err(Failure::new(codes::DECODE, "egretd cannot parse the request", e.to_string())),
         },
     };
     let response = Response { version: PROTOCOL, error: result.err() };
@@ -151,7 +149,7 @@ struct Version {
 fn incompatible(version: u32) -> Failure {
     Failure::new(
         codes::INCOMPATIBLE,
-        format!("the plugin speaks version {version} with egretd, egretd speaks {PROTOCOL}"),
+        format!("the plugin uses version {version} of the protocol, egretd uses {PROTOCOL}"),
         "install plugin and daemon of one release",
     )
 }

@@ -29,7 +29,7 @@ impl Node {
             let blocked = |at: usize| BlockedAllocation {
                 id: *id,
                 family: Some(FAMILIES[at].to_owned()),
-                message: forwarding::told(at),
+                message: forwarding::message(at),
             };
             families.map(blocked)
         });
@@ -43,11 +43,11 @@ impl Node {
 
     /// Returns whether others are to be told of it.
     pub(super) fn forwarding_changed(&mut self, first: [FirstPackets; 2]) -> bool {
-        if !self.forwarding.look(first) {
+        if !self.forwarding.update(first) {
             return false;
         }
         for at in self.closed() {
-            tracing::warn!(family = FAMILIES[at], "{}", forwarding::told(at));
+            tracing::warn!(family = FAMILIES[at], "{}", forwarding::message(at));
         }
         if self.closed().next().is_none() {
             tracing::info!("new connections are forwarded again");

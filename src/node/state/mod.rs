@@ -24,18 +24,18 @@ use crate::model::marks::EgressId;
 use crate::model::tunnel_family::{TunnelFamily, internal};
 use crate::model::{Cluster, ObjectKey};
 use crate::node::Options;
-use crate::node::adoption::{self, Found};
+use crate::node::adopted_files::AdoptedFiles;
+use crate::node::adoption::{self, SearchResult};
 use crate::node::changed_ports::ChangedPorts;
-use crate::node::ended::{self, Ended};
+use crate::node::ended::{self, EndedConnections};
 use crate::node::existing::Existing;
 use crate::node::forwarding::Forwarding;
 use crate::node::holding::Holding;
 use crate::node::host::Host;
 use crate::node::liveness::{Seen, Targets};
 use crate::node::metrics::Metrics;
-use crate::node::moved::{Moved, Turns};
+use crate::node::moved::{CleaningQueue, Moved};
 use crate::node::pods::{Census, Holder, Interface, Pods, Use};
-use crate::node::remembered::Written;
 use crate::node::report::{Own, Report};
 use crate::node_plan::allocations::Facts;
 use crate::node_plan::{View, addresses};
@@ -50,7 +50,7 @@ use tokio::task::AbortHandle;
 /// Those who work in the background, and where they tell what came of it.
 pub struct Listeners {
     /// Where unmanaged pods that were looked for are told of.
-    pub adopted: mpsc::UnboundedSender<Found>,
+    pub adopted: mpsc::UnboundedSender<SearchResult>,
     /// Where the link's answers are told of.
     pub heard: mpsc::UnboundedSender<Heard>,
     /// Which nodes are to be asked whether they live.
@@ -93,7 +93,7 @@ pub struct Node {
     /// What the connections in the kernel's table were last made to be.
     moved: Option<Moved>,
     /// Who makes them so.
-    cleaning: Turns,
+    cleaning: CleaningQueue,
     /// Connections whose port was changed.
     changed_ports: ChangedPorts,
     roles_of: roles::RoleInputs,
@@ -126,13 +126,13 @@ pub struct Node {
     /// Why the run directory cannot be written to.
     unwritable: Option<String>,
     /// What is written down of adopted pods.
-    written: Written,
+    written: AdoptedFiles,
     /// Why it could not be.
     forgetful: Option<String>,
     /// Whether the plugin may have left attachments and quarantines behind.
     left_behind: bool,
     /// Connections that have ended and are still in the kernel's table.
-    ended: Ended,
+    ended: EndedConnections,
     /// Connections that began before their policies.
     existing: Existing,
     /// What becomes of other nodes' pods' connections here.
@@ -171,7 +171,7 @@ impl Node {
         let flushed = OfflinePolicies::is_there(&options.state_dir) && !host.has_tables()?;
         let changed_ports = ChangedPorts::start(options.marks, metrics.changed_ports())?;
         let boot = boot_id().context("the boot's id")?;
-        let (written, adopted) = Written::load(&options.run_dir, boot).context("adopted pods")?;
+        let (written, adopted) = AdoptedFiles::load(&options.run_dir, boot).context("adopted pods")?;
         let report = Report::new(&options.name, statuses, options.state_dir.clone());
         let mut node = Node {
             existing: Existing::start(options.marks, flushed),
@@ -195,7 +195,7 @@ impl Node {
             left: BTreeMap::new(),
             announce_again: false,
             moved: None,
-            cleaning: Turns::default(),
+            cleaning: CleaningQueue::default(),
             changed_ports,
             roles_of: roles::RoleInputs::default(),
             sought: BTreeSet::new(),
@@ -216,7 +216,7 @@ impl Node {
             written,
             forgetful: None,
             left_behind: true,
-            ended: Ended::default(),
+            ended: EndedConnections::default(),
             forwarding: Forwarding::default(),
             stale_packets: 0,
             waiting: Vec::new(),
@@ -365,7 +365,7 @@ impl Node {
     /// # Errors
     /// It cannot be written.
     pub fn write_down(&mut self) -> Result<()> {
-        self.written.is_lost();
+        self.written.invalidate();
         self.pods.attachments().try_for_each(|a| a.store(&self.options.run_dir)).context("attachments")
     }
 
@@ -466,7 +466,7 @@ impl Node {
         // Before anybody is answered: the runtime may give a pod's address to the next one then.
         if !self.ended.is_empty() {
             let scene = self.scene();
-            self.ended.forget(&self.uses, scene).await;
+            self.ended.delete(&self.uses, scene).await;
         }
         if left_behind {
             // Not before the tables hold those who were quarantined.
@@ -509,10 +509,10 @@ impl Node {
         });
     }
 
-    fn scene(&self) -> ended::Scene {
+    fn scene(&self) -> ended::ConnectionContext {
         let of_pods = self.cluster.nodes.get(&*self.options.name).map(|node| node.pod_cidrs.clone());
         let listed = self.cluster.pods.values().flat_map(|pod| pod.addresses.iter().copied());
-        ended::Scene {
+        ended::ConnectionContext {
             marks: self.options.marks,
             networks: self.view.networks.clone(),
             of_pods: of_pods.unwrap_or_default(),
@@ -605,7 +605,7 @@ impl Node {
         if stale != self.stale_packets {
             self.stale_packets = stale;
             let local = self.moved.as_ref().map(Moved::local).unwrap_or_default();
-            ended::forget_stale(self.options.marks, local, self.changed_ports.replicas());
+            ended::delete_stale(self.options.marks, local, self.changed_ports.replicas());
         }
         self.forwarding_changed(first)
     }

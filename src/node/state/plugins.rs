@@ -5,7 +5,7 @@ use crate::cni::attachment::{Attachment, AttachmentId};
 use crate::cni::protocol::{Failure, Verb, codes};
 use crate::model::{Cluster, ObjectKey};
 use crate::node::pods::{self, Holder, Pods};
-use crate::node::socket::Question;
+use crate::node::socket::PluginRequest;
 use crate::node_plan::View;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -39,8 +39,8 @@ impl Waiting {
 
 impl Node {
     /// Takes in what plugins ask. They are answered by [`settle`](Self::settle), when the kernel is in sync.
-    pub async fn answer(&mut self, questions: Vec<Question>) {
-        for Question { verb, answer } in questions {
+    pub async fn answer(&mut self, requests: Vec<PluginRequest>) {
+        for PluginRequest { verb, response: answer } in requests {
             let mut unknown = None;
             let (verb, result) = match verb {
                 Verb::Add(a) => {

@@ -3,8 +3,8 @@
 
 use super::Node;
 use crate::model::ObjectKey;
-use crate::node::adoption::{self, Found};
-use crate::node::remembered::Remembered;
+use crate::node::adopted_files::Remembered;
+use crate::node::adoption::{self, SearchResult};
 use anyhow::Result;
 use std::collections::BTreeSet;
 use std::net::IpAddr;
@@ -20,11 +20,11 @@ impl Node {
         let mut unmanaged = self.pods.unmanaged(&self.cluster, &self.view);
         let again = |key: &ObjectKey| self.missing.get(key).is_none_or(|(since, _)| since.elapsed() >= SEEK_AGAIN);
         unmanaged.retain(|(key, _)| again(key) && !self.put_off.contains_key(key) && self.sought.insert(key.clone()));
-        adoption::seek(&self.host.routes, unmanaged, &self.listeners.adopted);
+        adoption::spawn_search(&self.host.routes, unmanaged, &self.listeners.adopted);
     }
 
     /// An unmanaged pod was found, or not; one that is not found is held by its address.
-    pub fn adopt(&mut self, found: Found) {
+    pub fn adopt(&mut self, found: SearchResult) {
         self.sought.remove(&found.pod);
         let is_gone = found.interface.is_none() && self.pods.is_gone(&found.pod);
         if is_gone || found.addresses.iter().any(|a| self.pods.is_in_use(a, &found.pod)) {

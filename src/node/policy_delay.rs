@@ -1,10 +1,10 @@
-//! Policies that begin for pods that run already.
+//! The delay with which a new policy takes effect on a running pod.
 //!
-//! A new egress IP takes a moment: the controller gives it out, a node takes it and says so. A pod that is being started
-//! waits for that; one that runs would stand still, and its new connections wait for the second after which TCP sends
-//! a SYN again. So it goes on as before until the egress IP is there, and not longer than [`GRACE`]. That is so only if
-//! nothing else has changed for the pod: where a policy takes another one's place, nothing may leave as if there were
-//! none.
+//! A new egress IP is not usable at once: the controller allocates it, and a node takes it and reports that. A pod
+//! that is being started waits for it. A running pod would be blocked, and its new connections would wait for TCP to
+//! repeat the SYN after a second. So a running pod keeps its policies until the egress IP is usable, at most for
+//! [`GRACE`], and only if nothing else has changed for it: where a policy replaces another one, the pod must not
+//! leave as if there were none.
 
 use crate::model::precedence::Ranked;
 use crate::model::selector::Labels;
@@ -15,25 +15,25 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::Instant;
 
-/// How long a policy that begins leaves a pod as it was, while its egress IP is not there yet.
+/// The longest time that a new policy is delayed while its egress IP is not usable.
 const GRACE: Duration = Duration::from_secs(1);
-/// A pod that has been open for less than this is a new one: its policy may have been there before it, and its node may
-/// have heard of it later.
+/// A pod that has been known for less than this is a new one. Its policy may be older than the pod, and may have
+/// reached this node later.
 const RUNNING: Duration = Duration::from_secs(5);
 
-/// The policies that hold one pod, and those that have just begun.
+/// The policies in force for one pod, and the delay of new ones.
 #[derive(Debug, Default)]
-pub struct Beginning {
-    /// Those that selected it when it was judged last, and are in force.
+pub struct PolicyDelay {
+    /// The policies in force when the pod was last evaluated.
     in_force: Box<[Ranked]>,
-    /// Since when it has not been held.
+    /// Since when the pod has not been isolated.
     open: Option<Instant>,
-    /// When those that wait for their egress IPs are in force, come what may.
+    /// When the delayed policies are in force at the latest.
     until: Option<Instant>,
 }
 
-impl Beginning {
-    /// What holds the pod now; `labels` as for [`View::policy chain`].
+impl PolicyDelay {
+    /// The pod's policy chain without the policies that are delayed; `labels` are as for [`View::policy_chain`].
     pub fn policy_chain(
         &mut self,
         view: &View,
@@ -43,7 +43,7 @@ impl Beginning {
     ) -> Option<PolicyChain> {
         let policy_chain = view.policy_chain(namespace, labels);
         if policy_chain == Some(PolicyChain::Isolated) {
-            *self = Beginning::default();
+            *self = PolicyDelay::default();
             return policy_chain;
         }
         let policies = labels.map(|labels| view.policies.policies_for(namespace, labels)).unwrap_or_default();
@@ -62,7 +62,7 @@ impl Beginning {
         if waiting.is_empty() { policy_chain } else { view.policy_chain_without(namespace, labels?, &waiting) }
     }
 
-    /// When the pod is to be judged again, if nothing else happens.
+    /// When the pod is to be evaluated again.
     pub fn next(&self) -> Option<Instant> {
         self.until
     }

@@ -5,10 +5,10 @@ use crate::node_plan::allocations::Facts;
 
 const POD: &[(&str, &str)] = &[("app", "x")];
 
-/// A pod of a node that is none of the gateway's, since long.
+/// A pod that has run for long, on a node outside of the gateway.
 struct Scene {
     world: World,
-    beginning: Beginning,
+    policy_delay: PolicyDelay,
     now: Instant,
 }
 
@@ -17,14 +17,14 @@ impl Scene {
         let mut world = World::new(&["192.0.2.0/24"]);
         world.node("plain", "none", &["10.0.0.9"]);
         policies.iter().for_each(|policy| world.policy(policy, asking(Allocate::Dedicated)));
-        let mut scene = Scene { world, beginning: Beginning::default(), now: Instant::now() };
+        let mut scene = Scene { world, policy_delay: PolicyDelay::default(), now: Instant::now() };
         scene.placed();
         scene.policies();
         scene.now += Duration::from_secs(60);
         scene
     }
 
-    /// Every policy gets its address, and nodes have them.
+    /// Every policy gets its egress IP, and nodes own them.
     fn placed(&mut self) {
         self.world.settle();
         self.world.allocate();
@@ -34,11 +34,11 @@ impl Scene {
         }
     }
 
-    /// The policies that hold the pod now.
+    /// The policies in force for the pod now.
     fn policies(&mut self) -> Vec<String> {
         let view = View::new(&self.world.cluster, "plain", &Facts::default(), &[], []);
         let labels: Labels = POD.iter().copied().collect();
-        match self.beginning.policy_chain(&view, "a", Some(&labels), self.now) {
+        match self.policy_delay.policy_chain(&view, "a", Some(&labels), self.now) {
             Some(PolicyChain::Steps(steps)) => steps.iter().map(|step| step.policy.to_string()).collect(),
             Some(PolicyChain::Isolated) => vec!["held".into()],
             None => vec![],
@@ -51,17 +51,17 @@ fn begins(scene: &mut Scene, policy: &str) {
 }
 
 #[test]
-fn a_policy_that_begins_waits_for_its_address_and_no_longer_than_a_second() {
+fn a_new_policy_waits_for_its_egress_ip_at_most_a_second() {
     let mut scene = Scene::new(&[]);
     begins(&mut scene, "a/p");
     assert!(scene.policies().is_empty());
-    assert_eq!(scene.beginning.next(), Some(scene.now + GRACE));
+    assert_eq!(scene.policy_delay.next(), Some(scene.now + GRACE));
     scene.now += Duration::from_millis(300);
     scene.world.allocate();
     assert!(scene.policies().is_empty(), "no node has it");
     scene.placed();
     assert_eq!(scene.policies(), ["a/p"]);
-    assert_eq!(scene.beginning.next(), None);
+    assert_eq!(scene.policy_delay.next(), None);
 
     let mut scene = Scene::new(&[]);
     begins(&mut scene, "a/p");
@@ -73,10 +73,10 @@ fn a_policy_that_begins_waits_for_its_address_and_no_longer_than_a_second() {
 }
 
 #[test]
-fn a_pod_goes_on_by_the_policy_that_it_had() {
+fn a_pod_keeps_its_policy_while_a_new_one_waits() {
     let mut scene = Scene::new(&["a/q"]);
     assert_eq!(scene.policies(), ["a/q"]);
-    // It is the senior one by its name, and covers all that the other covers.
+    // The new policy precedes the other by its name, and covers the same destinations.
     begins(&mut scene, "a/p");
     assert_eq!(scene.policies(), ["a/q"]);
     scene.placed();
@@ -84,7 +84,7 @@ fn a_pod_goes_on_by_the_policy_that_it_had() {
 }
 
 #[test]
-fn what_takes_another_policys_place_holds_at_once() {
+fn a_policy_that_replaces_another_is_in_force_at_once() {
     let mut scene = Scene::new(&["a/q"]);
     begins(&mut scene, "a/p");
     scene.world.without_policy("a/q");
@@ -105,14 +105,14 @@ fn what_takes_another_policys_place_holds_at_once() {
 }
 
 #[test]
-fn new_pods_and_pods_of_a_daemon_that_has_just_started_are_held_at_once() {
+fn policies_of_new_pods_and_of_a_starting_daemon_are_in_force_at_once() {
     let mut scene = Scene::new(&[]);
-    scene.beginning = Beginning::default();
+    scene.policy_delay = PolicyDelay::default();
     begins(&mut scene, "a/p");
     assert_eq!(scene.policies(), ["a/p"]);
 
     let mut scene = Scene::new(&[]);
-    scene.beginning = Beginning::default();
+    scene.policy_delay = PolicyDelay::default();
     assert!(scene.policies().is_empty());
     scene.now += Duration::from_secs(2);
     begins(&mut scene, "a/p");

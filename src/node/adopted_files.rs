@@ -1,8 +1,8 @@
-//! What is written down of adopted pods: `RUN_DIR/adopted/INDEX.json`, INDEX being that of the veth's end on the host.
+//! Files about adopted pods: `RUN_DIR/adopted/INDEX.json`, where INDEX is the index of the veth's end on the host.
 //!
-//! The cluster may forget such a pod while its container goes on sending; a daemon that starts then learns of it from here
-//! alone. The file is written before the pod's chain is made, and removed when its veth is gone. Only the daemon reads and
-//! writes these files; a plugin knows nothing of these pods.
+//! The cluster may drop such a pod while its container continues to send, and a daemon that starts then knows the pod
+//! from its file alone. The file is written before the pod's chain is created, and removed when its veth is gone.
+//! Only the daemon reads and writes these files; the plugin does not know adopted pods.
 
 use super::pods::Interface;
 use crate::careful;
@@ -16,23 +16,22 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::{fs, io};
 
-/// A file is at most so long, bytes: an object of the Kubernetes API, whose labels it holds, is of 1.5 MiB at most.
+/// The largest file, bytes. It contains the labels of an API object, which has at most 1.5 MiB.
 const LONGEST: u64 = 2 << 20;
 
-/// What is to be known of an adopted pod.
+/// An adopted pod.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Remembered {
-    /// The pod.
     pub pod: ObjectKey,
     /// The host's end of its veth pair.
     pub interface: Interface,
-    /// Its addresses.
     pub addresses: Vec<IpAddr>,
-    /// Its labels when the cluster last knew it; `None`: it never did.
+    /// Its labels when the cluster last had it; `None` if it never had.
     pub labels: Option<Labels>,
 }
 
-/// The file. Indexes of interfaces mean nothing after a reboot, which the run directory may outlive.
+/// The file's content. The run directory may outlive a reboot, after which interface indexes are invalid; `boot`
+/// tells.
 #[derive(Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct Entry {
@@ -74,28 +73,28 @@ impl From<Entry> for Remembered {
     }
 }
 
-/// The files that there are.
+/// The files on disk.
 #[derive(Debug)]
-pub struct Written {
+pub struct AdoptedFiles {
     run_dir: PathBuf,
     boot: String,
-    /// What they hold, by index. `None`: nothing of this boot.
+    /// The pods in the files, by index; `None` for a file of an earlier boot.
     files: BTreeMap<u32, Option<Arc<Remembered>>>,
 }
 
-impl Written {
-    /// Reads what an earlier daemon wrote since this boot.
+impl AdoptedFiles {
+    /// Reads the files that an earlier daemon has written since this boot. A missing directory is an empty one. A
+    /// file that cannot be read or parsed is logged and ignored.
     ///
     /// # Errors
-    /// The directory cannot be read; that it is not there, or is none, is no error. Nor is an entry that is no regular file,
-    /// or holds something else: it is one entry, and is told of.
+    /// The directory cannot be read.
     pub fn load(run_dir: &Path, boot: String) -> io::Result<(Self, Vec<Remembered>)> {
-        let mut written = Written { run_dir: run_dir.to_owned(), boot, files: BTreeMap::new() };
+        let mut written = AdoptedFiles { run_dir: run_dir.to_owned(), boot, files: BTreeMap::new() };
         let mut pods = Vec::new();
         for path in run_dir::entries(run_dir, ADOPTED)? {
             let name = path.file_name().unwrap_or_default();
             if name.as_encoded_bytes().first() == Some(&b'.') {
-                // A writer that was killed left it.
+                // A daemon that was killed while it wrote left the file.
                 let _ = fs::remove_file(&path);
                 continue;
             }
@@ -104,11 +103,11 @@ impl Written {
             {
                 Ok(entry) if *name == *format!("{}.json", entry.index) => entry,
                 Ok(entry) => {
-                    tracing::warn!(file = %path.display(), entry.index, "it is passed over: it has another file's name");
+                    tracing::warn!(file = %path.display(), entry.index, "ignored file of an adopted pod: its name is another index");
                     continue;
                 }
                 Err(e) => {
-                    tracing::warn!(file = %path.display(), "it is passed over: {e}");
+                    tracing::warn!(file = %path.display(), "ignored file of an adopted pod: {e}");
                     continue;
                 }
             };
@@ -120,15 +119,15 @@ impl Written {
         Ok((written, pods))
     }
 
-    /// The files may be gone: the next [`update`](Self::update) writes all of them.
-    pub fn is_lost(&mut self) {
+    /// Makes the next [`update`](Self::update) write all files, because they may be gone.
+    pub fn invalidate(&mut self) {
         self.files.values_mut().for_each(|file| *file = None);
     }
 
-    /// Writes files for these pods where they are not there, and removes others'.
+    /// Writes the missing and changed files of these pods, and removes the files of others.
     ///
     /// # Errors
-    /// One cannot be written or removed; it is tried again the next time.
+    /// A file cannot be written or removed; the next call tries again.
     pub fn update<'a>(&mut self, pods: impl Iterator<Item = &'a Arc<Remembered>>) -> io::Result<()> {
         let mut result = Ok(());
         let mut gone: BTreeSet<u32> = self.files.keys().copied().collect();
