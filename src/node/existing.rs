@@ -1,12 +1,12 @@
-//! Connections that pods have begun and that no policy has decided on: they have no mark of Egret's, and leave from
-//! the node's address.
+//! Connections of pods that began before a policy covered them. They have no connection mark of Egret's and leave from the
+//! node's address.
 //!
-//! There are some when a policy begins for a pod that runs. With `existingConnections: End` they are ended then, by
-//! being forgotten: a packet that follows begins a new one. With `Keep` they go on, and it is remembered which ones
-//! they are: others can only have begun while somebody had taken Egret's rules away, and would leave from the node's
-//! address for as long as they last. Once the rules are back, those are ended.
+//! They exist when a policy starts to select a running pod. With `existingConnections: End` their entries are deleted then,
+//! and the next packet begins a new connection. With `Keep` they continue, and their ids are stored. Any other unmarked
+//! connection began while another program had removed Egret's rules, and would leave from the node's address as long as it
+//! lasts. It is ended when the rules are back.
 //!
-//! Nobody waits for this. One thread does it, in the order in which things happened.
+//! One thread does this in the background, in the order of events.
 
 use super::pods::{Holder, Use};
 use crate::api::{ExistingConnections, Fallback};
@@ -23,22 +23,22 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread;
 
-/// What holds this node's selected pods.
+/// What each of this node's selected pods uses.
 pub type Uses = BTreeMap<Holder, Arc<Use>>;
 
-/// The way to the thread that sees to such connections.
+/// The handle of the thread that handles such connections.
 pub struct Existing {
     jobs: Sender<Job>,
     marks: Marks,
-    /// What it was last told.
-    told: (Uses, BTreeSet<EgressId>),
-    /// Pods that have begun since, under their policies.
+    /// The state in the last job.
+    sent: (Uses, BTreeSet<EgressId>),
+    /// Pods that have started under their policies since the last job.
     new: BTreeSet<Holder>,
-    /// Whether Egret's rules were away since.
+    /// Whether Egret's rules were removed and restored since the last job.
     mended: bool,
 }
 
-/// What the kernel holds now.
+/// The state of the kernel after it was brought in sync.
 struct Job {
     uses: Uses,
     /// The allocations that are ready.
@@ -57,21 +57,21 @@ struct Inside {
 }
 
 impl Existing {
-    /// Starts the thread. With `mended`, Egret's rules are missing in the kernel, and were there before.
+    /// Starts the thread. `mended` says that Egret's rules are missing in the kernel although they were there before.
     pub fn start(marks: Marks, mended: bool) -> Self {
         let (jobs, incoming) = channel();
-        thread::spawn(move || Seen::default().work(&incoming));
-        Existing { jobs, marks, told: Default::default(), new: BTreeSet::new(), mended }
+        thread::spawn(move || ConnectionReview::default().work(&incoming));
+        Existing { jobs, marks, sent: Default::default(), new: BTreeSet::new(), mended }
     }
 
-    /// A pod has begun, and nothing left it before its policies were in force.
-    pub fn begins(&mut self, pod: Holder) {
+    /// Adds a pod that has started, and that sent nothing before its policies were in force.
+    pub fn add_new_pod(&mut self, pod: Holder) {
         self.new.insert(pod);
     }
 
-    /// The kernel holds pods to `uses`, and these allocations are ready. With `mended`, rules had been taken away
-    /// meanwhile.
-    pub fn look(
+    /// Sends a job if the state has changed. `uses` and `ready` are in force in the kernel. `mended` says that rules had been
+    /// removed by another program and were restored.
+    pub fn update(
         &mut self,
         uses: &Uses,
         ready: BTreeSet<EgressId>,
@@ -80,15 +80,15 @@ impl Existing {
         own: &BTreeSet<IpAddr>,
     ) {
         self.mended |= mended;
-        let (told, were_ready) = &self.told;
-        let same_uses = told.values().zip(uses.values()).all(|(old, new)| Arc::ptr_eq(old, new));
-        let same = told.keys().eq(uses.keys()) && same_uses && *were_ready == ready;
+        let (sent, were_ready) = &self.sent;
+        let same_uses = sent.values().zip(uses.values()).all(|(old, new)| Arc::ptr_eq(old, new));
+        let same = sent.keys().eq(uses.keys()) && same_uses && *were_ready == ready;
         self.new.retain(|pod| uses.contains_key(pod));
         if same && !self.mended {
             self.new.clear();
             return;
         }
-        self.told = (uses.clone(), ready.clone());
+        self.sent = (uses.clone(), ready.clone());
         let job = Job {
             uses: uses.clone(),
             ready,
@@ -102,43 +102,44 @@ impl Existing {
     }
 }
 
-/// What the thread knows.
+/// The thread's state.
 #[derive(Default)]
-struct Seen {
+struct ConnectionReview {
     pods: BTreeMap<Holder, Pod>,
     ready: BTreeSet<EgressId>,
-    /// Rules were away, and the connections of pods have not been looked at since.
+    /// Rules were removed and restored, and the pods' connections have not been reviewed since.
     mended: bool,
+    /// Whether a review has been completed.
     has_looked: bool,
 }
 
-/// A pod whose connections were looked at.
+/// A pod whose connections were reviewed.
 struct Pod {
     policy_chain: Arc<PolicyChain>,
     /// The ids of connections that began before its policies.
     kept: HashSet<u32>,
-    /// Whether it has been held ever since it began, so that there are no such connections.
+    /// Whether it has been isolated since its start, so that it has no such connections.
     is_new: bool,
 }
 
-impl Seen {
+impl ConnectionReview {
     fn work(mut self, jobs: &Receiver<Job>) {
         while let Ok(mut job) = jobs.recv() {
-            // What came in a burst is seen to once.
+            // Jobs that have queued up are merged.
             while let Ok(next) = jobs.try_recv() {
                 job = Job { new: &job.new | &next.new, mended: job.mended | next.mended, ..next };
             }
-            match self.look(&job) {
+            match self.review(&job) {
                 Ok(0) => {}
                 Ok(n) => tracing::info!(entries = n, "ended connections that had begun without their policies"),
-                // They are looked at again with the next change.
+                // The next job tries again.
                 Err(e) => tracing::error!("connections that began without their policies cannot be ended: {e:#}"),
             }
         }
     }
 
-    /// Returns how many connections were ended.
-    fn look(&mut self, job: &Job) -> Result<usize> {
+    /// Reviews the pods whose policies have changed, and returns how many connections were ended.
+    fn review(&mut self, job: &Job) -> Result<usize> {
         self.pods.retain(|holder, _| job.uses.contains_key(holder));
         self.mended |= job.mended;
         for holder in job.new.iter().filter(|holder| job.uses.contains_key(*holder)) {
@@ -150,7 +151,7 @@ impl Seen {
             .iter()
             .filter_map(|(holder, used)| {
                 let policy_chain = used.policy_chain.as_ref()?;
-                self.is_to_be_looked_at(holder, policy_chain, &job.ready).then_some((holder, &**used, policy_chain))
+                self.needs_review(holder, policy_chain, &job.ready).then_some((holder, &**used, policy_chain))
             })
             .collect();
         let mut found = Found { kept: BTreeMap::new(), ended: 0 };
@@ -169,7 +170,7 @@ impl Seen {
         Ok(found.ended)
     }
 
-    fn is_to_be_looked_at(&self, holder: &Holder, policy_chain: &Arc<PolicyChain>, ready: &BTreeSet<EgressId>) -> bool {
+    fn needs_review(&self, holder: &Holder, policy_chain: &Arc<PolicyChain>, ready: &BTreeSet<EgressId>) -> bool {
         let Some(before) = self.pods.get(holder) else { return true };
         if self.mended {
             return true;
@@ -182,7 +183,7 @@ impl Seen {
         before.policy_chain != *policy_chain || of_node.any(|step| step.allocation.is_some_and(is_ready_now))
     }
 
-    /// Ends what is to be ended of these pods, and finds what stays.
+    /// Ends connections of these pods, and collects the ones that continue.
     fn find(&self, pods: &[(&Holder, &Use, &Arc<PolicyChain>)], job: &Job) -> Result<Found> {
         let of_address: HashMap<IpAddr, (&Holder, &PolicyChain)> = pods
             .iter()
@@ -199,56 +200,57 @@ impl Seen {
                 return false;
             }
             let before = self.pods.get(*holder);
-            match self.fate(before, policy_chain, &job.ready, c) {
-                Fate::Ended => return true,
-                Fate::Kept => {
+            match self.action(before, policy_chain, &job.ready, c) {
+                Action::End => return true,
+                Action::Keep => {
                     kept.entry((*holder).clone()).or_default().insert(c.id);
                 }
-                Fate::Passes => {}
+                Action::Ignore => {}
             }
             false
         })?;
         Ok(Found { kept, ended })
     }
 
-    fn fate(
+    fn action(
         &self,
         before: Option<&Pod>,
         policy_chain: &PolicyChain,
         ready: &BTreeSet<EgressId>,
         c: &Connection,
-    ) -> Fate {
+    ) -> Action {
         match decides(policy_chain, ready, c) {
-            None => Fate::Passes,
-            Some(ExistingConnections::End) => Fate::Ended,
+            None => Action::Ignore,
+            Some(ExistingConnections::End) => Action::End,
             Some(ExistingConnections::Keep) => {
                 let is_known = match before {
                     Some(before) => {
                         before.kept.contains(&c.id) || decides(&before.policy_chain, &self.ready, c).is_none()
                     }
-                    // The rules were taken away before this daemon began: which connections were there is not known.
+                    // The rules were removed before this daemon started, so the earlier connections are unknown.
                     None => self.has_looked,
                 };
-                if is_known || !self.mended { Fate::Kept } else { Fate::Ended }
+                if is_known || !self.mended { Action::Keep } else { Action::End }
             }
         }
     }
 }
 
-/// See [`Seen::find`].
+/// See [`ConnectionReview::find`].
 struct Found {
     kept: BTreeMap<Holder, HashSet<u32>>,
     ended: usize,
 }
 
-/// What becomes of a connection without a mark.
+/// What to do with a connection without a mark.
 #[derive(Debug, PartialEq, Eq)]
-enum Fate {
-    /// No policy covers it.
-    Passes,
-    /// It began before its policy, and goes on.
-    Kept,
-    Ended,
+enum Action {
+    /// Nothing: no policy covers it.
+    Ignore,
+    /// Keep it: it began before its policy.
+    Keep,
+    /// End it.
+    End,
 }
 
 impl Inside {
@@ -257,7 +259,7 @@ impl Inside {
     }
 }
 
-/// What is said of a connection that began before the policy that covers it. `None`: it may leave from the node's
+/// What the policy that covers a connection says about existing ones. `None` if the connection may leave from the node's
 /// address.
 fn decides(policy_chain: &PolicyChain, ready: &BTreeSet<EgressId>, c: &Connection) -> Option<ExistingConnections> {
     if *policy_chain == PolicyChain::Isolated {

@@ -1,7 +1,7 @@
-//! The node daemon: watches the cluster, compiles the plan, keeps the kernel in sync with it, and answers the plugin.
+//! The node daemon: it watches the cluster, compiles the plan, keeps the kernel in sync with it, and responds to the plugin.
 //!
-//! One task owns everything and does one thing after another, so there are no locks and no half states. A pod's
-//! start comes before a change of the cluster, and what came in together is programmed in one transaction.
+//! One task owns the state and handles one event after another, so there are no locks and no partial states. Plugins'
+//! requests precede changes of the cluster, and requests that arrive together are programmed in one transaction.
 
 mod adopted_files;
 mod adoption;
@@ -41,52 +41,52 @@ use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, MissedTickBehavior};
 
-/// The kernel is read back this often without any occasion: a notification may have been lost.
+/// The interval at which the kernel's state is read without an event, because a notification may have been lost.
 const READ_BACK: Duration = Duration::from_secs(30);
-/// Whether connections are older than their allocations is looked at this often.
+/// The interval at which the counters of stale packets and of forwarding are read.
 const STALE: Duration = Duration::from_secs(1);
-/// What the kernel refused is tried again after this long.
+/// The pause after a failed reconciliation.
 const RETRY: Duration = Duration::from_secs(1);
-/// So long after a change of the cluster, or a look at the kernel, the memory that it took is given back.
+/// The time after a change of the cluster or a reading of the kernel at which memory is returned to the system.
 const TIDY: Duration = Duration::from_secs(1);
-/// As many requests of plugins are programmed in one transaction.
+/// The largest number of plugins' requests that are programmed in one transaction.
 const AT_ONCE: usize = 64;
 
-/// How the daemon is to run.
+/// The daemon's settings.
 #[derive(Clone, Debug)]
 pub struct Options {
     /// This node's name in the cluster.
     pub name: String,
-    /// Where cluster state comes from.
+    /// The source of cluster state.
     pub cluster: SourceName,
-    /// Where the socket and the attachments are.
+    /// The directory of the socket and the attachments.
     pub run_dir: PathBuf,
-    /// Where the offline policy snapshot is, which outlives a reboot.
+    /// The directory of the offline policy snapshot, which outlives a reboot.
     pub state_dir: PathBuf,
-    /// The address that other nodes send tunnel packets to; `None`: the node's first InternalIP.
+    /// The address to which other nodes send tunnel packets; `None`: the node's first InternalIP.
     pub tunnel_address: Option<IpAddr>,
-    /// The family of the tunnel's outer packets; `None`: what the cluster's nodes have.
+    /// The family of the tunnel's outer packets; `None`: the family that the cluster's nodes have.
     pub tunnel_family: Option<TunnelFamily>,
-    /// Destinations that no policy covers, beside the cluster's own.
+    /// Destinations that no policy covers, besides the cluster's own.
     pub direct: Vec<IpNetwork>,
-    /// How other nodes are asked whether they live.
+    /// Settings of the liveness probes.
     pub liveness: liveness::Settings,
-    /// The bits of marks that are Egret's.
+    /// Egret's bits in marks.
     pub marks: Marks,
-    /// Whether nobody else can change the nftables tables, where the kernel can do that.
+    /// Whether the daemon owns the nftables tables, on kernels that support it, so that no other program can change them.
     pub own_tables: bool,
-    /// Where metrics and health are served.
+    /// Addresses of the servers for metrics and health.
     pub addresses: server::Addresses,
-    /// The runtime's directory of network configurations, and that of plugins, if they are to be kept as `egretd
+    /// The runtime's directory of network configurations and that of plugins, if the daemon is to keep them as `egretd
     /// install` left them.
     pub cni_dirs: Option<(PathBuf, Option<PathBuf>)>,
 }
 
-/// Runs until it is told to stop, and has handed over what it has if its node is going. What it has put into the
+/// Runs until `stop` completes, and, if the node is being drained, until its egress IPs are handed over. The state in the
 /// kernel stays.
 ///
 /// # Errors
-/// Something without which it cannot run at all: the run directory, the cluster's source, a socket.
+/// The run directory, the cluster's source or a socket is not usable.
 pub async fn run(options: Options, stop: impl Future<Output = ()>) -> anyhow::Result<()> {
     let mut stop = std::pin::pin!(stop);
     let mut lock = tokio::select! {
@@ -103,13 +103,14 @@ pub async fn run(options: Options, stop: impl Future<Output = ()>) -> anyhow::Re
         let keep = keep::Options { conf_dir, bin_dir, socket, state_dir };
         let metrics = keep::Metrics::register(&mut registry);
         tokio::spawn(async move {
-            // A daemon that never comes in sync is to be in nobody's way; who drops the sender has ended.
+            // The plugin's entry is written only once the daemon has been in sync. A dropped sender means that the daemon
+            // has ended.
             if entry_wanted.await.is_ok() {
                 keep::run(keep, metrics).await;
             }
         });
     }
-    // Without the entry pods start without Egret: where it was once, nothing is waited for.
+    // Without the entry pods start without Egret. If it has been there before, it is written at once.
     if OfflinePolicies::is_there(&options.state_dir) {
         let _ = can_hold.take().map(|entry| entry.send(()));
     }
@@ -145,7 +146,7 @@ pub async fn run(options: Options, stop: impl Future<Output = ()>) -> anyhow::Re
     let mut kernel = Watch::open().context("the kernel's notifications")?;
     let snapshot = source.snapshots.borrow_and_update().clone();
     let mut node = Node::start(options.clone(), source.statuses.clone(), snapshot, metrics, listeners).await?;
-    let mut retry = node.settle(&ready).await;
+    let mut retry = node.reconcile_all(&ready).await;
     let mut listener: Option<Listener> = None;
     let mut retry_at = None;
     let mut untidy = None;
@@ -166,7 +167,7 @@ pub async fn run(options: Options, stop: impl Future<Output = ()>) -> anyhow::Re
         if node.is_untidy() {
             untidy = untidy.or(Some(Instant::now() + TIDY));
         }
-        // Nobody is answered before the kernel is in sync: a plugin that finds nobody holds its pod back by itself.
+        // The socket is opened when the kernel is in sync. Without it the plugin quarantines its pod.
         if node.can_hold() {
             let _ = can_hold.take().map(|entry| entry.send(()));
         }
@@ -180,7 +181,7 @@ pub async fn run(options: Options, stop: impl Future<Output = ()>) -> anyhow::Re
                 Err(e) => {
                     retry_at = retry_at.or(Some(Instant::now() + RETRY));
                     retry = true;
-                    tracing::error!("plugins find no socket, and pods that are selected do not start: {e:#}");
+                    tracing::error!("cannot open the plugins' socket, and selected pods do not start: {e:#}");
                 }
             }
         }
@@ -197,69 +198,69 @@ pub async fn run(options: Options, stop: impl Future<Output = ()>) -> anyhow::Re
                     batch.push(more);
                 }
                 node.answer(batch).await;
-                node.settle(&ready).await
+                node.reconcile_all(&ready).await
             }
             changed = source.snapshots.changed() => {
                 changed.context("the source of cluster state has ended")?;
                 let snapshot = source.snapshots.borrow_and_update().clone();
                 node.snapshot(snapshot);
-                node.settle(&ready).await
+                node.reconcile_all(&ready).await
             }
             events = kernel.next() => {
                 node.disturbed(&events.context("the kernel's notifications")?).await;
-                node.settle(&ready).await
+                node.reconcile_all(&ready).await
             }
             Ok(()) = news.changed() => {
                 let seen = news.borrow_and_update().clone();
                 node.seen(seen);
-                node.settle(&ready).await
+                node.reconcile_all(&ready).await
             }
             Some(heard) = answers.recv() => {
                 node.heard(heard);
-                node.settle(&ready).await
+                node.reconcile_all(&ready).await
             }
-            // What is due and failed is tried again with all else.
+            // After an error the retry covers what is due.
             () = node.due(), if !retry => {
                 node.is_due();
-                node.settle(&ready).await
+                node.reconcile_all(&ready).await
             }
             Some(found) = adoptions.recv() => {
                 node.adopt(found);
-                node.settle(&ready).await
+                node.reconcile_all(&ready).await
             }
             Some(done) = scrapes.recv() => {
                 node.refresh_metrics();
                 let _ = done.send(());
                 retry
             }
-            () = node.next_deadline() => node.settle(&ready).await,
+            () = node.next_deadline() => node.reconcile_all(&ready).await,
             () = tokio::time::sleep_until(untidy.unwrap_or_else(Instant::now)), if untidy.is_some() => {
                 untidy = None;
                 memory::give_back();
                 retry
             }
             _ = stale.tick() => {
-                if node.look_at_counters() { node.settle(&ready).await } else { retry }
+                if node.look_at_counters() { node.reconcile_all(&ready).await } else { retry }
             }
             _ = read_back.tick() => {
                 if listener.as_ref().is_some_and(|listener| !listener.is_there(&options.run_dir)) {
                     let run_dir = options.run_dir.display();
-                    tracing::warn!(%run_dir, "the run directory was emptied; what it held is made anew");
+                    tracing::warn!(%run_dir, "the run directory was emptied; restoring its files");
                     if !run_dir::is_locked_by(&options.run_dir, &lock)? {
                         lock = socket::lock(&options.run_dir).await?;
                     }
                     match node.write_down().and_then(|()| socket::listen(&options.run_dir)) {
                         Ok(new) => listener = Some(new),
-                        Err(e) => tracing::error!(%run_dir, "it cannot be made anew, and is tried again: {e:#}"),
+                        Err(e) => tracing::error!(%run_dir, "cannot restore the run directory; trying again: {e:#}"),
                     }
                 }
                 node.invalidate();
-                node.settle(&ready).await
+                node.reconcile_all(&ready).await
             }
             () = tokio::time::sleep_until(retry_at.unwrap_or_else(Instant::now)), if retry => {
                 retry_at = None;
                 node.invalidate();
-                node.settle(&ready).await
+                node.reconcile_all(&ready).await
             }
         };
     }

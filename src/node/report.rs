@@ -1,4 +1,4 @@
-//! What the node tells others: its EgressNode to the cluster, its offline policy snapshot to the plugin.
+//! The node's reports: the status of its EgressNode, and the offline policy snapshot for the plugin.
 
 use super::holding::Holding;
 use super::host::Faults;
@@ -24,59 +24,58 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep_until};
 
-/// A status that could not be written is tried again after this long.
+/// The pause after a status could not be written.
 const AGAIN: Duration = Duration::from_secs(5);
 
-/// What is in nodes' statuses for people alone is written at this pace by all nodes together: with each node that
-/// comes or goes all of them have something else to say, and each hears what each says.
+/// The interval between two nodes' writes of status fields that only people read. When a node joins or leaves, those fields
+/// change on all nodes, and every node watches every status.
 const FOR_PEOPLE: Duration = Duration::from_millis(100);
 
-/// So many faults are named in a node's status: who is of the wrong family has one for each other node.
+/// The largest number of faults in a node's status. A node with a tunnel address of the wrong family has one for every
+/// other node.
 const FAULTS: usize = 20;
 
-/// Writes each only when it has changed.
+/// Writes the status and the snapshot when they have changed.
 pub struct Report {
     statuses: Statuses,
     state_dir: PathBuf,
     published: watch::Sender<Option<Published>>,
-    /// The snapshot that is on the disk, and of what it was made.
+    /// The snapshot on disk, and the policies from which it was computed.
     stored: Option<OfflinePolicies>,
     stored_of: Mark<PolicyIndex>,
 }
 
-/// What a node knows of itself, beside the allocations.
+/// The node's own state that the status reports.
 pub struct Own<'a> {
-    /// Its end of the tunnel.
+    /// The node's tunnel device.
     pub tunnel: Option<&'a Tunnel>,
-    /// Its addresses, and what became of the allocations on it.
     pub facts: &'a Facts,
-    /// Its uplinks.
+    /// The state of its uplinks.
     pub holding: &'a Holding,
-    /// What it had to pass over.
     pub faults: &'a Faults,
     /// The gateways' nodes that others are to hear of, for this one does not reach them.
     pub unreachable: &'a BTreeSet<Name>,
 }
 
-/// What a node is to say of itself.
+/// A status to write.
 #[derive(Clone, Debug, PartialEq)]
 struct Published {
     status: EgressNodeStatus,
-    /// How many nodes there are.
+    /// The number of the cluster's nodes.
     nodes: u32,
 }
 
 impl Report {
-    /// Of the node `name`.
+    /// Starts the task that writes the status of the node `name`.
     pub fn new(name: &str, statuses: Statuses, state_dir: PathBuf) -> Self {
         let (published, wanted) = watch::channel(None);
         tokio::spawn(publish(name.to_owned(), statuses.clone(), wanted));
         Report { statuses, state_dir, published, stored: None, stored_of: Mark::default() }
     }
 
-    /// Tells the other nodes where this end of the tunnel is, and what it holds. Nothing waits until that is written:
-    /// an API server that does not answer must not keep this node from taking over what another one leaves.
-    /// The allocations `blocked` lead nowhere from here; there are so many `nodes`.
+    /// Publishes the node's tunnel address, its egress IPs and the `blocked` allocations. `nodes` is the number of the
+    /// cluster's nodes. It does not wait for the write: an API server that does not respond must not keep this node from
+    /// taking over egress IPs.
     pub fn publish(&self, view: &View, own: &Own, blocked: Vec<BlockedAllocation>, nodes: usize) {
         let Own { tunnel, facts, holding, faults, unreachable } = *own;
         let Some(tunnel) = tunnel else { return };
@@ -111,17 +110,17 @@ impl Report {
         });
     }
 
-    /// Tells who looks at the pod why it reaches nothing outside.
-    pub fn lost_pod(&self, pod: &ObjectKey, uid: &str) {
+    /// Writes an event about a pod whose veth was not found and which is blocked therefore.
+    pub fn unmanaged_pod(&self, pod: &ObjectKey, uid: &str) {
         let note = "blocked: a policy selects this pod, and no veth of its node leads to it; restart it with egret-cni \
                     in the node's CNI configuration, or exclude it from the policy's podSelector";
         self.statuses.pod(pod, uid, Notice::warning("NoHostInterface", note.to_owned()));
     }
 
-    /// Leaves the offline policy snapshot for a plugin that finds the daemon away.
+    /// Stores the offline policy snapshot, which the plugin reads while the daemon is away.
     ///
     /// # Errors
-    /// It could not be written.
+    /// The snapshot cannot be written.
     pub fn store_offline_policies(&mut self, view: &View) -> io::Result<()> {
         let is_there = OfflinePolicies::is_there(&self.state_dir);
         if view.policies.has(&self.stored_of) && is_there {
@@ -130,7 +129,7 @@ impl Report {
         let snapshot = offline_policies(&view.policies);
         if self.stored.as_ref() != Some(&snapshot) || !is_there {
             self.stored = None;
-            // An older one could let pods go that a policy selects now.
+            // By an outdated snapshot, the plugin could start a pod that a policy selects now.
             snapshot.store(&self.state_dir).inspect_err(|_| OfflinePolicies::invalidate(&self.state_dir))?;
             self.stored = Some(snapshot);
         }
@@ -158,11 +157,11 @@ fn offline_policies(index: &PolicyIndex) -> OfflinePolicies {
     OfflinePolicies::new(selectable, elsewhere)
 }
 
-/// Writes the newest status, until nobody tells of one any more.
+/// Writes the newest status, until the sender is dropped.
 async fn publish(name: String, statuses: Statuses, mut wanted: watch::Receiver<Option<Published>>) {
     let mut written: Option<EgressNodeStatus> = None;
     let mut due: Option<Instant> = None;
-    // Which of all nodes is this one: they have all heard of the same.
+    // This node's position among all nodes, which have seen the same change.
     let [.., high, low] = mac::of_node(&name);
     let turn = f64::from(u16::from_be_bytes([high, low])) / f64::from(u16::MAX);
     let mut refused = false;
@@ -186,7 +185,7 @@ async fn publish(name: String, statuses: Statuses, mut wanted: watch::Receiver<O
         }
         let result = statuses.node(&name, &status).await;
         if let (Err(e), false) = (&result, refused) {
-            tracing::warn!("the status of EgressNode {name} could not be written, and is tried again: {e:#}");
+            tracing::warn!("cannot write the status of EgressNode {name}; trying again: {e:#}");
         }
         refused = result.is_err();
         due = refused.then(|| Instant::now() + AGAIN);

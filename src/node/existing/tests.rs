@@ -11,7 +11,7 @@ fn holder() -> Holder {
     Holder::Adopted(3)
 }
 
-/// Of one policy, which covers port 443 alone.
+/// The policy chain of one policy that covers port 443 alone.
 fn policy_chain(existing_connections: ExistingConnections, fallback: Fallback) -> Arc<PolicyChain> {
     let ports = Ports { protocol: crate::api::Protocol::Tcp, first: HTTPS, last: HTTPS };
     let covers = Destination { networks: Box::default(), ports: [ports].into() };
@@ -42,82 +42,82 @@ fn connection(id: u32, port: u16) -> Connection {
     }
 }
 
-/// What becomes of connections 1 and 2, of which the first has been kept, and of one to another port.
-fn fates(mended: bool, policy_chain: &Arc<PolicyChain>, ready: &[EgressId], before: &Arc<PolicyChain>) -> [Fate; 3] {
+/// The actions for connection 1, which was kept before, for connection 2, and for one to another port.
+fn actions(mended: bool, policy_chain: &Arc<PolicyChain>, ready: &[EgressId], before: &Arc<PolicyChain>) -> [Action; 3] {
     let pod = Pod { policy_chain: before.clone(), kept: [1].into(), is_new: false };
-    let seen = Seen { ready: [ALLOCATION].into(), mended, has_looked: true, ..Seen::default() };
+    let review = ConnectionReview { ready: [ALLOCATION].into(), mended, has_looked: true, ..ConnectionReview::default() };
     let ready = ready.iter().copied().collect();
     [(1, HTTPS), (2, HTTPS), (3, 80)]
-        .map(|(id, port)| seen.fate(Some(&pod), policy_chain, &ready, &connection(id, port)))
+        .map(|(id, port)| review.action(Some(&pod), policy_chain, &ready, &connection(id, port)))
 }
 
 #[test]
 fn connections_without_a_policys_decision_are_kept_or_ended_as_it_says() {
     use ExistingConnections::{End, Keep};
-    use Fate::{Ended, Kept, Passes};
+    use Action::{End as Ended, Ignore as Passes, Keep as Kept};
     let (keep, end) = (policy_chain(Keep, Fallback::Block), policy_chain(End, Fallback::Block));
     let free = Arc::new(PolicyChain::Steps(vec![]));
-    // A policy begins; what has begun before is known from then on.
-    assert_eq!(fates(false, &keep, &[ALLOCATION], &free), [Kept, Kept, Passes]);
-    assert_eq!(fates(false, &end, &[ALLOCATION], &free), [Ended, Ended, Passes]);
-    // Somebody has taken rules away: what is not known has begun meanwhile.
-    assert_eq!(fates(true, &keep, &[ALLOCATION], &keep), [Kept, Ended, Passes]);
-    assert_eq!(fates(true, &keep, &[], &keep), [Kept, Ended, Passes]);
-    assert_eq!(fates(true, &keep, &[ALLOCATION], &free), [Kept, Kept, Passes]);
-    // What nobody knows anything of may be anything.
-    assert_eq!(fates(false, &Arc::new(PolicyChain::Isolated), &[], &free), [Kept, Kept, Kept]);
+    // A new policy: the connections that exist are stored.
+    assert_eq!(actions(false, &keep, &[ALLOCATION], &free), [Kept, Kept, Passes]);
+    assert_eq!(actions(false, &end, &[ALLOCATION], &free), [Ended, Ended, Passes]);
+    // Another program has removed rules: connections that are not stored began meanwhile.
+    assert_eq!(actions(true, &keep, &[ALLOCATION], &keep), [Kept, Ended, Passes]);
+    assert_eq!(actions(true, &keep, &[], &keep), [Kept, Ended, Passes]);
+    assert_eq!(actions(true, &keep, &[ALLOCATION], &free), [Kept, Kept, Passes]);
+    // An isolated pod's policies are unknown.
+    assert_eq!(actions(false, &Arc::new(PolicyChain::Isolated), &[], &free), [Kept, Kept, Kept]);
 }
 
 #[test]
 fn a_fallback_to_the_nodes_address_makes_connections_that_stay_while_it_lasts() {
     use ExistingConnections::{End, Keep};
-    use Fate::{Ended, Kept, Passes};
+    use Action::{End as Ended, Ignore as Passes, Keep as Kept};
     let (keep, end) = (policy_chain(Keep, Fallback::NodeAddress), policy_chain(End, Fallback::NodeAddress));
-    assert_eq!(fates(true, &end, &[], &end), [Passes, Passes, Passes]);
-    assert_eq!(fates(false, &end, &[ALLOCATION], &end), [Ended, Ended, Passes]);
-    assert_eq!(fates(true, &keep, &[], &keep), [Passes, Passes, Passes]);
-    assert_eq!(fates(true, &keep, &[ALLOCATION], &keep), [Kept, Ended, Passes]);
+    assert_eq!(actions(true, &end, &[], &end), [Passes, Passes, Passes]);
+    assert_eq!(actions(false, &end, &[ALLOCATION], &end), [Ended, Ended, Passes]);
+    assert_eq!(actions(true, &keep, &[], &keep), [Passes, Passes, Passes]);
+    assert_eq!(actions(true, &keep, &[ALLOCATION], &keep), [Kept, Ended, Passes]);
 }
 
 #[test]
 fn a_daemon_that_finds_its_rules_gone_ends_what_it_cannot_know() {
     let ready = [ALLOCATION].into();
     let keep = policy_chain(ExistingConnections::Keep, Fallback::Block);
-    let fate = |mended, has_looked| {
-        let seen = Seen { mended, has_looked, ..Seen::default() };
-        seen.fate(None, &keep, &ready, &connection(1, HTTPS))
+    let action = |mended, has_looked| {
+        let review = ConnectionReview { mended, has_looked, ..ConnectionReview::default() };
+        review.action(None, &keep, &ready, &connection(1, HTTPS))
     };
-    assert_eq!([fate(false, false), fate(true, false), fate(true, true)], [Fate::Kept, Fate::Ended, Fate::Kept]);
+    assert_eq!([action(false, false), action(true, false), action(true, true)], [Action::Keep, Action::End, Action::Keep]);
 }
 
 #[test]
 fn a_pod_that_began_under_its_policies_is_not_looked_at() {
     let keep = policy_chain(ExistingConnections::Keep, Fallback::Block);
-    let mut seen = Seen::default();
-    let is_looked_at = |seen: &Seen, policy_chain: &Arc<PolicyChain>| {
-        seen.is_to_be_looked_at(&holder(), policy_chain, &[ALLOCATION].into())
+    let mut review = ConnectionReview::default();
+    let is_reviewed = |review: &ConnectionReview, policy_chain: &Arc<PolicyChain>| {
+        review.needs_review(&holder(), policy_chain, &[ALLOCATION].into())
     };
-    assert!(is_looked_at(&seen, &keep), "it ran before");
+    assert!(is_reviewed(&review, &keep), "it ran before");
     let held = Arc::new(PolicyChain::Isolated);
-    seen.pods.insert(holder(), Pod { policy_chain: held.clone(), kept: HashSet::new(), is_new: true });
-    assert!(!is_looked_at(&seen, &keep));
-    seen.pods.insert(holder(), Pod { policy_chain: held, kept: HashSet::new(), is_new: false });
-    assert!(is_looked_at(&seen, &keep), "it was held later");
-    seen.pods.insert(holder(), Pod { policy_chain: keep.clone(), kept: HashSet::new(), is_new: false });
-    assert!(!is_looked_at(&seen, &keep));
-    seen.mended = true;
-    assert!(is_looked_at(&seen, &keep));
+    review.pods.insert(holder(), Pod { policy_chain: held.clone(), kept: HashSet::new(), is_new: true });
+    assert!(!is_reviewed(&review, &keep));
+    review.pods.insert(holder(), Pod { policy_chain: held, kept: HashSet::new(), is_new: false });
+    assert!(is_reviewed(&review, &keep), "it was held later");
+    review.pods.insert(holder(), Pod { policy_chain: keep.clone(), kept: HashSet::new(), is_new: false });
+    assert!(!is_reviewed(&review, &keep));
+    review.mended = true;
+    assert!(is_reviewed(&review, &keep));
 }
 
 #[test]
 fn what_is_told_twice_is_done_once() {
     let (jobs, incoming) = channel();
-    let told = Default::default();
-    let mut existing = Existing { jobs, marks: Marks::default(), told, new: BTreeSet::new(), mended: false };
+    let sent = Default::default();
+    let mut existing = Existing { jobs, marks: Marks::default(), sent, new: BTreeSet::new(), mended: false };
     let used = Use { policy_chain: Some(policy_chain(ExistingConnections::Keep, Fallback::Block)), ..Use::default() };
     let uses = Uses::from([(holder(), Arc::new(used))]);
     let mut look = |mended| {
-        existing.look(&uses, [ALLOCATION].into(), mended, &Shared::default(), &BTreeSet::new());
+        existing.update(&uses, [ALLOCATION].into(), mended, &Shared::default(), &BTreeSet::new());
         incoming.try_iter().count()
     };
     assert_eq!([look(false), look(false), look(true), look(false)], [1, 0, 1, 0]);

@@ -1,4 +1,4 @@
-//! The allocations that lead nowhere from this node, and why.
+//! The allocations that are blocked on this node, with the reasons.
 
 use super::Node;
 use crate::api::BlockedAllocation;
@@ -10,7 +10,8 @@ use std::collections::BTreeSet;
 const FAMILIES: [&str; 2] = ["IPv4", "IPv6"];
 
 impl Node {
-    /// Those that this node's pods use, and those that it holds and whose connections it admits and does not forward.
+    /// Allocations that this node's pods use and that are not ready, and allocations that this node owns and whose
+    /// connections it does not forward.
     pub(super) fn blocked(&self) -> Vec<BlockedAllocation> {
         let allocations = &self.view.allocations;
         let used: BTreeSet<EgressId> = self.uses.values().flat_map(|used| &used.allocations).copied().collect();
@@ -41,7 +42,7 @@ impl Node {
         [0, 1].into_iter().filter(move |at| closed[*at])
     }
 
-    /// Returns whether others are to be told of it.
+    /// Takes the forwarding counters. Returns whether the status changes.
     pub(super) fn forwarding_changed(&mut self, first: [FirstPackets; 2]) -> bool {
         if !self.forwarding.update(first) {
             return false;

@@ -323,7 +323,7 @@ impl Node {
         }
     }
 
-    /// The next [`settle`](Self::settle) reads everything back.
+    /// The next [`reconcile_all`](Self::reconcile_all) reads everything back.
     pub fn invalidate(&mut self) {
         self.host.invalidate();
         self.base = true;
@@ -370,7 +370,7 @@ impl Node {
     }
 
     /// Brings the kernel in sync and answers who waits for it. Returns whether it has to be tried again.
-    pub async fn settle(&mut self, ready: &watch::Sender<Result<(), String>>) -> bool {
+    pub async fn reconcile_all(&mut self, ready: &watch::Sender<Result<(), String>>) -> bool {
         let started = Instant::now();
         let result = self.reconcile().await;
         let failure =
@@ -533,7 +533,7 @@ impl Node {
         let ready = plan.allocations.keys().copied().collect();
         let changes = self.host.tables(plan)?;
         let mended = self.host.tables_were_changed_by_others();
-        self.existing.look(&uses, ready, mended, &self.view.networks, &self.facts.addresses);
+        self.existing.update(&uses, ready, mended, &self.view.networks, &self.facts.addresses);
         self.census = census;
         Ok((changes, uses))
     }
@@ -548,7 +548,7 @@ impl Node {
         let routing = self.host.routing(&self.view).await;
         let addresses = self.reconcile_addresses().await;
         let forwarding = self.host.forwarding(&self.view).await;
-        self.note_faults();
+        self.log_faults();
         Ok([routing, addresses, forwarding].into_iter().sum())
     }
 

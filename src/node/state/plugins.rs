@@ -1,4 +1,4 @@
-//! The plugins' part: what they ask, and who waits for an answer.
+//! Plugins' requests, and the responses that wait until the kernel is in sync.
 
 use super::Node;
 use crate::cni::attachment::{Attachment, AttachmentId};
@@ -11,22 +11,21 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::sync::oneshot;
 
-/// A pod may be added before the cluster's source has told of it. So long its ADD waits: a pod that starts while it is
-/// held loses its first packets.
+/// How long ADD waits for the cluster's source to report the pod. A pod that starts isolated loses its first packets.
 const UNKNOWN_WAIT: Duration = Duration::from_millis(500);
 
-/// A plugin that waits for its answer.
+/// A request that waits for its response.
 pub(super) struct Waiting {
     pub(super) since: Instant,
     pub(super) verb: &'static str,
-    /// The attachment whose pod should be known before the answer.
+    /// The attachment whose pod should be known before the response.
     unknown: Option<AttachmentId>,
     pub(super) answer: oneshot::Sender<Result<(), Failure>>,
 }
 
 impl Waiting {
-    /// Whether it waits for the start of a pod that no policy selects: such a pod starts also where the kernel cannot be
-    /// brought in sync, for nothing has to be there for it.
+    /// Whether it is the ADD of a pod that no policy selects. Such a pod starts even if the kernel cannot be brought in sync,
+    /// because it needs nothing there.
     pub(super) fn is_free(&self, pods: &Pods, cluster: &Cluster, view: &View) -> bool {
         let attachment = self.unknown.as_ref().and_then(|id| pods.get(id));
         attachment.is_some_and(|a| pods.policy_chain(a, cluster, view).is_none())
@@ -38,7 +37,7 @@ impl Waiting {
 }
 
 impl Node {
-    /// Takes in what plugins ask. They are answered by [`settle`](Self::settle), when the kernel is in sync.
+    /// Takes plugins' requests. [`reconcile_all`](Self::reconcile_all) sends the responses when the kernel is in sync.
     pub async fn answer(&mut self, requests: Vec<PluginRequest>) {
         for PluginRequest { verb, response: answer } in requests {
             let mut unknown = None;
@@ -54,7 +53,7 @@ impl Node {
             match result {
                 Ok(()) => self.waiting.push(Waiting { since: Instant::now(), verb, unknown, answer }),
                 Err(failure) => {
-                    tracing::warn!(verb, "refused: {failure}");
+                    tracing::warn!(verb, "rejected the plugin's request: {failure}");
                     let _ = answer.send(Err(failure));
                 }
             }
@@ -79,10 +78,10 @@ impl Node {
         if !pods::is_known(&a, &self.cluster) {
             self.listeners.lookup.look_for(ObjectKey::new(&a.pod.namespace, &a.pod.name), &a.pod.uid);
         }
-        // Whatever the kernel still tracks of them is not this one's.
+        // Tracked connections of these addresses are an earlier pod's.
         self.ended.addresses.extend(self.of_gone(&a));
         if self.pods.get(&a.id).is_none() {
-            self.existing.begins(Holder::Attached(Arc::new(a.id.clone())));
+            self.existing.add_new_pod(Holder::Attached(Arc::new(a.id.clone())));
         }
         self.attach(a, interface);
         Ok(())
@@ -120,7 +119,7 @@ impl Node {
             }
             Some(_) => {}
         }
-        // What is missing in the kernel is mended before the answer.
+        // The kernel's state is read and repaired before the response.
         self.invalidate();
         Ok(())
     }
@@ -130,7 +129,7 @@ impl Node {
         gone.into_iter().try_for_each(|id| self.del(id))
     }
 
-    /// When somebody who waits has waited long enough.
+    /// Waits for the deadline of the oldest waiting request.
     pub async fn next_deadline(&self) {
         match self.waiting.iter().map(|w| w.since + UNKNOWN_WAIT).min() {
             Some(due) => tokio::time::sleep_until(due.into()).await,

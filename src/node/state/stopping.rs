@@ -1,9 +1,9 @@
-//! What a daemon that is told to stop does first.
+//! The handover before a stop.
 //!
-//! A stop leaves everything as it is: the kernel goes on, and the daemon is back in a moment. It is another thing where the
-//! node itself is going: `kubectl drain` waits for no pod of a DaemonSet, and the kubelet stops those when the machine
-//! shuts down. The egress IPs of a node that is cordoned, labelled to be drained, or deleted are handed over first, as long
-//! as there is a node to hand them to.
+//! Usually a stop changes nothing: the kernel continues, and the daemon is back in a moment. If the node itself goes, the
+//! daemon must hand over first: `kubectl drain` does not wait for pods of a DaemonSet, and the kubelet stops those when the
+//! machine shuts down. So the egress IPs of a node that is cordoned, labelled to be drained, or deleted are handed over, if
+//! another node can take them.
 
 use super::Node;
 use crate::model::drain::is_drained;
@@ -11,25 +11,25 @@ use crate::node_plan::allocations::{NodeAllocation, Placing};
 use std::time::Duration;
 use tokio::time::Instant;
 
-/// So long the handover may take. `terminationGracePeriodSeconds` in `install/node.yaml` is longer.
+/// The longest time of the handover. `terminationGracePeriodSeconds` in `install/node.yaml` is longer.
 const HANDOVER: Duration = Duration::from_secs(20);
 
-/// A daemon that was told to stop.
+/// A stop in progress.
 pub struct Stopping {
     since: Instant,
-    /// How many egress IPs there were to hand over.
+    /// The number of egress IPs to hand over at its start.
     pending: usize,
 }
 
 impl Stopping {
-    /// When it stops, come what may.
+    /// When the daemon stops at the latest.
     pub fn deadline(&self) -> Instant {
         self.since + HANDOVER
     }
 }
 
 impl Node {
-    /// It was told to stop.
+    /// Starts the stop.
     pub fn stop(&self) -> Stopping {
         let pending = self.to_hand_over();
         if pending > 0 {
@@ -41,7 +41,7 @@ impl Node {
         Stopping { since: Instant::now(), pending }
     }
 
-    /// Whether it may stop now.
+    /// Whether the daemon may end now.
     pub fn has_stopped(&self, stopping: &Stopping) -> bool {
         let (pending, after) = (self.to_hand_over(), stopping.since.elapsed());
         if pending > 0 && Instant::now() < stopping.deadline() {
@@ -51,8 +51,8 @@ impl Node {
             tracing::warn!(
                 pending,
                 ?after,
-                "stopping with egress IPs that no other node has taken; does the controller run? Their connections stand \
-                 still until a node finds this one dead"
+                "stopping with egress IPs that no other node has taken; does the controller run? Their connections stall \
+                 until a node detects that this one is down"
             );
         } else if stopping.pending > 0 {
             tracing::info!(egress_ips = stopping.pending, ?after, "handed over; stopping");
@@ -60,7 +60,7 @@ impl Node {
         true
     }
 
-    /// How many egress IPs are here that are to go, and can.
+    /// The number of egress IPs on this node that are to move and can.
     fn to_hand_over(&self) -> usize {
         let allocations = self
             .view
@@ -73,14 +73,14 @@ impl Node {
         here.filter(|allocation| self.is_left_by(allocation) && self.has_taker(allocation)).count()
     }
 
-    /// Whether an allocation is to leave this node.
+    /// Whether an allocation is to move away from this node.
     fn is_left_by(&self, allocation: &NodeAllocation) -> bool {
         let (node, gateway) =
             (self.cluster.nodes.get(&*self.options.name), self.cluster.gateways.get(&*allocation.gateway));
         node.is_none_or(|node| gateway.is_some_and(|gateway| is_drained(gateway, node)))
     }
 
-    /// Whether there is a node to hand an allocation to: one that answers and is not to be left itself.
+    /// Whether another node can take the allocation: it answers probes and is not being drained itself.
     fn has_taker(&self, allocation: &NodeAllocation) -> bool {
         let Some(gateway) = self.cluster.gateways.get(&*allocation.gateway) else { return false };
         let others = self.cluster.nodes.iter().filter(|(name, _)| ***name != *self.options.name);
