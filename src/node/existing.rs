@@ -1,10 +1,10 @@
-//! Connections of pods that began before a policy covered them. They have no connection mark of Egret's and leave from the
-//! node's address.
+//! Connections of pods that began before a policy covered them. They have no connection mark of Egret's and leave
+//! from the node's address.
 //!
-//! They exist when a policy starts to select a running pod. With `existingConnections: End` their entries are deleted then,
-//! and the next packet begins a new connection. With `Keep` they continue, and their ids are stored. Any other unmarked
-//! connection began while another program had removed Egret's rules, and would leave from the node's address as long as it
-//! lasts. It is ended when the rules are back.
+//! They exist when a policy starts to select a running pod. With `existingConnections: End` their entries are deleted
+//! then, and the next packet begins a new connection. With `Keep` they continue, and their ids are stored. Any other
+//! unmarked connection began while another program had removed Egret's rules, and would leave from the node's address
+//! as long as it lasts. It is ended when the rules are back.
 //!
 //! One thread does this in the background, in the order of events.
 
@@ -69,8 +69,8 @@ impl Existing {
         self.new.insert(pod);
     }
 
-    /// Sends a job if the state has changed. `uses` and `ready` are in force in the kernel. `mended` says that rules had been
-    /// removed by another program and were restored.
+    /// Sends a job if the state has changed. `uses` and `ready` are in force in the kernel. `mended` says that rules
+    /// had been removed by another program and were restored.
     pub fn update(
         &mut self,
         uses: &Uses,
@@ -259,8 +259,8 @@ impl Inside {
     }
 }
 
-/// What the policy that covers a connection says about existing ones. `None` if the connection may leave from the node's
-/// address.
+/// What the policy that covers a connection says about existing ones. `None` if the connection may leave from the
+/// node's address.
 fn decides(policy_chain: &PolicyChain, ready: &BTreeSet<EgressId>, c: &Connection) -> Option<ExistingConnections> {
     if *policy_chain == PolicyChain::Isolated {
         return Some(ExistingConnections::Keep);

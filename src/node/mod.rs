@@ -1,4 +1,5 @@
-//! The node daemon: it watches the cluster, compiles the plan, keeps the kernel in sync with it, and responds to the plugin.
+//! The node daemon: it watches the cluster, compiles the plan, keeps the kernel in sync with it, and responds to the
+//! plugin.
 //!
 //! One task owns the state and handles one event after another, so there are no locks and no partial states. Plugins'
 //! requests precede changes of the cluster, and requests that arrive together are programmed in one transaction.
@@ -14,6 +15,7 @@ mod host;
 pub mod liveness;
 mod metrics;
 mod moved;
+mod pod_marks;
 mod pods;
 mod policy_delay;
 mod report;
@@ -73,7 +75,8 @@ pub struct Options {
     pub liveness: liveness::Settings,
     /// Egret's bits in marks.
     pub marks: Marks,
-    /// Whether the daemon owns the nftables tables, on kernels that support it, so that no other program can change them.
+    /// Whether the daemon owns the nftables tables, on kernels that support it, so that no other program can change
+    /// them.
     pub own_tables: bool,
     /// Addresses of the servers for metrics and health.
     pub addresses: server::Addresses,
@@ -82,8 +85,8 @@ pub struct Options {
     pub cni_dirs: Option<(PathBuf, Option<PathBuf>)>,
 }
 
-/// Runs until `stop` completes, and, if the node is being drained, until its egress IPs are handed over. The state in the
-/// kernel stays.
+/// Runs until `stop` completes, and, if the node is being drained, until its egress IPs are handed over. The state in
+/// the kernel stays.
 ///
 /// # Errors
 /// The run directory, the cluster's source or a socket is not usable.
@@ -95,16 +98,16 @@ pub async fn run(options: Options, stop: impl Future<Output = ()>) -> anyhow::Re
     };
     let (mut registry, metrics) = metrics::Metrics::new();
     uninstalled::clear(&options.run_dir).with_context(|| format!("run directory {}", options.run_dir.display()))?;
-    let (can_hold, entry_wanted) = oneshot::channel();
-    let mut can_hold = Some(can_hold);
+    let (plugin_may_run, entry_wanted) = oneshot::channel();
+    let mut plugin_may_run = Some(plugin_may_run);
     if let Some((conf_dir, bin_dir)) = options.cni_dirs.clone() {
         let socket = std::path::absolute(options.run_dir.join(SOCKET)).context("run directory")?;
         let state_dir = std::path::absolute(&options.state_dir).context("state directory")?;
         let keep = keep::Options { conf_dir, bin_dir, socket, state_dir };
         let metrics = keep::Metrics::register(&mut registry);
         tokio::spawn(async move {
-            // The plugin's entry is written only once the daemon has been in sync. A dropped sender means that the daemon
-            // has ended.
+            // The plugin's entry is written only once the daemon has been in sync. A dropped sender means that the
+            // daemon has ended.
             if entry_wanted.await.is_ok() {
                 keep::run(keep, metrics).await;
             }
@@ -112,7 +115,7 @@ pub async fn run(options: Options, stop: impl Future<Output = ()>) -> anyhow::Re
     }
     // Without the entry pods start without Egret. If it has been there before, it is written at once.
     if OfflinePolicies::is_there(&options.state_dir) {
-        let _ = can_hold.take().map(|entry| entry.send(()));
+        let _ = plugin_may_run.take().map(|entry| entry.send(()));
     }
     let (asked, mut scrapes) = mpsc::channel::<oneshot::Sender<()>>(4);
     let (ready, readiness) = tokio::sync::watch::channel(Err("the cluster has not been read yet".to_owned()));
@@ -168,8 +171,8 @@ pub async fn run(options: Options, stop: impl Future<Output = ()>) -> anyhow::Re
             untidy = untidy.or(Some(Instant::now() + TIDY));
         }
         // The socket is opened when the kernel is in sync. Without it the plugin quarantines its pod.
-        if node.can_hold() {
-            let _ = can_hold.take().map(|entry| entry.send(()));
+        if node.can_enforce() {
+            let _ = plugin_may_run.take().map(|entry| entry.send(()));
         }
         if listener.is_none() && node.is_in_sync() {
             match socket::listen(&options.run_dir) {
@@ -207,7 +210,7 @@ pub async fn run(options: Options, stop: impl Future<Output = ()>) -> anyhow::Re
                 node.reconcile_all(&ready).await
             }
             events = kernel.next() => {
-                node.disturbed(&events.context("the kernel's notifications")?).await;
+                node.kernel_changed(&events.context("the kernel's notifications")?).await;
                 node.reconcile_all(&ready).await
             }
             Ok(()) = news.changed() => {
@@ -221,7 +224,7 @@ pub async fn run(options: Options, stop: impl Future<Output = ()>) -> anyhow::Re
             }
             // After an error the retry covers what is due.
             () = node.due(), if !retry => {
-                node.is_due();
+                node.mark_due();
                 node.reconcile_all(&ready).await
             }
             Some(found) = adoptions.recv() => {
@@ -240,7 +243,7 @@ pub async fn run(options: Options, stop: impl Future<Output = ()>) -> anyhow::Re
                 retry
             }
             _ = stale.tick() => {
-                if node.look_at_counters() { node.reconcile_all(&ready).await } else { retry }
+                if node.check_counters() { node.reconcile_all(&ready).await } else { retry }
             }
             _ = read_back.tick() => {
                 if listener.as_ref().is_some_and(|listener| !listener.is_there(&options.run_dir)) {
@@ -249,7 +252,7 @@ pub async fn run(options: Options, stop: impl Future<Output = ()>) -> anyhow::Re
                     if !run_dir::is_locked_by(&options.run_dir, &lock)? {
                         lock = socket::lock(&options.run_dir).await?;
                     }
-                    match node.write_down().and_then(|()| socket::listen(&options.run_dir)) {
+                    match node.restore_run_dir().and_then(|()| socket::listen(&options.run_dir)) {
                         Ok(new) => listener = Some(new),
                         Err(e) => tracing::error!(%run_dir, "cannot restore the run directory; trying again: {e:#}"),
                     }

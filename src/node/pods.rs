@@ -1,13 +1,14 @@
-//! The pods of this node: those that the plugin brought, and those that ran before Egret came.
+//! The pods of this node: those that the plugin attached, and adopted ones, which started without the plugin.
 
 use crate::cni::attachment::{Attachment, AttachmentId};
 use crate::datapath::pod_veth::Veth;
-use crate::model::marks::{EgressId, MAX_INDEX};
+use crate::model::marks::EgressId;
 use crate::model::precedence::PolicyIndex;
 use crate::model::selector::Labels;
 use crate::model::shared::Mark;
 use crate::model::{Cluster, ObjectKey, Pod};
 use crate::node::adopted_files::Remembered;
+use crate::node::pod_marks::{OVERFLOW_MARK, PodMarks};
 use crate::node::policy_delay::PolicyDelay;
 use crate::node_plan::allocations::NodeAllocations;
 use crate::node_plan::policy_chain::PolicyChain;
@@ -17,67 +18,62 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use tokio::time::Instant;
 
-/// The pod mark that pods share for which there is none left: its policy chain lets nothing out.
-const OVERFLOW_MARK: u16 = MAX_INDEX;
-
-/// A veth on the host that is a pod's.
+/// The host's end of a pod's veth pair.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Interface {
-    /// Its name.
     pub name: String,
-    /// Its index.
     pub index: u32,
     /// The index of the pod's end, in the pod's network namespace.
     pub peer_index: u32,
 }
 
-/// A pod that the plugin brought.
+/// A pod that the plugin attached.
 #[derive(Debug)]
 struct Attached {
     holder: Holder,
     attachment: Attachment,
-    /// `None`: it has none on the host, or it is gone.
+    /// `None` if it has none on the host, or if it is gone.
     interface: Option<Interface>,
-    /// What the pod's labels were when the cluster last knew it: it may be gone there before it is gone here.
+    /// The pod's labels when the cluster last had it. The cluster may drop the pod before its container ends.
     labels: Option<Labels>,
     judged: Judged,
     policy_delay: PolicyDelay,
 }
 
 impl Attached {
-    /// Whether it had an interface on the host that is there no more.
+    /// Whether its interface on the host is gone.
     fn is_gone(&self) -> bool {
         self.interface.is_none() && self.attachment.host.is_some()
     }
 }
 
-/// A pod that ran before Egret came. It is here as long as its interface: what becomes of the Pod object says nothing
-/// of the container, which may go on sending.
+/// A pod that started without the plugin. It exists as long as its interface: the Pod object may be deleted while the
+/// container continues to send.
 #[derive(Debug)]
 struct Adopted {
-    /// With the labels that it had last, as of an attached one.
+    /// The pod, with its labels when the cluster last had it.
     known: Arc<Remembered>,
     judged: Judged,
     policy_delay: PolicyDelay,
 }
 
-/// What policies say of a pod, and what follows from it. A pod's start changes it for no other.
+/// The result of the evaluation of policies for a pod. It does not depend on other pods.
 #[derive(Debug, Default)]
 enum Judged {
-    /// To be found out.
+    /// Not evaluated.
     #[default]
     Unknown,
-    /// No policy selects it.
+    /// No policy selects the pod.
     Free,
-    /// Policies select it, or could.
+    /// Policies select the pod, or could.
     Selected(Selected),
 }
 
-/// See [`Judged`].
+/// A pod that policies select.
 #[derive(Debug)]
 struct Selected {
     policy_chain: Arc<PolicyChain>,
-    /// With the pod mark that it last had.
+    /// Cached for the pod's last pod mark.
     planned: Option<Planned>,
 }
 
@@ -90,7 +86,7 @@ struct Planned {
     used: Arc<Use>,
 }
 
-/// What all pods were judged by.
+/// The inputs of the last evaluation of all pods.
 #[derive(Debug, Default)]
 struct JudgedBy {
     pods: Mark<BTreeMap<ObjectKey, Arc<Pod>>>,
@@ -98,7 +94,7 @@ struct JudgedBy {
     allocations: Mark<NodeAllocations>,
 }
 
-/// Names a pod of either kind.
+/// Identifies a pod of either kind.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Holder {
     /// By the runtime's names.
@@ -107,58 +103,56 @@ pub enum Holder {
     Adopted(u32),
 }
 
-/// Which addresses a pod has and which allocations its packets can take.
+/// The addresses of a selected pod and the allocations that it can use.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Use {
-    /// The pod's addresses.
     pub addresses: Vec<IpAddr>,
-    /// The allocations.
     pub allocations: BTreeSet<EgressId>,
-    /// Whether it is not known which policies select the pod.
+    /// Whether the pod is isolated, because its policies are unknown.
     pub held: bool,
-    /// What the policies say; `None` in a [`Default`] one.
+    /// The pod's policy chain; `None` in the default value alone.
     pub policy_chain: Option<Arc<PolicyChain>>,
 }
 
-/// How many pods are in which state.
+/// The number of pods in each state.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Census {
-    /// Selected by a policy, and held to it.
+    /// Policies select them.
     pub selected: i64,
-    /// Not known to the cluster yet; nothing leaves.
+    /// They are isolated, because their policies are unknown.
     pub held: i64,
-    /// Selected by no policy.
+    /// No policy selects them.
     pub free: i64,
-    /// Selected, and without an interface on the host that could hold them.
+    /// Policies select them, and they have no veth on the host.
     pub unmanaged: i64,
 }
 
-/// See the module.
+/// The node's pods and their pod marks.
 #[derive(Debug, Default)]
 pub struct Pods {
     attached: BTreeMap<AttachmentId, Attached>,
     /// By their interfaces' indexes.
     adopted: BTreeMap<u32, Adopted>,
-    /// Pods whose DEL has come and which the cluster still lists, with the addresses that they had: not unmanaged.
+    /// Pods whose DEL has come while the cluster still lists them, with their addresses. They are not unmanaged.
     ended: BTreeMap<ObjectKey, Vec<IpAddr>>,
-    /// Pods that are held because the cluster does not know them, or their namespaces.
+    /// Pods that are isolated because the cluster does not have them, or their namespaces.
     undecided: BTreeSet<AttachmentId>,
-    /// Pods that nobody brought, and that have not been found, or were not looked for: no policy selects them.
+    /// Unmanaged pods whose veths were not found or, because no policy selects them, not searched.
     unmanaged: HashMap<ObjectKey, PolicyDelay>,
     pod_marks: PodMarks,
     judged_by: JudgedBy,
-    /// How many policy chains were held for what they list.
+    /// The number of policy chains that list too many destinations and isolate their pods.
     too_long: usize,
 }
 
 impl Pods {
-    /// With the pod marks that the kernel holds, by interface index.
+    /// Starts with the pod marks that the kernel has, by interface index.
     pub fn new(pod_marks: impl IntoIterator<Item = (u16, u32)>) -> Self {
         Pods { pod_marks: PodMarks::new(pod_marks), ..Pods::default() }
     }
 
-    /// Adds a pod, in place of one of the same id. Others that claim its interface are gone: indexes and names are
-    /// unique. Returns the addresses of adopted ones among them that nobody has now.
+    /// Adds a pod, or replaces the one with the same id. Other pods with the same interface index or name are gone,
+    /// because both are unique. Returns the addresses of adopted ones among them that no pod has now.
     pub fn attach(&mut self, attachment: Attachment, interface: Option<Interface>) -> Vec<IpAddr> {
         let displaced = interface.clone();
         let same = |i: &Interface| displaced.as_ref().is_some_and(|new| i.index == new.index || i.name == new.name);
@@ -174,7 +168,7 @@ impl Pods {
         self.drop_adopted(|a| same(&a.known.interface))
     }
 
-    /// Removes a pod. Returns its addresses that no other pod has.
+    /// Removes a pod. Returns those of its addresses that no other pod has.
     pub fn detach(&mut self, id: &AttachmentId) -> Vec<IpAddr> {
         let Some(gone) = self.attached.remove(id) else { return Vec::new() };
         let pod = &gone.attachment.pod;
@@ -184,34 +178,34 @@ impl Pods {
 
     /// Whether a pod has this address.
     pub fn has_address(&self, address: &IpAddr) -> bool {
-        self.has_brought(address) || self.adopted.values().any(|a| a.known.addresses.contains(address))
+        self.has_attached(address) || self.adopted.values().any(|a| a.known.addresses.contains(address))
     }
 
-    /// Whether another pod than this one, which is not gone, has this address.
+    /// Whether a pod other than `but` has this address and is not gone.
     pub fn is_in_use(&self, address: &IpAddr, but: &ObjectKey) -> bool {
         let living = self.attached.values().filter(|a| !a.is_gone());
         living.flat_map(|a| &a.attachment.addresses).any(|a| a == address)
             || self.adopted.values().any(|a| a.known.pod != *but && a.known.addresses.contains(address))
     }
 
-    /// Whether the plugin brought this pod, and it is gone: its DEL is still to come, or never comes.
+    /// Whether the plugin attached this pod and its interface is gone. Its DEL is late or never comes.
     pub fn is_gone(&self, key: &ObjectKey) -> bool {
         let of_pod =
             |a: &&Attached| *a.attachment.pod.namespace == *key.namespace && *a.attachment.pod.name == *key.name;
         self.attached.values().filter(of_pod).any(Attached::is_gone)
     }
 
-    /// Whether the plugin brought a pod with this address.
-    pub fn has_brought(&self, address: &IpAddr) -> bool {
+    /// Whether the plugin attached a pod with this address.
+    pub fn has_attached(&self, address: &IpAddr) -> bool {
         self.attached.values().any(|a| a.attachment.addresses.contains(address))
     }
 
-    /// Whether the plugin brought this.
+    /// The attachment with this id.
     pub fn get(&self, id: &AttachmentId) -> Option<&Attachment> {
         self.attached.get(id).map(|a| &a.attachment)
     }
 
-    /// All that the plugin brought.
+    /// All attachments.
     pub fn attachments(&self) -> impl Iterator<Item = &Attachment> {
         self.attached.values().map(|a| &a.attachment)
     }
@@ -224,8 +218,7 @@ impl Pods {
         }
     }
 
-    /// Whether it is known what is to become of the pod: it is not one that is held because the cluster does not know
-    /// it.
+    /// Whether the pod's policies are known.
     pub fn is_decided(&self, id: &AttachmentId) -> bool {
         !self.undecided.contains(id)
     }
@@ -241,24 +234,24 @@ impl Pods {
         attached.chain(self.adopted.values().flat_map(|a| a.known.addresses.iter())).copied()
     }
 
-    /// The interface of that index is `now` this one, or none. Returns the addresses of pods that are gone with the
-    /// one before; of those that the plugin brought DEL is still to come.
+    /// The interface with this index is gone, or is `now` another one. Returns the addresses of adopted pods that are
+    /// gone with it. An attached pod stays until its DEL.
     pub fn interface_gone(&mut self, index: u32, now: Option<&Veth>) -> Vec<IpAddr> {
         for a in self.attached.values_mut().filter(|a| a.interface.as_ref().is_some_and(|i| i.index == index)) {
             let peer = a.attachment.host.as_ref().map(|host| host.peer_index);
-            // It may have another name now. If it is the next pod's already, that one takes it when it is added.
+            // It may have been renamed. If it is already another pod's, that pod takes it when it is attached.
             let now = now.filter(|now| Some(now.peer_index) == peer);
             let now = now.map(|now| Interface { name: now.name.clone(), index, peer_index: now.peer_index });
             if a.interface != now {
                 (a.interface, a.judged) = (now, Judged::Unknown);
             }
         }
-        // One that has another name is found again.
+        // An adopted pod whose interface was renamed is found again.
         let is_there = |i: &Interface| now.is_some_and(|now| now.name == i.name && now.peer_index == i.peer_index);
         self.drop_adopted(|a| a.known.interface.index == index && !is_there(&a.known.interface))
     }
 
-    /// Forgets adopted pods. Returns their addresses that no other pod has.
+    /// Drops adopted pods. Returns those of their addresses that no other pod has.
     fn drop_adopted(&mut self, is_gone: impl Fn(&Adopted) -> bool) -> Vec<IpAddr> {
         let gone: BTreeMap<u32, Adopted>;
         (gone, self.adopted) = std::mem::take(&mut self.adopted).into_iter().partition(|(_, a)| is_gone(a));
@@ -276,18 +269,18 @@ impl Pods {
         self.interfaces().any(|i| i == index)
     }
 
-    /// The addresses of adopted pods that are gone, less those that other pods have.
+    /// The addresses of removed adopted pods that no other pod has.
     fn unused(&self, gone: impl IntoIterator<Item = Adopted>) -> Vec<IpAddr> {
         let addresses = gone.into_iter().flat_map(|a| a.known.addresses.clone());
         addresses.filter(|address| !self.has_address(address)).collect()
     }
 
-    /// What is known of adopted pods.
+    /// The adopted pods.
     pub fn adopted(&self) -> impl Iterator<Item = &Arc<Remembered>> {
         self.adopted.values().map(|a| &a.known)
     }
 
-    /// Takes in a pod that ran before, with the addresses that it has now. Returns those that nobody has any more.
+    /// Adopts a pod, or replaces it if its addresses have changed. Returns its former addresses that no pod has now.
     pub fn adopt(&mut self, known: Remembered) -> Vec<IpAddr> {
         let index = known.interface.index;
         if self.attached.values().any(|a| a.interface.as_ref().is_some_and(|i| i.index == index)) {
@@ -299,9 +292,9 @@ impl Pods {
         self.unused(before)
     }
 
-    /// Forgets of which pods the DEL has come, once the cluster has forgotten them.
+    /// Drops the pods whose DEL has come once the cluster has dropped them.
     pub fn drop_ended(&mut self, cluster: &Cluster) {
-        // A pod that was just added may not have its addresses in the cluster yet, and a runtime may know of more of
+        // A pod that was just attached may have no addresses in the cluster yet, and its runtime may report more of
         // them.
         self.ended.retain(|key, addresses| {
             let same = |p: &Pod| p.addresses.is_empty() || p.addresses.iter().any(|a| addresses.contains(a));
@@ -309,20 +302,19 @@ impl Pods {
         });
     }
 
-    /// Pods that a policy selects, that run here, and that nobody brought: they are to be found.
+    /// The unmanaged pods that policies select, and whose veths are to be found.
     pub fn unmanaged(&mut self, cluster: &Cluster, view: &View) -> Vec<(ObjectKey, Vec<IpAddr>)> {
-        // A record whose DEL never came may be of an earlier pod of that name, and says nothing of the one that runs
-        // now.
+        // An attachment whose DEL never came may be of an earlier pod with the same name.
         let living = self.attached.values().filter(|a| !a.is_gone()).map(|a| &a.attachment.pod);
-        let brought: HashMap<(&str, &str), &str> =
+        let attached: HashMap<(&str, &str), &str> =
             living.map(|pod| ((&*pod.namespace, &*pod.name), &*pod.uid)).collect();
-        let is_brought = |key: &ObjectKey, pod: &Pod| {
-            brought.get(&(&*key.namespace, &*key.name)).is_some_and(|uid| is_same(&pod.uid, uid))
+        let is_attached = |key: &ObjectKey, pod: &Pod| {
+            attached.get(&(&*key.namespace, &*key.name)).is_some_and(|uid| is_same(&pod.uid, uid))
         };
-        // One that has other addresses than it had is looked for again.
+        // An adopted pod whose addresses have changed is searched again.
         let adopted: HashSet<(&ObjectKey, &[IpAddr])> =
             self.adopted.values().map(|a| (&a.known.pod, a.known.addresses.as_slice())).collect();
-        let unmanaged = cluster.pods.iter().filter(|(key, pod)| runs(pod) && !is_brought(key, pod));
+        let unmanaged = cluster.pods.iter().filter(|(key, pod)| runs(pod) && !is_attached(key, pod));
         let unmanaged = unmanaged
             .filter(|(key, pod)| !adopted.contains(&(*key, &*pod.addresses)) && !self.ended.contains_key(*key));
         let (mut before, now) = (std::mem::take(&mut self.unmanaged), Instant::now());
@@ -343,10 +335,10 @@ impl Pods {
         view.policy_chain(&attachment.pod.namespace, labels(attachment, cluster).or(remembered))
     }
 
-    /// The plan of all pods, what each uses, and how many are in which state.
+    /// Computes the plan of all pods, what each uses, and the number of pods in each state.
     pub fn plan(&mut self, cluster: &Cluster, view: &View) -> (NodePlan, BTreeMap<Holder, Arc<Use>>, Census) {
         self.judge(cluster, view);
-        // Whose pods are gone, the others can have: there may be some without.
+        // Free the pod marks of removed pods first, because other pods may lack one.
         let there = self.interfaces().collect();
         self.pod_marks.retain(&there);
         let (mut plan, mut uses, mut census) = (NodePlan::default(), Vec::new(), Census::default());
@@ -373,7 +365,7 @@ impl Pods {
                     add(a.holder.clone(), i, &a.attachment.addresses, selected);
                 }
                 (Judged::Selected(_), None) if a.attachment.host.is_none() => census.unmanaged += 1,
-                // Its interface is gone, and so is the pod; DEL is still to come.
+                // Its interface and so the pod are gone; DEL is still to come.
                 (Judged::Selected(_), None) => {}
                 (Judged::Free | Judged::Unknown, _) => census.free += 1,
             }
@@ -388,20 +380,20 @@ impl Pods {
         if self.too_long > before {
             tracing::warn!(
                 policy_chains = self.too_long,
-                "policies of this node's pods list more destinations than it can hold: pods with the longest lists are held"
+                "policies of this node's pods list too many destinations: pods with the longest lists are isolated"
             );
         }
         (plan, uses.into_iter().collect(), census)
     }
 
-    /// When pods are to be judged again, if nothing else happens.
+    /// When pods are to be evaluated again.
     pub fn next(&self) -> Option<Instant> {
         let known =
             self.attached.values().map(|a| &a.policy_delay).chain(self.adopted.values().map(|a| &a.policy_delay));
         known.chain(self.unmanaged.values()).filter_map(PolicyDelay::next).min()
     }
 
-    /// Finds out what policies say of each pod of which that is not known.
+    /// Evaluates the policies for each pod whose result is unknown or outdated.
     fn judge(&mut self, cluster: &Cluster, view: &View) {
         let by = &self.judged_by;
         let now = Instant::now();
@@ -426,7 +418,7 @@ impl Pods {
             a.judged = a.policy_delay.policy_chain(view, &a.attachment.pod.namespace, a.labels.as_ref(), now).into();
         }
         for a in self.adopted.values_mut().filter(|a| matches!(a.judged, Judged::Unknown)) {
-            // Another pod of the name has other addresses.
+            // A pod of the same name with other addresses is another pod.
             let pod = cluster.pods.get(&a.known.pod).filter(|pod| *pod.addresses == *a.known.addresses);
             if let Some(pod) = pod.filter(|pod| a.known.labels.as_ref() != Some(&pod.labels)) {
                 Arc::make_mut(&mut a.known).labels = Some(pod.labels.clone());
@@ -472,70 +464,18 @@ pub fn is_known(attachment: &Attachment, cluster: &Cluster) -> bool {
     labels(attachment, cluster).is_some()
 }
 
-/// The labels that the cluster knows of an attachment's pod; none if the pod of that name is another one.
+/// The labels of an attachment's pod in the cluster; `None` if the pod of that name is another one.
 fn labels<'a>(attachment: &Attachment, cluster: &'a Cluster) -> Option<&'a Labels> {
     let key = ObjectKey::new(&attachment.pod.namespace, &attachment.pod.name);
     let pod = cluster.pods.get(&key)?;
     is_same(&pod.uid, &attachment.pod.uid).then_some(&pod.labels)
 }
 
-/// Whether these are uids of one pod; not every source and every runtime tells them.
+/// Whether these uids can be of one pod. Not every source and runtime reports them, and then they are empty.
 fn is_same(uid: &str, other: &str) -> bool {
     uid.is_empty() || other.is_empty() || uid == other
 }
 
 fn runs(pod: &Pod) -> bool {
     !pod.host_network && !pod.finished && !pod.addresses.is_empty()
-}
-
-/// Pod marks by interface index. A pod mark that was given back is taken again as late as can be.
-#[derive(Debug, Default)]
-struct PodMarks {
-    of: HashMap<u32, u16>,
-    last: u16,
-}
-
-impl PodMarks {
-    fn new(held: impl IntoIterator<Item = (u16, u32)>) -> Self {
-        let of: HashMap<u32, u16> = held.into_iter().map(|(pod_mark, index)| (index, pod_mark)).collect();
-        let last = of.values().copied().filter(|t| *t < OVERFLOW_MARK).max().unwrap_or(0);
-        PodMarks { of, last }
-    }
-
-    fn get(&mut self, index: u32) -> u16 {
-        if let Some(pod_mark) = self.of.get(&index).filter(|pod_mark| **pod_mark != OVERFLOW_MARK) {
-            return *pod_mark;
-        }
-        let taken: HashSet<u16> = self.of.values().copied().collect();
-        let after = (1..OVERFLOW_MARK).map(|n| (self.last + n - 1) % (OVERFLOW_MARK - 1) + 1);
-        let pod_mark = after.into_iter().find(|t| !taken.contains(t)).unwrap_or(OVERFLOW_MARK);
-        if pod_mark != OVERFLOW_MARK {
-            self.last = pod_mark;
-        }
-        self.of.insert(index, pod_mark);
-        pod_mark
-    }
-
-    fn retain(&mut self, indexes: &HashSet<u32>) {
-        self.of.retain(|index, _| indexes.contains(index));
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_pod_without_a_pod_mark_gets_one_when_another_has_gone() {
-        let mut pod_marks = PodMarks::default();
-        let all: HashSet<u16> = (1..=510).map(|index| pod_marks.get(index)).collect();
-        assert_eq!(all, (1..OVERFLOW_MARK).collect());
-        assert_eq!([511, 512].map(|index| pod_marks.get(index)), [OVERFLOW_MARK; 2]);
-        // A restarted daemon finds the pod marks in the kernel.
-        let mut pod_marks = PodMarks::new(pod_marks.of.iter().map(|(index, pod_mark)| (*pod_mark, *index)));
-        let given_back = pod_marks.get(7);
-        pod_marks.retain(&(1..=512).filter(|index| *index != 7).collect());
-        assert_eq!([511, 512].map(|index| pod_marks.get(index)), [given_back, OVERFLOW_MARK]);
-        assert_eq!([511, 512].map(|index| pod_marks.get(index)), [given_back, OVERFLOW_MARK]);
-    }
 }

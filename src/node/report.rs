@@ -27,8 +27,8 @@ use tokio::time::{Instant, sleep_until};
 /// The pause after a status could not be written.
 const AGAIN: Duration = Duration::from_secs(5);
 
-/// The interval between two nodes' writes of status fields that only people read. When a node joins or leaves, those fields
-/// change on all nodes, and every node watches every status.
+/// The interval between two nodes' writes of status fields that only people read. When a node joins or leaves, those
+/// fields change on all nodes, and every node watches every status.
 const FOR_PEOPLE: Duration = Duration::from_millis(100);
 
 /// The largest number of faults in a node's status. A node with a tunnel address of the wrong family has one for every
@@ -73,9 +73,9 @@ impl Report {
         Report { statuses, state_dir, published, stored: None, stored_of: Mark::default() }
     }
 
-    /// Publishes the node's tunnel address, its egress IPs and the `blocked` allocations. `nodes` is the number of the
-    /// cluster's nodes. It does not wait for the write: an API server that does not respond must not keep this node from
-    /// taking over egress IPs.
+    /// Publishes the node's tunnel address, its egress IPs and the `blocked` allocations. `nodes` is the number of
+    /// the cluster's nodes. It does not wait for the write: an API server that does not respond must not keep this
+    /// node from taking over egress IPs.
     pub fn publish(&self, view: &View, own: &Own, blocked: Vec<BlockedAllocation>, nodes: usize) {
         let Own { tunnel, facts, holding, faults, unreachable } = *own;
         let Some(tunnel) = tunnel else { return };

@@ -43,9 +43,15 @@ fn connection(id: u32, port: u16) -> Connection {
 }
 
 /// The actions for connection 1, which was kept before, for connection 2, and for one to another port.
-fn actions(mended: bool, policy_chain: &Arc<PolicyChain>, ready: &[EgressId], before: &Arc<PolicyChain>) -> [Action; 3] {
+fn actions(
+    mended: bool,
+    policy_chain: &Arc<PolicyChain>,
+    ready: &[EgressId],
+    before: &Arc<PolicyChain>,
+) -> [Action; 3] {
     let pod = Pod { policy_chain: before.clone(), kept: [1].into(), is_new: false };
-    let review = ConnectionReview { ready: [ALLOCATION].into(), mended, has_looked: true, ..ConnectionReview::default() };
+    let review =
+        ConnectionReview { ready: [ALLOCATION].into(), mended, has_looked: true, ..ConnectionReview::default() };
     let ready = ready.iter().copied().collect();
     [(1, HTTPS), (2, HTTPS), (3, 80)]
         .map(|(id, port)| review.action(Some(&pod), policy_chain, &ready, &connection(id, port)))
@@ -53,8 +59,8 @@ fn actions(mended: bool, policy_chain: &Arc<PolicyChain>, ready: &[EgressId], be
 
 #[test]
 fn connections_without_a_policys_decision_are_kept_or_ended_as_it_says() {
-    use ExistingConnections::{End, Keep};
     use Action::{End as Ended, Ignore as Passes, Keep as Kept};
+    use ExistingConnections::{End, Keep};
     let (keep, end) = (policy_chain(Keep, Fallback::Block), policy_chain(End, Fallback::Block));
     let free = Arc::new(PolicyChain::Steps(vec![]));
     // A new policy: the connections that exist are stored.
@@ -70,8 +76,8 @@ fn connections_without_a_policys_decision_are_kept_or_ended_as_it_says() {
 
 #[test]
 fn a_fallback_to_the_nodes_address_makes_connections_that_stay_while_it_lasts() {
-    use ExistingConnections::{End, Keep};
     use Action::{End as Ended, Ignore as Passes, Keep as Kept};
+    use ExistingConnections::{End, Keep};
     let (keep, end) = (policy_chain(Keep, Fallback::NodeAddress), policy_chain(End, Fallback::NodeAddress));
     assert_eq!(actions(true, &end, &[], &end), [Passes, Passes, Passes]);
     assert_eq!(actions(false, &end, &[ALLOCATION], &end), [Ended, Ended, Passes]);
@@ -87,7 +93,10 @@ fn a_daemon_that_finds_its_rules_gone_ends_what_it_cannot_know() {
         let review = ConnectionReview { mended, has_looked, ..ConnectionReview::default() };
         review.action(None, &keep, &ready, &connection(1, HTTPS))
     };
-    assert_eq!([action(false, false), action(true, false), action(true, true)], [Action::Keep, Action::End, Action::Keep]);
+    assert_eq!(
+        [action(false, false), action(true, false), action(true, true)],
+        [Action::Keep, Action::End, Action::Keep]
+    );
 }
 
 #[test]

@@ -1,5 +1,5 @@
-//! The host's kernel as the node daemon drives it: each part of the datapath brought in sync, in an order in which
-//! nothing leaks in between.
+//! The node daemon's interface to the kernel: it brings each part of the datapath in sync, in an order in which
+//! nothing leaks meanwhile.
 
 mod peers;
 mod place;
@@ -33,16 +33,15 @@ use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-/// What routing should be, as it was last brought about.
+/// The rules and routes that are desired, or that were last applied.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct Routing {
     rules: BTreeSet<Rule>,
     tables: BTreeMap<u32, BTreeSet<Route>>,
 }
 
-/// The kernel's parts, and what was last made of them.
+/// The sockets to the kernel, and the state that was last applied.
 pub struct Host {
-    /// Route netlink.
     pub routes: RouteSocket,
     nft: Nftables,
     quarantine: Quarantine,
@@ -50,7 +49,7 @@ pub struct Host {
     peers: PeerIndexes,
     shared: SharedSets,
     made: Option<Made>,
-    /// What was last brought about, so that what has not changed is not asked for again. Empty: unknown.
+    /// The state last applied, to skip what has not changed; `None` if unknown.
     routing: Option<Routing>,
     placed: Option<Digest>,
     uplinks: BTreeSet<u32>,
@@ -58,13 +57,13 @@ pub struct Host {
     tunnel: Option<(Tunnel, u32)>,
     underlay: Option<(u32, u32)>,
     faults: PartFaults,
-    /// Whether the kernel logs packets, as far as is known.
+    /// Whether the kernel is assumed to support the log of changed ports.
     port_log: bool,
-    /// Whether it was said that it does not.
+    /// Whether a warning was logged that it does not.
     port_log_missed: bool,
 }
 
-/// What each part could not bring about.
+/// The faults of each part.
 #[derive(Debug, Default)]
 struct PartFaults {
     peers: Faults,
@@ -72,8 +71,8 @@ struct PartFaults {
     addresses: Faults,
 }
 
-/// Tells what was brought about from anything else, without a copy of what can be ten thousand entries. That two are
-/// taken for one, once in 2^64, lasts until all is read back.
+/// A hash of an applied state, instead of a copy of maybe ten thousand entries. After a collision, once in 2^64, the
+/// state is outdated until everything is read again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Digest(u64);
 
@@ -86,8 +85,8 @@ impl Digest {
 }
 
 impl Host {
-    /// Opens the sockets and reads back what an earlier daemon left: the peers' indexes stand in connections' marks.
-    /// With `own_tables`, nobody else can change the tables, where the kernel can do that.
+    /// Opens the sockets and reads the peer indexes of an earlier daemon, which connection marks contain. With
+    /// `own_tables`, the daemon owns the tables, where the kernel supports that.
     pub fn open(marks: Marks, own_tables: bool) -> Result<Self> {
         let mut nft = Nftables::open().context("nf_tables")?;
         if own_tables && !nft.own_tables().context("nf_tables")? {
@@ -123,13 +122,13 @@ impl Host {
         })
     }
 
-    /// Pod marks and interface indexes of the pods' chains that the kernel holds.
+    /// The pod marks and interface indexes of the pods' chains in the kernel.
     pub fn pod_marks(&mut self) -> Result<Vec<(u16, u32)>> {
         let chains = self.nft.chains(ruleset::INET).context("nf_tables")?;
         Ok(chains.iter().filter_map(|name| parse_chain_name(name)).collect())
     }
 
-    /// The upper half of the connections' marks that an earlier daemon gave, if its tables are there.
+    /// The upper half of an earlier daemon's connection marks, if its tables exist.
     pub fn connection_base(&mut self) -> Result<Option<u16>> {
         for set in [ruleset::set::EGRESS_ID_OUT, ruleset::set::BACK] {
             let elements = self.nft.elements(ruleset::INET, set).context("nf_tables")?;
@@ -140,10 +139,10 @@ impl Host {
         Ok(None)
     }
 
-    /// Forgets what was brought about: the next time everything is read back.
+    /// Makes the next reconciliation read everything from the kernel.
     pub fn invalidate(&mut self) {
         self.nft.invalidate();
-        // What was refused may have been something else, and a module be there now.
+        // A kernel module may have been loaded since the log was rejected.
         self.port_log = true;
         self.routing = None;
         self.placed = None;
@@ -151,47 +150,47 @@ impl Host {
         self.tunnel = None;
     }
 
-    /// Forgets what is known of rules and routes.
+    /// Makes the next reconciliation read rules and routes.
     pub fn invalidate_routing(&mut self) {
         self.routing = None;
     }
 
-    /// This node's end of the tunnel.
+    /// The tunnel device, if it is in sync.
     pub fn tunnel_end(&self) -> Option<&Tunnel> {
         self.tunnel.as_ref().map(|(tunnel, _)| tunnel)
     }
 
-    /// The netlink ports by which this daemon changes things.
+    /// The netlink ports of the sockets with which this daemon makes changes.
     pub fn ports(&self) -> BTreeSet<u32> {
         [self.routes.port(), self.nft.port(), self.quarantine.port()].into()
     }
 
-    /// The indexes of the interfaces that egress addresses are on.
+    /// The indexes of the interfaces with egress IPs.
     pub fn uplinks(&self) -> impl Iterator<Item = u32> {
         self.uplinks.iter().copied()
     }
 
-    /// The interface that the tunnel goes over, by its index, and the MTU that it had.
+    /// The index of the tunnel's underlay interface, and its MTU when it was last read.
     pub fn underlay(&self) -> Option<(u32, u32)> {
         self.underlay
     }
 
-    /// Forgets what is known of the nftables tables.
+    /// Makes the next reconciliation read the nftables tables.
     pub fn invalidate_tables(&mut self) {
         self.nft.invalidate();
     }
 
-    /// Whether there are tables of Egret's.
+    /// Whether Egret's tables exist.
     pub fn has_tables(&mut self) -> Result<bool> {
         Ok(!self.nft.chains(ruleset::INET).context("nf_tables")?.is_empty())
     }
 
-    /// Whether somebody else had changed the tables, and they were mended, since this was last asked.
+    /// Whether another program had changed the tables, and they were repaired, since the last call.
     pub fn tables_were_changed_by_others(&mut self) -> bool {
         self.nft.were_changed_by_others()
     }
 
-    /// Makes the tunnel device.
+    /// Creates or adjusts the tunnel device.
     pub async fn tunnel(&mut self, node: &str, local: IpAddr) -> Result<()> {
         if self.tunnel.as_ref().is_some_and(|(t, _)| t.local == local) {
             return Ok(());
@@ -217,8 +216,8 @@ impl Host {
             let applied = routes::sync_each(&self.routes, *table, routes).await?;
             changes += applied.changes;
             for ((network, metric), e) in applied.refused {
-                // Without the last resort, what should go nowhere would go by the main table. All else is one
-                // network's, or one gateway's next hop: what would go by it is unreachable.
+                // Without the fallback route, packets that must be dropped would use the main table. Any other route
+                // is one network's or one gateway's next hop, which is then unreachable.
                 if metric == METRIC_LAST || *table == TABLE_REQUEST && network.prefix() == 0 {
                     return Err(e);
                 }
@@ -227,7 +226,7 @@ impl Host {
             }
         }
         changes += rules::sync(&self.routes, &wanted.rules).await?;
-        // Tables of uplinks that are no more: after the rules that led to them.
+        // Empty the tables of former uplinks after the rules that led to them are gone.
         for table in self.routing.iter().flat_map(|r| r.tables.keys()).filter(|t| !wanted.tables.contains_key(t)) {
             changes += routes::sync(&self.routes, *table, &BTreeSet::new()).await?;
         }
@@ -236,8 +235,7 @@ impl Host {
         Ok(changes)
     }
 
-    /// What could not be brought about of single nodes, networks and addresses. All else is in sync, and these are
-    /// tried again.
+    /// The faults of single nodes, networks and addresses. All else is in sync.
     pub fn faults(&self) -> Faults {
         let PartFaults { peers, routes, addresses } = &self.faults;
         [peers, routes, addresses].into_iter().flatten().map(|(of, why)| (of.clone(), why.clone())).collect()
@@ -272,9 +270,9 @@ impl Host {
         Ok(routing)
     }
 
-    /// Out by the gateway's own next hop, or not at all; what is on the interface's own link is reached directly, as
-    /// by any router. A family for which it names none is the main table's. Pods' networks are thrown back, as in the
-    /// [`request_table`].
+    /// The routes of a gateway with a next hop of its own: packets leave by that next hop or not at all, and
+    /// destinations on the interface's link are reached directly. A family without a next hop uses the main table.
+    /// Pods' networks are `throw` routes, as in the [`request_table`].
     async fn uplink_table(&self, uplink: &Uplink, networks: &Networks) -> BTreeSet<Route> {
         let mut routes: BTreeSet<Route> = networks.pods.iter().map(|n| throw(*n)).collect();
         let hops = [(EVERYTHING4, uplink.next_hop.0.map(IpAddr::V4)), (EVERYTHING6, uplink.next_hop.1.map(IpAddr::V6))];
@@ -288,7 +286,7 @@ impl Host {
                 anyhow::Ok((interface, on_link))
             };
             match interface.await {
-                // The kernel takes no route by an interface that is down.
+                // The kernel rejects a route by an interface that is down.
                 Ok((interface, _)) if !interface.running => {
                     tracing::warn!(%hop, interface = interface.name, "a gateway's next hop cannot be used: its interface is down");
                 }
@@ -297,7 +295,7 @@ impl Host {
                     let kind = RouteKind::Unicast { gateway: Some(hop), oif, onlink: true };
                     routes.insert(Route { dst, kind, metric: 0 });
                     let kind = RouteKind::Unicast { gateway: None, oif, onlink: false };
-                    // Pods that have their addresses on the link are pods all the same.
+                    // Networks of pods on the link stay `throw` routes.
                     let on_link = on_link.into_iter().filter(|network| !networks.pods.contains(network));
                     routes.extend(on_link.map(|dst| Route { dst, kind, metric: 0 }));
                 }
@@ -307,7 +305,7 @@ impl Host {
         routes
     }
 
-    /// The indexes of the other nodes in the marks of their connections.
+    /// The other nodes' indexes in connection marks.
     pub fn peer_indexes(&self) -> &PeerIndexes {
         &self.peers
     }
@@ -317,13 +315,14 @@ impl Host {
         self.tunnel.as_ref().is_some_and(|(tunnel, _)| tunnel.ipv6)
     }
 
-    /// The tunnel device's index, and the addresses from which this node asks others and answers them.
-    pub fn asking(&self) -> Option<(u32, Ipv6Addr)> {
+    /// The tunnel device's index, and the address from which this node sends liveness probes. `None` if the tunnel
+    /// carries no IPv6.
+    pub fn prober(&self) -> Option<(u32, Ipv6Addr)> {
         let (tunnel, device) = self.tunnel.as_ref()?;
         tunnel.ipv6.then(|| (*device, of_mac(PROBER, tunnel.mac)))
     }
 
-    /// Makes the sets that follow from a new view.
+    /// Computes peer indexes and shared sets from a new view.
     pub fn view(&mut self, view: &View) {
         self.peers.retain(|mac, _| view.allocations.peers.contains_key(mac));
         if view.allocations.is_gateway {
@@ -353,26 +352,24 @@ impl Host {
             made = Made::new(other, &self.shared, self.marks, self.made.as_ref());
             applied = self.nft.apply(made.tables());
             if applied.is_ok() && hands_over && !still_hands_over {
-                tracing::warn!(
-                    "packets of allocations that are moved cannot be handed over, see `egretd check`: {refused}"
-                );
+                tracing::warn!("packets of moved egress IPs cannot be handed over, see `egretd check`: {refused}");
             }
             if applied.is_ok() && !logs {
                 self.port_log = false;
             }
             if applied.is_ok() && !logs && !std::mem::replace(&mut self.port_log_missed, true) {
                 tracing::warn!(
-                    "sessions whose port is changed break when their allocation moves, see `egretd check`: {refused}"
+                    "connections with a changed port break when their egress IP moves, see `egretd check`: {refused}"
                 );
             }
         }
-        let changes = applied.context("nf_tables refuses the datapath")?;
+        let changes = applied.context("nf_tables rejects the datapath")?;
         self.made = Some(made);
         Ok(changes)
     }
 
-    /// What the kernel has counted: packets that were dropped, by reason, ports that were taken, and what went by each
-    /// allocation, as a source node and as a gateway.
+    /// Reads the kernel's counters: dropped packets by reason, changed ports, and the traffic of each allocation, as a
+    /// source node and as a gateway.
     pub fn counts(&mut self) -> Result<Counts> {
         let mut counts = Counts { drops: self.nft.counters(ruleset::INET)?, ..Counts::default() };
         counts.other_ports = counts.drops.remove(ruleset::counter::OTHER_PORT).unwrap_or_default();
@@ -390,27 +387,27 @@ impl Host {
         Ok(counts)
     }
 
-    /// How many packets were dropped because their connection is older than their allocation, and what became of
-    /// connections' first packets.
+    /// The number of stale packets, which were dropped because their connection is older than their allocation, and
+    /// the counters of connections' first packets.
     pub fn stale_and_first_packets(&mut self) -> Result<(u64, [FirstPackets; 2])> {
         let mut counters = self.nft.counters(ruleset::INET)?;
         let stale = counters.get(ruleset::counter::STALE).map_or(0, |count| count.packets);
         Ok((stale, first_packets(&mut counters)))
     }
 
-    /// Everything that the node knows of itself.
+    /// The node's own addresses, as facts for the view.
     pub async fn facts(&self, refused: BTreeMap<EgressId, String>) -> Result<Facts> {
         let all = addresses::local_addresses(&self.routes).await?;
         let addresses = all.iter().filter(|a| !a.tentative && !a.address.is_loopback()).map(|a| a.address);
         Ok(Facts { addresses: addresses.filter(|a| !is_devices_own(*a)).collect(), refused, ..Facts::default() })
     }
 
-    /// The veth of that index, if there is one.
+    /// The veth with this index, if there is one.
     pub async fn veth(&self, index: u32) -> Result<Option<Veth>> {
         pod_veth::veth_by_index(&self.routes, index).await
     }
 
-    /// The host's end of a pod's veth pair, if the two belong together.
+    /// The host's end of a pod's veth pair, if the veth with this index has this peer.
     pub async fn interface(&self, index: u32, peer_index: u32) -> Result<Option<super::pods::Interface>> {
         let veth = self.veth(index).await?;
         let veth = veth.filter(|v| v.peer_index == peer_index);

@@ -1,4 +1,4 @@
-//! The other nodes' ends of the tunnel. What is wrong with one of them is that one's.
+//! The forwarding entries and neighbours of other nodes in the tunnel. A fault of one node does not affect others.
 
 use super::{Digest, Host};
 use crate::datapath::names::{HEALTH, PROBER, of_mac, of_uplink};
@@ -11,7 +11,7 @@ use anyhow::Result;
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv6Addr};
 
-/// What could not be brought about, and why, by what it belongs to: `node n2`, `network 10.9.0.0/16`.
+/// Faults by the object that they concern, such as `node n2` or `network 10.9.0.0/16`.
 pub type Faults = BTreeMap<String, String>;
 
 impl Host {
@@ -38,7 +38,7 @@ impl Host {
         }
         let digest = Digest::new(&(&nodes, &neighbours));
         if self.forwarding == Some(digest) {
-            // They follow from the peers alone: entries that were refused would have left no digest.
+            // A rejected entry leaves no digest, so the only faults are those of unreachable peers.
             self.faults.peers = faults;
             return Ok(0);
         }
@@ -64,7 +64,7 @@ fn of_node(name: &str) -> String {
     format!("node {name}")
 }
 
-/// Why tunnel packets cannot be sent to that address, if they cannot.
+/// Why tunnel packets cannot be sent to `to`; `None` if they can.
 fn unreachable(local: IpAddr, to: IpAddr) -> Option<String> {
     let (own, theirs) = (TunnelFamily::of(local), TunnelFamily::of(to));
     if own != theirs {

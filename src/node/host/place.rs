@@ -1,4 +1,4 @@
-//! Egress addresses on their uplinks, and the health address in the tunnel.
+//! The egress IPs on their uplinks, and the health addresses in the tunnel.
 
 use super::{Digest, Host};
 use crate::datapath::addresses::{self, Placed};
@@ -16,48 +16,47 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::{IpAddr, Ipv6Addr};
 use std::time::Duration;
 
-/// How many addresses are named in one line of the log.
+/// The largest number of addresses in a line of the log.
 const NAMED: usize = 6;
-/// How often, and how far apart, new addresses are announced. The last time is after the node before, if it lives, has
-/// given the address up: its kernel may have answered somebody meanwhile.
+/// How often, and at which interval, new egress IPs are announced. By the last announcement the former owner, if it
+/// lives, has given up the address; its kernel may have answered other hosts until then.
 const ANNOUNCEMENTS: u32 = 5;
-const BETWEEN_ANNOUNCEMENTS: Duration = Duration::from_millis(150);
+const ANNOUNCEMENT_INTERVAL: Duration = Duration::from_millis(150);
 
-/// An egress address, and the interface that the gateway names for it.
+/// An egress IP, and the interface that its gateway names.
 type Spot = (IpAddr, Option<Name>);
 
-/// What is to be on this node.
+/// The desired addresses of this node.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Desired {
-    /// The allocations whose addresses are to be here.
+    /// The allocations whose egress IPs are to be on this node.
     pub allocations: BTreeSet<EgressId>,
-    /// Those among them that another node has until this one does.
+    /// The allocations among them that another node owns until this one does.
     pub moving: BTreeSet<EgressId>,
-    /// Addresses of those allocations that are not to be here yet: nobody was asked whether they are somebody else's.
+    /// Addresses of those allocations that have not been probed and are not to be added yet.
     pub unasked: BTreeSet<IpAddr>,
-    /// Whether this node is fit to hold addresses, by whatever uplink: its health address says so.
+    /// Whether any uplink works; then the node has its health address.
     pub health: bool,
-    /// The uplinks that others are to know as usable.
+    /// The uplinks whose health addresses the node has.
     pub uplinks: BTreeSet<UplinkKey>,
 }
 
-/// An uplink that this node cannot use now.
+/// An uplink that this node cannot use.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Broken {
-    /// Which.
     pub key: UplinkKey,
-    /// Whether there is an interface, and it is down.
+    /// Whether the interface exists and is down.
     pub down: bool,
-    /// Why.
+    /// The reason.
     pub why: String,
 }
 
-/// The interfaces for egress addresses, as they are now.
+/// The present interfaces of the egress IPs.
 #[derive(Debug, Default)]
 pub struct UplinkStatus {
     found: HashMap<Spot, Interface>,
     none: HashMap<Spot, String>,
-    /// Allocations with an address that can be no egress IP of this host, and why.
+    /// Allocations with an address that cannot be an egress IP of this host, with the reason.
     pub unusable: BTreeMap<EgressId, String>,
 }
 
@@ -66,28 +65,28 @@ fn key(address: &IpAddr, interface: &Option<Name>) -> UplinkKey {
 }
 
 impl UplinkStatus {
-    /// As if one interface were found for these addresses, whatever interface their gateways name.
+    /// A status in which one interface is found for these addresses, whose gateways name none.
     #[cfg(test)]
     pub fn of(interface: &Interface, addresses: &[IpAddr]) -> Self {
         let found = addresses.iter().map(|a| ((*a, None), interface.clone())).collect();
         UplinkStatus { found, ..UplinkStatus::default() }
     }
 
-    /// As if an interface that gateways name were found for these addresses.
+    /// A status in which the interface that gateways name is found for these addresses.
     #[cfg(test)]
     pub fn of_named(name: &str, interface: &Interface, addresses: &[IpAddr]) -> Self {
         let found = addresses.iter().map(|a| ((*a, Some(name.into())), interface.clone())).collect();
         UplinkStatus { found, ..UplinkStatus::default() }
     }
 
-    /// As if no interface were found for these addresses.
+    /// A status in which no interface is found for these addresses.
     #[cfg(test)]
     pub fn none_for(addresses: &[IpAddr]) -> Self {
         let none = addresses.iter().map(|a| ((*a, None), "no interface".to_owned())).collect();
         UplinkStatus { none, ..UplinkStatus::default() }
     }
 
-    /// Both.
+    /// The union of both.
     #[cfg(test)]
     pub fn and(mut self, other: UplinkStatus) -> Self {
         self.found.extend(other.found);
@@ -95,7 +94,7 @@ impl UplinkStatus {
         self
     }
 
-    /// What cannot be used; and what can, by interface and family.
+    /// The uplinks that do not work, and those that do.
     pub fn judge(&self) -> (Vec<Broken>, BTreeSet<UplinkKey>) {
         let (mut broken, mut works): (BTreeMap<_, (bool, String)>, BTreeSet<_>) = (BTreeMap::new(), BTreeSet::new());
         for ((address, named), interface) in &self.found {
@@ -114,7 +113,7 @@ impl UplinkStatus {
         (broken.collect(), works)
     }
 
-    /// The interfaces on whose links others can ask for addresses.
+    /// The interfaces on whose links addresses can be probed.
     pub fn askable(&self) -> BTreeMap<u32, Interface> {
         let found = self.found.values().filter(|interface| interface.running && interface.mac.is_some());
         found.map(|interface| (interface.ifindex, interface.clone())).collect()
@@ -125,19 +124,19 @@ impl UplinkStatus {
         self.found.get(&(address, allocation.interface.clone())).is_some_and(|interface| interface.running)
     }
 
-    /// Whether some of an allocation's addresses have one and others have not.
+    /// Whether some of an allocation's addresses have a working interface and others have not.
     pub fn is_partial(&self, allocation: &NodeAllocation) -> bool {
         let usable = addresses(allocation).filter(|address| self.is_usable(*address, allocation)).count();
         usable > 0 && usable < addresses(allocation).count()
     }
 
-    /// Whether those of an allocation's addresses that have one are here, and others have none.
+    /// Whether the allocation is partial, and this node has all of its usable addresses.
     pub fn is_served(&self, allocation: &NodeAllocation, facts: &Facts) -> bool {
         let mut usable = addresses(allocation).filter(|address| self.is_usable(*address, allocation));
         self.is_partial(allocation) && usable.all(|address| facts.addresses.contains(&address))
     }
 
-    /// Whether the link can be asked for an allocation's addresses, or for those whose interface works.
+    /// Whether the allocation's addresses, or at least the usable ones, can be probed on the link.
     pub fn can_ask(&self, allocation: &NodeAllocation) -> bool {
         self.is_partial(allocation) || addresses(allocation).all(|address| self.finds(address, allocation))
     }
@@ -146,7 +145,8 @@ impl UplinkStatus {
         self.found.contains_key(&(address, allocation.interface.clone()))
     }
 
-    /// Where a node with this tunnel MAC address answers for these uplinks, and for all that its allocations need if it has all.
+    /// The health addresses of a node with this tunnel MAC address for these uplinks, and that of the node if none is
+    /// missing.
     fn health(&self, uplinks: &BTreeSet<UplinkKey>, mac: Mac) -> impl Iterator<Item = Ipv6Addr> {
         let spots = self.found.keys().chain(self.none.keys());
         let lost = spots.map(|(address, named)| key(address, named)).filter(|key| !uplinks.contains(key));
@@ -156,7 +156,7 @@ impl UplinkStatus {
         codes.into_iter().filter(move |code| !lost.contains(code)).map(move |code| of_uplink(code, mac)).chain(all)
     }
 
-    /// The addresses of allocations, and where to ask for them.
+    /// The addresses of allocations with the interfaces on which to probe them.
     pub fn targets(&self, view: &View, allocations: &BTreeSet<EgressId>) -> Vec<(EgressId, Target)> {
         let of_allocations = view.placeable().filter(|(id, _, _)| allocations.contains(id));
         let of_allocations = of_allocations
@@ -170,8 +170,8 @@ impl UplinkStatus {
 }
 
 impl Host {
-    /// Finds the interfaces for the addresses of all allocations that this node may come to own.
-    pub async fn look(&mut self, view: &View) -> Result<UplinkStatus> {
+    /// Finds the interfaces of the addresses of all allocations that this node may come to own.
+    pub async fn uplink_status(&mut self, view: &View) -> Result<UplinkStatus> {
         let mut uplinks_now = UplinkStatus::default();
         let members: Vec<_> = view.allocations.allocations.iter().filter(|(_, allocation)| allocation.member).collect();
         if !members.is_empty() {
@@ -193,8 +193,8 @@ impl Host {
         Ok(uplinks_now)
     }
 
-    /// Puts what is wished for onto the uplinks, takes off all else, announces what is new, and says which allocations could
-    /// not be placed, and how many changes it took.
+    /// Adds the desired egress IPs to the uplinks, removes others, and announces new ones. Returns the number of
+    /// changes, and the allocations that could not be placed.
     pub async fn place(
         &mut self,
         view: &View,
@@ -217,7 +217,7 @@ impl Host {
                     wanted.insert((spot.0, interface.ifindex));
                     of_address.insert(spot.0, (*id, interface));
                 }
-                // It leaves by the other family until this one is back.
+                // The other family serves until this one is back.
                 (None, _)
                     if view
                         .allocations
@@ -233,16 +233,18 @@ impl Host {
         }
         let announce = |added: &[Placed]| {
             let placed = added.iter().filter_map(|(address, _)| Some((*address, of_address.get(address)?.1)));
-            tell_neighbours(placed.map(|(address, i)| Target { address, interface: i.clone(), claim: None }).collect());
+            announce_repeatedly(
+                placed.map(|(address, i)| Target { address, interface: i.clone(), claim: None }).collect(),
+            );
         };
         let changes = addresses::sync_and_tell(&self.routes, &wanted, announce).await?;
-        tell("are on this node now", changes.added.iter().map(|(address, _)| *address));
-        tell("are no longer on this node", changes.removed.iter().map(|(address, _)| *address));
+        log_addresses("added to this node", changes.added.iter().map(|(address, _)| *address));
+        log_addresses("removed from this node", changes.removed.iter().map(|(address, _)| *address));
         self.faults.addresses.clear();
         for ((address, _), e) in &changes.refused {
             match of_address.get(address) {
                 Some((id, _)) => {
-                    refused.insert(*id, format!("{address} cannot be put onto the uplink: {e:#}"));
+                    refused.insert(*id, format!("{address} cannot be added to the uplink: {e:#}"));
                 }
                 None => drop(self.faults.addresses.insert("health address".to_owned(), format!("{e:#}"))),
             }
@@ -255,13 +257,13 @@ impl Host {
 }
 
 impl Host {
-    /// Announces allocations' addresses once more.
+    /// Announces allocations' addresses again.
     pub fn announce_again(&self, view: &View, uplinks_now: &UplinkStatus, allocations: &BTreeSet<EgressId>) {
-        tell_neighbours(targets(view, uplinks_now, allocations));
+        announce_repeatedly(targets(view, uplinks_now, allocations));
     }
 
-    /// Announces the addresses of allocations that are about to be here. To place a thousand takes a second, and a server's
-    /// packets need not wait for it: they are translated back before anybody asks whether their address is the host's.
+    /// Announces the addresses of allocations before they are added. To add a thousand takes a second, and servers'
+    /// packets need not wait for that: the kernel translates them back before it checks whether the address is local.
     pub fn announce_ahead(&self, view: &View, uplinks_now: &UplinkStatus, allocations: &BTreeSet<EgressId>) {
         if !allocations.is_empty() {
             announce_once(&targets(view, uplinks_now, allocations));
@@ -273,32 +275,32 @@ fn targets(view: &View, uplinks_now: &UplinkStatus, allocations: &BTreeSet<Egres
     uplinks_now.targets(view, allocations).into_iter().map(|(_, target)| target).collect()
 }
 
-/// Logs egress addresses, of many the first few.
-fn tell(what: &str, addresses: impl Iterator<Item = IpAddr>) {
+/// Logs egress IPs, at most the first six.
+fn log_addresses(what: &str, addresses: impl Iterator<Item = IpAddr>) {
     let all: Vec<IpAddr> = addresses.filter(|a| !matches!(a, IpAddr::V6(a) if is_health(*a))).collect();
     if all.is_empty() {
         return;
     }
     let names: Vec<String> = all.iter().take(NAMED).map(ToString::to_string).collect();
     let more = if all.len() > NAMED { ", ..." } else { "" };
-    tracing::info!(count = all.len(), addresses = names.join(", ") + more, "egress addresses {what}");
+    tracing::info!(count = all.len(), addresses = names.join(", ") + more, "egress IPs {what}");
 }
 
-/// Announces addresses a few times: a neighbour may miss one frame, and goes on sending to the node before.
-pub(super) fn tell_neighbours(targets: Vec<Target>) {
+/// Announces addresses several times in the background. A host that missed the frames would send to the former owner.
+pub(super) fn announce_repeatedly(targets: Vec<Target>) {
     if targets.is_empty() {
         return;
     }
     tokio::spawn(async move {
         for _ in 0..ANNOUNCEMENTS {
             announce_once(&targets);
-            tokio::time::sleep(BETWEEN_ANNOUNCEMENTS).await;
+            tokio::time::sleep(ANNOUNCEMENT_INTERVAL).await;
         }
     });
 }
 
 fn announce_once(targets: &[Target]) {
     if let Err(e) = announce::announce(targets) {
-        tracing::warn!("egress addresses could not be announced, neighbours may take a while to find them: {e:#}");
+        tracing::warn!("cannot announce egress IPs, and other hosts may take a while to find them: {e:#}");
     }
 }

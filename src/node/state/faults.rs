@@ -1,4 +1,5 @@
-//! Faults of single nodes, networks and addresses. They are reported, skipped and tried again, and all else is kept in sync.
+//! Faults of single nodes, networks and addresses. They are reported, skipped and tried again, and all else is kept
+//! in sync.
 
 use super::Node;
 use crate::node::host::Faults;

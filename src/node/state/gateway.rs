@@ -1,4 +1,4 @@
-//! The gateway's part: who lives, which addresses are here, and what the link says of them.
+//! The gateway part of the state: the liveness of nodes, the egress IPs on this node, and the probes for them.
 
 use super::Node;
 use crate::datapath::announce::{self, Claim};
@@ -20,56 +20,54 @@ use std::net::IpAddr;
 use std::time::Duration;
 use tokio::time::Instant;
 
-/// How long the link has to say that somebody has an address.
+/// How long to wait for an answer to a probe.
 const ASK: Duration = Duration::from_millis(100);
-/// The same for an address that is used for the first time. Who answers later than this, while the link is asked
-/// again, has it all the same, and this node gives it up. Of one that another node had, which may be frozen and come
-/// to, that would be too late: its connections would have come here.
+/// How long to wait if the address is used for the first time. A host that answers later, to the second probe, keeps
+/// the address, and this node gives it up. For an address of another node, which may be frozen and return, that would
+/// be too late, because its connections would have moved.
 const ASK_NEW: Duration = Duration::from_millis(20);
-/// Of more addresses than this the answers may take longer, were it only for their number.
+/// The largest number of addresses for which the short wait is used. The answers for more addresses take longer.
 const FEW: usize = 64;
-/// A link that cannot be asked is asked again after this long.
+/// The pause after a failed probe.
 const UNASKABLE: Duration = Duration::from_millis(500);
 
-/// A node hands over for as long after an allocation has been moved to it: others may not have heard of it yet, and
-/// send to the old node what servers answer to this one.
+/// How long a node hands over packets after an allocation has moved to it. Other nodes may still send packets of the
+/// connections to the old node, while servers reply to this one.
 const HANDOVER: Duration = Duration::from_secs(1);
 
-/// What the link said.
+/// A message from the link.
 #[derive(Debug)]
 pub enum Heard {
-    /// Of some allocations' addresses, when it was asked.
+    /// The result of a probe.
     Answers {
-        /// The allocations.
         allocations: BTreeSet<EgressId>,
-        /// Who answered for each address; `None`: it could not be asked.
+        /// The MAC address that answered for each address; `None` if the probe failed.
         answers: Option<Vec<(EgressId, IpAddr, Option<Mac>)>>,
     },
-    /// Somebody asked for an address, and claims it.
+    /// Another node's probe with a claim.
     Claim {
-        /// The address.
+        /// The probed address.
         address: IpAddr,
-        /// Who asked; all zeros where the question does not say.
+        /// The sender's MAC address; all zeros if the probe does not contain it.
         by: Mac,
-        /// What the question says beside.
         claim: Claim,
     },
 }
 
 impl Node {
-    /// Nodes have died or come back.
+    /// Takes a change of other nodes' liveness.
     pub fn seen(&mut self, seen: Seen) {
         if seen.returns != self.seen.returns {
             self.holding.returned();
         }
         let back = self.seen.dead.difference(&seen.dead).next().is_some();
-        // Who was frozen may have answered for what was taken over from it, before it has found out.
+        // A node that was frozen may have answered for a taken-over egress IP before it noticed.
         self.announce_again |= back;
         self.seen = seen;
         self.update_allocations();
     }
 
-    /// The link has answered.
+    /// Takes a message from the link.
     pub fn heard(&mut self, heard: Heard) {
         match heard {
             Heard::Answers { answers: Some(answers), .. } => {
@@ -81,8 +79,8 @@ impl Node {
         self.base = true;
     }
 
-    /// A node that others reach asks for an address, and no other node reaches this one: what is here is of no use to
-    /// them, and that one can serve.
+    /// Handles a claim for an egress IP on this node. If no other node reaches this one, the egress IP is of no use
+    /// here, and the claiming node, which others reach, can serve it.
     fn claimed(&mut self, address: IpAddr, by: Mac, claim: Claim) {
         let allocations = &self.view.allocations.allocations;
         let of_address = allocations
@@ -96,7 +94,7 @@ impl Node {
         }
     }
 
-    /// While no other node reaches this one, listens whether one that others reach asks for what is here.
+    /// Listens for claims while no other node reaches this one.
     fn listen_for_claims(&mut self, uplinks_now: &UplinkStatus) {
         let interfaces = if self.seen.alone { uplinks_now.askable() } else { BTreeMap::new() };
         let listens = self.claims.as_ref().filter(|(_, task)| !task.is_finished()).map(|(on, _)| on);
@@ -114,14 +112,14 @@ impl Node {
         let task = tokio::spawn(async move {
             let tell = |address, by, claim| drop(heard.send(Heard::Claim { address, by, claim }));
             if let Err(e) = announce::listen_for_claims(&interfaces, tell).await {
-                tracing::warn!("it cannot be heard whether others ask for egress addresses: {e:#}");
+                tracing::warn!("cannot listen for other nodes' claims of egress IPs: {e:#}");
                 tokio::time::sleep(UNASKABLE).await;
             }
         });
         self.claims = Some((on, task.abort_handle()));
     }
 
-    /// Waits until something is to be done about this node's addresses.
+    /// Waits for the next deadline of addresses, handovers, faults or pods.
     pub async fn due(&self) {
         let handovers = self.handed.values().map(|(_, until)| *until).min();
         let left = self.left.values().copied().min();
@@ -133,12 +131,12 @@ impl Node {
         }
     }
 
-    /// It is due.
-    pub fn is_due(&mut self) {
+    /// Makes the next reconciliation cover addresses and routes.
+    pub fn mark_due(&mut self) {
         self.base = true;
     }
 
-    /// Computes the allocations anew: who lives, or what this node knows of itself, has changed.
+    /// Computes the node's allocations again, after a change of the liveness of nodes or of this node's facts.
     pub(super) fn update_allocations(&mut self) {
         self.facts.dead.clone_from(&self.seen.dead);
         self.facts.lost.clone_from(&self.seen.lost);
@@ -150,14 +148,14 @@ impl Node {
         self.base = true;
     }
 
-    /// Brings the addresses on this node in sync. Returns how many changes it took.
+    /// Brings the addresses on this node in sync. Returns the number of changes.
     pub(super) async fn reconcile_addresses(&mut self) -> Result<usize> {
-        let mut uplinks_now = self.host.look(&self.view).await?;
+        let mut uplinks_now = self.host.uplink_status(&self.view).await?;
         let now = Instant::now();
         if self.holding.judge(&uplinks_now, self.odd_family.as_deref(), now) {
             self.update_allocations();
         }
-        // A cordoned node goes on answering: where no other is left, it is better than none.
+        // A cordoned node continues to answer probes, because it serves if no other node is left.
         let drained = self.cluster.nodes.get(&*self.options.name).is_some_and(|node| has_drain_label(node));
         let mut decision = self.holding.decide(&self.view, &self.facts, &uplinks_now, drained, now);
         decision.desired.allocations.retain(|id| !uplinks_now.unusable.contains_key(id));
@@ -168,8 +166,8 @@ impl Node {
         }
         let few = decision.new.len() <= FEW;
         let (new, others) = decision.ask.into_iter().partition(|id| few && decision.new.contains(id));
-        self.ask(&uplinks_now, new, &[ASK_NEW, ASK]);
-        self.ask(&uplinks_now, others, &[ASK]);
+        self.probe(&uplinks_now, new, &[ASK_NEW, ASK]);
+        self.probe(&uplinks_now, others, &[ASK]);
         self.listen_for_claims(&uplinks_now);
         self.note_handovers(now);
         let mut changes = self.prepare(&decision.desired)?;
@@ -178,7 +176,7 @@ impl Node {
         refused.extend(std::mem::take(&mut uplinks_now.unusable));
         changes += placed;
         if std::mem::take(&mut self.announce_again) {
-            // Of what it would take, others are told nothing before it is here.
+            // Only egress IPs that are on this node are announced.
             let is_here = |id: &&EgressId| {
                 self.view
                     .allocations
@@ -203,15 +201,14 @@ impl Node {
         if facts != self.facts {
             self.facts = facts;
             self.update_allocations();
-            // Of what has just come here, the view knows only now that it is this node's.
+            // The view contains the egress IPs that have just been added only now.
             self.facts.taken = self.taken(&self.facts);
         }
         Ok(changes)
     }
 
-    /// What must be in the tables before addresses come here. This node's pods need not wait for them: to place a
-    /// thousand takes the kernel a second. What is moved here on purpose comes with connections that the old node
-    /// knows.
+    /// Updates the tables before egress IPs are added. So this node's pods need not wait for the addresses, of which
+    /// the kernel adds a thousand in a second. In a planned move, the old node still knows the connections.
     fn prepare(&mut self, desired: &Desired) -> Result<usize> {
         let allocations = &self.view.allocations.allocations;
         let comes = |id: &EgressId| allocations.get(id).is_some_and(|allocation| !allocation.is_here(*id, &self.facts));
@@ -230,9 +227,10 @@ impl Node {
         Ok(changes)
     }
 
-    /// Connections of allocations that have come here or gone from here are picked up anew.
+    /// Cleans connection tracking after egress IPs have moved to this node or away from it.
     pub(super) fn reconcile_connections(&mut self) {
-        // First: what is forgotten here because its allocation has gone has not ended.
+        // First set the roles: the connections of an egress IP that has moved away are deleted here and have not
+        // ended.
         self.set_roles();
         let moved = Moved::new(&self.view, &self.here);
         if self.moved.as_ref().is_none_or(|before| moved.needs_cleaning(before)) {
@@ -242,14 +240,14 @@ impl Node {
         self.moved = Some(moved);
     }
 
-    /// Notes which allocations are being moved here or from here, and forgets what was.
+    /// Records the handovers to and from this node, and drops those that are over.
     fn note_handovers(&mut self, now: Instant) {
         self.handed.retain(|id, (_, until)| *until > now && self.view.allocations.allocations.contains_key(id));
         let by =
             self.view.allocations.allocations.iter().filter_map(|(id, allocation)| Some((*id, allocation.handed_by?)));
         self.handed.extend(by.map(|(id, mac)| (id, (mac, now + HANDOVER))));
         self.left.retain(|_, until| *until > now);
-        // A node that has lost its uplink cannot let anything go on.
+        // Without its uplink this node cannot forward the remaining packets.
         if let Some(before) = self.moved.as_ref().filter(|_| self.holding.is_fit()) {
             let remote = self
                 .view
@@ -262,7 +260,7 @@ impl Node {
         }
     }
 
-    /// Notes as of which allocations each address is here.
+    /// Records `since` of the allocation of each egress IP on this node.
     fn note_since(&mut self, facts: &Facts) {
         let here = |id: &EgressId, allocation: &NodeAllocation| allocation.managed && allocation.is_here(*id, facts);
         let allocations = &self.view.allocations.allocations;
@@ -275,10 +273,9 @@ impl Node {
         }
     }
 
-    /// The allocations that this node has taken over, as the allocations are now. If the allocations have come to
-    /// name another node while the address was here, that one has taken the allocation over from this node, which
-    /// does not hear it. Two that do not hear each other must not claim an allocation by turns, and have the
-    /// allocations follow them.
+    /// The allocations that this node has taken over. If an allocation has come to name another node while the egress
+    /// IP was here, that node has taken it over from this one, which does not receive its messages. Two nodes that do
+    /// not reach each other must not claim an allocation alternately.
     fn taken(&self, facts: &Facts) -> BTreeMap<EgressId, i64> {
         let allocations = self
             .view
@@ -293,14 +290,14 @@ impl Node {
         allocations.map(|(id, allocation)| (*id, allocation.since)).collect()
     }
 
-    /// Asks the link who has the addresses of allocations, and tells each time that it has been silent for so long.
-    fn ask(&self, uplinks_now: &UplinkStatus, allocations: BTreeSet<EgressId>, patience: &'static [Duration]) {
+    /// Probes the addresses of allocations in the background, once with each of the timeouts, and reports each result.
+    fn probe(&self, uplinks_now: &UplinkStatus, allocations: BTreeSet<EgressId>, patience: &'static [Duration]) {
         if allocations.is_empty() {
             return;
         }
         let (ids, mut targets): (Vec<EgressId>, Vec<_>) =
             uplinks_now.targets(&self.view, &allocations).into_iter().unzip();
-        // Who is reached by nobody claims nothing.
+        // A node that no other node reaches claims nothing.
         for (id, target) in ids.iter().zip(&mut targets).filter(|_| self.seen.reached) {
             target.claim = self.view.allocations.allocations.get(id).map(|allocation| claim_of(*id, allocation));
         }
@@ -313,22 +310,22 @@ impl Node {
                         Some(each.map(|((id, target), mac)| (*id, target.address, mac)).collect())
                     }
                     Err(e) => {
-                        tracing::warn!("the link cannot be asked who has egress addresses: {e:#}");
+                        tracing::warn!("cannot probe egress IPs on the link: {e:#}");
                         tokio::time::sleep(UNASKABLE).await;
                         None
                     }
                 };
-                // The daemon ends if nobody listens.
+                // Without a receiver the daemon is ending.
                 let _ = heard.send(Heard::Answers { allocations: allocations.clone(), answers });
             }
         });
     }
 
-    /// Says whom to ask whether they live: the nodes that allocations of this node's pods can go through, and for a
-    /// gateway's node the others of its gateways.
+    /// Sets the nodes to probe for liveness: the gateway nodes that this node's pods can use, and on a gateway node
+    /// the other nodes of its gateways.
     pub(super) fn set_targets(&self) {
-        let Some((device, source)) = self.host.asking() else {
-            // While the tunnel is being mended, nothing is known of others.
+        let Some((device, source)) = self.host.prober() else {
+            // While the tunnel is being repaired, the targets stay.
             if self.host.tunnel_end().is_some() {
                 self.listeners.targets.send_replace(Targets::default());
             }
@@ -360,8 +357,8 @@ impl Node {
     }
 }
 
-/// By what a question for an allocation's address is known as another node's: hosts that speak to nothing but the
-/// link do not know it. It is no secret of those that read the cluster's objects.
+/// The claim by which other nodes recognise a probe for an allocation's egress IP as an Egret node's. Hosts that know
+/// only the link do not know it; those that can read the cluster's objects do.
 fn claim_of(id: EgressId, allocation: &NodeAllocation) -> Claim {
     let [.., a, b, c, d, e, f] = fnv1a(allocation.gateway.bytes().chain(id.to_be_bytes())).to_be_bytes();
     // All zeros are no claim.

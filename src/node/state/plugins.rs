@@ -24,8 +24,8 @@ pub(super) struct Waiting {
 }
 
 impl Waiting {
-    /// Whether it is the ADD of a pod that no policy selects. Such a pod starts even if the kernel cannot be brought in sync,
-    /// because it needs nothing there.
+    /// Whether it is the ADD of a pod that no policy selects. Such a pod starts even if the kernel cannot be brought
+    /// in sync, because it needs nothing there.
     pub(super) fn is_free(&self, pods: &Pods, cluster: &Cluster, view: &View) -> bool {
         let attachment = self.unknown.as_ref().and_then(|id| pods.get(id));
         attachment.is_some_and(|a| pods.policy_chain(a, cluster, view).is_none())

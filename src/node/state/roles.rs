@@ -24,7 +24,7 @@ pub(super) struct RoleInputs {
 impl Node {
     /// Computes the roles anew if their inputs have changed, and passes them to the replication thread.
     pub(super) fn set_roles(&mut self) {
-        let end = self.host.asking();
+        let end = self.host.prober();
         if end.is_none() && self.host.tunnel_end().is_none() {
             // The tunnel device is being repaired.
             return;
@@ -39,7 +39,7 @@ impl Node {
     }
 
     fn roles(&self) -> Roles {
-        let (allocations, asking) = (&self.view.allocations, self.host.asking());
+        let (allocations, asking) = (&self.view.allocations, self.host.prober());
         let mut members: HashMap<&Name, Arc<[Ipv6Addr]>> = HashMap::new();
         let mut all = HashMap::new();
         for (id, allocation) in allocations.allocations.iter().filter(|(_, allocation)| allocation.member) {

@@ -1,9 +1,9 @@
 //! The handover before a stop.
 //!
-//! Usually a stop changes nothing: the kernel continues, and the daemon is back in a moment. If the node itself goes, the
-//! daemon must hand over first: `kubectl drain` does not wait for pods of a DaemonSet, and the kubelet stops those when the
-//! machine shuts down. So the egress IPs of a node that is cordoned, labelled to be drained, or deleted are handed over, if
-//! another node can take them.
+//! Usually a stop changes nothing: the kernel continues, and the daemon is back in a moment. If the node itself goes,
+//! the daemon must hand over first: `kubectl drain` does not wait for pods of a DaemonSet, and the kubelet stops
+//! those when the machine shuts down. So the egress IPs of a node that is cordoned, labelled to be drained, or
+//! deleted are handed over, if another node can take them.
 
 use super::Node;
 use crate::model::drain::is_drained;

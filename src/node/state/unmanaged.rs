@@ -1,5 +1,5 @@
-//! Unmanaged pods: selected pods on this node that the plugin did not set up. A pod whose veth is found is adopted. A pod
-//! whose veth is not found is quarantined by its address.
+//! Unmanaged pods: selected pods on this node that the plugin did not set up. A pod whose veth is found is adopted. A
+//! pod whose veth is not found is quarantined by its address.
 
 use super::Node;
 use crate::model::ObjectKey;
@@ -28,7 +28,8 @@ impl Node {
         self.sought.remove(&found.pod);
         let is_gone = found.interface.is_none() && self.pods.is_gone(&found.pod);
         if is_gone || found.addresses.iter().any(|a| self.pods.is_in_use(a, &found.pod)) {
-            // Another pod has the address, the plugin has set up this one meanwhile, or it is gone and its DEL is late.
+            // Another pod has the address, the plugin has set up this one meanwhile, or it is gone and its DEL is
+            // late.
             self.put_off.insert(found.pod, Instant::now());
             return;
         }
@@ -61,7 +62,8 @@ impl Node {
         self.missing.insert(found.pod, (Instant::now(), found.addresses));
     }
 
-    /// Adopts the pods that an earlier daemon had adopted and whose veths still exist. The cluster may have dropped them.
+    /// Adopts the pods that an earlier daemon had adopted and whose veths still exist. The cluster may have dropped
+    /// them.
     pub(super) async fn restore_adopted(&mut self, all: Vec<Remembered>) -> Result<()> {
         for known in all {
             let (interface, pod) = (&known.interface, &known.pod);
