@@ -98,7 +98,7 @@ impl PortLog {
     ///
     /// # Errors
     /// The socket failed.
-    pub fn next(&mut self) -> io::Result<LogRead> {
+    pub fn read_next(&mut self) -> io::Result<LogRead> {
         let PortLog { socket, readiness } = self;
         loop {
             let mut heard = None;

@@ -223,7 +223,7 @@ impl Task {
         let mut result = result.map(|()| LogRead::Nothing);
         for _ in 0..AT_ONCE {
             let Some(log) = self.log.as_mut().filter(|_| result.is_ok()) else { break };
-            result = log.next();
+            result = log.read_next();
             match result {
                 Ok(LogRead::Packet(leaving)) => self.find(leaving.reversed(), 0),
                 Ok(LogRead::Lost) => {

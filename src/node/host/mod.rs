@@ -1,9 +1,11 @@
 //! The node daemon's interface to the kernel: it brings each part of the datapath in sync, in an order in which
 //! nothing leaks meanwhile.
 
+mod counters;
 mod peers;
 mod place;
 
+pub use counters::Counts;
 pub use peers::Faults;
 pub use place::{Desired, UplinkStatus};
 
@@ -17,14 +19,11 @@ use crate::datapath::ruleset::{self, Made, PeerIndexes, SharedSets};
 use crate::datapath::sysctl;
 use crate::datapath::tunnel::{self, Tunnel};
 use crate::datapath::uplink::Uplinks;
-use crate::kernel::conntrack;
-use crate::kernel::netlink::{NETLINK_NETFILTER, Socket};
-use crate::kernel::nft::{Count, Nftables};
+use crate::kernel::nft::Nftables;
 use crate::kernel::route_socket::RouteSocket;
 use crate::model::mac;
 use crate::model::marks::{EgressId, MAX_PEER, Marks};
 use crate::model::networks::Networks;
-use crate::node::forwarding::FirstPackets;
 use crate::node_plan::allocations::{Facts, Uplink};
 use crate::node_plan::{NodePlan, View, parse_chain_name};
 use anyhow::{Context, Result};
@@ -368,33 +367,6 @@ impl Host {
         Ok(changes)
     }
 
-    /// Reads the kernel's counters: dropped packets by reason, changed ports, and the traffic of each allocation, as a
-    /// source node and as a gateway.
-    pub fn counts(&mut self) -> Result<Counts> {
-        let mut counts = Counts { drops: self.nft.counters(ruleset::INET)?, ..Counts::default() };
-        counts.other_ports = counts.drops.remove(ruleset::counter::OTHER_PORT).unwrap_or_default();
-        counts.first_packets = first_packets(&mut counts.drops);
-        counts.drops.extend(self.nft.counters(ruleset::NETDEV)?);
-        counts.insertions_failed = conntrack::insertions_failed(&mut Socket::open(NETLINK_NETFILTER)?)?;
-        for (set, into) in [(ruleset::set::EGRESS_ID_OUT, &mut counts.sent), (ruleset::set::RX, &mut counts.forwarded)]
-        {
-            for (key, count) in self.nft.element_counters(ruleset::INET, set)? {
-                if let Some(mark) = ruleset::mark_in(&key) {
-                    into.push(((mark & self.marks.allocation_mask()) as EgressId, count));
-                }
-            }
-        }
-        Ok(counts)
-    }
-
-    /// The number of stale packets, which were dropped because their connection is older than their allocation, and
-    /// the counters of connections' first packets.
-    pub fn stale_and_first_packets(&mut self) -> Result<(u64, [FirstPackets; 2])> {
-        let mut counters = self.nft.counters(ruleset::INET)?;
-        let stale = counters.get(ruleset::counter::STALE).map_or(0, |count| count.packets);
-        Ok((stale, first_packets(&mut counters)))
-    }
-
     /// The node's own addresses, as facts for the view.
     pub async fn facts(&self, refused: BTreeMap<EgressId, String>) -> Result<Facts> {
         let all = addresses::local_addresses(&self.routes).await?;
@@ -440,32 +412,6 @@ fn without_extras(plan: &NodePlan) -> Vec<NodePlan> {
     let without_handover = (!plan.handed.is_empty()).then(|| NodePlan { handed: BTreeMap::new(), ..plan.clone() });
     let neither = without_handover.as_ref().and_then(without_log);
     [neither, without_log(plan), without_handover].into_iter().flatten().collect()
-}
-
-/// Takes these out of all counters.
-fn first_packets(counters: &mut BTreeMap<String, Count>) -> [FirstPackets; 2] {
-    let mut packets = |name: &str| counters.remove(name).unwrap_or_default().packets;
-    [0, 1].map(|at| FirstPackets {
-        entered: packets(ruleset::counter::ENTERED[at]),
-        forwarded: packets(ruleset::counter::FORWARDED[at]),
-    })
-}
-
-/// See [`Host::counts`].
-#[derive(Debug, Default)]
-pub struct Counts {
-    /// Dropped packets by the names in [`ruleset::counter`].
-    pub drops: BTreeMap<String, Count>,
-    /// First packets of other nodes' pods' connections, of IPv4 and of IPv6.
-    pub first_packets: [FirstPackets; 2],
-    /// First packets of connections that left from another port than their pod's.
-    pub other_ports: Count,
-    /// Packets of connections whose place in the kernel's table another one had.
-    pub insertions_failed: u64,
-    /// What this node's pods sent, by allocation.
-    pub sent: Vec<(EgressId, Count)>,
-    /// What other nodes' pods sent through this gateway, by allocation.
-    pub forwarded: Vec<(EgressId, Count)>,
 }
 
 const EVERYTHING4: IpNetwork = match Ipv4Network::new_checked(Ipv4Addr::UNSPECIFIED, 0) {
