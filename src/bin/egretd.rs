@@ -6,6 +6,7 @@ use egret::check;
 use egret::cluster::kube::{Reviewer, Verdict};
 use egret::cluster::{self, KubeOptions, LeaseSettings, Scope, SourceName};
 use egret::cni::config::{DEFAULT_SOCKET, DEFAULT_STATE_DIR};
+use egret::datapath::ruleset;
 use egret::model::ObjectKey;
 use egret::model::destination::parse_cidr;
 use egret::model::marks::Marks;
@@ -26,7 +27,7 @@ use tokio::runtime::{Builder, Runtime};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::time::timeout;
 
-/// How long `egretd why` waits for the cluster's state. Reading 100,000 pods takes some seconds.
+/// How long `egretd why` and `egretd ruleset` wait for the cluster's state. Reading 100,000 pods takes some seconds.
 const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Egret gives Kubernetes pods a stable source address outside the cluster.
@@ -65,6 +66,8 @@ enum Command {
     Check,
     /// Explain with which address a pod leaves the cluster, and why: its policies, or the way to one destination
     Why(Why),
+    /// Print the nftables ruleset that a node loads, as it follows from the cluster's state, in nft's own syntax
+    Ruleset(Ruleset),
 }
 
 #[derive(clap::Args)]
@@ -91,6 +94,31 @@ struct Why {
     /// Networks that no policy covers; give the same as the nodes' daemons have
     #[arg(long, env = "EGRET_DIRECT", value_delimiter = ',', value_parser = network)]
     direct: Vec<IpNetwork>,
+}
+
+#[derive(clap::Args)]
+struct Ruleset {
+    /// The node's name in the cluster
+    #[arg(long = "node", env = "EGRET_NODE_NAME")]
+    name: String,
+    #[command(flatten)]
+    cluster: Cluster,
+    /// Networks that no policy covers, as the node's daemon is told them
+    #[arg(long, env = "EGRET_DIRECT", value_delimiter = ',', value_parser = network)]
+    direct: Vec<IpNetwork>,
+    #[command(flatten)]
+    marks: MarkBits,
+}
+
+/// Where Egret's bits lie in marks.
+#[derive(clap::Args)]
+struct MarkBits {
+    /// Upper 16 bits of Egret's connection marks
+    #[arg(long, env = "EGRET_CONNECTION_MARK", default_value = "0x4547", value_parser = base)]
+    connection_mark: u16,
+    /// Lowest of the eleven bits of packet marks that Egret uses, 16 to 21
+    #[arg(long, env = "EGRET_MARK_SHIFT", default_value_t = Marks::default().shift)]
+    mark_shift: u8,
 }
 
 #[derive(clap::Args)]
@@ -123,12 +151,8 @@ struct Node {
     /// Number of half intervals without a reply after which a node counts as dead, 1 to 20; each has three probes
     #[arg(long, env = "EGRET_PROBE_MISSES", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=20))]
     probe_misses: u32,
-    /// Upper 16 bits of Egret's connection marks
-    #[arg(long, env = "EGRET_CONNECTION_MARK", default_value = "0x4547", value_parser = base)]
-    connection_mark: u16,
-    /// Lowest of the eleven bits of packet marks that Egret uses, 16 to 21
-    #[arg(long, env = "EGRET_MARK_SHIFT", default_value_t = Marks::default().shift)]
-    mark_shift: u8,
+    #[command(flatten)]
+    marks: MarkBits,
     /// Own the nftables tables, so that no other program can change or flush them while the daemon runs (Linux 6.9)
     #[arg(long, env = "EGRET_OWN_TABLES", action = clap::ArgAction::Set, num_args = 0..=1, require_equals = true, default_missing_value = "true", default_value_t = true)]
     own_tables: bool,
@@ -291,6 +315,7 @@ fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
         Command::Crds => print(&api::crds::yaml()?)?,
         Command::Check => return Ok(check::run()),
         Command::Why(flags) => print(&flags.run()?)?,
+        Command::Ruleset(flags) => print(&flags.run()?)?,
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -298,8 +323,7 @@ fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
 impl Node {
     async fn run(self) -> anyhow::Result<()> {
         let stop = stopped()?;
-        let options = KubeOptions { kubeconfig: self.cluster.kubeconfig, ..KubeOptions::default() };
-        let cluster = self.cluster.source.with(options);
+        let cluster = self.cluster.name();
         let addresses = self.readers.addresses(self.metrics_address, self.health_address, &cluster).await?;
         let options = node::Options {
             name: self.name,
@@ -310,7 +334,7 @@ impl Node {
             tunnel_family: self.tunnel_family,
             direct: self.direct,
             liveness: node::liveness::Settings { interval: self.probe_interval, misses: self.probe_misses },
-            marks: Marks::new(self.connection_mark, self.mark_shift)?,
+            marks: self.marks.layout()?,
             own_tables: self.own_tables,
             addresses,
             cni_dirs: self.cni_conf_dir.map(|conf_dir| (conf_dir, self.cni_bin_dir)),
@@ -393,14 +417,41 @@ impl Controller {
     }
 }
 
+impl Cluster {
+    fn name(self) -> SourceName {
+        self.source.with(KubeOptions { kubeconfig: self.kubeconfig, ..KubeOptions::default() })
+    }
+}
+
+async fn open_soon(name: &SourceName, scope: Scope) -> anyhow::Result<cluster::Source> {
+    match timeout(PATIENCE, cluster::open(name, scope)).await {
+        Ok(source) => source,
+        Err(_) => anyhow::bail!("cannot read the cluster within {PATIENCE:?}; the log above says why"),
+    }
+}
+
+impl MarkBits {
+    fn layout(&self) -> anyhow::Result<Marks> {
+        Ok(Marks::new(self.connection_mark, self.mark_shift)?)
+    }
+}
+
+impl Ruleset {
+    fn run(self) -> anyhow::Result<String> {
+        let (marks, name) = (self.marks.layout()?, self.cluster.name());
+        let source = runtime()?.block_on(open_soon(&name, Scope::Node(self.name.clone())))?;
+        let (cluster, problems) = (source.snapshots.borrow().clone(), source.problems.borrow().clone());
+        for problem in &*problems {
+            eprintln!("egretd: cannot read a manifest, the node may use an earlier version of it: {problem}");
+        }
+        Ok(ruleset::Ruleset::expected(&cluster, &self.name, &self.direct, marks)?.to_string())
+    }
+}
+
 impl Why {
     fn run(self) -> anyhow::Result<String> {
-        let options = KubeOptions { kubeconfig: self.cluster.kubeconfig, ..KubeOptions::default() };
-        let name = self.cluster.source.with(options);
-        let open = async |scope| match timeout(PATIENCE, cluster::open(&name, scope)).await {
-            Ok(source) => source,
-            Err(_) => anyhow::bail!("cannot read the cluster within {PATIENCE:?}; the log above says why"),
-        };
+        let name = self.cluster.name();
+        let open = async |scope| open_soon(&name, scope).await;
         let (cluster, problems) = runtime()?.block_on(async {
             // The controller's scope has the reasons for allocations; only a node's scope has the cluster's own
             // networks.

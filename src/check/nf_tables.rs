@@ -102,7 +102,9 @@ const TRIALS: [Trial; 10] = [
         there: "by nft's dup",
         remedy: "needs CONFIG_NFT_DUP_IPV4 (module nft_dup_ipv4): without it a planned move may lose packets",
         family: NFPROTO_IPV4,
-        table: || table(at("filter", hook::PREROUTING, -91), Rule::new().dup(Ipv4Addr::LOCALHOST.into(), LOOPBACK)),
+        table: || {
+            table(at("filter", hook::PREROUTING, -91), Rule::new().dup(Ipv4Addr::LOCALHOST.into(), LOOPBACK, "lo"))
+        },
     },
     Trial {
         name: LOG,

@@ -202,9 +202,14 @@ mod tests {
 
     #[test]
     fn a_rule_that_drops_every_packet_closes_its_chain() {
-        assert!(closes(Rule::new().drop().expressions()));
-        assert!(!closes(Rule::new().l4(protocol::TCP).drop().expressions()));
-        assert!(!closes(Rule::new().accept().expressions()));
-        assert!(!closes(Rule::new().goto("elsewhere").expressions()));
+        let closes = |rule: Rule| {
+            let mut expressions = Vec::new();
+            rule.encode(&mut expressions);
+            closes(&expressions)
+        };
+        assert!(closes(Rule::new().drop()));
+        assert!(!closes(Rule::new().l4(protocol::TCP).drop()));
+        assert!(!closes(Rule::new().accept()));
+        assert!(!closes(Rule::new().goto("elsewhere")));
     }
 }

@@ -4,6 +4,7 @@
 //! node, and is made once for each snapshot. [`NodePlan`] adds the pods.
 
 pub mod allocations;
+pub mod expected;
 pub mod policy_chain;
 pub mod why;
 

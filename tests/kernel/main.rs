@@ -8,5 +8,6 @@ mod namespace;
 mod nftables;
 mod ownership;
 mod routes;
+mod ruleset;
 mod tunnel;
 mod watch;

@@ -16,7 +16,7 @@ use std::sync::Arc;
 
 /// The kinds of sets, of IPv4 and of IPv6.
 #[derive(Clone, Copy)]
-enum Kind {
+pub(super) enum Kind {
     /// Networks.
     Whole,
     /// Networks and protocols.
@@ -104,20 +104,30 @@ fn fields(address: IpAddr, protocol: Protocol, port: Option<u16>) -> Bytes {
     all.as_slice().into()
 }
 
-/// What makes a rule match all that is covered: one for each way to look it up. Nothing is to be looked up of a list that
-/// covers everything.
-pub(super) fn matches(covers: &Covers) -> Vec<Box<dyn Fn(Rule) -> Rule>> {
+/// A way to look a packet up in what a policy covers.
+pub(super) enum Lookup {
+    /// Everything is covered.
+    Everything,
+    InSet(Kind, Ip, String),
+}
+
+impl Lookup {
+    /// The rule, for what is covered.
+    pub(super) fn append_to(&self, rule: Rule) -> Rule {
+        match self {
+            Lookup::Everything => rule,
+            Lookup::InSet(Kind::Whole, ip, set) => rule.daddr_in_set(*ip, set.clone()),
+            Lookup::InSet(Kind::Protocols, ip, set) => rule.daddr_and_protocol_in_set(*ip, set.clone()),
+            Lookup::InSet(Kind::Ports, ip, set) => rule.daddr_and_port_in_set(*ip, set.clone()),
+        }
+    }
+}
+
+/// All ways to look it up: what is found by one of them is covered.
+pub(super) fn lookups(covers: &Covers) -> Vec<Lookup> {
     if covers.is_empty() {
-        return vec![Box::new(|rule| rule)];
+        return vec![Lookup::Everything];
     }
     let shape = covers.shape();
-    let of = |(kind, at): (Kind, usize)| -> Box<dyn Fn(Rule) -> Rule> {
-        let (ip, set) = (Ip::BOTH[at], name(kind, at, shape));
-        Box::new(move |rule| match kind {
-            Kind::Whole => rule.daddr_in_set(ip, &set),
-            Kind::Protocols => rule.daddr_and_protocol_in_set(ip, &set),
-            Kind::Ports => rule.daddr_and_port_in_set(ip, &set),
-        })
-    };
-    sets_of(shape).map(of).collect()
+    sets_of(shape).map(|(kind, at)| Lookup::InSet(kind, Ip::BOTH[at], name(kind, at, shape))).collect()
 }

@@ -14,11 +14,6 @@ use crate::kernel::nft::uapi::*;
 use crate::model::marks::Marks;
 use std::net::IpAddr;
 
-/// Types of ICMPv6 messages, RFC 4443.
-const ECHO_REQUEST: u8 = 128;
-const ECHO_REPLY: u8 = 129;
-/// Of an ICMP message, RFC 792.
-const ECHO_REQUEST4: u8 = 8;
 /// What VXLAN's group-based policy carries of a mark. In a request it is the allocation id, in a reply a peer's index with
 /// bit 15 set, which is no allocation.
 const WIRE_MASK: u32 = 0xffff;
@@ -88,7 +83,7 @@ fn between_nodes(packet: impl Fn() -> Rule, local: Option<IpAddr>) -> Vec<Rule> 
 
 /// Nodes' questions whether others live, and the answers: the kernel's own, and never forwarded.
 fn echo() -> impl Iterator<Item = Rule> {
-    let both = |health| [(ECHO_REQUEST, PROBER, health), (ECHO_REPLY, health, PROBER)];
+    let both = |health| [(ICMPV6_ECHO_REQUEST, PROBER, health), (ICMPV6_ECHO_REPLY, health, PROBER)];
     [HEALTH, UPLINK_HEALTH].into_iter().flat_map(both).map(|(kind, from, to)| {
         let between = Rule::new().l4(protocol::ICMPV6).saddr_in(from.into()).daddr_in(to.into());
         between.hop_limit(HOP_LIMIT).icmp_type(kind)
@@ -101,7 +96,7 @@ fn not_ours() -> Rule {
 }
 
 fn tunnel_packet() -> Rule {
-    Rule::new().l4(protocol::UDP).dport(TUNNEL_PORT, TUNNEL_PORT)
+    Rule::new().l4(protocol::UDP).dport(TUNNEL_PORT)
 }
 
 fn output(marks: Marks) -> Vec<Rule> {
@@ -260,8 +255,8 @@ fn foreign() -> Vec<Rule> {
 /// passes, where the gateway says so and the address is on this node.
 fn unsolicited() -> Vec<Rule> {
     let asks = |ip| match ip {
-        Ip::V4 => Rule::new().l4(protocol::ICMP).icmp_type(ECHO_REQUEST4),
-        Ip::V6 => Rule::new().l4(protocol::ICMPV6).icmp_type(ECHO_REQUEST),
+        Ip::V4 => Rule::new().l4(protocol::ICMP).icmp_type(ICMP_ECHO_REQUEST),
+        Ip::V6 => Rule::new().l4(protocol::ICMPV6).icmp_type(ICMPV6_ECHO_REQUEST),
     };
     let ping = |(at, ip)| asks(ip).daddr_in_set(ip, set::PING[at]).daddr_type(RTN_LOCAL).return_();
     let to_egress = |(at, ip)| Rule::new().daddr_in_set(ip, set::EGRESS[at]).counter(counter::UNSOLICITED).drop();

@@ -45,7 +45,7 @@ pub(super) fn table(plan: &NodePlan, marks: Marks, before: Option<(&NodePlan, &T
 /// While the other table is there, a pod's packets come with its mark, and pass by the first rule.
 fn from_pod(pod: &PodPlan, marks: Marks) -> Vec<Rule> {
     let mut rules = vec![Rule::new().mark(marks.kind_mask(), marks.pod_mark_kind()).accept()];
-    rules.extend(pod.addresses.iter().map(|a| Rule::new().saddr(*a).set_mark(marks.undecided()).accept()));
+    rules.extend(pod.addresses.iter().map(|a| Rule::new().saddr_in((*a).into()).set_mark(marks.undecided()).accept()));
     rules.extend(without_address().map(Rule::accept));
     rules.push(Rule::new().not_ip().accept());
     rules

@@ -10,7 +10,7 @@
 //! moment, they go on in the old way; their next packet then makes an entry for the new one.
 
 use super::{HANDOVER, base, set, value};
-use crate::datapath::names::{DEVICE_GROUP, TUNNEL_NEXT_HOP4, TUNNEL_NEXT_HOP6};
+use crate::datapath::names::{DEVICE, DEVICE_GROUP, TUNNEL_NEXT_HOP4, TUNNEL_NEXT_HOP6};
 use crate::kernel::nft::rule::{Ip, Rule};
 use crate::kernel::nft::table::{Chain, DataType, Elements, Set, SetKind, Table, TableName, hook};
 use crate::kernel::nft::uapi::{CT_STATE_INVALID, CT_STATE_NEW};
@@ -65,7 +65,7 @@ pub(super) fn tables(plan: &NodePlan, marks: Marks) -> impl Iterator<Item = (Tab
         let mut table = Table::default();
         if !elements.is_empty() {
             let rule = Rule::new().iif_group_not(DEVICE_GROUP).ct_state(CT_STATE_NEW | CT_STATE_INVALID);
-            let rules = vec![rule.set_mark_by_daddr(ip, set::HANDED).dup(tunnel_next_hop, plan.device)];
+            let rules = vec![rule.set_mark_by_daddr(ip, set::HANDED).dup(tunnel_next_hop, plan.device, DEVICE)];
             table
                 .chains
                 .insert("handover".into(), Arc::new(Chain::new(base("filter", hook::PREROUTING, PRIORITY), rules)));

@@ -9,8 +9,10 @@ mod guard;
 mod handover;
 mod pods;
 mod sets;
+mod text;
 
 pub use sets::{PeerIndexes, SharedSets, shared_sets};
+pub use text::Ruleset;
 
 use crate::datapath::names::{self, DEVICE, TABLE};
 use crate::kernel::nft::table::{Chain, Data, DataType, Elements, Hook, Key, Set, SetKind, Table, TableName, hook};

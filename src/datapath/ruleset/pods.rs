@@ -7,14 +7,15 @@ use crate::kernel::nft::uapi::*;
 use crate::model::marks::{MAX_INDEX, Marks};
 use crate::node_plan::PodPlan;
 use crate::node_plan::policy_chain::{PolicyChain, Step};
-use std::net::IpAddr;
+use ipnetwork::IpNetwork;
+use std::net::{IpAddr, Ipv6Addr};
 
 /// The pod's addresses get its pod mark. IPv6 link-local addresses and the unspecified one (duplicate address detection)
 /// pass unmarked, other sources are forged. What is not IP passes.
 pub(super) fn from_pod(pod: &PodPlan, marks: Marks) -> Vec<Rule> {
     let pod_mark = marks.pod_mark(pod.pod_mark);
     let mut rules: Vec<Rule> =
-        pod.addresses.iter().map(|a| Rule::new().saddr(*a).set_mark(pod_mark).accept()).collect();
+        pod.addresses.iter().map(|a| Rule::new().saddr_in((*a).into()).set_mark(pod_mark).accept()).collect();
     rules.extend(without_address().map(Rule::accept));
     rules.push(Rule::new().not_ip().accept());
     rules.push(Rule::new().counter(counter::SPOOFED).drop());
@@ -23,8 +24,9 @@ pub(super) fn from_pod(pod: &PodPlan, marks: Marks) -> Vec<Rule> {
 
 /// From what everybody may send from: IPv6 link-local addresses, and the unspecified one.
 pub(super) fn without_address() -> impl Iterator<Item = Rule> {
-    let link_local = ipnetwork::IpNetwork::new(IpAddr::V6([0xfe80, 0, 0, 0, 0, 0, 0, 0].into()), 10);
-    link_local.into_iter().map(|n| Rule::new().saddr_in(n)).chain([Rule::new().saddr(IpAddr::V6([0; 8].into()))])
+    let link_local = IpNetwork::new(IpAddr::V6([0xfe80, 0, 0, 0, 0, 0, 0, 0].into()), 10);
+    let unspecified = IpAddr::V6(Ipv6Addr::UNSPECIFIED).into();
+    link_local.into_iter().chain([unspecified]).map(|network| Rule::new().saddr_in(network))
 }
 
 /// A new connection of a pod: direct destinations pass, then the first policy that covers the destination decides.
@@ -50,8 +52,8 @@ pub(super) fn of_policy_chain(policy_chain: &PolicyChain, marks: Marks) -> Vec<R
         rules.push(numbered().ct_state(CT_STATE_INVALID).counter(counter::BLOCKED).drop());
     }
     for step in steps {
-        for covered in covers::matches(&step.covers) {
-            let mut matched = || covered(numbered());
+        for lookup in covers::lookups(&step.covers) {
+            let mut matched = || lookup.append_to(numbered());
             match (step.allocation, step.fallback) {
                 (Some(allocation), Fallback::Block) => {
                     rules.push(matched().set_ct_mark(marks.connection(allocation)).goto("known"));

@@ -7,6 +7,7 @@ mod elements;
 mod read;
 pub mod rule;
 pub mod table;
+pub mod text;
 mod transaction;
 pub mod uapi;
 

@@ -52,7 +52,8 @@ impl Chain {
 
     /// The same, of rules that are made whenever they are written, the same ones each time.
     pub fn of(hook: Option<Hook>, make: impl Fn() -> Vec<Rule> + Send + Sync + 'static) -> Self {
-        let hashes = make().iter().map(Rule::hash).collect();
+        let mut buffer = Vec::with_capacity(1024);
+        let hashes = make().iter().map(|rule| rule.hash(&mut buffer)).collect();
         Chain { hook, make: Box::new(make), hashes }
     }
 

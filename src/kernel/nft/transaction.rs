@@ -181,7 +181,7 @@ impl<'a> Transaction<'a> {
                 self.push(name, NFT_MSG_NEWRULE, NLM_F_CREATE | NLM_F_APPEND, |p| {
                     p.text(NFTA_RULE_TABLE, name.name);
                     p.text(NFTA_RULE_CHAIN, chain.name);
-                    p.nested(NFTA_RULE_EXPRESSIONS, |e| e.extend_from_slice(rule.expressions()));
+                    p.nested(NFTA_RULE_EXPRESSIONS, |e| rule.encode(e));
                     p.attribute(NFTA_RULE_USERDATA, &comment(hash));
                 });
             }

@@ -109,6 +109,9 @@ pub const NFTA_BYTEORDER_OP: u16 = 3;
 pub const NFTA_BYTEORDER_LEN: u16 = 4;
 pub const NFTA_BYTEORDER_SIZE: u16 = 5;
 pub const NFT_BYTEORDER_HTON: u32 = 1;
+pub const NFT_CMP_EQ: u32 = 0;
+pub const NFT_CMP_NEQ: u32 = 1;
+pub const NFT_CMP_GTE: u32 = 5;
 pub const NFTA_CMP_SREG: u16 = 1;
 pub const NFTA_CMP_OP: u16 = 2;
 pub const NFTA_CMP_DATA: u16 = 3;
@@ -202,3 +205,15 @@ pub const RTN_LOCAL: u32 = 2;
 pub const RTN_BROADCAST: u32 = 3;
 pub const RTN_ANYCAST: u32 = 4;
 pub const RTN_MULTICAST: u32 = 5;
+
+/// include/uapi/linux/if_ether.h
+pub const ETH_P_IP: u32 = 0x0800;
+pub const ETH_P_IPV6: u32 = 0x86dd;
+
+/// RFC 792 and RFC 4443.
+pub const ICMP_ECHO_REQUEST: u8 = 8;
+pub const ICMPV6_ECHO_REQUEST: u8 = 128;
+pub const ICMPV6_ECHO_REPLY: u8 = 129;
+
+/// RFC 9293
+pub const TCP_FLAG_SYN: u32 = 0x02;

@@ -1,39 +1,19 @@
-//! Rules, written as nf_tables expressions.
+//! Rules: lists of typed expressions, which can be encoded for the kernel and printed in nft's own syntax.
 //!
-//! Each method appends what one phrase of `nft(8)` means, so that a rule reads as it does there:
-//! `Rule::new().iif("egret").ct_reply().accept()`. Values pass through register 1, and 2 where two are
-//! needed at once.
+//! Each method of `phrases.rs` appends what one phrase of `nft(8)` means, so that a rule reads as it does there:
+//! `Rule::new().iif("egret").ct_reply().accept()`, and so does its `Display`: `iifname "egret" ct direction reply accept`.
 
-mod actions;
-mod matches;
+mod encode;
+mod phrases;
+mod text;
 
+pub(super) use text::protocol_name;
+
+use super::table::SetName;
 use super::uapi::*;
-use crate::kernel::netlink::Attributes;
 use crate::model::fnv::fnv1a;
 use ipnetwork::IpNetwork;
 use std::net::IpAddr;
-
-const R1: u32 = 1;
-const R2: u32 = 2;
-/// Register 1 is 32-bit registers 8 to 11 (`NFT_REG32_00`), and the next ones follow.
-const R1_FIRST_WORD: u32 = 8;
-const R1_SECOND_WORD: u32 = 9;
-
-const OFFSET_SADDR4: u32 = 12;
-const OFFSET_DADDR4: u32 = 16;
-const OFFSET_SADDR6: u32 = 8;
-const OFFSET_DADDR6: u32 = 24;
-const OFFSET_HOP_LIMIT: u32 = 7;
-const OFFSET_SPORT: u32 = 0;
-const OFFSET_DPORT: u32 = 2;
-const OFFSET_TCP_FLAGS: u32 = 13;
-const OFFSET_ICMP_TYPE: u32 = 0;
-const TCP_FLAG_SYN: u8 = 0x02;
-const TCP_OPTION_MAXSEG: u8 = 2;
-const IFNAMSIZ: usize = 16;
-/// `enum ip_conntrack_dir`, include/uapi/linux/netfilter/nf_conntrack_tuple_common.h.
-const IP_CT_DIR_ORIGINAL: u8 = 0;
-const IP_CT_DIR_REPLY: u8 = 1;
 
 /// Numbers of IP protocols, <https://www.iana.org/assignments/protocol-numbers>.
 pub mod protocol {
@@ -67,145 +47,224 @@ impl Ip {
         address.is_ipv4() == (self == Ip::V4)
     }
 
+    fn of(network: IpNetwork) -> Self {
+        if network.is_ipv4() { Ip::V4 } else { Ip::V6 }
+    }
+
     fn nfproto(self) -> u8 {
         match self {
             Ip::V4 => NFPROTO_IPV4,
             Ip::V6 => NFPROTO_IPV6,
         }
     }
-
-    fn len(self) -> u32 {
-        match self {
-            Ip::V4 => 4,
-            Ip::V6 => 16,
-        }
-    }
 }
 
-/// A rule: its expressions, and a hash of them by which it is known again in the kernel.
+/// A rule.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Rule {
-    expressions: Vec<u8>,
+    expressions: Vec<Expression>,
 }
 
 impl Rule {
     /// A rule that matches everything and does nothing.
     pub fn new() -> Self {
-        Rule::default()
+        // Most rules have three to eight.
+        Rule { expressions: Vec::with_capacity(8) }
     }
 
-    /// The content of `NFTA_RULE_EXPRESSIONS`.
-    pub fn expressions(&self) -> &[u8] {
-        &self.expressions
+    /// Appends the content of `NFTA_RULE_EXPRESSIONS`.
+    pub fn encode(&self, out: &mut Vec<u8>) {
+        self.expressions.iter().for_each(|expression| expression.encode(out));
     }
 
-    /// FNV-1a, 64 bits, of the expressions. It stands in the rule's comment.
-    pub fn hash(&self) -> u64 {
-        fnv1a(self.expressions.iter().copied())
+    /// FNV-1a, 64 bits, of the encoding, for which `buffer` is used. It stands in the rule's comment, by which the rule is
+    /// recognized in the kernel.
+    pub(super) fn hash(&self, buffer: &mut Vec<u8>) -> u64 {
+        buffer.clear();
+        self.encode(buffer);
+        fnv1a(buffer.iter().copied())
     }
 
-    fn expression(mut self, name: &str, fill: impl FnOnce(&mut Vec<u8>)) -> Self {
-        self.expressions.nested(NFTA_LIST_ELEM, |e| {
-            e.text(NFTA_EXPR_NAME, name);
-            e.nested(NFTA_EXPR_DATA, fill);
-        });
+    /// Where packets may go from here: to a chain, or to those in a verdict map.
+    pub(super) fn way_on(&self) -> Option<WayOn<'_>> {
+        self.expressions.iter().find_map(|expression| match expression {
+            Expression::Verdict(Verdict::Jump(chain) | Verdict::Goto(chain)) => Some(WayOn::Chain(chain)),
+            Expression::VerdictMap(_, map) => Some(WayOn::Map(map)),
+            _ => None,
+        })
+    }
+
+    fn with(mut self, expression: Expression) -> Self {
+        self.expressions.push(expression);
         self
     }
+}
 
-    fn load_meta(self, key: u32, register: u32) -> Self {
-        self.expression("meta", |d| {
-            d.be32(NFTA_META_KEY, key);
-            d.be32(NFTA_META_DREG, register);
-        })
+/// See [`Rule::way_on`].
+pub(super) enum WayOn<'a> {
+    Chain(&'static str),
+    Map(&'a str),
+}
+
+/// One phrase of a rule: a condition, without which the rest of the rule is passed over, or a statement.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Expression {
+    /// `FIELD == VALUE`
+    Compare { left: Operand, operator: Operator, right: Constant },
+    /// `FIELD . FIELD @SET`, or with `!=`
+    InSet { key: [Option<Operand>; 3], set: SetName, not: bool },
+    /// `TARGET set VALUE`
+    Assign(Target, Value),
+    /// `TARGET set VALUE TARGET set VALUE`: both values are looked up first, so that both are assigned or neither.
+    AssignBoth([(Target, Value); 2]),
+    /// `counter name "NAME"`
+    Counter(&'static str),
+    /// `log group GROUP`
+    Log(u16),
+    /// `notrack`
+    Notrack,
+    /// `dup to ADDRESS device "NAME"`
+    Dup { to: IpAddr, index: u32, device: &'static str },
+    /// `snat ip to ADDRESS`
+    Snat(Ip, Value),
+    /// `tcp option maxseg size set rt mtu`
+    ClampMss,
+    /// `accept`
+    Verdict(Verdict),
+    /// `FIELD vmap @MAP`
+    VerdictMap(Operand, SetName),
+}
+
+/// See [`Expression::Compare`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Operator {
+    Equal,
+    Unequal,
+    AtLeast,
+}
+
+/// A field, and what is made of its bits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Operand {
+    field: Field,
+    bits: Bits,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Bits {
+    All,
+    And(u32),
+    Xor(u32),
+    /// Those of `mask` become `value`.
+    Put {
+        mask: u32,
+        value: u32,
+    },
+}
+
+/// What can be read of a packet and of its connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Field {
+    Mark,
+    /// The Ethernet type.
+    Protocol,
+    Iif,
+    IifName,
+    IifGroup,
+    OifGroup,
+    SkUid,
+    NfProto,
+    L4Proto,
+    CtState,
+    CtStatus,
+    CtDirection,
+    CtMark,
+    /// The source address of the connection's packets in one direction.
+    CtSaddr(Ip, Direction),
+    /// The source port that the connection began with.
+    CtSport,
+    EtherSaddr,
+    EtherDaddr,
+    Saddr(Ip),
+    Daddr(Ip),
+    HopLimit,
+    Sport,
+    Dport,
+    TcpFlags,
+    IcmpType,
+    /// The type of the destination in the routing tables.
+    DaddrType,
+    /// The same, as the interface sees it that the packet came in by.
+    DaddrTypeAtIif,
+    /// Whether packets to the source would leave by the interface that the packet came in by: its index, or 0.
+    SaddrOifAtIif,
+}
+
+/// `enum ip_conntrack_dir`, include/uapi/linux/netfilter/nf_conntrack_tuple_common.h.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Direction {
+    Original,
+    Reply,
+}
+
+/// What a field is compared with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Constant {
+    Number(u32),
+    Network(IpNetwork),
+    Mac([u8; 6]),
+    Interface(&'static str),
+}
+
+/// What can be written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Target {
+    Mark,
+    CtMark,
+    EtherDaddr,
+}
+
+/// What is written.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Value {
+    Number(u32),
+    Of(Operand),
+    /// `FIELD map @MAP`
+    Map(Operand, SetName),
+    /// `NUMBER map @MAP`
+    MapOfNumber(u32, SetName),
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Verdict {
+    Accept,
+    Drop,
+    Return,
+    Jump(&'static str),
+    Goto(&'static str),
+}
+
+impl Field {
+    fn and(self, mask: u32) -> Operand {
+        Operand { field: self, bits: Bits::And(mask) }
     }
 
-    fn load_ct(self, key: u32) -> Self {
-        self.expression("ct", |d| {
-            d.be32(NFTA_CT_KEY, key);
-            d.be32(NFTA_CT_DREG, R1);
-        })
+    fn xor(self, value: u32) -> Operand {
+        Operand { field: self, bits: Bits::Xor(value) }
     }
 
-    fn load_payload(self, base: u32, offset: u32, len: u32, register: u32) -> Self {
-        self.expression("payload", |d| {
-            d.be32(NFTA_PAYLOAD_DREG, register);
-            d.be32(NFTA_PAYLOAD_BASE, base);
-            d.be32(NFTA_PAYLOAD_OFFSET, offset);
-            d.be32(NFTA_PAYLOAD_LEN, len);
-        })
+    /// Whether it is read from the IP header, which `nft` takes as said what IP version the rule is about.
+    fn is_of_ip_header(self) -> bool {
+        matches!(self, Field::Saddr(_) | Field::Daddr(_) | Field::HopLimit)
     }
 
-    fn load_saddr(self, ip: Ip, register: u32) -> Self {
-        let offset = if ip == Ip::V4 { OFFSET_SADDR4 } else { OFFSET_SADDR6 };
-        self.load_payload(NFT_PAYLOAD_NETWORK_HEADER, offset, ip.len(), register)
+    fn is_of_transport_header(self) -> bool {
+        matches!(self, Field::Sport | Field::Dport | Field::TcpFlags | Field::IcmpType)
     }
+}
 
-    fn load_daddr(self, ip: Ip) -> Self {
-        let offset = if ip == Ip::V4 { OFFSET_DADDR4 } else { OFFSET_DADDR6 };
-        self.load_payload(NFT_PAYLOAD_NETWORK_HEADER, offset, ip.len(), R1)
-    }
-
-    fn and(self, mask: &[u8]) -> Self {
-        self.bitwise(R1, mask, &vec![0; mask.len()])
-    }
-
-    fn bitwise(self, register: u32, mask: &[u8], xor: &[u8]) -> Self {
-        self.expression("bitwise", |d| {
-            d.be32(NFTA_BITWISE_SREG, register);
-            d.be32(NFTA_BITWISE_DREG, register);
-            d.be32(NFTA_BITWISE_LEN, mask.len() as u32);
-            d.nested(NFTA_BITWISE_MASK, |v| v.attribute(NFTA_DATA_VALUE, mask));
-            d.nested(NFTA_BITWISE_XOR, |v| v.attribute(NFTA_DATA_VALUE, xor));
-        })
-    }
-
-    fn compare(self, op: u32, value: &[u8]) -> Self {
-        self.expression("cmp", |d| {
-            d.be32(NFTA_CMP_SREG, R1);
-            d.be32(NFTA_CMP_OP, op);
-            d.nested(NFTA_CMP_DATA, |v| v.attribute(NFTA_DATA_VALUE, value));
-        })
-    }
-
-    fn equals(self, value: &[u8]) -> Self {
-        self.compare(0, value)
-    }
-
-    fn differs(self, value: &[u8]) -> Self {
-        self.compare(1, value)
-    }
-
-    fn immediate(self, register: u32, value: &[u8]) -> Self {
-        self.expression("immediate", |d| {
-            d.be32(NFTA_IMMEDIATE_DREG, register);
-            d.nested(NFTA_IMMEDIATE_DATA, |v| v.attribute(NFTA_DATA_VALUE, value));
-        })
-    }
-
-    fn lookup(self, set: &str, source: u32, destination: Option<u32>, inverted: bool) -> Self {
-        self.expression("lookup", |d| {
-            d.text(NFTA_LOOKUP_SET, set);
-            d.be32(NFTA_LOOKUP_SREG, source);
-            if let Some(register) = destination {
-                d.be32(NFTA_LOOKUP_DREG, register);
-            }
-            if inverted {
-                d.be32(NFTA_LOOKUP_FLAGS, NFT_LOOKUP_F_INV);
-            }
-        })
-    }
-
-    fn verdict(self, code: i32, chain: Option<&str>) -> Self {
-        self.expression("immediate", |d| {
-            d.be32(NFTA_IMMEDIATE_DREG, 0);
-            d.nested(NFTA_IMMEDIATE_DATA, |v| {
-                v.nested(NFTA_DATA_VERDICT, |v| {
-                    v.be32(NFTA_VERDICT_CODE, code as u32);
-                    if let Some(chain) = chain {
-                        v.text(NFTA_VERDICT_CHAIN, chain);
-                    }
-                });
-            });
-        })
+impl From<Field> for Operand {
+    fn from(field: Field) -> Self {
+        Operand { field, bits: Bits::All }
     }
 }

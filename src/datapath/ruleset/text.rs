@@ -1,0 +1,63 @@
+//! The ruleset as text: what a node's tables are, in nft's own syntax.
+
+#[cfg(test)]
+mod tests;
+
+use super::{Made, PeerIndexes, SharedSets, shared_sets};
+use crate::kernel::nft::text::Listing;
+use crate::model::marks::Marks;
+use crate::model::{Cluster, ObjectKey};
+use crate::node_plan::expected::{Expected, NoSuchNode};
+use ipnetwork::IpNetwork;
+use std::collections::BTreeMap;
+use std::fmt;
+
+/// The tables that a node is expected to load, with what its pods' interfaces are called.
+pub struct Ruleset {
+    node: String,
+    pods: BTreeMap<String, ObjectKey>,
+    made: Made,
+}
+
+impl Ruleset {
+    /// Of `node`, as it follows from the cluster's state. `direct` are destinations that no policy covers beside the cluster's
+    /// own. Names and numbers of interfaces, indexes of pods and of peers are examples: a node gives its own.
+    ///
+    /// # Errors
+    /// The cluster has no such node.
+    pub fn expected(cluster: &Cluster, node: &str, direct: &[IpNetwork], marks: Marks) -> Result<Ruleset, NoSuchNode> {
+        let Expected { view, plan, pods } = Expected::new(cluster, node, direct)?;
+        let peers: PeerIndexes = view.allocations.peers.keys().copied().zip(1..).collect();
+        let shared = shared_sets(&view, &peers, marks, &SharedSets::default());
+        Ok(Ruleset { node: node.to_owned(), pods, made: Made::new(plan, &shared, marks, None) })
+    }
+
+    /// The tables.
+    pub fn made(&self) -> &Made {
+        &self.made
+    }
+}
+
+impl Made {
+    /// The pods' interfaces, by index.
+    pub fn interfaces(&self) -> BTreeMap<u32, String> {
+        self.plan.pods.values().map(|pod| (pod.interface_index, pod.interface.clone())).collect()
+    }
+}
+
+impl fmt::Display for Ruleset {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "# What `egretd node` loads on {}.", self.node)?;
+        self.pods.iter().try_for_each(|(interface, pod)| writeln!(f, "# {interface} stands for the veth of {pod}."))?;
+        writeln!(f)?;
+        write!(f, "{}", self.made)
+    }
+}
+
+impl fmt::Display for Made {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let interfaces = self.interfaces();
+        let listing = |(name, table)| Listing { name, table, interfaces: &interfaces };
+        self.tables.iter().map(|(name, table)| listing((*name, table))).try_for_each(|listing| write!(f, "{listing}"))
+    }
+}

@@ -1,0 +1,394 @@
+//! The phrases that rules are made of: conditions first, then statements.
+
+use super::Field::*;
+use super::*;
+
+impl Rule {
+    fn compare(self, left: impl Into<Operand>, operator: Operator, right: Constant) -> Self {
+        self.with(Expression::Compare { left: left.into(), operator, right })
+    }
+
+    fn equals(self, left: impl Into<Operand>, number: u32) -> Self {
+        self.compare(left, Operator::Equal, Constant::Number(number))
+    }
+
+    fn differs(self, left: impl Into<Operand>, number: u32) -> Self {
+        self.compare(left, Operator::Unequal, Constant::Number(number))
+    }
+
+    fn in_set<const N: usize>(self, key: [Operand; N], set: impl Into<SetName>, not: bool) -> Self {
+        let mut key = key.into_iter();
+        let key = [key.next(), key.next(), key.next()];
+        self.with(Expression::InSet { key, set: set.into(), not })
+    }
+
+    /// `iifname "NAME"`
+    pub fn iif(self, name: &'static str) -> Self {
+        self.compare(IifName, Operator::Equal, Constant::Interface(name))
+    }
+
+    /// `iifgroup GROUP`
+    pub fn iif_group(self, group: u32) -> Self {
+        self.equals(IifGroup, group)
+    }
+
+    /// `iifgroup != GROUP`
+    pub fn iif_group_not(self, group: u32) -> Self {
+        self.differs(IifGroup, group)
+    }
+
+    /// `oifgroup GROUP`
+    pub fn oif_group(self, group: u32) -> Self {
+        self.equals(OifGroup, group)
+    }
+
+    /// `oifgroup != GROUP`
+    pub fn oif_group_not(self, group: u32) -> Self {
+        self.differs(OifGroup, group)
+    }
+
+    /// `iif != 0`, at postrouting: another than this node has sent it (Linux 5.7, `ip_output`).
+    pub fn forwarded(self) -> Self {
+        self.differs(Iif, 0)
+    }
+
+    /// `meta skuid >= 0`, at output: a process's socket has sent it, not the kernel itself.
+    pub fn by_process(self) -> Self {
+        self.compare(SkUid, Operator::AtLeast, Constant::Number(0))
+    }
+
+    /// `meta nfproto ipv4` or `ipv6`
+    pub fn ip(self, ip: Ip) -> Self {
+        self.equals(NfProto, ip.nfproto().into())
+    }
+
+    /// `meta protocol != ip meta protocol != ip6`
+    pub fn not_ip(self) -> Self {
+        self.differs(Protocol, ETH_P_IP).differs(Protocol, ETH_P_IPV6)
+    }
+
+    /// `ct direction original`
+    pub fn ct_original(self) -> Self {
+        self.equals(CtDirection, Direction::Original as u32)
+    }
+
+    /// `ct direction reply`
+    pub fn ct_reply(self) -> Self {
+        self.equals(CtDirection, Direction::Reply as u32)
+    }
+
+    /// `ct state BIT,BIT`, any of the bits.
+    pub fn ct_state(self, bits: u32) -> Self {
+        self.differs(CtState.and(bits), 0)
+    }
+
+    /// `ct status snat`: the connection bears another source address than its first packet came with.
+    pub fn ct_snat(self) -> Self {
+        self.differs(CtStatus.and(IPS_SRC_NAT), 0)
+    }
+
+    /// `ct status & (snat | 0x80) == 0x80`: the connection's source address is settled, and is the one that its first
+    /// packet came with.
+    pub fn ct_not_snat(self) -> Self {
+        self.equals(CtStatus.and(IPS_SRC_NAT | IPS_SRC_NAT_DONE), IPS_SRC_NAT_DONE)
+    }
+
+    /// `ct status expected`: a helper has foreseen the connection.
+    pub fn ct_expected(self) -> Self {
+        self.differs(CtStatus.and(IPS_EXPECTED), 0)
+    }
+
+    /// `ct status expected,dnat / expected,dnat`: it was foreseen from outside to an address that is translated.
+    pub fn ct_expected_and_dnat(self) -> Self {
+        self.equals(CtStatus.and(IPS_EXPECTED | IPS_DST_NAT), IPS_EXPECTED | IPS_DST_NAT)
+    }
+
+    /// `ct status assured`: both sides have spoken, and of TCP neither is making the connection any more.
+    pub fn ct_assured(self) -> Self {
+        self.differs(CtStatus.and(IPS_ASSURED), 0)
+    }
+
+    /// `ct status assured / assured,snat`
+    pub fn ct_assured_and_not_snat(self) -> Self {
+        self.equals(CtStatus.and(IPS_SRC_NAT | IPS_ASSURED), IPS_ASSURED)
+    }
+
+    /// `ct status ! confirmed`: it is the connection's first packet.
+    pub fn ct_unconfirmed(self) -> Self {
+        self.equals(CtStatus.and(IPS_CONFIRMED), 0)
+    }
+
+    /// `ct status confirmed`: it is not the connection's first packet.
+    pub fn ct_confirmed(self) -> Self {
+        self.differs(CtStatus.and(IPS_CONFIRMED), 0)
+    }
+
+    /// `ct mark & MASK == VALUE`
+    pub fn ct_mark(self, mask: u32, value: u32) -> Self {
+        self.equals(CtMark.and(mask), value)
+    }
+
+    /// `ct mark & MASK != VALUE`
+    pub fn ct_mark_not(self, mask: u32, value: u32) -> Self {
+        self.differs(CtMark.and(mask), value)
+    }
+
+    /// `meta mark & MASK == VALUE`
+    pub fn mark(self, mask: u32, value: u32) -> Self {
+        self.equals(Mark.and(mask), value)
+    }
+
+    /// `meta mark & MASK != VALUE`
+    pub fn mark_not(self, mask: u32, value: u32) -> Self {
+        self.differs(Mark.and(mask), value)
+    }
+
+    /// `ip saddr NETWORK`
+    pub fn saddr_in(self, network: IpNetwork) -> Self {
+        let ip = Ip::of(network);
+        self.ip(ip).compare(Saddr(ip), Operator::Equal, Constant::Network(network))
+    }
+
+    /// `ip daddr NETWORK`
+    pub fn daddr_in(self, network: IpNetwork) -> Self {
+        let ip = Ip::of(network);
+        self.ip(ip).compare(Daddr(ip), Operator::Equal, Constant::Network(network))
+    }
+
+    /// `ip saddr @SET`
+    pub fn saddr_in_set(self, ip: Ip, set: impl Into<SetName>) -> Self {
+        self.ip(ip).in_set([Saddr(ip).into()], set, false)
+    }
+
+    /// `ip daddr @SET`
+    pub fn daddr_in_set(self, ip: Ip, set: impl Into<SetName>) -> Self {
+        self.ip(ip).in_set([Daddr(ip).into()], set, false)
+    }
+
+    /// `ip daddr . meta l4proto @SET`
+    pub fn daddr_and_protocol_in_set(self, ip: Ip, set: impl Into<SetName>) -> Self {
+        self.ip(ip).in_set([Daddr(ip).into(), L4Proto.into()], set, false)
+    }
+
+    /// `ip daddr . meta l4proto . th dport @SET`
+    pub fn daddr_and_port_in_set(self, ip: Ip, set: impl Into<SetName>) -> Self {
+        self.ip(ip).in_set([Daddr(ip).into(), L4Proto.into(), Dport.into()], set, false)
+    }
+
+    /// `meta mark & MASK . ip saddr @SET`
+    pub fn mark_and_saddr_in_set(self, mask: u32, ip: Ip, set: impl Into<SetName>) -> Self {
+        self.ip(ip).in_set([Mark.and(mask), Saddr(ip).into()], set, false)
+    }
+
+    /// `meta mark & MASK . ip saddr != @SET`
+    pub fn mark_and_saddr_not_in_set(self, mask: u32, ip: Ip, set: impl Into<SetName>) -> Self {
+        self.ip(ip).in_set([Mark.and(mask), Saddr(ip).into()], set, true)
+    }
+
+    /// `meta mark & MASK . ct original ip saddr @SET`: the address that began the connection (Linux 4.17).
+    pub fn mark_and_original_saddr_in_set(self, mask: u32, ip: Ip, set: impl Into<SetName>) -> Self {
+        self.ip(ip).in_set([Mark.and(mask), CtSaddr(ip, Direction::Original).into()], set, false)
+    }
+
+    /// `meta mark & MASK . ct reply ip saddr @SET`: the address that answers, which is a Service's backend.
+    pub fn mark_and_reply_saddr_in_set(self, mask: u32, ip: Ip, set: impl Into<SetName>) -> Self {
+        self.ip(ip).in_set([Mark.and(mask), CtSaddr(ip, Direction::Reply).into()], set, false)
+    }
+
+    /// `ct original proto-src & MASK . th sport & MASK != @SET`, for a rule that has matched the protocol.
+    pub fn ports_not_in_set(self, mask: u16, set: impl Into<SetName>) -> Self {
+        self.in_set([CtSport.and(mask.into()), Sport.and(mask.into())], set, true)
+    }
+
+    /// `fib daddr type TYPE`
+    pub fn daddr_type(self, kind: u32) -> Self {
+        self.equals(DaddrType, kind)
+    }
+
+    /// `fib daddr . iif type TYPE`: as the interface sees it that the packet came in by.
+    pub fn daddr_type_at_iif(self, kind: u32) -> Self {
+        self.equals(DaddrTypeAtIif, kind)
+    }
+
+    /// `fib saddr . iif oif != 0`: packets to where it came from would leave by the interface that it came in by.
+    pub fn back_by_iif(self) -> Self {
+        self.differs(SaddrOifAtIif, 0)
+    }
+
+    /// `fib saddr . iif oif 0`: packets to where it came from would leave by another interface, or by none; the source is
+    /// an address of this host's, or nobody's (`nft_fib4_eval`, `nft_fib6_eval`).
+    pub fn not_back_by_iif(self) -> Self {
+        self.equals(SaddrOifAtIif, 0)
+    }
+
+    /// `meta l4proto PROTOCOL`
+    pub fn l4(self, protocol: u8) -> Self {
+        self.equals(L4Proto, protocol.into())
+    }
+
+    /// `th dport PORT`, for a rule that has matched the protocol.
+    pub fn dport(self, port: u16) -> Self {
+        self.equals(Dport, port.into())
+    }
+
+    /// `th dport != PORT`; of protocols without ports, whatever stands where others have it.
+    pub fn dport_not(self, port: u16) -> Self {
+        self.differs(Dport, port.into())
+    }
+
+    /// `icmp type TYPE` or `icmpv6 type TYPE`, for a rule that has matched the protocol.
+    pub fn icmp_type(self, kind: u8) -> Self {
+        self.equals(IcmpType, kind.into())
+    }
+
+    /// `ip6 hoplimit LIMIT`, for a rule that has matched the IP version.
+    pub fn hop_limit(self, limit: u8) -> Self {
+        self.equals(HopLimit, limit.into())
+    }
+
+    /// `tcp flags syn`
+    pub fn tcp_syn(self) -> Self {
+        self.l4(protocol::TCP).differs(TcpFlags.and(TCP_FLAG_SYN), 0)
+    }
+
+    /// `ether daddr != MAC`
+    pub fn ether_daddr_not(self, mac: [u8; 6]) -> Self {
+        self.compare(EtherDaddr, Operator::Unequal, Constant::Mac(mac))
+    }
+}
+
+impl Rule {
+    fn assign(self, target: Target, value: Value) -> Self {
+        self.with(Expression::Assign(target, value))
+    }
+
+    /// `counter name "NAME"`
+    pub fn counter(self, name: &'static str) -> Self {
+        self.with(Expression::Counter(name))
+    }
+
+    /// `log group GROUP`
+    pub fn log(self, group: u16) -> Self {
+        self.with(Expression::Log(group))
+    }
+
+    /// `notrack`
+    pub fn notrack(self) -> Self {
+        self.with(Expression::Notrack)
+    }
+
+    /// `meta mark set VALUE`
+    pub fn set_mark(self, value: u32) -> Self {
+        self.assign(Target::Mark, Value::Number(value))
+    }
+
+    /// `meta mark set meta mark & MASK`
+    pub fn clear_mark(self, keep: u32) -> Self {
+        self.assign(Target::Mark, Value::Of(Mark.and(keep)))
+    }
+
+    /// `meta mark set meta mark & KEEP | VALUE`: the bits of `mask` become `value`.
+    pub fn set_mark_in(self, mask: u32, value: u32) -> Self {
+        let bits = Bits::Put { mask, value };
+        self.assign(Target::Mark, Value::Of(Operand { field: Mark, bits }))
+    }
+
+    /// `meta mark set meta mark ^ VALUE`
+    pub fn flip_mark(self, value: u32) -> Self {
+        self.assign(Target::Mark, Value::Of(Mark.xor(value)))
+    }
+
+    /// `ct mark set VALUE`
+    pub fn set_ct_mark(self, value: u32) -> Self {
+        self.assign(Target::CtMark, Value::Number(value))
+    }
+
+    /// `meta mark set ct mark`
+    pub fn set_mark_from_ct(self) -> Self {
+        self.assign(Target::Mark, Value::Of(CtMark.into()))
+    }
+
+    /// `meta mark set ct mark map @MAP`
+    pub fn set_mark_by_ct_mark(self, map: impl Into<SetName>) -> Self {
+        self.assign(Target::Mark, Value::Map(CtMark.into(), map.into()))
+    }
+
+    /// `meta mark set iif map @MAP`
+    pub fn set_mark_by_iif(self, map: impl Into<SetName>) -> Self {
+        self.assign(Target::Mark, Value::Map(Iif.into(), map.into()))
+    }
+
+    /// `meta mark set ip daddr map @MAP`
+    pub fn set_mark_by_daddr(self, ip: Ip, map: impl Into<SetName>) -> Self {
+        self.assign(Target::Mark, Value::Map(Daddr(ip).into(), map.into()))
+    }
+
+    /// `ether daddr set meta mark map @MAP`
+    pub fn set_ether_daddr_by_mark(self, map: impl Into<SetName>) -> Self {
+        self.assign(Target::EtherDaddr, Value::Map(Mark.into(), map.into()))
+    }
+
+    /// `ct mark set VALUE meta mark set VALUE map @MAP`, both only if the map has the value.
+    pub fn set_ct_mark_and_mark_by(self, value: u32, map: impl Into<SetName>) -> Self {
+        let looked_up = Value::MapOfNumber(value, map.into());
+        self.with(Expression::AssignBoth([(Target::CtMark, Value::Number(value)), (Target::Mark, looked_up)]))
+    }
+
+    /// `ct mark set ether saddr map @PEERS meta mark set meta mark & MASK map @PATHS`, only if both maps know it.
+    pub fn admit(self, peers: impl Into<SetName>, mask: u32, paths: impl Into<SetName>) -> Self {
+        let peer = Value::Map(EtherSaddr.into(), peers.into());
+        let path = Value::Map(Mark.and(mask), paths.into());
+        self.with(Expression::AssignBoth([(Target::CtMark, peer), (Target::Mark, path)]))
+    }
+
+    /// `dup to ADDRESS device "NAME"`, in a table of the address's family: `nft_dup_ipv4.c` and `nft_dup_ipv6.c` know no
+    /// `inet`. The device is the one with this index. The copy is not tracked.
+    pub fn dup(self, to: IpAddr, index: u32, device: &'static str) -> Self {
+        self.with(Expression::Dup { to, index, device })
+    }
+
+    /// `snat ip to ip saddr`: settles the connection's source NAT without changing anything.
+    pub fn snat_identity(self, ip: Ip) -> Self {
+        self.ip(ip).with(Expression::Snat(ip, Value::Of(Saddr(ip).into())))
+    }
+
+    /// `snat ip to meta mark & MASK map @MAP`
+    pub fn snat_by_mark(self, ip: Ip, mask: u32, map: impl Into<SetName>) -> Self {
+        self.ip(ip).with(Expression::Snat(ip, Value::Map(Mark.and(mask), map.into())))
+    }
+
+    /// `tcp option maxseg size set rt mtu`. The kernel only ever lowers it (`nft_exthdr_tcp_set_eval`).
+    pub fn clamp_mss(self) -> Self {
+        self.with(Expression::ClampMss)
+    }
+
+    /// `accept`
+    pub fn accept(self) -> Self {
+        self.with(Expression::Verdict(Verdict::Accept))
+    }
+
+    /// `drop`
+    pub fn drop(self) -> Self {
+        self.with(Expression::Verdict(Verdict::Drop))
+    }
+
+    /// `return`
+    pub fn return_(self) -> Self {
+        self.with(Expression::Verdict(Verdict::Return))
+    }
+
+    /// `jump CHAIN`
+    pub fn jump(self, chain: &'static str) -> Self {
+        self.with(Expression::Verdict(Verdict::Jump(chain)))
+    }
+
+    /// `goto CHAIN`
+    pub fn goto(self, chain: &'static str) -> Self {
+        self.with(Expression::Verdict(Verdict::Goto(chain)))
+    }
+
+    /// `meta mark & MASK vmap @MAP`
+    pub fn vmap_by_mark(self, mask: u32, map: impl Into<SetName>) -> Self {
+        self.with(Expression::VerdictMap(Mark.and(mask), map.into()))
+    }
+}
