@@ -6,11 +6,11 @@
 //!
 //! Guarantees:
 //! - A file that is invalid, incomplete, unreadable or truncated to nothing keeps all of its last good contents, and
-//! [`Source::problems`] says what is wrong and where. Only deleting a file removes its objects.
+//!   [`Source::problems`] says what is wrong and where. Only deleting a file removes its objects.
 //! - If the whole directory disappears, the last state stays until it is back.
 //! - A change is seen some 20 ms after its writer closes the file. Only documents with a new text are parsed again.
-//! Changes that inotify does not report (network file systems, links to files elsewhere) are found by checking every
-//! file's inode every ten seconds.
+//!   Changes that inotify does not report (network file systems, links to files elsewhere) are found by checking every
+//!   file's inode every ten seconds.
 
 mod area;
 mod documents;
