@@ -12,8 +12,8 @@ pub const DEVICE: &str = "egret";
 pub const DEVICE_GROUP: u32 = 7871;
 /// The nftables tables `inet egret` and `netdev egret`.
 pub const TABLE: &str = "egret";
-/// The nftables table `inet egret-guard`: see `datapath/guard.rs`.
-pub const GUARD: &str = "egret-guard";
+/// The nftables table `inet egret-flush-guard`: see `datapath/ruleset/flush_guard.rs`.
+pub const FLUSH_GUARD: &str = "egret-flush-guard";
 
 /// Routing table of requests: packets from pods to their gateway.
 pub const TABLE_REQUEST: u32 = 7871;
@@ -22,7 +22,7 @@ pub const TABLE_REPLY: u32 = 7872;
 /// Routing table of quarantined pods: it contains the cluster's networks alone.
 pub const TABLE_QUARANTINE: u32 = 7873;
 /// Routing table of selected pods' packets on which nothing has decided: it contains the cluster's networks alone.
-pub const TABLE_GUARD: u32 = 7874;
+pub const TABLE_FLUSH_GUARD: u32 = 7874;
 /// Routing tables of gateways with an uplink of their own: this number plus the uplink's index, 1 to 511.
 pub const TABLE_UPLINK: u32 = 7880;
 
@@ -31,7 +31,7 @@ pub const UPLINKS: u32 = 511;
 
 /// Whether a routing table's number is one of Egret's.
 pub fn is_own_table(table: u32) -> bool {
-    matches!(table, TABLE_REQUEST | TABLE_REPLY | TABLE_QUARANTINE | TABLE_GUARD)
+    matches!(table, TABLE_REQUEST | TABLE_REPLY | TABLE_QUARANTINE | TABLE_FLUSH_GUARD)
         || (TABLE_UPLINK + 1..=TABLE_UPLINK + UPLINKS).contains(&table)
 }
 
@@ -44,7 +44,7 @@ pub const RULE_REPLY: u32 = 73;
 /// Priority of the rules for gateways' own uplinks.
 pub const RULE_UPLINK: u32 = 74;
 /// Priority of the rules for packets on which nothing has decided.
-pub const RULE_GUARD: u32 = 75;
+pub const RULE_FLUSH_GUARD: u32 = 75;
 
 /// The protocol number of Egret's routes, rules and addresses (`RTA_PROTOCOL`, `FRA_PROTOCOL`, `IFA_PROTO`), by which
 /// Egret recognises them. iproute2's `rt_protos` does not assign it.

@@ -1,6 +1,6 @@
 //! Policy-routing rules: marks to tables.
 
-use crate::datapath::names::{PROTOCOL, RULE_GUARD, RULE_REPLY, RULE_REQUEST, RULE_UPLINK};
+use crate::datapath::names::{PROTOCOL, RULE_FLUSH_GUARD, RULE_REPLY, RULE_REQUEST, RULE_UPLINK};
 use crate::datapath::sysctl;
 use crate::kernel::route_socket::{Change, RouteSocket};
 use anyhow::{Context, Result};
@@ -12,13 +12,13 @@ use nix::libc::{EEXIST, ENOENT};
 use std::collections::BTreeSet;
 
 /// The priorities of Egret's rules, but for the quarantine's.
-const OWN: [u32; 4] = [RULE_REQUEST, RULE_REPLY, RULE_UPLINK, RULE_GUARD];
+const OWN: [u32; 4] = [RULE_REQUEST, RULE_REPLY, RULE_UPLINK, RULE_FLUSH_GUARD];
 /// How often the rules are read again if one stood in the way of another.
 const ROUNDS: usize = 4;
 /// A rule that sends packets with a mark to a table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Rule {
-    /// Its place: one of [`RULE_REQUEST`], [`RULE_REPLY`], [`RULE_UPLINK`], [`RULE_GUARD`].
+    /// Its place: one of [`RULE_REQUEST`], [`RULE_REPLY`], [`RULE_UPLINK`], [`RULE_FLUSH_GUARD`].
     pub priority: u32,
     /// The mark that packets must have,
     pub mark: u32,

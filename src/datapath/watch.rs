@@ -4,7 +4,7 @@
 //! On a busy node, routes, neighbours and interfaces change all the time. Notifications that do not concern Egret are
 //! discarded here without a copy, and a burst becomes one event of each kind.
 
-use crate::datapath::names::{DEVICE, GUARD, PROTOCOL, RULE_GUARD, RULE_QUARANTINE, TABLE, is_own_table};
+use crate::datapath::names::{DEVICE, FLUSH_GUARD, PROTOCOL, RULE_FLUSH_GUARD, RULE_QUARANTINE, TABLE, is_own_table};
 use crate::kernel::netlink::{Message, NETLINK_NETFILTER, NETLINK_ROUTE, attributes, messages};
 use crate::model::mac::Mac;
 use netlink_sys::{AsyncSocket, SocketAddr, TokioSocket};
@@ -236,7 +236,7 @@ impl Filter<'_> {
             }
             RTM_NEWRULE | RTM_DELRULE => {
                 let priority = attribute(m, FIB_RULE_HDR, FRA_PRIORITY).and_then(number)?;
-                (RULE_QUARANTINE..=RULE_GUARD).contains(&priority).then_some(Event::Rules)
+                (RULE_QUARANTINE..=RULE_FLUSH_GUARD).contains(&priority).then_some(Event::Rules)
             }
             RTM_NEWNETCONF => {
                 let index = attribute(m, NETCONFMSG, NETCONFA_IFINDEX).and_then(number)?;
@@ -300,7 +300,7 @@ impl Filter<'_> {
             return None;
         }
         let table = trim(attribute(m, NFGENMSG, NFTA_TABLE)?);
-        [TABLE, GUARD].map(str::as_bytes).contains(&table).then_some(Event::Nftables)
+        [TABLE, FLUSH_GUARD].map(str::as_bytes).contains(&table).then_some(Event::Nftables)
     }
 }
 

@@ -197,7 +197,7 @@ pub struct NodePlan {
     /// Whether the kernel can report connections whose port it has changed.
     pub port_log: bool,
     /// Whether others can flush the tables, and something else is to hold the pods then.
-    pub guarded: bool,
+    pub flush_guard: bool,
 }
 
 impl NodePlan {

@@ -166,25 +166,25 @@ fn who_finds_a_table_that_another_socket_owns_is_told_whose_it_is() {
 #[test]
 fn a_table_that_is_to_go_with_its_socket_is_owned_beside_one_that_is_not() {
     let _machine = lab::turn::alone();
-    const GUARD: TableName = TableName { family: NFPROTO_INET, name: "egret-guard" };
+    const FLUSH_GUARD: TableName = TableName { family: NFPROTO_INET, name: "egret-flush-guard" };
     in_namespace(|| async {
         let both = || {
             let [(name, table)] = tables(2);
-            [(name, table.clone()), (GUARD, Table { ends_with_socket: true, ..table })]
+            [(name, table.clone()), (FLUSH_GUARD, Table { ends_with_socket: true, ..table })]
         };
         // Somebody has made one of that name.
-        run("nft", "add table inet egret-guard");
+        run("nft", "add table inet egret-flush-guard");
         let mut nft = Nftables::open().unwrap();
         nft.apply(&both()).unwrap();
         run("nft", "flush ruleset");
-        assert_eq!(run("nft", "list tables").trim(), "table inet egret-guard");
-        assert!(refusal("flush table inet egret-guard").contains("not permitted"));
+        assert_eq!(run("nft", "list tables").trim(), "table inet egret-flush-guard");
+        assert!(refusal("flush table inet egret-flush-guard").contains("not permitted"));
         nft.invalidate();
         nft.apply(&both()).unwrap();
         nft.invalidate();
         assert_eq!(nft.apply(&both()).unwrap(), 0, "there is nothing to mend");
         drop(nft);
-        while run("nft", "list tables").contains("egret-guard") {
+        while run("nft", "list tables").contains("egret-flush-guard") {
             std::thread::sleep(std::time::Duration::from_millis(1));
         }
         assert_eq!(run("nft", "list tables").trim(), "table inet egret");

@@ -5,7 +5,7 @@ use crate::namespace::host::{
 };
 use crate::namespace::{in_namespace, ip};
 use egret::datapath::addresses;
-use egret::datapath::names::{RULE_QUARANTINE, TABLE_GUARD, TABLE_QUARANTINE, TABLE_REPLY, TABLE_REQUEST};
+use egret::datapath::names::{RULE_QUARANTINE, TABLE_FLUSH_GUARD, TABLE_QUARANTINE, TABLE_REPLY, TABLE_REQUEST};
 use egret::datapath::quarantine::Quarantine;
 use egret::datapath::routes;
 use egret::datapath::routes::{METRIC_LAST, Route, RouteKind};
@@ -70,15 +70,15 @@ fn a_tables_last_resort_can_be_silent() {
         let socket = host();
         let last = |dst: &str| Route { dst: dst.parse().unwrap(), kind: RouteKind::Blackhole, metric: METRIC_LAST };
         let wanted = [last("0.0.0.0/0"), last("::/0")].into();
-        assert_eq!(routes::sync(&socket, TABLE_GUARD, &wanted).await.unwrap(), 2);
+        assert_eq!(routes::sync(&socket, TABLE_FLUSH_GUARD, &wanted).await.unwrap(), 2);
         assert_eq!(
-            table(TABLE_GUARD),
+            table(TABLE_FLUSH_GUARD),
             [
                 "-4 blackhole default proto 71 metric 4278198272",
                 "-6 blackhole default dev lo proto 71 metric 4278198272 pref medium",
             ]
         );
-        assert_eq!(routes::sync(&socket, TABLE_GUARD, &wanted).await.unwrap(), 0);
+        assert_eq!(routes::sync(&socket, TABLE_FLUSH_GUARD, &wanted).await.unwrap(), 0);
     });
 }
 

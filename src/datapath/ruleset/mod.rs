@@ -5,7 +5,7 @@
 
 mod covers;
 mod fixed;
-mod guard;
+mod flush_guard;
 mod handover;
 mod pods;
 mod sets;
@@ -32,7 +32,7 @@ pub const HANDOVER: [TableName; 2] =
     [TableName { family: NFPROTO_IPV4, name: TABLE }, TableName { family: NFPROTO_IPV6, name: TABLE }];
 
 /// The table that marks selected pods' packets where others can flush the rest.
-pub const GUARD: TableName = TableName { family: NFPROTO_INET, name: names::GUARD };
+pub const FLUSH_GUARD: TableName = TableName { family: NFPROTO_INET, name: names::FLUSH_GUARD };
 
 /// The chain on the tunnel device.
 const TO_TUNNEL: &str = "to-tunnel";
@@ -157,8 +157,8 @@ impl Made {
         let mut tables = vec![(INET, inet(&plan, &fixed, shared, marks, before))];
         tables.extend(handover::tables(&plan, marks));
         tables.push((NETDEV, netdev(&plan, shared, marks, before)));
-        let guard = before.and_then(|before| Some((&before.plan, before.table(GUARD)?)));
-        tables.extend(guard::table(&plan, marks, guard));
+        let held = before.and_then(|before| Some((&before.plan, before.table(FLUSH_GUARD)?)));
+        tables.extend(flush_guard::table(&plan, marks, held));
         Made { plan, fixed, tables }
     }
 

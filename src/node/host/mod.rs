@@ -248,15 +248,15 @@ impl Host {
                 rule(RULE_REQUEST, marks.request(), marks.kind_mask(), TABLE_REQUEST),
                 rule(RULE_REPLY, marks.reply(), marks.kind_mask(), TABLE_REPLY),
                 // A pod mark that nothing has taken away; and what the guard marks, which may bear an egress ID.
-                rule(RULE_GUARD, marks.pod_mark_kind(), marks.pod_mark_mask(), TABLE_GUARD),
-                rule(RULE_GUARD, marks.undecided(), marks.kind_and_index_mask(), TABLE_GUARD),
+                rule(RULE_FLUSH_GUARD, marks.pod_mark_kind(), marks.pod_mark_mask(), TABLE_FLUSH_GUARD),
+                rule(RULE_FLUSH_GUARD, marks.undecided(), marks.kind_and_index_mask(), TABLE_FLUSH_GUARD),
             ]
             .into(),
             tables: [
                 (TABLE_REQUEST, request_table(&view.networks, device)),
                 (TABLE_REPLY, view.networks.pods.iter().map(|n| via_tunnel_next_hop(*n, device)).collect()),
                 (TABLE_QUARANTINE, only_direct(&view.networks, RouteKind::Unreachable)),
-                (TABLE_GUARD, only_direct(&view.networks, RouteKind::Blackhole)),
+                (TABLE_FLUSH_GUARD, only_direct(&view.networks, RouteKind::Blackhole)),
             ]
             .into(),
         };
@@ -342,7 +342,7 @@ impl Host {
     pub fn tables(&mut self, mut plan: NodePlan) -> Result<usize> {
         let Some((tunnel, device)) = &self.tunnel else { return Ok(0) };
         (plan.device, plan.local, plan.port_log) = (*device, Some(tunnel.local), self.port_log);
-        plan.guarded = !self.nft.owns_tables();
+        plan.flush_guard = !self.nft.owns_tables();
         let (hands_over, mut others) = (!plan.handed.is_empty(), without_extras(&plan));
         let mut made = Made::new(plan, &self.shared, self.marks, self.made.as_ref());
         let mut applied = self.nft.apply(made.tables());

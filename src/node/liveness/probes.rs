@@ -9,7 +9,7 @@ use tokio::time::Instant;
 /// How long a node that was dead must answer before it counts as alive, unless nobody else is. A node that was frozen
 /// answers before its daemon has looked around: in this time it finds out what others have taken over from it, and
 /// tells.
-const HOLD: Duration = Duration::from_millis(500);
+const FLUSH_GUARD: Duration = Duration::from_millis(500);
 /// An answer that comes within this time belongs to its probe, and tells that the node lived when it was asked.
 const LATE: Duration = Duration::from_secs(5);
 /// The longest patience; a round trip longer than this is no way for connections either.
@@ -66,7 +66,7 @@ struct Return {
 impl Return {
     /// Three answers for each two misses: a line that lets every other packet through must not take allocations to and fro.
     fn is_over(&self, now: Instant) -> bool {
-        now >= self.since + HOLD && self.answered >= ENOUGH && self.missed * 3 <= self.answered * 2
+        now >= self.since + FLUSH_GUARD && self.answered >= ENOUGH && self.missed * 3 <= self.answered * 2
     }
 }
 

@@ -1,17 +1,19 @@
-//! What holds selected pods while somebody has flushed the other tables, on kernels that cannot keep others from it.
+//! The flush guard: it holds selected pods' packets while somebody has flushed Egret's other tables, on kernels where the
+//! daemon cannot own those.
 //!
-//! A packet that a pod of a policy's has sent, or that came out of the tunnel, and on which nothing has decided before it is
-//! routed, bears a mark that a routing rule leads to the cluster's networks alone. Routing rules outlive every flush. The marks
-//! are given by a table of its own, which the daemon's socket owns: from Linux 5.12 on others' flush passes it over. It goes
-//! with the socket, as all that is owned does before Linux 6.9; so it holds nothing but this, and the other tables, which are
-//! to stay when the daemon ends, have no owner there.
+//! It marks each packet that comes from a selected pod without a pod mark, and each one that comes out of the tunnel.
+//! `prerouting` decides on the packet and clears the mark. If `prerouting` is gone, the mark is still there when the packet is
+//! routed, and a routing rule leads it to a table with the cluster's networks alone. A flush removes no routing rules.
 //!
-//! It cannot look at packets by their marks where they are routed instead, and hold those that have none: reverse-path
-//! filtering asks for an answer's route back by the same addresses and without a mark, and would drop the answer
-//! (`__fib_validate_source`, net/ipv4/fib_frontend.c).
+//! The daemon's socket owns this table without `NFT_TABLE_F_PERSIST` (Linux 5.12): other programs' flush passes it over, and it
+//! goes with the socket. The other tables must stay when the daemon ends, so on these kernels they have no owner.
+//!
+//! A routing rule for packets without a mark cannot do this: reverse-path filtering looks up the route of an answer's
+//! destination with the same addresses and mark 0, and would drop the answer (`__fib_validate_source`,
+//! net/ipv4/fib_frontend.c).
 
 use super::pods::without_address;
-use super::{GUARD, ingress};
+use super::{FLUSH_GUARD, ingress};
 use crate::datapath::names::DEVICE;
 use crate::kernel::nft::rule::Rule;
 use crate::kernel::nft::table::{Chain, Hook, Table, TableName};
@@ -24,9 +26,9 @@ const FROM_TUNNEL: &str = "from-tunnel";
 /// Behind the chain of the other table on the same device.
 const PRIORITY: i32 = 1;
 
-/// The table, if there is to be one. What is as it was `before` is taken over.
+/// The table, or `None` where the daemon owns the others. Chains that are as they were `before` are reused.
 pub(super) fn table(plan: &NodePlan, marks: Marks, before: Option<(&NodePlan, &Table)>) -> Option<(TableName, Table)> {
-    if !plan.guarded {
+    if !plan.flush_guard {
         return None;
     }
     let mut table = Table { ends_with_socket: true, ..Table::default() };
@@ -39,10 +41,10 @@ pub(super) fn table(plan: &NodePlan, marks: Marks, before: Option<(&NodePlan, &T
     let same = before.and_then(|(_, table)| table.chains.get(FROM_TUNNEL).cloned());
     let from_tunnel = same.unwrap_or_else(|| Arc::new(Chain::new(Some(hook), from_tunnel(marks))));
     table.chains.insert(FROM_TUNNEL.into(), from_tunnel);
-    Some((GUARD, table))
+    Some((FLUSH_GUARD, table))
 }
 
-/// While the other table is there, a pod's packets come with its mark, and pass by the first rule.
+/// While the other table is there, packets of the pod have its pod mark, and the first rule accepts them.
 fn from_pod(pod: &PodPlan, marks: Marks) -> Vec<Rule> {
     let mut rules = vec![Rule::new().mark(marks.kind_mask(), marks.pod_mark_kind()).accept()];
     rules.extend(pod.addresses.iter().map(|a| Rule::new().saddr_in((*a).into()).set_mark(marks.undecided()).accept()));
@@ -51,7 +53,7 @@ fn from_pod(pod: &PodPlan, marks: Marks) -> Vec<Rule> {
     rules
 }
 
-/// What came with the packet stays: an egress ID.
+/// The egress ID in the mark stays.
 fn from_tunnel(marks: Marks) -> Vec<Rule> {
     vec![Rule::new().set_mark_in(marks.kind_and_index_mask(), marks.undecided())]
 }
