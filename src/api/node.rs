@@ -56,6 +56,10 @@ pub struct EgressNodeStatus {
     /// holds and whose new connections it drops.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub blocked: Vec<BlockedAllocation>,
+    /// Policies, `namespace/name` or `name`, whose pods are isolated on this node, sorted: the policies of its pods list
+    /// more destinations than one node takes, and these list the most.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub over_limit: Vec<String>,
     /// The networks inside the cluster, as this node knows them, each with its origin. Traffic to them goes direct.
     /// Single addresses of nodes and Services are not listed.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]

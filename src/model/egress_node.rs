@@ -1,6 +1,7 @@
 //! EgressNode statuses, stored compactly.
 
 use crate::api::{BlockedAllocation, EgressNodeStatus, LostUplink, RefusedAllocation, TakenAllocation};
+use crate::model::PolicyKey;
 use crate::model::mac::{self, Mac};
 use crate::model::marks::EgressId;
 use crate::model::uplink_key::UplinkKey;
@@ -45,6 +46,8 @@ pub struct OfAllocations {
     pub lost: Vec<LostUplink>,
     /// The egress IPs that its pods use and whose traffic it blocks now.
     pub blocked: Vec<BlockedAllocation>,
+    /// The policies whose pods are isolated there, because they list too many destinations for one node.
+    pub over_limit: Vec<PolicyKey>,
 }
 
 impl EgressNode {
@@ -58,6 +61,7 @@ impl EgressNode {
             unreachable_gateway_nodes: Vec::new(),
             lost: Vec::new(),
             blocked: Vec::new(),
+            over_limit: Vec::new(),
         };
         self.of_allocations.as_deref().unwrap_or(&NOTHING)
     }
@@ -82,6 +86,7 @@ impl From<EgressNodeStatus> for EgressNode {
             unreachable_gateway_nodes,
             lost,
             blocked,
+            over_limit,
             direct: _,
             faults: _,
         } = status;
@@ -93,6 +98,7 @@ impl From<EgressNodeStatus> for EgressNode {
             unreachable_gateway_nodes,
             lost,
             blocked,
+            over_limit: over_limit.iter().map(|key| PolicyKey::from(key.as_str())).collect(),
         };
         EgressNode {
             tunnel_address,

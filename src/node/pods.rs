@@ -6,7 +6,7 @@ use crate::model::marks::EgressId;
 use crate::model::precedence::PolicyIndex;
 use crate::model::selector::Labels;
 use crate::model::shared::Mark;
-use crate::model::{Cluster, ObjectKey, Pod};
+use crate::model::{Cluster, ObjectKey, Pod, PolicyKey};
 use crate::node::adopted_files::Remembered;
 use crate::node::pod_marks::{OVERFLOW_MARK, PodMarks};
 use crate::node::policy_delay::PolicyDelay;
@@ -141,8 +141,8 @@ pub struct Pods {
     unmanaged: HashMap<ObjectKey, PolicyDelay>,
     pod_marks: PodMarks,
     judged_by: JudgedBy,
-    /// The number of policy chains that list too many destinations and isolate their pods.
-    too_long: usize,
+    /// The policies that list too many destinations for this node. Their pods are isolated.
+    over_limit: BTreeSet<PolicyKey>,
 }
 
 impl Pods {
@@ -376,14 +376,16 @@ impl Pods {
             }
         }
         self.pod_marks.retain(&in_use);
-        let before = std::mem::replace(&mut self.too_long, plan.isolate_long_lists());
-        if self.too_long > before {
-            tracing::warn!(
-                policy_chains = self.too_long,
-                "policies of this node's pods list too many destinations: pods with the longest lists are isolated"
-            );
+        let before = std::mem::replace(&mut self.over_limit, plan.isolate_long_lists());
+        for policy in self.over_limit.difference(&before) {
+            tracing::warn!(%policy, "the policies of this node's pods list too many destinations: isolated the policy's pods");
         }
         (plan, uses.into_iter().collect(), census)
+    }
+
+    /// The policies that list too many destinations for this node.
+    pub fn over_limit(&self) -> &BTreeSet<PolicyKey> {
+        &self.over_limit
     }
 
     /// When pods are to be evaluated again.

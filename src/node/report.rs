@@ -34,6 +34,8 @@ const FOR_PEOPLE: Duration = Duration::from_millis(100);
 /// The largest number of faults in a node's status. A node with a tunnel address of the wrong family has one for every
 /// other node.
 const FAULTS: usize = 20;
+/// At most so many policies over the node's limit are published.
+const OVER_LIMIT: usize = 100;
 
 /// Writes the status and the snapshot when they have changed.
 pub struct Report {
@@ -55,6 +57,8 @@ pub struct Own<'a> {
     pub faults: &'a Faults,
     /// The gateways' nodes that others are to hear of, for this one does not reach them.
     pub unreachable: &'a BTreeSet<Name>,
+    /// The policies that list too many destinations for this node.
+    pub over_limit: &'a BTreeSet<PolicyKey>,
 }
 
 /// A status to write.
@@ -77,7 +81,7 @@ impl Report {
     /// the cluster's nodes. It does not wait for the write: an API server that does not respond must not keep this
     /// node from taking over egress IPs.
     pub fn publish(&self, view: &View, own: &Own, blocked: Vec<BlockedAllocation>, nodes: usize) {
-        let Own { tunnel, facts, holding, faults, unreachable } = *own;
+        let Own { tunnel, facts, holding, faults, unreachable, over_limit } = *own;
         let Some(tunnel) = tunnel else { return };
         let refused = facts.refused.iter().map(|(id, why)| RefusedAllocation { id: *id, message: why.clone() });
         let direct = view.networks.origins.iter();
@@ -99,6 +103,7 @@ impl Report {
             unreachable_gateway_nodes: unreachable.iter().map(ToString::to_string).collect(),
             lost: holding.lost().map(lost_uplink).collect(),
             blocked,
+            over_limit: over_limit.iter().take(OVER_LIMIT).map(ToString::to_string).collect(),
             direct: direct.collect(),
             faults: faults.iter().take(FAULTS).map(Fault::from).collect(),
         };

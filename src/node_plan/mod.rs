@@ -210,12 +210,12 @@ impl NodePlan {
     }
 
     /// Isolates the pods whose policies list more than the node can take. The longest lists go first, so that no
-    /// other pod is affected. Returns the number of isolated policy chains.
-    pub fn isolate_long_lists(&mut self) -> usize {
+    /// other pod is affected. Returns the policies with these lists.
+    pub fn isolate_long_lists(&mut self) -> BTreeSet<PolicyKey> {
         self.isolate_beyond(MAX_ENTRIES)
     }
 
-    fn isolate_beyond(&mut self, most: usize) -> usize {
+    fn isolate_beyond(&mut self, most: usize) -> BTreeSet<PolicyKey> {
         let steps = self.policy_chains.values().flat_map(|policy_chain| policy_chain.steps());
         let shapes = steps.filter(|step| !step.covers_everything()).map(|step| step.covers.shape());
         let lists: BTreeSet<(usize, &str)> = shapes.map(|shape| (shape.entries, &*shape.name)).collect();
@@ -227,12 +227,20 @@ impl NodePlan {
                 (all > most).then(|| name.into())
             })
             .collect();
-        let is_too_long = |policy_chain: &PolicyChain| {
-            let mut listing = policy_chain.steps().iter().filter(|step| !step.covers_everything());
-            !too_long.is_empty() && listing.any(|step| too_long.contains(&step.covers.shape().name))
-        };
-        let isolated = self.policy_chains.values_mut().filter(|policy_chain| is_too_long(policy_chain));
-        isolated.map(|policy_chain| *policy_chain = Arc::new(PolicyChain::Isolated)).count()
+        let mut policies = BTreeSet::new();
+        if too_long.is_empty() {
+            return policies;
+        }
+        for policy_chain in self.policy_chains.values_mut() {
+            let steps = policy_chain.steps().iter().filter(|step| !step.covers_everything());
+            let over = steps.filter(|step| too_long.contains(&step.covers.shape().name));
+            let over: Vec<PolicyKey> = over.map(|step| step.policy.clone()).collect();
+            if !over.is_empty() {
+                *policy_chain = Arc::new(PolicyChain::Isolated);
+                policies.extend(over);
+            }
+        }
+        policies
     }
 
     /// Adds a pod with its nftables chain and its policy chain. The pod is isolated if another policy chain has the

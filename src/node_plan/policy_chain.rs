@@ -125,7 +125,8 @@ mod tests {
         let spec = crate::api::EgressPolicySpec { pod_selector: Some(selector(&[])), ..Default::default() };
         let mut policy = crate::model::Policy::namespaced("a", &spec, Metadata::default()).unwrap();
         let port = |first| Ports { protocol: crate::api::Protocol::Tcp, first, last: first };
-        let covers = Destination { networks: Box::default(), ports: (1..=ports).map(port).collect() };
+        // Neighbours would be one entry.
+        let covers = Destination { networks: Box::default(), ports: (1..=ports).map(|n| port(2 * n)).collect() };
         policy.egress = Some(Arc::new(vec![covers].into()));
         Ranked { key: PolicyKey::from(format!("a/{name}").as_str()), policy: Arc::new(policy), over_quota: false }
     }
@@ -154,6 +155,30 @@ mod tests {
         assert!(is_isolated(&[&guess(true, false), &other]) && is_isolated(&[&other, &guess(true, false)]));
         assert!(is_isolated(&[&guess(false, true), &other]) && !is_isolated(&[&other, &guess(false, true)]));
         assert!(!is_isolated(&[&guess(false, false), &other]));
+    }
+
+    #[test]
+    fn the_longest_lists_beyond_the_limit_of_a_node_isolate_their_pods_and_no_others() {
+        let mut plan = NodePlan::default();
+        for (pod_mark, name, ports) in [(1, "short", 10), (2, "long", 30), (3, "longest", 40)] {
+            let policy_chain = PolicyChain::new(&[&policy(name, ports)], &NodeAllocations::default()).unwrap();
+            let interface_index = u32::from(pod_mark);
+            let pod = PodPlan {
+                interface: "v".into(),
+                interface_index,
+                addresses: vec![],
+                pod_mark,
+                policy_chain: policy_chain.name(),
+            };
+            plan.add(&View::default(), chain_name(pod_mark, interface_index), pod.into(), policy_chain.into());
+        }
+        let isolated = |plan: &NodePlan| plan.policy_chains.values().filter(|c| ***c == PolicyChain::Isolated).count();
+        let entries = |ports| policy("p", ports).policy.egress.as_ref().unwrap().shape().entries;
+        let all: usize = [10, 30, 40].map(entries).iter().sum();
+        assert!(plan.isolate_beyond(all).is_empty() && isolated(&plan) == 0);
+        assert_eq!(plan.isolate_beyond(all - 1), ["a/longest"].map(PolicyKey::from).into());
+        assert_eq!(isolated(&plan), 1);
+        assert_eq!(plan.isolate_beyond(entries(10)), ["a/long"].map(PolicyKey::from).into());
     }
 
     #[test]

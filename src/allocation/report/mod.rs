@@ -28,6 +28,10 @@ const NOT_HEARD: &str = "NodeNotHeard";
 /// The reason of `Accepted=True` when other policies share the named egress IP.
 const SHARED: &str = "AddressShared";
 
+/// The condition of a policy whose pods are isolated on some nodes, because it lists too many destinations for one. It is
+/// absent otherwise.
+const OVER_NODE_LIMIT: &str = "OverNodeLimit";
+
 /// What nodes report about egress IPs and about each other.
 struct NodeReports<'a> {
     cluster: &'a Cluster,
@@ -36,6 +40,8 @@ struct NodeReports<'a> {
     refused: HashMap<(&'a str, u16), &'a str>,
     /// Nodes that count as unreachable.
     unreachable: HashSet<&'a str>,
+    /// The nodes on which a policy lists too many destinations.
+    over_limit: BTreeMap<&'a PolicyKey, Vec<&'a str>>,
 }
 
 /// The status of each policy. `now` is in seconds since the Unix epoch.
@@ -81,6 +87,9 @@ pub fn report(cluster: &Cluster, outcome: &Outcome, now: i64) -> BTreeMap<Policy
                 }
             }
         }
+        if let Some(nodes) = reports.over_limit.get(key) {
+            conditions.add(OVER_NODE_LIMIT, true, quota::REASON, over_limit_of_nodes(nodes));
+        }
         let usage = use_of.get(key);
         status.pods = usage.map_or(0, |u| u.pods);
         match usage {
@@ -113,6 +122,16 @@ pub fn report(cluster: &Cluster, outcome: &Outcome, now: i64) -> BTreeMap<Policy
     statuses
 }
 
+/// At most three of the nodes are named.
+fn over_limit_of_nodes(nodes: &[&str]) -> String {
+    let more = if nodes.len() > 3 { format!(" and {} more", nodes.len() - 3) } else { String::new() };
+    format!(
+        "its pods on {}{more} are isolated: the policies of the pods there list more destinations than one node takes, \
+         and this one lists the most; list fewer destinations, or use wider networks",
+        nodes.iter().take(3).copied().collect::<Vec<_>>().join(", ")
+    )
+}
+
 fn accepted(grant: &Grant) -> String {
     let whose = match grant.kind {
         AllocationKind::Explicit => "as it asks for",
@@ -135,11 +154,18 @@ impl<'a> NodeReports<'a> {
         let refused = |(name, allocations): (&'a str, &'a OfAllocations)| {
             allocations.refused.iter().map(move |refused| ((name, refused.id), refused.message.as_str()))
         };
+        let mut over_limit: BTreeMap<&PolicyKey, Vec<&str>> = BTreeMap::new();
+        for (name, allocations) in nodes().filter(|(name, _)| cluster.nodes.contains_key(*name)) {
+            for policy in &allocations.over_limit {
+                over_limit.entry(policy).or_default().push(name);
+            }
+        }
         NodeReports {
             cluster,
             held: nodes().map(|(name, allocations)| (name, allocations.held.iter().copied().collect())).collect(),
             refused: nodes().flat_map(refused).collect(),
             unreachable: unreachable(cluster),
+            over_limit,
         }
     }
 

@@ -1,6 +1,6 @@
 //! Events for users: not every state, but changes that they should act on or know of.
 
-use super::{REFUSED, SHARED};
+use super::{OVER_NODE_LIMIT, REFUSED, SHARED};
 use crate::allocation::in_words;
 use crate::api::{Condition, EgressGatewayStatus, EgressPolicyStatus};
 use crate::model::notice::Notice;
@@ -30,6 +30,9 @@ pub fn of_policy(before: Option<&EgressPolicyStatus>, after: &EgressPolicyStatus
             // A new policy is not ready for a moment, which concerns nobody.
             ("Ready", "False") if was.is_some_and(|was| was.status == "True") && condition.reason != "NotAccepted" => {
                 notices.push(Notice::warning(&condition.reason, format!("blocked: {}", condition.message)));
+            }
+            (OVER_NODE_LIMIT, "True") => {
+                notices.push(Notice::warning(OVER_NODE_LIMIT, condition.message.clone()));
             }
             ("Shadowed", "True") => notices.push(Notice::warning("Shadowed", condition.message.clone())),
             _ => {}

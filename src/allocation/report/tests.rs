@@ -322,3 +322,20 @@ fn lost_families_that_the_policy_needs_are_named() {
     );
     assert!(!world.condition("a/plain", "Ready").message.contains("lost"));
 }
+
+#[test]
+fn a_policy_over_the_limit_of_a_node_says_on_which_nodes() {
+    let mut world = World::new(&["192.0.2.50"]);
+    world.policy("a/p", naming(&["192.0.2.50"]));
+    for node in ["n1", "n2"] {
+        world.node(node, "g", &[]);
+        let status = Arc::make_mut(world.cluster.egress_nodes.entry(node.into()).or_default());
+        status.of_allocations_mut().over_limit = vec![PolicyKey::from("a/p")];
+    }
+    world.assert_condition("a/p", "OverNodeLimit", "True", "TooManyDestinations", "its pods on n1, n2 are isolated");
+    for status in world.cluster.egress_nodes.values_mut() {
+        Arc::make_mut(status).of_allocations_mut().over_limit.clear();
+    }
+    let status = &world.report()[&PolicyKey::from("a/p")];
+    assert!(status.conditions.iter().all(|c| c.type_ != "OverNodeLimit"), "{:?}", status.conditions);
+}

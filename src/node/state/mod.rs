@@ -401,7 +401,14 @@ impl Node {
         let (blocked, unreachable) = (self.blocked(), &self.unreachable());
         let Node { facts, holding, .. } = self;
         let faults = &self.known_faults.faults;
-        let own = Own { tunnel: self.host.tunnel_end(), facts, holding, faults, unreachable };
+        let own = Own {
+            tunnel: self.host.tunnel_end(),
+            facts,
+            holding,
+            faults,
+            unreachable,
+            over_limit: self.pods.over_limit(),
+        };
         self.report.publish(&self.view, &own, blocked, self.cluster.nodes.len());
         self.set_targets();
         self.set_roles();

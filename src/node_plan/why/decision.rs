@@ -77,10 +77,16 @@ pub(super) fn decided(cluster: &Cluster, pod: &Pod, policies: &[&Ranked], target
     lines
 }
 
+/// What a node does with pods of a policy that lists too many destinations for it.
+const OVER_LIMIT: &str = "all that leaves the cluster is dropped: the policy lists too many destinations for one node";
+
 /// The report of the pod's own node that it blocks traffic of the policy's egress IP: the node and its message.
 fn blocked<'a>(cluster: &'a Cluster, pod: &'a Pod, policy: &PolicyKey, target: Target) -> Option<(&'a str, &'a str)> {
     let node = pod.node.as_deref()?;
     let of_allocations = cluster.egress_nodes.get(node)?.of_allocations();
+    if of_allocations.over_limit.contains(policy) {
+        return Some((node, OVER_LIMIT));
+    }
     Some((node, message_about(of_allocations, allocation_of(cluster, policy)?, target)?))
 }
 
