@@ -141,7 +141,7 @@ fn a_daemon_that_is_restarted_ends_no_connection_that_was_kept() {
     lab.wait_ready("n1");
     lab.wait_seen_as(&kept.pod, KEEPS);
     // Somebody takes rules away, and the daemon knows it.
-    lab.node("n1").nft("flush chain inet egret egress_guard");
+    lab.node("n1").nft("flush chain inet egret egress-guard");
     thread::sleep(Duration::from_millis(500));
     kept.assert_kept();
 }

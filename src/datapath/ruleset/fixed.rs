@@ -44,7 +44,7 @@ pub(super) fn chains(marks: Marks, local: Option<IpAddr>, port_log: bool) -> Vec
         ("unsolicited", Chain::new(None, unsolicited())),
         ("unmarked", Chain::new(None, unmarked())),
         ("marked-again", Chain::new(None, marked_again(marks))),
-        ("pod-mark-lost", Chain::new(None, pod_mark_lost())),
+        ("mark-lost", Chain::new(None, pod_mark_lost())),
         ("to-owner", Chain::new(None, to_owner())),
         ("known", Chain::new(None, known())),
         ("srcnat", Chain::new(base("nat", hook::POSTROUTING, SRCNAT), srcnat(marks))),
@@ -270,7 +270,7 @@ fn unsolicited() -> Vec<Rule> {
 /// `bandwidth` holds up comes back past the chain on the veth (`tc_skip_classify`, net/core/dev.c), and passes the one on the
 /// tunnel device by, too (`nf_skip_egress`): its tunnel next hop's MAC stays, which is nobody's. What gets its pod mark back returns.
 fn unmarked() -> Vec<Rule> {
-    let selected = |(at, ip)| Rule::new().saddr_in_set(ip, set::SELECTED[at]).goto("pod-mark-lost");
+    let selected = |(at, ip)| Rule::new().saddr_in_set(ip, set::SELECTED[at]).goto("mark-lost");
     let by_veth = Rule::new().set_mark_by_iif(set::VETHS).goto("marked-again");
     // Anybody's, with an egress IP: it comes from its owner, by the interface that leads there. The kernel's own filtering
     // may be off, or loose, and for IPv6 there is none.
