@@ -180,11 +180,11 @@ fn policies(lab: &Lab) -> Vec<Duration> {
         let policy = json!({"apiVersion": "egret.dev/v1alpha1", "kind": "EgressPolicy",
             "metadata": {"namespace": "shop", "name": format!("p{i}")},
             "spec": {"podSelector": {"matchLabels": {"app": "visitor"}}, "address": {"ipv4": address}}});
-        let allocation = "/apis/egret.dev/v1alpha1/namespaces/shop/egresspolicies";
+        let path = "/apis/egret.dev/v1alpha1/namespaces/shop/egresspolicies";
         let begun = Instant::now();
-        lab.api().ask("POST", allocation, Some(("application/json", &policy)));
+        lab.api().ask("POST", path, Some(("application/json", &policy)));
         times.push(until_seen_as(&pod, address, begun));
-        lab.api().delete(&format!("{allocation}/p{i}"));
+        lab.api().delete(&format!("{path}/p{i}"));
         until_seen_as(&pod, lab.node("n1").ipv4(), Instant::now());
         // What goes with the policy is no part of what is measured next.
         std::thread::sleep(REST);

@@ -36,8 +36,8 @@ pub fn nodes(lab: &Lab, count: usize, gateways: usize) {
         create(lab, nodes, &own);
         let mac = mac::Shown(mac::of_node(&name)).to_string();
         let status = json!({"status": {"tunnelAddress": address, "tunnelMac": mac}});
-        let allocation = format!("{nodes}/{name}/status");
-        lab.api().ask("PATCH", &allocation, Some(("application/merge-patch+json", &status)));
+        let path = format!("{nodes}/{name}/status");
+        lab.api().ask("PATCH", &path, Some(("application/merge-patch+json", &status)));
     }
 }
 
@@ -55,9 +55,9 @@ pub fn policies(lab: &Lab, count: usize) {
 /// Has a policy cover another network.
 pub fn change_policy(lab: &Lab, n: usize, network: &str) {
     let one = policy(n);
-    let allocation = format!("{}/{}", collection(&one.namespace), one.name);
+    let path = format!("{}/{}", collection(&one.namespace), one.name);
     let change = json!({"spec": object(n, network)["spec"]});
-    lab.api().ask("PATCH", &allocation, Some(("application/merge-patch+json", &change)));
+    lab.api().ask("PATCH", &path, Some(("application/merge-patch+json", &change)));
 }
 
 fn collection(namespace: &str) -> String {

@@ -99,7 +99,7 @@ pub fn write_policies(lab: &Lab, count: usize) {
     }
 }
 
-/// Writes the gateway with a gateway's allocations in which each policy has an allocation of its own, held by these nodes in turn.
+/// Writes the gateway. Each policy has an allocation of its own, on these nodes in turn.
 pub fn write_gateway(directory: &Path, policies: usize, nodes: &[&str]) {
     let gateway = "apiVersion: egret.dev/v1alpha1\nkind: EgressGateway\nmetadata:\n  name: default\nspec:\n  \
                    nodeSelector: { matchLabels: { egret.dev/gateway: \"true\" } }\n  addresses: [\"198.18.0.0/15\"]\n  \

@@ -155,7 +155,7 @@ fn a_gateway_that_was_cut_off_with_its_daemon_awake_gives_up_what_was_taken_over
     let longest = assert_live("cut off", sessions);
     assert_short(longest, 1500);
     let changes = lab.daemon("controller").log().matches("wrote the allocations").count();
-    assert!(changes < 6, "the two claimed the allocation by turns: the allocations was written {changes} times");
+    assert!(changes < 6, "the two claimed the egress IP by turns: the allocations were written {changes} times");
     lab.assert_nothing_leaked();
 }
 

@@ -1,4 +1,4 @@
-//! A gateway's allocations that is too long for one object.
+//! A gateway whose allocations are too many for one object.
 
 use super::{PATIENCE, allocations};
 use lab::{Lab, NodeSpec, Pods, manifests};
@@ -16,8 +16,8 @@ fn what_has_no_room_is_refused_in_words_and_what_is_written_stays() {
     let create = |n: usize| {
         let policy = json!({"apiVersion": "egret.dev/v1alpha1", "kind": "EgressPolicy",
             "metadata": {"namespace": namespace, "name": format!("{n:0>253}")}, "spec": {"podSelector": {}}});
-        let allocation = format!("/apis/egret.dev/v1alpha1/namespaces/{namespace}/egresspolicies");
-        lab.api().ask("POST", &allocation, Some(("application/json", &policy)));
+        let path = format!("/apis/egret.dev/v1alpha1/namespaces/{namespace}/egresspolicies");
+        lab.api().ask("POST", &path, Some(("application/json", &policy)));
     };
     (0..3).for_each(create);
     let controller = lab.start_controller();

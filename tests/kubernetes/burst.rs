@@ -28,8 +28,8 @@ fn a_thousand_policies_and_two_thousand_pods_at_once() {
             let spec = json!({"podSelector": {"matchLabels": {"app": format!("app-{i}")}}});
             let policy = json!({"apiVersion": "egret.dev/v1alpha1", "kind": "EgressPolicy",
                 "metadata": {"namespace": "shop", "name": format!("policy-{i}")}, "spec": spec});
-            let allocation = "/apis/egret.dev/v1alpha1/namespaces/shop/egresspolicies";
-            lab.api().ask("POST", allocation, Some(("application/json", &policy)));
+            let path = "/apis/egret.dev/v1alpha1/namespaces/shop/egresspolicies";
+            lab.api().ask("POST", path, Some(("application/json", &policy)));
         }
     }
     eprintln!("created in {:.1?}", begun.elapsed());
@@ -48,7 +48,7 @@ fn a_thousand_policies_and_two_thousand_pods_at_once() {
         told() == POLICIES
     });
     eprintln!("all told after {:.1?}", begun.elapsed());
-    // A gateway's allocations as long as this is text.
+    // So many allocations are written as text.
     let gateway = lab.api().egret("egressgateways/default");
     let text = gateway["status"]["text"].as_str().unwrap_or_default();
     let lines = text.lines().filter(|line| line.contains(" shop/policy-")).count();

@@ -31,7 +31,7 @@ fn allocations_move(away: impl Fn(&Lab), back: impl Fn(&Lab)) {
     assert_live("without an API server", going_on);
     assert_short(gap, 1100);
     back(&lab);
-    lab.wait_until("the allocations follows", Duration::from_secs(60), || {
+    lab.wait_until("the allocations follow", Duration::from_secs(60), || {
         allocations(&lab).iter().any(|allocation| allocation["node"] == other.as_str())
     });
     pods.iter().for_each(assert_leaves_by_egress);

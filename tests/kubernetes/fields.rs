@@ -53,7 +53,7 @@ fn gateways() -> Vec<Value> {
         json!([{"id": 7, "ipv4": "192.0.2.57", "ipv6": "2001:db8::57", "policies": ["shop/b"], "at": 1_700_000_000}]);
     let writer = json!({"name": "controller", "term": 2, "writes": 7});
     let listed = json!({"nodes": ["g1"], "allocations": allocations, "released": released, "conditions": conditions(), "writer": writer});
-    // The form that a long allocations has.
+    // The form that many allocations have.
     let text = json!({"nodes": ["g1"], "allocations": [], "conditions": conditions(), "writer": writer,
                       "text": "node g1\n1 Dedicated 192.0.2.50 - 0 1700000000 - shop/a\n"});
     vec![

@@ -39,7 +39,7 @@ fn condition_of(object: &Value, type_: &str) -> Option<(String, String, String)>
     Some((text("status"), text("reason"), text("message")))
 }
 
-/// The allocations of all allocations, as they stood together at one moment.
+/// The allocations of all gateways, as they stood together at one moment.
 fn allocations(lab: &Lab) -> Vec<Value> {
     let list = lab.api().egret("egressgateways");
     let each = list["items"].as_array().cloned().unwrap_or_default().into_iter();

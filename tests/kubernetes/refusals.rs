@@ -65,8 +65,8 @@ fn nodes_and_controllers_may_do_no_more_than_they_do() {
             "user": user, "groups": ["system:serviceaccounts"],
             "resourceAttributes": {"verb": verb, "group": group, "resource": resource, "subresource": subresource,
                                    "namespace": namespace}}});
-        let allocation = "/apis/authorization.k8s.io/v1/subjectaccessreviews";
-        lab.api().ask("POST", allocation, Some(("application/json", &review)))["status"]["allowed"] == true
+        let path = "/apis/authorization.k8s.io/v1/subjectaccessreviews";
+        lab.api().ask("POST", path, Some(("application/json", &review)))["status"]["allowed"] == true
     };
     for role in [Role::Node, Role::Controller] {
         for verb in ["list", "watch"] {

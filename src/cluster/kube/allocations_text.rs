@@ -1,5 +1,5 @@
-//! A long allocations as text, a line an allocation: as objects, 10,000 allocations are more than etcd takes, and a server-side apply
-//! merges them one by one.
+//! Many allocations as text, one line for each. As objects, 10,000 allocations are more than etcd takes, and the API server
+//! merges them one by one in a server-side apply.
 //!
 //! ```text
 //! node g1

@@ -50,7 +50,7 @@ impl Kind {
     /// What is followed where it is there, and tells a node what is inside the cluster.
     pub const OPTIONAL: [Kind; 3] = [Kind::ServiceCidr, Kind::IpPool, Kind::EndpointSlice];
 
-    /// The allocation of the collection, all namespaces together.
+    /// The path of the collection in the API, all namespaces together.
     pub fn path(self) -> &'static str {
         match self {
             Kind::Namespace => "/api/v1/namespaces",
@@ -67,7 +67,7 @@ impl Kind {
         }
     }
 
-    /// Where the same is found in API servers that do not have the allocation.
+    /// The path of the same objects in API servers that do not have the first one.
     pub fn older_path(self) -> Option<&'static str> {
         // discovery.k8s.io/v1 came with 1.21; that Endpoints are deprecated is said from 1.33 on.
         (self == Kind::EndpointSlice).then_some("/api/v1/namespaces/default/endpoints")
@@ -82,7 +82,7 @@ impl Kind {
         }
     }
 
-    /// The allocation of one object.
+    /// The path of one object in the API.
     pub fn path_of(self, namespace: Option<&str>, name: &str) -> String {
         match (namespace, self.path().rsplit_once('/')) {
             (Some(namespace), Some((group, plural))) => format!("{group}/namespaces/{namespace}/{plural}/{name}"),

@@ -21,9 +21,8 @@ use std::fmt;
 const CONTROLLER: &str = "egret-controller";
 /// The field manager of what nodes write of themselves.
 const NODE: &str = "egret-node";
-/// A gateway's allocations of more allocations than this is written as text: that is half as long, and the API server need not merge them one
-/// by one.
-const SHORT_LEDGER: usize = 500;
+/// More allocations than this are written as text. It is half as long, and the API server does not merge them one by one.
+const FEW_ALLOCATIONS: usize = 500;
 /// A status that is longer than this, bytes, is not sent: etcd takes requests of 1.5 MiB by default, and the API server
 /// adds the object's metadata (<https://etcd.io/docs/v3.5/dev-guide/limit/>).
 const LONGEST_STATUS: usize = 1_400_000;
@@ -89,7 +88,7 @@ impl Statuses {
         Statuses { client, files }
     }
 
-    /// Writes a gateway's allocations in place of the one that the version names, and returns the new version.
+    /// Writes a gateway's allocations in place of that version of the object, and returns the new version.
     pub(in crate::cluster) async fn gateway(
         &self,
         name: &str,
@@ -97,7 +96,7 @@ impl Statuses {
         in_place_of: Option<&str>,
         notices: Vec<Notice>,
     ) -> Result<Option<Box<str>>, NotWritten> {
-        let is_short = status.allocations.len() + status.released.len() <= SHORT_LEDGER;
+        let is_short = status.allocations.len() + status.released.len() <= FEW_ALLOCATIONS;
         let status = if is_short { Cow::Borrowed(status) } else { Cow::Owned(allocations_text::write(status)) };
         let answer = self.apply(Kind::EgressGateway, (None, name), CONTROLLER, &*status, in_place_of).await?;
         self.emit(Kind::EgressGateway, (None, name), &answer, notices);

@@ -165,7 +165,7 @@ impl Store {
         }
     }
 
-    /// A gateway makes no sense, and its allocations does: that is followed, with the last good spec if there is one.
+    /// Follows the allocations of a gateway whose spec is invalid, with its last valid spec if there is one.
     fn keep_gateway(&mut self, name: &Name, readable: ReadableGateway, generation: Option<i64>, fault: &Fault) {
         let ReadableGateway { version, status, stands } = readable;
         let known = self.cluster.gateways.get(name).filter(|gateway| !gateway.frozen);
@@ -175,8 +175,8 @@ impl Store {
         self.changed |= put(&mut self.cluster.gateways, name.clone(), Arc::new(gateway));
     }
 
-    /// Puts in the place of policies that make no sense, and of which no last good state is known, what the allocations know of
-    /// them; and tells policies what is used of them.
+    /// Adds a fallback policy, made from the allocations, for each invalid policy without a last valid state. Adds to the
+    /// policies' faults what is used of them.
     fn fill_in(&mut self) {
         let policies =
             self.faults.iter().filter_map(|((_, key), fault)| Some((key, fault, fault.readable.as_deref()?)));

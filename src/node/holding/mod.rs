@@ -63,7 +63,7 @@ pub struct Holding {
     lost: BTreeSet<EgressId>,
     /// Another node has them: when they go.
     going: BTreeMap<EgressId, Instant>,
-    /// The allocations give them to this node, which gave them up: `since` of the allocations' entry, and when.
+    /// Egress IPs that are assigned to this node, and that it gave up: `since` of the allocation, and the time.
     relinquished: BTreeMap<EgressId, (i64, Instant)>,
     /// What this node has taken over from others.
     taken_from_the_dead: BTreeSet<EgressId>,
@@ -77,7 +77,7 @@ pub struct Decision {
     pub desired: Desired,
     /// Allocations for whose addresses the link is to be asked.
     pub ask: BTreeSet<EgressId>,
-    /// Those among them that were in no allocations before: no node of Egret's has had them.
+    /// Those of them that were not allocated before: no node of Egret has held them.
     pub new: BTreeSet<EgressId>,
     /// Allocations that are to be here without a family that this node has lost.
     pub partial: BTreeSet<EgressId>,
@@ -329,7 +329,7 @@ impl Holding {
         self.next = [self.next, at].into_iter().flatten().min();
     }
 
-    /// Drops what is known of allocations that are gone or are another node's by a newer allocations.
+    /// Forgets allocations that are gone, and those that newer allocations assign to another node.
     fn forget(&mut self, allocations: &BTreeMap<EgressId, NodeAllocation>) {
         let there = |id: &EgressId| allocations.get(id).is_some_and(|allocation| allocation.placing != Placing::Never);
         self.cleared.retain(|id, _| there(id));

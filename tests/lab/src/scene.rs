@@ -81,7 +81,7 @@ impl Lab {
         self.forget_wire();
     }
 
-    /// The id of the allocation that the allocations give the policy.
+    /// The id of the policy's allocation.
     #[track_caller]
     pub fn egress_id(&self, policy: &str) -> u16 {
         let statuses = self.manifests().statuses();
