@@ -96,7 +96,7 @@ fn big_cluster() {
         gateway_status.len() as f64 / MOST,
         Bound::AtMost(1.0),
     );
-    for (node, role) in lab.nodes().iter().zip(["a director", "one of three gateways"]) {
+    for (node, role) in lab.nodes().iter().zip(["a source node", "one of three gateways"]) {
         daemon_of(&lab, node, role, &mut table);
     }
     let now = Memory::of(&controller);

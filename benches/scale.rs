@@ -44,7 +44,7 @@ fn main() {
     for node in lab.nodes() {
         start(&lab, node).1.kill9();
     }
-    for (node, role) in lab.nodes().iter().zip(["a director", "one of three gateways"]) {
+    for (node, role) in lab.nodes().iter().zip(["a source node", "one of three gateways"]) {
         measure(&lab, node, role);
     }
 }

@@ -175,7 +175,7 @@ impl World {
     /// Lets each node report that it holds what the allocations assign to it.
     pub(crate) fn settle(&mut self) {
         let mut held: BTreeMap<Name, Vec<u16>> = BTreeMap::new();
-        for allocation in self.cluster.gateways.values().flat_map(|gateway| &gateway.status.allocations) {
+        for allocation in self.cluster.allocations() {
             held.entry(allocation.node.clone().unwrap_or_default()).or_default().push(allocation.id);
         }
         for node in self.cluster.nodes.keys().cloned().collect::<Vec<_>>() {

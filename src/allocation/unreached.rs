@@ -1,7 +1,7 @@
-//! Egress IPs on a gateway node that other gateway nodes reach and no source node does: they move to one that all their
+//! Moves egress IPs from a gateway node that other gateway nodes reach and no source node does, to one that all their
 //! source nodes reach.
 //!
-//! One source node that says so moves nothing that another one reaches: whoever is right, that one would lose what it has.
+//! An egress IP that one of its source nodes reaches stays, whatever the others report: that node would lose it.
 
 use super::allocator::Allocator;
 use super::moves::{self, Reports};
@@ -12,20 +12,20 @@ use crate::model::precedence::PolicyIndex;
 use crate::model::selector::Name;
 use std::collections::{BTreeSet, HashMap, HashSet};
 
-/// What source nodes say of gateway nodes.
+/// What source nodes report about gateway nodes.
 pub(super) struct SourceNodes<'a> {
-    /// Whom each of those that say something does not reach.
+    /// The gateway nodes that a source node does not reach, by source node.
     unreached: HashMap<&'a str, HashSet<&'a str>>,
-    /// The nodes of the pods that each policy selects. Nobody's, while no node says anything.
+    /// The nodes of the pods that each policy selects. Empty while no node reports anything.
     of_policies: HashMap<PolicyKey, BTreeSet<&'a Name>>,
 }
 
 impl<'a> SourceNodes<'a> {
     pub(super) fn new(allocator: &Allocator<'a>) -> Self {
         let cluster = allocator.cluster;
-        let said = cluster.egress_nodes.iter().filter(|(name, _)| cluster.nodes.contains_key(*name));
-        let said = said.map(|(name, node)| (&**name, &node.of_allocations().unreachable_gateway_nodes));
-        let unreached: HashMap<&str, HashSet<&str>> = said
+        let reports = cluster.egress_nodes.iter().filter(|(name, _)| cluster.nodes.contains_key(*name));
+        let reports = reports.map(|(name, node)| (&**name, &node.of_allocations().unreachable_gateway_nodes));
+        let unreached: HashMap<&str, HashSet<&str>> = reports
             .filter(|(_, unreachable)| !unreachable.is_empty())
             .map(|(name, unreachable)| (name, unreachable.iter().map(String::as_str).collect()))
             .collect();
@@ -47,8 +47,8 @@ impl<'a> SourceNodes<'a> {
         self.unreached.values().any(|unreached| unreached.contains(&**node))
     }
 
-    /// The nodes with pods that the allocation's policies select, but the gateway's own, which say it otherwise, and those that
-    /// Kubernetes hears nothing of.
+    /// The nodes with pods that the allocation's policies select. The gateway's own nodes are not among them, because they
+    /// probe each other, nor are nodes that count as lost.
     fn of(&self, allocator: &Allocator<'a>, allocation: usize) -> Vec<&'a Name> {
         let users = allocator.users(allocation).into_iter().map(|place| allocator.requests.requesters[place].key);
         let nodes: BTreeSet<&Name> = users.filter_map(|key| self.of_policies.get(key)).flatten().copied().collect();
@@ -58,9 +58,9 @@ impl<'a> SourceNodes<'a> {
         nodes.into_iter().filter(|name| !is_member(name) && hears(name)).collect()
     }
 
-    /// Whether none of them reaches the node, and there are some.
+    /// Whether the allocation has source nodes and none of them reaches the node.
     pub(super) fn all_miss(&self, allocator: &Allocator<'a>, allocation: usize, node: &Name) -> bool {
-        if self.unreached.is_empty() || !self.miss(node) {
+        if !self.miss(node) {
             return false;
         }
         let sources = self.of(allocator, allocation);
@@ -68,14 +68,15 @@ impl<'a> SourceNodes<'a> {
         !sources.is_empty() && sources.iter().all(misses)
     }
 
-    /// Whether all of them reach the node.
+    /// Whether all source nodes of the allocation reach the node.
     fn all_reach(&self, allocator: &Allocator<'a>, allocation: usize, node: &Name) -> bool {
         let reaches = |source: &Name| self.unreached.get(&**source).is_none_or(|u| !u.contains(&**node));
         self.of(allocator, allocation).into_iter().all(reaches)
     }
 }
 
-/// Moves what no source node reaches. `ready`: the nodes that can take something, in the order of `names` by place.
+/// Moves the allocations that no source node reaches. `ready` has the nodes that an allocation can be moved to, with their
+/// places.
 pub(super) fn move_on<'a>(
     allocator: &mut Allocator<'a>,
     allocations: &[usize],
@@ -92,8 +93,8 @@ pub(super) fn move_on<'a>(
         else {
             continue;
         };
-        // Who does not live is replaced by others. Who is not heard by Kubernetes may not hear that it is replaced, and
-        // two would have the address.
+        // Other code replaces a dead node. A node that Kubernetes does not hear may not hear of the move, and two nodes
+        // would have the address.
         let heard = allocator.cluster.nodes.get(&node).is_some_and(|known| known.lost_since.is_none());
         if !heard
             || !allocator.lives(&node)

@@ -4,7 +4,7 @@ use super::egress_node::EgressNode;
 use super::selector::{Labels, Name};
 use super::shared::Shared;
 use super::{Endpoints, Gateway, Node, Pod, Policy, Service};
-use crate::api::{EgressPolicyStatus, PolicyKey};
+use crate::api::{Allocation, EgressPolicyStatus, PolicyKey};
 use ipnetwork::IpNetwork;
 use std::collections::BTreeMap;
 use std::fmt;
@@ -40,6 +40,11 @@ pub struct Cluster {
 }
 
 impl Cluster {
+    /// The allocations of all gateways.
+    pub fn allocations(&self) -> impl Iterator<Item = &Allocation> {
+        self.gateways.values().flat_map(|gateway| &gateway.status.allocations)
+    }
+
     /// The API servers' addresses: the endpoints of the Service `default/kubernetes`, which the API servers keep.
     pub fn api_servers(&self) -> impl Iterator<Item = IpAddr> {
         let of_api = self.endpoints.values().filter(|endpoints| endpoints.are_of_api());

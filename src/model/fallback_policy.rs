@@ -73,11 +73,7 @@ pub fn from_allocation(key: &PolicyKey, gateway: &Name, allocation: &Allocation,
 
 /// The policies that the allocations list and the cluster does not have.
 pub fn listed_only(cluster: &Cluster) -> BTreeSet<PolicyKey> {
-    let listed = cluster
-        .gateways
-        .values()
-        .flat_map(|gateway| &gateway.status.allocations)
-        .flat_map(|allocation| &allocation.policies);
+    let listed = cluster.allocations().flat_map(|allocation| &allocation.policies);
     listed.filter(|key| !cluster.policies.contains_key(*key)).cloned().collect()
 }
 

@@ -55,7 +55,7 @@ pub struct Own<'a> {
     /// The state of its uplinks.
     pub holding: &'a Holding,
     pub faults: &'a Faults,
-    /// The gateways' nodes that others are to hear of, for this one does not reach them.
+    /// The gateway nodes that this source node reports as unreachable.
     pub unreachable: &'a BTreeSet<Name>,
     /// The policies that list too many destinations for this node.
     pub over_limit: &'a BTreeSet<PolicyKey>,

@@ -1,9 +1,8 @@
-//! A node's plan as it follows from the cluster's state alone: to be read by people and compared by tests. It is the node's
-//! own plan but for what only the node knows: which interfaces its pods have, and what is different there at the moment.
+//! A node's plan as it follows from the cluster's state alone, for people to read and tests to compare. It equals the node's
+//! own plan except for what only the node knows: the interfaces of its pods, and its present state.
 
 use super::allocations::{AllocationState, Facts};
 use super::{NodePlan, PodPlan, View, chain_name};
-use crate::api::Allocation;
 use crate::model::marks::EgressId;
 use crate::model::selector::Name;
 use crate::model::tunnel_family::{TunnelFamily, internal};
@@ -12,7 +11,7 @@ use ipnetwork::IpNetwork;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-/// The index that stands for the tunnel device's; those that stand for pods' interfaces follow.
+/// An example index for the tunnel device; the examples for pods' interfaces follow.
 const DEVICE_INDEX: u32 = 1000;
 
 /// The cluster has no such node.
@@ -20,7 +19,7 @@ const DEVICE_INDEX: u32 = 1000;
 #[error("the cluster has no Node {0:?}; give the name that it has there with --node")]
 pub struct NoSuchNode(String);
 
-/// What is expected of a node.
+/// A node's expected plan.
 #[derive(Debug)]
 pub struct Expected {
     /// The cluster as the node sees it.
@@ -32,7 +31,7 @@ pub struct Expected {
 }
 
 impl Expected {
-    /// Of `node`, with `direct` as the destinations that no policy covers beside the cluster's own.
+    /// Computes the plan of `node`, with `direct` as the destinations that no policy covers beside the cluster's own.
     ///
     /// # Errors
     /// The cluster has no such node.
@@ -43,9 +42,9 @@ impl Expected {
             cluster.pods.iter().filter(|(_, pod)| is_here(pod) && !pod.addresses.is_empty()).collect();
         let local_pods = here.iter().flat_map(|(_, pod)| pod.addresses.iter().copied());
         let view = View::new(cluster, node, &facts(cluster, node), direct, local_pods);
-        let said = cluster.egress_nodes.get(node).and_then(|said| said.tunnel_address);
+        let reported = cluster.egress_nodes.get(node).and_then(|status| status.tunnel_address);
         let family = TunnelFamily::of_cluster(cluster);
-        let local = said.or_else(|| internal(known).find(|address| TunnelFamily::of(*address) == family));
+        let local = reported.or_else(|| internal(known).find(|address| TunnelFamily::of(*address) == family));
         let mut plan = NodePlan { device: DEVICE_INDEX, local, port_log: true, ..NodePlan::default() };
         let mut pods = BTreeMap::new();
         for (key, pod) in here {
@@ -76,26 +75,23 @@ impl Expected {
                 Some(AllocationState::Remote(_))
             )
         };
-        let leaving = allocations(cluster).filter(|entry| entry.leaving.as_deref() == Some(node)).map(|entry| entry.id);
+        let leaving =
+            cluster.allocations().filter(|entry| entry.leaving.as_deref() == Some(node)).map(|entry| entry.id);
         plan.left = leaving.filter(is_remote).collect();
         Ok(Expected { view, plan, pods })
     }
 }
 
-fn allocations(cluster: &Cluster) -> impl Iterator<Item = &Allocation> {
-    cluster.gateways.values().flat_map(|gateway| &gateway.status.allocations)
-}
-
-/// What the node knows of itself and of others, as it says itself.
+/// What the node knows of itself and of others, according to its own status.
 fn facts(cluster: &Cluster, node: &str) -> Facts {
     let mut facts = Facts::default();
     facts.addresses.extend(cluster.nodes.get(node).iter().flat_map(|node| node.addresses.iter().copied()));
-    if let Some(said) = cluster.egress_nodes.get(node).map(|said| said.of_allocations()) {
-        let held = allocations(cluster).filter(|entry| said.held.contains(&entry.id));
+    if let Some(status) = cluster.egress_nodes.get(node).map(|status| status.of_allocations()) {
+        let held = cluster.allocations().filter(|entry| status.held.contains(&entry.id));
         facts.addresses.extend(held.flat_map(|entry| addresses_of(&entry.address)));
-        facts.taken = said.taken.iter().map(|taken| (taken.id, taken.since)).collect();
-        facts.refused = said.refused.iter().map(|refused| (refused.id, refused.message.clone())).collect();
-        facts.dead = said.unreachable_peers.iter().map(|name| Name::from(name.as_str())).collect();
+        facts.taken = status.taken.iter().map(|taken| (taken.id, taken.since)).collect();
+        facts.refused = status.refused.iter().map(|refused| (refused.id, refused.message.clone())).collect();
+        facts.dead = status.unreachable_peers.iter().map(|name| Name::from(name.as_str())).collect();
     }
     facts
 }

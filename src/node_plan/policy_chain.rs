@@ -131,6 +131,13 @@ mod tests {
         Ranked { key: PolicyKey::from(format!("a/{name}").as_str()), policy: Arc::new(policy), over_quota: false }
     }
 
+    /// Adds a pod whose policy chain has this name.
+    fn add_pod(plan: &mut NodePlan, pod_mark: u16, name: Arc<str>, policy_chain: PolicyChain) {
+        let interface_index = u32::from(pod_mark);
+        let pod = PodPlan { interface: "v".into(), interface_index, addresses: vec![], pod_mark, policy_chain: name };
+        plan.add(&View::default(), chain_name(pod_mark, interface_index), pod.into(), policy_chain.into());
+    }
+
     #[test]
     fn a_policy_over_the_limit_of_its_namespace_isolates_its_pods() {
         let mut all = ["p", "q", "r", "s", "t"].map(|name| policy(name, 1_000));
@@ -162,15 +169,7 @@ mod tests {
         let mut plan = NodePlan::default();
         for (pod_mark, name, ports) in [(1, "short", 10), (2, "long", 30), (3, "longest", 40)] {
             let policy_chain = PolicyChain::new(&[&policy(name, ports)], &NodeAllocations::default()).unwrap();
-            let interface_index = u32::from(pod_mark);
-            let pod = PodPlan {
-                interface: "v".into(),
-                interface_index,
-                addresses: vec![],
-                pod_mark,
-                policy_chain: policy_chain.name(),
-            };
-            plan.add(&View::default(), chain_name(pod_mark, interface_index), pod.into(), policy_chain.into());
+            add_pod(&mut plan, pod_mark, policy_chain.name(), policy_chain);
         }
         let isolated = |plan: &NodePlan| plan.policy_chains.values().filter(|c| ***c == PolicyChain::Isolated).count();
         let entries = |ports| policy("p", ports).policy.egress.as_ref().unwrap().shape().entries;
@@ -187,15 +186,7 @@ mod tests {
         let [one, other] = ["p", "q"].map(|name| PolicyChain::new(&[&policy(name, 1)], &allocations).unwrap());
         let mut plan = NodePlan::default();
         for (pod_mark, policy_chain) in [(1, &one), (2, &one), (3, &other)] {
-            let interface_index = u32::from(pod_mark);
-            let pod = PodPlan {
-                interface: "v".into(),
-                interface_index,
-                addresses: vec![],
-                pod_mark,
-                policy_chain: one.name(),
-            };
-            plan.add(&View::default(), chain_name(pod_mark, interface_index), pod.into(), policy_chain.clone().into());
+            add_pod(&mut plan, pod_mark, one.name(), policy_chain.clone());
         }
         let policy_chains: Vec<&PolicyChain> =
             plan.pods.values().map(|pod| &*plan.policy_chains[&pod.policy_chain]).collect();

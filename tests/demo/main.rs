@@ -30,7 +30,7 @@ fn demo() -> bool {
         "Building three nodes (n1, n2, n3), two gateways (g1, g2) and a server outside the cluster, each a network"
     );
     println!(
-        "namespace. Every node has the CNI's masquerade, strict reverse-allocation filtering, src_valid_mark, br_netfilter."
+        "namespace. Every node has the CNI's masquerade, strict reverse-path filtering, src_valid_mark, br_netfilter."
     );
     let lab = Lab::builder()
         .nodes(vec![

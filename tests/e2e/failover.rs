@@ -197,7 +197,7 @@ fn a_gateway_that_one_director_does_not_see_keeps_its_address_and_serves_the_oth
     let longest = assert_live("seen by the others", sessions);
     assert_short(longest, 150);
     cut(&lab, &[]);
-    println!("the director sees it again: answered after {:?}", answered_after(&apart, Instant::now()));
+    println!("the source node sees it again: answered after {:?}", answered_after(&apart, Instant::now()));
     assert_leaves_by_egress(&apart);
     lab.assert_nothing_leaked();
 }
@@ -239,7 +239,7 @@ fn an_address_that_somebody_removes_by_hand_is_back_within_a_second() {
 }
 
 #[test]
-fn an_address_that_another_host_has_is_not_taken_until_the_stranger_has_gone() {
+fn an_address_that_another_host_has_is_not_taken_until_that_host_has_gone() {
     let lab = Lab::scene();
     let ext = lab.host("ext");
     ext.ip_batch(&["addr add 192.0.2.57/32 dev eth0".into(), "addr add 2001:db8::57/128 dev eth0 nodad".into()]);

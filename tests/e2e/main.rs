@@ -25,7 +25,7 @@ mod mtu;
 mod own_uplinks;
 mod partitions;
 mod seeing;
-mod slow_stranger;
+mod slow_conflict;
 mod snapshots;
 mod survival;
 mod tenancy;

@@ -64,7 +64,7 @@ fn what_was_changed_by_hand_is_put_right_on_the_same_device() {
 
 /// Strict filtering would drop what comes out of the tunnel, and loose filtering asks for some route back.
 #[test]
-fn reverse_allocations_are_filtered_as_little_as_the_host_allows() {
+fn reverse_paths_are_filtered_as_little_as_the_host_allows() {
     in_namespace(|| async {
         let socket = host();
         for (all, device) in [("0", "0"), ("1", "2"), ("2", "2"), ("0", "0")] {

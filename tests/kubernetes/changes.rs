@@ -127,7 +127,7 @@ fn a_node_tells_which_networks_are_inside() {
 }
 
 #[test]
-fn a_stranger_who_has_a_policys_address_is_told_of() {
+fn a_host_that_has_a_policys_address_is_reported() {
     let lab = Lab::builder().kubernetes().scene();
     let ext = lab.host("ext");
     ext.ip_batch(&["addr add 192.0.2.57/32 dev eth0".into()]);

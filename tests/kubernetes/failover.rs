@@ -1,4 +1,4 @@
-//! NodeAllocations move while the API server is away.
+//! Egress IPs move while the API server is away.
 
 use super::allocations;
 use lab::fault_injection::{dies, holders, owner_and_other, plugged};

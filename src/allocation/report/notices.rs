@@ -109,10 +109,10 @@ mod tests {
             status(&[("Accepted", "True", "Accepted"), ("Ready", "Unknown", "NodeNotHeard")], "192.0.2.50", "g1");
         assert_eq!(notices(Some(&good), &unheard), ["NodeNotHeard: maybe blocked: because"]);
         assert!(notices(Some(&unheard), &unheard).is_empty() && notices(Some(&unheard), &good).is_empty());
-        let stranger = status(&[("Accepted", "True", "Accepted"), ("Ready", "False", REFUSED)], "192.0.2.50", "g1");
-        assert_eq!(notices(None, &stranger), ["AddressRefused: blocked: because"]);
-        assert_eq!(notices(Some(&new), &stranger), ["AddressRefused: blocked: because"]);
-        assert!(notices(Some(&stranger), &stranger).is_empty());
+        let conflict = status(&[("Accepted", "True", "Accepted"), ("Ready", "False", REFUSED)], "192.0.2.50", "g1");
+        assert_eq!(notices(None, &conflict), ["AddressRefused: blocked: because"]);
+        assert_eq!(notices(Some(&new), &conflict), ["AddressRefused: blocked: because"]);
+        assert!(notices(Some(&conflict), &conflict).is_empty());
         let refused = status(&[("Accepted", "False", "PoolExhausted"), ("Ready", "False", "NotAccepted")], "::1", "g1");
         assert_eq!(notices(None, &refused), ["PoolExhausted: refused: because"]);
         assert!(notices(Some(&refused), &refused).is_empty());

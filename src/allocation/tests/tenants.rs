@@ -29,8 +29,8 @@ fn an_address_is_shared_across_namespaces_only_where_the_gateway_says_so() {
     let outcome = world.allocate();
     assert_eq!(outcome.grant("shop/first").shared_with.as_deref(), Some("shop/second"));
     assert_eq!(outcome.grant("shop/second").shared_with.as_deref(), Some("shop/first"));
-    for stranger in ["a/thief", "everybody"] {
-        outcome.assert_refused(stranger, Reason::AddressNotShared, &["192.0.2.50", "shop/first", "sharing: Cluster"]);
+    for other in ["a/thief", "everybody"] {
+        outcome.assert_refused(other, Reason::AddressNotShared, &["192.0.2.50", "shop/first", "sharing: Cluster"]);
     }
 
     set_sharing(&mut world, Sharing::Cluster);

@@ -44,7 +44,7 @@ pub(super) fn chains(marks: Marks, local: Option<IpAddr>, port_log: bool) -> Vec
         ("unsolicited", Chain::new(None, unsolicited())),
         ("unmarked", Chain::new(None, unmarked())),
         ("marked-again", Chain::new(None, marked_again(marks))),
-        ("mark-lost", Chain::new(None, pod_mark_lost())),
+        ("mark-lost", Chain::new(None, mark_lost())),
         ("to-owner", Chain::new(None, to_owner())),
         ("known", Chain::new(None, known())),
         ("srcnat", Chain::new(base("nat", hook::POSTROUTING, SRCNAT), srcnat(marks))),
@@ -70,7 +70,7 @@ fn raw(local: Option<IpAddr>) -> Vec<Rule> {
 /// Tunnel packets from a node's end of the tunnel straight to this one's, or to another's for which this node routes.
 ///
 /// An address is easily forged: they come in by an interface that has this end's address, or by the one that leads to
-/// the node; a pod's does neither, whatever reverse-allocation filtering there is (IPv6 has none). Not only the latter: nodes
+/// the node; a pod's does neither, whatever reverse-path filtering there is (IPv6 has none). Not only the latter: nodes
 /// with several interfaces may answer by another one.
 fn between_nodes(packet: impl Fn() -> Rule, local: Option<IpAddr>) -> Vec<Rule> {
     let Some(local) = local else { return vec![] };
@@ -290,7 +290,7 @@ fn marked_again(marks: Marks) -> Vec<Rule> {
 }
 
 /// An address is not enough to say whose a packet is, but enough to keep it inside.
-fn pod_mark_lost() -> Vec<Rule> {
+fn mark_lost() -> Vec<Rule> {
     let lost = Rule::new().counter(counter::UNMARKED).drop();
     direct().map(Rule::accept).chain([lost]).collect()
 }

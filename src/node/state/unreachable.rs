@@ -1,9 +1,9 @@
-//! Gateway nodes that this source node does not reach, as far as others are to hear of it.
+//! The gateway nodes that this source node reports as unreachable.
 //!
-//! Of a gateway node that dies the other gateway nodes hear by themselves, and one of them takes its egress IPs over within a
-//! second. If nobody does, they reach it and this node alone does not: the controller can tell from what all source nodes
-//! say whether another gateway node serves them better. It is said late, for in a cluster of thousands of nodes all would
-//! say it at once of each gateway node that dies.
+//! When a gateway node dies, another one takes over its egress IPs within a second. If none does, the other gateway nodes
+//! reach it and only source nodes do not. The controller can tell from the reports of all source nodes whether another
+//! gateway node serves them better. The report is late on purpose: in a cluster of thousands of nodes all of them would
+//! report each gateway node that dies.
 
 use super::Node;
 use crate::model::mac;
@@ -13,30 +13,30 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 use tokio::time::Instant;
 
-/// How long an egress IP is without a node that this one reaches before that is said: several times a takeover.
+/// How long no reachable node holds the egress IP before this node reports it. It is several times a takeover.
 const PATIENCE: Duration = Duration::from_secs(3);
-/// All nodes together say it at this pace.
+/// The interval at which the nodes of a cluster report, one after the other.
 const PACE: Duration = Duration::from_millis(2);
 
-/// See the module.
+/// When to report, and what.
 #[derive(Debug, Default)]
 pub(super) struct Unreachable {
-    /// When it is to be said, while an egress IP is on no node that this one reaches.
+    /// The time of the report, while an egress IP is on no node that this one reaches.
     due: Option<Instant>,
-    /// Those that are named now.
+    /// The gateway nodes that are reported now.
     nodes: BTreeSet<Name>,
 }
 
 impl Unreachable {
-    /// When something is to be said, if nothing changes.
+    /// The time of the next report, if nothing changes.
     pub(super) fn next(&self) -> Option<Instant> {
         self.due.filter(|_| self.nodes.is_empty())
     }
 
-    /// `dead`: those that do not answer. `stranded`: an egress IP of this node's pods is on none that answers, though one
-    /// does. `spread`: how much longer than [`PATIENCE`] this node waits.
+    /// `dead` are the gateway nodes that do not answer. `stranded`: no node that answers holds an egress IP of this node's
+    /// pods. `spread` is how much longer than [`PATIENCE`] this node waits.
     fn judge(&mut self, dead: &BTreeSet<Name>, stranded: bool, spread: Duration, now: Instant) -> &BTreeSet<Name> {
-        // Who is named stays so until it answers: else its egress IPs could come back to it as soon as they have left it.
+        // A reported node stays reported until it answers. Otherwise its egress IPs could move back at once.
         self.nodes.retain(|node| dead.contains(node));
         if !stranded {
             self.due = None;
@@ -48,14 +48,14 @@ impl Unreachable {
 }
 
 impl Node {
-    /// The gateway nodes that others are to hear of.
+    /// The gateway nodes to report.
     pub(super) fn unreachable(&mut self) -> BTreeSet<Name> {
         let allocations = &self.view.allocations;
         let used =
             self.uses.values().flat_map(|used| &used.allocations).filter_map(|id| allocations.allocations.get(id));
-        let stranded = used.filter(|allocation| allocation.managed && !allocation.placed);
-        let stranded = stranded.filter(|allocation| matches!(allocation.state, AllocationState::Remote(_))).count() > 0;
-        // Of each other, gateway nodes say at once who does not answer.
+        let mut managed = used.filter(|allocation| allocation.managed && !allocation.placed);
+        let stranded = managed.any(|allocation| matches!(allocation.state, AllocationState::Remote(_)));
+        // Gateway nodes report each other at once, as unreachable peers.
         let stranded = stranded && !allocations.is_gateway && !self.seen.dead.is_empty();
         let [.., high, low] = mac::of_node(&self.options.name);
         let turn = f64::from(u16::from_be_bytes([high, low])) / f64::from(u16::MAX);

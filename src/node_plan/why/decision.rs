@@ -100,8 +100,7 @@ fn blocked_at_owner<'a>(cluster: &'a Cluster, policy: &PolicyKey, target: Target
 }
 
 fn allocation_of(cluster: &Cluster, policy: &PolicyKey) -> Option<EgressId> {
-    let mut allocations = cluster.gateways.values().flat_map(|gateway| &gateway.status.allocations);
-    allocations.find(|allocation| allocation.policies.contains(policy)).map(|allocation| allocation.id)
+    cluster.allocations().find(|allocation| allocation.policies.contains(policy)).map(|allocation| allocation.id)
 }
 
 fn message_about(of_allocations: &OfAllocations, allocation: EgressId, target: Target) -> Option<&str> {

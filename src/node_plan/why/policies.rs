@@ -57,7 +57,7 @@ pub(super) fn explain_all(cluster: &Cluster, policies: &[&Ranked]) -> Vec<String
 
 /// Returns a function that tells whether a policy is passed over, by the allocations in the gateways' statuses.
 pub(super) fn passed_over(cluster: &Cluster) -> impl Fn(&Ranked) -> bool + use<> {
-    let allocations = cluster.gateways.values().flat_map(|gateway| &gateway.status.allocations);
+    let allocations = cluster.allocations();
     let listed: HashSet<PolicyKey> = allocations.flat_map(|allocation| allocation.policies.iter().cloned()).collect();
     move |Ranked { key, policy, .. }| is_passed_over(policy, listed.contains(key))
 }

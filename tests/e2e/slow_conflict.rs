@@ -1,4 +1,4 @@
-//! Somebody on the link who has an egress address, and is slow to say so. Needs root.
+//! Another host on the link that has an egress IP, and answers late. Needs root.
 
 use lab::{EXT4, Lab, manifests};
 use nix::ifaddrs::getifaddrs;
@@ -15,7 +15,7 @@ const SLOW: Duration = Duration::from_millis(45);
 
 /// On `ext`: answers each ARP request for the address when this time has passed, and then a few times more, so that no
 /// answer is missed on a busy machine.
-fn stranger(lab: &Lab) {
+fn other_host(lab: &Lab) {
     let door = lab.host("ext").door();
     // The thread ends with the test's process.
     thread::spawn(move || {
@@ -51,7 +51,7 @@ fn stranger(lab: &Lab) {
 #[test]
 fn an_address_whose_owner_is_slow_to_answer_is_given_up() {
     let lab = Lab::scene();
-    stranger(&lab);
+    other_host(&lab);
     let spec = format!("podSelector: {{ matchLabels: {{ app: late }} }}\n  address: {{ ipv4: {ADDRESS} }}");
     lab.write_manifest("late.yaml", &manifests::policy("shop", "late", &spec));
     let is_told = || lab.manifests().statuses().contains("answers for it on the link");
