@@ -155,12 +155,6 @@ impl World {
         status.of_allocations_mut().unreachable_peers = unreachable.to_vec();
     }
 
-    /// Lets a source node report which gateway nodes do not answer it.
-    pub(crate) fn does_not_reach(&mut self, node: &str, unreachable: &[&str]) {
-        let status = Arc::make_mut(self.cluster.egress_nodes.entry(node.into()).or_default());
-        status.of_allocations_mut().unreachable_gateway_nodes = unreachable.iter().map(ToString::to_string).collect();
-    }
-
     /// Lets a node report that its main uplink has lost these families.
     pub(crate) fn loses(&mut self, node: &str, families: &[&str]) {
         let lost = |family: &&str| LostUplink {

@@ -20,7 +20,6 @@ mod rebalance;
 pub mod report;
 mod request;
 mod retain;
-mod unreached;
 
 pub use cooldown::COOLDOWN_SECONDS;
 pub use decision::{Decision, Grant, Reason, Rejection};

@@ -43,11 +43,6 @@ pub struct EgressNodeStatus {
     /// gateway node reports this.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub unreachable_peers: Vec<String>,
-    /// Gateway nodes that have not answered this node for some seconds, sorted, while one of them holds an egress IP of
-    /// this node's pods and another gateway node answers. Only a node that is not a gateway node reports this. If no node
-    /// with such pods reaches the holder, the egress IP moves.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub unreachable_gateway_nodes: Vec<String>,
     /// The uplinks of this node, by family, that it cannot use now, with the reason. Egress IPs that need them move
     /// to another node, if one has lost fewer of them.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]

@@ -40,8 +40,6 @@ pub struct OfAllocations {
     pub refused: Vec<RefusedAllocation>,
     /// Gateway nodes that do not answer this node. It lists itself while it cannot hold any egress IP.
     pub unreachable_peers: Vec<String>,
-    /// Gateway nodes that do not answer this source node, while others do.
-    pub unreachable_gateway_nodes: Vec<String>,
     /// The uplinks and families that it has lost.
     pub lost: Vec<LostUplink>,
     /// The egress IPs that its pods use and whose traffic it blocks now.
@@ -58,7 +56,6 @@ impl EgressNode {
             taken: Vec::new(),
             refused: Vec::new(),
             unreachable_peers: Vec::new(),
-            unreachable_gateway_nodes: Vec::new(),
             lost: Vec::new(),
             blocked: Vec::new(),
             over_limit: Vec::new(),
@@ -83,7 +80,6 @@ impl From<EgressNodeStatus> for EgressNode {
             taken,
             refused,
             unreachable_peers,
-            unreachable_gateway_nodes,
             lost,
             blocked,
             over_limit,
@@ -95,7 +91,6 @@ impl From<EgressNodeStatus> for EgressNode {
             taken,
             refused,
             unreachable_peers,
-            unreachable_gateway_nodes,
             lost,
             blocked,
             over_limit: over_limit.iter().map(|key| PolicyKey::from(key.as_str())).collect(),

@@ -11,7 +11,6 @@ use crate::datapath::tunnel::Tunnel;
 use crate::model::mac;
 use crate::model::notice::Notice;
 use crate::model::precedence::PolicyIndex;
-use crate::model::selector::Name;
 use crate::model::shared::Mark;
 use crate::model::uplink_key::UplinkKey;
 use crate::model::{ObjectKey, PolicyKey};
@@ -55,8 +54,6 @@ pub struct Own<'a> {
     /// The state of its uplinks.
     pub holding: &'a Holding,
     pub faults: &'a Faults,
-    /// The gateway nodes that this source node reports as unreachable.
-    pub unreachable: &'a BTreeSet<Name>,
     /// The policies that list too many destinations for this node.
     pub over_limit: &'a BTreeSet<PolicyKey>,
 }
@@ -81,7 +78,7 @@ impl Report {
     /// the cluster's nodes. It does not wait for the write: an API server that does not respond must not keep this
     /// node from taking over egress IPs.
     pub fn publish(&self, view: &View, own: &Own, blocked: Vec<BlockedAllocation>, nodes: usize) {
-        let Own { tunnel, facts, holding, faults, unreachable, over_limit } = *own;
+        let Own { tunnel, facts, holding, faults, over_limit } = *own;
         let Some(tunnel) = tunnel else { return };
         let refused = facts.refused.iter().map(|(id, why)| RefusedAllocation { id: *id, message: why.clone() });
         let direct = view.networks.origins.iter();
@@ -93,14 +90,13 @@ impl Report {
             allocations: view.allocations.held.iter().copied().collect(),
             taken: facts.taken.iter().map(|(id, since)| TakenAllocation { id: *id, since: *since }).collect(),
             refused: refused.collect(),
-            // Source nodes ask, too, but what thousands of them would say at once costs more than it tells.
+            // Source nodes ask, too, but what thousands of them say costs more than it tells.
             unreachable_peers: facts
                 .dead
                 .iter()
                 .filter(|_| view.allocations.is_gateway)
                 .map(ToString::to_string)
                 .collect(),
-            unreachable_gateway_nodes: unreachable.iter().map(ToString::to_string).collect(),
             lost: holding.lost().map(lost_uplink).collect(),
             blocked,
             over_limit: over_limit.iter().take(OVER_LIMIT).map(ToString::to_string).collect(),

@@ -93,8 +93,7 @@ fn nodes() -> Vec<Value> {
     let status = json!({
         "tunnelAddress": "192.0.2.1", "tunnelMac": "02:00:00:00:00:01", "answers": true, "allocations": [1, 2],
         "taken": [{"id": 1, "since": 1_700_000_000}], "refused": [{"id": 2, "message": "another host has it"}],
-        "blocked": [{"id": 3, "message": "no node has it", "family": "IPv6"}], "unreachablePeers": ["g2"],
-        "unreachableGatewayNodes": ["g3"], "overLimit": ["shop/p"],
+        "blocked": [{"id": 3, "message": "no node has it", "family": "IPv6"}], "unreachablePeers": ["g2"], "overLimit": ["shop/p"],
         "direct": [{"network": "10.0.0.0/8", "from": "spec.podCIDRs of Nodes"}],
         "faults": [{"of": "peer g2", "message": "no route"}],
         "lost": [{"interface": "eth0", "family": "IPv6", "message": "no route"}],

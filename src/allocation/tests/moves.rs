@@ -3,9 +3,9 @@
 use crate::allocation::{Outcome, rebalance};
 use crate::api::Allocate;
 use crate::fixture::{World, asking};
+use crate::model::PolicyKey;
 use crate::model::drain::DRAIN_LABEL;
 use crate::model::selector::Name;
-use crate::model::{ObjectKey, PolicyKey};
 use proptest::prelude::*;
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -281,62 +281,4 @@ fn a_node_that_has_lost_a_family_gets_no_new_allocations() {
     world.loses("n2", &["IPv6"]);
     world.policy("c/p", asking(Allocate::Dedicated));
     assert_eq!(world.allocate().node("c/p"), Some("n1"), "none has more");
-}
-
-/// Gateway nodes g1 to g3; n1 to n3, each with a pod of the one policy, whose path is on g1.
-fn sources() -> World {
-    let mut world = world(&["g1", "g2", "g3"], 0);
-    for node in ["n1", "n2", "n3"] {
-        world.node(node, "none", &[]);
-        world.pod("a", node, &[]);
-        let pod = world.cluster.pods.get_mut(&ObjectKey::new("a", node)).unwrap();
-        Arc::make_mut(pod).node = Some(node.into());
-    }
-    world.policy("a/p", asking(Allocate::Dedicated));
-    world.allocate();
-    world.settle();
-    assert_eq!(world.allocate().node("a/p"), Some("g1"));
-    world
-}
-
-#[test]
-fn what_no_source_node_reaches_moves_to_a_node_that_all_of_them_reach() {
-    let mut world = sources();
-    world.does_not_reach("n1", &["g1"]);
-    world.does_not_reach("n2", &["g1", "g2"]);
-    assert_eq!(world.allocate().node("a/p"), Some("g1"), "n3 reaches it");
-    world.does_not_reach("n3", &["g1"]);
-    let grant = world.allocate().grant("a/p").clone();
-    assert_eq!((grant.node.as_deref(), grant.leaving.as_deref()), (Some("g3"), Some("g1")), "n2 does not reach g2");
-    world.settle();
-    assert_eq!(world.allocate().node("a/p"), Some("g3"), "it has come to rest");
-
-    (0..5).for_each(|i| world.policy(&format!("b/p{i}"), asking(Allocate::Dedicated)));
-    rebalancing(&mut world, true);
-    assert_eq!(world.allocate().node("a/p"), Some("g3"), "nor is it moved back");
-}
-
-#[test]
-fn what_no_source_node_reaches_stays_where_nobody_can_do_better_or_it_may_not_be_heard_of() {
-    let mut world = sources();
-    for (node, unreachable) in [("n1", ["g1", "g2"]), ("n2", ["g1", "g3"]), ("n3", ["g1", "g2"])] {
-        world.does_not_reach(node, &unreachable);
-    }
-    assert_eq!(world.allocate().node("a/p"), Some("g1"), "no node is reached by all");
-    ["n1", "n2", "n3"].iter().for_each(|node| world.does_not_reach(node, &["g1"]));
-    let lost = |world: &mut World, node: &str, since| {
-        Arc::make_mut(world.cluster.nodes.get_mut(node).unwrap()).lost_since = since;
-    };
-    lost(&mut world, "g1", Some(0));
-    assert_eq!(world.allocate().node("a/p"), Some("g1"), "it may not hear of the move");
-    lost(&mut world, "g1", None);
-    misses(&mut world, "g2", &["g1"]);
-    misses(&mut world, "g3", &["g1"]);
-    assert_eq!(world.allocate().node("a/p"), Some("g1"), "the gateway nodes see to it by themselves");
-    misses(&mut world, "g2", &[]);
-    misses(&mut world, "g3", &[]);
-    assert_eq!(world.allocate().node("a/p"), Some("g2"));
-    world.does_not_reach("n3", &[]);
-    lost(&mut world, "n3", Some(0));
-    assert_eq!(world.allocate().node("a/p"), Some("g2"), "n3 says nothing, and Kubernetes hears nothing of it");
 }
