@@ -1,5 +1,5 @@
 //! Nothing leaks: whatever is away or broken, no packet of a selected pod leaves with another address. What is forged
-//! stands in `forgery.rs`.
+//! stands in `spoofing.rs`.
 
 use lab::fault_injection::owner_and_other;
 use lab::kernel::difference;

@@ -1,5 +1,5 @@
 //! Pods come and go: many at once, twice, with the daemon away, with the run directory spoilt. What the next pod may not inherit
-//! stands in `used_again.rs`.
+//! stands in `address_reuse.rs`.
 
 use lab::kernel::assert_no_traces;
 use lab::scene::{assert_leaves_by_egress, assert_leaves_by_node};

@@ -1,17 +1,16 @@
-//! Egret's programs from outside, in labs: see `tests/lab`. `make e2e T=forgery` runs one module's tests, or one test.
+//! Egret's programs from outside, in labs: see `tests/lab`. `make e2e T=spoofing` runs one module's tests, or one test.
 
-mod adopted;
-mod beginning;
+mod address_reuse;
 mod changed_ports;
+mod cni_verbs;
 mod coexistence;
 mod datapath;
 mod destinations;
-mod existing;
+mod existing_connections;
 mod fail_closed;
 mod failover;
 mod flush;
 mod forged_connections;
-mod forgery;
 mod gateways;
 mod helpers;
 mod host_firewall;
@@ -24,13 +23,14 @@ mod moves;
 mod mtu;
 mod own_uplinks;
 mod partitions;
-mod seeing;
+mod policy_start;
+mod reports;
 mod slow_conflict;
 mod snapshots;
+mod spoofing;
 mod survival;
 mod tenancy;
 mod tunnel_family;
 mod uninstall;
-mod used_again;
-mod verbs;
+mod unmanaged_pods;
 mod without_ports;
