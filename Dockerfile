@@ -16,6 +16,7 @@ COPY Cargo.toml Cargo.lock rust-toolchain.toml ./
 COPY .cargo .cargo
 COPY release release
 COPY src src
+COPY crates crates
 COPY benches benches
 COPY tests tests
 # A release is stripped already: what is in the image is what `make build` makes, bit by bit.

@@ -16,7 +16,7 @@ export SOURCE_DATE_EPOCH=${SOURCE_DATE_EPOCH:-$(git log -1 --format=%ct 2>/dev/n
 # that the tests want of them, and with these further crates, which are in no program.
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-cp -r src Cargo.lock rust-toolchain.toml "$work"
+cp -r src crates Cargo.lock rust-toolchain.toml "$work"
 awk '/^\[/ { out = /^\[dev-dependencies|^\[\[(test|bench)\]\]/ } !out' Cargo.toml >"$work/Cargo.toml"
 (cd "$work" && "$tools/bin/cargo-cyclonedx" cyclonedx --quiet --format json --spec-version 1.5 --target "$machine" \
   --no-build-deps --override-filename sbom)

@@ -7,7 +7,6 @@
 //! | `allocation` | which policy gets which egress IP, and the statuses that say so |
 //! | `node_plan` | what one node has to do, compiled from the model |
 //! | `cluster` | where the state comes from: the Kubernetes API or a directory |
-//! | `kernel` | netlink, nf_tables and connection tracking, as any program could use them |
 //! | `datapath` | the rules, routes, addresses and devices that Egret has in a node's kernel |
 //! | `check` | `egretd check` |
 //! | `cni` | the plugin |
@@ -16,8 +15,9 @@
 //! | `telemetry` | logs, metrics, health |
 //!
 //! The modules depend on each other in one direction, downward (`tests/structure.rs` has it exactly). `api`, `model`,
-//! `allocation` and `node_plan` do no I/O. `kernel` and `datapath` know nothing of Kubernetes. `cni` speaks to the daemon over
-//! a socket only.
+//! `allocation` and `node_plan` do no I/O. `datapath` knows nothing of Kubernetes; below it is the crate `egret-nft`,
+//! which speaks nf_tables and connection tracking and knows nothing of Egret. `cni` speaks to the daemon over a socket
+//! only.
 
 pub mod allocation;
 pub mod api;
@@ -30,7 +30,6 @@ pub mod datapath;
 #[cfg(test)]
 pub(crate) mod fixture;
 pub mod install;
-pub mod kernel;
 pub mod memory;
 pub mod model;
 pub mod node;

@@ -1,7 +1,8 @@
 //! The big cluster of [`super::cluster`], in a real API server: created as kubelets and users would.
 
 use super::cluster::{POLICIES_A_NAMESPACE, node_address, node_name, policy};
-use egret::model::mac;
+use egret::model::tunnel_mac;
+use egret_nft::mac;
 use lab::Lab;
 use serde_json::{Value, json};
 
@@ -34,7 +35,7 @@ pub fn nodes(lab: &Lab, count: usize, gateways: usize) {
         let own =
             json!({"apiVersion": "egret.dev/v1alpha1", "kind": "EgressNode", "metadata": {"name": name}, "spec": {}});
         create(lab, nodes, &own);
-        let mac = mac::Shown(mac::of_node(&name)).to_string();
+        let mac = mac::Shown(tunnel_mac::of_node(&name)).to_string();
         let status = json!({"status": {"tunnelAddress": address, "tunnelMac": mac}});
         let path = format!("{nodes}/{name}/status");
         lab.api().ask("PATCH", &path, Some(("application/merge-patch+json", &status)));

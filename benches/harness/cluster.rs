@@ -2,7 +2,8 @@
 //! daemons would have written.
 
 use egret::api::{AddressPair, Allocation, AllocationKind, EgressGatewayStatus, EgressNodeStatus, PolicyKey};
-use egret::model::mac;
+use egret::model::tunnel_mac;
+use egret_nft::mac;
 use lab::Lab;
 use lab::manifests;
 use serde_json::{Value, json};
@@ -34,7 +35,7 @@ pub fn write_nodes(directory: &Path, count: usize) {
         .expect("text grows");
         let status = EgressNodeStatus {
             tunnel_address: Some(address.into()),
-            tunnel_mac: Some(mac::Shown(mac::of_node(&name)).to_string()),
+            tunnel_mac: Some(mac::Shown(tunnel_mac::of_node(&name)).to_string()),
             ..EgressNodeStatus::default()
         };
         write_status(directory, "EgressNode", "egressnodes", &name, &json!(status));

@@ -3,7 +3,8 @@
 
 use super::cluster;
 use egret::datapath::names::{HEALTH, PROBER, TUNNEL_PORT, TUNNEL_VNI, of_mac};
-use egret::model::mac::{self, Mac};
+use egret::model::tunnel_mac;
+use egret_nft::mac::Mac;
 use lab::host::Door;
 use lab::{EXT4, Lab};
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, SockaddrIn, sendto, socket};
@@ -43,9 +44,9 @@ impl Asker {
     /// For so many of [`cluster::write_nodes`]' nodes. They ask `gateway`; `sink` drops what comes at the first
     /// occasion.
     pub fn new(lab: &Lab, gateway: &str, sink: &str, count: usize) -> Asker {
-        let to = mac::of_node(gateway);
+        let to = tunnel_mac::of_node(gateway);
         let question =
-            |n| (cluster::node_address(n), tunnelled(&echo_request(mac::of_node(&cluster::node_name(n)), to)));
+            |n| (cluster::node_address(n), tunnelled(&echo_request(tunnel_mac::of_node(&cluster::node_name(n)), to)));
         let (gateway, sink) = (lab.node(gateway), lab.node(sink));
         // The way of the answers, which ends there.
         gateway.ip(&format!("route add 10.64.0.0/16 via {EXT4}"));

@@ -42,7 +42,7 @@ struct Arguments {
 
 #[derive(clap::Args)]
 struct Logs {
-    /// Log level, or levels by module as in `info,egret::kernel=debug`
+    /// Log level, or levels by module as in `info,egret::datapath=debug`
     #[arg(long, env = "EGRET_LOG_LEVEL", default_value = "info", global = true)]
     log_level: String,
     /// Log format

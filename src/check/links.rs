@@ -1,7 +1,7 @@
 //! Trials of devices and routes.
 
 use super::{Need, State};
-use crate::kernel::netlink::{Attributes, Error, NETLINK_ROUTE, NLM_F_CREATE, NLM_F_EXCL, Socket};
+use egret_nft::netlink::{Attributes, Error, NETLINK_ROUTE, NLM_F_CREATE, NLM_F_EXCL, Socket};
 use nix::libc;
 
 // include/uapi/linux/rtnetlink.h

@@ -3,11 +3,11 @@
 
 use super::{Need, State};
 use crate::datapath::port_log;
-use crate::kernel::netlink::Error;
-use crate::kernel::nft::Nftables;
-use crate::kernel::nft::rule::{Ip, Rule};
-use crate::kernel::nft::table::{Chain, DataType, Hook, Set, SetKind, Table, TableName, hook};
-use crate::kernel::nft::uapi::*;
+use egret_nft::Nftables;
+use egret_nft::netlink::Error;
+use egret_nft::rule::{Ip, Rule};
+use egret_nft::table::{Chain, DataType, Hook, Set, SetKind, Table, TableName, hook};
+use egret_nft::uapi::*;
 use std::net::Ipv4Addr;
 use std::sync::Arc;
 

@@ -2,8 +2,8 @@
 
 use super::Need;
 use crate::datapath::names::{DEVICE, TABLE};
-use crate::kernel::netlink::{Attributes, Error, NETLINK_NETFILTER, Socket, attributes, string};
-use crate::kernel::nft::uapi::*;
+use egret_nft::netlink::{Attributes, Error, NETLINK_NETFILTER, Socket, attributes, string};
+use egret_nft::uapi::*;
 
 /// `NF_INET_FORWARD`, include/uapi/linux/netfilter.h.
 const FORWARD: u32 = 2;
@@ -190,7 +190,7 @@ fn flow_tables(socket: &mut Socket) -> Result<Need, Error> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernel::nft::rule::{Rule, protocol};
+    use egret_nft::rule::{Rule, protocol};
 
     #[test]
     fn a_flow_table_is_named() {

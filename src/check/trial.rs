@@ -1,8 +1,8 @@
 //! Trials of the kernel's features, in a temporary network namespace.
 
 use super::{Need, State, links, nf_tables};
-use crate::kernel::conntrack;
-use crate::kernel::netlink::{NETLINK_NETFILTER, Socket};
+use egret_nft::conntrack;
+use egret_nft::netlink::{NETLINK_NETFILTER, Socket};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::socket::{AddressFamily, SockFlag, SockProtocol, SockType, socket};
 use std::net::Ipv4Addr;
@@ -35,7 +35,7 @@ pub fn run() -> Vec<Need> {
 /// Tries to delete tracked connections.
 fn connections() -> Need {
     let ended = Socket::open(NETLINK_NETFILTER).map_err(anyhow::Error::from).and_then(|mut socket| {
-        conntrack::delete_by_address(&mut socket, &[Ipv4Addr::LOCALHOST.into()].into(), |_| true)
+        Ok(conntrack::delete_by_address(&mut socket, &[Ipv4Addr::LOCALHOST.into()].into(), |_| true)?)
     });
     let remedy = "needs CONFIG_NF_CT_NETLINK (module nf_conntrack_netlink): without it, connections outlive the \
                   policies and pods that they belong to";

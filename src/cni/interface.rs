@@ -2,7 +2,7 @@
 
 use super::attachment::HostInterface;
 use super::protocol::{Failure, codes};
-use crate::kernel::netlink::{Attributes, Error, NETLINK_ROUTE, Socket, attributes};
+use egret_nft::netlink::{Attributes, Error, NETLINK_ROUTE, Socket, attributes};
 use nix::libc;
 use nix::sched::{CloneFlags, setns};
 use nix::sys::statfs::{FsType, NSFS_MAGIC, fstatfs};

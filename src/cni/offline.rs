@@ -13,7 +13,7 @@ use super::protocol::{Failure, codes};
 use super::run_dir;
 use super::uninstalled;
 use crate::datapath::quarantine::{Family, Quarantine};
-use crate::kernel::netlink;
+use egret_nft::netlink;
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::io;

@@ -3,8 +3,8 @@
 //! Egret's addresses carry its protocol number (`IFA_PROTO`, Linux 5.18). Other addresses are never changed.
 
 use crate::datapath::names::{PROTOCOL, is_devices_own};
+use crate::datapath::route_socket::{Change, RouteSocket};
 use crate::datapath::sysctl;
-use crate::kernel::route_socket::{Change, RouteSocket};
 use anyhow::{Context, Result, anyhow};
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE};
 use netlink_packet_route::address::{

@@ -1,15 +1,15 @@
 //! Address probes and announcements on the uplinks: ARP and IPv6 neighbour discovery.
 
-use crate::datapath::uplink::Interface;
-pub use crate::kernel::frames::Claim;
-use crate::kernel::frames::{
+pub use crate::datapath::frames::Claim;
+use crate::datapath::frames::{
     ETH_P_ARP, ETH_P_IPV6, HOP_LIMIT, NEIGHBOUR_SOLICITATION, advertiser, announcements, arp_claim, arp_sender,
     probe_frame, solicitation_claim,
 };
-use crate::kernel::icmpv6_filter::accept_types;
-use crate::kernel::packet_address::packet_address;
-use crate::model::mac::Mac;
+use crate::datapath::icmpv6_filter::accept_types;
+use crate::datapath::packet_address::packet_address;
+use crate::datapath::uplink::Interface;
 use anyhow::{Context, Result};
+use egret_nft::mac::Mac;
 use nix::errno::Errno;
 use nix::sys::socket::{
     AddressFamily, ControlMessageOwned, MsgFlags, SockFlag, SockProtocol, SockType, bind, recv, recvmsg, sendto,

@@ -66,9 +66,9 @@ impl Echo {
         let fd = socket(AddressFamily::Inet6, SockType::Raw, flags, SockProtocol::IcmpV6)
             .context("cannot open a raw socket; the daemon needs CAP_NET_RAW")?;
         // Filter before the bind, so that no other message is ever queued.
-        crate::kernel::icmpv6_filter::accept_types(&fd, &[ECHO_REPLY]).context("cannot filter ICMPv6 messages")?;
+        crate::datapath::icmpv6_filter::accept_types(&fd, &[ECHO_REPLY]).context("cannot filter ICMPv6 messages")?;
         // Kernels also reply to the longer messages between daemons; those replies are not for this socket.
-        crate::kernel::socket_filter::accept_up_to(&fd, REPLY).context("cannot filter by length")?;
+        crate::datapath::socket_filter::accept_up_to(&fd, REPLY).context("cannot filter by length")?;
         setsockopt(&fd, sockopt::BindToDevice, &DEVICE.into()).context("cannot bind to the tunnel device")?;
         setsockopt(&fd, sockopt::Ipv6RecvHopLimit, &true)?;
         setsockopt(&fd, sockopt::Ipv6Ttl, &HOP_LIMIT)?;

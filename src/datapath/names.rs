@@ -1,7 +1,7 @@
 //! Names and numbers of Egret's objects in the kernel: devices, tables, rules, addresses.
 
-use crate::model::mac::Mac;
 use crate::model::uplink_key::CODES;
+use egret_nft::mac::Mac;
 use ipnetwork::Ipv6Network;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 

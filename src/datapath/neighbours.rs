@@ -2,9 +2,9 @@
 //! in the tunnel resolves addresses.
 
 use crate::datapath::names::{PROBER, is_health};
-use crate::kernel::route_socket::{Applied, Change, RouteSocket};
-use crate::model::mac::{Mac, Shown};
+use crate::datapath::route_socket::{Applied, Change, RouteSocket};
 use anyhow::{Context, Result};
+use egret_nft::mac::{Mac, Shown};
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_REPLACE};
 use netlink_packet_route::neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState};
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};

@@ -3,11 +3,11 @@
 //! The datapath accepts echo requests in the tunnel only from nodes, with a hop limit that no forwarded packet has.
 //! The messages need no API server. A node whose daemon does not listen for them answers them as any echo request.
 
+use crate::datapath::icmpv6_filter;
 use crate::datapath::names::{DEVICE, PROBER};
-use crate::kernel::icmpv6_filter;
-use crate::kernel::socket_filter;
-use crate::model::mac::Mac;
+use crate::datapath::socket_filter;
 use anyhow::{Context, Result};
+use egret_nft::mac::Mac;
 use nix::sys::socket::{
     AddressFamily, ControlMessageOwned, MsgFlags, SockFlag, SockProtocol, SockType, SockaddrIn6, bind, recvmsg, sendto,
     setsockopt, socket, sockopt,

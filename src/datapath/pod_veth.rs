@@ -1,10 +1,10 @@
 //! The host's ends of pods' veth pairs.
 
 use crate::datapath::announce::{Target, probe};
+use crate::datapath::route_socket::{RouteSocket, errno};
 use crate::datapath::uplink::by_index;
-use crate::kernel::route_socket::{RouteSocket, errno};
-use crate::model::mac::Mac;
 use anyhow::{Context, Result, bail};
+use egret_nft::mac::Mac;
 use netlink_packet_route::link::{InfoKind, LinkAttribute, LinkInfo, LinkMessage};
 use netlink_packet_route::neighbour::{NeighbourAttribute, NeighbourMessage, NeighbourState};
 use netlink_packet_route::route::{RouteAttribute, RouteFlags, RouteMessage, RouteType};

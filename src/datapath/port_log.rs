@@ -4,9 +4,9 @@
 //! Events of connection tracking would report them, too, but the kernel would send a message for every connection of
 //! the host.
 
-use crate::kernel::conntrack::Tuple;
-use crate::kernel::netlink::{self, Attributes, NETLINK_NETFILTER, Socket, attributes};
 use anyhow::{Context, Result};
+use egret_nft::conntrack::Tuple;
+use egret_nft::netlink::{self, Attributes, NETLINK_NETFILTER, Socket, attributes};
 use nix::libc::ENOBUFS;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};

@@ -3,7 +3,7 @@
 //! `unreachable` for the rest.
 
 use crate::datapath::names::{PROTOCOL, RULE_QUARANTINE, TABLE_QUARANTINE};
-use crate::kernel::netlink::{Attributes, Error, NETLINK_ROUTE, NLM_F_CREATE, NLM_F_EXCL, Socket, attributes};
+use egret_nft::netlink::{Attributes, Error, NETLINK_ROUTE, NLM_F_CREATE, NLM_F_EXCL, Socket, attributes};
 use nix::libc;
 use std::collections::BTreeSet;
 use std::io;

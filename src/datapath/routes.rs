@@ -1,8 +1,8 @@
 //! The routes in Egret's own routing tables. Egret owns a table as a whole and removes other routes from it.
 
 use crate::datapath::names::{self, PROTOCOL};
+use crate::datapath::route_socket::{Applied, Change, RouteSocket, errno};
 use crate::datapath::sysctl;
-use crate::kernel::route_socket::{Applied, Change, RouteSocket, errno};
 use anyhow::{Context, Result};
 use ipnetwork::IpNetwork;
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_REPLACE};

@@ -1,8 +1,8 @@
 //! Policy-routing rules: marks to tables.
 
 use crate::datapath::names::{PROTOCOL, RULE_FLUSH_GUARD, RULE_REPLY, RULE_REQUEST, RULE_UPLINK};
+use crate::datapath::route_socket::{Change, RouteSocket};
 use crate::datapath::sysctl;
-use crate::kernel::route_socket::{Change, RouteSocket};
 use anyhow::{Context, Result};
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL};
 use netlink_packet_route::route::RouteProtocol;

@@ -2,17 +2,17 @@
 //!
 //! Every packet that is routed into it has the same next hop, the tunnel next hop. The egress chain of the table
 //! `netdev egret` replaces the tunnel next hop's MAC address by the destination node's, and the forwarding database
-//! ([`crate::kernel::fdb`]) maps that to the node's underlay address.
+//! ([`crate::datapath::fdb`]) maps that to the node's underlay address.
 
 use crate::datapath::names::{
     DEVICE, DEVICE_GROUP, DEVICE4, NETWORK4, PROBER, PROTOCOL, TUNNEL_NEXT_HOP_MAC, TUNNEL_NEXT_HOP4, TUNNEL_NEXT_HOP6,
     of_mac,
 };
+use crate::datapath::route_socket::{Change, RouteSocket, errno};
 use crate::datapath::sysctl;
 use crate::datapath::uplink;
-use crate::kernel::route_socket::{Change, RouteSocket, errno};
-use crate::model::mac::{Mac, Shown};
 use anyhow::{Context, Result, bail};
+use egret_nft::mac::{Mac, Shown};
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE};
 use netlink_packet_route::address::{
     AddressAttribute, AddressHeaderFlags, AddressMessage, AddressProtocol, AddressScope,

@@ -2,9 +2,9 @@
 
 use crate::datapath::addresses::{LocalAddress, local_addresses};
 use crate::datapath::names::DEVICE;
-use crate::kernel::route_socket::{RouteSocket, errno};
-use crate::model::mac::Mac;
+use crate::datapath::route_socket::{RouteSocket, errno};
 use anyhow::{Context, Result, bail};
+use egret_nft::mac::Mac;
 use ipnetwork::IpNetwork;
 use netlink_packet_route::link::{LinkAttribute, LinkFlags, LinkMessage};
 use netlink_packet_route::route::{RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteType};

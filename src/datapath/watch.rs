@@ -5,8 +5,8 @@
 //! discarded here without a copy, and a burst becomes one event of each kind.
 
 use crate::datapath::names::{DEVICE, FLUSH_GUARD, PROTOCOL, RULE_FLUSH_GUARD, RULE_QUARANTINE, TABLE, is_own_table};
-use crate::kernel::netlink::{Message, NETLINK_NETFILTER, NETLINK_ROUTE, attributes, messages};
-use crate::model::mac::Mac;
+use egret_nft::mac::Mac;
+use egret_nft::netlink::{Message, NETLINK_NETFILTER, NETLINK_ROUTE, attributes, messages};
 use netlink_sys::{AsyncSocket, SocketAddr, TokioSocket};
 use nix::libc::{AF_UNSPEC, ENOBUFS, IFF_RUNNING, IFF_UP};
 use nix::sys::socket::{setsockopt, sockopt};

@@ -7,16 +7,16 @@ use crate::cni::offline_policies::OfflinePolicies;
 use crate::cni::{attachment, run_dir, uninstalled};
 use crate::datapath::addresses;
 use crate::datapath::quarantine::Quarantine;
+use crate::datapath::route_socket::RouteSocket;
 use crate::datapath::routes;
 use crate::datapath::rules;
 use crate::datapath::ruleset::{HANDOVER, INET, NETDEV};
 use crate::datapath::tunnel;
-use crate::kernel::conntrack;
-use crate::kernel::netlink::{NETLINK_NETFILTER, Socket};
-use crate::kernel::nft::Nftables;
-use crate::kernel::route_socket::RouteSocket;
 use crate::model::marks::Marks;
 use anyhow::{Context, Error, Result, bail};
+use egret_nft::Nftables;
+use egret_nft::conntrack;
+use egret_nft::netlink::{NETLINK_NETFILTER, Socket};
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::{fs, io};
@@ -159,7 +159,7 @@ async fn own_routes(socket: &RouteSocket) -> Result<usize> {
 fn connections(marks: Marks) -> Result<usize> {
     let mut socket = Socket::open(NETLINK_NETFILTER)?;
     let ours = conntrack::MarkFilter { mark: marks.connection(0), mask: marks.connection_mask() };
-    conntrack::delete(&mut socket, ours, |_| true)
+    Ok(conntrack::delete(&mut socket, ours, |_| true)?)
 }
 
 fn files(removal: &mut Removal, run_dir: &Path) {

@@ -2,9 +2,9 @@
 
 use crate::api::{BlockedAllocation, EgressNodeStatus, LostUplink, RefusedAllocation, TakenAllocation};
 use crate::model::PolicyKey;
-use crate::model::mac::{self, Mac};
 use crate::model::marks::EgressId;
 use crate::model::uplink_key::UplinkKey;
+use egret_nft::mac::{self, Mac};
 use std::net::IpAddr;
 
 /// The status that a node's daemon writes ([`EgressNodeStatus`]). There may be thousands, and only gateway nodes

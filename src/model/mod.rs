@@ -16,7 +16,6 @@ pub mod fallback_policy;
 pub mod fnv;
 mod gateway;
 mod label_index;
-pub mod mac;
 pub mod marks;
 mod metadata;
 pub mod networks;
@@ -32,6 +31,7 @@ mod service;
 pub mod shared;
 pub mod target;
 pub mod tunnel_family;
+pub mod tunnel_mac;
 pub mod uplink_key;
 
 pub use crate::api::PolicyKey;

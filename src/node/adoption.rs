@@ -3,7 +3,7 @@
 
 use super::pods::Interface;
 use crate::datapath::pod_veth;
-use crate::kernel::route_socket::RouteSocket;
+use crate::datapath::route_socket::RouteSocket;
 use crate::model::ObjectKey;
 use std::net::IpAddr;
 use tokio::sync::mpsc;

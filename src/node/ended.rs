@@ -6,12 +6,12 @@
 
 use super::changed_ports::Replicas;
 use super::pods::{Holder, Pods, Use};
-use crate::kernel::conntrack::{self, Connection, EntryAction, MarkFilter};
-use crate::kernel::netlink::{NETLINK_NETFILTER, Socket};
 use crate::model::marks::{EgressId, Marks};
 use crate::model::networks::Networks;
 use crate::model::shared::Shared;
 use anyhow::Result;
+use egret_nft::conntrack::{self, Connection, EntryAction, MarkFilter};
+use egret_nft::netlink::{NETLINK_NETFILTER, Socket};
 use ipnetwork::IpNetwork;
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::IpAddr;
@@ -124,11 +124,12 @@ pub fn delete_stale(marks: Marks, local: BTreeSet<EgressId>, replicas: Arc<Repli
     let stale =
         MarkFilter { mark: marks.stale(), mask: marks.connection_of_allocation_mask() | marks.allocation_mask() };
     in_background("deleted or replaced connections that are older than their allocations", move |socket| {
-        conntrack::update_entries(socket, stale, |c| {
+        let deleted = conntrack::update_entries(socket, stale, |c| {
             let replacement =
                 c.out.and_then(|out| local.iter().find_map(|id| replicas.translation_of(&out, marks.connection(*id))));
             replacement.map_or(EntryAction::Delete, |replacement| EntryAction::Replace(replacement, None))
-        })
+        })?;
+        Ok(deleted)
     });
 }
 

@@ -10,13 +10,13 @@
 
 use super::pods::{Holder, Use};
 use crate::api::{ExistingConnections, Fallback};
-use crate::kernel::conntrack::{self, Connection};
-use crate::kernel::netlink::{NETLINK_NETFILTER, Socket};
 use crate::model::marks::{EgressId, Marks};
 use crate::model::networks::Networks;
 use crate::model::shared::Shared;
 use crate::node_plan::policy_chain::PolicyChain;
 use anyhow::Result;
+use egret_nft::conntrack::{self, Connection};
+use egret_nft::netlink::{NETLINK_NETFILTER, Socket};
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::IpAddr;
 use std::sync::Arc;

@@ -7,14 +7,14 @@
 //! egress IP returned.
 
 use crate::api::AddressPair;
-use crate::kernel::conntrack::{self, Connection, EntryAction, MarkFilter, Tracked, Translated, Tuple};
-use crate::kernel::netlink::Socket;
 use crate::model::marks::{EgressId, Marks};
 use crate::node::changed_ports::{ChangedPorts, kept_port};
 use crate::node::ended;
 use crate::node_plan::allocations::AllocationState;
 use crate::node_plan::{View, addresses};
 use anyhow::Result;
+use egret_nft::conntrack::{self, Connection, EntryAction, MarkFilter, Tracked, Translated, Tuple};
+use egret_nft::netlink::Socket;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -172,7 +172,7 @@ impl Moved {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernel::netlink::NETLINK_NETFILTER;
+    use egret_nft::netlink::NETLINK_NETFILTER;
     use std::cell::RefCell;
 
     #[test]

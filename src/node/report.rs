@@ -8,14 +8,15 @@ use crate::api::{
 use crate::cluster::Statuses;
 use crate::cni::offline_policies::{Elsewhere, OfflinePolicies};
 use crate::datapath::tunnel::Tunnel;
-use crate::model::mac;
 use crate::model::notice::Notice;
 use crate::model::precedence::PolicyIndex;
 use crate::model::shared::Mark;
+use crate::model::tunnel_mac;
 use crate::model::uplink_key::UplinkKey;
 use crate::model::{ObjectKey, PolicyKey};
 use crate::node_plan::View;
 use crate::node_plan::allocations::Facts;
+use egret_nft::mac;
 use std::collections::BTreeSet;
 use std::io;
 use std::path::PathBuf;
@@ -163,7 +164,7 @@ async fn publish(name: String, statuses: Statuses, mut wanted: watch::Receiver<O
     let mut written: Option<EgressNodeStatus> = None;
     let mut due: Option<Instant> = None;
     // This node's position among all nodes, which have seen the same change.
-    let [.., high, low] = mac::of_node(&name);
+    let [.., high, low] = tunnel_mac::of_node(&name);
     let turn = f64::from(u16::from_be_bytes([high, low])) / f64::from(u16::MAX);
     let mut refused = false;
     loop {

@@ -4,7 +4,6 @@ mod peer_reports;
 
 use crate::api::{AddressPair, Allocation, AllocationKind, Placement};
 use crate::model::drain::is_drained;
-use crate::model::mac::Mac;
 use crate::model::marks::{EgressId, MAX_INDEX};
 use crate::model::networks::merged;
 use crate::model::ownership::{self, Liveness, OwnershipInputs};
@@ -12,6 +11,7 @@ use crate::model::selector::Name;
 use crate::model::uplink_key::UplinkKey;
 use crate::model::{AddressRange, AddressRequest, Cluster, Gateway, Policy, PolicyKey};
 use arcstr::literal;
+use egret_nft::mac::Mac;
 use peer_reports::PeerReports;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;

@@ -3,9 +3,9 @@
 use crate::namespace::{Other, in_namespace, ip};
 use egret::datapath::addresses;
 use egret::datapath::announce::{Target, announce, probe};
+use egret::datapath::route_socket::RouteSocket;
 use egret::datapath::uplink::by_name;
-use egret::kernel::route_socket::RouteSocket;
-use egret::model::mac::{Mac, parse};
+use egret_nft::mac::{Mac, parse};
 use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
 

@@ -1,11 +1,11 @@
 //! Tracked connections: listed by mark, deleted and inserted; the program `conntrack` inserts and lists them for comparison.
 
 use crate::namespace::{in_namespace, run};
-use egret::kernel::conntrack::{
+use egret_nft::conntrack::{
     EntryAction, Insertion, MarkFilter, Translated, Tuple, delete, delete_by_address, delete_by_source, delete_one,
     find_by_original, find_by_reply, insert_or_update, list, list_tracked, update_entries,
 };
-use egret::kernel::netlink::{NETLINK_NETFILTER, Socket};
+use egret_nft::netlink::{NETLINK_NETFILTER, Socket};
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::time::Instant;
@@ -44,7 +44,7 @@ fn a_pods_connections_on_some_allocations_are_forgotten_and_others_stay() {
         connection("10.244.1.5", None, 1006, 0x4547_8011);
         assert_eq!(list(&mut socket, PATHS).unwrap().len(), 4);
         let pod = BTreeSet::from([address("10.244.1.5"), address("fd00:244:1::5")]);
-        let doomed = |c: &egret::kernel::conntrack::Connection| pod.contains(&c.source) && c.mark & 0x3fff == 0x11;
+        let doomed = |c: &egret_nft::conntrack::Connection| pod.contains(&c.source) && c.mark & 0x3fff == 0x11;
         assert_eq!(delete(&mut socket, PATHS, doomed).unwrap(), 2);
         assert_eq!(delete(&mut socket, PATHS, doomed).unwrap(), 0);
         assert_eq!(shown(), 4);
@@ -225,7 +225,7 @@ fn a_pods_connection_gives_place_to_its_translated_one_and_to_what_is_late() {
             let heir = translated(source, TCP, 1001, 2001);
             Translated { mark: 0x4547_0011, ..heir }
         });
-        let fate = |c: &egret::kernel::conntrack::Connection| {
+        let fate = |c: &egret_nft::conntrack::Connection| {
             let heir = heirs.iter().find(|heir| Some(heir.out) == c.out).unwrap();
             EntryAction::Replace(*heir, Some(0x4547_4011))
         };

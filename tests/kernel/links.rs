@@ -2,7 +2,7 @@
 
 use crate::namespace::{Other, in_namespace, ip, ip_json, run};
 use egret::datapath::pod_veth::{find_pod_veth, veth_by_index};
-use egret::kernel::route_socket::RouteSocket;
+use egret::datapath::route_socket::RouteSocket;
 use std::net::IpAddr;
 use std::process::Command;
 

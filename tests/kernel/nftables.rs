@@ -3,15 +3,15 @@
 use crate::namespace::{in_namespace, ip, run};
 use egret::api::{AddressPair, Fallback, Protocol};
 use egret::datapath::ruleset::{self, INET, Made, PeerIndexes, SharedSets, set};
-use egret::kernel::nft::Nftables;
 use egret::model::PolicyKey;
 use egret::model::destination::{Destination, Network, Ports};
-use egret::model::mac;
 use egret::model::marks::Marks;
 use egret::model::networks::Networks;
+use egret::model::tunnel_mac;
 use egret::node_plan::allocations::{AllocationState, NodeAllocation, Peer, Placing};
 use egret::node_plan::policy_chain::{PolicyChain, Step};
 use egret::node_plan::{NodePlan, PodPlan, View, chain_name};
+use egret_nft::Nftables;
 use ipnetwork::IpNetwork;
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -45,7 +45,7 @@ fn view_and_plan(nodes: u16, pods: u32) -> (View, NodePlan, PeerIndexes) {
     view.allocations.is_gateway = true;
     let mut peers = PeerIndexes::new();
     for n in 1..=nodes {
-        let mac = mac::of_node(&format!("node-{n}"));
+        let mac = tunnel_mac::of_node(&format!("node-{n}"));
         let [a, b] = n.to_be_bytes();
         view.allocations
             .peers
@@ -55,7 +55,7 @@ fn view_and_plan(nodes: u16, pods: u32) -> (View, NodePlan, PeerIndexes) {
     }
     let networks = Networks::new(&Default::default(), &["10.244.0.0/16".parse().unwrap()], []);
     view.networks = Networks { hosts: view.networks.hosts.clone(), ..networks }.into();
-    view.allocations.allocations.insert(17, allocation(AllocationState::Remote(mac::of_node("node-1")), 50));
+    view.allocations.allocations.insert(17, allocation(AllocationState::Remote(tunnel_mac::of_node("node-1")), 50));
     view.allocations.allocations.insert(18, allocation(AllocationState::Local, 51));
     let mut plan = NodePlan::default();
     for n in 0..pods {

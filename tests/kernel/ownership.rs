@@ -4,10 +4,10 @@
 //! table is a socket that is open.
 
 use crate::namespace::{in_namespace, run};
-use egret::kernel::nft::Nftables;
-use egret::kernel::nft::rule::Rule;
-use egret::kernel::nft::table::{Chain, Hook, Table, TableName, hook};
-use egret::kernel::nft::uapi::NFPROTO_INET;
+use egret_nft::Nftables;
+use egret_nft::rule::Rule;
+use egret_nft::table::{Chain, Hook, Table, TableName, hook};
+use egret_nft::uapi::NFPROTO_INET;
 use std::process::Command;
 use std::sync::Arc;
 

@@ -5,14 +5,14 @@ use crate::namespace::host::{
 };
 use crate::namespace::{in_namespace, ip};
 use egret::datapath::addresses;
+use egret::datapath::fdb;
 use egret::datapath::names::{RULE_QUARANTINE, TABLE_FLUSH_GUARD, TABLE_QUARANTINE, TABLE_REPLY, TABLE_REQUEST};
 use egret::datapath::quarantine::Quarantine;
+use egret::datapath::route_socket::RouteSocket;
 use egret::datapath::routes;
 use egret::datapath::routes::{METRIC_LAST, Route, RouteKind};
 use egret::datapath::rules;
 use egret::datapath::tunnel;
-use egret::kernel::fdb;
-use egret::kernel::route_socket::RouteSocket;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::process::{Command, Stdio};

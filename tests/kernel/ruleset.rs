@@ -4,8 +4,8 @@
 use crate::namespace::{in_namespace, ip, run};
 use egret::cluster::{self, Scope, SourceName};
 use egret::datapath::ruleset::Ruleset;
-use egret::kernel::nft::Nftables;
 use egret::model::marks::Marks;
+use egret_nft::Nftables;
 use nftables::schema::{Chain, NfListObject};
 use nftables::stmt::Statement;
 use nftables::types::{NfChainPolicy, NfChainType, NfHook};

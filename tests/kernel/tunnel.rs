@@ -3,10 +3,10 @@
 use crate::namespace::host::{address, host, link, mac, ours};
 use crate::namespace::{in_namespace, ip, ip_json, run};
 use egret::datapath::addresses;
+use egret::datapath::fdb;
 use egret::datapath::names;
 use egret::datapath::names::{DEVICE, PROTOCOL};
 use egret::datapath::tunnel::{self, Tunnel};
-use egret::kernel::fdb;
 use std::collections::{BTreeMap, BTreeSet};
 
 #[test]

@@ -2,12 +2,12 @@
 
 use crate::namespace::{Other, in_namespace, ip, ip_json, run};
 use egret::datapath::names;
+use egret::datapath::route_socket::RouteSocket;
 use egret::datapath::rules;
 use egret::datapath::rules::Rule;
 use egret::datapath::tunnel::{self, Tunnel};
 use egret::datapath::watch::{Event, Interest, Watch};
-use egret::kernel::netlink::{NETLINK_NETFILTER, Socket};
-use egret::kernel::route_socket::RouteSocket;
+use egret_nft::netlink::{NETLINK_NETFILTER, Socket};
 use std::collections::BTreeSet;
 use std::time::Duration;
 

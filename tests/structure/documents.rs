@@ -6,7 +6,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// Directories of the repository whose files the documents name.
-const TOP: [&str; 8] = ["src/", "tests/", "docs/", "install/", "benches/", "release/", "cni-conf/", ".github/"];
+const TOP: [&str; 9] =
+    ["src/", "crates/", "tests/", "docs/", "install/", "benches/", "release/", "cni-conf/", ".github/"];
 /// Flags of other programs, in spans that begin with the flag.
 const OTHERS_FLAGS: [&str; 7] =
     ["--register-with-taints", "--restore-mark", "--save-mark", "--helper", "--validate", "--set", "--lib"];

@@ -5,11 +5,11 @@
 //! policy covers, for what is in no set passes.
 
 use crate::api::Protocol;
-use crate::kernel::nft::rule::{Ip, Rule};
-use crate::kernel::nft::table::{Bytes, Data, DataType, Elements, Key, Set, SetKind, SetName};
 use crate::model::AddressRange;
 use crate::model::covers::{Covers, Lookups, Shape};
 use crate::model::networks;
+use egret_nft::rule::{Ip, Rule};
+use egret_nft::table::{Bytes, Data, DataType, Elements, Key, Set, SetKind, SetName};
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::Arc;

@@ -8,10 +8,10 @@ use super::sets::PORT_BITS;
 use super::{base, counter, set};
 use crate::datapath::names::{DEVICE, DEVICE_GROUP, HEALTH, PROBER, TUNNEL_NEXT_HOP_MAC, TUNNEL_PORT, UPLINK_HEALTH};
 use crate::datapath::port_log;
-use crate::kernel::nft::rule::{Ip, Rule, protocol};
-use crate::kernel::nft::table::{Chain, hook};
-use crate::kernel::nft::uapi::*;
 use crate::model::marks::Marks;
+use egret_nft::rule::{Ip, Rule, protocol};
+use egret_nft::table::{Chain, hook};
+use egret_nft::uapi::*;
 use std::net::IpAddr;
 
 /// What VXLAN's group-based policy carries of a mark. In a request it is the allocation id, in a reply a peer's index with

@@ -15,10 +15,10 @@
 use super::pods::without_address;
 use super::{FLUSH_GUARD, ingress};
 use crate::datapath::names::DEVICE;
-use crate::kernel::nft::rule::Rule;
-use crate::kernel::nft::table::{Chain, Hook, Table, TableName};
 use crate::model::marks::Marks;
 use crate::node_plan::{NodePlan, PodPlan};
+use egret_nft::rule::Rule;
+use egret_nft::table::{Chain, Hook, Table, TableName};
 use std::sync::Arc;
 
 /// On the tunnel device.

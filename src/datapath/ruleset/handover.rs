@@ -11,13 +11,13 @@
 
 use super::{HANDOVER, base, set, value};
 use crate::datapath::names::{DEVICE, DEVICE_GROUP, TUNNEL_NEXT_HOP4, TUNNEL_NEXT_HOP6};
-use crate::kernel::nft::rule::{Ip, Rule};
-use crate::kernel::nft::table::{Chain, DataType, Elements, Set, SetKind, Table, TableName, hook};
-use crate::kernel::nft::uapi::{CT_STATE_INVALID, CT_STATE_NEW};
 use crate::model::addresses_of;
 use crate::model::marks::{EgressId, Marks};
 use crate::node_plan::NodePlan;
 use crate::node_plan::allocations::AllocationState;
+use egret_nft::rule::{Ip, Rule};
+use egret_nft::table::{Chain, DataType, Elements, Set, SetKind, Table, TableName, hook};
+use egret_nft::uapi::{CT_STATE_INVALID, CT_STATE_NEW};
 use std::net::IpAddr;
 use std::sync::Arc;
 

@@ -15,11 +15,11 @@ pub use sets::{PeerIndexes, SharedSets, shared_sets};
 pub use text::Ruleset;
 
 use crate::datapath::names::{self, DEVICE, TABLE};
-use crate::kernel::nft::table::{Chain, Data, DataType, Elements, Hook, Key, Set, SetKind, Table, TableName, hook};
-use crate::kernel::nft::uapi::*;
 use crate::model::marks::Marks;
 use crate::node_plan::NodePlan;
 use crate::node_plan::allocations::AllocationState;
+use egret_nft::table::{Chain, Data, DataType, Elements, Hook, Key, Set, SetKind, Table, TableName, hook};
+use egret_nft::uapi::*;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 

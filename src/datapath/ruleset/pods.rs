@@ -2,11 +2,11 @@
 
 use super::{counter, covers, set};
 use crate::api::Fallback;
-use crate::kernel::nft::rule::{Ip, Rule};
-use crate::kernel::nft::uapi::*;
 use crate::model::marks::{MAX_INDEX, Marks};
 use crate::node_plan::PodPlan;
 use crate::node_plan::policy_chain::{PolicyChain, Step};
+use egret_nft::rule::{Ip, Rule};
+use egret_nft::uapi::*;
 use ipnetwork::IpNetwork;
 use std::net::{IpAddr, Ipv6Addr};
 

@@ -1,14 +1,14 @@
 //! Sets and maps that follow from the view.
 
 use super::{set, unless_same, value};
-use crate::kernel::nft::rule::Ip;
-use crate::kernel::nft::table::{Bytes, Data, DataType, Elements, Key, Set, SetKind, Table};
 use crate::model::AddressRange;
-use crate::model::mac::Mac;
 use crate::model::marks::Marks;
 use crate::model::networks;
 use crate::node_plan::allocations::NodeAllocation;
 use crate::node_plan::{NodePlan, View, addresses};
+use egret_nft::mac::Mac;
+use egret_nft::rule::Ip;
+use egret_nft::table::{Bytes, Data, DataType, Elements, Key, Set, SetKind, Table};
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::Arc;

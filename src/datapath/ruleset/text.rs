@@ -4,10 +4,10 @@
 mod tests;
 
 use super::{Made, PeerIndexes, SharedSets, shared_sets};
-use crate::kernel::nft::text::Listing;
 use crate::model::marks::Marks;
 use crate::model::{Cluster, ObjectKey};
 use crate::node_plan::expected::{Expected, NoSuchNode};
+use egret_nft::text::Listing;
 use ipnetwork::IpNetwork;
 use std::collections::BTreeMap;
 use std::fmt;

@@ -1,8 +1,8 @@
 //! The wire format of replicated connections.
 
 use crate::datapath::node_messages::MAX_MESSAGE;
-use crate::kernel::conntrack::Tuple;
-use crate::model::mac::Mac;
+use egret_nft::conntrack::Tuple;
+use egret_nft::mac::Mac;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 /// The first bytes of each message: its type and the version of the format.

@@ -18,9 +18,9 @@ pub use kept::{EgressOwner, Owners, kept_port};
 pub use replicas::Replicas;
 pub use roles::{Role, Roles};
 
-use crate::kernel::conntrack::Tracked;
 use crate::model::marks::Marks;
 use anyhow::{Context, Result};
+use egret_nft::conntrack::Tracked;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;

@@ -1,7 +1,7 @@
 //! The connections with a changed port that this node, as the owner of their egress IPs, replicates.
 
 use super::message::Changed;
-use crate::kernel::conntrack::Tuple;
+use egret_nft::conntrack::Tuple;
 use std::collections::{BTreeSet, HashMap};
 use std::net::IpAddr;
 use std::time::Duration;

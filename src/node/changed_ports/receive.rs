@@ -3,8 +3,8 @@
 use super::message::{Changed, Message};
 use super::replicas::Replica;
 use super::task::{AT_ONCE, Task};
-use crate::kernel::conntrack::{self, Insertion, Tracked};
-use crate::model::mac::Mac;
+use egret_nft::conntrack::{self, Insertion, Tracked};
+use egret_nft::mac::Mac;
 use std::io;
 use std::time::Duration;
 use tokio::time::Instant;

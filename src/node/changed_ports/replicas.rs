@@ -1,8 +1,8 @@
 //! The connections that the owners of egress IPs have replicated to this node, which may become the owner.
 
 use super::message::Changed;
-use crate::kernel::conntrack::{Translated, Tuple};
-use crate::model::mac::Mac;
+use egret_nft::conntrack::{Translated, Tuple};
+use egret_nft::mac::Mac;
 use std::collections::HashMap;
 use std::net::IpAddr;
 use std::sync::{Mutex, MutexGuard, PoisonError};

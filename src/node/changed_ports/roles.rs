@@ -3,10 +3,10 @@
 use super::kept::Owners;
 use super::message::Changed;
 use crate::datapath::ruleset::PeerIndexes;
-use crate::kernel::conntrack::Tracked;
-use crate::kernel::nft::rule::protocol::{TCP, UDP};
-use crate::model::mac::Mac;
 use crate::model::marks::{EgressId, MAX_PEER, Marks};
+use egret_nft::conntrack::Tracked;
+use egret_nft::mac::Mac;
+use egret_nft::rule::protocol::{TCP, UDP};
 use std::collections::{BTreeSet, HashMap};
 use std::net::{IpAddr, Ipv6Addr};
 use std::sync::Arc;
@@ -100,7 +100,7 @@ impl Roles {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernel::conntrack::Tuple;
+    use egret_nft::conntrack::Tuple;
 
     const OWNER: Mac = [2, 0x65, 0x67, 0, 0, 1];
     const HERE: Mac = [2, 0x65, 0x67, 0, 0, 2];

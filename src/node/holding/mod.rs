@@ -8,12 +8,12 @@ mod fitness;
 
 use super::host::{Desired, UplinkStatus};
 use super::liveness::Settings;
-use crate::model::mac::{Mac, Shown};
 use crate::model::marks::EgressId;
 use crate::model::selector::Name;
 use crate::model::uplink_key::UplinkKey;
 use crate::node_plan::allocations::{AllocationState, Facts, NodeAllocation, Placing};
 use crate::node_plan::{View, addresses};
+use egret_nft::mac::{Mac, Shown};
 use fitness::Fitness;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;

@@ -2,12 +2,12 @@
 
 use super::Host;
 use crate::datapath::ruleset;
-use crate::kernel::conntrack;
-use crate::kernel::netlink::{NETLINK_NETFILTER, Socket};
-use crate::kernel::nft::Count;
 use crate::model::marks::EgressId;
 use crate::node::forwarding::FirstPackets;
 use anyhow::Result;
+use egret_nft::Count;
+use egret_nft::conntrack;
+use egret_nft::netlink::{NETLINK_NETFILTER, Socket};
 use std::collections::BTreeMap;
 
 impl Host {

@@ -1,13 +1,13 @@
 //! The forwarding entries and neighbours of other nodes in the tunnel. A fault of one node does not affect others.
 
 use super::{Digest, Host};
+use crate::datapath::fdb;
 use crate::datapath::names::{HEALTH, PROBER, of_mac, of_uplink};
 use crate::datapath::neighbours;
-use crate::kernel::fdb;
-use crate::model::mac::Mac;
 use crate::model::tunnel_family::TunnelFamily;
 use crate::node_plan::View;
 use anyhow::Result;
+use egret_nft::mac::Mac;
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv6Addr};
 

@@ -2,13 +2,13 @@
 
 use super::Node;
 use crate::datapath::names::{HEALTH, of_mac};
-use crate::model::mac::Mac;
 use crate::model::marks::EgressId;
 use crate::model::selector::Name;
 use crate::model::shared::Mark;
 use crate::node::changed_ports::{EgressOwner, Owners, Role, Roles};
 use crate::node_plan::addresses;
 use crate::node_plan::allocations::{AllocationState, NodeAllocation, NodeAllocations};
+use egret_nft::mac::Mac;
 use std::collections::{BTreeMap, HashMap};
 use std::net::Ipv6Addr;
 use std::sync::Arc;

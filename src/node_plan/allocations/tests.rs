@@ -1,7 +1,8 @@
 use super::*;
 use crate::api::{Allocate, EgressNodeStatus, TakenAllocation};
 use crate::fixture::{World, asking, naming};
-use crate::model::mac;
+use crate::model::tunnel_mac;
+use egret_nft::mac;
 use std::sync::Arc;
 
 /// Three gateway nodes and a plain one, and one policy, whose allocation `n1` holds.
@@ -21,7 +22,7 @@ fn world() -> (World, EgressId) {
 fn says(world: &mut World, node: &str, allocations: &[EgressId], taken: &[(EgressId, i64)]) {
     let status = EgressNodeStatus {
         tunnel_address: world.cluster.nodes[node].addresses.first().copied(),
-        tunnel_mac: Some(mac::Shown(mac::of_node(node)).to_string()),
+        tunnel_mac: Some(mac::Shown(tunnel_mac::of_node(node)).to_string()),
         answers: true,
         allocations: allocations.to_vec(),
         taken: taken.iter().map(|(id, since)| TakenAllocation { id: *id, since: *since }).collect(),
@@ -45,7 +46,7 @@ fn seen(world: &World, node: &str, facts: &Facts, id: EgressId) -> (AllocationSt
 }
 
 fn to(node: &str) -> AllocationState {
-    AllocationState::Remote(mac::of_node(node))
+    AllocationState::Remote(tunnel_mac::of_node(node))
 }
 
 const A: &str = "192.0.2.50";
@@ -65,7 +66,7 @@ fn the_allocations_node_takes_it_and_the_others_send_to_it() {
 fn one_of_the_others_takes_a_dead_nodes_allocation_and_all_know_which() {
     let (world, id) = world();
     let AllocationState::Remote(new) = seen(&world, "plain", &facts(&[], &["n1"]), id).0 else { panic!() };
-    let (taker, other) = if new == mac::of_node("n2") { ("n2", "n3") } else { ("n3", "n2") };
+    let (taker, other) = if new == tunnel_mac::of_node("n2") { ("n2", "n3") } else { ("n3", "n2") };
     assert_eq!(seen(&world, taker, &facts(&[], &["n1"]), id).1, Placing::Take { ask: true });
     assert_eq!(seen(&world, taker, &facts(&[A], &["n1"]), id).0, AllocationState::Local);
     // The dead node's word that it holds the allocation is nobody's any more.
@@ -79,7 +80,7 @@ fn one_of_the_others_takes_a_dead_nodes_allocation_and_all_know_which() {
 fn a_node_translates_before_and_during_a_takeover() {
     let (world, id) = world();
     let AllocationState::Remote(new) = seen(&world, "plain", &facts(&[], &["n1"]), id).0 else { panic!() };
-    let taker = if new == mac::of_node("n2") { "n2" } else { "n3" };
+    let taker = if new == tunnel_mac::of_node("n2") { "n2" } else { "n3" };
     let (asking, mut coming, mut refused) = (facts(&[], &["n1"]), facts(&[], &["n1"]), facts(&[], &["n1"]));
     coming.coming.insert(id);
     refused.refused.insert(id, "another host has it".into());

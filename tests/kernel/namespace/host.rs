@@ -2,11 +2,11 @@
 
 use super::{ip, ip_json};
 use egret::datapath::names::{RULE_REPLY, RULE_REQUEST, TABLE_REPLY, TABLE_REQUEST};
+use egret::datapath::route_socket::RouteSocket;
 use egret::datapath::routes::{METRIC_LAST, Route, RouteKind};
 use egret::datapath::rules::Rule;
 use egret::datapath::tunnel::Tunnel;
-use egret::kernel::route_socket::RouteSocket;
-use egret::model::mac::Mac;
+use egret_nft::mac::Mac;
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 

@@ -11,7 +11,7 @@ pub(super) use text::protocol_name;
 
 use super::table::SetName;
 use super::uapi::*;
-use crate::model::fnv::fnv1a;
+use crate::hash::fnv1a;
 use ipnetwork::IpNetwork;
 use std::net::IpAddr;
 
@@ -82,7 +82,7 @@ impl Rule {
     pub(super) fn hash(&self, buffer: &mut Vec<u8>) -> u64 {
         buffer.clear();
         self.encode(buffer);
-        fnv1a(buffer.iter().copied())
+        fnv1a(buffer)
     }
 
     /// Where packets may go from here: to a chain, or to those in a verdict map.

@@ -13,11 +13,10 @@ pub use translated::{
 };
 pub use tuple::Tuple;
 
-use crate::kernel::netlink::{
+use crate::netlink::{
     Attributes, Error, NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REQUEST, NLMSG_ERROR, Socket, append_message,
     attributes,
 };
-use anyhow::{Context, Result};
 use nix::libc::{AF_INET, AF_INET6, ENOENT};
 use std::collections::BTreeSet;
 use std::fs;
@@ -56,6 +55,20 @@ const CTA_STATS_INSERT_FAILED: u16 = 9;
 const NFGENMSG: usize = 4;
 /// Deletions per datagram. Their acknowledgements must fit into the socket's receive buffer.
 const BATCH: usize = 64;
+
+/// Why the entries could not be read or changed.
+#[derive(Debug, thiserror::Error)]
+pub enum Failure {
+    /// The entries cannot be listed.
+    #[error("cannot read the tracked connections; is the kernel module nf_conntrack_netlink there?")]
+    Read(#[source] Error),
+    /// The kernel rejected a deletion or a replacement.
+    #[error("cannot delete tracked connections")]
+    Delete(#[source] Error),
+    /// The counters cannot be read.
+    #[error("cannot read the counters of connection tracking")]
+    Counters(#[source] Error),
+}
 
 /// Selects the connections whose mark equals `mark` in the bits of `mask`. The kernel filters, which keeps a large
 /// table cheap.
@@ -112,7 +125,7 @@ pub enum EntryAction {
 }
 
 /// Lists the connections that `marked` selects.
-pub fn list(socket: &mut Socket, marked: MarkFilter) -> Result<Vec<Connection>> {
+pub fn list(socket: &mut Socket, marked: MarkFilter) -> Result<Vec<Connection>, Failure> {
     select(socket, marked, Some)
 }
 
@@ -123,7 +136,7 @@ pub fn list(socket: &mut Socket, marked: MarkFilter) -> Result<Vec<Connection>> 
 ///
 /// # Errors
 /// The table cannot be read, or the kernel rejected a deletion; other connections may have been deleted.
-pub fn delete(socket: &mut Socket, marked: MarkFilter, doomed: impl Fn(&Connection) -> bool) -> Result<usize> {
+pub fn delete(socket: &mut Socket, marked: MarkFilter, doomed: impl Fn(&Connection) -> bool) -> Result<usize, Failure> {
     update_entries(socket, marked, |c| if doomed(c) { EntryAction::Delete } else { EntryAction::Keep })
 }
 
@@ -135,7 +148,7 @@ pub fn update_entries(
     socket: &mut Socket,
     marked: MarkFilter,
     action: impl Fn(&Connection) -> EntryAction,
-) -> Result<usize> {
+) -> Result<usize, Failure> {
     let found = select_raw(socket, marked, |connection, raw| {
         let (admitted, replacement) = match action(&connection) {
             EntryAction::Keep => return None,
@@ -151,13 +164,13 @@ pub fn update_entries(
 
 /// How many packets the kernel has dropped, on all processors, because another connection had the same tuple
 /// (`insert_failed` of `conntrack -S`). Each processor counts modulo 2^32.
-pub fn insertions_failed(socket: &mut Socket) -> Result<u64> {
+pub fn insertions_failed(socket: &mut Socket) -> Result<u64, Failure> {
     let counted = socket.dump(IPCTNL_MSG_CT_GET_STATS_CPU, &[0; NFGENMSG], u64::default, |sum, message| {
         let all = attributes(message.get(NFGENMSG..).unwrap_or_default());
         let failed = all.filter(|(kind, _)| *kind == CTA_STATS_INSERT_FAILED);
         *sum += failed.filter_map(|(_, n)| Some(u64::from(u32::from_be_bytes(n.try_into().ok()?)))).sum::<u64>();
     });
-    counted.context("cannot read the counters of connection tracking")
+    counted.map_err(Failure::Counters)
 }
 
 /// A request that deletes a connection's entry, and the requests that create entries in its place.
@@ -166,10 +179,10 @@ struct Deletion {
     insertions: Vec<Vec<u8>>,
 }
 
-fn delete_all(socket: &mut Socket, requests: &[Deletion]) -> Result<usize> {
+fn delete_all(socket: &mut Socket, requests: &[Deletion]) -> Result<usize, Failure> {
     let mut deleted = 0;
     for batch in requests.chunks(BATCH) {
-        deleted += send(socket, batch).context("cannot delete tracked connections")?;
+        deleted += send(socket, batch).map_err(Failure::Delete)?;
     }
     Ok(deleted)
 }
@@ -183,7 +196,7 @@ pub fn delete_by_address(
     socket: &mut Socket,
     addresses: &BTreeSet<IpAddr>,
     doomed: impl Fn(&Connection) -> bool,
-) -> Result<usize> {
+) -> Result<usize, Failure> {
     let is_doomed =
         |c: &Connection| (addresses.contains(&c.source) || addresses.contains(&c.reply_source)) && doomed(c);
     let ends = [(CTA_TUPLE_ORIG, CTA_FILTER_ORIG_FLAGS), (CTA_TUPLE_REPLY, CTA_FILTER_REPLY_FLAGS)];
@@ -199,7 +212,7 @@ pub fn delete_by_source(
     socket: &mut Socket,
     addresses: &BTreeSet<IpAddr>,
     mut doomed: impl FnMut(&Connection) -> bool,
-) -> Result<usize> {
+) -> Result<usize, Failure> {
     let is_doomed = |c: &Connection| addresses.contains(&c.source) && doomed(c);
     delete_matching(socket, addresses, &[(CTA_TUPLE_ORIG, CTA_FILTER_ORIG_FLAGS)], is_doomed)
 }
@@ -210,7 +223,7 @@ fn delete_matching(
     addresses: &BTreeSet<IpAddr>,
     ends: &[(u16, u16)],
     mut is_doomed: impl FnMut(&Connection) -> bool,
-) -> Result<usize> {
+) -> Result<usize, Failure> {
     if addresses.is_empty() {
         return Ok(0);
     }
@@ -249,7 +262,11 @@ fn is_worth_reading(searches: usize) -> bool {
     connections.saturating_mul(BUCKETS) < (searches - 1).saturating_mul(buckets)
 }
 
-fn select<T>(socket: &mut Socket, marked: MarkFilter, mut pick: impl FnMut(Connection) -> Option<T>) -> Result<Vec<T>> {
+fn select<T>(
+    socket: &mut Socket,
+    marked: MarkFilter,
+    mut pick: impl FnMut(Connection) -> Option<T>,
+) -> Result<Vec<T>, Failure> {
     select_raw(socket, marked, |connection, _| pick(connection))
 }
 
@@ -257,7 +274,7 @@ fn select_raw<T>(
     socket: &mut Socket,
     marked: MarkFilter,
     mut pick: impl FnMut(Connection, &[u8]) -> Option<T>,
-) -> Result<Vec<T>> {
+) -> Result<Vec<T>, Failure> {
     // AF_UNSPEC selects both families.
     let mut filter = vec![0; NFGENMSG];
     if marked.mask != 0 {
@@ -273,11 +290,11 @@ fn select_filtered<T>(
     socket: &mut Socket,
     filter: &[u8],
     mut pick: impl FnMut(Connection, &[u8]) -> Option<T>,
-) -> Result<Vec<T>> {
+) -> Result<Vec<T>, Failure> {
     let entries = socket.dump(IPCTNL_MSG_CT_GET, filter, Vec::new, |found, message| {
         found.extend(parse(message).and_then(|connection| pick(connection, message)));
     });
-    entries.context("cannot read the tracked connections; is the kernel module nf_conntrack_netlink there?")
+    entries.map_err(Failure::Read)
 }
 
 fn parse(message: &[u8]) -> Option<Connection> {

@@ -5,7 +5,7 @@ use super::rule::WayOn;
 use super::rule::protocol_name;
 use super::table::{Chain, Data, DataType, Elements, Hook, Key, Set, SetKind, Table, TableName, hook};
 use super::uapi::*;
-use crate::model::mac::Shown;
+use crate::mac::Shown;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::{Display, Formatter, Result};
 use std::net::IpAddr;

@@ -4,8 +4,8 @@
 //! caller would then add entries that exist and delete entries that belong there. Strict checking is on, so that the
 //! kernel filters dumps instead of ignoring the filter.
 
-use crate::kernel::netlink::{Error as KernelError, attributes, string};
 use anyhow::{Context, Result, anyhow, bail};
+use egret_nft::netlink::{Error as KernelError, attributes, string};
 use futures_util::{Stream, StreamExt};
 use netlink_packet_core::{
     NLM_F_ACK, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload,

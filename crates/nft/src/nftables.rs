@@ -1,23 +1,12 @@
-//! nf_tables over netlink: tables as they should be are compared with what the kernel holds, and the difference is
-//! committed in one transaction.
-//!
-//! Spoken directly and not through `nft`, because a pod's start waits for it: see docs/measurements.md.
+//! The kernel's nf_tables: compares tables as they should be with what the kernel holds, and commits the difference in
+//! one transaction.
 
-mod elements;
-mod read;
-pub mod rule;
-pub mod table;
-pub mod text;
-mod transaction;
-pub mod uapi;
-
-pub use read::Count;
-
-use crate::kernel::netlink::{Error, NETLINK_NETFILTER, Socket};
+use crate::netlink::{Error, NETLINK_NETFILTER, Socket};
+use crate::read::{self, Count};
+use crate::table::{self, Held, Key, Table, TableName};
+use crate::transaction::{Batch, Ownership, Transaction};
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use table::{Held, Key, Table, TableName};
-use transaction::{Batch, Ownership, Transaction};
 
 /// How often a transaction is tried again on a fresh view of the kernel's tables, when somebody else changes them.
 const TRIES: usize = 5;
@@ -26,7 +15,7 @@ const TRIAL: &str = "egret-trial";
 /// Room for a transaction with some ten thousand elements.
 const BUFFER: usize = 16 << 20;
 
-/// Egret's tables in the kernel.
+/// Tables in the kernel of the network namespace in which this was opened.
 pub struct Nftables {
     socket: Socket,
     /// What the kernel holds, as far as is known: read back once, then kept in sync with what was committed.
@@ -57,7 +46,7 @@ impl Nftables {
     /// # Errors
     /// The socket failed.
     pub fn own_tables(&mut self) -> Result<bool, Error> {
-        let name = TableName { family: uapi::NFPROTO_INET, name: TRIAL };
+        let name = TableName { family: crate::uapi::NFPROTO_INET, name: TRIAL };
         let batch = Transaction::new(&mut self.socket).trial_of_ownership(name);
         self.own = match self.commit(&batch) {
             Ok(()) => true,

@@ -1,8 +1,8 @@
 //! The forwarding database of the tunnel device: it maps nodes' tunnel MAC addresses to their underlay addresses.
 
-use crate::kernel::route_socket::{Applied, Change, RouteSocket};
-use crate::model::mac::{Mac, Shown};
+use crate::datapath::route_socket::{Applied, Change, RouteSocket};
 use anyhow::{Context, Result};
+use egret_nft::mac::{Mac, Shown};
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_REPLACE};
 use netlink_packet_route::neighbour::{
     NeighbourAddress, NeighbourAttribute, NeighbourFlags, NeighbourMessage, NeighbourState,

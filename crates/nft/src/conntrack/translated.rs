@@ -6,7 +6,7 @@
 use super::in_flight_reply::{ASSURED, ESTABLISHED, established, to};
 use super::tuple::Tuple;
 use super::*;
-use crate::kernel::nft::rule::protocol::TCP;
+use crate::rule::protocol::TCP;
 use nix::libc::EEXIST;
 
 const CTA_STATUS: u16 = 3;
@@ -105,7 +105,11 @@ pub fn find_by_original(socket: &mut Socket, out: &Tuple) -> Result<Option<Track
 }
 
 /// Lists the connections that `marked` selects and for which `pick` returns true.
-pub fn list_tracked(socket: &mut Socket, marked: MarkFilter, pick: impl Fn(&Tracked) -> bool) -> Result<Vec<Tracked>> {
+pub fn list_tracked(
+    socket: &mut Socket,
+    marked: MarkFilter,
+    pick: impl Fn(&Tracked) -> bool,
+) -> Result<Vec<Tracked>, Failure> {
     select_raw(socket, marked, |_, message| parse_tracked(message).filter(&pick))
 }
 

@@ -280,7 +280,7 @@ pub enum ObservedChain {
     Read {
         /// Its hook.
         hook: Option<Hook>,
-        /// Hashes of its rules, in order; 0 for a rule that is not Egret's.
+        /// Hashes of its rules, in order; 0 for a rule that this crate did not write.
         hashes: Vec<u64>,
     },
     /// As it was written.

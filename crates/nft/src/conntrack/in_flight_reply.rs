@@ -8,7 +8,7 @@
 
 use super::tuple::Tuple;
 use super::*;
-use crate::kernel::nft::rule::protocol::{TCP, UDP};
+use crate::rule::protocol::{TCP, UDP};
 
 const CTA_STATUS: u16 = 3;
 const CTA_PROTOINFO: u16 = 4;

@@ -1,7 +1,7 @@
 //! Rules in nft's own syntax, as `nft list` prints them.
 
 use super::*;
-use crate::model::mac::Shown;
+use crate::mac::Shown;
 use std::fmt::{Display, Formatter, Result};
 
 /// `include/uapi/linux/netfilter/nf_conntrack_common.h`, under the names that nft gives the bits.

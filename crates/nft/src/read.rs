@@ -2,7 +2,7 @@
 
 use super::table::{Bytes, Data, Elements, Held, HeldSet, Hook, Key, ObservedChain, TableName};
 use super::uapi::*;
-use crate::kernel::netlink::{Attributes, Error, Socket, attributes, string};
+use crate::netlink::{Attributes, Error, Socket, attributes, string};
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::sync::Arc;

@@ -8,7 +8,7 @@ use super::table::{
     Data, DataType, Elements, Held, HeldSet, Hook, Key, ObservedChain, Set, SetKind, Table, TableName, Unlike,
 };
 use super::uapi::*;
-use crate::kernel::netlink::{self, Attributes, NLM_F_ACK, NLM_F_APPEND, NLM_F_CREATE, NLM_F_REQUEST, Socket};
+use crate::netlink::{self, Attributes, NLM_F_ACK, NLM_F_APPEND, NLM_F_CREATE, NLM_F_REQUEST, Socket};
 
 /// `NFTA_SET_ELEM_LIST_ELEMENTS` is one attribute and so at most 64 KiB; an element takes less than 100 bytes.
 const ELEMENTS_A_MESSAGE: usize = 500;

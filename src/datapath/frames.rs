@@ -1,6 +1,6 @@
 //! ARP and IPv6 neighbour discovery frames: announcements of an address, probes for an address, and their parsers.
 
-use crate::model::mac::Mac;
+use egret_nft::mac::Mac;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 /// EtherTypes, include/uapi/linux/if_ether.h.

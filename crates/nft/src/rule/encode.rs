@@ -4,7 +4,7 @@
 
 use super::super::table::Bytes;
 use super::*;
-use crate::kernel::netlink::Attributes;
+use crate::netlink::Attributes;
 
 /// Two registers of 16 bytes. Conditions use the first one only.
 const R1: u32 = 1;

@@ -1,10 +1,10 @@
 //! A synchronous netlink socket, and an encoder and a parser of attributes.
 //!
-//! It serves what no maintained crate covers (nf_tables, ctnetlink), and the CNI plugin, which must not carry an async
-//! runtime. In August 2026, netlink-packet-netfilter 0.4 has types for six of the sixteen expressions that Egret's rules
-//! need: bitwise, cmp, immediate, lookup, meta and payload; not byteorder, ct, dup, exthdr, fib, log, nat, notrack, objref
-//! and rt. It has none for named counters. A dump that the kernel marks as interrupted (`NLM_F_DUMP_INTR`) is read again,
-//! because it may miss entries.
+//! It serves what no maintained crate covers: nf_tables and ctnetlink. In August 2026, netlink-packet-netfilter 0.4 has
+//! types for six of the sixteen expressions that this crate's rules need: bitwise, cmp, immediate, lookup, meta and
+//! payload; not byteorder, ct, dup, exthdr, fib, log, nat, notrack, objref and rt. It has none for named counters.
+//!
+//! A dump that the kernel marks as interrupted (`NLM_F_DUMP_INTR`) is read again, because it may miss entries.
 
 use netlink_sys::{Socket as RawSocket, SocketAddr};
 use nix::libc::MSG_TRUNC;
