@@ -1,4 +1,4 @@
-//! Which of its uplinks this node can use, and whether it can hold egress addresses at all.
+//! The uplinks that this node can use, and whether it can hold egress IPs at all.
 
 use crate::model::uplink_key::UplinkKey;
 use crate::node::host::UplinkStatus;
@@ -12,8 +12,8 @@ struct Lost {
     why: String,
 }
 
-/// A node is unfit when none of its uplinks is left. One whose interface it never had makes it no less fit than it was:
-/// that an allocation cannot be here for it, the allocation's status says.
+/// Whether this node can hold egress IPs. It is unfit when none of its uplinks is left. An uplink whose interface it
+/// never had does not make it unfit: the allocation's status says that its egress IP cannot be placed here.
 #[derive(Debug, Default)]
 pub(super) struct Fitness {
     had: BTreeSet<UplinkKey>,
@@ -24,10 +24,11 @@ pub(super) struct Fitness {
 }
 
 impl Fitness {
-    /// Returns whether it has changed.
+    /// Updates the fitness from the state of the uplinks. Returns whether it has changed. `apart` is the reason why no
+    /// other node reaches this one, if there is one.
     pub(super) fn judge(&mut self, uplinks_now: &UplinkStatus, apart: Option<&str>, now: Instant) -> bool {
         let (broken, works) = uplinks_now.judge();
-        // Of two addresses with the same uplink one may have no interface, being on no network of this node's.
+        // Of two addresses with the same uplink, one may have no interface, because it is on no network of this node.
         let broken: Vec<_> = broken.into_iter().filter(|b| !works.contains(&b.key)).collect();
         let had = broken.iter().any(|b| self.had.contains(&b.key) || b.down);
         self.cut_off = apart.is_some() || had && works.is_empty();
@@ -46,40 +47,40 @@ impl Fitness {
         }
         let after = (self.unfit.is_some(), self.lost.keys().cloned().collect::<Vec<_>>());
         if before != after {
-            self.tell(&before.1, before.0, apart);
+            self.log_changes(&before.1, before.0, apart);
         }
         before != after
     }
 
-    fn tell(&self, before: &[UplinkKey], was_unfit: bool, apart: Option<&str>) {
+    fn log_changes(&self, before: &[UplinkKey], was_unfit: bool, apart: Option<&str>) {
         let why = self.lost.values().map(|lost| &*lost.why).chain(apart).collect::<BTreeSet<&str>>();
         let why = why.into_iter().collect::<Vec<_>>().join("; ");
         if self.unfit.is_some() && !was_unfit {
-            tracing::warn!("this node cannot hold egress addresses now: {why}");
+            tracing::warn!("this node cannot hold egress IPs now: {why}");
             return;
         }
         if was_unfit && self.unfit.is_none() {
-            tracing::info!("this node can hold egress addresses again");
+            tracing::info!("this node can hold egress IPs again");
         }
         for (key, lost) in self.lost.iter().filter(|(key, _)| !before.contains(key)) {
-            tracing::warn!(uplink = %key, "the uplink is lost, and egress IPs are not announced there: {}", lost.why);
+            tracing::warn!(uplink = %key, "uplink lost; egress IPs are not announced there: {}", lost.why);
         }
         for key in before.iter().filter(|key| !self.lost.contains_key(key)) {
-            tracing::info!(uplink = %key, "the uplink can be used again");
+            tracing::info!(uplink = %key, "uplink usable again");
         }
     }
 
-    /// Since when it cannot hold anything, if it cannot.
+    /// Since when this node has been unfit, if it is.
     pub(super) fn unfit_since(&self) -> Option<Instant> {
         self.unfit
     }
 
-    /// Since when it cannot use all of these uplinks, if it cannot.
+    /// Since when one of these uplinks has been lost, if one is.
     pub(super) fn lost_since(&self, needs: impl Iterator<Item = UplinkKey>) -> Option<Instant> {
         needs.filter_map(|key| self.lost.get(&key)).map(|lost| lost.since).min()
     }
 
-    /// Whether no uplink is left that was there.
+    /// Whether no uplink is left of those that this node had.
     pub(super) fn is_cut_off(&self) -> bool {
         self.cut_off
     }
@@ -89,7 +90,7 @@ impl Fitness {
         &self.works
     }
 
-    /// What cannot be used, and why.
+    /// The uplinks that cannot be used, with the reasons.
     pub(super) fn lost(&self) -> impl Iterator<Item = (&UplinkKey, &str)> {
         self.lost.iter().map(|(key, lost)| (key, &*lost.why))
     }

@@ -1,9 +1,11 @@
-//! Which addresses this node takes, keeps and lets go.
+//! Which egress IPs this node takes, keeps and gives up.
 //!
-//! Before it takes one it asks the link whether somebody has it. It lets one go when the node that is to have it says
-//! that it does, or when it finds out that another one has taken it over while it could not know: it was frozen, or
-//! cut off. What it cannot use, its uplink being down, it gives up before the others take it.
+//! Before the node adds an egress IP, it probes the link for another host that has it. The node gives an egress IP up
+//! when the next owner reports that it holds it, or when the node detects that another one has taken it over while this
+//! one could not know, because it was frozen or cut off. If the node's uplink is lost, it gives its egress IPs up
+//! before the other nodes take them over.
 
+mod egress_ip;
 mod fitness;
 
 use super::host::{Desired, UplinkStatus};
@@ -13,6 +15,7 @@ use crate::model::selector::Name;
 use crate::model::uplink_key::UplinkKey;
 use crate::node_plan::allocations::{AllocationState, Facts, NodeAllocation, Placing};
 use crate::node_plan::{View, addresses};
+use egress_ip::{Answer, Cause, EgressIp};
 use egret_nft::mac::{Mac, Shown};
 use fitness::Fitness;
 use std::collections::{BTreeMap, BTreeSet};
@@ -20,120 +23,98 @@ use std::net::IpAddr;
 use std::time::Duration;
 use tokio::time::Instant;
 
-/// How many addresses are named in one line of the log.
+pub use egress_ip::State;
+
+/// The largest number of addresses in one log line.
 const NAMED: usize = 6;
-/// How long an address stays when another node has it: others may send to this one until they have heard.
+/// How long an egress IP stays after another node holds it. Other nodes send to this one until they have received that
+/// node's report.
 const GRACE: Duration = Duration::from_millis(300);
-/// Who answered for an address is asked again after this long, at first and then. At first it may be a node that is
-/// about to give it up.
+/// The pauses before an egress IP in conflict is probed again: at first, and later. At first the host that answers may
+/// be a node that is about to give the egress IP up.
 const AGAIN: [Duration; 2] = [Duration::from_millis(250), Duration::from_secs(2)];
-/// What "at first" is.
+/// How long the first of these pauses is used.
 const AT_FIRST: Duration = Duration::from_secs(5);
-/// What another node claims is not asked for again before this and [`AGAIN`].
+/// An egress IP that another node claims is not probed before this and [`AGAIN`].
 const CLAIMED: Duration = Duration::from_secs(5);
-/// A node that has nothing of what the allocations give it does not say that it is fit, so that nobody sends to it who
-/// cannot hear that others have taken all over. Longer than this it is not out of service for it.
+/// A node that has given up all of its allocations has no health address for this long. Source nodes that have not
+/// received the reports of the takeover must not send to it.
 const WITHHELD: Duration = Duration::from_secs(60);
 
-/// Somebody who answers for an address.
-#[derive(Clone, Copy, Debug)]
-struct Answer {
-    address: IpAddr,
-    mac: Mac,
-    first: Instant,
-    last: Instant,
-}
-
-/// See the module.
+/// The egress IPs on this node, and what the node does with them.
 #[derive(Debug)]
 pub struct Holding {
     settings: Settings,
     started: Instant,
     fitness: Fitness,
-    /// Nobody else has these addresses: it was asked.
-    cleared: BTreeMap<EgressId, BTreeSet<IpAddr>>,
-    answered: BTreeMap<EgressId, Answer>,
-    /// It is being asked for them.
-    asking: BTreeSet<EgressId>,
-    /// The allocations that there were when it was decided last, sorted; `None` before.
+    /// The egress IPs that are not in their default state.
+    ips: BTreeMap<EgressId, EgressIp>,
+    /// The allocations at the last decision, sorted; `None` before the first one.
     known: Option<Vec<EgressId>>,
-    /// What is here is to be asked for.
+    /// Whether the next decision probes the egress IPs that are on this node.
     verify: bool,
-    /// Somebody answered for what is here.
-    lost: BTreeSet<EgressId>,
-    /// Another node has them: when they go.
-    going: BTreeMap<EgressId, Instant>,
-    /// Egress IPs that are assigned to this node, and that it gave up: `since` of the allocation, and the time.
-    relinquished: BTreeMap<EgressId, (i64, Instant)>,
-    /// What this node has taken over from others.
-    taken_from_the_dead: BTreeSet<EgressId>,
     next: Option<Instant>,
 }
 
 /// What is to be done now.
 #[derive(Debug, Default)]
 pub struct Decision {
-    /// What is to be on this node.
+    /// The desired addresses of this node.
     pub desired: Desired,
-    /// Allocations for whose addresses the link is to be asked.
+    /// The allocations whose addresses are to be probed.
     pub ask: BTreeSet<EgressId>,
-    /// Those of them that were not allocated before: no node of Egret has held them.
+    /// The allocations among them that are new: no node of Egret has held them.
     pub new: BTreeSet<EgressId>,
-    /// Allocations that are to be here without a family that this node has lost.
+    /// The allocations that are to be here without a family that this node has lost.
     pub partial: BTreeSet<EgressId>,
 }
 
-/// What a decision is made of.
-struct Scene<'a> {
+/// The inputs of a decision.
+struct Inputs<'a> {
     uplinks_now: &'a UplinkStatus,
     facts: &'a Facts,
-    /// Whether what is here is to be asked for.
+    /// Whether the egress IPs that are on this node are probed.
     verify: bool,
     now: Instant,
 }
 
 impl Holding {
-    /// Of a daemon that has just started: what is here may have been another's for long.
+    /// The state at the daemon's start. Another node may hold the egress IPs that are on this node.
     pub fn new(settings: Settings, now: Instant) -> Self {
         Holding {
             settings,
             started: now,
             fitness: Fitness::default(),
-            cleared: BTreeMap::new(),
-            answered: BTreeMap::new(),
-            asking: BTreeSet::new(),
+            ips: BTreeMap::new(),
             known: None,
             verify: true,
-            lost: BTreeSet::new(),
-            going: BTreeMap::new(),
-            relinquished: BTreeMap::new(),
-            taken_from_the_dead: BTreeSet::new(),
             next: None,
         }
     }
 
-    /// This node was frozen or cut off: others may have taken over what it has.
+    /// Handles the end of a time in which this node was frozen or cut off: other nodes may have taken over its egress
+    /// IPs.
     pub fn returned(&mut self) {
         self.verify = true;
     }
 
-    /// Whether this node can hold addresses. Returns whether that has changed.
-    /// `apart`: why no other node reaches this one, where that is known.
+    /// Updates whether this node can hold egress IPs. Returns whether that has changed. `apart` is the reason why no
+    /// other node reaches this one, if there is one.
     pub fn judge(&mut self, uplinks_now: &UplinkStatus, apart: Option<&str>, now: Instant) -> bool {
         self.fitness.judge(uplinks_now, apart, now)
     }
 
-    /// Whether it can.
+    /// Whether this node can hold egress IPs.
     pub fn is_fit(&self) -> bool {
         self.fitness.unfit_since().is_none()
     }
 
-    /// The uplinks that it cannot use, and why.
+    /// The uplinks that this node cannot use, with the reasons.
     pub fn lost(&self) -> impl Iterator<Item = (&UplinkKey, &str)> {
         self.fitness.lost()
     }
 
-    /// What this node is to count as: not alive, or what it has lost of its uplinks.
+    /// Adds this node's own liveness to the facts: it is dead, or has lost some of its uplinks.
     pub fn note(&self, node: &Name, facts: &mut Facts) {
         if !self.is_fit() {
             facts.dead.insert(node.clone());
@@ -142,12 +123,12 @@ impl Holding {
         }
     }
 
-    /// When [`decide`](Self::decide) is to be asked again, if nothing else happens.
+    /// When the next decision is due, if nothing else happens.
     pub fn next(&self) -> Option<Instant> {
         self.next
     }
 
-    /// Decides what is to be here.
+    /// Decides which addresses are to be on this node.
     pub fn decide(
         &mut self,
         view: &View,
@@ -159,56 +140,35 @@ impl Holding {
         let mut decision = Decision::default();
         let allocations = &view.allocations.allocations;
         self.next = None;
-        self.forget(allocations);
+        self.drop_ended(allocations);
         let verify = std::mem::take(&mut self.verify);
-        let mut of_allocations: BTreeSet<UplinkKey> = BTreeSet::new();
-        let mut has_of_allocations = false;
+        let inputs = Inputs { uplinks_now, facts, verify, now };
+        // The uplinks of the egress IPs that are on this node because their allocations say so.
+        let mut assigned: Option<BTreeSet<UplinkKey>> = None;
         for (id, allocation) in allocations.iter().filter(|(_, allocation)| allocation.placing != Placing::Never) {
             let here = allocation.is_here(*id, facts) || uplinks_now.is_served(allocation, facts);
-            if !here {
-                self.lost.remove(id);
-            }
-            let give_up = self.is_to_give_up(allocation, now);
-            if here && (self.lost.contains(id) || give_up && self.gives_up(allocation)) {
-                self.give(*id, allocation, now);
+            if !self.stays(*id, allocation, here, &inputs, &mut decision) {
                 continue;
             }
-            let stays = match allocation.placing {
-                // Where there is no link to ask, the attempt to place it says why.
-                Placing::Take { ask } => {
-                    let ask = ask && uplinks_now.can_ask(allocation);
-                    let scene = Scene { uplinks_now, facts, verify, now };
-                    self.takes(*id, allocation, here, ask, &scene, &mut decision)
-                }
-                Placing::Keep => here,
-                Placing::Leave => here && self.is_in_grace_period(*id, now),
-                Placing::Never => false,
-            };
-            if !matches!(allocation.placing, Placing::Take { .. }) {
-                self.cleared.remove(id);
-                self.answered.remove(id);
-                // After a start, it may be that only this node thinks that another one has it.
-                if here && verify && uplinks_now.can_ask(allocation) {
-                    decision.ask.insert(*id);
-                }
+            if allocation.by_allocations {
+                assigned.get_or_insert_default().extend(allocation.needs());
             }
-            if stays {
-                has_of_allocations |= allocation.by_allocations;
-                of_allocations.extend(allocation.needs().filter(|_| allocation.by_allocations));
-                decision.desired.allocations.insert(*id);
-                self.note_partial(*id, allocation, uplinks_now, facts, &mut decision);
-            }
+            decision.desired.allocations.insert(*id);
+            self.note_partial(*id, allocation, &inputs, &mut decision);
         }
-        decision.ask.retain(|id| self.asking.insert(*id));
+        let ips = &mut self.ips;
+        decision.ask.retain(|id| !std::mem::replace(&mut ips.entry(*id).or_default().probing, true));
+        ips.retain(|_, ip| *ip != EgressIp::default());
         if let Some(known) = self.known.replace(allocations.keys().copied().collect()) {
             decision.new = decision.ask.iter().copied().filter(|id| known.binary_search(id).is_err()).collect();
         }
-        let relinquished = self.relinquished.iter().filter(|(_, (_, at))| now - *at < WITHHELD);
-        let relinquished: BTreeSet<UplinkKey> =
-            relinquished.filter_map(|(id, _)| allocations.get(id)).flat_map(NodeAllocation::needs).collect();
-        let withheld = !relinquished.is_empty() && !has_of_allocations;
-        let usable =
-            self.fitness.works().iter().filter(|key| of_allocations.contains(*key) || !relinquished.contains(*key));
+        let given_up =
+            self.ips.iter().filter(|(_, ip)| matches!(ip.state, State::Relinquished { at, .. } if now - at < WITHHELD));
+        let given_up: BTreeSet<UplinkKey> =
+            given_up.filter_map(|(id, _)| allocations.get(id)).flat_map(NodeAllocation::needs).collect();
+        let withheld = !given_up.is_empty() && assigned.is_none();
+        let assigned = assigned.unwrap_or_default();
+        let usable = self.fitness.works().iter().filter(|key| assigned.contains(*key) || !given_up.contains(*key));
         decision.desired.uplinks = usable.cloned().collect();
         let holds =
             allocations.values().any(|allocation| allocation.state == AllocationState::Local && allocation.member);
@@ -217,40 +177,79 @@ impl Holding {
         decision
     }
 
-    /// Whether the address of an allocation that is to be here shall be placed.
+    /// Whether the egress IP of an allocation is to be on this node. `here`: it is there now.
+    fn stays(
+        &mut self,
+        id: EgressId,
+        allocation: &NodeAllocation,
+        here: bool,
+        inputs: &Inputs,
+        decision: &mut Decision,
+    ) -> bool {
+        if !here {
+            self.apply(id, Cause::Absent);
+        }
+        let is_lost = self.is_to_give_up(allocation, inputs.now) && self.gives_up(allocation);
+        if here && (is_lost || self.ips.get(&id).is_some_and(|ip| ip.state.is_contested())) {
+            self.give_up(id, allocation, inputs.now);
+            return false;
+        }
+        let can_ask = inputs.uplinks_now.can_ask(allocation);
+        if let Placing::Take { ask } = allocation.placing {
+            // If the link cannot be probed, the attempt to add the address says why.
+            let ask = ask && can_ask;
+            let takes = self.takes(id, allocation, here, ask, inputs, decision);
+            self.apply(id, if takes { Cause::Taken } else { Cause::NotYet });
+            if !allocation.by_allocations && ask {
+                self.apply(id, Cause::OwnerDead);
+            }
+            return takes;
+        }
+        self.set_cleared(id, None);
+        // After a start, it may be that only this node assumes that another one holds it.
+        if here && inputs.verify && can_ask {
+            decision.ask.insert(id);
+        }
+        match (allocation.placing, here) {
+            (Placing::Keep, true) => {
+                self.apply(id, Cause::Kept);
+                true
+            }
+            (Placing::Leave, true) => self.is_in_grace_period(id, inputs.now),
+            _ => {
+                self.apply(id, Cause::Withdrawn);
+                false
+            }
+        }
+    }
+
+    /// Whether an egress IP that this node is to take is added or kept now. Otherwise it is probed first.
     fn takes(
         &mut self,
         id: EgressId,
         allocation: &NodeAllocation,
         here: bool,
         ask: bool,
-        scene: &Scene,
+        inputs: &Inputs,
         decision: &mut Decision,
     ) -> bool {
-        let Scene { uplinks_now, facts, verify, now } = *scene;
-        self.going.remove(&id);
-        if !allocation.by_allocations && ask {
-            self.taken_from_the_dead.insert(id);
-        }
+        let Inputs { uplinks_now, facts, verify, now } = *inputs;
         if !ask {
-            // Who answered may be the node that hands it over.
-            self.answered.remove(&id);
-            self.relinquished.remove(&id);
+            // A host that answers may be the node that hands it over.
             decision.desired.moving.insert(id);
             return true;
         }
-        let cleared = self.cleared.get(&id);
+        let ip = self.ips.get(&id);
+        let cleared = ip.and_then(|ip| ip.cleared.as_ref());
         let is_unasked = |a: IpAddr| {
             uplinks_now.is_usable(a, allocation)
                 && !facts.addresses.contains(&a)
                 && cleared.is_none_or(|set| !set.contains(&a))
         };
         let unasked = addresses(allocation).any(is_unasked);
-        // A family that was lost is back, or new: what goes by the other one goes on meanwhile.
+        // A family that was lost has returned, or is new. The traffic of the other family goes on meanwhile.
         let some = here || addresses(allocation).any(|a| facts.addresses.contains(&a));
         if here || cleared.is_some() && (some || !unasked) {
-            self.answered.remove(&id);
-            self.relinquished.remove(&id);
             if here && verify || some && unasked {
                 decision.ask.insert(id);
             }
@@ -259,7 +258,8 @@ impl Holding {
         if !self.is_fit() {
             return false;
         }
-        let due = self.answered.get(&id).map(|a| a.last + AGAIN[usize::from(now - a.first > AT_FIRST)]);
+        let answer = ip.and_then(|ip| ip.state.answer());
+        let due = answer.map(|a| a.last + AGAIN[usize::from(now - a.first > AT_FIRST)]);
         match due {
             Some(due) if due > now => self.wake_at(Some(due)),
             _ => drop(decision.ask.insert(id)),
@@ -267,24 +267,20 @@ impl Holding {
         false
     }
 
-    /// Whether an address that another node has stays a little longer.
+    /// Whether an egress IP that another node holds stays on this node for now.
     fn is_in_grace_period(&mut self, id: EgressId, now: Instant) -> bool {
-        // After a start, nobody has been found dead yet, and who is said to have it may be.
+        // After a start, no node has been found dead yet, and the node that is said to hold the egress IP may be.
         let known = self.started + self.settings.detection() + Duration::from_millis(500);
-        let at = *self.going.entry(id).or_insert_with(|| known.max(now + GRACE));
-        self.wake_at(Some(at).filter(|at| *at > now));
-        at > now
+        self.apply(id, Cause::MovedAway { until: known.max(now + GRACE) });
+        let Some(State::InGracePeriod { until }) = self.state(id) else { return false };
+        self.wake_at(Some(until).filter(|until| *until > now));
+        until > now
     }
 
-    /// Notes which of an allocation's addresses are not to be here yet, and whether it is here without one of them.
-    fn note_partial(
-        &mut self,
-        id: EgressId,
-        allocation: &NodeAllocation,
-        uplinks_now: &UplinkStatus,
-        facts: &Facts,
-        decision: &mut Decision,
-    ) {
+    /// Records the addresses of an allocation that are not to be here yet, and whether the allocation is here without
+    /// one of its families.
+    fn note_partial(&mut self, id: EgressId, allocation: &NodeAllocation, inputs: &Inputs, decision: &mut Decision) {
+        let Inputs { uplinks_now, facts, .. } = *inputs;
         let is_missing = |a: &IpAddr| !facts.addresses.contains(a);
         let missing = addresses(allocation).filter(is_missing).count();
         let some_are_here = missing > 0 && missing < addresses(allocation).count();
@@ -292,18 +288,19 @@ impl Holding {
             return;
         }
         decision.partial.insert(id);
-        if let Some(cleared) = self.cleared.get_mut(&id) {
+        let mut cleared = self.ips.get_mut(&id).and_then(|ip| ip.cleared.as_mut());
+        if let Some(cleared) = &mut cleared {
             cleared.retain(|address| uplinks_now.is_usable(*address, allocation));
         }
         if !decision.desired.moving.contains(&id) {
-            let cleared = self.cleared.get(&id);
-            let unasked =
-                addresses(allocation).filter(is_missing).filter(|a| cleared.is_none_or(|set| !set.contains(a)));
+            let unasked = addresses(allocation)
+                .filter(is_missing)
+                .filter(|a| cleared.as_ref().is_none_or(|cleared| !cleared.contains(a)));
             decision.desired.unasked.extend(unasked);
         }
     }
 
-    /// Whether others find out now that this node cannot use what an allocation needs.
+    /// Whether other nodes detect by now that this node cannot use the uplinks of an allocation.
     fn is_to_give_up(&mut self, allocation: &NodeAllocation, now: Instant) -> bool {
         let since = self.fitness.unfit_since().into_iter().chain(self.fitness.lost_since(allocation.needs())).min();
         let at = since.map(|since| since + self.settings.safe_absence());
@@ -311,120 +308,147 @@ impl Holding {
         at.is_some_and(|at| at <= now)
     }
 
-    /// Whether a node that cannot use an address gives it up: where it cannot be reached anyway, or if another one
-    /// can.
+    /// Whether a node that cannot use an egress IP gives it up: the node is out of reach anyway, or another node can
+    /// serve it.
     fn gives_up(&self, allocation: &NodeAllocation) -> bool {
         self.fitness.is_cut_off() || matches!(allocation.state, AllocationState::Remote(_))
     }
 
-    fn give(&mut self, id: EgressId, allocation: &NodeAllocation, now: Instant) {
-        self.cleared.remove(&id);
-        self.taken_from_the_dead.remove(&id);
-        if allocation.by_allocations {
-            self.relinquished.insert(id, (allocation.since, now));
-        }
+    fn give_up(&mut self, id: EgressId, allocation: &NodeAllocation, now: Instant) {
+        self.set_cleared(id, None);
+        let since = allocation.by_allocations.then_some(allocation.since);
+        self.apply(id, Cause::GivenUp { since, at: now });
     }
 
     fn wake_at(&mut self, at: Option<Instant>) {
         self.next = [self.next, at].into_iter().flatten().min();
     }
 
-    /// Forgets allocations that are gone, and those that newer allocations assign to another node.
-    fn forget(&mut self, allocations: &BTreeMap<EgressId, NodeAllocation>) {
-        let there = |id: &EgressId| allocations.get(id).is_some_and(|allocation| allocation.placing != Placing::Never);
-        self.cleared.retain(|id, _| there(id));
-        self.answered.retain(|id, _| there(id));
-        self.lost.retain(there);
-        self.going.retain(|id, _| allocations.get(id).is_some_and(|allocation| allocation.placing == Placing::Leave));
-        self.taken_from_the_dead.retain(|id| {
-            allocations
-                .get(id)
-                .is_some_and(|allocation| matches!(allocation.placing, Placing::Take { .. } | Placing::Keep))
-        });
-        self.relinquished.retain(|id, (since, _)| {
-            allocations.get(id).is_some_and(|allocation| allocation.by_allocations && allocation.since == *since)
-        });
+    fn state(&self, id: EgressId) -> Option<State> {
+        self.ips.get(&id).map(|ip| ip.state)
     }
 
-    /// What the link said. Of an allocation that is here and that somebody else has, this node lets go.
-    pub fn heard(&mut self, asked: Vec<(EgressId, IpAddr, Option<Mac>)>, view: &View, facts: &Facts, now: Instant) {
-        let mut taken: BTreeMap<EgressId, (IpAddr, Mac)> = BTreeMap::new();
-        let mut silent: BTreeMap<EgressId, BTreeSet<IpAddr>> = BTreeMap::new();
-        for (id, address, mac) in asked {
-            let silent = silent.entry(id).or_default();
-            match mac {
-                Some(mac) => drop(taken.insert(id, (address, mac))),
-                None => drop(silent.insert(address)),
+    /// Applies the table of transitions.
+    fn apply(&mut self, id: EgressId, cause: Cause) {
+        match self.ips.get_mut(&id) {
+            Some(ip) => ip.apply(id, cause),
+            None if State::default().after(cause) == State::default() => {}
+            None => self.ips.entry(id).or_default().apply(id, cause),
+        }
+    }
+
+    fn set_cleared(&mut self, id: EgressId, cleared: Option<BTreeSet<IpAddr>>) {
+        if let Some(ip) = self.ips.get_mut(&id) {
+            ip.cleared = cleared;
+        }
+    }
+
+    /// Drops the states of allocations that are gone, and those that belong to an earlier version of an allocation.
+    fn drop_ended(&mut self, allocations: &BTreeMap<EgressId, NodeAllocation>) {
+        for (id, ip) in &mut self.ips {
+            let allocation = allocations.get(id);
+            let assigned = allocation.filter(|allocation| allocation.by_allocations).map(|allocation| allocation.since);
+            if let State::Relinquished { since, .. } = ip.state
+                && assigned != Some(since)
+            {
+                ip.apply(*id, Cause::Reassigned);
+            }
+            if allocation.is_none_or(|allocation| allocation.placing == Placing::Never) {
+                ip.apply(*id, Cause::Ended);
+                ip.cleared = None;
             }
         }
-        let mut news: Vec<String> = Vec::new();
-        for (id, silent) in silent {
-            self.asking.remove(&id);
+    }
+
+    /// Takes the results of probes: for each address the MAC address that answered.
+    pub fn probed(&mut self, results: Vec<(EgressId, IpAddr, Option<Mac>)>, view: &View, facts: &Facts, now: Instant) {
+        let mut answered: BTreeMap<EgressId, (IpAddr, Mac)> = BTreeMap::new();
+        let mut unanswered: BTreeMap<EgressId, BTreeSet<IpAddr>> = BTreeMap::new();
+        for (id, address, mac) in results {
+            let unanswered = unanswered.entry(id).or_default();
+            match mac {
+                Some(mac) => drop(answered.insert(id, (address, mac))),
+                None => drop(unanswered.insert(address)),
+            }
+        }
+        let mut conflicts: Vec<String> = Vec::new();
+        for (id, unanswered) in unanswered {
+            let ip = self.ips.entry(id).or_default();
+            ip.probing = false;
             let allocation = view.allocations.allocations.get(&id);
             if allocation.is_some_and(|allocation| allocation.placing == Placing::Take { ask: false }) {
                 continue;
             }
-            let here = allocation.is_some_and(|allocation| allocation.is_here(id, facts));
-            match taken.get(&id) {
-                None => self.cleared.entry(id).or_default().extend(silent),
-                Some((address, mac)) => {
-                    let before = self.answered.get(&id).map(|a| a.first);
-                    let answer = Answer { address: *address, mac: *mac, first: before.unwrap_or(now), last: now };
-                    if before.is_none() {
-                        news.push(format!("{address} at {}", Shown(*mac)));
-                    }
-                    self.answered.insert(id, answer);
-                    self.cleared.remove(&id);
-                    if here {
-                        self.lost.insert(id);
-                    }
-                }
+            let Some((address, mac)) = answered.get(&id).copied() else {
+                ip.cleared.get_or_insert_default().extend(unanswered);
+                continue;
+            };
+            let before = ip.state.answer().map(|answer| answer.first);
+            let answer = Answer { address, mac, first: before.unwrap_or(now), last: now };
+            if before.is_none() {
+                conflicts.push(format!("{address} at {}", Shown(mac)));
             }
+            ip.cleared = None;
+            let here = allocation.is_some_and(|allocation| allocation.is_here(id, facts));
+            ip.apply(id, if here { Cause::Contested(answer) } else { Cause::Answered(answer) });
         }
-        if !news.is_empty() {
-            let (count, more) = (news.len(), if news.len() > NAMED { ", ..." } else { "" });
-            news.truncate(NAMED);
-            tracing::warn!(count, "somebody else on the link has egress addresses: {}{more}", news.join(", "));
+        if !conflicts.is_empty() {
+            let (count, more) = (conflicts.len(), if conflicts.len() > NAMED { ", ..." } else { "" });
+            conflicts.truncate(NAMED);
+            tracing::warn!(
+                count,
+                "address conflict: another host on the link has egress IPs: {}{more}",
+                conflicts.join(", ")
+            );
         }
     }
 
-    /// Another node, which others reach, asks for what is here. This node gives it up, and does not ask for it before that
-    /// one has had the time to take it.
+    /// Handles the claim of another node, which others reach, for an egress IP on this node. This node gives it up,
+    /// and does not probe it before the other node has had the time to take it.
     pub fn claimed(&mut self, id: EgressId, address: IpAddr, by: Mac, now: Instant) {
         let who = if by == Mac::default() { String::new() } else { format!(" at {}", Shown(by)) };
-        tracing::warn!(%address, "no node reaches this one, and one that others reach{who} asks for the egress IP: given up");
-        self.lost.insert(id);
-        self.cleared.remove(&id);
-        self.answered.insert(id, Answer { address, mac: by, first: now, last: now + CLAIMED });
+        tracing::warn!(
+            %address,
+            "no node reaches this one, and a node{who} that others reach claims the egress IP; given up"
+        );
+        self.set_cleared(id, None);
+        self.apply(id, Cause::Contested(Answer { address, mac: by, first: now, last: now + CLAIMED }));
     }
 
-    /// The link could not be asked: it is tried again.
-    pub fn unheard(&mut self, ids: BTreeSet<EgressId>) {
+    /// Handles a failed probe: the next decision tries again.
+    pub fn probe_failed(&mut self, ids: BTreeSet<EgressId>) {
         for id in ids {
-            self.asking.remove(&id);
+            if let Some(ip) = self.ips.get_mut(&id) {
+                ip.probing = false;
+            }
         }
     }
 
-    /// What this node should hold and cannot, and why.
+    /// The egress IPs that another host has, with the reason for the status.
     pub fn refused(&self) -> impl Iterator<Item = (EgressId, String)> {
-        self.answered.iter().map(|(id, Answer { address, mac, .. })| {
+        let answers = self.ips.iter().filter_map(|(id, ip)| Some((*id, ip.state.answer()?)));
+        answers.map(|(id, Answer { address, mac, .. })| {
             let why = format!(
-                "{address} is somebody else's: {} answers for it on the link; it comes here as soon as nobody does; see \
-                 who that is, or take the address out of the gateway's spec.addresses",
-                Shown(*mac)
+                "{address} is another host's: {} answers for it on the link; this node takes it as soon as no host \
+                 answers; find that host, or take the address out of the gateway's spec.addresses",
+                Shown(mac)
             );
-            (*id, why)
+            (id, why)
         })
     }
 
-    /// What the allocations give this node, and it gave up.
+    /// The egress IPs that the allocations assign to this node, and that it gave up.
     pub fn relinquished(&self) -> BTreeSet<EgressId> {
-        self.relinquished.keys().copied().collect()
+        self.with_state(|state| matches!(state, State::Relinquished { .. }))
     }
 
-    /// What this node has taken over from others.
-    pub fn taken_from_the_dead(&self) -> &BTreeSet<EgressId> {
-        &self.taken_from_the_dead
+    /// The egress IPs that this node takes over or has taken over from other nodes.
+    pub fn taken_over(&self) -> BTreeSet<EgressId> {
+        self.with_state(|state| *state == State::TakenOver)
+    }
+
+    fn with_state(&self, has: impl Fn(&State) -> bool) -> BTreeSet<EgressId> {
+        self.ips.iter().filter(|(_, ip)| has(&ip.state)).map(|(id, _)| *id).collect()
     }
 }
 

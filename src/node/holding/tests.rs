@@ -71,7 +71,7 @@ impl Scene {
 
     fn hear(&mut self, answer: Option<Mac>) {
         let view = self.view();
-        self.holding.heard(vec![(self.id, ADDRESS.parse().unwrap(), answer)], &view, &self.facts, self.now);
+        self.holding.probed(vec![(self.id, ADDRESS.parse().unwrap(), answer)], &view, &self.facts, self.now);
     }
 
     fn is_here(&self) -> bool {
@@ -380,7 +380,7 @@ fn what_is_lost_of_a_pair_is_taken_back_without_a_pause_of_the_rest() {
     };
     let hear = |holding: &mut Holding, facts: &Facts, of: &[IpAddr], now: Instant| {
         let view = View::new(&world.cluster, "n1", facts, &[], []);
-        holding.heard(of.iter().map(|a| (id, *a, None)).collect(), &view, facts, now);
+        holding.probed(of.iter().map(|a| (id, *a, None)).collect(), &view, facts, now);
     };
     assert!(decide(&mut holding, &mut facts, &both(), now).ask.contains(&id));
     hear(&mut holding, &facts, &[v4, v6], now);

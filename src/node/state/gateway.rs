@@ -71,9 +71,9 @@ impl Node {
     pub fn heard(&mut self, heard: Heard) {
         match heard {
             Heard::Answers { answers: Some(answers), .. } => {
-                self.holding.heard(answers, &self.view, &self.facts, Instant::now());
+                self.holding.probed(answers, &self.view, &self.facts, Instant::now());
             }
-            Heard::Answers { allocations, answers: None } => self.holding.unheard(allocations),
+            Heard::Answers { allocations, answers: None } => self.holding.probe_failed(allocations),
             Heard::Claim { address, by, claim } => self.claimed(address, by, claim),
         }
         self.base = true;
@@ -183,8 +183,8 @@ impl Node {
                     .get(id)
                     .is_some_and(|allocation| allocation.is_here(**id, &self.facts))
             };
-            let taken_from_the_dead = self.holding.taken_from_the_dead().iter().filter(is_here).copied().collect();
-            self.host.announce_again(&self.view, &uplinks_now, &taken_from_the_dead);
+            let taken_over = self.holding.taken_over().into_iter().filter(|id| is_here(&id)).collect();
+            self.host.announce_again(&self.view, &uplinks_now, &taken_over);
         }
         self.here = decision.desired.allocations;
         let mut facts = self.host.facts(refused).await?;
