@@ -4,8 +4,8 @@ use super::Need;
 use crate::datapath::sysctl;
 use std::{fs, io};
 
-/// The oldest kernel. Egress chains on a device came with Linux 5.16; `IFA_PROTO`, by which Egret recognises its own
-/// addresses, with 5.18.
+/// The first upstream release with all that Egret needs: egress chains on a device came with Linux 5.16, `IFA_PROTO`, by
+/// which Egret recognises its own addresses, with 5.18. A distribution may have brought both to an older one.
 const KERNEL: (u32, u32) = (5, 18);
 
 /// The capabilities that the daemon needs, with their bits, include/uapi/linux/capability.h.
@@ -17,14 +17,17 @@ pub fn kernel() -> Vec<Need> {
     vec![version(release.trim()), capabilities(), proc_sys()]
 }
 
+/// The version is a hint only: the trials decide.
 fn version(release: &str) -> Need {
-    let newer = format!("Egret needs Linux {}.{} or newer", KERNEL.0, KERNEL.1);
+    let newer = format!(
+        "upstream, what Egret needs came with Linux {}.{}: it works here if the lines below are ok, as a distribution \
+         may have brought it to an older kernel",
+        KERNEL.0, KERNEL.1
+    );
     match parse(release) {
         Some(v) if v >= KERNEL => Need::ok("kernel", release),
-        Some(_) => Need::missing("kernel", release, newer),
-        None => {
-            Need::missing("kernel", format!("version {release:?}"), format!("check that /proc is mounted; {newer}"))
-        }
+        Some(_) => Need::warn("kernel", release, newer),
+        None => Need::warn("kernel", format!("version {release:?}"), format!("check that /proc is mounted; {newer}")),
     }
 }
 
@@ -140,17 +143,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn versions_compare_as_numbers() {
+    fn an_old_version_is_a_hint_and_no_verdict() {
         for (release, state) in [
             ("6.18.44-fc-v657", State::Ok),
             ("5.18", State::Ok),
             ("5.18.0-rc1", State::Ok),
             ("10.0", State::Ok),
-            ("5.9.1", State::Missing),
-            ("5.17.15", State::Missing),
-            ("4.19.0", State::Missing),
-            ("", State::Missing),
-            ("linux", State::Missing),
+            ("5.9.1", State::Warn),
+            ("5.17.15", State::Warn),
+            ("4.19.0", State::Warn),
+            ("", State::Warn),
+            ("linux", State::Warn),
         ] {
             assert_eq!(version(release).state, state, "{release}");
         }

@@ -1,11 +1,13 @@
 //! Trials of devices and routes.
 
 use super::{Need, State};
-use egret_nft::netlink::{Attributes, Error, NETLINK_ROUTE, NLM_F_CREATE, NLM_F_EXCL, Socket};
+use egret_nft::netlink::{self, Attributes, Error, NETLINK_ROUTE, NLM_F_CREATE, NLM_F_EXCL, Socket};
 use nix::libc;
 
 // include/uapi/linux/rtnetlink.h
 const RTM_NEWLINK: u16 = 16;
+const RTM_NEWADDR: u16 = 20;
+const RTM_GETADDR: u16 = 22;
 const RTM_NEWROUTE: u16 = 24;
 const RTM_NEWRULE: u16 = 32;
 const RTA_PRIORITY: u16 = 6;
@@ -21,6 +23,11 @@ const IFLA_VXLAN_ID: u16 = 1;
 const IFLA_VXLAN_LEARNING: u16 = 7;
 const IFLA_VXLAN_PORT: u16 = 15;
 const IFLA_VXLAN_GBP: u16 = 23;
+// include/uapi/linux/if_addr.h
+const IFA_LOCAL: u16 = 2;
+const IFA_PROTO: u16 = 11;
+/// `ifaddrmsg`: family, prefix length, flags, scope, index.
+const IFADDRMSG: usize = 8;
 // include/uapi/linux/fib_rules.h
 const FRA_PRIORITY: u16 = 6;
 const FRA_FWMARK: u16 = 10;
@@ -50,6 +57,13 @@ pub fn run() -> Vec<Need> {
             device(&mut socket, "egt0", "veth", |_| {}),
             "pods' interfaces",
             "needs CONFIG_VETH (module veth)",
+        ),
+        Need::tried(
+            "addresses' protocol",
+            address_protocol(&mut socket, IFA_PROTO),
+            "by which egress IPs are recognised",
+            "needs Linux 5.18 or a kernel that has IFA_PROTO from there: without it Egret could not tell its own \
+             addresses from others, and adds none",
         ),
         Need::tried(
             "policy routing, IPv4",
@@ -93,6 +107,33 @@ fn device(socket: &mut Socket, name: &str, kind: &str, data: impl FnOnce(&mut Ve
     socket.request(RTM_NEWLINK, NLM_F_CREATE | NLM_F_EXCL, &message)
 }
 
+/// Adds an address with Egret's protocol number in the attribute `kind`, and reads it back: a kernel that does not know the
+/// attribute passes over it and reports no error.
+fn address_protocol(socket: &mut Socket, kind: u16) -> Result<(), String> {
+    const LO: u32 = 1;
+    let protocol = [crate::datapath::names::PROTOCOL];
+    let mut message = vec![libc::AF_INET as u8, 32, 0, 0];
+    message.extend(LO.to_ne_bytes());
+    message.attribute(IFA_LOCAL, &[192, 0, 2, 1]);
+    message.attribute(kind, &protocol);
+    socket.request(RTM_NEWADDR, NLM_F_CREATE | NLM_F_EXCL, &message).map_err(|e| e.to_string())?;
+    let all = vec![libc::AF_INET as u8, 0, 0, 0, 0, 0, 0, 0];
+    let stored = socket.dump(
+        RTM_GETADDR,
+        &all,
+        || false,
+        |stored, address| {
+            let attributes = address.get(IFADDRMSG..).unwrap_or_default();
+            *stored |= netlink::attributes(attributes).any(|(k, value)| k == IFA_PROTO && value == protocol);
+        },
+    );
+    match stored {
+        Ok(true) => Ok(()),
+        Ok(false) => Err("the kernel does not store it".into()),
+        Err(e) => Err(e.to_string()),
+    }
+}
+
 fn routing(socket: &mut Socket, family: u8) -> Result<(), Error> {
     // fib_rule_hdr: family, prefix lengths, TOS, table (in an attribute), two reserved, action, flags.
     let mut rule = vec![family, 0, 0, 0, 0, 0, 0, FR_ACT_TO_TBL, 0, 0, 0, 0];
@@ -110,4 +151,22 @@ fn routing(socket: &mut Socket, family: u8) -> Result<(), Error> {
         socket.request(RTM_NEWROUTE, NLM_F_CREATE | NLM_F_EXCL, &route)?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    mod needs_root {
+        use super::super::*;
+        use nix::sched::{CloneFlags, unshare};
+
+        /// As Linux before 5.18 passes over IFA_PROTO, this one passes over a number that it does not know.
+        #[test]
+        fn a_kernel_that_does_not_store_the_protocol_is_found_out() {
+            let trial = std::thread::spawn(|| {
+                unshare(CloneFlags::CLONE_NEWNET).unwrap();
+                address_protocol(&mut Socket::open(NETLINK_ROUTE).unwrap(), 60)
+            });
+            assert_eq!(trial.join().unwrap(), Err("the kernel does not store it".to_owned()));
+        }
+    }
 }
