@@ -66,6 +66,7 @@ e2e: setup $(if $(filter kubernetes,$(S)),apiserver)
 snapshots: setup
 	EGRET_WRITE_SNAPSHOTS=1 $(CARGO) test --locked --test cli
 	EGRET_WRITE_SNAPSHOTS=1 $(CARGO) test --locked --lib ruleset
+	EGRET_WRITE_SNAPSHOTS=1 $(CARGO) test --locked --lib ctl
 	EGRET_WRITE_SNAPSHOTS=1 $(CARGO) test --locked $(AS_ROOT) --test e2e snapshots
 
 test: setup apiserver

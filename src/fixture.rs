@@ -1,9 +1,10 @@
 //! Small clusters for tests.
 
+use crate::allocation::report::report;
 use crate::allocation::{Decision, Grant, Outcome, Reason, Rejection, allocate};
 use crate::api::{
-    AddressPair, Allocate, ClusterEgressPolicySpec, EgressGatewaySpec, EgressNodeStatus, EgressPolicySpec, LostUplink,
-    Placement, Reservation, Tier,
+    AddressPair, Allocate, ClusterEgressPolicySpec, EgressGatewaySpec, EgressNodeStatus, EgressPolicySpec,
+    EgressPolicyStatus, LostUplink, Placement, Reservation, Tier,
 };
 use crate::model::selector::Name;
 use crate::model::{Cluster, Gateway, Metadata, Node, ObjectKey, Pod, Policy, PolicyKey};
@@ -187,6 +188,16 @@ impl World {
             Arc::make_mut(self.cluster.gateways.get_mut(name).unwrap()).status = status.clone();
         }
         outcome
+    }
+
+    /// Computes the allocations and the statuses of policies, and stores them.
+    pub(crate) fn report(&mut self) -> BTreeMap<PolicyKey, EgressPolicyStatus> {
+        let outcome = self.allocate();
+        let statuses = report(&self.cluster, &outcome, self.now);
+        for (key, status) in &statuses {
+            self.cluster.policy_statuses.insert(key.clone(), Arc::new(status.clone()));
+        }
+        statuses
     }
 }
 

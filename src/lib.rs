@@ -12,6 +12,7 @@
 //! | `cni` | the plugin |
 //! | `install` | the plugin's installation on a host |
 //! | `controller`, `node` | the two daemons |
+//! | `ctl` | the commands of `kubectl egret` |
 //! | `telemetry` | logs, metrics, health |
 //!
 //! The modules depend on each other in one direction, downward (`tests/structure.rs` has it exactly). `api`, `model`,
@@ -26,6 +27,7 @@ pub mod check;
 pub mod cluster;
 pub mod cni;
 pub mod controller;
+pub mod ctl;
 pub mod datapath;
 #[cfg(test)]
 pub(crate) mod fixture;

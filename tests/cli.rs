@@ -5,12 +5,16 @@ use std::process::Command;
 
 /// What a call says, and how it ends.
 fn said(arguments: &[&str]) -> String {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_egretd"));
+    said_by("egretd", env!("CARGO_BIN_EXE_egretd"), arguments)
+}
+
+fn said_by(name: &str, program: &str, arguments: &[&str]) -> String {
+    let mut command = Command::new(program);
     // Nothing of who runs the test: its variables are defaults.
     command.env_clear().args(arguments);
-    let output = command.output().expect("egretd");
+    let output = command.output().expect(name);
     let text = [output.stdout, output.stderr].concat();
-    format!("$ egretd {}\n{}({})\n", arguments.join(" "), String::from_utf8_lossy(&text), output.status)
+    format!("$ {name} {}\n{}({})\n", arguments.join(" "), String::from_utf8_lossy(&text), output.status)
 }
 
 #[test]
@@ -36,4 +40,56 @@ fn what_is_wrong_with_a_call_is_told_with_the_remedy() {
         &["check", "--log-level", "loud=very"],
     ];
     snapshot::assert("wrong-calls.txt", &calls.map(said).join("\n"));
+}
+
+/// The commands of `kubectl egret`, in the order of its help.
+const OF_PLUGIN: [&str; 2] = ["status", "completion"];
+
+fn plugin(arguments: &[&str]) -> String {
+    said_by("kubectl egret", env!("CARGO_BIN_EXE_kubectl-egret"), arguments)
+}
+
+#[test]
+fn every_command_of_the_plugin_explains_itself_with_examples() {
+    let top = plugin(&["-h"]);
+    let listed = top.lines().filter(|l| l.starts_with("  ") && !l.starts_with("   ") && !l.starts_with("  -"));
+    let listed: Vec<&str> = listed.filter_map(|l| l.split_whitespace().next()).filter(|v| *v != "help").collect();
+    assert_eq!(listed, OF_PLUGIN, "a command is not among those whose help is looked at");
+    let all = OF_PLUGIN.map(|verb| plugin(&[verb, "--help"]));
+    for help in &all {
+        assert!(help.contains("\nExamples:\n  "), "no examples in {help}");
+    }
+    snapshot::assert("kubectl-egret-help.txt", &format!("{top}\n{}", all.join("\n")));
+}
+
+/// Under the name `egretctl`, the help names that.
+#[test]
+fn the_program_is_called_as_the_user_calls_it() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let program = directory.path().join("egretctl");
+    std::os::unix::fs::symlink(env!("CARGO_BIN_EXE_kubectl-egret"), &program).expect("a link");
+    let said = said_by("egretctl", &program.display().to_string(), &["status", "--help"]);
+    assert!(said.contains("Usage: egretctl status") && said.contains("  egretctl status -n shop"), "{said}");
+    assert!(!said.contains("kubectl egret"), "{said}");
+}
+
+/// kubectl asks for completions through `kubectl_complete-egret`, and expects cobra's answer.
+#[test]
+fn words_are_completed_for_kubectl() {
+    let said = plugin(&["__complete", "stat"]);
+    assert!(said.contains("\nstatus\tShow what is wrong") && said.contains("\n:4\n"), "{said}");
+    let said = plugin(&["__complete", "status", "--w"]);
+    assert!(said.contains("\n--watch\t"), "{said}");
+}
+
+#[test]
+fn what_is_wrong_with_a_call_of_the_plugin_is_told_with_the_remedy() {
+    let calls: [&[&str]; 5] = [
+        &["guess"],
+        &["status", "--cluster", "etcd"],
+        &["status", "--cluster", "dir:/nowhere/at/all"],
+        &["status", "-o", "xml"],
+        &["status"],
+    ];
+    snapshot::assert("kubectl-egret-wrong-calls.txt", &calls.map(plugin).join("\n"));
 }

@@ -7,7 +7,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// Each module, and the ones that it may use. The arrows go one way.
-const MAY_USE: [(&str, &[&str]); 12] = [
+const MAY_USE: [(&str, &[&str]); 13] = [
     ("api", &[]),
     ("model", &["api"]),
     ("allocation", &["model", "api"]),
@@ -19,6 +19,7 @@ const MAY_USE: [(&str, &[&str]); 12] = [
     ("cni", &["datapath"]),
     ("install", &["check", "cluster", "cni", "datapath", "model"]),
     ("controller", &["allocation", "cluster", "model", "api", "telemetry"]),
+    ("ctl", &["check", "allocation", "cluster", "node_plan", "model", "api"]),
     ("node", &["install", "cluster", "cni", "datapath", "node_plan", "model", "api", "telemetry"]),
 ];
 

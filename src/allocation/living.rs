@@ -12,7 +12,7 @@ use std::collections::{HashMap, HashSet};
 /// remaining reports. A repeated report counts once. If two nodes report each other, both are unreachable, since
 /// nothing tells which one is right. A node that reports itself, because it cannot hold any egress IP, is unreachable
 /// too.
-pub(crate) fn unreachable(cluster: &Cluster) -> HashSet<&str> {
+pub fn unreachable(cluster: &Cluster) -> HashSet<&str> {
     let nodes = cluster.egress_nodes.iter().filter(|(name, _)| cluster.nodes.contains_key(*name));
     let each =
         nodes.flat_map(|(by, status)| status.of_allocations().unreachable_peers.iter().map(|of| (&**by, of.as_str())));

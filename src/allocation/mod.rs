@@ -29,8 +29,9 @@ use crate::model::selector::Name;
 use crate::model::{Cluster, PolicyKey};
 use std::collections::BTreeMap;
 
+pub use living::unreachable;
+
 pub(super) use family::in_words;
-pub(super) use living::unreachable;
 
 /// The result of [`allocate`].
 #[derive(Clone, Debug, Default, PartialEq)]

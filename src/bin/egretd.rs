@@ -409,7 +409,11 @@ impl Controller {
     fn run(self) -> anyhow::Result<()> {
         let identity = self.lease_identity.unwrap_or_else(LeaseSettings::unique_identity);
         let lease = Some(LeaseSettings::new(self.lease_namespace.unwrap_or_default(), identity));
-        let source = self.cluster.source.with(KubeOptions { kubeconfig: self.cluster.kubeconfig, lease, known: None });
+        let source = self.cluster.source.with(KubeOptions {
+            kubeconfig: self.cluster.kubeconfig,
+            lease,
+            ..KubeOptions::default()
+        });
         runtime()?.block_on(async {
             let addresses = self.readers.addresses(self.metrics_address, self.health_address, &source).await?;
             controller::run(&source, &addresses).await

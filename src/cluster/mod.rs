@@ -34,10 +34,19 @@ pub enum SourceName {
 pub struct KubeOptions {
     /// A kubeconfig file; `None`: the credentials that Kubernetes gives to pods.
     pub kubeconfig: Option<PathBuf>,
+    /// A person's credentials, found as kubectl finds them; `None`: this is a daemon.
+    pub person: Option<Person>,
     /// Leader election among several controllers; `None`: there is only one.
     pub lease: Option<LeaseSettings>,
     /// The offline cache, for a node's start while the API server is away; `None`: there is none.
     pub known: Option<OfflineCache>,
+}
+
+/// Whose credentials a command of a person uses, of those in kubeconfig files.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Person {
+    /// The context; `None`: the current one.
+    pub context: Option<String>,
 }
 
 /// The directory of a node's offline cache.
@@ -90,6 +99,24 @@ pub enum Scope {
     Node(String),
     /// The controller: everything.
     Controller,
+    /// A command that a person runs: everything but pods that it does not ask for. What cannot be read is an error,
+    /// and is not tried again.
+    Reader(PodsOf),
+}
+
+/// Which pods a command needs. A cluster may have 100,000.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum PodsOf {
+    /// No pods.
+    Nobody,
+    /// The pods of all namespaces.
+    All,
+    /// The pods of one namespace.
+    Namespace(String),
+    /// The pods of one node.
+    Node(String),
+    /// One pod.
+    One(ObjectKey),
 }
 
 /// An open source.

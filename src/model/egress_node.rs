@@ -1,6 +1,6 @@
 //! EgressNode statuses, stored compactly.
 
-use crate::api::{BlockedAllocation, EgressNodeStatus, LostUplink, RefusedAllocation, TakenAllocation};
+use crate::api::{BlockedAllocation, EgressNodeStatus, Fault, LostUplink, RefusedAllocation, TakenAllocation};
 use crate::model::PolicyKey;
 use crate::model::marks::EgressId;
 use crate::model::uplink_key::UplinkKey;
@@ -46,6 +46,8 @@ pub struct OfAllocations {
     pub blocked: Vec<BlockedAllocation>,
     /// The policies whose pods are isolated there, because they list too many destinations for one node.
     pub over_limit: Vec<PolicyKey>,
+    /// What it had to skip. Empty in node daemons.
+    pub faults: Vec<Fault>,
 }
 
 impl EgressNode {
@@ -59,6 +61,7 @@ impl EgressNode {
             lost: Vec::new(),
             blocked: Vec::new(),
             over_limit: Vec::new(),
+            faults: Vec::new(),
         };
         self.of_allocations.as_deref().unwrap_or(&NOTHING)
     }
@@ -84,7 +87,7 @@ impl From<EgressNodeStatus> for EgressNode {
             blocked,
             over_limit,
             direct: _,
-            faults: _,
+            faults,
         } = status;
         let of_allocations = OfAllocations {
             held: allocations,
@@ -94,6 +97,7 @@ impl From<EgressNodeStatus> for EgressNode {
             lost,
             blocked,
             over_limit: over_limit.iter().map(|key| PolicyKey::from(key.as_str())).collect(),
+            faults,
         };
         EgressNode {
             tunnel_address,

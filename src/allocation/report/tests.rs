@@ -34,15 +34,6 @@ fn to(rules: &[&str], priority: i32) -> EgressPolicySpec {
 }
 
 impl World {
-    fn report(&mut self) -> BTreeMap<PolicyKey, EgressPolicyStatus> {
-        let outcome = self.allocate();
-        let statuses = report(&self.cluster, &outcome, self.now);
-        for (key, status) in &statuses {
-            self.cluster.policy_statuses.insert(key.clone(), Arc::new(status.clone()));
-        }
-        statuses
-    }
-
     fn condition(&mut self, key: &str, type_: &str) -> Condition {
         let status = &self.report()[&PolicyKey::from(key)];
         status.conditions.iter().find(|c| c.type_ == type_).unwrap().clone()

@@ -68,7 +68,7 @@ pub(super) async fn open(path: &Path, scope: Scope) -> anyhow::Result<Source> {
     )?;
     let node = match scope {
         Scope::Node(name) => Some(name),
-        Scope::Controller => None,
+        Scope::Controller | Scope::Reader(_) => None,
     };
     match path.metadata() {
         Ok(m) if m.is_dir() => {}

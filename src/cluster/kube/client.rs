@@ -1,6 +1,8 @@
 //! Requests to the API server: one at a time, each with its end in sight, errors in words.
 
 use super::kind::METADATA_ONLY;
+use super::login::Login;
+use crate::cluster::KubeOptions;
 use anyhow::Context;
 use http::header::{ACCEPT, CONTENT_TYPE};
 use http::{Method, Request, StatusCode};
@@ -9,10 +11,8 @@ use hyper_util::client::legacy::Client as Http;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
 use kube::client::{Body, ClientBuilder, ConfigExt};
-use kube::config::{KubeConfigOptions, Kubeconfig};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
-use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -40,7 +40,7 @@ pub const JSON: &str = "application/json";
 pub struct Client(Arc<Inner>);
 
 struct Inner {
-    kubeconfig: Option<PathBuf>,
+    login: Login,
     current: Mutex<(kube::Client, Instant)>,
     /// Whether the last request found the API server away.
     away: AtomicBool,
@@ -160,14 +160,20 @@ impl Pieces {
 }
 
 impl Client {
-    /// With the credentials of a kubeconfig file, or those that Kubernetes gives to pods.
+    /// With the credentials that the options name.
     ///
     /// # Errors
     /// There are none, or they make no sense.
-    pub async fn connect(kubeconfig: Option<PathBuf>) -> anyhow::Result<Self> {
-        let client = build(kubeconfig.as_ref()).await?;
+    pub async fn connect(options: &KubeOptions) -> anyhow::Result<Self> {
+        let login = Login::of(options);
+        let client = build(&login).await?;
         let current = Mutex::new((client, Instant::now()));
-        Ok(Client(Arc::new(Inner { kubeconfig, current, away: AtomicBool::new(false), back: Notify::new() })))
+        Ok(Client(Arc::new(Inner { login, current, away: AtomicBool::new(false), back: Notify::new() })))
+    }
+
+    /// The client of the crate `kube`, with the same credentials.
+    pub fn of_kube(&self) -> kube::Client {
+        self.current().0.clone()
     }
 
     fn current(&self) -> MutexGuard<'_, (kube::Client, Instant)> {
@@ -184,7 +190,7 @@ impl Client {
         if self.current().1.elapsed() < RENEW {
             return;
         }
-        match build(self.0.kubeconfig.as_ref()).await {
+        match build(&self.0.login).await {
             Ok(client) => *self.current() = (client, Instant::now()),
             Err(e) => {
                 self.current().1 = Instant::now();
@@ -332,17 +338,8 @@ fn in_words(e: &dyn std::error::Error) -> String {
     text
 }
 
-async fn build(kubeconfig: Option<&PathBuf>) -> anyhow::Result<kube::Client> {
-    let config = match kubeconfig {
-        Some(path) => {
-            let file = Kubeconfig::read_from(path).with_context(|| format!("kubeconfig {}", path.display()))?;
-            let config = kube::Config::from_custom_kubeconfig(file, &KubeConfigOptions::default()).await;
-            config.with_context(|| format!("kubeconfig {}", path.display()))?
-        }
-        None => kube::Config::incluster().context(
-            "this is no pod with a ServiceAccount's token; outside of Kubernetes, name a kubeconfig file with --kubeconfig",
-        )?,
-    };
+async fn build(login: &Login) -> anyhow::Result<kube::Client> {
+    let config = login.config().await?;
     let mut connector = HttpConnector::new();
     connector.enforce_http(false);
     // A request's head and body are two writes; the second one would wait for the first one's acknowledgement.

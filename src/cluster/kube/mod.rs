@@ -11,6 +11,7 @@ mod decode;
 mod events;
 mod kind;
 pub mod lease;
+mod login;
 mod lookup;
 mod offline_cache;
 mod prune;
@@ -23,21 +24,22 @@ mod store;
 mod taint;
 mod watch;
 
+pub use client::{APPLY, Client, Failure, JSON};
 pub use lookup::Lookup;
 pub use review::{Reviewer, Verdict};
 pub use status::Statuses;
 
 use super::dir::names::Names;
-use super::{KubeOptions, Leadership, Scope, Source, WaitingFor, log_changes};
+use super::{KubeOptions, Leadership, PodsOf, Scope, Source, WaitingFor, log_changes};
 use crate::model::Cluster;
 use crate::model::selector::Name;
 use crate::model::target::Target;
 use anyhow::Context;
-use client::Client;
 use decode::Reading;
 use http::Method;
 use kind::Kind;
 use offline_cache::Files;
+use std::borrow::Cow;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use store::Store;
@@ -45,7 +47,7 @@ use tokio::sync::{mpsc, watch as channel};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep_until};
 use tracing::{info, warn};
-use watch::{Change, Watch};
+use watch::{Change, Watch, escaped};
 
 /// Snapshots follow each other at this distance at least: each one makes its readers compute.
 const PACE: Duration = Duration::from_millis(5);
@@ -58,21 +60,28 @@ const GRACE_PERIOD: Duration = Duration::from_secs(60);
 
 /// Follows the API server until nobody listens any more.
 pub(super) async fn open(options: KubeOptions, scope: Scope, waiting_for: WaitingFor<'_>) -> anyhow::Result<Source> {
-    let client = Client::connect(options.kubeconfig).await?;
-    let (node, lease) = match scope {
-        Scope::Node(name) => (Some(Name::from(name)), None),
-        Scope::Controller => (None, options.lease),
+    let client = Client::connect(&options).await?;
+    let (node, lease, pods) = match scope {
+        Scope::Node(name) => (Some(Name::from(name)), None, None),
+        Scope::Controller => (None, options.lease, None),
+        Scope::Reader(pods) => (None, None, Some(pods)),
     };
+    let is_person = options.person.is_some();
     let (changes, taken) = mpsc::channel(CHANGES);
     let files = Files::new(options.known.filter(|_| node.is_some()));
-    let tasks = Tasks { client: client.clone(), node, names: Arc::default(), changes, files: files.clone() };
+    let tasks =
+        Tasks { client: client.clone(), node, pods, is_person, names: Arc::default(), changes, files: files.clone() };
     let (reading, names, lookups) = (tasks.reading(), tasks.names.clone(), tasks.changes.clone());
     let mut follower = Follower::new(tasks, taken);
     let optional = Kind::OPTIONAL.into_iter().filter(|_| follower.tasks.node.is_some());
     for kind in Kind::ALWAYS.into_iter().chain(optional) {
-        follower.tasks.follow(kind);
+        if kind == Kind::Pod && follower.tasks.pods == Some(PodsOf::Nobody) {
+            follower.store.take(Change::Absent(kind));
+        } else {
+            follower.tasks.follow(kind);
+        }
     }
-    let first = follower.first(waiting_for).await;
+    let first = follower.first(waiting_for).await?;
     // Not before: who cannot read the cluster must not keep others from leading.
     let leadership = match lease {
         Some(mut lease) => {
@@ -98,18 +107,18 @@ pub(super) async fn open(options: KubeOptions, scope: Scope, waiting_for: Waitin
 
 /// All Services, and the endpoints of those that packets to `target` may be for.
 pub(super) async fn services(options: KubeOptions, target: &Target) -> anyhow::Result<services::Found> {
-    let client = Client::connect(options.kubeconfig).await?;
+    let client = Client::connect(&options).await?;
     services::find(&client, target).await.context("Services")
 }
 
 /// What asks about tokens, with the credentials of these options.
 pub(super) async fn reviewer(options: &KubeOptions) -> anyhow::Result<Reviewer> {
-    Ok(Reviewer(Client::connect(options.kubeconfig.clone()).await?))
+    Ok(Reviewer(Client::connect(options).await?))
 }
 
 /// Removes what a node said of itself; whether there was anything.
 pub(super) async fn remove_node(options: KubeOptions, node: &str) -> anyhow::Result<bool> {
-    let client = Client::connect(options.kubeconfig).await?;
+    let client = Client::connect(&options).await?;
     match client.ask::<serde_json::Value>(Method::DELETE, &Kind::EgressNode.path_of(None, node), None).await {
         Err(e) if e.is_not_found() => Ok(false),
         other => other.map(|_| true).with_context(|| format!("EgressNode {node}")),
@@ -120,6 +129,9 @@ pub(super) async fn remove_node(options: KubeOptions, node: &str) -> anyhow::Res
 struct Tasks {
     client: Client,
     node: Option<Name>,
+    /// The pods that a command asks for; `None`: a daemon reads.
+    pods: Option<PodsOf>,
+    is_person: bool,
     names: Arc<Mutex<Names>>,
     changes: mpsc::Sender<Change>,
     files: Files,
@@ -131,10 +143,31 @@ impl Tasks {
     }
 
     fn follow(&self, kind: Kind) -> JoinHandle<()> {
-        let (path, selector) = (kind.path(), kind.selector(self.node.as_deref()));
+        let (path, selector) = match &self.pods {
+            Some(pods) if kind == Kind::Pod => pods.path_and_selector(),
+            _ => (kind.path().into(), kind.selector(self.node.as_deref())),
+        };
+        let is_person = self.is_person;
         let (client, names, changes) = (self.client.clone(), self.names.clone(), self.changes.clone());
         let files = self.files.clone();
-        tokio::spawn(Watch { client, kind, path, selector, reading: self.reading(), names, files, changes }.run())
+        tokio::spawn(
+            Watch { client, kind, path, selector, reading: self.reading(), is_person, names, files, changes }.run(),
+        )
+    }
+}
+
+impl PodsOf {
+    /// Where the API server has these pods, and which of them.
+    fn path_and_selector(&self) -> (Cow<'static, str>, String) {
+        let in_namespace = |namespace: &str| format!("/api/v1/namespaces/{}/pods", escaped(namespace)).into();
+        match self {
+            PodsOf::Nobody | PodsOf::All => (Kind::Pod.path().into(), String::new()),
+            PodsOf::Namespace(name) => (in_namespace(name), String::new()),
+            PodsOf::Node(name) => (Kind::Pod.path().into(), Kind::Pod.selector(Some(name))),
+            PodsOf::One(key) => {
+                (in_namespace(&key.namespace), format!("fieldSelector=metadata.name%3D{}", escaped(&key.name)))
+            }
+        }
     }
 }
 
@@ -160,7 +193,10 @@ impl Follower {
 
     /// The first snapshot. It waits for it as long as it takes: half a cluster is none. With the API server away, it is
     /// what an earlier daemon of this node was told last.
-    async fn first(&mut self, waiting_for: WaitingFor<'_>) -> Cluster {
+    ///
+    /// # Errors
+    /// A command reads, and a kind cannot be read.
+    async fn first(&mut self, waiting_for: WaitingFor<'_>) -> anyhow::Result<Cluster> {
         let mut said = Vec::new();
         let mut patience = Instant::now() + DEADLINE;
         loop {
@@ -170,10 +206,13 @@ impl Follower {
                 if self.services.is_none() {
                     self.tasks.files.forget(Kind::Service);
                 }
-                return self.store.news().unwrap_or_default();
+                return Ok(self.store.news().unwrap_or_default());
             }
             tokio::select! {
                 change = self.taken.recv() => {
+                    if let (Some(Change::State(_, Some(trouble))), Some(_)) = (&change, &self.tasks.pods) {
+                        anyhow::bail!("{}", trouble.text);
+                    }
                     if let Some(change) = change {
                         let away = matches!(&change, Change::State(_, Some(trouble)) if trouble.away);
                         self.take(change);

@@ -74,11 +74,13 @@ pub struct Watch {
     /// What.
     pub kind: Kind,
     /// Where the API server has them.
-    pub path: &'static str,
+    pub path: Cow<'static, str>,
     /// Which of them, `fieldSelector=…`.
     pub selector: String,
     /// How they are read.
     pub reading: Reading,
+    /// Whether a person reads, and not a daemon with a ServiceAccount.
+    pub is_person: bool,
     /// The names of the whole source.
     pub names: Arc<Mutex<Names>>,
     /// Where what is told is written down before.
@@ -148,7 +150,7 @@ impl Watch {
                         from = Origin::Store;
                     }
                     if let Some(older) = self.kind.older_path().filter(|path| e.is_not_found() && *path != self.path) {
-                        self.path = older;
+                        self.path = older.into();
                         continue;
                     }
                     if e.is_not_found() && Kind::OPTIONAL.contains(&self.kind) {
@@ -368,6 +370,7 @@ impl Watch {
             Some(404) if self.kind.is_ours() => {
                 "; install the CustomResourceDefinitions: `egretd crds | kubectl apply -f -`"
             }
+            Some(403) if self.is_person => "; docs/kubectl.md lists the rights that the commands need",
             Some(403) => "; give the ServiceAccount the rights in install/rbac.yaml",
             Some(401) => "; the credentials are not accepted, they are read again",
             _ => "",

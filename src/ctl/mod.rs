@@ -1,0 +1,11 @@
+//! The commands of `kubectl egret`, which people and scripts run, with the credentials of who runs them.
+//!
+//! Each command reads a state of the cluster ([`state`]), computes a value from it, and shows it ([`output`]): as text
+//! for people, or as JSON or YAML. The computation is pure and has its own tests. All commands work with the Kubernetes
+//! API and with a directory of manifests alike.
+
+pub mod output;
+pub mod problem;
+pub mod state;
+pub mod status;
+pub mod table;
