@@ -4,7 +4,7 @@ use crate::allocation::report::report;
 use crate::allocation::{Decision, Grant, Outcome, Reason, Rejection, allocate};
 use crate::api::{
     AddressPair, Allocate, ClusterEgressPolicySpec, EgressGatewaySpec, EgressNodeStatus, EgressPolicySpec,
-    EgressPolicyStatus, LostUplink, Placement, Reservation, Tier,
+    EgressPolicyStatus, LostUplink, Placement, ReportGiven, Reservation, Tier,
 };
 use crate::model::selector::Name;
 use crate::model::{Cluster, Gateway, Metadata, Node, ObjectKey, Pod, Policy, PolicyKey};
@@ -154,6 +154,22 @@ impl World {
     pub(crate) fn misses(&mut self, node: &str, unreachable: &[String]) {
         let status = Arc::make_mut(self.cluster.egress_nodes.entry(node.into()).or_default());
         status.of_allocations_mut().unreachable_peers = unreachable.to_vec();
+    }
+
+    /// Lets a source node report which gateway nodes do not answer it.
+    pub(crate) fn does_not_reach(&mut self, node: &str, unreachable: &[&str]) {
+        let status = Arc::make_mut(self.cluster.egress_nodes.entry(node.into()).or_default());
+        status.of_allocations_mut().unreachable_gateway_nodes = unreachable.iter().map(ToString::to_string).collect();
+    }
+
+    /// Lets nodes report anew, as the gateway `g` requests.
+    pub(crate) fn give_reports(&mut self, nodes: &[&str]) {
+        let requested_at = self.cluster.gateways["g"].status.reports_requested_at;
+        let given = requested_at.map(|requested_at| ReportGiven { gateway: "g".to_owned(), requested_at });
+        for node in nodes {
+            let status = Arc::make_mut(self.cluster.egress_nodes.entry((*node).into()).or_default());
+            status.of_allocations_mut().reports_given = given.iter().cloned().collect();
+        }
     }
 
     /// Lets a node report that its main uplink has lost these families.

@@ -6,6 +6,7 @@ use super::ids::Ids;
 use super::living;
 use super::pool::{Overlap, Pool, usable};
 use super::request::Requests;
+use super::unreached::ReportRequest;
 use crate::api::{AddressPair, AllocationKind, Placement, Users};
 use crate::model::selector::Name;
 use crate::model::{AddressRange, Cluster, Gateway, Node};
@@ -30,6 +31,8 @@ pub(super) struct GatewayPool<'a> {
     pub(super) overlaps: Vec<Overlap>,
     /// Addresses that were given back until this time have no cooldown, by the annotation of the gateway.
     pub(super) ended_until: i64,
+    /// The request for reports of nodes.
+    pub(super) reports: ReportRequest,
 }
 
 /// An allocation that is being computed.
@@ -111,7 +114,18 @@ impl<'a> Allocator<'a> {
             let ended_until = cooldown_ended_until(gateway).unwrap_or(i64::MIN);
             let reserved = gateway.reservations.iter().flat_map(|reserved| &reserved.addresses).collect();
             let open = usable.clone().without(&reserved).without(&inside);
-            gateway_pools.push(GatewayPool { name, gateway, nodes, declared, usable, open, overlaps, ended_until });
+            let reports = ReportRequest::default();
+            gateway_pools.push(GatewayPool {
+                name,
+                gateway,
+                nodes,
+                declared,
+                usable,
+                open,
+                overlaps,
+                ended_until,
+                reports,
+            });
         }
         let mut node_addresses = HashMap::new();
         for (name, node) in &cluster.nodes {

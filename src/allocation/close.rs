@@ -61,6 +61,8 @@ pub(super) fn close(allocator: Allocator, rejections: &HashMap<usize, Rejection>
         status.released.sort_by_key(|r| (r.at, r.id, r.address.ipv4, r.address.ipv6));
         status.conditions = conditions(&allocator, place, gateway_pool, &status, rejections);
         let next = status.released.first().map(|released| released.at + COOLDOWN_SECONDS);
+        status.reports_requested_at = gateway_pool.reports.requested_at;
+        outcome.next_reports = [outcome.next_reports, gateway_pool.reports.due].into_iter().flatten().min();
         outcome.next_release = [outcome.next_release, next].into_iter().flatten().min();
         outcome.gateways.insert(gateway_pool.name.clone(), status);
     }

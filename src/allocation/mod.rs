@@ -20,6 +20,7 @@ mod rebalance;
 pub mod report;
 mod request;
 mod retain;
+mod unreached;
 
 pub use cooldown::COOLDOWN_SECONDS;
 pub use decision::{Decision, Grant, Reason, Rejection};
@@ -42,6 +43,8 @@ pub struct Outcome {
     pub decisions: BTreeMap<PolicyKey, Decision>,
     /// When the next cooldown ends, seconds since the Unix epoch: the time to allocate again.
     pub next_release: Option<i64>,
+    /// When nodes' reports are to be looked at again, seconds since the Unix epoch.
+    pub next_reports: Option<i64>,
 }
 
 impl Outcome {

@@ -3,6 +3,7 @@
 use super::allocator::Allocator;
 use super::moves::{self, Reports};
 use super::rebalance;
+use super::unreached::{self, SourceNodes};
 use crate::api::{AllocationKind, Placement};
 use crate::model::Node;
 use crate::model::drain::is_drained;
@@ -47,7 +48,7 @@ impl Load {
 /// Assigns each allocation to a node of its gateway. It stays on its node while that is a node of the gateway and is
 /// not drained (or all nodes are), until a rebalance is requested.
 pub(super) fn place(allocator: &mut Allocator) {
-    let reports = Reports::new(allocator);
+    let (reports, sources) = (Reports::new(allocator), SourceNodes::new(allocator));
     let mut allocations_of: Vec<Vec<usize>> = vec![Vec::new(); allocator.gateway_pools.len()];
     for (place, allocation) in allocator.allocations.iter().enumerate() {
         allocations_of[allocation.gateway].push(place);
@@ -57,7 +58,7 @@ pub(super) fn place(allocator: &mut Allocator) {
             Placement::Managed => {
                 moves::follow_takeovers(allocator, gateway, &allocations, &reports);
                 if !allocator.gateway_pools[gateway].gateway.frozen {
-                    balance(allocator, gateway, &allocations, &reports);
+                    balance(allocator, gateway, &allocations, (&sources, &reports));
                 }
                 moves::finish(allocator, &allocations, &reports);
             }
@@ -98,10 +99,17 @@ impl<'a> Candidates<'a> {
 
 /// Assigns new allocations to the living node with the fewest. An existing allocation moves only if there is a node
 /// that it can be moved to, or its node no longer belongs to the gateway.
-fn balance(allocator: &mut Allocator, gateway: usize, allocations: &[usize], reports: &Reports) {
+fn balance<'a>(
+    allocator: &mut Allocator<'a>,
+    gateway: usize,
+    allocations: &[usize],
+    (sources, reports): (&SourceNodes<'a>, &Reports),
+) {
     let candidates = Candidates::new(allocator, gateway);
     for (allocation, node) in moves::requested_moves(allocator, allocations, &candidates.ready) {
-        moves::move_to(allocator, allocation, Some(node), reports);
+        if !sources.all_miss(allocator, allocation, &node) {
+            moves::move_to(allocator, allocation, Some(node), reports);
+        }
     }
     let mut load = Load::new(candidates.open.values().copied());
     let mut unplaced = Vec::new();
@@ -128,8 +136,10 @@ fn balance(allocator: &mut Allocator, gateway: usize, allocations: &[usize], rep
             load.add(place);
         }
     }
+    unreached::move_on(allocator, gateway, allocations, (&candidates.ready, &mut load), (sources, reports));
     if allocator.gateway_pools[gateway].gateway.rebalance {
-        rebalance::rebalance(allocator, allocations, candidates.ready.into_keys(), reports);
+        let ready = candidates.ready.into_keys().filter(|name| !sources.miss(name));
+        rebalance::rebalance(allocator, allocations, ready, reports);
     }
 }
 

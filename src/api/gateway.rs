@@ -140,6 +140,11 @@ pub struct EgressGatewayStatus {
     /// exhausted.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub conditions: Vec<Condition>,
+    /// When the controller asked the nodes to report anew, seconds since the Unix epoch; absent while it asks nothing. It
+    /// asks before it moves an egress IP whose owner no source node reaches. A node answers with `reportsGiven` of its
+    /// EgressNode.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reports_requested_at: Option<i64>,
     /// The controller that wrote this status, if there are several.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub writer: Option<AllocationsWriter>,

@@ -43,6 +43,15 @@ pub struct EgressNodeStatus {
     /// gateway node reports this.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub unreachable_peers: Vec<String>,
+    /// Gateway nodes that have not answered this node for some seconds, sorted, while one of them holds an egress IP of
+    /// this node's pods and another gateway node answers. Only a node that is not a gateway node reports this. If no node
+    /// with such pods reaches the holder, the egress IP moves.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub unreachable_gateway_nodes: Vec<String>,
+    /// The requests of gateways (`status.reportsRequestedAt`) that this node knew when it wrote this status. A gateway node
+    /// answers all of them, another node only while `unreachableGatewayNodes` is not empty.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub reports_given: Vec<ReportGiven>,
     /// The uplinks of this node, by family, that it cannot use now, with the reason. Egress IPs that need them move
     /// to another node, if one has lost fewer of them.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -106,6 +115,16 @@ pub struct TakenAllocation {
     pub id: u16,
     /// The `since` of the allocation at the takeover.
     pub since: i64,
+}
+
+/// The answer to a gateway's request for reports.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct ReportGiven {
+    /// The gateway.
+    pub gateway: String,
+    /// Its `status.reportsRequestedAt`, seconds since the Unix epoch.
+    pub requested_at: i64,
 }
 
 /// One family of an uplink that a node cannot use.

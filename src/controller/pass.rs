@@ -136,11 +136,12 @@ impl Controller {
             warn!("cannot remove the statuses of deleted objects: {e:#}");
             failure = Some(e);
         }
-        let release = outcome.next_release.map(|at| Duration::from_secs(at.saturating_sub(now).max(1).unsigned_abs()));
+        let due = [outcome.next_release, outcome.next_reports].into_iter().flatten().min();
+        let due = due.map(|at| Duration::from_secs(at.saturating_sub(now).max(1).unsigned_abs()));
         // A node that Kubernetes hears nothing from counts as lost after a while.
         let lost = cluster.nodes.values().filter_map(|node| node.is_lost_at()).filter(|at| *at > now).min();
         let lost = lost.map(|at| Duration::from_secs(at.saturating_sub(now).unsigned_abs()));
-        let wake = [release, count_again, lost, self.write_overlay.until(Instant::now())].into_iter().flatten().min();
+        let wake = [due, count_again, lost, self.write_overlay.until(Instant::now())].into_iter().flatten().min();
         Pass { wake, failure }
     }
 

@@ -1,6 +1,6 @@
 //! EgressNode statuses, stored compactly.
 
-use crate::api::{BlockedAllocation, EgressNodeStatus, Fault, LostUplink, RefusedAllocation, TakenAllocation};
+use crate::api::{BlockedAllocation, EgressNodeStatus, Fault, LostUplink, RefusedAllocation, ReportGiven, TakenAllocation};
 use crate::model::PolicyKey;
 use crate::model::marks::EgressId;
 use crate::model::uplink_key::UplinkKey;
@@ -40,6 +40,10 @@ pub struct OfAllocations {
     pub refused: Vec<RefusedAllocation>,
     /// Gateway nodes that do not answer this node. It lists itself while it cannot hold any egress IP.
     pub unreachable_peers: Vec<String>,
+    /// Gateway nodes that do not answer this source node, while others do.
+    pub unreachable_gateway_nodes: Vec<String>,
+    /// The requests of gateways for reports that it knew when it wrote this.
+    pub reports_given: Vec<ReportGiven>,
     /// The uplinks and families that it has lost.
     pub lost: Vec<LostUplink>,
     /// The egress IPs that its pods use and whose traffic it blocks now.
@@ -58,6 +62,8 @@ impl EgressNode {
             taken: Vec::new(),
             refused: Vec::new(),
             unreachable_peers: Vec::new(),
+            unreachable_gateway_nodes: Vec::new(),
+            reports_given: Vec::new(),
             lost: Vec::new(),
             blocked: Vec::new(),
             over_limit: Vec::new(),
@@ -83,6 +89,8 @@ impl From<EgressNodeStatus> for EgressNode {
             taken,
             refused,
             unreachable_peers,
+            unreachable_gateway_nodes,
+            reports_given,
             lost,
             blocked,
             over_limit,
@@ -94,6 +102,8 @@ impl From<EgressNodeStatus> for EgressNode {
             taken,
             refused,
             unreachable_peers,
+            unreachable_gateway_nodes,
+            reports_given,
             lost,
             blocked,
             over_limit: over_limit.iter().map(|key| PolicyKey::from(key.as_str())).collect(),

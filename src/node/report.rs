@@ -3,13 +3,15 @@
 use super::holding::Holding;
 use super::host::Faults;
 use crate::api::{
-    BlockedAllocation, DirectNetwork, EgressNodeStatus, Fault, LostUplink, RefusedAllocation, TakenAllocation,
+    BlockedAllocation, DirectNetwork, EgressNodeStatus, Fault, LostUplink, RefusedAllocation, ReportGiven,
+    TakenAllocation,
 };
 use crate::cluster::Statuses;
 use crate::cni::offline_policies::{Elsewhere, OfflinePolicies};
 use crate::datapath::tunnel::Tunnel;
 use crate::model::notice::Notice;
 use crate::model::precedence::PolicyIndex;
+use crate::model::selector::Name;
 use crate::model::shared::Mark;
 use crate::model::tunnel_mac;
 use crate::model::uplink_key::UplinkKey;
@@ -30,6 +32,9 @@ const AGAIN: Duration = Duration::from_secs(5);
 /// The interval between two nodes' writes of status fields that only people read. When a node joins or leaves, those
 /// fields change on all nodes, and every node watches every status.
 const FOR_PEOPLE: Duration = Duration::from_millis(100);
+
+/// The interval between two source nodes' answers to a gateway's request for reports. The controller waits for them.
+const ANSWERS: Duration = Duration::from_millis(2);
 
 /// The largest number of faults in a node's status. A node with a tunnel address of the wrong family has one for every
 /// other node.
@@ -55,6 +60,10 @@ pub struct Own<'a> {
     /// The state of its uplinks.
     pub holding: &'a Holding,
     pub faults: &'a Faults,
+    /// The gateway nodes that this source node reports as unreachable.
+    pub unreachable: &'a BTreeSet<Name>,
+    /// The requests for reports that it answers.
+    pub reports_given: Vec<ReportGiven>,
     /// The policies that list too many destinations for this node.
     pub over_limit: &'a BTreeSet<PolicyKey>,
 }
@@ -79,7 +88,7 @@ impl Report {
     /// the cluster's nodes. It does not wait for the write: an API server that does not respond must not keep this
     /// node from taking over egress IPs.
     pub fn publish(&self, view: &View, own: &Own, blocked: Vec<BlockedAllocation>, nodes: usize) {
-        let Own { tunnel, facts, holding, faults, over_limit } = *own;
+        let Own { tunnel, facts, holding, faults, unreachable, ref reports_given, over_limit } = *own;
         let Some(tunnel) = tunnel else { return };
         let refused = facts.refused.iter().map(|(id, why)| RefusedAllocation { id: *id, message: why.clone() });
         let direct = view.networks.origins.iter();
@@ -91,13 +100,15 @@ impl Report {
             allocations: view.allocations.held.iter().copied().collect(),
             taken: facts.taken.iter().map(|(id, since)| TakenAllocation { id: *id, since: *since }).collect(),
             refused: refused.collect(),
-            // Source nodes ask, too, but what thousands of them say costs more than it tells.
+            // Source nodes ask, too, but what thousands of them would say at once costs more than it tells.
             unreachable_peers: facts
                 .dead
                 .iter()
                 .filter(|_| view.allocations.is_gateway)
                 .map(ToString::to_string)
                 .collect(),
+            unreachable_gateway_nodes: unreachable.iter().map(ToString::to_string).collect(),
+            reports_given: reports_given.clone(),
             lost: holding.lost().map(lost_uplink).collect(),
             blocked,
             over_limit: over_limit.iter().take(OVER_LIMIT).map(ToString::to_string).collect(),
@@ -159,6 +170,17 @@ fn offline_policies(index: &PolicyIndex) -> OfflinePolicies {
     OfflinePolicies::new(selectable, elsewhere)
 }
 
+/// The interval between two nodes' writes of this change; `None`: it is written at once.
+fn pace(before: &EgressNodeStatus, now: &EgressNodeStatus) -> Option<Duration> {
+    let (before, now) = (before.clone().for_machines(), now.clone().for_machines());
+    if before == now {
+        return Some(FOR_PEOPLE);
+    }
+    let is_source_node = !now.unreachable_gateway_nodes.is_empty();
+    let answer_only = EgressNodeStatus { reports_given: now.reports_given.clone(), ..before } == now;
+    (is_source_node && answer_only).then_some(ANSWERS)
+}
+
 /// Writes the newest status, until the sender is dropped.
 async fn publish(name: String, statuses: Statuses, mut wanted: watch::Receiver<Option<Published>>) {
     let mut written: Option<EgressNodeStatus> = None;
@@ -177,11 +199,9 @@ async fn publish(name: String, statuses: Statuses, mut wanted: watch::Receiver<O
             due = None;
             continue;
         }
-        let for_people_only =
-            |before: &EgressNodeStatus| before.clone().for_machines() == status.clone().for_machines();
-        if written.as_ref().is_some_and(for_people_only) {
+        if let Some(pace) = written.as_ref().and_then(|before| pace(before, &status)) {
             let now = Instant::now();
-            if *due.get_or_insert(now + (FOR_PEOPLE * nodes).mul_f64(turn)) > now {
+            if *due.get_or_insert(now + (pace * nodes).mul_f64(turn)) > now {
                 continue;
             }
         }

@@ -112,3 +112,18 @@ fn a_nodes_network_that_dies_for_all_leaves_the_egress_ip_where_it_is() {
     served(&lab, &pods);
     lab.wait_until("one node holds it", PATIENCE, || holders(&lab).len() == 1);
 }
+
+#[test]
+fn an_owner_that_only_the_other_gateway_node_reaches_gives_way_to_it() {
+    let (lab, uplinks, pods, owner, other) = lab();
+    cut(&lab, &["n1", "n2"].iter().flat_map(|node| tunnel_between(node, &owner)).collect::<Vec<_>>());
+    let begin = Instant::now();
+    lab.wait_until("the other one holds it", 2 * PATIENCE, || holders(&lab) == [other.as_str()]);
+    println!("it is on the other gateway after {:?}", begin.elapsed());
+    served(&lab, &pods);
+    stays(&lab, &other, &pods, &["n1", "n2", "g1", "g2"], Duration::from_secs(5));
+    assert_eq!(one_mac(&uplinks), 1);
+    cut(&lab, &[]);
+    served(&lab, &pods);
+    stays(&lab, &other, &pods, &["n1", "n2", "g1", "g2"], Duration::from_secs(12));
+}

@@ -2,7 +2,8 @@
 
 use lab::fault_injection::{answered_after, cut, holders, owner_and_other, tunnel_between};
 use lab::scene::{assert_blocked, assert_leaves_by_egress};
-use lab::{Lab, VISITOR};
+use lab::{EXT6, Lab, Pod, VISITOR};
+use std::slice;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -16,6 +17,8 @@ fn a_line_that_loses_packets_finds_nobody_dead_and_one_that_was_broken_is_back_w
     let lab = Lab::scene();
     let (owner, other) = owner_and_other(&lab);
     let pod = lab.add_pod("n1", "shop", "visitor", VISITOR);
+    // With a source node that goes on reaching the owner, the egress IP stays.
+    let of_n2 = lab.add_pod("n2", "shop", "visitor-n2", VISITOR);
     let lossy: Vec<String> = ["n1", &other]
         .iter()
         .flat_map(|node| tunnel_between(node, &owner))
@@ -36,6 +39,124 @@ fn a_line_that_loses_packets_finds_nobody_dead_and_one_that_was_broken_is_back_w
     lab::survival::assert_short(back, 1000);
     cut(&lab, &[]);
     assert_leaves_by_egress(&pod);
+    assert_leaves_by_egress(&of_n2);
     assert_eq!(holders(&lab), [owner]);
+    lab.assert_nothing_leaked();
+}
+
+/// Pods of the policy on both source nodes and on the owner, the owner, and the other gateway node.
+fn pods_everywhere(lab: &Lab) -> ([Pod; 3], String, String) {
+    let (owner, other) = owner_and_other(lab);
+    let pods = ["n1", "n2", &owner].map(|node| lab.add_pod(node, "shop", &format!("visitor-{node}"), VISITOR));
+    pods.iter().for_each(assert_leaves_by_egress);
+    (pods, owner, other)
+}
+
+#[test]
+fn an_owner_that_no_source_node_reaches_is_relieved_by_one_that_all_reach() {
+    let lab = Lab::scene();
+    let (pods, owner, other) = pods_everywhere(&lab);
+    let sessions = pods.each_ref().map(|pod| pod.session(EXT6).expect("a session"));
+    let before = deaths(&lab, &other);
+    let way = |node: &str| [tunnel_between("n1", node), tunnel_between("n2", node)].concat();
+    let begin = Instant::now();
+    cut(&lab, &way(&owner));
+    let back = answered_after(&pods[0], begin);
+    println!("answered after {back:?}");
+    assert!(back < Duration::from_secs(16), "answered after {back:?}");
+    lab.wait_for("the address is on", &vec![other.clone()], || holders(&lab));
+    answered_after(&pods[1], Instant::now());
+    pods.iter().for_each(assert_leaves_by_egress);
+    assert_eq!(deaths(&lab, &other), before, "the gateway nodes reach each other");
+    let [held @ .., of_owner] = sessions.map(lab::Session::stop);
+    held.iter().for_each(|report| assert_eq!(report.broken, None, "{report:?}"));
+    assert_eq!(of_owner.broken, None, "{of_owner:?}");
+    assert!(
+        of_owner.longest_silence < Duration::from_millis(700),
+        "a pod on the owner waits for nothing: {of_owner:?}"
+    );
+    lab.assert_nothing_leaked();
+
+    // It stays when the way is mended, and goes back when that one's breaks.
+    cut(&lab, &[]);
+    thread::sleep(Duration::from_secs(6));
+    assert_eq!(holders(&lab), slice::from_ref(&other));
+    pods.iter().for_each(assert_leaves_by_egress);
+    cut(&lab, &way(&other));
+    lab.wait_until("the address is back", Duration::from_secs(20), || holders(&lab) == [owner.as_str()]);
+    for pod in &pods {
+        answered_after(pod, Instant::now());
+    }
+    pods.iter().for_each(assert_leaves_by_egress);
+    lab.assert_nothing_leaked();
+}
+
+#[test]
+fn an_owner_that_one_source_node_does_not_reach_and_another_does_keeps_what_it_has() {
+    let lab = Lab::scene();
+    let (mut pods, owner, other) = pods_everywhere(&lab);
+    cut(&lab, &tunnel_between("n1", &owner));
+    let begin = Instant::now();
+    while begin.elapsed() < Duration::from_secs(8) {
+        assert_eq!(holders(&lab), slice::from_ref(&owner));
+        pods[1..].iter().for_each(assert_leaves_by_egress);
+        thread::sleep(Duration::from_millis(200));
+    }
+    assert_blocked(&pods[0]);
+    // Nobody else is served by it any more.
+    pods[1].relabel(&[]);
+    lab.wait_until("the address is on the other", Duration::from_secs(20), || holders(&lab) == [other.as_str()]);
+    answered_after(&pods[0], Instant::now());
+    lab.assert_nothing_leaked();
+}
+
+#[test]
+fn source_nodes_that_reach_no_gateway_node_or_different_ones_move_nothing() {
+    let lab = Lab::scene();
+    let (pods, owner, other) = pods_everywhere(&lab);
+    let stays = |rules: &[String], served: &[&Pod]| {
+        cut(&lab, rules);
+        thread::sleep(Duration::from_secs(2));
+        let begin = Instant::now();
+        while begin.elapsed() < Duration::from_secs(10) {
+            assert_eq!(holders(&lab), slice::from_ref(&owner), "after {:?}", begin.elapsed());
+            served.iter().for_each(|pod| assert_leaves_by_egress(pod));
+            thread::sleep(Duration::from_millis(200));
+        }
+    };
+    let ways = |ways: &[(&str, &str)]| ways.iter().flat_map(|(a, b)| tunnel_between(a, b)).collect::<Vec<_>>();
+    // The second one would lose nothing and gain nothing: it reaches neither.
+    stays(&ways(&[("n1", &owner), ("n2", &owner), ("n2", &other)]), &[&pods[2]]);
+    stays(&ways(&[("n1", &owner), ("n1", &other), ("n2", &owner), ("n2", &other)]), &[&pods[2]]);
+    stays(&ways(&[("n1", &owner), ("n2", &other)]), &[&pods[1], &pods[2]]);
+    cut(&lab, &[]);
+    pods.iter().for_each(|pod| lab::survival::assert_short(answered_after(pod, Instant::now()), 5000));
+    assert_eq!(holders(&lab), [owner]);
+    lab.assert_nothing_leaked();
+}
+
+#[test]
+fn while_the_controller_is_away_an_owner_that_no_source_node_reaches_keeps_what_it_has() {
+    let lab = Lab::scene();
+    let (pods, owner, other) = pods_everywhere(&lab);
+    lab.daemon("controller").suspend(true);
+    cut(&lab, &[tunnel_between("n1", &owner), tunnel_between("n2", &owner)].concat());
+    thread::sleep(Duration::from_secs(12));
+    assert_eq!(holders(&lab), slice::from_ref(&owner));
+    assert_leaves_by_egress(&pods[2]);
+    // What it finds when it is back is mended: nobody reports that any more.
+    cut(&lab, &[]);
+    pods.iter().for_each(|pod| lab::survival::assert_short(answered_after(pod, Instant::now()), 5000));
+    lab.daemon("controller").suspend(false);
+    let begin = Instant::now();
+    while begin.elapsed() < Duration::from_secs(5) {
+        assert_eq!(holders(&lab), slice::from_ref(&owner));
+        pods.iter().for_each(assert_leaves_by_egress);
+        thread::sleep(Duration::from_millis(100));
+    }
+    // It moves when the controller is there.
+    cut(&lab, &[tunnel_between("n1", &owner), tunnel_between("n2", &owner)].concat());
+    lab.wait_until("the address is on the other", Duration::from_secs(20), || holders(&lab) == [other.as_str()]);
+    pods.iter().for_each(|pod| lab::survival::assert_short(answered_after(pod, Instant::now()), 5000));
     lab.assert_nothing_leaked();
 }

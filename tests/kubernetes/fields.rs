@@ -52,7 +52,8 @@ fn gateways() -> Vec<Value> {
     let released =
         json!([{"id": 7, "ipv4": "192.0.2.57", "ipv6": "2001:db8::57", "policies": ["shop/b"], "at": 1_700_000_000}]);
     let writer = json!({"name": "controller", "term": 2, "writes": 7});
-    let listed = json!({"nodes": ["g1"], "allocations": allocations, "released": released, "conditions": conditions(), "writer": writer});
+    let listed = json!({"nodes": ["g1"], "allocations": allocations, "released": released, "conditions": conditions(), "writer": writer,
+                        "reportsRequestedAt": 1_700_000_000});
     // The form that many allocations have.
     let text = json!({"nodes": ["g1"], "allocations": [], "conditions": conditions(), "writer": writer,
                       "text": "node g1\n1 Dedicated 192.0.2.50 - 0 1700000000 - shop/a\n"});
@@ -93,7 +94,9 @@ fn nodes() -> Vec<Value> {
     let status = json!({
         "tunnelAddress": "192.0.2.1", "tunnelMac": "02:00:00:00:00:01", "answers": true, "allocations": [1, 2],
         "taken": [{"id": 1, "since": 1_700_000_000}], "refused": [{"id": 2, "message": "another host has it"}],
-        "blocked": [{"id": 3, "message": "no node has it", "family": "IPv6"}], "unreachablePeers": ["g2"], "overLimit": ["shop/p"],
+        "blocked": [{"id": 3, "message": "no node has it", "family": "IPv6"}], "unreachablePeers": ["g2"],
+        "unreachableGatewayNodes": ["g3"],
+        "reportsGiven": [{"gateway": "g", "requestedAt": 1_700_000_000}], "overLimit": ["shop/p"],
         "direct": [{"network": "10.0.0.0/8", "from": "spec.podCIDRs of Nodes"}],
         "faults": [{"of": "peer g2", "message": "no route"}],
         "lost": [{"interface": "eth0", "family": "IPv6", "message": "no route"}],

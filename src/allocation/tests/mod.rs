@@ -4,3 +4,4 @@ mod nodes;
 mod properties;
 mod rejections;
 mod tenants;
+mod unreached;

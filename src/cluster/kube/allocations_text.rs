@@ -58,6 +58,7 @@ pub fn write(status: &EgressGatewayStatus) -> EgressGatewayStatus {
     EgressGatewayStatus {
         nodes: status.nodes.clone(),
         conditions: status.conditions.clone(),
+        reports_requested_at: status.reports_requested_at,
         writer: status.writer.clone(),
         text: Some(text),
         ..EgressGatewayStatus::default()

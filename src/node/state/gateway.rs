@@ -124,7 +124,8 @@ impl Node {
         let handovers = self.handed.values().map(|(_, until)| *until).min();
         let left = self.left.values().copied().min();
         let of_pods = self.pods.next();
-        match [self.holding.next(), handovers, left, self.known_faults.next(), of_pods].into_iter().flatten().min() {
+        let told = [self.known_faults.next(), self.unreachable.next()];
+        match [self.holding.next(), handovers, left, of_pods].into_iter().chain(told).flatten().min() {
             Some(due) => tokio::time::sleep_until(due).await,
             None => std::future::pending().await,
         }

@@ -8,6 +8,7 @@ mod reconcile;
 mod roles;
 mod stopping;
 mod unmanaged;
+mod unreachable;
 
 pub use gateway::Heard;
 use plugins::Waiting;
@@ -116,6 +117,7 @@ pub struct Node {
     /// Why this node's tunnel address is of another family than the other nodes', if it is.
     odd_family: Option<String>,
     known_faults: faults::Known,
+    unreachable: unreachable::Unreachable,
     /// Whether the last reconciliation succeeded.
     in_sync: bool,
     /// Why the offline policy snapshot could not be written.
@@ -206,6 +208,7 @@ impl Node {
             local: None,
             odd_family: None,
             known_faults: faults::Known::default(),
+            unreachable: unreachable::Unreachable::default(),
             in_sync: false,
             unstored: None,
             unwritable: None,
@@ -395,10 +398,19 @@ impl Node {
             now.clone_from(&state);
             changed
         });
-        let blocked = self.blocked();
+        let (blocked, unreachable) = (self.blocked(), &self.unreachable());
+        let reports_given = self.reports_given(unreachable);
         let Node { facts, holding, .. } = self;
         let faults = &self.known_faults.faults;
-        let own = Own { tunnel: self.host.tunnel_end(), facts, holding, faults, over_limit: self.pods.over_limit() };
+        let own = Own {
+            tunnel: self.host.tunnel_end(),
+            facts,
+            holding,
+            faults,
+            unreachable,
+            reports_given,
+            over_limit: self.pods.over_limit(),
+        };
         self.report.publish(&self.view, &own, blocked, self.cluster.nodes.len());
         self.set_targets();
         self.set_roles();

@@ -50,7 +50,9 @@ proptest! {
         released in prop::collection::vec(released(), 0..10),
     ) {
         let writer = Some(AllocationsWriter { name: "one".into(), term: 3, writes: 7 });
-        let status = EgressGatewayStatus { nodes: vec!["g1".into()], allocations, released, writer, ..Default::default() };
+        let status = EgressGatewayStatus {
+            nodes: vec!["g1".into()], allocations, released, writer, reports_requested_at: Some(5), ..Default::default()
+        };
         let written = write(&status);
         prop_assert!(written.allocations.is_empty() && written.released.is_empty());
         prop_assert_eq!(read(written), Ok(status));
