@@ -7,8 +7,8 @@
 
 use super::Node;
 use crate::api::ReportGiven;
-use crate::model::mac;
 use crate::model::selector::Name;
+use crate::model::tunnel_mac;
 use crate::node_plan::allocations::AllocationState;
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -71,7 +71,7 @@ impl Node {
         let stranded = managed.any(|allocation| matches!(allocation.state, AllocationState::Remote(_)));
         // Gateway nodes report each other at once, as unreachable peers.
         let stranded = stranded && !allocations.is_gateway && !self.seen.dead.is_empty();
-        let [.., high, low] = mac::of_node(&self.options.name);
+        let [.., high, low] = tunnel_mac::of_node(&self.options.name);
         let turn = f64::from(u16::from_be_bytes([high, low])) / f64::from(u16::MAX);
         let nodes = u32::try_from(self.cluster.nodes.len()).unwrap_or(u32::MAX);
         let spread = (PACE * nodes).mul_f64(turn);
