@@ -1,6 +1,8 @@
 //! EgressNode statuses, stored compactly.
 
-use crate::api::{BlockedAllocation, EgressNodeStatus, Fault, LostUplink, RefusedAllocation, ReportGiven, TakenAllocation};
+use crate::api::{
+    BlockedAllocation, EgressNodeStatus, Fault, LostUplink, RefusedAllocation, ReportGiven, TakenAllocation,
+};
 use crate::model::PolicyKey;
 use crate::model::marks::EgressId;
 use crate::model::uplink_key::UplinkKey;
