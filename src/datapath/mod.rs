@@ -21,5 +21,6 @@ pub mod ruleset;
 pub mod socket_filter;
 pub mod sysctl;
 pub mod tunnel;
+pub mod underlay;
 pub mod uplink;
 pub mod watch;

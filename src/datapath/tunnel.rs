@@ -10,7 +10,7 @@ use crate::datapath::names::{
 };
 use crate::datapath::route_socket::{Change, RouteSocket, errno};
 use crate::datapath::sysctl;
-use crate::datapath::uplink;
+use crate::datapath::underlay::Underlay;
 use anyhow::{Context, Result, bail};
 use egret_nft::mac::{Mac, Shown};
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE};
@@ -43,21 +43,15 @@ pub struct Tunnel {
     pub local: IpAddr,
     /// The device's MAC address.
     pub mac: Mac,
-    /// The device's MTU, in bytes: see [`underlay`].
+    /// The device's MTU, in bytes: see [`mtu`].
     pub mtu: u32,
     /// Whether the device carries IPv6. It can if the host has IPv6 and the MTU is at least [`IPV6_MIN_MTU`].
     pub ipv6: bool,
 }
 
-/// The interface of the address `local`, and the MTU of a tunnel from it: the interface's MTU less the overhead.
-///
-/// # Errors
-/// The host does not have the address `local`.
-pub async fn underlay(socket: &RouteSocket, local: IpAddr) -> Result<(uplink::Interface, u32)> {
-    let underlay = uplink::underlay(socket, local).await?;
-    let overhead = if local.is_ipv4() { OVERHEAD4 } else { OVERHEAD6 };
-    let mtu = underlay.mtu.saturating_sub(overhead);
-    Ok((underlay, mtu))
+/// The MTU of a tunnel over `underlay`, in bytes: the underlay's less the overhead.
+pub fn mtu(underlay: &Underlay) -> u32 {
+    underlay.mtu().saturating_sub(if underlay.local().is_ipv4() { OVERHEAD4 } else { OVERHEAD6 })
 }
 
 /// Creates or adjusts the device, and returns its interface index. The kernel cannot change the network identifier,

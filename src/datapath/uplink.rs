@@ -27,10 +27,6 @@ pub struct Interface {
     pub mtu: u32,
     /// Whether it is up and has a carrier.
     pub running: bool,
-    /// Whether it is the loopback interface.
-    pub loopback: bool,
-    /// Whether it does not use ARP (`IFF_NOARP`): a dummy, a tunnel.
-    pub no_arp: bool,
 }
 
 /// A snapshot of the host's addresses and default routes, to find the interfaces of many addresses.
@@ -134,27 +130,6 @@ impl<'a> Uplinks<'a> {
     }
 }
 
-/// The interface whose MTU limits a tunnel from `local`.
-///
-/// # Errors
-/// The host does not have the address `local`.
-pub async fn underlay(socket: &RouteSocket, local: IpAddr) -> Result<Interface> {
-    let Some(at) = local_addresses(socket).await?.into_iter().find(|a| a.address == local) else {
-        bail!("this host does not have the tunnel address {local}; give one that it has (`ip address`)");
-    };
-    let gone = || format!("the interface with the tunnel address {local} has just vanished");
-    let holder = by_index(socket, at.ifindex).await?.with_context(gone)?;
-    // A host that announces its address by a routing protocol has it on lo or on a dummy, and sends by another
-    // interface.
-    if (holder.loopback || holder.no_arp)
-        && let Some(ifindex) = default_route(socket, local.is_ipv4()).await?
-        && let Some(outgoing) = by_index(socket, ifindex).await?
-    {
-        return Ok(outgoing);
-    }
-    Ok(holder)
-}
-
 /// The interface of that name, if there is one.
 pub async fn by_name(socket: &RouteSocket, name: &str) -> Result<Option<Interface>> {
     // For a longer name the kernel returns another error (IFNAMSIZ, include/uapi/linux/if.h).
@@ -189,8 +164,6 @@ fn parse(link: &LinkMessage) -> Interface {
         mac: None,
         mtu: 0,
         running: flags.contains(LinkFlags::Up | LinkFlags::Running),
-        loopback: flags.contains(LinkFlags::Loopback),
-        no_arp: flags.contains(LinkFlags::Noarp),
     };
     for attribute in &link.attributes {
         match attribute {
@@ -204,7 +177,7 @@ fn parse(link: &LinkMessage) -> Interface {
 }
 
 /// The index of the interface of the main table's best default route.
-pub async fn default_route(socket: &RouteSocket, ipv4: bool) -> Result<Option<u32>> {
+async fn default_route(socket: &RouteSocket, ipv4: bool) -> Result<Option<u32>> {
     let family = if ipv4 { AddressFamily::Inet } else { AddressFamily::Inet6 };
     let mut filter = RouteMessage::default();
     filter.header.address_family = family;

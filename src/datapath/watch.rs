@@ -7,10 +7,11 @@
 use crate::datapath::names::{DEVICE, FLUSH_GUARD, PROTOCOL, RULE_FLUSH_GUARD, RULE_QUARANTINE, TABLE, is_own_table};
 use egret_nft::mac::Mac;
 use egret_nft::netlink::{Message, NETLINK_NETFILTER, NETLINK_ROUTE, attributes, messages};
+use ipnetwork::IpNetwork;
 use netlink_sys::{AsyncSocket, SocketAddr, TokioSocket};
-use nix::libc::{AF_UNSPEC, ENOBUFS, IFF_RUNNING, IFF_UP};
+use nix::libc::{AF_INET, AF_UNSPEC, ENOBUFS, IFF_RUNNING, IFF_UP};
 use nix::sys::socket::{setsockopt, sockopt};
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::future::poll_fn;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -47,6 +48,7 @@ const IFLA_INFO_KIND: u16 = 1;
 const IFA_ADDRESS: u16 = 1;
 const IFA_LOCAL: u16 = 2;
 const IFA_PROTO: u16 = 11;
+const RTA_DST: u16 = 1;
 const RTA_TABLE: u16 = 15;
 const FRA_PRIORITY: u16 = 6;
 const NDA_LLADDR: u16 = 2;
@@ -81,6 +83,8 @@ pub enum Event {
     Routes,
     /// An uplink lost or regained its carrier, or a default route of the host was added or removed.
     Uplinks,
+    /// A route to another node's end of the tunnel, or the MTU or state of an interface by which tunnel packets leave.
+    Underlay,
     /// Routing rules with Egret's priorities.
     Rules,
     /// Addresses on an uplink, or egress IPs on any interface.
@@ -99,8 +103,10 @@ pub enum Event {
 pub struct Interest {
     /// The netlink ports of the daemon's own sockets, whose changes cause no events.
     pub own_ports: BTreeSet<u32>,
-    /// The index and the MTU, in bytes, of the tunnel's underlay interface; the tunnel's MTU depends on it.
-    pub underlay: Option<(u32, u32)>,
+    /// The indexes of the interfaces by which tunnel packets leave, and their MTU in bytes; the tunnel's depends on them.
+    pub underlay: BTreeMap<u32, u32>,
+    /// The other nodes' ends of the tunnel.
+    pub peers: BTreeSet<IpAddr>,
     /// The indices of the gateways' uplinks.
     pub uplinks: BTreeSet<u32>,
     /// The egress IPs, including those that another program places.
@@ -222,11 +228,17 @@ impl Filter<'_> {
             RTM_NEWADDR | RTM_DELADDR => self.address(m),
             RTM_NEWROUTE | RTM_DELROUTE => {
                 let table = attribute(m, RTMSG, RTA_TABLE).and_then(number).unwrap_or(u32::from(*m.payload.get(4)?));
+                if is_own_table(table) {
+                    return Some(Event::Routes);
+                }
+                if self.leads_to_a_peer(m) {
+                    self.events.insert(Event::Underlay);
+                }
                 let default = table == RT_TABLE_MAIN && *m.payload.get(1)? == 0;
                 if default && !self.interest.uplinks.is_empty() {
                     return Some(Event::Uplinks);
                 }
-                is_own_table(table).then_some(Event::Routes)
+                None
             }
             RTM_NEWNEIGH | RTM_DELNEIGH => {
                 let on_device = *self.device != 0 && number(m.payload.get(4..8)?)? == *self.device;
@@ -258,9 +270,13 @@ impl Filter<'_> {
             *self.device = if here { index } else { 0 };
             return Some(Event::Tunnel);
         }
-        let mtu = || attribute(m, IFINFOMSG, IFLA_MTU).and_then(number);
-        if self.interest.underlay.is_some_and(|(of, was)| of == index && mtu().is_some_and(|mtu| mtu != was)) {
-            self.events.insert(Event::Tunnel);
+        if let Some(was) = self.interest.underlay.get(&index) {
+            let mtu = attribute(m, IFINFOMSG, IFLA_MTU).and_then(number);
+            let changed: u32 = number(m.payload.get(12..16)?)?;
+            // When it goes down, its IPv4 routes go without a notification (`fib_sync_down_dev`).
+            if mtu.is_some_and(|mtu| mtu != *was) || m.kind == RTM_DELLINK || changed & IFF_UP as u32 != 0 {
+                self.events.insert(Event::Underlay);
+            }
         }
         if self.interest.uplinks.contains(&index) {
             let (flags, changed) = (number(m.payload.get(8..12)?)?, number(m.payload.get(12..16)?)?);
@@ -274,6 +290,16 @@ impl Filter<'_> {
         let info = attribute(m, IFINFOMSG, IFLA_LINKINFO)?;
         let veth = attributes(info).any(|(kind, value)| kind == IFLA_INFO_KIND && trim(value) == b"veth");
         (m.kind == RTM_DELLINK && veth).then_some(Event::VethGone { index })
+    }
+
+    fn leads_to_a_peer(&self, m: &Message<'_>) -> bool {
+        let (Some(family), Some(prefix)) = (m.payload.first(), m.payload.get(1)) else { return false };
+        let ipv4 = i32::from(*family) == AF_INET;
+        let unspecified = if ipv4 { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+        let destination = attribute(m, RTMSG, RTA_DST).and_then(ip).unwrap_or(unspecified);
+        let Ok(network) = IpNetwork::new(destination, *prefix) else { return false };
+        let mut behind = self.interest.peers.range(network.network()..=network.broadcast());
+        behind.next().is_some()
     }
 
     fn address(&self, m: &Message<'_>) -> Option<Event> {

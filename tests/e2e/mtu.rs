@@ -148,3 +148,44 @@ fn the_tunnel_follows_the_link_between_the_nodes_to_the_byte() {
         }
     }
 }
+
+/// Every node has a default route by its widest interface. Where nodes reach each other by another one, as by WireGuard,
+/// that one counts.
+#[test]
+fn the_tunnels_mtu_follows_the_routes_to_the_peers() {
+    for (ipv6, around) in [(false, 50), (true, 70)] {
+        let builder = Lab::builder();
+        let lab = if ipv6 { builder.ipv6_tunnel() } else { builder }.scene();
+        let node = lab.node("n1");
+        let wait = |what: &str, link: usize| {
+            lab.wait_for(&format!("the tunnel's MTU, IPv6 {ipv6}, {what}"), &(link - around), || {
+                tunnel_mtu(&lab, "n1")
+            });
+        };
+        wait("at first", 1500);
+        let (family, peer) = match ipv6 {
+            false => ("-4", format!("{}/32", lab.node("g1").ipv4())),
+            true => ("-6", format!("{}/128", lab.node("g1").ipv6())),
+        };
+        // One peer's route is enough.
+        node.ip(&format!("{family} route add {peer} dev eth0 mtu 1400"));
+        wait("with a narrow route to one gateway", 1400);
+        node.ip(&format!("{family} route del {peer}"));
+        wait("without it", 1500);
+        // A device without ARP, by which packets do leave, beside a default route by a wider one.
+        node.ip("link add wide mtu 1500 type veth peer name wide-end");
+        node.ip("link set wide up");
+        node.ip("link set wide-end up");
+        node.ip(&format!("{family} route replace default dev wide metric 1"));
+        node.ip("link set eth0 mtu 1420");
+        lab.host("fab").ip("link set p-n1 mtu 1420");
+        node.ip("link set eth0 arp off");
+        wait("over a device without ARP", 1420);
+        node.ip("link set eth0 arp on");
+        let pod = lab.add_pod("n1", "shop", "visitor", VISITOR);
+        for server in SERVERS {
+            pod.bulk(server, MEGABYTE).unwrap_or_else(|e| panic!("{} to {server}: {e}", pod.name));
+        }
+        lab.assert_nothing_leaked();
+    }
+}

@@ -7,6 +7,7 @@ use egret::datapath::fdb;
 use egret::datapath::names;
 use egret::datapath::names::{DEVICE, PROTOCOL};
 use egret::datapath::tunnel::{self, Tunnel};
+use egret::datapath::underlay::Underlay;
 use std::collections::{BTreeMap, BTreeSet};
 
 #[test]
@@ -129,12 +130,32 @@ fn what_is_not_ours_is_an_error_with_a_remedy_and_stays() {
 fn the_tunnels_mtu_is_the_underlays_less_what_goes_around() {
     in_namespace(|| async {
         let socket = host();
-        assert_eq!(tunnel::underlay(&socket, address("192.0.2.11")).await.unwrap().1, 1450);
-        assert_eq!(tunnel::underlay(&socket, address("2001:db8::11")).await.unwrap().1, 1430);
-        // A host with its address on lo: the default route's interface counts.
+        let mtu = async |local, peers: &[&str]| {
+            let underlay = Underlay::read(&socket, address(local), peers.iter().map(|p| address(p)), None).await;
+            underlay.map(|u| tunnel::mtu(&u))
+        };
+        assert_eq!(mtu("192.0.2.11", &[]).await.unwrap(), 1450);
+        assert_eq!(mtu("2001:db8::11", &[]).await.unwrap(), 1430);
+        assert_eq!(mtu("192.0.2.11", &["192.0.2.12", "2001:db8::12"]).await.unwrap(), 1450);
+        // A host with its address on lo: what leads to the others counts.
         ip("address add 198.51.100.7/32 dev lo");
-        assert_eq!(tunnel::underlay(&socket, address("198.51.100.7")).await.unwrap().1, 1450);
-        let error = tunnel::underlay(&socket, address("192.0.2.12")).await.unwrap_err();
+        assert_eq!(mtu("198.51.100.7", &["192.0.2.12"]).await.unwrap(), 1450);
+        // The narrowest way, by a route's own number or by its interface; a peer out of reach has no say.
+        ip("route add 192.0.2.13/32 dev eth0 mtu 1400");
+        ip("link add narrow mtu 1380 type veth peer name narrow-end");
+        ip("link set narrow up");
+        ip("route add 192.0.2.14/32 nexthop dev eth0 nexthop dev narrow");
+        ip("route add unreachable 192.0.2.15/32");
+        ip("-6 route add 2001:db8::13/128 dev narrow");
+        for (local, peers, expected) in [
+            ("192.0.2.11", &["192.0.2.12", "192.0.2.13"][..], 1350),
+            ("192.0.2.11", &["192.0.2.13", "192.0.2.14"], 1330),
+            ("192.0.2.11", &["192.0.2.12", "192.0.2.15"], 1450),
+            ("2001:db8::11", &["2001:db8::12", "2001:db8::13"], 1310),
+        ] {
+            assert_eq!(mtu(local, peers).await.unwrap(), expected, "{local} to {peers:?}");
+        }
+        let error = mtu("192.0.2.12", &[]).await.unwrap_err();
         assert!(error.to_string().contains("does not have the tunnel address 192.0.2.12"), "{error}");
     });
 }

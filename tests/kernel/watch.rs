@@ -8,7 +8,7 @@ use egret::datapath::rules::Rule;
 use egret::datapath::tunnel::{self, Tunnel};
 use egret::datapath::watch::{Event, Interest, Watch};
 use egret_nft::netlink::{NETLINK_NETFILTER, Socket};
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 async fn news(watch: &mut Watch) -> Vec<Event> {
@@ -39,7 +39,8 @@ async fn host() -> (RouteSocket, Watch) {
     let eth0 = ip_json("link show eth0")[0]["ifindex"].as_u64().unwrap() as u32;
     watch.set_interest(Interest {
         own_ports: BTreeSet::from([socket.port()]),
-        underlay: Some((eth0, 1500)),
+        underlay: BTreeMap::from([(eth0, 1500)]),
+        peers: BTreeSet::from(["192.0.2.12", "2001:db8::12"].map(|a| a.parse().unwrap())),
         uplinks: BTreeSet::from([eth0]),
         addresses: BTreeSet::from(["198.51.100.7".parse().unwrap()]),
     });
@@ -66,8 +67,13 @@ fn what_others_do_to_egrets_things_is_news() {
             ("address flush dev egret", Event::Tunnel),
             ("neighbour replace 169.254.78.1 lladdr 02:00:00:00:00:09 dev egret", Event::Neighbours),
             ("link set egret mtu 1400", Event::Tunnel),
-            ("link set eth0 mtu 1499", Event::Tunnel),
+            ("link set eth0 mtu 1499", Event::Underlay),
+            ("route add 192.0.2.12/32 dev eth0 mtu 1400", Event::Underlay),
+            ("-6 route add 2001:db8::/64 dev eth0", Event::Underlay),
+            ("route del 192.0.2.12/32", Event::Underlay),
+            ("route add default dev eth0", Event::Underlay),
             ("link set eth0 down", Event::Routes),
+            ("link set eth0 up", Event::Underlay),
             ("link delete veth-p1", Event::VethGone { index }),
         ] {
             ip(change);

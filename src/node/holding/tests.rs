@@ -20,7 +20,7 @@ struct Scene {
 
 fn interface(running: bool) -> Interface {
     let name = "eth0".to_owned();
-    Interface { ifindex: 2, name, mac: Some([2; 6]), mtu: 1500, running, loopback: false, no_arp: false }
+    Interface { ifindex: 2, name, mac: Some([2; 6]), mtu: 1500, running }
 }
 
 impl Scene {

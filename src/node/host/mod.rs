@@ -19,6 +19,7 @@ use crate::datapath::rules::{self, Rule};
 use crate::datapath::ruleset::{self, Made, PeerIndexes, SharedSets};
 use crate::datapath::sysctl;
 use crate::datapath::tunnel::{self, Tunnel};
+use crate::datapath::underlay::Underlay;
 use crate::datapath::uplink::Uplinks;
 use crate::model::marks::{EgressId, MAX_PEER, Marks};
 use crate::model::networks::Networks;
@@ -55,7 +56,7 @@ pub struct Host {
     uplinks: BTreeSet<u32>,
     forwarding: Option<Digest>,
     tunnel: Option<(Tunnel, u32)>,
-    underlay: Option<(u32, u32)>,
+    underlay: Option<Underlay>,
     faults: PartFaults,
     /// Whether the kernel is assumed to support the log of changed ports.
     port_log: bool,
@@ -148,6 +149,7 @@ impl Host {
         self.placed = None;
         self.forwarding = None;
         self.tunnel = None;
+        self.underlay = None;
     }
 
     /// Makes the next reconciliation read rules and routes.
@@ -170,9 +172,14 @@ impl Host {
         self.uplinks.iter().copied()
     }
 
-    /// The index of the tunnel's underlay interface, and its MTU when it was last read.
-    pub fn underlay(&self) -> Option<(u32, u32)> {
-        self.underlay
+    /// The routes to the other nodes' ends of the tunnel, as they were last read.
+    pub fn underlay(&self) -> Option<&Underlay> {
+        self.underlay.as_ref()
+    }
+
+    /// Makes the next reconciliation read the routes to the other nodes' ends of the tunnel.
+    pub fn invalidate_underlay(&mut self) {
+        self.underlay = None;
     }
 
     /// Makes the next reconciliation read the nftables tables.
@@ -191,16 +198,20 @@ impl Host {
     }
 
     /// Creates or adjusts the tunnel device.
-    pub async fn tunnel(&mut self, node: &str, local: IpAddr) -> Result<()> {
-        if self.tunnel.as_ref().is_some_and(|(t, _)| t.local == local) {
-            return Ok(());
+    pub async fn tunnel(&mut self, node: &str, local: IpAddr, view: &View) -> Result<()> {
+        let peers = view.allocations.peers.values().map(|p| p.address).filter(|p| p.is_ipv4() == local.is_ipv4());
+        let peers: BTreeSet<IpAddr> = peers.collect();
+        let known = self.underlay.take_if(|u| u.local() != local || !u.peers().eq(peers.iter().copied()));
+        if self.underlay.is_none() {
+            self.underlay = Some(Underlay::read(&self.routes, local, peers, known).await?);
         }
-        let (underlay, mtu) = tunnel::underlay(&self.routes, local).await?;
-        self.underlay = Some((underlay.ifindex, underlay.mtu));
+        let Some(mtu) = self.underlay.as_ref().map(tunnel::mtu) else { return Ok(()) };
         let ipv6 = sysctl::ipv6()? && mtu >= tunnel::IPV6_MIN_MTU;
         let tunnel = Tunnel { vni: TUNNEL_VNI, port: TUNNEL_PORT, local, mac: tunnel_mac::of_node(node), mtu, ipv6 };
-        let index = tunnel::ensure(&self.routes, &tunnel).await?;
-        self.tunnel = Some((tunnel, index));
+        if self.tunnel.as_ref().is_none_or(|(there, _)| *there != tunnel) {
+            let index = tunnel::ensure(&self.routes, &tunnel).await?;
+            self.tunnel = Some((tunnel, index));
+        }
         Ok(())
     }
 

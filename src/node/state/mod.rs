@@ -18,6 +18,7 @@ use crate::cluster::{Lookup, Statuses};
 use crate::cni::attachment::{self, Attachment, AttachmentId};
 use crate::cni::offline_policies::{OfflinePolicies, boot_id};
 use crate::cni::protocol::{Failure, codes};
+use crate::datapath::underlay::Underlay;
 use crate::datapath::watch::{Event, Interest};
 use crate::model::marks::EgressId;
 use crate::model::{Cluster, ObjectKey};
@@ -286,7 +287,8 @@ impl Node {
     pub fn interest(&mut self) -> Option<Interest> {
         std::mem::take(&mut self.listen).then(|| Interest {
             own_ports: self.host.ports(),
-            underlay: self.host.underlay(),
+            underlay: self.host.underlay().map(|u| u.interfaces().clone()).unwrap_or_default(),
+            peers: self.host.underlay().into_iter().flat_map(Underlay::peers).collect(),
             uplinks: self.host.uplinks().collect(),
             addresses: self.view.allocations.allocations.values().filter(|p| p.member).flat_map(addresses).collect(),
         })
@@ -299,6 +301,10 @@ impl Node {
                 Event::VethGone { index } => self.veth_gone(*index).await,
                 Event::Nftables => self.host.invalidate_tables(),
                 Event::Uplinks => self.base = true,
+                Event::Underlay => {
+                    self.host.invalidate_underlay();
+                    self.base = true;
+                }
                 Event::Rules => {
                     self.left_behind = true;
                     self.host.invalidate_routing();

@@ -148,7 +148,7 @@ impl Node {
     /// one part. The outer error means that the tables cannot be created.
     async fn reconcile_base(&mut self) -> Result<Result<usize>> {
         let local = self.tunnel_address().await?;
-        self.host.tunnel(&self.options.name, local).await?;
+        self.host.tunnel(&self.options.name, local, &self.view).await?;
         self.local = Some(local);
         // A failure of one part must not stop the others: addresses must move when nodes fail.
         let routing = self.host.routing(&self.view).await;
