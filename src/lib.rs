@@ -9,23 +9,21 @@
 //! | `cluster` | where the state comes from: the Kubernetes API or a directory |
 //! | `datapath` | the rules, routes, addresses and devices that Egret has in a node's kernel |
 //! | `check` | `egretd check` |
-//! | `cni` | the plugin |
 //! | `install` | the plugin's installation on a host |
 //! | `controller`, `node` | the two daemons |
 //! | `ctl` | the commands of `kubectl egret` |
 //! | `telemetry` | logs, metrics, health |
 //!
 //! The modules depend on each other in one direction, downward (`tests/structure.rs` has it exactly). `api`, `model`,
-//! `allocation` and `node_plan` do no I/O. `datapath` knows nothing of Kubernetes; below it is the crate `egret-nft`,
-//! which speaks nf_tables and connection tracking and knows nothing of Egret. `cni` speaks to the daemon over a socket
-//! only.
+//! `allocation` and `node_plan` do no I/O. `datapath` knows nothing of Kubernetes.
+//!
+//! Below these modules are two crates. `egret-nft` speaks nf_tables and connection tracking, and knows nothing of Egret.
+//! `egret-cni` is the plugin and what it shares with the daemon.
 
 pub mod allocation;
 pub mod api;
-pub mod careful;
 pub mod check;
 pub mod cluster;
-pub mod cni;
 pub mod controller;
 pub mod ctl;
 pub mod datapath;

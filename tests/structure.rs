@@ -5,9 +5,10 @@ mod documents;
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 /// Each module, and the ones that it may use. The arrows go one way.
-const MAY_USE: [(&str, &[&str]); 13] = [
+const MAY_USE: [(&str, &[&str]); 12] = [
     ("api", &[]),
     ("model", &["api"]),
     ("allocation", &["model", "api"]),
@@ -16,15 +17,15 @@ const MAY_USE: [(&str, &[&str]); 13] = [
     ("check", &["datapath"]),
     ("telemetry", &[]),
     ("cluster", &["model", "api"]),
-    ("cni", &["datapath"]),
-    ("install", &["check", "cluster", "cni", "datapath", "model"]),
+    ("install", &["check", "cluster", "datapath", "model"]),
     ("controller", &["allocation", "cluster", "model", "api", "telemetry"]),
     ("ctl", &["check", "allocation", "cluster", "node_plan", "model", "api"]),
-    ("node", &["install", "cluster", "cni", "datapath", "node_plan", "model", "api", "telemetry"]),
+    ("node", &["install", "cluster", "datapath", "node_plan", "model", "api", "telemetry"]),
 ];
 
-/// Modules that do not speak to the kernel: of the crate `egret-nft` they may use the type of MAC addresses.
+/// Modules that speak neither to the kernel nor to the plugin. Of the crates below they may use only what [`PLAIN`] names.
 const WITHOUT_KERNEL: [&str; 7] = ["api", "model", "allocation", "node_plan", "cluster", "controller", "telemetry"];
+const PLAIN: [&str; 2] = ["nft::mac", "cni::careful"];
 
 /// What does I/O or knows the time.
 const OUTSIDE_WORLD: [&str; 7] =
@@ -106,20 +107,29 @@ fn what_is_pure_does_no_input_and_output() {
 }
 
 #[test]
-fn only_modules_of_the_kernel_speak_netlink() {
+fn only_modules_of_the_node_use_the_crates_of_kernel_and_plugin() {
     for file in WITHOUT_KERNEL.iter().flat_map(|m| files(&source().join(m))) {
-        let code = code(&file).replace("nft::mac", "");
-        assert!(!code.contains("nft::"), "{} uses more of egret_nft than its MAC addresses", file.display());
+        let code = PLAIN.iter().fold(code(&file), |code, plain| code.replace(plain, ""));
+        for word in ["nft::", "cni::"] {
+            assert!(!code.contains(word), "{} uses more of {word} than {PLAIN:?}", file.display());
+        }
     }
 }
 
+/// A pod's start waits for the plugin, so it is a small program: the crate's dependencies say so, and the program has
+/// nothing but the crate.
 #[test]
-fn the_plugin_stays_small() {
-    let plugin = files(&source().join("cni")).into_iter().chain([source().join("bin/egret-cni.rs")]);
-    for file in plugin {
-        let code = code(&file);
-        for word in ["kube::", "tokio::", "k8s_openapi", "futures_util", "hyper"] {
-            assert!(!code.contains(word), "{} mentions {word}, which is too much for a plugin", file.display());
-        }
+fn the_plugin_has_no_runtime_and_no_kubernetes() {
+    let tree = ["tree", "--locked", "--offline", "--package", "egret-cni", "--edges", "normal", "--prefix", "none"];
+    let out = Command::new(env!("CARGO")).args(tree).current_dir(root()).output().expect("cargo tree");
+    let text = String::from_utf8_lossy(&out.stdout);
+    assert!(out.status.success(), "cargo tree: {}", String::from_utf8_lossy(&out.stderr));
+    let crates: Vec<&str> = text.lines().filter_map(|line| line.split(' ').next()).collect();
+    assert!(crates.contains(&"egret-nft"), "{crates:?}");
+    for name in ["tokio", "kube", "kube-client", "k8s-openapi", "hyper", "futures-util", "rtnetlink"] {
+        assert!(!crates.contains(&name), "crates/cni depends on {name}: cargo tree --package egret-cni --invert {name}");
     }
+    let program = code(&source().join("bin/egret-cni.rs"));
+    let others: Vec<&str> = program.lines().filter(|line| line.contains("egret")).collect();
+    assert!(matches!(others[..], [line] if line.ends_with("_cni::plugin::run()")), "{others:?}");
 }

@@ -2,7 +2,7 @@
 //! programs that a runtime would have run for them were not.
 
 use super::cluster;
-use egret::cni::attachment::{Attachment, AttachmentId, HostInterface, PodRef};
+use egret_cni::attachment::{Attachment, AttachmentId, HostInterface, PodRef};
 use lab::{Lab, topology};
 use std::collections::BTreeMap;
 use std::net::IpAddr;

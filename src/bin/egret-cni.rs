@@ -3,5 +3,5 @@
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    egret::cni::plugin::run()
+    egret_cni::plugin::run()
 }

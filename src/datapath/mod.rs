@@ -13,7 +13,6 @@ pub mod node_messages;
 pub mod packet_address;
 pub mod pod_veth;
 pub mod port_log;
-pub mod quarantine;
 pub mod route_socket;
 pub mod routes;
 pub mod rules;

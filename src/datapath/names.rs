@@ -1,6 +1,8 @@
 //! Names and numbers of Egret's objects in the kernel: devices, tables, rules, addresses.
 
 use crate::model::uplink_key::CODES;
+/// The numbers that the plugin uses, too.
+pub use egret_cni::quarantine::{PROTOCOL, RULE_QUARANTINE, TABLE_QUARANTINE};
 use egret_nft::mac::Mac;
 use ipnetwork::Ipv6Network;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -19,8 +21,6 @@ pub const FLUSH_GUARD: &str = "egret-flush-guard";
 pub const TABLE_REQUEST: u32 = 7871;
 /// Routing table of replies: packets from a gateway back to the pod's node.
 pub const TABLE_REPLY: u32 = 7872;
-/// Routing table of quarantined pods: it contains the cluster's networks alone.
-pub const TABLE_QUARANTINE: u32 = 7873;
 /// Routing table of selected pods' packets on which nothing has decided: it contains the cluster's networks alone.
 pub const TABLE_FLUSH_GUARD: u32 = 7874;
 /// Routing tables of gateways with an uplink of their own: this number plus the uplink's index, 1 to 511.
@@ -35,9 +35,7 @@ pub fn is_own_table(table: u32) -> bool {
         || (TABLE_UPLINK + 1..=TABLE_UPLINK + UPLINKS).contains(&table)
 }
 
-/// Priority of the quarantine's routing rules. All of Egret's rules come before those of common CNIs.
-pub const RULE_QUARANTINE: u32 = 71;
-/// Priority of the rule for requests.
+/// Priority of the rule for requests. Of the rules, [`RULE_QUARANTINE`] alone comes before it.
 pub const RULE_REQUEST: u32 = 72;
 /// Priority of the rule for replies.
 pub const RULE_REPLY: u32 = 73;
@@ -45,10 +43,6 @@ pub const RULE_REPLY: u32 = 73;
 pub const RULE_UPLINK: u32 = 74;
 /// Priority of the rules for packets on which nothing has decided.
 pub const RULE_FLUSH_GUARD: u32 = 75;
-
-/// The protocol number of Egret's routes, rules and addresses (`RTA_PROTOCOL`, `FRA_PROTOCOL`, `IFA_PROTO`), by which
-/// Egret recognises them. iproute2's `rt_protos` does not assign it.
-pub const PROTOCOL: u8 = 71;
 
 /// The tunnel next hop: the one next hop in the tunnel. No host has it; the device's egress chain replaces its MAC
 /// address.

@@ -8,10 +8,10 @@ mod network;
 pub mod plugin;
 pub mod uninstall;
 
-use crate::cni::config::{check_socket, check_state_dir};
-use crate::cni::uninstalled;
 use anyhow::{Context, Result, bail};
 use configuration::State;
+use egret_cni::config::{check_socket, check_state_dir};
+use egret_cni::uninstalled;
 use network::Entry;
 use std::path::{Path, PathBuf};
 use std::thread;

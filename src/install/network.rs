@@ -3,8 +3,8 @@
 //! The text is edited, never serialised again: the order of keys, unknown fields, numbers and white space stay, and
 //! removing the entry restores the original text.
 
-use crate::cni::config::{DEFAULT_SOCKET, DEFAULT_STATE_DIR};
-use crate::cni::version::Version;
+use egret_cni::config::{DEFAULT_SOCKET, DEFAULT_STATE_DIR};
+use egret_cni::version::Version;
 use serde::Deserialize;
 use serde_json::Value;
 use serde_json::value::RawValue;

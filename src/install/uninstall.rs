@@ -3,10 +3,7 @@
 
 use super::{configuration, plugin};
 use crate::cluster::{self, SourceName};
-use crate::cni::offline_policies::OfflinePolicies;
-use crate::cni::{attachment, run_dir, uninstalled};
 use crate::datapath::addresses;
-use crate::datapath::quarantine::Quarantine;
 use crate::datapath::route_socket::RouteSocket;
 use crate::datapath::routes;
 use crate::datapath::rules;
@@ -14,6 +11,9 @@ use crate::datapath::ruleset::{HANDOVER, INET, NETDEV};
 use crate::datapath::tunnel;
 use crate::model::marks::Marks;
 use anyhow::{Context, Error, Result, bail};
+use egret_cni::offline_policies::OfflinePolicies;
+use egret_cni::quarantine::Quarantine;
+use egret_cni::{attachment, run_dir, uninstalled};
 use egret_nft::Nftables;
 use egret_nft::conntrack;
 use egret_nft::netlink::{NETLINK_NETFILTER, Socket};

@@ -5,10 +5,10 @@
 //! Only the daemon reads and writes these files; the plugin does not know adopted pods.
 
 use super::pods::Interface;
-use crate::careful;
-use crate::cni::run_dir::{self, ADOPTED};
 use crate::model::ObjectKey;
 use crate::model::selector::Labels;
+use egret_cni::careful;
+use egret_cni::run_dir::{self, ADOPTED};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;

@@ -1,6 +1,5 @@
 //! The pods of this node: those that the plugin attached, and adopted ones, which started without the plugin.
 
-use crate::cni::attachment::{Attachment, AttachmentId};
 use crate::datapath::pod_veth::Veth;
 use crate::model::marks::EgressId;
 use crate::model::precedence::PolicyIndex;
@@ -13,6 +12,7 @@ use crate::node::policy_delay::PolicyDelay;
 use crate::node_plan::allocations::NodeAllocations;
 use crate::node_plan::policy_chain::PolicyChain;
 use crate::node_plan::{NodePlan, PodPlan, View, chain_name};
+use egret_cni::attachment::{Attachment, AttachmentId};
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::IpAddr;
 use std::sync::Arc;

@@ -7,7 +7,6 @@ use crate::api::{
     TakenAllocation,
 };
 use crate::cluster::Statuses;
-use crate::cni::offline_policies::{Elsewhere, OfflinePolicies};
 use crate::datapath::tunnel::Tunnel;
 use crate::model::notice::Notice;
 use crate::model::precedence::PolicyIndex;
@@ -18,6 +17,7 @@ use crate::model::uplink_key::UplinkKey;
 use crate::model::{ObjectKey, PolicyKey};
 use crate::node_plan::View;
 use crate::node_plan::allocations::Facts;
+use egret_cni::offline_policies::{Elsewhere, OfflinePolicies};
 use egret_nft::mac;
 use std::collections::BTreeSet;
 use std::io;

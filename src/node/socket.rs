@@ -1,9 +1,9 @@
 //! The socket for plugins' requests, and the lock against a second daemon.
 
-use crate::careful;
-use crate::cni::protocol::{Failure, PROTOCOL, Request, Response, Verb, codes};
-use crate::cni::run_dir::{self, DAEMON_LOCK, SOCKET};
 use anyhow::Context;
+use egret_cni::careful;
+use egret_cni::protocol::{Failure, PROTOCOL, Request, Response, Verb, codes};
+use egret_cni::run_dir::{self, DAEMON_LOCK, SOCKET};
 use nix::fcntl::Flock;
 use std::fs::{self, File};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};

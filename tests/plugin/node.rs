@@ -1,6 +1,6 @@
 //! A node, its pods and the world outside, in network namespaces.
 
-use egret::cni::offline_policies::OfflinePolicies;
+use egret_cni::offline_policies::OfflinePolicies;
 use lab::turn::{self, Turn};
 use nix::sched::{CloneFlags, setns};
 use std::fs::File;

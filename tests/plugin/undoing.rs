@@ -129,7 +129,7 @@ fn gc_ends_what_is_no_longer_valid_in_its_own_network() {
 fn after_an_uninstallation_everything_passes_and_nothing_is_done() {
     let node = Node::new();
     node.prepare(&["shop"]);
-    egret::cni::uninstalled::mark(&node.run_dir()).unwrap();
+    egret_cni::uninstalled::mark(&node.run_dir()).unwrap();
     let pod = node.pod(5);
     assert_eq!(Call::new(&node, "ADD").pod(&pod).run().success(), format!("{}\n", pod.result()));
     for verb in ["CHECK", "DEL", "STATUS"] {

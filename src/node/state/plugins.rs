@@ -1,12 +1,12 @@
 //! Plugins' requests, and the responses that wait until the kernel is in sync.
 
 use super::Node;
-use crate::cni::attachment::{Attachment, AttachmentId};
-use crate::cni::protocol::{Failure, Verb, codes};
 use crate::model::{Cluster, ObjectKey};
 use crate::node::pods::{self, Holder, Pods};
 use crate::node::socket::PluginRequest;
 use crate::node_plan::View;
+use egret_cni::attachment::{Attachment, AttachmentId};
+use egret_cni::protocol::{Failure, Verb, codes};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::sync::oneshot;

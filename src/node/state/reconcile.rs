@@ -2,13 +2,13 @@
 //! quarantines.
 
 use super::Node;
-use crate::cni::offline_policies::OfflinePolicies;
-use crate::cni::run_dir;
 use crate::model::marks::EgressId;
 use crate::model::tunnel_family::{TunnelFamily, internal};
 use crate::node::ended;
 use crate::node::pods::{Holder, Use};
 use anyhow::{Context, Result};
+use egret_cni::offline_policies::OfflinePolicies;
+use egret_cni::run_dir;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;

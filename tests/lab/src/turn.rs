@@ -1,4 +1,4 @@
-//! Which tests run beside which: up to [`PLACES`] labs share the machine, and a test that measures time has it to itself.
+//! Which tests run beside which: up to `PLACES` labs share the machine, and a test that measures time has it to itself.
 //!
 //! Tests are threads of one process, or of several that run at once, so what decides is locks on files (flock(2)), which
 //! the kernel takes away from a process that ends. Everybody passes `gate` one after the other, and stays in it until there

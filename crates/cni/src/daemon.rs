@@ -1,6 +1,6 @@
 //! The plugin's side of the protocol ([`super::protocol`]): sends a request to the daemon and reads its response.
 
-use super::protocol::{Failure, PROTOCOL, Request, Response, Verb, codes};
+use crate::protocol::{Failure, PROTOCOL, Request, Response, Verb, codes};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, setsockopt, socket, sockopt};
 use nix::sys::time::{TimeVal, TimeValLike};
 use std::io::{self, BufRead, BufReader, Read, Write};

@@ -1,7 +1,7 @@
 //! The protocol between plugin and daemon: a Unix socket, one JSON object a line, one request and one response a
 //! connection.
 
-use super::attachment::{Attachment, AttachmentId};
+use crate::attachment::{Attachment, AttachmentId};
 use serde::{Deserialize, Serialize};
 
 /// The protocol's version. A daemon rejects requests of other versions with [`codes::INCOMPATIBLE`]; the plugin then

@@ -4,8 +4,8 @@
 //! removes it after it has undone everything. The file survives a restart of either, and a late DEL undoes only what
 //! its own (container id, interface) did.
 
-use super::run_dir::{self, ATTACHMENTS};
 use crate::careful;
+use crate::run_dir::{self, ATTACHMENTS};
 use serde::{Deserialize, Serialize};
 use std::io;
 use std::net::IpAddr;

@@ -7,12 +7,12 @@
 //! files before it changes a rule holds one lock. If several attachments name the same address, the last one added
 //! owns it: a late DEL must not remove the rule of the pod that has the address now.
 
-use super::attachment::{Attachment, AttachmentId, load_all};
-use super::offline_policies::OfflinePolicies;
-use super::protocol::{Failure, codes};
-use super::run_dir;
-use super::uninstalled;
-use crate::datapath::quarantine::{Family, Quarantine};
+use crate::attachment::{Attachment, AttachmentId, load_all};
+use crate::offline_policies::OfflinePolicies;
+use crate::protocol::{Failure, codes};
+use crate::quarantine::{Family, Quarantine};
+use crate::run_dir;
+use crate::uninstalled;
 use egret_nft::netlink;
 use std::collections::BTreeSet;
 use std::fs::File;

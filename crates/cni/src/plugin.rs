@@ -1,15 +1,15 @@
 //! The plugin's verbs: reads one call, performs it, and prints its result.
 
-use super::attachment::{Attachment, PodRef};
-use super::config::{self, Config, Fields};
-use super::daemon::{Client, Outcome};
-use super::environment::{Call, Command, Target};
-use super::interface::host_end;
-use super::offline::{self, Admission};
-use super::protocol::{Failure, Verb, codes};
-use super::result::PodSide;
-use super::uninstalled;
-use super::version::Version;
+use crate::attachment::{Attachment, PodRef};
+use crate::config::{self, Config, Fields};
+use crate::daemon::{Client, Outcome};
+use crate::environment::{Call, Command, Target};
+use crate::interface::host_end;
+use crate::offline::{self, Admission};
+use crate::protocol::{Failure, Verb, codes};
+use crate::result::PodSide;
+use crate::uninstalled;
+use crate::version::Version;
 use serde::Serialize;
 use std::env;
 use std::io::{self, IsTerminal, Write};

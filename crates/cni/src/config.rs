@@ -3,10 +3,10 @@
 //! Unknown keys are ignored: runtimes add keys of their own, and an administrator's keys may be meant for other
 //! plugins. A known key of a wrong type is an error that names the key.
 
-use super::attachment::AttachmentId;
-use super::environment::Command;
-use super::protocol::{Failure, codes};
-use super::version::Version;
+use crate::attachment::AttachmentId;
+use crate::environment::Command;
+use crate::protocol::{Failure, codes};
+use crate::version::Version;
 use serde::Deserialize;
 use serde_json::value::RawValue;
 use std::collections::HashMap;

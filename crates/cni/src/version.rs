@@ -1,7 +1,7 @@
 //! The supported versions of the CNI specification, and the verbs of each.
 
-use super::environment::Command;
-use super::protocol::{Failure, codes};
+use crate::environment::Command;
+use crate::protocol::{Failure, codes};
 
 /// A version of the specification. Later versions are greater.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]

@@ -1,7 +1,7 @@
 //! Finds the host end of a pod's interface.
 
-use super::attachment::HostInterface;
-use super::protocol::{Failure, codes};
+use crate::attachment::HostInterface;
+use crate::protocol::{Failure, codes};
 use egret_nft::netlink::{Attributes, Error, NETLINK_ROUTE, Socket, attributes};
 use nix::libc;
 use nix::sched::{CloneFlags, setns};

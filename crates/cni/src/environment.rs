@@ -1,8 +1,8 @@
 //! The environment variables that a runtime sets, <https://www.cni.dev/docs/spec/#parameters>, read and validated in
 //! one place.
 
-use super::attachment::{AttachmentId, PodRef};
-use super::protocol::{Failure, codes};
+use crate::attachment::{AttachmentId, PodRef};
+use crate::protocol::{Failure, codes};
 use std::ffi::OsString;
 use std::path::PathBuf;
 

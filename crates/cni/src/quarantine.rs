@@ -2,12 +2,19 @@
 //! programmed it. The rule leads to a table in which the daemon left the cluster's networks and, behind them,
 //! `unreachable` for the rest.
 
-use crate::datapath::names::{PROTOCOL, RULE_QUARANTINE, TABLE_QUARANTINE};
 use egret_nft::netlink::{Attributes, Error, NETLINK_ROUTE, NLM_F_CREATE, NLM_F_EXCL, Socket, attributes};
 use nix::libc;
 use std::collections::BTreeSet;
 use std::io;
 use std::net::IpAddr;
+
+/// Routing table of quarantined pods: it contains the cluster's networks alone.
+pub const TABLE_QUARANTINE: u32 = 7873;
+/// Priority of the quarantine's routing rules. All of Egret's rules come before those of common CNIs.
+pub const RULE_QUARANTINE: u32 = 71;
+/// The protocol number of Egret's routes, rules and addresses (`RTA_PROTOCOL`, `FRA_PROTOCOL`, `IFA_PROTO`), by which
+/// Egret recognises them. iproute2's `rt_protos` does not assign it.
+pub const PROTOCOL: u8 = 71;
 
 /// Attributes of a rule, include/uapi/linux/fib_rules.h.
 const FRA_SRC: u16 = 2;

@@ -1,7 +1,7 @@
 //! The previous plugin's result (`prevResult`), as far as the plugin needs it. Version 0.3 differs from later ones
 //! only in a field that is ignored (`ips[].version`).
 
-use super::protocol::{Failure, codes};
+use crate::protocol::{Failure, codes};
 use serde::Deserialize;
 use serde_json::value::RawValue;
 use std::net::IpAddr;
