@@ -17,10 +17,13 @@ export SOURCE_DATE_EPOCH=${SOURCE_DATE_EPOCH:-$(git log -1 --format=%ct 2>/dev/n
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 cp -r src crates Cargo.lock rust-toolchain.toml "$work"
-awk '/^\[/ { out = /^\[dev-dependencies|^\[\[(test|bench)\]\]/ } !out' Cargo.toml >"$work/Cargo.toml"
+for manifest in Cargo.toml crates/*/Cargo.toml; do
+  awk '/^\[/ { out = /^\[dev-dependencies|^\[\[(test|bench)\]\]/ } !out { sub(/, "tests\/lab"/, ""); print }' \
+    "$manifest" >"$work/$manifest"
+done
 (cd "$work" && "$tools/bin/cargo-cyclonedx" cyclonedx --quiet --format json --spec-version 1.5 --target "$machine" \
   --no-build-deps --override-filename sbom)
-"$cargo" tree --locked --edges normal --target "$machine" --prefix none --format '{p}' |
+"$cargo" tree --locked --package egret --edges normal --target "$machine" --prefix none --format '{p}' |
   awk 'NR > 1 { print $1, substr($2, 2) }' | LC_ALL=C sort -u >"$work/tree"
 
 # Optional crates that only a feature of theirs is asked for (`crate?/feature`) are in no program either, and cargo tree

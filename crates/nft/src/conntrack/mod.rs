@@ -1,7 +1,7 @@
 //! Entries of connection tracking (ctnetlink): listed by mark or address, deleted, replaced.
 //!
 //! A connection keeps the allocation with which it began. When the connection may no longer use it, the daemon
-//! deletes the entry, and the next packet is classified anew. An [`in_flight_reply`] entry admits replies that are in
+//! deletes the entry, and the next packet is classified anew. An in-flight reply entry admits replies that are in
 //! flight meanwhile.
 
 mod in_flight_reply;
