@@ -127,7 +127,10 @@ fn the_plugin_has_no_runtime_and_no_kubernetes() {
     let crates: Vec<&str> = text.lines().filter_map(|line| line.split(' ').next()).collect();
     assert!(crates.contains(&"egret-nft"), "{crates:?}");
     for name in ["tokio", "kube", "kube-client", "k8s-openapi", "hyper", "futures-util", "rtnetlink"] {
-        assert!(!crates.contains(&name), "crates/cni depends on {name}: cargo tree --package egret-cni --invert {name}");
+        assert!(
+            !crates.contains(&name),
+            "crates/cni depends on {name}: cargo tree --package egret-cni --invert {name}"
+        );
     }
     let program = code(&source().join("bin/egret-cni.rs"));
     let others: Vec<&str> = program.lines().filter(|line| line.contains("egret")).collect();
