@@ -33,7 +33,7 @@ help:
 	@echo 'make unit       what needs no root: the code without a kernel, its structure, what the programs say'
 	@echo 'make e2e T=…    scenarios whose names contain this, each in a lab; S=kubernetes, containerd, plugin, kernel: others'
 	@echo 'make test       all tests'
-	@echo 'make snapshots  write tests/snapshots and tests/rulesets anew, to be looked at with git diff'
+	@echo 'make snapshots  write tests/snapshots, tests/rulesets and tests/convert anew, to be looked at with git diff'
 	@echo 'make reproducible  the release, built twice: the same bits, and no path of this machine in them'
 	@echo 'make cluster-test KUBECONFIG=… SERVER=… ADDRESSES=…   the acceptance suite, against any cluster: tests/cluster/README.md'
 	@echo 'make fuzz       SECONDS=180 SEED=1: what happens to clusters, at random, and who is seen as whom meanwhile'
@@ -70,6 +70,7 @@ e2e: setup $(if $(filter kubernetes,$(S)),apiserver)
 snapshots: setup
 	EGRET_WRITE_SNAPSHOTS=1 $(CARGO) test --locked --test cli
 	EGRET_WRITE_SNAPSHOTS=1 $(CARGO) test --locked --lib ruleset
+	EGRET_WRITE_SNAPSHOTS=1 $(CARGO) test --locked --lib convert
 	EGRET_WRITE_SNAPSHOTS=1 $(CARGO) test --locked --lib ctl
 	EGRET_WRITE_SNAPSHOTS=1 $(CARGO) test --locked $(AS_ROOT) --test e2e snapshots
 

@@ -6,6 +6,7 @@
 //! | `model` | the cluster's state as validated types: policies, gateways, nodes, pods |
 //! | `allocation` | which policy gets which egress IP, and the statuses that say so |
 //! | `node_plan` | what one node has to do, compiled from the model |
+//! | `convert` | turns other egress systems' objects into Egret's |
 //! | `cluster` | where the state comes from: the Kubernetes API or a directory |
 //! | `datapath` | the rules, routes, addresses and devices that Egret has in a node's kernel |
 //! | `check` | `egretd check` |
@@ -15,7 +16,7 @@
 //! | `telemetry` | logs, metrics, health |
 //!
 //! The modules depend on each other in one direction, downward (`tests/structure.rs` has it exactly). `api`, `model`,
-//! `allocation` and `node_plan` do no I/O. `datapath` knows nothing of Kubernetes.
+//! `allocation`, `node_plan` and `convert` do no I/O. `datapath` knows nothing of Kubernetes.
 //!
 //! Below these modules are two crates. `egret-nft` speaks nf_tables and connection tracking, and knows nothing of Egret.
 //! `egret-cni` is the plugin and what it shares with the daemon.
@@ -25,6 +26,7 @@ pub mod api;
 pub mod check;
 pub mod cluster;
 pub mod controller;
+pub mod convert;
 pub mod ctl;
 pub mod datapath;
 #[cfg(test)]

@@ -1,7 +1,8 @@
 //! What Egret's programs say to people who call them. No root is needed.
 
 use lab::snapshot;
-use std::process::Command;
+use std::io::Write;
+use std::process::{Command, Stdio};
 
 /// What a call says, and how it ends.
 fn said(arguments: &[&str]) -> String {
@@ -43,7 +44,7 @@ fn what_is_wrong_with_a_call_is_told_with_the_remedy() {
 }
 
 /// The commands of `kubectl egret`, in the order of its help.
-const OF_PLUGIN: [&str; 2] = ["status", "completion"];
+const OF_PLUGIN: [&str; 3] = ["status", "convert", "completion"];
 
 fn plugin(arguments: &[&str]) -> String {
     said_by("kubectl egret", env!("CARGO_BIN_EXE_kubectl-egret"), arguments)
@@ -84,12 +85,55 @@ fn words_are_completed_for_kubectl() {
 
 #[test]
 fn what_is_wrong_with_a_call_of_the_plugin_is_told_with_the_remedy() {
-    let calls: [&[&str]; 5] = [
+    let calls: [&[&str]; 7] = [
         &["guess"],
+        &["convert"],
+        &["convert", "-f", "/nowhere/at/all.yaml"],
         &["status", "--cluster", "etcd"],
         &["status", "--cluster", "dir:/nowhere/at/all"],
         &["status", "-o", "xml"],
         &["status"],
     ];
     snapshot::assert("kubectl-egret-wrong-calls.txt", &calls.map(plugin).join("\n"));
+}
+
+/// What `convert` prints, on both outputs, and how it ends.
+#[test]
+fn other_systems_objects_are_converted() {
+    let directory = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/convert");
+    let golden = std::fs::read_to_string(format!("{directory}/antrea/pool.egret.yaml")).expect("a golden file");
+    let pool = format!("{directory}/antrea/pool.yaml");
+    let run = |arguments: &[&str], input: &str| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_kubectl-egret"));
+        command.env_clear().arg("convert").args(arguments);
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().expect("kubectl-egret");
+        child.stdin.take().expect("its input").write_all(input.as_bytes()).expect("write its input");
+        let output = child.wait_with_output().expect("its output");
+        let text = |bytes: Vec<u8>| String::from_utf8(bytes).expect("text");
+        (text(output.stdout), text(output.stderr), output.status.code())
+    };
+    let (out, notes, code) = run(&["-f", &pool], "");
+    assert_eq!((out, code), (golden.clone(), Some(0)), "{notes}");
+    assert!(notes.contains("lost: Egress.crd.antrea.io egress-staging-web: spec.bandwidth"), "{notes}");
+    // What two objects have in common is one line.
+    assert!(
+        notes.contains("egress-prod-web, Egress.crd.antrea.io egress-staging-web: the egress IP has no IPv6"),
+        "{notes}"
+    );
+    let text = std::fs::read_to_string(&pool).expect("its input");
+    assert_eq!(run(&["-f", "-", "--exit-code"], &text), (golden, notes.clone(), Some(2)));
+    // A directory, by both names.
+    let (by_file, ..) = run(&["-f", &format!("{directory}/kube-vip")], "");
+    let source = format!("dir:{directory}/kube-vip");
+    let (by_source, ..) = run(&["--from-cluster", "--cluster", &source], "");
+    assert!(by_file == by_source && by_file.contains("name: kube-vip-eth1-200"), "{by_file}\n{by_source}");
+    let (json, ..) = run(&["-f", &pool, "-o", "json"], "");
+    let list: serde_json::Value = serde_json::from_str(&json).expect("JSON");
+    assert_eq!(list["items"].as_array().map(Vec::len), Some(3));
+    let nothing = run(&["-f", "-"], "");
+    assert!(nothing.0.is_empty() && nothing.1.contains("Nothing was converted") && nothing.2 == Some(0), "{nothing:?}");
+    let wrong = run(&["-f", "-"], &text.replace("192.0.2.12", "192.0.2.300"));
+    assert!(wrong.0.is_empty() && wrong.2 == Some(1), "{wrong:?}");
+    assert!(wrong.1.contains("spec.egressIP: \"192.0.2.300\" is not an IP address; write one like"), "{}", wrong.1);
 }

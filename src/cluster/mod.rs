@@ -13,6 +13,7 @@ use crate::model::selector::Name;
 use crate::model::target::Target;
 use crate::model::{Cluster, ObjectKey, PolicyKey};
 pub use kube::lease::Settings as LeaseSettings;
+pub use kube::lists::Lists;
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::str::FromStr;

@@ -8,6 +8,7 @@ mod away;
 mod basics;
 mod burst;
 mod changes;
+mod convert;
 mod current;
 mod failover;
 mod fields;

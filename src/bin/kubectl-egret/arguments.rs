@@ -1,6 +1,6 @@
 //! The command line of `kubectl egret`.
 
-use clap::{Args, Parser, Subcommand};
+use clap::{ArgGroup, Args, Parser, Subcommand};
 use clap_complete::Shell;
 use egret::cluster::{KubeOptions, Person, SourceName};
 use egret::ctl::output::Format;
@@ -69,6 +69,18 @@ Examples:
   kubectl egret status --watch              again after each change
   kubectl egret status --exit-code -o json  for scripts: exit code 2 if something is wrong")]
     Status(Status),
+    /// Turn the objects of other egress systems into Egret's
+    ///
+    /// Reads objects of kube-static-egress-ip, EgressGateway of spidernet, Antrea, Cilium, OVN-Kubernetes, Calico and
+    /// kube-vip, and prints Egret's objects as YAML. Comments, and lines on standard error, say what cannot be said in
+    /// Egret's objects and what will differ. Nothing is changed in the cluster.
+    #[command(after_help = "\
+Examples:
+  kubectl egret convert -f egress.yaml               the objects of a manifest, or of a directory
+  kubectl get egress -o yaml | kubectl egret convert -f -
+  kubectl egret convert --from-cluster > egret.yaml  all that the API server has, with the addresses in use
+  kubectl egret convert --from-cluster --exit-code   exit code 2 if something is lost or not converted")]
+    Convert(Convert),
     /// Print a script that completes the commands in a shell
     #[command(after_help = "\
 Examples:
@@ -89,6 +101,20 @@ pub struct Status {
     pub watch: bool,
     /// Exit with 2 if there is a problem
     #[arg(long, conflicts_with = "watch")]
+    pub exit_code: bool,
+}
+
+#[derive(Args)]
+#[command(group = ArgGroup::new("input").required(true))]
+pub struct Convert {
+    /// A manifest, a directory of manifests, or - for standard input; may be given several times
+    #[arg(long = "filename", short, value_name = "FILE", group = "input")]
+    pub files: Vec<PathBuf>,
+    /// Read the objects that the cluster has
+    #[arg(long, group = "input")]
+    pub from_cluster: bool,
+    /// Exit with 2 if something is lost or not converted
+    #[arg(long)]
     pub exit_code: bool,
 }
 

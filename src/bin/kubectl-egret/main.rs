@@ -7,13 +7,13 @@ mod arguments;
 mod completion;
 
 use anyhow::Context;
-use arguments::{Arguments, Command, Common};
+use arguments::{Arguments, Command, Common, Convert};
 use clap::error::ErrorKind;
 use clap::{CommandFactory, FromArgMatches};
 use egret::cluster::{PodsOf, SourceName};
 use egret::ctl::output::{self, Format, Show};
 use egret::ctl::state::{self, State};
-use egret::ctl::status;
+use egret::ctl::{convert, status};
 use egret::telemetry::logs;
 use std::ffi::OsString;
 use std::io::IsTerminal;
@@ -82,12 +82,30 @@ fn run(arguments: Arguments, command: clap::Command) -> anyhow::Result<Outcome> 
                     && !status::status(&state::read(&source, PodsOf::Nobody).await?, namespace).problems.is_empty();
                 Ok(if found { Outcome::Found } else { Outcome::Fine })
             }
+            Command::Convert(flags) => convert(common, flags).await,
             Command::Completion { shell } => {
                 completion::print(command, shell)?;
                 Ok(Outcome::Fine)
             }
         }
     })
+}
+
+/// Converts other systems' objects; the notes go to standard error.
+async fn convert(common: &Common, flags: Convert) -> anyhow::Result<Outcome> {
+    let objects = match flags.from_cluster {
+        true => convert::objects_of_cluster(&common.source(), common.namespace_of_list()).await?,
+        false => convert::objects_of_files(&flags.files)?,
+    };
+    let conversion = convert::converted(&objects)?;
+    convert::notes(&conversion).iter().for_each(|line| eprintln!("{line}"));
+    if conversion.is_empty() {
+        eprintln!("Nothing was converted: none of the objects is of an egress system that is known here.");
+    } else {
+        output::print(&convert::text(&conversion, common.output.unwrap_or_default())?)?;
+    }
+    let found = flags.exit_code && convert::is_incomplete(&conversion);
+    Ok(if found { Outcome::Found } else { Outcome::Fine })
 }
 
 /// Shows what follows from the state of the cluster: once, or again after each change.

@@ -11,6 +11,7 @@ mod decode;
 mod events;
 mod kind;
 pub mod lease;
+pub mod lists;
 mod login;
 mod lookup;
 mod offline_cache;
