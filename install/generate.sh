@@ -32,3 +32,41 @@ copied() {
 copied rbac.yaml
 copied admission.yaml admissionPolicy
 copied metrics-authentication.yaml metricsAuthentication
+
+# The board and the alerts, as templates of the chart. Both have Prometheus' own templates in them: Helm must not read
+# those. embedded NAME VALUE FILE INDENT: the head of an object from standard input, and below it the file.
+embedded() {
+  {
+    echo "{{- /* Made by install/generate.sh from install/$3. */ -}}"
+    echo "{{- if and .Values.monitoring.$2 (not .Values.uninstall) }}"
+    cat
+    sed -e 's/{{/{{ "{{" }}/g' -e "s/^./$4&/" "install/$3"
+    echo '{{- end }}'
+  } >"$to/chart/templates/$1"
+}
+embedded dashboard.yaml dashboard grafana/egret.json '    ' <<'EOF'
+apiVersion: v1
+kind: ConfigMap
+metadata:
+  name: egret-dashboard
+  namespace: {{ .Release.Namespace }}
+  labels:
+    grafana_dashboard: "1"
+    {{- with .Values.monitoring.labels }}
+    {{- toYaml . | nindent 4 }}
+    {{- end }}
+data:
+  egret.json: |
+EOF
+embedded rules.yaml rules prometheus/rules.yaml '  ' <<'EOF'
+apiVersion: monitoring.coreos.com/v1
+kind: PrometheusRule
+metadata:
+  name: egret
+  namespace: {{ .Release.Namespace }}
+  {{- with .Values.monitoring.labels }}
+  labels:
+    {{- toYaml . | nindent 4 }}
+  {{- end }}
+spec:
+EOF

@@ -6,7 +6,7 @@ declare -A package=(
   [conntrack]=conntrack [tcpdump]=tcpdump [arping]=arping [socat]=socat [iperf3]=iperf3 [jq]=jq
   [sysctl]=procps [containerd]=containerd [strip]=binutils [buildah]=buildah [debootstrap]=debootstrap
   [/usr/share/keyrings/debian-archive-keyring.gpg]=debian-archive-keyring
-  [openssl]=openssl [curl]=curl
+  [openssl]=openssl [curl]=curl [promtool]=prometheus
   [go]=golang-go [/usr/share/gocode/src/github.com/Masterminds/sprig]=golang-github-masterminds-sprig-dev
   [/usr/share/gocode/src/github.com/ghodss/yaml]=golang-github-ghodss-yaml-dev
 )
@@ -24,5 +24,9 @@ if ! command -v apt-get >/dev/null; then
 fi
 sudo=()
 [ "$(id -u)" = 0 ] || sudo=(sudo)
+# Debian starts the services that it installs. Tests call this one's programs themselves.
+if [[ " ${missing[*]} " == *" prometheus "* ]] && [ -d /run/systemd/system ]; then
+  "${sudo[@]}" systemctl mask prometheus.service
+fi
 "${sudo[@]}" apt-get update -q
 "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends "${missing[@]}"

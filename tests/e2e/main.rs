@@ -19,6 +19,7 @@ mod lab_itself;
 mod lifecycle;
 mod lost_families;
 mod manifests;
+mod monitoring;
 mod moves;
 mod mtu;
 mod own_uplinks;

@@ -175,6 +175,52 @@ fn the_charts_values_do_what_they_say() {
     assert_eq!(controller["template"]["spec"]["affinity"], json!({"nodeAffinity": {}}));
 }
 
+/// What Prometheus' operator and Grafana get from the chart is what the files say, and by default nothing.
+#[test]
+fn the_charts_monitoring_is_what_the_files_say() {
+    let of_monitoring = |key: &String| {
+        ["PodMonitor", "PrometheusRule", "ConfigMap"].iter().any(|kind| key.starts_with(&format!("{kind} ")))
+    };
+    assert!(!documents(&render("egret-system", &[])).keys().any(of_monitoring));
+    let file = std::env::temp_dir().join(format!("egret-monitoring-{}.yaml", std::process::id()));
+    let on = json!({"podMonitors": true, "rules": true, "dashboard": true, "labels": {"release": "prometheus"},
+                    "endpoint": {"scheme": "https"}});
+    std::fs::write(&file, json!({"monitoring": on}).to_string()).expect("write");
+    let mut objects = documents(&render("egret-system", &[&file.display().to_string()]));
+    let _ = std::fs::remove_file(&file);
+    objects.retain(|key, _| of_monitoring(key));
+    assert_eq!(objects.len(), 4, "{:?}", objects.keys());
+    for (name, object) in &mut objects {
+        let labels = object["metadata"].as_object_mut().and_then(|m| m.remove("labels")).expect(name);
+        let board = name.starts_with("ConfigMap");
+        assert_eq!((&labels["release"], labels["grafana_dashboard"] == "1"), (&json!("prometheus"), board), "{name}");
+        let endpoints = object.pointer_mut("/spec/podMetricsEndpoints").and_then(Value::as_array_mut);
+        for endpoint in endpoints.into_iter().flatten() {
+            assert_eq!(endpoint.as_object_mut().and_then(|e| e.remove("scheme")), Some(json!("https")), "{name}");
+        }
+    }
+    let rules = objects.remove("PrometheusRule egret-system/egret").expect("the alerts");
+    assert_eq!(rules["spec"], manifests::parse(&manifests::read("install/prometheus/rules.yaml"))[0]);
+    let board = objects.remove("ConfigMap egret-system/egret-dashboard").expect("the board");
+    let board: Value = serde_json::from_str(board["data"]["egret.json"].as_str().expect("a text")).expect("JSON");
+    let of_file: Value = serde_json::from_str(&manifests::read("install/grafana/egret.json")).expect("JSON");
+    assert_eq!(board, of_file);
+    let monitors = documents(&manifests::read("install/prometheus/monitors.yaml"));
+    assert_eq!(differences(&monitors, &objects), Vec::<String>::new());
+    // They find the pods, and the port.
+    for (name, monitor) in monitors {
+        let pods = ["DaemonSet egret-system/egret-node", "Deployment egret-system/egret-controller"];
+        let selector = monitor["spec"]["selector"]["matchLabels"].as_object().expect("labels").clone();
+        let found = pods.iter().filter(|key| {
+            let template = &one_file()[**key]["spec"]["template"];
+            let ports = template["spec"]["containers"][0]["ports"].as_array().cloned().unwrap_or_default();
+            selector.iter().all(|(label, value)| &template["metadata"]["labels"][label] == value)
+                && ports.iter().any(|port| port["name"] == monitor["spec"]["podMetricsEndpoints"][0]["port"])
+        });
+        assert_eq!(found.count(), 1, "{name}");
+    }
+}
+
 /// Neither pods nor other hosts learn of a node's health, and metrics are not at every address of the host.
 #[test]
 fn nothing_listens_on_all_addresses_and_kubelet_asks_where_only_the_host_listens() {

@@ -185,6 +185,18 @@ fn every_metric_that_a_test_asks_for_is_registered() {
     }
 }
 
+/// The board and the alerts. tests/e2e/monitoring.rs has them evaluated; this needs no root.
+#[test]
+fn every_metric_of_the_board_and_of_the_alerts_is_registered() {
+    let registered = metrics();
+    for file in ["install/grafana/egret.json", "install/prometheus/rules.yaml"] {
+        for name in named_metrics(&read(&root().join(file))) {
+            let name = ["_bucket", "_count", "_sum"].iter().find_map(|e| name.strip_suffix(e)).unwrap_or(&name);
+            assert!(registered.contains(name), "{file} asks for the metric {name}, which the code does not register");
+        }
+    }
+}
+
 /// The flags of `egretd`, as clap makes them: of fields with `#[arg(long …)]`.
 fn flags() -> BTreeSet<String> {
     let mut all = BTreeSet::from(["--help".to_owned(), "--version".to_owned()]);
