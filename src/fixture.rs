@@ -201,7 +201,7 @@ impl World {
     pub(crate) fn allocate(&mut self) -> Outcome {
         let outcome = allocate(&self.cluster, self.now);
         for (name, status) in &outcome.gateways {
-            Arc::make_mut(self.cluster.gateways.get_mut(name).unwrap()).status = status.clone();
+            Arc::make_mut(self.cluster.gateways.get_mut(name).unwrap()).status = status.clone().into();
         }
         outcome
     }

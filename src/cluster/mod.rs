@@ -3,9 +3,16 @@
 //! A source delivers snapshots ([`Cluster`]): the first when it has read everything once, then one for each change.
 //! An object that cannot be read keeps its last good state.
 
+mod decode;
 pub mod dir;
+mod kind;
 pub mod kube;
-mod readable;
+mod names;
+mod object;
+mod refused;
+mod store;
+#[cfg(test)]
+mod tests;
 
 use crate::api::{EgressGatewayStatus, EgressNodeStatus, EgressPolicyStatus};
 use crate::model::notice::Notice;

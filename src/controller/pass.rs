@@ -164,7 +164,8 @@ impl Controller {
         // The next leader finds these gateways, and signs them before it gives anything out.
         self.leadership.confirm().await?;
         for (name, gateway) in open {
-            let status = EgressGatewayStatus { writer: self.signature(&gateway), ..gateway.status.clone() };
+            let status =
+                EgressGatewayStatus { writer: self.signature(&gateway), ..EgressGatewayStatus::clone(&gateway.status) };
             self.write_gateway(&name, &gateway, status).await.with_context(|| format!("the allocations of {name}"))?;
         }
         Ok(self.write_overlay.merge(snapshot.clone(), Instant::now()))
@@ -216,7 +217,7 @@ impl Controller {
         for (name, status) in &mut outcome.gateways {
             let Some(gateway) = cluster.gateways.get(name) else { continue };
             status.writer.clone_from(&gateway.status.writer);
-            if gateway.status == *status {
+            if *gateway.status == *status {
                 continue;
             }
             let mut status = std::mem::take(status);

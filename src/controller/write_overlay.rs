@@ -5,6 +5,7 @@
 
 use crate::api::{EgressGatewayStatus, EgressPolicyStatus};
 use crate::model::selector::Name;
+use crate::model::shared::Shared;
 use crate::model::{Cluster, PolicyKey};
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -22,7 +23,7 @@ pub(super) struct WriteOverlay {
 /// The written status of a gateway, and the version of the object that the write made.
 #[derive(Debug, PartialEq)]
 struct GatewayStatus {
-    status: EgressGatewayStatus,
+    status: Shared<EgressGatewayStatus>,
     version: Option<Box<str>>,
 }
 
@@ -42,7 +43,7 @@ impl<S> Written<S> {
 impl WriteOverlay {
     /// Adds a written status of a gateway, with the version of the object that the write made.
     pub(super) fn gateway(&mut self, name: Name, status: EgressGatewayStatus, version: Option<Box<str>>) {
-        self.gateways.insert(name, Written { status: GatewayStatus { status, version }, at: None });
+        self.gateways.insert(name, Written { status: GatewayStatus { status: status.into(), version }, at: None });
     }
 
     /// Adds a written status of a policy.

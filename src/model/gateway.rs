@@ -3,6 +3,7 @@
 use super::address_range::{AddressRange, first_unusable, parse_ranges};
 use super::metadata::{Invalid, Metadata};
 use super::selector::{Name, Selector, SelectorError};
+use super::shared::Shared;
 use crate::api::{AddressPair, EgressGatewaySpec, EgressGatewayStatus, NamespaceQuota, Placement, Sharing};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
 use std::net::IpAddr;
@@ -47,8 +48,8 @@ pub struct Gateway {
     pub fault: Option<Box<str>>,
     /// The spec is invalid and its last good state is unknown: existing allocations stay, and no new ones are made.
     pub frozen: bool,
-    /// The allocations.
-    pub status: EgressGatewayStatus,
+    /// The allocations. There can be 10,000, so a source and its snapshots share them.
+    pub status: Shared<EgressGatewayStatus>,
 }
 
 /// Addresses that only policies of some namespaces may name.
@@ -110,7 +111,7 @@ impl Gateway {
             version: None,
             fault: None,
             frozen: false,
-            status: EgressGatewayStatus::default(),
+            status: Shared::default(),
         })
     }
 }

@@ -99,7 +99,7 @@ fn a_gateway_of_which_the_allocations_alone_is_known_keeps_that_and_gives_out_no
     let addresses = addresses.filter_map(|allocation| allocation.address.ipv4.map(IpAddr::V4));
     gateway.pool = addresses.map(|address| AddressRange { first: address, last: address }).collect();
     gateway.pool.sort();
-    (gateway.frozen, gateway.fault, gateway.status) = (true, Some("two ranges overlap".into()), before.clone());
+    (gateway.frozen, gateway.fault, gateway.status) = (true, Some("two ranges overlap".into()), before.clone().into());
     world.policy("a/new", EgressPolicySpec { gateway: Some("g".into()), ..naming(&["192.0.2.56"]) });
     world.policy("b/new", EgressPolicySpec { gateway: Some("z".into()), ..asking(Allocate::Dedicated) });
     world.now += 3600;

@@ -1,6 +1,7 @@
 //! The areas of the directory: the user's manifests, and `status/`, which Egret writes.
 
-use super::object::{Identity, Kind};
+use crate::cluster::kind::Kind;
+use crate::cluster::object::Identity;
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
@@ -45,9 +46,7 @@ pub fn status_path((kind, namespace, name): Identity<'_>) -> Option<PathBuf> {
         Kind::EgressNode => "egressnodes",
         Kind::EgressPolicy => "egresspolicies",
         Kind::ClusterEgressPolicy => "clusteregresspolicies",
-        Kind::Namespace | Kind::Node | Kind::Pod | Kind::Service | Kind::Endpoints | Kind::EndpointSlice => {
-            return None;
-        }
+        _ => return None,
     });
     path.extend(namespace);
     path.push(format!("{name}.yaml"));

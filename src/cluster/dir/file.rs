@@ -1,21 +1,18 @@
 //! One file of the directory: its signature, and its last good contents.
 
 use super::documents::{Documents, StreamError};
-use super::fault::{Fault, options};
-use super::manifest::Reader;
-use super::object::{Identity, Object};
-use crate::cluster::readable::policies_of;
-use crate::model::fallback_policy::ReadableParts;
-use crate::model::{Policy, PolicyKey};
+use crate::cluster::decode::fault::{Fault, options};
+use crate::cluster::decode::manifest::{Reader, StatusPlace};
+use crate::cluster::object::{Identity, Object};
+use crate::cluster::refused::{Named, named_in, withheld};
+use std::collections::HashMap;
 use std::collections::hash_map::RandomState;
-use std::collections::{BTreeMap, HashMap};
 use std::fs::{File, Metadata, OpenOptions};
 use std::hash::BuildHasher;
 use std::io::{self, BufReader};
 use std::num::NonZeroU64;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
-use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// The most faults reported for one file.
@@ -85,12 +82,8 @@ impl Contents {
     }
 
     /// The objects, with their lines in the file.
-    pub fn objects(&mut self) -> impl Iterator<Item = (u32, &mut Object)> {
-        let (documents, objects): (&[Document], &mut [(u32, Object)]) = match self {
-            Contents::Nothing => (&[], &mut []),
-            Contents::One(document, object) => (std::slice::from_ref(document), std::slice::from_mut(object)),
-            Contents::Many(documents, objects) => (documents, objects),
-        };
+    pub fn objects(&self) -> impl Iterator<Item = (u32, &Object)> {
+        let (documents, objects) = self.parts();
         let lines = documents.iter().flat_map(|d| std::iter::repeat_n(d.line, d.objects as usize));
         lines.zip(objects).map(|(first, (line, object))| (first + line.saturating_sub(1), object))
     }
@@ -105,34 +98,10 @@ impl Contents {
 pub enum Reading {
     /// The file is valid.
     Good(Contents),
-    /// The file is invalid; each fault has its line in the file.
-    Bad(Vec<Fault>, Recovered),
+    /// The file is invalid: its faults with their lines in the file, and the policies and gateways that it names.
+    Bad(Vec<Fault>, Vec<Named>),
     /// The file changed while it was read.
     Busy,
-}
-
-/// What can be read of the policies in an invalid file.
-#[derive(Debug, Default)]
-pub struct Recovered {
-    /// Policies in valid documents.
-    pub whole: BTreeMap<PolicyKey, Arc<Policy>>,
-    /// The readable parts of the other policies.
-    pub readable: BTreeMap<PolicyKey, ReadableParts>,
-}
-
-impl Recovered {
-    fn add_text(&mut self, text: &str) {
-        // Text that is not YAML has no readable parts.
-        let document: serde_json::Value = serde_saphyr::from_str_with_options(text, options()).unwrap_or_default();
-        self.readable.extend(policies_of(&document));
-    }
-
-    fn add_objects(&mut self, objects: Vec<(u32, Object)>) {
-        self.whole.extend(objects.into_iter().filter_map(|(_, object)| match object {
-            Object::Policy(key, policy) => Some((key, policy)),
-            _ => None,
-        }));
-    }
 }
 
 /// Reads a file, and parses the documents that `before` does not have. Returns its signature, whether the file can
@@ -153,27 +122,35 @@ pub fn read(
     let racy = is_racy(&metadata, SystemTime::now());
     let reading = if !metadata.is_file() {
         let message = "is no regular file; move it elsewhere".into();
-        Reading::Bad(vec![Fault { line: 1, message, ..Fault::default() }], Recovered::default())
+        Reading::Bad(vec![Fault { line: 1, message, ..Fault::default() }], Vec::new())
     } else if metadata.len() == 0 && before.len() > 0 {
         // Probably truncated by a full disk, or still being written.
         let message = format!(
             "is empty; its {} objects are kept. To remove them, delete the file or leave a comment in it",
             before.len()
         );
-        Reading::Bad(vec![Fault { line: 1, message, ..Fault::default() }], Recovered::default())
+        Reading::Bad(vec![Fault { line: 1, message, ..Fault::default() }], Vec::new())
     } else {
-        parse(&file, before, reader, hasher)?
+        parse(&file, path, before, reader, hasher)?
     };
     let unchanged = signature(&file.metadata()?, hasher) == before_reading;
     Ok((before_reading, racy, metadata.len(), if unchanged { reading } else { Reading::Busy }))
 }
 
-fn parse(file: &File, before: &Contents, reader: &mut Reader<'_>, hasher: &RandomState) -> io::Result<Reading> {
+fn parse(
+    file: &File,
+    path: &Path,
+    before: &Contents,
+    reader: &mut Reader<'_>,
+    hasher: &RandomState,
+) -> io::Result<Reading> {
     let mut stream = Documents::new(BufReader::with_capacity(32 << 10, file));
     let known = by_hash(before);
     let mut by_name: Option<HashMap<Identity<'_>, &Object>> = None;
     let (mut documents, mut objects, mut faults) = (Vec::new(), Vec::new(), Vec::new());
-    let mut recovered = Recovered::default();
+    let mut named = Vec::new();
+    // A status is not an object. An invalid one is reported, and the last good one stays.
+    let has_objects = !matches!(reader.statuses, StatusPlace::Of(_));
     loop {
         let document = match stream.next() {
             Ok(Some(document)) => document,
@@ -199,8 +176,13 @@ fn parse(file: &File, before: &Contents, reader: &mut Reader<'_>, hasher: &Rando
                     }));
                 }
                 Err(fault) => {
-                    recovered.add_text(document.text);
-                    faults.push(Fault { line: document.line + fault.line.max(1) - 1, ..fault });
+                    let fault = Fault { line: document.line + fault.line.max(1) - 1, ..fault };
+                    if has_objects {
+                        // Text that is not YAML names no object.
+                        let document = serde_saphyr::from_str_with_options(document.text, options());
+                        named.extend(named_in(&document.unwrap_or_default(), reader, &fault, &located(path, &fault)));
+                    }
+                    faults.push(fault);
                 }
             }
         }
@@ -213,8 +195,16 @@ fn parse(file: &File, before: &Contents, reader: &mut Reader<'_>, hasher: &Rando
     if faults.is_empty() {
         return Ok(Reading::Good(Contents::new(documents, objects)));
     }
-    recovered.add_objects(objects);
-    Ok(Reading::Bad(faults, recovered))
+    if let Some(fault) = faults.first().filter(|_| has_objects) {
+        let text = format!("another document of its file is invalid: {}", located(path, fault));
+        named.extend(objects.into_iter().filter_map(|(_, object)| withheld(object, &text)));
+    }
+    Ok(Reading::Bad(faults, named))
+}
+
+/// A fault with its file and line.
+fn located(path: &Path, fault: &Fault) -> String {
+    format!("{}:{}: {fault}", path.display(), fault.line)
 }
 
 fn by_hash(contents: &Contents) -> HashMap<u64, &[(u32, Object)]> {

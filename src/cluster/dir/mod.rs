@@ -14,17 +14,11 @@
 
 mod area;
 mod documents;
-pub(super) mod fault;
 mod file;
-pub(super) mod kubernetes;
+mod files;
 mod lost;
-mod manifest;
 mod merge;
-pub(super) mod names;
-mod object;
 mod status;
-mod store;
-pub(super) mod validate;
 mod watch;
 
 #[cfg(test)]
@@ -36,13 +30,13 @@ pub(super) use status::remove_node;
 use super::{Scope, Source, log_changes};
 use crate::model::Cluster;
 use anyhow::{Context, bail};
+use files::{Files, Outcome};
 use futures_util::StreamExt;
 use inotify::{EventStream, Inotify};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
-use store::{Outcome, Store};
 use tokio::sync::watch as channel;
 use tokio::time::{Instant, sleep_until, timeout_at};
 use tracing::{error, warn};
@@ -75,20 +69,20 @@ pub(super) async fn open(path: &Path, scope: Scope) -> anyhow::Result<Source> {
         Ok(_) => bail!("{} is not a directory; --cluster dir:PATH needs a directory of manifests", path.display()),
         Err(e) => bail!("{}: {e}; --cluster dir:PATH needs a directory of manifests", path.display()),
     }
-    let mut store = Store::new(path.to_owned(), node, Watched::new(inotify.watches()));
-    let outcome = store.refresh(&Dirty::everything());
+    let mut files = Files::new(path.to_owned(), node, Watched::new(inotify.watches()));
+    let outcome = files.refresh(&Dirty::everything());
     if outcome.missing {
-        bail!("{}", store.problems().join("; "));
+        bail!("{}", files.problems().join("; "));
     }
-    let cluster = store.snapshot();
-    let problems = store.problems();
+    let cluster = files.snapshot().unwrap_or_default();
+    let problems = files.problems();
     log_changes(&[], &problems);
-    let incomplete = Arc::new(AtomicBool::new(store.is_incomplete()));
+    let incomplete = Arc::new(AtomicBool::new(files.is_incomplete()));
     let statuses = Statuses::new(path.to_owned(), incomplete.clone());
     let (snapshots, snapshots_seen) = channel::channel(Arc::new(cluster));
     let (problems, problems_seen) = channel::channel(Arc::new(problems));
     let events = inotify.into_event_stream(vec![0; EVENTS_BYTES]).context("cannot read inotify events")?;
-    tokio::spawn(follow(store, events, Outlet { snapshots, problems, incomplete }, outcome));
+    tokio::spawn(follow(files, events, Outlet { snapshots, problems, incomplete }, outcome));
     Ok(Source {
         snapshots: snapshots_seen,
         statuses: super::Statuses::Dir(statuses),
@@ -105,7 +99,7 @@ struct Outlet {
     incomplete: Arc<AtomicBool>,
 }
 
-async fn follow(mut store: Store, mut events: EventStream<Vec<u8>>, outlet: Outlet, mut outcome: Outcome) {
+async fn follow(mut files: Files, mut events: EventStream<Vec<u8>>, outlet: Outlet, mut outcome: Outcome) {
     let mut scan = Instant::now() + RESCAN;
     loop {
         if outcome.missing {
@@ -115,7 +109,7 @@ async fn follow(mut store: Store, mut events: EventStream<Vec<u8>>, outlet: Outl
         }
         let mut dirty = Dirty::default();
         tokio::select! {
-            event = events.next() => collect(&mut store, &mut events, event, &mut dirty).await,
+            event = events.next() => collect(&mut files, &mut events, event, &mut dirty).await,
             () = sleep_until(scan) => {
                 dirty = Dirty { everything: true, complete: outcome.missing, ..Dirty::default() };
             }
@@ -125,27 +119,23 @@ async fn follow(mut store: Store, mut events: EventStream<Vec<u8>>, outlet: Outl
             scan = Instant::now() + RESCAN;
         }
         // Reading a large file takes time, in which the daemon has other work.
-        let before = outlet.snapshots.borrow().clone();
         let work = tokio::task::spawn_blocking(move || {
-            let outcome = store.refresh(&dirty);
-            let mut cluster = outcome.changed.then(|| store.snapshot());
-            // Share equal parts with the previous snapshot, so that there is one copy of them.
-            let changed = |new: &mut Cluster| !merge::share(&before, new);
-            cluster = cluster.take_if(changed);
-            (store, outcome, cluster)
+            let outcome = files.refresh(&dirty);
+            let cluster = if outcome.changed { files.snapshot() } else { None };
+            (files, outcome, cluster)
         });
         let cluster;
-        (store, outcome, cluster) = match work.await {
+        (files, outcome, cluster) = match work.await {
             Ok(done) => done,
             Err(e) => return error!("stopped reading the directory of manifests: {e}"),
         };
-        outlet.publish(&store, cluster);
+        outlet.publish(&files, cluster);
     }
 }
 
 /// Collects events until there is a pause, and notes what changed.
 async fn collect(
-    store: &mut Store,
+    files: &mut Files,
     events: &mut EventStream<Vec<u8>>,
     first: Option<std::io::Result<inotify::EventOwned>>,
     dirty: &mut Dirty,
@@ -154,7 +144,7 @@ async fn collect(
     let mut next = first;
     loop {
         match next {
-            Some(Ok(event)) => store.note(&event, dirty),
+            Some(Ok(event)) => files.note(&event, dirty),
             Some(Err(e)) => {
                 warn!("inotify: {e}; scanning everything");
                 dirty.everything = true;
@@ -171,9 +161,9 @@ async fn collect(
 }
 
 impl Outlet {
-    fn publish(&self, store: &Store, cluster: Option<Cluster>) {
-        self.incomplete.store(store.is_incomplete(), Ordering::Relaxed);
-        let problems = store.problems();
+    fn publish(&self, files: &Files, cluster: Option<Cluster>) {
+        self.incomplete.store(files.is_incomplete(), Ordering::Relaxed);
+        let problems = files.problems();
         let before = self.problems.borrow().clone();
         if *before != problems {
             log_changes(&before, &problems);

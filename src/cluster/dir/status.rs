@@ -1,9 +1,10 @@
 //! Writes statuses to the subdirectory `status/`.
 
 use super::area::{STATUS, status_of, status_path};
-use super::object::{Identity, Kind};
-use super::validate::is_subdomain;
 use crate::api::{API_VERSION, EgressGatewayStatus, EgressNodeStatus, EgressPolicyStatus};
+use crate::cluster::decode::validate::is_subdomain;
+use crate::cluster::kind::Kind;
+use crate::cluster::object::Identity;
 use crate::model::{Cluster, PolicyKey};
 use anyhow::{Context, bail};
 use serde::Serialize;
@@ -51,8 +52,7 @@ impl Statuses {
     }
 
     pub(in crate::cluster) fn policy(&self, key: &PolicyKey, status: &EgressPolicyStatus) -> anyhow::Result<()> {
-        let kind = if key.namespace.is_some() { Kind::EgressPolicy } else { Kind::ClusterEgressPolicy };
-        self.write((kind, key.namespace.as_deref(), &key.name), status)
+        self.write((Kind::of_policy(key), key.namespace.as_deref(), &key.name), status)
     }
 
     pub(in crate::cluster) fn node(&self, name: &str, status: &EgressNodeStatus) -> anyhow::Result<()> {
@@ -75,9 +75,10 @@ impl Statuses {
                 let path = directory.join(name);
                 let known = match status_of(&path) {
                     Some((Kind::EgressGateway, _, name)) => cluster.gateways.contains_key(name),
-                    Some((Kind::EgressPolicy | Kind::ClusterEgressPolicy, namespace, name)) => cluster
-                        .policies
-                        .contains_key(&PolicyKey { namespace: namespace.map(Into::into), name: name.into() }),
+                    Some((Kind::EgressPolicy | Kind::ClusterEgressPolicy, namespace, name)) => {
+                        let key = PolicyKey { namespace: namespace.map(Into::into), name: name.into() };
+                        cluster.policies.contains_key(&key) || cluster.unreadable.contains_key(&key)
+                    }
                     _ => true,
                 };
                 if !known {

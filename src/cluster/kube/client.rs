@@ -1,4 +1,4 @@
-//! Requests to the API server: one at a time, each with its end in sight, errors in words.
+//! Requests to the API server, with time limits and errors for users.
 
 use super::kind::METADATA_ONLY;
 use super::login::Login;
@@ -20,65 +20,65 @@ use tokio::sync::Notify;
 use tokio::time::timeout;
 use tower::{BoxError, ServiceExt};
 
-/// A request that has no answer after this time gets none.
-const PATIENCE: Duration = Duration::from_secs(10);
-/// A connection that says nothing for this long is asked, so often, and so many times, whether it lives: a watch says
-/// nothing for minutes, and a change that got lost would not be missed.
+/// The time limit of a request.
+const TIMEOUT: Duration = Duration::from_secs(10);
+/// TCP keepalive: the idle time before probes, their interval and their number. A watch can be idle for minutes, and
+/// nothing else would show that its connection is lost.
 const KEEPALIVE: (Duration, Duration, u32) = (Duration::from_secs(15), Duration::from_secs(5), 3);
-/// Credentials that were refused are read again from where they came from, at most this often.
+/// The shortest interval between readings of refused credentials.
 const RENEW: Duration = Duration::from_secs(2);
-/// An answer to a request for one object is at most so long, bytes: more than etcd stores.
-const LONGEST_ANSWER: usize = 16 << 20;
+/// The longest answer to a request for one object, in bytes: more than etcd stores.
+const MAX_ANSWER: usize = 16 << 20;
 
 /// The content type of a server-side apply; JSON is YAML.
 pub const APPLY: &str = "application/apply-patch+yaml";
 /// The content type of everything else.
 pub const JSON: &str = "application/json";
 
-/// Speaks to the API server. Clones share connections and credentials.
+/// A client of the API server. Clones share connections and credentials.
 #[derive(Clone)]
 pub struct Client(Arc<Inner>);
 
 struct Inner {
     login: Login,
     current: Mutex<(kube::Client, Instant)>,
-    /// Whether the last request found the API server away.
+    /// Whether the last request did not reach the API server.
     away: AtomicBool,
-    /// Told when it is back.
+    /// Notified when a request reaches it again.
     back: Notify,
 }
 
-/// A request that did not do what was asked.
+/// A failed request.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum Failure {
-    /// The API server says no; nothing was changed.
+    /// The API server refused it. Nothing was changed.
     #[error("{message} ({code} {reason})")]
     Refused {
         /// The HTTP status.
         code: u16,
-        /// Kubernetes' word for it, `Conflict`.
+        /// Kubernetes' name of the reason, such as `Conflict`.
         reason: String,
-        /// Its words.
+        /// The API server's text.
         message: String,
     },
-    /// It was not reached.
+    /// The API server was not reached.
     #[error("the API server cannot be reached: {0}")]
     Unreachable(String),
-    /// It gave no answer, or one that makes no sense; whether it did what was asked is not known.
+    /// There was no valid answer. The request may have been executed.
     #[error("the API server gave no answer: {0}")]
     Unknown(String),
 }
 
-/// What the API server says when it refuses, `metav1.Status`.
+/// The API server's answer to a refused request, `metav1.Status`.
 #[derive(Deserialize)]
 pub struct Status {
     /// The HTTP status.
     #[serde(default)]
     pub code: u16,
-    /// One word.
+    /// Kubernetes' name of the reason.
     #[serde(default)]
     pub reason: String,
-    /// In words.
+    /// The text.
     #[serde(default)]
     pub message: String,
 }
@@ -103,12 +103,12 @@ impl Failure {
         self.code() == Some(404)
     }
 
-    /// Whether the object is not as the request expected it.
+    /// Whether the object has changed since the request was made.
     pub fn is_conflict(&self) -> bool {
         self.code() == Some(409)
     }
 
-    /// Whether the resource version that was asked for is not to be had (any more, or yet).
+    /// Whether the API server no longer has the requested resource version, or not yet.
     pub fn is_wrong_version(&self) -> bool {
         match self {
             Failure::Refused { code, reason, message } => {
@@ -120,12 +120,12 @@ impl Failure {
         }
     }
 
-    /// Whether there is no API server now that could say yes or no.
+    /// Whether no API server can decide about requests now.
     pub fn is_away(&self) -> bool {
         self.code().is_none_or(|code| code >= 500)
     }
 
-    /// Whether the request may have been carried out all the same: 5xx answers come from before and from after.
+    /// Whether the request may have been executed: an answer with 5xx may come before or after the change.
     pub fn is_uncertain(&self) -> bool {
         match self {
             Failure::Refused { code, .. } => *code >= 500,
@@ -135,20 +135,20 @@ impl Failure {
     }
 }
 
-/// The body of an answer, piece by piece.
+/// The body of an answer in pieces.
 pub struct Pieces(http::Response<Body>);
 
 impl Pieces {
-    /// The next piece; `None` at the end. Waits at most `patience`.
+    /// The next piece; `None` at the end.
     ///
     /// # Errors
-    /// The connection broke, or nothing came.
-    pub async fn next(&mut self, patience: Duration) -> Result<Option<hyper::body::Bytes>, Failure> {
+    /// The connection broke, or nothing arrived within `limit`.
+    pub async fn next(&mut self, limit: Duration) -> Result<Option<hyper::body::Bytes>, Failure> {
         loop {
-            match timeout(patience, self.0.body_mut().frame()).await {
-                Err(_) => return Err(Failure::Unknown(format!("nothing came for {} s", patience.as_secs()))),
+            match timeout(limit, self.0.body_mut().frame()).await {
+                Err(_) => return Err(Failure::Unknown(format!("nothing arrived for {} s", limit.as_secs()))),
                 Ok(None) => return Ok(None),
-                Ok(Some(Err(e))) => return Err(Failure::Unknown(in_words(&e))),
+                Ok(Some(Err(e))) => return Err(Failure::Unknown(describe(&e))),
                 Ok(Some(Ok(frame))) => {
                     if let Ok(data) = frame.into_data() {
                         return Ok(Some(data));
@@ -160,10 +160,10 @@ impl Pieces {
 }
 
 impl Client {
-    /// With the credentials that the options name.
+    /// Connects with the credentials that the options name.
     ///
     /// # Errors
-    /// There are none, or they make no sense.
+    /// There are no credentials, or they are invalid.
     pub async fn connect(options: &KubeOptions) -> anyhow::Result<Self> {
         let login = Login::of(options);
         let client = build(&login).await?;
@@ -180,12 +180,12 @@ impl Client {
         self.0.current.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The namespace that this process is in, or that the kubeconfig file names.
+    /// The namespace of this process, or of the kubeconfig file.
     pub fn namespace(&self) -> String {
         self.current().0.default_namespace().to_owned()
     }
 
-    /// Reads the credentials again; they are replaced while they are in use.
+    /// Reads the credentials again: Kubernetes replaces them while they are in use.
     async fn renew(&self) {
         if self.current().1.elapsed() < RENEW {
             return;
@@ -194,20 +194,20 @@ impl Client {
             Ok(client) => *self.current() = (client, Instant::now()),
             Err(e) => {
                 self.current().1 = Instant::now();
-                tracing::warn!("credentials for the API server cannot be read again: {e:#}");
+                tracing::warn!("cannot read the credentials for the API server again: {e:#}");
             }
         }
     }
 
-    /// Waits until the API server, found away by whatever request, answers one.
+    /// Waits until a request reaches the API server again, after one that did not.
     pub async fn back(&self) {
         self.0.back.notified().await;
     }
 
-    /// Sends a request and returns the answer once its head is there.
+    /// Sends a request. Returns the answer when its headers have arrived.
     ///
     /// # Errors
-    /// No answer, or a refusal.
+    /// There is no answer, or the API server refuses the request.
     pub async fn open(
         &self,
         method: Method,
@@ -215,16 +215,16 @@ impl Client {
         accept: &str,
         content: Option<(&str, Vec<u8>)>,
     ) -> Result<Pieces, Failure> {
-        self.open_within(PATIENCE, method, path, accept, content).await
+        self.open_within(TIMEOUT, method, path, accept, content).await
     }
 
-    /// The same, with another patience: an API server may make the whole of a long list before it sends the head.
+    /// Like [`Client::open`], with another time limit: an API server may build a long list before it sends the headers.
     ///
     /// # Errors
     /// As [`Client::open`].
     pub async fn open_within(
         &self,
-        patience: Duration,
+        limit: Duration,
         method: Method,
         path: &str,
         accept: &str,
@@ -238,13 +238,13 @@ impl Client {
         }
         let request = request.body(Body::from(body)).map_err(|e| Failure::Unreachable(format!("{path}: {e}")))?;
         let client = self.current().0.clone();
-        let sent = timeout(patience, client.send(request)).await;
+        let sent = timeout(limit, client.send(request)).await;
         let away = !matches!(sent, Ok(Ok(_)));
         if self.0.away.swap(away, Ordering::Relaxed) && !away {
             self.0.back.notify_waiters();
         }
         let answer = match sent {
-            Err(_) => return Err(Failure::Unknown(format!("nothing came for {} s", patience.as_secs()))),
+            Err(_) => return Err(Failure::Unknown(format!("nothing arrived for {} s", limit.as_secs()))),
             Ok(Err(e)) => return Err(unsent(&e)),
             Ok(Ok(answer)) => answer,
         };
@@ -267,7 +267,7 @@ impl Client {
     /// Sends a request and reads the answer.
     ///
     /// # Errors
-    /// As [`Client::open`], and an answer that is not what it should be.
+    /// As [`Client::open`], or the answer is invalid.
     pub async fn ask<T: DeserializeOwned>(
         &self,
         method: Method,
@@ -285,7 +285,7 @@ impl Client {
         self.ask(Method::GET, path, None).await
     }
 
-    /// Reads the metadata of a whole collection, as etcd has it.
+    /// Reads the metadata of a collection, as etcd has it.
     ///
     /// # Errors
     /// As [`Client::ask`].
@@ -301,31 +301,31 @@ async fn read<T: DeserializeOwned>(path: &str, answer: Pieces) -> Result<T, Fail
 
 async fn whole(mut pieces: Pieces) -> Result<Vec<u8>, Failure> {
     let mut all = Vec::new();
-    while let Some(piece) = pieces.next(PATIENCE).await? {
+    while let Some(piece) = pieces.next(TIMEOUT).await? {
         all.extend_from_slice(&piece);
-        if all.len() > LONGEST_ANSWER {
-            return Err(Failure::Unknown(format!("an answer is longer than {LONGEST_ANSWER} bytes")));
+        if all.len() > MAX_ANSWER {
+            return Err(Failure::Unknown(format!("an answer is longer than {MAX_ANSWER} bytes")));
         }
     }
     Ok(all)
 }
 
-/// A request that failed before there was an answer: it was not sent if there was no connection.
+/// The failure of a request without an answer. If there was no connection, it was not sent.
 fn unsent(e: &kube::Error) -> Failure {
     let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(e);
     while let Some(error) = cause {
         if let Some(e) = error.downcast_ref::<hyper_util::client::legacy::Error>()
             && e.is_connect()
         {
-            return Failure::Unreachable(in_words(e));
+            return Failure::Unreachable(describe(e));
         }
         cause = error.source();
     }
-    Failure::Unknown(in_words(e))
+    Failure::Unknown(describe(e))
 }
 
-/// An error with its causes, each said once.
-fn in_words(e: &dyn std::error::Error) -> String {
+/// The text of an error and its causes, each once.
+fn describe(e: &dyn std::error::Error) -> String {
     let mut text = e.to_string();
     let mut cause = e.source();
     while let Some(error) = cause {
@@ -342,9 +342,9 @@ async fn build(login: &Login) -> anyhow::Result<kube::Client> {
     let config = login.config().await?;
     let mut connector = HttpConnector::new();
     connector.enforce_http(false);
-    // A request's head and body are two writes; the second one would wait for the first one's acknowledgement.
+    // Headers and body are two writes. Nagle's algorithm would delay the second until the first is acknowledged.
     connector.set_nodelay(true);
-    connector.set_connect_timeout(Some(PATIENCE / 2));
+    connector.set_connect_timeout(Some(TIMEOUT / 2));
     connector.set_keepalive(Some(KEEPALIVE.0));
     connector.set_keepalive_interval(Some(KEEPALIVE.1));
     connector.set_keepalive_retries(Some(KEEPALIVE.2));

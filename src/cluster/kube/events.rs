@@ -1,5 +1,5 @@
-//! Events, <https://kubernetes.io/docs/reference/kubernetes-api/cluster-resources/event-v1/>: what `kubectl describe`
-//! shows below an object. They are told once, and one that cannot be told is lost: the object's status says it too.
+//! Emits events (<https://kubernetes.io/docs/reference/kubernetes-api/cluster-resources/event-v1/>), which
+//! `kubectl describe` shows below an object. An event is sent once and may be lost: the object's status has the same.
 
 use super::client::{Client, Failure, JSON};
 use super::watch::random;
@@ -9,27 +9,27 @@ use jiff::Timestamp;
 use serde_json::{Value, json};
 use tracing::debug;
 
-/// The namespace of events about objects that have none.
+/// The namespace of events about cluster-scoped objects.
 const DEFAULT: &str = "default";
-/// The longest note, bytes, `noteLengthLimit` in pkg/apis/core/validation.
-const LONGEST_NOTE: usize = 1000;
+/// The longest note, in bytes (`noteLengthLimit` in pkg/apis/core/validation).
+const MAX_NOTE: usize = 1000;
 
-/// What an event is about.
+/// The object that an event is about.
 #[derive(Clone, Debug)]
 pub struct Regarding {
     /// `apiVersion`.
     pub version: &'static str,
     /// `kind`.
     pub kind: String,
-    /// The namespace, if it has one.
+    /// The namespace; `None` for a cluster-scoped object.
     pub namespace: Option<String>,
     /// The name.
     pub name: String,
-    /// `metadata.uid`, by which `kubectl describe` finds them.
+    /// `metadata.uid`, by which `kubectl describe` finds events.
     pub uid: String,
 }
 
-/// Tells of an object, in the background.
+/// Emits events about an object in the background.
 pub fn emit(client: &Client, reporter: &'static str, regarding: &Regarding, notices: Vec<Notice>) {
     for notice in notices {
         let mut event = event(reporter, regarding, &notice);
@@ -38,13 +38,14 @@ pub fn emit(client: &Client, reporter: &'static str, regarding: &Regarding, noti
         let client = client.clone();
         tokio::spawn(async move {
             let mut answer = send(&client, &path, &event).await;
-            // Kubernetes 1.20 takes no event about an object without a namespace, unless it is said to be in the event's own.
+            // Kubernetes 1.20 refuses an event about a cluster-scoped object, unless `regarding` has the event's
+            // namespace.
             if event["regarding"]["namespace"].is_null() && answer.as_ref().is_err_and(|e| e.code() == Some(422)) {
                 event["regarding"]["namespace"] = DEFAULT.into();
                 answer = send(&client, &path, &event).await;
             }
             if let Err(e) = answer {
-                debug!("an event is lost: {e}");
+                debug!("an event was not sent: {e}");
             }
         });
     }
@@ -56,7 +57,7 @@ async fn send(client: &Client, path: &str, event: &Value) -> Result<Value, Failu
 
 fn event(reporter: &'static str, about: &Regarding, notice: &Notice) -> Value {
     let now = format!("{:.6}", Timestamp::now());
-    let note: String = match notice.note.char_indices().find(|(at, c)| at + c.len_utf8() > LONGEST_NOTE) {
+    let note: String = match notice.note.char_indices().find(|(at, c)| at + c.len_utf8() > MAX_NOTE) {
         Some((end, _)) => notice.note[..end].to_owned(),
         None => notice.note.clone(),
     };
@@ -89,7 +90,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_note_is_cut_where_a_letter_ends() {
+    fn a_note_is_truncated_between_letters() {
         let about = Regarding {
             version: "v1",
             kind: "Pod".into(),
@@ -99,7 +100,7 @@ mod tests {
         };
         let event = event("node", &about, &Notice::warning("Held", "ä".repeat(900)));
         let note = event["note"].as_str().unwrap();
-        assert!(note.len() <= LONGEST_NOTE && note.len() > LONGEST_NOTE - 4);
+        assert!(note.len() <= MAX_NOTE && note.len() > MAX_NOTE - 4);
         assert_eq!(event["regarding"]["uid"], "7");
     }
 }

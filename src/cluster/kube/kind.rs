@@ -1,42 +1,15 @@
-//! The kinds of objects that are watched, and where the API server has them.
+//! The paths of the kinds in the API, and which objects of them are read.
 
-use std::fmt;
+use crate::cluster::kind::Kind;
 
-/// The media type of lists and objects of which only the metadata are wanted.
+/// The media types of lists and of objects of which only the metadata is read.
 pub const METADATA_ONLY: (&str, &str) = (
     "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1",
     "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1",
 );
 
-/// A kind of objects.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Kind {
-    /// `v1`, metadata alone.
-    Namespace,
-    /// `v1`.
-    Node,
-    /// `v1`.
-    Pod,
-    /// `v1`.
-    Service,
-    /// Egret's.
-    EgressGateway,
-    /// Egret's.
-    EgressPolicy,
-    /// Egret's.
-    ClusterEgressPolicy,
-    /// Egret's.
-    EgressNode,
-    /// `networking.k8s.io/v1`, from Kubernetes 1.33 on.
-    ServiceCidr,
-    /// Calico's, where that is installed.
-    IpPool,
-    /// The API servers' own: of the Service `default/kubernetes`.
-    EndpointSlice,
-}
-
 impl Kind {
-    /// What every reader needs before there can be a snapshot.
+    /// The kinds that every reader needs for a snapshot.
     pub const ALWAYS: [Kind; 7] = [
         Kind::Namespace,
         Kind::Node,
@@ -47,10 +20,10 @@ impl Kind {
         Kind::EgressNode,
     ];
 
-    /// What is followed where it is there, and tells a node what is inside the cluster.
+    /// The kinds that tell a node what is inside the cluster, where they exist.
     pub const OPTIONAL: [Kind; 3] = [Kind::ServiceCidr, Kind::IpPool, Kind::EndpointSlice];
 
-    /// The path of the collection in the API, all namespaces together.
+    /// The path of the collection of all namespaces.
     pub fn path(self) -> &'static str {
         match self {
             Kind::Namespace => "/api/v1/namespaces",
@@ -64,16 +37,17 @@ impl Kind {
             Kind::ServiceCidr => "/apis/networking.k8s.io/v1/servicecidrs",
             Kind::IpPool => "/apis/crd.projectcalico.org/v1/ippools",
             Kind::EndpointSlice => "/apis/discovery.k8s.io/v1/namespaces/default/endpointslices",
+            Kind::Endpoints => "/api/v1/namespaces/default/endpoints",
         }
     }
 
-    /// The path of the same objects in API servers that do not have the first one.
+    /// The path of the same objects in API servers that do not have [`Kind::path`].
     pub fn older_path(self) -> Option<&'static str> {
-        // discovery.k8s.io/v1 came with 1.21; that Endpoints are deprecated is said from 1.33 on.
-        (self == Kind::EndpointSlice).then_some("/api/v1/namespaces/default/endpoints")
+        // discovery.k8s.io/v1 came with Kubernetes 1.21. Endpoints are deprecated since 1.33.
+        (self == Kind::EndpointSlice).then(|| Kind::Endpoints.path())
     }
 
-    /// Which objects of the collection are followed, `fieldSelector=…`; `node`: a node's daemon reads them.
+    /// The selector of the objects that are read, `fieldSelector=…`. `node` is the node whose daemon reads.
     pub fn selector(self, node: Option<&str>) -> String {
         match (self, node) {
             (Kind::Pod, Some(node)) => format!("fieldSelector=spec.nodeName%3D{node}"),
@@ -82,7 +56,7 @@ impl Kind {
         }
     }
 
-    /// The path of one object in the API.
+    /// The path of one object.
     pub fn path_of(self, namespace: Option<&str>, name: &str) -> String {
         match (namespace, self.path().rsplit_once('/')) {
             (Some(namespace), Some((group, plural))) => format!("{group}/namespaces/{namespace}/{plural}/{name}"),
@@ -90,23 +64,12 @@ impl Kind {
         }
     }
 
-    /// What is accepted as the answer to a list, and to a watch.
+    /// The media types of the answers to a list and to a watch.
     pub fn accept(self) -> (&'static str, &'static str) {
         match self {
             Kind::Namespace => METADATA_ONLY,
             _ => ("application/json", "application/json"),
         }
-    }
-
-    /// Whether it is of Egret's group.
-    pub fn is_ours(self) -> bool {
-        self.path().starts_with("/apis/egret.dev/")
-    }
-}
-
-impl fmt::Display for Kind {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Debug::fmt(self, f)
     }
 }
 
@@ -115,7 +78,7 @@ mod tests {
     use super::Kind;
 
     #[test]
-    fn objects_lie_below_their_collections() {
+    fn the_path_of_an_object_is_below_its_collection() {
         assert_eq!(Kind::Pod.path_of(Some("shop"), "a"), "/api/v1/namespaces/shop/pods/a");
         assert_eq!(
             Kind::EgressPolicy.path_of(Some("shop"), "a"),

@@ -1,7 +1,8 @@
-//! Which of several controllers leads: who holds the Lease, <https://kubernetes.io/docs/concepts/architecture/leases/>.
+//! Leader election among controllers: the holder of the Lease leads
+//! (<https://kubernetes.io/docs/concepts/architecture/leases/>).
 //!
-//! The Lease alone keeps nobody from writing late: a process can be stopped between a look at the clock and the write.
-//! What does is told in docs/kubernetes.md, and begins with [`Leadership::confirm`].
+//! The Lease does not prevent late writes: a process can be paused between the check of its time and the write.
+//! docs/kubernetes.md explains what prevents them; it starts with [`Leadership::confirm`].
 
 use super::client::{Client, Failure, JSON};
 use super::watch::random;
@@ -18,48 +19,48 @@ use tracing::{debug, info, warn};
 /// The Lease's name.
 const NAME: &str = "egret-controller";
 
-/// How a Lease is kept.
+/// Settings of leader election.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Settings {
-    /// The namespace of the Lease; empty: the one that this process is in.
+    /// The namespace of the Lease; empty: the namespace of this process.
     pub namespace: String,
-    /// This process, as nobody else is called.
+    /// The name of this process, which no other process has.
     pub identity: String,
-    /// A Lease that has not been renewed for this long can be taken by others.
+    /// Others can take a Lease that has not been renewed for this time.
     pub duration: Duration,
-    /// Who cannot renew it for this long leads no longer; shorter than `duration`.
+    /// A leader that cannot renew the Lease for this time no longer leads. It is shorter than `duration`.
     pub deadline: Duration,
-    /// Between looks at it.
+    /// The interval of reading and renewing it.
     pub interval: Duration,
 }
 
 impl Settings {
-    /// With the times that Kubernetes' own controllers have.
+    /// Settings with the times of Kubernetes' own controllers.
     pub fn new(namespace: String, identity: String) -> Self {
         let s = Duration::from_secs;
         Settings { namespace, identity, duration: s(15), deadline: s(10), interval: s(2) }
     }
 
-    /// A name that no other process has: the host's, a pod's own, and a random number.
+    /// A name that no other process has: the host name, which is a pod's own, and a random number.
     pub fn unique_identity() -> String {
         let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
         format!("{}-{:08x}", host.trim(), random(1 << 32))
     }
 }
 
-/// Tells whether this process leads.
+/// The leadership of this process.
 #[derive(Clone)]
 pub struct Leadership {
-    kept: Arc<Kept>,
+    contender: Arc<Contender>,
     seen: watch::Receiver<Option<Term>>,
 }
 
-struct Kept {
+struct Contender {
     client: Client,
     settings: Settings,
-    /// Reading and writing it go together.
-    turn: tokio::sync::Mutex<()>,
-    /// When leading ends unless the Lease is renewed.
+    /// Held while the Lease is read and written.
+    lock: tokio::sync::Mutex<()>,
+    /// The time at which the leadership ends unless the Lease is renewed.
     until: Mutex<Option<Instant>>,
     term: watch::Sender<Option<Term>>,
 }
@@ -95,68 +96,69 @@ struct Spec {
     lease_transitions: Option<i64>,
 }
 
-/// Another's Lease, and when it was first seen so: clocks of different hosts are not compared.
+/// Another process's Lease, and when this version was first seen: clocks of different hosts are not compared.
 struct Observed {
     version: String,
     at: Instant,
 }
 
 impl Leadership {
-    /// Contends for the Lease until nobody listens.
+    /// Contends for the Lease until this value is dropped.
     pub fn start(client: Client, settings: Settings) -> Self {
         let (term, seen) = watch::channel(None);
-        let kept = Arc::new(Kept { client, settings, turn: Default::default(), until: Mutex::new(None), term });
-        tokio::spawn(contend(kept.clone()));
-        Leadership { kept, seen }
+        let contender =
+            Arc::new(Contender { client, settings, lock: Default::default(), until: Mutex::new(None), term });
+        tokio::spawn(contend(contender.clone()));
+        Leadership { contender, seen }
     }
 
-    /// Waits until this process leads, or leads no longer.
+    /// Waits until this process becomes the leader, or is no longer.
     pub async fn changed(&mut self) {
-        // The sender lives as long as this does.
+        // The sender lives as long as this value.
         let _ = self.seen.changed().await;
     }
 
-    /// The time of leading that this process is in.
+    /// The current term of this process, if it leads.
     pub fn term(&self) -> Option<Term> {
         let term = self.seen.borrow().clone();
-        term.filter(|_| self.kept.leads())
+        term.filter(|_| self.contender.leads())
     }
 
-    /// Renews the Lease: who succeeds was the leader after the call, and everyone who comes later sees what was there
-    /// before it.
+    /// Renews the Lease. If that succeeds, this process was the leader after the call, and a later leader sees
+    /// everything that was written before it.
     ///
     /// # Errors
-    /// Somebody else has it, or the API server does not say.
+    /// Another process has the Lease, or the API server gives no answer.
     pub async fn confirm(&self) -> anyhow::Result<()> {
-        let _turn = self.kept.turn.lock().await;
-        let lease = self.kept.read().await?;
-        if lease.spec.holder_identity.as_deref() != Some(&self.kept.settings.identity) || self.term().is_none() {
-            self.kept.lose("another controller has the Lease");
+        let _guard = self.contender.lock.lock().await;
+        let lease = self.contender.read().await?;
+        if lease.spec.holder_identity.as_deref() != Some(&self.contender.settings.identity) || self.term().is_none() {
+            self.contender.step_down("another controller has the Lease");
             anyhow::bail!("another controller leads now");
         }
-        Ok(self.kept.take(lease).await?)
+        Ok(self.contender.take(lease).await?)
     }
 
-    /// Gives the Lease back, so that the next one need not wait.
+    /// Releases the Lease, so that the next leader need not wait.
     pub async fn release(&self) {
         if self.term().is_none() {
             return;
         }
-        let _turn = self.kept.turn.lock().await;
-        self.kept.lose("it is given back");
-        if let Ok(mut lease) = self.kept.read().await
-            && lease.spec.holder_identity.as_deref() == Some(&self.kept.settings.identity)
+        let _guard = self.contender.lock.lock().await;
+        self.contender.step_down("it releases the Lease");
+        if let Ok(mut lease) = self.contender.read().await
+            && lease.spec.holder_identity.as_deref() == Some(&self.contender.settings.identity)
         {
             lease.spec.holder_identity = Some(String::new());
             lease.spec.lease_duration_seconds = Some(1);
-            if let Err(e) = self.kept.write(&lease).await {
-                debug!("the Lease cannot be given back: {e}");
+            if let Err(e) = self.contender.write(&lease).await {
+                debug!("cannot release the Lease: {e}");
             }
         }
     }
 }
 
-impl Kept {
+impl Contender {
     fn leads(&self) -> bool {
         let until = *self.until.lock().unwrap_or_else(PoisonError::into_inner);
         until.is_some_and(|until| Instant::now() < until)
@@ -175,14 +177,14 @@ impl Kept {
         if lease.metadata.resource_version.is_empty() {
             self.client.ask(Method::POST, &self.path(), Some((JSON, text))).await
         } else {
-            // Refused if the Lease is another one than what was read.
+            // The API server refuses it if the Lease has changed since it was read.
             self.client.ask(Method::PUT, &format!("{}/{NAME}", self.path()), Some((JSON, text))).await
         }
     }
 
-    /// Takes or renews a Lease as it was read.
+    /// Takes or renews the Lease that was read.
     async fn take(&self, mut lease: Lease) -> Result<(), Failure> {
-        let begun = Instant::now();
+        let started = Instant::now();
         let now = Some(micro_time());
         let spec = &mut lease.spec;
         if spec.holder_identity.as_deref() != Some(&self.settings.identity) {
@@ -193,10 +195,10 @@ impl Kept {
         spec.lease_duration_seconds = Some(i64::try_from(self.settings.duration.as_secs().max(1)).unwrap_or(i64::MAX));
         spec.renew_time = now;
         let written = self.write(&lease).await?;
-        // Who has seen it lapse waits to hear that it is kept again.
+        // Receivers that have seen the leadership lapse must be notified.
         let lapsed = !self.leads();
-        // Counted from before the request: others count from when they see it, which is later.
-        *self.until.lock().unwrap_or_else(PoisonError::into_inner) = Some(begun + self.settings.deadline);
+        // The time counts from before the request. Others count from when they see the renewal, which is later.
+        *self.until.lock().unwrap_or_else(PoisonError::into_inner) = Some(started + self.settings.deadline);
         let number = written.spec.lease_transitions.unwrap_or(0);
         self.term.send_if_modified(|term| {
             let is_new = term.as_ref().is_none_or(|term| term.number != number);
@@ -209,7 +211,7 @@ impl Kept {
         Ok(())
     }
 
-    fn lose(&self, why: &str) {
+    fn step_down(&self, why: &str) {
         *self.until.lock().unwrap_or_else(PoisonError::into_inner) = None;
         self.term.send_if_modified(|term| {
             let led = term.take().is_some();
@@ -221,52 +223,52 @@ impl Kept {
     }
 }
 
-async fn contend(kept: Arc<Kept>) {
+async fn contend(contender: Arc<Contender>) {
     let mut observed: Option<Observed> = None;
-    let mut trouble = String::new();
+    let mut last_error = String::new();
     loop {
-        let result = turn(&kept, &mut observed).await;
+        let result = step(&contender, &mut observed).await;
         if let Err(e) = &result {
             let text = e.to_string();
-            if text != trouble {
-                warn!("the Lease {}/{NAME} cannot be kept: {text}", kept.settings.namespace);
-                trouble = text;
+            if text != last_error {
+                warn!("cannot renew the Lease {}/{NAME}: {text}", contender.settings.namespace);
+                last_error = text;
             }
         } else {
-            trouble.clear();
+            last_error.clear();
         }
-        if !kept.leads() {
-            kept.lose("its Lease was not renewed in time");
+        if !contender.leads() {
+            contender.step_down("its Lease was not renewed in time");
         }
-        let rest = kept.settings.interval;
+        let interval = contender.settings.interval;
         tokio::select! {
-            () = sleep(rest) => {}
-            () = kept.term.closed() => return,
+            () = sleep(interval) => {}
+            () = contender.term.closed() => return,
         }
     }
 }
 
-/// One look at the Lease, and what follows from it.
-async fn turn(kept: &Kept, observed: &mut Option<Observed>) -> Result<(), Failure> {
-    let _turn = kept.turn.lock().await;
-    let lease = match kept.read().await {
+/// Reads the Lease, and renews or takes it if possible.
+async fn step(contender: &Contender, observed: &mut Option<Observed>) -> Result<(), Failure> {
+    let _guard = contender.lock.lock().await;
+    let lease = match contender.read().await {
         Err(e) if e.is_not_found() => {
             let metadata = Metadata {
                 name: NAME.to_owned(),
-                namespace: kept.settings.namespace.clone(),
+                namespace: contender.settings.namespace.clone(),
                 resource_version: String::new(),
             };
             let (api_version, kind) = ("coordination.k8s.io/v1".to_owned(), "Lease".to_owned());
-            return kept.take(Lease { api_version, kind, metadata, spec: Spec::default() }).await;
+            return contender.take(Lease { api_version, kind, metadata, spec: Spec::default() }).await;
         }
         other => other?,
     };
     let holder = lease.spec.holder_identity.as_deref().unwrap_or_default();
-    if holder == kept.settings.identity {
-        return kept.take(lease).await;
+    if holder == contender.settings.identity {
+        return contender.take(lease).await;
     }
-    if kept.leads() {
-        kept.lose("another controller has the Lease");
+    if contender.leads() {
+        contender.step_down("another controller has the Lease");
     }
     let version = &lease.metadata.resource_version;
     let seen = match observed {
@@ -274,10 +276,10 @@ async fn turn(kept: &Kept, observed: &mut Option<Observed>) -> Result<(), Failur
         _ => observed.insert(Observed { version: version.clone(), at: Instant::now() }),
     };
     let duration = lease.spec.lease_duration_seconds.and_then(|s| u64::try_from(s).ok());
-    let duration = duration.map_or(kept.settings.duration, Duration::from_secs);
+    let duration = duration.map_or(contender.settings.duration, Duration::from_secs);
     if holder.is_empty() || seen.at.elapsed() >= duration {
-        return match kept.take(lease).await {
-            // Somebody else was quicker.
+        return match contender.take(lease).await {
+            // Another process was faster.
             Err(e) if e.is_conflict() => Ok(()),
             other => other,
         };
@@ -285,7 +287,7 @@ async fn turn(kept: &Kept, observed: &mut Option<Observed>) -> Result<(), Failur
     Ok(())
 }
 
-/// As Kubernetes writes times of Leases: RFC 3339 with microseconds.
+/// The time as Kubernetes writes it in Leases: RFC 3339 with microseconds.
 fn micro_time() -> String {
     format!("{:.6}", Timestamp::now())
 }

@@ -21,7 +21,7 @@ impl Login {
     /// Reads the credentials.
     ///
     /// # Errors
-    /// There are none, or they make no sense.
+    /// There are no credentials, or they are invalid.
     pub async fn config(&self) -> anyhow::Result<Config> {
         let options =
             KubeConfigOptions { context: self.person.as_ref().and_then(|p| p.context.clone()), ..Default::default() };
@@ -31,17 +31,17 @@ impl Login {
                 let file = Kubeconfig::read_from(path).with_context(of_file)?;
                 Config::from_custom_kubeconfig(file, &options).await.with_context(of_file)
             }
-            (None, Some(_)) => persons(&options).await,
+            (None, Some(_)) => of_person(&options).await,
             (None, None) => Config::incluster().context(
-                "this is no pod with a ServiceAccount's token; outside of Kubernetes, name a kubeconfig file with --kubeconfig",
+                "this is not a pod with a ServiceAccount token; outside of Kubernetes, name a kubeconfig file with --kubeconfig",
             ),
         }
     }
 }
 
-/// As kubectl: the files of $KUBECONFIG, of which some may be missing, or ~/.kube/config, or a pod's credentials,
-/// <https://kubernetes.io/docs/concepts/configuration/organize-cluster-access-kubeconfig/>.
-async fn persons(options: &KubeConfigOptions) -> anyhow::Result<Config> {
+/// The credentials that kubectl finds: the files of $KUBECONFIG, of which some may be missing, or ~/.kube/config, or a
+/// pod's (<https://kubernetes.io/docs/concepts/configuration/organize-cluster-access-kubeconfig/>).
+async fn of_person(options: &KubeConfigOptions) -> anyhow::Result<Config> {
     let named = std::env::var_os("KUBECONFIG").filter(|text| !text.is_empty());
     let home = std::env::var_os("HOME").filter(|text| !text.is_empty());
     let files: Vec<PathBuf> = match &named {

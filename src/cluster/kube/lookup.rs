@@ -1,10 +1,10 @@
-//! A pod that starts before the watch has told of it is asked for by name, once.
+//! Looks up a pod by name that starts before the watch has delivered it.
 
 use super::client::Client;
-use super::decode::{Reading, decode};
-use super::kind::Kind;
 use super::watch::Change;
-use crate::cluster::dir::names::Names;
+use crate::cluster::decode::{Reading, decode};
+use crate::cluster::kind::Kind;
+use crate::cluster::names::Names;
 use crate::model::{Cluster, ObjectKey, Pod};
 use serde_json::value::RawValue;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -14,7 +14,7 @@ use tokio::sync::watch::Receiver;
 use tokio::time::sleep;
 use tracing::debug;
 
-/// So long the watch has, to tell of a pod by itself.
+/// The time that the watch has to deliver a pod by itself.
 const WAIT: Duration = Duration::from_millis(50);
 
 /// Asks the API server for single pods.
@@ -28,7 +28,8 @@ pub struct Lookup {
 }
 
 impl Lookup {
-    /// Has the pod in the next snapshot, if there is one of that name on this node. An empty `uid`: any pod.
+    /// Makes one of the next snapshots have the pod, if there is one of this name on this node. With an empty `uid`, any
+    /// pod of the name.
     pub fn look_for(&self, pod: ObjectKey, uid: String) {
         let this = self.clone();
         tokio::spawn(async move {
@@ -40,7 +41,7 @@ impl Lookup {
             let path = Kind::Pod.path_of(Some(&pod.namespace), &pod.name);
             let text: Box<RawValue> = match this.client.get(&path).await {
                 Ok(text) => text,
-                Err(e) => return debug!(%pod, "asked for by name: {e}"),
+                Err(e) => return debug!(%pod, "cannot look up the pod: {e}"),
             };
             let decoded = {
                 let mut names = this.names.lock().unwrap_or_else(PoisonError::into_inner);
@@ -49,7 +50,7 @@ impl Lookup {
             match decoded {
                 // The receiver is gone when the daemon ends.
                 Ok(decoded) => drop(this.changes.send(Change::Found(decoded)).await),
-                Err(e) => debug!(%pod, "asked for by name: {e}"),
+                Err(e) => debug!(%pod, "cannot look up the pod: {e}"),
             }
         });
     }

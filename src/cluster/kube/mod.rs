@@ -1,13 +1,11 @@
 //! The Kubernetes API as the source of cluster state.
 //!
-//! Each kind is followed by a task of its own (`watch`), which tells changes to one that holds all that is known
-//! (`store`) and tells snapshots to the reader. The first snapshot comes when every kind has been listed to its end.
-//! What is read is the least: a node daemon reads its own node's pods, metadata alone of namespaces, Services only
-//! while a policy names one.
+//! Each kind has a task (`watch`) that lists and watches its objects and sends the changes to one task (`Follower`),
+//! which stores them and sends snapshots to the reader. The first snapshot is sent when every kind has been listed to
+//! the end. Egret reads as little as possible: a node daemon reads the pods of its own node, only the metadata of
+//! namespaces, and Services only while a policy selects pods by them.
 
-mod allocations_text;
 mod client;
-mod decode;
 mod events;
 mod kind;
 pub mod lease;
@@ -15,13 +13,13 @@ pub mod lists;
 mod login;
 mod lookup;
 mod offline_cache;
+mod progress;
 mod prune;
 mod review;
 mod service_networks;
 mod services;
 mod split;
 mod status;
-mod store;
 mod taint;
 mod watch;
 
@@ -30,36 +28,36 @@ pub use lookup::Lookup;
 pub use review::{Reviewer, Verdict};
 pub use status::Statuses;
 
-use super::dir::names::Names;
+use super::decode::Reading;
+use super::kind::Kind;
+use super::names::Names;
 use super::{KubeOptions, Leadership, PodsOf, Scope, Source, WaitingFor, log_changes};
 use crate::model::Cluster;
 use crate::model::selector::Name;
 use crate::model::target::Target;
 use anyhow::Context;
-use decode::Reading;
 use http::Method;
-use kind::Kind;
 use offline_cache::Files;
+use progress::Progress;
 use std::borrow::Cow;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
-use store::Store;
 use tokio::sync::{mpsc, watch as channel};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep_until};
 use tracing::{info, warn};
 use watch::{Change, Watch, escaped};
 
-/// Snapshots follow each other at this distance at least: each one makes its readers compute.
-const PACE: Duration = Duration::from_millis(5);
-/// As many changes wait for the store.
+/// The shortest interval between snapshots: each one makes its readers compute.
+const SNAPSHOT_INTERVAL: Duration = Duration::from_millis(5);
+/// The most changes that wait for the store.
 const CHANGES: usize = 256;
-/// Between words on what is waited for.
-const DEADLINE: Duration = Duration::from_secs(10);
-/// Services are followed for so long after the last policy has named one.
+/// The interval of log lines that say what the first snapshot waits for.
+const WAIT_REPORT: Duration = Duration::from_secs(10);
+/// The time for which Services are still followed after the last policy that selects pods by them is gone.
 const GRACE_PERIOD: Duration = Duration::from_secs(60);
 
-/// Follows the API server until nobody listens any more.
+/// Follows the API server until the receivers are dropped.
 pub(super) async fn open(options: KubeOptions, scope: Scope, waiting_for: WaitingFor<'_>) -> anyhow::Result<Source> {
     let client = Client::connect(&options).await?;
     let (node, lease, pods) = match scope {
@@ -68,22 +66,22 @@ pub(super) async fn open(options: KubeOptions, scope: Scope, waiting_for: Waitin
         Scope::Reader(pods) => (None, None, Some(pods)),
     };
     let is_person = options.person.is_some();
-    let (changes, taken) = mpsc::channel(CHANGES);
+    let (changes, received) = mpsc::channel(CHANGES);
     let files = Files::new(options.known.filter(|_| node.is_some()));
     let tasks =
         Tasks { client: client.clone(), node, pods, is_person, names: Arc::default(), changes, files: files.clone() };
     let (reading, names, lookups) = (tasks.reading(), tasks.names.clone(), tasks.changes.clone());
-    let mut follower = Follower::new(tasks, taken);
+    let mut follower = Follower::new(tasks, received);
     let optional = Kind::OPTIONAL.into_iter().filter(|_| follower.tasks.node.is_some());
     for kind in Kind::ALWAYS.into_iter().chain(optional) {
         if kind == Kind::Pod && follower.tasks.pods == Some(PodsOf::Nobody) {
-            follower.store.take(Change::Absent(kind));
+            follower.progress.take(Change::Absent(kind));
         } else {
             follower.tasks.follow(kind);
         }
     }
     let first = follower.first(waiting_for).await?;
-    // Not before: who cannot read the cluster must not keep others from leading.
+    // Not earlier: a controller that cannot read the cluster must not take the leadership from others.
     let leadership = match lease {
         Some(mut lease) => {
             if lease.namespace.is_empty() {
@@ -94,7 +92,7 @@ pub(super) async fn open(options: KubeOptions, scope: Scope, waiting_for: Waitin
         None => Leadership::Alone,
     };
     let (snapshots, snapshots_seen) = channel::channel(Arc::new(first));
-    let (problems, problems_seen) = channel::channel(Arc::new(follower.store.problems()));
+    let (problems, problems_seen) = channel::channel(Arc::new(follower.progress.problems()));
     tokio::spawn(follower.follow(snapshots, problems));
     let lookup = Lookup { client: client.clone(), reading, names, changes: lookups, snapshots: snapshots_seen.clone() };
     Ok(Source {
@@ -106,18 +104,18 @@ pub(super) async fn open(options: KubeOptions, scope: Scope, waiting_for: Waitin
     })
 }
 
-/// All Services, and the endpoints of those that packets to `target` may be for.
+/// All Services, and the endpoints of those to which packets to `target` may belong.
 pub(super) async fn services(options: KubeOptions, target: &Target) -> anyhow::Result<services::Found> {
     let client = Client::connect(&options).await?;
     services::find(&client, target).await.context("Services")
 }
 
-/// What asks about tokens, with the credentials of these options.
+/// The reviewer of bearer tokens, with the credentials of these options.
 pub(super) async fn reviewer(options: &KubeOptions) -> anyhow::Result<Reviewer> {
     Ok(Reviewer(Client::connect(options).await?))
 }
 
-/// Removes what a node said of itself; whether there was anything.
+/// Removes a node's EgressNode. Returns whether there was one.
 pub(super) async fn remove_node(options: KubeOptions, node: &str) -> anyhow::Result<bool> {
     let client = Client::connect(&options).await?;
     match client.ask::<serde_json::Value>(Method::DELETE, &Kind::EgressNode.path_of(None, node), None).await {
@@ -126,7 +124,7 @@ pub(super) async fn remove_node(options: KubeOptions, node: &str) -> anyhow::Res
     }
 }
 
-/// What each task needs.
+/// What all tasks share.
 struct Tasks {
     client: Client,
     node: Option<Name>,
@@ -172,105 +170,114 @@ impl PodsOf {
     }
 }
 
-/// Brings the store up to date and tells of it.
+/// Stores the changes and sends snapshots.
 struct Follower {
     tasks: Tasks,
-    taken: mpsc::Receiver<Change>,
-    store: Store,
+    received: mpsc::Receiver<Change>,
+    progress: Progress,
+    /// The task that follows Services.
     services: Option<JoinHandle<()>>,
-    /// Somebody has been asked for the Services' networks.
-    asked: bool,
-    /// Since when no policy has named a Service.
-    unneeded: Option<Instant>,
-    /// It was looked what was known before.
-    recalled: bool,
+    /// The task that asks for the networks of Services has been started.
+    asked_for_networks: bool,
+    /// Services have not been needed since then.
+    unneeded_since: Option<Instant>,
+    /// The offline cache has been tried.
+    tried_cache: bool,
 }
 
 impl Follower {
-    fn new(tasks: Tasks, taken: mpsc::Receiver<Change>) -> Self {
-        let store = Store::new(tasks.node.is_none());
-        Follower { tasks, taken, store, services: None, asked: false, unneeded: None, recalled: false }
+    fn new(tasks: Tasks, received: mpsc::Receiver<Change>) -> Self {
+        let progress = Progress::new(tasks.node.is_none());
+        Follower {
+            tasks,
+            received,
+            progress,
+            services: None,
+            asked_for_networks: false,
+            unneeded_since: None,
+            tried_cache: false,
+        }
     }
 
-    /// The first snapshot. It waits for it as long as it takes: half a cluster is none. With the API server away, it is
-    /// what an earlier daemon of this node was told last.
+    /// The first snapshot. Waits without a limit, because a part of a cluster is no state to act on. While the API
+    /// server is away, the offline cache of an earlier daemon of this node is the first snapshot.
     ///
     /// # Errors
     /// A command reads, and a kind cannot be read.
     async fn first(&mut self, waiting_for: WaitingFor<'_>) -> anyhow::Result<Cluster> {
-        let mut said = Vec::new();
-        let mut patience = Instant::now() + DEADLINE;
+        let mut problems_before = Vec::new();
+        let mut report_at = Instant::now() + WAIT_REPORT;
         loop {
-            let missing = self.store.missing();
-            if missing.is_empty() && !self.store.lacks_service_networks() {
+            let missing = self.progress.missing();
+            if missing.is_empty() && !self.progress.lacks_service_networks() {
                 self.trim();
                 if self.services.is_none() {
                     self.tasks.files.forget(Kind::Service);
                 }
-                return Ok(self.store.news().unwrap_or_default());
+                return Ok(self.progress.first());
             }
             tokio::select! {
-                change = self.taken.recv() => {
+                change = self.received.recv() => {
                     if let (Some(Change::State(_, Some(trouble))), Some(_)) = (&change, &self.tasks.pods) {
                         anyhow::bail!("{}", trouble.text);
                     }
                     if let Some(change) = change {
                         let away = matches!(&change, Change::State(_, Some(trouble)) if trouble.away);
                         self.take(change);
-                        if away && !std::mem::replace(&mut self.recalled, true) {
-                            self.recall();
+                        if away && !std::mem::replace(&mut self.tried_cache, true) {
+                            self.load_cache();
                         }
                     }
-                    self.care_for_services();
-                    let problems = self.store.problems();
-                    log_changes(&said, &problems);
+                    self.follow_services_if_needed();
+                    let problems = self.progress.problems();
+                    log_changes(&problems_before, &problems);
                     waiting_for(&match &problems[..] {
-                        [] => format!("the API server has not listed {:?} yet", self.store.missing()),
+                        [] => format!("the API server has not listed {:?} yet", self.progress.missing()),
                         problems => format!("the cluster has not been read yet: {}", problems.join("; ")),
                     });
-                    said = problems;
+                    problems_before = problems;
                 }
-                () = sleep_until(patience) => {
+                () = sleep_until(report_at) => {
                     info!(?missing, "still waiting for the API server");
-                    patience = Instant::now() + DEADLINE;
+                    report_at = Instant::now() + WAIT_REPORT;
                 }
             }
         }
     }
 
-    /// Takes in what was known before of all that has not been listed yet, if all of it is there.
-    fn recall(&mut self) {
+    /// Loads the offline cache of all kinds that have not been listed yet, if it has all of them.
+    fn load_cache(&mut self) {
         let (reading, files) = (self.tasks.reading(), self.tasks.files.clone());
         let mut names = self.tasks.names.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut recall = |kind| match files.recall(kind, &reading, &mut names) {
+        let mut load = |kind| match files.load(kind, &reading, &mut names) {
             Some(listed) => Some(Change::Listed(kind, listed)),
-            // A daemon of an earlier version followed none, or it had no right to.
+            // A daemon of an earlier version followed none, or the daemon had no right to.
             None if kind == Kind::EndpointSlice => Some(Change::Absent(kind)),
             None => None,
         };
         let kinds: Vec<Kind> = Kind::ALWAYS.into_iter().chain(Kind::OPTIONAL).collect();
-        let unlisted = kinds.into_iter().filter(|kind| !self.store.has_listed(*kind));
-        let Some(all) = unlisted.map(&mut recall).collect::<Option<Vec<Change>>>() else { return };
-        let services = recall(Kind::Service);
+        let unlisted = kinds.into_iter().filter(|kind| !self.progress.has_listed(*kind));
+        let Some(all) = unlisted.map(&mut load).collect::<Option<Vec<Change>>>() else { return };
+        let services = load(Kind::Service);
         let own = files.own(&reading, &mut names).map(|own| Change::Applied(Kind::EgressNode, own));
         let networks = files.service_networks().map(Change::ServiceNetworks);
         drop(names);
         for change in all.into_iter().chain(own).chain(networks) {
-            self.store.take(change);
+            self.progress.take(change);
         }
-        // Not before it is known whether a policy goes by them.
-        if let Some(services) = services.filter(|_| self.store.needs_services()) {
-            self.store.take(services);
+        // The policies tell whether Services are needed.
+        if let Some(services) = services.filter(|_| self.progress.needs_services()) {
+            self.progress.take(services);
         }
-        warn!("the API server is away; this node goes on from what it was told last");
+        warn!("the API server is away; this node continues with its offline cache");
     }
 
     async fn follow(mut self, snapshots: channel::Sender<Arc<Cluster>>, problems: channel::Sender<Arc<Vec<String>>>) {
-        let mut last = Instant::now() - PACE;
+        let mut last = Instant::now() - SNAPSHOT_INTERVAL;
         loop {
-            let grace_ends = self.unneeded.map(|since| since + GRACE_PERIOD);
+            let grace_ends = self.unneeded_since.map(|since| since + GRACE_PERIOD);
             let change = tokio::select! {
-                change = self.taken.recv() => change,
+                change = self.received.recv() => change,
                 () = sleep_until(grace_ends.unwrap_or_else(Instant::now)), if grace_ends.is_some() => None,
                 () = async { tokio::join!(snapshots.closed(), problems.closed()); } => return self.end(),
             };
@@ -278,22 +285,22 @@ impl Follower {
             if let Some(change) = change {
                 self.take(change);
             }
-            sleep_until(last + PACE).await;
-            while let Ok(change) = self.taken.try_recv() {
+            sleep_until(last + SNAPSHOT_INTERVAL).await;
+            while let Ok(change) = self.received.try_recv() {
                 listed |= matches!(change, Change::Listed(..));
                 self.take(change);
             }
-            self.care_for_services();
+            self.follow_services_if_needed();
             if listed {
                 self.trim();
             }
-            let now = self.store.problems();
+            let now = self.progress.problems();
             let before = problems.borrow().clone();
             if *before != now {
                 log_changes(&before, &now);
                 problems.send_replace(Arc::new(now));
             }
-            if let Some(cluster) = self.store.news() {
+            if let Some(cluster) = self.progress.news() {
                 snapshots.send_replace(Arc::new(cluster));
                 last = Instant::now();
             }
@@ -311,29 +318,29 @@ impl Follower {
         if let Change::ServiceNetworks(answer) = &change {
             self.tasks.files.note_service_networks(answer);
         }
-        // What a task that was ended has told last is old.
+        // The last changes of a task that was ended are outdated.
         if !of_services || self.services.is_some() {
-            self.store.take(change);
+            self.progress.take(change);
         }
     }
 
-    /// Follows Services while a policy goes by them.
-    fn care_for_services(&mut self) {
-        if self.store.lacks_service_networks() && !std::mem::replace(&mut self.asked, true) {
+    /// Follows Services while they are needed.
+    fn follow_services_if_needed(&mut self) {
+        if self.progress.lacks_service_networks() && !std::mem::replace(&mut self.asked_for_networks, true) {
             tokio::spawn(service_networks::find(self.tasks.client.clone(), self.tasks.changes.clone()));
         }
-        let needed = self.store.needs_services();
+        let needed = self.progress.needs_services();
         match (&self.services, needed) {
             (None, true) => self.services = Some(self.tasks.follow(Kind::Service)),
-            (Some(_), true) => self.unneeded = None,
+            (Some(_), true) => self.unneeded_since = None,
             (Some(task), false) => {
-                let since = *self.unneeded.get_or_insert_with(Instant::now);
+                let since = *self.unneeded_since.get_or_insert_with(Instant::now);
                 if since.elapsed() >= GRACE_PERIOD {
                     task.abort();
                     self.services = None;
-                    self.unneeded = None;
+                    self.unneeded_since = None;
                     self.tasks.files.forget(Kind::Service);
-                    self.store.forget_services();
+                    self.progress.forget_services();
                 }
             }
             (None, false) => {}
@@ -344,7 +351,7 @@ impl Follower {
         self.tasks.names.lock().unwrap_or_else(PoisonError::into_inner).trim();
     }
 
-    /// The channel closes, and with it every task ends.
+    /// Ends. The channel of changes closes, and with it every task ends.
     fn end(self) {
         if let Some(task) = self.services {
             task.abort();

@@ -1,17 +1,16 @@
-//! An object's text without all that Egret does not read of it: a tenth of a Node's.
+//! Removes from an object's text all that Egret does not read. A tenth of a Node remains.
 
-use super::kind::Kind;
 use crate::api;
-use crate::cluster::dir::kubernetes as k8s;
-use crate::cluster::kube::decode::{EndpointsObject, Networks};
+use crate::cluster::decode::kubernetes as k8s;
+use crate::cluster::kind::Kind;
 use serde::de::{DeserializeOwned, IgnoredAny};
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::value::RawValue;
 
-/// A part as it stands: of Egret's own kinds.
+/// A part that stays as it is, of Egret's own kinds.
 type All = Box<RawValue>;
 
-/// A part that is left out.
+/// A part that is removed.
 #[derive(Serialize)]
 struct Nothing;
 
@@ -21,7 +20,7 @@ impl<'de> Deserialize<'de> for Nothing {
     }
 }
 
-/// A node's word without what is for people.
+/// A node's status without the parts that are for people.
 #[derive(Serialize)]
 struct NodeStatus(api::EgressNodeStatus);
 
@@ -42,11 +41,10 @@ struct Prune<Spec, Status> {
     status: Option<Status>,
 }
 
-/// Appends the prune of an object, on one line: for a node, [`decode`](super::decode::decode) makes the same of it as
-/// of all.
+/// Appends the pruned object, on one line. A node decodes it to the same as the whole object.
 ///
 /// # Errors
-/// The object makes no sense.
+/// The object is invalid.
 pub fn prune(kind: Kind, text: &[u8], to: &mut Vec<u8>) -> serde_json::Result<()> {
     match kind {
         Kind::Namespace => of::<Nothing, Nothing>(text, to),
@@ -56,12 +54,12 @@ pub fn prune(kind: Kind, text: &[u8], to: &mut Vec<u8>) -> serde_json::Result<()
         Kind::EgressGateway => of::<All, All>(text, to),
         Kind::EgressPolicy | Kind::ClusterEgressPolicy => of::<All, Nothing>(text, to),
         Kind::EgressNode => of::<Nothing, NodeStatus>(text, to),
-        Kind::EndpointSlice => {
-            let mut object: EndpointsObject = serde_json::from_slice(text)?;
+        Kind::EndpointSlice | Kind::Endpoints => {
+            let mut object: k8s::EndpointsObject = serde_json::from_slice(text)?;
             object.metadata.annotations = None;
             serde_json::to_writer(to, &object)
         }
-        Kind::ServiceCidr | Kind::IpPool => of::<Networks, Nothing>(text, to),
+        Kind::ServiceCidr | Kind::IpPool => of::<k8s::NetworksSpec, Nothing>(text, to),
     }
 }
 
@@ -70,7 +68,7 @@ fn of<Spec: DeserializeOwned + Serialize, Status: DeserializeOwned + Serialize>(
     to: &mut Vec<u8>,
 ) -> serde_json::Result<()> {
     let mut object: Prune<Spec, Status> = serde_json::from_slice(text)?;
-    // What a person applied stands in it a second time. A node reads none of them.
+    // `kubectl apply` stores the whole object there once more. A node reads no annotations.
     object.metadata.annotations = None;
     serde_json::to_writer(to, &object)
 }

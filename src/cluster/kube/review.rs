@@ -1,5 +1,5 @@
-//! Whether the bearer of a token may read the metrics: who it is by a TokenReview, and whether it may by a
-//! SubjectAccessReview of `get` on `/metrics`, as controller-runtime asks.
+//! Asks the API server whether the bearer of a token may read the metrics: a TokenReview tells the user, and a
+//! SubjectAccessReview of `get` on `/metrics` tells the permission. controller-runtime asks the same.
 
 use super::client::{Client, Failure, JSON};
 use http::Method;
@@ -9,18 +9,18 @@ use serde_json::{Value, json};
 const TOKEN_REVIEWS: &str = "/apis/authentication.k8s.io/v1/tokenreviews";
 const ACCESS_REVIEWS: &str = "/apis/authorization.k8s.io/v1/subjectaccessreviews";
 
-/// What the API server says of a token.
+/// The API server's answer about a token.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Verdict {
-    /// Its bearer may.
+    /// The user may read the metrics.
     Allowed,
-    /// It knows nobody with this token.
+    /// The token is of no user.
     Unauthenticated,
-    /// Its bearer, named here, may not.
+    /// This user may not.
     Forbidden(String),
 }
 
-/// The reviewer.
+/// The reviewer of bearer tokens.
 #[derive(Clone)]
 pub struct Reviewer(pub(super) Client);
 
@@ -39,20 +39,20 @@ struct Status {
 }
 
 impl Reviewer {
-    /// Whether who has the token may read `/metrics`.
+    /// Whether the bearer of the token may read `/metrics`.
     ///
     /// # Errors
-    /// The API server does not say.
+    /// The API server gives no answer.
     pub async fn may_read_metrics(&self, token: &str) -> Result<Verdict, Failure> {
         let review = json!({"apiVersion": "authentication.k8s.io/v1", "kind": "TokenReview", "spec": {"token": token}});
-        let told = self.ask(TOKEN_REVIEWS, &review).await?;
-        if !told.authenticated {
+        let reviewed = self.ask(TOKEN_REVIEWS, &review).await?;
+        if !reviewed.authenticated {
             return Ok(Verdict::Unauthenticated);
         }
-        let told = self.ask(ACCESS_REVIEWS, &access_review(&told.user)).await.map(|s| (s.allowed, told.user))?;
-        match told {
-            (true, _) => Ok(Verdict::Allowed),
-            (false, user) => Ok(Verdict::Forbidden(user["username"].as_str().unwrap_or_default().to_owned())),
+        let user = reviewed.user;
+        match self.ask(ACCESS_REVIEWS, &access_review(&user)).await?.allowed {
+            true => Ok(Verdict::Allowed),
+            false => Ok(Verdict::Forbidden(user["username"].as_str().unwrap_or_default().to_owned())),
         }
     }
 
@@ -67,7 +67,7 @@ fn access_review(user: &Value) -> Value {
         "apiVersion": "authorization.k8s.io/v1",
         "kind": "SubjectAccessReview",
         "spec": {
-            // Named `user` here and `username` there.
+            // A TokenReview calls it `username`.
             "user": user["username"], "uid": user["uid"], "groups": user["groups"], "extra": user["extra"],
             "nonResourceAttributes": {"path": "/metrics", "verb": "get"},
         },

@@ -1,11 +1,11 @@
-//! Where Services have their addresses, in clusters that have no ServiceCIDR objects (before Kubernetes 1.33).
+//! Finds the networks of Services in clusters without ServiceCIDR objects (before Kubernetes 1.33).
 //!
-//! The API server knows, and says so to who asks for an address that cannot be; kubeadm has written it down. If neither
-//! tells, the Services themselves are followed.
+//! The API server names them when it refuses a Service with an impossible address; kubeadm stores them in a ConfigMap.
+//! If neither gives an answer, Egret follows the Services themselves.
 
 use super::client::{Client, Failure, JSON};
-use super::decode::network;
 use super::watch::{Backoff, Change};
+use crate::cluster::decode::kubernetes::network_of;
 use crate::model::Inside;
 use crate::model::selector::Name;
 use http::Method;
@@ -15,29 +15,29 @@ use serde_json::{Value, json};
 use tokio::sync::mpsc::Sender;
 use tracing::{info, warn};
 
-/// Addresses that no Service has: "this network" (RFC 1122) and the discard prefix (RFC 6666).
+/// Addresses that no Service can have: "this network" (RFC 1122) and the discard prefix (RFC 6666).
 const IMPOSSIBLE: [(&str, &str); 2] = [("IPv4", "0.0.0.1"), ("IPv6", "100::1")];
-/// What the API server says before the network, `ErrNotInRange` in pkg/registry/core/service/ipallocator.
-const SAYING: &str = "The range of valid IPs is ";
+/// The text before the network in the API server's refusal (`ErrNotInRange` in pkg/registry/core/service/ipallocator).
+const RANGE_TEXT: &str = "The range of valid IPs is ";
 const KUBEADM: &str = "/api/v1/namespaces/kube-system/configmaps/kubeadm-config";
 
-/// Asks until somebody has answered, or nobody can.
+/// Asks until there is an answer; `None`: nobody knows the networks.
 pub async fn find(client: Client, changes: Sender<Change>) {
     let mut backoff = Backoff::default();
     loop {
         match ask(&client).await {
             Ok(found) => {
                 match &found {
-                    Some(inside) => info!(networks = ?inside.services.keys(), "the Services' networks are known"),
+                    Some(inside) => info!(networks = ?inside.services.keys(), "found the networks of Services"),
                     None => warn!(
-                        "nobody tells the Services' networks: every Service is followed instead; name them with \
+                        "the networks of Services are unknown, so every Service is followed instead; name them with \
                          --direct, or give the ServiceAccount the rights in install/rbac.yaml"
                     ),
                 }
                 // The receiver is gone when the daemon ends.
                 return drop(changes.send(Change::ServiceNetworks(found)).await);
             }
-            Err(e) => warn!("the Services' networks cannot be asked for, and are tried again: {e}"),
+            Err(e) => warn!("cannot find the networks of Services, trying again: {e}"),
         }
         tokio::select! {
             () = backoff.wait() => {}
@@ -59,9 +59,8 @@ async fn ask(client: &Client) -> Result<Option<Inside>, Failure> {
     Ok(Some(inside).filter(|inside| !inside.services.is_empty()))
 }
 
-/// What the API server says to a Service with an impossible address: at first in a dry run, in which versions before
-/// 1.24 give out no address and so find nothing wrong. Then in earnest: 0.0.0.1 cannot be given out, whatever the
-/// cluster's networks are.
+/// The API server's refusal of a Service with an impossible address. First a dry run: versions before 1.24 allocate no
+/// address in it and refuse nothing. Then a real request: 0.0.0.1 cannot be allocated, whatever the networks are.
 async fn refusal(client: &Client, family: &str, address: &str) -> Result<String, Failure> {
     let service = json!({
         "apiVersion": "v1", "kind": "Service", "metadata": {"generateName": "egret-"},
@@ -72,8 +71,8 @@ async fn refusal(client: &Client, family: &str, address: &str) -> Result<String,
         let content = Some((JSON, service.to_string().into_bytes()));
         return match client.ask::<Value>(Method::POST, &path, content).await {
             Err(Failure::Refused { code, message, .. }) if code < 500 => Ok(message),
-            // The allocator's own words come with a 500 in some versions.
-            Err(Failure::Refused { message, .. }) if message.contains(SAYING) => Ok(message),
+            // Some versions answer with the allocator's error and the code 500.
+            Err(Failure::Refused { message, .. }) if message.contains(RANGE_TEXT) => Ok(message),
             Err(e) => Err(e),
             Ok(_) => continue,
         };
@@ -83,13 +82,13 @@ async fn refusal(client: &Client, family: &str, address: &str) -> Result<String,
 
 /// The networks in the API server's answer.
 fn networks(answer: &str) -> impl Iterator<Item = IpNetwork> {
-    answer.split(SAYING).skip(1).flat_map(|rest| {
+    answer.split(RANGE_TEXT).skip(1).flat_map(|rest| {
         let end = rest.find(|c: char| !(c.is_ascii_hexdigit() || ":./,".contains(c))).unwrap_or(rest.len());
-        rest[..end].trim_end_matches('.').split(',').filter_map(network)
+        rest[..end].trim_end_matches('.').split(',').filter_map(network_of)
     })
 }
 
-/// What kubeadm wrote down of networks, if it installed this cluster and may be read.
+/// The networks that kubeadm stored, if it installed this cluster and Egret may read them.
 async fn kubeadm(client: &Client) -> Result<Inside, Failure> {
     #[derive(Deserialize)]
     struct Map {
@@ -124,7 +123,7 @@ fn configured(text: &str) -> Inside {
     let Configuration { networking } = serde_saphyr::from_str(text).unwrap_or_default();
     let from = Name::from("kubeadm's ConfigMap kubeadm-config");
     let all = |text: Option<String>| {
-        let networks: Vec<IpNetwork> = text.unwrap_or_default().split(',').filter_map(network).collect();
+        let networks: Vec<IpNetwork> = text.unwrap_or_default().split(',').filter_map(network_of).collect();
         networks.into_iter().map(|n| (n, from.clone())).collect()
     };
     Inside { services: all(networking.service_subnet), pods: all(networking.pod_subnet) }
@@ -139,7 +138,7 @@ mod tests {
     }
 
     #[test]
-    fn the_api_servers_words_are_understood() {
+    fn networks_are_found_in_the_api_servers_refusal() {
         // 1.20, 1.24, 1.30.
         assert_eq!(
             found(
@@ -160,7 +159,7 @@ mod tests {
     }
 
     #[test]
-    fn kubeadm_has_it_in_writing() {
+    fn networks_are_found_in_kubeadms_configuration() {
         let inside = configured(
             "apiServer: {}\nkind: ClusterConfiguration\nnetworking:\n  dnsDomain: cluster.local\n  podSubnet: \
              10.244.0.0/16,fd00:244::/48\n  serviceSubnet: 10.96.0.0/12\n",

@@ -1,16 +1,18 @@
-//! The Services of the cluster, and the endpoints of those that an address may be of: for a person who asks, once.
+//! Reads once, for `egretd why`: the Services of the cluster, and the endpoints of those to which an address may
+//! belong.
 
 use super::client::{Client, Failure};
-use super::decode::EndpointsObject;
-use super::kind::Kind;
 use super::watch::escaped;
-use crate::cluster::dir::kubernetes as k8s;
-use crate::cluster::dir::names::Names;
+use crate::cluster::decode::kubernetes::SERVICE_NAME;
+use crate::cluster::decode::manifest::{Reader, StatusPlace};
+use crate::cluster::kind::Kind;
+use crate::cluster::names::Names;
+use crate::cluster::object::Object;
 use crate::model::backends::may_lead_to;
 use crate::model::target::Target;
 use crate::model::{Endpoints, ObjectKey, Service};
 use serde::Deserialize;
-use serde::de::DeserializeOwned;
+use serde_json::value::RawValue;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -18,11 +20,11 @@ use std::sync::Arc;
 pub type Found = (BTreeMap<ObjectKey, Arc<Service>>, BTreeMap<ObjectKey, Arc<Endpoints>>);
 
 #[derive(Deserialize)]
-struct List<T> {
+struct List {
     #[serde(default)]
     metadata: ListMetadata,
-    // `null` where there are none.
-    items: Option<Vec<T>>,
+    // `null` if there are none.
+    items: Option<Vec<Box<RawValue>>>,
 }
 
 #[derive(Default, Deserialize)]
@@ -31,48 +33,38 @@ struct ListMetadata {
     rest: String,
 }
 
-#[derive(Deserialize)]
-struct ServiceObject {
-    #[serde(default)]
-    metadata: k8s::Metadata,
-    #[serde(default)]
-    spec: k8s::ServiceSpec,
-    #[serde(default)]
-    status: k8s::ServiceStatus,
-}
-
-/// Reads them, the endpoints of those that packets to `target` may be for.
+/// Reads all Services, and the endpoints of those to which packets to `target` may belong.
 pub(super) async fn find(client: &Client, target: &Target) -> Result<Found, Failure> {
-    let (mut services, mut endpoints) = (BTreeMap::new(), BTreeMap::new());
     let mut names = Names::default();
-    for ServiceObject { metadata, spec, status } in all::<ServiceObject>(client, Kind::Service.path(), "").await? {
-        // One that makes no sense says nothing of others.
-        let Ok(service) = k8s::service(&spec, &mut names) else { continue };
-        let exposure = Some(Box::new(k8s::exposure(&spec, &status)));
-        services.insert(key(&metadata), Arc::new(Service { exposure, ..service }));
+    // An invalid object is left out.
+    let mut decode = |kind, text: &RawValue| {
+        let mut reader = Reader { names: &mut names, node: None, statuses: StatusPlace::InFiles };
+        reader.read_object(kind, text.get().as_bytes()).ok()?.object.ok()?
+    };
+    let (mut services, mut endpoints) = (BTreeMap::new(), BTreeMap::new());
+    for text in all(client, Kind::Service.path(), "").await? {
+        if let Some(Object::Service(key, service)) = decode(Kind::Service, &text) {
+            services.insert(key, service);
+        }
     }
     for (service, _) in services.iter().filter(|(_, service)| may_lead_to(service, target)) {
-        for object in endpoints_of(client, service).await? {
-            let key = key(&object.metadata);
-            endpoints.insert(key.clone(), Arc::new(k8s::endpoints(&object.metadata, &key, &object.parts)));
+        for text in endpoints_of(client, service).await? {
+            if let Some(Object::EndpointSlice(key, found)) = decode(Kind::EndpointSlice, &text) {
+                endpoints.insert(key, found);
+            }
         }
     }
     Ok((services, endpoints))
 }
 
-fn key(metadata: &k8s::Metadata) -> ObjectKey {
-    let part = |text: &Option<String>| text.as_deref().unwrap_or_default().to_owned();
-    ObjectKey::new(&part(&metadata.namespace), &part(&metadata.name))
-}
-
 async fn endpoints_of(
     client: &Client,
     ObjectKey { namespace, name }: &ObjectKey,
-) -> Result<Vec<EndpointsObject>, Failure> {
+) -> Result<Vec<Box<RawValue>>, Failure> {
     let path = format!("/apis/discovery.k8s.io/v1/namespaces/{namespace}/endpointslices");
-    let slices = all(client, &path, &format!("&labelSelector={}%3D{name}", escaped(k8s::SERVICE_NAME))).await;
+    let slices = all(client, &path, &format!("&labelSelector={}%3D{name}", escaped(SERVICE_NAME))).await;
     match slices {
-        // Before 1.21 there are none of this version.
+        // discovery.k8s.io/v1 came with Kubernetes 1.21.
         Err(e) if e.is_not_found() => {}
         other => return other,
     }
@@ -83,7 +75,7 @@ async fn endpoints_of(
     }
 }
 
-async fn all<T: DeserializeOwned>(client: &Client, path: &str, selector: &str) -> Result<Vec<T>, Failure> {
+async fn all(client: &Client, path: &str, selector: &str) -> Result<Vec<Box<RawValue>>, Failure> {
     let (mut all, mut rest) = (Vec::new(), String::new());
     loop {
         let List { metadata, items } = client.get(&format!("{path}?limit=500{selector}{rest}")).await?;

@@ -1,7 +1,7 @@
-//! A list as the API server sends it, taken apart while it comes: 5,000 Nodes are 75 MB of text, and each is wanted
-//! for a moment only.
+//! Splits a list of the API server into items while it arrives: 5,000 Nodes are 75 MB of text, and each is needed only
+//! for a moment.
 
-/// Takes `{"metadata": …, "items": [A, B, …]}` apart, the fields in any order.
+/// Splits `{"metadata": …, "items": [A, B, …]}`, with the fields in any order.
 #[derive(Debug, Default)]
 pub struct Splitter {
     /// Open braces and brackets.
@@ -13,16 +13,17 @@ pub struct Splitter {
     key: Vec<u8>,
     /// The list's metadata, as text.
     metadata: Vec<u8>,
-    begun: bool,
+    /// The list has started.
+    started: bool,
 }
 
-/// A text that is no list, or not all of one.
+/// The text is not a complete list.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
-#[error("the list is cut off")]
-pub struct CutOff;
+#[error("the list is truncated")]
+pub struct Truncated;
 
 impl Splitter {
-    /// Takes the next piece of the text, and gives each item that is whole to `each`.
+    /// Takes the next piece of the text, and calls `each` with each complete item.
     pub fn push(&mut self, piece: &[u8], mut each: impl FnMut(&[u8])) {
         for &byte in piece {
             if self.in_string {
@@ -41,7 +42,7 @@ impl Splitter {
                 b'"' => self.in_string = true,
                 b'{' | b'[' => {
                     self.depth += 1;
-                    self.begun = true;
+                    self.started = true;
                     if self.depth == 1 || (self.depth == 2 && in_items) {
                         continue;
                     }
@@ -87,12 +88,12 @@ impl Splitter {
         }
     }
 
-    /// The text has ended; the list's metadata.
+    /// Returns the list's metadata at the end of the text.
     ///
     /// # Errors
-    /// The list had not ended yet.
-    pub fn finish(self) -> Result<Vec<u8>, CutOff> {
-        if self.begun && self.depth == 0 && !self.in_string { Ok(self.metadata) } else { Err(CutOff) }
+    /// The list is not complete.
+    pub fn finish(self) -> Result<Vec<u8>, Truncated> {
+        if self.started && self.depth == 0 && !self.in_string { Ok(self.metadata) } else { Err(Truncated) }
     }
 }
 
@@ -102,7 +103,7 @@ mod tests {
     use proptest::prelude::*;
     use serde_json::{Value, json};
 
-    fn split(text: &str, piece: usize) -> Result<(Vec<Value>, Value), CutOff> {
+    fn split(text: &str, piece: usize) -> Result<(Vec<Value>, Value), Truncated> {
         let (mut splitter, mut items) = (Splitter::default(), Vec::new());
         for piece in text.as_bytes().chunks(piece.max(1)) {
             splitter.push(piece, |item| items.push(serde_json::from_slice(item).unwrap()));
@@ -143,21 +144,21 @@ mod tests {
 
     proptest! {
         #[test]
-        fn every_item_comes_out_as_it_went_in(items in prop::collection::vec(any_json(), 0..6), piece in 1usize..40) {
-            // An item of a list is an object always.
+        fn every_item_stays_the_same(items in prop::collection::vec(any_json(), 0..6), piece in 1usize..40) {
+            // Items of lists are always objects.
             let items: Vec<Value> = items.into_iter().map(|v| json!({ "v": v })).collect();
             let metadata = json!({"resourceVersion": "1", "remaining": {"items": []}});
             let text = json!({"apiVersion": "v1", "items": items, "kind": "L", "metadata": metadata}).to_string();
             prop_assert_eq!(split(&text, piece), Ok((items, metadata)));
             for end in 0..text.len() {
                 if text.is_char_boundary(end) {
-                    prop_assert_eq!(split(&text[..end], piece), Err(CutOff));
+                    prop_assert_eq!(split(&text[..end], piece), Err(Truncated));
                 }
             }
         }
 
         #[test]
-        fn any_bytes_are_taken_apart_or_cut_off(
+        fn any_bytes_are_split_or_truncated(
             bytes in prop::collection::vec(prop::sample::select(&b"{}[],:\"\\ ai1"[..]), 0..80), piece in 1usize..9,
         ) {
             let (mut splitter, mut size) = (Splitter::default(), 0);

@@ -1,13 +1,13 @@
-//! Statuses, written by server-side apply: one field manager for each role, and a field has one writer.
+//! Writes statuses by server-side apply. Each role has its field manager, and each field one writer.
 
-use super::allocations_text;
 use super::client::{APPLY, Client, Failure, JSON};
 use super::events::{self, Regarding};
-use super::kind::Kind;
 use super::offline_cache::Files;
 use super::taint;
 use crate::api::{API_VERSION, EgressGatewayStatus, EgressNodeStatus, EgressPolicyStatus};
 use crate::cluster::NotWritten;
+use crate::cluster::decode::allocations_text;
+use crate::cluster::kind::Kind;
 use crate::model::notice::Notice;
 use crate::model::selector::Name;
 use crate::model::{ObjectKey, PolicyKey};
@@ -17,15 +17,16 @@ use serde_json::json;
 use std::borrow::Cow;
 use std::fmt;
 
-/// The field manager of what the controller writes.
+/// The field manager of the controller.
 const CONTROLLER: &str = "egret-controller";
-/// The field manager of what nodes write of themselves.
+/// The field manager of node daemons.
 const NODE: &str = "egret-node";
-/// More allocations than this are written as text. It is half as long, and the API server does not merge them one by one.
-const FEW_ALLOCATIONS: usize = 500;
-/// A status that is longer than this, bytes, is not sent: etcd takes requests of 1.5 MiB by default, and the API server
-/// adds the object's metadata (<https://etcd.io/docs/v3.5/dev-guide/limit/>).
-const LONGEST_STATUS: usize = 1_400_000;
+/// More allocations than this are written as text. It is half as long, and the API server does not merge it entry by
+/// entry.
+const MAX_OBJECTS: usize = 500;
+/// The longest status that is sent, in bytes: etcd takes requests of 1.5 MiB by default, and the API server adds the
+/// object's metadata (<https://etcd.io/docs/v3.5/dev-guide/limit/>).
+const MAX_STATUS: usize = 1_400_000;
 
 /// Writes statuses to the API server.
 #[derive(Clone)]
@@ -60,7 +61,7 @@ struct Metadata<'a> {
     resource_version: Option<&'a str>,
 }
 
-/// What is looked at of an answer.
+/// The parts of an answer that are used.
 #[derive(Deserialize)]
 struct Answer {
     metadata: AnswerMetadata,
@@ -88,7 +89,7 @@ impl Statuses {
         Statuses { client, files }
     }
 
-    /// Writes a gateway's allocations in place of that version of the object, and returns the new version.
+    /// Writes a gateway's status, replacing this version of the object. Returns the new version.
     pub(in crate::cluster) async fn gateway(
         &self,
         name: &str,
@@ -96,18 +97,18 @@ impl Statuses {
         in_place_of: Option<&str>,
         notices: Vec<Notice>,
     ) -> Result<Option<Box<str>>, NotWritten> {
-        let is_short = status.allocations.len() + status.released.len() <= FEW_ALLOCATIONS;
+        let is_short = status.allocations.len() + status.released.len() <= MAX_OBJECTS;
         let status = if is_short { Cow::Borrowed(status) } else { Cow::Owned(allocations_text::write(status)) };
         let answer = self.apply(Kind::EgressGateway, (None, name), CONTROLLER, &*status, in_place_of).await?;
         self.emit(Kind::EgressGateway, (None, name), &answer, notices);
         Ok(Some(answer.metadata.resource_version.into()))
     }
 
-    /// As etcd has them.
+    /// The versions of all gateways, as etcd has them.
     pub(in crate::cluster) async fn gateway_versions(&self) -> Result<Vec<(Name, Box<str>)>, Failure> {
         #[derive(Deserialize)]
         struct List {
-            /// `null` where there is none.
+            /// `null` if there are none.
             items: Option<Vec<Answer>>,
         }
         let list: List = self.client.list_metadata(Kind::EgressGateway.path()).await?;
@@ -121,10 +122,10 @@ impl Statuses {
         status: &EgressPolicyStatus,
         notices: Vec<Notice>,
     ) -> Result<(), NotWritten> {
-        let kind = if key.namespace.is_some() { Kind::EgressPolicy } else { Kind::ClusterEgressPolicy };
+        let kind = Kind::of_policy(key);
         let written = self.apply(kind, (key.namespace.as_deref(), &key.name), CONTROLLER, status, None).await;
         match written {
-            // The policy is gone, and needs no status.
+            // The policy was deleted and needs no status.
             Err(e) if e.is_not_found() => Ok(()),
             other => {
                 self.emit(kind, (key.namespace.as_deref(), &key.name), &other?, notices);
@@ -160,7 +161,7 @@ impl Statuses {
         let written = self.apply(Kind::EgressNode, (None, name), NODE, status, None).await;
         match written {
             Err(e) if e.is_not_found() => {
-                self.make_node(name).await?;
+                self.create_node(name).await?;
                 Ok(self.apply(Kind::EgressNode, (None, name), NODE, status, None).await.map(drop)?)
             }
             other => Ok(other.map(drop)?),
@@ -168,11 +169,11 @@ impl Statuses {
     }
 
     pub(in crate::cluster) async fn untaint(&self, node: &str) -> Result<bool, Failure> {
-        taint::lift(&self.client, node).await
+        taint::remove(&self.client, node).await
     }
 
-    /// Makes the EgressNode. It belongs to the Node, with which Kubernetes removes it.
-    async fn make_node(&self, name: &str) -> Result<(), Failure> {
+    /// Creates the EgressNode. The Node owns it, so Kubernetes deletes both together.
+    async fn create_node(&self, name: &str) -> Result<(), Failure> {
         let node: Answer = self.client.get(&Kind::Node.path_of(None, name)).await?;
         let object = json!({
             "apiVersion": API_VERSION,
@@ -183,7 +184,7 @@ impl Statuses {
         });
         let content = (JSON, object.to_string().into_bytes());
         match self.client.ask::<Answer>(Method::POST, Kind::EgressNode.path(), Some(content)).await {
-            // Somebody was quicker.
+            // Another process has created it.
             Err(e) if e.is_conflict() => Ok(()),
             other => other.map(drop),
         }
@@ -204,18 +205,18 @@ impl Statuses {
             status,
         };
         let text = serde_json::to_vec(&object).map_err(|e| Failure::Unreachable(e.to_string()))?;
-        if text.len() > LONGEST_STATUS {
+        if text.len() > MAX_STATUS {
             return Err(Failure::Refused {
                 code: 413,
                 reason: "TooLarge".into(),
                 message: format!(
                     "the status of {kind} {name} has {} bytes, and etcd takes 1.5 MiB at most; divide the gateway into \
-                     several with fewer paths each",
+                     several with fewer allocations each",
                     text.len()
                 ),
             });
         }
-        // Forced: whatever a person has put into a status by hand is not theirs.
+        // Forced, because fields that a person has set by hand in a status belong to Egret.
         let path = format!("{}/status?fieldManager={manager}&force=true", kind.path_of(namespace, name));
         self.client.ask(Method::PATCH, &path, Some((APPLY, text))).await
     }

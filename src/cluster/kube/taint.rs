@@ -1,17 +1,17 @@
-//! The taint by which a node is kept free of pods until Egret is ready there.
+//! Removes the taint that keeps pods off a node until Egret is ready there.
 
 use super::client::{Client, Failure};
-use super::kind::Kind;
+use crate::cluster::kind::Kind;
 use http::Method;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-/// The taint's key; whatever its effects and values are.
+/// The taint's key. Its effects and values do not matter.
 pub const TAINT: &str = "egret.dev/not-ready";
-/// RFC 7396. With a resource version in it, the API server refuses it if the object has changed.
+/// RFC 7396. The API server refuses a patch with a resource version if the object has changed.
 const MERGE: &str = "application/merge-patch+json";
-/// A node that others write meanwhile is read again so many times.
-const TRIES: usize = 5;
+/// The number of attempts if others change the node at the same time.
+const ATTEMPTS: usize = 5;
 
 #[derive(Deserialize)]
 struct Node {
@@ -32,10 +32,10 @@ struct Spec {
     taints: Vec<Value>,
 }
 
-/// Takes the taint off the node; whether it was there.
-pub async fn lift(client: &Client, node: &str) -> Result<bool, Failure> {
+/// Removes the taint. Returns whether the node had it.
+pub async fn remove(client: &Client, node: &str) -> Result<bool, Failure> {
     let path = Kind::Node.path_of(None, node);
-    for _ in 0..TRIES {
+    for _ in 0..ATTEMPTS {
         let now: Node = client.get(&path).await?;
         let Some(taints) = without(now.spec.taints) else { return Ok(false) };
         let patch = json!({"metadata": {"resourceVersion": now.metadata.resource_version}, "spec": {"taints": taints}});
@@ -45,10 +45,10 @@ pub async fn lift(client: &Client, node: &str) -> Result<bool, Failure> {
             other => return other.map(|_| true),
         }
     }
-    Err(Failure::Unknown(format!("others change the Node {node} all the time")))
+    Err(Failure::Unknown(format!("the Node {node} changed at each of {ATTEMPTS} attempts")))
 }
 
-/// The other taints; `None` if this one is not among them.
+/// The other taints; `None` if the taint is not there.
 fn without(taints: Vec<Value>) -> Option<Vec<Value>> {
     let all = taints.len();
     let others: Vec<Value> = taints.into_iter().filter(|t| t["key"] != TAINT).collect();
@@ -60,7 +60,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn other_taints_stay_as_they_are() {
+    fn other_taints_stay() {
         let other = json!({"key": "node.kubernetes.io/unschedulable", "effect": "NoSchedule", "timeAdded": "2026-11-20T00:00:00Z"});
         let ours = |effect: &str| json!({"key": TAINT, "effect": effect});
         assert_eq!(without(vec![]), None);

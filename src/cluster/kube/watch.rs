@@ -1,14 +1,17 @@
-//! Follows one kind of objects: a list, then a watch from there on, and again when that is no longer possible.
+//! Follows one kind of objects: lists them, watches the changes from there on, and lists again when the API server no
+//! longer has the changes.
 //!
-//! What is told is never less than what is known: a list counts when it has come to its end, one that is suddenly
-//! empty when etcd itself has said so, and an API server that is away takes nothing away.
+//! Nothing is removed by mistake: a list counts when it is complete, a list that is suddenly empty counts when etcd
+//! itself confirms it, and nothing changes while the API server is away.
 
 use super::client::{Client, Failure, Status};
-use super::decode::{Decoded, Key, Listed, Reading, decode};
-use super::kind::Kind;
-use super::offline_cache::{Book, Files};
+use super::offline_cache::{Files, KindFile};
+use super::progress::Listed;
 use super::split::Splitter;
-use crate::cluster::dir::names::Names;
+use crate::cluster::decode::{Decoded, Reading, decode};
+use crate::cluster::kind::Kind;
+use crate::cluster::names::Names;
+use crate::cluster::object::Key;
 use crate::model::Inside;
 use http::Method;
 use serde::Deserialize;
@@ -22,92 +25,90 @@ use tokio::sync::mpsc::Sender;
 use tokio::time::sleep;
 use tracing::{debug, info};
 
-/// The API server is asked to end a watch after about this time; what was lost without a trace is found then.
+/// The time after which the API server ends a watch. The next one finds changes that were lost unnoticed.
 const WATCH: Duration = Duration::from_secs(240);
-/// So long after that a watch that has not ended is given up.
+/// The time after that at which Egret ends the watch itself.
 const GRACE: Duration = Duration::from_secs(20);
-/// A list of which nothing, or no more, has come for this long is given up.
-const LIST_PATIENCE: Duration = Duration::from_secs(60);
-/// How long to wait after a failure: at first, and at most.
+/// The time limit of a list for its headers and for each further piece.
+const LIST_TIMEOUT: Duration = Duration::from_secs(60);
+/// The waiting time after a failure: the first one, and the longest one.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(10));
-/// What has worked for this long did work.
+/// A watch that has worked for this time counts as working.
 const WORKED: Duration = Duration::from_secs(5);
-/// A list that is suddenly empty is asked for again after this time.
-const DISBELIEF: Duration = Duration::from_secs(3);
-/// A kind that is not there is looked for again after this time.
+/// The waiting time before a list that is suddenly empty is requested again.
+const EMPTY_LIST_RETRY: Duration = Duration::from_secs(3);
+/// The interval of requests for a kind that does not exist.
 const ABSENCE: Duration = Duration::from_secs(240);
-/// An object is at most so long, bytes: ten times what etcd takes.
-const LONGEST_EVENT: usize = 16 << 20;
+/// The longest event, in bytes: ten times what etcd takes.
+const MAX_EVENT: usize = 16 << 20;
 
-/// What is told to the store.
+/// A change for the store.
 #[derive(Debug)]
 pub enum Change {
-    /// Everything there is of the kind.
+    /// All objects of the kind.
     Listed(Kind, Listed),
-    /// One object is there, or is another.
+    /// An object was added or has changed.
     Applied(Kind, Decoded),
-    /// One object is gone.
+    /// An object was deleted.
     Deleted(Kind, Key),
-    /// There is no such kind here.
+    /// The kind does not exist in this cluster.
     Absent(Kind),
-    /// A pod that was asked for by name.
+    /// A pod that was looked up by name.
     Found(Decoded),
-    /// The networks inside the cluster that somebody was asked for; `None`: nobody knows them.
+    /// The networks of Services that no object lists; `None`: nobody knows them.
     ServiceNetworks(Option<Inside>),
-    /// Whether the kind can be followed now, and why not.
+    /// Whether the kind can be followed now. If not, the reason.
     State(Kind, Option<Trouble>),
 }
 
 /// Why a kind cannot be followed.
 #[derive(Debug)]
 pub struct Trouble {
-    /// What a person should know, and do.
+    /// The fault and the remedy, for users.
     pub text: String,
-    /// Whether the API server is away, rather than unwilling.
+    /// Whether the API server is away, and not refusing.
     pub away: bool,
 }
 
 /// Follows a kind.
 pub struct Watch {
-    /// Where.
     pub client: Client,
-    /// What.
     pub kind: Kind,
-    /// Where the API server has them.
+    /// The path of the collection.
     pub path: Cow<'static, str>,
-    /// Which of them, `fieldSelector=…`.
+    /// The selector of the objects, `fieldSelector=…`.
     pub selector: String,
-    /// How they are read.
     pub reading: Reading,
     /// Whether a person reads, and not a daemon with a ServiceAccount.
     pub is_person: bool,
-    /// The names of the whole source.
+    /// The interned names of the whole source.
     pub names: Arc<Mutex<Names>>,
-    /// Where what is told is written down before.
+    /// The offline cache, which is written before a change is sent.
     pub files: Files,
-    /// Who is told. If nobody listens, it ends.
+    /// The changes. The task ends when the receiver is dropped.
     pub changes: Sender<Change>,
 }
 
-/// From where a list is read.
+/// Where the API server reads a list.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Origin {
-    /// The API server's memory, as it is.
+    /// In its memory, as it is.
     Cache,
-    /// The API server's memory, once it is as new as this.
+    /// In its memory, when that is as new as this version.
     CacheSince(String),
-    /// etcd.
-    Store,
+    /// In etcd.
+    Etcd,
 }
 
 /// How a watch ended.
 enum End {
-    /// As it should, after its time.
-    Quietly,
-    /// The API server no longer knows the changes since then.
+    /// After its time.
+    Expired,
+    /// The API server no longer has the changes since then.
     Gone,
     Failed(Failure),
-    Unwanted,
+    /// The receiver of changes was dropped.
+    Closed,
 }
 
 #[derive(Deserialize)]
@@ -132,29 +133,29 @@ struct Bookmark {
 }
 
 impl Watch {
-    /// Runs until nobody listens.
+    /// Runs until the receiver of changes is dropped.
     pub async fn run(mut self) {
         let mut backoff = Backoff::default();
-        let mut book = self.files.book(self.kind);
-        // The API server's memory may be older than what an earlier controller has written, and what is not there would lose
-        // its allocation. There are two controllers, and thousands of nodes.
-        let mut from = if self.reading.node.is_none() && self.kind.is_ours() { Origin::Store } else { Origin::Cache };
-        // How many there were, as of the last list and all changes since.
+        let mut file = self.files.kind_file(self.kind);
+        // The API server's memory may be older than the last write of an earlier controller. A controller that starts
+        // from it could take allocations away. There are two controllers but thousands of nodes, which read the memory.
+        let mut from = if self.reading.node.is_none() && self.kind.is_ours() { Origin::Etcd } else { Origin::Cache };
+        // The number of objects in the last list and all changes since.
         let mut count = 0usize;
         'list: loop {
-            let listed = self.list(&from, &mut book).await;
+            let listed = self.list(&from, &mut file).await;
             let (listed, mut version) = match listed {
                 Ok(listed) => listed,
                 Err(e) => {
                     if e.is_wrong_version() {
-                        from = Origin::Store;
+                        from = Origin::Etcd;
                     }
                     if let Some(older) = self.kind.older_path().filter(|path| e.is_not_found() && *path != self.path) {
                         self.path = older.into();
                         continue;
                     }
                     if e.is_not_found() && Kind::OPTIONAL.contains(&self.kind) {
-                        book.keep();
+                        file.finish();
                         if self.changes.send(Change::Absent(self.kind)).await.is_err() {
                             return;
                         }
@@ -165,7 +166,7 @@ impl Watch {
                     }
                     debug!(kind = %self.kind, "list: {e}");
                     backoff.note(e.is_away());
-                    // Who was installed with fewer rights goes on without what they are for.
+                    // An older installation has no right to read it. Egret continues without it.
                     let does_without = self.kind == Kind::EndpointSlice && e.code() == Some(403);
                     if does_without && self.changes.send(Change::Absent(self.kind)).await.is_err() {
                         return;
@@ -177,30 +178,30 @@ impl Watch {
                     continue;
                 }
             };
-            if listed.is_empty() && count > 0 && from != Origin::Store {
-                info!(kind = %self.kind, before = count, "the list is suddenly empty; asking again");
-                from = Origin::Store;
-                sleep(DISBELIEF).await;
+            if listed.is_empty() && count > 0 && from != Origin::Etcd {
+                info!(kind = %self.kind, before = count, "the list is suddenly empty; listing again from etcd");
+                from = Origin::Etcd;
+                sleep(EMPTY_LIST_RETRY).await;
                 continue;
             }
             count = listed.len();
-            book.keep();
+            file.finish();
             let sent = self.changes.send(Change::Listed(self.kind, listed)).await;
             if sent.is_err() || self.changes.send(Change::State(self.kind, None)).await.is_err() {
                 return;
             }
-            let mut told_down = false;
+            let mut reported_down = false;
             loop {
-                let begun = Instant::now();
-                let end = self.watch(&mut version, &mut count, &mut told_down, &mut book).await;
-                let worked = begun.elapsed() >= WORKED;
+                let started = Instant::now();
+                let end = self.watch(&mut version, &mut count, &mut reported_down, &mut file).await;
+                let worked = started.elapsed() >= WORKED;
                 if worked {
                     backoff = Backoff::default();
                 }
                 match end {
-                    End::Unwanted => return,
-                    End::Quietly if worked => {}
-                    End::Quietly => backoff.wait_at_most(BACKOFF.0).await,
+                    End::Closed => return,
+                    End::Expired if worked => {}
+                    End::Expired => backoff.wait_at_most(BACKOFF.0).await,
                     End::Gone => {
                         info!(kind = %self.kind, "changes were missed; listing again");
                         backoff.note(false);
@@ -211,7 +212,7 @@ impl Watch {
                     End::Failed(e) => {
                         debug!(kind = %self.kind, "watch: {e}");
                         backoff.note(e.is_away());
-                        told_down = true;
+                        reported_down = true;
                         if self.changes.send(Change::State(self.kind, Some(self.trouble(&e)))).await.is_err() {
                             return;
                         }
@@ -222,33 +223,33 @@ impl Watch {
         }
     }
 
-    /// All of the kind, and as of which version.
-    async fn list(&self, from: &Origin, book: &mut Book) -> Result<(Listed, String), Failure> {
-        book.begin();
+    /// All objects of the kind, and their version.
+    async fn list(&self, from: &Origin, file: &mut KindFile) -> Result<(Listed, String), Failure> {
+        file.begin();
         let mut query = match from {
             Origin::Cache => "resourceVersion=0".to_owned(),
             Origin::CacheSince(version) => format!("resourceVersion={version}&resourceVersionMatch=NotOlderThan"),
-            Origin::Store => "limit=500".to_owned(),
+            Origin::Etcd => "limit=500".to_owned(),
         };
         let mut all = Listed::new();
         loop {
             let path = format!("{}?{query}{}", self.path, self.selector_after());
             let accept = self.kind.accept().0;
-            let mut body = self.client.open_within(LIST_PATIENCE, Method::GET, &path, accept, None).await?;
+            let mut body = self.client.open_within(LIST_TIMEOUT, Method::GET, &path, accept, None).await?;
             let mut splitter = Splitter::default();
-            let mut nameless = None;
-            while let Some(piece) = body.next(LIST_PATIENCE).await? {
+            let mut invalid = None;
+            while let Some(piece) = body.next(LIST_TIMEOUT).await? {
                 let mut names = self.names.lock().unwrap_or_else(PoisonError::into_inner);
                 splitter.push(&piece, |text| match decode(self.kind, text, &self.reading, &mut names) {
                     Ok(decoded) => {
-                        book.item(&decoded, text);
+                        file.item(&decoded, text);
                         all.insert(decoded.key.clone(), decoded);
                     }
-                    Err(e) => nameless = Some(e),
+                    Err(e) => invalid = Some(e),
                 });
             }
             let bad = |e: &dyn std::fmt::Display| Failure::Unknown(format!("{path}: {e}"));
-            if let Some(e) = nameless {
+            if let Some(e) = invalid {
                 return Err(bad(&e));
             }
             let metadata = splitter.finish().map_err(|e| bad(&e))?;
@@ -265,8 +266,14 @@ impl Watch {
         if self.selector.is_empty() { String::new() } else { format!("&{}", self.selector) }
     }
 
-    /// Follows the changes since `version`.
-    async fn watch(&self, version: &mut String, count: &mut usize, told_down: &mut bool, book: &mut Book) -> End {
+    /// Sends the changes since `version`.
+    async fn watch(
+        &self,
+        version: &mut String,
+        count: &mut usize,
+        reported_down: &mut bool,
+        file: &mut KindFile,
+    ) -> End {
         let seconds = WATCH.as_secs() + random(60);
         let path = format!(
             "{}?watch=1&allowWatchBookmarks=true&resourceVersion={version}&timeoutSeconds={seconds}{}",
@@ -278,28 +285,28 @@ impl Watch {
             Err(e) if e.is_wrong_version() => return End::Gone,
             Err(e) => return End::Failed(e),
         };
-        if std::mem::take(told_down) && self.changes.send(Change::State(self.kind, None)).await.is_err() {
-            return End::Unwanted;
+        if std::mem::take(reported_down) && self.changes.send(Change::State(self.kind, None)).await.is_err() {
+            return End::Closed;
         }
         let mut line = Vec::new();
         let deadline = Instant::now() + Duration::from_secs(seconds) + GRACE;
         loop {
-            let patience = deadline.saturating_duration_since(Instant::now());
+            let remaining = deadline.saturating_duration_since(Instant::now());
             let piece = tokio::select! {
-                piece = body.next(patience) => piece,
-                () = self.changes.closed() => return End::Unwanted,
+                piece = body.next(remaining) => piece,
+                () = self.changes.closed() => return End::Closed,
             };
             let piece = match piece {
                 Ok(Some(piece)) => piece,
-                Ok(None) => return End::Quietly,
-                Err(_) if Instant::now() >= deadline => return End::Quietly,
+                Ok(None) => return End::Expired,
+                Err(_) if Instant::now() >= deadline => return End::Expired,
                 Err(e) => return End::Failed(e),
             };
             let mut rest = &piece[..];
             while let Some(end) = rest.iter().position(|byte| *byte == b'\n') {
                 line.extend_from_slice(&rest[..end]);
                 rest = &rest[end + 1..];
-                let change = match self.event(&line, version, book) {
+                let change = match self.event(&line, version, file) {
                     Ok(change) => change,
                     Err(end) => return end,
                 };
@@ -307,35 +314,35 @@ impl Watch {
                 let Some(change) = change else { continue };
                 match &change {
                     Change::Deleted(..) => *count = count.saturating_sub(1),
-                    // Objects that changed are counted as new ones: it only has to be above zero.
+                    // A changed object counts again: the number matters only when it is zero.
                     _ => *count += 1,
                 }
                 if self.changes.send(change).await.is_err() {
-                    return End::Unwanted;
+                    return End::Closed;
                 }
             }
             line.extend_from_slice(rest);
-            if line.len() > LONGEST_EVENT {
-                return End::Failed(Failure::Unknown(format!("an event is longer than {LONGEST_EVENT} bytes")));
+            if line.len() > MAX_EVENT {
+                return End::Failed(Failure::Unknown(format!("an event is longer than {MAX_EVENT} bytes")));
             }
         }
     }
 
-    fn event(&self, line: &[u8], version: &mut String, book: &mut Book) -> Result<Option<Change>, End> {
-        let senseless = |e: serde_json::Error| End::Failed(Failure::Unknown(format!("a watch's event: {e}")));
+    fn event(&self, line: &[u8], version: &mut String, file: &mut KindFile) -> Result<Option<Change>, End> {
+        let invalid = |e: serde_json::Error| End::Failed(Failure::Unknown(format!("a watch's event: {e}")));
         if line.iter().all(u8::is_ascii_whitespace) {
             return Ok(None);
         }
-        let event: Event = serde_json::from_slice(line).map_err(senseless)?;
+        let event: Event = serde_json::from_slice(line).map_err(invalid)?;
         let text = event.object.get();
         match &*event.type_ {
             "ERROR" => {
-                let status: Status = serde_json::from_str(text).map_err(senseless)?;
+                let status: Status = serde_json::from_str(text).map_err(invalid)?;
                 let failure = Failure::from(status);
                 Err(if failure.is_wrong_version() { End::Gone } else { End::Failed(failure) })
             }
             "BOOKMARK" => {
-                let bookmark: Bookmark = serde_json::from_str(text).map_err(senseless)?;
+                let bookmark: Bookmark = serde_json::from_str(text).map_err(invalid)?;
                 if !bookmark.metadata.version.is_empty() {
                     *version = bookmark.metadata.version;
                 }
@@ -343,20 +350,20 @@ impl Watch {
             }
             type_ => {
                 let mut names = self.names.lock().unwrap_or_else(PoisonError::into_inner);
-                let decoded = decode(self.kind, text.as_bytes(), &self.reading, &mut names).map_err(senseless)?;
+                let decoded = decode(self.kind, text.as_bytes(), &self.reading, &mut names).map_err(invalid)?;
                 version.clone_from(&decoded.version);
                 Ok(Some(if type_ == "DELETED" {
-                    book.deleted(&decoded.key);
+                    file.deleted(&decoded.key);
                     Change::Deleted(self.kind, decoded.key)
                 } else {
-                    book.applied(&decoded, text.as_bytes());
+                    file.applied(&decoded, text.as_bytes());
                     Change::Applied(self.kind, decoded)
                 }))
             }
         }
     }
 
-    /// Waits after a failure: until another request has found the API server back, at the latest for its time.
+    /// Waits after a failure, until another request reaches the API server at the latest.
     async fn wait(&self, backoff: &mut Backoff) {
         tokio::select! {
             () = backoff.wait() => {}
@@ -364,7 +371,7 @@ impl Watch {
         }
     }
 
-    /// What a failure means.
+    /// The meaning of a failure, for users.
     fn trouble(&self, e: &Failure) -> Trouble {
         let hint = match e.code() {
             Some(404) if self.kind.is_ours() => {
@@ -379,11 +386,11 @@ impl Watch {
     }
 }
 
-/// Waits longer after each failure, and not all at the same time.
+/// Waits longer after each failure, by random times, so that nodes do not retry at once.
 #[derive(Debug)]
 pub struct Backoff {
     next: Duration,
-    /// Nobody answered the last time.
+    /// The last request had no answer.
     away: bool,
 }
 
@@ -394,8 +401,8 @@ impl Default for Backoff {
 }
 
 impl Backoff {
-    /// Begins anew when somebody answers again, even if the answer is a refusal: an API server that has just started
-    /// knows no rights for a moment, and no CustomResourceDefinitions.
+    /// Starts again with the shortest time when there is an answer again, even a refusal: an API server that has just
+    /// started has no rights and no CustomResourceDefinitions for a moment.
     fn note(&mut self, away: bool) {
         if std::mem::replace(&mut self.away, away) && !away {
             self.next = BACKOFF.0;
@@ -415,12 +422,12 @@ impl Backoff {
     }
 }
 
-/// A number below `below`. Nobody's guessing it would matter.
+/// A number below `below`, random enough for waiting times and names.
 pub fn random(below: u64) -> u64 {
     RandomState::new().build_hasher().finish() % below
 }
 
-/// A continue token is base64 with `-`, `_` and `=`, but nothing promises that.
+/// Escapes a continue token for a URL. It is base64 with `-`, `_` and `=` today, but that is no part of the API.
 pub fn escaped(token: &str) -> String {
     let mut text = String::new();
     for byte in token.bytes() {

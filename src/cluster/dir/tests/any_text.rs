@@ -1,16 +1,16 @@
 //! Whatever stands in a file: it is understood, or refused, and soon.
 
 use super::super::documents::Documents;
-use super::super::manifest::Reader;
-use super::super::names::Names;
 use super::{gateway, policy};
+use crate::cluster::decode::manifest::{Reader, StatusPlace};
+use crate::cluster::names::Names;
 use proptest::prelude::*;
 use std::time::{Duration, Instant};
 
 /// How many objects a text has, or the first thing that is wrong.
 fn read(text: &str) -> Result<usize, String> {
     let mut names = Names::default();
-    let mut reader = Reader { names: &mut names, node: Some("n1"), status_of: None };
+    let mut reader = Reader { names: &mut names, node: Some("n1"), statuses: StatusPlace::InFiles };
     let mut documents = Documents::new(text.as_bytes());
     let mut count = 0;
     while let Some(document) = documents.next().map_err(|e| e.to_string())? {

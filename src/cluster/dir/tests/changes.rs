@@ -113,6 +113,26 @@ async fn a_wrong_file_keeps_its_last_good_state_and_heals() {
 }
 
 #[tokio::test]
+async fn a_fault_in_a_file_is_reported_by_the_object_that_has_it() {
+    let fixture = Fixture::new();
+    let invalid = |name: &str| policy("x", name, 2).replace("podSelector: {}", "podSelector: []");
+    let list = |second: &str| {
+        let indented = |text: &str| text.replace('\n', "\n  ");
+        format!("kind: List\napiVersion: v1\nitems:\n- {}\n- {}\n", indented(&policy("x", "r", 1)), indented(second))
+    };
+    fixture.put("a.yaml", &(policy("x", "p", 1) + "---\n" + &policy("x", "q", 1)));
+    fixture.put("b.yaml", &list(&policy("x", "s", 1)));
+    let mut source = fixture.open().await;
+    assert_eq!((source.now().policies.len(), source.problems()), (4, vec![]));
+    fixture.put("a.yaml", &(policy("x", "p", 2) + "---\n" + &invalid("q")));
+    fixture.put("b.yaml", &list(&invalid("s")));
+    let c = source.until("both reports", |c| c.unreadable.len() == 2).await;
+    assert_eq!(c.unreadable.keys().map(|key| &*key.name).collect::<Vec<_>>(), ["q", "s"]);
+    assert_eq!(c.policies.values().map(|p| p.priority).collect::<Vec<_>>(), [1; 4]);
+    assert!(c.unreadable.values().all(|u| u.message.contains("its last good state is used")), "{:?}", c.unreadable);
+}
+
+#[tokio::test]
 async fn a_file_that_is_still_being_written_is_not_read() {
     let fixture = Fixture::new();
     fixture.put("a.yaml", &(policy("x", "p", 1) + "---\n" + &policy("x", "q", 1)));

@@ -83,3 +83,25 @@ async fn readable_parts_of_a_broken_file_are_used() {
     let source = fixture.open().await;
     assert!(source.now().policies[&PolicyKey::from("x/p")].guessed.rank);
 }
+
+/// The file that had the policy is right without it, and the one that has it now is not.
+#[tokio::test]
+async fn a_policy_that_moves_into_a_broken_file_stays_in_force() {
+    let fixture = Fixture::new();
+    in_force(&fixture).await;
+    let mut source = fixture.open().await;
+    fixture.put("z.yaml", &[policy("x", "p", 8), policy("x", "new", 1), "x: [\n".to_owned()].join("---\n"));
+    source.until_problem("z.yaml").await;
+    fixture.put("p.yaml", "# moved\n");
+    let reports = |c: &Cluster| c.unreadable.get(&"x/p".into()).is_some_and(|u| u.message.contains("z.yaml:"));
+    let cluster = source.until("the report", reports).await;
+    assert_eq!((priority(&cluster, "x/p"), priority(&cluster, "x/new")), (Some(7), None));
+    // Its status stays as long.
+    source.0.statuses.policy(&"x/p".into(), &Default::default(), Vec::new()).await.unwrap();
+    source.0.statuses.forget(&source.now()).await.unwrap();
+    assert!(fixture.path("status/egresspolicies/x/p.yaml").exists());
+    fixture.put("z.yaml", &policy("x", "p", 8));
+    source.until("the policy", |c| priority(c, "x/p") == Some(8) && c.unreadable.is_empty()).await;
+    fs::remove_file(fixture.path("z.yaml")).unwrap();
+    source.until("its end", |c| !c.policies.contains_key(&"x/p".into())).await;
+}

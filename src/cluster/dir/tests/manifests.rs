@@ -171,7 +171,11 @@ async fn what_is_wrong_is_told_with_its_line() {
         assert!(told.starts_with(&format!("{file}{line}: ")) && told.contains(part), "{told}\n{text}");
         assert!(told.ends_with("(Egret uses nothing of this file until that is corrected)"), "{told}");
     }
-    assert_eq!(*source.now(), Cluster::default());
+    // No object of theirs is there. Refused policies are reported, and refused gateways give out nothing.
+    let now = source.now();
+    let (unreadable, gateways) = (now.unreadable.clone(), now.gateways.clone());
+    assert!(gateways.values().all(|g| g.frozen && g.fault.is_some() && g.pool.is_empty()), "{gateways:?}");
+    assert_eq!(*now, Cluster { unreadable, gateways, ..Cluster::default() });
 }
 
 #[tokio::test]
@@ -266,8 +270,8 @@ async fn what_is_no_directory_cannot_be_opened() {
 #[test]
 fn no_text_brings_the_reader_down() {
     use super::super::documents::Documents;
-    use super::super::manifest::Reader;
-    use super::super::names::Names;
+    use crate::cluster::decode::manifest::{Reader, StatusPlace};
+    use crate::cluster::names::Names;
     const SIGNS: &[u8] = b"\n\t -:[]{}&*!|>'\"%@`#,?~0a";
     let whole = [CLUSTER, &gateway("g", "192.0.2.1"), &policy("a", "b", 1)].join("---\n");
     let mut random = 1u64;
@@ -283,7 +287,7 @@ fn no_text_brings_the_reader_down() {
         }
         text.truncate(next(text.len()) + 1);
         let mut names = Names::default();
-        let mut reader = Reader { names: &mut names, node: None, status_of: None };
+        let mut reader = Reader { names: &mut names, node: None, statuses: StatusPlace::InFiles };
         let mut documents = Documents::new(&text[..]);
         while let Ok(Some(document)) = documents.next() {
             let lines = document.text.lines().count() as u32;

@@ -32,7 +32,7 @@ async fn statuses_come_back() {
     // 1000 paths are written as JSON.
     for paths in [0, 3, 1000] {
         statuses.gateway("g", &gateway_status(paths), None, Vec::new()).await.unwrap();
-        let c = source.until("the allocations", |c| c.gateways["g"].status == gateway_status(paths)).await;
+        let c = source.until("the allocations", |c| *c.gateways["g"].status == gateway_status(paths)).await;
         assert_eq!(c.gateways["g"].pool.len(), 1);
     }
     let node = EgressNodeStatus {
@@ -63,11 +63,11 @@ async fn statuses_come_back() {
         .await;
     let again = fixture.open().await;
     assert_eq!(again.now(), source.now());
-    assert_eq!(again.now().gateways["g"].status, gateway_status(1000));
+    assert_eq!(*again.now().gateways["g"].status, gateway_status(1000));
     // A node has no use for the policies' statuses.
     let node = fixture.open_for(Scope::Node("node-1".into())).await;
     assert!(node.now().policy_statuses.is_empty());
-    assert_eq!(node.now().gateways["g"].status, gateway_status(1000));
+    assert_eq!(*node.now().gateways["g"].status, gateway_status(1000));
 }
 
 #[tokio::test]
@@ -80,7 +80,7 @@ async fn what_users_write_as_status_does_not_count() {
     );
     let mut source = fixture.open().await;
     assert_eq!(source.problems(), [""; 0]);
-    assert_eq!(source.now().gateways["g"].status, EgressGatewayStatus::default());
+    assert_eq!(*source.now().gateways["g"].status, EgressGatewayStatus::default());
     // But an EgressNode counts until the node itself writes one.
     assert!(source.now().egress_nodes["n"].tunnel_address.is_some());
     source.0.statuses.node("n", &EgressNodeStatus::default()).await.unwrap();
@@ -118,16 +118,16 @@ async fn a_wrong_status_keeps_the_last_good_one() {
     fixture.put("a.yaml", &gateway("g", "192.0.2.1"));
     let mut source = fixture.open().await;
     source.0.statuses.gateway("g", &gateway_status(2), None, Vec::new()).await.unwrap();
-    source.until("the allocations", |c| c.gateways["g"].status == gateway_status(2)).await;
+    source.until("the allocations", |c| *c.gateways["g"].status == gateway_status(2)).await;
     fixture.put(
         "status/egressgateways/g.yaml",
         "apiVersion: egret.dev/v1alpha1\nkind: EgressGateway\nmetadata: {name: h}\nstatus: {}\n",
     );
     let told = source.until_problem("which is of EgressGateway/g").await;
     assert!(told.starts_with("status/egressgateways/g.yaml:3: "), "{told}");
-    assert_eq!(source.now().gateways["g"].status, gateway_status(2));
+    assert_eq!(*source.now().gateways["g"].status, gateway_status(2));
     source.0.statuses.gateway("g", &gateway_status(3), None, Vec::new()).await.unwrap();
-    source.until("the next allocations", |c| c.gateways["g"].status == gateway_status(3)).await;
+    source.until("the next allocations", |c| *c.gateways["g"].status == gateway_status(3)).await;
     source.until_well().await;
 }
 

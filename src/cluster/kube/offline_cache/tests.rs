@@ -1,5 +1,5 @@
 use super::*;
-use crate::cluster::kube::decode::Item;
+use crate::cluster::object::Object;
 use serde_json::Value;
 use std::fs::OpenOptions;
 
@@ -29,20 +29,20 @@ fn reading() -> Reading {
     Reading { node: Some("n1".into()) }
 }
 
-fn list(book: &mut Book, objects: &[Value]) {
-    book.begin();
+fn list(file: &mut KindFile, objects: &[Value]) {
+    file.begin();
     for object in objects {
-        book.item(&read(book.kind, object), object.to_string().as_bytes());
+        file.item(&read(file.kind, object), object.to_string().as_bytes());
     }
-    book.keep();
+    file.finish();
 }
 
-fn apply(book: &mut Book, object: &Value) {
-    book.applied(&read(book.kind, object), object.to_string().as_bytes());
+fn apply(file: &mut KindFile, object: &Value) {
+    file.applied(&read(file.kind, object), object.to_string().as_bytes());
 }
 
-fn recalled(files: &Files, kind: Kind) -> Option<Vec<String>> {
-    let listed = files.recall(kind, &reading(), &mut Names::default())?;
+fn loaded(files: &Files, kind: Kind) -> Option<Vec<String>> {
+    let listed = files.load(kind, &reading(), &mut Names::default())?;
     Some(listed.into_keys().map(|(_, name)| name.to_string()).collect())
 }
 
@@ -55,123 +55,123 @@ fn selects(label: &str) -> Value {
 }
 
 #[test]
-fn what_was_listed_and_what_changed_since_is_known_again() {
+fn the_list_and_the_changes_since_are_loaded() {
     let fixture = Fixture::new();
     let files = fixture.files("n1");
-    let mut book = files.book(Kind::EgressPolicy);
-    assert!(recalled(&files, Kind::EgressPolicy).is_none());
-    list(&mut book, &[policy("a", selects("a")), policy("b", selects("b"))]);
-    apply(&mut book, &policy("c", selects("c")));
-    apply(&mut book, &policy("a", selects("other")));
-    book.deleted(&(Some("shop".into()), "b".into()));
-    assert_eq!(recalled(&files, Kind::EgressPolicy).unwrap(), ["a", "c"]);
-    let listed = files.recall(Kind::EgressPolicy, &reading(), &mut Names::default()).unwrap();
+    let mut file = files.kind_file(Kind::EgressPolicy);
+    assert!(loaded(&files, Kind::EgressPolicy).is_none());
+    list(&mut file, &[policy("a", selects("a")), policy("b", selects("b"))]);
+    apply(&mut file, &policy("c", selects("c")));
+    apply(&mut file, &policy("a", selects("other")));
+    file.deleted(&(Some("shop".into()), "b".into()));
+    assert_eq!(loaded(&files, Kind::EgressPolicy).unwrap(), ["a", "c"]);
+    let listed = files.load(Kind::EgressPolicy, &reading(), &mut Names::default()).unwrap();
     let expected = read(Kind::EgressPolicy, &policy("a", selects("other")));
     let found = &listed[&(Some("shop".into()), "a".into())];
-    assert_eq!(format!("{:?}", found.item), format!("{:?}", expected.item));
-    // A list that does not come to its end changes nothing.
-    book.begin();
-    assert_eq!(recalled(&files, Kind::EgressPolicy).unwrap(), ["a", "c"]);
-    list(&mut book, &[]);
-    assert!(recalled(&files, Kind::EgressPolicy).unwrap().is_empty());
+    assert_eq!(format!("{:?}", found.object), format!("{:?}", expected.object));
+    // An incomplete list changes nothing.
+    file.begin();
+    assert_eq!(loaded(&files, Kind::EgressPolicy).unwrap(), ["a", "c"]);
+    list(&mut file, &[]);
+    assert!(loaded(&files, Kind::EgressPolicy).unwrap().is_empty());
 }
 
 #[test]
-fn what_was_anothers_is_not_read() {
+fn a_cache_of_another_owner_is_not_loaded() {
     let fixture = Fixture::new();
-    list(&mut fixture.files("n1 before").book(Kind::Namespace), &[json!({"metadata": {"name": "shop"}})]);
-    assert!(recalled(&fixture.files("n1 after"), Kind::Namespace).is_none());
-    assert_eq!(recalled(&fixture.files("n1 before"), Kind::Namespace).unwrap(), ["shop"]);
+    list(&mut fixture.files("n1 before").kind_file(Kind::Namespace), &[json!({"metadata": {"name": "shop"}})]);
+    assert!(loaded(&fixture.files("n1 after"), Kind::Namespace).is_none());
+    assert_eq!(loaded(&fixture.files("n1 before"), Kind::Namespace).unwrap(), ["shop"]);
 }
 
 #[test]
-fn a_line_that_was_cut_off_was_never_told() {
+fn a_truncated_line_does_not_count() {
     let fixture = Fixture::new();
     let files = fixture.files("n1");
-    let mut book = files.book(Kind::EgressPolicy);
-    list(&mut book, &[policy("a", selects("a"))]);
+    let mut file = files.kind_file(Kind::EgressPolicy);
+    list(&mut file, &[policy("a", selects("a"))]);
     let mut file = OpenOptions::new().append(true).open(fixture.path(Kind::EgressPolicy)).unwrap();
     file.write_all(b"shop/b\t{\"metadata\":{\"na").unwrap();
-    assert_eq!(recalled(&files, Kind::EgressPolicy).unwrap(), ["a"]);
+    assert_eq!(loaded(&files, Kind::EgressPolicy).unwrap(), ["a"]);
 }
 
 #[test]
-fn an_object_that_makes_no_sense_keeps_its_last_good_state() {
+fn an_invalid_object_keeps_its_last_good_state() {
     let fixture = Fixture::new();
     let files = fixture.files("n1");
-    let mut book = files.book(Kind::EgressPolicy);
+    let mut file = files.kind_file(Kind::EgressPolicy);
     let wrong = policy("a", json!({"podSelector": 7}));
-    list(&mut book, &[policy("a", selects("a"))]);
-    apply(&mut book, &wrong);
-    let listed = files.recall(Kind::EgressPolicy, &reading(), &mut Names::default()).unwrap();
-    assert!(matches!(listed.values().next().unwrap().item, Ok(Some(Item::Policy(..)))));
-    // What it was is not in a list.
-    list(&mut book, &[wrong, policy("b", selects("b"))]);
-    apply(&mut book, &policy("c", selects("c")));
-    assert_eq!(recalled(&files, Kind::EgressPolicy).unwrap(), ["a", "b", "c"]);
+    list(&mut file, &[policy("a", selects("a"))]);
+    apply(&mut file, &wrong);
+    let listed = files.load(Kind::EgressPolicy, &reading(), &mut Names::default()).unwrap();
+    assert!(matches!(listed.values().next().unwrap().object, Ok(Some(Object::Policy(..)))));
+    // The list does not have its last good state.
+    list(&mut file, &[wrong, policy("b", selects("b"))]);
+    apply(&mut file, &policy("c", selects("c")));
+    assert_eq!(loaded(&files, Kind::EgressPolicy).unwrap(), ["a", "b", "c"]);
     assert_eq!(item(&files, "a"), item_of(&policy("a", selects("a"))));
 }
 
-/// What is known of a policy, as text.
+/// A loaded policy, as text.
 fn item(files: &Files, name: &str) -> String {
-    let listed = files.recall(Kind::EgressPolicy, &reading(), &mut Names::default()).unwrap();
+    let listed = files.load(Kind::EgressPolicy, &reading(), &mut Names::default()).unwrap();
     let decoded = &listed[&(Some("shop".into()), name.into())];
-    format!("{:?} {:?}", decoded.item, decoded.readable)
+    format!("{:?}", decoded.object)
 }
 
 fn item_of(policy: &Value) -> String {
     let decoded = read(Kind::EgressPolicy, policy);
-    format!("{:?} {:?}", decoded.item, decoded.readable)
+    format!("{:?}", decoded.object)
 }
 
 #[test]
-fn an_object_that_never_made_sense_costs_no_other_object_the_file() {
+fn an_object_that_was_never_valid_costs_no_other_object_the_file() {
     let fixture = Fixture::new();
     let files = fixture.files("n1");
-    // Of a file that an earlier daemon wrote nobody can say whether it was still the last good state.
-    list(&mut files.book(Kind::EgressPolicy), &[policy("a", selects("a"))]);
-    let mut book = files.book(Kind::EgressPolicy);
+    // An earlier daemon's file may be older than the last good state.
+    list(&mut files.kind_file(Kind::EgressPolicy), &[policy("a", selects("a"))]);
+    let mut file = files.kind_file(Kind::EgressPolicy);
     let wrong = |priority: &str| policy("a", json!({"podSelector": 7, "priority": priority}));
-    list(&mut book, &[wrong("one\ntwo"), policy("b", selects("b"))]);
+    list(&mut file, &[wrong("one\ntwo"), policy("b", selects("b"))]);
     assert_eq!(item(&files, "a"), item_of(&wrong("one\ntwo")));
     assert_eq!(item(&files, "b"), item_of(&policy("b", selects("b"))));
-    // What can be read of it is what it says now.
-    apply(&mut book, &wrong("two"));
+    // Its readable parts are the current ones.
+    apply(&mut file, &wrong("two"));
     assert_eq!(item(&files, "a"), item_of(&wrong("two")));
-    list(&mut book, &[wrong("three")]);
+    list(&mut file, &[wrong("three")]);
     assert_eq!(item(&files, "a"), item_of(&wrong("three")));
-    apply(&mut book, &policy("a", selects("a")));
-    apply(&mut book, &wrong("four"));
-    list(&mut book, &[wrong("five")]);
+    apply(&mut file, &policy("a", selects("a")));
+    apply(&mut file, &wrong("four"));
+    list(&mut file, &[wrong("five")]);
     assert_eq!(item(&files, "a"), item_of(&policy("a", selects("a"))));
-    book.deleted(&(Some("shop".into()), "a".into()));
-    assert!(recalled(&files, Kind::EgressPolicy).unwrap().is_empty());
-    // One without a name is nobody's.
+    file.deleted(&(Some("shop".into()), "a".into()));
+    assert!(loaded(&files, Kind::EgressPolicy).unwrap().is_empty());
+    // An object without a name makes the file invalid.
     let path = fixture.path(Kind::EgressPolicy);
     fs::write(&path, fs::read_to_string(&path).unwrap() + "shop/x\t{}\n").unwrap();
-    assert!(recalled(&files, Kind::EgressPolicy).is_none());
+    assert!(loaded(&files, Kind::EgressPolicy).is_none());
 }
 
 #[test]
 fn a_file_does_not_grow_with_the_number_of_changes() {
     let fixture = Fixture::new();
     let files = fixture.files("n1");
-    let mut book = files.book(Kind::EgressPolicy);
-    list(&mut book, &[policy("a", selects("a")), policy("b", selects("b"))]);
+    let mut file = files.kind_file(Kind::EgressPolicy);
+    list(&mut file, &[policy("a", selects("a")), policy("b", selects("b"))]);
     let long: Vec<String> = (0..20).map(|n| format!("{n:x>50}")).collect();
     for n in 0..3000 {
         let expression = json!({"key": "long", "operator": "In", "values": long});
         let selector = json!({"matchLabels": {"n": n.to_string()}, "matchExpressions": [expression]});
-        apply(&mut book, &policy("c", json!({ "podSelector": selector })));
+        apply(&mut file, &policy("c", json!({ "podSelector": selector })));
     }
-    assert!(fs::metadata(fixture.path(Kind::EgressPolicy)).unwrap().len() < 2 * CHANGES);
-    assert_eq!(recalled(&files, Kind::EgressPolicy).unwrap(), ["a", "b", "c"]);
-    book.deleted(&(Some("shop".into()), "a".into()));
-    assert_eq!(recalled(&files, Kind::EgressPolicy).unwrap(), ["b", "c"]);
+    assert!(fs::metadata(fixture.path(Kind::EgressPolicy)).unwrap().len() < 2 * MAX_CHANGES);
+    assert_eq!(loaded(&files, Kind::EgressPolicy).unwrap(), ["a", "b", "c"]);
+    file.deleted(&(Some("shop".into()), "a".into()));
+    assert_eq!(loaded(&files, Kind::EgressPolicy).unwrap(), ["b", "c"]);
 }
 
 #[test]
-fn everything_that_a_node_reads_of_an_object_is_kept() {
+fn a_pruned_object_is_decoded_to_the_same() {
     let metadata = json!({"name": "a", "namespace": "shop", "uid": "7", "generation": 3,
         "creationTimestamp": "2026-01-31T12:00:00Z", "labels": {"app": "a"}, "annotations": {"x": "y"},
         "managedFields": [{"manager": "m"}], "resourceVersion": "7"});
@@ -217,14 +217,14 @@ fn everything_that_a_node_reads_of_an_object_is_kept() {
         let mut kept = Vec::new();
         prune(kind, whole.to_string().as_bytes(), &mut kept).unwrap();
         let (whole, kept) = (read(kind, &whole), read(kind, &serde_json::from_slice(&kept).unwrap()));
-        assert!(matches!(whole.item, Ok(Some(_))), "{kind}: {:?}", whole.item);
-        assert_eq!(format!("{:?}", kept.item), format!("{:?}", whole.item), "{kind}");
-        assert_eq!((kept.key, kept.generation), (whole.key, whole.generation), "{kind}");
+        assert!(matches!(whole.object, Ok(Some(_))), "{kind}: {:?}", whole.object);
+        assert_eq!(format!("{:?}", kept.object), format!("{:?}", whole.object), "{kind}");
+        assert_eq!(kept.key, whole.key, "{kind}");
     }
 }
 
 #[test]
-fn the_nodes_own_word_and_the_services_networks_are_known_again() {
+fn the_nodes_own_status_and_the_networks_of_services_are_loaded() {
     let fixture = Fixture::new();
     let files = fixture.files("n1");
     assert!(files.service_networks().is_none() && files.own(&reading(), &mut Names::default()).is_none());
@@ -238,6 +238,6 @@ fn the_nodes_own_word_and_the_services_networks_are_known_again() {
     files.note_own("n1", &EgressNodeStatus { allocations: vec![3], ..EgressNodeStatus::default() });
     let own = files.own(&reading(), &mut Names::default()).unwrap();
     assert!(
-        matches!(own.item, Ok(Some(Item::EgressNode(name, status))) if &*name == "n1" && status.of_allocations().held == [3])
+        matches!(own.object, Ok(Some(Object::EgressNode(name, status))) if &*name == "n1" && status.of_allocations().held == [3])
     );
 }

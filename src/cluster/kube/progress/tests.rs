@@ -1,7 +1,9 @@
 use super::*;
-use crate::cluster::dir::names::Names;
-use crate::cluster::kube::decode::{Reading, decode};
+use crate::cluster::decode::{Reading, decode};
 use crate::cluster::kube::watch::Trouble;
+use crate::cluster::names::Names;
+use crate::model::selector::Name;
+use crate::model::{ObjectKey, PodMatch, PolicyKey};
 use serde_json::{Value, json};
 
 fn decoded(kind: Kind, object: &Value) -> Decoded {
@@ -23,8 +25,8 @@ fn policy(name: &str, spec: Value) -> Value {
     json!({"metadata": {"namespace": "shop", "name": name}, "spec": spec})
 }
 
-fn full() -> Store {
-    let mut store = Store::new(true);
+fn full() -> Progress {
+    let mut store = Progress::new(true);
     for kind in Kind::ALWAYS {
         assert!(store.missing().contains(&kind));
         store.take(listed(kind, &[]));
@@ -34,7 +36,7 @@ fn full() -> Store {
 }
 
 #[test]
-fn a_list_replaces_what_was_there_and_only_what_changed_is_news() {
+fn a_list_replaces_all_objects_and_only_changes_make_a_snapshot() {
     let mut store = full();
     store.take(listed(Kind::Pod, &[pod("a", 1), pod("b", 2)]));
     assert_eq!(store.news().unwrap().pods.len(), 2);
@@ -46,7 +48,7 @@ fn a_list_replaces_what_was_there_and_only_what_changed_is_news() {
 }
 
 #[test]
-fn an_object_that_makes_no_sense_keeps_its_last_good_state() {
+fn an_invalid_object_keeps_its_last_good_state() {
     let mut store = full();
     let (good, bad) = (policy("p", json!({"podSelector": {}})), policy("p", json!({"podSelector": {}, "gateway": 7})));
     store.take(Change::Applied(Kind::EgressPolicy, decoded(Kind::EgressPolicy, &good)));
@@ -67,9 +69,9 @@ fn an_object_that_makes_no_sense_keeps_its_last_good_state() {
     assert!(store.problems().is_empty());
 }
 
-/// A daemon that starts while a policy makes no sense has no last good state of it, and its pods must not be let out.
+/// A daemon that starts while a policy is invalid has no last good state of it, and must not open its pods.
 #[test]
-fn for_a_policy_in_force_that_makes_no_sense_stands_what_the_allocations_know() {
+fn an_invalid_policy_in_force_is_replaced_by_what_the_allocations_tell() {
     let mut store = full();
     let bad = json!({"podSelector": {"matchLabels": {"app": "x"}}, "priority": 7, "gateway": 7});
     store.take(listed(Kind::EgressPolicy, &[policy("p", bad.clone()), policy("never", bad)]));
@@ -93,7 +95,7 @@ fn for_a_policy_in_force_that_makes_no_sense_stands_what_the_allocations_know() 
         store.problems().iter().any(|p| p.contains("EgressPolicy shop/p: ") && p.contains("the egress IP that it has"))
     );
 
-    // It is mended; then it makes no sense again, and has a last good state.
+    // It is corrected, then invalid again: it has a last good state.
     let good = decoded(Kind::EgressPolicy, &policy("p", json!({"podSelector": {}})));
     store.take(Change::Applied(Kind::EgressPolicy, good));
     let cluster = store.news().unwrap();
@@ -101,10 +103,10 @@ fn for_a_policy_in_force_that_makes_no_sense_stands_what_the_allocations_know() 
     store.take(Change::Applied(Kind::EgressPolicy, decoded(Kind::EgressPolicy, &policy("p", json!({"gateway": 7})))));
     let cluster = store.news().unwrap();
     assert!(cluster.policies[&key].gateway.is_none() && cluster.unreadable[&key].message.contains("last good state"));
-    // It goes.
+    // It is deleted.
     store.take(Change::Deleted(Kind::EgressPolicy, (Some("shop".into()), "p".into())));
     assert!(store.news().unwrap().policies.is_empty());
-    // What stands for one goes with the allocations' entry.
+    // The fallback policy ends with the allocations' entry.
     let again = decoded(Kind::EgressPolicy, &policy("p", json!({"gateway": 7})));
     store.take(Change::Applied(Kind::EgressPolicy, again));
     assert_eq!(store.news().unwrap().policies.len(), 1);
@@ -113,7 +115,7 @@ fn for_a_policy_in_force_that_makes_no_sense_stands_what_the_allocations_know() 
 }
 
 #[test]
-fn a_policy_that_goes_by_services_waits_for_them() {
+fn a_policy_that_selects_by_services_waits_for_them() {
     let mut store = full();
     let by_service = policy("p", json!({"services": ["frontend"]}));
     store.take(Change::Applied(Kind::EgressPolicy, decoded(Kind::EgressPolicy, &by_service)));
@@ -131,7 +133,7 @@ fn a_policy_that_goes_by_services_waits_for_them() {
 }
 
 #[test]
-fn a_pod_that_was_asked_for_does_not_come_back_from_the_dead() {
+fn a_deleted_pod_does_not_return_by_a_lookup() {
     let mut store = full();
     store.take(Change::Found(decoded(Kind::Pod, &pod("a", 5))));
     let pod_a = ObjectKey::new("shop", "a");
@@ -143,7 +145,7 @@ fn a_pod_that_was_asked_for_does_not_come_back_from_the_dead() {
 }
 
 #[test]
-fn what_cannot_be_followed_is_a_problem_until_it_can() {
+fn a_kind_that_cannot_be_followed_is_a_problem() {
     let mut store = full();
     store.take(Change::State(Kind::Node, Some(Trouble { text: "no rights".into(), away: false })));
     assert_eq!(store.problems(), ["no rights"]);
@@ -152,8 +154,8 @@ fn what_cannot_be_followed_is_a_problem_until_it_can() {
 }
 
 #[test]
-fn a_node_knows_what_is_inside_before_it_begins() {
-    let mut store = Store::new(false);
+fn the_first_snapshot_of_a_node_has_the_networks_inside() {
+    let mut store = Progress::new(false);
     for kind in Kind::ALWAYS {
         store.take(listed(kind, &[]));
     }
@@ -163,7 +165,7 @@ fn a_node_knows_what_is_inside_before_it_begins() {
     store.take(Change::Absent(Kind::ServiceCidr));
     store.take(Change::Absent(Kind::EndpointSlice));
     assert!(store.missing().is_empty() && store.lacks_service_networks());
-    // Nobody knows: then the Services are followed, one by one.
+    // Nobody knows them: then the Services are followed.
     store.take(Change::ServiceNetworks(None));
     assert!(!store.lacks_service_networks());
     assert_eq!(store.missing(), [Kind::Service]);
@@ -180,7 +182,7 @@ fn a_node_knows_what_is_inside_before_it_begins() {
 }
 
 #[test]
-fn a_gateway_that_makes_no_sense_keeps_its_allocations() {
+fn an_invalid_gateway_keeps_its_allocations() {
     let gateway = |version: u32, addresses: Value, spec: Value| {
         let mut spec = spec;
         spec["addresses"] = addresses;
@@ -199,10 +201,10 @@ fn a_gateway_that_makes_no_sense_keeps_its_allocations() {
     store.take(Change::Applied(Kind::EgressGateway, gateway(2, overlap.clone(), spec.clone()).0));
     let found = store.news().unwrap().gateways["g"].clone();
     assert!(!found.frozen && found.pool.len() == 1 && found.fault.as_ref().unwrap().contains("overlap"), "{found:?}");
-    // What is written now is in place of this version.
+    // The next write replaces this version.
     assert_eq!((found.version.as_deref(), found.generation, found.status.allocations[0].id), (Some("2"), Some(2), 2));
 
-    // Where no last good state is known.
+    // Without a last good state.
     let nonsense = json!({"nodeSelector": {}, "nextHop": {}});
     for (spec, interface) in [(spec, Some("eth1")), (nonsense, None)] {
         let mut store = full();
@@ -212,9 +214,15 @@ fn a_gateway_that_makes_no_sense_keeps_its_allocations() {
         assert!(found.frozen && found.fault.is_some() && found.status.allocations[0].id == 3, "{found:?}");
         assert_eq!((found.interface.as_deref(), found.pool.len()), (interface, 1));
         assert!(store.problems()[0].contains("no other ones are given out"), "{:?}", store.problems());
-        // A node does without one that it does not understand: what it would carry is blocked.
+        // A node does without a gateway that it cannot read: what the gateway would carry is blocked.
         store.take(Change::Deleted(Kind::EgressGateway, (None, "g".into())));
         store.take(Change::Applied(Kind::EgressGateway, nodes));
         assert_eq!(store.news().unwrap().gateways.contains_key("g"), interface.is_some());
     }
+}
+
+#[test]
+fn versions_are_compared_as_numbers() {
+    assert!(is_newer("10", "9") && !is_newer("9", "10") && !is_newer("9", "9"));
+    assert!(is_newer("1", "") && !is_newer("", "1"));
 }

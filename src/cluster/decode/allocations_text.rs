@@ -1,5 +1,5 @@
-//! Many allocations as text, one line for each. As objects, 10,000 allocations are more than etcd takes, and the API server
-//! merges them one by one in a server-side apply.
+//! Many allocations as text, one line for each. As objects, 10,000 allocations are longer than etcd takes, and the API
+//! server merges them one by one in a server-side apply.
 //!
 //! ```text
 //! node g1
@@ -9,9 +9,9 @@
 //! -9 192.0.2.52 1763718090 shop/gone
 //! ```
 //!
-//! First the nodes, by whose number they are named from then on. Then the allocations: id, kind, addresses, `node`, `since`,
-//! `leaving`, policies. Then, with a `-`, what was released: id, addresses, `at`, policies. What is absent is `-`. Names in
-//! Kubernetes have neither spaces nor commas.
+//! First the nodes, which later lines name by number. Then the allocations: id, kind, addresses, `node`, `since`,
+//! `leaving`, policies. Then, with a `-`, the released ones: id, addresses, `at`, policies. An absent value is `-`. Names
+//! in Kubernetes have neither spaces nor commas.
 
 use crate::api::{
     AddressPair, Allocation, AllocationKind, EgressGatewayStatus, Name, PolicyKey, ReleasedAllocation, Users,
@@ -29,7 +29,7 @@ const KINDS: [(AllocationKind, &str); 4] = [
     (AllocationKind::Shared, "S"),
 ];
 
-/// The same allocations with the allocations and what was released as text.
+/// The status with its allocations and released allocations as text.
 pub fn write(status: &EgressGatewayStatus) -> EgressGatewayStatus {
     let EgressGatewayStatus { allocations, released, .. } = status;
     let mut nodes: HashMap<&str, usize> = HashMap::new();
@@ -66,7 +66,7 @@ pub fn write(status: &EgressGatewayStatus) -> EgressGatewayStatus {
 }
 
 fn line(text: &mut String, arguments: std::fmt::Arguments) {
-    // Text grows without fail.
+    // Writing to a string cannot fail.
     let _ = writeln!(text, "{arguments}");
 }
 
@@ -80,20 +80,20 @@ fn list(words: &[impl ToString]) -> String {
     if words.is_empty() { ABSENT.to_owned() } else { words.join(",") }
 }
 
-/// Moves the text back into allocations and what was released.
+/// The status with the allocations of its text as objects.
 ///
 /// # Errors
-/// A line that makes no sense, with the line.
+/// A line is invalid; the text names it.
 pub fn read(mut status: EgressGatewayStatus) -> Result<EgressGatewayStatus, String> {
     let Some(text) = status.text.take() else { return Ok(status) };
     let mut nodes: Vec<Name> = Vec::new();
     for line in text.lines() {
-        take(line, &mut nodes, &mut status).ok_or_else(|| format!("status.text has a line {line:?}"))?;
+        read_line(line, &mut nodes, &mut status).ok_or_else(|| format!("status.text has a line {line:?}"))?;
     }
     Ok(status)
 }
 
-fn take(line: &str, nodes: &mut Vec<Name>, status: &mut EgressGatewayStatus) -> Option<()> {
+fn read_line(line: &str, nodes: &mut Vec<Name>, status: &mut EgressGatewayStatus) -> Option<()> {
     let mut words = line.split_whitespace();
     let first = words.next()?;
     if first == "node" {

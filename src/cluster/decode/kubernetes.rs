@@ -2,9 +2,9 @@
 //! cache holds the same fields.
 
 use super::fault::Fault;
-use super::names::Names;
 use super::validate::parse_time;
 use crate::api::Protocol;
+use crate::cluster::names::Names;
 use crate::model::selector::Selector;
 use crate::model::{Endpoints, Exposure, Node, ObjectKey, Pod, Service, ServicePort};
 use ipnetwork::IpNetwork;
@@ -31,6 +31,8 @@ pub struct Metadata {
     pub creation_timestamp: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub generation: Option<i64>,
+    #[serde(skip_serializing)]
+    pub resource_version: Option<String>,
 }
 
 #[derive(Debug, Default, Serialize, Deserialize)]
@@ -171,6 +173,33 @@ pub struct EndpointPort {
     port: Option<u16>,
 }
 
+/// An EndpointSlice or an Endpoints object.
+#[derive(Deserialize, Serialize)]
+pub struct EndpointsObject {
+    #[serde(default)]
+    pub metadata: Metadata,
+    #[serde(flatten)]
+    pub parts: EndpointsParts,
+}
+
+/// The `spec` of a ServiceCIDR or of Calico's IPPool.
+#[derive(Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct NetworksSpec {
+    cidrs: Vec<String>,
+    cidr: Option<String>,
+}
+
+impl NetworksSpec {
+    /// The networks.
+    ///
+    /// # Errors
+    /// One of them is invalid.
+    pub fn parsed(&self) -> Result<Box<[IpNetwork]>, Fault> {
+        self.cidrs.iter().chain(&self.cidr).map(|text| network(text, || "spec".into())).collect()
+    }
+}
+
 /// Makes a Node.
 ///
 /// # Errors
@@ -284,9 +313,13 @@ fn address(text: &str, field: impl Fn() -> String) -> Result<IpAddr, Fault> {
     text.parse().map_err(|_| Fault::field(field(), format!("{text:?} is not an IP address")))
 }
 
-/// Kubernetes lets host bits stand in these; they mean nothing.
 fn network(text: &str, field: impl Fn() -> String) -> Result<IpNetwork, Fault> {
     let wrong = || Fault::field(field(), format!("{text:?} is not a network; write it like 10.244.1.0/24"));
-    let net = IpNetwork::from_str(text).ok().filter(|_| text.contains('/')).ok_or_else(wrong)?;
-    IpNetwork::new(net.network(), net.prefix()).map_err(|_| wrong())
+    network_of(text).ok_or_else(wrong)
+}
+
+/// Parses a network. Kubernetes permits host bits, which have no meaning.
+pub fn network_of(text: &str) -> Option<IpNetwork> {
+    let network = IpNetwork::from_str(text.trim()).ok().filter(|_| text.contains('/'))?;
+    IpNetwork::new(network.network(), network.prefix()).ok()
 }

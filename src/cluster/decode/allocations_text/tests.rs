@@ -45,7 +45,7 @@ fn released() -> impl Strategy<Value = ReleasedAllocation> {
 
 proptest! {
     #[test]
-    fn allocations_comes_back_as_it_was(
+    fn allocations_stay_the_same(
         allocations in prop::collection::vec(allocation(), 0..20),
         released in prop::collection::vec(released(), 0..10),
     ) {
@@ -60,19 +60,19 @@ proptest! {
 }
 
 #[test]
-fn what_makes_no_sense_is_named() {
+fn an_invalid_line_is_named() {
     let lines =
         ["7", "x D - - 0 - -", "7 Q - - 0 - -", "7 D 192.0.2 - 0 - -", "7 D - 1 0 - -", "7 D - - 0 - - -", "-7 - x -"];
     for wrong in lines {
         let text = format!("node g1\n7 D - 0 0 - -\n{wrong}\n");
-        let said = read(EgressGatewayStatus { text: Some(text), ..Default::default() }).unwrap_err();
-        assert!(said.contains(&format!("{wrong:?}")), "{said}");
+        let error = read(EgressGatewayStatus { text: Some(text), ..Default::default() }).unwrap_err();
+        assert!(error.contains(&format!("{wrong:?}")), "{error}");
     }
 }
 
 /// With names of the usual lengths, all the ids that there are fit into one object.
 #[test]
-fn all_allocations_that_there_can_be_have_room() {
+fn all_allocation_ids_fit_into_one_object() {
     let allocation = |n: u16| Allocation {
         id: n,
         kind: AllocationKind::Dedicated,

@@ -1,15 +1,16 @@
-//! The contents of the directory, updated incrementally.
+//! The files of the directory, read again when they change, and their objects in the store.
 
 use super::area::{Area, STATUS, is_hidden, is_manifest, status_of};
 use super::file::{self, Contents, Reading, Signature, signature};
 use super::lost::Lost;
-use super::manifest::Reader;
-use super::merge::{Part, merge};
-use super::names::Names;
-use super::object::{GatewayStatus, Object};
+use super::merge::{Defined, Refusals, bring, find, merge};
 use super::watch::{Dirty, Watched};
-use crate::model::Cluster;
-use crate::model::selector::Name;
+use crate::cluster::decode::manifest::{Reader, StatusPlace};
+use crate::cluster::kind::Kind;
+use crate::cluster::names::Names;
+use crate::cluster::refused::Named;
+use crate::cluster::store::Store;
+use crate::model::{Cluster, PolicyKey};
 use inotify::EventOwned;
 use std::collections::BTreeMap;
 use std::collections::hash_map::RandomState;
@@ -19,20 +20,21 @@ use std::ops::Bound;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
-use tracing::debug;
+use tracing::{debug, warn};
 
 /// The deepest directory that is read; links can form cycles.
 const MAX_DEPTH: usize = 16;
 
-/// The contents of the directory, and its problems.
-pub struct Store {
+/// The files of the directory, and its problems.
+pub struct Files {
+    store: Store,
     root: PathBuf,
     /// If set, only this node's pods are read, and no statuses of policies.
     node: Option<String>,
     /// By path relative to `root`.
     files: BTreeMap<Box<Path>, FileState>,
-    /// Faults of files, as texts.
-    faults: BTreeMap<PathBuf, Vec<String>>,
+    /// Invalid files.
+    faults: BTreeMap<PathBuf, FileFaults>,
     /// Signatures of files that the last scan found changed. The file is read when the next scan finds the same
     /// signature.
     pending: BTreeMap<PathBuf, Signature>,
@@ -70,6 +72,15 @@ struct FileState {
     racy: bool,
 }
 
+/// What is wrong with a file.
+#[derive(Default)]
+struct FileFaults {
+    /// The faults, as texts.
+    lines: Vec<String>,
+    /// The objects that it names.
+    named: Vec<Named>,
+}
+
 /// The result of an update.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Outcome {
@@ -81,10 +92,11 @@ pub struct Outcome {
     pub missing: bool,
 }
 
-impl Store {
-    /// An empty store.
+impl Files {
+    /// Nothing has been read.
     pub fn new(root: PathBuf, node: Option<String>, watched: Watched) -> Self {
-        Store {
+        Files {
+            store: Store::new(node.is_none(), true),
             root,
             node,
             files: BTreeMap::new(),
@@ -239,7 +251,7 @@ impl Store {
     }
 
     fn remove(&mut self, path: &Path, outcome: &mut Outcome) {
-        self.faults.remove(path);
+        outcome.changed |= self.faults.remove(path).is_some_and(|faults| !faults.named.is_empty());
         self.pending.remove(path);
         if let Some(file) = self.files.remove(path) {
             outcome.changed |= file.contents.len() > 0 || self.lost.is_any();
@@ -255,7 +267,8 @@ impl Store {
             Err(e) => {
                 let what =
                     if is_gone(&e) { "is a link to a missing file".into() } else { format!("cannot be read: {e}") };
-                return self.add_faults(path, None, vec![(1, what)]);
+                outcome.changed |= self.add_faults(path, None, vec![(1, what)], Vec::new());
+                return;
             }
         };
         let signature = signature(&metadata, &self.hasher);
@@ -277,10 +290,15 @@ impl Store {
     fn read(&mut self, path: &Path, full: &Path, outcome: &mut Outcome) {
         let file = self.files.entry(path.into()).or_default();
         file.walk = self.walk;
-        let mut reader = Reader { names: &mut self.names, node: self.node.as_deref(), status_of: status_of(path) };
+        let statuses = status_of(path).map_or(StatusPlace::InFiles, StatusPlace::Of);
+        let mut reader = Reader { names: &mut self.names, node: self.node.as_deref(), statuses };
         let (signature, racy, length, reading) = match file::read(full, &file.contents, &mut reader, &self.hasher) {
             Ok(read) => read,
-            Err(e) => return self.add_faults(path, None, vec![(1, format!("cannot be read: {e}"))]),
+            Err(e) => {
+                let what = format!("cannot be read: {e}");
+                outcome.changed |= self.add_faults(path, None, vec![(1, what)], Vec::new());
+                return;
+            }
         };
         match reading {
             Reading::Good(contents) => {
@@ -289,16 +307,13 @@ impl Store {
                     self.lost.note(path, length > 0);
                 }
                 *file = FileState { contents, signature: Some(signature), walk: self.walk, racy };
-                self.faults.remove(path);
+                outcome.changed |= self.faults.remove(path).is_some_and(|faults| !faults.named.is_empty());
                 self.pending.remove(path);
             }
-            Reading::Bad(faults, recovered) => {
-                if file.contents.len() == 0 {
-                    self.lost.add_recovered(recovered);
-                }
+            Reading::Bad(faults, named) => {
                 file.racy = racy;
                 let faults = faults.into_iter().map(|f| (f.line, f.to_string())).collect();
-                self.add_faults(path, Some(signature), faults);
+                outcome.changed |= self.add_faults(path, Some(signature), faults, named);
             }
             Reading::Busy => {
                 self.pending.insert(path.into(), signature);
@@ -307,8 +322,14 @@ impl Store {
         }
     }
 
-    /// Records the faults of a file, which keeps its contents.
-    fn add_faults(&mut self, path: &Path, signature: Option<Signature>, faults: Vec<(u32, String)>) {
+    /// Records the faults of a file, which keeps its contents. Returns whether other objects are refused than before.
+    fn add_faults(
+        &mut self,
+        path: &Path,
+        signature: Option<Signature>,
+        faults: Vec<(u32, String)>,
+        named: Vec<Named>,
+    ) -> bool {
         let shown = self.root.join(path);
         let file = self.files.entry(path.into()).or_default();
         file.walk = self.walk;
@@ -318,8 +339,10 @@ impl Store {
             _ => "Egret uses the file's last good state until that is corrected",
         };
         let lines = faults.into_iter().map(|(line, what)| format!("{}:{line}: {what} ({kept})", shown.display()));
-        self.faults.insert(path.into(), lines.collect());
+        let faults = FileFaults { lines: lines.collect(), named };
         self.pending.remove(path);
+        let are_any = !faults.named.is_empty();
+        self.faults.insert(path.into(), faults).is_some_and(|before| !before.named.is_empty()) || are_any
     }
 
     fn add_problem(&mut self, path: &Path, what: String) {
@@ -333,9 +356,10 @@ impl Store {
 
     /// The current problems, one line each.
     pub fn problems(&self) -> Vec<String> {
-        let told = self.directories.values().chain(self.faults.values().flatten()).chain(&self.twice).cloned();
+        let found =
+            self.directories.values().chain(self.faults.values().flat_map(|f| &f.lines)).chain(&self.twice).cloned();
         let lost = self.lost.problems().map(|(path, what)| format!("{}: {what}", self.shown(path).display()));
-        told.chain(lost).collect()
+        found.chain(lost).collect()
     }
 
     /// Whether a part of the directory is unknown, so that it may hold objects that are not in the snapshot.
@@ -352,46 +376,67 @@ impl Store {
                 .any(|path| status_of(path).is_none() && self.files.get(&**path).is_none_or(|f| f.contents.len() == 0))
     }
 
-    /// Makes a snapshot.
-    pub fn snapshot(&mut self) -> Cluster {
-        let root = &self.root;
-        let twice = &mut self.twice;
-        twice.clear();
-        let parts = self.files.iter_mut().map(|(path, file)| Part {
-            path,
-            is_status: status_of(path).is_some(),
-            objects: file.contents.objects(),
-        });
-        let mut cluster = merge(parts, |what, first, second| {
-            twice.push(format!(
+    /// Brings the objects into the store, and makes a snapshot if anything has changed.
+    pub fn snapshot(&mut self) -> Option<Cluster> {
+        let unread = self.is_unread();
+        let is_incomplete = self.lost.is_possible(&self.root, unread);
+        self.twice.clear();
+        let objects = self
+            .files
+            .iter()
+            .flat_map(|(path, file)| file.contents.objects().map(|(line, object)| Defined { path, line, object }));
+        let all = merge(objects, |what, first, second| {
+            self.twice.push(format!(
                 "{}:{}: {what} is defined twice; the one at {}:{} counts. Remove one of the two",
-                root.join(second.path).display(),
+                self.root.join(second.path).display(),
                 second.line,
-                root.join(first.path).display(),
+                self.root.join(first.path).display(),
                 first.line
             ));
         });
-        self.names.trim();
-        let unread = self.is_unread();
-        let gateways = cluster.gateways.clone();
-        let mut gateway_statuses = Vec::new();
-        for (name, gateway_status) in
-            self.files.values_mut().flat_map(|file| file.contents.objects()).filter_map(allocations_of)
-        {
-            if !gateways.contains_key(name) {
-                gateway_statuses.push((name, gateway_status.status().allocations.as_slice()));
+        let refused = refusals(&all, &self.lost, &self.faults);
+        let is_refused = |policy: &PolicyKey| {
+            refused.contains_key(&(Kind::of_policy(policy), (policy.namespace.clone(), policy.name.clone())))
+        };
+        self.lost.policies.retain(is_refused);
+        bring(&all, &refused, &mut self.store);
+        let is_first = !std::mem::replace(&mut self.lost.determined, true);
+        if is_first && is_incomplete {
+            self.lost.policies = self.store.allocated_only();
+            for ((kind, key), refused) in self.lost.refusals() {
+                self.store.refuse(kind, key, refused);
             }
         }
-        self.lost.fill_in(&self.root, &mut cluster, unread, gateway_statuses.into_iter());
-        cluster
+        if is_first {
+            self.store.compact();
+        }
+        let snapshot = self.store.news();
+        for policy in self.store.fallbacks().filter(|_| is_first) {
+            warn!(
+                %policy,
+                "the policy is in force but in no readable file; Egret uses what is known of it until that is corrected"
+            );
+        }
+        self.names.trim();
+        snapshot
     }
 }
 
-fn allocations_of((_, object): (u32, &mut Object)) -> Option<(&Name, &GatewayStatus)> {
-    match object {
-        Object::GatewayStatus(name, gateway_status) => Some((name, gateway_status)),
-        _ => None,
+/// The refused objects of all files.
+fn refusals(all: &[Defined<'_>], lost: &Lost, faults: &BTreeMap<PathBuf, FileFaults>) -> Refusals {
+    let mut refused = lost.refusals();
+    refused.retain(|(kind, key), _| find(all, *kind, key).is_none());
+    for (path, faults) in faults {
+        // A definition in another file counts. An object with a last good state is not affected by a fault elsewhere in
+        // its file.
+        let counts = |named: &&Named| match find(all, named.kind, &named.key) {
+            Some(defined) => defined.path == path && named.is_at_fault,
+            None => true,
+        };
+        let named = faults.named.iter().filter(counts);
+        refused.extend(named.map(|named| ((named.kind, named.key.clone()), named.refused.clone())));
     }
+    refused
 }
 
 fn is_gone(e: &io::Error) -> bool {

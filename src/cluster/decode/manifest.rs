@@ -1,27 +1,77 @@
 //! Parses a document into objects: determines each object's kind, and reads its parts in any order.
 
+use super::Decoded;
 use super::fault::{Fault, line_of, options};
-use super::kubernetes::{EndpointsParts, Metadata};
-use super::names::Names;
-use super::object::{Identity, Kind, Object, label};
-use super::validate::{Spec, Status, object};
+use super::kubernetes::Metadata;
+use super::validate::{FieldReader, object};
 use crate::api::API_VERSION;
+use crate::cluster::kind::Kind;
+use crate::cluster::names::Names;
+use crate::cluster::object::{Identity, Object, label};
 use serde::de::{DeserializeSeed, Deserializer, Error as _, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde_saphyr::Spanned;
 use std::fmt;
 use tracing::{debug, info};
 
-/// Reads the manifests of one file.
+/// Reads objects for one reader of cluster state.
 pub struct Reader<'a> {
     /// The interned names of the whole source.
     pub names: &'a mut Names,
-    /// If set, only this node's pods are read.
+    /// The node whose daemon reads: only this node's pods are read, and no statuses of policies. `None`: a controller
+    /// reads.
     pub node: Option<&'a str>,
-    /// For a status file: the object whose status it must have.
-    pub status_of: Option<Identity<'a>>,
+    pub statuses: StatusPlace<'a>,
+}
+
+/// Where the source has the statuses of Egret's objects.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StatusPlace<'a> {
+    /// In the objects, as the API server has them.
+    InObjects,
+    /// In files of their own. A status in a manifest was written by a user and does not count.
+    InFiles,
+    /// The text is such a file: it must have the status of this object.
+    Of(Identity<'a>),
 }
 
 impl Reader<'_> {
+    /// Whether a Service's external addresses and ports are read, which `egretd why` needs. A reader of the API server
+    /// asks for them when it needs them.
+    pub fn has_exposure(&self) -> bool {
+        self.node.is_none() && self.statuses == StatusPlace::InFiles
+    }
+
+    /// Whether the objects have their statuses in themselves.
+    pub fn has_statuses(&self) -> bool {
+        self.statuses == StatusPlace::InObjects
+    }
+
+    /// The version of a gateway that a controller replaces when it writes the status.
+    pub fn version_of(&self, metadata: &Metadata) -> Option<Box<str>> {
+        let has_versions = self.node.is_none() && self.has_statuses();
+        metadata.resource_version.as_deref().filter(|_| has_versions).map(Into::into)
+    }
+
+    /// Reads a JSON object of a known kind.
+    ///
+    /// # Errors
+    /// The fault, without a line.
+    pub fn read_object(&mut self, kind: Kind, text: &[u8]) -> Result<Decoded, Fault> {
+        let mut pass = Pass::new(self, vec![Some(Role::Used(kind))]);
+        let mut json = serde_json::Deserializer::from_slice(text);
+        let read = Part { pass: &mut pass, nested: false, kind_is_given: true }.deserialize(&mut json);
+        let Pass { objects, fault, .. } = pass;
+        let fault = fault.unwrap_or_default().fault;
+        match read.and_then(|()| json.end()) {
+            Err(e) if fault.message.is_empty() => Err(Fault {
+                message: format!("{e}; this version of Egret cannot read it, see docs/kubernetes.md on upgrades"),
+                ..Fault::default()
+            }),
+            Err(_) => Err(Fault { object: String::new(), ..fault }),
+            Ok(()) => objects.into_iter().next().map(|(_, object)| object).ok_or_else(Fault::default),
+        }
+    }
+
     /// The objects of a document, each with its line in `text`, from 1.
     ///
     /// # Errors
@@ -31,7 +81,7 @@ impl Reader<'_> {
         if text.trim_start().starts_with('{')
             && let Ok(objects) = self.passes(|pass| {
                 let mut json = serde_json::Deserializer::from_str(text);
-                Part { pass, nested: false }.deserialize(&mut json)?;
+                Part { pass, nested: false, kind_is_given: false }.deserialize(&mut json)?;
                 json.end()
             })
         {
@@ -39,7 +89,7 @@ impl Reader<'_> {
         }
         self.passes(|pass| {
             serde_saphyr::with_deserializer_from_str_with_options(text, options(), |yaml| {
-                Part { pass, nested: false }.deserialize(yaml)
+                Part { pass, nested: false, kind_is_given: false }.deserialize(yaml)
             })
         })
         .map_err(|(FaultPosition { mut fault, path, line }, e)| {
@@ -63,13 +113,15 @@ impl Reader<'_> {
     ) -> Result<Vec<(u32, Object)>, (FaultPosition, E)> {
         let mut kinds = Vec::new();
         loop {
-            let mut pass =
-                Pass { reader: self, known: kinds, kinds: Vec::new(), again: false, objects: Vec::new(), fault: None };
+            let mut pass = Pass::new(self, kinds);
             let result = parse(&mut pass);
             let Pass { kinds: found, again, objects, fault, .. } = pass;
             match result {
                 Ok(()) if again => kinds = found,
-                Ok(()) => return Ok(objects),
+                Ok(()) => {
+                    let objects = objects.into_iter().filter_map(|(line, decoded)| Some((line, decoded.object.ok()??)));
+                    return Ok(objects.collect());
+                }
                 Err(e) => return Err((fault.unwrap_or_default(), e)),
             }
         }
@@ -106,8 +158,14 @@ struct Pass<'p, 'a> {
     kinds: Vec<Option<Role>>,
     /// A part was skipped because its object's kind was not known yet.
     again: bool,
-    objects: Vec<(u32, Object)>,
+    objects: Vec<(u32, Decoded)>,
     fault: Option<FaultPosition>,
+}
+
+impl<'p, 'a> Pass<'p, 'a> {
+    fn new(reader: &'p mut Reader<'a>, known: Vec<Option<Role>>) -> Self {
+        Pass { reader, known, kinds: Vec::new(), again: false, objects: Vec::new(), fault: None }
+    }
 }
 
 /// One object of a document, or the list that holds the others.
@@ -115,6 +173,8 @@ struct Part<'x, 'p, 'a> {
     pass: &'x mut Pass<'p, 'a>,
     /// The object is in a list.
     nested: bool,
+    /// The caller knows the kind. The object need not name it: objects of the API server's lists do not.
+    kind_is_given: bool,
 }
 
 /// The parts of an object read so far.
@@ -125,10 +185,9 @@ struct Seen {
     kind: Option<Spanned<String>>,
     role: Option<Role>,
     metadata: Option<Metadata>,
-    spec: Option<Spec>,
-    status: Option<Status>,
-    endpoints: EndpointsParts,
-    items: bool,
+    fields: Option<FieldReader>,
+    /// The names of the fields.
+    names: Vec<String>,
     /// An unknown field and its line.
     unknown_field: Option<(String, u32)>,
 }
@@ -235,61 +294,32 @@ impl Part<'_, '_, '_> {
             if seen.line == 0 {
                 seen.line = at;
             }
-            let twice = match key.value.as_str() {
-                "apiVersion" => seen.api_version.replace(map.next_value()?).is_some(),
-                "kind" => seen.kind.replace(map.next_value()?).is_some(),
-                _ if seen.role == Some(Role::Foreign) => {
-                    map.next_value::<IgnoredAny>()?;
-                    continue;
-                }
-                "metadata" => seen.metadata.replace(map.next_value()?).is_some(),
-                "items" if !self.nested && matches!(seen.role, None | Some(Role::List)) => {
-                    seen.items = true;
-                    map.next_value_seed(Items(self.pass))?;
-                    false
-                }
-                "spec" | "status" => match seen.role {
-                    Some(Role::Used(kind)) => {
-                        let of_status = self.pass.reader.status_of.is_some();
-                        if key.value == "spec" {
-                            seen.spec.replace(map.next_value_seed(Spec::seed(kind, of_status))?).is_some()
-                        } else {
-                            seen.status.replace(map.next_value_seed(Status::seed(kind, of_status))?).is_some()
-                        }
-                    }
-                    other => {
-                        self.pass.again |= other.is_none();
-                        map.next_value::<IgnoredAny>()?;
-                        false
-                    }
-                },
-                "endpoints" | "ports" | "subsets" if seen.role.is_none() => {
-                    self.pass.again = true;
-                    map.next_value::<IgnoredAny>()?;
-                    false
-                }
-                "endpoints" if seen.role == Some(Role::Used(Kind::EndpointSlice)) => {
-                    seen.endpoints.endpoints = map.next_value()?;
-                    false
-                }
-                "ports" if seen.role == Some(Role::Used(Kind::EndpointSlice)) => {
-                    seen.endpoints.ports = map.next_value()?;
-                    false
-                }
-                "subsets" if seen.role == Some(Role::Used(Kind::Endpoints)) => {
-                    seen.endpoints.subsets = map.next_value()?;
-                    false
-                }
-                _ => {
-                    map.next_value::<IgnoredAny>()?;
-                    seen.unknown_field.get_or_insert((key.value, at));
-                    continue;
-                }
-            };
-            if twice {
+            if seen.names.contains(&key.value) && seen.role != Some(Role::Foreign) {
                 // The YAML parser reports it before this; the JSON parser does not.
                 return Err(Failure::Parser(A::Error::custom("a field is there twice")));
             }
+            match (key.value.as_str(), seen.role) {
+                ("apiVersion", _) => seen.api_version = Some(map.next_value()?),
+                ("kind", _) => seen.kind = Some(map.next_value()?),
+                ("metadata", Some(Role::Used(_) | Role::List) | None) => seen.metadata = Some(map.next_value()?),
+                ("items", Some(Role::List) | None) if !self.nested => map.next_value_seed(Items(self.pass))?,
+                ("spec" | "status" | "endpoints" | "ports" | "subsets", None) => {
+                    self.pass.again = true;
+                    map.next_value::<IgnoredAny>()?;
+                }
+                (field, Some(Role::Used(kind))) => {
+                    let fields = seen.fields.get_or_insert_with(|| FieldReader::new(kind, self.pass.reader));
+                    if !fields.read(field, map)? {
+                        map.next_value::<IgnoredAny>()?;
+                        seen.unknown_field.get_or_insert((key.value.clone(), at));
+                    }
+                }
+                _ => {
+                    map.next_value::<IgnoredAny>()?;
+                    seen.unknown_field.get_or_insert((key.value.clone(), at));
+                }
+            }
+            seen.names.push(key.value);
             seen.role().map_err(Failure::Fault)?;
         }
         Ok(())
@@ -298,8 +328,8 @@ impl Part<'_, '_, '_> {
     fn finish(&mut self, seen: &mut Seen) -> Result<(), Fault> {
         let missing = |field: &str| Fault { message: format!("has no {field}"), ..Fault::default() };
         let kind = match seen.role {
-            _ if seen.kind.is_none() => return Err(missing("kind")),
-            _ if seen.api_version.is_none() => return Err(missing("apiVersion")),
+            _ if seen.kind.is_none() && !self.kind_is_given => return Err(missing("kind")),
+            _ if seen.api_version.is_none() && !self.kind_is_given => return Err(missing("apiVersion")),
             Some(Role::Used(kind)) => kind,
             Some(Role::Foreign) | Some(Role::List) | None => return Ok(()),
         };
@@ -315,12 +345,9 @@ impl Part<'_, '_, '_> {
                 ..Fault::default()
             });
         }
-        let (spec, status) = (seen.spec.take(), seen.status.take());
-        let endpoints = std::mem::take(&mut seen.endpoints);
-        let metadata = seen.metadata.get_or_insert_default();
-        if let Some(object) = object(self.pass.reader, kind, metadata, spec, status, endpoints)? {
-            self.pass.objects.push((seen.line, object));
-        }
+        let fields = seen.fields.take().unwrap_or_else(|| FieldReader::new(kind, self.pass.reader));
+        let decoded = object(self.pass.reader, kind, seen.metadata.get_or_insert_default(), fields)?;
+        self.pass.objects.push((seen.line, decoded));
         Ok(())
     }
 }
@@ -344,7 +371,7 @@ impl<'de> Visitor<'de> for Items<'_, '_, '_> {
     }
 
     fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<(), A::Error> {
-        while list.next_element_seed(Part { pass: self.0, nested: true })?.is_some() {}
+        while list.next_element_seed(Part { pass: self.0, nested: true, kind_is_given: false })?.is_some() {}
         Ok(())
     }
 }
