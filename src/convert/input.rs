@@ -100,6 +100,21 @@ fn label(kind: &str, group: &str, namespace: Option<&str>, name: &str) -> String
     format!("{kind}{dot}{group} {}{slash}{name}", namespace.unwrap_or_default())
 }
 
+/// A dump of a cluster has many documents, and a few million values. Each level takes stack, so there are not many.
+fn options() -> serde_saphyr::Options {
+    serde_saphyr::options! {
+        with_snippet: false,
+        // `yes` and `on` are texts, as in YAML 1.2.
+        strict_booleans: true,
+        budget: serde_saphyr::budget! {
+            max_documents: 1_000_000,
+            max_events: 50_000_000,
+            max_nodes: 50_000_000,
+            max_depth: 64,
+        },
+    }
+}
+
 /// The objects of a manifest: YAML documents or JSON, with the items of lists one by one.
 ///
 /// # Errors
@@ -108,7 +123,7 @@ pub fn read(text: &str) -> Result<Vec<Object>, Invalid> {
     let documents: Vec<Value> = match serde_json::from_str(text) {
         Ok(value) => vec![value],
         // JSON is YAML too, and the YAML parser names the line.
-        Err(_) => serde_saphyr::from_multiple(text).map_err(|e| Invalid {
+        Err(_) => serde_saphyr::from_multiple_with_options(text, options()).map_err(|e| Invalid {
             object: "the input".to_owned(),
             message: format!(
                 "is not YAML: {}; correct it, or give what kubectl get -o yaml prints",
@@ -155,6 +170,15 @@ mod tests {
         let json = r#"{"apiVersion": "v1", "kind": "ServiceList", "items": [{"apiVersion": "v1", "kind": "Service", "metadata": {"name": "c"}}]}"#;
         assert_eq!(read(json).unwrap()[0].label(), "Service c");
         assert!(read("").unwrap().is_empty());
+    }
+
+    #[test]
+    fn a_manifest_of_a_whole_cluster_is_read() {
+        let one = |i: usize| {
+            format!("---\napiVersion: v1\nkind: Service\nmetadata: {{name: s{i}, annotations: {{a: yes}}}}\n")
+        };
+        let objects = read(&(0..5000).map(one).collect::<String>()).unwrap();
+        assert_eq!((objects.len(), objects[4999].annotation("a").unwrap()), (5000, Some("yes")));
     }
 
     #[test]
