@@ -20,7 +20,7 @@ fn said_by(name: &str, program: &str, arguments: &[&str]) -> String {
 
 #[test]
 fn every_command_explains_itself() {
-    let verbs = ["node", "controller", "install", "uninstall", "crds", "check", "why", "ruleset"];
+    let verbs = ["node", "controller", "install", "uninstall", "crds", "check", "why", "ruleset", "state"];
     let top = said(&["--help"]);
     let listed = top.lines().filter(|l| l.starts_with("  ") && !l.starts_with("   ") && !l.starts_with("  -"));
     let listed: Vec<&str> = listed.filter_map(|l| l.split_whitespace().next()).filter(|v| *v != "help").collect();

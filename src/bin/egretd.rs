@@ -68,6 +68,8 @@ enum Command {
     Why(Why),
     /// Print the nftables ruleset that a node loads, as it follows from the cluster's state, in nft's own syntax
     Ruleset(Ruleset),
+    /// Print what the daemon on this host desires and observes: egress IPs, pods, uplinks, faults
+    State(State),
 }
 
 #[derive(clap::Args)]
@@ -108,6 +110,16 @@ struct Ruleset {
     direct: Vec<IpNetwork>,
     #[command(flatten)]
     marks: MarkBits,
+}
+
+#[derive(clap::Args)]
+struct State {
+    /// Run directory of `egretd node` on this host
+    #[arg(long, env = "EGRET_RUN_DIR", default_value = "/run/egret")]
+    run_dir: PathBuf,
+    /// Print JSON instead of text
+    #[arg(long)]
+    json: bool,
 }
 
 /// Where Egret's bits lie in marks.
@@ -316,6 +328,7 @@ fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
         Command::Check => return Ok(check::run()),
         Command::Why(flags) => print(&flags.run()?)?,
         Command::Ruleset(flags) => print(&flags.run()?)?,
+        Command::State(flags) => print(&flags.run()?)?,
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -449,6 +462,13 @@ impl Ruleset {
             eprintln!("egretd: cannot read a manifest, the node may use an earlier version of it: {problem}");
         }
         Ok(ruleset::Ruleset::expected(&cluster, &self.name, &self.direct, marks)?.to_string())
+    }
+}
+
+impl State {
+    fn run(self) -> anyhow::Result<String> {
+        let state = node::node_state::ask(&self.run_dir)?;
+        Ok(if self.json { serde_json::to_string_pretty(&state)? + "\n" } else { state.to_string() })
     }
 }
 

@@ -5,7 +5,7 @@
 //! longer give.
 
 use super::changed_ports::Replicas;
-use super::pods::{Holder, Pods, Use};
+use super::pods::{PodId, Pods, Use};
 use crate::model::marks::{EgressId, Marks};
 use crate::model::networks::Networks;
 use crate::model::shared::Shared;
@@ -48,12 +48,12 @@ pub struct ConnectionContext {
 
 impl EndedConnections {
     /// Adds the allocations that pods could use before and can no longer use.
-    pub fn uses(&mut self, before: &BTreeMap<Holder, Arc<Use>>, now: &BTreeMap<Holder, Arc<Use>>, pods: &Pods) {
+    pub fn uses(&mut self, before: &BTreeMap<PodId, Arc<Use>>, now: &BTreeMap<PodId, Arc<Use>>, pods: &Pods) {
         let none = BTreeSet::new();
-        for (holder, old) in before {
-            let new = now.get(holder);
+        for (pod_id, old) in before {
+            let new = now.get(pod_id);
             // A removed pod's connections were added at its removal. Another pod may have its address by now.
-            if new.is_some_and(|new| Arc::ptr_eq(old, new)) || !pods.has(holder) {
+            if new.is_some_and(|new| Arc::ptr_eq(old, new)) || !pods.has(pod_id) {
                 continue;
             }
             let allocations = new.map_or(&none, |u| &u.allocations);
@@ -72,7 +72,7 @@ impl EndedConnections {
     }
 
     /// Deletes the entries from the kernel's table. After an error it keeps them for the next call.
-    pub async fn delete(&mut self, uses: &BTreeMap<Holder, Arc<Use>>, context: ConnectionContext) {
+    pub async fn delete(&mut self, uses: &BTreeMap<PodId, Arc<Use>>, context: ConnectionContext) {
         let ended = self.clone();
         let possible = self.of_earlier.then(|| Possible::new(uses));
         // A large table takes long, and the endpoint for metrics and health must respond meanwhile.
@@ -156,10 +156,10 @@ struct Possible {
 }
 
 impl Possible {
-    fn new(uses: &BTreeMap<Holder, Arc<Use>>) -> Self {
+    fn new(uses: &BTreeMap<PodId, Arc<Use>>) -> Self {
         let mut possible = Possible::default();
         for (address, used) in uses.values().flat_map(|used| used.addresses.iter().map(move |a| (*a, used))) {
-            if used.held {
+            if used.isolated {
                 possible.any.insert(address);
             }
             possible.allocations.entry(address).or_default().extend(&used.allocations);

@@ -8,7 +8,7 @@
 //!
 //! One thread does this in the background, in the order of events.
 
-use super::pods::{Holder, Use};
+use super::pods::{PodId, Use};
 use crate::api::{ExistingConnections, Fallback};
 use crate::model::marks::{EgressId, Marks};
 use crate::model::networks::Networks;
@@ -24,7 +24,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread;
 
 /// What each of this node's selected pods uses.
-pub type Uses = BTreeMap<Holder, Arc<Use>>;
+pub type Uses = BTreeMap<PodId, Arc<Use>>;
 
 /// The handle of the thread that handles such connections.
 pub struct Existing {
@@ -33,7 +33,7 @@ pub struct Existing {
     /// The state in the last job.
     sent: (Uses, BTreeSet<EgressId>),
     /// Pods that have started under their policies since the last job.
-    new: BTreeSet<Holder>,
+    new: BTreeSet<PodId>,
     /// Whether Egret's rules were removed and restored since the last job.
     mended: bool,
 }
@@ -43,7 +43,7 @@ struct Job {
     uses: Uses,
     /// The allocations that are ready.
     ready: BTreeSet<EgressId>,
-    new: BTreeSet<Holder>,
+    new: BTreeSet<PodId>,
     mended: bool,
     inside: Inside,
     marks: Marks,
@@ -65,7 +65,7 @@ impl Existing {
     }
 
     /// Adds a pod that has started, and that sent nothing before its policies were in force.
-    pub fn add_new_pod(&mut self, pod: Holder) {
+    pub fn add_new_pod(&mut self, pod: PodId) {
         self.new.insert(pod);
     }
 
@@ -105,7 +105,7 @@ impl Existing {
 /// The thread's state.
 #[derive(Default)]
 struct ConnectionReview {
-    pods: BTreeMap<Holder, Pod>,
+    pods: BTreeMap<PodId, Pod>,
     ready: BTreeSet<EgressId>,
     /// Rules were removed and restored, and the pods' connections have not been reviewed since.
     mended: bool,
@@ -140,38 +140,38 @@ impl ConnectionReview {
 
     /// Reviews the pods whose policies have changed, and returns how many connections were ended.
     fn review(&mut self, job: &Job) -> Result<usize> {
-        self.pods.retain(|holder, _| job.uses.contains_key(holder));
+        self.pods.retain(|pod_id, _| job.uses.contains_key(pod_id));
         self.mended |= job.mended;
-        for holder in job.new.iter().filter(|holder| job.uses.contains_key(*holder)) {
-            let held = Pod { policy_chain: Arc::new(PolicyChain::Isolated), kept: HashSet::new(), is_new: true };
-            self.pods.insert(holder.clone(), held);
+        for pod_id in job.new.iter().filter(|pod_id| job.uses.contains_key(*pod_id)) {
+            let isolated = Pod { policy_chain: Arc::new(PolicyChain::Isolated), kept: HashSet::new(), is_new: true };
+            self.pods.insert(pod_id.clone(), isolated);
         }
-        let changed: Vec<(&Holder, &Use, &Arc<PolicyChain>)> = job
+        let changed: Vec<(&PodId, &Use, &Arc<PolicyChain>)> = job
             .uses
             .iter()
-            .filter_map(|(holder, used)| {
+            .filter_map(|(pod_id, used)| {
                 let policy_chain = used.policy_chain.as_ref()?;
-                self.needs_review(holder, policy_chain, &job.ready).then_some((holder, &**used, policy_chain))
+                self.needs_review(pod_id, policy_chain, &job.ready).then_some((pod_id, &**used, policy_chain))
             })
             .collect();
         let mut found = Found { kept: BTreeMap::new(), ended: 0 };
         if !changed.is_empty() {
             found = self.find(&changed, job)?;
         }
-        for (holder, used) in &job.uses {
+        for (pod_id, used) in &job.uses {
             let Some(policy_chain) = &used.policy_chain else { continue };
-            let before = self.pods.remove(holder);
+            let before = self.pods.remove(pod_id);
             let is_new = before.as_ref().is_some_and(|pod| pod.is_new) && **policy_chain == PolicyChain::Isolated;
-            let kept = found.kept.remove(holder).or(before.map(|pod| pod.kept)).unwrap_or_default();
-            self.pods.insert(holder.clone(), Pod { policy_chain: policy_chain.clone(), kept, is_new });
+            let kept = found.kept.remove(pod_id).or(before.map(|pod| pod.kept)).unwrap_or_default();
+            self.pods.insert(pod_id.clone(), Pod { policy_chain: policy_chain.clone(), kept, is_new });
         }
         self.ready.clone_from(&job.ready);
         (self.mended, self.has_looked) = (false, true);
         Ok(found.ended)
     }
 
-    fn needs_review(&self, holder: &Holder, policy_chain: &Arc<PolicyChain>, ready: &BTreeSet<EgressId>) -> bool {
-        let Some(before) = self.pods.get(holder) else { return true };
+    fn needs_review(&self, pod_id: &PodId, policy_chain: &Arc<PolicyChain>, ready: &BTreeSet<EgressId>) -> bool {
+        let Some(before) = self.pods.get(pod_id) else { return true };
         if self.mended {
             return true;
         }
@@ -184,26 +184,26 @@ impl ConnectionReview {
     }
 
     /// Ends connections of these pods, and collects the ones that continue.
-    fn find(&self, pods: &[(&Holder, &Use, &Arc<PolicyChain>)], job: &Job) -> Result<Found> {
-        let of_address: HashMap<IpAddr, (&Holder, &PolicyChain)> = pods
+    fn find(&self, pods: &[(&PodId, &Use, &Arc<PolicyChain>)], job: &Job) -> Result<Found> {
+        let of_address: HashMap<IpAddr, (&PodId, &PolicyChain)> = pods
             .iter()
-            .flat_map(|(holder, used, policy_chain)| {
-                used.addresses.iter().map(move |a| (*a, (*holder, &***policy_chain)))
+            .flat_map(|(pod_id, used, policy_chain)| {
+                used.addresses.iter().map(move |a| (*a, (*pod_id, &***policy_chain)))
             })
             .collect();
-        let mut kept: BTreeMap<Holder, HashSet<u32>> =
+        let mut kept: BTreeMap<PodId, HashSet<u32>> =
             pods.iter().map(|(h, ..)| ((*h).clone(), HashSet::new())).collect();
         let mut socket = Socket::open(NETLINK_NETFILTER)?;
         let ended = conntrack::delete_by_source(&mut socket, &of_address.keys().copied().collect(), |c| {
-            let Some((holder, policy_chain)) = of_address.get(&c.source) else { return false };
+            let Some((pod_id, policy_chain)) = of_address.get(&c.source) else { return false };
             if c.mark & job.marks.connection_mask() == job.marks.connection(0) || job.inside.has(c.reply_source) {
                 return false;
             }
-            let before = self.pods.get(*holder);
+            let before = self.pods.get(*pod_id);
             match self.action(before, policy_chain, &job.ready, c) {
                 Action::End => return true,
                 Action::Keep => {
-                    kept.entry((*holder).clone()).or_default().insert(c.id);
+                    kept.entry((*pod_id).clone()).or_default().insert(c.id);
                 }
                 Action::Ignore => {}
             }
@@ -238,7 +238,7 @@ impl ConnectionReview {
 
 /// See [`ConnectionReview::find`].
 struct Found {
-    kept: BTreeMap<Holder, HashSet<u32>>,
+    kept: BTreeMap<PodId, HashSet<u32>>,
     ended: usize,
 }
 

@@ -115,7 +115,11 @@ impl Metrics {
             allocations_seen: BTreeMap::new(),
         };
         let mut registry = Registry::with_prefix("egret_node");
-        registry.register("pods", "Pods of this node by state: selected, held, free, unmanaged", metrics.pods.clone());
+        registry.register(
+            "pods",
+            "Pods of this node by state: selected, isolated, free, unmanaged",
+            metrics.pods.clone(),
+        );
         registry.register("allocations", "Allocations by state: local, remote, unready", metrics.allocations.clone());
         registry.register(
             "dropped_packets",
@@ -189,7 +193,7 @@ impl Metrics {
     pub fn pods(&self, census: &Census) {
         let states = [
             ("selected", census.selected),
-            ("held", census.held),
+            ("isolated", census.isolated),
             ("free", census.free),
             ("unmanaged", census.unmanaged),
         ];

@@ -30,7 +30,7 @@ pub struct Interface {
 /// A pod that the plugin attached.
 #[derive(Debug)]
 struct Attached {
-    holder: Holder,
+    pod_id: PodId,
     attachment: Attachment,
     /// `None` if it has none on the host, or if it is gone.
     interface: Option<Interface>,
@@ -96,7 +96,7 @@ struct JudgedBy {
 
 /// Identifies a pod of either kind.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Holder {
+pub enum PodId {
     /// By the runtime's names.
     Attached(Arc<AttachmentId>),
     /// By its interface's index.
@@ -109,7 +109,7 @@ pub struct Use {
     pub addresses: Vec<IpAddr>,
     pub allocations: BTreeSet<EgressId>,
     /// Whether the pod is isolated, because its policies are unknown.
-    pub held: bool,
+    pub isolated: bool,
     /// The pod's policy chain; `None` in the default value alone.
     pub policy_chain: Option<Arc<PolicyChain>>,
 }
@@ -120,7 +120,7 @@ pub struct Census {
     /// Policies select them.
     pub selected: i64,
     /// They are isolated, because their policies are unknown.
-    pub held: i64,
+    pub isolated: i64,
     /// No policy selects them.
     pub free: i64,
     /// Policies select them, and they have no veth on the host.
@@ -163,8 +163,8 @@ impl Pods {
         let (labels, policy_delay) = before.map(|a| (a.labels, a.policy_delay)).unwrap_or_default();
         self.ended.remove(&ObjectKey::new(&attachment.pod.namespace, &attachment.pod.name));
         let (id, judged) = (attachment.id.clone(), Judged::Unknown);
-        let holder = Holder::Attached(Arc::new(id.clone()));
-        self.attached.insert(id, Attached { holder, attachment, interface, labels, judged, policy_delay });
+        let pod_id = PodId::Attached(Arc::new(id.clone()));
+        self.attached.insert(id, Attached { pod_id, attachment, interface, labels, judged, policy_delay });
         self.drop_adopted(|a| same(&a.known.interface))
     }
 
@@ -211,10 +211,10 @@ impl Pods {
     }
 
     /// Whether the pod is still here.
-    pub fn has(&self, holder: &Holder) -> bool {
-        match holder {
-            Holder::Attached(id) => self.attached.contains_key(&**id),
-            Holder::Adopted(index) => self.adopted.contains_key(index),
+    pub fn has(&self, pod_id: &PodId) -> bool {
+        match pod_id {
+            PodId::Attached(id) => self.attached.contains_key(&**id),
+            PodId::Adopted(index) => self.adopted.contains_key(index),
         }
     }
 
@@ -336,23 +336,23 @@ impl Pods {
     }
 
     /// Computes the plan of all pods, what each uses, and the number of pods in each state.
-    pub fn plan(&mut self, cluster: &Cluster, view: &View) -> (NodePlan, BTreeMap<Holder, Arc<Use>>, Census) {
+    pub fn plan(&mut self, cluster: &Cluster, view: &View) -> (NodePlan, BTreeMap<PodId, Arc<Use>>, Census) {
         self.judge(cluster, view);
         // Free the pod marks of removed pods first, because other pods may lack one.
         let there = self.interfaces().collect();
         self.pod_marks.retain(&there);
         let (mut plan, mut uses, mut census) = (NodePlan::default(), Vec::new(), Census::default());
         let (pod_marks, mut in_use) = (&mut self.pod_marks, HashSet::new());
-        let mut add = |holder, interface: &Interface, addresses: &[IpAddr], selected: &mut Selected| {
+        let mut add = |pod_id, interface: &Interface, addresses: &[IpAddr], selected: &mut Selected| {
             let pod_mark = pod_marks.get(interface.index);
             in_use.insert(interface.index);
             let planned = selected.planned(pod_mark, interface, addresses);
-            if planned.used.held {
-                census.held += 1;
+            if planned.used.isolated {
+                census.isolated += 1;
             } else {
                 census.selected += 1;
             }
-            uses.push((holder, planned.used.clone()));
+            uses.push((pod_id, planned.used.clone()));
             plan.add(view, planned.chain.clone(), planned.pod.clone(), planned.policy_chain.clone());
         };
         self.undecided.clear();
@@ -362,7 +362,7 @@ impl Pods {
                     if *selected.policy_chain == PolicyChain::Isolated {
                         self.undecided.insert(id.clone());
                     }
-                    add(a.holder.clone(), i, &a.attachment.addresses, selected);
+                    add(a.pod_id.clone(), i, &a.attachment.addresses, selected);
                 }
                 (Judged::Selected(_), None) if a.attachment.host.is_none() => census.unmanaged += 1,
                 // Its interface and so the pod are gone; DEL is still to come.
@@ -372,7 +372,7 @@ impl Pods {
         }
         for (index, a) in &mut self.adopted {
             if let Judged::Selected(selected) = &mut a.judged {
-                add(Holder::Adopted(*index), &a.known.interface, &a.known.addresses, selected);
+                add(PodId::Adopted(*index), &a.known.interface, &a.known.addresses, selected);
             }
         }
         self.pod_marks.retain(&in_use);
@@ -444,10 +444,10 @@ impl Selected {
         self.planned.insert(as_before.unwrap_or_else(|| {
             let policy_chain =
                 if pod_mark == OVERFLOW_MARK { Arc::new(PolicyChain::Isolated) } else { self.policy_chain.clone() };
-            let held = *policy_chain == PolicyChain::Isolated;
+            let isolated = *policy_chain == PolicyChain::Isolated;
             let allocations = policy_chain.allocations().collect();
             let used =
-                Use { addresses: addresses.to_vec(), allocations, held, policy_chain: Some(policy_chain.clone()) };
+                Use { addresses: addresses.to_vec(), allocations, isolated, policy_chain: Some(policy_chain.clone()) };
             let pod = PodPlan {
                 interface: interface.name.clone(),
                 interface_index: interface.index,

@@ -1,16 +1,19 @@
 //! The socket for plugins' requests, and the lock against a second daemon.
 
+use super::node_state::{self, NodeState};
 use anyhow::Context;
 use egret_cni::careful;
 use egret_cni::protocol::{Failure, PROTOCOL, Request, Response, Verb, codes};
 use egret_cni::run_dir::{self, DAEMON_LOCK, SOCKET};
 use nix::fcntl::Flock;
+use serde::{Deserialize, Serialize};
 use std::fs::{self, File};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::net::unix::WriteHalf;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{Semaphore, mpsc, oneshot};
 
@@ -54,6 +57,8 @@ pub async fn lock(run_dir: &Path) -> anyhow::Result<Flock<File>> {
 /// The socket that accepts plugins' connections.
 pub struct Listener {
     pub requests: mpsc::Receiver<PluginRequest>,
+    /// Requests of `egretd state`.
+    pub states: mpsc::Receiver<oneshot::Sender<NodeState>>,
     /// The socket's inode.
     inode: u64,
 }
@@ -84,6 +89,8 @@ pub fn listen(run_dir: &Path) -> anyhow::Result<Listener> {
         .with_context(|| format!("socket {}", path.display()))?;
     let inode = fs::metadata(&path).with_context(|| format!("socket {}", path.display()))?.ino();
     let (sender, requests) = mpsc::channel(256);
+    let (state_sender, states) = mpsc::channel(4);
+    let senders = Senders { requests: sender, states: state_sender };
     tokio::spawn(async move {
         let room = Arc::new(Semaphore::new(AT_ONCE));
         loop {
@@ -91,10 +98,10 @@ pub fn listen(run_dir: &Path) -> anyhow::Result<Listener> {
             let Ok(place) = room.clone().acquire_owned().await else { return };
             match listener.accept().await {
                 Ok((stream, _)) => {
-                    let sender = sender.clone();
+                    let senders = senders.clone();
                     tokio::spawn(async move {
                         let _place = place;
-                        if let Err(e) = serve(stream, sender).await {
+                        if let Err(e) = serve(stream, senders).await {
                             tracing::debug!("a plugin's connection ended early: {e}");
                         }
                     });
@@ -106,10 +113,17 @@ pub fn listen(run_dir: &Path) -> anyhow::Result<Listener> {
             }
         }
     });
-    Ok(Listener { requests, inode })
+    Ok(Listener { requests, states, inode })
 }
 
-async fn serve(mut stream: UnixStream, requests: mpsc::Sender<PluginRequest>) -> std::io::Result<()> {
+/// Where requests go.
+#[derive(Clone)]
+struct Senders {
+    requests: mpsc::Sender<PluginRequest>,
+    states: mpsc::Sender<oneshot::Sender<NodeState>>,
+}
+
+async fn serve(mut stream: UnixStream, senders: Senders) -> std::io::Result<()> {
     let (read, mut write) = stream.split();
     let mut line = Vec::new();
     let mut reader = BufReader::new(read.take(MAX_REQUEST));
@@ -117,10 +131,19 @@ async fn serve(mut stream: UnixStream, requests: mpsc::Sender<PluginRequest>) ->
         Ok(read) => read?,
         Err(_) => return Ok(()),
     };
+    let is_state_request = |head: &Head| head.version == PROTOCOL && head.verb.as_deref() == Some(node_state::VERB);
+    if serde_json::from_slice::<Head>(&line).is_ok_and(|head| is_state_request(&head)) {
+        let (response, responded) = oneshot::channel();
+        if senders.states.send(response).await.is_err() {
+            return Ok(());
+        }
+        let Ok(state) = responded.await else { return Ok(()) };
+        return respond(&mut write, &node_state::Response { version: PROTOCOL, state: Some(state) }).await;
+    }
     let result = match serde_json::from_slice::<Request>(&line) {
         Ok(Request { version: PROTOCOL, verb }) => {
             let (response, responded) = oneshot::channel();
-            if requests.send(PluginRequest { verb, response }).await.is_err() {
+            if senders.requests.send(PluginRequest { verb, response }).await.is_err() {
                 return Ok(());
             }
             match responded.await {
@@ -130,20 +153,25 @@ async fn serve(mut stream: UnixStream, requests: mpsc::Sender<PluginRequest>) ->
         }
         Ok(Request { version, .. }) => Err(incompatible(version)),
         // Another protocol version may have other verbs.
-        Err(e) => match serde_json::from_slice::<Version>(&line) {
+        Err(e) => match serde_json::from_slice::<Head>(&line) {
             Ok(v) if v.version != PROTOCOL => Err(incompatible(v.version)),
             _ => Err(Failure::new(codes::DECODE, "egretd cannot parse the request", e.to_string())),
         },
     };
-    let response = Response { version: PROTOCOL, error: result.err() };
-    let mut bytes = serde_json::to_vec(&response)?;
+    respond(&mut write, &Response { version: PROTOCOL, error: result.err() }).await
+}
+
+async fn respond(write: &mut WriteHalf<'_>, response: &impl Serialize) -> std::io::Result<()> {
+    let mut bytes = serde_json::to_vec(response)?;
     bytes.push(b'\n');
     write.write_all(&bytes).await
 }
 
-#[derive(serde::Deserialize)]
-struct Version {
+/// The part of a request that all versions of the protocol have.
+#[derive(Deserialize)]
+struct Head {
     version: u32,
+    verb: Option<String>,
 }
 
 fn incompatible(version: u32) -> Failure {

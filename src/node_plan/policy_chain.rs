@@ -81,7 +81,7 @@ impl PolicyChain {
 
     /// The name: FNV-1a of the policies' names, so it stays as long as the list of policies does.
     pub fn name(&self) -> Arc<str> {
-        let PolicyChain::Steps(steps) = self else { return "policy-held".into() };
+        let PolicyChain::Steps(steps) = self else { return "policy-isolated".into() };
         let names: String = steps.iter().map(|step| format!("{}\0", step.policy)).collect();
         format!("policy-{:016x}", fnv1a(names.bytes())).into()
     }

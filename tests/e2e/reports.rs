@@ -16,12 +16,12 @@ fn metrics_tell_of_pods_allocations_and_packets() {
     let (owner, _) = owner_and_other(&lab);
     let get = |daemon: &str, name: &str, labels: &[(&str, &str)]| lab.metrics(daemon).get(name, labels);
     let pods = |state: &str| get("n1", "egret_node_pods", &[("state", state)]);
-    assert_eq!(["selected", "held", "free", "unmanaged"].map(pods), [Some(0.0); 4]);
+    assert_eq!(["selected", "isolated", "free", "unmanaged"].map(pods), [Some(0.0); 4]);
     let visitor = lab.add_pod("n1", "shop", "visitor", VISITOR);
     let other = lab.add_pod("n1", "office", "other", &[]);
     let mut unknown = lab.sandbox_unknown("n1", "shop", "unknown");
     unknown.attach().expect("ADD");
-    assert_eq!(["selected", "held", "free", "unmanaged"].map(pods), [Some(1.0), Some(1.0), Some(1.0), Some(0.0)]);
+    assert_eq!(["selected", "isolated", "free", "unmanaged"].map(pods), [Some(1.0), Some(1.0), Some(1.0), Some(0.0)]);
     assert_blocked(&unknown);
 
     let allocations = |daemon: &str, state: &str| get(daemon, "egret_node_allocations", &[("state", state)]);
@@ -230,4 +230,37 @@ fn check_names_firewalls_that_drop_what_is_forwarded() {
 /// What a command that ends well or not says.
 fn run_on(node: &Node, command: &[&str]) -> String {
     String::from_utf8_lossy(&node.try_run(command).stdout).into_owned()
+}
+
+#[test]
+fn egretd_state_says_what_a_daemon_desires_and_observes() {
+    let lab = Lab::scene();
+    let (owner, _) = owner_and_other(&lab);
+    let visitor = lab.add_pod("n1", "shop", "visitor", VISITOR);
+    assert_leaves_by_egress(&visitor);
+    let state = |node: &str| -> Value {
+        let run_dir = lab.node(node).run_dir();
+        let output =
+            Command::new(EGRETD).args(["state", "--json", "--run-dir"]).arg(&run_dir).output().expect("egretd");
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        serde_json::from_slice(&output.stdout).expect("JSON")
+    };
+    let id = lab.egress_id("shop/visitors").to_string();
+    let (source, gateway) = (state("n1"), state(&owner));
+    assert_eq!(source["pending"], serde_json::json!({}));
+    assert_eq!(source["observed"]["pods"]["selected"], 1);
+    assert_eq!(source["observed"]["selected"][0]["egressIds"][0].to_string(), id);
+    assert_eq!(source["desired"]["egressIps"][&id]["here"], false);
+    assert_eq!(gateway["desired"]["egressIps"][&id]["traffic"], "local");
+    assert_eq!(gateway["desired"]["egressIps"][&id]["here"], true);
+    assert_eq!(gateway["observed"]["egressIps"][&id]["here"], true);
+    assert_eq!(gateway["observed"]["egressIps"][&id]["state"], "Owner");
+
+    let text = Command::new(EGRETD).arg("state").arg("--run-dir").arg(lab.node(&owner).run_dir()).output();
+    let text = String::from_utf8_lossy(&text.expect("egretd").stdout).into_owned();
+    assert!(text.contains(&format!("egress IP {id} (")) && text.contains("observed here, Owner"), "{text}");
+
+    let nowhere = Command::new(EGRETD).args(["state", "--run-dir", "/nowhere/at/all"]).output().expect("egretd");
+    let error = String::from_utf8_lossy(&nowhere.stderr).into_owned();
+    assert!(!nowhere.status.success() && error.contains("/nowhere/at/all/cni.sock"), "{error}");
 }

@@ -7,8 +7,8 @@ use crate::node_plan::policy_chain::Step;
 const ALLOCATION: EgressId = 7;
 const HTTPS: u16 = 443;
 
-fn holder() -> Holder {
-    Holder::Adopted(3)
+fn pod_id() -> PodId {
+    PodId::Adopted(3)
 }
 
 /// The policy chain of one policy that covers port 443 alone.
@@ -104,15 +104,15 @@ fn a_pod_that_began_under_its_policies_is_not_looked_at() {
     let keep = policy_chain(ExistingConnections::Keep, Fallback::Block);
     let mut review = ConnectionReview::default();
     let is_reviewed = |review: &ConnectionReview, policy_chain: &Arc<PolicyChain>| {
-        review.needs_review(&holder(), policy_chain, &[ALLOCATION].into())
+        review.needs_review(&pod_id(), policy_chain, &[ALLOCATION].into())
     };
     assert!(is_reviewed(&review, &keep), "it ran before");
-    let held = Arc::new(PolicyChain::Isolated);
-    review.pods.insert(holder(), Pod { policy_chain: held.clone(), kept: HashSet::new(), is_new: true });
+    let isolated = Arc::new(PolicyChain::Isolated);
+    review.pods.insert(pod_id(), Pod { policy_chain: isolated.clone(), kept: HashSet::new(), is_new: true });
     assert!(!is_reviewed(&review, &keep));
-    review.pods.insert(holder(), Pod { policy_chain: held, kept: HashSet::new(), is_new: false });
-    assert!(is_reviewed(&review, &keep), "it was held later");
-    review.pods.insert(holder(), Pod { policy_chain: keep.clone(), kept: HashSet::new(), is_new: false });
+    review.pods.insert(pod_id(), Pod { policy_chain: isolated, kept: HashSet::new(), is_new: false });
+    assert!(is_reviewed(&review, &keep), "it was isolated later");
+    review.pods.insert(pod_id(), Pod { policy_chain: keep.clone(), kept: HashSet::new(), is_new: false });
     assert!(!is_reviewed(&review, &keep));
     review.mended = true;
     assert!(is_reviewed(&review, &keep));
@@ -124,7 +124,7 @@ fn what_is_told_twice_is_done_once() {
     let sent = Default::default();
     let mut existing = Existing { jobs, marks: Marks::default(), sent, new: BTreeSet::new(), mended: false };
     let used = Use { policy_chain: Some(policy_chain(ExistingConnections::Keep, Fallback::Block)), ..Use::default() };
-    let uses = Uses::from([(holder(), Arc::new(used))]);
+    let uses = Uses::from([(pod_id(), Arc::new(used))]);
     let mut look = |mended| {
         existing.update(&uses, [ALLOCATION].into(), mended, &Shared::default(), &BTreeSet::new());
         incoming.try_iter().count()

@@ -145,7 +145,7 @@ impl State {
         matches!(self, State::Contested(_) | State::Relinquished { answer: Some(_), .. })
     }
 
-    /// The name of the state in logs.
+    /// The name of the state, in logs and in `egretd state`.
     pub fn name(&self) -> &'static str {
         match self {
             State::Standby => "Standby",

@@ -447,6 +447,11 @@ impl Holding {
         self.with_state(|state| *state == State::TakenOver)
     }
 
+    /// The states of the egress IPs. Those that are not listed are in standby.
+    pub fn states(&self) -> impl Iterator<Item = (EgressId, State)> {
+        self.ips.iter().map(|(id, ip)| (*id, ip.state))
+    }
+
     fn with_state(&self, has: impl Fn(&State) -> bool) -> BTreeSet<EgressId> {
         self.ips.iter().filter(|(_, ip)| has(&ip.state)).map(|(id, _)| *id).collect()
     }

@@ -73,7 +73,7 @@ pub struct Targets {
 
 /// What was found out.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Seen {
+pub struct PeerLiveness {
     /// Nodes that do not answer.
     pub dead: BTreeSet<Name>,
     /// What others have lost of their uplinks.
@@ -87,13 +87,13 @@ pub struct Seen {
 }
 
 /// Asks, until nobody wants to know any more.
-pub async fn watch(settings: Settings, mut targets: watch::Receiver<Targets>, seen: watch::Sender<Seen>) {
+pub async fn watch(settings: Settings, mut targets: watch::Receiver<Targets>, seen: watch::Sender<PeerLiveness>) {
     let mut probes = Probes::new(settings);
     let mut uplinks = Probes::unproven(settings);
     let mut echo: Option<Echo> = None;
     let mut wanted = Targets::default();
-    let mut told = Seen::default();
-    let mut loneliness = Loneliness::default();
+    let mut told = PeerLiveness::default();
+    let mut reachability = Reachability::default();
     loop {
         let next = [probes.next(), uplinks.next()].into_iter().flatten().min();
         tokio::select! {
@@ -128,9 +128,9 @@ pub async fn watch(settings: Settings, mut targets: watch::Receiver<Targets>, se
             }
         }
         let (dead, lost) = tell_apart(&probes, &mut uplinks, &wanted);
-        let mut new = Seen { dead, lost, ..told.clone() };
+        let mut new = PeerLiveness { dead, lost, ..told.clone() };
         let nobody = !new.dead.is_empty() && new.dead.len() == wanted.nodes.len();
-        new.reached = loneliness.is_reached(nobody);
+        new.reached = reachability.is_reached(nobody);
         new.alone = !new.reached && probes.silent_for(now) > settings.detection();
         new.returns += u64::from(probes.take_stall()) + u64::from(told.alone && !new.alone);
         if new != told {
@@ -176,12 +176,12 @@ fn tell_apart(
 
 /// Whether others ask for this node, while it hears of nobody.
 #[derive(Debug, Default)]
-struct Loneliness {
+struct Reachability {
     /// How often it had been asked when it began.
     before: Option<Option<u64>>,
 }
 
-impl Loneliness {
+impl Reachability {
     /// Whether others reach this node. That they do not is certain only when that has lasted longer than they would
     /// have left this node unasked by chance.
     fn is_reached(&mut self, nobody_answers: bool) -> bool {
@@ -194,7 +194,7 @@ impl Loneliness {
     }
 }
 
-fn tell(before: &Seen, now: &Seen) {
+fn tell(before: &PeerLiveness, now: &PeerLiveness) {
     for node in now.dead.difference(&before.dead) {
         tracing::warn!(%node, "the node does not answer: its allocations are other nodes' now");
     }

@@ -40,7 +40,7 @@ impl Scene {
         let labels: Labels = POD.iter().copied().collect();
         match self.policy_delay.policy_chain(&view, "a", Some(&labels), self.now) {
             Some(PolicyChain::Steps(steps)) => steps.iter().map(|step| step.policy.to_string()).collect(),
-            Some(PolicyChain::Isolated) => vec!["held".into()],
+            Some(PolicyChain::Isolated) => vec!["isolated".into()],
             None => vec![],
         }
     }

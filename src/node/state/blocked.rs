@@ -14,7 +14,8 @@ impl Node {
     /// connections it does not forward.
     pub(super) fn blocked(&self) -> Vec<BlockedAllocation> {
         let allocations = &self.view.allocations;
-        let used: BTreeSet<EgressId> = self.uses.values().flat_map(|used| &used.allocations).copied().collect();
+        let used: BTreeSet<EgressId> =
+            self.enforced.uses.values().flat_map(|used| &used.allocations).copied().collect();
         let unready = used.iter().filter_map(|id| match &allocations.allocations.get(id)?.state {
             AllocationState::Unready(why) => {
                 Some(BlockedAllocation { id: *id, family: None, message: why.to_string() })

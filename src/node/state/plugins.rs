@@ -1,12 +1,15 @@
 //! Plugins' requests, and the responses that wait until the kernel is in sync.
 
 use super::Node;
+use super::steps::Input;
 use crate::model::{Cluster, ObjectKey};
-use crate::node::pods::{self, Holder, Pods};
+use crate::node::pods::{self, PodId, Pods};
 use crate::node::socket::PluginRequest;
 use crate::node_plan::View;
 use egret_cni::attachment::{Attachment, AttachmentId};
 use egret_cni::protocol::{Failure, Verb, codes};
+use std::io;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::sync::oneshot;
@@ -15,29 +18,57 @@ use tokio::sync::oneshot;
 const UNKNOWN_WAIT: Duration = Duration::from_millis(500);
 
 /// A request that waits for its response.
-pub(super) struct Waiting {
-    pub(super) since: Instant,
-    pub(super) verb: &'static str,
+struct Waiting {
+    since: Instant,
+    verb: &'static str,
     /// The attachment whose pod should be known before the response.
     unknown: Option<AttachmentId>,
-    pub(super) answer: oneshot::Sender<Result<(), Failure>>,
+    answer: oneshot::Sender<Result<(), Failure>>,
 }
 
 impl Waiting {
     /// Whether it is the ADD of a pod that no policy selects. Such a pod starts even if the kernel cannot be brought
     /// in sync, because it needs nothing there.
-    pub(super) fn is_free(&self, pods: &Pods, cluster: &Cluster, view: &View) -> bool {
+    fn is_free(&self, pods: &Pods, cluster: &Cluster, view: &View) -> bool {
         let attachment = self.unknown.as_ref().and_then(|id| pods.get(id));
         attachment.is_some_and(|a| pods.policy_chain(a, cluster, view).is_none())
     }
 
-    pub(super) fn is_due(&self, pods: &Pods) -> bool {
+    fn is_due(&self, pods: &Pods) -> bool {
         self.unknown.as_ref().is_none_or(|id| pods.is_decided(id)) || self.since.elapsed() >= UNKNOWN_WAIT
     }
 }
 
+/// Plugins' requests that are not completed.
+#[derive(Default)]
+pub(super) struct Requests {
+    /// Requests that wait until the kernel is in sync.
+    waiting: Vec<Waiting>,
+    /// Attachments whose files are removed when all else of theirs is.
+    detached: Vec<AttachmentId>,
+}
+
+impl Requests {
+    /// Whether the attachment's DEL has come.
+    pub(super) fn is_detached(&self, id: &AttachmentId) -> bool {
+        self.detached.contains(id)
+    }
+
+    /// Removes the files of attachments whose DEL has come.
+    ///
+    /// # Errors
+    /// A file cannot be removed; the next call tries again.
+    pub(super) fn forget_detached(&mut self, run_dir: &Path) -> io::Result<()> {
+        while let Some(id) = self.detached.last() {
+            id.forget(run_dir)?;
+            self.detached.pop();
+        }
+        Ok(())
+    }
+}
+
 impl Node {
-    /// Takes plugins' requests. [`reconcile_all`](Self::reconcile_all) sends the responses when the kernel is in sync.
+    /// Takes plugins' requests. [`pass`](Self::pass) sends the responses when the kernel is in sync.
     pub async fn answer(&mut self, requests: Vec<PluginRequest>) {
         for PluginRequest { verb, response: answer } in requests {
             let mut unknown = None;
@@ -51,7 +82,7 @@ impl Node {
                 Verb::Gc { network, valid } => ("GC", self.collect_garbage(&network, &valid)),
             };
             match result {
-                Ok(()) => self.waiting.push(Waiting { since: Instant::now(), verb, unknown, answer }),
+                Ok(()) => self.requests.waiting.push(Waiting { since: Instant::now(), verb, unknown, answer }),
                 Err(failure) => {
                     tracing::warn!(verb, "rejected the plugin's request: {failure}");
                     let _ = answer.send(Err(failure));
@@ -79,17 +110,19 @@ impl Node {
             self.listeners.lookup.look_for(ObjectKey::new(&a.pod.namespace, &a.pod.name), &a.pod.uid);
         }
         // Tracked connections of these addresses are an earlier pod's.
-        self.ended.addresses.extend(self.of_gone(&a));
+        self.connections.ended.addresses.extend(self.of_gone(&a));
         if self.pods.get(&a.id).is_none() {
-            self.existing.add_new_pod(Holder::Attached(Arc::new(a.id.clone())));
+            self.connections.existing.add_new_pod(PodId::Attached(Arc::new(a.id.clone())));
         }
-        self.attach(a, interface);
+        if self.attach(a, interface) {
+            self.pending.raise(Input::PluginRecords);
+        }
         Ok(())
     }
 
     fn del(&mut self, id: AttachmentId) -> Result<(), Failure> {
-        self.ended.addresses.extend(self.pods.detach(&id));
-        self.leaving.push(id);
+        self.connections.ended.addresses.extend(self.pods.detach(&id));
+        self.requests.detached.push(id);
         Ok(())
     }
 
@@ -129,9 +162,19 @@ impl Node {
         gone.into_iter().try_for_each(|id| self.del(id))
     }
 
+    /// Sends the responses that are due, or `failure` to all requests that wait.
+    pub(super) fn respond(&mut self, failure: Option<&Failure>) {
+        for waiting in self.requests.waiting.extract_if(.., |w| failure.is_some() || w.is_due(&self.pods)) {
+            self.metrics.answered(waiting.verb, waiting.since.elapsed());
+            // If the plugin has timed out meanwhile, the runtime calls DEL.
+            let failure = failure.filter(|_| !waiting.is_free(&self.pods, &self.cluster, &self.view));
+            let _ = waiting.answer.send(failure.cloned().map_or(Ok(()), Err));
+        }
+    }
+
     /// Waits for the deadline of the oldest waiting request.
-    pub async fn next_deadline(&self) {
-        match self.waiting.iter().map(|w| w.since + UNKNOWN_WAIT).min() {
+    pub async fn next_request_deadline(&self) {
+        match self.requests.waiting.iter().map(|w| w.since + UNKNOWN_WAIT).min() {
             Some(due) => tokio::time::sleep_until(due.into()).await,
             None => std::future::pending().await,
         }

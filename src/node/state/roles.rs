@@ -29,13 +29,13 @@ impl Node {
             // The tunnel device is being repaired.
             return;
         }
-        let handed: Vec<(EgressId, Mac)> = self.handed.iter().map(|(id, (mac, _))| (*id, *mac)).collect();
-        let of = &self.roles_of;
+        let handed: Vec<(EgressId, Mac)> = self.egress.handovers.to_here().collect();
+        let of = &self.connections.roles_of;
         if self.view.allocations.has(&of.allocations) && (of.end, &of.handed) == (end, &handed) {
             return;
         }
-        self.roles_of = RoleInputs { allocations: self.view.allocations.mark(), end, handed };
-        self.changed_ports.set_roles(self.roles());
+        self.connections.roles_of = RoleInputs { allocations: self.view.allocations.mark(), end, handed };
+        self.connections.changed_ports.set_roles(self.roles());
     }
 
     fn roles(&self) -> Roles {
@@ -48,7 +48,7 @@ impl Node {
                 AllocationState::Remote(mac) => Some(mac),
                 _ => None,
             };
-            let before = self.handed.get(id).map(|(mac, _)| *mac);
+            let before = self.egress.handovers.former_owner(*id);
             let role = Role {
                 allocation: *id,
                 owns: allocation.state == AllocationState::Local,

@@ -2,49 +2,93 @@
 //! pod whose veth is not found is quarantined by its address.
 
 use super::Node;
+use super::steps::Input;
 use crate::model::ObjectKey;
-use crate::node::adopted_files::Remembered;
+use crate::node::adopted_files::{AdoptedFiles, Remembered};
 use crate::node::adoption::{self, SearchResult};
 use anyhow::Result;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 /// The pause between two searches for the same pod.
 const SEEK_AGAIN: Duration = Duration::from_secs(5);
 
+/// The state of the searches.
+#[derive(Debug)]
+pub(super) struct Unmanaged {
+    /// Pods whose search is running.
+    sought: BTreeSet<ObjectKey>,
+    /// Pods whose veth was not found: when, and their addresses, which are in quarantine.
+    missing: BTreeMap<ObjectKey, (Instant, Vec<IpAddr>)>,
+    /// Pods whose search result was discarded, and when. They are not searched again at once.
+    put_off: BTreeMap<ObjectKey, Instant>,
+    /// The files of adopted pods.
+    pub(super) files: AdoptedFiles,
+}
+
+impl Unmanaged {
+    pub(super) fn new(files: AdoptedFiles) -> Self {
+        Unmanaged { sought: BTreeSet::new(), missing: BTreeMap::new(), put_off: BTreeMap::new(), files }
+    }
+
+    /// Drops the pods without a veth whose addresses a pod has that the plugin attached. Returns whether there were any.
+    pub(super) fn attached(&mut self, addresses: &[IpAddr]) -> bool {
+        let before = self.missing.len();
+        self.missing.retain(|_, (_, quarantined)| !quarantined.iter().any(|a| addresses.contains(a)));
+        self.missing.len() < before
+    }
+
+    /// The addresses of pods whose veth was not found.
+    pub(super) fn missing(&self) -> BTreeSet<IpAddr> {
+        self.missing.values().flat_map(|(_, addresses)| addresses).copied().collect()
+    }
+
+    /// The number of pods whose veth was not found.
+    pub(super) fn count_missing(&self) -> usize {
+        self.missing.len()
+    }
+}
+
 impl Node {
     /// Starts searches for the veths of unmanaged pods.
     pub(super) fn seek_unmanaged(&mut self) {
-        self.put_off.retain(|_, since| since.elapsed() < SEEK_AGAIN);
+        let Unmanaged { sought, missing, put_off, .. } = &mut self.unmanaged;
+        put_off.retain(|_, since| since.elapsed() < SEEK_AGAIN);
         let mut unmanaged = self.pods.unmanaged(&self.cluster, &self.view);
-        let again = |key: &ObjectKey| self.missing.get(key).is_none_or(|(since, _)| since.elapsed() >= SEEK_AGAIN);
-        unmanaged.retain(|(key, _)| again(key) && !self.put_off.contains_key(key) && self.sought.insert(key.clone()));
+        let again = |key: &ObjectKey| missing.get(key).is_none_or(|(since, _)| since.elapsed() >= SEEK_AGAIN);
+        unmanaged.retain(|(key, _)| again(key) && !put_off.contains_key(key) && sought.insert(key.clone()));
         adoption::spawn_search(&self.host.routes, unmanaged, &self.listeners.adopted);
     }
 
     /// Takes the result of a search: adopts the pod, or quarantines its addresses.
     pub fn adopt(&mut self, found: SearchResult) {
-        self.sought.remove(&found.pod);
+        self.unmanaged.sought.remove(&found.pod);
         let is_gone = found.interface.is_none() && self.pods.is_gone(&found.pod);
         if is_gone || found.addresses.iter().any(|a| self.pods.is_in_use(a, &found.pod)) {
             // Another pod has the address, the plugin has set up this one meanwhile, or it is gone and its DEL is
             // late.
-            self.put_off.insert(found.pod, Instant::now());
+            self.unmanaged.put_off.insert(found.pod, Instant::now());
             return;
         }
-        let before = self.missing.remove(&found.pod);
+        let before = self.unmanaged.missing.remove(&found.pod);
         if let Some(interface) = found.interface {
             tracing::info!(pod = %found.pod, veth = %interface.name, "adopted unmanaged pod");
-            self.left_behind |= before.is_some();
-            self.stale |= found.addresses.iter().any(|x| !self.view.networks.is_of_pods(*x));
+            if before.is_some() {
+                self.pending.raise(Input::PluginRecords);
+            }
+            if found.addresses.iter().any(|x| !self.view.networks.is_of_pods(*x)) {
+                self.pending.raise(Input::PodAddresses);
+            }
             let known = Remembered { pod: found.pod, interface, addresses: found.addresses, labels: None };
-            self.ended.addresses.extend(self.pods.adopt(known));
+            self.connections.ended.addresses.extend(self.pods.adopt(known));
             return;
         }
-        if !self.is_to_be_held(&found.pod, &found.addresses) {
+        if !self.is_to_be_quarantined(&found.pod, &found.addresses) {
             // The pod ended during the search.
-            self.left_behind |= before.is_some();
+            if before.is_some() {
+                self.pending.raise(Input::PluginRecords);
+            }
             return;
         }
         if before.is_none() {
@@ -59,7 +103,7 @@ impl Node {
         if let Err(e) = self.host.quarantine(&found.addresses) {
             tracing::error!(pod = %found.pod, "cannot quarantine the unmanaged pod: {e:#}");
         }
-        self.missing.insert(found.pod, (Instant::now(), found.addresses));
+        self.unmanaged.missing.insert(found.pod, (Instant::now(), found.addresses));
     }
 
     /// Adopts the pods that an earlier daemon had adopted and whose veths still exist. The cluster may have dropped
@@ -70,7 +114,7 @@ impl Node {
             let now = self.host.interface(interface.index, interface.peer_index).await?;
             if now.as_ref() == Some(interface) {
                 tracing::info!(%pod, veth = %interface.name, "restored adopted pod");
-                self.ended.addresses.extend(self.pods.adopt(known));
+                self.connections.ended.addresses.extend(self.pods.adopt(known));
             }
         }
         Ok(())
@@ -78,7 +122,7 @@ impl Node {
 
     /// Writes the files of adopted pods, for the next daemon.
     pub(super) fn write_adopted(&mut self) {
-        self.forgetful = self.written.update(self.pods.adopted()).err().map(|e| {
+        self.problems.adopted_files = self.unmanaged.files.update(self.pods.adopted()).err().map(|e| {
             format!(
                 "the files of adopted pods cannot be written to the run directory {}, and after a restart egretd would not \
                  know those that the cluster has dropped: {e}; make room there",
@@ -87,23 +131,22 @@ impl Node {
         });
     }
 
-    /// Drops unmanaged pods without a veth that have ended, have other addresses now, or are no longer selected.
-    pub(super) fn drop_missing(&mut self) {
-        let before = self.missing.len();
-        let mut missing = std::mem::take(&mut self.missing);
-        missing.retain(|key, (_, held)| self.is_to_be_held(key, held));
-        self.missing = missing;
-        self.left_behind |= self.missing.len() < before;
+    /// The step [`EndedPods`](super::steps::Step::EndedPods). Unmanaged pods without a veth are dropped if they have ended,
+    /// have other addresses now, or are no longer selected.
+    pub(super) fn drop_ended_pods(&mut self) {
+        self.pods.drop_ended(&self.cluster);
+        let mut missing = std::mem::take(&mut self.unmanaged.missing);
+        let before = missing.len();
+        missing.retain(|key, (_, addresses)| self.is_to_be_quarantined(key, addresses));
+        if missing.len() < before {
+            self.pending.raise(Input::PluginRecords);
+        }
+        self.unmanaged.missing = missing;
     }
 
     /// Whether the cluster has a pod with these addresses that a policy selects.
-    fn is_to_be_held(&self, key: &ObjectKey, addresses: &[IpAddr]) -> bool {
+    fn is_to_be_quarantined(&self, key: &ObjectKey, addresses: &[IpAddr]) -> bool {
         let pod = self.cluster.pods.get(key).filter(|pod| *pod.addresses == *addresses);
         pod.is_some_and(|pod| self.view.policy_chain(&key.namespace, Some(&pod.labels)).is_some())
-    }
-
-    /// The addresses of unmanaged pods whose veth was not found.
-    pub(super) fn unfound(&self) -> BTreeSet<IpAddr> {
-        self.missing.values().flat_map(|(_, addresses)| addresses).copied().collect()
     }
 }

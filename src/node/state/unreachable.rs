@@ -65,17 +65,21 @@ impl Node {
     /// The gateway nodes to report.
     pub(super) fn unreachable(&mut self) -> BTreeSet<Name> {
         let allocations = &self.view.allocations;
-        let used =
-            self.uses.values().flat_map(|used| &used.allocations).filter_map(|id| allocations.allocations.get(id));
+        let used = self
+            .enforced
+            .uses
+            .values()
+            .flat_map(|used| &used.allocations)
+            .filter_map(|id| allocations.allocations.get(id));
         let mut managed = used.filter(|allocation| allocation.managed && !allocation.placed);
         let stranded = managed.any(|allocation| matches!(allocation.state, AllocationState::Remote(_)));
         // Gateway nodes report each other at once, as unreachable peers.
-        let stranded = stranded && !allocations.is_gateway && !self.seen.dead.is_empty();
+        let stranded = stranded && !allocations.is_gateway && !self.liveness.dead.is_empty();
         let [.., high, low] = tunnel_mac::of_node(&self.options.name);
         let turn = f64::from(u16::from_be_bytes([high, low])) / f64::from(u16::MAX);
         let nodes = u32::try_from(self.cluster.nodes.len()).unwrap_or(u32::MAX);
         let spread = (PACE * nodes).mul_f64(turn);
-        self.unreachable.judge(&self.seen.dead, stranded, spread, Instant::now()).clone()
+        self.unreachable.judge(&self.liveness.dead, stranded, spread, Instant::now()).clone()
     }
 }
 

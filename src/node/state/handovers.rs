@@ -1,0 +1,67 @@
+//! The handovers of planned moves to this node and away from it.
+
+use crate::model::marks::EgressId;
+use crate::node::moved::Moved;
+use crate::node_plan::View;
+use crate::node_plan::allocations::AllocationState;
+use egret_nft::mac::Mac;
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+use tokio::time::Instant;
+
+/// How long a node hands over packets after an allocation has moved to it. Other nodes may still send packets of the
+/// connections to the old node, while servers reply to this one.
+const HANDOVER: Duration = Duration::from_secs(1);
+
+/// The handovers that are in progress.
+#[derive(Debug, Default)]
+pub struct Handovers {
+    /// Allocations that move or just moved to this node: the former owner, and until when packets are handed over to
+    /// it.
+    to_here: BTreeMap<EgressId, (Mac, Instant)>,
+    /// Allocations that just moved away, and until when their connections may continue through this node.
+    from_here: BTreeMap<EgressId, Instant>,
+}
+
+impl Handovers {
+    /// Records new handovers, and drops those that are over. `before` is the translation before this pass; `None` if
+    /// this node cannot forward packets of egress IPs that it held, because it has no uplink.
+    pub fn update(&mut self, view: &View, before: Option<&Moved>, now: Instant) {
+        let allocations = &view.allocations.allocations;
+        self.to_here.retain(|id, (_, until)| *until > now && allocations.contains_key(id));
+        let by = allocations.iter().filter_map(|(id, allocation)| Some((*id, allocation.handed_by?)));
+        self.to_here.extend(by.map(|(id, mac)| (id, (mac, now + HANDOVER))));
+        self.from_here.retain(|_, until| *until > now);
+        if let Some(before) = before {
+            let remote =
+                allocations.iter().filter(|(_, allocation)| matches!(allocation.state, AllocationState::Remote(_)));
+            let left = remote.map(|(id, _)| *id).filter(|id| before.was_local(*id));
+            self.from_here.extend(left.map(|id| (id, now + HANDOVER)));
+        }
+    }
+
+    /// When the next handover is over.
+    pub fn next(&self) -> Option<Instant> {
+        self.to_here.values().map(|(_, until)| *until).chain(self.from_here.values().copied()).min()
+    }
+
+    /// The allocations that move or just moved to this node, with their former owners.
+    pub fn to_here(&self) -> impl Iterator<Item = (EgressId, Mac)> {
+        self.to_here.iter().map(|(id, (mac, _))| (*id, *mac))
+    }
+
+    /// The former owner of an allocation that moves or just moved to this node.
+    pub fn former_owner(&self, id: EgressId) -> Option<Mac> {
+        self.to_here.get(&id).map(|(mac, _)| *mac)
+    }
+
+    /// The allocations that just moved away.
+    pub fn from_here(&self) -> BTreeSet<EgressId> {
+        self.from_here.keys().copied().collect()
+    }
+
+    /// The allocations in a handover, in either direction.
+    pub fn all(&self) -> BTreeSet<EgressId> {
+        self.to_here.keys().chain(self.from_here.keys()).copied().collect()
+    }
+}

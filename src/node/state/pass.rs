@@ -1,0 +1,174 @@
+//! A pass: runs the pending steps until none is left, sends the waiting responses, and publishes the status.
+
+use super::Node;
+use super::steps::{Input, Step};
+use crate::datapath::underlay::Underlay;
+use crate::datapath::watch::Interest;
+use crate::node::report::Own;
+use crate::node_plan::addresses;
+use anyhow::Result;
+use egret_cni::protocol::{Failure, codes};
+use std::time::Instant;
+use tracing::Instrument;
+
+/// The outcome of a pass.
+#[derive(Debug, Default)]
+pub struct Outcome {
+    /// Whether the kernel is in sync.
+    pub in_sync: bool,
+    /// Whether policies can be enforced, also by the plugin while this daemon is away. Then the plugin's entry may be
+    /// written.
+    pub can_enforce: bool,
+    /// Whether another pass must try again what has failed.
+    pub again: bool,
+    /// The kernel notifications that concern the daemon, if that may have changed.
+    pub interest: Option<Interest>,
+    /// Whether memory was freed that can be returned to the system.
+    pub has_freed: bool,
+}
+
+impl Node {
+    /// Brings the kernel in sync with the desired state, to a fixed point. Then it sends the waiting responses, and
+    /// publishes the status.
+    pub async fn pass(&mut self) -> Outcome {
+        self.passes += 1;
+        let span = tracing::debug_span!("pass", number = self.passes);
+        self.run_pass().instrument(span).await
+    }
+
+    async fn run_pass(&mut self) -> Outcome {
+        let started = Instant::now();
+        let result = self.run_steps().await;
+        let failure =
+            result.as_ref().err().map(|e| Failure::new(codes::KERNEL, "the kernel is not in sync", format!("{e:#}")));
+        self.metrics.applied(started.elapsed(), &result);
+        self.respond(failure.as_ref());
+        // Let the responses be sent before the work that no plugin waits for.
+        tokio::task::yield_now().await;
+        if let Some(failure) = &failure {
+            tracing::error!("{failure}; trying again");
+        }
+        let unwritten = self.problems.unwritten().cloned();
+        if let Some(unwritten) = unwritten.as_ref().filter(|_| failure.is_none()) {
+            tracing::error!("{unwritten}; trying again");
+        }
+        let in_sync = failure.is_none();
+        let state = failure.map(|f| f.to_string()).or(unwritten).map_or(Ok(()), Err);
+        let again = state.is_err();
+        self.listeners.ready.send_if_modified(|now| {
+            let changed = *now != state;
+            *now = state;
+            changed
+        });
+        self.publish();
+        self.set_targets();
+        self.set_roles();
+        self.seek_unmanaged();
+        let has_compared = self.pending.has_run(Step::Tunnel);
+        Outcome {
+            in_sync,
+            can_enforce: in_sync && self.problems.offline_policies.is_none(),
+            again,
+            interest: has_compared.then(|| self.interest()),
+            has_freed: has_compared || self.pending.has_run(Step::View),
+        }
+    }
+
+    /// Runs the pending steps. Returns the number of changes in the kernel, or the first failure.
+    async fn run_steps(&mut self) -> Result<usize> {
+        let (mut changes, mut failure) = (0, None);
+        self.pending.begin();
+        while let Some(step) = self.pending.next() {
+            let started = Instant::now();
+            let result = self.run_step(step).await;
+            let (done, elapsed) = (result.as_ref().ok(), started.elapsed());
+            tracing::debug!(?step, changes = done, ?elapsed, "step");
+            self.pending.end_step(result.is_ok());
+            match result {
+                Ok(n) => changes += n,
+                Err(e) => failure = failure.or(Some(e)),
+            }
+        }
+        self.pending.end();
+        if self.pending.has_run(Step::Peers) {
+            self.log_faults();
+        }
+        failure.map_or(Ok(changes), Err)
+    }
+
+    /// Runs one step. Returns the number of changes in the kernel.
+    async fn run_step(&mut self, step: Step) -> Result<usize> {
+        match step {
+            Step::View => self.refresh_view(),
+            Step::EndedPods => self.drop_ended_pods(),
+            Step::PluginRecords => self.read_plugin_records().await?,
+            Step::OfflinePolicies => self.store_offline_policies_again(),
+            Step::Allocations => self.refresh_allocations(),
+            Step::Tunnel => self.apply_tunnel().await?,
+            Step::Routing => return self.host.routing(&self.view).await,
+            Step::Uplinks => self.read_uplinks().await?,
+            Step::Decision => self.decide(),
+            Step::Handovers => self.update_handovers(),
+            Step::Coming => self.find_coming(),
+            Step::TablesAhead => return self.apply_tables_ahead(),
+            Step::Addresses => return self.place_addresses().await,
+            Step::Announcements => self.announce_again(),
+            Step::TakenOver => self.find_taken_over(),
+            Step::Peers => return self.host.forwarding(&self.view).await,
+            Step::Tables => return self.apply_tables(),
+            Step::Connections => self.clean_connections(),
+            Step::Quarantine => self.quarantine_missing()?,
+            Step::EndedConnections => self.delete_ended_connections().await,
+            Step::Release => return self.lift_quarantines(),
+            Step::Detached => self.forget_detached()?,
+            Step::FirstOfflinePolicies => self.store_offline_policies(),
+        }
+        Ok(0)
+    }
+
+    fn publish(&mut self) {
+        let (blocked, unreachable) = (self.blocked(), &self.unreachable());
+        let own = Own {
+            tunnel: self.host.tunnel_end(),
+            facts: &self.facts,
+            holding: &self.egress.holding,
+            faults: self.problems.faults.known(),
+            unreachable,
+            reports_given: self.reports_given(unreachable),
+            over_limit: self.pods.over_limit(),
+        };
+        self.report.publish(&self.view, &own, blocked, self.cluster.nodes.len());
+    }
+
+    fn interest(&self) -> Interest {
+        Interest {
+            own_ports: self.host.ports(),
+            underlay: self.host.underlay().map(|u| u.interfaces().clone()).unwrap_or_default(),
+            peers: self.host.underlay().into_iter().flat_map(Underlay::peers).collect(),
+            uplinks: self.host.uplinks().collect(),
+            addresses: self.view.allocations.allocations.values().filter(|p| p.member).flat_map(addresses).collect(),
+        }
+    }
+
+    /// Waits for the next deadline of egress IPs, handovers, faults or pods.
+    pub async fn due(&self) {
+        let egress = &self.egress;
+        let deadlines = [egress.holding.next(), egress.handovers.next(), self.problems.faults.next(), self.pods.next()];
+        match deadlines.into_iter().flatten().min() {
+            Some(due) => tokio::time::sleep_until(due).await,
+            None => std::future::pending().await,
+        }
+    }
+
+    /// Makes the next pass cover what is due.
+    pub fn mark_due(&mut self) {
+        self.pending.raise(Input::Host);
+    }
+
+    /// Makes the next pass read everything back.
+    pub fn invalidate(&mut self) {
+        self.host.invalidate();
+        self.pending.raise(Input::Host);
+        self.pending.raise(Input::PluginRecords);
+    }
+}
