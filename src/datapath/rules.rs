@@ -1,4 +1,4 @@
-//! Policy-routing rules: marks to tables.
+//! Policy-routing rules, which choose a routing table by the packet mark.
 
 use crate::datapath::names::{PROTOCOL, RULE_FLUSH_GUARD, RULE_REPLY, RULE_REQUEST, RULE_UPLINK};
 use crate::datapath::route_socket::{Change, RouteSocket};
@@ -11,26 +11,30 @@ use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use nix::libc::{EEXIST, ENOENT};
 use std::collections::BTreeSet;
 
-/// The priorities of Egret's rules, but for the quarantine's.
+/// The priorities of Egret's rules, without the quarantine's.
 const OWN: [u32; 4] = [RULE_REQUEST, RULE_REPLY, RULE_UPLINK, RULE_FLUSH_GUARD];
-/// How often the rules are read again if one stood in the way of another.
+/// How often the rules are read again after an inverted rule was deleted.
 const ROUNDS: usize = 4;
+
 /// A rule that sends packets with a mark to a table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Rule {
-    /// Its place: one of [`RULE_REQUEST`], [`RULE_REPLY`], [`RULE_UPLINK`], [`RULE_FLUSH_GUARD`].
+    /// Its priority: one of [`RULE_REQUEST`], [`RULE_REPLY`], [`RULE_UPLINK`], [`RULE_FLUSH_GUARD`].
     pub priority: u32,
-    /// The mark that packets must have,
+    /// The mark that packets must have in the bits of `mask`.
     pub mark: u32,
-    /// in these bits.
+    /// The bits of the mark that the rule compares.
     pub mask: u32,
-    /// The table in which they are looked up.
+    /// The routing table for these packets.
     pub table: u32,
 }
 
-/// Makes these the rules of Egret's priorities, for both families, each once, and returns how many changes it made.
-/// The quarantine's rules and those that do not carry Egret's protocol number are left alone. Where the host has no
-/// IPv6, there are no rules for it.
+/// Brings the rules at Egret's priorities in sync with `rules`, for both families. Returns the number of changes. It
+/// does not change the quarantine's rules, nor rules without Egret's protocol number. A host without IPv6 has no IPv6
+/// rules.
+///
+/// # Errors
+/// The rules cannot be read, or the kernel rejects a change.
 pub async fn sync(socket: &RouteSocket, rules: &BTreeSet<Rule>) -> Result<usize> {
     let mut made = 0;
     for family in families()? {
@@ -44,12 +48,13 @@ pub async fn sync(socket: &RouteSocket, rules: &BTreeSet<Rule>) -> Result<usize>
                 if message.header.flags.contains(RuleFlags::Invert) {
                     inverted.push(message);
                 } else if !parse(&message).is_some_and(|rule| missing.remove(&rule)) {
-                    // The second of two that are the same is one too many.
+                    // Of two equal rules, the second one is deleted.
                     wrong.push(message);
                 }
             }
-            // The kernel takes "not this mark" and "this mark" for the same rule, when it adds and when it deletes
-            // (`rule_exists`, net/core/fib_rules.c). So the one goes first, and it may have been the other that went.
+            // When the kernel adds or deletes a rule, it does not compare whether the rule is inverted
+            // (`rule_exists`, net/core/fib_rules.c). So the inverted rule is deleted first, and the rules are read
+            // again, because the kernel may have deleted the other one.
             let again = !inverted.is_empty();
             let mut changes: Vec<Change> = inverted.into_iter().map(delete).collect();
             changes.extend(missing.iter().map(|rule| add(family, rule)));
@@ -100,7 +105,7 @@ fn table(message: &RuleMessage) -> u32 {
     table.unwrap_or(message.header.table.into())
 }
 
-/// The message as one of our rules; `None` if it says more than that.
+/// The rule in the message; `None` if the message has other attributes, too.
 fn parse(message: &RuleMessage) -> Option<Rule> {
     let header = &message.header;
     if header.action != RuleAction::ToTable || (header.src_len, header.dst_len, header.tos) != (0, 0, 0) {
@@ -111,7 +116,7 @@ fn parse(message: &RuleMessage) -> Option<Rule> {
         match attribute {
             RuleAttribute::FwMark(mark) => rule.mark = *mark,
             RuleAttribute::FwMask(mask) => rule.mask = *mask,
-            // -1: nothing is suppressed. The kernel always says so.
+            // -1: nothing is suppressed. The kernel always sends this attribute.
             RuleAttribute::SuppressPrefixLen(u32::MAX) => {}
             RuleAttribute::Priority(_) | RuleAttribute::Table(_) | RuleAttribute::Protocol(_) => {}
             _ => return None,
@@ -133,7 +138,7 @@ fn add(family: AddressFamily, rule: &Rule) -> Change {
     ];
     Change {
         message: RouteNetlinkMessage::NewRule(message),
-        // Without EXCL the kernel adds a second one.
+        // Without EXCL the kernel adds a second rule.
         flags: NLM_F_CREATE | NLM_F_EXCL,
         done_already: &[EEXIST],
         about: format!(

@@ -143,9 +143,9 @@ fn tables() -> Result<usize> {
 
 fn quarantines() -> Result<usize> {
     let mut quarantine = Quarantine::open()?;
-    let held = quarantine.held()?;
-    held.iter().try_for_each(|address| quarantine.lift(address))?;
-    Ok(held.len())
+    let quarantined = quarantine.addresses()?;
+    quarantined.iter().try_for_each(|address| quarantine.lift(address))?;
+    Ok(quarantined.len())
 }
 
 async fn own_routes(socket: &RouteSocket) -> Result<usize> {

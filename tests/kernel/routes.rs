@@ -213,12 +213,12 @@ fn a_quarantine_is_seen_and_lifted() {
         ip("rule add pref 71 from 10.244.1.0/24 lookup 7873");
         ip("rule add pref 71 from 10.244.1.9 lookup 100");
         let pods = [address("10.244.1.5"), address("fd00:244:1::5")];
-        assert_eq!(quarantine.held().unwrap(), pods.into());
+        assert_eq!(quarantine.addresses().unwrap(), pods.into());
         for pod in pods {
             quarantine.lift(&pod).unwrap();
             quarantine.lift(&pod).unwrap();
         }
-        assert_eq!(quarantine.held().unwrap(), [].into());
+        assert_eq!(quarantine.addresses().unwrap(), [].into());
         assert_eq!(rules_shown().len(), 2);
     });
 }

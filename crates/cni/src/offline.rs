@@ -70,7 +70,7 @@ pub fn add(run_dir: &Path, state_dir: &Path, attachment: &Attachment) -> Result<
     let before = attachment.id.load(run_dir).map_err(|e| files(run_dir, &e))?;
     attachment.store(run_dir).map_err(|e| files(run_dir, &e))?;
     for address in &attachment.addresses {
-        let done = if selected_by.is_some() { quarantine.hold(address) } else { quarantine.lift(address) };
+        let done = if selected_by.is_some() { quarantine.add(address) } else { quarantine.lift(address) };
         done.map_err(kernel)?;
     }
     // A runtime that repeats ADD without a DEL may give other addresses.
@@ -136,7 +136,7 @@ pub fn check(run_dir: &Path, state_dir: &Path, attachment: &Attachment, why_offl
     if matches!(that_select_in(state_dir, &attachment.pod.namespace), Ok(None)) {
         return Ok(());
     }
-    let held = open()?.held().map_err(kernel)?;
+    let held = open()?.addresses().map_err(kernel)?;
     if attachment.addresses.iter().all(|a| held.contains(a)) {
         return Ok(());
     }

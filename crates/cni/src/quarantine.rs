@@ -1,6 +1,7 @@
-//! The quarantine: one routing rule for each address of a pod that must not reach the outside before the daemon has
-//! programmed it. The rule leads to a table in which the daemon left the cluster's networks and, behind them,
-//! `unreachable` for the rest.
+//! The quarantine. A quarantined pod reaches the cluster's networks only, until the daemon has programmed it.
+//!
+//! Each address of the pod has a routing rule. The rule leads to a table in which the daemon has left the cluster's
+//! networks and an `unreachable` default route.
 
 use egret_nft::netlink::{Attributes, Error, NETLINK_ROUTE, NLM_F_CREATE, NLM_F_EXCL, Socket, attributes};
 use nix::libc;
@@ -21,11 +22,12 @@ const FRA_SRC: u16 = 2;
 const FRA_PRIORITY: u16 = 6;
 const FRA_TABLE: u16 = 15;
 const FRA_PROTOCOL: u16 = 21;
-/// The rule's action: look the route up in a table; same file.
+/// The rule's action, in the same file: look the route up in a table.
 const FR_ACT_TO_TBL: u8 = 1;
 /// `sizeof(struct fib_rule_hdr)` and `sizeof(struct rtmsg)`.
 const HEADER: usize = 12;
-/// Rules added by hand may stand there twice; more often, something else adds them.
+/// The largest number of equal rules that are deleted. A rule can exist more than once if it was added by hand. If
+/// there are more, another program adds them again and again.
 const MAX_COPIES: usize = 16;
 
 /// An IP version.
@@ -38,15 +40,15 @@ pub enum Family {
 }
 
 impl Family {
-    /// Both.
+    /// Both families.
     pub const ALL: [Family; 2] = [Family::V4, Family::V6];
 
-    /// The one that `address` belongs to.
+    /// The family of `address`.
     pub fn of(address: &IpAddr) -> Self {
         if address.is_ipv4() { Family::V4 } else { Family::V6 }
     }
 
-    /// `AF_INET` or `AF_INET6`, which fit the one byte that netlink headers have for them.
+    /// `AF_INET` or `AF_INET6`. Netlink headers have one byte for it.
     fn number(self) -> u8 {
         match self {
             Family::V4 => libc::AF_INET as u8,
@@ -66,24 +68,24 @@ impl Family {
 pub struct Quarantine(Socket);
 
 impl Quarantine {
-    /// Opens it.
+    /// Opens the quarantine of this network namespace.
     ///
     /// # Errors
-    /// No netlink socket is to be had.
+    /// A netlink socket cannot be opened.
     pub fn open() -> io::Result<Self> {
         Socket::open(NETLINK_ROUTE).map(Quarantine)
     }
 
-    /// The socket's netlink port, by which notifications name who made a change.
+    /// The socket's netlink port, which is in the kernel's notifications about changes made with this socket.
     pub fn port(&self) -> u32 {
         self.0.port()
     }
 
-    /// Whether the table would hold a pod: its `unreachable` default route is there. A rule that leads to an empty
-    /// table holds nothing.
+    /// Whether the table isolates a pod, that is, it has the `unreachable` default route. A rule that leads to an
+    /// empty table has no effect.
     ///
     /// # Errors
-    /// The kernel does not tell.
+    /// The routes cannot be read.
     pub fn is_ready(&mut self, family: Family) -> Result<bool, Error> {
         let mut request = vec![0; HEADER];
         request[0] = family.number();
@@ -101,21 +103,27 @@ impl Quarantine {
             },
         );
         match found {
-            // There is no such table, or no such family.
+            // The table or the family does not exist.
             Err(e) if matches!(e.errno(), Some(libc::ENOENT | libc::EAFNOSUPPORT | libc::EOPNOTSUPP)) => Ok(false),
             other => other,
         }
     }
 
-    /// Puts an address into quarantine; that it is there already is fine.
-    pub fn hold(&mut self, address: &IpAddr) -> Result<(), Error> {
+    /// Puts an address into quarantine. It succeeds if the address is there already.
+    ///
+    /// # Errors
+    /// The rule cannot be added.
+    pub fn add(&mut self, address: &IpAddr) -> Result<(), Error> {
         match self.0.request(libc::RTM_NEWRULE, NLM_F_CREATE | NLM_F_EXCL, &rule(address)) {
             Err(e) if e.errno() == Some(libc::EEXIST) => Ok(()),
             other => other,
         }
     }
 
-    /// Lets an address out; that it is not there is fine.
+    /// Takes an address out of quarantine. It succeeds if the address is not there.
+    ///
+    /// # Errors
+    /// A rule cannot be deleted.
     pub fn lift(&mut self, address: &IpAddr) -> Result<(), Error> {
         for _ in 0..MAX_COPIES {
             match self.0.request(libc::RTM_DELRULE, 0, &rule(address)) {
@@ -130,14 +138,14 @@ impl Quarantine {
     /// The addresses in quarantine.
     ///
     /// # Errors
-    /// The kernel does not tell.
-    pub fn held(&mut self) -> Result<BTreeSet<IpAddr>, Error> {
+    /// The rules cannot be read.
+    pub fn addresses(&mut self) -> Result<BTreeSet<IpAddr>, Error> {
         let mut all = BTreeSet::new();
         for family in Family::ALL {
             let mut request = vec![0; HEADER];
             request[0] = family.number();
-            let held = self.0.dump(libc::RTM_GETRULE, &request, Vec::new, |held, rule| held.extend(source(rule)));
-            match held {
+            let found = self.0.dump(libc::RTM_GETRULE, &request, Vec::new, |found, rule| found.extend(source(rule)));
+            match found {
                 Err(e) if matches!(e.errno(), Some(libc::EAFNOSUPPORT | libc::EOPNOTSUPP)) => {}
                 other => all.extend(other?),
             }
@@ -162,7 +170,7 @@ fn rule(address: &IpAddr) -> Vec<u8> {
     rule
 }
 
-/// The address that a rule of the quarantine holds; `None` for all other rules.
+/// The address in a rule of the quarantine; `None` for other rules.
 fn source(rule: &[u8]) -> Option<IpAddr> {
     let attributes_of = rule.get(HEADER..)?;
     let is_ours = rule[7] == FR_ACT_TO_TBL

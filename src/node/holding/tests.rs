@@ -8,8 +8,8 @@ const ADDRESS: &str = "192.0.2.50";
 const OTHER_HOST: Mac = [2, 0, 0, 0, 0, 9];
 const SETTINGS: Settings = Settings { interval: Duration::from_millis(300), misses: 3 };
 
-/// A gateway's node `n1`, to which the allocations give one allocation.
-struct Scene {
+/// The gateway node `n1`, which one allocation names.
+struct Fixture {
     world: World,
     id: EgressId,
     facts: Facts,
@@ -23,7 +23,7 @@ fn interface(running: bool) -> Interface {
     Interface { ifindex: 2, name, mac: Some([2; 6]), mtu: 1500, running }
 }
 
-impl Scene {
+impl Fixture {
     /// Long after the daemon's start.
     fn new() -> Self {
         let mut world = World::new(&["192.0.2.50"]);
@@ -31,7 +31,7 @@ impl Scene {
         let grant = world.allocate().grant("a/p").clone();
         assert_eq!(grant.node.as_deref(), Some("n1"));
         let now = Instant::now();
-        let mut scene = Scene {
+        let mut fixture = Fixture {
             world,
             id: grant.id,
             facts: Facts::default(),
@@ -39,15 +39,15 @@ impl Scene {
             holding: Holding::new(SETTINGS, now),
             now: now + Duration::from_secs(60),
         };
-        scene.decide();
-        scene
+        fixture.decide();
+        fixture
     }
 
     fn view(&self) -> View {
         View::new(&self.world.cluster, "n1", &self.facts, &[], [])
     }
 
-    /// Decides, and what is wished for happens.
+    /// Decides, and applies the desired addresses.
     fn decide(&mut self) -> Decision {
         if self.holding.judge(&self.uplinks_now, None, self.now) {
             let own: crate::model::selector::Name = "n1".into();
@@ -78,7 +78,7 @@ impl Scene {
         !self.facts.addresses.is_empty()
     }
 
-    /// It asks, nobody answers, and the address comes.
+    /// Probes, no host answers, and the address is added.
     fn take(&mut self) {
         self.hear(None);
         self.decide();
@@ -89,7 +89,7 @@ impl Scene {
         self.now += Duration::from_millis(milliseconds);
     }
 
-    /// The allocations give the allocation to the other node, which says that it holds it.
+    /// The allocation names the other node, which reports that it holds the egress IP.
     fn other_takes_it(&mut self) {
         let gateway = Arc::make_mut(self.world.cluster.gateways.get_mut("g").unwrap());
         gateway.status.allocations[0].node = Some("n2".into());
@@ -99,178 +99,178 @@ impl Scene {
 }
 
 #[test]
-fn it_asks_before_it_takes() {
-    let mut scene = Scene::new();
-    assert!(!scene.is_here());
-    assert!(scene.decide().ask.is_empty(), "it has been asked already");
-    scene.take();
-    assert!(scene.decide().ask.is_empty());
-    scene.facts.addresses.clear();
-    assert!(scene.decide().desired.allocations.contains(&scene.id), "removed by hand: it need not ask again");
+fn a_node_probes_an_egress_ip_before_it_adds_it() {
+    let mut fixture = Fixture::new();
+    assert!(!fixture.is_here());
+    assert!(fixture.decide().ask.is_empty(), "a probe is in flight");
+    fixture.take();
+    assert!(fixture.decide().ask.is_empty());
+    fixture.facts.addresses.clear();
+    assert!(fixture.decide().desired.allocations.contains(&fixture.id), "removed by hand: no probe is needed again");
 }
 
 #[test]
-fn what_another_host_has_it_does_not_take_until_nobody_answers() {
-    let mut scene = Scene::new();
-    scene.hear(Some(OTHER_HOST));
-    let decision = scene.decide();
-    assert!(!scene.is_here() && decision.ask.is_empty() && decision.desired.health);
-    assert!(scene.facts.refused[&scene.id].contains("02:00:00:00:00:09"));
-    let again = scene.holding.next().unwrap() - scene.now;
+fn an_egress_ip_in_conflict_is_not_added_until_no_host_answers() {
+    let mut fixture = Fixture::new();
+    fixture.hear(Some(OTHER_HOST));
+    let decision = fixture.decide();
+    assert!(!fixture.is_here() && decision.ask.is_empty() && decision.desired.health);
+    assert!(fixture.facts.refused[&fixture.id].contains("02:00:00:00:00:09"));
+    let again = fixture.holding.next().unwrap() - fixture.now;
     assert_eq!(again, AGAIN[0]);
-    scene.pass(250);
-    assert!(scene.decide().ask.contains(&scene.id));
-    scene.pass(6000);
-    scene.hear(Some(OTHER_HOST));
-    scene.decide();
-    assert_eq!(scene.holding.next().unwrap() - scene.now, AGAIN[1], "it asks less often then");
-    scene.pass(2000);
-    assert!(scene.decide().ask.contains(&scene.id));
-    scene.take();
-    assert!(scene.facts.refused.is_empty());
+    fixture.pass(250);
+    assert!(fixture.decide().ask.contains(&fixture.id));
+    fixture.pass(6000);
+    fixture.hear(Some(OTHER_HOST));
+    fixture.decide();
+    assert_eq!(fixture.holding.next().unwrap() - fixture.now, AGAIN[1], "probes are rarer then");
+    fixture.pass(2000);
+    assert!(fixture.decide().ask.contains(&fixture.id));
+    fixture.take();
+    assert!(fixture.facts.refused.is_empty());
 }
 
 #[test]
-fn what_another_node_has_goes_after_a_while() {
-    let mut scene = Scene::new();
-    scene.take();
-    scene.other_takes_it();
-    scene.decide();
-    assert!(scene.is_here(), "others may still send here");
-    assert_eq!(scene.holding.next().unwrap() - scene.now, GRACE);
-    scene.pass(301);
-    scene.decide();
-    assert!(!scene.is_here());
-    assert_eq!(scene.holding.next(), None);
+fn an_egress_ip_that_another_node_holds_goes_after_the_grace_period() {
+    let mut fixture = Fixture::new();
+    fixture.take();
+    fixture.other_takes_it();
+    fixture.decide();
+    assert!(fixture.is_here(), "others may still send here");
+    assert_eq!(fixture.holding.next().unwrap() - fixture.now, GRACE);
+    fixture.pass(301);
+    fixture.decide();
+    assert!(!fixture.is_here());
+    assert_eq!(fixture.holding.next(), None);
 }
 
 #[test]
-fn what_another_node_is_to_have_and_has_not_stays() {
-    let mut scene = Scene::new();
-    scene.take();
-    scene.other_takes_it();
-    scene.world.holds("n2", &[]);
-    scene.decide();
-    scene.pass(60_000);
-    scene.decide();
-    assert!(scene.is_here());
+fn an_egress_ip_stays_until_the_next_owner_holds_it() {
+    let mut fixture = Fixture::new();
+    fixture.take();
+    fixture.other_takes_it();
+    fixture.world.holds("n2", &[]);
+    fixture.decide();
+    fixture.pass(60_000);
+    fixture.decide();
+    assert!(fixture.is_here());
 }
 
 #[test]
-fn who_was_away_asks_for_what_it_has_and_gives_up_what_others_took() {
-    let mut scene = Scene::new();
-    scene.take();
-    scene.holding.returned();
-    assert!(scene.decide().ask.contains(&scene.id));
-    assert!(scene.is_here(), "while it asks");
-    scene.hear(Some(OTHER_HOST));
-    let decision = scene.decide();
-    assert!(!scene.is_here());
-    assert!(!decision.desired.health, "who cannot hear of the takeover shall not send here");
-    assert!(scene.facts.relinquished.contains(&scene.id));
-    scene.pass(250);
-    assert!(scene.decide().ask.contains(&scene.id), "the other one may die");
-    scene.hear(Some(OTHER_HOST));
-    scene.other_takes_it();
-    assert!(scene.decide().desired.health, "the allocations has followed");
-    assert!(scene.facts.relinquished.is_empty());
+fn a_node_that_was_away_probes_its_egress_ips_and_gives_up_those_taken_over() {
+    let mut fixture = Fixture::new();
+    fixture.take();
+    fixture.holding.returned();
+    assert!(fixture.decide().ask.contains(&fixture.id));
+    assert!(fixture.is_here(), "while it asks");
+    fixture.hear(Some(OTHER_HOST));
+    let decision = fixture.decide();
+    assert!(!fixture.is_here());
+    assert!(!decision.desired.health, "a node that has not received the takeover's report must not send here");
+    assert!(fixture.facts.relinquished.contains(&fixture.id));
+    fixture.pass(250);
+    assert!(fixture.decide().ask.contains(&fixture.id), "the other one may die");
+    fixture.hear(Some(OTHER_HOST));
+    fixture.other_takes_it();
+    assert!(fixture.decide().desired.health, "the allocation has followed");
+    assert!(fixture.facts.relinquished.is_empty());
 }
 
 #[test]
-fn who_was_away_keeps_what_nobody_took() {
-    let mut scene = Scene::new();
-    scene.take();
-    scene.holding.returned();
-    scene.decide();
-    scene.hear(None);
-    assert!(scene.decide().desired.health && scene.is_here());
+fn a_node_that_was_away_keeps_egress_ips_that_no_host_answers_for() {
+    let mut fixture = Fixture::new();
+    fixture.take();
+    fixture.holding.returned();
+    fixture.decide();
+    fixture.hear(None);
+    assert!(fixture.decide().desired.health && fixture.is_here());
 }
 
 #[test]
-fn without_an_uplink_it_gives_all_up_before_others_take_it_and_asks_before_it_takes_it_back() {
-    let mut scene = Scene::new();
-    scene.take();
-    scene.uplinks_now = UplinkStatus::of(&interface(false), &[ADDRESS.parse().unwrap()]);
-    assert!(!scene.decide().desired.health);
-    assert!(scene.is_here(), "it may be back at once");
-    let gone = scene.holding.next().unwrap();
-    assert!(gone - scene.now <= SETTINGS.safe_absence());
-    scene.now = gone;
-    scene.decide();
-    assert!(!scene.is_here());
-    scene.uplinks_now = UplinkStatus::of(&interface(true), &[ADDRESS.parse().unwrap()]);
-    let decision = scene.decide();
-    assert!(decision.ask.contains(&scene.id) && !decision.desired.health && !scene.is_here());
-    scene.take();
-    assert!(scene.decide().desired.health);
+fn without_an_uplink_a_node_gives_up_before_others_take_over_and_probes_before_it_takes_back() {
+    let mut fixture = Fixture::new();
+    fixture.take();
+    fixture.uplinks_now = UplinkStatus::of(&interface(false), &[ADDRESS.parse().unwrap()]);
+    assert!(!fixture.decide().desired.health);
+    assert!(fixture.is_here(), "it may be back at once");
+    let gone = fixture.holding.next().unwrap();
+    assert!(gone - fixture.now <= SETTINGS.safe_absence());
+    fixture.now = gone;
+    fixture.decide();
+    assert!(!fixture.is_here());
+    fixture.uplinks_now = UplinkStatus::of(&interface(true), &[ADDRESS.parse().unwrap()]);
+    let decision = fixture.decide();
+    assert!(decision.ask.contains(&fixture.id) && !decision.desired.health && !fixture.is_here());
+    fixture.take();
+    assert!(fixture.decide().desired.health);
 }
 
 #[test]
 fn a_short_loss_of_the_uplink_moves_nothing() {
-    let mut scene = Scene::new();
-    scene.take();
-    scene.uplinks_now = UplinkStatus::of(&interface(false), &[ADDRESS.parse().unwrap()]);
-    scene.decide();
-    scene.pass(100);
-    scene.uplinks_now = UplinkStatus::of(&interface(true), &[ADDRESS.parse().unwrap()]);
-    let decision = scene.decide();
-    assert!(scene.is_here() && decision.desired.health && decision.ask.is_empty());
+    let mut fixture = Fixture::new();
+    fixture.take();
+    fixture.uplinks_now = UplinkStatus::of(&interface(false), &[ADDRESS.parse().unwrap()]);
+    fixture.decide();
+    fixture.pass(100);
+    fixture.uplinks_now = UplinkStatus::of(&interface(true), &[ADDRESS.parse().unwrap()]);
+    let decision = fixture.decide();
+    assert!(fixture.is_here() && decision.desired.health && decision.ask.is_empty());
 }
 
 #[test]
-fn an_allocation_that_is_moved_on_purpose_comes_without_a_question_and_is_not_announced_at_once() {
-    let mut scene = Scene::new();
-    let gateway = Arc::make_mut(scene.world.cluster.gateways.get_mut("g").unwrap());
+fn a_planned_move_needs_no_probe_and_is_not_announced_at_once() {
+    let mut fixture = Fixture::new();
+    let gateway = Arc::make_mut(fixture.world.cluster.gateways.get_mut("g").unwrap());
     gateway.status.allocations[0].leaving = Some("n2".into());
-    scene.world.holds("n2", &[scene.id]);
-    let decision = scene.decide();
-    assert!(scene.is_here() && decision.ask.is_empty());
-    assert!(decision.desired.moving.contains(&scene.id));
+    fixture.world.holds("n2", &[fixture.id]);
+    let decision = fixture.decide();
+    assert!(fixture.is_here() && decision.ask.is_empty());
+    assert!(decision.desired.moving.contains(&fixture.id));
 }
 
 #[test]
-fn a_daemon_that_starts_asks_for_what_is_here_and_lets_nothing_go_before_it_knows_who_lives() {
-    let mut scene = Scene::new();
-    scene.take();
-    scene.other_takes_it();
-    scene.holding = Holding::new(SETTINGS, scene.now);
-    let decision = scene.decide();
-    assert!(decision.ask.contains(&scene.id) && scene.is_here());
-    scene.pass(400);
-    scene.decide();
-    assert!(scene.is_here(), "the other one is said to hold it, and may be dead");
-    scene.hear(Some(OTHER_HOST));
-    scene.decide();
-    assert!(!scene.is_here(), "it does hold it");
+fn a_starting_daemon_probes_its_egress_ips_and_gives_none_up_before_it_knows_which_nodes_live() {
+    let mut fixture = Fixture::new();
+    fixture.take();
+    fixture.other_takes_it();
+    fixture.holding = Holding::new(SETTINGS, fixture.now);
+    let decision = fixture.decide();
+    assert!(decision.ask.contains(&fixture.id) && fixture.is_here());
+    fixture.pass(400);
+    fixture.decide();
+    assert!(fixture.is_here(), "the other one is said to hold it, and may be dead");
+    fixture.hear(Some(OTHER_HOST));
+    fixture.decide();
+    assert!(!fixture.is_here(), "it does hold it");
 }
 
 #[test]
-fn a_drained_node_that_has_nothing_left_says_that_it_is_not_fit() {
-    let mut scene = Scene::new();
-    scene.take();
-    let decide = |scene: &mut Scene| {
-        scene.holding.decide(&scene.view(), &scene.facts, &scene.uplinks_now, true, scene.now).desired.health
+fn a_drained_node_without_egress_ips_has_no_health_address() {
+    let mut fixture = Fixture::new();
+    fixture.take();
+    let decide = |fixture: &mut Fixture| {
+        fixture.holding.decide(&fixture.view(), &fixture.facts, &fixture.uplinks_now, true, fixture.now).desired.health
     };
-    assert!(decide(&mut scene));
-    scene.other_takes_it();
-    scene.decide();
-    scene.pass(301);
-    scene.decide();
-    assert!(!decide(&mut scene));
+    assert!(decide(&mut fixture));
+    fixture.other_takes_it();
+    fixture.decide();
+    fixture.pass(301);
+    fixture.decide();
+    assert!(!decide(&mut fixture));
 }
 
 #[test]
-fn an_allocation_that_is_no_more_goes_at_once() {
-    let mut scene = Scene::new();
-    scene.take();
-    scene.world.without_policy("a/p");
-    scene.world.allocate();
-    scene.decide();
-    assert!(!scene.is_here());
+fn an_egress_ip_whose_allocation_is_gone_goes_at_once() {
+    let mut fixture = Fixture::new();
+    fixture.take();
+    fixture.world.without_policy("a/p");
+    fixture.world.allocate();
+    fixture.decide();
+    assert!(!fixture.is_here());
 }
 
 #[test]
-fn what_no_node_has_had_before_is_told_apart() {
+fn allocations_that_no_node_has_held_before_are_new() {
     let mut world = World::new(&["192.0.2.50-192.0.2.52"]);
     let addresses = [50, 51, 52].map(|last| IpAddr::from([192, 0, 2, last]));
     let uplinks_now = UplinkStatus::of(&interface(true), &addresses);
@@ -295,7 +295,7 @@ fn what_no_node_has_had_before_is_told_apart() {
     world.policy("a/p", asking(Allocate::Dedicated));
     world.allocate();
     give(&mut world, "a/p", "n1");
-    assert_eq!(asked(&world), (1, 0), "what there is at the start may be another's");
+    assert_eq!(asked(&world), (1, 0), "an allocation that exists at the start may be another node's");
     world.policy("a/q", asking(Allocate::Dedicated));
     world.allocate();
     give(&mut world, "a/q", "n1");
@@ -308,51 +308,52 @@ fn what_no_node_has_had_before_is_told_apart() {
     assert_eq!(asked(&world), (1, 0), "it was another node's");
 }
 
-/// A node that was cut off asked, and the one that had taken the allocation over answered; then the allocation is moved back.
+/// A node that was cut off asked, and the one that had taken the allocation over answered; then the allocation is
+/// moved back.
 #[test]
-fn who_answered_and_hands_it_over_keeps_it_from_nobody() {
-    let mut scene = Scene::new();
-    scene.hear(Some(OTHER_HOST));
-    scene.decide();
-    assert!(!scene.is_here() && scene.holding.refused().next().is_some());
+fn a_node_that_answered_and_hands_the_egress_ip_over_is_no_conflict() {
+    let mut fixture = Fixture::new();
+    fixture.hear(Some(OTHER_HOST));
+    fixture.decide();
+    assert!(!fixture.is_here() && fixture.holding.refused().next().is_some());
     // n2 has it, and gives it to n1 on purpose.
-    let id = scene.id;
-    scene.world.holds("n2", &[id]);
-    let gateway = scene.world.cluster.gateways.get_mut("g").unwrap();
+    let id = fixture.id;
+    fixture.world.holds("n2", &[id]);
+    let gateway = fixture.world.cluster.gateways.get_mut("g").unwrap();
     let allocation =
         Arc::make_mut(gateway).status.allocations.iter_mut().find(|allocation| allocation.id == id).unwrap();
     (allocation.node, allocation.leaving) = (Some("n1".into()), Some("n2".into()));
-    scene.decide();
-    assert!(scene.is_here() && scene.holding.refused().next().is_none());
+    fixture.decide();
+    assert!(fixture.is_here() && fixture.holding.refused().next().is_none());
     // An answer that is late is the old node's.
-    scene.hear(Some(OTHER_HOST));
-    scene.decide();
-    assert!(scene.is_here() && scene.holding.refused().next().is_none());
+    fixture.hear(Some(OTHER_HOST));
+    fixture.decide();
+    assert!(fixture.is_here() && fixture.holding.refused().next().is_none());
 }
 
-/// Of a gateway with its own interface that never came up; or of a pool that no network of the node's holds.
+/// The interface that a gateway names never came up, or no network of the node contains a pool's address.
 #[test]
-fn a_way_out_that_never_worked_takes_nothing_from_the_others() {
-    let mut scene = Scene::new();
-    scene.take();
+fn an_uplink_that_never_worked_affects_no_other() {
+    let mut fixture = Fixture::new();
+    fixture.take();
     let other: IpAddr = "198.51.100.1".parse().unwrap();
     let down = Interface { name: "eth1".into(), ..interface(false) };
     for broken in [UplinkStatus::of_named("eth1", &down, &[other]), UplinkStatus::none_for(&[other])] {
-        scene.uplinks_now = UplinkStatus::of(&interface(true), &[ADDRESS.parse().unwrap()]).and(broken);
-        scene.decide();
-        scene.pass(10_000);
-        scene.decide();
-        assert!(scene.is_here() && scene.holding.is_fit());
+        fixture.uplinks_now = UplinkStatus::of(&interface(true), &[ADDRESS.parse().unwrap()]).and(broken);
+        fixture.decide();
+        fixture.pass(10_000);
+        fixture.decide();
+        assert!(fixture.is_here() && fixture.holding.is_fit());
     }
     // The only one there is.
-    scene.uplinks_now = UplinkStatus::of(&interface(false), &[ADDRESS.parse().unwrap()]);
-    scene.decide();
-    assert!(!scene.holding.is_fit());
+    fixture.uplinks_now = UplinkStatus::of(&interface(false), &[ADDRESS.parse().unwrap()]);
+    fixture.decide();
+    assert!(!fixture.holding.is_fit());
 }
 
 /// An allocation with both families on a node that loses IPv6 while no other node has more.
 #[test]
-fn what_is_lost_of_a_pair_is_taken_back_without_a_pause_of_the_rest() {
+fn a_lost_family_of_a_pair_is_taken_back_without_a_pause_of_the_other() {
     let [v4, v6]: [IpAddr; 2] = [ADDRESS.parse().unwrap(), "2001:db8::50".parse().unwrap()];
     let mut world = World::new(&["192.0.2.50", "2001:db8::50"]);
     world.policy("a/p", asking(Allocate::Dedicated));
@@ -364,7 +365,7 @@ fn what_is_lost_of_a_pair_is_taken_back_without_a_pause_of_the_rest() {
     let now = Instant::now() + Duration::from_secs(60);
     let mut holding = Holding::new(SETTINGS, now - Duration::from_secs(60));
     let mut facts = Facts::default();
-    // What is wished for happens.
+    // The desired addresses are applied.
     let decide = |holding: &mut Holding, facts: &mut Facts, uplinks_now: &UplinkStatus, now: Instant| {
         holding.judge(uplinks_now, None, now);
         facts.lost.clear();
@@ -394,10 +395,10 @@ fn what_is_lost_of_a_pair_is_taken_back_without_a_pause_of_the_rest() {
     let others: BTreeSet<Name> = ["n2".into()].into();
     facts.dead = others;
     decide(&mut holding, &mut facts, &half(), later);
-    assert_eq!(facts.addresses, [v4].into(), "nobody can do better");
+    assert_eq!(facts.addresses, [v4].into(), "no node can serve both families");
 
     let back = decide(&mut holding, &mut facts, &both(), later);
-    assert!(back.ask.contains(&id), "somebody may have taken it meanwhile");
+    assert!(back.ask.contains(&id), "another node may have taken it meanwhile");
     assert_eq!(facts.addresses, [v4].into());
     hear(&mut holding, &facts, &[v4, v6], later);
     let back = decide(&mut holding, &mut facts, &both(), later);
@@ -412,7 +413,7 @@ fn what_is_lost_of_a_pair_is_taken_back_without_a_pause_of_the_rest() {
     decide(&mut holding, &mut facts, &half(), later);
     assert_eq!(facts.addresses, [v4].into());
 
-    // Another node can do better.
+    // Another node can serve both families.
     facts.dead.clear();
     let much_later = later + Duration::from_secs(5);
     decide(&mut holding, &mut facts, &half(), much_later);
@@ -420,14 +421,14 @@ fn what_is_lost_of_a_pair_is_taken_back_without_a_pause_of_the_rest() {
 }
 
 #[test]
-fn what_another_node_claims_is_given_up_and_left_to_it_for_a_while() {
-    let mut scene = Scene::new();
-    scene.take();
-    scene.holding.claimed(scene.id, ADDRESS.parse().unwrap(), OTHER_HOST, scene.now);
-    assert!(!scene.decide().desired.health && !scene.is_here());
-    scene.pass(4000);
-    assert!(scene.decide().ask.is_empty(), "the other one may need a while to ask again");
-    scene.pass(3000);
-    assert!(scene.decide().ask.contains(&scene.id), "and may have died");
-    scene.take();
+fn a_claimed_egress_ip_is_given_up_and_not_probed_for_a_while() {
+    let mut fixture = Fixture::new();
+    fixture.take();
+    fixture.holding.claimed(fixture.id, ADDRESS.parse().unwrap(), OTHER_HOST, fixture.now);
+    assert!(!fixture.decide().desired.health && !fixture.is_here());
+    fixture.pass(4000);
+    assert!(fixture.decide().ask.is_empty(), "the other one may need a while to ask again");
+    fixture.pass(3000);
+    assert!(fixture.decide().ask.contains(&fixture.id), "and may have died");
+    fixture.take();
 }

@@ -400,12 +400,12 @@ impl Host {
 
     /// Puts addresses into quarantine. That they are there already is fine.
     pub fn quarantine<'a>(&mut self, addresses: impl IntoIterator<Item = &'a IpAddr>) -> Result<()> {
-        addresses.into_iter().try_for_each(|a| self.quarantine.hold(a)).context("quarantine")
+        addresses.into_iter().try_for_each(|a| self.quarantine.add(a)).context("quarantine")
     }
 
     /// The addresses in quarantine.
     pub fn quarantined(&mut self) -> Result<BTreeSet<IpAddr>> {
-        self.quarantine.held().context("quarantine")
+        self.quarantine.addresses().context("quarantine")
     }
 
     /// Lifts quarantines.

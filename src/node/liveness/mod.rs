@@ -1,10 +1,10 @@
-//! Whether the gateways' nodes live: asked of their kernels through the tunnel, again and again.
+//! The liveness of gateway nodes. Their kernels answer probes through the tunnel.
 //!
-//! A task of its own asks and hears; the daemon is told only what changes.
+//! A task of its own sends the probes and receives the replies. It reports changes only.
 //!
-//! A node answers at one address while all of its uplinks work, and at one more for each uplink's family that works.
-//! While it answers at the first, that is all that is asked; a node that has lost a family costs others some probes
-//! more.
+//! A node answers at its health address while all of its uplinks work, and at one more address for each uplink and
+//! family that works. Only the first address is probed while it answers, so that a node that has lost a family costs
+//! some more probes, and no other node does.
 
 mod probes;
 
@@ -20,85 +20,86 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep_until};
 
-/// How nodes are asked.
+/// How nodes are probed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Settings {
-    /// Between probes to a node that answers.
+    /// The interval between probes to a node that answers.
     pub interval: Duration,
-    /// How many times this long, the first time at half the pace, a node must be silent before it counts as dead.
+    /// A node is dead after this number of half intervals without a reply. Each has three probes.
     pub misses: u32,
 }
 
 impl Settings {
-    /// No less than it takes to find a node dead.
+    /// An upper bound of the time in which a dead node is detected.
     pub fn detection(&self) -> Duration {
         self.interval * (self.misses + 1)
     }
 
-    /// How long at least an answer is waited for, however short the round trip: a busy host answers late.
+    /// The shortest time to wait for a reply, however short the round trip is: a busy host replies late.
     fn shortest_patience(&self) -> Duration {
         self.interval / 5
     }
 
-    /// Between probes to a node that is in doubt.
+    /// The interval between probes to a node that has missed one.
     fn quick(&self) -> Duration {
         self.interval / 6
     }
 
-    /// How many probes in a row must be missed before a node counts as dead. With seven of them, a line that loses
-    /// 5 % in each direction loses all once in a thousand hours; three would be lost ten times an hour.
+    /// The number of consecutive probes without a reply after which a node is dead. A line that loses 5 % in each
+    /// direction loses seven of them once in a thousand hours; it would lose three ten times an hour.
     fn probes(&self) -> u32 {
         (self.misses * 3).saturating_sub(2).max(1)
     }
 
-    /// Longer than a node can be away without anybody's finding it dead.
+    /// A node that is absent for a shorter time than this is not found dead by any other node.
     pub fn safe_absence(&self) -> Duration {
         // The first probe may come at once; the others come within half the time for each further miss.
         self.interval / 2 * (self.misses - 1)
     }
 }
 
-/// Whom to ask.
+/// The nodes to probe.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Targets {
-    /// The tunnel device's index; it is another one after the device was made anew.
+    /// The tunnel device's index. It changes when the device is created again.
     pub device: u32,
-    /// The address to ask from.
+    /// The source address of the probes.
     pub source: Option<Ipv6Addr>,
     /// The nodes' health addresses.
     pub nodes: BTreeMap<Name, Ipv6Addr>,
-    /// What allocations need of each node's uplinks, and where it answers for each.
+    /// The uplinks of each node that egress IPs need, with the address at which the node answers for each.
     pub uplinks: BTreeMap<Name, BTreeMap<UplinkKey, Ipv6Addr>>,
 }
 
-/// What was found out.
+/// The liveness of other nodes, as this node sees it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct PeerLiveness {
-    /// Nodes that do not answer.
+    /// The nodes that do not answer.
     pub dead: BTreeSet<Name>,
-    /// What others have lost of their uplinks.
+    /// The uplinks that answering nodes have lost.
     pub lost: BTreeMap<Name, BTreeSet<UplinkKey>>,
-    /// Nobody answers, and nobody asks this node either.
+    /// Whether no other node answers, and none probes this node.
     pub alone: bool,
-    /// Somebody answers, or has asked this node since nobody does.
+    /// Whether another node answers, or has probed this node since none answers.
     pub reached: bool,
-    /// How often this node has come back from where it could not know what the others did: it was frozen, or alone.
+    /// How many times this node has returned from a time in which it was frozen or alone, and could not receive the
+    /// reports of other nodes.
     pub returns: u64,
 }
 
-/// Asks, until nobody wants to know any more.
-pub async fn watch(settings: Settings, mut targets: watch::Receiver<Targets>, seen: watch::Sender<PeerLiveness>) {
+/// Probes the targets until their sender is dropped, and sends each change of the liveness.
+pub async fn watch(settings: Settings, mut targets: watch::Receiver<Targets>, changes: watch::Sender<PeerLiveness>) {
     let mut probes = Probes::new(settings);
     let mut uplinks = Probes::unproven(settings);
     let mut echo: Option<Echo> = None;
     let mut wanted = Targets::default();
-    let mut told = PeerLiveness::default();
+    let mut reported = PeerLiveness::default();
     let mut reachability = Reachability::default();
     loop {
         let next = [probes.next(), uplinks.next()].into_iter().flatten().min();
         tokio::select! {
             changed = targets.changed() => if changed.is_err() { return },
-            () = heard(&echo) => {}
+            () = has_reply(&echo) => {}
             () = sleep_until(next.unwrap_or_else(Instant::now)), if next.is_some() => {}
         }
         let new = targets.borrow_and_update().clone();
@@ -108,8 +109,8 @@ pub async fn watch(settings: Settings, mut targets: watch::Receiver<Targets>, se
         wanted = new;
         let now = Instant::now();
         probes.set_nodes(&wanted.nodes, now);
-        // However busy the daemon was: what came meanwhile came before the judgement.
-        take(&mut echo, now, |from, sequence, at| {
+        // Take the replies first: if the daemon was busy, they arrived in time.
+        take_replies(&mut echo, now, |from, sequence, at| {
             probes.answered(from, sequence, at);
             uplinks.answered(from, sequence, at);
         });
@@ -122,38 +123,38 @@ pub async fn watch(settings: Settings, mut targets: watch::Receiver<Targets>, se
             echo = open(&wanted);
         }
         for (address, sequence) in due {
-            // What this host cannot send is not answered either.
+            // A probe that cannot be sent counts as a probe without a reply.
             if let Some(echo) = &echo {
                 let _ = echo.request(address, sequence);
             }
         }
-        let (dead, lost) = tell_apart(&probes, &mut uplinks, &wanted);
-        let mut new = PeerLiveness { dead, lost, ..told.clone() };
-        let nobody = !new.dead.is_empty() && new.dead.len() == wanted.nodes.len();
-        new.reached = reachability.is_reached(nobody);
+        let (dead, lost) = dead_and_lost(&probes, &mut uplinks, &wanted);
+        let mut new = PeerLiveness { dead, lost, ..reported.clone() };
+        let none_answers = !new.dead.is_empty() && new.dead.len() == wanted.nodes.len();
+        new.reached = reachability.is_reached(none_answers);
         new.alone = !new.reached && probes.silent_for(now) > settings.detection();
-        new.returns += u64::from(probes.take_stall()) + u64::from(told.alone && !new.alone);
-        if new != told {
-            tell(&told, &new);
-            told = new;
-            seen.send_replace(told.clone());
+        new.returns += u64::from(probes.take_stall()) + u64::from(reported.alone && !new.alone);
+        if new != reported {
+            log_changes(&reported, &new);
+            reported = new;
+            changes.send_replace(reported.clone());
         }
     }
 }
 
-/// An address that stands for uplinks of a node's: several whose codes are the same have one.
+/// A health address for uplinks of a node. Uplinks with the same code share it.
 type OfUplink = (Name, Ipv6Addr);
 
 impl Targets {
-    /// Where these nodes answer for their uplinks.
+    /// The addresses at which these nodes answer for their uplinks.
     fn of_uplinks<'a>(&self, nodes: impl Iterator<Item = &'a Name>) -> BTreeMap<OfUplink, Ipv6Addr> {
         let known = nodes.filter_map(|name| self.uplinks.get_key_value(name));
         known.flat_map(|(name, of)| of.values().map(|address| ((name.clone(), *address), *address))).collect()
     }
 }
 
-/// The nodes that are dead, and what those have lost that do not answer for all of their uplinks.
-fn tell_apart(
+/// The dead nodes, and the lost uplinks of nodes that answer for some of their uplinks only.
+fn dead_and_lost(
     nodes: &Probes<Name>,
     uplinks: &mut Probes<OfUplink>,
     targets: &Targets,
@@ -174,29 +175,29 @@ fn tell_apart(
     (dead, lost)
 }
 
-/// Whether others ask for this node, while it hears of nobody.
+/// Whether other nodes probe this one while none answers it.
 #[derive(Debug, Default)]
 struct Reachability {
-    /// How often it had been asked when it began.
+    /// The number of received probes when the other nodes stopped to answer.
     before: Option<Option<u64>>,
 }
 
 impl Reachability {
-    /// Whether others reach this node. That they do not is certain only when that has lasted longer than they would
-    /// have left this node unasked by chance.
-    fn is_reached(&mut self, nobody_answers: bool) -> bool {
-        if !nobody_answers {
+    /// Whether other nodes reach this one. That they do not is certain only after a time in which they would have
+    /// probed it.
+    fn is_reached(&mut self, none_answers: bool) -> bool {
+        if !none_answers {
             self.before = None;
             return true;
         }
-        let now = asked();
+        let now = received_probes();
         *self.before.get_or_insert(now) != now
     }
 }
 
-fn tell(before: &PeerLiveness, now: &PeerLiveness) {
+fn log_changes(before: &PeerLiveness, now: &PeerLiveness) {
     for node in now.dead.difference(&before.dead) {
-        tracing::warn!(%node, "the node does not answer: its allocations are other nodes' now");
+        tracing::warn!(%node, "the node does not answer; other nodes take over its egress IPs");
     }
     for node in before.dead.difference(&now.dead) {
         tracing::info!(%node, "the node answers again");
@@ -209,7 +210,7 @@ fn tell(before: &PeerLiveness, now: &PeerLiveness) {
         tracing::info!(%node, "the node's uplink has all families again");
     }
     if now.alone && !before.alone {
-        tracing::warn!("no other node answers, and none asks for this one");
+        tracing::warn!("no other node answers, and none probes this one");
     }
 }
 
@@ -217,21 +218,21 @@ fn open(targets: &Targets) -> Option<Echo> {
     match Echo::open(targets.device, targets.source?) {
         Ok(echo) => Some(echo),
         Err(e) => {
-            tracing::warn!("other nodes cannot be asked whether they live: {e:#}");
+            tracing::warn!("other nodes cannot be probed: {e:#}");
             None
         }
     }
 }
 
-/// Waits until there may be an answer. What is wrong with the socket, taking the answer tells.
-async fn heard(echo: &Option<Echo>) {
+/// Waits until there may be a reply. If the socket fails, [`take_replies`] returns the error.
+async fn has_reply(echo: &Option<Echo>) {
     match echo {
         Some(echo) => drop(echo.readable().await),
         None => std::future::pending().await,
     }
 }
 
-fn take(echo: &mut Option<Echo>, now: Instant, mut answered: impl FnMut(Ipv6Addr, u16, Instant)) {
+fn take_replies(echo: &mut Option<Echo>, now: Instant, mut answered: impl FnMut(Ipv6Addr, u16, Instant)) {
     let Some(open) = echo else { return };
     loop {
         match open.reply() {
@@ -241,7 +242,7 @@ fn take(echo: &mut Option<Echo>, now: Instant, mut answered: impl FnMut(Ipv6Addr
             }
             Ok(None) => return,
             Err(e) => {
-                tracing::warn!("answers of other nodes cannot be heard: {e}");
+                tracing::warn!("replies of other nodes cannot be received: {e}");
                 *echo = None;
                 return;
             }
@@ -249,8 +250,8 @@ fn take(echo: &mut Option<Echo>, now: Instant, mut answered: impl FnMut(Ipv6Addr
     }
 }
 
-/// How many echo requests have come through the tunnel, as the kernel counts them.
-fn asked() -> Option<u64> {
+/// The kernel's count of echo requests that arrived through the tunnel.
+fn received_probes() -> Option<u64> {
     let text = fs::read_to_string(format!("/proc/net/dev_snmp6/{DEVICE}")).ok()?;
     let line = text.lines().find(|line| line.split_whitespace().next() == Some("Icmp6InEchos"))?;
     line.split_whitespace().nth(1)?.parse().ok()

@@ -1,4 +1,4 @@
-//! Probes, and what follows from answers and silence.
+//! Probes, and the liveness that follows from their replies.
 
 use super::Settings;
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
@@ -6,19 +6,19 @@ use std::net::Ipv6Addr;
 use std::time::Duration;
 use tokio::time::Instant;
 
-/// How long a node that was dead must answer before it counts as alive, unless nobody else is. A node that was frozen
-/// answers before its daemon has looked around: in this time it finds out what others have taken over from it, and
-/// tells.
-const FLUSH_GUARD: Duration = Duration::from_millis(500);
-/// An answer that comes within this time belongs to its probe, and tells that the node lived when it was asked.
+/// How long a dead node must answer before it counts as alive, unless no other node is alive. The kernel of a node
+/// that was frozen answers before its daemon runs again. In this time the daemon detects which egress IPs others have
+/// taken over, and reports that.
+const PROBATION: Duration = Duration::from_millis(500);
+/// A reply within this time is matched with its probe, and proves that the node was alive when it was probed.
 const LATE: Duration = Duration::from_secs(5);
-/// The longest patience; a round trip longer than this is no way for connections either.
+/// The longest time to wait for a reply. Connections do not work over a longer round trip either.
 const MAX_PATIENCE: Duration = Duration::from_secs(3);
-/// Of a node that was silent, at least so many probes must be answered before it counts as alive.
+/// A dead node must answer at least this many probes before it counts as alive.
 const ENOUGH: u32 = 3;
 
-/// The round trip as TCP measures it (RFC 6298, section 2). Each answer names its probe, so that every one is a
-/// sample (Karn's algorithm is for those that do not).
+/// The round trip as TCP measures it (RFC 6298, section 2). Each reply names its probe, so that every reply is a
+/// sample. Karn's algorithm is for replies that do not.
 #[derive(Clone, Copy, Debug)]
 struct RoundTrip {
     smoothed: Duration,
@@ -37,7 +37,7 @@ impl RoundTrip {
         }
     }
 
-    /// After how long an answer is hardly to be expected any more. `least`: what a busy host may take for itself.
+    /// The time after which a reply is unlikely. `least` is the time that a busy host may take to reply.
     fn timeout(self, least: Duration) -> Duration {
         self.smoothed + (self.variation * 4).max(least)
     }
@@ -47,48 +47,49 @@ impl RoundTrip {
 struct Probe {
     sequence: u16,
     asked: Instant,
-    /// Its answer did not come in time. It may still come.
+    /// Whether the time for its reply is over. The reply may still arrive.
     missed: bool,
 }
 
 /// A dead node that answers again.
 #[derive(Clone, Copy, Debug)]
 struct Return {
-    /// When the first answer came.
+    /// When the first reply arrived.
     since: Instant,
-    /// When the probe was asked that was answered first.
+    /// When the probe was sent whose reply arrived first.
     from: Instant,
-    /// Of the probes since then.
+    /// The number of probes since then that were answered.
     answered: u32,
     missed: u32,
 }
 
 impl Return {
-    /// Three answers for each two misses: a line that lets every other packet through must not take allocations to and fro.
+    /// At least three of five probes must be answered. A line that passes every other packet must not move egress IPs
+    /// to and fro.
     fn is_over(&self, now: Instant) -> bool {
-        now >= self.since + FLUSH_GUARD && self.answered >= ENOUGH && self.missed * 3 <= self.answered * 2
+        now >= self.since + PROBATION && self.answered >= ENOUGH && self.missed * 3 <= self.answered * 2
     }
 }
 
 #[derive(Debug)]
 struct Node {
     address: Ipv6Addr,
-    /// When it is to be asked next.
+    /// When it is to be probed next.
     next: Instant,
-    /// The number of its next probe.
+    /// The sequence number of its next probe.
     sequence: u16,
-    /// Probes without an answer, oldest first.
+    /// Probes without a reply, oldest first.
     open: VecDeque<Probe>,
-    /// When the newest probe was asked that was answered.
+    /// When the newest answered probe was sent.
     answered: Option<Instant>,
-    /// Probes since then that were not answered in time.
+    /// The number of probes since then that were not answered in time.
     missed: u32,
     round_trip: Option<RoundTrip>,
     dead: bool,
-    /// Whether it was never found alive, nor dead: it is alive with the first answer.
+    /// Whether it has been found neither alive nor dead. Its first reply makes it alive.
     unproven: bool,
     returning: Option<Return>,
-    /// When it answered last, or was first to be asked.
+    /// When it last answered, or was added.
     last: Instant,
 }
 
@@ -109,7 +110,7 @@ impl Node {
         }
     }
 
-    /// After how long a probe counts as missed.
+    /// The time after which a probe counts as missed.
     fn patience(&self, settings: &Settings) -> Duration {
         let least = settings.shortest_patience();
         match self.round_trip {
@@ -118,8 +119,8 @@ impl Node {
         }
     }
 
-    /// How long after a probe the next one is asked. A node that is in doubt is asked so often that chance alone
-    /// does not lose every probe.
+    /// The time between this probe and the next one. A node that has missed a probe is probed so often that chance
+    /// alone does not lose every probe.
     fn pace(&self, settings: &Settings) -> Duration {
         let unanswered = self.open.iter().filter(|q| self.answered.is_none_or(|at| q.asked > at)).count();
         match (self.dead, self.returning) {
@@ -153,7 +154,7 @@ impl Node {
         }
     }
 
-    /// An answer came at `at`. `first`: no other node is alive.
+    /// Takes a reply that arrived at `at`. `first`: no other node is alive.
     fn hear(&mut self, sequence: u16, at: Instant, first: bool) {
         let Some(place) = self.open.iter().position(|q| q.sequence == sequence) else { return };
         let Some(probe) = self.open.remove(place) else { return };
@@ -174,7 +175,7 @@ impl Node {
                 returning.missed = returning.missed.saturating_sub(u32::from(probe.missed));
             }
         } else {
-            // Later probes may have been missed before, where answers overtake each other.
+            // Later probes may have been missed before, if replies overtake each other.
             let missed = self.open.iter().filter(|q| q.missed && q.asked > probe.asked).count();
             let missed = u32::try_from(missed).unwrap_or(u32::MAX);
             self.returning = Some(Return { since: at, from: probe.asked, answered: 1, missed });
@@ -187,11 +188,11 @@ impl Node {
     }
 }
 
-/// See the module. What is asked, a node or something of its, is told apart by `K`.
+/// The probes to nodes, or to parts of nodes, which `K` identifies.
 #[derive(Debug)]
 pub struct Probes<K> {
     settings: Settings,
-    /// Who is new counts as dead until it answers for the first time.
+    /// Whether a new node counts as dead until it answers for the first time.
     unproven: bool,
     nodes: BTreeMap<K, Node>,
     by_address: HashMap<Ipv6Addr, K>,
@@ -199,17 +200,17 @@ pub struct Probes<K> {
 }
 
 impl<K: Ord + Clone> Probes<K> {
-    /// Who is new counts as alive.
+    /// Probes to nodes that count as alive when they are added.
     pub fn new(settings: Settings) -> Self {
         Probes { settings, unproven: false, nodes: BTreeMap::new(), by_address: HashMap::new(), stalled: false }
     }
 
-    /// Who is new counts as dead until it answers for the first time.
+    /// Probes to nodes that count as dead until they answer for the first time.
     pub fn unproven(settings: Settings) -> Self {
         Probes { unproven: true, ..Self::new(settings) }
     }
 
-    /// Whom to ask from now on.
+    /// Sets the nodes to probe.
     pub fn set_nodes(&mut self, wanted: &BTreeMap<K, Ipv6Addr>, now: Instant) {
         let same = |name: &K, node: &Node| wanted.get(name) == Some(&node.address);
         if self.nodes.len() == wanted.len() && self.nodes.iter().all(|(name, node)| same(name, node)) {
@@ -222,7 +223,7 @@ impl<K: Ord + Clone> Probes<K> {
         self.by_address = wanted.iter().map(|(name, address)| (*address, name.clone())).collect();
     }
 
-    /// When something is to be done: a probe, or judging one.
+    /// When the next probe is to be sent, or judged.
     pub fn next(&self) -> Option<Instant> {
         let of_node = |node: &Node| {
             let oldest = node.open.iter().find(|q| !q.missed);
@@ -232,14 +233,14 @@ impl<K: Ord + Clone> Probes<K> {
         self.nodes.values().map(of_node).min()
     }
 
-    /// Judges the probes whose time is over. All answers that have come must have been told before.
+    /// Counts the probes whose time is over as missed. All replies that have arrived must have been taken before.
     pub fn judge(&mut self, now: Instant) {
         for node in self.nodes.values_mut() {
             node.judge(&self.settings, now);
         }
     }
 
-    /// Whom to ask now, with which number.
+    /// The addresses to probe now, with sequence numbers.
     pub fn due(&mut self, now: Instant) -> Vec<(Ipv6Addr, u16)> {
         let late = self.settings.safe_absence().max(self.settings.shortest_patience());
         let mut asked = Vec::new();
@@ -253,7 +254,7 @@ impl<K: Ord + Clone> Probes<K> {
         asked
     }
 
-    /// An answer came at `at`. One that is late counts for its own probe.
+    /// Takes a reply that arrived at `at`. A late one is matched with its own probe.
     pub fn answered(&mut self, from: Ipv6Addr, sequence: u16, at: Instant) {
         let alone = self.nodes.values().all(|node| node.dead);
         if let Some(node) = self.by_address.get(&from).and_then(|name| self.nodes.get_mut(name)) {
@@ -261,34 +262,35 @@ impl<K: Ord + Clone> Probes<K> {
         }
     }
 
-    /// Who does not answer.
+    /// The nodes that do not answer.
     pub fn dead(&self) -> BTreeSet<K> {
         self.nodes.iter().filter(|(_, node)| node.dead).map(|(name, _)| name.clone()).collect()
     }
 
-    /// Who did not answer the last probe in time.
+    /// The nodes that are dead or have missed a probe.
     pub fn in_doubt(&self) -> impl Iterator<Item = &K> {
         self.nodes.iter().filter(|(_, node)| node.dead || node.missed > 0).map(|(name, _)| name)
     }
 
-    /// Whether it is known to answer.
+    /// Whether the node answers.
     pub fn is_alive(&self, of: &K) -> bool {
         self.nodes.get(of).is_some_and(|node| !node.dead)
     }
 
-    /// One that has not answered yet counts as found dead: it must answer for as long as others before it is alive.
+    /// Makes a node that has not answered yet count as found dead. It must then answer as long as other dead nodes
+    /// before it is alive.
     pub fn give_up(&mut self, of: &K) {
         if let Some(node) = self.nodes.get_mut(of) {
             node.unproven = false;
         }
     }
 
-    /// How long nobody has answered.
+    /// The time since the last reply of any node.
     pub fn silent_for(&self, now: Instant) -> Duration {
         self.nodes.values().map(|node| now.saturating_duration_since(node.last)).min().unwrap_or_default()
     }
 
-    /// Whether so much time has passed before a probe that others may have found this node dead meanwhile.
+    /// Whether a probe was so late that other nodes may have found this node dead meanwhile. Resets the answer.
     pub fn take_stall(&mut self) -> bool {
         std::mem::take(&mut self.stalled)
     }

@@ -113,8 +113,8 @@ impl Node {
         self.egress.handovers.update(&self.view, before, Instant::now());
     }
 
-    /// The step [`Coming`](super::steps::Step::Coming). In a planned move, the old node still knows the connections, so
-    /// its egress IP does not count as coming.
+    /// The step [`Coming`](super::steps::Step::Coming). In a planned move, the old node still knows the connections,
+    /// so its egress IP does not count as coming.
     pub(super) fn find_coming(&mut self) {
         let desired = &self.egress.decision.desired;
         let allocations = &self.view.allocations.allocations;
@@ -166,8 +166,8 @@ impl Node {
         self.host.announce_again(&self.view, &self.egress.uplinks, &taken_over);
     }
 
-    /// The step [`TakenOver`](super::steps::Step::TakenOver). The view contains the egress IPs that have just been added
-    /// only now.
+    /// The step [`TakenOver`](super::steps::Step::TakenOver). The view contains the egress IPs that have just been
+    /// added only now.
     pub(super) fn find_taken_over(&mut self) {
         self.facts.taken = self.taken(&self.facts);
     }

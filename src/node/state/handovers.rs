@@ -56,7 +56,7 @@ impl Handovers {
     }
 
     /// The allocations that just moved away.
-    pub fn from_here(&self) -> BTreeSet<EgressId> {
+    pub fn moved_away(&self) -> BTreeSet<EgressId> {
         self.from_here.keys().copied().collect()
     }
 

@@ -150,10 +150,16 @@ impl Node {
         }
     }
 
-    /// Waits for the next deadline of egress IPs, handovers, faults or pods.
+    /// Waits for the next deadline of egress IPs, handovers, faults, pods or reports.
     pub async fn due(&self) {
         let egress = &self.egress;
-        let deadlines = [egress.holding.next(), egress.handovers.next(), self.problems.faults.next(), self.pods.next()];
+        let deadlines = [
+            egress.holding.next(),
+            egress.handovers.next(),
+            self.problems.faults.next(),
+            self.pods.next(),
+            self.unreachable.next(),
+        ];
         match deadlines.into_iter().flatten().min() {
             Some(due) => tokio::time::sleep_until(due).await,
             None => std::future::pending().await,

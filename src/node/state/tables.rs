@@ -80,7 +80,7 @@ impl Node {
         let of_allocation = |id: EgressId| allocations.get(&id).map(|allocation| allocation.address.clone());
         let handovers = &self.egress.handovers;
         plan.handed = handovers.to_here().filter_map(|(id, mac)| Some((id, (of_allocation(id)?, mac)))).collect();
-        plan.left = handovers.from_here();
+        plan.left = handovers.moved_away();
         plan.unfound = self.unmanaged.missing();
         let ready = plan.allocations.keys().copied().collect();
         let changes = self.host.tables(plan)?;
@@ -90,8 +90,8 @@ impl Node {
         Ok((changes, uses))
     }
 
-    /// The step [`Connections`](super::steps::Step::Connections): cleans connection tracking after egress IPs have moved
-    /// to this node or away from it.
+    /// The step [`Connections`](super::steps::Step::Connections): cleans connection tracking after egress IPs have
+    /// moved to this node or away from it.
     pub(super) fn clean_connections(&mut self) {
         // First set the roles: the connections of an egress IP that has moved away are deleted here and have not
         // ended.

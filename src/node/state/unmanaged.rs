@@ -32,7 +32,8 @@ impl Unmanaged {
         Unmanaged { sought: BTreeSet::new(), missing: BTreeMap::new(), put_off: BTreeMap::new(), files }
     }
 
-    /// Drops the pods without a veth whose addresses a pod has that the plugin attached. Returns whether there were any.
+    /// Drops the pods without a veth whose addresses a pod has that the plugin attached. Returns whether there were
+    /// any.
     pub(super) fn attached(&mut self, addresses: &[IpAddr]) -> bool {
         let before = self.missing.len();
         self.missing.retain(|_, (_, quarantined)| !quarantined.iter().any(|a| addresses.contains(a)));
@@ -131,8 +132,8 @@ impl Node {
         });
     }
 
-    /// The step [`EndedPods`](super::steps::Step::EndedPods). Unmanaged pods without a veth are dropped if they have ended,
-    /// have other addresses now, or are no longer selected.
+    /// The step [`EndedPods`](super::steps::Step::EndedPods). Unmanaged pods without a veth are dropped if they have
+    /// ended, have other addresses now, or are no longer selected.
     pub(super) fn drop_ended_pods(&mut self) {
         self.pods.drop_ended(&self.cluster);
         let mut missing = std::mem::take(&mut self.unmanaged.missing);

@@ -185,10 +185,10 @@ fn a_few_silences_in_a_row_are_no_death() {
 fn who_comes_back_is_alive_after_half_a_second_of_answers() {
     let mut world = World::new(2, SHORT);
     world.pass(INTERVAL * 4, &[0]);
-    world.pass(FLUSH_GUARD - ms(1), &[0, 1]);
+    world.pass(PROBATION - ms(1), &[0, 1]);
     assert_eq!(world.dead(), ["n1"]);
     world.pass(INTERVAL * 3, &[0]);
-    world.pass(FLUSH_GUARD - ms(1), &[0, 1]);
+    world.pass(PROBATION - ms(1), &[0, 1]);
     assert_eq!(world.dead(), ["n1"], "it was silent, so it begins anew");
     world.pass(INTERVAL, &[0, 1]);
     assert!(world.dead().is_empty());
@@ -301,7 +301,7 @@ fn who_is_unproven_is_alive_with_the_first_answer_unless_it_was_given_up() {
     let mut world = unproven(false);
     world.pass(ms(1), &[1]);
     world.probes.give_up(&"n0".into());
-    assert!(world.until(false, &[0, 1]) >= FLUSH_GUARD, "a node that was frozen finds out first what others took over");
+    assert!(world.until(false, &[0, 1]) >= PROBATION, "a node that was frozen finds out first what others took over");
 }
 
 #[test]
