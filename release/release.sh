@@ -1,6 +1,6 @@
 #!/bin/bash
-# Makes everything of a release, in target/release-VERSION: programs, image, manifests, chart, definitions, what the
-# programs are made of, checksums. The manifests name the image by its digest.
+# Makes everything of a release, in target/release-VERSION: programs, `kubectl egret` with its manifest for krew, image,
+# manifests, chart, definitions, what the programs are made of, checksums. The manifests name the image by its digest.
 #   release/release.sh IMAGE        registry.example/egret:v0.1.0, where the image is going to be
 set -eu
 image=$1
@@ -18,6 +18,17 @@ trap '"${as_root[@]}" rm -rf "$work"' EXIT
 # The programs are the ones of the image.
 machine=$(rustc -vV | sed -n 's/^host: //p')
 for program in egretd egret-cni; do cp "$work/programs/$program" "$out/$program-$machine"; done
+# `kubectl egret` is for people's machines, and not in the image. It was built with the image's programs.
+case $machine in x86_64-*) arch=amd64 ;; aarch64-*) arch=arm64 ;; *) arch=${machine%%-*} ;; esac
+archive=kubectl-egret-v$version-linux-$arch.tar.gz
+mkdir "$work/plugin"
+cp "target/image/build/$machine/release/kubectl-egret" install/krew/kubectl_complete-egret LICENSE "$work/plugin/"
+# By this name it is for hosts without Kubernetes.
+ln -s kubectl-egret "$work/plugin/egretctl"
+tar -C "$work/plugin" --sort=name --mode=u+rwX,go+rX,go-w --mtime=@0 --owner=0 --group=0 --numeric-owner -cf - . |
+  gzip -n >"$out/$archive"
+sum=$(sha256sum "$out/$archive" | cut -d' ' -f1)
+sed "s|0\{64\}|$sum|; s|arch: amd64|arch: $arch|; s|linux-amd64|linux-$arch|g" install/krew/egret.yaml >"$out/krew-egret.yaml"
 release/sbom.sh "$out/egret-$version.cdx.json"
 mv "$work/image-oci.tar" "$out/egret-$version-image-oci.tar"
 digest=$(cat "$work/digest")

@@ -11,7 +11,7 @@ for copy in one a-directory-of-another-name; do
   "$work/$copy/release/build.sh" "$@"
 done
 failed=0
-for program in egretd egret-cni; do
+for program in egretd egret-cni kubectl-egret; do
   mapfile -t built < <(find "$work"/*/target/*-linux-*/ -maxdepth 2 -type f -name "$program" -perm -u+x)
   sha256sum "${built[@]}" | sed "s|$work/||"
   if [ "${#built[@]}" != 2 ] || ! cmp "${built[@]}"; then

@@ -44,7 +44,8 @@ fn what_is_wrong_with_a_call_is_told_with_the_remedy() {
 }
 
 /// The commands of `kubectl egret`, in the order of its help.
-const OF_PLUGIN: [&str; 3] = ["status", "convert", "completion"];
+const OF_PLUGIN: [&str; 11] =
+    ["status", "convert", "check", "pods", "ip", "why", "plan", "move", "drain", "rebalance", "completion"];
 
 fn plugin(arguments: &[&str]) -> String {
     said_by("kubectl egret", env!("CARGO_BIN_EXE_kubectl-egret"), arguments)

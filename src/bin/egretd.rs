@@ -5,13 +5,13 @@ use clap::{Parser, Subcommand};
 use egret::check;
 use egret::cluster::kube::{Reviewer, Verdict};
 use egret::cluster::{self, KubeOptions, LeaseSettings, Scope, SourceName};
+use egret::ctl::why;
 use egret::datapath::ruleset;
 use egret::model::ObjectKey;
 use egret::model::destination::parse_cidr;
 use egret::model::marks::Marks;
 use egret::model::target::Target;
 use egret::model::tunnel_family::TunnelFamily;
-use egret::node_plan::why::why;
 use egret::telemetry::access::{Access, Guard};
 use egret::telemetry::logs;
 use egret::telemetry::server::{Addresses, ListenAddress};
@@ -27,7 +27,7 @@ use tokio::runtime::{Builder, Runtime};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::time::timeout;
 
-/// How long `egretd why` and `egretd ruleset` wait for the cluster's state. Reading 100,000 pods takes some seconds.
+/// How long `egretd ruleset` waits for the cluster's state. Reading 100,000 pods takes some seconds.
 const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Egret gives Kubernetes pods a stable source address outside the cluster.
@@ -475,35 +475,7 @@ impl State {
 impl Why {
     fn run(self) -> anyhow::Result<String> {
         let name = self.cluster.name();
-        let open = async |scope| open_soon(&name, scope).await;
-        let (cluster, problems) = runtime()?.block_on(async {
-            // The controller's scope has the reasons for allocations; only a node's scope has the cluster's own
-            // networks.
-            let source = open(Scope::Controller).await?;
-            let mut cluster = (**source.snapshots.borrow()).clone();
-            let node = cluster.pods.get(&self.pod).and_then(|pod| pod.node.as_ref()).or(cluster.nodes.keys().next());
-            // With a directory as the source, both scopes are the same.
-            let differs = self.to.is_some() && matches!(name, SourceName::Kube(_));
-            if let Some(node) = node.filter(|_| differs).map(ToString::to_string) {
-                let as_node = open(Scope::Node(node)).await?.snapshots.borrow().clone();
-                cluster.inside = as_node.inside.clone();
-                cluster.services = as_node.services.clone();
-                cluster.endpoints = as_node.endpoints.clone();
-            }
-            let mut problems = Vec::clone(&source.problems.borrow());
-            if let Some(target) = &self.to
-                && let Err(e) = cluster::add_services(&name, &mut cluster, target).await
-            {
-                problems.push(format!("{e:#}; a Service's address is explained as if it had no endpoints"));
-            }
-            anyhow::Ok((cluster, problems.join("\n  ")))
-        })?;
-        let text = why(&cluster, &self.pod, self.to, &self.direct);
-        if problems.is_empty() {
-            return Ok(text?);
-        }
-        let unread = format!("these objects cannot be read, and nodes may use their earlier versions:\n  {problems}");
-        Ok(text.with_context(|| unread.clone())? + &unread + "\n")
+        Ok(runtime()?.block_on(why::explain(&name, &self.pod, self.to, &self.direct))?.text)
     }
 }
 

@@ -19,6 +19,7 @@ use crate::model::notice::Notice;
 use crate::model::selector::Name;
 use crate::model::target::Target;
 use crate::model::{Cluster, ObjectKey, PolicyKey};
+pub use dir::overlay::{Overlaid, Verb as OverlayVerb, overlay};
 pub use kube::lease::Settings as LeaseSettings;
 pub use kube::lists::Lists;
 use std::collections::BTreeSet;

@@ -4,9 +4,20 @@
 //! for people, or as JSON or YAML. The computation is pure and has its own tests. All commands work with the Kubernetes
 //! API and with a directory of manifests alike.
 
+pub mod check;
+pub mod cni;
 pub mod convert;
+pub mod ip;
+mod manifest;
+pub mod moves;
 pub mod output;
+pub mod plan;
+pub mod pods;
 pub mod problem;
+pub mod site;
 pub mod state;
 pub mod status;
+pub mod subject;
 pub mod table;
+pub mod why;
+mod write;

@@ -1,5 +1,8 @@
 //! Reads the state of the cluster that a command works on.
 
+use super::cni::{OBJECTS, cni};
+use super::problem::Problem;
+use super::site::Objects;
 use crate::cluster::{self, PodsOf, Scope, SourceName};
 use crate::model::Cluster;
 use anyhow::bail;
@@ -17,6 +20,8 @@ pub struct State {
     pub cluster: Arc<Cluster>,
     /// Objects that cannot be read, a line each.
     pub unread: Vec<String>,
+    /// What is wrong with other people's objects, such as a CNI that bypasses netfilter.
+    pub of_site: Vec<Problem>,
     /// When it was read, seconds since the Unix epoch.
     pub now: i64,
 }
@@ -27,6 +32,7 @@ impl State {
         State {
             cluster: source.snapshots.borrow().clone(),
             unread: Vec::clone(&source.problems.borrow()),
+            of_site: Vec::new(),
             now: jiff::Timestamp::now().as_second(),
         }
     }
@@ -63,4 +69,12 @@ pub async fn open_as(source: &SourceName, scope: Scope) -> anyhow::Result<cluste
 /// It cannot be read, or not within a minute.
 pub async fn read(source: &SourceName, pods: PodsOf) -> anyhow::Result<State> {
     Ok(State::of(&open(source, pods).await?))
+}
+
+/// What is wrong with the CNI. What may not be read is passed over.
+///
+/// # Errors
+/// There are no credentials.
+pub async fn problems_of_site(source: &SourceName) -> anyhow::Result<Vec<Problem>> {
+    Ok(cni(&Objects::open(source).await?.read(&OBJECTS).await).problems)
 }

@@ -15,6 +15,7 @@ mod gateways;
 mod helpers;
 mod host_firewall;
 mod install;
+mod kubectl_egret;
 mod lab_itself;
 mod lifecycle;
 mod lost_families;

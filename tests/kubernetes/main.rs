@@ -12,6 +12,7 @@ mod convert;
 mod current;
 mod failover;
 mod fields;
+mod kubectl_egret;
 mod leaders;
 mod metrics;
 mod proxy;

@@ -41,6 +41,24 @@ fn the_manifests_name_one_image_and_it_is_this_version() {
     }
 }
 
+/// `release.sh` puts the checksum in its place.
+#[test]
+fn the_plugins_manifest_for_krew_is_of_this_version() {
+    let manifest = text(&root().join("install/krew/egret.yaml"));
+    let read: Value = serde_saphyr::from_str(&manifest).expect("YAML");
+    let version = concat!("v", env!("CARGO_PKG_VERSION"));
+    assert_eq!(read["spec"]["version"], version);
+    let platform = &read["spec"]["platforms"][0];
+    let name = format!("kubectl-egret-{version}-linux-amd64.tar.gz");
+    assert!(platform["uri"].as_str().is_some_and(|uri| uri.ends_with(&name)), "{platform}");
+    assert_eq!(platform["sha256"].as_str().map(|sum| sum.trim_matches('0').len()), Some(0), "not set by hand");
+    let files = platform["files"].as_array().expect("files");
+    let script = text(&root().join("release/release.sh"));
+    for file in files.iter().filter_map(|file| file["from"].as_str()) {
+        assert!(script.contains(file), "release.sh does not put {file} into the archive");
+    }
+}
+
 #[test]
 fn the_scripts_are_bash() {
     for script in ["release", "tests", "tests/cluster"].iter().flat_map(|d| files(d, "sh")) {

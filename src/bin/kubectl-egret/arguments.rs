@@ -2,9 +2,15 @@
 
 use clap::{ArgGroup, Args, Parser, Subcommand};
 use clap_complete::Shell;
+use egret::cluster::kube::Client;
 use egret::cluster::{KubeOptions, Person, SourceName};
 use egret::ctl::output::Format;
+use egret::model::destination::parse_cidr;
+use egret::model::target::Target;
+use ipnetwork::IpNetwork;
+use std::net::IpAddr;
 use std::path::PathBuf;
+use std::time::Duration;
 
 /// Shows, explains and steers Egret: which pods leave the cluster from which address, and why.
 ///
@@ -81,6 +87,77 @@ Examples:
   kubectl egret convert --from-cluster > egret.yaml  all that the API server has, with the addresses in use
   kubectl egret convert --from-cluster --exit-code   exit code 2 if something is lost or not converted")]
     Convert(Convert),
+    /// Check whether Egret can work in this cluster, and whether it does
+    #[command(after_help = "\
+Exit code 2: a check failed.
+
+Examples:
+  kubectl egret check                       before and after an installation
+  kubectl egret check --before              only what concerns the time before
+  kubectl egret check -o json")]
+    Check(Check),
+    /// Show which pods leave from which egress IP
+    #[command(after_help = "\
+WHAT is a policy (NAMESPACE/NAME), an egress IP, or a node. Without it: the pods of the namespace that policies select.
+
+Examples:
+  kubectl egret pods -n shop                the pods of a namespace
+  kubectl egret pods -A -o wide             all pods, with policies that never decide
+  kubectl egret pods shop/visitors          the pods that a policy selects
+  kubectl egret pods 192.0.2.50             the pods behind an egress IP
+  kubectl egret pods worker-3               the pods of a node")]
+    Pods(Pods),
+    /// Tell what an address is: the policy, the owner and the pods behind an egress IP
+    #[command(after_help = "\
+Examples:
+  kubectl egret ip 192.0.2.50               who was that, in the other side's log?
+  kubectl egret ip 192.0.2.50 -o yaml")]
+    Ip(Ip),
+    /// Explain with which address a pod leaves the cluster, and why
+    #[command(after_help = "\
+Examples:
+  kubectl egret why visitor -n shop         the pod's policies
+  kubectl egret why shop/visitor --to 203.0.113.7:443
+  kubectl egret why shop/visitor --to [2001:db8::7]:53/udp")]
+    Why(Why),
+    /// Show what would change if manifests were applied: pods, connections, policies, pools
+    #[command(after_help = "\
+Nothing is written. Exit codes with --exit-code: 0 nothing changes, 2 something changes, 1 error, or an object would be
+rejected.
+
+Examples:
+  kubectl egret plan -f policy.yaml
+  kubectl egret plan -f manifests/ --exit-code
+  helm template shop | kubectl egret plan -f -
+  kubectl egret plan -f policy.yaml --delete   if it were deleted")]
+    Plan(Plan),
+    /// Move an egress IP to a node, without a pause
+    #[command(after_help = "\
+WHAT is an egress IP or a policy (NAMESPACE/NAME). The policy gets the annotation egret.dev/move-to, which also keeps the
+egress IP there; --undo removes it.
+
+Examples:
+  kubectl egret move 192.0.2.50 --to gateway-2 --wait
+  kubectl egret move shop/visitors --to gateway-2
+  kubectl egret move shop/visitors --undo")]
+    Move(Move),
+    /// Move all egress IPs away from a node, without a pause
+    #[command(after_help = "\
+The node gets the label egret.dev/drain=true. Pods stay; `kubectl drain` moves both.
+
+Examples:
+  kubectl egret drain gateway-1 --wait
+  kubectl egret drain gateway-1 --undo      egress IPs may be on the node again")]
+    Drain(Drain),
+    /// Spread the egress IPs of a gateway evenly over its nodes, without a pause
+    #[command(after_help = "\
+The gateway gets the annotation egret.dev/rebalance=true, and stays balanced when nodes come and go until --undo removes
+it.
+
+Examples:
+  kubectl egret rebalance default --wait
+  kubectl egret rebalance default --undo")]
+    Rebalance(Rebalance),
     /// Print a script that completes the commands in a shell
     #[command(after_help = "\
 Examples:
@@ -118,6 +195,110 @@ pub struct Convert {
     pub exit_code: bool,
 }
 
+#[derive(Args)]
+pub struct Check {
+    /// Only what has to be so before an installation
+    #[arg(long)]
+    pub before: bool,
+}
+
+#[derive(Args)]
+pub struct Pods {
+    /// Policy, egress IP or node
+    pub what: Option<String>,
+    /// Show the pods again after each change
+    #[arg(long, short)]
+    pub watch: bool,
+}
+
+#[derive(Args)]
+pub struct Ip {
+    /// Address
+    pub address: IpAddr,
+    /// Show it again after each change
+    #[arg(long, short)]
+    pub watch: bool,
+}
+
+#[derive(Args)]
+pub struct Why {
+    /// Pod: NAME or NAMESPACE/NAME
+    pub pod: String,
+    /// Destination: 203.0.113.7, 203.0.113.7:443, [2001:db8::7]:53/udp
+    #[arg(long)]
+    pub to: Option<Target>,
+    /// Networks that no policy covers; give the same as the nodes' daemons have
+    #[arg(long, env = "EGRET_DIRECT", value_delimiter = ',', value_parser = network)]
+    pub direct: Vec<IpNetwork>,
+}
+
+#[derive(Args)]
+pub struct Plan {
+    /// File, directory of manifests, or - for standard input; may be given several times
+    #[arg(long, short, required = true, value_name = "FILE")]
+    pub filename: Vec<PathBuf>,
+    /// Show what would change if the objects were deleted
+    #[arg(long)]
+    pub delete: bool,
+    /// Exit with 2 if something changes
+    #[arg(long, alias = "detailed-exitcode")]
+    pub exit_code: bool,
+}
+
+/// How long a command waits for moves.
+#[derive(Args)]
+pub struct Wait {
+    /// Wait until the nodes report that it is done, and show the progress
+    #[arg(long)]
+    pub wait: bool,
+    /// How long to wait, seconds
+    #[arg(long, default_value_t = 300, value_name = "SECONDS")]
+    pub timeout: u64,
+}
+
+#[derive(Args)]
+pub struct Move {
+    /// Egress IP, or policy as NAMESPACE/NAME
+    pub what: String,
+    /// Node of the gateway
+    #[arg(long, required_unless_present = "undo", conflicts_with = "undo")]
+    pub to: Option<String>,
+    /// Withdraw the wish for a node; the egress IP stays where it is
+    #[arg(long)]
+    pub undo: bool,
+    #[command(flatten)]
+    pub wait: Wait,
+}
+
+#[derive(Args)]
+pub struct Drain {
+    /// Node
+    pub node: String,
+    /// Let egress IPs be on the node again
+    #[arg(long)]
+    pub undo: bool,
+    #[command(flatten)]
+    pub wait: Wait,
+}
+
+#[derive(Args)]
+pub struct Rebalance {
+    /// EgressGateway
+    pub gateway: String,
+    /// Stop balancing; the egress IPs stay where they are
+    #[arg(long)]
+    pub undo: bool,
+    #[command(flatten)]
+    pub wait: Wait,
+}
+
+impl Wait {
+    /// The time to wait; `None`: do not wait.
+    pub fn patience(&self) -> Option<Duration> {
+        self.wait.then(|| Duration::from_secs(self.timeout))
+    }
+}
+
 impl Common {
     /// Where the cluster's state is read from.
     pub fn source(&self) -> SourceName {
@@ -128,10 +309,21 @@ impl Common {
         })
     }
 
-    /// The namespace that a list is restricted to; `None`: all.
-    pub fn namespace_of_list(&self) -> Option<&str> {
-        self.namespace.as_deref()
+    /// The namespace of names without one: the one that is given, else that of the kubeconfig's context.
+    ///
+    /// # Errors
+    /// The kubeconfig cannot be read.
+    pub async fn namespace(&self, source: &SourceName) -> anyhow::Result<String> {
+        match (&self.namespace, source) {
+            (Some(namespace), _) => Ok(namespace.clone()),
+            (None, SourceName::Kube(options)) => Ok(Client::connect(options).await?.namespace()),
+            (None, SourceName::Dir(_)) => Ok("default".to_owned()),
+        }
     }
+}
+
+fn network(text: &str) -> Result<IpNetwork, String> {
+    parse_cidr(text).map_err(|e| e.to_string())
 }
 
 fn format(text: &str) -> Result<Format, String> {

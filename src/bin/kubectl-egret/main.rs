@@ -4,27 +4,18 @@
 //! hosts without Kubernetes.
 
 mod arguments;
+mod commands;
 mod completion;
 
 use anyhow::Context;
-use arguments::{Arguments, Command, Common, Convert};
+use arguments::{Arguments, Command};
 use clap::error::ErrorKind;
 use clap::{CommandFactory, FromArgMatches};
-use egret::cluster::{PodsOf, SourceName};
-use egret::ctl::output::{self, Format, Show};
-use egret::ctl::state::{self, State};
-use egret::ctl::{convert, status};
 use egret::telemetry::logs;
 use std::ffi::OsString;
-use std::io::IsTerminal;
 use std::path::Path;
 use std::process::ExitCode;
-use std::time::Duration;
 use tokio::runtime::Builder;
-use tokio::time::sleep;
-
-/// With `--watch`, results follow each other at this distance at least.
-const PACE: Duration = Duration::from_millis(500);
 
 /// How a command ended that could do its work.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -72,71 +63,9 @@ fn run(arguments: Arguments, command: clap::Command) -> anyhow::Result<Outcome> 
     logs::init(logs::Format::default(), &arguments.common.log_level)?;
     let runtime = Builder::new_current_thread().enable_all().build().context("cannot start the async runtime")?;
     runtime.block_on(async {
-        let common = &arguments.common;
         match arguments.command {
-            Command::Status(flags) => {
-                let source = common.source();
-                let namespace = common.namespace_of_list();
-                show(common, &source, PodsOf::Nobody, flags.watch, |state| status::status(state, namespace)).await?;
-                let found = flags.exit_code
-                    && !status::status(&state::read(&source, PodsOf::Nobody).await?, namespace).problems.is_empty();
-                Ok(if found { Outcome::Found } else { Outcome::Fine })
-            }
-            Command::Convert(flags) => convert(common, flags).await,
-            Command::Completion { shell } => {
-                completion::print(command, shell)?;
-                Ok(Outcome::Fine)
-            }
+            Command::Completion { shell } => completion::print(command, shell).map(|()| Outcome::Fine),
+            command => commands::run(&arguments.common, command).await,
         }
     })
-}
-
-/// Converts other systems' objects; the notes go to standard error.
-async fn convert(common: &Common, flags: Convert) -> anyhow::Result<Outcome> {
-    let objects = match flags.from_cluster {
-        true => convert::objects_of_cluster(&common.source(), common.namespace_of_list()).await?,
-        false => convert::objects_of_files(&flags.files)?,
-    };
-    let conversion = convert::converted(&objects)?;
-    convert::notes(&conversion).iter().for_each(|line| eprintln!("{line}"));
-    if conversion.is_empty() {
-        eprintln!("Nothing was converted: none of the objects is of an egress system that is known here.");
-    } else {
-        output::print(&convert::text(&conversion, common.output.unwrap_or_default())?)?;
-    }
-    let found = flags.exit_code && convert::is_incomplete(&conversion);
-    Ok(if found { Outcome::Found } else { Outcome::Fine })
-}
-
-/// Shows what follows from the state of the cluster: once, or again after each change.
-async fn show<T: Show>(
-    common: &Common,
-    source: &SourceName,
-    pods: PodsOf,
-    watch: bool,
-    compute: impl Fn(&State) -> T,
-) -> anyhow::Result<()> {
-    let mut source = state::open(source, pods).await?;
-    let format = common.output.unwrap_or_default();
-    let mut last = String::new();
-    loop {
-        source.snapshots.borrow_and_update();
-        let text = output::render(&compute(&State::of(&source)), format)?;
-        if text != last {
-            let redraw = watch && std::io::stdout().is_terminal() && matches!(format, Format::Text | Format::Wide);
-            // Erase the display, and move the cursor to its beginning (ECMA-48, ED and CUP).
-            let before = match (redraw, last.is_empty()) {
-                (true, _) => "\x1b[2J\x1b[H",
-                (false, true) => "",
-                (false, false) => "\n",
-            };
-            output::print(&format!("{before}{text}"))?;
-        }
-        if !watch {
-            return Ok(());
-        }
-        last = text;
-        sleep(PACE).await;
-        source.snapshots.changed().await.context("the source of cluster state has ended")?;
-    }
 }

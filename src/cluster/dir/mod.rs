@@ -18,6 +18,7 @@ mod file;
 mod files;
 mod lost;
 mod merge;
+pub(super) mod overlay;
 mod status;
 mod watch;
 

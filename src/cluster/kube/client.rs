@@ -32,6 +32,8 @@ const MAX_ANSWER: usize = 16 << 20;
 
 /// The content type of a server-side apply; JSON is YAML.
 pub const APPLY: &str = "application/apply-patch+yaml";
+/// The content type of a JSON merge patch, RFC 7396.
+pub const MERGE: &str = "application/merge-patch+json";
 /// The content type of everything else.
 pub const JSON: &str = "application/json";
 

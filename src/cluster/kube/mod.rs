@@ -23,7 +23,7 @@ mod status;
 mod taint;
 mod watch;
 
-pub use client::{APPLY, Client, Failure, JSON};
+pub use client::{Client, Failure, MERGE};
 pub use lookup::Lookup;
 pub use review::{Reviewer, Verdict};
 pub use status::Statuses;
@@ -218,7 +218,9 @@ impl Follower {
             }
             tokio::select! {
                 change = self.received.recv() => {
-                    if let (Some(Change::State(_, Some(trouble))), Some(_)) = (&change, &self.tasks.pods) {
+                    if let Some(Change::State(_, Some(trouble))) = &change
+                        && (self.tasks.is_person || self.tasks.pods.is_some())
+                    {
                         anyhow::bail!("{}", trouble.text);
                     }
                     if let Some(change) = change {

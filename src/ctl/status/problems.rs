@@ -14,7 +14,7 @@ const NEARLY: u128 = 90;
 
 /// What is wrong, the worst first.
 pub(super) fn problems(facts: &Facts) -> Vec<Problem> {
-    let mut found = Found::default();
+    let mut found = Found { all: facts.state.of_site.clone(), ..Found::default() };
     found.unread(facts);
     found.silent_controller(facts);
     facts.state.cluster.gateways.keys().for_each(|name| found.gateway(facts, name));

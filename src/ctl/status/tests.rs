@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 fn state(world: &World) -> State {
-    State { cluster: Arc::new(world.cluster.clone()), unread: Vec::new(), now: world.now }
+    State { cluster: Arc::new(world.cluster.clone()), now: world.now, ..State::default() }
 }
 
 /// Two gateway nodes, one source node, a policy with a pod.

@@ -1,0 +1,147 @@
+//! Puts manifests over a snapshot, as `kubectl apply` and `kubectl delete` would.
+
+use super::documents::Documents;
+use super::manifest::Reader;
+use super::names::Names;
+use super::object::{Kind, Object, label};
+use crate::model::selector::Name;
+use crate::model::{Cluster, Gateway, Namespaces, Node, Policy, PolicyKey};
+use serde::Deserialize;
+use std::sync::Arc;
+
+/// What is done with the objects of manifests.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verb {
+    /// They are created, or replace those of the same name.
+    Apply,
+    /// They are deleted.
+    Delete,
+}
+
+/// The result.
+#[derive(Clone, Debug, Default)]
+pub struct Overlaid {
+    /// The objects that are created, changed or deleted, `EgressPolicy shop/visitors`.
+    pub objects: Vec<String>,
+    /// Objects that would be rejected: file and line, what is wrong, and the remedy.
+    pub rejected: Vec<String>,
+}
+
+/// The part of a manifest that says whether a namespace is named.
+#[derive(Deserialize)]
+struct Head {
+    metadata: Option<HeadMetadata>,
+}
+
+#[derive(Deserialize)]
+struct HeadMetadata {
+    namespace: Option<String>,
+}
+
+/// Puts the manifests of one file over a snapshot. Objects without a namespace are those of `namespace`. `now` is the
+/// creation time of new objects, in seconds since the Unix epoch.
+pub fn overlay(cluster: &mut Cluster, verb: Verb, (file, text): (&str, &[u8]), namespace: &str, now: i64) -> Overlaid {
+    let mut result = Overlaid::default();
+    let mut names = Names::default();
+    let mut documents = Documents::new(text);
+    loop {
+        let document = match documents.next() {
+            Ok(None) => return result,
+            Ok(Some(document)) => document,
+            Err(e) => {
+                result.rejected.push(format!("{file}: {e}"));
+                return result;
+            }
+        };
+        let mut reader = Reader { names: &mut names, node: None, status_of: None };
+        let objects = match reader.read(document.text) {
+            Ok(objects) => objects,
+            Err(mut fault) => {
+                let line = document.line + fault.line.saturating_sub(1);
+                fault.line = line;
+                result.rejected.push(format!("{file}:{line}: {fault}"));
+                continue;
+            }
+        };
+        // Documents with a list name their namespaces.
+        let head = serde_saphyr::from_str::<Head>(document.text).ok().and_then(|head| head.metadata);
+        let of_default = head.is_some_and(|metadata| metadata.namespace.is_none());
+        for (_, mut object) in objects {
+            if let (true, Object::Policy(key, policy)) = (of_default, &mut object)
+                && key.namespace.is_some()
+            {
+                key.namespace = Some(namespace.into());
+                Arc::make_mut(policy).namespaces = Namespaces::One(namespace.into());
+            }
+            let (kind, of, name) = object.identity();
+            let shown = label((kind, of, name));
+            if matches!(kind, Kind::EgressNode) {
+                continue;
+            }
+            result.objects.push(shown);
+            match verb {
+                Verb::Apply => apply(cluster, object, now),
+                Verb::Delete => delete(cluster, &object),
+            }
+        }
+    }
+}
+
+fn apply(cluster: &mut Cluster, object: Object, now: i64) {
+    match object {
+        Object::Namespace(name, labels) => drop(cluster.namespaces.insert(name, *labels)),
+        Object::Node(name, node) => {
+            // A manifest of a node has its labels at most. What the kubelet says stays.
+            let node = match cluster.nodes.get(&name) {
+                Some(there) => Node { labels: node.labels.clone(), cordoned: node.cordoned, ..Node::clone(there) },
+                None => Node::clone(&node),
+            };
+            cluster.nodes.insert(name, Arc::new(node));
+        }
+        Object::Pod(key, pod) => drop(cluster.pods.insert(key, pod)),
+        Object::Service(key, service) => drop(cluster.services.insert(key, service)),
+        Object::Gateway(name, gateway) => {
+            let there = cluster.gateways.get(&name).map(|there| (there.status.clone(), there.version.clone()));
+            let (status, version) = there.unwrap_or_default();
+            let gateway = Gateway { status, version, ..Gateway::clone(&gateway) };
+            cluster.gateways.insert(name, Arc::new(gateway));
+        }
+        Object::Policy(key, policy) => {
+            let created = cluster.policies.get(&key).map_or(now, |there| there.created);
+            cluster.unreadable.remove(&key);
+            cluster.policies.insert(key, Arc::new(Policy { created, ..Policy::clone(&policy) }));
+        }
+        Object::Endpoints(..)
+        | Object::EndpointSlice(..)
+        | Object::EgressNode(..)
+        | Object::GatewayStatus(..)
+        | Object::PolicyStatus(..) => {}
+    }
+}
+
+fn delete(cluster: &mut Cluster, object: &Object) {
+    match object {
+        Object::Namespace(name, _) => {
+            cluster.namespaces.remove(name);
+            let within: Vec<PolicyKey> =
+                cluster.policies.keys().filter(|key| key.namespace.as_ref() == Some(name)).cloned().collect();
+            within.iter().for_each(|key| drop(cluster.policies.remove(key)));
+            let is_within = |namespace: &Name| namespace == name;
+            let pods: Vec<_> = cluster.pods.keys().filter(|key| is_within(&key.namespace)).cloned().collect();
+            pods.iter().for_each(|key| drop(cluster.pods.remove(key)));
+        }
+        Object::Node(name, _) => drop(cluster.nodes.remove(name)),
+        Object::Pod(key, _) => drop(cluster.pods.remove(key)),
+        Object::Service(key, _) => drop(cluster.services.remove(key)),
+        Object::Gateway(name, _) => drop(cluster.gateways.remove(name)),
+        Object::Policy(key, _) => {
+            cluster.unreadable.remove(key);
+            cluster.policies.remove(key);
+        }
+        Object::Endpoints(..)
+        | Object::EndpointSlice(..)
+        | Object::EgressNode(..)
+        | Object::GatewayStatus(..)
+        | Object::PolicyStatus(..) => {}
+    }
+}

@@ -1,0 +1,196 @@
+//! CNIs that move packets past netfilter, by their own objects. Egret decides in nf_tables; what does not pass there
+//! leaves as if Egret were not there (docs/limits.md).
+
+use super::problem::{Problem, Severity};
+use super::site::{Found, Wanted};
+use serde_json::Value;
+
+const CILIUM: Wanted = Wanted {
+    path: "/api/v1/namespaces/kube-system/configmaps/cilium-config",
+    kind: "ConfigMap",
+    name: "cilium-config",
+};
+const FELIX: Wanted = Wanted {
+    path: "/apis/crd.projectcalico.org/v1/felixconfigurations/default",
+    kind: "FelixConfiguration",
+    name: "default",
+};
+const CALICO: Wanted =
+    Wanted { path: "/apis/operator.tigera.io/v1/installations/default", kind: "Installation", name: "default" };
+const OPENSHIFT: Wanted =
+    Wanted { path: "/apis/operator.openshift.io/v1/networks/cluster", kind: "Network", name: "cluster" };
+const OVN: Wanted = Wanted {
+    path: "/apis/apps/v1/namespaces/ovn-kubernetes/daemonsets/ovnkube-node",
+    kind: "DaemonSet",
+    name: "ovnkube-node",
+};
+const DATAPLANE_V2: Wanted =
+    Wanted { path: "/apis/apps/v1/namespaces/kube-system/daemonsets/anetd", kind: "DaemonSet", name: "anetd" };
+const FLANNEL: Wanted = Wanted {
+    path: "/apis/apps/v1/namespaces/kube-flannel/daemonsets/kube-flannel-ds",
+    kind: "DaemonSet",
+    name: "kube-flannel-ds",
+};
+const AWS: Wanted =
+    Wanted { path: "/apis/apps/v1/namespaces/kube-system/daemonsets/aws-node", kind: "DaemonSet", name: "aws-node" };
+const KINDNET: Wanted =
+    Wanted { path: "/apis/apps/v1/namespaces/kube-system/daemonsets/kindnet", kind: "DaemonSet", name: "kindnet" };
+
+/// The objects that tell which CNI there is.
+pub const OBJECTS: [Wanted; 9] = [CILIUM, FELIX, CALICO, OPENSHIFT, OVN, DATAPLANE_V2, FLANNEL, AWS, KINDNET];
+
+/// What there is of CNIs.
+#[derive(Clone, Debug, Default)]
+pub struct Cni {
+    /// The CNIs that were recognised.
+    pub names: Vec<&'static str>,
+    /// What is wrong with them.
+    pub problems: Vec<Problem>,
+}
+
+fn bypass(cni: &str, message: &str) -> Problem {
+    Problem::new(Severity::Error, format!("CNI {cni}"), "BypassesNetfilter", message)
+}
+
+/// The CNI, and whether it moves packets past netfilter.
+pub fn cni(found: &Found) -> Cni {
+    let mut cni = Cni::default();
+    let mut add = |name: &'static str, problems: Vec<Problem>| {
+        if !cni.names.contains(&name) {
+            cni.names.push(name);
+        }
+        cni.problems.extend(problems);
+    };
+    if found.one(&DATAPLANE_V2).is_some() {
+        let message = "GKE's Dataplane V2 moves packets past netfilter, so pods leave with other addresses than their \
+                       policies say; use a cluster without Dataplane V2";
+        add("GKE Dataplane V2", vec![bypass("GKE Dataplane V2", message)]);
+    } else if let Some(config) = found.one(&CILIUM) {
+        add("Cilium", cilium(&config["data"]));
+    }
+    if let Some(felix) = found.one(&FELIX) {
+        let on = felix["spec"]["bpfEnabled"] == true;
+        add("Calico", if on { vec![calico()] } else { Vec::new() });
+    }
+    if let Some(installation) = found.one(&CALICO) {
+        let on = installation["spec"]["calicoNetwork"]["linuxDataplane"] == "BPF" && found.one(&FELIX).is_none();
+        add("Calico", if on { vec![calico()] } else { Vec::new() });
+    }
+    if let Some(network) = found.one(&OPENSHIFT)
+        && network["spec"]["defaultNetwork"]["type"] == "OVNKubernetes"
+    {
+        let host = &network["spec"]["defaultNetwork"]["ovnKubernetesConfig"]["gatewayConfig"]["routingViaHost"];
+        let message = "OVN-Kubernetes in its mode shared gateway moves packets past netfilter, so pods leave with other \
+                       addresses than their policies say; set \
+                       spec.defaultNetwork.ovnKubernetesConfig.gatewayConfig.routingViaHost: true in the Network cluster";
+        add("OVN-Kubernetes", if *host == true { Vec::new() } else { vec![bypass("OVN-Kubernetes", message)] });
+    }
+    if let Some(set) = found.one(&OVN) {
+        let is_local = env(set, "OVN_GATEWAY_MODE").is_some_and(|mode| mode == "local");
+        let message = "OVN-Kubernetes in its mode shared gateway moves packets past netfilter, so pods leave with other \
+                       addresses than their policies say; install it with the gateway mode local";
+        add("OVN-Kubernetes", if is_local { Vec::new() } else { vec![bypass("OVN-Kubernetes", message)] });
+    }
+    for (wanted, name) in [(FLANNEL, "Flannel"), (AWS, "AWS VPC CNI"), (KINDNET, "kindnet")] {
+        if found.one(&wanted).is_some() {
+            add(name, Vec::new());
+        }
+    }
+    cni
+}
+
+fn calico() -> Problem {
+    bypass(
+        "Calico",
+        "Calico's eBPF dataplane moves packets past netfilter, so pods leave with other addresses than their policies \
+         say; use its iptables or nftables dataplane (bpfEnabled: false in FelixConfiguration default, linuxDataplane: \
+         Iptables in the operator's Installation)",
+    )
+}
+
+/// Cilium routes in the host's kernel if it is told so, or if iptables masquerades
+/// (`HostLegacyRouting`, pkg/option/config.go, and `initKubeProxyReplacementOptions`, which turns it on without eBPF
+/// masquerading).
+fn cilium(data: &Value) -> Vec<Problem> {
+    let is = |key: &str, value: &str| data[key] == value;
+    let replaces_proxy = is("kube-proxy-replacement", "true") || is("kube-proxy-replacement", "strict");
+    let legacy = is("enable-host-legacy-routing", "true");
+    let by_ebpf = is("enable-bpf-masquerade", "true") && replaces_proxy && !legacy;
+    let mut problems = Vec::new();
+    if by_ebpf {
+        let message = "Cilium's eBPF host routing moves packets past netfilter, so pods leave with other addresses than \
+                       their policies say; install Cilium with bpf.hostLegacyRouting=true and bpf.masquerade=false";
+        problems.push(bypass("Cilium", message));
+    }
+    if !is("cni-exclusive", "false") {
+        let message = "Cilium removes other plugins from the CNI configuration (cni-exclusive), and Egret's is one; \
+                       install Cilium with cni.exclusive=false";
+        problems.push(Problem::new(Severity::Error, "CNI Cilium", "RemovesPlugins", message));
+    }
+    problems
+}
+
+/// The value of a variable in a workload's containers.
+fn env<'v>(workload: &'v Value, name: &str) -> Option<&'v str> {
+    let containers = workload["spec"]["template"]["spec"]["containers"].as_array()?;
+    let all = containers.iter().filter_map(|container| container["env"].as_array()).flatten();
+    all.into_iter().find(|variable| variable["name"] == name)?["value"].as_str()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ctl::site::Objects;
+    use serde_json::json;
+
+    async fn told(object: Value) -> (Vec<&'static str>, Vec<String>) {
+        let cni = cni(&Objects::Dir(vec![object]).read(&OBJECTS).await);
+        assert!(cni.problems.iter().all(|p| !p.remedy.is_empty()), "{:?}", cni.problems);
+        (cni.names, cni.problems.into_iter().map(|p| format!("{}: {}", p.reason, p.remedy)).collect())
+    }
+
+    fn cilium_with(more: &[(&str, &str)]) -> Value {
+        let mut data = json!({"cni-exclusive": "false"});
+        more.iter().for_each(|(key, value)| data[*key] = (*value).into());
+        json!({"kind": "ConfigMap", "metadata": {"namespace": "kube-system", "name": "cilium-config"}, "data": data})
+    }
+
+    #[tokio::test]
+    async fn cnis_that_bypass_netfilter_are_recognised() {
+        let (names, problems) =
+            told(cilium_with(&[("kube-proxy-replacement", "true"), ("enable-bpf-masquerade", "true")])).await;
+        assert_eq!(names, ["Cilium"]);
+        assert!(
+            problems[0].contains("BypassesNetfilter: install Cilium with bpf.hostLegacyRouting=true"),
+            "{problems:?}"
+        );
+        let felix =
+            json!({"kind": "FelixConfiguration", "metadata": {"name": "default"}, "spec": {"bpfEnabled": true}});
+        assert!(told(felix).await.1[0].contains("iptables or nftables dataplane"));
+        let network = json!({"kind": "Network", "metadata": {"name": "cluster"},
+            "spec": {"defaultNetwork": {"type": "OVNKubernetes"}}});
+        assert!(told(network).await.1[0].contains("routingViaHost: true"));
+        let anetd = json!({"kind": "DaemonSet", "metadata": {"name": "anetd"}});
+        assert!(told(anetd).await.1[0].contains("without Dataplane V2"));
+    }
+
+    #[tokio::test]
+    async fn cnis_that_use_netfilter_are_no_problem() {
+        for more in [
+            &[
+                ("kube-proxy-replacement", "true"),
+                ("enable-bpf-masquerade", "true"),
+                ("enable-host-legacy-routing", "true"),
+            ][..],
+            &[("kube-proxy-replacement", "false")],
+        ] {
+            assert_eq!(told(cilium_with(more)).await.1, [""; 0]);
+        }
+        let exclusive = cilium_with(&[("cni-exclusive", "true")]);
+        assert!(told(exclusive).await.1[0].contains("cni.exclusive=false"));
+        let felix = json!({"kind": "FelixConfiguration", "metadata": {"name": "default"}, "spec": {}});
+        assert_eq!(told(felix).await, (vec!["Calico"], vec![]));
+        let flannel = json!({"kind": "DaemonSet", "metadata": {"name": "kube-flannel-ds"}});
+        assert_eq!(told(flannel).await.0, ["Flannel"]);
+    }
+}

@@ -1,0 +1,167 @@
+//! `kubectl egret move`, `drain` and `rebalance`: planned moves of egress IPs. Each sets the annotation or label that
+//! docs/failover.md describes, and can wait until the nodes report that the move is done.
+
+mod place;
+mod progress;
+
+use super::manifest::Field;
+use super::output::{Show, View, count, few};
+use super::state::{self, State};
+use super::write::{Target, write};
+use crate::cluster::{PodsOf, Source, SourceName};
+use crate::model::drain::DRAIN_LABEL;
+use crate::model::{MOVE_TO, REBALANCE};
+use anyhow::bail;
+use place::{Place, allocation_of, why_not};
+use progress::{Progress, wait};
+use serde::Serialize;
+use std::fmt::Write;
+use std::time::Duration;
+
+/// A command that moves egress IPs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Request {
+    /// An egress IP, or that of a policy, to a node; `None`: the wish for a node is withdrawn.
+    Move(String, Option<String>),
+    /// All egress IPs away from a node, or the end of that.
+    Drain(String, bool),
+    /// The egress IPs of a gateway evenly over its nodes, or the end of that.
+    Rebalance(String, bool),
+}
+
+/// The result.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Moved {
+    /// What was written.
+    pub written: Vec<String>,
+    /// The moves that were waited for, with the time that each took.
+    pub moves: Vec<MovedIp>,
+    /// Egress IPs that stay where they are, with the reason.
+    pub stays: Vec<String>,
+}
+
+/// An egress IP that has moved.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct MovedIp {
+    /// The egress IP.
+    pub egress_ip: String,
+    /// The node that held it.
+    pub from: String,
+    /// The node that holds it.
+    pub to: String,
+    /// From the request until the new node reported that it holds it, as this program saw it.
+    pub milliseconds: u64,
+}
+
+/// How progress is reported, a line at a time.
+pub type Say<'a> = &'a dyn Fn(&str);
+
+/// Carries out a request. With `patience`, it waits so long until it is done.
+///
+/// # Errors
+/// It cannot be done, with the reason and the remedy; or it is not done within the time.
+pub async fn run(
+    source: &SourceName,
+    request: &Request,
+    namespace: &str,
+    patience: Option<Duration>,
+    say: Say<'_>,
+) -> anyhow::Result<Moved> {
+    let mut open = state::open(source, PodsOf::Nobody).await?;
+    let before = State::of(&open);
+    let mut moved = Moved::default();
+    match request {
+        Request::Move(what, Some(to)) => {
+            let place = allocation_of(&before, what, namespace)?;
+            if place.node.as_deref() == Some(to) && place.held_by.iter().any(|holder| holder == to) {
+                moved.stays.push(format!("{} is on node {to} already", place.egress_ip));
+                return Ok(moved);
+            }
+            if let Some(why) = why_not(&before, &place, to) {
+                bail!("{} cannot move to node {to}: {why}", place.egress_ip);
+            }
+            for key in place.to_annotate(&before) {
+                let field = Field::Annotation(MOVE_TO);
+                moved.written.push(write(source, &Target::Policy(key), field, Some(to)).await?);
+            }
+            follow(&mut open, Progress::of_move(&place, to), patience, &mut moved, say).await?;
+        }
+        Request::Move(what, None) => {
+            let place = allocation_of(&before, what, namespace)?;
+            for key in place.annotated(&before) {
+                moved.written.push(write(source, &Target::Policy(key), Field::Annotation(MOVE_TO), None).await?);
+            }
+            if moved.written.is_empty() {
+                moved.stays.push(format!("no policy of {} asks for a node", place.egress_ip));
+            }
+        }
+        Request::Drain(node, begin) => {
+            if !before.cluster.nodes.contains_key(node.as_str()) {
+                bail!("the cluster has no node {node:?}");
+            }
+            let places = Place::on_node(&before, node);
+            let field = Field::Label(DRAIN_LABEL);
+            let value = begin.then_some("true");
+            moved.written.push(write(source, &Target::Node(node.clone()), field, value).await?);
+            if *begin {
+                let (stay, go): (Vec<Place>, Vec<Place>) =
+                    places.into_iter().partition(|place| place.cannot_leave(&before, node).is_some());
+                moved.stays.extend(stay.iter().filter_map(|place| {
+                    Some(format!("{} stays: {}", place.egress_ip, place.cannot_leave(&before, node)?))
+                }));
+                follow(&mut open, Progress::of_drain(&go, node), patience, &mut moved, say).await?;
+            }
+        }
+        Request::Rebalance(gateway, begin) => {
+            if !before.cluster.gateways.contains_key(gateway.as_str()) {
+                bail!("the cluster has no EgressGateway {gateway:?}");
+            }
+            let (target, field) = (Target::Gateway(gateway.clone()), Field::Annotation(REBALANCE));
+            moved.written.push(write(source, &target, field, begin.then_some("true")).await?);
+            if *begin {
+                follow(&mut open, Progress::of_rebalance(&before, gateway), patience, &mut moved, say).await?;
+            }
+        }
+    }
+    Ok(moved)
+}
+
+async fn follow(
+    open: &mut Source,
+    progress: Progress,
+    patience: Option<Duration>,
+    moved: &mut Moved,
+    say: Say<'_>,
+) -> anyhow::Result<()> {
+    if let Some(patience) = patience {
+        moved.written.iter().for_each(|line| say(line));
+        moved.moves = wait(open, progress, patience, say).await?;
+    }
+    Ok(())
+}
+
+impl Show for Moved {
+    fn text(&self, _: View) -> String {
+        let mut out = String::new();
+        // With `--wait`, these lines were printed when they were written.
+        let written = if self.moves.is_empty() { self.written.as_slice() } else { &[] };
+        for line in written.iter().chain(&self.stays) {
+            let _ = writeln!(out, "{line}");
+        }
+        if let Some(longest) = self.moves.iter().map(|moved| moved.milliseconds).max() {
+            let names: Vec<&str> = self.moves.iter().map(|moved| moved.egress_ip.as_str()).collect();
+            let _ = writeln!(
+                out,
+                "{} in {longest} ms: {}. Connections continue: each old node served until the new one did.",
+                count(self.moves.len(), "egress IP moved", "egress IPs moved"),
+                few(&names, 5)
+            );
+        }
+        out
+    }
+}
+
+#[cfg(test)]
+mod tests;
