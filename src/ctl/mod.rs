@@ -7,6 +7,7 @@
 pub mod check;
 pub mod cni;
 pub mod convert;
+mod daemon;
 pub mod ip;
 mod manifest;
 pub mod moves;

@@ -1,5 +1,6 @@
 //! `kubectl egret why`: with which address a pod leaves the cluster, and why. `egretd why` says the same.
 
+use super::daemon::{self, Says};
 use super::output::{Show, View};
 use super::state;
 use crate::cluster::{self, PodsOf, Scope, SourceName};
@@ -9,8 +10,10 @@ use crate::node_plan::why::why;
 use anyhow::Context;
 use ipnetwork::IpNetwork;
 use serde::Serialize;
+use std::net::IpAddr;
+use std::path::Path;
 
-/// The explanation, and the pod's node.
+/// The explanation, the pod's node, and what that says.
 #[derive(Clone, Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Explained {
@@ -22,11 +25,39 @@ pub struct Explained {
     /// Lines of text.
     #[serde(rename = "explanation")]
     pub text: String,
+    /// The pod's addresses.
+    pub addresses: Vec<IpAddr>,
+    /// What the daemon on the node says now.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub now: Option<Says>,
+    /// Why the daemon could not be asked.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub not_asked: Option<String>,
+}
+
+impl Explained {
+    /// Asks the daemon on the pod's node. If it cannot be asked, the result says why.
+    pub async fn ask_daemon(&mut self, source: &SourceName, run_dir: &Path) {
+        let Some(node) = self.node.clone() else { return };
+        match daemon::ask(source, run_dir, &node, &self.addresses).await {
+            Ok(says) => self.now = Some(says),
+            Err(e) => self.not_asked = Some(format!("{e:#}")),
+        }
+    }
 }
 
 impl Show for Explained {
     fn text(&self, _: View) -> String {
-        self.text.clone()
+        let node = self.node.as_deref().unwrap_or_default();
+        let now = match (&self.now, &self.not_asked) {
+            (Some(says), _) => {
+                let lines: String = says.lines().iter().map(|line| format!("  {line}\n")).collect();
+                format!("The daemon on node {node} says now:\n{lines}")
+            }
+            (None, Some(why)) => format!("The daemon on node {node} was not asked: {why}\n"),
+            (None, None) => String::new(),
+        };
+        self.text.clone() + &now
     }
 }
 
@@ -44,7 +75,11 @@ pub async fn explain(
     let open = state::open(source, PodsOf::One(pod.clone())).await?;
     let mut cluster = Cluster::clone(&open.snapshots.borrow());
     let mut unread = Vec::clone(&open.problems.borrow());
-    let node = cluster.pods.get(pod).and_then(|pod| pod.node.as_deref().map(str::to_owned));
+    let of_pod = cluster.pods.get(pod).cloned();
+    let node = of_pod.as_ref().and_then(|pod| pod.node.as_deref().map(str::to_owned));
+    let addresses = of_pod.map(|pod| pod.addresses.to_vec()).unwrap_or_default();
+    let explained =
+        |text: String, node| Explained { pod: pod.to_string(), node, text, addresses, now: None, not_asked: None };
     // With a directory as the source, all scopes are the same.
     if let (Some(target), SourceName::Kube(_)) = (&to, source) {
         // Only a node's scope has the cluster's own networks, and the other pods of the node.
@@ -66,10 +101,10 @@ pub async fn explain(
     let of_site: String = of_site.iter().map(|p| format!("{}: {}; {}\n", p.object, p.message, p.remedy)).collect();
     let text = why(&cluster, pod, to, direct).map(|text| text + &of_site);
     if unread.is_empty() {
-        return Ok(Explained { pod: pod.to_string(), node, text: text? });
+        return Ok(explained(text?, node));
     }
     let unread =
         format!("these objects cannot be read, and nodes may use their earlier versions:\n  {}", unread.join("\n  "));
     let text = text.with_context(|| unread.clone())? + &unread + "\n";
-    Ok(Explained { pod: pod.to_string(), node, text })
+    Ok(explained(text, node))
 }

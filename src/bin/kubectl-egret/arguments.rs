@@ -230,6 +230,9 @@ pub struct Why {
     /// Networks that no policy covers; give the same as the nodes' daemons have
     #[arg(long, env = "EGRET_DIRECT", value_delimiter = ',', value_parser = network)]
     pub direct: Vec<IpNetwork>,
+    /// With --cluster dir: run directory of the daemon on this host
+    #[arg(long, env = "EGRET_RUN_DIR", default_value = "/run/egret")]
+    pub run_dir: PathBuf,
 }
 
 #[derive(Args)]

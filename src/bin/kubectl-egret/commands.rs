@@ -101,7 +101,8 @@ async fn run_pods(common: &Common, source: &SourceName, flags: &Pods) -> anyhow:
 
 async fn run_why(common: &Common, source: &SourceName, flags: &Why) -> anyhow::Result<Outcome> {
     let pod = subject::pod(&flags.pod, &common.namespace(source).await?);
-    let explained = why::explain(source, &pod, flags.to, &flags.direct).await?;
+    let mut explained = why::explain(source, &pod, flags.to, &flags.direct).await?;
+    explained.ask_daemon(source, &flags.run_dir).await;
     print(common, &explained)?;
     Ok(Outcome::Fine)
 }

@@ -68,7 +68,7 @@ fn host(node: &Value) -> Host {
 pub(super) fn checks(nodes: &[Host]) -> Vec<Check> {
     let told: Vec<&Host> = nodes.iter().filter(|host| !host.kernel.is_empty()).collect();
     if told.is_empty() {
-        let found = format!("{}, none of which tells its kernel", count(nodes.len(), "node", "nodes"));
+        let found = "no Node tells its kernel";
         return vec![Check::new("nodes", "kernel", State::Unknown, found, "run `egretd check` on the nodes")];
     }
     vec![kernels(&told), runtimes(&told), systems(&told), networks(nodes)]

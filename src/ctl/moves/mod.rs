@@ -39,6 +39,9 @@ pub struct Moved {
     pub moves: Vec<MovedIp>,
     /// Egress IPs that stay where they are, with the reason.
     pub stays: Vec<String>,
+    /// Whether `written` was told before the wait.
+    #[serde(skip)]
+    told: bool,
 }
 
 /// An egress IP that has moved.
@@ -137,6 +140,7 @@ async fn follow(
 ) -> anyhow::Result<()> {
     if let Some(patience) = patience {
         moved.written.iter().for_each(|line| say(line));
+        moved.told = true;
         moved.moves = wait(open, progress, patience, say).await?;
     }
     Ok(())
@@ -145,8 +149,7 @@ async fn follow(
 impl Show for Moved {
     fn text(&self, _: View) -> String {
         let mut out = String::new();
-        // With `--wait`, these lines were printed when they were written.
-        let written = if self.moves.is_empty() { self.written.as_slice() } else { &[] };
+        let written = if self.told { &[] } else { self.written.as_slice() };
         for line in written.iter().chain(&self.stays) {
             let _ = writeln!(out, "{line}");
         }

@@ -56,6 +56,10 @@ fn of_policies(computed: &Computed, policies: &[&Ranked]) -> Vec<Egress> {
         if is_passed_over(policy, address.is_some()) {
             continue;
         }
+        // `egress: []` covers nothing.
+        if policy.egress.as_ref().is_some_and(|covers| covers.is_empty()) {
+            continue;
+        }
         let covers = match &policy.egress {
             Some(destinations) if !policy.covers_everything() => comma_separated(destinations),
             _ => "everything".to_owned(),

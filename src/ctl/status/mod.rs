@@ -173,12 +173,13 @@ pub fn state_of(status: &EgressPolicyStatus) -> PolicyState {
     let is = |type_: &str, is: &str| status.conditions.iter().any(|c| c.type_ == type_ && c.status == is);
     if is("Accepted", "False") {
         PolicyState::Refused
+    } else if is("Shadowed", "True") {
+        // Whether its egress IP works makes no difference.
+        PolicyState::Shadowed
     } else if is("Ready", "False") {
         PolicyState::NotReady
     } else if is("Ready", "Unknown") {
         PolicyState::Unknown
-    } else if is("Shadowed", "True") {
-        PolicyState::Shadowed
     } else if is("Ready", "True") {
         PolicyState::Ready
     } else {

@@ -7,6 +7,7 @@ use crate::ctl::output::{count, few, number};
 use crate::ctl::problem::{Problem, Severity};
 use crate::model::PolicyKey;
 use crate::model::selector::Name;
+use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
 
 /// From this share of a pool in use on, in percent, it counts as nearly exhausted.
@@ -23,8 +24,9 @@ pub(super) fn problems(facts: &Facts) -> Vec<Problem> {
     facts.state.cluster.egress_nodes.keys().for_each(|name| found.node(facts, name));
     found.policies(facts);
     let mut all = found.all;
-    let is_worse = |p: &Problem| (p.severity, std::cmp::Reverse(p.pods), std::cmp::Reverse(p.policies.len()));
-    all.sort_by_key(is_worse);
+    // Where packets bypass netfilter, nothing else matters.
+    let of_site = |p: &Problem| facts.state.of_site.contains(p);
+    all.sort_by_key(|p| (p.severity, !of_site(p), Reverse(p.pods), Reverse(p.policies.len())));
     all
 }
 
@@ -196,7 +198,7 @@ impl Found {
                 problem.or_else("see egretd's log on this node"),
             );
         }
-        for blocked in &reports.blocked {
+        for blocked in reports.blocked.iter().filter(|blocked| !self.follows(facts, blocked.id)) {
             let family = blocked.family.as_deref().map(|family| format!(" ({family})")).unwrap_or_default();
             let message = format!("it drops packets of {}{family}: {}", address_of(facts, blocked.id), blocked.message);
             self.add(Problem::new(Severity::Error, &object, "Blocked", message).or_else("see egretd's log there"));
@@ -249,6 +251,14 @@ impl Found {
         for (problem, _) in groups.into_values() {
             self.add(named(problem));
         }
+    }
+
+    /// Whether an egress IP is blocked because its gateway has no node, or because that node is dead.
+    fn follows(&self, facts: &Facts, id: u16) -> bool {
+        let mut allocations = facts.state.cluster.allocations();
+        let Some(allocation) = allocations.find(|allocation| allocation.id == id) else { return false };
+        let dead = |node: &Name| self.is_known(&Cause::Node(node.to_string()));
+        allocation.node.as_ref().is_none_or(dead)
     }
 
     fn is_known(&self, cause: &Cause) -> bool {

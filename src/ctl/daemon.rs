@@ -1,0 +1,249 @@
+//! What the daemon of one node says now, for one pod.
+//!
+//! The daemon answers on its socket, which only root on its host can open. In a cluster the command runs
+//! `egretd state --json` in the daemon's container, by the API server (`pods/exec`), with the user's own rights. Nothing
+//! listens on the network for it. On a host without Kubernetes it asks the socket itself.
+
+use crate::cluster::kube::Client;
+use crate::cluster::{KubeOptions, SourceName};
+use anyhow::{Context, anyhow, bail};
+use k8s_openapi::api::core::v1::Pod;
+use kube::Api;
+use kube::api::AttachParams;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use std::collections::BTreeMap;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::IpAddr;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::Duration;
+use tokio::io::AsyncReadExt;
+use tokio::time::timeout;
+
+/// How long the daemon may take.
+const PATIENCE: Duration = Duration::from_secs(20);
+/// The longest answer, bytes. A node with 16,000 egress IPs has some 5 MB.
+const LONGEST: u64 = 64 << 20;
+
+/// What the daemon's answer has that concerns a pod; the rest of it is passed over.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+struct Answer {
+    node: String,
+    not_ready: Option<String>,
+    desired: Desired,
+    observed: Observed,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+struct Desired {
+    egress_ips: BTreeMap<u16, DesiredEgressIp>,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+struct DesiredEgressIp {
+    address: crate::api::AddressPair,
+    traffic: String,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+struct Observed {
+    dead_nodes: Vec<String>,
+    selected: Vec<SelectedPod>,
+    faults: BTreeMap<String, String>,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+struct SelectedPod {
+    addresses: Vec<IpAddr>,
+    policy_chain: String,
+    egress_ids: Vec<u16>,
+    isolated: bool,
+}
+
+/// What the daemon says of a pod.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Says {
+    /// The node.
+    pub node: String,
+    /// Why the node is not in sync.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub not_ready: Option<String>,
+    /// Whether the kernel's tables have the pod.
+    pub is_in_kernel: bool,
+    /// Whether the pod is isolated.
+    pub is_isolated: bool,
+    /// The name of the pod's policy chain in the tables.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub policy_chain: String,
+    /// Where the pod's traffic goes, by egress IP: `local`, the tunnel MAC address of the owner, or `dropped` with the
+    /// reason.
+    pub traffic: BTreeMap<String, String>,
+    /// Gateway nodes that do not answer this node.
+    pub does_not_hear: Vec<String>,
+    /// What the kernel has refused.
+    pub faults: BTreeMap<String, String>,
+}
+
+/// Asks the daemon of a node about the pod with these addresses.
+///
+/// # Errors
+/// It cannot be asked, with the reason.
+pub async fn ask(source: &SourceName, run_dir: &Path, node: &str, addresses: &[IpAddr]) -> anyhow::Result<Says> {
+    let text = match source {
+        SourceName::Kube(options) => timeout(PATIENCE, by_exec(options, node))
+            .await
+            .unwrap_or_else(|_| Err(anyhow!("no answer within {} s", PATIENCE.as_secs())))?,
+        SourceName::Dir(_) => by_socket(run_dir)?,
+    };
+    let answer: Answer = serde_json::from_str(&text).context("the daemon's answer cannot be read")?;
+    if answer.node != node {
+        bail!("the daemon on this host is that of node {}; run the command on node {node}", answer.node);
+    }
+    Ok(about(answer, addresses))
+}
+
+fn about(answer: Answer, addresses: &[IpAddr]) -> Says {
+    let Answer { node, not_ready, desired, observed } = answer;
+    let pod = observed.selected.into_iter().find(|pod| pod.addresses.iter().any(|a| addresses.contains(a)));
+    let is_in_kernel = pod.is_some();
+    let pod = pod.unwrap_or_default();
+    let traffic = pod.egress_ids.iter().filter_map(|id| {
+        let of = desired.egress_ips.get(id)?;
+        let all: Vec<IpAddr> = crate::model::addresses_of(&of.address).collect();
+        Some((super::pods::list(&all), of.traffic.clone()))
+    });
+    Says {
+        node,
+        not_ready,
+        is_in_kernel,
+        is_isolated: pod.isolated,
+        policy_chain: pod.policy_chain,
+        traffic: traffic.collect(),
+        does_not_hear: observed.dead_nodes,
+        faults: observed.faults,
+    }
+}
+
+/// Runs `egretd state` in the daemon's container on the node.
+async fn by_exec(options: &KubeOptions, node: &str) -> anyhow::Result<String> {
+    let client = Client::connect(options).await?;
+    let path = format!(
+        "/api/v1/pods?labelSelector=app.kubernetes.io%2Fname%3Degret%2Capp.kubernetes.io%2Fcomponent%3Dnode\
+         &fieldSelector=spec.nodeName%3D{node}"
+    );
+    let pods: Value = client.get(&path).await.context("cannot look for the daemon's pod")?;
+    let name = |field: &str| pods["items"][0]["metadata"][field].as_str().map(str::to_owned);
+    let (namespace, name) = name("namespace").zip(name("name")).with_context(|| {
+        format!("the DaemonSet egret-node has no pod on node {node}; see why with kubectl describe")
+    })?;
+    let api: Api<Pod> = Api::namespaced(client.of_kube(), &namespace);
+    let parameters = AttachParams::default().container("node").stdin(false).stderr(true);
+    let refused =
+        || format!("cannot run `egretd state` in pod {namespace}/{name}: it needs the right to create pods/exec there");
+    let mut process = api.exec(&name, ["egretd", "state", "--json"], &parameters).await.with_context(refused)?;
+    let (mut out, mut err) = (String::new(), String::new());
+    let (stdout, stderr) = (process.stdout(), process.stderr());
+    let read = async {
+        if let Some(stdout) = stdout {
+            stdout.take(LONGEST).read_to_string(&mut out).await?;
+        }
+        std::io::Result::Ok(())
+    };
+    let complain = async {
+        if let Some(stderr) = stderr {
+            stderr.take(LONGEST).read_to_string(&mut err).await?;
+        }
+        std::io::Result::Ok(())
+    };
+    let (read, complained) = tokio::join!(read, complain);
+    read.and(complained).context("the answer broke off")?;
+    if out.is_empty() {
+        bail!("egretd in pod {namespace}/{name} says: {}", err.trim());
+    }
+    Ok(out)
+}
+
+/// Asks the daemon on this host.
+fn by_socket(run_dir: &Path) -> anyhow::Result<String> {
+    let path = run_dir.join("cni.sock");
+    let cannot = || {
+        format!("cannot ask the daemon of this host at {}; run the command on the pod's node, as root", path.display())
+    };
+    let mut stream = UnixStream::connect(&path).with_context(cannot)?;
+    stream.set_read_timeout(Some(PATIENCE)).with_context(cannot)?;
+    stream.write_all(b"{\"version\":1,\"verb\":\"STATE\"}\n").with_context(cannot)?;
+    let mut line = String::new();
+    BufReader::new(stream.take(LONGEST)).read_line(&mut line).with_context(cannot)?;
+    let answer: Value = serde_json::from_str(&line).with_context(cannot)?;
+    match answer.get("state").filter(|state| !state.is_null()) {
+        Some(state) => Ok(state.to_string()),
+        None => bail!("the daemon at {} is of another version", path.display()),
+    }
+}
+
+impl Says {
+    /// The lines for people.
+    pub fn lines(&self) -> Vec<String> {
+        let mut lines = Vec::new();
+        if let Some(why) = &self.not_ready {
+            lines.push(format!("it is not in sync: {why}"));
+        }
+        lines.push(match (self.is_in_kernel, self.is_isolated) {
+            (false, _) => "its kernel has no rules for the pod: the pod leaves as if Egret were not there".to_owned(),
+            (true, true) => format!("its kernel has the pod, isolated (chain {})", self.policy_chain),
+            (true, false) => format!("its kernel has the pod (chain {})", self.policy_chain),
+        });
+        for (egress_ip, traffic) in &self.traffic {
+            lines.push(match traffic.as_str() {
+                "local" => format!("it holds {egress_ip} itself"),
+                some if some.starts_with("dropped") => format!("packets for {egress_ip} are {some}"),
+                mac => format!("packets for {egress_ip} go through the tunnel to {mac}"),
+            });
+        }
+        if !self.does_not_hear.is_empty() {
+            lines.push(format!("it does not hear gateway nodes {}", self.does_not_hear.join(", ")));
+        }
+        lines.extend(self.faults.iter().map(|(of, why)| format!("it had to skip {of}: {why}")));
+        lines
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn says(text: &str, address: &str) -> Says {
+        about(serde_json::from_str(text).unwrap(), &[address.parse().unwrap()])
+    }
+
+    const STATE: &str = r#"{"node": "n1", "passes": 12, "pending": {}, "desired": {"healthAddress": true, "uplinks": [],
+        "egressIps": {"7": {"gateway": "g", "address": {"ipv4": "192.0.2.50"}, "traffic": "02:00:00:00:00:15", "here": false}}},
+        "observed": {"deadNodes": ["g2"], "selected": [{"addresses": ["10.244.1.2"], "policyChain": "policy-1",
+        "egressIds": [7], "isolated": false}], "faults": {"node n3": "why"}}}"#;
+
+    #[test]
+    fn what_concerns_the_pod_is_taken_from_the_daemons_state() {
+        let lines = says(STATE, "10.244.1.2").lines();
+        let wanted = [
+            "its kernel has the pod (chain policy-1)",
+            "packets for 192.0.2.50 go through the tunnel to 02:00:00:00:00:15",
+            "it does not hear gateway nodes g2",
+            "it had to skip node n3: why",
+        ];
+        assert_eq!(lines, wanted);
+    }
+
+    #[test]
+    fn a_pod_that_the_kernel_does_not_have_is_named() {
+        assert!(says(STATE, "10.244.1.9").lines()[0].contains("its kernel has no rules for the pod"));
+        let not_ready = r#"{"node": "n1", "notReady": "no rights"}"#;
+        assert_eq!(says(not_ready, "10.244.1.9").lines()[0], "it is not in sync: no rights");
+    }
+}
