@@ -112,7 +112,7 @@ fn lacks(wanted: &Value, there: &Value, at: &str) -> Option<String> {
     match (wanted, there) {
         (Value::Object(fields), Value::Object(_)) => fields
             .iter()
-            .filter(|(name, _)| !(name.as_str() == "description"))
+            .filter(|(name, _)| name.as_str() != "description")
             .find_map(|(name, value)| lacks(value, &there[name], &format!("{at}.{name}"))),
         (Value::Array(items), Value::Array(others)) if items.len() == others.len() => {
             items.iter().zip(others).enumerate().find_map(|(i, (a, b))| lacks(a, b, &format!("{at}[{i}]")))

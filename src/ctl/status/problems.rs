@@ -198,7 +198,8 @@ impl Found {
                 problem.or_else("see egretd's log on this node"),
             );
         }
-        for blocked in reports.blocked.iter().filter(|blocked| !self.follows(facts, blocked.id)) {
+        let blocked: Vec<_> = reports.blocked.iter().filter(|blocked| !self.follows(facts, blocked.id)).collect();
+        for blocked in blocked {
             let family = blocked.family.as_deref().map(|family| format!(" ({family})")).unwrap_or_default();
             let message = format!("it drops packets of {}{family}: {}", address_of(facts, blocked.id), blocked.message);
             self.add(Problem::new(Severity::Error, &object, "Blocked", message).or_else("see egretd's log there"));
