@@ -1,9 +1,10 @@
 //! Puts manifests over a snapshot, as `kubectl apply` and `kubectl delete` would.
 
 use super::documents::Documents;
-use super::manifest::Reader;
-use super::names::Names;
-use super::object::{Kind, Object, label};
+use crate::cluster::decode::manifest::{Reader, StatusPlace};
+use crate::cluster::kind::Kind;
+use crate::cluster::names::Names;
+use crate::cluster::object::{Object, label};
 use crate::model::selector::Name;
 use crate::model::{Cluster, Gateway, Namespaces, Node, Policy, PolicyKey};
 use serde::Deserialize;
@@ -53,7 +54,7 @@ pub fn overlay(cluster: &mut Cluster, verb: Verb, (file, text): (&str, &[u8]), n
                 return result;
             }
         };
-        let mut reader = Reader { names: &mut names, node: None, status_of: None };
+        let mut reader = Reader { names: &mut names, node: None, statuses: StatusPlace::InFiles };
         let objects = match reader.read(document.text) {
             Ok(objects) => objects,
             Err(mut fault) => {
@@ -115,7 +116,8 @@ fn apply(cluster: &mut Cluster, object: Object, now: i64) {
         | Object::EndpointSlice(..)
         | Object::EgressNode(..)
         | Object::GatewayStatus(..)
-        | Object::PolicyStatus(..) => {}
+        | Object::PolicyStatus(..)
+        | Object::Networks(..) => {}
     }
 }
 
@@ -142,6 +144,7 @@ fn delete(cluster: &mut Cluster, object: &Object) {
         | Object::EndpointSlice(..)
         | Object::EgressNode(..)
         | Object::GatewayStatus(..)
-        | Object::PolicyStatus(..) => {}
+        | Object::PolicyStatus(..)
+        | Object::Networks(..) => {}
     }
 }
