@@ -13,8 +13,6 @@ ifneq ($(shell id -u),0)
 SUDO = sudo -E
 endif
 
-MSRV = $(shell sed -n 's/^rust-version = "\(.*\)"$$/\1/p' Cargo.toml)
-
 # Of `make e2e`: which tests, and of which program of tests/.
 T ?=
 S ?= e2e
@@ -23,7 +21,7 @@ S ?= e2e
 SECONDS ?= 180
 SEED ?= 1
 
-.PHONY: help build image release reproducible demo unit e2e snapshots test fuzz cluster-test lint msrv bench setup apiserver clean-lab
+.PHONY: help build image release reproducible demo unit e2e snapshots test fuzz cluster-test lint bench setup apiserver clean-lab
 
 help:
 	@echo 'make build      static release binaries, in target/<host>/release'
@@ -38,7 +36,6 @@ help:
 	@echo 'make cluster-test KUBECONFIG=… SERVER=… ADDRESSES=…   the acceptance suite, against any cluster: tests/cluster/README.md'
 	@echo 'make fuzz       SECONDS=180 SEED=1: what happens to clusters, at random, and who is seen as whom meanwhile'
 	@echo 'make lint       format, clippy, documentation, licences and bans, generated files'
-	@echo 'make msrv       compiles with the oldest Rust that Cargo.toml promises'
 	@echo 'make bench      measurements'
 	@echo 'make clean-lab  remove what killed tests left behind'
 
@@ -96,11 +93,6 @@ lint:
 	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --locked --workspace --no-deps
 	@tests/generated.sh
 	@tests/dependencies.sh
-
-# The oldest compiler that Cargo.toml promises. Clippy knows only of the standard library's functions what it lacks.
-msrv:
-	rustup toolchain install $(MSRV) --profile minimal --no-self-update
-	$(CARGO) +$(MSRV) check --locked --workspace --all-targets --target-dir target/msrv
 
 setup:
 	@tests/setup.sh

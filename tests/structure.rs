@@ -27,7 +27,7 @@ const MAY_USE: [(&str, &[&str]); 13] = [
 /// Modules that speak neither to the kernel nor to the plugin. Of the crates below they may use only what [`PLAIN`] names.
 const WITHOUT_KERNEL: [&str; 8] =
     ["api", "model", "allocation", "node_plan", "convert", "cluster", "controller", "telemetry"];
-const PLAIN: [&str; 2] = ["nft::mac", "cni::careful"];
+const PLAIN: [&str; 3] = ["nft::Family", "nft::mac", "cni::careful"];
 
 /// What does I/O or knows the time.
 const OUTSIDE_WORLD: [&str; 7] =
@@ -85,6 +85,18 @@ fn every_module_is_listed() {
         let name = entry.file_name().into_string().expect("a name");
         assert!(name == "bin" || MAY_USE.iter().any(|(m, _)| *m == name), "src/{name} is in no line of MAY_USE");
     }
+}
+
+/// Cargo.toml promises the Rust that everything is built and tested with, and none that nobody has tried.
+#[test]
+fn the_oldest_rust_is_the_one_that_is_used() {
+    let value = |file: &str, key: &str| {
+        let text = fs::read_to_string(root().join(file)).expect(file);
+        let line = text.lines().find_map(|line| line.strip_prefix(key).map(str::to_owned));
+        line.map(|value| value.trim_matches(|c: char| c != '.' && !c.is_ascii_digit()).to_owned()).expect(key)
+    };
+    let (oldest, used) = (value("Cargo.toml", "rust-version"), value("rust-toolchain.toml", "channel"));
+    assert!(used.starts_with(&format!("{oldest}.")), "rust-version is {oldest}, rust-toolchain.toml has {used}");
 }
 
 /// The image has no `nft`, no `ip`, nothing that could be called.

@@ -1,15 +1,17 @@
 //! The allocator's working state: which ids and addresses are in use, in cooldown and free.
 
+use super::address_pair::{addresses, of_pair, overlap, pair};
 use super::cooldown::{Cooldowns, cooldown_ended_until, in_cooldown};
-use super::family::{Family, addresses, overlap, pair};
 use super::ids::Ids;
 use super::living;
+use super::place::{AllocationPlace, GatewayPlace, List, PolicyPlace, RequestPlace};
 use super::pool::{Overlap, Pool, usable};
 use super::request::Requests;
 use super::unreached::ReportRequest;
 use crate::api::{AddressPair, AllocationKind, Placement, Users};
 use crate::model::selector::Name;
 use crate::model::{AddressRange, Cluster, Gateway, Node};
+use egret_nft::Family;
 use ipnetwork::IpNetwork;
 use std::collections::{HashMap, HashSet};
 use std::net::IpAddr;
@@ -39,7 +41,7 @@ pub(super) struct GatewayPool<'a> {
 #[derive(Clone, Debug)]
 pub(super) struct Draft {
     /// The place of the gateway in `gateway_pools`.
-    pub(super) gateway: usize,
+    pub(super) gateway: GatewayPlace,
     pub(super) id: u16,
     pub(super) kind: AllocationKind,
     pub(super) address: AddressPair,
@@ -49,12 +51,18 @@ pub(super) struct Draft {
     /// In a planned move, the node that holds the egress IP until `node` does.
     pub(super) leaving: Option<Name>,
     /// The places of the requests that use the allocation.
-    pub(super) requests: Vec<usize>,
+    pub(super) requests: Vec<RequestPlace>,
 }
 
 impl Draft {
     /// An allocation without requests.
-    pub(super) fn new(gateway: usize, id: u16, kind: AllocationKind, address: AddressPair, node: Option<Name>) -> Self {
+    pub(super) fn new(
+        gateway: GatewayPlace,
+        id: u16,
+        kind: AllocationKind,
+        address: AddressPair,
+        node: Option<Name>,
+    ) -> Self {
         Draft { gateway, id, kind, address, node, since: 0, leaving: None, requests: vec![] }
     }
 }
@@ -71,14 +79,14 @@ fn networks_inside(cluster: &Cluster) -> impl Iterator<Item = (AddressRange, IpN
 pub(super) struct Allocator<'a> {
     pub(super) cluster: &'a Cluster,
     pub(super) now: i64,
-    pub(super) gateway_pools: Vec<GatewayPool<'a>>,
+    pub(super) gateway_pools: List<GatewayPlace, GatewayPool<'a>>,
     pub(super) requests: Requests<'a>,
     /// The existing allocations that stay come first, then new ones in the order in which they were made.
-    pub(super) allocations: Vec<Draft>,
+    pub(super) allocations: List<AllocationPlace, Draft>,
     /// The places of allocations of pool addresses, by address.
-    pub(super) held: HashMap<IpAddr, usize>,
+    pub(super) held: HashMap<IpAddr, AllocationPlace>,
     /// The places of allocations of nodes' own addresses, by address. Two gateways may have the same node.
-    pub(super) held_by_nodes: HashMap<IpAddr, usize>,
+    pub(super) held_by_nodes: HashMap<IpAddr, AllocationPlace>,
     /// Nodes' own addresses. A node whose address is given away would be cut off.
     pub(super) node_addresses: HashMap<IpAddr, &'a Name>,
     /// Nodes that count as unreachable.
@@ -101,7 +109,7 @@ impl<'a> Allocator<'a> {
 
     /// A state in which nothing is allocated, with the cooldowns at `now`.
     pub(super) fn open(cluster: &'a Cluster, now: i64) -> Self {
-        let mut gateway_pools = Vec::new();
+        let mut gateway_pools = List::new();
         let inside: Pool = networks_inside(cluster).map(|(range, _)| range).collect::<Vec<_>>().iter().collect();
         let pools = usable(cluster.gateways.values().map(|g| &**g));
         for ((name, gateway), (usable, overlaps)) in cluster.gateways.iter().zip(pools) {
@@ -136,7 +144,7 @@ impl<'a> Allocator<'a> {
             now,
             gateway_pools,
             requests: Requests::new(cluster),
-            allocations: Vec::new(),
+            allocations: List::new(),
             held: HashMap::new(),
             held_by_nodes: HashMap::new(),
             node_addresses,
@@ -144,8 +152,9 @@ impl<'a> Allocator<'a> {
             ids: Ids::new(),
             in_cooldown: Cooldowns::default(),
         };
-        for (place, gateway) in cluster.gateways.values().enumerate() {
-            for (released, at) in in_cooldown(&gateway.status, now) {
+        for place in allocator.gateway_pools.places() {
+            let status = &allocator.gateway_pools[place].gateway.status;
+            for (released, at) in in_cooldown(status, now) {
                 allocator.start_cooldown(place, released.id, released.address.clone(), released.policies.clone(), at);
             }
         }
@@ -158,7 +167,7 @@ impl<'a> Allocator<'a> {
     }
 
     /// How many of the uplinks and families that the gateway may need a node reports as lost.
-    pub(super) fn lacks(&self, node: &Name, gateway: usize) -> usize {
+    pub(super) fn lacks(&self, node: &Name, gateway: GatewayPlace) -> usize {
         let interface = self.gateway_pools[gateway].gateway.interface.as_deref();
         let status = self.cluster.egress_nodes.get(node);
         let lost = status.map(|status| status.of_allocations().lost.as_slice()).unwrap_or_default();
@@ -171,43 +180,50 @@ impl<'a> Allocator<'a> {
     }
 
     /// Starts the cooldown of an id and its addresses, at time `at`.
-    pub(super) fn start_cooldown(&mut self, gateway: usize, id: u16, address: AddressPair, policies: Users, at: i64) {
+    pub(super) fn start_cooldown(
+        &mut self,
+        gateway: GatewayPlace,
+        id: u16,
+        address: AddressPair,
+        policies: Users,
+        at: i64,
+    ) {
         self.ids.start_cooldown(id);
         let ended = at <= self.gateway_pools[gateway].ended_until;
         self.in_cooldown.add(gateway, id, address, policies, (at, ended), &self.requests.places);
     }
 
     /// Assigns an allocation to a request.
-    pub(super) fn assign(&mut self, allocation: usize, request: usize) {
+    pub(super) fn assign(&mut self, allocation: AllocationPlace, request: RequestPlace) {
         self.allocations[allocation].requests.push(request);
         self.requests.all[request].allocation = Some(allocation);
     }
 
     /// The places of the policies that use an allocation, by seniority.
-    pub(super) fn users(&self, allocation: usize) -> Vec<usize> {
+    pub(super) fn users(&self, allocation: AllocationPlace) -> Vec<PolicyPlace> {
         let requests = self.allocations[allocation].requests.iter();
-        let mut users: Vec<usize> = requests.flat_map(|d| self.requests.all[*d].policies.iter().copied()).collect();
+        let mut users: Vec<PolicyPlace> =
+            requests.flat_map(|d| self.requests.all[*d].policies.iter().copied()).collect();
         users.sort_unstable();
         users.dedup();
         users
     }
 
     /// Adds an allocation. Its id is taken already.
-    pub(super) fn add(&mut self, allocation: Draft) -> usize {
-        let place = self.allocations.len();
+    pub(super) fn add(&mut self, allocation: Draft) -> AllocationPlace {
+        let place = self.allocations.end();
         for address in addresses(&allocation.address) {
             match allocation.kind {
                 AllocationKind::Node => self.held_by_nodes.insert(address, place),
                 _ => self.held.insert(address, place),
             };
         }
-        self.allocations.push(allocation);
-        place
+        self.allocations.push(allocation)
     }
 
     /// The node that has the address as its own, if Egret places the gateway's addresses. With external placement, a
     /// node that has an address may well report it.
-    pub(super) fn node_with(&self, gateway: usize, address: IpAddr) -> Option<&'a Name> {
+    pub(super) fn node_with(&self, gateway: GatewayPlace, address: IpAddr) -> Option<&'a Name> {
         match self.gateway_pools[gateway].gateway.placement {
             Placement::Managed => self.node_addresses.get(&address).copied(),
             Placement::External => None,
@@ -215,15 +231,15 @@ impl<'a> Allocator<'a> {
     }
 
     /// The allocation that has the address now.
-    pub(super) fn holder(&self, address: IpAddr) -> Option<usize> {
+    pub(super) fn holder(&self, address: IpAddr) -> Option<AllocationPlace> {
         self.held.get(&address).or_else(|| self.held_by_nodes.get(&address)).copied()
     }
 
     /// A free address of the family for these policies: one that they gave back within the cooldown, else the first
     /// free one.
-    pub(super) fn pick(&mut self, gateway: usize, family: Family, policies: &[usize]) -> Option<IpAddr> {
+    pub(super) fn pick(&mut self, gateway: GatewayPlace, family: Family, policies: &[PolicyPlace]) -> Option<IpAddr> {
         let returned = self.in_cooldown.of(gateway, policies).into_iter().find_map(|entry| {
-            let address = family.of_pair(&entry.address)?;
+            let address = of_pair(family, &entry.address)?;
             let good = self.gateway_pools[gateway].open.contains(address)
                 && self.holder(address).is_none()
                 && self.node_with(gateway, address).is_none()
@@ -246,9 +262,9 @@ impl<'a> Allocator<'a> {
     /// else the first free one after the hash of `name`.
     pub(super) fn new_id(
         &mut self,
-        gateway: usize,
+        gateway: GatewayPlace,
         address: &AddressPair,
-        policies: &[usize],
+        policies: &[PolicyPlace],
         name: &str,
     ) -> Option<u16> {
         for entry in self.in_cooldown.of(gateway, policies) {
@@ -264,7 +280,7 @@ impl<'a> Allocator<'a> {
     /// address that it had), it keeps the node. So does an address that one policy leaves while another one names it.
     pub(super) fn draft_like_before(
         &self,
-        gateway: usize,
+        gateway: GatewayPlace,
         id: u16,
         kind: AllocationKind,
         address: AddressPair,

@@ -1,22 +1,24 @@
 //! The result: the status of each gateway, and the decision for each policy.
 
 use super::Outcome;
+use super::address_pair::{addresses, of_pair, pair};
 use super::allocator::{Allocator, GatewayPool};
 use super::cooldown::{COOLDOWN_SECONDS, cooldown_ended_until};
 use super::decision::{Decision, Grant, Reason, Rejection};
-use super::family::{Family, addresses, pair};
+use super::place::{AllocationPlace, GatewayPlace, PolicyPlace, RequestPlace};
 use super::request::{Kind, Requester};
 use crate::api::{Allocation, AllocationKind, Condition, EgressGatewayStatus, ReleasedAllocation};
 use crate::model::END_COOLDOWN;
 use crate::model::condition::Conditions;
+use egret_nft::Family;
 use ipnetwork::IpNetwork;
 use std::collections::HashMap;
 use std::net::IpAddr;
 
 /// Turns the finished state into the result. `rejections` has the requests without an allocation, by place.
-pub(super) fn close(allocator: Allocator, rejections: &HashMap<usize, Rejection>) -> Outcome {
+pub(super) fn close(allocator: Allocator, rejections: &HashMap<RequestPlace, Rejection>) -> Outcome {
     let mut outcome = Outcome::default();
-    for (place, (requester, request)) in allocator.requests.requesters.iter().zip(&allocator.requests.of).enumerate() {
+    for ((place, requester), request) in allocator.requests.requesters.with_places().zip(allocator.requests.of.iter()) {
         let decision = match request {
             Err(rejection) => Decision::Rejected(rejection.clone()),
             Ok(request) => match (allocator.requests.all[*request].allocation, rejections.get(request)) {
@@ -28,8 +30,8 @@ pub(super) fn close(allocator: Allocator, rejections: &HashMap<usize, Rejection>
         outcome.decisions.insert(requester.key.clone(), decision);
     }
 
-    let mut statuses = vec![EgressGatewayStatus::default(); allocator.gateway_pools.len()];
-    for (place, allocation) in allocator.allocations.iter().enumerate() {
+    let mut statuses = allocator.gateway_pools.map(|_| EgressGatewayStatus::default());
+    for (place, allocation) in allocator.allocations.with_places() {
         let users = allocator.users(place).into_iter();
         let mut users: Vec<&Requester> = users.map(|p| &allocator.requests.requesters[p]).collect();
         users.sort_unstable_by_key(|requester| &requester.name);
@@ -55,7 +57,7 @@ pub(super) fn close(allocator: Allocator, rejections: &HashMap<usize, Rejection>
             });
         }
     }
-    for (place, (gateway_pool, mut status)) in allocator.gateway_pools.iter().zip(statuses).enumerate() {
+    for (gateway_pool, (place, mut status)) in allocator.gateway_pools.iter().zip(statuses.into_places()) {
         status.nodes = gateway_pool.nodes.iter().map(|(name, _)| name.to_string()).collect();
         status.allocations.sort_by_key(|allocation| allocation.id);
         status.released.sort_by_key(|r| (r.at, r.id, r.address.ipv4, r.address.ipv6));
@@ -69,7 +71,7 @@ pub(super) fn close(allocator: Allocator, rejections: &HashMap<usize, Rejection>
     outcome
 }
 
-fn grant_of(allocator: &Allocator, requester: usize, request: usize, place: usize) -> Grant {
+fn grant_of(allocator: &Allocator, requester: PolicyPlace, request: RequestPlace, place: AllocationPlace) -> Grant {
     let allocation = &allocator.allocations[place];
     let gateway_pool = &allocator.gateway_pools[allocation.gateway];
     Grant {
@@ -88,15 +90,15 @@ fn grant_of(allocator: &Allocator, requester: usize, request: usize, place: usiz
 
 /// The other policies that use an allocation, the most senior first. Only the first three are named, so that a new
 /// user does not change the status of all others.
-fn shared_with(allocator: &Allocator, requester: usize, allocation: usize) -> Option<String> {
-    let others: Vec<usize> = allocator.users(allocation).into_iter().filter(|user| *user != requester).collect();
+fn shared_with(allocator: &Allocator, requester: PolicyPlace, allocation: AllocationPlace) -> Option<String> {
+    let others: Vec<PolicyPlace> = allocator.users(allocation).into_iter().filter(|user| *user != requester).collect();
     let names = others.iter().take(3).map(|user| allocator.requests.requesters[*user].name.as_str());
     let more = if others.len() > 3 { " and others" } else { "" };
     (!others.is_empty()).then(|| names.collect::<Vec<_>>().join(", ") + more)
 }
 
 /// A remark for users about a granted allocation.
-fn note(allocator: &Allocator, request: usize, place: usize) -> Option<String> {
+fn note(allocator: &Allocator, request: RequestPlace, place: AllocationPlace) -> Option<String> {
     let (allocation, request) = (&allocator.allocations[place], &allocator.requests.all[request]);
     if !matches!(request.kind, Kind::Dedicated | Kind::Shared) {
         return None;
@@ -116,7 +118,7 @@ fn note(allocator: &Allocator, request: usize, place: usize) -> Option<String> {
     }
     let lacking = Family::BOTH
         .into_iter()
-        .find(|family| gateway_pool.open.has(*family) && family.of_pair(&allocation.address).is_none())?;
+        .find(|family| gateway_pool.open.has(*family) && of_pair(*family, &allocation.address).is_none())?;
     Some(format!(
         "the gateway has no {lacking} address left for it, so its {lacking} traffic is blocked; \
          add addresses to the gateway's spec.addresses"
@@ -125,10 +127,10 @@ fn note(allocator: &Allocator, request: usize, place: usize) -> Option<String> {
 
 fn conditions(
     allocator: &Allocator,
-    place: usize,
+    place: GatewayPlace,
     gateway_pool: &GatewayPool,
     status: &EgressGatewayStatus,
-    rejections: &HashMap<usize, Rejection>,
+    rejections: &HashMap<RequestPlace, Rejection>,
 ) -> Vec<Condition> {
     let mut conditions =
         Conditions::new(&gateway_pool.gateway.status.conditions, gateway_pool.gateway.generation, allocator.now);
@@ -189,7 +191,7 @@ fn conditions(
         conditions.add("Ready", true, "NodesMatch", matching);
     }
 
-    let kinds = allocator.requests.all.iter().enumerate().filter(|(_, request)| request.gateway == place);
+    let kinds = allocator.requests.all.with_places().filter(|(_, request)| request.gateway == place);
     let exhausted = kinds.filter_map(|(d, _)| rejections.get(&d)).find(|r| r.reason == Reason::PoolExhausted);
     match exhausted {
         Some(rejection) => conditions.add("AddressesLeft", false, Reason::PoolExhausted, rejection.message.as_str()),
@@ -214,7 +216,7 @@ fn inside(allocator: &Allocator, gateway_pool: &GatewayPool) -> Option<(IpNetwor
 fn in_use(gateway_pool: &GatewayPool, status: &EgressGatewayStatus) -> String {
     let families = Family::BOTH.into_iter().filter(|family| gateway_pool.usable.has(*family));
     let families = families.map(|family| {
-        let pool = |pair| family.of_pair(pair).is_some_and(|address| gateway_pool.usable.contains(address));
+        let pool = |pair| of_pair(family, pair).is_some_and(|address| gateway_pool.usable.contains(address));
         let used = status.allocations.iter().filter(|p| p.kind != AllocationKind::Node && pool(&p.address)).count();
         let cooling = status.released.iter().filter(|r| pool(&r.address) && r.at > gateway_pool.ended_until).count();
         format!("{family}: {used} of {} in use, {cooling} in cooldown", gateway_pool.usable.size(family))

@@ -5,7 +5,8 @@
 //! address can be given at once to a policy that names it: it gets another id. Addresses for policies that name none
 //! have a cooldown too, because servers may still associate them with the previous policy.
 
-use super::family::addresses;
+use super::address_pair::addresses;
+use super::place::{GatewayPlace, PolicyPlace};
 use crate::api::{AddressPair, EgressGatewayStatus, PolicyKey, ReleasedAllocation, Users};
 use crate::model::Gateway;
 use jiff::Timestamp;
@@ -37,7 +38,7 @@ pub(super) fn cooldown_ended_until(gateway: &Gateway) -> Result<i64, &str> {
 #[derive(Clone, Debug)]
 pub(super) struct Entry {
     /// The place of the gateway.
-    pub(super) gateway: usize,
+    pub(super) gateway: GatewayPlace,
     pub(super) id: u16,
     pub(super) address: AddressPair,
     /// The policies that had it, including those that no longer exist.
@@ -47,12 +48,12 @@ pub(super) struct Entry {
     /// Whether the annotation of the gateway has ended the cooldown of the addresses.
     pub(super) ended: bool,
     /// The places of the policies that had it and still exist, sorted.
-    had_by: Vec<usize>,
+    had_by: Vec<PolicyPlace>,
 }
 
 impl Entry {
     /// Whether one of these policies had it. Such a policy may have it again.
-    fn was_of(&self, policies: &[usize]) -> bool {
+    fn was_of(&self, policies: &[PolicyPlace]) -> bool {
         policies.iter().any(|p| self.had_by.binary_search(p).is_ok())
     }
 }
@@ -62,7 +63,7 @@ impl Entry {
 pub(super) struct Cooldowns {
     pub(super) entries: Vec<Entry>,
     by_address: HashMap<IpAddr, Vec<usize>>,
-    by_policy: HashMap<(usize, usize), Vec<usize>>,
+    by_policy: HashMap<(GatewayPlace, PolicyPlace), Vec<usize>>,
     by_id: HashMap<u16, Vec<usize>>,
 }
 
@@ -70,15 +71,15 @@ impl Cooldowns {
     /// Adds an entry. `places` has the policies that still exist.
     pub(super) fn add(
         &mut self,
-        gateway: usize,
+        gateway: GatewayPlace,
         id: u16,
         address: AddressPair,
         policies: Users,
         (at, ended): (i64, bool),
-        places: &HashMap<&PolicyKey, usize>,
+        places: &HashMap<&PolicyKey, PolicyPlace>,
     ) {
         let entry = self.entries.len();
-        let mut had_by: Vec<usize> = policies.iter().filter_map(|name| places.get(name).copied()).collect();
+        let mut had_by: Vec<PolicyPlace> = policies.iter().filter_map(|name| places.get(name).copied()).collect();
         had_by.sort_unstable();
         for policy in &had_by {
             self.by_policy.entry((gateway, *policy)).or_default().push(entry);
@@ -91,19 +92,19 @@ impl Cooldowns {
     }
 
     /// Until when an address is kept from these policies; `None` if it is not.
-    pub(super) fn until(&self, address: IpAddr, policies: &[usize]) -> Option<i64> {
+    pub(super) fn until(&self, address: IpAddr, policies: &[PolicyPlace]) -> Option<i64> {
         let entries = self.by_address.get(&address).into_iter().flatten().map(|e| &self.entries[*e]);
         entries.filter(|e| !e.ended && !e.was_of(policies)).map(|e| e.at + COOLDOWN_SECONDS).max()
     }
 
     /// Whether an id is kept from these policies. An allocation that loses its addresses one by one leaves several
     /// entries with its id, and not always of the same policies.
-    pub(super) fn keeps_id(&self, id: u16, policies: &[usize]) -> bool {
+    pub(super) fn keeps_id(&self, id: u16, policies: &[PolicyPlace]) -> bool {
         self.by_id.get(&id).into_iter().flatten().any(|e| !self.entries[*e].was_of(policies))
     }
 
     /// The entries that these policies gave back to the gateway, the latest first.
-    pub(super) fn of(&self, gateway: usize, policies: &[usize]) -> Vec<&Entry> {
+    pub(super) fn of(&self, gateway: GatewayPlace, policies: &[PolicyPlace]) -> Vec<&Entry> {
         let places = policies.iter().filter_map(|p| self.by_policy.get(&(gateway, *p))).flatten();
         let mut entries: Vec<&Entry> = places.map(|e| &self.entries[*e]).collect();
         entries.sort_by_key(|e| (std::cmp::Reverse(e.at), e.id, e.address.ipv4, e.address.ipv6));

@@ -1,9 +1,10 @@
 //! Grants allocations to requests that have none.
 
+use super::address_pair::{addresses, in_words, of_pair, overlap, pair};
 use super::allocator::{Allocator, Draft};
 use super::cooldown::COOLDOWN_SECONDS;
 use super::decision::{Reason, Rejection};
-use super::family::{Family, addresses, in_words, overlap, pair};
+use super::place::{AllocationPlace, GatewayPlace, List, RequestPlace};
 use super::placement::Load;
 use super::request::{Kind, Request};
 use crate::api::{AddressPair, AllocationKind, Sharing};
@@ -11,17 +12,18 @@ use crate::model::END_COOLDOWN;
 use crate::model::condition::time;
 use crate::model::drain::is_drained;
 use crate::model::marks::MAX_EGRESS_ID;
+use egret_nft::Family;
 use std::collections::HashMap;
 use std::net::IpAddr;
 
 /// Grants allocations to the requests that have none, older ones first. Requests that name an address come before
 /// those that take any. Returns the rejections by the place of the request.
-pub(super) fn grant(allocator: &mut Allocator) -> HashMap<usize, Rejection> {
+pub(super) fn grant(allocator: &mut Allocator) -> HashMap<RequestPlace, Rejection> {
     let mut rejections = HashMap::new();
     let mut lacking = HashMap::new();
-    let mut nodes: Vec<Option<ByNode>> = vec![None; allocator.gateway_pools.len()];
+    let mut nodes: List<GatewayPlace, Option<ByNode>> = allocator.gateway_pools.map(|_| None);
     for kind in [AllocationKind::Explicit, AllocationKind::Node, AllocationKind::Shared, AllocationKind::Dedicated] {
-        for request in 0..allocator.requests.all.len() {
+        for request in allocator.requests.all.places() {
             if allocator.requests.all[request].allocation.is_some() {
                 continue;
             }
@@ -54,7 +56,7 @@ pub(super) fn grant(allocator: &mut Allocator) -> HashMap<usize, Rejection> {
     }
     // The final allocations decide the reasons, so that the next computation gives the same ones: a named address may
     // have been given to another policy in between.
-    let mut exhausted_of: HashMap<(usize, Family), Rejection> = HashMap::new();
+    let mut exhausted_of: HashMap<(GatewayPlace, Family), Rejection> = HashMap::new();
     for (request, rejection) in &mut rejections {
         if let Some(family) = lacking.get(request) {
             let gateway = allocator.requests.all[*request].gateway;
@@ -74,7 +76,7 @@ pub(super) fn grant(allocator: &mut Allocator) -> HashMap<usize, Rejection> {
 }
 
 /// The rejection if the gateway gives out nothing.
-fn frozen(allocator: &Allocator, request: usize) -> Option<Rejection> {
+fn frozen(allocator: &Allocator, request: RequestPlace) -> Option<Rejection> {
     let gateway_pool = &allocator.gateway_pools[allocator.requests.all[request].gateway];
     let message = format!(
         "the spec of EgressGateway {:?} is invalid; it gives out no egress IP until that is corrected",
@@ -91,7 +93,11 @@ fn no_id() -> Rejection {
     Rejection::new(Reason::NoIdLeft, message)
 }
 
-fn explicit(allocator: &mut Allocator, request: usize, address: AddressPair) -> Result<usize, Rejection> {
+fn explicit(
+    allocator: &mut Allocator,
+    request: RequestPlace,
+    address: AddressPair,
+) -> Result<AllocationPlace, Rejection> {
     let (gateway, policies) =
         (allocator.requests.all[request].gateway, allocator.requests.all[request].policies.clone());
     check_named(allocator, gateway, &address)?;
@@ -101,11 +107,16 @@ fn explicit(allocator: &mut Allocator, request: usize, address: AddressPair) -> 
 }
 
 /// Checks whether policies can have the addresses that they name.
-fn check_named(allocator: &Allocator, gateway: usize, pair: &AddressPair) -> Result<(), Rejection> {
+fn check_named(allocator: &Allocator, gateway: GatewayPlace, pair: &AddressPair) -> Result<(), Rejection> {
     addresses(pair).try_for_each(|address| check_one(allocator, gateway, pair, address))
 }
 
-fn check_one(allocator: &Allocator, gateway: usize, pair: &AddressPair, address: IpAddr) -> Result<(), Rejection> {
+fn check_one(
+    allocator: &Allocator,
+    gateway: GatewayPlace,
+    pair: &AddressPair,
+    address: IpAddr,
+) -> Result<(), Rejection> {
     let gateway_pool = &allocator.gateway_pools[gateway];
     if !gateway_pool.declared.contains(address) {
         let message = format!(
@@ -177,10 +188,10 @@ fn check_one(allocator: &Allocator, gateway: usize, pair: &AddressPair, address:
 /// Grants an address of each family that the pool has. If a family is exhausted, it is added to `lacking`.
 fn pool(
     allocator: &mut Allocator,
-    request: usize,
+    request: RequestPlace,
     kind: AllocationKind,
-    lacking: &mut HashMap<usize, Family>,
-) -> Result<usize, Rejection> {
+    lacking: &mut HashMap<RequestPlace, Family>,
+) -> Result<AllocationPlace, Rejection> {
     let (gateway, policies) =
         (allocator.requests.all[request].gateway, allocator.requests.all[request].policies.clone());
     let gateway_pool = &allocator.gateway_pools[gateway];
@@ -226,10 +237,10 @@ fn pool(
     Ok(allocator.add(allocator.draft_like_before(gateway, id, kind, address)))
 }
 
-fn exhausted(allocator: &Allocator, gateway: usize, family: Family) -> Rejection {
+fn exhausted(allocator: &Allocator, gateway: GatewayPlace, family: Family) -> Rejection {
     let gateway_pool = &allocator.gateway_pools[gateway];
     let cooling = allocator.in_cooldown.entries.iter().filter(|entry| !entry.ended).filter(|entry| {
-        let address = family.of_pair(&entry.address);
+        let address = of_pair(family, &entry.address);
         address.is_some_and(|a| gateway_pool.open.contains(a) && allocator.holder(a).is_none())
     });
     let until = cooling.map(|entry| entry.at).min().map(|at| {
@@ -253,12 +264,12 @@ fn exhausted(allocator: &Allocator, gateway: usize, family: Family) -> Rejection
 #[derive(Clone, Debug)]
 struct ByNode {
     /// By the place of the node.
-    allocations: Vec<Option<usize>>,
+    allocations: Vec<Option<AllocationPlace>>,
     load: Load,
 }
 
 impl ByNode {
-    fn new(allocator: &Allocator, gateway: usize) -> Self {
+    fn new(allocator: &Allocator, gateway: GatewayPlace) -> Self {
         let nodes = &allocator.gateway_pools[gateway].nodes;
         let usable = (0..nodes.len()).filter(|place| !allocator.own_address(nodes[*place].1).is_empty());
         let (mut open, drained): (Vec<usize>, Vec<usize>) =
@@ -280,7 +291,7 @@ impl ByNode {
     }
 }
 
-fn node(allocator: &mut Allocator, request: usize, nodes: &mut ByNode) -> Result<usize, Rejection> {
+fn node(allocator: &mut Allocator, request: RequestPlace, nodes: &mut ByNode) -> Result<AllocationPlace, Rejection> {
     let (gateway, policies) =
         (allocator.requests.all[request].gateway, allocator.requests.all[request].policies.clone());
     let gateway_pool = &allocator.gateway_pools[gateway];

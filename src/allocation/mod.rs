@@ -4,15 +4,16 @@
 //! allocation stays as it is while it is requested and valid. Everything else is decided by age and name alone, so
 //! that two controllers that see the same cluster compute the same allocations.
 
+mod address_pair;
 mod allocator;
 mod close;
 mod cooldown;
 mod decision;
-mod family;
 mod grant;
 mod ids;
 mod living;
 mod moves;
+mod place;
 mod placement;
 mod pool;
 mod quota;
@@ -32,7 +33,7 @@ use std::collections::BTreeMap;
 
 pub use living::unreachable;
 
-pub(super) use family::in_words;
+pub(super) use address_pair::in_words;
 
 /// The result of [`allocate`].
 #[derive(Clone, Debug, Default, PartialEq)]

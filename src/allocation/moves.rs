@@ -2,6 +2,7 @@
 //! planned move, the old node keeps the egress IP until the new one reports that it has it.
 
 use super::allocator::Allocator;
+use super::place::{AllocationPlace, GatewayPlace};
 use crate::api::AllocationKind;
 use crate::model::ownership::{self, Liveness, OwnershipInputs};
 use crate::model::selector::Name;
@@ -35,7 +36,12 @@ impl<'a> Reports<'a> {
 
 /// Assigns an allocation to the node that has taken it over. A report counts only if its `since` is that of the
 /// allocation.
-pub(super) fn follow_takeovers(allocator: &mut Allocator, gateway: usize, allocations: &[usize], reports: &Reports) {
+pub(super) fn follow_takeovers(
+    allocator: &mut Allocator,
+    gateway: GatewayPlace,
+    allocations: &[AllocationPlace],
+    reports: &Reports,
+) {
     for place in allocations
         .iter()
         .filter(|place| allocator.allocations[**place].kind != AllocationKind::Node)
@@ -66,10 +72,10 @@ pub(super) fn follow_takeovers(allocator: &mut Allocator, gateway: usize, alloca
 /// of a node's own address cannot move.
 pub(super) fn requested_moves(
     allocator: &Allocator,
-    allocations: &[usize],
+    allocations: &[AllocationPlace],
     nodes: &HashMap<&Name, usize>,
-) -> Vec<(usize, Name)> {
-    let requested_move = |place: &usize| {
+) -> Vec<(AllocationPlace, Name)> {
+    let requested_move = |place: &AllocationPlace| {
         let allocation = &allocator.allocations[*place];
         let wanted = requested_node(allocator, *place)?;
         let moves = allocation.kind != AllocationKind::Node
@@ -82,7 +88,7 @@ pub(super) fn requested_moves(
 
 /// The node that policies request for an allocation. Of several policies with this allocation, the most senior one
 /// that requests a node decides.
-pub(super) fn requested_node<'b>(allocator: &'b Allocator, allocation: usize) -> Option<&'b Name> {
+pub(super) fn requested_node<'b>(allocator: &'b Allocator, allocation: AllocationPlace) -> Option<&'b Name> {
     let policies = allocator.allocations[allocation]
         .requests
         .iter()
@@ -93,14 +99,14 @@ pub(super) fn requested_node<'b>(allocator: &'b Allocator, allocation: usize) ->
 
 /// Assigns an allocation to another node. If the old node reports that it holds the egress IP, it keeps it until the
 /// new one does.
-pub(super) fn move_to(allocator: &mut Allocator, place: usize, node: Option<Name>, reports: &Reports) {
+pub(super) fn move_to(allocator: &mut Allocator, place: AllocationPlace, node: Option<Name>, reports: &Reports) {
     let allocation = &allocator.allocations[place];
     let old = [allocation.node.clone(), allocation.leaving.clone()].into_iter().flatten();
     let leaving = old.into_iter().find(|old| reports.holds(old, allocation.id) && node.as_ref() != Some(old));
     assign_node(allocator, place, node.clone(), leaving.filter(|_| node.is_some()));
 }
 
-fn assign_node(allocator: &mut Allocator, place: usize, node: Option<Name>, leaving: Option<Name>) {
+fn assign_node(allocator: &mut Allocator, place: AllocationPlace, node: Option<Name>, leaving: Option<Name>) {
     let now = allocator.now;
     let allocation = &mut allocator.allocations[place];
     if allocation.node != node {
@@ -110,7 +116,7 @@ fn assign_node(allocator: &mut Allocator, place: usize, node: Option<Name>, leav
 }
 
 /// Ends the planned moves that are finished: the new node holds the egress IP, or the old one no longer does.
-pub(super) fn finish(allocator: &mut Allocator, allocations: &[usize], reports: &Reports) {
+pub(super) fn finish(allocator: &mut Allocator, allocations: &[AllocationPlace], reports: &Reports) {
     for place in allocations {
         let allocation = &mut allocator.allocations[*place];
         let arrived = allocation.node.as_ref().is_none_or(|node| reports.holds(node, allocation.id));

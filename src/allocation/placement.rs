@@ -2,6 +2,7 @@
 
 use super::allocator::Allocator;
 use super::moves::{self, Reports};
+use super::place::{AllocationPlace, GatewayPlace, List};
 use super::rebalance;
 use super::unreached::{self, SourceNodes};
 use crate::api::{AllocationKind, Placement};
@@ -49,11 +50,11 @@ impl Load {
 /// not drained (or all nodes are), until a rebalance is requested.
 pub(super) fn place(allocator: &mut Allocator) {
     let (reports, sources) = (Reports::new(allocator), SourceNodes::new(allocator));
-    let mut allocations_of: Vec<Vec<usize>> = vec![Vec::new(); allocator.gateway_pools.len()];
-    for (place, allocation) in allocator.allocations.iter().enumerate() {
+    let mut allocations_of: List<GatewayPlace, Vec<AllocationPlace>> = allocator.gateway_pools.map(|_| Vec::new());
+    for (place, allocation) in allocator.allocations.with_places() {
         allocations_of[allocation.gateway].push(place);
     }
-    for (gateway, allocations) in allocations_of.into_iter().enumerate() {
+    for (gateway, allocations) in allocations_of.into_places() {
         match allocator.gateway_pools[gateway].gateway.placement {
             Placement::Managed => {
                 moves::follow_takeovers(allocator, gateway, &allocations, &reports);
@@ -79,7 +80,7 @@ struct Candidates<'a> {
 }
 
 impl<'a> Candidates<'a> {
-    fn new(allocator: &Allocator<'a>, gateway: usize) -> Self {
+    fn new(allocator: &Allocator<'a>, gateway: GatewayPlace) -> Self {
         let nodes = allocator.gateway_pools[gateway].nodes.clone();
         let is_drained = |node: &Node| is_drained(allocator.gateway_pools[gateway].gateway, node);
         let all_drained = nodes.iter().all(|(_, node)| is_drained(node));
@@ -101,8 +102,8 @@ impl<'a> Candidates<'a> {
 /// that it can be moved to, or its node no longer belongs to the gateway.
 fn balance<'a>(
     allocator: &mut Allocator<'a>,
-    gateway: usize,
-    allocations: &[usize],
+    gateway: GatewayPlace,
+    allocations: &[AllocationPlace],
     (sources, reports): (&SourceNodes<'a>, &Reports),
 ) {
     let candidates = Candidates::new(allocator, gateway);
@@ -144,7 +145,7 @@ fn balance<'a>(
 }
 
 /// External placement: the node that reports the address holds the allocation.
-fn follow(allocator: &mut Allocator, gateway: usize, allocations: &[usize]) {
+fn follow(allocator: &mut Allocator, gateway: GatewayPlace, allocations: &[AllocationPlace]) {
     let mut reported: HashMap<u16, Vec<&Name>> = HashMap::new();
     for (name, _) in &allocator.gateway_pools[gateway].nodes {
         for id in allocator.cluster.egress_nodes.get(*name).into_iter().flat_map(|node| &node.of_allocations().held) {

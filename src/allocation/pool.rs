@@ -1,7 +1,9 @@
 //! The addresses of gateways, and which of them a gateway may give out.
 
-use super::family::{Family, number};
+use super::address_pair::{address, number};
+use super::place::{GatewayPlace, Place};
 use crate::model::{AddressRange, Gateway};
+use egret_nft::Family;
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 
@@ -68,7 +70,7 @@ impl Pool {
     }
 
     pub(super) fn contains(&self, address: IpAddr) -> bool {
-        let ranges = &self.family(Family::of(address)).ranges;
+        let ranges = &self.family(Family::of(&address)).ranges;
         let number = number(address);
         let after = ranges.partition_point(|(first, _)| *first <= number);
         after > 0 && number <= ranges[after - 1].1
@@ -88,7 +90,7 @@ impl Pool {
             let mut number = cursor.1.max(*first);
             while number <= *last {
                 cursor.1 = number;
-                let address = family.address(number);
+                let address = address(family, number);
                 if free(address) {
                     return Some(address);
                 }
@@ -108,7 +110,7 @@ impl<'a> FromIterator<&'a AddressRange> for Pool {
         let mut pool = Pool::default();
         for range in ranges {
             let part = (number(range.first), number(range.last));
-            pool.family_mut(Family::of(range.first)).ranges.push(part);
+            pool.family_mut(Family::of(&range.first)).ranges.push(part);
         }
         for ranges in [&mut pool.v4.ranges, &mut pool.v6.ranges] {
             ranges.sort_unstable();
@@ -131,18 +133,18 @@ pub(super) struct Overlap {
     pub(super) first: IpAddr,
     pub(super) last: IpAddr,
     /// The place of the gateway that keeps it.
-    pub(super) with: usize,
+    pub(super) with: GatewayPlace,
 }
 
 /// For each gateway, its pool without the addresses of the gateways before it, and the overlaps with these.
 pub(super) fn usable<'a>(gateways: impl Iterator<Item = &'a Gateway>) -> Vec<(Pool, Vec<Overlap>)> {
     // The claimed parts: family and first number, then last number and gateway. They do not overlap.
-    let mut claimed: BTreeMap<(Family, u128), (u128, usize)> = BTreeMap::new();
+    let mut claimed: BTreeMap<(Family, u128), (u128, GatewayPlace)> = BTreeMap::new();
     let mut all = Vec::new();
     for (place, gateway) in gateways.enumerate() {
         let (mut pool, mut overlaps) = (Pool::default(), Vec::new());
         for range in &gateway.pool {
-            let family = Family::of(range.first);
+            let family = Family::of(&range.first);
             let (mut next, last) = (Some(number(range.first)), number(range.last));
             let before = claimed.range(..(family, number(range.first))).next_back();
             let within = claimed.range((family, number(range.first))..=(family, last));
@@ -155,7 +157,7 @@ pub(super) fn usable<'a>(gateways: impl Iterator<Item = &'a Gateway>) -> Vec<(Po
                     pool.family_mut(family).ranges.push((first, other_first - 1));
                 }
                 let (from, to) = (first.max(*other_first), last.min(*other_last));
-                overlaps.push(Overlap { first: family.address(from), last: family.address(to), with: *with });
+                overlaps.push(Overlap { first: address(family, from), last: address(family, to), with: *with });
                 next = to.checked_add(1).filter(|n| *n <= last);
             }
             if let Some(first) = next {
@@ -164,7 +166,7 @@ pub(super) fn usable<'a>(gateways: impl Iterator<Item = &'a Gateway>) -> Vec<(Po
         }
         for family in Family::BOTH {
             for (first, last) in &pool.family(family).ranges {
-                claimed.insert((family, *first), (*last, place));
+                claimed.insert((family, *first), (*last, GatewayPlace::new(place)));
             }
         }
         all.push((pool, overlaps));
@@ -202,11 +204,12 @@ mod tests {
 
     #[test]
     fn the_last_address_of_a_family_can_be_taken() {
-        let last = |family: Family| AddressRange { first: family.address(u128::MAX), last: family.address(u128::MAX) };
+        let last =
+            |family: Family| AddressRange { first: address(family, u128::MAX), last: address(family, u128::MAX) };
         let pool: Pool = Family::BOTH.map(last).iter().collect();
         assert_eq!(all(pool.clone(), Family::V4).len(), 1);
         assert_eq!(all(pool, Family::V6).len(), 1);
-        let all = AddressRange { first: Family::V6.address(0), last: Family::V6.address(u128::MAX) };
+        let all = AddressRange { first: address(Family::V6, 0), last: address(Family::V6, u128::MAX) };
         let whole: Pool = [&all].into_iter().collect();
         assert_eq!(whole.size(Family::V6), u128::MAX);
     }
@@ -236,7 +239,7 @@ mod tests {
         let mut usable = usable(gateways.iter());
         let (third, overlaps) = usable.pop().unwrap();
         assert_eq!(all(third, Family::V4), ["192.0.2.0", "192.0.2.1", "192.0.2.2"]);
-        assert_eq!(overlaps.iter().map(|o| o.with).collect::<Vec<_>>(), [1, 0]);
+        assert_eq!(overlaps.iter().map(|o| o.with.number()).collect::<Vec<_>>(), [1, 0]);
         let (second, overlaps) = usable.pop().unwrap();
         assert_eq!(all(second.clone(), Family::V4), ["192.0.2.3", "192.0.2.6", "192.0.2.7", "192.0.2.9"]);
         assert_eq!(all(second, Family::V6), ["2001:db8::1"]);

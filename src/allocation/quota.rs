@@ -1,6 +1,7 @@
 //! Quotas: how much of a gateway the policies of one namespace may have together.
 
 use super::decision::{Reason, Rejection};
+use super::place::{List, PolicyPlace};
 use super::request::{Kind, Requester};
 use crate::api::{AddressPair, NamespaceQuota};
 use crate::model::selector::Name;
@@ -11,11 +12,11 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 /// the policy, the gateway's name, the gateway and the kind of the request.
 pub(super) fn exceeded(
     cluster: &Cluster,
-    requesters: &[Requester],
-    asks: &[Option<(&Name, &Gateway, &Kind)>],
-) -> HashMap<usize, Rejection> {
-    let mut groups: BTreeMap<(&Name, &Name), Vec<usize>> = BTreeMap::new();
-    for (place, (requester, ask)) in requesters.iter().zip(asks).enumerate() {
+    requesters: &List<PolicyPlace, Requester>,
+    asks: &List<PolicyPlace, Option<(&Name, &Gateway, &Kind)>>,
+) -> HashMap<PolicyPlace, Rejection> {
+    let mut groups: BTreeMap<(&Name, &Name), Vec<PolicyPlace>> = BTreeMap::new();
+    for ((place, requester), ask) in requesters.with_places().zip(asks.iter()) {
         if let (Some((name, gateway, _)), Namespaces::One(namespace)) = (ask, &requester.policy.namespaces)
             && gateway.quota != NamespaceQuota::default()
         {

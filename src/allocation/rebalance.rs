@@ -6,6 +6,7 @@
 
 use super::allocator::Allocator;
 use super::moves::{self, Reports};
+use super::place::AllocationPlace;
 use crate::api::AllocationKind;
 use crate::model::selector::Name;
 use std::cmp::Reverse;
@@ -19,7 +20,7 @@ pub(super) const MAX_MOVING: usize = 16;
 struct NodeLoad {
     allocations: usize,
     /// The places of those that may be moved.
-    movable: Vec<usize>,
+    movable: Vec<AllocationPlace>,
 }
 
 /// Moves some allocations from the nodes with the most to the nodes with the fewest. Only `nodes` take part, and of
@@ -27,7 +28,7 @@ struct NodeLoad {
 /// nodes' own addresses.
 pub(super) fn rebalance<'a>(
     allocator: &mut Allocator,
-    allocations: &[usize],
+    allocations: &[AllocationPlace],
     nodes: impl Iterator<Item = &'a Name>,
     reports: &Reports,
 ) {

@@ -1,7 +1,8 @@
 //! The requests of policies, and the gateway that each one uses.
 
+use super::address_pair::addresses;
 use super::decision::{Reason, Rejection};
-use super::family::addresses;
+use super::place::{AllocationPlace, GatewayPlace, List, PolicyPlace, RequestPlace};
 use super::quota;
 use crate::api::{AddressPair, Allocate, Sharing};
 use crate::model::precedence::labels_or_name;
@@ -13,12 +14,12 @@ use std::collections::HashMap;
 #[derive(Clone, Debug)]
 pub(super) struct Request {
     /// The place of the gateway.
-    pub(super) gateway: usize,
+    pub(super) gateway: GatewayPlace,
     pub(super) kind: Kind,
     /// The places of the requesting policies, by seniority.
-    pub(super) policies: Vec<usize>,
+    pub(super) policies: Vec<PolicyPlace>,
     /// The place of the allocation, once granted.
-    pub(super) allocation: Option<usize>,
+    pub(super) allocation: Option<AllocationPlace>,
 }
 
 /// The kind of a request.
@@ -58,13 +59,13 @@ pub(super) struct Requester<'a> {
 pub(super) struct Requests<'a> {
     /// All policies by seniority: older ones first, those without a time last, then by name. The place of a policy is
     /// its index here.
-    pub(super) requesters: Vec<Requester<'a>>,
+    pub(super) requesters: List<PolicyPlace, Requester<'a>>,
     /// Places by key.
-    pub(super) places: HashMap<&'a PolicyKey, usize>,
+    pub(super) places: HashMap<&'a PolicyKey, PolicyPlace>,
     /// All requests, in the order of the most senior policy of each.
-    pub(super) all: Vec<Request>,
+    pub(super) all: List<RequestPlace, Request>,
     /// By the place of the policy: the place of its request, or its rejection.
-    pub(super) of: Vec<Result<usize, Rejection>>,
+    pub(super) of: List<PolicyPlace, Result<RequestPlace, Rejection>>,
 }
 
 impl<'a> Requests<'a> {
@@ -72,25 +73,26 @@ impl<'a> Requests<'a> {
         let mut requesters: Vec<Requester> =
             cluster.policies.iter().map(|(key, policy)| Requester { key, policy, name: key.to_string() }).collect();
         requesters.sort_by_key(|a| (a.policy.created, a.key));
-        let places = requesters.iter().enumerate().map(|(place, a)| (a.key, place)).collect();
+        let requesters: List<PolicyPlace, Requester> = requesters.into_iter().collect();
+        let places = requesters.with_places().map(|(place, a)| (a.key, place)).collect();
 
         let gateways = Gateways::new(cluster);
-        let kinds: Vec<Kind> = requesters.iter().map(|requester| Kind::of(requester.policy)).collect();
-        let allowed = requesters.iter().zip(&kinds).map(|(requester, kind)| {
+        let kinds = requesters.map(|requester| Kind::of(requester.policy));
+        let allowed = requesters.iter().zip(kinds.iter()).map(|(requester, kind)| {
             let gateway = gateways.gateway_of(cluster, requester)?;
             gateways.check_reservations(cluster, gateway, requester, kind)?;
             Ok(gateway)
         });
-        let allowed: Vec<Result<usize, Rejection>> = allowed.collect();
-        let asks = allowed.iter().zip(&kinds).map(|(gateway, kind)| {
+        let allowed: Vec<Result<GatewayPlace, Rejection>> = allowed.collect();
+        let asks = allowed.iter().zip(kinds.iter()).map(|(gateway, kind)| {
             let (name, gateway) = gateways.all[*gateway.as_ref().ok()?];
             Some((name, gateway, kind))
         });
-        let mut exceeded = quota::exceeded(cluster, &requesters, &asks.collect::<Vec<_>>());
-        let mut all: Vec<Request> = Vec::new();
-        let mut common: HashMap<(usize, Kind, Option<&Name>), usize> = HashMap::new();
-        let mut of = Vec::new();
-        for (place, (gateway, kind)) in allowed.into_iter().zip(kinds).enumerate() {
+        let mut exceeded = quota::exceeded(cluster, &requesters, &asks.collect());
+        let mut all: List<RequestPlace, Request> = List::new();
+        let mut common: HashMap<(GatewayPlace, Kind, Option<&Name>), RequestPlace> = HashMap::new();
+        let mut of = List::new();
+        for (gateway, (place, kind)) in allowed.into_iter().zip(kinds.into_places()) {
             let gateway = match (gateway, exceeded.remove(&place)) {
                 (Ok(gateway), None) => gateway,
                 (Err(rejection), _) | (_, Some(rejection)) => {
@@ -104,12 +106,12 @@ impl<'a> Requests<'a> {
                         (Sharing::Namespace, Namespaces::One(namespace)) => Some(namespace),
                         _ => None,
                     };
-                    *common.entry((gateway, kind.clone(), sharers)).or_insert(all.len())
+                    *common.entry((gateway, kind.clone(), sharers)).or_insert(all.end())
                 }
-                Kind::Shared => *common.entry((gateway, kind.clone(), None)).or_insert(all.len()),
-                Kind::Dedicated | Kind::Node => all.len(),
+                Kind::Shared => *common.entry((gateway, kind.clone(), None)).or_insert(all.end()),
+                Kind::Dedicated | Kind::Node => all.end(),
             };
-            if request == all.len() {
+            if request == all.end() {
                 all.push(Request { gateway, kind, policies: Vec::new(), allocation: None });
             }
             all[request].policies.push(place);
@@ -119,7 +121,7 @@ impl<'a> Requests<'a> {
     }
 
     /// Names at most three policies, as text for users.
-    pub(super) fn name_some(&self, policies: &[usize]) -> String {
+    pub(super) fn name_some(&self, policies: &[PolicyPlace]) -> String {
         let names: Vec<&str> = policies.iter().take(3).map(|p| self.requesters[*p].name.as_str()).collect();
         match policies.len() - names.len() {
             0 => names.join(", "),
@@ -130,21 +132,24 @@ impl<'a> Requests<'a> {
 
 /// All gateways, by place and by name.
 struct Gateways<'a> {
-    all: Vec<(&'a Name, &'a Gateway)>,
-    by_name: HashMap<&'a str, usize>,
-    defaults: Vec<usize>,
+    all: List<GatewayPlace, (&'a Name, &'a Gateway)>,
+    by_name: HashMap<&'a str, GatewayPlace>,
+    defaults: Vec<GatewayPlace>,
     /// If several gateways are the default one: the one of which a policy already has an allocation.
-    present: HashMap<&'a PolicyKey, usize>,
+    present: HashMap<&'a PolicyKey, GatewayPlace>,
     /// The same for frozen gateways, of which it is unknown whether they are the default one.
-    kept: HashMap<&'a PolicyKey, usize>,
+    kept: HashMap<&'a PolicyKey, GatewayPlace>,
 }
 
 impl<'a> Gateways<'a> {
     fn new(cluster: &'a Cluster) -> Self {
-        let all: Vec<_> = cluster.gateways.iter().map(|(name, gateway)| (name, &**gateway)).collect();
-        let by_name = all.iter().enumerate().map(|(place, (name, _))| (&***name, place)).collect();
-        let defaults: Vec<usize> = (0..all.len()).filter(|place| all[*place].1.default).collect();
-        let of = |places: &[usize]| {
+        let all: List<GatewayPlace, _> = cluster.gateways.iter().map(|(name, gateway)| (name, &**gateway)).collect();
+        let by_name = all.with_places().map(|(place, (name, _))| (&***name, place)).collect();
+        let those = |which: fn(&Gateway) -> bool| -> Vec<GatewayPlace> {
+            all.places().filter(|place| which(all[*place].1)).collect()
+        };
+        let defaults = those(|gateway| gateway.default);
+        let of = |places: &[GatewayPlace]| {
             let mut present = HashMap::new();
             for place in places {
                 for policy in all[*place].1.status.allocations.iter().flat_map(|allocation| &allocation.policies) {
@@ -154,7 +159,7 @@ impl<'a> Gateways<'a> {
             present
         };
         let present = if defaults.len() > 1 { of(&defaults) } else { HashMap::new() };
-        let kept = of(&(0..all.len()).filter(|place| all[*place].1.frozen).collect::<Vec<_>>());
+        let kept = of(&those(|gateway| gateway.frozen));
         Gateways { all, by_name, defaults, present, kept }
     }
 
@@ -162,7 +167,7 @@ impl<'a> Gateways<'a> {
     ///
     /// # Errors
     /// There is none, or the policy may not use it.
-    fn gateway_of(&self, cluster: &Cluster, requester: &Requester) -> Result<usize, Rejection> {
+    fn gateway_of(&self, cluster: &Cluster, requester: &Requester) -> Result<GatewayPlace, Rejection> {
         let place = match (&requester.policy.gateway, self.defaults.as_slice()) {
             (Some(name), _) => *self.by_name.get(&**name).ok_or_else(|| {
                 let message = match self.some_names() {
@@ -207,7 +212,7 @@ impl<'a> Gateways<'a> {
     fn check_reservations(
         &self,
         cluster: &Cluster,
-        gateway: usize,
+        gateway: GatewayPlace,
         requester: &Requester,
         kind: &Kind,
     ) -> Result<(), Rejection> {

@@ -1,9 +1,11 @@
 //! Keeps existing allocations while they are requested and valid.
 
+use super::address_pair::{addresses, of_pair, overlap, pair};
 use super::allocator::{Allocator, Draft};
-use super::family::{Family, addresses, overlap, pair};
+use super::place::{GatewayPlace, RequestPlace};
 use super::request::Kind;
 use crate::api::{Allocation, AllocationKind};
+use egret_nft::Family;
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 
@@ -11,7 +13,7 @@ use std::net::IpAddr;
 pub(super) fn retain(allocator: &mut Allocator) {
     // Pool addresses come first: where a node has taken a pool address as its own, the pool allocation is older.
     for nodes_own in [false, true] {
-        for gateway in 0..allocator.gateway_pools.len() {
+        for gateway in allocator.gateway_pools.places() {
             let gateway_pool = allocator.gateway_pools[gateway].gateway;
             let mut allocations: Vec<&Allocation> = gateway_pool
                 .status
@@ -44,9 +46,9 @@ pub(super) fn retain(allocator: &mut Allocator) {
 /// The requests to the gateway, still without an allocation, of the policies that this allocation lists.
 fn requests_of<'b>(
     allocator: &'b Allocator,
-    gateway: usize,
+    gateway: GatewayPlace,
     allocation: &'b Allocation,
-) -> impl Iterator<Item = usize> + 'b {
+) -> impl Iterator<Item = RequestPlace> + 'b {
     let places = allocation.policies.iter().filter_map(|name| allocator.requests.places.get(name));
     places.filter_map(|place| allocator.requests.of[*place].as_ref().ok().copied()).filter(move |d| {
         let request = &allocator.requests.all[*d];
@@ -54,7 +56,7 @@ fn requests_of<'b>(
     })
 }
 
-fn pool_allocation(allocator: &mut Allocator, gateway: usize, allocation: &Allocation) -> bool {
+fn pool_allocation(allocator: &mut Allocator, gateway: GatewayPlace, allocation: &Allocation) -> bool {
     let fitting = requests_of(allocator, gateway, allocation).filter(|d| {
         match (&allocator.requests.all[*d].kind, allocation.kind) {
             (Kind::Explicit(pair), AllocationKind::Explicit) => *pair == allocation.address,
@@ -96,14 +98,14 @@ fn pool_allocation(allocator: &mut Allocator, gateway: usize, allocation: &Alloc
     true
 }
 
-fn node_allocation(allocator: &mut Allocator, gateway: usize, allocation: &Allocation) -> bool {
+fn node_allocation(allocator: &mut Allocator, gateway: GatewayPlace, allocation: &Allocation) -> bool {
     let nodes = &allocator.gateway_pools[gateway].nodes;
     let Some((name, node)) =
         allocation.node.as_deref().and_then(|n| nodes.iter().find(|(name, _)| &***name == n).copied())
     else {
         return false;
     };
-    let requests: BTreeSet<usize> =
+    let requests: BTreeSet<RequestPlace> =
         requests_of(allocator, gateway, allocation).filter(|d| allocator.requests.all[*d].kind == Kind::Node).collect();
     let address = allocator.own_address(node);
     // With another address it is a new allocation: connections over the old address cannot survive.
@@ -128,14 +130,14 @@ fn node_allocation(allocator: &mut Allocator, gateway: usize, allocation: &Alloc
 
 /// Adds the missing half of a pair: the pool has got a second family, or has lost an address.
 fn complete(allocator: &mut Allocator) {
-    for request in 0..allocator.requests.all.len() {
+    for request in allocator.requests.all.places() {
         let Some(place) = allocator.requests.all[request].allocation else { continue };
         if !matches!(allocator.allocations[place].kind, AllocationKind::Dedicated | AllocationKind::Shared) {
             continue;
         }
         let gateway = allocator.allocations[place].gateway;
         for family in Family::BOTH {
-            if family.of_pair(&allocator.allocations[place].address).is_some()
+            if of_pair(family, &allocator.allocations[place].address).is_some()
                 || !allocator.gateway_pools[gateway].open.has(family)
             {
                 continue;

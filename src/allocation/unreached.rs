@@ -5,6 +5,7 @@
 
 use super::allocator::Allocator;
 use super::moves::{self, Reports};
+use super::place::{AllocationPlace, GatewayPlace};
 use super::placement::Load;
 use crate::api::AllocationKind;
 use crate::model::PolicyKey;
@@ -49,7 +50,7 @@ impl<'a> SourceNodes<'a> {
 
     /// The nodes with pods that the allocation's policies select. The gateway's own nodes are not among them, because they
     /// probe each other, nor are nodes that count as lost.
-    fn of(&self, allocator: &Allocator<'a>, allocation: usize) -> Vec<&'a Name> {
+    fn of(&self, allocator: &Allocator<'a>, allocation: AllocationPlace) -> Vec<&'a Name> {
         let users = allocator.users(allocation).into_iter().map(|place| allocator.requests.requesters[place].key);
         let nodes: BTreeSet<&Name> = users.filter_map(|key| self.of_policies.get(key)).flatten().copied().collect();
         let members = &allocator.gateway_pools[allocator.allocations[allocation].gateway].nodes;
@@ -59,7 +60,7 @@ impl<'a> SourceNodes<'a> {
     }
 
     /// Whether the allocation has source nodes and none of them reaches the node.
-    pub(super) fn all_miss(&self, allocator: &Allocator<'a>, allocation: usize, node: &Name) -> bool {
+    pub(super) fn all_miss(&self, allocator: &Allocator<'a>, allocation: AllocationPlace, node: &Name) -> bool {
         if !self.miss(node) {
             return false;
         }
@@ -69,7 +70,7 @@ impl<'a> SourceNodes<'a> {
     }
 
     /// Whether all source nodes of the allocation reach the node.
-    fn all_reach(&self, allocator: &Allocator<'a>, allocation: usize, node: &Name) -> bool {
+    fn all_reach(&self, allocator: &Allocator<'a>, allocation: AllocationPlace, node: &Name) -> bool {
         let reaches = |source: &Name| self.unreached.get(&**source).is_none_or(|u| !u.contains(&**node));
         self.of(allocator, allocation).into_iter().all(reaches)
     }
@@ -119,8 +120,8 @@ impl ReportRequest {
 /// places.
 pub(super) fn move_on<'a>(
     allocator: &mut Allocator<'a>,
-    gateway: usize,
-    allocations: &[usize],
+    gateway: GatewayPlace,
+    allocations: &[AllocationPlace],
     (ready, load): (&HashMap<&'a Name, usize>, &mut Load),
     (sources, reports): (&SourceNodes<'a>, &Reports),
 ) {
@@ -128,10 +129,10 @@ pub(super) fn move_on<'a>(
         return;
     }
     let names: HashMap<usize, &Name> = ready.iter().map(|(name, place)| (*place, *name)).collect();
-    let better = |allocator: &Allocator<'a>, allocation: usize, place: &usize| {
+    let better = |allocator: &Allocator<'a>, allocation: AllocationPlace, place: &usize| {
         names.get(place).is_some_and(|name| sources.all_reach(allocator, allocation, name))
     };
-    let (mut unreached, mut rests): (Vec<usize>, Option<i64>) = (Vec::new(), None);
+    let (mut unreached, mut rests): (Vec<AllocationPlace>, Option<i64>) = (Vec::new(), None);
     for allocation in allocations.iter().copied() {
         let is_better = |place: usize| better(allocator, allocation, &place);
         if is_unreached(allocator, allocation, sources, reports) && load.places().any(is_better) {
@@ -178,7 +179,7 @@ pub(super) fn move_on<'a>(
 }
 
 /// Whether the owner of an allocation holds the egress IP, and no source node reaches it.
-fn is_unreached(allocator: &Allocator, allocation: usize, sources: &SourceNodes, reports: &Reports) -> bool {
+fn is_unreached(allocator: &Allocator, allocation: AllocationPlace, sources: &SourceNodes, reports: &Reports) -> bool {
     let entry = &allocator.allocations[allocation];
     let Some(node) = entry.node.as_ref() else { return false };
     // Other code replaces a dead node. A node that Kubernetes does not hear may not hear of the move, and two nodes would

@@ -11,12 +11,12 @@ use egret::model::ObjectKey;
 use egret::model::destination::parse_cidr;
 use egret::model::marks::Marks;
 use egret::model::target::Target;
-use egret::model::tunnel_family::TunnelFamily;
 use egret::telemetry::access::{Access, Guard};
 use egret::telemetry::logs;
 use egret::telemetry::server::{Addresses, ListenAddress};
 use egret::{api, controller, install, memory, node};
 use egret_cni::config::{DEFAULT_SOCKET, DEFAULT_STATE_DIR};
+use egret_nft::Family;
 use ipnetwork::IpNetwork;
 use std::io::Write;
 use std::net::IpAddr;
@@ -153,7 +153,7 @@ struct Node {
     /// Address family of the tunnel's outer packets, the same on all nodes: IPv4 or IPv6 [default: one that all nodes
     /// have]
     #[arg(long, env = "EGRET_TUNNEL_FAMILY", value_parser = tunnel_family)]
-    tunnel_family: Option<TunnelFamily>,
+    tunnel_family: Option<Family>,
     /// Networks that no policy covers, in addition to the cluster's own: 10.0.0.0/8,fd00::/8
     #[arg(long, env = "EGRET_DIRECT", value_delimiter = ',', value_parser = network)]
     direct: Vec<IpNetwork>,
@@ -245,10 +245,10 @@ fn network(text: &str) -> Result<IpNetwork, String> {
     parse_cidr(text).map_err(|e| e.to_string())
 }
 
-fn tunnel_family(text: &str) -> Result<TunnelFamily, String> {
+fn tunnel_family(text: &str) -> Result<Family, String> {
     match text.to_ascii_lowercase().as_str() {
-        "ipv4" => Ok(TunnelFamily::V4),
-        "ipv6" => Ok(TunnelFamily::V6),
+        "ipv4" => Ok(Family::V4),
+        "ipv6" => Ok(Family::V6),
         _ => Err(format!("{text:?} is no address family; write IPv4 or IPv6")),
     }
 }

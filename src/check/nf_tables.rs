@@ -3,9 +3,10 @@
 
 use super::{Need, State};
 use crate::datapath::port_log;
+use egret_nft::Family;
 use egret_nft::Nftables;
 use egret_nft::netlink::Error;
-use egret_nft::rule::{Ip, Rule};
+use egret_nft::rule::Rule;
 use egret_nft::table::{Chain, DataType, Hook, Set, SetKind, Table, TableName, hook};
 use egret_nft::uapi::*;
 use std::net::Ipv4Addr;
@@ -79,7 +80,7 @@ const TRIALS: [Trial; 10] = [
         remedy: "needs CONFIG_NFT_NAT and CONFIG_NF_NAT (modules nft_nat and nft_chain_nat)",
         family: NFPROTO_INET,
         table: || {
-            let rule = Rule::new().snat_by_mark(Ip::V4, 1, SET);
+            let rule = Rule::new().snat_by_mark(Family::V4, 1, SET);
             with(table(at("nat", hook::POSTROUTING, -190), rule), SET, map(DataType::Mark, DataType::Ipv4))
         },
     },

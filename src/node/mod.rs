@@ -30,7 +30,6 @@ pub use run::run;
 
 use crate::cluster::SourceName;
 use crate::model::marks::Marks;
-use crate::model::tunnel_family::TunnelFamily;
 use crate::telemetry::server;
 use ipnetwork::IpNetwork;
 use std::net::IpAddr;
@@ -50,7 +49,7 @@ pub struct Options {
     /// The address to which other nodes send tunnel packets; `None`: the node's first InternalIP.
     pub tunnel_address: Option<IpAddr>,
     /// The family of the tunnel's outer packets; `None`: the family that the cluster's nodes have.
-    pub tunnel_family: Option<TunnelFamily>,
+    pub tunnel_family: Option<egret_nft::Family>,
     /// Destinations that no policy covers, besides the cluster's own.
     pub direct: Vec<IpNetwork>,
     /// Settings of the liveness probes.

@@ -5,8 +5,9 @@ use super::allocations::{AllocationState, Facts};
 use super::{NodePlan, PodPlan, View, chain_name};
 use crate::model::marks::EgressId;
 use crate::model::selector::Name;
-use crate::model::tunnel_family::{TunnelFamily, internal};
+use crate::model::tunnel_family::{self, internal};
 use crate::model::{Cluster, ObjectKey, Pod, addresses_of};
+use egret_nft::Family;
 use ipnetwork::IpNetwork;
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -43,8 +44,8 @@ impl Expected {
         let local_pods = here.iter().flat_map(|(_, pod)| pod.addresses.iter().copied());
         let view = View::new(cluster, node, &facts(cluster, node), direct, local_pods);
         let reported = cluster.egress_nodes.get(node).and_then(|status| status.tunnel_address);
-        let family = TunnelFamily::of_cluster(cluster);
-        let local = reported.or_else(|| internal(known).find(|address| TunnelFamily::of(*address) == family));
+        let family = tunnel_family::of_cluster(cluster);
+        let local = reported.or_else(|| internal(known).find(|address| Family::of(address) == family));
         let mut plan = NodePlan { device: DEVICE_INDEX, local, port_log: true, ..NodePlan::default() };
         let mut pods = BTreeMap::new();
         for (key, pod) in here {

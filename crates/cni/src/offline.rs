@@ -10,9 +10,10 @@
 use crate::attachment::{Attachment, AttachmentId, load_all};
 use crate::offline_policies::OfflinePolicies;
 use crate::protocol::{Failure, codes};
-use crate::quarantine::{Family, Quarantine};
+use crate::quarantine::Quarantine;
 use crate::run_dir;
 use crate::uninstalled;
+use egret_nft::Family;
 use egret_nft::netlink;
 use std::collections::BTreeSet;
 use std::fs::File;

@@ -3,6 +3,7 @@
 //! Each address of the pod has a routing rule. The rule leads to a table in which the daemon has left the cluster's
 //! networks and an `unreachable` default route.
 
+use egret_nft::Family;
 use egret_nft::netlink::{Attributes, Error, NETLINK_ROUTE, NLM_F_CREATE, NLM_F_EXCL, Socket, attributes};
 use nix::libc;
 use std::collections::BTreeSet;
@@ -29,40 +30,6 @@ const HEADER: usize = 12;
 /// The largest number of equal rules that are deleted. A rule can exist more than once if it was added by hand. If
 /// there are more, another program adds them again and again.
 const MAX_COPIES: usize = 16;
-
-/// An IP version.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Family {
-    /// IPv4.
-    V4,
-    /// IPv6.
-    V6,
-}
-
-impl Family {
-    /// Both families.
-    pub const ALL: [Family; 2] = [Family::V4, Family::V6];
-
-    /// The family of `address`.
-    pub fn of(address: &IpAddr) -> Self {
-        if address.is_ipv4() { Family::V4 } else { Family::V6 }
-    }
-
-    /// `AF_INET` or `AF_INET6`. Netlink headers have one byte for it.
-    fn number(self) -> u8 {
-        match self {
-            Family::V4 => libc::AF_INET as u8,
-            Family::V6 => libc::AF_INET6 as u8,
-        }
-    }
-
-    fn bits(self) -> u8 {
-        match self {
-            Family::V4 => 32,
-            Family::V6 => 128,
-        }
-    }
-}
 
 /// The quarantine of the network namespace in which it was opened.
 pub struct Quarantine(Socket);
@@ -141,7 +108,7 @@ impl Quarantine {
     /// The rules cannot be read.
     pub fn addresses(&mut self) -> Result<BTreeSet<IpAddr>, Error> {
         let mut all = BTreeSet::new();
-        for family in Family::ALL {
+        for family in Family::BOTH {
             let mut request = vec![0; HEADER];
             request[0] = family.number();
             let found = self.0.dump(libc::RTM_GETRULE, &request, Vec::new, |found, rule| found.extend(source(rule)));

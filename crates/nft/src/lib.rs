@@ -42,6 +42,7 @@
 
 pub mod conntrack;
 mod elements;
+mod family;
 mod hash;
 pub mod mac;
 pub mod netlink;
@@ -53,5 +54,6 @@ pub mod text;
 mod transaction;
 pub mod uapi;
 
+pub use family::Family;
 pub use nftables::Nftables;
 pub use read::Count;

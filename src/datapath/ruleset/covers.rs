@@ -8,7 +8,8 @@ use crate::api::Protocol;
 use crate::model::AddressRange;
 use crate::model::covers::{Covers, Lookups, Shape};
 use crate::model::networks;
-use egret_nft::rule::{Ip, Rule};
+use egret_nft::Family;
+use egret_nft::rule::Rule;
 use egret_nft::table::{Bytes, Data, DataType, Elements, Key, Set, SetKind, SetName};
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -108,7 +109,7 @@ fn fields(address: IpAddr, protocol: Protocol, port: Option<u16>) -> Bytes {
 pub(super) enum Lookup {
     /// Everything is covered.
     Everything,
-    InSet(Kind, Ip, String),
+    InSet(Kind, Family, String),
 }
 
 impl Lookup {
@@ -129,5 +130,5 @@ pub(super) fn lookups(covers: &Covers) -> Vec<Lookup> {
         return vec![Lookup::Everything];
     }
     let shape = covers.shape();
-    sets_of(shape).map(|(kind, at)| Lookup::InSet(kind, Ip::BOTH[at], name(kind, at, shape))).collect()
+    sets_of(shape).map(|(kind, at)| Lookup::InSet(kind, Family::BOTH[at], name(kind, at, shape))).collect()
 }

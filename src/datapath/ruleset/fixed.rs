@@ -9,7 +9,8 @@ use super::{base, counter, set};
 use crate::datapath::names::{DEVICE, DEVICE_GROUP, HEALTH, PROBER, TUNNEL_NEXT_HOP_MAC, TUNNEL_PORT, UPLINK_HEALTH};
 use crate::datapath::port_log;
 use crate::model::marks::Marks;
-use egret_nft::rule::{Ip, Rule, protocol};
+use egret_nft::Family;
+use egret_nft::rule::{Rule, protocol};
 use egret_nft::table::{Chain, hook};
 use egret_nft::uapi::*;
 use std::net::IpAddr;
@@ -74,7 +75,7 @@ fn raw(local: Option<IpAddr>) -> Vec<Rule> {
 /// with several interfaces may answer by another one.
 fn between_nodes(packet: impl Fn() -> Rule, local: Option<IpAddr>) -> Vec<Rule> {
     let Some(local) = local else { return vec![] };
-    let (at, ip) = if local.is_ipv4() { (0, Ip::V4) } else { (1, Ip::V6) };
+    let (at, ip) = if local.is_ipv4() { (0, Family::V4) } else { (1, Family::V6) };
     let here = || packet().daddr_in(local.into()).saddr_in_set(ip, set::TUNNEL[at]);
     let routed = |nodes| packet().daddr_in_set(ip, set::TUNNEL[at]).saddr_in_set(ip, nodes).back_by_iif();
     // Ordinary nodes know only gateways' ends of the tunnel, but all nodes' addresses.
@@ -108,7 +109,7 @@ fn output(marks: Marks) -> Vec<Rule> {
     let outer = inherits.set_mark(0).notrack().accept();
     // An egress address is an address of its owner's, to which any process there can bind a socket.
     let egress = |(at, ip)| Rule::new().saddr_in_set(ip, set::EGRESS[at]).by_process().counter(counter::SPOOFED).drop();
-    let egress = Ip::BOTH.into_iter().enumerate().map(egress);
+    let egress = Family::BOTH.into_iter().enumerate().map(egress);
     let rest = [not_ours(), tunnel_packet().goto("output-tunnel")].into_iter().chain(echo);
     [outer].into_iter().chain(egress).chain(rest).collect()
 }
@@ -125,7 +126,7 @@ fn errors(marks: Marks) -> Vec<Rule> {
 /// Without such a mark: what a process has sent is none of this node's tunnel packets. The kernel's own may be.
 fn output_tunnel() -> Vec<Rule> {
     let to_node = |(at, ip)| Rule::new().daddr_in_set(ip, set::TUNNEL[at]);
-    let each = || Ip::BOTH.into_iter().enumerate().map(to_node);
+    let each = || Family::BOTH.into_iter().enumerate().map(to_node);
     let forged = each().map(|rule| rule.by_process().counter(counter::FOREIGN).drop());
     forged.chain(each().map(|rule| rule.set_mark(0).notrack())).collect()
 }
@@ -207,7 +208,7 @@ fn tracked_marked(marks: Marks) -> Vec<Rule> {
         rule.mark_and_original_saddr_in_set(marks.kind_and_index_mask(), ip, set::OWN[at]).goto("known")
     };
     let known = [of_allocation(marks), of_expected(marks)].map(|rule| rule.goto("known"));
-    known.into_iter().chain(Ip::BOTH.into_iter().enumerate().map(related)).collect()
+    known.into_iter().chain(Family::BOTH.into_iter().enumerate().map(related)).collect()
 }
 
 /// A pod's answer in a connection that the other end began: a helper has foreseen it (active FTP), and it has the allocation of
@@ -224,13 +225,13 @@ fn of_expected(marks: Marks) -> Rule {
 fn related(marks: Marks) -> Vec<Rule> {
     let mask = marks.kind_and_index_mask();
     let others = || Rule::new().ct_mark_not(marks.connection_mask(), marks.connection(0));
-    let own = |(at, ip): (usize, Ip)| {
+    let own = |(at, ip): (usize, Family)| {
         let began = others().ct_original().mark_and_original_saddr_in_set(mask, ip, set::OWN[at]);
         let answers = others().ct_reply().mark_and_reply_saddr_in_set(mask, ip, set::OWN[at]);
         [began, answers].map(|rule| left_alone(rule, marks))
     };
     let inside = direct().map(|rule| left_alone(rule.ct_mark_not(marks.connection_mask(), marks.connection(0)), marks));
-    let mut rules: Vec<Rule> = Ip::BOTH.into_iter().enumerate().flat_map(own).chain(inside).collect();
+    let mut rules: Vec<Rule> = Family::BOTH.into_iter().enumerate().flat_map(own).chain(inside).collect();
     rules.push(Rule::new().counter(counter::BLOCKED).drop());
     rules
 }
@@ -247,7 +248,7 @@ fn foreign() -> Vec<Rule> {
     let forwarded = |(at, ip)| Rule::new().daddr_in_set(ip, set::TUNNEL[at]).counter(counter::FOREIGN).drop();
     let here = [RTN_LOCAL, RTN_BROADCAST, RTN_ANYCAST, RTN_MULTICAST].map(|kind| Rule::new().daddr_type(kind));
     let here = here.map(|rule| rule.counter(counter::FOREIGN).drop());
-    Ip::BOTH.into_iter().enumerate().map(forwarded).chain(here).collect()
+    Family::BOTH.into_iter().enumerate().map(forwarded).chain(here).collect()
 }
 
 /// An answer to somebody whom this gateway does not know would reset a connection that has just come here from another
@@ -255,12 +256,12 @@ fn foreign() -> Vec<Rule> {
 /// passes, where the gateway says so and the address is on this node.
 fn unsolicited() -> Vec<Rule> {
     let asks = |ip| match ip {
-        Ip::V4 => Rule::new().l4(protocol::ICMP).icmp_type(ICMP_ECHO_REQUEST),
-        Ip::V6 => Rule::new().l4(protocol::ICMPV6).icmp_type(ICMPV6_ECHO_REQUEST),
+        Family::V4 => Rule::new().l4(protocol::ICMP).icmp_type(ICMP_ECHO_REQUEST),
+        Family::V6 => Rule::new().l4(protocol::ICMPV6).icmp_type(ICMPV6_ECHO_REQUEST),
     };
     let ping = |(at, ip)| asks(ip).daddr_in_set(ip, set::PING[at]).daddr_type(RTN_LOCAL).return_();
     let to_egress = |(at, ip)| Rule::new().daddr_in_set(ip, set::EGRESS[at]).counter(counter::UNSOLICITED).drop();
-    let each = || Ip::BOTH.into_iter().enumerate();
+    let each = || Family::BOTH.into_iter().enumerate();
     // The device should be of its group; if it is not, nothing new comes out of it.
     let arrived = Rule::new().iif(DEVICE).counter(counter::UNKNOWN).drop();
     each().map(ping).chain(each().map(to_egress)).chain([arrived]).collect()
@@ -276,7 +277,7 @@ fn unmarked() -> Vec<Rule> {
     // may be off, or loose, and for IPv6 there is none.
     let forged =
         |(at, ip)| Rule::new().saddr_in_set(ip, set::POOLS[at]).not_back_by_iif().counter(counter::SPOOFED).drop();
-    let each = || Ip::BOTH.into_iter().enumerate();
+    let each = || Family::BOTH.into_iter().enumerate();
     let rules = [by_veth].into_iter().chain(each().map(selected)).chain(each().map(forged));
     rules.chain([Rule::new().accept()]).collect()
 }
@@ -284,7 +285,7 @@ fn unmarked() -> Vec<Rule> {
 /// From a routed pod's veth: as in the chain that is there. Bridged pods' packets come from the bridge.
 fn marked_again(marks: Marks) -> Vec<Rule> {
     let own = |(at, ip)| Rule::new().mark_and_saddr_in_set(marks.kind_and_index_mask(), ip, set::OWN[at]).return_();
-    let own = Ip::BOTH.into_iter().enumerate().map(own);
+    let own = Family::BOTH.into_iter().enumerate().map(own);
     let others = without_address().map(|rule| rule.clear_mark(!marks.kind_and_index_mask()).accept());
     own.chain(others).chain([Rule::new().counter(counter::SPOOFED).drop()]).collect()
 }
@@ -315,7 +316,7 @@ fn from_tunnel(marks: Marks) -> Vec<Rule> {
     ];
     // What that server sends.
     let expected = |(at, ip)| of_allocation().daddr_in_set(ip, set::SELECTED[at]).set_mark(0).accept();
-    rules.extend(Ip::BOTH.into_iter().enumerate().map(expected));
+    rules.extend(Family::BOTH.into_iter().enumerate().map(expected));
     // Their outer packets bear a mark, of which a bit comes along.
     rules.extend(echo().map(|rule| rule.set_mark(0).accept()));
     rules.push(Rule::new().counter(counter::UNKNOWN).drop());
@@ -331,7 +332,7 @@ fn to_owner() -> Vec<Rule> {
         let first = Rule::new().ct_unconfirmed().ct_original().ip(ip).admit(set::PEER, WIRE_MASK, set::RX);
         first.counter(counter::ENTERED[at]).accept()
     };
-    here.into_iter().chain(Ip::BOTH.into_iter().enumerate().map(first)).collect()
+    here.into_iter().chain(Family::BOTH.into_iter().enumerate().map(first)).collect()
 }
 
 /// What a server has sent before it could know that the allocation was moved.
@@ -358,8 +359,8 @@ fn srcnat(marks: Marks) -> Vec<Rule> {
         let of_peer = of_peer.ct_mark(marks.connection_kind_mask(), marks.connection_of_peer(0));
         of_peer.counter(counter::FORWARDED[at])
     };
-    let mut rules: Vec<Rule> = Ip::BOTH.into_iter().enumerate().map(forwarded).collect();
-    for (at, ip) in Ip::BOTH.into_iter().enumerate() {
+    let mut rules: Vec<Rule> = Family::BOTH.into_iter().enumerate().map(forwarded).collect();
+    for (at, ip) in Family::BOTH.into_iter().enumerate() {
         rules.push(Rule::new().oif_group(DEVICE_GROUP).snat_identity(ip));
         rules.push(leaving().snat_by_mark(ip, marks.allocation_mask(), set::SNAT[at]));
     }
@@ -383,7 +384,7 @@ fn egress_guard(marks: Marks) -> Vec<Rule> {
 /// node's end of the tunnel.
 fn egress_guard_foreign() -> Vec<Rule> {
     let forged = |(at, ip)| Rule::new().ct_state(CT_STATE_NEW | CT_STATE_ESTABLISHED).daddr_in_set(ip, set::TUNNEL[at]);
-    let forged = Ip::BOTH.into_iter().enumerate().map(forged);
+    let forged = Family::BOTH.into_iter().enumerate().map(forged);
     forged.map(|rule| rule.counter(counter::FOREIGN).drop()).collect()
 }
 
@@ -395,7 +396,7 @@ fn egress_guard_unmarked(marks: Marks) -> Vec<Rule> {
     ];
     // To a pod here, from a server that has begun a connection which a helper has foreseen.
     let to_pod = |(at, ip)| Rule::new().ct_expected().daddr_in_set(ip, set::SELECTED[at]).accept();
-    let to_pod = Ip::BOTH.into_iter().enumerate().map(to_pod);
+    let to_pod = Family::BOTH.into_iter().enumerate().map(to_pod);
     let leaked = kinds.into_iter().flat_map(|(mask, kind)| {
         let request = Rule::new().ct_mark(mask, kind);
         [
@@ -419,7 +420,7 @@ fn egress_guard_marked(marks: Marks) -> Vec<Rule> {
     ];
     let allocation =
         Rule::new().ct_original().ct_mark(marks.connection_mask(), marks.connection(0)).goto("egress-guard-allocation");
-    let rules = Ip::BOTH.into_iter().enumerate().map(right);
+    let rules = Family::BOTH.into_iter().enumerate().map(right);
     rules.chain(leaked.map(|rule| rule.counter(counter::LEAKED).drop())).chain([allocation]).collect()
 }
 
@@ -428,7 +429,7 @@ fn egress_guard_allocation(marks: Marks) -> Vec<Rule> {
     let missed = Rule::new().mark_not(marks.kind_mask(), 0).counter(counter::LEAKED).drop();
     let wrong = |(at, ip)| Rule::new().mark_and_saddr_not_in_set(marks.allocation_mask(), ip, set::PAIRS[at]);
     let stale = |rule: Rule| rule.counter(counter::STALE).set_ct_mark(marks.stale()).drop();
-    let wrong = Ip::BOTH.into_iter().enumerate().map(wrong).map(stale);
+    let wrong = Family::BOTH.into_iter().enumerate().map(wrong).map(stale);
     [missed].into_iter().chain(wrong).chain([Rule::new().ct_unconfirmed().goto("egress-guard-first")]).collect()
 }
 
@@ -460,7 +461,7 @@ fn egress_guard_tunnel() -> Vec<Rule> {
 /// address that is the other side's own, and be answered with a reset.
 fn egress_guard_translated() -> Vec<Rule> {
     let stale = |(at, ip)| Rule::new().saddr_in_set(ip, set::EGRESS[at]).counter(counter::STALE).drop();
-    Ip::BOTH.into_iter().enumerate().map(stale).collect()
+    Family::BOTH.into_iter().enumerate().map(stale).collect()
 }
 
 /// On the tunnel device, the tunnel next hop's MAC becomes the real one: of the allocation's owner, or of the pod's node.

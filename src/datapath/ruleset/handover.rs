@@ -15,7 +15,8 @@ use crate::model::addresses_of;
 use crate::model::marks::{EgressId, Marks};
 use crate::node_plan::NodePlan;
 use crate::node_plan::allocations::AllocationState;
-use egret_nft::rule::{Ip, Rule};
+use egret_nft::Family;
+use egret_nft::rule::Rule;
 use egret_nft::table::{Chain, DataType, Elements, Set, SetKind, Table, TableName, hook};
 use egret_nft::uapi::{CT_STATE_INVALID, CT_STATE_NEW};
 use std::net::IpAddr;
@@ -54,11 +55,11 @@ pub(super) fn keep_old_ways(plan: &NodePlan, marks: Marks, table: &mut Table) {
 /// Both tables; without chains, which every packet would have to pass, if nothing is moved.
 pub(super) fn tables(plan: &NodePlan, marks: Marks) -> impl Iterator<Item = (TableName, Table)> {
     let ips = [
-        (Ip::V4, DataType::Ipv4, IpAddr::V4(TUNNEL_NEXT_HOP4)),
-        (Ip::V6, DataType::Ipv6, IpAddr::V6(TUNNEL_NEXT_HOP6)),
+        (Family::V4, DataType::Ipv4, IpAddr::V4(TUNNEL_NEXT_HOP4)),
+        (Family::V6, DataType::Ipv6, IpAddr::V6(TUNNEL_NEXT_HOP6)),
     ];
     HANDOVER.into_iter().zip(ips).map(move |(name, (ip, key, tunnel_next_hop))| {
-        let of_family = |a: &IpAddr| a.is_ipv4() == (ip == Ip::V4);
+        let of_family = |a: &IpAddr| ip.has(a);
         let addresses = plan.handed.iter().flat_map(|(id, (pair, _))| addresses_of(pair).map(|a| (*id, a)));
         let moved = addresses.filter(|(_, a)| of_family(a));
         let elements: Elements = moved.map(|(id, a)| (a.into(), value(marks.handed(id)))).collect();

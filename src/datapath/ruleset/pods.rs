@@ -5,7 +5,8 @@ use crate::api::Fallback;
 use crate::model::marks::{MAX_INDEX, Marks};
 use crate::node_plan::PodPlan;
 use crate::node_plan::policy_chain::{PolicyChain, Step};
-use egret_nft::rule::{Ip, Rule};
+use egret_nft::Family;
+use egret_nft::rule::Rule;
 use egret_nft::uapi::*;
 use ipnetwork::IpNetwork;
 use std::net::{IpAddr, Ipv6Addr};
@@ -79,5 +80,5 @@ pub(super) fn of_policy_chain(policy_chain: &PolicyChain, marks: Marks) -> Vec<R
 /// To destinations that every pod may reach.
 pub(super) fn direct() -> impl Iterator<Item = Rule> {
     let sets = |(at, ip)| [set::HOSTS[at], set::DIRECT[at]].map(|set| Rule::new().daddr_in_set(ip, set));
-    Ip::BOTH.into_iter().enumerate().flat_map(sets).chain([Rule::new().daddr_type(RTN_LOCAL)])
+    Family::BOTH.into_iter().enumerate().flat_map(sets).chain([Rule::new().daddr_type(RTN_LOCAL)])
 }

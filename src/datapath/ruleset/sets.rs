@@ -6,8 +6,8 @@ use crate::model::marks::Marks;
 use crate::model::networks;
 use crate::node_plan::allocations::NodeAllocation;
 use crate::node_plan::{NodePlan, View, addresses};
+use egret_nft::Family;
 use egret_nft::mac::Mac;
-use egret_nft::rule::Ip;
 use egret_nft::table::{Bytes, Data, DataType, Elements, Key, Set, SetKind, Table};
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -52,7 +52,7 @@ pub fn shared_sets(view: &View, peers: &PeerIndexes, marks: Marks, before: &Shar
     let back = known.map(|(mac, mark)| (mark.into(), Data::Value(mac.into()))).collect();
     put(set::PEER, DataType::Ether, Some(DataType::Mark), false, false, peer);
     put(set::BACK, DataType::Mark, Some(DataType::Ether), false, false, back);
-    for (at, ip) in Ip::BOTH.into_iter().enumerate() {
+    for (at, ip) in Family::BOTH.into_iter().enumerate() {
         let (address, pair) = types(ip);
         let of_family = |a: &&IpAddr| ip.has(a);
         let ways = || {
@@ -126,7 +126,7 @@ pub(super) fn of_pods(plan: &NodePlan, marks: Marks, before: Option<(&NodePlan, 
         set(set::PODS, DataType::Mark, Some(DataType::Verdict), pod_marks),
         set(set::VETHS, DataType::Interface, Some(DataType::Mark), veths),
     ];
-    for (at, ip) in Ip::BOTH.into_iter().enumerate() {
+    for (at, ip) in Family::BOTH.into_iter().enumerate() {
         let (address, marked) = types(ip);
         let addresses = pods.iter().flat_map(|pod| pod.addresses.iter().map(|a| (pod.pod_mark, a)));
         let addresses = addresses.filter(|(_, a)| ip.has(a));
@@ -153,10 +153,10 @@ fn added<'a, K: Ord, V: Eq>(before: &BTreeMap<K, Arc<V>>, now: &'a BTreeMap<K, A
 }
 
 /// Of an address, and of a mark and an address.
-fn types(ip: Ip) -> (DataType, DataType) {
+fn types(ip: Family) -> (DataType, DataType) {
     match ip {
-        Ip::V4 => (DataType::Ipv4, DataType::MarkIpv4),
-        Ip::V6 => (DataType::Ipv6, DataType::MarkIpv6),
+        Family::V4 => (DataType::Ipv4, DataType::MarkIpv4),
+        Family::V6 => (DataType::Ipv6, DataType::MarkIpv6),
     }
 }
 
@@ -174,7 +174,7 @@ fn plain(address: &IpAddr) -> (Key, Data) {
 }
 
 /// The ranges of this family, as the elements of an interval set. They are sorted, and do not touch each other.
-fn ranges(all: &[AddressRange], ip: Ip) -> Elements {
+fn ranges(all: &[AddressRange], ip: Family) -> Elements {
     let elements = all.iter().filter(|range| ip.has(&range.first)).flat_map(|range| {
         let end = networks::next(range.last).map(|end| Key { bytes: end.into(), end: true });
         std::iter::once(range.first.into()).chain(end).map(|key| (key, Data::None))

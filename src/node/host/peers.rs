@@ -4,9 +4,9 @@ use super::{Digest, Host};
 use crate::datapath::fdb;
 use crate::datapath::names::{HEALTH, PROBER, of_mac, of_uplink};
 use crate::datapath::neighbours;
-use crate::model::tunnel_family::TunnelFamily;
 use crate::node_plan::View;
 use anyhow::Result;
+use egret_nft::Family;
 use egret_nft::mac::Mac;
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv6Addr};
@@ -66,7 +66,7 @@ fn of_node(name: &str) -> String {
 
 /// Why tunnel packets cannot be sent to `to`; `None` if they can.
 fn unreachable(local: IpAddr, to: IpAddr) -> Option<String> {
-    let (own, theirs) = (TunnelFamily::of(local), TunnelFamily::of(to));
+    let (own, theirs) = (Family::of(&local), Family::of(&to));
     if own != theirs {
         return Some(format!(
             "its end of the tunnel is {to}, {theirs}, and this node's is {local}: they cannot reach each other; give all \

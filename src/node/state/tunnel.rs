@@ -1,8 +1,9 @@
 //! The tunnel device, and the address to which other nodes send tunnel packets.
 
 use super::Node;
-use crate::model::tunnel_family::{TunnelFamily, internal};
+use crate::model::tunnel_family::{self, internal};
 use anyhow::{Context, Result};
+use egret_nft::Family;
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 
@@ -18,8 +19,8 @@ impl Node {
     async fn find_tunnel_address(&mut self) -> Result<IpAddr> {
         self.problems.tunnel_family = None;
         if let Some(address) = self.options.tunnel_address {
-            let others = TunnelFamily::of_others(&self.cluster, &self.options.name);
-            if let Some(family) = others.filter(|family| *family != TunnelFamily::of(address)) {
+            let others = tunnel_family::of_others(&self.cluster, &self.options.name);
+            if let Some(family) = others.filter(|family| *family != Family::of(&address)) {
                 self.problems.tunnel_family = Some(format!(
                     "most nodes' ends of the tunnel are {family}: {address}, by --tunnel-address, reaches none of them; give an \
                      {family} address of this host"
@@ -33,8 +34,8 @@ impl Node {
                 format!("the cluster has no Node {:?}; give the name that it has there with --name", self.options.name)
             });
         };
-        let family = self.options.tunnel_family.unwrap_or_else(|| TunnelFamily::of_cluster(&self.cluster));
-        let of_family = |address: &IpAddr| TunnelFamily::of(*address) == family;
+        let family = self.options.tunnel_family.unwrap_or_else(|| tunnel_family::of_cluster(&self.cluster));
+        let of_family = |address: &IpAddr| Family::of(address) == family;
         if let Some(address) = internal(node).filter(of_family).find(|a| self.facts.addresses.contains(a)) {
             return Ok(address);
         }

@@ -48,15 +48,15 @@ impl Field {
             Field::CtStatus => (Ct(NFT_CT_STATUS, None), 4),
             Field::CtDirection => (Ct(NFT_CT_DIRECTION, None), 1),
             Field::CtMark => (Ct(NFT_CT_MARK, None), 4),
-            Field::CtSaddr(Ip::V4, direction) => (Ct(NFT_CT_SRC_IP, Some(direction)), 4),
-            Field::CtSaddr(Ip::V6, direction) => (Ct(NFT_CT_SRC_IP6, Some(direction)), 16),
+            Field::CtSaddr(Family::V4, direction) => (Ct(NFT_CT_SRC_IP, Some(direction)), 4),
+            Field::CtSaddr(Family::V6, direction) => (Ct(NFT_CT_SRC_IP6, Some(direction)), 16),
             Field::CtSport => (Ct(NFT_CT_PROTO_SRC, Some(Direction::Original)), 2),
             Field::EtherDaddr => (Payload(link, 0), 6),
             Field::EtherSaddr => (Payload(link, 6), 6),
-            Field::Saddr(Ip::V4) => (Payload(network, 12), 4),
-            Field::Daddr(Ip::V4) => (Payload(network, 16), 4),
-            Field::Saddr(Ip::V6) => (Payload(network, 8), 16),
-            Field::Daddr(Ip::V6) => (Payload(network, 24), 16),
+            Field::Saddr(Family::V4) => (Payload(network, 12), 4),
+            Field::Daddr(Family::V4) => (Payload(network, 16), 4),
+            Field::Saddr(Family::V6) => (Payload(network, 8), 16),
+            Field::Daddr(Family::V6) => (Payload(network, 24), 16),
             Field::HopLimit => (Payload(network, 7), 1),
             Field::Sport => (Payload(transport, 0), 2),
             Field::Dport => (Payload(transport, 2), 2),
@@ -198,7 +198,7 @@ impl Expression {
                 to.load(out, R1);
                 expression(out, "nat", |d| {
                     d.be32(NFTA_NAT_TYPE, NFT_NAT_SNAT);
-                    d.be32(NFTA_NAT_FAMILY, u32::from(ip.nfproto()));
+                    d.be32(NFTA_NAT_FAMILY, u32::from(nfproto(*ip)));
                     d.be32(NFTA_NAT_REG_ADDR_MIN, R1);
                 });
             }

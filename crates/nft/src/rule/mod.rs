@@ -11,6 +11,7 @@ pub(super) use text::protocol_name;
 
 use super::table::SetName;
 use super::uapi::*;
+use crate::Family;
 use crate::hash::fnv1a;
 use ipnetwork::IpNetwork;
 use std::net::IpAddr;
@@ -29,33 +30,11 @@ pub mod protocol {
     pub const ICMPV6: u8 = 58;
 }
 
-/// An IP version.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Ip {
-    /// IPv4.
-    V4,
-    /// IPv6.
-    V6,
-}
-
-impl Ip {
-    /// Both.
-    pub const BOTH: [Ip; 2] = [Ip::V4, Ip::V6];
-
-    /// Whether an address is of this version.
-    pub fn has(self, address: &IpAddr) -> bool {
-        address.is_ipv4() == (self == Ip::V4)
-    }
-
-    fn of(network: IpNetwork) -> Self {
-        if network.is_ipv4() { Ip::V4 } else { Ip::V6 }
-    }
-
-    fn nfproto(self) -> u8 {
-        match self {
-            Ip::V4 => NFPROTO_IPV4,
-            Ip::V6 => NFPROTO_IPV6,
-        }
+/// The kernel's number of an IP version in rules.
+fn nfproto(family: Family) -> u8 {
+    match family {
+        Family::V4 => NFPROTO_IPV4,
+        Family::V6 => NFPROTO_IPV6,
     }
 }
 
@@ -126,7 +105,7 @@ enum Expression {
     /// `dup to ADDRESS device "NAME"`
     Dup { to: IpAddr, index: u32, device: &'static str },
     /// `snat ip to ADDRESS`
-    Snat(Ip, Value),
+    Snat(Family, Value),
     /// `tcp option maxseg size set rt mtu`
     ClampMss,
     /// `accept`
@@ -180,13 +159,13 @@ enum Field {
     CtDirection,
     CtMark,
     /// The source address of the connection's packets in one direction.
-    CtSaddr(Ip, Direction),
+    CtSaddr(Family, Direction),
     /// The source port that the connection began with.
     CtSport,
     EtherSaddr,
     EtherDaddr,
-    Saddr(Ip),
-    Daddr(Ip),
+    Saddr(Family),
+    Daddr(Family),
     HopLimit,
     Sport,
     Dport,

@@ -58,8 +58,8 @@ impl Rule {
     }
 
     /// `meta nfproto ipv4` or `ipv6`
-    pub fn ip(self, ip: Ip) -> Self {
-        self.equals(NfProto, ip.nfproto().into())
+    pub fn ip(self, ip: Family) -> Self {
+        self.equals(NfProto, nfproto(ip).into())
     }
 
     /// `meta protocol != ip meta protocol != ip6`
@@ -145,53 +145,53 @@ impl Rule {
 
     /// `ip saddr NETWORK`
     pub fn saddr_in(self, network: IpNetwork) -> Self {
-        let ip = Ip::of(network);
+        let ip = Family::of(&network.ip());
         self.ip(ip).compare(Saddr(ip), Operator::Equal, Constant::Network(network))
     }
 
     /// `ip daddr NETWORK`
     pub fn daddr_in(self, network: IpNetwork) -> Self {
-        let ip = Ip::of(network);
+        let ip = Family::of(&network.ip());
         self.ip(ip).compare(Daddr(ip), Operator::Equal, Constant::Network(network))
     }
 
     /// `ip saddr @SET`
-    pub fn saddr_in_set(self, ip: Ip, set: impl Into<SetName>) -> Self {
+    pub fn saddr_in_set(self, ip: Family, set: impl Into<SetName>) -> Self {
         self.ip(ip).in_set([Saddr(ip).into()], set, false)
     }
 
     /// `ip daddr @SET`
-    pub fn daddr_in_set(self, ip: Ip, set: impl Into<SetName>) -> Self {
+    pub fn daddr_in_set(self, ip: Family, set: impl Into<SetName>) -> Self {
         self.ip(ip).in_set([Daddr(ip).into()], set, false)
     }
 
     /// `ip daddr . meta l4proto @SET`
-    pub fn daddr_and_protocol_in_set(self, ip: Ip, set: impl Into<SetName>) -> Self {
+    pub fn daddr_and_protocol_in_set(self, ip: Family, set: impl Into<SetName>) -> Self {
         self.ip(ip).in_set([Daddr(ip).into(), L4Proto.into()], set, false)
     }
 
     /// `ip daddr . meta l4proto . th dport @SET`
-    pub fn daddr_and_port_in_set(self, ip: Ip, set: impl Into<SetName>) -> Self {
+    pub fn daddr_and_port_in_set(self, ip: Family, set: impl Into<SetName>) -> Self {
         self.ip(ip).in_set([Daddr(ip).into(), L4Proto.into(), Dport.into()], set, false)
     }
 
     /// `meta mark & MASK . ip saddr @SET`
-    pub fn mark_and_saddr_in_set(self, mask: u32, ip: Ip, set: impl Into<SetName>) -> Self {
+    pub fn mark_and_saddr_in_set(self, mask: u32, ip: Family, set: impl Into<SetName>) -> Self {
         self.ip(ip).in_set([Mark.and(mask), Saddr(ip).into()], set, false)
     }
 
     /// `meta mark & MASK . ip saddr != @SET`
-    pub fn mark_and_saddr_not_in_set(self, mask: u32, ip: Ip, set: impl Into<SetName>) -> Self {
+    pub fn mark_and_saddr_not_in_set(self, mask: u32, ip: Family, set: impl Into<SetName>) -> Self {
         self.ip(ip).in_set([Mark.and(mask), Saddr(ip).into()], set, true)
     }
 
     /// `meta mark & MASK . ct original ip saddr @SET`: the address that began the connection (Linux 4.17).
-    pub fn mark_and_original_saddr_in_set(self, mask: u32, ip: Ip, set: impl Into<SetName>) -> Self {
+    pub fn mark_and_original_saddr_in_set(self, mask: u32, ip: Family, set: impl Into<SetName>) -> Self {
         self.ip(ip).in_set([Mark.and(mask), CtSaddr(ip, Direction::Original).into()], set, false)
     }
 
     /// `meta mark & MASK . ct reply ip saddr @SET`: the address that answers, which is a Service's backend.
-    pub fn mark_and_reply_saddr_in_set(self, mask: u32, ip: Ip, set: impl Into<SetName>) -> Self {
+    pub fn mark_and_reply_saddr_in_set(self, mask: u32, ip: Family, set: impl Into<SetName>) -> Self {
         self.ip(ip).in_set([Mark.and(mask), CtSaddr(ip, Direction::Reply).into()], set, false)
     }
 
@@ -319,7 +319,7 @@ impl Rule {
     }
 
     /// `meta mark set ip daddr map @MAP`
-    pub fn set_mark_by_daddr(self, ip: Ip, map: impl Into<SetName>) -> Self {
+    pub fn set_mark_by_daddr(self, ip: Family, map: impl Into<SetName>) -> Self {
         self.assign(Target::Mark, Value::Map(Daddr(ip).into(), map.into()))
     }
 
@@ -348,12 +348,12 @@ impl Rule {
     }
 
     /// `snat ip to ip saddr`: settles the connection's source NAT without changing anything.
-    pub fn snat_identity(self, ip: Ip) -> Self {
+    pub fn snat_identity(self, ip: Family) -> Self {
         self.ip(ip).with(Expression::Snat(ip, Value::Of(Saddr(ip).into())))
     }
 
     /// `snat ip to meta mark & MASK map @MAP`
-    pub fn snat_by_mark(self, ip: Ip, mask: u32, map: impl Into<SetName>) -> Self {
+    pub fn snat_by_mark(self, ip: Family, mask: u32, map: impl Into<SetName>) -> Self {
         self.ip(ip).with(Expression::Snat(ip, Value::Map(Mark.and(mask), map.into())))
     }
 

@@ -259,10 +259,10 @@ fn flags(f: &mut Formatter<'_>, bits: u32, names: &[(u32, &str)]) -> Result {
     if unnamed != 0 { write!(f, "{separator}{unnamed:#x}") } else { Ok(()) }
 }
 
-fn ip_name(ip: Ip) -> &'static str {
+fn ip_name(ip: Family) -> &'static str {
     match ip {
-        Ip::V4 => "ip",
-        Ip::V6 => "ip6",
+        Family::V4 => "ip",
+        Family::V6 => "ip6",
     }
 }
 
