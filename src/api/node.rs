@@ -52,6 +52,10 @@ pub struct EgressNodeStatus {
     /// answers all of them, another node only while `unreachableGatewayNodes` is not empty.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub reports_given: Vec<ReportGiven>,
+    /// Since when this node's daemon records connections of egress IPs (`--flow-log`), seconds since the Unix epoch; absent
+    /// if it does not. Other nodes tell it the names of their pods.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub flow_log_since: Option<i64>,
     /// The uplinks of this node, by family, that it cannot use now, with the reason. Egress IPs that need them move
     /// to another node, if one has lost fewer of them.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]

@@ -168,6 +168,10 @@ struct Node {
     /// Own the nftables tables, so that no other program can change or flush them while the daemon runs (Linux 6.9)
     #[arg(long, env = "EGRET_OWN_TABLES", action = clap::ArgAction::Set, num_args = 0..=1, require_equals = true, default_missing_value = "true", default_value_t = true)]
     own_tables: bool,
+    /// Record the beginning and the end of each connection that leaves from an egress IP of this node, as a line of JSON:
+    /// stdout, file:/PATH, syslog:HOST:PORT, unix:/PATH
+    #[arg(long, env = "EGRET_FLOW_LOG", value_name = "TARGET")]
+    flow_log: Option<node::FlowLogTarget>,
     /// Address of /metrics; empty for none
     #[arg(long, env = "EGRET_METRICS_ADDRESS", default_value = "127.0.0.1:9871")]
     metrics_address: ListenAddress,
@@ -349,6 +353,7 @@ impl Node {
             liveness: node::liveness::Settings { interval: self.probe_interval, misses: self.probe_misses },
             marks: self.marks.layout()?,
             own_tables: self.own_tables,
+            flow_log: self.flow_log,
             addresses,
             cni_dirs: self.cni_conf_dir.map(|conf_dir| (conf_dir, self.cni_bin_dir)),
         };

@@ -9,6 +9,7 @@ pub mod frames;
 pub mod icmpv6_filter;
 pub mod names;
 pub mod neighbours;
+pub mod netlink_reader;
 pub mod node_messages;
 pub mod packet_address;
 pub mod pod_veth;

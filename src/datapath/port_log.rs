@@ -4,15 +4,12 @@
 //! Events of connection tracking would report them, too, but the kernel would send a message for every connection of
 //! the host.
 
+use crate::datapath::netlink_reader::{NetlinkReader, Read};
 use anyhow::{Context, Result};
 use egret_nft::conntrack::Tuple;
-use egret_nft::netlink::{self, Attributes, NETLINK_NETFILTER, Socket, attributes};
-use nix::libc::ENOBUFS;
+use egret_nft::netlink::{Attributes, NETLINK_NETFILTER, Socket, attributes};
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
-use std::os::fd::AsFd;
-use tokio::io::Interest;
-use tokio::net::UdpSocket;
 
 /// The nfnetlink_log group. Each network namespace has its own groups.
 pub const GROUP: u16 = 7871;
@@ -36,9 +33,7 @@ const RECEIVE_BUFFER: usize = 4 << 20;
 
 /// Reads the log. Only one reader is possible in a network namespace.
 pub struct PortLog {
-    socket: Socket,
-    /// The same socket, in tokio's datagram type so that a task can wait for it.
-    readiness: UdpSocket,
+    reader: NetlinkReader,
 }
 
 /// The result of a read.
@@ -81,9 +76,7 @@ impl PortLog {
             m.be32(NFULA_CFG_QTHRESH, 1);
         })
         .context("nfnetlink_log")?;
-        socket.set_non_blocking()?;
-        let readiness = UdpSocket::from_std(socket.as_fd().try_clone_to_owned()?.into())?;
-        Ok(PortLog { socket, readiness })
+        Ok(PortLog { reader: NetlinkReader::new(socket)? })
     }
 
     /// Waits until there may be a message.
@@ -91,7 +84,7 @@ impl PortLog {
     /// # Errors
     /// The socket failed.
     pub async fn readable(&self) -> io::Result<()> {
-        self.readiness.readable().await
+        self.reader.readable().await
     }
 
     /// Reads the next message without waiting.
@@ -99,26 +92,18 @@ impl PortLog {
     /// # Errors
     /// The socket failed.
     pub fn read_next(&mut self) -> io::Result<LogRead> {
-        let PortLog { socket, readiness } = self;
         loop {
             let mut heard = None;
-            let received = readiness.try_io(Interest::READABLE, || {
-                let received = socket.receive(|m| {
-                    if m.kind == NFULNL_MSG_PACKET {
-                        heard = heard.or_else(|| packet(m.payload));
-                    }
-                });
-                received.map_err(|e| match e {
-                    netlink::Error::Socket(e) => e,
-                    other => io::Error::other(other),
-                })
-            });
-            match (received, heard) {
-                (Ok(()), Some(tuple)) => return Ok(LogRead::Packet(tuple)),
-                (Ok(()), None) => {}
-                (Err(e), _) if e.kind() == io::ErrorKind::WouldBlock => return Ok(LogRead::Nothing),
-                (Err(e), _) if e.raw_os_error() == Some(ENOBUFS) => return Ok(LogRead::Lost),
-                (Err(e), _) => return Err(e),
+            let read = self.reader.read(|m| {
+                if m.kind == NFULNL_MSG_PACKET {
+                    heard = heard.or_else(|| packet(m.payload));
+                }
+            })?;
+            match (read, heard) {
+                (Read::Datagram, Some(tuple)) => return Ok(LogRead::Packet(tuple)),
+                (Read::Datagram, None) => {}
+                (Read::Nothing, _) => return Ok(LogRead::Nothing),
+                (Read::Lost, _) => return Ok(LogRead::Lost),
             }
         }
     }

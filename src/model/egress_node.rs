@@ -46,6 +46,8 @@ pub struct OfAllocations {
     pub unreachable_gateway_nodes: Vec<String>,
     /// The requests of gateways for reports that it knew when it wrote this.
     pub reports_given: Vec<ReportGiven>,
+    /// Since when it records connections.
+    pub flow_log_since: Option<i64>,
     /// The uplinks and families that it has lost.
     pub lost: Vec<LostUplink>,
     /// The egress IPs that its pods use and whose traffic it blocks now.
@@ -66,6 +68,7 @@ impl EgressNode {
             unreachable_peers: Vec::new(),
             unreachable_gateway_nodes: Vec::new(),
             reports_given: Vec::new(),
+            flow_log_since: None,
             lost: Vec::new(),
             blocked: Vec::new(),
             over_limit: Vec::new(),
@@ -93,6 +96,7 @@ impl From<EgressNodeStatus> for EgressNode {
             unreachable_peers,
             unreachable_gateway_nodes,
             reports_given,
+            flow_log_since,
             lost,
             blocked,
             over_limit,
@@ -106,6 +110,7 @@ impl From<EgressNodeStatus> for EgressNode {
             unreachable_peers,
             unreachable_gateway_nodes,
             reports_given,
+            flow_log_since,
             lost,
             blocked,
             over_limit: over_limit.iter().map(|key| PolicyKey::from(key.as_str())).collect(),

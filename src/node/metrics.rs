@@ -1,6 +1,7 @@
 //! What the node daemon counts.
 
 use super::changed_ports::ReplicationMetrics;
+use super::flow_log::FlowLogMetrics;
 use super::forwarding::FirstPackets;
 use super::host::Counts;
 use super::pods::Census;
@@ -70,6 +71,7 @@ pub struct Metrics {
     other_ports: Counter,
     insertions_failed: Counter,
     changed_ports: ReplicationMetrics,
+    flow_log: FlowLogMetrics,
     forward_dropped: Family<FamilyLabel, Counter>,
     allocation_packets: Family<AllocationLabels, Counter>,
     allocation_bytes: Family<AllocationLabels, Counter>,
@@ -100,6 +102,7 @@ impl Metrics {
             other_ports: Counter::default(),
             insertions_failed: Counter::default(),
             changed_ports: ReplicationMetrics::default(),
+            flow_log: FlowLogMetrics::default(),
             forward_dropped: Family::default(),
             allocation_packets: Family::default(),
             allocation_bytes: Family::default(),
@@ -138,6 +141,7 @@ impl Metrics {
             metrics.insertions_failed.clone(),
         );
         metrics.changed_ports.register(&mut registry);
+        metrics.flow_log.register(&mut registry);
         registry.register(
             "forward_dropped_packets",
             "First packets of connections of other nodes' pods that this gateway admitted and did not forward: a firewall of \
@@ -161,6 +165,11 @@ impl Metrics {
     /// What is counted of connections whose port was changed.
     pub fn changed_ports(&self) -> ReplicationMetrics {
         self.changed_ports.clone()
+    }
+
+    /// What is counted of records of connections.
+    pub fn flow_log(&self) -> FlowLogMetrics {
+        self.flow_log.clone()
     }
 
     /// The kernel was brought in sync, or not.

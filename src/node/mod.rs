@@ -10,6 +10,7 @@ mod changed_ports;
 mod ended;
 mod events;
 mod existing;
+mod flow_log;
 mod forwarding;
 mod holding;
 mod host;
@@ -31,6 +32,7 @@ pub use run::run;
 use crate::cluster::SourceName;
 use crate::model::marks::Marks;
 use crate::telemetry::server;
+pub use flow_log::Target as FlowLogTarget;
 use ipnetwork::IpNetwork;
 use std::net::IpAddr;
 use std::path::PathBuf;
@@ -59,6 +61,8 @@ pub struct Options {
     /// Whether the daemon owns the nftables tables, on kernels that support it, so that no other program can change
     /// them.
     pub own_tables: bool,
+    /// Where connections of egress IPs are recorded; `None`: nowhere.
+    pub flow_log: Option<FlowLogTarget>,
     /// Addresses of the servers for metrics and health.
     pub addresses: server::Addresses,
     /// The runtime's directory of network configurations and that of plugins, if the daemon is to keep them as `egretd

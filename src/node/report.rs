@@ -64,6 +64,8 @@ pub struct Own<'a> {
     pub unreachable: &'a BTreeSet<Name>,
     /// The requests for reports that it answers.
     pub reports_given: Vec<ReportGiven>,
+    /// Since when it records connections.
+    pub flow_log_since: Option<i64>,
     /// The policies that list too many destinations for this node.
     pub over_limit: &'a BTreeSet<PolicyKey>,
 }
@@ -88,7 +90,7 @@ impl Report {
     /// the cluster's nodes. It does not wait for the write: an API server that does not respond must not keep this
     /// node from taking over egress IPs.
     pub fn publish(&self, view: &View, own: &Own, blocked: Vec<BlockedAllocation>, nodes: usize) {
-        let Own { tunnel, facts, holding, faults, unreachable, ref reports_given, over_limit } = *own;
+        let Own { tunnel, facts, holding, faults, unreachable, ref reports_given, flow_log_since, over_limit } = *own;
         let Some(tunnel) = tunnel else { return };
         let refused = facts.refused.iter().map(|(id, why)| RefusedAllocation { id: *id, message: why.clone() });
         let direct = view.networks.origins.iter();
@@ -109,6 +111,7 @@ impl Report {
                 .collect(),
             unreachable_gateway_nodes: unreachable.iter().map(ToString::to_string).collect(),
             reports_given: reports_given.clone(),
+            flow_log_since,
             lost: holding.lost().map(lost_uplink).collect(),
             blocked,
             over_limit: over_limit.iter().take(OVER_LIMIT).map(ToString::to_string).collect(),

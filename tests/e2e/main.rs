@@ -9,6 +9,7 @@ mod destinations;
 mod existing_connections;
 mod fail_closed;
 mod failover;
+mod flow_log;
 mod flush;
 mod forged_connections;
 mod gateways;

@@ -96,7 +96,7 @@ fn nodes() -> Vec<Value> {
         "taken": [{"id": 1, "since": 1_700_000_000}], "refused": [{"id": 2, "message": "another host has it"}],
         "blocked": [{"id": 3, "message": "no node has it", "family": "IPv6"}], "unreachablePeers": ["g2"],
         "unreachableGatewayNodes": ["g3"],
-        "reportsGiven": [{"gateway": "g", "requestedAt": 1_700_000_000}], "overLimit": ["shop/p"],
+        "flowLogSince": 1_700_000_000, "reportsGiven": [{"gateway": "g", "requestedAt": 1_700_000_000}], "overLimit": ["shop/p"],
         "direct": [{"network": "10.0.0.0/8", "from": "spec.podCIDRs of Nodes"}],
         "faults": [{"of": "peer g2", "message": "no route"}],
         "lost": [{"interface": "eth0", "family": "IPv6", "message": "no route"}],

@@ -35,7 +35,8 @@ pub const NLMSG_ERROR: u16 = 2;
 const NLMSG_DONE: u16 = 3;
 const NLMSG_OVERRUN: u16 = 4;
 const NLMSGERR_ATTR_MSG: u16 = 1;
-const HEADER: usize = 16;
+/// Length of `struct nlmsghdr`.
+pub(crate) const HEADER: usize = 16;
 /// The upper two bits of an attribute's type are flags.
 const NLA_TYPE_MASK: u16 = 0x3fff;
 const NLA_F_NESTED: u16 = 0x8000;
@@ -116,6 +117,14 @@ impl Socket {
     /// The socket cannot be set to non-blocking.
     pub fn set_non_blocking(&self) -> io::Result<()> {
         self.raw.set_non_blocking(true)
+    }
+
+    /// Joins a multicast group: the kernel sends its notifications to this socket.
+    ///
+    /// # Errors
+    /// The kernel has no such group.
+    pub fn join(&mut self, group: u32) -> io::Result<()> {
+        self.raw.add_membership(group)
     }
 
     /// The socket's netlink port. Notifications about changes that this socket made carry it.

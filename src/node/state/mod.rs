@@ -4,6 +4,7 @@
 mod blocked;
 mod desired;
 mod egress;
+mod flow_records;
 mod handovers;
 mod link;
 mod pass;
@@ -45,6 +46,7 @@ use crate::node_plan::allocations::Facts;
 use anyhow::{Context, Result};
 use egress::Egress;
 use egret_cni::offline_policies::{OfflinePolicies, boot_id};
+use flow_records::FlowRecords;
 use plugins::Requests;
 use problems::Problems;
 use records::Quarantines;
@@ -106,6 +108,7 @@ pub struct Node {
     problems: Problems,
     /// The gateway nodes that this node reports as unreachable.
     unreachable: Unreachable,
+    flow_records: FlowRecords,
 }
 
 impl Node {
@@ -126,6 +129,7 @@ impl Node {
         // If the node has been in sync before, another program removed the rules while no daemon ran.
         let flushed = OfflinePolicies::is_there(&options.state_dir) && !host.has_tables()?;
         let changed_ports = ChangedPorts::start(options.marks, metrics.changed_ports())?;
+        let flow_records = FlowRecords::start(&options, &metrics)?;
         let boot = boot_id().context("the boot's id")?;
         let (files, adopted) = AdoptedFiles::load(&options.run_dir, boot).context("adopted pods")?;
         let report = Report::new(&options.name, statuses, options.state_dir.clone());
@@ -153,6 +157,7 @@ impl Node {
             forwarding: Forwarding::default(),
             problems: Problems::default(),
             unreachable: Unreachable::default(),
+            flow_records,
         };
         node.find_running_pods(adopted).await?;
         node.connections.ended.of_earlier = true;

@@ -63,6 +63,8 @@ impl Node {
         self.publish();
         self.set_targets();
         self.set_roles();
+        self.set_flow_view();
+        self.announce_pods();
         self.seek_unmanaged();
         let has_compared = self.pending.has_run(Step::Tunnel);
         Outcome {
@@ -135,6 +137,7 @@ impl Node {
             faults: self.problems.faults.known(),
             unreachable,
             reports_given: self.reports_given(unreachable),
+            flow_log_since: self.flow_log_since(),
             over_limit: self.pods.over_limit(),
         };
         self.report.publish(&self.view, &own, blocked, self.cluster.nodes.len());

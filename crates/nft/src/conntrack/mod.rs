@@ -4,10 +4,12 @@
 //! deletes the entry, and the next packet is classified anew. An in-flight reply entry admits replies that are in
 //! flight meanwhile.
 
+mod events;
 mod in_flight_reply;
 mod translated;
 mod tuple;
 
+pub use events::{ATTRIBUTES, Event, MARK, Traffic, parse_event, subscribe};
 pub use translated::{
     Insertion, Tracked, Translated, delete_one, find_by_original, find_by_reply, insert, insert_or_update, list_tracked,
 };
