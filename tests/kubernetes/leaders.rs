@@ -109,8 +109,11 @@ fn leaders_that_overlap_give_nothing_out_twice() {
         });
         let mut holders = Vec::new();
         for _ in 0..6 {
-            thread::sleep(Duration::from_millis(2500));
-            holders.push(holder(&lab));
+            // Often, because the two may change as regularly as somebody looks.
+            for _ in 0..25 {
+                thread::sleep(Duration::from_millis(100));
+                holders.push(holder(&lab));
+            }
             // Taken from who has it: it learns so at its next look, the other one takes it at its own, and meanwhile
             // both may think that they lead.
             let other = json!({"spec": {"holderIdentity": ""}});
@@ -118,7 +121,9 @@ fn leaders_that_overlap_give_nothing_out_twice() {
         }
         done.store(true, Ordering::Relaxed);
         let written = writer.join().expect("the writer");
+        holders.sort();
         holders.dedup();
+        holders.retain(|h| !h.is_empty());
         assert!(holders.len() > 1 && written > 100, "{holders:?}, {written} policies written");
     });
     for controller in &controllers {
