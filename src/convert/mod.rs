@@ -1,6 +1,6 @@
 //! Converts the objects of other egress systems into Egret's.
 //!
-//! Each system has a file, which reads its objects and makes drafts of gateways and policies. [`combine`] puts the drafts
+//! Each system has a file, which reads its objects and makes drafts of gateways and policies. `combine.rs` puts the drafts
 //! together and checks them as the API server and the controller would. What cannot be said in Egret's fields, and what
 //! Egret does in another way, becomes a note: a comment above the object, and a line for the user.
 //!
