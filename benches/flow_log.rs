@@ -2,22 +2,14 @@
 
 mod harness;
 
+use harness::connections::{self, Service};
 use harness::{Bound, Table, median};
-use lab::host::Door;
-use lab::{EXT4, Lab, NodeSpec, Pod, Pods, VISITOR};
-use nix::libc;
-use nix::sys::socket::{setsockopt, sockopt};
-use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
+use lab::{Lab, NodeSpec, Pod, Pods, VISITOR};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 const ROUNDS: usize = 21;
 const SECONDS: u64 = 2;
-/// Threads that open connections.
-const CLIENTS: usize = 2;
-const PORT: u16 = 9100;
 
 fn main() {
     harness::begin("Records of connections: new connections a second through a remote gateway node, IPv4");
@@ -29,7 +21,7 @@ fn main() {
         for turn in 0..2 {
             let at = (turn + round) % 2;
             let (_, pod, _) = [&without, &with][at];
-            figures[at].push(connections(pod));
+            figures[at].push(connections::a_second(pod, SECONDS));
         }
     }
     // The kernel removes what has expired when somebody reads the table.
@@ -56,48 +48,4 @@ fn lab(arguments: &[&str]) -> (Lab, Pod, Service) {
     let pod = lab.add_pod("n1", "shop", "client", VISITOR);
     let service = Service::start(&lab);
     (lab, pod, service)
-}
-
-/// What the outside host serves: a port that takes connections and closes them.
-struct Service(Arc<TcpListener>);
-
-impl Service {
-    fn start(lab: &Lab) -> Service {
-        let host = lab.host("ext");
-        let listener = Arc::new(host.within(|| TcpListener::bind((Ipv4Addr::UNSPECIFIED, PORT))).expect("listen"));
-        for _ in 0..CLIENTS {
-            let listener = Arc::clone(&listener);
-            thread::spawn(move || while listener.accept().is_ok() {});
-        }
-        Service(listener)
-    }
-}
-
-impl Drop for Service {
-    fn drop(&mut self) {
-        let _ = nix::sys::socket::shutdown(std::os::fd::AsRawFd::as_raw_fd(&*self.0), nix::sys::socket::Shutdown::Both);
-    }
-}
-
-/// Connections a second: made, and reset at once, so that no port waits.
-fn connections(pod: &Pod) -> f64 {
-    let (door, ends, count): (Door, AtomicBool, Mutex<u64>) = (pod.door(), AtomicBool::new(false), Mutex::new(0));
-    let begin = Instant::now();
-    thread::scope(|scope| {
-        for _ in 0..CLIENTS {
-            scope.spawn(|| {
-                door.enter();
-                let mut own = 0;
-                while !ends.load(Ordering::Relaxed) {
-                    let stream = TcpStream::connect(SocketAddr::from((EXT4, PORT))).expect("a connection");
-                    setsockopt(&stream, sockopt::Linger, &libc::linger { l_onoff: 1, l_linger: 0 }).expect("SO_LINGER");
-                    own += 1;
-                }
-                *count.lock().expect("a lock") += own;
-            });
-        }
-        thread::sleep(Duration::from_secs(SECONDS));
-        ends.store(true, Ordering::Relaxed);
-    });
-    count.into_inner().expect("a lock") as f64 / begin.elapsed().as_secs_f64()
 }

@@ -4,27 +4,19 @@
 
 mod harness;
 
-use harness::{Bound, Table, cluster, median, pods};
-use lab::host::Door;
+use harness::{Bound, Table, cluster, connections, median, pods};
 use lab::{EXT4, Lab, NodeSpec, Pod, Pods};
-use nix::libc;
-use nix::sys::socket::{setsockopt, sockopt};
 use serde_json::Value;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::net::{IpAddr, Ipv4Addr, TcpStream};
 use std::process::{Child, Command, Stdio};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 const MANY: usize = 10_000;
 const LOCAL_PODS: usize = 200;
 const ROUNDS: usize = 21;
 const SECONDS: u64 = 2;
 const STREAMS: usize = 4;
-/// Threads that open connections.
-const CLIENTS: usize = 2;
-const PORT: u16 = 9100;
 /// Port of `iperf3`, its default.
 const IPERF: u16 = 5201;
 
@@ -48,7 +40,8 @@ impl Measure {
 const ONE_STREAM: Measure = Measure { what: "TCP, one stream", unit: "Gbit/s", of: |pod| throughput(pod, 1) };
 const STREAMS_AT_ONCE: Measure =
     Measure { what: "TCP, several streams", unit: "Gbit/s", of: |pod| throughput(pod, STREAMS) };
-const CONNECTIONS: Measure = Measure { what: "New connections", unit: "/s", of: connections };
+const CONNECTIONS: Measure =
+    Measure { what: "New connections", unit: "/s", of: |pod| connections::a_second(pod, SECONDS) };
 const EFFICIENCY: Measure =
     Measure { what: "Processor time, several streams", unit: "Gbit for a second of it", of: efficiency };
 
@@ -185,7 +178,7 @@ fn pod_without_egret(lab: &Lab, node: &str) -> Pod {
 /// What the outside host serves: iperf3, and a port that takes connections and closes them.
 struct Service {
     iperf: Child,
-    listener: Arc<TcpListener>,
+    _connections: connections::Service,
 }
 
 impl Service {
@@ -194,14 +187,9 @@ impl Service {
         let mut command = Command::new("iperf3");
         command.args(["-s", "-p", &IPERF.to_string()]).stdout(Stdio::null()).stderr(Stdio::null());
         let iperf = host.spawn(&mut command).expect("iperf3; tests/setup.sh installs it");
-        let listener = Arc::new(host.within(|| TcpListener::bind((Ipv4Addr::UNSPECIFIED, PORT))).expect("listen"));
-        for _ in 0..CLIENTS {
-            let listener = Arc::clone(&listener);
-            thread::spawn(move || while listener.accept().is_ok() {});
-        }
         let up = || host.within(|| TcpStream::connect((Ipv4Addr::LOCALHOST, IPERF)).is_ok());
         lab.wait_until("iperf3 listens", Duration::from_secs(5), up);
-        Service { iperf, listener }
+        Service { iperf, _connections: connections::Service::start(lab) }
     }
 }
 
@@ -209,10 +197,6 @@ impl Drop for Service {
     fn drop(&mut self) {
         let _ = self.iperf.kill();
         let _ = self.iperf.wait();
-        let _ = nix::sys::socket::shutdown(
-            std::os::fd::AsRawFd::as_raw_fd(&*self.listener),
-            nix::sys::socket::Shutdown::Both,
-        );
     }
 }
 
@@ -245,27 +229,4 @@ fn busy() -> f64 {
     let ticks: Vec<f64> = text.lines().next().unwrap_or_default().split(' ').filter_map(|n| n.parse().ok()).collect();
     // user, nice, system; idle, iowait; irq, softirq. 100 ticks a second.
     (ticks[..3].iter().sum::<f64>() + ticks[5..7].iter().sum::<f64>()) / 100.0
-}
-
-/// Connections a second: made, and reset at once, so that no port waits.
-fn connections(pod: &Pod) -> f64 {
-    let (door, ends, count): (Door, AtomicBool, Mutex<u64>) = (pod.door(), AtomicBool::new(false), Mutex::new(0));
-    let begin = Instant::now();
-    thread::scope(|scope| {
-        for _ in 0..CLIENTS {
-            scope.spawn(|| {
-                door.enter();
-                let mut own = 0;
-                while !ends.load(Ordering::Relaxed) {
-                    let stream = TcpStream::connect(SocketAddr::from((EXT4, PORT))).expect("a connection");
-                    setsockopt(&stream, sockopt::Linger, &libc::linger { l_onoff: 1, l_linger: 0 }).expect("SO_LINGER");
-                    own += 1;
-                }
-                *count.lock().expect("a lock") += own;
-            });
-        }
-        thread::sleep(Duration::from_secs(SECONDS));
-        ends.store(true, Ordering::Relaxed);
-    });
-    count.into_inner().expect("a lock") as f64 / begin.elapsed().as_secs_f64()
 }

@@ -5,6 +5,7 @@
 pub mod api;
 pub mod call;
 pub mod cluster;
+pub mod connections;
 pub mod pods;
 pub mod questions;
 
