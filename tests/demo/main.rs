@@ -6,6 +6,7 @@ mod table;
 use lab::{EXT4, EXT6, Lab, NodeSpec, Pod, Pods, manifests};
 use std::net::IpAddr;
 use std::process::ExitCode;
+use std::thread;
 use std::time::{Duration, Instant};
 use table::{Row, Table};
 
@@ -85,10 +86,13 @@ fn demo() -> bool {
     // Gateways away: nothing may leave, above all not with another address.
     lab.write_manifest("egress.yaml", &objects().replace(r#""true""#, r#""nowhere""#));
     settle("the new pod is blocked", || new.who(EXT4).is_err() && new.who(EXT6).is_err());
+    // What earlier connections had still to send has arrived.
+    thread::sleep(Duration::from_millis(500));
     lab.forget_wire();
     for server in [IpAddr::from(EXT4), EXT6.into()] {
         let answer = who(&new, server);
-        let on_the_wire = if lab.sources(server).is_empty() { "blocked" } else { "LEAKED" };
+        let sources = lab.sources(server);
+        let on_the_wire = if sources.is_empty() { "blocked".to_owned() } else { format!("LEAKED {sources:?}") };
         let with = if answer == "blocked" { on_the_wire.to_owned() } else { answer };
         table.add(Row::new(&new, server).with(&with, "blocked").note("no gateway is left"));
     }
