@@ -152,6 +152,6 @@ fn settle(what: &str, mut is_so: impl FnMut() -> bool) {
             println!("Waited {:?} in vain until {what}.", begin.elapsed());
             return;
         }
-        std::thread::sleep(Duration::from_millis(20));
+        thread::sleep(Duration::from_millis(20));
     }
 }
