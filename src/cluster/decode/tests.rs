@@ -44,20 +44,6 @@ fn a_namespace_has_its_name_as_label_in_kubernetes_1_20_too() {
     assert_eq!(labels.get(NAMESPACE_NAME_LABEL).map(|v| &**v), Some("shop"));
 }
 
-const KINDS: [Kind; 11] = [
-    Kind::Namespace,
-    Kind::Node,
-    Kind::Pod,
-    Kind::Service,
-    Kind::EgressGateway,
-    Kind::EgressPolicy,
-    Kind::ClusterEgressPolicy,
-    Kind::EgressNode,
-    Kind::ServiceCidr,
-    Kind::IpPool,
-    Kind::EndpointSlice,
-];
-
 /// An object with something in most fields that are looked at, of any kind.
 fn whole_object() -> Value {
     json!({
@@ -124,7 +110,7 @@ proptest! {
         let text = object.to_string();
         let reading = Reading { node: Some("n1".into()) };
         let mut names = Names::default();
-        for kind in KINDS {
+        for kind in Kind::STORED {
             if let Ok(decoded) = decode(kind, text.as_bytes(), &reading, &mut names) {
                 prop_assert_eq!(object.pointer("/metadata/name").and_then(Value::as_str), Some(&*decoded.key.1));
             }
