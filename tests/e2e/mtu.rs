@@ -189,3 +189,26 @@ fn the_tunnels_mtu_follows_the_routes_to_the_peers() {
         lab.assert_nothing_leaked();
     }
 }
+
+/// As when an address is renewed, or the link of a node with an IPv6 tunnel goes down for a moment.
+#[test]
+fn a_node_that_loses_the_tunnels_address_for_a_moment_starts_pods_meanwhile_and_goes_on_after() {
+    let lab = Lab::scene();
+    let node = lab.node("n1");
+    let before = node.ip("-4 route show default").trim().to_owned();
+    node.ip(&format!("address del {}/24 dev eth0", node.ipv4()));
+    std::thread::sleep(Duration::from_millis(500));
+    let pod = lab.add_pod("n1", "shop", "visitor", VISITOR);
+    let other = lab.add_pod("n1", "office", "other", &[]);
+    node.ip(&format!("address add {}/24 dev eth0", node.ipv4()));
+    if !before.is_empty() {
+        node.ip(&format!("-4 route replace {before}"));
+    }
+    lab.wait_seen_as(&pod, EGRESS4);
+    lab.wait_seen_as(&pod, lab::EGRESS6);
+    lab.assert_nothing_leaked();
+    lab.wait_seen_as(&other, other.node.ipv4());
+    // It looks at the routes again when there are some.
+    node.ip(&format!("route add {}/32 dev eth0 mtu 1400", lab.node("g1").ipv4()));
+    lab.wait_for("the tunnel's MTU", &1350, || tunnel_mtu(&lab, "n1"));
+}

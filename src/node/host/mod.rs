@@ -57,6 +57,8 @@ pub struct Host {
     forwarding: Option<Digest>,
     tunnel: Option<(Tunnel, u32)>,
     underlay: Option<Underlay>,
+    /// Whether the routes may have changed since they were read.
+    underlay_is_stale: bool,
     faults: PartFaults,
     /// Whether the kernel is assumed to support the log of changed ports.
     port_log: bool,
@@ -117,6 +119,7 @@ impl Host {
             forwarding: None,
             tunnel: None,
             underlay: None,
+            underlay_is_stale: false,
             faults: PartFaults::default(),
             port_log: true,
             port_log_missed: false,
@@ -149,7 +152,7 @@ impl Host {
         self.placed = None;
         self.forwarding = None;
         self.tunnel = None;
-        self.underlay = None;
+        self.underlay_is_stale = true;
     }
 
     /// Makes the next reconciliation read rules and routes.
@@ -179,7 +182,7 @@ impl Host {
 
     /// Makes the next reconciliation read the routes to the other nodes' ends of the tunnel.
     pub fn invalidate_underlay(&mut self) {
-        self.underlay = None;
+        self.underlay_is_stale = true;
     }
 
     /// Makes the next reconciliation read the nftables tables.
@@ -201,9 +204,19 @@ impl Host {
     pub async fn tunnel(&mut self, node: &str, local: IpAddr, view: &View) -> Result<()> {
         let peers = view.allocations.peers.values().map(|p| p.address).filter(|p| p.is_ipv4() == local.is_ipv4());
         let peers: BTreeSet<IpAddr> = peers.collect();
-        let known = self.underlay.take_if(|u| u.local() != local || !u.peers().eq(peers.iter().copied()));
-        if self.underlay.is_none() {
-            self.underlay = Some(Underlay::read(&self.routes, local, peers, known).await?);
+        let known = self.underlay.as_ref().filter(|u| !self.underlay_is_stale && u.local() == local);
+        if known.is_none_or(|u| !u.peers().eq(peers.iter().copied())) {
+            let known = known.cloned();
+            match Underlay::read(&self.routes, local, peers, known).await {
+                Ok(underlay) => (self.underlay, self.underlay_is_stale) = (Some(underlay), false),
+                // The host has lost the address, for a moment perhaps: its pods, and new ones, keep what they have.
+                Err(e) if self.tunnel.as_ref().is_some_and(|(there, _)| there.local == local) => {
+                    self.underlay_is_stale = true;
+                    tracing::warn!("the tunnel keeps its MTU: {e:#}");
+                    return Ok(());
+                }
+                Err(e) => return Err(e),
+            }
         }
         let Some(mtu) = self.underlay.as_ref().map(tunnel::mtu) else { return Ok(()) };
         let ipv6 = sysctl::ipv6()? && mtu >= tunnel::IPV6_MIN_MTU;
