@@ -1,6 +1,8 @@
 # What a person runs is what CI runs (.ci/run). Each target sets up what it needs: Rust aside, a fresh Debian or Ubuntu
 # is enough. Tests and demo build network namespaces, for which they become root by sudo if they are not.
 
+# For PIPESTATUS.
+SHELL := /bin/bash
 CARGO ?= cargo
 ifneq ($(shell id -u),0)
 # Cargo builds as the user; only what it has built runs as root.
@@ -73,7 +75,9 @@ snapshots: setup
 
 test: setup apiserver
 	@rm -f target/*/tmp/not-run target/tmp/not-run
-	$(CARGO) test --locked $(AS_ROOT) --no-fail-fast; code=$$?; tests/not-run.sh; exit $$code
+	@mkdir -p target
+	$(CARGO) test --locked $(AS_ROOT) --no-fail-fast 2>&1 | tee target/test.log; code=$${PIPESTATUS[0]}; \
+	  tests/not-run.sh; tests/failures.sh target/test.log; exit $$code
 
 # Against any cluster that nobody uses: tests/cluster/README.md.
 cluster-test:

@@ -182,6 +182,7 @@ impl Lab {
             "this test builds network namespaces and needs root: run `sudo -E cargo test` or `make test`"
         );
         let turn = turn::beside_others();
+        machine::watch();
         static SWEPT: Once = Once::new();
         SWEPT.call_once(leftovers::sweep);
         static NUMBER: AtomicU64 = AtomicU64::new(1);

@@ -1,8 +1,59 @@
-//! Packets that the machine itself lost: all namespaces share one queue a CPU between a veth's two ends, and one table
-//! of neighbours a family. A test that counts single packets must know.
+//! What the machine itself does to tests. It loses packets: all namespaces share one queue a CPU between a veth's two
+//! ends, and one table of neighbours a family. And it stalls: a processor that others use lets no thread run in time.
+//! A test that counts single packets or measures times must know.
 
+use std::cell::Cell;
 use std::fs;
 use std::io;
+use std::sync::{Mutex, MutexGuard, Once, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// How often the thread that notices stalls wants to run.
+const TICK: Duration = Duration::from_millis(5);
+/// A thread that runs this late is one of a busy machine, and no stall.
+const USUAL: Duration = Duration::from_millis(20);
+/// After so long a stall nothing can be said of a packet that was not answered in time.
+const STANDSTILL: Duration = Duration::from_millis(200);
+
+/// The ends of stalls, and how long each was.
+static STALLS: Mutex<Vec<(Instant, Duration)>> = Mutex::new(Vec::new());
+
+thread_local! {
+    /// When this thread's test began.
+    static BEGIN: Cell<Option<Instant>> = const { Cell::new(None) };
+}
+
+/// Begins to notice stalls for the test of this thread.
+pub fn watch() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| drop(thread::spawn(notice_stalls)));
+    BEGIN.set(Some(Instant::now()));
+}
+
+/// The longest time for which a thread that wanted to run could not, since this thread's test began.
+pub fn longest_stall() -> Duration {
+    BEGIN.get().map_or(Duration::ZERO, longest_stall_since)
+}
+
+fn longest_stall_since(begin: Instant) -> Duration {
+    stalls().iter().filter(|(end, _)| *end >= begin).map(|(_, stall)| *stall).max().unwrap_or_default()
+}
+
+fn stalls() -> MutexGuard<'static, Vec<(Instant, Duration)>> {
+    STALLS.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn notice_stalls() {
+    loop {
+        let begin = Instant::now();
+        thread::sleep(TICK);
+        let late = begin.elapsed().saturating_sub(TICK);
+        if late > USUAL {
+            stalls().push((Instant::now(), late));
+        }
+    }
+}
 
 /// How many packets found one of them full, since the machine started: `softnet_stat`'s second column
 /// (`softnet_seq_show`, net/core/net-procfs.c; the limit is `net.core.netdev_max_backlog`), and the last of
@@ -20,12 +71,12 @@ fn column(file: &str, number: usize) -> u64 {
     text.lines().filter_map(|l| u64::from_str_radix(l.split_whitespace().nth(number)?, 16).ok()).sum()
 }
 
-/// Asks, and asks again if there was no answer while the machine was losing packets.
+/// Asks, and asks again if there was no answer while the machine was losing packets or stood still.
 pub fn asked<T>(mut ask: impl FnMut() -> io::Result<T>) -> io::Result<T> {
     for _ in 0..5 {
-        let before = dropped();
+        let (begin, before) = (Instant::now(), dropped());
         match ask() {
-            Err(_) if dropped() > before => {}
+            Err(_) if dropped() > before || longest_stall_since(begin) > STANDSTILL => {}
             answer => return answer,
         }
     }
