@@ -1,4 +1,4 @@
-//! A table as it should be ([`Table`]) and as it is ([`Held`]).
+//! A table as desired ([`Table`]) and as observed in the kernel ([`Held`]).
 
 pub use super::elements::{Bytes, Data, Elements, Key};
 
@@ -10,7 +10,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::sync::Arc;
 
-/// Family and name.
+/// The family and name of a table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct TableName {
     /// `NFPROTO_INET`, `NFPROTO_NETDEV`, `NFPROTO_IPV4` or `NFPROTO_IPV6`.
@@ -19,38 +19,39 @@ pub struct TableName {
     pub name: &'static str,
 }
 
-/// A table as it should be.
+/// A desired table.
 #[derive(Clone, Debug, Default)]
 pub struct Table {
-    /// Chains by name. They are shared, so that one that did not change is not written again.
+    /// Chains by name. They are shared, so that an unchanged chain is not written again.
     pub chains: BTreeMap<Arc<str>, Arc<Chain>>,
-    /// Sets and maps by name. The elements are shared, so that what did not change is not compared.
+    /// Sets and maps by name. Their elements are shared, so that unchanged lists are not compared.
     pub sets: BTreeMap<SetName, Set>,
     /// Named counters.
     pub counters: BTreeSet<&'static str>,
-    /// Whether this socket owns it in any case, and it goes with the socket (Linux 5.12).
+    /// Whether this socket owns the table even where tables cannot persist without an owner, so that the table ends
+    /// with the socket (Linux 5.12).
     pub ends_with_socket: bool,
 }
 
-/// Most sets are always there and have one name.
+/// A set's name. Most sets always exist and have a constant name.
 pub type SetName = Cow<'static, str>;
 
 /// A chain: its hook, if it has one, and its rules.
 pub struct Chain {
     hook: Option<Hook>,
-    /// Most chains are written once, and a node has one for each pod: once written, what the rules are made of takes
-    /// a tenth of what they do.
+    /// Makes the rules. A node has one chain for each pod, and most are written once. What the rules are made from
+    /// takes a tenth of the rules' memory.
     make: Box<dyn Fn() -> Vec<Rule> + Send + Sync>,
     hashes: Box<[u64]>,
 }
 
 impl Chain {
-    /// A chain that packets enter by `hook`, or, without one, from other chains only.
+    /// A chain that packets enter by `hook`, or only from other chains if there is none.
     pub fn new(hook: Option<Hook>, rules: Vec<Rule>) -> Self {
         Chain::of(hook, move || rules.clone())
     }
 
-    /// The same, of rules that are made whenever they are written, the same ones each time.
+    /// The same, with rules that `make` computes whenever they are written. It must return the same rules each time.
     pub fn of(hook: Option<Hook>, make: impl Fn() -> Vec<Rule> + Send + Sync + 'static) -> Self {
         let mut buffer = Vec::with_capacity(1024);
         let hashes = make().iter().map(|rule| rule.hash(&mut buffer)).collect();
@@ -74,18 +75,18 @@ impl fmt::Debug for Chain {
     }
 }
 
-/// Where a base chain stands.
+/// Where a base chain is attached.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Hook {
     /// `filter` or `nat`.
     pub kind: String,
-    /// See [`hook`].
+    /// A number of [`hook`].
     pub number: u32,
-    /// Lower comes first.
+    /// Chains with lower priorities come first.
     pub priority: i32,
-    /// Whether the packet is dropped that no rule decides on.
+    /// Whether a packet is dropped if no rule decides on it.
     pub drop: bool,
-    /// For ingress and egress hooks: the interface.
+    /// The interface, for ingress and egress hooks.
     pub device: Option<String>,
 }
 
@@ -106,9 +107,9 @@ pub mod hook {
 /// A set, or a map if it has data.
 #[derive(Clone, Debug)]
 pub struct Set {
-    /// What it is.
+    /// Its type.
     pub kind: SetKind,
-    /// What is in it.
+    /// Its elements.
     pub elements: Arc<Elements>,
 }
 
@@ -123,13 +124,13 @@ pub struct SetKind {
     pub interval: bool,
     /// Whether each element counts packets and bytes.
     pub counter: bool,
-    /// Whether it is written once, and what is in it never changes: of a set that a rule looks at the kernel lets nobody
-    /// take an element away, or add one (`nf_tables_delsetelem`, `nf_tables_newsetelem`).
+    /// Whether the content never changes. The kernel refuses to add or remove an element of such a set while a rule
+    /// uses it (`nf_tables_delsetelem`, `nf_tables_newsetelem`).
     pub constant: bool,
 }
 
-/// Types as `nft(8)` numbers them (its include/datatype.h: `enum datatypes`), so that it can print them; and their
-/// lengths, which are all that the kernel looks at.
+/// The types of keys and values. The numbers are those of `nft(8)` (its include/datatype.h: `enum datatypes`), which
+/// needs them for printing. The kernel only looks at the lengths.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DataType {
     /// An IPv4 address.
@@ -188,7 +189,7 @@ impl DataType {
         }
     }
 
-    /// Its length in bytes.
+    /// The length in bytes.
     #[allow(clippy::len_without_is_empty, reason = "a type is not a container")]
     pub fn len(self) -> u32 {
         match self {
@@ -203,7 +204,7 @@ impl DataType {
         }
     }
 
-    /// In bytes, the fields of a type whose ranges are ranges of each field.
+    /// The lengths in bytes of the fields, for a type whose ranges are ranges of each field.
     pub fn fields(self) -> &'static [u32] {
         match self {
             DataType::Ipv4Protocol => &[4, 1],
@@ -215,7 +216,7 @@ impl DataType {
     }
 }
 
-/// A table as it is in the kernel: of the rules only their hashes.
+/// An observed table. Of its rules it holds only the hashes.
 #[derive(Clone, Debug, Default)]
 pub struct Held {
     /// Whether the table exists.
@@ -232,19 +233,19 @@ pub struct Held {
     pub counters: BTreeSet<Cow<'static, str>>,
 }
 
-/// A chain of which the kernel does not hold what it should.
+/// A chain that is not in the kernel as desired.
 #[derive(Clone, Copy, Debug)]
 pub struct Unlike<'a> {
     /// Its name.
     pub name: &'a str,
-    /// As it is; `None`: it is not there.
+    /// The observed chain, or `None` if it does not exist.
     pub held: Option<&'a ObservedChain>,
-    /// As it should be; `None`: it should not be there.
+    /// The desired chain, or `None` if it should not exist.
     pub wanted: Option<&'a Arc<Chain>>,
 }
 
 impl Held {
-    /// Whether it has the chains and sets of another one.
+    /// Whether both tables have the same chains and sets.
     pub fn is_like(&self, other: &Held) -> bool {
         let same_chain = |(a, b): (&ObservedChain, &ObservedChain)| a.hook() == b.hook() && a.hashes() == b.hashes();
         let same_set = |(a, b): (&HeldSet, &HeldSet)| Arc::ptr_eq(&a.elements, &b.elements) || a.elements == b.elements;
@@ -256,7 +257,7 @@ impl Held {
 
     /// The chains that are not as in `wanted`, by name.
     pub fn unlike<'a>(&'a self, wanted: &'a Table) -> impl Iterator<Item = Unlike<'a>> {
-        // Both are sorted: a node has some hundred chains, and all but one or two are as they were.
+        // Both maps are sorted. A node has some hundred chains, and usually all but one or two are unchanged.
         let (mut held, mut wanted) = (self.chains.iter().peekable(), wanted.chains.iter().peekable());
         let all = std::iter::from_fn(move || {
             let order = match (held.peek(), wanted.peek()) {
@@ -273,17 +274,17 @@ impl Held {
     }
 }
 
-/// A chain in the kernel.
+/// An observed chain.
 #[derive(Clone, Debug)]
 pub enum ObservedChain {
-    /// As it was read.
+    /// A chain that was read from the kernel.
     Read {
         /// Its hook.
         hook: Option<Hook>,
-        /// Hashes of its rules, in order; 0 for a rule that this crate did not write.
+        /// The hashes of its rules, in order; 0 for a rule that this crate did not write.
         hashes: Vec<u64>,
     },
-    /// As it was written.
+    /// A chain that this crate wrote.
     Written(Arc<Chain>),
 }
 
@@ -301,7 +302,7 @@ impl ObservedChain {
         !self.hashes().is_empty()
     }
 
-    /// Whether it is `chain`.
+    /// Whether the observed chain is the same as `chain`.
     pub fn is(&self, chain: &Arc<Chain>) -> bool {
         match self {
             ObservedChain::Written(held) if Arc::ptr_eq(held, chain) => true,
@@ -322,7 +323,7 @@ impl ObservedChain {
     }
 }
 
-/// A set in the kernel.
+/// An observed set.
 #[derive(Clone, Debug)]
 pub struct HeldSet {
     /// `NFTA_SET_FLAGS`
@@ -336,7 +337,7 @@ pub struct HeldSet {
 }
 
 impl SetKind {
-    /// Of single keys that come and go, and count nothing.
+    /// A kind with single keys, without counters, whose elements may change.
     pub const fn plain(key: DataType, data: Option<DataType>) -> Self {
         SetKind { key, data, interval: false, counter: false, constant: false }
     }
@@ -359,12 +360,12 @@ impl SetKind {
         flags
     }
 
-    /// Whether its keys are ranges of each of several fields. Then the data of a key is the last of its range.
+    /// Whether keys are ranges of each of several fields. Then the data of a key is the last value of its range.
     pub fn is_of_fields(self) -> bool {
         self.interval && !self.key.fields().is_empty()
     }
 
-    /// Whether a set in the kernel is of this kind.
+    /// Whether an observed set is of this kind.
     pub fn is(self, held: &HeldSet) -> bool {
         // The kernel adds NFT_SET_EXPR by itself where elements have counters.
         held.flags & !NFT_SET_EXPR == self.flags()

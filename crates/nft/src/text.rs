@@ -1,4 +1,5 @@
-//! Tables in nft's own syntax, as `nft -s list table` prints them. Chains stand in the order in which a packet meets them.
+//! Tables in nft's own syntax, as `nft -s list table` prints them. Chains are in the order in which a packet meets
+//! them.
 
 use super::elements::Bytes;
 use super::rule::WayOn;
@@ -10,9 +11,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::{Display, Formatter, Result};
 use std::net::IpAddr;
 
-/// How long a line of elements may be.
+/// How many characters of elements one line holds.
 const LINE: usize = 110;
-/// What nft calls priorities, with the only hook that each is for. Others are told by the nearest name, up to ten away.
+/// nft's names of priorities, with the hook if a name is for one hook only. nft prints a priority that is at most ten
+/// away from a named one by that name.
 const PRIORITIES: [(&str, i32, Option<u32>); 6] = [
     ("raw", -300, None),
     ("mangle", -150, None),
@@ -22,11 +24,11 @@ const PRIORITIES: [(&str, i32, Option<u32>); 6] = [
     ("srcnat", 100, Some(hook::POSTROUTING)),
 ];
 
-/// A table to be printed.
+/// A table with what is needed to print it.
 pub struct Listing<'a> {
-    /// Its name.
+    /// Family and name.
     pub name: TableName,
-    /// What is in it.
+    /// The content.
     pub table: &'a Table,
     /// The names of interfaces, by index.
     pub interfaces: &'a BTreeMap<u32, String>,
@@ -55,9 +57,10 @@ impl Display for Listing<'_> {
 }
 
 impl<'a> Listing<'a> {
-    /// Base chains by hook and priority, each with the chains behind it; at last those that nothing leads to.
+    /// Base chains by hook and priority, each followed by the chains to which it leads. Chains to which no rule leads
+    /// come last.
     fn order(&self) -> Vec<&'a str> {
-        // A packet meets ingress chains before prerouting, whatever their number.
+        // A packet meets ingress chains before prerouting, although their hook number is higher.
         let place = |hook: &Hook| ((hook.number + 1) % (hook::INGRESS + 1), hook.priority);
         let chains = &self.table.chains;
         let mut bases: Vec<(_, &str)> =
@@ -153,12 +156,12 @@ impl<'a> Listing<'a> {
         elements.iter().map(of).collect()
     }
 
-    /// Each field of a value, or of a range of each.
+    /// All fields of a value, joined. If `last` differs from `first`, each field is a range.
     fn fields(&self, type_: DataType, first: Bytes, last: Bytes) -> String {
         let (mut first, mut last) = (first.as_slice(), last.as_slice());
         let mut texts = Vec::new();
         for (field, len) in parts(type_) {
-            // Each fills whole registers of four bytes; of the last, the value may end before.
+            // Each field fills whole registers of four bytes. The last field may end before its register does.
             let take = |from: &mut &[u8]| -> Vec<u8> {
                 let (field, rest) = from.split_at(len.next_multiple_of(4).min(from.len()));
                 *from = rest;
@@ -201,7 +204,8 @@ impl<'a> Listing<'a> {
     }
 }
 
-/// The last address of a range, of which the end is told by the first one behind it. Without an end it is the last of all.
+/// The last address of a range, from the first address after it. A range without an end reaches to the last address
+/// of all.
 fn last_before(first: &Key, end: Option<Key>) -> IpAddr {
     match (address(first.bytes.as_slice()), end.map(|end| address(end.bytes.as_slice()))) {
         (_, Some(IpAddr::V4(end))) => IpAddr::V4((u32::from(end) - 1).into()),
@@ -211,7 +215,7 @@ fn last_before(first: &Key, end: Option<Key>) -> IpAddr {
     }
 }
 
-/// An address, a network, or a range that is none.
+/// An address, or a network, or a range that is not a network.
 fn range_text(first: IpAddr, last: IpAddr) -> String {
     let (from, to, bits) = match (first, last) {
         (IpAddr::V4(a), IpAddr::V4(b)) => (u128::from(u32::from(a)), u128::from(u32::from(b)), 32),
@@ -264,7 +268,7 @@ fn parts(type_: DataType) -> &'static [(Part, usize)] {
     }
 }
 
-/// What nft calls a type.
+/// nft's name of a type.
 fn type_name(type_: DataType) -> String {
     if type_ == DataType::Verdict {
         return "verdict".to_owned();

@@ -1,8 +1,8 @@
-//! What policies list, as sets, and the rules that look into them.
+//! The sets of destinations that policies list, and the rules that look packets up in them.
 //!
-//! The sets are constant, and named after what is in them: another list is another set. So the kernel itself keeps
-//! everybody, `nft` included, from taking an element out of one that a rule looks at: it would be a hole in what the
-//! policy covers, for what is in no set passes.
+//! The sets are constant, and named after their content: another list is another set. The kernel then refuses to
+//! remove an element from a set that a rule uses, also for `nft`. A removed element would open a hole in what the
+//! policy covers, because a packet that is in no set passes.
 
 use crate::api::Protocol;
 use crate::model::AddressRange;
@@ -15,7 +15,7 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::Arc;
 
-/// The kinds of sets, of IPv4 and of IPv6.
+/// The kinds of sets.
 #[derive(Clone, Copy)]
 pub(super) enum Kind {
     /// Networks.
@@ -37,7 +37,7 @@ fn name(kind: Kind, at: usize, shape: &Shape) -> String {
     format!("{kind}-{}", shape.name)
 }
 
-/// Which sets a list has.
+/// The sets that a list has: kind, and index of the family.
 fn sets_of(shape: &Shape) -> impl Iterator<Item = (Kind, usize)> {
     let of = |kind, at: usize| match kind {
         Kind::Whole => shape.whole[at],
@@ -47,7 +47,7 @@ fn sets_of(shape: &Shape) -> impl Iterator<Item = (Kind, usize)> {
     [0, 1].into_iter().flat_map(|at| KINDS.map(|kind| (kind, at))).filter(move |(kind, at)| of(*kind, *at))
 }
 
-/// Adds a list's sets to `sets`; those that there were `before` are taken over.
+/// Adds a list's sets to `sets`. Sets that exist in `before` are reused.
 pub(super) fn add_sets(covers: &Covers, before: Option<&BTreeMap<SetName, Set>>, sets: &mut BTreeMap<SetName, Set>) {
     let mut lookups = None;
     for (kind, at) in sets_of(covers.shape()) {
@@ -84,18 +84,18 @@ fn set_of(kind: Kind, at: usize, lookups: &Lookups) -> Set {
     Set { kind, elements: Arc::new(elements) }
 }
 
-/// Where a range begins, and where it has ended.
+/// The two elements of a range: its first address, and the first address after it.
 fn bounds(range: AddressRange) -> impl Iterator<Item = (Key, Data)> {
     let end = networks::next(range.last).map(|end| Key { bytes: end.into(), end: true });
     std::iter::once(range.first.into()).chain(end).map(|key| (key, Data::None))
 }
 
-/// The first and the last of a range of several fields.
+/// One element for a range of several fields: the first and the last value.
 fn of_fields([first, last]: [Bytes; 2]) -> (Key, Data) {
     (first.into(), Data::Value(last))
 }
 
-/// An address, a protocol and perhaps a port, each filled up to whole registers of four bytes.
+/// An address, a protocol and perhaps a port, each padded to whole registers of four bytes.
 fn fields(address: IpAddr, protocol: Protocol, port: Option<u16>) -> Bytes {
     let mut all = Bytes::from(address).as_slice().to_vec();
     all.extend([protocol.number(), 0, 0, 0]);
@@ -105,15 +105,15 @@ fn fields(address: IpAddr, protocol: Protocol, port: Option<u16>) -> Bytes {
     all.as_slice().into()
 }
 
-/// A way to look a packet up in what a policy covers.
+/// One look-up of a packet in what a policy covers.
 pub(super) enum Lookup {
-    /// Everything is covered.
+    /// No look-up: the policy covers everything.
     Everything,
     InSet(Kind, Family, String),
 }
 
 impl Lookup {
-    /// The rule, for what is covered.
+    /// Appends the condition that the packet is covered.
     pub(super) fn append_to(&self, rule: Rule) -> Rule {
         match self {
             Lookup::Everything => rule,
@@ -124,7 +124,7 @@ impl Lookup {
     }
 }
 
-/// All ways to look it up: what is found by one of them is covered.
+/// All look-ups of a list. A packet that one of them finds is covered.
 pub(super) fn lookups(covers: &Covers) -> Vec<Lookup> {
     if covers.is_empty() {
         return vec![Lookup::Everything];

@@ -1,7 +1,7 @@
-//! The chains that are the same on every node. Each rule costs every packet that comes to it, so what most packets have
-//! nothing to do with is a chain of its own, behind one rule; and the packets of established connections, which are
-//! most, are accepted by the first rules of a chain, each by one that says all that must be true of them. A rule like
-//! that is never what blocks: whoever takes it away sends its packets down the longer way.
+//! The chains that are the same on every node. Each rule costs time for every packet that comes to it. So what
+//! concerns few packets is in a chain of its own, behind one rule. Packets of established connections are the most
+//! frequent; the first rules of each chain accept them, each with one rule that checks everything about them. Such a
+//! rule only saves time and never blocks: without it, its packets take the longer way.
 
 use super::pods::{direct, without_address};
 use super::sets::PORT_BITS;
@@ -15,20 +15,21 @@ use egret_nft::table::{Chain, hook};
 use egret_nft::uapi::*;
 use std::net::IpAddr;
 
-/// What VXLAN's group-based policy carries of a mark. In a request it is the allocation id, in a reply a peer's index with
-/// bit 15 set, which is no allocation.
+/// The bits of a mark that VXLAN's group-based policy carries: in a request the egress ID, in a reply a peer's index
+/// with bit 15 set, which is no egress ID.
 const WIRE_MASK: u32 = 0xffff;
-/// Before the masquerade of any CNI: kindnet's is at 90. All chains of this type run at one place of the hook, and their
-/// priorities order them among each other; it must be above connection tracking's own, -200 (`nft_chain_parse_hook`,
-/// net/netfilter/nf_tables_api.c).
+/// Before the masquerade of any CNI: kindnet's is at 90. All chains of the type nat run at one place of the hook, and
+/// their priority orders them among each other. It must be above the priority of connection tracking, -200
+/// (`nft_chain_parse_hook`, net/netfilter/nf_tables_api.c).
 const SRCNAT: i32 = -190;
-/// Behind `output`, and before connection tracking: only what the kernel itself has made for a connection has one then.
+/// After the chain `output` and before connection tracking. Here only packets that the kernel itself made for a
+/// connection have a connection.
 const ERRORS: i32 = -299;
-/// What nobody has forwarded.
+/// The hop limit of a packet that was not forwarded.
 const HOP_LIMIT: u8 = 255;
 
-/// All of them but the tunnel device's, by name; `local` is this node's end of the tunnel, `port_log` whether the kernel can
-/// log packets.
+/// All chains of the table inet except pods' and policies', by name. `local` is this node's tunnel address;
+/// `port_log` says whether the kernel can log packets.
 pub(super) fn chains(marks: Marks, local: Option<IpAddr>, port_log: bool) -> Vec<(&'static str, Chain)> {
     let at = |number, priority| base("filter", number, priority);
     vec![
@@ -60,29 +61,30 @@ pub(super) fn chains(marks: Marks, local: Option<IpAddr>, port_log: bool) -> Vec
     ]
 }
 
-/// Tunnel packets between nodes need no connection tracking, nor do nodes' questions whether others live. Only nodes may
-/// speak to the tunnel, for the allocation id that a packet carries is believed.
+/// Takes tunnel packets between nodes and liveness probes out of connection tracking. Only nodes may send tunnel
+/// packets, because the egress ID in a packet is trusted.
 fn raw(local: Option<IpAddr>) -> Vec<Rule> {
     let between_nodes = between_nodes(tunnel_packet, local).into_iter().map(|rule| rule.notrack().accept());
     let echo = echo().map(|rule| rule.iif_group(DEVICE_GROUP).notrack());
     [not_ours()].into_iter().chain(between_nodes).chain(echo).collect()
 }
 
-/// Tunnel packets from a node's end of the tunnel straight to this one's, or to another's for which this node routes.
+/// Tunnel packets that come straight from a node's tunnel address, to this node's one or to that of another node for
+/// which this node routes.
 ///
-/// An address is easily forged: they come in by an interface that has this end's address, or by the one that leads to
-/// the node; a pod's does neither, whatever reverse-path filtering there is (IPv6 has none). Not only the latter: nodes
-/// with several interfaces may answer by another one.
+/// An address is easily forged, so the interface must fit too. It has the local tunnel address, or it leads to the
+/// sender. A pod's veth does neither, whatever the reverse-path filter (IPv6 has none). The second condition alone is
+/// not enough: nodes with several interfaces may answer by another one.
 fn between_nodes(packet: impl Fn() -> Rule, local: Option<IpAddr>) -> Vec<Rule> {
     let Some(local) = local else { return vec![] };
     let (at, ip) = if local.is_ipv4() { (0, Family::V4) } else { (1, Family::V6) };
     let here = || packet().daddr_in(local.into()).saddr_in_set(ip, set::TUNNEL[at]);
     let routed = |nodes| packet().daddr_in_set(ip, set::TUNNEL[at]).saddr_in_set(ip, nodes).back_by_iif();
-    // Ordinary nodes know only gateways' ends of the tunnel, but all nodes' addresses.
+    // Ordinary nodes know the tunnel addresses of gateway nodes only, but the addresses of all nodes.
     vec![here().daddr_type_at_iif(RTN_LOCAL), here().back_by_iif(), routed(set::HOSTS[at]), routed(set::TUNNEL[at])]
 }
 
-/// Nodes' questions whether others live, and the answers: the kernel's own, and never forwarded.
+/// Liveness probes and their replies. The kernel answers them, and nobody forwards them.
 fn echo() -> impl Iterator<Item = Rule> {
     let both = |health| [(ICMPV6_ECHO_REQUEST, PROBER, health), (ICMPV6_ECHO_REPLY, health, PROBER)];
     [HEALTH, UPLINK_HEALTH].into_iter().flat_map(both).map(|(kind, from, to)| {
@@ -91,7 +93,7 @@ fn echo() -> impl Iterator<Item = Rule> {
     })
 }
 
-/// Neither a tunnel packet nor a question: most packets are not.
+/// Accepts TCP early: most packets are neither tunnel packets nor probes.
 fn not_ours() -> Rule {
     Rule::new().l4(protocol::TCP).accept()
 }
@@ -102,28 +104,28 @@ fn tunnel_packet() -> Rule {
 
 fn output(marks: Marks) -> Vec<Rule> {
     let echo = echo().map(|rule| rule.oif_group(DEVICE_GROUP).notrack().set_mark(marks.connection(0)));
-    // The outer packet inherits the inner one's mark, which would route it into the tunnel again. By it the tunnel
-    // device's packets are known from those of sockets: a mark takes CAP_NET_ADMIN, or CAP_NET_RAW (Linux 5.17). What goes
-    // into the tunnel with such a mark is handed over.
+    // The outer packet inherits the inner one's mark, which would route it into the tunnel again. This mark also
+    // distinguishes the tunnel device's packets from those of sockets, because setting a mark takes CAP_NET_ADMIN or
+    // CAP_NET_RAW (Linux 5.17). A packet into the tunnel with such a mark is one of a handover.
     let inherits = tunnel_packet().mark(marks.connection_mask(), marks.connection(0)).oif_group_not(DEVICE_GROUP);
     let outer = inherits.set_mark(0).notrack().accept();
-    // An egress address is an address of its owner's, to which any process there can bind a socket.
+    // An egress IP is an address of its owner node, where any process can bind a socket to it.
     let egress = |(at, ip)| Rule::new().saddr_in_set(ip, set::EGRESS[at]).by_process().counter(counter::SPOOFED).drop();
     let egress = Family::BOTH.into_iter().enumerate().map(egress);
     let rest = [not_ours(), tunnel_packet().goto("output-tunnel")].into_iter().chain(echo);
     [outer].into_iter().chain(egress).chain(rest).collect()
 }
 
-/// This node's own ICMP errors about what servers have sent to its pods (a pod's MTU is below the tunnel's, say) go the
-/// connection's way: its allocation's owner translates what they quote, which is the pod's address here and means nothing to the
-/// server. `nf_ct_attach` gives them the connection (`icmp_glue_bits`, `icmpv6_getfrag`); a process's packet has none yet.
-/// Packets without a connection end at the first expression.
+/// Routes this node's own ICMP errors about servers' packets to its pods the way of the connection, for example if a
+/// pod's MTU is below the tunnel's. The allocation's owner translates what they quote: the pod's address means
+/// nothing to the server. `nf_ct_attach` gives them the connection (`icmp_glue_bits`, `icmpv6_getfrag`); a process's
+/// packet has none yet. Packets without a connection end at the first expression.
 fn errors(marks: Marks) -> Vec<Rule> {
     let of_allocation = Rule::new().ct_mark(marks.connection_kind_mask(), marks.connection(0)).ct_original();
     vec![of_allocation.ct_state(CT_STATE_RELATED).set_mark_by_ct_mark(set::EGRESS_ID_OUT)]
 }
 
-/// Without such a mark: what a process has sent is none of this node's tunnel packets. The kernel's own may be.
+/// Tunnel packets without a connection mark. A process must not send them; the kernel may.
 fn output_tunnel() -> Vec<Rule> {
     let to_node = |(at, ip)| Rule::new().daddr_in_set(ip, set::TUNNEL[at]);
     let each = || Family::BOTH.into_iter().enumerate().map(to_node);
@@ -131,11 +133,12 @@ fn output_tunnel() -> Vec<Rule> {
     forged.chain(each().map(|rule| rule.set_mark(0).notrack())).collect()
 }
 
-/// After connection tracking and destination NAT: a Service's address is already its backend's.
+/// Decides on every packet, after connection tracking and destination NAT: a Service's address is already its
+/// backend's.
 fn prerouting(marks: Marks, local: Option<IpAddr>) -> Vec<Rule> {
     let allocation = marks.connection(0);
-    // Others untrack, too: that a packet is untracked does not make it a node's. What is tracked may have been sent
-    // elsewhere, and here by a Service.
+    // Other programs take packets out of connection tracking too, so an untracked packet is not a node's for that
+    // reason. A tracked packet may have been sent to a Service whose backend is here.
     let untracked = || tunnel_packet().ct_state(CT_STATE_UNTRACKED);
     let tunnel = between_nodes(untracked, local).into_iter().map(Rule::accept);
     let unmarked = |rule: Rule| rule.mark_not(marks.pod_mark_mask(), marks.pod_mark_kind());
@@ -147,7 +150,7 @@ fn prerouting(marks: Marks, local: Option<IpAddr>) -> Vec<Rule> {
         of_allocation(marks).set_mark_by_ct_mark(set::EGRESS_ID_OUT).accept(),
         // On a gateway: a server's reply to another node's pod.
         reply_to_peer(marks),
-        // Most packets of a node are none of Egret's, and no tunnel packets either.
+        // Most packets of a node are neither Egret's nor tunnel packets.
         unmarked(others().dport_not(TUNNEL_PORT)).accept(),
     ];
     let after = [
@@ -156,51 +159,52 @@ fn prerouting(marks: Marks, local: Option<IpAddr>) -> Vec<Rule> {
         tunnel_packet().jump("foreign"),
         Rule::new().ct_state(CT_STATE_NEW | CT_STATE_INVALID).jump("unsolicited"),
         unmarked(Rule::new()).jump("unmarked"),
-        // What has got its pod mark back.
+        // Packets to which the chain `unmarked` gave the pod mark back.
         tracked(),
         left_alone(others(), marks),
         Rule::new().ct_state(CT_STATE_RELATED).goto("related"),
-        // By the pod mark to the pod's policy chain.
+        // The pod mark leads to the pod's policy chain.
         Rule::new().vmap_by_mark(marks.kind_and_index_mask(), set::PODS),
         Rule::new().counter(counter::BLOCKED).drop(),
     ];
     before.into_iter().chain(tunnel).chain(after).collect()
 }
 
-/// A connection that was there before its pod had a policy is left alone; so is an answer of the pod's.
+/// Accepts without an allocation: a connection that is older than the pod's policy, or a pod's reply.
 fn left_alone(rule: Rule, marks: Marks) -> Rule {
     rule.clear_mark(!marks.kind_and_index_mask()).accept()
 }
 
-/// A packet that the pod of a connection with an allocation has sent. Others on the node can send packets with the same
-/// addresses and ports, which connection tracking takes for the connection's: it is the pod mark that says whose a packet is,
-/// for the pod's own veth gives it, and only to the pod's own addresses. An ICMP error may be about any connection.
+/// A packet with an allocation that the connection's own pod sent. Other pods on the node can send packets with the
+/// same addresses and ports, which connection tracking takes for the connection's. The pod mark identifies the
+/// sender: the pod's own veth sets it, for the pod's own addresses only. ICMP errors are excluded, because they may
+/// quote any connection.
 fn of_allocation(marks: Marks) -> Rule {
     let marked =
         Rule::new().mark(marks.pod_mark_mask(), marks.pod_mark_kind()).ct_state(CT_STATE_NEW | CT_STATE_ESTABLISHED);
     marked.ct_original().ct_mark(marks.connection_kind_mask(), marks.connection(0))
 }
 
-/// What belongs to a connection of Egret's: of its packets whose allocation goes nowhere, of errors and of answers. What its
-/// pod has not sent returns.
+/// Packets of Egret's connections that the first rules of `prerouting` did not accept: those of an allocation that is
+/// not ready, errors and replies. Packets that the connection's pod did not send return.
 fn tracked(marks: Marks) -> Vec<Rule> {
     let (kind, allocation) = (marks.connection_kind_mask(), marks.connection(0));
     let of_peer = || Rule::new().ct_original().ct_mark(kind, marks.connection_of_peer(0));
     vec![
         Rule::new().mark(marks.pod_mark_mask(), marks.pod_mark_kind()).jump("tracked-marked"),
-        // A server's answer to this node's pod.
+        // A server's reply to this node's pod.
         left_alone(
             Rule::new().mark_not(marks.pod_mark_mask(), marks.pod_mark_kind()).ct_reply().ct_mark(kind, allocation),
             marks,
         ),
-        // On a gateway: a connection that a helper has foreseen, from a server to another node's pod.
+        // On a gateway: a connection that a helper expected, from a server to another node's pod.
         of_peer().ct_expected_and_dnat().set_mark(marks.reply()).accept(),
-        // The connection of another node's pod, whose packets come out of the tunnel.
+        // A connection of another node's pod. Its packets come from the tunnel, so this one is forged.
         of_peer().counter(counter::SPOOFED).drop(),
     ]
 }
 
-/// The same, of packets that a selected pod has sent.
+/// The part of `tracked` for packets that a selected pod has sent.
 fn tracked_marked(marks: Marks) -> Vec<Rule> {
     let (kind, allocation) = (marks.connection_kind_mask(), marks.connection(0));
     let related = |(at, ip)| {
@@ -211,17 +215,18 @@ fn tracked_marked(marks: Marks) -> Vec<Rule> {
     known.into_iter().chain(Family::BOTH.into_iter().enumerate().map(related)).collect()
 }
 
-/// A pod's answer in a connection that the other end began: a helper has foreseen it (active FTP), and it has the allocation of
-/// the connection in which it was agreed on.
+/// A pod's reply in a connection that the server began and a helper expected (active FTP). It uses the allocation of
+/// the parent connection.
 fn of_expected(marks: Marks) -> Rule {
     let marked = Rule::new().mark(marks.pod_mark_mask(), marks.pod_mark_kind()).ct_state(CT_STATE_ESTABLISHED);
     marked.ct_reply().ct_mark(marks.connection_kind_mask(), marks.connection(0))
 }
 
-/// A selected pod's ICMP error, or the first packet of a connection that a helper has foreseen: about a connection that
-/// the pod is an end of and that has no allocation, it goes where that goes. That it is for the other end is made sure of by
-/// the kernel (`nf_conntrack_inet_error`, Linux 5.1); that it is about the pod's own connection is not: the pod writes
-/// what the error is about, and with another's connection it would leave with that one's translation.
+/// A selected pod's ICMP error, or the first packet of a connection that a helper expected. If it is about a
+/// connection of the pod without an allocation, it goes where the connection goes. The kernel makes sure that it is
+/// addressed to the other end (`nf_conntrack_inet_error`, Linux 5.1). It does not make sure that the connection is
+/// the pod's: the pod writes what the error quotes. With another pod's connection, the packet would get that
+/// connection's translation.
 fn related(marks: Marks) -> Vec<Rule> {
     let mask = marks.kind_and_index_mask();
     let others = || Rule::new().ct_mark_not(marks.connection_mask(), marks.connection(0));
@@ -236,14 +241,15 @@ fn related(marks: Marks) -> Vec<Rule> {
     rules
 }
 
-/// Back through the tunnel, to the node whose request made the connection.
+/// A server's reply goes back through the tunnel, to the node whose request made the connection.
 fn reply_to_peer(marks: Marks) -> Rule {
     let of_peer = Rule::new().ct_reply().ct_mark(marks.connection_kind_mask(), marks.connection_of_peer(0));
     of_peer.set_mark(marks.reply()).accept()
 }
 
-/// Tunnel packets for a node that did not come from one, or not straight. The tunnel's socket takes what comes for any
-/// address of this node, and for everybody. After translation: an answer to a port that a masquerade has chosen is none.
+/// Drops tunnel packets that come from no node, or not straight from one. The tunnel's socket accepts packets to any
+/// address of this node, from everybody. This happens after translation, so that replies to a port that a masquerade
+/// has chosen are not hit.
 fn foreign() -> Vec<Rule> {
     let forwarded = |(at, ip)| Rule::new().daddr_in_set(ip, set::TUNNEL[at]).counter(counter::FOREIGN).drop();
     let here = [RTN_LOCAL, RTN_BROADCAST, RTN_ANYCAST, RTN_MULTICAST].map(|kind| Rule::new().daddr_type(kind));
@@ -251,9 +257,10 @@ fn foreign() -> Vec<Rule> {
     Family::BOTH.into_iter().enumerate().map(forwarded).chain(here).collect()
 }
 
-/// An answer to somebody whom this gateway does not know would reset a connection that has just come here from another
-/// gateway, and an entry in the connection table would take the port that it needs. An echo request takes none: it
-/// passes, where the gateway says so and the address is on this node.
+/// Drops packets to an egress IP that belong to no connection. An answer to a sender that this gateway does not know
+/// would reset a connection that has just moved here from another gateway. An entry in the connection table would
+/// occupy the port that this connection needs. An echo request needs no port: it passes if the gateway allows it and
+/// the address is on this node.
 fn unsolicited() -> Vec<Rule> {
     let asks = |ip| match ip {
         Family::V4 => Rule::new().l4(protocol::ICMP).icmp_type(ICMP_ECHO_REQUEST),
@@ -262,19 +269,20 @@ fn unsolicited() -> Vec<Rule> {
     let ping = |(at, ip)| asks(ip).daddr_in_set(ip, set::PING[at]).daddr_type(RTN_LOCAL).return_();
     let to_egress = |(at, ip)| Rule::new().daddr_in_set(ip, set::EGRESS[at]).counter(counter::UNSOLICITED).drop();
     let each = || Family::BOTH.into_iter().enumerate();
-    // The device should be of its group; if it is not, nothing new comes out of it.
+    // The tunnel device should be in its group. If it is not, no new connection is accepted from it.
     let arrived = Rule::new().iif(DEVICE).counter(counter::UNKNOWN).drop();
     each().map(ping).chain(each().map(to_egress)).chain([arrived]).collect()
 }
 
-/// What is new and has no pod mark. It may be a selected pod's all the same: others set whole marks, and what the CNI plugin
-/// `bandwidth` holds up comes back past the chain on the veth (`tc_skip_classify`, net/core/dev.c), and passes the one on the
-/// tunnel device by, too (`nf_skip_egress`): its tunnel next hop's MAC stays, which is nobody's. What gets its pod mark back returns.
+/// New packets without a pod mark. A selected pod may have sent such a packet all the same: other programs set whole
+/// marks, and packets that the CNI plugin `bandwidth` delays come back past the chain on the veth
+/// (`tc_skip_classify`, net/core/dev.c). They also bypass the chain on the tunnel device (`nf_skip_egress`), so they
+/// keep the tunnel next hop's MAC address, which no host has. Packets that get their pod mark back return.
 fn unmarked() -> Vec<Rule> {
     let selected = |(at, ip)| Rule::new().saddr_in_set(ip, set::SELECTED[at]).goto("mark-lost");
     let by_veth = Rule::new().set_mark_by_iif(set::VETHS).goto("marked-again");
-    // Anybody's, with an egress IP: it comes from its owner, by the interface that leads there. The kernel's own filtering
-    // may be off, or loose, and for IPv6 there is none.
+    // Any sender with an egress IP: the packet must come by the interface that leads to the owner. The kernel's
+    // reverse-path filter may be off or loose, and IPv6 has none.
     let forged =
         |(at, ip)| Rule::new().saddr_in_set(ip, set::POOLS[at]).not_back_by_iif().counter(counter::SPOOFED).drop();
     let each = || Family::BOTH.into_iter().enumerate();
@@ -282,7 +290,8 @@ fn unmarked() -> Vec<Rule> {
     rules.chain([Rule::new().accept()]).collect()
 }
 
-/// From a routed pod's veth: as in the chain that is there. Bridged pods' packets come from the bridge.
+/// From a routed pod's veth: the same decisions as in the chain on the veth. Bridged pods' packets come from the
+/// bridge.
 fn marked_again(marks: Marks) -> Vec<Rule> {
     let own = |(at, ip)| Rule::new().mark_and_saddr_in_set(marks.kind_and_index_mask(), ip, set::OWN[at]).return_();
     let own = Family::BOTH.into_iter().enumerate().map(own);
@@ -290,14 +299,15 @@ fn marked_again(marks: Marks) -> Vec<Rule> {
     own.chain(others).chain([Rule::new().counter(counter::SPOOFED).drop()]).collect()
 }
 
-/// An address is not enough to say whose a packet is, but enough to keep it inside.
+/// The source address alone does not prove which pod sent a packet, but it is enough to keep the packet in the
+/// cluster.
 fn mark_lost() -> Vec<Rule> {
     let lost = Rule::new().counter(counter::UNMARKED).drop();
     direct().map(Rule::accept).chain([lost]).collect()
 }
 
-/// What comes out of the tunnel: on a source node replies, on a gateway requests, and nodes' questions whether others
-/// live; anything else is dropped.
+/// Packets from the tunnel: replies on a source node, requests on a gateway, and liveness probes. Everything else is
+/// dropped.
 fn from_tunnel(marks: Marks) -> Vec<Rule> {
     let of_peer = Rule::new().ct_reply().ct_mark(marks.connection_kind_mask(), marks.connection_of_peer(0));
     let of_peer = of_peer.ct_expected_and_dnat();
@@ -307,24 +317,25 @@ fn from_tunnel(marks: Marks) -> Vec<Rule> {
         Rule::new().ct_state(CT_STATE_NEW).jump("to-owner"),
         Rule::new().ct_original().admit(set::PEER, WIRE_MASK, set::RX).accept(),
         Rule::new().ct_reply().ct_mark(marks.connection_kind_mask(), marks.connection(0)).set_mark(0).accept(),
-        // A pod's answer to a server that has begun a connection which a helper has foreseen.
+        // A pod's reply to a server that began a connection which a helper expected.
         of_peer.admit(set::PEER, WIRE_MASK, set::RX).accept(),
-        // A server's reply, handed over by the node that the allocation is being moved to.
+        // A server's reply that the new owner of the allocation handed over.
         reply_to_peer(marks),
-        // The same to a pod here, whose connection has been forgotten meanwhile.
+        // The same for a pod on this node, whose connection has been deleted meanwhile.
         late(marks).set_mark(0).accept(),
     ];
-    // What that server sends.
+    // Packets of a server in a connection that a helper expected.
     let expected = |(at, ip)| of_allocation().daddr_in_set(ip, set::SELECTED[at]).set_mark(0).accept();
     rules.extend(Family::BOTH.into_iter().enumerate().map(expected));
-    // Their outer packets bear a mark, of which a bit comes along.
+    // The outer packets of probes have a mark, of which one bit arrives here.
     rules.extend(echo().map(|rule| rule.set_mark(0).accept()));
     rules.push(Rule::new().counter(counter::UNKNOWN).drop());
     rules
 }
 
-/// What a pod of another node sends to this node itself, an egress address of its own included, is not translated and
-/// would come past the host's firewall of the uplink. A connection's first packet is admitted here, to be counted.
+/// Requests from the tunnel that begin a connection. A request to this node itself, to one of its egress IPs for
+/// example, would not be translated and would bypass the host's firewall of the uplink, so it is dropped. The first
+/// packet of any other connection is admitted here, to be counted.
 fn to_owner() -> Vec<Rule> {
     let here = [RTN_LOCAL, RTN_BROADCAST, RTN_ANYCAST].map(|kind| Rule::new().ct_original().daddr_type(kind));
     let here = here.map(|rule| rule.counter(counter::TO_OWNER).drop());
@@ -335,17 +346,18 @@ fn to_owner() -> Vec<Rule> {
     here.into_iter().chain(Family::BOTH.into_iter().enumerate().map(first)).collect()
 }
 
-/// What a server has sent before it could know that the allocation was moved.
+/// A packet that a server sent before it could know that the allocation was moved.
 fn late(marks: Marks) -> Rule {
     Rule::new().ct_original().ct_mark(marks.connection_of_allocation_mask(), marks.handed(0))
 }
 
-/// A connection with an allocation goes where its allocation goes; an allocation that is not ready goes nowhere.
+/// A connection with an allocation is routed by the allocation. If the allocation is not ready, the packet is
+/// dropped.
 fn known() -> Vec<Rule> {
     vec![Rule::new().set_mark_by_ct_mark(set::EGRESS_ID_OUT).accept(), Rule::new().counter(counter::BLOCKED).drop()]
 }
 
-/// Before the masquerade of any CNI: whoever is translated here is translated there no more.
+/// Translates before the masquerade of any CNI, which does not translate again.
 fn srcnat(marks: Marks) -> Vec<Rule> {
     let leaving = || {
         Rule::new()
@@ -353,7 +365,7 @@ fn srcnat(marks: Marks) -> Vec<Rule> {
             .ct_mark(marks.connection_mask(), marks.connection(0))
             .mark_not(marks.allocation_mask(), 0)
     };
-    // A chain of this type is shown a connection's first packet alone.
+    // Chains of the type nat see only the first packet of a connection.
     let forwarded = |(at, ip)| {
         let of_peer = Rule::new().iif_group(DEVICE_GROUP).ip(ip);
         let of_peer = of_peer.ct_mark(marks.connection_kind_mask(), marks.connection_of_peer(0));
@@ -364,12 +376,12 @@ fn srcnat(marks: Marks) -> Vec<Rule> {
         rules.push(Rule::new().oif_group(DEVICE_GROUP).snat_identity(ip));
         rules.push(leaving().snat_by_mark(ip, marks.allocation_mask(), set::SNAT[at]));
     }
-    // Its allocation has no address of this family.
+    // The allocation has no address of this family.
     rules.push(leaving().counter(counter::BLOCKED).drop());
     rules
 }
 
-/// The last look at a packet: what has an allocation leaves by it or not at all.
+/// The last check: a packet with an allocation leaves by the allocation's way or is dropped.
 fn egress_guard(marks: Marks) -> Vec<Rule> {
     let unmarked = Rule::new().ct_mark(marks.connection_mask(), marks.connection(0)).ct_original();
     vec![
@@ -380,41 +392,41 @@ fn egress_guard(marks: Marks) -> Vec<Rule> {
     ]
 }
 
-/// Tunnel packets between nodes are not tracked. Others are tracked, and may have been sent to a Service that stands for a
-/// node's end of the tunnel.
+/// Nodes' own tunnel packets are not tracked. Tracked tunnel packets may have been sent to a Service that stands for
+/// a node's tunnel address.
 fn egress_guard_foreign() -> Vec<Rule> {
     let forged = |(at, ip)| Rule::new().ct_state(CT_STATE_NEW | CT_STATE_ESTABLISHED).daddr_in_set(ip, set::TUNNEL[at]);
     let forged = Family::BOTH.into_iter().enumerate().map(forged);
     forged.map(|rule| rule.counter(counter::FOREIGN).drop()).collect()
 }
 
-/// In the original direction of a connection of Egret's, without the mark that a request should have.
+/// Packets in the original direction of one of Egret's connections, without the mark that a request has.
 fn egress_guard_unmarked(marks: Marks) -> Vec<Rule> {
     let kinds = [
         (marks.connection_of_allocation_mask(), marks.connection(0)),
         (marks.connection_kind_mask(), marks.connection_of_peer(0)),
     ];
-    // To a pod here, from a server that has begun a connection which a helper has foreseen.
+    // To a pod on this node, from a server that began a connection which a helper expected.
     let to_pod = |(at, ip)| Rule::new().ct_expected().daddr_in_set(ip, set::SELECTED[at]).accept();
     let to_pod = Family::BOTH.into_iter().enumerate().map(to_pod);
     let leaked = kinds.into_iter().flat_map(|(mask, kind)| {
         let request = Rule::new().ct_mark(mask, kind);
         [
             request.clone().ct_state(CT_STATE_NEW | CT_STATE_ESTABLISHED),
-            // The node's own is an ICMP error to a server.
+            // The node's own related packet is an ICMP error to a server.
             request.ct_state(CT_STATE_RELATED).forwarded(),
         ]
     });
     to_pod.chain(leaked.map(|rule| rule.counter(counter::LEAKED).drop())).collect()
 }
 
-/// Out of this node, with a mark that may be Egret's.
+/// Packets that leave this node, with a mark that may be Egret's.
 fn egress_guard_marked(marks: Marks) -> Vec<Rule> {
     let right = |(at, ip)| {
         Rule::new().mark_and_saddr_in_set(marks.allocation_mask(), ip, set::PAIRS[at]).ct_confirmed().accept()
     };
     let leaked = [
-        // Nothing decided on a pod's packet. The node's own may have such a mark from somebody else.
+        // No rule decided on a pod's packet. The node's own packets may have such a mark from another program.
         Rule::new().mark(marks.kind_mask(), marks.pod_mark_kind()).forwarded(),
         Rule::new().iif_group(DEVICE_GROUP).ct_mark_not(marks.connection_mask(), marks.connection(0)),
     ];
@@ -424,7 +436,8 @@ fn egress_guard_marked(marks: Marks) -> Vec<Rule> {
     rules.chain(leaked.map(|rule| rule.counter(counter::LEAKED).drop())).chain([allocation]).collect()
 }
 
-/// It must bear its allocation's address, whatever translated it, and was not to go into the tunnel.
+/// Packets with an allocation. The source must be the allocation's egress IP, whatever translated it, and the mark
+/// must not be one for the tunnel.
 fn egress_guard_allocation(marks: Marks) -> Vec<Rule> {
     let missed = Rule::new().mark_not(marks.kind_mask(), 0).counter(counter::LEAKED).drop();
     let wrong = |(at, ip)| Rule::new().mark_and_saddr_not_in_set(marks.allocation_mask(), ip, set::PAIRS[at]);
@@ -433,7 +446,7 @@ fn egress_guard_allocation(marks: Marks) -> Vec<Rule> {
     [missed].into_iter().chain(wrong).chain([Rule::new().ct_unconfirmed().goto("egress-guard-first")]).collect()
 }
 
-/// The first packet of a connection, whose port another one may have had: the daemon is told, see
+/// The first packet of a connection. If its port was changed, the daemon gets a log message, see
 /// [`port_log`](crate::datapath::port_log).
 fn egress_guard_first(port_log: bool) -> Vec<Rule> {
     let other = |protocol, mask| Rule::new().l4(protocol).ports_not_in_set(mask, set::SAME_PORT);
@@ -444,11 +457,12 @@ fn egress_guard_first(port_log: bool) -> Vec<Rule> {
     told.map(Rule::accept).collect()
 }
 
-/// Into the tunnel: the allocation's id goes into the mark, whose low 16 bits VXLAN's group-based policy carries to the other
-/// side.
+/// Into the tunnel: the egress ID goes into the mark, whose low 16 bits VXLAN's group-based policy carries to the
+/// peer.
 fn egress_guard_tunnel() -> Vec<Rule> {
     vec![
-        // Connections that have been answered send no SYN; and the requests' source address is as the pod wrote it.
+        // Connections that have been answered send no SYN, and the source address of requests is the one that the pod
+        // wrote.
         Rule::new().ct_assured_and_not_snat().set_mark_from_ct().accept(),
         Rule::new().ct_reply().ct_assured().set_mark_from_ct().accept(),
         Rule::new().ct_snat().ct_original().jump("egress-guard-translated"),
@@ -457,14 +471,15 @@ fn egress_guard_tunnel() -> Vec<Rule> {
     ]
 }
 
-/// A connection that was this node's own to translate, until its allocation moved, would come to the other side with an
-/// address that is the other side's own, and be answered with a reset.
+/// Drops packets of a connection that this node translated before its allocation moved away. They would reach the new
+/// owner with an address of its own, and be answered with a reset.
 fn egress_guard_translated() -> Vec<Rule> {
     let stale = |(at, ip)| Rule::new().saddr_in_set(ip, set::EGRESS[at]).counter(counter::STALE).drop();
     Family::BOTH.into_iter().enumerate().map(stale).collect()
 }
 
-/// On the tunnel device, the tunnel next hop's MAC becomes the real one: of the allocation's owner, or of the pod's node.
+/// On the tunnel device, replaces the tunnel next hop's MAC address by that of the allocation's owner or of the pod's
+/// node.
 pub(super) fn to_tunnel() -> Vec<Rule> {
     vec![
         Rule::new().set_ether_daddr_by_mark(set::HOP).accept(),

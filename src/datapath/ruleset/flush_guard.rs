@@ -1,15 +1,17 @@
-//! The flush guard: it holds selected pods' packets while somebody has flushed Egret's other tables, on kernels where the
-//! daemon cannot own those.
+//! The flush guard: it blocks selected pods' packets while Egret's other tables are gone, on kernels where the daemon
+//! cannot own those tables.
 //!
-//! It marks each packet that comes from a selected pod without a pod mark, and each one that comes out of the tunnel.
-//! `prerouting` decides on the packet and clears the mark. If `prerouting` is gone, the mark is still there when the packet is
-//! routed, and a routing rule leads it to a table with the cluster's networks alone. A flush removes no routing rules.
+//! It marks each packet that comes from a selected pod without a pod mark, and each packet that comes out of the
+//! tunnel. `prerouting` decides on the packet and clears the mark. If `prerouting` is gone, the packet still has the
+//! mark when it is routed, and a routing rule leads it to a table with the cluster's networks alone. A flush removes
+//! no routing rules.
 //!
-//! The daemon's socket owns this table without `NFT_TABLE_F_PERSIST` (Linux 5.12): other programs' flush passes it over, and it
-//! goes with the socket. The other tables must stay when the daemon ends, so on these kernels they have no owner.
+//! The daemon's socket owns this table without `NFT_TABLE_F_PERSIST` (Linux 5.12): other programs' flushes skip it,
+//! and it disappears with the socket. The other tables must stay when the daemon ends, so on these kernels they have
+//! no owner.
 //!
-//! A routing rule for packets without a mark cannot do this: reverse-path filtering looks up the route of an answer's
-//! destination with the same addresses and mark 0, and would drop the answer (`__fib_validate_source`,
+//! A routing rule for packets without a mark cannot do this. Reverse-path filtering looks up the route to a reply's
+//! sender with the same addresses and mark 0, and would drop the reply (`__fib_validate_source`,
 //! net/ipv4/fib_frontend.c).
 
 use super::pods::without_address;
@@ -21,12 +23,13 @@ use egret_nft::rule::Rule;
 use egret_nft::table::{Chain, Hook, Table, TableName};
 use std::sync::Arc;
 
-/// On the tunnel device.
+/// The chain on the tunnel device.
 const FROM_TUNNEL: &str = "from-tunnel";
-/// Behind the chain of the other table on the same device.
+/// After the chain of the table inet egret on the same device.
 const PRIORITY: i32 = 1;
 
-/// The table, or `None` where the daemon owns the others. Chains that are as they were `before` are reused.
+/// The table, or `None` if the plan has no flush guard because the daemon owns the other tables. Chains that are as
+/// in `before` are reused.
 pub(super) fn table(plan: &NodePlan, marks: Marks, before: Option<(&NodePlan, &Table)>) -> Option<(TableName, Table)> {
     if !plan.flush_guard {
         return None;
@@ -44,7 +47,7 @@ pub(super) fn table(plan: &NodePlan, marks: Marks, before: Option<(&NodePlan, &T
     Some((FLUSH_GUARD, table))
 }
 
-/// While the other table is there, packets of the pod have its pod mark, and the first rule accepts them.
+/// The pod's packets have the pod mark as long as the other table exists, and the first rule accepts them.
 fn from_pod(pod: &PodPlan, marks: Marks) -> Vec<Rule> {
     let mut rules = vec![Rule::new().mark(marks.kind_mask(), marks.pod_mark_kind()).accept()];
     rules.extend(pod.addresses.iter().map(|a| Rule::new().saddr_in((*a).into()).set_mark(marks.undecided()).accept()));
@@ -53,7 +56,7 @@ fn from_pod(pod: &PodPlan, marks: Marks) -> Vec<Rule> {
     rules
 }
 
-/// The egress ID in the mark stays.
+/// Sets the upper bits only, so that the egress ID in the mark stays.
 fn from_tunnel(marks: Marks) -> Vec<Rule> {
     vec![Rule::new().set_mark_in(marks.kind_and_index_mask(), marks.undecided())]
 }

@@ -1,13 +1,13 @@
-//! Packets for connections that another node still knows.
+//! The handover: packets of connections that another node still translates.
 //!
-//! While an allocation is moved on purpose, servers send to the new node before the pods' nodes do. What it does not know then
-//! goes through the tunnel to the old node, which knows the connection and sends it on to the pod. It is a copy that
-//! goes: the original is dropped as any unsolicited packet, before connection tracking confirms an entry that would
-//! occupy the very port that the connection needs here.
+//! During a planned move, servers send to the new node before the source nodes do. A packet of a connection that the
+//! new node does not know goes through the tunnel to the old node, which knows it and sends it on to the pod. A copy
+//! goes there. The original is dropped like any unsolicited packet, before connection tracking confirms an entry that
+//! would occupy the port that the connection needs here.
 //!
-//! This node's own pods' connections were translated elsewhere before and are translated here from now on, or the
-//! other way round, and an entry's translation cannot be changed. Until their entries are forgotten, which takes a
-//! moment, they go on in the old way; their next packet then makes an entry for the new one.
+//! The connections of this node's own pods were translated on another node and are translated here from now on, or
+//! the other way round. An entry's translation cannot be changed. Until these entries are deleted, which takes a
+//! moment, their packets use the old way. The next packet after that makes a new entry.
 
 use super::{HANDOVER, base, set, value};
 use crate::datapath::names::{DEVICE, DEVICE_GROUP, TUNNEL_NEXT_HOP4, TUNNEL_NEXT_HOP6};
@@ -22,13 +22,14 @@ use egret_nft::uapi::{CT_STATE_INVALID, CT_STATE_NEW};
 use std::net::IpAddr;
 use std::sync::Arc;
 
-/// Before the chain that drops what is unsolicited.
+/// Before the chain that drops unsolicited packets.
 const PRIORITY: i32 = -91;
 
-/// After the chain that decides on a packet's way.
+/// After the chain that sets the routing mark.
 const PRIORITY_OLD_WAYS: i32 = -89;
 
-/// Adds what leads connections of allocations that have just been moved in the old way; no chain if there are none.
+/// Adds the sets, and the chain that sends connections of allocations that have just been moved by the old way.
+/// Without such connections there is no chain.
 pub(super) fn keep_old_ways(plan: &NodePlan, marks: Marks, table: &mut Table) {
     let uplink = |id: &EgressId| {
         let allocation =
@@ -52,7 +53,7 @@ pub(super) fn keep_old_ways(plan: &NodePlan, marks: Marks, table: &mut Table) {
     }
 }
 
-/// Both tables; without chains, which every packet would have to pass, if nothing is moved.
+/// Both tables. Without a planned move they have no chain, because every packet would pass it.
 pub(super) fn tables(plan: &NodePlan, marks: Marks) -> impl Iterator<Item = (TableName, Table)> {
     let ips = [
         (Family::V4, DataType::Ipv4, IpAddr::V4(TUNNEL_NEXT_HOP4)),

@@ -1,7 +1,8 @@
-//! The way of a packet: Egret's nftables tables, with the chains in the order in which a packet meets them.
+//! Egret's nftables tables, with the chains in the order in which a packet meets them. Start with `fixed.rs` for the
+//! chains that every node has, and with `pods.rs` for the chains of pods and policies.
 //!
-//! Every chain fails closed: what should have had a decision and has none is dropped and counted, so that a rule or
-//! an element that somebody takes away blocks and does not leak.
+//! Every chain fails closed. A packet that needs a decision and gets none is dropped and counted. So if somebody
+//! removes a rule or an element, packets are blocked and do not leak.
 
 mod covers;
 mod fixed;
@@ -23,99 +24,105 @@ use egret_nft::uapi::*;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-/// The table with all chains but the one on the tunnel device.
+/// The table with all chains except those of [`NETDEV`], [`HANDOVER`] and [`FLUSH_GUARD`].
 pub const INET: TableName = TableName { family: NFPROTO_INET, name: TABLE };
-/// The table with the tunnel device's own chain.
+/// The table with the tunnel device's egress chain.
 pub const NETDEV: TableName = TableName { family: NFPROTO_NETDEV, name: TABLE };
-/// The tables that hand packets over while allocations are moved on purpose: IPv4's and IPv6's.
+/// The tables of IPv4 and IPv6 that send packets to the old node during a planned move.
 pub const HANDOVER: [TableName; 2] =
     [TableName { family: NFPROTO_IPV4, name: TABLE }, TableName { family: NFPROTO_IPV6, name: TABLE }];
 
-/// The table that marks selected pods' packets where others can flush the rest.
+/// The table that blocks selected pods' packets after a flush, on kernels where other programs can flush the other
+/// tables.
 pub const FLUSH_GUARD: TableName = TableName { family: NFPROTO_INET, name: names::FLUSH_GUARD };
 
-/// The chain on the tunnel device.
+/// The chain on the tunnel device's egress hook.
 const TO_TUNNEL: &str = "to-tunnel";
 
-/// What is dropped is counted under one of these names.
+/// The named counters of dropped packets, and of some packets that pass.
 pub mod counter {
-    /// A selected pod's packet whose allocation is not ready, or which nothing decided on.
+    /// A selected pod's packet whose allocation is not ready, or on which no rule decided.
     pub const BLOCKED: &str = "blocked";
-    /// A packet with an allocation that was about to leave another way. It was dropped; but the datapath is not whole.
+    /// A packet with an allocation that was about to leave by another way. It was dropped, but the datapath is not
+    /// whole.
     pub const LEAKED: &str = "leaked";
-    /// A selected pod's packet that has lost its pod mark: what its policies say of it is not known.
+    /// A selected pod's packet that has lost its pod mark, so that its policy chain is not known.
     pub const UNMARKED: &str = "unmarked";
-    /// A pod's packet with a source address that is not its own, or one with an egress address by anybody but its owner.
+    /// A pod's packet with a source address that is not the pod's, or a packet with an egress IP that its owner did
+    /// not send.
     pub const SPOOFED: &str = "spoofed";
-    /// A tunnel packet from somebody who is no node, or that a process on this node has made.
+    /// A tunnel packet that comes from no node, or that a process on this node has made.
     pub const FOREIGN: &str = "foreign";
-    /// A request from the tunnel whose allocation or sender is unknown here.
+    /// A request from the tunnel whose egress ID or sender this node does not know.
     pub const UNKNOWN: &str = "unknown";
-    /// A request from the tunnel for this node itself, which is the allocation's owner.
+    /// A request from the tunnel whose destination is this node, the allocation's owner.
     pub const TO_OWNER: &str = "to_owner";
-    /// A packet that was translated to another address than its allocation's: its connection is older than the allocation.
+    /// A packet that was translated to another address than its allocation's, because its connection is older than
+    /// the allocation.
     pub const STALE: &str = "stale";
-    /// A packet to an egress address that belongs to no connection.
+    /// A packet to an egress IP that belongs to no connection.
     pub const UNSOLICITED: &str = "unsolicited";
-    /// Nothing was dropped: a connection left this node from another port than its pod's, which another connection
-    /// with the same address had.
+    /// Not dropped: a connection left this node from another port than the pod used, because another connection had
+    /// that port with the same address.
     pub const OTHER_PORT: &str = "other_port";
-    /// Nothing was dropped: the first packet of a connection, of IPv4 and of IPv6, that a gateway has admitted from the
-    /// tunnel.
+    /// Not dropped: the first packet of a connection, IPv4 and IPv6, that a gateway has admitted from the tunnel.
     pub const ENTERED: [&str; 2] = ["entered4", "entered6"];
-    /// The same, when it has come by the hook `forward`: what lies between is others' firewalls, and routing.
+    /// Not dropped: the same packet after the hook `forward`. Routing and other programs' firewalls lie between these
+    /// two counters.
     pub const FORWARDED: [&str; 2] = ["forwarded4", "forwarded6"];
-    /// A packet in the tunnel device for whose allocation no node is known.
+    /// A packet on the tunnel device whose egress ID leads to no node.
     pub const NO_HOP: &str = "no_hop";
 }
 
-/// Maps and sets by name.
+/// The names of maps and sets.
 pub mod set {
-    /// A pod's pod mark to its policy chain.
+    /// Map: pod mark to the pod's policy chain.
     pub const PODS: &str = "pods";
-    /// A selected pod's veth to its pod mark.
+    /// Map: a selected pod's veth to its pod mark.
     pub const VETHS: &str = "veths";
-    /// A pod mark and an address of its pod's.
+    /// Set: a pod mark with one of the pod's addresses.
     pub const OWN: [&str; 2] = ["own4", "own6"];
-    /// The addresses of this node's selected pods, also of those that have no veth here.
+    /// Set: the addresses of this node's selected pods, including pods whose veth was not found.
     pub const SELECTED: [&str; 2] = ["selected4", "selected6"];
-    /// A connection's allocation to the mark that routes it.
+    /// Map: a connection's mark with an egress ID to the mark that routes its packets.
     pub const EGRESS_ID_OUT: &str = "egress_id_out";
-    /// An allocation off the wire to the mark that routes it on.
+    /// Map: the egress ID from the tunnel header to the mark that routes the packet onwards.
     pub const RX: &str = "rx";
-    /// A sender's MAC to the mark of its connections.
+    /// Map: the MAC address of the sending node to the mark of its connections.
     pub const PEER: &str = "peer";
-    /// An allocation to the MAC of the node that owns it.
+    /// Map: a connection mark with an egress ID to the owner's MAC address.
     pub const HOP: &str = "hop";
-    /// A peer's connection mark to its MAC.
+    /// Map: a peer's connection mark to the peer's MAC address.
     pub const BACK: &str = "back";
-    /// An allocation to its address.
+    /// Map: the mark of an allocation to its egress IP.
     pub const SNAT: [&str; 2] = ["snat4", "snat6"];
-    /// Which address goes with which allocation.
+    /// Set: the mark of an allocation with its egress IP.
     pub const PAIRS: [&str; 2] = ["pairs4", "pairs6"];
-    /// Direct ranges.
+    /// Set: direct networks, as ranges.
     pub const DIRECT: [&str; 2] = ["direct4", "direct6"];
-    /// Single direct addresses.
+    /// Set: direct single addresses.
     pub const HOSTS: [&str; 2] = ["hosts4", "hosts6"];
-    /// Who may send tunnel packets.
+    /// Set: the addresses from which tunnel packets are accepted.
     pub const TUNNEL: [&str; 2] = ["tunnel4", "tunnel6"];
-    /// Egress addresses that this node's allocations may have.
+    /// Set: egress IPs that this node may hold.
     pub const EGRESS: [&str; 2] = ["egress4", "egress6"];
-    /// All gateways' pools: what only an egress IP's owner sends from.
+    /// Set: the pools of all gateways. Only the owner of an egress IP sends from such an address.
     pub const POOLS: [&str; 2] = ["pools4", "pools6"];
-    /// The addresses of [`EGRESS`] that answer echo requests.
+    /// Set: the addresses of [`EGRESS`] that answer echo requests.
     pub const PING: [&str; 2] = ["ping4", "ping6"];
-    /// Four bits of a port, wherever they stand in it, and the same again: to see whether two ports differ.
+    /// Set: pairs of equal values of four bits of a port. A look-up of two ports tells whether they differ.
     pub const SAME_PORT: &str = "same_port";
-    /// Egress addresses that are being moved here, to the marks of what is handed over.
+    /// Map: egress IPs that are being moved to this node, to the mark of packets for the old node.
     pub const HANDED: &str = "handed";
-    /// An allocation that was moved away just now, to the mark of connections that this node goes on translating.
+    /// Map: a connection mark whose allocation was moved away just now, to the mark of connections that this node
+    /// still translates.
     pub const LEFT: &str = "left";
-    /// An allocation that was moved here just now, to the mark of connections that the old node goes on translating.
+    /// Map: a connection mark whose allocation was moved here just now, to the mark of connections that the old node
+    /// still translates.
     pub const CAME: &str = "came";
 }
 
-/// The mark that a map's element leads to, as it stands in the kernel.
+/// The mark in the value of a map's element.
 pub fn mark_of(data: &Data) -> Option<u32> {
     match data {
         Data::Value(bytes) => bytes.as_slice().try_into().ok().map(u32::from_ne_bytes),
@@ -123,7 +130,7 @@ pub fn mark_of(data: &Data) -> Option<u32> {
     }
 }
 
-/// The mark that is a map's key.
+/// The mark in the key of a map's element.
 pub fn mark_in(key: &Key) -> Option<u32> {
     key.bytes.as_slice().try_into().ok().map(u32::from_ne_bytes)
 }
@@ -132,17 +139,18 @@ fn value(mark: u32) -> Data {
     Data::Value(mark.into())
 }
 
-/// The tables that were last made, and what of: a pod's start changes one chain of hundreds.
+/// The tables of one plan. The next ones reuse what did not change: a pod's start changes one chain of hundreds.
 #[derive(Debug)]
 pub struct Made {
     plan: NodePlan,
-    /// The chains that follow from nothing but this node's address.
+    /// The chains that depend on this node's address and the port log only.
     fixed: Arc<[(Arc<str>, Arc<Chain>)]>,
     tables: Vec<(TableName, Table)>,
 }
 
 impl Made {
-    /// The tables as they should be for `plan`. What is as it was in `before`, made with the same marks, is taken over.
+    /// The tables for `plan`. Parts of `before`, which was made with the same marks, are reused where nothing
+    /// changed.
     pub fn new(plan: NodePlan, shared: &SharedSets, marks: Marks, before: Option<&Made>) -> Self {
         let is_same = |before: &&Made| (before.plan.local, before.plan.port_log) == (plan.local, plan.port_log);
         let fixed = before.filter(is_same).map_or_else(
@@ -162,7 +170,6 @@ impl Made {
         Made { plan, fixed, tables }
     }
 
-    /// The tables.
     pub fn tables(&self) -> &[(TableName, Table)] {
         &self.tables
     }
@@ -235,7 +242,7 @@ fn inet(
 
 type ByName<V> = BTreeMap<Arc<str>, Arc<V>>;
 
-/// The chain of each by `make`, or the one that there was before for the same.
+/// One chain for each value, by `make`. A chain of `before` is reused if its value did not change.
 fn chains<'a, V: Eq>(
     of: &'a ByName<V>,
     before: Option<(&'a ByName<V>, &'a Table)>,
@@ -248,7 +255,7 @@ fn chains<'a, V: Eq>(
     })
 }
 
-/// The elements, or those of `before` if they are the same: then nobody needs to compare them again.
+/// The elements, or the list of `before` if it is equal: sets that share a list need no comparison.
 fn unless_same(elements: Elements, before: Option<&Set>) -> Arc<Elements> {
     let same = before.filter(|before| *before.elements == elements);
     same.map_or_else(|| Arc::new(elements), |before| before.elements.clone())
@@ -258,8 +265,8 @@ fn base(kind: &str, number: u32, priority: i32) -> Option<Hook> {
     Some(Hook { kind: kind.into(), number, priority, drop: false, device: None })
 }
 
-/// On the pod's own veth: what arrives there is the pod's, whatever address it bears. What no rule decides on is
-/// dropped.
+/// The ingress hook of a pod's own veth. Every packet there comes from the pod, whatever its source address. A packet
+/// on which no rule decides is dropped.
 fn ingress(device: &str) -> Hook {
     Hook { kind: "filter".into(), number: hook::INGRESS, priority: 0, drop: true, device: Some(device.into()) }
 }
@@ -271,7 +278,7 @@ fn netdev(plan: &NodePlan, shared: &SharedSets, marks: Marks, before: Option<&Ma
         AllocationState::Remote(mac) => Some((marks.connection(*id).into(), Data::Value(mac.as_slice().into()))),
         _ => None,
     });
-    // Of what has come here, the connections of before go the old way for a moment.
+    // For a moment, the old owner still translates the earlier connections of an allocation that has just moved here.
     let came = plan.moved_here().map(|(id, mac)| (marks.connection(id).into(), Data::Value(mac.as_slice().into())));
     let handed =
         plan.handed.iter().map(|(id, (_, mac))| (marks.handed(*id).into(), Data::Value(mac.as_slice().into())));

@@ -1,4 +1,4 @@
-//! The chains of pods and of their policy chains.
+//! The chains on pods' veths, and the policy chains.
 
 use super::{counter, covers, set};
 use crate::api::Fallback;
@@ -11,8 +11,8 @@ use egret_nft::uapi::*;
 use ipnetwork::IpNetwork;
 use std::net::{IpAddr, Ipv6Addr};
 
-/// The pod's addresses get its pod mark. IPv6 link-local addresses and the unspecified one (duplicate address detection)
-/// pass unmarked, other sources are forged. What is not IP passes.
+/// On the pod's veth: packets from the pod's addresses get the pod mark. IPv6 link-local addresses, the unspecified
+/// address (duplicate address detection) and packets that are not IP pass without a mark. Other sources are forged.
 pub(super) fn from_pod(pod: &PodPlan, marks: Marks) -> Vec<Rule> {
     let pod_mark = marks.pod_mark(pod.pod_mark);
     let mut rules: Vec<Rule> =
@@ -23,17 +23,19 @@ pub(super) fn from_pod(pod: &PodPlan, marks: Marks) -> Vec<Rule> {
     rules
 }
 
-/// From what everybody may send from: IPv6 link-local addresses, and the unspecified one.
+/// Conditions for the source addresses that every pod may use: IPv6 link-local addresses, and the unspecified one.
 pub(super) fn without_address() -> impl Iterator<Item = Rule> {
     let link_local = IpNetwork::new(IpAddr::V6([0xfe80, 0, 0, 0, 0, 0, 0, 0].into()), 10);
     let unspecified = IpAddr::V6(Ipv6Addr::UNSPECIFIED).into();
     link_local.into_iter().chain([unspecified]).map(|network| Rule::new().saddr_in(network))
 }
 
-/// A new connection of a pod: direct destinations pass, then the first policy that covers the destination decides.
+/// Decides on a pod's new connection. Direct destinations pass. Then the first policy that covers the destination
+/// decides.
 ///
-/// What no policy covers passes at the end, if it has come by every rule: each flips the bits of its number in the
-/// index, which the pod mark needs no more. So a rule that somebody takes away blocks, and does not open what it covered.
+/// A packet that no policy covers passes at the end, if it has come by every rule. Each rule flips the bits of its
+/// number in the mark's index, where the pod mark's index is no longer needed. So a removed rule blocks packets and
+/// does not open what it covered.
 pub(super) fn of_policy_chain(policy_chain: &PolicyChain, marks: Marks) -> Vec<Rule> {
     let pass = |rule: Rule| rule.clear_mark(!marks.kind_and_index_mask()).accept();
     let mut rules: Vec<Rule> = direct().map(pass).collect();
@@ -49,7 +51,7 @@ pub(super) fn of_policy_chain(policy_chain: &PolicyChain, marks: Marks) -> Vec<R
         Rule::new().flip_mark(marks.uplink(number))
     };
     if steps.iter().any(|step| step.fallback == Fallback::NodeAddress) {
-        // What connection tracking cannot place is not translated: it would bear the pod's own address.
+        // Packets of state invalid are not translated. They would leave with the pod's own address.
         rules.push(numbered().ct_state(CT_STATE_INVALID).counter(counter::BLOCKED).drop());
     }
     for step in steps {
@@ -77,7 +79,7 @@ pub(super) fn of_policy_chain(policy_chain: &PolicyChain, marks: Marks) -> Vec<R
     rules
 }
 
-/// To destinations that every pod may reach.
+/// Conditions for the destinations that every pod may reach.
 pub(super) fn direct() -> impl Iterator<Item = Rule> {
     let sets = |(at, ip)| [set::HOSTS[at], set::DIRECT[at]].map(|set| Rule::new().daddr_in_set(ip, set));
     Family::BOTH.into_iter().enumerate().flat_map(sets).chain([Rule::new().daddr_type(RTN_LOCAL)])

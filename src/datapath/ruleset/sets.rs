@@ -1,4 +1,4 @@
-//! Sets and maps that follow from the view.
+//! Sets and maps that follow from the view of the cluster.
 
 use super::{set, unless_same, value};
 use crate::model::AddressRange;
@@ -13,21 +13,21 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::Arc;
 
-/// The sets that do not depend on this node's pods, made once for each [`View`].
+/// The sets that do not depend on this node's pods, computed once for each [`View`].
 #[derive(Clone, Debug, Default)]
 pub struct SharedSets {
     pub(super) sets: BTreeMap<&'static str, Set>,
 }
 
-/// The four places of four bits in a port. nf_tables compares with constants only (two registers: from Linux 6.13 on),
-/// but it looks anything up in a set: and so a set of pairs of equals tells whether two ports are the same, four bits at
-/// a time, lest it be a big one.
+/// The four places of four bits in a port. nf_tables compares a register with constants only (two registers: from
+/// Linux 6.13 on), but it can look any registers up in a set. So a set of equal pairs tells whether two ports are
+/// equal. Four bits at a time keep that set small.
 pub(super) const PORT_BITS: [u16; 4] = [0xf000, 0x0f00, 0x00f0, 0x000f];
 
-/// Which peer index each tunnel MAC has on this node.
+/// The peer index that this node gave to each tunnel MAC address.
 pub type PeerIndexes = BTreeMap<Mac, u16>;
 
-/// The sets that follow from the view. Those that are as they were in `before` are the same ones.
+/// The sets that follow from the view. Those that are as in `before` share its elements.
 pub fn shared_sets(view: &View, peers: &PeerIndexes, marks: Marks, before: &SharedSets) -> SharedSets {
     let mut sets = BTreeMap::new();
     let mut put = |name, key, data, interval, counter, elements: Elements| {
@@ -62,9 +62,9 @@ pub fn shared_sets(view: &View, peers: &PeerIndexes, marks: Marks, before: &Shar
         };
         let snat = ways().map(|(mark, a)| (mark.into(), Data::Value(a.into()))).collect();
         let pairs = ways().map(|(mark, a)| (with_mark(mark, a), Data::None)).collect();
-        // Also of those that others hold now: the address comes before its first packet. An address that is not
-        // Egret's to place serves the node's own connections, too; so does one that this node cannot take because the
-        // host has it on its own.
+        // Also egress IPs that other nodes hold now, so that the set has the address before its first packet arrives.
+        // Addresses that Egret does not manage are excluded because they serve the node's own connections too. So are
+        // addresses that this node cannot take because the host has them already.
         let egress = members()
             .filter(|(_, allocation)| allocation.managed && allocation.translates)
             .flat_map(|(_, allocation)| addresses(allocation));
@@ -101,8 +101,8 @@ pub fn shared_sets(view: &View, peers: &PeerIndexes, marks: Marks, before: &Shar
     SharedSets { sets }
 }
 
-/// What selected pods are known by: the pod mark that they get, and more where that is lost. `before` is the last plan and
-/// what was made of it: a pod's start, which is waited for, adds to that.
+/// The sets that identify selected pods: by pod mark, by veth, and by address. `before` is the last plan with its
+/// table. A pod's start waits for this, so only the new pods' elements are added where possible.
 pub(super) fn of_pods(plan: &NodePlan, marks: Marks, before: Option<(&NodePlan, &Table)>) -> Vec<(&'static str, Set)> {
     let same_unfound = before.filter(|(last, _)| last.unfound == plan.unfound);
     let new = same_unfound.and_then(|(last, table)| Some((added(&last.pods, &plan.pods)?, table)));
@@ -140,7 +140,7 @@ pub(super) fn of_pods(plan: &NodePlan, marks: Marks, before: Option<(&NodePlan, 
     sets
 }
 
-/// What `now` has more than `before`, if it has everything else as it was.
+/// The values that `now` has in addition, if everything of `before` is unchanged in it.
 fn added<'a, K: Ord, V: Eq>(before: &BTreeMap<K, Arc<V>>, now: &'a BTreeMap<K, Arc<V>>) -> Option<Vec<&'a V>> {
     let (mut last, mut new) = (before.iter().peekable(), Vec::new());
     for (key, value) in now {
@@ -152,7 +152,7 @@ fn added<'a, K: Ord, V: Eq>(before: &BTreeMap<K, Arc<V>>, now: &'a BTreeMap<K, A
     last.next().is_none().then_some(new)
 }
 
-/// Of an address, and of a mark and an address.
+/// The types of an address, and of a mark with an address.
 fn types(ip: Family) -> (DataType, DataType) {
     match ip {
         Family::V4 => (DataType::Ipv4, DataType::MarkIpv4),
@@ -160,7 +160,7 @@ fn types(ip: Family) -> (DataType, DataType) {
     }
 }
 
-/// A mark and an address, one after the other.
+/// The key of a mark followed by an address.
 fn with_mark(mark: u32, address: IpAddr) -> Key {
     let (mut both, address) = ([0; 20], Bytes::from(address));
     let length = 4 + address.as_slice().len();
@@ -173,7 +173,7 @@ fn plain(address: &IpAddr) -> (Key, Data) {
     (Key::from(*address), Data::None)
 }
 
-/// The ranges of this family, as the elements of an interval set. They are sorted, and do not touch each other.
+/// The ranges of one family, as the elements of an interval set. They are sorted and do not touch each other.
 fn ranges(all: &[AddressRange], ip: Family) -> Elements {
     let elements = all.iter().filter(|range| ip.has(&range.first)).flat_map(|range| {
         let end = networks::next(range.last).map(|end| Key { bytes: end.into(), end: true });
@@ -182,7 +182,7 @@ fn ranges(all: &[AddressRange], ip: Family) -> Elements {
     elements.collect()
 }
 
-/// Each four bits that a port can have in one of four places, twice, each padded to four bytes.
+/// Pairs of equal values: all values of four bits, in each of the four places, each padded to four bytes.
 fn same_port() -> Elements {
     let bits = PORT_BITS.iter().flat_map(|mask| (0..16).map(move |bits: u16| mask & (bits * 0x1111)));
     let twice = bits.map(|bits| {

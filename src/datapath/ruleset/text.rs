@@ -1,4 +1,4 @@
-//! The ruleset as text: what a node's tables are, in nft's own syntax.
+//! The ruleset as text: a node's tables in nft's own syntax.
 
 #[cfg(test)]
 mod tests;
@@ -12,7 +12,7 @@ use ipnetwork::IpNetwork;
 use std::collections::BTreeMap;
 use std::fmt;
 
-/// The tables that a node is expected to load, with what its pods' interfaces are called.
+/// The tables that a node is expected to load, with the names that they use for pods' interfaces.
 pub struct Ruleset {
     node: String,
     pods: BTreeMap<String, ObjectKey>,
@@ -20,8 +20,9 @@ pub struct Ruleset {
 }
 
 impl Ruleset {
-    /// Of `node`, as it follows from the cluster's state. `direct` are destinations that no policy covers beside the cluster's
-    /// own. Names and numbers of interfaces, indexes of pods and of peers are examples: a node gives its own.
+    /// The tables of `node`, from the cluster's state. `direct` lists destinations that no policy covers, in addition
+    /// to the cluster's own. Names and numbers of interfaces and indexes of pods and peers are examples: a node gives
+    /// its own.
     ///
     /// # Errors
     /// The cluster has no such node.
@@ -39,7 +40,7 @@ impl Ruleset {
 }
 
 impl Made {
-    /// The pods' interfaces, by index.
+    /// The names of pods' interfaces, by index.
     pub fn interfaces(&self) -> BTreeMap<u32, String> {
         self.plan.pods.values().map(|pod| (pod.interface_index, pod.interface.clone())).collect()
     }

@@ -1,6 +1,6 @@
-//! Expressions as the kernel's: each loads registers, looks at them and writes from them.
+//! Rules as the kernel's expressions: each loads registers, compares them or writes from them.
 //!
-//! Everything is appended to the message that is being put together, without a buffer in between.
+//! Everything is appended to the message under construction, without a buffer in between.
 
 use super::super::table::Bytes;
 use super::*;
@@ -9,16 +9,16 @@ use crate::netlink::Attributes;
 /// Two registers of 16 bytes. Conditions use the first one only.
 const R1: u32 = 1;
 const R2: u32 = 2;
-/// Register 1 is the 32-bit registers 8 to 11 (`NFT_REG32_00`), and the next ones follow: so a key of several fields is one
-/// run of bytes.
+/// Register 1 is the same as the 32-bit registers 8 to 11 (`NFT_REG32_00`), and register 2 follows. So a key of
+/// several fields is one run of bytes.
 const R1_FIRST_WORD: u32 = 8;
-/// Where verdicts are written to, `NFT_REG_VERDICT`.
+/// The register of verdicts, `NFT_REG_VERDICT`.
 const VERDICT: u32 = 0;
 
 const TCP_OPTION_MAXSEG: u8 = 2;
 const IFNAMSIZ: usize = 16;
 
-/// Where a field is read.
+/// Where the kernel reads a field.
 enum Source {
     Meta(u32),
     Ct(u32, Option<Direction>),
@@ -29,7 +29,7 @@ enum Source {
 }
 
 impl Field {
-    /// Where it is read, and its length in bytes.
+    /// Where the kernel reads the field, and its length in bytes.
     fn source(self) -> (Source, u32) {
         use Source::*;
         let (link, network, transport) =
@@ -95,13 +95,13 @@ impl Field {
         }
     }
 
-    /// How many registers of 32 bits it fills.
+    /// How many registers of 32 bits the field fills.
     fn words(self) -> u32 {
         self.source().1.div_ceil(4)
     }
 
-    /// A number as the field holds it: the host's byte order for what is the kernel's own, the network's for what is in
-    /// packets.
+    /// A number as the field's register holds it: in the host's byte order for the kernel's own values, in the
+    /// network's for those of packets.
     fn bytes(self, number: u32) -> Bytes {
         match self.source() {
             (_, 1) => Bytes::from([number as u8].as_slice()),
@@ -249,7 +249,7 @@ fn compare(out: &mut Vec<u8>, left: Operand, operator: Operator, right: Constant
     let value = match right {
         Constant::Number(number) => left.field.bytes(number),
         Constant::Mac(mac) => Bytes::from(mac.as_slice()),
-        // As the kernel compares it: all of `IFNAMSIZ` bytes.
+        // The kernel compares all of `IFNAMSIZ` bytes.
         Constant::Interface(name) => {
             let mut all = [0; IFNAMSIZ];
             all.iter_mut().zip(name.bytes().take(IFNAMSIZ - 1)).for_each(|(to, from)| *to = from);

@@ -1,7 +1,7 @@
-//! Rules: lists of typed expressions, which can be encoded for the kernel and printed in nft's own syntax.
+//! Rules: lists of typed expressions, which are encoded for the kernel and printed in nft's own syntax.
 //!
-//! Each method of `phrases.rs` appends what one phrase of `nft(8)` means, so that a rule reads as it does there:
-//! `Rule::new().iif("egret").ct_reply().accept()`, and so does its `Display`: `iifname "egret" ct direction reply accept`.
+//! Each method of `phrases.rs` appends one phrase of `nft(8)`. So a rule reads as in nft's syntax:
+//! `Rule::new().iif("egret").ct_reply().accept()` prints as `iifname "egret" ct direction reply accept`.
 
 mod encode;
 mod phrases;
@@ -38,7 +38,7 @@ fn nfproto(family: Family) -> u8 {
     }
 }
 
-/// A rule.
+/// A rule: its expressions in order.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Rule {
     expressions: Vec<Expression>,
@@ -47,7 +47,7 @@ pub struct Rule {
 impl Rule {
     /// A rule that matches everything and does nothing.
     pub fn new() -> Self {
-        // Most rules have three to eight.
+        // Most rules have three to eight expressions.
         Rule { expressions: Vec::with_capacity(8) }
     }
 
@@ -56,15 +56,15 @@ impl Rule {
         self.expressions.iter().for_each(|expression| expression.encode(out));
     }
 
-    /// FNV-1a, 64 bits, of the encoding, for which `buffer` is used. It stands in the rule's comment, by which the rule is
-    /// recognized in the kernel.
+    /// FNV-1a, 64 bits, of the encoding, which is written to `buffer`. The rule's comment contains it, and by it a
+    /// rule that the kernel lists is recognized.
     pub(super) fn hash(&self, buffer: &mut Vec<u8>) -> u64 {
         buffer.clear();
         self.encode(buffer);
         fnv1a(buffer)
     }
 
-    /// Where packets may go from here: to a chain, or to those in a verdict map.
+    /// Where packets continue after this rule: in a chain, or in the chains of a verdict map.
     pub(super) fn way_on(&self) -> Option<WayOn<'_>> {
         self.expressions.iter().find_map(|expression| match expression {
             Expression::Verdict(Verdict::Jump(chain) | Verdict::Goto(chain)) => Some(WayOn::Chain(chain)),
@@ -85,7 +85,7 @@ pub(super) enum WayOn<'a> {
     Map(&'a str),
 }
 
-/// One phrase of a rule: a condition, without which the rest of the rule is passed over, or a statement.
+/// One phrase of a rule: a statement, or a condition that must hold for the phrases after it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Expression {
     /// `FIELD == VALUE`
@@ -122,7 +122,7 @@ enum Operator {
     AtLeast,
 }
 
-/// A field, and what is made of its bits.
+/// A field, and a transformation of its bits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Operand {
     field: Field,
@@ -134,14 +134,14 @@ enum Bits {
     All,
     And(u32),
     Xor(u32),
-    /// Those of `mask` become `value`.
+    /// The bits of `mask` become `value`.
     Put {
         mask: u32,
         value: u32,
     },
 }
 
-/// What can be read of a packet and of its connection.
+/// What a rule can read of a packet and of its connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Field {
     Mark,
@@ -173,7 +173,7 @@ enum Field {
     IcmpType,
     /// The type of the destination in the routing tables.
     DaddrType,
-    /// The same, as the interface sees it that the packet came in by.
+    /// The same, as seen from the interface by which the packet came in.
     DaddrTypeAtIif,
     /// Whether packets to the source would leave by the interface that the packet came in by: its index, or 0.
     SaddrOifAtIif,
@@ -186,7 +186,7 @@ enum Direction {
     Reply,
 }
 
-/// What a field is compared with.
+/// What a field can be compared with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Constant {
     Number(u32),
@@ -195,7 +195,7 @@ enum Constant {
     Interface(&'static str),
 }
 
-/// What can be written.
+/// What a rule can write.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Target {
     Mark,
@@ -203,7 +203,7 @@ enum Target {
     EtherDaddr,
 }
 
-/// What is written.
+/// The value that is written.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Value {
     Number(u32),
@@ -232,7 +232,7 @@ impl Field {
         Operand { field: self, bits: Bits::Xor(value) }
     }
 
-    /// Whether it is read from the IP header, which `nft` takes as said what IP version the rule is about.
+    /// Whether the field is in the IP header. Then `nft` does not print a condition on the IP version before it.
     fn is_of_ip_header(self) -> bool {
         matches!(self, Field::Saddr(_) | Field::Daddr(_) | Field::HopLimit)
     }

@@ -47,12 +47,12 @@ impl Rule {
         self.differs(OifGroup, group)
     }
 
-    /// `iif != 0`, at postrouting: another than this node has sent it (Linux 5.7, `ip_output`).
+    /// `iif != 0`, at postrouting: the packet was forwarded, not sent by this node (Linux 5.7, `ip_output`).
     pub fn forwarded(self) -> Self {
         self.differs(Iif, 0)
     }
 
-    /// `meta skuid >= 0`, at output: a process's socket has sent it, not the kernel itself.
+    /// `meta skuid >= 0`, at output: a process's socket sent the packet, not the kernel itself.
     pub fn by_process(self) -> Self {
         self.compare(SkUid, Operator::AtLeast, Constant::Number(0))
     }
@@ -82,28 +82,28 @@ impl Rule {
         self.differs(CtState.and(bits), 0)
     }
 
-    /// `ct status snat`: the connection bears another source address than its first packet came with.
+    /// `ct status snat`: the connection has another source address than its first packet had.
     pub fn ct_snat(self) -> Self {
         self.differs(CtStatus.and(IPS_SRC_NAT), 0)
     }
 
-    /// `ct status & (snat | 0x80) == 0x80`: the connection's source address is settled, and is the one that its first
-    /// packet came with.
+    /// `ct status & (snat | 0x80) == 0x80`: the connection's source NAT is settled and changed nothing.
     pub fn ct_not_snat(self) -> Self {
         self.equals(CtStatus.and(IPS_SRC_NAT | IPS_SRC_NAT_DONE), IPS_SRC_NAT_DONE)
     }
 
-    /// `ct status expected`: a helper has foreseen the connection.
+    /// `ct status expected`: a helper expected the connection.
     pub fn ct_expected(self) -> Self {
         self.differs(CtStatus.and(IPS_EXPECTED), 0)
     }
 
-    /// `ct status expected,dnat / expected,dnat`: it was foreseen from outside to an address that is translated.
+    /// `ct status expected,dnat / expected,dnat`: a helper expected the connection, from outside to an address that
+    /// is translated.
     pub fn ct_expected_and_dnat(self) -> Self {
         self.equals(CtStatus.and(IPS_EXPECTED | IPS_DST_NAT), IPS_EXPECTED | IPS_DST_NAT)
     }
 
-    /// `ct status assured`: both sides have spoken, and of TCP neither is making the connection any more.
+    /// `ct status assured`: both sides have sent packets, and a TCP connection is established.
     pub fn ct_assured(self) -> Self {
         self.differs(CtStatus.and(IPS_ASSURED), 0)
     }
@@ -113,12 +113,12 @@ impl Rule {
         self.equals(CtStatus.and(IPS_SRC_NAT | IPS_ASSURED), IPS_ASSURED)
     }
 
-    /// `ct status ! confirmed`: it is the connection's first packet.
+    /// `ct status ! confirmed`: this is the connection's first packet.
     pub fn ct_unconfirmed(self) -> Self {
         self.equals(CtStatus.and(IPS_CONFIRMED), 0)
     }
 
-    /// `ct status confirmed`: it is not the connection's first packet.
+    /// `ct status confirmed`: this is not the connection's first packet.
     pub fn ct_confirmed(self) -> Self {
         self.differs(CtStatus.and(IPS_CONFIRMED), 0)
     }
@@ -190,7 +190,7 @@ impl Rule {
         self.ip(ip).in_set([Mark.and(mask), CtSaddr(ip, Direction::Original).into()], set, false)
     }
 
-    /// `meta mark & MASK . ct reply ip saddr @SET`: the address that answers, which is a Service's backend.
+    /// `meta mark & MASK . ct reply ip saddr @SET`: the address that replies, a Service's backend for instance.
     pub fn mark_and_reply_saddr_in_set(self, mask: u32, ip: Family, set: impl Into<SetName>) -> Self {
         self.ip(ip).in_set([Mark.and(mask), CtSaddr(ip, Direction::Reply).into()], set, false)
     }
@@ -215,8 +215,8 @@ impl Rule {
         self.differs(SaddrOifAtIif, 0)
     }
 
-    /// `fib saddr . iif oif 0`: packets to where it came from would leave by another interface, or by none; the source is
-    /// an address of this host's, or nobody's (`nft_fib4_eval`, `nft_fib6_eval`).
+    /// `fib saddr . iif oif 0`: packets to the source would not leave by the interface that this packet came in by,
+    /// or the source is an address of this host or of nobody (`nft_fib4_eval`, `nft_fib6_eval`).
     pub fn not_back_by_iif(self) -> Self {
         self.equals(SaddrOifAtIif, 0)
     }
@@ -231,7 +231,7 @@ impl Rule {
         self.equals(Dport, port.into())
     }
 
-    /// `th dport != PORT`; of protocols without ports, whatever stands where others have it.
+    /// `th dport != PORT`. For protocols without ports, the kernel compares the bytes at the place of the port.
     pub fn dport_not(self, port: u16) -> Self {
         self.differs(Dport, port.into())
     }
@@ -328,21 +328,22 @@ impl Rule {
         self.assign(Target::EtherDaddr, Value::Map(Mark.into(), map.into()))
     }
 
-    /// `ct mark set VALUE meta mark set VALUE map @MAP`, both only if the map has the value.
+    /// `ct mark set VALUE meta mark set VALUE map @MAP`. Nothing is set if the map does not contain the value.
     pub fn set_ct_mark_and_mark_by(self, value: u32, map: impl Into<SetName>) -> Self {
         let looked_up = Value::MapOfNumber(value, map.into());
         self.with(Expression::AssignBoth([(Target::CtMark, Value::Number(value)), (Target::Mark, looked_up)]))
     }
 
-    /// `ct mark set ether saddr map @PEERS meta mark set meta mark & MASK map @PATHS`, only if both maps know it.
+    /// `ct mark set ether saddr map @PEERS meta mark set meta mark & MASK map @RX`. Nothing is set unless both maps
+    /// contain their key.
     pub fn admit(self, peers: impl Into<SetName>, mask: u32, paths: impl Into<SetName>) -> Self {
         let peer = Value::Map(EtherSaddr.into(), peers.into());
         let path = Value::Map(Mark.and(mask), paths.into());
         self.with(Expression::AssignBoth([(Target::CtMark, peer), (Target::Mark, path)]))
     }
 
-    /// `dup to ADDRESS device "NAME"`, in a table of the address's family: `nft_dup_ipv4.c` and `nft_dup_ipv6.c` know no
-    /// `inet`. The device is the one with this index. The copy is not tracked.
+    /// `dup to ADDRESS device "NAME"`, in a table of the address's family (`nft_dup_ipv4.c` and `nft_dup_ipv6.c` do
+    /// not exist for `inet`). `index` is the index of the device. The copy is not tracked.
     pub fn dup(self, to: IpAddr, index: u32, device: &'static str) -> Self {
         self.with(Expression::Dup { to, index, device })
     }
@@ -357,7 +358,7 @@ impl Rule {
         self.ip(ip).with(Expression::Snat(ip, Value::Map(Mark.and(mask), map.into())))
     }
 
-    /// `tcp option maxseg size set rt mtu`. The kernel only ever lowers it (`nft_exthdr_tcp_set_eval`).
+    /// `tcp option maxseg size set rt mtu`. The kernel only lowers the value (`nft_exthdr_tcp_set_eval`).
     pub fn clamp_mss(self) -> Self {
         self.with(Expression::ClampMss)
     }

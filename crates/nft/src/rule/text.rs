@@ -32,13 +32,13 @@ impl Display for Rule {
                 if *field == Field::L4Proto && *operator == Operator::Equal {
                     transport = protocol_name(*number as u8);
                 }
-                // What a later phrase says anyway, nft does not print.
-                let is_said = match field {
+                // nft does not print a condition that follows from a later phrase.
+                let is_implied = match field {
                     Field::NfProto => rest.iter().any(|e| e.reads(Field::is_of_ip_header)),
                     Field::L4Proto => rest.iter().any(|e| e.reads(Field::is_of_transport_header)),
                     _ => false,
                 };
-                if is_said {
+                if is_implied {
                     continue;
                 }
             }
@@ -133,7 +133,7 @@ impl Operand {
             Bits::All => return Ok(()),
             Bits::And(mask) => ('&', mask),
             Bits::Xor(value) => ('^', value),
-            // As nft puts it: what is set afterwards need not be cleared before.
+            // nft omits bits from the first mask that are set afterwards.
             Bits::Put { mask, value } => return write!(f, " & {:#010x} | {value:#010x}", !mask | value),
         };
         match self.field {
@@ -178,7 +178,7 @@ impl Field {
         })
     }
 
-    /// A number that the field is compared with.
+    /// The number with which the field is compared.
     fn print_number(self, f: &mut Formatter<'_>, number: u32) -> Result {
         let name = match self {
             Field::Mark | Field::CtMark => return write!(f, "{number:#010x}"),
@@ -221,7 +221,7 @@ fn compare(f: &mut Formatter<'_>, left: Operand, operator: Operator, right: Cons
             f.write_str(" / ")?;
             return field.print_number(f, mask);
         }
-        // The upper bits of a mark.
+        // The mask covers the upper bits of a mark.
         (Bits::And(mask), _, Constant::Number(number)) if mask.leading_ones() + mask.trailing_zeros() == 32 => {
             field.print(f, transport)?;
             f.write_str(if operator == Operator::Unequal { " != " } else { " " })?;
@@ -247,7 +247,7 @@ fn compare(f: &mut Formatter<'_>, left: Operand, operator: Operator, right: Cons
     }
 }
 
-/// The names of bits, as a list; those without a name as a number.
+/// The names of bits, as a list. Bits without a name are printed as a number.
 fn flags(f: &mut Formatter<'_>, bits: u32, names: &[(u32, &str)]) -> Result {
     let mut unnamed = bits;
     let mut separator = "";
@@ -270,7 +270,7 @@ fn direction_name(direction: u32) -> &'static str {
     if direction == Direction::Original as u32 { "original" } else { "reply" }
 }
 
-/// The name of an IP protocol, also that of its header.
+/// The name of an IP protocol and of its header.
 pub(in super::super) fn protocol_name(number: u8) -> &'static str {
     match number {
         protocol::ICMP => "icmp",

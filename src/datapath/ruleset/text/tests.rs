@@ -4,7 +4,7 @@ use super::*;
 use crate::cluster::{self, Scope, SourceName};
 use std::path::Path;
 
-/// Name, cluster and node.
+/// Name of the file, directory of the cluster, and node.
 const RULESETS: &[(&str, &str, &str)] = include!("../../../../tests/rulesets/list.rs");
 
 #[tokio::test]
