@@ -1,39 +1,39 @@
 //! The elements of sets and maps.
 //!
-//! A gateway's node in a big cluster has a hundred thousand of them, most of some ten bytes: they are packed, and come
-//! out one by one. A map of the standard library would take ten times the memory.
+//! A gateway node in a big cluster has a hundred thousand elements, most of about ten bytes. So they are packed, and
+//! unpacked one at a time. A map of the standard library would need ten times the memory.
 
 use std::collections::BTreeSet;
 use std::ops::Range;
 use std::sync::Arc;
 
-/// The elements of one set, sorted by key. In a set of ranges, a key with `end` closes the range that the key before it
-/// opens, and is not part of it.
+/// The elements of one set, sorted by key. In a set of ranges, a key with `end` closes the range that the key before
+/// it opens, and is not part of the range.
 ///
-/// As in the kernel, keys in one set are of one length, and so are values: what is shorter than the others is filled up
-/// with zeros.
+/// As in the kernel, all keys of a set have the same length, and so have all values. Shorter ones are padded with
+/// zeros.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Elements {
-    /// Bytes of a key and of a value.
+    /// The lengths of a key and of a value, bytes.
     lengths: (u8, u8),
-    /// One after another: key, whether it ends a range, value.
+    /// The elements one after another: key, whether it ends a range, value.
     packed: Box<[u8]>,
-    /// The chains that are jumped to, in a map of verdicts: one for each element.
+    /// The target chains of a verdict map, one for each element.
     chains: Box<[Arc<str>]>,
 }
 
 impl Elements {
-    /// Whether there is none.
+    /// Whether there are no elements.
     pub fn is_empty(&self) -> bool {
         self.packed.is_empty()
     }
 
-    /// All of them, by key.
+    /// All elements, sorted by key.
     pub fn iter(&self) -> impl Iterator<Item = (Key, Data)> {
         self.range(0..self.len())
     }
 
-    /// Those that `other` does not have, or has with other data.
+    /// The elements that `other` does not have, or has with other data.
     pub fn missing_in(&self, other: &Elements) -> impl Iterator<Item = (Key, Data)> {
         let (mine, others) = self.unlike(other);
         let mut others = other.range(others).peekable();
@@ -43,15 +43,15 @@ impl Elements {
         })
     }
 
-    /// Of a set of ranges, which has no values: the ranges that `other` does not have just so, each with both its ends. The
-    /// kernel takes no end inside a range that it has, so what becomes of ranges cannot be told by new ends alone.
+    /// For a set of ranges without values: the ranges that `other` does not have exactly so, each with both ends.
+    /// Ends alone are not enough, because the kernel accepts no end inside an existing range.
     pub fn ranges_missing_in(&self, other: &Elements) -> impl Iterator<Item = (Key, Data)> {
         let others: BTreeSet<[Option<Key>; 2]> = other.ranges().into_iter().collect();
         let missing = self.ranges().into_iter().filter(move |range| !others.contains(range));
         missing.flatten().flatten().map(|key| (key, Data::None))
     }
 
-    /// Where each range begins, and where it ends unless that is the last of all addresses.
+    /// The start and the end of each range. The range that reaches to the last address has no end.
     fn ranges(&self) -> Vec<[Option<Key>; 2]> {
         let mut ranges: Vec<[Option<Key>; 2]> = Vec::new();
         for (key, _) in self.iter() {
@@ -63,7 +63,7 @@ impl Elements {
         ranges
     }
 
-    /// These and `more`, which count where both have a key.
+    /// These elements and those of `more`, which replace elements with the same key.
     pub fn with(&self, more: impl IntoIterator<Item = (Key, Data)>) -> Elements {
         let more: Elements = more.into_iter().collect();
         if more.is_empty() {
@@ -109,7 +109,7 @@ impl Elements {
         self.packed.len() / self.size()
     }
 
-    /// Bytes of an element.
+    /// The length of a packed element, bytes.
     fn size(&self) -> usize {
         usize::from(self.lengths.0) + 1 + usize::from(self.lengths.1)
     }
@@ -118,12 +118,12 @@ impl Elements {
         &self.packed[place * self.size()..(place + 1) * self.size()]
     }
 
-    /// What elements are sorted by, within sets whose lengths are the same.
+    /// The bytes by which elements are sorted. They are comparable between sets with the same lengths.
     fn sort_key(&self, place: usize) -> &[u8] {
         &self.at(place)[..=usize::from(self.lengths.0)]
     }
 
-    /// What is left of both without those that both begin with, and end with.
+    /// The parts of both that remain without the common elements at the start and at the end.
     fn unlike(&self, other: &Elements) -> (Range<usize>, Range<usize>) {
         let (mine, others) = (self.len(), other.len());
         if self.lengths != other.lengths {
@@ -136,7 +136,8 @@ impl Elements {
     }
 }
 
-/// The first of `0..len` for which it is false; `is_before` is true of those before, and of none after.
+/// The first number of `0..len` for which `is_before` is false. `is_before` must be true for all numbers before it
+/// and false for all after it.
 fn partition_point(len: usize, is_before: impl Fn(usize) -> bool) -> usize {
     let (mut from, mut to) = (0, len);
     while from < to {
@@ -151,7 +152,7 @@ fn partition_point(len: usize, is_before: impl Fn(usize) -> bool) -> usize {
 }
 
 impl FromIterator<(Key, Data)> for Elements {
-    /// Of elements with the same key the last one counts.
+    /// If several elements have the same key, the last one counts.
     fn from_iter<T: IntoIterator<Item = (Key, Data)>>(elements: T) -> Self {
         let mut all: Vec<(Key, Data)> = elements.into_iter().collect();
         all.sort_by_key(|(key, _)| *key);
@@ -186,25 +187,25 @@ impl FromIterator<(Key, Data)> for Elements {
 /// A key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Key {
-    /// The value, in the byte order of the wire for addresses, of the host for marks.
+    /// The value, in network byte order for addresses and in the host's byte order for marks.
     pub bytes: Bytes,
     /// `NFT_SET_ELEM_INTERVAL_END`
     pub end: bool,
 }
 
-/// What a key maps to.
+/// The data of a key.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Data {
-    /// Nothing: a set.
+    /// No data, in a set.
     None,
-    /// A value; in a set of ranges of several fields, where the range ends.
+    /// A value. In a set of ranges of several fields it is the end of the range.
     Value(Bytes),
     /// `jump CHAIN`
     Jump(Arc<str>),
 }
 
 impl Data {
-    /// How many bytes it takes in [`Elements`].
+    /// The length in [`Elements`], bytes.
     fn len(&self) -> u8 {
         match self {
             Data::Value(bytes) => bytes.len,
@@ -213,7 +214,7 @@ impl Data {
     }
 }
 
-/// Up to 24 bytes, in place: an IPv6 address, a protocol and a port are the longest.
+/// Up to 24 bytes, stored in place. The longest keys have an IPv6 address, a protocol and a port.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Bytes {
     bytes: [u8; 24],
@@ -228,7 +229,7 @@ impl Bytes {
 }
 
 impl From<&[u8]> for Bytes {
-    /// Longer input is cut: the kernel holds none of ours.
+    /// Longer input is truncated. No key of this crate is longer.
     fn from(from: &[u8]) -> Self {
         let len = from.len().min(24);
         let mut bytes = [0; 24];
@@ -299,7 +300,7 @@ mod tests {
         assert!(missing(&after, &after).is_empty());
     }
 
-    /// Ranges by where they begin and end; none ends at 0, which stands for the end of all addresses.
+    /// Ranges by their start and end. An end of 0 means that the range reaches to the last address.
     fn ranges(of: &[(u8, u8)]) -> Elements {
         let key = |at: u8, end| Key { end, ..Key::from([10, at].as_slice()) };
         let ends = of.iter().flat_map(|(from, to)| [Some(key(*from, false)), (*to > 0).then(|| key(*to, true))]);

@@ -13,7 +13,7 @@ pub enum Family {
 }
 
 impl Family {
-    /// Both.
+    /// Both versions.
     pub const BOTH: [Family; 2] = [Family::V4, Family::V6];
 
     /// The version of an address.

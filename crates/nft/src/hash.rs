@@ -1,4 +1,4 @@
-//! The hash by which a rule is recognized in the kernel: the same on every machine and in every release.
+//! The hash that identifies a rule in the kernel. It is the same on every machine and in every release.
 
 /// FNV-1a, 64 bits, <http://www.isthe.com/chongo/tech/comp/fnv/>.
 pub(crate) fn fnv1a(bytes: &[u8]) -> u64 {

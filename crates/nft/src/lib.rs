@@ -30,7 +30,7 @@
 //! # }
 //! ```
 //!
-//! | module | what is in it |
+//! | module | content |
 //! |---|---|
 //! | [`table`] | tables, chains, sets and elements as values |
 //! | [`rule`] | rules of typed expressions, encoded for the kernel and printed as nft does |

@@ -1,5 +1,5 @@
-//! The kernel's nf_tables: compares tables as they should be with what the kernel holds, and commits the difference in
-//! one transaction.
+//! Tables in the kernel's nf_tables. [`Nftables`] compares the desired tables with the observed ones and commits the
+//! difference in one transaction.
 
 use crate::netlink::{Error, NETLINK_NETFILTER, Socket};
 use crate::read::{self, Count};
@@ -8,28 +8,28 @@ use crate::transaction::{Batch, Ownership, Transaction};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-/// How often a transaction is tried again on a fresh view of the kernel's tables, when somebody else changes them.
+/// How often a transaction is tried again with newly read tables, if other programs change them.
 const TRIES: usize = 5;
-/// The name of a table that is never made.
+/// The name of the table in the ownership trial, which is never created.
 const TRIAL: &str = "egret-trial";
-/// Room for a transaction with some ten thousand elements.
+/// The socket's buffer, bytes: room for a transaction with some ten thousand elements.
 const BUFFER: usize = 16 << 20;
 
-/// Tables in the kernel of the network namespace in which this was opened.
+/// The tables of one network namespace, the one in which this was opened.
 pub struct Nftables {
     socket: Socket,
-    /// What the kernel holds, as far as is known: read back once, then kept in sync with what was committed.
+    /// The observed tables: read once, then updated with what was committed.
     held: BTreeMap<TableName, Held>,
-    /// What it held when that was last known of tables of which it is not known now.
+    /// The last observed state of tables that must be read again.
     before: BTreeMap<TableName, Held>,
-    /// Whether what was read back was not what it had held.
+    /// Whether a table that was read again differed from its last observed state.
     changed_by_others: bool,
-    /// Whether the socket is to own the tables.
+    /// Whether the socket should own the tables.
     own: bool,
 }
 
 impl Nftables {
-    /// Opens a socket in the calling thread's network namespace.
+    /// Opens a netlink socket in the calling thread's network namespace.
     ///
     /// # Errors
     /// The kernel has no nf_tables, or the caller lacks CAP_NET_ADMIN.
@@ -39,9 +39,10 @@ impl Nftables {
         Ok(Nftables { socket, held: BTreeMap::new(), before: BTreeMap::new(), changed_by_others: false, own: false })
     }
 
-    /// Lets the socket own the tables that [`apply`](Self::apply) makes, if the kernel can keep them when it closes
-    /// (Linux 6.9): nobody else can change them then, and others' `nft flush ruleset` passes them over. Returns whether
-    /// it does. A table that goes with its owner's socket (Linux 5.12) would open the node when the daemon ends.
+    /// Makes the socket the owner of the tables that [`apply`](Self::apply) creates, if the kernel can keep them when
+    /// the socket closes (Linux 6.9). Then no other program can change them, and `nft flush ruleset` skips them.
+    /// Returns whether the socket owns them. A table that ends with its owner's socket (Linux 5.12) would leave the
+    /// node without rules when the daemon ends.
     ///
     /// # Errors
     /// The socket failed.
@@ -61,26 +62,25 @@ impl Nftables {
         self.own
     }
 
-    /// The socket's netlink port, by which notifications name who made a change.
+    /// The socket's netlink port, which identifies this program in notifications of changes.
     pub fn port(&self) -> u32 {
         self.socket.port()
     }
 
-    /// Forgets what is known of the kernel, so that the next [`apply`](Self::apply) reads it again.
+    /// Forgets the observed tables, so that the next [`apply`](Self::apply) reads them again.
     pub fn invalidate(&mut self) {
         self.before.append(&mut self.held);
     }
 
-    /// Whether somebody else has changed chains or sets of these tables, and they were mended, since this was last asked. Of
-    /// what was changed before this program knew the tables it cannot tell.
+    /// Whether another program has changed chains or sets of these tables since the last call, and they were
+    /// corrected. Changes that were made before this program had read the tables are not noticed.
     pub fn were_changed_by_others(&mut self) -> bool {
         std::mem::take(&mut self.changed_by_others)
     }
 
-    /// Makes the kernel's tables what `wanted` says, in one transaction. Returns how many changes that took.
+    /// Makes the kernel's tables equal to `wanted`, in one transaction. Returns the number of changes.
     ///
     /// # Errors
-    /// The kernel's refusal; then nothing was changed.
     pub fn apply(&mut self, wanted: &[(TableName, Table)]) -> Result<usize, Error> {
         let mut tries = 0;
         loop {
@@ -112,7 +112,7 @@ impl Nftables {
             let changes = transaction.changes;
             if changes == 0 {
                 if read {
-                    // Shared with the caller, and not a second copy.
+                    // Shares the content with the caller instead of copying it.
                     self.now_holds(wanted);
                 }
                 return Ok(updated);
@@ -133,8 +133,9 @@ impl Nftables {
         }
     }
 
-    /// Adopts tables that nobody owns any more, and wakes those that somebody has made dormant: in a transaction of their
-    /// own, for the kernel takes no base chain beside new flags (`nf_tables_addchain`). Returns how many there were.
+    /// Adopts tables that have lost their owner, and activates tables that another program has made dormant. This is
+    /// a separate transaction, because the kernel accepts no base chain together with new flags
+    /// (`nf_tables_addchain`). Returns the number of changed tables.
     fn update_flags(&mut self, wanted: &[(TableName, Table)]) -> Result<usize, Error> {
         let others = wanted.iter().filter_map(|(name, table)| {
             let (held, ownership) = (&self.held[name], Ownership::of(table, self.own));
@@ -169,7 +170,7 @@ impl Nftables {
         }
     }
 
-    /// The kernel refuses every change of a table that another socket owns, and does not say whose it is.
+    /// Fails if another socket owns the table. The kernel would reject every change without naming the owner.
     fn must_not_be_anothers(&self, name: TableName, held: &Held) -> Result<(), Error> {
         match held.owner.filter(|owner| *owner != self.port()) {
             None => Ok(()),
@@ -185,10 +186,10 @@ impl Nftables {
         }
     }
 
-    /// Removes tables, and returns how many were there.
+    /// Removes tables, and returns how many of them existed.
     ///
     /// # Errors
-    /// The kernel's refusal.
+    /// The kernel rejected a removal, or another socket owns the table.
     pub fn remove(&mut self, names: &[TableName]) -> Result<usize, Error> {
         let mut removed = 0;
         for name in names {
@@ -211,18 +212,18 @@ impl Nftables {
         Ok(removed)
     }
 
-    /// The names of a table's chains.
+    /// Reads the names of a table's chains. A table that does not exist has none.
     ///
     /// # Errors
-    /// The kernel's refusal.
+    /// The kernel rejected the request.
     pub fn chains(&mut self, name: TableName) -> Result<Vec<Arc<str>>, Error> {
         Ok(read::table(&mut self.socket, name)?.chains.into_keys().collect())
     }
 
-    /// Reads a table's named counters.
+    /// Reads a table's named counters. A table that does not exist has none.
     ///
     /// # Errors
-    /// The kernel's refusal.
+    /// The kernel rejected the request.
     pub fn counters(&mut self, name: TableName) -> Result<BTreeMap<String, Count>, Error> {
         read::counters(&mut self.socket, name)
     }
@@ -230,17 +231,17 @@ impl Nftables {
     /// Reads the counters of a set's elements.
     ///
     /// # Errors
-    /// The kernel's refusal.
+    /// The kernel rejected the request, or there is no such set (`ENOENT`).
     pub fn element_counters(&mut self, name: TableName, set: &str) -> Result<Vec<(Key, Count)>, Error> {
         let mut all = Vec::new();
         read::elements(&mut self.socket, name, set, |key, count| all.push((*key, count)))?;
         Ok(all)
     }
 
-    /// Reads the elements of a set; none if there is no such set.
+    /// Reads the elements of a set. The result is empty if there is no such set.
     ///
     /// # Errors
-    /// The kernel's refusal.
+    /// The kernel rejected the request.
     pub fn elements(&mut self, name: TableName, set: &str) -> Result<table::Elements, Error> {
         match read::elements(&mut self.socket, name, set, |_, _| {}) {
             Err(e) if e.errno() == Some(nix::libc::ENOENT) => Ok(table::Elements::default()),
@@ -248,10 +249,10 @@ impl Nftables {
         }
     }
 
-    /// Sends a batch and waits until the kernel has committed or refused it. The kernel acknowledges only what it
-    /// is asked to, which is the last message before the batch's end; errors always come.
+    /// Sends a batch and waits until the kernel has committed or rejected it. The kernel acknowledges only messages
+    /// that ask for it, which is the last one before the batch's end. Errors are always reported.
     fn commit(&mut self, batch: &Batch) -> Result<(), Error> {
-        // The kernel takes a batch in one piece or not at all.
+        // The kernel accepts a batch only as one datagram.
         let longer = batch.bytes.len() > BUFFER;
         if longer {
             self.socket.set_buffers(batch.bytes.len())?;
@@ -266,7 +267,7 @@ impl Nftables {
             let mut done = false;
             self.socket.receive(|m| {
                 let result = m.acknowledgement();
-                // An error of the batch as a whole carries the number of its beginning, and nothing follows it.
+                // An error of the whole batch has the sequence number of its beginning, and nothing follows it.
                 done |= m.sequence == batch.last || (m.sequence == batch.first && result.is_err());
                 if let (Err(e), None) = (result, &refusal) {
                     refusal = Some(e);

@@ -1,4 +1,4 @@
-//! Reads a table back from the kernel.
+//! Reads tables from the kernel.
 
 use super::table::{Bytes, Data, Elements, Held, HeldSet, Hook, Key, ObservedChain, TableName};
 use super::uapi::*;
@@ -7,7 +7,7 @@ use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-/// What counters say: packets and bytes.
+/// The value of a counter.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Count {
     /// Packets.
@@ -31,7 +31,7 @@ fn request(table: TableName, fill: impl FnOnce(&mut Vec<u8>)) -> Vec<u8> {
     payload
 }
 
-/// Reads everything of `table`.
+/// Reads a table with everything in it.
 pub(super) fn table(socket: &mut Socket, table: TableName) -> Result<Held, Error> {
     let mut held = without_content(socket, table)?;
     if !held.exists {
@@ -53,7 +53,7 @@ pub(super) fn table(socket: &mut Socket, table: TableName) -> Result<Held, Error
     Ok(held)
 }
 
-/// Whether there is such a table, its flags, and who owns it.
+/// Reads whether the table exists, its flags, and its owner.
 pub(super) fn without_content(socket: &mut Socket, table: TableName) -> Result<Held, Error> {
     let payload = request(table, |p| p.text(NFTA_TABLE_NAME, table.name));
     let message = match socket.get(kind(NFT_MSG_GETTABLE), &payload) {
@@ -106,9 +106,9 @@ fn chains(socket: &mut Socket, table: TableName) -> Result<BTreeMap<Arc<str>, Ob
     })
 }
 
-/// The hashes of a chain's rules, in order. Of one chain and not of all: each datagram of a dump begins anew at the
-/// first rule and passes over those that were told of (`__nf_tables_dump_rules`, net/netfilter/nf_tables_api.c), so that
-/// a dump takes the square of what it passes over.
+/// The hashes of a chain's rules, in order. The dump is for one chain only: each datagram of a dump starts again at
+/// the first rule and skips those that were sent before (`__nf_tables_dump_rules`, net/netfilter/nf_tables_api.c), so
+/// the time grows with the square of the number of rules.
 fn rules(socket: &mut Socket, table: TableName, chain: &str) -> Result<Vec<u64>, Error> {
     let payload = request(table, |p| {
         p.text(NFTA_RULE_TABLE, table.name);
@@ -141,7 +141,7 @@ fn sets_of(socket: &mut Socket, table: TableName) -> Result<Vec<(String, HeldSet
                 NFTA_SET_NAME => name = string(value),
                 NFTA_SET_FLAGS => set.flags |= be32(value),
                 NFTA_SET_KEY_LEN => set.key_len = be32(value),
-                // A verdict map's data has the length of the kernel's own structure.
+                // The data of a verdict map has the length of a kernel structure.
                 NFTA_SET_DATA_LEN if set.data_len == 0 => set.data_len = be32(value),
                 NFTA_SET_EXPR => set.flags |= NFT_SET_EXPR,
                 _ => {}
@@ -158,7 +158,7 @@ fn sets_of(socket: &mut Socket, table: TableName) -> Result<Vec<(String, HeldSet
     })
 }
 
-/// The elements of a set; `counted` is told each key and the value of its counter.
+/// The elements of a set. `counted` is called with each key and the value of its counter.
 pub(super) fn elements(
     socket: &mut Socket,
     table: TableName,

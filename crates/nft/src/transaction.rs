@@ -1,7 +1,7 @@
-//! The difference between a table as it is and as it should be, as messages of one nf_tables transaction.
+//! The difference between an observed table and a desired one, as messages of one nf_tables transaction.
 //!
-//! The order within it lets nothing be referred to that is not there: sets and chains come first, then elements
-//! and rules go, then rules and elements come, and chains and sets that are not wanted go last.
+//! The order keeps every reference valid: sets and chains are created first, then elements and rules are removed,
+//! then rules and elements are added, and unwanted chains and sets are removed last.
 
 use super::read::{header, kind};
 use super::table::{
@@ -10,28 +10,29 @@ use super::table::{
 use super::uapi::*;
 use crate::netlink::{self, Attributes, NLM_F_ACK, NLM_F_APPEND, NLM_F_CREATE, NLM_F_REQUEST, Socket};
 
-/// `NFTA_SET_ELEM_LIST_ELEMENTS` is one attribute and so at most 64 KiB; an element takes less than 100 bytes.
+/// Elements per message. `NFTA_SET_ELEM_LIST_ELEMENTS` is one attribute of at most 64 KiB, and an element takes less
+/// than 100 bytes.
 const ELEMENTS_A_MESSAGE: usize = 500;
-/// Type of a comment in a rule's user data, nft's `UDATA_TYPE_COMMENT`.
+/// The type of a comment in a rule's user data, nft's `UDATA_TYPE_COMMENT`.
 const UDATA_COMMENT: u8 = 0;
-/// In a set's user data, libnftnl's `NFTNL_UDATA_SET_KEYBYTEORDER` and `_DATABYTEORDER`.
+/// The types in a set's user data, libnftnl's `NFTNL_UDATA_SET_KEYBYTEORDER` and `_DATABYTEORDER`.
 const UDATA_KEY_BYTE_ORDER: u8 = 0;
 const UDATA_DATA_BYTE_ORDER: u8 = 1;
 const COMMENT_PREFIX: &str = "egret ";
 
-/// Whether this socket owns a table.
+/// Who owns a table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Ownership {
-    /// Nobody does.
+    /// No socket.
     None,
-    /// It does, and the table stays when the socket closes.
+    /// This socket; the table stays when the socket closes.
     Lasting,
-    /// It does, and the table goes with it.
+    /// This socket; the table ends with it.
     WithSocket,
 }
 
 impl Ownership {
-    /// Of a table as it should be; `own`: this socket is to own tables that stay.
+    /// The ownership of a desired table. `own` says whether this socket should own tables that stay.
     pub(super) fn of(wanted: &Table, own: bool) -> Self {
         match (wanted.ends_with_socket, own) {
             (true, _) => Ownership::WithSocket,
@@ -40,7 +41,7 @@ impl Ownership {
         }
     }
 
-    /// The table's flags. An orphan that is not adopted may stay one.
+    /// The table's flags. A table that lost its owner and is not adopted keeps the persist flag.
     pub(super) fn flags(self, held: &Held) -> u32 {
         match self {
             Ownership::None => held.flags & NFT_TABLE_F_PERSIST,
@@ -49,13 +50,13 @@ impl Ownership {
         }
     }
 
-    /// The owner, if it is the socket with this port.
+    /// The owner's port, if the socket with this port owns the table.
     pub(super) fn owner(self, port: u32) -> Option<u32> {
         (self != Ownership::None).then_some(port)
     }
 
-    /// Whether the kernel lets the table have it: `NFT_TABLE_F_PERSIST` is given to a new table only, and taken from none
-    /// (`nf_tables_updtable`).
+    /// Whether the kernel can give this ownership to the existing table: it sets `NFT_TABLE_F_PERSIST` on new tables
+    /// only, and never clears it (`nf_tables_updtable`).
     pub(super) fn can_be_given(self, held: &Held) -> bool {
         match self {
             Ownership::None => true,
@@ -65,10 +66,10 @@ impl Ownership {
     }
 }
 
-/// Messages that are being put together.
+/// The messages of a transaction under construction.
 pub(super) struct Transaction<'a> {
     bytes: Vec<u8>,
-    /// How many changes it makes.
+    /// How many changes the transaction makes.
     pub(super) changes: usize,
     socket: &'a mut Socket,
     next_set_id: u32,
@@ -77,13 +78,13 @@ pub(super) struct Transaction<'a> {
     last: (usize, u32),
 }
 
-/// A transaction, ready to be sent.
+/// A complete transaction.
 pub(super) struct Batch {
     /// The messages.
     pub(super) bytes: Vec<u8>,
-    /// Sequence number of its beginning.
+    /// The sequence number of the beginning.
     pub(super) first: u32,
-    /// Sequence number of its last change, which the kernel is asked to acknowledge.
+    /// The sequence number of the last change, which the kernel acknowledges.
     pub(super) last: u32,
 }
 
@@ -94,7 +95,7 @@ impl<'a> Transaction<'a> {
         t
     }
 
-    /// Ends the batch, and has its last change acknowledged.
+    /// Ends the batch, and requests an acknowledgement of its last change.
     pub(super) fn finish(mut self) -> Batch {
         self.batch(NFNL_MSG_BATCH_END);
         self.acknowledged()
@@ -126,7 +127,7 @@ impl<'a> Transaction<'a> {
         self.changes += 1;
     }
 
-    /// Appends what turns `held` into `wanted`.
+    /// Appends the changes that turn `held` into `wanted`.
     pub(super) fn table(&mut self, name: TableName, held: &Held, wanted: &Table, ownership: Ownership) {
         let empty = Held::default();
         let mut held = held;
@@ -149,7 +150,7 @@ impl<'a> Transaction<'a> {
         }
         for (set, s) in wanted.sets.iter().filter(|(n, _)| !held.sets.contains_key(*n)) {
             self.new_set(name, set, s);
-            // Before a rule looks at it.
+            // Before the rules that use it.
             if s.kind.constant {
                 self.elements(name, set, NFT_MSG_NEWSETELEM, s.elements.iter().collect(), s.kind);
             }
@@ -165,7 +166,8 @@ impl<'a> Transaction<'a> {
             }
             self.elements(name, set, NFT_MSG_DELSETELEM, missing(&h.elements, &s.elements, s.kind), s.kind);
         }
-        // What is constant goes whole, after the rules that look at it. Others may lead to chains that go.
+        // Constant sets are removed whole, after the rules that use them. Elements of other sets may lead to chains
+        // that are removed.
         let unwanted = || held.sets.iter().filter(|(n, _)| !wanted.sets.contains_key(*n));
         for (set, h) in unwanted().filter(|(_, h)| h.flags & NFT_SET_CONSTANT == 0) {
             self.elements(name, set, NFT_MSG_DELSETELEM, h.elements.iter().collect(), KEYS);
@@ -214,7 +216,7 @@ impl<'a> Transaction<'a> {
         }
     }
 
-    /// Makes a table, or gives one that is there other flags.
+    /// Creates a table, or changes the flags of an existing one.
     pub(super) fn new_table(&mut self, name: TableName, flags: u32) {
         self.push(name, NFT_MSG_NEWTABLE, NLM_F_CREATE, |p| {
             p.text(NFTA_TABLE_NAME, name.name);
@@ -222,14 +224,15 @@ impl<'a> Transaction<'a> {
         });
     }
 
-    /// Asks whether the kernel knows tables with an owner that outlive its socket. Such a batch has no end: the kernel
-    /// looks at it, answers, and does nothing (`nfnetlink_rcv_batch`), as for `nft --check`.
+    /// A batch that asks whether the kernel supports tables with an owner that outlive its socket. The batch has no
+    /// end message, so the kernel checks it, answers and changes nothing (`nfnetlink_rcv_batch`), as for `nft
+    /// --check`.
     pub(super) fn trial_of_ownership(mut self, name: TableName) -> Batch {
         self.table(name, &Held::default(), &Table::default(), Ownership::Lasting);
         self.acknowledged()
     }
 
-    /// Appends the table's removal.
+    /// Appends the removal of a table.
     pub(super) fn remove(&mut self, name: TableName) {
         self.push(name, NFT_MSG_DELTABLE, 0, |p| p.text(NFTA_TABLE_NAME, name.name));
     }
@@ -300,7 +303,7 @@ impl<'a> Transaction<'a> {
                             if key.end {
                                 e.be32(NFTA_SET_ELEM_FLAGS, NFT_SET_ELEM_INTERVAL_END);
                             }
-                            // A key alone names what is to be deleted.
+                            // A deletion contains the key only.
                             if message == NFT_MSG_NEWSETELEM && kind.data.is_some() {
                                 element_data(e, value);
                             }
@@ -313,10 +316,10 @@ impl<'a> Transaction<'a> {
     }
 }
 
-/// Of which only keys are said.
+/// A kind for messages that contain keys only.
 const KEYS: SetKind = SetKind::plain(DataType::Mark, None);
 
-/// The elements of `these` that `others` lack.
+/// The elements of `these` that are missing in `others`.
 fn missing(these: &Elements, others: &Elements, kind: SetKind) -> Vec<(Key, Data)> {
     if kind.interval { these.ranges_missing_in(others).collect() } else { these.missing_in(others).collect() }
 }
@@ -332,12 +335,12 @@ fn element_data(element: &mut Vec<u8>, value: &Data) {
     });
 }
 
-/// A set's user data, for `nft list` alone: in which byte order keys and values are.
+/// A set's user data: the byte order of keys and values. Only `nft list` needs it.
 fn byte_orders(set: &Set) -> Vec<u8> {
     let mut out = Vec::new();
     let parts = [(UDATA_KEY_BYTE_ORDER, Some(set.kind.key)), (UDATA_DATA_BYTE_ORDER, set.kind.data)];
     for (part, type_) in parts {
-        // nft cannot list a verdict map whose values it is told the byte order of.
+        // nft cannot list a verdict map with a byte order for its values.
         if let Some(type_) = type_.filter(|t| *t != DataType::Verdict) {
             out.extend_from_slice(&[part, 4]);
             out.extend_from_slice(&type_.byte_order().to_ne_bytes());
@@ -346,8 +349,8 @@ fn byte_orders(set: &Set) -> Vec<u8> {
     out
 }
 
-/// Whether the table must be made anew, in the same transaction: a set's type, a chain's hook and what is in a constant set
-/// cannot be changed.
+/// Whether the table must be created anew in the same transaction, because a set's type, a chain's hook or the
+/// content of a constant set differs. The kernel cannot change these.
 fn rebuilt(held: &Held, wanted: &Table, chains: &[Unlike<'_>]) -> bool {
     let other = |s: &Set, h: &HeldSet| {
         let same = || std::sync::Arc::ptr_eq(&h.elements, &s.elements) || h.elements == s.elements;
@@ -365,7 +368,7 @@ fn comment(hash: u64) -> Vec<u8> {
     out
 }
 
-/// The hash in a rule's comment; 0 if there is none.
+/// The hash in a rule's comment, 0 if there is none.
 pub(super) fn hash_in_comment(userdata: &[u8]) -> u64 {
     let Some((&[UDATA_COMMENT, len], text)) = userdata.split_first_chunk::<2>() else { return 0 };
     let text = netlink::string(text.get(..usize::from(len)).unwrap_or_default());

@@ -1,10 +1,10 @@
-//! Numbers of include/uapi/linux/netfilter/nf_tables.h and nfnetlink.h, under the names they have there.
+//! Constants of include/uapi/linux/netfilter/nf_tables.h and nfnetlink.h, under their names there.
 #![allow(missing_docs)]
 
 pub const NFNL_SUBSYS_NFTABLES: u16 = 10;
 pub const NFNL_MSG_BATCH_BEGIN: u16 = 0x10;
 pub const NFNL_MSG_BATCH_END: u16 = 0x11;
-/// Multicast group of rule set changes, `NFNLGRP_NFTABLES`.
+/// The multicast group of ruleset changes, `NFNLGRP_NFTABLES`.
 pub const NFNLGRP_NFTABLES: u32 = 7;
 
 pub const NFPROTO_INET: u8 = 1;
@@ -47,7 +47,7 @@ pub const NFTA_TABLE_NAME: u16 = 1;
 pub const NFTA_TABLE_FLAGS: u16 = 2;
 /// The netlink port of the socket that owns the table.
 pub const NFTA_TABLE_OWNER: u16 = 7;
-/// Linux 5.12: only the socket that made the table, or adopted it, can change it, and others' flush passes it over.
+/// Linux 5.12: only the socket that created or adopted the table can change it, and flushes by others skip it.
 pub const NFT_TABLE_F_OWNER: u32 = 0x2;
 /// Linux 6.9: the table stays when its owner's socket closes, and another socket can adopt it.
 pub const NFT_TABLE_F_PERSIST: u32 = 0x4;
