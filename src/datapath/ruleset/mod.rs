@@ -170,6 +170,7 @@ impl Made {
         Made { plan, fixed, tables }
     }
 
+    /// All tables, by name.
     pub fn tables(&self) -> &[(TableName, Table)] {
         &self.tables
     }
