@@ -110,7 +110,7 @@ struct ConnectionReview {
     /// Rules were removed and restored, and the pods' connections have not been reviewed since.
     mended: bool,
     /// Whether a review has been completed.
-    has_looked: bool,
+    is_complete: bool,
 }
 
 /// A pod whose connections were reviewed.
@@ -166,7 +166,7 @@ impl ConnectionReview {
             self.pods.insert(pod_id.clone(), Pod { policy_chain: policy_chain.clone(), kept, is_new });
         }
         self.ready.clone_from(&job.ready);
-        (self.mended, self.has_looked) = (false, true);
+        (self.mended, self.is_complete) = (false, true);
         Ok(found.ended)
     }
 
@@ -228,7 +228,7 @@ impl ConnectionReview {
                         before.kept.contains(&c.id) || decides(&before.policy_chain, &self.ready, c).is_none()
                     }
                     // The rules were removed before this daemon started, so the earlier connections are unknown.
-                    None => self.has_looked,
+                    None => self.is_complete,
                 };
                 if is_known || !self.mended { Action::Keep } else { Action::End }
             }

@@ -1,4 +1,4 @@
-//! What the node daemon counts.
+//! The node daemon's metrics.
 
 use super::changed_ports::ReplicationMetrics;
 use super::flow_log::FlowLogMetrics;
@@ -43,7 +43,7 @@ struct FamilyLabel {
     family: &'static str,
 }
 
-/// What was last seen of one family's first packets.
+/// The last values of one family's counters of first packets.
 #[derive(Debug, Default)]
 struct Forwarded {
     entered: u64,
@@ -51,7 +51,8 @@ struct Forwarded {
 }
 
 impl Forwarded {
-    /// The two numbers are read one after the other, so that their difference can be less for a moment.
+    /// Returns the packets that were dropped since the last call. The two counters are read one after the other, so
+    /// their difference may be smaller for a moment.
     fn dropped_since(&mut self, now: FirstPackets) -> u64 {
         if now.entered < self.entered {
             *self = Forwarded::default();
@@ -63,7 +64,7 @@ impl Forwarded {
     }
 }
 
-/// See the module.
+/// The node daemon's metrics. Each method updates the metrics from a state or an event.
 pub struct Metrics {
     pods: Family<State, Gauge>,
     allocations: Family<State, Gauge>,
@@ -80,7 +81,7 @@ pub struct Metrics {
     errors: Counter,
     faults: Gauge,
     changes: Counter,
-    /// What the kernel's counters said last; they start again when their table or element does.
+    /// The last values of the kernel's counters. A counter starts at zero when its table or element is created anew.
     drops_seen: BTreeMap<String, u64>,
     other_ports_seen: u64,
     insertions_failed_seen: u64,
@@ -93,7 +94,7 @@ fn seconds() -> Histogram {
 }
 
 impl Metrics {
-    /// All metrics, and the registry that shows them.
+    /// Creates all metrics, and the registry that exports them.
     pub fn new() -> (Registry, Self) {
         let metrics = Metrics {
             pods: Family::default(),
@@ -162,17 +163,17 @@ impl Metrics {
         (registry, metrics)
     }
 
-    /// What is counted of connections whose port was changed.
+    /// The metrics of the replication of connections with a changed port.
     pub fn changed_ports(&self) -> ReplicationMetrics {
         self.changed_ports.clone()
     }
 
-    /// What is counted of records of connections.
+    /// The metrics of the flow log.
     pub fn flow_log(&self) -> FlowLogMetrics {
         self.flow_log.clone()
     }
 
-    /// The kernel was brought in sync, or not.
+    /// Records an attempt to bring the kernel in sync.
     pub fn applied(&self, took: Duration, result: &anyhow::Result<usize>) {
         self.applies.observe(took.as_secs_f64());
         match result {
@@ -188,17 +189,17 @@ impl Metrics {
         }
     }
 
-    /// So much is passed over.
+    /// Sets the number of faults.
     pub fn faults(&self, n: usize) {
         self.faults.set(n as i64);
     }
 
-    /// A plugin was answered.
+    /// Records a response to a plugin.
     pub fn answered(&self, verb: &'static str, took: Duration) {
         self.requests.get_or_create(&VerbLabel { verb }).observe(took.as_secs_f64());
     }
 
-    /// How many pods are in which state.
+    /// Sets the number of pods in each state.
     pub fn pods(&self, census: &Census) {
         let states = [
             ("selected", census.selected),
@@ -211,7 +212,7 @@ impl Metrics {
         }
     }
 
-    /// How many allocations are in which state.
+    /// Sets the number of allocations in each state.
     pub fn allocations(&self, view: &View) {
         let mut states = BTreeMap::from([("local", 0), ("remote", 0), ("unready", 0)]);
         for allocation in view.allocations.allocations.values() {
@@ -227,7 +228,7 @@ impl Metrics {
         }
     }
 
-    /// What the kernel has counted.
+    /// Adds what the kernel has counted since the last call.
     pub fn counts(&mut self, counts: &Counts) {
         for (reason, count) in &counts.drops {
             let seen = self.drops_seen.insert(reason.clone(), count.packets).unwrap_or(0);

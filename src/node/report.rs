@@ -102,7 +102,8 @@ impl Report {
             allocations: view.allocations.held.iter().copied().collect(),
             taken: facts.taken.iter().map(|(id, since)| TakenAllocation { id: *id, since: *since }).collect(),
             refused: refused.collect(),
-            // Source nodes ask, too, but what thousands of them would say at once costs more than it tells.
+            // Source nodes are asked too, but reports of thousands of them at once would cost more than they are
+            // worth.
             unreachable_peers: facts
                 .dead
                 .iter()

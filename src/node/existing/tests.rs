@@ -11,7 +11,7 @@ fn pod_id() -> PodId {
     PodId::Adopted(3)
 }
 
-/// The policy chain of one policy that covers port 443 alone.
+/// The policy chain of one policy that covers port 443 only.
 fn policy_chain(existing_connections: ExistingConnections, fallback: Fallback) -> Arc<PolicyChain> {
     let ports = Ports { protocol: crate::api::Protocol::Tcp, first: HTTPS, last: HTTPS };
     let covers = Destination { networks: Box::default(), ports: [ports].into() };
@@ -51,7 +51,7 @@ fn actions(
 ) -> [Action; 3] {
     let pod = Pod { policy_chain: before.clone(), kept: [1].into(), is_new: false };
     let review =
-        ConnectionReview { ready: [ALLOCATION].into(), mended, has_looked: true, ..ConnectionReview::default() };
+        ConnectionReview { ready: [ALLOCATION].into(), mended, is_complete: true, ..ConnectionReview::default() };
     let ready = ready.iter().copied().collect();
     [(1, HTTPS), (2, HTTPS), (3, 80)]
         .map(|(id, port)| review.action(Some(&pod), policy_chain, &ready, &connection(id, port)))
@@ -75,7 +75,7 @@ fn connections_without_a_policys_decision_are_kept_or_ended_as_it_says() {
 }
 
 #[test]
-fn a_fallback_to_the_nodes_address_makes_connections_that_stay_while_it_lasts() {
+fn connections_by_the_fallback_to_the_nodes_address_are_kept_while_the_fallback_lasts() {
     use Action::{End as Ended, Ignore as Passes, Keep as Kept};
     use ExistingConnections::{End, Keep};
     let (keep, end) = (policy_chain(Keep, Fallback::NodeAddress), policy_chain(End, Fallback::NodeAddress));
@@ -86,11 +86,11 @@ fn a_fallback_to_the_nodes_address_makes_connections_that_stay_while_it_lasts() 
 }
 
 #[test]
-fn a_daemon_that_finds_its_rules_gone_ends_what_it_cannot_know() {
+fn a_daemon_that_finds_its_rules_removed_ends_unknown_connections() {
     let ready = [ALLOCATION].into();
     let keep = policy_chain(ExistingConnections::Keep, Fallback::Block);
-    let action = |mended, has_looked| {
-        let review = ConnectionReview { mended, has_looked, ..ConnectionReview::default() };
+    let action = |mended, is_complete| {
+        let review = ConnectionReview { mended, is_complete, ..ConnectionReview::default() };
         review.action(None, &keep, &ready, &connection(1, HTTPS))
     };
     assert_eq!(
@@ -100,7 +100,7 @@ fn a_daemon_that_finds_its_rules_gone_ends_what_it_cannot_know() {
 }
 
 #[test]
-fn a_pod_that_began_under_its_policies_is_not_looked_at() {
+fn a_pod_that_started_under_its_policies_is_not_reviewed() {
     let keep = policy_chain(ExistingConnections::Keep, Fallback::Block);
     let mut review = ConnectionReview::default();
     let is_reviewed = |review: &ConnectionReview, policy_chain: &Arc<PolicyChain>| {
@@ -119,15 +119,15 @@ fn a_pod_that_began_under_its_policies_is_not_looked_at() {
 }
 
 #[test]
-fn what_is_told_twice_is_done_once() {
+fn an_unchanged_state_is_sent_once() {
     let (jobs, incoming) = channel();
     let sent = Default::default();
     let mut existing = Existing { jobs, marks: Marks::default(), sent, new: BTreeSet::new(), mended: false };
     let used = Use { policy_chain: Some(policy_chain(ExistingConnections::Keep, Fallback::Block)), ..Use::default() };
     let uses = Uses::from([(pod_id(), Arc::new(used))]);
-    let mut look = |mended| {
+    let mut jobs_after = |mended| {
         existing.update(&uses, [ALLOCATION].into(), mended, &Shared::default(), &BTreeSet::new());
         incoming.try_iter().count()
     };
-    assert_eq!([look(false), look(false), look(true), look(false)], [1, 0, 1, 0]);
+    assert_eq!([jobs_after(false), jobs_after(false), jobs_after(true), jobs_after(false)], [1, 0, 1, 0]);
 }

@@ -11,12 +11,12 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep_until};
 
-/// A message may be lost, so all is announced once more after this time,
+/// Everything is announced once more after this time, because a message may be lost.
 const AGAIN: Duration = Duration::from_secs(1);
-/// and then at this interval, until it changes.
+/// Then everything is announced at this interval, until it changes.
 const INTERVAL: Duration = Duration::from_secs(15);
 
-/// What is announced, and to which nodes.
+/// The announced pods, and the receivers.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Announced {
     /// The tunnel device's index, and the source address of messages.
@@ -44,12 +44,12 @@ impl Announcer {
         Announcer { announced }
     }
 
-    /// Whether nothing is announced now.
+    /// Whether there is nothing to announce now.
     pub fn is_idle(&self) -> bool {
         self.announced.borrow().to.is_empty()
     }
 
-    /// Announces this from now on.
+    /// Announces these pods from now on.
     pub fn set(&self, announced: Announced) {
         self.announced.send_if_modified(|now| {
             let changed = **now != announced;
@@ -92,7 +92,7 @@ async fn run(mut wanted: watch::Receiver<Arc<Announced>>) {
     }
 }
 
-/// Opens the socket, if there is something to send. What fails is tried again with the next announcement.
+/// Opens the socket if there is something to send. After a failure, the next announcement tries again.
 fn open(messages: &mut Option<NodeMessages>, now: &Announced) {
     if let (None, Some((device, source)), false) = (&messages, now.end, now.to.is_empty()) {
         match NodeMessages::open(device, source) {

@@ -1,10 +1,11 @@
-//! Records of connections: which pod was an egress IP and port at what time.
+//! Records of connections: which pod used which egress IP and port at what time.
 //!
-//! The kernel notifies the gateway node when a connection begins and ends, filtered by Egret's connection mark. A thread
-//! of its own makes a line of JSON of each ([`record`]), and another one writes them ([`output`]), so that neither the
-//! daemon nor the kernel waits for a slow file. What does not keep up is dropped and counted.
+//! The kernel notifies the gateway node when a connection begins and ends, filtered by Egret's connection mark. One
+//! thread turns each notification into a line of JSON ([`record`]), and another one writes the lines ([`output`]), so
+//! that neither the daemon nor the kernel waits for a slow file. Records that do not fit into the queue are dropped
+//! and counted.
 //!
-//! A gateway node does not know other nodes' pods. A node that records says so in its EgressNode, and the pods' nodes
+//! A gateway node does not know other nodes' pods. A node that records reports this in its EgressNode. Other nodes
 //! then announce their pods to it through the tunnel ([`announce`]), without the API server.
 
 mod announce;
@@ -34,8 +35,8 @@ use tokio::sync::watch;
 /// Why a record was dropped.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct Dropped {
-    /// `kernel`: the kernel dropped notifications, each counts once however many it were. `output`: the file, the program
-    /// or the server did not take it.
+    /// `kernel`: the kernel dropped notifications; each report of the kernel counts once. `output`: the file, the
+    /// program or the server did not accept the record.
     reason: &'static str,
 }
 
@@ -91,7 +92,7 @@ impl FlowLog {
         self.since
     }
 
-    /// Sets what is known of the cluster from now on.
+    /// Sets what the daemon knows of the cluster from now on.
     pub fn set_view(&self, view: FlowView) {
         self.view.send_replace(Arc::new(view));
     }

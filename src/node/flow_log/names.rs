@@ -11,9 +11,9 @@ use tokio::time::Instant;
 
 /// The first bytes of each message: its type and the version of the format. Then follow pods, one line of JSON each.
 const MAGIC: [u8; 4] = *b"egf\x01";
-/// A pod that has not been announced for this long is forgotten: several times the interval of announcements.
+/// A pod that has not been announced for this time is dropped. It is several times the interval of announcements.
 pub(super) const FORGOTTEN: Duration = Duration::from_secs(60);
-/// The largest number of addresses that are remembered.
+/// The largest number of addresses that are stored.
 const ADDRESSES: usize = 262_144;
 
 /// A pod, with what is needed to name it in a record.
@@ -32,7 +32,8 @@ pub struct PodName {
     pub policies: Vec<String>,
 }
 
-/// Encodes pods into as many messages of at most [`MAX_MESSAGE`] bytes as needed. A pod that fits into none is left out.
+/// Encodes pods into as many messages of at most [`MAX_MESSAGE`] bytes as needed. A pod that is too long for one is
+/// left out.
 pub(super) fn encode<'a>(pods: impl IntoIterator<Item = &'a PodName>) -> Vec<Vec<u8>> {
     let mut messages: Vec<Vec<u8>> = Vec::new();
     for pod in pods {
@@ -47,7 +48,7 @@ pub(super) fn encode<'a>(pods: impl IntoIterator<Item = &'a PodName>) -> Vec<Vec
     messages
 }
 
-/// The pod on one line. Of very many policies, the first ones are there.
+/// The pod as one line. If it has too many policies for a message, the last ones are left out.
 fn line(pod: &PodName) -> Option<Vec<u8>> {
     let mut pod = pod.clone();
     loop {
@@ -73,7 +74,7 @@ pub(super) struct Names {
 }
 
 impl Names {
-    /// Takes in what a node has announced. It can name its own pods only.
+    /// Stores the pods that a node has announced. A node can name its own pods only.
     pub(super) fn announced(&mut self, from: Mac, pods: Vec<PodName>, now: Instant) {
         for pod in pods {
             let has_room = self.known.len() < ADDRESSES;
@@ -95,7 +96,7 @@ impl Names {
         self.known.get(&(node, address)).map(|(_, pod)| pod.clone())
     }
 
-    /// Forgets pods that are no longer announced.
+    /// Drops pods that are no longer announced.
     pub(super) fn prune(&mut self, now: Instant) {
         self.known.retain(|_, (heard, _)| now.saturating_duration_since(*heard) < FORGOTTEN);
     }
@@ -131,7 +132,7 @@ mod tests {
     }
 
     #[test]
-    fn a_node_names_its_own_pods_and_what_it_no_longer_announces_is_forgotten() {
+    fn a_node_names_its_own_pods_and_pods_that_are_no_longer_announced_are_dropped() {
         let (mut names, begin, of) = (Names::default(), Instant::now(), pod(1));
         let address = of.addresses[0];
         names.announced([1; 6], vec![of.clone()], begin);

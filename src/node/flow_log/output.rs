@@ -1,5 +1,5 @@
-//! The thread that writes records. A slow file or program holds up neither the thread that reads the kernel's
-//! notifications nor the daemon: what does not fit into the queue is dropped.
+//! The thread that writes records. A slow file or program delays neither the thread that reads the kernel's
+//! notifications nor the daemon: lines that do not fit into the queue are dropped.
 
 use super::FlowLogMetrics;
 use super::target::{Sink, count};
@@ -8,12 +8,12 @@ use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// The largest number of batches that wait.
+/// The largest number of queued batches.
 const QUEUE: usize = 256;
 /// The shortest interval between two warnings.
 const WARN: Duration = Duration::from_secs(10);
 
-/// The end of the queue where records go in.
+/// The sender of the queue.
 pub(super) struct Output {
     queue: SyncSender<Vec<u8>>,
     metrics: FlowLogMetrics,

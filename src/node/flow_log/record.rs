@@ -10,14 +10,14 @@ const SCTP: u8 = 132;
 const UDPLITE: u8 = 136;
 const DCCP: u8 = 33;
 
-/// What a line says. A field that is not known is left out.
+/// The fields of a line. Unknown ones are left out.
 #[derive(Serialize)]
 #[serde(rename_all = "camelCase")]
 pub(super) struct Record<'a> {
     /// RFC 3339, in UTC, with microseconds.
     pub time: String,
     pub event: &'static str,
-    /// The same in both lines of a connection, for as long as the kernel has it.
+    /// The kernel's id, the same in both lines of a connection.
     pub connection: u32,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub pod_namespace: Option<&'a str>,
@@ -54,7 +54,7 @@ pub(super) struct Record<'a> {
 }
 
 impl<'a> Record<'a> {
-    /// What the kernel says of the connection.
+    /// Fills in what the kernel reports about the connection.
     pub(super) fn of(event: &Event, at: Timestamp, egress_node: &'a str) -> Self {
         let Event { ended, out, back, id, sent, received, .. } = *event;
         let port = |port: u16| has_ports(out.protocol).then_some(port);
@@ -90,7 +90,7 @@ impl<'a> Record<'a> {
         let begin = to.len();
         match serde_json::to_writer(&mut *to, self) {
             Ok(()) => to.push(b'\n'),
-            // Memory takes all that is written to it.
+            // A write to memory does not fail.
             Err(_) => to.truncate(begin),
         }
     }

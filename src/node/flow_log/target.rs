@@ -15,9 +15,9 @@ use std::time::{Duration, Instant};
 
 /// The facility local0 and the severity info (RFC 5424, section 6.2.1).
 const PRIORITY: u8 = 16 * 8 + 6;
-/// How long a program may take for what is sent to its socket.
+/// The longest time that a write to a program's socket may take.
 const PATIENCE: Duration = Duration::from_secs(1);
-/// The interval at which a file's name is looked at.
+/// The interval at which a file's name is checked.
 const LOOK: Duration = Duration::from_secs(1);
 
 /// The value of `--flow-log`.
@@ -63,8 +63,8 @@ impl fmt::Display for Target {
 }
 
 impl Target {
-    /// Opens the target. What cannot be opened is logged and tried again when there is something to write: the node's
-    /// pods must not wait for it.
+    /// Opens the target. A target that cannot be opened is logged, and opened again when there is something to write,
+    /// because the node's pods must not wait for it.
     pub(super) fn open(&self) -> Sink {
         match self {
             Target::Stdout => Sink::Stdout,
@@ -107,7 +107,7 @@ pub(super) enum Unix {
 }
 
 impl Sink {
-    /// Writes lines, all of them ended. Returns how many of them were written.
+    /// Writes complete lines. Returns how many of them were written.
     pub(super) fn write(&mut self, lines: &[u8]) -> (u64, io::Result<()>) {
         match self {
             Sink::Stdout => whole(lines, io::stdout().lock().write_all(lines)),
@@ -133,7 +133,7 @@ impl Sink {
                     Err(e) => (0, Err(e)),
                 };
                 if result.is_err() {
-                    // After a part of a line, nothing else may follow on the same stream.
+                    // After a part of a line, the stream cannot be used any more.
                     *socket = None;
                 }
                 (written, result)
@@ -142,7 +142,7 @@ impl Sink {
     }
 }
 
-/// The file by its name: after a rotation that has renamed or removed it, another one is made.
+/// The file with this name. After a rotation has renamed or removed it, a new one is created.
 fn current<'a>(path: &Path, file: &'a mut Option<File>, looked: &mut Instant) -> io::Result<&'a mut File> {
     if looked.elapsed() >= LOOK {
         *looked = Instant::now();
@@ -193,7 +193,7 @@ fn whole(lines: &[u8], result: io::Result<()>) -> (u64, io::Result<()>) {
     (count, result)
 }
 
-/// Sends each line in a datagram of its own, without its end.
+/// Sends each line in its own datagram, without the newline.
 fn each<T>(lines: &[u8], to: io::Result<T>, send: impl Fn(&mut T, &[u8]) -> io::Result<()>) -> (u64, io::Result<()>) {
     let mut to = match to {
         Ok(to) => to,

@@ -30,20 +30,20 @@ use tokio::time::{Instant, sleep_until};
 const RECEIVE_BUFFER: usize = 16 << 20;
 /// Notifications read in one batch.
 const AT_ONCE: usize = 512;
-/// How long a connection of an unknown pod waits for its name: the pod may just have started.
+/// How long a connection of an unknown pod waits for its name. The pod may just have started.
 const PATIENCE: Duration = Duration::from_millis(300);
-/// The largest number of notifications that wait.
+/// The largest number of waiting notifications.
 const WAITING: usize = 16_384;
-/// The largest number of connections of which is remembered what was written at their beginning.
+/// The largest number of connections whose first line is remembered.
 const REMEMBERED: usize = 262_144;
 /// The pause after the kernel's notifications could not be opened, and the interval of warnings.
 const AGAIN: Duration = Duration::from_secs(10);
-/// The interval at which names that are no longer announced are forgotten.
+/// The interval at which names that are no longer announced are dropped.
 const PRUNE: Duration = Duration::from_secs(20);
-/// The size at which lines are handed on, bytes.
+/// The size at which lines are queued for writing, bytes.
 const BATCH: usize = 64 << 10;
 
-/// What the daemon knows and a record needs.
+/// What the daemon knows and records contain.
 #[derive(Clone, Debug, Default)]
 pub struct FlowView {
     /// This node.
@@ -76,7 +76,7 @@ struct Waiting {
     until: Instant,
 }
 
-/// What is written at the beginning of a connection and again at its end.
+/// The fields that are written at the beginning of a connection and again at its end.
 struct Begun {
     pod: Option<Arc<PodName>>,
     policy: Option<String>,
@@ -188,7 +188,8 @@ impl Task {
     fn subscribe(&self) -> Result<NetlinkReader> {
         let mut socket = Socket::open(NETLINK_NETFILTER)?;
         socket.set_buffers(RECEIVE_BUFFER)?;
-        // Before the socket gets anything. The kernel still makes a message for each connection of the host.
+        // Set the filter before the socket receives anything. The kernel still makes a message for each connection of
+        // the host.
         let (mark, mask) = (self.marks.connection(0), self.marks.connection_mask());
         let fd = socket.as_fd().try_clone_to_owned()?;
         socket_filter::accept_attribute(&fd, (conntrack::ATTRIBUTES, conntrack::MARK), mark, mask)
@@ -246,7 +247,7 @@ impl Task {
         }
     }
 
-    /// Records what waits, in order, up to the first connection whose pod may still be named.
+    /// Records waiting connections in order, up to the first one whose pod may still get its name.
     fn record_waiting(&mut self) {
         let now = Instant::now();
         while let Some(first) = self.waiting.front() {
@@ -264,10 +265,10 @@ impl Task {
         }
     }
 
-    /// What is known of the connection; `None` if it is not one that leaves from here.
+    /// The fields of the connection; `None` if it does not leave from this node.
     fn begun(&self, event: &Event) -> Option<Arc<Begun>> {
         let egress_ip = self.view.egress_ips.get(&event.back.destination).filter(|egress_ip| egress_ip.owns)?;
-        // On a pod's own node, its connection through another gateway node is not translated.
+        // On the pod's own node, a connection through another gateway node is not translated.
         if event.back.destination == event.out.source {
             return None;
         }
@@ -330,7 +331,7 @@ impl Task {
     }
 }
 
-/// Logs which of the host's settings leave records out, or parts of them. Egret changes none of them.
+/// Warns about settings of the host that leave out records or parts of them. Egret does not change these settings.
 fn check_settings() {
     let is_off = |name: &str| {
         let text = fs::read_to_string(format!("/proc/sys/net/netfilter/{name}"));

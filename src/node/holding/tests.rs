@@ -69,7 +69,7 @@ impl Fixture {
         decision
     }
 
-    fn hear(&mut self, answer: Option<Mac>) {
+    fn take_probe_result(&mut self, answer: Option<Mac>) {
         let view = self.view();
         self.holding.probed(vec![(self.id, ADDRESS.parse().unwrap(), answer)], &view, &self.facts, self.now);
     }
@@ -80,7 +80,7 @@ impl Fixture {
 
     /// Probes, no host answers, and the address is added.
     fn take(&mut self) {
-        self.hear(None);
+        self.take_probe_result(None);
         self.decide();
         assert!(self.is_here());
     }
@@ -112,7 +112,7 @@ fn a_node_probes_an_egress_ip_before_it_adds_it() {
 #[test]
 fn an_egress_ip_in_conflict_is_not_added_until_no_host_answers() {
     let mut fixture = Fixture::new();
-    fixture.hear(Some(OTHER_HOST));
+    fixture.take_probe_result(Some(OTHER_HOST));
     let decision = fixture.decide();
     assert!(!fixture.is_here() && decision.ask.is_empty() && decision.desired.health);
     assert!(fixture.facts.refused[&fixture.id].contains("02:00:00:00:00:09"));
@@ -121,7 +121,7 @@ fn an_egress_ip_in_conflict_is_not_added_until_no_host_answers() {
     fixture.pass(250);
     assert!(fixture.decide().ask.contains(&fixture.id));
     fixture.pass(6000);
-    fixture.hear(Some(OTHER_HOST));
+    fixture.take_probe_result(Some(OTHER_HOST));
     fixture.decide();
     assert_eq!(fixture.holding.next().unwrap() - fixture.now, AGAIN[1], "probes are rarer then");
     fixture.pass(2000);
@@ -163,14 +163,14 @@ fn a_node_that_was_away_probes_its_egress_ips_and_gives_up_those_taken_over() {
     fixture.holding.returned();
     assert!(fixture.decide().ask.contains(&fixture.id));
     assert!(fixture.is_here(), "while it asks");
-    fixture.hear(Some(OTHER_HOST));
+    fixture.take_probe_result(Some(OTHER_HOST));
     let decision = fixture.decide();
     assert!(!fixture.is_here());
     assert!(!decision.desired.health, "a node that has not received the takeover's report must not send here");
     assert!(fixture.facts.relinquished.contains(&fixture.id));
     fixture.pass(250);
     assert!(fixture.decide().ask.contains(&fixture.id), "the other one may die");
-    fixture.hear(Some(OTHER_HOST));
+    fixture.take_probe_result(Some(OTHER_HOST));
     fixture.other_takes_it();
     assert!(fixture.decide().desired.health, "the allocation has followed");
     assert!(fixture.facts.relinquished.is_empty());
@@ -182,7 +182,7 @@ fn a_node_that_was_away_keeps_egress_ips_that_no_host_answers_for() {
     fixture.take();
     fixture.holding.returned();
     fixture.decide();
-    fixture.hear(None);
+    fixture.take_probe_result(None);
     assert!(fixture.decide().desired.health && fixture.is_here());
 }
 
@@ -239,7 +239,7 @@ fn a_starting_daemon_probes_its_egress_ips_and_gives_none_up_before_it_knows_whi
     fixture.pass(400);
     fixture.decide();
     assert!(fixture.is_here(), "the other one is said to hold it, and may be dead");
-    fixture.hear(Some(OTHER_HOST));
+    fixture.take_probe_result(Some(OTHER_HOST));
     fixture.decide();
     assert!(!fixture.is_here(), "it does hold it");
 }
@@ -313,7 +313,7 @@ fn allocations_that_no_node_has_held_before_are_new() {
 #[test]
 fn a_node_that_answered_and_hands_the_egress_ip_over_is_no_conflict() {
     let mut fixture = Fixture::new();
-    fixture.hear(Some(OTHER_HOST));
+    fixture.take_probe_result(Some(OTHER_HOST));
     fixture.decide();
     assert!(!fixture.is_here() && fixture.holding.refused().next().is_some());
     // n2 has it, and gives it to n1 on purpose.
@@ -326,7 +326,7 @@ fn a_node_that_answered_and_hands_the_egress_ip_over_is_no_conflict() {
     fixture.decide();
     assert!(fixture.is_here() && fixture.holding.refused().next().is_none());
     // An answer that is late is the old node's.
-    fixture.hear(Some(OTHER_HOST));
+    fixture.take_probe_result(Some(OTHER_HOST));
     fixture.decide();
     assert!(fixture.is_here() && fixture.holding.refused().next().is_none());
 }

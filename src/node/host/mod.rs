@@ -209,7 +209,7 @@ impl Host {
             let known = known.cloned();
             match Underlay::read(&self.routes, local, peers, known).await {
                 Ok(underlay) => (self.underlay, self.underlay_is_stale) = (Some(underlay), false),
-                // The host has lost the address, for a moment perhaps: its pods, and new ones, keep what they have.
+                // The host has lost the address, maybe for a moment. Existing and new pods keep the tunnel as it is.
                 Err(e) if self.tunnel.as_ref().is_some_and(|(there, _)| there.local == local) => {
                     self.underlay_is_stale = true;
                     tracing::warn!("the tunnel keeps its MTU: {e:#}");
@@ -250,7 +250,7 @@ impl Host {
             }
         }
         changes += rules::sync(&self.routes, &wanted.rules).await?;
-        // Empty the tables of former uplinks after the rules that led to them are gone.
+        // Empty the tables of former uplinks after the rules that led to them are removed.
         for table in self.routing.iter().flat_map(|r| r.tables.keys()).filter(|t| !wanted.tables.contains_key(t)) {
             changes += routes::sync(&self.routes, *table, &BTreeSet::new()).await?;
         }
@@ -272,7 +272,8 @@ impl Host {
             rules: [
                 rule(RULE_REQUEST, marks.request(), marks.kind_mask(), TABLE_REQUEST),
                 rule(RULE_REPLY, marks.reply(), marks.kind_mask(), TABLE_REPLY),
-                // A pod mark that nothing has taken away; and what the guard marks, which may bear an egress ID.
+                // A pod mark that `prerouting` did not clear, and the flush guard's mark, which may come with an
+                // egress ID.
                 rule(RULE_FLUSH_GUARD, marks.pod_mark_kind(), marks.pod_mark_mask(), TABLE_FLUSH_GUARD),
                 rule(RULE_FLUSH_GUARD, marks.undecided(), marks.kind_and_index_mask(), TABLE_FLUSH_GUARD),
             ]
@@ -411,7 +412,7 @@ impl Host {
         Ok(veth.map(|v| super::pods::Interface { name: v.name, index, peer_index }))
     }
 
-    /// Puts addresses into quarantine. That they are there already is fine.
+    /// Puts addresses into quarantine. Addresses that are in quarantine already are not an error.
     pub fn quarantine<'a>(&mut self, addresses: impl IntoIterator<Item = &'a IpAddr>) -> Result<()> {
         addresses.into_iter().try_for_each(|a| self.quarantine.add(a)).context("quarantine")
     }
@@ -431,7 +432,8 @@ impl Host {
     }
 }
 
-/// The same without what the kernel may not know and the datapath can be without, the least of it last.
+/// The same plan without features that the kernel may lack and that the datapath does not need. The plan that lacks
+/// the least important feature comes last.
 fn without_extras(plan: &NodePlan) -> Vec<NodePlan> {
     let without_log = |plan: &NodePlan| plan.port_log.then(|| NodePlan { port_log: false, ..plan.clone() });
     let without_handover = (!plan.handed.is_empty()).then(|| NodePlan { handed: BTreeMap::new(), ..plan.clone() });
@@ -462,8 +464,8 @@ fn last_resort(kind: RouteKind) -> BTreeSet<Route> {
     [EVERYTHING4, EVERYTHING6].map(|dst| Route { dst, kind, metric: METRIC_LAST }).into()
 }
 
-/// Everything to the tunnel next hop. Pods' networks are thrown back to the main table: source validation looks a
-/// pod's own address up with the mark, and must find it behind its veth.
+/// Routes everything to the tunnel next hop. Pods' networks are `throw` routes to the main table: source validation
+/// looks up a pod's own address with the mark, and must find it at its veth.
 fn request_table(networks: &Networks, device: u32) -> BTreeSet<Route> {
     let mut routes = last_resort(RouteKind::Unreachable);
     routes.insert(via_tunnel_next_hop(EVERYTHING4, device));
@@ -472,7 +474,8 @@ fn request_table(networks: &Networks, device: u32) -> BTreeSet<Route> {
     routes
 }
 
-/// What is direct, and nothing else: a quarantine lasts, and the pod is told; what the guard holds up is sent again.
+/// Routes to direct networks only. A quarantined pod gets an ICMP error, because a quarantine may last. Packets that
+/// the flush guard blocks are dropped, so that the sender sends them again.
 fn only_direct(networks: &Networks, last: RouteKind) -> BTreeSet<Route> {
     let mut routes = last_resort(last);
     routes.extend(networks.networks.iter().map(|n| throw(*n)));

@@ -132,7 +132,7 @@ pub async fn watch(settings: Settings, mut targets: watch::Receiver<Targets>, ch
         let mut new = PeerLiveness { dead, lost, ..reported.clone() };
         let none_answers = !new.dead.is_empty() && new.dead.len() == wanted.nodes.len();
         new.reached = reachability.is_reached(none_answers);
-        new.alone = !new.reached && probes.silent_for(now) > settings.detection();
+        new.alone = !new.reached && probes.since_last_reply(now) > settings.detection();
         new.returns += u64::from(probes.take_stall()) + u64::from(reported.alone && !new.alone);
         if new != reported {
             log_changes(&reported, &new);

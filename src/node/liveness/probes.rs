@@ -155,7 +155,7 @@ impl Node {
     }
 
     /// Takes a reply that arrived at `at`. `first`: no other node is alive.
-    fn hear(&mut self, sequence: u16, at: Instant, first: bool) {
+    fn take_reply(&mut self, sequence: u16, at: Instant, first: bool) {
         let Some(place) = self.open.iter().position(|q| q.sequence == sequence) else { return };
         let Some(probe) = self.open.remove(place) else { return };
         let sample = at.saturating_duration_since(probe.asked);
@@ -258,7 +258,7 @@ impl<K: Ord + Clone> Probes<K> {
     pub fn answered(&mut self, from: Ipv6Addr, sequence: u16, at: Instant) {
         let alone = self.nodes.values().all(|node| node.dead);
         if let Some(node) = self.by_address.get(&from).and_then(|name| self.nodes.get_mut(name)) {
-            node.hear(sequence, at, alone);
+            node.take_reply(sequence, at, alone);
         }
     }
 
@@ -286,7 +286,7 @@ impl<K: Ord + Clone> Probes<K> {
     }
 
     /// The time since the last reply of any node.
-    pub fn silent_for(&self, now: Instant) -> Duration {
+    pub fn since_last_reply(&self, now: Instant) -> Duration {
         self.nodes.values().map(|node| now.saturating_duration_since(node.last)).min().unwrap_or_default()
     }
 

@@ -23,9 +23,9 @@ pub(super) struct Inputs<'a> {
     pub(super) pods: BTreeSet<IpAddr>,
 }
 
-/// Brings `view` to the desired state. A part whose inputs have not changed stays the same value. Returns whether the
-/// allocations or the networks have changed. Most changes are of policies alone, and then nothing below the pods'
-/// chains is to be looked at.
+/// Brings `view` to the desired state. A part whose inputs have not changed keeps its value. Returns whether the
+/// allocations or the networks have changed. Most changes are of policies alone, and then only pods' chains have to
+/// be compared.
 pub(super) fn desired(view: &mut View, inputs: Inputs) -> bool {
     let (allocations, networks) = (view.allocations.mark(), view.networks.mark());
     let Inputs { cluster, facts, node, direct, pods } = inputs;

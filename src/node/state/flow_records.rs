@@ -1,4 +1,4 @@
-//! What this node tells the thread that records connections, and what it announces to other nodes that record.
+//! The inputs of the thread that records connections, and the pods that are announced to other nodes that record.
 
 use super::Node;
 use crate::model::ObjectKey;
@@ -23,7 +23,7 @@ struct Recording {
     of: Mark<BTreeMap<Name, Arc<EgressNode>>>,
 }
 
-/// The records of connections, and what is told of this node's pods to others that record.
+/// The recording of connections, and the announcement of this node's pods to other nodes that record.
 pub(super) struct FlowRecords {
     /// `None`: this node records nothing.
     log: Option<FlowLog>,
@@ -55,7 +55,7 @@ impl Node {
         self.flow_records.announcer.set(Announced { end: self.host.prober(), to, pods });
     }
 
-    /// Passes on what records need.
+    /// Passes on the inputs of records.
     pub(super) fn set_flow_view(&self) {
         let Some(flow_log) = &self.flow_records.log else { return };
         let (allocations, mut egress_ips) = (&self.view.allocations, HashMap::new());

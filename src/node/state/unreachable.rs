@@ -92,7 +92,7 @@ mod tests {
     }
 
     #[test]
-    fn what_lasts_is_said_until_the_node_answers() {
+    fn an_unreachable_node_is_reported_until_it_answers() {
         let (mut of, begin, spread) = (Unreachable::default(), Instant::now(), Duration::from_secs(1));
         let dead = names(&["g1"]);
         assert!(of.judge(&dead, true, spread, begin).is_empty());
@@ -110,7 +110,7 @@ mod tests {
     }
 
     #[test]
-    fn what_others_take_over_is_not_said() {
+    fn a_dead_node_whose_egress_ips_are_taken_over_is_not_reported() {
         let (mut of, begin, dead) = (Unreachable::default(), Instant::now(), names(&["g1"]));
         for n in 0..10 {
             let at = begin + PATIENCE * n;

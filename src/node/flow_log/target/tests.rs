@@ -8,7 +8,7 @@ fn sink(text: &str) -> Sink {
 }
 
 #[test]
-fn a_target_is_read_and_written_alike_and_others_are_refused() {
+fn a_target_is_parsed_and_printed_alike_and_other_texts_are_rejected() {
     for text in
         ["stdout", "file:/var/log/egret/flows.json", "syslog:[2001:db8::1]:514", "syslog:log:514", "unix:/run/x"]
     {
@@ -20,7 +20,7 @@ fn a_target_is_read_and_written_alike_and_others_are_refused() {
 }
 
 #[test]
-fn a_file_that_was_renamed_or_truncated_is_written_anew() {
+fn a_file_that_was_renamed_or_truncated_is_opened_again() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("flows.json");
     let mut sink = sink(&format!("file:{}", path.display()));
@@ -41,7 +41,7 @@ fn a_file_that_was_renamed_or_truncated_is_written_anew() {
 }
 
 #[test]
-fn a_directory_a_fifo_and_a_link_are_no_files() {
+fn a_directory_a_fifo_and_a_link_are_rejected() {
     let directory = tempfile::tempdir().unwrap();
     let at = |name: &str| directory.path().join(name);
     fs::create_dir(at("directory")).unwrap();
@@ -58,7 +58,7 @@ fn a_directory_a_fifo_and_a_link_are_no_files() {
 }
 
 #[test]
-fn a_program_that_listens_gets_lines_and_one_that_comes_back_gets_the_next_ones() {
+fn a_listening_program_receives_lines_also_after_it_was_restarted() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("stream");
     let mut stream = sink(&format!("unix:{}", path.display()));

@@ -8,24 +8,24 @@ fn ms(n: u64) -> Duration {
     Duration::from_millis(n)
 }
 
-/// The way to all nodes and back.
+/// The path to all nodes and back.
 #[derive(Clone, Copy)]
-struct Way {
+struct NodePath {
     round_trip: Duration,
-    /// By how much a round trip is shorter or longer, as a part of itself.
+    /// By how much a round trip is shorter or longer, as a fraction.
     jitter: f64,
-    /// How much is lost in each direction.
+    /// The probability of a loss in each direction.
     loss: f64,
 }
 
-const SHORT: Way = Way { round_trip: Duration::from_micros(200), jitter: 0.0, loss: 0.0 };
+const SHORT: NodePath = NodePath { round_trip: Duration::from_micros(200), jitter: 0.0, loss: 0.0 };
 
-/// Nodes, the way to them, and a clock.
+/// Nodes, the path to them, and a clock.
 struct World {
     probes: Probes<Name>,
     now: Instant,
-    way: Way,
-    /// Answers that are under way, by when they arrive.
+    path: NodePath,
+    /// Replies in flight, by the time at which they arrive.
     answers: BTreeMap<Instant, Vec<(Ipv6Addr, u16)>>,
     random: u64,
     /// How often a node was found dead.
@@ -42,14 +42,14 @@ fn names(nodes: usize) -> BTreeMap<Name, Ipv6Addr> {
 }
 
 impl World {
-    fn new(nodes: usize, way: Way) -> Self {
+    fn new(nodes: usize, path: NodePath) -> Self {
         let now = Instant::now();
         let mut probes = Probes::new(Settings { interval: INTERVAL, misses: 3 });
         probes.set_nodes(&names(nodes), now);
-        World { probes, now, way, answers: BTreeMap::new(), random: 1, deaths: 0, asked: 0 }
+        World { probes, now, path, answers: BTreeMap::new(), random: 1, deaths: 0, asked: 0 }
     }
 
-    /// Evenly from 0 to 1 (SplitMix64).
+    /// A number between 0 and 1, evenly distributed (SplitMix64).
     fn random(&mut self) -> f64 {
         self.random = self.random.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut mixed = (self.random ^ (self.random >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -59,7 +59,7 @@ impl World {
 
     fn ask(&mut self, to: Ipv6Addr, sequence: u16, answering: &[usize]) {
         self.asked += 1;
-        let Way { round_trip, jitter, loss } = self.way;
+        let NodePath { round_trip, jitter, loss } = self.path;
         let lost = self.random() < loss || self.random() < loss;
         let arrives = self.now + round_trip.mul_f64(1.0 + jitter * (2.0 * self.random() - 1.0));
         if !lost && answering.iter().any(|n| address(*n) == to) {
@@ -67,7 +67,7 @@ impl World {
         }
     }
 
-    /// Lets time pass, in which these nodes answer what they are asked.
+    /// Lets time pass. The nodes in `answering` reply to probes meanwhile.
     fn pass(&mut self, time: Duration, answering: &[usize]) {
         let end = self.now + time;
         loop {
@@ -95,7 +95,7 @@ impl World {
         self.probes.dead().iter().map(ToString::to_string).collect()
     }
 
-    /// How long it takes until the first node is found dead, or alive.
+    /// The time until the first node is found dead, or alive.
     fn until(&mut self, dead: bool, answering: &[usize]) -> Duration {
         let begin = self.now;
         while self.dead().contains(&"n0".to_owned()) != dead {
@@ -107,10 +107,10 @@ impl World {
 }
 
 #[test]
-fn a_long_way_that_jitters_and_loses_finds_nobody_dead_in_an_hour() {
+fn no_node_is_found_dead_in_an_hour_over_a_long_path_with_jitter_and_loss() {
     for (round_trip, seed) in [200, 400].into_iter().flat_map(|rt| (1..=5).map(move |seed| (rt, seed))) {
-        let way = Way { round_trip: ms(round_trip), jitter: 0.5, loss: 0.05 };
-        let mut world = World { random: seed, ..World::new(2, way) };
+        let path = NodePath { round_trip: ms(round_trip), jitter: 0.5, loss: 0.05 };
+        let mut world = World { random: seed, ..World::new(2, path) };
         world.pass(HOUR, &[0, 1]);
         assert_eq!(world.deaths, 0, "round trip {round_trip} ms, seed {seed}");
         let usual = 2 * HOUR.as_millis() / INTERVAL.as_millis();
@@ -119,20 +119,20 @@ fn a_long_way_that_jitters_and_loses_finds_nobody_dead_in_an_hour() {
 }
 
 #[test]
-fn a_way_that_loses_a_fifth_of_all_round_trips_finds_nobody_dead_in_an_hour() {
-    let mut world = World::new(2, Way { loss: 0.105, ..SHORT });
+fn no_node_is_found_dead_in_an_hour_if_a_fifth_of_all_round_trips_is_lost() {
+    let mut world = World::new(2, NodePath { loss: 0.105, ..SHORT });
     world.pass(HOUR, &[0, 1]);
     assert_eq!(world.deaths, 0);
 }
 
 #[test]
-fn after_a_break_a_node_is_alive_within_two_seconds_however_long_the_way() {
+fn after_a_break_a_node_is_alive_within_two_seconds_at_any_round_trip() {
     for (round_trip, jitter, loss) in
         [(0, 0.0, 0.0), (40, 0.0, 0.0), (100, 0.0, 0.0), (100, 0.5, 0.05), (200, 0.5, 0.05), (400, 0.5, 0.05)]
     {
         let mut longest = Duration::ZERO;
         for seed in 1..=50 {
-            let mut world = World::new(2, Way { round_trip: ms(round_trip), jitter, loss });
+            let mut world = World::new(2, NodePath { round_trip: ms(round_trip), jitter, loss });
             world.random = seed;
             world.pass(ms(10_000 + 7 * seed), &[0, 1]);
             world.pass(ms(4000), &[1]);
@@ -145,10 +145,10 @@ fn after_a_break_a_node_is_alive_within_two_seconds_however_long_the_way() {
 }
 
 #[test]
-fn a_death_is_found_within_a_second_where_the_way_is_short() {
+fn a_dead_node_is_detected_within_a_second_at_a_short_round_trip() {
     for loss in [0.0, 0.05] {
         for seed in 1..=100 {
-            let mut world = World { random: seed, ..World::new(2, Way { loss, ..SHORT }) };
+            let mut world = World { random: seed, ..World::new(2, NodePath { loss, ..SHORT }) };
             world.pass(ms(5000 + 3 * seed), &[0, 1]);
             let took = world.until(true, &[1]);
             assert!(took < ms(700), "{took:?}");
@@ -158,9 +158,9 @@ fn a_death_is_found_within_a_second_where_the_way_is_short() {
 }
 
 #[test]
-fn patience_follows_the_round_trip() {
+fn the_time_to_detect_a_dead_node_follows_the_round_trip() {
     for (round_trip, most) in [(1, 700), (100, 900), (400, 1700)] {
-        let mut world = World::new(2, Way { round_trip: ms(round_trip), ..SHORT });
+        let mut world = World::new(2, NodePath { round_trip: ms(round_trip), ..SHORT });
         world.pass(ms(30_000), &[0, 1]);
         let took = world.until(true, &[1]);
         println!("round trip {round_trip} ms: found dead after {took:?}");
@@ -169,7 +169,7 @@ fn patience_follows_the_round_trip() {
 }
 
 #[test]
-fn a_few_silences_in_a_row_are_no_death() {
+fn short_breaks_do_not_make_a_node_dead() {
     let mut world = World::new(2, SHORT);
     world.pass(INTERVAL * 3, &[0, 1]);
     for _ in 0..3 {
@@ -182,20 +182,20 @@ fn a_few_silences_in_a_row_are_no_death() {
 }
 
 #[test]
-fn who_comes_back_is_alive_after_half_a_second_of_answers() {
+fn a_dead_node_is_alive_after_half_a_second_of_replies() {
     let mut world = World::new(2, SHORT);
     world.pass(INTERVAL * 4, &[0]);
     world.pass(PROBATION - ms(1), &[0, 1]);
     assert_eq!(world.dead(), ["n1"]);
     world.pass(INTERVAL * 3, &[0]);
     world.pass(PROBATION - ms(1), &[0, 1]);
-    assert_eq!(world.dead(), ["n1"], "it was silent, so it begins anew");
+    assert_eq!(world.dead(), ["n1"], "it missed probes, so the time starts again");
     world.pass(INTERVAL, &[0, 1]);
     assert!(world.dead().is_empty());
 }
 
 #[test]
-fn a_line_that_lets_every_third_packet_through_brings_nobody_back() {
+fn a_dead_node_that_replies_to_every_third_probe_stays_dead() {
     let mut world = World::new(2, SHORT);
     world.pass(INTERVAL * 4, &[0]);
     for probe in 0..1000 {
@@ -206,7 +206,7 @@ fn a_line_that_lets_every_third_packet_through_brings_nobody_back() {
 }
 
 #[test]
-fn the_first_who_comes_back_of_all_is_alive_at_once() {
+fn the_first_node_that_replies_is_alive_at_once_if_all_were_dead() {
     let mut world = World::new(2, SHORT);
     world.pass(INTERVAL * 4, &[]);
     assert_eq!(world.dead().len(), 2);
@@ -217,12 +217,12 @@ fn the_first_who_comes_back_of_all_is_alive_at_once() {
 }
 
 #[test]
-fn a_busy_daemon_finds_nobody_dead() {
+fn a_busy_daemon_finds_no_node_dead() {
     let mut world = World::new(1, SHORT);
     let asked = world.probes.due(world.now);
     let arrived = world.now + ms(1);
     world.now += INTERVAL * 20;
-    // What was heard meanwhile is told before it is judged.
+    // The replies that arrived meanwhile are taken before the judgement.
     world.probes.answered(asked[0].0, asked[0].1, arrived);
     world.probes.judge(world.now);
     assert!(world.dead().is_empty());
@@ -232,11 +232,11 @@ fn a_busy_daemon_finds_nobody_dead() {
     world.pass(INTERVAL * 3, &[0]);
     assert!(!world.probes.take_stall());
     let took = world.until(true, &[]);
-    assert!(took < ms(700), "the way is as short as it was: {took:?}");
+    assert!(took < ms(700), "the round trip is as short as before: {took:?}");
 }
 
 #[test]
-fn an_answer_to_a_probe_of_long_ago_is_none() {
+fn a_reply_to_a_very_old_probe_is_ignored() {
     let mut world = World::new(1, SHORT);
     let old = world.probes.due(world.now)[0];
     world.pass(INTERVAL * 70, &[]);
@@ -246,7 +246,7 @@ fn an_answer_to_a_probe_of_long_ago_is_none() {
 }
 
 #[test]
-fn who_is_asked_no_more_and_then_again_counts_as_alive() {
+fn a_node_that_is_removed_and_added_again_counts_as_alive() {
     let mut world = World::new(1, SHORT);
     world.pass(INTERVAL * 4, &[]);
     world.probes.set_nodes(&BTreeMap::new(), world.now);
@@ -258,11 +258,11 @@ fn who_is_asked_no_more_and_then_again_counts_as_alive() {
 }
 
 #[test]
-fn answers_that_overtake_each_other_count_each_for_its_own_probe() {
+fn replies_out_of_order_count_for_their_own_probes() {
     let mut world = World::new(1, SHORT);
     world.pass(INTERVAL * 3, &[]);
     assert_eq!(world.dead().len(), 1);
-    // Not the only one: it is not alive at once.
+    // It is not the only node, so it does not count as alive at once.
     world.probes.set_nodes(&names(2), world.now);
     let mut ask = || {
         world.now += INTERVAL;
@@ -270,7 +270,7 @@ fn answers_that_overtake_each_other_count_each_for_its_own_probe() {
         world.probes.due(world.now).into_iter().find(|(to, _)| *to == address(0)).expect("it is due")
     };
     let asked = [ask(), ask()];
-    // Both are late, and the first one's answer comes first.
+    // Both replies are late, and that to the first probe arrives first.
     world.now += INTERVAL * 2;
     world.probes.judge(world.now);
     for (from, sequence) in asked {
@@ -280,9 +280,9 @@ fn answers_that_overtake_each_other_count_each_for_its_own_probe() {
     assert_eq!((returning.answered, returning.missed), (2, 0));
 }
 
-/// What is asked only when a node is in doubt.
+/// A node that is probed only in doubt.
 #[test]
-fn who_is_unproven_is_alive_with_the_first_answer_unless_it_was_given_up() {
+fn an_unproven_node_is_alive_with_its_first_reply_unless_it_was_given_up() {
     let now = Instant::now();
     let unproven = |given_up: bool| {
         let mut probes = Probes::unproven(Settings { interval: INTERVAL, misses: 3 });
@@ -293,7 +293,7 @@ fn who_is_unproven_is_alive_with_the_first_answer_unless_it_was_given_up() {
             probes.give_up(&node);
             probes.give_up(&"n1".into());
         }
-        World { probes, now, way: SHORT, answers: BTreeMap::new(), random: 1, deaths: 0, asked: 0 }
+        World { probes, now, path: SHORT, answers: BTreeMap::new(), random: 1, deaths: 0, asked: 0 }
     };
     let mut world = unproven(false);
     assert!(world.until(false, &[0]) <= ms(1));
@@ -301,7 +301,10 @@ fn who_is_unproven_is_alive_with_the_first_answer_unless_it_was_given_up() {
     let mut world = unproven(false);
     world.pass(ms(1), &[1]);
     world.probes.give_up(&"n0".into());
-    assert!(world.until(false, &[0, 1]) >= PROBATION, "a node that was frozen finds out first what others took over");
+    assert!(
+        world.until(false, &[0, 1]) >= PROBATION,
+        "a node that was frozen detects first which egress IPs others took over"
+    );
 }
 
 #[test]

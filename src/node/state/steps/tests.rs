@@ -41,7 +41,7 @@ fn each_input_that_a_step_raises_makes_another_step_pending() {
 
 /// A pass ends because no step makes itself pending, not even by way of others.
 #[test]
-fn no_step_raises_what_it_runs_on() {
+fn no_step_raises_its_own_inputs() {
     let raised: BTreeMap<Step, BTreeSet<Step>> =
         STEPS.iter().map(|row| (row.step, row.raises.iter().flat_map(|input| on(*input)).collect())).collect();
     for row in &STEPS {
