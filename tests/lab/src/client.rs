@@ -99,12 +99,9 @@ impl Host {
     }
 
     fn udp_socket_at(&self, port: u16, server: SocketAddr) -> io::Result<UdpSocket> {
+        let any: IpAddr = if server.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
         self.within(|| {
-            let socket = if server.is_ipv4() {
-                UdpSocket::bind((Ipv4Addr::UNSPECIFIED, port))?
-            } else {
-                UdpSocket::bind((Ipv6Addr::UNSPECIFIED, port))?
-            };
+            let socket = machine::bound(|| UdpSocket::bind((any, port)))?;
             socket.connect(server)?;
             Ok(socket)
         })

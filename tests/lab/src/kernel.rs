@@ -18,7 +18,37 @@ pub struct RuleAt {
     pub text: String,
 }
 
+/// `IFA_F_TENTATIVE`, include/uapi/linux/if_addr.h.
+const TENTATIVE: u32 = 0x40;
+
 impl Node {
+    /// Waits until the kernel uses the IPv6 addresses that a CNI plugin has just put on the node. It takes an address
+    /// into use in a worker, also without duplicate address detection (`addrconf_dad_start`, net/ipv6/addrconf.c), and
+    /// answers no neighbour solicitation before (`ndisc_recv_ns`). `ptp` does not wait for its host veth's address: on a
+    /// busy machine a pod's first IPv6 packet then takes a second, with Egret or without.
+    pub fn wait_for_ipv6_addresses(&self) {
+        let tentative = || {
+            // The network of this thread, and not of the process: address, index, prefix, scope, flags, name.
+            let text = fs::read_to_string("/proc/thread-self/net/if_inet6").unwrap_or_default();
+            text.lines().any(|line| {
+                let fields: Vec<&str> = line.split_whitespace().collect();
+                let number = |i: usize| fields.get(i).and_then(|f| u32::from_str_radix(f, 16).ok()).unwrap_or_default();
+                number(3) == 0 && number(4) & TENTATIVE != 0
+            })
+        };
+        self.within(|| {
+            for _ in 0..200 {
+                if tentative() {
+                    println!("TENTATIVE");
+                }
+                if !tentative() {
+                    return;
+                }
+                thread::sleep(Duration::from_millis(5));
+            }
+        });
+    }
+
     /// All that Egret holds in the kernel, a line each, sorted, without counters: equal before and after what should
     /// change nothing.
     pub fn egret_state(&self) -> Vec<String> {

@@ -14,7 +14,7 @@ const TICK: Duration = Duration::from_millis(5);
 /// A thread that runs this late is one of a busy machine, and no stall.
 const USUAL: Duration = Duration::from_millis(20);
 /// After so long a stall nothing can be said of a packet that was not answered in time.
-const STANDSTILL: Duration = Duration::from_millis(200);
+const STANDSTILL: Duration = Duration::from_millis(60);
 
 /// The ends of stalls, and how long each was.
 static STALLS: Mutex<Vec<(Instant, Duration)>> = Mutex::new(Vec::new());
@@ -76,9 +76,29 @@ pub fn asked<T>(mut ask: impl FnMut() -> io::Result<T>) -> io::Result<T> {
     for _ in 0..5 {
         let (begin, before) = (Instant::now(), dropped());
         match ask() {
-            Err(_) if dropped() > before || longest_stall_since(begin) > STANDSTILL => {}
+            Err(e) if dropped() > before || longest_stall_since(begin) > STANDSTILL => {
+                let (lost, stall) = (dropped() - before, longest_stall_since(begin));
+                println!("asked again ({e}): the machine lost {lost} packets, and no thread ran for {stall:?}");
+            }
+            Err(e) => {
+                println!("not answered ({e}): no thread ran for {:?}", longest_stall_since(begin));
+                return Err(e);
+            }
             answer => return answer,
         }
     }
     ask()
+}
+
+/// Binds a socket to a port that this test, and nobody else in the namespace, has had before. A process that another
+/// test is just starting has copies of all sockets until it executes its program, so the port may be in use for some
+/// milliseconds more.
+pub fn bound<T>(bind: impl Fn() -> io::Result<T>) -> io::Result<T> {
+    for _ in 0..100 {
+        match bind() {
+            Err(e) if e.kind() == io::ErrorKind::AddrInUse => thread::sleep(Duration::from_millis(10)),
+            socket => return socket,
+        }
+    }
+    bind()
 }

@@ -109,6 +109,7 @@ impl Pod {
             .collect();
         self.result = Some(result);
         self.write_manifest();
+        self.node.wait_for_ipv6_addresses();
         Ok(())
     }
 

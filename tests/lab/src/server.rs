@@ -6,6 +6,7 @@
 //! - UDP 9003: tells who asked, with the port.
 
 use super::host::Host;
+use super::machine;
 use nix::sys::socket::{Shutdown, shutdown};
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
@@ -72,7 +73,7 @@ impl Server {
     }
 
     fn tcp(&mut self, host: &Host, port: u16, serve: fn(TcpStream, SocketAddr, &Arc<Shared>)) {
-        let listener = host.within(|| TcpListener::bind((Ipv6Addr::UNSPECIFIED, port)));
+        let listener = host.within(|| machine::bound(|| TcpListener::bind((Ipv6Addr::UNSPECIFIED, port))));
         let listener = Arc::new(listener.unwrap_or_else(|e| panic!("listen on TCP {port} on {}: {e}", host.name)));
         self.listeners.push(Arc::clone(&listener));
         let shared = Arc::clone(&self.shared);
@@ -84,7 +85,7 @@ impl Server {
     }
 
     fn udp(&mut self, host: &Host, port: u16, answer: fn(&[u8], SocketAddr) -> Vec<u8>) {
-        let socket = host.within(|| UdpSocket::bind((Ipv6Addr::UNSPECIFIED, port)));
+        let socket = host.within(|| machine::bound(|| UdpSocket::bind((Ipv6Addr::UNSPECIFIED, port))));
         let socket = Arc::new(socket.unwrap_or_else(|e| panic!("listen on UDP {port} on {}: {e}", host.name)));
         self.sockets.push(Arc::clone(&socket));
         let shared = Arc::clone(&self.shared);

@@ -34,5 +34,8 @@ pub fn assert_short(took: Duration, alone: u64) {
     let stall = machine::longest_stall();
     let allowed = Duration::from_millis(4 * alone + 500) + 4 * stall;
     println!("took {took:?}; allowed are {allowed:?}; no thread ran for {stall:?}");
-    assert!(took < allowed, "{took:?}, and not {alone} ms, nor {allowed:?} on a busy machine that stood still for {stall:?}");
+    assert!(
+        took < allowed,
+        "{took:?}, and not {alone} ms, nor {allowed:?} on a busy machine that stood still for {stall:?}"
+    );
 }
