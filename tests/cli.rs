@@ -19,7 +19,7 @@ fn said_by(name: &str, program: &str, arguments: &[&str]) -> String {
 }
 
 #[test]
-fn every_command_explains_itself() {
+fn every_command_has_a_help_text() {
     let verbs = ["node", "controller", "install", "uninstall", "crds", "check", "why", "ruleset", "state"];
     let top = said(&["--help"]);
     let listed = top.lines().filter(|l| l.starts_with("  ") && !l.starts_with("   ") && !l.starts_with("  -"));
@@ -30,7 +30,7 @@ fn every_command_explains_itself() {
 }
 
 #[test]
-fn what_is_wrong_with_a_call_is_told_with_the_remedy() {
+fn an_invalid_call_is_an_error_with_the_remedy() {
     let calls: [&[&str]; 7] = [
         &[],
         &["guess"],
@@ -52,7 +52,7 @@ fn plugin(arguments: &[&str]) -> String {
 }
 
 #[test]
-fn every_command_of_the_plugin_explains_itself_with_examples() {
+fn every_command_of_the_plugin_has_a_help_text_with_examples() {
     let top = plugin(&["-h"]);
     let listed = top.lines().filter(|l| l.starts_with("  ") && !l.starts_with("   ") && !l.starts_with("  -"));
     let listed: Vec<&str> = listed.filter_map(|l| l.split_whitespace().next()).filter(|v| *v != "help").collect();
@@ -66,7 +66,7 @@ fn every_command_of_the_plugin_explains_itself_with_examples() {
 
 /// Under the name `egretctl`, the help names that.
 #[test]
-fn the_program_is_called_as_the_user_calls_it() {
+fn help_texts_use_the_name_of_the_call() {
     let directory = tempfile::tempdir().expect("a directory");
     let program = directory.path().join("egretctl");
     std::os::unix::fs::symlink(env!("CARGO_BIN_EXE_kubectl-egret"), &program).expect("a link");
@@ -85,7 +85,7 @@ fn words_are_completed_for_kubectl() {
 }
 
 #[test]
-fn what_is_wrong_with_a_call_of_the_plugin_is_told_with_the_remedy() {
+fn an_invalid_call_of_the_plugin_is_an_error_with_the_remedy() {
     let calls: [&[&str]; 7] = [
         &["guess"],
         &["convert"],

@@ -64,7 +64,7 @@ fn source() -> PathBuf {
 }
 
 #[test]
-fn modules_use_only_what_lies_below_them() {
+fn modules_use_only_modules_below_them() {
     for (module, allowed) in MAY_USE {
         for file in files(&source().join(module)) {
             let code = code(&file);
@@ -111,7 +111,7 @@ fn no_program_is_called() {
 }
 
 #[test]
-fn what_is_pure_does_no_input_and_output() {
+fn pure_modules_do_no_input_and_output() {
     for file in ["api", "model", "allocation", "node_plan", "convert"].iter().flat_map(|m| files(&source().join(m))) {
         let code = code(&file);
         for word in OUTSIDE_WORLD {

@@ -114,7 +114,7 @@ fn invalid_input_is_named_with_its_value_and_the_remedy() {
 }
 
 #[test]
-fn objects_of_nobody_are_passed_over_with_a_note() {
+fn objects_of_unknown_systems_are_skipped_with_a_note() {
     let text = "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\nmetadata: {name: a, namespace: shop}\n---\n\
                 apiVersion: egret.dev/v1alpha1\nkind: EgressGateway\nmetadata: {name: b}\n---\n\
                 apiVersion: v1\nkind: Service\nmetadata: {name: c, namespace: shop}\n";
@@ -132,7 +132,7 @@ fn objects_of_nobody_are_passed_over_with_a_note() {
 
 /// Two systems in one input: names that both have.
 #[test]
-fn equal_names_of_two_systems_are_told_apart() {
+fn equal_names_of_two_systems_get_different_names() {
     let spidernet = "apiVersion: egressgateway.spidernet.io/v1beta1\nkind: EgressGateway\nmetadata: {name: pool}\n\
                      spec: {ippools: {ipv4: [192.0.2.1]}, nodeSelector: {selector: {}}}\n---\n\
                      apiVersion: egressgateway.spidernet.io/v1beta1\nkind: EgressClusterPolicy\nmetadata: {name: web}\n\

@@ -9,7 +9,7 @@ use std::thread;
 use std::time::Duration;
 
 #[test]
-fn the_runtime_is_killed_and_comes_back() {
+fn the_runtime_is_killed_and_restarted() {
     let site = Site::with_egret();
     let before = site.visitor("before");
     site.assert_left_by_egress("before");

@@ -3,7 +3,7 @@
 use crate::site::{Pod, Site, egress, own};
 
 #[test]
-fn pods_that_ran_before_are_adopted_and_end_with_plugins_that_never_saw_them() {
+fn earlier_pods_are_adopted_and_end_with_plugins_that_did_not_set_them_up() {
     let site = Site::plain();
     site.runtime.wait_network();
     let old = site.visitor("old");
@@ -22,7 +22,7 @@ fn pods_that_ran_before_are_adopted_and_end_with_plugins_that_never_saw_them() {
 }
 
 #[test]
-fn egret_goes_from_a_node_whose_runtime_still_knows_it() {
+fn egret_is_removed_from_a_node_whose_runtime_still_uses_it() {
     let site = Site::with_egret();
     let before = [site.visitor("before-1"), site.visitor("before-2")];
     site.assert_left_by_egress("before-1");

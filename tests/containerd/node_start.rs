@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 /// A node whose daemon never comes in sync, whatever keeps it from that, is none the worse for Egret.
 #[test]
-fn before_the_daemon_was_ever_in_sync_pods_start_as_without_egret_and_later_they_are_adopted() {
+fn pods_start_before_the_daemon_was_ever_in_sync_and_are_adopted_later() {
     let site = Site::plain();
     site.runtime.install();
     let begin = Instant::now();
@@ -51,7 +51,7 @@ fn the_daemon_is_away_when_pods_start() {
 }
 
 #[test]
-fn after_a_reboot_nothing_of_before_is_in_the_way() {
+fn leftovers_of_before_a_reboot_affect_nothing() {
     let site = Site::with_egret();
     let old: Vec<Pod> = (0..4).map(|n| site.visitor(&format!("old-{n}"))).collect();
     old.iter().for_each(|pod| site.assert_left_by_egress(&pod.name));

@@ -20,7 +20,7 @@ const RUN_DIR: &str = "/run/egret";
 const VAR_LIB: &str = "/var/lib";
 
 #[test]
-fn the_daemonset_as_it_is_written_holds_pods_to_their_policies() {
+fn the_daemonset_of_the_manifest_enforces_policies() {
     let site = Site::plain();
     let manifest = Manifest::read("install/egret.yaml");
     let built = image::by_the_dockerfile(&site.lab.directory().join("egret-image"), &manifest.image);

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use std::sync::Arc;
 
 #[test]
-fn a_pod_leaves_by_its_policy_from_its_first_packet_on() {
+fn a_pod_leaves_from_its_egress_ip_from_its_first_packet_on() {
     let site = Site::with_egret();
     let visitor = site.visitor("visitor");
     let other = site.start("shop", "other", &[("app", "other")]);
@@ -22,7 +22,7 @@ fn a_pod_leaves_by_its_policy_from_its_first_packet_on() {
 
 /// The reference plugin `bridge` lets a pod's start pass before its bridge port forwards, whoever comes after it.
 #[test]
-fn pods_on_a_bridge_leave_by_their_policy() {
+fn pods_on_a_bridge_leave_from_their_egress_ip() {
     let site = Site::of(Pods::Bridged);
     site.runtime.install();
     site.start_egret();
@@ -76,7 +76,7 @@ fn pods_that_end_do_not_disturb_pods_that_start() {
 }
 
 #[test]
-fn the_runtime_calls_plugins_as_is_expected_of_it() {
+fn the_runtime_calls_plugins_as_expected() {
     let site = Site::plain();
     let mut list: Value = serde_json::from_str(&site.plain_conflist()).expect("JSON");
     list["plugins"].as_array_mut().expect("plugins").push(json!({"type": recorder::TYPE}));

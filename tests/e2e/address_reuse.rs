@@ -1,4 +1,4 @@
-//! Addresses, names and indexes that the next pod has, and what is left of the pod before: nothing of it may stick to them.
+//! Reuse of addresses, names and indexes: nothing of an ended pod may affect the next one. Needs root.
 
 use lab::by_hand::ByHand;
 use lab::kernel::assert_no_traces;
@@ -8,7 +8,7 @@ use std::thread;
 use std::time::Duration;
 
 #[test]
-fn a_late_del_leaves_the_next_pod_of_the_same_address_alone() {
+fn a_late_del_does_not_affect_the_next_pod_with_the_same_address() {
     let lab = Lab::scene();
     let node = lab.node("n1");
     let before = node.egret_state();
@@ -29,7 +29,7 @@ fn a_late_del_leaves_the_next_pod_of_the_same_address_alone() {
 }
 
 #[test]
-fn a_late_del_leaves_the_next_pod_behind_a_veth_of_the_same_name_alone() {
+fn a_late_del_does_not_affect_the_next_pod_with_the_same_veth_name() {
     let lab = Lab::scene();
     let node = lab.node("n1");
     let before = node.egret_state();
@@ -42,7 +42,7 @@ fn a_late_del_leaves_the_next_pod_behind_a_veth_of_the_same_name_alone() {
         assert_eq!(second.pod.who(EXT4).ok(), Some(EGRESS4.into()), "after the late DEL");
         second.egret("DEL");
         second.unplug();
-        // The next behind that name is none that a policy selects: nothing of the old ones may stick to the name.
+        // No policy selects the next pod with that name: nothing of the earlier ones may affect it.
         let third = ByHand::add(&lab, &format!("third-{round}"), &[("app", "other")], "cali1", "10.244.1.77");
         assert_eq!(third.pod.who(EXT4).ok(), Some(node.ipv4().into()));
         third.egret("DEL");
@@ -53,7 +53,7 @@ fn a_late_del_leaves_the_next_pod_behind_a_veth_of_the_same_name_alone() {
 }
 
 #[test]
-fn a_late_del_with_the_daemon_away_leaves_the_next_pods_quarantine() {
+fn a_late_del_without_the_daemon_does_not_lift_the_next_pods_quarantine() {
     let lab = Lab::scene();
     let first = ByHand::add(&lab, "first", VISITOR, "cali1", "10.244.1.77");
     first.unplug();
@@ -70,7 +70,7 @@ fn a_late_del_with_the_daemon_away_leaves_the_next_pods_quarantine() {
     assert_eq!(lab.sources(EXT4), [EGRESS4.into()].into());
 }
 
-/// A tracked connection keeps the address that it left from, and the next pod's first packet may be one of it.
+/// A tracked connection keeps its source address, and the next pod's first packet may belong to it.
 #[test]
 fn a_selected_pod_inherits_no_connection_of_the_pod_that_had_its_address() {
     let lab = Lab::scene();
@@ -102,7 +102,7 @@ fn a_selected_pod_inherits_no_connection_of_the_pod_that_had_its_address() {
     }
 }
 
-/// Also of a pod that the plugin did not bring, and that nobody tells the end of.
+/// Also for a pod that the plugin did not set up, and whose end nobody reports.
 #[test]
 fn a_pod_inherits_no_connection_of_an_adopted_pod_that_had_its_address() {
     let lab = Lab::scene();
@@ -131,9 +131,9 @@ fn a_pod_inherits_no_connection_of_an_adopted_pod_that_had_its_address() {
     }
 }
 
-/// What becomes of its Pod object says nothing of the container.
+/// The end of the Pod object does not mean the end of the container.
 #[test]
-fn an_adopted_pod_is_held_for_as_long_as_it_can_send() {
+fn an_adopted_pod_is_enforced_for_as_long_as_it_can_send() {
     let lab = Lab::scene();
     for round in ["forgotten", "failed"] {
         let mut pod = ByHand::make(&lab, round, VISITOR, "cali1", "10.244.1.77");
@@ -162,9 +162,9 @@ fn an_adopted_pod_is_held_for_as_long_as_it_can_send() {
     }
 }
 
-/// A runtime that is killed with all its pods calls no DEL, and what the plugin wrote down of them stays.
+/// A runtime that is killed with all its pods calls no DEL, and the plugin's files about them stay.
 #[test]
-fn what_is_left_of_a_pod_without_a_del_lets_no_other_pod_out() {
+fn leftovers_of_a_pod_without_a_del_do_not_open_another_pod() {
     let lab = Lab::scene();
     let daemon = lab.daemon("n1");
     let vanishes = |pod: &ByHand| {
@@ -172,19 +172,19 @@ fn what_is_left_of_a_pod_without_a_del_lets_no_other_pod_out() {
         pod.pod.forget();
     };
 
-    // The address is another pod's, which was started without the plugin.
+    // Another pod, which was started without the plugin, has the address.
     vanishes(&ByHand::add(&lab, "lost", VISITOR, "cali1", "10.244.1.77"));
     let mut heir = ByHand::make(&lab, "heir", VISITOR, "cali2", "10.244.1.77");
     heir.pod.relabel(VISITOR);
     lab.wait_seen_as(&heir.pod, EGRESS4);
 
-    // So is the name.
+    // Another pod has the name.
     vanishes(&ByHand::add(&lab, "web-0", VISITOR, "cali3", "10.244.1.78"));
     let mut again = ByHand::make(&lab, "web-0", VISITOR, "cali4", "10.244.1.79");
     again.pod.relabel(VISITOR);
     lab.wait_seen_as(&again.pod, EGRESS4);
 
-    // And the index of its interface, of a pod that the plugin brought.
+    // A pod that the plugin set up has the index of the interface.
     let gone = ByHand::make(&lab, "gone", VISITOR, "cali5 index 1000", "10.244.1.80");
     gone.egret("ADD");
     vanishes(&gone);
@@ -208,7 +208,7 @@ fn what_is_left_of_a_pod_without_a_del_lets_no_other_pod_out() {
 }
 
 #[test]
-fn a_pod_whose_veth_gets_another_name_is_held_on() {
+fn a_pod_whose_veth_is_renamed_stays_enforced() {
     let lab = Lab::scene();
     let pod = ByHand::add(&lab, "visitor", VISITOR, "cali1", "10.244.1.77");
     let node = lab.node("n1");
@@ -217,7 +217,7 @@ fn a_pod_whose_veth_gets_another_name_is_held_on() {
     node.ip("route replace 10.244.1.77 dev other1");
     lab.forget_wire();
     for _ in 0..3 {
-        // It has everything read back.
+        // The daemon reads everything back.
         pod.egret("CHECK");
         assert_eq!(pod.pod.udp_who(EXT4).ok(), Some(EGRESS4.into()));
     }
@@ -226,9 +226,9 @@ fn a_pod_whose_veth_gets_another_name_is_held_on() {
     assert!(chain.contains("other1") && !chain.contains("cali1"), "{chain}");
 }
 
-/// The kernel gives an index that is free again to the next interface that is moved here with it.
+/// The kernel gives a free index to the next interface that is moved here with it.
 #[test]
-fn late_word_of_a_veth_that_is_gone_is_not_taken_for_the_next_one_with_its_index() {
+fn a_late_notification_about_a_removed_veth_does_not_concern_the_next_one_with_its_index() {
     let lab = Lab::scene();
     let daemon = lab.daemon("n1");
     for round in 0..16 {
@@ -236,7 +236,8 @@ fn late_word_of_a_veth_that_is_gone_is_not_taken_for_the_next_one_with_its_index
         first.egret("ADD");
         assert_eq!(first.pod.who(EXT4).ok(), Some(EGRESS4.into()));
         let second = thread::scope(|scope| {
-            // The daemon is busy with the first pod's end for some milliseconds, of which this is to be one.
+            // The daemon needs some milliseconds for the first pod's end. The next veth should appear within that
+            // time.
             scope.spawn(|| first.egret("DEL"));
             thread::sleep(Duration::from_micros(1000 + 500 * round));
             daemon.suspend(true);

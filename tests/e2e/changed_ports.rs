@@ -1,5 +1,5 @@
-//! Sessions whose source port the gateway has changed, because another one had it, and sessions whose port others want while
-//! they say nothing: they live on too.
+//! Sessions whose source port the gateway changed because another session had it, and idle sessions whose port others
+//! want: both survive. Needs root.
 
 use lab::fault_injection::{cordoned, holders, owner_and_other, plugged};
 use lab::scene::egress_towards;
@@ -12,7 +12,7 @@ use std::os::fd::AsRawFd;
 use std::thread;
 use std::time::Duration;
 
-/// The source port that sessions have which are in each other's way.
+/// The source port of sessions that conflict with each other.
 const PORT: u16 = 41_234;
 
 /// The pod's end of a session with the server.
@@ -31,13 +31,13 @@ fn tcp(pod: &Pod, server: SocketAddr, port: u16) -> TcpStream {
     })
 }
 
-/// A session that says nothing, but when it is asked whether it lives.
+/// A session that is idle until it is checked.
 struct Quiet {
     name: String,
     port: u16,
     tcp: TcpStream,
     udp: UdpSocket,
-    /// As the server saw them first.
+    /// The addresses and ports that the server saw first.
     seen: [SocketAddr; 2],
 }
 
@@ -55,7 +55,7 @@ impl Quiet {
         Quiet { name: format!("{} to {server}", pod.name), port, tcp, udp, seen }
     }
 
-    /// What is wrong with it, if anything is.
+    /// What is wrong with the session, if anything is.
     fn fault(&mut self) -> Option<String> {
         let tcp = round_trip(&mut self.tcp).err().map(|e| format!("TCP: {e}"));
         let udp = match peer(&self.udp) {
@@ -80,7 +80,8 @@ fn round_trip(tcp: &mut TcpStream) -> std::io::Result<()> {
     tcp.read_exact(&mut [0; 6])
 }
 
-/// Whom the server sees; asked again, for one datagram may be lost while a gateway dies.
+/// The source that the server sees. The question is repeated, because a datagram may be lost while a gateway node
+/// dies.
 fn peer(udp: &UdpSocket) -> std::io::Result<SocketAddr> {
     let mut buffer = [0; 64];
     let mut last = std::io::Error::other("not asked");
@@ -94,7 +95,8 @@ fn peer(udp: &UdpSocket) -> std::io::Result<SocketAddr> {
     Err(last)
 }
 
-/// Sessions of all these pods from the same port to the same servers. Returns those whose port was changed and the others.
+/// Opens sessions of all these pods from the same port to the same servers. Returns those whose port was changed, and
+/// the others.
 fn collide(lab: &Lab, pods: &[Pod]) -> Vec<Quiet> {
     let sessions: Vec<Quiet> =
         pods.iter().flat_map(|pod| SERVERS.map(|server| Quiet::open(lab, pod, server, PORT))).collect();
@@ -115,7 +117,7 @@ fn pods(lab: &Lab, nodes: &[&str]) -> Vec<Pod> {
 }
 
 #[test]
-fn a_planned_move_and_the_way_back_leave_every_session_its_changed_port() {
+fn every_session_keeps_its_changed_port_in_a_planned_move_and_back() {
     let lab = Lab::scene();
     let (owner, other) = owner_and_other(&lab);
     let pods = pods(&lab, &["n1", "n2", "g1", "g2"]);
@@ -133,7 +135,7 @@ fn a_planned_move_and_the_way_back_leave_every_session_its_changed_port() {
 }
 
 #[test]
-fn a_gateways_death_leaves_every_session_its_changed_port() {
+fn every_session_keeps_its_changed_port_when_a_gateway_node_dies() {
     let lab = Lab::scene();
     let (owner, other) = owner_and_other(&lab);
     let pods = pods(&lab, &["n1", "n2", &other]);
@@ -146,7 +148,7 @@ fn a_gateways_death_leaves_every_session_its_changed_port() {
     lab.assert_nothing_leaked();
 }
 
-/// A session of each pod with each server, each pod from a port of its own: they keep it.
+/// Opens a session of each pod with each server, each pod from a port of its own, which it keeps.
 fn apart(lab: &Lab, pods: &[Pod]) -> Vec<Quiet> {
     let each = pods.iter().zip(PORT..).flat_map(|(pod, port)| SERVERS.map(|server| (pod, server, port)));
     let sessions: Vec<Quiet> = each.map(|(pod, server, port)| Quiet::open(lab, pod, server, port)).collect();
@@ -154,7 +156,7 @@ fn apart(lab: &Lab, pods: &[Pod]) -> Vec<Quiet> {
     sessions
 }
 
-/// Sessions of a newcomer from the ports of sessions that say nothing, to the same servers. Then these speak again.
+/// Opens sessions of a new pod from the ports of idle sessions, to the same servers. Then the idle ones are checked.
 fn assert_outlive(what: &str, lab: &Lab, newcomer: &Pod, sessions: &mut [Quiet]) -> Vec<Quiet> {
     let ports = sessions.iter().map(|session| (session.port, session.seen[0].is_ipv4()));
     let servers =
@@ -168,7 +170,7 @@ fn assert_outlive(what: &str, lab: &Lab, newcomer: &Pod, sessions: &mut [Quiet])
 }
 
 #[test]
-fn quiet_sessions_keep_their_ports_in_a_planned_move_and_newcomers_get_others() {
+fn idle_sessions_keep_their_ports_in_a_planned_move_and_new_ones_get_others() {
     let lab = Lab::scene();
     let (owner, other) = owner_and_other(&lab);
     let pods = pods(&lab, &["n1", &owner, &other, "n2", "n2"]);
@@ -186,7 +188,7 @@ fn quiet_sessions_keep_their_ports_in_a_planned_move_and_newcomers_get_others() 
 }
 
 #[test]
-fn quiet_sessions_keep_their_ports_in_a_gateways_death_and_newcomers_get_others() {
+fn idle_sessions_keep_their_ports_when_a_gateway_node_dies_and_new_ones_get_others() {
     let lab = Lab::scene();
     let (owner, other) = owner_and_other(&lab);
     let pods = pods(&lab, &["n1", &other, "n2"]);
@@ -203,13 +205,13 @@ fn replicas(lab: &Lab, node: &str) -> Option<f64> {
 }
 
 #[test]
-fn restarted_daemons_know_the_changed_ports_again_and_forget_what_ends() {
+fn restarted_daemons_learn_the_changed_ports_again_and_drop_ended_sessions() {
     let lab = Lab::scene();
     let (owner, other) = owner_and_other(&lab);
     let pods = pods(&lab, &["n1", "n2", "n1", &other]);
     let mut sessions = collide(&lab, &pods);
     let changed = sessions.iter().filter(|session| session.is_changed()).count();
-    // Each is one of TCP and one of UDP.
+    // One of them is TCP and one UDP.
     let all = Some(2.0 * changed as f64);
     lab.wait_for("replicas:", &all, || replicas(&lab, &other));
     for node in [&other, &owner] {
@@ -228,12 +230,14 @@ fn restarted_daemons_know_the_changed_ports_again_and_forget_what_ends() {
     lab.assert_nothing_leaked();
 }
 
-/// Ports of which a busy client has had 2,000 takes 43 of 100: as one does of the usual 28,000 that has made 100 connections
-/// a second for the two minutes for which they are remembered.
+/// Of 100 ports, 43 are taken if a busy client has used 2,000 of this range. This is the same rate as for a client
+/// that has made 100 connections a second for two minutes from the usual 28,000 ports, because connections are kept
+/// for two minutes.
 const RANGE: &str = "net.ipv4.ip_local_port_range=40000 44599";
 const CONNECTIONS: usize = 2_000;
 
-/// Twenty sessions with each server beside a busy client of the same servers, and how many of their ports were changed.
+/// Opens twenty sessions with each server beside a busy client of the same servers. Returns them, and how many ports
+/// were changed.
 fn beside_a_busy_client(lab: &Lab) -> (Vec<(TcpStream, SocketAddr)>, usize) {
     let [busy, quiet] = ["n1", "n2"].map(|n| lab.add_pod(n, "shop", &format!("visitor-{n}"), VISITOR));
     [&busy, &quiet].iter().for_each(|pod| pod.sysctl(&[RANGE]));
@@ -260,7 +264,7 @@ fn broken(sessions: &mut [(TcpStream, SocketAddr)]) -> Vec<String> {
 }
 
 #[test]
-fn quiet_sessions_beside_a_busy_client_outlive_a_planned_move_and_the_next_owners_death() {
+fn idle_sessions_beside_a_busy_client_survive_a_planned_move_and_the_next_owners_death() {
     let _machine = lab::turn::alone();
     let lab = Lab::scene();
     let (owner, other) = owner_and_other(&lab);

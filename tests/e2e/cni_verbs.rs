@@ -1,4 +1,4 @@
-//! What a container runtime may ask of the plugin besides ADD and DEL, and what it gets back.
+//! The plugin's other verbs besides ADD and DEL, and its results. Needs root.
 
 use lab::kernel::assert_no_traces;
 use lab::scene::{assert_leaves_by_egress, assert_leaves_by_node};
@@ -6,14 +6,14 @@ use lab::{Lab, Pod, VISITOR};
 use serde_json::{Value, json};
 use std::fs;
 
-/// The code of the error that it ends with.
+/// The code of the error, if there is one.
 fn code(pod: &Pod, verb: &str, change: impl FnOnce(&mut Value)) -> Option<u64> {
     pod.egret(verb, change).err().map(|e| e.code.unwrap_or_else(|| panic!("{verb}: {e}")))
 }
 
 #[test]
-fn check_tells_whether_the_kernel_is_as_it_should_be() {
-    // Where a table has an owner, nobody else can take anything away.
+fn check_detects_a_kernel_state_that_add_did_not_leave() {
+    // If the tables have an owner, nobody else can remove anything.
     let lab = Lab::builder().node_arguments(&["--own-tables=false"]).scene();
     for name in ["n1", "n2"] {
         let pod = lab.add_pod(name, "shop", &format!("pod-{name}"), VISITOR);
@@ -25,7 +25,7 @@ fn check_tells_whether_the_kernel_is_as_it_should_be() {
             code(&pod, "CHECK", |stdin| stdin["prevResult"]["ips"][0]["address"] = json!("10.244.9.9/24")),
             Some(101)
         );
-        // What somebody has taken away is there again.
+        // The daemon has restored what was removed.
         let before = pod.node.egret_state();
         pod.node.nft("flush chain inet egret prerouting");
         assert_eq!(code(&pod, "CHECK", |_| {}), None);
@@ -38,7 +38,7 @@ fn check_tells_whether_the_kernel_is_as_it_should_be() {
 }
 
 #[test]
-fn gc_ends_what_its_network_has_no_more_and_status_says_that_pods_can_start() {
+fn gc_removes_ended_attachments_of_its_network_and_status_succeeds() {
     let lab = Lab::scene();
     let node = lab.node("n1");
     let before = node.egret_state();
@@ -69,7 +69,7 @@ fn gc_ends_what_its_network_has_no_more_and_status_says_that_pods_can_start() {
     assert_leaves_by_egress(&of_other_network);
     let status = |pod: &Pod| code(pod, "STATUS", version);
     assert_eq!(status(stays), None);
-    // The kernel is not in sync, and pods can start all the same, if only into quarantine.
+    // The kernel is not in sync. Pods can start all the same, at least in quarantine.
     lab.daemon("n1").kill9();
     assert_eq!(status(stays), None);
     node.ip("route flush table 7873");
@@ -82,7 +82,7 @@ fn gc_ends_what_its_network_has_no_more_and_status_says_that_pods_can_start() {
     assert_no_traces(node, &before);
 }
 
-/// A pod whose interface has no other end on the host cannot be held to a policy.
+/// A pod whose interface has no end on the host cannot be enforced.
 #[test]
 fn a_pod_without_a_veth_starts_only_where_no_policy_selects_it() {
     let lab = Lab::scene();
@@ -103,7 +103,7 @@ fn a_pod_without_a_veth_starts_only_where_no_policy_selects_it() {
     assert_eq!(code(&free, "ADD", |_| {}), None);
     let selected = macvlan("selected", VISITOR);
     assert_eq!(code(&selected, "ADD", |_| {}), Some(100));
-    // A policy that comes later cannot hold it either, and that is to be seen.
+    // A policy that comes later cannot be enforced either, and this must be visible.
     let mut free = free;
     free.relabel(VISITOR);
     let unmanaged = || lab.metrics("n1").get("egret_node_pods", &[("state", "unmanaged")]);
@@ -123,7 +123,7 @@ fn the_result_is_passed_on_unchanged() {
         other.attach().expect("ADD without Egret");
         let shape = |pod: &Pod| {
             let mut result = pod.result.clone().expect("a result");
-            // Addresses and names differ from pod to pod; everything else may not.
+            // Only addresses and names may differ between pods.
             for ip in result["ips"].as_array_mut().into_iter().flatten() {
                 ip["address"] = Value::Null;
             }
@@ -140,7 +140,7 @@ fn the_result_is_passed_on_unchanged() {
 }
 
 #[test]
-fn a_runtime_without_kubernetes_gets_its_pods_and_they_are_left_alone() {
+fn pods_of_a_runtime_without_kubernetes_start_and_are_not_enforced() {
     let lab = Lab::scene();
     let mut pod = lab.sandbox_unknown("n1", "shop", "podman");
     pod.runtime.args = String::new();
@@ -150,7 +150,7 @@ fn a_runtime_without_kubernetes_gets_its_pods_and_they_are_left_alone() {
 }
 
 #[test]
-fn versions_from_0_3_0_to_1_0_0_run_through_the_whole_chain() {
+fn cni_versions_from_0_3_0_to_1_0_0_work_through_the_whole_chain() {
     let lab = Lab::scene();
     for version in ["0.3.0", "0.3.1", "0.4.0", "1.0.0"] {
         let mut pod = lab.sandbox("n1", "shop", &format!("pod-{}", version.replace('.', "-")), VISITOR);

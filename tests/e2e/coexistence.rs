@@ -1,4 +1,4 @@
-//! Other people's settings stay, and what they do keeps working.
+//! Other software's settings stay unchanged and keep working. Needs root.
 
 use lab::client::udp_who_by;
 use lab::fault_injection::holders;
@@ -8,7 +8,7 @@ use serde_json::json;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
 use std::time::Duration;
 
-/// Network sysctls of the node, less those of devices that come and go.
+/// The node's network sysctls, without those of devices that are added and removed.
 fn settings(node: &Node) -> Vec<String> {
     let out = node.try_run(["sysctl", "-a"]);
     let text = String::from_utf8_lossy(&out.stdout).into_owned();
@@ -33,7 +33,7 @@ fn others(node: &Node) -> Vec<String> {
 }
 
 #[test]
-fn strict_filtering_masquerades_and_everything_else_on_the_node_stay_as_they_are() {
+fn strict_filtering_masquerades_and_all_other_settings_of_the_node_stay_unchanged() {
     let lab = Lab::new();
     let before: Vec<_> = lab.nodes().iter().map(|n| (settings(n), others(n))).collect();
     drop(lab);
@@ -41,7 +41,7 @@ fn strict_filtering_masquerades_and_everything_else_on_the_node_stay_as_they_are
     for (node, (settings_before, others_before)) in lab.nodes().iter().zip(before) {
         assert_eq!(node.run(["cat", "/proc/sys/net/ipv4/conf/all/rp_filter"]).trim(), "1");
         assert_eq!(node.run(["cat", "/proc/sys/net/ipv4/conf/all/src_valid_mark"]).trim(), "1");
-        // The scene's probes made the CNI's bridge; what plugins set for it is theirs.
+        // The probes have created the CNI's bridge, and its settings are the CNI's.
         let added: Vec<_> =
             settings(node).into_iter().filter(|l| !l.contains(".cni0.") && !settings_before.contains(l)).collect();
         assert!(added.is_empty(), "settings that changed on {}: {added:#?}", node.name);
@@ -88,7 +88,7 @@ fn host_ports_of_a_selected_pod_work_from_outside() {
     assert_leaves_by_egress(&pod);
 }
 
-/// kube-proxy in small: destination NAT of a Service's address on the node, for its pods and for itself.
+/// A small kube-proxy: destination NAT of a Service's address on the node, for its pods and for the node itself.
 fn service(node: &Node, address: Ipv4Addr, backend: SocketAddr) {
     for chain in ["PREROUTING", "OUTPUT"] {
         let rule =
@@ -98,7 +98,7 @@ fn service(node: &Node, address: Ipv4Addr, backend: SocketAddr) {
 }
 
 #[test]
-fn a_service_with_a_backend_inside_stays_inside_and_one_outside_gets_the_egress_address() {
+fn a_service_with_a_backend_outside_gets_the_egress_ip_and_one_inside_does_not() {
     let lab = Lab::scene();
     let (inside, outside, on_node) = ([10, 96, 0, 10].into(), [10, 96, 0, 11].into(), [10, 96, 0, 12].into());
     let backend = lab.add_pod("n2", "office", "backend", &[]);
@@ -139,7 +139,7 @@ fn a_masquerade_that_comes_after_egret_changes_nothing() {
         let node = lab.node(name);
         let pod = lab.add_pod(name, "shop", &format!("visitor-{name}"), VISITOR);
         let other = lab.add_pod(name, "office", &format!("other-{name}"), &[]);
-        // Both tools, with and without random ports, before and after whatever is there.
+        // Both tools, with and without random ports, before and after other rules.
         node.run([
             "iptables",
             "-t",
@@ -164,7 +164,7 @@ fn a_masquerade_that_comes_after_egret_changes_nothing() {
 fn a_masquerade_that_comes_before_others_changes_nothing() {
     let lab = Lab::scene();
     for node in lab.nodes() {
-        // As kindnet's, and one with a priority that others have used.
+        // One as kindnet's, and one with a priority that other programs use.
         node.nft(
             "table inet kindnet-ipmasq { chain postrouting { type nat hook postrouting priority srcnat - 10; \
                ip daddr 10.244.0.0/16 return; ip6 daddr fd00:244::/32 return; masquerade; }; }
@@ -177,10 +177,10 @@ fn a_masquerade_that_comes_before_others_changes_nothing() {
     }
 }
 
-/// What the plugin holds up comes back past the chain on the pod's veth, and goes into the tunnel past the one there, so that
-/// only the owner can let it out: docs/limits.md.
+/// Packets that the plugin `bandwidth` delays come back past the chain on the pod's veth, and enter the tunnel past
+/// the chain there. So only the owner can send them out: docs/limits.md.
 #[test]
-fn a_limit_of_a_pods_bandwidth_does_not_take_it_past_egret() {
+fn a_bandwidth_limit_does_not_bypass_egret() {
     let lab = Lab::scene();
     let inside = lab.add_pod("n2", "office", "inside", &[]);
     let _server = Server::start(&inside);
@@ -219,15 +219,15 @@ fn a_limit_of_a_pods_bandwidth_does_not_take_it_past_egret() {
 }
 
 #[test]
-fn an_address_of_the_gateway_is_no_door_to_it() {
+fn services_of_a_gateway_node_cannot_be_reached_by_its_egress_ip() {
     let lab = Lab::scene();
     let _servers: Vec<_> = lab.nodes().iter().map(|n| Server::start(n)).collect();
-    // What listens on the node must not be reachable by the egress address: nothing there was asked for from outside.
+    // A server on the node must not be reachable from outside by the egress IP, because nothing there was requested.
     assert!(lab.host("ext").who(EGRESS4).is_err());
 }
 
 #[test]
-fn other_bits_for_the_marks_do_as_well() {
+fn the_marks_can_use_other_bits() {
     let lab = Lab::builder().node_arguments(&["--mark-shift", "16", "--connection-mark", "0x0048"]).scene();
     for node in ["n1", "n2", "g1", "g2"] {
         assert_leaves_by_egress(&lab.add_pod(node, "shop", &format!("visitor-{node}"), VISITOR));
@@ -237,9 +237,9 @@ fn other_bits_for_the_marks_do_as_well() {
     }
 }
 
-/// Their marks mean nothing to the daemon that comes, and without an allocation they would leave with the pods' own addresses.
+/// The new daemon does not know their marks. Without an allocation they would leave with the pods' own addresses.
 #[test]
-fn connections_with_other_marks_are_picked_up_anew_when_the_marks_change() {
+fn connections_are_classified_anew_when_the_marks_change() {
     let lab = Lab::scene();
     let pods = ["n1", "n2", "g1", "g2"].map(|node| lab.add_pod(node, "shop", &format!("visitor-{node}"), VISITOR));
     let socket = |pod: &lab::Pod, server: IpAddr| pod.udp_socket((server, server::UDP_WHO).into()).expect("a socket");
@@ -260,7 +260,7 @@ fn connections_with_other_marks_are_picked_up_anew_when_the_marks_change() {
 }
 
 #[test]
-fn destinations_that_the_user_calls_direct_are_no_policys() {
+fn no_policy_covers_destinations_that_the_user_declares_direct() {
     let lab = Lab::builder().node_arguments(&["--direct", "192.0.2.100/32,2001:db8::100/128"]).build();
     lab.write_manifest("gateway.yaml", &lab::manifests::gateway("default", &["192.0.2.50", "2001:db8::50"]));
     lab.write_manifest("policy.yaml", &lab::scene::visitors());

@@ -1,4 +1,4 @@
-//! Who is seen as whom: the way of a packet, from outside.
+//! The source addresses that servers and pods see. Needs root.
 
 use lab::client::udp_who_by;
 use lab::scene::{assert_blocked, assert_leaves_by_egress, assert_leaves_by_node, egress_towards, visitors};
@@ -8,7 +8,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 #[test]
-fn pods_on_every_kind_of_node_leave_from_the_policys_address() {
+fn pods_on_every_kind_of_node_leave_from_the_egress_ip() {
     let lab = Lab::scene();
     for node in lab.nodes() {
         let pod = lab.add_pod(&node.name, "shop", &format!("visitor-{}", node.name), VISITOR);
@@ -21,7 +21,7 @@ fn pods_on_every_kind_of_node_leave_from_the_policys_address() {
 }
 
 #[test]
-fn a_new_pods_first_packet_leaves_from_the_policys_address() {
+fn a_new_pods_first_packet_leaves_from_the_egress_ip() {
     let lab = Lab::scene();
     for round in 0..5 {
         for node in lab.nodes() {
@@ -36,7 +36,7 @@ fn a_new_pods_first_packet_leaves_from_the_policys_address() {
 }
 
 #[test]
-fn pods_that_no_policy_selects_are_as_they_were() {
+fn pods_that_no_policy_selects_are_not_affected() {
     let lab = Lab::scene();
     for node in lab.nodes() {
         let unlabelled = lab.add_pod(&node.name, "shop", &format!("other-{}", node.name), &[("app", "other")]);
@@ -47,7 +47,7 @@ fn pods_that_no_policy_selects_are_as_they_were() {
 }
 
 #[test]
-fn traffic_inside_the_cluster_is_left_alone() {
+fn traffic_inside_the_cluster_is_not_affected() {
     let lab = Lab::scene();
     let to: Vec<_> =
         lab.nodes().iter().map(|n| lab.add_pod(&n.name, "office", &format!("to-{}", n.name), &[])).collect();
@@ -86,7 +86,7 @@ fn a_pod_may_send_from_the_tunnels_port() {
 }
 
 #[test]
-fn a_cluster_policy_reaches_the_namespaces_it_selects_and_gives_way_to_a_namespaced_one() {
+fn a_cluster_policy_applies_to_the_namespaces_that_it_selects_after_namespaced_policies() {
     let lab = Lab::scene();
     lab.add_namespace("office", &[("team", "sales")]);
     lab.add_namespace("attic", &[("team", "none")]);
@@ -105,7 +105,7 @@ fn a_cluster_policy_reaches_the_namespaces_it_selects_and_gives_way_to_a_namespa
 }
 
 #[test]
-fn a_policy_can_name_the_services_whose_pods_it_means() {
+fn a_policy_can_select_pods_by_services() {
     let lab = Lab::scene();
     lab.write_manifest(
         "services.yaml",
@@ -121,7 +121,7 @@ fn a_policy_can_name_the_services_whose_pods_it_means() {
 }
 
 #[test]
-fn with_fallback_node_address_pods_leave_as_before_while_no_gateway_has_the_allocation() {
+fn with_fallback_node_address_pods_leave_from_the_node_while_no_gateway_node_holds_the_egress_ip() {
     let lab = Lab::scene();
     lab.write_manifest("policy.yaml", &(visitors() + "  fallback: NodeAddress\n"));
     let nobody =
@@ -169,7 +169,7 @@ fn labels_addresses_and_policies_change_under_running_pods() {
 }
 
 #[test]
-fn a_policys_beginning_leaves_connections_and_its_end_ends_its_own() {
+fn a_new_policy_keeps_connections_and_a_deleted_one_ends_its_own() {
     let lab = Lab::scene();
     let before = lab.add_pod("n1", "office", "before", &[("app", "clerk")]);
     let old = before.session(EXT4).expect("a session");
@@ -231,9 +231,9 @@ fn a_policy_that_ends_while_the_daemon_is_away_ends_its_connections() {
     }
 }
 
-/// A pod on the host's network has the node's address, and one that has ended has left its own to others.
+/// A pod on the host's network has the node's address, and another pod may have the address of an ended one.
 #[test]
-fn pods_on_the_hosts_network_and_pods_that_have_ended_hold_nobody() {
+fn pods_on_the_hosts_network_and_ended_pods_affect_no_other_pod() {
     let lab = Lab::scene();
     for name in ["n1", "n2", "g1"] {
         let node = lab.node(name);
@@ -248,7 +248,7 @@ fn pods_on_the_hosts_network_and_pods_that_have_ended_hold_nobody() {
         for (file, object) in [("on-host.yaml", on_host), ("done.yaml", done), ("failed.yaml", failed)] {
             lab.manifests().write_object(file, &object);
         }
-        // What is selected and runs here is looked for after each change: this one comes after them.
+        // The search for veths of selected pods runs after each change; this one comes after them.
         let visitor = lab.add_pod(name, "shop", &format!("visitor-{name}"), VISITOR);
         lab.wait_seen_as(&visitor, EGRESS4);
         let rules = node.ip("rule") + &node.ip("-6 rule");
@@ -288,7 +288,8 @@ fn a_tunnel_over_ipv6_carries_both_families() {
     assert!(!tunnel.is_empty() && tunnel.iter().all(|s| s.from.is_ipv6()), "{tunnel:?}");
 }
 
-/// What an allocation has no address for is blocked, and does not leave by the other family or the node.
+/// Traffic of a family for which the allocation has no address is blocked. It does not leave by the other family or
+/// from the node.
 #[test]
 fn an_allocation_of_one_family_blocks_the_other() {
     let lab = Lab::scene();
@@ -317,11 +318,11 @@ fn an_allocation_of_one_family_blocks_the_other() {
     }
 }
 
-/// Gateways know nothing of pods' policies, and each packet of a connection prolongs what they know of it.
+/// Gateway nodes do not know pods' policies, and each packet of a connection extends their entry for it.
 #[test]
-fn a_socket_goes_on_from_the_new_address_when_its_pods_policy_has_changed() {
+fn a_socket_continues_from_the_new_egress_ip_when_its_pods_policy_changes() {
     let lab = Lab::scene();
-    // Two of four allocations are on the same gateway node as the scene's, or one.
+    // Two of four allocations are on the gateway node that has the first one, or one is.
     let addresses = |n: usize| {
         let texts = [format!("192.0.2.{}", 51 + n), format!("2001:db8::{}", 51 + n)];
         texts.map(|text| text.parse::<IpAddr>().expect("an address"))
@@ -350,9 +351,9 @@ fn a_socket_goes_on_from_the_new_address_when_its_pods_policy_has_changed() {
     }
 }
 
-/// Nobody answers it, so it is no established connection that could stay as it is.
+/// Nobody answers these packets, so they belong to no established connection that could be kept.
 #[test]
-fn what_is_sent_without_an_answer_gets_its_allocation_when_a_policy_begins() {
+fn unanswered_udp_uses_the_egress_ip_when_a_policy_begins() {
     let lab = Lab::scene();
     for node in ["n1", "n2", "g1", "g2"] {
         let mut pod = lab.add_pod(node, "shop", &format!("log-{node}"), &[("app", "other")]);
@@ -360,7 +361,7 @@ fn what_is_sent_without_an_answer_gets_its_allocation_when_a_policy_begins() {
         let left_from = |address: [IpAddr; 2]| {
             lab.forget_wire();
             for _ in 0..3 {
-                // The server's host may say that nobody listens there.
+                // The server's host may answer that the port is closed.
                 drop(nobody4.send(b"log"));
                 drop(nobody6.send(b"log"));
                 std::thread::sleep(Duration::from_millis(20));
@@ -376,7 +377,7 @@ fn what_is_sent_without_an_answer_gets_its_allocation_when_a_policy_begins() {
 }
 
 #[test]
-fn pods_that_ran_before_egret_came_are_adopted() {
+fn pods_that_ran_before_egret_are_adopted() {
     let lab = Lab::new();
     let mut pods = Vec::new();
     for node in lab.nodes() {
@@ -400,7 +401,7 @@ fn pods_that_ran_before_egret_came_are_adopted() {
 }
 
 #[test]
-fn a_pod_that_the_cluster_does_not_know_yet_is_held_until_it_does() {
+fn a_pod_that_the_cluster_does_not_know_yet_is_isolated_until_it_does() {
     let lab = Lab::scene();
     for node in ["n1", "n2", "g1"] {
         let mut pod = lab.sandbox_unknown(node, "shop", &format!("late-{node}"));

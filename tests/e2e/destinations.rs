@@ -63,7 +63,7 @@ fn an_api_server_outside_of_the_nodes_is_inside_the_cluster() {
              {{ kubernetes.io/service-name: {service} }}\naddressType: IPv4\nendpoints: [{{ addresses: [\"{address}\"] }}]\n---\n"
         )
     };
-    // As `kubectl get -o yaml` writes it: what says which kind it is stands last but one.
+    // As `kubectl get -o yaml` writes it: the kind is the last field but one.
     let endpoints = "subsets: [{ addresses: [{ ip: 192.0.2.3 }] }]\nmetadata: { name: kubernetes, namespace: default }\nkind: \
                      Endpoints\napiVersion: v1\n";
     lab.write_manifest("other.yaml", &slice("other", "database", EXT4.into()));
@@ -85,7 +85,7 @@ fn why(lab: &Lab, to: &str) -> String {
 }
 
 #[test]
-fn a_destination_that_no_policy_covers_is_left_alone() {
+fn a_destination_that_no_policy_covers_is_not_affected() {
     let lab = Lab::builder().router().scene();
     lab.write_manifest("policy.yaml", &(visitors() + "  egress: [{ to: [{ ipBlock: { cidr: 203.0.113.0/24 } }] }]\n"));
     for node in ["n1", "n2", "g1"] {
@@ -96,7 +96,7 @@ fn a_destination_that_no_policy_covers_is_left_alone() {
     }
 }
 
-/// SCTP's number, and the port of Diameter (RFC 6733).
+/// SCTP's protocol number, and the port of Diameter (RFC 6733).
 const SCTP: u8 = 132;
 const DIAMETER: u16 = 3868;
 
@@ -111,14 +111,14 @@ fn sctp_init(from: u16, to: u16) -> Vec<u8> {
     packet
 }
 
-/// RFC 9260, appendix A: without it connection tracking takes the packet for damaged.
+/// RFC 9260, appendix A. With a wrong checksum, connection tracking treats the packet as damaged.
 fn crc32c(bytes: &[u8]) -> u32 {
     !bytes.iter().fold(u32::MAX, |crc, byte| {
         (0..8).fold(crc ^ u32::from(*byte), |crc, _| (crc >> 1) ^ if crc & 1 == 1 { 0x82f6_3b78 } else { 0 })
     })
 }
 
-/// From which addresses the server was sent SCTP packets that the pod sends it, each from a port of its own.
+/// Sends SCTP packets from the pod, each from a port of its own. Returns the source addresses that the server sees.
 fn sctp_seen_from(lab: &Lab, pod: &Pod, from: u16, server: SocketAddr) -> BTreeSet<IpAddr> {
     let file = lab.directory().join("packet");
     fs::write(&file, sctp_init(from, server.port())).expect("write a packet");
@@ -134,7 +134,7 @@ fn sctp_seen_from(lab: &Lab, pod: &Pod, from: u16, server: SocketAddr) -> BTreeS
 }
 
 #[test]
-fn a_policy_for_a_port_of_sctp_covers_it_alone() {
+fn a_policy_for_an_sctp_port_covers_this_port_only() {
     let lab = Lab::scene();
     let port = format!("  egress: [{{ ports: [{{ protocol: SCTP, port: {DIAMETER} }}] }}]\n");
     lab.write_manifest("policy.yaml", &(visitors() + &port));
@@ -155,9 +155,9 @@ fn a_policy_for_a_port_of_sctp_covers_it_alone() {
     }
 }
 
-/// The networks of nodes' pods are neighbours, and one range in the kernel: it is divided, and becomes one again.
+/// The nodes' pod networks are adjacent and form one range in the kernel, which is split and joined again.
 #[test]
-fn a_node_that_leaves_from_among_others_and_comes_back_stops_nothing() {
+fn a_removed_node_that_returns_interrupts_nothing() {
     let lab = Lab::scene();
     let n2 = lab.node("n2");
     let direct = || lab.node("n1").nft("list set inet egret direct4");
@@ -180,9 +180,9 @@ fn a_node_that_leaves_from_among_others_and_comes_back_stops_nothing() {
     lab.wait_seen_as(&back, EGRESS4);
 }
 
-/// Clusters whose CNI gives out addresses by itself: no Node tells of its pods' network.
+/// Clusters whose CNI manages addresses itself: no Node has its pods' network.
 #[test]
-fn pods_networks_that_only_the_user_tells_are_inside_and_get_their_replies() {
+fn pod_networks_that_only_the_user_names_are_direct_and_get_their_replies() {
     let lab = Lab::builder().node_arguments(&["--direct", "10.244.0.0/16,fd00:244::/32"]).build();
     for node in lab.nodes() {
         let mut object = manifests::node(node);
@@ -198,12 +198,12 @@ fn pods_networks_that_only_the_user_tells_are_inside_and_get_their_replies() {
         assert_eq!(pod.who(inside.ipv4()).ok(), Some(pod.ipv4().into()), "from {node}");
         assert_eq!(pod.who(inside.ipv6()).ok(), Some(pod.ipv6().into()), "from {node}");
     }
-    // Strict filtering on the pods' nodes drops replies that come by the CNI's way, where the kernel is told to.
+    // If the kernel filters strictly, the pods' nodes drop replies that come through the CNI's network.
     assert!(!lab.daemon("n1").log().contains("name their networks with --direct"));
 }
 
 #[test]
-fn where_nothing_tells_of_pods_networks_the_log_says_so() {
+fn unknown_pod_networks_are_logged() {
     let lab = Lab::new();
     for node in lab.nodes() {
         let mut object = manifests::node(node);

@@ -1,4 +1,4 @@
-//! Connections that no policy has decided on: pods had begun them before, or while somebody had taken the rules away.
+//! Connections on which no policy decided: they began before the policy, or while the rules were missing. Needs root.
 
 use lab::traffic::SessionReport;
 use lab::{EGRESS4, EXT4, Flood, Lab, Pod, SERVERS, VISITOR, manifests};
@@ -6,14 +6,14 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::thread;
 use std::time::Duration;
 
-/// How long a pod must have run so that it is not a new one when a policy begins.
+/// How long a pod must have run to be no new one when a policy begins.
 const RUNS: Duration = Duration::from_millis(5500);
 const PACE: Duration = Duration::from_millis(20);
-/// Where pods of these policies leave from.
+/// The egress IPs of these policies.
 const KEEPS: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 57);
 const ENDS: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 58);
 
-/// A pod's connections that go on.
+/// A pod's connections that continue.
 struct Going {
     pod: Pod,
     sessions: Vec<lab::Session>,
@@ -27,7 +27,7 @@ impl Going {
         Going { pod, sessions, flood }
     }
 
-    /// How its sessions went, and which addresses its UDP flow had.
+    /// The results of its sessions, and the source addresses of its UDP flow.
     fn stop(self) -> (Pod, Vec<SessionReport>, Vec<IpAddr>) {
         let sessions = self.sessions.into_iter().map(lab::Session::stop).collect();
         (self.pod, sessions, self.flood.stop().seen_as.into_iter().collect())
@@ -61,7 +61,7 @@ fn begins(lab: &Lab, app: &str, address: Ipv4Addr, more: &str) {
 }
 
 #[test]
-fn a_policy_keeps_or_ends_the_connections_that_were_there_before_it() {
+fn a_new_policy_keeps_or_ends_existing_connections() {
     let lab = Lab::scene();
     let pods = ["n1", "n2", "g1", "g2"]
         .map(|node| ["keeps", "ends"].map(|app| lab.add_pod(node, "shop", &format!("{app}-{node}"), &[("app", app)])));
@@ -82,7 +82,7 @@ fn a_policy_keeps_or_ends_the_connections_that_were_there_before_it() {
 }
 
 #[test]
-fn what_begins_while_the_rules_are_away_is_ended_when_they_are_back() {
+fn connections_that_begin_while_the_rules_are_missing_end_when_these_are_restored() {
     let lab = Lab::builder().node_arguments(&["--own-tables=false"]).scene();
     for node in ["n1", "n2", "g1"] {
         let [kept, visitor] = [("kept", "keeps"), ("visitor", "visitor")]
@@ -96,7 +96,7 @@ fn what_begins_while_the_rules_are_away_is_ended_when_they_are_back() {
         let daemon = lab.daemon(node);
         daemon.suspend(true);
         lab.node(node).nft("delete table inet egret");
-        // What holds the pod while the table is away.
+        // While the table is missing, these routes block the pod.
         for command in ["route flush table 7874", "-6 route flush table 7874"] {
             lab.node(node).ip(command);
         }
@@ -112,7 +112,7 @@ fn what_begins_while_the_rules_are_away_is_ended_when_they_are_back() {
 }
 
 #[test]
-fn what_began_while_the_rules_and_the_daemon_were_away_is_ended() {
+fn connections_that_began_without_rules_and_daemon_are_ended() {
     let lab = Lab::scene();
     for node in ["n1", "g2"] {
         let visitor = lab.add_pod(node, "shop", &format!("visitor-{node}"), VISITOR);
@@ -140,7 +140,7 @@ fn a_daemon_that_is_restarted_ends_no_connection_that_was_kept() {
     daemon.restart();
     lab.wait_ready("n1");
     lab.wait_seen_as(&kept.pod, KEEPS);
-    // Somebody takes rules away, and the daemon knows it.
+    // Another program removes rules, and the daemon notices it.
     lab.node("n1").nft("flush chain inet egret egress-guard");
     thread::sleep(Duration::from_millis(500));
     kept.assert_kept();

@@ -1,5 +1,5 @@
-//! Nothing leaks: whatever is away or broken, no packet of a selected pod leaves with another address. What is forged
-//! stands in `spoofing.rs`.
+//! Nothing leaks: whatever is removed or broken, no packet of a selected pod leaves with another address. Forged
+//! packets are in `spoofing.rs`. Needs root.
 
 use lab::fault_injection::owner_and_other;
 use lab::kernel::difference;
@@ -31,7 +31,7 @@ fn a_daemon_killed_under_traffic_loses_nothing_leaks_nothing_and_doubles_nothing
             daemon.kill9();
             daemon.restart();
         }
-        // From the first lines of its start to long after it.
+        // From the first log lines of its start until long after it.
         thread::sleep(Duration::from_millis(round * round * 10));
     }
     killed.iter().for_each(|n| lab.wait_ready(&n.name));
@@ -52,7 +52,7 @@ fn a_daemon_killed_under_traffic_loses_nothing_leaks_nothing_and_doubles_nothing
 }
 
 #[test]
-fn with_the_daemon_away_free_pods_start_and_others_are_held_until_it_is_back() {
+fn with_the_daemon_away_free_pods_start_and_others_are_quarantined_until_it_is_back() {
     let lab = Lab::scene();
     let inside = lab.add_pod("n2", "office", "inside", &[]);
     let _server = Server::start(&inside);
@@ -132,7 +132,7 @@ fn a_policy_whose_gateway_does_not_exist_blocks() {
     lab.assert_silence();
 }
 
-/// Packets of old and new connections, sent and not waited for.
+/// Packets of old and new connections, without waiting for replies.
 struct Probes {
     pod: Pod,
     old: Vec<UdpSocket>,
@@ -152,7 +152,7 @@ impl Probes {
 
     fn send(&self) {
         for _ in 0..2 {
-            // That the kernel refuses to send is as good as a drop.
+            // A send that the kernel rejects counts as dropped.
             self.old.iter().for_each(|s| drop(s.send(b"who")));
             for server in SERVERS {
                 let new = self.pod.udp_socket(SocketAddr::new(server, lab::server::UDP_WHO));
@@ -162,7 +162,7 @@ impl Probes {
     }
 }
 
-/// What came to the server from other addresses than the policy's, after a round of probes.
+/// The packets that the server received from other addresses than the policy's, after a round of probes.
 fn leaks(lab: &Lab, probes: &[Probes]) -> Vec<String> {
     probes.iter().for_each(Probes::send);
     thread::sleep(Duration::from_millis(20));
@@ -178,28 +178,28 @@ fn leaks(lab: &Lab, probes: &[Probes]) -> Vec<String> {
     leaks
 }
 
-/// All nodes with pods: what is missing on one of them may open the way of another's.
+/// All nodes with pods, because a missing rule on one of them may open the way for another one's pods.
 const ALL: [&str; 4] = ["n1", "n2", "g1", "g2"];
 
 #[test]
-fn whatever_single_thing_is_removed_by_hand_where_pods_are_routed_nothing_leaks_and_it_comes_back() {
+fn each_rule_route_or_element_removed_with_routed_pods_leaks_nothing_and_is_restored() {
     remove_each_thing(&Lab::scene(), &ALL, "n1");
 }
 
 #[test]
-fn whatever_single_thing_is_removed_by_hand_where_pods_are_bridged_nothing_leaks_and_it_comes_back() {
+fn each_rule_route_or_element_removed_with_bridged_pods_leaks_nothing_and_is_restored() {
     remove_each_thing(&Lab::scene(), &ALL, "n2");
 }
 
 #[test]
-fn whatever_single_thing_is_removed_by_hand_of_the_owner_nothing_leaks_and_it_comes_back() {
+fn each_rule_route_or_element_removed_on_the_owner_leaks_nothing_and_is_restored() {
     let lab = Lab::scene();
     let (owner, _) = owner_and_other(&lab);
     remove_each_thing(&lab, &ALL, &owner);
 }
 
 #[test]
-fn whatever_is_removed_by_hand_does_not_open_a_policy_with_destinations() {
+fn no_removed_rule_opens_a_policy_with_destinations() {
     let lab = Lab::scene();
     let to = "egress:\n  - to: [{ ipBlock: { cidr: 198.51.100.0/24 } }, { ipBlock: { cidr: 192.0.2.0/24, except: [192.0.2.99/32] } }]\n  \
               - to: [{ ipBlock: { cidr: \"2001:db8::/64\" } }]\n    ports: [{ protocol: TCP }, { protocol: UDP, port: 1, endPort: 65000 }]\n";
@@ -212,8 +212,8 @@ fn whatever_is_removed_by_hand_does_not_open_a_policy_with_destinations() {
     remove_each_thing(&lab, &["n1"], "n1");
 }
 
-/// Removes each rule, set, route and device of Egret's on the node, one after another and with the daemon away, and looks
-/// what the server sees of pods on `pods`; then the daemon must put it back.
+/// Removes each rule, set, route and device of Egret's on the node, one after another while the daemon is stopped,
+/// and checks what the server sees of the pods on `pods`. Then the daemon must restore it.
 fn remove_each_thing(lab: &Lab, pods: &[&str], name: &str) {
     let probes: Vec<Probes> =
         pods.iter().map(|n| Probes::new(lab.add_pod(n, "shop", &format!("visitor-{n}"), VISITOR))).collect();
@@ -227,7 +227,7 @@ fn remove_each_thing(lab: &Lab, pods: &[&str], name: &str) {
     let words = |text: String| text.split_whitespace().map(str::to_owned).collect::<Vec<_>>();
     for (kind, set) in node.egret_sets() {
         let command = words(format!("nft flush {kind} {set}"));
-        // What policies list: the kernel lets nobody take out of it while the rules are there.
+        // The lists of policies: the kernel refuses to remove them while rules use them.
         if set.contains('-') {
             let refused = node.try_run(command);
             assert!(String::from_utf8_lossy(&refused.stderr).contains("busy"), "{name}: {set}: {refused:?}");
@@ -259,7 +259,7 @@ fn remove_each_thing(lab: &Lab, pods: &[&str], name: &str) {
         harm.push((words(command.to_owned()), command.to_owned()));
     }
     for (command, what) in harm {
-        // Handles change when the daemon puts a rule back; what was found at first is found by its text.
+        // Handles change when the daemon restores a rule, so rules are found by their texts.
         let command =
             if command[0] == "nft" && command[1] == "delete" { rule_again(node, &what) } else { Some(command) };
         let Some(command) = command else { panic!("{name}: not put back: {what}") };
@@ -275,14 +275,14 @@ fn remove_each_thing(lab: &Lab, pods: &[&str], name: &str) {
     daemon.restart();
     lab.wait_ready(name);
     for probe in &probes {
-        // A gateway whose device was away again and again may count as dead until it has answered.
+        // A gateway node whose device was missing again and again may count as dead until it has answered.
         lab.wait_seen_as(&probe.pod, EGRESS4);
         assert_leaves_by_egress(&probe.pod);
     }
     assert!(leaked.is_empty(), "{leaked:#?}");
 }
 
-/// The command that deletes the rule which `what` (`place: text`) was.
+/// The command that deletes the rule that `what` (`place: text`) describes.
 fn rule_again(node: &Node, what: &str) -> Option<Vec<String>> {
     let (place, text) = what.split_once(": ")?;
     let chain: Vec<&str> = place.split(' ').take(3).collect();
@@ -293,7 +293,7 @@ fn rule_again(node: &Node, what: &str) -> Option<Vec<String>> {
 }
 
 #[test]
-fn a_running_daemon_puts_back_what_is_removed_by_hand() {
+fn a_running_daemon_restores_what_is_removed_by_hand() {
     let lab = Lab::builder().node_arguments(&["--own-tables=false"]).scene();
     let pod = lab.add_pod("n1", "shop", "visitor", VISITOR);
     assert_leaves_by_egress(&pod);

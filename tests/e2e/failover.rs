@@ -1,4 +1,4 @@
-//! Gateways die, freeze, come back, and are taken out: connections live on, and nothing leaks.
+//! Gateway nodes die, freeze, return, and are drained: connections survive, and nothing leaks. Needs root.
 
 use lab::fault_injection::{
     self, THOUSAND, all_of, answered_after, cut, dies, holders, label, owner_and_other, plugged, thousand_allocations,
@@ -13,13 +13,13 @@ use std::net::IpAddr;
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// Stops all of a daemon's threads, or lets them go on.
+/// Stops all of a daemon's threads, or continues them.
 fn frozen(lab: &Lab, daemon: &str, frozen: bool) {
     let pid = Pid::from_raw(lab.daemon(daemon).pid().expect("it runs").cast_signed());
     kill(pid, if frozen { Signal::SIGSTOP } else { Signal::SIGCONT }).expect("a signal");
 }
 
-/// For how long at a stretch several nodes had the scene's address, as seen every few milliseconds.
+/// The longest time during which several nodes had the egress IP, sampled every few milliseconds.
 fn longest_double(lab: &Lab, time: Duration) -> Duration {
     let (begin, mut since, mut longest) = (Instant::now(), None, Duration::ZERO);
     while begin.elapsed() < time {
@@ -34,13 +34,13 @@ fn longest_double(lab: &Lab, time: Duration) -> Duration {
     longest
 }
 
-/// Pods on three nodes, one of them a gateway's that lives on.
+/// Pods on three nodes. One of the nodes is a gateway node that survives.
 fn pods(lab: &Lab, other: &str) -> Vec<Pod> {
     ["n1", "n2", other].map(|n| lab.add_pod(n, "shop", &format!("visitor-{n}"), VISITOR)).into()
 }
 
 #[test]
-fn a_gateway_loses_its_link_connections_live_on_and_it_gets_nothing_back() {
+fn connections_survive_a_lost_link_and_the_gateway_node_gets_nothing_back() {
     let lab = Lab::scene();
     let (owner, other) = owner_and_other(&lab);
     let pods = pods(&lab, &other);
@@ -115,7 +115,7 @@ fn with_all_gateways_dead_nothing_leaves_and_the_first_one_back_serves() {
 }
 
 #[test]
-fn a_gateway_that_was_frozen_gives_up_what_was_taken_over_as_soon_as_it_is_back() {
+fn a_frozen_gateway_node_gives_up_taken_over_egress_ips_when_it_continues() {
     let lab = Lab::scene();
     let (owner, other) = owner_and_other(&lab);
     let pods = pods(&lab, &other);
@@ -139,7 +139,7 @@ fn a_gateway_that_was_frozen_gives_up_what_was_taken_over_as_soon_as_it_is_back(
 }
 
 #[test]
-fn a_gateway_that_was_cut_off_with_its_daemon_awake_gives_up_what_was_taken_over() {
+fn a_gateway_node_that_was_cut_off_gives_up_taken_over_egress_ips() {
     let lab = Lab::scene();
     let (owner, other) = owner_and_other(&lab);
     let pods = pods(&lab, &other);
@@ -160,7 +160,7 @@ fn a_gateway_that_was_cut_off_with_its_daemon_awake_gives_up_what_was_taken_over
 }
 
 #[test]
-fn a_gateway_that_only_the_other_gateway_does_not_see_keeps_its_address() {
+fn a_gateway_node_that_only_the_other_one_does_not_reach_keeps_its_egress_ip() {
     let lab = Lab::scene();
     let (owner, other) = owner_and_other(&lab);
     let pods = pods(&lab, &owner);
@@ -181,7 +181,7 @@ fn a_gateway_that_only_the_other_gateway_does_not_see_keeps_its_address() {
 }
 
 #[test]
-fn a_gateway_that_one_director_does_not_see_keeps_its_address_and_serves_the_others() {
+fn a_gateway_node_that_one_source_node_does_not_reach_keeps_its_egress_ip_and_serves_the_others() {
     let lab = Lab::scene();
     let (owner, _) = owner_and_other(&lab);
     let [apart, n2] = ["n1", "n2"].map(|n| lab.add_pod(n, "shop", &format!("visitor-{n}"), VISITOR));
@@ -203,7 +203,7 @@ fn a_gateway_that_one_director_does_not_see_keeps_its_address_and_serves_the_oth
 }
 
 #[test]
-fn a_directors_link_that_flaps_moves_nothing_and_breaks_nothing() {
+fn a_flapping_link_of_a_source_node_moves_nothing_and_breaks_nothing() {
     let lab = Lab::scene();
     let (owner, other) = owner_and_other(&lab);
     let pods = pods(&lab, &other);
@@ -223,7 +223,7 @@ fn a_directors_link_that_flaps_moves_nothing_and_breaks_nothing() {
 }
 
 #[test]
-fn an_address_that_somebody_removes_by_hand_is_back_within_a_second() {
+fn an_egress_ip_that_is_removed_by_hand_is_back_within_a_second() {
     let lab = Lab::scene();
     let (owner, _) = owner_and_other(&lab);
     for address in [IpAddr::from(EGRESS4), EGRESS6.into()] {
@@ -239,7 +239,7 @@ fn an_address_that_somebody_removes_by_hand_is_back_within_a_second() {
 }
 
 #[test]
-fn an_address_that_another_host_has_is_not_taken_until_that_host_has_gone() {
+fn an_egress_ip_that_another_host_has_is_not_taken_until_that_host_is_gone() {
     let lab = Lab::scene();
     let ext = lab.host("ext");
     ext.ip_batch(&["addr add 192.0.2.57/32 dev eth0".into(), "addr add 2001:db8::57/128 dev eth0 nodad".into()]);
@@ -258,7 +258,7 @@ fn an_address_that_another_host_has_is_not_taken_until_that_host_has_gone() {
 }
 
 #[test]
-fn of_three_gateways_two_die_one_after_the_other() {
+fn two_of_three_gateway_nodes_die_one_after_the_other() {
     let (lab, pod) = three_gateways();
     let sessions = sessions(std::slice::from_ref(&pod));
     for _ in 0..2 {
@@ -274,7 +274,7 @@ fn of_three_gateways_two_die_one_after_the_other() {
 }
 
 #[test]
-fn a_gateway_that_is_drained_or_taken_out_is_left_without_a_pause() {
+fn egress_ips_leave_a_drained_or_removed_gateway_node_without_a_pause() {
     let lab = Lab::scene();
     let (owner, other) = owner_and_other(&lab);
     let pods = ["n1", "n2", &owner, &other].map(|n| lab.add_pod(n, "shop", &format!("visitor-{n}"), VISITOR));
@@ -289,7 +289,7 @@ fn a_gateway_that_is_drained_or_taken_out_is_left_without_a_pause() {
     ];
     for (from, to, labels) in moves {
         label(&lab, to, &[]);
-        // Who was drained counts as dead until it answers again.
+        // A drained node counts as dead until it answers again.
         thread::sleep(Duration::from_millis(1500));
         label(&lab, from, labels);
         lab.wait_for("the address is on", &vec![to.to_owned()], || holders(&lab));
@@ -362,9 +362,9 @@ fn a_thousand_allocations_move_at_once() {
     assert_short(longest, 1700);
 }
 
-/// It might take the allocations over, and has not: its link is back before it has asked who has them.
+/// The node could take the allocations over, but its link is back before it has probed for other owners.
 #[test]
-fn a_gateway_that_has_nothing_and_loses_its_link_for_a_moment_disturbs_nobody() {
+fn a_gateway_node_without_egress_ips_that_loses_its_link_for_a_moment_interrupts_nothing() {
     let (lab, pod) = three_gateways();
     let owner = holders(&lab).pop().expect("an owner");
     let bystander = ["g1", "g2", "g3"].into_iter().find(|name| *name != owner).expect("another gateway");

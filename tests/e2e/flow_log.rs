@@ -9,7 +9,8 @@ use std::net::{IpAddr, SocketAddr};
 use std::thread;
 use std::time::Duration;
 
-/// The lab with the scene; gateway nodes and the other ones record. Connections end soon, and the kernel counts packets.
+/// The lab, in which both gateway nodes and the other ones record. Connections expire soon, and the kernel counts
+/// packets.
 fn lab() -> Lab {
     let lab = Lab::builder().node_arguments(&["--flow-log", "stdout"]).build();
     for node in lab.nodes() {
@@ -23,7 +24,7 @@ fn lab() -> Lab {
     lab.with_scene()
 }
 
-/// What a node has recorded.
+/// The records of a node.
 fn records(lab: &Lab, node: &str) -> Vec<Value> {
     let log = lab.daemon(node).log();
     let lines = log.lines().filter(|line| line.starts_with('{'));
@@ -52,7 +53,7 @@ fn record(lab: &Lab, node: &str, event: &str, seen: SocketAddr, protocol: &str) 
             && record["protocol"] == protocol
     };
     let find = || {
-        // Whoever reads the table makes the kernel remove what has expired. It would do so by itself within a minute.
+        // Reading the table makes the kernel remove expired entries. It would do so by itself within a minute.
         lab.node(node).run(["conntrack", "-L"]);
         records(lab, node).into_iter().find(is_it)
     };
@@ -60,7 +61,7 @@ fn record(lab: &Lab, node: &str, event: &str, seen: SocketAddr, protocol: &str) 
     find().expect("a record")
 }
 
-/// The record names the pod, where it runs, and why it left from there.
+/// Checks that the record names the pod, its node, and the policy.
 fn assert_names(record: &Value, pod: &Pod, server: IpAddr, gateway_node: &str) {
     let address: IpAddr = if server.is_ipv4() { pod.ipv4().into() } else { pod.ipv6().into() };
     let expected = serde_json::json!({
@@ -73,7 +74,7 @@ fn assert_names(record: &Value, pod: &Pod, server: IpAddr, gateway_node: &str) {
 }
 
 #[test]
-fn records_name_the_pod_that_a_server_saw_at_an_address_and_port() {
+fn records_name_the_pod_behind_an_egress_ip_and_port() {
     let lab = lab();
     let (owner, other) = owner_and_other(&lab);
     let pods = ["n1", "n2", &owner, &other].map(|node| lab.add_pod(node, "shop", &format!("visitor-{node}"), VISITOR));
@@ -99,7 +100,7 @@ fn records_name_the_pod_that_a_server_saw_at_an_address_and_port() {
         pod.who(EXT4).expect("an answer");
     }
     let tcp = |event: &str| {
-        // The lab's own pods have gone.
+        // The lab's own pods are removed.
         let of_visitors = |r: &Value| r["podName"].as_str().is_some_and(|name| name.starts_with("visitor"));
         let is_it = |r: &Value| r["protocol"] == "tcp" && r["event"] == event && of_visitors(r);
         records(&lab, &owner).into_iter().filter(is_it).collect::<Vec<_>>()

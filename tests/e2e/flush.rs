@@ -1,5 +1,6 @@
-//! `nft flush ruleset`, the first line of most hosts' /etc/nftables.conf, and so every restart of nftables.service. Needs
-//! Linux 6.9, with which others cannot flush Egret's tables; older kernels are as with `--own-tables=false`.
+//! `nft flush ruleset` is the first line of most hosts' /etc/nftables.conf, and so part of every restart of
+//! nftables.service. These tests need Linux 6.9, on which other programs cannot flush Egret's tables.
+//! `--own-tables=false` simulates older kernels. Needs root.
 
 use lab::fault_injection::owner_and_other;
 use lab::host::Host;
@@ -11,10 +12,10 @@ use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// How long others flush.
+/// How long other programs flush.
 const SO_LONG: Duration = Duration::from_secs(15);
 
-/// Flushes on a host again and again, until it is dropped.
+/// Flushes on a host again and again until it is dropped.
 struct Flushing(Child);
 
 impl Flushing {
@@ -51,7 +52,8 @@ fn assert_lost_nothing(floods: Vec<Flood>) {
     }
 }
 
-/// Flushes on all nodes under traffic, on which anything but the egress IPs is a leak. The lab's masquerade goes with the first.
+/// Flushes on all nodes under traffic. A packet from any address but the egress IPs is a leak. The first flush
+/// removes the lab's masquerade.
 fn assert_flushes_open_nothing(lab: &Lab, pods: &[Pod]) {
     let floods = floods(pods);
     let mut flushing: Vec<Flushing> = lab.nodes().iter().map(|node| Flushing::on(node)).collect();
@@ -63,14 +65,14 @@ fn assert_flushes_open_nothing(lab: &Lab, pods: &[Pod]) {
     assert!(sent > 1000, "only {sent} packets were sent");
 }
 
-/// The tables' flags as `nft` shows them. Version 1.0.6 knows no name for the one that lets a table outlive its owner.
+/// The tables' flags as `nft` shows them. Version 1.0.6 has no name for the persist flag.
 fn flags(node: &Node) -> Vec<String> {
     let text = node.run(["nft", "list", "table", "inet", "egret"]);
     text.lines().take(3).filter_map(|line| line.trim().strip_prefix("flags ")).map(str::to_owned).collect()
 }
 
 #[test]
-fn somebody_elses_flush_interrupts_nothing_and_opens_nothing() {
+fn a_flush_by_another_program_interrupts_nothing_and_opens_nothing() {
     let lab = Lab::scene();
     let pods = ["n1", "n2", "g1", "g2"].map(|n| lab.add_pod(n, "shop", &format!("visitor-{n}"), VISITOR));
     pods.iter().for_each(assert_leaves_by_egress);
@@ -79,7 +81,7 @@ fn somebody_elses_flush_interrupts_nothing_and_opens_nothing() {
     let begin = Instant::now();
     while begin.elapsed() < SO_LONG {
         thread::sleep(Duration::from_secs(2));
-        // New pods are held as ever.
+        // New pods are enforced as before.
         let late = lab.add_pod("n1", "shop", "late", VISITOR);
         assert_leaves_by_egress(&late);
         late.delete();
@@ -92,7 +94,7 @@ fn somebody_elses_flush_interrupts_nothing_and_opens_nothing() {
     lab.assert_nothing_leaked();
 }
 
-/// Its tables have no owner while it is away: they stay, and the next daemon has them before it does anything else.
+/// While the daemon is away, its tables have no owner. They stay, and the next daemon adopts them first of all.
 #[test]
 fn a_daemon_that_is_killed_leaves_its_tables_to_the_next_one() {
     let lab = Lab::scene();
@@ -140,7 +142,7 @@ fn tables_without_an_owner_get_one_under_traffic() {
         assert!(flags(lab.node(name)).concat().contains("owner"), "{name}: {:?}", flags(lab.node(name)));
     }
     for flood in floods {
-        // A new chain whose policy is to drop has no rules before the transaction is committed.
+        // A new chain with the policy drop has no rules until the transaction is committed.
         let report = flood.stop();
         assert!(report.sent > 20 && report.lost() <= 2, "{report:?}");
     }
@@ -149,7 +151,7 @@ fn tables_without_an_owner_get_one_under_traffic() {
 }
 
 #[test]
-fn people_see_the_tables_and_are_refused_their_change() {
+fn everybody_can_list_the_tables_and_nobody_can_change_them() {
     let lab = Lab::scene();
     let node = lab.node("n1");
     assert!(node.run(["nft", "list", "ruleset"]).contains("chain egress-guard"));
@@ -163,8 +165,8 @@ fn people_see_the_tables_and_are_refused_their_change() {
     }
 }
 
-/// As on kernels before Linux 6.9, where others can flush the tables: selected pods' packets wait until the daemon has put them
-/// back, on whichever node the pod runs and on the owner.
+/// As on kernels before Linux 6.9, where other programs can flush the tables: selected pods' packets wait until the
+/// daemon has restored them, on the pod's node and on the owner.
 #[test]
 fn a_flush_of_tables_without_an_owner_opens_nothing_while_a_daemon_runs() {
     let lab = Lab::builder().node_arguments(&["--own-tables=false"]).scene();
@@ -177,9 +179,10 @@ fn a_flush_of_tables_without_an_owner_opens_nothing_while_a_daemon_runs() {
     pods.iter().for_each(assert_leaves_by_egress);
 }
 
-/// What runs and cannot put them back holds its pods all the same; what they do inside the cluster goes on.
+/// A daemon that runs and cannot restore the tables still blocks its pods; their traffic inside the cluster
+/// continues.
 #[test]
-fn a_daemon_that_hangs_holds_its_pods_when_its_tables_are_flushed() {
+fn pods_stay_enforced_when_the_tables_of_a_hanging_daemon_are_flushed() {
     let lab = Lab::builder().node_arguments(&["--own-tables=false"]).scene();
     let (owner, _) = owner_and_other(&lab);
     let inside = lab.add_pod("n2", "office", "inside", &[]);

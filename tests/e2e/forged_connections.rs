@@ -1,5 +1,5 @@
-//! Packets that connection tracking takes for another pod's connection, by their addresses or by what they quote: nobody
-//! leaves from an address that is not the policy's.
+//! Packets that connection tracking assigns to another pod's connection, by their addresses or by what they quote.
+//! None of them may leave from an address that is not the policy's. Needs root.
 
 use lab::fault_injection::owner_and_other;
 use lab::scene::{assert_leaves_by_egress, assert_leaves_by_node};
@@ -15,9 +15,9 @@ fn own(pod: &Pod, server: IpAddr) -> IpAddr {
     if server.is_ipv4() { pod.ipv4().into() } else { pod.ipv6().into() }
 }
 
-/// A socket with an answered packet, and one whose packet nobody answers.
+/// A socket whose packet was answered, and one whose packet was not.
 fn connections(lab: &Lab, pod: &Pod, server: IpAddr) -> [UdpSocket; 2] {
-    // Where somebody sent with its address, the neighbours' word has to come back first.
+    // If a packet was sent with its address, the neighbour's answer must come back first.
     lab.wait_until("it is answered", Duration::from_secs(15), || pod.udp_who(server).is_ok());
     let answered = pod.udp_socket((server, UDP_WHO).into()).expect("a socket");
     lab::client::udp_who_by(&answered).expect("an answer");
@@ -26,7 +26,7 @@ fn connections(lab: &Lab, pod: &Pod, server: IpAddr) -> [UdpSocket; 2] {
     [answered, unanswered]
 }
 
-/// Sends from `forger` what connection tracking takes for packets of these connections of `victim`'s.
+/// Sends packets from `forger` that connection tracking assigns to these connections of `victim`.
 fn forge(forger: &Host, victim: IpAddr, sockets: &[UdpSocket]) {
     let length = if victim.is_ipv4() { "32" } else { "128 nodad" };
     let (address, more) = length.split_once(' ').unwrap_or((length, ""));
@@ -42,7 +42,7 @@ fn forge(forger: &Host, victim: IpAddr, sockets: &[UdpSocket]) {
     forger.ip(&format!("addr del {victim}/{address} dev eth0"));
 }
 
-/// On the node of a selected pod, which filter by source addresses notwithstanding.
+/// On the node of a selected pod, whatever the source address filters.
 #[test]
 fn a_pod_cannot_send_in_another_pods_connection() {
     let lab = Lab::scene();
@@ -56,7 +56,7 @@ fn a_pod_cannot_send_in_another_pods_connection() {
             for server in SERVERS {
                 let sockets = connections(&lab, &victim, server);
                 if restore {
-                    // As iptables' CONNMARK --restore-mark does it without a mask.
+                    // As iptables' CONNMARK --restore-mark without a mask does.
                     lab.node(node).nft(
                         "table inet other { chain restore { type filter hook prerouting priority mangle; \
                          meta mark set ct mark; }; }",
@@ -74,14 +74,14 @@ fn a_pod_cannot_send_in_another_pods_connection() {
             }
         }
         lab.node(node).set_rp_filter(1);
-        // Who was forged has the neighbours' word back in no time.
+        // Neighbours reach the victim again at once.
         lab.wait_seen_as(&victim, EGRESS4);
         lab.wait_seen_as(&victim, EGRESS6);
         assert_leaves_by_egress(&victim);
     }
 }
 
-/// On the owner of the allocation, of a pod that runs elsewhere.
+/// On the owner of the allocation of a pod that runs on another node.
 #[test]
 fn a_pod_on_a_gateway_cannot_send_in_a_connection_that_is_translated_there() {
     let lab = Lab::scene();
@@ -109,7 +109,7 @@ fn a_pod_on_a_gateway_cannot_send_in_a_connection_that_is_translated_there() {
     }
 }
 
-/// An ICMP error of "port unreachable" (RFC 792, RFC 4443) about a UDP packet from `server` to `end`.
+/// An ICMP error "port unreachable" (RFC 792, RFC 4443) about a UDP packet from `server` to `end`.
 fn unreachable(server: SocketAddr, end: SocketAddr) -> Vec<u8> {
     let udp = [&server.port().to_be_bytes()[..], &end.port().to_be_bytes(), &8u16.to_be_bytes(), &[0, 0]].concat();
     match (server.ip(), end.ip()) {
@@ -129,14 +129,14 @@ fn unreachable(server: SocketAddr, end: SocketAddr) -> Vec<u8> {
     }
 }
 
-/// RFC 1071.
+/// The Internet checksum (RFC 1071).
 fn checksum(bytes: &mut [u8], at: usize) {
     let sum = bytes.chunks(2).map(|w| u32::from(w[0]) << 8 | u32::from(*w.get(1).unwrap_or(&0))).sum::<u32>();
     let sum = (sum & 0xffff) + (sum >> 16);
     bytes[at..at + 2].copy_from_slice(&(!((sum + (sum >> 16)) as u16)).to_be_bytes());
 }
 
-/// Sends from `pod` an error about a packet from `server` to `end`.
+/// Sends an error from `pod` about a packet from `server` to `end`.
 fn send_error(pod: &Pod, server: SocketAddr, end: SocketAddr) {
     let (family, protocol) = if server.is_ipv4() {
         (AddressFamily::Inet, SockProtocol::Icmp)
@@ -148,14 +148,14 @@ fn send_error(pod: &Pod, server: SocketAddr, end: SocketAddr) {
     UdpSocket::from(fd).send_to(&error, (server.ip(), 0)).expect("send");
 }
 
-/// Where ICMP messages to a server came from.
+/// The source addresses of ICMP messages that arrived at a server.
 fn errors(lab: &Lab, server: IpAddr) -> Vec<IpAddr> {
     thread::sleep(Duration::from_millis(50));
     lab.wire().into_iter().filter(|s| s.to == server && s.protocol.contains("icmp")).map(|s| s.from).collect()
 }
 
 #[test]
-fn an_error_about_anothers_connection_does_not_leave() {
+fn an_icmp_error_about_another_pods_connection_does_not_leave() {
     let lab = Lab::scene();
     lab.write_rich();
     let (owner, _) = owner_and_other(&lab);
@@ -172,7 +172,8 @@ fn an_error_about_anothers_connection_does_not_leave() {
             };
             let (to, [_mine, _rich, _other]) = ((server, UDP_WHO).into(), [&selected, &rich, &other].map(at));
             for (sender, end) in [
-                // Another's that has no allocation, another's that has one, of pods that have a policy and that have none.
+                // Another pod's connection without an allocation, and one with an allocation, quoted by pods with and
+                // without a policy.
                 (&selected, _other.1),
                 (&selected, _rich.1),
                 (&other, _rich.1),
@@ -182,7 +183,7 @@ fn an_error_about_anothers_connection_does_not_leave() {
                 let from = errors(&lab, server);
                 assert!(from.is_empty(), "{} sent an error about {end}'s: from {from:?}", sender.name);
             }
-            // Its own is told as from where the connection is.
+            // An error about the pod's own connection has the connection's source address.
             lab.forget_wire();
             send_error(&selected, to, _mine.1);
             let egress: IpAddr = if server.is_ipv4() { EGRESS4.into() } else { EGRESS6.into() };
@@ -191,7 +192,7 @@ fn an_error_about_anothers_connection_does_not_leave() {
     }
 }
 
-/// Sends a UDP packet with a checksum that is wrong: connection tracking has no place for it.
+/// Sends a UDP packet with a wrong checksum, which gets the state invalid.
 fn send_invalid(pod: &Pod, server: IpAddr) {
     let family = if server.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
     let fd = pod.within(|| socket(family, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::Udp)).expect("a socket");
@@ -201,7 +202,7 @@ fn send_invalid(pod: &Pod, server: IpAddr) {
 }
 
 #[test]
-fn what_connection_tracking_cannot_place_does_not_leave() {
+fn packets_of_state_invalid_do_not_leave() {
     let lab = Lab::scene();
     let (owner, _) = owner_and_other(&lab);
     for fallback in ["Block", "NodeAddress"] {
@@ -222,11 +223,11 @@ fn what_connection_tracking_cannot_place_does_not_leave() {
 }
 
 #[test]
-fn pods_of_other_nodes_do_not_come_to_the_owner_itself_past_its_firewall() {
+fn pods_of_other_nodes_cannot_bypass_the_owners_firewall() {
     let lab = Lab::scene();
     let owner = lab.node(&owner_and_other(&lab).0);
     let _server = Server::start(owner);
-    // No address of the Node object's.
+    // An address that is not in the Node object.
     owner.ip("addr add 192.0.2.77/32 dev eth0");
     for node in ["n1", "n2"] {
         let pod = lab.add_pod(node, "shop", &format!("visitor-{node}"), VISITOR);

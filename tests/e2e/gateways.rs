@@ -1,4 +1,4 @@
-//! What an EgressGateway's fields promise. Needs root.
+//! The effects of an EgressGateway's fields. Needs root.
 
 use lab::fault_injection::owner_and_other;
 use lab::scene::assert_leaves_by_egress;
@@ -12,11 +12,11 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::time::Duration;
 
 const PATIENCE: Duration = Duration::from_secs(10);
-/// The server behind the network that only gateways' nodes are on.
+/// A server in a network that only gateway nodes are connected to.
 const PARTNER4: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 200);
 const PARTNER6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 2, 0, 0, 0, 0, 0x200);
 
-/// The scene's gateway with more lines in its spec.
+/// The lab's gateway with more lines in its spec.
 fn gateway_with(lines: &str) -> String {
     manifests::gateway("default", &["192.0.2.50-192.0.2.59", "2001:db8::50-2001:db8::59"]) + lines
 }
@@ -41,7 +41,7 @@ fn wait_blocked(lab: &Lab, pod: &Pod, server: impl Into<IpAddr>) {
 }
 
 #[test]
-fn a_gateway_with_a_next_hop_leaves_by_it_and_not_by_the_main_table() {
+fn traffic_of_a_gateway_with_a_next_hop_uses_it_and_not_the_main_table() {
     let lab = Lab::builder().router().scene();
     let pods = ["n1", "g1", "g2"].map(|n| lab.add_pod(n, "shop", &format!("visitor-{n}"), VISITOR));
     for gateway in ["g1", "g2"] {
@@ -55,16 +55,16 @@ fn a_gateway_with_a_next_hop_leaves_by_it_and_not_by_the_main_table() {
         lab.wait_until(&format!("{} gets out", pod.name), PATIENCE, || pod.who(FAR4).ok() == Some(EGRESS4.into()));
         lab.wait_until(&format!("{} gets out", pod.name), PATIENCE, || pod.who(FAR6).ok() == Some(EGRESS6.into()));
     }
-    // A next hop that is not there is no reason to take another way.
+    // A missing next hop must not make packets take another way.
     lab.write_manifest("gateway.yaml", &gateway_with("  nextHop: { ipv4: 192.0.2.250 }\n"));
     pods.iter().for_each(|pod| wait_blocked(&lab, pod, FAR4));
-    // What is on the link is not the next hop's business.
+    // Destinations on the link do not use the next hop.
     pods.iter().for_each(|pod| lab.wait_seen_as(pod, EGRESS4));
     lab.write_manifest("gateway.yaml", &gateway_with(""));
     pods.iter().for_each(|pod| lab.wait_seen_as(pod, EGRESS4));
 }
 
-/// A partner's network, on which the gateways' nodes have a second interface, and a server behind its router.
+/// A partner's network, to which the gateway nodes have a second interface, and a server behind its router.
 fn partners_network(lab: &Lab) -> (Host, Server) {
     topology::namespaces(lab.name(), &["partner"]);
     let partner = Host::open("partner", &format!("{}-partner", lab.name()));
@@ -77,7 +77,7 @@ fn partners_network(lab: &Lab) -> (Host, Server) {
         "addr add 198.51.100.1/24 dev br0".into(),
         "addr add 2001:db8:51::1/64 dev br0 nodad".into(),
         "link set br0 up".into(),
-        // Its answers to datagrams come from the address that was asked.
+        // The server answers datagrams from the address to which they were sent.
         format!("route add 198.51.100.50 dev br0 src {PARTNER4}"),
         format!("route add 2001:db8:51::50 dev br0 src {PARTNER6}"),
     ]);
@@ -87,7 +87,7 @@ fn partners_network(lab: &Lab) -> (Host, Server) {
             format!("addr add 198.51.100.{}/24 dev eth1", node.spec.last),
             format!("addr add 2001:db8:51::{}/64 dev eth1 nodad", node.spec.last),
             "link set eth1 up".into(),
-            // The way to everything else is dead.
+            // The main table's route to everything else is dead.
             "route add default via 192.0.2.254".into(),
             "route add default via 2001:db8::fe".into(),
         ]);
@@ -99,10 +99,10 @@ fn partners_network(lab: &Lab) -> (Host, Server) {
 }
 
 #[test]
-fn a_gateway_on_a_second_interface_leaves_by_it_and_its_next_hop() {
+fn traffic_of_a_gateway_on_a_second_interface_uses_this_interface_and_its_next_hop() {
     let lab = Lab::new();
     let (_partner, _server) = partners_network(&lab);
-    // These have no route to anything outside, which distributions' usual settings allow.
+    // Without a route to the source, the usual settings of distributions drop packets.
     for node in ["n1", "n2"] {
         lab.node(node).sysctl(&["net.ipv4.conf.all.rp_filter=0"]);
     }
@@ -136,7 +136,7 @@ fn a_gateway_on_a_second_interface_leaves_by_it_and_its_next_hop() {
     });
     seen_everywhere();
 
-    // Its interface goes down: the allocation moves, and policies go on being enforced there.
+    // Its interface goes down: the allocation moves, and policies are still enforced there.
     lab.node(other).ip("link set eth1 down");
     fault_injection::label(&lab, owner, &[("egret.dev/gateway", "true")]);
     lab.wait_until(&format!("{owner} has it"), PATIENCE, || has(lab.node(owner), "eth1", egress4));
@@ -154,7 +154,7 @@ fn a_gateway_on_a_second_interface_leaves_by_it_and_its_next_hop() {
     seen_everywhere();
     lab.remove_manifest("office.yaml");
 
-    // What it needed in the kernel goes with it.
+    // Its routes and rules in the kernel are removed with it.
     let ways = |node: &str| {
         let of = |family: &str| {
             let node = lab.node(node);
@@ -173,7 +173,7 @@ fn a_gateway_on_a_second_interface_leaves_by_it_and_its_next_hop() {
 }
 
 #[test]
-fn an_interface_that_a_gateways_node_lacks_blocks_and_is_said_in_the_status() {
+fn a_missing_interface_of_a_gateway_node_blocks_and_is_reported_in_the_status() {
     let lab = Lab::scene();
     let pod = lab.add_pod("n1", "shop", "visitor", VISITOR);
     lab.write_manifest("gateway.yaml", &gateway_with("  interface: bond7\n"));
@@ -208,7 +208,7 @@ fn with_external_placement_the_node_that_has_the_address_owns_it() {
 }
 
 #[test]
-fn egress_addresses_go_with_the_label_that_makes_a_node_a_gateway() {
+fn egress_ips_leave_a_node_that_loses_the_gateways_label() {
     let lab = Lab::scene();
     let pod = lab.add_pod("n1", "shop", "visitor", VISITOR);
     let holders = || -> Vec<&str> {
@@ -227,7 +227,7 @@ fn egress_addresses_go_with_the_label_that_makes_a_node_a_gateway() {
 }
 
 #[test]
-fn egress_addresses_answer_ping_where_the_gateway_says_so() {
+fn egress_ips_answer_ping_if_the_gateway_allows_it() {
     let lab = Lab::scene();
     let pods = ["n1", "g1", "g2"].map(|n| lab.add_pod(n, "shop", &format!("visitor-{n}"), VISITOR));
     let ext = lab.host("ext");
@@ -250,7 +250,7 @@ fn egress_addresses_answer_ping_where_the_gateway_says_so() {
     lab.assert_nothing_leaked();
 }
 
-/// A UDP socket of the pod's with this port, to which the server has answered.
+/// A UDP socket of the pod with this port, to which the server has answered.
 fn udp_from(pod: &Pod, port: u16, server: IpAddr) -> UdpSocket {
     let own: IpAddr = if server.is_ipv4() { pod.ipv4().into() } else { pod.ipv6().into() };
     let socket = pod.within(|| UdpSocket::bind((own, port))).expect("a port");
@@ -263,7 +263,7 @@ fn udp_from(pod: &Pod, port: u16, server: IpAddr) -> UdpSocket {
     socket
 }
 
-/// A TCP connection of the pod's from this port.
+/// A TCP connection of the pod from this port.
 fn tcp_from(pod: &Pod, port: u16) -> OwnedFd {
     let made = pod.within(|| socket(AddressFamily::Inet, SockType::Stream, SockFlag::SOCK_CLOEXEC, None));
     let stream = made.expect("a socket");
@@ -274,13 +274,13 @@ fn tcp_from(pod: &Pod, port: u16) -> OwnedFd {
 }
 
 #[test]
-fn a_connection_whose_port_another_one_has_gets_another_and_is_counted() {
+fn a_connection_whose_port_is_taken_gets_another_port_and_is_counted() {
     let lab = Lab::scene();
     let [one, two] = ["n1", "n2"].map(|n| lab.add_pod(n, "shop", &format!("visitor-{n}"), VISITOR));
     let (owner, _) = owner_and_other(&lab);
     let counted = || lab.metrics(&owner).get("egret_node_other_port_connections_total", &[]).expect("a counter");
     let before = counted();
-    // Below those that the kernel chooses itself, which are in use for others.
+    // Below the ports that the kernel chooses, which other connections use.
     let ports = [7, 600, 1023, 4096, 5555, 21_845, 32_767];
     let mut open = Vec::new();
     for port in ports {
@@ -299,9 +299,9 @@ fn a_connection_whose_port_another_one_has_gets_another_and_is_counted() {
     drop((stream, other, open));
 }
 
-/// Its machine lives on, and must give its addresses to the others.
+/// The machine still runs, and must give its egress IPs to the others.
 #[test]
-fn a_gateways_node_that_is_deleted_from_the_cluster_lets_its_addresses_go() {
+fn a_gateway_node_that_is_deleted_from_the_cluster_gives_up_its_egress_ips() {
     let lab = Lab::scene();
     let (owner, other) = owner_and_other(&lab);
     let pod = lab.add_pod("n1", "shop", "visitor", VISITOR);
@@ -312,9 +312,9 @@ fn a_gateways_node_that_is_deleted_from_the_cluster_lets_its_addresses_go() {
     assert_leaves_by_egress(&pod);
 }
 
-/// A next hop that the kernel refuses is one gateway's fault, and nobody else's.
+/// A next hop that the kernel rejects is a fault of one gateway only.
 #[test]
-fn a_next_hop_that_makes_no_sense_stops_nothing_else() {
+fn an_invalid_next_hop_affects_no_other_gateway() {
     let lab = Lab::scene();
     let pod = lab.add_pod("n1", "shop", "visitor", VISITOR);
     let (owner, _) = owner_and_other(&lab);

@@ -1,5 +1,5 @@
-//! Connections that the kernel's connection tracking helpers foresee, as an administrator's rules ask for on the hosts: of
-//! FTP those for data, which the server begins (active) or the pod (passive).
+//! Connections that the kernel's connection tracking helpers expect, if an administrator's rules on the hosts use
+//! them. For FTP these are data connections, begun by the server (active) or by the pod (passive). Needs root.
 
 use lab::{Host, Lab, Pod, SERVERS, VISITOR};
 use std::io::{self, BufRead, BufReader, Read, Write};
@@ -9,10 +9,10 @@ use std::time::Duration;
 
 const CONTROL: u16 = 21;
 const PATIENCE: Duration = Duration::from_secs(3);
-/// Several windows of bytes each way.
+/// Several TCP windows of bytes in each direction.
 const SIZE: usize = 300_000;
 
-/// Has the host's connection tracking follow FTP's control connections.
+/// Makes the host's connection tracking follow FTP's control connections.
 fn follow_ftp(host: &Host) {
     host.nft(
         "table inet administrators {
@@ -26,7 +26,7 @@ fn content(seed: u8) -> Vec<u8> {
     (0..SIZE).map(|i| (i % 251) as u8 ^ seed).collect()
 }
 
-/// Sends what one end has to send, and takes what the other end sends.
+/// Sends one end's data, and receives the other end's.
 fn exchange(mut data: TcpStream, sends: u8, takes: u8) -> io::Result<()> {
     data.set_read_timeout(Some(PATIENCE))?;
     data.set_write_timeout(Some(PATIENCE))?;
@@ -43,7 +43,7 @@ fn numbers(text: &str) -> Vec<u8> {
     text.split(|c: char| !c.is_ascii_digit()).filter_map(|n| n.parse().ok()).collect()
 }
 
-/// The address in `PORT` or in `227`, RFC 959: its bytes, with commas between them.
+/// The address in `PORT` or in `227` (RFC 959): its bytes, separated by commas.
 fn in_commas(address: SocketAddr) -> String {
     let IpAddr::V4(ip) = address.ip() else { panic!("PORT and PASV are IPv4's") };
     let all = [&ip.octets()[..], &address.port().to_be_bytes()].concat();
@@ -55,8 +55,8 @@ fn from_commas(text: &str) -> SocketAddr {
     (Ipv4Addr::new(a, b, c, d), u16::from_be_bytes([high, low])).into()
 }
 
-/// One end of a control connection. The kernel's helper reads what begins a line, and knows that of what follows a line
-/// only: so the ends greet each other first, as all do.
+/// One end of a control connection. The kernel's helper parses the beginning of a line, and knows that only if it has
+/// seen the line before. So both ends greet each other first, as usual.
 struct Control {
     stream: TcpStream,
     lines: BufReader<TcpStream>,
@@ -80,7 +80,7 @@ impl Control {
     }
 }
 
-/// A server's part of one session. Returns who the client's end of the data connection is.
+/// The server's part of one session. Returns the client's end of the data connection.
 fn serve(control: TcpStream) -> io::Result<IpAddr> {
     let mut control = Control::new(control)?;
     control.say("220 ready")?;
@@ -115,7 +115,7 @@ fn serve_passively(mut control: Control) -> io::Result<IpAddr> {
     Ok(client.ip())
 }
 
-/// As `TcpListener::accept`, but not for ever.
+/// As `TcpListener::accept`, with a time limit.
 fn accept(listener: &TcpListener) -> io::Result<(TcpStream, SocketAddr)> {
     listener.set_nonblocking(true)?;
     let end = std::time::Instant::now() + PATIENCE;
@@ -163,7 +163,7 @@ fn client(pod: &Pod, server: IpAddr, active: bool) -> io::Result<()> {
 }
 
 #[test]
-fn data_connections_of_ftp_have_the_egress_address_whoever_begins_them() {
+fn ftp_data_connections_use_the_egress_ip_in_both_modes() {
     let lab = Lab::scene();
     let ext = lab.host("ext");
     let listener = ext.within(|| TcpListener::bind((Ipv6Addr::UNSPECIFIED, CONTROL))).expect("listen");

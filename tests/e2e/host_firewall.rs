@@ -1,5 +1,5 @@
-//! A gateway whose host firewall drops what is forwarded: ufw, firewalld and Docker set the policy of iptables' chain
-//! FORWARD to DROP.
+//! A gateway node whose host firewall drops forwarded packets: ufw, firewalld and Docker set the policy of iptables'
+//! chain FORWARD to DROP. Needs root.
 
 use lab::fault_injection::owner_and_other;
 use lab::scene::{assert_blocked, assert_leaves_by_egress};
@@ -18,13 +18,13 @@ fn dropped(lab: &Lab, node: &str, family: &str) -> f64 {
     lab.metrics(node).get("egret_node_forward_dropped_packets_total", &[("family", family)]).unwrap_or(-1.0)
 }
 
-/// What the node says of itself.
+/// The status of the node.
 fn status(lab: &Lab, node: &str) -> String {
     let file = lab.manifests().path().join(format!("status/egressnodes/{node}.yaml"));
     std::fs::read_to_string(file).unwrap_or_default()
 }
 
-/// As the programs spell it, IPv4's and IPv6's.
+/// As the programs write it, for IPv4 and IPv6.
 fn closes_and_is_opened(lab: &Lab, node: &Node, pod: &Pod, programs: [&str; 2]) {
     let before = ["ipv4", "ipv6"].map(|family| dropped(lab, &node.name, family));
     node.run([programs[0], "-P", "FORWARD", "DROP"]);
@@ -50,7 +50,7 @@ fn closes_and_is_opened(lab: &Lab, node: &Node, pod: &Pod, programs: [&str; 2]) 
         |line: &str| line.starts_with("warn") && line.contains("firewall") && line.contains("FORWARD -i egret");
     assert!(checked.lines().any(warned), "{checked}");
 
-    // What the status says is to be done.
+    // The remedy that the status names.
     for program in programs {
         for direction in ["-i", "-o"] {
             node.run([program, "-I", "FORWARD", direction, "egret", "-j", "ACCEPT"]);
@@ -69,7 +69,7 @@ fn closes_and_is_opened(lab: &Lab, node: &Node, pod: &Pod, programs: [&str; 2]) 
 }
 
 #[test]
-fn a_firewall_that_drops_what_is_forwarded_is_counted_and_named_with_the_remedy() {
+fn a_firewall_that_drops_forwarded_packets_is_counted_and_reported_with_the_remedy() {
     let lab = Lab::scene();
     let (owner, _) = owner_and_other(&lab);
     let pod = lab.add_pod("n1", "shop", "visitor", VISITOR);

@@ -1,5 +1,5 @@
-//! `egretd install` on directories of its own: what it makes of each network configuration, and what becomes of it
-//! when it is killed, or when somebody else writes at the same time.
+//! `egretd install` on directories of its own: how it changes each network configuration, what a killed installation
+//! leaves, and concurrent writers.
 
 use lab::turn::{self, Turn};
 use nix::sys::ptrace;
@@ -51,7 +51,7 @@ impl Host {
         self.path("conf").join(name)
     }
 
-    /// Writes a configuration as somebody did who has long finished.
+    /// Writes a configuration with old time stamps.
     fn write(&self, name: &str, text: &str) {
         fs::write(self.conf(name), text).unwrap();
         self.age(name);
@@ -162,7 +162,7 @@ fn everything_but_the_entry_stays_byte_by_byte_and_a_second_time_nothing_changes
 }
 
 #[test]
-fn an_entry_with_another_socket_is_brought_up_to_date_where_it_stands() {
+fn an_entry_with_another_socket_is_updated_in_place() {
     let host = Host::new();
     let old = PLAIN.replace(
         "{\"type\":\"portmap\"",
@@ -206,7 +206,7 @@ fn the_first_file_that_a_runtime_can_use_gets_the_entry_and_no_other() {
 }
 
 #[test]
-fn a_single_plugin_gets_a_list_that_comes_before_it_follows_it_and_goes_with_it() {
+fn a_single_plugin_gets_a_list_that_follows_its_changes_and_is_removed_with_it() {
     let host = Host::new();
     host.write("10-net.conf", SINGLE);
     fs::set_permissions(host.conf("10-net.conf"), Permissions::from_mode(0o600)).unwrap();
@@ -233,7 +233,7 @@ fn a_single_plugin_gets_a_list_that_comes_before_it_follows_it_and_goes_with_it(
 }
 
 #[test]
-fn a_link_is_not_replaced_and_where_it_leads_nothing_is_written() {
+fn a_link_is_not_replaced_and_its_target_is_not_written() {
     let host = Host::new();
     fs::write(host.path("elsewhere"), PLAIN).unwrap();
     symlink(host.path("elsewhere"), host.conf("10-flannel.conflist")).unwrap();
@@ -245,7 +245,7 @@ fn a_link_is_not_replaced_and_where_it_leads_nothing_is_written() {
 }
 
 #[test]
-fn what_cannot_be_extended_is_left_alone_and_said_with_the_reason() {
+fn a_configuration_that_cannot_be_extended_stays_and_the_reason_is_reported() {
     let host = Host::new();
     let list = |version: &str| PLAIN.replace("\"cniVersion\": \"1.0.0\", ", version);
     let cases = [
@@ -281,9 +281,9 @@ fn wrong_directories_and_files_are_named() {
     assert_eq!(host.read("10-flannel.conflist"), PLAIN, "an entry without a plugin would stop all pods");
 }
 
-/// The daemon puts the entry there when it is in sync: not before, for a node that has never been is to be none the worse.
+/// The daemon writes the entry when it is in sync. A node whose daemon was never in sync must not be worse off.
 #[test]
-fn without_being_asked_for_the_entry_it_puts_the_program_only_and_waits_for_nothing() {
+fn without_the_entry_only_the_program_is_installed_and_nothing_is_waited_for() {
     let host = Host::new();
     host.write("10-flannel.conflist", PLAIN);
     let arguments = host.arguments();
@@ -300,7 +300,7 @@ fn without_being_asked_for_the_entry_it_puts_the_program_only_and_waits_for_noth
 }
 
 #[test]
-fn it_waits_for_a_configuration_and_makes_none() {
+fn it_waits_for_a_configuration_and_creates_none() {
     let host = Host::new();
     fs::remove_dir(host.path("conf")).unwrap();
     let child = host.start();
@@ -309,7 +309,7 @@ fn it_waits_for_a_configuration_and_makes_none() {
     fs::create_dir(host.path("conf")).unwrap();
     thread::sleep(Duration::from_millis(500));
     assert!(host.names("conf").is_empty());
-    // Whoever writes slowly is waited for, and the next file is not taken instead.
+    // A slow writer is waited for, and the next file is not used instead.
     fs::write(host.conf("10-flannel.conflist"), &PLAIN[..30]).unwrap();
     host.write("20-other.conflist", PLAIN);
     thread::sleep(Duration::from_millis(600));
@@ -322,7 +322,7 @@ fn it_waits_for_a_configuration_and_makes_none() {
 }
 
 #[test]
-fn the_mark_of_an_uninstallation_goes() {
+fn the_uninstallation_mark_is_removed() {
     let host = Host::new();
     host.write("10-flannel.conflist", PLAIN);
     fs::write(host.path("run/uninstalled"), "").unwrap();
@@ -333,7 +333,7 @@ fn the_mark_of_an_uninstallation_goes() {
 /// What another CNI writes is never lost, whether it writes in place or renames, and however often `install` runs
 /// meanwhile.
 #[test]
-fn who_writes_at_the_same_time_wins() {
+fn a_concurrent_writer_wins() {
     let _machine = lab::turn::alone();
     let host = Host::new();
     let version = |i: usize| PLAIN.replace("1.50", &format!("{i}"));
@@ -375,7 +375,7 @@ fn who_writes_at_the_same_time_wins() {
     assert_eq!(host.names("conf").len(), 1);
 }
 
-/// Runs `install` under the debugger, and kills it before its n-th system call. False: it ended before.
+/// Runs `install` under the debugger, and kills it before its n-th system call. Returns false if it ended before.
 fn killed_before(host: &Host, n: usize) -> bool {
     let script = format!("kill -STOP $$; exec {} {}", env!("CARGO_BIN_EXE_egretd"), host.arguments().join(" "));
     #[expect(clippy::zombie_processes, reason = "waitpid below")]
@@ -402,7 +402,7 @@ fn killed_before(host: &Host, n: usize) -> bool {
 }
 
 #[test]
-fn killed_at_any_step_it_leaves_what_was_or_what_will_be_and_the_next_one_cleans_up() {
+fn an_installation_killed_at_any_step_leaves_the_old_or_the_new_state() {
     let host = Host::new();
     let check = |file: &str, allowed: &[&str], n: usize| {
         let now = fs::read_to_string(host.path(file)).unwrap_or_default();
@@ -413,7 +413,7 @@ fn killed_at_any_step_it_leaves_what_was_or_what_will_be_and_the_next_one_cleans
         assert!(list.contains(text.trim()), "{list}");
         list
     };
-    // The list that stands for the single plugin, as it was and as it will be.
+    // The list that replaces the single plugin, before and after.
     host.write("10-net.conf", SINGLE);
     host.install();
     let before = single(SINGLE);
@@ -425,7 +425,7 @@ fn killed_at_any_step_it_leaves_what_was_or_what_will_be_and_the_next_one_cleans
     let new = fs::read_to_string(host.path("new-plugin")).unwrap();
     let mut n = 1;
     loop {
-        // Odd: a list is extended; even: a list that stands for another file is brought up to date.
+        // Odd: a list is extended. Even: a list that replaces another file is updated.
         let is_list = n % 2 == 1;
         for name in host.names("conf") {
             fs::remove_file(host.conf(&name)).unwrap();
@@ -462,10 +462,10 @@ fn killed_at_any_step_it_leaves_what_was_or_what_will_be_and_the_next_one_cleans
 }
 
 #[test]
-fn a_plugin_that_is_being_executed_is_replaced_without_a_half_one() {
+fn a_running_plugin_is_replaced_atomically() {
     let host = Host::new();
     host.write("10-flannel.conflist", PLAIN);
-    // Two programs: the real one, and the real one with something appended, which ELF ignores.
+    // Two programs: the real one, and the real one with appended bytes, which ELF ignores.
     let program = fs::read(env!("CARGO_BIN_EXE_egret-cni")).unwrap();
     let longer = [program.as_slice(), &[0; 4096]].concat();
     let is_whole = |path: &Path| [program.len(), longer.len()].contains(&(fs::metadata(path).unwrap().len() as usize));

@@ -1,4 +1,4 @@
-//! `kubectl egret` with a directory as the source of cluster state: what it shows, and what it moves.
+//! `kubectl egret` with a directory as the source of cluster state: what it shows, and what it moves. Needs root.
 
 use lab::fault_injection::{holders, owner_and_other, plugged};
 use lab::scene::assert_leaves_by_egress;
@@ -8,7 +8,7 @@ use serde_json::Value;
 use std::process::Command;
 use std::time::Duration;
 
-/// Exit code, and what the command says.
+/// The exit code, and the output.
 fn egretctl(lab: &Lab, arguments: &[&str]) -> (i32, String) {
     let cluster = format!("dir:{}", lab.manifests().path().display());
     let mut command = Command::new(env!("CARGO_BIN_EXE_kubectl-egret"));
@@ -64,7 +64,7 @@ fn status_pods_and_addresses_are_shown() {
 /// A pool that is too small, a gateway without nodes, a shadowed policy, a dead gateway node, a CNI that bypasses
 /// netfilter: each is named with its remedy.
 #[test]
-fn what_is_wrong_is_named_with_its_remedy() {
+fn problems_are_reported_with_their_remedies() {
     let lab = Lab::scene();
     let (owner, other) = owner_and_other(&lab);
     let gateway = |name: &str, label: &str, address: &str| {
@@ -163,7 +163,7 @@ fn an_egress_ip_moves_and_a_node_is_drained_without_a_pause() {
 }
 
 #[test]
-fn a_plan_says_what_the_controller_then_does() {
+fn a_plan_predicts_what_the_controller_does() {
     let lab = Lab::scene();
     lab.add_pod("n1", "shop", "visitor", VISITOR);
     lab.add_pod("n1", "shop", "other", &[("app", "other")]);

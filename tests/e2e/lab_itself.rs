@@ -1,4 +1,5 @@
-//! The lab itself, without Egret: pods reach the outside with their node's address, and nothing of a lab stays.
+//! The lab without Egret: pods reach the outside from their node's address, and nothing of a lab is left behind.
+//! Needs root.
 
 use lab::{EXT4, EXT6, FAR4, FAR6, Lab, server};
 use std::net::{IpAddr, SocketAddr};
@@ -11,7 +12,7 @@ fn namespaces_of(lab: &str) -> Vec<String> {
 }
 
 #[test]
-fn a_lab_comes_quickly_and_goes_without_a_trace() {
+fn a_lab_starts_quickly_and_leaves_nothing_behind() {
     let _machine = lab::turn::alone();
     let begin = Instant::now();
     let lab = Lab::builder().without_egret().build();
@@ -29,7 +30,7 @@ fn a_lab_comes_quickly_and_goes_without_a_trace() {
 }
 
 #[test]
-fn a_lab_goes_when_its_test_panics() {
+fn a_lab_is_removed_when_its_test_panics() {
     let name = std::sync::Mutex::new(String::new());
     let panicked = std::panic::catch_unwind(|| {
         let lab = Lab::new();
@@ -43,7 +44,7 @@ fn a_lab_goes_when_its_test_panics() {
 }
 
 #[test]
-fn what_a_killed_run_left_is_swept_by_the_next() {
+fn leftovers_of_a_killed_run_are_removed_by_the_next_one() {
     let mut gone = std::process::Command::new("true").spawn().expect("true");
     gone.wait().expect("wait");
     let name = format!("egt-{}-1", gone.id());
@@ -102,7 +103,7 @@ fn pods_reach_each_other_with_their_own_addresses() {
 }
 
 #[test]
-fn sessions_floods_and_bulk_say_how_it_went() {
+fn sessions_floods_and_bulk_report_their_results() {
     let lab = Lab::builder().without_egret().build();
     let pod = lab.add_pod("n2", "shop", "visitor", &[]);
     let session = pod.session(EXT4).expect("a session");

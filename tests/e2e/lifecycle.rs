@@ -1,5 +1,5 @@
-//! Pods come and go: many at once, twice, with the daemon away, with the run directory spoilt. What the next pod may not inherit
-//! stands in `address_reuse.rs`.
+//! Pods start and end: many at once, with repeated verbs, with the daemon away, with a damaged run directory. Address
+//! reuse is in `address_reuse.rs`. Needs root.
 
 use lab::kernel::assert_no_traces;
 use lab::scene::{assert_leaves_by_egress, assert_leaves_by_node};
@@ -12,7 +12,7 @@ use std::thread;
 use std::time::Duration;
 
 #[test]
-fn two_hundred_pods_come_at_once_each_works_from_its_first_packet_and_they_go_at_once() {
+fn two_hundred_pods_start_and_end_at_once_and_work_from_their_first_packets() {
     let _machine = lab::turn::alone();
     let lab = Lab::scene();
     let before: Vec<_> = lab.nodes().iter().map(|n| n.egret_state()).collect();
@@ -63,7 +63,7 @@ fn assert_leaves_by_egress_or_node(pod: &Pod) {
 }
 
 #[test]
-fn pods_come_and_go_while_the_daemon_is_killed_again_and_again() {
+fn pods_start_and_end_while_the_daemon_is_killed_again_and_again() {
     let lab = Lab::scene();
     let node = lab.node("n2");
     let before = node.egret_state();
@@ -135,14 +135,14 @@ fn del_may_come_twice_with_the_daemon_away_with_the_namespace_gone_and_without_a
         quarantined.detach().expect("DEL of a pod in quarantine");
         lab.daemon(name).restart();
         lab.wait_ready(name);
-        // For as long as the cluster knows the pods, their addresses may rightly be held.
+        // As long as the cluster has the pods, their addresses may be quarantined.
         [twice, gone, forgotten, away, away_and_gone, quarantined].iter().for_each(Pod::forget);
         assert_no_traces(node, &before);
     }
 }
 
 #[test]
-fn a_snapshot_for_the_plugin_that_cannot_be_written_holds_up_no_policy() {
+fn an_offline_policy_snapshot_that_cannot_be_written_delays_no_policy() {
     const OFFICE4: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 55);
     let lab = Lab::scene();
     let (node, daemon) = (lab.node("n1"), lab.daemon("n1"));
@@ -161,7 +161,7 @@ fn a_snapshot_for_the_plugin_that_cannot_be_written_holds_up_no_policy() {
     lab.write_manifest("more.yaml", &manifests::policy("office", "visitors", &policy));
     lab.wait_seen_as(&pod, OFFICE4);
     lab.wait_until("it says that something is wrong", Duration::from_secs(5), || !lab.ready("n1"));
-    // What it said before would let pods of that namespace go.
+    // By the old snapshot, pods of that namespace would start.
     let file = state_dir.join("offline-policies.json").display().to_string();
     assert_eq!(node.run(["cat", &file]), "");
     lab.wait_seen_as(&lab.add_pod("n1", "office", "another", VISITOR), OFFICE4);
@@ -174,7 +174,7 @@ fn a_snapshot_for_the_plugin_that_cannot_be_written_holds_up_no_policy() {
 }
 
 #[test]
-fn an_emptied_run_directory_is_filled_again() {
+fn an_emptied_run_directory_is_restored() {
     let lab = Lab::scene();
     let node = lab.node("n1");
     let before = node.egret_state();
@@ -183,7 +183,7 @@ fn an_emptied_run_directory_is_filled_again() {
         let path = entry.expect("an entry").path();
         if path.is_dir() { fs::remove_dir_all(path) } else { fs::remove_file(path) }.expect("removed");
     }
-    // The daemon looks every half a minute.
+    // The daemon checks every half a minute.
     lab.wait_until("the socket is back", Duration::from_secs(40), || node.cni_socket().exists());
     let another = lab.add_pod("n1", "shop", "another", VISITOR);
     [&pod, &another].into_iter().for_each(assert_leaves_by_egress);
@@ -195,11 +195,11 @@ fn an_emptied_run_directory_is_filled_again() {
     assert_no_traces(node, &before);
 }
 
-/// Makes something of a file's place, and of an attachment's.
+/// Creates something in the place of a file, and of an attachment.
 type Make<'a> = &'a dyn Fn(&str, &str);
 
 #[test]
-fn what_is_no_file_in_the_run_directory_stops_nothing() {
+fn unexpected_entries_in_the_run_directory_interrupt_nothing() {
     let lab = Lab::scene();
     let (node, daemon) = (lab.node("n1"), lab.daemon("n1"));
     let pod = lab.add_pod("n1", "shop", "visitor", VISITOR);
@@ -250,7 +250,7 @@ fn what_is_no_file_in_the_run_directory_stops_nothing() {
             if path.is_dir() { fs::remove_dir_all(path) } else { fs::remove_file(path) }.expect("removed");
         }
     }
-    // Whoever connects and says nothing does not take all that the daemon can open.
+    // Clients that connect and send nothing must not use up the daemon's file descriptors.
     let silent: Vec<_> = (0..1500).map(|_| std::os::unix::net::UnixStream::connect(node.cni_socket())).collect();
     thread::sleep(Duration::from_millis(500));
     let open = fs::read_dir(format!("/proc/{}/fd", daemon.pid().expect("it runs"))).expect("descriptors").count();
@@ -261,7 +261,7 @@ fn what_is_no_file_in_the_run_directory_stops_nothing() {
 }
 
 #[test]
-fn a_full_run_directory_is_told_of() {
+fn a_full_run_directory_is_reported() {
     let lab = Lab::scene();
     let (node, daemon) = (lab.node("n1"), lab.daemon("n1"));
     daemon.kill9();
@@ -283,9 +283,9 @@ fn a_full_run_directory_is_told_of() {
     assert_leaves_by_egress(&pod);
 }
 
-/// The node reaches it by something that is no veth, so that nothing but its address tells whose its packets are.
+/// The node reaches it by an interface that is no veth, so only its address identifies its packets.
 #[test]
-fn a_pod_whose_veth_is_not_found_is_kept_inside_by_its_address() {
+fn a_pod_whose_veth_is_not_found_is_quarantined_by_its_address() {
     let lab = Lab::scene();
     let inside = lab.add_pod("n2", "office", "inside", &[]);
     let _server = Server::start(&inside);

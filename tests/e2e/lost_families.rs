@@ -1,4 +1,5 @@
-//! Gateways' uplinks lose one family: the other goes on, and what another node can do better moves there. Needs root.
+//! Gateway nodes' uplinks lose one family: the other one continues, and egress IPs move to nodes that can serve more.
+//! Needs root.
 
 use lab::fault_injection::{answered_after, holders, owner_and_other};
 use lab::scene::assert_leaves_by_egress;
@@ -9,10 +10,10 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 const PATIENCE: Duration = Duration::from_secs(10);
-/// The egress IP of a policy that has no IPv6.
+/// The egress IP of a policy without IPv6.
 const PLAIN: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 51);
 
-/// Takes a node's IPv6 network away, as when its routers advertise it no more, or gives it back.
+/// Removes a node's IPv6 network, as when its routers no longer advertise it, or restores it.
 fn ipv6(lab: &Lab, node: &str, there: bool) {
     let (node, change) = (lab.node(node), if there { "add" } else { "del" });
     let nodad = if there { " nodad" } else { "" };
@@ -26,14 +27,14 @@ fn have(lab: &Lab, address: impl Into<IpAddr>) -> Vec<String> {
     lab.nodes().iter().filter(|n| n.ip("-o addr").contains(&text)).map(|n| n.name.clone()).collect()
 }
 
-/// What a node's EgressNode says.
+/// The status of a node's EgressNode.
 fn says(lab: &Lab, node: &str, text: &str) -> bool {
     let statuses = lab.manifests().statuses();
     let of_node = statuses.split("--- ").find(|part| part.contains(&format!("egressnodes/{node}")));
     of_node.is_some_and(|part| part.contains(text))
 }
 
-/// A policy without IPv6, on `owner`, and a pod of it.
+/// A policy without IPv6, on `owner`, and a pod that it selects.
 fn plain(lab: &Lab, owner: &str) -> Pod {
     let spec = format!("podSelector: {{ matchLabels: {{ app: plain }} }}\n  address: {{ ipv4: {PLAIN} }}");
     let policy = manifests::policy("shop", "plain", &spec);
@@ -55,7 +56,7 @@ fn v6_is_back(lab: &Lab, pods: &[Pod]) {
 }
 
 #[test]
-fn what_all_gateways_lose_stops_nothing_else_and_comes_back() {
+fn a_family_that_all_gateway_nodes_lose_affects_no_other_and_returns() {
     // Every packet of four seconds must be answered in time.
     let _machine = lab::turn::alone();
     let lab = Lab::scene();
@@ -77,7 +78,7 @@ fn what_all_gateways_lose_stops_nothing_else_and_comes_back() {
     });
     let is_told = || lab.manifests().statuses().contains("has lost IPv6");
     lab.wait_until("the policy is told what was lost", PATIENCE, is_told);
-    // Until each node has found out that the others have lost the same.
+    // Until each node has detected that the others have lost the same.
     thread::sleep(Duration::from_secs(1));
     let begin = Instant::now();
     while begin.elapsed() < Duration::from_secs(4) {
@@ -102,7 +103,7 @@ fn what_all_gateways_lose_stops_nothing_else_and_comes_back() {
     for flood in floods {
         let report = flood.stop();
         println!("{} of {} IPv4 packets lost", report.lost(), report.sent);
-        // Each node must find out that the others have lost the same.
+        // Each node must detect that the others have lost the same.
         assert_short(Duration::from_millis(5 * report.lost()), 700);
     }
     let sources = lab.sources(EXT4);
@@ -111,7 +112,7 @@ fn what_all_gateways_lose_stops_nothing_else_and_comes_back() {
 }
 
 #[test]
-fn what_one_gateway_loses_moves_to_one_that_has_it_and_the_rest_stays() {
+fn a_family_that_one_gateway_node_loses_moves_to_another_and_the_rest_stays() {
     let lab = Lab::scene();
     let (owner, other) = owner_and_other(&lab);
     let pods: Vec<Pod> =

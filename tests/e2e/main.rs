@@ -1,4 +1,5 @@
-//! Egret's programs from outside, in labs: see `tests/lab`. `make e2e T=spoofing` runs one module's tests, or one test.
+//! End-to-end tests of Egret's programs in labs: see `tests/lab`. `make e2e T=spoofing` runs one module's tests, or
+//! one test.
 
 mod address_reuse;
 mod changed_ports;

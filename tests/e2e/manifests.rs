@@ -1,4 +1,4 @@
-//! What users write wrong does no harm: the last good state goes on, and somebody is told what is wrong and where.
+//! Users' mistakes do no harm: the last good state stays, and the fault is reported with its place. Needs root.
 
 use lab::scene::{assert_blocked, assert_leaves_by_egress, assert_leaves_by_node, visitors};
 use lab::{EGRESS4, EXT4, Lab, Pod, VISITOR, manifests};
@@ -6,7 +6,7 @@ use serde_json::Value;
 use std::net::IpAddr;
 use std::time::Duration;
 
-/// Waits until a daemon's log has said all of these words in one line.
+/// Waits until a line of a daemon's log contains all of these words.
 #[track_caller]
 fn wait_said(lab: &Lab, daemon: &str, words: &[&str]) {
     lab.wait_until(&format!("{daemon} says {words:?}"), Duration::from_secs(10), || {
@@ -14,7 +14,7 @@ fn wait_said(lab: &Lab, daemon: &str, words: &[&str]) {
     });
 }
 
-/// Waits until a condition of a policy's (type, status, reason) is so, and its message has all of these words.
+/// Waits until a policy has this condition (type, status, reason), and its message contains all of these words.
 #[track_caller]
 fn wait_condition(lab: &Lab, policy: &str, condition: [&str; 3], words: &[&str]) {
     let file = lab.manifests().path().join(format!("status/egresspolicies/{policy}.yaml"));
@@ -36,7 +36,7 @@ fn pods(lab: &Lab) -> [Pod; 2] {
 }
 
 #[test]
-fn a_file_that_is_broken_keeps_its_last_good_state_and_is_named_with_its_line() {
+fn an_invalid_file_keeps_its_last_good_state_and_is_reported_with_its_line() {
     let lab = Lab::scene();
     let [visitor, other] = pods(&lab);
     for broken in
@@ -56,7 +56,7 @@ fn a_file_that_is_broken_keeps_its_last_good_state_and_is_named_with_its_line() 
 }
 
 #[test]
-fn a_wrong_document_does_not_take_the_others_with_it() {
+fn an_invalid_document_does_not_affect_the_others() {
     let lab = Lab::scene();
     let [visitor, other] = pods(&lab);
     let wrong = manifests::policy(
@@ -71,7 +71,7 @@ fn a_wrong_document_does_not_take_the_others_with_it() {
 }
 
 #[test]
-fn pools_that_overlap_run_backwards_or_mix_families_are_refused_in_words() {
+fn pools_that_overlap_run_backwards_or_mix_families_are_rejected_with_a_reason() {
     let lab = Lab::scene();
     let [visitor, _] = pods(&lab);
     for (addresses, words) in [
@@ -88,7 +88,7 @@ fn pools_that_overlap_run_backwards_or_mix_families_are_refused_in_words() {
 }
 
 #[test]
-fn v4_where_v6_belongs_is_refused() {
+fn an_ipv4_address_in_place_of_an_ipv6_one_is_rejected() {
     let lab = Lab::scene();
     let [visitor, _] = pods(&lab);
     lab.write_manifest("policy.yaml", &visitors().replace("2001:db8::50", "192.0.2.51"));
@@ -97,7 +97,7 @@ fn v4_where_v6_belongs_is_refused() {
 }
 
 #[test]
-fn what_cannot_be_satisfied_is_a_condition_and_blocks() {
+fn a_request_that_cannot_be_met_is_a_condition_and_blocks() {
     let lab = Lab::scene();
     lab.add_namespace("office", &[("team", "back")]);
     let further =
@@ -139,7 +139,7 @@ fn what_cannot_be_satisfied_is_a_condition_and_blocks() {
 }
 
 #[test]
-fn a_policy_that_never_decides_says_which_others_do() {
+fn a_shadowed_policy_names_the_policies_that_decide() {
     let lab = Lab::scene();
     let [visitor, _] = pods(&lab);
     let all = "podSelector: { matchLabels: { app: visitor } }\n  address: { ipv4: 192.0.2.51 }\n  priority: -1";
@@ -152,7 +152,7 @@ fn a_policy_that_never_decides_says_which_others_do() {
 }
 
 #[test]
-fn an_exhausted_pool_is_a_condition_and_room_in_it_is_taken_at_once() {
+fn an_exhausted_pool_is_a_condition_and_free_addresses_are_used_at_once() {
     let lab = Lab::scene();
     let pool = |last: u8| {
         manifests::gateway("small", &[&format!("192.0.2.60-192.0.2.{last}")]).replace("default: true", "default: false")
@@ -174,7 +174,7 @@ fn an_exhausted_pool_is_a_condition_and_room_in_it_is_taken_at_once() {
 }
 
 #[test]
-fn a_controller_that_is_killed_keeps_everybodys_address() {
+fn every_policy_keeps_its_egress_ip_when_the_controller_is_killed() {
     let lab = Lab::scene();
     lab.write_manifest("own.yaml", &manifests::policy("office", "own", "podSelector: {}"));
     let pod = lab.add_pod("n2", "office", "clerk", &[]);
@@ -192,9 +192,9 @@ fn a_controller_that_is_killed_keeps_everybodys_address() {
     }
 }
 
-/// Nobody knows its last good state then; its pods must not be let out for that.
+/// Nobody knows its last good state then. Its pods must not be opened for that reason.
 #[test]
-fn a_policy_that_is_broken_when_daemons_start_keeps_its_pods_and_its_address() {
+fn a_policy_that_is_invalid_when_daemons_start_keeps_its_pods_and_its_egress_ip() {
     let lab = Lab::scene();
     let [visitor, other] = pods(&lab);
     let path = lab.egress_id("shop/visitors");
@@ -213,7 +213,7 @@ fn a_policy_that_is_broken_when_daemons_start_keeps_its_pods_and_its_address() {
     assert_eq!(lab.egress_id("shop/visitors"), path);
     let elsewhere = lab.add_pod("n1", "office", "elsewhere", VISITOR);
     assert_leaves_by_node(&elsewhere);
-    // Mended, it selects whom it selects.
+    // Corrected, it selects the same pods.
     lab.write_manifest("policy.yaml", &visitors());
     lab.wait_seen_as(&other, other.node.ipv4());
     assert_leaves_by_node(&other);
@@ -221,9 +221,10 @@ fn a_policy_that_is_broken_when_daemons_start_keeps_its_pods_and_its_address() {
     assert_eq!(lab.egress_id("shop/visitors"), path);
 }
 
-/// What a node said before it was switched off nobody takes back, but Kubernetes tells that it hears nothing of it.
+/// Nobody withdraws the report of a node that was switched off, but Kubernetes sets its condition `Ready` to
+/// `Unknown`.
 #[test]
-fn a_policy_whose_gateway_nobody_hears_of_is_not_said_to_be_ready() {
+fn a_policy_whose_gateway_nodes_are_not_ready_for_kubernetes_is_not_ready() {
     let lab = Lab::scene();
     let ready =
         |status, reason, words: &[&str]| wait_condition(&lab, "shop/visitors", ["Ready", status, reason], words);
@@ -241,7 +242,7 @@ fn a_policy_whose_gateway_nobody_hears_of_is_not_said_to_be_ready() {
     ready("True", "AddressHeld", &["192.0.2.50"]);
     hears("g2", "Unknown");
     ready("Unknown", "NodeNotHeard", &["192.0.2.50", "see whether it runs"]);
-    // Its kubelet says that something else is wrong, and so it lives.
+    // Its kubelet reports another problem, so the node lives.
     hears("g2", "False");
     ready("True", "AddressHeld", &["192.0.2.50"]);
 }

@@ -1,5 +1,5 @@
-//! The Grafana board and the alerts in `install/`: a real Prometheus scrapes real daemons, and every query finds what it
-//! asks for. Needs root and Debian's prometheus.
+//! The Grafana dashboard and the alerts in `install/`: a real Prometheus scrapes real daemons, and every query finds
+//! its metrics. Needs root and Debian's prometheus.
 
 use lab::daemon::Daemon;
 use lab::scene::{assert_blocked, assert_leaves_by_egress};
@@ -14,9 +14,9 @@ use std::thread;
 use std::time::Duration;
 
 const PROMETHEUS: &str = "/usr/bin/prometheus";
-/// Where the lab's daemons serve metrics.
+/// The address of the lab's daemons for metrics.
 const METRICS: &str = "127.0.0.1:7870";
-/// How the names of all metrics of Egret's begin.
+/// The prefix of all of Egret's metrics.
 const PREFIX: &str = concat!("egret", "_");
 /// A policy of a gateway that does not exist.
 const BROKEN: &str = "apiVersion: egret.dev/v1alpha1\nkind: EgressPolicy\nmetadata: {name: broken, namespace: shop}\n\
@@ -26,7 +26,7 @@ fn root() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR"))
 }
 
-/// All expressions of the board, with the variables filled in, and those of the alerts, each with its name.
+/// All expressions of the dashboard, with the variables filled in, and those of the alerts, each with its name.
 fn expressions() -> Vec<(String, String)> {
     let read = |file: &str| std::fs::read_to_string(root().join(file)).unwrap_or_else(|e| panic!("{file}: {e}"));
     let board: Value = serde_json::from_str(&read("install/grafana/egret.json")).expect("JSON");
@@ -92,7 +92,7 @@ fn forward(from: &Host, port: u16, to: &Host) {
     });
 }
 
-/// One request. The rest of what the client sends is of no interest.
+/// Handles one request. The rest of the client's data is ignored.
 fn answer(mut client: TcpStream, mut server: TcpStream) -> std::io::Result<()> {
     client.set_read_timeout(Some(Duration::from_secs(2)))?;
     server.set_read_timeout(Some(Duration::from_secs(5)))?;
@@ -102,7 +102,7 @@ fn answer(mut client: TcpStream, mut server: TcpStream) -> std::io::Result<()> {
     std::io::copy(&mut server, &mut client).map(drop)
 }
 
-/// The configuration, with the labels that the PodMonitors give.
+/// The configuration, with the labels that the PodMonitors set.
 fn configuration(nodes: &[(&str, u16)]) -> String {
     let target =
         |(name, port): &(&str, u16)| format!("  - targets: ['127.0.0.1:{port}']\n    labels: {{node: {name}}}\n");
@@ -134,7 +134,7 @@ fn start_prometheus(lab: &Lab) -> Daemon {
     Daemon::start("prometheus", host, Path::new(PROMETHEUS), arguments.to_vec(), log)
 }
 
-/// The result of a query: each series' labels.
+/// The result of a query: the labels of each series.
 fn query(lab: &Lab, expression: &str) -> Result<Vec<BTreeMap<String, String>>, String> {
     let parameter = format!("query={expression}");
     let url = "http://127.0.0.1:9090/api/v1/query";
@@ -147,7 +147,7 @@ fn query(lab: &Lab, expression: &str) -> Result<Vec<BTreeMap<String, String>>, S
     Ok(series.into_iter().filter_map(|one| serde_json::from_value(one["metric"].clone()).ok()).collect())
 }
 
-/// What the selectors of an expression ask for, and the scraped series do not have.
+/// The selectors of an expression that no scraped series matches.
 fn missing(lab: &Lab, expression: &str) -> Vec<String> {
     let mut missing = Vec::new();
     let mut labels = BTreeSet::from(["le".to_owned()]);
@@ -174,9 +174,9 @@ fn missing(lab: &Lab, expression: &str) -> Vec<String> {
 }
 
 #[test]
-fn every_query_of_the_board_and_of_the_alerts_finds_what_it_asks_for() {
+fn every_query_of_the_dashboard_and_of_the_alerts_finds_its_metrics() {
     let lab = Lab::scene();
-    // One node keeps its runtime's configuration, as in a cluster.
+    // One node maintains its runtime's configuration, as in a cluster.
     let directory = lab.directory().join("cni");
     for name in ["conf", "bin"] {
         std::fs::create_dir_all(directory.join(name)).expect("make a directory");
@@ -188,7 +188,7 @@ fn every_query_of_the_board_and_of_the_alerts_finds_what_it_asks_for() {
     }
     lab.start_daemon("n1", lab.node("n1"), arguments);
     lab.wait_ready("n1");
-    // Traffic, a pod without an egress IP, and a policy that is refused.
+    // Traffic, a pod without an egress IP, and a rejected policy.
     lab.write_manifest("broken.yaml", BROKEN);
     let visitor = lab.add_pod("n1", "shop", "visitor", VISITOR);
     assert_leaves_by_egress(&visitor);
@@ -205,16 +205,16 @@ fn every_query_of_the_board_and_of_the_alerts_finds_what_it_asks_for() {
         let is_alert = name.starts_with("Egret");
         assert!(is_alert || !result.is_empty(), "{name}: {expression} finds nothing");
     }
-    // What is wrong in this lab is what Prometheus is about to alert.
+    // Prometheus is about to alert about the problems of this lab.
     lab.wait_until("the refused policy is pending as an alert", Duration::from_secs(20), || {
         query(&lab, "ALERTS{alertname=\"EgretPolicyRefused\"}").is_ok_and(|all| all.len() == 1)
     });
     prometheus.term();
 }
 
-/// The test above fails at a wrong name, because it takes expressions apart.
+/// The test above fails at a wrong name because it parses expressions.
 #[test]
-fn expressions_are_taken_apart() {
+fn expressions_are_parsed() {
     let text = format!("sum by (node, le) (rate({PREFIX}a_total{{reason=~\"x|y\",node=\"n\"}}[5m])) / {PREFIX}b");
     let matcher = |label: &str, operator: &str, value: &str| (label.to_owned(), operator.to_owned(), value.to_owned());
     let matchers = vec![matcher("reason", "=~", "x|y"), matcher("node", "=", "n")];
@@ -224,7 +224,7 @@ fn expressions_are_taken_apart() {
     assert_eq!(grouped.into_iter().collect::<Vec<_>>(), ["a", "le", "node"]);
 }
 
-/// Each alert fires at what it is for, and at nothing else: `tests/prometheus/alerts.yaml`.
+/// Each alert fires in its case only: `tests/prometheus/alerts.yaml`.
 #[test]
 fn every_alert_is_tested_by_promtool() {
     let run = |arguments: &[&str]| {

@@ -1,4 +1,4 @@
-//! Planned moves: to nodes that live, and to a node that has joined where that is asked for.
+//! Planned moves: to live nodes, and to a new node on request. Needs root.
 
 use lab::fault_injection::{cordoned, holders, label, owner_and_other, plugged, three_gateways};
 use lab::scene::assert_leaves_by_egress;
@@ -8,11 +8,11 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 #[test]
-fn a_drained_gateways_path_goes_to_one_that_lives() {
+fn an_egress_ip_of_a_drained_gateway_node_moves_to_a_live_one() {
     let (lab, pod) = three_gateways();
     let going_on = sessions(std::slice::from_ref(&pod));
     let owner = holders(&lab).remove(0);
-    // Of two that have nothing, the first by name is chosen: that is the dead one.
+    // If two nodes have no allocations, the first by name is chosen. This one is dead.
     let mut others = ["g1", "g2", "g3"].into_iter().filter(|g| *g != owner);
     let (dead, lives) = (others.next().expect("a second"), others.next().expect("a third"));
     plugged(&lab, dead, false);
@@ -32,13 +32,13 @@ fn a_drained_gateways_path_goes_to_one_that_lives() {
     lab.assert_nothing_leaked();
 }
 
-/// Pods on a node, and on both gateway nodes.
+/// Pods on a source node, and on both gateway nodes.
 fn visitors(lab: &Lab) -> Vec<Pod> {
     ["n1", "n2", "g1", "g2"].map(|n| lab.add_pod(n, "shop", &format!("visitor-{n}"), VISITOR)).into()
 }
 
 #[test]
-fn a_cordoned_gateways_addresses_move_without_a_pause_and_stay_when_it_is_uncordoned() {
+fn egress_ips_of_a_cordoned_gateway_node_move_without_a_pause_and_stay_when_it_is_uncordoned() {
     let lab = Lab::scene();
     let (owner, other) = owner_and_other(&lab);
     let pods = visitors(&lab);
@@ -47,7 +47,7 @@ fn a_cordoned_gateways_addresses_move_without_a_pause_and_stay_when_it_is_uncord
     lab.wait_for("the address is on", &vec![other.clone()], || holders(&lab));
     thread::sleep(Duration::from_secs(2));
     pods.iter().for_each(assert_leaves_by_egress);
-    // Where all are cordoned, none is left.
+    // If all gateway nodes are cordoned, nothing moves.
     cordoned(&lab, &other, true);
     thread::sleep(Duration::from_secs(1));
     assert_eq!(holders(&lab), [other.as_str()]);
@@ -61,7 +61,7 @@ fn a_cordoned_gateways_addresses_move_without_a_pause_and_stay_when_it_is_uncord
 }
 
 #[test]
-fn a_gateway_that_ignores_cordons_keeps_its_addresses_where_they_are() {
+fn a_gateway_that_ignores_cordons_keeps_its_egress_ips_in_place() {
     let lab = Lab::scene();
     let (owner, _) = owner_and_other(&lab);
     let pools = ["192.0.2.50-192.0.2.59", "2001:db8::50-2001:db8::59"];
@@ -76,7 +76,7 @@ fn a_gateway_that_ignores_cordons_keeps_its_addresses_where_they_are() {
 }
 
 #[test]
-fn a_daemon_that_is_stopped_on_a_node_that_is_going_hands_over_first() {
+fn a_daemon_that_is_stopped_on_a_drained_node_hands_over_first() {
     let lab = Lab::scene();
     let (owner, other) = owner_and_other(&lab);
     let pods = ["n1", "n2"].map(|n| lab.add_pod(n, "shop", &format!("visitor-{n}"), VISITOR));
@@ -107,7 +107,7 @@ fn a_daemon_that_is_stopped_on_a_node_that_is_going_hands_over_first() {
 }
 
 #[test]
-fn a_gateway_that_joins_gets_new_paths_and_its_share_of_the_others_when_it_is_asked_for() {
+fn a_new_gateway_node_gets_new_allocations_and_its_share_of_the_others_on_request() {
     let lab = Lab::builder().build();
     let addresses = ["192.0.2.50-192.0.2.59", "2001:db8::50-2001:db8::59"];
     let gateway = manifests::gateway("default", &addresses);

@@ -1,4 +1,4 @@
-//! Big packets, over the tunnel and over narrow links beyond it.
+//! Large packets, through the tunnel and over narrow links beyond it. Needs root.
 
 use lab::{EGRESS4, EXT4, EXT6, FAR4, FAR6, Lab, Pod, Pods, SERVERS, VISITOR, server};
 use std::io;
@@ -12,8 +12,8 @@ fn visitors(lab: &Lab) -> Vec<Pod> {
     lab.nodes().iter().map(add).collect()
 }
 
-/// Sends a datagram of `size` bytes to the echo port until it is back. A sender that is told of a smaller allocation MTU
-/// loses one packet for each narrow place there and each on the way back.
+/// Sends a datagram of `size` bytes to the echo port until it comes back. A sender that learns a smaller path MTU
+/// loses one packet for each narrow link in each direction.
 fn echoed(pod: &Pod, server: IpAddr, size: usize) -> io::Result<()> {
     let socket = pod.udp_socket(SocketAddr::new(server, server::UDP_ECHO))?;
     socket.set_read_timeout(Some(Duration::from_millis(300)))?;
@@ -31,7 +31,7 @@ fn echoed(pod: &Pod, server: IpAddr, size: usize) -> io::Result<()> {
 }
 
 #[test]
-fn tcp_with_full_segments_goes_both_ways() {
+fn tcp_with_full_segments_works_in_both_directions() {
     let lab = Lab::scene();
     for pod in visitors(&lab) {
         for server in SERVERS {
@@ -42,7 +42,7 @@ fn tcp_with_full_segments_goes_both_ways() {
 }
 
 #[test]
-fn udp_larger_than_the_tunnel_carries_arrives_whole() {
+fn udp_larger_than_the_tunnels_mtu_arrives_complete() {
     let lab = Lab::scene();
     for pod in visitors(&lab) {
         for server in SERVERS {
@@ -66,8 +66,8 @@ fn a_narrow_link_beyond_the_gateway_is_discovered() {
         for server in [IpAddr::from(FAR4), FAR6.into()] {
             pod.bulk(server, MEGABYTE).unwrap_or_else(|e| panic!("{} to {server}: {e}", pod.name));
             if pod.node.spec.pods == Pods::Bridged && server.is_ipv6() {
-                // Also without Egret: br_netfilter joins a bridged pod's IPv6 fragments and forgets how large they
-                // were (the control block is cleared in ip6_rcv), so that the node sends larger ones.
+                // Also without Egret: br_netfilter reassembles a bridged pod's IPv6 fragments and loses their sizes
+                // (the control block is cleared in ip6_rcv), so that the node sends larger ones.
                 continue;
             }
             echoed(&pod, server, 1290).unwrap_or_else(|e| panic!("{} to {server}, UDP: {e}", pod.name));
@@ -79,8 +79,8 @@ fn a_narrow_link_beyond_the_gateway_is_discovered() {
 #[test]
 fn a_server_that_sends_full_packets_learns_the_tunnels_mtu() {
     let lab = Lab::builder().router().scene();
-    // Only the server is far away: what it sends is as large as its own link allows, and is not known to be too large
-    // before the gateway says so.
+    // Only the server's link is far away. It sends packets as large as its own link allows, until the gateway reports
+    // that they are too large.
     for pod in visitors(&lab) {
         for server in [IpAddr::from(FAR4), FAR6.into()] {
             for size in [1440, 1452] {
@@ -91,7 +91,7 @@ fn a_server_that_sends_full_packets_learns_the_tunnels_mtu() {
 }
 
 #[test]
-fn a_server_learns_of_a_pods_mtu_that_is_below_the_tunnels() {
+fn a_server_learns_a_pods_mtu_that_is_below_the_tunnels() {
     let lab = Lab::scene();
     let ext = lab.host("ext");
     for pod in visitors(&lab) {
@@ -100,7 +100,7 @@ fn a_server_learns_of_a_pods_mtu_that_is_below_the_tunnels() {
         for (server, egress, around) in
             [(EXT4.into(), IpAddr::from(EGRESS4), 28), (EXT6.into(), lab::EGRESS6.into(), 48)]
         {
-            // What another pod's answers have told.
+            // What the server learned from another pod's replies.
             ext.ip("-4 route flush cache");
             ext.ip("-6 route flush cache");
             let what = format!("{} to {server}", pod.name);
@@ -149,8 +149,8 @@ fn the_tunnel_follows_the_link_between_the_nodes_to_the_byte() {
     }
 }
 
-/// Every node has a default route by its widest interface. Where nodes reach each other by another one, as by WireGuard,
-/// that one counts.
+/// Every node has a default route by its widest interface. If nodes reach each other by another one, a WireGuard
+/// device for instance, that one counts.
 #[test]
 fn the_tunnels_mtu_follows_the_routes_to_the_peers() {
     for (ipv6, around) in [(false, 50), (true, 70)] {
@@ -167,7 +167,7 @@ fn the_tunnels_mtu_follows_the_routes_to_the_peers() {
             false => ("-4", format!("{}/32", lab.node("g1").ipv4())),
             true => ("-6", format!("{}/128", lab.node("g1").ipv6())),
         };
-        // One peer's route is enough.
+        // The route to one peer is enough.
         node.ip(&format!("{family} route add {peer} dev eth0 mtu 1400"));
         wait("with a narrow route to one gateway", 1400);
         node.ip(&format!("{family} route del {peer}"));
@@ -192,7 +192,7 @@ fn the_tunnels_mtu_follows_the_routes_to_the_peers() {
 
 /// As when an address is renewed, or the link of a node with an IPv6 tunnel goes down for a moment.
 #[test]
-fn a_node_that_loses_the_tunnels_address_for_a_moment_starts_pods_meanwhile_and_goes_on_after() {
+fn pods_start_on_a_node_that_loses_its_tunnel_address_for_a_moment() {
     let lab = Lab::scene();
     let node = lab.node("n1");
     let before = node.ip("-4 route show default").trim().to_owned();
@@ -208,7 +208,7 @@ fn a_node_that_loses_the_tunnels_address_for_a_moment_starts_pods_meanwhile_and_
     lab.wait_seen_as(&pod, lab::EGRESS6);
     lab.assert_nothing_leaked();
     lab.wait_seen_as(&other, other.node.ipv4());
-    // It looks at the routes again when there are some.
+    // The daemon reads the routes again when they exist.
     node.ip(&format!("route add {}/32 dev eth0 mtu 1400", lab.node("g1").ipv4()));
     lab.wait_for("the tunnel's MTU", &1350, || tunnel_mtu(&lab, "n1"));
 }

@@ -1,5 +1,5 @@
-//! The nodes' network breaks while gateways' own uplinks live: who holds the egress IP, and for how long nobody does.
-//! Needs root.
+//! The nodes' network breaks while gateway nodes' own uplinks work: which node holds the egress IP, and how long none
+//! does. Needs root.
 
 use lab::fault_injection::{all_of, cut, tunnel_between};
 use lab::own_uplinks::{OUTSIDE, OwnUplinks, both, holders, scene};
@@ -10,7 +10,8 @@ use std::time::{Duration, Instant};
 
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// Nodes n1, n2 and gateways g1, g2 with uplinks of their own, and a pod on each; the owner, and the other gateway.
+/// Nodes n1 and n2, gateway nodes g1 and g2 with uplinks of their own, a pod on each, the owner, and the other
+/// gateway node.
 fn lab() -> (Lab, OwnUplinks, Vec<Pod>, String, String) {
     let lab = Lab::new();
     let uplinks = scene(&lab);
@@ -22,7 +23,7 @@ fn lab() -> (Lab, OwnUplinks, Vec<Pod>, String, String) {
     (lab, uplinks, pods, owner, other.to_owned())
 }
 
-/// Waits until each of the pods leaves from the egress IP, both ways.
+/// Waits until each of the pods leaves from the egress IP in both families.
 #[track_caller]
 fn served<'a>(lab: &Lab, pods: impl IntoIterator<Item = &'a Pod>) {
     for pod in pods {
@@ -36,7 +37,7 @@ fn of<'a>(pods: &'a [Pod], nodes: &'a [&'a str]) -> impl Iterator<Item = &'a Pod
     pods.iter().filter(|pod| nodes.contains(&&*pod.node.name))
 }
 
-/// For some time, the egress IP stays on that node, and these pods are served.
+/// Checks for some time that the egress IP stays on that node and these pods are served.
 fn stays(lab: &Lab, holder: &str, pods: &[Pod], nodes: &[&str], time: Duration) {
     let begin = Instant::now();
     while begin.elapsed() < time {
@@ -50,14 +51,14 @@ fn stays(lab: &Lab, holder: &str, pods: &[Pod], nodes: &[&str], time: Duration) 
     }
 }
 
-/// What the server sees answer for the egress IP is one node, all the while.
+/// Checks that only one node answers the server for the egress IP all the time.
 fn one_mac(uplinks: &OwnUplinks) -> usize {
     let text = uplinks.host.ip("neigh show 198.51.100.50");
     text.lines().filter(|line| line.contains("lladdr")).count()
 }
 
 #[test]
-fn an_owner_that_no_node_reaches_gives_way_to_one_that_they_reach() {
+fn an_owner_that_no_node_reaches_is_replaced_by_one_that_they_reach() {
     let (lab, uplinks, pods, owner, other) = lab();
     cut(&lab, &all_of(&owner));
     let begin = Instant::now();
@@ -77,7 +78,7 @@ fn an_owner_that_no_node_reaches_gives_way_to_one_that_they_reach() {
 }
 
 #[test]
-fn gateways_that_do_not_hear_each_other_and_are_reached_by_the_nodes_move_nothing() {
+fn gateway_nodes_that_do_not_reach_each_other_but_are_reached_by_the_nodes_move_nothing() {
     let (lab, _uplinks, pods, owner, other) = lab();
     cut(&lab, &tunnel_between(&owner, &other));
     thread::sleep(Duration::from_secs(1));
@@ -88,7 +89,7 @@ fn gateways_that_do_not_hear_each_other_and_are_reached_by_the_nodes_move_nothin
 }
 
 #[test]
-fn of_a_network_in_two_halves_the_owners_half_is_served() {
+fn the_owners_half_of_a_split_network_is_served() {
     let (lab, _uplinks, pods, owner, other) = lab();
     let halves = [("n1", "n2"), ("n1", &*other), (&*owner, "n2"), (&*owner, &*other)];
     cut(&lab, &halves.iter().flat_map(|(a, b)| tunnel_between(a, b)).collect::<Vec<_>>());
@@ -102,7 +103,7 @@ fn of_a_network_in_two_halves_the_owners_half_is_served() {
 }
 
 #[test]
-fn a_nodes_network_that_dies_for_all_leaves_the_egress_ip_where_it_is() {
+fn a_dead_network_between_all_nodes_moves_no_egress_ip() {
     let (lab, _uplinks, pods, owner, _) = lab();
     let all: Vec<String> = ["n1", "n2", "g1", "g2"].iter().flat_map(|node| all_of(node)).collect();
     cut(&lab, &all);
@@ -114,7 +115,7 @@ fn a_nodes_network_that_dies_for_all_leaves_the_egress_ip_where_it_is() {
 }
 
 #[test]
-fn an_owner_that_only_the_other_gateway_node_reaches_gives_way_to_it() {
+fn an_owner_that_only_the_other_gateway_node_reaches_is_replaced_by_it() {
     let (lab, uplinks, pods, owner, other) = lab();
     cut(&lab, &["n1", "n2"].iter().flat_map(|node| tunnel_between(node, &owner)).collect::<Vec<_>>());
     let begin = Instant::now();

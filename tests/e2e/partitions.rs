@@ -1,4 +1,5 @@
-//! Ways between nodes that break, lose packets, and come back: who is found dead, and for how long. Needs root.
+//! Links between nodes that break, lose packets, and recover: which nodes are found dead, and for how long. Needs
+//! root.
 
 use lab::fault_injection::{answered_after, cut, holders, owner_and_other, tunnel_between};
 use lab::scene::{assert_blocked, assert_leaves_by_egress};
@@ -13,11 +14,11 @@ fn deaths(lab: &Lab, daemon: &str) -> usize {
 }
 
 #[test]
-fn a_line_that_loses_packets_finds_nobody_dead_and_one_that_was_broken_is_back_within_two_seconds() {
+fn a_lossy_link_makes_no_node_dead_and_a_broken_one_is_back_within_two_seconds() {
     let lab = Lab::scene();
     let (owner, other) = owner_and_other(&lab);
     let pod = lab.add_pod("n1", "shop", "visitor", VISITOR);
-    // With a source node that goes on reaching the owner, the egress IP stays.
+    // As long as one source node reaches the owner, the egress IP stays.
     let of_n2 = lab.add_pod("n2", "shop", "visitor-n2", VISITOR);
     let lossy: Vec<String> = ["n1", &other]
         .iter()
@@ -53,7 +54,7 @@ fn pods_everywhere(lab: &Lab) -> ([Pod; 3], String, String) {
 }
 
 #[test]
-fn an_owner_that_no_source_node_reaches_is_relieved_by_one_that_all_reach() {
+fn an_owner_that_no_source_node_reaches_is_replaced_by_one_that_all_reach() {
     let lab = Lab::scene();
     let (pods, owner, other) = pods_everywhere(&lab);
     let sessions = pods.each_ref().map(|pod| pod.session(EXT6).expect("a session"));
@@ -77,7 +78,7 @@ fn an_owner_that_no_source_node_reaches_is_relieved_by_one_that_all_reach() {
     );
     lab.assert_nothing_leaked();
 
-    // It stays when the way is mended, and goes back when that one's breaks.
+    // It stays when the link is repaired, and moves back when the other node's link breaks.
     cut(&lab, &[]);
     thread::sleep(Duration::from_secs(6));
     assert_eq!(holders(&lab), slice::from_ref(&other));
@@ -92,7 +93,7 @@ fn an_owner_that_no_source_node_reaches_is_relieved_by_one_that_all_reach() {
 }
 
 #[test]
-fn an_owner_that_one_source_node_does_not_reach_and_another_does_keeps_what_it_has() {
+fn an_owner_that_only_some_source_nodes_reach_keeps_its_egress_ip() {
     let lab = Lab::scene();
     let (mut pods, owner, other) = pods_everywhere(&lab);
     cut(&lab, &tunnel_between("n1", &owner));
@@ -103,7 +104,7 @@ fn an_owner_that_one_source_node_does_not_reach_and_another_does_keeps_what_it_h
         thread::sleep(Duration::from_millis(200));
     }
     assert_blocked(&pods[0]);
-    // Nobody else is served by it any more.
+    // It serves no other node any more.
     pods[1].relabel(&[]);
     lab.wait_until("the address is on the other", Duration::from_secs(20), || holders(&lab) == [other.as_str()]);
     answered_after(&pods[0], Instant::now());
@@ -125,7 +126,7 @@ fn source_nodes_that_reach_no_gateway_node_or_different_ones_move_nothing() {
         }
     };
     let ways = |ways: &[(&str, &str)]| ways.iter().flat_map(|(a, b)| tunnel_between(a, b)).collect::<Vec<_>>();
-    // The second one would lose nothing and gain nothing: it reaches neither.
+    // The second source node would gain and lose nothing, because it reaches neither gateway node.
     stays(&ways(&[("n1", &owner), ("n2", &owner), ("n2", &other)]), &[&pods[2]]);
     stays(&ways(&[("n1", &owner), ("n1", &other), ("n2", &owner), ("n2", &other)]), &[&pods[2]]);
     stays(&ways(&[("n1", &owner), ("n2", &other)]), &[&pods[1], &pods[2]]);
@@ -136,7 +137,7 @@ fn source_nodes_that_reach_no_gateway_node_or_different_ones_move_nothing() {
 }
 
 #[test]
-fn while_the_controller_is_away_an_owner_that_no_source_node_reaches_keeps_what_it_has() {
+fn without_the_controller_an_owner_that_no_source_node_reaches_keeps_its_egress_ip() {
     let lab = Lab::scene();
     let (pods, owner, other) = pods_everywhere(&lab);
     lab.daemon("controller").suspend(true);
@@ -144,7 +145,7 @@ fn while_the_controller_is_away_an_owner_that_no_source_node_reaches_keeps_what_
     thread::sleep(Duration::from_secs(12));
     assert_eq!(holders(&lab), slice::from_ref(&owner));
     assert_leaves_by_egress(&pods[2]);
-    // What it finds when it is back is mended: nobody reports that any more.
+    // When the controller is back, the link is repaired, and nobody reports it any more.
     cut(&lab, &[]);
     pods.iter().for_each(|pod| lab::survival::assert_short(answered_after(pod, Instant::now()), 5000));
     lab.daemon("controller").suspend(false);
@@ -154,7 +155,7 @@ fn while_the_controller_is_away_an_owner_that_no_source_node_reaches_keeps_what_
         pods.iter().for_each(assert_leaves_by_egress);
         thread::sleep(Duration::from_millis(100));
     }
-    // It moves when the controller is there.
+    // The egress IP moves when the controller is there.
     cut(&lab, &[tunnel_between("n1", &owner), tunnel_between("n2", &owner)].concat());
     lab.wait_until("the address is on the other", Duration::from_secs(20), || holders(&lab) == [other.as_str()]);
     pods.iter().for_each(|pod| lab::survival::assert_short(answered_after(pod, Instant::now()), 5000));

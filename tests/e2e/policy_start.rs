@@ -1,4 +1,4 @@
-//! A policy that begins for pods that run already.
+//! A policy that begins for running pods. Needs root.
 
 use lab::scene::assert_blocked;
 use lab::{EXT4, Flood, Lab, Pod, manifests};
@@ -7,12 +7,12 @@ use std::thread;
 use std::time::Duration;
 
 const RUNNER: &[(&str, &str)] = &[("app", "runner")];
-/// Where they leave from when their policy has begun.
+/// The egress IP of the pods after their policy has begun.
 const ADDRESS: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(192, 0, 2, 57));
-/// How long a pod must have run so that it is not a new one when a policy begins.
+/// How long a pod must have run to be no new one when a policy begins.
 const RUNS: Duration = Duration::from_millis(5500);
 
-/// Pods that no policy selects, since long enough.
+/// Pods that no policy selects and that have run for long enough.
 fn runners<const N: usize>(lab: &Lab, nodes: [&str; N]) -> [Pod; N] {
     let pods = nodes.map(|node| lab.add_pod(node, "shop", &format!("runner-{node}"), RUNNER));
     thread::sleep(RUNS);
@@ -26,7 +26,7 @@ fn begins(lab: &Lab) {
 }
 
 #[test]
-fn a_policy_that_begins_for_running_pods_loses_none_of_their_packets() {
+fn a_new_policy_for_running_pods_loses_none_of_their_packets() {
     let lab = Lab::scene();
     let pods = runners(&lab, ["n1", "n2", "g1", "g2"]);
     let floods = pods.each_ref().map(|pod| pod.flood(EXT4, Duration::from_millis(5), true));
@@ -43,7 +43,7 @@ fn a_policy_that_begins_for_running_pods_loses_none_of_their_packets() {
 }
 
 #[test]
-fn a_policy_whose_address_does_not_come_holds_running_pods_a_second_later_and_new_ones_at_once() {
+fn a_policy_without_a_usable_egress_ip_blocks_running_pods_after_a_second_and_new_ones_at_once() {
     let lab = Lab::scene();
     let pods = runners(&lab, ["n1", "n2"]);
     lab.daemon("controller").suspend(true);

@@ -1,4 +1,4 @@
-//! What Egret tells of itself: metrics, logs, `egretd check`, and what its programs need. Needs root.
+//! Egret's reports: metrics, logs, `egretd check`, and what its programs need. Needs root.
 
 use lab::fault_injection::owner_and_other;
 use lab::scene::{assert_blocked, assert_leaves_by_egress, assert_leaves_by_node};
@@ -11,7 +11,7 @@ use std::process::{Command, Output};
 const EGRETD: &str = env!("CARGO_BIN_EXE_egretd");
 
 #[test]
-fn metrics_tell_of_pods_allocations_and_packets() {
+fn metrics_count_pods_allocations_and_packets() {
     let lab = Lab::scene();
     let (owner, _) = owner_and_other(&lab);
     let get = |daemon: &str, name: &str, labels: &[(&str, &str)]| lab.metrics(daemon).get(name, labels);
@@ -72,9 +72,10 @@ fn metrics_tell_of_pods_allocations_and_packets() {
     assert_leaves_by_node(&other);
 }
 
-/// By hand, with nobody there to mend it: what was about to leave another way is dropped, and counted.
+/// The rules are removed by hand while no daemon can restore them: packets that were about to leave by another way
+/// are dropped and counted.
 #[test]
-fn what_is_dropped_for_a_broken_datapath_is_counted() {
+fn packets_dropped_by_an_incomplete_datapath_are_counted() {
     let lab = Lab::scene();
     let pod = lab.add_pod("n1", "shop", "visitor", VISITOR);
     assert_leaves_by_egress(&pod);
@@ -102,7 +103,7 @@ fn what_is_dropped_for_a_broken_datapath_is_counted() {
 }
 
 #[test]
-fn logs_are_one_json_object_a_line_where_that_is_asked_for() {
+fn logs_are_one_json_object_a_line_on_request() {
     let lab = Lab::builder().node_arguments(&["--log-format", "json", "--log-level", "info,egret::node=debug"]).scene();
     let pod = lab.add_pod("n1", "shop", "visitor", VISITOR);
     assert_leaves_by_egress(&pod);
@@ -125,14 +126,14 @@ fn run(command: &mut Command) -> (Output, String) {
 }
 
 #[test]
-fn a_log_level_that_is_none_is_refused_with_the_remedy() {
+fn an_invalid_log_level_is_rejected_with_the_remedy() {
     let (output, text) = run(Command::new(EGRETD).args(["check", "--log-level", "loud=very"]));
     assert!(!output.status.success() && text.contains("loud=very") && text.contains("info"), "{text}");
 }
 
-/// What is told of a destination is what its server sees.
+/// What `why` prints about a destination is what its server sees.
 #[test]
-fn why_a_pod_has_its_address_is_told() {
+fn why_explains_a_pods_source_address() {
     let lab = Lab::scene();
     let cluster = format!("dir:{}", lab.manifests().path().display());
     let why = |pod: &str, more: &[&str]| {
@@ -171,9 +172,9 @@ fn why_a_pod_has_its_address_is_told() {
     }
 }
 
-/// One line a need, and an exit code that means something.
+/// One line for each requirement, and a meaningful exit code.
 #[test]
-fn check_says_what_is_missing_and_fails_for_it() {
+fn check_names_missing_features_and_fails() {
     let (output, text) = run(Command::new(EGRETD).arg("check"));
     assert!(output.status.success(), "{text}");
     assert!(text.lines().count() > 10 && !text.contains("MISSING"), "{text}");
@@ -201,7 +202,7 @@ fn programs_need_no_library_and_the_plugin_is_small() {
 }
 
 #[test]
-fn check_names_firewalls_that_drop_what_is_forwarded() {
+fn check_names_firewalls_that_drop_forwarded_packets() {
     let lab = Lab::new();
     let node = lab.node("n1");
     let check = || run_on(node, &[EGRETD, "check"]);
@@ -227,13 +228,13 @@ fn check_names_firewalls_that_drop_what_is_forwarded() {
     assert!(text.contains("no chain drops forwarded packets by default"), "who lets it pass is not named:\n{text}");
 }
 
-/// What a command that ends well or not says.
+/// The output of a command, whatever its exit code.
 fn run_on(node: &Node, command: &[&str]) -> String {
     String::from_utf8_lossy(&node.try_run(command).stdout).into_owned()
 }
 
 #[test]
-fn egretd_state_says_what_a_daemon_desires_and_observes() {
+fn egretd_state_prints_the_desired_and_the_observed_state() {
     let lab = Lab::scene();
     let (owner, _) = owner_and_other(&lab);
     let visitor = lab.add_pod("n1", "shop", "visitor", VISITOR);

@@ -1,4 +1,4 @@
-//! Another host on the link that has an egress IP, and answers late. Needs root.
+//! Another host on the link has an egress IP and answers late. Needs root.
 
 use lab::{EXT4, Lab, manifests};
 use nix::ifaddrs::getifaddrs;
@@ -10,11 +10,11 @@ use std::time::{Duration, Instant};
 
 const ADDRESS: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 57);
 const OTHER_HOST: [u8; 6] = [2, 0, 0, 0, 0, 9];
-/// Longer than the link has to answer before an address is used for the first time.
+/// Longer than the wait for an answer before an address is used for the first time.
 const SLOW: Duration = Duration::from_millis(45);
 
-/// On `ext`: answers each ARP request for the address when this time has passed, and then a few times more, so that no
-/// answer is missed on a busy machine.
+/// On `ext`: answers each ARP request for the address after this time, and then a few times more, so that no answer
+/// is missed on a busy machine.
 fn other_host(lab: &Lab) {
     let door = lab.host("ext").door();
     // The thread ends with the test's process.
@@ -49,7 +49,7 @@ fn other_host(lab: &Lab) {
 }
 
 #[test]
-fn an_address_whose_owner_is_slow_to_answer_is_given_up() {
+fn an_address_of_a_host_that_answers_late_is_given_up() {
     let lab = Lab::scene();
     other_host(&lab);
     let spec = format!("podSelector: {{ matchLabels: {{ app: late }} }}\n  address: {{ ipv4: {ADDRESS} }}");

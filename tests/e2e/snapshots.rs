@@ -1,5 +1,5 @@
-//! What users read of a cluster with one gateway, one policy and one pod: names of metrics and of their labels, statuses,
-//! `egretd why`. Kept in `tests/snapshots`; `make snapshots` writes them anew.
+//! What users read of a cluster with one gateway, one policy and one pod: names of metrics and their labels,
+//! statuses, `egretd why`. The texts are in `tests/snapshots`; `make snapshots` writes them anew. Needs root.
 
 use lab::scene::assert_leaves_by_egress;
 use lab::{EXT4, Lab, Metrics, NodeSpec, Pods, VISITOR, snapshot};
@@ -38,8 +38,8 @@ fn files_of(root: &Path) -> BTreeSet<String> {
 }
 
 #[test]
-fn metrics_statuses_and_why_are_as_they_are_kept() {
-    // With one gateway node there is one that can hold the egress IP.
+fn metrics_statuses_and_why_match_their_snapshots() {
+    // With one gateway node, only one node can hold the egress IP.
     let nodes = vec![NodeSpec::new("n1", 11, Pods::Routed), NodeSpec::gateway("g1", 21, Pods::Routed)];
     let lab = Lab::builder().nodes(nodes).scene();
     let pod = lab.add_pod("n1", "shop", "visitor", VISITOR);

@@ -1,4 +1,4 @@
-//! Nobody passes for another: forged addresses, forged tunnel packets, and marks that somebody else takes away.
+//! Spoofing: forged addresses, forged tunnel packets, and marks that other programs clear. Needs root.
 
 use lab::fault_injection::owner_and_other;
 use lab::scene::{assert_blocked, assert_leaves_by_egress, assert_leaves_by_node, egress_towards};
@@ -16,7 +16,7 @@ fn a_pod_cannot_send_with_another_pods_address() {
         lab.wait_seen_as(&rich, [192, 0, 2, 56]);
         let forger = lab.add_pod(node, "shop", &format!("forger-{node}"), VISITOR);
         let outsider = lab.add_pod(node, "office", &format!("outsider-{node}"), &[]);
-        // So that neighbours are known and the forged packet goes out at once.
+        // So that neighbours are known and the forged packet is sent at once.
         assert_leaves_by_egress(&forger);
         assert_leaves_by_node(&outsider);
         lab.forget_wire();
@@ -41,7 +41,7 @@ fn send_as(pod: &lab::Pod, address: IpAddr, server: IpAddr) {
     pod.ip(&format!("addr del {address}/{length} dev eth0"));
 }
 
-/// A tunnel packet: VXLAN with group-based policy (draft-smith-vxlan-group-policy), in it a UDP packet of a pod.
+/// A tunnel packet: VXLAN with group-based policy (draft-smith-vxlan-group-policy), with a UDP packet of a pod in it.
 fn tunnel_payload(to_mac: &[u8], from_mac: &[u8], allocation: u16, from: Ipv4Addr, to: Ipv4Addr) -> Vec<u8> {
     let udp = [&[0x30, 0x39][..], &lab::server::UDP_WHO.to_be_bytes(), &11u16.to_be_bytes(), &[0, 0], b"who"].concat();
     let mut ip = [&[0x45, 0][..], &(20 + udp.len() as u16).to_be_bytes(), &[0, 1, 0, 0, 64, 17, 0, 0]].concat();
@@ -65,7 +65,7 @@ fn tunnel_packets_from_anyone_but_a_node_are_dropped() {
 }
 
 #[test]
-fn so_are_those_over_ipv6() {
+fn ipv6_tunnel_packets_from_anyone_but_a_node_are_dropped() {
     tunnel_packets_are_nodes_alone(true);
 }
 
@@ -94,7 +94,7 @@ fn tunnel_packets_are_nodes_alone(ipv6: bool) {
         let (socket, everybody) = host.within(|| (UdpSocket::bind((any, 0)).expect("bind"), everybody()));
         socket.set_broadcast(true).expect("SO_BROADCAST");
         for to in everybody.into_iter().chain([(address, 7871).into()]) {
-            // Some have no route to some of them.
+            // Some senders have no route to some addresses.
             drop(socket.send_to(&payload, to));
         }
         thread::sleep(Duration::from_millis(100));
@@ -105,7 +105,7 @@ fn tunnel_packets_are_nodes_alone(ipv6: bool) {
     lab.forget_wire();
     for untracked in [false, true] {
         if untracked {
-            // Somebody else's: it is no node that says so.
+            // From a sender that is no node.
             for (node, iptables) in lab.nodes().iter().flat_map(|node| ["iptables", "ip6tables"].map(|i| (node, i))) {
                 let tunnel = ["-p", "udp", "--dport", "7871"];
                 node.run([&[iptables, "-t", "raw", "-I", "PREROUTING"][..], &tunnel, &["-j", "NOTRACK"]].concat());
@@ -116,7 +116,7 @@ fn tunnel_packets_are_nodes_alone(ipv6: bool) {
         lab.assert_silence();
     }
 
-    // With a node's address, from the owner's own pods, whatever filter there is.
+    // With a node's address, from the owner's own pods, whatever the filter.
     let node: IpAddr = if ipv6 { lab.node("n1").ipv6().into() } else { lab.node("n1").ipv4().into() };
     for pod in selected.iter().chain(&others).filter(|pod| pod.node.name == owner.name) {
         for rp_filter in ["0", "1", "2"] {
@@ -136,7 +136,7 @@ fn tunnel_packets_are_nodes_alone(ipv6: bool) {
         }
     }
 
-    // From a node, but by a process: straight, and by a Service that stands for the owner.
+    // From a process on a node: straight, and to a Service that stands for the owner.
     for node in ["n1", &owner.name] {
         let host = lab.node(node);
         let (ip, service) = if ipv6 { ("ip6", "fd00:10::1") } else { ("ip", "10.96.0.9") };
@@ -155,7 +155,8 @@ fn tunnel_packets_are_nodes_alone(ipv6: bool) {
     let metrics = lab.metrics("n1");
     assert!(metrics.dropped("foreign").is_some_and(|n| n >= 2.0), "{metrics:?}");
 
-    // The same packet, with the mark that the tunnel device's have, which only root can give: it is as the gateway takes it.
+    // The same packet with the mark of the tunnel device's packets, which only root can set: the gateway node accepts
+    // it.
     let socket = lab.node("n1").within(|| UdpSocket::bind((any, 0))).expect("bind");
     nix::sys::socket::setsockopt(&socket, nix::sys::socket::sockopt::Mark, &0x4547_0000).expect("SO_MARK");
     socket.send_to(&payload, (address, 7871)).expect("send");
@@ -164,7 +165,7 @@ fn tunnel_packets_are_nodes_alone(ipv6: bool) {
 }
 
 #[test]
-fn a_process_on_the_owners_host_cannot_leave_from_an_egress_address() {
+fn a_process_on_the_owner_cannot_send_from_an_egress_ip() {
     let lab = Lab::scene();
     let owner = lab.node(&owner_and_other(&lab).0);
     for server in SERVERS {
@@ -176,15 +177,15 @@ fn a_process_on_the_owners_host_cannot_leave_from_an_egress_address() {
     }
 }
 
-/// Whatever filters source addresses otherwise: IPv6 has nothing, and of IPv4 it can be switched off.
+/// Whatever the other source address filters are: IPv6 has none, and IPv4's can be switched off.
 #[test]
-fn a_pod_cannot_send_with_an_egress_address() {
+fn a_pod_cannot_send_from_an_egress_ip() {
     let lab = Lab::scene();
     for node in lab.nodes() {
         node.set_rp_filter(0);
         for labels in [&[][..], VISITOR] {
             let forger = lab.add_pod(&node.name, "shop", &format!("forger-{}-{}", node.name, labels.len()), labels);
-            // So that neighbours are known and the forged packet goes out at once.
+            // So that neighbours are known and the forged packet is sent at once.
             for server in SERVERS {
                 forger.udp_who(server).expect("an answer");
             }
@@ -201,12 +202,12 @@ fn a_pod_cannot_send_with_an_egress_address() {
 }
 
 #[test]
-fn a_node_passes_on_other_nodes_tunnel_packets_and_nobody_elses() {
+fn a_node_forwards_tunnel_packets_of_nodes_only() {
     let lab = Lab::scene();
     let (owner, other) = owner_and_other(&lab);
     let routers = ["n2", &other];
     for router in routers {
-        // Without word to the others that there is a shorter way.
+        // Without a redirect that tells the others a shorter way.
         lab.node(router).sysctl(&["net.ipv4.conf.all.send_redirects=0", "net.ipv4.conf.eth0.send_redirects=0"]);
         for (from, to) in [("n1", &*owner), (&*owner, "n1")] {
             let to = lab.node(to).ipv4();
@@ -226,7 +227,7 @@ fn a_node_passes_on_other_nodes_tunnel_packets_and_nobody_elses() {
 }
 
 #[test]
-fn where_somebody_else_clears_marks_nothing_leaks() {
+fn nothing_leaks_if_another_program_clears_marks() {
     let lab = Lab::scene();
     let pods = ["n1", "n2"].map(|n| lab.add_pod(n, "shop", &format!("visitor-{n}"), VISITOR));
     for nodes in [["n1", "n2"], ["g1", "g2"]] {
@@ -243,10 +244,10 @@ fn where_somebody_else_clears_marks_nothing_leaks() {
             let table = format!("table inet other {{ chain clear {{ type filter hook {chain} }}; }}");
             nodes.iter().for_each(|node| drop(node.nft(&table)));
             for (pod, server) in pods.iter().flat_map(|pod| SERVERS.map(|server| (pod, server))) {
-                // What was routed already needs the mark no more, on a source node.
+                // On a source node, a packet that was already routed no longer needs the mark.
                 let who = pod.udp_who(server);
                 assert!(who.is_err() || who.ok() == Some(egress_towards(server)), "{chain} on {}", nodes[0].name);
-                // Answers that come too late are answered with an ICMP error.
+                // Late replies are answered with an ICMP error.
                 for _ in 0..10 {
                     let socket = pod.udp_socket((server, lab::server::UDP_WHO).into()).expect("a socket");
                     drop(socket.send(b"who"));
@@ -261,7 +262,7 @@ fn where_somebody_else_clears_marks_nothing_leaks() {
 }
 
 #[test]
-fn whose_pod_mark_somebody_else_takes_is_kept_inside() {
+fn a_pod_whose_pod_mark_is_overwritten_reaches_the_cluster_only() {
     let lab = Lab::scene();
     let inside = lab.add_pod("n2", "office", "inside", &[]);
     let _server = Server::start(&inside);
@@ -271,13 +272,13 @@ fn whose_pod_mark_somebody_else_takes_is_kept_inside() {
         let other = lab.add_pod(node, "office", &format!("other-{node}"), &[]);
         assert_leaves_by_egress(&selected);
         let sessions = SERVERS.map(|server| selected.session(server).expect("a session"));
-        // As iptables' CONNMARK --restore-mark does it without a mask.
+        // As iptables' CONNMARK --restore-mark without a mask does.
         lab.node(node).nft(
             "table inet other { chain restore { type filter hook prerouting priority mangle; meta mark set ct mark; }; }",
         );
         lab.forget_wire();
         if lab.node(node).spec.pods == Pods::Routed {
-            // By its veth it is known again.
+            // The veth identifies the pod again.
             assert_leaves_by_egress(&selected);
         } else {
             assert_blocked(&selected);

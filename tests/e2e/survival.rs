@@ -1,5 +1,5 @@
-//! What connections outlive besides a link that is lost: a gateway's reboot, two deaths at once, a source of cluster
-//! state that is away meanwhile.
+//! What connections survive besides a lost link: a reboot of a gateway node, two simultaneous deaths, a missing
+//! source of cluster state. Needs root.
 
 use lab::fault_injection::{answered_after, dies, holders, owner_and_other, plugged, three_gateways};
 use lab::scene::assert_leaves_by_egress;
@@ -9,7 +9,7 @@ use std::fs;
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// Panics if the scene's address is anywhere else than on `node` for so long.
+/// Panics if the egress IP is on any other node than `node` during this time.
 #[track_caller]
 fn assert_stays(lab: &Lab, node: &str, time: Duration) {
     let begin = Instant::now();
@@ -19,13 +19,13 @@ fn assert_stays(lab: &Lab, node: &str, time: Duration) {
     }
 }
 
-/// Takes from a node all that it loses when it is switched off: the daemon, and what it had put into the kernel and the
-/// run directory.
+/// Removes what a node loses when it is switched off: the daemon, and its state in the kernel and in the run
+/// directory.
 fn switch_off(lab: &Lab, name: &str) {
     let node = lab.node(name);
     lab.daemon(name).kill9();
     for family in ["inet", "netdev", "ip", "ip6"] {
-        // Which of them there are depends on what was moved before.
+        // Which of them exist depends on earlier moves.
         node.try_run(["nft", "delete", "table", family, "egret"]);
     }
     node.ip("link del egret");
@@ -51,7 +51,7 @@ fn switch_off(lab: &Lab, name: &str) {
 }
 
 #[test]
-fn a_gateway_is_rebooted_gets_nothing_back_and_serves_again_when_it_is_needed() {
+fn a_rebooted_gateway_node_gets_nothing_back_and_serves_again_when_needed() {
     let lab = Lab::scene();
     let (owner, other) = owner_and_other(&lab);
     let pods = ["n1", "n2", &other].map(|n| lab.add_pod(n, "shop", &format!("visitor-{n}"), VISITOR));
@@ -63,7 +63,7 @@ fn a_gateway_is_rebooted_gets_nothing_back_and_serves_again_when_it_is_needed() 
     switch_off(&lab, &owner);
     lab.wait_for("the address is on", &vec![other.clone()], || holders(&lab));
     thread::sleep(Duration::from_secs(1));
-    // Its kernel is up before its daemon.
+    // Its kernel runs before its daemon does.
     plugged(&lab, &owner, true);
     assert_stays(&lab, &other, Duration::from_secs(1));
     lab.daemon(&owner).restart();
@@ -83,7 +83,7 @@ fn a_gateway_is_rebooted_gets_nothing_back_and_serves_again_when_it_is_needed() 
 }
 
 #[test]
-fn of_three_gateways_two_die_at_once() {
+fn two_of_three_gateway_nodes_die_at_once() {
     let (lab, pod) = three_gateways();
     let going_on = sessions(std::slice::from_ref(&pod));
     let owner = holders(&lab).remove(0);
@@ -94,7 +94,7 @@ fn of_three_gateways_two_die_at_once() {
     println!("two die: answered after {:?}", answered_after(&pod, Instant::now()));
     lab.wait_for("the address is on", &vec![lives.to_owned()], || holders(&lab));
     thread::sleep(Duration::from_secs(1));
-    // It may have been the dead one's turn before it was known to be dead.
+    // The dead node may have been selected before it was known to be dead.
     assert_short(assert_live("two at once", going_on), 1700);
     lab.assert_nothing_leaked();
 }
@@ -111,7 +111,7 @@ fn allocations_move_while_the_cluster_directory_is_away() {
     thread::sleep(Duration::from_millis(500));
 
     let gap = dies(&lab, &owner, &other, &pods);
-    // It comes back, and nobody can tell it what has happened.
+    // It returns, and nobody can tell it what has happened.
     plugged(&lab, &owner, true);
     assert_stays(&lab, &other, Duration::from_secs(4));
     assert_short(assert_live("without a source", going_on), 1500);
@@ -129,7 +129,7 @@ fn allocations_move_while_the_cluster_directory_is_away() {
 }
 
 #[test]
-fn a_node_whose_address_comes_after_its_daemon_is_ready_soon_after_it() {
+fn a_node_is_ready_soon_after_its_address_appears() {
     let lab = Lab::scene();
     let node = lab.node("n1");
     let own = [format!("{}/24", node.ipv4()), format!("{}/64", node.ipv6())];

@@ -1,4 +1,4 @@
-//! Several tenants: whose address is whose, and who decides. Needs root.
+//! Several tenants: who may use which egress IP, and which policy decides. Needs root.
 
 use lab::scene::{assert_blocked, assert_leaves_by_egress};
 use lab::{EGRESS4, EXT4, Lab, Pod, VISITOR, manifests};
@@ -8,13 +8,13 @@ use std::time::{Duration, Instant};
 
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// Whether the allocations have so many addresses of the gateway's ten in use.
+/// Whether the allocations use this number of the gateway's ten addresses.
 fn in_use(lab: &Lab, count: usize) -> bool {
     lab.manifests().statuses().contains(&format!("IPv4: {count} of 10 in use"))
 }
 
 #[test]
-fn a_policy_made_again_under_another_name_has_its_address_at_once() {
+fn a_policy_that_is_created_again_under_another_name_gets_its_egress_ip_at_once() {
     let lab = Lab::scene();
     let pod = lab.add_pod("n1", "shop", "visitor", VISITOR);
     assert_leaves_by_egress(&pod);
@@ -24,7 +24,7 @@ fn a_policy_made_again_under_another_name_has_its_address_at_once() {
                       address: { ipv4: 192.0.2.50, ipv6: \"2001:db8::50\" }\n";
     for (name, text) in [("shop/guests", renamed.as_str()), ("visitors", everywhere)] {
         let before = lab.egress_id(if name == "visitors" { "shop/guests" } else { "shop/visitors" });
-        // GitOps in the other order: what is old goes before what is new comes.
+        // GitOps in the other order: the old object is deleted before the new one is created.
         lab.remove_manifest("policy.yaml");
         lab.wait_until("its address is given back", PATIENCE, || in_use(&lab, 0));
         lab.wait_seen_as(&pod, pod.node.ipv4());
@@ -36,7 +36,7 @@ fn a_policy_made_again_under_another_name_has_its_address_at_once() {
     }
 }
 
-/// A ClusterEgressPolicy for everything that pods of the namespace `shop` send, from 192.0.2.51.
+/// A ClusterEgressPolicy for all traffic of pods of the namespace `shop`, from 192.0.2.51.
 fn everybodys(more: &str) -> String {
     format!(
         "---\napiVersion: egret.dev/v1alpha1\nkind: ClusterEgressPolicy\nmetadata: {{ name: everybody }}\nspec:\n  \
@@ -46,11 +46,11 @@ fn everybodys(more: &str) -> String {
 }
 
 #[test]
-fn a_tenant_does_not_get_out_of_a_clusteregresspolicy() {
+fn a_tenant_cannot_escape_a_clusteregresspolicy() {
     let lab = Lab::scene();
     let everybody: IpAddr = Ipv4Addr::new(192, 0, 2, 51).into();
     lab.write_manifest("cluster.yaml", &everybodys(""));
-    // What no gateway gives: an unknown gateway, and an address that is in no pool.
+    // Requests that no gateway can meet: an unknown gateway, and an address that is in no pool.
     for ask in ["gateway: nope", "address: { ipv4: 192.0.2.99 }"] {
         let spec = format!("podSelector: {{}}\n  {ask}\n  fallback: NodeAddress\n  priority: 100");
         lab.write_manifest("policy.yaml", &manifests::policy("shop", "out", &spec));
@@ -69,12 +69,13 @@ fn a_tenant_does_not_get_out_of_a_clusteregresspolicy() {
         assert_eq!(lab.sources(EXT4), [everybody].into());
     }
 
-    // One that has an address goes before it, also while its gateways are dead: it blocks, or lets go, as it says.
+    // A policy with an egress IP precedes it, also while its gateway nodes are dead: it blocks or falls back, as it
+    // says.
     let spec = "podSelector: {}\n  address: { ipv4: 192.0.2.50 }\n  fallback: NodeAddress\n  priority: 2147483647";
     lab.write_manifest("policy.yaml", &manifests::policy("shop", "own", spec));
     let pod = lab.add_pod("n1", "shop", "visitor", VISITOR);
     lab.wait_seen_as(&pod, EGRESS4);
-    // The administrator's tier goes before every priority.
+    // The administrator's tier precedes every priority.
     lab.write_manifest("cluster.yaml", &everybodys("  tier: Admin\n"));
     lab.wait_seen_as(&pod, everybody);
     lab.write_manifest("cluster.yaml", &everybodys("  tier: Baseline\n"));
@@ -90,7 +91,7 @@ fn is_told(lab: &Lab, policy: &str, words: &str) -> bool {
 }
 
 #[test]
-fn an_address_is_not_another_namespaces_unless_the_gateway_says_so() {
+fn an_egress_ip_is_shared_across_namespaces_only_if_the_gateway_allows_it() {
     let lab = Lab::scene();
     lab.add_namespace("thief", &[("kubernetes.io/metadata.name", "thief")]);
     let owner = lab.add_pod("n1", "shop", "visitor", VISITOR);
@@ -122,15 +123,16 @@ fn an_address_is_not_another_namespaces_unless_the_gateway_says_so() {
 }
 
 #[test]
-fn an_address_that_is_the_hosts_own_or_no_hosts_is_not_taken() {
+fn an_address_of_the_host_itself_or_of_no_host_is_not_taken() {
     let lab = Lab::scene();
     let pod = lab.add_pod("n1", "shop", "visitor", VISITOR);
-    // A virtual address of the gateways' own, as keepalived would place it, and somebody who listens there.
+    // A virtual address of the gateway nodes themselves, as keepalived would place it, and a server that listens
+    // there.
     let vip = Ipv4Addr::new(192, 0, 2, 57);
     for gateway in ["g1", "g2"] {
         lab.node(gateway).ip(&format!("addr add {vip}/32 dev eth0"));
     }
-    // Nobody listens at the port, and the host says so; where Egret drops what comes to the address, nothing does.
+    // The port is closed, and the host says so. If Egret dropped packets to the address, nothing would answer.
     let connect = || TcpStream::connect_timeout(&(vip, 9).into(), Duration::from_secs(1));
     let answers = || lab.host("ext").within(connect).is_err_and(|e| e.kind() == ErrorKind::ConnectionRefused);
     assert!(answers());
@@ -153,7 +155,8 @@ fn an_address_that_is_the_hosts_own_or_no_hosts_is_not_taken() {
     lab.wait_seen_as(&pod, EGRESS4);
 }
 
-/// Four policies of the namespace `greedy` for all of its pods, each with so many rules of 25 networks and 100 ports.
+/// Four policies of the namespace `greedy` for all of its pods, each with this number of rules of 25 networks and 100
+/// ports.
 fn greedy(rules: usize) -> String {
     let ports: String = (0..100).map(|n| format!("{{ protocol: TCP, port: {} }}, ", 1_000 + 2 * n)).collect();
     let rule = |of: usize, n: usize| {
@@ -169,7 +172,7 @@ fn greedy(rules: usize) -> String {
     (0..4).map(policy).collect()
 }
 
-/// The middle of some ADDs of the pod by egret-cni, each undone before the next.
+/// The median time of some ADDs of the pod by egret-cni, each undone before the next.
 fn time_of_add(pod: &Pod) -> Duration {
     let add = || {
         pod.egret("DEL", |_| ()).expect("DEL");
@@ -183,7 +186,7 @@ fn time_of_add(pod: &Pod) -> Duration {
 }
 
 #[test]
-fn a_tenant_who_lists_a_hundred_thousand_destinations_delays_nobody() {
+fn a_hundred_thousand_destinations_of_one_tenant_delay_no_other_pod() {
     let _machine = lab::turn::alone();
     let lab = Lab::scene();
     lab.write_manifest("greedy.yaml", &greedy(1));
@@ -193,7 +196,7 @@ fn a_tenant_who_lists_a_hundred_thousand_destinations_delays_nobody() {
     lab.wait_until("its lists are in the kernel", PATIENCE, || elements() >= 100);
     let before = time_of_add(&other);
     lab.write_manifest("greedy.yaml", &greedy(10));
-    // An element for each network and port.
+    // One element for each network and port.
     lab.wait_until("its long lists are in the kernel", 6 * PATIENCE, || elements() >= 100_000);
     lab.wait_ready("n1");
     let beside = time_of_add(&other);

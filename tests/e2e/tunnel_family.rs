@@ -1,5 +1,5 @@
-//! A node whose end of the tunnel is of another family than the others', or is no address of a host: that node's fault, and
-//! nobody else's. Needs root.
+//! A node whose tunnel address is of another family than the others', or is no host's address: a fault of this node
+//! only. Needs root.
 
 use lab::fault_injection::holders;
 use lab::scene::{assert_blocked, assert_leaves_by_egress, visitors};
@@ -8,7 +8,7 @@ use std::time::Duration;
 
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// The arguments of a node's daemon, with another address as its end of the tunnel, or none given.
+/// The arguments of a node's daemon, with another tunnel address, or without one.
 fn arguments(lab: &Lab, node: &str, address: Option<&str>) -> Vec<String> {
     let mut arguments = lab.node_daemon_arguments(node);
     let at = arguments.iter().position(|a| a == "--tunnel-address").expect("the lab gives one");
@@ -19,7 +19,7 @@ fn arguments(lab: &Lab, node: &str, address: Option<&str>) -> Vec<String> {
     arguments
 }
 
-/// The scene, its daemons started one by one: these nodes with other ends of the tunnel.
+/// The lab, with its daemons started one by one, and these nodes with other tunnel addresses.
 fn scene_with(ends: &[(&str, Option<&str>)]) -> Lab {
     let lab = Lab::new();
     let pool = manifests::gateway("default", &["192.0.2.50-192.0.2.59", "2001:db8::50-2001:db8::59"]);
@@ -50,12 +50,12 @@ fn visitor(lab: &Lab, node: &str) -> Pod {
 }
 
 #[test]
-fn one_node_of_the_other_family_is_named_and_passed_over_and_all_others_work() {
+fn a_node_of_the_other_family_is_reported_and_skipped_and_all_others_work() {
     let lab = scene_with(&[("n2", Some("2001:db8::12"))]);
     for node in ["n1", "g1", "g2"] {
         leaves(&lab, &visitor(&lab, node));
     }
-    // Its own pod starts, and is blocked, for nobody hears it.
+    // Its own pod starts, and is blocked because no gateway node reaches it.
     assert_blocked(&visitor(&lab, "n2"));
     for gateway in ["g1", "g2"] {
         let named = || {
@@ -69,7 +69,7 @@ fn one_node_of_the_other_family_is_named_and_passed_over_and_all_others_work() {
     let statuses = lab.manifests().statuses();
     assert!(statuses.contains("of: node n2"), "{statuses}");
 
-    // Mended, it is heard.
+    // Corrected, it is reached.
     lab.daemon("n2").kill9();
     lab.start_node("n2");
     lab.wait_ready("n2");
@@ -80,7 +80,7 @@ fn one_node_of_the_other_family_is_named_and_passed_over_and_all_others_work() {
 }
 
 #[test]
-fn a_gateways_node_of_the_other_family_gives_way_to_one_that_is_reached() {
+fn a_gateway_node_of_the_other_family_is_replaced_by_one_that_is_reached() {
     for (odd, end) in [("g1", "2001:db8::21"), ("g2", "2001:db8::22")] {
         let lab = scene_with(&[(odd, Some(end))]);
         let other = if odd == "g1" { "g2" } else { "g1" };
@@ -93,7 +93,7 @@ fn a_gateways_node_of_the_other_family_gives_way_to_one_that_is_reached() {
 }
 
 #[test]
-fn an_end_that_is_no_hosts_address_is_that_nodes_fault() {
+fn an_invalid_tunnel_address_is_a_fault_of_its_node() {
     let lab = Lab::scene();
     let broken = "apiVersion: egret.dev/v1alpha1\nkind: EgressNode\nmetadata: { name: n9 }\n\
                   status: { tunnelAddress: 224.0.0.9, tunnelMac: \"02:00:00:00:09:09\", answers: true }\n";
@@ -107,7 +107,7 @@ fn an_end_that_is_no_hosts_address_is_that_nodes_fault() {
 }
 
 #[test]
-fn nodes_that_list_their_addresses_in_another_order_take_the_clusters_family() {
+fn nodes_with_another_order_of_addresses_use_the_clusters_family() {
     let lab = Lab::new();
     let mut object = manifests::node(lab.node("n2"));
     object["status"]["addresses"].as_array_mut().expect("a list").swap(0, 1);

@@ -1,5 +1,5 @@
-//! Egret comes onto hosts and goes again: the entry is kept while the daemon runs, and after `egretd uninstall` the
-//! host is as it was.
+//! Installation and uninstallation on hosts: the daemon maintains the entry while it runs, and after `egretd
+//! uninstall` the host is as it was before. Needs root.
 
 use lab::scene::{assert_leaves_by_egress, assert_leaves_by_node, visitors};
 use lab::{EGRESS4, EGRESS6, EXT4, Lab, LabBuilder, Node, NodeSpec, Pods, VISITOR, manifests};
@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 const PLAIN: &str = "{ \"name\":\"cbr0\", \"cniVersion\": \"1.0.0\",\n  \"plugins\":[ {\"type\": \"flannel\"} ] }\n";
 const LIST: &str = "10-flannel.conflist";
 
-/// The routed nodes of the usual scene: bridges outlive their pods.
+/// The routed nodes of the usual lab, because bridges outlive their pods.
 fn builder() -> LabBuilder {
     Lab::builder().nodes(vec![NodeSpec::new("n1", 11, Pods::Routed), NodeSpec::gateway("g1", 21, Pods::Routed)])
 }
@@ -27,7 +27,7 @@ fn start(lab: &Lab) {
     lab.wait_everywhere("shop", VISITOR, &[EGRESS4.into(), EGRESS6.into()]);
 }
 
-/// Everything of the network that `ip` and `nft` tell of a node.
+/// Everything that `ip` and `nft` show of a node's network.
 fn network(node: &Node) -> Vec<String> {
     let mut lines = Vec::new();
     let mut add = |what: &str, text: &str| lines.extend(text.lines().map(|l| format!("{what}: {}", l.trim_end())));
@@ -69,7 +69,7 @@ fn run_dir(node: &Node) -> Vec<String> {
 }
 
 #[test]
-fn after_an_uninstallation_a_host_is_as_it_was_before_the_first_start() {
+fn uninstallation_restores_the_host_to_its_state_before_the_first_start() {
     let lab = builder().build();
     let before: Vec<_> = lab.nodes().iter().map(|n| network(n)).collect();
     for node in lab.nodes() {
@@ -92,7 +92,7 @@ fn after_an_uninstallation_a_host_is_as_it_was_before_the_first_start() {
     assert!(!out.status.success() && said.contains("egretd runs on this host"), "{said}");
     assert_leaves_by_egress(&pods[0]);
 
-    // One with a pod in quarantine, one whose daemon was killed at work.
+    // A node with a pod in quarantine, and one whose daemon was killed at work.
     lab.daemon("n1").term();
     let quarantined = lab.add_pod("n1", "shop", "quarantined", VISITOR);
     assert!(quarantined.udp_who(EXT4).is_err());
@@ -109,7 +109,7 @@ fn after_an_uninstallation_a_host_is_as_it_was_before_the_first_start() {
     }
     pods.iter().chain([&quarantined]).for_each(assert_leaves_by_node);
 
-    // The runtime goes by the list that it has read.
+    // The runtime uses the list that it has read.
     for name in ["n1", "g1"] {
         let pod = lab.add_pod(name, "shop", &format!("late-{name}"), VISITOR);
         assert_leaves_by_node(&pod);
@@ -130,7 +130,7 @@ fn after_an_uninstallation_a_host_is_as_it_was_before_the_first_start() {
         assert_eq!(left.len(), 1, "{left:?}");
     }
 
-    // And it can come back.
+    // Egret can be installed again.
     lab.daemon("n1").restart();
     lab.wait_ready("n1");
     assert!(!node.run_dir().join("uninstalled").exists());
@@ -140,7 +140,7 @@ fn after_an_uninstallation_a_host_is_as_it_was_before_the_first_start() {
     lab.wait_seen_as(&pod, EGRESS4);
 }
 
-/// A pod's connection must not go on with the pod's own address when nobody translates it any more.
+/// A pod's connection must not continue with the pod's own address when nobody translates it any more.
 #[test]
 fn connections_do_not_leave_with_a_pods_address_after_an_uninstallation() {
     let lab = builder().build();
@@ -158,7 +158,7 @@ fn connections_do_not_leave_with_a_pods_address_after_an_uninstallation() {
 }
 
 #[test]
-fn an_uninstallation_goes_on_after_an_error_and_tells_it() {
+fn an_uninstallation_continues_after_an_error_and_reports_it() {
     let lab = builder().build();
     start(&lab);
     let node = lab.node("n1");
@@ -177,7 +177,7 @@ fn an_uninstallation_goes_on_after_an_error_and_tells_it() {
     assert_eq!(aside, PLAIN);
 }
 
-/// A node whose daemon keeps the entry.
+/// A node whose daemon maintains the entry.
 fn kept() -> (Lab, PathBuf, PathBuf) {
     let mut lab = Lab::builder().nodes(vec![NodeSpec::new("n1", 11, Pods::Routed)]).build();
     let (conf, bin) = (cni_dir(lab.node("n1"), "conf"), cni_dir(lab.node("n1"), "bin"));
@@ -193,7 +193,7 @@ fn has_entry(path: &std::path::Path) -> bool {
 }
 
 #[test]
-fn the_daemon_answers_another_cnis_rewrite_within_a_second() {
+fn the_daemon_restores_its_entry_within_a_second_of_another_cnis_rewrite() {
     let (lab, conf, bin) = kept();
     fs::remove_dir(&conf).expect("remove");
     lab.start();
@@ -216,11 +216,11 @@ fn the_daemon_answers_another_cnis_rewrite_within_a_second() {
         }
         lab.wait_until("the entry is back", second, || has_entry(&list));
     }
-    // Another CNI takes over, and leaves again.
+    // Another CNI takes over, and is removed again.
     fs::write(conf.join("05-other.conflist"), PLAIN).expect("write");
     lab.wait_until("the new first one has it", second, || has_entry(&conf.join("05-other.conflist")));
     fs::remove_file(conf.join("05-other.conflist")).expect("remove");
-    // The directory is made anew.
+    // The directory is created anew.
     fs::remove_dir_all(&conf).expect("remove");
     thread::sleep(Duration::from_millis(300));
     fs::create_dir(&conf).expect("make");
@@ -233,7 +233,7 @@ fn the_daemon_answers_another_cnis_rewrite_within_a_second() {
         lab.metrics("n1").get("egret_node_cni_configured", &[]) == Some(1.0)
     });
     assert!(lab.metrics("n1").get("egret_node_cni_entry_written_total", &[]) >= Some(6.0));
-    // What cannot be extended is said, and left alone.
+    // A configuration that cannot be extended is reported and stays unchanged.
     let old = PLAIN.replace("1.0.0", "0.2.0");
     fs::write(&list, &old).expect("write");
     lab.wait_until("it is said", second, || lab.daemon("n1").log().contains("cniVersion \"0.2.0\" is not supported"));
@@ -241,7 +241,7 @@ fn the_daemon_answers_another_cnis_rewrite_within_a_second() {
 }
 
 #[test]
-fn a_fight_is_throttled_and_said() {
+fn repeated_rewrites_are_throttled_and_reported() {
     let (lab, conf, _) = kept();
     let list = conf.join(LIST);
     fs::write(&list, PLAIN).expect("write");

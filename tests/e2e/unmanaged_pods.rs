@@ -1,4 +1,5 @@
-//! Pods that ran before Egret, which the cluster forgets while they go on sending: a restarted daemon knows them still.
+//! Pods that ran before Egret and that the cluster drops while they still send: a restarted daemon knows them. Needs
+//! root.
 
 use lab::by_hand::ByHand;
 use lab::kernel::assert_no_traces;
@@ -14,7 +15,7 @@ fn records(node: &Node) -> Vec<String> {
     entries.map(|e| e.file_name().to_string_lossy().into_owned()).collect()
 }
 
-/// What somebody may have put between the daemon's records.
+/// What other programs may have put among the daemon's files.
 fn litter(node: &Node) -> Vec<String> {
     let directory = node.run_dir().join("adopted");
     fs::create_dir_all(directory.join("directory")).expect("make a directory");
@@ -55,7 +56,7 @@ fn adopted() -> (Lab, Vec<Vec<String>>, Vec<Pod>) {
 }
 
 #[test]
-fn an_adopted_pod_that_the_cluster_has_forgotten_is_held_by_the_next_daemon_too() {
+fn the_next_daemon_enforces_an_adopted_pod_that_the_cluster_has_dropped() {
     let (lab, before, pods) = adopted();
     lab.forget_wire();
     let pace = Duration::from_millis(5);
@@ -86,7 +87,7 @@ fn an_adopted_pod_that_the_cluster_has_forgotten_is_held_by_the_next_daemon_too(
         }
         thread::sleep(Duration::from_millis(500));
         lab.assert_nothing_leaked();
-        // By the policies that its labels stand for.
+        // The policies are those that select its labels.
         pods.iter().for_each(assert_leaves_by_egress);
     }
     floods.into_iter().for_each(|flood| drop(flood.stop()));
@@ -95,7 +96,7 @@ fn an_adopted_pod_that_the_cluster_has_forgotten_is_held_by_the_next_daemon_too(
         let on_node: Vec<_> = pods.iter().filter(|pod| pod.node.name == node.name).collect();
         on_node.iter().for_each(|pod| drop(node.ip(&format!("link del {}", pod.host_interface()))));
         if node.name == "n1" {
-            // What nobody can read is nobody's record, and stays; what a killed writer left does not.
+            // An unreadable file is not the daemon's and stays. A file that a killed writer left does not.
             littered.retain(|name| name != ".7");
             lab.wait_until("the record is gone", Duration::from_secs(5), || records(node).len() == littered.len());
             littered.iter().for_each(|name| assert!(records(node).contains(name), "{name}"));
@@ -105,9 +106,9 @@ fn an_adopted_pod_that_the_cluster_has_forgotten_is_held_by_the_next_daemon_too(
     }
 }
 
-/// The veth goes while no daemon runs, and another pod's has its index then.
+/// The veth is removed while no daemon runs, and another pod's veth gets its index.
 #[test]
-fn what_was_written_of_an_adopted_pod_holds_no_other_pod() {
+fn the_file_of_an_adopted_pod_affects_no_other_pod() {
     let lab = Lab::scene();
     let node = lab.node("n1");
     let before = node.egret_state();
@@ -118,7 +119,7 @@ fn what_was_written_of_an_adopted_pod_holds_no_other_pod() {
     first.pod.forget();
     lab.wait_until("it is written down", Duration::from_secs(5), || records(node) == ["1000.json"]);
 
-    // An emptied run directory is filled again.
+    // An emptied run directory is restored.
     fs::remove_dir_all(node.run_dir()).expect("remove");
     fs::create_dir(node.run_dir()).expect("make");
     lab.wait_until("it is written down again", Duration::from_secs(40), || records(node) == ["1000.json"]);
@@ -137,7 +138,7 @@ fn what_was_written_of_an_adopted_pod_holds_no_other_pod() {
     lab.wait_seen_as(&second.pod, node.ipv4());
     assert_no_traces(node, &before);
 
-    // A record of another boot, whose indexes mean nothing now.
+    // A file of another boot, whose indexes are invalid now.
     let mut adopted = ByHand::make(&lab, "third", VISITOR, "cali3 index 1001", "10.244.1.79");
     adopted.pod.relabel(VISITOR);
     lab.wait_seen_as(&adopted.pod, EGRESS4);
@@ -153,7 +154,7 @@ fn what_was_written_of_an_adopted_pod_holds_no_other_pod() {
     assert_no_traces(node, &before);
 }
 
-/// The plugin's verbs see nothing of an adopted pod's record, and it does not stand in their way.
+/// The plugin's verbs ignore the file of an adopted pod.
 #[test]
 fn the_plugin_takes_over_a_pod_that_was_adopted() {
     let lab = Lab::scene();
@@ -164,7 +165,7 @@ fn the_plugin_takes_over_a_pod_that_was_adopted() {
     lab.wait_seen_as(&pod.pod, EGRESS4);
     lab.forget_wire();
     assert_eq!(records(node).len(), 1);
-    // Of a pod that no plugin brought: nothing is undone while it can send.
+    // The pod was set up without the plugin: nothing is undone while it can send.
     pod.egret("DEL");
     assert_eq!(pod.pod.udp_who(EXT4).ok(), Some(EGRESS4.into()));
     assert_eq!(records(node).len(), 1);

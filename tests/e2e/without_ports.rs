@@ -1,4 +1,4 @@
-//! Protocols without ports: one flow at a time for an egress address and a server.
+//! Protocols without ports: one flow at a time for an egress IP and a server. Needs root.
 
 use lab::fault_injection::owner_and_other;
 use lab::{EGRESS4, EXT4, Lab, Pod, VISITOR};
@@ -7,10 +7,10 @@ use std::net::SocketAddrV4;
 use std::os::fd::AsRawFd;
 use std::time::Duration;
 
-/// For experiments, RFC 3692: nobody's helper knows it, and it has no ports.
+/// For experiments, RFC 3692: no helper knows it, and it has no ports.
 const PROTOCOL: u8 = 253;
 
-/// Sends a packet of that protocol to the server. The kernel fills in what is zero, and the checksum (raw(7)).
+/// Sends a packet of that protocol to the server. The kernel fills in zero fields, and the checksum (raw(7)).
 fn send(pod: &Pod) {
     let mut packet = vec![0x45, 0, 0, 0, 0, 0, 0, 0, 64, PROTOCOL, 0, 0, 0, 0, 0, 0];
     packet.extend(EXT4.octets());
@@ -28,7 +28,7 @@ fn arrived(lab: &Lab) -> Vec<(std::net::IpAddr, u64)> {
 }
 
 #[test]
-fn what_a_second_pod_sends_by_a_protocol_without_ports_is_dropped_and_counted() {
+fn a_second_pods_packets_of_a_protocol_without_ports_are_dropped_and_counted() {
     let lab = Lab::scene();
     let (owner, _) = owner_and_other(&lab);
     let [first, second] = ["n1", "n2"].map(|n| lab.add_pod(n, "shop", &format!("visitor-{n}"), VISITOR));

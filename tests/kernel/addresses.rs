@@ -41,7 +41,7 @@ async fn preferred(socket: &RouteSocket, address: IpAddr, ifindex: u32) {
 }
 
 #[test]
-fn egress_addresses_come_and_go_and_others_stay() {
+fn egress_ips_are_added_and_removed_and_other_addresses_stay() {
     in_namespace(|| async {
         let socket = host();
         interface("eth1");

@@ -44,7 +44,7 @@ async fn targets(socket: &RouteSocket, addresses: &[&str]) -> Vec<Target> {
 }
 
 #[test]
-fn who_has_an_address_answers_and_who_has_it_not_does_not() {
+fn only_the_host_with_an_address_answers_probes_for_it() {
     in_namespace(|| async {
         let (socket, _other) = link().await;
         let theirs: Mac = parse(THEIRS).unwrap();
@@ -63,7 +63,7 @@ fn who_has_an_address_answers_and_who_has_it_not_does_not() {
 }
 
 #[test]
-fn neighbours_learn_where_an_address_has_gone() {
+fn an_announcement_updates_the_neighbours_entries() {
     in_namespace(|| async {
         let (socket, other) = link().await;
         let moved = ["192.0.2.60", "2001:db8::60"];
@@ -81,7 +81,7 @@ fn neighbours_learn_where_an_address_has_gone() {
 }
 
 #[test]
-fn an_address_that_egret_has_placed_answers_whoever_asks() {
+fn the_kernel_answers_for_an_address_that_egret_added() {
     in_namespace(|| async {
         let (socket, other) = link().await;
         let placed = targets(&socket, &["192.0.2.61", "2001:db8::61"]).await;
@@ -97,7 +97,7 @@ fn an_address_that_egret_has_placed_answers_whoever_asks() {
 }
 
 #[test]
-fn an_interface_that_is_down_is_an_error_and_one_without_a_mac_is_none() {
+fn an_interface_that_is_down_is_an_error_and_one_without_a_mac_address_is_ignored() {
     in_namespace(|| async {
         let (socket, _other) = link().await;
         let mut all = targets(&socket, &["192.0.2.60", "2001:db8::60"]).await;

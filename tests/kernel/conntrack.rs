@@ -32,7 +32,7 @@ fn address(text: &str) -> IpAddr {
 }
 
 #[test]
-fn a_pods_connections_on_some_allocations_are_forgotten_and_others_stay() {
+fn a_pods_connections_on_some_allocations_are_deleted_and_others_stay() {
     in_namespace(|| async {
         let mut socket = Socket::open(NETLINK_NETFILTER).unwrap();
         assert_eq!(list(&mut socket, PATHS).unwrap(), []);
@@ -53,7 +53,7 @@ fn a_pods_connections_on_some_allocations_are_forgotten_and_others_stay() {
 }
 
 #[test]
-fn all_connections_of_an_address_are_forgotten_and_nobody_elses() {
+fn only_the_connections_of_one_address_are_deleted() {
     in_namespace(|| async {
         let mut socket = Socket::open(NETLINK_NETFILTER).unwrap();
         for (n, source) in ["10.244.1.5", "fd00:244:1::5", "10.244.1.6", "fd00:244:1::6"].into_iter().enumerate() {
@@ -75,7 +75,7 @@ fn all_connections_of_an_address_are_forgotten_and_nobody_elses() {
 }
 
 #[test]
-fn connections_that_an_address_has_begun_are_told_apart_by_server_port_and_id() {
+fn connections_of_one_source_differ_by_server_port_and_id() {
     in_namespace(|| async {
         let mut socket = Socket::open(NETLINK_NETFILTER).unwrap();
         connection("10.244.1.5", Some("192.0.2.11"), 1001, 0);
@@ -102,7 +102,7 @@ fn connections_that_an_address_has_begun_are_told_apart_by_server_port_and_id() 
 }
 
 #[test]
-fn connections_of_an_egress_address_are_forgotten() {
+fn connections_of_an_egress_ip_are_deleted() {
     in_namespace(|| async {
         let mut socket = Socket::open(NETLINK_NETFILTER).unwrap();
         connection("10.244.1.5", Some("192.0.2.50"), 1001, 0x4547_800b);
@@ -120,7 +120,7 @@ fn connections_of_an_egress_address_are_forgotten() {
 
 /// The kernel tells of what would collide with another entry, and of attributes that it does not understand.
 #[test]
-fn what_is_late_for_a_connection_has_an_entry_for_a_second_that_begins_at_the_other_end() {
+fn replies_in_flight_have_an_entry_for_a_second_that_begins_at_the_server() {
     in_namespace(|| async {
         let mut socket = Socket::open(NETLINK_NETFILTER).unwrap();
         connection("10.244.1.5", Some("192.0.2.50"), 1001, 0x4547_0011);
@@ -168,7 +168,7 @@ const TCP: u8 = 6;
 const UDP: u8 = 17;
 
 #[test]
-fn a_connection_is_made_with_the_port_that_another_node_gave_it_or_not_at_all() {
+fn an_entry_is_inserted_with_exactly_the_given_port_or_not_at_all() {
     in_namespace(|| async {
         let mut socket = Socket::open(NETLINK_NETFILTER).unwrap();
         let no_place = |_: &_| false;
@@ -216,7 +216,7 @@ fn a_connection_is_made_with_the_port_that_another_node_gave_it_or_not_at_all() 
 }
 
 #[test]
-fn a_pods_connection_gives_place_to_its_translated_one_and_to_what_is_late() {
+fn a_pods_entry_is_replaced_by_a_translated_one_and_one_for_replies_in_flight() {
     in_namespace(|| async {
         let mut socket = Socket::open(NETLINK_NETFILTER).unwrap();
         connection("10.244.1.5", None, 1001, 0x4547_0011);
@@ -240,7 +240,7 @@ fn a_pods_connection_gives_place_to_its_translated_one_and_to_what_is_late() {
 }
 
 #[test]
-fn many_connections_are_forgotten_quickly() {
+fn many_connections_are_deleted_quickly() {
     let _machine = lab::turn::alone();
     in_namespace(|| async {
         let mut socket = Socket::open(NETLINK_NETFILTER).unwrap();

@@ -66,7 +66,7 @@ fn kernel_has_bridge_vlans() -> bool {
 }
 
 #[test]
-fn a_bridged_pod_is_found_also_if_it_was_silent_for_long() {
+fn a_bridged_pod_is_found_after_a_long_silence() {
     in_namespace(|| async {
         for vlans in [false, true] {
             if vlans && !kernel_has_bridge_vlans() {
@@ -104,7 +104,7 @@ fn a_bridged_pod_is_found_behind_a_packet_filter_and_after_another_had_its_addre
 }
 
 #[test]
-fn what_is_behind_no_veth_of_the_host_is_not_found() {
+fn an_address_that_is_behind_no_veth_is_not_found() {
     in_namespace(|| async {
         let socket = RouteSocket::open().unwrap();
         // A host that is itself a container: its uplink is a veth, and other nodes' pods are behind it.

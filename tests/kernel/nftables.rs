@@ -173,7 +173,7 @@ fn a_chain_does_not_grow_with_what_its_policies_list() {
 }
 
 #[test]
-fn a_pods_start_writes_nothing_of_what_others_list() {
+fn a_pods_start_writes_no_list_of_other_policies() {
     in_namespace(|| async {
         veths(2);
         let starting = |networks| {
@@ -197,7 +197,7 @@ fn a_pods_start_writes_nothing_of_what_others_list() {
 }
 
 #[test]
-fn nobody_takes_an_element_out_of_what_a_policy_covers() {
+fn the_kernel_refuses_to_remove_an_element_that_a_policy_covers() {
     in_namespace(|| async {
         veths(1);
         let (plan, shared) = listing(4);
@@ -236,7 +236,7 @@ fn veths(n: u32) {
 }
 
 #[test]
-fn what_was_applied_is_read_back_as_the_same() {
+fn an_applied_table_is_read_back_unchanged() {
     in_namespace(|| async {
         veths(4);
         let (plan, shared) = plan_and_sets(1200, 4);
@@ -253,7 +253,7 @@ fn what_was_applied_is_read_back_as_the_same() {
 }
 
 #[test]
-fn what_somebody_takes_away_is_put_back() {
+fn removed_objects_are_restored() {
     in_namespace(|| async {
         veths(2);
         let (plan, shared) = plan_and_sets(3, 2);
@@ -314,7 +314,7 @@ fn ranges_become_any_other_ranges() {
 
 /// A pod's start adds to what was made for the others: whatever comes and goes, it is as if it were made anew.
 #[test]
-fn what_follows_from_the_last_plan_is_what_is_made_anew() {
+fn tables_from_the_last_plan_equal_tables_made_anew() {
     in_namespace(|| async {
         veths(5);
         let (all, shared) = plan_and_sets(3, 5);
@@ -372,7 +372,7 @@ fn what_follows_from_the_last_plan_is_what_is_made_anew() {
 }
 
 #[test]
-fn a_view_that_is_out_of_date_is_read_again() {
+fn an_outdated_view_of_the_kernel_is_read_again() {
     in_namespace(|| async {
         veths(2);
         let (plan, shared) = plan_and_sets(3, 2);

@@ -48,7 +48,7 @@ fn listed() -> String {
 }
 
 #[test]
-fn what_a_socket_owns_nobody_else_changes_and_everybody_reads() {
+fn an_owned_table_can_be_read_by_all_and_changed_by_its_owner_only() {
     let _machine = lab::turn::alone();
     in_namespace(|| async {
         let mut nft = owning();
@@ -116,7 +116,7 @@ fn a_table_is_adopted_that_lacks_a_chain_at_a_hook() {
 }
 
 #[test]
-fn a_table_of_before_is_made_anew_with_an_owner_in_one_transaction() {
+fn an_earlier_table_is_recreated_with_an_owner_in_one_transaction() {
     let _machine = lab::turn::alone();
     in_namespace(|| async {
         Nftables::open().unwrap().apply(&tables(2)).unwrap();
@@ -131,7 +131,7 @@ fn a_table_of_before_is_made_anew_with_an_owner_in_one_transaction() {
 
 /// Its chains see no packet.
 #[test]
-fn a_table_that_somebody_has_put_to_sleep_is_woken() {
+fn a_dormant_table_is_activated() {
     let _machine = lab::turn::alone();
     in_namespace(|| async {
         let mut nft = Nftables::open().unwrap();
@@ -145,7 +145,7 @@ fn a_table_that_somebody_has_put_to_sleep_is_woken() {
 }
 
 #[test]
-fn who_finds_a_table_that_another_socket_owns_is_told_whose_it_is() {
+fn the_error_about_another_sockets_table_names_the_owner() {
     let _machine = lab::turn::alone();
     in_namespace(|| async {
         let mut owner = owning();
@@ -164,7 +164,7 @@ fn who_finds_a_table_that_another_socket_owns_is_told_whose_it_is() {
 
 /// As on kernels before Linux 6.9, where no owned table outlives its owner's socket.
 #[test]
-fn a_table_that_is_to_go_with_its_socket_is_owned_beside_one_that_is_not() {
+fn a_table_that_ends_with_its_socket_is_owned_beside_one_without_an_owner() {
     let _machine = lab::turn::alone();
     const FLUSH_GUARD: TableName = TableName { family: NFPROTO_INET, name: "egret-flush-guard" };
     in_namespace(|| async {

@@ -35,7 +35,7 @@ fn a_host_without_ipv6_has_a_tunnel_without_ipv6() {
 }
 
 #[test]
-fn five_thousand_nodes_are_quick() {
+fn five_thousand_nodes_are_synchronised_quickly() {
     let _machine = lab::turn::alone();
     in_namespace(|| async {
         let socket = host();
@@ -65,7 +65,7 @@ fn five_thousand_nodes_are_quick() {
 }
 
 #[test]
-fn a_tables_last_resort_can_be_silent() {
+fn a_tables_fallback_route_can_be_a_blackhole() {
     in_namespace(|| async {
         let socket = host();
         let last = |dst: &str| Route { dst: dst.parse().unwrap(), kind: RouteKind::Blackhole, metric: METRIC_LAST };
@@ -83,7 +83,7 @@ fn a_tables_last_resort_can_be_silent() {
 }
 
 #[test]
-fn a_table_holds_the_routes_that_are_wanted() {
+fn a_table_contains_exactly_the_desired_routes() {
     in_namespace(|| async {
         let socket = host();
         let oif = tunnel::ensure(&socket, &ours()).await.unwrap();
@@ -137,7 +137,7 @@ fn a_table_holds_the_routes_that_are_wanted() {
 }
 
 #[test]
-fn a_next_hop_changes_without_a_moment_between() {
+fn a_next_hop_is_replaced_atomically() {
     in_namespace(|| async {
         let socket = host();
         let oif = index("eth0");
@@ -165,7 +165,7 @@ fn a_next_hop_changes_without_a_moment_between() {
 }
 
 #[test]
-fn rules_stand_once_for_each_family() {
+fn each_rule_exists_once_for_each_family() {
     in_namespace(|| async {
         let socket = host();
         assert_eq!(rules::sync(&socket, &our_rules()).await.unwrap(), 4);

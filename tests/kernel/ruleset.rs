@@ -109,7 +109,7 @@ fn objects(text: &str) -> BTreeMap<(String, String), Vec<String>> {
 }
 
 #[test]
-fn what_nft_lists_is_what_the_files_say() {
+fn nft_lists_the_loaded_files_unchanged() {
     for (name, of, node) in RULESETS {
         in_namespace(move || async move {
             load(of, node).await;
@@ -144,7 +144,7 @@ fn nft_itself_loads_the_files() {
 }
 
 #[test]
-fn another_reader_finds_each_object_as_it_should_be() {
+fn an_independent_reader_finds_each_object() {
     for (name, of, node) in RULESETS {
         in_namespace(move || async move {
             load(of, node).await;

@@ -11,7 +11,7 @@ use egret::datapath::underlay::Underlay;
 use std::collections::{BTreeMap, BTreeSet};
 
 #[test]
-fn the_tunnel_device_is_as_it_should_be_and_stays_when_asked_again() {
+fn the_tunnel_device_has_the_desired_settings_and_stays_in_the_second_run() {
     in_namespace(|| async {
         let socket = host();
         let first = tunnel::ensure(&socket, &ours()).await.unwrap();
@@ -43,7 +43,7 @@ fn the_tunnel_device_is_as_it_should_be_and_stays_when_asked_again() {
 }
 
 #[test]
-fn what_was_changed_by_hand_is_put_right_on_the_same_device() {
+fn manual_changes_are_corrected_on_the_same_device() {
     in_namespace(|| async {
         let socket = host();
         let first = tunnel::ensure(&socket, &ours()).await.unwrap();
@@ -84,7 +84,7 @@ fn setting(key: &str) -> String {
 }
 
 #[test]
-fn a_device_with_other_parameters_is_made_anew() {
+fn a_device_with_other_parameters_is_recreated() {
     in_namespace(|| async {
         let socket = host();
         let mut before = tunnel::ensure(&socket, &ours()).await.unwrap();
@@ -106,7 +106,7 @@ fn a_device_with_other_parameters_is_made_anew() {
 }
 
 #[test]
-fn what_is_not_ours_is_an_error_with_a_remedy_and_stays() {
+fn a_device_of_another_program_is_an_error_with_a_remedy_and_stays() {
     in_namespace(|| async {
         let socket = host();
         ip("link add egret type bridge");
@@ -127,7 +127,7 @@ fn what_is_not_ours_is_an_error_with_a_remedy_and_stays() {
 }
 
 #[test]
-fn the_tunnels_mtu_is_the_underlays_less_what_goes_around() {
+fn the_tunnels_mtu_is_the_underlays_less_the_overhead() {
     in_namespace(|| async {
         let socket = host();
         let mtu = async |local, peers: &[&str]| {
@@ -172,7 +172,7 @@ fn entries() -> BTreeMap<String, BTreeSet<String>> {
 }
 
 #[test]
-fn forwarding_entries_are_those_that_are_wanted() {
+fn the_forwarding_database_contains_the_desired_entries() {
     in_namespace(|| async {
         let socket = host();
         let device = tunnel::ensure(&socket, &ours()).await.unwrap();
@@ -202,7 +202,7 @@ fn forwarding_entries_are_those_that_are_wanted() {
 }
 
 #[test]
-fn one_entry_that_is_refused_does_not_keep_the_others() {
+fn a_rejected_entry_does_not_affect_the_others() {
     in_namespace(|| async {
         let socket = host();
         let device = tunnel::ensure(&socket, &ours()).await.unwrap();

@@ -48,7 +48,7 @@ async fn host() -> (RouteSocket, Watch) {
 }
 
 #[test]
-fn what_others_do_to_egrets_things_is_news() {
+fn changes_of_egrets_objects_by_others_are_events() {
     in_namespace(|| async {
         let (_socket, mut watch) = host().await;
         let pod = Other::new();
@@ -94,7 +94,7 @@ fn what_others_do_to_egrets_things_is_news() {
 }
 
 #[test]
-fn what_is_nobodys_business_is_no_news() {
+fn other_changes_are_no_events() {
     in_namespace(|| async {
         let (socket, mut watch) = host().await;
         let rule = Rule { priority: names::RULE_REQUEST, mark: 1, mask: 1, table: names::TABLE_REQUEST };
@@ -116,7 +116,7 @@ fn what_is_nobodys_business_is_no_news() {
 }
 
 #[test]
-fn a_flood_of_changes_is_told_once_and_loss_is_told_too() {
+fn a_burst_of_changes_is_one_event_and_a_loss_is_an_event() {
     in_namespace(|| async {
         let (_socket, mut watch) = host().await;
         let many: String =

@@ -70,7 +70,7 @@ fn install(lab: &Lab) -> bool {
 }
 
 #[test]
-fn a_nodes_token_writes_what_is_that_nodes_and_no_more() {
+fn a_nodes_token_can_write_its_own_objects_only() {
     let lab = Lab::builder().kubernetes().build();
     for node in ["n1", "n2"] {
         tainted(&lab, node);

@@ -8,7 +8,7 @@ use serde_json::json;
 const TOO_MANY: usize = 4_200;
 
 #[test]
-fn what_has_no_room_is_refused_in_words_and_what_is_written_stays() {
+fn a_status_that_is_too_long_is_rejected_with_a_reason_and_the_written_one_stays() {
     let lab = Lab::builder().kubernetes().nodes(vec![NodeSpec::gateway("g1", 21, Pods::Routed)]).build();
     let namespace = "n".repeat(63);
     lab.add_namespace(&namespace, &[]);

@@ -48,7 +48,7 @@ fn selected_pods_reach_the_api_server_without_a_gateway() {
 }
 
 #[test]
-fn a_service_whose_endpoints_are_outside_is_told_as_it_is() {
+fn why_explains_a_service_with_endpoints_outside() {
     let lab = Lab::builder().kubernetes().scene();
     let _pod = lab.add_pod("n1", "shop", "visitor", VISITOR);
     let service = json!({"apiVersion": "v1", "kind": "Service", "metadata": {"name": "database", "namespace": "shop"},

@@ -10,7 +10,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 #[test]
-fn everything_goes_on_while_the_api_server_is_away() {
+fn everything_continues_while_the_api_server_is_away() {
     let lab = Lab::builder().kubernetes().scene();
     let pod = lab.add_pod("n1", "shop", "visitor", VISITOR);
     let mut late = lab.sandbox("n2", "shop", "late", VISITOR);
@@ -48,7 +48,7 @@ fn everything_goes_on_while_the_api_server_is_away() {
 }
 
 #[test]
-fn a_daemon_that_starts_while_the_api_server_is_away_goes_on_from_what_it_was_told() {
+fn a_daemon_that_starts_while_the_api_server_is_away_continues_with_its_offline_cache() {
     let lab = Lab::builder().kubernetes().scene();
     let pod = lab.add_pod("n1", "shop", "visitor", VISITOR);
     let mut late = lab.sandbox("n1", "shop", "late", VISITOR);
@@ -94,7 +94,7 @@ fn a_daemon_that_starts_while_the_api_server_is_away_goes_on_from_what_it_was_to
 }
 
 #[test]
-fn changes_that_were_missed_are_found_by_a_new_list() {
+fn missed_changes_are_found_by_a_new_list() {
     let lab = Lab::builder().kubernetes().scene();
     let pod = lab.add_pod("n1", "shop", "visitor", VISITOR);
     assert_leaves_by_egress(&pod);

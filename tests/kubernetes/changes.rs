@@ -105,7 +105,7 @@ fn a_gateway_loses_a_node_and_a_part_of_its_pool() {
 }
 
 #[test]
-fn a_node_tells_which_networks_are_inside() {
+fn a_node_reports_the_networks_inside_the_cluster() {
     let lab = Lab::builder().kubernetes().scene();
     let told = lab.api().egret("egressnodes/n1")["status"]["direct"].clone();
     let told: Vec<(String, String)> = told

@@ -65,7 +65,7 @@ fn collection_of(object: &Value, plural: &str) -> String {
 }
 
 #[test]
-fn what_the_api_server_has_of_other_systems_is_converted() {
+fn objects_of_other_systems_in_the_api_server_are_converted() {
     let lab = Lab::builder().kubernetes().nodes(vec![]).build();
     let json_type = "application/json";
     for (group, version, kind, plural, scope) in [

@@ -92,8 +92,8 @@ fn every_field_is_explained() {
 }
 
 #[test]
-fn every_rule_is_met_from_both_sides() {
-    if !has_server((1, 25), false, "current::every_rule_is_met_from_both_sides") {
+fn every_validation_rule_accepts_and_rejects() {
+    if !has_server((1, 25), false, "current::every_validation_rule_accepts_and_rejects") {
         return;
     }
     let lab = Lab::builder().kubernetes().nodes(vec![]).build();
@@ -167,9 +167,9 @@ fn every_rule_is_met_from_both_sides() {
 }
 
 #[test]
-fn selectors_that_can_select_nothing_are_refused() {
+fn selectors_that_can_select_nothing_are_rejected() {
     // 1.20 makes null of an empty text, and of a map that an apply takes away, and then refuses it.
-    if !has_server((1, 25), false, "current::selectors_that_can_select_nothing_are_refused") {
+    if !has_server((1, 25), false, "current::selectors_that_can_select_nothing_are_rejected") {
         return;
     }
     let lab = Lab::builder().kubernetes().nodes(vec![]).build();
@@ -202,7 +202,7 @@ fn selectors_that_can_select_nothing_are_refused() {
 }
 
 #[test]
-fn two_who_write_one_field_learn_of_each_other() {
+fn two_writers_of_one_field_get_a_conflict() {
     let lab = Lab::builder().kubernetes().nodes(vec![]).build();
     lab.add_namespace("shop", &[]);
     let apply = |manager: &str, priority: i32, force: bool| {

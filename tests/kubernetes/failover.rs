@@ -45,6 +45,6 @@ fn allocations_move_while_the_api_server_refuses_connections() {
 }
 
 #[test]
-fn allocations_move_while_nobody_hears_of_the_api_server() {
+fn allocations_move_while_the_api_server_does_not_answer() {
     allocations_move(|lab| plugged(lab, "api", false), |lab| plugged(lab, "api", true));
 }

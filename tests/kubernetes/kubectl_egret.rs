@@ -82,7 +82,7 @@ fn a_reader_sees_and_an_operator_moves() {
 /// A pool that is too small, a gateway without nodes, a shadowed policy, a dead gateway node, a CNI that bypasses
 /// netfilter: each is named with its remedy.
 #[test]
-fn what_is_wrong_in_a_cluster_is_named_with_its_remedy() {
+fn problems_of_a_cluster_are_reported_with_their_remedies() {
     let lab = Lab::builder().kubernetes().scene();
     let (owner, other) = owner_and_other(&lab);
     let gateway = |name: &str, label: &str, address: &str| {

@@ -79,7 +79,7 @@ fn one_leads_and_the_other_takes_over() {
 }
 
 #[test]
-fn leaders_that_overlap_give_nothing_out_twice() {
+fn overlapping_leaders_give_out_no_address_twice() {
     let lab = bare();
     let controllers = [lab.start_another_controller("one", 7881), lab.start_another_controller("two", 7882)];
     lab.wait_until("one leads", PATIENCE, || !holder(&lab).is_empty());

@@ -4,7 +4,7 @@ use super::{PATIENCE, documents};
 use lab::Lab;
 
 #[test]
-fn metrics_are_for_whom_the_api_server_lets_read_them() {
+fn metrics_can_be_read_with_the_api_servers_permission_only() {
     let lab = Lab::builder().kubernetes().node_arguments(&["--metrics-authentication"]).build();
     lab.start_node("n1");
     lab.wait_ready("n1");

@@ -7,7 +7,7 @@ use lab::{EGRESS4, Lab, manifests};
 use serde_json::json;
 
 #[test]
-fn an_object_that_slipped_past_validation_spoils_nothing_else() {
+fn an_object_that_bypassed_validation_affects_no_other() {
     let lab = Lab::builder().kubernetes().scene();
     let pod = lab.add_pod("n1", "shop", "visitor", VISITOR);
     assert_leaves_by_egress(&pod);
@@ -35,7 +35,7 @@ fn an_object_that_slipped_past_validation_spoils_nothing_else() {
 }
 
 #[test]
-fn a_daemon_without_rights_says_what_to_do() {
+fn a_daemon_without_rights_logs_the_remedy() {
     let lab = Lab::builder().kubernetes().scene();
     let pod = lab.add_pod("n1", "shop", "visitor", VISITOR);
     lab.daemon("n1").kill9();
@@ -54,7 +54,7 @@ fn a_daemon_without_rights_says_what_to_do() {
 }
 
 #[test]
-fn nodes_and_controllers_may_do_no_more_than_they_do() {
+fn nodes_and_controllers_have_only_the_rights_that_they_use() {
     let lab = Lab::builder().kubernetes().nodes(vec![]).build();
     let may = |role: Role, verb: &str, group: &str, resource: &str, subresource: &str, namespace: &str| {
         let user = match role {
@@ -88,7 +88,7 @@ fn nodes_and_controllers_may_do_no_more_than_they_do() {
 }
 
 #[test]
-fn the_api_server_refuses_what_makes_no_sense() {
+fn the_api_server_rejects_invalid_objects() {
     let lab = Lab::builder().kubernetes().nodes(vec![]).build();
     lab.add_namespace("shop", &[]);
     let policy = |spec: serde_json::Value| {
@@ -116,7 +116,7 @@ fn the_api_server_refuses_what_makes_no_sense() {
 }
 
 #[test]
-fn a_gateway_that_makes_no_sense_is_told_so_and_costs_nobody_anything() {
+fn an_invalid_gateway_has_a_condition_and_affects_no_other() {
     let lab = Lab::builder().kubernetes().scene();
     let pods = ["n1", "n2"].map(|node| lab.add_pod(node, "shop", &format!("visitor-{node}"), VISITOR));
     // Two ranges that overlap: the API server's formats and rules do not see that.

@@ -20,7 +20,7 @@ fn keys(lab: &Lab, node: &str) -> Vec<String> {
 }
 
 #[test]
-fn a_node_is_opened_to_pods_when_egret_is_ready_there_and_not_before() {
+fn a_nodes_taint_is_removed_when_egret_is_ready_there_and_not_before() {
     let lab = Lab::builder().kubernetes().build();
     let not_ready = "egret.dev/not-ready";
     let all = json!([

@@ -102,7 +102,7 @@ fn the_base_for_kustomize_is_the_same_as_the_one_file() {
 }
 
 #[test]
-fn the_charts_values_do_what_they_say() {
+fn the_charts_values_have_their_effects() {
     let values = json!({
         "image": {"repository": "registry.example/egret", "tag": "t1", "pullSecrets": [{"name": "key"}]},
         "cni": {"binDir": "/x/bin", "confDir": "/x/net.d"}, "logLevel": "debug", "logFormat": "text",
@@ -177,7 +177,7 @@ fn the_charts_values_do_what_they_say() {
 
 /// What Prometheus' operator and Grafana get from the chart is what the files say, and by default nothing.
 #[test]
-fn the_charts_monitoring_is_what_the_files_say() {
+fn the_charts_monitoring_equals_the_files() {
     let of_monitoring = |key: &String| {
         ["PodMonitor", "PrometheusRule", "ConfigMap"].iter().any(|kind| key.starts_with(&format!("{kind} ")))
     };

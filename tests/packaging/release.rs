@@ -111,7 +111,7 @@ fn workflows_run_targets_of_the_makefile() {
 
 /// A variable that the suite does not know would be passed over.
 #[test]
-fn what_workflows_tell_the_suite_is_in_its_readme() {
+fn variables_that_workflows_pass_to_the_suite_are_in_its_readme() {
     let readme = text(&root().join("tests/cluster/README.md"));
     let run = text(&root().join("tests/cluster/run.sh")) + &text(&root().join("tests/cluster/clients.sh"));
     let workflow = root().join(".github/workflows/ci.yaml");

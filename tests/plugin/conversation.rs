@@ -31,7 +31,7 @@ fn serve(node: &Node, answers: &'static [&'static str]) -> Receiver<Value> {
 }
 
 #[test]
-fn what_is_asked() {
+fn the_plugin_sends_the_request_of_its_verb() {
     let node = Node::new();
     let pod = node.pod(5);
     let questions = serve(&node, &[DONE; 4]);
@@ -75,7 +75,7 @@ fn the_daemons_refusal_is_printed_with_its_code() {
 }
 
 #[test]
-fn a_daemon_that_breaks_off_or_is_not_understood_is_away() {
+fn a_daemon_that_closes_the_connection_or_sends_garbage_counts_as_away() {
     let node = Node::new();
     node.prepare(&["shop"]);
     let pod = node.pod(5);
@@ -107,7 +107,7 @@ fn a_daemon_that_breaks_off_or_is_not_understood_is_away() {
 }
 
 #[test]
-fn a_daemon_that_comes_back_in_the_middle_is_told() {
+fn a_daemon_that_returns_meanwhile_gets_the_request() {
     let node = Node::new();
     node.prepare(&["shop"]);
     let pod = node.pod(5);
@@ -139,7 +139,7 @@ fn add_waits_for_a_daemon_that_is_starting() {
 }
 
 #[test]
-fn a_daemon_that_says_nothing_is_not_waited_for_without_end() {
+fn a_silent_daemon_is_waited_for_a_limited_time() {
     let node = Node::new();
     node.prepare(&["shop"]);
     let pod = node.pod(5);
@@ -156,7 +156,7 @@ fn a_daemon_that_says_nothing_is_not_waited_for_without_end() {
 }
 
 #[test]
-fn an_answer_without_an_end_is_none() {
+fn a_response_without_an_end_is_rejected() {
     let node = Node::new();
     node.prepare(&[]);
     let pod = node.pod(5);

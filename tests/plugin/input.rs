@@ -44,7 +44,7 @@ fn an_error_carries_the_version_of_the_configuration() {
 }
 
 #[test]
-fn version_needs_nothing_and_answers_in_the_version_asked() {
+fn version_needs_no_input_and_responds_in_the_requested_version() {
     let node = Node::new();
     let supported = json!(["0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"]);
     for (input, answered) in [
@@ -90,7 +90,7 @@ fn variables_that_would_become_paths_are_refused() {
 }
 
 #[test]
-fn half_a_pod_and_arguments_that_are_none() {
+fn an_incomplete_pod_and_invalid_arguments() {
     let node = Node::new();
     let pod = node.pod(5);
     for args in ["K8S_POD_NAMESPACE=shop", "K8S_POD_NAME=web-0", "K8S_POD_NAMESPACE", ";;x"] {
@@ -115,7 +115,7 @@ fn another_runtimes_result_passes_through_as_it_was() {
 }
 
 #[test]
-fn keys_that_are_not_known_are_passed_over() {
+fn unknown_keys_are_ignored() {
     let node = Node::new();
     let pod = node.pod(5);
     let call = Call::new(&node, "ADD").pod(&pod).without_variable("CNI_ARGS");
@@ -180,7 +180,7 @@ fn configurations_that_cannot_work() {
 }
 
 #[test]
-fn namespaces_that_are_none() {
+fn invalid_namespaces() {
     let node = Node::new();
     let pod = node.pod(5);
     let directory = tempfile::tempdir().unwrap();
@@ -197,7 +197,7 @@ fn namespaces_that_are_none() {
 }
 
 #[test]
-fn the_examples_are_sound() {
+fn the_examples_are_valid() {
     let directory = concat!(env!("CARGO_MANIFEST_DIR"), "/cni-conf");
     let read = |path: &std::path::Path| -> Value { serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap() };
     let entry = read(&std::path::Path::new(directory).join("egret.json"));

@@ -61,7 +61,7 @@ fn other_kinds_of_interfaces_have_no_end_on_the_host() {
 }
 
 #[test]
-fn a_veth_whose_other_end_is_elsewhere_has_none_on_the_host() {
+fn a_veth_whose_peer_is_elsewhere_has_no_end_on_the_host() {
     let node = Node::new();
     let (both, left, right) = (node.empty_pod(5), node.empty_pod(6), node.empty_pod(7));
     ip(&format!("-n {} link add eth0 type veth peer name eth1", both.name));

@@ -7,7 +7,7 @@ use std::thread;
 use std::time::Instant;
 
 #[test]
-fn a_pod_that_a_policy_can_select_reaches_the_cluster_alone_until_it_goes() {
+fn a_pod_that_a_policy_can_select_reaches_the_cluster_only_until_del() {
     let node = Node::new();
     node.prepare(&["shop"]);
     let (pod, other) = (node.pod(5), node.pod(6));
@@ -45,7 +45,7 @@ fn a_pod_that_no_policy_can_select_is_free() {
 }
 
 #[test]
-fn an_address_that_a_free_pod_takes_over_is_let_out() {
+fn a_free_pod_lifts_the_quarantine_of_its_address() {
     let node = Node::new();
     node.prepare(&["shop"]);
     let pod = node.pod(5);
@@ -57,7 +57,7 @@ fn an_address_that_a_free_pod_takes_over_is_let_out() {
 }
 
 #[test]
-fn a_node_whose_daemon_has_never_been_in_sync_starts_pods_as_if_egret_were_not_there() {
+fn pods_start_without_egret_on_a_node_whose_daemon_was_never_in_sync() {
     let node = Node::new();
     let pod = node.pod(5);
     let start = Instant::now();
@@ -89,7 +89,7 @@ fn after_a_reboot_a_pod_that_a_policy_can_select_waits_for_the_daemon_and_others
 }
 
 #[test]
-fn a_damaged_snapshot_holds_every_pod_and_is_named() {
+fn a_damaged_snapshot_quarantines_every_pod_and_is_reported() {
     let node = Node::new();
     node.prepare(&[]);
     let pod = node.pod(5);
@@ -101,7 +101,7 @@ fn a_damaged_snapshot_holds_every_pod_and_is_named() {
 }
 
 #[test]
-fn a_quarantine_without_its_routes_holds_nothing_and_is_not_used() {
+fn a_quarantine_without_its_routes_is_not_used() {
     let node = Node::new();
     node.prepare(&["shop"]);
     let pod = node.pod(5);
@@ -115,7 +115,7 @@ fn a_quarantine_without_its_routes_holds_nothing_and_is_not_used() {
 }
 
 #[test]
-fn a_pod_that_cannot_be_held_is_refused() {
+fn a_pod_that_cannot_be_quarantined_is_rejected() {
     let node = Node::new();
     node.prepare(&["shop"]);
     let pod = node.empty_pod(5);
@@ -139,7 +139,7 @@ fn adding_again_changes_nothing_and_other_addresses_replace_the_first() {
 }
 
 #[test]
-fn check_tells_what_is_not_as_add_left_it() {
+fn check_reports_differences_from_what_add_left() {
     let node = Node::new();
     node.prepare(&["shop"]);
     let pod = node.pod(5);
@@ -156,7 +156,7 @@ fn check_tells_what_is_not_as_add_left_it() {
 
 /// A runtime that hears no takes the whole node for one without a network.
 #[test]
-fn status_says_yes_whatever_the_daemon_does() {
+fn status_succeeds_whatever_the_daemon_does() {
     let node = Node::new();
     let status = || Call::new(&node, "STATUS").without_variable("CNI_CONTAINERID").without_variable("CNI_IFNAME").run();
     assert_eq!(status().success(), "", "never ran");
@@ -171,7 +171,7 @@ fn status_says_yes_whatever_the_daemon_does() {
 }
 
 #[test]
-fn many_at_once() {
+fn many_plugins_run_at_once() {
     let node = Node::new();
     node.prepare(&["shop"]);
     let pod = node.pod(5);

@@ -6,7 +6,7 @@ use serde_json::json;
 use std::time::Duration;
 
 #[test]
-fn del_twice_and_of_what_never_was() {
+fn del_succeeds_twice_and_without_an_add() {
     let node = Node::new();
     Call::new(&node, "DEL").run().success();
     node.prepare(&["shop"]);
@@ -20,7 +20,7 @@ fn del_twice_and_of_what_never_was() {
 }
 
 #[test]
-fn del_with_next_to_nothing() {
+fn del_succeeds_with_the_least_input() {
     let node = Node::new();
     node.prepare(&["shop"]);
     let pod = node.pod(5);
@@ -50,7 +50,7 @@ fn a_late_del_leaves_the_next_containers_rule() {
 }
 
 #[test]
-fn what_was_broken_off_is_undone() {
+fn an_interrupted_add_is_undone() {
     let node = Node::new();
     node.prepare(&["shop"]);
     let pod = node.pod(5);
@@ -65,7 +65,7 @@ fn what_was_broken_off_is_undone() {
 }
 
 #[test]
-fn what_was_killed_at_any_moment_is_undone_and_can_be_done_again() {
+fn an_add_killed_at_any_moment_can_be_undone_and_repeated() {
     let node = Node::new();
     node.prepare(&["shop"]);
     let pod = node.pod(5);
@@ -86,7 +86,7 @@ fn what_was_killed_at_any_moment_is_undone_and_can_be_done_again() {
 }
 
 #[test]
-fn rules_of_others_stay() {
+fn rules_of_other_programs_stay() {
     let node = Node::new();
     node.prepare(&["shop"]);
     let pod = node.pod(5);
@@ -102,7 +102,7 @@ fn rules_of_others_stay() {
 }
 
 #[test]
-fn gc_ends_what_is_no_longer_valid_in_its_own_network() {
+fn gc_removes_invalid_attachments_of_its_own_network() {
     let node = Node::new();
     node.prepare(&["shop"]);
     let pods = [5, 6, 7].map(|n| node.pod(n));
@@ -126,7 +126,7 @@ fn gc_ends_what_is_no_longer_valid_in_its_own_network() {
 }
 
 #[test]
-fn after_an_uninstallation_everything_passes_and_nothing_is_done() {
+fn after_an_uninstallation_every_verb_succeeds_and_changes_nothing() {
     let node = Node::new();
     node.prepare(&["shop"]);
     egret_cni::uninstalled::mark(&node.run_dir()).unwrap();

@@ -241,7 +241,7 @@ mod tests {
     }
 
     #[test]
-    fn what_becomes_a_file_name_is_checked() {
+    fn values_that_become_file_names_are_checked() {
         for id in ["../x", "-a", ".", "a/b", "a b", "a@b", "ä", &"a".repeat(201)] {
             assert!(add(&[("CNI_CONTAINERID", id)]).is_err(), "{id}");
         }
@@ -280,7 +280,7 @@ mod tests {
         }
 
         #[test]
-        fn the_pod_that_a_runtime_names_is_the_one_that_is_read(
+        fn the_pod_of_the_runtimes_arguments_is_parsed(
             pod in ["[a-z0-9-]{1,9}", "[a-z0-9.-]{1,9}", "[a-z0-9-]{0,9}"], others in prop::collection::vec("[A-J]{1,4}=[^;=]{0,4}", 0..4),
         ) {
             let [namespace, name, uid] = pod;

@@ -130,7 +130,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_a_result() {
+    fn invalid_results_are_rejected() {
         let code = |text| read(text).unwrap_err().code;
         for text in ["5", "[]", r#"{"ips": 5}"#, r#"{"ips": [{}]}"#, r#"{"ips": [{"address": "x/24"}]}"#] {
             assert_eq!(code(text), codes::DECODE, "{text}");

@@ -270,7 +270,7 @@ mod tests {
     }
 
     #[test]
-    fn elements_come_out_as_they_went_in_sorted_and_once_each() {
+    fn elements_are_sorted_and_unique() {
         let v6: std::net::IpAddr = "2001:db8::1".parse().unwrap();
         let set: Elements = [(Key::from(v6), Data::None), (Key { bytes: v6.into(), end: true }, Data::None)]
             .into_iter()
@@ -290,7 +290,7 @@ mod tests {
     }
 
     #[test]
-    fn what_differs_is_missing_on_both_sides() {
+    fn differing_elements_are_missing_on_both_sides() {
         let (before, after) =
             (marks(&[(1, 10), (2, 20), (3, 30), (0x0100, 5)]), marks(&[(2, 20), (3, 31), (4, 40), (0x0100, 5)]));
         let missing = |a: &Elements, b: &Elements| -> Elements { a.missing_in(b).collect() };
@@ -334,7 +334,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_set_with_more_is_as_if_it_were_made_of_all([before, more] in two_sets()) {
+        fn adding_elements_equals_building_the_set_at_once([before, more] in two_sets()) {
             let element = |(key, data): &(u8, Data)| (Key::from([*key, 0, *key].as_slice()), data.clone());
             let set: Elements = before.iter().map(element).collect();
             let all: Elements = before.iter().chain(&more).map(element).collect();
@@ -342,7 +342,7 @@ mod tests {
         }
 
         #[test]
-        fn a_difference_is_what_maps_differ_in(
+        fn the_difference_equals_that_of_standard_maps(
             (before, after) in (btree_map(0u32..40, 0u32..3, 0..40), btree_map(0u32..40, 0u32..3, 0..40))
         ) {
             let of = |map: &std::collections::BTreeMap<u32, u32>| marks(&map.iter().map(|(k, v)| (*k, *v)).collect::<Vec<_>>());

@@ -47,7 +47,7 @@ mod tests {
     }
 
     #[test]
-    fn other_texts_are_refused() {
+    fn other_texts_are_rejected() {
         for text in ["", "02", "02:65:67:00:0a", "02:65:67:00:0a:ff:00", "02:65:67:00:0a:+f", "g2:65:67:00:0a:ff"] {
             assert!(parse(text).is_err(), "{text:?}");
         }

@@ -167,14 +167,14 @@ mod tests {
     }
 
     #[test]
-    fn what_is_empty_is_no_document() {
+    fn empty_documents_are_skipped() {
         assert_eq!(split(""), []);
         assert_eq!(split("\n# nothing\n\n"), []);
         assert_eq!(split("---\n---\n# none\n--- \n\na: 1\n---\n...\n"), [(4, "--- \n\na: 1\n".into())]);
     }
 
     #[test]
-    fn byte_order_mark_and_carriage_returns_are_no_hindrance() {
+    fn byte_order_marks_and_carriage_returns_are_accepted() {
         assert_eq!(
             split("\u{feff}---\r\na: 1\r\n---\r\nb: 2"),
             [(1, "---\r\na: 1\r\n".into()), (3, "---\r\nb: 2".into())]
@@ -194,7 +194,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_utf8_is_refused_with_its_line() {
+    fn text_that_is_not_utf8_is_rejected_with_its_line() {
         let mut documents = Documents::new(&b"a: 1\nb: \xff\xfe\n"[..]);
         let StreamError::Text { line, .. } = documents.next().unwrap_err() else { panic!() };
         assert_eq!(line, 2);

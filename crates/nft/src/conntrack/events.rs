@@ -99,7 +99,7 @@ mod tests {
     }
 
     #[test]
-    fn the_end_of_a_connection_has_counters_and_a_truncated_message_is_none() {
+    fn the_end_of_a_connection_has_counters_and_a_truncated_message_is_rejected() {
         let out = Tuple {
             source: "10.244.1.5".parse().unwrap(),
             destination: "198.51.100.7".parse().unwrap(),

@@ -58,7 +58,7 @@ fn good() -> String {
 
 proptest! {
     #[test]
-    fn a_file_with_anything_in_it_is_read_or_refused(
+    fn any_file_is_read_or_rejected(
         harm in prop::collection::vec((any::<prop::sample::Index>(), any::<prop::sample::Index>(), 0..PARTS.len()), 0..4),
     ) {
         let mut text = good();
@@ -75,14 +75,14 @@ proptest! {
     }
 
     #[test]
-    fn a_file_that_is_made_of_nothing_else_too(parts in prop::collection::vec(0..PARTS.len(), 0..30), noise in ".{0,20}") {
+    fn any_combination_of_yaml_parts_is_read_or_rejected(parts in prop::collection::vec(0..PARTS.len(), 0..30), noise in ".{0,20}") {
         let text: String = parts.iter().map(|part| PARTS[*part]).collect();
         drop((read(&text), read(&noise), read(&(text.clone() + &noise)), read(&(noise.clone() + &text))));
     }
 }
 
 #[test]
-fn what_grows_without_end_is_refused_soon() {
+fn input_that_expands_without_end_is_rejected_quickly() {
     let depth = 50_000;
     let bomb: String = (1..40).map(|i| format!("a{i}: &a{i} [*a{0}, *a{0}, *a{0}]\n", i - 1)).collect();
     let texts = [

@@ -37,7 +37,7 @@ async fn changes_are_seen() {
 }
 
 #[tokio::test]
-async fn what_a_change_is_not_about_stays_the_very_same() {
+async fn unaffected_parts_of_a_snapshot_are_shared() {
     let fixture = Fixture::new();
     fixture.put("a.yaml", &policy("x", "p", 1));
     fixture.put("b.yaml", &gateway("g", "192.0.2.50"));
@@ -76,7 +76,7 @@ async fn what_a_change_is_not_about_stays_the_very_same() {
 }
 
 #[tokio::test]
-async fn a_change_that_means_nothing_is_not_told() {
+async fn a_change_without_an_effect_makes_no_snapshot() {
     let fixture = Fixture::new();
     fixture.put("a.yaml", &policy("x", "p", 1));
     let mut source = fixture.open().await;
@@ -88,7 +88,7 @@ async fn a_change_that_means_nothing_is_not_told() {
 }
 
 #[tokio::test]
-async fn a_wrong_file_keeps_its_last_good_state_and_heals() {
+async fn an_invalid_file_keeps_its_last_good_state_until_it_is_corrected() {
     let fixture = Fixture::new();
     fixture.put("a.yaml", &(policy("x", "p", 1) + "---\n" + &policy("x", "q", 1)));
     fixture.put("b.yaml", &policy("y", "r", 1));
@@ -149,7 +149,7 @@ async fn a_file_that_is_still_being_written_is_not_read() {
 }
 
 #[tokio::test]
-async fn a_file_cut_off_to_nothing_keeps_its_objects() {
+async fn a_file_truncated_to_nothing_keeps_its_objects() {
     let fixture = Fixture::new();
     fixture.put("a.yaml", &policy("x", "p", 1));
     let mut source = fixture.open().await;
@@ -162,7 +162,7 @@ async fn a_file_cut_off_to_nothing_keeps_its_objects() {
 }
 
 #[tokio::test]
-async fn a_file_that_was_wrong_at_first_is_read_when_mended() {
+async fn a_file_that_was_invalid_at_first_is_read_when_corrected() {
     let fixture = Fixture::new();
     fixture.put("a.yaml", "x: [\n");
     let mut source = fixture.open().await;
@@ -173,7 +173,7 @@ async fn a_file_that_was_wrong_at_first_is_read_when_mended() {
 }
 
 #[tokio::test]
-async fn the_second_of_two_takes_over() {
+async fn the_second_definition_counts_when_the_first_is_removed() {
     let fixture = Fixture::new();
     fixture.put("a.yaml", &policy("x", "p", 1));
     fixture.put("b.yaml", &policy("x", "p", 2));
@@ -225,7 +225,7 @@ async fn links_are_followed_and_a_link_to_nothing_keeps_the_state() {
 }
 
 #[tokio::test]
-async fn a_directory_that_goes_keeps_its_state_until_it_is_back() {
+async fn a_removed_directory_keeps_its_state_until_it_is_back() {
     let fixture = Fixture::new();
     fixture.put("a.yaml", &policy("x", "p", 1));
     fixture.put("sub/b.yaml", &policy("x", "q", 1));
@@ -275,7 +275,7 @@ async fn a_storm_of_changes_ends_in_the_right_state() {
 }
 
 #[tokio::test]
-async fn nobody_listening_ends_it() {
+async fn the_watch_ends_without_receivers() {
     let fixture = Fixture::new();
     let source = fixture.open().await;
     let before = tokio::runtime::Handle::current().metrics().num_alive_tasks();

@@ -24,7 +24,7 @@ async fn in_force(fixture: &Fixture) {
 }
 
 #[tokio::test]
-async fn a_file_without_a_byte_is_not_taken_for_one_without_policies() {
+async fn an_empty_file_does_not_remove_its_policies() {
     let fixture = Fixture::new();
     in_force(&fixture).await;
     fixture.put("p.yaml", "");
@@ -45,7 +45,7 @@ async fn a_file_without_a_byte_is_not_taken_for_one_without_policies() {
 }
 
 #[tokio::test]
-async fn a_directory_without_a_file_is_not_taken_for_one_without_policies() {
+async fn an_empty_directory_does_not_remove_its_policies() {
     let fixture = Fixture::new();
     in_force(&fixture).await;
     fs::remove_file(fixture.path("q/q.yaml")).unwrap();

@@ -120,7 +120,7 @@ fn overlapping() -> String {
 
 /// Each: a manifest, the line that is to be told, and what is to be told.
 #[tokio::test]
-async fn what_is_wrong_is_told_with_its_line() {
+async fn faults_are_reported_with_their_lines() {
     let gateway = |body: &str| {
         format!("apiVersion: egret.dev/v1alpha1\nkind: EgressGateway\nmetadata:\n  name: g\nspec:\n{body}")
     };
@@ -179,7 +179,7 @@ async fn what_is_wrong_is_told_with_its_line() {
 }
 
 #[tokio::test]
-async fn one_wrong_document_is_enough_and_all_are_told() {
+async fn all_invalid_documents_of_a_file_are_reported() {
     let fixture = Fixture::new();
     let text = [policy("a", "good", 1), policy("a", "BAD", 1), policy("a", "good2", 1), "x: [".into()].join("---\n");
     fixture.put("a.yaml", &text);
@@ -191,7 +191,7 @@ async fn one_wrong_document_is_enough_and_all_are_told() {
 }
 
 #[tokio::test]
-async fn what_is_no_manifest_is_passed_over() {
+async fn files_that_are_no_manifests_are_ignored() {
     let fixture = Fixture::new();
     fixture.put("empty.yaml", "");
     fixture.put("comments.yaml", "# nothing\n---\n# here\n");
@@ -207,7 +207,7 @@ async fn what_is_no_manifest_is_passed_over() {
 }
 
 #[tokio::test]
-async fn garbage_is_refused_quickly() {
+async fn garbage_is_rejected_quickly() {
     let fixture = Fixture::new();
     let noise: Vec<u8> = (0..10_000_000u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
     fs::write(fixture.path("noise.yaml"), noise).unwrap();
@@ -228,7 +228,7 @@ async fn garbage_is_refused_quickly() {
 }
 
 #[tokio::test]
-async fn what_is_defined_twice_is_told_and_the_first_counts() {
+async fn of_two_definitions_the_first_counts_and_both_are_reported() {
     let fixture = Fixture::new();
     fixture.put("b.yaml", &(policy("x", "p", 2) + "---\n" + &policy("x", "q", 2)));
     fixture.put("a.yaml", &format!("# a comment\n{}---\n{}", policy("x", "p", 1), policy("x", "p", 3)));
@@ -258,7 +258,7 @@ async fn a_node_sees_its_own_pods_only() {
 }
 
 #[tokio::test]
-async fn what_is_no_directory_cannot_be_opened() {
+async fn a_path_that_is_no_directory_cannot_be_opened() {
     let fixture = Fixture::new();
     fixture.put("file.yaml", "");
     for name in ["missing", "file.yaml"] {
@@ -268,7 +268,7 @@ async fn what_is_no_directory_cannot_be_opened() {
 }
 
 #[test]
-fn no_text_brings_the_reader_down() {
+fn no_text_causes_a_panic() {
     use super::super::documents::Documents;
     use crate::cluster::decode::manifest::{Reader, StatusPlace};
     use crate::cluster::names::Names;

@@ -24,7 +24,7 @@ fn gateway_status(paths: u16) -> EgressGatewayStatus {
 }
 
 #[tokio::test]
-async fn statuses_come_back() {
+async fn written_statuses_are_read_back() {
     let fixture = Fixture::new();
     fixture.put("a.yaml", &[gateway("g", "192.0.2.1"), policy("x", "p", 1)].join("---\n"));
     let mut source = fixture.open().await;
@@ -71,7 +71,7 @@ async fn statuses_come_back() {
 }
 
 #[tokio::test]
-async fn what_users_write_as_status_does_not_count() {
+async fn statuses_in_manifests_are_ignored() {
     let fixture = Fixture::new();
     fixture.put("a.yaml", &(gateway("g", "192.0.2.1") + "status: {nodes: [evil], paths: x}\n"));
     fixture.put(
@@ -89,7 +89,7 @@ async fn what_users_write_as_status_does_not_count() {
 }
 
 #[tokio::test]
-async fn a_status_is_written_whole_and_only_when_it_changed() {
+async fn a_status_is_written_atomically_and_only_when_it_changed() {
     let fixture = Fixture::new();
     let source = fixture.open().await;
     let statuses = source.0.statuses.clone();
@@ -113,7 +113,7 @@ async fn a_status_is_written_whole_and_only_when_it_changed() {
 }
 
 #[tokio::test]
-async fn a_wrong_status_keeps_the_last_good_one() {
+async fn an_invalid_status_keeps_the_last_good_one() {
     let fixture = Fixture::new();
     fixture.put("a.yaml", &gateway("g", "192.0.2.1"));
     let mut source = fixture.open().await;
@@ -132,7 +132,7 @@ async fn a_wrong_status_keeps_the_last_good_one() {
 }
 
 #[tokio::test]
-async fn only_statuses_of_what_is_gone_are_forgotten() {
+async fn only_statuses_of_removed_objects_are_deleted() {
     let fixture = Fixture::new();
     fixture.put("a.yaml", &[gateway("g", "192.0.2.1"), policy("x", "p", 1)].join("---\n"));
     fixture.put("status/notes.txt", "mine");

@@ -125,7 +125,7 @@ fn item_of(policy: &Value) -> String {
 }
 
 #[test]
-fn an_object_that_was_never_valid_costs_no_other_object_the_file() {
+fn an_object_that_was_never_valid_affects_no_other_object_of_the_file() {
     let fixture = Fixture::new();
     let files = fixture.files("n1");
     // An earlier daemon's file may be older than the last good state.

@@ -71,7 +71,7 @@ fn an_invalid_object_keeps_its_last_good_state() {
 
 /// A daemon that starts while a policy is invalid has no last good state of it, and must not open its pods.
 #[test]
-fn an_invalid_policy_in_force_is_replaced_by_what_the_allocations_tell() {
+fn an_invalid_policy_in_force_is_replaced_by_a_fallback_policy_from_the_allocations() {
     let mut store = full();
     let bad = json!({"podSelector": {"matchLabels": {"app": "x"}}, "priority": 7, "gateway": 7});
     store.take(listed(Kind::EgressPolicy, &[policy("p", bad.clone()), policy("never", bad)]));
