@@ -1,17 +1,17 @@
-//! What Egret's programs say to people who call them. No root is needed.
+//! The help texts and errors of Egret's programs. No root is needed.
 
 use lab::snapshot;
 use std::io::Write;
 use std::process::{Command, Stdio};
 
-/// What a call says, and how it ends.
+/// The output and the exit code of a call.
 fn said(arguments: &[&str]) -> String {
     said_by("egretd", env!("CARGO_BIN_EXE_egretd"), arguments)
 }
 
 fn said_by(name: &str, program: &str, arguments: &[&str]) -> String {
     let mut command = Command::new(program);
-    // Nothing of who runs the test: its variables are defaults.
+    // Without the variables of the user who runs the test, which are defaults.
     command.env_clear().args(arguments);
     let output = command.output().expect(name);
     let text = [output.stdout, output.stderr].concat();
@@ -98,7 +98,7 @@ fn an_invalid_call_of_the_plugin_is_an_error_with_the_remedy() {
     snapshot::assert("kubectl-egret-wrong-calls.txt", &calls.map(plugin).join("\n"));
 }
 
-/// What `convert` prints, on both outputs, and how it ends.
+/// The output of `convert` on stdout and stderr, and its exit code.
 #[test]
 fn other_systems_objects_are_converted() {
     let directory = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/convert");
@@ -117,7 +117,7 @@ fn other_systems_objects_are_converted() {
     let (out, notes, code) = run(&["-f", &pool], "");
     assert_eq!((out, code), (golden.clone(), Some(0)), "{notes}");
     assert!(notes.contains("lost: Egress.crd.antrea.io egress-staging-web: spec.bandwidth"), "{notes}");
-    // What two objects have in common is one line.
+    // The common fields of two objects are one line.
     assert!(
         notes.contains("egress-prod-web, Egress.crd.antrea.io egress-staging-web: the egress IP has no IPv6"),
         "{notes}"

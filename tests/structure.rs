@@ -1,4 +1,4 @@
-//! The code's own rules that neither compiler nor clippy knows: which module may use which, and where no I/O is done.
+//! The code's rules that neither compiler nor clippy checks: which module may use which, and where no I/O is done.
 
 #[path = "structure/documents.rs"]
 mod documents;
@@ -7,7 +7,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// Each module, and the ones that it may use. The arrows go one way.
+/// Each module with the modules that it may use. Dependencies have one direction.
 const MAY_USE: [(&str, &[&str]); 13] = [
     ("api", &[]),
     ("model", &["api"]),
@@ -24,12 +24,12 @@ const MAY_USE: [(&str, &[&str]); 13] = [
     ("node", &["install", "cluster", "datapath", "node_plan", "model", "api", "telemetry"]),
 ];
 
-/// Modules that speak neither to the kernel nor to the plugin. Of the crates below they may use only what [`PLAIN`] names.
+/// Modules that use neither the kernel nor the plugin. Of the crates below they may use only those of [`PLAIN`].
 const WITHOUT_KERNEL: [&str; 8] =
     ["api", "model", "allocation", "node_plan", "convert", "cluster", "controller", "telemetry"];
 const PLAIN: [&str; 3] = ["nft::Family", "nft::mac", "cni::careful"];
 
-/// What does I/O or knows the time.
+/// Names of what does I/O or reads the time.
 const OUTSIDE_WORLD: [&str; 7] =
     ["std::fs", "std::process", "std::env", "std::time::Instant", "SystemTime", "tokio::", "nix::"];
 
@@ -38,7 +38,7 @@ fn files(directory: &Path) -> Vec<PathBuf> {
     for entry in fs::read_dir(directory).expect("a directory").flatten() {
         let path = entry.path();
         if path.ends_with("tests") {
-            // Unit tests may use what they like.
+            // Unit tests may use everything.
         } else if path.is_dir() {
             found.extend(files(&path));
         } else if path.extension().is_some_and(|e| e == "rs") && !path.ends_with("tests.rs") {
@@ -48,7 +48,7 @@ fn files(directory: &Path) -> Vec<PathBuf> {
     found
 }
 
-/// The code of a file: no comments, no unit tests.
+/// The code of a file, without comments and unit tests.
 fn code(path: &Path) -> String {
     let text = fs::read_to_string(path).expect("a source file");
     let text = text.split("#[cfg(test)]\nmod tests").next().unwrap_or_default();
@@ -87,7 +87,7 @@ fn every_module_is_listed() {
     }
 }
 
-/// Cargo.toml promises the Rust that everything is built and tested with, and none that nobody has tried.
+/// Cargo.toml promises only the Rust version with which everything is built and tested.
 #[test]
 fn the_oldest_rust_is_the_one_that_is_used() {
     let value = |file: &str, key: &str| {
@@ -99,7 +99,7 @@ fn the_oldest_rust_is_the_one_that_is_used() {
     assert!(used.starts_with(&format!("{oldest}.")), "rust-version is {oldest}, rust-toolchain.toml has {used}");
 }
 
-/// The image has no `nft`, no `ip`, nothing that could be called.
+/// The image has no `nft`, no `ip`, and no other program to call.
 #[test]
 fn no_program_is_called() {
     for file in files(&source()).into_iter().chain(files(&root().join("crates"))) {
@@ -130,8 +130,8 @@ fn only_modules_of_the_node_use_the_crates_of_kernel_and_plugin() {
     }
 }
 
-/// A pod's start waits for the plugin, so it is a small program: the crate's dependencies say so, and the program has
-/// nothing but the crate.
+/// A pod's start waits for the plugin, so the plugin is a small program. Its crate has few dependencies, and the
+/// program has only the crate.
 #[test]
 fn the_plugin_has_no_runtime_and_no_kubernetes() {
     let tree = ["tree", "--locked", "--offline", "--package", "egret-cni", "--edges", "normal", "--prefix", "none"];

@@ -1,4 +1,4 @@
-//! What changes under pods' starts: the runtime, the daemon, the configuration, the plugin.
+//! Changes during pods' starts: of the runtime, the daemon, the configuration, the plugin. Needs root.
 
 use crate::site::{NODE, Pod, Site};
 use lab::VISITOR;
@@ -35,7 +35,7 @@ fn the_runtime_is_killed_while_pods_start() {
         let results = starts.join().expect("a thread");
         assert!(results.iter().any(Result::is_err), "the runtime was killed after all of them");
     });
-    // A kubelet asks what there is, and ends what it does not want.
+    // A kubelet lists the sandboxes, and removes those that it does not want.
     for id in site.runtime.cri.list().expect("a list") {
         site.runtime.cri.stop(&id).unwrap_or_else(|e| panic!("{e}"));
         site.runtime.cri.remove(&id).unwrap_or_else(|e| panic!("{e}"));
@@ -69,14 +69,14 @@ fn the_daemon_is_killed_again_and_again_while_pods_start() {
     site.lab.assert_nothing_leaked();
 }
 
-/// Another CNI's agent writes the configuration anew while pods start, in place or by rename. A pod whose start falls
-/// between its writing and the daemon's has no entry in its list: the daemon adopts it as soon as it sees it.
+/// Another CNI's agent rewrites the configuration while pods start, in place or by rename. A pod that starts between
+/// the agent's write and the daemon's has no entry in its list; the daemon adopts it as soon as it sees it.
 #[test]
 fn the_configuration_is_rewritten_while_pods_start() {
     let mut site = Site::plain();
     let [conf, bin] = [&site.runtime.conf_dir, &site.runtime.bin_dir].map(|d| d.display().to_string());
     site.start_egret();
-    // This node's daemon alone keeps its directories.
+    // Only this node's daemon maintains its directories.
     site.lab.daemon(NODE).term();
     site.lab.node_arguments = ["--cni-conf-dir".into(), conf, "--cni-bin-dir".into(), bin].into();
     site.lab.start_node(NODE);
@@ -105,7 +105,7 @@ fn the_configuration_is_rewritten_while_pods_start() {
         let start = |n: usize| site.start_patiently("shop", &format!("pod-{n}"), VISITOR);
         let (pods, errors): (Vec<_>, Vec<_>) = (0..12).map(start).unzip();
         over.store(true, Ordering::Relaxed);
-        // Between truncating and writing, the agent's file is empty for the runtime; Egret's never is.
+        // Between truncation and write, the agent's file is empty for the runtime. Egret's file never is.
         let errors: Vec<String> = errors.into_iter().flatten().map(|e| e.to_string()).collect();
         assert!(
             errors.iter().all(|e| e.contains("cni config") || e.contains("cni plugin not initialized")),
@@ -125,14 +125,14 @@ fn has_entry(path: &std::path::Path) -> bool {
     fs::read_to_string(path).is_ok_and(|text| text.contains("egret-cni"))
 }
 
-/// No `text file busy`, no half program.
+/// No `text file busy`, no incomplete program.
 #[test]
 fn the_plugin_is_replaced_while_pods_start() {
     let site = Site::with_egret();
     let ours = fs::read(env!("CARGO_BIN_EXE_egret-cni")).expect("the plugin");
     let releases = ["one", "another"].map(|name| {
         let path = site.node().directory.join(name);
-        // What follows the sections of an ELF file does not matter to who executes it.
+        // The kernel ignores bytes after the sections of an ELF file.
         fs::write(&path, [&ours[..], name.as_bytes()].concat()).expect("write");
         path.display().to_string()
     });

@@ -1,4 +1,4 @@
-//! Egret comes to a node where pods run, and goes from one.
+//! Egret is installed on a node where pods run, and removed from one. Needs root.
 
 use crate::site::{Pod, Site, egress, own};
 
@@ -31,7 +31,7 @@ fn egret_is_removed_from_a_node_whose_runtime_still_uses_it() {
     let state_dir = site.node().state_dir().display().to_string();
     let out = site.runtime.egretd(&["uninstall", "--state-dir", &state_dir, "--run-dir", &run_dir]);
     assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
-    // At once: the runtime may still go by the list that it has read.
+    // At once: the runtime may still use the list that it has read.
     let during = site.visitor("during");
     for name in ["before-1", "before-2", "during"] {
         site.wait_heard_from(name, own(site.node()));
@@ -42,7 +42,7 @@ fn egret_is_removed_from_a_node_whose_runtime_still_uses_it() {
     site.wait_heard_from("after", own(site.node()));
     let [first, second] = before;
     [first, during, after].into_iter().for_each(Pod::end);
-    // The runtime has read the directory again: the program can go, while a pod from before still runs.
+    // The runtime has read the directory again: the program can be removed while an earlier pod still runs.
     let out = site.runtime.egretd(&["uninstall", "--state-dir", &state_dir, "--run-dir", &run_dir, "--remove-plugin"]);
     assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
     assert!(!site.runtime.bin_dir.join("egret-cni").exists());

@@ -1,5 +1,5 @@
-//! Egret under a real container runtime: Debian's containerd, asked as a kubelet asks it, runs pods that are real
-//! processes, which say their names to a server outside. It listens to where they come from.
+//! Egret under a real container runtime, Debian's containerd, called as by a kubelet. Its pods are real processes
+//! that send their names to a server outside, and the server records their source addresses. Needs root.
 
 mod changes;
 mod coming_and_going;

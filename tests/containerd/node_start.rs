@@ -1,4 +1,4 @@
-//! What a node starts with: pods before the daemon, Egret's own pods, and everything anew after a reboot.
+//! A node's start: pods before the daemon, Egret's own pods, and everything anew after a reboot. Needs root.
 
 use crate::site::{Pod, Site, egress, own};
 use lab::{Lab, VISITOR, topology};
@@ -6,7 +6,7 @@ use std::fs;
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// A node whose daemon never comes in sync, whatever keeps it from that, is none the worse for Egret.
+/// A node whose daemon is never in sync must not be worse off than without Egret.
 #[test]
 fn pods_start_before_the_daemon_was_ever_in_sync_and_are_adopted_later() {
     let site = Site::plain();
@@ -40,7 +40,7 @@ fn the_daemon_is_away_when_pods_start() {
     let gateway = site.lab.add_pod("g1", "other", "peer", &[]);
     let address = site.runtime.cri.addresses(&held.id).expect("addresses")[0];
     gateway.ping(address).unwrap_or_else(|e| panic!("{address}: {e}"));
-    // Late DELs while it is away, too.
+    // Late DELs without the daemon, too.
     let gone = site.visitor("gone");
     gone.end();
     site.lab.daemon("n1").restart();
@@ -61,7 +61,8 @@ fn leftovers_of_before_a_reboot_affect_nothing() {
     reboot(&site.lab, &site);
     site.runtime.restart();
     site.runtime.wait_network();
-    // The kubelet is quicker than the daemon: it ends what it knew, and begins anew. Pods that no policy can select start.
+    // The kubelet is faster than the daemon: it ends earlier pods, and starts new ones. Pods that no policy can
+    // select start.
     let free = site.start("other", "free", VISITOR);
     site.wait_heard_from("free", own(site.node()));
     free.end();
@@ -69,10 +70,10 @@ fn leftovers_of_before_a_reboot_affect_nothing() {
     let begin = Instant::now();
     let error = site.try_start("shop", "new", VISITOR).map(|p| p.id).expect_err("held back").to_string();
     assert!(error.contains("policy shop/visitors can select pods of namespace shop"), "{error}");
-    // A kubelet comes back after a quarter of a minute only: waiting is cheaper than failing, but has an end.
+    // A kubelet tries again only after a quarter of a minute. Waiting is better than failing, but is limited.
     assert!((3..10).contains(&begin.elapsed().as_secs()), "{:?}", begin.elapsed());
     old[0].stop();
-    // One that waits while the daemon comes up.
+    // A pod that waits while the daemon starts.
     thread::scope(|scope| {
         let waits = scope.spawn(|| site.visitor("waits"));
         thread::sleep(Duration::from_millis(1500));
@@ -84,7 +85,7 @@ fn leftovers_of_before_a_reboot_affect_nothing() {
     site.lab.wait_ready("n1");
     let new: Vec<Pod> = (0..4).map(|n| site.visitor(&format!("new-{n}"))).collect();
     new.iter().for_each(|pod| site.assert_left_by_egress(&pod.name));
-    // Late DELs of the old ones, without namespace, whose addresses may be others' now.
+    // Late DELs of the earlier pods, without a namespace, whose addresses may be other pods' now.
     for pod in &old {
         pod.stop();
     }
@@ -98,7 +99,7 @@ fn leftovers_of_before_a_reboot_affect_nothing() {
     site.lab.assert_nothing_leaked();
 }
 
-/// The kernel has forgotten everything, `/run` is empty, the rest of the disk is as it was.
+/// The kernel's state and `/run` are empty, and the rest of the disk is unchanged.
 fn reboot(lab: &Lab, site: &Site) {
     let node = lab.node("n1");
     lab.daemon("n1").kill9();
@@ -116,8 +117,8 @@ fn reboot(lab: &Lab, site: &Site) {
         }
     }
     node.ip("link del egret");
-    // Pods' interfaces go with their namespaces, a moment after the last process.
+    // Pods' interfaces disappear with their namespaces, a moment after the last process.
     lab.wait_until("the pods' interfaces are gone", Duration::from_secs(10), || !node.ip("-o link").contains("veth"));
-    // The cluster's CNI puts its own back.
+    // The cluster's CNI restores its own state.
     topology::masquerade(node);
 }

@@ -1,5 +1,5 @@
-//! The node daemon as the pod that `install/egret.yaml` says, on a real container runtime: the Dockerfile's image, with
-//! the manifest's privileges and no more, its read-only root, and as a kubelet hides and protects things from it.
+//! The node daemon as the pod of `install/egret.yaml` on a real container runtime: the Dockerfile's image, with only
+//! the manifest's privileges, its read-only root, and the kubelet's protections. Needs root.
 
 use crate::cri::{Container, Sandbox};
 use crate::image;
@@ -12,11 +12,11 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::path::Path;
 use std::time::Duration;
 
-/// The user whose directories the plugins' are.
+/// The user that owns the plugins' directories.
 const KUBE: u32 = 998;
-/// Where the plugin looks for the daemon when nothing else is said.
+/// The plugin's default run directory.
 const RUN_DIR: &str = "/run/egret";
-/// Holds the directory in which the plugin looks for what outlives a reboot when nothing else is said.
+/// The parent of the plugin's default state directory.
 const VAR_LIB: &str = "/var/lib";
 
 #[test]
@@ -26,7 +26,7 @@ fn the_daemonset_of_the_manifest_enforces_policies() {
     let built = image::by_the_dockerfile(&site.lab.directory().join("egret-image"), &manifest.image);
     assert_eq!(built.added, ["usr/local/bin/egret-cni", "usr/local/bin/egretd"]);
     site.runtime.import(&built.archive, &manifest.image);
-    // The daemon's directories of this node are the ones of the manifest. The host's own stay as they are.
+    // This node's daemon uses the manifest's directories. The host's own ones stay unchanged.
     let (run_dir, var_lib) = (site.node().run_dir(), site.lab.directory().join("var-lib"));
     fs::create_dir_all(var_lib.join("egret")).expect("make a directory");
     site.node().run(["mount", "--bind", &var_lib.display().to_string(), VAR_LIB]);
@@ -42,7 +42,7 @@ fn the_daemonset_of_the_manifest_enforces_policies() {
         let container = manifest.container(kind, &site);
         site.runtime.cri.start(&pod.id, &sandbox, &container).unwrap_or_else(|e| panic!("{kind}: {e}"))
     };
-    // Is this host fit? It tries things in a namespace of its own, for which it must be allowed to make one.
+    // `egretd check` tries things in a namespace of its own, for which it needs the right to create one.
     let mut check = manifest.container("containers", &site);
     (check.name, check.args) = ("check".into(), vec!["check".into()]);
     check.add.push("SYS_ADMIN".into());
@@ -52,7 +52,7 @@ fn the_daemonset_of_the_manifest_enforces_policies() {
     assert_eq!(code, 0, "{said}");
     assert!(said.contains("nf_tables"), "{said}");
 
-    // As kubespray leaves the directories: not root's, and closed to others.
+    // As kubespray leaves the directories: not owned by root, and closed to other users.
     let conflist = site.runtime.conf_dir.join("10-lab.conflist");
     for (path, mode) in [(&site.runtime.bin_dir, 0o755), (&site.runtime.conf_dir, 0o755), (&conflist, 0o600)] {
         chown(path, Some(KUBE), Some(KUBE)).expect("another owner");
@@ -81,16 +81,17 @@ fn the_daemonset_of_the_manifest_enforces_policies() {
             asked(&path)
         });
     }
-    // The policy is in force when a first pod leaves by it.
+    // The policy is in force when a first pod leaves from its egress IP.
     let probe = site.visitor("probe");
     site.wait_heard_from("probe", egress());
     let visitor = site.visitor("visitor");
     site.assert_left_by_egress("visitor");
-    // The entry is kept.
+    // The entry is maintained.
     site.runtime.configure(&site.plain_conflist());
     site.lab.wait_until("the entry is back", Duration::from_secs(2), has_entry);
 
-    // A rollout: the pod's container goes and comes back; traffic goes on, a pod that starts between is held.
+    // A rollout: the pod's container ends and another one starts. Traffic continues, and a pod that starts meanwhile
+    // is quarantined.
     site.runtime.cri.stop_container(&node, 10).unwrap_or_else(|e| panic!("{e}"));
     site.wait_only_by_egress("visitor");
     let between = site.start("shop", "between", VISITOR);
@@ -99,7 +100,7 @@ fn the_daemonset_of_the_manifest_enforces_policies() {
     site.wait_heard_from("between", egress());
     site.wait_only_by_egress("visitor");
     [probe, between].into_iter().for_each(Pod::end);
-    // Egret goes, by the manifest that is for it: not while a daemon runs.
+    // Egret is removed with the uninstallation manifest, while no daemon runs.
     let uninstall = Manifest::read("install/uninstall.yaml");
     let start = |attempt: u32| {
         let sandbox = Sandbox { attempt, ..sandbox.clone() };

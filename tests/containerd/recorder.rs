@@ -1,4 +1,4 @@
-//! A plugin that writes down how the runtime calls it, and passes everything on.
+//! A plugin that records the runtime's calls, and passes everything on.
 
 use crate::runtime::Containerd;
 use serde_json::Value;
@@ -10,7 +10,7 @@ use std::path::PathBuf;
 /// The plugin's type.
 pub const TYPE: &str = "recorder";
 
-/// What was written down.
+/// The recorded calls.
 pub struct Recorder {
     calls: PathBuf,
 }
@@ -20,7 +20,7 @@ pub struct Recorder {
 pub struct Call {
     /// The variables whose names begin with `CNI_`.
     pub variables: BTreeMap<String, String>,
-    /// What was on stdin.
+    /// The bytes on stdin.
     pub input: Value,
 }
 
@@ -32,7 +32,7 @@ impl Call {
 }
 
 impl Recorder {
-    /// Puts the plugin where the runtime looks for plugins. The conflist must name it.
+    /// Installs the plugin in the runtime's directory. The conflist must name it.
     pub fn put(runtime: &Containerd) -> Recorder {
         let calls = runtime.bin_dir.with_file_name("calls");
         fs::create_dir_all(&calls).expect("make a directory");

@@ -1,4 +1,4 @@
-//! Pods' starts and ends: one, many at once, and what the runtime tells plugins.
+//! Pods' starts and ends: one, many at once, and the runtime's calls of plugins. Needs root.
 
 use crate::recorder::{self, Recorder};
 use crate::site::{Site, end_at_once, own};
@@ -20,7 +20,7 @@ fn a_pod_leaves_from_its_egress_ip_from_its_first_packet_on() {
     assert!(!site.node().run(["nft", "list", "table", "inet", "egret"]).contains("chain pod-"));
 }
 
-/// The reference plugin `bridge` lets a pod's start pass before its bridge port forwards, whoever comes after it.
+/// The reference plugin `bridge` returns before its bridge port forwards, whatever plugins follow.
 #[test]
 fn pods_on_a_bridge_leave_from_their_egress_ip() {
     let site = Site::of(Pods::Bridged);
@@ -51,7 +51,7 @@ fn many_pods_start_and_end_at_once() {
     site.lab.assert_nothing_leaked();
 }
 
-/// Starts among ends: addresses and interfaces' names are given to the next pod at once.
+/// Starts among ends: addresses and interface names are given to the next pod at once.
 #[test]
 fn pods_that_end_do_not_disturb_pods_that_start() {
     let site = Site::with_egret();

@@ -1,5 +1,5 @@
-//! What runs in the sandboxes: a process that says its pod's name to the outside server, from its very first moment on;
-//! and the ear on that server.
+//! The process in the sandboxes: it sends its pod's name to the outside server from its first moment on. The listener
+//! on that server records the packets.
 
 use lab::{EXT4, EXT6, Host, leftovers};
 use std::collections::{BTreeMap, BTreeSet};
@@ -10,10 +10,10 @@ use std::thread;
 use std::time::Duration;
 
 const PORT: u16 = 9100;
-/// What a pod says twenty times a second.
+/// What a pod sends twenty times a second.
 const PAUSE: Duration = Duration::from_millis(50);
 
-/// Arguments with which this test program becomes the visitor.
+/// The arguments with which this test program becomes the visitor.
 pub const ARGUMENTS: &[&str] = &["--exact", "visitor::what_runs_in_a_pod", "--nocapture"];
 
 /// Not a test: in a pod it never ends. Elsewhere it does nothing.
@@ -24,12 +24,12 @@ fn what_runs_in_a_pod() {
     }
 }
 
-/// Whether this program is what runs in a pod.
+/// Whether this program runs as the visitor in a pod.
 pub fn is_in_a_pod() -> bool {
     std::env::var_os(leftovers::VARIABLE).is_some() && std::process::id() == 1
 }
 
-/// Says the pod's name and a number to the server, forever.
+/// Sends the pod's name and a number to the server, forever.
 pub fn run() -> ! {
     let name = nix::unistd::gethostname().unwrap_or_default().to_string_lossy().into_owned();
     let sockets = [
@@ -39,7 +39,7 @@ pub fn run() -> ! {
     for number in 0_u64.. {
         for (socket, server) in &sockets {
             if let Ok(socket) = socket {
-                // Without a route, or held back: nobody hears it, which is what the test looks at.
+                // Without a route, or blocked: the packet does not arrive, which the test checks.
                 let _ = socket.send_to(format!("{name} {number}").as_bytes(), (*server, PORT));
             }
         }
@@ -48,7 +48,7 @@ pub fn run() -> ! {
     unreachable!("more than 2^64 times 50 ms")
 }
 
-/// What was heard of pods.
+/// The received packets of pods.
 pub struct Ear {
     heard: Arc<Mutex<BTreeMap<String, Vec<Word>>>>,
     ends: Arc<AtomicBool>,
@@ -57,9 +57,9 @@ pub struct Ear {
 /// One packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Word {
-    /// Where it came from.
+    /// The source address.
     pub source: IpAddr,
-    /// Which of the process's packets it is, from 0.
+    /// The number of the packet among the process's packets, from 0.
     pub number: u64,
 }
 
@@ -81,17 +81,17 @@ impl Ear {
         ear
     }
 
-    /// What came from a pod, in order.
+    /// The packets of a pod, in order.
     pub fn of(&self, pod: &str) -> Vec<Word> {
         self.heard.lock().expect("a lock").get(pod).cloned().unwrap_or_default()
     }
 
-    /// The addresses that a pod's packets came from.
+    /// The source addresses of a pod's packets.
     pub fn sources(&self, pod: &str) -> BTreeSet<IpAddr> {
         self.of(pod).iter().map(|w| w.source).collect()
     }
 
-    /// Forgets a pod.
+    /// Drops the packets of a pod.
     pub fn forget(&self, pod: &str) {
         self.heard.lock().expect("a lock").remove(pod);
     }

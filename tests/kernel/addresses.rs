@@ -1,4 +1,4 @@
-//! Egress addresses and uplinks, against the kernel: what `ip` sees.
+//! Egress IPs and uplinks against the kernel, as `ip` shows them. Needs root.
 
 use crate::namespace::host::{address, host, index, interface, ours};
 use crate::namespace::{in_namespace, ip, ip_json};
@@ -12,7 +12,7 @@ use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 
-/// Addresses of an interface with their prefix.
+/// The addresses of an interface with their prefixes.
 fn shown(interface: &str) -> Vec<String> {
     let all = ip_json(&format!("address show dev {interface} scope global"));
     let hosts = ip_json(&format!("address show dev {interface} scope host"));
@@ -27,7 +27,7 @@ fn shown(interface: &str) -> Vec<String> {
     found
 }
 
-/// Gives one of our addresses an unlimited preferred lifetime. iproute2 could not keep our protocol number.
+/// Gives one of Egret's addresses an unlimited preferred lifetime. iproute2 would lose Egret's protocol number.
 async fn preferred(socket: &RouteSocket, address: IpAddr, ifindex: u32) {
     let mut message = AddressMessage::default();
     message.header.family = AddressFamily::Inet6;
@@ -56,11 +56,12 @@ fn egress_ips_are_added_and_removed_and_other_addresses_stay() {
         let v6_shown = ip("-6 address show dev eth0 to 2001:db8::50");
         assert!(v6_shown.contains("deprecated") && !v6_shown.contains("tentative"), "{v6_shown}");
         assert!(addresses::sync(&socket, &wanted).await.unwrap().added.is_empty());
-        // The host does not pick them.
+        // The host does not select them as source addresses.
         assert!(ip("route get 192.0.2.77").contains("src 192.0.2.11"));
         assert!(ip("-6 route get 2001:db8::77").contains("src 2001:db8::11"));
 
-        // One removed by hand, one no longer deprecated, one that the host has itself, one on another interface.
+        // One address removed by hand, one no longer deprecated, one that the host has itself, one on another
+        // interface.
         ip("address delete 192.0.2.50/32 dev eth0");
         preferred(&socket, v6, eth0).await;
         ip("address add 192.0.2.60/24 dev eth0");

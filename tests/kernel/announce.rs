@@ -1,4 +1,4 @@
-//! What is asked and told on the link about an address; the other end is another network namespace.
+//! Probes and announcements on the link; the neighbour is another network namespace. Needs root.
 
 use crate::namespace::{Other, in_namespace, ip};
 use egret::datapath::addresses;
@@ -16,7 +16,7 @@ fn address(text: &str) -> IpAddr {
     text.parse().unwrap()
 }
 
-/// A link with a neighbour who has 192.0.2.12, .50 and 2001:db8::12, ::50.
+/// A link with a neighbour that has 192.0.2.12, .50 and 2001:db8::12, ::50.
 async fn link() -> (RouteSocket, Other) {
     let other = Other::new();
     ip(&format!(
@@ -51,12 +51,12 @@ fn only_the_host_with_an_address_answers_probes_for_it() {
         let all = targets(&socket, &["192.0.2.50", "192.0.2.51", "2001:db8::50", "2001:db8::51"]).await;
         let answers = probe(&all, TIMEOUT).await.unwrap();
         assert_eq!(answers, [Some(theirs), None, Some(theirs), None]);
-        // When all have been answered, there is nothing to wait for.
+        // When all addresses have been answered, the probe does not wait.
         let start = Instant::now();
         let there = targets(&socket, &["192.0.2.50", "2001:db8::50"]).await;
         assert_eq!(probe(&there, Duration::from_secs(5)).await.unwrap(), [Some(theirs), Some(theirs)]);
         assert!(start.elapsed() < Duration::from_secs(1), "{:?}", start.elapsed());
-        // One's own addresses are nobody else's.
+        // The host's own addresses are no other host's.
         let own = targets(&socket, &["192.0.2.11", "2001:db8::11"]).await;
         assert_eq!(probe(&own, TIMEOUT).await.unwrap(), [None, None]);
     });

@@ -1,4 +1,5 @@
-//! Tracked connections: listed by mark, deleted and inserted; the program `conntrack` inserts and lists them for comparison.
+//! Tracked connections: listed by mark, deleted and inserted. The program `conntrack` inserts and lists them for
+//! comparison. Needs root.
 
 use crate::namespace::{in_namespace, run};
 use egret_nft::conntrack::{
@@ -67,7 +68,7 @@ fn only_the_connections_of_one_address_are_deleted() {
         assert_eq!(delete_by_address(&mut socket, &[address("10.244.1.5")].into(), |_| true).unwrap(), 0);
         assert_eq!(delete_by_address(&mut socket, &[address("fd00:244:1::5")].into(), |_| true).unwrap(), 3);
         assert_eq!(shown(), 6);
-        // Those that it answers.
+        // Connections to which the address replies.
         assert_eq!(delete_by_address(&mut socket, &[address("192.0.2.100")].into(), |_| true).unwrap(), 3);
         assert_eq!(delete_by_address(&mut socket, &[address("2001:db8::100")].into(), |_| true).unwrap(), 3);
         assert_eq!(shown(), 0);
@@ -95,7 +96,7 @@ fn connections_of_one_source_differ_by_server_port_and_id() {
         // The next time they have the same ids.
         assert_eq!(delete_by_source(&mut socket, &pod, |c| c.id == seen[0].0).unwrap(), 1);
         assert_eq!(delete_by_source(&mut socket, &pod, |c| ids.contains(&c.id)).unwrap(), 2);
-        // Not of those that it answers.
+        // Not the connections to which it replies.
         assert_eq!(delete_by_source(&mut socket, &[address("192.0.2.100")].into(), |_| true).unwrap(), 0);
         assert_eq!(shown(), 1);
     });
@@ -118,7 +119,7 @@ fn connections_of_an_egress_ip_are_deleted() {
     });
 }
 
-/// The kernel tells of what would collide with another entry, and of attributes that it does not understand.
+/// The kernel reports a conflict with another entry, and attributes that it does not understand.
 #[test]
 fn replies_in_flight_have_an_entry_for_a_second_that_begins_at_the_server() {
     in_namespace(|| async {
@@ -140,7 +141,7 @@ fn replies_in_flight_have_an_entry_for_a_second_that_begins_at_the_server() {
             ("2001:db8::100", "2001:db8::50", "fd00:244:1::5"),
         ];
         assert_eq!(shown, expected.map(|(a, b, c)| (address(a), address(b), address(c))));
-        // The translated connection can be made anew, as the other end goes on to know it.
+        // The translated connection can be created again while the entry that begins at the server exists.
         connection("10.244.1.5", None, 1001, 0x4547_0011);
         assert_eq!(list(&mut socket, PATHS).unwrap().len(), 4);
         let begin = Instant::now();
@@ -258,7 +259,7 @@ fn many_connections_are_deleted_quickly() {
         let mut file = tempfile::NamedTempFile::new().unwrap();
         std::io::Write::write_all(&mut file, lines.as_bytes()).unwrap();
         run("conntrack", &format!("-R {}", file.path().display()));
-        // So many that the kernel is asked to look for an address.
+        // So many that the kernel filters by address.
         let one = [address("10.244.0.7")].into();
         assert_eq!(delete_by_address(&mut socket, &one, |_| false).unwrap(), 0);
         assert_eq!(delete_by_address(&mut socket, &one, |_| true).unwrap(), 1);

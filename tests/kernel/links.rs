@@ -1,4 +1,4 @@
-//! How pods that ran before are found: by their route, or through their bridge.
+//! Pods that ran before Egret are found by their route, or through their bridge. Needs root.
 
 use crate::namespace::{Other, in_namespace, ip, ip_json, run};
 use egret::datapath::pod_veth::{find_pod_veth, veth_by_index};
@@ -76,7 +76,8 @@ fn a_bridged_pod_is_found_after_a_long_silence() {
             let socket = RouteSocket::open().unwrap();
             let _pod = bridged_pod(vlans);
             for pod in ["10.244.2.5", "fd00:244:2::5"] {
-                // Neither a neighbour nor a bridge entry, then both, then a neighbour that the bridge has forgotten.
+                // First without a neighbour entry and a bridge entry, then with both, then with a neighbour entry
+                // only.
                 assert_eq!(name_of(&socket, pod).await.as_deref(), Some("veth-p2"), "{pod}");
                 assert_eq!(name_of(&socket, pod).await.as_deref(), Some("veth-p2"), "{pod}");
                 run("bridge", "fdb flush dev veth-p2 master dynamic");

@@ -1,4 +1,4 @@
-//! What Egret writes into the kernel and reads from it, with `nft`, `ip` and `conntrack` as witnesses.
+//! Egret's objects in the kernel, checked with `nft`, `ip` and `conntrack`. Needs root.
 
 mod addresses;
 mod announce;

@@ -1,4 +1,4 @@
-//! The datapath's tables in a real kernel, looked at with `nft`. Needs root.
+//! The datapath's tables in a real kernel, checked with `nft`. Needs root.
 
 use crate::namespace::{in_namespace, ip, run};
 use egret::api::{AddressPair, Fallback, Protocol};
@@ -104,12 +104,12 @@ fn plan_and_sets(nodes: u16, pods: u32) -> (NodePlan, SharedSets) {
     (plan, ruleset::shared_sets(&view, &peers, Marks::default(), &SharedSets::default()))
 }
 
-/// The tables of a plan, made without any before it.
+/// The tables of a plan, computed without earlier ones.
 fn made_of(plan: &NodePlan, shared: &SharedSets) -> Made {
     Made::new(plan.clone(), shared, Marks::default(), None)
 }
 
-/// A plan with one pod, to whose networks and ports three policies with `networks` each go.
+/// A plan with one pod and three policies, each with `networks` networks and ports.
 fn listing(networks: u32) -> (NodePlan, SharedSets) {
     let (view, mut plan, peers) = view_and_plan(3, 1);
     let step = |n: u32| {
@@ -119,7 +119,7 @@ fn listing(networks: u32) -> (NodePlan, SharedSets) {
         };
         let v6 = |i: u32| Network {
             cidr: IpNetwork::new(IpAddr::V6(((0x2001_0db8 << 96) + (u128::from(i) << 64)).into()), 64).unwrap(),
-            // Of one network, for what is left of it is 64 to the kernel.
+            // One network each, because the kernel splits the rest into 64.
             except: if i == 0 {
                 [IpNetwork::from(IpAddr::V6((0x2001_0db8 << 96).into()))].into()
             } else {
@@ -215,7 +215,7 @@ fn the_kernel_refuses_to_remove_an_element_that_a_policy_covers() {
             assert!(!out.status.success() && said.contains("busy"), "{name}: {said}");
         }
         assert_eq!(run("nft", "list table inet egret"), whole);
-        // With the rules away, which blocks, it can be done; and then all of it is made anew.
+        // Without the rules, which blocks traffic, the element can be removed. Then everything is created again.
         let chain = plan.policy_chains.keys().next().unwrap();
         let set = run("nft", "-t list sets inet");
         let set =
@@ -284,13 +284,14 @@ fn removed_objects_are_restored() {
     });
 }
 
-/// Networks of nodes that come and go are joined to ranges and divided again, which the kernel does not take bit by bit.
+/// Networks of added and removed nodes are joined to ranges and split again. The kernel cannot change ranges in
+/// place.
 #[test]
 fn ranges_become_any_other_ranges() {
     in_namespace(|| async {
         veths(0);
         let mut nft = Nftables::open().unwrap();
-        // A generator of numbers, of Knuth's: the same ones each time.
+        // A generator of numbers (Knuth), the same ones each time.
         let mut random = 7_u64;
         for round in 0..120 {
             let (mut view, plan, peers) = view_and_plan(1, 0);
@@ -312,7 +313,8 @@ fn ranges_become_any_other_ranges() {
     });
 }
 
-/// A pod's start adds to what was made for the others: whatever comes and goes, it is as if it were made anew.
+/// A pod's start adds to the tables of the other pods. Whatever the changes, the result must equal tables that are
+/// computed anew.
 #[test]
 fn tables_from_the_last_plan_equal_tables_made_anew() {
     in_namespace(|| async {
@@ -352,7 +354,7 @@ fn tables_from_the_last_plan_equal_tables_made_anew() {
             only(&[1, 2, 3]),
             with(only(&[1, 2, 3]), "10.244.1.77"),
             with(only(&[0, 1, 2, 3]), "10.244.1.77"),
-            // Of a pod's that is found then.
+            // The addresses of a pod whose veth is found then.
             with(only(&[0, 1, 2, 3]), "10.244.1.4"),
             only(&[0, 1, 2, 3, 4]),
             elsewhere(&[0, 1, 4]),
@@ -379,7 +381,7 @@ fn an_outdated_view_of_the_kernel_is_read_again() {
         let mut nft = Nftables::open().unwrap();
         nft.apply(made_of(&NodePlan::default(), &shared).tables()).unwrap();
         run("nft", "flush ruleset");
-        // It believes that the tables are there: the kernel refuses, and it looks.
+        // It assumes that the tables exist. The kernel rejects the change, and it reads them again.
         nft.apply(made_of(&plan, &shared).tables()).unwrap();
         ip("link del veth0");
         let mut fewer = plan.clone();

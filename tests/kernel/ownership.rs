@@ -1,7 +1,7 @@
-//! Tables that one socket owns, in a real kernel of Linux 6.9 or newer: others' flush passes them over. Needs root.
+//! Tables that one socket owns, in a real kernel of Linux 6.9 or newer: flushes by others skip them. Needs root.
 //!
-//! Each test is alone: a program that another test starts has for a moment all sockets of this process, and who owns a
-//! table is a socket that is open.
+//! Each test runs alone. A program that another test starts has all sockets of this process open for a moment, and a
+//! table has an owner as long as the owner's socket is open.
 
 use crate::namespace::{in_namespace, run};
 use egret_nft::Nftables;
@@ -27,7 +27,8 @@ fn owning() -> Nftables {
     nft
 }
 
-/// Applies, and ends. The program of another test that is just being started has the socket open, too, until it runs.
+/// Applies the tables, and closes the socket. A program that another test starts may have the socket open until it
+/// runs.
 fn apply_and_end(tables: &[(TableName, Table)]) {
     owning().apply(tables).unwrap();
     while run("nft", "list table inet egret").contains("owner") {
@@ -35,14 +36,14 @@ fn apply_and_end(tables: &[(TableName, Table)]) {
     }
 }
 
-/// What `nft` says when it is refused.
+/// The text of `nft` when the kernel rejects its change.
 fn refusal(arguments: &str) -> String {
     let out = Command::new("nft").args(arguments.split(' ')).output().unwrap();
     assert!(!out.status.success(), "{arguments} is not refused");
     String::from_utf8_lossy(&out.stderr).into_owned()
 }
 
-/// The chain, with the handles that tell a table that was made anew from one that stayed.
+/// The chain with its handles, which differ if the table was recreated.
 fn listed() -> String {
     run("nft", "-a list chain inet egret egress-guard").lines().filter(|l| l.contains("handle")).collect()
 }
@@ -82,7 +83,7 @@ fn a_table_outlives_its_owner_and_the_next_one_adopts_it_as_it_is() {
     in_namespace(|| async {
         apply_and_end(&tables(2));
         let before = listed();
-        // Nobody owns it now.
+        // It has no owner now.
         run("nft", "insert rule inet egret egress-guard accept");
         apply_and_end(&tables(2));
         assert!(!listed().contains("accept"));
@@ -96,7 +97,7 @@ fn a_table_outlives_its_owner_and_the_next_one_adopts_it_as_it_is() {
     });
 }
 
-/// As after pods have started while no daemon ran: the kernel takes no new chain at a hook together with new flags.
+/// As after pods have started while no daemon ran: the kernel accepts no new chain at a hook together with new flags.
 #[test]
 fn a_table_is_adopted_that_lacks_a_chain_at_a_hook() {
     let _machine = lab::turn::alone();
@@ -129,7 +130,7 @@ fn an_earlier_table_is_recreated_with_an_owner_in_one_transaction() {
     });
 }
 
-/// Its chains see no packet.
+/// Chains of a dormant table see no packet.
 #[test]
 fn a_dormant_table_is_activated() {
     let _machine = lab::turn::alone();
@@ -172,7 +173,7 @@ fn a_table_that_ends_with_its_socket_is_owned_beside_one_without_an_owner() {
             let [(name, table)] = tables(2);
             [(name, table.clone()), (FLUSH_GUARD, Table { ends_with_socket: true, ..table })]
         };
-        // Somebody has made one of that name.
+        // Another program has created a table of that name.
         run("nft", "add table inet egret-flush-guard");
         let mut nft = Nftables::open().unwrap();
         nft.apply(&both()).unwrap();

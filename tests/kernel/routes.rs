@@ -1,4 +1,4 @@
-//! Routes and rules, against the kernel: what `ip` sees.
+//! Routes and rules against the kernel, as `ip` shows them. Needs root.
 
 use crate::namespace::host::{
     address, host, index, interface, mac, our_rules, ours, request_routes, rules_shown, table,
@@ -103,7 +103,7 @@ fn a_table_contains_exactly_the_desired_routes() {
         );
         assert_eq!(routes::sync(&socket, TABLE_REQUEST, &wanted).await.unwrap(), 0);
 
-        // By hand, and in another table that stays as it is.
+        // Routes added by hand, and one in another table, which stays.
         ip("route add 203.0.113.0/24 dev eth0 table 7872");
         ip("route add throw 10.244.0.0/16 table 7872");
         let other = table(TABLE_REPLY);
@@ -191,7 +191,7 @@ fn each_rule_exists_once_for_each_family() {
         }
         assert_eq!(rules::sync(&socket, &our_rules()).await.unwrap(), 5);
         assert_eq!(rules_shown(), right);
-        // Somebody else's stay, on our priorities too.
+        // Other programs' rules stay, also at Egret's priorities.
         ip("rule add pref 72 from 10.0.0.0/8 lookup 100");
         ip("rule add pref 50 fwmark 0x1 lookup 100 protocol 71");
         ip("rule add from 10.244.1.5 lookup 7873 pref 71 protocol 71");
@@ -223,14 +223,14 @@ fn a_quarantine_is_seen_and_lifted() {
     });
 }
 
-/// Puts everything there and takes it away again, in the namespace that it is started in, until it is killed.
+/// Creates and removes everything again and again, in the namespace in which it was started, until it is killed.
 #[test]
 #[ignore = "started, and killed, by the next test"]
 fn one_that_is_killed() {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async {
         let socket = RouteSocket::open().unwrap();
-        // Should nobody come to kill it.
+        // In case nobody kills it.
         let end = Instant::now() + Duration::from_secs(20);
         while Instant::now() < end {
             put(&socket).await;
@@ -242,7 +242,7 @@ fn one_that_is_killed() {
     });
 }
 
-/// Makes all that there is to be, and returns how many changes that took, but for the device's own.
+/// Creates everything. Returns the number of changes without those of the device itself.
 async fn put(socket: &RouteSocket) -> usize {
     let device = tunnel::ensure(socket, &ours()).await.unwrap();
     let nodes: BTreeMap<_, _> = (12..99).map(|n| (mac(n), address(&format!("192.0.2.{n}")))).collect();

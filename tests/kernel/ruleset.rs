@@ -1,5 +1,5 @@
-//! The golden rulesets in a real kernel: what `nft` lists of them is what their files say, and what the crate `nftables` reads
-//! of them object by object is what they should be.
+//! The golden rulesets in a real kernel: `nft` lists them as their files have them, and the crate `nftables` reads
+//! each object as expected. Needs root.
 
 use crate::namespace::{in_namespace, ip, run};
 use egret::cluster::{self, Scope, SourceName};
@@ -16,9 +16,9 @@ use std::path::{Path, PathBuf};
 /// File, cluster and node.
 const RULESETS: &[(&str, &str, &str)] = include!("../rulesets/list.rs");
 
-/// What nft 1.0.6 lists otherwise than it is written: in the file, and in the listing. It does not know that there is an
-/// Ethernet header where a rule has not compared the type of the link (`meta iiftype`), and prints a mark that is looked up
-/// as a constant in the network's byte order.
+/// Texts that nft 1.0.6 lists differently: in the file, and in the listing. It assumes that there is no Ethernet
+/// header unless a rule has compared the type of the link (`meta iiftype`), and prints a mark that is looked up as a
+/// constant in network byte order.
 const LISTED_OTHERWISE: [(&str, &str); 4] = [
     ("ether saddr map", "@ll,48,48 map"),
     ("ether daddr set", "@ll,0,48 set"),
@@ -26,10 +26,12 @@ const LISTED_OTHERWISE: [(&str, &str); 4] = [
     ("meta mark set 0x45470003 map", "meta mark set 0x3004745 [invalid type] map"),
 ];
 
-/// What nft 1.0.6 lists and cannot read again: masks of ports in a concatenation, a constant that is looked up in a map.
+/// Texts that nft 1.0.6 lists and cannot read again: masks of ports in a concatenation, a constant that is looked up
+/// in a map.
 const NOT_READ_AGAIN: [&str; 2] = [" proto-src & ", " meta mark set 0x45470003 map @"];
 
-/// The base chains of all nodes: family, name, hook, type, priority, policy. Each pod has one more, at the hook `ingress`.
+/// The base chains of all nodes: family, name, hook, type, priority, policy. Each pod has one more, at the hook
+/// `ingress`.
 const BASE_CHAINS: [(&str, &str, NfHook, NfChainType, i32, NfChainPolicy); 7] = [
     ("inet", "raw", NfHook::Prerouting, NfChainType::Filter, -300, NfChainPolicy::Accept),
     ("inet", "prerouting", NfHook::Prerouting, NfChainType::Filter, -90, NfChainPolicy::Accept),
@@ -40,11 +42,11 @@ const BASE_CHAINS: [(&str, &str, NfHook, NfChainType, i32, NfChainPolicy); 7] = 
     ("netdev", "to-tunnel", NfHook::Egress, NfChainType::Filter, 0, NfChainPolicy::Accept),
 ];
 
-/// The base chains of nodes that an egress IP is being moved between.
+/// The base chains of nodes during a planned move.
 const HANDOVER_CHAINS: [(&str, &str, i32); 3] =
     [("ip", "handover", -91), ("ip6", "handover", -91), ("inet", "old-ways", -89)];
 
-/// Every map: its keys and its values.
+/// Every map with the types of its keys and values.
 const MAPS: [(&str, &str, &str); 13] = [
     ("back", "mark", "ether_addr"),
     ("came", "mark", "mark"),
@@ -79,7 +81,7 @@ async fn load(of: &str, node: &str) {
     nft.apply(ruleset.made().tables()).unwrap_or_else(|e| panic!("{node}: {e}"));
 }
 
-/// Each object's lines, by table and head; in which order objects stand says nothing. Elements are sorted.
+/// Each object's lines, by table and header. The order of objects has no meaning. Elements are sorted.
 fn objects(text: &str) -> BTreeMap<(String, String), Vec<String>> {
     let mut all: BTreeMap<(String, String), Vec<String>> = BTreeMap::new();
     let (mut table, mut object, mut elements) = (String::new(), String::new(), None::<String>);
@@ -188,7 +190,7 @@ fn base_chains_are_where_they_should_be(name: &str, objects: &[Value]) {
     assert_eq!(fixed, BASE_CHAINS.len(), "{name}");
 }
 
-/// Whether each rule and each verdict leads to a chain that is there.
+/// Whether the target of each rule and verdict exists.
 fn nothing_leads_nowhere(name: &str, objects: &[Value]) {
     let place = |object: &Value, of: &str| format!("{} {of}", object["family"]);
     let chains: BTreeSet<String> = objects
@@ -198,7 +200,7 @@ fn nothing_leads_nowhere(name: &str, objects: &[Value]) {
         .collect();
     let (mut read, mut led) = (0, 0);
     for object in objects {
-        // The crate's types know neither every expression nor verdict maps: where they fail, it is looked for in the JSON.
+        // The crate's types lack some expressions and verdict maps. For these, the JSON is searched.
         let mut targets = Vec::new();
         if let (Some(rule), Ok(NfListObject::Rule(typed))) =
             (object.get("rule"), serde_json::from_value(object.clone()))
@@ -242,7 +244,7 @@ fn maps_have_their_types(name: &str, objects: &[Value]) {
         let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
         let json = &object["map"];
         let mut types = (text(&json["name"]), text(&json["type"]), text(&json["map"]));
-        // By the crate's types, where they know the type: `verdict` and `iface_index` they do not.
+        // By the crate's types, which lack `verdict` and `iface_index`.
         if let Ok(NfListObject::Map(map)) = serde_json::from_value(object.clone()) {
             let type_ = |value| text(&serde_json::to_value(value).expect("a type"));
             types = (map.name.to_string(), type_(&map.set_type), type_(&map.map));

@@ -1,4 +1,4 @@
-//! The tunnel device and its forwarding entries, against the kernel: what `ip` and `bridge` see.
+//! The tunnel device and its forwarding entries against the kernel, as `ip` and `bridge` show them. Needs root.
 
 use crate::namespace::host::{address, host, link, mac, ours};
 use crate::namespace::{in_namespace, ip, ip_json, run};
@@ -63,7 +63,7 @@ fn manual_changes_are_corrected_on_the_same_device() {
     });
 }
 
-/// Strict filtering would drop what comes out of the tunnel, and loose filtering asks for some route back.
+/// Strict filtering would drop packets from the tunnel, and loose filtering requires some route back.
 #[test]
 fn reverse_paths_are_filtered_as_little_as_the_host_allows() {
     in_namespace(|| async {
@@ -95,7 +95,7 @@ fn a_device_with_other_parameters_is_recreated() {
             assert_eq!(tunnel::ensure(&socket, &other).await.unwrap(), after, "{other:?}");
             before = after;
         }
-        // As somebody else would make it: without the group-based-policy extension, and learning.
+        // As another program would create it: without the group-based policy extension, and with learning.
         ip("link delete egret");
         ip("link add egret type vxlan id 7871 dstport 7871 local 192.0.2.11");
         tunnel::ensure(&socket, &ours()).await.unwrap();
@@ -137,10 +137,10 @@ fn the_tunnels_mtu_is_the_underlays_less_the_overhead() {
         assert_eq!(mtu("192.0.2.11", &[]).await.unwrap(), 1450);
         assert_eq!(mtu("2001:db8::11", &[]).await.unwrap(), 1430);
         assert_eq!(mtu("192.0.2.11", &["192.0.2.12", "2001:db8::12"]).await.unwrap(), 1450);
-        // A host with its address on lo: what leads to the others counts.
+        // A host with its address on lo: the interface to the other nodes counts.
         ip("address add 198.51.100.7/32 dev lo");
         assert_eq!(mtu("198.51.100.7", &["192.0.2.12"]).await.unwrap(), 1450);
-        // The narrowest way, by a route's own number or by its interface; a peer out of reach has no say.
+        // The narrowest route counts, by its own MTU or by its interface's. An unreachable peer does not count.
         ip("route add 192.0.2.13/32 dev eth0 mtu 1400");
         ip("link add narrow mtu 1380 type veth peer name narrow-end");
         ip("link set narrow up");
@@ -179,7 +179,8 @@ fn the_forwarding_database_contains_the_desired_entries() {
         let mut wanted: BTreeMap<_, _> = (12..20).map(|n| (mac(n), address(&format!("192.0.2.{n}")))).collect();
         assert_eq!(fdb::sync(&socket, device, &wanted).await.unwrap(), 8);
         assert_eq!(fdb::sync(&socket, device, &wanted).await.unwrap(), 0);
-        // By hand: one gone, one elsewhere, one with a second place, one that is nobody's, flooding, one not permanent.
+        // Changed by hand: one entry removed, one with another destination, one with a second destination, one of no
+        // node, flooding, one not permanent.
         run("bridge", "fdb delete 02:65:67:00:00:0c dev egret dst 192.0.2.12");
         run("bridge", "fdb replace 02:65:67:00:00:0d dev egret dst 192.0.2.99");
         run("bridge", "fdb append 02:65:67:00:00:0e dev egret dst 192.0.2.98");
@@ -191,7 +192,7 @@ fn the_forwarding_database_contains_the_desired_entries() {
         let expected: BTreeMap<_, _> =
             (12..20).map(|n| (format!("02:65:67:00:00:{n:02x}"), BTreeSet::from([format!("192.0.2.{n}")]))).collect();
         assert_eq!(entries(), expected);
-        // A node moves, one goes.
+        // A node gets another address, and one is removed.
         wanted.insert(mac(12), address("192.0.2.112"));
         wanted.remove(&mac(13));
         fdb::sync(&socket, device, &wanted).await.unwrap();

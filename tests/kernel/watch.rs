@@ -1,4 +1,4 @@
-//! Which changes in the kernel are news to the daemon, and which are not.
+//! Which changes in the kernel are events for the daemon, and which are not. Needs root.
 
 use crate::namespace::{Other, in_namespace, ip, ip_json, run};
 use egret::datapath::names;

@@ -1,4 +1,5 @@
-//! A node's token is good for that node alone: `install/admission.yaml`, with tokens as kubelet asks for them.
+//! A node's token is valid for that node only: `install/admission.yaml`, with tokens as the kubelet requests them.
+//! Needs root.
 
 use super::documents;
 use lab::Lab;
@@ -9,7 +10,7 @@ use std::time::Duration;
 const MERGE: &str = "application/merge-patch+json";
 const TAINT: &str = "egret.dev/not-ready";
 
-/// A token of the node daemon's ServiceAccount; bound to a pod on that node, if there is one.
+/// A token of the node daemon's ServiceAccount, bound to a pod on that node if there is one.
 fn token(lab: &Lab, node: Option<&str>) -> String {
     let bound = node.map(|node| {
         let pod = json!({"apiVersion": "v1", "kind": "Pod", "metadata": {"namespace": NAMESPACE, "name": format!("egret-{node}")},
@@ -25,7 +26,7 @@ fn token(lab: &Lab, node: Option<&str>) -> String {
     answer["status"]["token"].as_str().expect("a token").to_owned()
 }
 
-/// What the API server says to a request with this token: the status and the message.
+/// The API server's response to a request with this token: the status and the message.
 fn ask(lab: &Lab, token: &str, method: &str, path: &str, content: Option<(&str, &Value)>) -> (u16, String) {
     let mut arguments =
         vec!["curl".to_owned(), "-sk".into(), "-w".into(), "\n%{http_code}".into(), "-X".into(), method.into()];
@@ -47,7 +48,7 @@ fn tainted(lab: &Lab, node: &str) {
     lab.api().ask("PATCH", &format!("/api/v1/nodes/{node}"), Some((MERGE, &patch)));
 }
 
-/// Whether the server has the kind; then the policy is in force on return.
+/// Whether the server has the kind. If so, the policy is in force on return.
 fn install(lab: &Lab) -> bool {
     let path = "/apis/admissionregistration.k8s.io/v1/validatingadmissionpolicies";
     if lab.api().try_ask("GET", path, None).expect("an answer").0 == 404 {
@@ -85,7 +86,7 @@ fn a_nodes_token_can_write_its_own_objects_only() {
         assert!(code == 403 && message.contains(words), "{what}: {code} {message}");
     };
     let dedicated = json!({"key": "dedicated", "effect": "NoSchedule"});
-    // Nothing of another's; and of its own nothing but the taint.
+    // Nothing of other nodes, and of its own Node only the taint.
     refused("n2's taint", node("n2", json!({"spec": {"taints": [dedicated]}})), "bound to node n1");
     for (what, patch) in [
         ("a gateway's label", json!({"metadata": {"labels": {"egret.dev/gateway": "true"}}})),
@@ -106,7 +107,7 @@ fn a_nodes_token_can_write_its_own_objects_only() {
     }
     assert_eq!(node("n1", json!({"spec": {"taints": [dedicated]}})), (200, String::new()));
 
-    // What it says of itself: made, written, and removed by an uninstallation.
+    // Its own EgressNode: created, written, and removed by an uninstallation.
     let collection = "/apis/egret.dev/v1alpha1/egressnodes";
     let object = |name: &str| json!({"apiVersion": "egret.dev/v1alpha1", "kind": "EgressNode", "metadata": {"name": name}, "spec": {}});
     lab.api().ask("POST", collection, Some(("application/json", &object("n2"))));
@@ -138,7 +139,7 @@ fn a_nodes_token_can_write_its_own_objects_only() {
             );
         }
     }
-    // A token that names no node writes nothing; others' writes are not looked at.
+    // A token that names no node can write nothing. Writes by others are not examined.
     let (code, message) = ask(&lab, &token(&lab, None), "DELETE", &format!("{collection}/n2"), None);
     refused("no node in the token", (code, message), "bound to no node");
     lab.api().ask("DELETE", &format!("{collection}/n2"), None);

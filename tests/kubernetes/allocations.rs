@@ -1,10 +1,10 @@
-//! A gateway whose allocations are too many for one object.
+//! A gateway whose allocations are too long for one object. Needs root.
 
 use super::{PATIENCE, allocations};
 use lab::{Lab, NodeSpec, Pods, manifests};
 use serde_json::json;
 
-/// With the longest names that there can be, so many allocations are more than etcd takes.
+/// With the longest possible names, this number of allocations exceeds etcd's limit.
 const TOO_MANY: usize = 4_200;
 
 #[test]
@@ -23,7 +23,7 @@ fn a_status_that_is_too_long_is_rejected_with_a_reason_and_the_written_one_stays
     let controller = lab.start_controller();
     lab.wait_until("there are allocations", PATIENCE, || allocations(&lab).len() == 3);
     let before = allocations(&lab);
-    // So that it need not write them one by one.
+    // So that the controller need not write them one by one.
     assert!(controller.term().success());
     (3..TOO_MANY).for_each(create);
     let controller = lab.start_controller();

@@ -1,4 +1,4 @@
-//! Pods speak to the API server, which here is no Node, whatever becomes of gateways.
+//! Pods reach the API server, which is no Node here, whatever the state of the gateways. Needs root.
 
 use super::{PATIENCE, condition};
 use lab::api::{API, Role};
@@ -35,10 +35,10 @@ fn selected_pods_reach_the_api_server_without_a_gateway() {
     }
     lab.wait_until("nothing else leaves", Duration::from_secs(10), || pod.who(EXT4).is_err());
     reaches_the_api_server(&pod).expect("a connection to the API server");
-    // The pod's own node knows best what becomes of its packets.
+    // The pod's own node decides about its packets.
     lab.wait_until("it is said", PATIENCE, || why(&lab, "9.9.9.9").contains("from the pod's node \"n1\" node g"));
     assert!(why(&lab, "9.9.9.9").contains("9.9.9.9 is blocked: EgressPolicy shop/visitors decides"));
-    // Nor is it forgotten.
+    // The network stays direct.
     lab.api().stop();
     lab.daemon("n1").restart();
     lab.wait_ready("n1");
@@ -60,7 +60,7 @@ fn why_explains_a_service_with_endpoints_outside() {
         "endpoints": [{"addresses": ["203.0.113.9"]}], "ports": [{"name": "", "port": 15432}]});
     lab.api().ask("POST", "/api/v1/namespaces/shop/services", Some(("application/json", &service)));
     lab.api().ask("POST", "/api/v1/namespaces/shop/endpoints", Some(("application/json", &endpoints)));
-    // Where there are slices, nobody mirrors the other here.
+    // With EndpointSlices, nothing mirrors Endpoints here.
     let slices = "/apis/discovery.k8s.io/v1/namespaces/shop/endpointslices";
     let _ = lab.api().try_ask("POST", slices, Some(("application/json", &slice)));
     lab.wait_until("the policy is ready", PATIENCE, || {

@@ -1,4 +1,4 @@
-//! The API server is away, or comes back and knows less, or cuts every connection, or takes the credentials no more.
+//! The API server is away, returns with less state, closes every connection, or rejects the credentials. Needs root.
 
 use super::{PATIENCE, condition, proxy};
 use lab::api::Role;
@@ -17,13 +17,13 @@ fn everything_continues_while_the_api_server_is_away() {
     assert_leaves_by_egress(&pod);
     lab.api().stop();
     let end = Instant::now() + Duration::from_secs(8);
-    // Known before: its node has heard of it.
+    // The node knew this pod before.
     late.attach().expect("ADD of a pod that is known");
     assert_leaves_by_egress(&late);
-    // Not known, and nobody to ask: held.
+    // The node does not know this pod, and cannot ask: isolated.
     let mut unknown = lab.sandbox_unknown("n1", "shop", "unknown");
     unknown.attach().expect("ADD of a pod that nobody knows");
-    // A daemon that restarts meanwhile leaves everything as it was.
+    // A daemon that restarts meanwhile changes nothing.
     lab.daemon("n2").restart();
     while Instant::now() < end {
         assert_leaves_by_egress(&pod);
@@ -37,7 +37,7 @@ fn everything_continues_while_the_api_server_is_away() {
     assert_leaves_by_egress(&late);
     let own = [lab.node("n1").ipv4(), lab.node("n2").ipv4()].map(IpAddr::V4);
     assert!(lab.sources(EXT4).iter().all(|a| !own.contains(a)), "{:?}", lab.sources(EXT4));
-    // And what is new counts again.
+    // New objects take effect again.
     let spec = "podSelector: { matchLabels: { app: new } }\n  address: { ipv4: 192.0.2.51 }";
     lab.write_manifest("new.yaml", &manifests::policy("shop", "new", spec));
     lab.wait_until("the policy is in place", PATIENCE, || {
@@ -54,7 +54,7 @@ fn a_daemon_that_starts_while_the_api_server_is_away_continues_with_its_offline_
     let mut late = lab.sandbox("n1", "shop", "late", VISITOR);
     let known = |kind: &str| std::fs::read_to_string(lab.node("n1").run_dir().join("known").join(kind));
     lab.wait_until("n1 knows the pod", PATIENCE, || known("Pod").is_ok_and(|text| text.contains("shop/late\t")));
-    // A policy that is gone does not come back.
+    // A deleted policy does not return.
     let spec = "podSelector: { matchLabels: { app: gone } }";
     lab.write_manifest("gone.yaml", &manifests::policy("shop", "gone", spec));
     lab.wait_until("n1 knows", PATIENCE, || known("EgressPolicy").is_ok_and(|text| text.contains("shop/gone\t")));
@@ -73,14 +73,14 @@ fn a_daemon_that_starts_while_the_api_server_is_away_continues_with_its_offline_
     let mut unknown = lab.sandbox_unknown("n1", "shop", "unknown");
     unknown.attach().expect("ADD of a pod that nobody knows");
     assert_blocked(&unknown);
-    // Its part in failover does not rest.
+    // It takes part in failover.
     let owner = ["g1", "g2"].into_iter().find(|g| lab.node(g).ip("-o addr").contains(&format!(" {EGRESS4}/32 ")));
     let port = format!("link set p-{}", owner.expect("an owner"));
     lab.host("fab").ip(&format!("{port} down"));
     lab.wait_seen_as(&pod, EGRESS4);
     lab.wait_seen_as(&late, EGRESS4);
     assert_blocked(&unknown);
-    // What was taken over stays so with yet another start.
+    // A taken-over egress IP stays after another restart.
     lab.daemon("n1").restart();
     lab.wait_ready("n1");
     lab.wait_seen_as(&pod, EGRESS4);
@@ -98,7 +98,7 @@ fn missed_changes_are_found_by_a_new_list() {
     let lab = Lab::builder().kubernetes().scene();
     let pod = lab.add_pod("n1", "shop", "visitor", VISITOR);
     assert_leaves_by_egress(&pod);
-    // The node no longer hears the server, and the server thinks the node gone.
+    // The node no longer reaches the server, and the server counts the node as lost.
     let deaf = "table inet deaf {\n chain in {\n type filter hook input priority -10\n tcp sport 6443 reject with tcp reset\n }\n}\n";
     lab.node("n1").nft(deaf);
     let spec = "podSelector: { matchLabels: { app: visitor } }\n  address: { ipv4: 192.0.2.52 }\n  priority: 9";
@@ -107,7 +107,7 @@ fn missed_changes_are_found_by_a_new_list() {
         condition(&lab, "shop/other", "Ready").is_some_and(|c| c.0 == "True")
     });
     lab.api().server.kill9();
-    // etcd forgets the past, and a server that starts knows only the present.
+    // etcd compacts its history, and a restarted server knows the present state only.
     let etcd = "http://127.0.0.1:2379";
     let status = lab.host("api").run(["curl", "-sf", "-d", "{}", &format!("{etcd}/v3/maintenance/status")]);
     let status: serde_json::Value = serde_json::from_str(&status).expect("JSON");

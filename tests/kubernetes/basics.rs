@@ -1,4 +1,4 @@
-//! What a user sees first: an object that is created takes effect.
+//! A created object takes effect. Needs root.
 
 use lab::api::Role;
 use lab::scene::{VISITOR, assert_blocked, assert_leaves_by_egress, assert_leaves_by_node};
@@ -22,7 +22,7 @@ fn a_pod_leaves_from_the_address_of_its_policy() {
     });
     for (to, told) in [
         (EXT4.to_string(), format!("{EXT4} leaves from {EGRESS4}: EgressPolicy shop/visitors decides")),
-        // A Service's.
+        // A Service's backend.
         ("10.96.0.1".into(), "10.96.0.1 goes direct: it is in 10.96.".into()),
         ("10.244.2.9".into(), "goes direct".into()),
     ] {
@@ -41,7 +41,7 @@ fn a_pod_leaves_from_the_address_of_its_policy() {
         assert!(why.contains(&told), "{told:?} is not in {why}");
     }
 
-    // A pod that the API server does not know is held until it does.
+    // A pod that the API server does not know is isolated until it does.
     let mut unknown = lab.sandbox_unknown("n1", "shop", "unknown");
     unknown.attach().expect("ADD of a pod that is not known yet");
     assert_blocked(&unknown);

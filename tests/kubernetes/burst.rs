@@ -1,4 +1,4 @@
-//! Much at once.
+//! Many objects at once. Needs root.
 
 use super::PATIENCE;
 use lab::{Lab, NodeSpec, Pods, manifests};
@@ -48,24 +48,24 @@ fn a_thousand_policies_and_two_thousand_pods_at_once() {
         told() == POLICIES
     });
     eprintln!("all told after {:.1?}", begun.elapsed());
-    // So many allocations are written as text.
+    // This number of allocations is written as text.
     let gateway = lab.api().egret("egressgateways/default");
     let text = gateway["status"]["text"].as_str().unwrap_or_default();
     let lines = text.lines().filter(|line| line.contains(" shop/policy-")).count();
     assert!(lines == POLICIES && super::allocations(&lab).is_empty(), "{}", gateway["status"]);
     let labels = [("object", "policy"), ("result", "ok")];
     let writes = || lab.metrics("controller").get("egret_status_writes_total", &labels).unwrap_or(0.0);
-    // Each policy: an address, a first pod, a second pod, and the node that holds the address.
+    // Each policy: an egress IP, a first pod, a second pod, and the node that holds the egress IP.
     let before = writes();
     assert!(before <= 5.0 * POLICIES as f64, "{before} statuses were written");
     std::thread::sleep(Duration::from_secs(3));
-    // Nothing changes, but for the last addresses' being put in place.
+    // Nothing changes, except that the last addresses are added.
     lab.wait_until("it is quiet", PATIENCE, || {
         let now = writes();
         std::thread::sleep(Duration::from_secs(2));
         writes() == now
     });
-    // And where nothing changes, nothing is computed.
+    // Without changes, nothing is computed.
     let passes = || {
         lab.metrics("controller").get("egret_allocation_duration_seconds_count", &[]).expect("a count of allocations")
     };

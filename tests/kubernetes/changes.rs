@@ -1,4 +1,4 @@
-//! Labels, selectors and pools change under what runs.
+//! Labels, selectors and pools change while pods run. Needs root.
 
 use super::{PATIENCE, condition};
 use lab::scene::{VISITOR, assert_leaves_by_egress};
@@ -10,7 +10,7 @@ const fn address(last: u8) -> Ipv4Addr {
     Ipv4Addr::new(192, 0, 2, last)
 }
 
-/// Reason and note of every event about policies.
+/// The reason and the note of every event about policies.
 fn events(lab: &Lab) -> Vec<(String, String)> {
     let list = lab.api().get("/apis/events.k8s.io/v1/namespaces/shop/events");
     let text = |v: &serde_json::Value| v.as_str().unwrap_or_default().to_owned();
@@ -67,7 +67,7 @@ fn a_gateway_loses_a_node_and_a_part_of_its_pool() {
     assert_leaves_by_egress(&pod);
     let node_of = || lab.api().egret("namespaces/shop/egresspolicies/visitors")["status"]["node"].clone();
     let holder = node_of().as_str().unwrap_or_default().to_owned();
-    // A node's label is removed: another one takes its allocations.
+    // A node's label is removed: another node takes its allocations.
     let mut object = manifests::node(lab.node(&holder));
     object["metadata"]["labels"]["egret.dev/gateway"] = "no".into();
     lab.manifests().write_object(&format!("node-{holder}.yaml"), &object);
@@ -78,7 +78,8 @@ fn a_gateway_loses_a_node_and_a_part_of_its_pool() {
     lab.wait_until("an event tells of the move", PATIENCE, || {
         events(&lab).iter().any(|(reason, note)| reason == "AddressMoved" && note.contains(&holder))
     });
-    // The pool shrinks under a policy that names its address: it is told, and has none; nothing leaves otherwise.
+    // The pool shrinks and no longer contains the address that a policy names: the policy's condition says so, and
+    // its traffic is blocked.
     lab.write_manifest("gateway.yaml", &manifests::gateway("default", &["192.0.2.55-192.0.2.59"]));
     lab.wait_until("the policy is refused", PATIENCE, || {
         condition(&lab, "shop/visitors", "Accepted").is_some_and(|c| c.0 == "False")
@@ -94,7 +95,7 @@ fn a_gateway_loses_a_node_and_a_part_of_its_pool() {
         &manifests::gateway("default", &["192.0.2.50-192.0.2.59", "2001:db8::50-2001:db8::59"]),
     );
     lab.wait_seen_as(&pod, EGRESS4);
-    // The gateway goes while one of its nodes is down; the node undoes its part when it is back.
+    // The gateway is deleted while one of its nodes is down. The node removes its part when it is back.
     let holder = node_of().as_str().unwrap_or_default().to_owned();
     lab.daemon(&holder).kill9();
     lab.remove_manifest("gateway.yaml");
@@ -118,7 +119,7 @@ fn a_node_reports_the_networks_inside_the_cluster() {
     assert!(from("10.244.1.0/24").or(from("10.244.2.0/23")).is_some_and(|f| f.contains("podCIDRs")), "{told:?}");
     let services = if lab.api().version() >= (1, 33) { "ServiceCIDR" } else { "API server" };
     assert!(from("10.96.0.0/16").is_some_and(|f| f.contains(services)), "{told:?}");
-    // A Service that nobody serves is inside all the same: its packets stay on their node.
+    // A Service without endpoints is inside all the same: its packets stay on their node.
     let pod = lab.add_pod("n1", "shop", "visitor", VISITOR);
     lab.forget_wire();
     assert!(pod.who("10.96.7.7".parse::<Ipv4Addr>().expect("an address")).is_err());

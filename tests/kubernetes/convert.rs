@@ -1,5 +1,5 @@
-//! What `kubectl egret convert` prints for other systems' objects, the golden files in `tests/convert`, is what the API
-//! server takes.
+//! The API server accepts what `kubectl egret convert` prints for other systems' objects, the golden files in
+//! `tests/convert`. Needs root.
 
 use crate::{PATIENCE, documents};
 use lab::Lab;
@@ -25,7 +25,7 @@ fn the_api_server_accepts_every_golden_file_of_convert() {
             }
             let place = path_of(object);
             let collection = place.rsplit_once('/').map_or("", |(collection, _)| collection);
-            // As kubectl apply --dry-run=server does. Servers since 1.25 say which fields they do not know.
+            // As kubectl apply --dry-run=server does. Servers from 1.25 on name unknown fields.
             let ask = format!("{collection}?dryRun=All&fieldValidation=Strict");
             let (code, answer) =
                 lab.api().try_ask("POST", &ask, Some(("application/json", object))).expect("an answer");
@@ -114,7 +114,7 @@ fn objects_of_other_systems_in_the_api_server_are_converted() {
             }
         }
     }
-    // More than one answer of the API server holds.
+    // More than one response of the API server holds.
     for number in 0..501 {
         let spec = json!({"appliedTo": {"podSelector": {}}, "externalIPPool": "external-ip-pool"});
         let name = format!("many-{number}");
@@ -136,7 +136,7 @@ fn objects_of_other_systems_in_the_api_server_are_converted() {
     }
     let many = found.iter().filter(|o| o["metadata"]["name"].as_str().is_some_and(|name| name.starts_with("many-")));
     assert_eq!(many.count(), 501);
-    // One namespace, and what is in none.
+    // One namespace, and cluster-scoped objects.
     let of_shop = documents(&convert(&["-n", "shop"]));
     let has = |name: &str| of_shop.iter().any(|object| object["metadata"]["name"] == name);
     assert!(has("service3") && has("egress-sample") && !has("my-client"), "{of_shop:?}");

@@ -1,5 +1,5 @@
-//! What a person meets on a server of today: the manifests by kubectl, the rules from both sides, words for every field,
-//! several writers of one object.
+//! Users' work with a recent server: the manifests by kubectl, validation rules, descriptions of every field, several
+//! writers of one object. Needs root.
 
 use super::PATIENCE;
 use lab::Lab;
@@ -14,7 +14,7 @@ fn kubectl(lab: &Lab, arguments: &[&str]) -> Output {
     lab.host("api").try_run([&[&*program, &*kubeconfig, &*cache], arguments].concat())
 }
 
-/// What it prints; it must succeed and warn of nothing.
+/// The output of a command that must succeed without a warning.
 #[track_caller]
 fn quietly(lab: &Lab, arguments: &[&str]) -> String {
     let output = kubectl(lab, arguments);
@@ -70,7 +70,7 @@ fn every_field_is_explained() {
         }
     }
     let lab = Lab::builder().kubernetes().nodes(vec![]).build();
-    // A server tells of a new kind a moment after it serves it, and kubectl keeps what it was told.
+    // A server announces a new kind a moment after it serves it, and kubectl caches the list of kinds.
     lab.wait_until("kubectl finds every kind", PATIENCE, || {
         let cache = lab.api().kubeconfig(Role::Admin).with_file_name("kubectl");
         let _ = std::fs::remove_dir_all(cache);
@@ -168,7 +168,7 @@ fn every_validation_rule_accepts_and_rejects() {
 
 #[test]
 fn selectors_that_can_select_nothing_are_rejected() {
-    // 1.20 makes null of an empty text, and of a map that an apply takes away, and then refuses it.
+    // 1.20 stores null for an empty text, and for a map that an apply removes, and then rejects it.
     if !has_server((1, 25), false, "current::selectors_that_can_select_nothing_are_rejected") {
         return;
     }
@@ -190,9 +190,9 @@ fn selectors_that_can_select_nothing_are_rejected() {
     policy(json!({"matchLabels": {"example.org/app": "a_b.c", "empty": ""}})).expect("something can have such labels");
     policy(json!({"matchExpressions": [{"key": "example.org/app", "operator": "NotIn", "values": ["a", ""]}]}))
         .expect("something can have such labels");
-    // What no schema can look at.
+    // Faults that no schema detects.
     policy(json!({"matchLabels": {"no spaces please": "x"}})).expect("the server does not see it");
-    // There is no gateway yet, and a policy is told all the same.
+    // There is no gateway yet, and the policy still gets the condition.
     let _controller = lab.start_controller();
     lab.wait_until("the policy is told", PATIENCE, || {
         super::condition(&lab, "shop/p", "Accepted").is_some_and(|(status, reason, message)| {
@@ -218,7 +218,7 @@ fn two_writers_of_one_field_get_a_conflict() {
     assert_eq!(code.as_u16(), 409, "{answer}");
     let said = answer["message"].as_str().unwrap_or_default();
     assert!(said.contains("first") && said.contains(".spec.priority"), "{said}");
-    // Nobody's value is another's: the same one is no conflict, and force takes it.
+    // The same value is no conflict, and force overwrites another writer's value.
     assert!(apply("second", 1, false).0.is_success());
     let (code, answer) = apply("second", 2, true);
     assert!(code.is_success() && answer["spec"]["priority"] == 2, "{answer}");

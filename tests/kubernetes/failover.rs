@@ -1,4 +1,4 @@
-//! Egress IPs move while the API server is away.
+//! Egress IPs move while the API server is away. Needs root.
 
 use super::allocations;
 use lab::fault_injection::{dies, holders, owner_and_other, plugged};
@@ -8,7 +8,7 @@ use lab::{EGRESS4, Lab};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// What the API server does when it is away: it refuses connections, or does not answer at all.
+/// How the API server is away: it refuses connections, or does not answer at all.
 fn allocations_move(away: impl Fn(&Lab), back: impl Fn(&Lab)) {
     let lab = Lab::builder().kubernetes().scene();
     let (owner, other) = owner_and_other(&lab);
@@ -16,7 +16,7 @@ fn allocations_move(away: impl Fn(&Lab), back: impl Fn(&Lab)) {
     let going_on = sessions(&pods);
     away(&lab);
     let gap = dies(&lab, &owner, &other, &pods);
-    // It is busy with nobody who does not answer.
+    // No controller waits for a response.
     thread::sleep(Duration::from_millis(500));
     lab.node(&other).ip(&format!("addr del {EGRESS4}/32 dev eth0"));
     let begin = Instant::now();

@@ -1,5 +1,5 @@
-//! Every field of every object is stored as it was written: the API server drops what a definition does not have, without
-//! a word to a client that does not ask for one.
+//! Every field of every object is stored as it was written. The API server silently drops fields that a definition
+//! does not have, unless a client asks for a warning. Needs root.
 
 use lab::Lab;
 use lab::api::path_of;
@@ -54,7 +54,7 @@ fn gateways() -> Vec<Value> {
     let writer = json!({"name": "controller", "term": 2, "writes": 7});
     let listed = json!({"nodes": ["g1"], "allocations": allocations, "released": released, "conditions": conditions(), "writer": writer,
                         "reportsRequestedAt": 1_700_000_000});
-    // The form that many allocations have.
+    // The form of many allocations.
     let text = json!({"nodes": ["g1"], "allocations": [], "conditions": conditions(), "writer": writer,
                       "text": "node g1\n1 Dedicated 192.0.2.50 - 0 1700000000 - shop/a\n"});
     vec![
@@ -104,7 +104,7 @@ fn nodes() -> Vec<Value> {
     vec![object("EgressNode", "n1", json!({}), status)]
 }
 
-/// The fields that a schema has, `spec.egress[].to[]`, and of fields with few values which.
+/// The fields of a schema, `spec.egress[].to[]`, and the values of fields with few values.
 fn of_schema(schema: &Value, path: &str, found: &mut BTreeSet<String>) {
     if let Some(properties) = schema["properties"].as_object() {
         properties.iter().for_each(|(name, field)| of_schema(field, &format!("{path}.{name}"), found));
@@ -117,7 +117,7 @@ fn of_schema(schema: &Value, path: &str, found: &mut BTreeSet<String>) {
     }
 }
 
-/// The fields of an object, by the same names as in the schema.
+/// The fields of an object, with the same names as in the schema.
 fn of_object(value: &Value, schema: &Value, path: &str, found: &mut BTreeSet<String>) {
     if schema["properties"].is_object() {
         let fields = value.as_object().into_iter().flatten();

@@ -1,4 +1,5 @@
-//! Two controllers: one leads, and however they are made to overlap, no id and no address is given to two allocations.
+//! Two controllers: one leads, and however they overlap, no id and no address is given to two allocations. Needs
+//! root.
 
 use super::{PATIENCE, allocations};
 use lab::api::NAMESPACE;
@@ -40,7 +41,7 @@ fn bare() -> Lab {
     lab.add_namespace("shop", &[]);
     let gateway =
         |name: &str, range: &str| manifests::gateway(name, &[range]).replace("default: true", "default: false");
-    // They overlap in a part, which is one's only.
+    // They overlap in a part, which belongs to only one of them.
     lab.write_manifest("a.yaml", &gateway("a", "192.0.2.50-192.0.2.99"));
     lab.write_manifest("b.yaml", &gateway("b", "192.0.2.90-192.0.2.149"));
     lab
@@ -62,14 +63,14 @@ fn one_leads_and_the_other_takes_over() {
     lab.wait_until("there is an allocation", PATIENCE, || allocations(&lab).len() == 1);
     let before = allocations(&lab);
     assert!(!two.log().contains("this controller leads"));
-    // It gives its Lease back, and the other one need not wait until it has run out.
+    // It releases its Lease, so the other one need not wait until the Lease expires.
     assert!(one.term().success());
     lab.wait_until("the second leads", Duration::from_secs(8), || !holder(&lab).is_empty() && holder(&lab) != first);
     lab.write_manifest("p1.yaml", &policy(1));
     lab.wait_until("the second gives out allocations", PATIENCE, || allocations(&lab).len() == 2);
     let after = allocations(&lab);
     assert!(before.iter().all(|allocation| after.contains(allocation)), "{before:?} {after:?}");
-    // A leader that dies keeps it until it has run out.
+    // A leader that dies keeps the Lease until it expires.
     two.kill9();
     let three = lab.start_another_controller("three", 7883);
     lab.write_manifest("p2.yaml", &policy(2));
@@ -109,13 +110,13 @@ fn overlapping_leaders_give_out_no_address_twice() {
         });
         let mut holders = Vec::new();
         for _ in 0..6 {
-            // Often, because the two may change as regularly as somebody looks.
+            // Often, because leadership may change at the same interval as the checks.
             for _ in 0..25 {
                 thread::sleep(Duration::from_millis(100));
                 holders.push(holder(&lab));
             }
-            // Taken from who has it: it learns so at its next look, the other one takes it at its own, and meanwhile
-            // both may think that they lead.
+            // The Lease is taken from its holder. The holder learns that at its next read, the other one takes it at
+            // its own, and meanwhile both may assume that they lead.
             let other = json!({"spec": {"holderIdentity": ""}});
             lab.api().ask("PATCH", &lease(), Some(("application/merge-patch+json", &other)));
         }

@@ -1,5 +1,5 @@
 //! Egret with Kubernetes as the source of cluster state: a real API server and etcd, under the rights of
-//! `install/rbac.yaml`.
+//! `install/rbac.yaml`. Needs root.
 
 mod admission;
 mod allocations;
@@ -24,7 +24,7 @@ use lab::Lab;
 use serde_json::Value;
 use std::time::Duration;
 
-/// How long something that takes a moment may take on a busy machine.
+/// How long a short operation may take on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A condition of a policy, `shop/visitors`: its status, reason and message.
@@ -41,7 +41,7 @@ fn condition_of(object: &Value, type_: &str) -> Option<(String, String, String)>
     Some((text("status"), text("reason"), text("message")))
 }
 
-/// The allocations of all gateways, as they stood together at one moment.
+/// The allocations of all gateways at one moment.
 fn allocations(lab: &Lab) -> Vec<Value> {
     let list = lab.api().egret("egressgateways");
     let each = list["items"].as_array().cloned().unwrap_or_default().into_iter();

@@ -1,4 +1,4 @@
-//! Metrics that ask who reads them: by the API server's word.
+//! Metrics with authentication by the API server. Needs root.
 
 use super::{PATIENCE, documents};
 use lab::Lab;
@@ -16,14 +16,14 @@ fn metrics_can_be_read_with_the_api_servers_permission_only() {
         assert_eq!(body.contains("egret_node_pods"), code == "200", "{text}");
         code.parse::<u16>().unwrap_or_else(|_| panic!("no status in {text}"))
     };
-    // Egret has no right to ask, as long as nobody wants it to.
+    // Egret may not send reviews until an administrator grants that right.
     assert_eq!(read("admin-token"), 503);
     for object in documents(include_str!("../../install/metrics-authentication.yaml")) {
         lab.api().apply(&object);
     }
     lab.wait_until("who may read everything reads them", PATIENCE, || read("admin-token") == 200);
     assert_eq!([read("nobody-token"), read("a-token-of-nobodys"), read("")], [403, 401, 401]);
-    // Not in the clear.
+    // Not without TLS.
     let plain = lab.node("n1").try_run([
         "curl",
         "-s",

@@ -1,4 +1,4 @@
-//! A proxy before the API server that cuts every connection after a while.
+//! A proxy before the API server that closes every connection after a while.
 
 use lab::Lab;
 use lab::api::API;
@@ -7,11 +7,11 @@ use std::net::{Shutdown, TcpListener, TcpStream};
 use std::thread;
 use std::time::Duration;
 
-/// Listens on a port of the API server's host, and lets no connection live longer than `life`.
+/// Listens on a port of the API server's host, and closes each connection after `life`.
 pub fn cutting(lab: &Lab, port: u16, life: Duration) {
     let door = lab.host("api").door();
     let listener = door.within(|| TcpListener::bind((API, port)).expect("listen"));
-    // The thread ends with the test's process; what it holds open keeps nothing else alive.
+    // The thread ends with the test's process. What it has open keeps nothing else alive.
     thread::spawn(move || {
         door.enter();
         for client in listener.incoming().flatten() {

@@ -1,4 +1,4 @@
-//! What is refused, and how a person learns of it.
+//! Rejected objects and requests, and how users are informed. Needs root.
 
 use super::{PATIENCE, condition, condition_of};
 use lab::api::Role;
@@ -11,7 +11,7 @@ fn an_object_that_bypassed_validation_affects_no_other() {
     let lab = Lab::builder().kubernetes().scene();
     let pod = lab.add_pod("n1", "shop", "visitor", VISITOR);
     assert_leaves_by_egress(&pod);
-    // Host bits: the API server's formats and rules do not see them.
+    // Host bits: the API server's formats and rules do not detect them.
     let spec = "podSelector: {}\n  egress: [{ to: [{ ipBlock: { cidr: 203.0.113.7/24 } }] }]";
     lab.write_manifest("wrong.yaml", &manifests::policy("shop", "wrong", spec));
     lab.wait_until("the policy is told", PATIENCE, || {
@@ -21,7 +21,7 @@ fn an_object_that_bypassed_validation_affects_no_other() {
     });
     lab.wait_until("the node says so", PATIENCE, || lab.daemon("n1").log().contains("EgressPolicy shop/wrong"));
     assert_leaves_by_egress(&pod);
-    // Daemons that start with it there.
+    // Daemons that start while it is there.
     lab.daemon("n1").restart();
     lab.daemon("controller").restart();
     lab.wait_ready("n1");
@@ -45,7 +45,7 @@ fn a_daemon_without_rights_logs_the_remedy() {
     let daemon = lab.start_daemon("n1", lab.node("n1"), arguments);
     lab.wait_until("it says so", PATIENCE, || daemon.log().contains("install/rbac.yaml"));
     assert!(!lab.ready("n1"));
-    // It has taken nothing away.
+    // It has removed nothing.
     assert_leaves_by_egress(&pod);
     daemon.kill9();
     lab.start_node("n1");
@@ -74,7 +74,7 @@ fn nodes_and_controllers_have_only_the_rights_that_they_use() {
         }
         for verb in ["create", "update", "patch", "delete"] {
             assert!(!may(role, verb, "", "pods", "", "shop"));
-            // A node takes its taint off.
+            // A node removes its taint.
             assert_eq!(may(role, verb, "", "nodes", "", ""), role == Role::Node && verb == "patch", "{verb}");
             assert!(!may(role, verb, "egret.dev", "egresspolicies", "", "shop"));
         }
@@ -119,7 +119,7 @@ fn the_api_server_rejects_invalid_objects() {
 fn an_invalid_gateway_has_a_condition_and_affects_no_other() {
     let lab = Lab::builder().kubernetes().scene();
     let pods = ["n1", "n2"].map(|node| lab.add_pod(node, "shop", &format!("visitor-{node}"), VISITOR));
-    // Two ranges that overlap: the API server's formats and rules do not see that.
+    // Two ranges that overlap: the API server's formats and rules do not detect that.
     lab.write_manifest(
         "gateway.yaml",
         &manifests::gateway("default", &["192.0.2.50-192.0.2.59", "2001:db8::50-2001:db8::59", "192.0.2.55"]),
@@ -133,14 +133,14 @@ fn an_invalid_gateway_has_a_condition_and_affects_no_other() {
     };
     told("its last good state is used");
     pods.iter().for_each(assert_leaves_by_egress);
-    // Of daemons that start now nobody knows how it made sense last.
+    // Daemons that start now do not know its last valid state.
     for daemon in ["controller", "n1", "n2", "g1", "g2"] {
         lab.daemon(daemon).restart();
         lab.wait_ready(daemon);
     }
     told("its last good state is not known");
     pods.iter().for_each(assert_leaves_by_egress);
-    // Another gateway gives out what it has, and this one gives out nothing.
+    // Another gateway still gives out addresses, and this one gives out none.
     lab.write_manifest(
         "second.yaml",
         &manifests::gateway("second", &["192.0.2.60-192.0.2.69"]).replace("default: true", "default: false"),

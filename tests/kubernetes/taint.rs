@@ -1,4 +1,4 @@
-//! The taint that keeps pods away from a node until Egret is ready there.
+//! The taint that keeps pods away from a node until Egret is ready there. Needs root.
 
 use super::PATIENCE;
 use lab::Lab;
@@ -35,9 +35,9 @@ fn a_nodes_taint_is_removed_when_egret_is_ready_there_and_not_before() {
     lab.start_node("n1");
     lab.wait_until("n1 is open", PATIENCE, || keys(&lab, "n1") == ["dedicated"]);
     lab.wait_ready("n1");
-    // Another node's is that one's.
+    // Another node's taint is removed by that node.
     assert_eq!(keys(&lab, "n2"), [not_ready, "dedicated", not_ready]);
-    // A machine that comes back tainted: again when it is ready, and not while it is away.
+    // A machine that returns with the taint: it is removed when Egret is ready, and not while it is away.
     lab.daemon("n1").kill9();
     taint(&lab, "n1", &all);
     thread::sleep(Duration::from_millis(500));

@@ -1,4 +1,4 @@
-//! Bound tokens, as kubelet has them made and replaces them: they expire.
+//! Bound tokens, as the kubelet requests and replaces them: they expire. Needs root.
 
 use lab::api::{NAMESPACE, Role};
 use lab::scene::{VISITOR, assert_leaves_by_egress};
@@ -9,12 +9,12 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-/// kube-client reads a token file again when it has been read for fifty seconds; a token that is replaced in time must
-/// outlast that.
+/// kube-client reads a token file again fifty seconds after the last read. A token that is replaced in time must be
+/// valid for longer than that.
 const LIFE: Duration = Duration::from_secs(75);
 
-/// A token of a node's daemon that is good for so long. The API server makes none of less than ten minutes: this is one
-/// of those, with another end, signed again with the server's key.
+/// A token of a node's daemon that is valid for this time. The API server makes none of less than ten minutes, so
+/// this is one of those with another end, signed again with the server's key.
 fn token(lab: &Lab, life: Duration) -> String {
     let request = json!({"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest",
                          "spec": {"audiences": [], "expirationSeconds": 600}});
@@ -33,7 +33,7 @@ fn token(lab: &Lab, life: Duration) -> String {
     format!("{signed}.{}", files.encoded(host, &signature))
 }
 
-/// What openssl reads and writes. JSON Web Tokens are in base64url without padding, RFC 7515.
+/// The input and output of openssl. JSON Web Tokens are in base64url without padding, RFC 7515.
 struct Files {
     from: PathBuf,
     to: PathBuf,
@@ -89,7 +89,7 @@ fn a_bound_token_expires_and_the_next_one_is_used() {
     };
     let refusals = || daemon.log().matches("not accepted").count();
 
-    // Replaced in time, as kubelet does it when four fifths have passed: nobody is refused.
+    // Replaced in time, as the kubelet does after four fifths of the lifetime: no request is rejected.
     std::fs::write(&file, token(&lab, LIFE)).expect("write a token");
     daemon.restart();
     lab.wait_ready("n1");

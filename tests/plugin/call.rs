@@ -1,4 +1,4 @@
-//! One call of the plugin, as a runtime makes it.
+//! One call of the plugin, as by a runtime.
 
 use crate::node::{Node, Pod};
 use serde_json::{Value, json};
@@ -14,13 +14,13 @@ pub struct Call<'a> {
     node: &'a Node,
     variables: BTreeMap<&'static str, OsString>,
     keys: BTreeMap<&'static str, Value>,
-    /// Kept as text: it must come back as it was.
+    /// A text, because the plugin must return it unchanged.
     previous: Option<String>,
     input: Option<Vec<u8>>,
 }
 
 impl<'a> Call<'a> {
-    /// A call for container `c1`, interface `eth0`, with a sound configuration for the newest version.
+    /// A call for container `c1`, interface `eth0`, with a valid configuration for the newest version.
     pub fn new(node: &'a Node, command: &str) -> Self {
         let keys = [
             ("cniVersion", json!("1.1.0")),
@@ -36,7 +36,7 @@ impl<'a> Call<'a> {
             .variable("CNI_PATH", "/opt/cni/bin")
     }
 
-    /// For this pod, of namespace `shop`, with what a main plugin left.
+    /// For this pod, of namespace `shop`, with the main plugin's result.
     pub fn pod(self, pod: &Pod) -> Self {
         self.netns(&pod.netns()).previous(&pod.result()).of("shop")
     }
@@ -79,7 +79,7 @@ impl<'a> Call<'a> {
         self
     }
 
-    /// These bytes instead of a configuration.
+    /// Replaces the configuration by these bytes.
     pub fn input(mut self, bytes: impl Into<Vec<u8>>) -> Self {
         self.input = Some(bytes.into());
         self
@@ -113,7 +113,7 @@ impl<'a> Call<'a> {
                 .stderr(Stdio::piped())
                 .spawn()
                 .unwrap();
-            // It may stop reading what is too long: that is no failure of the test.
+            // The plugin may stop reading an input that is too long. That is no failure of the test.
             let _ = plugin.stdin.take().unwrap().write_all(&input);
             interfere(&mut plugin);
             plugin.wait_with_output().unwrap()
@@ -134,14 +134,14 @@ pub struct Outcome {
 }
 
 impl Outcome {
-    /// What it printed, once it has succeeded quietly.
+    /// The output of a call that succeeded without a message.
     #[track_caller]
     pub fn success(self) -> String {
         assert!(self.status == Some(0) && self.stderr.is_empty(), "{self:?}");
         self.stdout
     }
 
-    /// The code and the texts of the error that it printed by the specification.
+    /// The code and the texts of the error on stdout, in the specification's format.
     #[track_caller]
     pub fn failure(self) -> (u64, String) {
         assert!(self.status == Some(1) && self.stderr.is_empty(), "{self:?}");

@@ -1,5 +1,5 @@
-//! The conversation with the daemon: what the plugin says, and what it does when the other side does not keep to it.
-//! A few lines here play the other side; the daemon itself is tested in the lab.
+//! The protocol with the daemon: the plugin's requests, and its behaviour when the other side violates the protocol.
+//! The test takes the daemon's place; the daemon itself is tested in the lab. Needs root.
 
 use crate::call::Call;
 use crate::node::Node;
@@ -12,7 +12,8 @@ use std::time::{Duration, Instant};
 
 const DONE: &str = "{\"version\":1}\n";
 
-/// Answers the n-th connection with the n-th of `answers` and sends on what was asked. Then the socket is deaf.
+/// Answers the n-th connection with the n-th of `answers`, and returns the requests. After that, nothing accepts
+/// connections.
 fn serve(node: &Node, answers: &'static [&'static str]) -> Receiver<Value> {
     let (asked, questions) = channel();
     std::fs::create_dir_all(node.run_dir()).unwrap();
@@ -55,7 +56,7 @@ fn the_plugin_sends_the_request_of_its_verb() {
     );
     let gc = json!({"version": 1, "verb": "GC", "network": "pods", "valid": [{"containerId": "a", "ifname": "b"}]});
     assert_eq!(ask("GC").1, gc);
-    // The daemon keeps the records, not the plugin.
+    // The daemon writes the attachments' files, not the plugin.
     assert!(node.records().is_empty() && node.rules().is_empty());
 }
 
@@ -79,7 +80,7 @@ fn a_daemon_that_closes_the_connection_or_sends_garbage_counts_as_away() {
     let node = Node::new();
     node.prepare(&["shop"]);
     let pod = node.pod(5);
-    // Each ADD asks twice.
+    // Each ADD sends two requests.
     const ANSWERS: &[&str] = &[
         "",
         "",
@@ -99,7 +100,7 @@ fn a_daemon_that_closes_the_connection_or_sends_garbage_counts_as_away() {
         assert_eq!(node.rules().len(), 2, "round {round}");
         assert_eq!(questions.try_iter().count(), 2, "round {round}");
     }
-    // The socket is still there, but nobody behind it.
+    // The socket still exists, but no daemon.
     for round in 0..ANSWERS.len() / 2 {
         Call::new(&node, "DEL").container(&format!("c{round}")).run().success();
     }
@@ -115,7 +116,7 @@ fn a_daemon_that_returns_meanwhile_gets_the_request() {
     Call::new(&node, "ADD").pod(&pod).run().success();
     let [first, second] = [questions.recv().unwrap(), questions.recv().unwrap()];
     assert_eq!(first, second);
-    // The record is there for it to find, and the rules are its to lift.
+    // The daemon finds the attachment's file, and will lift the quarantine.
     assert_eq!((node.records().len(), node.rules().len()), (1, 2));
 }
 
@@ -147,7 +148,7 @@ fn a_silent_daemon_is_waited_for_a_limited_time() {
     let start = Instant::now();
     Call::new(&node, "ADD").pod(&pod).run().success();
     assert!((10..13).contains(&start.elapsed().as_secs()), "{:?}", start.elapsed());
-    // As with a daemon that is not there: held if a policy can select it.
+    // As without a daemon: quarantined if a policy can select it.
     assert_eq!((node.records().len(), node.rules().len()), (1, 2));
     let other = node.pod(6);
     Call::new(&node, "ADD").pod(&other).container("c2").of("free").run().success();

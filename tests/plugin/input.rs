@@ -1,4 +1,4 @@
-//! What comes in: versions, variables, configurations, and what only looks like them.
+//! The plugin's input: versions, variables, configurations, and invalid ones. Needs root.
 
 use crate::call::Call;
 use crate::node::Node;
@@ -17,7 +17,7 @@ fn every_verb_in_every_version() {
     };
     for verb in ["ADD", "DEL", "CHECK", "GC", "STATUS"] {
         for version in ["0.1.0", "0.2.0", "0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0", "1.2.0", "2.0.0", "x", ""] {
-            // Not a pod of Kubernetes: nothing but the version decides.
+            // Not a pod of Kubernetes: only the version decides.
             let call = Call::new(&node, verb).pod(&pod).without_variable("CNI_ARGS");
             let call = call.key("cniVersion", json!(version)).key("cni.dev/valid-attachments", json!([]));
             let outcome = call.run();
@@ -103,7 +103,7 @@ fn an_incomplete_pod_and_invalid_arguments() {
 fn another_runtimes_result_passes_through_as_it_was() {
     let node = Node::new();
     let pod = node.pod(5);
-    // Numbers, spaces, order and keys nobody knows: a result that was read and written again would differ.
+    // Numbers, spaces, order and unknown keys: a result that was parsed and written again would differ.
     let odd = r#"{ "cniVersion":"0.3.1","ips" : [{"version":"4","address":"10.244.1.5/32"} ],"z":1.0,"a":1e400,
         "u":"\u00e4" }"#;
     for args in ["", "IgnoreUnknown=1;FOO=BAR"] {
@@ -191,7 +191,7 @@ fn invalid_namespaces() {
     for path in [directory.path(), &file, &fifo, &missing, "/proc/self/ns/uts".as_ref(), "relative".as_ref()] {
         let (code, text) = Call::new(&node, "ADD").pod(&pod).netns(path).run().failure();
         assert!(code == 4 && text.contains(path.to_str().unwrap()), "{code} {text}");
-        // A DEL does not look at it.
+        // A DEL does not read it.
         Call::new(&node, "DEL").pod(&pod).netns(path).run().success();
     }
 }

@@ -1,4 +1,4 @@
-//! Finding the host's end of a pod's interface, seen in the record that ADD leaves.
+//! Finding the host's end of a pod's interface, as ADD stores it in the attachment's file. Needs root.
 
 use crate::call::Call;
 use crate::node::{Node, Pod, ip};
@@ -13,7 +13,7 @@ fn index(namespace: &str, name: &str) -> Value {
     links[0]["ifindex"].clone()
 }
 
-/// ADD of a pod that no policy can select: recorded, whatever its interface is.
+/// ADD of a pod that no policy can select. It is stored whatever its interface is.
 fn added(node: &Node, pod: &Pod) -> Value {
     node.offline_policies(&[]);
     Call::new(node, "ADD").pod(pod).run().success();
@@ -66,7 +66,7 @@ fn a_veth_whose_peer_is_elsewhere_has_no_end_on_the_host() {
     let (both, left, right) = (node.empty_pod(5), node.empty_pod(6), node.empty_pod(7));
     ip(&format!("-n {} link add eth0 type veth peer name eth1", both.name));
     assert_eq!(added(&node, &both).get("host"), None);
-    // On the node, interfaces of many numbers: that one of them has the number of the other end proves nothing.
+    // The node has interfaces with many indexes. An interface with the peer's index is not necessarily the peer.
     let decoys = [11, 12, 13].map(|n| node.pod(n));
     for host in [&decoys[0].host, &decoys[1].host, &decoys[2].host] {
         let number = index(&node.name, host);

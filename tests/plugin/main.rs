@@ -1,5 +1,5 @@
 //! The plugin as a runtime sees it: the built binary, called by the CNI specification, in network namespaces of its
-//! own; what it did is read from the kernel with `ip`. Needs root.
+//! own. The tests read its effects from the kernel with `ip`. Needs root.
 
 mod call;
 mod conversation;

@@ -1,4 +1,4 @@
-//! A node, its pods and the world outside, in network namespaces.
+//! A node, its pods and a host outside, in network namespaces.
 
 use egret_cni::offline_policies::OfflinePolicies;
 use lab::turn::{self, Turn};
@@ -77,12 +77,12 @@ impl Node {
         format!("{}-out", self.prefix)
     }
 
-    /// Where the daemon's socket and files would be.
+    /// The run directory, with the daemon's socket and files.
     pub fn run_dir(&self) -> PathBuf {
         self.directory.path().join("run")
     }
 
-    /// Where the offline policy snapshot would be.
+    /// The state directory, with the offline policy snapshot.
     pub fn state_dir(&self) -> PathBuf {
         self.directory.path().join("state")
     }
@@ -91,7 +91,7 @@ impl Node {
         self.run_dir().join("cni.sock")
     }
 
-    /// A namespace like a pod's, with nothing in it.
+    /// An empty namespace, like a pod's.
     pub fn empty_pod(&self, number: u8) -> Pod {
         let name = format!("{}-p{number}", self.prefix);
         add_namespace(&name);
@@ -100,7 +100,7 @@ impl Node {
         Pod { name, host: format!("v{number}"), addresses }
     }
 
-    /// A pod that can reach the node and the outside, as a main plugin would leave it.
+    /// A pod that reaches the node and the outside, as a main plugin leaves it.
     pub fn pod(&self, number: u8) -> Pod {
         let pod = self.empty_pod(number);
         let (ns, node, host) = (&pod.name, &self.name, &pod.host);
@@ -120,7 +120,7 @@ impl Node {
         pod
     }
 
-    /// What a daemon leaves for the time when it is away: the snapshot that policies select pods of `selectable`, and
+    /// Creates what a daemon leaves for its absence: the snapshot, by which policies select pods of `selectable`, and
     /// the quarantine's routes.
     pub fn prepare(&self, selectable: &[&str]) {
         self.offline_policies(selectable);
@@ -132,7 +132,7 @@ impl Node {
         ip(&format!("-n {name} -6 route add fd00:244:9::/64 via 2001:db8::100 table 7873"));
     }
 
-    /// The snapshot alone, as after a reboot. Each namespace has a policy `visitors`.
+    /// Creates the snapshot only, as after a reboot. Each namespace has a policy `visitors`.
     pub fn offline_policies(&self, selectable: &[&str]) {
         let selectable = selectable.iter().map(|ns| ((*ns).to_owned(), vec![format!("{ns}/visitors")])).collect();
         OfflinePolicies::new(selectable, None).store(&self.state_dir()).unwrap();
@@ -155,7 +155,7 @@ impl Node {
         all
     }
 
-    /// Runs `what` in the node's network namespace; processes that it starts are born there.
+    /// Runs `what` in the node's network namespace; processes that it starts are in this namespace.
     pub fn inside<T: Send>(&self, what: impl FnOnce() -> T + Send) -> T {
         inside(&self.name, what)
     }
@@ -175,7 +175,7 @@ impl Pod {
         PathBuf::from("/run/netns").join(&self.name)
     }
 
-    /// What a main plugin says of it.
+    /// The main plugin's result for the pod.
     pub fn result(&self) -> String {
         let [four, six] = &self.addresses;
         format!(
@@ -186,7 +186,7 @@ impl Pod {
         )
     }
 
-    /// Whether packets come through to both of `addresses` and back: nobody listens there, and the other side says
+    /// Whether packets to both `addresses` and their replies arrive: the ports are closed, and the other side says
     /// so.
     pub fn reaches(&self, addresses: [&str; 2]) -> [bool; 2] {
         inside(&self.name, || {
@@ -203,7 +203,7 @@ impl Pod {
 
 fn add_namespace(name: &str) {
     ip(&format!("netns add {name}"));
-    // Its interfaces' link-local addresses are usable at once, and neighbours are found from the first packet on.
+    // The interfaces' link-local addresses are usable at once, and neighbours are resolved from the first packet on.
     inside(name, || std::fs::write("/proc/sys/net/ipv6/conf/default/accept_dad", "0").unwrap());
 }
 
@@ -219,7 +219,7 @@ fn inside<T: Send>(namespace: &str, what: impl FnOnce() -> T + Send) -> T {
     })
 }
 
-/// Runs `ip`, and returns what it printed.
+/// Runs `ip`, and returns its output.
 pub fn ip(arguments: &str) -> String {
     let out = Command::new("ip").args(arguments.split_whitespace()).output().expect("iproute2 is needed");
     assert!(out.status.success(), "ip {arguments}: {}", String::from_utf8_lossy(&out.stderr));

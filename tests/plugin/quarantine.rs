@@ -1,4 +1,4 @@
-//! The daemon is away: pods start, and nothing leaks.
+//! The daemon is away: pods start, and nothing leaks. Needs root.
 
 use crate::call::Call;
 use crate::node::{CLUSTER, Node, OUTSIDE, ip};
@@ -64,7 +64,7 @@ fn pods_start_without_egret_on_a_node_whose_daemon_was_never_in_sync() {
     let stdout = Call::new(&node, "ADD").pod(&pod).run().success();
     assert_eq!(stdout, format!("{}\n", pod.result()));
     assert!(start.elapsed().as_secs() < 2, "{:?}", start.elapsed());
-    // The daemon that comes later knows it by its record.
+    // A later daemon finds the pod by its attachment's file.
     assert_eq!((node.records(), node.rules()), (vec!["c1@eth0.json".to_owned()], Vec::new()));
     assert_eq!(pod.reaches(OUTSIDE), [true; 2]);
     Call::new(&node, "DEL").pod(&pod).run().success();
@@ -105,7 +105,7 @@ fn a_quarantine_without_its_routes_is_not_used() {
     let node = Node::new();
     node.prepare(&["shop"]);
     let pod = node.pod(5);
-    // One family is enough to leak.
+    // One family without routes is enough to leak.
     ip(&format!("-6 -n {} route flush table 7873", node.name));
     let (code, text) = Call::new(&node, "ADD").pod(&pod).run().failure();
     assert!(code == 11 && text.contains("shop/visitors") && text.contains("routes"), "{code} {text}");
@@ -154,7 +154,7 @@ fn check_reports_differences_from_what_add_left() {
     assert!(code == 11 && text.contains("away"), "{code} {text}");
 }
 
-/// A runtime that hears no takes the whole node for one without a network.
+/// A runtime that gets an error reports the whole node as NotReady.
 #[test]
 fn status_succeeds_whatever_the_daemon_does() {
     let node = Node::new();
@@ -187,7 +187,7 @@ fn many_plugins_run_at_once() {
         assert_eq!(run_all(dels), 40);
         assert!(node.rules().is_empty() && node.records().is_empty());
     }
-    // One address, taken from container to container: each new one is added while the one before it goes.
+    // One address, passed from container to container: each new one is added while the former one is removed.
     Call::new(&node, "ADD").pod(&pod).container("a0").run().success();
     for n in 0..20 {
         let add = Call::new(&node, "ADD").pod(&pod).container(&format!("a{}", n + 1));
@@ -196,7 +196,7 @@ fn many_plugins_run_at_once() {
     }
 }
 
-/// Runs all at the same time, and returns how many succeeded.
+/// Runs all calls at the same time, and returns how many succeeded.
 fn run_all(calls: Vec<Call<'_>>) -> usize {
     thread::scope(|scope| {
         let running: Vec<_> = calls.into_iter().map(|call| scope.spawn(|| call.run())).collect();

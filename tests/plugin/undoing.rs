@@ -1,4 +1,4 @@
-//! DEL and GC, with the daemon away: they come late, twice, without what ADD had, and when others have moved in.
+//! DEL and GC without the daemon: late, twice, without ADD's result, and after the address is used again. Needs root.
 
 use crate::call::Call;
 use crate::node::{Node, OUTSIDE, ip};
@@ -26,7 +26,7 @@ fn del_succeeds_with_the_least_input() {
     let pod = node.pod(5);
     Call::new(&node, "ADD").pod(&pod).run().success();
     ip(&format!("netns delete {}", pod.name));
-    // No prevResult, no network name, no version, arguments that are none, and the namespace gone.
+    // No prevResult, no network name, no version, invalid arguments, and no namespace.
     let del = Call::new(&node, "DEL").netns(&pod.netns()).variable("CNI_ARGS", "K8S_POD_NAME");
     del.without_key("name").without_key("cniVersion").run().success();
     assert!(node.rules().is_empty() && node.records().is_empty());
@@ -54,7 +54,7 @@ fn an_interrupted_add_is_undone() {
     let node = Node::new();
     node.prepare(&["shop"]);
     let pod = node.pod(5);
-    // A record without rules, some rules, and a record that was cut short.
+    // An attachment's file without rules, with some rules, and a truncated file.
     Call::new(&node, "ADD").pod(&pod).run().success();
     ip(&format!("-n {} rule delete priority 71", node.name));
     Call::new(&node, "DEL").run().success();

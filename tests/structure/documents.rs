@@ -1,11 +1,11 @@
-//! The documents name files, functions, metrics, flags, targets of make and status fields as they are. The comparison is by
-//! text: who renames one of these is told which document names it.
+//! The files, functions, metrics, flags, targets of make and status fields that documents name must exist. The
+//! comparison is by text: a rename fails and names the document.
 
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// Directories of the repository whose files the documents name.
+/// The repository's directories whose files the documents name.
 const TOP: [&str; 9] =
     ["src/", "crates/", "tests/", "docs/", "install/", "benches/", "release/", "cni-conf/", ".github/"];
 /// Flags of other programs, in spans that begin with the flag.
@@ -29,7 +29,7 @@ fn find(directory: &Path, ending: &str, found: &mut Vec<PathBuf>) {
     }
 }
 
-/// Each document's path and text. The changelog names what was renamed, so it is not among them.
+/// Each document's path and text, without the changelog, which has old names.
 fn documents() -> Vec<(String, String)> {
     let mut found = Vec::new();
     for entry in fs::read_dir(root()).expect("the repository").flatten() {
@@ -55,7 +55,7 @@ fn sources(directory: &str) -> Vec<(PathBuf, String)> {
     found.into_iter().map(|path| (path.clone(), read(&path))).collect()
 }
 
-/// What stands between backticks in a line.
+/// The texts between backticks in a line.
 fn spans(line: &str) -> impl Iterator<Item = &str> {
     line.split('`').skip(1).step_by(2)
 }
@@ -79,7 +79,7 @@ fn every_file_that_a_document_names_exists() {
     }
 }
 
-/// Links within the repository, and the headings that they lead to.
+/// Links within the repository, and the headings to which they lead.
 #[test]
 fn every_link_leads_somewhere() {
     let heading = |line: &str| {
@@ -105,7 +105,7 @@ fn every_link_leads_somewhere() {
     }
 }
 
-/// `src/file.rs` followed by `name()`s, in one line: the functions are in that file.
+/// For `src/file.rs` followed by `name()`s in one line, the functions must be in that file.
 #[test]
 fn every_function_that_a_document_names_is_in_its_file() {
     for (document, text) in documents() {
@@ -123,7 +123,7 @@ fn every_function_that_a_document_names_is_in_its_file() {
     }
 }
 
-/// Metrics as they are served, without the endings that their types add.
+/// Metrics as they are served, without the suffixes of their types.
 fn metrics() -> BTreeSet<String> {
     let mut all = BTreeSet::new();
     for (path, text) in sources("src") {
@@ -168,7 +168,7 @@ fn every_metric_is_documented() {
     }
 }
 
-/// A test that asks for a metric under a name that nobody registers waits in vain.
+/// A test that waits for a metric that is not registered would wait in vain.
 #[test]
 fn every_metric_that_a_test_asks_for_is_registered() {
     let registered = metrics();
@@ -185,7 +185,8 @@ fn every_metric_that_a_test_asks_for_is_registered() {
     }
 }
 
-/// The board and the alerts. tests/e2e/monitoring.rs has them evaluated; this needs no root.
+/// The metrics of the dashboard and the alerts. tests/e2e/monitoring.rs evaluates their queries; this test needs no
+/// root.
 #[test]
 fn every_metric_of_the_board_and_of_the_alerts_is_registered() {
     let registered = metrics();
@@ -197,7 +198,7 @@ fn every_metric_of_the_board_and_of_the_alerts_is_registered() {
     }
 }
 
-/// The flags of `egretd`, as clap makes them: of fields with `#[arg(long …)]`.
+/// The flags of `egretd`, as clap derives them from fields with `#[arg(long …)]`.
 fn flags() -> BTreeSet<String> {
     let mut all = BTreeSet::from(["--help".to_owned(), "--version".to_owned()]);
     for (_, text) in sources("src/bin") {
@@ -225,7 +226,7 @@ fn every_flag_that_a_document_names_exists() {
             if line.starts_with("```") {
                 in_block = !in_block;
             }
-            // A command line of egretd's, or a flag by itself.
+            // A command line of egretd, or a flag alone.
             let block = (in_block && line.starts_with("egretd ")).then(|| line.split(" #").next()).flatten();
             let spans = spans(line).filter(|span| span.starts_with("egretd ") || span.starts_with("--"));
             let spans = spans.filter(|_| !in_block);
