@@ -38,7 +38,7 @@ fn selected_pods_reach_the_api_server_without_a_gateway() {
     // The pod's own node decides about its packets.
     lab.wait_until("it is said", PATIENCE, || why(&lab, "9.9.9.9").contains("from the pod's node \"n1\" node g"));
     assert!(why(&lab, "9.9.9.9").contains("9.9.9.9 is blocked: EgressPolicy shop/visitors decides"));
-    // The network stays direct.
+    // A restarted daemon without the API server still knows that it is direct.
     lab.api().stop();
     lab.daemon("n1").restart();
     lab.wait_ready("n1");

@@ -16,7 +16,7 @@ fn allocations_move(away: impl Fn(&Lab), back: impl Fn(&Lab)) {
     let going_on = sessions(&pods);
     away(&lab);
     let gap = dies(&lab, &owner, &other, &pods);
-    // No controller waits for a response.
+    // The daemon still repairs the kernel while its requests get no response.
     thread::sleep(Duration::from_millis(500));
     lab.node(&other).ip(&format!("addr del {EGRESS4}/32 dev eth0"));
     let begin = Instant::now();
