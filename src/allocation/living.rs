@@ -1,7 +1,7 @@
 //! Which nodes are alive, by the reports of nodes about each other.
 //!
 //! The nodes of a gateway probe each other, and each reports those that do not answer (`status.unreachablePeers`).
-//! The controller probes nobody. A node that has died cannot withdraw its own reports.
+//! The controller does not probe nodes. A node that has died cannot withdraw its own reports.
 
 use crate::model::Cluster;
 use std::collections::{HashMap, HashSet};

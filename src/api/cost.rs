@@ -193,7 +193,7 @@ fn no_rule_comes_near_the_limit_of_the_api_server() {
 
 /// The first rule about `except`, as it once was. Servers refused it as 1.42 times too expensive.
 #[test]
-fn a_rule_that_a_server_refused_is_found() {
+fn a_rule_that_a_server_rejected_is_found() {
     let mut crd = definitions().into_iter().find(|crd| crd["spec"]["names"]["kind"] == "EgressPolicy").unwrap();
     let block = "/spec/versions/0/schema/openAPIV3Schema/properties/spec/properties/egress/items/properties/to/items\
                  /properties/ipBlock";

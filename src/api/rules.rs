@@ -272,7 +272,7 @@ mod tests {
     }
 
     #[test]
-    fn a_policy_says_which_pods_in_one_way() {
+    fn a_policy_selects_pods_in_one_way() {
         for kind in ["EgressPolicy", "ClusterEgressPolicy"] {
             assert_good(kind, &json!({"podSelector": {}}));
             assert_good(kind, &json!({"services": ["frontend"], "address": {"ipv4": "192.0.2.50"}}));

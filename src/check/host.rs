@@ -143,7 +143,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_old_version_is_a_hint_and_no_verdict() {
+    fn an_old_kernel_version_is_a_hint_only() {
         for (release, state) in [
             ("6.18.44-fc-v657", State::Ok),
             ("5.18", State::Ok),

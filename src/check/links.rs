@@ -161,7 +161,7 @@ mod tests {
 
         /// As Linux before 5.18 passes over IFA_PROTO, this one passes over a number that it does not know.
         #[test]
-        fn a_kernel_that_does_not_store_the_protocol_is_found_out() {
+        fn a_kernel_that_does_not_store_the_protocol_is_detected() {
             let trial = std::thread::spawn(|| {
                 unshare(CloneFlags::CLONE_NEWNET).unwrap();
                 address_protocol(&mut Socket::open(NETLINK_ROUTE).unwrap(), 60)

@@ -27,7 +27,7 @@ fn policy(name: &str) -> String {
     )
 }
 
-/// No metrics and health servers.
+/// No servers for metrics and health.
 const NOWHERE: Addresses = Addresses { metrics: ListenAddress(None), health: ListenAddress(None), guard: None };
 
 async fn started(directory: &Path) -> JoinHandle<anyhow::Result<()>> {
@@ -35,7 +35,7 @@ async fn started(directory: &Path) -> JoinHandle<anyhow::Result<()>> {
     tokio::spawn(async move { run(&name, &NOWHERE).await })
 }
 
-/// Waits until the snapshot that the directory shows is `good`.
+/// Waits until the directory's snapshot satisfies `good`.
 async fn wait(directory: &Path, what: &str, good: impl Fn(&Cluster) -> bool) -> Arc<Cluster> {
     let source = cluster::open(&SourceName::Dir(directory.to_owned()), Scope::Controller).await.unwrap();
     let mut snapshots = source.snapshots;
@@ -53,7 +53,7 @@ fn address_of(cluster: &Cluster, policy: &str) -> Option<String> {
     cluster.policy_statuses.get(&PolicyKey::from(policy))?.addresses.as_ref()?.ipv4.map(|a| a.to_string())
 }
 
-/// The allocations without `since`: a test may run across the turn of a second.
+/// The allocations without `since`, because the second may change during a test.
 fn without_since(cluster: &Cluster) -> Vec<crate::api::Allocation> {
     gateway_status(cluster).allocations.iter().map(|path| crate::api::Allocation { since: 0, ..path.clone() }).collect()
 }
@@ -95,7 +95,7 @@ async fn without_changes_nothing_is_written() {
     std::fs::write(path.join("cluster.yaml"), format!("{GATEWAY}---\n{}", policy("p"))).unwrap();
     let controller = started(path).await;
     wait(path, "p has an address", |c| address_of(c, "shop/p").is_some()).await;
-    // Until the source has shown the last write, and the controller has seen it.
+    // Until the source has delivered the last write, and the controller has taken it.
     sleep(Duration::from_millis(300)).await;
     let source = cluster::open(&SourceName::Dir(path.to_owned()), Scope::Controller).await.unwrap();
     let snapshot = source.snapshots.borrow().clone();
@@ -128,7 +128,7 @@ async fn pod_counts_are_written_at_once_and_then_at_intervals() {
         let seen = controller.write_overlay.merge(snapshot, Instant::now());
         counts.push(seen.policy_statuses[&PolicyKey::from("shop/p")].pods);
     }
-    // With the first pod other parts of the status change too.
+    // With the first pod, other parts of the status change too.
     assert_eq!(counts, [0, 1, 2, 2, 2]);
     assert!(wake.is_some_and(|wake| wake <= Duration::from_secs(10)), "{wake:?}");
 }

@@ -113,14 +113,14 @@ mod tests {
     }
 
     #[test]
-    fn everything_is_said_by_saying_nothing() {
+    fn no_destinations_mean_everything() {
         assert_eq!(covered(&[], &[], &[]), Covered::Everything);
         assert_eq!(covered(&networks(&["0.0.0.0/0", "::/0"]), &[], &[]), Covered::Everything);
         assert_eq!(blocks(&covered(&networks(&["0.0.0.0/0"]), &[], &[])), [("0.0.0.0/0".to_owned(), vec![])]);
     }
 
     #[test]
-    fn exceptions_stand_in_the_networks_that_contain_them() {
+    fn exceptions_are_in_the_networks_that_contain_them() {
         let to = networks(&["10.0.0.0/8", "10.1.0.0/16", "2001:db8::/32", "192.0.2.0/24"]);
         let except = networks(&["10.2.0.0/16", "10.2.3.0/24", "2001:db8:1::/48", "192.0.0.0/16", "172.16.0.0/12"]);
         let found = blocks(&covered(&to, &except, &[]));

@@ -182,7 +182,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_object_is_an_error_with_the_remedy() {
+    fn input_without_objects_is_an_error_with_the_remedy() {
         for (text, words) in [
             ("a: [b", "is not YAML"),
             ("- a\n", "is not an object"),

@@ -1,5 +1,5 @@
-//! The golden files in `tests/convert`: objects of other systems, `NAME.yaml`, and what they become, `NAME.egret.yaml`.
-//! `EGRET_WRITE_SNAPSHOTS=1 cargo test --lib convert` writes the second ones anew.
+//! The golden files in `tests/convert`: objects of other systems, `NAME.yaml`, and their conversion,
+//! `NAME.egret.yaml`. `EGRET_WRITE_SNAPSHOTS=1 cargo test --lib convert` writes the latter anew.
 
 use super::*;
 use crate::api::crds;
@@ -59,7 +59,7 @@ fn the_api_server_accepts_each_conversion() {
     }
 }
 
-/// What a pod would be refused later on is an error now, or a note.
+/// Whatever would be rejected for a pod later on is an error now, or a note.
 #[test]
 fn each_policy_has_a_gateway_with_its_address() {
     for path in inputs() {
@@ -130,7 +130,7 @@ fn objects_of_unknown_systems_are_skipped_with_a_note() {
     );
 }
 
-/// Two systems in one input: names that both have.
+/// Two systems in one input, with names that both use.
 #[test]
 fn equal_names_of_two_systems_get_different_names() {
     let spidernet = "apiVersion: egressgateway.spidernet.io/v1beta1\nkind: EgressGateway\nmetadata: {name: pool}\n\

@@ -9,17 +9,17 @@ use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 
-/// The kernel's routes to the other nodes' ends of the tunnel.
+/// The kernel's routes to the other nodes' tunnel addresses.
 #[derive(Clone, Debug)]
 pub struct Underlay {
     local: IpAddr,
     peers: BTreeMap<IpAddr, RouteToPeer>,
-    /// By index, with their MTU in bytes.
+    /// The interfaces by index, with their MTU in bytes.
     interfaces: BTreeMap<u32, u32>,
     mtu: u32,
 }
 
-/// What a route to a peer decides.
+/// The interfaces and MTU of a route to a peer.
 #[derive(Clone, Debug, Default)]
 struct RouteToPeer {
     /// The interfaces; several if the route has several next hops.
@@ -29,7 +29,7 @@ struct RouteToPeer {
 }
 
 impl Underlay {
-    /// Looks up the routes from `local` to each of `peers`. What `known` has of the same address is not looked up again.
+    /// Looks up the routes from `local` to each of `peers`. Results in `known` for the same address are reused.
     ///
     /// # Errors
     /// The host does not have the address `local`, or the kernel cannot be asked.
@@ -59,7 +59,7 @@ impl Underlay {
                 interfaces.insert(*index, interface.mtu);
             }
         }
-        // Without another node nothing is sent, and the size is as good as any.
+        // Without other nodes nothing is sent, and any size is right.
         if interfaces.is_empty() {
             let gone = || format!("the interface with the tunnel address {local} has just vanished");
             interfaces.insert(holder.ifindex, by_index(socket, holder.ifindex).await?.with_context(gone)?.mtu);
@@ -74,7 +74,7 @@ impl Underlay {
         self.mtu
     }
 
-    /// This node's end of the tunnel.
+    /// This node's tunnel address.
     pub fn local(&self) -> IpAddr {
         self.local
     }
@@ -84,14 +84,14 @@ impl Underlay {
         &self.interfaces
     }
 
-    /// The other nodes' ends of the tunnel.
+    /// The other nodes' tunnel addresses.
     pub fn peers(&self) -> impl ExactSizeIterator<Item = IpAddr> {
         self.peers.keys().copied()
     }
 }
 
-/// The route's entry in the routing table, not what path MTU discovery has learned about one destination: that ends
-/// after minutes, and the tunnel device's MTU would go up and down.
+/// The route's entry in the routing table, without what path MTU discovery has learned about one destination. Such an
+/// entry expires after minutes, and the tunnel device's MTU would change with it.
 async fn route(socket: &RouteSocket, local: IpAddr, peer: IpAddr) -> Result<RouteToPeer> {
     let mut request = RouteMessage::default();
     request.header.address_family = if peer.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
@@ -102,8 +102,8 @@ async fn route(socket: &RouteSocket, local: IpAddr, peer: IpAddr) -> Result<Rout
     match socket.get(RouteNetlinkMessage::GetRoute(request)).await {
         Ok(RouteNetlinkMessage::NewRoute(route)) => Ok(parse(&route)),
         Ok(_) => bail!("route to {peer}: the kernel's response is no route message"),
-        // There is none (ENETUNREACH), or it says that there is none (EHOSTUNREACH, EACCES, EINVAL): this peer is out of
-        // reach, and has no say in what the others carry.
+        // There is no route (ENETUNREACH), or the route rejects packets (EHOSTUNREACH, EACCES, EINVAL). This peer is
+        // unreachable and does not limit the MTU.
         Err(e) if errno(&e).is_some() => Ok(RouteToPeer::default()),
         Err(e) => Err(e.context(format!("route to {peer}"))),
     }
@@ -111,7 +111,7 @@ async fn route(socket: &RouteSocket, local: IpAddr, peer: IpAddr) -> Result<Rout
 
 fn parse(route: &RouteMessage) -> RouteToPeer {
     let mut found = RouteToPeer::default();
-    // Nothing leaves by the others: unreachable, prohibit, and local if this host has the address, too.
+    // Nothing leaves by the other types: unreachable, prohibit, and local if this host has the address, too.
     if route.header.kind != RouteType::Unicast {
         return found;
     }

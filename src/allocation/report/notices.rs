@@ -27,7 +27,7 @@ pub fn of_policy(before: Option<&EgressPolicyStatus>, after: &EgressPolicyStatus
             ("Ready", "Unknown") => {
                 notices.push(Notice::warning(&condition.reason, format!("maybe blocked: {}", condition.message)));
             }
-            // A new policy is not ready for a moment, which concerns nobody.
+            // A new policy is not ready for a moment. This is no event.
             ("Ready", "False") if was.is_some_and(|was| was.status == "True") && condition.reason != "NotAccepted" => {
                 notices.push(Notice::warning(&condition.reason, format!("blocked: {}", condition.message)));
             }

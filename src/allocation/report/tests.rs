@@ -48,7 +48,7 @@ impl World {
 }
 
 #[test]
-fn ready_follows_what_the_node_says() {
+fn ready_follows_the_nodes_report() {
     let mut world = World::new(&["192.0.2.50"]);
     world.policy("a/p", naming(&["192.0.2.50"]));
     world.assert_condition("a/p", "Accepted", "True", "Accepted", "192.0.2.50");
@@ -75,7 +75,7 @@ fn ready_follows_what_the_node_says() {
 }
 
 #[test]
-fn the_report_of_a_lost_node_is_not_believed() {
+fn the_report_of_a_lost_node_does_not_count() {
     let mut world = World::new(&["192.0.2.50"]);
     world.policy("a/p", naming(&["192.0.2.50"]));
     world.policy("a/own", asking(Allocate::Node));
@@ -85,7 +85,7 @@ fn the_report_of_a_lost_node_is_not_believed() {
     let other = |node: &str| if node == "n1" { "n2" } else { "n1" };
     world.assert_condition("a/p", "Ready", "True", "AddressHeld", "holds");
 
-    // Another one lives, and takes it over; but it cannot have a node's own address.
+    // Another node lives and takes it over, but it cannot have a node's own address.
     world.misses(other(&held[0]), &[held[0].clone()]);
     world.assert_condition("a/p", "Ready", "True", "AddressHeld", "holds");
     world.misses(other(&held[0]), &[]);
@@ -93,7 +93,7 @@ fn the_report_of_a_lost_node_is_not_believed() {
     world.assert_condition("a/own", "Ready", "Unknown", "NodeNotHeard", "nobody hears");
     world.misses(other(&held[1]), &[]);
 
-    // The one that lives cannot take it either, or it is somebody else's to place.
+    // The node that lives cannot take it either, or Egret does not place the address.
     let id = world.allocate().grant("a/p").id;
     world.misses(other(&held[0]), &[held[0].clone()]);
     let mut standby = (*world.cluster.egress_nodes[other(&held[0])]).clone();
@@ -104,7 +104,7 @@ fn the_report_of_a_lost_node_is_not_believed() {
     world.assert_condition("a/p", "Ready", "True", "AddressHeld", "holds");
     world.misses(other(&held[0]), &[]);
 
-    // Kubernetes hears of none of them.
+    // Kubernetes receives reports of none of them.
     let lost = |world: &mut World, node: &str, lost: bool| {
         Arc::make_mut(world.cluster.nodes.get_mut(node).unwrap()).lost_since = lost.then_some(0);
     };
@@ -122,7 +122,7 @@ fn the_report_of_a_lost_node_is_not_believed() {
     world.assert_condition("a/p", "Ready", "True", "AddressHeld", "holds");
     assert_eq!(gateway(&mut world), ("True".to_owned(), "NodesMatch".to_owned()));
 
-    // The API server was away, and no kubelet was heard of meanwhile.
+    // The API server was away, and received no kubelet's report meanwhile.
     let now = world.now;
     for node in ["n1", "n2"] {
         Arc::make_mut(world.cluster.nodes.get_mut(node).unwrap()).lost_since = Some(now - 5);
@@ -133,7 +133,7 @@ fn the_report_of_a_lost_node_is_not_believed() {
     world.assert_condition("a/p", "Ready", "Unknown", "NodeNotHeard", "see whether it runs");
     lost(&mut world, "n2", false);
 
-    // Of two that do not hear each other, nobody knows which one lives.
+    // Of two nodes that do not reach each other, it is unknown which one lives.
     lost(&mut world, "n1", false);
     world.misses("n1", &["n2".to_owned()]);
     world.misses("n2", &["n1".to_owned()]);
@@ -161,7 +161,7 @@ fn a_policy_says_which_gateway_it_uses() {
 }
 
 #[test]
-fn a_policy_that_makes_no_sense_is_told_so() {
+fn an_invalid_policy_has_a_condition_with_the_reason() {
     let mut world = World::new(&["192.0.2.50"]);
     let unreadable = |message: &str| Arc::new(Unreadable { message: message.into(), generation: Some(2) });
     world.cluster.unreadable.insert("a/p".into(), unreadable("spec.egress[0]: what?"));
@@ -250,7 +250,7 @@ fn exceptions_are_not_covered() {
 
 #[test]
 fn the_hint_of_a_shadowed_policy_can_be_followed() {
-    // Priorities and tiers of the one that decides and of the one that is shadowed, and what the latter is told.
+    // Priorities and tiers of the deciding policy and of the shadowed one, and the hint for the latter.
     type Of = (&'static str, i32, Option<Tier>);
     let cases: [(Of, Of, &str); 7] = [
         (("a/first", 4, None), ("a/second", 4, None), "set its priority to 5 or more"),
@@ -277,7 +277,7 @@ fn the_hint_of_a_shadowed_policy_can_be_followed() {
 }
 
 #[test]
-fn a_policy_without_an_address_that_lets_go_what_it_covers_shadows_none() {
+fn a_policy_with_fallback_and_without_an_address_shadows_none() {
     let mut world = World::new(&["192.0.2.50"]);
     world.pod("a", "one", &[]);
     world.policy("everywhere", asking(Allocate::Shared));
@@ -287,7 +287,7 @@ fn a_policy_without_an_address_that_lets_go_what_it_covers_shadows_none() {
     world.assert_condition("a/out", "Shadowed", "False", "PassedOver", "next policy");
     world.policy("a/out", unknown(Fallback::Block));
     world.assert_condition("everywhere", "Shadowed", "True", "Shadowed", "a/out");
-    // What has an address keeps its place while its gateway is dead.
+    // A policy with an egress IP keeps its place while its gateway is dead.
     world.policy("a/out", EgressPolicySpec { fallback: Fallback::NodeAddress, ..asking(Allocate::Shared) });
     world.cluster.nodes.clear();
     world.assert_condition("a/out", "Ready", "False", "NoNode", "");

@@ -28,7 +28,7 @@ fn dedicated_takes_one_of_each_family_that_the_pool_has() {
 }
 
 #[test]
-fn dedicated_leaves_alone_what_others_name_at_the_same_time() {
+fn dedicated_does_not_take_addresses_that_others_name_at_the_same_time() {
     let mut world = World::new(&["192.0.2.50-192.0.2.51"]);
     world.policy("a/older", asking(Allocate::Dedicated));
     world.now += 1;
@@ -90,7 +90,8 @@ fn released_addresses_cool_down_for_all_but_their_former_policies() {
 
 #[test]
 fn an_address_that_is_named_is_given_at_once_under_another_id() {
-    // GitOps deletes and makes in either order; a namespace is renamed; an EgressPolicy becomes a ClusterEgressPolicy.
+    // GitOps deletes and creates objects in either order. A namespace is renamed, or an EgressPolicy becomes a
+    // ClusterEgressPolicy.
     for (old, new) in [("a/p", "a/renamed"), ("a/p", "b/p"), ("a/p", "p"), ("p", "a/p")] {
         for together in [true, false] {
             let mut world = World::new(&["192.0.2.50-192.0.2.59"]);
@@ -113,7 +114,7 @@ fn an_address_that_is_named_is_given_at_once_under_another_id() {
             if together {
                 assert_eq!(after.node, before.node, "the address need not move");
             }
-            // Its cooldown begins anew when it is given back, for those who take any address.
+            // Its cooldown starts again when it is given back, for policies that accept any address.
             world.without_policy(new);
             world.policy("a/any", asking(Allocate::Dedicated));
             assert_eq!(world.allocate().address("a/any"), "192.0.2.51");
@@ -122,7 +123,7 @@ fn an_address_that_is_named_is_given_at_once_under_another_id() {
 }
 
 #[test]
-fn an_annotation_ends_the_cooldown_of_what_was_given_back_until_then() {
+fn an_annotation_ends_the_cooldown_of_earlier_releases() {
     let mut world = World::new(&["192.0.2.50-192.0.2.51"]);
     let annotate = |world: &mut World, text: &str| {
         let gateway = world.cluster.gateways.get_mut("g").unwrap();
@@ -201,7 +202,7 @@ fn the_elder_claim_keeps_the_address() {
     outcome.assert_refused("a/a-young", Reason::AddressTaken, &["a/old", "2001:db8::50"]);
     outcome.assert_refused("a/dedicated", Reason::PoolExhausted, &["IPv6"]);
 
-    // Whose claim is in the allocations are the elder, whatever its own age.
+    // A request whose address is in the allocations is older, whatever the policy's age.
     let mut world = World::new(&["192.0.2.50"]);
     world.policy("a/young", asking(Allocate::Dedicated));
     world.allocate();
@@ -213,7 +214,7 @@ fn the_elder_claim_keeps_the_address() {
 }
 
 #[test]
-fn a_pool_that_shrinks_moves_what_was_allocated_and_refuses_what_was_named() {
+fn a_pool_that_shrinks_moves_dedicated_allocations_and_rejects_named_ones() {
     let mut world = World::new(&["192.0.2.50-192.0.2.52", "2001:db8::50"]);
     world.policy("a/named", naming(&["192.0.2.50"]));
     world.policy("a/given", asking(Allocate::Dedicated));
@@ -229,7 +230,7 @@ fn a_pool_that_shrinks_moves_what_was_allocated_and_refuses_what_was_named() {
 }
 
 #[test]
-fn overlapping_pools_are_the_first_gateways_but_what_was_given_out_stays() {
+fn overlapping_pools_belong_to_the_first_gateway_but_existing_allocations_stay() {
     let mut world = World::new(&["192.0.2.50-192.0.2.51"]);
     world.policy("a/p", asking(Allocate::Dedicated));
     let before = world.allocate().grant("a/p").clone();
@@ -250,7 +251,7 @@ fn overlapping_pools_are_the_first_gateways_but_what_was_given_out_stays() {
 }
 
 #[test]
-fn allocations_that_says_a_thing_twice_is_mended() {
+fn duplicate_entries_of_the_allocations_are_repaired() {
     let mut world = World::new(&["192.0.2.50-192.0.2.59"]);
     world.policy("a/p", asking(Allocate::Dedicated));
     world.policy("a/q", asking(Allocate::Dedicated));

@@ -1,4 +1,4 @@
-//! Planned moves: only to where somebody lives, and as few as can be.
+//! Planned moves: only to live nodes, and as few as possible.
 
 use crate::allocation::{Outcome, rebalance};
 use crate::api::Allocate;
@@ -10,7 +10,7 @@ use proptest::prelude::*;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-/// With these nodes, each of which has said where it is, and so many policies with an allocation of their own.
+/// A cluster with these nodes, which have all reported, and this number of policies with dedicated allocations.
 fn world(nodes: &[&str], allocations: usize) -> World {
     let mut world = World::new(&["192.0.2.0/24", "198.51.100.0/24"]);
     world.cluster.nodes.clear();
@@ -38,7 +38,7 @@ fn rebalancing(world: &mut World, on: bool) {
     Arc::make_mut(world.cluster.gateways.get_mut("g").unwrap()).rebalance = on;
 }
 
-/// How many allocations each node has.
+/// The number of allocations of each node.
 fn counts(world: &World) -> BTreeMap<String, usize> {
     let mut counts: BTreeMap<String, usize> = world.cluster.nodes.keys().map(|name| (name.to_string(), 0)).collect();
     for allocation in &world.cluster.gateways["g"].status.allocations {
@@ -52,7 +52,7 @@ fn nodes_of(outcome: &Outcome) -> BTreeMap<u16, Option<Name>> {
 }
 
 #[test]
-fn a_drain_passes_over_a_node_that_others_do_not_hear() {
+fn a_drain_skips_a_node_that_others_do_not_reach() {
     let mut world = world(&["n1", "n2", "n3"], 1);
     misses(&mut world, "n1", &["n2"]);
     misses(&mut world, "n3", &["n2"]);
@@ -74,7 +74,7 @@ fn a_drained_node_keeps_its_allocations_until_another_one_lives() {
 }
 
 #[test]
-fn a_cordoned_node_is_left_unless_its_gateway_says_otherwise_or_nobody_else_is_there() {
+fn allocations_leave_a_cordoned_node_unless_its_gateway_ignores_cordons_or_no_other_node_lives() {
     let cordon = |world: &mut World, node: &str, cordoned: bool| {
         Arc::make_mut(world.cluster.nodes.get_mut(node).unwrap()).cordoned = cordoned;
     };
@@ -102,7 +102,7 @@ fn a_cordoned_node_is_left_unless_its_gateway_says_otherwise_or_nobody_else_is_t
 }
 
 #[test]
-fn a_node_that_egret_has_not_come_to_yet_gets_nothing_that_others_have() {
+fn a_node_without_egret_gets_no_allocation_of_another_node() {
     let mut world = world(&["n1"], 2);
     world.node("n0", "g", &["10.0.0.9"]);
     rebalancing(&mut world, true);
@@ -122,7 +122,7 @@ fn allocations_move_from_a_node_that_left_the_gateway() {
 }
 
 #[test]
-fn new_allocations_go_to_nodes_that_live_if_any_does() {
+fn new_allocations_go_to_live_nodes_if_there_are_any() {
     let mut world = world(&["n1", "n2", "n3"], 0);
     misses(&mut world, "n2", &["n1"]);
     world.policy("a/new", asking(Allocate::Dedicated));
@@ -138,7 +138,7 @@ fn new_allocations_go_to_nodes_that_live_if_any_does() {
 }
 
 #[test]
-fn an_allocation_is_moved_by_hand_when_the_node_lives() {
+fn an_allocation_is_moved_by_hand_to_a_live_node() {
     let mut world = world(&["n1", "n2"], 1);
     let policy = world.cluster.policies.get_mut(&PolicyKey::from("a/p000")).unwrap();
     Arc::make_mut(policy).for_controller.get_or_insert_default().move_to = Some("n2".into());
@@ -149,7 +149,7 @@ fn an_allocation_is_moved_by_hand_when_the_node_lives() {
 }
 
 #[test]
-fn a_new_node_gets_its_share_when_it_is_asked_for_and_not_all_at_once() {
+fn a_new_node_gets_its_share_on_request_and_not_all_at_once() {
     let mut world = world(&["n1"], 60);
     world.node("n2", "g", &["10.0.0.9"]);
     world.settle();
@@ -192,7 +192,7 @@ fn requested_and_immovable_allocations_are_not_rebalanced() {
 }
 
 #[test]
-fn a_node_that_cannot_hold_what_it_has_gets_no_more() {
+fn a_node_that_cannot_hold_its_allocations_gets_no_more() {
     let mut world = world(&["n1"], 4);
     world.node("n2", "g", &["10.0.0.9"]);
     world.settle();
@@ -207,9 +207,9 @@ fn a_node_that_cannot_hold_what_it_has_gets_no_more() {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
 
-    /// Whatever the nodes have, whoever is drained or dead.
+    /// Any distribution of allocations, with drained and dead nodes.
     #[test]
-    fn allocations_are_evened_out_by_as_few_moves_as_can_be(
+    fn allocations_are_balanced_by_the_fewest_moves(
         has in proptest::collection::vec(0..40usize, 1..6), drained in any::<prop::sample::Index>(),
         dead in any::<prop::sample::Index>(), is_drained in any::<bool>(), is_dead in any::<bool>(),
     ) {
@@ -229,7 +229,7 @@ proptest! {
         if is_drained {
             drain(&mut world, names[drained], true);
         }
-        // What a drain takes comes first.
+        // Allocations of drained nodes move first.
         world.allocate();
         world.settle();
         let start = counts(&world);
@@ -239,7 +239,7 @@ proptest! {
         };
         let fair: Vec<usize> = start.iter().filter(|(name, _)| part(name)).map(|(_, n)| *n).collect();
         let (all, nodes) = (fair.iter().sum::<usize>(), fair.len().max(1));
-        // Those that have the most keep the one that is left over.
+        // The nodes with the most allocations keep the remainder.
         let mut sorted = fair.clone();
         sorted.sort_unstable_by(|a, b| b.cmp(a));
         let share = |i: usize| all / nodes + usize::from(i < all % nodes);

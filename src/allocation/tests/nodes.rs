@@ -23,7 +23,7 @@ fn allocations_are_spread_over_the_gateways_nodes_and_stay() {
 }
 
 #[test]
-fn an_allocation_whose_node_goes_moves_and_keeps_id_and_address() {
+fn an_allocation_of_a_removed_node_moves_and_keeps_id_and_address() {
     let mut world = World::new(&["192.0.2.0/24"]);
     world.policy("a/p", naming(&["192.0.2.7"]));
     let before = world.allocate().grant("a/p").clone();
@@ -65,7 +65,7 @@ fn node_allocations_have_the_nodes_own_addresses() {
 }
 
 #[test]
-fn a_policy_that_comes_back_to_a_node_finds_the_same_allocation() {
+fn a_policy_that_returns_to_a_node_gets_the_same_allocation() {
     let mut world = World::new(&[]);
     world.policy("a/p0", asking(Allocate::Node));
     world.policy("a/p1", asking(Allocate::Node));

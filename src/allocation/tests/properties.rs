@@ -1,4 +1,4 @@
-//! What holds for whatever happens to a cluster.
+//! Properties of the allocations after any sequence of events.
 
 use crate::allocation::{COOLDOWN_SECONDS, Decision, Outcome, Reason, allocate};
 use crate::api::{Allocate, AllocationKind, EgressPolicySpec, Sharing};
@@ -17,7 +17,7 @@ const POOLS: [&[&str]; 5] = [
     &[],
 ];
 
-/// One thing that happens.
+/// An event.
 #[derive(Clone, Debug)]
 enum Step {
     Policy { name: usize, gateway: Option<usize>, address: Ask },
@@ -63,7 +63,7 @@ fn step() -> impl Strategy<Value = Step> {
 
 const GATEWAYS: [&str; 2] = ["g", "h"];
 
-/// A world and what its gateways' specs are now.
+/// A cluster, and the present specs of its gateways.
 struct Story {
     world: World,
     pools: [usize; 2],
@@ -141,7 +141,7 @@ fn addresses(pair: &crate::api::AddressPair) -> Vec<IpAddr> {
     [pair.ipv4.map(IpAddr::from), pair.ipv6.map(IpAddr::from)].into_iter().flatten().collect()
 }
 
-/// Ids and addresses are nobody else's; each policy has its allocation or a reason, and the allocations say the same.
+/// Ids and addresses are unique. Each policy has an allocation or a rejection, and the allocations agree.
 fn check_sound(world: &World, outcome: &Outcome) -> Result<(), TestCaseError> {
     let (mut ids, mut held) = (BTreeSet::new(), BTreeSet::new());
     let mut of_nodes = BTreeSet::new();
@@ -189,7 +189,8 @@ fn check_sound(world: &World, outcome: &Outcome) -> Result<(), TestCaseError> {
     Ok(())
 }
 
-/// What is named is not another namespace's, unless the gateway lets them share; what is reserved is another's never.
+/// A named address belongs to one namespace, unless the gateway allows sharing. A reserved address belongs to its
+/// namespaces.
 fn check_tenants(world: &World, outcome: &Outcome) -> Result<(), TestCaseError> {
     for (name, status) in &outcome.gateways {
         let gateway = &world.cluster.gateways[name];
@@ -208,7 +209,7 @@ fn check_tenants(world: &World, outcome: &Outcome) -> Result<(), TestCaseError> 
     Ok(())
 }
 
-/// What was last used by whom, and when it was given back.
+/// The policies that last used an id or address, and when it was given back.
 #[derive(Default)]
 struct History {
     ids: HashMap<u16, (i64, BTreeSet<PolicyKey>)>,
@@ -216,7 +217,7 @@ struct History {
 }
 
 impl History {
-    /// Nobody gets an id that another gave back less than ten minutes ago, nor an address, unless it names it.
+    /// No policy gets an id that another gave back less than ten minutes ago, nor such an address unless it names it.
     fn check(&mut self, world: &World, outcome: &Outcome) -> Result<(), TestCaseError> {
         let rested = |last: Option<&(i64, BTreeSet<PolicyKey>)>, users: &BTreeSet<PolicyKey>| match last {
             Some((at, before)) => world.now >= at + COOLDOWN_SECONDS || !before.is_disjoint(users),
@@ -240,12 +241,12 @@ impl History {
 
 proptest! {
     #[test]
-    fn whatever_happens_the_allocations_is_sound(steps in proptest::collection::vec((step(), any::<bool>()), 1..60)) {
+    fn the_allocations_are_valid_after_any_events(steps in proptest::collection::vec((step(), any::<bool>()), 1..60)) {
         let mut story = Story::new();
         let mut history = History::default();
         for (step, look) in &steps {
             story.apply(step);
-            // Not every change is seen by itself.
+            // Several changes may be seen as one.
             if !look {
                 continue;
             }
@@ -259,8 +260,8 @@ proptest! {
                 let same = (&outcome.gateways[name].allocations, &outcome.gateways[name].released);
                 prop_assert_eq!((&status.allocations, &status.released), same, "the same again changes nothing");
             }
-            // Who is refused by one of two default gateways has nothing to tell it by the next time, and is then
-            // refused for that.
+            // A policy that is rejected for one of two default gateways has no gateway the next time, and is then
+            // rejected for that reason.
             if story.defaults != [true, true] {
                 prop_assert_eq!(&again, &outcome);
             }
@@ -319,7 +320,7 @@ proptest! {
     }
 
     #[test]
-    fn a_policy_that_comes_back_in_time_gets_the_same(
+    fn a_policy_that_returns_in_time_gets_the_same_allocation(
         steps in proptest::collection::vec(step(), 1..40), name in 0..12usize, after in 0..COOLDOWN_SECONDS,
     ) {
         let mut story = Story::new();
@@ -341,7 +342,7 @@ proptest! {
                 Decision::Granted(is) => {
                     prop_assert!((was.id, &was.address) == (is.id, &is.address) || was.kind == AllocationKind::Node);
                 }
-                // Of two default gateways it cannot be told which one the policy came from.
+                // With two default gateways, it is unknown from which one the policy's allocation came.
                 Decision::Rejected(rejection) => prop_assert_eq!(rejection.reason, Reason::SeveralDefaultGateways),
             }
         }
@@ -349,7 +350,7 @@ proptest! {
 }
 
 #[test]
-fn ten_thousand_policies_each_have_their_own() {
+fn ten_thousand_policies_each_get_a_dedicated_allocation() {
     let mut world = World::new(&["10.1.0.0/16", "2001:db8::/64"]);
     for i in 0..10_000 {
         world.policy(&format!("ns{}/p{i}", i % 100), asking(Allocate::Dedicated));

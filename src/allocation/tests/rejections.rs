@@ -56,7 +56,7 @@ fn a_named_address_must_be_in_the_pool() {
 }
 
 #[test]
-fn an_empty_or_exhausted_pool_says_so() {
+fn an_empty_or_exhausted_pool_is_a_rejection() {
     let mut world = World::new(&[]);
     world.policy("a/p", asking(Allocate::Shared));
     world.allocate().assert_refused("a/p", Reason::PoolEmpty, &["allocate: Node"]);
@@ -79,7 +79,7 @@ fn the_cluster_has_16383_allocations() {
 }
 
 #[test]
-fn a_gateway_of_which_the_allocations_alone_is_known_keeps_that_and_gives_out_nothing() {
+fn a_gateway_of_which_only_the_allocations_are_known_keeps_them_and_gives_out_nothing() {
     let mut world = World::new(&["192.0.2.50-192.0.2.59"]);
     world.policy("a/own", asking(Allocate::Dedicated));
     world.policy("a/named", naming(&["192.0.2.55"]));
@@ -91,7 +91,7 @@ fn a_gateway_of_which_the_allocations_alone_is_known_keeps_that_and_gives_out_no
         before.allocations.len() == 3 && before.allocations.iter().all(|allocation| allocation.node.is_some()),
         "{before:?}"
     );
-    // Another gateway's pool has what the allocations give out.
+    // Another gateway's pool has the address of the allocations.
     world.gateway("z", &["192.0.2.50-192.0.2.70"], |_| {});
     world.gateway("g", &[], |spec| spec.node_selector = selector(&[("no", "node")]));
     let gateway = Arc::make_mut(world.cluster.gateways.get_mut("g").unwrap());

@@ -1,4 +1,4 @@
-//! Whose address is whose, and how much of a gateway a namespace may have.
+//! Sharing of egress IPs between namespaces, and quotas of namespaces.
 
 use crate::allocation::Reason;
 use crate::allocation::report::report;
@@ -19,7 +19,7 @@ fn set_sharing(world: &mut World, sharing: Sharing) {
 }
 
 #[test]
-fn an_address_is_shared_across_namespaces_only_where_the_gateway_says_so() {
+fn an_address_is_shared_across_namespaces_only_if_the_gateway_allows_it() {
     let mut world = World::new(POOL);
     world.policy("shop/first", naming(&["192.0.2.50"]));
     world.now += 1;
@@ -39,14 +39,14 @@ fn an_address_is_shared_across_namespaces_only_where_the_gateway_says_so() {
     let with = outcome.grant("shop/first").shared_with.clone().unwrap();
     assert_eq!(with, "everybody, a/thief, shop/second");
 
-    // Where it is allowed no longer, the eldest keeps it, whatever it is called.
+    // When sharing is no longer allowed, the oldest policy keeps the address, whatever its name.
     set_sharing(&mut world, Sharing::Namespace);
     let id = outcome.grant("shop/first").id;
     let outcome = world.allocate();
     assert_eq!(outcome.grant("shop/first").id, id);
     outcome.assert_refused("a/thief", Reason::AddressNotShared, &["shop/first"]);
     assert_eq!(world.allocate(), outcome);
-    // Once it is given up, it is the next one's.
+    // When it gives the address up, the next policy gets it.
     for policy in ["shop/first", "shop/second", "everybody"] {
         world.without_policy(policy);
     }
@@ -54,7 +54,7 @@ fn an_address_is_shared_across_namespaces_only_where_the_gateway_says_so() {
 }
 
 #[test]
-fn a_reserved_address_is_for_those_who_may_name_it() {
+fn a_reserved_address_can_be_named_by_its_namespaces_only() {
     let mut world = World::new(&["192.0.2.50-192.0.2.51"]);
     world.policy("shop/given", asking(Allocate::Dedicated));
     assert_eq!(world.allocate().address("shop/given"), "192.0.2.50");
@@ -95,7 +95,7 @@ fn listing(networks: usize) -> EgressPolicySpec {
     EgressPolicySpec { egress: Some(vec![EgressRule { to, ports: vec![] }]), ..asking(Allocate::Shared) }
 }
 
-/// Tells the policies, as the controller does.
+/// Evaluates the policies, as the controller does.
 fn store_reports(world: &mut World) {
     let outcome = world.allocate();
     for (key, status) in report(&world.cluster, &outcome, world.now) {
@@ -104,7 +104,7 @@ fn store_reports(world: &mut World) {
 }
 
 #[test]
-fn a_namespace_has_so_many_policies_and_addresses_of_a_gateway() {
+fn quotas_limit_a_namespaces_policies_and_addresses() {
     let mut world = with_quota(Some(2), None, None);
     for name in ["a/1", "a/2", "a/3", "b/1", "everybody", "everywhere", "all"] {
         world.policy(name, asking(Allocate::Dedicated));
@@ -133,7 +133,7 @@ fn a_namespace_has_so_many_policies_and_addresses_of_a_gateway() {
 }
 
 #[test]
-fn the_policy_that_lists_more_is_refused_and_the_others_stay() {
+fn a_policy_that_lists_too_many_destinations_is_rejected_and_the_others_stay() {
     let mut world = with_quota(None, None, Some(100));
     for (name, networks) in [("a/old", 60), ("a/young", 30)] {
         world.policy(name, listing(networks));
@@ -144,7 +144,7 @@ fn the_policy_that_lists_more_is_refused_and_the_others_stay() {
     world.allocate().assert_refused("a/late", Reason::QuotaExceeded, &["100 networks"]);
     world.without_policy("a/late");
 
-    // The older one grows.
+    // The older policy grows.
     world.policy("a/old", listing(80));
     let old = world.cluster.policies.get_mut(&PolicyKey::from("a/old")).unwrap();
     Arc::make_mut(old).for_controller.as_mut().unwrap().generation = Some(2);

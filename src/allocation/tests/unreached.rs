@@ -1,4 +1,4 @@
-//! Moves away from an owner that no source node reaches: by reports that are fresh, and by all of them.
+//! Moves away from an owner that no source node reaches, by fresh reports of all nodes.
 
 use crate::allocation::unreached::VALID_SECONDS;
 use crate::api::{Allocate, TakenAllocation};
@@ -11,7 +11,7 @@ const GATEWAYS: [&str; 3] = ["g1", "g2", "g3"];
 const SOURCES: [&str; 3] = ["n1", "n2", "n3"];
 const ALL: [&str; 6] = ["g1", "g2", "g3", "n1", "n2", "n3"];
 
-/// Gateway nodes, and source nodes with a pod each of the one policy, whose egress IP has been on g1 for long.
+/// Gateway nodes, and source nodes with one pod each of the same policy, whose egress IP has been on g1 for long.
 fn world() -> World {
     let mut world = World::new(&["192.0.2.0/24"]);
     world.cluster.nodes.clear();
@@ -36,7 +36,7 @@ fn misses(world: &mut World, node: &str, unreachable: &[&str]) {
     world.misses(node, &unreachable.iter().map(ToString::to_string).collect::<Vec<_>>());
 }
 
-/// Lets the controller ask, if it does, and all nodes report anew. Returns the owner after that.
+/// Lets the controller request reports, and all nodes report again. Returns the owner after that.
 fn asked(world: &mut World) -> String {
     world.allocate();
     world.give_reports(&ALL);
@@ -88,7 +88,7 @@ fn an_egress_ip_that_has_just_moved_stays_for_a_while() {
 }
 
 #[test]
-fn an_egress_ip_that_no_source_node_reaches_stays_where_no_other_node_is_reached_or_the_owner_may_not_hear() {
+fn an_unreached_egress_ip_stays_if_no_other_node_is_reached_or_the_owner_may_be_uninformed() {
     let mut world = world();
     for (node, unreachable) in [("n1", ["g1", "g2"]), ("n2", ["g1", "g3"]), ("n3", ["g1", "g2"])] {
         world.does_not_reach(node, &unreachable);
@@ -114,7 +114,7 @@ fn an_egress_ip_that_no_source_node_reaches_stays_where_no_other_node_is_reached
 }
 
 #[test]
-fn reports_that_nobody_confirms_move_nothing() {
+fn unconfirmed_reports_move_nothing() {
     for silent in ["g1", "n2"] {
         let mut world = world();
         SOURCES.iter().for_each(|node| world.does_not_reach(node, &["g1"]));
@@ -143,20 +143,20 @@ fn reports_that_nobody_confirms_move_nothing() {
     assert_eq!(world.allocate().node("a/p"), Some("g3"), "g2 does not hear the controller");
 }
 
-/// What happens in a cluster whose API server is not always heard by all.
+/// An event in a cluster in which the API server is not always reached by all.
 #[derive(Clone, Debug)]
 enum Event {
-    /// The way between a source node and a gateway node breaks, or is mended.
+    /// The link between a source node and a gateway node breaks, or is repaired.
     Flip(usize, usize),
-    /// A gateway node takes the egress IP over. Nobody has heard of it yet.
+    /// A gateway node takes the egress IP over, and nobody has received its report yet.
     Takeover(usize),
-    /// A node's watch shows it what the controller has written.
+    /// A node's watch delivers what the controller has written.
     Hear(usize),
     /// A node's report arrives.
     Report(usize),
     /// The controller makes a pass.
     Pass,
-    /// Seconds go by.
+    /// Some seconds pass.
     Tick(i64),
 }
 
@@ -171,7 +171,7 @@ fn event() -> impl Strategy<Value = Event> {
     ]
 }
 
-/// What is so, whoever knows it.
+/// The real state, which no node knows completely.
 struct Truth {
     world: World,
     id: u16,
@@ -179,7 +179,7 @@ struct Truth {
     taken: Option<(usize, i64)>,
     reaches: [[bool; 3]; 3],
     heard: [Option<i64>; 6],
-    /// When a node last held the egress IP, and when a source node last did reach or did not reach a gateway node.
+    /// When a node last held the egress IP, and when a source node last reached or did not reach a gateway node.
     held: [i64; 3],
     reached: [[i64; 3]; 3],
     missed: [[i64; 3]; 3],
@@ -239,7 +239,7 @@ impl Truth {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(500))]
     #[test]
-    fn whatever_is_reported_late_a_move_is_right_by_what_was_true_a_moment_ago(
+    fn late_reports_cause_no_move_that_was_wrong_a_moment_ago(
         events in proptest::collection::vec(event(), 0..80),
     ) {
         let world = world();

@@ -184,7 +184,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_wrong_is_told_with_the_place() {
+    fn faults_are_reported_with_their_place() {
         for (text, words) in [
             ("egress-code = 'red'", "\"= 'red'\" is not an operator"),
             ("a == red", "a text in quotes"),

@@ -43,14 +43,14 @@ fn entries_are_the_combinations_that_are_left_when_neighbours_are_joined() {
     // 64, 32 and 4 neighbours.
     assert_eq!(entries(networks(1), ports), 100 * 3);
     assert_eq!(entries(networks(2), vec![]), 100);
-    // Sixty-four networks are what is left of one without its first address.
+    // A network without its first address consists of 64 networks.
     assert_eq!(entries(vec![network("2001:db8::/64", &["2001:db8::/128"])], vec![tcp(1, 1)]), 64);
     assert_eq!(entries(vec![network("192.0.2.0/24", &[])], vec![tcp(1, 65534)]), 30);
     assert_eq!([prefixes(0, u128::MAX), prefixes(1, u128::MAX), prefixes(7, 7)], [1, 128, 1]);
 }
 
 #[test]
-fn exceptions_are_holes_and_what_touches_is_one() {
+fn exceptions_are_holes_and_adjacent_ranges_are_joined() {
     let all = covers(vec![(
         vec![
             network("192.0.2.0/24", &["192.0.2.99/32", "192.0.2.96/28", "192.0.2.255/32"]),
@@ -111,7 +111,7 @@ fn small(v4: bool, at: u8, bits: u8) -> IpNetwork {
     IpNetwork::new(net.network(), net.prefix()).unwrap()
 }
 
-/// The last ones of all, where the address after the last is none.
+/// The last addresses of all, which have no address after them.
 fn address(v4: bool, at: u8) -> IpAddr {
     if v4 { IpAddr::from([255, 255, 255, 0xf0 | at]) } else { IpAddr::V6((u128::MAX - 15 + u128::from(at)).into()) }
 }

@@ -15,7 +15,7 @@ fn of<'a>(id: EgressId, node: &'a str, members: &'a [Name]) -> OwnershipInputs<'
     OwnershipInputs { id, node: Some(node), leaving: None, arrived: true, takers: &[], members, needs: &[] }
 }
 
-/// Each allocation's owner, where the allocations give allocation n to the node n modulo the number of nodes.
+/// Each allocation's owner, if the allocations assign allocation n to the node n modulo the number of nodes.
 fn owners<'a>(members: &'a [Name], ids: u16, liveness: &Liveness) -> BTreeMap<EgressId, Option<&'a str>> {
     let node = |id: EgressId| &*members[usize::from(id) % members.len()];
     (1..=ids).map(|id| (id, owner(of(id, node(id), members), liveness))).collect()
@@ -23,7 +23,7 @@ fn owners<'a>(members: &'a [Name], ids: u16, liveness: &Liveness) -> BTreeMap<Eg
 
 proptest! {
     #[test]
-    fn a_living_node_has_it_and_a_dead_one_never(dead in prop::collection::vec(any::<bool>(), 1..8), id in 1u16..16384) {
+    fn only_a_live_node_is_the_owner(dead in prop::collection::vec(any::<bool>(), 1..8), id in 1u16..16384) {
         let members = names(dead.len());
         let liveness = liveness(&members, &dead);
         for node in &members {
@@ -44,7 +44,7 @@ proptest! {
     }
 
     #[test]
-    fn a_death_moves_the_dead_nodes_allocations_and_no_other_and_a_return_gives_back_what_nobody_took(
+    fn a_death_moves_only_the_dead_nodes_allocations_and_a_return_restores_those_not_taken_over(
         dead in prop::collection::vec(any::<bool>(), 2..8), which in any::<prop::sample::Index>(),
     ) {
         let members = names(dead.len());

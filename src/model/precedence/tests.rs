@@ -126,7 +126,7 @@ fn services_resolve_in_the_pods_namespace() {
 }
 
 #[test]
-fn reach_tells_known_from_unknown_namespaces() {
+fn reach_distinguishes_known_from_unknown_namespaces() {
     let builder = Builder::default()
         .namespace("a", &[("kubernetes.io/metadata.name", "a")])
         .namespace("b", &[("kubernetes.io/metadata.name", "b")])
@@ -160,7 +160,7 @@ fn reach_tells_known_from_unknown_namespaces() {
 }
 
 #[test]
-fn a_namespace_that_no_manifest_tells_of_has_its_name_as_label() {
+fn an_undeclared_namespace_has_its_name_as_label() {
     let index = Builder::default()
         .cluster_policy(
             "named",
@@ -188,7 +188,7 @@ fn a_label_of_pod_and_namespace_alike_gives_a_policy_once() {
     assert_eq!(keys(&builder.index(), "a", &[("app", "x0")]), ["x0"]);
 }
 
-/// What [`PolicyIndex::policies_for`] must find, the slow way.
+/// The expected result of [`PolicyIndex::policies_for`], found by exhaustive search.
 fn by_exhaustion(cluster: &Cluster, namespace: &str, pod: &Labels) -> Vec<PolicyKey> {
     let mut found: Vec<Ranked> = Vec::new();
     for (key, policy) in &cluster.policies {
@@ -222,7 +222,7 @@ fn some_labels() -> impl Strategy<Value = Vec<(&'static str, &'static str)>> {
 
 proptest! {
     #[test]
-    fn finds_what_an_exhaustive_search_finds(
+    fn the_index_finds_the_same_as_an_exhaustive_search(
         policies in proptest::collection::vec(
             (any::<bool>(), 0..2usize, some_labels(), some_labels(), any::<bool>(), -1..2i32), 0..40),
         services in proptest::collection::vec((0..2usize, 0..2usize, some_labels()), 0..4),

@@ -269,7 +269,7 @@ impl Holding {
 
     /// Whether an egress IP that another node holds stays on this node for now.
     fn is_in_grace_period(&mut self, id: EgressId, now: Instant) -> bool {
-        // After a start, no node has been found dead yet, and the node that is said to hold the egress IP may be.
+        // After a start, no node has been found dead yet, and the reported holder of the egress IP may be dead.
         let known = self.started + self.settings.detection() + Duration::from_millis(500);
         self.apply(id, Cause::MovedAway { until: known.max(now + GRACE) });
         let Some(State::InGracePeriod { until }) = self.state(id) else { return false };

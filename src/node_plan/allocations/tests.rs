@@ -5,7 +5,7 @@ use crate::model::tunnel_mac;
 use egret_nft::mac;
 use std::sync::Arc;
 
-/// Three gateway nodes and a plain one, and one policy, whose allocation `n1` holds.
+/// Three gateway nodes and another node, and one policy, whose allocation `n1` holds.
 fn world() -> (World, EgressId) {
     let mut world = World::new(&["192.0.2.50-192.0.2.59"]);
     world.node("n3", "g", &["10.0.0.3"]);
@@ -69,7 +69,7 @@ fn one_of_the_others_takes_a_dead_nodes_allocation_and_all_know_which() {
     let (taker, other) = if new == tunnel_mac::of_node("n2") { ("n2", "n3") } else { ("n3", "n2") };
     assert_eq!(seen(&world, taker, &facts(&[], &["n1"]), id).1, Placing::Take { ask: true });
     assert_eq!(seen(&world, taker, &facts(&[A], &["n1"]), id).0, AllocationState::Local);
-    // The dead node's word that it holds the allocation is nobody's any more.
+    // The dead node's report that it holds the allocation does not count any more.
     assert_eq!(seen(&world, other, &facts(&[], &["n1"]), id), (to(taker), Placing::Keep));
     assert_eq!(seen(&world, other, &facts(&[], &["n1", taker]), id).1, Placing::Take { ask: true });
     let nobody = seen(&world, "plain", &facts(&[], &["n1", "n2", "n3"]), id).0;
@@ -229,7 +229,7 @@ fn a_policy_has_no_allocation_that_it_does_not_ask_for_any_more() {
         let id = world.allocate().grant("a/p").id;
         assert_eq!(allocation(&world), Some(id));
     }
-    // A change of something else is none of the address.
+    // Another change is no change of the address.
     let id = allocation(&world);
     world.policy("a/p", crate::api::EgressPolicySpec { priority: 7, ..naming(&["192.0.2.52"]) });
     assert_eq!(allocation(&world), id);

@@ -114,7 +114,7 @@ fn traffic_to_a_service_is_explained_by_its_endpoints() {
     for (target, words) in [
         ("10.96.0.9:5432", &["an address of the Service default/outside", "10.9.0.1 goes direct", decided][..]),
         ("198.18.0.9:5432", &["an address of the Service default/outside", decided]),
-        // Not a port of the Service's.
+        // Not a port of the Service.
         ("198.18.0.9:80", &["198.18.0.9, TCP port 80, leaves from 192.0.2.50"]),
         ("10.0.0.1:30432", &["an address of the Service default/outside", decided]),
         ("10.0.0.2:30432", &["goes direct: it is a port of the Service default/outside at another node"]),
@@ -171,7 +171,7 @@ fn a_policy_that_is_not_ready_applies_its_fallback() {
         &["9.9.9.9 is blocked: EgressPolicy shop/rest decides, and it is not ready"],
     );
     world.policy("shop/rest", EgressPolicySpec { fallback: Fallback::NodeAddress, ..naming(&["192.0.2.50"]) });
-    // While nobody has given it an address, the next one decides.
+    // While it has no address, the next policy decides.
     assert_has(&explain(&world, "9.9.9.9"), &["9.9.9.9 is blocked: ClusterEgressPolicy late decides"]);
     assert_has(&explain(&world, ""), &["EgressPolicy shop/rest, priority 0, covers everything\n   it is passed over"]);
     world.allocate();

@@ -1,4 +1,4 @@
-//! Whatever stands in a file: it is understood, or refused, and soon.
+//! Any text in a file is read or rejected, and quickly.
 
 use super::super::documents::Documents;
 use super::{gateway, policy};
@@ -7,7 +7,7 @@ use crate::cluster::names::Names;
 use proptest::prelude::*;
 use std::time::{Duration, Instant};
 
-/// How many objects a text has, or the first thing that is wrong.
+/// The number of objects in a text, or its first fault.
 fn read(text: &str) -> Result<usize, String> {
     let mut names = Names::default();
     let mut reader = Reader { names: &mut names, node: Some("n1"), statuses: StatusPlace::InFiles };
@@ -19,7 +19,7 @@ fn read(text: &str) -> Result<usize, String> {
     Ok(count)
 }
 
-/// What files are made of, and what spoils them.
+/// Parts of manifests, and what makes them invalid.
 const PARTS: [&str; 24] = [
     "---\n",
     "...\n",

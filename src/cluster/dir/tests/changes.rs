@@ -3,7 +3,7 @@ use std::io::Write;
 use std::os::unix::fs::symlink;
 use tokio::time::sleep;
 
-/// Long enough for a change to be seen if it is going to be.
+/// Long enough for a change to be seen, if it has an effect.
 const A_WHILE: Duration = Duration::from_millis(300);
 
 #[tokio::test]
@@ -45,7 +45,7 @@ async fn unaffected_parts_of_a_snapshot_are_shared() {
     let before = source.now();
     fixture.put("a.yaml", &policy("x", "p", 2));
     let after = source.until("the change", |c| priority(c, "x/p") == Some(2)).await;
-    // All of them, so that what is added to a cluster's state is thought of here.
+    // All fields, so that a new part of the cluster's state cannot be forgotten here.
     let Cluster {
         nodes,
         namespaces,
@@ -94,7 +94,7 @@ async fn an_invalid_file_keeps_its_last_good_state_until_it_is_corrected() {
     fixture.put("b.yaml", &policy("y", "r", 1));
     let mut source = fixture.open().await;
 
-    // Cut off in the middle of the second document; and the first is another one.
+    // The file is truncated in the middle of the second document, and the first document is another one.
     let new = policy("x", "p", 2) + "---\n" + &policy("x", "q", 2);
     fixture.put("a.yaml", &new[..new.len() - 40]);
     let told = source.until_problem("a.yaml").await;

@@ -1,4 +1,4 @@
-//! A daemon that starts and finds less than was in force.
+//! A daemon that starts and finds fewer policies than were in force.
 
 use super::*;
 use crate::api::{Allocation, AllocationKind, EgressGatewayStatus};
@@ -35,10 +35,10 @@ async fn an_empty_file_does_not_remove_its_policies() {
     assert!(!policies[&PolicyKey::from("x/q")].guessed.rank);
     let problems = source.problems();
     assert!(problems.len() == 1 && problems[0].starts_with("p.yaml: is empty"), "{problems:?}");
-    // Nor are statuses of what may be there removed.
+    // Statuses of objects that may exist are not removed either.
     source.0.statuses.forget(&source.now()).await.unwrap();
     assert!(fixture.path("status/egressgateways/g.yaml").exists());
-    // It was meant.
+    // The user did delete the policies.
     fixture.put("p.yaml", "# nothing\n");
     source.until("the policy go", |c| !c.policies.contains_key(&"x/p".into())).await;
     source.until_well().await;
@@ -55,7 +55,7 @@ async fn an_empty_directory_does_not_remove_its_policies() {
     fixture.put("q/q.yaml", &policy("x", "q", 3));
     source.until("the policy", |c| priority(c, "x/q") == Some(3)).await;
     source.until_well().await;
-    // Without the gateway's file the allocations are still there, and nothing of it is lost.
+    // Without the gateway's file the allocations still exist, and nothing of them is lost.
     for file in ["gateway.yaml", "p.yaml", "q/q.yaml"] {
         fs::remove_file(fixture.path(file)).unwrap();
     }
@@ -70,7 +70,7 @@ async fn an_empty_directory_does_not_remove_its_policies() {
 async fn readable_parts_of_a_broken_file_are_used() {
     let fixture = Fixture::new();
     in_force(&fixture).await;
-    // One that is right in a file that is not; one of which a part is wrong; one of which nothing can be read.
+    // A valid policy in an invalid file, one with an invalid part, and one of which nothing can be read.
     fixture.put("q/q.yaml", &[policy("x", "q", 3), "x: [\n".to_owned()].join("---\n"));
     fixture.put("p.yaml", &policy("x", "p", 7).replace("spec:", "spec:\n  gateway: [g]"));
     let source = fixture.open().await;
@@ -84,7 +84,7 @@ async fn readable_parts_of_a_broken_file_are_used() {
     assert!(source.now().policies[&PolicyKey::from("x/p")].guessed.rank);
 }
 
-/// The file that had the policy is right without it, and the one that has it now is not.
+/// The file that had the policy is valid without it, and the file that has it now is invalid.
 #[tokio::test]
 async fn a_policy_that_moves_into_a_broken_file_stays_in_force() {
     let fixture = Fixture::new();

@@ -108,7 +108,7 @@ async fn lists_are_read_in_yaml_and_in_json() {
     assert_eq!(source.now().policies.values().map(|p| p.priority).collect::<Vec<_>>(), [1, 2, 3, 4]);
 }
 
-/// Few lists whose networks overlap in many ways, each way with many ports.
+/// Few lists whose networks overlap in many ways, each with many ports.
 fn overlapping() -> String {
     let ports: Vec<String> = (0..5_000).map(|n| format!("{{port: {}}}", 2 * n + 1)).collect();
     let rule = |prefix| {
@@ -118,7 +118,7 @@ fn overlapping() -> String {
     format!("[{{ports: [{}]}}, {}]", ports.join(", "), rules.join(", "))
 }
 
-/// Each: a manifest, the line that is to be told, and what is to be told.
+/// A manifest, the line of its fault, and texts of the fault.
 #[tokio::test]
 async fn faults_are_reported_with_their_lines() {
     let gateway = |body: &str| {
@@ -171,7 +171,7 @@ async fn faults_are_reported_with_their_lines() {
         assert!(told.starts_with(&format!("{file}{line}: ")) && told.contains(part), "{told}\n{text}");
         assert!(told.ends_with("(Egret uses nothing of this file until that is corrected)"), "{told}");
     }
-    // No object of theirs is there. Refused policies are reported, and refused gateways give out nothing.
+    // None of their objects exists. Rejected policies are reported, and rejected gateways give out nothing.
     let now = source.now();
     let (unreadable, gateways) = (now.unreadable.clone(), now.gateways.clone());
     assert!(gateways.values().all(|g| g.frozen && g.fault.is_some() && g.pool.is_empty()), "{gateways:?}");

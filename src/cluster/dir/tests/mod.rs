@@ -1,4 +1,4 @@
-//! Real files, the real watcher.
+//! The directory with real files and the real watcher.
 
 mod any_text;
 mod changes;
@@ -40,7 +40,7 @@ impl Fixture {
         fs::write(self.path(name), text).unwrap();
     }
 
-    /// As most editors do it: another file, put in the place of the first.
+    /// As most editors do it: another file replaces the first.
     fn put_by_renaming(&self, name: &str, text: &str) {
         let new = self.path(&format!("{name}.tmp"));
         fs::write(&new, text).unwrap();
@@ -63,7 +63,7 @@ impl Opened {
         self.0.snapshots.borrow().clone()
     }
 
-    /// Without the directory's own path.
+    /// The problems, without the directory's own path.
     fn problems(&self) -> Vec<String> {
         self.0.problems.borrow().iter().map(|p| p.replace(&format!("{}/", self.1), "")).collect()
     }

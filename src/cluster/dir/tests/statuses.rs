@@ -56,7 +56,7 @@ async fn written_statuses_are_read_back() {
     }
     assert_eq!(source.problems(), [""; 0]);
 
-    // A user's change keeps the allocations, and a new start finds all of it.
+    // A user's change keeps the allocations, and a new start finds all of them.
     fixture.put("a.yaml", &[gateway("g", "192.0.2.9"), policy("x", "p", 1)].join("---\n"));
     source
         .until("the pool", |c| c.gateways["g"].pool[0].first == "192.0.2.9".parse::<std::net::IpAddr>().unwrap())
@@ -64,7 +64,7 @@ async fn written_statuses_are_read_back() {
     let again = fixture.open().await;
     assert_eq!(again.now(), source.now());
     assert_eq!(*again.now().gateways["g"].status, gateway_status(1000));
-    // A node has no use for the policies' statuses.
+    // A node does not need the policies' statuses.
     let node = fixture.open_for(Scope::Node("node-1".into())).await;
     assert!(node.now().policy_statuses.is_empty());
     assert_eq!(*node.now().gateways["g"].status, gateway_status(1000));
@@ -81,7 +81,7 @@ async fn statuses_in_manifests_are_ignored() {
     let mut source = fixture.open().await;
     assert_eq!(source.problems(), [""; 0]);
     assert_eq!(*source.now().gateways["g"].status, EgressGatewayStatus::default());
-    // But an EgressNode counts until the node itself writes one.
+    // An EgressNode in a manifest counts until the node itself writes one.
     assert!(source.now().egress_nodes["n"].tunnel_address.is_some());
     source.0.statuses.node("n", &EgressNodeStatus::default()).await.unwrap();
     source.until("the node's own", |c| c.egress_nodes["n"].tunnel_address.is_none()).await;
@@ -161,7 +161,7 @@ async fn only_statuses_of_removed_objects_are_deleted() {
     };
     assert_eq!(there().len(), 8);
 
-    // What is in a file that was never right is not known to be gone.
+    // The objects of a file that was never valid may still exist.
     fixture.put("b.yaml", "x: [\n");
     source.until_problem("b.yaml").await;
     statuses.forget(&source.now()).await.unwrap();
