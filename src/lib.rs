@@ -1,6 +1,6 @@
 //! Egret: pods leave the cluster from an address that stays.
 //!
-//! | module | what is in it |
+//! | module | content |
 //! |---|---|
 //! | `api` | the custom resources |
 //! | `model` | the cluster's state as validated types: policies, gateways, nodes, pods |

@@ -11,7 +11,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// How long a write counts if the source shows something else. After that, somebody else has overwritten it.
+/// How long a write counts if the source shows something else. After that, another writer has overwritten it.
 const PATIENCE: Duration = Duration::from_secs(10);
 
 #[derive(Debug, Default)]

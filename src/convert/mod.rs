@@ -134,7 +134,7 @@ fn passed_over(objects: &[Object]) -> Vec<Note> {
     let mut notes = Vec::new();
     for object in objects {
         let (group, kind) = (object.group(), object.kind());
-        // Those that others refer to are many, and mostly nobody does.
+        // Objects to which others can refer are many, and most are not referred to.
         let referred = matches!((group, kind), ("", "Namespace" | "Service" | "Pod")) || is_workload(group, kind);
         if !referred && !is_of_a_system(object) {
             let text = match group {
