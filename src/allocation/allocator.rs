@@ -8,7 +8,7 @@ use super::place::{AllocationPlace, GatewayPlace, List, PolicyPlace, RequestPlac
 use super::pool::{Overlap, Pool, usable};
 use super::request::Requests;
 use super::unreached::ReportRequest;
-use crate::api::{AddressPair, AllocationKind, Placement, Users};
+use crate::api::{AddressPair, AllocationKind, LostUplink, Placement, Users};
 use crate::model::selector::Name;
 use crate::model::{AddressRange, Cluster, Gateway, Node};
 use egret_nft::Family;
@@ -168,10 +168,14 @@ impl<'a> Allocator<'a> {
 
     /// How many of the uplinks and families that the gateway may need a node reports as lost.
     pub(super) fn lacks(&self, node: &Name, gateway: GatewayPlace) -> usize {
-        let interface = self.gateway_pools[gateway].gateway.interface.as_deref();
+        let GatewayPool { gateway, name, .. } = &self.gateway_pools[gateway];
+        let interface = gateway.interface.as_deref();
         let status = self.cluster.egress_nodes.get(node);
         let lost = status.map(|status| status.of_allocations().lost.as_slice()).unwrap_or_default();
-        lost.iter().filter(|lost| lost.interface.as_deref() == interface).count()
+        let concerns = |lost: &&LostUplink| {
+            lost.interface.as_deref() == interface && lost.gateway.as_deref().is_none_or(|of| *of == ***name)
+        };
+        lost.iter().filter(concerns).count()
     }
 
     /// Whether a node reports a tunnel address: Egret runs there, or has run there.

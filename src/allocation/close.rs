@@ -6,6 +6,7 @@ use super::allocator::{Allocator, GatewayPool};
 use super::cooldown::{COOLDOWN_SECONDS, cooldown_ended_until};
 use super::decision::{Decision, Grant, Reason, Rejection};
 use super::place::{AllocationPlace, GatewayPlace, PolicyPlace, RequestPlace};
+use super::probes;
 use super::request::{Kind, Requester};
 use crate::api::{Allocation, AllocationKind, Condition, EgressGatewayStatus, ReleasedAllocation};
 use crate::model::END_COOLDOWN;
@@ -204,6 +205,7 @@ fn conditions(
         }
         None => conditions.add("AddressesLeft", true, "AddressesLeft", in_use(gateway_pool, status)),
     }
+    probes::add_condition(&mut conditions, allocator, gateway_pool);
     conditions.finish()
 }
 

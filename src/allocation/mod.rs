@@ -16,6 +16,7 @@ mod moves;
 mod place;
 mod placement;
 mod pool;
+mod probes;
 mod quota;
 mod rebalance;
 pub mod report;

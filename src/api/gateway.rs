@@ -3,6 +3,13 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
 use serde::{Deserialize, Serialize};
 use smallvec::SmallVec;
 
+/// The largest number of targets of a gateway's probes.
+pub const MAX_PROBES: usize = 8;
+/// The least, default and largest interval of probes, in milliseconds.
+pub const PROBE_INTERVAL: (u32, u32, u32) = (200, 1000, 60_000);
+/// The least, default and largest number of intervals without an answer after which probes have failed.
+pub const PROBE_MISSES: (u32, u32, u32) = (2, 3, 20);
+
 /// A group of nodes and the egress IPs that these nodes hold.
 #[derive(kube::CustomResource, Clone, Debug, Default, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
 #[kube(
@@ -75,6 +82,32 @@ pub struct EgressGatewaySpec {
     /// count.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub namespace_quota: Option<NamespaceQuota>,
+    /// Targets outside the cluster that the gateway's nodes probe, by the route that egress traffic takes. The probes
+    /// of a node succeed while any target answers, for IPv4 and IPv6 separately. If they fail on a node and succeed on
+    /// another one after that, egress IPs that need the family move there. If they fail on all nodes, nothing moves.
+    /// Takes effect with `placement: Managed`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub probes: Vec<UplinkProbe>,
+    /// The interval between two probes of a target, in milliseconds. Default: 1000. While no target answers, probes are
+    /// five times as frequent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub probe_interval_milliseconds: Option<u32>,
+    /// How many intervals pass without an answer before a node's probes have failed. Default: 3. The loss of an uplink
+    /// ends after three times as long without such a failure.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub probe_misses: Option<u32>,
+}
+
+/// A target of probes: `icmp` or `tcp`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct UplinkProbe {
+    /// An address that answers ICMP or ICMPv6 echo requests.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub icmp: Option<String>,
+    /// An address and a port that accept TCP connections: `203.0.113.1:443`, `[2001:db8::1]:443`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tcp: Option<String>,
 }
 
 /// Which policies may share an egress IP that they name.
@@ -137,7 +170,7 @@ pub struct EgressGatewayStatus {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub released: Vec<ReleasedAllocation>,
     /// `Accepted`: the spec is valid. `Ready`: nodes can hold the egress IPs. `AddressesLeft`: the pool is not
-    /// exhausted.
+    /// exhausted. `ProbesSucceed` (with `spec.probes`): on no node the probes fail.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub conditions: Vec<Condition>,
     /// When the controller asked the nodes to report anew, seconds since the Unix epoch; absent while it asks nothing. It

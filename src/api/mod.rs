@@ -55,7 +55,7 @@ impl AddressPair {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Condition {
-    /// `Accepted`, `Ready`, `Shadowed` (policies) or `AddressesLeft` (gateways).
+    /// `Accepted`, `Ready`, `Shadowed` (policies), `AddressesLeft` or `ProbesSucceed` (gateways).
     #[serde(rename = "type")]
     pub type_: String,
     /// `True`, `False` or `Unknown`.

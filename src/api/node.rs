@@ -60,6 +60,10 @@ pub struct EgressNodeStatus {
     /// to another node, if one has lost fewer of them.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub lost: Vec<LostUplink>,
+    /// Probes of gateways (`spec.probes`) that fail on this node, while it knows of no other node on which they succeed.
+    /// Nothing moves.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub failing_probes: Vec<FailingProbes>,
     /// Egress IPs whose packets this node drops now, with the reason: those that its own pods use, and those that it
     /// holds and whose new connections it drops.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -131,6 +135,18 @@ pub struct ReportGiven {
     pub requested_at: i64,
 }
 
+/// Probes of a gateway that fail on a node.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct FailingProbes {
+    /// The gateway.
+    pub gateway: String,
+    /// `IPv4` or `IPv6`.
+    pub family: String,
+    /// The targets that do not answer.
+    pub message: String,
+}
+
 /// One family of an uplink that a node cannot use.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "camelCase")]
@@ -140,6 +156,9 @@ pub struct LostUplink {
     pub interface: Option<String>,
     /// `IPv4` or `IPv6`.
     pub family: String,
+    /// The gateway whose probes fail here and succeed on another node; absent if the uplink itself is lost.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gateway: Option<String>,
     /// The reason.
     pub message: String,
 }

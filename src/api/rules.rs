@@ -7,7 +7,7 @@
 //! The server estimates the cost of a rule from the possible sizes of lists and texts, so those that rules read have
 //! bounds.
 
-use super::MAX_EXCEPTIONS;
+use super::{MAX_EXCEPTIONS, MAX_PROBES, PROBE_INTERVAL, PROBE_MISSES};
 use serde_json::{Value, json};
 
 /// An IPv4 entry of the pool: an address, a network or a range.
@@ -53,10 +53,43 @@ fn gateway() -> Vec<Addition> {
         ("/properties/interface".to_owned(), json!({"maxLength": 15, "minLength": 1})),
         ("/properties/nextHop".to_owned(), address_pair("give ipv4, ipv6 or both, or leave nextHop out")),
     ];
+    all.extend(probes());
     all.extend(selector("/properties/nodeSelector"));
     all.extend(selector("/properties/namespaceSelector"));
     all.extend(selector(&format!("{reservation}/properties/namespaceSelector")));
     all
+}
+
+fn probes() -> Vec<Addition> {
+    let probe = "/properties/probes/items";
+    let number =
+        |at: &str, (least, _, most): (u32, u32, u32)| (at.to_owned(), json!({"minimum": least, "maximum": most}));
+    let unusable = format!("!self.matches('{NO_EGRESS_ADDRESS}')");
+    let unusable = (&*unusable, "no host outside has a loopback, link-local, multicast or reserved address");
+    let address =
+        "self.matches('^[0-9]{1,3}([.][0-9]{1,3}){3}$') || self.matches('^[0-9A-Fa-f]*:[0-9A-Fa-f]*:[0-9A-Fa-f:.]*$')";
+    let with_port =
+        "self.matches('^([0-9]{1,3}([.][0-9]{1,3}){3}|\\\\[[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*\\\\]):[1-9][0-9]{0,4}$')";
+    vec![
+        ("/properties/probes".to_owned(), json!({"maxItems": MAX_PROBES})),
+        (probe.to_owned(), with_rules(json!({}), &[("has(self.icmp) != has(self.tcp)", "give either icmp or tcp")])),
+        (
+            format!("{probe}/properties/icmp"),
+            with_rules(
+                json!({"maxLength": 45, "minLength": 1}),
+                &[(address, "not an IP address; write 192.0.2.1 or 2001:db8::1"), unusable],
+            ),
+        ),
+        (
+            format!("{probe}/properties/tcp"),
+            with_rules(
+                json!({"maxLength": 53, "minLength": 1}),
+                &[(with_port, "not an IP address with a port; write 203.0.113.1:443 or [2001:db8::1]:443")],
+            ),
+        ),
+        number("/properties/probeIntervalMilliseconds", PROBE_INTERVAL),
+        number("/properties/probeMisses", PROBE_MISSES),
+    ]
 }
 
 /// Entries that begin with an address that cannot be an egress IP: 0/8, loopback, link-local, multicast, 240/4. The
@@ -258,6 +291,28 @@ mod tests {
         ] {
             assert_refused("EgressGateway", &pool(entry), "cannot be egress IPs");
         }
+    }
+
+    #[test]
+    fn probes_have_addresses_and_one_protocol() {
+        let probe = |probe: Value| json!({"nodeSelector": {}, "probes": [probe]});
+        for address in ["192.0.2.1", "2001:db8::1"] {
+            assert_good("EgressGateway", &probe(json!({"icmp": address})));
+        }
+        for address in ["203.0.113.1:443", "[2001:db8::1]:53"] {
+            assert_good("EgressGateway", &probe(json!({"tcp": address})));
+        }
+        for address in ["example.com", "192.0.2.1:80", "192.0.2"] {
+            assert_refused("EgressGateway", &probe(json!({"icmp": address})), "not an IP address");
+        }
+        for address in ["127.0.0.1", "fe80::1", "ff02::1"] {
+            assert_refused("EgressGateway", &probe(json!({"icmp": address})), "link-local");
+        }
+        for address in ["203.0.113.1", "203.0.113.1:0", "2001:db8::1:443", "example.com:443"] {
+            assert_refused("EgressGateway", &probe(json!({"tcp": address})), "with a port");
+        }
+        assert_refused("EgressGateway", &probe(json!({})), "either icmp or tcp");
+        assert_refused("EgressGateway", &probe(json!({"icmp": "192.0.2.1", "tcp": "192.0.2.1:80"})), "either");
     }
 
     #[test]

@@ -98,10 +98,18 @@ impl ReadableGateway {
     }
 }
 
-/// A gateway with a readable spec, but without the addresses.
+/// A gateway with a readable spec, but without the addresses and the probes.
 fn without_addresses(spec: &Value, meta: Metadata) -> Option<Gateway> {
     let spec: EgressGatewaySpec = serde_json::from_value(spec.clone()).ok()?;
-    Gateway::new(&EgressGatewaySpec { addresses: vec![], reservations: vec![], ..spec }, meta).ok()
+    let spec = EgressGatewaySpec {
+        addresses: vec![],
+        reservations: vec![],
+        probes: vec![],
+        probe_interval_milliseconds: None,
+        probe_misses: None,
+        ..spec
+    };
+    Gateway::new(&spec, meta).ok()
 }
 
 fn without_spec(meta: Metadata) -> Gateway {

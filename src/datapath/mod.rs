@@ -23,4 +23,5 @@ pub mod sysctl;
 pub mod tunnel;
 pub mod underlay;
 pub mod uplink;
+pub mod uplink_probe;
 pub mod watch;

@@ -48,14 +48,32 @@ impl NodeMessages {
     /// # Panics
     /// Outside a tokio runtime.
     pub fn open(device: u32, source: Ipv6Addr) -> Result<Self> {
-        let sender = raw(&[])?;
-        setsockopt(&sender, sockopt::Ipv6Ttl, &HOP_LIMIT)?;
-        bind(sender.as_raw_fd(), &SockaddrIn6::from(SocketAddrV6::new(source, 0, 0, device)))
-            .with_context(|| format!("cannot send from {source}"))?;
         let receiver = raw(&[ECHO_REQUEST])?;
         // A thousand nodes probe a gateway node; their requests must not wake its daemon.
         socket_filter::accept_longer_than(&receiver, (HEADER + MIN_MESSAGE - 1) as u32)
             .context("cannot filter by length; the kernel rejects SO_ATTACH_FILTER")?;
+        Self::with_receiver(receiver, device, source)
+    }
+
+    /// As [`open`](Self::open), for messages that begin with these bytes only.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    ///
+    /// # Panics
+    /// As [`open`](Self::open).
+    pub fn open_for(magic: [u8; 4], device: u32, source: Ipv6Addr) -> Result<Self> {
+        let receiver = raw(&[ECHO_REQUEST])?;
+        socket_filter::accept_bytes_at(&receiver, HEADER as u32, magic)
+            .context("cannot filter by content; the kernel rejects SO_ATTACH_FILTER")?;
+        Self::with_receiver(receiver, device, source)
+    }
+
+    fn with_receiver(receiver: OwnedFd, device: u32, source: Ipv6Addr) -> Result<Self> {
+        let sender = raw(&[])?;
+        setsockopt(&sender, sockopt::Ipv6Ttl, &HOP_LIMIT)?;
+        bind(sender.as_raw_fd(), &SockaddrIn6::from(SocketAddrV6::new(source, 0, 0, device)))
+            .with_context(|| format!("cannot send from {source}"))?;
         setsockopt(&receiver, sockopt::Ipv6RecvHopLimit, &true)?;
         let _ = setsockopt(&receiver, sockopt::RcvBufForce, &RECEIVE_BUFFER);
         Ok(NodeMessages { sender, receiver: UdpSocket::from_std(receiver.into())?, device })

@@ -1,4 +1,4 @@
-//! Socket filters by a datagram's length and by a netlink attribute: classic BPF (`SO_ATTACH_FILTER`, socket(7)). A rejected datagram does not
+//! Socket filters by a datagram's length, by its bytes and by a netlink attribute: classic BPF (`SO_ATTACH_FILTER`, socket(7)). A rejected datagram does not
 //! wake the socket's reader.
 // nix has no such socket option.
 #![allow(unsafe_code)]
@@ -7,9 +7,10 @@ use nix::errno::Errno;
 use nix::libc::{self, c_void, sock_filter, sock_fprog, socklen_t};
 use std::os::fd::{AsRawFd, OwnedFd};
 
-/// Instructions, include/uapi/linux/bpf_common.h: `BPF_LD | BPF_W | BPF_LEN`, `BPF_JMP | BPF_JGT | BPF_K`,
+/// Instructions, include/uapi/linux/bpf_common.h: `BPF_LD | BPF_W | BPF_LEN`, `BPF_LD | BPF_W | BPF_ABS`, `BPF_JMP | BPF_JGT | BPF_K`,
 /// `BPF_RET | BPF_K`.
 const LOAD_LENGTH: u16 = 0x80;
+const LOAD_WORD_AT: u16 = 0x20;
 const JUMP_IF_GREATER: u16 = 0x25;
 const RETURN: u16 = 0x06;
 /// `BPF_LD | BPF_IMM`, `BPF_LDX | BPF_IMM`, `BPF_LD | BPF_B | BPF_ABS`, `BPF_JMP | BPF_JEQ | BPF_K`, `BPF_MISC | BPF_TAX`,
@@ -34,6 +35,18 @@ pub fn accept_longer_than(socket: &OwnedFd, bytes: u32) -> nix::Result<()> {
 /// Makes a socket accept only datagrams of at most `bytes` bytes.
 pub fn accept_up_to(socket: &OwnedFd, bytes: u32) -> nix::Result<()> {
     attach(socket, bytes, false)
+}
+
+/// Makes a raw socket accept only datagrams whose four bytes at the offset `at` are these.
+pub fn accept_bytes_at(socket: &OwnedFd, at: u32, bytes: [u8; 4]) -> nix::Result<()> {
+    // The kernel rejects a datagram that is too short for the load (`BPF_LD | BPF_ABS`, filter.txt).
+    let steps = [
+        step(LOAD_WORD_AT, 0, 0, at),
+        step(JUMP_IF_EQUAL, 0, 1, u32::from_be_bytes(bytes)),
+        accept(true),
+        accept(false),
+    ];
+    attach_program(socket, steps)
 }
 
 /// Makes a netlink socket accept only datagrams whose attribute `kind`, four bytes in network order, equals `value` in the

@@ -1,7 +1,8 @@
 //! EgressNode statuses, stored compactly.
 
 use crate::api::{
-    BlockedAllocation, EgressNodeStatus, Fault, LostUplink, RefusedAllocation, ReportGiven, TakenAllocation,
+    BlockedAllocation, EgressNodeStatus, FailingProbes, Fault, LostUplink, RefusedAllocation, ReportGiven,
+    TakenAllocation,
 };
 use crate::model::PolicyKey;
 use crate::model::marks::EgressId;
@@ -25,9 +26,11 @@ pub struct EgressNode {
 impl OfAllocations {
     /// The report that the node has lost this uplink.
     pub fn loss(&self, key: &UplinkKey) -> Option<&LostUplink> {
-        let is_it =
-            |lost: &&LostUplink| lost.family == key.family() && lost.interface.as_deref() == key.interface.as_deref();
-        self.lost.iter().find(is_it)
+        self.lost.iter().find(|lost| {
+            lost.family == key.family()
+                && lost.interface.as_deref() == key.interface.as_deref()
+                && lost.gateway.as_deref() == key.gateway.as_deref()
+        })
     }
 }
 
@@ -50,6 +53,8 @@ pub struct OfAllocations {
     pub flow_log_since: Option<i64>,
     /// The uplinks and families that it has lost.
     pub lost: Vec<LostUplink>,
+    /// The probes of gateways that fail, although no other node's are known to succeed.
+    pub failing_probes: Vec<FailingProbes>,
     /// The egress IPs that its pods use and whose traffic it blocks now.
     pub blocked: Vec<BlockedAllocation>,
     /// The policies whose pods are isolated there, because they list too many destinations for one node.
@@ -70,6 +75,7 @@ impl EgressNode {
             reports_given: Vec::new(),
             flow_log_since: None,
             lost: Vec::new(),
+            failing_probes: Vec::new(),
             blocked: Vec::new(),
             over_limit: Vec::new(),
             faults: Vec::new(),
@@ -98,6 +104,7 @@ impl From<EgressNodeStatus> for EgressNode {
             reports_given,
             flow_log_since,
             lost,
+            failing_probes,
             blocked,
             over_limit,
             direct: _,
@@ -112,6 +119,7 @@ impl From<EgressNodeStatus> for EgressNode {
             reports_given,
             flow_log_since,
             lost,
+            failing_probes,
             blocked,
             over_limit: over_limit.iter().map(|key| PolicyKey::from(key.as_str())).collect(),
             faults,

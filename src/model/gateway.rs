@@ -4,6 +4,7 @@ use super::address_range::{AddressRange, first_unusable, parse_ranges};
 use super::metadata::{Invalid, Metadata};
 use super::selector::{Name, Selector, SelectorError};
 use super::shared::Shared;
+use super::uplink_probes::{ProbedFamilies, UplinkProbes};
 use crate::api::{AddressPair, EgressGatewaySpec, EgressGatewayStatus, NamespaceQuota, Placement, Sharing};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
 use std::net::IpAddr;
@@ -33,6 +34,8 @@ pub struct Gateway {
     pub sharing: Sharing,
     /// Addresses that only policies of some namespaces may name.
     pub reservations: Box<[Reserved]>,
+    /// What its nodes probe by their uplinks.
+    pub probes: UplinkProbes,
     /// What the EgressPolicies of one namespace may have together.
     pub quota: NamespaceQuota,
     /// Whether its egress IPs are to be spread evenly over its nodes ([`REBALANCE`](super::REBALANCE)).
@@ -79,11 +82,19 @@ impl Gateway {
         }
     }
 
+    /// The families that its nodes probe. An egress IP that Egret does not place moves by no probe.
+    pub fn probed(&self) -> ProbedFamilies {
+        match self.placement {
+            Placement::Managed => self.probes.families(),
+            Placement::External => ProbedFamilies::default(),
+        }
+    }
+
     /// Validates a spec. The status starts empty.
     ///
     /// # Errors
     /// Addresses that cannot be parsed, ranges that run backwards or mix families, ranges that overlap, a next hop
-    /// without an address, an invalid selector.
+    /// without an address, an invalid selector, an invalid probe.
     pub fn new(spec: &EgressGatewaySpec, meta: Metadata) -> Result<Self, Invalid> {
         let pool = pool(&spec.addresses)?;
         if spec.next_hop.as_ref().is_some_and(AddressPair::is_empty) {
@@ -104,6 +115,7 @@ impl Gateway {
                 None => Selector::default(),
             },
             sharing: spec.sharing,
+            probes: UplinkProbes::new(spec)?,
             quota: spec.namespace_quota.unwrap_or_default(),
             rebalance: meta.rebalance,
             end_cooldown: meta.end_cooldown,

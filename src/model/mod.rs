@@ -33,6 +33,7 @@ pub mod target;
 pub mod tunnel_family;
 pub mod tunnel_mac;
 pub mod uplink_key;
+pub mod uplink_probes;
 
 pub use crate::api::PolicyKey;
 pub use address_range::{AddressRange, addresses_of};

@@ -1,14 +1,16 @@
-//! The key of an uplink of a node: the interface that a gateway names, and the address family.
+//! The key of an uplink of a node: the interface that a gateway names, and the address family; for a gateway with
+//! probes, one more key for each family that it probes.
 
 use crate::api::AddressPair;
 use crate::model::fnv::fnv1a;
 use crate::model::selector::Name;
+use crate::model::uplink_probes::ProbedFamilies;
 use std::fmt;
 
 /// The number of codes, see [`UplinkKey::code`].
 pub const CODES: u16 = 1 << 11;
 
-/// One family of one uplink.
+/// One family of one uplink. An uplink with a gateway works while the probes of this gateway do not fail there.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct UplinkKey {
     /// The interface, where the gateway names one. Without one, each address uses the interface of its network, or
@@ -16,21 +18,40 @@ pub struct UplinkKey {
     pub interface: Option<Name>,
     /// Whether the family is IPv4.
     pub ipv4: bool,
+    /// The gateway whose probes are meant; `None`: the uplink itself.
+    pub gateway: Option<Name>,
 }
 
 impl UplinkKey {
-    /// The uplinks that addresses on that interface need.
+    /// The uplinks that addresses on that interface need, without probes.
     pub fn of(address: &AddressPair, interface: Option<&Name>) -> impl Iterator<Item = UplinkKey> + use<> {
         let interface = interface.cloned();
         let families = [address.ipv4.is_some().then_some(true), address.ipv6.is_some().then_some(false)];
-        families.into_iter().flatten().map(move |ipv4| UplinkKey { interface: interface.clone(), ipv4 })
+        families.into_iter().flatten().map(move |ipv4| UplinkKey { interface: interface.clone(), ipv4, gateway: None })
+    }
+
+    /// The uplinks that addresses of a gateway need on that interface. The gateway probes these families.
+    pub fn with_probes(
+        address: &AddressPair,
+        interface: Option<&Name>,
+        gateway: &Name,
+        probed: ProbedFamilies,
+    ) -> impl Iterator<Item = UplinkKey> + use<> {
+        let gateway = probed.is_any().then(|| gateway.clone());
+        UplinkKey::of(address, interface).flat_map(move |key| {
+            let probes = gateway.clone().filter(|_| probed.contains(key.ipv4));
+            let probes = probes.map(|gateway| UplinkKey { gateway: Some(gateway), ..key.clone() });
+            [Some(key), probes].into_iter().flatten()
+        })
     }
 
     /// A number below [`CODES`] that all nodes compute alike. Two uplinks of one node may share a number; then
     /// neither counts as usable while one of them is not.
     pub fn code(&self) -> u16 {
         let name = self.interface.as_deref().unwrap_or_default().bytes();
-        let hash = fnv1a(name.chain([u8::from(self.ipv4)]));
+        // No name contains a zero byte, so no two keys are the same text.
+        let gateway = self.gateway.iter().flat_map(|gateway| [0].into_iter().chain(gateway.bytes()));
+        let hash = fnv1a(name.chain([u8::from(self.ipv4)]).chain(gateway));
         // FNV-1a mixes the last byte into the lower bits only, so the upper bits are folded in.
         ((hash ^ hash >> 32) % u64::from(CODES)) as u16
     }
@@ -43,9 +64,13 @@ impl UplinkKey {
 
 impl fmt::Display for UplinkKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match &self.interface {
-            Some(interface) => write!(f, "{} by {interface}", self.family()),
-            None => f.write_str(self.family()),
+        f.write_str(self.family())?;
+        if let Some(interface) = &self.interface {
+            write!(f, " by {interface}")?;
+        }
+        match &self.gateway {
+            Some(gateway) => write!(f, " as gateway {gateway} probes it"),
+            None => Ok(()),
         }
     }
 }
@@ -66,5 +91,19 @@ mod tests {
         assert_eq!(keys[3].to_string(), "IPv6 by eth0");
         let one = AddressPair { ipv6: None, ..pair };
         assert_eq!(UplinkKey::of(&one, None).map(|key| key.to_string()).collect::<Vec<_>>(), ["IPv4"]);
+    }
+
+    #[test]
+    fn a_gateway_with_probes_needs_a_further_key_for_each_family_that_it_probes() {
+        let pair = AddressPair { ipv4: Some([192, 0, 2, 1].into()), ipv6: "2001:db8::1".parse().ok() };
+        let keys = |gateway: &str, probed| UplinkKey::with_probes(&pair, None, &gateway.into(), probed);
+        let texts = |probed| keys("web", probed).map(|key| key.to_string()).collect::<Vec<_>>();
+        assert_eq!(texts(ProbedFamilies::default()), ["IPv4", "IPv6"]);
+        let ipv4 = ProbedFamilies { ipv4: true, ipv6: false };
+        assert_eq!(texts(ipv4), ["IPv4", "IPv4 as gateway web probes it", "IPv6"]);
+        let both = ProbedFamilies { ipv4: true, ipv6: true };
+        let codes: std::collections::BTreeSet<u16> =
+            keys("web", both).chain(keys("db", both)).map(|key| key.code()).collect();
+        assert_eq!(codes.len(), 6);
     }
 }

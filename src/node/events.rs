@@ -5,6 +5,7 @@ use super::liveness::PeerLiveness;
 use super::node_state::NodeState;
 use super::socket::{Listener, PluginRequest};
 use super::state::{LinkMessage, Node};
+use super::uplink_probes::Findings;
 use crate::datapath::watch::{self, Watch};
 use crate::model::Cluster;
 use anyhow::{Context, Result};
@@ -36,6 +37,8 @@ pub enum Event {
     Kernel(BTreeSet<watch::Event>),
     /// The liveness of other nodes has changed.
     Liveness(PeerLiveness),
+    /// The findings of probes have changed.
+    Findings(Findings),
     /// A message from the link.
     Link(LinkMessage),
     /// A deadline of an egress IP, a handover, a fault or a pod has come.
@@ -63,6 +66,7 @@ pub struct Sources {
     pub snapshots: Receiver<Arc<Cluster>>,
     pub kernel: Watch,
     pub liveness: Receiver<PeerLiveness>,
+    pub findings: Receiver<Findings>,
     pub link: mpsc::UnboundedReceiver<LinkMessage>,
     pub found: mpsc::UnboundedReceiver<SearchResult>,
     pub scrapes: mpsc::Receiver<oneshot::Sender<()>>,
@@ -127,6 +131,7 @@ impl Sources {
             }
             events = self.kernel.next() => Event::Kernel(events.context("the kernel's notifications")?),
             Ok(()) = self.liveness.changed() => Event::Liveness(self.liveness.borrow_and_update().clone()),
+            Ok(()) = self.findings.changed() => Event::Findings(self.findings.borrow_and_update().clone()),
             Some(message) = self.link.recv() => Event::Link(message),
             // After an error the retry covers what is due.
             () = node.due(), if retry.is_none() => Event::Due,

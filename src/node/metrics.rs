@@ -5,6 +5,7 @@ use super::flow_log::FlowLogMetrics;
 use super::forwarding::FirstPackets;
 use super::host::Counts;
 use super::pods::Census;
+use super::uplink_probes::ProbeMetrics;
 use crate::node_plan::View;
 use crate::node_plan::allocations::AllocationState;
 use egret_nft::Count;
@@ -73,6 +74,7 @@ pub struct Metrics {
     insertions_failed: Counter,
     changed_ports: ReplicationMetrics,
     flow_log: FlowLogMetrics,
+    uplink_probes: ProbeMetrics,
     forward_dropped: Family<FamilyLabel, Counter>,
     allocation_packets: Family<AllocationLabels, Counter>,
     allocation_bytes: Family<AllocationLabels, Counter>,
@@ -104,6 +106,7 @@ impl Metrics {
             insertions_failed: Counter::default(),
             changed_ports: ReplicationMetrics::default(),
             flow_log: FlowLogMetrics::default(),
+            uplink_probes: ProbeMetrics::default(),
             forward_dropped: Family::default(),
             allocation_packets: Family::default(),
             allocation_bytes: Family::default(),
@@ -143,6 +146,7 @@ impl Metrics {
         );
         metrics.changed_ports.register(&mut registry);
         metrics.flow_log.register(&mut registry);
+        metrics.uplink_probes.register(&mut registry);
         registry.register(
             "forward_dropped_packets",
             "First packets of connections of other nodes' pods that this gateway admitted and did not forward: a firewall of \
@@ -171,6 +175,11 @@ impl Metrics {
     /// The metrics of the flow log.
     pub fn flow_log(&self) -> FlowLogMetrics {
         self.flow_log.clone()
+    }
+
+    /// The counters of probes by uplinks.
+    pub fn uplink_probes(&self) -> ProbeMetrics {
+        self.uplink_probes.clone()
     }
 
     /// Records an attempt to bring the kernel in sync.

@@ -26,6 +26,7 @@ mod run;
 mod socket;
 mod state;
 mod taint;
+mod uplink_probes;
 
 pub use run::run;
 

@@ -3,8 +3,8 @@
 use super::holding::Holding;
 use super::host::Faults;
 use crate::api::{
-    BlockedAllocation, DirectNetwork, EgressNodeStatus, Fault, LostUplink, RefusedAllocation, ReportGiven,
-    TakenAllocation,
+    BlockedAllocation, DirectNetwork, EgressNodeStatus, FailingProbes, Fault, LostUplink, RefusedAllocation,
+    ReportGiven, TakenAllocation,
 };
 use crate::cluster::Statuses;
 use crate::datapath::tunnel::Tunnel;
@@ -68,6 +68,8 @@ pub struct Own<'a> {
     pub flow_log_since: Option<i64>,
     /// The policies that list too many destinations for this node.
     pub over_limit: &'a BTreeSet<PolicyKey>,
+    /// The probes that fail, although no other node's are known to succeed.
+    pub failing_probes: Vec<FailingProbes>,
 }
 
 /// A status to write.
@@ -90,7 +92,8 @@ impl Report {
     /// the cluster's nodes. It does not wait for the write: an API server that does not respond must not keep this
     /// node from taking over egress IPs.
     pub fn publish(&self, view: &View, own: &Own, blocked: Vec<BlockedAllocation>, nodes: usize) {
-        let Own { tunnel, facts, holding, faults, unreachable, ref reports_given, flow_log_since, over_limit } = *own;
+        let Own { tunnel, facts, holding, faults, unreachable, ref reports_given, flow_log_since, over_limit, .. } =
+            *own;
         let Some(tunnel) = tunnel else { return };
         let refused = facts.refused.iter().map(|(id, why)| RefusedAllocation { id: *id, message: why.clone() });
         let direct = view.networks.origins.iter();
@@ -114,6 +117,7 @@ impl Report {
             reports_given: reports_given.clone(),
             flow_log_since,
             lost: holding.lost().map(lost_uplink).collect(),
+            failing_probes: own.failing_probes.clone(),
             blocked,
             over_limit: over_limit.iter().take(OVER_LIMIT).map(ToString::to_string).collect(),
             direct: direct.collect(),
@@ -159,6 +163,7 @@ fn lost_uplink((key, why): (&UplinkKey, &str)) -> LostUplink {
     LostUplink {
         interface: key.interface.as_ref().map(ToString::to_string),
         family: key.family().to_owned(),
+        gateway: key.gateway.as_ref().map(ToString::to_string),
         message: why.to_owned(),
     }
 }

@@ -2,7 +2,7 @@
 
 use super::events::{Event, Sources, Timers};
 use super::state::{Listeners, Node, Outcome, Stopping};
-use super::{Options, liveness, metrics, socket, taint};
+use super::{Options, liveness, metrics, socket, taint, uplink_probes};
 use crate::cluster::{self, OfflineCache, Scope, Source, Statuses};
 use crate::datapath::watch::Watch;
 use crate::install::keep;
@@ -121,13 +121,19 @@ impl Daemon {
         let (targets, wanted) = watch::channel(liveness::Targets::default());
         let (peers, liveness) = watch::channel(liveness::PeerLiveness::default());
         tokio::spawn(liveness::watch(options.liveness, wanted, peers));
-        let listeners = Listeners { adopted, link: messages, targets, lookup: source.lookup.clone(), ready };
+        let (probes, to_probe) = watch::channel(uplink_probes::Wanted::default());
+        let (found_by_probes, findings) = watch::channel(uplink_probes::Findings::default());
+        let lookup = source.lookup.clone();
+        let listeners = Listeners { adopted, link: messages, targets, probes, lookup, ready };
         let kernel = Watch::open().context("the kernel's notifications")?;
         let snapshot = source.snapshots.borrow_and_update().clone();
+        let probe_metrics = metrics.uplink_probes();
         let node = Node::start(options.clone(), source.statuses.clone(), snapshot, metrics, listeners).await?;
+        let lost = node.lost_by_probes();
+        tokio::spawn(uplink_probes::watch(lost, to_probe, found_by_probes, probe_metrics));
         let timers = Timers::new();
         let (statuses, snapshots) = (source.statuses, source.snapshots);
-        let sources = Sources { snapshots, kernel, liveness, link, found, scrapes, listener: None, timers };
+        let sources = Sources { snapshots, kernel, liveness, findings, link, found, scrapes, listener: None, timers };
         let outcome = Outcome::default();
         Ok(Daemon { options, statuses, node, sources, lock, plugin_may_run, stopping: None, outcome })
     }
@@ -196,6 +202,7 @@ impl Daemon {
             Event::Snapshot(cluster) => node.snapshot(cluster),
             Event::Kernel(events) => node.kernel_changed(&events).await,
             Event::Liveness(liveness) => node.set_liveness(liveness),
+            Event::Findings(findings) => node.set_findings(findings),
             Event::Link(message) => node.link_message(message),
             Event::Due => node.mark_due(),
             Event::RequestDue => {}

@@ -9,6 +9,7 @@ use crate::model::networks::merged;
 use crate::model::ownership::{self, Liveness, OwnershipInputs};
 use crate::model::selector::Name;
 use crate::model::uplink_key::UplinkKey;
+use crate::model::uplink_probes::ProbedFamilies;
 use crate::model::{AddressRange, AddressRequest, Cluster, Gateway, Policy, PolicyKey};
 use arcstr::literal;
 use egret_nft::mac::Mac;
@@ -70,6 +71,8 @@ pub struct NodeAllocation {
     pub since: i64,
     /// The interface for the address, where the gateway names one.
     pub interface: Option<Name>,
+    /// The families that the gateway probes.
+    pub probed: ProbedFamilies,
     /// The uplink that its traffic leaves by, see [`NodeAllocations::uplinks`]. 0 is the main table.
     pub uplink: u16,
 }
@@ -77,7 +80,7 @@ pub struct NodeAllocation {
 impl NodeAllocation {
     /// The uplinks that its addresses need. None if Egret does not place them.
     pub fn needs(&self) -> impl Iterator<Item = UplinkKey> + use<> {
-        let needs = UplinkKey::of(&self.address, self.interface.as_ref());
+        let needs = UplinkKey::with_probes(&self.address, self.interface.as_ref(), &self.gateway, self.probed);
         needs.take(if self.managed { usize::MAX } else { 0 })
     }
 
@@ -200,7 +203,8 @@ impl NodeAllocations {
                     out.held.insert(entry.id);
                 }
                 out.is_gateway |= allocation.member;
-                needed.extend(UplinkKey::of(&allocation.address, allocation.interface.as_ref()));
+                let (interface, probed) = (allocation.interface.as_ref(), gateway.probed());
+                needed.extend(UplinkKey::with_probes(&allocation.address, interface, name, probed));
                 for policy in &entry.policies {
                     of_policy.push((policy.clone(), entry.id));
                 }
@@ -328,7 +332,8 @@ impl Viewpoint<'_> {
             () if managed => reports.takers(entry),
             () => Vec::new(),
         };
-        let needs: Vec<UplinkKey> = UplinkKey::of(&entry.address, gateway.interface.as_ref()).collect();
+        let (interface, probed) = (gateway.interface.as_ref(), gateway.probed());
+        let needs: Vec<UplinkKey> = UplinkKey::with_probes(&entry.address, interface, self.name, probed).collect();
         let standing = OwnershipInputs {
             id: entry.id,
             node: entry.node.as_deref(),
@@ -379,6 +384,7 @@ impl Viewpoint<'_> {
             taken_over: mine && managed && here && !refused && !by_allocations && !leaves,
             since: entry.since,
             interface: gateway.interface.clone(),
+            probed,
             uplink: self.uplink.unwrap_or_default(),
         }
     }

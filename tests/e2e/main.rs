@@ -37,4 +37,5 @@ mod tenancy;
 mod tunnel_family;
 mod uninstall;
 mod unmanaged_pods;
+mod uplink_probes;
 mod without_ports;

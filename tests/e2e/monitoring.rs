@@ -3,7 +3,7 @@
 
 use lab::daemon::Daemon;
 use lab::scene::{assert_blocked, assert_leaves_by_egress};
-use lab::{Host, Lab, VISITOR};
+use lab::{EXT4, Host, Lab, VISITOR, manifests};
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{Read, Write};
@@ -190,6 +190,8 @@ fn every_query_of_the_dashboard_and_of_the_alerts_finds_its_metrics() {
     lab.wait_ready("n1");
     // Traffic, a pod without an egress IP, and a rejected policy.
     lab.write_manifest("broken.yaml", BROKEN);
+    let gateway = manifests::gateway("default", &["192.0.2.50-192.0.2.59", "2001:db8::50-2001:db8::59"]);
+    lab.write_manifest("gateway.yaml", &format!("{gateway}  probes: [{{ icmp: {EXT4} }}]\n"));
     let visitor = lab.add_pod("n1", "shop", "visitor", VISITOR);
     assert_leaves_by_egress(&visitor);
     let broken = lab.add_pod("n1", "shop", "broken", &[("app", "broken")]);

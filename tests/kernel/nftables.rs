@@ -35,6 +35,7 @@ fn allocation(state: AllocationState, last: u8) -> NodeAllocation {
         taken_over: false,
         since: 0,
         interface: None,
+        probed: Default::default(),
         uplink: 0,
     }
 }

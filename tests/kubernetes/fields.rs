@@ -41,6 +41,7 @@ fn gateways() -> Vec<Value> {
             "ignoreCordon": true, "default": true, "namespaceSelector": selector(), "sharing": sharing,
             "reservations": [{"addresses": ["192.0.2.59"], "namespaceSelector": selector()}],
             "namespaceQuota": {"policies": 3, "addresses": 2, "destinations": 100},
+            "probes": [{"icmp": "192.0.2.1"}, {"tcp": "[2001:db8::1]:443"}], "probeIntervalMilliseconds": 500, "probeMisses": 4,
         })
     };
     let path = |id: u16, kind: &str| {
@@ -99,7 +100,8 @@ fn nodes() -> Vec<Value> {
         "flowLogSince": 1_700_000_000, "reportsGiven": [{"gateway": "g", "requestedAt": 1_700_000_000}], "overLimit": ["shop/p"],
         "direct": [{"network": "10.0.0.0/8", "from": "spec.podCIDRs of Nodes"}],
         "faults": [{"of": "peer g2", "message": "no route"}],
-        "lost": [{"interface": "eth0", "family": "IPv6", "message": "no route"}],
+        "lost": [{"interface": "eth0", "family": "IPv6", "gateway": "listed", "message": "no route"}],
+        "failingProbes": [{"gateway": "listed", "family": "IPv4", "message": "no answer"}],
     });
     vec![object("EgressNode", "n1", json!({}), status)]
 }

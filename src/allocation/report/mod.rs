@@ -203,8 +203,9 @@ impl<'a> NodeReports<'a> {
     fn lost(&self, holder: &Name, grant: &Grant) -> String {
         let gateway = self.cluster.gateways.get(&grant.gateway);
         let interface = gateway.and_then(|gateway| gateway.interface.as_ref());
+        let probed = gateway.map(|gateway| gateway.probed()).unwrap_or_default();
         let Some(reports) = self.cluster.egress_nodes.get(holder) else { return String::new() };
-        let needs = UplinkKey::of(&grant.address, interface);
+        let needs = UplinkKey::with_probes(&grant.address, interface, &grant.gateway, probed);
         let lost = needs.filter_map(|key| reports.of_allocations().loss(&key).map(|lost| (key, lost)));
         lost.map(|(key, lost)| format!("; it has lost {key}, and no other node has lost less: {}", lost.message))
             .collect()

@@ -185,7 +185,8 @@ impl Found {
             return;
         };
         let object = format!("node {name}");
-        for lost in &reports.lost {
+        // The gateway's condition names the nodes on which its probes fail.
+        for lost in reports.lost.iter().filter(|lost| lost.gateway.is_none()) {
             let uplink = lost.interface.as_deref().map_or_else(String::new, |interface| format!(" of {interface}"));
             let message = format!("its uplink has lost {}{uplink}: {}", lost.family, lost.message);
             let problem = Problem::new(Severity::Error, &object, "UplinkLost", message);

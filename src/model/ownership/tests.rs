@@ -138,7 +138,7 @@ fn in_a_planned_move_the_old_node_is_the_owner_until_the_new_one_holds_it() {
 #[test]
 fn a_node_that_has_lost_fewer_families_becomes_the_owner() {
     let members = names(3);
-    let needs: Vec<UplinkKey> = [true, false].map(|ipv4| UplinkKey { interface: None, ipv4 }).into();
+    let needs: Vec<UplinkKey> = [true, false].map(|ipv4| UplinkKey { interface: None, ipv4, gateway: None }).into();
     let lost = |of: &[(usize, &[UplinkKey])]| {
         let lost = of.iter().map(|(n, keys)| (members[*n].clone(), keys.iter().cloned().collect()));
         Liveness { lost: lost.collect(), ..Liveness::default() }

@@ -24,6 +24,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 pub use egress_ip::State;
+pub use fitness::ProbedUplinks;
 
 /// The largest number of addresses in one log line.
 const NAMED: usize = 6;
@@ -104,6 +105,11 @@ impl Holding {
         self.fitness.judge(uplinks_now, apart, now)
     }
 
+    /// Sets the uplinks of gateways with probes. They count from the next [`judge`](Self::judge) on.
+    pub fn set_probed(&mut self, probed: ProbedUplinks) {
+        self.fitness.set_probed(probed);
+    }
+
     /// Whether this node can hold egress IPs.
     pub fn is_fit(&self) -> bool {
         self.fitness.unfit_since().is_none()
@@ -170,6 +176,8 @@ impl Holding {
         let assigned = assigned.unwrap_or_default();
         let usable = self.fitness.works().iter().filter(|key| assigned.contains(*key) || !given_up.contains(*key));
         decision.desired.uplinks = usable.cloned().collect();
+        let by_probes = self.fitness.lost().map(|(key, _)| key).filter(|key| key.gateway.is_some());
+        decision.desired.lost_by_probes = by_probes.cloned().collect();
         let holds =
             allocations.values().any(|allocation| allocation.state == AllocationState::Local && allocation.member);
         let left = drained && !holds && decision.desired.allocations.is_empty();

@@ -432,3 +432,44 @@ fn a_claimed_egress_ip_is_given_up_and_not_probed_for_a_while() {
     assert!(fixture.decide().ask.contains(&fixture.id), "and may have died");
     fixture.take();
 }
+
+#[test]
+fn failing_probes_cost_a_node_its_egress_ips_only_if_another_node_can_serve_them() {
+    let mut fixture = Fixture::new();
+    fixture.world.gateway("g", &["192.0.2.50"], |spec| {
+        spec.default = true;
+        spec.probes = vec![crate::api::UplinkProbe { icmp: Some("192.0.2.1".to_owned()), tcp: None }];
+    });
+    fixture.take();
+    let key = UplinkKey { interface: None, ipv4: true, gateway: Some("g".into()) };
+    let lost = |lost: bool| {
+        let lost = lost.then(|| (key.clone(), "no answer".to_owned()));
+        ProbedUplinks { all: [key.clone()].into(), lost: lost.into_iter().collect() }
+    };
+    fixture.holding.set_probed(lost(false));
+    assert!(fixture.decide().desired.uplinks.contains(&key));
+
+    fixture.holding.set_probed(lost(true));
+    let decision = fixture.decide();
+    assert!(decision.desired.health && fixture.holding.is_fit(), "other nodes still reach it");
+    assert!(!decision.desired.uplinks.contains(&key) && decision.desired.lost_by_probes.contains(&key));
+    // The node n2 is dead, so that this one is still the best.
+    fixture.facts.dead.insert("n2".into());
+    fixture.holding.note(&"n1".into(), &mut fixture.facts);
+    fixture.pass(5000);
+    fixture.decide();
+    assert!(fixture.is_here());
+
+    fixture.facts.dead.clear();
+    let end = crate::api::EgressNodeStatus {
+        tunnel_address: Some([192, 0, 2, 12].into()),
+        tunnel_mac: Some("02:00:00:00:00:02".to_owned()),
+        ..Default::default()
+    };
+    fixture.world.cluster.egress_nodes.insert("n2".into(), Arc::new(end.into()));
+    fixture.decide();
+    assert!(!fixture.is_here(), "the node n2 lives, and its probes succeed");
+    fixture.holding.set_probed(lost(false));
+    fixture.holding.judge(&fixture.uplinks_now, None, fixture.now);
+    assert_eq!(fixture.holding.lost().count(), 0);
+}

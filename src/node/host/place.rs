@@ -39,6 +39,8 @@ pub struct Desired {
     pub health: bool,
     /// The uplinks whose health addresses the node has.
     pub uplinks: BTreeSet<UplinkKey>,
+    /// The uplinks that are lost because a gateway's probes fail. The node has none of their health addresses.
+    pub lost_by_probes: BTreeSet<UplinkKey>,
 }
 
 /// An uplink that this node cannot use.
@@ -61,7 +63,7 @@ pub struct UplinkStatus {
 }
 
 fn key(address: &IpAddr, interface: &Option<Name>) -> UplinkKey {
-    UplinkKey { interface: interface.clone(), ipv4: address.is_ipv4() }
+    UplinkKey { interface: interface.clone(), ipv4: address.is_ipv4(), gateway: None }
 }
 
 impl UplinkStatus {
@@ -147,10 +149,11 @@ impl UplinkStatus {
 
     /// The health addresses of a node with this tunnel MAC address for these uplinks, and that of the node if none is
     /// missing.
-    fn health(&self, uplinks: &BTreeSet<UplinkKey>, mac: Mac) -> impl Iterator<Item = Ipv6Addr> {
+    fn health(&self, desired: &Desired, mac: Mac) -> impl Iterator<Item = Ipv6Addr> {
+        let uplinks = &desired.uplinks;
         let spots = self.found.keys().chain(self.none.keys());
         let lost = spots.map(|(address, named)| key(address, named)).filter(|key| !uplinks.contains(key));
-        let lost: BTreeSet<u16> = lost.map(|key| key.code()).collect();
+        let lost: BTreeSet<u16> = lost.chain(desired.lost_by_probes.iter().cloned()).map(|key| key.code()).collect();
         let all = lost.is_empty().then(|| of_mac(HEALTH, mac));
         let codes: BTreeSet<u16> = uplinks.iter().map(UplinkKey::code).collect();
         codes.into_iter().filter(move |code| !lost.contains(code)).map(move |code| of_uplink(code, mac)).chain(all)
@@ -205,7 +208,13 @@ impl Host {
         let placed: BTreeMap<Spot, EgressId> =
             placeable.map(|(id, a, allocation)| ((a, allocation.interface.clone()), id)).collect();
         let interfaces: Vec<_> = placed.keys().map(|spot| uplinks_now.found.get(spot).map(|i| i.ifindex)).collect();
-        let digest = Digest::new(&(&placed, interfaces, &desired.unasked, desired.health, &desired.uplinks));
+        let digest = Digest::new(&(
+            &placed,
+            interfaces,
+            &desired.unasked,
+            desired.health,
+            (&desired.uplinks, &desired.lost_by_probes),
+        ));
         if self.placed == Some(digest) {
             return Ok((0, BTreeMap::new()));
         }
@@ -229,7 +238,7 @@ impl Host {
         }
         if let (Some((tunnel, device)), true) = (&self.tunnel, desired.health && self.speaks_ipv6()) {
             let mac = tunnel.mac;
-            wanted.extend(uplinks_now.health(&desired.uplinks, mac).map(|address| (address.into(), *device)));
+            wanted.extend(uplinks_now.health(desired, mac).map(|address| (address.into(), *device)));
         }
         let announce = |added: &[Placed]| {
             let placed = added.iter().filter_map(|(address, _)| Some((*address, of_address.get(address)?.1)));

@@ -78,6 +78,7 @@ impl Node {
     /// The step [`Uplinks`](super::steps::Step::Uplinks).
     pub(super) async fn read_uplinks(&mut self) -> Result<()> {
         self.egress.uplinks = self.host.uplink_status(&self.view).await?;
+        self.egress.holding.set_probed(self.probed_uplinks());
         let apart = self.problems.tunnel_family.as_deref();
         if self.egress.holding.judge(&self.egress.uplinks, apart, Instant::now()) {
             self.pending.raise(Input::Facts);

@@ -9,6 +9,7 @@ mod handovers;
 mod link;
 mod pass;
 mod plugins;
+mod probes;
 mod problems;
 mod records;
 mod roles;
@@ -41,6 +42,7 @@ use crate::node::liveness::{PeerLiveness, Targets};
 use crate::node::metrics::Metrics;
 use crate::node::pods::Pods;
 use crate::node::report::Report;
+use crate::node::uplink_probes::{self, Findings};
 use crate::node_plan::View;
 use crate::node_plan::allocations::Facts;
 use anyhow::{Context, Result};
@@ -67,6 +69,8 @@ pub struct Listeners {
     pub link: mpsc::UnboundedSender<LinkMessage>,
     /// The nodes to probe for liveness.
     pub targets: watch::Sender<Targets>,
+    /// What to probe by the uplinks.
+    pub probes: watch::Sender<uplink_probes::Wanted>,
     /// Looks up pods that the cluster's source has not reported yet.
     pub lookup: Lookup,
     /// Whether the node is ready, or why not.
@@ -85,6 +89,8 @@ pub struct Node {
     cluster: Arc<Cluster>,
     /// The liveness of other nodes.
     liveness: PeerLiveness,
+    /// What the probes by the uplinks have found.
+    findings: Findings,
     pods: Pods,
     unmanaged: Unmanaged,
     requests: Requests,
@@ -134,6 +140,7 @@ impl Node {
         let (files, adopted) = AdoptedFiles::load(&options.run_dir, boot).context("adopted pods")?;
         let report = Report::new(&options.name, statuses, options.state_dir.clone());
         let existing = Existing::start(options.marks, flushed);
+        let findings = probes::findings_before(&cluster, &options.name);
         let mut node = Node {
             options,
             listeners,
@@ -142,6 +149,7 @@ impl Node {
             host,
             cluster,
             liveness: PeerLiveness::default(),
+            findings,
             pods,
             unmanaged: Unmanaged::new(files),
             requests: Requests::default(),

@@ -62,6 +62,7 @@ impl Node {
         });
         self.publish();
         self.set_targets();
+        self.set_probes();
         self.set_roles();
         self.set_flow_view();
         self.announce_pods();
@@ -139,6 +140,7 @@ impl Node {
             reports_given: self.reports_given(unreachable),
             flow_log_since: self.flow_log_since(),
             over_limit: self.pods.over_limit(),
+            failing_probes: self.failing_probes(),
         };
         self.report.publish(&self.view, &own, blocked, self.cluster.nodes.len());
     }
