@@ -1,5 +1,5 @@
-//! How soon what a user asks of the Kubernetes API is so: a real API server and etcd, two nodes, all on this machine. And
-//! what a big cluster costs: how long the controller computes, how much memory the daemons take.
+//! How soon what a user asks of the Kubernetes API is so: a real API server and etcd, two nodes, all on this machine.
+//! And what a big cluster costs: how long the controller computes, how much memory the daemons take.
 
 mod harness;
 
@@ -22,7 +22,8 @@ const LOCAL_PODS: usize = 250;
 const GATEWAYS: usize = 3;
 /// An even number: the last one makes the policy what it was.
 const CHANGES: usize = 20;
-/// What is asked for: the median and the 99th percentile from a change to traffic, and the time for a gateway's allocations.
+/// What is asked for: the median and the 99th percentile from a change to traffic, and the time for a gateway's
+/// allocations.
 const MEDIAN: Duration = Duration::from_millis(60);
 const P99: Duration = Duration::from_millis(300);
 const LEDGER: Duration = Duration::from_secs(2);

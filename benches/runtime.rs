@@ -1,6 +1,6 @@
 //! Pods' starts by a real container runtime, as a kubelet feels them: how long RunPodSandbox takes with the chain of
-//! plugins as the cluster's CNI wrote it, and with Egret's entry in it; and how long a daemon takes to be ready on a node
-//! where `egretd install` has just run.
+//! plugins as the cluster's CNI wrote it, and with Egret's entry in it; and how long a daemon takes to be ready on a
+//! node where `egretd install` has just run.
 
 mod harness;
 // The parts of the tests with containerd, as they are.

@@ -1,6 +1,6 @@
 //! What a remote gateway costs traffic: throughput, processor time and new connections a second, against the same two
-//! hops by a bare VXLAN device and masquerade, and with 10,000 policies and allocations against one; and what Egret costs the
-//! traffic of pods that no policy selects, against a node without Egret.
+//! hops by a bare VXLAN device and masquerade, and with 10,000 policies and allocations against one; and what Egret
+//! costs the traffic of pods that no policy selects, against a node without Egret.
 
 mod harness;
 
@@ -155,8 +155,8 @@ fn bare(lab: &Lab) -> Pod {
     lines.push(format!("rule add from {pods} lookup 100 priority 100"));
     lines.push(format!("rule add to {pods} lookup main priority 98"));
     node.ip_batch(&lines);
-    // Translated on the gateway alone. The CNI's own rule stays, and with it the tracking of connections, as on any node
-    // of a cluster: without a rule that needs it the kernel does not do it.
+    // Translated on the gateway alone. The CNI's own rule stays, and with it the tracking of connections, as on any
+    // node of a cluster: without a rule that needs it the kernel does not do it.
     node.run(["iptables", "-t", "nat", "-I", "POSTROUTING", "-s", &pods.to_string(), "-j", "ACCEPT"]);
     let mut lines = device(gateway.ipv4(), node.ipv4(), "172.31.0.2");
     lines.push(format!("route replace {pods} via 172.31.0.1"));

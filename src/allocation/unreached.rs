@@ -48,8 +48,8 @@ impl<'a> SourceNodes<'a> {
         self.unreached.values().any(|unreached| unreached.contains(&**node))
     }
 
-    /// The nodes with pods that the allocation's policies select. The gateway's own nodes are not among them, because they
-    /// probe each other, nor are nodes that count as lost.
+    /// The nodes with pods that the allocation's policies select. The gateway's own nodes are not among them, because
+    /// they probe each other, nor are nodes that count as lost.
     fn of(&self, allocator: &Allocator<'a>, allocation: AllocationPlace) -> Vec<&'a Name> {
         let users = allocator.users(allocation).into_iter().map(|place| allocator.requests.requesters[place].key);
         let nodes: BTreeSet<&Name> = users.filter_map(|key| self.of_policies.get(key)).flatten().copied().collect();
@@ -87,10 +87,10 @@ const STAY_SECONDS: i64 = 10;
 
 /// A gateway's request for reports.
 ///
-/// A report does not say how old its knowledge is. After an API server was away, a source node's report that the owner is
-/// unreachable can arrive before the report of the node that has taken the egress IP over since; a planned move would then
-/// begin at a node that no longer holds it. So the controller moves nothing by a report that stands there. It asks, and
-/// decides by reports that were written since then, and not long ago.
+/// A report does not say how old its knowledge is. After an API server was away, a source node's report that the
+/// owner is unreachable can arrive before the report of the node that has taken the egress IP over since; a planned
+/// move would then begin at a node that no longer holds it. So the controller moves nothing by a report that stands
+/// there. It asks, and decides by reports that were written since then, and not long ago.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct ReportRequest {
     /// When it was made, seconds since the Unix epoch. It is also its name.
@@ -100,8 +100,8 @@ pub(super) struct ReportRequest {
 }
 
 impl ReportRequest {
-    /// The request that stands at `now`: the earlier one while reports that answer it are fresh, or else a new one. `nodes`
-    /// is the number of the cluster's nodes.
+    /// The request that stands at `now`: the earlier one while reports that answer it are fresh, or else a new one.
+    /// `nodes` is the number of the cluster's nodes.
     fn standing(earlier: Option<i64>, now: i64, nodes: usize) -> Self {
         let valid = VALID_SECONDS.saturating_add_unsigned((nodes / NODES_PER_SECOND) as u64);
         let requested_at = earlier.filter(|at| (0..=valid).contains(&now.saturating_sub(*at))).unwrap_or(now);
@@ -116,8 +116,8 @@ impl ReportRequest {
     }
 }
 
-/// Moves the allocations that no source node reaches. `ready` has the nodes that an allocation can be moved to, with their
-/// places.
+/// Moves the allocations that no source node reaches. `ready` has the nodes that an allocation can be moved to, with
+/// their places.
 pub(super) fn move_on<'a>(
     allocator: &mut Allocator<'a>,
     gateway: GatewayPlace,
@@ -182,8 +182,8 @@ pub(super) fn move_on<'a>(
 fn is_unreached(allocator: &Allocator, allocation: AllocationPlace, sources: &SourceNodes, reports: &Reports) -> bool {
     let entry = &allocator.allocations[allocation];
     let Some(node) = entry.node.as_ref() else { return false };
-    // Other code replaces a dead node. A node that Kubernetes does not hear may not hear of the move, and two nodes would
-    // have the address.
+    // Other code replaces a dead node. A node that Kubernetes does not hear may not hear of the move, and two nodes
+    // would have the address.
     let is_heard = allocator.cluster.nodes.get(node).is_some_and(|known| known.lost_since.is_none());
     entry.kind != AllocationKind::Node
         && entry.leaving.is_none()

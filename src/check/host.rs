@@ -4,8 +4,8 @@ use super::Need;
 use crate::datapath::sysctl;
 use std::{fs, io};
 
-/// The first upstream release with all that Egret needs: egress chains on a device came with Linux 5.16, `IFA_PROTO`, by
-/// which Egret recognises its own addresses, with 5.18. A distribution may have brought both to an older one.
+/// The first upstream release with all that Egret needs: egress chains on a device came with Linux 5.16, `IFA_PROTO`,
+/// by which Egret recognises its own addresses, with 5.18. A distribution may have brought both to an older one.
 const KERNEL: (u32, u32) = (5, 18);
 
 /// The capabilities that the daemon needs, with their bits, include/uapi/linux/capability.h.

@@ -107,8 +107,8 @@ fn device(socket: &mut Socket, name: &str, kind: &str, data: impl FnOnce(&mut Ve
     socket.request(RTM_NEWLINK, NLM_F_CREATE | NLM_F_EXCL, &message)
 }
 
-/// Adds an address with Egret's protocol number in the attribute `kind`, and reads it back: a kernel that does not know the
-/// attribute passes over it and reports no error.
+/// Adds an address with Egret's protocol number in the attribute `kind`, and reads it back: a kernel that does not
+/// know the attribute passes over it and reports no error.
 fn address_protocol(socket: &mut Socket, kind: u16) -> Result<(), String> {
     const LO: u32 = 1;
     let protocol = [crate::datapath::names::PROTOCOL];

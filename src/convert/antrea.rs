@@ -27,8 +27,8 @@ pub(super) fn convert(objects: &[&Object]) -> Result<Draft, Invalid> {
     Ok(draft)
 }
 
-/// Pools that one Egress uses together, IPv4 and IPv6 for instance, become one gateway: a policy has one. The gateway of
-/// each pool, by the pool's name, where it is another pool's.
+/// Pools that one Egress uses together, IPv4 and IPv6 for instance, become one gateway: a policy has one. The gateway
+/// of each pool, by the pool's name, where it is another pool's.
 fn joined_pools(egresses: &[&Object]) -> Result<BTreeMap<String, String>, Invalid> {
     let mut joined: BTreeMap<String, String> = BTreeMap::new();
     for object in egresses {

@@ -1,8 +1,8 @@
 //! Converts the objects of other egress systems into Egret's.
 //!
-//! Each system has a file, which reads its objects and makes drafts of gateways and policies. `combine.rs` puts the drafts
-//! together and checks them as the API server and the controller would. What cannot be said in Egret's fields, and what
-//! Egret does in another way, becomes a note: a comment above the object, and a line for the user.
+//! Each system has a file, which reads its objects and makes drafts of gateways and policies. `combine.rs` puts the
+//! drafts together and checks them as the API server and the controller would. What cannot be said in Egret's fields,
+//! and what Egret does in another way, becomes a note: a comment above the object, and a line for the user.
 //!
 //! The code is pure: text and objects come in, objects and notes go out.
 

@@ -50,8 +50,8 @@ fn manifests(path: &Path) -> anyhow::Result<Vec<PathBuf>> {
     Ok(found)
 }
 
-/// The objects that the API server has of the kinds that are converted; of a directory, all manifests. With a namespace,
-/// namespaced objects of that one only.
+/// The objects that the API server has of the kinds that are converted; of a directory, all manifests. With a
+/// namespace, namespaced objects of that one only.
 ///
 /// # Errors
 /// They cannot be read.

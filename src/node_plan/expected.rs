@@ -1,5 +1,5 @@
-//! A node's plan as it follows from the cluster's state alone, for people to read and tests to compare. It equals the node's
-//! own plan except for what only the node knows: the interfaces of its pods, and its present state.
+//! A node's plan as it follows from the cluster's state alone, for people to read and tests to compare. It equals the
+//! node's own plan except for what only the node knows: the interfaces of its pods, and its present state.
 
 use super::allocations::{AllocationState, Facts};
 use super::{NodePlan, PodPlan, View, chain_name};

@@ -1,8 +1,8 @@
 //! What comes to the servers, seen by a packet socket outside of the cluster: nothing that a node does to its own rules
 //! or counters changes what is seen here.
 //!
-//! Who sent a packet is told by what translation leaves alone. UDP and ICMP echoes carry it as their content; of TCP, and
-//! of the packets that ICMP errors quote, the server's port tells it.
+//! Who sent a packet is told by what translation leaves alone. UDP and ICMP echoes carry it as their content; of TCP,
+//! and of the packets that ICMP errors quote, the server's port tells it.
 
 use super::timeline;
 use lab::Host;

@@ -1,5 +1,5 @@
-//! `make fuzz`: pods, policies, deaths, damage and other people's rule changes at random, with traffic from every pod; and
-//! outside an observer who knows which source each packet may have.
+//! `make fuzz`: pods, policies, deaths, damage and other people's rule changes at random, with traffic from every
+//! pod; and outside an observer who knows which source each packet may have.
 //!
 //! - `SECONDS=180`: how long. A sequence that has begun is ended, so it takes some seconds more.
 //! - `SEED=1`: the first sequence's seed; the next one's is one more. The same seed is the same sequence.
@@ -9,8 +9,8 @@
 //! The program itself reads them with `FUZZ_` before them: shells have a use of their own for `SECONDS`.
 //!
 //! What the model takes for right stands in `model.rs` and `timeline.rs`, what can happen in `step.rs`. What
-//! docs/limits.md says is open is allowed: a node whose tables somebody flushed, until its daemon has run for some seconds
-//! again; flows that are older than their policy; a pod of which neither the object nor the record is left.
+//! docs/limits.md says is open is allowed: a node whose tables somebody flushed, until its daemon has run for some
+//! seconds again; flows that are older than their policy; a pod of which neither the object nor the record is left.
 
 mod capture;
 mod cluster;

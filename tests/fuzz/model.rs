@@ -18,8 +18,8 @@ pub fn namespace(pod: usize) -> &'static str {
     ["shop", "office"][pod % 2]
 }
 
-/// Whose a policy is: its namespace, or `None` for a ClusterEgressPolicy; whether it is of the tier Admin; its priority.
-/// No two of a tier have the same priority: which one is older is nothing that the model knows.
+/// Whose a policy is: its namespace, or `None` for a ClusterEgressPolicy; whether it is of the tier Admin; its
+/// priority. No two of a tier have the same priority: which one is older is nothing that the model knows.
 pub fn scope(policy: usize) -> (Option<&'static str>, bool, i32) {
     [
         (Some("shop"), false, 5),
@@ -32,8 +32,8 @@ pub fn scope(policy: usize) -> (Option<&'static str>, bool, i32) {
     ][policy]
 }
 
-/// The last part of the address that a policy names, in hexadecimal as in decimal. Addresses are shared within a namespace
-/// only, and as they are: who names one family names another address than who names both.
+/// The last part of the address that a policy names, in hexadecimal as in decimal. Addresses are shared within a
+/// namespace only, and as they are: who names one family names another address than who names both.
 fn named(policy: usize, spec: &PolicySpec) -> Option<u8> {
     let namespace = match scope(policy).0 {
         Some("shop") => 0,
@@ -106,8 +106,8 @@ impl Policies {
             if self.damaged.contains(&policy) || (matches && !decided) {
                 allowed.join(&addresses(policy, spec, server));
             }
-            // Nobody can say from outside whether a policy with a fallback has an allocation. Without one the next policy
-            // decides; with one whose owner is away the pod leaves from the node's address.
+            // Nobody can say from outside whether a policy with a fallback has an allocation. Without one the next
+            // policy decides; with one whose owner is away the pod leaves from the node's address.
             allowed.node |= matches && !decided && spec.fallback;
             decided |= matches && !spec.fallback;
         }

@@ -134,7 +134,8 @@ words!(
 /// One thing that happens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Step {
-    /// No daemon owns its nftables tables (`--own-tables=false`), wherever this stands: others can change them while it runs.
+    /// No daemon owns its nftables tables (`--own-tables=false`), wherever this stands: others can change them while
+    /// it runs.
     Unowned,
     /// Nothing for so many milliseconds.
     Wait(u32),

@@ -1,7 +1,7 @@
 //! What happened when, and so which sources a packet could have. Times are since the lab was built.
 //!
-//! The model does not know when a node hears of a change: from the moment that it is written until the node's daemon has
-//! run for [`HEARD`] without a break, the old and the new state are both allowed, and what lies between them.
+//! The model does not know when a node hears of a change: from the moment that it is written until the node's daemon
+//! has run for [`HEARD`] without a break, the old and the new state are both allowed, and what lies between them.
 
 use super::model::{Allowed, Policies, SERVERS, namespace};
 use super::step::{DAEMONS, NODES};
@@ -125,8 +125,8 @@ impl Timeline {
         Some(allowed)
     }
 
-    /// Whether a node that the pod's packets come by was open: somebody had flushed its tables, and its daemon could not
-    /// yet have put them back.
+    /// Whether a node that the pod's packets come by was open: somebody had flushed its tables, and its daemon could
+    /// not yet have put them back.
     fn open(&self, node: usize, [from, to]: [Duration; 2]) -> bool {
         self.flushes.iter().any(|(at, flushed)| {
             let concerns = *flushed == node || NODES[*flushed].starts_with('g');

@@ -1,5 +1,5 @@
-//! What a pod sends all its life: UDP in flows that go on and in new ones, TCP connections, ICMP echoes; to both servers,
-//! by both families.
+//! What a pod sends all its life: UDP in flows that go on and in new ones, TCP connections, ICMP echoes; to both
+//! servers, by both families.
 
 use super::capture::{PORTS, Sender, Users, port};
 use super::model::SERVERS;
@@ -18,8 +18,8 @@ const PACE: Duration = Duration::from_millis(25);
 const FLOW: Duration = Duration::from_secs(2);
 /// So many rounds new flows wait for their answers.
 const WAITING: usize = 8;
-/// New flows take their ports in turn, so that none is taken for an older one of the same port, which connection tracking
-/// still knows.
+/// New flows take their ports in turn, so that none is taken for an older one of the same port, which connection
+/// tracking still knows.
 const OWN_PORTS: std::ops::Range<u16> = 2000..62000;
 
 /// A pod's traffic.

@@ -121,8 +121,8 @@ fn unanswered(cluster: &mut Cluster) -> Vec<Fault> {
     }
 }
 
-/// Packets with a source that they may not have, one fault for each pod, server and source; and how many packets could only
-/// have an egress IP.
+/// Packets with a source that they may not have, one fault for each pod, server and source; and how many packets
+/// could only have an egress IP.
 fn leaks(timeline: &Timeline, seen: &[Seen]) -> (usize, Vec<Fault>) {
     let mut wrong: BTreeMap<(usize, usize, IpAddr), (usize, String)> = BTreeMap::new();
     let mut held = 0;
@@ -142,8 +142,8 @@ fn leaks(timeline: &Timeline, seen: &[Seen]) -> (usize, Vec<Fault>) {
     (held, wrong.into_values().map(fault).collect())
 }
 
-/// What a pod still sends of a TCP connection that was ended with its policy: connection tracking takes it for no part of
-/// anything, and nobody translates it.
+/// What a pod still sends of a TCP connection that was ended with its policy: connection tracking takes it for no
+/// part of anything, and nobody translates it.
 fn is_remnant(packet: &Seen) -> bool {
     let own = match packet.source {
         IpAddr::V4(source) => source.octets()[..2] == [10, 244],

@@ -27,8 +27,8 @@ const NOT_HEARD: &str = "NodeNotHeard";
 /// The reason of `Accepted=True` when other policies share the named egress IP.
 const SHARED: &str = "AddressShared";
 
-/// The condition of a policy whose pods are isolated on some nodes, because it lists too many destinations for one. It is
-/// absent otherwise.
+/// The condition of a policy whose pods are isolated on some nodes, because it lists too many destinations for one.
+/// It is absent otherwise.
 const OVER_NODE_LIMIT: &str = "OverNodeLimit";
 
 /// What nodes report about egress IPs and about each other.

@@ -10,8 +10,8 @@
 //! ```
 //!
 //! First the nodes, which later lines name by number. Then the allocations: id, kind, addresses, `node`, `since`,
-//! `leaving`, policies. Then, with a `-`, the released ones: id, addresses, `at`, policies. An absent value is `-`. Names
-//! in Kubernetes have neither spaces nor commas.
+//! `leaving`, policies. Then, with a `-`, the released ones: id, addresses, `at`, policies. An absent value is `-`.
+//! Names in Kubernetes have neither spaces nor commas.
 
 use crate::api::{
     AddressPair, Allocation, AllocationKind, EgressGatewayStatus, Name, PolicyKey, ReleasedAllocation, Users,

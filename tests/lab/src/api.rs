@@ -22,8 +22,8 @@ pub const API: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 2);
 /// The last part of it.
 pub const LAST: u8 = 2;
 const PORT: u16 = 6443;
-/// So long a server may take to be ready. What it makes at its start it tries once a minute, the first time now and then
-/// before it can (`SystemNamespacesInterval`, pkg/master/controller.go).
+/// So long a server may take to be ready. What it makes at its start it tries once a minute, the first time now and
+/// then before it can (`SystemNamespacesInterval`, pkg/master/controller.go).
 const PATIENCE: Duration = Duration::from_secs(150);
 /// After this long, what it should have made is made for it.
 const LATE: Duration = Duration::from_secs(10);

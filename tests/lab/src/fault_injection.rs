@@ -26,7 +26,8 @@ pub fn plugged(lab: &Lab, node: &str, in_: bool) {
     lab.host("fab").ip(&format!("link set p-{node} {}", if in_ { "up" } else { "down" }));
 }
 
-/// Lets nothing pass at the fabric that these rules drop, each without its verdict: `iifname "p-g1"`. No rules: all passes.
+/// Lets nothing pass at the fabric that these rules drop, each without its verdict: `iifname "p-g1"`. No rules: all
+/// passes.
 pub fn cut(lab: &Lab, rules: &[String]) {
     let rules: String = rules.iter().map(|rule| format!("  {rule} drop\n")).collect();
     lab.host("fab").nft(&format!(
@@ -104,7 +105,8 @@ pub fn answered_after(pod: &Pod, begin: Instant) -> Duration {
 /// How many allocations [`thousand_allocations`] has.
 pub const THOUSAND: usize = 1000;
 
-/// A lab whose pods of namespace `shop` all leave by the first of a thousand allocations. All are on `g1`; `g2` has none.
+/// A lab whose pods of namespace `shop` all leave by the first of a thousand allocations. All are on `g1`; `g2` has
+/// none.
 pub fn thousand_allocations() -> Lab {
     let lab = Lab::builder().build();
     // Addresses beyond the nodes' network: who asks for them is on the link all the same.

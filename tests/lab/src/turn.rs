@@ -1,8 +1,9 @@
 //! Which tests run beside which: up to `PLACES` labs share the machine, and a test that measures time has it to itself.
 //!
-//! Tests are threads of one process, or of several that run at once, so what decides is locks on files (flock(2)), which
-//! the kernel takes away from a process that ends. Everybody passes `gate` one after the other, and stays in it until there
-//! is room: so a test that wants the machine to itself waits for those that run, and not for those that come.
+//! Tests are threads of one process, or of several that run at once, so what decides is locks on files (flock(2)),
+//! which the kernel takes away from a process that ends. Everybody passes `gate` one after the other, and stays in it
+//! until there is room: so a test that wants the machine to itself waits for those that run, and not for those that
+//! come.
 
 use std::cell::RefCell;
 use std::fs::{self, File};
@@ -28,8 +29,8 @@ pub struct Turn {
     _locks: Vec<File>,
 }
 
-/// Waits until nothing else runs, and keeps it so. For a test that measures time, or that asks more of the machine than a
-/// test beside it could bear; it is the first thing that such a test does.
+/// Waits until nothing else runs, and keeps it so. For a test that measures time, or that asks more of the machine
+/// than a test beside it could bear; it is the first thing that such a test does.
 #[must_use]
 pub fn alone() -> Arc<Turn> {
     take(true)
