@@ -116,19 +116,7 @@ impl World {
         let policy = match &key.namespace {
             Some(namespace) => Policy::namespaced(namespace, &spec, meta),
             None => {
-                let spec = ClusterEgressPolicySpec {
-                    tier,
-                    namespace_selector: None,
-                    gateway: spec.gateway,
-                    pod_selector: spec.pod_selector,
-                    services: spec.services,
-                    egress: spec.egress,
-                    address: spec.address,
-                    allocate: spec.allocate,
-                    fallback: spec.fallback,
-                    existing_connections: spec.existing_connections,
-                    priority: spec.priority,
-                };
+                let spec = ClusterEgressPolicySpec { tier, ..spec.into() };
                 Policy::cluster(&spec, meta)
             }
         };

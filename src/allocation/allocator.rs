@@ -8,7 +8,7 @@ use super::place::{AllocationPlace, GatewayPlace, List, PolicyPlace, RequestPlac
 use super::pool::{Overlap, Pool, usable};
 use super::request::Requests;
 use super::unreached::ReportRequest;
-use crate::api::{AddressPair, AllocationKind, LostUplink, Placement, Users};
+use crate::api::{AddressPair, AllocationKind, LostUplink, Placement, ReleasedAllocation};
 use crate::model::selector::Name;
 use crate::model::{AddressRange, Cluster, Gateway, Node};
 use egret_nft::Family;
@@ -155,7 +155,7 @@ impl<'a> Allocator<'a> {
         for place in allocator.gateway_pools.places() {
             let status = &allocator.gateway_pools[place].gateway.status;
             for (released, at) in in_cooldown(status, now) {
-                allocator.start_cooldown(place, released.id, released.address.clone(), released.policies.clone(), at);
+                allocator.start_cooldown(place, ReleasedAllocation { at, ..released.clone() });
             }
         }
         allocator
@@ -183,18 +183,11 @@ impl<'a> Allocator<'a> {
         self.cluster.egress_nodes.get(node).is_some_and(|status| status.tunnel_mac.is_some())
     }
 
-    /// Starts the cooldown of an id and its addresses, at time `at`.
-    pub(super) fn start_cooldown(
-        &mut self,
-        gateway: GatewayPlace,
-        id: u16,
-        address: AddressPair,
-        policies: Users,
-        at: i64,
-    ) {
-        self.ids.start_cooldown(id);
-        let ended = at <= self.gateway_pools[gateway].ended_until;
-        self.in_cooldown.add(gateway, id, address, policies, (at, ended), &self.requests.places);
+    /// Starts the cooldown of an id and its addresses.
+    pub(super) fn start_cooldown(&mut self, gateway: GatewayPlace, released: ReleasedAllocation) {
+        self.ids.start_cooldown(released.id);
+        let ended = released.at <= self.gateway_pools[gateway].ended_until;
+        self.in_cooldown.add(gateway, released, ended, &self.requests.places);
     }
 
     /// Assigns an allocation to a request.

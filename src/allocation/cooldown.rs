@@ -68,16 +68,16 @@ pub(super) struct Cooldowns {
 }
 
 impl Cooldowns {
-    /// Adds an entry. `places` has the policies that still exist.
+    /// Adds an entry. `ended`: the annotation of the gateway has ended the cooldown of the addresses. `places` has the
+    /// policies that still exist.
     pub(super) fn add(
         &mut self,
         gateway: GatewayPlace,
-        id: u16,
-        address: AddressPair,
-        policies: Users,
-        (at, ended): (i64, bool),
+        released: ReleasedAllocation,
+        ended: bool,
         places: &HashMap<&PolicyKey, PolicyPlace>,
     ) {
+        let ReleasedAllocation { id, address, at, policies } = released;
         let entry = self.entries.len();
         let mut had_by: Vec<PolicyPlace> = policies.iter().filter_map(|name| places.get(name).copied()).collect();
         had_by.sort_unstable();

@@ -54,6 +54,17 @@ fn is_accepted(cluster: &Cluster, requester: &Requester) -> bool {
     })
 }
 
+/// The limit of a quota that would be exceeded.
+#[derive(Clone, Copy, Debug, thiserror::Error)]
+enum Exceeded {
+    #[error("{0} policies")]
+    Policies(u32),
+    #[error("{0} egress IPs")]
+    Addresses(u32),
+    #[error("{0} networks, exceptions and ports in its policies' egress")]
+    Destinations(u32),
+}
+
 /// What a namespace uses.
 #[derive(Default)]
 struct Used<'a> {
@@ -67,8 +78,8 @@ impl<'a> Used<'a> {
     /// Adds a policy.
     ///
     /// # Errors
-    /// The namespace would exceed its quota: the limit, as text.
-    fn add(&mut self, quota: &NamespaceQuota, kind: &'a Kind, destinations: usize) -> Result<(), String> {
+    /// The namespace would exceed its quota.
+    fn add(&mut self, quota: &NamespaceQuota, kind: &'a Kind, destinations: usize) -> Result<(), Exceeded> {
         let exceeds = |count: usize, limit: Option<u32>| limit.filter(|limit| count > *limit as usize);
         let (dedicated, named) = match kind {
             Kind::Dedicated => (1, None),
@@ -77,15 +88,15 @@ impl<'a> Used<'a> {
         };
         let addresses = self.dedicated + self.named.len() + dedicated + usize::from(named.is_some());
         if let Some(limit) = exceeds(self.policies + 1, quota.policies) {
-            return Err(format!("{limit} policies"));
+            return Err(Exceeded::Policies(limit));
         }
         // A policy that takes no address is not refused for the addresses of others.
         if let Some(limit) = exceeds(addresses, quota.addresses).filter(|_| dedicated > 0 || named.is_some()) {
-            return Err(format!("{limit} egress IPs"));
+            return Err(Exceeded::Addresses(limit));
         }
         if let Some(limit) = exceeds(self.destinations + destinations, quota.destinations).filter(|_| destinations > 0)
         {
-            return Err(format!("{limit} networks, exceptions and ports in its policies' egress"));
+            return Err(Exceeded::Destinations(limit));
         }
         self.policies += 1;
         self.dedicated += dedicated;

@@ -4,10 +4,15 @@ use super::address_pair::{addresses, of_pair, overlap, pair};
 use super::allocator::{Allocator, Draft};
 use super::place::{GatewayPlace, RequestPlace};
 use super::request::Kind;
-use crate::api::{Allocation, AllocationKind};
+use crate::api::{AddressPair, Allocation, AllocationKind, ReleasedAllocation};
 use egret_nft::Family;
 use std::collections::BTreeSet;
 use std::net::IpAddr;
+
+/// What an allocation gives back at time `at`.
+fn released(allocation: &Allocation, address: AddressPair, at: i64) -> ReleasedAllocation {
+    ReleasedAllocation { id: allocation.id, address, at, policies: allocation.policies.clone() }
+}
 
 /// Keeps the allocations that stay, and starts the cooldown of the others.
 pub(super) fn retain(allocator: &mut Allocator) {
@@ -29,13 +34,8 @@ pub(super) fn retain(allocator: &mut Allocator) {
                     pool_allocation(allocator, gateway, allocation)
                 };
                 if !stays {
-                    allocator.start_cooldown(
-                        gateway,
-                        allocation.id,
-                        allocation.address.clone(),
-                        allocation.policies.clone(),
-                        allocator.now,
-                    );
+                    let released = released(allocation, allocation.address.clone(), allocator.now);
+                    allocator.start_cooldown(gateway, released);
                 }
             }
         }
@@ -82,7 +82,7 @@ fn pool_allocation(allocator: &mut Allocator, gateway: GatewayPlace, allocation:
         return false;
     }
     if !lost.is_empty() {
-        allocator.start_cooldown(gateway, allocation.id, pair(lost), allocation.policies.clone(), allocator.now);
+        allocator.start_cooldown(gateway, released(allocation, pair(lost), allocator.now));
     }
     let place = allocator.add(Draft {
         gateway,

@@ -120,6 +120,42 @@ pub struct ClusterEgressPolicySpec {
     pub priority: i32,
 }
 
+/// What the two kinds have in common: neither tier nor namespaces.
+impl From<ClusterEgressPolicySpec> for EgressPolicySpec {
+    fn from(spec: ClusterEgressPolicySpec) -> Self {
+        EgressPolicySpec {
+            gateway: spec.gateway,
+            pod_selector: spec.pod_selector,
+            services: spec.services,
+            egress: spec.egress,
+            address: spec.address,
+            allocate: spec.allocate,
+            fallback: spec.fallback,
+            existing_connections: spec.existing_connections,
+            priority: spec.priority,
+        }
+    }
+}
+
+/// The same for all namespaces, without a tier.
+impl From<EgressPolicySpec> for ClusterEgressPolicySpec {
+    fn from(spec: EgressPolicySpec) -> Self {
+        ClusterEgressPolicySpec {
+            tier: None,
+            namespace_selector: None,
+            gateway: spec.gateway,
+            pod_selector: spec.pod_selector,
+            services: spec.services,
+            egress: spec.egress,
+            address: spec.address,
+            allocate: spec.allocate,
+            fallback: spec.fallback,
+            existing_connections: spec.existing_connections,
+            priority: spec.priority,
+        }
+    }
+}
+
 /// The rank of a ClusterEgressPolicy among the EgressPolicies. The names are those of Kubernetes'
 /// ClusterNetworkPolicy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]

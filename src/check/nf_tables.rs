@@ -7,7 +7,7 @@ use egret_nft::Family;
 use egret_nft::Nftables;
 use egret_nft::netlink::Error;
 use egret_nft::rule::Rule;
-use egret_nft::table::{Chain, DataType, Hook, Set, SetKind, Table, TableName, hook};
+use egret_nft::table::{Chain, DataType, Hook, Policy, Set, SetKind, Table, TableName, hook};
 use egret_nft::uapi::*;
 use std::net::Ipv4Addr;
 use std::sync::Arc;
@@ -60,10 +60,10 @@ const TRIALS: [Trial; 10] = [
         remedy: "needs nf_tables' sets of Linux 5.13 or newer",
         family: NFPROTO_INET,
         table: || {
-            let interval = SetKind { interval: true, ..SetKind::plain(DataType::Ipv4, None) };
-            let counter = SetKind { counter: true, ..map(DataType::Mark, DataType::Mark) };
+            let interval = SetKind::plain(DataType::Ipv4, None).of_ranges();
+            let counter = map(DataType::Mark, DataType::Mark).counted();
             let verdicts = with(Table::default(), "verdicts", map(DataType::Mark, DataType::Verdict));
-            let ports = SetKind { interval: true, ..SetKind::plain(DataType::Ipv4ProtocolPort, None) };
+            let ports = SetKind::plain(DataType::Ipv4ProtocolPort, None).of_ranges();
             with(with(with(verdicts, "intervals", interval), "ports", ports), "counters", counter)
         },
     },
@@ -167,7 +167,7 @@ fn table(hook: Hook, rule: Rule) -> Table {
 }
 
 fn at(kind: &str, number: u32, priority: i32) -> Hook {
-    Hook { kind: kind.into(), number, priority, drop: false, device: None }
+    Hook { kind: kind.into(), number, priority, policy: Policy::Accept, device: None }
 }
 
 /// A hook on the loopback device.

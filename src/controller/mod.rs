@@ -9,7 +9,7 @@ mod write_overlay;
 
 use crate::cluster::{self, Leadership, Scope, Source, SourceName};
 use crate::model::{Cluster, Gateway};
-use crate::telemetry::server::{self, Addresses};
+use crate::telemetry::server::{self, Addresses, Readiness};
 use anyhow::{Context, bail};
 use metrics::Metrics;
 use pass::Controller;
@@ -32,9 +32,9 @@ const RETRY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs
 pub async fn run(source: &SourceName, addresses: &Addresses) -> anyhow::Result<()> {
     let mut registry = Registry::with_prefix("egret");
     let metrics = Metrics::new(&mut registry);
-    let (ready, readiness) = watch::channel(Err("the cluster has not been read yet".to_owned()));
+    let (ready, readiness) = watch::channel(Readiness::waiting_for("the cluster has not been read yet"));
     let _servers = addresses.serve(server::Metrics::new(registry), readiness)?;
-    let waiting_for = |what: &str| drop(ready.send_replace(Err(what.to_owned())));
+    let waiting_for = |what: &str| drop(ready.send_replace(Readiness::waiting_for(what)));
     let source = tokio::select! {
         source = cluster::open_and_report(source, Scope::Controller, &waiting_for) => source?,
         ended = stopped() => return ended,
@@ -60,18 +60,14 @@ async fn stopped() -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn lead_in_turns(
-    source: Source,
-    metrics: Metrics,
-    ready: watch::Sender<Result<(), String>>,
-) -> anyhow::Result<()> {
+async fn lead_in_turns(source: Source, metrics: Metrics, ready: watch::Sender<Readiness>) -> anyhow::Result<()> {
     let Source { mut snapshots, statuses, leadership, problems: _problems, lookup: _ } = source;
     let mut waiting = leadership.clone();
     let mut controller = Controller::new(statuses, leadership, metrics);
     loop {
         while controller.leadership.term().is_none() {
             // A controller that could lead at once counts as ready.
-            let _ = ready.send_replace(Ok(()));
+            let _ = ready.send_replace(Readiness::Ready);
             waiting.changed().await;
         }
         controller.begin(&mut snapshots).await?;
@@ -84,7 +80,7 @@ async fn lead(
     controller: &mut Controller,
     snapshots: &mut watch::Receiver<Arc<Cluster>>,
     leadership: &mut Leadership,
-    ready: &watch::Sender<Result<(), String>>,
+    ready: &watch::Sender<Readiness>,
 ) -> anyhow::Result<()> {
     let mut backoff = RETRY.0;
     while controller.leads() {
@@ -99,10 +95,10 @@ async fn lead(
         match pass.failure {
             None => {
                 backoff = RETRY.0;
-                let _ = ready.send_replace(Ok(()));
+                let _ = ready.send_replace(Readiness::Ready);
             }
             Some(e) => {
-                let _ = ready.send_replace(Err(format!("statuses cannot be written: {e:#}")));
+                let _ = ready.send_replace(Readiness::NotReady(format!("statuses cannot be written: {e:#}")));
                 wake = Some(wake.map_or(backoff, |wake| wake.min(backoff)));
                 backoff = (backoff * 2).min(RETRY.1);
             }

@@ -4,7 +4,7 @@ use super::draft::Note;
 use super::draft::{Draft, GatewayDraft, NoteKind, Notes, PolicyDraft, Scope};
 use super::field::Invalid;
 use super::output::{self, Conversion};
-use crate::api::{AddressPair, Allocate, EgressPolicySpec, EgressRule, Placement, Sharing};
+use crate::api::{AddressPair, Allocate, EgressRule, Placement, Sharing};
 use crate::model::{AddressRange, Gateway, Metadata, Policy, addresses_of};
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::net::IpAddr;
@@ -208,29 +208,13 @@ fn refusal(draft: &PolicyDraft) -> Result<Policy, Invalid> {
         Scope::Cluster => Policy::cluster(&draft.spec, Metadata::default()),
         Scope::Namespace(namespace) => {
             let namespace = namespace.as_deref().unwrap_or("default");
-            Policy::namespaced(namespace, &namespaced(&draft.spec), Metadata::default())
+            Policy::namespaced(namespace, &draft.spec.clone().into(), Metadata::default())
         }
     };
     policy.map_err(|fault| Invalid {
         object: draft.from.clone(),
         message: format!("as a policy of Egret it is invalid: {fault}"),
     })
-}
-
-/// The fields of an EgressPolicy.
-pub(super) fn namespaced(spec: &crate::api::ClusterEgressPolicySpec) -> EgressPolicySpec {
-    let spec = spec.clone();
-    EgressPolicySpec {
-        gateway: spec.gateway,
-        pod_selector: spec.pod_selector,
-        services: spec.services,
-        egress: spec.egress,
-        address: spec.address,
-        allocate: spec.allocate,
-        fallback: spec.fallback,
-        existing_connections: spec.existing_connections,
-        priority: spec.priority,
-    }
 }
 
 /// All notes: of each object, then of those that became nothing.

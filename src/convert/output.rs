@@ -1,6 +1,5 @@
 //! Egret's objects as YAML, with the notes as comments.
 
-use super::combine::namespaced;
 use super::draft::{Draft, Note, NoteKind, Notes, Scope};
 use crate::api::{API_VERSION, ClusterEgressPolicySpec, EgressGatewaySpec, EgressPolicySpec};
 use serde::Serialize;
@@ -93,7 +92,8 @@ pub(super) fn objects(draft: &Draft) -> Vec<Converted> {
                 ("ClusterEgressPolicy", None, spec)
             }
             Scope::Namespace(namespace) => {
-                let spec = spec(&namespaced(&policy.spec), &EgressPolicySpec::default(), "podSelector");
+                let spec =
+                    spec(&EgressPolicySpec::from(policy.spec.clone()), &EgressPolicySpec::default(), "podSelector");
                 ("EgressPolicy", namespace.as_deref(), spec)
             }
         };

@@ -3,7 +3,7 @@
 //! Egret's addresses carry its protocol number (`IFA_PROTO`, Linux 5.18). Other addresses are never changed.
 
 use crate::datapath::names::{PROTOCOL, is_devices_own};
-use crate::datapath::route_socket::{Change, RouteSocket};
+use crate::datapath::route_socket::{Change, Outcome, RouteSocket};
 use crate::datapath::sysctl;
 use anyhow::{Context, Result, anyhow};
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE};
@@ -127,21 +127,21 @@ pub async fn sync_and_tell(
     while new.peek().is_some() {
         let (some, additions): (Vec<Placed>, Vec<Change>) = new.by_ref().take(AT_ONCE).unzip();
         let before = changes.added.len();
-        for (placed, result) in some.into_iter().zip(socket.apply_each(additions).await?) {
-            match result {
-                Ok(_) => changes.added.push(placed),
-                Err(e) => changes.refused.push((placed, e)),
+        for (placed, outcome) in some.into_iter().zip(socket.apply_each(additions).await?) {
+            match outcome {
+                Outcome::Made | Outcome::DoneAlready => changes.added.push(placed),
+                Outcome::Refused(e) => changes.refused.push((placed, e)),
             }
         }
         added(&changes.added[before..]);
     }
     // Removals come after the additions, so that an address that moves to another interface is always present.
     let removals = socket.apply_each(old.iter().map(|address| delete(address)).collect()).await?;
-    for (address, result) in old.into_iter().zip(removals) {
-        match result {
-            Ok(true) => changes.removed.push(address.placed()),
-            Ok(false) => {}
-            Err(e) => changes.stuck.push((address.placed(), e)),
+    for (address, outcome) in old.into_iter().zip(removals) {
+        match outcome {
+            Outcome::Made => changes.removed.push(address.placed()),
+            Outcome::DoneAlready => {}
+            Outcome::Refused(e) => changes.stuck.push((address.placed(), e)),
         }
     }
     if !changes.added.is_empty() {

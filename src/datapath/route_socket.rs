@@ -43,6 +43,17 @@ pub struct Change {
     pub about: String,
 }
 
+/// What became of one change.
+#[derive(Debug)]
+pub enum Outcome {
+    /// It was made.
+    Made,
+    /// It had been made before.
+    DoneAlready,
+    /// The kernel refused it.
+    Refused(anyhow::Error),
+}
+
 /// The result of several changes that do not depend on each other.
 #[derive(Debug)]
 pub struct Applied<T> {
@@ -177,21 +188,22 @@ impl RouteSocket {
     pub async fn apply_keyed<T>(&self, changes: Vec<(T, Change)>) -> Result<Applied<T>> {
         let (of, changes): (Vec<T>, Vec<Change>) = changes.into_iter().unzip();
         let mut applied = Applied { changes: 0, refused: Vec::new() };
-        for (of, result) in of.into_iter().zip(self.apply_each(changes).await?) {
-            match result {
-                Ok(done) => applied.changes += usize::from(done),
-                Err(e) => applied.refused.push((of, e)),
+        for (of, outcome) in of.into_iter().zip(self.apply_each(changes).await?) {
+            match outcome {
+                Outcome::Made => applied.changes += 1,
+                Outcome::DoneAlready => {}
+                Outcome::Refused(e) => applied.refused.push((of, e)),
             }
         }
         Ok(applied)
     }
 
-    /// Makes changes in their order and returns the result of each: `false` if it had been made before.
+    /// Makes changes in their order and returns the outcome of each.
     ///
     /// # Errors
     /// The socket failed or received no response.
-    pub async fn apply_each(&self, changes: Vec<Change>) -> Result<Vec<Result<bool>>> {
-        let mut results = Vec::with_capacity(changes.len());
+    pub async fn apply_each(&self, changes: Vec<Change>) -> Result<Vec<Outcome>> {
+        let mut outcomes = Vec::with_capacity(changes.len());
         let mut changes = changes.into_iter().peekable();
         while changes.peek().is_some() {
             let mut expected = Vec::with_capacity(BATCH);
@@ -209,17 +221,17 @@ impl RouteSocket {
                 let NetlinkPayload::Error(answer) = next(&mut answers).await?.payload else {
                     bail!("cannot {about}: the kernel's response cannot be parsed");
                 };
-                results.push(match -answer.raw_code() {
-                    0 => Ok(true),
-                    errno if done_already.contains(&errno) => Ok(false),
+                outcomes.push(match -answer.raw_code() {
+                    0 => Outcome::Made,
+                    errno if done_already.contains(&errno) => Outcome::DoneAlready,
                     errno => {
                         let refused = kernel_error(-errno, answer.header.get(HEADER..).unwrap_or_default());
-                        Err(anyhow::Error::from(refused).context(format!("cannot {about}")))
+                        Outcome::Refused(anyhow::Error::from(refused).context(format!("cannot {about}")))
                     }
                 });
             }
         }
-        Ok(results)
+        Ok(outcomes)
     }
 
     fn send(

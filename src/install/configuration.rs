@@ -73,7 +73,7 @@ enum Pass {
 /// if another program removes it at once, the next call puts it back.
 fn pass(directory: &Directory, entry: Entry<'_>, may_write: bool, skipped: &mut Vec<String>) -> Result<Pass> {
     let mut stand_ins = BTreeMap::new();
-    let mut first: Option<(String, Kind, Found)> = None;
+    let mut first: Option<First> = None;
     for name in directory.names()? {
         let Some(kind) = Kind::of(&name) else { continue };
         let found = match directory.read(&name) {
@@ -100,17 +100,17 @@ fn pass(directory: &Directory, entry: Entry<'_>, may_write: bool, skipped: &mut 
         if file.is_some() {
             stand_ins.insert(name, found.bytes);
         } else if first.is_none() {
-            first = Some((name, kind, found));
+            first = Some(First { name, kind, found });
         }
     }
     let (wanted, state) = match &first {
         None => (None, State::Missing),
-        Some((name, kind, found)) => match extend(directory, name, *kind, found, entry, &stand_ins, may_write)? {
-            Extension::Done => (None, State::Ready(name.clone())),
+        Some(first) => match extend(directory, first, entry, &stand_ins, may_write)? {
+            Extension::Done => (None, State::Ready(first.name.clone())),
             Extension::StandIn(name) => (Some(name.clone()), State::Ready(name)),
             Extension::Written => return Ok(Pass::Written),
             Extension::Again => return Ok(Pass::Again),
-            Extension::Impossible(reason) => (None, State::NotExtensible { file: name.clone(), reason }),
+            Extension::Impossible(reason) => (None, State::NotExtensible { file: first.name.clone(), reason }),
         },
     };
     // Remove stand-in lists whose file is gone or not the first any more.
@@ -119,6 +119,13 @@ fn pass(directory: &Directory, entry: Entry<'_>, may_write: bool, skipped: &mut 
         removed |= directory.remove(name)?;
     }
     Ok(if removed { Pass::Again } else { Pass::Done(state) })
+}
+
+/// The file that a runtime uses: the first one that it can read.
+struct First {
+    name: String,
+    kind: Kind,
+    found: Found,
 }
 
 enum Extension {
@@ -133,19 +140,17 @@ enum Extension {
 
 fn extend(
     directory: &Directory,
-    name: &str,
-    kind: Kind,
-    found: &Found,
+    First { name, kind, found }: &First,
     entry: Entry<'_>,
     stand_ins: &BTreeMap<String, Vec<u8>>,
     may_write: bool,
 ) -> Result<Extension> {
     let text = found.text().map_err(|e| anyhow!(e))?;
-    let network = Network::read(text, kind).map_err(|e| anyhow!(e))?;
+    let network = Network::read(text, *kind).map_err(|e| anyhow!(e))?;
     if let Err(reason) = network.check() {
         return Ok(Extension::Impossible(reason));
     }
-    if kind == Kind::List {
+    if *kind == Kind::List {
         let extended = network.extended(entry);
         if extended == text {
             return Ok(Extension::Done);

@@ -130,18 +130,7 @@ impl Policy {
             Some(s) => Selector::checked(s).map_err(|e| Invalid::new("spec.namespaceSelector", e))?,
             None => Selector::default(),
         };
-        let rest = EgressPolicySpec {
-            gateway: spec.gateway.clone(),
-            pod_selector: spec.pod_selector.clone(),
-            services: spec.services.clone(),
-            egress: spec.egress.clone(),
-            address: spec.address.clone(),
-            allocate: spec.allocate,
-            fallback: spec.fallback,
-            existing_connections: spec.existing_connections,
-            priority: spec.priority,
-        };
-        let policy = Policy::new(Namespaces::Selected(Box::new(namespaces)), &rest, meta)?;
+        let policy = Policy::new(Namespaces::Selected(Box::new(namespaces)), &spec.clone().into(), meta)?;
         Ok(Policy { tier: spec.tier.into(), ..policy })
     }
 

@@ -67,7 +67,7 @@ impl Moved {
             AllocationState::Unready(_) => None,
         });
         let served = allocations.iter().filter(|(id, allocation)| {
-            allocation.member && (allocation.state == AllocationState::Local || here.contains(*id))
+            allocation.is_member() && (allocation.state == AllocationState::Local || here.contains(*id))
         });
         Moved {
             local: local.collect(),

@@ -8,6 +8,7 @@ use crate::datapath::watch::Watch;
 use crate::install::keep;
 use crate::memory;
 use crate::telemetry::server;
+use crate::telemetry::server::Readiness;
 use anyhow::{Context, Result};
 use egret_cni::offline_policies::{OfflinePolicies, boot_id};
 use egret_cni::run_dir::{self, KNOWN, SOCKET};
@@ -19,7 +20,7 @@ use std::pin::Pin;
 use tokio::sync::{mpsc, oneshot, watch};
 
 /// The readiness of the node, for its endpoint.
-type Ready = watch::Sender<Result<(), String>>;
+type Ready = watch::Sender<Readiness>;
 
 /// The daemon after its start.
 struct Daemon {
@@ -51,7 +52,7 @@ pub async fn run(options: Options, stop: impl Future<Output = ()>) -> Result<()>
     uninstalled::clear(&options.run_dir).with_context(|| format!("run directory {}", options.run_dir.display()))?;
     let plugin_may_run = keep_entry(&options, &mut registry)?;
     let (scrape, scrapes) = mpsc::channel(4);
-    let (ready, readiness) = watch::channel(Err("the cluster has not been read yet".to_owned()));
+    let (ready, readiness) = watch::channel(Readiness::waiting_for("the cluster has not been read yet"));
     let _servers = options.addresses.serve(shown(registry, scrape), readiness)?;
     let source = tokio::select! {
         source = open_cluster(&options, &ready) => source?,
@@ -103,7 +104,7 @@ async fn open_cluster(options: &Options, ready: &Ready) -> Result<Source> {
         of: format!("{} {}", options.name, boot_id().context("the boot's id")?),
     };
     let cluster = options.cluster.clone().writing_down(known);
-    let waiting_for = |what: &str| drop(ready.send_replace(Err(what.to_owned())));
+    let waiting_for = |what: &str| drop(ready.send_replace(Readiness::waiting_for(what)));
     cluster::open_and_report(&cluster, Scope::Node(options.name.clone()), &waiting_for).await
 }
 

@@ -48,13 +48,10 @@ pub struct NodeAllocation {
     pub address: AddressPair,
     /// Where its packets go from this node.
     pub state: AllocationState,
-    /// Whether this node may become the owner. It then has the address translation ready.
-    pub member: bool,
-    /// Whether Egret places the address.
-    pub managed: bool,
-    /// Whether this node translates packets of this egress IP. A member does so before it becomes the owner and while
-    /// it takes over, so that only the address is missing. It does not if another host has the address.
-    pub translates: bool,
+    /// What this node may do with its packets.
+    pub role: Role,
+    /// Whether Egret or something else places the address.
+    pub placement: Placement,
     /// Whether this node answers echo requests to the address while it holds it.
     pub answers_ping: bool,
     /// In a planned move to this node: the tunnel MAC of the node that holds the egress IP until then.
@@ -63,10 +60,8 @@ pub struct NodeAllocation {
     pub placed: bool,
     /// What this node does with the address.
     pub placing: Placing,
-    /// Whether the allocation names this node.
-    pub by_allocations: bool,
-    /// Whether this node owns the egress IP although the allocation names another node, which is or was dead.
-    pub taken_over: bool,
+    /// Whether the allocation names this node, or this node has taken the egress IP over.
+    pub assignment: Assignment,
     /// The `since` of the allocation.
     pub since: i64,
     /// The interface for the address, where the gateway names one.
@@ -77,11 +72,54 @@ pub struct NodeAllocation {
     pub uplink: u16,
 }
 
+/// What a node may do with the packets of an allocation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// It only sends them to the owner.
+    Source,
+    /// It may become the owner, but cannot translate them now: another host has the address, for instance.
+    Member,
+    /// It may become the owner, and translates them. It does so before it becomes the owner and while it takes over,
+    /// so that only the address is missing.
+    Translator,
+}
+
+/// What an allocation says about a node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Assignment {
+    /// It names the node.
+    Here,
+    /// It names another node, or none.
+    Elsewhere,
+    /// It names another node, which is or was dead, and this node owns the egress IP.
+    TakenOver,
+}
+
 impl NodeAllocation {
+    /// Whether this node may become the owner.
+    pub fn is_member(&self) -> bool {
+        self.role != Role::Source
+    }
+
+    /// Whether Egret places the address.
+    pub fn is_managed(&self) -> bool {
+        self.placement == Placement::Managed
+    }
+
+    /// Whether this node translates packets of this egress IP.
+    pub fn translates(&self) -> bool {
+        self.role == Role::Translator
+    }
+
+    /// Whether the allocation names this node.
+    pub fn is_assigned_here(&self) -> bool {
+        self.assignment == Assignment::Here
+    }
+
     /// The uplinks that its addresses need. None if Egret does not place them.
     pub fn needs(&self) -> impl Iterator<Item = UplinkKey> + use<> {
         let needs = UplinkKey::with_probes(&self.address, self.interface.as_ref(), &self.gateway, self.probed);
-        needs.take(if self.managed { usize::MAX } else { 0 })
+        needs.take(if self.is_managed() { usize::MAX } else { 0 })
     }
 
     /// Whether this node has the addresses: all of them, or those of a family that it has not lost.
@@ -101,12 +139,11 @@ fn is_here(address: &AddressPair, id: EgressId, facts: &Facts) -> bool {
 pub enum Placing {
     /// Nothing: it neither adds nor removes the address.
     Never,
-    /// It puts the address onto the uplink.
-    Take {
-        /// Whether it first checks that no other host on the link has the address. In a planned move it does not: the
-        /// old node answers until this one has it.
-        ask: bool,
-    },
+    /// It puts the address onto the uplink, after it has checked that no other host on the link has it.
+    Take,
+    /// It puts the address onto the uplink without this check, in a planned move: the old node answers until this one
+    /// has it.
+    TakeHanded,
     /// Another node becomes the holder. If the address is here, it stays until that node has it.
     Keep,
     /// It removes the address: another node has it.
@@ -198,11 +235,13 @@ impl NodeAllocations {
                 let viewpoint =
                     Viewpoint { node, name, gateway, members: &members, selected, gone, uplink, facts, ends: &ends };
                 let allocation = viewpoint.allocation(entry, &reports, &liveness);
-                if allocation.state == AllocationState::Local && allocation.member && !facts.coming.contains(&entry.id)
+                if allocation.state == AllocationState::Local
+                    && allocation.is_member()
+                    && !facts.coming.contains(&entry.id)
                 {
                     out.held.insert(entry.id);
                 }
-                out.is_gateway |= allocation.member;
+                out.is_gateway |= allocation.is_member();
                 let (interface, probed) = (allocation.interface.as_ref(), gateway.probed());
                 needed.extend(UplinkKey::with_probes(&allocation.address, interface, name, probed));
                 for policy in &entry.policies {
@@ -350,8 +389,9 @@ impl Viewpoint<'_> {
         let placing = match owner {
             _ if !managed || !member => Placing::Never,
             _ if self.gone => Placing::Leave,
-            _ if arriving && !standing.arrived => Placing::Take { ask: false },
-            Some(_) if mine => Placing::Take { ask: standing.leaving.is_none_or(|o| !liveness.is_alive(o)) },
+            _ if arriving && !standing.arrived => Placing::TakeHanded,
+            Some(_) if mine && standing.leaving.is_some_and(|old| liveness.is_alive(old)) => Placing::TakeHanded,
+            Some(_) if mine => Placing::Take,
             Some(other) if !reports.holds(other, entry.id, false) && !reports.refuses(other, entry.id) => Placing::Keep,
             None if entry.node.is_some() => Placing::Keep,
             _ => Placing::Leave,
@@ -368,20 +408,28 @@ impl Viewpoint<'_> {
         let unready = matches!(state, AllocationState::Unready(_));
         let refused = facts.refused.contains_key(&entry.id);
         let from = standing.leaving.filter(|old| by_allocations && *old != node && liveness.is_alive(old));
+        let role = match () {
+            () if !member => Role::Source,
+            () if self.uplink.is_some() && if managed { !refused } else { !unready } => Role::Translator,
+            () => Role::Member,
+        };
+        let assignment = match () {
+            () if by_allocations => Assignment::Here,
+            // An address that the host has on its own was not taken over by Egret.
+            () if mine && managed && here && !refused && !leaves => Assignment::TakenOver,
+            () => Assignment::Elsewhere,
+        };
         NodeAllocation {
             gateway: self.name.clone(),
             address: entry.address.clone(),
             state,
-            member,
-            managed,
+            role,
+            placement: if managed { Placement::Managed } else { Placement::External },
             handed_by: from.and_then(|old| self.ends.get(old)).map(|end| end.mac),
             answers_ping: managed && gateway.answer_ping,
-            translates: member && self.uplink.is_some() && if managed { !refused } else { !unready },
             placed: owner.is_some_and(|owner| reports.holds(owner, entry.id, here)),
             placing,
-            by_allocations,
-            // An address that the host has on its own was not taken over by Egret.
-            taken_over: mine && managed && here && !refused && !by_allocations && !leaves,
+            assignment,
             since: entry.since,
             interface: gateway.interface.clone(),
             probed,

@@ -37,8 +37,29 @@ const BIND_AGAIN: Duration = Duration::from_secs(5);
 /// <https://prometheus.io/docs/specs/om/open_metrics_spec/#overall-structure>
 const OPENMETRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
-/// Whether the daemon does its work, or why not, in words.
-pub type Readiness = watch::Receiver<Result<(), String>>;
+/// Whether the daemon does its work.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Readiness {
+    /// It does.
+    Ready,
+    /// It does not, with the reason.
+    NotReady(String),
+}
+
+impl Readiness {
+    /// Not ready, with the reason.
+    pub fn waiting_for(reason: impl Into<String>) -> Self {
+        Readiness::NotReady(reason.into())
+    }
+
+    /// Why it is not ready.
+    pub fn reason(&self) -> Option<&str> {
+        match self {
+            Readiness::Ready => None,
+            Readiness::NotReady(reason) => Some(reason),
+        }
+    }
+}
 
 type Refresh = Box<dyn Fn() -> Pin<Box<dyn Future<Output = ()> + Send>> + Send + Sync>;
 
@@ -83,7 +104,11 @@ impl Addresses {
     ///
     /// # Errors
     /// TLS cannot be set up.
-    pub fn serve(&self, metrics: Metrics, readiness: Readiness) -> anyhow::Result<[Option<Server>; 2]> {
+    pub fn serve(
+        &self,
+        metrics: Metrics,
+        readiness: watch::Receiver<Readiness>,
+    ) -> anyhow::Result<[Option<Server>; 2]> {
         let metrics = Endpoint {
             pages: Pages::Metrics(metrics, self.guard.clone()),
             tls: self.guard.as_ref().map(|_| tls::self_signed()).transpose()?,
@@ -138,7 +163,7 @@ struct Endpoint {
 
 enum Pages {
     Metrics(Metrics, Option<Guard>),
-    Health(Readiness),
+    Health(watch::Receiver<Readiness>),
 }
 
 impl Endpoint {
@@ -158,8 +183,8 @@ impl Endpoint {
             }
             (Pages::Health(_), "/healthz") => text(StatusCode::OK, "ok\n".into()),
             (Pages::Health(readiness), "/readyz") => match &*readiness.borrow() {
-                Ok(()) => text(StatusCode::OK, "ok\n".into()),
-                Err(why) => text(StatusCode::SERVICE_UNAVAILABLE, format!("{why}\n")),
+                Readiness::Ready => text(StatusCode::OK, "ok\n".into()),
+                Readiness::NotReady(why) => text(StatusCode::SERVICE_UNAVAILABLE, format!("{why}\n")),
             },
             (Pages::Metrics(..), _) => text(StatusCode::NOT_FOUND, "the only page is /metrics\n".into()),
             (Pages::Health(_), _) => text(StatusCode::NOT_FOUND, "the only pages are /healthz and /readyz\n".into()),

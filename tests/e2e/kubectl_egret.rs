@@ -3,7 +3,7 @@
 use lab::fault_injection::{holders, owner_and_other, plugged};
 use lab::scene::assert_leaves_by_egress;
 use lab::survival::{assert_live, assert_short, sessions};
-use lab::{EGRESS4, EXT4, Lab, VISITOR, manifests};
+use lab::{EGRESS4, EXT4, Lab, VISITOR, manifests, problems};
 use serde_json::Value;
 use std::process::Command;
 use std::time::Duration;
@@ -94,23 +94,7 @@ fn problems_are_reported_with_their_remedies() {
     lab.daemon(&other).kill9();
     plugged(&lab, &other, false);
     let dead = format!("gateway node {other}: NodeUnreachable: it does not answer {owner}");
-    let wanted = [
-        "EgressGateway small: PoolExhausted",
-        "add addresses to its spec.addresses",
-        "EgressGateway nowhere: NoNode",
-        "label a node, or correct the selector",
-        "EgressPolicy shop/late: Shadowed",
-        "set its priority to 1 or more",
-        &dead,
-        "see whether the node and egretd run there",
-        "CNI Cilium: BypassesNetfilter",
-        "bpf.hostLegacyRouting=true",
-    ];
-    lab.wait_for("what is not told", &Vec::<&str>::new(), || {
-        let (code, text) = egretctl(&lab, &["status", "--exit-code", "-o", "wide"]);
-        let missing = wanted.iter().copied().filter(|words| code != 2 || !text.contains(words));
-        missing.collect()
-    });
+    problems::assert_told(&lab, &dead, || egretctl(&lab, &["status", "--exit-code", "-o", "wide"]));
     assert_says(&lab, &["check"], 2, &["PoolExhausted", "NoNode", "Shadowed", "NodeUnreachable", "Cilium", "remedy: "]);
     assert_says(
         &lab,

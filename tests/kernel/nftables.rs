@@ -1,14 +1,14 @@
 //! The datapath's tables in a real kernel, checked with `nft`. Needs root.
 
 use crate::namespace::{in_namespace, ip, run};
-use egret::api::{AddressPair, Fallback, Protocol};
+use egret::api::{AddressPair, Fallback, Placement, Protocol};
 use egret::datapath::ruleset::{self, INET, Made, PeerIndexes, SharedSets, set};
 use egret::model::PolicyKey;
 use egret::model::destination::{Destination, Network, Ports};
 use egret::model::marks::Marks;
 use egret::model::networks::Networks;
 use egret::model::tunnel_mac;
-use egret::node_plan::allocations::{AllocationState, NodeAllocation, Peer, Placing};
+use egret::node_plan::allocations::{AllocationState, Assignment, NodeAllocation, Peer, Placing, Role};
 use egret::node_plan::policy_chain::{PolicyChain, Step};
 use egret::node_plan::{NodePlan, PodPlan, View, chain_name};
 use egret_nft::Nftables;
@@ -24,15 +24,13 @@ fn allocation(state: AllocationState, last: u8) -> NodeAllocation {
             ipv6: Some([0x2001, 0xdb8, 0, 0, 0, 0, 0, u16::from(last)].into()),
         },
         state,
-        member: true,
-        managed: true,
+        role: Role::Translator,
+        placement: Placement::Managed,
         answers_ping: false,
-        translates: true,
         handed_by: None,
         placed: true,
         placing: Placing::Never,
-        by_allocations: true,
-        taken_over: false,
+        assignment: Assignment::Here,
         since: 0,
         interface: None,
         probed: Default::default(),

@@ -6,7 +6,7 @@
 use crate::namespace::{in_namespace, run};
 use egret_nft::Nftables;
 use egret_nft::rule::Rule;
-use egret_nft::table::{Chain, Hook, Table, TableName, hook};
+use egret_nft::table::{Chain, Hook, Lifetime, Policy, Table, TableName, hook};
 use egret_nft::uapi::NFPROTO_INET;
 use std::process::Command;
 use std::sync::Arc;
@@ -15,7 +15,8 @@ const NAME: TableName = TableName { family: NFPROTO_INET, name: "egret" };
 
 /// A chain of `rules` rules at a hook, and a counter.
 fn tables(rules: usize) -> [(TableName, Table); 1] {
-    let hook = Hook { kind: "filter".into(), number: hook::POSTROUTING, priority: 300, drop: false, device: None };
+    let hook =
+        Hook { kind: "filter".into(), number: hook::POSTROUTING, priority: 300, policy: Policy::Accept, device: None };
     let rules = (0..rules).map(|n| Rule::new().mark(u32::MAX, n as u32).counter("seen").drop()).collect();
     let chains = [("egress-guard".into(), Arc::new(Chain::new(Some(hook), rules)))].into();
     [(NAME, Table { chains, counters: ["seen"].into(), ..Table::default() })]
@@ -104,7 +105,13 @@ fn a_table_is_adopted_that_lacks_a_chain_at_a_hook() {
     in_namespace(|| async {
         let more = || {
             let [(name, mut table)] = tables(2);
-            let hook = Hook { kind: "filter".into(), number: hook::PREROUTING, priority: 0, drop: false, device: None };
+            let hook = Hook {
+                kind: "filter".into(),
+                number: hook::PREROUTING,
+                priority: 0,
+                policy: Policy::Accept,
+                device: None,
+            };
             table.chains.insert("more".into(), Arc::new(Chain::new(Some(hook), vec![Rule::new().accept()])));
             [(name, table)]
         };
@@ -171,7 +178,7 @@ fn a_table_that_ends_with_its_socket_is_owned_beside_one_without_an_owner() {
     in_namespace(|| async {
         let both = || {
             let [(name, table)] = tables(2);
-            [(name, table.clone()), (FLUSH_GUARD, Table { ends_with_socket: true, ..table })]
+            [(name, table.clone()), (FLUSH_GUARD, Table { lifetime: Lifetime::OfSocket, ..table })]
         };
         // Another program has created a table of that name.
         run("nft", "add table inet egret-flush-guard");

@@ -4,7 +4,7 @@ use super::PATIENCE;
 use lab::api::Role;
 use lab::fault_injection::{holders, owner_and_other, plugged};
 use lab::scene::assert_leaves_by_egress;
-use lab::{EGRESS4, Lab, VISITOR, manifests};
+use lab::{EGRESS4, Lab, VISITOR, manifests, problems};
 use serde_json::{Value, json};
 
 /// Exit code, and what the command says to this user.
@@ -107,23 +107,7 @@ fn problems_of_a_cluster_are_reported_with_their_remedies() {
     lab.daemon(&other).kill9();
     plugged(&lab, &other, false);
     let dead = format!("gateway node {other}: NodeUnreachable: it does not answer {owner}");
-    let wanted = [
-        "EgressGateway small: PoolExhausted",
-        "add addresses to its spec.addresses",
-        "EgressGateway nowhere: NoNode",
-        "label a node, or correct the selector",
-        "EgressPolicy shop/late: Shadowed",
-        "set its priority to 1 or more",
-        &dead,
-        "see whether the node and egretd run there",
-        "CNI Cilium: BypassesNetfilter",
-        "bpf.hostLegacyRouting=true",
-    ];
-    lab.wait_for("what is not told", &Vec::<&str>::new(), || {
-        let (code, text) = kubectl_egret(&lab, Role::Admin, &["status", "--exit-code", "-o", "wide"]);
-        let missing = wanted.iter().copied().filter(|words| code != 2 || !text.contains(words));
-        missing.collect()
-    });
+    problems::assert_told(&lab, &dead, || kubectl_egret(&lab, Role::Admin, &["status", "--exit-code", "-o", "wide"]));
     let of_check = [
         "ok       Kubernetes 1.21 or newer",
         "failed   the CNI uses netfilter: CNI Cilium",

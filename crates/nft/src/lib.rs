@@ -6,12 +6,12 @@
 //! ```
 //! use egret_nft::Nftables;
 //! use egret_nft::rule::Rule;
-//! use egret_nft::table::{Chain, Hook, Table, TableName, hook};
+//! use egret_nft::table::{Chain, Hook, Policy, Table, TableName, hook};
 //! use egret_nft::text::Listing;
 //! use egret_nft::uapi::NFPROTO_INET;
 //!
 //! let name = TableName { family: NFPROTO_INET, name: "example" };
-//! let hook = Hook { kind: "filter".to_owned(), number: hook::PREROUTING, priority: 0, drop: false, device: None };
+//! let hook = Hook { kind: "filter".to_owned(), number: hook::PREROUTING, priority: 0, policy: Policy::Accept, device: None };
 //! let mut table = Table::default();
 //! table.chains.insert("in".into(), Chain::new(Some(hook), vec![Rule::new().iif("eth0").drop()]).into());
 //!

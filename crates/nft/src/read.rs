@@ -1,6 +1,6 @@
 //! Reads tables from the kernel.
 
-use super::table::{Bytes, Data, Elements, Held, HeldSet, Hook, Key, ObservedChain, TableName};
+use super::table::{Bytes, Data, Elements, Held, HeldSet, Hook, Key, ObservedChain, Policy, TableName};
 use super::uapi::*;
 use crate::netlink::{Attributes, Error, Socket, attributes, string};
 use std::borrow::Cow;
@@ -91,7 +91,8 @@ fn chains(socket: &mut Socket, table: TableName) -> Result<BTreeMap<Arc<str>, Ob
             return;
         }
         let hook = hook.map(|h| {
-            let mut hook = Hook { kind: type_, number: 0, priority: 0, drop: policy as i32 == NF_DROP, device: None };
+            let policy = if policy as i32 == NF_DROP { Policy::Drop } else { Policy::Accept };
+            let mut hook = Hook { kind: type_, number: 0, priority: 0, policy, device: None };
             for (attribute, value) in attributes(h) {
                 match attribute {
                     NFTA_HOOK_HOOKNUM => hook.number = be32(value),

@@ -28,9 +28,19 @@ pub struct Table {
     pub sets: BTreeMap<SetName, Set>,
     /// Named counters.
     pub counters: BTreeSet<&'static str>,
-    /// Whether this socket owns the table even where tables cannot persist without an owner, so that the table ends
-    /// with the socket (Linux 5.12).
-    pub ends_with_socket: bool,
+    /// How long it stays.
+    pub lifetime: Lifetime,
+}
+
+/// How long a table stays.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Lifetime {
+    /// Until it is removed.
+    #[default]
+    Lasting,
+    /// Until the socket that made it closes. That socket owns the table even where tables cannot persist without an owner
+    /// (Linux 5.12).
+    OfSocket,
 }
 
 /// A set's name. Most sets always exist and have a constant name.
@@ -84,10 +94,19 @@ pub struct Hook {
     pub number: u32,
     /// Chains with lower priorities come first.
     pub priority: i32,
-    /// Whether a packet is dropped if no rule decides on it.
-    pub drop: bool,
+    /// What happens to a packet that no rule decides on.
+    pub policy: Policy,
     /// The interface, for ingress and egress hooks.
     pub device: Option<String>,
+}
+
+/// What a base chain does with packets that no rule decides on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Policy {
+    /// `NF_ACCEPT`
+    Accept,
+    /// `NF_DROP`
+    Drop,
 }
 
 /// Hook numbers, include/uapi/linux/netfilter.h.
@@ -120,13 +139,40 @@ pub struct SetKind {
     pub key: DataType,
     /// Type of the values, for a map.
     pub data: Option<DataType>,
-    /// Whether keys are ranges.
-    pub interval: bool,
-    /// Whether each element counts packets and bytes.
-    pub counter: bool,
-    /// Whether the content never changes. The kernel refuses to add or remove an element of such a set while a rule
-    /// uses it (`nf_tables_delsetelem`, `nf_tables_newsetelem`).
-    pub constant: bool,
+    /// What a key stands for.
+    pub keys: Keys,
+    /// What is counted.
+    pub counters: Counters,
+    /// Whether elements come and go.
+    pub contents: Contents,
+}
+
+/// What a set's key stands for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Keys {
+    /// For one value.
+    Single,
+    /// For a range of values.
+    Ranges,
+}
+
+/// What a set counts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Counters {
+    /// Nothing.
+    None,
+    /// Packets and bytes, for each element.
+    OfElements,
+}
+
+/// Whether a set's elements come and go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Contents {
+    /// They do.
+    Changing,
+    /// The set is written once, and its elements never change. The kernel lets nobody add or remove an element of a
+    /// constant set that a rule uses (`nf_tables_delsetelem`, `nf_tables_newsetelem`).
+    Constant,
 }
 
 /// The types of keys and values. The numbers are those of `nft(8)` (its include/datatype.h: `enum datatypes`), which
@@ -339,19 +385,52 @@ pub struct HeldSet {
 impl SetKind {
     /// A kind with single keys, without counters, whose elements may change.
     pub const fn plain(key: DataType, data: Option<DataType>) -> Self {
-        SetKind { key, data, interval: false, counter: false, constant: false }
+        SetKind { key, data, keys: Keys::Single, counters: Counters::None, contents: Contents::Changing }
+    }
+
+    /// The same, of ranges.
+    #[must_use]
+    pub const fn of_ranges(self) -> Self {
+        SetKind { keys: Keys::Ranges, ..self }
+    }
+
+    /// The same, with counters.
+    #[must_use]
+    pub const fn counted(self) -> Self {
+        SetKind { counters: Counters::OfElements, ..self }
+    }
+
+    /// The same, written once.
+    #[must_use]
+    pub const fn constant(self) -> Self {
+        SetKind { contents: Contents::Constant, ..self }
+    }
+
+    /// Whether its keys are ranges.
+    pub fn is_of_ranges(self) -> bool {
+        self.keys == Keys::Ranges
+    }
+
+    /// Whether each element has a counter.
+    pub fn is_counted(self) -> bool {
+        self.counters == Counters::OfElements
+    }
+
+    /// Whether its elements never change.
+    pub fn is_constant(self) -> bool {
+        self.contents == Contents::Constant
     }
 
     /// `NFTA_SET_FLAGS`
     pub fn flags(self) -> u32 {
         let mut flags = 0;
-        if self.interval {
+        if self.is_of_ranges() {
             flags |= NFT_SET_INTERVAL;
         }
         if self.is_of_fields() {
             flags |= NFT_SET_CONCAT;
         }
-        if self.constant {
+        if self.is_constant() {
             flags |= NFT_SET_CONSTANT;
         }
         if self.data.is_some() {
@@ -362,14 +441,14 @@ impl SetKind {
 
     /// Whether keys are ranges of each of several fields. Then the data of a key is the last value of its range.
     pub fn is_of_fields(self) -> bool {
-        self.interval && !self.key.fields().is_empty()
+        self.is_of_ranges() && !self.key.fields().is_empty()
     }
 
     /// Whether an observed set is of this kind.
     pub fn is(self, held: &HeldSet) -> bool {
         // The kernel adds NFT_SET_EXPR by itself where elements have counters.
         held.flags & !NFT_SET_EXPR == self.flags()
-            && (held.flags & NFT_SET_EXPR != 0) == self.counter
+            && (held.flags & NFT_SET_EXPR != 0) == self.is_counted()
             && held.key_len == self.key.len()
             && held.data_len == self.data.map_or(0, DataType::len)
     }
@@ -387,7 +466,7 @@ impl From<&Table> for Held {
                 .iter()
                 .map(|(n, s)| {
                     let held = HeldSet {
-                        flags: s.kind.flags() | if s.kind.counter { NFT_SET_EXPR } else { 0 },
+                        flags: s.kind.flags() | if s.kind.is_counted() { NFT_SET_EXPR } else { 0 },
                         key_len: s.kind.key.len(),
                         data_len: s.kind.data.map_or(0, DataType::len),
                         elements: s.elements.clone(),

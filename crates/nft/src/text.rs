@@ -4,7 +4,7 @@
 use super::elements::Bytes;
 use super::rule::WayOn;
 use super::rule::protocol_name;
-use super::table::{Chain, Data, DataType, Elements, Hook, Key, Set, SetKind, Table, TableName, hook};
+use super::table::{Chain, Data, DataType, Elements, Hook, Key, Policy, Set, SetKind, Table, TableName, hook};
 use super::uapi::*;
 use crate::mac::Shown;
 use std::collections::{BTreeMap, BTreeSet};
@@ -95,17 +95,17 @@ impl<'a> Listing<'a> {
     }
 
     fn set(&self, f: &mut Formatter<'_>, name: &str, set: &Set) -> Result {
-        let SetKind { key, data, interval, counter, constant } = set.kind;
+        let SetKind { key, data, .. } = set.kind;
         writeln!(f, "\t{} {name} {{", if data.is_some() { "map" } else { "set" })?;
         let data_name = data.map(|data| format!(" : {}", type_name(data))).unwrap_or_default();
         writeln!(f, "\t\ttype {}{data_name}", type_name(key))?;
-        match (constant, interval) {
+        match (set.kind.is_constant(), set.kind.is_of_ranges()) {
             (true, true) => writeln!(f, "\t\tflags constant,interval")?,
             (true, false) => writeln!(f, "\t\tflags constant")?,
             (false, true) => writeln!(f, "\t\tflags interval")?,
             (false, false) => {}
         }
-        if counter {
+        if set.kind.is_counted() {
             writeln!(f, "\t\tcounter")?;
         }
         let elements = self.elements(set.kind, &set.elements);
@@ -135,7 +135,7 @@ impl<'a> Listing<'a> {
             };
             return elements.iter().map(|(first, data)| self.fields(kind.key, first.bytes, last(data))).collect();
         }
-        if kind.interval {
+        if kind.is_of_ranges() {
             let mut all: Vec<String> = Vec::new();
             let mut elements = elements.iter().map(|(key, _)| key).peekable();
             while let Some(first) = elements.next() {
@@ -144,7 +144,7 @@ impl<'a> Listing<'a> {
             }
             return all;
         }
-        let counter = if kind.counter { " counter" } else { "" };
+        let counter = if kind.is_counted() { " counter" } else { "" };
         let of = |(key, data): (Key, Data)| {
             let value = match (data, kind.data) {
                 (Data::Jump(chain), _) => format!(" : jump {chain}"),
@@ -193,10 +193,14 @@ impl<'a> Listing<'a> {
 
     fn chain(&self, f: &mut Formatter<'_>, name: &str, chain: &Chain) -> Result {
         writeln!(f, "\tchain {name} {{")?;
-        if let Some(Hook { kind, number, priority, drop, device }) = chain.hook() {
+        if let Some(Hook { kind, number, priority, policy, device }) = chain.hook() {
             let hook = hook_name(self.name.family, *number);
             let device = device.as_ref().map(|device| format!(" device \"{device}\"")).unwrap_or_default();
-            let (priority, policy) = (priority_name(*number, *priority), if *drop { "drop" } else { "accept" });
+            let priority = priority_name(*number, *priority);
+            let policy = match policy {
+                Policy::Accept => "accept",
+                Policy::Drop => "drop",
+            };
             writeln!(f, "\t\ttype {kind} hook {hook}{device} priority {priority}; policy {policy};")?;
         }
         chain.rules().try_for_each(|(rule, _)| writeln!(f, "\t\t{rule}"))?;

@@ -5,7 +5,8 @@
 
 use super::read::{header, kind};
 use super::table::{
-    Data, DataType, Elements, Held, HeldSet, Hook, Key, ObservedChain, Set, SetKind, Table, TableName, Unlike,
+    Data, DataType, Elements, Held, HeldSet, Hook, Key, Lifetime, ObservedChain, Policy, Set, SetKind, Table,
+    TableName, Unlike,
 };
 use super::uapi::*;
 use crate::netlink::{self, Attributes, NLM_F_ACK, NLM_F_APPEND, NLM_F_CREATE, NLM_F_REQUEST, Socket};
@@ -34,10 +35,10 @@ pub(super) enum Ownership {
 impl Ownership {
     /// The ownership of a desired table. `own` says whether this socket should own tables that stay.
     pub(super) fn of(wanted: &Table, own: bool) -> Self {
-        match (wanted.ends_with_socket, own) {
-            (true, _) => Ownership::WithSocket,
-            (false, true) => Ownership::Lasting,
-            (false, false) => Ownership::None,
+        match (wanted.lifetime, own) {
+            (Lifetime::OfSocket, _) => Ownership::WithSocket,
+            (Lifetime::Lasting, true) => Ownership::Lasting,
+            (Lifetime::Lasting, false) => Ownership::None,
         }
     }
 
@@ -151,7 +152,7 @@ impl<'a> Transaction<'a> {
         for (set, s) in wanted.sets.iter().filter(|(n, _)| !held.sets.contains_key(*n)) {
             self.new_set(name, set, s);
             // Before the rules that use it.
-            if s.kind.constant {
+            if s.kind.is_constant() {
                 self.elements(name, set, NFT_MSG_NEWSETELEM, s.elements.iter().collect(), s.kind);
             }
         }
@@ -161,7 +162,7 @@ impl<'a> Transaction<'a> {
         let none = Elements::default();
         for (set, s) in &wanted.sets {
             let Some(h) = held.sets.get(set) else { continue };
-            if s.kind.constant || std::sync::Arc::ptr_eq(&h.elements, &s.elements) {
+            if s.kind.is_constant() || std::sync::Arc::ptr_eq(&h.elements, &s.elements) {
                 continue;
             }
             self.elements(name, set, NFT_MSG_DELSETELEM, missing(&h.elements, &s.elements, s.kind), s.kind);
@@ -190,7 +191,7 @@ impl<'a> Transaction<'a> {
         }
         for (set, s) in &wanted.sets {
             let held = held.sets.get(set).map_or(&none, |h| &*h.elements);
-            if s.kind.constant || std::ptr::eq(held, &*s.elements) {
+            if s.kind.is_constant() || std::ptr::eq(held, &*s.elements) {
                 continue;
             }
             self.elements(name, set, NFT_MSG_NEWSETELEM, missing(&s.elements, held, s.kind), s.kind);
@@ -261,7 +262,7 @@ impl<'a> Transaction<'a> {
                 });
             }
             p.attribute(NFTA_SET_USERDATA, &byte_orders(set));
-            if set.kind.counter {
+            if set.kind.is_counted() {
                 p.nested(NFTA_SET_EXPR, |e| {
                     e.text(NFTA_EXPR_NAME, "counter");
                     e.nested(NFTA_EXPR_DATA, |_| {});
@@ -282,7 +283,11 @@ impl<'a> Transaction<'a> {
                         h.text(NFTA_HOOK_DEV, device);
                     }
                 });
-                p.be32(NFTA_CHAIN_POLICY, if hook.drop { NF_DROP } else { NF_ACCEPT } as u32);
+                let policy = match hook.policy {
+                    Policy::Accept => NF_ACCEPT,
+                    Policy::Drop => NF_DROP,
+                };
+                p.be32(NFTA_CHAIN_POLICY, policy as u32);
                 p.text(NFTA_CHAIN_TYPE, &hook.kind);
             }
         });
@@ -321,7 +326,7 @@ const KEYS: SetKind = SetKind::plain(DataType::Mark, None);
 
 /// The elements of `these` that are missing in `others`.
 fn missing(these: &Elements, others: &Elements, kind: SetKind) -> Vec<(Key, Data)> {
-    if kind.interval { these.ranges_missing_in(others).collect() } else { these.missing_in(others).collect() }
+    if kind.is_of_ranges() { these.ranges_missing_in(others).collect() } else { these.missing_in(others).collect() }
 }
 
 fn element_data(element: &mut Vec<u8>, value: &Data) {
@@ -354,7 +359,7 @@ fn byte_orders(set: &Set) -> Vec<u8> {
 fn rebuilt(held: &Held, wanted: &Table, chains: &[Unlike<'_>]) -> bool {
     let other = |s: &Set, h: &HeldSet| {
         let same = || std::sync::Arc::ptr_eq(&h.elements, &s.elements) || h.elements == s.elements;
-        !s.kind.is(h) || s.kind.constant && !same()
+        !s.kind.is(h) || s.kind.is_constant() && !same()
     };
     wanted.sets.iter().any(|(n, s)| held.sets.get(n).is_some_and(|h| other(s, h)))
         || chains.iter().any(|c| c.held.zip(c.wanted).is_some_and(|(held, wanted)| held.hook() != wanted.hook()))

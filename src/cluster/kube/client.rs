@@ -30,6 +30,9 @@ const RENEW: Duration = Duration::from_secs(2);
 /// The longest answer to a request for one object, in bytes: more than etcd stores.
 const MAX_ANSWER: usize = 16 << 20;
 
+/// Objects in a page of a list, as kubectl asks for.
+const PAGE: usize = 500;
+
 /// The content type of a server-side apply; JSON is YAML.
 pub const APPLY: &str = "application/apply-patch+yaml";
 /// The content type of a JSON merge patch, RFC 7396.
@@ -69,6 +72,36 @@ pub enum Failure {
     /// There was no valid answer. The request may have been executed.
     #[error("the API server gave no answer: {0}")]
     Unknown(String),
+}
+
+/// A list of objects.
+pub struct List<T> {
+    /// The version of the list, and of its items.
+    pub api_version: String,
+    /// The kind of the list, such as `PodList`.
+    pub kind: String,
+    /// The objects.
+    pub items: Vec<T>,
+}
+
+/// A part of a list, `metav1.List`.
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Page<T> {
+    #[serde(default)]
+    api_version: String,
+    #[serde(default)]
+    kind: String,
+    #[serde(default)]
+    metadata: PageMetadata,
+    // `null` if there are none.
+    items: Option<Vec<T>>,
+}
+
+#[derive(Default, Deserialize)]
+struct PageMetadata {
+    #[serde(rename = "continue", default)]
+    rest: Option<String>,
 }
 
 /// The API server's answer to a refused request, `metav1.Status`.
@@ -287,6 +320,26 @@ impl Client {
         self.ask(Method::GET, path, None).await
     }
 
+    /// Reads a collection, a page at a time. `selector`: a part of the query, or nothing.
+    ///
+    /// # Errors
+    /// As [`Client::ask`].
+    pub async fn list<T: DeserializeOwned>(&self, path: &str, selector: &str) -> Result<List<T>, Failure> {
+        let mut all = List { api_version: String::new(), kind: String::new(), items: Vec::new() };
+        let first = [format!("limit={PAGE}"), selector.to_owned()];
+        let first = first.into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join("&");
+        let mut query = first.clone();
+        loop {
+            let page: Page<T> = self.get(&format!("{path}?{query}")).await?;
+            all.items.extend(page.items.unwrap_or_default());
+            (all.api_version, all.kind) = (page.api_version, page.kind);
+            match page.metadata.rest.filter(|rest| !rest.is_empty()) {
+                Some(rest) => query = format!("{first}&continue={}", escaped(&rest)),
+                None => return Ok(all),
+            }
+        }
+    }
+
     /// Reads the metadata of a collection, as etcd has it.
     ///
     /// # Errors
@@ -294,6 +347,19 @@ impl Client {
     pub async fn list_metadata<T: DeserializeOwned>(&self, path: &str) -> Result<T, Failure> {
         read(path, self.open(Method::GET, path, METADATA_ONLY.0, None).await?).await
     }
+}
+
+/// Escapes a value for a URL's query. A continue token is base64 with `-`, `_` and `=` today, but that is no part of
+/// the API.
+pub fn escaped(value: &str) -> String {
+    let mut text = String::new();
+    for byte in value.bytes() {
+        match byte {
+            b'A'..=b'Z' | b'a'..=b'z' | b'0'..=b'9' | b'-' | b'_' | b'.' | b'~' => text.push(char::from(byte)),
+            _ => text += &format!("%{byte:02X}"),
+        }
+    }
+    text
 }
 
 async fn read<T: DeserializeOwned>(path: &str, answer: Pieces) -> Result<T, Failure> {
@@ -358,3 +424,6 @@ async fn build(login: &Login) -> anyhow::Result<kube::Client> {
         None => ClientBuilder::new(http, namespace).with_layer(&base).build(),
     })
 }
+
+#[cfg(test)]
+mod tests;

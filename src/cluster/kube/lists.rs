@@ -6,9 +6,6 @@ use anyhow::{Context, bail};
 use serde::Deserialize;
 use serde_json::Value;
 
-/// Objects in one answer of the API server, as kubectl asks for.
-const PIECE: usize = 500;
-
 /// Reads lists with a person's credentials.
 pub struct Lists(Client);
 
@@ -23,18 +20,6 @@ struct Group {
 #[serde(rename_all = "camelCase")]
 struct GroupVersion {
     group_version: String,
-}
-
-/// A part of a list.
-#[derive(Deserialize)]
-#[serde(rename_all = "camelCase")]
-struct Part {
-    api_version: String,
-    kind: String,
-    #[serde(default)]
-    metadata: Value,
-    #[serde(default)]
-    items: Option<Vec<Value>>,
 }
 
 impl Lists {
@@ -54,27 +39,19 @@ impl Lists {
         let Some(version) = self.version(group).await? else { return Ok(None) };
         let within = namespace.map(|namespace| format!("namespaces/{namespace}/")).unwrap_or_default();
         let path = format!("{version}/{within}{plural}");
-        let (mut objects, mut token) = (Vec::new(), String::new());
-        loop {
-            let more = if token.is_empty() { String::new() } else { format!("&continue={token}") };
-            let part: Part = match self.0.get(&format!("{path}?limit={PIECE}{more}")).await {
-                Ok(part) => part,
-                Err(e) if e.is_not_found() => return Ok(None),
-                Err(e) => bail!(refusal(&e, group, plural)),
-            };
-            let kind = part.kind.strip_suffix("List").unwrap_or(&part.kind).to_owned();
-            for mut object in part.items.unwrap_or_default() {
-                // In lists of Kubernetes' own kinds the items have neither.
-                object["apiVersion"] = part.api_version.clone().into();
-                object["kind"] = kind.clone().into();
-                objects.push(object);
-            }
-            match part.metadata["continue"].as_str().filter(|token| !token.is_empty()) {
-                // It is base64 for URLs (k8s.io/apiserver, pkg/storage/continue.go).
-                Some(next) => token = next.to_owned(),
-                None => return Ok(Some(objects)),
-            }
-        }
+        let listed = match self.0.list::<Value>(&path, "").await {
+            Ok(listed) => listed,
+            Err(e) if e.is_not_found() => return Ok(None),
+            Err(e) => bail!(refusal(&e, group, plural)),
+        };
+        let (version, kind) = (listed.api_version, listed.kind.strip_suffix("List").unwrap_or(&listed.kind).to_owned());
+        let complete = |mut object: Value| {
+            // In lists of Kubernetes' own kinds the items have neither.
+            object["apiVersion"] = version.clone().into();
+            object["kind"] = kind.clone().into();
+            object
+        };
+        Ok(Some(listed.items.into_iter().map(complete).collect()))
     }
 
     /// The path of a group in the version that the API server prefers; `None` if it has no such group.

@@ -23,6 +23,7 @@ mod status;
 mod taint;
 mod watch;
 
+use client::escaped;
 pub use client::{Client, Failure, MERGE};
 pub use lookup::Lookup;
 pub use review::{Reviewer, Verdict};
@@ -46,7 +47,7 @@ use tokio::sync::{mpsc, watch as channel};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep_until};
 use tracing::{info, warn};
-use watch::{Change, Watch, escaped};
+use watch::{Change, Watch};
 
 /// The shortest interval between snapshots: each one makes its readers compute.
 const SNAPSHOT_INTERVAL: Duration = Duration::from_millis(5);

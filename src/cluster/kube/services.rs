@@ -1,8 +1,7 @@
 //! Reads once, for `egretd why`: the Services of the cluster, and the endpoints of those to which an address may
 //! belong.
 
-use super::client::{Client, Failure};
-use super::watch::escaped;
+use super::client::{Client, Failure, escaped};
 use crate::cluster::decode::kubernetes::SERVICE_NAME;
 use crate::cluster::decode::manifest::{Reader, StatusPlace};
 use crate::cluster::kind::Kind;
@@ -11,27 +10,12 @@ use crate::cluster::object::Object;
 use crate::model::backends::may_lead_to;
 use crate::model::target::Target;
 use crate::model::{Endpoints, ObjectKey, Service};
-use serde::Deserialize;
 use serde_json::value::RawValue;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
 /// All Services, and the endpoints of some.
 pub type Found = (BTreeMap<ObjectKey, Arc<Service>>, BTreeMap<ObjectKey, Arc<Endpoints>>);
-
-#[derive(Deserialize)]
-struct List {
-    #[serde(default)]
-    metadata: ListMetadata,
-    // `null` if there are none.
-    items: Option<Vec<Box<RawValue>>>,
-}
-
-#[derive(Default, Deserialize)]
-struct ListMetadata {
-    #[serde(rename = "continue", default)]
-    rest: String,
-}
 
 /// Reads all Services, and the endpoints of those to which packets to `target` may belong.
 pub(super) async fn find(client: &Client, target: &Target) -> Result<Found, Failure> {
@@ -42,7 +26,7 @@ pub(super) async fn find(client: &Client, target: &Target) -> Result<Found, Fail
         reader.read_object(kind, text.get().as_bytes()).ok()?.object.ok()?
     };
     let (mut services, mut endpoints) = (BTreeMap::new(), BTreeMap::new());
-    for text in all(client, Kind::Service.path(), "").await? {
+    for text in client.list::<Box<RawValue>>(Kind::Service.path(), "").await?.items {
         if let Some(Object::Service(key, service)) = decode(Kind::Service, &text) {
             services.insert(key, service);
         }
@@ -62,27 +46,15 @@ async fn endpoints_of(
     ObjectKey { namespace, name }: &ObjectKey,
 ) -> Result<Vec<Box<RawValue>>, Failure> {
     let path = format!("/apis/discovery.k8s.io/v1/namespaces/{namespace}/endpointslices");
-    let slices = all(client, &path, &format!("&labelSelector={}%3D{name}", escaped(SERVICE_NAME))).await;
-    match slices {
+    let selector = format!("labelSelector={}%3D{name}", escaped(SERVICE_NAME));
+    match client.list(&path, &selector).await {
         // discovery.k8s.io/v1 came with Kubernetes 1.21.
         Err(e) if e.is_not_found() => {}
-        other => return other,
+        other => return other.map(|listed| listed.items),
     }
     match client.get(&format!("/api/v1/namespaces/{namespace}/endpoints/{name}")).await {
         Ok(one) => Ok(vec![one]),
         Err(e) if e.is_not_found() => Ok(Vec::new()),
         Err(e) => Err(e),
-    }
-}
-
-async fn all(client: &Client, path: &str, selector: &str) -> Result<Vec<Box<RawValue>>, Failure> {
-    let (mut all, mut rest) = (Vec::new(), String::new());
-    loop {
-        let List { metadata, items } = client.get(&format!("{path}?limit=500{selector}{rest}")).await?;
-        all.extend(items.unwrap_or_default());
-        if metadata.rest.is_empty() {
-            return Ok(all);
-        }
-        rest = format!("&continue={}", escaped(&metadata.rest));
     }
 }

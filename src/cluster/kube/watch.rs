@@ -4,7 +4,7 @@
 //! Nothing is removed by mistake: a list counts when it is complete, a list that is suddenly empty counts when etcd
 //! itself confirms it, and nothing changes while the API server is away.
 
-use super::client::{Client, Failure, Status};
+use super::client::{Client, Failure, Status, escaped};
 use super::offline_cache::{Files, KindFile};
 use super::progress::Listed;
 use super::split::Splitter;
@@ -425,16 +425,4 @@ impl Backoff {
 /// A number below `below`, random enough for waiting times and names.
 pub fn random(below: u64) -> u64 {
     RandomState::new().build_hasher().finish() % below
-}
-
-/// Escapes a continue token for a URL. It is base64 with `-`, `_` and `=` today, but that is no part of the API.
-pub fn escaped(token: &str) -> String {
-    let mut text = String::new();
-    for byte in token.bytes() {
-        match byte {
-            b'A'..=b'Z' | b'a'..=b'z' | b'0'..=b'9' | b'-' | b'_' | b'.' | b'~' => text.push(char::from(byte)),
-            _ => text += &format!("%{byte:02X}"),
-        }
-    }
-    text
 }

@@ -80,7 +80,7 @@ fn set_of(kind: Kind, at: usize, lookups: &Lookups) -> Set {
             ([DataType::Ipv4ProtocolPort, DataType::Ipv6ProtocolPort][at], all.collect())
         }
     };
-    let kind = SetKind { interval: true, constant: true, ..SetKind::plain(key, None) };
+    let kind = SetKind::plain(key, None).of_ranges().constant();
     Set { kind, elements: Arc::new(elements) }
 }
 

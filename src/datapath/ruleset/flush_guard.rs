@@ -20,7 +20,7 @@ use crate::datapath::names::DEVICE;
 use crate::model::marks::Marks;
 use crate::node_plan::{NodePlan, PodPlan};
 use egret_nft::rule::Rule;
-use egret_nft::table::{Chain, Hook, Table, TableName};
+use egret_nft::table::{Chain, Hook, Lifetime, Policy, Table, TableName};
 use std::sync::Arc;
 
 /// The chain on the tunnel device.
@@ -34,13 +34,13 @@ pub(super) fn table(plan: &NodePlan, marks: Marks, before: Option<(&NodePlan, &T
     if !plan.flush_guard {
         return None;
     }
-    let mut table = Table { ends_with_socket: true, ..Table::default() };
+    let mut table = Table { lifetime: Lifetime::OfSocket, ..Table::default() };
     let of_pods = super::chains(&plan.pods, before.map(|(last, table)| (&last.pods, table)), |pod| {
         let hook = Hook { priority: PRIORITY, ..ingress(&pod.interface) };
         Chain::of(Some(hook), move || from_pod(&pod, marks))
     });
     table.chains.extend(of_pods);
-    let hook = Hook { priority: PRIORITY, drop: false, ..ingress(DEVICE) };
+    let hook = Hook { priority: PRIORITY, policy: Policy::Accept, ..ingress(DEVICE) };
     let same = before.and_then(|(_, table)| table.chains.get(FROM_TUNNEL).cloned());
     let from_tunnel = same.unwrap_or_else(|| Arc::new(Chain::new(Some(hook), from_tunnel(marks))));
     table.chains.insert(FROM_TUNNEL.into(), from_tunnel);

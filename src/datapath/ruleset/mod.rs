@@ -19,7 +19,7 @@ use crate::datapath::names::{self, DEVICE, TABLE};
 use crate::model::marks::Marks;
 use crate::node_plan::NodePlan;
 use crate::node_plan::allocations::AllocationState;
-use egret_nft::table::{Chain, Data, DataType, Elements, Hook, Key, Set, SetKind, Table, TableName, hook};
+use egret_nft::table::{Chain, Data, DataType, Elements, Hook, Key, Policy, Set, SetKind, Table, TableName, hook};
 use egret_nft::uapi::*;
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -218,7 +218,7 @@ fn inet(
     {
         covers::add_sets(&step.covers, before.map(|(_, table)| &table.sets), &mut table.sets);
     }
-    let kind = SetKind { counter: true, ..SetKind::plain(DataType::Mark, Some(DataType::Mark)) };
+    let kind = SetKind::plain(DataType::Mark, Some(DataType::Mark)).counted();
     let egress_id_out = plan.allocations.iter().map(|(id, p)| {
         let mark = if p.state == AllocationState::Local { marks.local(*id, p.uplink) } else { marks.request() };
         (marks.connection(*id).into(), value(mark))
@@ -263,13 +263,19 @@ fn unless_same(elements: Elements, before: Option<&Set>) -> Arc<Elements> {
 }
 
 fn base(kind: &str, number: u32, priority: i32) -> Option<Hook> {
-    Some(Hook { kind: kind.into(), number, priority, drop: false, device: None })
+    Some(Hook { kind: kind.into(), number, priority, policy: Policy::Accept, device: None })
 }
 
 /// The ingress hook of a pod's own veth. Every packet there comes from the pod, whatever its source address. A packet
 /// on which no rule decides is dropped.
 fn ingress(device: &str) -> Hook {
-    Hook { kind: "filter".into(), number: hook::INGRESS, priority: 0, drop: true, device: Some(device.into()) }
+    Hook {
+        kind: "filter".into(),
+        number: hook::INGRESS,
+        priority: 0,
+        policy: Policy::Drop,
+        device: Some(device.into()),
+    }
 }
 
 fn netdev(plan: &NodePlan, shared: &SharedSets, marks: Marks, before: Option<&Made>) -> Table {
@@ -291,7 +297,7 @@ fn netdev(plan: &NodePlan, shared: &SharedSets, marks: Marks, before: Option<&Ma
         kind: "filter".into(),
         number: hook::NETDEV_EGRESS,
         priority: 0,
-        drop: false,
+        policy: Policy::Accept,
         device: Some(DEVICE.into()),
     };
     let same = before.and_then(|table| table.chains.get(TO_TUNNEL).cloned());

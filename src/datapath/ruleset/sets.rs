@@ -30,28 +30,24 @@ pub type PeerIndexes = BTreeMap<Mac, u16>;
 /// The sets that follow from the view. Those that are as in `before` share its elements.
 pub fn shared_sets(view: &View, peers: &PeerIndexes, marks: Marks, before: &SharedSets) -> SharedSets {
     let mut sets = BTreeMap::new();
-    let mut put = |name, key, data, interval, counter, elements: Elements| {
-        let kind = SetKind { interval, counter, ..SetKind::plain(key, data) };
+    let mut put = |name, kind: SetKind, elements: Elements| {
         sets.insert(name, Set { kind, elements: unless_same(elements, before.sets.get(name)) });
     };
     let allocations = &view.allocations;
-    let members = || allocations.allocations.iter().filter(|(_, allocation)| allocation.member);
+    let members = || allocations.allocations.iter().filter(|(_, allocation)| allocation.is_member());
     let translating: Vec<(u16, &NodeAllocation)> =
-        members().filter(|(_, allocation)| allocation.translates).map(|(id, allocation)| (*id, allocation)).collect();
+        members().filter(|(_, allocation)| allocation.translates()).map(|(id, allocation)| (*id, allocation)).collect();
     put(
         set::RX,
-        DataType::Mark,
-        Some(DataType::Mark),
-        false,
-        true,
+        SetKind::plain(DataType::Mark, Some(DataType::Mark)).counted(),
         translating.iter().map(|(id, p)| (u32::from(*id).into(), value(marks.local(*id, p.uplink)))).collect(),
     );
     let known = peers.iter().filter(|(mac, _)| allocations.is_gateway && allocations.peers.contains_key(*mac));
     let known = known.map(|(mac, index)| (mac.as_slice(), marks.connection_of_peer(*index)));
     let peer = known.clone().map(|(mac, mark)| (Key::from(mac), value(mark))).collect();
     let back = known.map(|(mac, mark)| (mark.into(), Data::Value(mac.into()))).collect();
-    put(set::PEER, DataType::Ether, Some(DataType::Mark), false, false, peer);
-    put(set::BACK, DataType::Mark, Some(DataType::Ether), false, false, back);
+    put(set::PEER, SetKind::plain(DataType::Ether, Some(DataType::Mark)), peer);
+    put(set::BACK, SetKind::plain(DataType::Mark, Some(DataType::Ether)), back);
     for (at, ip) in Family::BOTH.into_iter().enumerate() {
         let (address, pair) = types(ip);
         let of_family = |a: &&IpAddr| ip.has(a);
@@ -66,36 +62,30 @@ pub fn shared_sets(view: &View, peers: &PeerIndexes, marks: Marks, before: &Shar
         // Addresses that Egret does not manage are excluded because they serve the node's own connections too. So are
         // addresses that this node cannot take because the host has them already.
         let egress = members()
-            .filter(|(_, allocation)| allocation.managed && allocation.translates)
+            .filter(|(_, allocation)| allocation.is_managed() && allocation.translates())
             .flat_map(|(_, allocation)| addresses(allocation));
         let egress = egress.filter(|a| of_family(&a)).map(|a| plain(&a)).collect();
         let ping = members()
             .filter(|(_, allocation)| allocation.answers_ping)
             .flat_map(|(_, allocation)| addresses(allocation));
         let ping = ping.filter(|a| of_family(&a)).map(|a| plain(&a)).collect();
-        put(set::SNAT[at], DataType::Mark, Some(address), false, false, snat);
-        put(set::PAIRS[at], pair, None, false, false, pairs);
-        put(set::EGRESS[at], address, None, false, false, egress);
-        put(set::PING[at], address, None, false, false, ping);
-        put(set::DIRECT[at], address, None, true, false, ranges(&view.networks.direct, ip));
-        put(set::POOLS[at], address, None, true, false, ranges(&allocations.pools, ip));
+        put(set::SNAT[at], SetKind::plain(DataType::Mark, Some(address)), snat);
+        put(set::PAIRS[at], SetKind::plain(pair, None), pairs);
+        put(set::EGRESS[at], SetKind::plain(address, None), egress);
+        put(set::PING[at], SetKind::plain(address, None), ping);
+        put(set::DIRECT[at], SetKind::plain(address, None).of_ranges(), ranges(&view.networks.direct, ip));
+        put(set::POOLS[at], SetKind::plain(address, None).of_ranges(), ranges(&allocations.pools, ip));
         put(
             set::HOSTS[at],
-            address,
-            None,
-            false,
-            false,
+            SetKind::plain(address, None),
             view.networks.hosts.iter().filter(of_family).map(plain).collect(),
         );
         let sources = view.tunnel_sources();
-        put(set::TUNNEL[at], address, None, false, false, sources.iter().filter(of_family).map(plain).collect());
+        put(set::TUNNEL[at], SetKind::plain(address, None), sources.iter().filter(of_family).map(plain).collect());
     }
     put(
         set::SAME_PORT,
-        DataType::Ports,
-        None,
-        false,
-        false,
+        SetKind::plain(DataType::Ports, None),
         if allocations.is_gateway { same_port() } else { Elements::default() },
     );
     SharedSets { sets }

@@ -70,6 +70,15 @@ pub struct Decision {
     pub partial: BTreeSet<EgressId>,
 }
 
+/// An egress IP that may be on this node.
+#[derive(Clone, Copy)]
+struct Candidate<'a> {
+    id: EgressId,
+    allocation: &'a NodeAllocation,
+    /// Whether it is here now.
+    here: bool,
+}
+
 /// The inputs of a decision.
 struct Inputs<'a> {
     uplinks_now: &'a UplinkStatus,
@@ -153,10 +162,10 @@ impl Holding {
         let mut assigned: Option<BTreeSet<UplinkKey>> = None;
         for (id, allocation) in allocations.iter().filter(|(_, allocation)| allocation.placing != Placing::Never) {
             let here = allocation.is_here(*id, facts) || uplinks_now.is_served(allocation, facts);
-            if !self.stays(*id, allocation, here, &inputs, &mut decision) {
+            if !self.stays(Candidate { id: *id, allocation, here }, &inputs, &mut decision) {
                 continue;
             }
-            if allocation.by_allocations {
+            if allocation.is_assigned_here() {
                 assigned.get_or_insert_default().extend(allocation.needs());
             }
             decision.desired.allocations.insert(*id);
@@ -179,21 +188,15 @@ impl Holding {
         let by_probes = self.fitness.lost().map(|(key, _)| key).filter(|key| key.gateway.is_some());
         decision.desired.lost_by_probes = by_probes.cloned().collect();
         let holds =
-            allocations.values().any(|allocation| allocation.state == AllocationState::Local && allocation.member);
+            allocations.values().any(|allocation| allocation.state == AllocationState::Local && allocation.is_member());
         let left = drained && !holds && decision.desired.allocations.is_empty();
         decision.desired.health = view.allocations.is_gateway && self.is_fit() && !withheld && !left;
         decision
     }
 
-    /// Whether the egress IP of an allocation is to be on this node. `here`: it is there now.
-    fn stays(
-        &mut self,
-        id: EgressId,
-        allocation: &NodeAllocation,
-        here: bool,
-        inputs: &Inputs,
-        decision: &mut Decision,
-    ) -> bool {
+    /// Whether the egress IP is to be on this node.
+    fn stays(&mut self, candidate: Candidate, inputs: &Inputs, decision: &mut Decision) -> bool {
+        let Candidate { id, allocation, here } = candidate;
         if !here {
             self.apply(id, Cause::Absent);
         }
@@ -203,12 +206,18 @@ impl Holding {
             return false;
         }
         let can_ask = inputs.uplinks_now.can_ask(allocation);
-        if let Placing::Take { ask } = allocation.placing {
+        if let Placing::Take | Placing::TakeHanded = allocation.placing {
             // If the link cannot be probed, the attempt to add the address says why.
-            let ask = ask && can_ask;
-            let takes = self.takes(id, allocation, here, ask, inputs, decision);
+            let ask = allocation.placing == Placing::Take && can_ask;
+            let takes = if ask {
+                self.takes(candidate, inputs, decision)
+            } else {
+                // A host that answers may be the node that hands it over.
+                decision.desired.moving.insert(id);
+                true
+            };
             self.apply(id, if takes { Cause::Taken } else { Cause::NotYet });
-            if !allocation.by_allocations && ask {
+            if !allocation.is_assigned_here() && ask {
                 self.apply(id, Cause::OwnerDead);
             }
             return takes;
@@ -232,21 +241,9 @@ impl Holding {
     }
 
     /// Whether an egress IP that this node is to take is added or kept now. Otherwise it is probed first.
-    fn takes(
-        &mut self,
-        id: EgressId,
-        allocation: &NodeAllocation,
-        here: bool,
-        ask: bool,
-        inputs: &Inputs,
-        decision: &mut Decision,
-    ) -> bool {
+    fn takes(&mut self, candidate: Candidate, inputs: &Inputs, decision: &mut Decision) -> bool {
+        let Candidate { id, allocation, here } = candidate;
         let Inputs { uplinks_now, facts, verify, now } = *inputs;
-        if !ask {
-            // A host that answers may be the node that hands it over.
-            decision.desired.moving.insert(id);
-            return true;
-        }
         let ip = self.ips.get(&id);
         let cleared = ip.and_then(|ip| ip.cleared.as_ref());
         let is_unasked = |a: IpAddr| {
@@ -324,7 +321,7 @@ impl Holding {
 
     fn give_up(&mut self, id: EgressId, allocation: &NodeAllocation, now: Instant) {
         self.set_cleared(id, None);
-        let since = allocation.by_allocations.then_some(allocation.since);
+        let since = allocation.is_assigned_here().then_some(allocation.since);
         self.apply(id, Cause::GivenUp { since, at: now });
     }
 
@@ -355,7 +352,8 @@ impl Holding {
     fn drop_ended(&mut self, allocations: &BTreeMap<EgressId, NodeAllocation>) {
         for (id, ip) in &mut self.ips {
             let allocation = allocations.get(id);
-            let assigned = allocation.filter(|allocation| allocation.by_allocations).map(|allocation| allocation.since);
+            let assigned =
+                allocation.filter(|allocation| allocation.is_assigned_here()).map(|allocation| allocation.since);
             if let State::Relinquished { since, .. } = ip.state
                 && assigned != Some(since)
             {
@@ -384,7 +382,7 @@ impl Holding {
             let ip = self.ips.entry(id).or_default();
             ip.probing = false;
             let allocation = view.allocations.allocations.get(&id);
-            if allocation.is_some_and(|allocation| allocation.placing == Placing::Take { ask: false }) {
+            if allocation.is_some_and(|allocation| allocation.placing == Placing::TakeHanded) {
                 continue;
             }
             let Some((address, mac)) = answered.get(&id).copied() else {

@@ -176,12 +176,13 @@ impl Host {
     /// Finds the interfaces of the addresses of all allocations that this node may come to own.
     pub async fn uplink_status(&mut self, view: &View) -> Result<UplinkStatus> {
         let mut uplinks_now = UplinkStatus::default();
-        let members: Vec<_> = view.allocations.allocations.iter().filter(|(_, allocation)| allocation.member).collect();
+        let members: Vec<_> =
+            view.allocations.allocations.iter().filter(|(_, allocation)| allocation.is_member()).collect();
         if !members.is_empty() {
             let mut uplinks = Uplinks::read(&self.routes).await?;
             for (id, allocation) in members {
                 for address in addresses(allocation) {
-                    if let Some(why) = uplinks.unusable(address).filter(|_| allocation.managed) {
+                    if let Some(why) = uplinks.unusable(address).filter(|_| allocation.is_managed()) {
                         uplinks_now.unusable.entry(*id).or_insert(why);
                     }
                     let spot = (address, allocation.interface.clone());

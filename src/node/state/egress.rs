@@ -9,7 +9,7 @@ use crate::model::marks::EgressId;
 use crate::node::holding::{Decision, Holding};
 use crate::node::host::{Desired, UplinkStatus};
 use crate::node::liveness::PeerLiveness;
-use crate::node_plan::allocations::{Facts, NodeAllocation};
+use crate::node_plan::allocations::{Assignment, Facts, NodeAllocation};
 use anyhow::Result;
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -175,13 +175,14 @@ impl Node {
 
     /// Records `since` of the allocation of each egress IP on this node.
     fn note_since(&mut self, facts: &Facts) {
-        let here = |id: &EgressId, allocation: &NodeAllocation| allocation.managed && allocation.is_here(*id, facts);
+        let here =
+            |id: &EgressId, allocation: &NodeAllocation| allocation.is_managed() && allocation.is_here(*id, facts);
         let allocations = &self.view.allocations.allocations;
         let since = &mut self.egress.since;
         since.retain(|id, _| allocations.get(id).is_some_and(|allocation| here(id, allocation)));
         for (id, allocation) in allocations.iter().filter(|(id, allocation)| here(id, allocation)) {
             let since = since.entry(*id).or_insert(allocation.since);
-            if allocation.by_allocations {
+            if allocation.is_assigned_here() {
                 *since = allocation.since;
             }
         }
@@ -192,9 +193,10 @@ impl Node {
     /// not reach each other must not claim an allocation alternately.
     fn taken(&self, facts: &Facts) -> BTreeMap<EgressId, i64> {
         let allocations = self.view.allocations.allocations.iter();
-        let others = allocations.filter(|(_, allocation)| allocation.managed && !allocation.by_allocations);
+        let others = allocations.filter(|(_, allocation)| allocation.is_managed() && !allocation.is_assigned_here());
         let taken = others.filter(|(id, allocation)| {
-            let claims = allocation.taken_over && self.egress.since.get(id) == Some(&allocation.since);
+            let claims =
+                allocation.assignment == Assignment::TakenOver && self.egress.since.get(id) == Some(&allocation.since);
             let before = self.facts.taken.get(id) == Some(&allocation.since);
             allocation.is_here(**id, facts) && (claims || before)
         });

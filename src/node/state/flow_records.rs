@@ -59,7 +59,7 @@ impl Node {
     pub(super) fn set_flow_view(&self) {
         let Some(flow_log) = &self.flow_records.log else { return };
         let (allocations, mut egress_ips) = (&self.view.allocations, HashMap::new());
-        for allocation in allocations.allocations.values().filter(|allocation| allocation.member) {
+        for allocation in allocations.allocations.values().filter(|allocation| allocation.is_member()) {
             let owns = allocation.state == AllocationState::Local;
             let egress_ip = RecordedIp { gateway: allocation.gateway.clone(), owns };
             egress_ips.extend(addresses(allocation).map(|address| (address, egress_ip.clone())));

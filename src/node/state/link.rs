@@ -90,7 +90,7 @@ impl Node {
         let allocations = &self.view.allocations.allocations;
         let of_address = allocations
             .iter()
-            .find(|(_, allocation)| allocation.managed && addresses(allocation).any(|a| a == address));
+            .find(|(_, allocation)| allocation.is_managed() && addresses(allocation).any(|a| a == address));
         if let Some((id, allocation)) = of_address.filter(|_| self.liveness.alone)
             && allocation.is_here(*id, &self.facts)
             && claim == claim_of(*id, allocation)

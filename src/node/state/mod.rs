@@ -45,6 +45,7 @@ use crate::node::report::Report;
 use crate::node::uplink_probes::{self, Findings};
 use crate::node_plan::View;
 use crate::node_plan::allocations::Facts;
+use crate::telemetry::server::Readiness;
 use anyhow::{Context, Result};
 use egress::Egress;
 use egret_cni::offline_policies::{OfflinePolicies, boot_id};
@@ -74,7 +75,7 @@ pub struct Listeners {
     /// Looks up pods that the cluster's source has not reported yet.
     pub lookup: Lookup,
     /// Whether the node is ready, or why not.
-    pub ready: watch::Sender<Result<(), String>>,
+    pub ready: watch::Sender<Readiness>,
 }
 
 /// The daemon's whole state.

@@ -6,6 +6,7 @@ use crate::datapath::underlay::Underlay;
 use crate::datapath::watch::Interest;
 use crate::node::report::Own;
 use crate::node_plan::addresses;
+use crate::telemetry::server::Readiness;
 use anyhow::Result;
 use egret_cni::protocol::{Failure, codes};
 use std::time::Instant;
@@ -53,8 +54,8 @@ impl Node {
             tracing::error!("{unwritten}; trying again");
         }
         let in_sync = failure.is_none();
-        let state = failure.map(|f| f.to_string()).or(unwritten).map_or(Ok(()), Err);
-        let again = state.is_err();
+        let state = failure.map(|f| f.to_string()).or(unwritten).map_or(Readiness::Ready, Readiness::NotReady);
+        let again = state != Readiness::Ready;
         self.listeners.ready.send_if_modified(|now| {
             let changed = *now != state;
             *now = state;
@@ -151,7 +152,14 @@ impl Node {
             underlay: self.host.underlay().map(|u| u.interfaces().clone()).unwrap_or_default(),
             peers: self.host.underlay().into_iter().flat_map(Underlay::peers).collect(),
             uplinks: self.host.uplinks().collect(),
-            addresses: self.view.allocations.allocations.values().filter(|p| p.member).flat_map(addresses).collect(),
+            addresses: self
+                .view
+                .allocations
+                .allocations
+                .values()
+                .filter(|p| p.is_member())
+                .flat_map(addresses)
+                .collect(),
         }
     }
 

@@ -42,7 +42,7 @@ impl Node {
         let (allocations, asking) = (&self.view.allocations, self.host.prober());
         let mut members: HashMap<&Name, Arc<[Ipv6Addr]>> = HashMap::new();
         let mut all = HashMap::new();
-        for (id, allocation) in allocations.allocations.iter().filter(|(_, allocation)| allocation.member) {
+        for (id, allocation) in allocations.allocations.iter().filter(|(_, allocation)| allocation.is_member()) {
             let members = members.entry(&allocation.gateway).or_insert_with(|| self.others(&allocation.gateway));
             let remote = match allocation.state {
                 AllocationState::Remote(mac) => Some(mac),

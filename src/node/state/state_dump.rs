@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 impl Node {
     /// What is desired, and what the node observes.
     pub fn state(&self) -> NodeState {
-        let not_ready = self.listeners.ready.borrow().as_ref().err().cloned();
+        let not_ready = self.listeners.ready.borrow().reason().map(str::to_owned);
         let pending = self.pending.rows().map(|row| (format!("{:?}", row.step), row.applies.to_owned())).collect();
         NodeState {
             node: self.options.name.clone(),

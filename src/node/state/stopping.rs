@@ -67,7 +67,7 @@ impl Node {
             .allocations
             .allocations
             .iter()
-            .filter(|(id, allocation)| allocation.managed && allocation.is_here(**id, &self.facts));
+            .filter(|(id, allocation)| allocation.is_managed() && allocation.is_here(**id, &self.facts));
         let here =
             allocations.map(|(_, allocation)| allocation).filter(|allocation| allocation.placing != Placing::Never);
         here.filter(|allocation| self.is_left_by(allocation) && self.has_taker(allocation)).count()

@@ -21,7 +21,7 @@ impl Node {
         let allocations = &self.view.allocations;
         let used =
             self.enforced.uses.values().flat_map(|u| &u.allocations).filter_map(|id| allocations.allocations.get(id));
-        let own = allocations.allocations.values().filter(|allocation| allocation.member);
+        let own = allocations.allocations.values().filter(|allocation| allocation.is_member());
         let gateways: BTreeSet<&Name> = used.chain(own).map(|allocation| &allocation.gateway).collect();
         let nodes = gateways.into_iter().filter_map(|gateway| allocations.gateway_nodes.get(gateway)).flatten();
         let others = nodes.filter(|name| ***name != *self.options.name);

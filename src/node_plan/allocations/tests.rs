@@ -54,12 +54,12 @@ const A: &str = "192.0.2.50";
 #[test]
 fn the_allocations_node_takes_it_and_the_others_send_to_it() {
     let (world, id) = world();
-    assert_eq!(seen(&world, "n1", &facts(&[A], &[]), id), (AllocationState::Local, Placing::Take { ask: true }));
+    assert_eq!(seen(&world, "n1", &facts(&[A], &[]), id), (AllocationState::Local, Placing::Take));
     assert_eq!(seen(&world, "n2", &facts(&[], &[]), id), (to("n1"), Placing::Leave));
     assert_eq!(seen(&world, "plain", &facts(&[], &[]), id), (to("n1"), Placing::Never));
     let (state, placing) = seen(&world, "n1", &facts(&[], &[]), id);
     assert!(matches!(state, AllocationState::Unready(_)), "it is not there yet");
-    assert_eq!(placing, Placing::Take { ask: true });
+    assert_eq!(placing, Placing::Take);
 }
 
 #[test]
@@ -67,11 +67,11 @@ fn one_of_the_others_takes_a_dead_nodes_allocation_and_all_know_which() {
     let (world, id) = world();
     let AllocationState::Remote(new) = seen(&world, "plain", &facts(&[], &["n1"]), id).0 else { panic!() };
     let (taker, other) = if new == tunnel_mac::of_node("n2") { ("n2", "n3") } else { ("n3", "n2") };
-    assert_eq!(seen(&world, taker, &facts(&[], &["n1"]), id).1, Placing::Take { ask: true });
+    assert_eq!(seen(&world, taker, &facts(&[], &["n1"]), id).1, Placing::Take);
     assert_eq!(seen(&world, taker, &facts(&[A], &["n1"]), id).0, AllocationState::Local);
     // The dead node's report that it holds the allocation does not count any more.
     assert_eq!(seen(&world, other, &facts(&[], &["n1"]), id), (to(taker), Placing::Keep));
-    assert_eq!(seen(&world, other, &facts(&[], &["n1", taker]), id).1, Placing::Take { ask: true });
+    assert_eq!(seen(&world, other, &facts(&[], &["n1", taker]), id).1, Placing::Take);
     let nobody = seen(&world, "plain", &facts(&[], &["n1", "n2", "n3"]), id).0;
     assert!(matches!(nobody, AllocationState::Unready(_)));
 }
@@ -87,8 +87,8 @@ fn a_node_translates_before_and_during_a_takeover() {
     let at = |facts: &Facts| {
         let allocations = NodeAllocations::new(&world.cluster, taker, facts);
         let allocation = &allocations.allocations[&id];
-        assert!(allocation.member);
-        (allocation.state.clone(), allocation.translates, allocations.held.contains(&id))
+        assert!(allocation.is_member());
+        (allocation.state.clone(), allocation.translates(), allocations.held.contains(&id))
     };
     assert_eq!(at(&facts(&[], &[])), (to("n1"), true, false));
     assert_eq!(at(&asking), (to("n1"), true, false), "as it was, until it is known that nobody has the address");
@@ -105,7 +105,7 @@ fn a_taken_over_allocation_stays_when_the_dead_node_is_back() {
     let mut own = facts(&[A], &[]);
     own.taken.insert(id, since);
     let all_agree = |world: &World| {
-        assert_eq!(seen(world, "n3", &own, id), (AllocationState::Local, Placing::Take { ask: true }));
+        assert_eq!(seen(world, "n3", &own, id), (AllocationState::Local, Placing::Take));
         assert_eq!(seen(world, "n1", &facts(&[A], &[]), id), (to("n3"), Placing::Leave), "it was frozen, say");
         assert_eq!(seen(world, "n1", &facts(&[], &[]), id).0, to("n3"));
         assert_eq!(seen(world, "plain", &facts(&[], &[]), id).0, to("n3"));
@@ -148,18 +148,18 @@ fn a_drained_or_deselected_node_holds_its_allocations_until_another_has_them() {
         let new = world.allocate().node("a/p").unwrap().to_owned();
         assert!(new == "n2" || new == "n3");
         assert_eq!(world.cluster.gateways["g"].status.allocations[0].leaving.as_deref(), Some("n1"));
-        assert_eq!(seen(&world, "n1", &facts(&[A], &[]), id), (AllocationState::Local, Placing::Take { ask: false }));
-        assert_eq!(seen(&world, &new, &facts(&[], &[]), id), (to("n1"), Placing::Take { ask: false }));
+        assert_eq!(seen(&world, "n1", &facts(&[A], &[]), id), (AllocationState::Local, Placing::TakeHanded));
+        assert_eq!(seen(&world, &new, &facts(&[], &[]), id), (to("n1"), Placing::TakeHanded));
         assert_eq!(seen(&world, "plain", &facts(&[], &[]), id).0, to("n1"));
 
-        assert_eq!(seen(&world, &new, &facts(&[A], &[]), id), (AllocationState::Local, Placing::Take { ask: false }));
+        assert_eq!(seen(&world, &new, &facts(&[A], &[]), id), (AllocationState::Local, Placing::TakeHanded));
         says(&mut world, &new, &[id], &[]);
         assert_eq!(seen(&world, "n1", &facts(&[A], &[]), id), (to(&new), Placing::Leave));
         assert_eq!(seen(&world, "plain", &facts(&[], &[]), id).0, to(&new));
         world.allocate();
         assert_eq!(world.cluster.gateways["g"].status.allocations[0].leaving, None);
         assert!(
-            NodeAllocations::new(&world.cluster, "n1", &facts(&[A], &[])).allocations[&id].member,
+            NodeAllocations::new(&world.cluster, "n1", &facts(&[A], &[])).allocations[&id].is_member(),
             "while the address is there"
         );
     }
@@ -207,7 +207,7 @@ fn a_node_that_relinquished_an_allocation_sends_to_the_next_owner() {
     facts.relinquished.insert(id);
     let (state, placing) = seen(&world, "n1", &facts, id);
     let taker = seen(&world, "plain", &super::tests::facts(&[], &["n1"]), id).0;
-    assert_eq!((state, placing), (taker, Placing::Take { ask: true }), "and takes it back if nobody has it");
+    assert_eq!((state, placing), (taker, Placing::Take), "and takes it back if nobody has it");
 }
 
 #[test]

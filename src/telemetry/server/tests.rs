@@ -37,12 +37,12 @@ fn scrapes() -> Metrics {
 
 #[tokio::test]
 async fn liveness_and_readiness_differ() {
-    let (ready, readiness) = watch::channel(Err("the first snapshot is not there yet".to_owned()));
+    let (ready, readiness) = watch::channel(Readiness::waiting_for("the first snapshot is not there yet"));
     let (_server, address) = start("127.0.0.1:0", Pages::Health(readiness), None).await;
     assert!(get(address, "GET /healthz").await.starts_with("HTTP/1.1 200"));
     let answer = get(address, "GET /readyz").await;
     assert!(answer.starts_with("HTTP/1.1 503") && answer.contains("first snapshot"), "{answer}");
-    ready.send(Ok(())).unwrap();
+    ready.send(Readiness::Ready).unwrap();
     assert!(get(address, "GET /readyz").await.starts_with("HTTP/1.1 200"));
     assert!(get(address, "GET /metrics").await.starts_with("HTTP/1.1 404"));
 }
@@ -68,7 +68,7 @@ async fn other_paths_and_methods_are_rejected() {
 
 #[tokio::test]
 async fn silent_connections_do_not_block_others() {
-    let (_ready, readiness) = watch::channel(Ok(()));
+    let (_ready, readiness) = watch::channel(Readiness::Ready);
     let (_server, address) = start("[::]:0", Pages::Health(readiness), None).await;
     let port = address.port();
     // 127.0.0.2 differs from the server's address, so this counts as another host.

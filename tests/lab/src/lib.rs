@@ -24,6 +24,7 @@ pub mod metrics;
 pub mod own_uplinks;
 pub mod places;
 pub mod pod;
+pub mod problems;
 pub mod scene;
 pub mod server;
 pub mod snapshot;
