@@ -210,12 +210,13 @@ impl Outcome {
         match &self.decisions[&PolicyKey::from(key)] {
             Decision::Granted(grant) => grant,
             Decision::Rejected(rejection) => panic!("{key} is refused: {}: {}", rejection.reason, rejection.message),
+            Decision::Direct => panic!("{key} asks for nothing"),
         }
     }
 
     pub(crate) fn rejection(&self, key: &str) -> &Rejection {
         match &self.decisions[&PolicyKey::from(key)] {
-            Decision::Granted(grant) => panic!("{key} has {grant:?}"),
+            other @ (Decision::Granted(_) | Decision::Direct) => panic!("{key} has {other:?}"),
             Decision::Rejected(rejection) => rejection,
         }
     }

@@ -21,8 +21,9 @@ pub(super) fn close(allocator: Allocator, rejections: &HashMap<RequestPlace, Rej
     let mut outcome = Outcome::default();
     for ((place, requester), request) in allocator.requests.requesters.with_places().zip(allocator.requests.of.iter()) {
         let decision = match request {
-            Err(rejection) => Decision::Rejected(rejection.clone()),
-            Ok(request) => match (allocator.requests.all[*request].allocation, rejections.get(request)) {
+            None => Decision::Direct,
+            Some(Err(rejection)) => Decision::Rejected(rejection.clone()),
+            Some(Ok(request)) => match (allocator.requests.all[*request].allocation, rejections.get(request)) {
                 (Some(allocation), _) => Decision::Granted(grant_of(&allocator, place, *request, allocation)),
                 (None, Some(rejection)) => Decision::Rejected(rejection.clone()),
                 (None, None) => unreachable!("a request is either granted or rejected"),

@@ -11,6 +11,8 @@ pub enum Decision {
     Granted(Grant),
     /// The policy has none.
     Rejected(Rejection),
+    /// The policy asks for none: it has `action: Direct`.
+    Direct,
 }
 
 /// A policy's allocation.

@@ -54,7 +54,7 @@ impl Outcome {
     pub fn gateway_of(&self, policy: &PolicyKey) -> Option<&Name> {
         match self.decisions.get(policy)? {
             Decision::Granted(grant) => Some(&grant.gateway),
-            Decision::Rejected(_) => None,
+            Decision::Rejected(_) | Decision::Direct => None,
         }
     }
 }

@@ -36,13 +36,15 @@ pub(super) enum Kind {
 }
 
 impl Kind {
-    fn of(policy: &Policy) -> Self {
-        match &policy.address {
+    /// What a policy asks for; `None` with `action: Direct`.
+    fn of(policy: &Policy) -> Option<Self> {
+        Some(match &policy.address {
             AddressRequest::Explicit(pair) => Kind::Explicit(pair.clone()),
             AddressRequest::Allocate(Allocate::Dedicated) => Kind::Dedicated,
             AddressRequest::Allocate(Allocate::Shared) => Kind::Shared,
             AddressRequest::Allocate(Allocate::Node) => Kind::Node,
-        }
+            AddressRequest::Direct => return None,
+        })
     }
 }
 
@@ -64,8 +66,8 @@ pub(super) struct Requests<'a> {
     pub(super) places: HashMap<&'a PolicyKey, PolicyPlace>,
     /// All requests, in the order of the most senior policy of each.
     pub(super) all: List<RequestPlace, Request>,
-    /// By the place of the policy: the place of its request, or its rejection.
-    pub(super) of: List<PolicyPlace, Result<RequestPlace, Rejection>>,
+    /// By the place of the policy: the place of its request, or its rejection; `None`: it asks for nothing.
+    pub(super) of: List<PolicyPlace, Option<Result<RequestPlace, Rejection>>>,
 }
 
 impl<'a> Requests<'a> {
@@ -79,24 +81,31 @@ impl<'a> Requests<'a> {
         let gateways = Gateways::new(cluster);
         let kinds = requesters.map(|requester| Kind::of(requester.policy));
         let allowed = requesters.iter().zip(kinds.iter()).map(|(requester, kind)| {
-            let gateway = gateways.gateway_of(cluster, requester)?;
-            gateways.check_reservations(cluster, gateway, requester, kind)?;
-            Ok(gateway)
+            let kind = kind.as_ref()?;
+            let gateway = gateways.gateway_of(cluster, requester).and_then(|gateway| {
+                gateways.check_reservations(cluster, gateway, requester, kind)?;
+                Ok(gateway)
+            });
+            Some(gateway)
         });
-        let allowed: Vec<Result<GatewayPlace, Rejection>> = allowed.collect();
+        let allowed: Vec<Option<Result<GatewayPlace, Rejection>>> = allowed.collect();
         let asks = allowed.iter().zip(kinds.iter()).map(|(gateway, kind)| {
-            let (name, gateway) = gateways.all[*gateway.as_ref().ok()?];
-            Some((name, gateway, kind))
+            let (name, gateway) = gateways.all[*gateway.as_ref()?.as_ref().ok()?];
+            Some((name, gateway, kind.as_ref()?))
         });
         let mut exceeded = quota::exceeded(cluster, &requesters, &asks.collect());
         let mut all: List<RequestPlace, Request> = List::new();
         let mut common: HashMap<(GatewayPlace, Kind, Option<&Name>), RequestPlace> = HashMap::new();
         let mut of = List::new();
         for (gateway, (place, kind)) in allowed.into_iter().zip(kinds.into_places()) {
+            let (Some(gateway), Some(kind)) = (gateway, kind) else {
+                of.push(None);
+                continue;
+            };
             let gateway = match (gateway, exceeded.remove(&place)) {
                 (Ok(gateway), None) => gateway,
                 (Err(rejection), _) | (_, Some(rejection)) => {
-                    of.push(Err(rejection));
+                    of.push(Some(Err(rejection)));
                     continue;
                 }
             };
@@ -115,7 +124,7 @@ impl<'a> Requests<'a> {
                 all.push(Request { gateway, kind, policies: Vec::new(), allocation: None });
             }
             all[request].policies.push(place);
-            of.push(Ok(request));
+            of.push(Some(Ok(request)));
         }
         Requests { requesters, places, all, of }
     }

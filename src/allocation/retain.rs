@@ -50,7 +50,7 @@ fn requests_of<'b>(
     allocation: &'b Allocation,
 ) -> impl Iterator<Item = RequestPlace> + 'b {
     let places = allocation.policies.iter().filter_map(|name| allocator.requests.places.get(name));
-    places.filter_map(|place| allocator.requests.of[*place].as_ref().ok().copied()).filter(move |d| {
+    places.filter_map(|place| allocator.requests.of[*place].as_ref()?.as_ref().ok().copied()).filter(move |d| {
         let request = &allocator.requests.all[*d];
         request.gateway == gateway && request.allocation.is_none()
     })

@@ -28,6 +28,12 @@ use std::fmt;
 )]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct EgressPolicySpec {
+    /// `EgressIP`: covered traffic leaves from an egress IP. `Direct`: it leaves as if Egret were not there; then
+    /// `gateway`, `address`, `allocate` and `fallback` have no meaning and must be absent.
+    /// An EgressPolicy with `Direct` is passed over for pods that a ClusterEgressPolicy selects, unless that has
+    /// `Direct` too or the tier `Admin`.
+    #[serde(default)]
+    pub action: Action,
     /// The name of the gateway. Default: the gateway with `default: true`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub gateway: Option<String>,
@@ -49,7 +55,8 @@ pub struct EgressPolicySpec {
     /// What happens to covered traffic while the egress IP is not ready.
     #[serde(default)]
     pub fallback: Fallback,
-    /// What happens to covered connections that began before the policy applied to the pod.
+    /// What happens to covered connections that began before the policy applied to the pod. With `action: Direct`:
+    /// `End` ends those that have an egress IP.
     #[serde(default)]
     pub existing_connections: ExistingConnections,
     /// Of several policies that cover a destination, the one with the highest priority decides; of those, an
@@ -90,6 +97,10 @@ pub struct ClusterEgressPolicySpec {
     /// The namespaces of the pods. `{}` or absent: all.
     #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "super::selector::optional")]
     pub namespace_selector: Option<LabelSelector>,
+    /// `EgressIP`: covered traffic leaves from an egress IP. `Direct`: it leaves as if Egret were not there; then
+    /// `gateway`, `address`, `allocate` and `fallback` have no meaning and must be absent.
+    #[serde(default)]
+    pub action: Action,
     /// The name of the gateway. Default: the gateway with `default: true`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub gateway: Option<String>,
@@ -111,7 +122,8 @@ pub struct ClusterEgressPolicySpec {
     /// What happens to covered traffic while the egress IP is not ready.
     #[serde(default)]
     pub fallback: Fallback,
-    /// What happens to covered connections that began before the policy applied to the pod.
+    /// What happens to covered connections that began before the policy applied to the pod. With `action: Direct`:
+    /// `End` ends those that have an egress IP.
     #[serde(default)]
     pub existing_connections: ExistingConnections,
     /// Of several policies of one tier that cover a destination, the one with the highest priority decides; of those,
@@ -124,6 +136,7 @@ pub struct ClusterEgressPolicySpec {
 impl From<ClusterEgressPolicySpec> for EgressPolicySpec {
     fn from(spec: ClusterEgressPolicySpec) -> Self {
         EgressPolicySpec {
+            action: spec.action,
             gateway: spec.gateway,
             pod_selector: spec.pod_selector,
             services: spec.services,
@@ -143,6 +156,7 @@ impl From<EgressPolicySpec> for ClusterEgressPolicySpec {
         ClusterEgressPolicySpec {
             tier: None,
             namespace_selector: None,
+            action: spec.action,
             gateway: spec.gateway,
             pod_selector: spec.pod_selector,
             services: spec.services,
@@ -250,6 +264,17 @@ impl fmt::Display for Protocol {
             Protocol::Sctp => "SCTP",
         })
     }
+}
+
+/// What happens to the traffic that a policy covers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, schemars::JsonSchema)]
+pub enum Action {
+    /// It leaves from an egress IP.
+    #[default]
+    #[serde(rename = "EgressIP")]
+    EgressIp,
+    /// It leaves as if Egret were not there.
+    Direct,
 }
 
 /// How an egress IP is chosen for a policy that names none.

@@ -109,6 +109,9 @@ fn policy() -> Vec<Addition> {
     let pods = "(has(self.podSelector) ? 1 : 0) + (has(self.services) && size(self.services) > 0 ? 1 : 0) == 1";
     let pods_message = "give either podSelector ({} for every pod of the namespace) or services";
     let address = "!(has(self.address) && has(self.allocate))";
+    let direct = "!has(self.action) || self.action != 'Direct' || !(has(self.gateway) || has(self.address) || \
+                  has(self.allocate) || has(self.fallback) && self.fallback != 'Block')";
+    let direct_message = "with action: Direct leave out gateway, address, allocate and fallback";
     let rule = "/properties/egress/items";
     let block = format!("{rule}/properties/to/items/properties/ipBlock");
     let port = format!("{rule}/properties/ports/items");
@@ -119,7 +122,11 @@ fn policy() -> Vec<Addition> {
             String::new(),
             with_rules(
                 json!({}),
-                &[(pods, pods_message), (address, "has both address and allocate; keep the one that is meant")],
+                &[
+                    (pods, pods_message),
+                    (address, "has both address and allocate; keep the one that is meant"),
+                    (direct, direct_message),
+                ],
             ),
         ),
         ("/properties/gateway".to_owned(), json!({"maxLength": 253, "minLength": 1})),

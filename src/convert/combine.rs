@@ -4,7 +4,7 @@ use super::draft::Note;
 use super::draft::{Draft, GatewayDraft, NoteKind, Notes, PolicyDraft, Scope};
 use super::field::Invalid;
 use super::output::{self, Conversion};
-use crate::api::{AddressPair, Allocate, EgressRule, Placement, Sharing};
+use crate::api::{Action, AddressPair, Allocate, EgressRule, Placement, Sharing};
 use crate::model::{AddressRange, Gateway, Metadata, Policy, addresses_of};
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::net::IpAddr;
@@ -143,6 +143,9 @@ fn note_overlaps(gateways: &mut [GatewayDraft], pools: &Pools) {
 
 /// Notes what the controller would say of the policy.
 fn note_policy(policy: &mut PolicyDraft, gateways: &[GatewayDraft], pools: &Pools) {
+    if policy.spec.action == Action::Direct {
+        return;
+    }
     let gateway = match &policy.spec.gateway {
         Some(name) => gateways.iter().find(|gateway| &gateway.name == name),
         None => gateways.iter().find(|gateway| gateway.spec.default),

@@ -5,7 +5,7 @@ use super::state::State;
 use super::status::{PolicyState, state_of};
 use super::subject::Subject;
 use super::table::{Cell, Table};
-use crate::model::precedence::{PolicyIndex, Ranked, is_passed_over};
+use crate::model::precedence::{PolicyIndex, Ranked, passed_over};
 use crate::model::selector::Name;
 use crate::model::{Cluster, ObjectKey, Pod, PolicyKey, addresses_of};
 use serde::Serialize;
@@ -45,6 +45,8 @@ pub struct PolicyOfPod {
     pub decides: bool,
     /// Whether it covers all destinations outside the cluster.
     pub covers_everything: bool,
+    /// Whether what it covers leaves as if Egret were not there (`action: Direct`).
+    pub direct: bool,
     /// Its egress IP.
     pub egress_ip: Vec<IpAddr>,
     /// The node that holds the egress IP now, else the one that is to hold it.
@@ -106,14 +108,16 @@ impl<'a> Facts<'a> {
 
     fn of_pod(&self, policies: &[&Ranked]) -> Vec<PolicyOfPod> {
         let mut all_covered = false;
-        let each = policies.iter().map(|Ranked { key, policy, .. }| {
-            let decides = !all_covered && !is_passed_over(policy, self.listed.contains(key));
+        let each = policies.iter().map(|ranked| {
+            let Ranked { key, policy, .. } = ranked;
+            let decides = !all_covered && passed_over(ranked, policies, self.listed.contains(key)).is_none();
             all_covered |= decides && policy.covers_everything();
             let status = self.cluster.policy_statuses.get(key);
             PolicyOfPod {
                 name: key.to_string(),
                 decides,
                 covers_everything: policy.covers_everything(),
+                direct: policy.is_direct(),
                 egress_ip: status
                     .and_then(|status| status.addresses.as_ref())
                     .map(|pair| addresses_of(pair).collect())
@@ -150,7 +154,7 @@ impl Show for Pods {
                     of_pod(pod.node.clone().unwrap_or_default()),
                     policy.name.as_str().into(),
                     if policy.covers_everything { "everything" } else { "some" }.into(),
-                    list(&policy.egress_ip).into(),
+                    if policy.direct { "direct".into() } else { list(&policy.egress_ip).into() },
                     policy.owner.clone().unwrap_or_default().into(),
                     state,
                 ]);

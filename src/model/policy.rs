@@ -5,7 +5,8 @@ use super::destination::{Destination, DestinationError};
 use super::metadata::{Invalid, Metadata};
 use super::selector::{Name, Selector};
 use crate::api::{
-    self, AddressPair, Allocate, ClusterEgressPolicySpec, EgressPolicySpec, EgressRule, ExistingConnections, Fallback,
+    self, Action, AddressPair, Allocate, ClusterEgressPolicySpec, EgressPolicySpec, EgressRule, ExistingConnections,
+    Fallback,
 };
 use std::sync::Arc;
 
@@ -109,6 +110,8 @@ pub enum AddressRequest {
     Explicit(AddressPair),
     /// Addresses that the controller chooses.
     Allocate(Allocate),
+    /// None: what the policy covers leaves as if Egret were not there (`action: Direct`).
+    Direct,
 }
 
 impl Policy {
@@ -162,6 +165,11 @@ impl Policy {
         self.for_controller.as_ref()?.move_to.as_ref()
     }
 
+    /// Whether what it covers leaves as if Egret were not there.
+    pub fn is_direct(&self) -> bool {
+        self.address == AddressRequest::Direct
+    }
+
     /// How many networks, exceptions and ports its `egress` lists.
     pub fn listed_destinations(&self) -> usize {
         let networks = |d: &Destination| d.networks.iter().map(|network| 1 + network.except.len()).sum::<usize>();
@@ -190,8 +198,23 @@ fn pods(spec: &EgressPolicySpec) -> Result<PodMatch, Invalid> {
     }
 }
 
-/// Validates `spec.address` and `spec.allocate`, of which there can be one.
+/// Validates `spec.address` and `spec.allocate`, of which there can be one, and none with `action: Direct`.
 fn address(spec: &EgressPolicySpec) -> Result<AddressRequest, Invalid> {
+    if spec.action == Action::Direct {
+        let given = [
+            ("gateway", spec.gateway.is_some()),
+            ("address", spec.address.is_some()),
+            ("allocate", spec.allocate.is_some()),
+            ("fallback", spec.fallback != Fallback::default()),
+        ];
+        return match given.iter().find(|(_, is_given)| *is_given) {
+            Some((field, _)) => Err(Invalid::new(
+                format!("spec.{field}"),
+                "has no meaning with action: Direct; leave it out, or leave action out",
+            )),
+            None => Ok(AddressRequest::Direct),
+        };
+    }
     match (&spec.address, spec.allocate) {
         (Some(_), Some(_)) => Err(Invalid::new("spec", "has both address and allocate; keep the one that is meant")),
         (Some(a), None) if a.is_empty() => {
@@ -225,4 +248,30 @@ pub fn destinations(rules: &[EgressRule]) -> Result<Arc<Covers>, Invalid> {
         ));
     }
     Ok(Arc::new(all))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_direct_policy_asks_for_no_egress_ip() {
+        let direct = || EgressPolicySpec {
+            action: Action::Direct,
+            pod_selector: Some(Default::default()),
+            ..EgressPolicySpec::default()
+        };
+        let policy = |spec: EgressPolicySpec| Policy::namespaced("a", &spec, Metadata::default());
+        assert!(policy(direct()).unwrap().is_direct());
+        let pair = AddressPair { ipv4: Some([192, 0, 2, 1].into()), ipv6: None };
+        for (spec, field) in [
+            (EgressPolicySpec { gateway: Some("g".into()), ..direct() }, "spec.gateway"),
+            (EgressPolicySpec { address: Some(pair), ..direct() }, "spec.address"),
+            (EgressPolicySpec { allocate: Some(Allocate::Shared), ..direct() }, "spec.allocate"),
+            (EgressPolicySpec { fallback: Fallback::NodeAddress, ..direct() }, "spec.fallback"),
+        ] {
+            let refusal = policy(spec).unwrap_err().to_string();
+            assert!(refusal.contains(field) && refusal.contains("leave it out"), "{refusal}");
+        }
+    }
 }

@@ -1,5 +1,6 @@
 //! The policies that select a pod, in the order in which they decide.
 
+use crate::api::Fallback;
 use crate::model::label_index::LabelIndex;
 use crate::model::quota;
 use crate::model::selector::{Labels, Name};
@@ -8,6 +9,7 @@ use crate::model::{Cluster, Namespaces, PodMatch, Policy, PolicyKey, Service, Ti
 use std::borrow::Cow;
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::fmt;
 use std::sync::Arc;
 
 /// The label that every namespace has, with its name as the value,
@@ -59,6 +61,8 @@ pub struct PolicyIndex {
 struct InNamespace {
     by_labels: LabelIndex,
     by_service: HashMap<Name, Vec<u32>>,
+    /// Whether some policy here gives egress IPs.
+    has_egress_ip: bool,
 }
 
 /// Services that policies name, with an index that finds those that select a pod.
@@ -72,7 +76,7 @@ struct Services {
 /// How many policies are listed for a namespace.
 const NAMED: usize = 3;
 
-/// The namespaces in which policies can select pods.
+/// The namespaces in which policies can select pods, and give them egress IPs.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Reach {
     /// Namespaces in which some policy can select a pod, each with the first of these policies.
@@ -100,6 +104,9 @@ impl PolicyIndex {
         let mut everywhere: Vec<(u32, Vec<_>)> = Vec::new();
         let mut reaching: Vec<(u32, Vec<_>)> = Vec::new();
         for (rank, Ranked { policy, .. }) in (0u32..).zip(&ranked) {
+            if let (Namespaces::One(ns), false) = (&policy.namespaces, policy.is_direct()) {
+                index.namespaces.entry(ns.clone()).or_default().has_egress_ip = true;
+            }
             match (&policy.namespaces, &policy.pods) {
                 (Namespaces::One(ns), PodMatch::Labels(pods)) => {
                     in_namespace.entry(ns).or_default().push((rank, pods.required_labels().collect()));
@@ -130,6 +137,8 @@ impl PolicyIndex {
         }
         index.by_labels = LabelIndex::new(&everywhere);
         index.by_namespace_labels = LabelIndex::new(&reaching);
+        // Where no policy gives egress IPs, it does not matter which of the others select a pod.
+        index.by_unknown_labels &= ranked.iter().any(|ranked| !ranked.policy.is_direct());
         index.services = index.named_services(cluster);
         index.ranked = ranked.into();
         index
@@ -164,12 +173,15 @@ impl PolicyIndex {
         &self.ranked
     }
 
-    /// Whether some policy can select a pod of the namespace: by labels that a pod may have, or by a Service that may
+    /// Whether some policy can give an egress IP to a pod of the namespace: by labels that a pod may have, or by a Service that may
     /// be created.
     pub fn can_select_in(&self, namespace: &str) -> bool {
         let labels = self.labels_of(namespace);
-        self.namespaces.contains_key(namespace)
-            || self.by_namespace_labels.candidates(labels.iter()).any(|rank| self.reaches(rank, &labels))
+        self.namespaces.get(namespace).is_some_and(|here| here.has_egress_ip)
+            || self
+                .by_namespace_labels
+                .candidates(labels.iter())
+                .any(|rank| self.gives(rank) && self.reaches(rank, &labels))
     }
 
     /// Whether a policy can select pods of namespaces that are not known yet.
@@ -192,7 +204,7 @@ impl PolicyIndex {
     /// The namespaces in which policies can select pods, of all that are known or have policies.
     pub fn reach(&self) -> Reach {
         let mut reach = Reach::default();
-        for Ranked { key, policy, .. } in &self.ranked {
+        for Ranked { key, policy, .. } in self.ranked.iter().filter(|ranked| !ranked.policy.is_direct()) {
             if let Namespaces::One(namespace) = &policy.namespaces {
                 note(reach.selectable.entry(namespace.clone()).or_default(), key);
             } else if self.can_select_in_unknown(policy) {
@@ -202,7 +214,8 @@ impl PolicyIndex {
         for namespace in self.known.keys().chain(self.namespaces.keys()) {
             let labels = self.labels_of(namespace);
             let candidates = self.by_namespace_labels.candidates(labels.iter());
-            let reaching: Vec<u32> = candidates.filter(|rank| self.reaches(*rank, &labels)).take(NAMED).collect();
+            let reaching = candidates.filter(|rank| self.gives(*rank) && self.reaches(*rank, &labels));
+            let reaching: Vec<u32> = reaching.take(NAMED).collect();
             if !reaching.is_empty() {
                 let here = reach.selectable.entry(namespace.clone()).or_default();
                 reaching.into_iter().for_each(|rank| note(here, &self.ranked[rank as usize].key));
@@ -220,6 +233,11 @@ impl PolicyIndex {
             Namespaces::One(_) => true,
             Namespaces::Selected(selector) => selector.matches(labels),
         }
+    }
+
+    /// Whether a policy gives egress IPs. A pod that only others select needs nothing of Egret.
+    fn gives(&self, rank: u32) -> bool {
+        !self.ranked[rank as usize].policy.is_direct()
     }
 
     fn labels_of(&self, namespace: &str) -> Cow<'_, Labels> {
@@ -279,8 +297,40 @@ fn precedence(r: &Ranked) -> (Tier, Reverse<i32>, bool, i64, &PolicyKey) {
 /// from another address. With `fallback: NodeAddress` the next policy decides instead. Otherwise a tenant could
 /// escape a ClusterEgressPolicy by asking for an address that is never given out. While a gateway is dead, its
 /// policies keep their egress IPs, and so their places.
-pub fn is_passed_over(policy: &Policy, has_allocation: bool) -> bool {
-    !has_allocation && policy.fallback == crate::api::Fallback::NodeAddress
+///
+/// An EgressPolicy with `action: Direct` is passed over if a ClusterEgressPolicy selects the pod. Otherwise a tenant
+/// could escape that one in this way too. One of tier `Admin` decides first in any case, and one with
+/// `action: Direct` has nothing to escape from.
+pub fn passed_over(ranked: &Ranked, of_pod: &[&Ranked], has_allocation: bool) -> Option<PassedOver> {
+    let Ranked { policy, .. } = ranked;
+    if policy.is_direct() {
+        let is_bound = matches!(policy.namespaces, Namespaces::One(_))
+            && of_pod.iter().any(|Ranked { policy: other, .. }| {
+                matches!(other.namespaces, Namespaces::Selected(_)) && other.tier != Tier::Admin && !other.is_direct()
+            });
+        return is_bound.then_some(PassedOver::ClusterPolicy);
+    }
+    (!has_allocation && policy.fallback == Fallback::NodeAddress).then_some(PassedOver::NoEgressIp)
+}
+
+/// Why a policy that selects a pod is passed over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PassedOver {
+    /// It has no egress IP, and has `fallback: NodeAddress`.
+    NoEgressIp,
+    /// It is an EgressPolicy with `action: Direct`, and a ClusterEgressPolicy selects the pod.
+    ClusterPolicy,
+}
+
+impl fmt::Display for PassedOver {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            PassedOver::NoEgressIp => "it has no egress IP, and has fallback: NodeAddress",
+            PassedOver::ClusterPolicy => {
+                "it has action: Direct, and a ClusterEgressPolicy selects the pod, which no EgressPolicy exempts it from"
+            }
+        })
+    }
 }
 
 #[cfg(test)]

@@ -13,7 +13,7 @@ use crate::api::{ExistingConnections, Fallback};
 use crate::model::marks::{EgressId, Marks};
 use crate::model::networks::Networks;
 use crate::model::shared::Shared;
-use crate::node_plan::policy_chain::PolicyChain;
+use crate::node_plan::policy_chain::{PolicyChain, Way};
 use anyhow::Result;
 use egret_nft::conntrack::{self, Connection};
 use egret_nft::netlink::{NETLINK_NETFILTER, Socket};
@@ -179,8 +179,8 @@ impl ConnectionReview {
             return false;
         }
         let is_ready_now = |allocation: EgressId| ready.contains(&allocation) && !self.ready.contains(&allocation);
-        let mut of_node = policy_chain.steps().iter().filter(|step| step.fallback == Fallback::NodeAddress);
-        before.policy_chain != *policy_chain || of_node.any(|step| step.allocation.is_some_and(is_ready_now))
+        let mut of_node = policy_chain.steps().iter().filter(|step| step.falls_back());
+        before.policy_chain != *policy_chain || of_node.any(|step| step.allocation().is_some_and(is_ready_now))
     }
 
     /// Ends connections of these pods, and collects the ones that continue.
@@ -196,8 +196,12 @@ impl ConnectionReview {
         let mut socket = Socket::open(NETLINK_NETFILTER)?;
         let ended = conntrack::delete_by_source(&mut socket, &of_address.keys().copied().collect(), |c| {
             let Some((pod_id, policy_chain)) = of_address.get(&c.source) else { return false };
-            if c.mark & job.marks.connection_mask() == job.marks.connection(0) || job.inside.has(c.reply_source) {
+            if job.inside.has(c.reply_source) {
                 return false;
+            }
+            if c.mark & job.marks.connection_mask() == job.marks.connection(0) {
+                // It has an egress IP, and keeps it unless a direct policy says otherwise.
+                return ends_at_direct(policy_chain, c);
             }
             let before = self.pods.get(*pod_id);
             match self.action(before, policy_chain, &job.ready, c) {
@@ -266,8 +270,15 @@ fn decides(policy_chain: &PolicyChain, ready: &BTreeSet<EgressId>, c: &Connectio
         return Some(ExistingConnections::Keep);
     }
     let step = policy_chain.step_for(c.reply_source, c.protocol, c.reply_port)?;
-    let is_ready = step.allocation.is_some_and(|allocation| ready.contains(&allocation));
-    (step.fallback == Fallback::Block || is_ready).then_some(step.existing_connections)
+    let Way::EgressIp { allocation, fallback } = step.way else { return None };
+    let is_ready = allocation.is_some_and(|allocation| ready.contains(&allocation));
+    (fallback == Fallback::Block || is_ready).then_some(step.existing_connections)
+}
+
+/// Whether a connection with an egress IP is ended, because a direct policy decides now and says so.
+fn ends_at_direct(policy_chain: &PolicyChain, c: &Connection) -> bool {
+    let step = policy_chain.step_for(c.reply_source, c.protocol, c.reply_port);
+    step.is_some_and(|step| step.way == Way::Direct && step.existing_connections == ExistingConnections::End)
 }
 
 #[cfg(test)]

@@ -54,7 +54,9 @@ impl PolicyDelay {
         let stays = |old: &Ranked| policies.iter().any(|now| now.key == old.key && is_same(now, old));
         let mut waiting = BTreeSet::new();
         if was_open && before.iter().all(stays) && self.until.is_none_or(|until| now < until) {
-            let new = policies.iter().map(|now| &now.key).filter(|key| before.iter().all(|old| old.key != **key));
+            // One with `action: Direct` waits for nothing.
+            let new = policies.iter().filter(|now| !now.policy.is_direct()).map(|now| &now.key);
+            let new = new.filter(|key| before.iter().all(|old| old.key != **key));
             waiting.extend(new.filter(|key| !view.allocations.is_placed(key)).cloned());
         }
         self.in_force = policies.iter().filter(|now| !waiting.contains(&now.key)).map(|now| (*now).clone()).collect();

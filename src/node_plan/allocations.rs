@@ -279,6 +279,7 @@ impl NodeAllocations {
         let asked_for = match &policy.address {
             AddressRequest::Explicit(pair) => *pair == allocation.address,
             AddressRequest::Allocate(_) => true,
+            AddressRequest::Direct => false,
         };
         (of_its_gateway && asked_for).then_some(id)
     }

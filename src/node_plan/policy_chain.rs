@@ -5,8 +5,7 @@ use crate::model::PolicyKey;
 use crate::model::covers::Covers;
 use crate::model::fnv::fnv1a;
 use crate::model::marks::EgressId;
-use crate::model::precedence::Ranked;
-use crate::model::precedence::is_passed_over;
+use crate::model::precedence::{Ranked, passed_over};
 use crate::node_plan::allocations::NodeAllocations;
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -26,28 +25,40 @@ pub enum PolicyChain {
 pub struct Step {
     /// The policy.
     pub policy: PolicyKey,
-    /// The allocation; `None` while it has none. It is then treated as one that is not ready.
-    pub allocation: Option<EgressId>,
-    /// What happens to packets while the egress IP is not ready.
-    pub fallback: Fallback,
+    /// Where covered packets go.
+    pub way: Way,
     /// What happens to connections that began before the policy.
     pub existing_connections: ExistingConnections,
     /// The covered destinations; empty: all.
     pub covers: Arc<Covers>,
 }
 
+/// Where the packets that a policy covers go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    /// They leave as if Egret were not there.
+    Direct,
+    /// They leave from an egress IP.
+    EgressIp {
+        /// The allocation; `None` while the policy has none. It is then treated as one that is not ready.
+        allocation: Option<EgressId>,
+        /// What happens to packets while the egress IP is not ready.
+        fallback: Fallback,
+    },
+}
+
 impl PolicyChain {
     /// Makes the policy chain of a pod from the policies that select it, in order of precedence; `None` if no policy
-    /// selects it. Policies may be [passed over](is_passed_over). Those after one that covers everything are left
-    /// out.
+    /// gives it an egress IP. Policies may be [passed over](passed_over). Those after one that covers everything are
+    /// left out.
     ///
     /// The pod is isolated if one of the policies exceeds the limit of its namespace, or if one cannot be read and it
     /// is therefore unknown which policy decides.
     pub fn new(policies: &[&Ranked], allocations: &NodeAllocations) -> Option<Self> {
         let mut steps = Vec::new();
         let with_allocation = policies.iter().map(|ranked| (*ranked, allocations.of(&ranked.key, &ranked.policy)));
-        let in_force =
-            with_allocation.filter(|(ranked, allocation)| !is_passed_over(&ranked.policy, allocation.is_some()));
+        let in_force = with_allocation
+            .filter(|(ranked, allocation)| passed_over(ranked, policies, allocation.is_some()).is_none());
         let policies: Vec<_> = in_force.collect();
         if policies.len() > 1 && policies.iter().any(|(ranked, _)| ranked.policy.guessed.rank) {
             return Some(PolicyChain::Isolated);
@@ -63,20 +74,19 @@ impl PolicyChain {
             };
             // `egress: []` covers nothing.
             if all || !covers.is_empty() {
-                let (fallback, existing_connections) = (policy.fallback, policy.existing_connections);
-                steps.push(Step {
-                    policy: key.clone(),
-                    allocation: *allocation,
-                    fallback,
-                    existing_connections,
-                    covers,
-                });
+                let way = match policy.is_direct() {
+                    true => Way::Direct,
+                    false => Way::EgressIp { allocation: *allocation, fallback: policy.fallback },
+                };
+                let existing_connections = policy.existing_connections;
+                steps.push(Step { policy: key.clone(), way, existing_connections, covers });
             }
             if all {
                 break;
             }
         }
-        (!steps.is_empty()).then_some(PolicyChain::Steps(steps))
+        // A pod that only direct policies select is left alone.
+        steps.iter().any(|step| step.way != Way::Direct).then_some(PolicyChain::Steps(steps))
     }
 
     /// The name: FNV-1a of the policies' names, so it stays as long as the list of policies does.
@@ -102,11 +112,24 @@ impl PolicyChain {
 
     /// The allocations that its packets may use.
     pub fn allocations(&self) -> impl Iterator<Item = EgressId> {
-        self.steps().iter().filter_map(|s| s.allocation)
+        self.steps().iter().filter_map(Step::allocation)
     }
 }
 
 impl Step {
+    /// The allocation of its policy.
+    pub fn allocation(&self) -> Option<EgressId> {
+        match self.way {
+            Way::Direct => None,
+            Way::EgressIp { allocation, .. } => allocation,
+        }
+    }
+
+    /// Whether its packets leave from the node's address while the egress IP is not ready.
+    pub fn falls_back(&self) -> bool {
+        matches!(self.way, Way::EgressIp { fallback: Fallback::NodeAddress, .. })
+    }
+
     /// Whether the step covers every destination outside the cluster.
     pub fn covers_everything(&self) -> bool {
         self.covers.is_empty()
@@ -162,6 +185,24 @@ mod tests {
         assert!(is_isolated(&[&guess(true, false), &other]) && is_isolated(&[&other, &guess(true, false)]));
         assert!(is_isolated(&[&guess(false, true), &other]) && !is_isolated(&[&other, &guess(false, true)]));
         assert!(!is_isolated(&[&guess(false, false), &other]));
+    }
+
+    #[test]
+    fn direct_policies_are_steps_and_alone_are_no_policy_chain() {
+        let direct = |name: &str| {
+            let mut direct = policy(name, 1);
+            Arc::make_mut(&mut direct.policy).address = crate::model::AddressRequest::Direct;
+            direct
+        };
+        let (other, allocations) = (policy("other", 1), NodeAllocations::default());
+        assert_eq!(PolicyChain::new(&[&direct("p"), &direct("q")], &allocations), None);
+        let policy_chain = PolicyChain::new(&[&direct("p"), &other], &allocations).unwrap();
+        let ways: Vec<Way> = policy_chain.steps().iter().map(|step| step.way).collect();
+        assert_eq!(ways, [Way::Direct, Way::EgressIp { allocation: None, fallback: Fallback::Block }]);
+        // It is unknown whether it decides before the one that cannot be read.
+        let mut guess = policy("guess", 1);
+        Arc::make_mut(&mut guess.policy).guessed.rank = true;
+        assert_eq!(PolicyChain::new(&[&direct("p"), &guess], &allocations), Some(PolicyChain::Isolated));
     }
 
     #[test]

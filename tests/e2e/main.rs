@@ -7,6 +7,7 @@ mod cni_verbs;
 mod coexistence;
 mod datapath;
 mod destinations;
+mod direct;
 mod existing_connections;
 mod fail_closed;
 mod failover;

@@ -9,7 +9,7 @@ use egret::model::marks::Marks;
 use egret::model::networks::Networks;
 use egret::model::tunnel_mac;
 use egret::node_plan::allocations::{AllocationState, Assignment, NodeAllocation, Peer, Placing, Role};
-use egret::node_plan::policy_chain::{PolicyChain, Step};
+use egret::node_plan::policy_chain::{PolicyChain, Step, Way};
 use egret::node_plan::{NodePlan, PodPlan, View, chain_name};
 use egret_nft::Nftables;
 use ipnetwork::IpNetwork;
@@ -72,8 +72,7 @@ fn view_and_plan(nodes: u16, pods: u32) -> (View, NodePlan, PeerIndexes) {
         };
         let step = |name: &str, allocation, fallback, covers: Vec<Destination>| Step {
             policy: PolicyKey::from(name),
-            allocation: Some(allocation),
-            fallback,
+            way: Way::EgressIp { allocation: Some(allocation), fallback },
             existing_connections: Default::default(),
             covers: Arc::new(covers.into()),
         };
@@ -136,8 +135,7 @@ fn listing(networks: u32) -> (NodePlan, SharedSets) {
         ];
         Step {
             policy: PolicyKey::from("a/b"),
-            allocation: Some(17),
-            fallback: Fallback::Block,
+            way: Way::EgressIp { allocation: Some(17), fallback: Fallback::Block },
             existing_connections: Default::default(),
             covers: Arc::new(covers.into()),
         }

@@ -121,6 +121,16 @@ fn every_validation_rule_accepts_and_rejects() {
             json!({"podSelector": {}, "allocate": "Shared", "address": {"ipv4": "192.0.2.1"}}),
         ),
         (
+            "ClusterEgressPolicy",
+            json!({"podSelector": {}, "action": "Direct", "fallback": "Block"}),
+            json!({"podSelector": {}, "action": "Direct", "fallback": "NodeAddress"}),
+        ),
+        (
+            "EgressPolicy",
+            json!({"podSelector": {}, "action": "Direct", "existingConnections": "End"}),
+            json!({"podSelector": {}, "action": "Direct", "gateway": "g"}),
+        ),
+        (
             "EgressPolicy",
             json!({"podSelector": {}, "address": {"ipv6": "2001:db8::1"}}),
             json!({"podSelector": {}, "address": {}}),

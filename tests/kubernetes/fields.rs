@@ -86,7 +86,10 @@ fn policies(kind: &str, more: &Value) -> Vec<Value> {
     for allocate in ["Dedicated", "Shared", "Node"] {
         specs.push(spec("NodeAddress", by_labels(), json!({"allocate": allocate})));
     }
-    specs.push(spec("Block", json!({"services": ["frontend"]}), json!({})));
+    specs.push(spec("Block", json!({"services": ["frontend"]}), json!({"action": "EgressIP"})));
+    let mut direct = spec("Block", by_labels(), json!({"action": "Direct"}));
+    direct.as_object_mut().expect("an object").remove("gateway");
+    specs.push(direct);
     let object = |(number, spec)| object(kind, &format!("p{number}"), spec, status.clone());
     specs.into_iter().enumerate().map(object).collect()
 }

@@ -9,7 +9,7 @@ use crate::allocation::{Decision, Grant, Outcome, in_words, unreachable};
 use crate::api::{AllocationKind, EgressPolicyStatus, Placement};
 use crate::model::condition::Conditions;
 use crate::model::egress_node::OfAllocations;
-use crate::model::precedence::{PolicyIndex, Ranked, is_passed_over};
+use crate::model::precedence::{PassedOver, PolicyIndex, Ranked, passed_over};
 use crate::model::quota;
 use crate::model::selector::Name;
 use crate::model::uplink_key::UplinkKey;
@@ -26,6 +26,9 @@ const NOT_HEARD: &str = "NodeNotHeard";
 
 /// The reason of `Accepted=True` when other policies share the named egress IP.
 const SHARED: &str = "AddressShared";
+
+/// The reason of `Accepted=True` and `Ready=True` with `action: Direct`.
+const DIRECT: &str = "Direct";
 
 /// The condition of a policy whose pods are isolated on some nodes, because it lists too many destinations for one.
 /// It is absent otherwise.
@@ -62,6 +65,10 @@ pub fn report(cluster: &Cluster, outcome: &Outcome, now: i64) -> BTreeMap<Policy
                 conditions.add("Accepted", false, rejection.reason, rejection.message.as_str());
                 conditions.add("Ready", false, "NotAccepted", "it has no egress IP; see the condition Accepted");
             }
+            Decision::Direct => {
+                conditions.add("Accepted", true, DIRECT, "what it covers leaves as if Egret were not there");
+                conditions.add("Ready", true, DIRECT, "it needs no egress IP");
+            }
             Decision::Granted(grant) => {
                 status.gateway = Some(grant.gateway.to_string());
                 status.addresses = Some(grant.address.clone());
@@ -93,13 +100,19 @@ pub fn report(cluster: &Cluster, outcome: &Outcome, now: i64) -> BTreeMap<Policy
         status.pods = usage.map_or(0, |u| u.pods);
         match usage {
             None => conditions.add("Shadowed", false, "NoPods", "it selects no pod now"),
-            Some(Usage { passed_over: true, .. }) => {
+            Some(Usage { decides: true, .. }) => {
+                conditions.add("Shadowed", false, "NotShadowed", "it decides for some traffic of its pods");
+            }
+            Some(Usage { passed_over: Some(PassedOver::NoEgressIp), .. }) => {
                 let message =
                     "it has no egress IP and has fallback: NodeAddress, so the next policy of each pod decides";
                 conditions.add("Shadowed", false, "PassedOver", message);
             }
-            Some(Usage { decides: true, .. }) => {
-                conditions.add("Shadowed", false, "NotShadowed", "it decides for some traffic of its pods");
+            Some(Usage { passed_over: Some(PassedOver::ClusterPolicy), .. }) => {
+                let message = "it has action: Direct and decides for no pod, because no EgressPolicy exempts pods from \
+                               the ClusterEgressPolicies that select them; ask for a ClusterEgressPolicy with action: \
+                               Direct";
+                conditions.add("Shadowed", true, "PassedOver", message);
             }
             Some(usage) => conditions.add("Shadowed", true, "Shadowed", shadowed(cluster, policy, &usage.shadowed_by)),
         }
@@ -289,8 +302,8 @@ struct Usage<'a> {
     pods: u32,
     /// Whether it decides for some destination of some pod.
     decides: bool,
-    /// Whether it is passed over because it has no egress IP.
-    passed_over: bool,
+    /// Why it is passed over, for some pod at least.
+    passed_over: Option<PassedOver>,
     /// The policies that decide instead of it.
     shadowed_by: BTreeSet<&'a PolicyKey>,
 }
@@ -316,8 +329,8 @@ fn uses<'a>(cluster: &'a Cluster, outcome: &Outcome) -> HashMap<&'a PolicyKey, U
             let Some((key, policy)) = cluster.policies.get_key_value(&ranked.key) else { continue };
             let usage = uses.entry(key).or_default();
             usage.pods += pods;
-            usage.passed_over = is_passed_over(policy, outcome.gateway_of(key).is_some());
-            if usage.passed_over {
+            if let Some(why) = passed_over(ranked, policies, outcome.gateway_of(key).is_some()) {
+                usage.passed_over = Some(why);
                 continue;
             }
             match coverage.covers(policy) {

@@ -1,6 +1,6 @@
 use super::*;
 use crate::api::{
-    Allocate, Condition, EgressPeer, EgressPolicySpec, EgressPort, EgressRule, Fallback, IpBlock, Protocol,
+    Action, Allocate, Condition, EgressPeer, EgressPolicySpec, EgressPort, EgressRule, Fallback, IpBlock, Protocol,
     RefusedAllocation, Tier,
 };
 use crate::fixture::{World, asking, naming, selector};
@@ -329,4 +329,22 @@ fn a_policy_over_the_limit_of_a_node_says_on_which_nodes() {
     }
     let status = &world.report()[&PolicyKey::from("a/p")];
     assert!(status.conditions.iter().all(|c| c.type_ != "OverNodeLimit"), "{:?}", status.conditions);
+}
+
+#[test]
+fn a_direct_policy_has_no_egress_ip_and_is_ready() {
+    let mut world = World::new(&["192.0.2.50"]);
+    world.pod("a", "pod", &[]);
+    let direct = EgressPolicySpec { action: Action::Direct, ..to(&["203.0.113.0/24"], 5) };
+    world.policy("a/direct", EgressPolicySpec { allocate: None, ..direct });
+    world.policy("a/narrow", to(&["203.0.113.0/25"], 0));
+    world.assert_condition("a/direct", "Accepted", "True", "Direct", "leaves as if Egret were not there");
+    world.assert_condition("a/direct", "Ready", "True", "Direct", "no egress IP");
+    world.assert_condition("a/direct", "Shadowed", "False", "NotShadowed", "");
+    world.assert_condition("a/narrow", "Shadowed", "True", "Shadowed", "a/direct");
+    let status = &world.report()[&PolicyKey::from("a/direct")];
+    assert_eq!((&status.addresses, &status.gateway, status.pods), (&None, &None, 1));
+    world.policy("everywhere", to(&["203.0.113.0/24"], -3));
+    world.assert_condition("a/direct", "Shadowed", "True", "PassedOver", "ClusterEgressPolicy with action: Direct");
+    world.assert_condition("a/narrow", "Shadowed", "False", "NotShadowed", "");
 }

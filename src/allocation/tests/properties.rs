@@ -1,7 +1,7 @@
 //! Properties of the allocations after any sequence of events.
 
 use crate::allocation::{COOLDOWN_SECONDS, Decision, Outcome, Reason, allocate};
-use crate::api::{Allocate, AllocationKind, EgressPolicySpec, Sharing};
+use crate::api::{Action, Allocate, AllocationKind, EgressPolicySpec, Sharing};
 use crate::fixture::{World, asking, naming, reservation};
 use crate::model::PolicyKey;
 use crate::model::marks::MAX_EGRESS_ID;
@@ -35,6 +35,18 @@ enum Ask {
     V4(u8),
     Both(u8, u8),
     Allocate(Allocate),
+    Direct,
+}
+
+impl Ask {
+    fn spec(&self) -> EgressPolicySpec {
+        match self {
+            Ask::V4(a) => naming(&[&format!("192.0.2.{a}")]),
+            Ask::Both(a, b) => naming(&[&format!("192.0.2.{a}"), &format!("2001:db8::{b}")]),
+            Ask::Allocate(allocate) => asking(*allocate),
+            Ask::Direct => EgressPolicySpec { action: Action::Direct, allocate: None, ..asking(Allocate::Dedicated) },
+        }
+    }
 }
 
 fn ask() -> impl Strategy<Value = Ask> {
@@ -44,6 +56,7 @@ fn ask() -> impl Strategy<Value = Ask> {
         Just(Ask::Allocate(Allocate::Dedicated)),
         Just(Ask::Allocate(Allocate::Shared)),
         Just(Ask::Allocate(Allocate::Node)),
+        Just(Ask::Direct),
     ]
 }
 
@@ -100,12 +113,8 @@ impl Story {
         };
         match step {
             Step::Policy { name, gateway, address } => {
-                let spec = match address {
-                    Ask::V4(a) => naming(&[&format!("192.0.2.{a}")]),
-                    Ask::Both(a, b) => naming(&[&format!("192.0.2.{a}"), &format!("2001:db8::{b}")]),
-                    Ask::Allocate(allocate) => asking(*allocate),
-                };
-                let gateway = gateway.map(|g| GATEWAYS[g].to_owned());
+                let spec = address.spec();
+                let gateway = gateway.map(|g| GATEWAYS[g].to_owned()).filter(|_| !matches!(address, Ask::Direct));
                 self.world.policy(&key(name), EgressPolicySpec { gateway, ..spec });
             }
             Step::NoPolicy(name) => {
@@ -184,6 +193,7 @@ fn check_sound(world: &World, outcome: &Outcome) -> Result<(), TestCaseError> {
                 prop_assert!(!users.contains_key(key));
                 prop_assert!(rejection.message.contains(';'), "no remedy in {:?}", rejection.message);
             }
+            Decision::Direct => prop_assert!(!users.contains_key(key) && world.cluster.policies[key].is_direct()),
         }
     }
     Ok(())
@@ -302,11 +312,7 @@ proptest! {
             world.node(&format!("n{node}"), "g", &[&format!("10.0.0.{node}")]);
         }
         for (i, ask) in asks.iter().enumerate() {
-            world.policy(&format!("ns/p{i}"), match ask {
-                Ask::V4(a) => naming(&[&format!("192.0.2.{a}")]),
-                Ask::Both(a, b) => naming(&[&format!("192.0.2.{a}"), &format!("2001:db8::{b}")]),
-                Ask::Allocate(allocate) => asking(*allocate),
-            });
+            world.policy(&format!("ns/p{i}"), ask.spec());
         }
         let outcome = world.allocate();
         let mut count: BTreeMap<&str, usize> = (0..nodes).map(|_| ("", 0)).collect();
@@ -344,6 +350,7 @@ proptest! {
                 }
                 // With two default gateways, it is unknown from which one the policy's allocation came.
                 Decision::Rejected(rejection) => prop_assert_eq!(rejection.reason, Reason::SeveralDefaultGateways),
+                Decision::Direct => return Err(TestCaseError::fail("it asked for an egress IP")),
             }
         }
     }

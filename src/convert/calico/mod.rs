@@ -11,7 +11,7 @@ use super::destinations::{Covered, contains, covered, everything_of};
 use super::draft::{Draft, PolicyDraft, Scope};
 use super::field::{Field, Invalid};
 use super::input::Object;
-use crate::api::{Allocate, EgressPeer, EgressRule};
+use crate::api::{Action, Allocate, EgressPeer, EgressRule};
 use ipnetwork::IpNetwork;
 
 /// Whether the object is of Calico's egress gateways.
@@ -44,16 +44,15 @@ pub(super) fn convert(objects: &[&Object]) -> Result<Draft, Invalid> {
             template.spec.priority = 1;
         }
         let routes = routes(client, objects, &known, &mut template, &mut draft)?;
-        if let Some(namespace) = clients.iter().find(|other| is_namespace_of(other, client))
-            && routes.iter().any(|route| route.covered != Covered::Everything)
-        {
-            template.notes.differs(format!(
-                "what this policy does not cover, the policy of {} does; there the pod's annotations replace the \
-                 namespace's",
-                namespace.object.label()
-            ));
-        }
         let base = base_name(client, &routes)?;
+        // A pod's annotations replace its namespace's, so what they do not cover leaves directly.
+        let replaces_namespace = clients.iter().any(|other| is_namespace_of(other, client));
+        if replaces_namespace && routes.iter().all(|route| route.covered != Covered::Everything) && !routes.is_empty() {
+            let mut policy = PolicyDraft { name: format!("{base}-direct"), ..template.clone() };
+            policy.spec.action = Action::Direct;
+            template.spec.priority = 2;
+            draft.policies.push(policy);
+        }
         for route in &routes {
             let name = match (routes.len(), &base) {
                 (1, base) => base.clone(),

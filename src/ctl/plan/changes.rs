@@ -39,14 +39,16 @@ fn policy(before: &Computed, after: &Computed, key: &PolicyKey) -> Option<Change
             format!("is refused, {traffic}: {}", message(&status.conditions, "Accepted"))
         }
         PolicyState::Shadowed => format!("is shadowed: {}", message(&status.conditions, "Shadowed")),
+        _ if policy.is_some_and(|policy| policy.is_direct()) => "lets what it covers leave directly".to_owned(),
         _ => format!("has {} from EgressGateway {}", addresses(status), status.gateway.as_deref().unwrap_or_default()),
     };
     match was {
         None => change(state != PolicyState::Ready, format!("is new; it {}", words(new, state))),
         Some(was) if was != state => change(state < was, format!("{} (now {})", words(new, state), word(was))),
-        Some(_) if old.map(addresses) != Some(addresses(new)) && state != PolicyState::Refused => {
-            change(false, format!("changes from {} to {}", old.map(addresses).unwrap_or_default(), addresses(new)))
-        }
+        Some(_) if old.map(addresses) != Some(addresses(new)) && state != PolicyState::Refused => change(
+            false,
+            format!("changes from {} to {}", old.map(address_or_direct).unwrap_or_default(), address_or_direct(new)),
+        ),
         Some(_) => None,
     }
 }
@@ -72,6 +74,10 @@ fn word(state: PolicyState) -> &'static str {
 fn addresses(status: &EgressPolicyStatus) -> String {
     let all: Vec<IpAddr> = status.addresses.iter().flat_map(addresses_of).collect();
     list(&all)
+}
+
+fn address_or_direct(status: &EgressPolicyStatus) -> String {
+    Some(addresses(status)).filter(|text| !text.is_empty()).unwrap_or_else(|| "direct".to_owned())
 }
 
 fn message(conditions: &[Condition], type_: &str) -> String {

@@ -5,7 +5,7 @@ use crate::allocation::Decision;
 use crate::api::{ExistingConnections, Fallback};
 use crate::ctl::pods::list;
 use crate::model::destination::comma_separated;
-use crate::model::precedence::{PolicyIndex, Ranked, is_passed_over};
+use crate::model::precedence::{PolicyIndex, Ranked, passed_over};
 use crate::model::{ObjectKey, addresses_of};
 use serde::Serialize;
 use std::collections::{BTreeMap, BTreeSet};
@@ -20,7 +20,9 @@ pub struct Egress {
     pub policy: String,
     /// The destinations: `everything`, or networks and ports.
     pub covers: String,
-    /// The egress IP; empty: the traffic is blocked.
+    /// Whether the traffic leaves as if Egret were not there.
+    pub direct: bool,
+    /// The egress IP; empty, unless it is direct: the traffic is blocked.
     pub egress_ip: Vec<IpAddr>,
     /// Whether connections that began before the policy are ended.
     #[serde(skip)]
@@ -29,8 +31,9 @@ pub struct Egress {
 
 impl fmt::Display for Egress {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Egress { policy, covers, egress_ip, .. } = self;
+        let Egress { policy, covers, direct, egress_ip, .. } = self;
         match egress_ip.as_slice() {
+            [] if *direct => write!(f, "direct by {policy}")?,
             [] => write!(f, "blocked by {policy}")?,
             some => write!(f, "{} by {policy}", list(some))?,
         }
@@ -48,12 +51,13 @@ fn ways(computed: &Computed) -> BTreeMap<&ObjectKey, Vec<Egress>> {
 
 fn of_policies(computed: &Computed, policies: &[&Ranked]) -> Vec<Egress> {
     let mut ways = Vec::new();
-    for Ranked { key, policy, .. } in policies {
+    for ranked in policies {
+        let Ranked { key, policy, .. } = ranked;
         let address = match computed.outcome.decisions.get(key) {
             Some(Decision::Granted(grant)) => Some(addresses_of(&grant.address).collect::<Vec<IpAddr>>()),
             _ => None,
         };
-        if is_passed_over(policy, address.is_some()) {
+        if passed_over(ranked, policies, address.is_some()).is_some() {
             continue;
         }
         // `egress: []` covers nothing.
@@ -67,6 +71,7 @@ fn of_policies(computed: &Computed, policies: &[&Ranked]) -> Vec<Egress> {
         ways.push(Egress {
             policy: key.to_string(),
             covers,
+            direct: policy.is_direct(),
             egress_ip: address.unwrap_or_default(),
             ends_existing: policy.existing_connections == ExistingConnections::End,
         });
@@ -74,7 +79,8 @@ fn of_policies(computed: &Computed, policies: &[&Ranked]) -> Vec<Egress> {
             break;
         }
     }
-    ways
+    // A pod that only direct policies select leaves as if there were none.
+    if ways.iter().all(|way| way.direct) { Vec::new() } else { ways }
 }
 
 /// The pods whose way out changes, those with the same change together.

@@ -4,7 +4,7 @@ use super::{counter, covers, set};
 use crate::api::Fallback;
 use crate::model::marks::{MAX_INDEX, Marks};
 use crate::node_plan::PodPlan;
-use crate::node_plan::policy_chain::{PolicyChain, Step};
+use crate::node_plan::policy_chain::{PolicyChain, Step, Way};
 use egret_nft::Family;
 use egret_nft::rule::Rule;
 use egret_nft::uapi::*;
@@ -50,25 +50,29 @@ pub(super) fn of_policy_chain(policy_chain: &PolicyChain, marks: Marks) -> Vec<R
         passed ^= number;
         Rule::new().flip_mark(marks.uplink(number))
     };
-    if steps.iter().any(|step| step.fallback == Fallback::NodeAddress) {
-        // Packets of state invalid are not translated. They would leave with the pod's own address.
-        rules.push(numbered().ct_state(CT_STATE_INVALID).counter(counter::BLOCKED).drop());
-    }
-    for step in steps {
+    let first_fallback = steps.iter().position(Step::falls_back);
+    for (at, step) in steps.iter().enumerate() {
+        if first_fallback == Some(at) {
+            // Packets of state invalid are not translated. They would leave with the pod's own address.
+            rules.push(numbered().ct_state(CT_STATE_INVALID).counter(counter::BLOCKED).drop());
+        }
         for lookup in covers::lookups(&step.covers) {
             let mut matched = || lookup.append_to(numbered());
-            match (step.allocation, step.fallback) {
-                (Some(allocation), Fallback::Block) => {
+            match step.way {
+                Way::Direct => rules.push(pass(matched())),
+                Way::EgressIp { allocation: Some(allocation), fallback: Fallback::Block } => {
                     rules.push(matched().set_ct_mark(marks.connection(allocation)).goto("known"));
                 }
-                (Some(allocation), Fallback::NodeAddress) => {
+                Way::EgressIp { allocation: Some(allocation), fallback: Fallback::NodeAddress } => {
                     rules.push(
                         matched().set_ct_mark_and_mark_by(marks.connection(allocation), set::EGRESS_ID_OUT).accept(),
                     );
                     rules.push(pass(matched()));
                 }
-                (None, Fallback::Block) => rules.push(matched().counter(counter::BLOCKED).drop()),
-                (None, Fallback::NodeAddress) => rules.push(pass(matched())),
+                Way::EgressIp { allocation: None, fallback: Fallback::Block } => {
+                    rules.push(matched().counter(counter::BLOCKED).drop());
+                }
+                Way::EgressIp { allocation: None, fallback: Fallback::NodeAddress } => rules.push(pass(matched())),
             }
         }
     }

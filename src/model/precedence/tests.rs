@@ -1,5 +1,5 @@
 use super::*;
-use crate::api::{ClusterEgressPolicySpec, EgressPolicySpec, Tier};
+use crate::api::{Action, ClusterEgressPolicySpec, EgressPolicySpec, Tier};
 use crate::model::selector::Selector;
 use crate::model::{Metadata, ObjectKey};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
@@ -259,4 +259,56 @@ proptest! {
             }
         }
     }
+}
+
+/// A direct policy of pods with these labels.
+fn direct(priority: i32) -> EgressPolicySpec {
+    EgressPolicySpec { action: Action::Direct, ..by_labels(&[], priority) }
+}
+
+#[test]
+fn an_egress_policy_exempts_no_pod_from_a_cluster_policy() {
+    let cluster_wide = |tier, action| ClusterEgressPolicySpec {
+        tier,
+        action,
+        pod_selector: Some(selector(&[])),
+        ..Default::default()
+    };
+    for (tier, action, expected) in [
+        (None, Action::EgressIp, Some(PassedOver::ClusterPolicy)),
+        (Some(Tier::Baseline), Action::EgressIp, Some(PassedOver::ClusterPolicy)),
+        (Some(Tier::Admin), Action::EgressIp, None),
+        (None, Action::Direct, None),
+    ] {
+        let index = Builder::default()
+            .policy("a/direct", direct(9), Some(1))
+            .cluster_policy("everywhere", cluster_wide(tier, action))
+            .index();
+        let policies = index.policies_for("a", &Labels::default());
+        let of = |name: &str| *policies.iter().find(|ranked| ranked.key == PolicyKey::from(name)).unwrap();
+        assert_eq!(passed_over(of("a/direct"), &policies, false), expected, "{tier:?} {action:?}");
+        assert_eq!(passed_over(of("everywhere"), &policies, true), None, "{tier:?} {action:?}");
+    }
+}
+
+#[test]
+fn where_only_direct_policies_are_no_pod_needs_egret() {
+    let cluster_wide = |labels: &[(&str, &str)]| ClusterEgressPolicySpec {
+        action: Action::Direct,
+        namespace_selector: Some(selector(labels)),
+        pod_selector: Some(selector(&[])),
+        ..Default::default()
+    };
+    let builder = Builder::default()
+        .policy("a/direct", direct(0), Some(1))
+        .cluster_policy("everywhere", cluster_wide(&[]))
+        .cluster_policy("labelled", cluster_wide(&[("team", "x")]));
+    let index = builder.index();
+    assert!(!index.can_select_in("a") && !index.is_undecided_in("unknown"));
+    let reach = index.reach();
+    assert_eq!((reach.selectable, reach.in_unknown), Default::default());
+    let index = builder.policy("b/p", by_labels(&[], 0), Some(1)).index();
+    assert!(!index.can_select_in("a") && index.can_select_in("b"));
+    // Whether a direct policy decides before another one depends on the namespace's labels.
+    assert!(index.is_undecided_in("unknown"));
 }

@@ -2,7 +2,7 @@ use super::*;
 use crate::model::PolicyKey;
 use crate::model::destination::{Destination, Ports};
 use crate::model::marks::Marks;
-use crate::node_plan::policy_chain::Step;
+use crate::node_plan::policy_chain::{Step, Way};
 
 const ALLOCATION: EgressId = 7;
 const HTTPS: u16 = 443;
@@ -19,8 +19,7 @@ fn policy_chain(existing_connections: ExistingConnections, fallback: Fallback) -
     let covers = Arc::new(vec![covers].into());
     Arc::new(PolicyChain::Steps(vec![Step {
         policy,
-        allocation: Some(ALLOCATION),
-        fallback,
+        way: Way::EgressIp { allocation: Some(ALLOCATION), fallback },
         existing_connections,
         covers,
     }]))
@@ -130,4 +129,18 @@ fn an_unchanged_state_is_sent_once() {
         incoming.try_iter().count()
     };
     assert_eq!([jobs_after(false), jobs_after(false), jobs_after(true), jobs_after(false)], [1, 0, 1, 0]);
+}
+
+#[test]
+fn a_direct_policy_ends_connections_with_an_egress_ip_only_if_it_says_so() {
+    for (existing, ends) in [(ExistingConnections::Keep, false), (ExistingConnections::End, true)] {
+        let mut direct = (*policy_chain(existing, Fallback::Block)).clone();
+        let PolicyChain::Steps(steps) = &mut direct else { panic!("no steps") };
+        steps[0].way = Way::Direct;
+        assert_eq!(ends_at_direct(&direct, &connection(1, HTTPS)), ends);
+        assert!(!ends_at_direct(&direct, &connection(1, 80)), "it covers no other port");
+        // A connection without an egress IP may leave so.
+        assert_eq!(decides(&direct, &[ALLOCATION].into(), &connection(1, HTTPS)), None);
+    }
+    assert!(!ends_at_direct(&policy_chain(ExistingConnections::End, Fallback::Block), &connection(1, HTTPS)));
 }

@@ -14,8 +14,8 @@ use std::net::{IpAddr, SocketAddr};
 pub(super) fn decided(cluster: &Cluster, pod: &Pod, policies: &[&Ranked], target: Target) -> Vec<String> {
     let mut lines = Vec::new();
     let by_port = |ranked: &&&Ranked| target.port.is_none() && covers_by_port(ranked, target.address);
-    let passed_over = passed_over(cluster);
-    let in_force = policies.iter().filter(|ranked| !passed_over(ranked));
+    let passed_over = passed_over(cluster, policies);
+    let in_force = policies.iter().filter(|ranked| passed_over(ranked).is_none());
     let decides = in_force.clone().find(|ranked| covers(ranked, &target));
     let before = in_force.take_while(|ranked| decides.is_none_or(|decides| decides.key != ranked.key));
     for Ranked { key, .. } in before.filter(by_port) {
@@ -30,6 +30,10 @@ pub(super) fn decided(cluster: &Cluster, pod: &Pod, policies: &[&Ranked], target
         lines.push(format!("{target}{other_ports} is covered by no policy: it leaves as if Egret were not there."));
         return lines;
     };
+    if policy.is_direct() {
+        lines.push(format!("{target} leaves as if Egret were not there: {} decides (action: Direct).", named(key)));
+        return lines;
+    }
     let status = cluster.policy_statuses.get(key);
     let address = status.and_then(|status| address_towards(status, target.address));
     let ready = status.and_then(|s| s.conditions.iter().find(|c| c.type_ == "Ready"));

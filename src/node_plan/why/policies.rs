@@ -2,7 +2,7 @@
 
 use super::{list, named};
 use crate::api::{ExistingConnections, Fallback};
-use crate::model::precedence::{Ranked, is_passed_over};
+use crate::model::precedence::{self, PassedOver, Ranked};
 use crate::model::{Cluster, PolicyKey, Tier};
 use std::collections::HashSet;
 
@@ -13,8 +13,8 @@ pub(super) fn explain_all(cluster: &Cluster, policies: &[&Ranked]) -> Vec<String
          decides:"
             .to_owned(),
     ];
-    let passed_over = passed_over(cluster);
-    let everything = policies.iter().position(|r| r.policy.covers_everything() && !passed_over(r));
+    let passed_over = passed_over(cluster, policies);
+    let everything = policies.iter().position(|r| r.policy.covers_everything() && passed_over(r).is_none());
     for (at, ranked) in policies.iter().enumerate() {
         let Ranked { key, policy, .. } = ranked;
         let covers = match &policy.egress {
@@ -25,9 +25,10 @@ pub(super) fn explain_all(cluster: &Cluster, policies: &[&Ranked]) -> Vec<String
             Tier::ByPriority => String::new(),
             tier => format!("tier {tier:?}, "),
         };
-        lines.push(format!("{}. {}, {tier}priority {}, covers {covers}", at + 1, named(key), policy.priority));
-        if passed_over(ranked) {
-            lines.push("   it is passed over: it has no egress IP, and has fallback: NodeAddress".to_owned());
+        let action = if policy.is_direct() { ", action: Direct" } else { "" };
+        lines.push(format!("{}. {}, {tier}priority {}, covers {covers}{action}", at + 1, named(key), policy.priority));
+        if let Some(why) = passed_over(ranked) {
+            lines.push(format!("   it is passed over: {why}"));
         }
         if everything.is_some_and(|everything| at > everything) {
             lines.push("   it never decides: a policy before it covers everything".to_owned());
@@ -41,7 +42,8 @@ pub(super) fn explain_all(cluster: &Cluster, policies: &[&Ranked]) -> Vec<String
             lines.push("   the controller has not written its status yet".to_owned());
         }
         if policy.existing_connections == ExistingConnections::End {
-            lines.push("   connections that began before it are ended (existingConnections: End)".into());
+            let which = if policy.is_direct() { "that have an egress IP" } else { "that began before it" };
+            lines.push(format!("   connections {which} are ended (existingConnections: End)"));
         }
         if policy.fallback == Fallback::NodeAddress {
             lines.push(
@@ -55,9 +57,10 @@ pub(super) fn explain_all(cluster: &Cluster, policies: &[&Ranked]) -> Vec<String
     lines
 }
 
-/// Returns a function that tells whether a policy is passed over, by the allocations in the gateways' statuses.
-pub(super) fn passed_over(cluster: &Cluster) -> impl Fn(&Ranked) -> bool + use<> {
+/// Returns a function that tells why one of a pod's policies is passed over, by the allocations in the gateways'
+/// statuses.
+pub(super) fn passed_over(cluster: &Cluster, policies: &[&Ranked]) -> impl Fn(&Ranked) -> Option<PassedOver> {
     let allocations = cluster.allocations();
     let listed: HashSet<PolicyKey> = allocations.flat_map(|allocation| allocation.policies.iter().cloned()).collect();
-    move |Ranked { key, policy, .. }| is_passed_over(policy, listed.contains(key))
+    move |ranked| precedence::passed_over(ranked, policies, listed.contains(&ranked.key))
 }

@@ -3,7 +3,7 @@
 use super::*;
 use crate::allocation::report::report;
 use crate::api::{
-    BlockedAllocation, EgressPeer, EgressPolicySpec, EgressPort, EgressRule, Fallback, IpBlock, Protocol,
+    Action, BlockedAllocation, EgressPeer, EgressPolicySpec, EgressPort, EgressRule, Fallback, IpBlock, Protocol,
 };
 use crate::fixture::{World, naming};
 use crate::model::{Endpoints, Exposure, Service, ServicePort};
@@ -182,4 +182,24 @@ fn a_policy_that_is_not_ready_applies_its_fallback() {
     assert_has(&explain(&world, "9.9.9.9"), &["No policy selects it"]);
     let nobody = why(&world.cluster, &ObjectKey::new("shop", "nobody"), None, &[]);
     assert_eq!(nobody.unwrap_err().to_string(), "the cluster has no pod shop/nobody; write NAMESPACE/NAME");
+}
+
+#[test]
+fn a_direct_policy_is_explained() {
+    let mut world = world();
+    let EgressPolicySpec { egress, pod_selector, .. } = naming(&["192.0.2.51"]);
+    let block = IpBlock { cidr: "203.0.113.0/24".into(), except: Vec::new() };
+    let rule = EgressRule { to: vec![EgressPeer { ip_block: block }], ports: Vec::new() };
+    let spec = EgressPolicySpec { action: Action::Direct, pod_selector, priority: 9, ..Default::default() };
+    world.policy("shop/names", EgressPolicySpec { egress: egress.or(Some(vec![rule])), ..spec });
+    // A ClusterEgressPolicy selects the pod too.
+    let text = explain(&settled(world.clone()), "203.0.113.9");
+    assert_has(&text, &["203.0.113.9 leaves from 192.0.2.50: EgressPolicy shop/rest decides"]);
+    assert_has(&explain(&settled(world.clone()), ""), &["action: Direct\n   it is passed over: it has action: Direct"]);
+    world.without_policy("late");
+    let text = explain(&settled(world), "203.0.113.9");
+    assert_has(
+        &text,
+        &["203.0.113.9 leaves as if Egret were not there: EgressPolicy shop/names decides (action: Direct)."],
+    );
 }
