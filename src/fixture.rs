@@ -132,10 +132,23 @@ impl World {
         self.cluster.pods.insert(ObjectKey::new(namespace, name), Arc::new(pod));
     }
 
+    /// Adds a pod without labels on a node.
+    pub(crate) fn pod_on(&mut self, node: &str, namespace: &str, name: &str) {
+        let pod = Pod { node: Some(node.into()), ..Pod::default() };
+        self.cluster.pods.insert(ObjectKey::new(namespace, name), Arc::new(pod));
+    }
+
     /// Lets a node report that it holds these egress IPs.
     pub(crate) fn holds(&mut self, node: &str, allocations: &[u16]) {
         let status = EgressNodeStatus { allocations: allocations.to_vec(), ..EgressNodeStatus::default() };
         self.cluster.egress_nodes.insert(node.into(), Arc::new(status.into()));
+    }
+
+    /// Lets a node report the version of its daemon, and since when it is in sync.
+    pub(crate) fn is_in_sync(&mut self, node: &str, version: &str, since: &str) {
+        let status = Arc::make_mut(self.cluster.egress_nodes.entry(node.into()).or_default()).of_allocations_mut();
+        status.version = Some(version.into());
+        status.in_sync_since = Some(since.into());
     }
 
     /// Lets a node report these peers as unreachable.

@@ -8,9 +8,12 @@ use super::decision::{Decision, Grant, Reason, Rejection};
 use super::place::{AllocationPlace, GatewayPlace, PolicyPlace, RequestPlace};
 use super::probes;
 use super::request::{Kind, Requester};
-use crate::api::{Allocation, AllocationKind, Condition, EgressGatewayStatus, ReleasedAllocation};
-use crate::model::END_COOLDOWN;
+use crate::api::{
+    Allocation, AllocationKind, Condition, EgressGatewayStatus, FamilyUsage, PoolUsage, ReleasedAllocation,
+};
+use crate::model::{END_COOLDOWN, Node};
 use crate::model::condition::Conditions;
+use crate::model::selector::Name;
 use egret_nft::Family;
 use ipnetwork::IpNetwork;
 use std::collections::HashMap;
@@ -63,6 +66,8 @@ pub(super) fn close(allocator: Allocator, rejections: &HashMap<RequestPlace, Rej
         status.nodes = gateway_pool.nodes.iter().map(|(name, _)| name.to_string()).collect();
         status.allocations.sort_by_key(|allocation| allocation.id);
         status.released.sort_by_key(|r| (r.at, r.id, r.address.ipv4, r.address.ipv6));
+        count_nodes(&allocator, gateway_pool, &mut status);
+        status.usage = usage(gateway_pool, &status);
         status.conditions = conditions(&allocator, place, gateway_pool, &status, rejections);
         let next = status.released.first().map(|released| released.at + COOLDOWN_SECONDS);
         status.reports_requested_at = gateway_pool.reports.requested_at;
@@ -71,6 +76,18 @@ pub(super) fn close(allocator: Allocator, rejections: &HashMap<RequestPlace, Rej
         outcome.gateways.insert(gateway_pool.name.clone(), status);
     }
     outcome
+}
+
+/// Notes how many nodes the gateway has, and which of them cannot hold an egress IP now.
+fn count_nodes(allocator: &Allocator, gateway_pool: &GatewayPool, status: &mut EgressGatewayStatus) {
+    let is_ready = |name: &Name, node: &Node| {
+        allocator.cluster.egress_nodes.contains_key(name) && allocator.lives(name) && !node.is_lost(allocator.now)
+    };
+    let not_ready = gateway_pool.nodes.iter().filter(|(name, node)| !is_ready(name, node));
+    status.not_ready_nodes = not_ready.map(|(name, _)| name.to_string()).collect();
+    let count = |nodes: &[String]| u32::try_from(nodes.len()).unwrap_or(u32::MAX);
+    status.node_count = count(&status.nodes);
+    status.ready_nodes = status.node_count.saturating_sub(count(&status.not_ready_nodes));
 }
 
 fn grant_of(allocator: &Allocator, requester: PolicyPlace, request: RequestPlace, place: AllocationPlace) -> Grant {
@@ -204,7 +221,7 @@ fn conditions(
             let message = "its whole pool belongs to other gateways; add addresses to spec.addresses";
             conditions.add("AddressesLeft", false, Reason::PoolEmpty, message);
         }
-        None => conditions.add("AddressesLeft", true, "AddressesLeft", in_use(gateway_pool, status)),
+        None => conditions.add("AddressesLeft", true, "AddressesLeft", in_use(gateway_pool, status.usage)),
     }
     probes::add_condition(&mut conditions, allocator, gateway_pool);
     conditions.finish()
@@ -215,14 +232,28 @@ fn inside(allocator: &Allocator, gateway_pool: &GatewayPool) -> Option<(IpNetwor
     gateway_pool.gateway.pool.iter().find_map(|range| allocator.inside_range(range))
 }
 
-/// `IPv4: 3 of 10 in use, 1 in cooldown`.
-fn in_use(gateway_pool: &GatewayPool, status: &EgressGatewayStatus) -> String {
-    let families = Family::BOTH.into_iter().filter(|family| gateway_pool.usable.has(*family));
-    let families = families.map(|family| {
+/// How much of the pool is in use.
+fn usage(gateway_pool: &GatewayPool, status: &EgressGatewayStatus) -> PoolUsage {
+    let of = |family: Family| {
         let pool = |pair| of_pair(family, pair).is_some_and(|address| gateway_pool.usable.contains(address));
         let used = status.allocations.iter().filter(|p| p.kind != AllocationKind::Node && pool(&p.address)).count();
         let cooling = status.released.iter().filter(|r| pool(&r.address) && r.at > gateway_pool.ended_until).count();
-        format!("{family}: {used} of {} in use, {cooling} in cooldown", gateway_pool.usable.size(family))
+        let number = |n: usize| i64::try_from(n).unwrap_or(i64::MAX);
+        gateway_pool.usable.has(family).then(|| FamilyUsage {
+            total: i64::try_from(gateway_pool.usable.size(family)).unwrap_or(i64::MAX),
+            used: number(used),
+            cooling_down: number(cooling),
+        })
+    };
+    PoolUsage { ipv4: of(Family::V4), ipv6: of(Family::V6) }
+}
+
+/// `IPv4: 3 of 10 in use, 1 in cooldown`.
+fn in_use(gateway_pool: &GatewayPool, usage: PoolUsage) -> String {
+    let families = [(Family::V4, usage.ipv4), (Family::V6, usage.ipv6)];
+    let families = families.into_iter().filter_map(|(family, usage)| {
+        let FamilyUsage { used, cooling_down, .. } = usage?;
+        Some(format!("{family}: {used} of {} in use, {cooling_down} in cooldown", gateway_pool.usable.size(family)))
     });
     families.collect::<Vec<_>>().join("; ")
 }

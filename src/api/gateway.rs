@@ -22,8 +22,13 @@ pub const PROBE_MISSES: (u32, u32, u32) = (2, 3, 20);
     category = "egret",
     printcolumn = r#"{"name": "Default", "type": "boolean", "jsonPath": ".spec.default"}"#,
     printcolumn = r#"{"name": "Ready", "type": "string", "jsonPath": ".status.conditions[?(@.type=='Ready')].status"}"#,
-    printcolumn = r#"{"name": "Nodes", "type": "string", "jsonPath": ".status.conditions[?(@.type=='Ready')].message"}"#,
-    printcolumn = r#"{"name": "Addresses", "type": "string", "jsonPath": ".status.conditions[?(@.type=='AddressesLeft')].message"}"#,
+    printcolumn = r#"{"name": "Nodes", "type": "integer", "jsonPath": ".status.nodeCount"}"#,
+    printcolumn = r#"{"name": "Nodes Ready", "type": "integer", "jsonPath": ".status.readyNodes"}"#,
+    printcolumn = r#"{"name": "IPv4", "type": "integer", "jsonPath": ".status.usage.ipv4.total"}"#,
+    printcolumn = r#"{"name": "IPv4 Used", "type": "integer", "jsonPath": ".status.usage.ipv4.used"}"#,
+    printcolumn = r#"{"name": "IPv6", "type": "integer", "jsonPath": ".status.usage.ipv6.total"}"#,
+    printcolumn = r#"{"name": "IPv6 Used", "type": "integer", "jsonPath": ".status.usage.ipv6.used"}"#,
+    printcolumn = r#"{"name": "Addresses", "type": "string", "jsonPath": ".status.conditions[?(@.type=='AddressesLeft')].message", "priority": 1}"#,
     printcolumn = r#"{"name": "Accepted", "type": "string", "jsonPath": ".status.conditions[?(@.type=='Accepted')].status", "priority": 1}"#,
     printcolumn = r#"{"name": "Placement", "type": "string", "jsonPath": ".spec.placement", "priority": 1}"#,
     printcolumn = r#"{"name": "Age", "type": "date", "jsonPath": ".metadata.creationTimestamp"}"#
@@ -163,6 +168,19 @@ pub struct EgressGatewayStatus {
     /// The nodes that match `nodeSelector`, sorted.
     #[serde(default)]
     pub nodes: Vec<String>,
+    /// The number of `nodes`.
+    #[serde(default)]
+    pub node_count: u32,
+    /// How many of `nodes` can hold an egress IP now. The number may be ten seconds old.
+    #[serde(default)]
+    pub ready_nodes: u32,
+    /// Those of `nodes` that cannot, sorted: no daemon has reported, Kubernetes hears nothing from the node, the other
+    /// gateway nodes do not reach it, or it reports that it cannot hold any egress IP.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub not_ready_nodes: Vec<String>,
+    /// How much of the pool is in use.
+    #[serde(default, skip_serializing_if = "PoolUsage::is_empty")]
+    pub usage: PoolUsage,
     /// The allocations: every egress IP in use, with its id, its node and its policies.
     #[serde(default)]
     pub allocations: Vec<Allocation>,
@@ -186,6 +204,38 @@ pub struct EgressGatewayStatus {
     /// released entries begin with `-`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub text: Option<String>,
+}
+
+/// How much of a gateway's pool is in use, by family. A family of which the pool has no address is absent.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct PoolUsage {
+    /// The IPv4 addresses.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ipv4: Option<FamilyUsage>,
+    /// The IPv6 addresses.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ipv6: Option<FamilyUsage>,
+}
+
+impl PoolUsage {
+    /// Whether the pool has no address.
+    pub fn is_empty(&self) -> bool {
+        *self == PoolUsage::default()
+    }
+}
+
+/// How much of a gateway's pool is in use, of one family.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct FamilyUsage {
+    /// How many addresses the pool has, without those that belong to another gateway; 9223372036854775807 if there are
+    /// more.
+    pub total: i64,
+    /// How many of them policies have.
+    pub used: i64,
+    /// How many of them were given back and are kept from reuse for ten minutes.
+    pub cooling_down: i64,
 }
 
 /// The controller that wrote a gateway's allocations.

@@ -13,6 +13,8 @@ use std::net::IpAddr;
     category = "egret",
     printcolumn = r#"{"name": "Tunnel", "type": "string", "jsonPath": ".status.tunnelAddress"}"#,
     printcolumn = r#"{"name": "Answers", "type": "boolean", "jsonPath": ".status.answers"}"#,
+    printcolumn = r#"{"name": "Version", "type": "string", "jsonPath": ".status.version"}"#,
+    printcolumn = r#"{"name": "In Sync", "type": "date", "jsonPath": ".status.inSyncSince"}"#,
     printcolumn = r#"{"name": "Allocations", "type": "string", "jsonPath": ".status.allocations", "priority": 1}"#,
     printcolumn = r#"{"name": "Age", "type": "date", "jsonPath": ".metadata.creationTimestamp"}"#
 )]
@@ -23,6 +25,13 @@ pub struct EgressNodeSpec {}
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct EgressNodeStatus {
+    /// The version of the node's daemon.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub version: Option<String>,
+    /// Since when the node's kernel has been in sync with the cluster's state, RFC 3339; absent if it has not been for ten
+    /// seconds. A shorter time out of sync leaves it as it is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub in_sync_since: Option<String>,
     /// The address that tunnel packets are sent to, one of the node's own.
     pub tunnel_address: Option<IpAddr>,
     /// The MAC address of the node's tunnel device, `02:…`, derived from the node's name.
@@ -85,7 +94,14 @@ pub struct EgressNodeStatus {
 impl EgressNodeStatus {
     /// Drops the fields for users, which thousands of nodes repeat.
     pub fn for_machines(self) -> Self {
-        EgressNodeStatus { direct: Vec::new(), blocked: Vec::new(), faults: Vec::new(), ..self }
+        EgressNodeStatus {
+            version: None,
+            in_sync_since: None,
+            direct: Vec::new(),
+            blocked: Vec::new(),
+            faults: Vec::new(),
+            ..self
+        }
     }
 }
 

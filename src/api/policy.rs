@@ -1,4 +1,4 @@
-use super::{AddressPair, Condition};
+use super::{AddressPair, Condition, Name};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -22,6 +22,7 @@ use std::fmt;
     printcolumn = r#"{"name": "Pods", "type": "integer", "jsonPath": ".status.pods"}"#,
     printcolumn = r#"{"name": "Accepted", "type": "string", "jsonPath": ".status.conditions[?(@.type=='Accepted')].status"}"#,
     printcolumn = r#"{"name": "Ready", "type": "string", "jsonPath": ".status.conditions[?(@.type=='Ready')].status"}"#,
+    printcolumn = r#"{"name": "Since", "type": "date", "jsonPath": ".status.conditions[?(@.type=='Ready')].lastTransitionTime"}"#,
     printcolumn = r#"{"name": "Shadowed", "type": "string", "jsonPath": ".status.conditions[?(@.type=='Shadowed')].status", "priority": 1}"#,
     printcolumn = r#"{"name": "Message", "type": "string", "jsonPath": ".status.conditions[?(@.type=='Ready')].message", "priority": 1}"#,
     printcolumn = r#"{"name": "Age", "type": "date", "jsonPath": ".metadata.creationTimestamp"}"#
@@ -83,6 +84,7 @@ pub struct EgressPolicySpec {
     printcolumn = r#"{"name": "Pods", "type": "integer", "jsonPath": ".status.pods"}"#,
     printcolumn = r#"{"name": "Accepted", "type": "string", "jsonPath": ".status.conditions[?(@.type=='Accepted')].status"}"#,
     printcolumn = r#"{"name": "Ready", "type": "string", "jsonPath": ".status.conditions[?(@.type=='Ready')].status"}"#,
+    printcolumn = r#"{"name": "Since", "type": "date", "jsonPath": ".status.conditions[?(@.type=='Ready')].lastTransitionTime"}"#,
     printcolumn = r#"{"name": "Tier", "type": "string", "jsonPath": ".spec.tier", "priority": 1}"#,
     printcolumn = r#"{"name": "Shadowed", "type": "string", "jsonPath": ".status.conditions[?(@.type=='Shadowed')].status", "priority": 1}"#,
     printcolumn = r#"{"name": "Message", "type": "string", "jsonPath": ".status.conditions[?(@.type=='Ready')].message", "priority": 1}"#,
@@ -328,8 +330,22 @@ pub struct EgressPolicyStatus {
     /// How many pods the policy selects. The number may be ten seconds old.
     #[serde(default)]
     pub pods: u32,
+    /// The same by node, sorted; absent if the pods run on 100 nodes or more. Pods that no node has yet are not in it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub pods_by_node: Vec<PodsOfNode>,
     /// `Accepted`: the policy has an egress IP. `Ready`: its node holds it. `Shadowed`: other policies decide for all
     /// pods of this one.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub conditions: Vec<Condition>,
+}
+
+/// How many pods of a policy run on a node.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct PodsOfNode {
+    /// The node.
+    #[schemars(with = "String")]
+    pub node: Name,
+    /// The number of pods.
+    pub pods: u32,
 }

@@ -1,6 +1,6 @@
 //! Interns names and lists of destinations, of which a cluster has many equal ones.
 
-use crate::api::{EgressGatewayStatus, Users};
+use crate::api::{EgressGatewayStatus, EgressPolicyStatus, Users};
 use crate::model::covers::Covers;
 use crate::model::selector::{Labels, Name, Selector};
 use crate::model::{Gateway, Namespaces, PodMatch, Policy};
@@ -84,6 +84,11 @@ impl Names {
             self.users(&mut allocation.policies);
         }
         gateway_status.released.iter_mut().for_each(|released| self.users(&mut released.policies));
+    }
+
+    /// Replaces the names in a policy's status by shared ones.
+    pub fn policy_status(&mut self, status: &mut EgressPolicyStatus) {
+        status.pods_by_node.iter_mut().for_each(|on| on.node = self.get(&on.node));
     }
 
     fn users(&mut self, users: &mut Users) {

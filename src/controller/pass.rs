@@ -25,7 +25,8 @@ const WRITES_AT_ONCE: usize = 64;
 /// After this time, statuses that are still to be written wait for the allocations of a newer snapshot, if there is
 /// one.
 const WRITES_LAST: Duration = Duration::from_millis(500);
-/// How often statuses are written in which only the number of pods has changed: pods come and go all the time.
+/// How often statuses are written in which only numbers of pods or of ready nodes have changed: pods come and go all the
+/// time, and every node reads every gateway's status.
 const COUNT_AGAIN: Duration = Duration::from_secs(10);
 
 /// What the controller remembers from one pass to the next.
@@ -40,8 +41,10 @@ pub(super) struct Controller {
     uncertain: BTreeMap<Name, Option<Box<str>>>,
     /// The gateways and policies of the last snapshot, once the statuses of all others have been removed.
     known: Option<(BTreeSet<Name>, BTreeSet<PolicyKey>)>,
-    /// When statuses with only another number of pods were last written.
-    counted: Option<Instant>,
+    /// The writes of gateways' statuses in which only the ready nodes have changed.
+    ready_nodes: Numbers,
+    /// The writes of policies' statuses in which only numbers of pods have changed.
+    pods: Numbers,
 }
 
 /// The result of a pass.
@@ -52,11 +55,56 @@ pub(super) struct Pass {
     pub(super) failure: Option<anyhow::Error>,
 }
 
+/// Writes of statuses in which only numbers have changed: in one pass of every [`COUNT_AGAIN`].
+#[derive(Default)]
+struct Numbers {
+    /// When some were last written.
+    last: Option<Instant>,
+    /// How long they wait in this pass; `None`: they are written.
+    pause: Option<Duration>,
+    /// Whether some wait.
+    waits: bool,
+}
+
+impl Numbers {
+    /// Begins a pass.
+    fn begin(&mut self) {
+        self.pause = self.last.and_then(|at| COUNT_AGAIN.checked_sub(at.elapsed()));
+        self.waits = false;
+    }
+
+    /// Whether one of them is written now.
+    fn may_be_written(&mut self) -> bool {
+        match self.pause {
+            None => self.last = Some(Instant::now()),
+            Some(_) => self.waits = true,
+        }
+        self.pause.is_none()
+    }
+
+    /// When those that wait are due.
+    fn due(&self) -> Option<Duration> {
+        self.pause.filter(|_| self.waits)
+    }
+}
+
+/// Whether only the ready nodes differ.
+fn differ_in_ready_nodes(before: &EgressGatewayStatus, after: &EgressGatewayStatus) -> bool {
+    let (ready_nodes, not_ready_nodes) = (after.ready_nodes, after.not_ready_nodes.clone());
+    EgressGatewayStatus { ready_nodes, not_ready_nodes, ..before.clone() } == *after
+}
+
+/// Whether only the numbers of pods differ.
+fn differ_in_pods(before: &EgressPolicyStatus, after: &EgressPolicyStatus) -> bool {
+    EgressPolicyStatus { pods: after.pods, pods_by_node: after.pods_by_node.clone(), ..before.clone() } == *after
+}
+
 impl Controller {
     pub(super) fn new(statuses: Statuses, leadership: Leadership, metrics: Metrics) -> Self {
         let term = leadership.term();
         let (write_overlay, uncertain) = (WriteOverlay::default(), BTreeMap::new());
-        Controller { statuses, leadership, metrics, write_overlay, term, uncertain, known: None, counted: None }
+        let (ready_nodes, pods) = (Numbers::default(), Numbers::default());
+        Controller { statuses, leadership, metrics, write_overlay, term, uncertain, known: None, ready_nodes, pods }
     }
 
     /// Whether the controller still leads in the term in which it began.
@@ -125,12 +173,14 @@ impl Controller {
         self.metrics.allocated(start.elapsed());
 
         let mut failure = None;
+        self.ready_nodes.begin();
+        self.pods.begin();
         let unwritten = self.write_gateways(&cluster, &mut outcome, &mut failure).await;
         let mut reports = report(&cluster, &outcome, now);
         self.metrics.policies(reports.values());
         // A policy's status must not show an address that the policy may not get after all.
         reports.retain(|key, _| outcome.gateway_of(key).is_none_or(|gateway| !unwritten.contains(gateway)));
-        let count_again = self.write_policies(&cluster, reports, newer, &mut failure).await;
+        self.write_policies(&cluster, reports, newer, &mut failure).await;
         self.write_overlay.count_from(Instant::now());
         if let Err(e) = self.forget(&snapshot).await {
             warn!("cannot remove the statuses of deleted objects: {e:#}");
@@ -141,7 +191,9 @@ impl Controller {
         // A node that Kubernetes hears nothing from counts as lost after a while.
         let lost = cluster.nodes.values().filter_map(|node| node.is_lost_at()).filter(|at| *at > now).min();
         let lost = lost.map(|at| Duration::from_secs(at.saturating_sub(now).unsigned_abs()));
-        let wake = [due, count_again, lost, self.write_overlay.until(Instant::now())].into_iter().flatten().min();
+        let numbers = [self.ready_nodes.due(), self.pods.due()];
+        let other = [due, lost, self.write_overlay.until(Instant::now())];
+        let wake = numbers.into_iter().chain(other).flatten().min();
         Pass { wake, failure }
     }
 
@@ -220,6 +272,9 @@ impl Controller {
             if *gateway.status == *status {
                 continue;
             }
+            if differ_in_ready_nodes(&gateway.status, status) && !self.ready_nodes.may_be_written() {
+                continue;
+            }
             let mut status = std::mem::take(status);
             let (nodes, allocations, in_cooldown) =
                 (status.nodes.len(), status.allocations.len(), status.released.len());
@@ -236,30 +291,23 @@ impl Controller {
         unwritten
     }
 
-    /// Writes the statuses of policies that have changed. Returns when those with only another number of pods are
-    /// due.
+    /// Writes the statuses of policies that have changed.
     async fn write_policies(
         &mut self,
         cluster: &Cluster,
         reports: BTreeMap<PolicyKey, EgressPolicyStatus>,
         newer: impl Fn() -> bool,
         failure: &mut Option<anyhow::Error>,
-    ) -> Option<Duration> {
+    ) {
         let start = Instant::now();
         let (mut written, mut failed) = (0, 0);
-        let count_in = self.counted.and_then(|at| COUNT_AGAIN.checked_sub(at.elapsed()));
-        let mut waits = false;
         for (key, status) in reports {
             let stored = cluster.policy_statuses.get(&key);
             if stored.is_some_and(|stored| **stored == status) {
                 continue;
             }
-            if stored.is_some_and(|stored| EgressPolicyStatus { pods: status.pods, ..(**stored).clone() } == status) {
-                if count_in.is_some() {
-                    waits = true;
-                    continue;
-                }
-                self.counted = Some(start);
+            if stored.is_some_and(|stored| differ_in_pods(stored, &status)) && !self.pods.may_be_written() {
+                continue;
             }
             let notices = of_policy(stored.map(|stored| &**stored), &status);
             if !self.leads() {
@@ -291,7 +339,6 @@ impl Controller {
         if written > 0 {
             info!(written, "wrote statuses of policies");
         }
-        count_in.filter(|_| waits)
     }
 
     /// Removes the statuses of deleted objects: in the first pass, and when objects were deleted.

@@ -1,7 +1,7 @@
 //! The whole controller, with a directory as the source.
 
 use super::*;
-use crate::api::EgressGatewayStatus;
+use crate::api::{EgressGatewayStatus, EgressNodeStatus};
 use crate::cluster::{self, Scope, SourceName};
 use crate::model::PolicyKey;
 use crate::telemetry::server::ListenAddress;
@@ -130,6 +130,37 @@ async fn pod_counts_are_written_at_once_and_then_at_intervals() {
     }
     // With the first pod, other parts of the status change too.
     assert_eq!(counts, [0, 1, 2, 2, 2]);
+    assert!(wake.is_some_and(|wake| wake <= Duration::from_secs(10)), "{wake:?}");
+}
+
+/// Every node reads every gateway's status, and a gateway may have 10,000 allocations.
+#[tokio::test]
+async fn ready_nodes_are_written_at_once_and_then_at_intervals() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path();
+    let second = GATEWAY.rsplit_once("---\n").unwrap().1.replace("n1", "n2").replace("10.0.0.1", "10.0.0.2");
+    std::fs::write(path.join("cluster.yaml"), format!("{GATEWAY}---\n{second}")).unwrap();
+    let mut source = cluster::open(&SourceName::Dir(path.to_owned()), Scope::Controller).await.unwrap();
+    let metrics = Metrics::new(&mut Registry::default());
+    let mut controller = Controller::new(source.statuses.clone(), source.leadership, metrics);
+    source.statuses.node("n1", &EgressNodeStatus::default()).await.unwrap();
+    let (mut counts, mut wake) = (Vec::new(), None);
+    for ready in [true, false, true] {
+        let unreachable_peers = if ready { vec![] } else { vec!["n2".to_owned()] };
+        let node = EgressNodeStatus { answers: ready, unreachable_peers, ..EgressNodeStatus::default() };
+        source.statuses.node("n2", &node).await.unwrap();
+        let shows = |cluster: &Cluster, node: &str, is: bool| {
+            cluster.egress_nodes.get(node).is_some_and(|status| status.answers == is)
+        };
+        let both = |cluster: &Cluster| shows(cluster, "n1", false) && shows(cluster, "n2", ready);
+        let snapshot = source.snapshots.wait_for(|cluster| both(cluster)).await.unwrap().clone();
+        wake = controller.pass(snapshot.clone(), || false).await.wake;
+        let seen = controller.write_overlay.merge(snapshot, Instant::now());
+        let status = gateway_status(&seen);
+        counts.push((status.ready_nodes, status.not_ready_nodes.join(" ")));
+    }
+    // With the first pass other parts of the status change too.
+    assert_eq!(counts, [(2, ""), (1, "n2"), (1, "n2")].map(|(n, names)| (n, names.to_owned())));
     assert!(wake.is_some_and(|wake| wake <= Duration::from_secs(10)), "{wake:?}");
 }
 

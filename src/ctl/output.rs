@@ -109,6 +109,16 @@ pub fn count(n: usize, one: &str, many: &str) -> String {
     format!("{} {}", number(n), if n == 1 { one } else { many })
 }
 
+/// An age in seconds as kubectl shows it, `45s`, `7m`, `3h`, `12d`.
+pub fn age(seconds: i64) -> String {
+    match seconds.max(0) {
+        s @ 0..120 => format!("{s}s"),
+        s @ 120..7_200 => format!("{}m", s / 60),
+        s @ 7_200..172_800 => format!("{}h", s / 3_600),
+        s => format!("{}d", s / 86_400),
+    }
+}
+
 /// The first few names, and how many more there are.
 pub fn few<T: ToString>(names: &[T], most: usize) -> String {
     let shown: Vec<String> = names.iter().take(most).map(ToString::to_string).collect();
@@ -130,6 +140,7 @@ mod tests {
         assert_eq!(few(&["a", "b", "c"], 2), "a, b and 1 more");
         assert_eq!(few(&["a", "b"], 2), "a, b");
         assert_eq!(few::<String>(&[], 2), "");
+        assert_eq!([-1, 119, 120, 7_199, 7_200, 172_800].map(age), ["0s", "119s", "2m", "119m", "2h", "2d"]);
     }
 
     #[test]

@@ -61,6 +61,10 @@ pub struct OfAllocations {
     pub over_limit: Vec<PolicyKey>,
     /// What it had to skip. Empty in node daemons.
     pub faults: Vec<Fault>,
+    /// The version of its daemon. Absent in node daemons.
+    pub version: Option<Box<str>>,
+    /// Since when it has been in sync, RFC 3339. Absent in node daemons.
+    pub in_sync_since: Option<Box<str>>,
 }
 
 impl EgressNode {
@@ -79,6 +83,8 @@ impl EgressNode {
             blocked: Vec::new(),
             over_limit: Vec::new(),
             faults: Vec::new(),
+            version: None,
+            in_sync_since: None,
         };
         self.of_allocations.as_deref().unwrap_or(&NOTHING)
     }
@@ -93,6 +99,8 @@ impl EgressNode {
 impl From<EgressNodeStatus> for EgressNode {
     fn from(status: EgressNodeStatus) -> Self {
         let EgressNodeStatus {
+            version,
+            in_sync_since,
             tunnel_address,
             tunnel_mac,
             answers,
@@ -123,6 +131,8 @@ impl From<EgressNodeStatus> for EgressNode {
             blocked,
             over_limit: over_limit.iter().map(|key| PolicyKey::from(key.as_str())).collect(),
             faults,
+            version: version.map(Into::into),
+            in_sync_since: in_sync_since.map(Into::into),
         };
         EgressNode {
             tunnel_address,

@@ -8,6 +8,7 @@ use crate::api::{
 };
 use crate::cluster::Statuses;
 use crate::datapath::tunnel::Tunnel;
+use crate::model::condition::time;
 use crate::model::notice::Notice;
 use crate::model::precedence::PolicyIndex;
 use crate::model::selector::Name;
@@ -70,6 +71,8 @@ pub struct Own<'a> {
     pub over_limit: &'a BTreeSet<PolicyKey>,
     /// The probes that fail, although no other node's are known to succeed.
     pub failing_probes: Vec<FailingProbes>,
+    /// Since when its kernel has been in sync, seconds since the Unix epoch.
+    pub in_sync_since: Option<i64>,
 }
 
 /// A status to write.
@@ -92,13 +95,14 @@ impl Report {
     /// the cluster's nodes. It does not wait for the write: an API server that does not respond must not keep this
     /// node from taking over egress IPs.
     pub fn publish(&self, view: &View, own: &Own, blocked: Vec<BlockedAllocation>, nodes: usize) {
-        let Own { tunnel, facts, holding, faults, unreachable, ref reports_given, flow_log_since, over_limit, .. } =
-            *own;
-        let Some(tunnel) = tunnel else { return };
+        let Own { facts, holding, faults, unreachable, ref reports_given, flow_log_since, over_limit, .. } = *own;
+        let Some(tunnel) = own.tunnel else { return };
         let refused = facts.refused.iter().map(|(id, why)| RefusedAllocation { id: *id, message: why.clone() });
         let direct = view.networks.origins.iter();
         let direct = direct.map(|(n, from)| DirectNetwork { network: n.to_string(), from: from.to_string() });
         let status = EgressNodeStatus {
+            version: Some(env!("CARGO_PKG_VERSION").to_owned()),
+            in_sync_since: own.in_sync_since.map(time),
             tunnel_address: Some(tunnel.local),
             tunnel_mac: Some(mac::Shown(tunnel.mac).to_string()),
             answers: tunnel.ipv6,

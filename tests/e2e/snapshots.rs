@@ -49,13 +49,16 @@ fn metrics_statuses_and_why_match_their_snapshots() {
         let text = |file: &String| format!("--- {file}\n{}", fs::read_to_string(status.join(file)).unwrap_or_default());
         files_of(&status).iter().map(text).collect()
     };
-    lab.wait_until("the policy's status counts the pod", Duration::from_secs(10), || statuses().contains("pods: 1\n"));
+    lab.wait_until("the statuses count the pod and the ready node", Duration::from_secs(30), || {
+        statuses().contains("pods: 1\n") && statuses().contains("readyNodes: 1\n")
+    });
 
     let seconds = |line: &str| match line.split_once("since: ") {
         Some((before, _)) => format!("{before}since: SECONDS\n"),
         None => format!("{line}\n"),
     };
     let text: String = statuses().lines().map(seconds).collect();
+    let text = text.replace(&format!("version: {}\n", env!("CARGO_PKG_VERSION")), "version: VERSION\n");
     snapshot::assert("statuses.yaml", &snapshot::without_times(&text));
 
     for (daemon, name) in [("n1", "source-node"), ("g1", "owner"), ("controller", "controller")] {

@@ -46,3 +46,33 @@ fn a_pod_leaves_from_the_address_of_its_policy() {
     unknown.attach().expect("ADD of a pod that is not known yet");
     assert_blocked(&unknown);
 }
+
+#[test]
+fn kubectl_get_shows_numbers() {
+    let lab = Lab::builder().kubernetes().scene();
+    for (node, name) in [("n1", "one"), ("n2", "two"), ("n2", "three")] {
+        assert_leaves_by_egress(&lab.add_pod(node, "shop", name, VISITOR));
+    }
+    let kinds = ["egressgateways/default", "namespaces/shop/egresspolicies/visitors", "egressnodes/g1"];
+    let path = |kind: &str| format!("/apis/egret.dev/v1alpha1/{kind}");
+    let [gateway, policy, node] = kinds.map(path);
+    lab.wait_until("the statuses count pods and nodes", Duration::from_secs(30), || {
+        lab.api().get(&policy)["status"]["pods"] == 3 && lab.api().get(&gateway)["status"]["readyNodes"] == 2
+    });
+    let assert_shows = |path: &str, cells: &[(&str, &str)]| {
+        let columns = lab.api().columns(path);
+        for (name, cell) in cells {
+            assert_eq!(columns.get(*name).map(String::as_str), Some(*cell), "{name} in {columns:?}");
+        }
+        columns
+    };
+    let ready = [("Ready", "True"), ("Nodes", "2"), ("Nodes Ready", "2")];
+    assert_shows(&gateway, &[&ready[..], &[("IPv4", "10"), ("IPv4 Used", "1"), ("IPv6 Used", "1")]].concat());
+    let columns = assert_shows(&policy, &[("Pods", "3"), ("Ready", "True")]);
+    let is_age = |text: &str| text.ends_with(['s', 'm']) && text.starts_with(|c: char| c.is_ascii_digit());
+    assert!(is_age(&columns["Since"]), "{columns:?}");
+    let by_node = &lab.api().get(&policy)["status"]["podsByNode"];
+    assert_eq!(*by_node, serde_json::json!([{"node": "n1", "pods": 1}, {"node": "n2", "pods": 2}]));
+    let columns = assert_shows(&node, &[("Version", env!("CARGO_PKG_VERSION"))]);
+    assert!(is_age(&columns["In Sync"]), "{columns:?}");
+}

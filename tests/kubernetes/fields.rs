@@ -53,10 +53,12 @@ fn gateways() -> Vec<Value> {
     let released =
         json!([{"id": 7, "ipv4": "192.0.2.57", "ipv6": "2001:db8::57", "policies": ["shop/b"], "at": 1_700_000_000}]);
     let writer = json!({"name": "controller", "term": 2, "writes": 7});
-    let listed = json!({"nodes": ["g1"], "allocations": allocations, "released": released, "conditions": conditions(), "writer": writer,
+    let family = json!({"total": 10, "used": 3, "coolingDown": 1});
+    let listed = json!({"nodes": ["g1"], "nodeCount": 1, "readyNodes": 0, "notReadyNodes": ["g1"],
+                        "usage": {"ipv4": family, "ipv6": family}, "allocations": allocations, "released": released, "conditions": conditions(), "writer": writer,
                         "reportsRequestedAt": 1_700_000_000});
     // The form of many allocations.
-    let text = json!({"nodes": ["g1"], "allocations": [], "conditions": conditions(), "writer": writer,
+    let text = json!({"nodes": ["g1"], "nodeCount": 1, "readyNodes": 1, "allocations": [], "conditions": conditions(), "writer": writer,
                       "text": "node g1\n1 Dedicated 192.0.2.50 - 0 1700000000 - shop/a\n"});
     vec![
         object("EgressGateway", "listed", spec("Managed", "Namespace"), listed),
@@ -69,7 +71,7 @@ fn policies(kind: &str, more: &Value) -> Vec<Value> {
     let egress = json!([{"to": [{"ipBlock": {"cidr": "203.0.113.0/24", "except": ["203.0.113.128/25"]}}],
                          "ports": [port("TCP"), port("UDP"), port("SCTP")]}]);
     let status = json!({"gateway": "g", "addresses": {"ipv4": "192.0.2.50", "ipv6": "2001:db8::50"}, "node": "g1",
-                        "pods": 3, "conditions": conditions()});
+                        "pods": 3, "podsByNode": [{"node": "n1", "pods": 3}], "conditions": conditions()});
     let spec = |fallback: &str, pods: Value, address: Value| {
         let existing = if fallback == "Block" { "Keep" } else { "End" };
         let mut spec = json!({"gateway": "g", "egress": egress, "fallback": fallback, "priority": -7,
@@ -96,7 +98,7 @@ fn policies(kind: &str, more: &Value) -> Vec<Value> {
 
 fn nodes() -> Vec<Value> {
     let status = json!({
-        "tunnelAddress": "192.0.2.1", "tunnelMac": "02:00:00:00:00:01", "answers": true, "allocations": [1, 2],
+        "version": "0.1.0", "inSyncSince": "2026-01-31T12:00:00Z", "tunnelAddress": "192.0.2.1", "tunnelMac": "02:00:00:00:00:01", "answers": true, "allocations": [1, 2],
         "taken": [{"id": 1, "since": 1_700_000_000}], "refused": [{"id": 2, "message": "another host has it"}],
         "blocked": [{"id": 3, "message": "no node has it", "family": "IPv6"}], "unreachablePeers": ["g2"],
         "unreachableGatewayNodes": ["g3"],

@@ -6,7 +6,7 @@ mod notices;
 pub use notices::{of_gateway, of_policy};
 
 use crate::allocation::{Decision, Grant, Outcome, in_words, unreachable};
-use crate::api::{AllocationKind, EgressPolicyStatus, Placement};
+use crate::api::{AllocationKind, EgressPolicyStatus, Placement, PodsOfNode};
 use crate::model::condition::Conditions;
 use crate::model::egress_node::OfAllocations;
 use crate::model::precedence::{PassedOver, PolicyIndex, Ranked, passed_over};
@@ -33,6 +33,9 @@ const DIRECT: &str = "Direct";
 /// The condition of a policy whose pods are isolated on some nodes, because it lists too many destinations for one.
 /// It is absent otherwise.
 const OVER_NODE_LIMIT: &str = "OverNodeLimit";
+
+/// The nodes with a policy's pods are listed in its status if there are no more than this.
+const LISTED_NODES: usize = 99;
 
 /// What nodes report about egress IPs and about each other.
 struct NodeReports<'a> {
@@ -98,6 +101,7 @@ pub fn report(cluster: &Cluster, outcome: &Outcome, now: i64) -> BTreeMap<Policy
         }
         let usage = use_of.get(key);
         status.pods = usage.map_or(0, |u| u.pods);
+        status.pods_by_node = usage.map(Usage::by_node).unwrap_or_default();
         match usage {
             None => conditions.add("Shadowed", false, "NoPods", "it selects no pod now"),
             Some(Usage { decides: true, .. }) => {
@@ -300,6 +304,8 @@ fn before_them<'a>(policy: &Policy, others: impl Iterator<Item = &'a Policy> + C
 struct Usage<'a> {
     /// How many pods the policy selects.
     pods: u32,
+    /// How many of them each node has.
+    by_node: BTreeMap<&'a Name, u32>,
     /// Whether it decides for some destination of some pod.
     decides: bool,
     /// Why it is passed over, for some pod at least.
@@ -308,27 +314,49 @@ struct Usage<'a> {
     shadowed_by: BTreeSet<&'a PolicyKey>,
 }
 
+impl Usage<'_> {
+    /// The pods of each node; none if there are too many nodes to list.
+    fn by_node(&self) -> Vec<PodsOfNode> {
+        let of = |(node, pods): (&&Name, &u32)| PodsOfNode { node: Name::clone(node), pods: *pods };
+        if self.by_node.len() > LISTED_NODES { Vec::new() } else { self.by_node.iter().map(of).collect() }
+    }
+}
+
+/// Pods that the same policies select.
+#[derive(Default)]
+struct PodGroup<'i, 'a> {
+    policies: Vec<&'i Ranked>,
+    pods: u32,
+    by_node: BTreeMap<&'a Name, u32>,
+}
+
 /// The usage of each policy that selects a pod.
 fn uses<'a>(cluster: &'a Cluster, outcome: &Outcome) -> HashMap<&'a PolicyKey, Usage<'a>> {
     let index = PolicyIndex::new(cluster);
     // Pods with the same policies are counted together; there are many of them.
-    let mut policy_chains: BTreeMap<Vec<&PolicyKey>, (Vec<&Ranked>, u32)> = BTreeMap::new();
+    let mut policy_chains: BTreeMap<Vec<&PolicyKey>, PodGroup> = BTreeMap::new();
     for (key, pod) in &cluster.pods {
         if pod.host_network || pod.finished {
             continue;
         }
         let policies = index.policies_for(&key.namespace, &pod.labels);
         let keys = policies.iter().map(|r| &r.key).collect();
-        policy_chains.entry(keys).or_insert((policies, 0)).1 += 1;
+        let group = policy_chains.entry(keys).or_default();
+        group.policies = policies;
+        group.pods += 1;
+        if let Some(node) = &pod.node {
+            *group.by_node.entry(node).or_default() += 1;
+        }
     }
     let mut uses: HashMap<&PolicyKey, Usage> = HashMap::new();
-    for (policies, pods) in policy_chains.values() {
+    for PodGroup { policies, pods, by_node } in policy_chains.values() {
         let mut coverage = Coverage::default();
         for ranked in policies {
             // The keys of the index live shorter than those of the cluster.
             let Some((key, policy)) = cluster.policies.get_key_value(&ranked.key) else { continue };
             let usage = uses.entry(key).or_default();
             usage.pods += pods;
+            by_node.iter().for_each(|(node, pods)| *usage.by_node.entry(node).or_default() += pods);
             if let Some(why) = passed_over(ranked, policies, outcome.gateway_of(key).is_some()) {
                 usage.passed_over = Some(why);
                 continue;

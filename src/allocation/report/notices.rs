@@ -87,6 +87,7 @@ mod tests {
             addresses: Some(pair(&[address])),
             node: Some(node.to_owned()),
             pods: 0,
+            pods_by_node: Vec::new(),
             conditions: conditions.iter().map(condition).collect(),
         }
     }

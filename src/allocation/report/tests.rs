@@ -348,3 +348,29 @@ fn a_direct_policy_has_no_egress_ip_and_is_ready() {
     world.assert_condition("a/direct", "Shadowed", "True", "PassedOver", "ClusterEgressPolicy with action: Direct");
     world.assert_condition("a/narrow", "Shadowed", "False", "NotShadowed", "");
 }
+
+#[test]
+fn pods_are_counted_by_node_while_there_are_few_nodes() {
+    let mut world = World::new(&["192.0.2.50"]);
+    world.policy("a/p", naming(&["192.0.2.50"]));
+    world.policy("a/q", asking(Allocate::Node));
+    world.pod_on("n2", "a", "one");
+    world.pod_on("n1", "a", "two");
+    world.pod_on("n2", "a", "three");
+    world.pod_on("n2", "b", "of-another-namespace");
+    world.pod("a", "not-scheduled", &[]);
+    let by_node = |world: &mut World, key: &str| {
+        let status = &world.report()[&PolicyKey::from(key)];
+        let by_node: Vec<(String, u32)> = status.pods_by_node.iter().map(|on| (on.node.to_string(), on.pods)).collect();
+        (status.pods, by_node)
+    };
+    for key in ["a/p", "a/q"] {
+        assert_eq!(by_node(&mut world, key), (4, vec![("n1".into(), 1), ("n2".into(), 2)]));
+    }
+    for node in 3..100 {
+        world.pod_on(&format!("n{node}"), "a", &format!("on-{node}"));
+    }
+    assert_eq!(by_node(&mut world, "a/p").1.len(), 99);
+    world.pod_on("n100", "a", "on-100");
+    assert_eq!(by_node(&mut world, "a/p"), (102, vec![]), "on 100 nodes");
+}

@@ -1,5 +1,5 @@
 use crate::allocation::Reason;
-use crate::api::Allocate;
+use crate::api::{Allocate, EgressGatewayStatus, FamilyUsage};
 use crate::fixture::{World, asking, naming};
 use crate::model::PolicyKey;
 use std::sync::Arc;
@@ -127,4 +127,30 @@ fn a_policy_moves_its_allocation_by_hand_to_a_node_of_the_gateway() {
     assert_eq!(ask(&mut world, Some(other)), other);
     assert_eq!(ask(&mut world, None), other, "it stays");
     assert_eq!(ask(&mut world, Some(&before)), before);
+}
+
+#[test]
+fn a_gateway_counts_its_nodes_and_the_use_of_its_pool() {
+    let mut world = World::new(&["192.0.2.50-192.0.2.59", "2001:db8::/64"]);
+    world.policy("a/p", naming(&["192.0.2.50"]));
+    world.policy("a/q", asking(Allocate::Dedicated));
+    world.policy("a/node", asking(Allocate::Node));
+    let status = |world: &mut World| world.allocate().gateways["g"].clone();
+    let first = status(&mut world);
+    let not_ready = |status: &EgressGatewayStatus| status.not_ready_nodes.join(" ");
+    assert_eq!((first.node_count, first.ready_nodes, not_ready(&first)), (2, 0, "n1 n2".into()), "none reports");
+    let of = |total, used, cooling_down| Some(FamilyUsage { total, used, cooling_down });
+    // The node's own address is not from the pool.
+    assert_eq!((first.usage.ipv4, first.usage.ipv6), (of(10, 2, 0), of(i64::MAX, 1, 0)));
+
+    world.settle();
+    let second = status(&mut world);
+    assert_eq!((second.node_count, second.ready_nodes, not_ready(&second)), (2, 2, String::new()));
+    world.misses("n1", &["n2".to_owned()]);
+    world.without_policy("a/q");
+    let third = status(&mut world);
+    assert_eq!((third.node_count, third.ready_nodes, not_ready(&third)), (2, 1, "n2".into()), "n1 does not reach n2");
+    assert_eq!((third.usage.ipv4, third.usage.ipv6), (of(10, 1, 1), of(i64::MAX, 0, 1)));
+    world.gateway("g", &[], |_| {});
+    assert!(status(&mut world).usage.is_empty());
 }

@@ -57,11 +57,16 @@ pub fn write(status: &EgressGatewayStatus) -> EgressGatewayStatus {
     }
     EgressGatewayStatus {
         nodes: status.nodes.clone(),
+        node_count: status.node_count,
+        ready_nodes: status.ready_nodes,
+        not_ready_nodes: status.not_ready_nodes.clone(),
+        usage: status.usage,
         conditions: status.conditions.clone(),
         reports_requested_at: status.reports_requested_at,
         writer: status.writer.clone(),
         text: Some(text),
-        ..EgressGatewayStatus::default()
+        allocations: Vec::new(),
+        released: Vec::new(),
     }
 }
 

@@ -167,7 +167,11 @@ pub fn object(
         (_, fields) => kubernetes_object(reader, kind, &key, meta, fields)?,
     };
     let version = meta.resource_version.clone().unwrap_or_default();
-    Ok(Decoded { key, version, object: Ok(object), policy_status: policy_status.map(Arc::from) })
+    let policy_status = policy_status.map(|mut status| {
+        reader.names.policy_status(&mut status);
+        Arc::from(status)
+    });
+    Ok(Decoded { key, version, object: Ok(object), policy_status })
 }
 
 fn no_spec() -> Fault {
@@ -186,7 +190,8 @@ fn status_object(reader: &mut Reader<'_>, key: &Key, fields: Fields) -> Result<O
             let status = gateway_status(*status, reader.names)?;
             Some(Object::GatewayStatus(key.1.clone(), status.into()))
         }
-        Fields::Policy(_, Some(status)) | Fields::ClusterPolicy(_, Some(status)) => {
+        Fields::Policy(_, Some(mut status)) | Fields::ClusterPolicy(_, Some(mut status)) => {
+            reader.names.policy_status(&mut status);
             Some(Object::PolicyStatus(policy_key(key), status.into()))
         }
         Fields::EgressNode(_, Some(status)) => {

@@ -1,6 +1,6 @@
 //! What follows from the state of the cluster about its gateways and nodes.
 
-use super::{GatewayStatus, NodeState, NodeStatus, PoolUse, names};
+use super::{GatewayStatus, NodeState, NodeStatus, PoolUse, Role, names};
 use crate::allocation::{COOLDOWN_SECONDS, unreachable};
 use crate::api::{AddressPair, AllocationKind};
 use crate::ctl::state::State;
@@ -8,6 +8,7 @@ use crate::model::drain::is_drained;
 use crate::model::egress_node::OfAllocations;
 use crate::model::selector::Name;
 use crate::model::{AddressRange, Gateway, Policy, PolicyKey};
+use jiff::Timestamp;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 
@@ -97,6 +98,7 @@ impl<'a> Facts<'a> {
         let cluster = &*self.state.cluster;
         let gateways = self.gateways_of.get(name).map(Vec::as_slice).unwrap_or_default();
         let reports = self.reports(name);
+        let in_sync_since = reports.and_then(|reports| reports.in_sync_since.as_deref());
         let drained = |gateway: &&Name| {
             let (gateway, node) = (cluster.gateways.get(*gateway), cluster.nodes.get(name));
             gateway.zip(node).is_some_and(|(gateway, node)| is_drained(gateway, node))
@@ -105,7 +107,10 @@ impl<'a> Facts<'a> {
             name: name.to_string(),
             gateways: names(gateways),
             state: self.state_of(name),
-            version: None,
+            role: if gateways.is_empty() { Role::Source } else { Role::Gateway },
+            version: reports.and_then(|reports| reports.version.as_deref()).map(str::to_owned),
+            in_sync_since: in_sync_since.map(str::to_owned),
+            in_sync_for: in_sync_since.and_then(|since| Some(self.state.now - since.parse::<Timestamp>().ok()?.as_second())),
             egress_ips: reports.map_or(0, |reports| reports.held.len()),
             unreachable_peers: reports.map(|reports| reports.unreachable_peers.clone()).unwrap_or_default(),
             drained: gateways.iter().any(drained),

@@ -71,11 +71,19 @@ pub struct NodeStatus {
     pub name: String,
     /// The gateways that it is a node of.
     pub gateways: Vec<String>,
+    /// What it does for Egret.
+    pub role: Role,
     /// The state, in a word or two.
     pub state: NodeState,
     /// The version of its daemon, if it reports one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub version: Option<String>,
+    /// Since when its kernel has been in sync with the cluster's state, RFC 3339; absent if it is not.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub in_sync_since: Option<String>,
+    /// The same, in seconds until now.
+    #[serde(skip)]
+    pub in_sync_for: Option<i64>,
     /// How many egress IPs it holds.
     pub egress_ips: usize,
     /// Gateway nodes that do not answer it.
@@ -83,6 +91,16 @@ pub struct NodeStatus {
     pub unreachable_peers: Vec<String>,
     /// Egress IPs must move away from it: it is drained or cordoned.
     pub drained: bool,
+}
+
+/// What a node does for Egret.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+pub enum Role {
+    /// It can hold egress IPs.
+    Gateway,
+    /// It has pods, and no gateway selects it.
+    #[default]
+    Source,
 }
 
 /// The state of a node's daemon.

@@ -19,6 +19,10 @@ fn healthy() -> World {
     world.pod("shop", "visitor", &[("app", "visitor")]);
     world.report();
     world.settle();
+    for node in ["n1", "n2", "s1"] {
+        let since = crate::model::condition::time(world.now - 3 * 3_600);
+        world.is_in_sync(node, "0.1.0", &since);
+    }
     world.report();
     world
 }

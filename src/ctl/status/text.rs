@@ -1,7 +1,7 @@
 //! The status as text: one screen, whatever the size of the cluster.
 
-use super::{GatewayStatus, NodeState, NodeStatus, PolicyState, PolicyStatus, Status};
-use crate::ctl::output::{Colour, Show, View, count, number};
+use super::{GatewayStatus, NodeState, NodeStatus, PolicyState, PolicyStatus, Role, Status};
+use crate::ctl::output::{Colour, Show, View, age, count, number};
 use crate::ctl::problem::{Problem, Severity};
 use crate::ctl::table::{Cell, Table};
 use std::cmp::Reverse;
@@ -131,19 +131,26 @@ fn nodes(status: &Status, view: View, out: &mut String) {
     let mut rows: Vec<&NodeStatus> =
         status.nodes.iter().filter(|n| view.wide || !n.gateways.is_empty() || !is_good(n)).collect();
     rows.sort_by_key(|node| (is_good(node), node.gateways.is_empty(), Reverse(node.egress_ips)));
-    let mut table = Table::new(["NODE", "STATE", "GATEWAYS", "EGRESS IPS", "DOES NOT HEAR"]);
+    let mut table = Table::new(["NODE", "STATE", "ROLE", "GATEWAYS", "EGRESS IPS", "VERSION", "IN SYNC", "DOES NOT HEAR"]);
     for node in rows.iter().take(most(view, 2)) {
         let state = match (node.state, node.drained) {
             (NodeState::Ready, true) => Cell::coloured(Colour::Doubtful, "Ready, drained"),
             (NodeState::Ready, false) => Cell::coloured(Colour::Good, "Ready"),
             (state, _) => Cell::coloured(Colour::Bad, format!("{state:?}")),
         };
+        let role = match node.role {
+            Role::Gateway => "gateway",
+            Role::Source => "source",
+        };
         let peers = crate::ctl::output::few(&node.unreachable_peers, if view.wide { usize::MAX } else { 3 });
         table.row([
             node.name.as_str().into(),
             state,
+            role.into(),
             node.gateways.join(",").into(),
             number(node.egress_ips).into(),
+            node.version.clone().unwrap_or_default().into(),
+            node.in_sync_for.map(age).unwrap_or_default().into(),
             peers.into(),
         ]);
     }

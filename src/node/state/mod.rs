@@ -6,6 +6,7 @@ mod desired;
 mod egress;
 mod flow_records;
 mod handovers;
+mod in_sync;
 mod link;
 mod pass;
 mod plugins;
@@ -50,6 +51,7 @@ use anyhow::{Context, Result};
 use egress::Egress;
 use egret_cni::offline_policies::{OfflinePolicies, boot_id};
 use flow_records::FlowRecords;
+use in_sync::InSync;
 use plugins::Requests;
 use problems::Problems;
 use records::Quarantines;
@@ -113,6 +115,7 @@ pub struct Node {
     /// Whether the host's firewall lets connections of other nodes' pods pass.
     forwarding: Forwarding,
     problems: Problems,
+    in_sync: InSync,
     /// The gateway nodes that this node reports as unreachable.
     unreachable: Unreachable,
     flow_records: FlowRecords,
@@ -165,6 +168,7 @@ impl Node {
             quarantines: Quarantines::default(),
             forwarding: Forwarding::default(),
             problems: Problems::default(),
+            in_sync: InSync::default(),
             unreachable: Unreachable::default(),
             flow_records,
         };

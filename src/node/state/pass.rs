@@ -56,6 +56,7 @@ impl Node {
         let in_sync = failure.is_none();
         let state = failure.map(|f| f.to_string()).or(unwritten).map_or(Readiness::Ready, Readiness::NotReady);
         let again = state != Readiness::Ready;
+        self.in_sync.note(!again, Instant::now(), jiff::Timestamp::now().as_second());
         self.listeners.ready.send_if_modified(|now| {
             let changed = *now != state;
             *now = state;
@@ -142,6 +143,7 @@ impl Node {
             flow_log_since: self.flow_log_since(),
             over_limit: self.pods.over_limit(),
             failing_probes: self.failing_probes(),
+            in_sync_since: self.in_sync.since(),
         };
         self.report.publish(&self.view, &own, blocked, self.cluster.nodes.len());
     }

@@ -8,6 +8,7 @@ use http::{Request, StatusCode};
 use http_body_util::BodyExt;
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use serde_json::{Value, json};
+use std::collections::BTreeMap;
 use std::fs;
 use std::io::Write;
 use std::net::Ipv4Addr;
@@ -264,7 +265,17 @@ impl Api {
         path: &str,
         content: Option<(&str, &Value)>,
     ) -> Result<(StatusCode, Value), String> {
-        let mut request = Request::builder().method(method).uri(path).header("accept", "application/json");
+        self.try_ask_as("application/json", method, path, content)
+    }
+
+    fn try_ask_as(
+        &self,
+        accept: &str,
+        method: &str,
+        path: &str,
+        content: Option<(&str, &Value)>,
+    ) -> Result<(StatusCode, Value), String> {
+        let mut request = Request::builder().method(method).uri(path).header("accept", accept);
         let mut body = Vec::new();
         if let Some((type_, value)) = content {
             request = request.header("content-type", type_);
@@ -289,6 +300,18 @@ impl Api {
     #[track_caller]
     pub fn get(&self, path: &str) -> Value {
         self.ask("GET", path, None)
+    }
+
+    /// The columns of an object as `kubectl get -o wide` prints them, by name.
+    #[track_caller]
+    pub fn columns(&self, path: &str) -> BTreeMap<String, String> {
+        let accept = "application/json;as=Table;v=v1;g=meta.k8s.io";
+        let (code, table) = self.try_ask_as(accept, "GET", path, None).unwrap_or_else(|e| panic!("GET {path}: {e}"));
+        assert!(code.is_success(), "GET {path}: {code}: {}", table["message"]);
+        let names = table["columnDefinitions"].as_array().into_iter().flatten();
+        let cells = table["rows"][0]["cells"].as_array().into_iter().flatten();
+        let text = |value: &Value| value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+        names.map(|column| text(&column["name"])).zip(cells.map(text)).collect()
     }
 
     /// Has an object as it is written here, as `kubectl apply` does; of Nodes and Pods the status too, as a kubelet

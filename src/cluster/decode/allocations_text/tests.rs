@@ -1,5 +1,5 @@
 use super::*;
-use crate::api::AllocationsWriter;
+use crate::api::{AllocationsWriter, FamilyUsage, PoolUsage};
 use proptest::option::of;
 use proptest::prelude::*;
 
@@ -51,7 +51,9 @@ proptest! {
     ) {
         let writer = Some(AllocationsWriter { name: "one".into(), term: 3, writes: 7 });
         let status = EgressGatewayStatus {
-            nodes: vec!["g1".into()], allocations, released, writer, reports_requested_at: Some(5), ..Default::default()
+            nodes: vec!["g1".into()], node_count: 1, not_ready_nodes: vec!["g1".into()], ready_nodes: 7,
+            usage: PoolUsage { ipv4: Some(FamilyUsage { total: 9, used: 2, cooling_down: 1 }), ipv6: None },
+            conditions: vec![], text: None, allocations, released, writer, reports_requested_at: Some(5),
         };
         let written = write(&status);
         prop_assert!(written.allocations.is_empty() && written.released.is_empty());
