@@ -28,6 +28,31 @@ struct Reason {
     reason: String,
 }
 
+/// Why this node took an egress IP over.
+#[derive(Clone, Copy, Debug, Hash, PartialEq, Eq)]
+pub enum TakeoverReason {
+    /// The node that the allocation names does not answer, or is no longer in the cluster.
+    OwnerDead,
+    /// That node answers, and has lost an uplink that the egress IP needs.
+    UplinkLost,
+    /// Neither is known any more.
+    Other,
+}
+
+impl TakeoverReason {
+    const ALL: [TakeoverReason; 3] =
+        [TakeoverReason::OwnerDead, TakeoverReason::UplinkLost, TakeoverReason::Other];
+
+    fn label(self) -> Reason {
+        let reason = match self {
+            TakeoverReason::OwnerDead => "owner_dead",
+            TakeoverReason::UplinkLost => "uplink_lost",
+            TakeoverReason::Other => "other",
+        };
+        Reason { reason: reason.to_owned() }
+    }
+}
+
 #[derive(Clone, Debug, Hash, PartialEq, Eq, PartialOrd, Ord, EncodeLabelSet)]
 struct AllocationLabels {
     allocation: u16,
@@ -69,6 +94,7 @@ impl Forwarded {
 pub struct Metrics {
     pods: Family<State, Gauge>,
     allocations: Family<State, Gauge>,
+    takeovers: Family<Reason, Counter>,
     dropped: Family<Reason, Counter>,
     other_ports: Counter,
     insertions_failed: Counter,
@@ -101,6 +127,7 @@ impl Metrics {
         let metrics = Metrics {
             pods: Family::default(),
             allocations: Family::default(),
+            takeovers: Family::default(),
             dropped: Family::default(),
             other_ports: Counter::default(),
             insertions_failed: Counter::default(),
@@ -128,6 +155,13 @@ impl Metrics {
             metrics.pods.clone(),
         );
         registry.register("allocations", "Allocations by state: local, remote, unready", metrics.allocations.clone());
+        TakeoverReason::ALL.iter().for_each(|reason| drop(metrics.takeovers.get_or_create(&reason.label())));
+        registry.register(
+            "takeovers",
+            "Egress IPs that this node took over from the nodes that their allocations name, by reason: owner_dead, \
+             uplink_lost, other",
+            metrics.takeovers.clone(),
+        );
         registry.register(
             "dropped_packets",
             "Packets dropped, by reason; leaked: they had an allocation and were about to leave another way",
@@ -219,6 +253,11 @@ impl Metrics {
         for (state, n) in states {
             self.pods.get_or_create(&State { state }).set(n);
         }
+    }
+
+    /// Counts an egress IP that this node has taken over.
+    pub fn taken_over(&self, reason: TakeoverReason) {
+        self.takeovers.get_or_create(&reason.label()).inc();
     }
 
     /// Sets the number of allocations in each state.

@@ -53,6 +53,9 @@ fn connections_survive_a_lost_link_and_the_gateway_node_gets_nothing_back() {
     let longest = assert_live("link down", sessions);
     assert_short(longest, 1500);
     assert_short(gap, 1100);
+    let takeovers = |node: &str, reason| lab.metrics(node).get("egret_node_takeovers_total", &[("reason", reason)]);
+    assert_eq!((takeovers(&other, "owner_dead"), takeovers(&other, "uplink_lost")), (Some(1.0), Some(0.0)));
+    assert_eq!(takeovers(&owner, "owner_dead"), Some(0.0), "the node that was cut off took nothing over");
 
     let sessions = self::sessions(&pods);
     plugged(&lab, &owner, true);

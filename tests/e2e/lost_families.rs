@@ -132,6 +132,8 @@ fn a_family_that_one_gateway_node_loses_moves_to_another_and_the_rest_stays() {
     assert_eq!(holders(&lab), [other.as_str()]);
     pods.iter().for_each(assert_leaves_by_egress);
     lab.wait_until("the status names what was lost", PATIENCE, || says(&lab, &owner, "IPv6"));
+    let takeovers = lab.metrics(&other).get("egret_node_takeovers_total", &[("reason", "uplink_lost")]);
+    assert_eq!(takeovers, Some(1.0));
 
     ipv6(&lab, &owner, true);
     lab.wait_until("it is lost no more", PATIENCE, || !says(&lab, &owner, "lost:"));

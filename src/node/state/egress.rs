@@ -39,10 +39,13 @@ pub(super) struct Egress {
     /// For each egress IP on this node, `since` of its allocation when it was added, or when the allocation last
     /// named this node.
     since: BTreeMap<EgressId, i64>,
+    /// The takeovers that the metrics have counted, with `since` of the allocation.
+    pub(super) counted: BTreeMap<EgressId, i64>,
 }
 
 impl Egress {
-    pub(super) fn new(holding: Holding) -> Self {
+    /// `taken`: what an earlier daemon has taken over.
+    pub(super) fn new(holding: Holding, taken: BTreeMap<EgressId, i64>) -> Self {
         Egress {
             holding,
             uplinks: UplinkStatus::default(),
@@ -51,6 +54,7 @@ impl Egress {
             claims: ClaimListener::default(),
             here: BTreeSet::new(),
             since: BTreeMap::new(),
+            counted: taken,
         }
     }
 

@@ -18,6 +18,7 @@ mod state_dump;
 mod steps;
 mod stopping;
 mod tables;
+mod takeovers;
 mod targets;
 mod tunnel;
 mod unmanaged;
@@ -158,8 +159,8 @@ impl Node {
             unmanaged: Unmanaged::new(files),
             requests: Requests::default(),
             view: View::default(),
+            egress: Egress::new(holding, facts.taken.clone()),
             facts,
-            egress: Egress::new(holding),
             pending: Pending::default(),
             passes: 0,
             tunnel_address: None,

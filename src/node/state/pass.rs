@@ -62,6 +62,7 @@ impl Node {
             *now = state;
             changed
         });
+        self.count_takeovers();
         self.publish();
         self.set_targets();
         self.set_probes();

@@ -1,0 +1,77 @@
+//! Counts the egress IPs that this node has taken over.
+
+use super::Node;
+use crate::model::Cluster;
+use crate::model::marks::EgressId;
+use crate::model::uplink_key::UplinkKey;
+use crate::node::metrics::TakeoverReason;
+use crate::node_plan::allocations::Facts;
+use std::collections::BTreeMap;
+
+impl Node {
+    /// Counts the takeovers since the last pass. An egress IP counts when it is on this node and no other host has
+    /// answered for it, and not again when a new daemon finds it.
+    pub(super) fn count_takeovers(&mut self) {
+        if self.facts.taken == self.egress.counted {
+            return;
+        }
+        let counted = std::mem::replace(&mut self.egress.counted, self.facts.taken.clone());
+        let mut new = self.facts.taken.clone();
+        new.retain(|id, since| counted.get(id) != Some(since));
+        for reason in reasons(&self.cluster, &self.facts, &new) {
+            self.metrics.taken_over(reason);
+        }
+    }
+}
+
+/// The reason for each of these takeovers.
+fn reasons(cluster: &Cluster, facts: &Facts, new: &BTreeMap<EgressId, i64>) -> Vec<TakeoverReason> {
+    let gateways = cluster.gateways.values();
+    let entries = gateways.flat_map(|gateway| {
+        let interface = gateway.interface.as_ref();
+        gateway.status.allocations.iter().map(move |allocation| (allocation, interface))
+    });
+    let taken = entries.filter(|(allocation, _)| new.get(&allocation.id) == Some(&allocation.since));
+    let reasons = taken.map(|(allocation, interface)| {
+        let Some(node) = &allocation.node else { return TakeoverReason::Other };
+        let lost = facts.lost.get(node);
+        let mut needs = UplinkKey::of(&allocation.address, interface);
+        if facts.dead.contains(node) || !cluster.nodes.contains_key(node) {
+            TakeoverReason::OwnerDead
+        } else if needs.any(|need| lost.is_some_and(|lost| lost.contains(&need))) {
+            TakeoverReason::UplinkLost
+        } else {
+            TakeoverReason::Other
+        }
+    });
+    reasons.collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fixture::{World, naming};
+
+    #[test]
+    fn the_reason_is_what_is_known_of_the_node_that_the_allocation_names() {
+        let mut world = World::new(&["192.0.2.50-192.0.2.52"]);
+        world.policy("a/p", naming(&["192.0.2.50"]));
+        world.policy("a/q", naming(&["192.0.2.51"]));
+        world.allocate();
+        let allocations = world.cluster.gateways["g"].status.allocations.clone();
+        let taken: BTreeMap<EgressId, i64> = allocations[..1].iter().map(|a| (a.id, a.since)).collect();
+        let owner = allocations[0].node.clone().unwrap();
+        let of = |world: &World, facts: &Facts| reasons(&world.cluster, facts, &taken);
+
+        assert_eq!(of(&world, &Facts::default()), [TakeoverReason::Other]);
+        let needs = UplinkKey::of(&allocations[0].address, None).collect();
+        let lost = Facts { lost: [(owner.clone(), needs)].into(), ..Facts::default() };
+        assert_eq!(of(&world, &lost), [TakeoverReason::UplinkLost]);
+        let dead = Facts { dead: [owner.clone()].into(), ..lost };
+        assert_eq!(of(&world, &dead), [TakeoverReason::OwnerDead]);
+        world.without_node(&owner);
+        assert_eq!(of(&world, &Facts::default()), [TakeoverReason::OwnerDead]);
+        let renewed = taken.iter().map(|(id, since)| (*id, since + 1)).collect();
+        assert_eq!(reasons(&world.cluster, &dead, &renewed), [], "the allocation was renewed since");
+    }
+}
