@@ -30,6 +30,9 @@ use tokio::time::{Instant, sleep_until};
 const RECEIVE_BUFFER: usize = 16 << 20;
 /// Notifications read in one batch.
 const AT_ONCE: usize = 512;
+/// The pause after all notifications have been read. Without it, each connection would wake this thread and the writing
+/// one, beside the packets that begin it. The socket's buffer has room for a million connections a second meanwhile.
+const PAUSE: Duration = Duration::from_millis(20);
 /// How long a connection of an unknown pod waits for its name. The pod may just have started.
 const PATIENCE: Duration = Duration::from_millis(300);
 /// The largest number of waiting notifications.
@@ -91,6 +94,8 @@ pub(super) struct Task {
     output: Output,
     metrics: FlowLogMetrics,
     notifications: Option<NetlinkReader>,
+    /// Until when notifications are not read.
+    paused: Option<Instant>,
     retry: Option<Instant>,
     messages: Option<NodeMessages>,
     names: Names,
@@ -114,6 +119,7 @@ impl Task {
             output,
             metrics,
             notifications: None,
+            paused: None,
             retry: None,
             messages: None,
             names: Names::default(),
@@ -135,7 +141,8 @@ impl Task {
                     Err(_) => return,
                 },
                 ready = readable(&self.messages) => self.read_messages(ready),
-                ready = notified(&self.notifications) => self.read_notifications(ready),
+                ready = notified(&self.notifications), if self.paused.is_none() => self.read_notifications(ready),
+                () = sleep_until(self.paused.unwrap_or_else(Instant::now)), if self.paused.is_some() => self.paused = None,
                 () = sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() => {}
                 () = sleep_until(self.retry.unwrap_or_else(Instant::now)), if self.retry.is_some() => self.open(),
                 _ = prune.tick() => self.names.prune(Instant::now()),
@@ -230,7 +237,10 @@ impl Task {
             });
             match read {
                 Ok(Read::Datagram) => {}
-                Ok(Read::Nothing) => return,
+                Ok(Read::Nothing) => {
+                    self.paused = Some(Instant::now() + PAUSE);
+                    return;
+                }
                 Ok(Read::Lost) => {
                     self.metrics.dropped("kernel", 1);
                     self.warn(
