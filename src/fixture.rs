@@ -4,7 +4,7 @@ use crate::allocation::report::report;
 use crate::allocation::{Decision, Grant, Outcome, Reason, Rejection, allocate};
 use crate::api::{
     AddressPair, Allocate, ClusterEgressPolicySpec, EgressGatewaySpec, EgressNodeStatus, EgressPolicySpec,
-    EgressPolicyStatus, LostUplink, Placement, ReportGiven, Reservation, Tier,
+    EgressPolicyStatus, LostUplink, Placement, PortsNearlyExhausted, ReportGiven, Reservation, Tier,
 };
 use crate::model::selector::Name;
 use crate::model::{Cluster, Gateway, Metadata, Node, ObjectKey, Pod, Policy, PolicyKey};
@@ -149,6 +149,12 @@ impl World {
         let status = Arc::make_mut(self.cluster.egress_nodes.entry(node.into()).or_default()).of_allocations_mut();
         status.version = Some(version.into());
         status.in_sync_since = Some(since.into());
+    }
+
+    /// Lets a node report that its egress IPs have few source ports left.
+    pub(crate) fn has_few_ports(&mut self, node: &str, found: &[PortsNearlyExhausted]) {
+        let status = Arc::make_mut(self.cluster.egress_nodes.entry(node.into()).or_default());
+        status.of_allocations_mut().ports_nearly_exhausted = found.to_vec();
     }
 
     /// Lets a node report these peers as unreachable.

@@ -7,13 +7,14 @@ use super::cooldown::{COOLDOWN_SECONDS, cooldown_ended_until};
 use super::decision::{Decision, Grant, Reason, Rejection};
 use super::place::{AllocationPlace, GatewayPlace, PolicyPlace, RequestPlace};
 use super::probes;
+use super::report::ports::{FEW_PORTS, PORTS_NEARLY_EXHAUSTED, PortReports};
 use super::request::{Kind, Requester};
 use crate::api::{
     Allocation, AllocationKind, Condition, EgressGatewayStatus, FamilyUsage, PoolUsage, ReleasedAllocation,
 };
-use crate::model::{END_COOLDOWN, Node};
 use crate::model::condition::Conditions;
 use crate::model::selector::Name;
+use crate::model::{END_COOLDOWN, Node};
 use egret_nft::Family;
 use ipnetwork::IpNetwork;
 use std::collections::HashMap;
@@ -35,6 +36,7 @@ pub(super) fn close(allocator: Allocator, rejections: &HashMap<RequestPlace, Rej
         outcome.decisions.insert(requester.key.clone(), decision);
     }
 
+    let ports = PortReports::new(allocator.cluster);
     let mut statuses = allocator.gateway_pools.map(|_| EgressGatewayStatus::default());
     for (place, allocation) in allocator.allocations.with_places() {
         let users = allocator.users(place).into_iter();
@@ -69,6 +71,7 @@ pub(super) fn close(allocator: Allocator, rejections: &HashMap<RequestPlace, Rej
         count_nodes(&allocator, gateway_pool, &mut status);
         status.usage = usage(gateway_pool, &status);
         status.conditions = conditions(&allocator, place, gateway_pool, &status, rejections);
+        status.conditions.extend(few_ports(&ports, &allocator, gateway_pool, &status));
         let next = status.released.first().map(|released| released.at + COOLDOWN_SECONDS);
         status.reports_requested_at = gateway_pool.reports.requested_at;
         outcome.next_reports = [outcome.next_reports, gateway_pool.reports.due].into_iter().flatten().min();
@@ -224,6 +227,21 @@ fn conditions(
         None => conditions.add("AddressesLeft", true, "AddressesLeft", in_use(gateway_pool, status.usage)),
     }
     probes::add_condition(&mut conditions, allocator, gateway_pool);
+    conditions.finish()
+}
+
+/// The condition that egress IPs have few source ports left, if any has.
+fn few_ports(
+    ports: &PortReports,
+    allocator: &Allocator,
+    gateway_pool: &GatewayPool,
+    status: &EgressGatewayStatus,
+) -> Vec<Condition> {
+    let gateway = gateway_pool.gateway;
+    let mut conditions = Conditions::new(&gateway.status.conditions, gateway.generation, allocator.now);
+    if let Some(message) = ports.of_gateway(&status.allocations) {
+        conditions.add(PORTS_NEARLY_EXHAUSTED, true, FEW_PORTS, message);
+    }
     conditions.finish()
 }
 

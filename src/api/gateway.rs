@@ -188,7 +188,8 @@ pub struct EgressGatewayStatus {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub released: Vec<ReleasedAllocation>,
     /// `Accepted`: the spec is valid. `Ready`: nodes can hold the egress IPs. `AddressesLeft`: the pool is not
-    /// exhausted. `ProbesSucceed` (with `spec.probes`): on no node the probes fail.
+    /// exhausted. `ProbesSucceed` (with `spec.probes`): on no node the probes fail. `PortsNearlyExhausted` (absent if not
+    /// so): connections from an egress IP to a destination use most of its source ports.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub conditions: Vec<Condition>,
     /// When the controller asked the nodes to report anew, seconds since the Unix epoch; absent while it asks nothing. It

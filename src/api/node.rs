@@ -1,3 +1,4 @@
+use super::Protocol;
 use serde::{Deserialize, Serialize};
 use std::net::IpAddr;
 
@@ -81,6 +82,11 @@ pub struct EgressNodeStatus {
     /// more destinations than one node takes, and these list the most.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub over_limit: Vec<String>,
+    /// Destinations to which connections from this node's egress IPs use most of the source ports, at most ten: an entry
+    /// comes when more than 80 % of the ports are in use, and goes when less than 70 % are. When all are in use, the kernel
+    /// drops new connections there.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub ports_nearly_exhausted: Vec<PortsNearlyExhausted>,
     /// The networks inside the cluster, as this node knows them, each with its origin. Traffic to them goes direct.
     /// Single addresses of nodes and Services are not listed.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -97,6 +103,7 @@ impl EgressNodeStatus {
         EgressNodeStatus {
             version: None,
             in_sync_since: None,
+            ports_nearly_exhausted: Vec::new(),
             direct: Vec::new(),
             blocked: Vec::new(),
             faults: Vec::new(),
@@ -190,6 +197,25 @@ pub struct BlockedAllocation {
     pub family: Option<String>,
     /// The reason.
     pub message: String,
+}
+
+/// A destination to which connections from an egress IP use most of the source ports.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct PortsNearlyExhausted {
+    /// The id of the allocation.
+    pub id: u16,
+    /// The egress IP.
+    pub address: IpAddr,
+    /// The address of the server.
+    pub destination: IpAddr,
+    /// The port of the server.
+    pub port: u16,
+    /// The protocol.
+    pub protocol: Protocol,
+    /// The source ports among which the kernel chooses: `1024-65535`; `1-511` and `600-1023` for clients that send from
+    /// such ports.
+    pub ports: String,
 }
 
 /// An egress IP that its node cannot hold.

@@ -334,7 +334,8 @@ pub struct EgressPolicyStatus {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub pods_by_node: Vec<PodsOfNode>,
     /// `Accepted`: the policy has an egress IP. `Ready`: its node holds it. `Shadowed`: other policies decide for all
-    /// pods of this one.
+    /// pods of this one. `PortsNearlyExhausted` (absent if not so): connections to a destination use most of the egress IP's
+    /// source ports. `OverNodeLimit` (absent if not so): its pods on some nodes are isolated.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub conditions: Vec<Condition>,
 }

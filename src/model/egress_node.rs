@@ -1,8 +1,8 @@
 //! EgressNode statuses, stored compactly.
 
 use crate::api::{
-    BlockedAllocation, EgressNodeStatus, FailingProbes, Fault, LostUplink, RefusedAllocation, ReportGiven,
-    TakenAllocation,
+    BlockedAllocation, EgressNodeStatus, FailingProbes, Fault, LostUplink, PortsNearlyExhausted, RefusedAllocation,
+    ReportGiven, TakenAllocation,
 };
 use crate::model::PolicyKey;
 use crate::model::marks::EgressId;
@@ -61,6 +61,8 @@ pub struct OfAllocations {
     pub over_limit: Vec<PolicyKey>,
     /// What it had to skip. Empty in node daemons.
     pub faults: Vec<Fault>,
+    /// Destinations for which its egress IPs have few source ports left. Empty in node daemons.
+    pub ports_nearly_exhausted: Vec<PortsNearlyExhausted>,
     /// The version of its daemon. Absent in node daemons.
     pub version: Option<Box<str>>,
     /// Since when it has been in sync, RFC 3339. Absent in node daemons.
@@ -83,6 +85,7 @@ impl EgressNode {
             blocked: Vec::new(),
             over_limit: Vec::new(),
             faults: Vec::new(),
+            ports_nearly_exhausted: Vec::new(),
             version: None,
             in_sync_since: None,
         };
@@ -115,6 +118,7 @@ impl From<EgressNodeStatus> for EgressNode {
             failing_probes,
             blocked,
             over_limit,
+            ports_nearly_exhausted,
             direct: _,
             faults,
         } = status;
@@ -131,6 +135,7 @@ impl From<EgressNodeStatus> for EgressNode {
             blocked,
             over_limit: over_limit.iter().map(|key| PolicyKey::from(key.as_str())).collect(),
             faults,
+            ports_nearly_exhausted,
             version: version.map(Into::into),
             in_sync_since: in_sync_since.map(Into::into),
         };

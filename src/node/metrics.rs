@@ -5,6 +5,7 @@ use super::flow_log::FlowLogMetrics;
 use super::forwarding::FirstPackets;
 use super::host::Counts;
 use super::pods::Census;
+use super::source_ports::SourcePortMetrics;
 use super::uplink_probes::ProbeMetrics;
 use crate::node_plan::View;
 use crate::node_plan::allocations::AllocationState;
@@ -40,8 +41,7 @@ pub enum TakeoverReason {
 }
 
 impl TakeoverReason {
-    const ALL: [TakeoverReason; 3] =
-        [TakeoverReason::OwnerDead, TakeoverReason::UplinkLost, TakeoverReason::Other];
+    const ALL: [TakeoverReason; 3] = [TakeoverReason::OwnerDead, TakeoverReason::UplinkLost, TakeoverReason::Other];
 
     fn label(self) -> Reason {
         let reason = match self {
@@ -100,6 +100,7 @@ pub struct Metrics {
     insertions_failed: Counter,
     changed_ports: ReplicationMetrics,
     flow_log: FlowLogMetrics,
+    source_ports: SourcePortMetrics,
     uplink_probes: ProbeMetrics,
     forward_dropped: Family<FamilyLabel, Counter>,
     allocation_packets: Family<AllocationLabels, Counter>,
@@ -133,6 +134,7 @@ impl Metrics {
             insertions_failed: Counter::default(),
             changed_ports: ReplicationMetrics::default(),
             flow_log: FlowLogMetrics::default(),
+            source_ports: SourcePortMetrics::default(),
             uplink_probes: ProbeMetrics::default(),
             forward_dropped: Family::default(),
             allocation_packets: Family::default(),
@@ -180,6 +182,7 @@ impl Metrics {
         );
         metrics.changed_ports.register(&mut registry);
         metrics.flow_log.register(&mut registry);
+        metrics.source_ports.register(&mut registry);
         metrics.uplink_probes.register(&mut registry);
         registry.register(
             "forward_dropped_packets",
@@ -209,6 +212,11 @@ impl Metrics {
     /// The metrics of the flow log.
     pub fn flow_log(&self) -> FlowLogMetrics {
         self.flow_log.clone()
+    }
+
+    /// The metrics of source ports in use.
+    pub fn source_ports(&self) -> SourcePortMetrics {
+        self.source_ports.clone()
     }
 
     /// The counters of probes by uplinks.

@@ -24,6 +24,7 @@ mod policy_delay;
 mod report;
 mod run;
 mod socket;
+mod source_ports;
 mod state;
 mod taint;
 mod uplink_probes;

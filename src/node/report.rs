@@ -3,8 +3,8 @@
 use super::holding::Holding;
 use super::host::Faults;
 use crate::api::{
-    BlockedAllocation, DirectNetwork, EgressNodeStatus, FailingProbes, Fault, LostUplink, RefusedAllocation,
-    ReportGiven, TakenAllocation,
+    BlockedAllocation, DirectNetwork, EgressNodeStatus, FailingProbes, Fault, LostUplink, PortsNearlyExhausted,
+    RefusedAllocation, ReportGiven, TakenAllocation,
 };
 use crate::cluster::Statuses;
 use crate::datapath::tunnel::Tunnel;
@@ -73,6 +73,8 @@ pub struct Own<'a> {
     pub failing_probes: Vec<FailingProbes>,
     /// Since when its kernel has been in sync, seconds since the Unix epoch.
     pub in_sync_since: Option<i64>,
+    /// The destinations for which its egress IPs have few source ports left.
+    pub ports_nearly_exhausted: &'a [PortsNearlyExhausted],
 }
 
 /// A status to write.
@@ -124,6 +126,7 @@ impl Report {
             failing_probes: own.failing_probes.clone(),
             blocked,
             over_limit: over_limit.iter().take(OVER_LIMIT).map(ToString::to_string).collect(),
+            ports_nearly_exhausted: own.ports_nearly_exhausted.to_vec(),
             direct: direct.collect(),
             faults: faults.iter().take(FAULTS).map(Fault::from).collect(),
         };
@@ -185,13 +188,15 @@ fn offline_policies(index: &PolicyIndex) -> OfflinePolicies {
 
 /// The interval between two nodes' writes of this change; `None`: it is written at once.
 fn pace(before: &EgressNodeStatus, now: &EgressNodeStatus) -> Option<Duration> {
+    // Only gateway nodes report it, and at most once in half a minute.
+    let is_urgent = before.ports_nearly_exhausted != now.ports_nearly_exhausted;
     let (before, now) = (before.clone().for_machines(), now.clone().for_machines());
-    if before == now {
+    if before == now && !is_urgent {
         return Some(FOR_PEOPLE);
     }
     let is_source_node = !now.unreachable_gateway_nodes.is_empty();
     let answer_only = EgressNodeStatus { reports_given: now.reports_given.clone(), ..before } == now;
-    (is_source_node && answer_only).then_some(ANSWERS)
+    (is_source_node && answer_only && !is_urgent).then_some(ANSWERS)
 }
 
 /// Writes the newest status, until the sender is dropped.

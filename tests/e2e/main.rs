@@ -32,6 +32,7 @@ mod policy_start;
 mod reports;
 mod slow_conflict;
 mod snapshots;
+mod source_ports;
 mod spoofing;
 mod survival;
 mod tenancy;

@@ -194,11 +194,17 @@ fn every_query_of_the_dashboard_and_of_the_alerts_finds_its_metrics() {
     lab.write_manifest("gateway.yaml", &format!("{gateway}  probes: [{{ icmp: {EXT4} }}]\n"));
     let visitor = lab.add_pod("n1", "shop", "visitor", VISITOR);
     assert_leaves_by_egress(&visitor);
+    // Source ports are measured from a tenth of a range on: 52 of 1 to 511. They are counted every 30 s.
+    lab.nodes().iter().for_each(|node| node.sysctl(&["net.netfilter.nf_conntrack_udp_timeout=300"]));
+    visitor.udp_from_ports(1..=60, (EXT4, 9).into());
     let broken = lab.add_pod("n1", "shop", "broken", &[("app", "broken")]);
     assert_blocked(&broken);
     let prometheus = start_prometheus(&lab);
     lab.wait_until("all daemons are scraped several times", Duration::from_secs(60), || {
         query(&lab, "count_over_time(up[1m]) >= 4 and up == 1").is_ok_and(|all| all.len() == 5)
+    });
+    lab.wait_until("source ports are counted and scraped", Duration::from_secs(60), || {
+        query(&lab, &format!("{PREFIX}node_source_ports_used == 60")).is_ok_and(|all| all.len() == 1)
     });
     for (name, expression) in expressions() {
         let result = query(&lab, &expression).unwrap_or_else(|e| panic!("{name}: {expression}: {e}"));

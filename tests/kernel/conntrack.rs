@@ -4,7 +4,7 @@
 use crate::namespace::{in_namespace, run};
 use egret_nft::conntrack::{
     EntryAction, Insertion, MarkFilter, Translated, Tuple, delete, delete_by_address, delete_by_source, delete_one,
-    find_by_original, find_by_reply, insert_or_update, list, list_tracked, update_entries,
+    find_by_original, find_by_reply, fold_tracked, insert, insert_or_update, list, list_tracked, update_entries,
 };
 use egret_nft::netlink::{NETLINK_NETFILTER, Socket};
 use std::collections::BTreeSet;
@@ -207,12 +207,34 @@ fn an_entry_is_inserted_with_exactly_the_given_port_or_not_at_all() {
         assert!(run("conntrack", "-L -p tcp").contains("ESTABLISHED"));
         let all = list_tracked(&mut socket, MarkFilter { mark: 0x4547_8000, mask: 0xffff_8000 }, |_| true).unwrap();
         assert_eq!(all.len(), 8);
+        let of =
+            |filter| fold_tracked(&mut Socket::open(NETLINK_NETFILTER).unwrap(), filter, || 0, |n, _| *n += 1).unwrap();
+        assert_eq!(of(MarkFilter { mark: 0x4547_8000, mask: 0xffff_8000 }), 8);
+        assert_eq!(of(MarkFilter { mark: 0x4548_0000, mask: 0xffff_0000 }), 0, "no connection has this mark");
         for one in &all {
             delete_one(&mut socket, &one.out, |_| false).unwrap();
             assert!(find_by_original(&mut socket, &one.out).unwrap().is_some());
             delete_one(&mut socket, &one.out, |there| there == one).unwrap();
         }
         assert_eq!(shown(), 0);
+    });
+}
+
+#[test]
+fn a_large_table_is_read_whole_without_being_kept() {
+    in_namespace(|| async {
+        let (mut socket, ports) = (Socket::open(NETLINK_NETFILTER).unwrap(), 1024..31_024);
+        for port in ports.clone() {
+            let made = insert(&mut socket, &translated("10.244.1.5", UDP, port, port)).unwrap();
+            assert_eq!(made, Insertion::Present);
+        }
+        let begin = Instant::now();
+        let filter = MarkFilter { mark: 0x4547_0000, mask: 0xffff_0000 };
+        let found = fold_tracked(&mut socket, filter, BTreeSet::new, |found, one| {
+            found.insert(one.back.ports[1]);
+        });
+        println!("{} connections are read in {:?}", ports.len(), begin.elapsed());
+        assert_eq!(found.unwrap(), ports.collect());
     });
 }
 

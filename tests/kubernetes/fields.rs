@@ -97,6 +97,10 @@ fn policies(kind: &str, more: &Value) -> Vec<Value> {
 }
 
 fn nodes() -> Vec<Value> {
+    let few_ports = ["TCP", "UDP", "SCTP"].map(|protocol| {
+        json!({"id": 1, "address": "192.0.2.50", "destination": "2001:db8::7", "port": 443, "protocol": protocol,
+               "ports": "1024-65535"})
+    });
     let status = json!({
         "version": "0.1.0", "inSyncSince": "2026-01-31T12:00:00Z", "tunnelAddress": "192.0.2.1", "tunnelMac": "02:00:00:00:00:01", "answers": true, "allocations": [1, 2],
         "taken": [{"id": 1, "since": 1_700_000_000}], "refused": [{"id": 2, "message": "another host has it"}],
@@ -105,6 +109,7 @@ fn nodes() -> Vec<Value> {
         "flowLogSince": 1_700_000_000, "reportsGiven": [{"gateway": "g", "requestedAt": 1_700_000_000}], "overLimit": ["shop/p"],
         "direct": [{"network": "10.0.0.0/8", "from": "spec.podCIDRs of Nodes"}],
         "faults": [{"of": "peer g2", "message": "no route"}],
+        "portsNearlyExhausted": few_ports,
         "lost": [{"interface": "eth0", "family": "IPv6", "gateway": "listed", "message": "no route"}],
         "failingProbes": [{"gateway": "listed", "family": "IPv4", "message": "no answer"}],
     });

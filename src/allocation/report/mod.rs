@@ -2,6 +2,7 @@
 
 mod coverage;
 mod notices;
+pub(super) mod ports;
 
 pub use notices::{of_gateway, of_policy};
 
@@ -15,6 +16,7 @@ use crate::model::selector::Name;
 use crate::model::uplink_key::UplinkKey;
 use crate::model::{Cluster, Gateway, MOVE_TO, Namespaces, Node, Policy, PolicyKey, Tier};
 use coverage::Coverage;
+use ports::{FEW_PORTS, PORTS_NEARLY_EXHAUSTED, PortReports};
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
 /// The reason of `Ready=False` when the node cannot hold the egress IP: another host has the address, or the node has
@@ -56,6 +58,7 @@ pub fn report(cluster: &Cluster, outcome: &Outcome, now: i64) -> BTreeMap<Policy
     let living: HashMap<&Name, Vec<&Name>> =
         cluster.gateways.iter().map(|(name, gateway)| (name, reports.living(gateway, now))).collect();
     let over_quota = quota::over(&cluster.policies);
+    let ports = PortReports::new(cluster);
     let mut statuses = BTreeMap::new();
     for (key, policy) in &cluster.policies {
         let Some(decision) = outcome.decisions.get(key) else { continue };
@@ -93,6 +96,9 @@ pub fn report(cluster: &Cluster, outcome: &Outcome, now: i64) -> BTreeMap<Policy
                 match state {
                     Some(is_true) => conditions.add("Ready", is_true, reason, message),
                     None => conditions.add_unknown("Ready", reason, message),
+                }
+                if let Some(message) = ports.of_policy(grant.id) {
+                    conditions.add(PORTS_NEARLY_EXHAUSTED, true, FEW_PORTS, message);
                 }
             }
         }

@@ -1,5 +1,6 @@
 //! Events for users: not every state, but changes that they should act on or know of.
 
+use super::ports::PORTS_NEARLY_EXHAUSTED;
 use super::{OVER_NODE_LIMIT, REFUSED, SHARED};
 use crate::allocation::in_words;
 use crate::api::{Condition, EgressGatewayStatus, EgressPolicyStatus};
@@ -31,8 +32,8 @@ pub fn of_policy(before: Option<&EgressPolicyStatus>, after: &EgressPolicyStatus
             ("Ready", "False") if was.is_some_and(|was| was.status == "True") && condition.reason != "NotAccepted" => {
                 notices.push(Notice::warning(&condition.reason, format!("blocked: {}", condition.message)));
             }
-            (OVER_NODE_LIMIT, "True") => {
-                notices.push(Notice::warning(OVER_NODE_LIMIT, condition.message.clone()));
+            (kind @ (OVER_NODE_LIMIT | PORTS_NEARLY_EXHAUSTED), "True") => {
+                notices.push(Notice::warning(kind, condition.message.clone()));
             }
             ("Shadowed", "True") => notices.push(Notice::warning("Shadowed", condition.message.clone())),
             _ => {}
@@ -62,7 +63,9 @@ pub fn of_policy(before: Option<&EgressPolicyStatus>, after: &EgressPolicyStatus
 pub fn of_gateway(before: &EgressGatewayStatus, after: &EgressGatewayStatus) -> Vec<Notice> {
     let is_new = |condition: &&Condition| {
         let was = before.conditions.iter().find(|c| c.type_ == condition.type_);
-        condition.status != "True" && was.is_none_or(|was| was.status == "True" || was.reason != condition.reason)
+        // This condition is there only while something is wrong.
+        let is_wrong = condition.status != "True" || condition.type_ == PORTS_NEARLY_EXHAUSTED && was.is_none();
+        is_wrong && was.is_none_or(|was| was.status == "True" || was.reason != condition.reason)
     };
     let warning = |c: &Condition| Notice::warning(&c.reason, c.message.clone());
     after.conditions.iter().filter(is_new).map(warning).collect()

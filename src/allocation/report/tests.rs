@@ -1,7 +1,7 @@
 use super::*;
 use crate::api::{
-    Action, Allocate, Condition, EgressPeer, EgressPolicySpec, EgressPort, EgressRule, Fallback, IpBlock, Protocol,
-    RefusedAllocation, Tier,
+    Action, Allocate, Condition, EgressPeer, EgressPolicySpec, EgressPort, EgressRule, Fallback, IpBlock,
+    PortsNearlyExhausted, Protocol, RefusedAllocation, Tier,
 };
 use crate::fixture::{World, asking, naming, selector};
 use crate::model::Unreadable;
@@ -373,4 +373,49 @@ fn pods_are_counted_by_node_while_there_are_few_nodes() {
     assert_eq!(by_node(&mut world, "a/p").1.len(), 99);
     world.pod_on("n100", "a", "on-100");
     assert_eq!(by_node(&mut world, "a/p"), (102, vec![]), "on 100 nodes");
+}
+
+#[test]
+fn few_source_ports_are_named_with_their_remedy() {
+    let mut world = World::new(&["192.0.2.50-192.0.2.59"]);
+    world.policy("a/p", naming(&["192.0.2.50"]));
+    world.policy("a/q", naming(&["192.0.2.51"]));
+    world.allocate();
+    world.settle();
+    let id = world.allocate().grant("a/p").id;
+    let owner = world.allocate().node("a/p").unwrap().to_owned();
+    let found = |ports: &str| PortsNearlyExhausted {
+        id,
+        address: [192, 0, 2, 50].into(),
+        destination: [203, 0, 113, 7].into(),
+        port: 443,
+        protocol: Protocol::Tcp,
+        ports: ports.to_owned(),
+    };
+    let condition = |world: &mut World, key: &str| {
+        let status = world.report()[&PolicyKey::from(key)].clone();
+        status.conditions.into_iter().find(|condition| condition.type_ == "PortsNearlyExhausted")
+    };
+    let of_gateway = |world: &mut World| {
+        let conditions = world.allocate().gateways["g"].conditions.clone();
+        conditions.into_iter().find(|condition| condition.type_ == "PortsNearlyExhausted")
+    };
+    assert_eq!((condition(&mut world, "a/p"), of_gateway(&mut world)), (None, None));
+
+    world.has_few_ports(&owner, &[found("1024-65535")]);
+    let message = condition(&mut world, "a/p").unwrap().message;
+    let words = ["192.0.2.50 to 203.0.113.7:443 (TCP)", "source ports 1024-65535", "; divide its pods"];
+    assert!(words.iter().all(|words| message.contains(words)) && !message.contains("64,512"), "{message}");
+    assert_eq!(condition(&mut world, "a/q"), None, "it has another egress IP");
+    let message = of_gateway(&mut world).unwrap().message;
+    assert!(message.contains("203.0.113.7:443 (TCP)") && message.contains("; give the policies"), "{message}");
+    let first = condition(&mut world, "a/p");
+    world.now += 60;
+    assert_eq!(condition(&mut world, "a/p"), first, "since when it is so stays");
+
+    world.has_few_ports(&owner, &[found("1-511")]);
+    assert!(condition(&mut world, "a/p").unwrap().message.contains("from ports above 1023"));
+    world.holds(&owner, &[]);
+    world.has_few_ports(&owner, &[found("1-511")]);
+    assert_eq!(condition(&mut world, "a/p"), None, "another node has the egress IP now");
 }

@@ -110,7 +110,8 @@ impl<'a> Facts<'a> {
             role: if gateways.is_empty() { Role::Source } else { Role::Gateway },
             version: reports.and_then(|reports| reports.version.as_deref()).map(str::to_owned),
             in_sync_since: in_sync_since.map(str::to_owned),
-            in_sync_for: in_sync_since.and_then(|since| Some(self.state.now - since.parse::<Timestamp>().ok()?.as_second())),
+            in_sync_for: in_sync_since
+                .and_then(|since| Some(self.state.now - since.parse::<Timestamp>().ok()?.as_second())),
             egress_ips: reports.map_or(0, |reports| reports.held.len()),
             unreachable_peers: reports.map(|reports| reports.unreachable_peers.clone()).unwrap_or_default(),
             drained: gateways.iter().any(drained),

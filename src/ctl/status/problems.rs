@@ -224,6 +224,10 @@ impl Found {
                     Problem::new(Severity::Error, format!("EgressPolicy {key}"), &condition.reason, &condition.message);
                 self.add(problem);
             }
+            if let Some(condition) = condition(&status.conditions, "PortsNearlyExhausted", "True") {
+                let object = format!("EgressPolicy {key}");
+                self.add(Problem::new(Severity::Warning, object, &condition.type_, &condition.message));
+            }
             let state = state_of(status);
             let bad = match state {
                 PolicyState::Ready | PolicyState::Pending => continue,

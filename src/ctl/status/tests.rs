@@ -1,6 +1,5 @@
 use super::*;
-use crate::api::Allocate;
-use crate::api::EgressPolicySpec;
+use crate::api::{Allocate, EgressPolicySpec, PortsNearlyExhausted, Protocol};
 use crate::ctl::output::{Show, View};
 use crate::ctl::problem::Severity;
 use crate::fixture::{World, asking, naming, selector};
@@ -93,6 +92,26 @@ fn each_cause_is_one_problem_with_its_remedy() {
     assert!(dead.object == "gateway node n1" && dead.remedy.contains("UDP 7871"), "{dead:?}");
     assert!(status.problems.iter().all(|problem| !problem.remedy.is_empty()), "{:#?}", status.problems);
     lab::snapshot::assert("status-broken.txt", &status.text(View::default()));
+}
+
+#[test]
+fn source_ports_that_run_out_are_a_warning_with_a_remedy() {
+    let mut world = healthy();
+    let found = PortsNearlyExhausted {
+        id: world.cluster.gateways["g"].status.allocations[0].id,
+        address: [192, 0, 2, 50].into(),
+        destination: [203, 0, 113, 7].into(),
+        port: 443,
+        protocol: Protocol::Tcp,
+        ports: "1024-65535".to_owned(),
+    };
+    world.has_few_ports("n1", &[found]);
+    world.report();
+    let status = status(&state(&world), None);
+    let few = problem(&status, "PortsNearlyExhausted");
+    assert_eq!((few.object.as_str(), few.severity), ("EgressPolicy shop/visitors", Severity::Warning));
+    assert!(few.message.contains("203.0.113.7:443") && few.remedy.contains("an egress IP each"), "{few:?}");
+    assert_eq!(status.policies[0].state, PolicyState::Ready);
 }
 
 #[test]

@@ -14,6 +14,7 @@ mod probes;
 mod problems;
 mod records;
 mod roles;
+mod source_ports;
 mod state_dump;
 mod steps;
 mod stopping;
@@ -44,6 +45,7 @@ use crate::node::liveness::{PeerLiveness, Targets};
 use crate::node::metrics::Metrics;
 use crate::node::pods::Pods;
 use crate::node::report::Report;
+use crate::node::source_ports::SourcePorts;
 use crate::node::uplink_probes::{self, Findings};
 use crate::node_plan::View;
 use crate::node_plan::allocations::Facts;
@@ -120,6 +122,7 @@ pub struct Node {
     /// The gateway nodes that this node reports as unreachable.
     unreachable: Unreachable,
     flow_records: FlowRecords,
+    source_ports: SourcePorts,
 }
 
 impl Node {
@@ -141,6 +144,7 @@ impl Node {
         let flushed = OfflinePolicies::is_there(&options.state_dir) && !host.has_tables()?;
         let changed_ports = ChangedPorts::start(options.marks, metrics.changed_ports())?;
         let flow_records = FlowRecords::start(&options, &metrics)?;
+        let source_ports = SourcePorts::start(options.marks, metrics.source_ports())?;
         let boot = boot_id().context("the boot's id")?;
         let (files, adopted) = AdoptedFiles::load(&options.run_dir, boot).context("adopted pods")?;
         let report = Report::new(&options.name, statuses, options.state_dir.clone());
@@ -172,6 +176,7 @@ impl Node {
             in_sync: InSync::default(),
             unreachable: Unreachable::default(),
             flow_records,
+            source_ports,
         };
         node.find_running_pods(adopted).await?;
         node.connections.ended.of_earlier = true;

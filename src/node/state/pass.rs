@@ -68,6 +68,7 @@ impl Node {
         self.set_probes();
         self.set_roles();
         self.set_flow_view();
+        self.set_owned_ips();
         self.announce_pods();
         self.seek_unmanaged();
         let has_compared = self.pending.has_run(Step::Tunnel);
@@ -145,6 +146,7 @@ impl Node {
             over_limit: self.pods.over_limit(),
             failing_probes: self.failing_probes(),
             in_sync_since: self.in_sync.since(),
+            ports_nearly_exhausted: &self.source_ports.nearly_exhausted(),
         };
         self.report.publish(&self.view, &own, blocked, self.cluster.nodes.len());
     }

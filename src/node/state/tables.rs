@@ -127,11 +127,12 @@ impl Node {
     /// Reads the counters: deletes stale connections if stale packets were counted, and updates the detection of
     /// blocked forwarding. Returns whether the status changes.
     pub fn check_counters(&mut self) -> bool {
+        let ports_changed = self.source_ports.has_changed();
         let (stale, first) = match self.host.stale_and_first_packets() {
             Ok(counted) => counted,
             Err(e) => {
                 tracing::warn!("the kernel's counters cannot be read: {e:#}");
-                return false;
+                return ports_changed;
             }
         };
         let connections = &mut self.connections;
@@ -140,7 +141,7 @@ impl Node {
             let local = connections.moved.as_ref().map(Moved::local).unwrap_or_default();
             ended::delete_stale(self.options.marks, local, connections.changed_ports.replicas());
         }
-        self.forwarding_changed(first)
+        self.forwarding_changed(first) || ports_changed
     }
 
     /// The number of pods in each state.

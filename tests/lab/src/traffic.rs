@@ -7,6 +7,7 @@ use super::server::{ECHO, UDP_WHO};
 use std::collections::BTreeSet;
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, UdpSocket};
+use std::ops::RangeInclusive;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
@@ -37,6 +38,18 @@ impl Host {
             move || hold(stream, local, pace, &ends)
         });
         Ok(Session { ends, thread })
+    }
+
+    /// Sends a UDP packet from each of these ports.
+    #[track_caller]
+    pub fn udp_from_ports(&self, from: RangeInclusive<u16>, to: SocketAddr) {
+        let any: IpAddr = if to.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+        self.within(|| {
+            for port in from {
+                let socket = UdpSocket::bind((any, port)).unwrap_or_else(|e| panic!("port {port}: {e}"));
+                socket.send_to(b"x", to).unwrap_or_else(|e| panic!("from port {port}: {e}"));
+            }
+        });
     }
 
     /// Sends UDP packets to the server that tells who asked, one each `pace`, and takes the answers. With `fresh`,

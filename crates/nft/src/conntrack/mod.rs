@@ -11,7 +11,8 @@ mod tuple;
 
 pub use events::{ATTRIBUTES, Event, MARK, Traffic, parse_event, subscribe};
 pub use translated::{
-    Insertion, Tracked, Translated, delete_one, find_by_original, find_by_reply, insert, insert_or_update, list_tracked,
+    Insertion, Tracked, Translated, delete_one, find_by_original, find_by_reply, fold_tracked, insert,
+    insert_or_update, list_tracked,
 };
 pub use tuple::Tuple;
 
@@ -85,7 +86,22 @@ pub struct MarkFilter {
 impl MarkFilter {
     /// Whether it selects `connection`.
     pub fn matches(&self, connection: &Connection) -> bool {
-        connection.mark & self.mask == self.mark & self.mask
+        self.has(connection.mark)
+    }
+
+    fn has(&self, mark: u32) -> bool {
+        mark & self.mask == self.mark & self.mask
+    }
+
+    /// The request of a dump that the kernel filters.
+    fn request(&self) -> Vec<u8> {
+        // AF_UNSPEC selects both families.
+        let mut request = vec![0; NFGENMSG];
+        if self.mask != 0 {
+            request.be32(CTA_MARK, self.mark);
+            request.be32(CTA_MARK_MASK, self.mask);
+        }
+        request
     }
 }
 
@@ -277,13 +293,7 @@ fn select_raw<T>(
     marked: MarkFilter,
     mut pick: impl FnMut(Connection, &[u8]) -> Option<T>,
 ) -> Result<Vec<T>, Failure> {
-    // AF_UNSPEC selects both families.
-    let mut filter = vec![0; NFGENMSG];
-    if marked.mask != 0 {
-        filter.be32(CTA_MARK, marked.mark);
-        filter.be32(CTA_MARK_MASK, marked.mask);
-    }
-    select_filtered(socket, &filter, |connection, message| {
+    select_filtered(socket, &marked.request(), |connection, message| {
         marked.matches(&connection).then(|| pick(connection, message)).flatten()
     })
 }

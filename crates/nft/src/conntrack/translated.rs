@@ -113,6 +113,25 @@ pub fn list_tracked(
     select_raw(socket, marked, |_, message| parse_tracked(message).filter(&pick))
 }
 
+/// Calls `each` with every connection that `marked` selects, and with the state that `start` returned. It keeps none of
+/// them in memory. If the kernel interrupts the dump, it begins again with a new state.
+///
+/// # Errors
+/// The table cannot be read.
+pub fn fold_tracked<S>(
+    socket: &mut Socket,
+    marked: MarkFilter,
+    start: impl FnMut() -> S,
+    mut each: impl FnMut(&mut S, &Tracked),
+) -> Result<S, Failure> {
+    let read = socket.dump(IPCTNL_MSG_CT_GET, &marked.request(), start, |state, message| {
+        if let Some(tracked) = parse_tracked(message).filter(|tracked| marked.has(tracked.mark)) {
+            each(state, &tracked);
+        }
+    });
+    read.map_err(Failure::Read)
+}
+
 /// Inserts the entry. If it exists, its mark and timeout are set and its TCP window checks are turned off. Another
 /// connection with the same original tuple is deleted first if `gives_place` returns true for it.
 pub fn insert_or_update(

@@ -1,0 +1,16 @@
+//! The egress IPs whose source ports are counted.
+
+use super::Node;
+use crate::node::source_ports::OwnedIps;
+use crate::node_plan::addresses;
+
+impl Node {
+    /// Passes on which egress IPs this node holds.
+    pub(super) fn set_owned_ips(&mut self) {
+        let allocations = &self.view.allocations;
+        let held = allocations.held.iter().filter_map(|id| Some((*id, allocations.allocations.get(id)?)));
+        let owned: OwnedIps =
+            held.flat_map(|(id, allocation)| addresses(allocation).map(move |address| (address, id))).collect();
+        self.source_ports.set_owned(owned);
+    }
+}
