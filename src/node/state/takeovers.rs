@@ -18,27 +18,29 @@ impl Node {
         let counted = std::mem::replace(&mut self.egress.counted, self.facts.taken.clone());
         let mut new = self.facts.taken.clone();
         new.retain(|id, since| counted.get(id) != Some(since));
-        for reason in reasons(&self.cluster, &self.facts, &new) {
+        let allocations = &self.view.allocations.allocations;
+        let needs =
+            |id: EgressId| allocations.get(&id).map(|allocation| allocation.needs().collect()).unwrap_or_default();
+        for reason in reasons(&self.cluster, &self.facts, &new, needs) {
             self.metrics.taken_over(reason);
         }
     }
 }
 
-/// The reason for each of these takeovers.
-fn reasons(cluster: &Cluster, facts: &Facts, new: &BTreeMap<EgressId, i64>) -> Vec<TakeoverReason> {
-    let gateways = cluster.gateways.values();
-    let entries = gateways.flat_map(|gateway| {
-        let interface = gateway.interface.as_ref();
-        gateway.status.allocations.iter().map(move |allocation| (allocation, interface))
-    });
-    let taken = entries.filter(|(allocation, _)| new.get(&allocation.id) == Some(&allocation.since));
-    let reasons = taken.map(|(allocation, interface)| {
+/// The reason for each of these takeovers. `needs` are the uplinks that an egress IP needs.
+fn reasons(
+    cluster: &Cluster,
+    facts: &Facts,
+    new: &BTreeMap<EgressId, i64>,
+    needs: impl Fn(EgressId) -> Vec<UplinkKey>,
+) -> Vec<TakeoverReason> {
+    let taken = cluster.allocations().filter(|allocation| new.get(&allocation.id) == Some(&allocation.since));
+    let reasons = taken.map(|allocation| {
         let Some(node) = &allocation.node else { return TakeoverReason::Other };
         let lost = facts.lost.get(node);
-        let mut needs = UplinkKey::of(&allocation.address, interface);
         if facts.dead.contains(node) || !cluster.nodes.contains_key(node) {
             TakeoverReason::OwnerDead
-        } else if needs.any(|need| lost.is_some_and(|lost| lost.contains(&need))) {
+        } else if lost.is_some_and(|lost| needs(allocation.id).iter().any(|need| lost.contains(need))) {
             TakeoverReason::UplinkLost
         } else {
             TakeoverReason::Other
@@ -61,17 +63,17 @@ mod tests {
         let allocations = world.cluster.gateways["g"].status.allocations.clone();
         let taken: BTreeMap<EgressId, i64> = allocations[..1].iter().map(|a| (a.id, a.since)).collect();
         let owner = allocations[0].node.clone().unwrap();
-        let of = |world: &World, facts: &Facts| reasons(&world.cluster, facts, &taken);
+        let needs: Vec<UplinkKey> = UplinkKey::of(&allocations[0].address, None).collect();
+        let of = |world: &World, facts: &Facts| reasons(&world.cluster, facts, &taken, |_| needs.clone());
 
         assert_eq!(of(&world, &Facts::default()), [TakeoverReason::Other]);
-        let needs = UplinkKey::of(&allocations[0].address, None).collect();
-        let lost = Facts { lost: [(owner.clone(), needs)].into(), ..Facts::default() };
+        let lost = Facts { lost: [(owner.clone(), needs.iter().cloned().collect())].into(), ..Facts::default() };
         assert_eq!(of(&world, &lost), [TakeoverReason::UplinkLost]);
         let dead = Facts { dead: [owner.clone()].into(), ..lost };
         assert_eq!(of(&world, &dead), [TakeoverReason::OwnerDead]);
         world.without_node(&owner);
         assert_eq!(of(&world, &Facts::default()), [TakeoverReason::OwnerDead]);
         let renewed = taken.iter().map(|(id, since)| (*id, since + 1)).collect();
-        assert_eq!(reasons(&world.cluster, &dead, &renewed), [], "the allocation was renewed since");
+        assert_eq!(reasons(&world.cluster, &dead, &renewed, |_| needs.clone()), [], "the allocation was renewed since");
     }
 }
