@@ -21,7 +21,7 @@ const MAY_USE: [(&str, &[&str]); 13] = [
     ("install", &["check", "cluster", "datapath", "model"]),
     ("controller", &["allocation", "cluster", "model", "api", "telemetry"]),
     ("ctl", &["convert", "check", "allocation", "cluster", "node_plan", "model", "api"]),
-    ("node", &["install", "cluster", "datapath", "node_plan", "model", "api", "telemetry"]),
+    ("node", &["check", "install", "cluster", "datapath", "node_plan", "model", "api", "telemetry"]),
 ];
 
 /// Modules that use neither the kernel nor the plugin. Of the crates below they may use only those of [`PLAIN`].

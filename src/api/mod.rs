@@ -55,8 +55,8 @@ impl AddressPair {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Condition {
-    /// `Accepted`, `Ready`, `Shadowed` (policies), `AddressesLeft` or `ProbesSucceed` (gateways), `PortsNearlyExhausted`; for
-    /// policies also `OverNodeLimit`.
+    /// `Accepted`, `Ready`, `Shadowed` (policies), `AddressesLeft` or `ProbesSucceed` (gateways), `DatapathReady` (nodes),
+    /// `PortsNearlyExhausted`; for policies also `OverNodeLimit`.
     #[serde(rename = "type")]
     pub type_: String,
     /// `True`, `False` or `Unknown`.

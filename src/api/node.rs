@@ -1,4 +1,4 @@
-use super::Protocol;
+use super::{Condition, Protocol};
 use serde::{Deserialize, Serialize};
 use std::net::IpAddr;
 
@@ -13,6 +13,7 @@ use std::net::IpAddr;
     shortname = "en",
     category = "egret",
     printcolumn = r#"{"name": "Tunnel", "type": "string", "jsonPath": ".status.tunnelAddress"}"#,
+    printcolumn = r#"{"name": "Datapath", "type": "string", "jsonPath": ".status.conditions[?(@.type=='DatapathReady')].status"}"#,
     printcolumn = r#"{"name": "Answers", "type": "boolean", "jsonPath": ".status.answers"}"#,
     printcolumn = r#"{"name": "Version", "type": "string", "jsonPath": ".status.version"}"#,
     printcolumn = r#"{"name": "In Sync", "type": "date", "jsonPath": ".status.inSyncSince"}"#,
@@ -95,6 +96,10 @@ pub struct EgressNodeStatus {
     /// many. Everything else is in sync, and these are retried.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub faults: Vec<Fault>,
+    /// `DatapathReady`: the kernel takes what policies need. It is false while the kernel refuses a part that it lacks; the
+    /// message names the part and the remedy, as `egretd check` does.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub conditions: Vec<Condition>,
 }
 
 impl EgressNodeStatus {
@@ -107,6 +112,7 @@ impl EgressNodeStatus {
             direct: Vec::new(),
             blocked: Vec::new(),
             faults: Vec::new(),
+            conditions: Vec::new(),
             ..self
         }
     }

@@ -46,12 +46,7 @@ pub fn run() -> Vec<Need> {
         Err(e) => return vec![Need::missing("rtnetlink", format!("error: {e}"), "needs CONFIG_NET")],
     };
     vec![
-        Need::tried(
-            "VXLAN",
-            vxlan(&mut socket),
-            "with group-based policy",
-            "the tunnel needs CONFIG_VXLAN (module vxlan); some distributions ship it in a package of extra modules",
-        ),
+        tunnel(vxlan(&mut socket)),
         Need::tried(
             "veth",
             device(&mut socket, "egt0", "veth", |_| {}),
@@ -65,14 +60,29 @@ pub fn run() -> Vec<Need> {
             "needs Linux 5.18 or a kernel that has IFA_PROTO from there: without it Egret could not tell its own \
              addresses from others, and adds none",
         ),
-        Need::tried(
-            "policy routing, IPv4",
-            routing(&mut socket, libc::AF_INET as u8),
-            "by mark, with throw and unreachable",
-            "needs CONFIG_IP_ADVANCED_ROUTER and CONFIG_IP_MULTIPLE_TABLES",
-        ),
+        ipv4(routing(&mut socket, libc::AF_INET as u8)),
         ipv6(routing(&mut socket, libc::AF_INET6 as u8)),
     ]
+}
+
+/// The tunnel device, by a trial's result.
+pub(super) fn tunnel(result: Result<(), impl ToString>) -> Need {
+    Need::tried(
+        "VXLAN",
+        result.map_err(|e| e.to_string()),
+        "with group-based policy",
+        "the tunnel needs CONFIG_VXLAN (module vxlan); some distributions ship it in a package of extra modules",
+    )
+}
+
+/// Policy routing, by a trial's result.
+pub(super) fn ipv4(result: Result<(), impl ToString>) -> Need {
+    Need::tried(
+        "policy routing, IPv4",
+        result.map_err(|e| e.to_string()),
+        "by mark, with throw and unreachable",
+        "needs CONFIG_IP_ADVANCED_ROUTER and CONFIG_IP_MULTIPLE_TABLES",
+    )
 }
 
 /// On a host without IPv6, Egret works for IPv4 alone.

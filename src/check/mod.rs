@@ -73,6 +73,29 @@ impl fmt::Display for Need {
     }
 }
 
+/// A part of the datapath that a kernel can refuse.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Part {
+    /// The tunnel device.
+    Tunnel,
+    /// Routing rules and tables.
+    Routing,
+    /// The nftables tables.
+    Tables,
+}
+
+/// The words of this check for a part that the kernel has refused with `error`: what it lacks, and the remedy. Empty if
+/// every trial of the part passes.
+pub fn lacking(part: Part, error: &str) -> String {
+    let needs = match part {
+        Part::Tunnel => vec![links::tunnel(Err(error))],
+        Part::Routing => vec![links::ipv4(Err(error))],
+        Part::Tables => nf_tables::lacking(),
+    };
+    let words = needs.iter().map(|need| format!("{}: {}; {}", need.name, need.found, need.remedy));
+    words.collect::<Vec<_>>().join(". ")
+}
+
 /// Checks all requirements.
 pub fn check() -> Vec<Need> {
     let mut all = host::kernel();

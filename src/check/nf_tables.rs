@@ -139,6 +139,18 @@ pub fn run() -> Vec<Need> {
     all
 }
 
+/// The parts that this kernel lacks and Egret cannot work without. It makes nothing.
+pub(super) fn lacking() -> Vec<Need> {
+    let mut lacking = Vec::new();
+    let Ok(mut nft) = Nftables::open() else { return lacking };
+    for trial in TRIALS.iter().filter(|trial| ![COPIES, LOG].contains(&trial.name)) {
+        if let Err(e) = nft.try_out(trial.family, &(trial.table)()) {
+            lacking.push(Need::tried(trial.name, Err(e), trial.there, trial.remedy));
+        }
+    }
+    lacking
+}
+
 /// Whether tables can have an owner. Egret works without it.
 fn owned(result: Result<bool, Error>) -> Need {
     let name = "tables with an owner";

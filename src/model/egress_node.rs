@@ -1,8 +1,8 @@
 //! EgressNode statuses, stored compactly.
 
 use crate::api::{
-    BlockedAllocation, EgressNodeStatus, FailingProbes, Fault, LostUplink, PortsNearlyExhausted, RefusedAllocation,
-    ReportGiven, TakenAllocation,
+    BlockedAllocation, Condition, EgressNodeStatus, FailingProbes, Fault, LostUplink, PortsNearlyExhausted,
+    RefusedAllocation, ReportGiven, TakenAllocation,
 };
 use crate::model::PolicyKey;
 use crate::model::marks::EgressId;
@@ -67,6 +67,8 @@ pub struct OfAllocations {
     pub version: Option<Box<str>>,
     /// Since when it has been in sync, RFC 3339. Absent in node daemons.
     pub in_sync_since: Option<Box<str>>,
+    /// Its conditions that are false. Empty in node daemons.
+    pub failing: Vec<Condition>,
 }
 
 impl EgressNode {
@@ -88,6 +90,7 @@ impl EgressNode {
             ports_nearly_exhausted: Vec::new(),
             version: None,
             in_sync_since: None,
+            failing: Vec::new(),
         };
         self.of_allocations.as_deref().unwrap_or(&NOTHING)
     }
@@ -121,6 +124,7 @@ impl From<EgressNodeStatus> for EgressNode {
             ports_nearly_exhausted,
             direct: _,
             faults,
+            conditions,
         } = status;
         let of_allocations = OfAllocations {
             held: allocations,
@@ -138,6 +142,7 @@ impl From<EgressNodeStatus> for EgressNode {
             ports_nearly_exhausted,
             version: version.map(Into::into),
             in_sync_since: in_sync_since.map(Into::into),
+            failing: conditions.into_iter().filter(|condition| condition.status == "False").collect(),
         };
         EgressNode {
             tunnel_address,

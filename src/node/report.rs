@@ -3,12 +3,12 @@
 use super::holding::Holding;
 use super::host::Faults;
 use crate::api::{
-    BlockedAllocation, DirectNetwork, EgressNodeStatus, FailingProbes, Fault, LostUplink, PortsNearlyExhausted,
-    RefusedAllocation, ReportGiven, TakenAllocation,
+    BlockedAllocation, Condition, DirectNetwork, EgressNodeStatus, FailingProbes, Fault, LostUplink,
+    PortsNearlyExhausted, RefusedAllocation, ReportGiven, TakenAllocation,
 };
 use crate::cluster::Statuses;
 use crate::datapath::tunnel::Tunnel;
-use crate::model::condition::time;
+use crate::model::condition::{Conditions, time};
 use crate::model::notice::Notice;
 use crate::model::precedence::PolicyIndex;
 use crate::model::selector::Name;
@@ -20,6 +20,7 @@ use crate::node_plan::View;
 use crate::node_plan::allocations::Facts;
 use egret_cni::offline_policies::{Elsewhere, OfflinePolicies};
 use egret_nft::mac;
+use jiff::Timestamp;
 use std::collections::BTreeSet;
 use std::io;
 use std::path::PathBuf;
@@ -36,6 +37,9 @@ const FOR_PEOPLE: Duration = Duration::from_millis(100);
 
 /// The interval between two source nodes' answers to a gateway's request for reports. The controller waits for them.
 const ANSWERS: Duration = Duration::from_millis(2);
+
+/// The condition that says whether the kernel takes what policies need.
+const DATAPATH_READY: &str = "DatapathReady";
 
 /// The largest number of faults in a node's status. A node with a tunnel address of the wrong family has one for every
 /// other node.
@@ -75,6 +79,8 @@ pub struct Own<'a> {
     pub in_sync_since: Option<i64>,
     /// The destinations for which its egress IPs have few source ports left.
     pub ports_nearly_exhausted: &'a [PortsNearlyExhausted],
+    /// Whether the kernel is in sync, or what it lacks; `None` while neither is known.
+    pub kernel: Option<Result<(), &'a str>>,
 }
 
 /// A status to write.
@@ -97,17 +103,31 @@ impl Report {
     /// the cluster's nodes. It does not wait for the write: an API server that does not respond must not keep this
     /// node from taking over egress IPs.
     pub fn publish(&self, view: &View, own: &Own, blocked: Vec<BlockedAllocation>, nodes: usize) {
-        let Own { facts, holding, faults, unreachable, ref reports_given, flow_log_since, over_limit, .. } = *own;
-        let Some(tunnel) = own.tunnel else { return };
+        let Own {
+            tunnel,
+            facts,
+            holding,
+            faults,
+            unreachable,
+            ref reports_given,
+            flow_log_since,
+            over_limit,
+            kernel,
+            ..
+        } = *own;
+        // A kernel without VXLAN has no tunnel, and that is to be said.
+        if tunnel.is_none() && !matches!(kernel, Some(Err(_))) {
+            return;
+        }
         let refused = facts.refused.iter().map(|(id, why)| RefusedAllocation { id: *id, message: why.clone() });
         let direct = view.networks.origins.iter();
         let direct = direct.map(|(n, from)| DirectNetwork { network: n.to_string(), from: from.to_string() });
         let status = EgressNodeStatus {
             version: Some(env!("CARGO_PKG_VERSION").to_owned()),
             in_sync_since: own.in_sync_since.map(time),
-            tunnel_address: Some(tunnel.local),
-            tunnel_mac: Some(mac::Shown(tunnel.mac).to_string()),
-            answers: tunnel.ipv6,
+            tunnel_address: tunnel.map(|tunnel| tunnel.local),
+            tunnel_mac: tunnel.map(|tunnel| mac::Shown(tunnel.mac).to_string()),
+            answers: tunnel.is_some_and(|tunnel| tunnel.ipv6),
             allocations: view.allocations.held.iter().copied().collect(),
             taken: facts.taken.iter().map(|(id, since)| TakenAllocation { id: *id, since: *since }).collect(),
             refused: refused.collect(),
@@ -129,6 +149,7 @@ impl Report {
             ports_nearly_exhausted: own.ports_nearly_exhausted.to_vec(),
             direct: direct.collect(),
             faults: faults.iter().take(FAULTS).map(Fault::from).collect(),
+            conditions: self.conditions(kernel),
         };
         let nodes = u32::try_from(nodes).unwrap_or(u32::MAX);
         self.published.send_if_modified(|published| {
@@ -136,6 +157,19 @@ impl Report {
             *published = Some(Published { status, nodes });
             changed
         });
+    }
+
+    /// The condition `DatapathReady`. A failure that passes does not change it.
+    fn conditions(&self, kernel: Option<Result<(), &str>>) -> Vec<Condition> {
+        let published = self.published.borrow();
+        let before = published.as_ref().map(|published| published.status.conditions.as_slice()).unwrap_or_default();
+        let mut conditions = Conditions::new(before, None, Timestamp::now().as_second());
+        match kernel {
+            None => return before.to_vec(),
+            Some(Ok(())) => conditions.add(DATAPATH_READY, true, "InSync", "the kernel has what policies need"),
+            Some(Err(lacking)) => conditions.add(DATAPATH_READY, false, "KernelRefuses", lacking),
+        }
+        conditions.finish()
     }
 
     /// Writes an event about a pod whose veth was not found and which is blocked therefore.

@@ -227,7 +227,7 @@ impl Daemon {
                 self.restore_run_dir().await?;
                 self.node.invalidate();
             }
-            Event::Retry => node.invalidate(),
+            Event::Retry => node.try_again(),
         }
         Ok(true)
     }

@@ -108,7 +108,7 @@ fn nodes() -> Vec<Value> {
         "unreachableGatewayNodes": ["g3"],
         "flowLogSince": 1_700_000_000, "reportsGiven": [{"gateway": "g", "requestedAt": 1_700_000_000}], "overLimit": ["shop/p"],
         "direct": [{"network": "10.0.0.0/8", "from": "spec.podCIDRs of Nodes"}],
-        "faults": [{"of": "peer g2", "message": "no route"}],
+        "faults": [{"of": "peer g2", "message": "no route"}], "conditions": conditions(),
         "portsNearlyExhausted": few_ports,
         "lost": [{"interface": "eth0", "family": "IPv6", "gateway": "listed", "message": "no route"}],
         "failingProbes": [{"gateway": "listed", "family": "IPv4", "message": "no answer"}],

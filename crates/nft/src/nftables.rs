@@ -57,6 +57,15 @@ impl Nftables {
         Ok(self.own)
     }
 
+    /// Asks whether the kernel takes this table, and makes nothing. Nothing may have the name.
+    ///
+    /// # Errors
+    /// The kernel's refusal.
+    pub fn try_out(&mut self, family: u8, table: &Table) -> Result<(), Error> {
+        let batch = Transaction::new(&mut self.socket).trial(TableName { family, name: TRIAL }, table, Ownership::None);
+        self.commit(&batch)
+    }
+
     /// Whether the socket owns the tables that [`apply`](Self::apply) makes.
     pub fn owns_tables(&self) -> bool {
         self.own

@@ -185,6 +185,10 @@ impl Found {
             return;
         };
         let object = format!("node {name}");
+        for condition in &reports.failing {
+            let problem = Problem::new(Severity::Error, &object, &condition.reason, &condition.message);
+            self.add(problem.or_else("run `egretd check` there"));
+        }
         // The gateway's condition names the nodes on which its probes fail.
         for lost in reports.lost.iter().filter(|lost| lost.gateway.is_none()) {
             let uplink = lost.interface.as_deref().map_or_else(String::new, |interface| format!(" of {interface}"));

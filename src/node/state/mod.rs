@@ -13,6 +13,7 @@ mod plugins;
 mod probes;
 mod problems;
 mod records;
+mod refusals;
 mod roles;
 mod source_ports;
 mod state_dump;

@@ -1,7 +1,7 @@
 //! A pass: runs the pending steps until none is left, sends the waiting responses, and publishes the status.
 
-use super::Node;
 use super::steps::{Input, Step};
+use super::{Node, refusals};
 use crate::datapath::underlay::Underlay;
 use crate::datapath::watch::Interest;
 use crate::node::report::Own;
@@ -40,13 +40,18 @@ impl Node {
     async fn run_pass(&mut self) -> Outcome {
         let started = Instant::now();
         let result = self.run_steps().await;
-        let failure =
-            result.as_ref().err().map(|e| Failure::new(codes::KERNEL, "the kernel is not in sync", format!("{e:#}")));
+        let failure = result.as_ref().err().map(|e| {
+            let details = self.problems.refusals.lasting().map_or_else(|| format!("{e:#}"), ToOwned::to_owned);
+            Failure::new(codes::KERNEL, "the kernel is not in sync", details)
+        });
         self.metrics.applied(started.elapsed(), &result);
         self.respond(failure.as_ref());
         // Let the responses be sent before the work that no plugin waits for.
         tokio::task::yield_now().await;
-        if let Some(failure) = &failure {
+        let text = failure.as_ref().map(Failure::to_string);
+        if self.problems.refusals.is_news(text.as_deref())
+            && let Some(failure) = text
+        {
             tracing::error!("{failure}; trying again");
         }
         let unwritten = self.problems.unwritten().cloned();
@@ -63,7 +68,7 @@ impl Node {
             changed
         });
         self.count_takeovers();
-        self.publish();
+        self.publish(in_sync);
         self.set_targets();
         self.set_probes();
         self.set_roles();
@@ -85,9 +90,13 @@ impl Node {
     async fn run_steps(&mut self) -> Result<usize> {
         let (mut changes, mut failure) = (0, None);
         self.pending.begin();
+        self.problems.refusals.begin();
         while let Some(step) = self.pending.next() {
             let started = Instant::now();
-            let result = self.run_step(step).await;
+            let result = match self.problems.refusals.paused(step, started) {
+                Some(refusal) => Err(refusal),
+                None => self.try_step(step).await,
+            };
             let (done, elapsed) = (result.as_ref().ok(), started.elapsed());
             tracing::debug!(?step, changes = done, ?elapsed, "step");
             self.pending.end_step(result.is_ok());
@@ -101,6 +110,13 @@ impl Node {
             self.log_faults();
         }
         failure.map_or(Ok(changes), Err)
+    }
+
+    async fn try_step(&mut self, step: Step) -> Result<usize> {
+        let result = self.run_step(step).await;
+        let words = |error: &str| refusals::words(step, error);
+        self.problems.refusals.note(step, &result, Instant::now(), words);
+        result
     }
 
     /// Runs one step. Returns the number of changes in the kernel.
@@ -133,7 +149,7 @@ impl Node {
         Ok(0)
     }
 
-    fn publish(&mut self) {
+    fn publish(&mut self, in_sync: bool) {
         let (blocked, unreachable) = (self.blocked(), &self.unreachable());
         let own = Own {
             tunnel: self.host.tunnel_end(),
@@ -147,6 +163,10 @@ impl Node {
             failing_probes: self.failing_probes(),
             in_sync_since: self.in_sync.since(),
             ports_nearly_exhausted: &self.source_ports.nearly_exhausted(),
+            kernel: match self.problems.refusals.lasting() {
+                Some(words) => Some(Err(words)),
+                None => in_sync.then_some(Ok(())),
+            },
         };
         self.report.publish(&self.view, &own, blocked, self.cluster.nodes.len());
     }
@@ -187,6 +207,15 @@ impl Node {
     /// Makes the next pass cover what is due.
     pub fn mark_due(&mut self) {
         self.pending.raise(Input::Host);
+    }
+
+    /// Makes the next pass try again what has failed. It reads everything back, unless it waits for the kernel alone.
+    pub fn try_again(&mut self) {
+        if self.problems.refusals.are_paused(Instant::now()) {
+            self.mark_due();
+        } else {
+            self.invalidate();
+        }
     }
 
     /// Makes the next pass read everything back.

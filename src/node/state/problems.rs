@@ -2,6 +2,7 @@
 //! and all else is kept in sync.
 
 use super::Node;
+use super::refusals::Refusals;
 use crate::node::host::Faults;
 use std::time::Duration;
 use tokio::time::Instant;
@@ -23,6 +24,8 @@ pub(super) struct Problems {
     /// Whether the networks of other nodes' pods are unknown.
     unknown_networks: bool,
     pub(super) faults: KnownFaults,
+    /// What the kernel lacks.
+    pub(super) refusals: Refusals,
 }
 
 impl Problems {
