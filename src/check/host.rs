@@ -4,9 +4,8 @@ use super::Need;
 use crate::datapath::sysctl;
 use std::{fs, io};
 
-/// The first upstream release with all that Egret needs: egress chains on a device came with Linux 5.16, `IFA_PROTO`,
-/// by which Egret recognises its own addresses, with 5.18. A distribution may have brought both to an older one.
-const KERNEL: (u32, u32) = (5, 18);
+/// The first upstream release with all that Egret needs: ingress chains of the family inet came with Linux 5.10.
+const KERNEL: (u32, u32) = (5, 10);
 
 /// The capabilities that the daemon needs, with their bits, include/uapi/linux/capability.h.
 const CAPABILITIES: [(u32, &str); 2] = [(12, "CAP_NET_ADMIN"), (13, "CAP_NET_RAW")];
@@ -146,11 +145,11 @@ mod tests {
     fn an_old_kernel_version_is_a_hint_only() {
         for (release, state) in [
             ("6.18.44-fc-v657", State::Ok),
-            ("5.18", State::Ok),
-            ("5.18.0-rc1", State::Ok),
+            ("5.10", State::Ok),
+            ("5.10.0-46-amd64", State::Ok),
             ("10.0", State::Ok),
             ("5.9.1", State::Warn),
-            ("5.17.15", State::Warn),
+            ("5.4.300", State::Warn),
             ("4.19.0", State::Warn),
             ("", State::Warn),
             ("linux", State::Warn),

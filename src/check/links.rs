@@ -25,7 +25,7 @@ const IFLA_VXLAN_PORT: u16 = 15;
 const IFLA_VXLAN_GBP: u16 = 23;
 // include/uapi/linux/if_addr.h
 const IFA_LOCAL: u16 = 2;
-const IFA_PROTO: u16 = 11;
+const IFA_RT_PRIORITY: u16 = 9;
 /// `ifaddrmsg`: family, prefix length, flags, scope, index.
 const IFADDRMSG: usize = 8;
 // include/uapi/linux/fib_rules.h
@@ -54,11 +54,10 @@ pub fn run() -> Vec<Need> {
             "needs CONFIG_VETH (module veth)",
         ),
         Need::tried(
-            "addresses' protocol",
-            address_protocol(&mut socket, IFA_PROTO),
+            "addresses' metric",
+            address_metric(&mut socket, IFA_RT_PRIORITY),
             "by which egress IPs are recognised",
-            "needs Linux 5.18 or a kernel that has IFA_PROTO from there: without it Egret could not tell its own \
-             addresses from others, and adds none",
+            "needs Linux 4.18: without it Egret could not tell its own addresses from others, and adds none",
         ),
         ipv4(routing(&mut socket, libc::AF_INET as u8)),
         ipv6(routing(&mut socket, libc::AF_INET6 as u8)),
@@ -117,15 +116,15 @@ fn device(socket: &mut Socket, name: &str, kind: &str, data: impl FnOnce(&mut Ve
     socket.request(RTM_NEWLINK, NLM_F_CREATE | NLM_F_EXCL, &message)
 }
 
-/// Adds an address with Egret's protocol number in the attribute `kind`, and reads it back: a kernel that does not
-/// know the attribute passes over it and reports no error.
-fn address_protocol(socket: &mut Socket, kind: u16) -> Result<(), String> {
+/// Adds an address with Egret's metric in the attribute `kind`, and reads it back: a kernel that does not know the
+/// attribute passes over it and reports no error.
+fn address_metric(socket: &mut Socket, kind: u16) -> Result<(), String> {
     const LO: u32 = 1;
-    let protocol = [crate::datapath::names::PROTOCOL];
+    let metric = crate::datapath::names::ADDRESS_METRIC.to_ne_bytes();
     let mut message = vec![libc::AF_INET as u8, 32, 0, 0];
     message.extend(LO.to_ne_bytes());
     message.attribute(IFA_LOCAL, &[192, 0, 2, 1]);
-    message.attribute(kind, &protocol);
+    message.attribute(kind, &metric);
     socket.request(RTM_NEWADDR, NLM_F_CREATE | NLM_F_EXCL, &message).map_err(|e| e.to_string())?;
     let all = vec![libc::AF_INET as u8, 0, 0, 0, 0, 0, 0, 0];
     let stored = socket.dump(
@@ -134,7 +133,7 @@ fn address_protocol(socket: &mut Socket, kind: u16) -> Result<(), String> {
         || false,
         |stored, address| {
             let attributes = address.get(IFADDRMSG..).unwrap_or_default();
-            *stored |= netlink::attributes(attributes).any(|(k, value)| k == IFA_PROTO && value == protocol);
+            *stored |= netlink::attributes(attributes).any(|(k, value)| k == IFA_RT_PRIORITY && value == metric);
         },
     );
     match stored {
@@ -169,12 +168,12 @@ mod tests {
         use super::super::*;
         use nix::sched::{CloneFlags, unshare};
 
-        /// As Linux before 5.18 passes over IFA_PROTO, this one passes over a number that it does not know.
+        /// As Linux before 4.18 passes over IFA_RT_PRIORITY, this one passes over a number that it does not know.
         #[test]
-        fn a_kernel_that_does_not_store_the_protocol_is_detected() {
+        fn a_kernel_that_does_not_store_the_metric_is_detected() {
             let trial = std::thread::spawn(|| {
                 unshare(CloneFlags::CLONE_NEWNET).unwrap();
-                address_protocol(&mut Socket::open(NETLINK_ROUTE).unwrap(), 60)
+                address_metric(&mut Socket::open(NETLINK_ROUTE).unwrap(), 60)
             });
             assert_eq!(trial.join().unwrap(), Err("the kernel does not store it".to_owned()));
         }

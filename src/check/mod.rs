@@ -8,6 +8,7 @@ mod nf_tables;
 mod others;
 mod trial;
 
+use egret_nft::Nftables;
 use std::fmt;
 use std::io::Write;
 use std::process::ExitCode;
@@ -94,6 +95,11 @@ pub fn lacking(part: Part, error: &str) -> String {
     };
     let words = needs.iter().map(|need| format!("{}: {}; {}", need.name, need.found, need.remedy));
     words.collect::<Vec<_>>().join(". ")
+}
+
+/// Whether devices have an egress hook, by a trial that makes nothing.
+pub fn has_egress_hook(nft: &mut Nftables) -> bool {
+    nf_tables::has_egress_hook(nft)
 }
 
 /// Checks all requirements.

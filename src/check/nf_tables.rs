@@ -23,13 +23,16 @@ struct Trial {
     table: fn() -> Table,
 }
 
+/// Egret needs one of these two.
+const HOOK: &str = "netdev egress chain";
+const VETHS: &str = "forwarding of packets";
 // Egret works without these two.
 const COPIES: &str = "copies of packets";
 const LOG: &str = "log of packets";
 /// The set's name in the trials that have one.
 const SET: &str = "set";
 
-const TRIALS: [Trial; 10] = [
+const TRIALS: [Trial; 11] = [
     Trial {
         name: "nf_tables",
         there: "family inet",
@@ -45,14 +48,19 @@ const TRIALS: [Trial; 10] = [
         table: || table(on_device("filter", hook::INGRESS), Rule::new().drop()),
     },
     Trial {
-        name: "netdev egress chain",
+        name: HOOK,
         there: "on a device",
-        remedy: "needs CONFIG_NETFILTER_EGRESS and CONFIG_NF_TABLES_NETDEV, Linux 5.16",
+        remedy: "needs CONFIG_NETFILTER_EGRESS and CONFIG_NF_TABLES_NETDEV, Linux 5.16: without it, packets enter the tunnel \
+                 by a pair of veths, which costs more",
         family: NFPROTO_NETDEV,
-        table: || {
-            let rule = Rule::new().set_ether_daddr_by_mark(SET).accept();
-            with(table(on_device("filter", hook::NETDEV_EGRESS), rule), SET, map(DataType::Mark, DataType::Ether))
-        },
+        table: || to_tunnel(hook::NETDEV_EGRESS, Rule::accept),
+    },
+    Trial {
+        name: VETHS,
+        there: "to another device, in place of the egress hook",
+        remedy: "needs CONFIG_NF_TABLES_NETDEV and CONFIG_NFT_FWD_NETDEV (module nft_fwd_netdev), or an egress hook",
+        family: NFPROTO_NETDEV,
+        table: || to_tunnel(hook::NETDEV_INGRESS, |rule| rule.forward(LOOPBACK, "lo")),
     },
     Trial {
         name: "maps",
@@ -135,8 +143,24 @@ pub fn run() -> Vec<Need> {
             return all;
         }
     }
+    one_is_enough(&mut all);
     all.push(owned(ownership()));
     all
+}
+
+/// If one way into the tunnel works, the lack of the other one is no failure. Without need, the second is not shown.
+fn one_is_enough(all: &mut Vec<Need>) {
+    let state = |all: &[Need], name| all.iter().find(|need| need.name == name).map(|need| need.state);
+    if state(all, HOOK) == Some(State::Ok) {
+        all.retain(|need| need.name != VETHS);
+    } else if state(all, VETHS) == Some(State::Ok) {
+        all.iter_mut().filter(|need| need.name == HOOK).for_each(|need| need.state = State::Warn);
+    }
+}
+
+/// Whether devices have an egress hook. It makes nothing.
+pub(super) fn has_egress_hook(nft: &mut Nftables) -> bool {
+    TRIALS.iter().filter(|trial| trial.name == HOOK).all(|trial| nft.try_out(trial.family, &(trial.table)()).is_ok())
 }
 
 /// The parts that this kernel lacks and Egret cannot work without. It makes nothing.
@@ -147,6 +171,10 @@ pub(super) fn lacking() -> Vec<Need> {
         if let Err(e) = nft.try_out(trial.family, &(trial.table)()) {
             lacking.push(Need::tried(trial.name, Err(e), trial.there, trial.remedy));
         }
+    }
+    let lacks = |name| lacking.iter().any(|need| need.name == name);
+    if !(lacks(HOOK) && lacks(VETHS)) {
+        lacking.retain(|need| need.name != HOOK && need.name != VETHS);
     }
     lacking
 }
@@ -180,6 +208,12 @@ fn table(hook: Hook, rule: Rule) -> Table {
 
 fn at(kind: &str, number: u32, priority: i32) -> Hook {
     Hook { kind: kind.into(), number, priority, policy: Policy::Accept, device: None }
+}
+
+/// As the chain that sets the next hop's MAC address.
+fn to_tunnel(number: u32, end: fn(Rule) -> Rule) -> Table {
+    let rule = end(Rule::new().set_ether_daddr_by_mark(SET));
+    with(table(on_device("filter", number), rule), SET, map(DataType::Mark, DataType::Ether))
 }
 
 /// A hook on the loopback device.

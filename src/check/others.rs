@@ -60,7 +60,7 @@ fn firewalls(socket: &mut Socket) -> Result<Need, Error> {
         format!("packets are dropped unless a rule accepts them, by {}", closed.join(", ")),
         format!(
             "on a gateway, accept what is forwarded from and to {DEVICE}, for both families: iptables -I FORWARD \
-             -i {DEVICE} -j ACCEPT, iptables -I FORWARD -o {DEVICE} -j ACCEPT"
+             -i {DEVICE} -j ACCEPT, iptables -I FORWARD -o {DEVICE}+ -j ACCEPT"
         ),
     ))
 }
@@ -79,7 +79,7 @@ fn legacy_firewall() -> Option<Need> {
         format!("the table filter of {} is in use, and its rules cannot be read", programs.join(" and ")),
         format!(
             "if `{first} -S FORWARD` drops packets by default, accept on a gateway what is forwarded from and to \
-             {DEVICE}: {first} -I FORWARD -i {DEVICE} -j ACCEPT, {first} -I FORWARD -o {DEVICE} -j ACCEPT"
+             {DEVICE}: {first} -I FORWARD -i {DEVICE} -j ACCEPT, {first} -I FORWARD -o {DEVICE}+ -j ACCEPT"
         ),
     ))
 }

@@ -1,8 +1,9 @@
 //! The egress IPs on their uplinks, and the host's other addresses.
 //!
-//! Egret's addresses carry its protocol number (`IFA_PROTO`, Linux 5.18). Other addresses are never changed.
+//! Egret's addresses carry its protocol number (`IFA_PROTO`, Linux 5.18) and its metric, which older kernels store, too.
+//! Other addresses are never changed.
 
-use crate::datapath::names::{PROTOCOL, is_devices_own};
+use crate::datapath::names::{ADDRESS_METRIC, PROTOCOL, is_devices_own};
 use crate::datapath::route_socket::{Change, Outcome, RouteSocket};
 use crate::datapath::sysctl;
 use anyhow::{Context, Result, anyhow};
@@ -35,6 +36,8 @@ pub struct LocalAddress {
     pub ifindex: u32,
     /// The protocol number of the program that added it (`IFA_PROTO`); 0 if unknown.
     pub protocol: u8,
+    /// The metric of its routes (`IFA_RT_PRIORITY`); 0 if it has none.
+    pub metric: u32,
     /// Whether the host avoids it as a source of its own packets (IPv6 only).
     pub deprecated: bool,
     /// Whether it is unusable: duplicate address detection is running or has failed.
@@ -44,7 +47,9 @@ pub struct LocalAddress {
 impl LocalAddress {
     /// Whether Egret added it.
     pub fn is_ours(&self) -> bool {
+        // Before Linux 5.18, the protocol number is 0.
         self.protocol == PROTOCOL
+            || self.protocol == 0 && self.metric == ADDRESS_METRIC && self.prefix == host_prefix(self.address)
     }
 
     fn placed(&self) -> Placed {
@@ -72,8 +77,8 @@ pub struct Changes {
     pub stuck: Vec<(Placed, anyhow::Error)>,
 }
 
-/// Adds the egress IPs `wanted` to their interfaces, and removes the other addresses with Egret's protocol number,
-/// except the tunnel device's own ones. A wanted address that another program has added, to any interface, is left as
+/// Adds the egress IPs `wanted` to their interfaces, and removes the other addresses that are Egret's
+/// ([`LocalAddress::is_ours`]), except the tunnel device's own ones. A wanted address that another program has added, to any interface, is left as
 /// it is.
 ///
 /// # Errors
@@ -150,8 +155,8 @@ pub async fn sync_and_tell(
     Ok(changes)
 }
 
-/// Removes added addresses that do not carry the protocol number. A kernel before 5.18 silently drops it, and Egret
-/// could not recognise such an address later to remove it.
+/// Removes added addresses that cannot be recognised. A kernel silently drops attributes that it does not know, and Egret
+/// could not remove such an address later.
 async fn remove_unrecognisable(socket: &RouteSocket, changes: &mut Changes) -> Result<()> {
     let there = local_addresses(socket).await?;
     let added: BTreeSet<Placed> = changes.added.iter().copied().collect();
@@ -160,7 +165,7 @@ async fn remove_unrecognisable(socket: &RouteSocket, changes: &mut Changes) -> R
             changes.stuck.push((unknown.placed(), e));
         }
         changes.added.retain(|placed| *placed != unknown.placed());
-        let error = anyhow!("this kernel does not store the protocol of an address (IFA_PROTO); Linux 5.18 does");
+        let error = anyhow!("this kernel stores neither the protocol nor the metric of an address; Linux 4.18 does");
         changes.refused.push((unknown.placed(), error));
     }
     Ok(())
@@ -191,7 +196,7 @@ fn host_prefix(address: IpAddr) -> u8 {
 }
 
 fn parse(message: &AddressMessage) -> Option<LocalAddress> {
-    let (mut local, mut address, mut protocol) = (None, None, 0);
+    let (mut local, mut address, mut protocol, mut metric) = (None, None, 0, 0);
     let mut flags = AddressFlags::from_bits_retain(message.header.flags.bits().into());
     for attribute in &message.attributes {
         match attribute {
@@ -199,6 +204,7 @@ fn parse(message: &AddressMessage) -> Option<LocalAddress> {
             AddressAttribute::Local(a) => local = Some(*a),
             AddressAttribute::Address(a) => address = Some(*a),
             AddressAttribute::Protocol(p) => protocol = u8::from(*p),
+            AddressAttribute::RoutePriority(priority) => metric = *priority,
             AddressAttribute::Flags(f) => flags = *f,
             _ => {}
         }
@@ -208,6 +214,7 @@ fn parse(message: &AddressMessage) -> Option<LocalAddress> {
         prefix: message.header.prefix_len,
         ifindex: message.header.index,
         protocol,
+        metric,
         deprecated: flags.contains(AddressFlags::Deprecated),
         tentative: flags.intersects(AddressFlags::Tentative | AddressFlags::Dadfailed),
     })
@@ -226,6 +233,7 @@ fn add(address: IpAddr, ifindex: u32, flag: u16) -> Change {
     let mut wanted = message(address, host_prefix(address), ifindex);
     wanted.attributes.push(AddressAttribute::Address(address));
     wanted.attributes.push(AddressAttribute::Protocol(AddressProtocol::Other(PROTOCOL)));
+    wanted.attributes.push(AddressAttribute::RoutePriority(ADDRESS_METRIC));
     if address.is_ipv4() {
         // With host scope, the kernel does not select the address as a source of the host's own packets or of a CNI's
         // masquerade (`inet_select_addr`, net/ipv4/devinet.c), and still answers ARP for it.

@@ -24,4 +24,5 @@ pub mod tunnel;
 pub mod underlay;
 pub mod uplink;
 pub mod uplink_probe;
+pub mod veth_pair;
 pub mod watch;

@@ -9,7 +9,14 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 /// The tunnel device.
 pub const DEVICE: &str = "egret";
-/// The interface group of the tunnel device alone (`IFLA_GROUP`). Rules match the device by it, because the kernel
+/// Where devices have no egress hook: the device that packets are routed into, see `datapath/veth_pair.rs`.
+pub const OUT_DEVICE: &str = "egret-out";
+/// The peer of [`OUT_DEVICE`].
+pub const HOP_DEVICE: &str = "egret-hop";
+/// The metric of Egret's own addresses (`IFA_RT_PRIORITY`, Linux 4.18). It has no effect, as these addresses have no
+/// route of a prefix, and the kernel stores it: kernels before 5.18 store no protocol number of an address.
+pub const ADDRESS_METRIC: u32 = 7871;
+/// The interface group of the tunnel device, and of [`OUT_DEVICE`] (`IFLA_GROUP`). Rules match the device by it, because the kernel
 /// compares a number faster than a name.
 pub const DEVICE_GROUP: u32 = 7871;
 /// The nftables tables `inet egret` and `netdev egret`.

@@ -1,5 +1,6 @@
 //! Settings under /proc/sys/net, of the calling thread's network namespace.
 
+use crate::datapath::names::{DEVICE, OUT_DEVICE};
 use anyhow::{Context, Result};
 use std::fs::{self, OpenOptions};
 use std::io::{self, ErrorKind};
@@ -68,7 +69,7 @@ pub fn ipv6() -> Result<bool> {
     // It is disabled for all, but a CNI may have enabled it on its pods' interfaces.
     for interface in fs::read_dir(path("ipv6/conf")).context("cannot list /proc/sys/net/ipv6/conf")? {
         let name = interface?.file_name().to_string_lossy().into_owned();
-        let own = matches!(name.as_str(), "all" | "default" | "lo" | crate::datapath::names::DEVICE);
+        let own = matches!(name.as_str(), "all" | "default" | "lo" | DEVICE | OUT_DEVICE);
         if !own && get(&format!("ipv6/conf/{name}/disable_ipv6"))?.as_deref() == Some("0") {
             return Ok(true);
         }

@@ -267,8 +267,8 @@ async fn adjust(socket: &RouteSocket, device: &LinkMessage, tunnel: &Tunnel) -> 
     }
 }
 
-/// Gives the device an address of its own.
-async fn address(socket: &RouteSocket, index: u32, own: IpAddr, prefix: u8) -> Result<()> {
+/// Gives a device an address of its own.
+pub(super) async fn address(socket: &RouteSocket, index: u32, own: IpAddr, prefix: u8) -> Result<()> {
     let family = if own.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
     // The kernel derives the scope of an IPv6 address from the address.
     let scope = if own.is_ipv4() { AddressScope::Link } else { AddressScope::Universe };
@@ -307,14 +307,14 @@ async fn address(socket: &RouteSocket, index: u32, own: IpAddr, prefix: u8) -> R
             message: RouteNetlinkMessage::NewAddress(wanted),
             flags: NLM_F_CREATE | NLM_F_REPLACE,
             done_already: &[],
-            about: format!("give the tunnel device {DEVICE} its address {own}/{prefix}"),
+            about: format!("give interface {index} its address {own}/{prefix}"),
         }])
         .await?;
     Ok(())
 }
 
 /// Adds a permanent neighbour entry for the tunnel next hop, because no host answers for it.
-async fn neighbour(socket: &RouteSocket, index: u32, tunnel_next_hop: IpAddr) -> Result<()> {
+pub(super) async fn neighbour(socket: &RouteSocket, index: u32, tunnel_next_hop: IpAddr) -> Result<()> {
     let mut wanted = NeighbourMessage::default();
     wanted.header.family = if tunnel_next_hop.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
     wanted.header.ifindex = index;

@@ -1,7 +1,7 @@
 //! Uplinks: the interfaces by which egress IPs leave the host.
 
 use crate::datapath::addresses::{LocalAddress, local_addresses};
-use crate::datapath::names::DEVICE;
+use crate::datapath::names::{DEVICE, is_devices_own};
 use crate::datapath::route_socket::{RouteSocket, errno};
 use anyhow::{Context, Result, bail};
 use egret_nft::mac::Mac;
@@ -46,7 +46,7 @@ impl<'a> Uplinks<'a> {
     pub async fn read(socket: &'a RouteSocket) -> Result<Self> {
         let tunnel = by_name(socket, DEVICE).await?.map(|i| i.ifindex);
         let mut networks = local_addresses(socket).await?;
-        networks.retain(|a| !a.is_ours() && Some(a.ifindex) != tunnel);
+        networks.retain(|a| !a.is_ours() && !is_devices_own(a.address) && Some(a.ifindex) != tunnel);
         let (by_name, by_index) = (HashMap::new(), HashMap::new());
         Ok(Uplinks { socket, networks, default_routes: [None; 2], by_name, by_index })
     }

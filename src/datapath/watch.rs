@@ -4,7 +4,10 @@
 //! On a busy node, routes, neighbours and interfaces change all the time. Notifications that do not concern Egret are
 //! discarded here without a copy, and a burst becomes one event of each kind.
 
-use crate::datapath::names::{DEVICE, FLUSH_GUARD, PROTOCOL, RULE_FLUSH_GUARD, RULE_QUARANTINE, TABLE, is_own_table};
+use crate::datapath::names::{
+    ADDRESS_METRIC, DEVICE, FLUSH_GUARD, HOP_DEVICE, OUT_DEVICE, PROTOCOL, RULE_FLUSH_GUARD, RULE_QUARANTINE, TABLE,
+    is_own_table,
+};
 use egret_nft::mac::Mac;
 use egret_nft::netlink::{Message, NETLINK_NETFILTER, NETLINK_ROUTE, attributes, messages};
 use ipnetwork::IpNetwork;
@@ -47,6 +50,7 @@ const IFLA_LINKINFO: u16 = 18;
 const IFLA_INFO_KIND: u16 = 1;
 const IFA_ADDRESS: u16 = 1;
 const IFA_LOCAL: u16 = 2;
+const IFA_RT_PRIORITY: u16 = 9;
 const IFA_PROTO: u16 = 11;
 const RTA_DST: u16 = 1;
 const RTA_TABLE: u16 = 15;
@@ -120,6 +124,8 @@ pub struct Watch {
     buffer: Box<[u8]>,
     /// The tunnel device's index, 0 if there is none.
     device: u32,
+    /// As `device`, of the device that leads to it.
+    out: u32,
     /// Whether each uplink had a carrier in its last notification.
     running: HashMap<u32, bool>,
     interest: Interest,
@@ -139,6 +145,7 @@ impl Watch {
             netfilter: listen(NETLINK_NETFILTER, &[NFNLGRP_NFTABLES])?,
             buffer: vec![0; DATAGRAM].into(),
             device: nix::net::if_::if_nametoindex(DEVICE).unwrap_or(0),
+            out: nix::net::if_::if_nametoindex(OUT_DEVICE).unwrap_or(0),
             running: HashMap::new(),
             interest: Interest::default(),
         })
@@ -159,9 +166,9 @@ impl Watch {
 
     fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<BTreeSet<Event>>> {
         let mut events = BTreeSet::new();
-        let Watch { route, netfilter, buffer, device, running, interest } = self;
+        let Watch { route, netfilter, buffer, device, out, running, interest } = self;
         running.retain(|index, _| interest.uplinks.contains(index));
-        let mut filter = Filter { device, running, interest, events: &mut events };
+        let mut filter = Filter { device, out, running, interest, events: &mut events };
         // Each loop ends when the socket is empty, or when tokio's budget of this task is used up.
         while let Poll::Ready(read) = poll_receive(route, buffer, cx) {
             filter.datagram(read?, buffer, Filter::route);
@@ -196,6 +203,7 @@ fn poll_receive(socket: &TokioSocket, buffer: &mut [u8], cx: &mut Context<'_>) -
 
 struct Filter<'a> {
     device: &'a mut u32,
+    out: &'a mut u32,
     running: &'a mut HashMap<u32, bool>,
     interest: &'a Interest,
     events: &'a mut BTreeSet<Event>,
@@ -241,7 +249,7 @@ impl Filter<'_> {
                 None
             }
             RTM_NEWNEIGH | RTM_DELNEIGH => {
-                let on_device = *self.device != 0 && number(m.payload.get(4..8)?)? == *self.device;
+                let on_device = self.is_own(number(m.payload.get(4..8)?)?);
                 // A neighbour entry without a MAC address is only an attempt to resolve it.
                 let known = attribute(m, NDMSG, NDA_LLADDR).is_some_and(|mac| mac.len() == size_of::<Mac>());
                 (on_device && known).then_some(Event::Neighbours)
@@ -252,7 +260,8 @@ impl Filter<'_> {
             }
             RTM_NEWNETCONF => {
                 let index = attribute(m, NETCONFMSG, NETCONFA_IFINDEX).and_then(number)?;
-                (*self.device != 0 && [*self.device, NETCONFA_IFINDEX_ALL].contains(&index)).then_some(Event::Tunnel)
+                let all = *self.device != 0 && index == NETCONFA_IFINDEX_ALL;
+                (self.is_own(index) || all).then_some(Event::Tunnel)
             }
             _ => None,
         }
@@ -268,6 +277,13 @@ impl Filter<'_> {
         if name == DEVICE.as_bytes() || index == *self.device {
             let here = m.kind == RTM_NEWLINK && name == DEVICE.as_bytes();
             *self.device = if here { index } else { 0 };
+            return Some(Event::Tunnel);
+        }
+        if name == OUT_DEVICE.as_bytes() || name == HOP_DEVICE.as_bytes() || self.is_own(index) {
+            let is_out = name == OUT_DEVICE.as_bytes();
+            if is_out || index == *self.out {
+                *self.out = if is_out && m.kind == RTM_NEWLINK { index } else { 0 };
+            }
             return Some(Event::Tunnel);
         }
         if let Some(was) = self.interest.underlay.get(&index) {
@@ -292,6 +308,11 @@ impl Filter<'_> {
         (m.kind == RTM_DELLINK && veth).then_some(Event::VethGone { index })
     }
 
+    /// Whether this is the tunnel device's index, or that of the device that leads to it.
+    fn is_own(&self, index: u32) -> bool {
+        index != 0 && (index == *self.device || index == *self.out)
+    }
+
     fn leads_to_a_peer(&self, m: &Message<'_>) -> bool {
         let (Some(family), Some(prefix)) = (m.payload.first(), m.payload.get(1)) else { return false };
         let ipv4 = i32::from(*family) == AF_INET;
@@ -309,11 +330,12 @@ impl Filter<'_> {
             match kind {
                 IFA_LOCAL => local = ip(value),
                 IFA_ADDRESS => address = ip(value),
-                IFA_PROTO => ours = value == [PROTOCOL],
+                IFA_PROTO => ours |= value == [PROTOCOL],
+                IFA_RT_PRIORITY => ours |= number(value) == Some(ADDRESS_METRIC),
                 _ => {}
             }
         }
-        if *self.device != 0 && index == *self.device {
+        if self.is_own(index) {
             // The device's own address concerns the tunnel. Health addresses are synchronised like egress IPs.
             return Some(if ours { Event::Addresses } else { Event::Tunnel });
         }

@@ -9,6 +9,7 @@ use crate::datapath::routes;
 use crate::datapath::rules;
 use crate::datapath::ruleset::{HANDOVER, INET, NETDEV};
 use crate::datapath::tunnel;
+use crate::datapath::veth_pair;
 use crate::model::marks::Marks;
 use anyhow::{Context, Error, Result, bail};
 use egret_cni::offline_policies::OfflinePolicies;
@@ -119,6 +120,7 @@ async fn kernel(removal: &mut Removal, marks: Marks) {
             removal.record("routing rules", rules::sync(&socket, &BTreeSet::new()).await);
             removal.record("tracked connections", connections(marks));
             removal.record("the tunnel device", tunnel::remove(&socket).await.map(usize::from));
+            removal.record("the veths before it", veth_pair::remove(&socket).await.map(usize::from));
             removal.record("routes", own_routes(&socket).await);
             let placed = addresses::sync(&socket, &BTreeSet::new()).await;
             let placed = placed.and_then(|mut changes| match changes.stuck.pop() {

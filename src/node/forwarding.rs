@@ -57,7 +57,7 @@ pub fn message(at: usize) -> String {
     format!(
         "new {family} connections are dropped between {DEVICE} and the uplink, by the host's firewall (hook forward) or \
          because there is no route; allow forwarding from and to {DEVICE}: {program} -I FORWARD -i {DEVICE} -j ACCEPT, \
-         {program} -I FORWARD -o {DEVICE} -j ACCEPT"
+         {program} -I FORWARD -o {DEVICE}+ -j ACCEPT"
     )
 }
 

@@ -35,6 +35,7 @@ use crate::cluster::SourceName;
 use crate::model::marks::Marks;
 use crate::telemetry::server;
 pub use flow_log::Target as FlowLogTarget;
+pub use host::TunnelEgress;
 use ipnetwork::IpNetwork;
 use std::net::IpAddr;
 use std::path::PathBuf;
@@ -63,6 +64,8 @@ pub struct Options {
     /// Whether the daemon owns the nftables tables, on kernels that support it, so that no other program can change
     /// them.
     pub own_tables: bool,
+    /// How packets enter the tunnel.
+    pub tunnel_egress: TunnelEgress,
     /// Where connections of egress IPs are recorded; `None`: nowhere.
     pub flow_log: Option<FlowLogTarget>,
     /// Addresses of the servers for metrics and health.

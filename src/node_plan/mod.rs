@@ -190,14 +190,29 @@ pub struct NodePlan {
     /// Allocations that have just moved away: connections that this node translates keep leaving from here until the
     /// next owner picks them up.
     pub left: BTreeSet<EgressId>,
-    /// The index of the tunnel device.
+    /// The index of the device that leads into the tunnel.
     pub device: u32,
+    /// How packets come from there to the other nodes.
+    pub way: TunnelWay,
     /// The address that other nodes send tunnel packets to.
     pub local: Option<IpAddr>,
     /// Whether the kernel can report connections whose port it has changed.
     pub port_log: bool,
     /// Whether others can flush the tables, and something else is to hold the pods then.
     pub flush_guard: bool,
+}
+
+/// Where the tunnel next hop's MAC address is replaced by the next node's.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum TunnelWay {
+    /// At the egress hook of the tunnel device, into which packets are routed (Linux 5.16).
+    #[default]
+    EgressHook,
+    /// On a pair of veths, into which packets are routed, and which leads to the tunnel device.
+    Veths {
+        /// The index of the tunnel device.
+        tunnel: u32,
+    },
 }
 
 impl NodePlan {

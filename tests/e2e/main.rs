@@ -36,6 +36,7 @@ mod source_ports;
 mod spoofing;
 mod survival;
 mod tenancy;
+mod tunnel_egress;
 mod tunnel_family;
 mod uninstall;
 mod unmanaged_pods;

@@ -3,7 +3,7 @@
 use crate::namespace::host::{address, host, index, interface, ours};
 use crate::namespace::{in_namespace, ip, ip_json};
 use egret::datapath::addresses;
-use egret::datapath::names::PROTOCOL;
+use egret::datapath::names::{ADDRESS_METRIC, PROTOCOL};
 use egret::datapath::route_socket::{Change, RouteSocket};
 use egret::datapath::tunnel;
 use egret::datapath::uplink::Uplinks;
@@ -80,6 +80,45 @@ fn egress_ips_are_added_and_removed_and_other_addresses_stay() {
         assert_eq!(shown("eth0"), ["192.0.2.11/24", "192.0.2.60/24", "2001:db8::11/64"]);
         assert_eq!(shown("eth1"), ["192.0.2.61/32"]);
         assert_eq!(ip_json("-4 address show dev egret")[0]["addr_info"][0]["local"], "169.254.78.71");
+    });
+}
+
+/// A kernel before 5.18 stores the metric and no protocol number: as these addresses look there.
+#[test]
+fn an_address_without_a_protocol_number_is_recognised_by_its_metric_and_prefix() {
+    in_namespace(|| async {
+        let socket = host();
+        let eth0 = index("eth0");
+        for ours in ["192.0.2.50/32", "2001:db8::50/128"] {
+            ip(&format!("address add {ours} dev eth0 metric {ADDRESS_METRIC}"));
+        }
+        ip(&format!("address add 192.0.2.60/24 dev eth0 metric {ADDRESS_METRIC}"));
+        ip("address add 192.0.2.61/32 dev eth0 metric 1");
+        let v4 = address("192.0.2.50");
+        let there = Uplinks::read(&socket).await.unwrap();
+        assert_eq!(there.unusable(v4), None);
+        let changes = addresses::sync(&socket, &BTreeSet::from([(v4, eth0)])).await.unwrap();
+        assert!(changes.added.is_empty() && changes.foreign.is_empty(), "{changes:?}");
+        assert_eq!(changes.removed, [(address("2001:db8::50"), eth0)]);
+        let changes = addresses::sync(&socket, &BTreeSet::new()).await.unwrap();
+        assert_eq!(changes.removed, [(v4, eth0)]);
+        assert_eq!(shown("eth0"), ["192.0.2.11/24", "192.0.2.60/24", "192.0.2.61/32", "2001:db8::11/64"]);
+    });
+}
+
+#[test]
+fn egress_addresses_have_the_metric_by_which_older_kernels_recognise_them() {
+    in_namespace(|| async {
+        let socket = host();
+        let eth0 = index("eth0");
+        let wanted = BTreeSet::from([(address("192.0.2.50"), eth0), (address("2001:db8::50"), eth0)]);
+        addresses::sync(&socket, &wanted).await.unwrap();
+        let routes = || ["", "-6 "].map(|family| ip(&format!("{family}route show table all dev eth0")));
+        let with = routes();
+        let shown = ip("address show dev eth0");
+        assert_eq!(shown.matches(&format!("metric {ADDRESS_METRIC} ")).count(), 2, "{shown}");
+        // It changes no route.
+        assert!(with.iter().all(|routes| !routes.contains(&format!("metric {ADDRESS_METRIC}"))), "{with:?}");
     });
 }
 

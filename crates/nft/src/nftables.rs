@@ -51,7 +51,8 @@ impl Nftables {
         let batch = Transaction::new(&mut self.socket).trial_of_ownership(name);
         self.own = match self.commit(&batch) {
             Ok(()) => true,
-            Err(e) if e.errno() == Some(nix::libc::EOPNOTSUPP) => false,
+            // Flags of a table that the kernel does not know: `EINVAL` before Linux 5.13.
+            Err(e) if matches!(e.errno(), Some(nix::libc::EOPNOTSUPP | nix::libc::EINVAL)) => false,
             Err(e) => return Err(e),
         };
         Ok(self.own)
@@ -64,6 +65,20 @@ impl Nftables {
     pub fn try_out(&mut self, family: u8, table: &Table) -> Result<(), Error> {
         let batch = Transaction::new(&mut self.socket).trial(TableName { family, name: TRIAL }, table, Ownership::None);
         self.commit(&batch)
+    }
+
+    /// Whether a table can have an owner and go with its socket ([`Table::ends_with_socket`], Linux 5.12).
+    ///
+    /// # Errors
+    /// The socket failed.
+    pub fn can_end_with_socket(&mut self) -> Result<bool, Error> {
+        let name = TableName { family: crate::uapi::NFPROTO_INET, name: TRIAL };
+        let batch = Transaction::new(&mut self.socket).trial(name, &Table::default(), Ownership::WithSocket);
+        match self.commit(&batch) {
+            Ok(()) => Ok(true),
+            Err(Error::Kernel { .. }) => Ok(false),
+            Err(e) => Err(e),
+        }
     }
 
     /// Whether the socket owns the tables that [`apply`](Self::apply) makes.

@@ -119,6 +119,8 @@ pub mod hook {
     pub const POSTROUTING: u32 = 4;
     /// `NF_INET_INGRESS`, Linux 5.10
     pub const INGRESS: u32 = 5;
+    /// `NF_NETDEV_INGRESS`
+    pub const NETDEV_INGRESS: u32 = 0;
     /// `NF_NETDEV_EGRESS`, Linux 5.16
     pub const NETDEV_EGRESS: u32 = 1;
 }

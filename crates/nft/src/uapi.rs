@@ -129,6 +129,7 @@ pub const NFTA_PAYLOAD_CSUM_TYPE: u16 = 6;
 pub const NFT_PAYLOAD_LL_HEADER: u32 = 0;
 pub const NFT_PAYLOAD_NETWORK_HEADER: u32 = 1;
 pub const NFT_PAYLOAD_TRANSPORT_HEADER: u32 = 2;
+pub const NFTA_FWD_SREG_DEV: u16 = 1;
 pub const NFTA_DUP_SREG_ADDR: u16 = 1;
 pub const NFTA_DUP_SREG_DEV: u16 = 2;
 pub const NFTA_EXTHDR_TYPE: u16 = 2;

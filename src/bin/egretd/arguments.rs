@@ -154,6 +154,10 @@ pub struct Node {
     /// Own the nftables tables, so that no other program can change or flush them while the daemon runs (Linux 6.9)
     #[arg(long, env = "EGRET_OWN_TABLES", action = clap::ArgAction::Set, num_args = 0..=1, require_equals = true, default_missing_value = "true", default_value_t = true)]
     pub own_tables: bool,
+    /// How packets enter the tunnel: by the egress hook of its device (Linux 5.16), or by a pair of veths before it, which
+    /// costs more and works on any kernel; auto: by the hook, where the kernel has it
+    #[arg(long, env = "EGRET_TUNNEL_EGRESS", default_value = "auto", value_parser = tunnel_egress)]
+    pub tunnel_egress: node::TunnelEgress,
     /// Record the beginning and the end of each connection that leaves from an egress IP of this node, as a line of JSON:
     /// stdout, file:/PATH, syslog:HOST:PORT, unix:/PATH
     #[arg(long, env = "EGRET_FLOW_LOG", value_name = "TARGET")]
@@ -233,6 +237,15 @@ pub struct Uninstall {
 
 fn network(text: &str) -> Result<IpNetwork, String> {
     parse_cidr(text).map_err(|e| e.to_string())
+}
+
+fn tunnel_egress(text: &str) -> Result<node::TunnelEgress, String> {
+    match text.to_ascii_lowercase().as_str() {
+        "auto" => Ok(node::TunnelEgress::Auto),
+        "hook" => Ok(node::TunnelEgress::Hook),
+        "veth" => Ok(node::TunnelEgress::Veth),
+        _ => Err(format!("{text:?} is no way into the tunnel; write auto, hook or veth")),
+    }
 }
 
 fn tunnel_family(text: &str) -> Result<Family, String> {

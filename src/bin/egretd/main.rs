@@ -70,6 +70,7 @@ impl Node {
             liveness: node::liveness::Settings { interval: self.probe_interval, misses: self.probe_misses },
             marks: self.marks.layout()?,
             own_tables: self.own_tables,
+            tunnel_egress: self.tunnel_egress,
             flow_log: self.flow_log,
             addresses,
             cni_dirs: self.cni_conf_dir.map(|conf_dir| (conf_dir, self.cni_bin_dir)),

@@ -488,3 +488,13 @@ pub(super) fn to_tunnel() -> Vec<Rule> {
         Rule::new().counter(counter::NO_HOP).drop(),
     ]
 }
+
+/// The same on the pair of veths. `tunnel` is the tunnel device's index.
+pub(super) fn into_tunnel(tunnel: u32) -> Vec<Rule> {
+    vec![
+        Rule::new().set_ether_daddr_by_mark(set::HOP).forward(tunnel, DEVICE),
+        Rule::new().set_ether_daddr_by_mark(set::BACK).forward(tunnel, DEVICE),
+        Rule::new().ether_daddr_not(TUNNEL_NEXT_HOP_MAC).drop(),
+        Rule::new().counter(counter::NO_HOP).drop(),
+    ]
+}

@@ -10,11 +10,11 @@
 //! moment, their packets use the old way. The next packet after that makes a new entry.
 
 use super::{HANDOVER, base, set, value};
-use crate::datapath::names::{DEVICE, DEVICE_GROUP, TUNNEL_NEXT_HOP4, TUNNEL_NEXT_HOP6};
+use crate::datapath::names::{DEVICE, DEVICE_GROUP, OUT_DEVICE, TUNNEL_NEXT_HOP4, TUNNEL_NEXT_HOP6};
 use crate::model::addresses_of;
 use crate::model::marks::{EgressId, Marks};
-use crate::node_plan::NodePlan;
 use crate::node_plan::allocations::AllocationState;
+use crate::node_plan::{NodePlan, TunnelWay};
 use egret_nft::Family;
 use egret_nft::rule::Rule;
 use egret_nft::table::{Chain, DataType, Elements, Set, SetKind, Table, TableName, hook};
@@ -59,6 +59,10 @@ pub(super) fn tables(plan: &NodePlan, marks: Marks) -> impl Iterator<Item = (Tab
         (Family::V4, DataType::Ipv4, IpAddr::V4(TUNNEL_NEXT_HOP4)),
         (Family::V6, DataType::Ipv6, IpAddr::V6(TUNNEL_NEXT_HOP6)),
     ];
+    let name_of_device = match plan.way {
+        TunnelWay::EgressHook => DEVICE,
+        TunnelWay::Veths { .. } => OUT_DEVICE,
+    };
     HANDOVER.into_iter().zip(ips).map(move |(name, (ip, key, tunnel_next_hop))| {
         let of_family = |a: &IpAddr| ip.has(a);
         let addresses = plan.handed.iter().flat_map(|(id, (pair, _))| addresses_of(pair).map(|a| (*id, a)));
@@ -67,7 +71,7 @@ pub(super) fn tables(plan: &NodePlan, marks: Marks) -> impl Iterator<Item = (Tab
         let mut table = Table::default();
         if !elements.is_empty() {
             let rule = Rule::new().iif_group_not(DEVICE_GROUP).ct_state(CT_STATE_NEW | CT_STATE_INVALID);
-            let rules = vec![rule.set_mark_by_daddr(ip, set::HANDED).dup(tunnel_next_hop, plan.device, DEVICE)];
+            let rules = vec![rule.set_mark_by_daddr(ip, set::HANDED).dup(tunnel_next_hop, plan.device, name_of_device)];
             table
                 .chains
                 .insert("handover".into(), Arc::new(Chain::new(base("filter", hook::PREROUTING, PRIORITY), rules)));

@@ -15,10 +15,10 @@ mod text;
 pub use sets::{PeerIndexes, SharedSets, shared_sets};
 pub use text::Ruleset;
 
-use crate::datapath::names::{self, DEVICE, TABLE};
+use crate::datapath::names::{self, DEVICE, HOP_DEVICE, TABLE};
 use crate::model::marks::Marks;
-use crate::node_plan::NodePlan;
 use crate::node_plan::allocations::AllocationState;
+use crate::node_plan::{NodePlan, TunnelWay};
 use egret_nft::table::{Chain, Data, DataType, Elements, Hook, Key, Policy, Set, SetKind, Table, TableName, hook};
 use egret_nft::uapi::*;
 use std::collections::BTreeMap;
@@ -279,6 +279,7 @@ fn ingress(device: &str) -> Hook {
 }
 
 fn netdev(plan: &NodePlan, shared: &SharedSets, marks: Marks, before: Option<&Made>) -> Table {
+    let is_same_way = before.is_some_and(|before| before.plan.way == plan.way);
     let before = before.and_then(|before| before.table(NETDEV));
     let mut table = Table { counters: [counter::NO_HOP].into(), ..Table::default() };
     let hop = plan.allocations.iter().filter_map(|(id, allocation)| match allocation.state {
@@ -293,14 +294,16 @@ fn netdev(plan: &NodePlan, shared: &SharedSets, marks: Marks, before: Option<&Ma
     let hop = unless_same(hop.chain(came).chain(handed).collect(), before.and_then(|table| table.sets.get(set::HOP)));
     table.sets.insert(set::HOP.into(), Set { kind, elements: hop });
     table.sets.extend(shared.sets.get(set::BACK).map(|s| (set::BACK.into(), s.clone())));
-    let out = Hook {
-        kind: "filter".into(),
-        number: hook::NETDEV_EGRESS,
-        priority: 0,
-        policy: Policy::Accept,
-        device: Some(DEVICE.into()),
+    let (number, device, policy) = match plan.way {
+        TunnelWay::EgressHook => (hook::NETDEV_EGRESS, DEVICE, Policy::Accept),
+        TunnelWay::Veths { .. } => (hook::NETDEV_INGRESS, HOP_DEVICE, Policy::Drop),
     };
-    let same = before.and_then(|table| table.chains.get(TO_TUNNEL).cloned());
-    table.chains.insert(TO_TUNNEL.into(), same.unwrap_or_else(|| Arc::new(Chain::new(Some(out), fixed::to_tunnel()))));
+    let out = Hook { kind: "filter".into(), number, priority: 0, policy, device: Some(device.into()) };
+    let rules = || match plan.way {
+        TunnelWay::EgressHook => fixed::to_tunnel(),
+        TunnelWay::Veths { tunnel } => fixed::into_tunnel(tunnel),
+    };
+    let same = before.filter(|_| is_same_way).and_then(|table| table.chains.get(TO_TUNNEL).cloned());
+    table.chains.insert(TO_TUNNEL.into(), same.unwrap_or_else(|| Arc::new(Chain::new(Some(out), rules()))));
     table
 }

@@ -4,10 +4,12 @@
 mod counters;
 mod peers;
 mod place;
+mod tunnel_device;
 
 pub use counters::Counts;
 pub use peers::Faults;
 pub use place::{Desired, UplinkStatus};
+pub use tunnel_device::TunnelEgress;
 
 use crate::datapath::addresses;
 use crate::datapath::names::*;
@@ -16,15 +18,13 @@ use crate::datapath::route_socket::RouteSocket;
 use crate::datapath::routes::{self, METRIC_LAST, Route, RouteKind};
 use crate::datapath::rules::{self, Rule};
 use crate::datapath::ruleset::{self, Made, PeerIndexes, SharedSets};
-use crate::datapath::sysctl;
-use crate::datapath::tunnel::{self, Tunnel};
+use crate::datapath::tunnel::Tunnel;
 use crate::datapath::underlay::Underlay;
 use crate::datapath::uplink::Uplinks;
 use crate::model::marks::{EgressId, MAX_PEER, Marks};
 use crate::model::networks::Networks;
-use crate::model::tunnel_mac;
 use crate::node_plan::allocations::{Facts, Uplink};
-use crate::node_plan::{NodePlan, View, parse_chain_name};
+use crate::node_plan::{NodePlan, TunnelWay, View, parse_chain_name};
 use anyhow::{Context, Result};
 use egret_cni::quarantine::Quarantine;
 use egret_nft::Nftables;
@@ -56,6 +56,12 @@ pub struct Host {
     uplinks: BTreeSet<u32>,
     forwarding: Option<Digest>,
     tunnel: Option<(Tunnel, u32)>,
+    /// Whether packets reach the tunnel device by a pair of veths.
+    uses_veths: bool,
+    /// The index of the device that leads into the tunnel.
+    way_in: u32,
+    /// Whether the kernel supports the flush guard.
+    can_guard: bool,
     underlay: Option<Underlay>,
     /// Whether the routes may have changed since they were read.
     underlay_is_stale: bool,
@@ -90,7 +96,7 @@ impl Digest {
 impl Host {
     /// Opens the sockets and reads the peer indexes of an earlier daemon, which connection marks contain. With
     /// `own_tables`, the daemon owns the tables, where the kernel supports that.
-    pub fn open(marks: Marks, own_tables: bool) -> Result<Self> {
+    pub fn open(marks: Marks, own_tables: bool, egress: TunnelEgress) -> Result<Self> {
         let mut nft = Nftables::open().context("nf_tables")?;
         if own_tables && !nft.own_tables().context("nf_tables")? {
             tracing::warn!(
@@ -99,6 +105,8 @@ impl Host {
                  them"
             );
         }
+        let uses_veths = egress.uses_veths(&mut nft);
+        let can_guard = nft.can_end_with_socket().context("nf_tables")?;
         let mut peers = PeerIndexes::new();
         for (key, data) in nft.elements(ruleset::INET, ruleset::set::PEER).context("nf_tables")?.iter() {
             if let (Ok(mac), Some(mark)) = (mac::Mac::try_from(key.bytes.as_slice()), ruleset::mark_of(&data)) {
@@ -118,6 +126,9 @@ impl Host {
             uplinks: BTreeSet::new(),
             forwarding: None,
             tunnel: None,
+            uses_veths,
+            way_in: 0,
+            can_guard,
             underlay: None,
             underlay_is_stale: false,
             faults: PartFaults::default(),
@@ -200,38 +211,12 @@ impl Host {
         self.nft.were_changed_by_others()
     }
 
-    /// Creates or adjusts the tunnel device.
-    pub async fn tunnel(&mut self, node: &str, local: IpAddr, view: &View) -> Result<()> {
-        let peers = view.allocations.peers.values().map(|p| p.address).filter(|p| p.is_ipv4() == local.is_ipv4());
-        let peers: BTreeSet<IpAddr> = peers.collect();
-        let known = self.underlay.as_ref().filter(|u| !self.underlay_is_stale && u.local() == local);
-        if known.is_none_or(|u| !u.peers().eq(peers.iter().copied())) {
-            let known = known.cloned();
-            match Underlay::read(&self.routes, local, peers, known).await {
-                Ok(underlay) => (self.underlay, self.underlay_is_stale) = (Some(underlay), false),
-                // The host has lost the address, maybe for a moment. Existing and new pods keep the tunnel as it is.
-                Err(e) if self.tunnel.as_ref().is_some_and(|(there, _)| there.local == local) => {
-                    self.underlay_is_stale = true;
-                    tracing::warn!("the tunnel keeps its MTU: {e:#}");
-                    return Ok(());
-                }
-                Err(e) => return Err(e),
-            }
-        }
-        let Some(mtu) = self.underlay.as_ref().map(tunnel::mtu) else { return Ok(()) };
-        let ipv6 = sysctl::ipv6()? && mtu >= tunnel::IPV6_MIN_MTU;
-        let tunnel = Tunnel { vni: TUNNEL_VNI, port: TUNNEL_PORT, local, mac: tunnel_mac::of_node(node), mtu, ipv6 };
-        if self.tunnel.as_ref().is_none_or(|(there, _)| *there != tunnel) {
-            let index = tunnel::ensure(&self.routes, &tunnel).await?;
-            self.tunnel = Some((tunnel, index));
-        }
-        Ok(())
-    }
-
     /// Brings rules and routes in sync. Returns how many changes that took.
     pub async fn routing(&mut self, view: &View) -> Result<usize> {
-        let Some((_, device)) = self.tunnel else { return Ok(0) };
-        let wanted = self.wanted_routing(view, device).await?;
+        if self.tunnel.is_none() {
+            return Ok(0);
+        }
+        let wanted = self.wanted_routing(view, self.way_in).await?;
         if self.routing.as_ref() == Some(&wanted) {
             return Ok(0);
         }
@@ -367,8 +352,9 @@ impl Host {
     /// Brings the nftables tables in sync, in one transaction. Returns how many changes that took.
     pub fn tables(&mut self, mut plan: NodePlan) -> Result<usize> {
         let Some((tunnel, device)) = &self.tunnel else { return Ok(0) };
-        (plan.device, plan.local, plan.port_log) = (*device, Some(tunnel.local), self.port_log);
-        plan.flush_guard = !self.nft.owns_tables();
+        (plan.device, plan.local, plan.port_log) = (self.way_in, Some(tunnel.local), self.port_log);
+        plan.way = if self.uses_veths { TunnelWay::Veths { tunnel: *device } } else { TunnelWay::EgressHook };
+        plan.flush_guard = self.can_guard && !self.nft.owns_tables();
         let (hands_over, mut others) = (!plan.handed.is_empty(), without_extras(&plan));
         let mut made = Made::new(plan, &self.shared, self.marks, self.made.as_ref());
         let mut applied = self.nft.apply(made.tables());

@@ -136,7 +136,7 @@ impl Node {
         metrics: Metrics,
         listeners: Listeners,
     ) -> Result<Self> {
-        let mut host = Host::open(options.marks, options.own_tables)?;
+        let mut host = Host::open(options.marks, options.own_tables, options.tunnel_egress)?;
         let pods = Pods::new(host.pod_marks()?);
         let earlier_marks = host.connection_base()?.filter(|base| *base != options.marks.connection_base());
         let facts = Facts { taken: taken_before(&cluster, &options.name), ..host.facts(BTreeMap::new()).await? };

@@ -47,7 +47,9 @@ impl Daemon {
         let mut command = Command::new(&this.program);
         command.args(&this.arguments).stdin(Stdio::null());
         command.stdout(log.try_clone().expect("a second handle")).stderr(log);
-        for (key, _) in env::vars_os().filter(|(k, _)| k.to_string_lossy().starts_with("EGRET_")) {
+        // `EGRET_TUNNEL_EGRESS=veth make e2e` runs scenarios the way that older kernels need.
+        let foreign = |key: &str| key.starts_with("EGRET_") && key != "EGRET_TUNNEL_EGRESS";
+        for (key, _) in env::vars_os().filter(|(k, _)| foreign(&k.to_string_lossy())) {
             command.env_remove(key);
         }
         let child = this.door.within(|| command.spawn());

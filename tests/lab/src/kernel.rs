@@ -152,6 +152,11 @@ fn nft_lines(table: &str, text: &str) -> Vec<String> {
                 ("map peer", Some((mac, _))) | ("map back", Some((_, mac))) => mac,
                 _ => part,
             };
+            // The rule's hash is also of the index of the device, which is another one if the device was made anew.
+            let part = match part.split_once(" comment ") {
+                Some((rule, _)) if rule.contains(" fwd to ") => rule,
+                _ => part,
+            };
             lines.push(format!("{table} {block}: {part}"));
         }
     }

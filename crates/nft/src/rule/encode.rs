@@ -194,6 +194,10 @@ impl Expression {
             }
             Expression::Notrack => expression(out, "notrack", |_| {}),
             Expression::Dup { to, index, .. } => dup(out, *to, *index),
+            Expression::Forward { index, .. } => {
+                immediate(out, R1, &index.to_ne_bytes());
+                expression(out, "fwd", |d| d.be32(NFTA_FWD_SREG_DEV, R1));
+            }
             Expression::Snat(ip, to) => {
                 to.load(out, R1);
                 expression(out, "nat", |d| {

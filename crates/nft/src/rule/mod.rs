@@ -104,6 +104,8 @@ enum Expression {
     Notrack,
     /// `dup to ADDRESS device "NAME"`
     Dup { to: IpAddr, index: u32, device: &'static str },
+    /// `fwd to "NAME"`
+    Forward { index: u32, device: &'static str },
     /// `snat ip to ADDRESS`
     Snat(Family, Value),
     /// `tcp option maxseg size set rt mtu`

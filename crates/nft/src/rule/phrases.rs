@@ -342,6 +342,12 @@ impl Rule {
         self.with(Expression::AssignBoth([(Target::CtMark, peer), (Target::Mark, path)]))
     }
 
+    /// `fwd to "NAME"`, in a chain of the family netdev at the hook ingress. `index` is the index of the device. The
+    /// packet leaves the chain.
+    pub fn forward(self, index: u32, device: &'static str) -> Self {
+        self.with(Expression::Forward { index, device })
+    }
+
     /// `dup to ADDRESS device "NAME"`, in a table of the address's family (`nft_dup_ipv4.c` and `nft_dup_ipv6.c` do
     /// not exist for `inet`). `index` is the index of the device. The copy is not tracked.
     pub fn dup(self, to: IpAddr, index: u32, device: &'static str) -> Self {

@@ -83,6 +83,7 @@ impl Expression {
             Expression::Log(group) => write!(f, "log group {group}"),
             Expression::Notrack => f.write_str("notrack"),
             Expression::Dup { to, device, .. } => write!(f, "dup to {to} device \"{device}\""),
+            Expression::Forward { device, .. } => write!(f, "fwd to \"{device}\""),
             Expression::Snat(ip, to) => {
                 write!(f, "snat {} to ", ip_name(*ip))?;
                 to.print(f, transport)
