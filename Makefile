@@ -23,7 +23,7 @@ S ?= e2e
 SECONDS ?= 180
 SEED ?= 1
 
-.PHONY: help build image release reproducible demo unit e2e snapshots test fuzz cluster-test lint bench setup apiserver clean-lab
+.PHONY: help build image release reproducible demo unit e2e snapshots test fuzz vm-test cluster-test lint bench setup apiserver clean-lab
 
 help:
 	@echo 'make build      static release binaries, in target/<host>/release'
@@ -37,6 +37,7 @@ help:
 	@echo 'make reproducible  the release, built twice: the same bits, and no path of this machine in them'
 	@echo 'make cluster-test KUBECONFIG=… SERVER=… ADDRESSES=…   the acceptance suite, against any cluster: tests/cluster/README.md'
 	@echo 'make fuzz       SECONDS=180 SEED=1: what happens to clusters, at random, and who is seen as whom meanwhile'
+	@echo 'make vm-test    KERNEL=5.10: scenarios in a virtual machine with a Debian kernel: 5.10, 6.1, 6.12, newest; T=… which'
 	@echo 'make lint       format, clippy, documentation, licences and bans, generated files'
 	@echo 'make bench      measurements'
 	@echo 'make clean-lab  remove what killed tests left behind'
@@ -86,6 +87,11 @@ cluster-test:
 fuzz: setup
 	@FUZZ_SECONDS='$(SECONDS)' FUZZ_SEED='$(SEED)' FUZZ_SHRINK='$(SHRINK)' FUZZ_SEQUENCE='$(SEQUENCE)' \
 	  $(CARGO) test --locked $(AS_ROOT) --test fuzz
+
+# Needs no root, no KVM, and some minutes: docs/kernels.md.
+vm-test:
+	@tests/setup.sh qemu-system-x86_64=qemu-system-x86 busybox=busybox-static cpio=cpio depmod=kmod xz=xz-utils
+	@KERNEL='$(KERNEL)' T='$(T)' ACCEL='$(ACCEL)' LIMIT='$(LIMIT)' CARGO='$(CARGO)' tests/vm/run.sh
 
 bench: setup apiserver
 	$(CARGO) bench --locked $(AS_ROOT) --benches

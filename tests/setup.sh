@@ -10,6 +10,8 @@ declare -A package=(
   [go]=golang-go [/usr/share/gocode/src/github.com/Masterminds/sprig]=golang-github-masterminds-sprig-dev
   [/usr/share/gocode/src/github.com/ghodss/yaml]=golang-github-ghodss-yaml-dev
 )
+# More of them: PROGRAM=PACKAGE.
+for more in "$@"; do package[${more%%=*}]=${more#*=}; done
 PATH=$PATH:/usr/sbin:/sbin
 missing=()
 for program in "${!package[@]}"; do

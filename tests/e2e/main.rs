@@ -29,6 +29,7 @@ mod mtu;
 mod own_uplinks;
 mod partitions;
 mod policy_start;
+mod refusals;
 mod reports;
 mod slow_conflict;
 mod snapshots;
