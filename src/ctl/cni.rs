@@ -26,6 +26,19 @@ const OVN: Wanted = Wanted {
 };
 const DATAPLANE_V2: Wanted =
     Wanted { path: "/apis/apps/v1/namespaces/kube-system/daemonsets/anetd", kind: "DaemonSet", name: "anetd" };
+const CALICO_NODE: [Wanted; 2] = [
+    // The manifests', and the operator's.
+    Wanted {
+        path: "/apis/apps/v1/namespaces/kube-system/daemonsets/calico-node",
+        kind: "DaemonSet",
+        name: "calico-node",
+    },
+    Wanted {
+        path: "/apis/apps/v1/namespaces/calico-system/daemonsets/calico-node",
+        kind: "DaemonSet",
+        name: "calico-node",
+    },
+];
 const FLANNEL: Wanted = Wanted {
     path: "/apis/apps/v1/namespaces/kube-flannel/daemonsets/kube-flannel-ds",
     kind: "DaemonSet",
@@ -37,7 +50,8 @@ const KINDNET: Wanted =
     Wanted { path: "/apis/apps/v1/namespaces/kube-system/daemonsets/kindnet", kind: "DaemonSet", name: "kindnet" };
 
 /// The objects that tell which CNI there is.
-pub const OBJECTS: [Wanted; 9] = [CILIUM, FELIX, CALICO, OPENSHIFT, OVN, DATAPLANE_V2, FLANNEL, AWS, KINDNET];
+pub const OBJECTS: [Wanted; 11] =
+    [CILIUM, FELIX, CALICO, CALICO_NODE[0], CALICO_NODE[1], OPENSHIFT, OVN, DATAPLANE_V2, FLANNEL, AWS, KINDNET];
 
 /// What there is of CNIs.
 #[derive(Clone, Debug, Default)]
@@ -68,13 +82,8 @@ pub fn cni(found: &Found) -> Cni {
     } else if let Some(config) = found.one(&CILIUM) {
         add("Cilium", cilium(&config["data"]));
     }
-    if let Some(felix) = found.one(&FELIX) {
-        let on = felix["spec"]["bpfEnabled"] == true;
-        add("Calico", if on { vec![calico()] } else { Vec::new() });
-    }
-    if let Some(installation) = found.one(&CALICO) {
-        let on = installation["spec"]["calicoNetwork"]["linuxDataplane"] == "BPF" && found.one(&FELIX).is_none();
-        add("Calico", if on { vec![calico()] } else { Vec::new() });
+    if let Some(by_ebpf) = calico_by_ebpf(found) {
+        add("Calico", if by_ebpf { vec![calico()] } else { Vec::new() });
     }
     if let Some(network) = found.one(&OPENSHIFT)
         && network["spec"]["defaultNetwork"]["type"] == "OVNKubernetes"
@@ -99,28 +108,47 @@ pub fn cni(found: &Found) -> Cni {
     cni
 }
 
+/// Whether Calico uses its eBPF dataplane; `None`: there is no Calico. One place that says so is enough: Felix's variables
+/// prevail over its FelixConfiguration, and the operator writes one of them after its Installation.
+fn calico_by_ebpf(found: &Found) -> Option<bool> {
+    let felix = found.one(&FELIX).map(|felix| felix["spec"]["bpfEnabled"] == true);
+    let operator =
+        found.one(&CALICO).map(|installation| installation["spec"]["calicoNetwork"]["linuxDataplane"] == "BPF");
+    let nodes = CALICO_NODE.iter().filter_map(|wanted| found.one(wanted));
+    let nodes = nodes.map(|set| env(set, "FELIX_BPFENABLED").is_some_and(|value| value.eq_ignore_ascii_case("true")));
+    felix.into_iter().chain(operator).chain(nodes).reduce(|one, other| one || other)
+}
+
 fn calico() -> Problem {
     bypass(
         "Calico",
         "Calico's eBPF dataplane moves packets past netfilter, so pods leave with other addresses than their policies \
-         say; use its iptables or nftables dataplane (bpfEnabled: false in FelixConfiguration default, linuxDataplane: \
-         Iptables in the operator's Installation)",
+         say; use its iptables or nftables dataplane (bpfEnabled: false in FelixConfiguration default, no variable \
+         FELIX_BPFENABLED of calico-node, linuxDataplane: Iptables in the operator's Installation)",
     )
 }
 
-/// Cilium routes in the host's kernel if it is told so, or if iptables masquerades
-/// (`HostLegacyRouting`, pkg/option/config.go, and `initKubeProxyReplacementOptions`, which turns it on without eBPF
-/// masquerading).
+/// Cilium routes in the host's kernel if it is told so, if iptables masquerades, or if it does not replace kube-proxy
+/// (`EnableHostLegacyRouting` in `finishKubeProxyReplacementInit`, daemon/cmd/kube_proxy_replacement.go). Without any
+/// masquerading it does not.
 fn cilium(data: &Value) -> Vec<Problem> {
     let is = |key: &str, value: &str| data[key] == value;
     let replaces_proxy = is("kube-proxy-replacement", "true") || is("kube-proxy-replacement", "strict");
     let legacy = is("enable-host-legacy-routing", "true");
-    let by_ebpf = is("enable-bpf-masquerade", "true") && replaces_proxy && !legacy;
+    let masquerades =
+        !is("enable-ipv4-masquerade", "false") || is("enable-ipv6", "true") && !is("enable-ipv6-masquerade", "false");
+    let by_iptables = masquerades && !is("enable-bpf-masquerade", "true");
+    let by_ebpf = replaces_proxy && !by_iptables && !legacy;
     let mut problems = Vec::new();
     if by_ebpf {
         let message = "Cilium's eBPF host routing moves packets past netfilter, so pods leave with other addresses than \
                        their policies say; install Cilium with bpf.hostLegacyRouting=true and bpf.masquerade=false";
         problems.push(bypass("Cilium", message));
+    }
+    if is("datapath-mode", "netkit") || is("datapath-mode", "netkit-l2") {
+        let message = "Cilium connects pods by netkit devices, and Egret enforces on veths, so pods that policies can \
+                       select do not start; install Cilium with bpf.datapathMode=veth";
+        problems.push(Problem::new(Severity::Error, "CNI Cilium", "NoVeth", message));
     }
     if !is("cni-exclusive", "false") {
         let message = "Cilium removes other plugins from the CNI configuration (cni-exclusive), and Egret's is one; \
@@ -167,6 +195,18 @@ mod tests {
         let felix =
             json!({"kind": "FelixConfiguration", "metadata": {"name": "default"}, "spec": {"bpfEnabled": true}});
         assert!(told(felix).await.1[0].contains("iptables or nftables dataplane"));
+        let unmasked = [("kube-proxy-replacement", "true"), ("enable-ipv4-masquerade", "false")];
+        assert!(told(cilium_with(&unmasked)).await.1[0].contains("BypassesNetfilter"));
+        let both = [unmasked[0], unmasked[1], ("enable-ipv6", "true"), ("enable-ipv6-masquerade", "false")];
+        assert!(told(cilium_with(&both)).await.1[0].contains("BypassesNetfilter"));
+        let netkit = told(cilium_with(&[("datapath-mode", "netkit")])).await.1;
+        assert!(netkit[0].contains("NoVeth: install Cilium with bpf.datapathMode=veth"), "{netkit:?}");
+        let installation = json!({"kind": "Installation", "metadata": {"name": "default"},
+            "spec": {"calicoNetwork": {"linuxDataplane": "BPF"}}});
+        assert!(told(installation).await.1[0].contains("linuxDataplane: Iptables"));
+        let node = json!({"kind": "DaemonSet", "metadata": {"name": "calico-node"}, "spec": {"template": {"spec": {
+            "containers": [{"env": [{"name": "FELIX_BPFENABLED", "value": "true"}]}]}}}});
+        assert!(told(node).await.1[0].contains("FELIX_BPFENABLED"));
         let network = json!({"kind": "Network", "metadata": {"name": "cluster"},
             "spec": {"defaultNetwork": {"type": "OVNKubernetes"}}});
         assert!(told(network).await.1[0].contains("routingViaHost: true"));
@@ -183,6 +223,14 @@ mod tests {
                 ("enable-host-legacy-routing", "true"),
             ][..],
             &[("kube-proxy-replacement", "false")],
+            // iptables masquerades.
+            &[("kube-proxy-replacement", "true")],
+            &[
+                ("kube-proxy-replacement", "true"),
+                ("enable-ipv4-masquerade", "false"),
+                ("enable-ipv6", "true"),
+                ("enable-ipv6-masquerade", "true"),
+            ],
         ] {
             assert_eq!(told(cilium_with(more)).await.1, [""; 0]);
         }
@@ -190,6 +238,8 @@ mod tests {
         assert!(told(exclusive).await.1[0].contains("cni.exclusive=false"));
         let felix = json!({"kind": "FelixConfiguration", "metadata": {"name": "default"}, "spec": {}});
         assert_eq!(told(felix).await, (vec!["Calico"], vec![]));
+        let node = json!({"kind": "DaemonSet", "metadata": {"name": "calico-node"}});
+        assert_eq!(told(node).await, (vec!["Calico"], vec![]));
         let flannel = json!({"kind": "DaemonSet", "metadata": {"name": "kube-flannel-ds"}});
         assert_eq!(told(flannel).await.0, ["Flannel"]);
     }
