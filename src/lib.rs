@@ -12,6 +12,7 @@
 //! | `check` | `egretd check` |
 //! | `install` | the plugin's installation on a host |
 //! | `controller`, `node` | the two daemons |
+//! | `probe` | asks a server outside which source address it sees, and is such a server |
 //! | `ctl` | the commands of `kubectl egret` |
 //! | `telemetry` | logs, metrics, health |
 //!
@@ -36,4 +37,5 @@ pub mod memory;
 pub mod model;
 pub mod node;
 pub mod node_plan;
+pub mod probe;
 pub mod telemetry;

@@ -20,7 +20,8 @@ fn said_by(name: &str, program: &str, arguments: &[&str]) -> String {
 
 #[test]
 fn every_command_has_a_help_text() {
-    let verbs = ["node", "controller", "install", "uninstall", "crds", "check", "why", "ruleset", "state"];
+    let verbs =
+        ["node", "controller", "install", "uninstall", "crds", "check", "why", "ruleset", "state", "test-server"];
     let top = said(&["--help"]);
     let listed = top.lines().filter(|l| l.starts_with("  ") && !l.starts_with("   ") && !l.starts_with("  -"));
     let listed: Vec<&str> = listed.filter_map(|l| l.split_whitespace().next()).filter(|v| *v != "help").collect();
@@ -44,8 +45,21 @@ fn an_invalid_call_is_an_error_with_the_remedy() {
 }
 
 /// The commands of `kubectl egret`, in the order of its help.
-const OF_PLUGIN: [&str; 11] =
-    ["status", "convert", "check", "pods", "ip", "why", "plan", "move", "drain", "rebalance", "completion"];
+const OF_PLUGIN: [&str; 13] = [
+    "status",
+    "convert",
+    "check",
+    "test",
+    "test-server",
+    "pods",
+    "ip",
+    "why",
+    "plan",
+    "move",
+    "drain",
+    "rebalance",
+    "completion",
+];
 
 fn plugin(arguments: &[&str]) -> String {
     said_by("kubectl egret", env!("CARGO_BIN_EXE_kubectl-egret"), arguments)

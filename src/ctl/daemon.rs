@@ -131,14 +131,29 @@ fn about(answer: Answer, addresses: &[IpAddr]) -> Says {
     }
 }
 
-/// Runs `egretd state` in the daemon's container on the node.
-async fn by_exec(options: &KubeOptions, node: &str) -> anyhow::Result<String> {
-    let client = Client::connect(options).await?;
+/// The daemon's pods on a node, one if all is well.
+async fn pods_on(client: &Client, node: &str) -> anyhow::Result<Value> {
     let path = format!(
         "/api/v1/pods?labelSelector=app.kubernetes.io%2Fname%3Degret%2Capp.kubernetes.io%2Fcomponent%3Dnode\
          &fieldSelector=spec.nodeName%3D{node}"
     );
-    let pods: Value = client.get(&path).await.context("cannot look for the daemon's pod")?;
+    client.get(&path).await.context("cannot look for the daemon's pod")
+}
+
+/// Whether a node's daemon is ready.
+///
+/// # Errors
+/// Its pod cannot be read.
+pub(super) async fn is_ready(client: &Client, node: &str) -> anyhow::Result<bool> {
+    let pods = pods_on(client, node).await?;
+    let mut conditions = pods["items"][0]["status"]["conditions"].as_array().into_iter().flatten();
+    Ok(conditions.any(|condition| condition["type"] == "Ready" && condition["status"] == "True"))
+}
+
+/// Runs `egretd state` in the daemon's container on the node.
+async fn by_exec(options: &KubeOptions, node: &str) -> anyhow::Result<String> {
+    let client = Client::connect(options).await?;
+    let pods = pods_on(&client, node).await?;
     let name = |field: &str| pods["items"][0]["metadata"][field].as_str().map(str::to_owned);
     let (namespace, name) = name("namespace").zip(name("name")).with_context(|| {
         format!("the DaemonSet egret-node has no pod on node {node}; see why with kubectl describe")

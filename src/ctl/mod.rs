@@ -4,6 +4,7 @@
 //! for people, or as JSON or YAML. The computation is pure and has its own tests. All commands work with the Kubernetes
 //! API and with a directory of manifests alike.
 
+pub mod acceptance;
 pub mod check;
 pub mod cni;
 pub mod convert;

@@ -15,6 +15,10 @@ PODS=${PODS:-30}
 READY_WITHIN=${READY_WITHIN:-10}
 RESTART_KUBELET=${RESTART_KUBELET-systemctl restart kubelet}
 RESTART_RUNTIME=${RESTART_RUNTIME-systemctl restart containerd}
+# The newest one that was built here.
+newest() { ls -t "$root"/target/*/release/kubectl-egret "$root"/target/*/debug/kubectl-egret 2>/dev/null | head -1; }
+KUBECTL_EGRET=${KUBECTL_EGRET:-$(newest || true)}
+[ -n "$KUBECTL_EGRET" ] || { (cd "$root" && "${CARGO:-cargo}" build --locked --bin kubectl-egret); KUBECTL_EGRET=$(newest || true); }
 NAMESPACE=egret-cluster-test
 EGRET=egret-system
 address=${ADDRESSES%%[-,/]*}
@@ -94,6 +98,7 @@ step_install
 step_policy
 step_at_once
 step_workloads
+step_users_test
 under_traffic 'rollout of the DaemonSet' rollout
 under_traffic "death of the owner's daemon" daemons_death
 [ ${#workers[@]} -lt 3 ] || under_traffic 'drain of the owner' drain

@@ -133,6 +133,17 @@ Y
   kn delete statefulset,cronjob,job --all --wait=true >/dev/null
 }
 
+# What a user runs on his own cluster says the same.
+step_users_test() {
+  local begin server=$SERVER
+  # By a URL, it asks seldom, and new connections only.
+  [ "$SERVER_PATH" = / ] || server="http://$SERVER$SERVER_PATH"
+  begin=$(now)
+  "$KUBECTL_EGRET" test --server "$server" --gateway cluster-test --pods "$PODS" >"$work/test" 2>&1 || { cat "$work/test"; fail 'kubectl egret test'; }
+  grep -q '  ok       everything is deleted' "$work/test" || { cat "$work/test"; fail 'kubectl egret test does not say that it has deleted everything'; }
+  figure 'kubectl egret test' "$(since "$begin") s, $(tail -1 "$work/test")"
+}
+
 # under_traffic WHAT COMMAND...: on every node, one pod makes new connections and one keeps a connection open. No pod is seen
 # with another address, and no connection ends.
 under_traffic() {

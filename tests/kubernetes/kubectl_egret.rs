@@ -8,7 +8,7 @@ use lab::{EGRESS4, Lab, VISITOR, manifests, problems};
 use serde_json::{Value, json};
 
 /// Exit code, and what the command says to this user.
-fn kubectl_egret(lab: &Lab, role: Role, arguments: &[&str]) -> (i32, String) {
+pub(super) fn kubectl_egret(lab: &Lab, role: Role, arguments: &[&str]) -> (i32, String) {
     let kubeconfig = format!("KUBECONFIG=/nowhere:{}", lab.api().kubeconfig(role).display());
     let program = env!("CARGO_BIN_EXE_kubectl-egret");
     let argv = ["env", "-i", &kubeconfig, program].into_iter().chain(arguments.iter().copied());
@@ -28,7 +28,7 @@ fn assert_says(lab: &Lab, role: Role, arguments: &[&str], code: i32, words: &[&s
 }
 
 /// Gives the user who may do nothing a role of `install/kubectl.yaml`.
-fn grant(lab: &Lab, role: &str) {
+pub(super) fn grant(lab: &Lab, role: &str) {
     let text = std::fs::read_to_string(lab::places::repository().join("install/kubectl.yaml")).expect("the roles");
     for object in serde_saphyr::from_multiple::<Value>(&text).expect("YAML") {
         lab.api().apply(&object);

@@ -1,6 +1,7 @@
 //! Egret with Kubernetes as the source of cluster state: a real API server and etcd, under the rights of
 //! `install/rbac.yaml`. Needs root.
 
+mod acceptance;
 mod admission;
 mod allocations;
 mod api_server;
@@ -13,6 +14,7 @@ mod current;
 mod failover;
 mod fields;
 mod kubectl_egret;
+mod kubelet;
 mod leaders;
 mod metrics;
 mod proxy;

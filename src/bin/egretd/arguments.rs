@@ -7,6 +7,7 @@ use egret::model::destination::parse_cidr;
 use egret::model::marks::Marks;
 use egret::model::target::Target;
 use egret::node;
+use egret::probe::arguments::{ProbeArguments, ServerArguments};
 use egret::telemetry::logs;
 use egret::telemetry::server::ListenAddress;
 use egret_cni::config::{DEFAULT_SOCKET, DEFAULT_STATE_DIR};
@@ -56,6 +57,11 @@ pub enum Command {
     Ruleset(Ruleset),
     /// Print what the daemon on this host desires and observes: egress IPs, pods, uplinks, faults
     State(State),
+    /// Answer, outside the cluster, with the source address that is seen: the server for `kubectl egret test`
+    TestServer(ServerArguments),
+    /// Ask a server which source address it sees, as pods of `kubectl egret test` do
+    #[command(hide = true)]
+    Probe(ProbeArguments),
 }
 
 #[derive(clap::Args)]

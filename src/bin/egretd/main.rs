@@ -50,6 +50,8 @@ fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
         Command::Why(flags) => print(&flags.run()?)?,
         Command::Ruleset(flags) => print(&flags.run()?)?,
         Command::State(flags) => print(&flags.run()?)?,
+        Command::TestServer(flags) => until_stopped(flags.run())?,
+        Command::Probe(flags) => until_stopped(flags.run())?,
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -211,6 +213,14 @@ fn stopped() -> anyhow::Result<impl Future<Output = ()>> {
             _ = terminate.recv() => tracing::info!("stopping: SIGTERM"),
             _ = interrupt.recv() => tracing::info!("stopping: SIGINT"),
         }
+    })
+}
+
+/// Runs something that has nothing to do when it is stopped.
+fn until_stopped(run: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {
+    runtime()?.block_on(async {
+        let stop = stopped()?;
+        tokio::select! { () = stop => Ok(()), done = run => done }
     })
 }
 

@@ -7,6 +7,7 @@ use egret::cluster::{KubeOptions, Person, SourceName};
 use egret::ctl::output::Format;
 use egret::model::destination::parse_cidr;
 use egret::model::target::Target;
+use egret::probe::arguments::ServerArguments;
 use ipnetwork::IpNetwork;
 use std::net::IpAddr;
 use std::path::PathBuf;
@@ -96,6 +97,35 @@ Examples:
   kubectl egret check --before              only what concerns the time before
   kubectl egret check -o json")]
     Check(Check),
+    /// Test whether Egret keeps its promises in this cluster, as a server outside sees it
+    ///
+    /// Starts pods of Egret's own image on a gateway node that holds the egress IP, on one that does not, and on another
+    /// node. They ask the server which address it sees: new pods' first packets, many pods at once, a planned move, a
+    /// change to another egress IP, a gateway without nodes, the end of a policy, and pods that no policy selects. IPv4
+    /// and IPv6, where gateway, pods and server have both.
+    ///
+    /// Everything is in a namespace of its own, and is deleted at the end, after a failure and after ctrl-C. Of your objects
+    /// it uses two free addresses of a gateway's pool for the time of the test, and nothing else.
+    #[command(after_help = "\
+Exit codes: 0 all promises are kept, 2 one is not, 1 the test could not run.
+
+Examples:
+  kubectl-egret test-server                 on a host outside; or: docker run --network host IMAGE test-server
+  kubectl egret test --server 203.0.113.7   asks that server, port 8080
+  kubectl egret test --server 203.0.113.7:8081 --server [2001:db8::7]:8081 --gateway office
+  kubectl egret test --server https://ifconfig.example
+  kubectl egret test --server 203.0.113.7 -o json
+  kubectl egret test --server 203.0.113.7 --keep   leaves the pods, to look at them")]
+    Test(Test),
+    /// Answer, outside the cluster, with the source address that is seen: the server for `test`
+    #[command(after_help = "\
+It answers HTTP and UDP on one port, on IPv4 and IPv6, and prints a line for each question: the address and the path.
+
+Examples:
+  kubectl-egret test-server
+  kubectl-egret test-server --port 8081
+  curl http://203.0.113.7:8080/             answers with your address")]
+    TestServer(ServerArguments),
     /// Show which pods leave from which egress IP
     #[command(after_help = "\
 WHAT is a policy (NAMESPACE/NAME), an egress IP, or a node. Without it: the pods of the namespace that policies select.
@@ -200,6 +230,29 @@ pub struct Check {
     /// Only what has to be so before an installation
     #[arg(long)]
     pub before: bool,
+}
+
+#[derive(Args)]
+pub struct Test {
+    /// Server outside: ADDRESS[:PORT], NAME[:PORT], or a URL that answers with the client's address; give it twice for an
+    /// IPv4 and an IPv6 address [default port: 8080]
+    #[arg(long, value_delimiter = ',')]
+    pub server: Vec<String>,
+    /// EgressGateway whose pool is used [default: the default gateway, or the only one]
+    #[arg(long)]
+    pub gateway: Option<String>,
+    /// Image of the pods, with egretd [default: that of the DaemonSet egret-node, which all nodes have]
+    #[arg(long)]
+    pub image: Option<String>,
+    /// How many pods begin at once
+    #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub pods: u32,
+    /// Leave everything as it is at the end
+    #[arg(long)]
+    pub keep: bool,
+    /// How long the test may take, seconds
+    #[arg(long, default_value_t = 600, value_name = "SECONDS")]
+    pub timeout: u64,
 }
 
 #[derive(Args)]

@@ -1,7 +1,7 @@
 //! Runs a command: reads what it needs, and shows the result.
 
 use super::Outcome;
-use super::arguments::{Command, Common, Convert, Plan, Pods, Status, Wait, Why};
+use super::arguments::{Command, Common, Convert, Plan, Pods, Status, Test, Wait, Why};
 use anyhow::{Context, bail};
 use egret::cluster::{OverlayVerb, PodsOf, SourceName};
 use egret::ctl::moves::{self, Request};
@@ -9,7 +9,7 @@ use egret::ctl::output::{self, Format, Show};
 use egret::ctl::plan::{self, File};
 use egret::ctl::state::{self, State};
 use egret::ctl::subject::{self, Subject};
-use egret::ctl::{check, convert, ip, pods, status, why};
+use egret::ctl::{acceptance, check, convert, ip, pods, status, why};
 use std::io::{IsTerminal, Read};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -37,6 +37,8 @@ pub async fn run(common: &Common, command: Command) -> anyhow::Result<Outcome> {
             print(common, &checks)?;
             Ok(found(checks.has_failed()))
         }
+        Command::Test(flags) => run_test(common, &source, flags).await,
+        Command::TestServer(flags) => flags.run().await.map(|()| Outcome::Fine),
         Command::Why(flags) => run_why(common, &source, &flags).await,
         Command::Plan(flags) => run_plan(common, &source, &flags).await,
         Command::Move(flags) => steer(common, &source, Request::Move(flags.what, flags.to), &flags.wait).await,
@@ -47,6 +49,27 @@ pub async fn run(common: &Common, command: Command) -> anyhow::Result<Outcome> {
         Command::Convert(flags) => convert(common, flags).await,
         Command::Completion { .. } => Ok(Outcome::Fine),
     }
+}
+
+async fn run_test(common: &Common, source: &SourceName, flags: Test) -> anyhow::Result<Outcome> {
+    if flags.server.is_empty() {
+        let image = flags.image.or(acceptance::image(source).await);
+        bail!("no server is named.\n{}", acceptance::how_to_start_a_server(image.as_deref()));
+    }
+    let options = acceptance::Options {
+        server: flags.server,
+        gateway: flags.gateway,
+        image: flags.image,
+        pods: usize::try_from(flags.pods).unwrap_or(usize::MAX),
+        keep: flags.keep,
+        timeout: Duration::from_secs(flags.timeout),
+    };
+    // A closed pipe does not end the test: it has to clean up.
+    let show = |text: &str| drop(output::print(text));
+    let is_text = matches!(common.output, None | Some(Format::Text | Format::Wide));
+    let report = acceptance::run(source, &options, is_text.then_some(&show)).await?;
+    print(common, &report)?;
+    Ok(found(report.has_failed()))
 }
 
 /// Converts other systems' objects; the notes go to standard error.

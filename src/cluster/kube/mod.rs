@@ -24,7 +24,7 @@ mod taint;
 mod watch;
 
 use client::escaped;
-pub use client::{Client, Failure, MERGE};
+pub use client::{Client, Failure, JSON, MERGE};
 pub use lookup::Lookup;
 pub use review::{Reviewer, Verdict};
 pub use status::Statuses;

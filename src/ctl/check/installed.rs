@@ -139,6 +139,14 @@ pub(super) async fn workloads(objects: &Objects) -> Vec<Check> {
     [nodes, controllers].into_iter().flatten().collect()
 }
 
+/// The image of the nodes' daemons.
+pub(super) async fn image(objects: &Objects) -> Option<String> {
+    let found = objects.read(&[NODES]).await;
+    let containers = found.one(&NODES)?["spec"]["template"]["spec"]["containers"].as_array()?;
+    let node = containers.iter().find(|container| container["name"] == "node").or(containers.first())?;
+    node["image"].as_str().map(str::to_owned)
+}
+
 /// Whether a workload is there, ready, and of this version.
 fn workload(
     found: &crate::ctl::site::Found,

@@ -4,7 +4,7 @@
 mod installed;
 mod nodes;
 mod others;
-mod text;
+pub(super) mod text;
 
 use super::cni::{self, cni};
 use super::problem::Severity;
@@ -56,12 +56,30 @@ pub enum State {
 }
 
 impl Check {
-    fn new(group: &'static str, name: &str, state: State, found: impl ToString, remedy: impl ToString) -> Self {
+    pub(super) fn new(
+        group: &'static str,
+        name: &str,
+        state: State,
+        found: impl ToString,
+        remedy: impl ToString,
+    ) -> Self {
         Check { group, name: name.to_owned(), state, found: found.to_string(), remedy: remedy.to_string() }
     }
 
-    fn ok(group: &'static str, name: &str, found: impl ToString) -> Self {
+    pub(super) fn ok(group: &'static str, name: &str, found: impl ToString) -> Self {
         Check::new(group, name, State::Ok, found, "")
+    }
+
+    pub(super) fn unknown(group: &'static str, name: &str, found: impl ToString, remedy: impl ToString) -> Self {
+        Check::new(group, name, State::Unknown, found, remedy)
+    }
+
+    pub(super) fn warning(group: &'static str, name: &str, found: impl ToString, remedy: impl ToString) -> Self {
+        Check::new(group, name, State::Warning, found, remedy)
+    }
+
+    pub(super) fn failed(group: &'static str, name: &str, found: impl ToString, remedy: impl ToString) -> Self {
+        Check::new(group, name, State::Failed, found, remedy)
     }
 }
 
@@ -104,6 +122,28 @@ pub async fn check(source: &SourceName, before: bool) -> anyhow::Result<Checks> 
         }
     }
     Ok(Checks { is_installed, checks: all })
+}
+
+/// What of Egret is installed.
+pub(super) struct Installation {
+    /// Definitions and workloads.
+    pub(super) checks: Vec<Check>,
+    /// The image of the nodes' daemons.
+    pub(super) image: Option<String>,
+}
+
+/// Checks the API server, the definitions and the workloads.
+///
+/// # Errors
+/// The API server cannot be reached.
+pub(super) async fn installation(objects: &Objects) -> anyhow::Result<Installation> {
+    let mut checks = Vec::new();
+    if let Objects::Kube(client) = objects {
+        checks.push(installed::api_server(client).await?);
+    }
+    checks.extend(installed::definitions(objects).await.checks);
+    checks.extend(installed::workloads(objects).await);
+    Ok(Installation { checks, image: installed::image(objects).await })
 }
 
 fn of_cni(cni: &cni::Cni, unread: &[String]) -> Vec<Check> {

@@ -33,7 +33,8 @@ impl Show for Checks {
     }
 }
 
-fn line(check: &Check, view: View, out: &mut String) {
+/// Adds a check as a line, and its remedy.
+pub(in crate::ctl) fn line(check: &Check, view: View, out: &mut String) {
     let (colour, sign) = match check.state {
         State::Ok => (Colour::Good, "ok     "),
         State::Unknown => (Colour::Doubtful, "unknown"),
