@@ -20,8 +20,9 @@ fn said_by(name: &str, program: &str, arguments: &[&str]) -> String {
 
 #[test]
 fn every_command_has_a_help_text() {
-    let verbs =
-        ["node", "controller", "install", "uninstall", "crds", "check", "why", "ruleset", "state", "test-server"];
+    let verbs = [
+        "node", "controller", "install", "uninstall", "crds", "check", "why", "ruleset", "state", "trace", "test-server",
+    ];
     let top = said(&["--help"]);
     let listed = top.lines().filter(|l| l.starts_with("  ") && !l.starts_with("   ") && !l.starts_with("  -"));
     let listed: Vec<&str> = listed.filter_map(|l| l.split_whitespace().next()).filter(|v| *v != "help").collect();
@@ -45,7 +46,7 @@ fn an_invalid_call_is_an_error_with_the_remedy() {
 }
 
 /// The commands of `kubectl egret`, in the order of its help.
-const OF_PLUGIN: [&str; 13] = [
+const OF_PLUGIN: [&str; 14] = [
     "status",
     "convert",
     "check",
@@ -54,6 +55,7 @@ const OF_PLUGIN: [&str; 13] = [
     "pods",
     "ip",
     "why",
+    "trace",
     "plan",
     "move",
     "drain",

@@ -9,7 +9,7 @@ use crate::cluster::{KubeOptions, SourceName};
 use anyhow::{Context, anyhow, bail};
 use k8s_openapi::api::core::v1::Pod;
 use kube::Api;
-use kube::api::AttachParams;
+use kube::api::{AttachParams, AttachedProcess};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -47,6 +47,8 @@ struct Desired {
 struct DesiredEgressIp {
     address: crate::api::AddressPair,
     traffic: String,
+    owner: Option<String>,
+    sent_packets: Option<u64>,
 }
 
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -55,6 +57,7 @@ struct Observed {
     dead_nodes: Vec<String>,
     selected: Vec<SelectedPod>,
     faults: BTreeMap<String, String>,
+    dropped_packets: BTreeMap<String, u64>,
 }
 
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -82,13 +85,28 @@ pub struct Says {
     /// The name of the pod's policy chain in the tables.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub policy_chain: String,
-    /// Where the pod's traffic goes, by egress IP: `local`, the tunnel MAC address of the owner, or `dropped` with the
-    /// reason.
-    pub traffic: BTreeMap<String, String>,
+    /// The pod's egress IPs.
+    pub egress_ips: BTreeMap<String, SaysOfEgressIp>,
     /// Gateway nodes that do not answer this node.
     pub does_not_hear: Vec<String>,
     /// What the kernel has refused.
     pub faults: BTreeMap<String, String>,
+    /// Packets that the node has dropped, of all pods, by reason.
+    pub dropped_packets: BTreeMap<String, u64>,
+}
+
+/// What the daemon says of an egress IP of the pod.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct SaysOfEgressIp {
+    /// Where the traffic goes: `local`, the tunnel MAC address of the owner, or `dropped` with the reason.
+    pub traffic: String,
+    /// The owner, if it is another node.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub owner: Option<String>,
+    /// Packets that this node's pods have sent by it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sent_packets: Option<u64>,
 }
 
 /// Asks the daemon of a node about the pod with these addresses.
@@ -114,10 +132,11 @@ fn about(answer: Answer, addresses: &[IpAddr]) -> Says {
     let pod = observed.selected.into_iter().find(|pod| pod.addresses.iter().any(|a| addresses.contains(a)));
     let is_in_kernel = pod.is_some();
     let pod = pod.unwrap_or_default();
-    let traffic = pod.egress_ids.iter().filter_map(|id| {
+    let egress_ips = pod.egress_ids.iter().filter_map(|id| {
         let of = desired.egress_ips.get(id)?;
         let all: Vec<IpAddr> = crate::model::addresses_of(&of.address).collect();
-        Some((super::pods::list(&all), of.traffic.clone()))
+        let DesiredEgressIp { traffic, owner, sent_packets, .. } = of.clone();
+        Some((super::pods::list(&all), SaysOfEgressIp { traffic, owner, sent_packets }))
     });
     Says {
         node,
@@ -125,9 +144,10 @@ fn about(answer: Answer, addresses: &[IpAddr]) -> Says {
         is_in_kernel,
         is_isolated: pod.isolated,
         policy_chain: pod.policy_chain,
-        traffic: traffic.collect(),
+        egress_ips: egress_ips.collect(),
         does_not_hear: observed.dead_nodes,
         faults: observed.faults,
+        dropped_packets: observed.dropped_packets,
     }
 }
 
@@ -150,19 +170,36 @@ pub(super) async fn is_ready(client: &Client, node: &str) -> anyhow::Result<bool
     Ok(conditions.any(|condition| condition["type"] == "Ready" && condition["status"] == "True"))
 }
 
-/// Runs `egretd state` in the daemon's container on the node.
-async fn by_exec(options: &KubeOptions, node: &str) -> anyhow::Result<String> {
-    let client = Client::connect(options).await?;
-    let pods = pods_on(&client, node).await?;
+/// Runs a command in the daemon's container on the node. Returns it with the pod's name.
+pub(super) async fn exec(
+    client: &Client,
+    node: &str,
+    command: &[&str],
+    stdin: bool,
+) -> anyhow::Result<(AttachedProcess, String)> {
+    let pods = pods_on(client, node).await?;
     let name = |field: &str| pods["items"][0]["metadata"][field].as_str().map(str::to_owned);
     let (namespace, name) = name("namespace").zip(name("name")).with_context(|| {
         format!("the DaemonSet egret-node has no pod on node {node}; see why with kubectl describe")
     })?;
     let api: Api<Pod> = Api::namespaced(client.of_kube(), &namespace);
-    let parameters = AttachParams::default().container("node").stdin(false).stderr(true);
-    let refused =
-        || format!("cannot run `egretd state` in pod {namespace}/{name}: it needs the right to create pods/exec there");
-    let mut process = api.exec(&name, ["egretd", "state", "--json"], &parameters).await.with_context(refused)?;
+    let parameters = AttachParams::default().container("node").stdin(stdin).stderr(true);
+    let command = command.iter().copied();
+    let refused = || {
+        let command: Vec<&str> = command.clone().take(2).collect();
+        format!(
+            "cannot run `{}` in pod {namespace}/{name}: it needs the right to create pods/exec there",
+            command.join(" ")
+        )
+    };
+    let process = api.exec(&name, command.clone(), &parameters).await.with_context(refused)?;
+    Ok((process, format!("{namespace}/{name}")))
+}
+
+/// Runs `egretd state` in the daemon's container on the node.
+async fn by_exec(options: &KubeOptions, node: &str) -> anyhow::Result<String> {
+    let client = Client::connect(options).await?;
+    let (mut process, pod) = exec(&client, node, &["egretd", "state", "--json"], false).await?;
     let (mut out, mut err) = (String::new(), String::new());
     let (stdout, stderr) = (process.stdout(), process.stderr());
     let read = async {
@@ -180,7 +217,7 @@ async fn by_exec(options: &KubeOptions, node: &str) -> anyhow::Result<String> {
     let (read, complained) = tokio::join!(read, complain);
     read.and(complained).context("the answer broke off")?;
     if out.is_empty() {
-        bail!("egretd in pod {namespace}/{name} says: {}", err.trim());
+        bail!("egretd in pod {pod} says: {}", err.trim());
     }
     Ok(out)
 }
@@ -215,12 +252,20 @@ impl Says {
             (true, true) => format!("its kernel has the pod, isolated (chain {})", self.policy_chain),
             (true, false) => format!("its kernel has the pod (chain {})", self.policy_chain),
         });
-        for (egress_ip, traffic) in &self.traffic {
-            lines.push(match traffic.as_str() {
-                "local" => format!("it holds {egress_ip} itself"),
-                some if some.starts_with("dropped") => format!("packets for {egress_ip} are {some}"),
-                mac => format!("packets for {egress_ip} go through the tunnel to {mac}"),
-            });
+        for (egress_ip, says) in &self.egress_ips {
+            let goes = match (&*says.traffic, &says.owner) {
+                ("local", _) => format!("it holds {egress_ip} itself"),
+                (some, _) if some.starts_with("dropped") => format!("packets for {egress_ip} are {some}"),
+                (_, Some(node)) => format!("packets for {egress_ip} go through the tunnel to node {node}"),
+                (mac, None) => format!("packets for {egress_ip} go through the tunnel to {mac}"),
+            };
+            let sent = says.sent_packets.map(|n| format!("; pods of this node have sent {}", packets(n)));
+            lines.push(goes + &sent.unwrap_or_default());
+        }
+        if !self.dropped_packets.is_empty() {
+            let dropped = self.dropped_packets.iter().map(|(reason, n)| format!("{reason} {n}"));
+            let dropped: Vec<String> = dropped.collect();
+            lines.push(format!("it has dropped packets, of all pods: {}", dropped.join(", ")));
         }
         if !self.does_not_hear.is_empty() {
             lines.push(format!("it does not hear gateway nodes {}", self.does_not_hear.join(", ")));
@@ -228,6 +273,10 @@ impl Says {
         lines.extend(self.faults.iter().map(|(of, why)| format!("it had to skip {of}: {why}")));
         lines
     }
+}
+
+fn packets(n: u64) -> String {
+    if n == 1 { "1 packet".to_owned() } else { format!("{n} packets") }
 }
 
 #[cfg(test)]
@@ -239,16 +288,19 @@ mod tests {
     }
 
     const STATE: &str = r#"{"node": "n1", "passes": 12, "pending": {}, "desired": {"healthAddress": true, "uplinks": [],
-        "egressIps": {"7": {"gateway": "g", "address": {"ipv4": "192.0.2.50"}, "traffic": "02:00:00:00:00:15", "here": false}}},
+        "egressIps": {"7": {"gateway": "g", "address": {"ipv4": "192.0.2.50"}, "traffic": "02:00:00:00:00:15", "owner": "g1",
+        "sentPackets": 12, "here": false}}},
         "observed": {"deadNodes": ["g2"], "selected": [{"addresses": ["10.244.1.2"], "policyChain": "policy-1",
-        "egressIds": [7], "isolated": false}], "faults": {"node n3": "why"}}}"#;
+        "egressIds": [7], "isolated": false}], "faults": {"node n3": "why"},
+        "droppedPackets": {"blocked": 3}}}"#;
 
     #[test]
     fn what_concerns_the_pod_is_taken_from_the_daemons_state() {
         let lines = says(STATE, "10.244.1.2").lines();
         let wanted = [
             "its kernel has the pod (chain policy-1)",
-            "packets for 192.0.2.50 go through the tunnel to 02:00:00:00:00:15",
+            "packets for 192.0.2.50 go through the tunnel to node g1; pods of this node have sent 12 packets",
+            "it has dropped packets, of all pods: blocked 3",
             "it does not hear gateway nodes g2",
             "it had to skip node n3: why",
         ];

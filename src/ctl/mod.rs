@@ -21,5 +21,6 @@ pub mod state;
 pub mod status;
 pub mod subject;
 pub mod table;
+pub mod trace;
 pub mod why;
 mod write;

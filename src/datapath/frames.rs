@@ -131,7 +131,7 @@ pub fn advertiser(message: &[u8]) -> Option<(IpAddr, Mac)> {
     Some((address.into(), mac))
 }
 
-fn ethernet(to: Mac, from: Mac, ethertype: u16) -> Vec<u8> {
+pub(super) fn ethernet(to: Mac, from: Mac, ethertype: u16) -> Vec<u8> {
     let mut frame = Vec::with_capacity(ETHERNET + 72);
     frame.extend_from_slice(&to);
     frame.extend_from_slice(&from);

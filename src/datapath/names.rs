@@ -24,6 +24,12 @@ pub const TABLE: &str = "egret";
 /// The nftables table `inet egret-flush-guard`: see `datapath/ruleset/flush_guard.rs`.
 pub const FLUSH_GUARD: &str = "egret-flush-guard";
 
+/// The nftables tables that make the kernel tell of a packet's way, one for each trace that runs at the same time: see
+/// `datapath/trace_table.rs`.
+pub const TRACES: [&str; 4] = ["egret-trace", "egret-trace-2", "egret-trace-3", "egret-trace-4"];
+/// The device by which a probe comes into a pod's veth, and its other end: see `datapath/probe.rs`.
+pub const PROBE_DEVICE: [&str; 2] = ["egret-probe", "egret-probe-end"];
+
 /// Routing table of requests: packets from pods to their gateway.
 pub const TABLE_REQUEST: u32 = 7871;
 /// Routing table of replies: packets from a gateway back to the pod's node.

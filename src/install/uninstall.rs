@@ -4,6 +4,7 @@
 use super::{configuration, plugin};
 use crate::cluster::{self, SourceName};
 use crate::datapath::addresses;
+use crate::datapath::probe;
 use crate::datapath::route_socket::RouteSocket;
 use crate::datapath::routes;
 use crate::datapath::rules;
@@ -121,6 +122,7 @@ async fn kernel(removal: &mut Removal, marks: Marks) {
             removal.record("tracked connections", connections(marks));
             removal.record("the tunnel device", tunnel::remove(&socket).await.map(usize::from));
             removal.record("the veths before it", veth_pair::remove(&socket).await.map(usize::from));
+            removal.record("a probe's device", probe::remove_device().map(usize::from));
             removal.record("routes", own_routes(&socket).await);
             let placed = addresses::sync(&socket, &BTreeSet::new()).await;
             let placed = placed.and_then(|mut changes| match changes.stuck.pop() {

@@ -5,6 +5,7 @@ use super::liveness::PeerLiveness;
 use super::node_state::NodeState;
 use super::socket::{Listener, PluginRequest};
 use super::state::{LinkMessage, Node};
+use super::trace::TraceRequest;
 use super::uplink_probes::Findings;
 use crate::datapath::watch::{self, Watch};
 use crate::model::Cluster;
@@ -51,6 +52,8 @@ pub enum Event {
     Scrape(oneshot::Sender<()>),
     /// `egretd state` asks for the state.
     State(oneshot::Sender<NodeState>),
+    /// `kubectl egret trace` asks for what a trace needs.
+    Trace(TraceRequest),
     /// Freed memory is to be returned to the system.
     ReturnMemory,
     /// The kernel's counters are to be read.
@@ -110,9 +113,9 @@ impl Sources {
     /// The source of cluster state or of the kernel's notifications has ended.
     pub async fn next(&mut self, node: &Node) -> Result<Event> {
         let Timers { retry, return_memory, counters, read_back } = &mut self.timers;
-        let (mut requests, mut states) = match &mut self.listener {
-            Some(listener) => (Some(&mut listener.requests), Some(&mut listener.states)),
-            None => (None, None),
+        let (mut requests, mut states, mut traces) = match &mut self.listener {
+            Some(listener) => (Some(&mut listener.requests), Some(&mut listener.states), Some(&mut listener.traces)),
+            None => (None, None, None),
         };
         Ok(tokio::select! {
             biased;
@@ -138,6 +141,7 @@ impl Sources {
             Some(found) = self.found.recv() => Event::Found(found),
             Some(done) = self.scrapes.recv() => Event::Scrape(done),
             Some(response) = receive(&mut states) => Event::State(response),
+            Some(request) = receive(&mut traces) => Event::Trace(request),
             () = node.next_request_deadline() => Event::RequestDue,
             () = at(*return_memory) => {
                 *return_memory = None;

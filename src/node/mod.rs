@@ -27,6 +27,7 @@ mod socket;
 mod source_ports;
 mod state;
 mod taint;
+pub mod trace;
 mod uplink_probes;
 
 pub use run::run;

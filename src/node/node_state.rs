@@ -64,6 +64,12 @@ pub struct DesiredEgressIp {
     /// Where the traffic of this node's pods goes: `local`, the tunnel MAC address of the owner, or `dropped` with the
     /// reason.
     pub traffic: String,
+    /// The name of the owner, if it is another node.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub owner: Option<String>,
+    /// Packets that this node's pods have sent by it since the node's tables have it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sent_packets: Option<u64>,
     /// Whether the address is to be on this node.
     pub here: bool,
 }
@@ -89,6 +95,9 @@ pub struct Observed {
     pub selected: Vec<SelectedPod>,
     /// What the kernel has refused.
     pub faults: BTreeMap<String, String>,
+    /// Packets that were dropped, by reason, since the node's tables exist; without reasons of which there are none.
+    #[serde(default)]
+    pub dropped_packets: BTreeMap<String, u64>,
 }
 
 /// An egress IP on a node.
@@ -212,7 +221,7 @@ impl fmt::Display for NodeState {
 impl NodeState {
     fn fmt_egress_ips(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for (id, desired) in &self.desired.egress_ips {
-            let DesiredEgressIp { gateway, address, traffic, here } = desired;
+            let DesiredEgressIp { gateway, address, traffic, here, .. } = desired;
             let mut addresses = String::new();
             for address in address.ipv4.map(IpAddr::from).into_iter().chain(address.ipv6.map(IpAddr::from)) {
                 let separator = if addresses.is_empty() { "" } else { ", " };
@@ -223,8 +232,9 @@ impl NodeState {
             let (state, is_here) = observed.map_or(("Standby", false), |observed| (&*observed.state, observed.here));
             write!(
                 f,
-                "egress IP {id} ({addresses}, gateway {gateway}): desired {}, traffic {traffic}; ",
-                place(*here)
+                "egress IP {id} ({addresses}, gateway {gateway}): desired {}, traffic {traffic}{}; ",
+                place(*here),
+                desired.owner.as_ref().map(|node| format!(" (node {node})")).unwrap_or_default()
             )?;
             writeln!(f, "observed {}, {state}", place(is_here))?;
             if let Some(why) = observed.and_then(|observed| observed.refused.as_ref()) {

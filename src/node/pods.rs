@@ -12,7 +12,7 @@ use crate::node::policy_delay::PolicyDelay;
 use crate::node_plan::allocations::NodeAllocations;
 use crate::node_plan::policy_chain::PolicyChain;
 use crate::node_plan::{NodePlan, PodPlan, View, chain_name};
-use egret_cni::attachment::{Attachment, AttachmentId};
+use egret_cni::attachment::{Attachment, AttachmentId, PodRef};
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -256,6 +256,17 @@ impl Pods {
         let gone: BTreeMap<u32, Adopted>;
         (gone, self.adopted) = std::mem::take(&mut self.adopted).into_iter().partition(|(_, a)| is_gone(a));
         self.unused(gone.into_values())
+    }
+
+    /// The host's end of the veth of the pod with this name and address.
+    pub fn interface_of(&self, key: &ObjectKey, address: &IpAddr) -> Option<&Interface> {
+        let is_of = |pod: &PodRef| *pod.namespace == *key.namespace && *pod.name == *key.name;
+        let attached = self.attached.values().filter(|a| is_of(&a.attachment.pod));
+        let attached =
+            attached.filter(|a| a.attachment.addresses.contains(address)).filter_map(|a| a.interface.as_ref());
+        let adopted = self.adopted.values().map(|a| &a.known).filter(|known| known.pod == *key);
+        let adopted = adopted.filter(|known| known.addresses.contains(address)).map(|known| &known.interface);
+        attached.chain(adopted).next()
     }
 
     /// The indexes of all pods' interfaces.

@@ -218,6 +218,10 @@ impl Daemon {
                 let _ = response.send(node.state());
                 return Ok(false);
             }
+            Event::Trace(request) => {
+                node.trace(request);
+                return Ok(false);
+            }
             Event::ReturnMemory => {
                 memory::give_back();
                 return Ok(false);

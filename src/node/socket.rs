@@ -1,6 +1,8 @@
 //! The socket for plugins' requests, and the lock against a second daemon.
 
 use super::node_state::{self, NodeState};
+use super::trace::{self, TraceRequest};
+use crate::model::trace as wire;
 use anyhow::Context;
 use egret_cni::careful;
 use egret_cni::protocol::{Failure, PROTOCOL, Request, Response, Verb, codes};
@@ -59,6 +61,8 @@ pub struct Listener {
     pub requests: mpsc::Receiver<PluginRequest>,
     /// Requests of `egretd state`.
     pub states: mpsc::Receiver<oneshot::Sender<NodeState>>,
+    /// Requests of `kubectl egret trace`.
+    pub traces: mpsc::Receiver<TraceRequest>,
     /// The socket's inode.
     inode: u64,
 }
@@ -90,7 +94,9 @@ pub fn listen(run_dir: &Path) -> anyhow::Result<Listener> {
     let inode = fs::metadata(&path).with_context(|| format!("socket {}", path.display()))?.ino();
     let (sender, requests) = mpsc::channel(256);
     let (state_sender, states) = mpsc::channel(4);
-    let senders = Senders { requests: sender, states: state_sender };
+    let (trace_sender, traces) = mpsc::channel(4);
+    let slots = trace::Slots::default();
+    let senders = Senders { requests: sender, states: state_sender, traces: trace_sender, slots };
     tokio::spawn(async move {
         let room = Arc::new(Semaphore::new(AT_ONCE));
         loop {
@@ -113,7 +119,7 @@ pub fn listen(run_dir: &Path) -> anyhow::Result<Listener> {
             }
         }
     });
-    Ok(Listener { requests, states, inode })
+    Ok(Listener { requests, states, traces, inode })
 }
 
 /// Where requests go.
@@ -121,6 +127,8 @@ pub fn listen(run_dir: &Path) -> anyhow::Result<Listener> {
 struct Senders {
     requests: mpsc::Sender<PluginRequest>,
     states: mpsc::Sender<oneshot::Sender<NodeState>>,
+    traces: mpsc::Sender<TraceRequest>,
+    slots: trace::Slots,
 }
 
 async fn serve(mut stream: UnixStream, senders: Senders) -> std::io::Result<()> {
@@ -131,6 +139,11 @@ async fn serve(mut stream: UnixStream, senders: Senders) -> std::io::Result<()> 
         Ok(read) => read?,
         Err(_) => return Ok(()),
     };
+    if let Ok(TraceLine { version: PROTOCOL, verb, request }) = serde_json::from_slice(&line)
+        && verb == wire::VERB
+    {
+        return trace::serve(request, reader, write, &senders.traces, &senders.slots).await;
+    }
     let is_state_request = |head: &Head| head.version == PROTOCOL && head.verb.as_deref() == Some(node_state::VERB);
     if serde_json::from_slice::<Head>(&line).is_ok_and(|head| is_state_request(&head)) {
         let (response, responded) = oneshot::channel();
@@ -165,6 +178,15 @@ async fn respond(write: &mut WriteHalf<'_>, response: &impl Serialize) -> std::i
     let mut bytes = serde_json::to_vec(response)?;
     bytes.push(b'\n');
     write.write_all(&bytes).await
+}
+
+/// The line that begins a trace.
+#[derive(Deserialize)]
+struct TraceLine {
+    version: u32,
+    verb: String,
+    #[serde(flatten)]
+    request: wire::Request,
 }
 
 /// The part of a request that all versions of the protocol have.

@@ -57,6 +57,15 @@ fn status_pods_and_addresses_are_shown() {
     assert_says(&lab, &["ip", "192.0.2.59"], 0, &["in the pool of EgressGateway default, and no policy has it"]);
     let to = EXT4.to_string();
     assert_says(&lab, &["why", "visitor", "-n", "shop", "--to", &to], 0, &[&format!("{to} leaves from {ip}")]);
+    let run_dir = lab.node("n1").run_dir().display().to_string();
+    let now =
+        ["The daemon on node n1 says now:", "its kernel has the pod (chain policy-", "go through the tunnel to node"];
+    let of_egress_ip = format!("to node {owner}; pods of this node have sent ");
+    let says = assert_says(&lab, &["why", "shop/visitor", "--run-dir", &run_dir], 0, &now);
+    assert!(says.contains(&of_egress_ip), "{says}");
+    let elsewhere = lab.node("n2").run_dir().display().to_string();
+    let words = "that of node n2; run the command on node n1";
+    assert_says(&lab, &["why", "shop/visitor", "--run-dir", &elsewhere], 0, &[words]);
     assert_says(&lab, &["why", "nobody", "-n", "shop"], 1, &["the cluster has no pod shop/nobody"]);
     assert_says(&lab, &["check"], 0, &["no problems"]);
 }

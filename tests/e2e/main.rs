@@ -37,6 +37,7 @@ mod source_ports;
 mod spoofing;
 mod survival;
 mod tenancy;
+mod trace;
 mod tunnel_egress;
 mod tunnel_family;
 mod uninstall;

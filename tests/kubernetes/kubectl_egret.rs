@@ -60,6 +60,18 @@ fn a_reader_sees_and_an_operator_moves() {
     assert_says(&lab, Role::Nobody, &["why", "shop/visitor", "--to", "9.9.9.9"], 0, &[&leaves]);
     assert_says(&lab, Role::Nobody, &["why", "shop/visitor", "--to", "10.96.0.1"], 0, &["goes direct"]);
 
+    // A trace runs in the daemon's container, which only who may create pods/exec in its namespace can do.
+    let trace = ["trace", "shop/visitor", "--to", "192.0.2.100:8080"];
+    assert_says(&lab, Role::Nobody, &trace, 1, &["the DaemonSet egret-node has no pod on node n1"]);
+    lab.api().apply(&json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "egret-system"}}));
+    let labels = json!({"app.kubernetes.io/name": "egret", "app.kubernetes.io/component": "node"});
+    lab.api().apply(&json!({"apiVersion": "v1", "kind": "Pod",
+        "metadata": {"name": "egret-node-x", "namespace": "egret-system", "labels": labels},
+        "spec": {"nodeName": "n1", "containers": [{"name": "node", "image": "egret"}]}}));
+    let words =
+        "cannot run `egretd trace` in pod egret-system/egret-node-x: it needs the right to create pods/exec there";
+    assert_says(&lab, Role::Nobody, &trace, 1, &[words]);
+
     let file = lab.directory().join("plan.yaml");
     std::fs::write(&file, manifests::policy("shop", "all", "podSelector: {}\n  priority: 7")).expect("a file");
     let plan = ["plan", "--exit-code", "-f", &file.display().to_string()].map(str::to_owned);

@@ -35,6 +35,7 @@
 //! | [`table`] | tables, chains, sets and elements as values |
 //! | [`rule`] | rules of typed expressions, encoded for the kernel and printed as nft does |
 //! | [`text`] | whole tables in nft's syntax |
+//! | [`trace`] | the kernel's messages about the way of single packets |
 //! | [`uapi`] | the kernel's constants, by their names in its headers |
 //! | [`conntrack`] | entries of connection tracking |
 //! | [`netlink`] | the socket below, and an encoder and parser of attributes |
@@ -51,6 +52,7 @@ mod read;
 pub mod rule;
 pub mod table;
 pub mod text;
+pub mod trace;
 mod transaction;
 pub mod uapi;
 

@@ -244,6 +244,14 @@ impl Nftables {
         Ok(read::table(&mut self.socket, name)?.chains.into_keys().collect())
     }
 
+    /// The hash of each rule of a chain, by the kernel's handle of the rule: as in [`Chain::rules`](table::Chain::rules).
+    ///
+    /// # Errors
+    /// There is no such chain, or the socket failed.
+    pub fn rule_hashes(&mut self, name: TableName, chain: &str) -> Result<BTreeMap<u64, u64>, Error> {
+        read::handles(&mut self.socket, name, chain)
+    }
+
     /// Reads a table's named counters. A table that does not exist has none.
     ///
     /// # Errors

@@ -131,6 +131,25 @@ fn rules(socket: &mut Socket, table: TableName, chain: &str) -> Result<Vec<u64>,
     })
 }
 
+/// The hash of each rule of a chain by the rule's handle; 0 for a rule that this crate did not write.
+pub(super) fn handles(socket: &mut Socket, table: TableName, chain: &str) -> Result<BTreeMap<u64, u64>, Error> {
+    let payload = request(table, |p| {
+        p.text(NFTA_RULE_TABLE, table.name);
+        p.text(NFTA_RULE_CHAIN, chain);
+    });
+    socket.dump(kind(NFT_MSG_GETRULE), &payload, BTreeMap::new, |all, message| {
+        let (mut handle, mut hash) = (0, 0);
+        for (attribute, value) in attributes(message.get(4..).unwrap_or_default()) {
+            match attribute {
+                NFTA_RULE_HANDLE => handle = be64(value),
+                NFTA_RULE_USERDATA => hash = super::transaction::hash_in_comment(value),
+                _ => {}
+            }
+        }
+        all.insert(handle, hash);
+    })
+}
+
 fn sets_of(socket: &mut Socket, table: TableName) -> Result<Vec<(String, HeldSet)>, Error> {
     let payload = request(table, |p| p.text(NFTA_SET_TABLE, table.name));
     socket.dump(kind(NFT_MSG_GETSET), &payload, Vec::new, |all, message| {

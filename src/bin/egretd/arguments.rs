@@ -57,6 +57,8 @@ pub enum Command {
     Ruleset(Ruleset),
     /// Print what the daemon on this host desires and observes: egress IPs, pods, uplinks, faults
     State(State),
+    /// Join standard input and output to the daemon on this host, for `kubectl egret trace`
+    Trace(Trace),
     /// Answer, outside the cluster, with the source address that is seen: the server for `kubectl egret test`
     TestServer(ServerArguments),
     /// Ask a server which source address it sees, as pods of `kubectl egret test` do
@@ -112,6 +114,13 @@ pub struct State {
     /// Print JSON instead of text
     #[arg(long)]
     pub json: bool,
+}
+
+#[derive(clap::Args)]
+pub struct Trace {
+    /// Run directory of `egretd node` on this host
+    #[arg(long, env = "EGRET_RUN_DIR", default_value = "/run/egret")]
+    pub run_dir: PathBuf,
 }
 
 /// Where Egret's bits lie in marks.

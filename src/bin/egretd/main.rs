@@ -50,6 +50,7 @@ fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
         Command::Why(flags) => print(&flags.run()?)?,
         Command::Ruleset(flags) => print(&flags.run()?)?,
         Command::State(flags) => print(&flags.run()?)?,
+        Command::Trace(flags) => node::trace::relay(&flags.run_dir)?,
         Command::TestServer(flags) => until_stopped(flags.run())?,
         Command::Probe(flags) => until_stopped(flags.run())?,
     }

@@ -1,15 +1,20 @@
 //! The command line of `kubectl egret`.
 
+use anyhow::bail;
 use clap::{ArgGroup, Args, Parser, Subcommand};
 use clap_complete::Shell;
+use egret::api;
 use egret::cluster::kube::Client;
 use egret::cluster::{KubeOptions, Person, SourceName};
 use egret::ctl::output::Format;
+use egret::ctl::trace::Asked;
+use egret::model::ObjectKey;
 use egret::model::destination::parse_cidr;
 use egret::model::target::Target;
+use egret::model::trace::Protocol;
 use egret::probe::arguments::ServerArguments;
 use ipnetwork::IpNetwork;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -150,6 +155,23 @@ Examples:
   kubectl egret why shop/visitor --to 203.0.113.7:443
   kubectl egret why shop/visitor --to [2001:db8::7]:53/udp")]
     Why(Why),
+    /// Send one packet as if a pod had sent it, or wait for the pod's next one, and show its way and the reply's
+    ///
+    /// Shows each chain and rule that decided on the packet, in the syntax of nft, on the pod's node and on the node that
+    /// holds the egress IP; the address and port it left from; and whether a reply came. The packet is a TCP SYN, a UDP
+    /// datagram or an ICMP echo request. It comes in by the host's end of the pod's veth, so that no rule of the pod's own
+    /// network namespace sees it; with --wait these have seen it. What makes the kernel tell of the packet is gone when the
+    /// command ends, and after 30 seconds.
+    #[command(after_help = "\
+Exit code 2: no reply came back, because a rule dropped the packet or for another reason; the output says which.
+
+Examples:
+  kubectl egret trace shop/visitor --to 203.0.113.7:443
+  kubectl egret trace visitor -n shop --to [2001:db8::7]:53 --protocol udp
+  kubectl egret trace shop/visitor --to 203.0.113.7                 an ICMP echo request
+  kubectl egret trace shop/visitor --to 203.0.113.7:443 --wait      the application's own next packet
+  kubectl egret trace shop/visitor --to 203.0.113.7:443 -o wide     with other programs' chains, and policies of chains")]
+    Trace(Trace),
     /// Show what would change if manifests were applied: pods, connections, policies, pools
     #[command(after_help = "\
 Nothing is written. Exit codes with --exit-code: 0 nothing changes, 2 something changes, 1 error, or an object would be
@@ -289,6 +311,30 @@ pub struct Why {
 }
 
 #[derive(Args)]
+pub struct Trace {
+    /// Pod: NAME or NAMESPACE/NAME
+    pub pod: String,
+    /// Destination: 203.0.113.7:443, [2001:db8::7]:53/udp; without a port an ICMP echo request is sent
+    #[arg(long)]
+    pub to: Target,
+    /// Protocol: tcp, udp or icmp [default: tcp with a port, icmp without]
+    #[arg(long)]
+    pub protocol: Option<Protocol>,
+    /// Send nothing, and wait for the next packet that the pod itself sends there
+    #[arg(long)]
+    pub wait: bool,
+    /// How long to wait for the reply, or with --wait for the packet, seconds [default: 3, or 25 with --wait]
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=25))]
+    pub timeout: Option<u64>,
+    /// Networks that no policy covers; give the same as the nodes' daemons have
+    #[arg(long, env = "EGRET_DIRECT", value_delimiter = ',', value_parser = network)]
+    pub direct: Vec<IpNetwork>,
+    /// With --cluster dir: run directory of a daemon on this host; may be given several times
+    #[arg(long = "run-dir", env = "EGRET_RUN_DIR", value_name = "RUN_DIR", default_value = "/run/egret")]
+    pub run_dirs: Vec<PathBuf>,
+}
+
+#[derive(Args)]
 pub struct Plan {
     /// File, directory of manifests, or - for standard input; may be given several times
     #[arg(long, short, required = true, value_name = "FILE")]
@@ -346,6 +392,40 @@ pub struct Rebalance {
     pub undo: bool,
     #[command(flatten)]
     pub wait: Wait,
+}
+
+impl Trace {
+    /// What is to be traced, of the pod.
+    ///
+    /// # Errors
+    /// Protocol and port do not fit.
+    pub fn asked(&self, pod: ObjectKey) -> anyhow::Result<Asked> {
+        let of_target = match self.to.port {
+            Some((api::Protocol::Udp, _)) => Protocol::Udp,
+            Some((api::Protocol::Tcp, _)) => Protocol::Tcp,
+            Some((other, _)) if self.protocol.is_none() => bail!("{other} cannot be traced; use tcp, udp or icmp"),
+            Some(_) => Protocol::Tcp,
+            None => Protocol::Icmp,
+        };
+        let protocol = self.protocol.unwrap_or(of_target);
+        let port = match (protocol, self.to.port) {
+            (Protocol::Icmp, None) => 0,
+            (Protocol::Icmp, Some(_)) => bail!("ICMP has no ports; write --to {}", self.to.address),
+            (_, Some((_, port))) if port > 0 => port,
+            _ => bail!("{protocol} needs a port; write --to {}", SocketAddr::new(self.to.address, 443)),
+        };
+        let seconds = self.timeout.unwrap_or(if self.wait { 25 } else { 3 });
+        Ok(Asked {
+            pod,
+            to: self.to.address,
+            protocol,
+            port,
+            wait: self.wait,
+            patience: Duration::from_secs(seconds),
+            direct: self.direct.clone(),
+            run_dirs: self.run_dirs.clone(),
+        })
+    }
 }
 
 impl Wait {

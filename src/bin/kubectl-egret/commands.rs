@@ -1,7 +1,7 @@
 //! Runs a command: reads what it needs, and shows the result.
 
 use super::Outcome;
-use super::arguments::{Command, Common, Convert, Plan, Pods, Status, Test, Wait, Why};
+use super::arguments::{Command, Common, Convert, Plan, Pods, Status, Test, Trace, Wait, Why};
 use anyhow::{Context, bail};
 use egret::cluster::{OverlayVerb, PodsOf, SourceName};
 use egret::ctl::moves::{self, Request};
@@ -9,7 +9,7 @@ use egret::ctl::output::{self, Format, Show};
 use egret::ctl::plan::{self, File};
 use egret::ctl::state::{self, State};
 use egret::ctl::subject::{self, Subject};
-use egret::ctl::{acceptance, check, convert, ip, pods, status, why};
+use egret::ctl::{acceptance, check, convert, ip, pods, status, trace, why};
 use std::io::{IsTerminal, Read};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -40,6 +40,7 @@ pub async fn run(common: &Common, command: Command) -> anyhow::Result<Outcome> {
         Command::Test(flags) => run_test(common, &source, flags).await,
         Command::TestServer(flags) => flags.run().await.map(|()| Outcome::Fine),
         Command::Why(flags) => run_why(common, &source, &flags).await,
+        Command::Trace(flags) => run_trace(common, &source, &flags).await,
         Command::Plan(flags) => run_plan(common, &source, &flags).await,
         Command::Move(flags) => steer(common, &source, Request::Move(flags.what, flags.to), &flags.wait).await,
         Command::Drain(flags) => steer(common, &source, Request::Drain(flags.node, !flags.undo), &flags.wait).await,
@@ -128,6 +129,13 @@ async fn run_why(common: &Common, source: &SourceName, flags: &Why) -> anyhow::R
     explained.ask_daemon(source, &flags.run_dir).await;
     print(common, &explained)?;
     Ok(Outcome::Fine)
+}
+
+async fn run_trace(common: &Common, source: &SourceName, flags: &Trace) -> anyhow::Result<Outcome> {
+    let asked = flags.asked(subject::pod(&flags.pod, &common.namespace(source).await?))?;
+    let traced = trace::trace(source, &asked, &|line| eprintln!("{line}")).await?;
+    print(common, &traced)?;
+    Ok(found(traced.outcome != trace::Outcome::Answered))
 }
 
 async fn run_plan(common: &Common, source: &SourceName, flags: &Plan) -> anyhow::Result<Outcome> {

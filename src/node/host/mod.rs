@@ -29,10 +29,12 @@ use anyhow::{Context, Result};
 use egret_cni::quarantine::Quarantine;
 use egret_nft::Nftables;
 use egret_nft::mac;
+use egret_nft::table::{Chain, TableName};
 use ipnetwork::{IpNetwork, Ipv4Network, Ipv6Network};
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::sync::Arc;
 
 /// The rules and routes that are desired, or that were last applied.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -40,6 +42,9 @@ struct Routing {
     rules: BTreeSet<Rule>,
     tables: BTreeMap<u32, BTreeSet<Route>>,
 }
+
+/// A table's name and its chains by name.
+pub type Chains = (TableName, BTreeMap<Arc<str>, Arc<Chain>>);
 
 /// The sockets to the kernel, and the state that was last applied.
 pub struct Host {
@@ -377,6 +382,12 @@ impl Host {
         let changes = applied.context("nf_tables rejects the datapath")?;
         self.made = Some(made);
         Ok(changes)
+    }
+
+    /// The chains of Egret's tables, as they were last applied.
+    pub fn chains(&self) -> Vec<Chains> {
+        let tables = self.made.iter().flat_map(|made| made.tables());
+        tables.map(|(name, table)| (*name, table.chains.clone())).collect()
     }
 
     /// The node's own addresses, as facts for the view.

@@ -8,8 +8,18 @@ fn state() -> NodeState {
         passes: 12,
         pending: BTreeMap::new(),
         desired: Desired {
-            egress_ips: [(1, DesiredEgressIp { gateway: "main".into(), address, traffic: "local".into(), here: true })]
-                .into(),
+            egress_ips: [(
+                1,
+                DesiredEgressIp {
+                    gateway: "main".into(),
+                    address,
+                    traffic: "local".into(),
+                    owner: None,
+                    sent_packets: Some(7),
+                    here: true,
+                },
+            )]
+            .into(),
             health_address: true,
             uplinks: vec!["IPv4".into()],
             direct: vec!["10.0.0.0/8".into()],
@@ -29,6 +39,7 @@ fn state() -> NodeState {
                 isolated: false,
             }],
             faults: [("node n2".into(), "its end of the tunnel is no host's address".into())].into(),
+            dropped_packets: BTreeMap::default(),
         },
     }
 }

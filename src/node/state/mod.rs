@@ -22,6 +22,7 @@ mod stopping;
 mod tables;
 mod takeovers;
 mod targets;
+mod trace;
 mod tunnel;
 mod unmanaged;
 mod unreachable;
@@ -31,6 +32,7 @@ pub use pass::Outcome;
 pub use stopping::Stopping;
 
 use crate::cluster::{Lookup, Statuses};
+use crate::datapath::probe;
 use crate::datapath::watch::Event;
 use crate::model::Cluster;
 use crate::model::marks::EgressId;
@@ -137,6 +139,9 @@ impl Node {
         listeners: Listeners,
     ) -> Result<Self> {
         let mut host = Host::open(options.marks, options.own_tables, options.tunnel_egress)?;
+        if let Err(e) = probe::remove_device() {
+            tracing::warn!("a killed daemon's device of a trace is left: {e:#}");
+        }
         let pods = Pods::new(host.pod_marks()?);
         let earlier_marks = host.connection_base()?.filter(|base| *base != options.marks.connection_base());
         let facts = Facts { taken: taken_before(&cluster, &options.name), ..host.facts(BTreeMap::new()).await? };

@@ -1,6 +1,7 @@
 //! The state of this node for `egretd state`.
 
 use super::Node;
+use crate::node::host::Counts;
 use crate::node::node_state::{Desired, DesiredEgressIp, NodeState, Observed, ObservedEgressIp, Pods, SelectedPod};
 use crate::node_plan::allocations::AllocationState;
 use egret_nft::mac::Shown;
@@ -8,7 +9,11 @@ use std::collections::BTreeMap;
 
 impl Node {
     /// What is desired, and what the node observes.
-    pub fn state(&self) -> NodeState {
+    pub fn state(&mut self) -> NodeState {
+        let counts = self.host.counts().unwrap_or_else(|e| {
+            tracing::warn!("cannot read the kernel's counters: {e:#}");
+            Counts::default()
+        });
         let not_ready = self.listeners.ready.borrow().reason().map(str::to_owned);
         let pending = self.pending.rows().map(|row| (format!("{:?}", row.step), row.applies.to_owned())).collect();
         NodeState {
@@ -16,13 +21,14 @@ impl Node {
             not_ready,
             passes: self.passes,
             pending,
-            desired: self.desired_state(),
-            observed: self.observed_state(),
+            desired: self.desired_state(&counts),
+            observed: self.observed_state(&counts),
         }
     }
 
-    fn desired_state(&self) -> Desired {
+    fn desired_state(&self, counts: &Counts) -> Desired {
         let desired = self.egress.desired();
+        let sent: BTreeMap<_, _> = counts.sent.iter().map(|(id, count)| (*id, count.packets)).collect();
         let egress_ips = self.view.allocations.allocations.iter().map(|(id, allocation)| {
             let traffic = match &allocation.state {
                 AllocationState::Local => "local".to_owned(),
@@ -30,7 +36,12 @@ impl Node {
                 AllocationState::Unready(why) => format!("dropped: {why}"),
             };
             let (gateway, address) = (allocation.gateway.to_string(), allocation.address.clone());
-            (*id, DesiredEgressIp { gateway, address, traffic, here: desired.allocations.contains(id) })
+            let owner = match &allocation.state {
+                AllocationState::Remote(mac) => self.view.allocations.peers.get(mac).map(|peer| peer.node.to_string()),
+                _ => None,
+            };
+            let (sent_packets, here) = (sent.get(id).copied(), desired.allocations.contains(id));
+            (*id, DesiredEgressIp { gateway, address, traffic, owner, sent_packets, here })
         });
         Desired {
             egress_ips: egress_ips.collect(),
@@ -40,7 +51,7 @@ impl Node {
         }
     }
 
-    fn observed_state(&self) -> Observed {
+    fn observed_state(&self, counts: &Counts) -> Observed {
         let facts = &self.facts;
         let allocations = &self.view.allocations.allocations;
         let states: BTreeMap<_, _> = self.egress.holding.states().collect();
@@ -75,6 +86,12 @@ impl Node {
             },
             selected: used.collect(),
             faults: self.problems.faults.known().clone(),
+            dropped_packets: counts
+                .drops
+                .iter()
+                .filter(|(_, count)| count.packets > 0)
+                .map(|(reason, count)| (reason.clone(), count.packets))
+                .collect(),
         }
     }
 }

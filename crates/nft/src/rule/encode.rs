@@ -50,6 +50,10 @@ impl Field {
             Field::CtMark => (Ct(NFT_CT_MARK, None), 4),
             Field::CtSaddr(Family::V4, direction) => (Ct(NFT_CT_SRC_IP, Some(direction)), 4),
             Field::CtSaddr(Family::V6, direction) => (Ct(NFT_CT_SRC_IP6, Some(direction)), 16),
+            Field::CtDaddr(Family::V4, direction) => (Ct(NFT_CT_DST_IP, Some(direction)), 4),
+            Field::CtDaddr(Family::V6, direction) => (Ct(NFT_CT_DST_IP6, Some(direction)), 16),
+            Field::CtProtocol => (Ct(NFT_CT_PROTOCOL, Some(Direction::Original)), 1),
+            Field::CtDport => (Ct(NFT_CT_PROTO_DST, Some(Direction::Original)), 2),
             Field::CtSport => (Ct(NFT_CT_PROTO_SRC, Some(Direction::Original)), 2),
             Field::EtherDaddr => (Payload(link, 0), 6),
             Field::EtherSaddr => (Payload(link, 6), 6),
@@ -192,6 +196,8 @@ impl Expression {
             Expression::Log(group) => {
                 expression(out, "log", |d| d.attribute(NFTA_LOG_GROUP, &group.to_be_bytes()));
             }
+            Expression::LimitBurst(packets) => limit(out, *packets),
+            Expression::Trace => trace(out),
             Expression::Notrack => expression(out, "notrack", |_| {}),
             Expression::Dup { to, index, .. } => dup(out, *to, *index),
             Expression::Forward { index, .. } => {
@@ -318,6 +324,27 @@ fn dup(out: &mut Vec<u8>, to: IpAddr, device: u32) {
     expression(out, "dup", |d| {
         d.be32(NFTA_DUP_SREG_ADDR, R1);
         d.be32(NFTA_DUP_SREG_DEV, device_register);
+    });
+}
+
+/// A bucket that holds `burst` packets from the start, and gets another one after an hour.
+fn limit(out: &mut Vec<u8>, burst: u32) {
+    /// `NFT_LIMIT_PKTS`
+    const PACKETS: u32 = 0;
+    const HOUR: u64 = 3600;
+    expression(out, "limit", |d| {
+        d.attribute(NFTA_LIMIT_RATE, &1u64.to_be_bytes());
+        d.attribute(NFTA_LIMIT_UNIT, &HOUR.to_be_bytes());
+        d.be32(NFTA_LIMIT_BURST, burst);
+        d.be32(NFTA_LIMIT_TYPE, PACKETS);
+    });
+}
+
+fn trace(out: &mut Vec<u8>) {
+    immediate(out, R1, &[1]);
+    expression(out, "meta", |d| {
+        d.be32(NFTA_META_KEY, NFT_META_NFTRACE);
+        d.be32(NFTA_META_SREG, R1);
     });
 }
 

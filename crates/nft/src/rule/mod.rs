@@ -100,6 +100,10 @@ enum Expression {
     Counter(&'static str),
     /// `log group GROUP`
     Log(u16),
+    /// `limit rate 1/hour burst PACKETS packets`
+    LimitBurst(u32),
+    /// `meta nftrace set 1`
+    Trace,
     /// `notrack`
     Notrack,
     /// `dup to ADDRESS device "NAME"`
@@ -162,8 +166,14 @@ enum Field {
     CtMark,
     /// The source address of the connection's packets in one direction.
     CtSaddr(Family, Direction),
+    /// The destination address, as for [`Field::CtSaddr`].
+    CtDaddr(Family, Direction),
+    /// The connection's protocol.
+    CtProtocol,
     /// The source port that the connection began with.
     CtSport,
+    /// The destination port that the connection began with.
+    CtDport,
     EtherSaddr,
     EtherDaddr,
     Saddr(Family),

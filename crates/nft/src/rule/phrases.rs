@@ -77,6 +77,33 @@ impl Rule {
         self.equals(CtDirection, Direction::Reply as u32)
     }
 
+    /// `ct original ip saddr ADDRESS`: the address that began the connection (Linux 4.17).
+    pub fn ct_original_saddr(self, address: IpAddr) -> Self {
+        let field = CtSaddr(Family::of(&address), Direction::Original);
+        self.compare(field, Operator::Equal, Constant::Network(address.into()))
+    }
+
+    /// `ct original ip daddr ADDRESS`: the destination that the connection began with (Linux 4.17).
+    pub fn ct_original_daddr(self, address: IpAddr) -> Self {
+        let field = CtDaddr(Family::of(&address), Direction::Original);
+        self.compare(field, Operator::Equal, Constant::Network(address.into()))
+    }
+
+    /// `ct original protocol PROTOCOL`: the connection's, also of an ICMP error about it.
+    pub fn ct_original_protocol(self, protocol: u8) -> Self {
+        self.equals(CtProtocol, protocol.into())
+    }
+
+    /// `ct original proto-src PORT`: of ICMP, the identifier.
+    pub fn ct_original_sport(self, port: u16) -> Self {
+        self.equals(CtSport, port.into())
+    }
+
+    /// `ct original proto-dst PORT`
+    pub fn ct_original_dport(self, port: u16) -> Self {
+        self.equals(CtDport, port.into())
+    }
+
     /// `ct state BIT,BIT`, any of the bits.
     pub fn ct_state(self, bits: u32) -> Self {
         self.differs(CtState.and(bits), 0)
@@ -226,6 +253,11 @@ impl Rule {
         self.equals(L4Proto, protocol.into())
     }
 
+    /// `th sport PORT`, for a rule that has matched the protocol.
+    pub fn sport(self, port: u16) -> Self {
+        self.equals(Sport, port.into())
+    }
+
     /// `th dport PORT`, for a rule that has matched the protocol.
     pub fn dport(self, port: u16) -> Self {
         self.equals(Dport, port.into())
@@ -270,6 +302,16 @@ impl Rule {
     /// `log group GROUP`
     pub fn log(self, group: u16) -> Self {
         self.with(Expression::Log(group))
+    }
+
+    /// `limit rate 1/hour burst PACKETS packets`: so many packets, and one more every hour.
+    pub fn limit_burst(self, packets: u32) -> Self {
+        self.with(Expression::LimitBurst(packets))
+    }
+
+    /// `meta nftrace set 1`: the kernel tells of the packet's way from here on, see [`crate::trace`].
+    pub fn trace(self) -> Self {
+        self.with(Expression::Trace)
     }
 
     /// `notrack`

@@ -81,6 +81,8 @@ impl Expression {
             }
             Expression::Counter(name) => write!(f, "counter name \"{name}\""),
             Expression::Log(group) => write!(f, "log group {group}"),
+            Expression::LimitBurst(packets) => write!(f, "limit rate 1/hour burst {packets} packets"),
+            Expression::Trace => f.write_str("meta nftrace set 1"),
             Expression::Notrack => f.write_str("notrack"),
             Expression::Dup { to, device, .. } => write!(f, "dup to {to} device \"{device}\""),
             Expression::Forward { device, .. } => write!(f, "fwd to \"{device}\""),
@@ -163,7 +165,12 @@ impl Field {
             Field::CtSaddr(ip, direction) => {
                 return write!(f, "ct {} {} saddr", direction_name(direction as u32), ip_name(ip));
             }
+            Field::CtDaddr(ip, direction) => {
+                return write!(f, "ct {} {} daddr", direction_name(direction as u32), ip_name(ip));
+            }
+            Field::CtProtocol => "ct original protocol",
             Field::CtSport => "ct original proto-src",
+            Field::CtDport => "ct original proto-dst",
             Field::EtherSaddr => "ether saddr",
             Field::EtherDaddr => "ether daddr",
             Field::Saddr(ip) => return write!(f, "{} saddr", ip_name(ip)),
@@ -189,7 +196,7 @@ impl Field {
             Field::CtDirection => direction_name(number),
             Field::NfProto if number == u32::from(NFPROTO_IPV4) => "ipv4",
             Field::NfProto => "ipv6",
-            Field::L4Proto => protocol_name(number as u8),
+            Field::L4Proto | Field::CtProtocol => protocol_name(number as u8),
             Field::Protocol if number == ETH_P_IP => "ip",
             Field::Protocol if number == ETH_P_IPV6 => "ip6",
             Field::IcmpType if matches!(number as u8, ICMP_ECHO_REQUEST | ICMPV6_ECHO_REQUEST) => "echo-request",
