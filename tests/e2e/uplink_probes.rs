@@ -4,6 +4,7 @@ use lab::fault_injection::{holders, owner_and_other};
 use lab::scene::assert_leaves_by_egress;
 use lab::survival::assert_short;
 use lab::{EGRESS4, EGRESS6, FAR4, FAR6, Lab, Pod, Session, VISITOR, manifests, server};
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -248,8 +249,11 @@ fn probes_take_the_gateways_own_next_hop() {
         }
     }
     // From the node's own addresses.
-    let nodes = GATEWAYS.map(|node| IpAddr::from(lab.node(node).ipv4()));
-    assert!(lab.sources(FAR4).iter().all(|source| nodes.contains(source)), "{:?}", lab.sources(FAR4));
+    let own = |node: &str| [IpAddr::from(lab.node(node).ipv4()), lab.node(node).ipv6().into()];
+    let own: BTreeSet<IpAddr> = GATEWAYS.into_iter().flat_map(own).collect();
+    let sources: BTreeSet<IpAddr> =
+        [IpAddr::from(FAR4), FAR6.into()].into_iter().flat_map(|to| lab.sources(to)).collect();
+    assert_eq!(sources, own);
     set_probes(&lab, &probes, "");
     for node in GATEWAYS {
         ["ipv4", "ipv6"].iter().for_each(|family| wait_state(&lab, node, family, "fails"));

@@ -264,9 +264,12 @@ impl Task {
     }
 }
 
+/// All nodes compute it alike, whatever their version. Answers about other targets prove nothing, so these are part of
+/// it.
 fn number_of(key: &UplinkKey, probing: &Probing) -> u64 {
     let targets: Vec<String> = probing.targets.iter().map(ToString::to_string).collect();
-    fnv1a(format!("{key}: {}", targets.join(", ")).bytes())
+    let gateway = key.gateway.as_deref().unwrap_or_default();
+    fnv1a(format!("{gateway}, {}: {}", key.family(), targets.join(", ")).bytes())
 }
 
 fn message(probing: &Probing, state: ProbeState) -> String {
@@ -295,5 +298,31 @@ async fn readable(messages: &Option<NodeMessages>) -> io::Result<()> {
     match messages {
         Some(messages) => messages.readable().await,
         None => std::future::pending().await,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::uplink_probes::ProbeTarget;
+    use crate::node::uplink_probes::Settings;
+
+    #[test]
+    fn probes_have_the_same_number_on_all_nodes_and_other_targets_another() {
+        let key = |gateway: &str, ipv4| UplinkKey { interface: None, ipv4, gateway: Some(gateway.into()) };
+        let probing = |last: u8| Probing {
+            settings: Settings { interval: Duration::from_secs(1), misses: 3 },
+            targets: vec![ProbeTarget::Icmp([192, 0, 2, last].into())],
+            mark: 0,
+            peers: BTreeMap::new(),
+        };
+        let number = number_of(&key("web", true), &probing(1));
+        // It must stay the same in later versions.
+        assert_eq!(number, fnv1a("web, IPv4: icmp 192.0.2.1".bytes()));
+        let elsewhere = Probing { mark: 7, peers: [([2; 6], "fe80::1".parse().unwrap())].into(), ..probing(1) };
+        assert_eq!(number_of(&UplinkKey { interface: Some("eth1".into()), ..key("web", true) }, &elsewhere), number);
+        for (key, last) in [(key("web", true), 2), (key("web", false), 1), (key("db", true), 1)] {
+            assert_ne!(number_of(&key, &probing(last)), number);
+        }
     }
 }
