@@ -150,7 +150,7 @@ fn all_promises_are_kept_and_nothing_is_left() {
         "ok       the first packet of a new pod, on another gateway node: ",
         "ok       the first packet of a new pod, on a node that is no gateway node: ",
         "ok       many new pods at once: 8 pods on 4 nodes",
-        "ok       a planned move: to g",
+        "ok       a planned move: from g",
         "ok       a change to another egress IP, and back: ",
         "ok       blocked without a gateway node: 3 pods",
         "ok       a policy ends: ",

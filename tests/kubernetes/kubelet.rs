@@ -4,7 +4,7 @@
 use lab::Lab;
 use lab::pod::Pod;
 use serde_json::{Value, json};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -26,6 +26,7 @@ const PACE: Duration = Duration::from_millis(50);
 pub struct Kubelets<'l> {
     lab: &'l Lab,
     logs: PathBuf,
+    /// By the pod's uid.
     running: BTreeMap<String, (Pod, Child)>,
 }
 
@@ -64,12 +65,14 @@ impl<'l> Kubelets<'l> {
     /// One look at the API server.
     pub fn look(&mut self) {
         let api = self.lab.api();
+        let mut there = BTreeSet::new();
         for namespace in items(&api.get("/api/v1/namespaces?labelSelector=egret.dev%2Ftest%3Dtrue")) {
             let name = text(&namespace["metadata"]["name"]);
             let path = format!("/api/v1/namespaces/{name}");
             let pods = items(&api.get(&format!("{path}/pods")));
             for pod in &pods {
                 self.follow(pod);
+                there.insert(text(&pod["metadata"]["uid"]));
             }
             if namespace["metadata"]["deletionTimestamp"].is_string() && pods.is_empty() {
                 let mut gone = namespace.clone();
@@ -77,19 +80,26 @@ impl<'l> Kubelets<'l> {
                 let _ = api.try_ask("PUT", &format!("{path}/finalize"), Some(("application/json", &gone)));
             }
         }
+        // The API server deletes a pod that has ended at once, without its kubelet.
+        let gone: Vec<String> = self.running.keys().filter(|uid| !there.contains(*uid)).cloned().collect();
+        gone.iter().for_each(|uid| self.stop(uid));
+    }
+
+    fn stop(&mut self, uid: &str) {
+        if let Some((pod, mut child)) = self.running.remove(uid) {
+            let _ = child.kill();
+            let _ = child.wait();
+            pod.delete();
+        }
     }
 
     fn follow(&mut self, pod: &Value) {
         let (namespace, name) = (text(&pod["metadata"]["namespace"]), text(&pod["metadata"]["name"]));
-        let path = format!("/api/v1/namespaces/{namespace}/pods/{name}");
+        let (path, uid) = (format!("/api/v1/namespaces/{namespace}/pods/{name}"), text(&pod["metadata"]["uid"]));
         if pod["metadata"]["deletionTimestamp"].is_string() {
-            if let Some((pod, mut child)) = self.running.remove(&name) {
-                let _ = child.kill();
-                let _ = child.wait();
-                pod.delete();
-            }
+            self.stop(&uid);
             self.lab.api().delete(&path);
-        } else if let Some((_, child)) = self.running.get_mut(&name) {
+        } else if let Some((_, child)) = self.running.get_mut(&uid) {
             if pod["status"]["phase"] == "Running"
                 && let Ok(Some(status)) = child.try_wait()
             {
@@ -100,7 +110,7 @@ impl<'l> Kubelets<'l> {
             let started = self.start(pod, &namespace, &name);
             let ips: Vec<Value> = started.0.addresses.iter().map(|ip| json!({"ip": ip})).collect();
             let status = json!({"status": {"phase": "Running", "podIP": ips[0]["ip"], "podIPs": ips}});
-            self.running.insert(name, started);
+            self.running.insert(uid, started);
             self.write(&path, &status);
         }
     }
