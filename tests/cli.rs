@@ -21,7 +21,17 @@ fn said_by(name: &str, program: &str, arguments: &[&str]) -> String {
 #[test]
 fn every_command_has_a_help_text() {
     let verbs = [
-        "node", "controller", "install", "uninstall", "crds", "check", "why", "ruleset", "state", "trace", "test-server",
+        "node",
+        "controller",
+        "install",
+        "uninstall",
+        "crds",
+        "check",
+        "why",
+        "ruleset",
+        "state",
+        "trace",
+        "test-server",
     ];
     let top = said(&["--help"]);
     let listed = top.lines().filter(|l| l.starts_with("  ") && !l.starts_with("   ") && !l.starts_with("  -"));

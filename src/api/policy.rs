@@ -33,7 +33,7 @@ pub struct EgressPolicySpec {
     /// `gateway`, `address`, `allocate` and `fallback` have no meaning and must be absent.
     /// An EgressPolicy with `Direct` is passed over for pods that a ClusterEgressPolicy selects, unless that has
     /// `Direct` too or the tier `Admin`.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "Action::is_default")]
     pub action: Action,
     /// The name of the gateway. Default: the gateway with `default: true`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -101,7 +101,7 @@ pub struct ClusterEgressPolicySpec {
     pub namespace_selector: Option<LabelSelector>,
     /// `EgressIP`: covered traffic leaves from an egress IP. `Direct`: it leaves as if Egret were not there; then
     /// `gateway`, `address`, `allocate` and `fallback` have no meaning and must be absent.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "Action::is_default")]
     pub action: Action,
     /// The name of the gateway. Default: the gateway with `default: true`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -277,6 +277,13 @@ pub enum Action {
     EgressIp,
     /// It leaves as if Egret were not there.
     Direct,
+}
+
+impl Action {
+    /// The API server adds no default to objects: a daemon of an earlier version does not know the field.
+    fn is_default(&self) -> bool {
+        *self == Action::default()
+    }
 }
 
 /// How an egress IP is chosen for a policy that names none.

@@ -7,7 +7,7 @@
 use crate::datapath::names::DEVICE_GROUP;
 use crate::model::trace::{Protocol, Request};
 use egret_nft::rule::{Rule, protocol};
-use egret_nft::table::{Chain, Hook, Table, hook};
+use egret_nft::table::{Chain, Hook, Lifetime, Policy, Table, hook};
 use egret_nft::uapi::{ICMP_ECHO_REQUEST, ICMPV6_ECHO_REQUEST};
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -35,7 +35,7 @@ const WAITING: u32 = 64;
 pub fn table(request: &Request, veth: Option<&str>) -> Table {
     let base = |number, priority, device: Option<&str>| {
         let device = device.map(str::to_owned);
-        Some(Hook { kind: "filter".into(), number, priority, drop: false, device })
+        Some(Hook { kind: "filter".into(), number, priority, policy: Policy::Accept, device })
     };
     let entrance = match veth {
         Some(name) => base(hook::INGRESS, ON_VETH, Some(name)),
@@ -48,7 +48,7 @@ pub fn table(request: &Request, veth: Option<&str>) -> Table {
         (REPLY_FROM_HERE, Chain::new(base(hook::OUTPUT, TRACKED, None), reply())),
     ];
     let chains = chains.into_iter().map(|(name, chain)| (name.into(), Arc::new(chain))).collect();
-    Table { chains, ends_with_socket: true, ..Table::default() }
+    Table { chains, lifetime: Lifetime::OfSocket, ..Table::default() }
 }
 
 fn request(of: &Request, is_on_veth: bool) -> Rule {

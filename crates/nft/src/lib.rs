@@ -11,7 +11,8 @@
 //! use egret_nft::uapi::NFPROTO_INET;
 //!
 //! let name = TableName { family: NFPROTO_INET, name: "example" };
-//! let hook = Hook { kind: "filter".to_owned(), number: hook::PREROUTING, priority: 0, policy: Policy::Accept, device: None };
+//! let (kind, number) = ("filter".to_owned(), hook::PREROUTING);
+//! let hook = Hook { kind, number, priority: 0, policy: Policy::Accept, device: None };
 //! let mut table = Table::default();
 //! table.chains.insert("in".into(), Chain::new(Some(hook), vec![Rule::new().iif("eth0").drop()]).into());
 //!

@@ -38,8 +38,8 @@ pub enum Lifetime {
     /// Until it is removed.
     #[default]
     Lasting,
-    /// Until the socket that made it closes. That socket owns the table even where tables cannot persist without an owner
-    /// (Linux 5.12).
+    /// Until the socket that made it closes. That socket owns the table even where tables cannot persist without an
+    /// owner (Linux 5.12).
     OfSocket,
 }
 

@@ -81,18 +81,12 @@ pub fn report(cluster: &Cluster, outcome: &Outcome, now: i64) -> BTreeMap<Policy
                 status.node = grant.node.as_deref().map(str::to_owned);
                 let reason = if grant.shared_with.is_some() { SHARED } else { "Accepted" };
                 conditions.add("Accepted", true, reason, accepted(grant));
-                let (mut state, mut reason, mut message) =
-                    reports.ready(grant, living.get(&grant.gateway).map_or(&[], Vec::as_slice));
+                let living = living.get(&grant.gateway).map_or(&[][..], Vec::as_slice);
+                let (mut state, mut reason, mut message) = reports.ready(grant, living);
                 if let Some(over) = over_quota.get(key) {
                     (state, reason, message) = (Some(false), quota::REASON, over.to_string());
                 }
-                if let Some(wanted) = policy.move_to().filter(|wanted| grant.node.as_ref() != Some(wanted)) {
-                    message += &format!(
-                        "; {MOVE_TO} asks for node {wanted:?}, which cannot have it now: it is not a node of the \
-                         gateway, is drained, does not answer, or a policy with the same egress IP asks for another \
-                          node"
-                    );
-                }
+                message += &wants_other_node(policy, grant);
                 match state {
                     Some(is_true) => conditions.add("Ready", is_true, reason, message),
                     None => conditions.add_unknown("Ready", reason, message),
@@ -108,24 +102,7 @@ pub fn report(cluster: &Cluster, outcome: &Outcome, now: i64) -> BTreeMap<Policy
         let usage = use_of.get(key);
         status.pods = usage.map_or(0, |u| u.pods);
         status.pods_by_node = usage.map(Usage::by_node).unwrap_or_default();
-        match usage {
-            None => conditions.add("Shadowed", false, "NoPods", "it selects no pod now"),
-            Some(Usage { decides: true, .. }) => {
-                conditions.add("Shadowed", false, "NotShadowed", "it decides for some traffic of its pods");
-            }
-            Some(Usage { passed_over: Some(PassedOver::NoEgressIp), .. }) => {
-                let message =
-                    "it has no egress IP and has fallback: NodeAddress, so the next policy of each pod decides";
-                conditions.add("Shadowed", false, "PassedOver", message);
-            }
-            Some(Usage { passed_over: Some(PassedOver::ClusterPolicy), .. }) => {
-                let message = "it has action: Direct and decides for no pod, because no EgressPolicy exempts pods from \
-                               the ClusterEgressPolicies that select them; ask for a ClusterEgressPolicy with action: \
-                               Direct";
-                conditions.add("Shadowed", true, "PassedOver", message);
-            }
-            Some(usage) => conditions.add("Shadowed", true, "Shadowed", shadowed(cluster, policy, &usage.shadowed_by)),
-        }
+        add_shadowed(&mut conditions, cluster, policy, usage);
         status.conditions = conditions.finish();
         statuses.insert(key.clone(), status);
     }
@@ -142,6 +119,39 @@ pub fn report(cluster: &Cluster, outcome: &Outcome, now: i64) -> BTreeMap<Policy
         status.conditions.splice(0..0, conditions.finish());
     }
     statuses
+}
+
+/// Adds the condition `Shadowed`.
+fn add_shadowed(conditions: &mut Conditions, cluster: &Cluster, policy: &Policy, usage: Option<&Usage>) {
+    match usage {
+        None => conditions.add("Shadowed", false, "NoPods", "it selects no pod now"),
+        Some(Usage { decides: true, .. }) => {
+            conditions.add("Shadowed", false, "NotShadowed", "it decides for some traffic of its pods");
+        }
+        Some(Usage { passed_over: Some(PassedOver::NoEgressIp), .. }) => {
+            let message = "it has no egress IP and has fallback: NodeAddress, so the next policy of each pod decides";
+            conditions.add("Shadowed", false, "PassedOver", message);
+        }
+        Some(Usage { passed_over: Some(PassedOver::ClusterPolicy), .. }) => {
+            let message = "it has action: Direct and decides for no pod, because no EgressPolicy exempts pods from \
+                           the ClusterEgressPolicies that select them; ask for a ClusterEgressPolicy with action: \
+                           Direct";
+            conditions.add("Shadowed", true, "PassedOver", message);
+        }
+        Some(usage) => conditions.add("Shadowed", true, "Shadowed", shadowed(cluster, policy, &usage.shadowed_by)),
+    }
+}
+
+/// What a policy's status says if another node is asked for than the egress IP's.
+fn wants_other_node(policy: &Policy, grant: &Grant) -> String {
+    let wanted = policy.move_to().filter(|wanted| grant.node.as_ref() != Some(wanted));
+    let text = |wanted| {
+        format!(
+            "; {MOVE_TO} asks for node {wanted:?}, which cannot have it now: it is not a node of the gateway, is drained, \
+             does not answer, or a policy with the same egress IP asks for another node"
+        )
+    };
+    wanted.map(text).unwrap_or_default()
 }
 
 /// At most three of the nodes are named.

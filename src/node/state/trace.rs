@@ -14,7 +14,7 @@ impl Node {
         let interface = self.pods.interface_of(&key, &request.source).map(|interface| interface.name.clone());
         let armed = Armed {
             node: self.options.name.clone(),
-            not_ready: self.listeners.ready.borrow().as_ref().err().cloned(),
+            not_ready: self.listeners.ready.borrow().reason().map(str::to_owned),
             interface,
             egress_ips: self.egress_ips_of(request),
         };
