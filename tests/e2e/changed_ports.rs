@@ -4,7 +4,7 @@
 use lab::fault_injection::{cordoned, holders, owner_and_other, plugged};
 use lab::scene::egress_towards;
 use lab::server::{ECHO, UDP_PEER};
-use lab::{Lab, Pod, SERVERS, VISITOR};
+use lab::{Lab, Pod, SERVERS, VISITOR, machine};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, SockaddrStorage, bind, connect, socket};
 use std::io::{Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpStream, UdpSocket};
@@ -87,7 +87,7 @@ fn peer(udp: &UdpSocket) -> std::io::Result<SocketAddr> {
     let mut last = std::io::Error::other("not asked");
     for _ in 0..3 {
         udp.send(b"who")?;
-        match udp.recv(&mut buffer) {
+        match machine::uninterrupted(|| udp.recv(&mut buffer)) {
             Ok(size) => return Ok(String::from_utf8_lossy(&buffer[..size]).parse().expect("an address")),
             Err(e) => last = e,
         }

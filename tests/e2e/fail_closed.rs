@@ -4,7 +4,7 @@
 use lab::fault_injection::owner_and_other;
 use lab::kernel::difference;
 use lab::scene::{assert_blocked, assert_leaves_by_egress, assert_leaves_by_node, egress_towards, visitors};
-use lab::{EGRESS4, EGRESS6, EXT4, Lab, Node, Pod, SERVERS, Server, VISITOR, manifests};
+use lab::{EGRESS4, EGRESS6, EXT4, Lab, Node, Pod, SERVERS, Server, VISITOR, machine, manifests};
 use std::net::{SocketAddr, UdpSocket};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -145,7 +145,7 @@ impl Probes {
         for socket in &old {
             socket.set_read_timeout(Some(Duration::from_secs(1))).expect("a timeout");
             socket.send(b"who").expect("send");
-            socket.recv(&mut [0; 64]).expect("an answer");
+            machine::uninterrupted(|| socket.recv(&mut [0; 64])).expect("an answer");
         }
         Probes { pod, old }
     }

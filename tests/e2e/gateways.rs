@@ -3,7 +3,9 @@
 use lab::fault_injection::owner_and_other;
 use lab::scene::assert_leaves_by_egress;
 use lab::server::{ECHO, UDP_WHO};
-use lab::{EGRESS4, EGRESS6, EXT4, EXT6, FAR4, FAR6, Host, Lab, Node, Pod, SERVERS, Server, VISITOR, manifests};
+use lab::{
+    EGRESS4, EGRESS6, EXT4, EXT6, FAR4, FAR6, Host, Lab, Node, Pod, SERVERS, Server, VISITOR, machine, manifests,
+};
 use lab::{fault_injection, topology};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, SockaddrIn, bind, connect, socket};
 use std::io::ErrorKind;
@@ -258,7 +260,8 @@ fn udp_from(pod: &Pod, port: u16, server: IpAddr) -> UdpSocket {
     socket.set_read_timeout(Some(Duration::from_secs(3))).expect("a timeout");
     for _ in 0..3 {
         socket.send(b"who").expect("send");
-        socket.recv(&mut [0; 64]).unwrap_or_else(|e| panic!("{} from port {port} to {server}: {e}", pod.name));
+        machine::uninterrupted(|| socket.recv(&mut [0; 64]))
+            .unwrap_or_else(|e| panic!("{} from port {port} to {server}: {e}", pod.name));
     }
     socket
 }

@@ -1,6 +1,6 @@
 //! Large packets, through the tunnel and over narrow links beyond it. Needs root.
 
-use lab::{EGRESS4, EXT4, EXT6, FAR4, FAR6, Lab, Pod, Pods, SERVERS, VISITOR, server};
+use lab::{EGRESS4, EXT4, EXT6, FAR4, FAR6, Lab, Pod, Pods, SERVERS, VISITOR, machine, server};
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
@@ -21,7 +21,7 @@ fn echoed(pod: &Pod, server: IpAddr, size: usize) -> io::Result<()> {
     let mut last = io::Error::other("never sent");
     for _ in 0..8 {
         let mut buffer = vec![0; 65536];
-        match socket.send(&datagram).and_then(|_| socket.recv(&mut buffer)) {
+        match socket.send(&datagram).and_then(|_| machine::uninterrupted(|| socket.recv(&mut buffer))) {
             Ok(got) if buffer[..got] == datagram => return Ok(()),
             Ok(got) => return Err(io::Error::other(format!("{got} other bytes came back"))),
             Err(e) => last = e,

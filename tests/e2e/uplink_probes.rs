@@ -242,10 +242,10 @@ fn probes_take_the_gateways_own_next_hop() {
     set_probes(&lab, &probes, "  nextHop: { ipv4: 192.0.2.1, ipv6: \"2001:db8::1\" }\n");
     for node in GATEWAYS {
         ["ipv4", "ipv6"].iter().for_each(|family| wait_state(&lab, node, family, "succeeds"));
-        let metrics = lab.metrics(node);
         for target in [format!("icmp {FAR4}"), format!("icmp {FAR6}"), format!("tcp {FAR4}:{}", server::ECHO)] {
             let labels = [("target", &*target), ("result", "answered")];
-            assert!(metrics.get("egret_node_uplink_probes_total", &labels) > Some(0.0), "{target} on {node}");
+            let answered = || lab.metrics(node).get("egret_node_uplink_probes_total", &labels) > Some(0.0);
+            lab.wait_until(&format!("{target} answers {node}"), Duration::from_secs(10), answered);
         }
     }
     // From the node's own addresses.

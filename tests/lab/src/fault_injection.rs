@@ -2,7 +2,7 @@
 
 use super::scene::{VISITOR, assert_leaves_by_egress};
 use super::topology::{EXT4, Node, NodeSpec, Pods};
-use super::{EGRESS4, Lab, Pod, manifests, server};
+use super::{EGRESS4, Lab, Pod, machine, manifests, server};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -96,7 +96,7 @@ pub fn answered_after(pod: &Pod, begin: Instant) -> Duration {
     socket.set_read_timeout(Some(Duration::from_millis(10))).expect("a timeout");
     loop {
         assert!(begin.elapsed() < Duration::from_secs(20), "{} gets no answer", pod.name);
-        if socket.send(b"who").is_ok() && socket.recv(&mut [0; 64]).is_ok() {
+        if socket.send(b"who").is_ok() && machine::uninterrupted(|| socket.recv(&mut [0; 64])).is_ok() {
             return begin.elapsed();
         }
     }

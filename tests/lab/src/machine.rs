@@ -102,3 +102,18 @@ pub fn bound<T>(bind: impl Fn() -> io::Result<T>) -> io::Result<T> {
     }
     bind()
 }
+
+/// Calls until the call is not interrupted. The kernel may interrupt a `recv` with a timeout without any signal: it wakes a
+/// thread for work of its own (`TIF_NOTIFY_SIGNAL`), and does not restart such a call (`sock_intr_errno`,
+/// include/net/sock.h).
+///
+/// # Errors
+/// Those of the call.
+pub fn uninterrupted<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+    loop {
+        match call() {
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            result => return result,
+        }
+    }
+}

@@ -106,7 +106,7 @@ fn echo(mut stream: TcpStream, shared: &Shared) {
     let _ = stream.set_read_timeout(Some(Duration::from_millis(500)));
     let mut buffer = vec![0; 65536];
     while !shared.ends.load(Ordering::Relaxed) {
-        match stream.read(&mut buffer) {
+        match machine::uninterrupted(|| stream.read(&mut buffer)) {
             Ok(0) => return,
             Ok(size) => {
                 if stream.write_all(&buffer[..size]).is_err() {

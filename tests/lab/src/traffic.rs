@@ -136,7 +136,7 @@ fn hold(mut stream: TcpStream, local: SocketAddr, pace: Duration, ends: &AtomicB
         }
         let (mut got, mut buffer) = (0, [0; 16]);
         while got < 16 && !ends.load(Ordering::Relaxed) {
-            match stream.read(&mut buffer[got..]) {
+            match machine::uninterrupted(|| stream.read(&mut buffer[got..])) {
                 Ok(0) => report.broken = Some("closed by the server".to_owned()),
                 Ok(size) => got += size,
                 Err(e) if is_silence(&e) => {}
