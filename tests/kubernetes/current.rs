@@ -112,6 +112,7 @@ fn every_validation_rule_accepts_and_rejects() {
         spec
     };
     let gateway = |field: &str, value: Value| json!({"nodeSelector": {}, field: value});
+    let probe = |probe: Value| gateway("probes", json!([probe]));
     let mut refused = String::new();
     for (kind, good, bad) in [
         ("EgressPolicy", json!({"podSelector": {}}), json!({"podSelector": {}, "services": ["a"]})),
@@ -149,6 +150,14 @@ fn every_validation_rule_accepts_and_rejects() {
         ),
         ("EgressGateway", gateway("addresses", json!(["192.0.2.1"])), gateway("addresses", json!(["127.0.0.1"]))),
         ("EgressGateway", gateway("nextHop", json!({"ipv4": "192.0.2.1"})), gateway("nextHop", json!({}))),
+        (
+            "EgressGateway",
+            probe(json!({"icmp": "192.0.2.1"})),
+            probe(json!({"icmp": "192.0.2.1", "tcp": "192.0.2.1:80"})),
+        ),
+        ("EgressGateway", probe(json!({"icmp": "2001:db8::1"})), probe(json!({"icmp": "router"}))),
+        ("EgressGateway", probe(json!({"icmp": "192.0.2.1"})), probe(json!({"icmp": "127.0.0.1"}))),
+        ("EgressGateway", probe(json!({"tcp": "[2001:db8::1]:443"})), probe(json!({"tcp": "192.0.2.1"}))),
     ] {
         let answer = said(kind, good.clone());
         assert!(answer.is_empty(), "{good}: {answer}");
