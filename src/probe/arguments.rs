@@ -32,7 +32,7 @@ impl ServerArguments {
 /// The client.
 #[derive(Args, Clone, Debug)]
 pub struct ProbeArguments {
-    /// Addresses of the server: 192.0.2.100:8080, [2001:db8::100]:8080
+    /// Addresses of the server, each with its port
     #[arg(long, required = true, value_delimiter = ',')]
     pub to: Vec<SocketAddr>,
     /// Name of the server, for HTTP and TLS

@@ -67,7 +67,8 @@ impl Nftables {
         self.commit(&batch)
     }
 
-    /// Whether a table can have an owner and go with its socket ([`Table::ends_with_socket`], Linux 5.12).
+    /// Whether a table can have an owner and go with its socket ([`Lifetime::OfSocket`](table::Lifetime::OfSocket), Linux
+    /// 5.12).
     ///
     /// # Errors
     /// The socket failed.

@@ -38,7 +38,8 @@ pub struct NodeAllocation {
     pub interface: Option<Name>,
     /// The families that the gateway probes.
     pub probed: ProbedFamilies,
-    /// The uplink that its traffic leaves by, see [`NodeAllocations::uplinks`]. 0 is the main table.
+    /// The uplink that its traffic leaves by, see [`NodeAllocations::uplinks`](super::NodeAllocations::uplinks). 0 is the
+    /// main table.
     pub uplink: u16,
 }
 
