@@ -10,8 +10,8 @@ tests=${T:-"--ignored refusals::
 datapath::pods_on_every_kind
 tunnel_egress::pods_on_every_node
 tunnel_egress::whatever_is_taken
-failover::a_gateway_loses_its_link
-uninstall::after_an_uninstallation"}
+failover::connections_survive_a_lost_link
+uninstall::uninstallation_restores"}
 accel=${ACCEL:-tcg}
 limit=${LIMIT:-3600}
 PATH=$PATH:/usr/sbin:/sbin
