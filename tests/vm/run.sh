@@ -58,4 +58,4 @@ grep -q '^vm: ended with 0' "$log" || {
   echo "vm-test: Linux $kernel: failed, see above or $log" >&2
   exit 1
 }
-echo "vm-test: Linux $(sed -n 's/^\([0-9]\+\.[0-9]\+\.[0-9].*\)\r\?$/\1/p' "$log" | head -1): passed"
+echo "vm-test: Linux $(grep -aoE -m 1 '[0-9]+\.[0-9]+\.[0-9]+[^ ]*-amd64' "$log" | head -1): passed"
