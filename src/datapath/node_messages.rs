@@ -29,6 +29,8 @@ pub const MAX_MESSAGE: usize = 1200;
 const MIN_MESSAGE: usize = 4;
 /// The receive buffer, bytes: room for some thousand messages while the processor is busy.
 const RECEIVE_BUFFER: usize = 4 << 20;
+/// So many messages are received at a time.
+const AT_ONCE: usize = 64;
 
 /// Sends and receives messages between daemons.
 #[derive(Debug)]
@@ -91,28 +93,34 @@ impl NodeMessages {
         sendto(self.sender.as_raw_fd(), &message, &to, MsgFlags::empty()).map(drop)
     }
 
-    /// Waits until there may be a message.
+    /// Waits until there may be a message; without a socket, forever.
     ///
     /// # Errors
     /// The socket failed.
-    pub async fn readable(&self) -> io::Result<()> {
-        self.receiver.readable().await
+    pub async fn readable(messages: &Option<Self>) -> io::Result<()> {
+        match messages {
+            Some(messages) => messages.receiver.readable().await,
+            None => std::future::pending().await,
+        }
     }
 
-    /// Returns the next message in the socket with the tunnel MAC address of its sender, `None` if there is none.
+    /// Returns the messages in the socket with the tunnel MAC addresses of their senders, at most [`AT_ONCE`]: whatever
+    /// other nodes send, the task does its other work between two calls.
     ///
     /// # Errors
     /// The socket failed.
-    pub fn next(&self) -> io::Result<Option<(Mac, Vec<u8>)>> {
-        loop {
+    pub fn received(&self) -> io::Result<Vec<(Mac, Vec<u8>)>> {
+        let mut received = Vec::new();
+        for _ in 0..AT_ONCE {
             match self.receiver.try_io(Interest::READABLE, || self.receive()) {
-                Ok(Some(message)) => return Ok(Some(message)),
-                Ok(None) => {}
+                Ok(message) => received.extend(message),
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(None),
-                Err(e) => return Err(e),
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => break,
+                Err(e) if received.is_empty() => return Err(e),
+                Err(_) => break,
             }
         }
+        Ok(received)
     }
 
     /// Receives a message; `None` if no node sent it.

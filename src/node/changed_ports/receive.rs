@@ -2,7 +2,7 @@
 
 use super::message::{Changed, Message};
 use super::replicas::Replica;
-use super::task::{AT_ONCE, Task};
+use super::task::Task;
 use egret_nft::conntrack::{self, Insertion, Tracked};
 use egret_nft::mac::Mac;
 use std::io;
@@ -17,23 +17,19 @@ pub(super) const LONGEST: u32 = 432_000;
 
 impl Task {
     pub(super) fn receive_messages(&mut self, ready: io::Result<()>) {
-        let mut received = ready.map(|()| None);
-        for _ in 0..AT_ONCE {
-            let Some(messages) = self.messages.as_ref().filter(|_| received.is_ok()) else { break };
-            received = messages.next();
-            match &received {
-                Ok(Some((from, bytes))) => {
-                    if let Some(message) = Message::decode(bytes) {
-                        self.handle(*from, message);
+        let Some(messages) = &self.messages else { return };
+        match ready.and_then(|()| messages.received()) {
+            Ok(received) => {
+                for (from, bytes) in received {
+                    if let Some(message) = Message::decode(&bytes) {
+                        self.handle(from, message);
                     }
                 }
-                Ok(None) => return,
-                Err(_) => {}
             }
-        }
-        if let Err(e) = received {
-            tracing::warn!("cannot receive other nodes' messages about changed ports: {e}");
-            self.messages = None;
+            Err(e) => {
+                tracing::warn!("cannot receive other nodes' messages about changed ports: {e}");
+                self.messages = None;
+            }
         }
     }
 

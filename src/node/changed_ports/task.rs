@@ -25,7 +25,7 @@ const CHECKS: usize = 512;
 /// Messages read in one batch, and the pause after a full batch. A pod can cause a changed port with each connection
 /// that it opens, and must not keep a processor busy with it. Connections whose log messages are lost meanwhile are
 /// found in the kernel's table.
-pub(super) const AT_ONCE: usize = 64;
+const AT_ONCE: usize = 64;
 const PAUSE: Duration = Duration::from_millis(10);
 /// The kernel logs a connection's first packet just before it inserts the connection into its table, so a failed
 /// lookup is repeated after this time.
@@ -114,7 +114,7 @@ impl Task {
                     Err(_) => return,
                 },
                 result = log_readable(&self.log), if !paused => self.read_log(result),
-                result = messages_readable(&self.messages) => self.receive_messages(result),
+                result = NodeMessages::readable(&self.messages) => self.receive_messages(result),
                 () = sleep_until(self.unfound_at.unwrap_or_else(Instant::now)), if self.unfound_at.is_some() => {
                     self.retry_unfound();
                 }
@@ -359,13 +359,6 @@ impl Task {
 async fn log_readable(log: &Option<PortLog>) -> io::Result<()> {
     match log {
         Some(log) => log.readable().await,
-        None => std::future::pending().await,
-    }
-}
-
-async fn messages_readable(messages: &Option<NodeMessages>) -> io::Result<()> {
-    match messages {
-        Some(messages) => messages.readable().await,
         None => std::future::pending().await,
     }
 }

@@ -140,7 +140,7 @@ impl Task {
                     Ok(()) => self.change_view(),
                     Err(_) => return,
                 },
-                ready = readable(&self.messages) => self.read_messages(ready),
+                ready = NodeMessages::readable(&self.messages) => self.read_messages(ready),
                 ready = notified(&self.notifications), if self.paused.is_none() => self.read_notifications(ready),
                 () = sleep_until(self.paused.unwrap_or_else(Instant::now)), if self.paused.is_some() => self.paused = None,
                 () = sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() => {}
@@ -206,23 +206,20 @@ impl Task {
     }
 
     fn read_messages(&mut self, ready: io::Result<()>) {
-        let mut result = ready;
-        for _ in 0..AT_ONCE {
-            let Some(messages) = self.messages.as_ref().filter(|_| result.is_ok()) else { break };
-            match messages.next() {
-                Ok(Some((from, bytes))) => {
+        let Some(messages) = &self.messages else { return };
+        match ready.and_then(|()| messages.received()) {
+            Ok(received) => {
+                for (from, bytes) in received {
                     if let Some(pods) = decode(&bytes) {
                         self.names.announced(from, pods, Instant::now());
                     }
                 }
-                Ok(None) => return,
-                Err(e) => result = Err(e),
             }
-        }
-        if let Err(e) = result {
-            self.messages = None;
-            self.retry = Some(Instant::now() + AGAIN);
-            self.warn(&format!("cannot receive other nodes' messages about their pods: {e}"));
+            Err(e) => {
+                self.messages = None;
+                self.retry = Some(Instant::now() + AGAIN);
+                self.warn(&format!("cannot receive other nodes' messages about their pods: {e}"));
+            }
         }
     }
 
@@ -354,13 +351,6 @@ fn check_settings() {
         tracing::info!(
             "net.netfilter.nf_conntrack_acct is 0: records have no packets and bytes; set it to 1 to have them"
         );
-    }
-}
-
-async fn readable(messages: &Option<NodeMessages>) -> io::Result<()> {
-    match messages {
-        Some(messages) => messages.readable().await,
-        None => std::future::pending().await,
     }
 }
 

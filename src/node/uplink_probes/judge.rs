@@ -28,7 +28,7 @@ pub struct Settings {
 impl Settings {
     /// How old the newest answered probe is when the probes have failed: it is one interval old when the next one is
     /// sent.
-    fn silence(&self) -> Duration {
+    fn longest_without_answer(&self) -> Duration {
         self.interval * (self.misses + 1) + ROUND_TRIP
     }
 
@@ -192,15 +192,15 @@ impl Judge {
     }
 
     fn has_failed(&self, now: Instant) -> bool {
-        let silent = now.saturating_duration_since(self.answered.unwrap_or(self.begin));
+        let without_answer = now.saturating_duration_since(self.answered.unwrap_or(self.begin));
         let late = self.unanswered.iter().take_while(|sent| **sent + ROUND_TRIP <= now).count();
-        silent >= self.settings.silence() && late >= self.settings.least_unanswered()
+        without_answer >= self.settings.longest_without_answer() && late >= self.settings.least_unanswered()
     }
 
     /// A lost uplink is probed at the plain interval: its egress IPs are elsewhere.
     fn pace(&self, now: Instant) -> Duration {
-        let silent = now.saturating_duration_since(self.answered.unwrap_or(self.begin));
-        let in_doubt = silent >= self.settings.interval * 2 && !self.lost;
+        let without_answer = now.saturating_duration_since(self.answered.unwrap_or(self.begin));
+        let in_doubt = without_answer >= self.settings.interval * 2 && !self.lost;
         if in_doubt { self.settings.interval / QUICK } else { self.settings.interval }
     }
 }

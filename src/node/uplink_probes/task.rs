@@ -88,7 +88,7 @@ impl Task {
                     Err(_) => return,
                 },
                 Some(result) = self.answers.recv() => self.take(&result),
-                ready = readable(&self.messages) => self.receive(ready),
+                ready = NodeMessages::readable(&self.messages) => self.receive(ready),
                 () = sleep_until(next.unwrap_or_else(Instant::now)), if next.is_some() => {}
             }
             while let Ok(result) = self.answers.try_recv() {
@@ -199,22 +199,19 @@ impl Task {
     }
 
     fn receive(&mut self, ready: io::Result<()>) {
-        let mut received = ready.map(|()| None);
-        while let Some(messages) = self.messages.as_ref().filter(|_| received.is_ok()) {
-            received = messages.next();
-            match &received {
-                Ok(Some((from, bytes))) => {
-                    if let Some(message) = Message::decode(bytes) {
-                        self.handle(*from, message);
+        let Some(messages) = &self.messages else { return };
+        match ready.and_then(|()| messages.received()) {
+            Ok(received) => {
+                for (from, bytes) in received {
+                    if let Some(message) = Message::decode(&bytes) {
+                        self.handle(from, message);
                     }
                 }
-                Ok(None) => return,
-                Err(_) => {}
             }
-        }
-        if let Err(e) = received {
-            tracing::warn!("cannot receive other nodes' messages about probes: {e}");
-            self.messages = None;
+            Err(e) => {
+                tracing::warn!("cannot receive other nodes' messages about probes: {e}");
+                (self.messages, self.open_again) = (None, Instant::now() + AGAIN);
+            }
         }
     }
 
@@ -291,13 +288,6 @@ fn log(key: &UplinkKey, probing: &Probing, state: ProbeState) {
         }
         ProbeState::Succeeds => tracing::info!(gateway, family, "probes succeed"),
         ProbeState::Unproven => {}
-    }
-}
-
-async fn readable(messages: &Option<NodeMessages>) -> io::Result<()> {
-    match messages {
-        Some(messages) => messages.readable().await,
-        None => std::future::pending().await,
     }
 }
 
