@@ -5,7 +5,8 @@ use crate::datapath::sysctl;
 use std::{fs, io};
 
 /// The first upstream release with all that Egret needs: ingress chains of the family inet came with Linux 5.10.
-const KERNEL: (u32, u32) = (5, 10);
+/// A distribution may have brought it to an older one.
+pub const KERNEL: (u32, u32) = (5, 10);
 
 /// The capabilities that the daemon needs, with their bits, include/uapi/linux/capability.h.
 const CAPABILITIES: [(u32, &str); 2] = [(12, "CAP_NET_ADMIN"), (13, "CAP_NET_RAW")];

@@ -8,6 +8,8 @@ mod nf_tables;
 mod others;
 mod trial;
 
+pub use host::KERNEL;
+
 use egret_nft::Nftables;
 use std::fmt;
 use std::io::Write;

@@ -1,17 +1,12 @@
 //! The nodes, by their Node objects.
 
 use super::{Check, State};
-use crate::cluster::kube::{Client, Failure};
+use crate::check::KERNEL;
 use crate::ctl::output::{count, few};
 use crate::ctl::site::{Objects, Wanted};
 use anyhow::Context;
 use serde_json::Value;
 use std::collections::BTreeMap;
-
-/// The oldest kernel that Egret was made for. Distributions add to older ones, so `egretd check` decides on the node.
-const KERNEL: (u32, u32) = (5, 18);
-/// How many objects the API server returns at a time.
-const PAGE: usize = 500;
 
 /// What a Node says of its host.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -29,27 +24,13 @@ pub(super) struct Host {
 /// They cannot be read.
 pub(super) async fn read(objects: &Objects) -> anyhow::Result<Vec<Host>> {
     let nodes = match objects {
-        Objects::Kube(client) => list(client, "/api/v1/nodes").await.context("cannot read the nodes")?,
+        Objects::Kube(client) => client.list("/api/v1/nodes", "").await.context("cannot read the nodes")?.items,
         Objects::Dir(_) => {
             let wanted = Wanted { path: "/api/v1/nodes", kind: "Node", name: "" };
             objects.read(&[wanted]).await.all(&wanted).to_vec()
         }
     };
     Ok(nodes.iter().map(host).collect())
-}
-
-/// All objects of a collection, page by page.
-async fn list(client: &Client, path: &str) -> Result<Vec<Value>, Failure> {
-    let mut all = Vec::new();
-    let mut rest = String::new();
-    loop {
-        let page: Value = client.get(&format!("{path}?limit={PAGE}{rest}")).await?;
-        all.extend(page["items"].as_array().cloned().unwrap_or_default());
-        match page["metadata"]["continue"].as_str().filter(|token| !token.is_empty()) {
-            Some(token) => rest = format!("&continue={token}"),
-            None => return Ok(all),
-        }
-    }
 }
 
 fn host(node: &Value) -> Host {
