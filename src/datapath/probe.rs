@@ -13,6 +13,7 @@ use egret_nft::netlink::{Attributes, NETLINK_ROUTE, NLM_F_CREATE, NLM_F_EXCL, So
 use nix::libc::{ENODEV, EOPNOTSUPP};
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, sendto, socket};
 use std::os::fd::AsRawFd;
+use std::sync::{Mutex, PoisonError};
 
 /// Messages and attributes, include/uapi/linux/rtnetlink.h, if_link.h and veth.h.
 const RTM_NEWLINK: u16 = 16;
@@ -76,6 +77,9 @@ pub fn send(veth: u32, frame: impl FnOnce(Mac, Mac) -> Vec<u8>) -> Result<()> {
         None => host_end.mac,
     };
     let frame = frame(pod.mac, gateway);
+    // All traces of this daemon have one device.
+    static ONE: Mutex<()> = Mutex::new(());
+    let _one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
     remove(&mut routes)?;
     let made = make(&mut routes).context("cannot make the probe's device")?;
     let sent = redirect(&mut routes, made, veth).and_then(|()| transmit(made, &frame));

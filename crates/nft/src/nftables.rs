@@ -47,14 +47,7 @@ impl Nftables {
     /// # Errors
     /// The socket failed.
     pub fn own_tables(&mut self) -> Result<bool, Error> {
-        let name = TableName { family: crate::uapi::NFPROTO_INET, name: TRIAL };
-        let batch = Transaction::new(&mut self.socket).trial_of_ownership(name);
-        self.own = match self.commit(&batch) {
-            Ok(()) => true,
-            // Flags of a table that the kernel does not know: `EINVAL` before Linux 5.13.
-            Err(e) if matches!(e.errno(), Some(nix::libc::EOPNOTSUPP | nix::libc::EINVAL)) => false,
-            Err(e) => return Err(e),
-        };
+        self.own = self.takes(Ownership::Lasting)?;
         Ok(self.own)
     }
 
@@ -73,11 +66,17 @@ impl Nftables {
     /// # Errors
     /// The socket failed.
     pub fn can_end_with_socket(&mut self) -> Result<bool, Error> {
+        self.takes(Ownership::WithSocket)
+    }
+
+    /// Whether the kernel knows tables with such an owner.
+    fn takes(&mut self, ownership: Ownership) -> Result<bool, Error> {
         let name = TableName { family: crate::uapi::NFPROTO_INET, name: TRIAL };
-        let batch = Transaction::new(&mut self.socket).trial(name, &Table::default(), Ownership::WithSocket);
+        let batch = Transaction::new(&mut self.socket).trial(name, &Table::default(), ownership);
         match self.commit(&batch) {
             Ok(()) => Ok(true),
-            Err(Error::Kernel { .. }) => Ok(false),
+            // Flags of a table that the kernel does not know: `EINVAL` before Linux 5.13.
+            Err(e) if matches!(e.errno(), Some(nix::libc::EOPNOTSUPP | nix::libc::EINVAL)) => Ok(false),
             Err(e) => Err(e),
         }
     }

@@ -107,46 +107,38 @@ fn chains(socket: &mut Socket, table: TableName) -> Result<BTreeMap<Arc<str>, Ob
     })
 }
 
-/// The hashes of a chain's rules, in order. The dump is for one chain only: each datagram of a dump starts again at
-/// the first rule and skips those that were sent before (`__nf_tables_dump_rules`, net/netfilter/nf_tables_api.c), so
-/// the time grows with the square of the number of rules.
+/// The hashes of a chain's rules, in order.
 fn rules(socket: &mut Socket, table: TableName, chain: &str) -> Result<Vec<u64>, Error> {
+    Ok(handles_and_hashes(socket, table, chain)?.into_iter().map(|(_, hash)| hash).collect())
+}
+
+/// The hash of each rule of a chain by the rule's handle; 0 for a rule that this crate did not write.
+pub(super) fn handles(socket: &mut Socket, table: TableName, chain: &str) -> Result<BTreeMap<u64, u64>, Error> {
+    Ok(handles_and_hashes(socket, table, chain)?.into_iter().collect())
+}
+
+/// The handle and the hash of each rule of a chain, in order. The dump is for one chain only: each datagram of a dump
+/// starts again at the first rule and skips those that were sent before (`__nf_tables_dump_rules`,
+/// net/netfilter/nf_tables_api.c), so the time grows with the square of the number of rules.
+fn handles_and_hashes(socket: &mut Socket, table: TableName, chain: &str) -> Result<Vec<(u64, u64)>, Error> {
     let payload = request(table, |p| {
         p.text(NFTA_RULE_TABLE, table.name);
         p.text(NFTA_RULE_CHAIN, chain);
     });
     socket.dump(kind(NFT_MSG_GETRULE), &payload, Vec::new, |all, message| {
-        let (mut of, mut within, mut hash) = (false, false, 0);
+        let (mut of, mut within, mut handle, mut hash) = (false, false, 0, 0);
         for (attribute, value) in attributes(message.get(4..).unwrap_or_default()) {
             match attribute {
                 NFTA_RULE_TABLE => of = string(value) == table.name,
                 NFTA_RULE_CHAIN => within = string(value) == chain,
-                NFTA_RULE_USERDATA => hash = super::transaction::hash_in_comment(value),
-                _ => {}
-            }
-        }
-        if of && within {
-            all.push(hash);
-        }
-    })
-}
-
-/// The hash of each rule of a chain by the rule's handle; 0 for a rule that this crate did not write.
-pub(super) fn handles(socket: &mut Socket, table: TableName, chain: &str) -> Result<BTreeMap<u64, u64>, Error> {
-    let payload = request(table, |p| {
-        p.text(NFTA_RULE_TABLE, table.name);
-        p.text(NFTA_RULE_CHAIN, chain);
-    });
-    socket.dump(kind(NFT_MSG_GETRULE), &payload, BTreeMap::new, |all, message| {
-        let (mut handle, mut hash) = (0, 0);
-        for (attribute, value) in attributes(message.get(4..).unwrap_or_default()) {
-            match attribute {
                 NFTA_RULE_HANDLE => handle = be64(value),
                 NFTA_RULE_USERDATA => hash = super::transaction::hash_in_comment(value),
                 _ => {}
             }
         }
-        all.insert(handle, hash);
+        if of && within {
+            all.push((handle, hash));
+        }
     })
 }
 

@@ -225,11 +225,6 @@ impl<'a> Transaction<'a> {
         });
     }
 
-    /// A batch that asks whether the kernel supports tables with an owner that outlive its socket.
-    pub(super) fn trial_of_ownership(self, name: TableName) -> Batch {
-        self.trial(name, &Table::default(), Ownership::Lasting)
-    }
-
     /// A batch that asks whether the kernel accepts a table. The batch has no end message, so the kernel checks it,
     /// answers and changes nothing (`nfnetlink_rcv_batch`), as for `nft --check`.
     pub(super) fn trial(mut self, name: TableName, table: &Table, ownership: Ownership) -> Batch {

@@ -153,7 +153,8 @@ impl Reader {
                 None => wanted.recv().map_err(|_| RecvTimeoutError::Disconnected),
             };
             match changed {
-                Ok(owned) => self.owned = owned,
+                // Several have come while a large table was read.
+                Ok(owned) => self.owned = wanted.try_iter().last().unwrap_or(owned),
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => return,
             }

@@ -77,6 +77,8 @@ impl Node {
         if !self.pods.has_interface(index) {
             return;
         }
+        // The kernel may have rejected the chain of just this pod.
+        self.problems.refusals.end_pauses(std::time::Instant::now());
         match self.host.veth(index).await {
             Ok(now) => self.connections.ended.addresses.extend(self.pods.interface_gone(index, now.as_ref())),
             // If it is gone, the kernel rejects the pod's chain, and the next pass tries again.

@@ -50,6 +50,11 @@ impl Refusals {
         Some(anyhow!(refusal.error.clone()))
     }
 
+    /// Ends all pauses: what was refused may have been something that has just gone.
+    pub(super) fn end_pauses(&mut self, now: Instant) {
+        self.steps.values_mut().for_each(|refusal| refusal.again = now);
+    }
+
     /// Takes the result of a step. `words` says what the kernel lacks.
     pub(super) fn note<T>(&mut self, step: Step, result: &Result<T>, now: Instant, words: impl FnOnce(&str) -> String) {
         let error = match result {
