@@ -70,8 +70,7 @@ pub(super) fn close(allocator: Allocator, rejections: &HashMap<RequestPlace, Rej
         status.released.sort_by_key(|r| (r.at, r.id, r.address.ipv4, r.address.ipv6));
         count_nodes(&allocator, gateway_pool, &mut status);
         status.usage = usage(gateway_pool, &status);
-        status.conditions = conditions(&allocator, place, gateway_pool, &status, rejections);
-        status.conditions.extend(few_ports(&ports, &allocator, gateway_pool, &status));
+        status.conditions = conditions(&allocator, place, gateway_pool, &status, rejections, &ports);
         let next = status.released.first().map(|released| released.at + COOLDOWN_SECONDS);
         status.reports_requested_at = gateway_pool.reports.requested_at;
         outcome.next_reports = [outcome.next_reports, gateway_pool.reports.due].into_iter().flatten().min();
@@ -153,6 +152,7 @@ fn conditions(
     gateway_pool: &GatewayPool,
     status: &EgressGatewayStatus,
     rejections: &HashMap<RequestPlace, Rejection>,
+    ports: &PortReports,
 ) -> Vec<Condition> {
     let mut conditions =
         Conditions::new(&gateway_pool.gateway.status.conditions, gateway_pool.gateway.generation, allocator.now);
@@ -227,18 +227,6 @@ fn conditions(
         None => conditions.add("AddressesLeft", true, "AddressesLeft", in_use(gateway_pool, status.usage)),
     }
     probes::add_condition(&mut conditions, allocator, gateway_pool);
-    conditions.finish()
-}
-
-/// The condition that egress IPs have few source ports left, if any has.
-fn few_ports(
-    ports: &PortReports,
-    allocator: &Allocator,
-    gateway_pool: &GatewayPool,
-    status: &EgressGatewayStatus,
-) -> Vec<Condition> {
-    let gateway = gateway_pool.gateway;
-    let mut conditions = Conditions::new(&gateway.status.conditions, gateway.generation, allocator.now);
     if let Some(message) = ports.of_gateway(&status.allocations) {
         conditions.add(PORTS_NEARLY_EXHAUSTED, true, FEW_PORTS, message);
     }

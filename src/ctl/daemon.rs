@@ -7,6 +7,8 @@
 use crate::cluster::kube::Client;
 use crate::cluster::{KubeOptions, SourceName};
 use anyhow::{Context, anyhow, bail};
+use egret_cni::protocol::PROTOCOL;
+use egret_cni::run_dir::SOCKET;
 use k8s_openapi::api::core::v1::Pod;
 use kube::Api;
 use kube::api::{AttachParams, AttachedProcess};
@@ -224,13 +226,13 @@ async fn by_exec(options: &KubeOptions, node: &str) -> anyhow::Result<String> {
 
 /// Asks the daemon on this host.
 fn by_socket(run_dir: &Path) -> anyhow::Result<String> {
-    let path = run_dir.join("cni.sock");
+    let path = run_dir.join(SOCKET);
     let cannot = || {
         format!("cannot ask the daemon of this host at {}; run the command on the pod's node, as root", path.display())
     };
     let mut stream = UnixStream::connect(&path).with_context(cannot)?;
     stream.set_read_timeout(Some(PATIENCE)).with_context(cannot)?;
-    stream.write_all(b"{\"version\":1,\"verb\":\"STATE\"}\n").with_context(cannot)?;
+    writeln!(stream, r#"{{"version":{PROTOCOL},"verb":"STATE"}}"#).with_context(cannot)?;
     let mut line = String::new();
     BufReader::new(stream.take(LONGEST)).read_line(&mut line).with_context(cannot)?;
     let answer: Value = serde_json::from_str(&line).with_context(cannot)?;

@@ -88,7 +88,7 @@ impl Problem {
 }
 
 /// Conditions end with the remedy, after a semicolon.
-fn split_remedy(message: &str) -> (String, String) {
+pub(super) fn split_remedy(message: &str) -> (String, String) {
     match message.rsplit_once("; ") {
         Some((what, remedy)) => (what.to_owned(), remedy.to_owned()),
         None => (message.to_owned(), String::new()),

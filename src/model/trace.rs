@@ -7,7 +7,7 @@
 
 use serde::{Deserialize, Serialize};
 use std::fmt;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::str::FromStr;
 
 /// The verb of a request to the daemon.
@@ -201,11 +201,7 @@ impl FromStr for Protocol {
 
 impl Flow {
     fn end(address: IpAddr, port: u16) -> String {
-        match (address, port) {
-            (_, 0) => address.to_string(),
-            (IpAddr::V4(a), _) => format!("{a}:{port}"),
-            (IpAddr::V6(a), _) => format!("[{a}]:{port}"),
-        }
+        if port == 0 { address.to_string() } else { SocketAddr::new(address, port).to_string() }
     }
 
     /// The source with its port.

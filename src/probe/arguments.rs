@@ -3,7 +3,7 @@
 use super::client::{self, Options};
 use super::{PORT, Way, server};
 use anyhow::bail;
-use clap::{ArgAction, Args};
+use clap::Args;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
@@ -44,8 +44,8 @@ pub struct ProbeArguments {
     /// Speak TLS; the server's certificate is not verified
     #[arg(long)]
     pub tls: bool,
-    /// How to ask: tcp, udp, held
-    #[arg(long, value_delimiter = ',', default_value = "tcp", value_parser = way, action = ArgAction::Append)]
+    /// How to ask
+    #[arg(long, value_delimiter = ',', value_enum, default_value = "tcp")]
     pub way: Vec<Way>,
     /// Milliseconds from one question to the next
     #[arg(long, default_value_t = 100)]
@@ -56,15 +56,6 @@ pub struct ProbeArguments {
     /// How many questions to ask; 0: no end
     #[arg(long, default_value_t = 0)]
     pub count: u64,
-}
-
-fn way(text: &str) -> Result<Way, String> {
-    match text {
-        "tcp" => Ok(Way::Tcp),
-        "udp" => Ok(Way::Udp),
-        "held" => Ok(Way::Held),
-        _ => Err(format!("{text:?} is no way to ask; write tcp, udp or held")),
-    }
 }
 
 impl ProbeArguments {

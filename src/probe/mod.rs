@@ -16,16 +16,14 @@ use std::net::IpAddr;
 pub const PORT: u16 = 8080;
 
 /// How a server is asked.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
 pub enum Way {
     /// An HTTP request on a TCP connection of its own.
-    #[serde(rename = "tcp")]
     Tcp,
     /// A datagram from a socket of its own.
-    #[serde(rename = "udp")]
     Udp,
     /// HTTP requests on one TCP connection.
-    #[serde(rename = "held")]
     Held,
 }
 

@@ -230,13 +230,16 @@ pub fn have_settled(heard: &[Heard], series: &[Series], is_right: impl Fn(IpAddr
 pub fn unsettled(heard: &[Heard], series: &[Series], is_right: impl Fn(IpAddr, bool) -> bool) -> Option<Fault> {
     let faults = heard.iter().flat_map(|pod| {
         series.iter().filter_map(|series| {
-            let last = pod.of(*series).next_back()?;
+            let last = pod.of(*series).next_back();
             let (node, series) = (pod.node.clone(), *series);
-            match last.saw {
+            match last.and_then(|answer| answer.saw) {
                 Some(saw) if is_right(saw, series.ipv6) => None,
                 Some(saw) => Some(Fault::Elsewhere { node, series, saw, right_later: false }),
                 None => {
-                    let error = last.error.clone().unwrap_or_default();
+                    let error = last.map_or_else(
+                        || "the pod says nothing".to_owned(),
+                        |answer| answer.error.clone().unwrap_or_default(),
+                    );
                     Some(Fault::NoAnswer { node, series, error, right_later: false })
                 }
             }

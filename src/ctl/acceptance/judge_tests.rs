@@ -100,5 +100,7 @@ fn a_change_has_arrived_after_three_right_answers_of_every_series() {
     assert!(matches!(late, Some(Fault::Elsewhere { .. })), "{late:?}");
     let silent = unsettled(&heard(&["192.0.2.51", "-"]), &[TCP4], is_b);
     assert!(matches!(silent, Some(Fault::NoAnswer { right_later: false, .. })), "{silent:?}");
+    let nothing = unsettled(&heard(&[]), &[TCP4], is_b);
+    assert!(matches!(nothing, Some(Fault::NoAnswer { right_later: false, .. })), "{nothing:?}");
     assert_eq!(longest_pause(&heard(&["192.0.2.50", "-", "-", "192.0.2.51", "192.0.2.51"]), &[TCP4]), 300);
 }

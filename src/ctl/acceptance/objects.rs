@@ -3,6 +3,7 @@
 use super::server::Server;
 use crate::api::{API_VERSION, AddressPair};
 use crate::probe::Way;
+use clap::ValueEnum;
 use serde_json::{Value, json};
 use std::net::SocketAddr;
 
@@ -75,7 +76,8 @@ pub fn namespace(name: &str) -> Value {
 /// A pod on one node, of Egret's image.
 pub fn pod(namespace: &str, image: &str, server: &Server, client: &Client) -> Value {
     let to: Vec<String> = server.addresses.iter().map(ToString::to_string).collect();
-    let ways: Vec<String> = client.ways.iter().map(|way| format!("{way:?}").to_lowercase()).collect();
+    let ways: Vec<String> =
+        client.ways.iter().filter_map(|way| Some(way.to_possible_value()?.get_name().to_owned())).collect();
     let mut arguments = vec![
         "probe".to_owned(),
         format!("--to={}", to.join(",")),

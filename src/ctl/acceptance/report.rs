@@ -21,9 +21,6 @@ pub struct Report {
     pub checks: Vec<Check>,
     /// How long it took, seconds.
     pub seconds: u64,
-    /// Whether the checks were shown as they came.
-    #[serde(skip)]
-    is_shown: bool,
 }
 
 impl Report {
@@ -46,14 +43,8 @@ pub(super) struct Reporter<'a> {
 
 impl<'a> Reporter<'a> {
     pub(super) fn new(server: String, show: Option<super::Show<'a>>) -> Self {
-        let report = Report {
-            server,
-            namespace: String::new(),
-            egress_ips: Vec::new(),
-            checks: Vec::new(),
-            seconds: 0,
-            is_shown: show.is_some(),
-        };
+        let report =
+            Report { server, namespace: String::new(), egress_ips: Vec::new(), checks: Vec::new(), seconds: 0 };
         Reporter { report, begun: Instant::now(), show }
     }
 
@@ -102,11 +93,8 @@ impl<'a> Reporter<'a> {
 }
 
 impl Show for Report {
+    /// How it ended. The checks were shown as they came.
     fn text(&self, view: View) -> String {
-        let mut out = String::new();
-        if !self.is_shown {
-            self.checks.iter().for_each(|check| line(check, view, &mut out));
-        }
         let (failed, open) = (self.of(State::Failed), self.of(State::Unknown) + self.of(State::Warning));
         let open = if open > 0 { format!(", {open} not decided or with a warning") } else { String::new() };
         let text = match failed {
@@ -124,6 +112,6 @@ impl Show for Report {
                 ),
             ),
         };
-        out + &text + "\n"
+        text + "\n"
     }
 }

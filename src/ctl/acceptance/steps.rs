@@ -14,6 +14,7 @@ use super::{Options, TRAFFIC, problems};
 use crate::api::AddressPair;
 use crate::cluster::{PodsOf, SourceName};
 use crate::ctl::check::Check;
+use crate::ctl::problem::split_remedy;
 use crate::ctl::{daemon, state};
 use crate::probe::Way;
 use anyhow::bail;
@@ -80,7 +81,7 @@ pub(super) async fn run(
     let first = match egress_ip(scene, place, FIRST, 1000, used_before.first()).await? {
         Ok(first) => first,
         Err(why) => {
-            let (what, remedy) = why.rsplit_once("; ").unwrap_or((&why, "see `kubectl egret status`"));
+            let (what, remedy) = of_condition(&why);
             reporter.add(Check::failed(TRAFFIC, "a policy has an egress IP", what, remedy));
             return Ok(());
         }
@@ -258,4 +259,10 @@ impl Test<'_, '_> {
             answered: self.answered.clone(),
         })
     }
+}
+
+/// What is wrong, by a condition's message, and the remedy.
+fn of_condition(message: &str) -> (String, String) {
+    let (what, remedy) = split_remedy(message);
+    (what, if remedy.is_empty() { "see `kubectl egret status`".to_owned() } else { remedy })
 }

@@ -7,6 +7,8 @@ use crate::cluster::kube::Client;
 use crate::ctl::daemon;
 use crate::model::trace::{Armed, Event, GO, Request, VERB};
 use anyhow::{Context, anyhow, bail};
+use egret_cni::protocol::PROTOCOL;
+use egret_cni::run_dir::SOCKET;
 use kube::api::AttachedProcess;
 use serde::Serialize;
 use std::path::Path;
@@ -17,8 +19,6 @@ use tokio::time::timeout;
 
 /// How long a daemon may take to begin.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// The protocol's version, as in `egret_cni::protocol::PROTOCOL`.
-const PROTOCOL: u32 = 1;
 /// The longest complaint that is read, bytes.
 const COMPLAINT: u64 = 4096;
 
@@ -60,7 +60,7 @@ impl Stream {
     /// # Errors
     /// The daemon does not run, or the user may not.
     pub async fn of_socket(run_dir: &Path) -> anyhow::Result<Self> {
-        let path = run_dir.join("cni.sock");
+        let path = run_dir.join(SOCKET);
         let stream = UnixStream::connect(&path).await.with_context(|| {
             format!(
                 "cannot ask the daemon of this host at {}; run the command on the pod's node, as root",

@@ -38,9 +38,6 @@ impl Node {
         };
         self.within(|| {
             for _ in 0..200 {
-                if tentative() {
-                    println!("TENTATIVE");
-                }
                 if !tentative() {
                     return;
                 }

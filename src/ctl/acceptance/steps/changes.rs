@@ -4,7 +4,9 @@ use super::super::TRAFFIC;
 use super::super::judge::{self, Fault, Heard, Series};
 use super::super::logs::Log;
 use super::super::objects::Selected;
-use super::{AFTER_MOVE, ARRIVES, BLOCKED, FIRST, PACE, SECOND, Test, WITHOUT_GATEWAY, egress_ip, listed};
+use super::{
+    AFTER_MOVE, ARRIVES, BLOCKED, FIRST, PACE, SECOND, Test, WITHOUT_GATEWAY, egress_ip, listed, of_condition,
+};
 use crate::api::AddressPair;
 use crate::ctl::check::Check;
 use crate::ctl::moves::{self, Request};
@@ -90,7 +92,7 @@ impl Test<'_, '_> {
         let second = match egress_ip(self.scene, self.place, SECOND, 2000, used_before).await? {
             Ok(second) => second.address,
             Err(why) => {
-                let (what, remedy) = why.rsplit_once("; ").unwrap_or((&why, "see `kubectl egret status`"));
+                let (what, remedy) = of_condition(&why);
                 self.reporter.add(Check::unknown(TRAFFIC, name, what, remedy));
                 return self.scene.delete_policy(SECOND).await;
             }
