@@ -104,7 +104,7 @@ impl NodeMessages {
         }
     }
 
-    /// Returns the messages in the socket with the tunnel MAC addresses of their senders, at most [`AT_ONCE`]: whatever
+    /// Returns the messages in the socket with the tunnel MAC addresses of their senders, at most 64: whatever
     /// other nodes send, the task does its other work between two calls.
     ///
     /// # Errors
