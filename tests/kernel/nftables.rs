@@ -2,7 +2,7 @@
 
 use crate::namespace::{in_namespace, ip, run};
 use egret::api::{AddressPair, Fallback, Placement, Protocol};
-use egret::datapath::ruleset::{self, INET, Made, PeerIndexes, SharedSets, set};
+use egret::datapath::ruleset::{self, INET, PeerIndexes, Ruleset, SharedSets, set};
 use egret::model::PolicyKey;
 use egret::model::destination::{Destination, Network, Ports};
 use egret::model::marks::Marks;
@@ -103,8 +103,8 @@ fn plan_and_sets(nodes: u16, pods: u32) -> (NodePlan, SharedSets) {
 }
 
 /// The tables of a plan, computed without earlier ones.
-fn made_of(plan: &NodePlan, shared: &SharedSets) -> Made {
-    Made::new(plan.clone(), shared, Marks::default(), None)
+fn made_of(plan: &NodePlan, shared: &SharedSets) -> Ruleset {
+    Ruleset::new(plan.clone(), shared, Marks::default(), None)
 }
 
 /// A plan with one pod and three policies, each with `networks` networks and ports.
@@ -156,7 +156,7 @@ fn a_chain_does_not_grow_with_what_its_policies_list() {
         for networks in [2, 1_000, 100, 2] {
             let (plan, shared) = listing(networks);
             let name = plan.policy_chains.keys().next().unwrap().clone();
-            let made = Made::new(plan, &shared, Marks::default(), None);
+            let made = Ruleset::new(plan, &shared, Marks::default(), None);
             let mut nft = Nftables::open().unwrap();
             assert!(nft.apply(made.tables()).unwrap() > networks as usize);
             nft.invalidate();
@@ -176,7 +176,7 @@ fn a_pods_start_writes_no_list_of_other_policies() {
         let starting = |networks| {
             let (before, shared) = listing(networks);
             let mut nft = Nftables::open().unwrap();
-            let made = Made::new(before.clone(), &shared, Marks::default(), None);
+            let made = Ruleset::new(before.clone(), &shared, Marks::default(), None);
             nft.apply(made.tables()).unwrap();
             let mut with = before;
             let (_, others, _) = view_and_plan(3, 2);
@@ -184,7 +184,7 @@ fn a_pods_start_writes_no_list_of_other_policies() {
             with.pods.insert(chain.clone(), pod.clone());
             with.policy_chains.insert(pod.policy_chain.clone(), others.policy_chains[&pod.policy_chain].clone());
             let begin = std::time::Instant::now();
-            let next = Made::new(with, &shared, Marks::default(), Some(&made));
+            let next = Ruleset::new(with, &shared, Marks::default(), Some(&made));
             let changes = nft.apply(next.tables()).unwrap();
             println!("{networks} networks: {changes} changes in {:?}", begin.elapsed());
             changes
@@ -342,7 +342,7 @@ fn tables_from_the_last_plan_equal_tables_made_anew() {
             plan
         };
         let mut nft = Nftables::open().unwrap();
-        let mut made: Option<Made> = None;
+        let mut made: Option<Ruleset> = None;
         for plan in [
             only(&[]),
             only(&[2]),
@@ -360,7 +360,7 @@ fn tables_from_the_last_plan_equal_tables_made_anew() {
             only(&[]),
         ] {
             let (pods, unfound) = (plan.pods.len(), plan.unfound.len());
-            let next = Made::new(plan.clone(), &shared, Marks::default(), made.as_ref());
+            let next = Ruleset::new(plan.clone(), &shared, Marks::default(), made.as_ref());
             nft.apply(next.tables()).unwrap();
             nft.invalidate();
             let anew = made_of(&plan, &shared);

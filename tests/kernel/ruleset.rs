@@ -3,7 +3,7 @@
 
 use crate::namespace::{in_namespace, ip, run};
 use egret::cluster::{self, Scope, SourceName};
-use egret::datapath::ruleset::Ruleset;
+use egret::datapath::ruleset::ExpectedRuleset;
 use egret::model::marks::Marks;
 use egret_nft::Nftables;
 use nftables::schema::{Chain, NfListObject};
@@ -72,13 +72,13 @@ async fn load(of: &str, node: &str) {
     let source = SourceName::Dir(rulesets().join(of));
     let source = cluster::open(&source, Scope::Node(node.to_owned())).await.expect("the cluster");
     let cluster = source.snapshots.borrow().clone();
-    let ruleset = Ruleset::expected(&cluster, node, &[], Marks::default()).expect("the node");
+    let ruleset = ExpectedRuleset::expected(&cluster, node, &[], Marks::default()).expect("the node");
     ip("link add egret index 1000 type vxlan id 7871 dstport 7871 local 127.0.0.1 nolearning gbp");
-    for (index, name) in ruleset.made().interfaces() {
+    for (index, name) in ruleset.ruleset().interfaces() {
         ip(&format!("link add {name} index {index} type veth peer name p{index}"));
     }
     let mut nft = Nftables::open().expect("nf_tables");
-    nft.apply(ruleset.made().tables()).unwrap_or_else(|e| panic!("{node}: {e}"));
+    nft.apply(ruleset.ruleset().tables()).unwrap_or_else(|e| panic!("{node}: {e}"));
 }
 
 /// Each object's lines, by table and header. The order of objects has no meaning. Elements are sorted.

@@ -3,7 +3,7 @@
 
 use crate::netlink::{Error, NETLINK_NETFILTER, Socket};
 use crate::read::{self, Count};
-use crate::table::{self, Held, Key, Table, TableName};
+use crate::table::{self, Key, ObservedTable, Table, TableName};
 use crate::transaction::{Batch, Ownership, Transaction};
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -19,9 +19,9 @@ const BUFFER: usize = 16 << 20;
 pub struct Nftables {
     socket: Socket,
     /// The observed tables: read once, then updated with what was committed.
-    held: BTreeMap<TableName, Held>,
+    observed: BTreeMap<TableName, ObservedTable>,
     /// The last observed state of tables that must be read again.
-    before: BTreeMap<TableName, Held>,
+    before: BTreeMap<TableName, ObservedTable>,
     /// Whether a table that was read again differed from its last observed state.
     changed_by_others: bool,
     /// Whether the socket should own the tables.
@@ -36,7 +36,13 @@ impl Nftables {
     pub fn open() -> Result<Self, Error> {
         let mut socket = Socket::open(NETLINK_NETFILTER)?;
         socket.set_buffers(BUFFER)?;
-        Ok(Nftables { socket, held: BTreeMap::new(), before: BTreeMap::new(), changed_by_others: false, own: false })
+        Ok(Nftables {
+            socket,
+            observed: BTreeMap::new(),
+            before: BTreeMap::new(),
+            changed_by_others: false,
+            own: false,
+        })
     }
 
     /// Makes the socket the owner of the tables that [`apply`](Self::apply) creates, if the kernel can keep them when
@@ -93,7 +99,7 @@ impl Nftables {
 
     /// Forgets the observed tables, so that the next [`apply`](Self::apply) reads them again.
     pub fn invalidate(&mut self) {
-        self.before.append(&mut self.held);
+        self.before.append(&mut self.observed);
     }
 
     /// Whether another program has changed chains or sets of these tables since the last call, and they were
@@ -111,18 +117,19 @@ impl Nftables {
             tries += 1;
             let mut read = false;
             for (name, _) in wanted {
-                if !self.held.contains_key(name) {
-                    let held = read::table(&mut self.socket, *name)?;
-                    self.must_not_be_anothers(*name, &held)?;
-                    self.changed_by_others |= self.before.remove(name).is_some_and(|before| !held.is_like(&before));
-                    self.held.insert(*name, held);
+                if !self.observed.contains_key(name) {
+                    let observed = read::table(&mut self.socket, *name)?;
+                    self.must_not_be_anothers(*name, &observed)?;
+                    self.changed_by_others |=
+                        self.before.remove(name).is_some_and(|before| !observed.is_same_as(&before));
+                    self.observed.insert(*name, observed);
                     read = true;
                 }
             }
             let updated = match self.update_flags(wanted) {
                 Ok(updated) => updated,
                 Err(e) => {
-                    self.held.clear();
+                    self.observed.clear();
                     if tries == TRIES {
                         return Err(e);
                     }
@@ -131,7 +138,7 @@ impl Nftables {
             };
             let mut transaction = Transaction::new(&mut self.socket);
             for (name, table) in wanted {
-                transaction.table(*name, &self.held[name], table, Ownership::of(table, self.own));
+                transaction.table(*name, &self.observed[name], table, Ownership::of(table, self.own));
             }
             let changes = transaction.changes;
             if changes == 0 {
@@ -162,9 +169,9 @@ impl Nftables {
     /// (`nf_tables_addchain`). Returns the number of changed tables.
     fn update_flags(&mut self, wanted: &[(TableName, Table)]) -> Result<usize, Error> {
         let others = wanted.iter().filter_map(|(name, table)| {
-            let (held, ownership) = (&self.held[name], Ownership::of(table, self.own));
-            let flags = ownership.flags(held);
-            let differ = held.exists && held.flags != flags && ownership.can_be_given(held);
+            let (observed, ownership) = (&self.observed[name], Ownership::of(table, self.own));
+            let flags = ownership.flags(observed);
+            let differ = observed.exists && observed.flags != flags && ownership.can_be_given(observed);
             differ.then(|| (*name, flags, ownership.owner(self.port())))
         });
         let others: Vec<(TableName, u32, Option<u32>)> = others.collect();
@@ -178,8 +185,8 @@ impl Nftables {
         let batch = update.finish();
         self.commit(&batch)?;
         for (name, flags, owner) in &others {
-            if let Some(held) = self.held.get_mut(name) {
-                (held.flags, held.owner) = (*flags, *owner);
+            if let Some(observed) = self.observed.get_mut(name) {
+                (observed.flags, observed.owner) = (*flags, *owner);
             }
         }
         Ok(others.len())
@@ -188,15 +195,15 @@ impl Nftables {
     fn now_holds(&mut self, tables: &[(TableName, Table)]) {
         for (name, table) in tables {
             let ownership = Ownership::of(table, self.own);
-            let flags = ownership.flags(self.held.get(name).unwrap_or(&Held::default()));
+            let flags = ownership.flags(self.observed.get(name).unwrap_or(&ObservedTable::default()));
             let owner = ownership.owner(self.port());
-            self.held.insert(*name, Held { flags, owner, ..Held::from(table) });
+            self.observed.insert(*name, ObservedTable { flags, owner, ..ObservedTable::from(table) });
         }
     }
 
     /// Fails if another socket owns the table. The kernel would reject every change without naming the owner.
-    fn must_not_be_anothers(&self, name: TableName, held: &Held) -> Result<(), Error> {
-        match held.owner.filter(|owner| *owner != self.port()) {
+    fn must_not_be_anothers(&self, name: TableName, observed: &ObservedTable) -> Result<(), Error> {
+        match observed.owner.filter(|owner| *owner != self.port()) {
             None => Ok(()),
             Some(owner) => Err(Error::Kernel {
                 errno: nix::libc::EPERM,
@@ -217,13 +224,13 @@ impl Nftables {
     pub fn remove(&mut self, names: &[TableName]) -> Result<usize, Error> {
         let mut removed = 0;
         for name in names {
-            self.held.remove(name);
+            self.observed.remove(name);
             self.before.remove(name);
-            let held = read::without_content(&mut self.socket, *name)?;
-            if !held.exists {
+            let observed = read::without_content(&mut self.socket, *name)?;
+            if !observed.exists {
                 continue;
             }
-            self.must_not_be_anothers(*name, &held)?;
+            self.must_not_be_anothers(*name, &observed)?;
             let mut transaction = Transaction::new(&mut self.socket);
             transaction.remove(*name);
             let batch = transaction.finish();

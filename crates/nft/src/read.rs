@@ -1,6 +1,6 @@
 //! Reads tables from the kernel.
 
-use super::table::{Bytes, Data, Elements, Held, HeldSet, Hook, Key, ObservedChain, Policy, TableName};
+use super::table::{Bytes, Data, Elements, Hook, Key, ObservedChain, ObservedSet, ObservedTable, Policy, TableName};
 use super::uapi::*;
 use crate::netlink::{Attributes, Error, Socket, attributes, string};
 use std::borrow::Cow;
@@ -32,10 +32,10 @@ fn request(table: TableName, fill: impl FnOnce(&mut Vec<u8>)) -> Vec<u8> {
 }
 
 /// Reads a table with everything in it.
-pub(super) fn table(socket: &mut Socket, table: TableName) -> Result<Held, Error> {
-    let mut held = without_content(socket, table)?;
-    if !held.exists {
-        return Ok(held);
+pub(super) fn table(socket: &mut Socket, table: TableName) -> Result<ObservedTable, Error> {
+    let mut observed = without_content(socket, table)?;
+    if !observed.exists {
+        return Ok(observed);
     }
     let mut chains = chains(socket, table)?;
     for (name, chain) in &mut chains {
@@ -48,28 +48,28 @@ pub(super) fn table(socket: &mut Socket, table: TableName) -> Result<Held, Error
         set.elements = Arc::new(elements(socket, table, &name, |_, _| {})?);
         sets.insert(name.into(), set);
     }
-    held.counters = counters(socket, table)?.into_keys().map(Cow::Owned).collect();
-    (held.chains, held.sets) = (chains, sets);
-    Ok(held)
+    observed.counters = counters(socket, table)?.into_keys().map(Cow::Owned).collect();
+    (observed.chains, observed.sets) = (chains, sets);
+    Ok(observed)
 }
 
 /// Reads whether the table exists, its flags, and its owner.
-pub(super) fn without_content(socket: &mut Socket, table: TableName) -> Result<Held, Error> {
+pub(super) fn without_content(socket: &mut Socket, table: TableName) -> Result<ObservedTable, Error> {
     let payload = request(table, |p| p.text(NFTA_TABLE_NAME, table.name));
     let message = match socket.get(kind(NFT_MSG_GETTABLE), &payload) {
         Ok(message) => message,
-        Err(e) if e.errno() == Some(nix::libc::ENOENT) => return Ok(Held::default()),
+        Err(e) if e.errno() == Some(nix::libc::ENOENT) => return Ok(ObservedTable::default()),
         Err(e) => return Err(e),
     };
-    let mut held = Held { exists: true, ..Held::default() };
+    let mut observed = ObservedTable { exists: true, ..ObservedTable::default() };
     for (attribute, value) in attributes(message.get(4..).unwrap_or_default()) {
         match attribute {
-            NFTA_TABLE_FLAGS => held.flags = be32(value),
-            NFTA_TABLE_OWNER => held.owner = Some(be32(value)),
+            NFTA_TABLE_FLAGS => observed.flags = be32(value),
+            NFTA_TABLE_OWNER => observed.owner = Some(be32(value)),
             _ => {}
         }
     }
-    Ok(held)
+    Ok(observed)
 }
 
 fn chains(socket: &mut Socket, table: TableName) -> Result<BTreeMap<Arc<str>, ObservedChain>, Error> {
@@ -142,10 +142,10 @@ fn handles_and_hashes(socket: &mut Socket, table: TableName, chain: &str) -> Res
     })
 }
 
-fn sets_of(socket: &mut Socket, table: TableName) -> Result<Vec<(String, HeldSet)>, Error> {
+fn sets_of(socket: &mut Socket, table: TableName) -> Result<Vec<(String, ObservedSet)>, Error> {
     let payload = request(table, |p| p.text(NFTA_SET_TABLE, table.name));
     socket.dump(kind(NFT_MSG_GETSET), &payload, Vec::new, |all, message| {
-        let mut set = HeldSet { flags: 0, key_len: 0, data_len: 0, elements: Arc::default() };
+        let mut set = ObservedSet { flags: 0, key_len: 0, data_len: 0, elements: Arc::default() };
         let (mut of, mut name) = (String::new(), String::new());
         for (attribute, value) in attributes(message.get(4..).unwrap_or_default()) {
             match attribute {

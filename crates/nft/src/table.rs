@@ -1,4 +1,4 @@
-//! A table as desired ([`Table`]) and as observed in the kernel ([`Held`]).
+//! A table as desired ([`Table`]) and as observed in the kernel ([`ObservedTable`]).
 
 pub use super::elements::{Bytes, Data, Elements, Key};
 
@@ -266,7 +266,7 @@ impl DataType {
 
 /// An observed table. Of its rules it holds only the hashes.
 #[derive(Clone, Debug, Default)]
-pub struct Held {
+pub struct ObservedTable {
     /// Whether the table exists.
     pub exists: bool,
     /// `NFTA_TABLE_FLAGS`
@@ -276,27 +276,28 @@ pub struct Held {
     /// Chains by name.
     pub chains: BTreeMap<Arc<str>, ObservedChain>,
     /// Sets by name.
-    pub sets: BTreeMap<SetName, HeldSet>,
+    pub sets: BTreeMap<SetName, ObservedSet>,
     /// Named counters.
     pub counters: BTreeSet<Cow<'static, str>>,
 }
 
 /// A chain that is not in the kernel as desired.
 #[derive(Clone, Copy, Debug)]
-pub struct Unlike<'a> {
+pub struct ChainDifference<'a> {
     /// Its name.
     pub name: &'a str,
     /// The observed chain, or `None` if it does not exist.
-    pub held: Option<&'a ObservedChain>,
+    pub observed: Option<&'a ObservedChain>,
     /// The desired chain, or `None` if it should not exist.
     pub wanted: Option<&'a Arc<Chain>>,
 }
 
-impl Held {
+impl ObservedTable {
     /// Whether both tables have the same chains and sets.
-    pub fn is_like(&self, other: &Held) -> bool {
+    pub fn is_same_as(&self, other: &ObservedTable) -> bool {
         let same_chain = |(a, b): (&ObservedChain, &ObservedChain)| a.hook() == b.hook() && a.hashes() == b.hashes();
-        let same_set = |(a, b): (&HeldSet, &HeldSet)| Arc::ptr_eq(&a.elements, &b.elements) || a.elements == b.elements;
+        let same_set =
+            |(a, b): (&ObservedSet, &ObservedSet)| Arc::ptr_eq(&a.elements, &b.elements) || a.elements == b.elements;
         self.chains.keys().eq(other.chains.keys())
             && self.chains.values().zip(other.chains.values()).all(same_chain)
             && self.sets.keys().eq(other.sets.keys())
@@ -304,21 +305,25 @@ impl Held {
     }
 
     /// The chains that are not as in `wanted`, by name.
-    pub fn unlike<'a>(&'a self, wanted: &'a Table) -> impl Iterator<Item = Unlike<'a>> {
+    pub fn differences<'a>(&'a self, wanted: &'a Table) -> impl Iterator<Item = ChainDifference<'a>> {
         // Both maps are sorted. A node has some hundred chains, and usually all but one or two are unchanged.
-        let (mut held, mut wanted) = (self.chains.iter().peekable(), wanted.chains.iter().peekable());
+        let (mut observed, mut wanted) = (self.chains.iter().peekable(), wanted.chains.iter().peekable());
         let all = std::iter::from_fn(move || {
-            let order = match (held.peek(), wanted.peek()) {
-                (Some((held, _)), Some((wanted, _))) => held.cmp(wanted),
+            let order = match (observed.peek(), wanted.peek()) {
+                (Some((observed, _)), Some((wanted, _))) => observed.cmp(wanted),
                 (Some(_), None) => Ordering::Less,
                 (None, _) => Ordering::Greater,
             };
-            let held = if order.is_le() { held.next() } else { None };
+            let observed = if order.is_le() { observed.next() } else { None };
             let wanted = if order.is_ge() { wanted.next() } else { None };
-            let name = held.map(|(name, _)| name).or(wanted.map(|(name, _)| name))?;
-            Some(Unlike { name, held: held.map(|(_, chain)| chain), wanted: wanted.map(|(_, chain)| chain) })
+            let name = observed.map(|(name, _)| name).or(wanted.map(|(name, _)| name))?;
+            Some(ChainDifference {
+                name,
+                observed: observed.map(|(_, chain)| chain),
+                wanted: wanted.map(|(_, chain)| chain),
+            })
         });
-        all.filter(|chain| chain.held.zip(chain.wanted).is_none_or(|(held, wanted)| !held.is(wanted)))
+        all.filter(|chain| chain.observed.zip(chain.wanted).is_none_or(|(observed, wanted)| !observed.is(wanted)))
     }
 }
 
@@ -353,7 +358,7 @@ impl ObservedChain {
     /// Whether the observed chain is the same as `chain`.
     pub fn is(&self, chain: &Arc<Chain>) -> bool {
         match self {
-            ObservedChain::Written(held) if Arc::ptr_eq(held, chain) => true,
+            ObservedChain::Written(observed) if Arc::ptr_eq(observed, chain) => true,
             _ => self.hook() == chain.hook() && self.has_rules_of(chain),
         }
     }
@@ -373,7 +378,7 @@ impl ObservedChain {
 
 /// An observed set.
 #[derive(Clone, Debug)]
-pub struct HeldSet {
+pub struct ObservedSet {
     /// `NFTA_SET_FLAGS`
     pub flags: u32,
     /// `NFTA_SET_KEY_LEN`
@@ -447,18 +452,18 @@ impl SetKind {
     }
 
     /// Whether an observed set is of this kind.
-    pub fn is(self, held: &HeldSet) -> bool {
+    pub fn is(self, observed: &ObservedSet) -> bool {
         // The kernel adds NFT_SET_EXPR by itself where elements have counters.
-        held.flags & !NFT_SET_EXPR == self.flags()
-            && (held.flags & NFT_SET_EXPR != 0) == self.is_counted()
-            && held.key_len == self.key.len()
-            && held.data_len == self.data.map_or(0, DataType::len)
+        observed.flags & !NFT_SET_EXPR == self.flags()
+            && (observed.flags & NFT_SET_EXPR != 0) == self.is_counted()
+            && observed.key_len == self.key.len()
+            && observed.data_len == self.data.map_or(0, DataType::len)
     }
 }
 
-impl From<&Table> for Held {
+impl From<&Table> for ObservedTable {
     fn from(table: &Table) -> Self {
-        Held {
+        ObservedTable {
             exists: true,
             flags: 0,
             owner: None,
@@ -467,13 +472,13 @@ impl From<&Table> for Held {
                 .sets
                 .iter()
                 .map(|(n, s)| {
-                    let held = HeldSet {
+                    let observed = ObservedSet {
                         flags: s.kind.flags() | if s.kind.is_counted() { NFT_SET_EXPR } else { 0 },
                         key_len: s.kind.key.len(),
                         data_len: s.kind.data.map_or(0, DataType::len),
                         elements: s.elements.clone(),
                     };
-                    (n.clone(), held)
+                    (n.clone(), observed)
                 })
                 .collect(),
             counters: table.counters.iter().map(|n| Cow::Borrowed(*n)).collect(),

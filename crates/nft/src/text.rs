@@ -2,7 +2,7 @@
 //! them.
 
 use super::elements::Bytes;
-use super::rule::WayOn;
+use super::rule::Continuation;
 use super::rule::protocol_name;
 use super::table::{Chain, Data, DataType, Elements, Hook, Key, Policy, Set, SetKind, Table, TableName, hook};
 use super::uapi::*;
@@ -80,9 +80,9 @@ impl<'a> Listing<'a> {
         }
         order.push(name);
         for (rule, _) in chain.rules() {
-            match rule.way_on() {
-                Some(WayOn::Chain(next)) => self.visit(next, order, seen),
-                Some(WayOn::Map(map)) => {
+            match rule.continuation() {
+                Some(Continuation::Chain(next)) => self.visit(next, order, seen),
+                Some(Continuation::Map(map)) => {
                     for (_, data) in self.table.sets.get(map).iter().flat_map(|map| map.elements.iter()) {
                         if let Data::Jump(next) = data {
                             self.visit(&next, order, seen);

@@ -5,8 +5,8 @@
 
 use super::read::{header, kind};
 use super::table::{
-    Data, DataType, Elements, Held, HeldSet, Hook, Key, Lifetime, ObservedChain, Policy, Set, SetKind, Table,
-    TableName, Unlike,
+    ChainDifference, Data, DataType, Elements, Hook, Key, Lifetime, ObservedChain, ObservedSet, ObservedTable, Policy,
+    Set, SetKind, Table, TableName,
 };
 use super::uapi::*;
 use crate::netlink::{self, Attributes, NLM_F_ACK, NLM_F_APPEND, NLM_F_CREATE, NLM_F_REQUEST, Socket};
@@ -43,9 +43,9 @@ impl Ownership {
     }
 
     /// The table's flags. A table that lost its owner and is not adopted keeps the persist flag.
-    pub(super) fn flags(self, held: &Held) -> u32 {
+    pub(super) fn flags(self, observed: &ObservedTable) -> u32 {
         match self {
-            Ownership::None => held.flags & NFT_TABLE_F_PERSIST,
+            Ownership::None => observed.flags & NFT_TABLE_F_PERSIST,
             Ownership::Lasting => NFT_TABLE_F_OWNER | NFT_TABLE_F_PERSIST,
             Ownership::WithSocket => NFT_TABLE_F_OWNER,
         }
@@ -58,11 +58,11 @@ impl Ownership {
 
     /// Whether the kernel can give this ownership to the existing table: it sets `NFT_TABLE_F_PERSIST` on new tables
     /// only, and never clears it (`nf_tables_updtable`).
-    pub(super) fn can_be_given(self, held: &Held) -> bool {
+    pub(super) fn can_be_given(self, observed: &ObservedTable) -> bool {
         match self {
             Ownership::None => true,
-            Ownership::Lasting => held.flags & NFT_TABLE_F_PERSIST != 0,
-            Ownership::WithSocket => held.owner.is_some() && held.flags & NFT_TABLE_F_PERSIST == 0,
+            Ownership::Lasting => observed.flags & NFT_TABLE_F_PERSIST != 0,
+            Ownership::WithSocket => observed.owner.is_some() && observed.flags & NFT_TABLE_F_PERSIST == 0,
         }
     }
 }
@@ -128,20 +128,20 @@ impl<'a> Transaction<'a> {
         self.changes += 1;
     }
 
-    /// Appends the changes that turn `held` into `wanted`.
-    pub(super) fn table(&mut self, name: TableName, held: &Held, wanted: &Table, ownership: Ownership) {
-        let empty = Held::default();
-        let mut held = held;
-        let mut chains: Vec<_> = held.unlike(wanted).collect();
-        if held.exists && (!ownership.can_be_given(held) || rebuilt(held, wanted, &chains)) {
+    /// Appends the changes that turn `observed` into `wanted`.
+    pub(super) fn table(&mut self, name: TableName, observed: &ObservedTable, wanted: &Table, ownership: Ownership) {
+        let empty = ObservedTable::default();
+        let mut observed = observed;
+        let mut chains: Vec<_> = observed.differences(wanted).collect();
+        if observed.exists && (!ownership.can_be_given(observed) || rebuilt(observed, wanted, &chains)) {
             self.push(name, NFT_MSG_DELTABLE, 0, |p| p.text(NFTA_TABLE_NAME, name.name));
-            held = &empty;
-            chains = held.unlike(wanted).collect();
+            observed = &empty;
+            chains = observed.differences(wanted).collect();
         }
-        if !held.exists {
-            self.new_table(name, ownership.flags(held));
+        if !observed.exists {
+            self.new_table(name, ownership.flags(observed));
         }
-        for counter in wanted.counters.iter().filter(|c| !held.counters.contains(**c)) {
+        for counter in wanted.counters.iter().filter(|c| !observed.counters.contains(**c)) {
             self.push(name, NFT_MSG_NEWOBJ, NLM_F_CREATE, |p| {
                 p.text(NFTA_OBJ_TABLE, name.name);
                 p.text(NFTA_OBJ_NAME, counter);
@@ -149,19 +149,19 @@ impl<'a> Transaction<'a> {
                 p.nested(NFTA_OBJ_DATA, |_| {});
             });
         }
-        for (set, s) in wanted.sets.iter().filter(|(n, _)| !held.sets.contains_key(*n)) {
+        for (set, s) in wanted.sets.iter().filter(|(n, _)| !observed.sets.contains_key(*n)) {
             self.new_set(name, set, s);
             // Before the rules that use it.
             if s.kind.is_constant() {
                 self.elements(name, set, NFT_MSG_NEWSETELEM, s.elements.iter().collect(), s.kind);
             }
         }
-        for chain in chains.iter().filter(|chain| chain.held.is_none()) {
+        for chain in chains.iter().filter(|chain| chain.observed.is_none()) {
             self.new_chain(name, chain.name, chain.wanted.and_then(|wanted| wanted.hook()));
         }
         let none = Elements::default();
         for (set, s) in &wanted.sets {
-            let Some(h) = held.sets.get(set) else { continue };
+            let Some(h) = observed.sets.get(set) else { continue };
             if s.kind.is_constant() || std::sync::Arc::ptr_eq(&h.elements, &s.elements) {
                 continue;
             }
@@ -169,11 +169,11 @@ impl<'a> Transaction<'a> {
         }
         // Constant sets are removed whole, after the rules that use them. Elements of other sets may lead to chains
         // that are removed.
-        let unwanted = || held.sets.iter().filter(|(n, _)| !wanted.sets.contains_key(*n));
+        let unwanted = || observed.sets.iter().filter(|(n, _)| !wanted.sets.contains_key(*n));
         for (set, h) in unwanted().filter(|(_, h)| h.flags & NFT_SET_CONSTANT == 0) {
             self.elements(name, set, NFT_MSG_DELSETELEM, h.elements.iter().collect(), KEYS);
         }
-        for chain in chains.iter().filter(|chain| chain.held.is_some_and(ObservedChain::has_rules)) {
+        for chain in chains.iter().filter(|chain| chain.observed.is_some_and(ObservedChain::has_rules)) {
             self.push(name, NFT_MSG_DELRULE, 0, |p| {
                 p.text(NFTA_RULE_TABLE, name.name);
                 p.text(NFTA_RULE_CHAIN, chain.name);
@@ -190,11 +190,11 @@ impl<'a> Transaction<'a> {
             }
         }
         for (set, s) in &wanted.sets {
-            let held = held.sets.get(set).map_or(&none, |h| &*h.elements);
-            if s.kind.is_constant() || std::ptr::eq(held, &*s.elements) {
+            let observed = observed.sets.get(set).map_or(&none, |h| &*h.elements);
+            if s.kind.is_constant() || std::ptr::eq(observed, &*s.elements) {
                 continue;
             }
-            self.elements(name, set, NFT_MSG_NEWSETELEM, missing(&s.elements, held, s.kind), s.kind);
+            self.elements(name, set, NFT_MSG_NEWSETELEM, missing(&s.elements, observed, s.kind), s.kind);
         }
         for chain in chains.iter().filter(|chain| chain.wanted.is_none()) {
             self.push(name, NFT_MSG_DELCHAIN, 0, |p| {
@@ -208,7 +208,7 @@ impl<'a> Transaction<'a> {
                 p.text(NFTA_SET_NAME, set);
             });
         }
-        for counter in held.counters.iter().filter(|c| !wanted.counters.contains(&***c)) {
+        for counter in observed.counters.iter().filter(|c| !wanted.counters.contains(&***c)) {
             self.push(name, NFT_MSG_DELOBJ, 0, |p| {
                 p.text(NFTA_OBJ_TABLE, name.name);
                 p.text(NFTA_OBJ_NAME, counter);
@@ -228,7 +228,7 @@ impl<'a> Transaction<'a> {
     /// A batch that asks whether the kernel accepts a table. The batch has no end message, so the kernel checks it,
     /// answers and changes nothing (`nfnetlink_rcv_batch`), as for `nft --check`.
     pub(super) fn trial(mut self, name: TableName, table: &Table, ownership: Ownership) -> Batch {
-        self.table(name, &Held::default(), table, ownership);
+        self.table(name, &ObservedTable::default(), table, ownership);
         self.acknowledged()
     }
 
@@ -355,13 +355,15 @@ fn byte_orders(set: &Set) -> Vec<u8> {
 
 /// Whether the table must be created anew in the same transaction, because a set's type, a chain's hook or the
 /// content of a constant set differs. The kernel cannot change these.
-fn rebuilt(held: &Held, wanted: &Table, chains: &[Unlike<'_>]) -> bool {
-    let other = |s: &Set, h: &HeldSet| {
+fn rebuilt(observed: &ObservedTable, wanted: &Table, chains: &[ChainDifference<'_>]) -> bool {
+    let other = |s: &Set, h: &ObservedSet| {
         let same = || std::sync::Arc::ptr_eq(&h.elements, &s.elements) || h.elements == s.elements;
         !s.kind.is(h) || s.kind.is_constant() && !same()
     };
-    wanted.sets.iter().any(|(n, s)| held.sets.get(n).is_some_and(|h| other(s, h)))
-        || chains.iter().any(|c| c.held.zip(c.wanted).is_some_and(|(held, wanted)| held.hook() != wanted.hook()))
+    wanted.sets.iter().any(|(n, s)| observed.sets.get(n).is_some_and(|h| other(s, h)))
+        || chains
+            .iter()
+            .any(|c| c.observed.zip(c.wanted).is_some_and(|(observed, wanted)| observed.hook() != wanted.hook()))
 }
 
 /// A rule's user data: type, length, text with its NUL byte. `nft list` shows it as the rule's comment.

@@ -187,7 +187,7 @@ impl Ruleset {
         for problem in &*problems {
             eprintln!("egretd: cannot read a manifest, the node may use an earlier version of it: {problem}");
         }
-        Ok(ruleset::Ruleset::expected(&cluster, &self.name, &self.direct, marks)?.to_string())
+        Ok(ruleset::ExpectedRuleset::expected(&cluster, &self.name, &self.direct, marks)?.to_string())
     }
 }
 

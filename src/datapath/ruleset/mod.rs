@@ -13,7 +13,7 @@ mod sets;
 mod text;
 
 pub use sets::{PeerIndexes, SharedSets, shared_sets};
-pub use text::Ruleset;
+pub use text::ExpectedRuleset;
 
 use crate::datapath::names::{self, DEVICE, HOP_DEVICE, TABLE};
 use crate::model::marks::Marks;
@@ -141,18 +141,18 @@ fn value(mark: u32) -> Data {
 
 /// The tables of one plan. The next ones reuse what did not change: a pod's start changes one chain of hundreds.
 #[derive(Debug)]
-pub struct Made {
+pub struct Ruleset {
     plan: NodePlan,
     /// The chains that depend on this node's address and the port log only.
     fixed: Arc<[(Arc<str>, Arc<Chain>)]>,
     tables: Vec<(TableName, Table)>,
 }
 
-impl Made {
+impl Ruleset {
     /// The tables for `plan`. Parts of `before`, which was made with the same marks, are reused where nothing
     /// changed.
-    pub fn new(plan: NodePlan, shared: &SharedSets, marks: Marks, before: Option<&Made>) -> Self {
-        let is_same = |before: &&Made| (before.plan.local, before.plan.port_log) == (plan.local, plan.port_log);
+    pub fn new(plan: NodePlan, shared: &SharedSets, marks: Marks, before: Option<&Ruleset>) -> Self {
+        let is_same = |before: &&Ruleset| (before.plan.local, before.plan.port_log) == (plan.local, plan.port_log);
         let fixed = before.filter(is_same).map_or_else(
             || {
                 fixed::chains(marks, plan.local, plan.port_log)
@@ -167,7 +167,7 @@ impl Made {
         tables.push((NETDEV, netdev(&plan, shared, marks, before)));
         let held = before.and_then(|before| Some((&before.plan, before.table(FLUSH_GUARD)?)));
         tables.extend(flush_guard::table(&plan, marks, held));
-        Made { plan, fixed, tables }
+        Ruleset { plan, fixed, tables }
     }
 
     /// All tables, by name.
@@ -185,7 +185,7 @@ fn inet(
     fixed: &[(Arc<str>, Arc<Chain>)],
     shared: &SharedSets,
     marks: Marks,
-    before: Option<&Made>,
+    before: Option<&Ruleset>,
 ) -> Table {
     let before = before.and_then(|before| Some((&before.plan, before.table(INET)?)));
     let mut table = Table {
@@ -278,7 +278,7 @@ fn ingress(device: &str) -> Hook {
     }
 }
 
-fn netdev(plan: &NodePlan, shared: &SharedSets, marks: Marks, before: Option<&Made>) -> Table {
+fn netdev(plan: &NodePlan, shared: &SharedSets, marks: Marks, before: Option<&Ruleset>) -> Table {
     let is_same_way = before.is_some_and(|before| before.plan.way == plan.way);
     let before = before.and_then(|before| before.table(NETDEV));
     let mut table = Table { counters: [counter::NO_HOP].into(), ..Table::default() };

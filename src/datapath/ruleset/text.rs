@@ -3,7 +3,7 @@
 #[cfg(test)]
 mod tests;
 
-use super::{Made, PeerIndexes, SharedSets, shared_sets};
+use super::{PeerIndexes, Ruleset, SharedSets, shared_sets};
 use crate::model::marks::Marks;
 use crate::model::{Cluster, ObjectKey};
 use crate::node_plan::expected::{Expected, NoSuchNode};
@@ -13,49 +13,54 @@ use std::collections::BTreeMap;
 use std::fmt;
 
 /// The tables that a node is expected to load, with the names that they use for pods' interfaces.
-pub struct Ruleset {
+pub struct ExpectedRuleset {
     node: String,
     pods: BTreeMap<String, ObjectKey>,
-    made: Made,
+    ruleset: Ruleset,
 }
 
-impl Ruleset {
+impl ExpectedRuleset {
     /// The tables of `node`, from the cluster's state. `direct` lists destinations that no policy covers, in addition
     /// to the cluster's own. Names and numbers of interfaces and indexes of pods and peers are examples: a node gives
     /// its own.
     ///
     /// # Errors
     /// The cluster has no such node.
-    pub fn expected(cluster: &Cluster, node: &str, direct: &[IpNetwork], marks: Marks) -> Result<Ruleset, NoSuchNode> {
+    pub fn expected(
+        cluster: &Cluster,
+        node: &str,
+        direct: &[IpNetwork],
+        marks: Marks,
+    ) -> Result<ExpectedRuleset, NoSuchNode> {
         let Expected { view, plan, pods } = Expected::new(cluster, node, direct)?;
         let peers: PeerIndexes = view.allocations.peers.keys().copied().zip(1..).collect();
         let shared = shared_sets(&view, &peers, marks, &SharedSets::default());
-        Ok(Ruleset { node: node.to_owned(), pods, made: Made::new(plan, &shared, marks, None) })
+        Ok(ExpectedRuleset { node: node.to_owned(), pods, ruleset: Ruleset::new(plan, &shared, marks, None) })
     }
 
     /// The tables.
-    pub fn made(&self) -> &Made {
-        &self.made
+    pub fn ruleset(&self) -> &Ruleset {
+        &self.ruleset
     }
 }
 
-impl Made {
+impl Ruleset {
     /// The names of pods' interfaces, by index.
     pub fn interfaces(&self) -> BTreeMap<u32, String> {
         self.plan.pods.values().map(|pod| (pod.interface_index, pod.interface.clone())).collect()
     }
 }
 
-impl fmt::Display for Ruleset {
+impl fmt::Display for ExpectedRuleset {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "# What `egretd node` loads on {}.", self.node)?;
         self.pods.iter().try_for_each(|(interface, pod)| writeln!(f, "# {interface} stands for the veth of {pod}."))?;
         writeln!(f)?;
-        write!(f, "{}", self.made)
+        write!(f, "{}", self.ruleset)
     }
 }
 
-impl fmt::Display for Made {
+impl fmt::Display for Ruleset {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let interfaces = self.interfaces();
         let listing = |(name, table)| Listing { name, table, interfaces: &interfaces };

@@ -17,7 +17,7 @@ use crate::datapath::pod_veth::{self, Veth};
 use crate::datapath::route_socket::RouteSocket;
 use crate::datapath::routes::{self, METRIC_LAST, Route, RouteKind};
 use crate::datapath::rules::{self, Rule};
-use crate::datapath::ruleset::{self, Made, PeerIndexes, SharedSets};
+use crate::datapath::ruleset::{self, PeerIndexes, Ruleset, SharedSets};
 use crate::datapath::tunnel::Tunnel;
 use crate::datapath::underlay::Underlay;
 use crate::datapath::uplink::Uplinks;
@@ -54,7 +54,7 @@ pub struct Host {
     marks: Marks,
     peers: PeerIndexes,
     shared: SharedSets,
-    made: Option<Made>,
+    ruleset: Option<Ruleset>,
     /// The state last applied, to skip what has not changed; `None` if unknown.
     routing: Option<Routing>,
     placed: Option<Digest>,
@@ -125,7 +125,7 @@ impl Host {
             marks,
             peers,
             shared: SharedSets::default(),
-            made: None,
+            ruleset: None,
             routing: None,
             placed: None,
             uplinks: BTreeSet::new(),
@@ -361,12 +361,12 @@ impl Host {
         plan.way = if self.uses_veths { TunnelWay::Veths { tunnel: *device } } else { TunnelWay::EgressHook };
         plan.flush_guard = self.can_guard && !self.nft.owns_tables();
         let (hands_over, mut others) = (!plan.handed.is_empty(), without_extras(&plan));
-        let mut made = Made::new(plan, &self.shared, self.marks, self.made.as_ref());
-        let mut applied = self.nft.apply(made.tables());
+        let mut ruleset = Ruleset::new(plan, &self.shared, self.marks, self.ruleset.as_ref());
+        let mut applied = self.nft.apply(ruleset.tables());
         while let (Err(e), Some(other)) = (&applied, others.pop()) {
             let (refused, logs, still_hands_over) = (e.to_string(), other.port_log, !other.handed.is_empty());
-            made = Made::new(other, &self.shared, self.marks, self.made.as_ref());
-            applied = self.nft.apply(made.tables());
+            ruleset = Ruleset::new(other, &self.shared, self.marks, self.ruleset.as_ref());
+            applied = self.nft.apply(ruleset.tables());
             if applied.is_ok() && hands_over && !still_hands_over {
                 tracing::warn!("packets of moved egress IPs cannot be handed over, see `egretd check`: {refused}");
             }
@@ -380,13 +380,13 @@ impl Host {
             }
         }
         let changes = applied.context("nf_tables rejects the datapath")?;
-        self.made = Some(made);
+        self.ruleset = Some(ruleset);
         Ok(changes)
     }
 
     /// The chains of Egret's tables, as they were last applied.
     pub fn chains(&self) -> Vec<Chains> {
-        let tables = self.made.iter().flat_map(|made| made.tables());
+        let tables = self.ruleset.iter().flat_map(|ruleset| ruleset.tables());
         tables.map(|(name, table)| (*name, table.chains.clone())).collect()
     }
 

@@ -65,10 +65,10 @@ impl Rule {
     }
 
     /// Where packets continue after this rule: in a chain, or in the chains of a verdict map.
-    pub(super) fn way_on(&self) -> Option<WayOn<'_>> {
+    pub(super) fn continuation(&self) -> Option<Continuation<'_>> {
         self.expressions.iter().find_map(|expression| match expression {
-            Expression::Verdict(Verdict::Jump(chain) | Verdict::Goto(chain)) => Some(WayOn::Chain(chain)),
-            Expression::VerdictMap(_, map) => Some(WayOn::Map(map)),
+            Expression::Verdict(Verdict::Jump(chain) | Verdict::Goto(chain)) => Some(Continuation::Chain(chain)),
+            Expression::VerdictMap(_, map) => Some(Continuation::Map(map)),
             _ => None,
         })
     }
@@ -79,8 +79,8 @@ impl Rule {
     }
 }
 
-/// See [`Rule::way_on`].
-pub(super) enum WayOn<'a> {
+/// See [`Rule::continuation`].
+pub(super) enum Continuation<'a> {
     Chain(&'static str),
     Map(&'a str),
 }

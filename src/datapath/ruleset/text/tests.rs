@@ -15,7 +15,7 @@ async fn each_ruleset_is_as_in_its_file() {
         let source = cluster::open(&source, Scope::Node((*node).to_owned())).await.unwrap();
         assert_eq!(**source.problems.borrow(), [""; 0], "{of}");
         let cluster = source.snapshots.borrow().clone();
-        let text = Ruleset::expected(&cluster, node, &[], Marks::default()).unwrap().to_string();
+        let text = ExpectedRuleset::expected(&cluster, node, &[], Marks::default()).unwrap().to_string();
         let file = directory.join(format!("{name}.nft"));
         if std::env::var_os("EGRET_WRITE_SNAPSHOTS").is_some() {
             std::fs::write(&file, &text).unwrap();
@@ -31,6 +31,6 @@ async fn each_ruleset_is_as_in_its_file() {
 
 #[test]
 fn a_node_that_the_cluster_lacks_is_named() {
-    let error = Ruleset::expected(&Cluster::default(), "n9", &[], Marks::default()).err().unwrap();
+    let error = ExpectedRuleset::expected(&Cluster::default(), "n9", &[], Marks::default()).err().unwrap();
     assert!(error.to_string().contains("no Node \"n9\""), "{error}");
 }
