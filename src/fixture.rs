@@ -151,6 +151,12 @@ impl World {
         status.in_sync_since = Some(since.into());
     }
 
+    /// Lets a node report the MTU of its tunnel device.
+    pub(crate) fn has_tunnel_mtu(&mut self, node: &str, mtu: u32) {
+        let status = Arc::make_mut(self.cluster.egress_nodes.entry(node.into()).or_default());
+        status.of_allocations_mut().tunnel_mtu = Some(mtu);
+    }
+
     /// Lets a node report that its egress IPs have few source ports left.
     pub(crate) fn has_few_ports(&mut self, node: &str, found: &[PortsNearlyExhausted]) {
         let status = Arc::make_mut(self.cluster.egress_nodes.entry(node.into()).or_default());

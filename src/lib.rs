@@ -14,6 +14,7 @@
 //! | `controller`, `node` | the two daemons |
 //! | `probe` | asks a server outside which source address it sees, and is such a server |
 //! | `ctl` | the commands of `kubectl egret` |
+//! | `signals` | the signals that end a program |
 //! | `telemetry` | logs, metrics, health |
 //!
 //! The modules depend on each other in one direction, downward (`tests/structure.rs` has it exactly). `api`, `model`,
@@ -38,4 +39,5 @@ pub mod model;
 pub mod node;
 pub mod node_plan;
 pub mod probe;
+pub mod signals;
 pub mod telemetry;

@@ -2,6 +2,7 @@
 
 use super::allocator::{Allocator, GatewayPool};
 use crate::model::condition::Conditions;
+use crate::model::text::few;
 
 /// At most so many nodes are named.
 const NAMED: usize = 4;
@@ -39,12 +40,7 @@ pub(super) fn add_condition(conditions: &mut Conditions, allocator: &Allocator, 
 }
 
 fn named(nodes: &[String]) -> Option<String> {
-    let first = nodes.iter().take(NAMED).map(String::as_str).collect::<Vec<_>>().join(", ");
-    match nodes.len() {
-        0 => None,
-        n if n > NAMED => Some(format!("{first} and {} more", n - NAMED)),
-        _ => Some(first),
-    }
+    (!nodes.is_empty()).then(|| few(nodes, NAMED))
 }
 
 #[cfg(test)]

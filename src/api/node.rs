@@ -38,6 +38,9 @@ pub struct EgressNodeStatus {
     pub tunnel_address: Option<IpAddr>,
     /// The MAC address of the node's tunnel device, `02:…`, derived from the node's name.
     pub tunnel_mac: Option<String>,
+    /// The MTU of the node's tunnel device, bytes: what its pods' packets to a gateway node may have.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tunnel_mtu: Option<u32>,
     /// Whether the node answers liveness probes in the tunnel while it can hold egress IPs: its tunnel carries IPv6.
     #[serde(default)]
     pub answers: bool,
@@ -108,6 +111,7 @@ impl EgressNodeStatus {
         EgressNodeStatus {
             version: None,
             in_sync_since: None,
+            tunnel_mtu: None,
             ports_nearly_exhausted: Vec::new(),
             direct: Vec::new(),
             blocked: Vec::new(),

@@ -47,12 +47,7 @@ pub fn run() -> Vec<Need> {
     };
     vec![
         tunnel(vxlan(&mut socket)),
-        Need::tried(
-            "veth",
-            device(&mut socket, "egt0", "veth", |_| {}),
-            "pods' interfaces",
-            "needs CONFIG_VETH (module veth)",
-        ),
+        veth(device(&mut socket, "egt0", "veth", |_| {})),
         Need::tried(
             "addresses' metric",
             address_metric(&mut socket, IFA_RT_PRIORITY),
@@ -60,7 +55,7 @@ pub fn run() -> Vec<Need> {
             "needs Linux 4.18: without it Egret could not tell its own addresses from others, and adds none",
         ),
         ipv4(routing(&mut socket, libc::AF_INET as u8)),
-        ipv6(routing(&mut socket, libc::AF_INET6 as u8)),
+        optional_ipv6(routing(&mut socket, libc::AF_INET6 as u8)),
     ]
 }
 
@@ -74,7 +69,12 @@ pub(super) fn tunnel(result: Result<(), impl ToString>) -> Need {
     )
 }
 
-/// Policy routing, by a trial's result.
+/// Pods' interfaces and the pair of veths before the tunnel device, by a trial's result.
+pub(super) fn veth(result: Result<(), impl ToString>) -> Need {
+    Need::tried("veth", result.map_err(|e| e.to_string()), "pods' interfaces", "needs CONFIG_VETH (module veth)")
+}
+
+/// Policy routing in IPv4, by a trial's result.
 pub(super) fn ipv4(result: Result<(), impl ToString>) -> Need {
     Need::tried(
         "policy routing, IPv4",
@@ -84,15 +84,20 @@ pub(super) fn ipv4(result: Result<(), impl ToString>) -> Need {
     )
 }
 
-/// On a host without IPv6, Egret works for IPv4 alone.
-fn ipv6(result: Result<(), Error>) -> Need {
-    let without = matches!(&result, Err(e) if matches!(e.errno(), Some(libc::EAFNOSUPPORT | libc::EOPNOTSUPP)));
-    let need = Need::tried(
+/// Policy routing in IPv6, by a trial's result.
+pub(super) fn ipv6(result: Result<(), impl ToString>) -> Need {
+    Need::tried(
         "policy routing, IPv6",
-        result,
+        result.map_err(|e| e.to_string()),
         "by mark, with throw and unreachable",
         "needs CONFIG_IPV6_MULTIPLE_TABLES; without it there is no egress in IPv6",
-    );
+    )
+}
+
+/// On a host without IPv6, Egret works for IPv4 alone.
+fn optional_ipv6(result: Result<(), Error>) -> Need {
+    let without = matches!(&result, Err(e) if matches!(e.errno(), Some(libc::EAFNOSUPPORT | libc::EOPNOTSUPP)));
+    let need = ipv6(result);
     if without { Need { state: State::Warn, ..need } } else { need }
 }
 

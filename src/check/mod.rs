@@ -11,6 +11,7 @@ mod trial;
 pub use host::KERNEL;
 
 use egret_nft::Nftables;
+use egret_nft::netlink::Error;
 use std::fmt;
 use std::io::Write;
 use std::process::ExitCode;
@@ -81,8 +82,12 @@ impl fmt::Display for Need {
 pub enum Part {
     /// The tunnel device.
     Tunnel,
-    /// Routing rules and tables.
-    Routing,
+    /// The pair of veths before the tunnel device.
+    TunnelVeths,
+    /// Routing rules and tables of IPv4.
+    RoutingIpv4,
+    /// Routing rules and tables of IPv6.
+    RoutingIpv6,
     /// The nftables tables.
     Tables,
 }
@@ -92,7 +97,9 @@ pub enum Part {
 pub fn lacking(part: Part, error: &str) -> String {
     let needs = match part {
         Part::Tunnel => vec![links::tunnel(Err(error))],
-        Part::Routing => vec![links::ipv4(Err(error))],
+        Part::TunnelVeths => vec![links::veth(Err(error))],
+        Part::RoutingIpv4 => vec![links::ipv4(Err(error))],
+        Part::RoutingIpv6 => vec![links::ipv6(Err(error))],
         Part::Tables => nf_tables::lacking(),
     };
     let words = needs.iter().map(|need| format!("{}: {}; {}", need.name, need.found, need.remedy));
@@ -100,7 +107,10 @@ pub fn lacking(part: Part, error: &str) -> String {
 }
 
 /// Whether devices have an egress hook, by a trial that makes nothing.
-pub fn has_egress_hook(nft: &mut Nftables) -> bool {
+///
+/// # Errors
+/// The trial failed for another reason than a lack of the hook.
+pub fn has_egress_hook(nft: &mut Nftables) -> Result<bool, Error> {
     nf_tables::has_egress_hook(nft)
 }
 

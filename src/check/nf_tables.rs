@@ -9,6 +9,7 @@ use egret_nft::netlink::Error;
 use egret_nft::rule::Rule;
 use egret_nft::table::{Chain, DataType, Hook, Policy, Set, SetKind, Table, TableName, hook};
 use egret_nft::uapi::*;
+use nix::libc::{EAFNOSUPPORT, EINVAL, ENOENT, EOPNOTSUPP};
 use std::net::Ipv4Addr;
 use std::sync::Arc;
 
@@ -159,8 +160,16 @@ fn one_is_enough(all: &mut Vec<Need>) {
 }
 
 /// Whether devices have an egress hook. It makes nothing.
-pub(super) fn has_egress_hook(nft: &mut Nftables) -> bool {
-    TRIALS.iter().filter(|trial| trial.name == HOOK).all(|trial| nft.try_out(trial.family, &(trial.table)()).is_ok())
+pub(super) fn has_egress_hook(nft: &mut Nftables) -> Result<bool, Error> {
+    for trial in TRIALS.iter().filter(|trial| trial.name == HOOK) {
+        match nft.try_out(trial.family, &(trial.table)()) {
+            Ok(()) => {}
+            // No such hook (`nft_chain_parse_netdev`), no such family, an attribute of a hook that is not known.
+            Err(e) if matches!(e.errno(), Some(EOPNOTSUPP | EAFNOSUPPORT | ENOENT | EINVAL)) => return Ok(false),
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(true)
 }
 
 /// The parts that this kernel lacks and Egret cannot work without. It makes nothing.

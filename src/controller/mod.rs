@@ -9,18 +9,17 @@ mod write_overlay;
 
 use crate::cluster::{self, Leadership, Scope, Source, SourceName};
 use crate::model::{Cluster, Gateway};
+use crate::signals;
 use crate::telemetry::server::{self, Addresses, Readiness};
-use anyhow::{Context, bail};
+use anyhow::bail;
 use metrics::Metrics;
 use pass::Controller;
 use prometheus_client::registry::Registry;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use tokio::time::{sleep, sleep_until};
-use tracing::info;
 
 /// Changes within this time are handled together: minimum, and maximum under load.
 const DEBOUNCE: (Duration, Duration) = (Duration::from_millis(2), Duration::from_millis(500));
@@ -37,27 +36,16 @@ pub async fn run(source: &SourceName, addresses: &Addresses) -> anyhow::Result<(
     let waiting_for = |what: &str| drop(ready.send_replace(Readiness::waiting_for(what)));
     let source = tokio::select! {
         source = cluster::open_and_report(source, Scope::Controller, &waiting_for) => source?,
-        ended = stopped() => return ended,
+        () = signals::stopped()? => return Ok(()),
     };
     let stop = source.leadership.clone();
     tokio::select! {
         ended = lead_in_turns(source, metrics, ready) => ended,
-        ended = stopped() => {
+        () = signals::stopped()? => {
             stop.release().await;
-            ended
+            Ok(())
         }
     }
-}
-
-/// Waits for SIGTERM or SIGINT.
-async fn stopped() -> anyhow::Result<()> {
-    let mut terminate = signal(SignalKind::terminate()).context("SIGTERM cannot be watched")?;
-    let mut interrupt = signal(SignalKind::interrupt()).context("SIGINT cannot be watched")?;
-    tokio::select! {
-        _ = terminate.recv() => info!("stopping: SIGTERM"),
-        _ = interrupt.recv() => info!("stopping: SIGINT"),
-    }
-    Ok(())
 }
 
 async fn lead_in_turns(source: Source, metrics: Metrics, ready: watch::Sender<Readiness>) -> anyhow::Result<()> {

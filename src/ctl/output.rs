@@ -1,5 +1,7 @@
 //! How results are shown: text for people, with colours on a terminal, or JSON or YAML for programs.
 
+pub use crate::model::text::{few, number};
+
 use anyhow::Context;
 use serde::Serialize;
 use std::io::{ErrorKind, IsTerminal, Write};
@@ -91,19 +93,6 @@ pub fn print(text: &str) -> anyhow::Result<()> {
     }
 }
 
-/// `10,000`.
-pub fn number(n: usize) -> String {
-    let digits = n.to_string();
-    let mut out = String::new();
-    for (i, digit) in digits.chars().enumerate() {
-        if i > 0 && (digits.len() - i).is_multiple_of(3) {
-            out.push(',');
-        }
-        out.push(digit);
-    }
-    out
-}
-
 /// `1 node`, `2 nodes`; `many` is the plural.
 pub fn count(n: usize, one: &str, many: &str) -> String {
     format!("{} {}", number(n), if n == 1 { one } else { many })
@@ -119,27 +108,14 @@ pub fn age(seconds: i64) -> String {
     }
 }
 
-/// The first few names, and how many more there are.
-pub fn few<T: ToString>(names: &[T], most: usize) -> String {
-    let shown: Vec<String> = names.iter().take(most).map(ToString::to_string).collect();
-    match names.len().saturating_sub(most) {
-        0 => shown.join(", "),
-        more => format!("{} and {} more", shown.join(", "), number(more)),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn numbers_and_lists_are_short() {
-        assert_eq!([0, 999, 1000, 1234567].map(number), ["0", "999", "1,000", "1,234,567"]);
+    fn counts_and_ages_are_short() {
         assert_eq!(count(1, "policy", "policies"), "1 policy");
         assert_eq!(count(0, "policy", "policies"), "0 policies");
-        assert_eq!(few(&["a", "b", "c"], 2), "a, b and 1 more");
-        assert_eq!(few(&["a", "b"], 2), "a, b");
-        assert_eq!(few::<String>(&[], 2), "");
         assert_eq!([-1, 119, 120, 7_199, 7_200, 172_800].map(age), ["0s", "119s", "2m", "119m", "2h", "2d"]);
     }
 

@@ -13,6 +13,8 @@ use std::collections::BTreeSet;
 
 /// The priorities of Egret's rules, without the quarantine's.
 const OWN: [u32; 4] = [RULE_REQUEST, RULE_REPLY, RULE_UPLINK, RULE_FLUSH_GUARD];
+/// The family, in the error about a rule of IPv6.
+pub const IPV6: &str = "IPv6";
 /// How often the rules are read again after an inverted rule was deleted.
 const ROUNDS: usize = 4;
 
@@ -142,8 +144,12 @@ fn add(family: AddressFamily, rule: &Rule) -> Change {
         flags: NLM_F_CREATE | NLM_F_EXCL,
         done_already: &[EEXIST],
         about: format!(
-            "add the routing rule {}: mark {:#x}/{:#x} to table {}",
-            rule.priority, rule.mark, rule.mask, rule.table
+            "add the {} routing rule {}: mark {:#x}/{:#x} to table {}",
+            if family == AddressFamily::Inet6 { IPV6 } else { "IPv4" },
+            rule.priority,
+            rule.mark,
+            rule.mask,
+            rule.table
         ),
     }
 }

@@ -19,6 +19,9 @@ use netlink_packet_route::link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo, L
 use nix::libc::ENODEV;
 use rtnetlink::{LinkUnspec, LinkVeth};
 
+/// Begins the error if the kernel does not create the devices.
+pub const REFUSED: &str = "veths before the tunnel device";
+
 /// Creates or adjusts the pair, and returns the index of [`OUT_DEVICE`].
 ///
 /// # Errors
@@ -113,7 +116,7 @@ async fn create(socket: &RouteSocket) -> Result<()> {
     let about = format!("create the devices {OUT_DEVICE} and {HOP_DEVICE}");
     let flags = NLM_F_CREATE | NLM_F_EXCL;
     let created = socket.apply(vec![Change { message, flags, done_already: &[], about }]).await;
-    created.context("veths before the tunnel device").map(drop)
+    created.context(REFUSED).map(drop)
 }
 
 /// Sets attributes, and up.

@@ -67,6 +67,8 @@ pub struct OfAllocations {
     pub version: Option<Box<str>>,
     /// Since when it has been in sync, RFC 3339. Absent in node daemons.
     pub in_sync_since: Option<Box<str>>,
+    /// The MTU of its tunnel device, bytes. Absent in node daemons.
+    pub tunnel_mtu: Option<u32>,
     /// Its conditions that are false. Empty in node daemons.
     pub failing: Vec<Condition>,
 }
@@ -90,6 +92,7 @@ impl EgressNode {
             ports_nearly_exhausted: Vec::new(),
             version: None,
             in_sync_since: None,
+            tunnel_mtu: None,
             failing: Vec::new(),
         };
         self.of_allocations.as_deref().unwrap_or(&NOTHING)
@@ -109,6 +112,7 @@ impl From<EgressNodeStatus> for EgressNode {
             in_sync_since,
             tunnel_address,
             tunnel_mac,
+            tunnel_mtu,
             answers,
             allocations,
             taken,
@@ -142,6 +146,7 @@ impl From<EgressNodeStatus> for EgressNode {
             ports_nearly_exhausted,
             version: version.map(Into::into),
             in_sync_since: in_sync_since.map(Into::into),
+            tunnel_mtu,
             failing: conditions.into_iter().filter(|condition| condition.status == "False").collect(),
         };
         EgressNode {

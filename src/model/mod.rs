@@ -30,6 +30,7 @@ pub mod selector;
 mod service;
 pub mod shared;
 pub mod target;
+pub mod text;
 pub mod trace;
 pub mod tunnel_family;
 pub mod tunnel_mac;

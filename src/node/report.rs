@@ -127,6 +127,7 @@ impl Report {
             in_sync_since: own.in_sync_since.map(time),
             tunnel_address: tunnel.map(|tunnel| tunnel.local),
             tunnel_mac: tunnel.map(|tunnel| mac::Shown(tunnel.mac).to_string()),
+            tunnel_mtu: tunnel.map(|tunnel| tunnel.mtu),
             answers: tunnel.is_some_and(|tunnel| tunnel.ipv6),
             allocations: view.allocations.held.iter().copied().collect(),
             taken: facts.taken.iter().map(|(id, since)| TakenAllocation { id: *id, since: *since }).collect(),

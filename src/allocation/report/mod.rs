@@ -13,6 +13,7 @@ use crate::model::egress_node::OfAllocations;
 use crate::model::precedence::{PassedOver, PolicyIndex, Ranked, passed_over};
 use crate::model::quota;
 use crate::model::selector::Name;
+use crate::model::text::few;
 use crate::model::uplink_key::UplinkKey;
 use crate::model::{Cluster, Gateway, MOVE_TO, Namespaces, Node, Policy, PolicyKey, Tier};
 use coverage::Coverage;
@@ -156,11 +157,10 @@ fn wants_other_node(policy: &Policy, grant: &Grant) -> String {
 
 /// At most three of the nodes are named.
 fn over_limit_of_nodes(nodes: &[&str]) -> String {
-    let more = if nodes.len() > 3 { format!(" and {} more", nodes.len() - 3) } else { String::new() };
     format!(
-        "its pods on {}{more} are isolated: the policies of the pods there list more destinations than one node takes, \
+        "its pods on {} are isolated: the policies of the pods there list more destinations than one node takes, \
          and this one lists the most; list fewer destinations, or use wider networks",
-        nodes.iter().take(3).copied().collect::<Vec<_>>().join(", ")
+        few(nodes, 3)
     )
 }
 
@@ -283,15 +283,10 @@ impl<'a> NodeReports<'a> {
 }
 
 fn shadowed(cluster: &Cluster, policy: &Policy, by: &BTreeSet<&PolicyKey>) -> String {
-    let names: Vec<String> = by.iter().take(3).map(|key| key.to_string()).collect();
-    let more = match by.len() - names.len() {
-        0 => String::new(),
-        more => format!(" and {more} more"),
-    };
     format!(
-        "for each of its pods, policies before it decide for all its destinations: {}{more}; {}, or narrow their \
+        "for each of its pods, policies before it decide for all its destinations: {}; {}, or narrow their \
          egress",
-        names.join(", "),
+        few(by, 3),
         before_them(policy, by.iter().filter_map(|key| cluster.policies.get(*key)).map(|policy| &**policy))
     )
 }

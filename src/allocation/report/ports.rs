@@ -2,6 +2,7 @@
 
 use crate::api::{Allocation, PortsNearlyExhausted};
 use crate::model::Cluster;
+use crate::model::text::few;
 use std::collections::HashMap;
 
 /// The condition of policies and gateways. It is absent while there are enough ports.
@@ -61,9 +62,7 @@ fn listed(found: &[&PortsNearlyExhausted]) -> String {
         let server = std::net::SocketAddr::new(*destination, *port);
         format!("connections from {address} to {server} ({protocol}) use more than 70 % of the source ports {ports}")
     };
-    let named: Vec<String> = found.iter().take(NAMED).map(one).collect();
-    let more = if found.len() > NAMED { format!(", and {} more", found.len() - NAMED) } else { String::new() };
-    named.join(", ") + &more
+    few(found.iter().map(one), NAMED)
 }
 
 /// The remedy where the range is a small one.

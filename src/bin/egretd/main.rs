@@ -16,12 +16,11 @@ use egret::model::marks::Marks;
 use egret::telemetry::access::{Access, Guard};
 use egret::telemetry::logs;
 use egret::telemetry::server::{Addresses, ListenAddress};
-use egret::{api, controller, install, memory, node};
+use egret::{api, controller, install, memory, node, signals};
 use std::io::Write;
 use std::process::ExitCode;
 use std::time::Duration;
 use tokio::runtime::{Builder, Runtime};
-use tokio::signal::unix::{SignalKind, signal};
 use tokio::time::timeout;
 
 /// How long `egretd ruleset` waits for the cluster's state. Reading 100,000 pods takes some seconds.
@@ -59,7 +58,7 @@ fn run(arguments: Arguments) -> anyhow::Result<ExitCode> {
 
 impl Node {
     async fn run(self) -> anyhow::Result<()> {
-        let stop = stopped()?;
+        let stop = signals::stopped()?;
         let cluster = self.cluster.name();
         let addresses = self.readers.addresses(self.metrics_address, self.health_address, &cluster).await?;
         let options = node::Options {
@@ -205,22 +204,10 @@ impl Why {
     }
 }
 
-/// Completes when the daemon receives SIGTERM or SIGINT.
-fn stopped() -> anyhow::Result<impl Future<Output = ()>> {
-    let mut terminate = signal(SignalKind::terminate()).context("cannot watch SIGTERM")?;
-    let mut interrupt = signal(SignalKind::interrupt()).context("cannot watch SIGINT")?;
-    Ok(async move {
-        tokio::select! {
-            _ = terminate.recv() => tracing::info!("stopping: SIGTERM"),
-            _ = interrupt.recv() => tracing::info!("stopping: SIGINT"),
-        }
-    })
-}
-
 /// Runs something that has nothing to do when it is stopped.
 fn until_stopped(run: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {
     runtime()?.block_on(async {
-        let stop = stopped()?;
+        let stop = signals::stopped()?;
         tokio::select! { () = stop => Ok(()), done = run => done }
     })
 }

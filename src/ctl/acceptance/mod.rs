@@ -22,6 +22,7 @@ use super::state::{self, State};
 use super::status::status;
 use crate::cluster::kube::Client;
 use crate::cluster::{PodsOf, SourceName};
+use crate::signals;
 use anyhow::{Context, bail};
 use place::Place;
 use report::Reporter;
@@ -29,7 +30,6 @@ use ring::rand::{SecureRandom, SystemRandom};
 use scene::Scene;
 use server::Server;
 use std::time::{Duration, Instant};
-use tokio::signal::unix::{SignalKind, signal};
 use tokio::time::{sleep, timeout};
 
 /// The groups of checks.
@@ -81,7 +81,7 @@ pub async fn run(source: &SourceName, options: &Options, show: Option<Show<'_>>)
     reporter.found_leftovers(&swept, &kept);
     let scene = Scene { client, name: format!("{}{}", objects::PREFIX, unique()?), image, server };
     reporter.begins(&scene.name);
-    let interrupted = interrupted()?;
+    let interrupted = signals::stopped()?;
     let outcome = tokio::select! {
         done = within(options.timeout, steps::run(&scene, source, options, &place, &mut reporter)) => done,
         never = scene.stay_alive() => match never {},
@@ -110,7 +110,7 @@ async fn clean_up(scene: &Scene, keep: bool, reporter: &mut Reporter<'_>) {
         let again = async {
             // One ctrl-C may arrive twice: `timeout` and shells signal the process and its group.
             sleep(ONE_CTRL_C).await;
-            match interrupted() {
+            match signals::stopped() {
                 Ok(interrupted) => interrupted.await,
                 Err(_) => std::future::pending().await,
             }
@@ -183,15 +183,6 @@ fn unique() -> anyhow::Result<String> {
     SystemRandom::new().fill(&mut random).ok().context("the system has no random numbers")?;
     let letters = b"abcdefghijklmnopqrstuvwxyz0123456789";
     Ok(random.iter().map(|byte| char::from(letters[usize::from(*byte) % letters.len()])).collect())
-}
-
-/// Completes at ctrl-C, or when the program is told to end.
-fn interrupted() -> anyhow::Result<impl Future<Output = ()>> {
-    let mut interrupt = signal(SignalKind::interrupt()).context("cannot watch SIGINT")?;
-    let mut terminate = signal(SignalKind::terminate()).context("cannot watch SIGTERM")?;
-    Ok(async move {
-        tokio::select! { _ = interrupt.recv() => {}, _ = terminate.recv() => {} }
-    })
 }
 
 /// What to run outside, for a user who has named no server.

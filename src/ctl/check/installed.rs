@@ -3,7 +3,7 @@
 use super::{Check, State};
 use crate::api::crds;
 use crate::cluster::kube::Client;
-use crate::ctl::site::{Objects, Wanted};
+use crate::ctl::site::{Found, Objects, Wanted};
 use anyhow::Context;
 use serde_json::Value;
 
@@ -125,9 +125,16 @@ fn lacks(wanted: &Value, there: &Value, at: &str) -> Option<String> {
 }
 
 /// The DaemonSet and the Deployment.
-pub(super) async fn workloads(objects: &Objects) -> Vec<Check> {
+pub(super) struct Workloads {
+    pub(super) checks: Vec<Check>,
+    /// The image of the nodes' daemons.
+    pub(super) image: Option<String>,
+}
+
+/// Whether the workloads are there and ready.
+pub(super) async fn workloads(objects: &Objects) -> Workloads {
     if matches!(objects, Objects::Dir(_)) {
-        return Vec::new();
+        return Workloads { checks: Vec::new(), image: None };
     }
     let found = objects.read(&[NODES, CONTROLLERS]).await;
     let fields = ["desiredNumberScheduled", "numberReady"];
@@ -136,24 +143,17 @@ pub(super) async fn workloads(objects: &Objects) -> Vec<Check> {
     let controllers = workload(&found, &CONTROLLERS, "Deployment egret-controller", |set| {
         [set["spec"]["replicas"].as_u64().unwrap_or(1), set["status"]["readyReplicas"].as_u64().unwrap_or(0)]
     });
-    [nodes, controllers].into_iter().flatten().collect()
+    Workloads { checks: [nodes, controllers].into_iter().flatten().collect(), image: image(&found) }
 }
 
-/// The image of the nodes' daemons.
-pub(super) async fn image(objects: &Objects) -> Option<String> {
-    let found = objects.read(&[NODES]).await;
+fn image(found: &Found) -> Option<String> {
     let containers = found.one(&NODES)?["spec"]["template"]["spec"]["containers"].as_array()?;
     let node = containers.iter().find(|container| container["name"] == "node").or(containers.first())?;
     node["image"].as_str().map(str::to_owned)
 }
 
 /// Whether a workload is there, ready, and of this version.
-fn workload(
-    found: &crate::ctl::site::Found,
-    wanted: &Wanted,
-    name: &str,
-    counts: impl Fn(&Value) -> [u64; 2],
-) -> Vec<Check> {
+fn workload(found: &Found, wanted: &Wanted, name: &str, counts: impl Fn(&Value) -> [u64; 2]) -> Vec<Check> {
     let group = "egret";
     let Some(set) = found.one(wanted) else {
         return vec![match found.unread.get(wanted.path) {

@@ -109,7 +109,7 @@ pub async fn check(source: &SourceName, before: bool) -> anyhow::Result<Checks> 
     let is_installed = definitions.is_installed || matches!(objects, Objects::Dir(_));
     if is_installed && !before {
         all.extend(definitions.checks);
-        all.extend(installed::workloads(&objects).await);
+        all.extend(installed::workloads(&objects).await.checks);
         match state::read(source, PodsOf::Nobody).await {
             Ok(state) => all.extend(of_status(&status(&state, None))),
             Err(e) => all.push(Check::new(
@@ -142,8 +142,9 @@ pub(super) async fn installation(objects: &Objects) -> anyhow::Result<Installati
         checks.push(installed::api_server(client).await?);
     }
     checks.extend(installed::definitions(objects).await.checks);
-    checks.extend(installed::workloads(objects).await);
-    Ok(Installation { checks, image: installed::image(objects).await })
+    let workloads = installed::workloads(objects).await;
+    checks.extend(workloads.checks);
+    Ok(Installation { checks, image: workloads.image })
 }
 
 fn of_cni(cni: &cni::Cni, unread: &[String]) -> Vec<Check> {

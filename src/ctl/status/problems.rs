@@ -13,6 +13,9 @@ use std::collections::{BTreeMap, BTreeSet};
 /// From this share of a pool in use on, in percent, it counts as nearly exhausted.
 const NEARLY: u128 = 90;
 
+/// The smallest MTU of a device with IPv6 (`IPV6_MIN_MTU`, include/uapi/linux/ipv6.h).
+const IPV6_MIN_MTU: u32 = 1280;
+
 /// What is wrong, the worst first.
 pub(super) fn problems(facts: &Facts) -> Vec<Problem> {
     let mut found = Found { all: facts.state.of_site.clone(), ..Found::default() };
@@ -22,6 +25,7 @@ pub(super) fn problems(facts: &Facts) -> Vec<Problem> {
     found.dead_nodes(facts);
     found.nodes_without_daemon(facts);
     facts.state.cluster.egress_nodes.keys().for_each(|name| found.node(facts, name));
+    found.tunnel_mtus(facts);
     found.policies(facts);
     let mut all = found.all;
     // Where packets bypass netfilter, nothing else matters.
@@ -176,6 +180,38 @@ impl Found {
             );
             let object = count(sources.len(), "node", "nodes");
             self.add(Problem::new(Severity::Warning, object, "NodeNotReporting", message));
+        }
+    }
+
+    /// A node derives its tunnel's MTU from its own routes and interfaces, and cannot see the other end's.
+    fn tunnel_mtus(&mut self, facts: &Facts) {
+        let mut by_mtu: BTreeMap<u32, Vec<&Name>> = BTreeMap::new();
+        for name in facts.state.cluster.nodes.keys() {
+            if let Some(mtu) = facts.reports(name).and_then(|reports| reports.tunnel_mtu) {
+                by_mtu.entry(mtu).or_default().push(name);
+            }
+        }
+        for (mtu, nodes) in by_mtu.iter().filter(|(mtu, _)| **mtu < IPV6_MIN_MTU) {
+            let message = format!(
+                "the tunnel takes packets of {mtu} bytes on {}, and IPv6 needs {IPV6_MIN_MTU}: these nodes cannot hold \
+                 egress IPs",
+                few(nodes, 4)
+            );
+            let problem = Problem::new(Severity::Error, "tunnel", "TunnelMtuTooSmall", message);
+            self.add(problem.or_else(
+                "raise the MTU of the interfaces by which these nodes reach the others: 1330 over IPv4, 1350 over IPv6",
+            ));
+        }
+        if by_mtu.len() > 1 {
+            let listed: Vec<String> =
+                by_mtu.iter().map(|(mtu, nodes)| format!("{mtu} bytes on {}", few(nodes, 4))).collect();
+            let message = format!(
+                "the tunnel takes packets of {}: packets of a node with the larger MTU are lost where the other end or \
+                 the network between takes less and does not report it",
+                listed.join(", of ")
+            );
+            let problem = Problem::new(Severity::Warning, "tunnel", "TunnelMtuDiffers", message);
+            self.add(problem.or_else("give the interfaces by which nodes reach each other the same MTU on all nodes"));
         }
     }
 

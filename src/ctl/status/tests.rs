@@ -1,7 +1,7 @@
 use super::*;
 use crate::api::{Allocate, EgressPolicySpec, PortsNearlyExhausted, Protocol};
 use crate::ctl::output::{Show, View};
-use crate::ctl::problem::Severity;
+use crate::ctl::problem::{Problem, Severity};
 use crate::fixture::{World, asking, naming, selector};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -112,6 +112,25 @@ fn source_ports_that_run_out_are_a_warning_with_a_remedy() {
     assert_eq!((few.object.as_str(), few.severity), ("EgressPolicy shop/visitors", Severity::Warning));
     assert!(few.message.contains("203.0.113.7:443") && few.remedy.contains("an egress IP each"), "{few:?}");
     assert_eq!(status.policies[0].state, PolicyState::Ready);
+}
+
+#[test]
+fn tunnels_of_different_sizes_are_named() {
+    let mut world = healthy();
+    for (n1, n2, reasons) in [
+        (1450, 1450, &[][..]),
+        (8950, 1450, &["TunnelMtuDiffers"]),
+        (1450, 1200, &["TunnelMtuTooSmall", "TunnelMtuDiffers"]),
+    ] {
+        world.has_tunnel_mtu("n1", n1);
+        world.has_tunnel_mtu("n2", n2);
+        let status = status(&state(&world), None);
+        let found: Vec<&Problem> = status.problems.iter().filter(|problem| problem.object == "tunnel").collect();
+        assert_eq!(found.iter().map(|problem| problem.reason.as_str()).collect::<Vec<_>>(), reasons);
+        for problem in found {
+            assert!(problem.message.contains(&format!("{} bytes on n2", n2)) && !problem.remedy.is_empty(), "{problem:?}");
+        }
+    }
 }
 
 #[test]

@@ -110,7 +110,7 @@ impl Host {
                  them"
             );
         }
-        let uses_veths = egress.uses_veths(&mut nft);
+        let uses_veths = egress.uses_veths(&mut nft)?;
         let can_guard = nft.can_end_with_socket().context("nf_tables")?;
         let mut peers = PeerIndexes::new();
         for (key, data) in nft.elements(ruleset::INET, ruleset::set::PEER).context("nf_tables")?.iter() {

@@ -9,7 +9,7 @@ use crate::datapath::underlay::Underlay;
 use crate::datapath::veth_pair;
 use crate::model::tunnel_mac;
 use crate::node_plan::View;
-use anyhow::Result;
+use anyhow::{Context, Result};
 use egret_nft::Nftables;
 use std::collections::BTreeSet;
 use std::net::IpAddr;
@@ -28,16 +28,16 @@ pub enum TunnelEgress {
 
 impl TunnelEgress {
     /// Whether packets enter the tunnel by a pair of veths.
-    pub(super) fn uses_veths(self, nft: &mut Nftables) -> bool {
+    pub(super) fn uses_veths(self, nft: &mut Nftables) -> Result<bool> {
         let uses_veths = match self {
             TunnelEgress::Hook => false,
             TunnelEgress::Veth => true,
-            TunnelEgress::Auto => !check::has_egress_hook(nft),
+            TunnelEgress::Auto => !check::has_egress_hook(nft).context("nf_tables: an egress hook, tried")?,
         };
         if uses_veths {
             tracing::info!("packets enter the tunnel by the veths egret-out and egret-hop");
         }
-        uses_veths
+        Ok(uses_veths)
     }
 }
 

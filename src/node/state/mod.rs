@@ -206,6 +206,10 @@ impl Node {
 
     /// Takes a new snapshot of the cluster.
     pub fn snapshot(&mut self, cluster: Arc<Cluster>) {
+        if !cluster.policies.is(&self.cluster.policies) || !cluster.gateways.is(&self.cluster.gateways) {
+            // The kernel may have refused what just one of them needs.
+            self.problems.refusals.end_pauses(std::time::Instant::now());
+        }
         self.cluster = cluster;
         self.pending.raise(Input::Cluster);
     }

@@ -4,6 +4,7 @@
 use super::steps::Step;
 use crate::check::{self, Part};
 use crate::datapath::route_socket::errno;
+use crate::datapath::{rules, veth_pair};
 use anyhow::{Result, anyhow};
 use nix::libc::{EAFNOSUPPORT, ENOENT, ENOSYS, EOPNOTSUPP, EPFNOSUPPORT, EPROTONOSUPPORT};
 use std::collections::BTreeMap;
@@ -112,8 +113,10 @@ fn is_lasting(error: &anyhow::Error) -> bool {
 /// What the kernel lacks that has refused a step with `error`: the words of `egretd check`.
 pub(super) fn words(step: Step, error: &str) -> String {
     match step {
+        Step::Tunnel if error.contains(veth_pair::REFUSED) => check::lacking(Part::TunnelVeths, error),
         Step::Tunnel => check::lacking(Part::Tunnel, error),
-        Step::Routing => check::lacking(Part::Routing, error),
+        Step::Routing if error.contains(rules::IPV6) => check::lacking(Part::RoutingIpv6, error),
+        Step::Routing => check::lacking(Part::RoutingIpv4, error),
         Step::Tables | Step::TablesAhead => check::lacking(Part::Tables, error),
         _ => String::new(),
     }
@@ -147,6 +150,20 @@ mod tests {
             assert_eq!(is_lasting(&refused(errno).unwrap_err()), lasting, "{errno}");
         }
         assert!(!is_lasting(&anyhow!("the cluster has no Node")));
+    }
+
+    #[test]
+    fn the_words_name_what_was_refused() {
+        let veths = format!("{}: cannot create the devices: Unknown device type", veth_pair::REFUSED);
+        for (step, error, need) in [
+            (Step::Tunnel, "VXLAN 7871 from 10.0.0.1: Unknown device type", "VXLAN: "),
+            (Step::Tunnel, &veths, "veth: "),
+            (Step::Routing, "cannot add the IPv4 routing rule 71: not supported", "policy routing, IPv4: "),
+            (Step::Routing, "cannot add the IPv6 routing rule 71: not supported", "policy routing, IPv6: "),
+        ] {
+            let words = words(step, error);
+            assert!(words.starts_with(need) && words.contains(error), "{words}");
+        }
     }
 
     #[test]
