@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// Each module with the modules that it may use. Dependencies have one direction.
-const MAY_USE: [(&str, &[&str]); 15] = [
+const MAY_USE: [(&str, &[&str]); 14] = [
     ("api", &[]),
     ("model", &["api"]),
     ("allocation", &["model", "api"]),
@@ -17,12 +17,11 @@ const MAY_USE: [(&str, &[&str]); 15] = [
     ("datapath", &["node_plan", "model", "api"]),
     ("check", &["datapath"]),
     ("telemetry", &[]),
-    ("signals", &[]),
     ("probe", &[]),
     ("cluster", &["model", "api"]),
     ("install", &["check", "cluster", "datapath", "model"]),
-    ("controller", &["allocation", "cluster", "model", "api", "signals", "telemetry"]),
-    ("ctl", &["signals", "probe", "convert", "check", "allocation", "cluster", "node_plan", "model", "api"]),
+    ("controller", &["allocation", "cluster", "model", "api", "telemetry"]),
+    ("ctl", &["probe", "convert", "check", "allocation", "cluster", "node_plan", "model", "api"]),
     ("node", &["check", "install", "cluster", "datapath", "node_plan", "model", "api", "telemetry"]),
 ];
 
