@@ -10,8 +10,8 @@ use tokio::net::UdpSocket;
 /// A netlink socket that a task can wait for.
 pub struct NetlinkReader {
     socket: Socket,
-    /// The same socket, in tokio's datagram type.
-    readiness: UdpSocket,
+    /// The same socket, in tokio's datagram type; `None` while nobody waits for it.
+    readiness: Option<UdpSocket>,
 }
 
 /// The result of a read.
@@ -35,16 +35,40 @@ impl NetlinkReader {
     /// Outside a tokio runtime.
     pub fn new(socket: Socket) -> io::Result<Self> {
         socket.set_non_blocking()?;
-        let readiness = UdpSocket::from_std(socket.as_fd().try_clone_to_owned()?.into())?;
-        Ok(NetlinkReader { socket, readiness })
+        let mut reader = NetlinkReader { socket, readiness: None };
+        reader.watch()?;
+        Ok(reader)
     }
 
-    /// Waits until there may be a datagram.
+    /// Begins to wait for datagrams again. Those that came meanwhile count.
+    ///
+    /// # Errors
+    /// The socket cannot be duplicated.
+    ///
+    /// # Panics
+    /// Outside a tokio runtime.
+    pub fn watch(&mut self) -> io::Result<()> {
+        if self.readiness.is_none() {
+            self.readiness = Some(UdpSocket::from_std(self.socket.as_fd().try_clone_to_owned()?.into())?);
+        }
+        Ok(())
+    }
+
+    /// Stops waiting for datagrams. While tokio waits, each datagram wakes its thread (`EPOLLET`), also if no task wants
+    /// to read it yet.
+    pub fn unwatch(&mut self) {
+        self.readiness = None;
+    }
+
+    /// Waits until there may be a datagram; for ever after [`unwatch`](Self::unwatch).
     ///
     /// # Errors
     /// The socket failed.
     pub async fn readable(&self) -> io::Result<()> {
-        self.readiness.readable().await
+        match &self.readiness {
+            Some(readiness) => readiness.readable().await,
+            None => std::future::pending().await,
+        }
     }
 
     /// Reads the next datagram without waiting, and calls `each` with every message in it.
@@ -53,12 +77,16 @@ impl NetlinkReader {
     /// The socket failed.
     pub fn read(&mut self, mut each: impl FnMut(Message<'_>)) -> io::Result<Read> {
         let NetlinkReader { socket, readiness } = self;
-        let received = readiness.try_io(Interest::READABLE, || {
+        let mut receive = || {
             socket.receive(&mut each).map_err(|e| match e {
                 netlink::Error::Socket(e) => e,
                 other => io::Error::other(other),
             })
-        });
+        };
+        let received = match readiness {
+            Some(readiness) => readiness.try_io(Interest::READABLE, receive),
+            None => receive(),
+        };
         match received {
             Ok(()) => Ok(Read::Datagram),
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(Read::Nothing),

@@ -102,7 +102,8 @@ fn nodes() -> Vec<Value> {
                "ports": "1024-65535"})
     });
     let status = json!({
-        "version": "0.1.0", "inSyncSince": "2026-01-31T12:00:00Z", "tunnelAddress": "192.0.2.1", "tunnelMac": "02:00:00:00:00:01", "answers": true, "allocations": [1, 2],
+        "version": "0.1.0", "inSyncSince": "2026-01-31T12:00:00Z", "tunnelAddress": "192.0.2.1", "tunnelMac": "02:00:00:00:00:01",
+        "tunnelMtu": 1450, "answers": true, "allocations": [1, 2],
         "taken": [{"id": 1, "since": 1_700_000_000}], "refused": [{"id": 2, "message": "another host has it"}],
         "blocked": [{"id": 3, "message": "no node has it", "family": "IPv6"}], "unreachablePeers": ["g2"],
         "unreachableGatewayNodes": ["g3"],

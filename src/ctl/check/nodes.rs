@@ -56,7 +56,7 @@ pub(super) fn checks(nodes: &[Host]) -> Vec<Check> {
 }
 
 fn names(hosts: &[&&Host]) -> String {
-    few(&hosts.iter().map(|host| host.name.as_str()).collect::<Vec<_>>(), 3)
+    few(hosts.iter().map(|host| host.name.as_str()), 3)
 }
 
 fn kernels(nodes: &[&Host]) -> Check {

@@ -128,7 +128,10 @@ fn tunnels_of_different_sizes_are_named() {
         let found: Vec<&Problem> = status.problems.iter().filter(|problem| problem.object == "tunnel").collect();
         assert_eq!(found.iter().map(|problem| problem.reason.as_str()).collect::<Vec<_>>(), reasons);
         for problem in found {
-            assert!(problem.message.contains(&format!("{} bytes on n2", n2)) && !problem.remedy.is_empty(), "{problem:?}");
+            assert!(
+                problem.message.contains(&format!("{} bytes on n2", n2)) && !problem.remedy.is_empty(),
+                "{problem:?}"
+            );
         }
     }
 }

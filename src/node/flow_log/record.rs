@@ -2,8 +2,8 @@
 
 use egret_nft::conntrack::{Event, Traffic, Tuple};
 use egret_nft::rule::protocol::{ICMP, ICMPV6, TCP, UDP};
-use jiff::Timestamp;
 use serde::Serialize;
+use std::borrow::Cow;
 use std::net::IpAddr;
 
 const SCTP: u8 = 132;
@@ -15,7 +15,7 @@ const DCCP: u8 = 33;
 #[serde(rename_all = "camelCase")]
 pub(super) struct Record<'a> {
     /// RFC 3339, in UTC, with microseconds.
-    pub time: String,
+    pub time: &'a str,
     pub event: &'static str,
     /// The kernel's id, the same in both lines of a connection.
     pub connection: u32,
@@ -42,7 +42,7 @@ pub(super) struct Record<'a> {
     pub destination: IpAddr,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub destination_port: Option<u16>,
-    pub protocol: String,
+    pub protocol: Cow<'static, str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub packets_sent: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -55,13 +55,13 @@ pub(super) struct Record<'a> {
 
 impl<'a> Record<'a> {
     /// Fills in what the kernel reports about the connection.
-    pub(super) fn of(event: &Event, at: Timestamp, egress_node: &'a str) -> Self {
+    pub(super) fn of(event: &Event, time: &'a str, egress_node: &'a str) -> Self {
         let Event { ended, out, back, id, sent, received, .. } = *event;
         let port = |port: u16| has_ports(out.protocol).then_some(port);
         let packets = |traffic: Option<Traffic>| traffic.map(|traffic| traffic.packets);
         let bytes = |traffic: Option<Traffic>| traffic.map(|traffic| traffic.bytes);
         Record {
-            time: format!("{at:.6}"),
+            time,
             event: if ended { "end" } else { "begin" },
             connection: id,
             pod_namespace: None,
@@ -106,7 +106,7 @@ pub(super) fn destination_port(out: &Tuple) -> Option<u16> {
 }
 
 /// The name of a protocol, or its number.
-fn protocol(number: u8) -> String {
+fn protocol(number: u8) -> Cow<'static, str> {
     match number {
         TCP => "tcp".into(),
         UDP => "udp".into(),
@@ -115,13 +115,15 @@ fn protocol(number: u8) -> String {
         SCTP => "sctp".into(),
         UDPLITE => "udplite".into(),
         DCCP => "dccp".into(),
-        other => other.to_string(),
+        other => other.to_string().into(),
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    const TIME: &str = "1970-01-01T00:00:00.000000Z";
 
     fn event(protocol: u8) -> Event {
         let out = Tuple {
@@ -138,10 +140,10 @@ mod tests {
     #[test]
     fn a_record_is_one_line_with_what_is_known() {
         let mut text = Vec::new();
-        let mut record = Record::of(&event(TCP), Timestamp::UNIX_EPOCH, "g1");
+        let mut record = Record::of(&event(TCP), TIME, "g1");
         (record.pod_namespace, record.pod_name) = (Some("shop"), Some("a"));
         record.write(&mut text);
-        Record::of(&event(ICMP), Timestamp::UNIX_EPOCH, "g1").write(&mut text);
+        Record::of(&event(ICMP), TIME, "g1").write(&mut text);
         let lines = "{\"time\":\"1970-01-01T00:00:00.000000Z\",\"event\":\"end\",\"connection\":7,\"podNamespace\":\"shop\",\
             \"podName\":\"a\",\"podAddress\":\"10.244.1.5\",\"podPort\":40000,\"egressNode\":\"g1\",\
             \"egressIP\":\"192.0.2.50\",\"egressPort\":1025,\"destination\":\"198.51.100.7\",\"destinationPort\":443,\

@@ -32,6 +32,7 @@ const RECEIVE_BUFFER: usize = 16 << 20;
 const AT_ONCE: usize = 512;
 /// The pause after all notifications have been read. Without it, each connection would wake this thread and the writing
 /// one, beside the packets that begin it. The socket's buffer has room for a million connections a second meanwhile.
+/// After a pause in which none came, the next one wakes this thread.
 const PAUSE: Duration = Duration::from_millis(20);
 /// How long a connection of an unknown pod waits for its name. The pod may just have started.
 const PATIENCE: Duration = Duration::from_millis(300);
@@ -75,7 +76,8 @@ pub struct RecordedIp {
 /// A notification that waits for the name of its pod.
 struct Waiting {
     event: Event,
-    at: Timestamp,
+    /// When it was read, as in the record: the same for all that were read at once.
+    at: Arc<str>,
     until: Instant,
 }
 
@@ -94,7 +96,7 @@ pub(super) struct Task {
     output: Output,
     metrics: FlowLogMetrics,
     notifications: Option<NetlinkReader>,
-    /// Until when notifications are not read.
+    /// Until when notifications are neither read nor waited for.
     paused: Option<Instant>,
     retry: Option<Instant>,
     messages: Option<NodeMessages>,
@@ -141,8 +143,10 @@ impl Task {
                     Err(_) => return,
                 },
                 ready = NodeMessages::readable(&self.messages) => self.read_messages(ready),
-                ready = notified(&self.notifications), if self.paused.is_none() => self.read_notifications(ready),
-                () = sleep_until(self.paused.unwrap_or_else(Instant::now)), if self.paused.is_some() => self.paused = None,
+                ready = notified(&self.notifications) => self.read_notifications(ready),
+                () = sleep_until(self.paused.unwrap_or_else(Instant::now)), if self.paused.is_some() => {
+                    self.read_notifications(Ok(()));
+                }
                 () = sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() => {}
                 () = sleep_until(self.retry.unwrap_or_else(Instant::now)), if self.retry.is_some() => self.open(),
                 _ = prune.tick() => self.names.prune(Instant::now()),
@@ -225,16 +229,26 @@ impl Task {
 
     fn read_notifications(&mut self, ready: io::Result<()>) {
         let mut result = ready;
-        let (at, until) = (Timestamp::now(), Instant::now() + PATIENCE);
-        for _ in 0..AT_ONCE {
-            let Some(reader) = self.notifications.as_mut().filter(|_| result.is_ok()) else { break };
+        let until = Instant::now() + PATIENCE;
+        let at: Arc<str> = format!("{:.6}", Timestamp::now()).into();
+        self.paused = None;
+        for count in 0..AT_ONCE {
+            let Some(reader) = &mut self.notifications else { return };
+            if result.is_err() {
+                break;
+            }
             let waiting = &mut self.waiting;
             let read = reader.read(|message| {
-                waiting.extend(conntrack::parse_event(&message).map(|event| Waiting { event, at, until }));
+                waiting.extend(conntrack::parse_event(&message).map(|event| Waiting { event, at: at.clone(), until }));
             });
             match read {
                 Ok(Read::Datagram) => {}
+                Ok(Read::Nothing) if count == 0 => match reader.watch() {
+                    Ok(()) => return,
+                    Err(e) => result = Err(e),
+                },
                 Ok(Read::Nothing) => {
+                    reader.unwatch();
                     self.paused = Some(Instant::now() + PAUSE);
                     return;
                 }
@@ -247,10 +261,14 @@ impl Task {
                 Err(e) => result = Err(e),
             }
         }
-        if let Err(e) = result {
-            self.notifications = None;
-            self.retry = Some(Instant::now() + AGAIN);
-            self.warn(&format!("cannot read the kernel's notifications about connections: {e}"));
+        match result {
+            // There are more of them.
+            Ok(()) => self.paused = Some(Instant::now()),
+            Err(e) => {
+                self.notifications = None;
+                self.retry = Some(Instant::now() + AGAIN);
+                self.warn(&format!("cannot read the kernel's notifications about connections: {e}"));
+            }
         }
     }
 
@@ -258,16 +276,16 @@ impl Task {
     fn record_waiting(&mut self) {
         let now = Instant::now();
         while let Some(first) = self.waiting.front() {
-            let (event, at) = (first.event, first.at);
+            let event = first.event;
             let before = if event.ended { self.begun.remove(&(event.id, event.out)) } else { None };
             let is_final = before.is_some() || first.until <= now || self.waiting.len() >= WAITING;
             let begun = before.or_else(|| self.begun(&event));
             if !is_final && begun.as_ref().is_some_and(|begun| begun.pod.is_none()) {
                 return;
             }
-            self.waiting.pop_front();
-            if let Some(begun) = begun {
-                self.record(&event, at, &begun);
+            let first = self.waiting.pop_front();
+            if let Some((first, begun)) = first.zip(begun) {
+                self.record(&event, &first.at, &begun);
             }
         }
     }
@@ -305,7 +323,7 @@ impl Task {
         pod.policies.iter().find(covers).cloned()
     }
 
-    fn record(&mut self, event: &Event, at: Timestamp, begun: &Arc<Begun>) {
+    fn record(&mut self, event: &Event, at: &str, begun: &Arc<Begun>) {
         let view = self.view.clone();
         let mut record = Record::of(event, at, &view.node);
         if let Some(pod) = &begun.pod {
