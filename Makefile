@@ -23,7 +23,7 @@ S ?= e2e
 SECONDS ?= 180
 SEED ?= 1
 
-.PHONY: help build image release reproducible demo unit e2e snapshots test fuzz vm-test cluster-test lint bench setup apiserver clean-lab
+.PHONY: help bpf build image release reproducible demo unit e2e snapshots test fuzz vm-test cluster-test lint bench setup apiserver clean-lab
 
 help:
 	@echo 'make build      static release binaries, in target/<host>/release'
@@ -33,6 +33,7 @@ help:
 	@echo 'make unit       what needs no root: the code without a kernel, its structure, what the programs say'
 	@echo 'make e2e T=…    scenarios whose names contain this, each in a lab; S=kubernetes, containerd, plugin, kernel: others'
 	@echo 'make test       all tests'
+	@echo 'make bpf        compile the fast path anew, crates/bpf/programs, with clang 14 of Debian 12'
 	@echo 'make snapshots  write tests/snapshots, tests/rulesets and tests/convert anew, to be looked at with git diff'
 	@echo 'make reproducible  the release, built twice: the same bits, and no path of this machine in them'
 	@echo 'make cluster-test KUBECONFIG=… SERVER=… ADDRESSES=…   the acceptance suite, against any cluster: tests/cluster/README.md'
@@ -66,6 +67,11 @@ unit:
 # The API server is there for those that need it alone.
 e2e: setup $(if $(filter kubernetes,$(S)),apiserver)
 	$(CARGO) test --locked $(AS_ROOT) --test $(S) -- $(T)
+
+# The bits of the results depend on the compiler: crates/bpf/programs/build.sh says which made those in the repository.
+bpf:
+	@tests/setup.sh clang=clang llvm-strip=llvm bpftool=bpftool /usr/include/bpf/bpf_helpers.h=libbpf-dev python3=python3
+	@crates/bpf/programs/build.sh
 
 snapshots: setup
 	EGRET_WRITE_SNAPSHOTS=1 $(CARGO) test --locked --test cli
@@ -102,6 +108,7 @@ lint:
 	$(CARGO) clippy --locked --test demo --test fuzz -- -D warnings
 	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --locked --workspace --no-deps
 	@tests/generated.sh
+	@crates/bpf/programs/compare.sh
 	@tests/dependencies.sh
 
 setup:

@@ -6,7 +6,7 @@ declare -A package=(
   [conntrack]=conntrack [tcpdump]=tcpdump [arping]=arping [socat]=socat [iperf3]=iperf3 [jq]=jq
   [sysctl]=procps [containerd]=containerd [strip]=binutils [buildah]=buildah [debootstrap]=debootstrap
   [/usr/share/keyrings/debian-archive-keyring.gpg]=debian-archive-keyring
-  [openssl]=openssl [curl]=curl [promtool]=prometheus
+  [bpftool]=bpftool [tc]=iproute2 [openssl]=openssl [curl]=curl [promtool]=prometheus
   [go]=golang-go [/usr/share/gocode/src/github.com/Masterminds/sprig]=golang-github-masterminds-sprig-dev
   [/usr/share/gocode/src/github.com/ghodss/yaml]=golang-github-ghodss-yaml-dev
 )

@@ -44,6 +44,7 @@
 
 pub mod conntrack;
 mod elements;
+mod everyones;
 mod family;
 mod hash;
 pub mod mac;
@@ -57,6 +58,7 @@ pub mod trace;
 mod transaction;
 pub mod uapi;
 
+pub use everyones::{Expression, fold_expressions};
 pub use family::Family;
 pub use nftables::Nftables;
 pub use read::Count;

@@ -6,10 +6,12 @@
 
 mod events;
 mod in_flight_reply;
+mod liberal;
 mod translated;
 mod tuple;
 
 pub use events::{ATTRIBUTES, Event, MARK, Traffic, parse_event, subscribe};
+pub use liberal::set_liberal;
 pub use translated::{
     Insertion, Tracked, Translated, delete_one, find_by_original, find_by_reply, fold_tracked, insert,
     insert_or_update, list_tracked,
