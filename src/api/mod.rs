@@ -55,7 +55,7 @@ impl AddressPair {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Condition {
-    /// `Accepted`, `Ready`, `Shadowed` (policies), `AddressesLeft` or `ProbesSucceed` (gateways), `DatapathReady` (nodes),
+    /// `Accepted`, `Ready`, `Shadowed` (policies), `AddressesLeft` or `ProbesSucceed` (gateways), `DatapathReady`, `FastPath` (nodes),
     /// `PortsNearlyExhausted`; for policies also `OverNodeLimit`.
     #[serde(rename = "type")]
     pub type_: String,

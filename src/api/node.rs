@@ -99,6 +99,7 @@ pub struct EgressNodeStatus {
     /// many. Everything else is in sync, and these are retried.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub faults: Vec<Fault>,
+    /// `FastPath`, with `--fast-path-lease`: whether packets of long connections take the fast path, or why not.
     /// `DatapathReady`: the kernel takes what policies need. It is false while the kernel refuses a part that it lacks; the
     /// message names the part and the remedy, as `egretd check` does.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]

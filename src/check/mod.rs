@@ -2,6 +2,7 @@
 //!
 //! The kernel's features are tried in a temporary network namespace. The host's own settings are only read.
 
+mod fast_path;
 mod host;
 mod links;
 mod nf_tables;
@@ -120,6 +121,7 @@ pub fn check() -> Vec<Need> {
     all.extend(trial::run());
     all.extend(host::settings());
     all.extend(others::read());
+    all.push(fast_path::read());
     all
 }
 

@@ -3,6 +3,7 @@
 
 pub mod addresses;
 pub mod announce;
+pub mod changes;
 pub mod echo;
 pub mod fdb;
 pub mod frames;
@@ -11,6 +12,7 @@ pub mod names;
 pub mod neighbours;
 pub mod netlink_reader;
 pub mod node_messages;
+pub mod obstacles;
 pub mod packet_address;
 pub mod packet_headers;
 pub mod pod_veth;

@@ -70,7 +70,7 @@ const FIB_RULE_HDR: usize = 12;
 const NETCONFMSG: usize = 4;
 const NFGENMSG: usize = 4;
 /// The largest datagram of the kernel (`NLMSG_GOODSIZE`, and messages that nf_tables joins).
-const DATAGRAM: usize = 128 * 1024;
+pub(super) const DATAGRAM: usize = 128 * 1024;
 /// The receive buffer, bytes: room for notifications while the daemon is busy. It takes memory only then.
 const RECEIVE_BUFFER: usize = 4 << 20;
 
@@ -180,7 +180,7 @@ impl Watch {
     }
 }
 
-fn listen(protocol: isize, groups: &[u32]) -> io::Result<TokioSocket> {
+pub(super) fn listen(protocol: isize, groups: &[u32]) -> io::Result<TokioSocket> {
     let mut socket = TokioSocket::new(protocol)?;
     let raw = socket.socket_mut();
     // With CAP_NET_ADMIN the size may exceed net.core.rmem_max. With a smaller buffer, losses cause more reading.
@@ -191,7 +191,11 @@ fn listen(protocol: isize, groups: &[u32]) -> io::Result<TokioSocket> {
 }
 
 /// Reads one datagram and returns its length; `None` if the kernel dropped some.
-fn poll_receive(socket: &TokioSocket, buffer: &mut [u8], cx: &mut Context<'_>) -> Poll<io::Result<Option<usize>>> {
+pub(super) fn poll_receive(
+    socket: &TokioSocket,
+    buffer: &mut [u8],
+    cx: &mut Context<'_>,
+) -> Poll<io::Result<Option<usize>>> {
     let all = buffer.len();
     let mut room = buffer;
     match ready!(socket.poll_recv(cx, &mut room)) {

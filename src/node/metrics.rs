@@ -1,12 +1,14 @@
 //! The node daemon's metrics.
 
 use super::changed_ports::ReplicationMetrics;
+use super::fast_path::FastPathMetrics;
 use super::flow_log::FlowLogMetrics;
 use super::forwarding::FirstPackets;
 use super::host::Counts;
 use super::pods::Census;
 use super::source_ports::SourcePortMetrics;
 use super::uplink_probes::ProbeMetrics;
+use crate::model::marks::EgressId;
 use crate::node_plan::View;
 use crate::node_plan::allocations::AllocationState;
 use egret_nft::Count;
@@ -99,6 +101,7 @@ pub struct Metrics {
     other_ports: Counter,
     insertions_failed: Counter,
     changed_ports: ReplicationMetrics,
+    fast_path: FastPathMetrics,
     flow_log: FlowLogMetrics,
     source_ports: SourcePortMetrics,
     uplink_probes: ProbeMetrics,
@@ -116,6 +119,8 @@ pub struct Metrics {
     insertions_failed_seen: u64,
     first_packets_seen: [Forwarded; 2],
     allocations_seen: BTreeMap<AllocationLabels, Count>,
+    /// The same, of packets that went the fast way.
+    fast_seen: BTreeMap<AllocationLabels, Count>,
 }
 
 fn seconds() -> Histogram {
@@ -133,6 +138,7 @@ impl Metrics {
             other_ports: Counter::default(),
             insertions_failed: Counter::default(),
             changed_ports: ReplicationMetrics::default(),
+            fast_path: FastPathMetrics::default(),
             flow_log: FlowLogMetrics::default(),
             source_ports: SourcePortMetrics::default(),
             uplink_probes: ProbeMetrics::default(),
@@ -149,6 +155,7 @@ impl Metrics {
             insertions_failed_seen: 0,
             first_packets_seen: Default::default(),
             allocations_seen: BTreeMap::new(),
+            fast_seen: BTreeMap::new(),
         };
         let mut registry = Registry::with_prefix("egret_node");
         registry.register(
@@ -181,6 +188,7 @@ impl Metrics {
             metrics.insertions_failed.clone(),
         );
         metrics.changed_ports.register(&mut registry);
+        metrics.fast_path.register(&mut registry);
         metrics.flow_log.register(&mut registry);
         metrics.source_ports.register(&mut registry);
         metrics.uplink_probes.register(&mut registry);
@@ -207,6 +215,11 @@ impl Metrics {
     /// The metrics of the replication of connections with a changed port.
     pub fn changed_ports(&self) -> ReplicationMetrics {
         self.changed_ports.clone()
+    }
+
+    /// The metrics of the fast path.
+    pub fn fast_path(&self) -> FastPathMetrics {
+        self.fast_path.clone()
     }
 
     /// The metrics of the flow log.
@@ -303,10 +316,26 @@ impl Metrics {
             for (allocation, count) in allocations {
                 let labels = AllocationLabels { allocation: *allocation, role };
                 let seen = self.allocations_seen.insert(labels.clone(), *count).unwrap_or_default();
-                self.allocation_packets.get_or_create(&labels).inc_by(since(seen.packets, count.packets));
-                self.allocation_bytes.get_or_create(&labels).inc_by(since(seen.bytes, count.bytes));
+                self.add(&labels, seen, *count);
             }
         }
+    }
+
+    /// Adds the packets that went the fast way since the last call, of this node's pods and of others', by allocation.
+    pub fn fast_counts(&mut self, [sent, forwarded]: [BTreeMap<EgressId, egret_bpf::Count>; 2]) {
+        for (role, allocations) in [("source", sent), ("gateway", forwarded)] {
+            for (allocation, egret_bpf::Count { packets, bytes }) in allocations {
+                let (labels, count) = (AllocationLabels { allocation, role }, Count { packets, bytes });
+                let seen = self.fast_seen.insert(labels.clone(), count).unwrap_or_default();
+                self.fast_path.packets.inc_by(since(seen.packets, packets));
+                self.add(&labels, seen, count);
+            }
+        }
+    }
+
+    fn add(&self, labels: &AllocationLabels, seen: Count, count: Count) {
+        self.allocation_packets.get_or_create(labels).inc_by(since(seen.packets, count.packets));
+        self.allocation_bytes.get_or_create(labels).inc_by(since(seen.bytes, count.bytes));
     }
 }
 

@@ -10,6 +10,7 @@ mod changed_ports;
 mod ended;
 mod events;
 mod existing;
+mod fast_path;
 mod flow_log;
 mod forwarding;
 mod holding;
@@ -40,6 +41,7 @@ pub use host::TunnelEgress;
 use ipnetwork::IpNetwork;
 use std::net::IpAddr;
 use std::path::PathBuf;
+use std::time::Duration;
 
 /// The daemon's settings.
 #[derive(Clone, Debug)]
@@ -67,6 +69,9 @@ pub struct Options {
     pub own_tables: bool,
     /// How packets enter the tunnel.
     pub tunnel_egress: TunnelEgress,
+    /// How long packets of an established connection may go the fast way before one of them takes the kernel's own way
+    /// again; `None`: all of them take it.
+    pub fast_path_lease: Option<Duration>,
     /// Where connections of egress IPs are recorded; `None`: nowhere.
     pub flow_log: Option<FlowLogTarget>,
     /// Addresses of the servers for metrics and health.

@@ -1,5 +1,6 @@
 //! The node's reports: the status of its EgressNode, and the offline policy snapshot for the plugin.
 
+use super::fast_path;
 use super::holding::Holding;
 use super::host::Faults;
 use crate::api::{
@@ -40,6 +41,8 @@ const ANSWERS: Duration = Duration::from_millis(2);
 
 /// The condition that says whether the kernel takes what policies need.
 const DATAPATH_READY: &str = "DatapathReady";
+/// The condition that says whether packets of established connections go the fast way, on nodes that are to have it.
+const FAST_PATH: &str = "FastPath";
 
 /// The largest number of faults in a node's status. A node with a tunnel address of the wrong family has one for every
 /// other node.
@@ -81,6 +84,8 @@ pub struct Own<'a> {
     pub ports_nearly_exhausted: &'a [PortsNearlyExhausted],
     /// Whether the kernel is in sync, or what it lacks; `None` while neither is known.
     pub kernel: Option<Result<(), &'a str>>,
+    /// Whether packets go the fast way; `None` if they are not to.
+    pub fast_path: Option<fast_path::Status>,
 }
 
 /// A status to write.
@@ -150,7 +155,7 @@ impl Report {
             ports_nearly_exhausted: own.ports_nearly_exhausted.to_vec(),
             direct: direct.collect(),
             faults: faults.iter().take(FAULTS).map(Fault::from).collect(),
-            conditions: self.conditions(kernel),
+            conditions: self.conditions(kernel, own.fast_path.as_ref()),
         };
         let nodes = u32::try_from(nodes).unwrap_or(u32::MAX);
         self.published.send_if_modified(|published| {
@@ -160,8 +165,9 @@ impl Report {
         });
     }
 
-    /// The condition `DatapathReady`. A failure that passes does not change it.
-    fn conditions(&self, kernel: Option<Result<(), &str>>) -> Vec<Condition> {
+    /// The conditions `DatapathReady` and, where there is to be a fast path, `FastPath`. A failure that passes does not
+    /// change them.
+    fn conditions(&self, kernel: Option<Result<(), &str>>, fast_path: Option<&fast_path::Status>) -> Vec<Condition> {
         let published = self.published.borrow();
         let before = published.as_ref().map(|published| published.status.conditions.as_slice()).unwrap_or_default();
         let mut conditions = Conditions::new(before, None, Timestamp::now().as_second());
@@ -169,6 +175,10 @@ impl Report {
             None => return before.to_vec(),
             Some(Ok(())) => conditions.add(DATAPATH_READY, true, "InSync", "the kernel has what policies need"),
             Some(Err(lacking)) => conditions.add(DATAPATH_READY, false, "KernelRefuses", lacking),
+        }
+        if let Some(status) = fast_path {
+            let reason = if status.closed.is_some() { "Closed" } else { "Open" };
+            conditions.add(FAST_PATH, status.closed.is_none(), reason, status.to_string());
         }
         conditions.finish()
     }

@@ -11,6 +11,7 @@ mod direct;
 mod existing_connections;
 mod fail_closed;
 mod failover;
+mod fast_path;
 mod flow_log;
 mod flush;
 mod forged_connections;

@@ -173,6 +173,10 @@ pub struct Node {
     /// costs more and works on any kernel; auto: by the hook, where the kernel has it
     #[arg(long, env = "EGRET_TUNNEL_EGRESS", default_value = "auto", value_parser = tunnel_egress)]
     pub tunnel_egress: node::TunnelEgress,
+    /// Send packets of long connections past the host's nf_tables by eBPF, each connection for this time, 50ms to 1s, after
+    /// which one of its packets takes the kernel's own way again; 0: none
+    #[arg(long, env = "EGRET_FAST_PATH_LEASE", default_value = "0", value_parser = lease)]
+    pub fast_path_lease: Duration,
     /// Record the beginning and the end of each connection that leaves from an egress IP of this node, as a line of JSON:
     /// stdout, file:/PATH, syslog:HOST:PORT, unix:/PATH
     #[arg(long, env = "EGRET_FLOW_LOG", value_name = "TARGET")]
@@ -277,17 +281,27 @@ fn pod(text: &str) -> Result<ObjectKey, String> {
 }
 
 fn interval(text: &str) -> Result<Duration, String> {
-    let wrong = || format!("{text:?} is no time from 50ms to 10s; write it like 300ms or 1.5s");
+    duration(text, 50.0..=10_000.0)
+        .ok_or_else(|| format!("{text:?} is no time from 50ms to 10s; write it like 300ms or 1.5s"))
+}
+
+fn lease(text: &str) -> Result<Duration, String> {
+    if text == "0" {
+        return Ok(Duration::ZERO);
+    }
+    duration(text, 50.0..=1000.0)
+        .ok_or_else(|| format!("{text:?} is no time from 50ms to 1s, and not 0; write it like 500ms or 1s"))
+}
+
+/// A time within this range of milliseconds.
+fn duration(text: &str, range: std::ops::RangeInclusive<f64>) -> Option<Duration> {
     let (number, milliseconds) = match text.strip_suffix("ms") {
         Some(number) => (number, 1.0),
-        None => (text.strip_suffix('s').ok_or_else(wrong)?, 1000.0),
+        None => (text.strip_suffix('s')?, 1000.0),
     };
-    let milliseconds = number.trim().parse::<f64>().map_err(|_| wrong())? * milliseconds;
+    let milliseconds = number.trim().parse::<f64>().ok()? * milliseconds;
     // NaN is in no range.
-    if !(50.0..=10_000.0).contains(&milliseconds) {
-        return Err(wrong());
-    }
-    Ok(Duration::from_micros((milliseconds * 1000.0) as u64))
+    range.contains(&milliseconds).then(|| Duration::from_micros((milliseconds * 1000.0) as u64))
 }
 
 fn base(text: &str) -> Result<u16, String> {

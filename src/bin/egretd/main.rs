@@ -73,6 +73,7 @@ impl Node {
             marks: self.marks.layout()?,
             own_tables: self.own_tables,
             tunnel_egress: self.tunnel_egress,
+            fast_path_lease: Some(self.fast_path_lease).filter(|lease| !lease.is_zero()),
             flow_log: self.flow_log,
             addresses,
             cni_dirs: self.cni_conf_dir.map(|conf_dir| (conf_dir, self.cni_bin_dir)),

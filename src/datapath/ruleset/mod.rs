@@ -18,7 +18,7 @@ pub use text::ExpectedRuleset;
 use crate::datapath::names::{self, DEVICE, HOP_DEVICE, TABLE};
 use crate::model::marks::Marks;
 use crate::node_plan::allocations::AllocationState;
-use crate::node_plan::{NodePlan, TunnelWay};
+use crate::node_plan::{NodePlan, TunnelWay, parse_chain_name};
 use egret_nft::table::{Chain, Data, DataType, Elements, Hook, Key, Policy, Set, SetKind, Table, TableName, hook};
 use egret_nft::uapi::*;
 use std::collections::BTreeMap;
@@ -173,6 +173,11 @@ impl Ruleset {
     /// All tables, by name.
     pub fn tables(&self) -> &[(TableName, Table)] {
         &self.tables
+    }
+
+    /// The indexes of the veths of the selected pods.
+    pub fn veths(&self) -> impl Iterator<Item = u32> {
+        self.plan.pods.keys().filter_map(|chain| parse_chain_name(chain)).map(|(_, index)| index)
     }
 
     fn table(&self, name: TableName) -> Option<&Table> {

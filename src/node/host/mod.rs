@@ -181,6 +181,21 @@ impl Host {
         self.tunnel.as_ref().map(|(tunnel, _)| tunnel)
     }
 
+    /// The index of the tunnel device, if it is in sync.
+    pub fn tunnel_index(&self) -> Option<u32> {
+        self.tunnel.as_ref().map(|(_, index)| *index)
+    }
+
+    /// Whether packets reach the tunnel device by a pair of veths.
+    pub fn uses_veths(&self) -> bool {
+        self.uses_veths
+    }
+
+    /// The indexes of the veths of selected pods.
+    pub fn veths(&self) -> impl Iterator<Item = u32> {
+        self.ruleset.iter().flat_map(|ruleset| ruleset.veths())
+    }
+
     /// The netlink ports of the sockets with which this daemon makes changes.
     pub fn ports(&self) -> BTreeSet<u32> {
         [self.routes.port(), self.nft.port(), self.quarantine.port()].into()

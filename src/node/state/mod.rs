@@ -4,6 +4,7 @@
 mod blocked;
 mod desired;
 mod egress;
+mod fast_path;
 mod flow_records;
 mod handovers;
 mod in_sync;
@@ -41,6 +42,7 @@ use crate::node::adopted_files::{AdoptedFiles, Remembered};
 use crate::node::adoption::{self, SearchResult};
 use crate::node::changed_ports::ChangedPorts;
 use crate::node::existing::Existing;
+use crate::node::fast_path::FastPath;
 use crate::node::forwarding::Forwarding;
 use crate::node::holding::Holding;
 use crate::node::host::Host;
@@ -125,6 +127,8 @@ pub struct Node {
     /// The gateway nodes that this node reports as unreachable.
     unreachable: Unreachable,
     flow_records: FlowRecords,
+    /// `None`: all packets take the kernel's own way.
+    fast_path: Option<FastPath>,
     source_ports: SourcePorts,
 }
 
@@ -150,6 +154,8 @@ impl Node {
         let flushed = OfflinePolicies::is_there(&options.state_dir) && !host.has_tables()?;
         let changed_ports = ChangedPorts::start(options.marks, metrics.changed_ports())?;
         let flow_records = FlowRecords::start(&options, &metrics)?;
+        let fast_path = options.fast_path_lease.map(|lease| FastPath::start(lease, options.marks, metrics.fast_path()));
+        let fast_path = fast_path.transpose()?;
         let source_ports = SourcePorts::start(options.marks, metrics.source_ports())?;
         let boot = boot_id().context("the boot's id")?;
         let (files, adopted) = AdoptedFiles::load(&options.run_dir, boot).context("adopted pods")?;
@@ -182,6 +188,7 @@ impl Node {
             in_sync: InSync::default(),
             unreachable: Unreachable::default(),
             flow_records,
+            fast_path,
             source_ports,
         };
         node.find_running_pods(adopted).await?;

@@ -74,6 +74,7 @@ impl Node {
         self.set_roles();
         self.set_flow_view();
         self.set_owned_ips();
+        self.set_fast_path();
         self.announce_pods();
         self.seek_unmanaged();
         let has_compared = self.pending.has_run(Step::Tunnel);
@@ -167,6 +168,7 @@ impl Node {
                 Some(words) => Some(Err(words)),
                 None => in_sync.then_some(Ok(())),
             },
+            fast_path: self.fast_path_status(),
         };
         self.report.publish(&self.view, &own, blocked, self.cluster.nodes.len());
     }

@@ -127,7 +127,7 @@ impl Node {
     /// Reads the counters: deletes stale connections if stale packets were counted, and updates the detection of
     /// blocked forwarding. Returns whether the status changes.
     pub fn check_counters(&mut self) -> bool {
-        let ports_changed = self.source_ports.has_changed();
+        let ports_changed = self.source_ports.has_changed() | self.fast_path_has_changed();
         let (stale, first) = match self.host.stale_and_first_packets() {
             Ok(counted) => counted,
             Err(e) => {
@@ -158,5 +158,6 @@ impl Node {
             Ok(counts) => self.metrics.counts(&counts),
             Err(e) => tracing::warn!("the kernel's counters cannot be read: {e:#}"),
         }
+        self.count_fast_packets();
     }
 }

@@ -47,8 +47,10 @@ impl Daemon {
         let mut command = Command::new(&this.program);
         command.args(&this.arguments).stdin(Stdio::null());
         command.stdout(log.try_clone().expect("a second handle")).stderr(log);
-        // `EGRET_TUNNEL_EGRESS=veth make e2e` runs scenarios the way that older kernels need.
-        let foreign = |key: &str| key.starts_with("EGRET_") && key != "EGRET_TUNNEL_EGRESS";
+        // `EGRET_TUNNEL_EGRESS=veth make e2e` runs scenarios the way that older kernels need, `EGRET_FAST_PATH_LEASE=1s` with
+        // the fast path.
+        let kept = ["EGRET_TUNNEL_EGRESS", "EGRET_FAST_PATH_LEASE"];
+        let foreign = |key: &str| key.starts_with("EGRET_") && !kept.contains(&key);
         for (key, _) in env::vars_os().filter(|(k, _)| foreign(&k.to_string_lossy())) {
             command.env_remove(key);
         }
