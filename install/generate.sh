@@ -32,6 +32,7 @@ copied() {
 copied rbac.yaml
 copied admission.yaml admissionPolicy
 copied metrics-authentication.yaml metricsAuthentication
+copied kube-vip-annotations.yaml kubeVipAnnotations
 
 # The board and the alerts, as templates of the chart. Both have Prometheus' own templates in them: Helm must not read
 # those. embedded NAME VALUE FILE INDENT: the head of an object from standard input, and below it the file.

@@ -4,10 +4,13 @@ use crate::allocation::report::report;
 use crate::allocation::{Decision, Grant, Outcome, Reason, Rejection, allocate};
 use crate::api::{
     AddressPair, Allocate, ClusterEgressPolicySpec, EgressGatewaySpec, EgressNodeStatus, EgressPolicySpec,
-    EgressPolicyStatus, LostUplink, Placement, PortsNearlyExhausted, ReportGiven, Reservation, Tier,
+    EgressPolicyStatus, LostUplink, Placement, PolicyAddress, PortsNearlyExhausted, ReportGiven, Reservation,
+    ServiceReference, Tier,
 };
 use crate::model::selector::Name;
-use crate::model::{Cluster, Gateway, Metadata, Node, ObjectKey, Pod, Policy, PolicyKey};
+use crate::model::{
+    Announcement, Announcer, Cluster, Gateway, LoadBalancer, Metadata, Node, ObjectKey, Pod, Policy, PolicyKey, Service,
+};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{LabelSelector, LabelSelectorRequirement};
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -51,7 +54,14 @@ pub(crate) fn reservation(addresses: &[&str], namespaces: &[&str]) -> Reservatio
 
 /// A policy for all pods that names these addresses.
 pub(crate) fn naming(addresses: &[&str]) -> EgressPolicySpec {
-    EgressPolicySpec { address: Some(pair(addresses)), pod_selector: Some(selector(&[])), ..Default::default() }
+    EgressPolicySpec { address: Some(pair(addresses).into()), pod_selector: Some(selector(&[])), ..Default::default() }
+}
+
+/// A policy for all pods that names a Service of its namespace.
+pub(crate) fn naming_service(name: &str) -> EgressPolicySpec {
+    let service = ServiceReference { name: name.to_owned(), namespace: None };
+    let address = PolicyAddress { service: Some(service), ..PolicyAddress::default() };
+    EgressPolicySpec { address: Some(address), pod_selector: Some(selector(&[])), ..Default::default() }
 }
 
 /// A policy for all pods that lets an address be allocated.
@@ -121,6 +131,21 @@ impl World {
             }
         };
         self.cluster.policies.insert(key, Arc::new(policy.unwrap()));
+    }
+
+    /// Adds a Service of type LoadBalancer with these addresses, or changes them. `vip_host` is the node that kube-vip
+    /// names.
+    pub(crate) fn service(&mut self, key: &str, addresses: &[&str], vip_host: Option<&str>) {
+        let addresses = addresses.iter().map(|address| address.parse().unwrap()).collect();
+        let load_balancer = LoadBalancer { addresses, vip_host: vip_host.map(Into::into), egress: None };
+        let service = Service { load_balancer: Some(load_balancer.into()), ..Service::default() };
+        self.cluster.services.insert(ObjectKey::parse(key).unwrap(), Arc::new(service));
+    }
+
+    /// Lets a load balancer say which node announces a Service's address, by an object of this name.
+    pub(crate) fn announces(&mut self, by: Announcer, object: &str, service: &str, node: &str) {
+        let said = Announcement { service: service.into(), node: node.into(), created: self.now };
+        self.cluster.announcements.insert((by, ObjectKey::new("kube-system", object)), Arc::new(said));
     }
 
     pub(crate) fn without_policy(&mut self, key: &str) {

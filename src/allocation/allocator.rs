@@ -10,7 +10,7 @@ use super::request::Requests;
 use super::unreached::ReportRequest;
 use crate::api::{AddressPair, AllocationKind, LostUplink, Placement, ReleasedAllocation};
 use crate::model::selector::Name;
-use crate::model::{AddressRange, Cluster, Gateway, Node};
+use crate::model::{AddressRange, Cluster, Gateway, Node, ObjectKey};
 use egret_nft::Family;
 use ipnetwork::IpNetwork;
 use std::collections::{HashMap, HashSet};
@@ -50,6 +50,8 @@ pub(super) struct Draft {
     pub(super) since: i64,
     /// In a planned move, the node that holds the egress IP until `node` does.
     pub(super) leaving: Option<Name>,
+    /// The Service whose address it is.
+    pub(super) service: Option<ObjectKey>,
     /// The places of the requests that use the allocation.
     pub(super) requests: Vec<RequestPlace>,
 }
@@ -63,7 +65,7 @@ impl Draft {
         address: AddressPair,
         node: Option<Name>,
     ) -> Self {
-        Draft { gateway, id, kind, address, node, since: 0, leaving: None, requests: vec![] }
+        Draft { gateway, id, kind, address, node, since: 0, leaving: None, service: None, requests: vec![] }
     }
 }
 

@@ -49,6 +49,7 @@ pub(super) fn close(allocator: Allocator, rejections: &HashMap<RequestPlace, Rej
             node: allocation.node.clone(),
             since: allocation.since,
             leaving: allocation.leaving.clone(),
+            service: allocation.service.as_ref().map(|service| service.to_string().into()),
             policies: users.into_iter().map(|requester| requester.key.clone()).collect(),
         });
     }
@@ -99,10 +100,11 @@ fn grant_of(allocator: &Allocator, requester: PolicyPlace, request: RequestPlace
         gateway: gateway_pool.name.clone(),
         id: allocation.id,
         kind: allocation.kind,
+        service: allocation.service.clone(),
         address: allocation.address.clone(),
         node: allocation.node.clone(),
         leaving: allocation.leaving.clone(),
-        shared_with: (allocation.kind == AllocationKind::Explicit)
+        shared_with: matches!(allocation.kind, AllocationKind::Explicit | AllocationKind::Service)
             .then(|| shared_with(allocator, requester, place))
             .flatten(),
         note: note(allocator, request, place),

@@ -1,6 +1,7 @@
 //! The decision for a policy.
 
 use crate::api::{AddressPair, AllocationKind};
+use crate::model::ObjectKey;
 use crate::model::selector::Name;
 use std::fmt;
 
@@ -24,6 +25,8 @@ pub struct Grant {
     pub id: u16,
     /// How the address was chosen.
     pub kind: AllocationKind,
+    /// The Service whose address it is, with [`AllocationKind::Service`].
+    pub service: Option<ObjectKey>,
     /// The egress IP.
     pub address: AddressPair,
     /// The node that is to hold it.
@@ -64,7 +67,13 @@ pub enum Reason {
     SeveralDefaultGateways,
     /// The gateway is not available to the namespace of the policy.
     NamespaceNotAllowed,
-    /// The policy names an address that is not in the gateway's pool.
+    /// The policy names a Service that does not exist.
+    ServiceUnknown,
+    /// The policy names a Service whose load balancer has given it no address.
+    ServiceWithoutAddress,
+    /// The policy names a Service and a gateway that places its addresses itself.
+    GatewayNotExternal,
+    /// The policy names an address, or a Service with one, that is not in the gateway's pool.
     AddressOutsidePool,
     /// The policy names an address that another allocation has.
     AddressTaken,
@@ -75,6 +84,8 @@ pub enum Reason {
     AddressReserved,
     /// The namespace would exceed its quota of the gateway.
     QuotaExceeded,
+    /// The policy names the address of another namespace's Service.
+    AddressOfService,
     /// The policy names a node's own address.
     AddressOfNode,
     /// The policy names an address in a network of the cluster's pods or Services.

@@ -7,14 +7,24 @@ use super::decision::{Reason, Rejection};
 use super::place::{AllocationPlace, GatewayPlace, List, RequestPlace};
 use super::placement::Load;
 use super::request::{Kind, Request};
+use super::services;
 use crate::api::{AddressPair, AllocationKind, Sharing};
-use crate::model::END_COOLDOWN;
 use crate::model::condition::time;
 use crate::model::drain::is_drained;
 use crate::model::marks::MAX_EGRESS_ID;
+use crate::model::{END_COOLDOWN, ObjectKey};
 use egret_nft::Family;
 use std::collections::HashMap;
 use std::net::IpAddr;
+
+/// The order in which requests are granted, by kind.
+const GRANTED: [AllocationKind; 5] = [
+    AllocationKind::Explicit,
+    AllocationKind::Service,
+    AllocationKind::Node,
+    AllocationKind::Shared,
+    AllocationKind::Dedicated,
+];
 
 /// Grants allocations to the requests that have none, older ones first. Requests that name an address come before
 /// those that take any. Returns the rejections by the place of the request.
@@ -22,7 +32,7 @@ pub(super) fn grant(allocator: &mut Allocator) -> HashMap<RequestPlace, Rejectio
     let mut rejections = HashMap::new();
     let mut lacking = HashMap::new();
     let mut nodes: List<GatewayPlace, Option<ByNode>> = allocator.gateway_pools.map(|_| None);
-    for kind in [AllocationKind::Explicit, AllocationKind::Node, AllocationKind::Shared, AllocationKind::Dedicated] {
+    for kind in GRANTED {
         for request in allocator.requests.all.places() {
             if allocator.requests.all[request].allocation.is_some() {
                 continue;
@@ -34,7 +44,11 @@ pub(super) fn grant(allocator: &mut Allocator) -> HashMap<RequestPlace, Rejectio
             let granted = match (&allocator.requests.all[request].kind, kind) {
                 (Kind::Explicit(pair), AllocationKind::Explicit) => {
                     let pair = pair.clone();
-                    explicit(allocator, request, pair)
+                    named(allocator, request, pair, None)
+                }
+                (Kind::Service(service, pair), AllocationKind::Service) => {
+                    let (service, pair) = (service.clone(), pair.clone());
+                    named(allocator, request, pair, Some(service))
                 }
                 (Kind::Node, AllocationKind::Node) => {
                     let gateway = allocator.requests.all[request].gateway;
@@ -65,9 +79,10 @@ pub(super) fn grant(allocator: &mut Allocator) -> HashMap<RequestPlace, Rejectio
                 .or_insert_with(|| exhausted(allocator, gateway, *family))
                 .clone();
         }
-        if let Request { kind: Kind::Explicit(pair), gateway, .. } = &allocator.requests.all[*request]
+        let Request { kind, gateway, .. } = &allocator.requests.all[*request];
+        if let Some(pair) = kind.named()
             && rejection.reason != Reason::GatewayInvalid
-            && let Err(named) = check_named(allocator, *gateway, pair)
+            && let Err(named) = check_named(allocator, *gateway, pair, kind.service())
         {
             *rejection = named;
         }
@@ -93,28 +108,41 @@ fn no_id() -> Rejection {
     Rejection::new(Reason::NoIdLeft, message)
 }
 
-fn explicit(
+/// Grants addresses that the policies name, themselves or by a Service.
+fn named(
     allocator: &mut Allocator,
     request: RequestPlace,
     address: AddressPair,
+    service: Option<ObjectKey>,
 ) -> Result<AllocationPlace, Rejection> {
     let (gateway, policies) =
         (allocator.requests.all[request].gateway, allocator.requests.all[request].policies.clone());
-    check_named(allocator, gateway, &address)?;
+    check_named(allocator, gateway, &address, service.as_ref())?;
+    if service.is_none() {
+        let namespaces = &allocator.requests.requesters[policies[0]].policy.namespaces;
+        services::check_foreign(allocator.cluster, allocator.gateway_pools[gateway].gateway, namespaces, &address)?;
+    }
     let name = format!("Explicit/{}", in_words(&address));
     let id = allocator.new_id(gateway, &address, &policies, &name).ok_or_else(no_id)?;
-    Ok(allocator.add(allocator.draft_like_before(gateway, id, AllocationKind::Explicit, address)))
+    let kind = if service.is_some() { AllocationKind::Service } else { AllocationKind::Explicit };
+    let draft = allocator.draft_like_before(gateway, id, kind, address);
+    Ok(allocator.add(Draft { service, ..draft }))
 }
 
-/// Checks whether policies can have the addresses that they name.
-fn check_named(allocator: &Allocator, gateway: GatewayPlace, pair: &AddressPair) -> Result<(), Rejection> {
-    addresses(pair).try_for_each(|address| check_one(allocator, gateway, pair, address))
+/// Checks whether policies can have the addresses that they name, themselves or by a Service.
+fn check_named(
+    allocator: &Allocator,
+    gateway: GatewayPlace,
+    pair: &AddressPair,
+    service: Option<&ObjectKey>,
+) -> Result<(), Rejection> {
+    addresses(pair).try_for_each(|address| check_one(allocator, gateway, (pair, service), address))
 }
 
 fn check_one(
     allocator: &Allocator,
     gateway: GatewayPlace,
-    pair: &AddressPair,
+    (pair, service): (&AddressPair, Option<&ObjectKey>),
     address: IpAddr,
 ) -> Result<(), Rejection> {
     let gateway_pool = &allocator.gateway_pools[gateway];
@@ -140,7 +168,8 @@ fn check_one(
     }
     if let Some(holder) = holder {
         let allocation = &allocator.allocations[holder];
-        if own && allocation.kind == AllocationKind::Explicit && allocation.address == *pair {
+        let is_named = matches!(allocation.kind, AllocationKind::Explicit | AllocationKind::Service);
+        if own && is_named && allocation.service.as_ref() == service && allocation.address == *pair {
             let message = format!(
                 "{} is the egress IP of {}, and EgressGateway {:?} does not share it across namespaces (spec.sharing: \
                  Namespace); name another address, or have sharing: Cluster set there",

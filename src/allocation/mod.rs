@@ -22,6 +22,7 @@ mod rebalance;
 pub mod report;
 mod request;
 mod retain;
+mod services;
 mod unreached;
 
 pub use cooldown::COOLDOWN_SECONDS;

@@ -68,6 +68,10 @@ impl<P: Place, T> List<P, T> {
         self.all.iter()
     }
 
+    pub(super) fn iter_mut(&mut self) -> std::slice::IterMut<'_, T> {
+        self.all.iter_mut()
+    }
+
     /// All places, in order. The list may be changed meanwhile.
     pub(super) fn places(&self) -> impl Iterator<Item = P> + use<P, T> {
         (0..self.all.len()).map(P::new)

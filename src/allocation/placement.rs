@@ -4,6 +4,7 @@ use super::allocator::Allocator;
 use super::moves::{self, Reports};
 use super::place::{AllocationPlace, GatewayPlace, List};
 use super::rebalance;
+use super::services::Announcements;
 use super::unreached::{self, SourceNodes};
 use crate::api::{AllocationKind, Placement};
 use crate::model::Node;
@@ -144,25 +145,35 @@ fn balance<'a>(
     }
 }
 
-/// External placement: the node that reports the address holds the allocation.
+/// External placement: the node that reports the address on an interface holds the allocation. If no node has a
+/// Service's address, the node holds it that announces it, as its load balancer says.
 fn follow(allocator: &mut Allocator, gateway: GatewayPlace, allocations: &[AllocationPlace]) {
     let mut reported: HashMap<u16, Vec<&Name>> = HashMap::new();
     for (name, _) in &allocator.gateway_pools[gateway].nodes {
-        for id in allocator.cluster.egress_nodes.get(*name).into_iter().flat_map(|node| &node.of_allocations().held) {
-            reported.entry(*id).or_default().push(name);
+        let node = allocator.cluster.egress_nodes.get(*name);
+        for id in node.into_iter().flat_map(|node| node.of_allocations().on_interface()) {
+            reported.entry(id).or_default().push(name);
         }
     }
-    for allocation in allocations {
-        let allocation = &mut allocator.allocations[*allocation];
-        if allocation.kind == AllocationKind::Node {
+    let of_services = allocations.iter().any(|place| allocator.allocations[*place].service.is_some());
+    let announcements = of_services.then(|| Announcements::new(allocator.cluster));
+    for place in allocations {
+        if allocator.allocations[*place].kind == AllocationKind::Node {
             continue;
         }
+        let service = allocator.allocations[*place].service.as_ref();
+        let announcer = announcements.as_ref().zip(service);
+        let announcer = announcer.and_then(|(all, service)| all.node_of(service, |node| allocator.lives(node)));
+        let is_service = service.is_some();
+        let allocation = &mut allocator.allocations[*place];
         let here =
             |name: &Name| allocator.gateway_pools[gateway].nodes.binary_search_by(|(n, _)| (*n).cmp(name)).is_ok();
         allocation.node = match (allocation.node.take(), reported.get(&allocation.id)) {
+            (_, Some(reporters)) if announcer.is_some_and(|node| reporters.contains(&node)) => announcer.cloned(),
             // While an address moves, two nodes may report it.
             (Some(node), Some(reporters)) if reporters.contains(&&node) => Some(node),
             (_, Some(reporters)) => reporters.first().map(|name| Name::clone(name)),
+            (_, None) if is_service => announcer.filter(|node| here(node)).cloned(),
             (node, None) => node.filter(here),
         };
     }

@@ -83,7 +83,7 @@ impl<'a> Used<'a> {
         let exceeds = |count: usize, limit: Option<u32>| limit.filter(|limit| count > *limit as usize);
         let (dedicated, named) = match kind {
             Kind::Dedicated => (1, None),
-            Kind::Explicit(pair) => (0, Some(pair).filter(|pair| !self.named.contains(pair))),
+            Kind::Explicit(pair) | Kind::Service(_, pair) => (0, Some(pair).filter(|pair| !self.named.contains(pair))),
             Kind::Shared | Kind::Node => (0, None),
         };
         let addresses = self.dedicated + self.named.len() + dedicated + usize::from(named.is_some());

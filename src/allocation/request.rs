@@ -3,11 +3,11 @@
 use super::address_pair::addresses;
 use super::decision::{Reason, Rejection};
 use super::place::{AllocationPlace, GatewayPlace, List, PolicyPlace, RequestPlace};
-use super::quota;
+use super::{quota, services};
 use crate::api::{AddressPair, Allocate, Sharing};
 use crate::model::precedence::labels_or_name;
 use crate::model::selector::Name;
-use crate::model::{AddressRequest, Cluster, Gateway, Namespaces, Policy, PolicyKey};
+use crate::model::{AddressRequest, Cluster, Gateway, Namespaces, ObjectKey, Policy, PolicyKey};
 use std::collections::HashMap;
 
 /// A request for an allocation, by one or more policies.
@@ -27,6 +27,8 @@ pub(super) struct Request {
 pub(super) enum Kind {
     /// These addresses, shared by all policies that name them.
     Explicit(AddressPair),
+    /// These addresses of a Service, shared by all policies that name it.
+    Service(ObjectKey, AddressPair),
     /// The shared allocation of the gateway.
     Shared,
     /// An allocation for one policy.
@@ -36,10 +38,27 @@ pub(super) enum Kind {
 }
 
 impl Kind {
-    /// What a policy asks for; `None` with `action: Direct`.
+    /// The addresses that the policy names, itself or by a Service.
+    pub(super) fn named(&self) -> Option<&AddressPair> {
+        match self {
+            Kind::Explicit(pair) | Kind::Service(_, pair) => Some(pair),
+            Kind::Shared | Kind::Dedicated | Kind::Node => None,
+        }
+    }
+
+    /// The Service that the policy names.
+    pub(super) fn service(&self) -> Option<&ObjectKey> {
+        match self {
+            Kind::Service(service, _) => Some(service),
+            _ => None,
+        }
+    }
+
+    /// What a policy asks for; `None` with `action: Direct`. A Service's addresses are still to be found.
     fn of(policy: &Policy) -> Option<Self> {
         Some(match &policy.address {
             AddressRequest::Explicit(pair) => Kind::Explicit(pair.clone()),
+            AddressRequest::Service(service) => Kind::Service(service.clone(), AddressPair::default()),
             AddressRequest::Allocate(Allocate::Dedicated) => Kind::Dedicated,
             AddressRequest::Allocate(Allocate::Shared) => Kind::Shared,
             AddressRequest::Allocate(Allocate::Node) => Kind::Node,
@@ -79,10 +98,13 @@ impl<'a> Requests<'a> {
         let places = requesters.with_places().map(|(place, a)| (a.key, place)).collect();
 
         let gateways = Gateways::new(cluster);
-        let kinds = requesters.map(|requester| Kind::of(requester.policy));
-        let allowed = requesters.iter().zip(kinds.iter()).map(|(requester, kind)| {
-            let kind = kind.as_ref()?;
+        let mut kinds = requesters.map(|requester| Kind::of(requester.policy));
+        let allowed = requesters.iter().zip(kinds.iter_mut()).map(|(requester, kind)| {
+            let kind = kind.as_mut()?;
             let gateway = gateways.gateway_of(cluster, requester).and_then(|gateway| {
+                if let Kind::Service(service, pair) = kind {
+                    *pair = services::egress_ip(cluster, gateways.all[gateway], service)?;
+                }
                 gateways.check_reservations(cluster, gateway, requester, kind)?;
                 Ok(gateway)
             });
@@ -110,7 +132,7 @@ impl<'a> Requests<'a> {
                 }
             };
             let request = match kind {
-                Kind::Explicit(_) => {
+                Kind::Explicit(_) | Kind::Service(..) => {
                     let sharers = match (gateways.all[gateway].1.sharing, &requesters[place].policy.namespaces) {
                         (Sharing::Namespace, Namespaces::One(namespace)) => Some(namespace),
                         _ => None,
@@ -186,6 +208,11 @@ impl<'a> Gateways<'a> {
                 Rejection::new(Reason::GatewayUnknown, message)
             })?,
             (None, _) if let Some(place) = self.kept.get(requester.key) => *place,
+            (None, _) if let AddressRequest::Service(service) = &requester.policy.address => {
+                let addresses = services::addresses(cluster, service)?;
+                let found = self.all.with_places().find(|(_, (_, gateway))| services::can_have(gateway, addresses));
+                found.map(|(place, _)| place).ok_or_else(|| services::no_gateway(service, addresses))?
+            }
             (None, [one]) => *one,
             (None, []) => {
                 let message = "the policy names no gateway, and none is the default one; \
@@ -226,7 +253,7 @@ impl<'a> Gateways<'a> {
         kind: &Kind,
     ) -> Result<(), Rejection> {
         let (name, gateway) = self.all[gateway];
-        let (Kind::Explicit(pair), Namespaces::One(namespace)) = (kind, &requester.policy.namespaces) else {
+        let (Some(pair), Namespaces::One(namespace)) = (kind.named(), &requester.policy.namespaces) else {
             return Ok(());
         };
         for address in addresses(pair) {

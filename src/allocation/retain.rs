@@ -5,6 +5,7 @@ use super::allocator::{Allocator, Draft};
 use super::place::{GatewayPlace, RequestPlace};
 use super::request::Kind;
 use crate::api::{AddressPair, Allocation, AllocationKind, ReleasedAllocation};
+use crate::model::ObjectKey;
 use egret_nft::Family;
 use std::collections::BTreeSet;
 use std::net::IpAddr;
@@ -60,25 +61,25 @@ fn pool_allocation(allocator: &mut Allocator, gateway: GatewayPlace, allocation:
     let fitting = requests_of(allocator, gateway, allocation).filter(|d| {
         match (&allocator.requests.all[*d].kind, allocation.kind) {
             (Kind::Explicit(pair), AllocationKind::Explicit) => *pair == allocation.address,
+            (Kind::Service(service, pair), AllocationKind::Service) => {
+                *pair == allocation.address && allocation.service.as_deref().is_some_and(|text| service.is(text))
+            }
             (Kind::Shared, AllocationKind::Shared) | (Kind::Dedicated, AllocationKind::Dedicated) => true,
             _ => false,
         }
     });
     // The most senior request keeps it, if the gateway no longer shares addresses across namespaces.
     let Some(request) = fitting.min() else { return false };
+    let is_named = matches!(allocation.kind, AllocationKind::Explicit | AllocationKind::Service);
     let may_keep = |address: &IpAddr| {
         let reserved =
             || allocator.gateway_pools[gateway].gateway.reservations.iter().any(|reserved| reserved.contains(*address));
-        allocator.gateway_pools[gateway].declared.contains(*address)
-            && (allocation.kind == AllocationKind::Explicit || !reserved())
+        allocator.gateway_pools[gateway].declared.contains(*address) && (is_named || !reserved())
     };
     let (kept, lost): (Vec<IpAddr>, Vec<IpAddr>) =
         addresses(&allocation.address).partition(|address| may_keep(address) && !allocator.held.contains_key(address));
     // A policy that names a pair needs all of it. Any other one keeps half a pair while a new half is looked for.
-    if kept.is_empty()
-        || (allocation.kind == AllocationKind::Explicit && !lost.is_empty())
-        || !allocator.ids.take(allocation.id)
-    {
+    if kept.is_empty() || (is_named && !lost.is_empty()) || !allocator.ids.take(allocation.id) {
         return false;
     }
     if !lost.is_empty() {
@@ -92,6 +93,7 @@ fn pool_allocation(allocator: &mut Allocator, gateway: GatewayPlace, allocation:
         node: allocation.node.clone(),
         since: allocation.since,
         leaving: allocation.leaving.clone(),
+        service: allocation.service.as_deref().and_then(ObjectKey::parse),
         requests: vec![],
     });
     allocator.assign(place, request);
@@ -120,6 +122,7 @@ fn node_allocation(allocator: &mut Allocator, gateway: GatewayPlace, allocation:
         node: Some(name.clone()),
         since: allocation.since,
         leaving: None,
+        service: None,
         requests: vec![],
     });
     for request in requests {

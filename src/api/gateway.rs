@@ -265,6 +265,8 @@ pub enum AllocationKind {
     Shared,
     /// The own address of a node of the gateway. When the allocation moves to another node, the address changes.
     Node,
+    /// The address of a Service, named by the policy in `spec.address.service`. The node that announces it is the owner.
+    Service,
 }
 
 /// The policies of an allocation. Nearly all of ten thousand allocations have one policy, which needs no memory of
@@ -294,6 +296,10 @@ pub struct Allocation {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(with = "Option<String>")]
     pub leaving: Option<Name>,
+    /// The Service whose address it is, `namespace/name`, if `kind` is `Service`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<String>")]
+    pub service: Option<Name>,
     /// The policies that use it, sorted: `namespace/name` for an EgressPolicy, `name` for a ClusterEgressPolicy.
     #[schemars(with = "Vec<String>")]
     pub policies: Users,

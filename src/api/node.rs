@@ -47,6 +47,10 @@ pub struct EgressNodeStatus {
     /// The ids of the egress IPs that this node holds now, sorted.
     #[serde(default)]
     pub allocations: Vec<u16>,
+    /// Those of `allocations` whose address is on no interface of this node, sorted: addresses of Services that
+    /// something announces from here.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub without_address: Vec<u16>,
     /// Egress IPs that this node has taken over, because the node that the allocation names did not answer.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub taken: Vec<TakenAllocation>,

@@ -2,6 +2,7 @@ use super::{AddressPair, Condition, Name};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
 use serde::{Deserialize, Serialize};
 use std::fmt;
+use std::net::{Ipv4Addr, Ipv6Addr};
 
 /// Selects pods of its namespace. Their traffic to the given destinations leaves the cluster through a gateway, from
 /// an egress IP.
@@ -47,9 +48,9 @@ pub struct EgressPolicySpec {
     /// The covered destinations. Default: everything outside the cluster.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub egress: Option<Vec<EgressRule>>,
-    /// The egress IP, from the pool of the gateway. Set either this or `allocate`.
+    /// The egress IP: addresses from the pool of the gateway, or a Service's. Set either this or `allocate`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub address: Option<AddressPair>,
+    pub address: Option<PolicyAddress>,
     /// How an egress IP is chosen if `address` is absent. Default: `Dedicated`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub allocate: Option<Allocate>,
@@ -115,9 +116,9 @@ pub struct ClusterEgressPolicySpec {
     /// The covered destinations. Default: everything outside the cluster.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub egress: Option<Vec<EgressRule>>,
-    /// The egress IP, from the pool of the gateway. Set either this or `allocate`.
+    /// The egress IP: addresses from the pool of the gateway, or a Service's. Set either this or `allocate`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub address: Option<AddressPair>,
+    pub address: Option<PolicyAddress>,
     /// How an egress IP is chosen if `address` is absent. Default: `Dedicated`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub allocate: Option<Allocate>,
@@ -170,6 +171,47 @@ impl From<EgressPolicySpec> for ClusterEgressPolicySpec {
             priority: spec.priority,
         }
     }
+}
+
+/// The egress IP that a policy names: one IPv4 address, one IPv6 address, or one of each; or the addresses of a Service.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct PolicyAddress {
+    /// The IPv4 address.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ipv4: Option<Ipv4Addr>,
+    /// The IPv6 address.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ipv6: Option<Ipv6Addr>,
+    /// A Service of type LoadBalancer: the egress IP is the address that it has in `status.loadBalancer`, and its owner
+    /// is the node that announces it. The address must be in the pool of a gateway with `placement: External`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub service: Option<ServiceReference>,
+}
+
+impl From<AddressPair> for PolicyAddress {
+    fn from(AddressPair { ipv4, ipv6 }: AddressPair) -> Self {
+        PolicyAddress { ipv4, ipv6, service: None }
+    }
+}
+
+impl PolicyAddress {
+    /// The addresses that it lists.
+    pub fn pair(&self) -> AddressPair {
+        AddressPair { ipv4: self.ipv4, ipv6: self.ipv6 }
+    }
+}
+
+/// A Service.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct ServiceReference {
+    /// The name of the Service.
+    pub name: String,
+    /// The namespace of the Service, in a ClusterEgressPolicy. An EgressPolicy uses Services of its own namespace, and
+    /// has no such field.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub namespace: Option<String>,
 }
 
 /// The rank of a ClusterEgressPolicy among the EgressPolicies. The names are those of Kubernetes'

@@ -29,8 +29,23 @@ fn additions(kind: &str) -> Vec<Addition> {
     };
     if kind == "ClusterEgressPolicy" {
         all.extend(selector("/properties/namespaceSelector"));
+        // It has no namespace of its own.
+        all.push((SERVICE.to_owned(), json!({"required": ["name", "namespace"]})));
+        all.push((format!("{SERVICE}/properties/namespace"), json!({"maxLength": 63, "minLength": 1})));
     }
     all
+}
+
+/// The Service whose address a policy has.
+const SERVICE: &str = "/properties/address/properties/service";
+
+/// The fields that only other kinds have, though the types are the same. Places are below `spec`.
+fn removals(kind: &str) -> Vec<(String, &'static str)> {
+    match kind {
+        // It uses Services of its own namespace.
+        "EgressPolicy" => vec![(format!("{SERVICE}/properties"), "namespace")],
+        _ => Vec::new(),
+    }
 }
 
 fn gateway() -> Vec<Addition> {
@@ -132,7 +147,8 @@ fn policy() -> Vec<Addition> {
         ("/properties/gateway".to_owned(), json!({"maxLength": 253, "minLength": 1})),
         ("/properties/services".to_owned(), json!({"maxItems": 100})),
         ("/properties/services/items".to_owned(), json!({"maxLength": 253, "minLength": 1})),
-        ("/properties/address".to_owned(), address_pair("give ipv4, ipv6 or both, or leave address out")),
+        ("/properties/address".to_owned(), policy_address()),
+        (format!("{SERVICE}/properties/name"), json!({"maxLength": 253, "minLength": 1})),
         ("/properties/egress".to_owned(), json!({"maxItems": 100})),
         (format!("{rule}/properties/to"), json!({"maxItems": 100})),
         (format!("{rule}/properties/ports"), json!({"maxItems": 100})),
@@ -181,6 +197,18 @@ fn address_pair(message: &str) -> Value {
     with_rules(json!({}), &[("has(self.ipv4) || has(self.ipv6)", message)])
 }
 
+fn policy_address() -> Value {
+    let some = "has(self.ipv4) || has(self.ipv6) || has(self.service)";
+    let one = "!has(self.service) || !has(self.ipv4) && !has(self.ipv6)";
+    with_rules(
+        json!({}),
+        &[
+            (some, "give ipv4, ipv6 or both, or service, or leave address out"),
+            (one, "service has addresses of its own; leave out ipv4 and ipv6, or service"),
+        ],
+    )
+}
+
 /// The requirements of Kubernetes for label selectors, which its schema does not express. A schema cannot check the
 /// keys of `matchLabels`, and a CEL rule costs too much because a key has no maximum length. The condition `Accepted`
 /// reports them.
@@ -222,6 +250,11 @@ pub(super) fn add(crd: &mut Value) -> Result<(), String> {
             let schema = spec.pointer_mut(&place).and_then(Value::as_object_mut);
             let schema = schema.ok_or_else(|| format!("the schema of {kind} has no spec{place}"))?;
             schema.extend(fields.as_object().cloned().unwrap_or_default());
+        }
+        for (place, field) in removals(&kind) {
+            let fields = spec.pointer_mut(&place).and_then(Value::as_object_mut);
+            let removed = fields.and_then(|fields| fields.remove(field));
+            removed.ok_or_else(|| format!("the schema of {kind} has no spec{place}/{field}"))?;
         }
     }
     Ok(())
@@ -345,6 +378,15 @@ mod tests {
             assert_refused(kind, &both, "allocate");
             assert_refused(kind, &json!({"podSelector": {}, "address": {}}), "ipv4");
         }
+    }
+
+    #[test]
+    fn a_policy_names_addresses_or_a_service() {
+        let named = |address: Value| json!({"podSelector": {}, "address": address});
+        assert_good("EgressPolicy", &named(json!({"service": {"name": "web"}})));
+        assert_good("ClusterEgressPolicy", &named(json!({"service": {"name": "web", "namespace": "shop"}})));
+        let both = named(json!({"service": {"name": "web"}, "ipv4": "192.0.2.50"}));
+        assert_refused("EgressPolicy", &both, "leave out ipv4 and ipv6");
     }
 
     #[test]

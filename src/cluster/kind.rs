@@ -1,6 +1,7 @@
 //! The kinds of objects that Egret reads.
 
 use crate::api::{GROUP, PolicyKey, VERSION};
+use crate::model::Announcer;
 use std::fmt;
 
 /// The kinds that Egret reads.
@@ -30,6 +31,10 @@ pub enum Kind {
     ServiceCidr,
     /// Calico's, where it is installed.
     IpPool,
+    /// MetalLB's: the node that announces a Service's address.
+    ServiceL2Status,
+    /// `coordination.k8s.io`: Cilium has one for each Service whose address it announces.
+    Lease,
 }
 
 impl fmt::Display for Kind {
@@ -40,7 +45,7 @@ impl fmt::Display for Kind {
 
 impl Kind {
     /// The kinds that the store distinguishes: it holds Endpoints as EndpointSlices.
-    pub const STORED: [Kind; 11] = [
+    pub const STORED: [Kind; 13] = [
         Kind::Namespace,
         Kind::Node,
         Kind::Pod,
@@ -52,11 +57,29 @@ impl Kind {
         Kind::EgressNode,
         Kind::ServiceCidr,
         Kind::IpPool,
+        Kind::ServiceL2Status,
+        Kind::Lease,
     ];
+
+    /// The kinds that say which nodes announce Services' addresses.
+    pub const ANNOUNCEMENTS: [Kind; 2] = [Kind::ServiceL2Status, Kind::Lease];
 
     /// The kind of a policy.
     pub fn of_policy(key: &PolicyKey) -> Kind {
         if key.namespace.is_some() { Kind::EgressPolicy } else { Kind::ClusterEgressPolicy }
+    }
+
+    /// The kind of the objects by which an announcer says what it announces.
+    pub fn of_announcer(announcer: Announcer) -> Kind {
+        match announcer {
+            Announcer::MetalLb => Kind::ServiceL2Status,
+            Announcer::Cilium => Kind::Lease,
+        }
+    }
+
+    /// Who says by objects of this kind what it announces.
+    pub fn announcer(self) -> Option<Announcer> {
+        [Announcer::MetalLb, Announcer::Cilium].into_iter().find(|announcer| Kind::of_announcer(*announcer) == self)
     }
 
     /// The kind that `apiVersion` and `kind` name; `None` if Egret does not use it.
@@ -72,6 +95,8 @@ impl Kind {
             ("", "Service") => Kind::Service,
             ("", "Endpoints") => Kind::Endpoints,
             ("discovery.k8s.io", "EndpointSlice") => Kind::EndpointSlice,
+            ("metallb.io", "ServiceL2Status") => Kind::ServiceL2Status,
+            ("coordination.k8s.io", "Lease") => Kind::Lease,
             (GROUP, _) if version != VERSION => {
                 return Err(format!("apiVersion {api_version:?} is unknown here; write {GROUP}/{VERSION}"));
             }
@@ -91,7 +116,16 @@ impl Kind {
 
     /// Whether objects of this kind are namespaced.
     pub fn is_namespaced(self) -> bool {
-        matches!(self, Kind::Pod | Kind::Service | Kind::Endpoints | Kind::EndpointSlice | Kind::EgressPolicy)
+        matches!(
+            self,
+            Kind::Pod
+                | Kind::Service
+                | Kind::Endpoints
+                | Kind::EndpointSlice
+                | Kind::EgressPolicy
+                | Kind::ServiceL2Status
+                | Kind::Lease
+        )
     }
 
     /// Whether the kind is Egret's own: then unknown fields are errors.

@@ -14,7 +14,7 @@ mod store;
 #[cfg(test)]
 mod tests;
 
-use crate::api::{EgressGatewayStatus, EgressNodeStatus, EgressPolicyStatus};
+use crate::api::{EgressGatewayStatus, EgressNodeStatus, EgressPolicySpec, EgressPolicyStatus};
 use crate::model::notice::Notice;
 use crate::model::selector::Name;
 use crate::model::target::Target;
@@ -49,6 +49,8 @@ pub struct KubeOptions {
     pub lease: Option<LeaseSettings>,
     /// The offline cache, for a node's start while the API server is away; `None`: there is none.
     pub known: Option<OfflineCache>,
+    /// Whether Services are followed whatever the policies are.
+    pub follows_services: bool,
 }
 
 /// Whose credentials a command of a person uses, of those in kubeconfig files.
@@ -350,6 +352,43 @@ impl Statuses {
                 Ok(in_background(move || d.policy(&key, &status)).await?)
             }
             Statuses::Kube(k) => k.policy(key, status, notices).await,
+        }
+    }
+
+    /// Writes a policy that was made of the annotations of the Service of its name. `uid` is the Service's.
+    ///
+    /// # Errors
+    /// The policy was not written, or may not have been.
+    pub async fn write_made_policy(&self, key: &PolicyKey, uid: &str, spec: &EgressPolicySpec) -> anyhow::Result<()> {
+        match self {
+            Statuses::Dir(d) => {
+                let (d, key, spec) = (d.clone(), key.clone(), spec.clone());
+                in_background(move || d.write_made_policy(&key, &spec)).await
+            }
+            Statuses::Kube(k) => Ok(k.write_made_policy(key, uid, spec).await?),
+        }
+    }
+
+    /// Removes a policy that was made of a Service's annotations.
+    ///
+    /// # Errors
+    /// The policy may still be there.
+    pub async fn remove_made_policy(&self, key: &PolicyKey) -> anyhow::Result<()> {
+        match self {
+            Statuses::Dir(d) => {
+                let (d, key) = (d.clone(), key.clone());
+                in_background(move || d.remove_made_policy(&key)).await
+            }
+            Statuses::Kube(k) => Ok(k.remove_made_policy(key).await?),
+        }
+    }
+
+    /// Emits an event about a Service.
+    pub fn service(&self, key: &ObjectKey, uid: &str, notice: Notice) {
+        match self {
+            // The log has it.
+            Statuses::Dir(_) => {}
+            Statuses::Kube(k) => k.service(key, uid, notice),
         }
     }
 

@@ -78,7 +78,7 @@ impl Names {
         gateway_status.allocations.shrink_to_fit();
         gateway_status.released.shrink_to_fit();
         for allocation in &mut gateway_status.allocations {
-            for name in [&mut allocation.node, &mut allocation.leaving].into_iter().flatten() {
+            for name in [&mut allocation.node, &mut allocation.leaving, &mut allocation.service].into_iter().flatten() {
                 *name = self.get(name);
             }
             self.users(&mut allocation.policies);

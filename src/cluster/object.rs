@@ -5,7 +5,7 @@ use crate::api::{EgressGatewayStatus, EgressPolicyStatus};
 use crate::model::egress_node::EgressNode;
 use crate::model::selector::{Labels, Name};
 use crate::model::shared::Shared;
-use crate::model::{Endpoints, Gateway, Node, ObjectKey, Pod, Policy, PolicyKey, Service};
+use crate::model::{Announcement, Announcer, Endpoints, Gateway, Node, ObjectKey, Pod, Policy, PolicyKey, Service};
 use ipnetwork::IpNetwork;
 use std::sync::Arc;
 
@@ -26,6 +26,8 @@ pub enum Object {
     GatewayStatus(Name, Shared<EgressGatewayStatus>),
     /// A policy's status, from the directory of statuses.
     PolicyStatus(PolicyKey, Arc<EgressPolicyStatus>),
+    /// Which node announces a Service's address.
+    Announcement(Announcer, ObjectKey, Arc<Announcement>),
     /// Networks inside the cluster: a ServiceCIDR or an IPPool.
     Networks(Kind, Name, Box<[IpNetwork]>),
 }
@@ -52,6 +54,7 @@ impl Object {
                 None => (Kind::ClusterEgressPolicy, None, &key.name),
             },
             Object::EgressNode(name, _) => (Kind::EgressNode, None, name),
+            Object::Announcement(by, key, _) => (Kind::of_announcer(*by), Some(&key.namespace), &key.name),
             Object::Networks(kind, name, _) => (*kind, None, name),
         }
     }
@@ -70,6 +73,7 @@ impl Object {
             (Object::EgressNode(_, a), Object::EgressNode(_, b)) => a == b,
             (Object::GatewayStatus(_, a), Object::GatewayStatus(_, b)) => a == b,
             (Object::PolicyStatus(_, a), Object::PolicyStatus(_, b)) => a == b,
+            (Object::Announcement(_, _, a), Object::Announcement(_, _, b)) => a == b,
             (Object::Networks(_, _, a), Object::Networks(_, _, b)) => a == b,
             _ => false,
         }

@@ -9,11 +9,11 @@ use super::decode::validate::{object_key, policy_key};
 use super::kind::Kind;
 use super::object::{Key, Object};
 use super::refused::{Readable, ReadableGateway, Refused};
-use crate::api::{Allocation, EgressGatewayStatus};
+use crate::api::{Allocation, EgressGatewayStatus, Placement};
 use crate::model::fallback_policy::from_allocation;
 use crate::model::selector::Name;
 use crate::model::shared::Shared;
-use crate::model::{Cluster, Gateway, Inside, PodMatch, Policy, PolicyKey, Unreadable};
+use crate::model::{AddressRequest, Cluster, Gateway, Inside, PodMatch, Policy, PolicyKey, Unreadable};
 use ipnetwork::IpNetwork;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -28,7 +28,7 @@ pub struct Store {
     refused: BTreeMap<(Kind, Key), Refused>,
     /// The policies in `cluster` that are fallback policies.
     fallbacks: BTreeSet<PolicyKey>,
-    /// Policies that select pods by Services, while the Services are not known: they would select no pod.
+    /// Policies that need Services, while these are not known: they would select no pod, or have no address.
     waiting: Option<BTreeMap<PolicyKey, Arc<Policy>>>,
     /// Networks inside the cluster, by the objects that list them.
     networks: BTreeMap<(Kind, Name), Box<[IpNetwork]>>,
@@ -43,8 +43,7 @@ pub struct Store {
 }
 
 impl Store {
-    /// An empty store. Without `has_services`, policies that select pods by Services wait for
-    /// [`Store::services_are_known`].
+    /// An empty store. Without `has_services`, policies that need Services wait for [`Store::services_are_known`].
     pub fn new(is_controller: bool, has_services: bool) -> Self {
         let waiting = (!has_services).then(BTreeMap::new);
         Store { is_controller, waiting, ..Store::default() }
@@ -86,6 +85,7 @@ impl Store {
             Object::Endpoints(key, endpoints) | Object::EndpointSlice(key, endpoints) => {
                 put_shared(&mut c.endpoints, key, endpoints)
             }
+            Object::Announcement(by, key, said) => put_shared(&mut c.announcements, (by, key), said),
             Object::EgressNode(name, status) => put_shared(&mut c.egress_nodes, name, status),
             Object::PolicyStatus(key, status) => put_shared(&mut c.policy_statuses, key, status),
             Object::Gateway(name, mut gateway) => {
@@ -117,7 +117,7 @@ impl Store {
                 self.fallbacks.remove(&key);
                 if let Some(waiting) = &mut self.waiting {
                     waiting.remove(&key);
-                    if matches!(policy.pods, PodMatch::Services(_)) {
+                    if needs_services(&policy, self.is_controller) {
                         waiting.insert(key, policy);
                         return;
                     }
@@ -177,6 +177,9 @@ impl Store {
                 remove(&mut c.policies, &key) || had_status
             }
             Kind::EgressNode => remove(&mut c.egress_nodes, name),
+            Kind::ServiceL2Status | Kind::Lease => {
+                kind.announcer().is_some_and(|by| remove(&mut c.announcements, &(by, object_key(key))))
+            }
             Kind::ServiceCidr | Kind::IpPool => {
                 self.networks.remove(&(kind, name.clone()));
                 return self.gather_networks();
@@ -238,6 +241,10 @@ impl Store {
             Kind::EgressPolicy => Box::new(policies(false)),
             Kind::ClusterEgressPolicy => Box::new(policies(true)),
             Kind::EgressNode => Box::new(c.egress_nodes.keys().map(plain)),
+            Kind::ServiceL2Status | Kind::Lease => {
+                let of_kind = c.announcements.keys().filter(move |(by, _)| Some(*by) == kind.announcer());
+                Box::new(of_kind.map(move |(_, k)| namespaced(&k.namespace, &k.name)))
+            }
             Kind::ServiceCidr | Kind::IpPool => {
                 Box::new(self.networks.keys().filter(move |(k, _)| *k == kind).map(|(_, name)| (None, name.clone())))
             }
@@ -271,7 +278,7 @@ impl Store {
         rebuild(&mut c.policy_statuses);
     }
 
-    /// The Services are known: policies that select pods by them need not wait any longer.
+    /// The Services are known: policies that need them need not wait any longer.
     pub fn services_are_known(&mut self) {
         for (key, policy) in self.waiting.take().into_iter().flatten() {
             self.changed |= put_shared(&mut self.cluster.policies, key, policy);
@@ -285,11 +292,18 @@ impl Store {
         self.cluster.services = Shared::default();
     }
 
-    /// Whether a policy selects pods by Services.
-    pub fn selects_by_services(&self) -> bool {
-        let by_service = |policy: &Arc<Policy>| matches!(policy.pods, PodMatch::Services(_));
-        self.waiting.as_ref().is_some_and(|waiting| !waiting.is_empty())
-            || self.cluster.policies.values().any(by_service)
+    /// Whether Services decide what a policy selects, or which egress IP it has or may not have.
+    pub fn needs_services(&self) -> bool {
+        let external = |gateway: &Arc<Gateway>| gateway.placement == Placement::External;
+        self.is_controller && self.cluster.gateways.values().any(external)
+            || self.waiting.as_ref().is_some_and(|waiting| !waiting.is_empty())
+            || self.cluster.policies.values().any(|policy| needs_services(policy, self.is_controller))
+    }
+
+    /// Whether a policy has the address of a Service.
+    pub fn has_addresses_of_services(&self) -> bool {
+        let waiting = self.waiting.iter().flat_map(BTreeMap::values);
+        waiting.chain(self.cluster.policies.values()).any(|policy| has_address_of_service(policy))
     }
 
     /// Sets the networks that no object lists.
@@ -428,6 +442,15 @@ impl Store {
             _ => NOTHING,
         }
     }
+}
+
+/// Whether Services decide what the policy selects, or which egress IP it has. The latter concerns controllers only.
+fn needs_services(policy: &Policy, is_controller: bool) -> bool {
+    matches!(policy.pods, PodMatch::Services(_)) || is_controller && has_address_of_service(policy)
+}
+
+fn has_address_of_service(policy: &Policy) -> bool {
+    matches!(policy.address, AddressRequest::Service(_))
 }
 
 const LAST_GOOD: &str = "its last good state is used until it is corrected";

@@ -5,6 +5,7 @@
 
 mod metrics;
 mod pass;
+mod services;
 mod write_overlay;
 
 use crate::cluster::{self, Leadership, Scope, Source, SourceName};
@@ -26,9 +27,17 @@ const DEBOUNCE: (Duration, Duration) = (Duration::from_millis(2), Duration::from
 /// How long a failed write waits until it is retried: at first, and at most.
 const RETRY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
 
+/// What a controller does besides its usual work.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Options {
+    /// Makes policies of Services' annotations for kube-vip. The source must follow Services
+    /// ([`KubeOptions::follows_services`](crate::cluster::KubeOptions::follows_services)).
+    pub kube_vip_annotations: bool,
+}
+
 /// Runs until the source ends or a signal arrives. Of several controllers one leads; the others follow the source and
 /// wait.
-pub async fn run(source: &SourceName, addresses: &Addresses) -> anyhow::Result<()> {
+pub async fn run(source: &SourceName, addresses: &Addresses, options: Options) -> anyhow::Result<()> {
     let mut registry = Registry::with_prefix("egret");
     let metrics = Metrics::new(&mut registry);
     let (ready, readiness) = watch::channel(Readiness::waiting_for("the cluster has not been read yet"));
@@ -40,7 +49,7 @@ pub async fn run(source: &SourceName, addresses: &Addresses) -> anyhow::Result<(
     };
     let stop = source.leadership.clone();
     tokio::select! {
-        ended = lead_in_turns(source, metrics, ready) => ended,
+        ended = lead_in_turns(source, options, metrics, ready) => ended,
         () = signals::stopped()? => {
             stop.release().await;
             Ok(())
@@ -48,10 +57,15 @@ pub async fn run(source: &SourceName, addresses: &Addresses) -> anyhow::Result<(
     }
 }
 
-async fn lead_in_turns(source: Source, metrics: Metrics, ready: watch::Sender<Readiness>) -> anyhow::Result<()> {
+async fn lead_in_turns(
+    source: Source,
+    options: Options,
+    metrics: Metrics,
+    ready: watch::Sender<Readiness>,
+) -> anyhow::Result<()> {
     let Source { mut snapshots, statuses, leadership, problems: _problems, lookup: _ } = source;
     let mut waiting = leadership.clone();
-    let mut controller = Controller::new(statuses, leadership, metrics);
+    let mut controller = Controller::new(statuses, leadership, metrics, options);
     loop {
         while controller.leadership.term().is_none() {
             // A controller that could lead at once counts as ready.
@@ -122,6 +136,8 @@ fn changes_the_allocations(old: &Cluster, new: &Cluster) -> bool {
         && same(&old.gateways, &new.gateways, same_gateway)
         && same(&old.nodes, &new.nodes, Arc::ptr_eq)
         && same(&old.egress_nodes, &new.egress_nodes, Arc::ptr_eq)
+        && same(&old.services, &new.services, Arc::ptr_eq)
+        && same(&old.announcements, &new.announcements, Arc::ptr_eq)
         && old.namespaces == new.namespaces)
 }
 

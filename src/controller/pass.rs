@@ -1,6 +1,8 @@
 //! One pass: the allocations are computed from a snapshot, and the statuses that have changed are written.
 
+use super::Options;
 use super::metrics::Metrics;
+use super::services::MadePolicies;
 use super::write_overlay::{self, WriteOverlay};
 use crate::allocation::report::{of_gateway, of_policy, report};
 use crate::allocation::{Outcome, allocate};
@@ -45,6 +47,8 @@ pub(super) struct Controller {
     ready_nodes: Numbers,
     /// The writes of policies' statuses in which only numbers of pods have changed.
     pods: Numbers,
+    /// The policies that are made of Services' annotations; `None`: none are made.
+    made_policies: Option<MadePolicies>,
 }
 
 /// The result of a pass.
@@ -100,11 +104,23 @@ fn differ_in_pods(before: &EgressPolicyStatus, after: &EgressPolicyStatus) -> bo
 }
 
 impl Controller {
-    pub(super) fn new(statuses: Statuses, leadership: Leadership, metrics: Metrics) -> Self {
+    pub(super) fn new(statuses: Statuses, leadership: Leadership, metrics: Metrics, options: Options) -> Self {
         let term = leadership.term();
         let (write_overlay, uncertain) = (WriteOverlay::default(), BTreeMap::new());
         let (ready_nodes, pods) = (Numbers::default(), Numbers::default());
-        Controller { statuses, leadership, metrics, write_overlay, term, uncertain, known: None, ready_nodes, pods }
+        let made_policies = options.kube_vip_annotations.then(MadePolicies::default);
+        Controller {
+            statuses,
+            leadership,
+            metrics,
+            write_overlay,
+            term,
+            uncertain,
+            known: None,
+            ready_nodes,
+            pods,
+            made_policies,
+        }
     }
 
     /// Whether the controller still leads in the term in which it began.
@@ -172,7 +188,10 @@ impl Controller {
         let mut outcome = allocate(&cluster, now);
         self.metrics.allocated(start.elapsed());
 
-        let mut failure = None;
+        let mut failure = match &mut self.made_policies {
+            Some(made) => made.update(&cluster, &self.statuses).await,
+            None => None,
+        };
         self.ready_nodes.begin();
         self.pods.begin();
         let unwritten = self.write_gateways(&cluster, &mut outcome, &mut failure).await;

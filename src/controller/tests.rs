@@ -32,7 +32,7 @@ const NOWHERE: Addresses = Addresses { metrics: ListenAddress(None), health: Lis
 
 async fn started(directory: &Path) -> JoinHandle<anyhow::Result<()>> {
     let name = SourceName::Dir(directory.to_owned());
-    tokio::spawn(async move { run(&name, &NOWHERE).await })
+    tokio::spawn(async move { run(&name, &NOWHERE, Options::default()).await })
 }
 
 /// Waits until the directory's snapshot satisfies `good`.
@@ -99,7 +99,8 @@ async fn without_changes_nothing_is_written() {
     sleep(Duration::from_millis(300)).await;
     let source = cluster::open(&SourceName::Dir(path.to_owned()), Scope::Controller).await.unwrap();
     let snapshot = source.snapshots.borrow().clone();
-    let mut second = Controller::new(source.statuses, source.leadership, Metrics::new(&mut Registry::default()));
+    let mut second =
+        Controller::new(source.statuses, source.leadership, Metrics::new(&mut Registry::default()), Options::default());
     let pass = second.pass(snapshot, || false).await;
     assert!(pass.failure.is_none() && pass.wake.is_none());
     assert!(second.write_overlay.until(Instant::now()).is_none(), "a second controller finds nothing to write");
@@ -113,7 +114,7 @@ async fn pod_counts_are_written_at_once_and_then_at_intervals() {
     std::fs::write(path.join("cluster.yaml"), format!("{GATEWAY}---\n{}", policy("p"))).unwrap();
     let mut source = cluster::open(&SourceName::Dir(path.to_owned()), Scope::Controller).await.unwrap();
     let metrics = Metrics::new(&mut Registry::default());
-    let mut controller = Controller::new(source.statuses, source.leadership, metrics);
+    let mut controller = Controller::new(source.statuses, source.leadership, metrics, Options::default());
     let (mut counts, mut wake) = (Vec::new(), None);
     for pods in 0..5 {
         let named = |n| {
@@ -142,7 +143,7 @@ async fn ready_nodes_are_written_at_once_and_then_at_intervals() {
     std::fs::write(path.join("cluster.yaml"), format!("{GATEWAY}---\n{second}")).unwrap();
     let mut source = cluster::open(&SourceName::Dir(path.to_owned()), Scope::Controller).await.unwrap();
     let metrics = Metrics::new(&mut Registry::default());
-    let mut controller = Controller::new(source.statuses.clone(), source.leadership, metrics);
+    let mut controller = Controller::new(source.statuses.clone(), source.leadership, metrics, Options::default());
     source.statuses.node("n1", &EgressNodeStatus::default()).await.unwrap();
     let (mut counts, mut wake) = (Vec::new(), None);
     for ready in [true, false, true] {
@@ -187,7 +188,8 @@ async fn a_status_that_cannot_be_written_makes_the_controller_unready() {
     std::fs::write(path.join("status"), "").unwrap();
     let source = cluster::open(&SourceName::Dir(path.to_owned()), Scope::Controller).await.unwrap();
     let snapshot = source.snapshots.borrow().clone();
-    let mut controller = Controller::new(source.statuses, source.leadership, Metrics::new(&mut Registry::default()));
+    let mut controller =
+        Controller::new(source.statuses, source.leadership, Metrics::new(&mut Registry::default()), Options::default());
     let failure = controller.pass(snapshot.clone(), || false).await.failure.unwrap();
     assert!(format!("{failure:#}").contains("status"), "{failure:#}");
     std::fs::remove_file(path.join("status")).unwrap();

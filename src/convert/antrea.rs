@@ -1,11 +1,11 @@
 //! Antrea: `Egress`, and `ExternalIPPool` with the addresses and the nodes that can hold them.
 
-use super::destinations::covered;
 use super::draft::{Draft, GatewayDraft, PolicyDraft, pair_of};
 use super::field::{Field, Invalid};
 use super::input::Object;
 use crate::api::Placement;
 use crate::model::addresses_of;
+use crate::model::blocks::covered;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
 use std::collections::BTreeMap;
 use std::net::IpAddr;

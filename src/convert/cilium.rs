@@ -1,11 +1,11 @@
 //! Cilium: `CiliumEgressGatewayPolicy`, with pods, destinations, the gateway node and the egress IP in one object.
 
-use super::destinations::covered;
 use super::draft::{Draft, GatewayDraft, Notes, PolicyDraft, pair_of};
 use super::field::{Field, Invalid};
 use super::input::Object;
 use crate::api::{AddressPair, Allocate, Placement};
 use crate::model::addresses_of;
+use crate::model::blocks::covered;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{LabelSelector, LabelSelectorRequirement};
 use std::collections::BTreeMap;
 

@@ -1,9 +1,9 @@
 //! What the converters of the single systems make: gateways and policies in Egret's fields, and notes.
 
-use super::destinations::Covered;
 use super::field::{Field, Invalid};
 use super::input::Object;
 use crate::api::{AddressPair, Allocate, ClusterEgressPolicySpec, EgressGatewaySpec, EgressRule};
+use crate::model::blocks::Covered;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{LabelSelector, LabelSelectorRequirement};
 use std::fmt;
 use std::net::IpAddr;
@@ -148,7 +148,7 @@ impl PolicyDraft {
 
     /// Names the egress IP.
     pub(super) fn set_address(&mut self, pair: AddressPair) {
-        (self.spec.address, self.spec.allocate) = (Some(pair), None);
+        (self.spec.address, self.spec.allocate) = (Some(pair.into()), None);
     }
 
     /// Has the egress IP chosen. `Dedicated` is the default, and not written.

@@ -10,7 +10,6 @@ mod antrea;
 mod calico;
 mod cilium;
 mod combine;
-mod destinations;
 mod draft;
 mod field;
 mod input;

@@ -1,12 +1,12 @@
 //! OVN-Kubernetes: `EgressIP`, and `EgressService` with the Service of the same name.
 
-use super::destinations::covered;
 use super::draft::{Draft, GatewayDraft, PolicyDraft, has_label, pair_of};
 use super::field::Invalid;
 use super::input::Object;
 use super::services;
 use crate::api::Placement;
 use crate::model::addresses_of;
+use crate::model::blocks::covered;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
 use std::net::IpAddr;
 

@@ -1,10 +1,10 @@
 //! EgressGateway of spidernet-io: `EgressGateway` with pools, `EgressPolicy` and `EgressClusterPolicy`.
 
-use super::destinations::covered;
 use super::draft::{Draft, GatewayDraft, PolicyDraft, pair_of};
 use super::field::{Field, Invalid};
 use super::input::Object;
 use crate::api::{AddressPair, Allocate};
+use crate::model::blocks::covered;
 use std::collections::BTreeMap;
 
 pub(super) const GROUP: &str = "egressgateway.spidernet.io";

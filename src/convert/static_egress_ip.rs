@@ -1,11 +1,11 @@
 //! kube-static-egress-ip: `StaticEgressIP`, a list of rules with a Service, a destination and an egress IP.
 
-use super::destinations::covered;
 use super::draft::{Draft, GATEWAY_LABEL, GatewayDraft, PolicyDraft, labels, pair_of};
 use super::field::Invalid;
 use super::input::Object;
 use crate::api::AddressPair;
 use crate::model::addresses_of;
+use crate::model::blocks::covered;
 use ipnetwork::IpNetwork;
 use std::net::IpAddr;
 

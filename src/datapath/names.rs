@@ -13,6 +13,9 @@ pub const DEVICE: &str = "egret";
 pub const OUT_DEVICE: &str = "egret-out";
 /// The peer of [`OUT_DEVICE`].
 pub const HOP_DEVICE: &str = "egret-hop";
+/// Devices on which every node has the addresses of all Services: kube-proxy's in IPVS mode
+/// (`DefaultDummyDevice`, pkg/proxy/ipvs) and kube-router's. They do not tell which node has an address.
+pub const DEVICES_OF_SERVICES: [&str; 2] = ["kube-ipvs0", "kube-dummy-if"];
 /// The metric of Egret's own addresses (`IFA_RT_PRIORITY`, Linux 4.18). It has no effect, as these addresses have no
 /// route of a prefix, and the kernel stores it: kernels before 5.18 store no protocol number of an address.
 pub const ADDRESS_METRIC: u32 = 7871;

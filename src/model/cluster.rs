@@ -3,7 +3,7 @@
 use super::egress_node::EgressNode;
 use super::selector::{Labels, Name};
 use super::shared::Shared;
-use super::{Endpoints, Gateway, Node, Pod, Policy, Service};
+use super::{Announcement, Announcer, Endpoints, Gateway, Node, Pod, Policy, Service};
 use crate::api::{Allocation, EgressPolicyStatus, PolicyKey};
 use ipnetwork::IpNetwork;
 use std::collections::BTreeMap;
@@ -22,6 +22,8 @@ pub struct Cluster {
     pub pods: Shared<BTreeMap<ObjectKey, Arc<Pod>>>,
     /// Services.
     pub services: Shared<BTreeMap<ObjectKey, Arc<Service>>>,
+    /// Which nodes announce Services' addresses, by the objects that say so. Empty in node daemons.
+    pub announcements: Shared<BTreeMap<(Announcer, ObjectKey), Arc<Announcement>>>,
     /// Endpoints, by the objects that list them. A node daemon has those of the API servers only.
     pub endpoints: Shared<BTreeMap<ObjectKey, Arc<Endpoints>>>,
     /// Gateways by name, with their allocations.
@@ -83,6 +85,16 @@ impl ObjectKey {
     /// The key of the object `namespace/name`.
     pub fn new(namespace: &str, name: &str) -> Self {
         ObjectKey { namespace: namespace.into(), name: name.into() }
+    }
+
+    /// The key that `text` writes as `namespace/name`.
+    pub fn parse(text: &str) -> Option<Self> {
+        text.split_once('/').map(|(namespace, name)| ObjectKey::new(namespace, name))
+    }
+
+    /// Whether `text` is this key as `namespace/name`.
+    pub fn is(&self, text: &str) -> bool {
+        text.split_once('/') == Some((&*self.namespace, &*self.name))
     }
 }
 

@@ -24,6 +24,11 @@ pub struct EgressNode {
 }
 
 impl OfAllocations {
+    /// The egress IPs whose addresses are on an interface of the node.
+    pub fn on_interface(&self) -> impl Iterator<Item = EgressId> + '_ {
+        self.held.iter().copied().filter(|id| !self.without_address.contains(id))
+    }
+
     /// The report that the node has lost this uplink.
     pub fn loss(&self, key: &UplinkKey) -> Option<&LostUplink> {
         self.lost.iter().find(|lost| {
@@ -39,6 +44,8 @@ impl OfAllocations {
 pub struct OfAllocations {
     /// The egress IPs that it holds.
     pub held: Vec<EgressId>,
+    /// Those of `held` whose address is on no interface of the node.
+    pub without_address: Vec<EgressId>,
     /// The egress IPs that it has taken over.
     pub taken: Vec<TakenAllocation>,
     /// The egress IPs that it should hold and cannot.
@@ -78,6 +85,7 @@ impl EgressNode {
     pub fn of_allocations(&self) -> &OfAllocations {
         static NOTHING: OfAllocations = OfAllocations {
             held: Vec::new(),
+            without_address: Vec::new(),
             taken: Vec::new(),
             refused: Vec::new(),
             unreachable_peers: Vec::new(),
@@ -115,6 +123,7 @@ impl From<EgressNodeStatus> for EgressNode {
             tunnel_mtu,
             answers,
             allocations,
+            without_address,
             taken,
             refused,
             unreachable_peers,
@@ -132,6 +141,7 @@ impl From<EgressNodeStatus> for EgressNode {
         } = status;
         let of_allocations = OfAllocations {
             held: allocations,
+            without_address,
             taken,
             refused,
             unreachable_peers,

@@ -10,7 +10,7 @@ use crate::api::{Allocate, Allocation, AllocationKind, ExistingConnections, Fall
 use crate::model::covers::Covers;
 use crate::model::selector::Name;
 use crate::model::selector::Selector;
-use crate::model::{AddressRequest, Cluster, Guessed, Namespaces, PodMatch, Policy, PolicyKey, Tier};
+use crate::model::{AddressRequest, Cluster, Guessed, Namespaces, ObjectKey, PodMatch, Policy, PolicyKey, Tier};
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
@@ -57,6 +57,10 @@ pub fn from_allocation(key: &PolicyKey, gateway: &Name, allocation: &Allocation,
             AllocationKind::Dedicated => AddressRequest::Allocate(Allocate::Dedicated),
             AllocationKind::Shared => AddressRequest::Allocate(Allocate::Shared),
             AllocationKind::Node => AddressRequest::Allocate(Allocate::Node),
+            AllocationKind::Service => match allocation.service.as_deref().and_then(ObjectKey::parse) {
+                Some(service) => AddressRequest::Service(service),
+                None => AddressRequest::Explicit(allocation.address.clone()),
+            },
         },
         fallback: Fallback::Block,
         existing_connections: ExistingConnections::Keep,

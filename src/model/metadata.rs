@@ -13,6 +13,9 @@ pub const REBALANCE: &str = "egret.dev/rebalance";
 /// theirs, because a node that has not seen the change yet must not send with an id of another policy.
 pub const END_COOLDOWN: &str = "egret.dev/end-cooldown";
 
+/// Annotation of a policy: the Service of whose annotations the controller has made it.
+pub const MADE_FROM: &str = "egret.dev/made-from-service";
+
 /// The parts of an object's metadata that a [`Policy`](super::Policy) or a [`Gateway`](super::Gateway) needs.
 #[derive(Clone, Debug, Default)]
 pub struct Metadata {
@@ -22,6 +25,8 @@ pub struct Metadata {
     pub generation: Option<i64>,
     /// The annotation [`MOVE_TO`].
     pub move_to: Option<Name>,
+    /// Whether it has the annotation [`MADE_FROM`].
+    pub made: bool,
     /// Whether the annotation [`REBALANCE`] is `"true"`.
     pub rebalance: bool,
     /// The annotation [`END_COOLDOWN`].

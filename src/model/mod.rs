@@ -6,6 +6,7 @@
 
 mod address_range;
 pub mod backends;
+pub mod blocks;
 mod cluster;
 pub mod condition;
 pub mod covers;
@@ -15,6 +16,7 @@ pub mod egress_node;
 pub mod fallback_policy;
 pub mod fnv;
 mod gateway;
+pub mod kube_vip;
 mod label_index;
 pub mod marks;
 mod metadata;
@@ -41,8 +43,10 @@ pub use crate::api::PolicyKey;
 pub use address_range::{AddressRange, addresses_of};
 pub use cluster::{Cluster, Inside, ObjectKey, Unreadable};
 pub use gateway::{Gateway, Reserved};
-pub use metadata::{END_COOLDOWN, Invalid, MOVE_TO, Metadata, REBALANCE};
+pub use metadata::{END_COOLDOWN, Invalid, MADE_FROM, MOVE_TO, Metadata, REBALANCE};
 pub use node::Node;
 pub use pod::Pod;
 pub use policy::{AddressRequest, ForController, Guessed, Namespaces, PodMatch, Policy, Tier, destinations};
-pub use service::{Endpoints, Exposure, Service, ServicePort};
+pub use service::{
+    Announcement, Announcer, AskedEgress, Endpoints, Exposure, LoadBalancer, Service, ServicePort, VIP_HOST,
+};

@@ -1,12 +1,13 @@
 //! EgressPolicies and ClusterEgressPolicies, validated.
 
+use super::ObjectKey;
 use super::covers::Covers;
 use super::destination::{Destination, DestinationError};
 use super::metadata::{Invalid, Metadata};
 use super::selector::{Name, Selector};
 use crate::api::{
     self, Action, AddressPair, Allocate, ClusterEgressPolicySpec, EgressPolicySpec, EgressRule, ExistingConnections,
-    Fallback,
+    Fallback, PolicyAddress, ServiceReference,
 };
 use std::sync::Arc;
 
@@ -60,6 +61,8 @@ pub struct ForController {
     pub generation: Option<i64>,
     /// The node that the egress IP is to be moved to ([`MOVE_TO`](super::MOVE_TO)).
     pub move_to: Option<Name>,
+    /// Whether the controller has made it of a Service's annotations ([`MADE_FROM`](super::MADE_FROM)).
+    pub made: bool,
 }
 
 /// Policies of an upper tier decide before those of a lower one, whatever the priorities. The first variant is the
@@ -108,10 +111,20 @@ pub enum PodMatch {
 pub enum AddressRequest {
     /// These addresses.
     Explicit(AddressPair),
+    /// The addresses of this Service.
+    Service(ObjectKey),
     /// Addresses that the controller chooses.
     Allocate(Allocate),
     /// None: what the policy covers leaves as if Egret were not there (`action: Direct`).
     Direct,
+}
+
+impl ForController {
+    /// `None` if there is nothing.
+    fn new(meta: Metadata) -> Option<Self> {
+        let all = ForController { generation: meta.generation, move_to: meta.move_to, made: meta.made };
+        (all != ForController::default()).then_some(all)
+    }
 }
 
 impl Policy {
@@ -139,9 +152,9 @@ impl Policy {
 
     fn new(namespaces: Namespaces, spec: &EgressPolicySpec, meta: Metadata) -> Result<Self, Invalid> {
         Ok(Policy {
-            namespaces,
             pods: pods(spec)?,
-            address: address(spec)?,
+            address: address(&namespaces, spec)?,
+            namespaces,
             gateway: spec.gateway.as_deref().map(Into::into),
             egress: spec.egress.as_deref().map(destinations).transpose()?,
             fallback: spec.fallback,
@@ -150,14 +163,24 @@ impl Policy {
             priority: spec.priority,
             created: meta.created.unwrap_or(i64::MAX),
             guessed: Guessed::default(),
-            for_controller: (meta.generation.is_some() || meta.move_to.is_some())
-                .then(|| Box::new(ForController { generation: meta.generation, move_to: meta.move_to })),
+            for_controller: ForController::new(meta).map(Box::new),
         })
     }
 
     /// `metadata.generation`, where the reader is a controller.
     pub fn generation(&self) -> Option<i64> {
         self.for_controller.as_ref()?.generation
+    }
+
+    /// Whether the controller has made it of a Service's annotations, where the reader is a controller.
+    pub fn is_made(&self) -> bool {
+        self.for_controller.as_ref().is_some_and(|more| more.made)
+    }
+
+    /// Whether both policies say the same, whatever their metadata.
+    pub fn says_the_same(&self, other: &Policy) -> bool {
+        let for_controller = self.for_controller.clone();
+        *self == Policy { created: self.created, for_controller, ..other.clone() }
     }
 
     /// The node that the policy's egress IP is to be moved to, where the reader is a controller.
@@ -199,7 +222,7 @@ fn pods(spec: &EgressPolicySpec) -> Result<PodMatch, Invalid> {
 }
 
 /// Validates `spec.address` and `spec.allocate`, of which there can be one, and none with `action: Direct`.
-fn address(spec: &EgressPolicySpec) -> Result<AddressRequest, Invalid> {
+fn address(namespaces: &Namespaces, spec: &EgressPolicySpec) -> Result<AddressRequest, Invalid> {
     if spec.action == Action::Direct {
         let given = [
             ("gateway", spec.gateway.is_some()),
@@ -217,12 +240,36 @@ fn address(spec: &EgressPolicySpec) -> Result<AddressRequest, Invalid> {
     }
     match (&spec.address, spec.allocate) {
         (Some(_), Some(_)) => Err(Invalid::new("spec", "has both address and allocate; keep the one that is meant")),
-        (Some(a), None) if a.is_empty() => {
-            Err(Invalid::new("spec.address", "has neither ipv4 nor ipv6; give one, or leave address out"))
+        (Some(PolicyAddress { service: Some(service), ipv4: None, ipv6: None }), None) => {
+            of_service(namespaces, service)
         }
-        (Some(a), None) => Ok(AddressRequest::Explicit(a.clone())),
+        (Some(a), None) if a.service.is_some() => {
+            Err(Invalid::new("spec.address", "has a service and addresses; keep what is meant"))
+        }
+        (Some(a), None) if a.pair().is_empty() => {
+            Err(Invalid::new("spec.address", "has neither ipv4 nor ipv6 nor service; give one, or leave address out"))
+        }
+        (Some(a), None) => Ok(AddressRequest::Explicit(a.pair())),
         (None, allocate) => Ok(AddressRequest::Allocate(allocate.unwrap_or_default())),
     }
+}
+
+/// Validates `spec.address.service`. An EgressPolicy's Service is in the policy's namespace: who may write policies in
+/// one namespace must not use addresses of another one.
+fn of_service(namespaces: &Namespaces, service: &ServiceReference) -> Result<AddressRequest, Invalid> {
+    let namespace = match (namespaces, &service.namespace) {
+        (Namespaces::One(own), None) => own.clone(),
+        (Namespaces::Selected(_), Some(namespace)) => namespace.as_str().into(),
+        (Namespaces::One(_), Some(_)) => {
+            let message = "an EgressPolicy uses a Service of its own namespace; leave out namespace";
+            return Err(Invalid::new("spec.address.service.namespace", message));
+        }
+        (Namespaces::Selected(_), None) => {
+            let message = "has no namespace; a ClusterEgressPolicy has none of its own, so give it";
+            return Err(Invalid::new("spec.address.service", message));
+        }
+    };
+    Ok(AddressRequest::Service(ObjectKey { namespace, name: service.name.as_str().into() }))
 }
 
 /// Validates `spec.egress`.
@@ -255,6 +302,27 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_policy_uses_a_service_of_its_own_namespace() {
+        let spec = |namespace: Option<&str>| EgressPolicySpec {
+            address: Some(PolicyAddress {
+                service: Some(ServiceReference { name: "web".into(), namespace: namespace.map(str::to_owned) }),
+                ..PolicyAddress::default()
+            }),
+            pod_selector: Some(Default::default()),
+            ..EgressPolicySpec::default()
+        };
+        let service = |namespace| AddressRequest::Service(ObjectKey::new(namespace, "web"));
+        let of_namespace = |spec: &EgressPolicySpec| Policy::namespaced("a", spec, Metadata::default());
+        let of_cluster = |spec: EgressPolicySpec| Policy::cluster(&spec.into(), Metadata::default());
+        assert_eq!(of_namespace(&spec(None)).unwrap().address, service("a"));
+        assert_eq!(of_cluster(spec(Some("b"))).unwrap().address, service("b"));
+        assert!(of_namespace(&spec(Some("a"))).is_err() && of_cluster(spec(None)).is_err());
+        let mut both = spec(None);
+        both.address.as_mut().unwrap().ipv4 = Some([192, 0, 2, 50].into());
+        assert!(of_namespace(&both).unwrap_err().to_string().contains("keep what is meant"));
+    }
+
+    #[test]
     fn a_direct_policy_asks_for_no_egress_ip() {
         let direct = || EgressPolicySpec {
             action: Action::Direct,
@@ -266,7 +334,7 @@ mod tests {
         let pair = AddressPair { ipv4: Some([192, 0, 2, 1].into()), ipv6: None };
         for (spec, field) in [
             (EgressPolicySpec { gateway: Some("g".into()), ..direct() }, "spec.gateway"),
-            (EgressPolicySpec { address: Some(pair), ..direct() }, "spec.address"),
+            (EgressPolicySpec { address: Some(pair.into()), ..direct() }, "spec.address"),
             (EgressPolicySpec { allocate: Some(Allocate::Shared), ..direct() }, "spec.allocate"),
             (EgressPolicySpec { fallback: Fallback::NodeAddress, ..direct() }, "spec.fallback"),
         ] {

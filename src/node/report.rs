@@ -135,6 +135,7 @@ impl Report {
             tunnel_mtu: tunnel.map(|tunnel| tunnel.mtu),
             answers: tunnel.is_some_and(|tunnel| tunnel.ipv6),
             allocations: view.allocations.held.iter().copied().collect(),
+            without_address: view.allocations.without_address.iter().copied().collect(),
             taken: facts.taken.iter().map(|(id, since)| TakenAllocation { id: *id, since: *since }).collect(),
             refused: refused.collect(),
             // Source nodes are asked too, but reports of thousands of them at once would cost more than they are

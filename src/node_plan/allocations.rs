@@ -82,6 +82,8 @@ pub struct NodeAllocations {
     pub gateway_uplinks: BTreeMap<Name, BTreeSet<UplinkKey>>,
     /// The egress IPs that this node holds now, sorted. The node reports them in its status.
     pub held: BTreeSet<EgressId>,
+    /// Those of `held` whose address is on no interface of this node: something else announces it from here.
+    pub without_address: BTreeSet<EgressId>,
     /// The pools of all gateways whose addresses Egret places, sorted and merged. Only an owner sends from such an
     /// address.
     pub pools: Vec<AddressRange>,
@@ -121,6 +123,9 @@ impl NodeAllocations {
                     && !facts.coming.contains(&entry.id)
                 {
                     out.held.insert(entry.id);
+                    if !allocation.is_managed() && !allocation.is_here(entry.id, facts) {
+                        out.without_address.insert(entry.id);
+                    }
                 }
                 out.is_gateway |= allocation.is_member();
                 let (interface, probed) = (allocation.interface.as_ref(), gateway.probed());
@@ -159,6 +164,7 @@ impl NodeAllocations {
         let of_its_gateway = policy.gateway.as_ref().is_none_or(|gateway| *gateway == allocation.gateway);
         let asked_for = match &policy.address {
             AddressRequest::Explicit(pair) => *pair == allocation.address,
+            AddressRequest::Service(service) => allocation.service.as_deref().is_some_and(|text| service.is(text)),
             AddressRequest::Allocate(_) => true,
             AddressRequest::Direct => false,
         };
@@ -288,6 +294,7 @@ impl Viewpoint<'_> {
             self.state(entry, owner, member, here)
         };
         let unready = matches!(state, AllocationState::Unready(_));
+        let announces = entry.service.is_some() && state == AllocationState::Local;
         let refused = facts.refused.contains_key(&entry.id);
         let from = standing.leaving.filter(|old| by_allocations && *old != node && liveness.is_alive(old));
         let role = match () {
@@ -304,12 +311,13 @@ impl Viewpoint<'_> {
         NodeAllocation {
             gateway: self.name.clone(),
             address: entry.address.clone(),
+            service: entry.service.clone(),
             state,
             role,
             placement: if managed { Placement::Managed } else { Placement::External },
             handed_by: from.and_then(|old| self.ends.get(old)).map(|end| end.mac),
             answers_ping: managed && gateway.answer_ping,
-            placed: owner.is_some_and(|owner| reports.holds(owner, entry.id, here)),
+            placed: owner.is_some_and(|owner| reports.holds(owner, entry.id, here)) || announces,
             placing,
             assignment,
             since: entry.since,
@@ -319,8 +327,8 @@ impl Viewpoint<'_> {
         }
     }
 
-    /// External placement: this node if it has the address. Otherwise the nodes that report it, unless the node that
-    /// the allocation names is one of them.
+    /// External placement: this node if it has the address on an interface. Otherwise the nodes that report so, unless
+    /// the node that the allocation names is one of them.
     fn reporters<'b>(
         &'b self,
         entry: &Allocation,
@@ -331,7 +339,7 @@ impl Viewpoint<'_> {
         if here && self.selected {
             return vec![self.node];
         }
-        let has = |name: &&str| liveness.is_alive(name) && reports.holds(name, entry.id, here);
+        let has = |name: &&str| liveness.is_alive(name) && reports.has_address(name, entry.id, here);
         if entry.node.as_deref().is_some_and(|node| has(&node)) {
             return Vec::new();
         }
@@ -344,6 +352,9 @@ impl Viewpoint<'_> {
         let (managed, external) = (entry.kind != AllocationKind::Node, self.gateway.placement == Placement::External);
         match owner {
             None => unready(match &entry.node {
+                None if let Some(service) = &entry.service => {
+                    format!("no node of gateway {name} announces the address of Service {service}")
+                }
                 None => format!(
                     "gateway {name} has no node for it; label a node so that it matches the gateway's nodeSelector"
                 ),
@@ -357,11 +368,12 @@ impl Viewpoint<'_> {
                 None if self.uplink.is_none() => unready(format!(
                     "node {owner} already has {MAX_INDEX} next hops of gateways, the most that are possible"
                 )),
-                None if external && !here => {
+                // The node may announce a Service's address that is on no interface.
+                None if external && !here && entry.service.is_none() => {
                     AllocationState::Unready(literal!("its address is on no node of the gateway"))
                 }
                 None if !member => unready(format!("this node no longer belongs to gateway {name}")),
-                None if managed && !here && !self.facts.coming.contains(&entry.id) => {
+                None if managed && !external && !here && !self.facts.coming.contains(&entry.id) => {
                     // Until the address is here, packets go to the node before, as they did.
                     let before = entry.node.as_deref().and_then(|node| self.ends.get(node));
                     before.filter(|_| entry.node.as_deref() != Some(self.node)).map_or_else(

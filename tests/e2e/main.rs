@@ -32,6 +32,7 @@ mod partitions;
 mod policy_start;
 mod refusals;
 mod reports;
+mod services;
 mod slow_conflict;
 mod snapshots;
 mod source_ports;

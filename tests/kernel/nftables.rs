@@ -23,6 +23,7 @@ fn allocation(state: AllocationState, last: u8) -> NodeAllocation {
             ipv4: Some([192, 0, 2, last].into()),
             ipv6: Some([0x2001, 0xdb8, 0, 0, 0, 0, 0, u16::from(last)].into()),
         },
+        service: None,
         state,
         role: Role::Translator,
         placement: Placement::Managed,

@@ -136,6 +136,16 @@ fn every_validation_rule_accepts_and_rejects() {
             json!({"podSelector": {}, "address": {"ipv6": "2001:db8::1"}}),
             json!({"podSelector": {}, "address": {}}),
         ),
+        (
+            "EgressPolicy",
+            json!({"podSelector": {}, "address": {"service": {"name": "web"}}}),
+            json!({"podSelector": {}, "address": {"service": {"name": "web"}, "ipv4": "192.0.2.1"}}),
+        ),
+        (
+            "ClusterEgressPolicy",
+            json!({"podSelector": {}, "address": {"service": {"name": "web", "namespace": "shop"}}}),
+            json!({"podSelector": {}, "address": {"service": {"name": "web"}}}),
+        ),
         ("EgressPolicy", block("203.0.113.0/24", "203.0.113.1/32"), block("203.0.113.0/24", "2001:db8::/64")),
         ("ClusterEgressPolicy", block("2001:db8::/32", "2001:db8::/64"), block("2001:db8::/32", "203.0.113.1/32")),
         ("EgressPolicy", port(json!({"port": 1, "endPort": 2})), port(json!({"endPort": 2}))),

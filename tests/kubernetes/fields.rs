@@ -46,10 +46,10 @@ fn gateways() -> Vec<Value> {
     };
     let path = |id: u16, kind: &str| {
         json!({"id": id, "kind": kind, "ipv4": format!("192.0.2.{id}"), "ipv6": format!("2001:db8::{id}"), "node": "g1",
-               "since": 1_700_000_000, "leaving": "g2", "policies": ["shop/a", "everywhere"]})
+               "since": 1_700_000_000, "leaving": "g2", "service": "shop/web", "policies": ["shop/a", "everywhere"]})
     };
-    let allocations: Vec<Value> =
-        ["Explicit", "Dedicated", "Shared", "Node"].into_iter().zip(50..).map(|(kind, id)| path(id, kind)).collect();
+    let kinds = ["Explicit", "Dedicated", "Shared", "Node", "Service"];
+    let allocations: Vec<Value> = kinds.into_iter().zip(50..).map(|(kind, id)| path(id, kind)).collect();
     let released =
         json!([{"id": 7, "ipv4": "192.0.2.57", "ipv6": "2001:db8::57", "policies": ["shop/b"], "at": 1_700_000_000}]);
     let writer = json!({"name": "controller", "term": 2, "writes": 7});
@@ -89,6 +89,11 @@ fn policies(kind: &str, more: &Value) -> Vec<Value> {
         specs.push(spec("NodeAddress", by_labels(), json!({"allocate": allocate})));
     }
     specs.push(spec("Block", json!({"services": ["frontend"]}), json!({"action": "EgressIP"})));
+    let mut service = json!({"name": "web"});
+    if kind == "ClusterEgressPolicy" {
+        service["namespace"] = "shop".into();
+    }
+    specs.push(spec("Block", by_labels(), json!({"address": {"service": service}})));
     let mut direct = spec("Block", by_labels(), json!({"action": "Direct"}));
     direct.as_object_mut().expect("an object").remove("gateway");
     specs.push(direct);
@@ -103,7 +108,7 @@ fn nodes() -> Vec<Value> {
     });
     let status = json!({
         "version": "0.1.0", "inSyncSince": "2026-01-31T12:00:00Z", "tunnelAddress": "192.0.2.1", "tunnelMac": "02:00:00:00:00:01",
-        "tunnelMtu": 1450, "answers": true, "allocations": [1, 2],
+        "tunnelMtu": 1450, "answers": true, "allocations": [1, 2], "withoutAddress": [2],
         "taken": [{"id": 1, "since": 1_700_000_000}], "refused": [{"id": 2, "message": "another host has it"}],
         "blocked": [{"id": 3, "message": "no node has it", "family": "IPv6"}], "unreachablePeers": ["g2"],
         "unreachableGatewayNodes": ["g3"],

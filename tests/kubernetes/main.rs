@@ -19,6 +19,7 @@ mod leaders;
 mod metrics;
 mod proxy;
 mod refusals;
+mod services;
 mod taint;
 mod tokens;
 

@@ -16,9 +16,8 @@ fn one_file() -> BTreeMap<String, Value> {
 
 #[test]
 fn every_object_is_one_that_kubernetes_takes() {
-    let files = ["install/egret.yaml", "install/uninstall.yaml", "install/metrics-authentication.yaml"]
-        .map(manifests::read)
-        .into_iter();
+    let files = ["egret", "uninstall", "metrics-authentication", "kube-vip-annotations"];
+    let files = files.map(|file| manifests::read(&format!("install/{file}.yaml"))).into_iter();
     let charts = PLATFORMS.iter().map(|p| render("egret-system", &[&format!("install/chart/platforms/{p}.yaml")]));
     for text in files.chain(charts) {
         for (name, value) in documents(&text) {
@@ -106,7 +105,8 @@ fn the_charts_values_have_their_effects() {
     let values = json!({
         "image": {"repository": "registry.example/egret", "tag": "t1", "pullSecrets": [{"name": "key"}]},
         "cni": {"binDir": "/x/bin", "confDir": "/x/net.d"}, "logLevel": "debug", "logFormat": "text",
-        "openshift": true, "criticalPods": 7, "metricsAuthentication": true, "admissionPolicy": false,
+        "openshift": true, "criticalPods": 7, "metricsAuthentication": true, "kubeVipAnnotations": true,
+        "admissionPolicy": false,
         "node": {"env": [{"name": "EGRET_DIRECT", "value": "10.0.0.0/8"}], "metricsPort": 1, "healthPort": 3, "privileged": true,
                  "nodeSelector": {"kubernetes.io/os": null, "a": "b"}, "tolerations": [], "affinity": {"nodeAffinity": {}},
                  "podAnnotations": {"c": "d"}, "podLabels": {"e": "f"}, "seLinuxOptions": {"type": "spc_t"},
@@ -121,17 +121,21 @@ fn the_charts_values_have_their_effects() {
     for (name, object) in &objects {
         assert_eq!(Object::check(object), Ok(()), "{name}");
         let namespace = object["metadata"]["namespace"].as_str();
-        let expected = (!key(object).starts_with("Cluster")).then_some("elsewhere");
+        // Cilium's Leases are in kube-system, wherever Egret is.
+        let of_cilium = name.contains(" kube-system/egret-controller");
+        let expected = if of_cilium { "kube-system" } else { "elsewhere" };
+        let expected = (!key(object).starts_with("Cluster")).then_some(expected);
         assert_eq!(namespace, expected, "{name}");
         for subject in object["subjects"].as_array().into_iter().flatten() {
             assert_eq!(subject["namespace"], "elsewhere", "{name}");
         }
     }
     assert!(!objects.keys().any(|key| key.starts_with("ValidatingAdmission")), "admissionPolicy is false");
-    let authentication =
-        documents(&manifests::read("install/metrics-authentication.yaml").replace("egret-system", "elsewhere"));
-    for (name, object) in authentication {
-        assert_eq!(objects.get(&name), Some(&object), "{name}");
+    for file in ["metrics-authentication", "kube-vip-annotations"] {
+        let text = manifests::read(&format!("install/{file}.yaml"));
+        for (name, object) in documents(&text.replace("egret-system", "elsewhere")) {
+            assert_eq!(objects.get(&name), Some(&object), "{name}");
+        }
     }
     let quota = &objects["ResourceQuota elsewhere/egret-critical-pods"];
     assert_eq!(quota["spec"]["hard"]["pods"], "7");

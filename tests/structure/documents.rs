@@ -12,7 +12,7 @@ const TOP: [&str; 9] =
 const OTHERS_FLAGS: [&str; 7] =
     ["--register-with-taints", "--restore-mark", "--save-mark", "--helper", "--validate", "--set", "--lib"];
 /// Fields of Kubernetes' own objects.
-const OTHERS_FIELDS: [&str; 2] = ["status.hostIP", "status.podIP"];
+const OTHERS_FIELDS: [&str; 3] = ["status.hostIP", "status.podIP", "status.loadBalancer"];
 
 fn root() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR"))

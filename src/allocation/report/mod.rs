@@ -6,6 +6,7 @@ pub(super) mod ports;
 
 pub use notices::{of_gateway, of_policy};
 
+use crate::allocation::services::Announcements;
 use crate::allocation::{Decision, Grant, Outcome, in_words, unreachable};
 use crate::api::{AllocationKind, EgressPolicyStatus, Placement, PodsOfNode};
 use crate::model::condition::Conditions;
@@ -15,7 +16,7 @@ use crate::model::quota;
 use crate::model::selector::Name;
 use crate::model::text::few;
 use crate::model::uplink_key::UplinkKey;
-use crate::model::{Cluster, Gateway, MOVE_TO, Namespaces, Node, Policy, PolicyKey, Tier};
+use crate::model::{Cluster, Gateway, MOVE_TO, Namespaces, Node, ObjectKey, Policy, PolicyKey, Tier};
 use coverage::Coverage;
 use ports::{FEW_PORTS, PORTS_NEARLY_EXHAUSTED, PortReports};
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
@@ -23,6 +24,9 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 /// The reason of `Ready=False` when the node cannot hold the egress IP: another host has the address, or the node has
 /// no interface for it.
 const REFUSED: &str = "AddressRefused";
+
+/// The reason of `Ready=False` when no node of the gateway announces the Service's address.
+const NOT_ANNOUNCED: &str = "AddressNotAnnounced";
 
 /// The reason of `Ready=Unknown` when Kubernetes hears nothing from the node that held the egress IP.
 const NOT_HEARD: &str = "NodeNotHeard";
@@ -170,6 +174,7 @@ fn accepted(grant: &Grant) -> String {
         AllocationKind::Dedicated => "its own",
         AllocationKind::Shared => "shared",
         AllocationKind::Node => "the node's own",
+        AllocationKind::Service => "its Service's",
     };
     let note = grant.note.as_ref().map(|note| format!("; {note}")).unwrap_or_default();
     let with = grant.shared_with.as_ref().map(|with| format!(", shared with {with}")).unwrap_or_default();
@@ -244,11 +249,29 @@ impl<'a> NodeReports<'a> {
             .collect()
     }
 
+    /// Why a Service's address has no node, as text.
+    fn not_announced(&self, grant: &Grant, service: &ObjectKey) -> String {
+        let (address, gateway) = (in_words(&grant.address), &grant.gateway);
+        match Announcements::new(self.cluster).node_of(service, |_| true) {
+            Some(node) => format!(
+                "node {node:?} announces {address} of Service {service}, and is not a node of EgressGateway {gateway:?}; \
+                 make it one (spec.nodeSelector)"
+            ),
+            None => format!(
+                "no node announces {address} of Service {service}: no node of EgressGateway {gateway:?} has it on an \
+                 interface, and neither kube-vip, MetalLB nor Cilium names one; see whether its load balancer works"
+            ),
+        }
+    }
+
     /// Whether the egress IP is on its node: status (`None`: unknown), reason and message. `living` has the nodes of
     /// the gateway that count as alive.
     fn ready(&self, grant: &Grant, living: &[&Name]) -> (Option<bool>, &'static str, String) {
         let address = in_words(&grant.address);
         let Some(node) = &grant.node else {
+            if let Some(service) = &grant.service {
+                return (Some(false), NOT_ANNOUNCED, self.not_announced(grant, service));
+            }
             let message = if self.is_external(grant) {
                 format!("no node of EgressGateway {:?} has {address}; place it on one", grant.gateway)
             } else {

@@ -3,5 +3,6 @@ mod moves;
 mod nodes;
 mod properties;
 mod rejections;
+mod services;
 mod tenants;
 mod unreached;

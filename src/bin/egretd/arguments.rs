@@ -328,6 +328,9 @@ pub struct Controller {
     /// This controller's identity in the Lease [default: the host's name and a random number]
     #[arg(long, env = "EGRET_LEASE_IDENTITY")]
     pub lease_identity: Option<String>,
+    /// Make an EgressPolicy of each Service with the annotation kube-vip.io/egress: "true": its pods leave from its address
+    #[arg(long, env = "EGRET_KUBE_VIP_ANNOTATIONS", action = clap::ArgAction::Set, num_args = 0..=1, require_equals = true, default_missing_value = "true", default_value_t = false)]
+    pub kube_vip_annotations: bool,
     /// Address of /metrics; empty for none
     #[arg(long, env = "EGRET_METRICS_ADDRESS", default_value = "127.0.0.1:9872")]
     pub metrics_address: ListenAddress,

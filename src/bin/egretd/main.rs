@@ -151,11 +151,13 @@ impl Controller {
         let source = self.cluster.source.with(KubeOptions {
             kubeconfig: self.cluster.kubeconfig,
             lease,
+            follows_services: self.kube_vip_annotations,
             ..KubeOptions::default()
         });
+        let options = controller::Options { kube_vip_annotations: self.kube_vip_annotations };
         runtime()?.block_on(async {
             let addresses = self.readers.addresses(self.metrics_address, self.health_address, &source).await?;
-            controller::run(&source, &addresses).await
+            controller::run(&source, &addresses, options).await
         })
     }
 }

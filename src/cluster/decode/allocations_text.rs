@@ -6,11 +6,12 @@
 //! node g2
 //! 7 D 192.0.2.50,2001:db8::50 0 1763718000 - shop/visitors
 //! 8 E 192.0.2.51 1 1763718060 0 shop/a,shop/b
+//! 9 L 192.0.2.60 1 1763718060 - shop/c shop/frontend
 //! -9 192.0.2.52 1763718090 shop/gone
 //! ```
 //!
 //! First the nodes, which later lines name by number. Then the allocations: id, kind, addresses, `node`, `since`,
-//! `leaving`, policies. Then, with a `-`, the released ones: id, addresses, `at`, policies. An absent value is `-`.
+//! `leaving`, policies, and the Service if the address is a Service's. Then, with a `-`, the released ones: id, addresses, `at`, policies. An absent value is `-`.
 //! Names in Kubernetes have neither spaces nor commas.
 
 use crate::api::{
@@ -22,11 +23,12 @@ use std::net::IpAddr;
 use std::str::{FromStr, SplitWhitespace};
 
 const ABSENT: &str = "-";
-const KINDS: [(AllocationKind, &str); 4] = [
+const KINDS: [(AllocationKind, &str); 5] = [
     (AllocationKind::Dedicated, "D"),
     (AllocationKind::Explicit, "E"),
     (AllocationKind::Node, "N"),
     (AllocationKind::Shared, "S"),
+    (AllocationKind::Service, "L"),
 ];
 
 /// The status with its allocations and released allocations as text.
@@ -46,11 +48,12 @@ pub fn write(status: &EgressGatewayStatus) -> EgressGatewayStatus {
         None => ABSENT.to_owned(),
     };
     for allocation in allocations {
-        let Allocation { id, kind, address, node, since, leaving, policies } = allocation;
+        let Allocation { id, kind, address, node, since, leaving, service, policies } = allocation;
         let kind = KINDS.iter().find(|(k, _)| k == kind).map_or(ABSENT, |(_, letter)| *letter);
         let (address, policies) = (pair(address), list(policies));
         let (node, leaving) = (number(node), number(leaving));
-        line(&mut text, format_args!("{id} {kind} {address} {node} {since} {leaving} {policies}"));
+        let service = service.as_deref().map(|service| format!(" {service}")).unwrap_or_default();
+        line(&mut text, format_args!("{id} {kind} {address} {node} {since} {leaving} {policies}{service}"));
     }
     for ReleasedAllocation { id, address, policies, at } in released {
         line(&mut text, format_args!("-{id} {} {at} {}", pair(address), list(policies)));
@@ -121,7 +124,8 @@ fn read_line(line: &str, nodes: &mut Vec<Name>, status: &mut EgressGatewayStatus
         let since = number(&mut words)?;
         let leaving = self::node(words.next()?, nodes)?;
         let policies = policies(words.next()?);
-        status.allocations.push(Allocation { id, kind, address, node, since, leaving, policies });
+        let service = if kind == AllocationKind::Service { Some(words.next()?.into()) } else { None };
+        status.allocations.push(Allocation { id, kind, address, node, since, leaving, service, policies });
     }
     words.next().is_none().then_some(())
 }

@@ -5,8 +5,11 @@ use super::fault::Fault;
 use super::validate::parse_time;
 use crate::api::Protocol;
 use crate::cluster::names::Names;
+use crate::model::kube_vip;
 use crate::model::selector::Selector;
-use crate::model::{Endpoints, Exposure, Node, ObjectKey, Pod, Service, ServicePort};
+use crate::model::{
+    Announcement, AskedEgress, Endpoints, Exposure, LoadBalancer, Node, ObjectKey, Pod, Service, ServicePort, VIP_HOST,
+};
 use ipnetwork::IpNetwork;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -128,12 +131,12 @@ struct ServicePortSpec {
 #[derive(Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct ServiceStatus {
-    load_balancer: Option<LoadBalancer>,
+    load_balancer: Option<LoadBalancerStatus>,
 }
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
-struct LoadBalancer {
+struct LoadBalancerStatus {
     ingress: Option<Vec<Ingress>>,
 }
 
@@ -274,7 +277,7 @@ pub fn service(spec: &ServiceSpec, names: &mut Names) -> Result<Service, Fault> 
     // The endpoints controllers ignore Services of type ExternalName and those without a selector.
     let selector = spec.selector.as_ref().filter(|s| !s.is_empty() && spec.type_.as_deref() != Some("ExternalName"));
     let selector = selector.map(|s| Selector::equals(s.iter().map(|(k, v)| (names.get(k), names.get(v)))));
-    Ok(Service { selector, cluster_ips: cluster_ips.into(), exposure: None })
+    Ok(Service { selector, cluster_ips: cluster_ips.into(), exposure: None, load_balancer: None })
 }
 
 /// The other addresses and ports of a Service. Invalid addresses are ignored.
@@ -288,6 +291,74 @@ pub fn exposure(spec: &ServiceSpec, status: &ServiceStatus) -> Exposure {
         node_port: p.node_port.filter(|port| *port != 0),
     };
     Exposure { addresses: addresses.collect(), ports: spec.ports.iter().flatten().map(port).collect() }
+}
+
+/// What load balancers have written about a Service: `None` if it is of another type, or they have written nothing.
+/// Invalid addresses are ignored.
+pub fn load_balancer(
+    meta: &Metadata,
+    spec: &ServiceSpec,
+    status: &ServiceStatus,
+    names: &mut Names,
+) -> Option<Box<LoadBalancer>> {
+    if spec.type_.as_deref() != Some("LoadBalancer") {
+        return None;
+    }
+    let ingress = status.load_balancer.iter().flat_map(|lb| lb.ingress.iter().flatten()).filter_map(|i| i.ip.as_ref());
+    let vip_host = meta.annotations.as_ref().and_then(|all| all.get(VIP_HOST)).filter(|node| !node.is_empty());
+    let found = LoadBalancer {
+        addresses: ingress.filter_map(|address| address.parse().ok()).collect(),
+        vip_host: vip_host.map(|node| names.get(node)),
+        egress: meta.annotations.as_ref().and_then(|all| asked_egress(meta, all)),
+    };
+    (found != LoadBalancer::default()).then(|| Box::new(found))
+}
+
+/// What a Service's annotations for kube-vip ask for.
+fn asked_egress(meta: &Metadata, all: &BTreeMap<String, String>) -> Option<Box<AskedEgress>> {
+    let of_egress = all.iter().filter(|(key, _)| kube_vip::ANNOTATIONS.contains(&key.as_str()));
+    let asked = || AskedEgress {
+        annotations: of_egress.map(|(key, value)| (key.clone(), value.clone())).collect(),
+        uid: meta.uid.as_deref().unwrap_or_default().into(),
+    };
+    kube_vip::has_egress(all).then(|| Box::new(asked()))
+}
+
+/// The `status` of MetalLB's ServiceL2Status.
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct ServiceL2Status {
+    node: String,
+    service_name: String,
+    service_namespace: String,
+}
+
+/// The `spec` of a Lease.
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct LeaseSpec {
+    holder_identity: Option<String>,
+}
+
+/// The namespace of Cilium's Leases.
+pub const CILIUM_LEASES: &str = "kube-system";
+/// The names of Cilium's Leases for Services begin with this; the Service's namespace, a dash and its name follow.
+const CILIUM_LEASE: &str = "cilium-l2announce-";
+
+/// The node that announces a Service's address, as MetalLB says. `None` while it says nothing.
+pub fn announced_by_metallb(meta: &Metadata, status: &ServiceL2Status, names: &mut Names) -> Option<Announcement> {
+    let ServiceL2Status { node, service_name, service_namespace } = status;
+    let created = meta.creation_timestamp.as_deref().and_then(parse_time).unwrap_or_default();
+    let service = format!("{service_namespace}/{service_name}").into();
+    (!node.is_empty()).then(|| Announcement { service, node: names.get(node), created })
+}
+
+/// The node that announces a Service's address, as a Lease of Cilium says. `None` for other Leases, and while nobody
+/// holds it.
+pub fn announced_by_cilium(key: &ObjectKey, spec: &LeaseSpec, names: &mut Names) -> Option<Announcement> {
+    let service = key.name.strip_prefix(CILIUM_LEASE).filter(|_| *key.namespace == *CILIUM_LEASES)?;
+    let node = spec.holder_identity.as_deref().filter(|node| !node.is_empty())?;
+    Some(Announcement { service: service.into(), node: names.get(node), created: 0 })
 }
 
 /// The label of an EndpointSlice that names its Service.

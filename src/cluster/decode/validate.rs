@@ -9,7 +9,7 @@ use crate::cluster::kind::Kind;
 use crate::cluster::names::Names;
 use crate::cluster::object::{Key, Object, label};
 use crate::model::egress_node::EgressNode;
-use crate::model::{self, Gateway, Invalid, ObjectKey, Policy, PolicyKey};
+use crate::model::{self, Announcer, Gateway, Invalid, ObjectKey, Policy, PolicyKey};
 use serde::de::{IgnoredAny, MapAccess};
 use std::sync::Arc;
 
@@ -27,6 +27,8 @@ enum Fields {
     Service(Option<Box<k8s::ServiceSpec>>, Option<k8s::ServiceStatus>),
     Endpoints(k8s::EndpointsParts),
     Networks(Option<k8s::NetworksSpec>),
+    ServiceL2Status(Option<k8s::ServiceL2Status>),
+    Lease(Option<k8s::LeaseSpec>),
     Gateway(Option<Box<api::EgressGatewaySpec>>, Option<Box<api::EgressGatewayStatus>>),
     Policy(Option<Box<api::EgressPolicySpec>>, Option<Box<api::EgressPolicyStatus>>),
     ClusterPolicy(Option<Box<api::ClusterEgressPolicySpec>>, Option<Box<api::EgressPolicyStatus>>),
@@ -50,9 +52,11 @@ impl FieldReader {
             Kind::Namespace => (Fields::None, false),
             Kind::Node => (Fields::Node(None, None), !of_file),
             Kind::Pod => (Fields::Pod(None, None), !of_file),
-            Kind::Service => (Fields::Service(None, None), reader.has_exposure()),
+            Kind::Service => (Fields::Service(None, None), reader.node.is_none()),
             Kind::Endpoints | Kind::EndpointSlice => (Fields::Endpoints(Default::default()), false),
             Kind::ServiceCidr | Kind::IpPool => (Fields::Networks(None), false),
+            Kind::ServiceL2Status => (Fields::ServiceL2Status(None), true),
+            Kind::Lease => (Fields::Lease(None), false),
             Kind::EgressGateway => (Fields::Gateway(None, None), of_file || in_objects),
             Kind::EgressPolicy => (Fields::Policy(None, None), of_file || (in_objects && reader.node.is_none())),
             Kind::ClusterEgressPolicy => {
@@ -82,6 +86,8 @@ impl FieldReader {
             (Fields::Endpoints(parts), "ports") => parts.ports = map.next_value()?,
             (Fields::Endpoints(parts), "subsets") => parts.subsets = map.next_value()?,
             (Fields::Networks(spec), "spec") => *spec = map.next_value()?,
+            (Fields::ServiceL2Status(status), "status") => *status = map.next_value()?,
+            (Fields::Lease(spec), "spec") => *spec = map.next_value()?,
             (Fields::Gateway(spec, _), "spec") => *spec = map.next_value()?,
             (Fields::Gateway(_, status), "status") => *status = map.next_value()?,
             (Fields::Policy(spec, _), "spec") => *spec = map.next_value()?,
@@ -106,7 +112,7 @@ impl From<Invalid> for Fault {
 pub fn key(kind: Kind, namespace: Option<&str>, name: &str, names: &mut Names) -> Key {
     let namespace = namespace.filter(|n| !n.is_empty()).unwrap_or(DEFAULT_NAMESPACE);
     // Names of pods and Services occur once, so there is nothing to share.
-    let occurs_once = matches!(kind, Kind::Pod | Kind::Service | Kind::Endpoints | Kind::EndpointSlice);
+    let occurs_once = kind.is_namespaced() && !kind.is_ours();
     let name = if occurs_once { name.into() } else { names.get(name) };
     (kind.is_namespaced().then(|| names.get(namespace)), name)
 }
@@ -235,8 +241,10 @@ fn kubernetes_object(
         Fields::Service(spec, status) => {
             let (spec, status) = (spec.unwrap_or_default(), status.unwrap_or_default());
             let exposure = reader.has_exposure().then(|| Box::new(k8s::exposure(&spec, &status)));
+            let is_controller = reader.node.is_none();
+            let load_balancer = is_controller.then(|| k8s::load_balancer(meta, &spec, &status, reader.names)).flatten();
             let service = k8s::service(&spec, reader.names)?;
-            Object::Service(object_key(key), Arc::new(model::Service { exposure, ..service }))
+            Object::Service(object_key(key), Arc::new(model::Service { exposure, load_balancer, ..service }))
         }
         Fields::Endpoints(parts) => {
             let key = object_key(key);
@@ -246,6 +254,16 @@ fn kubernetes_object(
                 Kind::Endpoints => Object::Endpoints(key, endpoints),
                 _ => Object::EndpointSlice(key, endpoints),
             }
+        }
+        Fields::ServiceL2Status(_) | Fields::Lease(_) if reader.node.is_some() => return Ok(None),
+        Fields::ServiceL2Status(status) => {
+            let said = k8s::announced_by_metallb(meta, &status.unwrap_or_default(), reader.names);
+            return Ok(said.map(|said| Object::Announcement(Announcer::MetalLb, object_key(key), Arc::new(said))));
+        }
+        Fields::Lease(spec) => {
+            let key = object_key(key);
+            let said = k8s::announced_by_cilium(&key, &spec.unwrap_or_default(), reader.names);
+            return Ok(said.map(|said| Object::Announcement(Announcer::Cilium, key, Arc::new(said))));
         }
         Fields::Networks(spec) => Object::Networks(kind, name, spec.unwrap_or_default().parsed()?),
         Fields::None => {
@@ -285,7 +303,8 @@ pub fn times(meta: &Metadata) -> Result<model::Metadata, Fault> {
     let move_to = annotation(model::MOVE_TO).filter(|node| !node.is_empty()).map(Into::into);
     let rebalance = annotation(model::REBALANCE) == Some("true");
     let end_cooldown = annotation(model::END_COOLDOWN).filter(|time| !time.is_empty()).map(Into::into);
-    Ok(model::Metadata { created, generation: meta.generation, move_to, rebalance, end_cooldown })
+    let made = annotation(model::MADE_FROM).is_some();
+    Ok(model::Metadata { created, generation: meta.generation, move_to, made, rebalance, end_cooldown })
 }
 
 const NOT_A_NAME: &str = "cannot be a name; names have lower-case letters, digits, '-' and '.', begin and end with a \

@@ -6,7 +6,7 @@ use crate::cluster::kind::Kind;
 use crate::cluster::names::Names;
 use crate::cluster::object::{Object, label};
 use crate::model::selector::Name;
-use crate::model::{Cluster, Gateway, Namespaces, Node, Policy, PolicyKey};
+use crate::model::{Cluster, Gateway, Namespaces, Node, Policy, PolicyKey, Service};
 use serde::Deserialize;
 use std::sync::Arc;
 
@@ -100,7 +100,12 @@ fn apply(cluster: &mut Cluster, object: Object, now: i64) {
             cluster.nodes.insert(name, Arc::new(node));
         }
         Object::Pod(key, pod) => drop(cluster.pods.insert(key, pod)),
-        Object::Service(key, service) => drop(cluster.services.insert(key, service)),
+        Object::Service(key, service) => {
+            // So it is with a Service: its load balancer gives it its address.
+            let there = cluster.services.get(&key).and_then(|there| there.load_balancer.clone());
+            let load_balancer = service.load_balancer.clone().or(there);
+            cluster.services.insert(key, Arc::new(Service { load_balancer, ..Service::clone(&service) }));
+        }
         Object::Gateway(name, gateway) => {
             let there = cluster.gateways.get(&name).map(|there| (there.status.clone(), there.version.clone()));
             let (status, version) = there.unwrap_or_default();
@@ -115,6 +120,7 @@ fn apply(cluster: &mut Cluster, object: Object, now: i64) {
         Object::Endpoints(..)
         | Object::EndpointSlice(..)
         | Object::EgressNode(..)
+        | Object::Announcement(..)
         | Object::GatewayStatus(..)
         | Object::PolicyStatus(..)
         | Object::Networks(..) => {}
@@ -143,6 +149,7 @@ fn delete(cluster: &mut Cluster, object: &Object) {
         Object::Endpoints(..)
         | Object::EndpointSlice(..)
         | Object::EgressNode(..)
+        | Object::Announcement(..)
         | Object::GatewayStatus(..)
         | Object::PolicyStatus(..)
         | Object::Networks(..) => {}

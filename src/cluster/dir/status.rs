@@ -1,13 +1,14 @@
 //! Writes statuses to the subdirectory `status/`.
 
 use super::area::{STATUS, status_of, status_path};
-use crate::api::{API_VERSION, EgressGatewayStatus, EgressNodeStatus, EgressPolicyStatus};
+use crate::api::{API_VERSION, EgressGatewayStatus, EgressNodeStatus, EgressPolicySpec, EgressPolicyStatus};
 use crate::cluster::decode::validate::is_subdomain;
 use crate::cluster::kind::Kind;
 use crate::cluster::object::Identity;
-use crate::model::{Cluster, PolicyKey};
+use crate::model::{Cluster, MADE_FROM, PolicyKey};
 use anyhow::{Context, bail};
 use serde::Serialize;
+use serde_json::json;
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
@@ -57,6 +58,26 @@ impl Statuses {
 
     pub(in crate::cluster) fn node(&self, name: &str, status: &EgressNodeStatus) -> anyhow::Result<()> {
         self.write((Kind::EgressNode, None, name), status)
+    }
+
+    /// Writes a policy that was made of the annotations of the Service of its name, as a manifest.
+    pub(in crate::cluster) fn write_made_policy(&self, key: &PolicyKey, spec: &EgressPolicySpec) -> anyhow::Result<()> {
+        let manifest = json!({
+            "apiVersion": API_VERSION,
+            "kind": Kind::EgressPolicy.to_string(),
+            "metadata": {"name": &*key.name, "namespace": key.namespace.as_deref(), "annotations": {MADE_FROM: &*key.name}},
+            "spec": spec,
+        });
+        let path = made_policy(key)?;
+        let text = serde_saphyr::to_string(&manifest).context("cannot write the policy as YAML")?;
+        let full = self.directory.join(&path);
+        self.replace(&path, text.as_bytes(), false).with_context(|| format!("cannot write {}", full.display()))
+    }
+
+    /// Removes the manifest of a policy that was made of a Service's annotations.
+    pub(in crate::cluster) fn remove_made_policy(&self, key: &PolicyKey) -> anyhow::Result<()> {
+        let path = self.directory.join(made_policy(key)?);
+        gone_is_fine(fs::remove_file(&path)).with_context(|| format!("cannot remove {}", path.display()))
     }
 
     /// Removes the statuses of gateways and policies that are not in `cluster`. Nothing is removed while a part of
@@ -151,6 +172,18 @@ impl Statuses {
         }
         fs::rename(&temporary, &full)
     }
+}
+
+/// The directory of policies that the controller has made of Services' annotations, in the directory of manifests.
+const MADE: &str = "made-from-services";
+
+/// The path of such a policy.
+fn made_policy(key: &PolicyKey) -> anyhow::Result<PathBuf> {
+    let namespace = key.namespace.as_deref().unwrap_or_default();
+    if !is_subdomain(&key.name) || !is_subdomain(namespace) {
+        bail!("{key} is not a valid object name, so no policy can be stored");
+    }
+    Ok(Path::new(MADE).join(namespace).join(format!("{}.yaml", key.name)))
 }
 
 /// Removes a node's report. Returns whether there was one.

@@ -23,6 +23,16 @@ impl Kind {
     /// The kinds that tell a node what is inside the cluster, where they exist.
     pub const OPTIONAL: [Kind; 3] = [Kind::ServiceCidr, Kind::IpPool, Kind::EndpointSlice];
 
+    /// Whether the cluster may have no such kind.
+    pub fn is_optional(self) -> bool {
+        Kind::OPTIONAL.contains(&self) || Kind::ANNOUNCEMENTS.contains(&self)
+    }
+
+    /// Whether an installation may have no right to read the kind, and does without it.
+    pub fn is_dispensable(self) -> bool {
+        self == Kind::EndpointSlice || Kind::ANNOUNCEMENTS.contains(&self)
+    }
+
     /// The path of the collection of all namespaces.
     pub fn path(self) -> &'static str {
         match self {
@@ -38,6 +48,8 @@ impl Kind {
             Kind::IpPool => "/apis/crd.projectcalico.org/v1/ippools",
             Kind::EndpointSlice => "/apis/discovery.k8s.io/v1/namespaces/default/endpointslices",
             Kind::Endpoints => "/api/v1/namespaces/default/endpoints",
+            Kind::ServiceL2Status => "/apis/metallb.io/v1beta1/servicel2statuses",
+            Kind::Lease => "/apis/coordination.k8s.io/v1/namespaces/kube-system/leases",
         }
     }
 

@@ -3,7 +3,8 @@
 //! Each kind has a task (`watch`) that lists and watches its objects and sends the changes to one task (`Follower`),
 //! which stores them and sends snapshots to the reader. The first snapshot is sent when every kind has been listed to
 //! the end. Egret reads as little as possible: a node daemon reads the pods of its own node, only the metadata of
-//! namespaces, and Services only while a policy selects pods by them.
+//! namespaces, and Services only while a policy needs them. The controller reads MetalLB's and Cilium's objects only while
+//! a policy has a Service's address.
 
 mod client;
 mod events;
@@ -72,7 +73,7 @@ pub(super) async fn open(options: KubeOptions, scope: Scope, waiting_for: Waitin
     let tasks =
         Tasks { client: client.clone(), node, pods, is_person, names: Arc::default(), changes, files: files.clone() };
     let (reading, names, lookups) = (tasks.reading(), tasks.names.clone(), tasks.changes.clone());
-    let mut follower = Follower::new(tasks, received);
+    let mut follower = Follower::new(tasks, received, options.follows_services);
     let optional = Kind::OPTIONAL.into_iter().filter(|_| follower.tasks.node.is_some());
     for kind in Kind::ALWAYS.into_iter().chain(optional) {
         if kind == Kind::Pod && follower.tasks.pods == Some(PodsOf::Nobody) {
@@ -178,6 +179,8 @@ struct Follower {
     progress: Progress,
     /// The task that follows Services.
     services: Option<JoinHandle<()>>,
+    /// The kinds that say which nodes announce Services' addresses are followed, or not needed.
+    follows_announcements: bool,
     /// The task that asks for the networks of Services has been started.
     asked_for_networks: bool,
     /// Services have not been needed since then.
@@ -187,13 +190,14 @@ struct Follower {
 }
 
 impl Follower {
-    fn new(tasks: Tasks, received: mpsc::Receiver<Change>) -> Self {
-        let progress = Progress::new(tasks.node.is_none());
+    fn new(tasks: Tasks, received: mpsc::Receiver<Change>, follows_services: bool) -> Self {
+        let progress = Progress::new(tasks.node.is_none()).following_services(follows_services);
         Follower {
             tasks,
             received,
             progress,
             services: None,
+            follows_announcements: false,
             asked_for_networks: false,
             unneeded_since: None,
             tried_cache: false,
@@ -331,6 +335,16 @@ impl Follower {
     fn follow_services_if_needed(&mut self) {
         if self.progress.lacks_service_networks() && !std::mem::replace(&mut self.asked_for_networks, true) {
             tokio::spawn(service_networks::find(self.tasks.client.clone(), self.tasks.changes.clone()));
+        }
+        if self.progress.needs_announcements() && !std::mem::replace(&mut self.follows_announcements, true) {
+            for kind in Kind::ANNOUNCEMENTS {
+                match self.tasks.pods {
+                    // They end when the channel of changes closes. Where they exist, there are few of these objects.
+                    None => drop(self.tasks.follow(kind)),
+                    // A command reads what the controller has made of them.
+                    Some(_) => self.progress.take(Change::Absent(kind)),
+                }
+            }
         }
         let needed = self.progress.needs_services();
         match (&self.services, needed) {

@@ -16,6 +16,8 @@ pub type Listed = BTreeMap<Key, Decoded>;
 pub struct Progress {
     store: Store,
     is_controller: bool,
+    /// Services are followed whatever the policies are.
+    follows_services: bool,
     /// The kinds that have been listed to the end.
     listed: BTreeSet<Kind>,
     /// The networks of Services that the API server or an installer named. Outer `None`: the question has no answer
@@ -33,11 +35,18 @@ impl Progress {
         Progress {
             store: Store::new(is_controller, false),
             is_controller,
+            follows_services: false,
             listed: BTreeSet::new(),
             service_networks: None,
             troubles: BTreeMap::new(),
             newest_pod: String::new(),
         }
+    }
+
+    /// Follows Services whatever the policies are.
+    #[must_use]
+    pub fn following_services(self, follows_services: bool) -> Self {
+        Progress { follows_services, ..self }
     }
 
     /// Takes a change.
@@ -90,10 +99,15 @@ impl Progress {
         !self.is_controller && none_listed && self.service_networks.is_none()
     }
 
-    /// Whether Services must be followed: a policy selects pods by them, or nobody knows their networks.
+    /// Whether Services must be followed: a policy needs them, or nobody knows their networks.
     pub fn needs_services(&self) -> bool {
         let unknown = self.service_networks == Some(None) && !self.store.has_networks(Kind::ServiceCidr);
-        unknown || self.store.selects_by_services()
+        unknown || self.follows_services || self.store.needs_services()
+    }
+
+    /// Whether the kinds must be followed that say which nodes announce Services' addresses.
+    pub fn needs_announcements(&self) -> bool {
+        self.is_controller && self.store.has_addresses_of_services()
     }
 
     /// The Services are no longer followed.
@@ -112,7 +126,9 @@ impl Progress {
     pub fn missing(&self) -> Vec<Kind> {
         let services = Some(Kind::Service).filter(|_| self.needs_services());
         let optional = Kind::OPTIONAL.into_iter().filter(|_| !self.is_controller);
-        Kind::ALWAYS.into_iter().chain(optional).chain(services).filter(|kind| !self.listed.contains(kind)).collect()
+        let announcements = Kind::ANNOUNCEMENTS.into_iter().filter(|_| self.needs_announcements());
+        let all = Kind::ALWAYS.into_iter().chain(optional).chain(services).chain(announcements);
+        all.filter(|kind| !self.listed.contains(kind)).collect()
     }
 
     /// The first snapshot.

@@ -4,13 +4,13 @@ use super::client::{APPLY, Client, Failure, JSON};
 use super::events::{self, Regarding};
 use super::offline_cache::Files;
 use super::taint;
-use crate::api::{API_VERSION, EgressGatewayStatus, EgressNodeStatus, EgressPolicyStatus};
+use crate::api::{API_VERSION, EgressGatewayStatus, EgressNodeStatus, EgressPolicySpec, EgressPolicyStatus};
 use crate::cluster::NotWritten;
 use crate::cluster::decode::allocations_text;
 use crate::cluster::kind::Kind;
 use crate::model::notice::Notice;
 use crate::model::selector::Name;
-use crate::model::{ObjectKey, PolicyKey};
+use crate::model::{MADE_FROM, ObjectKey, PolicyKey};
 use http::Method;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
@@ -19,6 +19,8 @@ use std::fmt;
 
 /// The field manager of the controller.
 const CONTROLLER: &str = "egret-controller";
+/// The field manager of the policies that the controller makes of Services' annotations.
+const OF_SERVICES: &str = "egret-controller-services";
 /// The field manager of node daemons.
 const NODE: &str = "egret-node";
 /// More allocations than this are written as text. It is half as long, and the API server does not merge it entry by
@@ -143,6 +145,46 @@ impl Statuses {
             uid: answer.metadata.uid.clone(),
         };
         events::emit(&self.client, "controller", &about, notices);
+    }
+
+    /// Writes a policy that was made of the annotations of the Service of its name, which owns it: Kubernetes deletes
+    /// both together.
+    pub(in crate::cluster) async fn write_made_policy(
+        &self,
+        key: &PolicyKey,
+        uid: &str,
+        spec: &EgressPolicySpec,
+    ) -> Result<(), Failure> {
+        let (namespace, name) = (key.namespace.as_deref(), &*key.name);
+        let object = json!({
+            "apiVersion": API_VERSION,
+            "kind": Kind::EgressPolicy.to_string(),
+            "metadata": {"name": name, "namespace": namespace, "annotations": {MADE_FROM: name}, "ownerReferences": [
+                {"apiVersion": "v1", "kind": "Service", "name": name, "uid": uid}]},
+            "spec": spec,
+        });
+        let path = Kind::EgressPolicy.path_of(namespace, name);
+        let path = format!("{path}?fieldManager={OF_SERVICES}&force=true");
+        self.client.ask::<Answer>(Method::PATCH, &path, Some((APPLY, object.to_string().into_bytes()))).await.map(drop)
+    }
+
+    pub(in crate::cluster) async fn remove_made_policy(&self, key: &PolicyKey) -> Result<(), Failure> {
+        let path = Kind::EgressPolicy.path_of(key.namespace.as_deref(), &key.name);
+        match self.client.ask::<serde_json::Value>(Method::DELETE, &path, None).await {
+            Err(e) if e.is_not_found() => Ok(()),
+            other => other.map(drop),
+        }
+    }
+
+    pub(in crate::cluster) fn service(&self, key: &ObjectKey, uid: &str, notice: Notice) {
+        let about = Regarding {
+            version: "v1",
+            kind: "Service".to_owned(),
+            namespace: Some(key.namespace.to_string()),
+            name: key.name.to_string(),
+            uid: uid.to_owned(),
+        };
+        events::emit(&self.client, "controller", &about, vec![notice]);
     }
 
     pub(in crate::cluster) fn pod(&self, key: &ObjectKey, uid: &str, notice: Notice) {

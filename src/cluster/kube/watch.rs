@@ -154,7 +154,7 @@ impl Watch {
                         self.path = older.into();
                         continue;
                     }
-                    if e.is_not_found() && Kind::OPTIONAL.contains(&self.kind) {
+                    if e.is_not_found() && self.kind.is_optional() {
                         file.finish();
                         if self.changes.send(Change::Absent(self.kind)).await.is_err() {
                             return;
@@ -167,7 +167,7 @@ impl Watch {
                     debug!(kind = %self.kind, "list: {e}");
                     backoff.note(e.is_away());
                     // An older installation has no right to read it. Egret continues without it.
-                    let does_without = self.kind == Kind::EndpointSlice && e.code() == Some(403);
+                    let does_without = self.kind.is_dispensable() && e.code() == Some(403);
                     if does_without && self.changes.send(Change::Absent(self.kind)).await.is_err() {
                         return;
                     }

@@ -7,11 +7,11 @@ mod selector;
 use self::clients::{Client, PREFIX, clients};
 use self::gateways::{GROUPS, Known, OPERATOR, gateways};
 use self::selector::Selector;
-use super::destinations::{Covered, contains, covered, everything_of};
 use super::draft::{Draft, PolicyDraft, Scope};
 use super::field::{Field, Invalid};
 use super::input::Object;
 use crate::api::{Action, Allocate, EgressPeer, EgressRule};
+use crate::model::blocks::{Covered, contains, covered, everything_of};
 use ipnetwork::IpNetwork;
 
 /// Whether the object is of Calico's egress gateways.

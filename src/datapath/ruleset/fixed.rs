@@ -5,6 +5,7 @@
 
 use super::pods::{direct, without_address};
 use super::sets::PORT_BITS;
+use super::unsolicited::unsolicited;
 use super::{base, counter, set};
 use crate::datapath::names::{DEVICE, DEVICE_GROUP, HEALTH, PROBER, TUNNEL_NEXT_HOP_MAC, TUNNEL_PORT, UPLINK_HEALTH};
 use crate::datapath::port_log;
@@ -255,23 +256,6 @@ fn foreign() -> Vec<Rule> {
     let here = [RTN_LOCAL, RTN_BROADCAST, RTN_ANYCAST, RTN_MULTICAST].map(|kind| Rule::new().daddr_type(kind));
     let here = here.map(|rule| rule.counter(counter::FOREIGN).drop());
     Family::BOTH.into_iter().enumerate().map(forwarded).chain(here).collect()
-}
-
-/// Drops packets to an egress IP that belong to no connection. An answer to a sender that this gateway does not know
-/// would reset a connection that has just moved here from another gateway. An entry in the connection table would
-/// occupy the port that this connection needs. An echo request needs no port: it passes if the gateway allows it and
-/// the address is on this node.
-fn unsolicited() -> Vec<Rule> {
-    let asks = |ip| match ip {
-        Family::V4 => Rule::new().l4(protocol::ICMP).icmp_type(ICMP_ECHO_REQUEST),
-        Family::V6 => Rule::new().l4(protocol::ICMPV6).icmp_type(ICMPV6_ECHO_REQUEST),
-    };
-    let ping = |(at, ip)| asks(ip).daddr_in_set(ip, set::PING[at]).daddr_type(RTN_LOCAL).return_();
-    let to_egress = |(at, ip)| Rule::new().daddr_in_set(ip, set::EGRESS[at]).counter(counter::UNSOLICITED).drop();
-    let each = || Family::BOTH.into_iter().enumerate();
-    // The tunnel device should be in its group. If it is not, no new connection is accepted from it.
-    let arrived = Rule::new().iif(DEVICE).counter(counter::UNKNOWN).drop();
-    each().map(ping).chain(each().map(to_egress)).chain([arrived]).collect()
 }
 
 /// New packets without a pod mark. A selected pod may have sent such a packet all the same: other programs set whole

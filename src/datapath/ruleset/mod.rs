@@ -11,6 +11,7 @@ mod handover;
 mod pods;
 mod sets;
 mod text;
+mod unsolicited;
 
 pub use sets::{PeerIndexes, SharedSets, shared_sets};
 pub use text::ExpectedRuleset;
@@ -106,6 +107,8 @@ pub mod set {
     pub const TUNNEL: [&str; 2] = ["tunnel4", "tunnel6"];
     /// Set: egress IPs that this node may hold.
     pub const EGRESS: [&str; 2] = ["egress4", "egress6"];
+    /// Set: addresses of Services that are egress IPs and that this node may come to serve.
+    pub const SERVICES: [&str; 2] = ["services4", "services6"];
     /// Set: the pools of all gateways. Only the owner of an egress IP sends from such an address.
     pub const POOLS: [&str; 2] = ["pools4", "pools6"];
     /// Set: the addresses of [`EGRESS`] that answer echo requests.

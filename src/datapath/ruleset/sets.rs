@@ -65,6 +65,10 @@ pub fn shared_sets(view: &View, peers: &PeerIndexes, marks: Marks, before: &Shar
             .filter(|(_, allocation)| allocation.is_managed() && allocation.translates())
             .flat_map(|(_, allocation)| addresses(allocation));
         let egress = egress.filter(|a| of_family(&a)).map(|a| plain(&a)).collect();
+        let services = translating.iter().filter(|(_, allocation)| allocation.service.is_some());
+        let services = services.flat_map(|(_, allocation)| addresses(allocation));
+        let services = services.filter(|a| of_family(&a)).map(|a| plain(&a)).collect();
+        put(set::SERVICES[at], SetKind::plain(address, None), services);
         let ping = members()
             .filter(|(_, allocation)| allocation.answers_ping)
             .flat_map(|(_, allocation)| addresses(allocation));

@@ -11,7 +11,7 @@ pub use peers::Faults;
 pub use place::{Desired, UplinkStatus};
 pub use tunnel_device::TunnelEgress;
 
-use crate::datapath::addresses;
+use crate::datapath::addresses::{self, LocalAddress};
 use crate::datapath::names::*;
 use crate::datapath::pod_veth::{self, Veth};
 use crate::datapath::route_socket::RouteSocket;
@@ -408,7 +408,9 @@ impl Host {
     /// The node's own addresses, as facts for the view.
     pub async fn facts(&self, refused: BTreeMap<EgressId, String>) -> Result<Facts> {
         let all = addresses::local_addresses(&self.routes).await?;
-        let addresses = all.iter().filter(|a| !a.tentative && !a.address.is_loopback()).map(|a| a.address);
+        let of_all_nodes = DEVICES_OF_SERVICES.map(|name| nix::net::if_::if_nametoindex(name).ok());
+        let is_own = |a: &&LocalAddress| !a.tentative && !of_all_nodes.contains(&Some(a.ifindex));
+        let addresses = all.iter().filter(is_own).filter(|a| !a.address.is_loopback()).map(|a| a.address);
         Ok(Facts { addresses: addresses.filter(|a| !is_devices_own(*a)).collect(), refused, ..Facts::default() })
     }
 

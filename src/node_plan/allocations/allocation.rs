@@ -16,6 +16,8 @@ pub struct NodeAllocation {
     pub gateway: Name,
     /// The egress IP.
     pub address: AddressPair,
+    /// The Service whose address it is, `namespace/name`.
+    pub service: Option<Name>,
     /// Where its packets go from this node.
     pub state: AllocationState,
     /// What this node may do with its packets.

@@ -12,20 +12,29 @@ pub(super) struct PeerReports<'a> {
     node: &'a str,
     facts: &'a Facts,
     held: HashMap<&'a str, HashSet<EgressId>>,
+    /// Egress IPs that nodes hold without having their addresses.
+    without_address: HashSet<(&'a str, EgressId)>,
     refused: HashSet<(&'a str, EgressId)>,
     taken: BTreeMap<EgressId, Vec<(&'a str, i64)>>,
 }
 
 impl<'a> PeerReports<'a> {
     pub(super) fn new(cluster: &'a Cluster, node: &'a str, facts: &'a Facts) -> Self {
-        let mut reports =
-            PeerReports { node, facts, held: HashMap::new(), refused: HashSet::new(), taken: BTreeMap::new() };
+        let mut reports = PeerReports {
+            node,
+            facts,
+            held: HashMap::new(),
+            without_address: HashSet::new(),
+            refused: HashSet::new(),
+            taken: BTreeMap::new(),
+        };
         let others = cluster.egress_nodes.iter().filter(|(name, _)| ***name != *node);
         for (name, status) in others.filter(|(name, _)| cluster.nodes.contains_key(&**name)) {
-            let OfAllocations { held, taken, refused, .. } = status.of_allocations();
+            let OfAllocations { held, without_address, taken, refused, .. } = status.of_allocations();
             if !held.is_empty() {
                 reports.held.insert(name, held.iter().copied().collect());
             }
+            reports.without_address.extend(without_address.iter().map(|id| (&**name, *id)));
             reports.refused.extend(refused.iter().map(|r| (&**name, r.id)));
             for t in taken {
                 reports.taken.entry(t.id).or_default().push((name, t.since));
@@ -43,6 +52,11 @@ impl<'a> PeerReports<'a> {
             return here && !self.facts.refused.contains_key(&allocation);
         }
         self.held.get(node).is_some_and(|allocations| allocations.contains(&allocation))
+    }
+
+    /// Whether `node` reports that it holds the egress IP and has its address on an interface.
+    pub(super) fn has_address(&self, node: &'a str, allocation: EgressId, here: bool) -> bool {
+        self.holds(node, allocation, here) && !self.without_address.contains(&(node, allocation))
     }
 
     /// Whether another node reports that it cannot hold the egress IP.

@@ -1,6 +1,6 @@
 use super::*;
 use crate::api::{Allocate, EgressNodeStatus, TakenAllocation};
-use crate::fixture::{World, asking, naming};
+use crate::fixture::{World, asking, naming, naming_service};
 use crate::model::tunnel_mac;
 use egret_nft::mac;
 use std::sync::Arc;
@@ -233,4 +233,42 @@ fn a_policy_has_no_allocation_that_it_does_not_ask_for_any_more() {
     let id = allocation(&world);
     world.policy("a/p", crate::api::EgressPolicySpec { priority: 7, ..naming(&["192.0.2.52"]) });
     assert_eq!(allocation(&world), id);
+}
+
+#[test]
+fn the_address_of_a_service_need_not_be_on_an_interface_of_the_node_that_announces_it() {
+    let mut world = World::default();
+    world.external("g", &["192.0.2.50-192.0.2.59"]);
+    for (node, address) in [("n1", "10.0.0.1"), ("n2", "10.0.0.2"), ("n3", "10.0.0.3")] {
+        world.node(node, "g", &[address]);
+        says(&mut world, node, &[], &[]);
+    }
+    world.service("shop/web", &[A], Some("n1"));
+    world.policy("shop/web", naming_service("web"));
+    let id = world.allocate().grant("shop/web").id;
+    let state = |world: &World, node: &str, here: &[&str], dead: &[&str]| seen(world, node, &facts(here, dead), id).0;
+    assert_eq!(state(&world, "n1", &[], &[]), AllocationState::Local);
+    assert_eq!(state(&world, "n2", &[], &[]), to("n1"));
+    let allocations = NodeAllocations::new(&world.cluster, "n1", &facts(&[], &[]));
+    assert!(allocations.held.contains(&id) && allocations.without_address.contains(&id));
+    assert!(allocations.allocations[&id].translates() && allocations.allocations[&id].placed);
+    let policy = world.cluster.policies[&"shop/web".into()].clone();
+    assert_eq!(allocations.of(&"shop/web".into(), &policy), Some(id));
+    // The policy names another Service now, and the controller has not written its address yet.
+    world.policy("shop/web", naming_service("other"));
+    let policy = world.cluster.policies[&"shop/web".into()].clone();
+    assert_eq!(allocations.of(&"shop/web".into(), &policy), None);
+
+    // It appears on another node's interface. What the load balancer says is late.
+    assert_eq!(state(&world, "n2", &[A], &[]), AllocationState::Local);
+    let without = EgressNodeStatus { allocations: vec![id], without_address: vec![id], ..EgressNodeStatus::default() };
+    says(&mut world, "n2", &[id], &[]);
+    assert_eq!(state(&world, "n3", &[], &[]), to("n2"));
+    assert_eq!(state(&world, "n1", &[], &[]), to("n2"));
+    let mut status = without.clone();
+    (status.tunnel_address, status.tunnel_mac) =
+        (Some([10, 0, 0, 2].into()), Some(mac::Shown(tunnel_mac::of_node("n2")).to_string()));
+    world.cluster.egress_nodes.insert("n2".into(), Arc::new(status.into()));
+    assert_eq!(state(&world, "n3", &[], &[]), to("n1"), "a node without the address does not claim it");
+    assert!(matches!(state(&world, "n3", &[], &["n1"]), AllocationState::Unready(_)));
 }

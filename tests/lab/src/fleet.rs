@@ -20,6 +20,7 @@ impl Lab {
     pub fn start_controller(&self) -> Daemon {
         let mut arguments = vec!["controller".to_owned(), "--cluster".to_owned()];
         arguments.extend(self.common_arguments(Role::Controller));
+        arguments.extend(self.controller_arguments.iter().cloned());
         self.start_daemon("controller", self.host_of("controller"), arguments)
     }
 

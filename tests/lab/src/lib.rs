@@ -70,6 +70,7 @@ pub struct Lab {
     machine_dropped_before: u64,
     /// Arguments that every `egretd node` gets besides the usual ones.
     pub node_arguments: Vec<String>,
+    controller_arguments: Vec<String>,
     ipv6_tunnel: bool,
     /// Given back last of all.
     _turn: Arc<turn::Turn>,
@@ -82,6 +83,7 @@ pub struct LabBuilder {
     router: bool,
     egret: bool,
     node_arguments: Vec<String>,
+    controller_arguments: Vec<String>,
     kubernetes: bool,
     api_arguments: Vec<String>,
     bare: bool,
@@ -144,6 +146,13 @@ impl LabBuilder {
         self
     }
 
+    /// More arguments for every `egretd controller`.
+    #[must_use]
+    pub fn controller_arguments(mut self, arguments: &[&str]) -> Self {
+        self.controller_arguments = arguments.iter().map(|a| (*a).to_owned()).collect();
+        self
+    }
+
     /// Builds it.
     pub fn build(self) -> Lab {
         Lab::build(self)
@@ -171,6 +180,7 @@ impl Lab {
             router: false,
             egret: true,
             node_arguments: Vec::new(),
+            controller_arguments: Vec::new(),
             kubernetes: false,
             api_arguments: Vec::new(),
             bare: false,
@@ -199,6 +209,7 @@ impl Lab {
             serial: AtomicU64::new(1),
             machine_dropped_before: machine::dropped(),
             node_arguments: wanted.node_arguments.clone(),
+            controller_arguments: wanted.controller_arguments.clone(),
             ipv6_tunnel: wanted.ipv6_tunnel,
             _turn: turn,
             name,

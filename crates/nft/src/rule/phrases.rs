@@ -283,6 +283,11 @@ impl Rule {
         self.l4(protocol::TCP).differs(TcpFlags.and(TCP_FLAG_SYN), 0)
     }
 
+    /// `tcp flags ! syn`
+    pub fn tcp_not_syn(self) -> Self {
+        self.l4(protocol::TCP).compare(TcpFlags.and(TCP_FLAG_SYN), Operator::Equal, Constant::Number(0))
+    }
+
     /// `ether daddr != MAC`
     pub fn ether_daddr_not(self, mac: [u8; 6]) -> Self {
         self.compare(EtherDaddr, Operator::Unequal, Constant::Mac(mac))

@@ -29,6 +29,7 @@ fn allocation() -> impl Strategy<Value = Allocation> {
             node: node.map(Name::from),
             since,
             leaving: leaving.map(Name::from),
+            service: (kind == AllocationKind::Service).then(|| "shop/frontend".into()),
             policies,
         },
     )
@@ -63,8 +64,16 @@ proptest! {
 
 #[test]
 fn an_invalid_line_is_named() {
-    let lines =
-        ["7", "x D - - 0 - -", "7 Q - - 0 - -", "7 D 192.0.2 - 0 - -", "7 D - 1 0 - -", "7 D - - 0 - - -", "-7 - x -"];
+    let lines = [
+        "7",
+        "x D - - 0 - -",
+        "7 Q - - 0 - -",
+        "7 D 192.0.2 - 0 - -",
+        "7 D - 1 0 - -",
+        "7 D - - 0 - - -",
+        "7 L - - 0 - -",
+        "-7 - x -",
+    ];
     for wrong in lines {
         let text = format!("node g1\n7 D - 0 0 - -\n{wrong}\n");
         let error = read(EgressGatewayStatus { text: Some(text), ..Default::default() }).unwrap_err();
@@ -85,6 +94,7 @@ fn all_allocation_ids_fit_into_one_object() {
         node: Some(format!("ip-10-64-0-{}.eu-central-1.compute.internal", n % 3).into()),
         since: 1_763_718_000,
         leaving: None,
+        service: None,
         policies: [PolicyKey::from(&*format!("team-{:03}/app-{n:05}", n / 100))].into(),
     };
     let status = EgressGatewayStatus { allocations: (1..=16_383).map(allocation).collect(), ..Default::default() };

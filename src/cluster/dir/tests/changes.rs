@@ -51,6 +51,7 @@ async fn unaffected_parts_of_a_snapshot_are_shared() {
         namespaces,
         pods,
         services,
+        announcements,
         endpoints,
         gateways,
         policies,
@@ -65,6 +66,7 @@ async fn unaffected_parts_of_a_snapshot_are_shared() {
         namespaces.is(&after.namespaces),
         pods.is(&after.pods),
         services.is(&after.services),
+        announcements.is(&after.announcements),
         endpoints.is(&after.endpoints),
         gateways.is(&after.gateways),
         egress_nodes.is(&after.egress_nodes),
@@ -72,7 +74,7 @@ async fn unaffected_parts_of_a_snapshot_are_shared() {
         unreadable.is(&after.unreadable),
         inside.is(&after.inside),
     ];
-    assert_eq!(same, [true; 10]);
+    assert_eq!(same, [true; 11]);
 }
 
 #[tokio::test]

@@ -16,6 +16,7 @@ async fn in_force(fixture: &Fixture) {
         node: None,
         since: 0,
         leaving: None,
+        service: None,
         policies: [PolicyKey::from(policy)].into_iter().collect(),
     };
     let status = EgressGatewayStatus { allocations: vec![path(1, "x/p"), path(2, "x/q")], ..Default::default() };

@@ -14,6 +14,7 @@ fn gateway_status(paths: u16) -> EgressGatewayStatus {
         node: (id % 2 == 0).then(|| "node-1".into()),
         since: 1_700_000_000 + i64::from(id),
         leaving: (id % 3 == 0).then(|| "node-2".into()),
+        service: None,
         policies: ["x/p", "yes"].into_iter().map(PolicyKey::from).collect(),
     };
     EgressGatewayStatus {

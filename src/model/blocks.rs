@@ -9,7 +9,7 @@ const MAX_ITEMS: usize = 100;
 
 /// The field `egress` of a policy.
 #[derive(Clone, Debug, PartialEq)]
-pub(super) enum Covered {
+pub enum Covered {
     /// Everything outside the cluster: the field is absent.
     Everything,
     /// These rules.
@@ -22,7 +22,7 @@ pub(super) enum Covered {
 
 /// The destinations in `networks` and not in `exceptions`, by these ports. No networks: everything outside the cluster.
 /// No ports: all protocols.
-pub(super) fn covered(networks: &[IpNetwork], exceptions: &[IpNetwork], ports: &[EgressPort]) -> Covered {
+pub fn covered(networks: &[IpNetwork], exceptions: &[IpNetwork], ports: &[EgressPort]) -> Covered {
     let everywhere = [everything_of(false), everything_of(true)];
     let all = everywhere.iter().all(|network| networks.contains(network)) || networks.is_empty();
     if all && exceptions.is_empty() {
@@ -48,14 +48,14 @@ pub(super) fn covered(networks: &[IpNetwork], exceptions: &[IpNetwork], ports: &
 }
 
 /// All addresses of a family.
-pub(super) fn everything_of(ipv6: bool) -> IpNetwork {
+pub fn everything_of(ipv6: bool) -> IpNetwork {
     let any = if ipv6 { IpAddr::from([0u16; 8]) } else { IpAddr::from([0u8; 4]) };
     // It does not fail: the prefix length 0 is valid in both families.
     IpNetwork::new(any, 0).unwrap_or_else(|_| IpNetwork::from(any))
 }
 
 /// Whether `inner` is `outer` or within it.
-pub(super) fn contains(outer: &IpNetwork, inner: &IpNetwork) -> bool {
+pub fn contains(outer: &IpNetwork, inner: &IpNetwork) -> bool {
     outer.is_ipv4() == inner.is_ipv4() && outer.prefix() <= inner.prefix() && outer.contains(inner.network())
 }
 
