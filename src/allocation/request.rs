@@ -7,7 +7,7 @@ use super::{quota, services};
 use crate::api::{AddressPair, Allocate, Sharing};
 use crate::model::precedence::labels_or_name;
 use crate::model::selector::Name;
-use crate::model::{AddressRequest, Cluster, Gateway, Namespaces, ObjectKey, Policy, PolicyKey};
+use crate::model::{AddressRequest, Cluster, DEFAULT_GATEWAY, Gateway, Namespaces, ObjectKey, Policy, PolicyKey};
 use std::collections::HashMap;
 
 /// A request for an allocation, by one or more policies.
@@ -161,6 +161,12 @@ impl<'a> Requests<'a> {
     }
 }
 
+/// The gateway that the policy's namespace has for policies that name none.
+fn default_of_namespace(cluster: &Cluster, requester: &Requester) -> Option<Name> {
+    let Namespaces::One(namespace) = &requester.policy.namespaces else { return None };
+    cluster.namespaces.get(namespace)?.get(DEFAULT_GATEWAY).filter(|name| !name.is_empty()).cloned()
+}
+
 /// All gateways, by place and by name.
 struct Gateways<'a> {
     all: List<GatewayPlace, (&'a Name, &'a Gateway)>,
@@ -212,6 +218,15 @@ impl<'a> Gateways<'a> {
                 let addresses = services::addresses(cluster, service)?;
                 let found = self.all.with_places().find(|(_, (_, gateway))| services::can_have(gateway, addresses));
                 found.map(|(place, _)| place).ok_or_else(|| services::no_gateway(service, addresses))?
+            }
+            (None, _) if let Some(name) = default_of_namespace(cluster, requester) => {
+                *self.by_name.get(&*name).ok_or_else(|| {
+                    let message = format!(
+                        "the policy names no gateway, and the gateway of its namespace ({DEFAULT_GATEWAY}), {name:?}, does \
+                         not exist; set spec.gateway, or have the namespace's corrected"
+                    );
+                    Rejection::new(Reason::GatewayUnknown, message)
+                })?
             }
             (None, [one]) => *one,
             (None, []) => {

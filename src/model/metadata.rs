@@ -16,6 +16,15 @@ pub const END_COOLDOWN: &str = "egret.dev/end-cooldown";
 /// Annotation of a policy: the Service of whose annotations the controller has made it.
 pub const MADE_FROM: &str = "egret.dev/made-from-service";
 
+/// Annotation or label of a Namespace: the gateway of its EgressPolicies that name none.
+pub const DEFAULT_GATEWAY: &str = "egret.dev/default-gateway";
+
+/// Annotation or label of a Pod or Namespace: the gateway that it asks for. It has an effect by policies that select it.
+pub const ASKED_GATEWAY: &str = "egret.dev/egress-gateway";
+
+/// Annotations of Pods and Namespaces that count as labels. A label of the same key counts before the annotation.
+pub const LIKE_LABELS: [&str; 2] = [DEFAULT_GATEWAY, ASKED_GATEWAY];
+
 /// The parts of an object's metadata that a [`Policy`](super::Policy) or a [`Gateway`](super::Gateway) needs.
 #[derive(Clone, Debug, Default)]
 pub struct Metadata {

@@ -43,7 +43,9 @@ pub use crate::api::PolicyKey;
 pub use address_range::{AddressRange, addresses_of};
 pub use cluster::{Cluster, Inside, ObjectKey, Unreadable};
 pub use gateway::{Gateway, Reserved};
-pub use metadata::{END_COOLDOWN, Invalid, MADE_FROM, MOVE_TO, Metadata, REBALANCE};
+pub use metadata::{
+    ASKED_GATEWAY, DEFAULT_GATEWAY, END_COOLDOWN, Invalid, LIKE_LABELS, MADE_FROM, MOVE_TO, Metadata, REBALANCE,
+};
 pub use node::Node;
 pub use pod::Pod;
 pub use policy::{AddressRequest, ForController, Guessed, Namespaces, PodMatch, Policy, Tier, destinations};

@@ -27,6 +27,7 @@ mod manifests;
 mod monitoring;
 mod moves;
 mod mtu;
+mod opt_in;
 mod own_uplinks;
 mod partitions;
 mod policy_start;

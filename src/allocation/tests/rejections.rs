@@ -32,6 +32,29 @@ fn without_a_name_there_must_be_one_default_gateway() {
 }
 
 #[test]
+fn a_namespace_has_a_default_gateway_of_its_own() {
+    let mut world = World::new(&["192.0.2.50-192.0.2.59"]);
+    world.gateway("h", &["192.0.2.60-192.0.2.69"], |_| {});
+    let default = |world: &mut World, gateway: &str| {
+        world.cluster.namespaces.insert("a".into(), [("egret.dev/default-gateway", gateway)].into_iter().collect());
+    };
+    world.policy("a/p", asking(Allocate::Dedicated));
+    world.policy("a/named", EgressPolicySpec { gateway: Some("g".into()), ..asking(Allocate::Dedicated) });
+    world.policy("b/p", asking(Allocate::Dedicated));
+    world.policy("everywhere", asking(Allocate::Dedicated));
+    default(&mut world, "h");
+    let outcome = world.allocate();
+    let gateway = |policy: &str| outcome.grant(policy).gateway.to_string();
+    assert_eq!(["a/p", "a/named", "b/p", "everywhere"].map(gateway), ["h", "g", "g", "g"]);
+    default(&mut world, "nope");
+    world.allocate().assert_refused("a/p", Reason::GatewayUnknown, &["\"nope\"", "egret.dev/default-gateway"]);
+    // It is no right to use the gateway.
+    default(&mut world, "h");
+    world.gateway("h", &["192.0.2.60"], |spec| spec.namespace_selector = Some(selector(&[("team", "sales")])));
+    world.allocate().assert_refused("a/p", Reason::NamespaceNotAllowed, &["\"h\""]);
+}
+
+#[test]
 fn a_gateway_may_be_for_some_namespaces_only() {
     let mut world = World::new(&[]);
     world.gateway("g", &["192.0.2.50-192.0.2.59"], |spec| {

@@ -8,10 +8,12 @@ use crate::cluster::names::Names;
 use crate::model::kube_vip;
 use crate::model::selector::Selector;
 use crate::model::{
-    Announcement, AskedEgress, Endpoints, Exposure, LoadBalancer, Node, ObjectKey, Pod, Service, ServicePort, VIP_HOST,
+    Announcement, AskedEgress, Endpoints, Exposure, LIKE_LABELS, LoadBalancer, Node, ObjectKey, Pod, Service,
+    ServicePort, VIP_HOST,
 };
 use ipnetwork::IpNetwork;
 use serde::{Deserialize, Serialize};
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::str::FromStr;
@@ -37,6 +39,30 @@ pub struct Metadata {
     #[serde(skip_serializing)]
     pub resource_version: Option<String>,
 }
+
+impl Metadata {
+    /// The labels, with the annotations that count as labels. Of those, texts that are no name are left out.
+    pub fn labels_and_alike(&self) -> Cow<'_, BTreeMap<String, String>> {
+        static NONE: BTreeMap<String, String> = BTreeMap::new();
+        let mut all = Cow::Borrowed(self.labels.as_ref().unwrap_or(&NONE));
+        let annotations = self.annotations.iter().flatten().filter(|(_, text)| text.len() <= MAX_NAME);
+        for (key, text) in annotations.filter(|(key, _)| LIKE_LABELS.contains(&key.as_str())) {
+            all.to_mut().entry(key.clone()).or_insert_with(|| text.clone());
+        }
+        all
+    }
+
+    /// Drops the annotations that nodes do not read. `kubectl apply` stores the whole object there once more.
+    pub fn prune(&mut self) {
+        if let Some(annotations) = &mut self.annotations {
+            annotations.retain(|key, text| LIKE_LABELS.contains(&key.as_str()) && text.len() <= MAX_NAME);
+        }
+        self.annotations.take_if(|annotations| annotations.is_empty());
+    }
+}
+
+/// The longest name of an object in Kubernetes (RFC 1123).
+const MAX_NAME: usize = 253;
 
 #[derive(Debug, Default, Serialize, Deserialize)]
 #[serde(default)]
@@ -251,7 +277,7 @@ pub fn pod(meta: &Metadata, spec: &PodSpec, status: &PodStatus, names: &mut Name
     };
     Ok(Pod {
         uid: meta.uid.as_deref().unwrap_or_default().into(),
-        labels: names.labels(meta.labels.as_ref().unwrap_or(&BTreeMap::new())),
+        labels: names.labels(&meta.labels_and_alike()),
         node: spec.node_name.as_deref().filter(|n| !n.is_empty()).map(|n| names.get(n)),
         addresses,
         host_network: spec.host_network.unwrap_or_default(),

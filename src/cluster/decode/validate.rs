@@ -267,7 +267,7 @@ fn kubernetes_object(
         }
         Fields::Networks(spec) => Object::Networks(kind, name, spec.unwrap_or_default().parsed()?),
         Fields::None => {
-            let mut labels = meta.labels.clone().unwrap_or_default();
+            let mut labels = meta.labels_and_alike().into_owned();
             labels.entry(NAMESPACE_NAME_LABEL.to_owned()).or_insert_with(|| name.to_string());
             Object::Namespace(name, Box::new(reader.names.labels(&labels)))
         }

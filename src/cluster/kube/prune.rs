@@ -70,7 +70,6 @@ fn of<Spec: DeserializeOwned + Serialize, Status: DeserializeOwned + Serialize>(
     to: &mut Vec<u8>,
 ) -> serde_json::Result<()> {
     let mut object: Prune<Spec, Status> = serde_json::from_slice(text)?;
-    // `kubectl apply` stores the whole object there once more. A node reads no annotations.
-    object.metadata.annotations = None;
+    object.metadata.prune();
     serde_json::to_writer(to, &object)
 }

@@ -173,7 +173,7 @@ fn a_file_does_not_grow_with_the_number_of_changes() {
 #[test]
 fn a_pruned_object_is_decoded_to_the_same() {
     let metadata = json!({"name": "a", "namespace": "shop", "uid": "7", "generation": 3,
-        "creationTimestamp": "2026-01-31T12:00:00Z", "labels": {"app": "a"}, "annotations": {"x": "y"},
+        "creationTimestamp": "2026-01-31T12:00:00Z", "labels": {"app": "a"}, "annotations": {"x": "y", "egret.dev/egress-gateway": "g"},
         "managedFields": [{"manager": "m"}], "resourceVersion": "7"});
     let objects = [
         (Kind::Namespace, json!({}), json!({"phase": "Active"})),

@@ -1,0 +1,90 @@
+//! Teams that write no policies ask for a gateway by an annotation, and a namespace has a gateway for policies that name
+//! none. Needs root.
+
+use lab::{Lab, Pod, manifests};
+use serde_json::{Value, json};
+use std::net::{IpAddr, Ipv4Addr};
+
+/// The egress IP of all who ask.
+const SHARED: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 50);
+const ASKS: &str = "egret.dev/egress-gateway";
+
+/// What the administrator writes once: namespaces of team sales may ask.
+fn policies() -> String {
+    let policy = |name: &str, namespaces: &str, pods: &str, priority: u8| {
+        format!(
+            "---\napiVersion: egret.dev/v1alpha1\nkind: ClusterEgressPolicy\nmetadata: {{ name: {name} }}\nspec:\n  \
+             namespaceSelector: {{ matchLabels: {{ team: sales{namespaces} }} }}\n  \
+             podSelector: {{ matchLabels: {{ {pods} }} }}\n  gateway: default\n  allocate: Shared\n  \
+             tier: Baseline\n  priority: {priority}\n"
+        )
+    };
+    let asked = format!("{ASKS}: default");
+    policy("asked-by-pods", "", &asked, 1) + &policy("asked-by-namespaces", &format!(", {asked}"), "", 0)
+}
+
+fn write_namespace(lab: &Lab, name: &str, labels: manifests::Labels, annotations: Value) {
+    let mut object = manifests::namespace(name, labels);
+    object["metadata"]["annotations"] = annotations;
+    lab.add_namespace(name, labels);
+    lab.manifests().write_object(&format!("namespace-{name}.yaml"), &object);
+}
+
+fn annotate(lab: &Lab, pod: &Pod, annotations: Value) {
+    let mut object =
+        manifests::pod(&pod.node.name, &pod.namespace, &pod.name, &pod.uid, &[("app", "web")], &pod.addresses);
+    object["metadata"]["annotations"] = annotations;
+    lab.manifests().write_object(&format!("pod-{}-{}.yaml", pod.namespace, pod.name), &object);
+}
+
+#[test]
+fn pods_and_namespaces_ask_for_a_gateway_by_an_annotation() {
+    let lab = Lab::new();
+    lab.write_manifest("gateway.yaml", &manifests::gateway("default", &["192.0.2.50-192.0.2.59"]));
+    lab.write_manifest("asked.yaml", &policies());
+    let sales: manifests::Labels = &[("team", "sales")];
+    write_namespace(&lab, "shop", sales, json!({}));
+    write_namespace(&lab, "office", &[("team", "office")], json!({}));
+    lab.start();
+    let pods = ["n1", "n2"].map(|node| lab.add_pod(node, "shop", &format!("web-{node}"), &[("app", "web")]));
+    let other = lab.add_pod("n1", "office", "web", &[("app", "web")]);
+    let own = |pod: &Pod| IpAddr::from(pod.node.ipv4());
+    for pod in pods.iter().chain([&other]) {
+        lab.wait_seen_as(pod, own(pod));
+        annotate(&lab, pod, json!({ASKS: "default"}));
+    }
+    pods.iter().for_each(|pod| lab.wait_seen_as(pod, SHARED));
+    lab.wait_seen_as(&other, own(&other));
+    // Another gateway's name is no request to this one.
+    annotate(&lab, &pods[0], json!({ASKS: "another"}));
+    lab.wait_seen_as(&pods[0], own(&pods[0]));
+    pods.iter().for_each(|pod| annotate(&lab, pod, json!({})));
+    pods.iter().for_each(|pod| lab.wait_seen_as(pod, own(pod)));
+    // A whole namespace.
+    write_namespace(&lab, "shop", sales, json!({ASKS: "default"}));
+    write_namespace(&lab, "office", &[("team", "office")], json!({ASKS: "default"}));
+    pods.iter().for_each(|pod| lab.wait_seen_as(pod, SHARED));
+    let late = lab.add_pod("g1", "shop", "late", &[]);
+    assert_eq!(late.who(lab::EXT4).ok(), Some(SHARED.into()), "from its first packet on");
+    lab.wait_seen_as(&other, own(&other));
+    write_namespace(&lab, "shop", sales, json!({}));
+    pods.iter().for_each(|pod| lab.wait_seen_as(pod, own(pod)));
+}
+
+#[test]
+fn a_namespace_has_a_gateway_for_policies_that_name_none() {
+    let lab = Lab::new();
+    let second = manifests::gateway("second", &["192.0.2.70-192.0.2.79"]).replace("default: true", "default: false");
+    let first = manifests::gateway("default", &["192.0.2.50-192.0.2.59"]);
+    lab.write_manifest("gateways.yaml", &format!("{first}---\n{second}"));
+    write_namespace(&lab, "shop", &[], json!({"egret.dev/default-gateway": "second"}));
+    lab.write_manifest("policy.yaml", &manifests::policy("shop", "web", "podSelector: {}"));
+    lab.start();
+    let pod = lab.add_pod("n1", "shop", "web", &[]);
+    lab.wait_seen_as(&pod, Ipv4Addr::new(192, 0, 2, 70));
+    write_namespace(&lab, "shop", &[], json!({}));
+    lab.wait_seen_as(&pod, Ipv4Addr::new(192, 0, 2, 50));
+    // A label says the same.
+    write_namespace(&lab, "shop", &[("egret.dev/default-gateway", "second")], json!({}));
+    lab.wait_seen_as(&pod, Ipv4Addr::new(192, 0, 2, 70));
+}
