@@ -1,16 +1,18 @@
-//! What a remote gateway costs traffic: throughput, processor time and new connections a second, against the same two
-//! hops by a bare VXLAN device and masquerade, and with 10,000 policies and allocations against one; and what Egret
-//! costs the traffic of pods that no policy selects, against a node without Egret.
+//! What a remote gateway costs traffic: throughput, processor time, requests and new connections a second, against the
+//! same two hops by a bare VXLAN device and masquerade, with the fast path on, and with 10,000 policies and allocations
+//! against one; and what Egret costs the traffic of pods that no policy selects, against a node without Egret.
 
 mod harness;
 
 use harness::{Bound, Table, cluster, connections, median, pods};
+use lab::server::{ECHO, UDP_WHO};
 use lab::{EXT4, Lab, NodeSpec, Pod, Pods};
 use serde_json::Value;
+use std::io::{Read, Write};
 use std::net::{IpAddr, Ipv4Addr, TcpStream};
 use std::process::{Child, Command, Stdio};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 const MANY: usize = 10_000;
 const LOCAL_PODS: usize = 200;
@@ -40,6 +42,8 @@ impl Measure {
 const ONE_STREAM: Measure = Measure { what: "TCP, one stream", unit: "Gbit/s", of: |pod| throughput(pod, 1) };
 const STREAMS_AT_ONCE: Measure =
     Measure { what: "TCP, several streams", unit: "Gbit/s", of: |pod| throughput(pod, STREAMS) };
+const REQUESTS: Measure = Measure { what: "TCP, request and answer", unit: "/s", of: requests };
+const DATAGRAMS: Measure = Measure { what: "UDP, request and answer", unit: "/s", of: datagrams };
 const CONNECTIONS: Measure =
     Measure { what: "New connections", unit: "/s", of: |pod| connections::a_second(pod, SECONDS) };
 const EFFICIENCY: Measure =
@@ -47,18 +51,21 @@ const EFFICIENCY: Measure =
 
 fn main() {
     harness::begin("Traffic through a remote gateway, IPv4");
-    let one = egret(1);
-    let many = egret(MANY);
+    let one = egret(1, &[]);
+    let many = egret(MANY, &[]);
+    let fast = egret(1, &["--fast-path-lease=1s"]);
     let bare = bare(&one.lab);
-    let _servers: Vec<Service> = [&one.lab, &many.lab].map(Service::start).into();
+    let _servers: Vec<Service> = [&one.lab, &many.lab, &fast.lab].map(Service::start).into();
     let remote = [
         ("bare VXLAN and masquerade", &bare, Bound::None),
         ("egret, one policy", &one.pod, Bound::AtLeast(0.95)),
         ("egret, 10,000 policies and paths", &many.pod, Bound::AtLeast(0.95)),
+        ("egret, one policy, fast path", &fast.pod, Bound::AtLeast(0.95)),
     ];
-    for measure in [ONE_STREAM, STREAMS_AT_ONCE, CONNECTIONS] {
+    for measure in [ONE_STREAM, STREAMS_AT_ONCE, REQUESTS, DATAGRAMS, CONNECTIONS] {
         let (mut table, figures) = compare(measure, &remote);
         table.row("10,000 against one", String::new(), of(&figures[2], &figures[1]), Bound::AtLeast(0.97));
+        table.row("fast path against none", String::new(), of(&figures[3], &figures[1]), Bound::None);
         measure.print(table);
     }
 
@@ -71,7 +78,7 @@ fn main() {
     }
 
     println!("Nodes with links of {LINK}, through a remote gateway:\n");
-    for node in [&one.lab, &many.lab].iter().flat_map(|lab| lab.nodes()) {
+    for node in [&one.lab, &many.lab, &fast.lab].iter().flat_map(|lab| lab.nodes()) {
         let shape = ["tc", "qdisc", "add", "dev", "eth0", "root", "tbf", "rate", LINK];
         node.run(shape.into_iter().chain(["burst", "1mb", "latency", "20ms"]));
     }
@@ -109,14 +116,14 @@ struct Egret {
     pod: Pod,
 }
 
-fn egret(policies: usize) -> Egret {
+fn egret(policies: usize, arguments: &[&str]) -> Egret {
     let nodes = vec![
         NodeSpec::new("n1", 11, Pods::Routed),
         NodeSpec::gateway("g1", 21, Pods::Routed),
         NodeSpec::new("b1", 31, Pods::Routed),
         NodeSpec::new("bg", 32, Pods::Routed),
     ];
-    let lab = Lab::builder().nodes(nodes).build();
+    let lab = Lab::builder().nodes(nodes).node_arguments(arguments).build();
     // Noting every packet would cost all ways the same, and so make them look more alike.
     lab.host("fab").nft("delete table bridge wire");
     let directory = lab.manifests().path();
@@ -214,6 +221,39 @@ fn throughput(pod: &Pod, streams: usize) -> f64 {
         thread::sleep(Duration::from_millis(100));
     }
     panic!("iperf3's server does not listen");
+}
+
+/// Requests of sixteen bytes on one connection, each with an answer, one after the other.
+fn requests(pod: &Pod) -> f64 {
+    let mut stream = pod.within(|| TcpStream::connect((EXT4, ECHO))).expect("the echo port");
+    stream.set_nodelay(true).expect("TCP_NODELAY");
+    let mut answer = [0; 16];
+    pace(|| {
+        stream.write_all(&[b'x'; 16]).expect("a request");
+        stream.read_exact(&mut answer).expect("an answer");
+    })
+}
+
+/// Datagrams from one port, each with an answer, one after the other.
+fn datagrams(pod: &Pod) -> f64 {
+    let socket = pod.udp_socket((EXT4, UDP_WHO).into()).expect("a socket");
+    socket.set_read_timeout(Some(Duration::from_millis(100))).expect("a timeout");
+    let mut answer = [0; 64];
+    pace(|| {
+        socket.send(b"who").expect("a request");
+        // One that is lost costs its time.
+        let _ = socket.recv(&mut answer);
+    })
+}
+
+/// How often it can be done in a second.
+fn pace(mut action: impl FnMut()) -> f64 {
+    let (begin, mut times) = (Instant::now(), 0_u32);
+    while begin.elapsed() < Duration::from_secs(SECONDS) {
+        action();
+        times += 1;
+    }
+    f64::from(times) / begin.elapsed().as_secs_f64()
 }
 
 /// Gbit that arrived for each second of processor time of the whole machine.
