@@ -33,7 +33,7 @@ char LICENSE[] SEC("license") = "Dual MIT/GPL";
 #define HANDED 0x4000         /* in a connection mark: handed over to another node */
 #define ID_MASK 0x3fff        /* the egress ID in marks */
 #define HALF (1U << 30)       /* a quarter of the numbers of TCP: what tracking has seen last is that near */
-#define SLOTS 65536
+#define SLOTS (1 << 14)
 
 /* Bits of `nf_conn::status`, include/uapi/linux/netfilter/nf_conntrack_common.h. */
 #define IPS_EXPECTED (1 << 0)
@@ -497,9 +497,13 @@ static __always_inline bool came(struct __sk_buff *skb, __u32 *generation)
 }
 
 /* Counts the packet. Most connections are short, and must not cost more for a lease that they hardly use. */
-static __always_inline struct slot *lasting(struct __sk_buff *skb)
+static __always_inline struct slot *lasting(struct __sk_buff *skb, const struct packet *p)
 {
-	__u32 hash = bpf_get_hash_recalc(skb), at = hash & (SLOTS - 1);
+	/* The kernel's own hash of a packet that came out of a tunnel would have to be computed, which takes longer. */
+	__u64 mixed = ((__u64)p->source.word[0] << 32 | p->destination.word[0]) ^ ((__u64)p->ports[0] << 16 | p->ports[1]);
+	if (p->is_v6)
+		mixed ^= (__u64)p->source.word[3] << 32 ^ p->destination.word[3];
+	__u32 hash = (mixed * 0x9e3779b97f4a7c15) >> 32, at = hash / (0x100000000 / SLOTS);
 	struct slot *slot = bpf_map_lookup_elem(&slots, &at);
 	if (!slot)
 		return NULL;
@@ -633,9 +637,11 @@ static __always_inline int leave(struct __sk_buff *skb, const enum kind kind, __
 {
 	struct lease lease = { .generation = generation };
 	struct packet p, in;
-	struct slot *slot = lasting(skb);
 	__u8 found;
-	if (!slot || !parse(skb, &p) || (p.flags & TCP_FIN_SYN_RST))
+	if (!parse(skb, &p) || (p.flags & TCP_FIN_SYN_RST))
+		return NEXT;
+	struct slot *slot = lasting(skb, &p);
+	if (!slot)
 		return NEXT;
 	/* Until something better is known: tried again after as many packets. */
 	slot->packets = 0;

@@ -19,6 +19,9 @@ pub enum LoadError {
         /// The reason in the verifier's log, empty or with what separates it from the error.
         reason: String,
     },
+    /// The kernel has no hooks of interfaces for programs of several parties.
+    #[error("the kernel attaches no eBPF programs to interfaces by tcx: {0}; Linux 6.6 does")]
+    NoHooks(#[source] io::Error),
     /// The number of processors cannot be read.
     #[error("cannot read the number of processors")]
     Processors(#[source] io::Error),

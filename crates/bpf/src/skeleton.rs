@@ -25,6 +25,8 @@ const PROGRAM: usize = 4;
 const LOG: usize = 1 << 20;
 /// The length of `struct state`, programs/fast_path.h.
 const STATE: usize = 8;
+/// The index of the interface `lo`.
+const LOOPBACK: u32 = 1;
 /// In a key of the map `counts`: packets from the tunnel.
 const GATEWAY: u32 = 0x1_0000;
 
@@ -66,6 +68,8 @@ impl Programs {
         if cfg!(target_endian = "big") {
             return Err(LoadError::ByteOrder);
         }
+        // Each network namespace has the interface `lo`.
+        programs_at(LOOPBACK, Hook::Ingress).map_err(LoadError::NoHooks)?;
         let processors = possible_processors().map_err(LoadError::Processors)?;
         let loaded = match run(settings, None) {
             Err(LoadError::Rejected { .. }) => run(settings, Some(&mut vec![0; LOG]))?,
