@@ -9,12 +9,16 @@ use crate::api::{
 };
 use crate::model::selector::Name;
 use crate::model::{
-    Announcement, Announcer, Cluster, Gateway, LoadBalancer, Metadata, Node, ObjectKey, Pod, Policy, PolicyKey, Service,
+    Announcement, Announcer, Client, Cluster, Gateway, LoadBalancer, Metadata, Node, ObjectKey, Pod, Policy, PolicyKey,
+    Service,
 };
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{LabelSelector, LabelSelectorRequirement};
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::Arc;
+
+/// A pod of which only the name is known.
+pub(crate) const CLIENT: Client<'static> = Client { namespace: "a", name: "p", uid: "", labels: None };
 
 /// A cluster that is changed step by step.
 #[derive(Clone, Debug, Default)]
@@ -62,6 +66,12 @@ pub(crate) fn naming_service(name: &str) -> EgressPolicySpec {
     let service = ServiceReference { name: name.to_owned(), namespace: None };
     let address = PolicyAddress { service: Some(service), ..PolicyAddress::default() };
     EgressPolicySpec { address: Some(address), pod_selector: Some(selector(&[])), ..Default::default() }
+}
+
+/// A policy for all pods that names several egress IPs of one address each.
+pub(crate) fn naming_several(addresses: impl IntoIterator<Item = impl AsRef<str>>) -> EgressPolicySpec {
+    let addresses = addresses.into_iter().map(|address| pair(&[address.as_ref()])).collect();
+    EgressPolicySpec { addresses, pod_selector: Some(selector(&[])), ..Default::default() }
 }
 
 /// A policy for all pods that lets an address be allocated.
@@ -258,7 +268,7 @@ impl World {
 impl Outcome {
     pub(crate) fn grant(&self, key: &str) -> &Grant {
         match &self.decisions[&PolicyKey::from(key)] {
-            Decision::Granted(grant) => grant,
+            Decision::Granted(grants) => &grants.first,
             Decision::Rejected(rejection) => panic!("{key} is refused: {}: {}", rejection.reason, rejection.message),
             Decision::Direct => panic!("{key} asks for nothing"),
         }

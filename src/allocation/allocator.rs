@@ -44,6 +44,8 @@ pub(super) struct Draft {
     pub(super) gateway: GatewayPlace,
     pub(super) id: u16,
     pub(super) kind: AllocationKind,
+    /// Its place among the egress IPs that its policy asks for, if it is a dedicated one.
+    pub(super) ordinal: u16,
     pub(super) address: AddressPair,
     pub(super) node: Option<Name>,
     /// When the allocation was assigned to `node`, seconds since the Unix epoch.
@@ -65,7 +67,7 @@ impl Draft {
         address: AddressPair,
         node: Option<Name>,
     ) -> Self {
-        Draft { gateway, id, kind, address, node, since: 0, leaving: None, service: None, requests: vec![] }
+        Draft { gateway, id, kind, ordinal: 0, address, node, since: 0, leaving: None, service: None, requests: vec![] }
     }
 }
 

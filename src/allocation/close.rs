@@ -4,7 +4,7 @@ use super::Outcome;
 use super::address_pair::{addresses, of_pair, pair};
 use super::allocator::{Allocator, GatewayPool};
 use super::cooldown::{COOLDOWN_SECONDS, cooldown_ended_until};
-use super::decision::{Decision, Grant, Reason, Rejection};
+use super::decision::{Decision, Grant, Grants, Reason, Rejection};
 use super::place::{AllocationPlace, GatewayPlace, PolicyPlace, RequestPlace};
 use super::probes;
 use super::report::ports::{FEW_PORTS, PORTS_NEARLY_EXHAUSTED, PortReports};
@@ -25,13 +25,8 @@ pub(super) fn close(allocator: Allocator, rejections: &HashMap<RequestPlace, Rej
     let mut outcome = Outcome::default();
     for ((place, requester), request) in allocator.requests.requesters.with_places().zip(allocator.requests.of.iter()) {
         let decision = match request {
-            None => Decision::Direct,
-            Some(Err(rejection)) => Decision::Rejected(rejection.clone()),
-            Some(Ok(request)) => match (allocator.requests.all[*request].allocation, rejections.get(request)) {
-                (Some(allocation), _) => Decision::Granted(grant_of(&allocator, place, *request, allocation)),
-                (None, Some(rejection)) => Decision::Rejected(rejection.clone()),
-                (None, None) => unreachable!("a request is either granted or rejected"),
-            },
+            Err(rejection) => Decision::Rejected(rejection.clone()),
+            Ok(requests) => decide(&allocator, place, requests, rejections),
         };
         outcome.decisions.insert(requester.key.clone(), decision);
     }
@@ -45,6 +40,7 @@ pub(super) fn close(allocator: Allocator, rejections: &HashMap<RequestPlace, Rej
         statuses[allocation.gateway].allocations.push(Allocation {
             id: allocation.id,
             kind: allocation.kind,
+            ordinal: allocation.ordinal,
             address: allocation.address.clone(),
             node: allocation.node.clone(),
             since: allocation.since,
@@ -93,12 +89,36 @@ fn count_nodes(allocator: &Allocator, gateway_pool: &GatewayPool, status: &mut E
     status.ready_nodes = status.node_count.saturating_sub(count(&status.not_ready_nodes));
 }
 
+/// The decision for a policy with these requests, each of which is granted or rejected.
+fn decide(
+    allocator: &Allocator,
+    requester: PolicyPlace,
+    requests: &[RequestPlace],
+    rejections: &HashMap<RequestPlace, Rejection>,
+) -> Decision {
+    let granted = (0..).zip(requests).filter_map(|(ordinal, request)| {
+        let allocation = allocator.requests.all[*request].allocation?;
+        Some(Grant { ordinal, ..grant_of(allocator, requester, *request, allocation) })
+    });
+    let mut granted = granted.collect::<Vec<_>>().into_iter();
+    let missing = requests.iter().filter(|request| allocator.requests.all[**request].allocation.is_none());
+    let missing = missing.filter_map(|request| rejections.get(request)).next().cloned();
+    match (granted.next(), missing) {
+        (Some(first), missing) => {
+            Decision::Granted(Grants { first, others: granted.collect(), asked: requests.len(), missing })
+        }
+        (None, Some(rejection)) => Decision::Rejected(rejection),
+        (None, None) => Decision::Direct,
+    }
+}
+
 fn grant_of(allocator: &Allocator, requester: PolicyPlace, request: RequestPlace, place: AllocationPlace) -> Grant {
     let allocation = &allocator.allocations[place];
     let gateway_pool = &allocator.gateway_pools[allocation.gateway];
     Grant {
         gateway: gateway_pool.name.clone(),
         id: allocation.id,
+        ordinal: 0,
         kind: allocation.kind,
         service: allocation.service.clone(),
         address: allocation.address.clone(),
@@ -123,7 +143,7 @@ fn shared_with(allocator: &Allocator, requester: PolicyPlace, allocation: Alloca
 /// A remark for users about a granted allocation.
 fn note(allocator: &Allocator, request: RequestPlace, place: AllocationPlace) -> Option<String> {
     let (allocation, request) = (&allocator.allocations[place], &allocator.requests.all[request]);
-    if !matches!(request.kind, Kind::Dedicated | Kind::Shared) {
+    if !matches!(request.kind, Kind::Dedicated(_) | Kind::Shared) {
         return None;
     }
     let gateway_pool = &allocator.gateway_pools[allocation.gateway];

@@ -3,26 +3,68 @@
 use crate::api::{AddressPair, AllocationKind};
 use crate::model::ObjectKey;
 use crate::model::selector::Name;
+use crate::model::spread::{Choice, ChoiceState, Division, Near};
+use crate::model::{AddressRequest, Client, Policy};
 use std::fmt;
 
 /// The decision for a policy.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Decision {
-    /// The policy has an allocation.
-    Granted(Grant),
+    /// The policy has an allocation, or several.
+    Granted(Grants),
     /// The policy has none.
     Rejected(Rejection),
     /// The policy asks for none: it has `action: Direct`.
     Direct,
 }
 
-/// A policy's allocation.
+/// The allocations of a policy.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Grants {
+    /// The first one.
+    pub first: Grant,
+    /// The others, in the order in which the policy asks for them.
+    pub others: Vec<Grant>,
+    /// How many the policy asks for.
+    pub asked: usize,
+    /// Why it has not all of them.
+    pub missing: Option<Rejection>,
+}
+
+impl Grants {
+    /// All allocations.
+    pub fn iter(&self) -> impl Iterator<Item = &Grant> {
+        std::iter::once(&self.first).chain(&self.others)
+    }
+
+    /// How many they are.
+    pub fn count(&self) -> usize {
+        1 + self.others.len()
+    }
+
+    /// Those that new connections of a pod can have, once nodes hold all of them. `near` tells how near a node is to the
+    /// pod's.
+    pub fn of_pod(&self, policy: &Policy, pod: Client<'_>, near: impl Fn(Option<&str>) -> Near) -> Vec<&Grant> {
+        let choices = self.iter().map(|grant| {
+            let state = ChoiceState { is_held: true, is_ready: true, near: near(grant.node.as_deref()) };
+            match policy.address {
+                AddressRequest::Explicit(_) => Choice::named(grant, grant.ordinal, &grant.address, state),
+                _ => Choice::numbered(grant, grant.ordinal, state),
+            }
+        });
+        Division::from(policy).all(&choices.collect::<Vec<_>>(), pod)
+    }
+}
+
+/// An allocation of a policy.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Grant {
     /// The gateway of the allocation.
     pub gateway: Name,
     /// The egress ID.
     pub id: u16,
+    /// Its place among the egress IPs that the policy asks for, from 0.
+    pub ordinal: u16,
     /// How the address was chosen.
     pub kind: AllocationKind,
     /// The Service whose address it is, with [`AllocationKind::Service`].

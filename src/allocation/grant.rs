@@ -55,7 +55,7 @@ pub(super) fn grant(allocator: &mut Allocator) -> HashMap<RequestPlace, Rejectio
                     let allocations = nodes[gateway].get_or_insert_with(|| ByNode::new(allocator, gateway));
                     node(allocator, request, allocations)
                 }
-                (Kind::Shared, AllocationKind::Shared) | (Kind::Dedicated, AllocationKind::Dedicated) => {
+                (Kind::Shared, AllocationKind::Shared) | (Kind::Dedicated(_), AllocationKind::Dedicated) => {
                     pool(allocator, request, kind, &mut lacking)
                 }
                 _ => continue,
@@ -258,12 +258,13 @@ fn pool(
         }
     }
     let address = pair(found);
-    let name = match kind {
-        AllocationKind::Shared => "Shared".to_owned(),
-        _ => format!("Dedicated/{}", allocator.requests.requesters[policies[0]].name),
+    let (name, ordinal) = match allocator.requests.all[request].kind {
+        Kind::Dedicated(ordinal) => (format!("Dedicated/{}", allocator.requests.requesters[policies[0]].name), ordinal),
+        _ => ("Shared".to_owned(), 0),
     };
     let id = allocator.new_id(gateway, &address, &policies, &name).ok_or_else(no_id)?;
-    Ok(allocator.add(allocator.draft_like_before(gateway, id, kind, address)))
+    let draft = allocator.draft_like_before(gateway, id, kind, address);
+    Ok(allocator.add(Draft { ordinal, ..draft }))
 }
 
 fn exhausted(allocator: &Allocator, gateway: GatewayPlace, family: Family) -> Rejection {

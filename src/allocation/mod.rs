@@ -26,7 +26,7 @@ mod services;
 mod unreached;
 
 pub use cooldown::COOLDOWN_SECONDS;
-pub use decision::{Decision, Grant, Reason, Rejection};
+pub use decision::{Decision, Grant, Grants, Reason, Rejection};
 
 use crate::api::EgressGatewayStatus;
 use crate::model::selector::Name;
@@ -51,10 +51,10 @@ pub struct Outcome {
 }
 
 impl Outcome {
-    /// The gateway of a policy's allocation; `None` if the policy has none.
+    /// The gateway of a policy's allocations; `None` if the policy has none.
     pub fn gateway_of(&self, policy: &PolicyKey) -> Option<&Name> {
         match self.decisions.get(policy)? {
-            Decision::Granted(grant) => Some(&grant.gateway),
+            Decision::Granted(grants) => Some(&grants.first.gateway),
             Decision::Rejected(_) | Decision::Direct => None,
         }
     }

@@ -127,8 +127,12 @@ fn balance<'a>(
         let stays = node.is_some_and(|name| candidates.nodes.binary_search_by(|(n, _)| (*n).cmp(name)).is_ok());
         let is_ready = |place: &usize| candidates.ready.contains_key(candidates.nodes[*place].0);
         let lives = |place: &usize| allocator.lives(candidates.nodes[*place].0);
-        let found = load.places().find(is_ready);
-        let found = if node.is_some() { found } else { found.or_else(|| load.places().find(lives)) };
+        let siblings = siblings(allocator, allocation);
+        // Of several egress IPs of a policy, as few as possible are on one node.
+        let apart = |place: &usize| siblings.get(candidates.nodes[*place].0).copied().unwrap_or_default();
+        let found = load.places().filter(is_ready).min_by_key(apart);
+        let found =
+            if node.is_some() { found } else { found.or_else(|| load.places().filter(lives).min_by_key(apart)) };
         let place = match found {
             None if stays => continue,
             found => found.or_else(|| load.least()),
@@ -143,6 +147,19 @@ fn balance<'a>(
         let ready = candidates.ready.into_keys().filter(|name| !sources.miss(name));
         rebalance::rebalance(allocator, allocations, ready, reports);
     }
+}
+
+/// How many other egress IPs of the allocation's policies each node has.
+fn siblings(allocator: &Allocator, allocation: AllocationPlace) -> HashMap<Name, u32> {
+    let mut counts = HashMap::new();
+    for policy in allocator.users(allocation) {
+        let Some(requests @ [_, _, ..]) = allocator.requests.of[policy].as_deref().ok() else { continue };
+        let others = requests.iter().filter_map(|request| allocator.requests.all[*request].allocation);
+        let nodes =
+            others.filter(|other| *other != allocation).filter_map(|other| allocator.allocations[other].node.clone());
+        nodes.for_each(|node| *counts.entry(node).or_default() += 1);
+    }
+    counts
 }
 
 /// External placement: the node that reports the address on an interface holds the allocation. If no node has a

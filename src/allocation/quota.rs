@@ -8,12 +8,15 @@ use crate::model::selector::Name;
 use crate::model::{Cluster, Gateway, Namespaces};
 use std::collections::{BTreeMap, HashMap, HashSet};
 
+/// What a policy asks for: the gateway's name, the gateway and the kinds of the requests.
+pub(super) type Asked<'a> = (&'a Name, &'a Gateway, &'a [Kind]);
+
 /// The policies that exceed the quota of their namespace, by place, with the rejection. `asks` has, by the place of
-/// the policy, the gateway's name, the gateway and the kind of the request.
+/// the policy, the gateway's name, the gateway and the kinds of the requests.
 pub(super) fn exceeded(
     cluster: &Cluster,
     requesters: &List<PolicyPlace, Requester>,
-    asks: &List<PolicyPlace, Option<(&Name, &Gateway, &Kind)>>,
+    asks: &List<PolicyPlace, Option<Asked>>,
 ) -> HashMap<PolicyPlace, Rejection> {
     let mut groups: BTreeMap<(&Name, &Name), Vec<PolicyPlace>> = BTreeMap::new();
     for ((place, requester), ask) in requesters.with_places().zip(asks.iter()) {
@@ -30,8 +33,8 @@ pub(super) fn exceeded(
         places.sort_by_key(|place| (!is_accepted(cluster, &requesters[*place]), *place));
         let mut used = Used::default();
         for place in places {
-            let Some((_, gateway, kind)) = asks[place] else { continue };
-            if let Err(limit) = used.add(&gateway.quota, kind, requesters[place].policy.listed_destinations()) {
+            let Some((_, gateway, kinds)) = asks[place] else { continue };
+            if let Err(limit) = used.add(&gateway.quota, kinds, requesters[place].policy.listed_destinations()) {
                 let message = format!(
                     "namespace {namespace:?} would have more than {limit}, which is its quota of EgressGateway \
                      {name:?} (spec.namespaceQuota); remove a policy or some of what it asks for, or have the quota \
@@ -79,19 +82,17 @@ impl<'a> Used<'a> {
     ///
     /// # Errors
     /// The namespace would exceed its quota.
-    fn add(&mut self, quota: &NamespaceQuota, kind: &'a Kind, destinations: usize) -> Result<(), Exceeded> {
+    fn add(&mut self, quota: &NamespaceQuota, kinds: &'a [Kind], destinations: usize) -> Result<(), Exceeded> {
         let exceeds = |count: usize, limit: Option<u32>| limit.filter(|limit| count > *limit as usize);
-        let (dedicated, named) = match kind {
-            Kind::Dedicated => (1, None),
-            Kind::Explicit(pair) | Kind::Service(_, pair) => (0, Some(pair).filter(|pair| !self.named.contains(pair))),
-            Kind::Shared | Kind::Node => (0, None),
-        };
-        let addresses = self.dedicated + self.named.len() + dedicated + usize::from(named.is_some());
+        let dedicated = kinds.iter().filter(|kind| matches!(kind, Kind::Dedicated(_))).count();
+        let named: Vec<&AddressPair> =
+            kinds.iter().filter_map(Kind::named).filter(|pair| !self.named.contains(pair)).collect();
+        let addresses = self.dedicated + self.named.len() + dedicated + named.len();
         if let Some(limit) = exceeds(self.policies + 1, quota.policies) {
             return Err(Exceeded::Policies(limit));
         }
         // A policy that takes no address is not refused for the addresses of others.
-        if let Some(limit) = exceeds(addresses, quota.addresses).filter(|_| dedicated > 0 || named.is_some()) {
+        if let Some(limit) = exceeds(addresses, quota.addresses).filter(|_| dedicated > 0 || !named.is_empty()) {
             return Err(Exceeded::Addresses(limit));
         }
         if let Some(limit) = exceeds(self.destinations + destinations, quota.destinations).filter(|_| destinations > 0)

@@ -8,6 +8,7 @@ use crate::api::{AddressPair, Allocate, Sharing};
 use crate::model::precedence::labels_or_name;
 use crate::model::selector::Name;
 use crate::model::{AddressRequest, Cluster, DEFAULT_GATEWAY, Gateway, Namespaces, ObjectKey, Policy, PolicyKey};
+use smallvec::{SmallVec, smallvec};
 use std::collections::HashMap;
 
 /// A request for an allocation, by one or more policies.
@@ -31,8 +32,8 @@ pub(super) enum Kind {
     Service(ObjectKey, AddressPair),
     /// The shared allocation of the gateway.
     Shared,
-    /// An allocation for one policy.
-    Dedicated,
+    /// An allocation for one policy, which may ask for several: its place among them, from 0.
+    Dedicated(u16),
     /// The own address of any node of the gateway, for one policy.
     Node,
 }
@@ -42,7 +43,7 @@ impl Kind {
     pub(super) fn named(&self) -> Option<&AddressPair> {
         match self {
             Kind::Explicit(pair) | Kind::Service(_, pair) => Some(pair),
-            Kind::Shared | Kind::Dedicated | Kind::Node => None,
+            Kind::Shared | Kind::Dedicated(_) | Kind::Node => None,
         }
     }
 
@@ -54,16 +55,17 @@ impl Kind {
         }
     }
 
-    /// What a policy asks for; `None` with `action: Direct`. A Service's addresses are still to be found.
-    fn of(policy: &Policy) -> Option<Self> {
-        Some(match &policy.address {
-            AddressRequest::Explicit(pair) => Kind::Explicit(pair.clone()),
-            AddressRequest::Service(service) => Kind::Service(service.clone(), AddressPair::default()),
-            AddressRequest::Allocate(Allocate::Dedicated) => Kind::Dedicated,
-            AddressRequest::Allocate(Allocate::Shared) => Kind::Shared,
-            AddressRequest::Allocate(Allocate::Node) => Kind::Node,
-            AddressRequest::Direct => return None,
-        })
+    /// What a policy asks for, one for each of its egress IPs; none with `action: Direct`. A Service's
+    /// addresses are still to be found.
+    fn of(policy: &Policy) -> SmallVec<[Self; 1]> {
+        match &policy.address {
+            AddressRequest::Explicit(pairs) => pairs.iter().map(|pair| Kind::Explicit(pair.clone())).collect(),
+            AddressRequest::Service(service) => smallvec![Kind::Service(service.clone(), AddressPair::default())],
+            AddressRequest::Allocate(Allocate::Dedicated, count) => (0..*count).map(Kind::Dedicated).collect(),
+            AddressRequest::Allocate(Allocate::Shared, _) => smallvec![Kind::Shared],
+            AddressRequest::Allocate(Allocate::Node, _) => smallvec![Kind::Node],
+            AddressRequest::Direct => SmallVec::new(),
+        }
     }
 }
 
@@ -85,8 +87,8 @@ pub(super) struct Requests<'a> {
     pub(super) places: HashMap<&'a PolicyKey, PolicyPlace>,
     /// All requests, in the order of the most senior policy of each.
     pub(super) all: List<RequestPlace, Request>,
-    /// By the place of the policy: the place of its request, or its rejection; `None`: it asks for nothing.
-    pub(super) of: List<PolicyPlace, Option<Result<RequestPlace, Rejection>>>,
+    /// By the place of the policy: the places of its requests, or its rejection; no places: it asks for nothing.
+    pub(super) of: List<PolicyPlace, Result<SmallVec<[RequestPlace; 1]>, Rejection>>,
 }
 
 impl<'a> Requests<'a> {
@@ -99,54 +101,59 @@ impl<'a> Requests<'a> {
 
         let gateways = Gateways::new(cluster);
         let mut kinds = requesters.map(|requester| Kind::of(requester.policy));
-        let allowed = requesters.iter().zip(kinds.iter_mut()).map(|(requester, kind)| {
-            let kind = kind.as_mut()?;
+        let allowed = requesters.iter().zip(kinds.iter_mut()).map(|(requester, kinds)| {
+            kinds.first()?;
             let gateway = gateways.gateway_of(cluster, requester).and_then(|gateway| {
-                if let Kind::Service(service, pair) = kind {
-                    *pair = services::egress_ip(cluster, gateways.all[gateway], service)?;
+                for kind in kinds.iter_mut() {
+                    if let Kind::Service(service, pair) = kind {
+                        *pair = services::egress_ip(cluster, gateways.all[gateway], service)?;
+                    }
+                    gateways.check_reservations(cluster, gateway, requester, kind)?;
                 }
-                gateways.check_reservations(cluster, gateway, requester, kind)?;
                 Ok(gateway)
             });
             Some(gateway)
         });
         let allowed: Vec<Option<Result<GatewayPlace, Rejection>>> = allowed.collect();
-        let asks = allowed.iter().zip(kinds.iter()).map(|(gateway, kind)| {
+        let asks = allowed.iter().zip(kinds.iter()).map(|(gateway, kinds)| {
             let (name, gateway) = gateways.all[*gateway.as_ref()?.as_ref().ok()?];
-            Some((name, gateway, kind.as_ref()?))
+            Some((name, gateway, kinds.as_slice()))
         });
         let mut exceeded = quota::exceeded(cluster, &requesters, &asks.collect());
         let mut all: List<RequestPlace, Request> = List::new();
         let mut common: HashMap<(GatewayPlace, Kind, Option<&Name>), RequestPlace> = HashMap::new();
         let mut of = List::new();
-        for (gateway, (place, kind)) in allowed.into_iter().zip(kinds.into_places()) {
-            let (Some(gateway), Some(kind)) = (gateway, kind) else {
-                of.push(None);
-                continue;
-            };
+        for (gateway, (place, kinds)) in allowed.into_iter().zip(kinds.into_places()) {
             let gateway = match (gateway, exceeded.remove(&place)) {
-                (Ok(gateway), None) => gateway,
-                (Err(rejection), _) | (_, Some(rejection)) => {
-                    of.push(Some(Err(rejection)));
+                (Some(Ok(gateway)), None) => gateway,
+                (Some(Err(rejection)), _) | (_, Some(rejection)) => {
+                    of.push(Err(rejection));
+                    continue;
+                }
+                (None, None) => {
+                    of.push(Ok(SmallVec::new()));
                     continue;
                 }
             };
-            let request = match kind {
-                Kind::Explicit(_) | Kind::Service(..) => {
-                    let sharers = match (gateways.all[gateway].1.sharing, &requesters[place].policy.namespaces) {
-                        (Sharing::Namespace, Namespaces::One(namespace)) => Some(namespace),
-                        _ => None,
-                    };
-                    *common.entry((gateway, kind.clone(), sharers)).or_insert(all.end())
+            let request = |kind: Kind| {
+                let request = match kind {
+                    Kind::Explicit(_) | Kind::Service(..) => {
+                        let sharers = match (gateways.all[gateway].1.sharing, &requesters[place].policy.namespaces) {
+                            (Sharing::Namespace, Namespaces::One(namespace)) => Some(namespace),
+                            _ => None,
+                        };
+                        *common.entry((gateway, kind.clone(), sharers)).or_insert(all.end())
+                    }
+                    Kind::Shared => *common.entry((gateway, kind.clone(), None)).or_insert(all.end()),
+                    Kind::Dedicated(_) | Kind::Node => all.end(),
+                };
+                if request == all.end() {
+                    all.push(Request { gateway, kind, policies: Vec::new(), allocation: None });
                 }
-                Kind::Shared => *common.entry((gateway, kind.clone(), None)).or_insert(all.end()),
-                Kind::Dedicated | Kind::Node => all.end(),
+                all[request].policies.push(place);
+                request
             };
-            if request == all.end() {
-                all.push(Request { gateway, kind, policies: Vec::new(), allocation: None });
-            }
-            all[request].policies.push(place);
-            of.push(Some(Ok(request)));
+            of.push(Ok(kinds.into_iter().map(request).collect()));
         }
         Requests { requesters, places, all, of }
     }

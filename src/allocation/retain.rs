@@ -51,7 +51,8 @@ fn requests_of<'b>(
     allocation: &'b Allocation,
 ) -> impl Iterator<Item = RequestPlace> + 'b {
     let places = allocation.policies.iter().filter_map(|name| allocator.requests.places.get(name));
-    places.filter_map(|place| allocator.requests.of[*place].as_ref()?.as_ref().ok().copied()).filter(move |d| {
+    let requests = places.filter_map(|place| allocator.requests.of[*place].as_ref().ok()).flatten().copied();
+    requests.filter(move |d| {
         let request = &allocator.requests.all[*d];
         request.gateway == gateway && request.allocation.is_none()
     })
@@ -64,7 +65,8 @@ fn pool_allocation(allocator: &mut Allocator, gateway: GatewayPlace, allocation:
             (Kind::Service(service, pair), AllocationKind::Service) => {
                 *pair == allocation.address && allocation.service.as_deref().is_some_and(|text| service.is(text))
             }
-            (Kind::Shared, AllocationKind::Shared) | (Kind::Dedicated, AllocationKind::Dedicated) => true,
+            (Kind::Shared, AllocationKind::Shared) => true,
+            (Kind::Dedicated(ordinal), AllocationKind::Dedicated) => *ordinal == allocation.ordinal,
             _ => false,
         }
     });
@@ -89,6 +91,7 @@ fn pool_allocation(allocator: &mut Allocator, gateway: GatewayPlace, allocation:
         gateway,
         id: allocation.id,
         kind: allocation.kind,
+        ordinal: allocation.ordinal,
         address: pair(kept),
         node: allocation.node.clone(),
         since: allocation.since,
@@ -118,6 +121,7 @@ fn node_allocation(allocator: &mut Allocator, gateway: GatewayPlace, allocation:
         gateway,
         id: allocation.id,
         kind: AllocationKind::Node,
+        ordinal: 0,
         address,
         node: Some(name.clone()),
         since: allocation.since,

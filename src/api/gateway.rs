@@ -281,6 +281,9 @@ pub struct Allocation {
     pub id: u16,
     /// How the address was chosen.
     pub kind: AllocationKind,
+    /// With `kind: Dedicated` and a policy that has several: its place among them, from 0.
+    #[serde(default, skip_serializing_if = "is_first")]
+    pub ordinal: u16,
     /// The address that servers see.
     #[serde(flatten)]
     pub address: AddressPair,
@@ -303,6 +306,10 @@ pub struct Allocation {
     /// The policies that use it, sorted: `namespace/name` for an EgressPolicy, `name` for a ClusterEgressPolicy.
     #[schemars(with = "Vec<String>")]
     pub policies: Users,
+}
+
+fn is_first(ordinal: &u16) -> bool {
+    *ordinal == 0
 }
 
 /// An allocation that was given back.

@@ -19,6 +19,7 @@ use std::net::{Ipv4Addr, Ipv6Addr};
     printcolumn = r#"{"name": "Gateway", "type": "string", "jsonPath": ".status.gateway"}"#,
     printcolumn = r#"{"name": "IPv4", "type": "string", "jsonPath": ".status.addresses.ipv4"}"#,
     printcolumn = r#"{"name": "IPv6", "type": "string", "jsonPath": ".status.addresses.ipv6"}"#,
+    printcolumn = r#"{"name": "IPs", "type": "integer", "jsonPath": ".status.addressCount"}"#,
     printcolumn = r#"{"name": "Node", "type": "string", "jsonPath": ".status.node"}"#,
     printcolumn = r#"{"name": "Pods", "type": "integer", "jsonPath": ".status.pods"}"#,
     printcolumn = r#"{"name": "Accepted", "type": "string", "jsonPath": ".status.conditions[?(@.type=='Accepted')].status"}"#,
@@ -31,7 +32,7 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct EgressPolicySpec {
     /// `EgressIP`: covered traffic leaves from an egress IP. `Direct`: it leaves as if Egret were not there; then
-    /// `gateway`, `address`, `allocate` and `fallback` have no meaning and must be absent.
+    /// `gateway`, `fallback` and all fields about egress IPs have no meaning and must be absent.
     /// An EgressPolicy with `Direct` is passed over for pods that a ClusterEgressPolicy selects, unless that has
     /// `Direct` too or the tier `Admin`.
     #[serde(default, skip_serializing_if = "Action::is_default")]
@@ -54,6 +55,20 @@ pub struct EgressPolicySpec {
     /// How an egress IP is chosen if `address` is absent. Default: `Dedicated`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub allocate: Option<Allocate>,
+    /// Several egress IPs, from the pool of the gateway, all of the same families; `spread` divides the traffic among
+    /// them. Set either this, `address` or `allocate`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub addresses: Vec<AddressPair>,
+    /// How many egress IPs `allocate: Dedicated` gives; `spread` divides the traffic among them. Default: 1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub address_count: Option<u16>,
+    /// How the traffic is divided among several egress IPs. Default: `Pod`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub spread: Option<Spread>,
+    /// Of several egress IPs, a pod has one on a node that is near: on its own node, or on a node of its zone
+    /// (`topology.kubernetes.io/zone`), in the given order. Where none is that near, it has any of them, by `spread`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub preference: Vec<Preference>,
     /// What happens to covered traffic while the egress IP is not ready.
     #[serde(default)]
     pub fallback: Fallback,
@@ -81,6 +96,7 @@ pub struct EgressPolicySpec {
     printcolumn = r#"{"name": "Gateway", "type": "string", "jsonPath": ".status.gateway"}"#,
     printcolumn = r#"{"name": "IPv4", "type": "string", "jsonPath": ".status.addresses.ipv4"}"#,
     printcolumn = r#"{"name": "IPv6", "type": "string", "jsonPath": ".status.addresses.ipv6"}"#,
+    printcolumn = r#"{"name": "IPs", "type": "integer", "jsonPath": ".status.addressCount"}"#,
     printcolumn = r#"{"name": "Node", "type": "string", "jsonPath": ".status.node"}"#,
     printcolumn = r#"{"name": "Pods", "type": "integer", "jsonPath": ".status.pods"}"#,
     printcolumn = r#"{"name": "Accepted", "type": "string", "jsonPath": ".status.conditions[?(@.type=='Accepted')].status"}"#,
@@ -101,7 +117,7 @@ pub struct ClusterEgressPolicySpec {
     #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "super::selector::optional")]
     pub namespace_selector: Option<LabelSelector>,
     /// `EgressIP`: covered traffic leaves from an egress IP. `Direct`: it leaves as if Egret were not there; then
-    /// `gateway`, `address`, `allocate` and `fallback` have no meaning and must be absent.
+    /// `gateway`, `fallback` and all fields about egress IPs have no meaning and must be absent.
     #[serde(default, skip_serializing_if = "Action::is_default")]
     pub action: Action,
     /// The name of the gateway. Default: the gateway with `default: true`.
@@ -122,6 +138,20 @@ pub struct ClusterEgressPolicySpec {
     /// How an egress IP is chosen if `address` is absent. Default: `Dedicated`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub allocate: Option<Allocate>,
+    /// Several egress IPs, from the pool of the gateway, all of the same families; `spread` divides the traffic among
+    /// them. Set either this, `address` or `allocate`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub addresses: Vec<AddressPair>,
+    /// How many egress IPs `allocate: Dedicated` gives; `spread` divides the traffic among them. Default: 1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub address_count: Option<u16>,
+    /// How the traffic is divided among several egress IPs. Default: `Pod`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub spread: Option<Spread>,
+    /// Of several egress IPs, a pod has one on a node that is near: on its own node, or on a node of its zone
+    /// (`topology.kubernetes.io/zone`), in the given order. Where none is that near, it has any of them, by `spread`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub preference: Vec<Preference>,
     /// What happens to covered traffic while the egress IP is not ready.
     #[serde(default)]
     pub fallback: Fallback,
@@ -146,6 +176,10 @@ impl From<ClusterEgressPolicySpec> for EgressPolicySpec {
             egress: spec.egress,
             address: spec.address,
             allocate: spec.allocate,
+            addresses: spec.addresses,
+            address_count: spec.address_count,
+            spread: spec.spread,
+            preference: spec.preference,
             fallback: spec.fallback,
             existing_connections: spec.existing_connections,
             priority: spec.priority,
@@ -166,6 +200,10 @@ impl From<EgressPolicySpec> for ClusterEgressPolicySpec {
             egress: spec.egress,
             address: spec.address,
             allocate: spec.allocate,
+            addresses: spec.addresses,
+            address_count: spec.address_count,
+            spread: spec.spread,
+            preference: spec.preference,
             fallback: spec.fallback,
             existing_connections: spec.existing_connections,
             priority: spec.priority,
@@ -340,6 +378,33 @@ pub enum Allocate {
     Node,
 }
 
+/// The largest number of egress IPs of a policy.
+pub const MAX_POLICY_ADDRESSES: u16 = 32;
+
+/// How traffic is divided among several egress IPs of a policy.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, schemars::JsonSchema)]
+pub enum Spread {
+    /// Each pod has one of them, by the hash of its uid, as long as it lives. When an egress IP is added or removed,
+    /// only pods that get it or had it change theirs.
+    #[default]
+    Pod,
+    /// Each replica of a StatefulSet has the one of its ordinal: replica 0 the first, replica 1 the second, and so on; after
+    /// the last one they begin again. A pod without an ordinal has one as by `Pod`.
+    Ordinal,
+    /// Each new connection of a pod has one of them, by the hash of its addresses and ports: for pods that use up an egress
+    /// IP's source ports. Servers see a pod with several addresses.
+    Connection,
+}
+
+/// Where the node is that holds a preferred egress IP.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, schemars::JsonSchema)]
+pub enum Preference {
+    /// It is the pod's own node.
+    SameNode,
+    /// It is in the pod's zone.
+    SameZone,
+}
+
 /// What happens to covered traffic while the egress IP is not ready.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize, schemars::JsonSchema)]
 pub enum Fallback {
@@ -370,12 +435,18 @@ pub struct EgressPolicyStatus {
     /// The gateway of the policy: the one that it names, else the default one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub gateway: Option<String>,
-    /// The egress IP.
+    /// The egress IP; of several, the first.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub addresses: Option<AddressPair>,
-    /// The node that holds the egress IP.
+    /// The node that holds the egress IP; of several, the first.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub node: Option<String>,
+    /// The number of egress IPs; a pair counts once.
+    #[serde(default)]
+    pub address_count: u32,
+    /// If the policy asks for several egress IPs: all that it has, in the order of `spec.addresses`.
+    #[serde(rename = "egressIPs", default, skip_serializing_if = "Vec::is_empty")]
+    pub egress_ips: Vec<PolicyEgressIp>,
     /// How many pods the policy selects. The number may be ten seconds old.
     #[serde(default)]
     pub pods: u32,
@@ -387,6 +458,32 @@ pub struct EgressPolicyStatus {
     /// source ports. `OverNodeLimit` (absent if not so): its pods on some nodes are isolated.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub conditions: Vec<Condition>,
+}
+
+impl EgressPolicyStatus {
+    /// The egress IPs, each with its node.
+    pub fn all_egress_ips(&self) -> Vec<(&AddressPair, Option<&str>)> {
+        if self.egress_ips.is_empty() {
+            return self.addresses.iter().map(|address| (address, self.node.as_deref())).collect();
+        }
+        self.egress_ips.iter().map(|of| (&of.address, of.node.as_deref())).collect()
+    }
+}
+
+/// One of several egress IPs of a policy.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct PolicyEgressIp {
+    /// The addresses.
+    #[serde(flatten)]
+    pub address: AddressPair,
+    /// Its place among the egress IPs that the policy asks for, from 0.
+    pub ordinal: u16,
+    /// The node that holds it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub node: Option<String>,
+    /// Whether its node holds it: `True`, `False` or `Unknown`.
+    pub ready: String,
 }
 
 /// How many pods of a policy run on a node.

@@ -7,7 +7,7 @@
 //! The server estimates the cost of a rule from the possible sizes of lists and texts, so those that rules read have
 //! bounds.
 
-use super::{MAX_EXCEPTIONS, MAX_PROBES, PROBE_INTERVAL, PROBE_MISSES};
+use super::{MAX_EXCEPTIONS, MAX_POLICY_ADDRESSES, MAX_PROBES, PROBE_INTERVAL, PROBE_MISSES};
 use serde_json::{Value, json};
 
 /// An IPv4 entry of the pool: an address, a network or a range.
@@ -123,10 +123,19 @@ fn pool_entry() -> Value {
 fn policy() -> Vec<Addition> {
     let pods = "(has(self.podSelector) ? 1 : 0) + (has(self.services) && size(self.services) > 0 ? 1 : 0) == 1";
     let pods_message = "give either podSelector ({} for every pod of the namespace) or services";
-    let address = "!(has(self.address) && has(self.allocate))";
+    let one_of = "(has(self.address) ? 1 : 0) + (has(self.allocate) ? 1 : 0) + \
+                  (has(self.addresses) && size(self.addresses) > 0 ? 1 : 0) <= 1";
+    let one_of_message = "has more than one of address, addresses and allocate; keep the one that is meant";
+    let count = "!has(self.addressCount) || !(has(self.address) || has(self.addresses)) && \
+                 (!has(self.allocate) || self.allocate == 'Dedicated')";
+    let count_message = "addressCount needs allocate: Dedicated";
     let direct = "!has(self.action) || self.action != 'Direct' || !(has(self.gateway) || has(self.address) || \
-                  has(self.allocate) || has(self.fallback) && self.fallback != 'Block')";
-    let direct_message = "with action: Direct leave out gateway, address, allocate and fallback";
+                  has(self.allocate) || has(self.addresses) || has(self.addressCount) || has(self.spread) || \
+                  has(self.preference) || \
+                  has(self.fallback) && self.fallback != 'Block')";
+    let direct_message = "with action: Direct leave out gateway, fallback and all fields about egress IPs";
+    let preference = "!has(self.preference) || !has(self.spread) || self.spread != 'Ordinal'";
+    let preference_message = "preference has no meaning with spread: Ordinal; leave one of them out";
     let rule = "/properties/egress/items";
     let block = format!("{rule}/properties/to/items/properties/ipBlock");
     let port = format!("{rule}/properties/ports/items");
@@ -139,7 +148,9 @@ fn policy() -> Vec<Addition> {
                 json!({}),
                 &[
                     (pods, pods_message),
-                    (address, "has both address and allocate; keep the one that is meant"),
+                    (one_of, one_of_message),
+                    (count, count_message),
+                    (preference, preference_message),
                     (direct, direct_message),
                 ],
             ),
@@ -149,6 +160,8 @@ fn policy() -> Vec<Addition> {
         ("/properties/services/items".to_owned(), json!({"maxLength": 253, "minLength": 1})),
         ("/properties/address".to_owned(), policy_address()),
         (format!("{SERVICE}/properties/name"), json!({"maxLength": 253, "minLength": 1})),
+        ("/properties/addressCount".to_owned(), json!({"minimum": 1, "maximum": MAX_POLICY_ADDRESSES})),
+        ("/properties/preference".to_owned(), json!({"maxItems": 2, "x-kubernetes-list-type": "set"})),
         ("/properties/egress".to_owned(), json!({"maxItems": 100})),
         (format!("{rule}/properties/to"), json!({"maxItems": 100})),
         (format!("{rule}/properties/ports"), json!({"maxItems": 100})),
@@ -175,8 +188,32 @@ fn policy() -> Vec<Addition> {
         (format!("{port}/properties/port"), json!({"minimum": 1})),
         (format!("{port}/properties/endPort"), json!({"minimum": 1})),
     ];
+    all.extend(several_addresses());
     all.extend(selector("/properties/podSelector"));
     all
+}
+
+/// The list of a policy's egress IPs.
+fn several_addresses() -> Vec<Addition> {
+    let families = "self.all(a, has(a.ipv4) == has(self[0].ipv4) && has(a.ipv6) == has(self[0].ipv6))";
+    let families_message = "all of addresses need the same families: ipv4, ipv6 or both";
+    let once = |family: &str| {
+        format!("self.all(a, !has(a.{family}) || self.exists_one(b, has(b.{family}) && a.{family} == b.{family}))")
+    };
+    let once_message = "addresses has an address twice; name each once";
+    let at = "/properties/addresses";
+    // The longest texts that the formats allow bound the cost of the rules.
+    let length = |family: &str, most: usize| (format!("{at}/items/properties/{family}"), json!({"maxLength": most}));
+    vec![
+        (at.to_owned(), {
+            let (ipv4, ipv6) = (once("ipv4"), once("ipv6"));
+            let rules = [(families, families_message), (&*ipv4, once_message), (&*ipv6, once_message)];
+            with_rules(json!({"maxItems": MAX_POLICY_ADDRESSES}), &rules)
+        }),
+        (format!("{at}/items"), address_pair("give ipv4, ipv6 or both in each of addresses")),
+        length("ipv4", 15),
+        length("ipv6", 45),
+    ]
 }
 
 /// A CEL rule that reads all of `except` costs too much where lists hold ten thousand exceptions. Patterns cost
@@ -387,6 +424,35 @@ mod tests {
         assert_good("ClusterEgressPolicy", &named(json!({"service": {"name": "web", "namespace": "shop"}})));
         let both = named(json!({"service": {"name": "web"}, "ipv4": "192.0.2.50"}));
         assert_refused("EgressPolicy", &both, "leave out ipv4 and ipv6");
+    }
+
+    #[test]
+    fn several_egress_ips_are_validated() {
+        let several = |addresses: Value| json!({"podSelector": {}, "addresses": addresses, "spread": "Ordinal"});
+        let pair = |last: u8| json!({"ipv4": format!("192.0.2.{last}"), "ipv6": format!("2001:db8::{last}")});
+        for kind in ["EgressPolicy", "ClusterEgressPolicy"] {
+            assert_good(kind, &several(json!([pair(1), pair(2)])));
+            assert_good(kind, &several(json!([{"ipv4": "192.0.2.1"}])));
+            assert_good(kind, &json!({"podSelector": {}, "allocate": "Dedicated", "addressCount": 4}));
+            assert_good(kind, &json!({"podSelector": {}, "addressCount": 4}));
+            assert_refused(kind, &several(json!([pair(1), {"ipv4": "192.0.2.2"}])), "same families");
+            assert_refused(kind, &several(json!([pair(1), pair(2), pair(1)])), "twice");
+            assert_refused(kind, &several(json!([{}])), "ipv4, ipv6 or both in each");
+            let mut both = several(json!([pair(1)]));
+            both["allocate"] = "Dedicated".into();
+            assert_refused(kind, &both, "addresses and allocate");
+            for other in [json!({"allocate": "Shared"}), json!({"address": pair(1)}), json!({"addresses": [pair(1)]})] {
+                let mut counted = json!({"podSelector": {}, "addressCount": 2});
+                counted.as_object_mut().unwrap().extend(other.as_object().unwrap().clone());
+                assert_refused(kind, &counted, "addressCount needs");
+            }
+            let near =
+                |spread: &str| json!({"podSelector": {}, "spread": spread, "preference": ["SameNode", "SameZone"]});
+            assert_good(kind, &near("Connection"));
+            assert_refused(kind, &near("Ordinal"), "preference has no meaning");
+            let direct = json!({"podSelector": {}, "action": "Direct", "spread": "Pod"});
+            assert_refused(kind, &direct, "action: Direct");
+        }
     }
 
     #[test]

@@ -30,10 +30,13 @@ const VETHS: &str = "forwarding of packets";
 // Egret works without these two.
 const COPIES: &str = "copies of packets";
 const LOG: &str = "log of packets";
+const HASH: &str = "hashes";
+/// The parts that Egret works without.
+const OPTIONAL: [&str; 3] = [COPIES, LOG, HASH];
 /// The set's name in the trials that have one.
 const SET: &str = "set";
 
-const TRIALS: [Trial; 11] = [
+const TRIALS: [Trial; 12] = [
     Trial {
         name: "nf_tables",
         there: "family inet",
@@ -124,6 +127,17 @@ const TRIALS: [Trial; 11] = [
         family: NFPROTO_INET,
         table: || table(at("filter", hook::POSTROUTING, 300), Rule::new().log(port_log::GROUP)),
     },
+    Trial {
+        name: HASH,
+        there: "of connections",
+        remedy: "needs CONFIG_NFT_HASH (module nft_hash): without it, policies with spread: Connection use one of their \
+                 egress IPs",
+        family: NFPROTO_INET,
+        table: || {
+            let rule = Rule::new().set_ct_mark_by_hash(Family::V4, 2, SET);
+            with(table(at("filter", hook::PREROUTING, -90), rule), SET, map(DataType::Mark, DataType::Mark))
+        },
+    },
 ];
 
 /// The index of a namespace's loopback device, `LOOPBACK_IFINDEX`, include/net/flow.h.
@@ -135,7 +149,7 @@ pub fn run() -> Vec<Need> {
     let ownership = || Nftables::open()?.own_tables();
     for trial in TRIALS {
         let mut need = Need::tried(trial.name, attempt(trial.family, &(trial.table)()), trial.there, trial.remedy);
-        if [COPIES, LOG].contains(&trial.name) && need.state == State::Missing {
+        if OPTIONAL.contains(&trial.name) && need.state == State::Missing {
             need.state = State::Warn;
         }
         let stop = all.is_empty() && need.state == State::Missing;
@@ -176,7 +190,7 @@ pub(super) fn has_egress_hook(nft: &mut Nftables) -> Result<bool, Error> {
 pub(super) fn lacking() -> Vec<Need> {
     let mut lacking = Vec::new();
     let Ok(mut nft) = Nftables::open() else { return lacking };
-    for trial in TRIALS.iter().filter(|trial| ![COPIES, LOG].contains(&trial.name)) {
+    for trial in TRIALS.iter().filter(|trial| !OPTIONAL.contains(&trial.name)) {
         if let Err(e) = nft.try_out(trial.family, &(trial.table)()) {
             lacking.push(Need::tried(trial.name, Err(e), trial.there, trial.remedy));
         }

@@ -10,7 +10,7 @@ use super::kind::Kind;
 use super::object::{Key, Object};
 use super::refused::{Readable, ReadableGateway, Refused};
 use crate::api::{Allocation, EgressGatewayStatus, Placement};
-use crate::model::fallback_policy::from_allocation;
+use crate::model::fallback_policy::from_allocations;
 use crate::model::selector::Name;
 use crate::model::shared::Shared;
 use crate::model::{AddressRequest, Cluster, Gateway, Inside, PodMatch, Policy, PolicyKey, Unreadable};
@@ -338,14 +338,17 @@ impl Store {
         self.statuses.iter().filter(|(name, _)| !self.cluster.gateways.contains_key(*name))
     }
 
-    /// The policies that allocations list, each with its gateway and allocation.
-    fn allocated(&self) -> BTreeMap<&PolicyKey, (&Name, &Allocation)> {
+    /// The policies that allocations list, each with its gateway and allocations.
+    fn allocated(&self) -> BTreeMap<&PolicyKey, (&Name, Vec<&Allocation>)> {
         let gateways = self.cluster.gateways.iter().map(|(name, gateway)| (name, &gateway.status));
-        let mut found = BTreeMap::new();
+        let mut found: BTreeMap<&PolicyKey, (&Name, Vec<&Allocation>)> = BTreeMap::new();
         for (name, status) in gateways.chain(self.orphaned_statuses()) {
             for allocation in &status.allocations {
                 for key in &allocation.policies {
-                    found.entry(key).or_insert((name, allocation));
+                    let (gateway, allocations) = found.entry(key).or_insert((name, Vec::new()));
+                    if *gateway == name {
+                        allocations.push(allocation);
+                    }
                 }
             }
         }
@@ -397,10 +400,10 @@ impl Store {
         let lost: Vec<_> = policies.filter(|(key, _)| has_none(key)).collect();
         let allocated = if lost.is_empty() { BTreeMap::new() } else { self.allocated() };
         let fallback = |(key, readable): (PolicyKey, &Readable)| {
-            let (gateway, allocation) = allocated.get(&key)?;
+            let (gateway, allocations) = allocated.get(&key)?;
             let policy = match readable {
                 Readable::WholePolicy(policy) => policy.clone(),
-                Readable::Policy(readable) => Arc::new(from_allocation(&key, gateway, allocation, readable)),
+                Readable::Policy(readable) => Arc::new(from_allocations(&key, gateway, allocations, readable)?),
                 Readable::Nothing | Readable::Gateway(_) => return None,
             };
             Some((key, policy))

@@ -18,7 +18,7 @@ const PATIENCE: Duration = Duration::from_secs(10);
 #[derive(Debug, PartialEq)]
 enum Change<'a> {
     /// Write it, for the Service of this name.
-    Write(&'a AskedEgress, EgressPolicySpec),
+    Write(&'a AskedEgress, Box<EgressPolicySpec>),
     /// Remove it: no Service asks for it.
     Remove,
     /// The Service's annotations cannot become a policy, and why.
@@ -55,7 +55,7 @@ impl MadePolicies {
                         continue;
                     }
                     let done = statuses.write_made_policy(&key, &asked.uid, &spec).await;
-                    (Some(spec), done)
+                    (Some(*spec), done)
                 }
                 Change::Remove if self.has_written(&key, None) => continue,
                 Change::Remove => (None, statuses.remove_made_policy(&key).await),
@@ -113,7 +113,7 @@ fn changes(cluster: &Cluster) -> BTreeMap<PolicyKey, Change<'_>> {
             }
         };
         if !present.is_some_and(|policy| policy.says_the_same(&wanted)) {
-            changes.insert(key, Change::Write(asked, spec));
+            changes.insert(key, Change::Write(asked, spec.into()));
         }
     }
     for (key, policy) in &cluster.policies {
@@ -149,7 +149,7 @@ mod tests {
         let all: Vec<_> = changes(&world.cluster)
             .into_iter()
             .map(|(key, change)| match change {
-                Change::Write(_, spec) => (key, Some(spec)),
+                Change::Write(_, spec) => (key, Some(*spec)),
                 _ => (key, None),
             })
             .collect();

@@ -3,7 +3,7 @@
 use super::draft::{Draft, GatewayDraft, Notes, PolicyDraft, pair_of};
 use super::field::{Field, Invalid};
 use super::input::Object;
-use crate::api::{AddressPair, Allocate, Placement};
+use crate::api::{AddressPair, Allocate, Placement, Spread};
 use crate::model::addresses_of;
 use crate::model::blocks::covered;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{LabelSelector, LabelSelectorRequirement};
@@ -32,7 +32,7 @@ fn convert_policy(object: &Object, draft: &mut Draft) -> Result<(), Invalid> {
         return Err(spec.at("destinationCIDRs").invalid("is empty; add 0.0.0.0/0 or the networks that are meant"));
     }
     let covered = covered(&networks, &spec.at("excludedCIDRs").networks()?, &[]);
-    let (gateway, address) = gateway(object, draft)?;
+    let (gateway, addresses) = gateway(object, draft)?;
     let selectors = spec.at("selectors").list()?;
     let mut first = true;
     for (i, selector) in selectors.iter().enumerate() {
@@ -50,9 +50,10 @@ fn convert_policy(object: &Object, draft: &mut Draft) -> Result<(), Invalid> {
         };
         (policy.spec.namespace_selector, policy.spec.pod_selector) = pods;
         policy.spec.gateway = Some(gateway.clone());
-        match &address {
-            Some(pair) => policy.set_address(pair.clone()),
-            None => policy.set_allocate(Allocate::Node),
+        match addresses.as_slice() {
+            [] => policy.set_allocate(Allocate::Node),
+            // There, too, a pod has one of them by its identity.
+            pairs => policy.set_addresses(pairs.to_vec(), Spread::Pod),
         }
         if !policy.set_covered(covered.clone())? {
             draft.not_converted(object, "spec.excludedCIDRs contains all of spec.destinationCIDRs");
@@ -71,8 +72,8 @@ struct Node {
     address: AddressPair,
 }
 
-/// The name of the gateway of a policy, and the egress IP; `None`: the node's own address.
-fn gateway(object: &Object, draft: &mut Draft) -> Result<(String, Option<AddressPair>), Invalid> {
+/// The name of the gateway of a policy, and the egress IPs; none: the node's own address.
+fn gateway(object: &Object, draft: &mut Draft) -> Result<(String, Vec<AddressPair>), Invalid> {
     let mut notes = Notes::default();
     let mut fields = object.field("spec.egressGateways").list()?;
     let single = object.field("spec.egressGateway");
@@ -93,21 +94,39 @@ fn gateway(object: &Object, draft: &mut Draft) -> Result<(String, Option<Address
         return Err(single.invalid("is missing; add the gateway node"));
     };
     let selector = selector_of_all(&nodes, &mut notes);
-    if others.iter().any(|other| other.address != node.address || other.interface != node.interface) {
-        notes.lost(
-            "spec.egressGateways: a policy of Egret has one egress IP of each family, that of the first entry is used. For \
-             several, divide the pods among several policies",
+    let mut addresses: Vec<AddressPair> = vec![node.address.clone()];
+    for other in others.iter().filter(|other| !addresses_of(&other.address).eq(addresses_of(&node.address))) {
+        let families = |pair: &AddressPair| (pair.ipv4.is_some(), pair.ipv6.is_some());
+        if families(&other.address) == families(&node.address) && other.interface == node.interface {
+            addresses.push(other.address.clone());
+        } else {
+            notes.lost(
+                "spec.egressGateways: all egress IPs of a policy of Egret have the same families and the same interface; an \
+                 entry that differs from the first in them is not used. For these, divide the pods among several policies",
+            );
+        }
+    }
+    addresses.retain(|pair| !pair.is_empty());
+    if addresses.len() > 1 {
+        notes.differs(
+            "spec.egressGateways: the node that has an address is its owner, whatever its entry's nodeSelector",
         );
     } else if !others.is_empty() {
         notes.differs(
             "spec.egressGateways: all pods of a policy leave through one of these nodes, not each through its own",
         );
     }
-    Ok((join(object, draft, node, selector, notes), Some(node.address.clone()).filter(|pair| !pair.is_empty())))
+    Ok((join(object, draft, node, &addresses, (selector, notes)), addresses))
 }
 
 /// A gateway that an earlier policy has made, if it has the same nodes and the same interface.
-fn join(object: &Object, draft: &mut Draft, node: &Node, selector: LabelSelector, notes: Notes) -> String {
+fn join(
+    object: &Object,
+    draft: &mut Draft,
+    node: &Node,
+    addresses: &[AddressPair],
+    (selector, notes): (LabelSelector, Notes),
+) -> String {
     let place = match node.address.is_empty() {
         true => Placement::Managed,
         false => Placement::External,
@@ -137,7 +156,7 @@ fn join(object: &Object, draft: &mut Draft, node: &Node, selector: LabelSelector
     });
     let gateway = &mut draft.gateways[index];
     gateway.add_from(object);
-    addresses_of(&node.address).for_each(|address| gateway.add_addresses(&address.to_string()));
+    addresses.iter().flat_map(addresses_of).for_each(|address| gateway.add_addresses(&address.to_string()));
     gateway.notes.0.extend(notes.0);
     gateway.name.clone()
 }

@@ -4,8 +4,8 @@ use super::draft::Note;
 use super::draft::{Draft, GatewayDraft, NoteKind, Notes, PolicyDraft, Scope};
 use super::field::Invalid;
 use super::output::{self, Conversion};
-use crate::api::{Action, Allocate, EgressRule, Placement, PolicyAddress, Sharing};
-use crate::model::{AddressRange, Gateway, Metadata, Policy, addresses_of};
+use crate::api::{Action, AddressPair, Allocate, EgressRule, Placement, PolicyAddress, Sharing};
+use crate::model::{AddressRange, Gateway, Metadata, Policy};
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::net::IpAddr;
 
@@ -87,7 +87,7 @@ fn share(draft: &mut Draft) {
     let mut users: BTreeMap<(Option<&String>, IpAddr), BTreeSet<&Scope>> = BTreeMap::new();
     for policy in &draft.policies {
         let gateway = policy.spec.gateway.as_ref().or(default.as_ref());
-        for address in policy.spec.address.iter().flat_map(|address| addresses_of(&address.pair())) {
+        for address in policy.named() {
             users.entry((gateway, address)).or_default().insert(&policy.scope);
         }
     }
@@ -160,7 +160,7 @@ fn note_policy(policy: &mut PolicyDraft, gateways: &[GatewayDraft], pools: &Pool
         return;
     };
     let pool = pools.get(&gateway.name).map(Box::as_ref).unwrap_or_default();
-    for address in policy.spec.address.iter().flat_map(|address| addresses_of(&address.pair())) {
+    for address in policy.named().collect::<Vec<_>>() {
         if !pool.iter().any(|range| range.contains(address)) {
             let text = format!("{address} is not in the pool of EgressGateway {}; add it to addresses", gateway.name);
             policy.notes.differs(text);
@@ -179,10 +179,13 @@ fn note_policy(policy: &mut PolicyDraft, gateways: &[GatewayDraft], pools: &Pool
 
 /// A policy that covers destinations of a family of which its egress IP has no address blocks them.
 fn missing_family(policy: &PolicyDraft, pool: &[AddressRange]) -> Option<String> {
-    let has = |ipv6: bool| match (&policy.spec.address, policy.spec.allocate) {
+    let first = policy.spec.address.as_ref().map(PolicyAddress::pair).or(policy.spec.addresses.first().cloned());
+    let is_service = policy.spec.address.as_ref().is_some_and(|address| address.service.is_some());
+    let has = |ipv6: bool| match (&first, policy.spec.allocate) {
+        (_, Some(Allocate::Node)) => true,
         // Which addresses a Service has is not known here.
-        (Some(PolicyAddress { service: Some(_), .. }), _) | (_, Some(Allocate::Node)) => true,
-        (Some(PolicyAddress { ipv4, ipv6: v6, .. }), _) => {
+        _ if is_service => true,
+        (Some(AddressPair { ipv4, ipv6: v6 }), _) => {
             if ipv6 {
                 v6.is_some()
             } else {

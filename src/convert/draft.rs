@@ -2,7 +2,11 @@
 
 use super::field::{Field, Invalid};
 use super::input::Object;
-use crate::api::{AddressPair, Allocate, ClusterEgressPolicySpec, EgressGatewaySpec, EgressRule};
+use crate::api::{
+    AddressPair, Allocate, ClusterEgressPolicySpec, EgressGatewaySpec, EgressRule, MAX_POLICY_ADDRESSES, PolicyAddress,
+    Spread,
+};
+use crate::model::addresses_of;
 use crate::model::blocks::Covered;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{LabelSelector, LabelSelectorRequirement};
 use std::fmt;
@@ -151,6 +155,23 @@ impl PolicyDraft {
         (self.spec.address, self.spec.allocate) = (Some(pair.into()), None);
     }
 
+    /// Names the egress IPs, among which the traffic is divided if they are several.
+    pub(super) fn set_addresses(&mut self, mut pairs: Vec<AddressPair>, spread: Spread) {
+        match pairs.len() {
+            1 => self.set_address(pairs.remove(0)),
+            _ => {
+                (self.spec.addresses, self.spec.spread) = (pairs, Some(spread).filter(|s| *s != Spread::default()));
+                (self.spec.address, self.spec.allocate) = (None, None);
+            }
+        }
+    }
+
+    /// The addresses that it names.
+    pub(super) fn named(&self) -> impl Iterator<Item = IpAddr> + '_ {
+        let one = self.spec.address.iter().map(PolicyAddress::pair);
+        one.chain(self.spec.addresses.iter().cloned()).flat_map(|pair| addresses_of(&pair))
+    }
+
     /// Has the egress IP chosen. `Dedicated` is the default, and not written.
     pub(super) fn set_allocate(&mut self, allocate: Allocate) {
         (self.spec.address, self.spec.allocate) = (None, Some(allocate).filter(|a| *a != Allocate::Dedicated));
@@ -208,6 +229,21 @@ pub(super) fn pair_of(addresses: impl IntoIterator<Item = IpAddr>) -> (AddressPa
         }
     }
     (pair, others)
+}
+
+/// Pairs of addresses, all with the same families. Returns the addresses that make none, or are too many.
+pub(super) fn pairs_of(addresses: impl IntoIterator<Item = IpAddr>) -> (Vec<AddressPair>, Vec<IpAddr>) {
+    let (mut rest, mut pairs) = (addresses.into_iter().collect::<Vec<_>>(), Vec::<AddressPair>::new());
+    while !rest.is_empty() && pairs.len() < usize::from(MAX_POLICY_ADDRESSES) {
+        let (pair, others) = pair_of(rest.iter().copied());
+        let families = |pair: &AddressPair| (pair.ipv4.is_some(), pair.ipv6.is_some());
+        if pairs.first().is_some_and(|first| families(first) != families(&pair)) {
+            break;
+        }
+        pairs.push(pair);
+        rest = others;
+    }
+    (pairs, rest)
 }
 
 /// A selector of these labels.

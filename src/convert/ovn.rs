@@ -1,10 +1,10 @@
 //! OVN-Kubernetes: `EgressIP`, and `EgressService` with the Service of the same name.
 
-use super::draft::{Draft, GatewayDraft, PolicyDraft, has_label, pair_of};
+use super::draft::{Draft, GatewayDraft, PolicyDraft, has_label, pair_of, pairs_of};
 use super::field::Invalid;
 use super::input::Object;
 use super::services;
-use crate::api::Placement;
+use crate::api::{MAX_POLICY_ADDRESSES, Placement, Spread};
 use crate::model::addresses_of;
 use crate::model::blocks::covered;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
@@ -37,7 +37,7 @@ fn egress_ip(object: &Object, draft: &mut Draft) -> Result<(), Invalid> {
     if all.is_empty() {
         return Err(spec.at("egressIPs").invalid("is empty; add the egress IP"));
     }
-    let (pair, others) = pair_of(all.iter().copied());
+    let (pairs, others) = pairs_of(all.iter().copied());
     let Some(namespaces) = spec.at("namespaceSelector").selector()? else {
         return Err(spec.at("namespaceSelector").invalid("is missing; add it, {} for all namespaces"));
     };
@@ -53,14 +53,14 @@ fn egress_ip(object: &Object, draft: &mut Draft) -> Result<(), Invalid> {
     if !others.is_empty() {
         let others = others.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
         policy.notes.lost(format!(
-            "spec.egressIPs: {others}. OVN-Kubernetes spreads connections over all of them, a policy of Egret has one egress \
-             IP of each family. The gateway's pool has them; to use them, divide the pods among several policies"
+            "spec.egressIPs: {others}. All egress IPs of a policy of Egret have the same families, and they are at most \
+             {MAX_POLICY_ADDRESSES}. The gateway's pool has them; to use them, divide the pods among several policies"
         ));
     }
     policy.spec.gateway = Some(GATEWAY.to_owned());
     policy.spec.namespace_selector = Some(namespaces).filter(|all| *all != LabelSelector::default());
     policy.spec.pod_selector = Some(spec.at("podSelector").selector()?.unwrap_or_default());
-    policy.set_address(pair);
+    policy.set_addresses(pairs, Spread::Connection);
     policy.set_covered(covered(&[], &[], &[]))?;
     draft.policies.push(policy);
     Ok(())

@@ -1,7 +1,7 @@
 //! `kubectl egret ip`: what an address is: the policy, the owner and the pods behind an egress IP.
 
 use super::output::{Show, View, count, few};
-use super::pods::{PodEgress, pods};
+use super::pods::{PodEgress, PolicyOfPod, pods};
 use super::state::State;
 use super::subject::{Subject, of_policies};
 use crate::allocation::COOLDOWN_SECONDS;
@@ -75,7 +75,8 @@ pub fn ip(state: &State, address: IpAddr) -> Ip {
             let policies: Vec<PolicyKey> = allocation.policies.to_vec();
             let subject = Subject::EgressIp(address, policies.clone());
             let decides = |pod: &PodEgress| {
-                pod.policies.iter().any(|p| p.decides && policies.iter().any(|key| key.to_string() == p.name))
+                let is_of = |p: &PolicyOfPod| policies.iter().any(|key| key.to_string() == p.name);
+                pod.policies.iter().any(|p| p.decides && is_of(p) && p.egress_ip.contains(&address))
             };
             let since = Timestamp::from_second(allocation.since).ok().filter(|_| allocation.since > 0);
             found.push(OfAllocation {

@@ -7,10 +7,14 @@ use super::subject::Subject;
 use super::table::{Cell, Table};
 use crate::model::precedence::{PolicyIndex, Ranked, passed_over};
 use crate::model::selector::Name;
-use crate::model::{Cluster, ObjectKey, Pod, PolicyKey, addresses_of};
+use crate::model::{Client, Cluster, ObjectKey, Pod, PolicyKey, addresses_of};
+use crate::node_plan::allocations::NodeAllocations;
+use crate::node_plan::expected;
 use serde::Serialize;
+use std::cell::RefCell;
 use std::collections::{HashMap, HashSet};
 use std::net::IpAddr;
+use std::rc::Rc;
 
 /// Pods and the egress IPs that they leave from.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
@@ -47,9 +51,9 @@ pub struct PolicyOfPod {
     pub covers_everything: bool,
     /// Whether what it covers leaves as if Egret were not there (`action: Direct`).
     pub direct: bool,
-    /// Its egress IP.
+    /// Its egress IP; of several, the pod's, or with `spread: Connection` all of them.
     pub egress_ip: Vec<IpAddr>,
-    /// The node that holds the egress IP now, else the one that is to hold it.
+    /// The node that holds the (first) egress IP now, else the one that is to hold it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub owner: Option<String>,
     /// Whether it works.
@@ -69,9 +73,14 @@ pub fn pods(state: &State, subject: Option<&Subject>, namespace: Option<&str>) -
     };
     let each = cluster.pods.iter().filter(|(key, pod)| !pod.host_network && !pod.finished && is_there(key, pod));
     let found = each.filter_map(|(key, pod)| {
-        let policies = facts.of_pod(&index.policies_for(&key.namespace, &pod.labels));
-        let is_wanted =
-            |policy: &PolicyOfPod| wanted.is_none_or(|all| all.iter().any(|key| key.to_string() == policy.name));
+        let policies = facts.of_pod((key, pod), &index.policies_for(&key.namespace, &pod.labels));
+        let is_wanted = |policy: &PolicyOfPod| {
+            let has_address = match subject {
+                Some(Subject::EgressIp(address, _)) => policy.egress_ip.contains(address),
+                _ => true,
+            };
+            has_address && wanted.is_none_or(|all| all.iter().any(|key| key.to_string() == policy.name))
+        };
         policies.iter().any(is_wanted).then(|| PodEgress {
             pod: key.to_string(),
             node: pod.node.as_deref().map(str::to_owned),
@@ -86,7 +95,12 @@ pub fn pods(state: &State, subject: Option<&Subject>, namespace: Option<&str>) -
 struct Facts<'a> {
     cluster: &'a Cluster,
     listed: HashSet<&'a PolicyKey>,
-    holders: HashMap<&'a PolicyKey, &'a Name>,
+    /// The node that has each egress IP.
+    holders: HashMap<u16, &'a Name>,
+    /// The allocation of each policy, or one of several.
+    allocations: HashMap<&'a PolicyKey, u16>,
+    /// The allocations as each node sees them, for policies with several.
+    by_node: RefCell<HashMap<Name, Rc<NodeAllocations>>>,
 }
 
 impl<'a> Facts<'a> {
@@ -95,34 +109,57 @@ impl<'a> Facts<'a> {
         for (name, node) in cluster.egress_nodes.iter() {
             held.extend(node.of_allocations().held.iter().map(|id| (*id, name)));
         }
-        let (mut listed, mut holders) = (HashSet::new(), HashMap::new());
+        let (mut listed, mut holders, mut allocations) = (HashSet::new(), HashMap::new(), HashMap::new());
         for allocation in cluster.allocations() {
+            let holder = held.get(&allocation.id).copied().or(allocation.node.as_ref());
+            holders.extend(holder.map(|holder| (allocation.id, holder)));
             for policy in &allocation.policies {
                 listed.insert(policy);
-                let holder = held.get(&allocation.id).copied().or(allocation.node.as_ref());
-                holders.extend(holder.map(|holder| (policy, holder)));
+                allocations.insert(policy, allocation.id);
             }
         }
-        Facts { cluster, listed, holders }
+        Facts { cluster, listed, holders, allocations, by_node: RefCell::default() }
     }
 
-    fn of_pod(&self, policies: &[&Ranked]) -> Vec<PolicyOfPod> {
+    /// The allocation of a policy that a pod uses, with its addresses. Without several egress IPs, the policy's status
+    /// has them.
+    fn egress_ip(
+        &self,
+        (key, pod): (&ObjectKey, &Pod),
+        Ranked { key: of, policy, .. }: &Ranked,
+    ) -> (Option<u16>, Vec<IpAddr>) {
+        if policy.address.count() < 2 {
+            let pair = self.cluster.policy_statuses.get(of).and_then(|status| status.addresses.as_ref());
+            return (
+                self.allocations.get(of).copied(),
+                pair.map(|pair| addresses_of(pair).collect()).unwrap_or_default(),
+            );
+        }
+        let node = pod.node.clone().unwrap_or_default();
+        let mut by_node = self.by_node.borrow_mut();
+        let allocations = by_node.entry(node.clone()).or_insert_with(|| {
+            Rc::new(NodeAllocations::new(self.cluster, &node, &expected::facts(self.cluster, &node)))
+        });
+        let ids = allocations.chosen(of, policy, Client::of(key, pod));
+        let chosen = ids.iter().filter_map(|id| allocations.allocations.get(id));
+        (ids.first().copied(), chosen.flat_map(|chosen| addresses_of(&chosen.address)).collect())
+    }
+
+    fn of_pod(&self, pod: (&ObjectKey, &Pod), policies: &[&Ranked]) -> Vec<PolicyOfPod> {
         let mut all_covered = false;
         let each = policies.iter().map(|ranked| {
             let Ranked { key, policy, .. } = ranked;
             let decides = !all_covered && passed_over(ranked, policies, self.listed.contains(key)).is_none();
             all_covered |= decides && policy.covers_everything();
             let status = self.cluster.policy_statuses.get(key);
+            let (id, egress_ip) = self.egress_ip(pod, ranked);
             PolicyOfPod {
                 name: key.to_string(),
                 decides,
                 covers_everything: policy.covers_everything(),
                 direct: policy.is_direct(),
-                egress_ip: status
-                    .and_then(|status| status.addresses.as_ref())
-                    .map(|pair| addresses_of(pair).collect())
-                    .unwrap_or_default(),
-                owner: self.holders.get(key).map(|name| name.to_string()),
+                egress_ip,
+                owner: id.and_then(|id| self.holders.get(&id)).map(|name| name.to_string()),
                 state: status.map_or(PolicyState::Pending, |status| state_of(status)),
             }
         });

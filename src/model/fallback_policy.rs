@@ -6,7 +6,7 @@
 //! same pods and might decide in its place, these pods are isolated. A policy that the allocations do not list was
 //! never in force, and has no fallback policy.
 
-use crate::api::{Allocate, Allocation, AllocationKind, ExistingConnections, Fallback};
+use crate::api::{Allocate, Allocation, AllocationKind, ExistingConnections, Fallback, Spread};
 use crate::model::covers::Covers;
 use crate::model::selector::Name;
 use crate::model::selector::Selector;
@@ -33,17 +33,23 @@ pub struct ReadableParts {
 
 /// The fallback policy, if the allocations list the policy.
 pub fn fallback_policy(cluster: &Cluster, key: &PolicyKey, readable: &ReadableParts) -> Option<Policy> {
-    let (gateway, allocation) = cluster.gateways.iter().find_map(|(name, gateway)| {
-        let allocation = gateway.status.allocations.iter().find(|allocation| allocation.policies.contains(key))?;
-        Some((name, allocation))
-    })?;
-    Some(from_allocation(key, gateway, allocation, readable))
+    cluster.gateways.iter().find_map(|(name, gateway)| {
+        let allocations = gateway.status.allocations.iter().filter(|allocation| allocation.policies.contains(key));
+        from_allocations(key, name, &allocations.collect::<Vec<_>>(), readable)
+    })
 }
 
-/// The fallback policy of a policy that a gateway lists on this allocation. If the gateway does not exist, the
-/// traffic of its pods is blocked.
-pub fn from_allocation(key: &PolicyKey, gateway: &Name, allocation: &Allocation, readable: &ReadableParts) -> Policy {
-    Policy {
+/// The fallback policy of a policy that a gateway lists on these allocations; `None` if they are none. If the gateway does
+/// not exist, the traffic of its pods is blocked.
+pub fn from_allocations(
+    key: &PolicyKey,
+    gateway: &Name,
+    allocations: &[&Allocation],
+    readable: &ReadableParts,
+) -> Option<Policy> {
+    let first = allocations.first()?;
+    let count = allocations.iter().map(|allocation| allocation.ordinal + 1).max()?;
+    Some(Policy {
         namespaces: match &key.namespace {
             Some(namespace) => Namespaces::One(namespace.clone()),
             None => Namespaces::Selected(Box::new(readable.namespaces.clone())),
@@ -51,17 +57,21 @@ pub fn from_allocation(key: &PolicyKey, gateway: &Name, allocation: &Allocation,
         pods: readable.pods.clone().unwrap_or_else(|| PodMatch::Labels(Selector::default())),
         gateway: Some(gateway.clone()),
         egress: readable.egress.clone().flatten(),
-        // The same request as before, so that the controller keeps the allocation.
-        address: match allocation.kind {
-            AllocationKind::Explicit => AddressRequest::Explicit(allocation.address.clone()),
-            AllocationKind::Dedicated => AddressRequest::Allocate(Allocate::Dedicated),
-            AllocationKind::Shared => AddressRequest::Allocate(Allocate::Shared),
-            AllocationKind::Node => AddressRequest::Allocate(Allocate::Node),
-            AllocationKind::Service => match allocation.service.as_deref().and_then(ObjectKey::parse) {
+        // The same request as before, so that the controller keeps the allocations.
+        address: match first.kind {
+            AllocationKind::Explicit => {
+                AddressRequest::Explicit(allocations.iter().map(|a| a.address.clone()).collect())
+            }
+            AllocationKind::Dedicated => AddressRequest::Allocate(Allocate::Dedicated, count),
+            AllocationKind::Shared => AddressRequest::Allocate(Allocate::Shared, 1),
+            AllocationKind::Node => AddressRequest::Allocate(Allocate::Node, 1),
+            AllocationKind::Service => match first.service.as_deref().and_then(ObjectKey::parse) {
                 Some(service) => AddressRequest::Service(service),
-                None => AddressRequest::Explicit(allocation.address.clone()),
+                None => AddressRequest::Explicit([first.address.clone()].into()),
             },
         },
+        spread: Spread::default(),
+        preference: Box::default(),
         fallback: Fallback::Block,
         existing_connections: ExistingConnections::Keep,
         tier: readable.tier.unwrap_or_default(),
@@ -72,7 +82,7 @@ pub fn from_allocation(key: &PolicyKey, gateway: &Name, allocation: &Allocation,
             egress: readable.egress.is_none(),
         },
         for_controller: None,
-    }
+    })
 }
 
 /// The policies that the allocations list and the cluster does not have.

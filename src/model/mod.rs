@@ -31,6 +31,7 @@ pub mod quota;
 pub mod selector;
 mod service;
 pub mod shared;
+pub mod spread;
 pub mod target;
 pub mod text;
 pub mod trace;
@@ -47,7 +48,7 @@ pub use metadata::{
     ASKED_GATEWAY, DEFAULT_GATEWAY, END_COOLDOWN, Invalid, LIKE_LABELS, MADE_FROM, MOVE_TO, Metadata, REBALANCE,
 };
 pub use node::Node;
-pub use pod::Pod;
+pub use pod::{Client, Pod};
 pub use policy::{AddressRequest, ForController, Guessed, Namespaces, PodMatch, Policy, Tier, destinations};
 pub use service::{
     Announcement, Announcer, AskedEgress, Endpoints, Exposure, LoadBalancer, Service, ServicePort, VIP_HOST,

@@ -9,7 +9,7 @@
 //! A node whose uplink has lost a family that the egress IP needs gives way to a node that has lost fewer of them. If
 //! no node has lost fewer, the egress IP stays.
 
-use crate::model::fnv::fnv1a;
+use crate::model::fnv::{self, fnv1a};
 use crate::model::marks::EgressId;
 use crate::model::selector::Name;
 use crate::model::uplink_key::UplinkKey;
@@ -90,15 +90,9 @@ pub fn owner<'a>(allocation: OwnershipInputs<'a>, liveness: &Liveness) -> Option
     })
 }
 
-/// The rank of a node in the order of an allocation; the highest is first (rendezvous hashing, Thaler and Ravishankar
-/// 1998).
+/// The rank of a node in the order of an allocation; the highest is first.
 fn rank(node: &str, id: EgressId) -> (u64, &str) {
-    let name = fnv1a(node.bytes());
-    // The finaliser of SplitMix64: FNV mixes the last letters badly, and node names differ in their last letters.
-    let mut mixed = name ^ (u64::from(id) + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-    mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    (mixed ^ (mixed >> 31), node)
+    (fnv::rank(fnv1a(node.bytes()), id.into()), node)
 }
 
 #[cfg(test)]

@@ -1,7 +1,28 @@
 //! Kubernetes Pods.
 
+use super::ObjectKey;
 use super::selector::{Labels, Name};
 use std::net::IpAddr;
+
+/// What policies know of a pod.
+#[derive(Clone, Copy, Debug)]
+pub struct Client<'a> {
+    /// `metadata.namespace`.
+    pub namespace: &'a str,
+    /// `metadata.name`.
+    pub name: &'a str,
+    /// `metadata.uid`, empty where neither the cluster nor the runtime gives one.
+    pub uid: &'a str,
+    /// `metadata.labels`; `None`: the cluster does not know the pod yet.
+    pub labels: Option<&'a Labels>,
+}
+
+impl<'a> Client<'a> {
+    /// A pod of the cluster.
+    pub fn of(key: &'a ObjectKey, pod: &'a Pod) -> Self {
+        Client { namespace: &key.namespace, name: &key.name, uid: &pod.uid, labels: Some(&pod.labels) }
+    }
+}
 
 /// A Kubernetes Pod.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

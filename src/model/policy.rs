@@ -7,8 +7,10 @@ use super::metadata::{Invalid, Metadata};
 use super::selector::{Name, Selector};
 use crate::api::{
     self, Action, AddressPair, Allocate, ClusterEgressPolicySpec, EgressPolicySpec, EgressRule, ExistingConnections,
-    Fallback, PolicyAddress, ServiceReference,
+    Fallback, MAX_POLICY_ADDRESSES, PolicyAddress, Preference, ServiceReference, Spread,
 };
+use crate::model::addresses_of;
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 /// How many combinations of a network and a range of ports a policy may list. Each one is an entry of a kernel set.
@@ -25,8 +27,12 @@ pub struct Policy {
     pub gateway: Option<Name>,
     /// The destinations; `None`: everything outside the cluster. Policies with equal lists share one.
     pub egress: Option<Arc<Covers>>,
-    /// The egress IP that it asks for.
+    /// The egress IPs that it asks for.
     pub address: AddressRequest,
+    /// How its traffic is divided among several egress IPs.
+    pub spread: Spread,
+    /// Which of several egress IPs are preferred.
+    pub preference: Box<[Preference]>,
     /// What happens to traffic while the egress IP is not ready.
     pub fallback: Fallback,
     /// What happens to connections that began before the policy.
@@ -106,17 +112,29 @@ pub enum PodMatch {
     Services(Box<[Name]>),
 }
 
-/// The egress IP that a policy asks for.
+/// The egress IPs that a policy asks for. Most policies ask for one.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum AddressRequest {
-    /// These addresses.
-    Explicit(AddressPair),
+    /// These, at least one.
+    Explicit(Box<[AddressPair]>),
     /// The addresses of this Service.
     Service(ObjectKey),
-    /// Addresses that the controller chooses.
-    Allocate(Allocate),
+    /// So many that the controller chooses, at least one.
+    Allocate(Allocate, u16),
     /// None: what the policy covers leaves as if Egret were not there (`action: Direct`).
     Direct,
+}
+
+impl AddressRequest {
+    /// How many egress IPs it asks for.
+    pub fn count(&self) -> usize {
+        match self {
+            AddressRequest::Explicit(pairs) => pairs.len(),
+            AddressRequest::Allocate(_, count) => (*count).into(),
+            AddressRequest::Service(_) => 1,
+            AddressRequest::Direct => 0,
+        }
+    }
 }
 
 impl ForController {
@@ -131,8 +149,8 @@ impl Policy {
     /// Validates an EgressPolicy's spec.
     ///
     /// # Errors
-    /// Both or neither of `podSelector` and `services`, both of `address` and `allocate`, networks or ports that
-    /// cannot be parsed or are too many, an invalid selector.
+    /// Both or neither of `podSelector` and `services`, several of `address`, `addresses` and `allocate`, networks or
+    /// ports that cannot be parsed or are too many, an invalid selector.
     pub fn namespaced(namespace: &str, spec: &EgressPolicySpec, meta: Metadata) -> Result<Self, Invalid> {
         Policy::new(Namespaces::One(namespace.into()), spec, meta)
     }
@@ -154,6 +172,8 @@ impl Policy {
         Ok(Policy {
             pods: pods(spec)?,
             address: address(&namespaces, spec)?,
+            spread: spec.spread.unwrap_or_default(),
+            preference: preference(spec)?,
             namespaces,
             gateway: spec.gateway.as_deref().map(Into::into),
             egress: spec.egress.as_deref().map(destinations).transpose()?,
@@ -221,13 +241,18 @@ fn pods(spec: &EgressPolicySpec) -> Result<PodMatch, Invalid> {
     }
 }
 
-/// Validates `spec.address` and `spec.allocate`, of which there can be one, and none with `action: Direct`.
+/// Validates `spec.address`, `spec.addresses` and `spec.allocate`, of which there can be one, and none with
+/// `action: Direct`.
 fn address(namespaces: &Namespaces, spec: &EgressPolicySpec) -> Result<AddressRequest, Invalid> {
     if spec.action == Action::Direct {
         let given = [
             ("gateway", spec.gateway.is_some()),
             ("address", spec.address.is_some()),
+            ("addresses", !spec.addresses.is_empty()),
             ("allocate", spec.allocate.is_some()),
+            ("addressCount", spec.address_count.is_some()),
+            ("spread", spec.spread.is_some()),
+            ("preference", !spec.preference.is_empty()),
             ("fallback", spec.fallback != Fallback::default()),
         ];
         return match given.iter().find(|(_, is_given)| *is_given) {
@@ -238,20 +263,74 @@ fn address(namespaces: &Namespaces, spec: &EgressPolicySpec) -> Result<AddressRe
             None => Ok(AddressRequest::Direct),
         };
     }
-    match (&spec.address, spec.allocate) {
-        (Some(_), Some(_)) => Err(Invalid::new("spec", "has both address and allocate; keep the one that is meant")),
-        (Some(PolicyAddress { service: Some(service), ipv4: None, ipv6: None }), None) => {
-            of_service(namespaces, service)
-        }
-        (Some(a), None) if a.service.is_some() => {
+    let both =
+        |a: &str, b: &str| Err(Invalid::new("spec", format!("has both {a} and {b}; keep the one that is meant")));
+    let count = spec.address_count;
+    match (&spec.address, spec.addresses.as_slice(), spec.allocate) {
+        (Some(_), _, Some(_)) => both("address", "allocate"),
+        (Some(_), [_, ..], _) => both("address", "addresses"),
+        (None, [_, ..], Some(_)) => both("addresses", "allocate"),
+        (Some(_), ..) | (None, [_, ..], None) if count.is_some() => Err(Invalid::new(
+            "spec.addressCount",
+            "needs allocate: Dedicated; leave out the addresses, or addressCount",
+        )),
+        (Some(PolicyAddress { service: Some(service), ipv4: None, ipv6: None }), ..) => of_service(namespaces, service),
+        (Some(a), ..) if a.service.is_some() => {
             Err(Invalid::new("spec.address", "has a service and addresses; keep what is meant"))
         }
-        (Some(a), None) if a.pair().is_empty() => {
+        (Some(a), ..) if a.pair().is_empty() => {
             Err(Invalid::new("spec.address", "has neither ipv4 nor ipv6 nor service; give one, or leave address out"))
         }
-        (Some(a), None) => Ok(AddressRequest::Explicit(a.pair())),
-        (None, allocate) => Ok(AddressRequest::Allocate(allocate.unwrap_or_default())),
+        (Some(a), ..) => Ok(AddressRequest::Explicit([a.pair()].into())),
+        (None, all @ [_, ..], None) => several(all),
+        (None, [], allocate) => {
+            let (allocate, count) = (allocate.unwrap_or_default(), count.unwrap_or(1));
+            if !(1..=MAX_POLICY_ADDRESSES).contains(&count) {
+                let message = format!("is {count}; give 1 to {MAX_POLICY_ADDRESSES}");
+                return Err(Invalid::new("spec.addressCount", message));
+            }
+            if spec.address_count.is_some() && allocate != Allocate::Dedicated {
+                let message = format!("needs allocate: Dedicated, not {allocate:?}");
+                return Err(Invalid::new("spec.addressCount", message));
+            }
+            Ok(AddressRequest::Allocate(allocate, count))
+        }
     }
+}
+
+/// Validates `spec.preference`.
+fn preference(spec: &EgressPolicySpec) -> Result<Box<[Preference]>, Invalid> {
+    match spec.preference.as_slice() {
+        [_, ..] if spec.spread == Some(Spread::Ordinal) => {
+            Err(Invalid::new("spec.preference", "has no meaning with spread: Ordinal; leave one of them out"))
+        }
+        [_] | [] | [Preference::SameNode, Preference::SameZone] | [Preference::SameZone, Preference::SameNode] => {
+            Ok(spec.preference.as_slice().into())
+        }
+        _ => Err(Invalid::new("spec.preference", "has a value twice; name each once")),
+    }
+}
+
+/// Validates `spec.addresses`.
+fn several(all: &[AddressPair]) -> Result<AddressRequest, Invalid> {
+    if all.len() > usize::from(MAX_POLICY_ADDRESSES) {
+        let message = format!("has {} egress IPs, and at most {MAX_POLICY_ADDRESSES} are possible", all.len());
+        return Err(Invalid::new("spec.addresses", message));
+    }
+    let mut seen = BTreeSet::new();
+    for (at, pair) in all.iter().enumerate() {
+        let invalid = |message: String| Err(Invalid::new(format!("spec.addresses[{at}]"), message));
+        if pair.is_empty() {
+            return invalid("has neither ipv4 nor ipv6; give one".to_owned());
+        }
+        if (pair.ipv4.is_some(), pair.ipv6.is_some()) != (all[0].ipv4.is_some(), all[0].ipv6.is_some()) {
+            return invalid("has not the families of the first; give ipv4, ipv6 or both in all of them".to_owned());
+        }
+        if let Some(twice) = addresses_of(pair).find(|address| !seen.insert(*address)) {
+            return invalid(format!("{twice} stands there twice; name each once"));
+        }
+    }
+    Ok(AddressRequest::Explicit(all.into()))
 }
 
 /// Validates `spec.address.service`. An EgressPolicy's Service is in the policy's namespace: who may write policies in
@@ -336,10 +415,47 @@ mod tests {
             (EgressPolicySpec { gateway: Some("g".into()), ..direct() }, "spec.gateway"),
             (EgressPolicySpec { address: Some(pair.into()), ..direct() }, "spec.address"),
             (EgressPolicySpec { allocate: Some(Allocate::Shared), ..direct() }, "spec.allocate"),
+            (EgressPolicySpec { spread: Some(Spread::Pod), ..direct() }, "spec.spread"),
             (EgressPolicySpec { fallback: Fallback::NodeAddress, ..direct() }, "spec.fallback"),
         ] {
             let refusal = policy(spec).unwrap_err().to_string();
             assert!(refusal.contains(field) && refusal.contains("leave it out"), "{refusal}");
         }
+    }
+
+    #[test]
+    fn several_egress_ips_are_distinct_and_of_the_same_families() {
+        let pair = |last: u8, ipv6: bool| AddressPair {
+            ipv4: Some([192, 0, 2, last].into()),
+            ipv6: ipv6.then(|| [0x2001, 0xdb8, 0, 0, 0, 0, 0, last.into()].into()),
+        };
+        let spec = |addresses: Vec<AddressPair>| EgressPolicySpec {
+            pod_selector: Some(Default::default()),
+            addresses,
+            ..EgressPolicySpec::default()
+        };
+        let policy = |spec: EgressPolicySpec| Policy::namespaced("a", &spec, Metadata::default());
+        let refusal = |spec| policy(spec).unwrap_err().to_string();
+        let two = vec![pair(1, true), pair(2, true)];
+        assert_eq!(policy(spec(two.clone())).unwrap().address, AddressRequest::Explicit(two.clone().into()));
+        assert!(refusal(spec(vec![pair(1, true), pair(2, false)])).contains("families"));
+        assert!(refusal(spec(vec![pair(1, false), pair(1, false)])).contains("192.0.2.1 stands there twice"));
+        assert!(refusal(spec((0..=MAX_POLICY_ADDRESSES as u8).map(|n| pair(n, false)).collect())).contains("at most"));
+        let counted = |count, allocate| EgressPolicySpec { address_count: Some(count), allocate, ..spec(Vec::new()) };
+        assert_eq!(policy(counted(4, None)).unwrap().address, AddressRequest::Allocate(Allocate::Dedicated, 4));
+        assert!(refusal(counted(4, Some(Allocate::Shared))).contains("not Shared"));
+        assert!(refusal(counted(0, None)).contains("give 1 to"));
+        assert!(refusal(EgressPolicySpec { address_count: Some(2), ..spec(two.clone()) }).contains("addressCount"));
+        assert!(
+            refusal(EgressPolicySpec { allocate: Some(Allocate::Dedicated), ..spec(two.clone()) }).contains("both")
+        );
+        let near = |spread, preference: &[Preference]| EgressPolicySpec {
+            spread: Some(spread),
+            preference: preference.into(),
+            ..spec(two.clone())
+        };
+        assert!(refusal(near(Spread::Ordinal, &[Preference::SameZone])).contains("no meaning"));
+        assert!(refusal(near(Spread::Pod, &[Preference::SameZone; 2])).contains("twice"));
+        assert!(policy(near(Spread::Pod, &[Preference::SameNode, Preference::SameZone])).is_ok());
     }
 }

@@ -26,6 +26,8 @@ pub struct Remembered {
     /// The host's end of its veth pair.
     pub interface: Interface,
     pub addresses: Vec<IpAddr>,
+    /// Its uid, empty if the cluster gives none.
+    pub uid: Box<str>,
     /// Its labels when the cluster last had it; `None` if it never had.
     pub labels: Option<Labels>,
 }
@@ -42,6 +44,8 @@ struct Entry {
     index: u32,
     peer_index: u32,
     addresses: Vec<IpAddr>,
+    #[serde(default, skip_serializing_if = "str::is_empty")]
+    uid: Box<str>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     labels: Option<BTreeMap<String, String>>,
 }
@@ -57,6 +61,7 @@ impl Entry {
             index: pod.interface.index,
             peer_index: pod.interface.peer_index,
             addresses: pod.addresses.clone(),
+            uid: pod.uid.clone(),
             labels: pod.labels.as_ref().map(own),
         }
     }
@@ -68,6 +73,7 @@ impl From<Entry> for Remembered {
             pod: ObjectKey::new(&e.namespace, &e.name),
             interface: Interface { name: e.interface, index: e.index, peer_index: e.peer_index },
             addresses: e.addresses,
+            uid: e.uid,
             labels: e.labels.map(|labels| labels.into_iter().collect()),
         }
     }

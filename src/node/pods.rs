@@ -1,11 +1,15 @@
 //! The pods of this node: those that the plugin attached, and adopted ones, which started without the plugin.
 
+mod known;
+
+pub use known::is_known;
+
 use crate::datapath::pod_veth::Veth;
 use crate::model::marks::EgressId;
 use crate::model::precedence::PolicyIndex;
 use crate::model::selector::Labels;
 use crate::model::shared::Mark;
-use crate::model::{Cluster, ObjectKey, Pod, PolicyKey};
+use crate::model::{Client, Cluster, ObjectKey, Pod, PolicyKey};
 use crate::node::adopted_files::Remembered;
 use crate::node::pod_marks::{OVERFLOW_MARK, PodMarks};
 use crate::node::policy_delay::PolicyDelay;
@@ -13,6 +17,7 @@ use crate::node_plan::allocations::NodeAllocations;
 use crate::node_plan::policy_chain::PolicyChain;
 use crate::node_plan::{NodePlan, PodPlan, View, chain_name};
 use egret_cni::attachment::{Attachment, AttachmentId, PodRef};
+use known::{is_same, known};
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -34,6 +39,8 @@ struct Attached {
     attachment: Attachment,
     /// `None` if it has none on the host, or if it is gone.
     interface: Option<Interface>,
+    /// The pod's uid, the cluster's or, if that has none, the runtime's.
+    uid: Box<str>,
     /// The pod's labels when the cluster last had it. The cluster may drop the pod before its container ends.
     labels: Option<Labels>,
     judged: Judged,
@@ -163,8 +170,8 @@ impl Pods {
         let (labels, policy_delay) = before.map(|a| (a.labels, a.policy_delay)).unwrap_or_default();
         self.ended.remove(&ObjectKey::new(&attachment.pod.namespace, &attachment.pod.name));
         let (id, judged) = (attachment.id.clone(), Judged::Unknown);
-        let pod_id = PodId::Attached(Arc::new(id.clone()));
-        self.attached.insert(id, Attached { pod_id, attachment, interface, labels, judged, policy_delay });
+        let (pod_id, uid) = (PodId::Attached(Arc::new(id.clone())), attachment.pod.uid.as_str().into());
+        self.attached.insert(id, Attached { pod_id, attachment, interface, uid, labels, judged, policy_delay });
         self.drop_adopted(|a| same(&a.known.interface))
     }
 
@@ -332,7 +339,7 @@ impl Pods {
         let mut selected = Vec::new();
         for (key, pod) in unmanaged {
             let mut policy_delay = before.remove(key).unwrap_or_default();
-            if policy_delay.policy_chain(view, &key.namespace, Some(&pod.labels), now).is_some() {
+            if policy_delay.policy_chain(view, Client::of(key, pod), now).is_some() {
                 selected.push((key.clone(), pod.addresses.to_vec()));
             }
             self.unmanaged.insert(key.clone(), policy_delay);
@@ -342,8 +349,11 @@ impl Pods {
 
     /// The policy chain that an attachment has, or would have.
     pub fn policy_chain(&self, attachment: &Attachment, cluster: &Cluster, view: &View) -> Option<PolicyChain> {
+        let known = known(attachment, cluster);
         let remembered = self.attached.get(&attachment.id).and_then(|a| a.labels.as_ref());
-        view.policy_chain(&attachment.pod.namespace, labels(attachment, cluster).or(remembered))
+        let uid = known.map(|pod| &*pod.uid).filter(|uid| !uid.is_empty()).unwrap_or(&attachment.pod.uid);
+        let PodRef { namespace, name, .. } = &attachment.pod;
+        view.policy_chain(Client { namespace, name, uid, labels: known.map(|pod| &pod.labels).or(remembered) })
     }
 
     /// Computes the plan of all pods, what each uses, and the number of pods in each state.
@@ -425,18 +435,27 @@ impl Pods {
             };
         }
         for a in self.attached.values_mut().filter(|a| matches!(a.judged, Judged::Unknown)) {
-            if let Some(now) = labels(&a.attachment, cluster) {
-                a.labels = Some(now.clone());
+            if let Some(pod) = known(&a.attachment, cluster) {
+                a.labels = Some(pod.labels.clone());
+                if !pod.uid.is_empty() {
+                    a.uid.clone_from(&pod.uid);
+                }
             }
-            a.judged = a.policy_delay.policy_chain(view, &a.attachment.pod.namespace, a.labels.as_ref(), now).into();
+            let PodRef { namespace, name, .. } = &a.attachment.pod;
+            let pod = Client { namespace, name, uid: &a.uid, labels: a.labels.as_ref() };
+            a.judged = a.policy_delay.policy_chain(view, pod, now).into();
         }
         for a in self.adopted.values_mut().filter(|a| matches!(a.judged, Judged::Unknown)) {
             // A pod of the same name with other addresses is another pod.
             let pod = cluster.pods.get(&a.known.pod).filter(|pod| *pod.addresses == *a.known.addresses);
-            if let Some(pod) = pod.filter(|pod| a.known.labels.as_ref() != Some(&pod.labels)) {
-                Arc::make_mut(&mut a.known).labels = Some(pod.labels.clone());
+            let is_new = |pod: &&Arc<Pod>| a.known.labels.as_ref() != Some(&pod.labels) || a.known.uid != pod.uid;
+            if let Some(pod) = pod.filter(is_new) {
+                let known = Arc::make_mut(&mut a.known);
+                (known.labels, known.uid) = (Some(pod.labels.clone()), pod.uid.clone());
             }
-            a.judged = a.policy_delay.policy_chain(view, &a.known.pod.namespace, a.known.labels.as_ref(), now).into();
+            let Remembered { pod: ObjectKey { namespace, name }, uid, labels, .. } = &*a.known;
+            let pod = Client { namespace, name, uid, labels: labels.as_ref() };
+            a.judged = a.policy_delay.policy_chain(view, pod, now).into();
         }
     }
 }
@@ -470,23 +489,6 @@ impl Selected {
             Planned { chain, pod: Arc::new(pod), policy_chain, used: Arc::new(used) }
         }))
     }
-}
-
-/// Whether the cluster knows an attachment's pod.
-pub fn is_known(attachment: &Attachment, cluster: &Cluster) -> bool {
-    labels(attachment, cluster).is_some()
-}
-
-/// The labels of an attachment's pod in the cluster; `None` if the pod of that name is another one.
-fn labels<'a>(attachment: &Attachment, cluster: &'a Cluster) -> Option<&'a Labels> {
-    let key = ObjectKey::new(&attachment.pod.namespace, &attachment.pod.name);
-    let pod = cluster.pods.get(&key)?;
-    is_same(&pod.uid, &attachment.pod.uid).then_some(&pod.labels)
-}
-
-/// Whether these uids can be of one pod. Not every source and runtime reports them, and then they are empty.
-fn is_same(uid: &str, other: &str) -> bool {
-    uid.is_empty() || other.is_empty() || uid == other
 }
 
 fn runs(pod: &Pod) -> bool {

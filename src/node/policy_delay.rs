@@ -6,8 +6,8 @@
 //! [`GRACE`], and only if nothing else has changed for it: where a policy replaces another one, the pod must not
 //! leave as if there were none.
 
+use crate::model::Client;
 use crate::model::precedence::Ranked;
-use crate::model::selector::Labels;
 use crate::node_plan::View;
 use crate::node_plan::policy_chain::PolicyChain;
 use std::collections::BTreeSet;
@@ -33,20 +33,14 @@ pub struct PolicyDelay {
 }
 
 impl PolicyDelay {
-    /// The pod's policy chain without the policies that are delayed; `labels` are as for [`View::policy_chain`].
-    pub fn policy_chain(
-        &mut self,
-        view: &View,
-        namespace: &str,
-        labels: Option<&Labels>,
-        now: Instant,
-    ) -> Option<PolicyChain> {
-        let policy_chain = view.policy_chain(namespace, labels);
+    /// The pod's policy chain without the policies that are delayed.
+    pub fn policy_chain(&mut self, view: &View, pod: Client<'_>, now: Instant) -> Option<PolicyChain> {
+        let policy_chain = view.policy_chain(pod);
         if policy_chain == Some(PolicyChain::Isolated) {
             *self = PolicyDelay::default();
             return policy_chain;
         }
-        let policies = labels.map(|labels| view.policies.policies_for(namespace, labels)).unwrap_or_default();
+        let policies = pod.labels.map(|labels| view.policies.policies_for(pod.namespace, labels)).unwrap_or_default();
         let open = *self.open.get_or_insert(now);
         let before = std::mem::take(&mut self.in_force);
         let was_open = now >= open + RUNNING;
@@ -61,7 +55,7 @@ impl PolicyDelay {
         }
         self.in_force = policies.iter().filter(|now| !waiting.contains(&now.key)).map(|now| (*now).clone()).collect();
         self.until = (!waiting.is_empty()).then(|| self.until.unwrap_or(now + GRACE));
-        if waiting.is_empty() { policy_chain } else { view.policy_chain_without(namespace, labels?, &waiting) }
+        if waiting.is_empty() { policy_chain } else { view.policy_chain_without(pod, &waiting) }
     }
 
     /// When the pod is to be evaluated again.

@@ -11,12 +11,14 @@ use crate::model::marks::{EgressId, MAX_INDEX};
 use crate::model::networks::merged;
 use crate::model::ownership::{self, Liveness, OwnershipInputs};
 use crate::model::selector::Name;
+use crate::model::spread::{Choice, Division, Near};
 use crate::model::uplink_key::UplinkKey;
-use crate::model::{AddressRange, AddressRequest, Cluster, Gateway, Policy, PolicyKey};
+use crate::model::{AddressRange, AddressRequest, Client, Cluster, Gateway, Policy, PolicyKey};
 use allocation::is_here;
 use arcstr::literal;
 use egret_nft::mac::Mac;
 use peer_reports::PeerReports;
+use smallvec::SmallVec;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
@@ -62,12 +64,15 @@ pub struct Peer {
     pub is_gateway: bool,
 }
 
+/// The allocations among which a policy's pods have one each.
+pub type Choices = SmallVec<[Choice<EgressId>; 1]>;
+
 /// All allocations, and the peers of this node.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct NodeAllocations {
     /// The allocations by egress ID.
     pub allocations: BTreeMap<EgressId, NodeAllocation>,
-    /// The allocation of each policy, sorted by policy.
+    /// The allocations of each policy, sorted by policy.
     of_policy: Box<[(PolicyKey, EgressId)]>,
     /// The uplinks, by index minus one.
     pub uplinks: Vec<Uplink>,
@@ -115,8 +120,9 @@ impl NodeAllocations {
             let mut needed = BTreeSet::new();
             let uplink = if selected || named.contains(node) { out.uplink_index(gateway) } else { Some(0) };
             for entry in &gateway.status.allocations {
+                let (members, ends) = (members.as_slice(), &ends);
                 let viewpoint =
-                    Viewpoint { node, name, gateway, members: &members, selected, gone, uplink, facts, ends: &ends };
+                    Viewpoint { cluster, node, name, gateway, members, selected, gone, uplink, facts, ends };
                 let allocation = viewpoint.allocation(entry, &reports, &liveness);
                 if allocation.state == AllocationState::Local
                     && allocation.is_member()
@@ -155,32 +161,50 @@ impl NodeAllocations {
         out
     }
 
-    /// The allocation of a policy, if it is what the policy requests now. After a policy has changed, the controller
-    /// may not have given it another address yet. Its pods no longer use the old one, and pods that it selects only
-    /// since then never did.
-    pub fn of(&self, key: &PolicyKey, policy: &Policy) -> Option<EgressId> {
-        let id = self.of_policy(key)?;
-        let allocation = self.allocations.get(&id)?;
-        let of_its_gateway = policy.gateway.as_ref().is_none_or(|gateway| *gateway == allocation.gateway);
-        let asked_for = match &policy.address {
-            AddressRequest::Explicit(pair) => *pair == allocation.address,
-            AddressRequest::Service(service) => allocation.service.as_deref().is_some_and(|text| service.is(text)),
-            AddressRequest::Allocate(_) => true,
-            AddressRequest::Direct => false,
-        };
-        (of_its_gateway && asked_for).then_some(id)
+    /// The allocations of a policy that it requests now. After a policy has changed, the controller may not have given
+    /// it another address yet. Its pods no longer use the old one, and pods that it selects only since then never did.
+    pub fn of(&self, key: &PolicyKey, policy: &Policy) -> Choices {
+        let choices = self.of_policy(key).filter_map(|id| {
+            let allocation = self.allocations.get(&id)?;
+            if policy.gateway.as_ref().is_some_and(|gateway| *gateway != allocation.gateway) {
+                return None;
+            }
+            match &policy.address {
+                AddressRequest::Explicit(pairs) => {
+                    let ordinal = pairs.iter().position(|pair| *pair == allocation.address)?;
+                    Some(Choice::named(id, u16::try_from(ordinal).ok()?, &allocation.address, allocation.choice()))
+                }
+                AddressRequest::Service(service) => {
+                    let is_its = allocation.service.as_deref().is_some_and(|text| service.is(text));
+                    is_its.then(|| Choice::numbered(id, 0, allocation.choice()))
+                }
+                AddressRequest::Allocate(_, count) => {
+                    let choice = Choice::numbered(id, allocation.ordinal, allocation.choice());
+                    (allocation.ordinal < *count).then_some(choice)
+                }
+                AddressRequest::Direct => None,
+            }
+        });
+        choices.collect()
     }
 
-    /// The allocation that lists the policy.
-    fn of_policy(&self, policy: &PolicyKey) -> Option<EgressId> {
-        self.of_policy.binary_search_by(|(key, _)| key.cmp(policy)).ok().map(|at| self.of_policy[at].1)
+    /// The allocations of a policy that new connections of the pod can have.
+    pub fn chosen(&self, key: &PolicyKey, policy: &Policy, pod: Client<'_>) -> Vec<EgressId> {
+        Division::from(policy).all(&self.of(key, policy), pod)
     }
 
-    /// Whether the policy has an egress IP that a node holds.
+    /// The allocations that list the policy.
+    fn of_policy(&self, policy: &PolicyKey) -> impl Iterator<Item = EgressId> {
+        let first = self.of_policy.partition_point(|(key, _)| key < policy);
+        self.of_policy[first..].iter().take_while(move |(key, _)| key == policy).map(|(_, id)| *id)
+    }
+
+    /// Whether the policy has egress IPs and nodes hold all of them.
     pub fn is_placed(&self, policy: &PolicyKey) -> bool {
-        let allocation = self.of_policy(policy).and_then(|id| self.allocations.get(&id));
-        allocation
-            .is_some_and(|allocation| allocation.placed && !matches!(allocation.state, AllocationState::Unready(_)))
+        let mut allocations = self.of_policy(policy).map(|id| self.allocations.get(&id)).peekable();
+        let is_placed =
+            |allocation: &NodeAllocation| allocation.placed && !matches!(allocation.state, AllocationState::Unready(_));
+        allocations.peek().is_some() && allocations.all(|allocation| allocation.is_some_and(is_placed))
     }
 
     /// The uplinks that egress IPs need on a node that may come to hold them.
@@ -230,6 +254,7 @@ fn tunnel_ends(cluster: &Cluster) -> BTreeMap<&str, End<'_>> {
 
 /// The point of view from which allocations of one gateway are computed.
 struct Viewpoint<'a> {
+    cluster: &'a Cluster,
     node: &'a str,
     name: &'a Name,
     gateway: &'a Gateway,
@@ -317,7 +342,10 @@ impl Viewpoint<'_> {
             placement: if managed { Placement::Managed } else { Placement::External },
             handed_by: from.and_then(|old| self.ends.get(old)).map(|end| end.mac),
             answers_ping: managed && gateway.answer_ping,
+            ordinal: entry.ordinal,
             placed: owner.is_some_and(|owner| reports.holds(owner, entry.id, here)) || announces,
+            is_held: reports.any_holds(entry.id, here),
+            near: Near::of(self.cluster, node, owner),
             placing,
             assignment,
             since: entry.since,

@@ -6,7 +6,7 @@ use super::{NodePlan, PodPlan, View, chain_name};
 use crate::model::marks::EgressId;
 use crate::model::selector::Name;
 use crate::model::tunnel_family::{self, internal};
-use crate::model::{Cluster, ObjectKey, Pod, addresses_of};
+use crate::model::{Client, Cluster, ObjectKey, Pod, addresses_of};
 use egret_nft::Family;
 use ipnetwork::IpNetwork;
 use std::collections::BTreeMap;
@@ -49,7 +49,7 @@ impl Expected {
         let mut plan = NodePlan { device: DEVICE_INDEX, local, port_log: true, ..NodePlan::default() };
         let mut pods = BTreeMap::new();
         for (key, pod) in here {
-            let Some(policy_chain) = view.policy_chain(&key.namespace, Some(&pod.labels)) else { continue };
+            let Some(policy_chain) = view.policy_chain(Client::of(key, pod)) else { continue };
             let number = pods.len() as u16 + 1;
             let (interface, index) = (format!("veth{number}"), DEVICE_INDEX + u32::from(number));
             let addresses = pod.addresses.to_vec();
@@ -84,7 +84,7 @@ impl Expected {
 }
 
 /// What the node knows of itself and of others, according to its own status.
-fn facts(cluster: &Cluster, node: &str) -> Facts {
+pub fn facts(cluster: &Cluster, node: &str) -> Facts {
     let mut facts = Facts::default();
     facts.addresses.extend(cluster.nodes.get(node).iter().flat_map(|node| node.addresses.iter().copied()));
     if let Some(status) = cluster.egress_nodes.get(node).map(|status| status.of_allocations()) {

@@ -16,7 +16,7 @@ use crate::model::networks::Networks;
 use crate::model::precedence::PolicyIndex;
 use crate::model::selector::{Labels, Name};
 use crate::model::shared::{Mark, Shared};
-use crate::model::{Cluster, Endpoints, Gateway, Inside, Node, ObjectKey, Policy, PolicyKey, Service};
+use crate::model::{Client, Cluster, Endpoints, Gateway, Inside, Node, ObjectKey, Policy, PolicyKey, Service};
 use crate::node_plan::allocations::{AllocationState, Facts, NodeAllocation, NodeAllocations, Placing};
 use crate::node_plan::policy_chain::PolicyChain;
 use egret_nft::mac::Mac;
@@ -118,28 +118,25 @@ impl View {
         self.inputs.facts.clone_from(facts);
     }
 
-    /// The policy chain of a pod; `None` if no policy selects it. `labels` is `None` for a pod that the cluster does
-    /// not know yet. A pod whose policies cannot be determined yet is isolated.
-    pub fn policy_chain(&self, namespace: &str, labels: Option<&Labels>) -> Option<PolicyChain> {
-        if self.policies.is_undecided_in(namespace) {
+    /// The policy chain of a pod; `None` if no policy selects it. A pod that the cluster does not know yet has no labels.
+    /// A pod whose policies cannot be determined yet is isolated.
+    pub fn policy_chain(&self, pod: Client<'_>) -> Option<PolicyChain> {
+        if self.policies.is_undecided_in(pod.namespace) {
             return Some(PolicyChain::Isolated);
         }
-        match labels {
-            Some(labels) => PolicyChain::new(&self.policies.policies_for(namespace, labels), &self.allocations),
-            None => self.policies.can_select_in(namespace).then_some(PolicyChain::Isolated),
+        match pod.labels {
+            Some(labels) => {
+                PolicyChain::new(&self.policies.policies_for(pod.namespace, labels), &self.allocations, pod)
+            }
+            None => self.policies.can_select_in(pod.namespace).then_some(PolicyChain::Isolated),
         }
     }
 
-    /// The policy chain of a pod without these policies.
-    pub fn policy_chain_without(
-        &self,
-        namespace: &str,
-        labels: &Labels,
-        policies: &BTreeSet<PolicyKey>,
-    ) -> Option<PolicyChain> {
-        let mut others = self.policies.policies_for(namespace, labels);
+    /// The policy chain of a pod without these policies; `None` also for a pod without labels.
+    pub fn policy_chain_without(&self, pod: Client<'_>, policies: &BTreeSet<PolicyKey>) -> Option<PolicyChain> {
+        let mut others = self.policies.policies_for(pod.namespace, pod.labels?);
         others.retain(|ranked| !policies.contains(&ranked.key));
-        PolicyChain::new(&others, &self.allocations)
+        PolicyChain::new(&others, &self.allocations, pod)
     }
 
     /// The addresses that tunnel packets may come from.
@@ -222,6 +219,20 @@ impl NodePlan {
             self.allocations.get(id).is_some_and(|allocation| allocation.state == AllocationState::Local)
         };
         self.handed.iter().filter(move |(id, _)| is_here(id)).map(|(id, (_, mac))| (*id, *mac))
+    }
+
+    /// The same where the kernel cannot choose among several egress IPs by a connection's hash.
+    pub fn without_hashes(&self) -> Self {
+        let mut other = self.clone();
+        for policy_chain in other.policy_chains.values_mut().filter(|policy_chain| policy_chain.needs_hash()) {
+            *policy_chain = Arc::new(policy_chain.without_hash());
+        }
+        other
+    }
+
+    /// Whether the kernel has to choose by connections' hashes.
+    pub fn needs_hashes(&self) -> bool {
+        self.policy_chains.values().any(|policy_chain| policy_chain.needs_hash())
     }
 
     /// Isolates the pods whose policies list more than the node can take. The longest lists go first, so that no

@@ -1,11 +1,12 @@
 //! Policy chains: the ordered policies that select a pod, as steps.
 
 use crate::api::{ExistingConnections, Fallback};
-use crate::model::PolicyKey;
 use crate::model::covers::Covers;
 use crate::model::fnv::fnv1a;
 use crate::model::marks::EgressId;
 use crate::model::precedence::{Ranked, passed_over};
+use crate::model::spread::Division;
+use crate::model::{Client, PolicyKey};
 use crate::node_plan::allocations::NodeAllocations;
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -27,6 +28,12 @@ pub struct Step {
     pub policy: PolicyKey,
     /// Where covered packets go.
     pub way: Way,
+    /// The other allocations of the policy, if it has several: the pod does not use them, but its connections that have
+    /// one of them keep it.
+    pub others: Box<[EgressId]>,
+    /// With `spread: Connection`: the allocations among which new connections have one each, by their hash, at least two.
+    /// Otherwise none.
+    pub by_connection: Box<[EgressId]>,
     /// What happens to connections that began before the policy.
     pub existing_connections: ExistingConnections,
     /// The covered destinations; empty: all.
@@ -54,16 +61,16 @@ impl PolicyChain {
     ///
     /// The pod is isolated if one of the policies exceeds the limit of its namespace, or if one cannot be read and it
     /// is therefore unknown which policy decides.
-    pub fn new(policies: &[&Ranked], allocations: &NodeAllocations) -> Option<Self> {
+    pub fn new(policies: &[&Ranked], allocations: &NodeAllocations, pod: Client<'_>) -> Option<Self> {
         let mut steps = Vec::new();
-        let with_allocation = policies.iter().map(|ranked| (*ranked, allocations.of(&ranked.key, &ranked.policy)));
-        let in_force = with_allocation
-            .filter(|(ranked, allocation)| passed_over(ranked, policies, allocation.is_some()).is_none());
+        let with_choices = policies.iter().map(|ranked| (*ranked, allocations.of(&ranked.key, &ranked.policy)));
+        let in_force =
+            with_choices.filter(|(ranked, choices)| passed_over(ranked, policies, !choices.is_empty()).is_none());
         let policies: Vec<_> = in_force.collect();
         if policies.len() > 1 && policies.iter().any(|(ranked, _)| ranked.policy.guessed.rank) {
             return Some(PolicyChain::Isolated);
         }
-        for (at, (Ranked { key, policy, over_quota }, allocation)) in policies.iter().enumerate() {
+        for (at, (Ranked { key, policy, over_quota }, choices)) in policies.iter().enumerate() {
             if *over_quota || policy.guessed.egress && at + 1 < policies.len() {
                 return Some(PolicyChain::Isolated);
             }
@@ -74,12 +81,17 @@ impl PolicyChain {
             };
             // `egress: []` covers nothing.
             if all || !covers.is_empty() {
+                let division = Division::from(&**policy);
+                let (allocation, by_connection) = (division.one(choices, pod), division.by_connection(choices));
                 let way = match policy.is_direct() {
                     true => Way::Direct,
-                    false => Way::EgressIp { allocation: *allocation, fallback: policy.fallback },
+                    false => Way::EgressIp { allocation, fallback: policy.fallback },
                 };
+                let others =
+                    choices.iter().map(|choice| choice.of).filter(|other| Some(*other) != allocation).collect();
+                let by_connection = if by_connection.len() > 1 { by_connection.into() } else { Box::default() };
                 let existing_connections = policy.existing_connections;
-                steps.push(Step { policy: key.clone(), way, existing_connections, covers });
+                steps.push(Step { policy: key.clone(), way, others, by_connection, existing_connections, covers });
             }
             if all {
                 break;
@@ -89,10 +101,15 @@ impl PolicyChain {
         steps.iter().any(|step| step.way != Way::Direct).then_some(PolicyChain::Steps(steps))
     }
 
-    /// The name: FNV-1a of the policies' names, so it stays as long as the list of policies does.
+    /// The name: FNV-1a of the policies' names, so it stays as long as the list of policies does. Of policies with several
+    /// egress IPs, the pod's one is part of it.
     pub fn name(&self) -> Arc<str> {
         let PolicyChain::Steps(steps) = self else { return "policy-isolated".into() };
-        let names: String = steps.iter().map(|step| format!("{}\0", step.policy)).collect();
+        let chosen = |step: &Step| match step.others.is_empty() || !step.by_connection.is_empty() {
+            true => String::new(),
+            false => format!("{}\0", step.allocation().unwrap_or_default()),
+        };
+        let names: String = steps.iter().map(|step| format!("{}\0{}", step.policy, chosen(step))).collect();
         format!("policy-{:016x}", fnv1a(names.bytes())).into()
     }
 
@@ -110,14 +127,28 @@ impl PolicyChain {
         self.steps().iter().find(|step| step.covers.has(address, protocol, port))
     }
 
+    /// The same where the kernel cannot choose by a connection's hash: each connection has the first allocation.
+    pub fn without_hash(&self) -> Self {
+        let mut other = self.clone();
+        if let PolicyChain::Steps(steps) = &mut other {
+            steps.iter_mut().for_each(|step| step.by_connection = Box::default());
+        }
+        other
+    }
+
+    /// Whether the kernel has to choose by a connection's hash.
+    pub fn needs_hash(&self) -> bool {
+        self.steps().iter().any(|step| !step.by_connection.is_empty())
+    }
+
     /// The allocations that its packets may use.
     pub fn allocations(&self) -> impl Iterator<Item = EgressId> {
-        self.steps().iter().filter_map(Step::allocation)
+        self.steps().iter().flat_map(|step| step.allocation().into_iter().chain(step.others.iter().copied()))
     }
 }
 
 impl Step {
-    /// The allocation of its policy.
+    /// The allocation of its policy that new connections use.
     pub fn allocation(&self) -> Option<EgressId> {
         match self.way {
             Way::Direct => None,
@@ -139,7 +170,7 @@ impl Step {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::fixture::selector;
+    use crate::fixture::{CLIENT, selector};
     use crate::model::destination::{Destination, Ports};
     use crate::model::{Guessed, Metadata};
     use crate::node_plan::{NodePlan, PodPlan, View, chain_name};
@@ -165,7 +196,7 @@ mod tests {
     fn a_policy_over_the_limit_of_its_namespace_isolates_its_pods() {
         let mut all = ["p", "q", "r", "s", "t"].map(|name| policy(name, 1_000));
         let policy_chain =
-            |all: &[Ranked]| PolicyChain::new(&all.iter().collect::<Vec<_>>(), &NodeAllocations::default());
+            |all: &[Ranked]| PolicyChain::new(&all.iter().collect::<Vec<_>>(), &NodeAllocations::default(), CLIENT);
         assert!(matches!(policy_chain(&all), Some(PolicyChain::Steps(steps)) if steps.len() == 5));
         all[4].over_quota = true;
         assert_eq!(policy_chain(&all), Some(PolicyChain::Isolated));
@@ -179,7 +210,7 @@ mod tests {
             guess
         };
         let (other, allocations) = (policy("other", 1), NodeAllocations::default());
-        let is_isolated = |all: &[&Ranked]| PolicyChain::new(all, &allocations) == Some(PolicyChain::Isolated);
+        let is_isolated = |all: &[&Ranked]| PolicyChain::new(all, &allocations, CLIENT) == Some(PolicyChain::Isolated);
         // Alone it decides, whatever it says.
         assert!(!is_isolated(&[&guess(true, true)]));
         assert!(is_isolated(&[&guess(true, false), &other]) && is_isolated(&[&other, &guess(true, false)]));
@@ -195,21 +226,21 @@ mod tests {
             direct
         };
         let (other, allocations) = (policy("other", 1), NodeAllocations::default());
-        assert_eq!(PolicyChain::new(&[&direct("p"), &direct("q")], &allocations), None);
-        let policy_chain = PolicyChain::new(&[&direct("p"), &other], &allocations).unwrap();
+        assert_eq!(PolicyChain::new(&[&direct("p"), &direct("q")], &allocations, CLIENT), None);
+        let policy_chain = PolicyChain::new(&[&direct("p"), &other], &allocations, CLIENT).unwrap();
         let ways: Vec<Way> = policy_chain.steps().iter().map(|step| step.way).collect();
         assert_eq!(ways, [Way::Direct, Way::EgressIp { allocation: None, fallback: Fallback::Block }]);
         // It is unknown whether it decides before the one that cannot be read.
         let mut guess = policy("guess", 1);
         Arc::make_mut(&mut guess.policy).guessed.rank = true;
-        assert_eq!(PolicyChain::new(&[&direct("p"), &guess], &allocations), Some(PolicyChain::Isolated));
+        assert_eq!(PolicyChain::new(&[&direct("p"), &guess], &allocations, CLIENT), Some(PolicyChain::Isolated));
     }
 
     #[test]
     fn the_longest_lists_beyond_the_limit_of_a_node_isolate_their_pods_and_no_others() {
         let mut plan = NodePlan::default();
         for (pod_mark, name, ports) in [(1, "short", 10), (2, "long", 30), (3, "longest", 40)] {
-            let policy_chain = PolicyChain::new(&[&policy(name, ports)], &NodeAllocations::default()).unwrap();
+            let policy_chain = PolicyChain::new(&[&policy(name, ports)], &NodeAllocations::default(), CLIENT).unwrap();
             add_pod(&mut plan, pod_mark, policy_chain.name(), policy_chain);
         }
         let isolated = |plan: &NodePlan| plan.policy_chains.values().filter(|c| ***c == PolicyChain::Isolated).count();
@@ -224,7 +255,7 @@ mod tests {
     #[test]
     fn a_pod_is_isolated_if_policy_chains_have_the_same_name() {
         let allocations = NodeAllocations::default();
-        let [one, other] = ["p", "q"].map(|name| PolicyChain::new(&[&policy(name, 1)], &allocations).unwrap());
+        let [one, other] = ["p", "q"].map(|name| PolicyChain::new(&[&policy(name, 1)], &allocations, CLIENT).unwrap());
         let mut plan = NodePlan::default();
         for (pod_mark, policy_chain) in [(1, &one), (2, &one), (3, &other)] {
             add_pod(&mut plan, pod_mark, one.name(), policy_chain.clone());

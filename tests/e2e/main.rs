@@ -34,6 +34,7 @@ mod policy_start;
 mod refusals;
 mod reports;
 mod services;
+mod several_egress_ips;
 mod slow_conflict;
 mod snapshots;
 mod source_ports;

@@ -49,7 +49,9 @@ fn source_ports_that_run_out_are_reported_until_there_are_enough() {
     });
     assert!(lab.manifests().statuses().contains("portsNearlyExhausted:"), "of the owner");
     let text = status(&lab);
-    for words in ["PortsNearlyExhausted", "(UDP) use more than 70 % of the source ports 1-511", "divide its pods"] {
+    for words in
+        ["PortsNearlyExhausted", "(UDP) use more than 70 % of the source ports 1-511", "divide its connections"]
+    {
         assert!(text.contains(words), "{words:?} is not in:\n{text}");
     }
 

@@ -29,7 +29,10 @@ fn allocation(state: AllocationState, last: u8) -> NodeAllocation {
         placement: Placement::Managed,
         answers_ping: false,
         handed_by: None,
+        ordinal: 0,
         placed: true,
+        is_held: true,
+        near: egret::model::spread::Near::Far,
         placing: Placing::Never,
         assignment: Assignment::Here,
         since: 0,
@@ -74,6 +77,8 @@ fn view_and_plan(nodes: u16, pods: u32) -> (View, NodePlan, PeerIndexes) {
         let step = |name: &str, allocation, fallback, covers: Vec<Destination>| Step {
             policy: PolicyKey::from(name),
             way: Way::EgressIp { allocation: Some(allocation), fallback },
+            others: Box::default(),
+            by_connection: Box::default(),
             existing_connections: Default::default(),
             covers: Arc::new(covers.into()),
         };
@@ -137,6 +142,8 @@ fn listing(networks: u32) -> (NodePlan, SharedSets) {
         Step {
             policy: PolicyKey::from("a/b"),
             way: Way::EgressIp { allocation: Some(17), fallback: Fallback::Block },
+            others: Box::default(),
+            by_connection: Box::default(),
             existing_connections: Default::default(),
             covers: Arc::new(covers.into()),
         }

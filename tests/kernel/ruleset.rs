@@ -27,8 +27,8 @@ const LISTED_OTHERWISE: [(&str, &str); 4] = [
 ];
 
 /// Texts that nft 1.0.6 lists and cannot read again: masks of ports in a concatenation, a constant that is looked up
-/// in a map.
-const NOT_READ_AGAIN: [&str; 2] = [" proto-src & ", " meta mark set 0x45470003 map @"];
+/// in a map, a hash of a connection's ports.
+const NOT_READ_AGAIN: [&str; 3] = [" proto-src & ", " meta mark set 0x45470003 map @", " jhash ct original "];
 
 /// The base chains of all nodes: family, name, hook, type, priority, policy. Each pod has one more, at the hook
 /// `ingress`.
@@ -46,7 +46,7 @@ const BASE_CHAINS: [(&str, &str, NfHook, NfChainType, i32, NfChainPolicy); 7] = 
 const HANDOVER_CHAINS: [(&str, &str, i32); 3] =
     [("ip", "handover", -91), ("ip6", "handover", -91), ("inet", "old-ways", -89)];
 
-/// Every map with the types of its keys and values.
+/// Every map with the types of its keys and values, but those of policies with several egress IPs.
 const MAPS: [(&str, &str, &str); 13] = [
     ("back", "mark", "ether_addr"),
     ("came", "mark", "mark"),
@@ -249,7 +249,11 @@ fn maps_have_their_types(name: &str, objects: &[Value]) {
             let type_ = |value| text(&serde_json::to_value(value).expect("a type"));
             types = (map.name.to_string(), type_(&map.set_type), type_(&map.map));
         }
-        found.push(types);
+        if types.0.starts_with("choices-") {
+            assert_eq!((&*types.1, &*types.2), ("mark", "mark"), "{name}: {}", types.0);
+        } else {
+            found.push(types);
+        }
     }
     found.sort();
     let expected: Vec<_> = MAPS.map(|(a, b, c)| (a.to_owned(), b.to_owned(), c.to_owned())).into();

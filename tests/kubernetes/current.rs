@@ -112,6 +112,10 @@ fn every_validation_rule_accepts_and_rejects() {
         spec
     };
     let gateway = |field: &str, value: Value| json!({"nodeSelector": {}, field: value});
+    let several = |last: &[u8]| {
+        let pair = |n: &u8| json!({"ipv4": format!("192.0.2.{n}"), "ipv6": format!("2001:db8::{n}")});
+        json!({"podSelector": {}, "addresses": last.iter().map(pair).collect::<Vec<_>>()})
+    };
     let probe = |probe: Value| gateway("probes", json!([probe]));
     let mut refused = String::new();
     for (kind, good, bad) in [
@@ -145,6 +149,23 @@ fn every_validation_rule_accepts_and_rejects() {
             "ClusterEgressPolicy",
             json!({"podSelector": {}, "address": {"service": {"name": "web", "namespace": "shop"}}}),
             json!({"podSelector": {}, "address": {"service": {"name": "web"}}}),
+        ),
+        ("EgressPolicy", several(&[1, 2]), several(&[1, 2, 1])),
+        ("ClusterEgressPolicy", several(&[1, 2]), {
+            let mut spec = several(&[1, 2]);
+            spec["addresses"][1].as_object_mut().map(|pair| pair.remove("ipv6"));
+            spec
+        }),
+        ("EgressPolicy", several(&[1]), json!({"podSelector": {}, "addresses": [{}]})),
+        (
+            "ClusterEgressPolicy",
+            json!({"podSelector": {}, "spread": "Pod", "preference": ["SameZone"]}),
+            json!({"podSelector": {}, "spread": "Ordinal", "preference": ["SameZone"]}),
+        ),
+        (
+            "EgressPolicy",
+            json!({"podSelector": {}, "allocate": "Dedicated", "addressCount": 4}),
+            json!({"podSelector": {}, "allocate": "Shared", "addressCount": 4}),
         ),
         ("EgressPolicy", block("203.0.113.0/24", "203.0.113.1/32"), block("203.0.113.0/24", "2001:db8::/64")),
         ("ClusterEgressPolicy", block("2001:db8::/32", "2001:db8::/64"), block("2001:db8::/32", "203.0.113.1/32")),

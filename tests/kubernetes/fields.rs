@@ -45,7 +45,7 @@ fn gateways() -> Vec<Value> {
         })
     };
     let path = |id: u16, kind: &str| {
-        json!({"id": id, "kind": kind, "ipv4": format!("192.0.2.{id}"), "ipv6": format!("2001:db8::{id}"), "node": "g1",
+        json!({"id": id, "kind": kind, "ordinal": 2, "ipv4": format!("192.0.2.{id}"), "ipv6": format!("2001:db8::{id}"), "node": "g1",
                "since": 1_700_000_000, "leaving": "g2", "service": "shop/web", "policies": ["shop/a", "everywhere"]})
     };
     let kinds = ["Explicit", "Dedicated", "Shared", "Node", "Service"];
@@ -71,6 +71,8 @@ fn policies(kind: &str, more: &Value) -> Vec<Value> {
     let egress = json!([{"to": [{"ipBlock": {"cidr": "203.0.113.0/24", "except": ["203.0.113.128/25"]}}],
                          "ports": [port("TCP"), port("UDP"), port("SCTP")]}]);
     let status = json!({"gateway": "g", "addresses": {"ipv4": "192.0.2.50", "ipv6": "2001:db8::50"}, "node": "g1",
+                        "addressCount": 1, "egressIPs": [{"ipv4": "192.0.2.50", "ipv6": "2001:db8::50", "ordinal": 0,
+                                                           "node": "g1", "ready": "True"}],
                         "pods": 3, "podsByNode": [{"node": "n1", "pods": 3}], "conditions": conditions()});
     let spec = |fallback: &str, pods: Value, address: Value| {
         let existing = if fallback == "Block" { "Keep" } else { "End" };
@@ -88,6 +90,11 @@ fn policies(kind: &str, more: &Value) -> Vec<Value> {
     for allocate in ["Dedicated", "Shared", "Node"] {
         specs.push(spec("NodeAddress", by_labels(), json!({"allocate": allocate})));
     }
+    let several = json!({"addresses": [{"ipv4": "192.0.2.50", "ipv6": "2001:db8::50"}], "spread": "Pod"});
+    specs.push(spec("Block", by_labels(), several));
+    specs.push(spec("Block", by_labels(), json!({"addressCount": 4, "spread": "Ordinal"})));
+    let near = json!({"addressCount": 4, "spread": "Connection", "preference": ["SameNode", "SameZone"]});
+    specs.push(spec("Block", by_labels(), near));
     specs.push(spec("Block", json!({"services": ["frontend"]}), json!({"action": "EgressIP"})));
     let mut service = json!({"name": "web"});
     if kind == "ClusterEgressPolicy" {

@@ -7,8 +7,8 @@ pub(super) mod ports;
 pub use notices::{of_gateway, of_policy};
 
 use crate::allocation::services::Announcements;
-use crate::allocation::{Decision, Grant, Outcome, in_words, unreachable};
-use crate::api::{AllocationKind, EgressPolicyStatus, Placement, PodsOfNode};
+use crate::allocation::{Decision, Grant, Grants, Outcome, in_words, unreachable};
+use crate::api::{AllocationKind, EgressPolicyStatus, Placement, PodsOfNode, PolicyEgressIp};
 use crate::model::condition::Conditions;
 use crate::model::egress_node::OfAllocations;
 use crate::model::precedence::{PassedOver, PolicyIndex, Ranked, passed_over};
@@ -80,23 +80,28 @@ pub fn report(cluster: &Cluster, outcome: &Outcome, now: i64) -> BTreeMap<Policy
                 conditions.add("Accepted", true, DIRECT, "what it covers leaves as if Egret were not there");
                 conditions.add("Ready", true, DIRECT, "it needs no egress IP");
             }
-            Decision::Granted(grant) => {
+            Decision::Granted(grants) => {
+                let grant = &grants.first;
                 status.gateway = Some(grant.gateway.to_string());
                 status.addresses = Some(grant.address.clone());
                 status.node = grant.node.as_deref().map(str::to_owned);
-                let reason = if grant.shared_with.is_some() { SHARED } else { "Accepted" };
-                conditions.add("Accepted", true, reason, accepted(grant));
+                status.address_count = u32::try_from(grants.count()).unwrap_or(u32::MAX);
+                add_accepted(&mut conditions, grants);
                 let living = living.get(&grant.gateway).map_or(&[][..], Vec::as_slice);
-                let (mut state, mut reason, mut message) = reports.ready(grant, living);
+                let each: Vec<Readiness> = grants.iter().map(|grant| reports.ready(grant, living)).collect();
+                if grants.asked > 1 {
+                    status.egress_ips = grants.iter().zip(&each).map(egress_ip).collect();
+                }
+                let mut ready = together(each);
                 if let Some(over) = over_quota.get(key) {
-                    (state, reason, message) = (Some(false), quota::REASON, over.to_string());
+                    ready = Readiness { is_ready: Some(false), reason: quota::REASON, message: over.to_string() };
                 }
-                message += &wants_other_node(policy, grant);
-                match state {
-                    Some(is_true) => conditions.add("Ready", is_true, reason, message),
-                    None => conditions.add_unknown("Ready", reason, message),
+                ready.message += &wants_other_node(policy, grants);
+                match ready.is_ready {
+                    Some(is_true) => conditions.add("Ready", is_true, ready.reason, ready.message),
+                    None => conditions.add_unknown("Ready", ready.reason, ready.message),
                 }
-                if let Some(message) = ports.of_policy(grant.id) {
+                if let Some(message) = grants.iter().find_map(|grant| ports.of_policy(grant.id)) {
                     conditions.add(PORTS_NEARLY_EXHAUSTED, true, FEW_PORTS, message);
                 }
             }
@@ -148,8 +153,8 @@ fn add_shadowed(conditions: &mut Conditions, cluster: &Cluster, policy: &Policy,
 }
 
 /// What a policy's status says if another node is asked for than the egress IP's.
-fn wants_other_node(policy: &Policy, grant: &Grant) -> String {
-    let wanted = policy.move_to().filter(|wanted| grant.node.as_ref() != Some(wanted));
+fn wants_other_node(policy: &Policy, grants: &Grants) -> String {
+    let wanted = policy.move_to().filter(|wanted| grants.iter().any(|grant| grant.node.as_ref() != Some(wanted)));
     let text = |wanted| {
         format!(
             "; {MOVE_TO} asks for node {wanted:?}, which cannot have it now: it is not a node of the gateway, is drained, \
@@ -166,6 +171,86 @@ fn over_limit_of_nodes(nodes: &[&str]) -> String {
          and this one lists the most; list fewer destinations, or use wider networks",
         few(nodes, 3)
     )
+}
+
+/// Adds the condition `Accepted` of a policy with egress IPs.
+fn add_accepted(conditions: &mut Conditions, grants: &Grants) {
+    if let Some(missing) = &grants.missing {
+        let message = format!(
+            "it has {} of {} egress IPs, which its pods use: {}",
+            grants.count(),
+            grants.asked,
+            missing.message
+        );
+        conditions.add("Accepted", false, missing.reason, message);
+        return;
+    }
+    let reason = if grants.iter().any(|grant| grant.shared_with.is_some()) { SHARED } else { "Accepted" };
+    let message = match grants.others.as_slice() {
+        [] => accepted(&grants.first),
+        [..] => {
+            let addresses: Vec<String> = grants.iter().take(NAMED).map(|grant| in_words(&grant.address)).collect();
+            let more =
+                if grants.count() > NAMED { format!(" and {} more", grants.count() - NAMED) } else { String::new() };
+            let find = |what: fn(&Grant) -> &Option<String>| grants.iter().find_map(|grant| what(grant).as_ref());
+            let with = find(|grant| &grant.shared_with).map(|with| format!(", shared with {with}")).unwrap_or_default();
+            let note = find(|grant| &grant.note).map(|note| format!("; {note}")).unwrap_or_default();
+            format!(
+                "it leaves from {}{more} ({} egress IPs{with}) through EgressGateway {:?}{note}",
+                addresses.join(", "),
+                grants.count(),
+                grants.first.gateway
+            )
+        }
+    };
+    conditions.add("Accepted", true, reason, message);
+}
+
+/// At most so many of a policy's egress IPs are named.
+const NAMED: usize = 3;
+
+/// Whether an egress IP is on its node.
+struct Readiness {
+    /// `None`: unknown.
+    is_ready: Option<bool>,
+    reason: &'static str,
+    message: String,
+}
+
+impl Readiness {
+    fn new(is_ready: Option<bool>, reason: &'static str, message: String) -> Self {
+        Readiness { is_ready, reason, message }
+    }
+}
+
+fn egress_ip((grant, readiness): (&Grant, &Readiness)) -> PolicyEgressIp {
+    let ready = match readiness.is_ready {
+        Some(true) => "True",
+        Some(false) => "False",
+        None => "Unknown",
+    };
+    PolicyEgressIp {
+        address: grant.address.clone(),
+        ordinal: grant.ordinal,
+        node: grant.node.as_deref().map(str::to_owned),
+        ready: ready.to_owned(),
+    }
+}
+
+/// The readiness of a policy with these egress IPs: that of the one that is worst off.
+fn together(mut each: Vec<Readiness>) -> Readiness {
+    let rank = |readiness: &Readiness| readiness.is_ready.map_or(1, |is_ready| if is_ready { 2 } else { 0 });
+    let (all, ready) = (each.len(), each.iter().filter(|readiness| readiness.is_ready == Some(true)).count());
+    let worst = (0..all).min_by_key(|at| rank(&each[*at])).unwrap_or_default();
+    if all > 1 && ready == all {
+        let named: Vec<&str> = each.iter().take(NAMED).map(|readiness| readiness.message.as_str()).collect();
+        let more = if all > NAMED { format!("; and {} more", all - NAMED) } else { String::new() };
+        let message = named.join("; ") + &more;
+        return Readiness { message, ..each.swap_remove(worst) };
+    }
+    let of_all = if all > 1 { format!("{ready} of {all} egress IPs are held: ") } else { String::new() };
+    let worst = each.swap_remove(worst);
+    Readiness { message: of_all + &worst.message, ..worst }
 }
 
 fn accepted(grant: &Grant) -> String {
@@ -264,44 +349,45 @@ impl<'a> NodeReports<'a> {
         }
     }
 
-    /// Whether the egress IP is on its node: status (`None`: unknown), reason and message. `living` has the nodes of
-    /// the gateway that count as alive.
-    fn ready(&self, grant: &Grant, living: &[&Name]) -> (Option<bool>, &'static str, String) {
+    /// Whether the egress IP is on its node. `living` has the nodes of the gateway that count as alive.
+    fn ready(&self, grant: &Grant, living: &[&Name]) -> Readiness {
         let address = in_words(&grant.address);
         let Some(node) = &grant.node else {
             if let Some(service) = &grant.service {
-                return (Some(false), NOT_ANNOUNCED, self.not_announced(grant, service));
+                return Readiness::new(Some(false), NOT_ANNOUNCED, self.not_announced(grant, service));
             }
             let message = if self.is_external(grant) {
                 format!("no node of EgressGateway {:?} has {address}; place it on one", grant.gateway)
             } else {
                 format!("EgressGateway {:?} has no node; label one, or correct its nodeSelector", grant.gateway)
             };
-            return (Some(false), "NoNode", message);
+            return Readiness::new(Some(false), "NoNode", message);
         };
         if !self.cluster.egress_nodes.contains_key(node) {
             let message = format!("node {node:?} has no status; see whether egretd runs there");
-            return (Some(false), "NodeNotReporting", message);
+            return Readiness::new(Some(false), "NodeNotReporting", message);
         }
         let old = grant.leaving.as_ref().filter(|old| self.holds(old, grant.id));
         let holder = old.or(Some(node).filter(|node| self.holds(node, grant.id)));
         let Some(holder) = holder else {
             return match self.refused.get(&(&**node, grant.id)) {
-                Some(why) => (Some(false), REFUSED, format!("node {node:?} cannot hold {address}: {why}")),
+                Some(why) => {
+                    Readiness::new(Some(false), REFUSED, format!("node {node:?} cannot hold {address}: {why}"))
+                }
                 None => {
                     let message =
                         format!("node {node:?} does not hold {address} yet; if that lasts, see egretd's log there");
-                    (Some(false), "AddressNotHeld", message)
+                    Readiness::new(Some(false), "AddressNotHeld", message)
                 }
             };
         };
         if !self.is_believed(holder, grant, living) {
             let message = format!("node {holder:?} held {address}, and nobody hears from it now; see whether it runs");
-            return (None, NOT_HEARD, message);
+            return Readiness::new(None, NOT_HEARD, message);
         }
         let lost = self.lost(holder, grant);
         let until = old.map(|_| format!(" until node {node:?} does")).unwrap_or_default();
-        (Some(true), "AddressHeld", format!("node {holder:?} holds {address}{until}{lost}"))
+        Readiness::new(Some(true), "AddressHeld", format!("node {holder:?} holds {address}{until}{lost}"))
     }
 }
 

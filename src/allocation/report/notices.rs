@@ -3,7 +3,7 @@
 use super::ports::PORTS_NEARLY_EXHAUSTED;
 use super::{OVER_NODE_LIMIT, REFUSED, SHARED};
 use crate::allocation::in_words;
-use crate::api::{Condition, EgressGatewayStatus, EgressPolicyStatus};
+use crate::api::{AddressPair, Condition, EgressGatewayStatus, EgressPolicyStatus};
 use crate::model::notice::Notice;
 
 /// The notices for a change of a policy's status.
@@ -40,23 +40,33 @@ pub fn of_policy(before: Option<&EgressPolicyStatus>, after: &EgressPolicyStatus
         }
     }
     if let Some(before) = before {
-        match (&before.addresses, &after.addresses) {
-            (Some(from), Some(to)) if from != to => {
-                let note = format!("its egress IP changed from {} to {}", in_words(from), in_words(to));
-                notices.push(Notice::normal("AddressChanged", note));
-            }
-            (Some(address), Some(_)) => {
-                if let (Some(from), Some(to)) = (&before.node, &after.node)
-                    && from != to
-                {
-                    let note = format!("{} moved from node {from:?} to node {to:?}", in_words(address));
-                    notices.push(Notice::normal("AddressMoved", note));
-                }
-            }
-            _ => {}
-        }
+        notices.extend(changed_addresses(&before.all_egress_ips(), &after.all_egress_ips()));
     }
     notices
+}
+
+/// The notices for changes of egress IPs and of their nodes.
+fn changed_addresses(before: &[(&AddressPair, Option<&str>)], after: &[(&AddressPair, Option<&str>)]) -> Vec<Notice> {
+    let words = |all: &[(&AddressPair, Option<&str>)]| {
+        all.iter().map(|(address, _)| in_words(address)).collect::<Vec<_>>().join(", ")
+    };
+    let has = |all: &[(&AddressPair, Option<&str>)], wanted: &AddressPair| all.iter().any(|(a, _)| *a == wanted);
+    if before.is_empty() || after.is_empty() {
+        return Vec::new();
+    }
+    let (from, to) = (words(before), words(after));
+    let same = before.len() == after.len() && before.iter().all(|(address, _)| has(after, address));
+    if !same {
+        let its = if before.len() + after.len() > 2 { "its egress IPs changed" } else { "its egress IP changed" };
+        return vec![Notice::normal("AddressChanged", format!("{its} from {from} to {to}"))];
+    }
+    let moved = after.iter().filter_map(|(address, node)| {
+        let (_, was) = before.iter().find(|(a, _)| a == address)?;
+        let (from, to) = (was.as_ref()?, node.as_ref()?);
+        let note = || format!("{} moved from node {from:?} to node {to:?}", in_words(address));
+        (from != to).then(|| Notice::normal("AddressMoved", note()))
+    });
+    moved.collect()
 }
 
 /// The notices for a change of a gateway's status.
@@ -74,6 +84,7 @@ pub fn of_gateway(before: &EgressGatewayStatus, after: &EgressGatewayStatus) -> 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::api::PolicyEgressIp;
     use crate::fixture::pair;
 
     fn status(conditions: &[(&str, &str, &str)], address: &str, node: &str) -> EgressPolicyStatus {
@@ -89,9 +100,8 @@ mod tests {
             gateway: None,
             addresses: Some(pair(&[address])),
             node: Some(node.to_owned()),
-            pods: 0,
-            pods_by_node: Vec::new(),
             conditions: conditions.iter().map(condition).collect(),
+            ..EgressPolicyStatus::default()
         }
     }
 
@@ -126,6 +136,24 @@ mod tests {
         assert_eq!(
             notices(Some(&good), &other),
             ["AddressChanged: its egress IP changed from 192.0.2.50 to 192.0.2.51"]
+        );
+        let of_two = |last: &str, node: &str| EgressPolicyStatus {
+            egress_ips: [("192.0.2.50", "g1"), (last, node)]
+                .map(|(address, node)| PolicyEgressIp {
+                    address: pair(&[address]),
+                    node: Some(node.to_owned()),
+                    ..PolicyEgressIp::default()
+                })
+                .into(),
+            ..good.clone()
+        };
+        assert_eq!(
+            notices(Some(&of_two("192.0.2.51", "g1")), &of_two("192.0.2.51", "g2")),
+            ["AddressMoved: 192.0.2.51 moved from node \"g1\" to node \"g2\""]
+        );
+        assert_eq!(
+            notices(Some(&of_two("192.0.2.51", "g1")), &of_two("192.0.2.52", "g1")),
+            ["AddressChanged: its egress IPs changed from 192.0.2.50, 192.0.2.51 to 192.0.2.50, 192.0.2.52"]
         );
         let shadowed = status(&[("Shadowed", "True", "Shadowed")], "192.0.2.50", "g1");
         assert_eq!(notices(Some(&good), &shadowed), ["Shadowed: because"]);

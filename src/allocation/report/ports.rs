@@ -34,8 +34,8 @@ impl<'a> PortReports<'a> {
     pub fn of_policy(&self, id: u16) -> Option<String> {
         let found = self.by_id.get(&id)?;
         Some(format!(
-            "{}: when all are in use, new connections there are dropped; divide its pods among several policies with an \
-             egress IP each, or let clients keep connections open{}",
+            "{}: when all are in use, new connections there are dropped; divide its connections among several egress \
+             IPs (addresses or addressCount, spread: Connection), or let clients keep connections open{}",
             listed(found),
             from_higher_ports(found)
         ))

@@ -404,7 +404,7 @@ fn few_source_ports_are_named_with_their_remedy() {
 
     world.has_few_ports(&owner, &[found("1024-65535")]);
     let message = condition(&mut world, "a/p").unwrap().message;
-    let words = ["192.0.2.50 to 203.0.113.7:443 (TCP)", "source ports 1024-65535", "; divide its pods"];
+    let words = ["192.0.2.50 to 203.0.113.7:443 (TCP)", "source ports 1024-65535", "; divide its connections"];
     assert!(words.iter().all(|words| message.contains(words)) && !message.contains("64,512"), "{message}");
     assert_eq!(condition(&mut world, "a/q"), None, "it has another egress IP");
     let message = of_gateway(&mut world).unwrap().message;

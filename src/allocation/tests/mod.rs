@@ -4,5 +4,6 @@ mod nodes;
 mod properties;
 mod rejections;
 mod services;
+mod several;
 mod tenants;
 mod unreached;

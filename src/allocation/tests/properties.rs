@@ -1,8 +1,8 @@
 //! Properties of the allocations after any sequence of events.
 
-use crate::allocation::{COOLDOWN_SECONDS, Decision, Outcome, Reason, allocate};
+use crate::allocation::{COOLDOWN_SECONDS, Decision, Grants, Outcome, Reason, allocate};
 use crate::api::{Action, Allocate, AllocationKind, EgressPolicySpec, Sharing};
-use crate::fixture::{World, asking, naming, reservation};
+use crate::fixture::{World, asking, naming, naming_several, reservation};
 use crate::model::PolicyKey;
 use crate::model::marks::MAX_EGRESS_ID;
 use proptest::prelude::*;
@@ -35,6 +35,8 @@ enum Ask {
     V4(u8),
     Both(u8, u8),
     Allocate(Allocate),
+    Several(u8, u8),
+    Count(u16),
     Direct,
 }
 
@@ -44,6 +46,8 @@ impl Ask {
             Ask::V4(a) => naming(&[&format!("192.0.2.{a}")]),
             Ask::Both(a, b) => naming(&[&format!("192.0.2.{a}"), &format!("2001:db8::{b}")]),
             Ask::Allocate(allocate) => asking(*allocate),
+            Ask::Several(first, count) => naming_several((*first..first + count).map(|a| format!("192.0.2.{a}"))),
+            Ask::Count(count) => EgressPolicySpec { address_count: Some(*count), ..asking(Allocate::Dedicated) },
             Ask::Direct => EgressPolicySpec { action: Action::Direct, allocate: None, ..asking(Allocate::Dedicated) },
         }
     }
@@ -56,6 +60,8 @@ fn ask() -> impl Strategy<Value = Ask> {
         Just(Ask::Allocate(Allocate::Dedicated)),
         Just(Ask::Allocate(Allocate::Shared)),
         Just(Ask::Allocate(Allocate::Node)),
+        (0..10u8, 1..4u8).prop_map(|(first, count)| Ask::Several(first, count)),
+        (1..5u16).prop_map(Ask::Count),
         Just(Ask::Direct),
     ]
 }
@@ -154,7 +160,8 @@ fn addresses(pair: &crate::api::AddressPair) -> Vec<IpAddr> {
 fn check_sound(world: &World, outcome: &Outcome) -> Result<(), TestCaseError> {
     let (mut ids, mut held) = (BTreeSet::new(), BTreeSet::new());
     let mut of_nodes = BTreeSet::new();
-    let mut users: BTreeMap<PolicyKey, u16> = BTreeMap::new();
+    let mut users: BTreeMap<PolicyKey, BTreeSet<u16>> = BTreeMap::new();
+    let mut ordinals = BTreeSet::new();
     for (name, status) in &outcome.gateways {
         let mut of_this_gateways_nodes = BTreeSet::new();
         for allocation in &status.allocations {
@@ -179,7 +186,9 @@ fn check_sound(world: &World, outcome: &Outcome) -> Result<(), TestCaseError> {
                 None => prop_assert!(status.nodes.is_empty()),
             }
             for policy in &allocation.policies {
-                prop_assert!(users.insert(policy.clone(), allocation.id).is_none(), "{policy} has two allocations");
+                users.entry(policy.clone()).or_default().insert(allocation.id);
+                let place = (policy.clone(), allocation.ordinal);
+                prop_assert!(allocation.kind != AllocationKind::Dedicated || ordinals.insert(place), "{policy}");
             }
         }
     }
@@ -188,7 +197,12 @@ fn check_sound(world: &World, outcome: &Outcome) -> Result<(), TestCaseError> {
     prop_assert_eq!(outcome.decisions.len(), world.cluster.policies.len());
     for (key, decision) in &outcome.decisions {
         match decision {
-            Decision::Granted(grant) => prop_assert_eq!(users.get(key), Some(&grant.id)),
+            Decision::Granted(grants) => {
+                let ids: BTreeSet<u16> = grants.iter().map(|grant| grant.id).collect();
+                prop_assert_eq!(ids.len(), grants.count());
+                prop_assert_eq!(users.get(key), Some(&ids));
+                prop_assert_eq!(grants.missing.is_none(), grants.count() == grants.asked);
+            }
             Decision::Rejected(rejection) => {
                 prop_assert!(!users.contains_key(key));
                 prop_assert!(rejection.message.contains(';'), "no remedy in {:?}", rejection.message);
@@ -297,7 +311,12 @@ proptest! {
             if let (Decision::Granted(was), Some(Decision::Granted(is))) = (decision, after.decisions.get(key))
                 && !key.name.ends_with(&name.to_string())
             {
-                prop_assert_eq!((was.id, &was.address, &was.node), (is.id, &is.address, &is.node), "{}", key);
+                // One that it lacked may have become free.
+                for was in was.iter() {
+                    let is = is.iter().find(|is| is.id == was.id);
+                    let is = is.map(|is| (is.ordinal, &is.address, &is.node));
+                    prop_assert_eq!(Some((was.ordinal, &was.address, &was.node)), is, "{}", key);
+                }
             } else if let Decision::Granted(_) = decision {
                 prop_assert!(key.name.ends_with(&name.to_string()), "{key} has lost its allocation");
             }
@@ -341,12 +360,16 @@ proptest! {
             // Another policy may have waited for an address that it names.
             let allocations = without.gateways.values().flat_map(|status| &status.allocations);
             let mut named = allocations.filter(|allocation| allocation.kind == AllocationKind::Explicit).flat_map(|allocation| addresses(&allocation.address));
-            prop_assume!(!named.any(|address| addresses(&was.address).contains(&address)));
+            let own: Vec<IpAddr> = was.iter().flat_map(|was| addresses(&was.address)).collect();
+            prop_assume!(!named.any(|address| own.contains(&address)));
             story.world.now += after;
             story.world.cluster.policies.insert(key.clone(), policy);
             match &story.world.allocate().decisions[&key] {
                 Decision::Granted(is) => {
-                    prop_assert!((was.id, &was.address) == (is.id, &is.address) || was.kind == AllocationKind::Node);
+                    let all = |grants: &Grants| -> BTreeSet<(u16, Vec<IpAddr>)> {
+                        grants.iter().map(|grant| (grant.id, addresses(&grant.address))).collect()
+                    };
+                    prop_assert!(all(was).is_subset(&all(is)) || was.first.kind == AllocationKind::Node);
                 }
                 // With two default gateways, it is unknown from which one the policy's allocation came.
                 Decision::Rejected(rejection) => prop_assert_eq!(rejection.reason, Reason::SeveralDefaultGateways),

@@ -7,11 +7,13 @@
 //! 7 D 192.0.2.50,2001:db8::50 0 1763718000 - shop/visitors
 //! 8 E 192.0.2.51 1 1763718060 0 shop/a,shop/b
 //! 9 L 192.0.2.60 1 1763718060 - shop/c shop/frontend
+//! 10 D2 192.0.2.53 1 1763718060 - shop/several
 //! -9 192.0.2.52 1763718090 shop/gone
 //! ```
 //!
-//! First the nodes, which later lines name by number. Then the allocations: id, kind, addresses, `node`, `since`,
-//! `leaving`, policies, and the Service if the address is a Service's. Then, with a `-`, the released ones: id, addresses, `at`, policies. An absent value is `-`.
+//! First the nodes, which later lines name by number. Then the allocations: id, kind (with the ordinal behind it, unless
+//! that is 0), addresses, `node`, `since`, `leaving`, policies, and the Service if the address is a Service's. Then, with a
+//! `-`, the released ones: id, addresses, `at`, policies. An absent value is `-`.
 //! Names in Kubernetes have neither spaces nor commas.
 
 use crate::api::{
@@ -48,12 +50,13 @@ pub fn write(status: &EgressGatewayStatus) -> EgressGatewayStatus {
         None => ABSENT.to_owned(),
     };
     for allocation in allocations {
-        let Allocation { id, kind, address, node, since, leaving, service, policies } = allocation;
+        let Allocation { id, kind, ordinal, address, node, since, leaving, service, policies } = allocation;
         let kind = KINDS.iter().find(|(k, _)| k == kind).map_or(ABSENT, |(_, letter)| *letter);
+        let ordinal = if *ordinal == 0 { String::new() } else { ordinal.to_string() };
         let (address, policies) = (pair(address), list(policies));
         let (node, leaving) = (number(node), number(leaving));
         let service = service.as_deref().map(|service| format!(" {service}")).unwrap_or_default();
-        line(&mut text, format_args!("{id} {kind} {address} {node} {since} {leaving} {policies}{service}"));
+        line(&mut text, format_args!("{id} {kind}{ordinal} {address} {node} {since} {leaving} {policies}{service}"));
     }
     for ReleasedAllocation { id, address, policies, at } in released {
         line(&mut text, format_args!("-{id} {} {at} {}", pair(address), list(policies)));
@@ -117,15 +120,16 @@ fn read_line(line: &str, nodes: &mut Vec<Name>, status: &mut EgressGatewayStatus
         });
     } else {
         let id = first.parse().ok()?;
-        let letter = words.next()?;
-        let kind = KINDS.iter().find(|(_, l)| *l == letter)?.0;
+        let word = words.next()?;
+        let (kind, ordinal) = KINDS.iter().find_map(|(kind, l)| Some((*kind, word.strip_prefix(l)?)))?;
+        let ordinal = if ordinal.is_empty() { 0 } else { ordinal.parse().ok()? };
         let address = addresses(words.next()?)?;
         let node = node(words.next()?, nodes)?;
         let since = number(&mut words)?;
         let leaving = self::node(words.next()?, nodes)?;
         let policies = policies(words.next()?);
         let service = if kind == AllocationKind::Service { Some(words.next()?.into()) } else { None };
-        status.allocations.push(Allocation { id, kind, address, node, since, leaving, service, policies });
+        status.allocations.push(Allocation { id, kind, ordinal, address, node, since, leaving, service, policies });
     }
     words.next().is_none().then_some(())
 }

@@ -72,7 +72,7 @@ fn word(state: PolicyState) -> &'static str {
 }
 
 fn addresses(status: &EgressPolicyStatus) -> String {
-    let all: Vec<IpAddr> = status.addresses.iter().flat_map(addresses_of).collect();
+    let all: Vec<IpAddr> = status.all_egress_ips().into_iter().flat_map(|(address, _)| addresses_of(address)).collect();
     list(&all)
 }
 

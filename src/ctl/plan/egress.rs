@@ -6,7 +6,8 @@ use crate::api::{ExistingConnections, Fallback};
 use crate::ctl::pods::list;
 use crate::model::destination::comma_separated;
 use crate::model::precedence::{PolicyIndex, Ranked, passed_over};
-use crate::model::{ObjectKey, addresses_of};
+use crate::model::spread::Near;
+use crate::model::{Client, ObjectKey, Pod, addresses_of};
 use serde::Serialize;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -45,16 +46,21 @@ impl fmt::Display for Egress {
 fn ways(computed: &Computed) -> BTreeMap<&ObjectKey, Vec<Egress>> {
     let index = PolicyIndex::new(&computed.cluster);
     let each = computed.cluster.pods.iter().filter(|(_, pod)| !pod.host_network && !pod.finished);
-    let of_pod = each.map(|(key, pod)| (key, of_policies(computed, &index.policies_for(&key.namespace, &pod.labels))));
+    let of_pod = each
+        .map(|(key, pod)| (key, of_policies(computed, (key, pod), &index.policies_for(&key.namespace, &pod.labels))));
     of_pod.filter(|(_, ways)| !ways.is_empty()).collect()
 }
 
-fn of_policies(computed: &Computed, policies: &[&Ranked]) -> Vec<Egress> {
+fn of_policies(computed: &Computed, (name, pod): (&ObjectKey, &Pod), policies: &[&Ranked]) -> Vec<Egress> {
+    let near = |node: Option<&str>| Near::of(&computed.cluster, pod.node.as_deref().unwrap_or_default(), node);
     let mut ways = Vec::new();
     for ranked in policies {
         let Ranked { key, policy, .. } = ranked;
         let address = match computed.outcome.decisions.get(key) {
-            Some(Decision::Granted(grant)) => Some(addresses_of(&grant.address).collect::<Vec<IpAddr>>()),
+            Some(Decision::Granted(grants)) => {
+                let of_pod = grants.of_pod(policy, Client::of(name, pod), near);
+                Some(of_pod.into_iter().flat_map(|grant| addresses_of(&grant.address)).collect::<Vec<IpAddr>>())
+            }
             _ => None,
         };
         if passed_over(ranked, policies, address.is_some()).is_some() {

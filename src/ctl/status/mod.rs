@@ -6,11 +6,12 @@ mod text;
 
 use super::problem::Problem;
 use super::state::State;
-use crate::api::{AddressPair, EgressPolicyStatus};
+use crate::api::EgressPolicyStatus;
 use crate::model::selector::Name;
 use crate::model::{Policy, PolicyKey, addresses_of};
 use facts::Facts;
 use serde::Serialize;
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 /// The state of Egret in a cluster.
@@ -128,10 +129,10 @@ pub struct PolicyStatus {
     /// Its gateway.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub gateway: Option<String>,
-    /// Its egress IP.
+    /// Its egress IP, or all of them.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub egress_ip: Vec<IpAddr>,
-    /// The node that is to hold it.
+    /// The node that is to hold it; of several egress IPs, the nodes with commas between them.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub node: Option<String>,
     /// How many pods it selects.
@@ -175,15 +176,21 @@ fn of_policy(facts: &Facts, key: &PolicyKey, policy: &Policy) -> PolicyStatus {
     PolicyStatus {
         name: key.to_string(),
         gateway: status.and_then(|status| status.gateway.clone()).or_else(named),
-        egress_ip: status.and_then(|status| status.addresses.as_ref()).map(list).unwrap_or_default(),
-        node: status.and_then(|status| status.node.clone()),
+        egress_ip: status.map(|status| list(status)).unwrap_or_default(),
+        node: status.and_then(|status| nodes(status)),
         pods: status.map_or(0, |status| status.pods),
         state: status.map_or(PolicyState::Pending, |status| state_of(status)),
     }
 }
 
-fn list(pair: &AddressPair) -> Vec<IpAddr> {
-    addresses_of(pair).collect()
+fn list(status: &EgressPolicyStatus) -> Vec<IpAddr> {
+    status.all_egress_ips().into_iter().flat_map(|(address, _)| addresses_of(address)).collect()
+}
+
+/// The nodes of a policy's egress IPs, each once.
+fn nodes(status: &EgressPolicyStatus) -> Option<String> {
+    let nodes: BTreeSet<&str> = status.all_egress_ips().into_iter().filter_map(|(_, node)| node).collect();
+    (!nodes.is_empty()).then(|| nodes.into_iter().collect::<Vec<_>>().join(","))
 }
 
 /// The state that the conditions of a policy tell.

@@ -5,8 +5,8 @@ use super::{NodeState, PolicyState, state_of};
 use crate::api::Condition;
 use crate::ctl::output::{count, few, number};
 use crate::ctl::problem::{Problem, Severity};
-use crate::model::PolicyKey;
 use crate::model::selector::Name;
+use crate::model::{PolicyKey, addresses_of};
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -339,7 +339,7 @@ fn condition<'c>(conditions: &'c [Condition], type_: &str, status: &str) -> Opti
 fn address_of(facts: &Facts, id: u16) -> String {
     let mut allocations = facts.state.cluster.allocations();
     let found = allocations.find(|allocation| allocation.id == id);
-    let addresses = found.map(|allocation| super::list(&allocation.address)).unwrap_or_default();
+    let addresses = found.map(|allocation| addresses_of(&allocation.address).collect::<Vec<_>>()).unwrap_or_default();
     match addresses.as_slice() {
         [] => format!("the egress IP with id {id}"),
         some => few(some, 2),

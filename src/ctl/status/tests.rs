@@ -110,7 +110,7 @@ fn source_ports_that_run_out_are_a_warning_with_a_remedy() {
     let status = status(&state(&world), None);
     let few = problem(&status, "PortsNearlyExhausted");
     assert_eq!((few.object.as_str(), few.severity), ("EgressPolicy shop/visitors", Severity::Warning));
-    assert!(few.message.contains("203.0.113.7:443") && few.remedy.contains("an egress IP each"), "{few:?}");
+    assert!(few.message.contains("203.0.113.7:443") && few.remedy.contains("spread: Connection"), "{few:?}");
     assert_eq!(status.policies[0].state, PolicyState::Ready);
 }
 

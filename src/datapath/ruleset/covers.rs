@@ -113,6 +113,14 @@ pub(super) enum Lookup {
 }
 
 impl Lookup {
+    /// The families of the packets that it finds.
+    pub(super) fn families(&self) -> &[Family] {
+        match self {
+            Lookup::Everything => &Family::BOTH,
+            Lookup::InSet(_, ip, _) => std::slice::from_ref(ip),
+        }
+    }
+
     /// Appends the condition that the packet is covered.
     pub(super) fn append_to(&self, rule: Rule) -> Rule {
         match self {

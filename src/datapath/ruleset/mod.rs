@@ -4,6 +4,7 @@
 //! Every chain fails closed. A packet that needs a decision and gets none is dropped and counted. So if somebody
 //! removes a rule or an element, packets are blocked and do not leak.
 
+mod choices;
 mod covers;
 mod fixed;
 mod flush_guard;
@@ -218,13 +219,12 @@ fn inet(
     };
     table.sets.extend(shared.sets.iter().filter(|(n, _)| **n != set::BACK).map(|(n, s)| ((*n).into(), s.clone())));
     table.sets.extend(sets::of_pods(plan, marks, before).into_iter().map(|(name, set)| (name.into(), set)));
-    for step in plan
-        .policy_chains
-        .values()
-        .flat_map(|policy_chain| policy_chain.steps())
-        .filter(|step| !step.covers_everything())
-    {
-        covers::add_sets(&step.covers, before.map(|(_, table)| &table.sets), &mut table.sets);
+    for step in plan.policy_chains.values().flat_map(|policy_chain| policy_chain.steps()) {
+        let before = before.map(|(_, table)| &table.sets);
+        if !step.covers_everything() {
+            covers::add_sets(&step.covers, before, &mut table.sets);
+        }
+        choices::add_map(&step.by_connection, marks, before, &mut table.sets);
     }
     let kind = SetKind::plain(DataType::Mark, Some(DataType::Mark)).counted();
     let egress_id_out = plan.allocations.iter().map(|(id, p)| {

@@ -1,6 +1,6 @@
 //! The chains on pods' veths, and the policy chains.
 
-use super::{counter, covers, set};
+use super::{choices, counter, covers, set};
 use crate::api::Fallback;
 use crate::model::marks::{MAX_INDEX, Marks};
 use crate::node_plan::PodPlan;
@@ -58,6 +58,12 @@ pub(super) fn of_policy_chain(policy_chain: &PolicyChain, marks: Marks) -> Vec<R
         }
         for lookup in covers::lookups(&step.covers) {
             let mut matched = || lookup.append_to(numbered());
+            if let count @ 2.. = step.by_connection.len() as u32 {
+                // A packet whose connection has no hash has the first of the egress IPs, by the rules below.
+                let choices = choices::name(&step.by_connection);
+                let by_hash = |ip: &Family| matched().set_ct_mark_by_hash(*ip, count, choices.clone()).goto("known");
+                rules.extend(lookup.families().iter().map(by_hash));
+            }
             match step.way {
                 Way::Direct => rules.push(pass(matched())),
                 Way::EgressIp { allocation: Some(allocation), fallback: Fallback::Block } => {

@@ -20,6 +20,8 @@ fn policy_chain(existing_connections: ExistingConnections, fallback: Fallback) -
     Arc::new(PolicyChain::Steps(vec![Step {
         policy,
         way: Way::EgressIp { allocation: Some(ALLOCATION), fallback },
+        others: Box::default(),
+        by_connection: Box::default(),
         existing_connections,
         covers,
     }]))

@@ -2,6 +2,7 @@
 //! nothing leaks meanwhile.
 
 mod counters;
+mod extras;
 mod peers;
 mod place;
 mod tunnel_device;
@@ -30,6 +31,7 @@ use egret_cni::quarantine::Quarantine;
 use egret_nft::Nftables;
 use egret_nft::mac;
 use egret_nft::table::{Chain, TableName};
+use extras::without_extras;
 use ipnetwork::{IpNetwork, Ipv4Network, Ipv6Network};
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -73,6 +75,8 @@ pub struct Host {
     faults: PartFaults,
     /// Whether the kernel is assumed to support the log of changed ports.
     port_log: bool,
+    /// Whether the kernel can choose by a connection's hash, as far as is known.
+    hashes: bool,
     /// Whether a warning was logged that it does not.
     port_log_missed: bool,
 }
@@ -138,6 +142,7 @@ impl Host {
             underlay_is_stale: false,
             faults: PartFaults::default(),
             port_log: true,
+            hashes: true,
             port_log_missed: false,
         })
     }
@@ -163,7 +168,7 @@ impl Host {
     pub fn invalidate(&mut self) {
         self.nft.invalidate();
         // A kernel module may have been loaded since the log was rejected.
-        self.port_log = true;
+        (self.port_log, self.hashes) = (true, true);
         self.routing = None;
         self.placed = None;
         self.forwarding = None;
@@ -375,15 +380,23 @@ impl Host {
         (plan.device, plan.local, plan.port_log) = (self.way_in, Some(tunnel.local), self.port_log);
         plan.way = if self.uses_veths { TunnelWay::Veths { tunnel: *device } } else { TunnelWay::EgressHook };
         plan.flush_guard = self.can_guard && !self.nft.owns_tables();
-        let (hands_over, mut others) = (!plan.handed.is_empty(), without_extras(&plan));
+        if !self.hashes {
+            plan = plan.without_hashes();
+        }
+        let (hands_over, hashes, mut others) = (!plan.handed.is_empty(), plan.needs_hashes(), without_extras(&plan));
         let mut ruleset = Ruleset::new(plan, &self.shared, self.marks, self.ruleset.as_ref());
         let mut applied = self.nft.apply(ruleset.tables());
         while let (Err(e), Some(other)) = (&applied, others.pop()) {
             let (refused, logs, still_hands_over) = (e.to_string(), other.port_log, !other.handed.is_empty());
+            let still_hashes = other.needs_hashes();
             ruleset = Ruleset::new(other, &self.shared, self.marks, self.ruleset.as_ref());
             applied = self.nft.apply(ruleset.tables());
             if applied.is_ok() && hands_over && !still_hands_over {
                 tracing::warn!("packets of moved egress IPs cannot be handed over, see `egretd check`: {refused}");
+            }
+            if applied.is_ok() && hashes && !still_hashes {
+                self.hashes = false;
+                tracing::warn!("spread: Connection uses one egress IP of each policy, see `egretd check`: {refused}");
             }
             if applied.is_ok() && !logs {
                 self.port_log = false;
@@ -444,15 +457,6 @@ impl Host {
         }
         Ok(())
     }
-}
-
-/// The same plan without features that the kernel may lack and that the datapath does not need. The plan that lacks
-/// the least important feature comes last.
-fn without_extras(plan: &NodePlan) -> Vec<NodePlan> {
-    let without_log = |plan: &NodePlan| plan.port_log.then(|| NodePlan { port_log: false, ..plan.clone() });
-    let without_handover = (!plan.handed.is_empty()).then(|| NodePlan { handed: BTreeMap::new(), ..plan.clone() });
-    let neither = without_handover.as_ref().and_then(without_log);
-    [neither, without_log(plan), without_handover].into_iter().flatten().collect()
 }
 
 const EVERYTHING4: IpNetwork = match Ipv4Network::new_checked(Ipv4Addr::UNSPECIFIED, 0) {

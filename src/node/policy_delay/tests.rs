@@ -1,6 +1,7 @@
 use super::*;
 use crate::api::Allocate;
 use crate::fixture::{World, asking};
+use crate::model::selector::Labels;
 use crate::node_plan::allocations::Facts;
 
 const POD: &[(&str, &str)] = &[("app", "x")];
@@ -38,7 +39,8 @@ impl Scene {
     fn policies(&mut self) -> Vec<String> {
         let view = View::new(&self.world.cluster, "plain", &Facts::default(), &[], []);
         let labels: Labels = POD.iter().copied().collect();
-        match self.policy_delay.policy_chain(&view, "a", Some(&labels), self.now) {
+        let pod = Client { namespace: "a", name: "p", uid: "", labels: Some(&labels) };
+        match self.policy_delay.policy_chain(&view, pod, self.now) {
             Some(PolicyChain::Steps(steps)) => steps.iter().map(|step| step.policy.to_string()).collect(),
             Some(PolicyChain::Isolated) => vec!["isolated".into()],
             None => vec![],

@@ -3,7 +3,7 @@
 
 use super::Node;
 use super::steps::Input;
-use crate::model::ObjectKey;
+use crate::model::{Client, ObjectKey};
 use crate::node::adopted_files::{AdoptedFiles, Remembered};
 use crate::node::adoption::{self, SearchResult};
 use anyhow::Result;
@@ -81,7 +81,8 @@ impl Node {
             if found.addresses.iter().any(|x| !self.view.networks.is_of_pods(*x)) {
                 self.pending.raise(Input::PodAddresses);
             }
-            let known = Remembered { pod: found.pod, interface, addresses: found.addresses, labels: None };
+            let (uid, labels) = (Box::default(), None);
+            let known = Remembered { pod: found.pod, interface, addresses: found.addresses, uid, labels };
             self.connections.ended.addresses.extend(self.pods.adopt(known));
             return;
         }
@@ -148,6 +149,6 @@ impl Node {
     /// Whether the cluster has a pod with these addresses that a policy selects.
     fn is_to_be_quarantined(&self, key: &ObjectKey, addresses: &[IpAddr]) -> bool {
         let pod = self.cluster.pods.get(key).filter(|pod| *pod.addresses == *addresses);
-        pod.is_some_and(|pod| self.view.policy_chain(&key.namespace, Some(&pod.labels)).is_some())
+        pod.is_some_and(|pod| self.view.policy_chain(Client::of(key, pod)).is_some())
     }
 }

@@ -4,6 +4,7 @@ use super::Facts;
 use crate::api::{AddressPair, Placement};
 use crate::model::marks::EgressId;
 use crate::model::selector::Name;
+use crate::model::spread::{ChoiceState, Near};
 use crate::model::uplink_key::UplinkKey;
 use crate::model::uplink_probes::ProbedFamilies;
 use egret_nft::mac::Mac;
@@ -28,8 +29,14 @@ pub struct NodeAllocation {
     pub answers_ping: bool,
     /// In a planned move to this node: the tunnel MAC of the node that holds the egress IP until then.
     pub handed_by: Option<Mac>,
+    /// If its policy has several dedicated ones: its place among them, from 0.
+    pub ordinal: u16,
     /// Whether the owner reports that it holds the address.
     pub placed: bool,
+    /// Whether some node reports that it holds the address. A dead node cannot withdraw its report.
+    pub is_held: bool,
+    /// How near the owner is to this node.
+    pub near: Near,
     /// What this node does with the address.
     pub placing: Placing,
     /// Whether the allocation names this node, or this node has taken the egress IP over.
@@ -69,6 +76,12 @@ pub enum Assignment {
 }
 
 impl NodeAllocation {
+    /// Its state as one of several egress IPs among which a pod has one.
+    pub fn choice(&self) -> ChoiceState {
+        let is_ready = !matches!(self.state, AllocationState::Unready(_));
+        ChoiceState { is_held: self.is_held, is_ready, near: self.near }
+    }
+
     /// Whether this node may become the owner.
     pub fn is_member(&self) -> bool {
         self.role != Role::Source

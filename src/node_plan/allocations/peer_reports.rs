@@ -14,6 +14,8 @@ pub(super) struct PeerReports<'a> {
     held: HashMap<&'a str, HashSet<EgressId>>,
     /// Egress IPs that nodes hold without having their addresses.
     without_address: HashSet<(&'a str, EgressId)>,
+    /// What any other node holds.
+    held_by_others: HashSet<EgressId>,
     refused: HashSet<(&'a str, EgressId)>,
     taken: BTreeMap<EgressId, Vec<(&'a str, i64)>>,
 }
@@ -25,6 +27,7 @@ impl<'a> PeerReports<'a> {
             facts,
             held: HashMap::new(),
             without_address: HashSet::new(),
+            held_by_others: HashSet::new(),
             refused: HashSet::new(),
             taken: BTreeMap::new(),
         };
@@ -33,6 +36,7 @@ impl<'a> PeerReports<'a> {
             let OfAllocations { held, without_address, taken, refused, .. } = status.of_allocations();
             if !held.is_empty() {
                 reports.held.insert(name, held.iter().copied().collect());
+                reports.held_by_others.extend(held);
             }
             reports.without_address.extend(without_address.iter().map(|id| (&**name, *id)));
             reports.refused.extend(refused.iter().map(|r| (&**name, r.id)));
@@ -57,6 +61,11 @@ impl<'a> PeerReports<'a> {
     /// Whether `node` reports that it holds the egress IP and has its address on an interface.
     pub(super) fn has_address(&self, node: &'a str, allocation: EgressId, here: bool) -> bool {
         self.holds(node, allocation, here) && !self.without_address.contains(&(node, allocation))
+    }
+
+    /// Whether some node reports that it holds the egress IP. `here`: whether the address is on this node.
+    pub(super) fn any_holds(&self, allocation: EgressId, here: bool) -> bool {
+        self.held_by_others.contains(&allocation) || self.holds(self.node, allocation, here)
     }
 
     /// Whether another node reports that it cannot hold the egress IP.

@@ -1,6 +1,6 @@
 use super::*;
 use crate::api::{Allocate, EgressNodeStatus, TakenAllocation};
-use crate::fixture::{World, asking, naming, naming_service};
+use crate::fixture::{World, asking, naming, naming_service, naming_several};
 use crate::model::tunnel_mac;
 use egret_nft::mac;
 use std::sync::Arc;
@@ -216,7 +216,8 @@ fn a_policy_has_no_allocation_that_it_does_not_ask_for_any_more() {
     world.gateway("other", &["192.0.2.60-192.0.2.69"], |_| {});
     let allocation = |world: &World| {
         let key = "a/p".into();
-        NodeAllocations::new(&world.cluster, "plain", &facts(&[], &[])).of(&key, &world.cluster.policies[&key])
+        let allocations = NodeAllocations::new(&world.cluster, "plain", &facts(&[], &[]));
+        allocations.of(&key, &world.cluster.policies[&key]).first().map(|choice| choice.of)
     };
     assert_eq!(allocation(&world), Some(id));
     let in_other = |gateway: &str, spec: crate::api::EgressPolicySpec| crate::api::EgressPolicySpec {
@@ -253,11 +254,11 @@ fn the_address_of_a_service_need_not_be_on_an_interface_of_the_node_that_announc
     assert!(allocations.held.contains(&id) && allocations.without_address.contains(&id));
     assert!(allocations.allocations[&id].translates() && allocations.allocations[&id].placed);
     let policy = world.cluster.policies[&"shop/web".into()].clone();
-    assert_eq!(allocations.of(&"shop/web".into(), &policy), Some(id));
+    assert_eq!(allocations.of(&"shop/web".into(), &policy).first().map(|choice| choice.of), Some(id));
     // The policy names another Service now, and the controller has not written its address yet.
     world.policy("shop/web", naming_service("other"));
     let policy = world.cluster.policies[&"shop/web".into()].clone();
-    assert_eq!(allocations.of(&"shop/web".into(), &policy), None);
+    assert!(allocations.of(&"shop/web".into(), &policy).is_empty());
 
     // It appears on another node's interface. What the load balancer says is late.
     assert_eq!(state(&world, "n2", &[A], &[]), AllocationState::Local);
@@ -271,4 +272,33 @@ fn the_address_of_a_service_need_not_be_on_an_interface_of_the_node_that_announc
     world.cluster.egress_nodes.insert("n2".into(), Arc::new(status.into()));
     assert_eq!(state(&world, "n3", &[], &[]), to("n1"), "a node without the address does not claim it");
     assert!(matches!(state(&world, "n3", &[], &["n1"]), AllocationState::Unready(_)));
+}
+
+#[test]
+fn a_policy_with_several_egress_ips_has_those_that_it_names_now_in_its_order() {
+    let mut world = World::new(&["192.0.2.50-192.0.2.59"]);
+    world.node("plain", "none", &["10.0.0.9"]);
+    let key = "a/p".into();
+    let of = |world: &World| -> Vec<(u16, String)> {
+        let allocations = NodeAllocations::new(&world.cluster, "plain", &facts(&[], &[]));
+        let choices = allocations.of(&key, &world.cluster.policies[&key]);
+        let address = |id| allocations.allocations[id].address.ipv4.unwrap().to_string();
+        let mut all: Vec<_> = choices.iter().map(|choice| (choice.ordinal, address(&choice.of))).collect();
+        all.sort();
+        all
+    };
+    let pairs = |all: &[(u16, &str)]| all.iter().map(|(n, a)| (*n, (*a).to_owned())).collect::<Vec<_>>();
+    world.policy("a/p", naming_several(["192.0.2.52", "192.0.2.51"]));
+    world.allocate();
+    assert_eq!(of(&world), pairs(&[(0, "192.0.2.52"), (1, "192.0.2.51")]));
+    world.policy("a/p", naming_several(["192.0.2.51", "192.0.2.53"]));
+    assert_eq!(of(&world), pairs(&[(0, "192.0.2.51")]), "the controller has not given it the other one yet");
+    world.allocate();
+    assert_eq!(of(&world), pairs(&[(0, "192.0.2.51"), (1, "192.0.2.53")]));
+    let counted = |count| crate::api::EgressPolicySpec { address_count: Some(count), ..asking(Allocate::Dedicated) };
+    world.policy("a/p", counted(3));
+    world.allocate();
+    assert_eq!(of(&world).len(), 3);
+    world.policy("a/p", counted(2));
+    assert_eq!(of(&world).iter().map(|(ordinal, _)| *ordinal).collect::<Vec<_>>(), [0, 1]);
 }

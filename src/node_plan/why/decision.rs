@@ -1,17 +1,24 @@
 //! Explains what the policies of a pod decide for a destination outside the cluster.
 
+use super::egress_ip::{EgressIp, of_pod};
 use super::named;
 use super::policies::passed_over;
-use crate::api::{AllocationKind, BlockedAllocation, EgressPolicyStatus, Fallback, Placement};
+use crate::api::{AllocationKind, BlockedAllocation, Fallback, Placement};
 use crate::model::egress_node::OfAllocations;
 use crate::model::marks::EgressId;
 use crate::model::precedence::Ranked;
 use crate::model::target::Target;
-use crate::model::{Cluster, Pod, PolicyKey, addresses_of};
+use crate::model::{Cluster, ObjectKey, Pod, PolicyKey, addresses_of};
 use std::net::{IpAddr, SocketAddr};
 
 /// What the policies of a pod decide for a destination outside the cluster.
-pub(super) fn decided(cluster: &Cluster, pod: &Pod, policies: &[&Ranked], target: Target) -> Vec<String> {
+pub(super) fn decided(
+    cluster: &Cluster,
+    named_pod: (&ObjectKey, &Pod),
+    policies: &[&Ranked],
+    target: Target,
+) -> Vec<String> {
+    let (_, pod) = named_pod;
     let mut lines = Vec::new();
     let by_port = |ranked: &&&Ranked| target.port.is_none() && covers_by_port(ranked, target.address);
     let passed_over = passed_over(cluster, policies);
@@ -25,7 +32,7 @@ pub(super) fn decided(cluster: &Cluster, pod: &Pod, policies: &[&Ranked], target
             SocketAddr::new(target.address, 443)
         ));
     }
-    let Some(Ranked { key, policy, .. }) = decides else {
+    let Some(decides @ Ranked { key, policy, .. }) = decides else {
         let other_ports = if lines.is_empty() { "" } else { ", by other ports," };
         lines.push(format!("{target}{other_ports} is covered by no policy: it leaves as if Egret were not there."));
         return lines;
@@ -34,16 +41,13 @@ pub(super) fn decided(cluster: &Cluster, pod: &Pod, policies: &[&Ranked], target
         lines.push(format!("{target} leaves as if Egret were not there: {} decides (action: Direct).", named(key)));
         return lines;
     }
-    let status = cluster.policy_statuses.get(key);
-    let address = status.and_then(|status| address_towards(status, target.address));
-    let ready = status.and_then(|s| s.conditions.iter().find(|c| c.type_ == "Ready"));
-    let has_allocation = status.is_some_and(|status| status.addresses.is_some());
+    let EgressIp { id, address, has_allocation, ready, which } = of_pod(cluster, named_pod, decides, target);
     let outcome = match policy.fallback {
         Fallback::Block => "is blocked",
         Fallback::NodeAddress => "leaves from the node's address (fallback: NodeAddress)",
     };
     lines.push(match (address, ready) {
-        (Some(_), _) if let Some((node, blocked)) = blocked(cluster, pod, key, target) => {
+        (Some(_), _) if let Some((node, blocked)) = blocked(cluster, pod, (key, id), target) => {
             format!("{target} {outcome}: {} decides, and from the pod's node {node:?} {blocked}.", named(key))
         }
         (Some(_), Some(ready)) if ready.status == "True" && is_egress_ip(cluster, target.address) => {
@@ -53,11 +57,11 @@ pub(super) fn decided(cluster: &Cluster, pod: &Pod, policies: &[&Ranked], target
                 named(key)
             )
         }
-        (Some(_), _) if let Some((node, blocked)) = blocked_at_owner(cluster, key, target) => {
+        (Some(_), _) if let Some((node, blocked)) = blocked_at_owner(cluster, id, target) => {
             format!("{target} is blocked: {} decides, and on its owner, node {node:?}, {blocked}.", named(key))
         }
         (Some(address), Some(ready)) if ready.status == "True" => {
-            format!("{target} leaves from {address}: {} decides, and {}.", named(key), ready.message)
+            format!("{target} leaves from {address}{which}: {} decides, and {}.", named(key), ready.message)
         }
         (None, Some(ready)) if ready.status == "True" && has_allocation => {
             format!("{target} is blocked: {} decides, and its egress IP has no address of that family.", named(key))
@@ -68,13 +72,14 @@ pub(super) fn decided(cluster: &Cluster, pod: &Pod, policies: &[&Ranked], target
                 Fallback::NodeAddress => "else from the node's address (fallback: NodeAddress)",
             };
             format!(
-                "{target} leaves from {address} if the gateway is alive, {otherwise}: {} decides, and {}.",
+                "{target} leaves from {address}{which} if the gateway is alive, {otherwise}: {} decides, and {}.",
                 named(key),
                 ready.message
             )
         }
         (_, ready) => {
-            let reason = ready.map_or("the controller has not written its status yet", |ready| &ready.message);
+            let reason =
+                ready.map_or("the controller has not written its status yet".to_owned(), |ready| ready.message);
             format!("{target} {outcome}: {} decides, and it is not ready: {reason}", named(key))
         }
     });
@@ -85,26 +90,27 @@ pub(super) fn decided(cluster: &Cluster, pod: &Pod, policies: &[&Ranked], target
 const OVER_LIMIT: &str = "all that leaves the cluster is dropped: the policy lists too many destinations for one node";
 
 /// The report of the pod's own node that it blocks traffic of the policy's egress IP: the node and its message.
-fn blocked<'a>(cluster: &'a Cluster, pod: &'a Pod, policy: &PolicyKey, target: Target) -> Option<(&'a str, &'a str)> {
+fn blocked<'a>(
+    cluster: &'a Cluster,
+    pod: &'a Pod,
+    (policy, allocation): (&PolicyKey, Option<EgressId>),
+    target: Target,
+) -> Option<(&'a str, &'a str)> {
     let node = pod.node.as_deref()?;
     let of_allocations = cluster.egress_nodes.get(node)?.of_allocations();
     if of_allocations.over_limit.contains(policy) {
         return Some((node, OVER_LIMIT));
     }
-    Some((node, message_about(of_allocations, allocation_of(cluster, policy)?, target)?))
+    Some((node, message_about(of_allocations, allocation?, target)?))
 }
 
 /// The report of the owner that it blocks traffic of the policy's egress IP: the node and its message.
-fn blocked_at_owner<'a>(cluster: &'a Cluster, policy: &PolicyKey, target: Target) -> Option<(&'a str, &'a str)> {
-    let allocation = allocation_of(cluster, policy)?;
+fn blocked_at_owner(cluster: &Cluster, allocation: Option<EgressId>, target: Target) -> Option<(&str, &str)> {
+    let allocation = allocation?;
     let holders = cluster.egress_nodes.iter().filter(|(_, node)| node.of_allocations().held.contains(&allocation));
     let mut reports =
         holders.filter_map(|(name, node)| Some((&**name, message_about(node.of_allocations(), allocation, target)?)));
     reports.next()
-}
-
-fn allocation_of(cluster: &Cluster, policy: &PolicyKey) -> Option<EgressId> {
-    cluster.allocations().find(|allocation| allocation.policies.contains(policy)).map(|allocation| allocation.id)
 }
 
 fn message_about(of_allocations: &OfAllocations, allocation: EgressId, target: Target) -> Option<&str> {
@@ -125,11 +131,6 @@ fn is_egress_ip(cluster: &Cluster, address: IpAddr) -> bool {
         .flat_map(|gateway| &gateway.status.allocations)
         .filter(|allocation| allocation.kind != AllocationKind::Node);
     allocations.into_iter().any(|allocation| addresses_of(&allocation.address).any(|a| a == address))
-}
-
-fn address_towards(status: &EgressPolicyStatus, target: IpAddr) -> Option<IpAddr> {
-    let pair = status.addresses.as_ref()?;
-    if target.is_ipv4() { pair.ipv4.map(IpAddr::V4) } else { pair.ipv6.map(IpAddr::V6) }
 }
 
 fn covers(ranked: &Ranked, target: &Target) -> bool {

@@ -6,24 +6,25 @@ use crate::model::destination::comma_separated;
 use crate::model::networks::Networks;
 use crate::model::precedence::Ranked;
 use crate::model::target::Target;
-use crate::model::{Cluster, Pod};
+use crate::model::{Cluster, ObjectKey, Pod};
 use ipnetwork::IpNetwork;
 
 /// What happens to a pod's packets to one destination.
 pub(super) fn explain(
     cluster: &Cluster,
-    pod: &Pod,
+    named: (&ObjectKey, &Pod),
     policies: &[&Ranked],
     target: Target,
     direct: &[IpNetwork],
 ) -> Vec<String> {
+    let (_, pod) = named;
     // The pod's node does the same: it knows the addresses of its own pods, and the networks of the others.
     let neighbours = cluster.pods.values().filter(|other| other.node == pod.node);
     let networks = Networks::new(cluster, direct, neighbours.flat_map(|pod| pod.addresses.iter().copied()));
     match service_at(cluster, pod.node.as_deref(), &target) {
-        Some(service) => explain_service(cluster, pod, policies, target, &networks, &service),
+        Some(service) => explain_service(cluster, named, policies, target, &networks, &service),
         None if networks.is_direct(target.address) => vec![goes_direct(cluster, &networks, target)],
-        None => decided(cluster, pod, policies, target),
+        None => decided(cluster, named, policies, target),
     }
 }
 
@@ -43,7 +44,7 @@ fn goes_direct(cluster: &Cluster, networks: &Networks, target: Target) -> String
 /// What happens to packets to an address of a Service.
 fn explain_service(
     cluster: &Cluster,
-    pod: &Pod,
+    pod: (&ObjectKey, &Pod),
     policies: &[&Ranked],
     target: Target,
     networks: &Networks,

@@ -3,12 +3,13 @@
 
 mod decision;
 mod destination;
+mod egress_ip;
 mod policies;
 
 use crate::model::destination::comma_separated;
 use crate::model::precedence::{PolicyIndex, Ranked};
 use crate::model::target::Target;
-use crate::model::{Cluster, ObjectKey, PolicyKey};
+use crate::model::{Client, Cluster, ObjectKey, PolicyKey};
 use crate::node_plan::allocations::NodeAllocations;
 use crate::node_plan::policy_chain::PolicyChain;
 use ipnetwork::IpNetwork;
@@ -39,7 +40,8 @@ pub fn why(
     )];
     let index = PolicyIndex::new(cluster);
     let policies = index.policies_for(&key.namespace, &pod.labels);
-    let isolated = PolicyChain::new(&policies, &NodeAllocations::default()) == Some(PolicyChain::Isolated);
+    let isolated =
+        PolicyChain::new(&policies, &NodeAllocations::default(), Client::of(key, pod)) == Some(PolicyChain::Isolated);
     let effect = "only its traffic inside the cluster passes";
     if pod.host_network {
         lines.push("It uses its host's network: no policy selects it, and it leaves from its node's address.".into());
@@ -69,8 +71,8 @@ pub fn why(
         lines.push(format!("{reason}: the pod is isolated, {effect}."));
     } else {
         match target {
-            None => lines.extend(policies::explain_all(cluster, &policies)),
-            Some(target) => lines.extend(destination::explain(cluster, pod, &policies, target, direct)),
+            None => lines.extend(policies::explain_all(cluster, (key, pod), &policies)),
+            Some(target) => lines.extend(destination::explain(cluster, (key, pod), &policies, target, direct)),
         }
     }
     lines.push(String::new());

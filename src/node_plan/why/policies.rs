@@ -1,13 +1,14 @@
 //! Explains what each policy of a pod does.
 
+use super::egress_ip::chosen;
 use super::{list, named};
 use crate::api::{ExistingConnections, Fallback};
 use crate::model::precedence::{self, PassedOver, Ranked};
-use crate::model::{Cluster, PolicyKey, Tier};
+use crate::model::{Cluster, ObjectKey, Pod, PolicyKey, Tier, addresses_of};
 use std::collections::HashSet;
 
 /// What each of a pod's policies does.
-pub(super) fn explain_all(cluster: &Cluster, policies: &[&Ranked]) -> Vec<String> {
+pub(super) fn explain_all(cluster: &Cluster, pod: (&ObjectKey, &Pod), policies: &[&Ranked]) -> Vec<String> {
     let mut lines = vec![
         "Traffic inside the cluster goes direct. For other traffic the first policy that covers the destination \
          decides:"
@@ -38,6 +39,16 @@ pub(super) fn explain_all(cluster: &Cluster, policies: &[&Ranked]) -> Vec<String
         let conditions = status.iter().flat_map(|status| &status.conditions);
         let conditions = conditions.filter(|c| ["Accepted", "Ready"].contains(&&*c.type_));
         lines.extend(conditions.map(|c| format!("   {}={}: {}", c.type_, c.status, c.message)));
+        if policy.address.count() > 1 {
+            lines.push(match chosen(cluster, pod, ranked) {
+                Some(chosen) => format!(
+                    "   the pod has {}: {}",
+                    list(&addresses_of(&chosen.address).collect::<Vec<_>>(), ""),
+                    chosen.which
+                ),
+                None => "   it has no egress IP for this pod".to_owned(),
+            });
+        }
         if status.is_none() {
             lines.push("   the controller has not written its status yet".to_owned());
         }

@@ -140,6 +140,11 @@ impl Value {
                 immediate(out, register, &number.to_ne_bytes());
                 lookup(out, map, register, Some(register), false);
             }
+            Value::MapOfHash(fields, modulus, map) => {
+                let words = concatenate(out, fields.iter().copied());
+                hash(out, 4 * words, *modulus);
+                lookup(out, map, R1, Some(register), false);
+            }
         }
     }
 }
@@ -171,12 +176,7 @@ impl Expression {
         match self {
             Expression::Compare { left, operator, right } => compare(out, *left, *operator, *right),
             Expression::InSet { key, set, not } => {
-                let (mut register, mut next_word) = (R1, R1_FIRST_WORD);
-                for operand in key.iter().flatten() {
-                    operand.load(out, register);
-                    next_word += operand.field.words();
-                    register = next_word;
-                }
+                concatenate(out, key.iter().flatten().copied());
                 lookup(out, set, R1, None, *not);
             }
             Expression::Assign(target, value) => {
@@ -313,6 +313,29 @@ fn lookup(out: &mut Vec<u8>, set: &str, source: u32, destination: Option<u32>, n
         if not {
             d.be32(NFTA_LOOKUP_FLAGS, NFT_LOOKUP_F_INV);
         }
+    });
+}
+
+/// Loads fields one behind the other from register 1 on. Returns how many registers of 32 bits they fill.
+fn concatenate(out: &mut Vec<u8>, fields: impl Iterator<Item = Operand>) -> u32 {
+    let (mut register, mut next_word) = (R1, R1_FIRST_WORD);
+    for operand in fields {
+        operand.load(out, register);
+        next_word += operand.field.words();
+        register = next_word;
+    }
+    next_word - R1_FIRST_WORD
+}
+
+/// Puts the hash of so many bytes from register 1 on, less than `modulus`, into register 1.
+fn hash(out: &mut Vec<u8>, length: u32, modulus: u32) {
+    expression(out, "hash", |d| {
+        d.be32(NFTA_HASH_SREG, R1);
+        d.be32(NFTA_HASH_DREG, R1);
+        d.be32(NFTA_HASH_LEN, length);
+        d.be32(NFTA_HASH_MODULUS, modulus);
+        d.be32(NFTA_HASH_SEED, HASH_SEED);
+        d.be32(NFTA_HASH_TYPE, NFT_HASH_JENKINS);
     });
 }
 

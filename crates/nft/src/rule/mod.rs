@@ -224,7 +224,12 @@ enum Value {
     Map(Operand, SetName),
     /// `NUMBER map @MAP`
     MapOfNumber(u32, SetName),
+    /// `jhash FIELD . FIELD … mod MODULUS seed SEED map @MAP`
+    MapOfHash([Operand; 4], u32, SetName),
 }
+
+/// The seed of hashes. Each node and each daemon has the same, so that a connection has the same hash everywhere.
+const HASH_SEED: u32 = 0x4547_5254;
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Verdict {

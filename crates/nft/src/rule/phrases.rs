@@ -350,6 +350,19 @@ impl Rule {
         self.assign(Target::CtMark, Value::Number(value))
     }
 
+    /// `ct mark set jhash … mod MODULUS seed SEED map @MAP`, of the addresses and ports of a connection whose first packet
+    /// this is. The map has the keys 0 to MODULUS - 1. A packet of a connection without ports has those that connection
+    /// tracking gives it; if it is not tracked, the rule does not match.
+    pub fn set_ct_mark_by_hash(self, ip: Family, modulus: u32, map: impl Into<SetName>) -> Self {
+        let fields = [
+            CtSaddr(ip, Direction::Original).into(),
+            CtSport.into(),
+            CtSaddr(ip, Direction::Reply).into(),
+            CtDport.into(),
+        ];
+        self.ip(ip).assign(Target::CtMark, Value::MapOfHash(fields, modulus, map.into()))
+    }
+
     /// `meta mark set ct mark`
     pub fn set_mark_from_ct(self) -> Self {
         self.assign(Target::Mark, Value::Of(CtMark.into()))

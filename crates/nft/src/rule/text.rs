@@ -125,6 +125,13 @@ impl Value {
                 write!(f, " map @{map}")
             }
             Value::MapOfNumber(number, map) => write!(f, "{number:#010x} map @{map}"),
+            Value::MapOfHash(fields, modulus, map) => {
+                for (at, field) in fields.iter().enumerate() {
+                    f.write_str(if at == 0 { "jhash " } else { " . " })?;
+                    field.print(f, transport)?;
+                }
+                write!(f, " mod {modulus} seed {HASH_SEED:#x} map @{map}")
+            }
         }
     }
 }

@@ -21,10 +21,11 @@ fn policies() -> impl Strategy<Value = Users> {
 
 fn allocation() -> impl Strategy<Value = Allocation> {
     let kind = prop::sample::select(KINDS.map(|(kind, _)| kind).to_vec());
-    (any::<u16>(), kind, address(), of(name()), any::<i64>(), of(name()), policies()).prop_map(
-        |(id, kind, address, node, since, leaving, policies)| Allocation {
+    (any::<u16>(), (kind, any::<u16>()), address(), of(name()), any::<i64>(), of(name()), policies()).prop_map(
+        |(id, (kind, ordinal), address, node, since, leaving, policies)| Allocation {
             id,
             kind,
+            ordinal,
             address,
             node: node.map(Name::from),
             since,
@@ -87,6 +88,7 @@ fn all_allocation_ids_fit_into_one_object() {
     let allocation = |n: u16| Allocation {
         id: n,
         kind: AllocationKind::Dedicated,
+        ordinal: 0,
         address: AddressPair {
             ipv4: Some((0xc612_6400 + u32::from(n)).into()),
             ipv6: Some(((0x2001_0db8_0123_4567 << 64) + u128::from(n) + 0xff_0000).into()),

@@ -12,6 +12,7 @@ async fn in_force(fixture: &Fixture) {
     let path = |id, policy: &str| Allocation {
         id,
         kind: AllocationKind::Dedicated,
+        ordinal: 0,
         address: crate::fixture::pair(&["192.0.2.1"]),
         node: None,
         since: 0,

@@ -10,6 +10,7 @@ fn gateway_status(paths: u16) -> EgressGatewayStatus {
     let path = |id| Allocation {
         id,
         kind: AllocationKind::Shared,
+        ordinal: 0,
         address: AddressPair { ipv4: Some([192, 0, 2, id as u8].into()), ipv6: "2001:db8::1".parse().ok() },
         node: (id % 2 == 0).then(|| "node-1".into()),
         since: 1_700_000_000 + i64::from(id),
