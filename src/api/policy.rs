@@ -69,6 +69,14 @@ pub struct EgressPolicySpec {
     /// (`topology.kubernetes.io/zone`), in the given order. Where none is that near, it has any of them, by `spread`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub preference: Vec<Preference>,
+    /// The DSCP of packets that leave from the egress IP, 0 to 63. Default: what the pod has set. Policies with one
+    /// egress IP have one DSCP, that of the oldest that gives one; across namespaces, only ClusterEgressPolicies give it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dscp: Option<u8>,
+    /// How much the pods of the policy may send and receive together, by each of its egress IPs. Packets beyond it are
+    /// dropped. Policies with one egress IP have one bandwidth, by the same rule as for `dscp`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bandwidth: Option<Bandwidth>,
     /// What happens to covered traffic while the egress IP is not ready.
     #[serde(default)]
     pub fallback: Fallback,
@@ -152,6 +160,14 @@ pub struct ClusterEgressPolicySpec {
     /// (`topology.kubernetes.io/zone`), in the given order. Where none is that near, it has any of them, by `spread`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub preference: Vec<Preference>,
+    /// The DSCP of packets that leave from the egress IP, 0 to 63. Default: what the pod has set. Policies with one
+    /// egress IP have one DSCP, that of the oldest that gives one; across namespaces, only ClusterEgressPolicies give it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dscp: Option<u8>,
+    /// How much the pods of the policy may send and receive together, by each of its egress IPs. Packets beyond it are
+    /// dropped. Policies with one egress IP have one bandwidth, by the same rule as for `dscp`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bandwidth: Option<Bandwidth>,
     /// What happens to covered traffic while the egress IP is not ready.
     #[serde(default)]
     pub fallback: Fallback,
@@ -180,6 +196,8 @@ impl From<ClusterEgressPolicySpec> for EgressPolicySpec {
             address_count: spec.address_count,
             spread: spec.spread,
             preference: spec.preference,
+            dscp: spec.dscp,
+            bandwidth: spec.bandwidth,
             fallback: spec.fallback,
             existing_connections: spec.existing_connections,
             priority: spec.priority,
@@ -204,6 +222,8 @@ impl From<EgressPolicySpec> for ClusterEgressPolicySpec {
             address_count: spec.address_count,
             spread: spec.spread,
             preference: spec.preference,
+            dscp: spec.dscp,
+            bandwidth: spec.bandwidth,
             fallback: spec.fallback,
             existing_connections: spec.existing_connections,
             priority: spec.priority,
@@ -250,6 +270,24 @@ pub struct ServiceReference {
     /// has no such field.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub namespace: Option<String>,
+}
+
+/// The largest DSCP, RFC 2474: six bits.
+pub const MAX_DSCP: u8 = 63;
+
+/// A bandwidth, in bits a second of IP packets with their headers: `64Kbit` to `999999Gbit`, with powers of 1000.
+pub const BANDWIDTH: &str = "^((6[4-9]|[7-9][0-9]|[1-9][0-9]{2,5})Kbit|[1-9][0-9]{0,5}(Mbit|Gbit))$";
+
+/// The bandwidth of one egress IP: at least one direction.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Bandwidth {
+    /// What pods send: a number with `Kbit`, `Mbit` or `Gbit`, at least `64Kbit`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub egress: Option<String>,
+    /// What pods receive, in the same units.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ingress: Option<String>,
 }
 
 /// The rank of a ClusterEgressPolicy among the EgressPolicies. The names are those of Kubernetes'

@@ -7,7 +7,7 @@
 //! The server estimates the cost of a rule from the possible sizes of lists and texts, so those that rules read have
 //! bounds.
 
-use super::{MAX_EXCEPTIONS, MAX_POLICY_ADDRESSES, MAX_PROBES, PROBE_INTERVAL, PROBE_MISSES};
+use super::{BANDWIDTH, MAX_DSCP, MAX_EXCEPTIONS, MAX_POLICY_ADDRESSES, MAX_PROBES, PROBE_INTERVAL, PROBE_MISSES};
 use serde_json::{Value, json};
 
 /// An IPv4 entry of the pool: an address, a network or a range.
@@ -120,6 +120,12 @@ fn pool_entry() -> Value {
     with_rules(json!({"maxLength": 84, "minLength": 1}), &[(&ipv4, message), (&ipv6, message)])
 }
 
+fn bandwidth() -> Value {
+    let rule = format!("self.matches('{BANDWIDTH}')");
+    let message = "not a bandwidth; write 64Kbit to 999999Kbit, 1Mbit to 999999Mbit or 1Gbit to 999999Gbit";
+    with_rules(json!({"maxLength": 10, "minLength": 1}), &[(&rule, message)])
+}
+
 fn policy() -> Vec<Addition> {
     let pods = "(has(self.podSelector) ? 1 : 0) + (has(self.services) && size(self.services) > 0 ? 1 : 0) == 1";
     let pods_message = "give either podSelector ({} for every pod of the namespace) or services";
@@ -131,7 +137,7 @@ fn policy() -> Vec<Addition> {
     let count_message = "addressCount needs allocate: Dedicated";
     let direct = "!has(self.action) || self.action != 'Direct' || !(has(self.gateway) || has(self.address) || \
                   has(self.allocate) || has(self.addresses) || has(self.addressCount) || has(self.spread) || \
-                  has(self.preference) || \
+                  has(self.preference) || has(self.dscp) || has(self.bandwidth) || \
                   has(self.fallback) && self.fallback != 'Block')";
     let direct_message = "with action: Direct leave out gateway, fallback and all fields about egress IPs";
     let preference = "!has(self.preference) || !has(self.spread) || self.spread != 'Ordinal'";
@@ -162,6 +168,13 @@ fn policy() -> Vec<Addition> {
         (format!("{SERVICE}/properties/name"), json!({"maxLength": 253, "minLength": 1})),
         ("/properties/addressCount".to_owned(), json!({"minimum": 1, "maximum": MAX_POLICY_ADDRESSES})),
         ("/properties/preference".to_owned(), json!({"maxItems": 2, "x-kubernetes-list-type": "set"})),
+        ("/properties/dscp".to_owned(), json!({"maximum": MAX_DSCP})),
+        ("/properties/bandwidth".to_owned(), {
+            let either = "has(self.egress) || has(self.ingress)";
+            with_rules(json!({}), &[(either, "give egress, ingress or both, or leave bandwidth out")])
+        }),
+        ("/properties/bandwidth/properties/egress".to_owned(), bandwidth()),
+        ("/properties/bandwidth/properties/ingress".to_owned(), bandwidth()),
         ("/properties/egress".to_owned(), json!({"maxItems": 100})),
         (format!("{rule}/properties/to"), json!({"maxItems": 100})),
         (format!("{rule}/properties/ports"), json!({"maxItems": 100})),

@@ -3,8 +3,9 @@
 use super::draft::{Draft, GatewayDraft, PolicyDraft, pair_of};
 use super::field::{Field, Invalid};
 use super::input::Object;
-use crate::api::Placement;
+use crate::api::{Bandwidth, Placement};
 use crate::model::addresses_of;
+use crate::model::bandwidth::BitRate;
 use crate::model::blocks::covered;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
 use std::collections::BTreeMap;
@@ -106,6 +107,25 @@ fn subnet(info: &Field<'_>, gateway: &mut GatewayDraft) -> Result<(), Invalid> {
     gateway.notes.unknown(info, &["gateway", "vlan", "prefixLength"])
 }
 
+/// Antrea's rate is in bits a second, with `k`, `M` or `G`, and limits each egress IP on its node, as here.
+fn add_bandwidth(bandwidth: &Field<'_>, policy: &mut PolicyDraft) -> Result<(), Invalid> {
+    let rate = bandwidth.at("rate").text()?.unwrap_or_default();
+    let unit = [('k', "Kbit"), ('M', "Mbit"), ('G', "Gbit")].into_iter().find(|(unit, _)| rate.ends_with(*unit));
+    let egress = unit.map(|(from, to)| rate.trim_end_matches(from).to_owned() + to);
+    match egress.filter(|egress| BitRate::parse(egress).is_ok()) {
+        Some(egress) => {
+            policy.spec.bandwidth = Some(Bandwidth { egress: Some(egress), ingress: None });
+            if let Some(burst) = bandwidth.at("burst").text()? {
+                policy.notes.differs(format!("spec.bandwidth.burst: {burst}. Here it is what comes in one second"));
+            }
+        }
+        None => {
+            policy.notes.lost(format!("spec.bandwidth: {}. It is no number of kbit, Mbit or Gbit", bandwidth.shown()))
+        }
+    }
+    policy.notes.unknown(bandwidth, &["rate", "burst"])
+}
+
 fn add_egress(
     object: &Object,
     objects: &[&Object],
@@ -128,7 +148,7 @@ fn add_egress(
     (policy.spec.namespace_selector, policy.spec.pod_selector) = (namespaces, Some(pods.unwrap_or_default()));
     let bandwidth = spec.at("bandwidth");
     if bandwidth.is_present() {
-        policy.notes.lost(format!("spec.bandwidth: {}. Egret does not limit bandwidth", bandwidth.shown()));
+        add_bandwidth(&bandwidth, &mut policy)?;
     }
     let pools = [vec![spec.at("externalIPPool").text()?.unwrap_or_default()], spec.at("externalIPPools").texts()?];
     let pool = pools.iter().flatten().find(|pool| !pool.is_empty()).copied();

@@ -72,6 +72,8 @@ pub fn from_allocations(
         },
         spread: Spread::default(),
         preference: Box::default(),
+        dscp: None,
+        bandwidth: None,
         fallback: Fallback::Block,
         existing_connections: ExistingConnections::Keep,
         tier: readable.tier.unwrap_or_default(),

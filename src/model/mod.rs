@@ -6,6 +6,7 @@
 
 mod address_range;
 pub mod backends;
+pub mod bandwidth;
 pub mod blocks;
 mod cluster;
 pub mod condition;
@@ -35,6 +36,7 @@ pub mod spread;
 pub mod target;
 pub mod text;
 pub mod trace;
+pub mod treatment;
 pub mod tunnel_family;
 pub mod tunnel_mac;
 pub mod uplink_key;

@@ -1,13 +1,14 @@
 //! EgressPolicies and ClusterEgressPolicies, validated.
 
 use super::ObjectKey;
+use super::bandwidth::Bandwidth;
 use super::covers::Covers;
 use super::destination::{Destination, DestinationError};
 use super::metadata::{Invalid, Metadata};
 use super::selector::{Name, Selector};
 use crate::api::{
     self, Action, AddressPair, Allocate, ClusterEgressPolicySpec, EgressPolicySpec, EgressRule, ExistingConnections,
-    Fallback, MAX_POLICY_ADDRESSES, PolicyAddress, Preference, ServiceReference, Spread,
+    Fallback, MAX_DSCP, MAX_POLICY_ADDRESSES, PolicyAddress, Preference, ServiceReference, Spread,
 };
 use crate::model::addresses_of;
 use std::collections::BTreeSet;
@@ -33,6 +34,10 @@ pub struct Policy {
     pub spread: Spread,
     /// Which of several egress IPs are preferred.
     pub preference: Box<[Preference]>,
+    /// The DSCP of packets that leave from the egress IP, 0 to 63.
+    pub dscp: Option<u8>,
+    /// How much its pods may send and receive.
+    pub bandwidth: Option<Bandwidth>,
     /// What happens to traffic while the egress IP is not ready.
     pub fallback: Fallback,
     /// What happens to connections that began before the policy.
@@ -177,6 +182,8 @@ impl Policy {
             namespaces,
             gateway: spec.gateway.as_deref().map(Into::into),
             egress: spec.egress.as_deref().map(destinations).transpose()?,
+            dscp: dscp(spec)?,
+            bandwidth: spec.bandwidth.as_ref().map(Bandwidth::new).transpose()?,
             fallback: spec.fallback,
             existing_connections: spec.existing_connections,
             tier: Tier::default(),
@@ -253,6 +260,8 @@ fn address(namespaces: &Namespaces, spec: &EgressPolicySpec) -> Result<AddressRe
             ("addressCount", spec.address_count.is_some()),
             ("spread", spec.spread.is_some()),
             ("preference", !spec.preference.is_empty()),
+            ("dscp", spec.dscp.is_some()),
+            ("bandwidth", spec.bandwidth.is_some()),
             ("fallback", spec.fallback != Fallback::default()),
         ];
         return match given.iter().find(|(_, is_given)| *is_given) {
@@ -351,6 +360,16 @@ fn of_service(namespaces: &Namespaces, service: &ServiceReference) -> Result<Add
     Ok(AddressRequest::Service(ObjectKey { namespace, name: service.name.as_str().into() }))
 }
 
+/// Validates `spec.dscp`.
+fn dscp(spec: &EgressPolicySpec) -> Result<Option<u8>, Invalid> {
+    match spec.dscp {
+        Some(value) if value > MAX_DSCP => {
+            Err(Invalid::new("spec.dscp", format!("{value} is no DSCP; write 0 to {MAX_DSCP}")))
+        }
+        other => Ok(other),
+    }
+}
+
 /// Validates `spec.egress`.
 ///
 /// # Errors
@@ -416,6 +435,8 @@ mod tests {
             (EgressPolicySpec { address: Some(pair.into()), ..direct() }, "spec.address"),
             (EgressPolicySpec { allocate: Some(Allocate::Shared), ..direct() }, "spec.allocate"),
             (EgressPolicySpec { spread: Some(Spread::Pod), ..direct() }, "spec.spread"),
+            (EgressPolicySpec { dscp: Some(46), ..direct() }, "spec.dscp"),
+            (EgressPolicySpec { bandwidth: Some(Default::default()), ..direct() }, "spec.bandwidth"),
             (EgressPolicySpec { fallback: Fallback::NodeAddress, ..direct() }, "spec.fallback"),
         ] {
             let refusal = policy(spec).unwrap_err().to_string();

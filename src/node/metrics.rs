@@ -8,6 +8,7 @@ use super::host::Counts;
 use super::pods::Census;
 use super::source_ports::SourcePortMetrics;
 use super::uplink_probes::ProbeMetrics;
+use crate::datapath::ruleset::Direction;
 use crate::model::marks::EgressId;
 use crate::node_plan::View;
 use crate::node_plan::allocations::AllocationState;
@@ -61,6 +62,12 @@ struct AllocationLabels {
     role: &'static str,
 }
 
+#[derive(Clone, Debug, Hash, PartialEq, Eq, PartialOrd, Ord, EncodeLabelSet)]
+struct DirectionLabels {
+    allocation: u16,
+    direction: &'static str,
+}
+
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
 struct VerbLabel {
     verb: &'static str,
@@ -108,6 +115,7 @@ pub struct Metrics {
     forward_dropped: Family<FamilyLabel, Counter>,
     allocation_packets: Family<AllocationLabels, Counter>,
     allocation_bytes: Family<AllocationLabels, Counter>,
+    bandwidth_dropped: Family<DirectionLabels, Counter>,
     requests: Family<VerbLabel, Histogram>,
     applies: Histogram,
     errors: Counter,
@@ -121,6 +129,7 @@ pub struct Metrics {
     allocations_seen: BTreeMap<AllocationLabels, Count>,
     /// The same, of packets that went the fast way.
     fast_seen: BTreeMap<AllocationLabels, Count>,
+    bandwidth_seen: BTreeMap<DirectionLabels, u64>,
 }
 
 fn seconds() -> Histogram {
@@ -145,6 +154,7 @@ impl Metrics {
             forward_dropped: Family::default(),
             allocation_packets: Family::default(),
             allocation_bytes: Family::default(),
+            bandwidth_dropped: Family::default(),
             requests: Family::new_with_constructor(seconds),
             applies: seconds(),
             errors: Counter::default(),
@@ -156,6 +166,7 @@ impl Metrics {
             first_packets_seen: Default::default(),
             allocations_seen: BTreeMap::new(),
             fast_seen: BTreeMap::new(),
+            bandwidth_seen: BTreeMap::new(),
         };
         let mut registry = Registry::with_prefix("egret_node");
         registry.register(
@@ -201,6 +212,12 @@ impl Metrics {
         let packets = "Packets by allocation, by role: source (of this node's pods), gateway (of others')";
         registry.register("allocation_packets", packets, metrics.allocation_packets.clone());
         registry.register("allocation_bytes", "Bytes of these packets", metrics.allocation_bytes.clone());
+        registry.register(
+            "bandwidth_dropped_packets",
+            "Packets dropped because they were beyond the bandwidth of their egress IP, by allocation and direction: egress, \
+             ingress",
+            metrics.bandwidth_dropped.clone(),
+        );
         let requests = "How long plugins waited for an answer, by verb";
         registry.register_with_unit("cni_duration", requests, Unit::Seconds, metrics.requests.clone());
         let applies = "How long it took to bring the kernel in sync";
@@ -310,6 +327,15 @@ impl Metrics {
         for (at, family) in ["ipv4", "ipv6"].into_iter().enumerate() {
             let dropped = self.first_packets_seen[at].dropped_since(counts.first_packets[at]);
             self.forward_dropped.get_or_create(&FamilyLabel { family }).inc_by(dropped);
+        }
+        for ((direction, allocation), count) in &counts.beyond_bandwidth {
+            let direction = match direction {
+                Direction::Egress => "egress",
+                Direction::Ingress => "ingress",
+            };
+            let labels = DirectionLabels { allocation: *allocation, direction };
+            let seen = self.bandwidth_seen.insert(labels.clone(), count.packets).unwrap_or_default();
+            self.bandwidth_dropped.get_or_create(&labels).inc_by(since(seen, count.packets));
         }
         let roles = [("source", &counts.sent), ("gateway", &counts.forwarded)];
         for (role, allocations) in roles {

@@ -6,6 +6,7 @@ mod peer_reports;
 pub use allocation::{AllocationState, Assignment, NodeAllocation, Placing, Role};
 
 use crate::api::{Allocation, AllocationKind, Placement};
+use crate::model::bandwidth::Bandwidth;
 use crate::model::drain::is_drained;
 use crate::model::marks::{EgressId, MAX_INDEX};
 use crate::model::networks::merged;
@@ -13,7 +14,7 @@ use crate::model::ownership::{self, Liveness, OwnershipInputs};
 use crate::model::selector::Name;
 use crate::model::spread::{Choice, Division, Near};
 use crate::model::uplink_key::UplinkKey;
-use crate::model::{AddressRange, AddressRequest, Client, Cluster, Gateway, Policy, PolicyKey};
+use crate::model::{AddressRange, AddressRequest, Client, Cluster, Gateway, Policy, PolicyKey, treatment};
 use allocation::is_here;
 use arcstr::literal;
 use egret_nft::mac::Mac;
@@ -123,7 +124,13 @@ impl NodeAllocations {
                 let (members, ends) = (members.as_slice(), &ends);
                 let viewpoint =
                     Viewpoint { cluster, node, name, gateway, members, selected, gone, uplink, facts, ends };
-                let allocation = viewpoint.allocation(entry, &reports, &liveness);
+                let mut allocation = viewpoint.allocation(entry, &reports, &liveness);
+                if allocation.is_member() {
+                    let policies = entry.policies.iter().filter_map(|key| Some((key, &**cluster.policies.get(key)?)));
+                    allocation.dscp = treatment::dscp(policies.clone()).map(|(dscp, _)| dscp);
+                    let bandwidth = treatment::bandwidth(policies).map(|(bandwidth, _)| bandwidth);
+                    allocation.bandwidth = bandwidth.unwrap_or_default();
+                }
                 if allocation.state == AllocationState::Local
                     && allocation.is_member()
                     && !facts.coming.contains(&entry.id)
@@ -351,6 +358,8 @@ impl Viewpoint<'_> {
             since: entry.since,
             interface: gateway.interface.clone(),
             probed,
+            dscp: None,
+            bandwidth: Bandwidth::default(),
             uplink: self.uplink.unwrap_or_default(),
         }
     }

@@ -10,6 +10,7 @@ pub mod why;
 
 use crate::api::AddressPair;
 use crate::model::addresses_of;
+use crate::model::bandwidth::Bandwidth;
 use crate::model::egress_node::EgressNode;
 use crate::model::marks::EgressId;
 use crate::model::networks::Networks;
@@ -46,11 +47,23 @@ struct ViewInputs {
     endpoints: Mark<BTreeMap<ObjectKey, Arc<Endpoints>>>,
     gateways: Mark<BTreeMap<Name, Arc<Gateway>>>,
     policies: Mark<BTreeMap<PolicyKey, Arc<Policy>>>,
+    treatments: Treatments,
     egress_nodes: Mark<BTreeMap<Name, Arc<EgressNode>>>,
     inside: Mark<Inside>,
     facts: Facts,
     extra: Box<[IpNetwork]>,
     local_pods: BTreeSet<IpAddr>,
+}
+
+/// All policies with what [`treatment`](crate::model::treatment) reads of them; none if no policy asks for a treatment.
+type Treatments = Arc<[(PolicyKey, i64, Option<u8>, Option<Bandwidth>)]>;
+
+fn treatments(cluster: &Cluster) -> Treatments {
+    if cluster.policies.values().all(|policy| policy.dscp.is_none() && policy.bandwidth.is_none()) {
+        return Arc::default();
+    }
+    let of = |(key, policy): (&PolicyKey, &Arc<Policy>)| (key.clone(), policy.created, policy.dscp, policy.bandwidth);
+    cluster.policies.iter().map(of).collect()
 }
 
 impl View {
@@ -88,7 +101,9 @@ impl View {
             self.policies = PolicyIndex::new(cluster).into();
         }
         let same_allocations = cluster.gateways.has(&of.gateways) && cluster.egress_nodes.has(&of.egress_nodes);
-        if !(same_nodes && same_allocations && *facts == of.facts) {
+        // Allocations take nothing else from policies, which change more often than gateways.
+        let treatments = if same_policies { of.treatments.clone() } else { treatments(cluster) };
+        if !(same_nodes && same_allocations && *facts == of.facts && treatments == of.treatments) {
             self.update_allocations(cluster, node, facts);
         }
         let same_endpoints = cluster.endpoints.has(&self.inputs.endpoints);
@@ -103,6 +118,7 @@ impl View {
             endpoints: cluster.endpoints.mark(),
             gateways: cluster.gateways.mark(),
             policies: cluster.policies.mark(),
+            treatments,
             egress_nodes: cluster.egress_nodes.mark(),
             inside: cluster.inside.mark(),
             facts: facts.clone(),

@@ -2,12 +2,14 @@
 //! one test.
 
 mod address_reuse;
+mod bandwidth;
 mod changed_ports;
 mod cni_verbs;
 mod coexistence;
 mod datapath;
 mod destinations;
 mod direct;
+mod dscp;
 mod existing_connections;
 mod fail_closed;
 mod failover;

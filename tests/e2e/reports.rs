@@ -49,8 +49,18 @@ fn metrics_count_pods_allocations_and_packets() {
 
     let dropped = |reason: &str| lab.metrics("n1").dropped(reason);
     assert!(dropped("blocked").is_some_and(|n| n >= 4.0), "the pod that is held: {:?}", dropped("blocked"));
-    for reason in ["leaked", "unmarked", "spoofed", "foreign", "unknown", "stale", "unsolicited", "to_owner", "no_hop"]
-    {
+    for reason in [
+        "leaked",
+        "unmarked",
+        "spoofed",
+        "foreign",
+        "unknown",
+        "stale",
+        "unsolicited",
+        "bandwidth",
+        "to_owner",
+        "no_hop",
+    ] {
         assert!(dropped(reason).is_some(), "{reason}");
     }
     for (name, labels) in [

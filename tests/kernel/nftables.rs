@@ -4,6 +4,7 @@ use crate::namespace::{in_namespace, ip, run};
 use egret::api::{AddressPair, Fallback, Placement, Protocol};
 use egret::datapath::ruleset::{self, INET, PeerIndexes, Ruleset, SharedSets, set};
 use egret::model::PolicyKey;
+use egret::model::bandwidth::{Bandwidth, BitRate};
 use egret::model::destination::{Destination, Network, Ports};
 use egret::model::marks::Marks;
 use egret::model::networks::Networks;
@@ -15,6 +16,11 @@ use egret_nft::Nftables;
 use ipnetwork::IpNetwork;
 use std::net::IpAddr;
 use std::sync::Arc;
+
+fn limited(rate: &str) -> Bandwidth {
+    let rate = BitRate::parse(rate).ok();
+    Bandwidth { egress: rate, ingress: rate }
+}
 
 fn allocation(state: AllocationState, last: u8) -> NodeAllocation {
     NodeAllocation {
@@ -38,6 +44,8 @@ fn allocation(state: AllocationState, last: u8) -> NodeAllocation {
         since: 0,
         interface: None,
         probed: Default::default(),
+        dscp: last.is_multiple_of(2).then_some(46),
+        bandwidth: if last.is_multiple_of(2) { Bandwidth::default() } else { limited("10Mbit") },
         uplink: 0,
     }
 }

@@ -42,11 +42,26 @@ const BASE_CHAINS: [(&str, &str, NfHook, NfChainType, i32, NfChainPolicy); 7] = 
     ("netdev", "to-tunnel", NfHook::Egress, NfChainType::Filter, 0, NfChainPolicy::Accept),
 ];
 
+/// The base chains of nodes on which an egress IP has a DSCP, a bandwidth.
+const TREATMENT_CHAINS: [(&str, NfHook, i32); 3] = [
+    ("write-dscp", NfHook::Postrouting, 301),
+    ("limit-egress", NfHook::Postrouting, 302),
+    ("limit-ingress", NfHook::Prerouting, -150),
+];
+
 /// The base chains of nodes during a planned move.
 const HANDOVER_CHAINS: [(&str, &str, i32); 3] =
     [("ip", "handover", -91), ("ip6", "handover", -91), ("inet", "old-ways", -89)];
 
-/// Every map with the types of its keys and values, but those of policies with several egress IPs.
+/// The maps to which these chains lead, with their chains.
+const TREATMENT_MAPS: [(&str, (&str, &str, &str)); 4] = [
+    ("write-dscp", ("dscp_values", "mark", "verdict")),
+    ("limit-egress", ("limit_egress", "mark", "limit")),
+    ("limit-ingress", ("limit_ingress4", "ipv4_addr", "limit")),
+    ("limit-ingress", ("limit_ingress6", "ipv6_addr", "limit")),
+];
+
+/// Every map with the types of its keys and values, on all nodes, but those of policies with several egress IPs.
 const MAPS: [(&str, &str, &str); 13] = [
     ("back", "mark", "ether_addr"),
     ("came", "mark", "mark"),
@@ -179,6 +194,9 @@ fn base_chains_are_where_they_should_be(name: &str, objects: &[Value]) {
             let handover =
                 (Some(NfHook::Prerouting), Some(NfChainType::Filter), Some(*priority), Some(NfChainPolicy::Accept));
             assert_eq!(found, handover, "{name}: {of} {chain_name}");
+        } else if let Some((_, hook, priority)) = TREATMENT_CHAINS.iter().find(|c| c.0 == chain_name) {
+            let treatment = (Some(*hook), Some(NfChainType::Filter), Some(*priority), Some(NfChainPolicy::Accept));
+            assert_eq!((&*of, found), ("inet", treatment), "{name}: {chain_name}");
         } else {
             let expected = BASE_CHAINS.iter().find(|c| (c.0, c.1) == (&*of, chain_name));
             let (_, _, hook, kind, priority, policy) =
@@ -256,6 +274,10 @@ fn maps_have_their_types(name: &str, objects: &[Value]) {
         }
     }
     found.sort();
-    let expected: Vec<_> = MAPS.map(|(a, b, c)| (a.to_owned(), b.to_owned(), c.to_owned())).into();
+    let in_use = |chain: &str| objects.iter().any(|object| object["chain"]["name"] == chain);
+    let treatments = TREATMENT_MAPS.into_iter().filter(|(chain, _)| in_use(chain)).map(|(_, map)| map);
+    let expected = MAPS.into_iter().chain(treatments);
+    let mut expected: Vec<_> = expected.map(|(a, b, c)| (a.to_owned(), b.to_owned(), c.to_owned())).collect();
+    expected.sort();
     assert_eq!(found, expected, "{name}");
 }

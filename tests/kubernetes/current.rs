@@ -111,6 +111,7 @@ fn every_validation_rule_accepts_and_rejects() {
         spec.as_object_mut().map(|s| s.remove(if field == "nodeSelector" { "podSelector" } else { "nodeSelector" }));
         spec
     };
+    let bandwidth = |bandwidth: Value| json!({"podSelector": {}, "bandwidth": bandwidth});
     let gateway = |field: &str, value: Value| json!({"nodeSelector": {}, field: value});
     let several = |last: &[u8]| {
         let pair = |n: &u8| json!({"ipv4": format!("192.0.2.{n}"), "ipv6": format!("2001:db8::{n}")});
@@ -135,6 +136,8 @@ fn every_validation_rule_accepts_and_rejects() {
             json!({"podSelector": {}, "action": "Direct", "existingConnections": "End"}),
             json!({"podSelector": {}, "action": "Direct", "gateway": "g"}),
         ),
+        ("EgressPolicy", bandwidth(json!({"egress": "64Kbit"})), bandwidth(json!({}))),
+        ("ClusterEgressPolicy", bandwidth(json!({"ingress": "999999Gbit"})), bandwidth(json!({"ingress": "63Kbit"}))),
         (
             "EgressPolicy",
             json!({"podSelector": {}, "address": {"ipv6": "2001:db8::1"}}),

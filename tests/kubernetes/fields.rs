@@ -76,7 +76,7 @@ fn policies(kind: &str, more: &Value) -> Vec<Value> {
                         "pods": 3, "podsByNode": [{"node": "n1", "pods": 3}], "conditions": conditions()});
     let spec = |fallback: &str, pods: Value, address: Value| {
         let existing = if fallback == "Block" { "Keep" } else { "End" };
-        let mut spec = json!({"gateway": "g", "egress": egress, "fallback": fallback, "priority": -7,
+        let mut spec = json!({"gateway": "g", "dscp": 46, "bandwidth": {"egress": "100Mbit", "ingress": "64Kbit"}, "egress": egress, "fallback": fallback, "priority": -7,
                               "existingConnections": existing});
         for part in [pods, address, more.clone()] {
             let part = part.as_object().cloned().unwrap_or_default();
@@ -102,7 +102,9 @@ fn policies(kind: &str, more: &Value) -> Vec<Value> {
     }
     specs.push(spec("Block", by_labels(), json!({"address": {"service": service}})));
     let mut direct = spec("Block", by_labels(), json!({"action": "Direct"}));
-    direct.as_object_mut().expect("an object").remove("gateway");
+    for field in ["gateway", "dscp", "bandwidth"] {
+        direct.as_object_mut().expect("an object").remove(field);
+    }
     specs.push(direct);
     let object = |(number, spec)| object(kind, &format!("p{number}"), spec, status.clone());
     specs.into_iter().enumerate().map(object).collect()

@@ -18,8 +18,10 @@ pub struct Elements {
     lengths: (u8, u8),
     /// The elements one after another: key, whether it ends a range, value.
     packed: Box<[u8]>,
-    /// The target chains of a verdict map, one for each element.
-    chains: Box<[Arc<str>]>,
+    /// The target chains of a verdict map, or the objects of a map of objects, one for each element.
+    names: Box<[Arc<str>]>,
+    /// Whether the names are those of objects.
+    are_objects: bool,
 }
 
 impl Elements {
@@ -73,11 +75,11 @@ impl Elements {
             return self.iter().chain(more.iter()).collect();
         }
         let mut packed = Vec::with_capacity(self.packed.len() + more.packed.len());
-        let mut chains = Vec::with_capacity(self.chains.len() + more.chains.len());
+        let mut names = Vec::with_capacity(self.names.len() + more.names.len());
         let mut append = |from: &Elements, range: Range<usize>| {
             packed.extend_from_slice(&from.packed[range.start * from.size()..range.end * from.size()]);
-            if !from.chains.is_empty() {
-                chains.extend_from_slice(&from.chains[range]);
+            if !from.names.is_empty() {
+                names.extend_from_slice(&from.names[range]);
             }
         };
         let mut done = 0;
@@ -89,14 +91,16 @@ impl Elements {
             done = before + usize::from(before < self.len() && self.sort_key(before) == key);
         }
         append(self, done..self.len());
-        Elements { lengths: self.lengths, packed: packed.into(), chains: chains.into() }
+        let are_objects = more.are_objects;
+        Elements { lengths: self.lengths, packed: packed.into(), names: names.into(), are_objects }
     }
 
     fn range(&self, places: Range<usize>) -> impl Iterator<Item = (Key, Data)> {
         let key = usize::from(self.lengths.0);
         places.map(move |place| {
             let (bytes, rest) = self.at(place).split_at(key);
-            let data = match (self.chains.get(place), &rest[1..]) {
+            let data = match (self.names.get(place), &rest[1..]) {
+                (Some(object), _) if self.are_objects => Data::Object(object.clone()),
                 (Some(chain), _) => Data::Jump(chain.clone()),
                 (None, []) => Data::None,
                 (None, value) => Data::Value(value.into()),
@@ -129,7 +133,7 @@ impl Elements {
         if self.lengths != other.lengths {
             return (0..mine, 0..others);
         }
-        let same = |a, b| self.at(a) == other.at(b) && self.chains.get(a) == other.chains.get(b);
+        let same = |a, b| self.at(a) == other.at(b) && self.names.get(a) == other.names.get(b);
         let start = (0..mine.min(others)).take_while(|at| same(*at, *at)).count();
         let end = (1..=mine.min(others) - start).take_while(|back| same(mine - back, others - back)).count();
         (start..mine - end, start..others - end)
@@ -165,22 +169,23 @@ impl FromIterator<(Key, Data)> for Elements {
         });
         let key = all.iter().map(|(key, _)| key.bytes.len).max().unwrap_or(0);
         let value = all.iter().map(|(_, data)| data.len()).max().unwrap_or(0);
-        let verdicts = all.iter().any(|(_, data)| matches!(data, Data::Jump(_)));
-        let (mut packed, mut chains) = (Vec::with_capacity(all.len() * usize::from(key + 1 + value)), Vec::new());
+        let are_objects = all.iter().any(|(_, data)| matches!(data, Data::Object(_)));
+        let have_names = are_objects || all.iter().any(|(_, data)| matches!(data, Data::Jump(_)));
+        let (mut packed, mut names) = (Vec::with_capacity(all.len() * usize::from(key + 1 + value)), Vec::new());
         for (Key { bytes, end }, data) in all {
             packed.extend_from_slice(&bytes.bytes[..usize::from(key)]);
             packed.push(u8::from(end));
-            let (bytes, chain) = match data {
+            let (bytes, name) = match data {
                 Data::None => (Bytes::default(), None),
                 Data::Value(bytes) => (bytes, None),
-                Data::Jump(chain) => (Bytes::default(), Some(chain)),
+                Data::Jump(name) | Data::Object(name) => (Bytes::default(), Some(name)),
             };
             packed.extend_from_slice(&bytes.bytes[..usize::from(value)]);
-            if verdicts {
-                chains.push(chain.unwrap_or_default());
+            if have_names {
+                names.push(name.unwrap_or_default());
             }
         }
-        Elements { lengths: (key, value), packed: packed.into(), chains: chains.into() }
+        Elements { lengths: (key, value), packed: packed.into(), names: names.into(), are_objects }
     }
 }
 
@@ -202,6 +207,8 @@ pub enum Data {
     Value(Bytes),
     /// `jump CHAIN`
     Jump(Arc<str>),
+    /// An object of the table, in a map of objects.
+    Object(Arc<str>),
 }
 
 impl Data {
@@ -209,7 +216,7 @@ impl Data {
     fn len(&self) -> u8 {
         match self {
             Data::Value(bytes) => bytes.len,
-            Data::None | Data::Jump(_) => 0,
+            Data::None | Data::Jump(_) | Data::Object(_) => 0,
         }
     }
 }
@@ -286,6 +293,11 @@ mod tests {
             [(Key::from(9), Data::Jump("b".into())), (Key::from(1), Data::Jump("a".into()))].into_iter().collect();
         let chains: Vec<_> = jumps.iter().map(|(_, data)| data).collect();
         assert_eq!(chains, [Data::Jump("a".into()), Data::Jump("b".into())]);
+
+        let limits: Elements = [(Key::from(1), Data::Object("a".into()))].into_iter().collect();
+        let more = limits.with([(Key::from(2), Data::Object("b".into()))]);
+        let all: Vec<_> = more.iter().map(|(_, data)| data).collect();
+        assert_eq!(all, [Data::Object("a".into()), Data::Object("b".into())]);
         assert!(Elements::default().is_empty() && Elements::default().iter().next().is_none());
     }
 

@@ -47,6 +47,7 @@ mod elements;
 mod everyones;
 mod family;
 mod hash;
+mod limit;
 pub mod mac;
 pub mod netlink;
 mod nftables;

@@ -1,6 +1,8 @@
 //! Reads tables from the kernel.
 
-use super::table::{Bytes, Data, Elements, Hook, Key, ObservedChain, ObservedSet, ObservedTable, Policy, TableName};
+use super::table::{
+    Bytes, Data, Elements, Hook, Key, Limit, ObservedChain, ObservedSet, ObservedTable, Policy, TableName,
+};
 use super::uapi::*;
 use crate::netlink::{Attributes, Error, Socket, attributes, string};
 use std::borrow::Cow;
@@ -48,6 +50,7 @@ pub(super) fn table(socket: &mut Socket, table: TableName) -> Result<ObservedTab
         set.elements = Arc::new(elements(socket, table, &name, |_, _| {})?);
         sets.insert(name.into(), set);
     }
+    observed.limits = limits(socket, table)?;
     observed.counters = counters(socket, table)?.into_keys().map(Cow::Owned).collect();
     (observed.chains, observed.sets) = (chains, sets);
     Ok(observed)
@@ -193,6 +196,7 @@ pub(super) fn elements(
                         NFTA_SET_ELEM_KEY => key = data_value(value),
                         NFTA_SET_ELEM_KEY_END => data = data_value(value).map_or(Data::None, Data::Value),
                         NFTA_SET_ELEM_DATA => data = element_data(value),
+                        NFTA_SET_ELEM_OBJREF => data = Data::Object(string(value).into()),
                         NFTA_SET_ELEM_FLAGS => end = be32(value) & NFT_SET_ELEM_INTERVAL_END != 0,
                         NFTA_SET_ELEM_EXPR => {
                             count = attributes(value).find(|(a, _)| *a == NFTA_EXPR_DATA).map(|(_, d)| counter(d));
@@ -215,24 +219,39 @@ pub(super) fn elements(
 
 /// The named counters of a table.
 pub(super) fn counters(socket: &mut Socket, table: TableName) -> Result<BTreeMap<String, Count>, Error> {
-    let payload = request(table, |p| p.text(NFTA_OBJ_TABLE, table.name));
-    let all = socket.dump(kind(NFT_MSG_GETOBJ), &payload, BTreeMap::new, |all, message| {
-        let (mut of, mut name, mut type_, mut count) = (String::new(), String::new(), 0, Count::default());
+    let all = objects(socket, table, NFT_OBJECT_COUNTER)?;
+    Ok(all.into_iter().map(|(name, content)| (name, counter(&content))).collect())
+}
+
+/// The named limits of a table.
+fn limits(socket: &mut Socket, table: TableName) -> Result<BTreeMap<Arc<str>, Limit>, Error> {
+    let all = objects(socket, table, NFT_OBJECT_LIMIT)?;
+    Ok(all.into_iter().map(|(name, content)| (name.into(), Limit::decode(&content))).collect())
+}
+
+/// The objects of a table that are of this type: name and `NFTA_OBJ_DATA`.
+fn objects(socket: &mut Socket, table: TableName, wanted: u32) -> Result<Vec<(String, Vec<u8>)>, Error> {
+    let payload = request(table, |p| {
+        p.text(NFTA_OBJ_TABLE, table.name);
+        p.be32(NFTA_OBJ_TYPE, wanted);
+    });
+    let all = socket.dump(kind(NFT_MSG_GETOBJ), &payload, Vec::new, |all, message| {
+        let (mut of, mut name, mut type_, mut content) = (String::new(), String::new(), 0, &[][..]);
         for (attribute, value) in attributes(message.get(4..).unwrap_or_default()) {
             match attribute {
                 NFTA_OBJ_TABLE => of = string(value),
                 NFTA_OBJ_NAME => name = string(value),
                 NFTA_OBJ_TYPE => type_ = be32(value),
-                NFTA_OBJ_DATA => count = counter(value),
+                NFTA_OBJ_DATA => content = value,
                 _ => {}
             }
         }
-        if of == table.name && type_ == NFT_OBJECT_COUNTER {
-            all.insert(name, count);
+        if of == table.name && type_ == wanted {
+            all.push((name, content.to_vec()));
         }
     });
     match all {
-        Err(e) if e.errno() == Some(nix::libc::ENOENT) => Ok(BTreeMap::new()),
+        Err(e) if e.errno() == Some(nix::libc::ENOENT) => Ok(Vec::new()),
         other => other,
     }
 }
@@ -271,6 +290,6 @@ fn be32(value: &[u8]) -> u32 {
     value.try_into().map(u32::from_be_bytes).unwrap_or_default()
 }
 
-fn be64(value: &[u8]) -> u64 {
+pub(super) fn be64(value: &[u8]) -> u64 {
     value.try_into().map(u64::from_be_bytes).unwrap_or_default()
 }

@@ -1,6 +1,7 @@
 //! A table as desired ([`Table`]) and as observed in the kernel ([`ObservedTable`]).
 
 pub use super::elements::{Bytes, Data, Elements, Key};
+pub use super::limit::Limit;
 
 use super::rule::Rule;
 use super::uapi::*;
@@ -28,6 +29,8 @@ pub struct Table {
     pub sets: BTreeMap<SetName, Set>,
     /// Named counters.
     pub counters: BTreeSet<&'static str>,
+    /// Named limits.
+    pub limits: BTreeMap<Arc<str>, Limit>,
     /// How long it stays.
     pub lifetime: Lifetime,
 }
@@ -193,6 +196,8 @@ pub enum DataType {
     Interface,
     /// A verdict.
     Verdict,
+    /// A named limit, as a value only.
+    Limit,
     /// A mark and an IPv4 address.
     MarkIpv4,
     /// A mark and an IPv6 address.
@@ -219,6 +224,7 @@ impl DataType {
             DataType::Mark => 19,
             DataType::Interface => 20,
             DataType::Verdict => NFT_DATA_VERDICT,
+            DataType::Limit => NFT_OBJECT_LIMIT,
             DataType::MarkIpv4 => 19 << 6 | 7,
             DataType::MarkIpv6 => 19 << 6 | 8,
             DataType::Ports => 13 << 6 | 13,
@@ -248,7 +254,7 @@ impl DataType {
             DataType::Ipv6 => 16,
             DataType::MarkIpv6 | DataType::Ipv6Protocol => 20,
             DataType::Ipv6ProtocolPort => 24,
-            DataType::Verdict => 0,
+            DataType::Verdict | DataType::Limit => 0,
         }
     }
 
@@ -279,6 +285,8 @@ pub struct ObservedTable {
     pub sets: BTreeMap<SetName, ObservedSet>,
     /// Named counters.
     pub counters: BTreeSet<Cow<'static, str>>,
+    /// Named limits.
+    pub limits: BTreeMap<Arc<str>, Limit>,
 }
 
 /// A chain that is not in the kernel as desired.
@@ -440,9 +448,11 @@ impl SetKind {
         if self.is_constant() {
             flags |= NFT_SET_CONSTANT;
         }
-        if self.data.is_some() {
-            flags |= NFT_SET_MAP;
-        }
+        flags |= match self.data {
+            None => 0,
+            Some(DataType::Limit) => NFT_SET_OBJECT,
+            Some(_) => NFT_SET_MAP,
+        };
         flags
     }
 
@@ -482,6 +492,7 @@ impl From<&Table> for ObservedTable {
                 })
                 .collect(),
             counters: table.counters.iter().map(|n| Cow::Borrowed(*n)).collect(),
+            limits: table.limits.clone(),
         }
     }
 }

@@ -42,6 +42,10 @@ impl Display for Listing<'_> {
             writeln!(f, "{blank}\tcounter {counter} {{\n\t}}")?;
             blank = "\n";
         }
+        for (name, limit) in &self.table.limits {
+            writeln!(f, "{blank}\tlimit {name} {{\n\t\t{limit}\n\t}}")?;
+            blank = "\n";
+        }
         for (name, set) in &self.table.sets {
             write!(f, "{blank}")?;
             self.set(f, name, set)?;
@@ -148,6 +152,7 @@ impl<'a> Listing<'a> {
         let of = |(key, data): (Key, Data)| {
             let value = match (data, kind.data) {
                 (Data::Jump(chain), _) => format!(" : jump {chain}"),
+                (Data::Object(name), _) => format!(" : \"{name}\""),
                 (Data::Value(value), Some(type_)) => format!(" : {}", self.fields(type_, value, value)),
                 _ => String::new(),
             };
@@ -261,7 +266,7 @@ fn parts(type_: DataType) -> &'static [(Part, usize)] {
         DataType::Ether => &[(Part::Ether, 6)],
         DataType::Mark => &[(Part::Mark, 4)],
         DataType::Interface => &[(Part::Interface, 4)],
-        DataType::Verdict => &[],
+        DataType::Verdict | DataType::Limit => &[],
         DataType::MarkIpv4 => &[(Part::Mark, 4), (Part::Address, 4)],
         DataType::MarkIpv6 => &[(Part::Mark, 4), (Part::Address, 16)],
         DataType::Ports => &[(Part::Port, 2), (Part::Port, 2)],
@@ -274,8 +279,10 @@ fn parts(type_: DataType) -> &'static [(Part, usize)] {
 
 /// nft's name of a type.
 fn type_name(type_: DataType) -> String {
-    if type_ == DataType::Verdict {
-        return "verdict".to_owned();
+    match type_ {
+        DataType::Verdict => return "verdict".to_owned(),
+        DataType::Limit => return "limit".to_owned(),
+        _ => {}
     }
     let name = |(part, len): &(Part, usize)| match part {
         Part::Address if *len == 4 => "ipv4_addr",

@@ -149,6 +149,14 @@ impl<'a> Transaction<'a> {
                 p.nested(NFTA_OBJ_DATA, |_| {});
             });
         }
+        for (limit, content) in wanted.limits.iter().filter(|(n, _)| !observed.limits.contains_key(*n)) {
+            self.push(name, NFT_MSG_NEWOBJ, NLM_F_CREATE, |p| {
+                p.text(NFTA_OBJ_TABLE, name.name);
+                p.text(NFTA_OBJ_NAME, limit);
+                p.be32(NFTA_OBJ_TYPE, NFT_OBJECT_LIMIT);
+                p.nested(NFTA_OBJ_DATA, |d| content.encode(d));
+            });
+        }
         for (set, s) in wanted.sets.iter().filter(|(n, _)| !observed.sets.contains_key(*n)) {
             self.new_set(name, set, s);
             // Before the rules that use it.
@@ -208,11 +216,14 @@ impl<'a> Transaction<'a> {
                 p.text(NFTA_SET_NAME, set);
             });
         }
-        for counter in observed.counters.iter().filter(|c| !wanted.counters.contains(&***c)) {
+        let counters = observed.counters.iter().filter(|c| !wanted.counters.contains(&***c));
+        let limits = observed.limits.keys().filter(|l| !wanted.limits.contains_key(*l));
+        let counters = counters.map(|counter| (&**counter, NFT_OBJECT_COUNTER));
+        for (object, kind) in counters.chain(limits.map(|limit| (&**limit, NFT_OBJECT_LIMIT))) {
             self.push(name, NFT_MSG_DELOBJ, 0, |p| {
                 p.text(NFTA_OBJ_TABLE, name.name);
-                p.text(NFTA_OBJ_NAME, counter);
-                p.be32(NFTA_OBJ_TYPE, NFT_OBJECT_COUNTER);
+                p.text(NFTA_OBJ_NAME, object);
+                p.be32(NFTA_OBJ_TYPE, kind);
             });
         }
     }
@@ -246,9 +257,13 @@ impl<'a> Transaction<'a> {
             p.be32(NFTA_SET_FLAGS, set.kind.flags());
             p.be32(NFTA_SET_KEY_TYPE, set.kind.key.number());
             p.be32(NFTA_SET_KEY_LEN, set.kind.key.len());
-            if let Some(data) = set.kind.data {
-                p.be32(NFTA_SET_DATA_TYPE, data.number());
-                p.be32(NFTA_SET_DATA_LEN, data.len());
+            match set.kind.data {
+                None => {}
+                Some(DataType::Limit) => p.be32(NFTA_SET_OBJ_TYPE, DataType::Limit.number()),
+                Some(data) => {
+                    p.be32(NFTA_SET_DATA_TYPE, data.number());
+                    p.be32(NFTA_SET_DATA_LEN, data.len());
+                }
             }
             p.be32(NFTA_SET_ID, id);
             if set.kind.is_of_fields() {
@@ -329,14 +344,17 @@ fn missing(these: &Elements, others: &Elements, kind: SetKind) -> Vec<(Key, Data
 }
 
 fn element_data(element: &mut Vec<u8>, value: &Data) {
-    element.nested(NFTA_SET_ELEM_DATA, |d| match value {
+    match value {
         Data::None => {}
-        Data::Value(bytes) => d.attribute(NFTA_DATA_VALUE, bytes.as_slice()),
-        Data::Jump(chain) => d.nested(NFTA_DATA_VERDICT, |v| {
-            v.be32(NFTA_VERDICT_CODE, NFT_JUMP as u32);
-            v.text(NFTA_VERDICT_CHAIN, chain);
+        Data::Value(bytes) => element.nested(NFTA_SET_ELEM_DATA, |d| d.attribute(NFTA_DATA_VALUE, bytes.as_slice())),
+        Data::Jump(chain) => element.nested(NFTA_SET_ELEM_DATA, |d| {
+            d.nested(NFTA_DATA_VERDICT, |v| {
+                v.be32(NFTA_VERDICT_CODE, NFT_JUMP as u32);
+                v.text(NFTA_VERDICT_CHAIN, chain);
+            });
         }),
-    });
+        Data::Object(name) => element.text(NFTA_SET_ELEM_OBJREF, name),
+    }
 }
 
 /// A set's user data: the byte order of keys and values. Only `nft list` needs it.
@@ -345,7 +363,7 @@ fn byte_orders(set: &Set) -> Vec<u8> {
     let parts = [(UDATA_KEY_BYTE_ORDER, Some(set.kind.key)), (UDATA_DATA_BYTE_ORDER, set.kind.data)];
     for (part, type_) in parts {
         // nft cannot list a verdict map with a byte order for its values.
-        if let Some(type_) = type_.filter(|t| *t != DataType::Verdict) {
+        if let Some(type_) = type_.filter(|t| ![DataType::Verdict, DataType::Limit].contains(t)) {
             out.extend_from_slice(&[part, 4]);
             out.extend_from_slice(&type_.byte_order().to_ne_bytes());
         }
@@ -353,7 +371,7 @@ fn byte_orders(set: &Set) -> Vec<u8> {
     out
 }
 
-/// Whether the table must be created anew in the same transaction, because a set's type, a chain's hook or the
+/// Whether the table must be created anew in the same transaction, because a set's type, a chain's hook, a limit or the
 /// content of a constant set differs. The kernel cannot change these.
 fn rebuilt(observed: &ObservedTable, wanted: &Table, chains: &[ChainDifference<'_>]) -> bool {
     let other = |s: &Set, h: &ObservedSet| {
@@ -361,6 +379,7 @@ fn rebuilt(observed: &ObservedTable, wanted: &Table, chains: &[ChainDifference<'
         !s.kind.is(h) || s.kind.is_constant() && !same()
     };
     wanted.sets.iter().any(|(n, s)| observed.sets.get(n).is_some_and(|h| other(s, h)))
+        || wanted.limits.iter().any(|(n, l)| observed.limits.get(n).is_some_and(|o| o != l))
         || chains
             .iter()
             .any(|c| c.observed.zip(c.wanted).is_some_and(|(observed, wanted)| observed.hook() != wanted.hook()))

@@ -3,6 +3,7 @@
 mod coverage;
 mod notices;
 pub(super) mod ports;
+mod treatment;
 
 pub use notices::{of_gateway, of_policy};
 
@@ -20,6 +21,7 @@ use crate::model::{Cluster, Gateway, MOVE_TO, Namespaces, Node, ObjectKey, Polic
 use coverage::Coverage;
 use ports::{FEW_PORTS, PORTS_NEARLY_EXHAUSTED, PortReports};
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use treatment::treatments;
 
 /// The reason of `Ready=False` when the node cannot hold the egress IP: another host has the address, or the node has
 /// no interface for it.
@@ -64,6 +66,7 @@ pub fn report(cluster: &Cluster, outcome: &Outcome, now: i64) -> BTreeMap<Policy
         cluster.gateways.iter().map(|(name, gateway)| (name, reports.living(gateway, now))).collect();
     let over_quota = quota::over(&cluster.policies);
     let ports = PortReports::new(cluster);
+    let treatments = treatments(cluster, outcome);
     let mut statuses = BTreeMap::new();
     for (key, policy) in &cluster.policies {
         let Some(decision) = outcome.decisions.get(key) else { continue };
@@ -86,7 +89,9 @@ pub fn report(cluster: &Cluster, outcome: &Outcome, now: i64) -> BTreeMap<Policy
                 status.addresses = Some(grant.address.clone());
                 status.node = grant.node.as_deref().map(str::to_owned);
                 status.address_count = u32::try_from(grants.count()).unwrap_or(u32::MAX);
-                add_accepted(&mut conditions, grants);
+                let treated =
+                    treatments.get(&grant.id).map(|treatment| treatment.text(key, policy)).unwrap_or_default();
+                add_accepted(&mut conditions, grants, &treated);
                 let living = living.get(&grant.gateway).map_or(&[][..], Vec::as_slice);
                 let each: Vec<Readiness> = grants.iter().map(|grant| reports.ready(grant, living)).collect();
                 if grants.asked > 1 {
@@ -174,7 +179,7 @@ fn over_limit_of_nodes(nodes: &[&str]) -> String {
 }
 
 /// Adds the condition `Accepted` of a policy with egress IPs.
-fn add_accepted(conditions: &mut Conditions, grants: &Grants) {
+fn add_accepted(conditions: &mut Conditions, grants: &Grants, treated: &str) {
     if let Some(missing) = &grants.missing {
         let message = format!(
             "it has {} of {} egress IPs, which its pods use: {}",
@@ -203,7 +208,7 @@ fn add_accepted(conditions: &mut Conditions, grants: &Grants) {
             )
         }
     };
-    conditions.add("Accepted", true, reason, message);
+    conditions.add("Accepted", true, reason, message + treated);
 }
 
 /// At most so many of a policy's egress IPs are named.

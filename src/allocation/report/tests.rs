@@ -419,3 +419,26 @@ fn few_source_ports_are_named_with_their_remedy() {
     world.has_few_ports(&owner, &[found("1-511")]);
     assert_eq!(condition(&mut world, "a/p"), None, "another node has the egress IP now");
 }
+
+#[test]
+fn the_status_says_which_dscp_packets_have() {
+    let mut world = World::new(&["192.0.2.50-192.0.2.59"]);
+    let shared = |dscp| EgressPolicySpec { dscp, ..asking(Allocate::Shared) };
+    world.policy("a/old", shared(None));
+    world.now += 1;
+    world.policy("a/gives", shared(Some(46)));
+    world.now += 1;
+    world.policy("a/other", shared(Some(10)));
+    world.policy("a/own", EgressPolicySpec { dscp: Some(0), ..asking(Allocate::Dedicated) });
+    for (key, words) in [
+        ("a/old", "its packets have DSCP 46 by a/gives, which has the same egress IP"),
+        ("a/gives", "its packets have DSCP 46"),
+        ("a/other", "its packets have DSCP 46 and not 10, because a/gives has the same egress IP and"),
+        ("a/own", "its packets have DSCP 0"),
+    ] {
+        world.assert_condition(key, "Accepted", "True", "Accepted", words);
+    }
+    world.policy("b/other", shared(None));
+    let words = "its packets do not have DSCP 46, because policies of several namespaces have its egress IP";
+    world.assert_condition("a/gives", "Accepted", "True", "Accepted", words);
+}

@@ -25,6 +25,12 @@ pub struct Egress {
     pub direct: bool,
     /// The egress IP; empty, unless it is direct: the traffic is blocked.
     pub egress_ip: Vec<IpAddr>,
+    /// The DSCP that the policy gives packets.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub dscp: Option<u8>,
+    /// The bandwidth that the policy gives its egress IP, in words.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bandwidth: Option<String>,
     /// Whether connections that began before the policy are ended.
     #[serde(skip)]
     ends_existing: bool,
@@ -37,6 +43,12 @@ impl fmt::Display for Egress {
             [] if *direct => write!(f, "direct by {policy}")?,
             [] => write!(f, "blocked by {policy}")?,
             some => write!(f, "{} by {policy}", list(some))?,
+        }
+        if let Some(dscp) = self.dscp {
+            write!(f, " with DSCP {dscp}")?;
+        }
+        if let Some(bandwidth) = &self.bandwidth {
+            write!(f, " with {bandwidth}")?;
         }
         if covers != "everything" { write!(f, " for {covers}") } else { Ok(()) }
     }
@@ -79,6 +91,8 @@ fn of_policies(computed: &Computed, (name, pod): (&ObjectKey, &Pod), policies: &
             covers,
             direct: policy.is_direct(),
             egress_ip: address.unwrap_or_default(),
+            dscp: policy.dscp,
+            bandwidth: policy.bandwidth.map(|bandwidth| bandwidth.to_string()),
             ends_existing: policy.existing_connections == ExistingConnections::End,
         });
         if policy.covers_everything() {

@@ -4,8 +4,10 @@
 //! Every chain fails closed. A packet that needs a decision and gets none is dropped and counted. So if somebody
 //! removes a rule or an element, packets are blocked and do not leak.
 
+mod bandwidth;
 mod choices;
 mod covers;
+mod dscp;
 mod fixed;
 mod flush_guard;
 mod handover;
@@ -14,6 +16,7 @@ mod sets;
 mod text;
 mod unsolicited;
 
+pub use bandwidth::Direction;
 pub use sets::{PeerIndexes, SharedSets, shared_sets};
 pub use text::ExpectedRuleset;
 
@@ -72,6 +75,8 @@ pub mod counter {
     /// Not dropped: the same packet after the hook `forward`. Routing and other programs' firewalls lie between these
     /// two counters.
     pub const FORWARDED: [&str; 2] = ["forwarded4", "forwarded6"];
+    /// A packet beyond the bandwidth of its egress IP.
+    pub const BANDWIDTH: &str = "bandwidth";
     /// A packet on the tunnel device whose egress ID leads to no node.
     pub const NO_HOP: &str = "no_hop";
 }
@@ -114,6 +119,16 @@ pub mod set {
     pub const POOLS: [&str; 2] = ["pools4", "pools6"];
     /// Set: the addresses of [`EGRESS`] that answer echo requests.
     pub const PING: [&str; 2] = ["ping4", "ping6"];
+    /// Map: egress ID to the chain that writes its DSCP.
+    pub const DSCP: &str = "dscp_values";
+    /// Map: egress ID to the limit of what its pods send.
+    pub const LIMIT_EGRESS: &str = "limit_egress";
+    /// Map: egress IP to the limit of what its pods receive.
+    pub const LIMIT_INGRESS: [&str; 2] = ["limit_ingress4", "limit_ingress6"];
+    /// Set: the keys of [`LIMIT_EGRESS`], which count the packets beyond the limits.
+    pub const BEYOND_EGRESS: &str = "beyond_egress";
+    /// Set: the keys of [`LIMIT_INGRESS`], which count the packets beyond the limits.
+    pub const BEYOND_INGRESS: [&str; 2] = ["beyond_ingress4", "beyond_ingress6"];
     /// Set: pairs of equal values of four bits of a port. A look-up of two ports tells whether they differ.
     pub const SAME_PORT: &str = "same_port";
     /// Map: egress IPs that are being moved to this node, to the mark of packets for the old node.
@@ -208,6 +223,7 @@ fn inet(
             counter::TO_OWNER,
             counter::STALE,
             counter::UNSOLICITED,
+            counter::BANDWIDTH,
             counter::OTHER_PORT,
             counter::ENTERED[0],
             counter::ENTERED[1],
@@ -244,7 +260,12 @@ fn inet(
     let of_policy_chains = chains(&plan.policy_chains, of_policy_chains, |policy_chain| {
         Chain::of(None, move || pods::of_policy_chain(&policy_chain, marks))
     });
-    table.chains = fixed.iter().cloned().chain(of_pods).chain(of_policy_chains).collect();
+    let of_bandwidth = bandwidth::chains(marks, |map| shared.sets.contains_key(map));
+    let of_bandwidth = of_bandwidth.into_iter().map(|(name, chain)| (name.into(), chain));
+    let of_treatments = dscp::chains(&shared.dscp, marks).into_iter().chain(of_bandwidth);
+    let of_treatments = of_treatments.map(|(name, chain)| (name, Arc::new(chain)));
+    table.chains = fixed.iter().cloned().chain(of_pods).chain(of_policy_chains).chain(of_treatments).collect();
+    table.limits.clone_from(&shared.limits);
     handover::keep_old_ways(plan, marks, &mut table);
     table
 }

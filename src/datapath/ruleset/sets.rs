@@ -1,15 +1,16 @@
 //! Sets and maps that follow from the view of the cluster.
 
-use super::{set, unless_same, value};
+use super::bandwidth::{self, Direction};
+use super::{dscp, set, unless_same, value};
 use crate::model::AddressRange;
-use crate::model::marks::Marks;
+use crate::model::marks::{EgressId, Marks};
 use crate::model::networks;
 use crate::node_plan::allocations::NodeAllocation;
 use crate::node_plan::{NodePlan, View, addresses};
 use egret_nft::Family;
 use egret_nft::mac::Mac;
-use egret_nft::table::{Bytes, Data, DataType, Elements, Key, Set, SetKind, Table};
-use std::collections::BTreeMap;
+use egret_nft::table::{Bytes, Data, DataType, Elements, Key, Limit, Set, SetKind, Table};
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -17,6 +18,18 @@ use std::sync::Arc;
 #[derive(Clone, Debug, Default)]
 pub struct SharedSets {
     pub(super) sets: BTreeMap<&'static str, Set>,
+    /// The DSCPs that egress IPs of this node have.
+    pub(super) dscp: BTreeSet<u8>,
+    /// The limits of their bandwidths.
+    pub(super) limits: BTreeMap<Arc<str>, Limit>,
+    beyond: Vec<(&'static str, Direction, BTreeMap<Key, EgressId>)>,
+}
+
+impl SharedSets {
+    /// The sets that count packets beyond bandwidths, with the allocation of each element.
+    pub fn beyond_bandwidth(&self) -> impl Iterator<Item = (&'static str, Direction, &BTreeMap<Key, EgressId>)> {
+        self.beyond.iter().map(|(set, direction, allocations)| (*set, *direction, allocations))
+    }
 }
 
 /// The four places of four bits in a port. nf_tables compares a register with constants only (two registers: from
@@ -87,12 +100,22 @@ pub fn shared_sets(view: &View, peers: &PeerIndexes, marks: Marks, before: &Shar
         let sources = view.tunnel_sources();
         put(set::TUNNEL[at], SetKind::plain(address, None), sources.iter().filter(of_family).map(plain).collect());
     }
+    let of_dscp = translating
+        .iter()
+        .filter_map(|(id, allocation)| Some((u32::from(*id).into(), Data::Jump(dscp::chain_of(allocation.dscp?)))));
+    let of_dscp: Elements = of_dscp.collect();
+    if !of_dscp.is_empty() {
+        put(set::DSCP, SetKind::plain(DataType::Mark, Some(DataType::Verdict)), of_dscp);
+    }
     put(
         set::SAME_PORT,
         SetKind::plain(DataType::Ports, None),
         if allocations.is_gateway { same_port() } else { Elements::default() },
     );
-    SharedSets { sets }
+    let bandwidth::Limits { limits, sets: of_bandwidth, beyond } = bandwidth::limits(&translating);
+    of_bandwidth.into_iter().for_each(|(name, kind, elements)| put(name, kind, elements));
+    let dscp = translating.iter().filter_map(|(_, allocation)| allocation.dscp).collect();
+    SharedSets { sets, dscp, limits, beyond }
 }
 
 /// The sets that identify selected pods: by pod mark, by veth, and by address. `before` is the last plan with its

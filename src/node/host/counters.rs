@@ -1,7 +1,7 @@
 //! The kernel's counters: dropped packets, changed ports, and the traffic of each allocation.
 
 use super::Host;
-use crate::datapath::ruleset;
+use crate::datapath::ruleset::{self, Direction};
 use crate::model::marks::EgressId;
 use crate::node::forwarding::FirstPackets;
 use anyhow::Result;
@@ -27,7 +27,22 @@ impl Host {
                 }
             }
         }
+        counts.beyond_bandwidth = self.beyond_bandwidth()?;
         Ok(counts)
+    }
+
+    /// The packets beyond the bandwidths of egress IPs. Nodes without limits do not have these sets.
+    fn beyond_bandwidth(&mut self) -> Result<BTreeMap<(Direction, EgressId), Count>> {
+        let mut all: BTreeMap<(Direction, EgressId), Count> = BTreeMap::new();
+        for (set, direction, allocations) in self.shared.beyond_bandwidth() {
+            for (key, count) in self.nft.element_counters(ruleset::INET, set)? {
+                if let Some(id) = allocations.get(&key) {
+                    let sum = all.entry((direction, *id)).or_default();
+                    (sum.packets, sum.bytes) = (sum.packets + count.packets, sum.bytes + count.bytes);
+                }
+            }
+        }
+        Ok(all)
     }
 
     /// The number of stale packets, which were dropped because their connection is older than their allocation, and
@@ -63,4 +78,6 @@ pub struct Counts {
     pub sent: Vec<(EgressId, Count)>,
     /// What other nodes' pods sent through this gateway, by allocation.
     pub forwarded: Vec<(EgressId, Count)>,
+    /// What was beyond the bandwidth of an egress IP and was dropped, by direction and allocation.
+    pub beyond_bandwidth: BTreeMap<(Direction, EgressId), Count>,
 }

@@ -67,7 +67,7 @@ impl Node {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::api::Allocate;
+    use crate::api::{Allocate, EgressPolicySpec};
     use crate::fixture::{World, asking};
 
     #[test]
@@ -100,5 +100,26 @@ mod tests {
         assert!(desired(&mut view, inputs(&world, &facts)));
         assert!(view.policies.is(&before.policies) && view.networks.is(&before.networks));
         assert_ne!(view.allocations, before.allocations);
+    }
+    #[test]
+    fn a_policy_changes_the_allocations_only_by_its_dscp() {
+        let mut world = World::new(&["192.0.2.50"]);
+        let spec = |priority, dscp| EgressPolicySpec { priority, dscp, ..asking(Allocate::Dedicated) };
+        world.policy("a/p", spec(0, None));
+        world.allocate();
+        let mut view = View::default();
+        let facts = Facts::default();
+        let mut change = |world: &World| {
+            let inputs =
+                Inputs { cluster: &world.cluster, facts: &facts, node: "n1", direct: &[], pods: BTreeSet::new() };
+            let changed = desired(&mut view, inputs);
+            (changed, view.allocations.allocations.values().map(|allocation| allocation.dscp).collect::<Vec<_>>())
+        };
+        assert_eq!(change(&world), (true, vec![None]));
+        for (priority, dscp, changed) in [(1, None, false), (1, Some(46), true), (2, Some(46), false), (2, None, true)]
+        {
+            world.policy("a/p", spec(priority, dscp));
+            assert_eq!(change(&world), (changed, vec![dscp]), "{priority} {dscp:?}");
+        }
     }
 }

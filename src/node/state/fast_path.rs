@@ -2,6 +2,7 @@
 
 use super::Node;
 use crate::node::fast_path::{Status, Wanted};
+use crate::node_plan::allocations::NodeAllocation;
 
 impl Node {
     /// Passes on which interfaces packets come in by, and whether any may go the fast way.
@@ -12,6 +13,9 @@ impl Node {
         } else if !self.egress.handovers.all().is_empty() {
             // Packets are copied to another node, which still knows their connections.
             Some("an egress IP is being moved")
+        } else if self.view.allocations.allocations.values().any(NodeAllocation::is_treated) {
+            // The chains that do this see every packet.
+            Some("an egress IP that may be on this node has a DSCP or a bandwidth")
         } else {
             None
         };

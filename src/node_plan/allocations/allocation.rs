@@ -2,6 +2,7 @@
 
 use super::Facts;
 use crate::api::{AddressPair, Placement};
+use crate::model::bandwidth::Bandwidth;
 use crate::model::marks::EgressId;
 use crate::model::selector::Name;
 use crate::model::spread::{ChoiceState, Near};
@@ -47,6 +48,10 @@ pub struct NodeAllocation {
     pub interface: Option<Name>,
     /// The families that the gateway probes.
     pub probed: ProbedFamilies,
+    /// The DSCP of its packets, 0 to 63; on nodes that may become the owner.
+    pub dscp: Option<u8>,
+    /// How much it may send and receive; on nodes that may become the owner.
+    pub bandwidth: Bandwidth,
     /// The uplink that its traffic leaves by, see [`NodeAllocations::uplinks`](super::NodeAllocations::uplinks). 0 is the
     /// main table.
     pub uplink: u16,
@@ -95,6 +100,11 @@ impl NodeAllocation {
     /// Whether this node translates packets of this egress IP.
     pub fn translates(&self) -> bool {
         self.role == Role::Translator
+    }
+
+    /// Whether this node treats its packets otherwise than by translating them.
+    pub fn is_treated(&self) -> bool {
+        self.dscp.is_some() || self.bandwidth != Bandwidth::default()
     }
 
     /// Whether the allocation names this node.

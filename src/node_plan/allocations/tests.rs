@@ -1,5 +1,5 @@
 use super::*;
-use crate::api::{Allocate, EgressNodeStatus, TakenAllocation};
+use crate::api::{Allocate, EgressNodeStatus, EgressPolicySpec, TakenAllocation};
 use crate::fixture::{World, asking, naming, naming_service, naming_several};
 use crate::model::tunnel_mac;
 use egret_nft::mac;
@@ -301,4 +301,16 @@ fn a_policy_with_several_egress_ips_has_those_that_it_names_now_in_its_order() {
     assert_eq!(of(&world).len(), 3);
     world.policy("a/p", counted(2));
     assert_eq!(of(&world).iter().map(|(ordinal, _)| *ordinal).collect::<Vec<_>>(), [0, 1]);
+}
+
+#[test]
+fn only_nodes_that_may_become_the_owner_know_the_dscp() {
+    let mut world = World::new(&[A]);
+    world.policy("a/p", EgressPolicySpec { dscp: Some(46), ..naming(&[A]) });
+    world.node("plain", "none", &["10.0.0.9"]);
+    let id = world.allocate().grant("a/p").id;
+    let dscp = |world: &World, node| NodeAllocations::new(&world.cluster, node, &facts(&[], &[])).allocations[&id].dscp;
+    assert_eq!(["n1", "n2", "plain"].map(|node| dscp(&world, node)), [Some(46), Some(46), None]);
+    world.policy("a/p", naming(&[A]));
+    assert_eq!(dscp(&world, "n1"), None);
 }

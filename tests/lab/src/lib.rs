@@ -9,6 +9,7 @@
 //! ```
 
 pub mod api;
+pub mod bulk;
 pub mod by_hand;
 pub mod client;
 pub mod cni;
@@ -34,6 +35,7 @@ pub mod traffic;
 pub mod turn;
 pub mod wire;
 
+pub use bulk::Bulk;
 pub use client::FIRST_PACKET;
 pub use cni::{CniError, Conflist};
 pub use daemon::Daemon;

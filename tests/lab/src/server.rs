@@ -3,7 +3,9 @@
 //! - TCP 9000: echoes;
 //! - UDP 9001: tells who asked;
 //! - UDP 9002: echoes;
-//! - UDP 9003: tells who asked, with the port.
+//! - UDP 9003: tells who asked, with the port;
+//! - TCP 9004: takes what comes, and counts it;
+//! - TCP 9005: sends without end.
 
 use super::host::Host;
 use super::machine;
@@ -11,7 +13,7 @@ use nix::sys::socket::{Shutdown, shutdown};
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::AsRawFd;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
@@ -28,6 +30,11 @@ pub const UDP_ECHO: u16 = 9002;
 /// UDP, tells who asked, with the port.
 pub const UDP_PEER: u16 = 9003;
 
+/// TCP, takes what comes.
+pub const SINK: u16 = 9004;
+/// TCP, sends without end.
+pub const SOURCE: u16 = 9005;
+
 /// A running server; it ends when dropped.
 pub struct Server {
     shared: Arc<Shared>,
@@ -39,6 +46,7 @@ pub struct Server {
 struct Shared {
     ends: AtomicBool,
     connections: Mutex<Vec<SocketAddr>>,
+    sunk: AtomicU64,
 }
 
 impl Server {
@@ -52,6 +60,14 @@ impl Server {
             shared.connections.lock().expect("a lock").push(peer);
             let shared = Arc::clone(shared);
             thread::spawn(move || echo(stream, &shared));
+        });
+        server.tcp(host, SINK, |stream, _, shared| {
+            let shared = Arc::clone(shared);
+            thread::spawn(move || sink(stream, &shared));
+        });
+        server.tcp(host, SOURCE, |stream, _, shared| {
+            let shared = Arc::clone(shared);
+            thread::spawn(move || send_on(stream, &shared));
         });
         server.udp(host, UDP_WHO, |_, peer| peer.ip().to_string().into_bytes());
         server.udp(host, UDP_ECHO, |datagram, _| datagram.to_vec());
@@ -70,6 +86,11 @@ impl Server {
     /// Who has connected to the echo port, in order.
     pub fn connections(&self) -> Vec<SocketAddr> {
         self.shared.connections.lock().expect("a lock").clone()
+    }
+
+    /// How many bytes have come to the port that takes them.
+    pub fn sunk(&self) -> u64 {
+        self.shared.sunk.load(Ordering::Relaxed)
     }
 
     fn tcp(&mut self, host: &Host, port: u16, serve: fn(TcpStream, SocketAddr, &Arc<Shared>)) {
@@ -115,6 +136,31 @@ fn echo(mut stream: TcpStream, shared: &Shared) {
             }
             Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {}
             Err(_) => return,
+        }
+    }
+}
+
+fn sink(mut stream: TcpStream, shared: &Shared) {
+    let _ = stream.set_read_timeout(Some(Duration::from_millis(500)));
+    let mut buffer = vec![0; 65536];
+    while !shared.ends.load(Ordering::Relaxed) {
+        match machine::uninterrupted(|| stream.read(&mut buffer)) {
+            Ok(0) => return,
+            Ok(size) => drop(shared.sunk.fetch_add(size as u64, Ordering::Relaxed)),
+            Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {}
+            Err(_) => return,
+        }
+    }
+}
+
+fn send_on(mut stream: TcpStream, shared: &Shared) {
+    let _ = stream.set_write_timeout(Some(Duration::from_millis(500)));
+    let buffer = vec![0; 65536];
+    while !shared.ends.load(Ordering::Relaxed) {
+        match machine::uninterrupted(|| stream.write(&buffer)) {
+            Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {}
+            Ok(0) | Err(_) => return,
+            Ok(_) => {}
         }
     }
 }

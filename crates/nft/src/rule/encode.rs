@@ -17,6 +17,8 @@ const VERDICT: u32 = 0;
 
 const TCP_OPTION_MAXSEG: u8 = 2;
 const IFNAMSIZ: usize = 16;
+/// The offset of the checksum in the IPv4 header, RFC 791.
+const IPV4_CHECKSUM: u32 = 10;
 
 /// Where the kernel reads a field.
 enum Source {
@@ -197,6 +199,13 @@ impl Expression {
                 expression(out, "log", |d| d.attribute(NFTA_LOG_GROUP, &group.to_be_bytes()));
             }
             Expression::LimitBurst(packets) => limit(out, *packets),
+            Expression::LimitMap(operand, map) => {
+                operand.load(out, R1);
+                expression(out, "objref", |d| {
+                    d.be32(NFTA_OBJREF_SET_SREG, R1);
+                    d.text(NFTA_OBJREF_SET_NAME, map);
+                });
+            }
             Expression::Trace => trace(out),
             Expression::Notrack => expression(out, "notrack", |_| {}),
             Expression::Dup { to, index, .. } => dup(out, *to, *index),
@@ -213,6 +222,7 @@ impl Expression {
                 });
             }
             Expression::ClampMss => clamp_mss(out),
+            Expression::SetDscp(ip, value) => set_dscp(out, *ip, *value),
             Expression::Verdict(verdict) => {
                 let (code, chain) = verdict.code();
                 expression(out, "immediate", |d| {
@@ -352,14 +362,12 @@ fn dup(out: &mut Vec<u8>, to: IpAddr, device: u32) {
 
 /// A bucket that holds `burst` packets from the start, and gets another one after an hour.
 fn limit(out: &mut Vec<u8>, burst: u32) {
-    /// `NFT_LIMIT_PKTS`
-    const PACKETS: u32 = 0;
     const HOUR: u64 = 3600;
     expression(out, "limit", |d| {
         d.attribute(NFTA_LIMIT_RATE, &1u64.to_be_bytes());
         d.attribute(NFTA_LIMIT_UNIT, &HOUR.to_be_bytes());
         d.be32(NFTA_LIMIT_BURST, burst);
-        d.be32(NFTA_LIMIT_TYPE, PACKETS);
+        d.be32(NFTA_LIMIT_TYPE, NFT_LIMIT_PKTS);
     });
 }
 
@@ -368,6 +376,38 @@ fn trace(out: &mut Vec<u8>) {
     expression(out, "meta", |d| {
         d.be32(NFTA_META_KEY, NFT_META_NFTRACE);
         d.be32(NFTA_META_SREG, R1);
+    });
+}
+
+/// The first 16 bits of the IP header are read, changed and written, as nft does it. In IPv4 the DSCP is the upper six
+/// bits of the second byte (RFC 2474), and the header has a checksum. In IPv6 it begins in the middle of the first
+/// byte (RFC 8200).
+fn set_dscp(out: &mut Vec<u8>, ip: Family, value: u8) {
+    let value = u16::from(value & 0x3f);
+    let (mask, bits) = match ip {
+        Family::V4 => (0x00fc_u16, value << 2),
+        Family::V6 => (0x0fc0, value << 6),
+    };
+    expression(out, "payload", |d| {
+        d.be32(NFTA_PAYLOAD_DREG, R1);
+        d.be32(NFTA_PAYLOAD_BASE, NFT_PAYLOAD_NETWORK_HEADER);
+        d.be32(NFTA_PAYLOAD_OFFSET, 0);
+        d.be32(NFTA_PAYLOAD_LEN, 2);
+    });
+    let bytes = |number: u16| Bytes::from(number.to_be_bytes().as_slice());
+    bitwise(out, R1, bytes(!mask), bytes(bits));
+    expression(out, "payload", |d| {
+        d.be32(NFTA_PAYLOAD_SREG, R1);
+        d.be32(NFTA_PAYLOAD_BASE, NFT_PAYLOAD_NETWORK_HEADER);
+        d.be32(NFTA_PAYLOAD_OFFSET, 0);
+        d.be32(NFTA_PAYLOAD_LEN, 2);
+        match ip {
+            Family::V4 => {
+                d.be32(NFTA_PAYLOAD_CSUM_TYPE, NFT_PAYLOAD_CSUM_INET);
+                d.be32(NFTA_PAYLOAD_CSUM_OFFSET, IPV4_CHECKSUM);
+            }
+            Family::V6 => d.be32(NFTA_PAYLOAD_CSUM_TYPE, 0),
+        }
     });
 }
 

@@ -102,6 +102,8 @@ enum Expression {
     Log(u16),
     /// `limit rate 1/hour burst PACKETS packets`
     LimitBurst(u32),
+    /// `limit name FIELD map @MAP`
+    LimitMap(Operand, SetName),
     /// `meta nftrace set 1`
     Trace,
     /// `notrack`
@@ -114,6 +116,8 @@ enum Expression {
     Snat(Family, Value),
     /// `tcp option maxseg size set rt mtu`
     ClampMss,
+    /// `ip dscp set VALUE`
+    SetDscp(Family, u8),
     /// `accept`
     Verdict(Verdict),
     /// `FIELD vmap @MAP`

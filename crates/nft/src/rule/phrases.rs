@@ -192,6 +192,11 @@ impl Rule {
         self.ip(ip).in_set([Daddr(ip).into()], set, false)
     }
 
+    /// `meta mark & MASK == @SET`
+    pub fn mark_in_set(self, mask: u32, set: impl Into<SetName>) -> Self {
+        self.in_set([Mark.and(mask)], set, false)
+    }
+
     /// `ip daddr . meta l4proto @SET`
     pub fn daddr_and_protocol_in_set(self, ip: Family, set: impl Into<SetName>) -> Self {
         self.ip(ip).in_set([Daddr(ip).into(), L4Proto.into()], set, false)
@@ -314,6 +319,17 @@ impl Rule {
         self.with(Expression::LimitBurst(packets))
     }
 
+    /// `limit name meta mark & MASK map @MAP`: the rule continues for packets beyond the limit that the map has for the
+    /// mark. It ends for packets within it, and for marks without a limit.
+    pub fn beyond_limit_of_mark(self, mask: u32, map: impl Into<SetName>) -> Self {
+        self.with(Expression::LimitMap(Mark.and(mask), map.into()))
+    }
+
+    /// `limit name ip daddr map @MAP`, by destination address.
+    pub fn beyond_limit_of_daddr(self, ip: Family, map: impl Into<SetName>) -> Self {
+        self.ip(ip).with(Expression::LimitMap(Daddr(ip).into(), map.into()))
+    }
+
     /// `meta nftrace set 1`: the kernel tells of the packet's way from here on, see [`crate::trace`].
     pub fn trace(self) -> Self {
         self.with(Expression::Trace)
@@ -427,6 +443,11 @@ impl Rule {
     /// `tcp option maxseg size set rt mtu`. The kernel only lowers the value (`nft_exthdr_tcp_set_eval`).
     pub fn clamp_mss(self) -> Self {
         self.with(Expression::ClampMss)
+    }
+
+    /// `ip dscp set VALUE`, of six bits. The two bits of ECN stay.
+    pub fn set_dscp(self, ip: Family, value: u8) -> Self {
+        self.ip(ip).with(Expression::SetDscp(ip, value))
     }
 
     /// `accept`

@@ -20,6 +20,33 @@ const STATUSES: [(u32, &str); 5] = [
     (IPS_DST_NAT, "dnat"),
 ];
 
+/// The values that nft prints by name (its src/proto.c: `dscp_type_tbl`).
+const DSCP_NAMES: [(u8, &str); 23] = [
+    (0, "cs0"),
+    (8, "cs1"),
+    (16, "cs2"),
+    (24, "cs3"),
+    (32, "cs4"),
+    (40, "cs5"),
+    (48, "cs6"),
+    (56, "cs7"),
+    (1, "lephb"),
+    (10, "af11"),
+    (12, "af12"),
+    (14, "af13"),
+    (18, "af21"),
+    (20, "af22"),
+    (22, "af23"),
+    (26, "af31"),
+    (28, "af32"),
+    (30, "af33"),
+    (34, "af41"),
+    (36, "af42"),
+    (38, "af43"),
+    (44, "va"),
+    (46, "ef"),
+];
+
 impl Display for Rule {
     fn fmt(&self, f: &mut Formatter<'_>) -> Result {
         let mut transport = "th";
@@ -55,10 +82,13 @@ impl Expression {
     fn reads(&self, is_it: impl Fn(Field) -> bool) -> bool {
         let of_value = |value: &Value| matches!(value, Value::Of(o) | Value::Map(o, _) if is_it(o.field));
         match self {
-            Expression::Compare { left, .. } | Expression::VerdictMap(left, _) => is_it(left.field),
+            Expression::Compare { left, .. } | Expression::VerdictMap(left, _) | Expression::LimitMap(left, _) => {
+                is_it(left.field)
+            }
             Expression::InSet { key, .. } => key.iter().flatten().any(|operand| is_it(operand.field)),
             Expression::Assign(_, value) | Expression::Snat(_, value) => of_value(value),
             Expression::AssignBoth(both) => both.iter().any(|(_, value)| of_value(value)),
+            Expression::SetDscp(ip, _) => is_it(Field::Saddr(*ip)),
             _ => false,
         }
     }
@@ -71,7 +101,13 @@ impl Expression {
                     f.write_str(if at > 0 { " . " } else { "" })?;
                     operand.print(f, transport)?;
                 }
-                write!(f, " {}@{set}", if *not { "!= " } else { "" })
+                // nft prints the operator after a single field with a mask only.
+                let operator = match key {
+                    _ if *not => "!= ",
+                    [Some(Operand { bits: Bits::And(_), .. }), None, None] => "== ",
+                    _ => "",
+                };
+                write!(f, " {operator}@{set}")
             }
             Expression::Assign(target, value) => assignment(f, *target, value, transport),
             Expression::AssignBoth([(first, one), (second, other)]) => {
@@ -82,6 +118,11 @@ impl Expression {
             Expression::Counter(name) => write!(f, "counter name \"{name}\""),
             Expression::Log(group) => write!(f, "log group {group}"),
             Expression::LimitBurst(packets) => write!(f, "limit rate 1/hour burst {packets} packets"),
+            Expression::LimitMap(operand, map) => {
+                f.write_str("limit name ")?;
+                operand.print(f, transport)?;
+                write!(f, " map @{map}")
+            }
             Expression::Trace => f.write_str("meta nftrace set 1"),
             Expression::Notrack => f.write_str("notrack"),
             Expression::Dup { to, device, .. } => write!(f, "dup to {to} device \"{device}\""),
@@ -91,6 +132,10 @@ impl Expression {
                 to.print(f, transport)
             }
             Expression::ClampMss => f.write_str("tcp option maxseg size set rt mtu"),
+            Expression::SetDscp(ip, value) => match DSCP_NAMES.iter().find(|(number, _)| number == value) {
+                Some((_, name)) => write!(f, "{} dscp set {name}", ip_name(*ip)),
+                None => write!(f, "{} dscp set {value:#04x}", ip_name(*ip)),
+            },
             Expression::Verdict(verdict) => match verdict {
                 Verdict::Accept => f.write_str("accept"),
                 Verdict::Drop => f.write_str("drop"),
