@@ -124,9 +124,12 @@ fn grant_of(allocator: &Allocator, requester: PolicyPlace, request: RequestPlace
         address: allocation.address.clone(),
         node: allocation.node.clone(),
         leaving: allocation.leaving.clone(),
-        shared_with: matches!(allocation.kind, AllocationKind::Explicit | AllocationKind::Service)
-            .then(|| shared_with(allocator, requester, place))
-            .flatten(),
+        shared_with: matches!(
+            allocation.kind,
+            AllocationKind::Explicit | AllocationKind::Service | AllocationKind::Pooled
+        )
+        .then(|| shared_with(allocator, requester, place))
+        .flatten(),
         note: note(allocator, request, place),
     }
 }
@@ -143,7 +146,7 @@ fn shared_with(allocator: &Allocator, requester: PolicyPlace, allocation: Alloca
 /// A remark for users about a granted allocation.
 fn note(allocator: &Allocator, request: RequestPlace, place: AllocationPlace) -> Option<String> {
     let (allocation, request) = (&allocator.allocations[place], &allocator.requests.all[request]);
-    if !matches!(request.kind, Kind::Dedicated(_) | Kind::Shared) {
+    if !matches!(request.kind, Kind::Dedicated(_) | Kind::Shared | Kind::Pooled) {
         return None;
     }
     let gateway_pool = &allocator.gateway_pools[allocation.gateway];

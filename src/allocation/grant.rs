@@ -18,12 +18,13 @@ use std::collections::HashMap;
 use std::net::IpAddr;
 
 /// The order in which requests are granted, by kind.
-const GRANTED: [AllocationKind; 5] = [
+const GRANTED: [AllocationKind; 6] = [
     AllocationKind::Explicit,
     AllocationKind::Service,
     AllocationKind::Node,
     AllocationKind::Shared,
     AllocationKind::Dedicated,
+    AllocationKind::Pooled,
 ];
 
 /// Grants allocations to the requests that have none, older ones first. Requests that name an address come before
@@ -58,6 +59,7 @@ pub(super) fn grant(allocator: &mut Allocator) -> HashMap<RequestPlace, Rejectio
                 (Kind::Shared, AllocationKind::Shared) | (Kind::Dedicated(_), AllocationKind::Dedicated) => {
                     pool(allocator, request, kind, &mut lacking)
                 }
+                (Kind::Pooled, AllocationKind::Pooled) => pooled(allocator, request, &mut lacking),
                 _ => continue,
             };
             match granted {
@@ -265,6 +267,28 @@ fn pool(
     let id = allocator.new_id(gateway, &address, &policies, &name).ok_or_else(no_id)?;
     let draft = allocator.draft_like_before(gateway, id, kind, address);
     Ok(allocator.add(Draft { ordinal, ..draft }))
+}
+
+/// Grants an address of its own, or, where the pool has none left, the egress IP of the gateway that the fewest such
+/// policies have.
+fn pooled(
+    allocator: &mut Allocator,
+    request: RequestPlace,
+    lacking: &mut HashMap<RequestPlace, Family>,
+) -> Result<AllocationPlace, Rejection> {
+    let own = pool(allocator, request, AllocationKind::Pooled, lacking);
+    let gateway = allocator.requests.all[request].gateway;
+    let of_gateway = allocator
+        .allocations
+        .with_places()
+        .filter(|(_, allocation)| allocation.gateway == gateway && allocation.kind == AllocationKind::Pooled);
+    own.or_else(|rejection| match of_gateway.min_by_key(|(place, allocation)| (allocation.requests.len(), *place)) {
+        Some((place, _)) => {
+            lacking.remove(&request);
+            Ok(place)
+        }
+        None => Err(rejection),
+    })
 }
 
 fn exhausted(allocator: &Allocator, gateway: GatewayPlace, family: Family) -> Rejection {

@@ -84,7 +84,7 @@ impl<'a> Used<'a> {
     /// The namespace would exceed its quota.
     fn add(&mut self, quota: &NamespaceQuota, kinds: &'a [Kind], destinations: usize) -> Result<(), Exceeded> {
         let exceeds = |count: usize, limit: Option<u32>| limit.filter(|limit| count > *limit as usize);
-        let dedicated = kinds.iter().filter(|kind| matches!(kind, Kind::Dedicated(_))).count();
+        let dedicated = kinds.iter().filter(|kind| matches!(kind, Kind::Dedicated(_) | Kind::Pooled)).count();
         let named: Vec<&AddressPair> =
             kinds.iter().filter_map(Kind::named).filter(|pair| !self.named.contains(pair)).collect();
         let addresses = self.dedicated + self.named.len() + dedicated + named.len();

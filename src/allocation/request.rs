@@ -32,6 +32,8 @@ pub(super) enum Kind {
     Service(ObjectKey, AddressPair),
     /// The shared allocation of the gateway.
     Shared,
+    /// An allocation for one policy while the pool has addresses, and then one that others have, too.
+    Pooled,
     /// An allocation for one policy, which may ask for several: its place among them, from 0.
     Dedicated(u16),
     /// The own address of any node of the gateway, for one policy.
@@ -43,7 +45,7 @@ impl Kind {
     pub(super) fn named(&self) -> Option<&AddressPair> {
         match self {
             Kind::Explicit(pair) | Kind::Service(_, pair) => Some(pair),
-            Kind::Shared | Kind::Dedicated(_) | Kind::Node => None,
+            Kind::Shared | Kind::Pooled | Kind::Dedicated(_) | Kind::Node => None,
         }
     }
 
@@ -63,6 +65,7 @@ impl Kind {
             AddressRequest::Service(service) => smallvec![Kind::Service(service.clone(), AddressPair::default())],
             AddressRequest::Allocate(Allocate::Dedicated, count) => (0..*count).map(Kind::Dedicated).collect(),
             AddressRequest::Allocate(Allocate::Shared, _) => smallvec![Kind::Shared],
+            AddressRequest::Allocate(Allocate::Pooled, _) => smallvec![Kind::Pooled],
             AddressRequest::Allocate(Allocate::Node, _) => smallvec![Kind::Node],
             AddressRequest::Direct => SmallVec::new(),
         }
@@ -145,7 +148,7 @@ impl<'a> Requests<'a> {
                         *common.entry((gateway, kind.clone(), sharers)).or_insert(all.end())
                     }
                     Kind::Shared => *common.entry((gateway, kind.clone(), None)).or_insert(all.end()),
-                    Kind::Dedicated(_) | Kind::Node => all.end(),
+                    Kind::Dedicated(_) | Kind::Pooled | Kind::Node => all.end(),
                 };
                 if request == all.end() {
                     all.push(Request { gateway, kind, policies: Vec::new(), allocation: None });

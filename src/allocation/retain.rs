@@ -65,13 +65,16 @@ fn pool_allocation(allocator: &mut Allocator, gateway: GatewayPlace, allocation:
             (Kind::Service(service, pair), AllocationKind::Service) => {
                 *pair == allocation.address && allocation.service.as_deref().is_some_and(|text| service.is(text))
             }
-            (Kind::Shared, AllocationKind::Shared) => true,
+            (Kind::Shared, AllocationKind::Shared) | (Kind::Pooled, AllocationKind::Pooled) => true,
             (Kind::Dedicated(ordinal), AllocationKind::Dedicated) => *ordinal == allocation.ordinal,
             _ => false,
         }
     });
-    // The most senior request keeps it, if the gateway no longer shares addresses across namespaces.
-    let Some(request) = fitting.min() else { return false };
+    // The most senior request keeps it, if the gateway no longer shares addresses across namespaces. Policies share one of
+    // a pool whatever their namespaces.
+    let mut fitting: BTreeSet<RequestPlace> = fitting.collect();
+    let Some(first) = fitting.first().copied() else { return false };
+    fitting.retain(|request| *request == first || allocation.kind == AllocationKind::Pooled);
     let is_named = matches!(allocation.kind, AllocationKind::Explicit | AllocationKind::Service);
     let may_keep = |address: &IpAddr| {
         let reserved =
@@ -99,7 +102,9 @@ fn pool_allocation(allocator: &mut Allocator, gateway: GatewayPlace, allocation:
         service: allocation.service.as_deref().and_then(ObjectKey::parse),
         requests: vec![],
     });
-    allocator.assign(place, request);
+    for request in fitting {
+        allocator.assign(place, request);
+    }
     true
 }
 
@@ -139,7 +144,8 @@ fn node_allocation(allocator: &mut Allocator, gateway: GatewayPlace, allocation:
 fn complete(allocator: &mut Allocator) {
     for request in allocator.requests.all.places() {
         let Some(place) = allocator.requests.all[request].allocation else { continue };
-        if !matches!(allocator.allocations[place].kind, AllocationKind::Dedicated | AllocationKind::Shared) {
+        let given = [AllocationKind::Dedicated, AllocationKind::Shared, AllocationKind::Pooled];
+        if !given.contains(&allocator.allocations[place].kind) {
             continue;
         }
         let gateway = allocator.allocations[place].gateway;

@@ -263,6 +263,8 @@ pub enum AllocationKind {
     Dedicated,
     /// From the pool, for all policies of the gateway that have `allocate: Shared`.
     Shared,
+    /// From the pool, for policies that have `allocate: Pooled`: for one, and for several when the pool is exhausted.
+    Pooled,
     /// The own address of a node of the gateway. When the allocation moves to another node, the address changes.
     Node,
     /// The address of a Service, named by the policy in `spec.address.service`. The node that announces it is the owner.

@@ -412,6 +412,9 @@ pub enum Allocate {
     Dedicated,
     /// One egress IP for all policies of the gateway that have `allocate: Shared`.
     Shared,
+    /// An egress IP for this policy alone while the gateway's pool has one; afterwards the one that the fewest policies with
+    /// `allocate: Pooled` have, also those of other namespaces. A policy keeps what it has.
+    Pooled,
     /// The own address of a node of the gateway. It needs no pool, but the address changes when the node does.
     Node,
 }

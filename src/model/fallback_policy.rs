@@ -64,6 +64,7 @@ pub fn from_allocations(
             }
             AllocationKind::Dedicated => AddressRequest::Allocate(Allocate::Dedicated, count),
             AllocationKind::Shared => AddressRequest::Allocate(Allocate::Shared, 1),
+            AllocationKind::Pooled => AddressRequest::Allocate(Allocate::Pooled, 1),
             AllocationKind::Node => AddressRequest::Allocate(Allocate::Node, 1),
             AllocationKind::Service => match first.service.as_deref().and_then(ObjectKey::parse) {
                 Some(service) => AddressRequest::Service(service),
@@ -115,13 +116,14 @@ mod tests {
         world.policy("a/own", asking(Allocate::Dedicated));
         world.policy("a/shared", asking(Allocate::Shared));
         world.policy("b/shared", asking(Allocate::Shared));
+        world.policy("a/pooled", asking(Allocate::Pooled));
         world.policy("a/nodes", asking(Allocate::Node));
         world.policy("everywhere", asking(Allocate::Dedicated));
         world.allocate();
         world.settle();
         let before = world.allocate().gateways;
         replace_by_fallback_policies(&mut world, &ReadableParts::default());
-        assert_eq!(world.cluster.policies.len(), 6);
+        assert_eq!(world.cluster.policies.len(), 7);
         world.now += 3600;
         let after = world.allocate().gateways;
         assert_eq!(after["g"].allocations, before["g"].allocations);

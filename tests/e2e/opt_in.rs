@@ -1,5 +1,5 @@
-//! Teams that write no policies ask for a gateway by an annotation, and a namespace has a gateway for policies that name
-//! none. Needs root.
+//! Defaults: teams that write no policies ask for a gateway by an annotation, and a namespace has a gateway for policies that name
+//! none; policies share a pool. Needs root.
 
 use lab::{Lab, Pod, manifests};
 use serde_json::{Value, json};
@@ -87,4 +87,35 @@ fn a_namespace_has_a_gateway_for_policies_that_name_none() {
     // A label says the same.
     write_namespace(&lab, "shop", &[("egret.dev/default-gateway", "second")], json!({}));
     lab.wait_seen_as(&pod, Ipv4Addr::new(192, 0, 2, 70));
+}
+
+#[test]
+fn policies_share_the_egress_ips_of_a_pool_when_none_is_left() {
+    let lab = Lab::new();
+    lab.write_manifest(
+        "gateway.yaml",
+        &manifests::gateway("default", &["192.0.2.50-192.0.2.51", "2001:db8::50-2001:db8::51"]),
+    );
+    let policy = |namespace: &str| {
+        lab.write_manifest(
+            &format!("policy-{namespace}.yaml"),
+            &manifests::policy(namespace, "all", "podSelector: {}\n  allocate: Pooled"),
+        );
+    };
+    lab.start();
+    let pods: Vec<Pod> = ["first", "second", "third"]
+        .into_iter()
+        .map(|namespace| {
+            policy(namespace);
+            let pod = lab.add_pod("n1", namespace, "web", &[]);
+            lab.wait_until("the pod leaves", std::time::Duration::from_secs(10), || {
+                pod.who(lab::EXT4).is_ok_and(|seen| seen != IpAddr::from(pod.node.ipv4()))
+            });
+            pod
+        })
+        .collect();
+    let seen = |pod: &Pod| [pod.who(lab::EXT4).ok(), pod.who(lab::EXT6).ok()];
+    let [first, second, third] = [0, 1, 2].map(|n| seen(&pods[n]));
+    assert!(first != second && first.iter().chain(&second).all(Option::is_some), "{first:?} and {second:?}");
+    assert!(third == first || third == second, "{third:?}");
 }

@@ -48,7 +48,7 @@ fn gateways() -> Vec<Value> {
         json!({"id": id, "kind": kind, "ordinal": 2, "ipv4": format!("192.0.2.{id}"), "ipv6": format!("2001:db8::{id}"), "node": "g1",
                "since": 1_700_000_000, "leaving": "g2", "service": "shop/web", "policies": ["shop/a", "everywhere"]})
     };
-    let kinds = ["Explicit", "Dedicated", "Shared", "Node", "Service"];
+    let kinds = ["Explicit", "Dedicated", "Shared", "Pooled", "Node", "Service"];
     let allocations: Vec<Value> = kinds.into_iter().zip(50..).map(|(kind, id)| path(id, kind)).collect();
     let released =
         json!([{"id": 7, "ipv4": "192.0.2.57", "ipv6": "2001:db8::57", "policies": ["shop/b"], "at": 1_700_000_000}]);
@@ -87,7 +87,7 @@ fn policies(kind: &str, more: &Value) -> Vec<Value> {
     let by_labels = || json!({"podSelector": selector()});
     let named = json!({"address": {"ipv4": "192.0.2.50", "ipv6": "2001:db8::50"}});
     let mut specs = vec![spec("Block", by_labels(), named)];
-    for allocate in ["Dedicated", "Shared", "Node"] {
+    for allocate in ["Dedicated", "Shared", "Pooled", "Node"] {
         specs.push(spec("NodeAddress", by_labels(), json!({"allocate": allocate})));
     }
     let several = json!({"addresses": [{"ipv4": "192.0.2.50", "ipv6": "2001:db8::50"}], "spread": "Pod"});

@@ -263,6 +263,8 @@ fn accepted(grant: &Grant) -> String {
         AllocationKind::Explicit => "as it asks for",
         AllocationKind::Dedicated => "its own",
         AllocationKind::Shared => "shared",
+        AllocationKind::Pooled if grant.shared_with.is_none() => "its own",
+        AllocationKind::Pooled => "of the pool",
         AllocationKind::Node => "the node's own",
         AllocationKind::Service => "its Service's",
     };

@@ -1,6 +1,7 @@
 mod addresses;
 mod moves;
 mod nodes;
+mod pooled;
 mod properties;
 mod rejections;
 mod services;

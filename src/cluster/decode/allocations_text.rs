@@ -25,11 +25,12 @@ use std::net::IpAddr;
 use std::str::{FromStr, SplitWhitespace};
 
 const ABSENT: &str = "-";
-const KINDS: [(AllocationKind, &str); 5] = [
+const KINDS: [(AllocationKind, &str); 6] = [
     (AllocationKind::Dedicated, "D"),
     (AllocationKind::Explicit, "E"),
     (AllocationKind::Node, "N"),
     (AllocationKind::Shared, "S"),
+    (AllocationKind::Pooled, "P"),
     (AllocationKind::Service, "L"),
 ];
 
