@@ -275,14 +275,15 @@ pub struct ServiceReference {
 /// The largest DSCP, RFC 2474: six bits.
 pub const MAX_DSCP: u8 = 63;
 
-/// A bandwidth, in bits a second of IP packets with their headers: `64Kbit` to `999999Gbit`, with powers of 1000.
-pub const BANDWIDTH: &str = "^((6[4-9]|[7-9][0-9]|[1-9][0-9]{2,5})Kbit|[1-9][0-9]{0,5}(Mbit|Gbit))$";
+/// A bandwidth, in bits a second of IP packets with their headers: `64Kbit` to `100Gbit`, with powers of 1000.
+pub const BANDWIDTH: &str =
+    "^((6[4-9]|[7-9][0-9]|[1-9][0-9]{2,5})Kbit|([1-9][0-9]{0,4}|100000)Mbit|([1-9][0-9]?|100)Gbit)$";
 
 /// The bandwidth of one egress IP: at least one direction.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Bandwidth {
-    /// What pods send: a number with `Kbit`, `Mbit` or `Gbit`, at least `64Kbit`.
+    /// What pods send: a number with `Kbit`, `Mbit` or `Gbit`, from `64Kbit` to `100Gbit`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub egress: Option<String>,
     /// What pods receive, in the same units.

@@ -122,7 +122,7 @@ fn pool_entry() -> Value {
 
 fn bandwidth() -> Value {
     let rule = format!("self.matches('{BANDWIDTH}')");
-    let message = "not a bandwidth; write 64Kbit to 999999Kbit, 1Mbit to 999999Mbit or 1Gbit to 999999Gbit";
+    let message = "not a bandwidth; write 64Kbit to 999999Kbit, 1Mbit to 100000Mbit or 1Gbit to 100Gbit";
     with_rules(json!({"maxLength": 10, "minLength": 1}), &[(&rule, message)])
 }
 

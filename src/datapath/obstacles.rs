@@ -3,7 +3,7 @@
 use crate::datapath::names::TRACES;
 use anyhow::{Context, Result};
 use egret_nft::netlink::Socket;
-use egret_nft::{Expression, fold_expressions};
+use egret_nft::{ANY_OBJECT, Expression, fold_expressions};
 use std::fs;
 
 /// Expressions that count or limit packets, send copies or pass packets on to a program.
@@ -26,8 +26,8 @@ const EXTENSIONS: [&str; 14] = [
     "RATEEST",
     "IDLETIMER",
 ];
-/// `NFT_OBJECT_QUOTA`, `_LIMIT`, `_CONNLIMIT`, include/uapi/linux/netfilter/nf_tables.h.
-const OBJECTS: [u32; 3] = [2, 4, 5];
+/// `NFT_OBJECT_QUOTA`, `_LIMIT`, `_CONNLIMIT`, include/uapi/linux/netfilter/nf_tables.h; and what a map names.
+const OBJECTS: [u32; 4] = [2, 4, 5, ANY_OBJECT];
 
 /// The first of the host's rules and settings that must see every packet, in words.
 ///
@@ -96,7 +96,12 @@ mod tests {
         let of = |table, name, extension, object| {
             sees_every_packet(Expression { table, chain: "c", name, extension, object })
         };
-        assert!(of("filter", "limit", "", 0) && of("filter", "objref", "", 2) && of("filter", "queue", "", 0));
+        assert!(
+            of("filter", "limit", "", 0)
+                && of("filter", "objref", "", 2)
+                && of("filter", "objref", "", ANY_OBJECT)
+                && of("filter", "queue", "", 0)
+        );
         assert!(of("filter", "match", "hashlimit", 0) && of("mangle", "target", "NFQUEUE", 0));
         assert!(of("egret-trace", "meta", "", 0));
         assert!(!of("nat", "match", "statistic", 0) && !of("filter", "match", "conntrack", 0));

@@ -89,7 +89,11 @@ impl PolicyChain {
                 };
                 let others =
                     choices.iter().map(|choice| choice.of).filter(|other| Some(*other) != allocation).collect();
-                let by_connection = if by_connection.len() > 1 { by_connection.into() } else { Box::default() };
+                // The rule by hash leads to an egress IP or drops. While none is ready, the rules after it fall back.
+                let falls_back =
+                    policy.fallback == Fallback::NodeAddress && !choices.iter().any(|choice| choice.state.is_ready);
+                let chooses = by_connection.len() > 1 && !falls_back;
+                let by_connection = if chooses { by_connection.into() } else { Box::default() };
                 let existing_connections = policy.existing_connections;
                 steps.push(Step { policy: key.clone(), way, others, by_connection, existing_connections, covers });
             }

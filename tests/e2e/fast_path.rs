@@ -254,8 +254,17 @@ fn rules_that_must_see_every_packet_close_the_fast_path_and_the_node_says_so() {
     let node = lab.node("n1");
     let open = || lab.metrics("n1").get("egret_node_fast_path_open", &[]) == Some(1.0);
     assert!(open());
-    for rule in ["limit rate 1000/second accept", "quota over 10000 mbytes drop"] {
-        node.nft(&format!("table inet others {{ chain f {{ type filter hook forward priority 5; {rule}; }}; }}"));
+    for (objects, rule) in [
+        ("", "limit rate 1000/second accept"),
+        ("", "quota over 10000 mbytes drop"),
+        (
+            "set m { type ipv4_addr; flags dynamic; timeout 1m; };",
+            "add @m { ip saddr limit rate over 1000/second } drop",
+        ),
+        ("limit a { rate over 1000/second; };", "limit name ip saddr map { 192.0.2.99 : \"a\" } drop"),
+    ] {
+        let chain = format!("chain f {{ type filter hook forward priority 5; {rule}; }};");
+        node.nft(&format!("table inet others {{ {objects} {chain} }}"));
         lab.wait_until(rule, Duration::from_secs(15), || !open());
         let said = || lab.manifests().statuses().contains("chain f of table others must see every packet");
         lab.wait_until("the status says why", Duration::from_secs(10), said);

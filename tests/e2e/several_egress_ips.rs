@@ -258,6 +258,22 @@ fn connections_are_divided_among_the_egress_ips_and_keep_theirs() {
 }
 
 #[test]
+fn with_fallback_node_address_connections_leave_from_the_node_while_no_egress_ip_is_ready() {
+    let lab = lab_with(&[51, 52], "spread: Connection\n  fallback: NodeAddress");
+    let pod = lab.add_pod("n1", "shop", "visitor-n1", VISITOR);
+    let gateway = manifests::gateway("default", &["192.0.2.50-192.0.2.59", "2001:db8::50-2001:db8::59"]);
+    lab.write_manifest("gateway.yaml", &gateway.replace("\"true\"", "\"no\""));
+    lab.wait_seen_as(&pod, pod.node.ipv4());
+    lab.wait_seen_as(&pod, pod.node.ipv6());
+    lab.write_manifest("gateway.yaml", &gateway);
+    wait_held(&lab, &[51, 52]);
+    for (family, server) in SERVERS.into_iter().enumerate() {
+        let expected = [51, 52].map(|n| egress_ips(n)[family]);
+        lab.wait_until("an egress IP again", PATIENCE, || pod.who(server).is_ok_and(|seen| expected.contains(&seen)));
+    }
+}
+
+#[test]
 fn pods_prefer_the_egress_ips_of_their_node_and_zone() {
     let lab = Lab::scene();
     for (node, zone) in [("n1", "a"), ("g1", "a"), ("n2", "b"), ("g2", "b")] {

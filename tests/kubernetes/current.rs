@@ -137,7 +137,7 @@ fn every_validation_rule_accepts_and_rejects() {
             json!({"podSelector": {}, "action": "Direct", "gateway": "g"}),
         ),
         ("EgressPolicy", bandwidth(json!({"egress": "64Kbit"})), bandwidth(json!({}))),
-        ("ClusterEgressPolicy", bandwidth(json!({"ingress": "999999Gbit"})), bandwidth(json!({"ingress": "63Kbit"}))),
+        ("ClusterEgressPolicy", bandwidth(json!({"ingress": "100Gbit"})), bandwidth(json!({"ingress": "101Gbit"}))),
         (
             "EgressPolicy",
             json!({"podSelector": {}, "address": {"ipv6": "2001:db8::1"}}),

@@ -9,6 +9,12 @@ use nix::libc::AF_UNSPEC;
 const NAME: u16 = 1;
 /// The type of the object that an expression `objref` names.
 const NFTA_OBJREF_IMM_TYPE: u16 = 1;
+/// The expressions of the elements that an expression `dynset` adds: one, or a list (include/uapi/linux/netfilter/nf_tables.h).
+const NFTA_DYNSET_EXPR: u16 = 7;
+const NFTA_DYNSET_EXPRESSIONS: u16 = 10;
+
+/// The type of an object that a map names, which may be any.
+pub const ANY_OBJECT: u32 = u32::MAX;
 
 /// An expression of a rule.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -21,11 +27,12 @@ pub struct Expression<'a> {
     pub name: &'a str,
     /// The extension of iptables: `hashlimit`; empty for other expressions.
     pub extension: &'a str,
-    /// The type of the object that it names (`NFT_OBJECT_QUOTA`), 0 if it names none.
+    /// The type of the object that it names (`NFT_OBJECT_QUOTA`), [`ANY_OBJECT`] if a map names it, 0 if it names none.
     pub object: u32,
 }
 
-/// Calls `each` with every expression of every rule of this network namespace, and with the state that `start` returned.
+/// Calls `each` with every expression of every rule of this network namespace, also those in the elements that rules add,
+/// and with the state that `start` returned.
 ///
 /// # Errors
 /// The rules cannot be read.
@@ -45,22 +52,38 @@ pub fn fold_expressions<S>(
             }
         }
         for (_, expression) in expressions.into_iter().flat_map(attributes) {
-            let (mut name, mut data) = ("", &[][..]);
-            for (kind, value) in attributes(expression) {
-                match kind {
-                    NFTA_EXPR_NAME => name = text(value),
-                    NFTA_EXPR_DATA => data = value,
-                    _ => {}
-                }
-            }
-            let of = |wanted| attributes(data).find(|(kind, _)| *kind == wanted).map(|(_, value)| value);
-            let extension = if matches!(name, "match" | "target") { of(NAME).map(text) } else { None };
-            let number = |value: &[u8]| value.try_into().ok().map(u32::from_be_bytes);
-            let object = if name == "objref" { of(NFTA_OBJREF_IMM_TYPE).and_then(number) } else { None };
-            let (extension, object) = (extension.unwrap_or_default(), object.unwrap_or_default());
-            each(state, Expression { table, chain, name, extension, object });
+            visit(table, chain, expression, &mut |expression| each(state, expression));
         }
     })
+}
+
+fn visit<'a>(table: &'a str, chain: &'a str, expression: &'a [u8], each: &mut dyn FnMut(Expression<'a>)) {
+    let (mut name, mut data) = ("", &[][..]);
+    for (kind, value) in attributes(expression) {
+        match kind {
+            NFTA_EXPR_NAME => name = text(value),
+            NFTA_EXPR_DATA => data = value,
+            _ => {}
+        }
+    }
+    let of = |wanted| attributes(data).find(|(kind, _)| *kind == wanted).map(|(_, value)| value);
+    let extension = if matches!(name, "match" | "target") { of(NAME).map(text) } else { None };
+    let number = |value: &[u8]| value.try_into().ok().map(u32::from_be_bytes);
+    let object = match name {
+        "objref" => of(NFTA_OBJREF_IMM_TYPE).map_or(Some(ANY_OBJECT), number),
+        _ => None,
+    };
+    each(Expression {
+        table,
+        chain,
+        name,
+        extension: extension.unwrap_or_default(),
+        object: object.unwrap_or_default(),
+    });
+    if name == "dynset" {
+        let list = of(NFTA_DYNSET_EXPRESSIONS).into_iter().flat_map(attributes).map(|(_, nested)| nested);
+        of(NFTA_DYNSET_EXPR).into_iter().chain(list).for_each(|nested| visit(table, chain, nested, each));
+    }
 }
 
 /// The text up to the NUL; empty if it is none.

@@ -59,7 +59,7 @@ pub mod trace;
 mod transaction;
 pub mod uapi;
 
-pub use everyones::{Expression, fold_expressions};
+pub use everyones::{ANY_OBJECT, Expression, fold_expressions};
 pub use family::Family;
 pub use nftables::Nftables;
 pub use read::Count;
