@@ -78,8 +78,9 @@ fn a_selected_pod_inherits_no_connection_of_the_pod_that_had_its_address() {
     for (del, away) in [(true, false), (false, false), (true, true), (false, true)] {
         let case = format!("del-{del}-away-{away}");
         let first = ByHand::add(&lab, &format!("first-{case}"), &[("app", "other")], "cali1", "10.244.1.77");
-        lab.wait_seen_as(&first.pod, first.pod.node.ipv4());
-        assert_eq!(asks(&first).ok(), Some(first.pod.node.ipv4().into()));
+        // Not by TCP: the server's last packets may come late, and the node answers for an address that is gone.
+        let from_node = Some(first.pod.node.ipv4().into());
+        lab.wait_until("an answer", Duration::from_secs(5), || asks(&first).ok() == from_node);
         let daemon = lab.daemon("n1");
         if away {
             daemon.kill9();

@@ -198,6 +198,7 @@ fn so_many_egress_ips_as_a_policy_asks_for_are_allocated_in_a_lasting_order() {
     assert_eq!(seen(&pods, &all), before);
     allocated(2);
     lab.wait_until("the third begins again", PATIENCE, || pods[2].who(EXT4).ok() == Some(egress_ips(before[0])[0]));
+    lab.wait_until("so does the fourth", PATIENCE, || fourth.who(EXT4).ok() == Some(egress_ips(before[1])[0]));
     assert_eq!(seen(&pods, &all), [before[0], before[1], before[0]]);
     assert_eq!(seen_as(&fourth, &all), before[1]);
     assert_only_from(&lab, &all);

@@ -232,7 +232,9 @@ fn the_daemon_restores_its_entry_within_a_second_of_another_cnis_rewrite() {
     lab.wait_until("the metric says so", second, || {
         lab.metrics("n1").get("egret_node_cni_configured", &[]) == Some(1.0)
     });
-    assert!(lab.metrics("n1").get("egret_node_cni_entry_written_total", &[]) >= Some(6.0));
+    lab.wait_until("it counts each time", second, || {
+        lab.metrics("n1").get("egret_node_cni_entry_written_total", &[]) >= Some(6.0)
+    });
     // A configuration that cannot be extended is reported and stays unchanged.
     let old = PLAIN.replace("1.0.0", "0.2.0");
     fs::write(&list, &old).expect("write");
