@@ -61,7 +61,7 @@ demo: setup
 	$(CARGO) test --locked $(AS_ROOT) --test demo
 
 unit:
-	$(CARGO) test --locked --lib --test cli --test structure -- --skip needs_root
+	$(CARGO) test --locked --no-fail-fast --lib --test cli --test structure -- --skip needs_root
 	$(CARGO) test --locked --doc --package egret-nft
 
 # The API server is there for those that need it alone.
@@ -72,6 +72,7 @@ e2e: setup $(if $(filter kubernetes,$(S)),apiserver)
 bpf:
 	@tests/setup.sh clang=clang llvm-strip=llvm bpftool=bpftool /usr/include/bpf/bpf_helpers.h=libbpf-dev python3=python3
 	@crates/bpf/programs/build.sh
+	@tests/lab/programs/build.sh
 
 snapshots: setup
 	EGRET_WRITE_SNAPSHOTS=1 $(CARGO) test --locked --test cli
@@ -96,7 +97,7 @@ fuzz: setup
 
 # Needs no root, no KVM, and some minutes: docs/kernels.md.
 vm-test:
-	@tests/setup.sh qemu-system-x86_64=qemu-system-x86 busybox=busybox-static cpio=cpio depmod=kmod xz=xz-utils
+	@tests/setup.sh qemu-system-x86_64=qemu-system-x86 busybox=busybox-static cpio=cpio depmod=kmod xz=xz-utils wg=wireguard-tools
 	@KERNEL='$(KERNEL)' T='$(T)' ACCEL='$(ACCEL)' LIMIT='$(LIMIT)' CARGO='$(CARGO)' tests/vm/run.sh
 
 bench: setup apiserver

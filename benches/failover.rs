@@ -4,7 +4,7 @@
 
 mod harness;
 
-use harness::{Bound, Table, cluster, median, ms, questions};
+use harness::{Bound, Table, cluster, median, ms, probers};
 use lab::fault_injection::{self, THOUSAND, holders, label, plugged, thousand_allocations};
 use lab::{Flood, Lab, NodeSpec, Pod, Pods, SERVERS, Session, VISITOR};
 use std::net::SocketAddr;
@@ -37,7 +37,7 @@ const ASKED: Duration = Duration::from_secs(6);
 const ASKED_ROUNDS: usize = 5;
 
 fn main() {
-    harness::begin("Gateways that die, and paths that are moved");
+    harness::begin("Gateways that die, and allocations that are moved");
     let wanted: Vec<String> = std::env::args().skip(1).filter(|a| !a.starts_with('-')).collect();
     for (name, measure) in [("deaths", deaths as fn()), ("moves", moves), ("probing", probing)] {
         if wanted.is_empty() || wanted.iter().any(|w| w == name) {
@@ -68,7 +68,7 @@ impl Scene {
     }
 
     fn owner(&self) -> (String, String) {
-        let owner = (self.owner)(&self.lab).pop().expect("a node that has all paths");
+        let owner = (self.owner)(&self.lab).pop().expect("a node that has all allocations");
         let other = if owner == "g1" { "g2" } else { "g1" };
         (owner, other.to_owned())
     }
@@ -78,7 +78,7 @@ impl Scene {
     }
 
     fn wait_owner(&self, node: &str) {
-        self.lab.wait_for("all paths are on", &vec![node.to_owned()], || (self.owner)(&self.lab));
+        self.lab.wait_for("all allocations are on", &vec![node.to_owned()], || (self.owner)(&self.lab));
     }
 }
 
@@ -216,13 +216,13 @@ fn deaths() {
     lost_row(&mut table, "the same, sessions lost", &by_default);
     row(&mut table, "a gateway dies, asked every 100 ms", &quickly.silences, QUICK, Bound::AtMost(1.0));
     row(&mut table, "the same, gap of UDP", &quickly.gaps, GAP, Bound::None);
-    row(&mut table, "a gateway with 1,000 paths dies", &many.silences, SILENCE, Bound::None);
+    row(&mut table, "a gateway with 1,000 allocations dies", &many.silences, SILENCE, Bound::None);
     let more = |many: &[Duration], one: &[Duration]| median(many).saturating_sub(median(one));
     let silence = more(&many.silences, &by_default.silences);
-    table.row("1,000 paths, silence beyond one path's", ms(silence), of(silence, MORE), Bound::AtMost(1.0));
+    table.row("1,000 allocations, silence beyond one's", ms(silence), of(silence, MORE), Bound::AtMost(1.0));
     let gap = more(&many.gaps, &by_default.gaps);
-    table.row("1,000 paths, gap of UDP beyond one path's", ms(gap), of(gap, MORE), Bound::AtMost(1.0));
-    lost_row(&mut table, "1,000 paths, sessions lost", &many);
+    table.row("1,000 allocations, gap of UDP beyond one's", ms(gap), of(gap, MORE), Bound::AtMost(1.0));
+    lost_row(&mut table, "1,000 allocations, sessions lost", &many);
     table.print(["", "time", "of what is allowed"]);
 }
 
@@ -245,7 +245,7 @@ fn death(scene: &Scene, sessions: usize, outcome: &mut Outcome) {
     let traffic = Traffic::start(&scene.lab, &[scene.on(&["n1", "n2", &other])], sessions);
     plugged(&scene.lab, &owner, false);
     // The dead node still has them; what counts is when the other one does.
-    scene.lab.wait_until("the other one has all paths", Duration::from_secs(20), || {
+    scene.lab.wait_until("the other one has all allocations", Duration::from_secs(20), || {
         (scene.owner)(&scene.lab).contains(&other)
     });
     thread::sleep(REST);
@@ -271,7 +271,7 @@ fn moves() {
         // Who was drained counts as dead until it answers again.
         thread::sleep(REST);
     }
-    println!("A path is moved on purpose:\n");
+    println!("An allocation is moved on purpose:\n");
     let mut table = Table::default();
     row(&mut table, "a busy session's silence, nothing happens", &bare.silences, MOVED, Bound::None);
     for (whose, outcome) in [("pods on other nodes", &elsewhere), ("pods on the two gateway nodes", &here)] {
@@ -293,22 +293,22 @@ fn probing() {
     cluster::write_nodes(directory, PROBER);
     cluster::write_policies(&lab, 1);
     cluster::write_gateway(directory, 1, &["g1"]);
-    let asker = questions::Asker::new(&lab, "g1", "sink", PROBER);
+    let asker = probers::Asker::new(&lab, "g1", "sink", PROBER);
     let daemon = lab.start_node("g1");
     lab.wait_ready("g1");
     lab.wait_until("the gateway answers everybody", Duration::from_secs(20), || {
         let asked = asker.ask(true, INTERVAL, INTERVAL);
-        asker.answers() == asked.questions
+        asker.answers() == asked.probes
     });
     let schedstat = format!("/proc/{}/schedstat", daemon.pid().expect("it runs"));
-    let of_daemon = || questions::run_time(schedstat.as_ref());
+    let of_daemon = || probers::run_time(schedstat.as_ref());
     let (mut kernel, mut idle, mut asked) = (Vec::new(), Vec::new(), Vec::new());
     for _ in 0..ASKED_ROUNDS {
         let before = of_daemon();
         let sink = asker.ask(false, INTERVAL, ASKED);
         let between = of_daemon();
         let gateway = asker.ask(true, INTERVAL, ASKED);
-        assert_eq!(asker.answers(), gateway.questions, "all were answered");
+        assert_eq!(asker.answers(), gateway.probes, "all were answered");
         kernel.push(of(gateway.processor_time.saturating_sub(sink.processor_time), ASKED));
         idle.push(of(between - before, ASKED));
         asked.push(of(of_daemon() - between, ASKED));

@@ -198,7 +198,7 @@ struct ByNft {
 fn node_by_nft(lab: &Lab) -> ByNft {
     let (from, to) = (lab.node("n1"), lab.node("n2"));
     to.ip("link add egret type vxlan id 7871 dstport 7871 local 192.0.2.12 nolearning gbp");
-    to.nft(&harness::tables_for_nft(from));
+    to.nft(&from.egret_tables());
     let device = to.ip("-o link show type veth");
     to.ip("link add one-more type veth peer name its-peer");
     assert!(!device.contains("one-more"));

@@ -27,7 +27,7 @@ const CHANGE: Duration = Duration::from_millis(50);
 const NFNLGRP_NFTABLES: u32 = 7;
 
 fn main() {
-    harness::begin(&format!("{NODES} nodes, {POLICIES} policies and paths, {LOCAL_PODS} pods on the node"));
+    harness::begin(&format!("{NODES} nodes, {POLICIES} policies and allocations, {LOCAL_PODS} pods on the node"));
     let lab = Lab::builder()
         .nodes(vec![NodeSpec::new("n1", 11, Pods::Routed), NodeSpec::gateway("g1", 21, Pods::Routed)])
         .build();
@@ -134,7 +134,7 @@ fn forget(node: &Node) {
 
 /// What the tool `nft` takes to load the tables that the kernel holds now, in one transaction.
 fn by_nft(node: &Node) -> Duration {
-    let text = format!("delete table inet egret; delete table netdev egret;\n{}", harness::tables_for_nft(node));
+    let text = format!("delete table inet egret; delete table netdev egret;\n{}", node.egret_tables());
     let begin = Instant::now();
     node.nft(&text);
     begin.elapsed()

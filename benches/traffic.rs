@@ -8,6 +8,7 @@ use harness::{Bound, Table, cluster, connections, median, pods};
 use lab::server::{ECHO, UDP_WHO};
 use lab::{EXT4, Lab, NodeSpec, Pod, Pods};
 use serde_json::Value;
+use std::env;
 use std::io::{Read, Write};
 use std::net::{IpAddr, Ipv4Addr, TcpStream};
 use std::process::{Child, Command, Stdio};
@@ -21,6 +22,9 @@ const SECONDS: u64 = 2;
 const STREAMS: usize = 4;
 /// Port of `iperf3`, its default.
 const IPERF: u16 = 5201;
+
+/// The daemon's arguments with the fast path.
+const FAST: &[&str] = &["--fast-path-lease=1s"];
 
 /// What nodes' links are made to carry where processors shall not be what limits traffic.
 const LINK: &str = "5gbit";
@@ -49,20 +53,47 @@ const CONNECTIONS: Measure =
 const EFFICIENCY: Measure =
     Measure { what: "Processor time, several streams", unit: "Gbit for a second of it", of: efficiency };
 
+const PACKETS: Measure =
+    Measure { what: "TCP, one stream in packets of MTU size", unit: "Gbit/s", of: throughput_by_packets };
+
+/// What is measured through a remote gateway.
+const REMOTE: [Measure; 6] = [ONE_STREAM, STREAMS_AT_ONCE, PACKETS, REQUESTS, DATAGRAMS, CONNECTIONS];
+
 fn main() {
     harness::begin("Traffic through a remote gateway, IPv4");
+    // `cargo bench --bench traffic -- REQUEST`: what contains one of the words, and of it the fast path.
+    let words: Vec<String> = env::args().skip(1).filter(|word| !word.starts_with('-')).collect();
+    if words.is_empty() {
+        return all();
+    }
+    let (one, fast) = (egret(1, &[]), egret(1, FAST));
+    let bare = bare(&one.lab);
+    let _servers: Vec<Service> = [&one.lab, &fast.lab].map(Service::start).into();
+    let ways = [
+        ("bare VXLAN and masquerade", &bare, Bound::None),
+        ("egret, one policy", &one.pod, Bound::None),
+        ("egret, one policy, fast path", &fast.pod, Bound::None),
+    ];
+    for measure in REMOTE.into_iter().filter(|measure| words.iter().any(|word| measure.what.contains(word))) {
+        let (mut table, figures) = compare(measure, &ways);
+        table.row("fast path against none", String::new(), of(&figures[2], &figures[1]), Bound::None);
+        measure.print(table);
+    }
+}
+
+fn all() {
     let one = egret(1, &[]);
     let many = egret(MANY, &[]);
-    let fast = egret(1, &["--fast-path-lease=1s"]);
+    let fast = egret(1, FAST);
     let bare = bare(&one.lab);
     let _servers: Vec<Service> = [&one.lab, &many.lab, &fast.lab].map(Service::start).into();
     let remote = [
         ("bare VXLAN and masquerade", &bare, Bound::None),
         ("egret, one policy", &one.pod, Bound::AtLeast(0.95)),
-        ("egret, 10,000 policies and paths", &many.pod, Bound::AtLeast(0.95)),
+        ("egret, 10,000 policies and allocations", &many.pod, Bound::AtLeast(0.95)),
         ("egret, one policy, fast path", &fast.pod, Bound::AtLeast(0.95)),
     ];
-    for measure in [ONE_STREAM, STREAMS_AT_ONCE, REQUESTS, DATAGRAMS, CONNECTIONS] {
+    for measure in REMOTE {
         let (mut table, figures) = compare(measure, &remote);
         table.row("10,000 against one", String::new(), of(&figures[2], &figures[1]), Bound::AtLeast(0.97));
         table.row("fast path against none", String::new(), of(&figures[3], &figures[1]), Bound::None);
@@ -223,6 +254,18 @@ fn throughput(pod: &Pod, streams: usize) -> f64 {
         thread::sleep(Duration::from_millis(100));
     }
     panic!("iperf3's server does not listen");
+}
+
+/// As [`throughput`], of a pod that segments by itself: each packet passes the hosts by itself.
+fn throughput_by_packets(pod: &Pod) -> f64 {
+    let segments_itself = |is_so: bool| {
+        let by_device = if is_so { "off" } else { "on" };
+        pod.run(["ethtool", "-K", "eth0", "tso", by_device, "gso", by_device]);
+    };
+    segments_itself(true);
+    let arrived = throughput(pod, 1);
+    segments_itself(false);
+    arrived
 }
 
 /// Requests of sixteen bytes on one connection, each with an answer, one after the other.

@@ -10,7 +10,7 @@ use crate::api::{
 use crate::model::selector::Name;
 use crate::model::{
     Announcement, Announcer, Client, Cluster, Gateway, LoadBalancer, Metadata, Node, ObjectKey, Pod, Policy, PolicyKey,
-    Service,
+    Service, trace,
 };
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{LabelSelector, LabelSelectorRequirement};
 use std::collections::BTreeMap;
@@ -19,6 +19,21 @@ use std::sync::Arc;
 
 /// A pod of which only the name is known.
 pub(crate) const CLIENT: Client<'static> = Client { namespace: "a", name: "p", uid: "", labels: None };
+
+/// A request to trace a pod's TCP packets to port 443 of a server.
+pub(crate) fn trace_request(source_port: Option<u16>) -> trace::Request {
+    trace::Request {
+        node: "n1".into(),
+        namespace: "shop".into(),
+        pod: "visitor".into(),
+        source: "10.244.1.2".parse().unwrap(),
+        destination: "192.0.2.100".parse().unwrap(),
+        protocol: trace::Protocol::Tcp,
+        port: 443,
+        source_port,
+        seconds: 5,
+    }
+}
 
 /// A cluster that is changed step by step.
 #[derive(Clone, Debug, Default)]
@@ -269,7 +284,7 @@ impl Outcome {
     pub(crate) fn grant(&self, key: &str) -> &Grant {
         match &self.decisions[&PolicyKey::from(key)] {
             Decision::Granted(grants) => &grants.first,
-            Decision::Rejected(rejection) => panic!("{key} is refused: {}: {}", rejection.reason, rejection.message),
+            Decision::Rejected(rejection) => panic!("{key} is rejected: {}: {}", rejection.reason, rejection.message),
             Decision::Direct => panic!("{key} asks for nothing"),
         }
     }
@@ -281,7 +296,7 @@ impl Outcome {
         }
     }
 
-    /// Asserts that a policy is refused for this reason, with these words in the message.
+    /// Asserts that a policy is rejected for this reason, with these words in the message.
     #[track_caller]
     pub(crate) fn assert_refused(&self, key: &str, reason: Reason, words: &[&str]) {
         let rejection = self.rejection(key);

@@ -16,12 +16,13 @@
 //! | `ctl` | the commands of `kubectl egret` |
 //! | `signals` | the signals that end a program |
 //! | `telemetry` | logs, metrics, health |
+//! | `memory` | settings of the allocator of memory |
 //!
 //! The modules depend on each other in one direction, downward (`tests/structure.rs` has it exactly). `api`, `model`,
 //! `allocation`, `node_plan` and `convert` do no I/O. `datapath` knows nothing of Kubernetes.
 //!
-//! Below these modules are two crates. `egret-nft` speaks nf_tables and connection tracking, and knows nothing of Egret.
-//! `egret-cni` is the plugin and what it shares with the daemon.
+//! Below these modules are three crates. `egret-nft` speaks nf_tables and connection tracking, and knows nothing of Egret.
+//! `egret-cni` is the plugin and what it shares with the daemon. `egret-bpf` has the eBPF programs of the fast path.
 
 pub mod allocation;
 pub mod api;

@@ -3,10 +3,11 @@
 set -eu
 declare -A package=(
   [nft]=nftables [ip]=iproute2 [iptables]=iptables [/usr/lib/cni/ptp]=containernetworking-plugins
-  [conntrack]=conntrack [tcpdump]=tcpdump [arping]=arping [socat]=socat [iperf3]=iperf3 [jq]=jq
+  [conntrack]=conntrack [ipset]=ipset [tcpdump]=tcpdump [arping]=arping [socat]=socat [iperf3]=iperf3 [jq]=jq
   [sysctl]=procps [containerd]=containerd [strip]=binutils [buildah]=buildah [debootstrap]=debootstrap
   [/usr/share/keyrings/debian-archive-keyring.gpg]=debian-archive-keyring
-  [bpftool]=bpftool [tc]=iproute2 [openssl]=openssl [curl]=curl [promtool]=prometheus
+  [/usr/lib/frr/bgpd]=frr [bpftool]=bpftool [ethtool]=ethtool [tc]=iproute2 [openssl]=openssl [curl]=curl
+  [promtool]=prometheus
   [go]=golang-go [/usr/share/gocode/src/github.com/Masterminds/sprig]=golang-github-masterminds-sprig-dev
   [/usr/share/gocode/src/github.com/ghodss/yaml]=golang-github-ghodss-yaml-dev
 )
@@ -29,6 +30,9 @@ sudo=()
 # Debian starts the services that it installs. Tests call this one's programs themselves.
 if [[ " ${missing[*]} " == *" prometheus "* ]] && [ -d /run/systemd/system ]; then
   "${sudo[@]}" systemctl mask prometheus.service
+fi
+if [[ " ${missing[*]} " == *" frr "* ]] && [ -d /run/systemd/system ]; then
+  "${sudo[@]}" systemctl mask frr.service
 fi
 "${sudo[@]}" apt-get update -q
 "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends "${missing[@]}"

@@ -1,6 +1,6 @@
 //! New connections a second from a pod to a server outside.
 
-use lab::host::Door;
+use lab::host::Namespaces;
 use lab::{EXT4, Lab, Pod};
 use nix::libc;
 use nix::sys::socket::{Shutdown, setsockopt, shutdown, sockopt};
@@ -39,12 +39,13 @@ impl Drop for Service {
 
 /// Connections a second, in that many seconds: made, and reset at once, so that no port waits.
 pub fn a_second(pod: &Pod, seconds: u64) -> f64 {
-    let (door, ends, count): (Door, AtomicBool, Mutex<u64>) = (pod.door(), AtomicBool::new(false), Mutex::new(0));
+    let (namespaces, ends, count): (Namespaces, AtomicBool, Mutex<u64>) =
+        (pod.namespaces(), AtomicBool::new(false), Mutex::new(0));
     let begin = Instant::now();
     thread::scope(|scope| {
         for _ in 0..CLIENTS {
             scope.spawn(|| {
-                door.enter();
+                namespaces.enter();
                 let mut own = 0;
                 while !ends.load(Ordering::Relaxed) {
                     let stream = TcpStream::connect(SocketAddr::from((EXT4, PORT))).expect("a connection");

@@ -7,7 +7,7 @@ pub mod call;
 pub mod cluster;
 pub mod connections;
 pub mod pods;
-pub mod questions;
+pub mod probers;
 
 use lab::{Daemon, Lab, Node};
 use std::fs;
@@ -86,16 +86,6 @@ pub fn mb(bytes: f64) -> String {
 /// Milliseconds.
 pub fn ms(time: Duration) -> String {
     format!("{:.2} ms", time.as_secs_f64() * 1e3)
-}
-
-/// Egret's tables on a node as text that `nft -f` reads. What nft lists of them is not: where a rule does not match the
-/// link's type first, it shows offsets; and of two masked ports that are looked up together it cannot read what it
-/// shows, for which there are a few rules less.
-pub fn tables_for_nft(node: &Node) -> String {
-    let list = |family: &str| node.run(["nft", "list", "table", family, "egret"]);
-    let text = list("inet") + &list("netdev");
-    let text = text.replace("@ll,48,48", "ether saddr").replace("@ll,0,48 set", "ether daddr set");
-    text.lines().filter(|line| !line.contains("!= @same_port")).flat_map(|line| [line, "\n"]).collect()
 }
 
 /// What must hold of a ratio.

@@ -7,6 +7,7 @@ use super::living;
 use super::place::{AllocationPlace, GatewayPlace, List, PolicyPlace, RequestPlace};
 use super::pool::{Overlap, Pool, usable};
 use super::request::Requests;
+use super::services::ServicesByAddress;
 use super::unreached::ReportRequest;
 use crate::api::{AddressPair, AllocationKind, LostUplink, Placement, ReleasedAllocation};
 use crate::model::selector::Name;
@@ -87,6 +88,7 @@ pub(super) struct Allocator<'a> {
     pub(super) requests: Requests<'a>,
     /// The existing allocations that stay come first, then new ones in the order in which they were made.
     pub(super) allocations: List<AllocationPlace, Draft>,
+    pub(super) services: ServicesByAddress<'a>,
     /// The places of allocations of pool addresses, by address.
     pub(super) held: HashMap<IpAddr, AllocationPlace>,
     /// The places of allocations of nodes' own addresses, by address. Two gateways may have the same node.
@@ -124,7 +126,10 @@ impl<'a> Allocator<'a> {
             let nodes = nodes.map(|(name, node)| (name, &**node)).collect();
             let declared = gateway.pool.iter().collect();
             let ended_until = cooldown_ended_until(gateway).unwrap_or(i64::MIN);
-            let reserved = gateway.reservations.iter().flat_map(|reserved| &reserved.addresses).collect();
+            let default = addresses(&gateway.default_address).map(|a| AddressRange { first: a, last: a });
+            let default: Vec<AddressRange> = default.collect();
+            let reserved = gateway.reservations.iter().flat_map(|reserved| &reserved.addresses);
+            let reserved = reserved.chain(&default).collect();
             let open = usable.clone().without(&reserved).without(&inside);
             let reports = ReportRequest::default();
             gateway_pools.push(GatewayPool {
@@ -151,6 +156,7 @@ impl<'a> Allocator<'a> {
             allocations: List::new(),
             held: HashMap::new(),
             held_by_nodes: HashMap::new(),
+            services: ServicesByAddress::new(cluster),
             node_addresses,
             unreachable: living::unreachable(cluster),
             ids: Ids::new(),
@@ -173,11 +179,11 @@ impl<'a> Allocator<'a> {
     /// How many of the uplinks and families that the gateway may need a node reports as lost.
     pub(super) fn lacks(&self, node: &Name, gateway: GatewayPlace) -> usize {
         let GatewayPool { gateway, name, .. } = &self.gateway_pools[gateway];
-        let interface = gateway.interface.as_deref();
+        let interface = gateway.uplink_name();
         let status = self.cluster.egress_nodes.get(node);
         let lost = status.map(|status| status.of_allocations().lost.as_slice()).unwrap_or_default();
         let concerns = |lost: &&LostUplink| {
-            lost.interface.as_deref() == interface && lost.gateway.as_deref().is_none_or(|of| *of == ***name)
+            lost.interface.as_deref() == interface.as_deref() && lost.gateway.as_deref().is_none_or(|of| *of == ***name)
         };
         lost.iter().filter(concerns).count()
     }

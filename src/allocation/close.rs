@@ -9,6 +9,7 @@ use super::place::{AllocationPlace, GatewayPlace, PolicyPlace, RequestPlace};
 use super::probes;
 use super::report::ports::{FEW_PORTS, PORTS_NEARLY_EXHAUSTED, PortReports};
 use super::request::{Kind, Requester};
+use super::room::Room;
 use crate::api::{
     Allocation, AllocationKind, Condition, EgressGatewayStatus, FamilyUsage, PoolUsage, ReleasedAllocation,
 };
@@ -58,6 +59,7 @@ pub(super) fn close(allocator: Allocator, rejections: &HashMap<RequestPlace, Rej
                 address,
                 policies: entry.policies.clone(),
                 at: entry.at,
+                service: entry.service.clone(),
             });
         }
     }
@@ -70,6 +72,8 @@ pub(super) fn close(allocator: Allocator, rejections: &HashMap<RequestPlace, Rej
         status.conditions = conditions(&allocator, place, gateway_pool, &status, rejections, &ports);
         let next = status.released.first().map(|released| released.at + COOLDOWN_SECONDS);
         status.reports_requested_at = gateway_pool.reports.requested_at;
+        // It follows from the policies' statuses, which are computed after this.
+        status.opt_in = gateway_pool.gateway.status.opt_in.clone();
         outcome.next_reports = [outcome.next_reports, gateway_pool.reports.due].into_iter().flatten().min();
         outcome.next_release = [outcome.next_release, next].into_iter().flatten().min();
         outcome.gateways.insert(gateway_pool.name.clone(), status);
@@ -115,6 +119,9 @@ fn decide(
 fn grant_of(allocator: &Allocator, requester: PolicyPlace, request: RequestPlace, place: AllocationPlace) -> Grant {
     let allocation = &allocator.allocations[place];
     let gateway_pool = &allocator.gateway_pools[allocation.gateway];
+    // The default address is shared by design, as that of `allocate: Shared` is.
+    let may_be_shared = allocation.address != gateway_pool.gateway.default_address
+        && matches!(allocation.kind, AllocationKind::Explicit | AllocationKind::Service | AllocationKind::Pooled);
     Grant {
         gateway: gateway_pool.name.clone(),
         id: allocation.id,
@@ -124,12 +131,7 @@ fn grant_of(allocator: &Allocator, requester: PolicyPlace, request: RequestPlace
         address: allocation.address.clone(),
         node: allocation.node.clone(),
         leaving: allocation.leaving.clone(),
-        shared_with: matches!(
-            allocation.kind,
-            AllocationKind::Explicit | AllocationKind::Service | AllocationKind::Pooled
-        )
-        .then(|| shared_with(allocator, requester, place))
-        .flatten(),
+        shared_with: may_be_shared.then(|| shared_with(allocator, requester, place)).flatten(),
         note: note(allocator, request, place),
     }
 }
@@ -251,6 +253,9 @@ fn conditions(
         }
         None => conditions.add("AddressesLeft", true, "AddressesLeft", in_use(gateway_pool, status.usage)),
     }
+    let lives = |node: &Name| allocator.lives(node);
+    let room = Room::new(allocator.cluster, gateway_pool.gateway, &status.allocations, lives);
+    room.add_condition(&mut conditions, &status.allocations);
     probes::add_condition(&mut conditions, allocator, gateway_pool);
     if let Some(message) = ports.of_gateway(&status.allocations) {
         conditions.add(PORTS_NEARLY_EXHAUSTED, true, FEW_PORTS, message);

@@ -7,7 +7,7 @@
 
 use super::address_pair::addresses;
 use super::place::{GatewayPlace, PolicyPlace};
-use crate::api::{AddressPair, EgressGatewayStatus, PolicyKey, ReleasedAllocation, Users};
+use crate::api::{AddressPair, EgressGatewayStatus, Name, PolicyKey, ReleasedAllocation, Users};
 use crate::model::Gateway;
 use jiff::Timestamp;
 use std::collections::HashMap;
@@ -47,6 +47,8 @@ pub(super) struct Entry {
     pub(super) at: i64,
     /// Whether the annotation of the gateway has ended the cooldown of the addresses.
     pub(super) ended: bool,
+    /// The Service whose address it was, `namespace/name`.
+    pub(super) service: Option<Name>,
     /// The places of the policies that had it and still exist, sorted.
     had_by: Vec<PolicyPlace>,
 }
@@ -77,7 +79,7 @@ impl Cooldowns {
         ended: bool,
         places: &HashMap<&PolicyKey, PolicyPlace>,
     ) {
-        let ReleasedAllocation { id, address, at, policies } = released;
+        let ReleasedAllocation { id, address, at, policies, service } = released;
         let entry = self.entries.len();
         let mut had_by: Vec<PolicyPlace> = policies.iter().filter_map(|name| places.get(name).copied()).collect();
         had_by.sort_unstable();
@@ -88,13 +90,19 @@ impl Cooldowns {
             self.by_address.entry(address).or_default().push(entry);
         }
         self.by_id.entry(id).or_default().push(entry);
-        self.entries.push(Entry { gateway, id, address, policies, at, ended, had_by });
+        self.entries.push(Entry { gateway, id, address, policies, at, ended, service, had_by });
     }
 
     /// Until when an address is kept from these policies; `None` if it is not.
     pub(super) fn until(&self, address: IpAddr, policies: &[PolicyPlace]) -> Option<i64> {
         let entries = self.by_address.get(&address).into_iter().flatten().map(|e| &self.entries[*e]);
         entries.filter(|e| !e.ended && !e.was_of(policies)).map(|e| e.at + COOLDOWN_SECONDS).max()
+    }
+
+    /// The newest entry by which an address was a Service's, unless these policies had it.
+    pub(super) fn of_service(&self, address: IpAddr, policies: &[PolicyPlace]) -> Option<&Entry> {
+        let entries = self.by_address.get(&address).into_iter().flatten().map(|e| &self.entries[*e]);
+        entries.filter(|e| e.service.is_some() && !e.ended && !e.was_of(policies)).max_by_key(|e| e.at)
     }
 
     /// Whether an id is kept from these policies. An allocation that loses its addresses one by one leaves several

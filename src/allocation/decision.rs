@@ -140,6 +140,8 @@ pub enum Reason {
     NoNode,
     /// The cluster has no free egress ID left.
     NoIdLeft,
+    /// Some node's daemon is too old to know the kind of allocation.
+    NodesTooOld,
 }
 
 impl fmt::Display for Reason {

@@ -4,63 +4,56 @@ use super::address_pair::{addresses, in_words, of_pair, overlap, pair};
 use super::allocator::{Allocator, Draft};
 use super::cooldown::COOLDOWN_SECONDS;
 use super::decision::{Reason, Rejection};
+use super::load::Load;
 use super::place::{AllocationPlace, GatewayPlace, List, RequestPlace};
-use super::placement::Load;
 use super::request::{Kind, Request};
-use super::services;
+use super::{services, versions};
 use crate::api::{AddressPair, AllocationKind, Sharing};
+use crate::model::capacity::Capacity;
 use crate::model::condition::time;
 use crate::model::drain::is_drained;
 use crate::model::marks::MAX_EGRESS_ID;
 use crate::model::{END_COOLDOWN, ObjectKey};
 use egret_nft::Family;
+use std::cell::LazyCell;
 use std::collections::HashMap;
 use std::net::IpAddr;
 
-/// The order in which requests are granted, by kind.
-const GRANTED: [AllocationKind; 6] = [
-    AllocationKind::Explicit,
-    AllocationKind::Service,
-    AllocationKind::Node,
-    AllocationKind::Shared,
-    AllocationKind::Dedicated,
-    AllocationKind::Pooled,
-];
-
-/// Grants allocations to the requests that have none, older ones first. Requests that name an address come before
-/// those that take any. Returns the rejections by the place of the request.
+/// Grants allocations to the requests that have none, older ones first. Returns the rejections by the place of the
+/// request.
 pub(super) fn grant(allocator: &mut Allocator) -> HashMap<RequestPlace, Rejection> {
     let mut rejections = HashMap::new();
     let mut lacking = HashMap::new();
     let mut nodes: List<GatewayPlace, Option<ByNode>> = allocator.gateway_pools.map(|_| None);
-    for kind in GRANTED {
+    // Requests that name an address come before those that take any.
+    for kind in AllocationKind::KNOWN {
+        let cluster = allocator.cluster;
+        let too_old = LazyCell::new(|| versions::too_old(cluster, kind));
         for request in allocator.requests.all.places() {
-            if allocator.requests.all[request].allocation.is_some() {
+            let asked = &allocator.requests.all[request];
+            if asked.allocation.is_some() || asked.kind.allocation() != kind {
                 continue;
             }
-            if let Some(rejection) = frozen(allocator, request) {
+            if let Some(rejection) = frozen(allocator, request).or_else(|| (*too_old).clone()) {
                 rejections.insert(request, rejection);
                 continue;
             }
-            let granted = match (&allocator.requests.all[request].kind, kind) {
-                (Kind::Explicit(pair), AllocationKind::Explicit) => {
+            let granted = match &allocator.requests.all[request].kind {
+                Kind::Explicit(pair) => {
                     let pair = pair.clone();
                     named(allocator, request, pair, None)
                 }
-                (Kind::Service(service, pair), AllocationKind::Service) => {
+                Kind::Service(service, pair) => {
                     let (service, pair) = (service.clone(), pair.clone());
                     named(allocator, request, pair, Some(service))
                 }
-                (Kind::Node, AllocationKind::Node) => {
+                Kind::Node => {
                     let gateway = allocator.requests.all[request].gateway;
                     let allocations = nodes[gateway].get_or_insert_with(|| ByNode::new(allocator, gateway));
                     node(allocator, request, allocations)
                 }
-                (Kind::Shared, AllocationKind::Shared) | (Kind::Dedicated(_), AllocationKind::Dedicated) => {
-                    pool(allocator, request, kind, &mut lacking)
-                }
-                (Kind::Pooled, AllocationKind::Pooled) => pooled(allocator, request, &mut lacking),
-                _ => continue,
+                Kind::Shared | Kind::Dedicated(_) => pool(allocator, request, kind, &mut lacking),
+                Kind::Pooled => pooled(allocator, request, &mut lacking),
             };
             match granted {
                 Ok(allocation) => allocator.assign(allocation, request),
@@ -83,7 +76,7 @@ pub(super) fn grant(allocator: &mut Allocator) -> HashMap<RequestPlace, Rejectio
         }
         let Request { kind, gateway, .. } = &allocator.requests.all[*request];
         if let Some(pair) = kind.named()
-            && rejection.reason != Reason::GatewayInvalid
+            && ![Reason::GatewayInvalid, Reason::NodesTooOld].contains(&rejection.reason)
             && let Err(named) = check_named(allocator, *gateway, pair, kind.service())
         {
             *rejection = named;
@@ -120,9 +113,11 @@ fn named(
     let (gateway, policies) =
         (allocator.requests.all[request].gateway, allocator.requests.all[request].policies.clone());
     check_named(allocator, gateway, &address, service.as_ref())?;
-    if service.is_none() {
+    let known = allocator.gateway_pools[gateway].gateway;
+    if service.is_none() && address != known.default_address {
         let namespaces = &allocator.requests.requesters[policies[0]].policy.namespaces;
-        services::check_foreign(allocator.cluster, allocator.gateway_pools[gateway].gateway, namespaces, &address)?;
+        allocator.services.check_foreign(known, namespaces, &address)?;
+        services::check_former(&allocator.in_cooldown, (known, namespaces), &policies, &address)?;
     }
     let name = format!("Explicit/{}", in_words(&address));
     let id = allocator.new_id(gateway, &address, &policies, &name).ok_or_else(no_id)?;
@@ -155,6 +150,16 @@ fn check_one(
             gateway_pool.name
         );
         return Err(Rejection::new(Reason::AddressOutsidePool, message));
+    }
+    let default = &gateway_pool.gateway.default_address;
+    if pair != default && addresses(default).any(|of_default| of_default == address) {
+        let message = format!(
+            "{address} is of the default egress IP of EgressGateway {:?}, {}, which all policies without an address share; \
+             name exactly that, or another address",
+            gateway_pool.name,
+            in_words(default)
+        );
+        return Err(Rejection::new(Reason::AddressReserved, message));
     }
     let holder = allocator.holder(address);
     let own = holder.is_some_and(|allocation| allocator.allocations[allocation].gateway == gateway);
@@ -229,8 +234,8 @@ fn pool(
     if gateway_pool.open.is_empty() {
         let message = if !gateway_pool.usable.is_empty() {
             format!(
-                "all addresses of EgressGateway {:?} are reserved for policies that name them; name one, or add \
-                 addresses to its spec.addresses",
+                "all addresses of EgressGateway {:?} are reserved for policies that name them, or its default address; name \
+                 one, or add addresses to its spec.addresses",
                 gateway_pool.name
             )
         } else if gateway_pool.declared.is_empty() {
@@ -331,7 +336,8 @@ impl ByNode {
         if open.iter().any(|place| allocator.lives(nodes[*place].0)) {
             open.retain(|place| allocator.lives(nodes[*place].0));
         }
-        let mut load = Load::new(if open.is_empty() { drained } else { open });
+        let open = if open.is_empty() { drained } else { open };
+        let mut load = Load::new(open.into_iter().map(|place| (place, Capacity::default())));
         let mut allocations = vec![None; nodes.len()];
         let places: HashMap<_, _> = nodes.iter().enumerate().map(|(place, (name, _))| (*name, place)).collect();
         for request in allocator.requests.all.iter().filter(|d| d.gateway == gateway && d.kind == Kind::Node) {

@@ -12,6 +12,7 @@ mod decision;
 mod grant;
 mod ids;
 mod living;
+mod load;
 mod moves;
 mod place;
 mod placement;
@@ -22,8 +23,10 @@ mod rebalance;
 pub mod report;
 mod request;
 mod retain;
+mod room;
 mod services;
 mod unreached;
+mod versions;
 
 pub use cooldown::COOLDOWN_SECONDS;
 pub use decision::{Decision, Grant, Grants, Reason, Rejection};

@@ -1,6 +1,7 @@
 //! Assigns allocations to nodes.
 
 use super::allocator::Allocator;
+use super::load::Load;
 use super::moves::{self, Reports};
 use super::place::{AllocationPlace, GatewayPlace, List};
 use super::rebalance;
@@ -8,44 +9,10 @@ use super::services::Announcements;
 use super::unreached::{self, SourceNodes};
 use crate::api::{AllocationKind, Placement};
 use crate::model::Node;
+use crate::model::capacity::Capacity;
 use crate::model::drain::is_drained;
 use crate::model::selector::Name;
-use std::collections::{BTreeSet, HashMap};
-
-/// How many allocations each node has. Nodes are given by their places among the gateway's nodes, which are sorted by
-/// name.
-#[derive(Clone, Debug, Default)]
-pub(super) struct Load {
-    /// Count and place of each node.
-    order: BTreeSet<(u32, usize)>,
-    count: HashMap<usize, u32>,
-}
-
-impl Load {
-    pub(super) fn new(places: impl IntoIterator<Item = usize>) -> Self {
-        let count: HashMap<usize, u32> = places.into_iter().map(|place| (place, 0)).collect();
-        Load { order: count.keys().map(|place| (0, *place)).collect(), count }
-    }
-
-    /// Counts one more allocation for the node.
-    pub(super) fn add(&mut self, place: usize) {
-        if let Some(count) = self.count.get_mut(&place) {
-            self.order.remove(&(*count, place));
-            *count += 1;
-            self.order.insert((*count, place));
-        }
-    }
-
-    /// The node with the fewest allocations; of several, the first by name.
-    pub(super) fn least(&self) -> Option<usize> {
-        self.order.first().map(|(_, place)| *place)
-    }
-
-    /// All nodes, those with the fewest allocations first.
-    pub(super) fn places(&self) -> impl Iterator<Item = usize> {
-        self.order.iter().map(|(_, place)| *place)
-    }
-}
+use std::collections::HashMap;
 
 /// Assigns each allocation to a node of its gateway. It stays on its node while that is a node of the gateway and is
 /// not drained (or all nodes are), until a rebalance is requested.
@@ -99,66 +66,144 @@ impl<'a> Candidates<'a> {
     }
 }
 
-/// Assigns new allocations to the living node with the fewest. An existing allocation moves only if there is a node
-/// that it can be moved to, or its node no longer belongs to the gateway.
+/// A gateway's nodes and how much each has, while allocations are assigned to them.
+struct Balance<'b, 'a> {
+    allocator: &'b mut Allocator<'a>,
+    candidates: &'b Candidates<'a>,
+    load: Load,
+    reports: &'b Reports<'a>,
+}
+
+impl Balance<'_, '_> {
+    /// Counts what each node has.
+    fn count(&mut self, allocations: &[AllocationPlace]) {
+        for place in allocations {
+            let allocation = &self.allocator.allocations[*place];
+            let of = |node: &Option<Name>| self.candidates.open.get(node.as_ref()?).copied();
+            match of(&allocation.node) {
+                Some(node) if allocation.kind == AllocationKind::Node => self.load.add_own(node),
+                Some(node) => self.load.add(node),
+                None => {}
+            }
+            // It counts on both nodes until the move is finished.
+            if let Some(node) = of(&allocation.leaving) {
+                self.load.add_leaving(node);
+            }
+        }
+    }
+
+    /// Assigns an allocation to a node, or to none.
+    fn assign(&mut self, allocation: AllocationPlace, to: Option<usize>) {
+        let from = self.allocator.allocations[allocation].node.as_ref();
+        if let Some(from) = from.and_then(|name| self.candidates.open.get(name)) {
+            self.load.move_from(*from);
+        }
+        let node = to.map(|place| self.candidates.nodes[place].0.clone());
+        moves::move_to(self.allocator, allocation, node, self.reports);
+        if let Some(place) = to {
+            self.load.add(place);
+        }
+    }
+
+    /// The node with room, among those for which `fits`, that has the fewest allocations. Of several egress IPs of a
+    /// policy, as few as possible are on one node.
+    fn find(&self, allocation: AllocationPlace, fits: impl Fn(&Name) -> bool) -> Option<usize> {
+        let name = |place: &usize| self.candidates.nodes[*place].0;
+        let mut fitting = self.load.places().filter(|place| fits(name(place)));
+        let siblings = siblings(self.allocator, allocation);
+        if siblings.is_empty() {
+            return fitting.next();
+        }
+        fitting.min_by_key(|place| siblings.get(name(place)).copied().unwrap_or_default())
+    }
+
+    fn is_ready(&self, name: &Name) -> bool {
+        self.candidates.ready.contains_key(name)
+    }
+
+    /// Moves allocations from living nodes that have more than their maximum, which was lowered, as long as others have
+    /// room.
+    fn relieve(&mut self, allocations: &[AllocationPlace]) {
+        for (place, mut excess) in self.load.above_maximum() {
+            let node = self.candidates.nodes[place].0;
+            if !self.allocator.lives(node) {
+                continue;
+            }
+            for allocation in allocations.iter().rev() {
+                let entry = &self.allocator.allocations[*allocation];
+                let is_here = entry.node.as_ref() == Some(node) && entry.kind != AllocationKind::Node;
+                let is_wanted = moves::requested_node(self.allocator, *allocation) == Some(node);
+                if excess == 0 || !is_here || entry.leaving.is_some() || is_wanted {
+                    continue;
+                }
+                let Some(to) = self.find(*allocation, |name| self.is_ready(name)) else { break };
+                self.assign(*allocation, Some(to));
+                excess -= 1;
+            }
+        }
+    }
+}
+
+/// Assigns new allocations to the living node with the fewest for its weight. An existing allocation moves only if there
+/// is a node that it can be moved to, or its node no longer belongs to the gateway. While no node has room, an
+/// allocation has none.
 fn balance<'a>(
     allocator: &mut Allocator<'a>,
     gateway: GatewayPlace,
     allocations: &[AllocationPlace],
-    (sources, reports): (&SourceNodes<'a>, &Reports),
+    (sources, reports): (&SourceNodes<'a>, &Reports<'a>),
 ) {
     let candidates = Candidates::new(allocator, gateway);
-    for (allocation, node) in moves::requested_moves(allocator, allocations, &candidates.ready) {
-        if !sources.all_miss(allocator, allocation, &node) {
-            moves::move_to(allocator, allocation, Some(node), reports);
+    let capacity = |place: &usize| Capacity::of(allocator.gateway_pools[gateway].gateway, candidates.nodes[*place].1);
+    let load = Load::new(candidates.open.values().map(|place| (*place, capacity(place))));
+    let mut balance = Balance { allocator, candidates: &candidates, load, reports };
+    balance.count(allocations);
+    for (allocation, node) in moves::requested_moves(balance.allocator, allocations, &candidates.ready) {
+        let place = candidates.ready[&node];
+        if !sources.is_unreached_by_all(balance.allocator, allocation, &node) && balance.load.has_room(place) {
+            balance.assign(allocation, Some(place));
         }
     }
-    let mut load = Load::new(candidates.open.values().copied());
-    let mut unplaced = Vec::new();
-    for allocation in allocations {
-        match allocator.allocations[*allocation].node.as_ref().and_then(|name| candidates.open.get(name)) {
-            Some(place) => load.add(*place),
-            None if allocator.allocations[*allocation].kind == AllocationKind::Node => {}
-            None => unplaced.push(*allocation),
+    balance.relieve(allocations);
+    for allocation in allocations.iter().copied() {
+        let entry = &balance.allocator.allocations[allocation];
+        let node = entry.node.clone();
+        let is_placed = node.as_ref().is_some_and(|name| candidates.open.contains_key(name));
+        if is_placed || entry.kind == AllocationKind::Node {
+            continue;
         }
-    }
-    for allocation in unplaced {
-        let node = allocator.allocations[allocation].node.as_ref();
-        let stays = node.is_some_and(|name| candidates.nodes.binary_search_by(|(n, _)| (*n).cmp(name)).is_ok());
-        let is_ready = |place: &usize| candidates.ready.contains_key(candidates.nodes[*place].0);
-        let lives = |place: &usize| allocator.lives(candidates.nodes[*place].0);
-        let siblings = siblings(allocator, allocation);
-        // Of several egress IPs of a policy, as few as possible are on one node.
-        let apart = |place: &usize| siblings.get(candidates.nodes[*place].0).copied().unwrap_or_default();
-        let found = load.places().filter(is_ready).min_by_key(apart);
-        let found =
-            if node.is_some() { found } else { found.or_else(|| load.places().filter(lives).min_by_key(apart)) };
-        let place = match found {
-            None if stays => continue,
-            found => found.or_else(|| load.least()),
+        let stays =
+            node.as_ref().is_some_and(|name| candidates.nodes.binary_search_by(|(n, _)| (*n).cmp(name)).is_ok());
+        let found = balance.find(allocation, |name| balance.is_ready(name));
+        let found = match node {
+            None => found.or_else(|| balance.find(allocation, |name| balance.allocator.lives(name))),
+            Some(_) => found,
         };
-        moves::move_to(allocator, allocation, place.map(|place| candidates.nodes[place].0.clone()), reports);
-        if let Some(place) = place {
-            load.add(place);
+        match found {
+            None if stays => {}
+            found => balance.assign(allocation, found.or_else(|| balance.load.least())),
         }
     }
+    let Balance { allocator, mut load, .. } = balance;
     unreached::move_on(allocator, gateway, allocations, (&candidates.ready, &mut load), (sources, reports));
     if allocator.gateway_pools[gateway].gateway.rebalance {
-        let ready = candidates.ready.into_keys().filter(|name| !sources.miss(name));
-        rebalance::rebalance(allocator, allocations, ready, reports);
+        let ready = candidates.ready.iter().map(|(name, place)| (*name, *place));
+        let ready = ready.filter(|(name, _)| !sources.is_unreached_by_any(name));
+        rebalance::rebalance(allocator, allocations, (ready, &candidates.nodes), &mut load, reports);
     }
 }
 
-/// How many other egress IPs of the allocation's policies each node has.
+/// How many other egress IPs each node has of the allocation's most senior policy that has several.
 fn siblings(allocator: &Allocator, allocation: AllocationPlace) -> HashMap<Name, u32> {
+    let requests = allocator.allocations[allocation].requests.iter();
+    let policies = requests.flat_map(|request| allocator.requests.all[*request].policies.iter().copied());
+    let several = policies.filter(|policy| allocator.requests.of[*policy].as_ref().is_ok_and(|of| of.len() > 1));
     let mut counts = HashMap::new();
-    for policy in allocator.users(allocation) {
-        let Some(requests @ [_, _, ..]) = allocator.requests.of[policy].as_deref().ok() else { continue };
-        let others = requests.iter().filter_map(|request| allocator.requests.all[*request].allocation);
-        let nodes =
-            others.filter(|other| *other != allocation).filter_map(|other| allocator.allocations[other].node.clone());
-        nodes.for_each(|node| *counts.entry(node).or_default() += 1);
-    }
+    let Some(Ok(requests)) = several.min().map(|policy| &allocator.requests.of[policy]) else { return counts };
+    let others = requests.iter().filter_map(|request| allocator.requests.all[*request].allocation);
+    let nodes =
+        others.filter(|other| *other != allocation).filter_map(|other| allocator.allocations[other].node.clone());
+    nodes.for_each(|node| *counts.entry(node).or_default() += 1);
     counts
 }
 
@@ -182,7 +227,9 @@ fn follow(allocator: &mut Allocator, gateway: GatewayPlace, allocations: &[Alloc
         let announcer = announcements.as_ref().zip(service);
         let announcer = announcer.and_then(|(all, service)| all.node_of(service, |node| allocator.lives(node)));
         let is_service = service.is_some();
+        let now = allocator.now;
         let allocation = &mut allocator.allocations[*place];
+        let had_none = allocation.node.is_none();
         let here =
             |name: &Name| allocator.gateway_pools[gateway].nodes.binary_search_by(|(n, _)| (*n).cmp(name)).is_ok();
         allocation.node = match (allocation.node.take(), reported.get(&allocation.id)) {
@@ -193,5 +240,9 @@ fn follow(allocator: &mut Allocator, gateway: GatewayPlace, allocations: &[Alloc
             (_, None) if is_service => announcer.filter(|node| here(node)).cloned(),
             (node, None) => node.filter(here),
         };
+        // Since when some node has had it.
+        if had_none && allocation.node.is_some() {
+            allocation.since = now;
+        }
     }
 }

@@ -34,7 +34,7 @@ pub(super) fn exceeded(
         let mut used = Used::default();
         for place in places {
             let Some((_, gateway, kinds)) = asks[place] else { continue };
-            if let Err(limit) = used.add(&gateway.quota, kinds, requesters[place].policy.listed_destinations()) {
+            if let Err(limit) = used.add(gateway, kinds, requesters[place].policy.listed_destinations()) {
                 let message = format!(
                     "namespace {namespace:?} would have more than {limit}, which is its quota of EgressGateway \
                      {name:?} (spec.namespaceQuota); remove a policy or some of what it asks for, or have the quota \
@@ -82,11 +82,12 @@ impl<'a> Used<'a> {
     ///
     /// # Errors
     /// The namespace would exceed its quota.
-    fn add(&mut self, quota: &NamespaceQuota, kinds: &'a [Kind], destinations: usize) -> Result<(), Exceeded> {
+    fn add(&mut self, gateway: &Gateway, kinds: &'a [Kind], destinations: usize) -> Result<(), Exceeded> {
+        let quota = &gateway.quota;
         let exceeds = |count: usize, limit: Option<u32>| limit.filter(|limit| count > *limit as usize);
         let dedicated = kinds.iter().filter(|kind| matches!(kind, Kind::Dedicated(_) | Kind::Pooled)).count();
-        let named: Vec<&AddressPair> =
-            kinds.iter().filter_map(Kind::named).filter(|pair| !self.named.contains(pair)).collect();
+        let named = kinds.iter().filter(|kind| !kind.is_default_of(gateway)).filter_map(Kind::named);
+        let named: Vec<&AddressPair> = named.filter(|pair| !self.named.contains(pair)).collect();
         let addresses = self.dedicated + self.named.len() + dedicated + named.len();
         if let Some(limit) = exceeds(self.policies + 1, quota.policies) {
             return Err(Exceeded::Policies(limit));

@@ -1,13 +1,16 @@
-//! Spreads allocations evenly over the nodes of a gateway, where the annotation asks for it.
+//! Spreads allocations over the nodes of a gateway by their weights, where the annotation asks for it.
 //!
 //! As few allocations as possible are moved, each as a planned move: the old node holds the egress IP until the new
 //! one does. Only some are moved at once, so that a big gateway is not moved all together. The next ones follow when
 //! these have arrived.
 
 use super::allocator::Allocator;
+use super::load::Load;
 use super::moves::{self, Reports};
 use super::place::AllocationPlace;
 use crate::api::AllocationKind;
+use crate::model::Node;
+use crate::model::capacity::{Capacity, Quotient};
 use crate::model::selector::Name;
 use std::cmp::Reverse;
 use std::collections::BTreeMap;
@@ -16,27 +19,46 @@ use std::collections::BTreeMap;
 pub(super) const MAX_MOVING: usize = 16;
 
 /// The allocations of one node.
-#[derive(Default)]
 struct NodeLoad {
-    allocations: usize,
+    /// The place of the node among the gateway's.
+    place: usize,
+    capacity: Capacity,
+    allocations: u32,
     /// The places of those that may be moved.
     movable: Vec<AllocationPlace>,
 }
 
-/// Moves some allocations from the nodes with the most to the nodes with the fewest. Only `nodes` take part, and of
-/// those only nodes that can hold all that they have. Allocations that policies request on their node stay, and so do
-/// nodes' own addresses.
+impl NodeLoad {
+    /// Where it stands for one more allocation.
+    fn next(&self) -> Quotient {
+        self.capacity.next(self.allocations)
+    }
+
+    /// Where it stood for its last allocation.
+    fn last(&self) -> Quotient {
+        self.capacity.next(self.allocations.saturating_sub(1))
+    }
+}
+
+/// Moves some allocations from the nodes with the most to the nodes with the fewest, by weight. Only `ready` nodes take
+/// part, of which `load` says which have room, and of those only nodes that can hold all that they have. Allocations that
+/// policies request on their node stay, and so do nodes' own addresses.
 pub(super) fn rebalance<'a>(
     allocator: &mut Allocator,
     allocations: &[AllocationPlace],
-    nodes: impl Iterator<Item = &'a Name>,
+    (ready, nodes): (impl Iterator<Item = (&'a Name, usize)>, &[(&Name, &Node)]),
+    load: &mut Load,
     reports: &Reports,
 ) {
-    let able = |name: &&Name| {
-        allocator.cluster.egress_nodes.get(*name).is_none_or(|status| status.of_allocations().refused.is_empty())
+    let able = |name: &Name| {
+        allocator.cluster.egress_nodes.get(name).is_none_or(|status| status.of_allocations().refused.is_empty())
     };
-    let mut loads: BTreeMap<Name, NodeLoad> =
-        nodes.filter(able).map(|name| (name.clone(), NodeLoad::default())).collect();
+    let Some(gateway) = allocations.first().map(|first| allocator.allocations[*first].gateway) else { return };
+    let of = |(name, place): (&Name, usize)| {
+        let capacity = Capacity::of(allocator.gateway_pools[gateway].gateway, nodes[place].1);
+        (name.clone(), NodeLoad { place, capacity, allocations: 0, movable: Vec::new() })
+    };
+    let mut loads: BTreeMap<Name, NodeLoad> = ready.filter(|(name, _)| able(name)).map(of).collect();
     let mut moving = 0;
     for place in allocations {
         let allocation = &allocator.allocations[*place];
@@ -50,18 +72,20 @@ pub(super) fn rebalance<'a>(
         }
     }
     for _ in moving..MAX_MOVING {
-        let fewest =
-            loads.iter().min_by_key(|(_, load)| load.allocations).map(|(name, b)| (name.clone(), b.allocations));
-        let most = loads.iter_mut().filter(|(_, load)| !load.movable.is_empty());
-        let most = most.max_by_key(|(name, load)| (load.allocations, Reverse((*name).clone())));
-        let (Some((to, fewest)), Some((_, from))) = (fewest, most) else { return };
-        if from.allocations < fewest + 2 {
+        let open = loads.iter().filter(|(_, of)| load.has_room(of.place));
+        let fewest = open.min_by_key(|(_, of)| of.next()).map(|(name, of)| (name.clone(), of.next()));
+        let most = loads.iter_mut().filter(|(_, of)| !of.movable.is_empty());
+        let most = most.max_by_key(|(name, of)| (of.last(), Reverse((*name).clone())));
+        let (Some((to, next)), Some((_, from))) = (fewest, most) else { return };
+        if from.last() <= next {
             return;
         }
         let Some(allocation) = from.movable.pop() else { return };
         from.allocations -= 1;
-        if let Some(load) = loads.get_mut(&to) {
-            load.allocations += 1;
+        load.move_from(from.place);
+        if let Some(of) = loads.get_mut(&to) {
+            of.allocations += 1;
+            load.add(of.place);
         }
         moves::move_to(allocator, allocation, Some(to), reports);
     }

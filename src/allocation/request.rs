@@ -4,7 +4,7 @@ use super::address_pair::addresses;
 use super::decision::{Reason, Rejection};
 use super::place::{AllocationPlace, GatewayPlace, List, PolicyPlace, RequestPlace};
 use super::{quota, services};
-use crate::api::{AddressPair, Allocate, Sharing};
+use crate::api::{AddressPair, Allocate, Allocation, AllocationKind, Placement, Sharing};
 use crate::model::precedence::labels_or_name;
 use crate::model::selector::Name;
 use crate::model::{AddressRequest, Cluster, DEFAULT_GATEWAY, Gateway, Namespaces, ObjectKey, Policy, PolicyKey};
@@ -41,12 +41,29 @@ pub(super) enum Kind {
 }
 
 impl Kind {
+    /// The kind of the allocation that is asked for.
+    pub(super) fn allocation(&self) -> AllocationKind {
+        match self {
+            Kind::Explicit(_) => AllocationKind::Explicit,
+            Kind::Service(..) => AllocationKind::Service,
+            Kind::Shared => AllocationKind::Shared,
+            Kind::Pooled => AllocationKind::Pooled,
+            Kind::Dedicated(_) => AllocationKind::Dedicated,
+            Kind::Node => AllocationKind::Node,
+        }
+    }
+
     /// The addresses that the policy names, itself or by a Service.
     pub(super) fn named(&self) -> Option<&AddressPair> {
         match self {
             Kind::Explicit(pair) | Kind::Service(_, pair) => Some(pair),
             Kind::Shared | Kind::Pooled | Kind::Dedicated(_) | Kind::Node => None,
         }
+    }
+
+    /// Whether it is the gateway's default address, which all policies may share.
+    pub(super) fn is_default_of(&self, gateway: &Gateway) -> bool {
+        matches!(self, Kind::Explicit(pair) if *pair == gateway.default_address)
     }
 
     /// The Service that the policy names.
@@ -58,11 +75,12 @@ impl Kind {
     }
 
     /// What a policy asks for, one for each of its egress IPs; none with `action: Direct`. A Service's
-    /// addresses are still to be found.
+    /// addresses are still to be found, and so is the gateway's default address.
     fn of(policy: &Policy) -> SmallVec<[Self; 1]> {
         match &policy.address {
             AddressRequest::Explicit(pairs) => pairs.iter().map(|pair| Kind::Explicit(pair.clone())).collect(),
             AddressRequest::Service(service) => smallvec![Kind::Service(service.clone(), AddressPair::default())],
+            AddressRequest::Unspecified => smallvec![Kind::Dedicated(0)],
             AddressRequest::Allocate(Allocate::Dedicated, count) => (0..*count).map(Kind::Dedicated).collect(),
             AddressRequest::Allocate(Allocate::Shared, _) => smallvec![Kind::Shared],
             AddressRequest::Allocate(Allocate::Pooled, _) => smallvec![Kind::Pooled],
@@ -108,6 +126,11 @@ impl<'a> Requests<'a> {
             kinds.first()?;
             let gateway = gateways.gateway_of(cluster, requester).and_then(|gateway| {
                 for kind in kinds.iter_mut() {
+                    if requester.policy.address == AddressRequest::Unspecified
+                        && let Some(default) = default_address(gateways.all[gateway].1, requester.key)
+                    {
+                        *kind = Kind::Explicit(default.clone());
+                    }
                     if let Kind::Service(service, pair) = kind {
                         *pair = services::egress_ip(cluster, gateways.all[gateway], service)?;
                     }
@@ -141,7 +164,11 @@ impl<'a> Requests<'a> {
             let request = |kind: Kind| {
                 let request = match kind {
                     Kind::Explicit(_) | Kind::Service(..) => {
-                        let sharers = match (gateways.all[gateway].1.sharing, &requesters[place].policy.namespaces) {
+                        let of = gateways.all[gateway].1;
+                        let sharers = match (of.sharing, &requesters[place].policy.namespaces) {
+                            _ if kind.is_default_of(of) => None,
+                            // The default address of a gateway that cannot be read.
+                            _ if requesters[place].policy.address == AddressRequest::Unspecified => None,
                             (Sharing::Namespace, Namespaces::One(namespace)) => Some(namespace),
                             _ => None,
                         };
@@ -171,6 +198,16 @@ impl<'a> Requests<'a> {
     }
 }
 
+/// The egress IP that a policy has that names none; `None`: one of its own. The default address of a gateway that cannot
+/// be read is the one that its policies have.
+fn default_address<'g>(gateway: &'g Gateway, policy: &PolicyKey) -> Option<&'g AddressPair> {
+    if !gateway.default_address.is_empty() || !gateway.frozen {
+        return Some(&gateway.default_address).filter(|pair| !pair.is_empty());
+    }
+    let mut explicit = gateway.status.allocations.iter().filter(|a| a.kind == AllocationKind::Explicit);
+    explicit.find(|allocation| allocation.policies.contains(policy)).map(|allocation| &allocation.address)
+}
+
 /// The gateway that the policy's namespace has for policies that name none.
 fn default_of_namespace(cluster: &Cluster, requester: &Requester) -> Option<Name> {
     let Namespaces::One(namespace) = &requester.policy.namespaces else { return None };
@@ -184,6 +221,8 @@ struct Gateways<'a> {
     defaults: Vec<GatewayPlace>,
     /// If several gateways are the default one: the one of which a policy already has an allocation.
     present: HashMap<&'a PolicyKey, GatewayPlace>,
+    /// The gateway of which a policy already has a Service's address.
+    of_services: HashMap<&'a PolicyKey, GatewayPlace>,
     /// The same for frozen gateways, of which it is unknown whether they are the default one.
     kept: HashMap<&'a PolicyKey, GatewayPlace>,
 }
@@ -196,18 +235,21 @@ impl<'a> Gateways<'a> {
             all.places().filter(|place| which(all[*place].1)).collect()
         };
         let defaults = those(|gateway| gateway.default);
-        let of = |places: &[GatewayPlace]| {
+        let of = |places: &[GatewayPlace], which: fn(&Allocation) -> bool| {
             let mut present = HashMap::new();
             for place in places {
-                for policy in all[*place].1.status.allocations.iter().flat_map(|allocation| &allocation.policies) {
+                let allocations = all[*place].1.status.allocations.iter().filter(|allocation| which(allocation));
+                for policy in allocations.flat_map(|allocation| &allocation.policies) {
                     present.entry(policy).or_insert(*place);
                 }
             }
             present
         };
-        let present = if defaults.len() > 1 { of(&defaults) } else { HashMap::new() };
-        let kept = of(&those(|gateway| gateway.frozen));
-        Gateways { all, by_name, defaults, present, kept }
+        let present = if defaults.len() > 1 { of(&defaults, |_| true) } else { HashMap::new() };
+        let external = those(|gateway| gateway.placement == Placement::External);
+        let of_services = of(&external, |allocation| allocation.service.is_some());
+        let kept = of(&those(|gateway| gateway.frozen), |_| true);
+        Gateways { all, by_name, defaults, present, of_services, kept }
     }
 
     /// The gateway that a policy uses.
@@ -226,8 +268,10 @@ impl<'a> Gateways<'a> {
             (None, _) if let Some(place) = self.kept.get(requester.key) => *place,
             (None, _) if let AddressRequest::Service(service) = &requester.policy.address => {
                 let addresses = services::addresses(cluster, service)?;
-                let found = self.all.with_places().find(|(_, (_, gateway))| services::can_have(gateway, addresses));
-                found.map(|(place, _)| place).ok_or_else(|| services::no_gateway(service, addresses))?
+                let can_have = |place: &GatewayPlace| services::can_have(self.all[*place].1, addresses);
+                let present = self.of_services.get(requester.key).copied().filter(can_have);
+                let found = present.or_else(|| self.all.places().find(can_have));
+                found.ok_or_else(|| services::no_gateway(service, addresses))?
             }
             (None, _) if let Some(name) = default_of_namespace(cluster, requester) => {
                 *self.by_name.get(&*name).ok_or_else(|| {

@@ -4,19 +4,26 @@ use super::address_pair::{addresses, of_pair, overlap, pair};
 use super::allocator::{Allocator, Draft};
 use super::place::{GatewayPlace, RequestPlace};
 use super::request::Kind;
-use crate::api::{AddressPair, Allocation, AllocationKind, ReleasedAllocation};
+use crate::api::{AddressPair, Allocation, AllocationKind, ReleasedAllocation, Sharing};
 use crate::model::ObjectKey;
+use crate::model::selector::Name;
 use egret_nft::Family;
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 use std::net::IpAddr;
+
+/// A load balancer may put an address onto a node before it says that it is a Service's. An egress IP that a node has had
+/// for less than this gives way to the Service's policy, seconds.
+const SERVICE_GRACE_SECONDS: i64 = 60;
 
 /// What an allocation gives back at time `at`.
 fn released(allocation: &Allocation, address: AddressPair, at: i64) -> ReleasedAllocation {
-    ReleasedAllocation { id: allocation.id, address, at, policies: allocation.policies.clone() }
+    let Allocation { id, policies, service, .. } = allocation;
+    ReleasedAllocation { id: *id, address, at, policies: policies.clone(), service: service.clone() }
 }
 
 /// Keeps the allocations that stay, and starts the cooldown of the others.
 pub(super) fn retain(allocator: &mut Allocator) {
+    let of_services = requested_by_services(allocator);
     // Pool addresses come first: where a node has taken a pool address as its own, the pool allocation is older.
     for nodes_own in [false, true] {
         for gateway in allocator.gateway_pools.places() {
@@ -32,7 +39,8 @@ pub(super) fn retain(allocator: &mut Allocator) {
                 let stays = if nodes_own {
                     node_allocation(allocator, gateway, allocation)
                 } else {
-                    pool_allocation(allocator, gateway, allocation)
+                    !is_displaced(allocator, gateway, allocation, &of_services)
+                        && pool_allocation(allocator, gateway, allocation)
                 };
                 if !stays {
                     let released = released(allocation, allocation.address.clone(), allocator.now);
@@ -42,6 +50,40 @@ pub(super) fn retain(allocator: &mut Allocator) {
         }
     }
     complete(allocator);
+}
+
+/// The namespaces of the Services by which policies have addresses, by gateway and address.
+type OfServices = HashMap<(GatewayPlace, IpAddr), Name>;
+
+fn requested_by_services(allocator: &Allocator) -> OfServices {
+    let named = allocator.requests.all.iter().filter_map(|request| match &request.kind {
+        Kind::Service(service, pair) => Some((request.gateway, service, pair)),
+        _ => None,
+    });
+    named
+        .flat_map(|(gateway, service, pair)| addresses(pair).map(move |a| ((gateway, a), service.namespace.clone())))
+        .collect()
+}
+
+/// Whether an allocation gives way to the policy of a Service that has its address. A tenant may have named an address of
+/// the load balancer's in advance, while no Service had it. What a node has held for a while stays: who may choose the
+/// address of his Service takes nothing away by it.
+fn is_displaced(
+    allocator: &Allocator,
+    gateway: GatewayPlace,
+    allocation: &Allocation,
+    of_services: &OfServices,
+) -> bool {
+    let known = allocator.gateway_pools[gateway].gateway;
+    let held_for = allocator.now.saturating_sub(allocation.since);
+    let is_held = allocation.node.is_some() && !(0..SERVICE_GRACE_SECONDS).contains(&held_for);
+    if allocation.kind != AllocationKind::Explicit || is_held || known.sharing == Sharing::Cluster {
+        return false;
+    }
+    let theirs = addresses(&allocation.address).find_map(|address| of_services.get(&(gateway, address)));
+    let is_of = |namespace: &Name| allocation.policies.iter().any(|key| key.namespace.as_ref() == Some(namespace));
+    let is_clusters = || allocation.policies.iter().any(|key| key.namespace.is_none());
+    theirs.is_some_and(|namespace| !is_of(namespace) && !is_clusters())
 }
 
 /// The requests to the gateway, still without an allocation, of the policies that this allocation lists.

@@ -5,10 +5,15 @@
 //! count: who may write the Service writes them, too.
 
 use super::address_pair::{in_words, pair};
+use super::cooldown::{COOLDOWN_SECONDS, Cooldowns};
 use super::decision::{Reason, Rejection};
+use super::place::PolicyPlace;
 use crate::api::{AddressPair, Placement, Sharing};
+use crate::model::condition::time;
 use crate::model::selector::Name;
-use crate::model::{Announcement, Announcer, Cluster, Gateway, LoadBalancer, Namespaces, ObjectKey, addresses_of};
+use crate::model::{
+    Announcement, Announcer, Cluster, END_COOLDOWN, Gateway, LoadBalancer, Namespaces, ObjectKey, addresses_of,
+};
 use std::collections::HashMap;
 use std::net::IpAddr;
 
@@ -84,31 +89,82 @@ pub(super) fn no_gateway(service: &ObjectKey, addresses: &[IpAddr]) -> Rejection
     Rejection::new(Reason::AddressOutsidePool, message)
 }
 
-/// Checks that no policy gets an address, by naming it, that a Service of another namespace has. An allocation that
-/// exists stays: who may choose the address of a Service must not take an egress IP away by it.
-pub(super) fn check_foreign(
-    cluster: &Cluster,
-    gateway: &Gateway,
-    namespaces: &Namespaces,
-    named: &AddressPair,
-) -> Result<(), Rejection> {
-    let Namespaces::One(own) = namespaces else { return Ok(()) };
-    if gateway.placement != Placement::External || gateway.sharing == Sharing::Cluster {
-        return Ok(());
+/// The Services that have each address.
+#[derive(Clone, Debug, Default)]
+pub(super) struct ServicesByAddress<'a>(HashMap<IpAddr, Vec<&'a ObjectKey>>);
+
+impl<'a> ServicesByAddress<'a> {
+    pub(super) fn new(cluster: &'a Cluster) -> Self {
+        let mut by_address: HashMap<IpAddr, Vec<&ObjectKey>> = HashMap::new();
+        for (service, known) in &cluster.services {
+            for address in known.load_balancer.iter().flat_map(|known| &known.addresses) {
+                by_address.entry(*address).or_default().push(service);
+            }
+        }
+        ServicesByAddress(by_address)
     }
-    let of_others = cluster.services.iter().filter(|(service, _)| service.namespace != *own);
-    for (service, LoadBalancer { addresses: all, .. }) in
-        of_others.filter_map(|(service, known)| Some((service, known.load_balancer.as_deref()?)))
-    {
-        if let Some(address) = addresses_of(named).find(|address| all.contains(address)) {
-            let message = format!(
-                "{address} is the address of Service {service}, and policies of other namespaces may not name it; name \
-                 another address, or have sharing: Cluster set in the gateway"
-            );
-            return Err(Rejection::new(Reason::AddressOfService, message));
+
+    /// Checks that no policy gets an address, by naming it, that a Service of another namespace has. An allocation that
+    /// exists stays: who may choose the address of a Service must not take an egress IP away by it.
+    pub(super) fn check_foreign(
+        &self,
+        gateway: &Gateway,
+        namespaces: &Namespaces,
+        named: &AddressPair,
+    ) -> Result<(), Rejection> {
+        let Some(own) = confined(gateway, namespaces) else { return Ok(()) };
+        let of_others = addresses_of(named).flat_map(|address| {
+            let services = self.0.get(&address).into_iter().flatten();
+            services.filter(|service| service.namespace != *own).map(move |service| (*service, address))
+        });
+        match of_others.min() {
+            None => Ok(()),
+            Some((service, address)) => {
+                let message = format!(
+                    "{address} is the address of Service {service}, and policies of other namespaces may not name it; \
+                     name another address, or have sharing: Cluster set in the gateway"
+                );
+                Err(Rejection::new(Reason::AddressOfService, message))
+            }
         }
     }
+}
+
+/// The namespace whose Services' addresses alone a policy may name; `None`: it may name all.
+fn confined<'n>(gateway: &Gateway, namespaces: &'n Namespaces) -> Option<&'n Name> {
+    match namespaces {
+        Namespaces::One(own) if gateway.placement == Placement::External && gateway.sharing != Sharing::Cluster => {
+            Some(own)
+        }
+        _ => None,
+    }
+}
+
+/// Checks that no policy gets an address, by naming it, that was the egress IP of another namespace's policy as the
+/// address of a Service. The Service has none for a moment, and gets it again.
+pub(super) fn check_former(
+    cooldowns: &Cooldowns,
+    (gateway, namespaces): (&Gateway, &Namespaces),
+    policies: &[PolicyPlace],
+    named: &AddressPair,
+) -> Result<(), Rejection> {
+    let Some(own) = confined(gateway, namespaces) else { return Ok(()) };
+    for address in addresses_of(named) {
+        let Some(entry) = cooldowns.of_service(address, policies) else { continue };
+        let Some(service) = entry.service.as_deref().filter(|service| !of_namespace(service, own)) else { continue };
+        let (at, until) = (time(entry.at), time(entry.at + COOLDOWN_SECONDS));
+        let message = format!(
+            "{address} was the address of Service {service} until {at}, and policies of other namespaces may not name it \
+             before {until}; name another address, or annotate the gateway with {END_COOLDOWN}={at}"
+        );
+        return Err(Rejection::new(Reason::AddressOfService, message));
+    }
     Ok(())
+}
+
+/// Whether a Service, `namespace/name`, is of this namespace.
+fn of_namespace(service: &str, namespace: &Name) -> bool {
+    service.split_once('/').is_some_and(|(of, _)| *of == **namespace)
 }
 
 /// The nodes that announce Services' addresses, as load balancers say.

@@ -4,9 +4,9 @@
 //! An egress IP that one of its source nodes reaches stays, whatever the others report: that node would lose it.
 
 use super::allocator::Allocator;
+use super::load::Load;
 use super::moves::{self, Reports};
 use super::place::{AllocationPlace, GatewayPlace};
-use super::placement::Load;
 use crate::api::AllocationKind;
 use crate::model::PolicyKey;
 use crate::model::precedence::PolicyIndex;
@@ -44,35 +44,40 @@ impl<'a> SourceNodes<'a> {
     }
 
     /// Whether some source node does not reach the node.
-    pub(super) fn miss(&self, node: &Name) -> bool {
+    pub(super) fn is_unreached_by_any(&self, node: &Name) -> bool {
         self.unreached.values().any(|unreached| unreached.contains(&**node))
     }
 
     /// The nodes with pods that the allocation's policies select. The gateway's own nodes are not among them, because
     /// they probe each other, nor are nodes that count as lost.
-    fn of(&self, allocator: &Allocator<'a>, allocation: AllocationPlace) -> Vec<&'a Name> {
+    fn source_nodes_of(&self, allocator: &Allocator<'a>, allocation: AllocationPlace) -> Vec<&'a Name> {
         let users = allocator.users(allocation).into_iter().map(|place| allocator.requests.requesters[place].key);
         let nodes: BTreeSet<&Name> = users.filter_map(|key| self.of_policies.get(key)).flatten().copied().collect();
         let members = &allocator.gateway_pools[allocator.allocations[allocation].gateway].nodes;
         let is_member = |name: &Name| members.binary_search_by(|(n, _)| (*n).cmp(name)).is_ok();
-        let hears = |name: &Name| allocator.cluster.nodes.get(name).is_some_and(|node| !node.is_lost(allocator.now));
-        nodes.into_iter().filter(|name| !is_member(name) && hears(name)).collect()
+        let is_known = |name: &Name| allocator.cluster.nodes.get(name).is_some_and(|node| !node.is_lost(allocator.now));
+        nodes.into_iter().filter(|name| !is_member(name) && is_known(name)).collect()
     }
 
     /// Whether the allocation has source nodes and none of them reaches the node.
-    pub(super) fn all_miss(&self, allocator: &Allocator<'a>, allocation: AllocationPlace, node: &Name) -> bool {
-        if !self.miss(node) {
+    pub(super) fn is_unreached_by_all(
+        &self,
+        allocator: &Allocator<'a>,
+        allocation: AllocationPlace,
+        node: &Name,
+    ) -> bool {
+        if !self.is_unreached_by_any(node) {
             return false;
         }
-        let sources = self.of(allocator, allocation);
-        let misses = |source: &&Name| self.unreached.get(&***source).is_some_and(|u| u.contains(&**node));
-        !sources.is_empty() && sources.iter().all(misses)
+        let sources = self.source_nodes_of(allocator, allocation);
+        let does_not_reach = |source: &&Name| self.unreached.get(&***source).is_some_and(|u| u.contains(&**node));
+        !sources.is_empty() && sources.iter().all(does_not_reach)
     }
 
     /// Whether all source nodes of the allocation reach the node.
     fn all_reach(&self, allocator: &Allocator<'a>, allocation: AllocationPlace, node: &Name) -> bool {
         let reaches = |source: &Name| self.unreached.get(&**source).is_none_or(|u| !u.contains(&**node));
-        self.of(allocator, allocation).into_iter().all(reaches)
+        self.source_nodes_of(allocator, allocation).into_iter().all(reaches)
     }
 }
 
@@ -132,7 +137,7 @@ pub(super) fn move_on<'a>(
     let better = |allocator: &Allocator<'a>, allocation: AllocationPlace, place: &usize| {
         names.get(place).is_some_and(|name| sources.all_reach(allocator, allocation, name))
     };
-    let (mut unreached, mut rests): (Vec<AllocationPlace>, Option<i64>) = (Vec::new(), None);
+    let (mut unreached, mut moves_at): (Vec<AllocationPlace>, Option<i64>) = (Vec::new(), None);
     for allocation in allocations.iter().copied() {
         let is_better = |place: usize| better(allocator, allocation, &place);
         if is_unreached(allocator, allocation, sources, reports) && load.places().any(is_better) {
@@ -140,20 +145,20 @@ pub(super) fn move_on<'a>(
             let stayed = allocator.now.saturating_sub(allocator.allocations[allocation].since);
             if (0..STAY_SECONDS).contains(&stayed) {
                 let until = allocator.now + STAY_SECONDS - stayed;
-                rests = Some(rests.map_or(until, |rests| rests.min(until)));
+                moves_at = Some(moves_at.map_or(until, |at| at.min(until)));
             } else {
                 unreached.push(allocation);
             }
         }
     }
-    allocator.gateway_pools[gateway].reports.due = rests;
+    allocator.gateway_pools[gateway].reports.due = moves_at;
     if unreached.is_empty() {
         return;
     }
     let (name, known) = (allocator.gateway_pools[gateway].name, allocator.gateway_pools[gateway].gateway);
     let request =
         ReportRequest::standing(known.status.reports_requested_at, allocator.now, allocator.cluster.nodes.len());
-    let due = [request.due, rests].into_iter().flatten().min();
+    let due = [request.due, moves_at].into_iter().flatten().min();
     allocator.gateway_pools[gateway].reports = ReportRequest { due, ..request };
     let Some(requested_at) = request.settled(allocator.now) else { return };
     let answers = |node: &str| {
@@ -164,7 +169,8 @@ pub(super) fn move_on<'a>(
     let answered: HashSet<&Name> = allocator.cluster.nodes.keys().filter(|node| answers(node)).collect();
     for allocation in unreached {
         let owner = allocator.allocations[allocation].node.as_ref();
-        if !owner.into_iter().chain(sources.of(allocator, allocation)).all(|node| answered.contains(node)) {
+        if !owner.into_iter().chain(sources.source_nodes_of(allocator, allocation)).all(|node| answered.contains(node))
+        {
             continue;
         }
         let fits = |place: &usize| {
@@ -172,6 +178,8 @@ pub(super) fn move_on<'a>(
         };
         let found = load.places().find(fits);
         if let Some(place) = found {
+            let from = allocator.allocations[allocation].node.as_ref().and_then(|from| ready.get(from));
+            from.into_iter().for_each(|from| load.move_from(*from));
             moves::move_to(allocator, allocation, Some(names[&place].clone()), reports);
             load.add(place);
         }
@@ -182,13 +190,13 @@ pub(super) fn move_on<'a>(
 fn is_unreached(allocator: &Allocator, allocation: AllocationPlace, sources: &SourceNodes, reports: &Reports) -> bool {
     let entry = &allocator.allocations[allocation];
     let Some(node) = entry.node.as_ref() else { return false };
-    // Other code replaces a dead node. A node that Kubernetes does not hear may not hear of the move, and two nodes
-    // would have the address.
-    let is_heard = allocator.cluster.nodes.get(node).is_some_and(|known| known.lost_since.is_none());
+    // Other code replaces a dead node. A node whose kubelet reports nothing may not get to know of the move, and two
+    // nodes would have the address.
+    let reports_to_kubernetes = allocator.cluster.nodes.get(node).is_some_and(|known| known.lost_since.is_none());
     entry.kind != AllocationKind::Node
         && entry.leaving.is_none()
-        && is_heard
+        && reports_to_kubernetes
         && allocator.lives(node)
         && reports.holds(node, entry.id)
-        && sources.all_miss(allocator, allocation, node)
+        && sources.is_unreached_by_all(allocator, allocation, node)
 }

@@ -120,7 +120,7 @@ fn cost(expression: &Expr, names: &Names<'_>) -> u64 {
             parts.map(|part| cost(&part.expr, names)).sum::<u64>() + 1 + of_call(call, names)
         }
         Expr::Comprehension(walk) => of_walk(walk, names),
-        other => panic!("the estimate does not know {other:?}; teach it"),
+        other => panic!("the estimate does not know {other:?}; add its cost here"),
     }
 }
 
@@ -150,7 +150,7 @@ fn of_call(call: &CallExpr, names: &Names<'_>) -> u64 {
             | operators::NOT_STRICTLY_FALSE,
             _,
         ) => 1,
-        (other, _) => panic!("the estimate does not know the function {other}; teach it"),
+        (other, _) => panic!("the estimate does not know the function {other}; add its cost here"),
     }
 }
 

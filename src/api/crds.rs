@@ -75,7 +75,7 @@ mod tests {
     #[test]
     fn the_installed_definitions_are_those_of_the_types() {
         let installed = include_str!("../../install/crds.yaml");
-        assert!(installed == yaml().unwrap(), "install/crds.yaml is old; run `egretd crds > install/crds.yaml`");
+        assert!(installed == yaml().unwrap(), "install/crds.yaml is not what the types say; run install/generate.sh");
     }
 
     #[test]

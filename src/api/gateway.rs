@@ -1,4 +1,4 @@
-use super::{AddressPair, Condition, Name, PolicyKey};
+use super::{AddressPair, Condition, EgressPolicyStatus, Name, PolicyKey};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
 use serde::{Deserialize, Serialize};
 use smallvec::SmallVec;
@@ -41,17 +41,39 @@ pub struct EgressGatewaySpec {
     /// The pool: single addresses (`192.0.2.50`), ranges (`192.0.2.50-192.0.2.59`) and networks in CIDR notation
     /// (`198.51.100.16/28`, all its addresses), IPv4 and IPv6. It may be empty if all policies of the gateway have
     /// `allocate: Node`. Addresses that no host can have (loopback, link-local, multicast, 0.0.0.0/8, 240.0.0.0/4),
-    /// addresses of pods and Services, and nodes' own addresses are refused.
+    /// addresses of pods and Services, and nodes' own addresses are rejected.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub addresses: Vec<String>,
+    /// The egress IP of policies that name none: those without `address`, `addresses`, `allocate` and `addressCount`. They
+    /// share it, whatever their namespaces, and other policies may name it. It must be in `addresses`; `allocate` gives it
+    /// to no policy. Default: each such policy has an egress IP of its own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub default_address: Option<AddressPair>,
     /// `Managed`: Egret puts each egress IP onto the uplink of its owner. `External`: something else places the
     /// addresses, and the node that has an address is its owner.
     #[serde(default)]
     pub placement: Placement,
+    /// How the network learns which node has an egress IP. `ARP`: the address is on an uplink of its owner, which answers
+    /// ARP or neighbour discovery for it and announces itself. `Route`: the address is on the device `egret-ip` of its
+    /// owner, nobody answers ARP for it, and the node's own router (FRR, BIRD, ...) announces it by BGP or OSPF. It need
+    /// not be in a network of the node. Needs `placement: Managed`.
+    #[serde(default)]
+    pub announce: Announce,
     /// The interface that the addresses are put on, and that `nextHop` is reached by. Default: the interface in whose
-    /// network the address is, else the one of the default route.
+    /// network the address is, else the one of the default route. With `announce: Route`, the interface without which the
+    /// node gives its egress IPs up; default: the one of the default route.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub interface: Option<String>,
+    /// The same for nodes that name it differently: each node uses the first one of these that it has. Instead of
+    /// `interface`. Needs a version on all nodes that knows the field.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub interfaces: Vec<String>,
+    /// The number of a VLAN (IEEE 802.1Q) on that interface, or on the one of the default route: the addresses are put on the
+    /// VLAN's interface, and `nextHop`, which must be given for each family, is reached by it. A node that may hold the
+    /// gateway's egress IPs and has no interface of this VLAN makes one, and removes it when it does not need it any more.
+    /// Needs `placement: Managed`, and a version on all nodes that knows the field.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vlan: Option<u16>,
     /// The router that the traffic leaves through. Default: as the main routing table says.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub next_hop: Option<AddressPair>,
@@ -63,16 +85,31 @@ pub struct EgressGatewaySpec {
     /// `placement: Managed` only: the node itself answers for an address that Egret does not place.
     #[serde(default)]
     pub answer_ping: bool,
+    /// Whether packets of long connections from the egress IPs may pass the node's rules by, on nodes whose daemon has
+    /// `--fast-path-lease`. `Auto`: where nothing on their way must see every packet. `Off`: never.
+    #[serde(default)]
+    pub fast_path: FastPath,
     /// Whether egress IPs stay on a cordoned node (`spec.unschedulable`, set by `kubectl cordon` and `kubectl
     /// drain`). By default they move to other nodes of the gateway, one by one and without a pause, if one of these
     /// is alive and not cordoned. After `kubectl uncordon` they stay where they are.
     #[serde(default)]
     pub ignore_cordon: bool,
+    /// How many of this gateway's egress IPs its nodes hold. The first entry that selects a node counts. The annotations
+    /// `egret.dev/max-egress-ips` and `egret.dev/weight` of a Node replace its values. Takes effect with
+    /// `placement: Managed`, and not for `allocate: Node`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub capacity: Vec<NodeCapacity>,
     /// The namespaces whose policies may use this gateway. Default: all.
     #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "super::selector::optional")]
     pub namespace_selector: Option<LabelSelector>,
+    /// Whether pods and namespaces may ask for this gateway by the annotation `egret.dev/egress-gateway: NAME`, without a
+    /// policy: those of the namespaces that `namespaceSelector` selects, which must be given. They leave from `defaultAddress`, or if there is
+    /// none, from the egress IP of `allocate: Shared`. A pod's annotation counts before its namespace's. EgressPolicies
+    /// decide before it.
+    #[serde(default)]
+    pub opt_in: bool,
     /// Which policies may share an egress IP that they name (`address`). `Namespace`: policies of one namespace; the
-    /// first policy has it, and those of other namespaces, and ClusterEgressPolicies, are refused. `Cluster`: all
+    /// first policy has it, and those of other namespaces, and ClusterEgressPolicies, are rejected. `Cluster`: all
     /// policies that may use the gateway. The egress IP of `allocate: Shared` is always shared by all policies that
     /// request it.
     #[serde(default)]
@@ -83,7 +120,7 @@ pub struct EgressGatewaySpec {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub reservations: Vec<Reservation>,
     /// How much of this gateway the EgressPolicies of one namespace may have together. Each namespace has the same
-    /// quota. A policy that exceeds it is refused, and the others stay as they are. ClusterEgressPolicies do not
+    /// quota. A policy that exceeds it is rejected, and the others stay as they are. ClusterEgressPolicies do not
     /// count.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub namespace_quota: Option<NamespaceQuota>,
@@ -101,6 +138,32 @@ pub struct EgressGatewaySpec {
     /// ends after three times as long without such a failure.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub probe_misses: Option<u32>,
+}
+
+/// The largest weight of a node.
+pub const MAX_WEIGHT: u16 = 100;
+/// The largest number of entries of a gateway's `capacity`.
+pub const MAX_CAPACITIES: usize = 20;
+/// How many names `spec.interfaces` may have.
+pub const MAX_INTERFACES: usize = 8;
+/// The largest number of a VLAN: 4095 is reserved (IEEE 802.1Q).
+pub const MAX_VLAN: u16 = 4094;
+
+/// How many of a gateway's egress IPs some of its nodes hold.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct NodeCapacity {
+    /// The nodes; `{}` selects all.
+    #[serde(deserialize_with = "super::selector::required")]
+    pub node_selector: LabelSelector,
+    /// A node with the weight 3 gets three times as many egress IPs as one with the weight 1, which is the default. At
+    /// most 100.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub weight: Option<u16>,
+    /// The largest number of egress IPs on each of the nodes; a pair counts once. While no other node has room, an egress
+    /// IP whose node dies is on no node, and its traffic is blocked. Default: no limit.
+    #[serde(rename = "maxEgressIPs", default, skip_serializing_if = "Option::is_none")]
+    pub max_egress_ips: Option<u32>,
 }
 
 /// A target of probes: `icmp` or `tcp`.
@@ -151,6 +214,17 @@ pub struct NamespaceQuota {
     pub destinations: Option<u32>,
 }
 
+/// How the network learns which node has an egress IP.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+pub enum Announce {
+    /// By ARP and IPv6 neighbour discovery, on the uplink.
+    #[default]
+    #[serde(rename = "ARP")]
+    Arp,
+    /// By the node's own router.
+    Route,
+}
+
 /// What puts the egress IPs of a gateway onto its nodes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 pub enum Placement {
@@ -159,6 +233,16 @@ pub enum Placement {
     Managed,
     /// Something else. The node that has an address is its owner.
     External,
+}
+
+/// Whether packets of long connections may take the fast path.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+pub enum FastPath {
+    /// Where nothing on their way must see every packet.
+    #[default]
+    Auto,
+    /// Never.
+    Off,
 }
 
 /// The allocations and conditions of a gateway. Only the controller writes it.
@@ -174,7 +258,7 @@ pub struct EgressGatewayStatus {
     /// How many of `nodes` can hold an egress IP now. The number may be ten seconds old.
     #[serde(default)]
     pub ready_nodes: u32,
-    /// Those of `nodes` that cannot, sorted: no daemon has reported, Kubernetes hears nothing from the node, the other
+    /// Those of `nodes` that cannot, sorted: no daemon has reported, the kubelet reports nothing, the other
     /// gateway nodes do not reach it, or it reports that it cannot hold any egress IP.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub not_ready_nodes: Vec<String>,
@@ -188,7 +272,8 @@ pub struct EgressGatewayStatus {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub released: Vec<ReleasedAllocation>,
     /// `Accepted`: the spec is valid. `Ready`: nodes can hold the egress IPs. `AddressesLeft`: the pool is not
-    /// exhausted. `ProbesSucceed` (with `spec.probes`): on no node the probes fail. `PortsNearlyExhausted` (absent if not
+    /// exhausted. `RoomLeft` (where nodes have a maximum of egress IPs): all egress IPs are on nodes, and would be if any one
+    /// node died. `ProbesSucceed` (with `spec.probes`): on no node the probes fail. `PortsNearlyExhausted` (absent if not
     /// so): connections from an egress IP to a destination use most of its source ports.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub conditions: Vec<Condition>,
@@ -197,6 +282,10 @@ pub struct EgressGatewayStatus {
     /// EgressNode.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reports_requested_at: Option<i64>,
+    /// With `spec.optIn`: the egress IP, number and conditions of the pods that ask for this gateway, as in a policy's
+    /// status.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub opt_in: Option<Box<EgressPolicyStatus>>,
     /// The controller that wrote this status, if there are several.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub writer: Option<AllocationsWriter>,
@@ -269,6 +358,37 @@ pub enum AllocationKind {
     Node,
     /// The address of a Service, named by the policy in `spec.address.service`. The node that announces it is the owner.
     Service,
+    /// A kind of a later version, which must not make the whole gateway unreadable. Whoever reads it does without this
+    /// allocation: what its policies cover is blocked.
+    #[serde(other)]
+    #[schemars(skip)]
+    Unknown,
+}
+
+impl AllocationKind {
+    /// All that this version knows, in the order in which they are allocated.
+    pub const KNOWN: [AllocationKind; 6] = [
+        AllocationKind::Explicit,
+        AllocationKind::Service,
+        AllocationKind::Node,
+        AllocationKind::Shared,
+        AllocationKind::Dedicated,
+        AllocationKind::Pooled,
+    ];
+
+    /// The first version (major, minor, patch) whose node daemons know the kind. The controller allocates none while
+    /// some node has an older one.
+    pub fn known_since(self) -> (u32, u32, u32) {
+        match self {
+            AllocationKind::Explicit
+            | AllocationKind::Dedicated
+            | AllocationKind::Shared
+            | AllocationKind::Pooled
+            | AllocationKind::Node
+            | AllocationKind::Service => (0, 1, 0),
+            AllocationKind::Unknown => (u32::MAX, 0, 0),
+        }
+    }
 }
 
 /// The policies of an allocation. Nearly all of ten thousand allocations have one policy, which needs no memory of
@@ -329,4 +449,8 @@ pub struct ReleasedAllocation {
     pub policies: Users,
     /// When it was given back, seconds since the Unix epoch.
     pub at: i64,
+    /// The Service whose address it was, `namespace/name`: policies of other namespaces may not name it for ten minutes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<String>")]
+    pub service: Option<Name>,
 }

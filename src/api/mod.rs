@@ -10,6 +10,7 @@ mod gateway;
 mod node;
 mod policy;
 mod policy_key;
+mod policy_status;
 mod rules;
 mod selector;
 
@@ -17,6 +18,7 @@ pub use gateway::*;
 pub use node::*;
 pub use policy::*;
 pub use policy_key::PolicyKey;
+pub use policy_status::*;
 
 use serde::{Deserialize, Serialize};
 
@@ -55,7 +57,8 @@ impl AddressPair {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Condition {
-    /// `Accepted`, `Ready`, `Shadowed` (policies), `AddressesLeft` or `ProbesSucceed` (gateways), `DatapathReady`, `FastPath` (nodes),
+    /// `Accepted`, `Ready`, `Shadowed` (policies), `AddressesLeft`, `RoomLeft` or `ProbesSucceed` (gateways), `DatapathReady`,
+    /// `FastPath`, `PodsArrive` (nodes),
     /// `PortsNearlyExhausted`; for policies also `OverNodeLimit`.
     #[serde(rename = "type")]
     pub type_: String,

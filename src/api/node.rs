@@ -106,12 +106,14 @@ pub struct EgressNodeStatus {
     /// `FastPath`, with `--fast-path-lease`: whether packets of long connections take the fast path, or why not.
     /// `DatapathReady`: the kernel takes what policies need. It is false while the kernel refuses a part that it lacks; the
     /// message names the part and the remedy, as `egretd check` does.
+    /// `PodsArrive`, where a CNI's eBPF is at pods' veths: whether packets of selected pods arrive at nf_tables. Where they do
+    /// not, all that leaves the cluster is blocked for them.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub conditions: Vec<Condition>,
 }
 
 impl EgressNodeStatus {
-    /// Drops the fields for users, which thousands of nodes repeat.
+    /// Removes the fields that only users read. Thousands of nodes have them.
     pub fn for_machines(self) -> Self {
         EgressNodeStatus {
             version: None,

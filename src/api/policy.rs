@@ -1,4 +1,4 @@
-use super::{AddressPair, Condition, Name};
+use super::{AddressPair, EgressPolicyStatus};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector;
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -52,7 +52,8 @@ pub struct EgressPolicySpec {
     /// The egress IP: addresses from the pool of the gateway, or a Service's. Set either this or `allocate`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub address: Option<PolicyAddress>,
-    /// How an egress IP is chosen if `address` is absent. Default: `Dedicated`.
+    /// How an egress IP is chosen if `address` is absent. Default: the `defaultAddress` of the gateway, or if that has none,
+    /// `Dedicated`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub allocate: Option<Allocate>,
     /// Several egress IPs, from the pool of the gateway, all of the same families; `spread` divides the traffic among
@@ -143,7 +144,8 @@ pub struct ClusterEgressPolicySpec {
     /// The egress IP: addresses from the pool of the gateway, or a Service's. Set either this or `allocate`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub address: Option<PolicyAddress>,
-    /// How an egress IP is chosen if `address` is absent. Default: `Dedicated`.
+    /// How an egress IP is chosen if `address` is absent. Default: the `defaultAddress` of the gateway, or if that has none,
+    /// `Dedicated`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub allocate: Option<Allocate>,
     /// Several egress IPs, from the pool of the gateway, all of the same families; `spread` divides the traffic among
@@ -454,7 +456,7 @@ pub enum Fallback {
     #[default]
     Block,
     /// The traffic leaves as if there were no policy, with the node's address. While the policy has no egress IP at
-    /// all, because it is refused or new, it is passed over: the next policy that covers the destination decides.
+    /// all, because it was rejected or is new, it is passed over: the next policy that covers the destination decides.
     NodeAddress,
 }
 
@@ -468,73 +470,4 @@ pub enum ExistingConnections {
     /// The connections are ended. TCP ends by the server's reset when the pod sends next; other protocols go on from
     /// the egress IP. Connections that left by `fallback: NodeAddress` are ended too, once the egress IP is ready.
     End,
-}
-
-/// The egress IP and the conditions of a policy. Only the controller writes it.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, schemars::JsonSchema)]
-#[serde(rename_all = "camelCase")]
-pub struct EgressPolicyStatus {
-    /// The gateway of the policy: the one that it names, else the default one.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub gateway: Option<String>,
-    /// The egress IP; of several, the first.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub addresses: Option<AddressPair>,
-    /// The node that holds the egress IP; of several, the first.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub node: Option<String>,
-    /// The number of egress IPs; a pair counts once.
-    #[serde(default)]
-    pub address_count: u32,
-    /// If the policy asks for several egress IPs: all that it has, in the order of `spec.addresses`.
-    #[serde(rename = "egressIPs", default, skip_serializing_if = "Vec::is_empty")]
-    pub egress_ips: Vec<PolicyEgressIp>,
-    /// How many pods the policy selects. The number may be ten seconds old.
-    #[serde(default)]
-    pub pods: u32,
-    /// The same by node, sorted; absent if the pods run on 100 nodes or more. Pods that no node has yet are not in it.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub pods_by_node: Vec<PodsOfNode>,
-    /// `Accepted`: the policy has an egress IP. `Ready`: its node holds it. `Shadowed`: other policies decide for all
-    /// pods of this one. `PortsNearlyExhausted` (absent if not so): connections to a destination use most of the egress IP's
-    /// source ports. `OverNodeLimit` (absent if not so): its pods on some nodes are isolated.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub conditions: Vec<Condition>,
-}
-
-impl EgressPolicyStatus {
-    /// The egress IPs, each with its node.
-    pub fn all_egress_ips(&self) -> Vec<(&AddressPair, Option<&str>)> {
-        if self.egress_ips.is_empty() {
-            return self.addresses.iter().map(|address| (address, self.node.as_deref())).collect();
-        }
-        self.egress_ips.iter().map(|of| (&of.address, of.node.as_deref())).collect()
-    }
-}
-
-/// One of several egress IPs of a policy.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
-#[serde(rename_all = "camelCase")]
-pub struct PolicyEgressIp {
-    /// The addresses.
-    #[serde(flatten)]
-    pub address: AddressPair,
-    /// Its place among the egress IPs that the policy asks for, from 0.
-    pub ordinal: u16,
-    /// The node that holds it.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub node: Option<String>,
-    /// Whether its node holds it: `True`, `False` or `Unknown`.
-    pub ready: String,
-}
-
-/// How many pods of a policy run on a node.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
-#[serde(rename_all = "camelCase")]
-pub struct PodsOfNode {
-    /// The node.
-    #[schemars(with = "String")]
-    pub node: Name,
-    /// The number of pods.
-    pub pods: u32,
 }

@@ -7,15 +7,10 @@
 //! The server estimates the cost of a rule from the possible sizes of lists and texts, so those that rules read have
 //! bounds.
 
-use super::{BANDWIDTH, MAX_DSCP, MAX_EXCEPTIONS, MAX_POLICY_ADDRESSES, MAX_PROBES, PROBE_INTERVAL, PROBE_MISSES};
-use serde_json::{Value, json};
+mod gateway;
 
-/// An IPv4 entry of the pool: an address, a network or a range.
-const POOL_IPV4: &str =
-    "^ *[0-9]{1,3}([.][0-9]{1,3}){3} *(/([0-9]|[12][0-9]|3[0-2])|- *[0-9]{1,3}([.][0-9]{1,3}){3})? *$";
-/// An IPv6 entry of the pool.
-const POOL_IPV6: &str =
-    "^ *[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]* *(/([0-9]|[1-9][0-9]|1[01][0-9]|12[0-8])|- *[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*)? *$";
+use super::{BANDWIDTH, MAX_DSCP, MAX_EXCEPTIONS, MAX_POLICY_ADDRESSES};
+use serde_json::{Value, json};
 
 /// A place in a schema, and the fields to add there.
 type Addition = (String, Value);
@@ -23,7 +18,7 @@ type Addition = (String, Value);
 /// The additions to the schema of a kind. Places are below `spec`.
 fn additions(kind: &str) -> Vec<Addition> {
     let mut all = match kind {
-        "EgressGateway" => gateway(),
+        "EgressGateway" => gateway::gateway(),
         "EgressPolicy" | "ClusterEgressPolicy" => policy(),
         _ => Vec::new(),
     };
@@ -44,80 +39,13 @@ fn removals(kind: &str) -> Vec<(String, &'static str)> {
     match kind {
         // It uses Services of its own namespace.
         "EgressPolicy" => vec![(format!("{SERVICE}/properties"), "namespace")],
+        // What the API server adds to objects by itself, a daemon of an earlier version does not know, and it could not read
+        // any gateway.
+        "EgressGateway" => {
+            ["announce", "fastPath", "optIn"].map(|field| (format!("/properties/{field}"), "default")).into()
+        }
         _ => Vec::new(),
     }
-}
-
-fn gateway() -> Vec<Addition> {
-    let reservation = "/properties/reservations/items";
-    let mut all = vec![
-        ("/properties/addresses".to_owned(), json!({"maxItems": 1000})),
-        ("/properties/addresses/items".to_owned(), {
-            let mut entry = pool_entry();
-            let message = "loopback, link-local, multicast, 0.0.0.0/8 and 240.0.0.0/4 cannot be egress IPs";
-            let rule = json!({"rule": format!("!self.matches('{NO_EGRESS_ADDRESS}')"), "message": message});
-            if let Some(rules) = entry["x-kubernetes-validations"].as_array_mut() {
-                rules.push(rule);
-            }
-            entry
-        }),
-        ("/properties/reservations".to_owned(), json!({"maxItems": 20})),
-        (format!("{reservation}/properties/addresses"), json!({"maxItems": 50, "minItems": 1})),
-        (format!("{reservation}/properties/addresses/items"), pool_entry()),
-        // IFNAMSIZ is 16 including the terminating zero, include/uapi/linux/if.h.
-        ("/properties/interface".to_owned(), json!({"maxLength": 15, "minLength": 1})),
-        ("/properties/nextHop".to_owned(), address_pair("give ipv4, ipv6 or both, or leave nextHop out")),
-    ];
-    all.extend(probes());
-    all.extend(selector("/properties/nodeSelector"));
-    all.extend(selector("/properties/namespaceSelector"));
-    all.extend(selector(&format!("{reservation}/properties/namespaceSelector")));
-    all
-}
-
-fn probes() -> Vec<Addition> {
-    let probe = "/properties/probes/items";
-    let number =
-        |at: &str, (least, _, most): (u32, u32, u32)| (at.to_owned(), json!({"minimum": least, "maximum": most}));
-    let unusable = format!("!self.matches('{NO_EGRESS_ADDRESS}')");
-    let unusable = (&*unusable, "no host outside has a loopback, link-local, multicast or reserved address");
-    let address =
-        "self.matches('^[0-9]{1,3}([.][0-9]{1,3}){3}$') || self.matches('^[0-9A-Fa-f]*:[0-9A-Fa-f]*:[0-9A-Fa-f:.]*$')";
-    let with_port =
-        "self.matches('^([0-9]{1,3}([.][0-9]{1,3}){3}|\\\\[[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*\\\\]):[1-9][0-9]{0,4}$')";
-    vec![
-        ("/properties/probes".to_owned(), json!({"maxItems": MAX_PROBES})),
-        (probe.to_owned(), with_rules(json!({}), &[("has(self.icmp) != has(self.tcp)", "give either icmp or tcp")])),
-        (
-            format!("{probe}/properties/icmp"),
-            with_rules(
-                json!({"maxLength": 45, "minLength": 1}),
-                &[(address, "not an IP address; write 192.0.2.1 or 2001:db8::1"), unusable],
-            ),
-        ),
-        (
-            format!("{probe}/properties/tcp"),
-            with_rules(
-                json!({"maxLength": 53, "minLength": 1}),
-                &[(with_port, "not an IP address with a port; write 203.0.113.1:443 or [2001:db8::1]:443")],
-            ),
-        ),
-        number("/properties/probeIntervalMilliseconds", PROBE_INTERVAL),
-        number("/properties/probeMisses", PROBE_MISSES),
-    ]
-}
-
-/// Entries that begin with an address that cannot be an egress IP: 0/8, loopback, link-local, multicast, 240/4. The
-/// condition `Accepted` reports such addresses further inside of an entry.
-const NO_EGRESS_ADDRESS: &str = "^ *((0|127|169[.]254|22[4-9]|2[34][0-9]|25[0-5])[.]|::1?( |/|-|$)|[Ff][Ee][89ABab][0-9A-Fa-f]:|[Ff][Ff][0-9A-Fa-f][0-9A-Fa-f]:)";
-
-fn pool_entry() -> Value {
-    let message = "not an address, a range or a network of one family; write 192.0.2.50, \
-                   192.0.2.50-192.0.2.59 or 192.0.2.0/28";
-    let ipv4 = format!("self.contains(':') || self.matches('{POOL_IPV4}')");
-    let ipv6 = format!("!self.contains(':') || self.matches('{POOL_IPV6}')");
-    // Two IPv6 addresses of 39 characters, and what is between them.
-    with_rules(json!({"maxLength": 84, "minLength": 1}), &[(&ipv4, message), (&ipv6, message)])
 }
 
 fn bandwidth() -> Value {
@@ -327,93 +255,48 @@ mod tests {
         }
     }
 
+    /// The fields below a schema that the API server sets if they are absent, as paths.
+    fn defaults(schema: &Value, path: &str) -> Vec<String> {
+        let fields = schema["properties"].as_object().into_iter().flatten();
+        let of = |(name, field): (&String, &Value)| {
+            let path = format!("{path}.{name}");
+            let mut all = [defaults(field, &path), defaults(&field["items"], &format!("{path}[]"))].concat();
+            all.extend(field.get("default").map(|_| path));
+            all
+        };
+        fields.flat_map(of).collect()
+    }
+
+    /// The definitions are installed first. A daemon of an earlier version reads no object with a field that it does not
+    /// know, so the API server must not add one by itself.
+    #[test]
+    fn the_api_server_adds_no_field_that_an_earlier_version_does_not_know() {
+        let documents: Vec<Value> = serde_saphyr::from_multiple(&crds::yaml().unwrap()).unwrap();
+        let of_policies = ["egress[].ports[].protocol", "existingConnections", "fallback", "priority"];
+        for (kind, known) in [
+            ("EgressGateway", &["answerPing", "default", "ignoreCordon", "placement", "sharing"][..]),
+            ("EgressPolicy", &of_policies),
+            ("ClusterEgressPolicy", &of_policies),
+        ] {
+            let crd = documents.iter().find(|d| d["spec"]["names"]["kind"] == kind).unwrap();
+            let schema = &crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"];
+            let mut found = defaults(schema, "spec");
+            found.sort();
+            let known: Vec<String> = known.iter().map(|field| format!("spec.{field}")).collect();
+            assert_eq!(found, known, "{kind}: take the default of a new field out of the schema (`removals`)");
+        }
+    }
+
     #[track_caller]
-    fn assert_good(kind: &str, spec: &Value) {
+    pub(super) fn assert_good(kind: &str, spec: &Value) {
         let messages = refusal_messages(kind, spec);
         assert!(messages.is_empty(), "{spec}: {messages:?}");
     }
 
     #[track_caller]
-    fn assert_refused(kind: &str, spec: &Value, words: &str) {
+    pub(super) fn assert_refused(kind: &str, spec: &Value, words: &str) {
         let messages = refusal_messages(kind, spec);
         assert!(messages.iter().any(|m| m.contains(words)), "{spec}: {words:?} is not in {messages:?}");
-    }
-
-    #[test]
-    fn a_pool_has_addresses_ranges_and_networks() {
-        let pool = |entry: &str| json!({"nodeSelector": {}, "addresses": [entry]});
-        for entry in [
-            "192.0.2.50",
-            "192.0.2.50-192.0.2.59",
-            "192.0.2.50 - 192.0.2.59",
-            "198.51.100.16/28",
-            "223.255.255.0/24",
-            "12.0.0.1",
-            "2001:db8::50",
-            "2001:db8::50-2001:db8::59",
-            "2001:db8::/64",
-            "64:ff9b::192.0.2.1/128",
-        ] {
-            assert_good("EgressGateway", &pool(entry));
-        }
-        for entry in
-            ["192.0.2", "here", "192.0.2.50-2001:db8::1", "192.0.2.0/33", "2001:db8::/129", "192.0.2.1,192.0.2.2"]
-        {
-            assert_refused("EgressGateway", &pool(entry), "192.0.2.50-192.0.2.59");
-        }
-    }
-
-    #[test]
-    fn a_pool_has_no_address_that_no_host_can_have() {
-        let pool = |entry: &str| json!({"nodeSelector": {}, "addresses": [entry]});
-        for entry in [
-            "0.0.0.0/0",
-            "127.0.0.1",
-            "169.254.1.0/24",
-            "224.0.0.5",
-            "239.1.1.1-239.1.1.9",
-            "240.0.0.1",
-            "255.255.255.255",
-            "::/0",
-            "::1",
-            "fe80::1",
-            "FF02::1-FF02::9",
-        ] {
-            assert_refused("EgressGateway", &pool(entry), "cannot be egress IPs");
-        }
-    }
-
-    #[test]
-    fn probes_have_addresses_and_one_protocol() {
-        let probe = |probe: Value| json!({"nodeSelector": {}, "probes": [probe]});
-        for address in ["192.0.2.1", "2001:db8::1"] {
-            assert_good("EgressGateway", &probe(json!({"icmp": address})));
-        }
-        for address in ["203.0.113.1:443", "[2001:db8::1]:53"] {
-            assert_good("EgressGateway", &probe(json!({"tcp": address})));
-        }
-        for address in ["example.com", "192.0.2.1:80", "192.0.2"] {
-            assert_refused("EgressGateway", &probe(json!({"icmp": address})), "not an IP address");
-        }
-        for address in ["127.0.0.1", "fe80::1", "ff02::1"] {
-            assert_refused("EgressGateway", &probe(json!({"icmp": address})), "link-local");
-        }
-        for address in ["203.0.113.1", "203.0.113.1:0", "2001:db8::1:443", "example.com:443"] {
-            assert_refused("EgressGateway", &probe(json!({"tcp": address})), "with a port");
-        }
-        assert_refused("EgressGateway", &probe(json!({})), "either icmp or tcp");
-        assert_refused("EgressGateway", &probe(json!({"icmp": "192.0.2.1", "tcp": "192.0.2.1:80"})), "either");
-    }
-
-    #[test]
-    fn reservations_are_validated() {
-        let reserved = |reservation: Value| json!({"nodeSelector": {}, "reservations": [reservation]});
-        let selector = json!({"matchLabels": {"team": "sales"}});
-        assert_good("EgressGateway", &reserved(json!({"addresses": ["192.0.2.50"], "namespaceSelector": selector})));
-        assert_refused("EgressGateway", &reserved(json!({"addresses": ["x"], "namespaceSelector": {}})), "192.0.2.50");
-        let broken = json!({"matchExpressions": [{"key": "a", "operator": "In"}]});
-        let broken = reserved(json!({"addresses": ["192.0.2.50"], "namespaceSelector": broken}));
-        assert_refused("EgressGateway", &broken, "need values");
     }
 
     #[test]

@@ -18,8 +18,8 @@ pub fn read() -> Need {
     }
     let obstacle = Socket::open(NETLINK_NETFILTER)
         .map_err(anyhow::Error::from)
-        .and_then(|mut socket| obstacles::find(&mut socket));
-    match obstacle {
+        .and_then(|mut socket| obstacles::rule(&mut socket));
+    match obstacle.map(|rule| obstacles::setting().or(rule)) {
         Ok(None) => Need::ok(NAME, "the kernel takes its programs"),
         Ok(Some(why)) => {
             Need::ok(NAME, format!("the kernel takes its programs, and no packet would use them here: {why}"))

@@ -9,9 +9,12 @@ const RTM_NEWLINK: u16 = 16;
 const RTM_NEWADDR: u16 = 20;
 const RTM_GETADDR: u16 = 22;
 const RTM_NEWROUTE: u16 = 24;
+const RTM_GETROUTE: u16 = 26;
 const RTM_NEWRULE: u16 = 32;
+const RTA_DST: u16 = 1;
 const RTA_PRIORITY: u16 = 6;
 const RTA_TABLE: u16 = 15;
+const RTN_BLACKHOLE: u8 = 6;
 const RTN_UNREACHABLE: u8 = 7;
 const RTN_THROW: u8 = 9;
 // include/uapi/linux/if_link.h
@@ -54,6 +57,7 @@ pub fn run() -> Vec<Need> {
             "by which egress IPs are recognised",
             "needs Linux 4.18: without it Egret could not tell its own addresses from others, and adds none",
         ),
+        routed(unanswered(&mut socket)),
         ipv4(routing(&mut socket, libc::AF_INET as u8)),
         optional_ipv6(routing(&mut socket, libc::AF_INET6 as u8)),
     ]
@@ -72,6 +76,18 @@ pub(super) fn tunnel(result: Result<(), impl ToString>) -> Need {
 /// Pods' interfaces and the pair of veths before the tunnel device, by a trial's result.
 pub(super) fn veth(result: Result<(), impl ToString>) -> Need {
     Need::tried("veth", result.map_err(|e| e.to_string()), "pods' interfaces", "needs CONFIG_VETH (module veth)")
+}
+
+/// Egress IPs that the node's own router announces, by a trial's result.
+fn routed(result: Result<(), String>) -> Need {
+    let need = Need::tried(
+        "announce: Route",
+        result,
+        "an address for which nobody answers ARP",
+        "gateways with announce: Route cannot be used here; report this with the kernel's version",
+    );
+    // Most clusters have no such gateway.
+    if need.state == State::Missing { Need { state: State::Warn, ..need } } else { need }
 }
 
 /// Policy routing in IPv4, by a trial's result.
@@ -145,6 +161,30 @@ fn address_metric(socket: &mut Socket, kind: u16) -> Result<(), String> {
         Ok(true) => Ok(()),
         Ok(false) => Err("the kernel does not store it".into()),
         Err(e) => Err(e.to_string()),
+    }
+}
+
+/// Adds an address of the host, and in front of it a blackhole route in the table `local`. The kernel then answers no ARP
+/// for the address, if it finds the route: with an error (`fib_props`, net/ipv4/fib_semantics.c).
+fn unanswered(socket: &mut Socket) -> Result<(), String> {
+    const LO: u32 = 1;
+    const ADDRESS: [u8; 4] = [192, 0, 2, 2];
+    let mut address = vec![libc::AF_INET as u8, 32, 0, 0];
+    address.extend(LO.to_ne_bytes());
+    address.attribute(IFA_LOCAL, &ADDRESS);
+    socket.request(RTM_NEWADDR, NLM_F_CREATE, &address).map_err(|e| e.to_string())?;
+    let table = crate::datapath::names::TABLE_LOCAL as u8;
+    // rtmsg: family, prefix lengths, TOS, table, protocol, scope, type, flags.
+    let (ip, protocol) = (libc::AF_INET as u8, crate::datapath::names::PROTOCOL);
+    let mut route = vec![ip, 32, 0, 0, table, protocol, 0, RTN_BLACKHOLE, 0, 0, 0, 0];
+    route.attribute(RTA_DST, &ADDRESS);
+    socket.request(RTM_NEWROUTE, NLM_F_CREATE, &route).map_err(|e| e.to_string())?;
+    let mut wanted = vec![ip, 32, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+    wanted.attribute(RTA_DST, &ADDRESS);
+    match socket.get(RTM_GETROUTE, &wanted) {
+        Err(e) if e.errno() == Some(libc::EINVAL) => Ok(()),
+        Err(e) => Err(e.to_string()),
+        Ok(_) => Err("the kernel finds its own route for the address first".into()),
     }
 }
 

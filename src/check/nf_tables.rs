@@ -7,7 +7,7 @@ use egret_nft::Family;
 use egret_nft::Nftables;
 use egret_nft::netlink::Error;
 use egret_nft::rule::Rule;
-use egret_nft::table::{Chain, DataType, Hook, Policy, Set, SetKind, Table, TableName, hook};
+use egret_nft::table::{Chain, DataType, Hook, Limit, Policy, Set, SetKind, Table, TableName, hook};
 use egret_nft::uapi::*;
 use nix::libc::{EAFNOSUPPORT, EINVAL, ENOENT, EOPNOTSUPP};
 use std::net::Ipv4Addr;
@@ -27,16 +27,18 @@ struct Trial {
 /// Egret needs one of these two.
 const HOOK: &str = "netdev egress chain";
 const VETHS: &str = "forwarding of packets";
-// Egret works without these two.
+// Egret works without these.
 const COPIES: &str = "copies of packets";
 const LOG: &str = "log of packets";
 const HASH: &str = "hashes";
+const LIMITS: &str = "limits";
+const BRIDGE: &str = "family bridge";
 /// The parts that Egret works without.
-const OPTIONAL: [&str; 3] = [COPIES, LOG, HASH];
+const OPTIONAL: [&str; 5] = [COPIES, LOG, HASH, LIMITS, BRIDGE];
 /// The set's name in the trials that have one.
 const SET: &str = "set";
 
-const TRIALS: [Trial; 12] = [
+const TRIALS: [Trial; 14] = [
     Trial {
         name: "nf_tables",
         there: "family inet",
@@ -138,6 +140,30 @@ const TRIALS: [Trial; 12] = [
             with(table(at("filter", hook::PREROUTING, -90), rule), SET, map(DataType::Mark, DataType::Mark))
         },
     },
+    Trial {
+        name: LIMITS,
+        there: "by name, in a map",
+        remedy: "needs CONFIG_NFT_LIMIT (module nft_limit, and nft_objref where that is a module): without it, the \
+                 bandwidth of policies is not limited",
+        family: NFPROTO_INET,
+        table: || {
+            let rule = Rule::new().beyond_limit_of_mark(u32::MAX, SET).drop();
+            let limits = [("limit".into(), Limit { rate: 1_000_000, burst: 0 })].into();
+            let table = Table { limits, ..table(at("filter", hook::POSTROUTING, 300), rule) };
+            with(table, SET, map(DataType::Mark, DataType::Limit))
+        },
+    },
+    Trial {
+        name: BRIDGE,
+        there: "with chains by ports",
+        remedy: "needs CONFIG_NF_TABLES_BRIDGE: without it, bridged pods that the CNI plugin bandwidth limits \
+                 (kubernetes.io/egress-bandwidth) are blocked",
+        family: NFPROTO_BRIDGE,
+        table: || {
+            let rule = Rule::new().vmap_by_iif(SET);
+            with(table(at("filter", hook::PREROUTING, -300), rule), SET, map(DataType::Interface, DataType::Verdict))
+        },
+    },
 ];
 
 /// The index of a namespace's loopback device, `LOOPBACK_IFINDEX`, include/net/flow.h.
@@ -163,7 +189,8 @@ pub fn run() -> Vec<Need> {
     all
 }
 
-/// If one way into the tunnel works, the lack of the other one is no failure. Without need, the second is not shown.
+/// If one way into the tunnel works, the lack of the other one is no failure. If the egress hook works, the pair of
+/// veths is not shown.
 fn one_is_enough(all: &mut Vec<Need>) {
     let state = |all: &[Need], name| all.iter().find(|need| need.name == name).map(|need| need.state);
     if state(all, HOOK) == Some(State::Ok) {
@@ -173,7 +200,7 @@ fn one_is_enough(all: &mut Vec<Need>) {
     }
 }
 
-/// Whether devices have an egress hook. It makes nothing.
+/// Whether devices have an egress hook. It leaves nothing in the kernel.
 pub(super) fn has_egress_hook(nft: &mut Nftables) -> Result<bool, Error> {
     for trial in TRIALS.iter().filter(|trial| trial.name == HOOK) {
         match nft.try_out(trial.family, &(trial.table)()) {
@@ -186,7 +213,7 @@ pub(super) fn has_egress_hook(nft: &mut Nftables) -> Result<bool, Error> {
     Ok(true)
 }
 
-/// The parts that this kernel lacks and Egret cannot work without. It makes nothing.
+/// The parts that this kernel lacks and Egret cannot work without. It leaves nothing in the kernel.
 pub(super) fn lacking() -> Vec<Need> {
     let mut lacking = Vec::new();
     let Ok(mut nft) = Nftables::open() else { return lacking };

@@ -1,6 +1,7 @@
 //! Checks whether other programs' nf_tables rules disturb the packets that this node forwards. Only reads.
 
 use super::Need;
+use crate::datapath::foreign_programs;
 use crate::datapath::names::{DEVICE, TABLE};
 use egret_nft::netlink::{Attributes, Error, NETLINK_NETFILTER, Socket, attributes, string};
 use egret_nft::uapi::*;
@@ -28,6 +29,7 @@ pub fn read() -> Vec<Need> {
         all.push(firewalls(&mut socket)?);
         all.push(flow_tables(&mut socket)?);
         all.extend(legacy_firewall());
+        all.push(programs());
         Ok::<(), Error>(())
     };
     if let Err(e) = read() {
@@ -82,6 +84,20 @@ fn legacy_firewall() -> Option<Need> {
              {DEVICE}: {first} -I FORWARD -i {DEVICE} -j ACCEPT, {first} -I FORWARD -o {DEVICE}+ -j ACCEPT"
         ),
     ))
+}
+
+/// CNIs whose eBPF may take pods' packets past nf_tables. The daemon finds out whether it does, with selected pods.
+fn programs() -> Need {
+    let Some(device) = foreign_programs::device() else { return Need::ok("eBPF of CNIs", "none") };
+    let (cni, remedy) = foreign_programs::remedy();
+    Need::warn(
+        "eBPF of CNIs",
+        format!(
+            "{cni}'s ({device}): where it takes a selected pod's packets past nf_tables, all that leaves the cluster is \
+                 blocked for the pod, and the EgressNode's condition PodsArrive is False"
+        ),
+        format!("then {remedy}"),
+    )
 }
 
 fn be32(value: &[u8]) -> u32 {

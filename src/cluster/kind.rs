@@ -31,6 +31,8 @@ pub enum Kind {
     ServiceCidr,
     /// Calico's, where it is installed.
     IpPool,
+    /// Cilium's, where it is installed: with its own pools, Nodes do not list their pods' networks, or other ones.
+    CiliumNode,
     /// MetalLB's: the node that announces a Service's address.
     ServiceL2Status,
     /// `coordination.k8s.io`: Cilium has one for each Service whose address it announces.
@@ -45,7 +47,7 @@ impl fmt::Display for Kind {
 
 impl Kind {
     /// The kinds that the store distinguishes: it holds Endpoints as EndpointSlices.
-    pub const STORED: [Kind; 13] = [
+    pub const STORED: [Kind; 14] = [
         Kind::Namespace,
         Kind::Node,
         Kind::Pod,
@@ -57,6 +59,7 @@ impl Kind {
         Kind::EgressNode,
         Kind::ServiceCidr,
         Kind::IpPool,
+        Kind::CiliumNode,
         Kind::ServiceL2Status,
         Kind::Lease,
     ];

@@ -9,6 +9,7 @@ mod kind;
 pub mod kube;
 mod names;
 mod object;
+mod opt_in;
 mod refused;
 mod store;
 #[cfg(test)]

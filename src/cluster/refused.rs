@@ -47,6 +47,8 @@ pub struct ReadableGateway {
     /// The spec without its addresses; `None` if nothing of it can be read and the reader is a node. Such a node does
     /// without the gateway: what the gateway would carry is blocked.
     pub spec: Option<Gateway>,
+    /// If pods may ask for it: the namespaces that may.
+    pub opt_in: Option<Selector>,
 }
 
 impl Refused {
@@ -81,7 +83,13 @@ impl ReadableGateway {
         let nothing = || reader.node.is_none().then(|| without_spec(times.clone()));
         let mut spec = without_addresses(&object["spec"], times.clone()).or_else(nothing);
         spec.iter_mut().for_each(|gateway| reader.names.gateway(gateway));
-        Some(ReadableGateway { version: reader.version_of(&metadata), status, spec })
+        let allowed = || {
+            let text: Option<LabelSelector> =
+                serde_json::from_value(object["spec"]["namespaceSelector"].clone()).ok()?;
+            text.map_or_else(|| Some(Selector::default()), |text| Selector::try_from(&text).ok())
+        };
+        let opt_in = (object["spec"]["optIn"] == true).then(|| allowed().unwrap_or_default());
+        Some(ReadableGateway { version: reader.version_of(&metadata), status, spec, opt_in })
     }
 
     /// The substitute of a gateway without a last good state: its policies keep their allocations, and no other policy
@@ -98,18 +106,24 @@ impl ReadableGateway {
     }
 }
 
-/// A gateway with a readable spec, but without the addresses and the probes.
+/// A gateway with a readable spec, but without the addresses and the probes. Its default address stays, so that its
+/// policies keep it.
 fn without_addresses(spec: &Value, meta: Metadata) -> Option<Gateway> {
-    let spec: EgressGatewaySpec = serde_json::from_value(spec.clone()).ok()?;
+    let mut spec: EgressGatewaySpec = serde_json::from_value(spec.clone()).ok()?;
+    let default_address = spec.default_address.take().unwrap_or_default();
     let spec = EgressGatewaySpec {
         addresses: vec![],
+        default_address: None,
+        opt_in: spec.opt_in && spec.namespace_selector.is_some(),
         reservations: vec![],
         probes: vec![],
         probe_interval_milliseconds: None,
         probe_misses: None,
         ..spec
     };
-    Gateway::new(&spec, meta).ok()
+    let without_capacity = || EgressGatewaySpec { capacity: vec![], ..spec.clone() };
+    let gateway = Gateway::new(&spec, meta.clone()).or_else(|_| Gateway::new(&without_capacity(), meta)).ok()?;
+    Some(Gateway { default_address, ..gateway })
 }
 
 fn without_spec(meta: Metadata) -> Gateway {
@@ -189,7 +203,8 @@ pub fn withheld(object: Object, text: &str) -> Option<Named> {
         Object::Policy(_, policy) => (policy.generation(), Readable::WholePolicy(policy)),
         Object::Gateway(_, gateway) => {
             let spec = Some(Gateway::clone(&gateway));
-            (gateway.generation, ReadableGateway { version: None, status: None, spec }.into())
+            let opt_in = gateway.opt_in.then(|| gateway.namespaces.clone());
+            (gateway.generation, ReadableGateway { version: None, status: None, spec, opt_in }.into())
         }
         _ => return None,
     };

@@ -4,17 +4,22 @@
 //! last good state. A policy or a gateway without one gets a substitute, made of the allocations and of its readable
 //! parts: what cannot be read keeps what it covered, and affects nothing else.
 
+mod maps;
+
 use super::decode::Decoded;
 use super::decode::validate::{object_key, policy_key};
 use super::kind::Kind;
 use super::object::{Key, Object};
+use super::opt_in;
 use super::refused::{Readable, ReadableGateway, Refused};
 use crate::api::{Allocation, EgressGatewayStatus, Placement};
 use crate::model::fallback_policy::from_allocations;
+use crate::model::opt_in::gateway_of as opt_in_gateway;
 use crate::model::selector::Name;
 use crate::model::shared::Shared;
 use crate::model::{AddressRequest, Cluster, Gateway, Inside, PodMatch, Policy, PolicyKey, Unreadable};
 use ipnetwork::IpNetwork;
+use maps::{put, put_shared, remove};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
@@ -38,6 +43,8 @@ pub struct Store {
     statuses: BTreeMap<Name, Shared<EgressGatewayStatus>>,
     /// Fallback policies and reports of refused policies are not up to date.
     unsettled: bool,
+    /// The policies of gateways that may be asked for are not up to date.
+    opt_in_is_old: bool,
     /// The cluster has changed since the last snapshot.
     changed: bool,
 }
@@ -76,7 +83,9 @@ impl Store {
     /// Stores a valid object. If it is refused as it stands now, this is its last good state.
     pub fn put(&mut self, object: Object) {
         let c = &mut self.cluster;
-        self.unsettled |= matches!(object, Object::Gateway(..) | Object::GatewayStatus(..) | Object::Policy(..));
+        let of_gateway = matches!(object, Object::Gateway(..) | Object::GatewayStatus(..));
+        self.opt_in_is_old |= of_gateway;
+        self.unsettled |= of_gateway || matches!(object, Object::Policy(..));
         self.changed |= match object {
             Object::Namespace(name, labels) => put(&mut c.namespaces, name, *labels, |a, b| a == b),
             Object::Node(name, node) => put_shared(&mut c.nodes, name, node),
@@ -132,6 +141,7 @@ impl Store {
         if let Readable::Gateway(readable) = &refused.readable {
             self.keep_gateway(&key.1, readable, &refused);
         }
+        self.opt_in_is_old |= kind == Kind::EgressGateway;
         self.refused.insert((kind, key), refused);
         self.unsettled = true;
     }
@@ -153,7 +163,9 @@ impl Store {
     fn heal(&mut self, kind: Kind, key: &Key) {
         // Most of the time nothing is refused, and no key is copied.
         if !self.refused.is_empty() {
-            self.unsettled |= self.refused.remove(&(kind, key.clone())).is_some();
+            let was_refused = self.refused.remove(&(kind, key.clone())).is_some();
+            self.unsettled |= was_refused;
+            self.opt_in_is_old |= was_refused && kind == Kind::EgressGateway;
         }
     }
 
@@ -161,6 +173,7 @@ impl Store {
     pub fn delete(&mut self, kind: Kind, key: &Key) {
         self.heal(kind, key);
         self.unsettled |= kind == Kind::EgressGateway;
+        self.opt_in_is_old |= kind == Kind::EgressGateway;
         let (c, name) = (&mut self.cluster, &key.1);
         self.changed |= match kind {
             Kind::Namespace => remove(&mut c.namespaces, name),
@@ -180,7 +193,7 @@ impl Store {
             Kind::ServiceL2Status | Kind::Lease => {
                 kind.announcer().is_some_and(|by| remove(&mut c.announcements, &(by, object_key(key))))
             }
-            Kind::ServiceCidr | Kind::IpPool => {
+            Kind::ServiceCidr | Kind::IpPool | Kind::CiliumNode => {
                 self.networks.remove(&(kind, name.clone()));
                 return self.gather_networks();
             }
@@ -198,12 +211,13 @@ impl Store {
     /// Notes that objects can be read again, except those that are still refused.
     pub fn retain_refused(&mut self, is_refused: impl Fn(&(Kind, Key)) -> bool) {
         self.refused.retain(|key, _| is_refused(key));
-        self.unsettled = true;
+        (self.unsettled, self.opt_in_is_old) = (true, true);
     }
 
     /// Removes the statuses that are in files of their own, except those of `is_there`.
     pub fn retain_statuses(&mut self, gateway: impl Fn(&Name) -> bool, policy: impl Fn(&PolicyKey) -> bool) {
-        let gone = self.cluster.policy_statuses.keys().filter(|key| !policy(key)).cloned();
+        let is_gone = |key: &&PolicyKey| opt_in_gateway(key).is_none() && !policy(key);
+        let gone = self.cluster.policy_statuses.keys().filter(is_gone).cloned();
         for key in gone.collect::<Vec<_>>() {
             self.changed |= remove(&mut self.cluster.policy_statuses, &key);
         }
@@ -227,6 +241,8 @@ impl Store {
         let namespaced = |namespace: &Name, name: &Name| (Some(namespace.clone()), name.clone());
         let policies = move |cluster: bool| {
             let all = c.policies.keys().chain(self.waiting.iter().flat_map(BTreeMap::keys));
+            // The source knows nothing of those that gateways stand for.
+            let all = all.filter(|key| opt_in_gateway(key).is_none());
             all.filter(move |k| k.namespace.is_none() == cluster).map(|k| (k.namespace.clone(), k.name.clone()))
         };
         match kind {
@@ -245,7 +261,7 @@ impl Store {
                 let of_kind = c.announcements.keys().filter(move |(by, _)| Some(*by) == kind.announcer());
                 Box::new(of_kind.map(move |(_, k)| namespaced(&k.namespace, &k.name)))
             }
-            Kind::ServiceCidr | Kind::IpPool => {
+            Kind::ServiceCidr | Kind::IpPool | Kind::CiliumNode => {
                 Box::new(self.networks.keys().filter(move |(k, _)| *k == kind).map(|(_, name)| (None, name.clone())))
             }
         }
@@ -323,6 +339,7 @@ impl Store {
         for ((kind, name), networks) in &self.networks {
             let (all, from) = match kind {
                 Kind::IpPool => (&mut inside.pods, format!("Calico's IPPool {name}")),
+                Kind::CiliumNode => (&mut inside.pods, format!("CiliumNode {name}")),
                 _ => (&mut inside.services, format!("ServiceCIDR {name}")),
             };
             all.extend(networks.iter().map(|network| (*network, Name::from(from.as_str()))));
@@ -359,7 +376,10 @@ impl Store {
     pub fn allocated_only(&self) -> BTreeSet<PolicyKey> {
         let named = |key: &PolicyKey| {
             let refused = (Kind::of_policy(key), (key.namespace.clone(), key.name.clone()));
-            self.cluster.policies.contains_key(key) || self.refused.contains_key(&refused)
+            // Gateways' own policies are no objects that could be lost.
+            opt_in_gateway(key).is_some()
+                || self.cluster.policies.contains_key(key)
+                || self.refused.contains_key(&refused)
         };
         self.allocated().into_keys().filter(|key| !named(key)).cloned().collect()
     }
@@ -419,6 +439,13 @@ impl Store {
     /// The snapshot, if it has changed since the last one.
     pub fn news(&mut self) -> Option<Cluster> {
         self.settle();
+        if std::mem::take(&mut self.opt_in_is_old) {
+            let refused = self.refused.iter().filter_map(|((_, key), refused)| match &refused.readable {
+                Readable::Gateway(gateway) => Some((&key.1, gateway.opt_in.as_ref()?)),
+                _ => None,
+            });
+            self.changed |= opt_in::update(&mut self.cluster, refused);
+        }
         std::mem::take(&mut self.changed).then(|| self.cluster.clone())
     }
 
@@ -460,27 +487,3 @@ const LAST_GOOD: &str = "its last good state is used until it is corrected";
 const NOTHING: &str = "it is not used until it is corrected";
 const FALLBACK: &str = "its last good state is not known: until it is corrected, all traffic of its pods to destinations \
                         outside the cluster leaves by the egress IP that it has";
-
-/// Inserts a value unless an equal one is there, so that a map that does not change is not copied.
-fn put<K: Ord + Clone, V: Clone>(
-    map: &mut Shared<BTreeMap<K, V>>,
-    key: K,
-    value: V,
-    same: impl Fn(&V, &V) -> bool,
-) -> bool {
-    let changed = !map.get(&key).is_some_and(|before| same(before, &value));
-    if changed {
-        map.insert(key, value);
-    }
-    changed
-}
-
-/// Like [`put`]. Most values that are put again are the very same.
-fn put_shared<K: Ord + Clone, V: PartialEq>(map: &mut Shared<BTreeMap<K, Arc<V>>>, key: K, value: Arc<V>) -> bool {
-    put(map, key, value, |a, b| Arc::ptr_eq(a, b) || a == b)
-}
-
-/// Removes a value. A map without it is not copied.
-fn remove<K: Ord + Clone, V: Clone>(map: &mut Shared<BTreeMap<K, V>>, key: &K) -> bool {
-    map.contains_key(key) && map.remove(key).is_some()
-}

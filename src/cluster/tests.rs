@@ -204,3 +204,32 @@ async fn an_object_with_an_impossible_name_is_refused() {
     both.apply(&policy("good", json!({"podSelector": {}})));
     both.until("the other policy", |c| c.policies.len() == 1).await;
 }
+
+#[tokio::test]
+async fn a_gateway_that_may_be_asked_for_stands_for_two_policies() {
+    let gateway = |spec: Value| json!({"apiVersion": "egret.dev/v1alpha1", "kind": "EgressGateway", "metadata": {"name": "g"}, "spec": spec});
+    let asked =
+        gateway(json!({"nodeSelector": {}, "addresses": ["192.0.2.50"], "namespaceSelector": {}, "optIn": true}));
+    let mut both = Both::open(std::slice::from_ref(&asked)).await;
+    let count = |cluster: &Cluster| {
+        cluster.policies.keys().filter(|key| crate::model::opt_in::gateway_of(key) == Some("g")).count()
+    };
+    both.until("two policies", |cluster| count(cluster) == 2).await;
+    // A relist does not remove them.
+    both.store.retain(Kind::ClusterEgressPolicy, |_| false);
+    both.until("two policies", |cluster| count(cluster) == 2).await;
+    // What cannot be read stays as it was, and after a restart blocks those who ask.
+    let broken = gateway(
+        json!({"nodeSelector": {}, "addresses": ["192.0.2.50"], "namespaceSelector": {}, "optIn": true, "later": 1}),
+    );
+    both.apply(&broken);
+    both.until("two policies", |cluster| count(cluster) == 2).await;
+    let mut both = Both::open(&[broken]).await;
+    both.until("two policies", |cluster| count(cluster) == 2).await;
+    both.apply(&gateway(json!({"nodeSelector": {}, "addresses": ["192.0.2.50"]})));
+    both.until("no policies", |cluster| count(cluster) == 0).await;
+    both.apply(&asked);
+    both.until("two policies", |cluster| count(cluster) == 2).await;
+    both.delete(&asked);
+    both.until("no policies", |cluster| count(cluster) == 0).await;
+}

@@ -4,7 +4,7 @@ use super::Options;
 use super::metrics::Metrics;
 use super::services::MadePolicies;
 use super::write_overlay::{self, WriteOverlay};
-use crate::allocation::report::{of_gateway, of_policy, report};
+use crate::allocation::report::{of_gateway, of_policy, opted_in, report};
 use crate::allocation::{Outcome, allocate};
 use crate::api::{AllocationsWriter, EgressGatewayStatus, EgressPolicyStatus};
 use crate::cluster::{Leadership, NotWritten, Statuses, Term};
@@ -188,18 +188,24 @@ impl Controller {
         let mut outcome = allocate(&cluster, now);
         self.metrics.allocated(start.elapsed());
 
-        let mut failure = match &mut self.made_policies {
-            Some(made) => made.update(&cluster, &self.statuses).await,
-            None => None,
-        };
+        let mut failure = None;
         self.ready_nodes.begin();
         self.pods.begin();
         let unwritten = self.write_gateways(&cluster, &mut outcome, &mut failure).await;
         let mut reports = report(&cluster, &outcome, now);
+        let opted_in = opted_in(&mut reports);
         self.metrics.policies(reports.values());
+        if !opted_in.is_empty() || cluster.gateways.values().any(|gateway| gateway.status.opt_in.is_some()) {
+            self.write_opted_in(&snapshot, opted_in, &unwritten, &mut failure).await;
+        }
         // A policy's status must not show an address that the policy may not get after all.
         reports.retain(|key, _| outcome.gateway_of(key).is_none_or(|gateway| !unwritten.contains(gateway)));
         self.write_policies(&cluster, reports, newer, &mut failure).await;
+        // After the others' allocations, which do not wait for them.
+        let made = match &mut self.made_policies {
+            Some(made) => made.update(&cluster, &self.statuses).await,
+            None => None,
+        };
         self.write_overlay.count_from(Instant::now());
         if let Err(e) = self.forget(&snapshot).await {
             warn!("cannot remove the statuses of deleted objects: {e:#}");
@@ -207,11 +213,11 @@ impl Controller {
         }
         let due = [outcome.next_release, outcome.next_reports].into_iter().flatten().min();
         let due = due.map(|at| Duration::from_secs(at.saturating_sub(now).max(1).unsigned_abs()));
-        // A node that Kubernetes hears nothing from counts as lost after a while.
+        // A node whose kubelet reports nothing counts as lost after a while.
         let lost = cluster.nodes.values().filter_map(|node| node.is_lost_at()).filter(|at| *at > now).min();
         let lost = lost.map(|at| Duration::from_secs(at.saturating_sub(now).unsigned_abs()));
         let numbers = [self.ready_nodes.due(), self.pods.due()];
-        let other = [due, lost, self.write_overlay.until(Instant::now())];
+        let other = [due, lost, made, self.write_overlay.until(Instant::now())];
         let wake = numbers.into_iter().chain(other).flatten().min();
         Pass { wake, failure }
     }
@@ -294,7 +300,8 @@ impl Controller {
             if differ_in_ready_nodes(&gateway.status, status) && !self.ready_nodes.may_be_written() {
                 continue;
             }
-            let mut status = std::mem::take(status);
+            // Reports of policies are computed from it afterwards.
+            let mut status = status.clone();
             let (nodes, allocations, in_cooldown) =
                 (status.nodes.len(), status.allocations.len(), status.released.len());
             status.writer = self.signature(gateway);
@@ -308,6 +315,32 @@ impl Controller {
             }
         }
         unwritten
+    }
+
+    /// Writes into gateways' statuses what has changed about the pods that ask for them.
+    async fn write_opted_in(
+        &mut self,
+        snapshot: &Arc<Cluster>,
+        mut opted_in: BTreeMap<Name, EgressPolicyStatus>,
+        unwritten: &BTreeSet<Name>,
+        failure: &mut Option<anyhow::Error>,
+    ) {
+        let cluster = self.write_overlay.merge(snapshot.clone(), Instant::now());
+        for (name, gateway) in cluster.gateways.iter().filter(|(name, _)| !unwritten.contains(*name)) {
+            let (before, after) = (&gateway.status.opt_in, opted_in.remove(name).map(Box::new));
+            let differ_in_pods = before.as_ref().zip(after.as_ref()).is_some_and(|(a, b)| differ_in_pods(a, b));
+            if *before == after || differ_in_pods && !self.pods.may_be_written() {
+                continue;
+            }
+            let status = EgressGatewayStatus {
+                opt_in: after,
+                writer: self.signature(gateway),
+                ..EgressGatewayStatus::clone(&gateway.status)
+            };
+            if let Err(e) = self.write_gateway(name, gateway, status).await {
+                *failure = Some(e.context(format!("the status of those who ask for EgressGateway {name}")));
+            }
+        }
     }
 
     /// Writes the statuses of policies that have changed.
@@ -376,12 +409,12 @@ impl Controller {
     }
 }
 
-/// Logs the conditions of a policy: a refusal as a warning, others at debug level.
+/// Logs the conditions of a policy: a rejection as a warning, others at debug level.
 fn log_conditions(key: &PolicyKey, status: &EgressPolicyStatus) {
     for condition in &status.conditions {
         let (reason, message) = (&*condition.reason, &*condition.message);
         match (&*condition.type_, &*condition.status) {
-            ("Accepted", "False") => warn!(policy = %key, reason, "refused policy: {message}"),
+            ("Accepted", "False") => warn!(policy = %key, reason, "rejected policy: {message}"),
             (type_, status) => tracing::debug!(policy = %key, condition = type_, status, reason, "{message}"),
         }
     }

@@ -13,6 +13,8 @@ use tracing::{info, warn};
 
 /// How long a write counts that the source has not shown yet.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// So many policies are written or removed in one pass: whatever Services ask for, statuses do not wait longer.
+const AT_ONCE: usize = 64;
 
 /// What is to be done about one policy.
 #[derive(Debug, PartialEq)]
@@ -30,54 +32,69 @@ enum Change<'a> {
 pub(super) struct MadePolicies {
     /// Writes and removals (`None`) that the source may not have shown yet.
     written: BTreeMap<PolicyKey, (Option<EgressPolicySpec>, Instant)>,
+    /// Policies whose last write or removal failed, and when.
+    failed: BTreeMap<PolicyKey, Instant>,
     /// The Services that cannot have a policy, and why.
     refused: BTreeMap<PolicyKey, String>,
 }
 
 impl MadePolicies {
-    /// Writes and removes policies. Returns the last failure. What was written is seen in a later snapshot.
-    pub(super) async fn update(&mut self, cluster: &Cluster, statuses: &Statuses) -> Option<anyhow::Error> {
-        let (mut failure, now) = (None, Instant::now());
+    /// Writes and removes policies. What was written is seen in a later snapshot. Returns the time until something that
+    /// has just been written, or could not be, is looked at again. One Service's failure is not the controller's: it is
+    /// logged, and tried again then.
+    pub(super) async fn update(&mut self, cluster: &Cluster, statuses: &Statuses) -> Option<Duration> {
+        let now = Instant::now();
         self.written.retain(|_, (_, at)| now < *at + PATIENCE);
-        let mut refused = BTreeMap::new();
+        self.failed.retain(|_, at| now < *at + PATIENCE);
+        let (mut refused, mut due, mut count) = (BTreeMap::new(), None, 0);
         for (key, change) in changes(cluster) {
-            let (wanted, done) = match change {
+            let wanted = match &change {
                 Change::Refuse(asked, why) => {
-                    if self.refused.get(&key) != Some(&why) {
+                    if self.refused.get(&key) != Some(why) {
                         warn!(service = %key, "made no policy of the Service's annotations: {why}");
                         statuses.service(&service_of(&key), &asked.uid, Notice::warning("NoEgressPolicy", why.clone()));
                     }
-                    refused.insert(key, why);
+                    refused.insert(key, why.clone());
                     continue;
                 }
-                Change::Write(asked, spec) => {
-                    if self.has_written(&key, Some(&spec)) {
-                        continue;
-                    }
-                    let done = statuses.write_made_policy(&key, &asked.uid, &spec).await;
-                    (Some(*spec), done)
-                }
-                Change::Remove if self.has_written(&key, None) => continue,
-                Change::Remove => (None, statuses.remove_made_policy(&key).await),
+                Change::Write(_, spec) => Some(&**spec),
+                Change::Remove => None,
             };
-            match done {
-                Ok(()) => {
-                    let what = if wanted.is_some() { "wrote" } else { "removed" };
-                    info!(policy = %key, "{what} the policy of the Service's annotations for kube-vip");
-                    self.written.insert(key, (wanted, now));
+            let written = self.written.get(&key).filter(|(written, _)| written.as_ref() == wanted).map(|(_, at)| *at);
+            let left = match written.or_else(|| self.failed.get(&key).copied()) {
+                Some(at) => (at + PATIENCE).saturating_duration_since(now),
+                None if count == AT_ONCE => Duration::ZERO,
+                None => {
+                    count += 1;
+                    self.make(key, change, statuses).await;
+                    PATIENCE
                 }
-                Err(e) => {
-                    warn!(policy = %key, "cannot write the policy of the Service's annotations; retrying: {e:#}");
-                    failure = Some(e);
-                }
-            }
+            };
+            due = [due, Some(left)].into_iter().flatten().min();
         }
         self.refused = refused;
-        failure
+        due
     }
 
-    fn has_written(&self, key: &PolicyKey, spec: Option<&EgressPolicySpec>) -> bool {
-        self.written.get(key).is_some_and(|(written, _)| written.as_ref() == spec)
+    async fn make(&mut self, key: PolicyKey, change: Change<'_>, statuses: &Statuses) {
+        let (wanted, done) = match change {
+            Change::Write(asked, spec) => {
+                let done = statuses.write_made_policy(&key, &asked.uid, &spec).await;
+                (Some(*spec), done)
+            }
+            _ => (None, statuses.remove_made_policy(&key).await),
+        };
+        match done {
+            Ok(()) => {
+                let what = if wanted.is_some() { "wrote" } else { "removed" };
+                info!(policy = %key, "{what} the policy of the Service's annotations for kube-vip");
+                self.written.insert(key, (wanted, Instant::now()));
+            }
+            Err(e) => {
+                warn!(policy = %key, "cannot write the policy of the Service's annotations; retrying: {e:#}");
+                self.failed.insert(key, Instant::now());
+            }
+        }
     }
 }
 

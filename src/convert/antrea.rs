@@ -3,7 +3,7 @@
 use super::draft::{Draft, GatewayDraft, PolicyDraft, pair_of};
 use super::field::{Field, Invalid};
 use super::input::Object;
-use crate::api::{Bandwidth, Placement};
+use crate::api::{Bandwidth, MAX_VLAN, Placement};
 use crate::model::addresses_of;
 use crate::model::bandwidth::BitRate;
 use crate::model::blocks::covered;
@@ -82,21 +82,34 @@ fn addresses(range: &Field<'_>) -> Result<String, Invalid> {
 }
 
 fn subnet(info: &Field<'_>, gateway: &mut GatewayDraft) -> Result<(), Invalid> {
+    let vlan = info.at("vlan").number()?.filter(|vlan| *vlan != 0);
+    let vlan = vlan.map(|vlan| {
+        let number = u16::try_from(vlan).ok().filter(|number| *number <= MAX_VLAN);
+        number.ok_or_else(|| info.at("vlan").invalid(format!("{vlan} is no number of a VLAN; use 1 to {MAX_VLAN}")))
+    });
+    let vlan = vlan.transpose()?;
+    // Pools that one Egress uses together become one gateway.
+    let is_other_vlan = gateway.from.len() > 1 && gateway.spec.vlan != vlan;
+    if is_other_vlan {
+        gateway.notes.lost(
+            "spec.subnetInfo: pools that one Egress uses together are in different VLANs; the gateway has VLAN and router of \
+             the first one",
+        );
+    } else {
+        gateway.spec.vlan = vlan;
+    }
     if !info.is_present() {
         return Ok(());
     }
-    if let Some(router) = info.at("gateway").address()? {
+    if let Some(router) = info.at("gateway").address()?.filter(|_| !is_other_vlan) {
         let next_hop = gateway.spec.next_hop.get_or_insert_default();
         match router {
             IpAddr::V4(a) => next_hop.ipv4 = Some(a),
             IpAddr::V6(a) => next_hop.ipv6 = Some(a),
         }
     }
-    if let Some(vlan) = info.at("vlan").number()?.filter(|vlan| *vlan != 0) {
-        gateway.notes.lost(format!(
-            "spec.subnetInfo.vlan: {vlan}. Egret makes no VLAN: make its interface on the gateway nodes, and name it in \
-             spec.interface"
-        ));
+    if gateway.spec.vlan.is_some() && gateway.spec.next_hop.is_none() {
+        return Err(info.invalid("has a vlan and no gateway, which Egret needs there; add the router's address"));
     }
     if let Some(length) = info.at("prefixLength").number()? {
         gateway.notes.differs(format!(

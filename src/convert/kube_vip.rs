@@ -83,9 +83,9 @@ fn notes(object: &Object, policy: &mut PolicyDraft) -> Result<(), Invalid> {
             "egress-no-internal-traffic" => policy.notes.lost(format!(
                 "{PREFIX}{key}: {value:?}. Traffic to pods, Services and nodes always goes direct in Egret"
             )),
-            "serviceVLAN" => policy.notes.lost(format!(
-                "{PREFIX}{key}: {value:?}. Egret makes no VLAN; the address is used where kube-vip has put it"
-            )),
+            "serviceVLAN" => {
+                policy.notes.lost(format!("{PREFIX}{key}: {value:?}. The address is used where kube-vip has put it"))
+            }
             _ => {}
         }
     }

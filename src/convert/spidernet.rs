@@ -5,34 +5,27 @@ use super::field::{Field, Invalid};
 use super::input::Object;
 use crate::api::{AddressPair, Allocate};
 use crate::model::blocks::covered;
-use std::collections::BTreeMap;
 
 pub(super) const GROUP: &str = "egressgateway.spidernet.io";
 /// The label of a namespace that names the gateway of its policies.
 const DEFAULT_OF_NAMESPACE: &str = "spidernet.io/egressgateway-default";
 
-/// The egress IP of policies that name none, by the name of the gateway.
-type DefaultAddresses = BTreeMap<String, AddressPair>;
-
 pub(super) fn convert(objects: &[&Object]) -> Result<Draft, Invalid> {
     let mut draft = Draft::default();
-    let mut defaults = DefaultAddresses::new();
     for object in objects.iter().filter(|object| object.is(GROUP, "EgressGateway")) {
-        let (gateway, default) = gateway(object)?;
-        defaults.insert(gateway.name.clone(), default);
-        draft.gateways.push(gateway);
+        draft.gateways.push(gateway(object)?);
     }
     for object in objects.iter().filter(|object| object.group() == GROUP) {
         match object.kind() {
             "EgressPolicy" => {
                 let mut draft_of_policy = PolicyDraft::namespaced(object, object.name());
                 draft_of_policy.spec.gateway = default_of_namespace(objects, object)?;
-                policy(object, draft_of_policy, &defaults, &mut draft)?;
+                policy(object, draft_of_policy, &mut draft)?;
             }
             "EgressClusterPolicy" => {
                 let mut of_cluster = PolicyDraft::cluster(object, object.name());
                 of_cluster.spec.namespace_selector = object.field("spec.appliedTo.namespaceSelector").selector()?;
-                policy(object, of_cluster, &defaults, &mut draft)?;
+                policy(object, of_cluster, &mut draft)?;
             }
             _ => {}
         }
@@ -40,7 +33,7 @@ pub(super) fn convert(objects: &[&Object]) -> Result<Draft, Invalid> {
     Ok(draft)
 }
 
-fn gateway(object: &Object) -> Result<(GatewayDraft, AddressPair), Invalid> {
+fn gateway(object: &Object) -> Result<GatewayDraft, Invalid> {
     let (spec, pools, nodes) = (object.field("spec"), object.field("spec.ippools"), object.field("spec.nodeSelector"));
     let selector = nodes.at("selector");
     let Some(node_selector) = selector.selector()? else {
@@ -65,7 +58,9 @@ fn gateway(object: &Object) -> Result<(GatewayDraft, AddressPair), Invalid> {
     gateway.notes.unknown(&pools, &["ipv4", "ipv6", "ipv4DefaultEIP", "ipv6DefaultEIP"])?;
     gateway.notes.unknown(&nodes, &["selector", "policy"])?;
     let defaults = [pools.at("ipv4DefaultEIP").address()?, pools.at("ipv6DefaultEIP").address()?];
-    Ok((gateway, pair_of(defaults.into_iter().flatten()).0))
+    let default = pair_of(defaults.into_iter().flatten()).0;
+    gateway.spec.default_address = (!default.is_empty()).then_some(default);
+    Ok(gateway)
 }
 
 /// An entry of a pool. Networks may have host bits there.
@@ -84,12 +79,7 @@ fn default_of_namespace(objects: &[&Object], policy: &Object) -> Result<Option<S
     Ok(label.flatten().map(str::to_owned))
 }
 
-fn policy(
-    object: &Object,
-    mut policy: PolicyDraft,
-    defaults: &DefaultAddresses,
-    draft: &mut Draft,
-) -> Result<(), Invalid> {
+fn policy(object: &Object, mut policy: PolicyDraft, draft: &mut Draft) -> Result<(), Invalid> {
     let (spec, applied) = (object.field("spec"), object.field("spec.appliedTo"));
     let address = spec.at("egressIP");
     policy.notes.unknown(&spec, &["egressGatewayName", "egressIP", "appliedTo", "destSubnet", "priority"])?;
@@ -111,7 +101,7 @@ fn policy(
     };
     policy.spec.pod_selector = Some(pods);
     policy.spec.priority = priority(&spec.at("priority"), &mut policy)?;
-    choose_address(object, &mut policy, defaults)?;
+    choose_address(object, &mut policy, &draft.gateways)?;
     policy.set_covered(covered(&spec.at("destSubnet").networks()?, &[], &[]))?;
     draft.policies.push(policy);
     Ok(())
@@ -127,7 +117,7 @@ fn priority(field: &Field<'_>, policy: &mut PolicyDraft) -> Result<i32, Invalid>
 }
 
 /// The egress IP: the one that the policy names or has, the gateway's default one, or one that Egret chooses.
-fn choose_address(object: &Object, policy: &mut PolicyDraft, defaults: &DefaultAddresses) -> Result<(), Invalid> {
+fn choose_address(object: &Object, policy: &mut PolicyDraft, gateways: &[GatewayDraft]) -> Result<(), Invalid> {
     let (spec, status) = (object.field("spec.egressIP"), object.field("status.eip"));
     if spec.at("useNodeIP").boolean()? {
         policy.set_allocate(Allocate::Node);
@@ -137,15 +127,32 @@ fn choose_address(object: &Object, policy: &mut PolicyDraft, defaults: &DefaultA
         Ok(pair_of([field.at("ipv4").address()?, field.at("ipv6").address()?].into_iter().flatten()).0)
     };
     let (of_spec, of_status) = (named(&spec)?, named(&status)?);
-    let default = policy.spec.gateway.as_ref().and_then(|name| defaults.get(name));
-    let only = defaults.values().next().filter(|_| policy.spec.gateway.is_none() && defaults.len() == 1);
+    let gateway = match (&policy.spec.gateway, gateways) {
+        (Some(name), all) => all.iter().find(|gateway| gateway.name == *name),
+        (None, [only]) => Some(only),
+        (None, all) => all.iter().find(|gateway| gateway.spec.default),
+    };
+    let default = gateway.and_then(|gateway| gateway.spec.default_address.as_ref());
     let is_rr = spec.at("allocatorPolicy").text()? == Some("rr");
-    match default.or(only) {
-        // What the status has includes what the spec names.
-        _ if !of_status.is_empty() => policy.set_address(of_status),
-        _ if !of_spec.is_empty() => policy.set_address(of_spec),
+    // What the status has includes what the spec names.
+    let named = if of_status.is_empty() { of_spec } else { of_status };
+    let is_part = |default: &AddressPair| {
+        let same4 = named.ipv4.is_some() && named.ipv4 == default.ipv4;
+        same4 || named.ipv6.is_some() && named.ipv6 == default.ipv6
+    };
+    match default {
+        Some(default) if is_part(default) => {
+            if named != *default {
+                policy.notes.differs(
+                    "spec.egressIP is a part of the gateway's default egress IP, which Egret gives as a whole: the pods have \
+                     both addresses of it",
+                );
+            }
+        }
+        _ if !named.is_empty() => policy.set_address(named),
+        // A policy that says nothing has the gateway's default address.
+        Some(_) => policy.spec.allocate = is_rr.then_some(Allocate::Dedicated),
         _ if is_rr => policy.set_allocate(Allocate::Dedicated),
-        Some(pair) if !pair.is_empty() => policy.set_address(pair.clone()),
         // The other system draws the default address when the gateway is created.
         _ => {
             policy.set_allocate(Allocate::Shared);

@@ -40,7 +40,12 @@ fn each_conversion_is_as_in_its_file() {
         }
         let golden = std::fs::read_to_string(&file).unwrap_or_default();
         let differs = text.lines().zip(golden.lines()).find(|(now, before)| now != before);
-        assert!(text == golden, "{}: first line, now and in the file: {differs:#?}", file.display());
+        assert!(
+            text == golden,
+            "{} is not what the input is converted to now; run `make snapshots` and read the difference.\n\
+             first line, now and in the file: {differs:#?}",
+            file.display()
+        );
     }
 }
 
@@ -101,6 +106,13 @@ fn invalid_input_is_named_with_its_value_and_the_remedy() {
         (antrea(&format!("{{{applied}, egressIP: 127.0.0.1}}")), "is loopback and cannot be an egress IP; leave it out"),
         (cilium("{selectors: [], destinationCIDRs: [10.0.0.0/33], egressGateway: {nodeSelector: {}}}"), "spec.destinationCIDRs[0]: \"10.0.0.0/33\" is not a network"),
         (cilium("{selectors: [], destinationCIDRs: 10.0.0.0/8}"), "spec.destinationCIDRs: \"10.0.0.0/8\" is not a list"),
+        (
+            format!(
+                "{}spec: {{ipRanges: [{{cidr: 192.0.2.0/28}}], subnetInfo: {{vlan: 10}}}}\n",
+                head("crd.antrea.io/v1beta1", "ExternalIPPool")
+            ),
+            "spec.subnetInfo: has a vlan and no gateway, which Egret needs there; add the router's address",
+        ),
         (cilium("{destinationCIDRs: [10.0.0.0/8]}"), "spec.egressGateway: is missing; add the gateway node"),
         (format!("{}spec: {{rules: [{{egressip: 192.0.2.1, cidr: 10.0.0.0/8}}]}}\n", head("staticegressips.nirmata.io/v1alpha1", "StaticEgressIP")), "spec.rules[0].service-name: is missing or empty; add it"),
         (format!("{}spec: {{egressIPs: []}}\n", head("k8s.ovn.org/v1", "EgressIP")), "spec.egressIPs: is empty; add the egress IP"),

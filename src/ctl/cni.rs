@@ -3,6 +3,7 @@
 
 use super::problem::{Problem, Severity};
 use super::site::{Found, Wanted};
+use crate::model::marks::Marks;
 use serde_json::Value;
 
 const CILIUM: Wanted = Wanted {
@@ -76,14 +77,14 @@ pub fn cni(found: &Found) -> Cni {
         cni.problems.extend(problems);
     };
     if found.one(&DATAPLANE_V2).is_some() {
-        let message = "GKE's Dataplane V2 moves packets past netfilter, so pods leave with other addresses than their \
-                       policies say; use a cluster without Dataplane V2";
+        let message = "GKE's Dataplane V2 moves packets past netfilter, so all that selected pods send out of the cluster is \
+                       blocked; use a cluster without Dataplane V2";
         add("GKE Dataplane V2", vec![bypass("GKE Dataplane V2", message)]);
     } else if let Some(config) = found.one(&CILIUM) {
         add("Cilium", cilium(&config["data"]));
     }
     if let Some(by_ebpf) = calico_by_ebpf(found) {
-        add("Calico", if by_ebpf { vec![calico()] } else { Vec::new() });
+        add("Calico", if by_ebpf { vec![calico()] } else { calico_marks(found) });
     }
     if let Some(network) = found.one(&OPENSHIFT)
         && network["spec"]["defaultNetwork"]["type"] == "OVNKubernetes"
@@ -128,6 +129,39 @@ fn calico() -> Problem {
     )
 }
 
+/// The bits that Felix takes of its mask, from the lowest on, for each packet of a workload (`StartDataplaneDriver`,
+/// felix/dataplane/driver.go). A sixth one is WireGuard's, which is in the way of none of Egret's. With kube-proxy in IPVS
+/// mode it takes all others for packets to Services, and clears them before the packets leave.
+const FELIX_BITS: usize = 5;
+
+/// What is wrong with the bits of marks that Felix is told to use. By default they are 16 to 20.
+fn calico_marks(found: &Found) -> Vec<Problem> {
+    let marks = Marks::default();
+    let own = marks.kind_and_index_mask() | marks.egress_id_mask();
+    let number = |text: &str| match text.strip_prefix("0x") {
+        Some(digits) => u32::from_str_radix(digits, 16).ok(),
+        None => text.parse().ok(),
+    };
+    let nodes = || CALICO_NODE.iter().filter_map(|wanted| found.one(wanted));
+    let problem = |(field, variable): (&str, &str)| {
+        let by_variable = nodes().find_map(|set| env(set, variable).and_then(number));
+        let by_field = || u32::try_from(found.one(&FELIX)?["spec"][field].as_u64()?).ok();
+        let mask = by_variable.or_else(by_field)?;
+        let taken = (0..32).map(|bit| 1_u32 << bit).filter(|bit| mask & bit != 0).take(FELIX_BITS).sum::<u32>();
+        let both = taken & own;
+        (both != 0).then(|| {
+            let message = format!(
+                "Felix changes the bits {both:#x} of packets' marks ({field} {mask:#x}), which are Egret's unless its daemons \
+                 have another --mark-shift, so selected pods are blocked or taken for one another; leave {field} and \
+                 {variable} out, so that Felix takes the bits 16 to 20"
+            );
+            Problem::new(Severity::Error, "CNI Calico", "SameMarkBits", message)
+        })
+    };
+    let settings = [("iptablesMarkMask", "FELIX_IPTABLESMARKMASK"), ("nftablesMarkMask", "FELIX_NFTABLESMARKMASK")];
+    settings.into_iter().filter_map(problem).collect()
+}
+
 /// Cilium routes in the host's kernel if it is told so, if iptables masquerades, or if it does not replace kube-proxy
 /// (`EnableHostLegacyRouting` in `finishKubeProxyReplacementInit`, daemon/cmd/kube_proxy_replacement.go). Without any
 /// masquerading it does not.
@@ -141,8 +175,8 @@ fn cilium(data: &Value) -> Vec<Problem> {
     let by_ebpf = replaces_proxy && !by_iptables && !legacy;
     let mut problems = Vec::new();
     if by_ebpf {
-        let message = "Cilium's eBPF host routing moves packets past netfilter, so pods leave with other addresses than \
-                       their policies say; install Cilium with bpf.hostLegacyRouting=true and bpf.masquerade=false";
+        let message = "Cilium's eBPF host routing moves packets past netfilter, so all that selected pods send out of the \
+                       cluster is blocked; install Cilium with bpf.hostLegacyRouting=true and bpf.masquerade=false";
         problems.push(bypass("Cilium", message));
     }
     if is("datapath-mode", "netkit") || is("datapath-mode", "netkit-l2") {
@@ -212,6 +246,22 @@ mod tests {
         assert!(told(network).await.1[0].contains("routingViaHost: true"));
         let anetd = json!({"kind": "DaemonSet", "metadata": {"name": "anetd"}});
         assert!(told(anetd).await.1[0].contains("without Dataplane V2"));
+    }
+
+    #[tokio::test]
+    async fn bits_of_marks_that_calico_and_egret_both_use_are_told() {
+        let felix = |spec: Value| json!({"kind": "FelixConfiguration", "metadata": {"name": "default"}, "spec": spec});
+        let problems = told(felix(json!({"iptablesMarkMask": 0xffe0_0000_u32}))).await.1;
+        assert!(problems[0].starts_with("SameMarkBits: leave iptablesMarkMask and"), "{problems:?}");
+        assert_eq!(told(felix(json!({"nftablesMarkMask": 0xff00_0000_u32}))).await.1.len(), 1);
+        // One bit of five is enough.
+        assert_eq!(told(felix(json!({"iptablesMarkMask": 0xfffe_0000_u32}))).await.1.len(), 1);
+        for fits in [0xffff_0000_u32, 0x001f_0000, 0x003f_0000, 0xffff_8000] {
+            assert_eq!(told(felix(json!({"iptablesMarkMask": fits, "nftablesMarkMask": fits}))).await.1, [""; 0]);
+        }
+        let node = json!({"kind": "DaemonSet", "metadata": {"name": "calico-node"}, "spec": {"template": {"spec": {
+            "containers": [{"env": [{"name": "FELIX_IPTABLESMARKMASK", "value": "0xff000000"}]}]}}}});
+        assert_eq!(told(node).await.1.len(), 1);
     }
 
     #[tokio::test]

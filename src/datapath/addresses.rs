@@ -84,10 +84,10 @@ pub struct Changes {
 /// # Errors
 /// The host's addresses cannot be read.
 pub async fn sync(socket: &RouteSocket, wanted: &BTreeSet<Placed>) -> Result<Changes> {
-    sync_and_tell(socket, wanted, |_| ()).await
+    sync_and_tell(socket, wanted, None, |_| ()).await
 }
 
-/// As [`sync`], and calls `added` after each batch with the addresses that were added. The kernel takes about 1 ms to
+/// As [`sync`], where `routed` is the index of the interface whose addresses a router announces, and calls `added` after each batch with the addresses that were added. The kernel takes about 1 ms to
 /// add an interface's thousandth IPv6 address, because each one joins a multicast group. IPv4 addresses come first.
 ///
 /// # Errors
@@ -95,6 +95,7 @@ pub async fn sync(socket: &RouteSocket, wanted: &BTreeSet<Placed>) -> Result<Cha
 pub async fn sync_and_tell(
     socket: &RouteSocket,
     wanted: &BTreeSet<Placed>,
+    routed: Option<u32>,
     mut added: impl FnMut(&[Placed]),
 ) -> Result<Changes> {
     let there = local_addresses(socket).await?;
@@ -105,7 +106,7 @@ pub async fn sync_and_tell(
     let mut changes = Changes::default();
     let (mut new, mut old) = (Vec::new(), Vec::new());
     for &placed in wanted {
-        let (address, ifindex) = placed;
+        let (address, _) = placed;
         let same = by_address.get(&address).map(Vec::as_slice).unwrap_or_default();
         if let Some(foreign) = same.iter().find(|a| !a.is_ours()) {
             changes.foreign.push(foreign.placed());
@@ -113,8 +114,8 @@ pub async fn sync_and_tell(
         }
         match same.iter().find(|a| a.placed() == placed && a.prefix == host_prefix(address)) {
             Some(a) if a.is_right() => {}
-            Some(_) => new.push((placed, add(address, ifindex, NLM_F_REPLACE))),
-            None => new.push((placed, add(address, ifindex, NLM_F_EXCL))),
+            Some(_) => new.push((placed, add(placed, routed, NLM_F_REPLACE))),
+            None => new.push((placed, add(placed, routed, NLM_F_EXCL))),
         }
     }
     for ours in there.iter().filter(|a| a.is_ours() && !is_devices_own(a.address)) {
@@ -178,17 +179,22 @@ pub async fn local_addresses(socket: &RouteSocket) -> Result<Vec<LocalAddress>> 
         if family == AddressFamily::Inet6 && !sysctl::ipv6()? {
             break;
         }
-        let mut filter = AddressMessage::default();
-        filter.header.family = family;
-        let read = socket
-            .dump(RouteNetlinkMessage::GetAddress(filter), |m| match m {
-                RouteNetlinkMessage::NewAddress(a) if a.header.family == family => parse(&a),
-                _ => None,
-            })
-            .await;
-        all.extend(read.context("cannot read the host's addresses")?);
+        all.extend(local_addresses_of(socket, family).await?);
     }
     Ok(all)
+}
+
+/// The addresses of one family in this network namespace.
+pub async fn local_addresses_of(socket: &RouteSocket, family: AddressFamily) -> Result<Vec<LocalAddress>> {
+    let mut filter = AddressMessage::default();
+    filter.header.family = family;
+    let read = socket
+        .dump(RouteNetlinkMessage::GetAddress(filter), |m| match m {
+            RouteNetlinkMessage::NewAddress(a) if a.header.family == family => parse(&a),
+            _ => None,
+        })
+        .await;
+    read.context("cannot read the host's addresses")
 }
 
 fn host_prefix(address: IpAddr) -> u8 {
@@ -229,7 +235,7 @@ fn message(address: IpAddr, prefix: u8, ifindex: u32) -> AddressMessage {
     message
 }
 
-fn add(address: IpAddr, ifindex: u32, flag: u16) -> Change {
+fn add((address, ifindex): Placed, routed: Option<u32>, flag: u16) -> Change {
     let mut wanted = message(address, host_prefix(address), ifindex);
     wanted.attributes.push(AddressAttribute::Address(address));
     wanted.attributes.push(AddressAttribute::Protocol(AddressProtocol::Other(PROTOCOL)));
@@ -240,9 +246,11 @@ fn add(address: IpAddr, ifindex: u32, flag: u16) -> Change {
         wanted.header.scope = AddressScope::Host;
     } else {
         // The daemon has probed the address before, and duplicate address detection would delay it by a second. A
-        // single address needs no route to a network.
+        // single address needs no route to a network. Where a router is to announce it, it has one: FRR takes no address
+        // without (`ZEBRA_IFA_NOPREFIXROUTE`, from FRR 10 on).
         wanted.header.flags = AddressHeaderFlags::Nodad;
-        wanted.attributes.push(AddressAttribute::Flags(AddressFlags::Nodad | AddressFlags::Noprefixroute));
+        let without_route = if routed == Some(ifindex) { AddressFlags::empty() } else { AddressFlags::Noprefixroute };
+        wanted.attributes.push(AddressAttribute::Flags(AddressFlags::Nodad | without_route));
         let mut lifetimes = CacheInfo::default();
         lifetimes.ifa_valid = FOREVER;
         lifetimes.ifa_preferred = 0;

@@ -2,7 +2,9 @@
 
 use crate::model::uplink_key::CODES;
 /// The numbers that the plugin uses, too.
-pub use egret_cni::quarantine::{PROTOCOL, RULE_QUARANTINE, TABLE_QUARANTINE};
+pub use egret_cni::quarantine::{
+    PROTOCOL, RULE_QUARANTINE, RULE_QUARANTINE_REDIRECTED, TABLE_QUARANTINE, TABLE_REDIRECTED,
+};
 use egret_nft::mac::Mac;
 use ipnetwork::Ipv6Network;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -13,6 +15,12 @@ pub const DEVICE: &str = "egret";
 pub const OUT_DEVICE: &str = "egret-out";
 /// The peer of [`OUT_DEVICE`].
 pub const HOP_DEVICE: &str = "egret-hop";
+/// The device with the egress IPs that the node's own router announces, and the other end of its pair of veths: see
+/// `datapath/route_device.rs`.
+pub const ROUTE_DEVICE: [&str; 2] = ["egret-ip", "egret-ip-end"];
+/// Begins the names of VLAN interfaces that Egret makes; the index of the parent, a point and the VLAN's number follow: see
+/// `datapath/vlan.rs`.
+pub const VLAN_DEVICE: &str = "egret";
 /// Devices on which every node has the addresses of all Services: kube-proxy's in IPVS mode
 /// (`DefaultDummyDevice`, pkg/proxy/ipvs) and kube-router's. They do not tell which node has an address.
 pub const DEVICES_OF_SERVICES: [&str; 2] = ["kube-ipvs0", "kube-dummy-if"];
@@ -39,19 +47,25 @@ pub const TABLE_REQUEST: u32 = 7871;
 pub const TABLE_REPLY: u32 = 7872;
 /// Routing table of selected pods' packets on which nothing has decided: it contains the cluster's networks alone.
 pub const TABLE_FLUSH_GUARD: u32 = 7874;
-/// Routing tables of gateways with an uplink of their own: this number plus the uplink's index, 1 to 511.
+/// Routing tables of gateways with an uplink of their own: this number plus the uplink's index, 1 to 510.
 pub const TABLE_UPLINK: u32 = 7880;
 
-/// The largest number of gateways' own uplinks on a node.
-pub const UPLINKS: u32 = 511;
+/// The largest number of gateways' own uplinks on a node: see `Marks::uplink`.
+pub const UPLINKS: u32 = 510;
+
+/// The kernel's table of the host's own addresses (`RT_TABLE_LOCAL`, include/uapi/linux/rtnetlink.h). Egret has routes in
+/// it for egress IPs on [`ROUTE_DEVICE`] only.
+pub const TABLE_LOCAL: u32 = 255;
+/// The kernel's main table (`RT_TABLE_MAIN`). Egret has no routes in it.
+pub const TABLE_MAIN: u32 = 254;
 
 /// Whether a routing table's number is one of Egret's.
 pub fn is_own_table(table: u32) -> bool {
-    matches!(table, TABLE_REQUEST | TABLE_REPLY | TABLE_QUARANTINE | TABLE_FLUSH_GUARD)
+    matches!(table, TABLE_REQUEST | TABLE_REPLY | TABLE_QUARANTINE | TABLE_FLUSH_GUARD | TABLE_REDIRECTED)
         || (TABLE_UPLINK + 1..=TABLE_UPLINK + UPLINKS).contains(&table)
 }
 
-/// Priority of the rule for requests. Of the rules, [`RULE_QUARANTINE`] alone comes before it.
+/// Priority of the rule for requests. Of the rules, the quarantine's alone come before it.
 pub const RULE_REQUEST: u32 = 72;
 /// Priority of the rule for replies.
 pub const RULE_REPLY: u32 = 73;
@@ -59,6 +73,16 @@ pub const RULE_REPLY: u32 = 73;
 pub const RULE_UPLINK: u32 = 74;
 /// Priority of the rules for packets on which nothing has decided.
 pub const RULE_FLUSH_GUARD: u32 = 75;
+/// Priority of the rules for packets of selected pods that another program's eBPF redirects, see
+/// `datapath/redirected.rs`.
+pub const RULE_REDIRECTED: u32 = 76;
+/// Priority of the rules for those whose route the program looks up itself.
+pub const RULE_FOUND_BY_PROGRAM: u32 = 77;
+/// Priority of the rule for replies to this node's pods that came in by a VRF. The kernel's rule for VRFs has the
+/// priority 1000 (`FIB_RULE_PREF`, drivers/net/vrf.c).
+pub const RULE_FROM_VRF: u32 = 78;
+/// Priority of the rules for source validation of packets that leave by a VRF.
+pub const RULE_TO_VRF: u32 = 79;
 
 /// The tunnel next hop: the one next hop in the tunnel. No host has it; the device's egress chain replaces its MAC
 /// address.
@@ -88,6 +112,12 @@ const fn link_local(role: u16, prefix: u8) -> Ipv6Network {
         Some(network) => network,
         None => panic!("no prefix length"),
     }
+}
+
+/// Whether an interface has the name of one that Egret makes for a VLAN.
+pub fn is_vlan_device(name: &str) -> bool {
+    let numbers = name.strip_prefix(VLAN_DEVICE).and_then(|numbers| numbers.split_once('.'));
+    numbers.is_some_and(|(parent, id)| parent.parse::<u32>().is_ok() && id.parse::<u16>().is_ok())
 }
 
 /// Whether `address` is a health address of a node or of an uplink.

@@ -4,7 +4,7 @@
 //! The messages need no API server. A node whose daemon does not listen for them answers them as any echo request.
 
 use crate::datapath::icmpv6_filter;
-use crate::datapath::names::{DEVICE, PROBER};
+use crate::datapath::names::{DEVICE, PROBER, is_health};
 use crate::datapath::socket_filter;
 use anyhow::{Context, Result};
 use egret_nft::mac::Mac;
@@ -19,6 +19,7 @@ use tokio::io::Interest;
 use tokio::net::UdpSocket;
 
 const ECHO_REQUEST: u8 = 128;
+const ECHO_REPLY: u8 = 129;
 /// The hop limit of messages in the tunnel. A forwarded packet has a lower one.
 const HOP_LIMIT: i32 = 255;
 /// Length of an echo request without data.
@@ -39,6 +40,8 @@ pub struct NodeMessages {
     /// A raw socket, in tokio's datagram type so that a task can wait for it.
     receiver: UdpSocket,
     device: u32,
+    /// The type of the messages that it receives.
+    receives: u8,
 }
 
 impl NodeMessages {
@@ -54,7 +57,7 @@ impl NodeMessages {
         // A thousand nodes probe a gateway node; their requests must not wake its daemon.
         socket_filter::accept_longer_than(&receiver, (HEADER + MIN_MESSAGE - 1) as u32)
             .context("cannot filter by length; the kernel rejects SO_ATTACH_FILTER")?;
-        Self::with_receiver(receiver, device, source)
+        Self::with_receiver(receiver, device, source, ECHO_REQUEST)
     }
 
     /// As [`open`](Self::open), for messages that begin with these bytes only.
@@ -65,20 +68,33 @@ impl NodeMessages {
     /// # Panics
     /// As [`open`](Self::open).
     pub fn open_for(magic: [u8; 4], device: u32, source: Ipv6Addr) -> Result<Self> {
-        let receiver = raw(&[ECHO_REQUEST])?;
-        socket_filter::accept_bytes_at(&receiver, HEADER as u32, magic)
-            .context("cannot filter by content; the kernel rejects SO_ATTACH_FILTER")?;
-        Self::with_receiver(receiver, device, source)
+        Self::with_magic(ECHO_REQUEST, magic, device, source)
     }
 
-    fn with_receiver(receiver: OwnedFd, device: u32, source: Ipv6Addr) -> Result<Self> {
-        let sender = raw(&[])?;
-        setsockopt(&sender, sockopt::Ipv6Ttl, &HOP_LIMIT)?;
-        bind(sender.as_raw_fd(), &SockaddrIn6::from(SocketAddrV6::new(source, 0, 0, device)))
-            .with_context(|| format!("cannot send from {source}"))?;
+    /// As [`open_for`](Self::open_for), and receives only what nodes [`reply`] to the messages that it sends. A node that
+    /// has no health address receives such replies, too.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open).
+    ///
+    /// # Panics
+    /// As [`open`](Self::open).
+    pub fn open_for_replies(magic: [u8; 4], device: u32, source: Ipv6Addr) -> Result<Self> {
+        Self::with_magic(ECHO_REPLY, magic, device, source)
+    }
+
+    fn with_magic(receives: u8, magic: [u8; 4], device: u32, source: Ipv6Addr) -> Result<Self> {
+        let receiver = raw(&[receives])?;
+        socket_filter::accept_bytes_at(&receiver, HEADER as u32, magic)
+            .context("cannot filter by content; the kernel rejects SO_ATTACH_FILTER")?;
+        Self::with_receiver(receiver, device, source, receives)
+    }
+
+    fn with_receiver(receiver: OwnedFd, device: u32, source: Ipv6Addr, receives: u8) -> Result<Self> {
+        let sender = sender(device, source)?;
         setsockopt(&receiver, sockopt::Ipv6RecvHopLimit, &true)?;
         let _ = setsockopt(&receiver, sockopt::RcvBufForce, &RECEIVE_BUFFER);
-        Ok(NodeMessages { sender, receiver: UdpSocket::from_std(receiver.into())?, device })
+        Ok(NodeMessages { sender, receiver: UdpSocket::from_std(receiver.into())?, device, receives })
     }
 
     /// Sends a message of at most [`MAX_MESSAGE`] bytes.
@@ -86,11 +102,7 @@ impl NodeMessages {
     /// # Errors
     /// The message could not be sent.
     pub fn send(&self, node: Ipv6Addr, data: &[u8]) -> nix::Result<()> {
-        // The kernel fills in the checksum (RFC 3542, section 3.1).
-        let mut message = vec![ECHO_REQUEST, 0, 0, 0, 0, 0, 0, 0];
-        message.extend_from_slice(data);
-        let to = SockaddrIn6::from(SocketAddrV6::new(node, 0, 0, self.device));
-        sendto(self.sender.as_raw_fd(), &message, &to, MsgFlags::empty()).map(drop)
+        send(&self.sender, ECHO_REQUEST, (node, self.device), data)
     }
 
     /// Waits until there may be a message; without a socket, forever.
@@ -104,12 +116,12 @@ impl NodeMessages {
         }
     }
 
-    /// Returns the messages in the socket with the tunnel MAC addresses of their senders, at most 64: whatever
-    /// other nodes send, the task does its other work between two calls.
+    /// Returns the messages in the socket with the tunnel MAC addresses of their senders, without those that `decode` does
+    /// not know. It reads at most 64: whatever other nodes send, the task does its other work between two calls.
     ///
     /// # Errors
     /// The socket failed.
-    pub fn received(&self) -> io::Result<Vec<(Mac, Vec<u8>)>> {
+    pub fn received<M>(&self, decode: impl Fn(&[u8]) -> Option<M>) -> io::Result<Vec<(Mac, M)>> {
         let mut received = Vec::new();
         for _ in 0..AT_ONCE {
             match self.receiver.try_io(Interest::READABLE, || self.receive()) {
@@ -120,7 +132,7 @@ impl NodeMessages {
                 Err(_) => break,
             }
         }
-        Ok(received)
+        Ok(received.into_iter().filter_map(|(from, bytes): (Mac, Vec<u8>)| Some((from, decode(&bytes)?))).collect())
     }
 
     /// Receives a message; `None` if no node sent it.
@@ -137,14 +149,42 @@ impl NodeMessages {
             .any(|control| matches!(control, ControlMessageOwned::Ipv6HopLimit(HOP_LIMIT)));
         let whole = !received.flags.contains(MsgFlags::MSG_TRUNC);
         let (from, length) = (received.address.map(|a| a.ip()), received.bytes);
+        let is_node =
+            |from: Ipv6Addr| if self.receives == ECHO_REPLY { is_health(from) } else { PROBER.contains(from) };
         Ok(match (from, message[..length].split_at_checked(HEADER)) {
-            (Some(from), Some(([ECHO_REQUEST, 0, ..], data))) if near && whole && PROBER.contains(from) => {
+            (Some(from), Some(([kind, 0, ..], data))) if *kind == self.receives && near && whole && is_node(from) => {
                 let [.., a, b, c, d, e, f] = from.octets();
                 Some(([a, b, c, d, e, f], data.to_vec()))
             }
             _ => None,
         })
     }
+}
+
+/// Sends a message as a reply from this node's health address `source`, on the tunnel device with the index `device`.
+///
+/// # Errors
+/// The message could not be sent: the node has no such address now, for instance.
+pub fn reply(device: u32, source: Ipv6Addr, node: Ipv6Addr, data: &[u8]) -> Result<()> {
+    let sender = sender(device, source)?;
+    send(&sender, ECHO_REPLY, (node, device), data).with_context(|| format!("cannot reply to {node}"))
+}
+
+/// A socket that sends from `source` on the device with the index `device`.
+fn sender(device: u32, source: Ipv6Addr) -> Result<OwnedFd> {
+    let sender = raw(&[])?;
+    setsockopt(&sender, sockopt::Ipv6Ttl, &HOP_LIMIT)?;
+    bind(sender.as_raw_fd(), &SockaddrIn6::from(SocketAddrV6::new(source, 0, 0, device)))
+        .with_context(|| format!("cannot send from {source}"))?;
+    Ok(sender)
+}
+
+fn send(socket: &OwnedFd, kind: u8, (node, device): (Ipv6Addr, u32), data: &[u8]) -> nix::Result<()> {
+    // The kernel fills in the checksum (RFC 3542, section 3.1).
+    let mut message = vec![kind, 0, 0, 0, 0, 0, 0, 0];
+    message.extend_from_slice(data);
+    let to = SockaddrIn6::from(SocketAddrV6::new(node, 0, 0, device));
+    sendto(socket.as_raw_fd(), &message, &to, MsgFlags::empty()).map(drop)
 }
 
 /// Opens a raw socket on the tunnel device that receives ICMPv6 messages of these types.

@@ -1,6 +1,6 @@
 //! Rules and settings that must see every packet of a connection. Where there is one, no packet may go the fast way.
 
-use crate::datapath::names::TRACES;
+use crate::datapath::names::{TABLE, TRACES};
 use anyhow::{Context, Result};
 use egret_nft::netlink::Socket;
 use egret_nft::{ANY_OBJECT, Expression, fold_expressions};
@@ -29,17 +29,18 @@ const EXTENSIONS: [&str; 14] = [
 /// `NFT_OBJECT_QUOTA`, `_LIMIT`, `_CONNLIMIT`, include/uapi/linux/netfilter/nf_tables.h; and what a map names.
 const OBJECTS: [u32; 4] = [2, 4, 5, ANY_OBJECT];
 
-/// The first of the host's rules and settings that must see every packet, in words.
+/// The first of the host's settings for which all packets must be seen, in words. The kernel notifies nobody of a change.
+pub fn setting() -> Option<String> {
+    let legacy =
+        || legacy().map(|table| format!("iptables-legacy has a table {table}, whose rules cannot be looked at"));
+    accounting().or_else(legacy)
+}
+
+/// The first of the host's rules that must see every packet, in words.
 ///
 /// # Errors
 /// The rules cannot be read.
-pub fn find(socket: &mut Socket) -> Result<Option<String>> {
-    if let Some(counting) = accounting() {
-        return Ok(Some(counting));
-    }
-    if let Some(table) = legacy() {
-        return Ok(Some(format!("iptables-legacy has a table {table}, whose rules cannot be looked at")));
-    }
+pub fn rule(socket: &mut Socket) -> Result<Option<String>> {
     let found = fold_expressions(
         socket,
         || None,
@@ -55,6 +56,10 @@ pub fn find(socket: &mut Socket) -> Result<Option<String>> {
 fn sees_every_packet(expression: Expression) -> bool {
     if TRACES.contains(&expression.table) {
         return true;
+    }
+    // Egret's own tables: the packets of an egress IP with a bandwidth take no fast path, and a move closes it.
+    if expression.table == TABLE {
+        return false;
     }
     // Chains of the type nat see only the first packet of a connection, and so does iptables' table of that name.
     let of_nat = expression.table == "nat" && matches!(expression.name, "match" | "target");
@@ -103,7 +108,7 @@ mod tests {
                 && of("filter", "queue", "", 0)
         );
         assert!(of("filter", "match", "hashlimit", 0) && of("mangle", "target", "NFQUEUE", 0));
-        assert!(of("egret-trace", "meta", "", 0));
+        assert!(of("egret-trace", "meta", "", 0) && !of("egret", "objref", "", ANY_OBJECT));
         assert!(!of("nat", "match", "statistic", 0) && !of("filter", "match", "conntrack", 0));
         assert!(!of("filter", "objref", "", 1) && !of("filter", "counter", "", 0));
         let limit = Expression { table: "filter", chain: "FORWARD", name: "match", extension: "limit", object: 0 };

@@ -1,6 +1,7 @@
 //! The host's ends of pods' veth pairs.
 
 use crate::datapath::announce::{Target, probe};
+use crate::datapath::pod_netns;
 use crate::datapath::route_socket::{RouteSocket, errno};
 use crate::datapath::uplink::by_index;
 use anyhow::{Context, Result, bail};
@@ -53,13 +54,13 @@ pub async fn veth_by_index(socket: &RouteSocket, index: u32) -> Result<Option<Ve
 }
 
 /// Finds the veth of the pod with `address`: by the pod's own route, else by the bridge that knows the pod's MAC
-/// address. If the bridge's entry has expired, the pod is sent a datagram and looked up again. `None` if the pod is
-/// not behind a veth of this host.
+/// address. If the bridge's entry has expired, the pod is sent a datagram and looked up again. Where no route leads to it,
+/// by the addresses in the namespaces behind the veths. `None` if the pod is not behind a veth of this host.
 pub async fn find_pod_veth(socket: &RouteSocket, address: IpAddr) -> Result<Option<Veth>> {
     let context = || format!("cannot find the interface of the pod {address}");
     let mut bridge = match locate(socket, address).await.with_context(context)? {
         Location::Veth(veth) => return Ok(Some(veth)),
-        Location::Elsewhere => return Ok(None),
+        Location::Elsewhere => return pod_netns::find(address).with_context(context),
         Location::Unlearned { bridge } => bridge,
     };
     // From the pod's answer, which may be an ICMP error, the bridge learns the pod's port.

@@ -51,6 +51,11 @@ pub enum RouteKind {
     Unreachable,
     /// Drops them.
     Blackhole,
+    /// Sends them to all hosts of the interface's link. No packet is to use it: see `datapath/redirected.rs`.
+    Broadcast {
+        /// The interface's index.
+        oif: u32,
+    },
 }
 
 /// Makes these the only routes of `table`, for both families, and returns how many changes it made. Additions and
@@ -190,6 +195,7 @@ fn parse(message: &RouteMessage) -> Option<Route> {
         RouteType::Throw => RouteKind::Throw,
         RouteType::Unreachable => RouteKind::Unreachable,
         RouteType::BlackHole => RouteKind::Blackhole,
+        RouteType::Broadcast => RouteKind::Broadcast { oif },
         _ => return None,
     };
     Some(Route { dst: destination(message), kind, metric: metric(message) })
@@ -253,6 +259,10 @@ fn add(table: u32, route: &Route) -> Change {
         RouteKind::Throw => header.kind = RouteType::Throw,
         RouteKind::Unreachable => header.kind = RouteType::Unreachable,
         RouteKind::Blackhole => header.kind = RouteType::BlackHole,
+        RouteKind::Broadcast { oif } => {
+            (header.kind, header.scope) = (RouteType::Broadcast, RouteScope::Link);
+            attributes.push(RouteAttribute::Oif(oif));
+        }
     }
     Change {
         message: RouteNetlinkMessage::NewRoute(message),

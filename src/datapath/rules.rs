@@ -1,27 +1,32 @@
 //! Policy-routing rules, which choose a routing table by the packet mark.
 
-use crate::datapath::names::{PROTOCOL, RULE_FLUSH_GUARD, RULE_REPLY, RULE_REQUEST, RULE_UPLINK};
+use crate::datapath::names::{
+    PROTOCOL, RULE_FLUSH_GUARD, RULE_FROM_VRF, RULE_REPLY, RULE_REQUEST, RULE_TO_VRF, RULE_UPLINK,
+};
 use crate::datapath::route_socket::{Change, RouteSocket};
 use crate::datapath::sysctl;
 use anyhow::{Context, Result};
+use ipnetwork::IpNetwork;
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL};
 use netlink_packet_route::route::RouteProtocol;
 use netlink_packet_route::rule::{RuleAction, RuleAttribute, RuleFlags, RuleMessage};
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use nix::libc::{EEXIST, ENOENT};
 use std::collections::BTreeSet;
+use std::sync::Arc;
 
 /// The priorities of Egret's rules, without the quarantine's.
-const OWN: [u32; 4] = [RULE_REQUEST, RULE_REPLY, RULE_UPLINK, RULE_FLUSH_GUARD];
+const OWN: [u32; 6] = [RULE_REQUEST, RULE_REPLY, RULE_UPLINK, RULE_FLUSH_GUARD, RULE_FROM_VRF, RULE_TO_VRF];
 /// The family, in the error about a rule of IPv6.
 pub const IPV6: &str = "IPv6";
 /// How often the rules are read again after an inverted rule was deleted.
 const ROUNDS: usize = 4;
 
 /// A rule that sends packets with a mark to a table.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Rule {
-    /// Its priority: one of [`RULE_REQUEST`], [`RULE_REPLY`], [`RULE_UPLINK`], [`RULE_FLUSH_GUARD`].
+    /// Its priority: one of [`RULE_REQUEST`], [`RULE_REPLY`], [`RULE_UPLINK`], [`RULE_FLUSH_GUARD`],
+    /// [`RULE_FROM_VRF`], [`RULE_TO_VRF`].
     pub priority: u32,
     /// The mark that packets must have in the bits of `mask`.
     pub mark: u32,
@@ -29,6 +34,25 @@ pub struct Rule {
     pub mask: u32,
     /// The routing table for these packets.
     pub table: u32,
+    /// Whether the table's default routes do not count (`suppress_prefixlength 0`).
+    pub without_default: bool,
+    /// The only packets that it is for; `None`: all, of both families.
+    pub only: Option<Only>,
+}
+
+/// Packets that come in by an interface and go to a network.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Only {
+    /// The name of the interface.
+    pub iif: Arc<str>,
+    /// The network.
+    pub to: IpNetwork,
+}
+
+impl Rule {
+    fn is_of(&self, family: AddressFamily) -> bool {
+        self.only.as_ref().is_none_or(|only| only.to.is_ipv4() == (family == AddressFamily::Inet))
+    }
 }
 
 /// Brings the rules at Egret's priorities in sync with `rules`, for both families. Returns the number of changes. It
@@ -41,7 +65,7 @@ pub async fn sync(socket: &RouteSocket, rules: &BTreeSet<Rule>) -> Result<usize>
     let mut made = 0;
     for family in families()? {
         for _ in 0..ROUNDS {
-            let mut missing = rules.clone();
+            let mut missing: BTreeSet<&Rule> = rules.iter().filter(|rule| rule.is_of(family)).collect();
             let (mut inverted, mut wrong) = (Vec::new(), Vec::new());
             for message in read(socket, family).await? {
                 if !OWN.contains(&priority(&message)) || !is_ours(&message) {
@@ -59,7 +83,7 @@ pub async fn sync(socket: &RouteSocket, rules: &BTreeSet<Rule>) -> Result<usize>
             // again, because the kernel may have deleted the other one.
             let again = !inverted.is_empty();
             let mut changes: Vec<Change> = inverted.into_iter().map(delete).collect();
-            changes.extend(missing.iter().map(|rule| add(family, rule)));
+            changes.extend(missing.into_iter().map(|rule| add(family, rule)));
             changes.extend(wrong.into_iter().map(delete));
             made += socket.apply(changes).await?;
             if !again {
@@ -110,20 +134,36 @@ fn table(message: &RuleMessage) -> u32 {
 /// The rule in the message; `None` if the message has other attributes, too.
 fn parse(message: &RuleMessage) -> Option<Rule> {
     let header = &message.header;
-    if header.action != RuleAction::ToTable || (header.src_len, header.dst_len, header.tos) != (0, 0, 0) {
+    if header.action != RuleAction::ToTable || (header.src_len, header.tos) != (0, 0) {
         return None;
     }
-    let mut rule = Rule { priority: priority(message), mark: 0, mask: u32::MAX, table: table(message) };
+    let (mut iif, mut to) = (None, None);
+    let mut rule = Rule {
+        priority: priority(message),
+        mark: 0,
+        mask: u32::MAX,
+        table: table(message),
+        without_default: false,
+        only: None,
+    };
     for attribute in &message.attributes {
         match attribute {
             RuleAttribute::FwMark(mark) => rule.mark = *mark,
             RuleAttribute::FwMask(mask) => rule.mask = *mask,
             // -1: nothing is suppressed. The kernel always sends this attribute.
             RuleAttribute::SuppressPrefixLen(u32::MAX) => {}
+            RuleAttribute::SuppressPrefixLen(0) => rule.without_default = true,
+            RuleAttribute::Iifname(name) => iif = Some(name.as_str().into()),
+            RuleAttribute::Destination(address) => to = IpNetwork::new(*address, header.dst_len).ok(),
             RuleAttribute::Priority(_) | RuleAttribute::Table(_) | RuleAttribute::Protocol(_) => {}
             _ => return None,
         }
     }
+    rule.only = match (iif, to) {
+        (Some(iif), Some(to)) => Some(Only { iif, to }),
+        (None, None) => None,
+        _ => return None,
+    };
     Some(rule)
 }
 
@@ -138,6 +178,14 @@ fn add(family: AddressFamily, rule: &Rule) -> Change {
         RuleAttribute::Table(rule.table),
         RuleAttribute::Protocol(PROTOCOL.into()),
     ];
+    if let Some(Only { iif, to }) = &rule.only {
+        message.header.dst_len = to.prefix();
+        message.attributes.push(RuleAttribute::Iifname(iif.to_string()));
+        message.attributes.push(RuleAttribute::Destination(to.network()));
+    }
+    if rule.without_default {
+        message.attributes.push(RuleAttribute::SuppressPrefixLen(0));
+    }
     Change {
         message: RouteNetlinkMessage::NewRule(message),
         // Without EXCL the kernel adds a second rule.

@@ -1,6 +1,6 @@
 //! Settings under /proc/sys/net, of the calling thread's network namespace.
 
-use crate::datapath::names::{DEVICE, OUT_DEVICE};
+use crate::datapath::names::{DEVICE, OUT_DEVICE, ROUTE_DEVICE, is_vlan_device};
 use anyhow::{Context, Result};
 use std::fs::{self, OpenOptions};
 use std::io::{self, ErrorKind};
@@ -44,6 +44,16 @@ pub fn ensure(key: &str, value: &str) -> Result<bool> {
     Ok(true)
 }
 
+/// Switches off a device's source validation (`rp_filter`), or makes it loose if the host has it on everywhere: the kernel
+/// takes the larger one of the device's setting and `all`, and 2 is loose. Returns whether it was otherwise.
+///
+/// # Errors
+/// The setting cannot be read or written.
+pub fn loosen_source_validation(device: &str) -> Result<bool> {
+    let is_on = get("ipv4/conf/all/rp_filter")?.is_some_and(|all| all != "0");
+    ensure(&format!("ipv4/conf/{device}/rp_filter"), if is_on { "2" } else { "0" })
+}
+
 /// Checks whether a setting can be written. Opening it for writing changes nothing.
 ///
 /// # Errors
@@ -69,7 +79,10 @@ pub fn ipv6() -> Result<bool> {
     // It is disabled for all, but a CNI may have enabled it on its pods' interfaces.
     for interface in fs::read_dir(path("ipv6/conf")).context("cannot list /proc/sys/net/ipv6/conf")? {
         let name = interface?.file_name().to_string_lossy().into_owned();
-        let own = matches!(name.as_str(), "all" | "default" | "lo" | DEVICE | OUT_DEVICE);
+        let own =
+            matches!(name.as_str(), "all" | "default" | "lo" | DEVICE | OUT_DEVICE) || ROUTE_DEVICE.contains(&&*name);
+        // In /proc/sys a point of a name is a point, too.
+        let own = own || is_vlan_device(&name);
         if !own && get(&format!("ipv6/conf/{name}/disable_ipv6"))?.as_deref() == Some("0") {
             return Ok(true);
         }

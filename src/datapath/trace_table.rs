@@ -87,6 +87,7 @@ fn reply(of: &Request) -> Rule {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::fixture::trace_request;
     use egret_nft::table::TableName;
     use egret_nft::text::Listing;
     use egret_nft::uapi::NFPROTO_INET;
@@ -98,17 +99,7 @@ mod tests {
 
     #[test]
     fn only_packets_of_the_pod_to_the_destination_are_traced_and_only_a_few() {
-        let mut request = Request {
-            node: "n1".into(),
-            namespace: "shop".into(),
-            pod: "visitor".into(),
-            source: "10.244.1.2".parse().unwrap(),
-            destination: "192.0.2.100".parse().unwrap(),
-            protocol: Protocol::Tcp,
-            port: 443,
-            source_port: Some(61_000),
-            seconds: 5,
-        };
+        let mut request = trace_request(Some(61_000));
         let text = listing(&request, Some("veth1"));
         for words in [
             "hook ingress device \"veth1\" priority filter - 10",

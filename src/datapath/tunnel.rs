@@ -204,10 +204,8 @@ async fn create(socket: &RouteSocket, tunnel: &Tunnel) -> Result<()> {
 
 fn settings(ipv6: bool) -> Result<()> {
     // Packets from the tunnel are routed by their mark, and replies by another table. A node whose pods' only route
-    // is the tunnel has no route back at all. So the reverse-path filter must be off or loose. The kernel takes the
-    // larger one of this setting and `all`, and 2 is loose.
-    let strict = sysctl::get("ipv4/conf/all/rp_filter")?.is_some_and(|all| all != "0");
-    sysctl::ensure(&format!("ipv4/conf/{DEVICE}/rp_filter"), if strict { "2" } else { "0" })?;
+    // is the tunnel has no route back at all.
+    sysctl::loosen_source_validation(DEVICE)?;
     if ipv6 {
         // A host may switch IPv6 off for new interfaces only.
         sysctl::ensure(&format!("ipv6/conf/{DEVICE}/disable_ipv6"), "0")?;

@@ -84,6 +84,15 @@ impl Underlay {
         &self.interfaces
     }
 
+    /// The index of the interface to each other node. Nodes to which there are several, or none, are left out.
+    pub fn interface_of_each(&self) -> BTreeMap<IpAddr, u32> {
+        let only = |route: &RouteToPeer| {
+            let (first, others) = route.interfaces.split_first()?;
+            others.iter().all(|index| index == first).then_some(*first)
+        };
+        self.peers.iter().filter_map(|(peer, route)| Some((*peer, only(route)?))).collect()
+    }
+
     /// The other nodes' tunnel addresses.
     pub fn peers(&self) -> impl ExactSizeIterator<Item = IpAddr> {
         self.peers.keys().copied()

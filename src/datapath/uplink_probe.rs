@@ -20,35 +20,36 @@ const ICMPV6: (u8, u8) = (128, 129);
 /// Bytes read of a message: an IPv4 header with options, and a reply.
 const MESSAGE: usize = 128;
 
-/// Probes a target once. `mark` is the packets' mark, which selects the gateway's own route; 0: the main table.
+/// Probes a target once. `mark` is the packets' mark, which selects the gateway's own route; 0: the main table. `device` is
+/// the interface in a VRF by which the answer comes: other sockets do not receive from a VRF (`tcp_l3mdev_accept`).
 ///
 /// # Errors
 /// The target has not answered within `patience`, or the packet could not be sent.
-pub async fn probe(target: ProbeTarget, mark: u32, patience: Duration) -> io::Result<()> {
+pub async fn probe(target: ProbeTarget, mark: u32, device: Option<&str>, patience: Duration) -> io::Result<()> {
     let answered = async {
         match target {
-            ProbeTarget::Icmp(address) => echo(address, mark).await,
-            ProbeTarget::Tcp(address) => connect(address, mark).await,
+            ProbeTarget::Icmp(address) => echo(address, mark, device).await,
+            ProbeTarget::Tcp(address) => connect(address, mark, device).await,
         }
     };
     tokio::time::timeout(patience, answered).await?
 }
 
 /// Opens a connection, and closes it.
-async fn connect(to: SocketAddr, mark: u32) -> io::Result<()> {
+async fn connect(to: SocketAddr, mark: u32, device: Option<&str>) -> io::Result<()> {
     let socket = if to.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
-    set_mark(&socket, mark)?;
+    choose_route(&socket, mark, device)?;
     socket.connect(to).await.map(drop)
 }
 
 /// Sends an echo request, and waits for its reply.
-async fn echo(to: IpAddr, mark: u32) -> io::Result<()> {
+async fn echo(to: IpAddr, mark: u32, device: Option<&str>) -> io::Result<()> {
     let (family, protocol) = match to {
         IpAddr::V4(_) => (AddressFamily::Inet, SockProtocol::Icmp),
         IpAddr::V6(_) => (AddressFamily::Inet6, SockProtocol::IcmpV6),
     };
     let fd = socket(family, SockType::Raw, SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK, protocol)?;
-    set_mark(&fd, mark)?;
+    choose_route(&fd, mark, device)?;
     // A raw socket, in tokio's datagram type so that a task can wait for it. A connected one receives from `to` alone.
     let socket = UdpSocket::from_std(fd.into())?;
     socket.connect((to, 0)).await?;
@@ -63,7 +64,10 @@ async fn echo(to: IpAddr, mark: u32) -> io::Result<()> {
     }
 }
 
-fn set_mark(socket: &impl AsFd, mark: u32) -> io::Result<()> {
+fn choose_route(socket: &impl AsFd, mark: u32, device: Option<&str>) -> io::Result<()> {
+    if let Some(device) = device {
+        setsockopt(socket, sockopt::BindToDevice, &device.into())?;
+    }
     if mark != 0 {
         setsockopt(socket, sockopt::Mark, &mark)?;
     }

@@ -4,9 +4,11 @@
 //! On a busy node, routes, neighbours and interfaces change all the time. Notifications that do not concern Egret are
 //! discarded here without a copy, and a burst becomes one event of each kind.
 
+use crate::datapath::filters::{TCA_KIND, TCMSG};
+use crate::datapath::ifb;
 use crate::datapath::names::{
-    ADDRESS_METRIC, DEVICE, FLUSH_GUARD, HOP_DEVICE, OUT_DEVICE, PROTOCOL, RULE_FLUSH_GUARD, RULE_QUARANTINE, TABLE,
-    is_own_table,
+    ADDRESS_METRIC, DEVICE, FLUSH_GUARD, HOP_DEVICE, OUT_DEVICE, PROTOCOL, ROUTE_DEVICE, RULE_QUARANTINE_REDIRECTED,
+    RULE_TO_VRF, TABLE, TABLE_LOCAL, TABLE_MAIN, is_own_table,
 };
 use egret_nft::mac::Mac;
 use egret_nft::netlink::{Message, NETLINK_NETFILTER, NETLINK_ROUTE, attributes, messages};
@@ -21,9 +23,9 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::AsFd;
 use std::task::{Context, Poll, ready};
 
-/// Multicast groups, include/uapi/linux/rtnetlink.h: links, neighbours, addresses, routes and rules of both families,
-/// and the IPv4 settings of interfaces.
-const ROUTE_GROUPS: [u32; 9] = [1, 3, 5, 9, 7, 11, 8, 19, 24];
+/// Multicast groups, include/uapi/linux/rtnetlink.h: links, neighbours, filters, addresses, routes and rules of both
+/// families, and the IPv4 settings of interfaces.
+const ROUTE_GROUPS: [u32; 10] = [1, 3, 4, 5, 9, 7, 11, 8, 19, 24];
 /// `NFNLGRP_NFTABLES`, include/uapi/linux/netfilter/nfnetlink.h.
 const NFNLGRP_NFTABLES: u32 = 7;
 /// Message types, include/uapi/linux/rtnetlink.h.
@@ -37,9 +39,9 @@ const RTM_NEWNEIGH: u16 = 28;
 const RTM_DELNEIGH: u16 = 29;
 const RTM_NEWRULE: u16 = 32;
 const RTM_DELRULE: u16 = 33;
+const RTM_NEWTFILTER: u16 = 44;
+const RTM_DELTFILTER: u16 = 45;
 const RTM_NEWNETCONF: u16 = 80;
-/// include/uapi/linux/rtnetlink.h.
-const RT_TABLE_MAIN: u32 = 254;
 /// `NFNL_SUBSYS_NFTABLES << 8`, and `NFT_MSG_NEWGEN` in it, which ends every transaction of every program.
 const NFTABLES: u16 = 10 << 8;
 const NFT_MSG_NEWGEN: u16 = NFTABLES | 15;
@@ -91,10 +93,15 @@ pub enum Event {
     Underlay,
     /// Routing rules with Egret's priorities.
     Rules,
-    /// Addresses on an uplink, or egress IPs on any interface.
+    /// Addresses on an uplink, or egress IPs on any interface, or the device for those that a router announces.
     Addresses,
     /// The nftables tables with Egret's name.
     Nftables,
+    /// A filter of packets that may redirect them to an ifb device.
+    Filters {
+        /// The index of its interface.
+        index: u32,
+    },
     /// A veth was removed.
     VethGone {
         /// The index that it had.
@@ -240,13 +247,14 @@ impl Filter<'_> {
             RTM_NEWADDR | RTM_DELADDR => self.address(m),
             RTM_NEWROUTE | RTM_DELROUTE => {
                 let table = attribute(m, RTMSG, RTA_TABLE).and_then(number).unwrap_or(u32::from(*m.payload.get(4)?));
-                if is_own_table(table) {
+                let is_own = *m.payload.get(5)? == PROTOCOL;
+                if is_own_table(table) || table == TABLE_LOCAL && is_own {
                     return Some(Event::Routes);
                 }
                 if self.leads_to_a_peer(m) {
                     self.events.insert(Event::Underlay);
                 }
-                let default = table == RT_TABLE_MAIN && *m.payload.get(1)? == 0;
+                let default = table == TABLE_MAIN && *m.payload.get(1)? == 0;
                 if default && !self.interest.uplinks.is_empty() {
                     return Some(Event::Uplinks);
                 }
@@ -260,7 +268,13 @@ impl Filter<'_> {
             }
             RTM_NEWRULE | RTM_DELRULE => {
                 let priority = attribute(m, FIB_RULE_HDR, FRA_PRIORITY).and_then(number)?;
-                (RULE_QUARANTINE..=RULE_FLUSH_GUARD).contains(&priority).then_some(Event::Rules)
+                (RULE_QUARANTINE_REDIRECTED..=RULE_TO_VRF).contains(&priority).then_some(Event::Rules)
+            }
+            RTM_NEWTFILTER | RTM_DELTFILTER => {
+                let kind = attribute(m, TCMSG, TCA_KIND).map(trim)?;
+                let index = number(m.payload.get(4..8)?)?;
+                let may_redirect = ifb::KINDS.iter().any(|(name, _)| name.as_bytes() == kind);
+                may_redirect.then_some(Event::Filters { index })
             }
             RTM_NEWNETCONF => {
                 let index = attribute(m, NETCONFMSG, NETCONFA_IFINDEX).and_then(number)?;
@@ -289,6 +303,9 @@ impl Filter<'_> {
                 *self.out = if is_out && m.kind == RTM_NEWLINK { index } else { 0 };
             }
             return Some(Event::Tunnel);
+        }
+        if ROUTE_DEVICE.iter().any(|own| name == own.as_bytes()) {
+            return Some(Event::Addresses);
         }
         if let Some(was) = self.interest.underlay.get(&index) {
             let mtu = attribute(m, IFINFOMSG, IFLA_MTU).and_then(number);

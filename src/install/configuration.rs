@@ -2,7 +2,7 @@
 //! can use, because runtimes choose that file (go-cni's `loadFromConfDir`, ocicni's `loadNetworks`).
 
 use super::directory::{Directory, Found};
-use super::network::{Entry, Kind, Network, stand_in};
+use super::network::{Entry, Kind, Network, replacement};
 use anyhow::{Context, Result, anyhow};
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -72,7 +72,7 @@ enum Pass {
 /// Reads the directory once, and writes the entry if it is missing. `may_write`: one call writes the entry only once;
 /// if another program removes it at once, the next call puts it back.
 fn pass(directory: &Directory, entry: Entry<'_>, may_write: bool, skipped: &mut Vec<String>) -> Result<Pass> {
-    let mut stand_ins = BTreeMap::new();
+    let mut replacements = BTreeMap::new();
     let mut first: Option<First> = None;
     for name in directory.names()? {
         let Some(kind) = Kind::of(&name) else { continue };
@@ -98,24 +98,24 @@ fn pass(directory: &Directory, entry: Entry<'_>, may_write: bool, skipped: &mut 
             }
         };
         if file.is_some() {
-            stand_ins.insert(name, found.bytes);
+            replacements.insert(name, found.bytes);
         } else if first.is_none() {
             first = Some(First { name, kind, found });
         }
     }
     let (wanted, state) = match &first {
         None => (None, State::Missing),
-        Some(first) => match extend(directory, first, entry, &stand_ins, may_write)? {
+        Some(first) => match extend(directory, first, entry, &replacements, may_write)? {
             Extension::Done => (None, State::Ready(first.name.clone())),
-            Extension::StandIn(name) => (Some(name.clone()), State::Ready(name)),
+            Extension::Replacement(name) => (Some(name.clone()), State::Ready(name)),
             Extension::Written => return Ok(Pass::Written),
             Extension::Again => return Ok(Pass::Again),
             Extension::Impossible(reason) => (None, State::NotExtensible { file: first.name.clone(), reason }),
         },
     };
-    // Remove stand-in lists whose file is gone or not the first any more.
+    // Remove replacement lists whose file is gone or not the first any more.
     let mut removed = false;
-    for name in stand_ins.keys().filter(|name| Some(*name) != wanted.as_ref()) {
+    for name in replacements.keys().filter(|name| Some(*name) != wanted.as_ref()) {
         removed |= directory.remove(name)?;
     }
     Ok(if removed { Pass::Again } else { Pass::Done(state) })
@@ -131,8 +131,8 @@ struct First {
 enum Extension {
     /// The file has the entry.
     Done,
-    /// The stand-in list of this name has the entry.
-    StandIn(String),
+    /// The replacement list of this name has the entry.
+    Replacement(String),
     Written,
     Again,
     Impossible(String),
@@ -142,7 +142,7 @@ fn extend(
     directory: &Directory,
     First { name, kind, found }: &First,
     entry: Entry<'_>,
-    stand_ins: &BTreeMap<String, Vec<u8>>,
+    replacements: &BTreeMap<String, Vec<u8>>,
     may_write: bool,
 ) -> Result<Extension> {
     let text = found.text().map_err(|e| anyhow!(e))?;
@@ -164,10 +164,10 @@ fn extend(
             return Ok(if written { Extension::Written } else { Extension::Again });
         }
     }
-    let list = stand_in(name);
+    let list = replacement(name);
     let text = network.standing_for(name, entry);
-    match stand_ins.get(&list) {
-        Some(there) if there == text.as_bytes() => return Ok(Extension::StandIn(list)),
+    match replacements.get(&list) {
+        Some(there) if there == text.as_bytes() => return Ok(Extension::Replacement(list)),
         _ if !may_write => return Ok(Extension::Again),
         Some(_) => {}
         None if directory.path(&list).symlink_metadata().is_err() => {}

@@ -22,8 +22,8 @@ pub struct Entry<'a> {
     pub state_dir: &'a str,
 }
 
-/// Suffix of a stand-in list's name, after the file's name without its extension.
-const STAND_IN: &str = "-egret.conflist";
+/// Suffix of a replacement list's name, after the file's name without its extension.
+const REPLACEMENT: &str = "-egret.conflist";
 
 /// A configuration file's kind, which its name tells (libcni, and so every runtime).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,11 +45,11 @@ impl Kind {
     }
 }
 
-/// The name of the stand-in list, which runtimes read instead of a file that cannot be extended. It sorts before the
+/// The name of the replacement list, which runtimes read instead of a file that cannot be extended. It sorts before the
 /// file, because `-` sorts before `.`, and runtimes take the first name. (`10-x.conflist` would sort after
 /// `10-x.conf`.) The file itself is not changed: its owner finds it, and nothing has to be restored.
-pub fn stand_in(name: &str) -> String {
-    format!("{}{STAND_IN}", name.rsplit_once('.').map_or(name, |(stem, _)| stem))
+pub fn replacement(name: &str) -> String {
+    format!("{}{REPLACEMENT}", name.rsplit_once('.').map_or(name, |(stem, _)| stem))
 }
 
 /// A parsed network configuration.
@@ -171,7 +171,7 @@ impl<'a> Network<'a> {
         text
     }
 
-    /// The stand-in list for the file of this name, with `egret-cni` at its end. A single plugin becomes a list of
+    /// The replacement list for the file of this name, with `egret-cni` at its end. A single plugin becomes a list of
     /// its own name and version, as in libcni (`ConfListFromConf`).
     pub fn standing_for(&self, file: &str, entry: Entry<'_>) -> String {
         let entry = entry.text(Some(file));
@@ -275,7 +275,7 @@ fn quoted(text: &str) -> String {
 }
 
 impl Entry<'_> {
-    /// The entry's JSON; in a stand-in list, with the name of the file that the list replaces.
+    /// The entry's JSON; in a replacement list, with the name of the file that the list replaces.
     fn text(self, stands_for: Option<&str>) -> String {
         let state_dir = Some(self.state_dir).filter(|dir| *dir != DEFAULT_STATE_DIR);
         let more = [("stateDir", state_dir), ("standsFor", stands_for)];
@@ -354,7 +354,7 @@ mod tests {
         let value: Value = serde_json::from_str(&list).unwrap();
         assert_eq!((&value["name"], &value["cniVersion"]), (&"net".into(), &"0.4.0".into()));
         for name in ["10-x.conf", "10-x.json", "10-x.conflist", "x.y.conf"] {
-            assert!(*stand_in(name) < *name, "{name}");
+            assert!(*replacement(name) < *name, "{name}");
         }
     }
 

@@ -5,12 +5,16 @@ use super::{configuration, plugin};
 use crate::cluster::{self, SourceName};
 use crate::datapath::addresses;
 use crate::datapath::probe;
+use crate::datapath::redirected::{Redirected, Wanted};
+use crate::datapath::route_device;
 use crate::datapath::route_socket::RouteSocket;
 use crate::datapath::routes;
 use crate::datapath::rules;
-use crate::datapath::ruleset::{HANDOVER, INET, NETDEV};
+use crate::datapath::ruleset::{BRIDGE, HANDOVER, INET, NETDEV};
 use crate::datapath::tunnel;
+use crate::datapath::unanswered;
 use crate::datapath::veth_pair;
+use crate::datapath::vlan;
 use crate::model::marks::Marks;
 use anyhow::{Context, Error, Result, bail};
 use egret_cni::offline_policies::OfflinePolicies;
@@ -130,19 +134,23 @@ async fn kernel(removal: &mut Removal, marks: Marks) {
                 None => Ok(changes.removed.len()),
             });
             removal.record("egress IPs", placed);
+            removal.record("interfaces of VLANs", vlan::remove_all(&socket).await);
+            removal.record("the device for egress IPs", route_device::remove(&socket).await.map(usize::from));
+            removal.record("routes in the table local", answer_again(&socket).await);
         }
         Err(e) => {
             removal.errors.push(e.context("cannot remove routing rules, routes, egress IPs and the tunnel device"))
         }
     }
     removal.record("quarantines", quarantines());
+    removal.record("rules for redirected packets", redirected());
     removal.record("nf_tables' tables", tables());
     // Those that the gateway's own pods have begun meanwhile.
     removal.record("tracked connections", connections(marks));
 }
 
 fn tables() -> Result<usize> {
-    Ok(Nftables::open().context("nf_tables")?.remove(&[INET, NETDEV, HANDOVER[0], HANDOVER[1]])?)
+    Ok(Nftables::open().context("nf_tables")?.remove(&[INET, NETDEV, BRIDGE, HANDOVER[0], HANDOVER[1]])?)
 }
 
 fn quarantines() -> Result<usize> {
@@ -152,12 +160,22 @@ fn quarantines() -> Result<usize> {
     Ok(quarantined.len())
 }
 
+fn redirected() -> Result<usize> {
+    Redirected::open()?.block(&Wanted::default())
+}
+
 async fn own_routes(socket: &RouteSocket) -> Result<usize> {
     let mut removed = 0;
     for table in routes::tables(socket).await? {
         removed += routes::sync(socket, table, &BTreeSet::new()).await?;
     }
     Ok(removed)
+}
+
+/// Removes the routes that keep this host from answering ARP for egress IPs, after these.
+async fn answer_again(socket: &RouteSocket) -> Result<usize> {
+    let addresses = unanswered::read(socket).await?;
+    unanswered::remove(socket, addresses).await
 }
 
 fn connections(marks: Marks) -> Result<usize> {

@@ -8,6 +8,7 @@
 
 use crate::api::{Allocate, Allocation, AllocationKind, ExistingConnections, Fallback, Spread};
 use crate::model::covers::Covers;
+use crate::model::opt_in;
 use crate::model::selector::Name;
 use crate::model::selector::Selector;
 use crate::model::{AddressRequest, Cluster, Guessed, Namespaces, ObjectKey, PodMatch, Policy, PolicyKey, Tier};
@@ -62,7 +63,8 @@ pub fn from_allocations(
             AllocationKind::Explicit => {
                 AddressRequest::Explicit(allocations.iter().map(|a| a.address.clone()).collect())
             }
-            AllocationKind::Dedicated => AddressRequest::Allocate(Allocate::Dedicated, count),
+            // What has an egress IP of an unknown kind is blocked, whatever it asks for.
+            AllocationKind::Dedicated | AllocationKind::Unknown => AddressRequest::Allocate(Allocate::Dedicated, count),
             AllocationKind::Shared => AddressRequest::Allocate(Allocate::Shared, 1),
             AllocationKind::Pooled => AddressRequest::Allocate(Allocate::Pooled, 1),
             AllocationKind::Node => AddressRequest::Allocate(Allocate::Node, 1),
@@ -91,6 +93,8 @@ pub fn from_allocations(
 /// The policies that the allocations list and the cluster does not have.
 pub fn listed_only(cluster: &Cluster) -> BTreeSet<PolicyKey> {
     let listed = cluster.allocations().flat_map(|allocation| &allocation.policies);
+    // Gateways' own policies are no objects that the source could show later.
+    let listed = listed.filter(|key| opt_in::gateway_of(key).is_none());
     listed.filter(|key| !cluster.policies.contains_key(*key)).cloned().collect()
 }
 

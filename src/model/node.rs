@@ -1,5 +1,6 @@
 //! Kubernetes Nodes.
 
+use super::capacity::AnnotatedCapacity;
 use super::selector::Labels;
 use ipnetwork::IpNetwork;
 use std::net::IpAddr;
@@ -17,7 +18,9 @@ pub struct Node {
     pub pod_cidrs: Box<[IpNetwork]>,
     /// `spec.unschedulable`: new pods are not placed on the node. Tools set it before they stop a node.
     pub cordoned: bool,
-    /// Since when the condition `Ready` is `Unknown`, because Kubernetes hears nothing from the kubelet: seconds
+    /// What its annotations say of how many egress IPs it holds.
+    pub capacity: AnnotatedCapacity,
+    /// Since when the condition `Ready` is `Unknown`, because the kubelet reports nothing: seconds
     /// since the Unix epoch, 0 where the time is missing.
     pub lost_since: Option<i64>,
 }
@@ -28,7 +31,7 @@ pub struct Node {
 const LOST_AFTER_SECONDS: i64 = 30;
 
 impl Node {
-    /// When the node counts as lost if its kubelet stays silent, seconds since the Unix epoch.
+    /// When the node counts as lost if its kubelet reports nothing until then, seconds since the Unix epoch.
     pub fn is_lost_at(&self) -> Option<i64> {
         self.lost_since.map(|since| since.saturating_add(LOST_AFTER_SECONDS))
     }

@@ -8,6 +8,9 @@
 //!
 //! A node whose uplink has lost a family that the egress IP needs gives way to a node that has lost fewer of them. If
 //! no node has lost fewer, the egress IP stays.
+//!
+//! Where nodes have a maximum of egress IPs, [`owners`] computes the owners of all of a gateway's egress IPs together. A
+//! node that is full takes nothing over; if all are, the egress IP has no owner.
 
 use crate::model::fnv::{self, fnv1a};
 use crate::model::marks::EgressId;
@@ -24,6 +27,10 @@ pub struct Liveness {
     pub drained: BTreeSet<Name>,
     /// Living nodes that have lost families of their uplinks.
     pub lost: BTreeMap<Name, BTreeSet<UplinkKey>>,
+    /// Nodes that hold as many of the gateway's egress IPs as they may: they take nothing over.
+    pub full: BTreeSet<Name>,
+    /// The weights of the gateway's nodes, where they are not 1.
+    pub weights: BTreeMap<Name, u16>,
 }
 
 impl Liveness {
@@ -64,7 +71,8 @@ impl<'a> OwnershipInputs<'a> {
         if self.leaving.is_some() || liveness.lost.is_empty() {
             return None;
         }
-        let open = self.members.iter().map(|name| &**name).filter(|name| !liveness.drained.contains(*name));
+        let is_open = |name: &&str| !liveness.drained.contains(*name) && !liveness.full.contains(*name);
+        let open = self.members.iter().map(|name| &**name).filter(is_open);
         let all = self.node.into_iter().chain(self.takers.iter().copied()).chain(open);
         all.filter(|node| liveness.is_alive(node)).map(|node| liveness.lacks(node, self.needs)).min()
     }
@@ -86,8 +94,64 @@ pub fn owner<'a>(allocation: OwnershipInputs<'a>, liveness: &Liveness) -> Option
     let leaving = allocation.leaving.filter(alive).filter(|_| !allocation.arrived || !alive(&node));
     leaving.or(Some(node).filter(alive)).or_else(|| {
         let others = allocation.members.iter().map(|name| &**name).filter(|name| *name != node).filter(alive);
-        others.max_by_key(|name| (!liveness.drained.contains(*name), rank(name, allocation.id)))
+        let others = others.filter(|name| !liveness.full.contains(*name));
+        let weight = |name: &str| liveness.weights.get(name).copied().unwrap_or(1);
+        others.max_by_key(|name| (!liveness.drained.contains(*name), weighted_rank(name, allocation.id, weight(name))))
     })
+}
+
+/// The owners of all of a gateway's allocations, where nodes hold no more egress IPs than `most`.
+///
+/// What nodes hold, and what they report to have taken over, counts first. Then each of the other allocations, in the
+/// order of their ids, gets the first node of its order that has room. So a report of a takeover that followed this
+/// changes nothing for the other allocations, and nodes that have not got it yet compute the same. Afterwards
+/// `liveness.full` has the nodes that are full.
+pub fn owners<'a>(
+    allocations: &BTreeMap<EgressId, OwnershipInputs<'a>>,
+    liveness: &mut Liveness,
+    most: &BTreeMap<Name, u32>,
+) -> BTreeMap<EgressId, Option<&'a str>> {
+    let mut counts: BTreeMap<&str, u32> = BTreeMap::new();
+    let (mut owners, mut orphans) = (BTreeMap::new(), Vec::new());
+    liveness.full.clear();
+    for (id, allocation) in allocations {
+        let next = owner(*allocation, liveness);
+        // The owner among the nodes that have it already: the living one, whatever it has lost.
+        let now = owner(OwnershipInputs { members: &[], needs: &[], ..*allocation }, liveness);
+        let coming = allocation.node.filter(|_| allocation.leaving.is_some());
+        let both: BTreeSet<&str> = now.into_iter().chain(coming).collect();
+        both.into_iter().for_each(|name| *counts.entry(name).or_default() += 1);
+        if next.is_some() && next == now {
+            owners.insert(*id, next);
+        } else {
+            orphans.push((*id, allocation, now));
+        }
+    }
+    let is_full =
+        |counts: &BTreeMap<&str, u32>, name: &str, most: u32| counts.get(name).copied().unwrap_or_default() >= most;
+    let full = most.iter().filter(|(name, most)| is_full(&counts, name, **most));
+    liveness.full = full.map(|(name, _)| name.clone()).collect();
+    for (id, allocation, now) in orphans {
+        let owner = owner(*allocation, liveness);
+        owners.insert(id, owner);
+        let Some(name) = owner.filter(|_| owner != now) else { continue };
+        *counts.entry(name).or_default() += 1;
+        if let Some((name, most)) = most.get_key_value(name)
+            && is_full(&counts, name, *most)
+        {
+            liveness.full.insert(name.clone());
+        }
+    }
+    owners
+}
+
+/// The rank of a node that may take an allocation over. A node with a greater weight has as many ranks, of which the
+/// highest counts.
+fn weighted_rank(node: &str, id: EgressId, weight: u16) -> (u64, &str) {
+    let name = fnv1a(node.bytes());
+    // An id has 14 bits.
+    let ranks = (0..weight.max(1)).map(|n| fnv::rank(name, u64::from(id) | u64::from(n) << 16));
+    (ranks.max().unwrap_or_default(), node)
 }
 
 /// The rank of a node in the order of an allocation; the highest is first.

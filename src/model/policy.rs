@@ -126,6 +126,9 @@ pub enum AddressRequest {
     Service(ObjectKey),
     /// So many that the controller chooses, at least one.
     Allocate(Allocate, u16),
+    /// One, of which the policy says nothing: the gateway's default address, or one that the controller chooses for this
+    /// policy alone.
+    Unspecified,
     /// None: what the policy covers leaves as if Egret were not there (`action: Direct`).
     Direct,
 }
@@ -136,7 +139,7 @@ impl AddressRequest {
         match self {
             AddressRequest::Explicit(pairs) => pairs.len(),
             AddressRequest::Allocate(_, count) => (*count).into(),
-            AddressRequest::Service(_) => 1,
+            AddressRequest::Service(_) | AddressRequest::Unspecified => 1,
             AddressRequest::Direct => 0,
         }
     }
@@ -292,6 +295,7 @@ fn address(namespaces: &Namespaces, spec: &EgressPolicySpec) -> Result<AddressRe
         }
         (Some(a), ..) => Ok(AddressRequest::Explicit([a.pair()].into())),
         (None, all @ [_, ..], None) => several(all),
+        (None, [], None) if count.is_none() => Ok(AddressRequest::Unspecified),
         (None, [], allocate) => {
             let (allocate, count) = (allocate.unwrap_or_default(), count.unwrap_or(1));
             if !(1..=MAX_POLICY_ADDRESSES).contains(&count) {

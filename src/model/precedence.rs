@@ -2,6 +2,7 @@
 
 use crate::api::Fallback;
 use crate::model::label_index::LabelIndex;
+use crate::model::opt_in;
 use crate::model::quota;
 use crate::model::selector::{Labels, Name};
 use crate::model::shared::Shared;
@@ -293,7 +294,7 @@ fn precedence(r: &Ranked) -> (Tier, Reverse<i32>, bool, i64, &PolicyKey) {
 
 /// Whether a policy is passed over.
 ///
-/// A policy without an egress IP, because it is refused or new, blocks what it covers: that traffic must not leave
+/// A policy without an egress IP, because it was rejected or is new, blocks what it covers: that traffic must not leave
 /// from another address. With `fallback: NodeAddress` the next policy decides instead. Otherwise a tenant could
 /// escape a ClusterEgressPolicy by asking for an address that is never given out. While a gateway is dead, its
 /// policies keep their egress IPs, and so their places.
@@ -305,8 +306,12 @@ pub fn passed_over(ranked: &Ranked, of_pod: &[&Ranked], has_allocation: bool) ->
     let Ranked { policy, .. } = ranked;
     if policy.is_direct() {
         let is_bound = matches!(policy.namespaces, Namespaces::One(_))
-            && of_pod.iter().any(|Ranked { policy: other, .. }| {
-                matches!(other.namespaces, Namespaces::Selected(_)) && other.tier != Tier::Admin && !other.is_direct()
+            && of_pod.iter().any(|Ranked { key, policy: other, .. }| {
+                // Who asks for a gateway may also exempt from it.
+                opt_in::gateway_of(key).is_none()
+                    && matches!(other.namespaces, Namespaces::Selected(_))
+                    && other.tier != Tier::Admin
+                    && !other.is_direct()
             });
         return is_bound.then_some(PassedOver::ClusterPolicy);
     }

@@ -161,6 +161,12 @@ impl Selector {
         self.0.iter().all(|r| r.key() == name_label)
     }
 
+    /// This selector, which also requires a label.
+    #[must_use]
+    pub fn with(&self, key: Name, value: Name) -> Self {
+        Selector(self.0.iter().cloned().chain([Requirement::Equals(key, value)]).collect())
+    }
+
     /// A selector that requires these labels, as a Service's `spec.selector`.
     pub fn equals<K: Into<Name>, V: Into<Name>>(labels: impl IntoIterator<Item = (K, V)>) -> Self {
         Selector(labels.into_iter().map(|(k, v)| Requirement::Equals(k.into(), v.into())).collect())

@@ -7,14 +7,37 @@ use crate::model::selector::Name;
 use crate::model::uplink_probes::ProbedFamilies;
 use std::fmt;
 
+/// Stands for the interface of the default route where an uplink has a name. No interface has a name with a space
+/// (`dev_valid_name`, net/core/dev.c).
+pub const DEFAULT_ROUTE: Name = arcstr::literal!("default route");
+/// Between the names of a gateway's `interfaces`, which are one name of an uplink. No interface has it in its name.
+pub const BETWEEN_INTERFACES: char = '/';
+/// Between an interface, or [`DEFAULT_ROUTE`], and the number of a VLAN on it, in the name of an uplink. No interface has it in
+/// its name.
+pub const BEFORE_VLAN: char = ':';
 /// The number of codes, see [`UplinkKey::code`].
 pub const CODES: u16 = 1 << 11;
+
+/// The interfaces that the name of an uplink stands for, in the order in which they are preferred; with a number, the VLAN on it
+/// is meant.
+pub fn interfaces_of(uplink: &str) -> impl Iterator<Item = (&str, Option<u16>)> {
+    uplink.split(BETWEEN_INTERFACES).map(|one| match one.split_once(BEFORE_VLAN) {
+        // No VLAN has the number 0: what cannot be read has no interface.
+        Some((interface, vlan)) => (interface, Some(vlan.parse().unwrap_or(0))),
+        None => (one, None),
+    })
+}
+
+/// Whether the name of an uplink stands for a VLAN.
+pub fn is_on_vlan(uplink: Option<&str>) -> bool {
+    uplink.is_some_and(|uplink| uplink.contains(BEFORE_VLAN))
+}
 
 /// One family of one uplink. An uplink with a gateway works while the probes of this gateway do not fail there.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct UplinkKey {
-    /// The interface, where the gateway names one. Without one, each address uses the interface of its network, or
-    /// else that of the default route.
+    /// The interface, where the gateway names one, or [`DEFAULT_ROUTE`]. Without one, each address uses the interface of
+    /// its network, or else that of the default route.
     pub interface: Option<Name>,
     /// Whether the family is IPv4.
     pub ipv4: bool,
@@ -91,6 +114,16 @@ mod tests {
         assert_eq!(keys[3].to_string(), "IPv6 by eth0");
         let one = AddressPair { ipv6: None, ..pair };
         assert_eq!(UplinkKey::of(&one, None).map(|key| key.to_string()).collect::<Vec<_>>(), ["IPv4"]);
+    }
+
+    #[test]
+    fn a_name_stands_for_interfaces_and_vlans() {
+        let of = |name| interfaces_of(name).collect::<Vec<_>>();
+        assert_eq!(of("eth1/bond0.7"), [("eth1", None), ("bond0.7", None)]);
+        assert_eq!(of("eth1:100/ens192:100"), [("eth1", Some(100)), ("ens192", Some(100))]);
+        assert_eq!(of("default route:7"), [("default route", Some(7))]);
+        assert_eq!(of("eth1:x"), [("eth1", Some(0))]);
+        assert!(is_on_vlan(Some("eth1:7")) && !is_on_vlan(Some("eth1")) && !is_on_vlan(None));
     }
 
     #[test]

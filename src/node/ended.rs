@@ -96,7 +96,7 @@ impl EndedConnections {
         let mut deleted = 0;
         if possible.is_some() || !self.allocations.is_empty() {
             deleted += conntrack::delete(&mut socket, ours, |c| {
-                let allocation = (c.mark & marks.allocation_mask()) as EgressId;
+                let allocation = (c.mark & marks.egress_id_mask()) as EgressId;
                 possible.is_some_and(|possible| !possible.contains(c.source, allocation))
                     || self.allocations.get(&c.source).is_some_and(|p| p.contains(&allocation))
             })?;
@@ -122,7 +122,7 @@ impl EndedConnections {
 /// pods on `local` allocations keep a changed port.
 pub fn delete_stale(marks: Marks, local: BTreeSet<EgressId>, replicas: Arc<Replicas>) {
     let stale =
-        MarkFilter { mark: marks.stale(), mask: marks.connection_of_allocation_mask() | marks.allocation_mask() };
+        MarkFilter { mark: marks.stale(), mask: marks.connection_of_allocation_mask() | marks.egress_id_mask() };
     in_background("deleted or replaced connections that are older than their allocations", move |socket| {
         let deleted = conntrack::update_entries(socket, stale, |c| {
             let replacement =

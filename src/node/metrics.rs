@@ -1,5 +1,6 @@
 //! The node daemon's metrics.
 
+use super::assign::AssignMetrics;
 use super::changed_ports::ReplicationMetrics;
 use super::fast_path::FastPathMetrics;
 use super::flow_log::FlowLogMetrics;
@@ -107,6 +108,7 @@ pub struct Metrics {
     dropped: Family<Reason, Counter>,
     other_ports: Counter,
     insertions_failed: Counter,
+    assign_hook: AssignMetrics,
     changed_ports: ReplicationMetrics,
     fast_path: FastPathMetrics,
     flow_log: FlowLogMetrics,
@@ -146,6 +148,7 @@ impl Metrics {
             dropped: Family::default(),
             other_ports: Counter::default(),
             insertions_failed: Counter::default(),
+            assign_hook: AssignMetrics::default(),
             changed_ports: ReplicationMetrics::default(),
             fast_path: FastPathMetrics::default(),
             flow_log: FlowLogMetrics::default(),
@@ -198,6 +201,7 @@ impl Metrics {
              ports, for one",
             metrics.insertions_failed.clone(),
         );
+        metrics.assign_hook.register(&mut registry);
         metrics.changed_ports.register(&mut registry);
         metrics.fast_path.register(&mut registry);
         metrics.flow_log.register(&mut registry);
@@ -227,6 +231,11 @@ impl Metrics {
         registry.register("faults", faults, metrics.faults.clone());
         registry.register("kernel_changes", "Changes made to the kernel's tables", metrics.changes.clone());
         (registry, metrics)
+    }
+
+    /// The metrics of the assign hook.
+    pub fn assign_hook(&self) -> AssignMetrics {
+        self.assign_hook.clone()
     }
 
     /// The metrics of the replication of connections with a changed port.

@@ -6,6 +6,7 @@
 
 mod adopted_files;
 mod adoption;
+mod assign;
 mod changed_ports;
 mod ended;
 mod events;
@@ -13,6 +14,7 @@ mod existing;
 mod fast_path;
 mod flow_log;
 mod forwarding;
+mod holders;
 mod holding;
 mod host;
 pub mod liveness;
@@ -36,6 +38,7 @@ pub use run::run;
 use crate::cluster::SourceName;
 use crate::model::marks::Marks;
 use crate::telemetry::server;
+pub use assign::Target as AssignHookTarget;
 pub use flow_log::Target as FlowLogTarget;
 pub use host::TunnelEgress;
 use ipnetwork::IpNetwork;
@@ -72,6 +75,8 @@ pub struct Options {
     /// How long packets of an established connection may go the fast way before one of them takes the kernel's own way
     /// again; `None`: all of them take it.
     pub fast_path_lease: Option<Duration>,
+    /// What brings an egress IP to this node before the node uses it; `None`: nothing has to.
+    pub assign_hook: Option<AssignHookTarget>,
     /// Where connections of egress IPs are recorded; `None`: nowhere.
     pub flow_log: Option<FlowLogTarget>,
     /// Addresses of the servers for metrics and health.

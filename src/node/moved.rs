@@ -104,7 +104,7 @@ impl Moved {
         let pods = MarkFilter { mark: marks.connection(0), mask: of_allocation };
         let peers = MarkFilter { mark: marks.connection_of_peer(0), mask: marks.connection_kind_mask() };
         let clean = queue.enqueue(move |socket| {
-            let allocation = |c: &Connection| (c.mark & marks.allocation_mask()) as EgressId;
+            let allocation = |c: &Connection| (c.mark & marks.egress_id_mask()) as EgressId;
             let is_wrong = |allocation, translated| self.is_wrong(allocation, translated);
             let (kept, gone) = self.kept(socket, marks)?;
             // First the entries for replies in flight: if an egress IP moves back at once, they conflict with the
@@ -149,7 +149,7 @@ impl Moved {
     /// entries of those whose egress IP has moved away.
     fn kept(&self, socket: &mut Socket, marks: Marks) -> Result<(HashMap<Tuple, Translated>, Vec<Tracked>)> {
         let pods = MarkFilter { mark: marks.connection(0), mask: marks.connection_of_allocation_mask() };
-        let allocation = |tracked: &Tracked| (tracked.mark & marks.allocation_mask()) as EgressId;
+        let allocation = |tracked: &Tracked| (tracked.mark & marks.egress_id_mask()) as EgressId;
         let port = |tracked: &Tracked| kept_port(tracked, self.egress.get(&allocation(tracked))?);
         let is_kept = |tracked: &Tracked| {
             self.is_wrong(allocation(tracked), tracked.back.destination != tracked.out.source)

@@ -1,4 +1,4 @@
-//! Assignment of pod marks to pods' interfaces.
+//! Assignment of pod marks to pods' interfaces. A pod mark is its index here: `Marks::pod_mark` makes the whole mark.
 
 use crate::model::marks::MAX_INDEX;
 use std::collections::{HashMap, HashSet};

@@ -43,6 +43,9 @@ const ANSWERS: Duration = Duration::from_millis(2);
 const DATAPATH_READY: &str = "DatapathReady";
 /// The condition that says whether packets of established connections go the fast way, on nodes that are to have it.
 const FAST_PATH: &str = "FastPath";
+/// The condition that says whether packets of selected pods arrive at nf_tables, on nodes where other programs' eBPF could
+/// take them elsewhere.
+const PODS_ARRIVE: &str = "PodsArrive";
 
 /// The largest number of faults in a node's status. A node with a tunnel address of the wrong family has one for every
 /// other node.
@@ -86,6 +89,8 @@ pub struct Own<'a> {
     pub kernel: Option<Result<(), &'a str>>,
     /// Whether packets go the fast way; `None` if they are not to.
     pub fast_path: Option<fast_path::Status>,
+    /// Whether selected pods' packets arrive at nf_tables, or what takes them elsewhere; `None` if nothing could.
+    pub arrivals: Option<Result<(), String>>,
 }
 
 /// A status to write.
@@ -156,7 +161,7 @@ impl Report {
             ports_nearly_exhausted: own.ports_nearly_exhausted.to_vec(),
             direct: direct.collect(),
             faults: faults.iter().take(FAULTS).map(Fault::from).collect(),
-            conditions: self.conditions(kernel, own.fast_path.as_ref()),
+            conditions: self.conditions(kernel, own),
         };
         let nodes = u32::try_from(nodes).unwrap_or(u32::MAX);
         self.published.send_if_modified(|published| {
@@ -166,9 +171,9 @@ impl Report {
         });
     }
 
-    /// The conditions `DatapathReady` and, where there is to be a fast path, `FastPath`. A failure that passes does not
-    /// change them.
-    fn conditions(&self, kernel: Option<Result<(), &str>>, fast_path: Option<&fast_path::Status>) -> Vec<Condition> {
+    /// The conditions `DatapathReady` and, where they are of use, `FastPath` and `PodsArrive`. A failure that passes does
+    /// not change them.
+    fn conditions(&self, kernel: Option<Result<(), &str>>, own: &Own) -> Vec<Condition> {
         let published = self.published.borrow();
         let before = published.as_ref().map(|published| published.status.conditions.as_slice()).unwrap_or_default();
         let mut conditions = Conditions::new(before, None, Timestamp::now().as_second());
@@ -177,9 +182,14 @@ impl Report {
             Some(Ok(())) => conditions.add(DATAPATH_READY, true, "InSync", "the kernel has what policies need"),
             Some(Err(lacking)) => conditions.add(DATAPATH_READY, false, "KernelRefuses", lacking),
         }
-        if let Some(status) = fast_path {
+        if let Some(status) = &own.fast_path {
             let reason = if status.closed.is_some() { "Closed" } else { "Open" };
             conditions.add(FAST_PATH, status.closed.is_none(), reason, status.to_string());
+        }
+        match &own.arrivals {
+            None => {}
+            Some(Ok(())) => conditions.add(PODS_ARRIVE, true, "Arrive", "packets of selected pods arrive at nf_tables"),
+            Some(Err(why)) => conditions.add(PODS_ARRIVE, false, "Diverted", why.clone()),
         }
         conditions.finish()
     }

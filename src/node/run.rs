@@ -2,7 +2,7 @@
 
 use super::events::{Event, Sources, Timers};
 use super::state::{Listeners, Node, Outcome, Stopping};
-use super::{Options, liveness, metrics, socket, taint, uplink_probes};
+use super::{Options, holders, liveness, metrics, socket, taint, uplink_probes};
 use crate::cluster::{self, OfflineCache, Scope, Source, Statuses};
 use crate::datapath::watch::Watch;
 use crate::install::keep;
@@ -124,8 +124,10 @@ impl Daemon {
         tokio::spawn(liveness::watch(options.liveness, wanted, peers));
         let (probes, to_probe) = watch::channel(uplink_probes::Wanted::default());
         let (found_by_probes, findings) = watch::channel(uplink_probes::Findings::default());
+        let (held, to_answer) = watch::channel(holders::Held::default());
+        tokio::spawn(holders::answer(to_answer));
         let lookup = source.lookup.clone();
-        let listeners = Listeners { adopted, link: messages, targets, probes, lookup, ready };
+        let listeners = Listeners { adopted, link: messages, targets, probes, held, lookup, ready };
         let kernel = Watch::open().context("the kernel's notifications")?;
         let snapshot = source.snapshots.borrow_and_update().clone();
         let probe_metrics = metrics.uplink_probes();

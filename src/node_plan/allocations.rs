@@ -2,26 +2,25 @@
 
 mod allocation;
 mod peer_reports;
+mod viewpoint;
 
 pub use allocation::{AllocationState, Assignment, NodeAllocation, Placing, Role};
 
-use crate::api::{Allocation, AllocationKind, Placement};
-use crate::model::bandwidth::Bandwidth;
+use crate::api::Placement;
 use crate::model::drain::is_drained;
-use crate::model::marks::{EgressId, MAX_INDEX};
+use crate::model::marks::{EgressId, MAX_UPLINK};
 use crate::model::networks::merged;
-use crate::model::ownership::{self, Liveness, OwnershipInputs};
+use crate::model::ownership::Liveness;
 use crate::model::selector::Name;
-use crate::model::spread::{Choice, Division, Near};
+use crate::model::spread::{Choice, Division};
 use crate::model::uplink_key::UplinkKey;
 use crate::model::{AddressRange, AddressRequest, Client, Cluster, Gateway, Policy, PolicyKey, treatment};
-use allocation::is_here;
-use arcstr::literal;
 use egret_nft::mac::Mac;
 use peer_reports::PeerReports;
 use smallvec::SmallVec;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+use viewpoint::{Viewpoint, capacities};
 
 /// What a node knows about itself and about the liveness of others, besides the cluster's state.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -36,6 +35,8 @@ pub struct Facts {
     pub lost: BTreeMap<Name, BTreeSet<UplinkKey>>,
     /// Egress IPs that this node holds although it has lost one of their families.
     pub partial: BTreeSet<EgressId>,
+    /// Egress IPs that this node must not use before the assign hook has brought them here.
+    pub unassigned: BTreeSet<EgressId>,
     /// Egress IPs that this node has taken over, with the `since` of the allocation at that time.
     pub taken: BTreeMap<EgressId, i64>,
     /// Egress IPs that are being put onto the uplink: no other host on the link has them.
@@ -114,17 +115,18 @@ impl NodeAllocations {
                 .collect();
             let drained = |name: &&Name| cluster.nodes.get(*name).is_some_and(|node| is_drained(gateway, node));
             liveness.drained = members.iter().filter(drained).cloned().collect();
+            let most = capacities(cluster, gateway, &members, &mut liveness);
             let selected = labels.is_some_and(|l| gateway.nodes.matches(l));
             let named = gateway.status.allocations.iter().flat_map(|entry| [&entry.node, &entry.leaving]);
             let named: BTreeSet<&str> = named.flatten().map(|name| &**name).collect();
             let gone = labels.is_none();
             let mut needed = BTreeSet::new();
             let uplink = if selected || named.contains(node) { out.uplink_index(gateway) } else { Some(0) };
+            let (members, ends) = (members.as_slice(), &ends);
+            let viewpoint = Viewpoint { cluster, node, name, gateway, members, selected, gone, uplink, facts, ends };
+            let together = viewpoint.together(&reports, &mut liveness, &most);
             for entry in &gateway.status.allocations {
-                let (members, ends) = (members.as_slice(), &ends);
-                let viewpoint =
-                    Viewpoint { cluster, node, name, gateway, members, selected, gone, uplink, facts, ends };
-                let mut allocation = viewpoint.allocation(entry, &reports, &liveness);
+                let mut allocation = viewpoint.allocation(entry, &reports, &liveness, together.as_ref());
                 if allocation.is_member() {
                     let policies = entry.policies.iter().filter_map(|key| Some((key, &**cluster.policies.get(key)?)));
                     allocation.dscp = treatment::dscp(policies.clone()).map(|(dscp, _)| dscp);
@@ -149,7 +151,7 @@ impl NodeAllocations {
                 allocations.push((entry.id, allocation));
             }
             out.is_gateway |= selected;
-            let nodes: BTreeSet<Name> = members.into_iter().chain(named.into_iter().map(Into::into)).collect();
+            let nodes: BTreeSet<Name> = members.iter().cloned().chain(named.into_iter().map(Into::into)).collect();
             out.gateway_nodes.insert(name.clone(), nodes);
             out.gateway_uplinks.insert(name.clone(), needed);
         }
@@ -189,6 +191,7 @@ impl NodeAllocations {
                     let choice = Choice::numbered(id, allocation.ordinal, allocation.choice());
                     (allocation.ordinal < *count).then_some(choice)
                 }
+                AddressRequest::Unspecified => Some(Choice::numbered(id, 0, allocation.choice())),
                 AddressRequest::Direct => None,
             }
         });
@@ -220,7 +223,7 @@ impl NodeAllocations {
         gateways.filter_map(|(gateway, _)| self.gateway_uplinks.get(gateway)).flatten().cloned().collect()
     }
 
-    /// The index of a gateway's uplink; 0 for the main table. A mark has no room for more than [`MAX_INDEX`]: then it
+    /// The index of a gateway's uplink; 0 for the main table. A mark has no room for more than [`MAX_UPLINK`]: then it
     /// is `None`.
     fn uplink_index(&mut self, gateway: &Gateway) -> Option<u16> {
         if gateway.next_hop.is_empty() {
@@ -229,7 +232,7 @@ impl NodeAllocations {
         let uplink =
             Uplink { interface: gateway.interface.clone(), next_hop: (gateway.next_hop.ipv4, gateway.next_hop.ipv6) };
         let at = self.uplinks.iter().position(|u| *u == uplink).unwrap_or(self.uplinks.len());
-        if at >= usize::from(MAX_INDEX) {
+        if at >= usize::from(MAX_UPLINK) {
             return None;
         }
         if at == self.uplinks.len() {
@@ -257,175 +260,6 @@ fn tunnel_ends(cluster: &Cluster) -> BTreeMap<&str, End<'_>> {
         }
     }
     ends
-}
-
-/// The point of view from which allocations of one gateway are computed.
-struct Viewpoint<'a> {
-    cluster: &'a Cluster,
-    node: &'a str,
-    name: &'a Name,
-    gateway: &'a Gateway,
-    members: &'a [Name],
-    /// Whether this node matches the gateway's nodeSelector.
-    selected: bool,
-    /// Whether this node no longer exists in the cluster: other nodes take over what it holds, and ignore its status.
-    gone: bool,
-    /// `None`: this node has no index left for the next hop of the gateway.
-    uplink: Option<u16>,
-    facts: &'a Facts,
-    ends: &'a BTreeMap<&'a str, End<'a>>,
-}
-
-impl Viewpoint<'_> {
-    fn allocation(&self, entry: &Allocation, reports: &PeerReports, liveness: &Liveness) -> NodeAllocation {
-        let Viewpoint { node, gateway, facts, .. } = *self;
-        let here = is_here(&entry.address, entry.id, facts);
-        let external = gateway.placement == Placement::External;
-        let managed = !external && entry.kind != AllocationKind::Node;
-        let by_allocations = entry.node.as_deref() == Some(node);
-        let leaves = entry.leaving.as_deref() == Some(node);
-        let member = self.selected || managed && (by_allocations || leaves || here);
-
-        let takers: Vec<&str> = match () {
-            () if external => self.reporters(entry, reports, liveness, here),
-            () if managed => reports.takers(entry),
-            () => Vec::new(),
-        };
-        let (interface, probed) = (gateway.interface.as_ref(), gateway.probed());
-        let needs: Vec<UplinkKey> = UplinkKey::with_probes(&entry.address, interface, self.name, probed).collect();
-        let standing = OwnershipInputs {
-            id: entry.id,
-            node: entry.node.as_deref(),
-            leaving: entry.leaving.as_deref().filter(|_| managed),
-            arrived: entry.node.as_deref().is_some_and(|n| reports.holds(n, entry.id, here)),
-            takers: &takers,
-            // An address that Egret does not place does not move with the allocation.
-            members: if managed { self.members } else { &[] },
-            needs: if managed { &needs } else { &[] },
-        };
-        let owner = ownership::owner(standing, liveness);
-        let mine = owner == Some(node);
-        let arriving = by_allocations && standing.leaving.is_some() && liveness.is_alive(node);
-        let placing = match owner {
-            _ if !managed || !member => Placing::Never,
-            _ if self.gone => Placing::Leave,
-            _ if arriving && !standing.arrived => Placing::TakeHanded,
-            Some(_) if mine && standing.leaving.is_some_and(|old| liveness.is_alive(old)) => Placing::TakeHanded,
-            Some(_) if mine => Placing::Take,
-            Some(other) if !reports.holds(other, entry.id, false) && !reports.refuses(other, entry.id) => Placing::Keep,
-            None if entry.node.is_some() => Placing::Keep,
-            _ => Placing::Leave,
-        };
-        let state = if mine && facts.relinquished.contains(&entry.id) {
-            // The status of the node that took over has not arrived. It must be the first one in the order of the
-            // allocation, without this node.
-            let mut without = liveness.clone();
-            without.dead.insert(node.into());
-            self.state(entry, ownership::owner(standing, &without), member, here)
-        } else {
-            self.state(entry, owner, member, here)
-        };
-        let unready = matches!(state, AllocationState::Unready(_));
-        let announces = entry.service.is_some() && state == AllocationState::Local;
-        let refused = facts.refused.contains_key(&entry.id);
-        let from = standing.leaving.filter(|old| by_allocations && *old != node && liveness.is_alive(old));
-        let role = match () {
-            () if !member => Role::Source,
-            () if self.uplink.is_some() && if managed { !refused } else { !unready } => Role::Translator,
-            () => Role::Member,
-        };
-        let assignment = match () {
-            () if by_allocations => Assignment::Here,
-            // An address that the host has on its own was not taken over by Egret.
-            () if mine && managed && here && !refused && !leaves => Assignment::TakenOver,
-            () => Assignment::Elsewhere,
-        };
-        NodeAllocation {
-            gateway: self.name.clone(),
-            address: entry.address.clone(),
-            service: entry.service.clone(),
-            state,
-            role,
-            placement: if managed { Placement::Managed } else { Placement::External },
-            handed_by: from.and_then(|old| self.ends.get(old)).map(|end| end.mac),
-            answers_ping: managed && gateway.answer_ping,
-            ordinal: entry.ordinal,
-            placed: owner.is_some_and(|owner| reports.holds(owner, entry.id, here)) || announces,
-            is_held: reports.any_holds(entry.id, here),
-            near: Near::of(self.cluster, node, owner),
-            placing,
-            assignment,
-            since: entry.since,
-            interface: gateway.interface.clone(),
-            probed,
-            dscp: None,
-            bandwidth: Bandwidth::default(),
-            uplink: self.uplink.unwrap_or_default(),
-        }
-    }
-
-    /// External placement: this node if it has the address on an interface. Otherwise the nodes that report so, unless
-    /// the node that the allocation names is one of them.
-    fn reporters<'b>(
-        &'b self,
-        entry: &Allocation,
-        reports: &PeerReports,
-        liveness: &Liveness,
-        here: bool,
-    ) -> Vec<&'b str> {
-        if here && self.selected {
-            return vec![self.node];
-        }
-        let has = |name: &&str| liveness.is_alive(name) && reports.has_address(name, entry.id, here);
-        if entry.node.as_deref().is_some_and(|node| has(&node)) {
-            return Vec::new();
-        }
-        self.members.iter().map(|name| &**name).filter(has).collect()
-    }
-
-    fn state(&self, entry: &Allocation, owner: Option<&str>, member: bool, here: bool) -> AllocationState {
-        let name = self.name;
-        let unready = |text: String| AllocationState::Unready(text.into());
-        let (managed, external) = (entry.kind != AllocationKind::Node, self.gateway.placement == Placement::External);
-        match owner {
-            None => unready(match &entry.node {
-                None if let Some(service) = &entry.service => {
-                    format!("no node of gateway {name} announces the address of Service {service}")
-                }
-                None => format!(
-                    "gateway {name} has no node for it; label a node so that it matches the gateway's nodeSelector"
-                ),
-                Some(node) if managed && !external => {
-                    format!("node {node} does not answer, nor does any other node of gateway {name}")
-                }
-                Some(node) => format!("node {node} does not answer, and its address is on no other node"),
-            }),
-            Some(owner) if owner == self.node => match self.facts.refused.get(&entry.id) {
-                Some(why) => unready(why.clone()),
-                None if self.uplink.is_none() => unready(format!(
-                    "node {owner} already has {MAX_INDEX} next hops of gateways, the most that are possible"
-                )),
-                // The node may announce a Service's address that is on no interface.
-                None if external && !here && entry.service.is_none() => {
-                    AllocationState::Unready(literal!("its address is on no node of the gateway"))
-                }
-                None if !member => unready(format!("this node no longer belongs to gateway {name}")),
-                None if managed && !external && !here && !self.facts.coming.contains(&entry.id) => {
-                    // Until the address is here, packets go to the node before, as they did.
-                    let before = entry.node.as_deref().and_then(|node| self.ends.get(node));
-                    before.filter(|_| entry.node.as_deref() != Some(self.node)).map_or_else(
-                        || AllocationState::Unready(literal!("its address is being put onto the uplink")),
-                        |end| AllocationState::Remote(end.mac),
-                    )
-                }
-                None => AllocationState::Local,
-            },
-            Some(owner) => match self.ends.get(owner) {
-                Some(end) => AllocationState::Remote(end.mac),
-                None => unready(format!("node {owner} has not reported its tunnel address; is egretd running there?")),
-            },
-        }
-    }
 }
 
 #[cfg(test)]

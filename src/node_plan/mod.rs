@@ -207,10 +207,17 @@ pub struct NodePlan {
     pub device: u32,
     /// How packets come from there to the other nodes.
     pub way: TunnelWay,
+    /// The indexes of selected pods' interfaces whose packets come by ifb devices; `None` if there never were any.
+    pub limited: Option<BTreeSet<u32>>,
     /// The address that other nodes send tunnel packets to.
     pub local: Option<IpAddr>,
     /// Whether the kernel can report connections whose port it has changed.
     pub port_log: bool,
+    /// Whether another program writes whole marks that have Egret's bits.
+    pub foreign_marks: bool,
+    /// If packets to egress IPs come in by interfaces in VRFs: the networks of pods that have routing rules for source
+    /// validation.
+    pub from_vrf: Option<Vec<IpNetwork>>,
     /// Whether others can flush the tables, and something else is to hold the pods then.
     pub flush_guard: bool,
 }
@@ -226,13 +233,34 @@ pub enum TunnelWay {
         /// The index of the tunnel device.
         tunnel: u32,
     },
+    /// Both chains are there. Packets are routed into the pair of veths, because some of them pass no egress hook.
+    Both {
+        /// The index of the tunnel device.
+        tunnel: u32,
+    },
+}
+
+impl TunnelWay {
+    /// Whether a chain is at the egress hook of the tunnel device.
+    pub fn has_hook(self) -> bool {
+        !matches!(self, TunnelWay::Veths { .. })
+    }
+
+    /// The index of the tunnel device if a chain is on the pair of veths.
+    pub fn by_veths(self) -> Option<u32> {
+        match self {
+            TunnelWay::EgressHook => None,
+            TunnelWay::Veths { tunnel } | TunnelWay::Both { tunnel } => Some(tunnel),
+        }
+    }
 }
 
 impl NodePlan {
     /// The allocations that this node's pods use and that have just moved here, with the nodes that held them before.
     pub fn moved_here(&self) -> impl Iterator<Item = (EgressId, Mac)> {
         let is_here = |id: &EgressId| {
-            self.allocations.get(id).is_some_and(|allocation| allocation.state == AllocationState::Local)
+            let is_here = |a: &NodeAllocation| a.state == AllocationState::Local && a.handed_to.is_none();
+            self.allocations.get(id).is_some_and(is_here)
         };
         self.handed.iter().filter(move |(id, _)| is_here(id)).map(|(id, (_, mac))| (*id, *mac))
     }
@@ -315,13 +343,13 @@ impl NodePlan {
 /// memory.
 const MAX_ENTRIES: usize = 1_000_000;
 
-/// The name of a pod's chain. It has the pod mark and the interface index, so that a restarted daemon finds the pod
-/// mark again.
+/// The name of a pod's chain. It has the index of the pod mark and the interface index, so that a restarted daemon finds
+/// the pod mark again.
 pub fn chain_name(pod_mark: u16, interface_index: u32) -> Arc<str> {
     format!("pod-{pod_mark}-{interface_index}").into()
 }
 
-/// Parses the pod mark and the interface index from the name of a pod's chain.
+/// Parses the index of the pod mark and the interface index from the name of a pod's chain.
 pub fn parse_chain_name(name: &str) -> Option<(u16, u32)> {
     let (pod_mark, index) = name.strip_prefix("pod-")?.split_once('-')?;
     Some((pod_mark.parse().ok()?, index.parse().ok()?))

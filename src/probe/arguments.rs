@@ -47,13 +47,13 @@ pub struct ProbeArguments {
     /// How to ask
     #[arg(long, value_delimiter = ',', value_enum, default_value = "tcp")]
     pub way: Vec<Way>,
-    /// Milliseconds from one question to the next
+    /// Milliseconds from one request to the next
     #[arg(long, default_value_t = 100)]
     pub interval: u64,
     /// Milliseconds to wait for an answer
     #[arg(long, default_value_t = 2000)]
     pub patience: u64,
-    /// How many questions to ask; 0: no end
+    /// How many requests to ask; 0: no end
     #[arg(long, default_value_t = 0)]
     pub count: u64,
 }

@@ -20,7 +20,7 @@ use tokio::time::{sleep, timeout};
 /// The longest answer that is read, bytes.
 const LONGEST: usize = 64 << 10;
 
-/// How long a question on an open connection may wait: TCP sends a lost packet again after ever longer times (RFC 6298,
+/// How long a request on an open connection may wait: TCP sends a lost packet again after ever longer times (RFC 6298,
 /// 5.5), so it is late after a short pause, and not lost.
 const HELD_PATIENCE: Duration = Duration::from_secs(15);
 
@@ -37,18 +37,18 @@ pub struct Options {
     pub tls: bool,
     /// How to ask.
     pub ways: Vec<Way>,
-    /// The time from one question to the next.
+    /// The time from one request to the next.
     pub interval: Duration,
     /// How long to wait for an answer.
     pub patience: Duration,
-    /// How many questions to ask each way; 0: no end.
+    /// How many requests to ask each way; 0: no end.
     pub count: u64,
 }
 
 /// Who is told of each answer.
 pub type Tell = Arc<dyn Fn(&Answer) + Send + Sync>;
 
-/// Asks until all questions are asked.
+/// Asks until all requests are asked.
 pub async fn run(options: Options, tell: Tell) {
     let begun = Instant::now();
     let mut tasks = JoinSet::new();

@@ -37,7 +37,7 @@ impl fmt::Display for Way {
     }
 }
 
-/// One question and its answer, or the lack of one.
+/// One request and its answer, or the lack of one.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Answer {
     /// When it was asked, milliseconds since the client began.

@@ -1,7 +1,7 @@
 //! The server: it answers each HTTP request and each datagram with the source address that it sees.
 //!
 //! The answer is the address alone, so that programs can read it; the header `Egret-Peer` has the port as well. One line a
-//! question goes to standard output: the address and the path.
+//! request goes to standard output: the address and the path.
 
 use anyhow::Context;
 use http_body_util::Full;

@@ -18,7 +18,7 @@ pub enum Format {
 }
 
 /// Sends the process's logs to stderr. `filter` is a level (`info`), or levels by module
-/// (`info,egret::datapath=debug`).
+/// (`info,egret::node=debug`).
 ///
 /// # Errors
 /// The filter cannot be parsed, or logging was set up already.
@@ -26,7 +26,7 @@ pub fn init(format: Format, filter: &str) -> anyhow::Result<()> {
     let filter: Targets = filter.parse().with_context(|| {
         format!(
             "log level {filter:?} is not valid; write error, warn, info, debug or trace, \
-             or levels by module as in info,egret::datapath=debug"
+             or levels by module as in info,egret::node=debug"
         )
     })?;
     let layer = fmt::layer().with_writer(std::io::stderr);

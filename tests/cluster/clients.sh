@@ -79,7 +79,7 @@ pauses() {
     kn logs "$pod" --tail=-1 2>/dev/null |
       awk '$2 == "-" { lost++; next } $2 == "closed" { next }
            before && $1 - before > gap { gap = $1 - before } { before = $1; n++ } END { print gap + 0, lost + 0, n + 0 }'
-  done | awk '$1 > gap { gap = $1 } { lost += $2; n += $3 } END { printf "%.2f s, %d of %d questions without an answer\n", gap, lost, n + lost }'
+  done | awk '$1 > gap { gap = $1 } { lost += $2; n += $3 } END { printf "%.2f s, %d of %d requests without an answer\n", gap, lost, n + lost }'
 }
 
 # The last answer to each of these pods is the egress IP, or the given address.
@@ -111,5 +111,5 @@ assert_servers_own_log() {
   wrong=$(awk -v egress="$address" '
     index($2, "?visitor.") && $1 != egress || index($2, "?other.") && $1 == egress' "$work/server" | sort | uniq -c | sed -n 1,20p)
   [ -z "$wrong" ] || fail "$1: the server saw: $wrong"
-  figure 'questions of theirs that the server itself wrote down, none from elsewhere' "$(grep -cF "?visitor." "$work/server")"
+  figure 'requests of theirs that the server itself wrote down, none from elsewhere' "$(grep -cF "?visitor." "$work/server")"
 }

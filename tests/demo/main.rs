@@ -15,6 +15,7 @@ const EGRESS6: &str = "2001:db8::50";
 
 fn main() -> ExitCode {
     let begin = Instant::now();
+    lab::machine::print_no_notes();
     let right = demo();
     println!();
     if right {

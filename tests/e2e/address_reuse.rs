@@ -63,7 +63,7 @@ fn a_late_del_without_the_daemon_does_not_lift_the_next_pods_quarantine() {
     assert!(second.pod.udp_who(EXT4).is_err());
     first.egret("DEL");
     assert!(second.pod.udp_who(EXT4).is_err(), "the late DEL let it out");
-    lab.assert_silence();
+    lab.assert_nothing_arrives();
     lab.daemon("n1").restart();
     lab.wait_ready("n1");
     lab.wait_seen_as(&second.pod, EGRESS4);

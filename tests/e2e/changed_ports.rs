@@ -1,7 +1,7 @@
 //! Sessions whose source port the gateway changed because another session had it, and idle sessions whose port others
 //! want: both survive. Needs root.
 
-use lab::fault_injection::{cordoned, holders, owner_and_other, plugged};
+use lab::fault_injection::{cordoned, owner_and_other, plugged, wait_holder};
 use lab::scene::egress_towards;
 use lab::server::{ECHO, UDP_PEER};
 use lab::{Lab, Pod, SERVERS, VISITOR, machine};
@@ -80,7 +80,7 @@ fn round_trip(tcp: &mut TcpStream) -> std::io::Result<()> {
     tcp.read_exact(&mut [0; 6])
 }
 
-/// The source that the server sees. The question is repeated, because a datagram may be lost while a gateway node
+/// The source that the server sees. The request is repeated, because a datagram may be lost while a gateway node
 /// dies.
 fn peer(udp: &UdpSocket) -> std::io::Result<SocketAddr> {
     let mut buffer = [0; 64];
@@ -123,12 +123,12 @@ fn every_session_keeps_its_changed_port_in_a_planned_move_and_back() {
     let pods = pods(&lab, &["n1", "n2", "g1", "g2"]);
     let mut sessions = collide(&lab, &pods);
     cordoned(&lab, &owner, true);
-    lab.wait_for("the address is on", &vec![other.clone()], || holders(&lab));
+    wait_holder(&lab, &other);
     thread::sleep(Duration::from_secs(2));
     assert_all_live("moved", &mut sessions);
     cordoned(&lab, &owner, false);
     cordoned(&lab, &other, true);
-    lab.wait_for("the address is on", &vec![owner.clone()], || holders(&lab));
+    wait_holder(&lab, &owner);
     thread::sleep(Duration::from_secs(2));
     assert_all_live("moved back", &mut sessions);
     lab.assert_nothing_leaked();
@@ -142,7 +142,7 @@ fn every_session_keeps_its_changed_port_when_a_gateway_node_dies() {
     let mut sessions = collide(&lab, &pods);
     thread::sleep(Duration::from_secs(2));
     plugged(&lab, &owner, false);
-    lab.wait_for("the address is on", &vec![other.clone()], || holders(&lab));
+    wait_holder(&lab, &other);
     thread::sleep(Duration::from_secs(2));
     assert_all_live("dead", &mut sessions);
     lab.assert_nothing_leaked();
@@ -176,12 +176,12 @@ fn idle_sessions_keep_their_ports_in_a_planned_move_and_new_ones_get_others() {
     let pods = pods(&lab, &["n1", &owner, &other, "n2", "n2"]);
     let mut sessions = apart(&lab, &pods[..3]);
     cordoned(&lab, &owner, true);
-    lab.wait_for("the address is on", &vec![other.clone()], || holders(&lab));
+    wait_holder(&lab, &other);
     thread::sleep(Duration::from_secs(2));
     let _first = assert_outlive("moved", &lab, &pods[3], &mut sessions);
     cordoned(&lab, &owner, false);
     cordoned(&lab, &other, true);
-    lab.wait_for("the address is on", &vec![owner.clone()], || holders(&lab));
+    wait_holder(&lab, &owner);
     thread::sleep(Duration::from_secs(2));
     let _second = assert_outlive("moved back", &lab, &pods[4], &mut sessions);
     lab.assert_nothing_leaked();
@@ -194,7 +194,7 @@ fn idle_sessions_keep_their_ports_when_a_gateway_node_dies_and_new_ones_get_othe
     let pods = pods(&lab, &["n1", &other, "n2"]);
     let mut sessions = apart(&lab, &pods[..2]);
     plugged(&lab, &owner, false);
-    lab.wait_for("the address is on", &vec![other.clone()], || holders(&lab));
+    wait_holder(&lab, &other);
     thread::sleep(Duration::from_secs(2));
     let _new = assert_outlive("dead", &lab, &pods[2], &mut sessions);
     lab.assert_nothing_leaked();
@@ -224,7 +224,7 @@ fn restarted_daemons_learn_the_changed_ports_again_and_drop_ended_sessions() {
     drop(ended);
     lab.wait_for("replicas, two TCP sessions less:", &all.map(|all| all - 2.0), || replicas(&lab, &other));
     plugged(&lab, &owner, false);
-    lab.wait_for("the address is on", &vec![other.clone()], || holders(&lab));
+    wait_holder(&lab, &other);
     thread::sleep(Duration::from_secs(2));
     assert_all_live("dead", &mut sessions);
     lab.assert_nothing_leaked();
@@ -271,13 +271,13 @@ fn idle_sessions_beside_a_busy_client_survive_a_planned_move_and_the_next_owners
     let (mut sessions, changed) = beside_a_busy_client(&lab);
     assert!(changed > 0, "no port was changed");
     cordoned(&lab, &owner, true);
-    lab.wait_for("the address is on", &vec![other.clone()], || holders(&lab));
+    wait_holder(&lab, &other);
     thread::sleep(Duration::from_secs(2));
     let moved = broken(&mut sessions);
     println!("{} sessions, {changed} with another port: {} broke in a planned move", sessions.len(), moved.len());
     cordoned(&lab, &owner, false);
     plugged(&lab, &other, false);
-    lab.wait_for("the address is on", &vec![owner.clone()], || holders(&lab));
+    wait_holder(&lab, &owner);
     thread::sleep(Duration::from_secs(2));
     let dead = broken(&mut sessions);
     println!("{} broke in a death", dead.len());

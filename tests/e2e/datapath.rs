@@ -66,7 +66,7 @@ fn traffic_inside_the_cluster_is_not_affected() {
         let _in_the_pod = Server::start(&pod);
         assert!(node.who(pod.ipv4()).is_ok() && node.who(pod.ipv6()).is_ok(), "{} to its pod", node.name);
     }
-    lab.assert_silence();
+    lab.assert_nothing_arrives();
 }
 
 #[test]

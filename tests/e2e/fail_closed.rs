@@ -73,7 +73,7 @@ fn with_the_daemon_away_free_pods_start_and_others_are_quarantined_until_it_is_b
         let other = lab.add_pod(node, "shop", &format!("other-{node}"), &[("app", "other")]);
         assert_blocked(&held);
         assert_blocked(&other);
-        lab.assert_silence();
+        lab.assert_nothing_arrives();
         for pod in [&held, &other] {
             assert_eq!(pod.who(inside.ipv4()).ok(), Some(pod.ipv4().into()), "{} to the cluster", pod.name);
             assert_eq!(pod.who(inside.ipv6()).ok(), Some(pod.ipv6().into()), "{} to the cluster", pod.name);
@@ -111,7 +111,7 @@ fn without_a_node_for_the_gateway_traffic_is_blocked_and_counted() {
     lab.forget_wire();
     pods.iter().for_each(assert_blocked);
     assert_blocked(&lab.add_pod("n2", "shop", "new", VISITOR));
-    lab.assert_silence();
+    lab.assert_nothing_arrives();
     for pod in &pods {
         let metrics = lab.metrics(&pod.node.name);
         assert!(metrics.dropped("blocked").is_some_and(|n| n >= 4.0), "{}: {metrics:?}", pod.node.name);
@@ -129,7 +129,7 @@ fn a_policy_whose_gateway_does_not_exist_blocks() {
     lab.wait_until("the pod is blocked", Duration::from_secs(10), || pod.udp_who(EXT4).is_err());
     lab.forget_wire();
     assert_blocked(&pod);
-    lab.assert_silence();
+    lab.assert_nothing_arrives();
 }
 
 /// Packets of old and new connections, without waiting for replies.

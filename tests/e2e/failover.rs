@@ -1,8 +1,8 @@
 //! Gateway nodes die, freeze, return, and are drained: connections survive, and nothing leaks. Needs root.
 
 use lab::fault_injection::{
-    self, THOUSAND, all_of, answered_after, cut, dies, holders, label, owner_and_other, plugged, thousand_allocations,
-    three_gateways, tunnel_between,
+    self, THOUSAND, all_of, answered_after, assert_stays, cut, dies, holders, label, owner_and_other, plugged,
+    thousand_allocations, three_gateways, tunnel_between, wait_holder,
 };
 use lab::scene::{assert_blocked, assert_leaves_by_egress, visitors};
 use lab::survival::{assert_live, assert_short, sessions};
@@ -59,11 +59,7 @@ fn connections_survive_a_lost_link_and_the_gateway_node_gets_nothing_back() {
 
     let sessions = self::sessions(&pods);
     plugged(&lab, &owner, true);
-    let begin = Instant::now();
-    while begin.elapsed() < Duration::from_secs(5) {
-        assert_eq!(holders(&lab), [other.as_str()], "{:?} after its return", begin.elapsed());
-        thread::sleep(Duration::from_millis(50));
-    }
+    assert_stays(&lab, &other, Duration::from_secs(5), || ());
     let longest = assert_live("return", sessions);
     assert_short(longest, 150);
     let returned = lab.add_pod(&owner, "shop", "returned", VISITOR);
@@ -78,11 +74,7 @@ fn a_daemon_that_dies_moves_nothing() {
     let pods = pods(&lab, &other);
     let sessions = sessions(&pods);
     lab.daemon(&owner).kill9();
-    let begin = Instant::now();
-    while begin.elapsed() < Duration::from_secs(4) {
-        assert_eq!(holders(&lab), [owner.as_str()]);
-        thread::sleep(Duration::from_millis(50));
-    }
+    assert_stays(&lab, &owner, Duration::from_secs(4), || ());
     lab.daemon(&owner).restart();
     lab.wait_ready(&owner);
     thread::sleep(Duration::from_secs(3));
@@ -102,7 +94,7 @@ fn with_all_gateways_dead_nothing_leaves_and_the_first_one_back_serves() {
     thread::sleep(Duration::from_secs(2));
     lab.forget_wire();
     pods.iter().for_each(assert_blocked);
-    lab.assert_silence();
+    lab.assert_nothing_arrives();
     for gateway in [&other, &owner] {
         plugged(&lab, gateway, true);
         let begin = Instant::now();
@@ -169,11 +161,8 @@ fn a_gateway_node_that_only_the_other_one_does_not_reach_keeps_its_egress_ip() {
     let pods = pods(&lab, &owner);
     let sessions = sessions(&pods);
     cut(&lab, &tunnel_between(&owner, &other));
-    let begin = Instant::now();
-    while begin.elapsed() < Duration::from_secs(4) {
-        assert_eq!(holders(&lab), [owner.as_str()], "the other one asks the link, which says who has it");
-        thread::sleep(Duration::from_millis(50));
-    }
+    // The other one asks the link, which says who has it.
+    assert_stays(&lab, &owner, Duration::from_secs(4), || ());
     pods.iter().for_each(assert_leaves_by_egress);
     cut(&lab, &[]);
     thread::sleep(Duration::from_secs(2));
@@ -192,11 +181,7 @@ fn a_gateway_node_that_one_source_node_does_not_reach_keeps_its_egress_ip_and_se
     cut(&lab, &tunnel_between(&owner, "n1"));
     thread::sleep(Duration::from_secs(2));
     assert_blocked(&apart);
-    let begin = Instant::now();
-    while begin.elapsed() < Duration::from_secs(2) {
-        assert_eq!(holders(&lab), [owner.as_str()]);
-        thread::sleep(Duration::from_millis(50));
-    }
+    assert_stays(&lab, &owner, Duration::from_secs(2), || ());
     let longest = assert_live("seen by the others", sessions);
     assert_short(longest, 150);
     cut(&lab, &[]);
@@ -295,7 +280,7 @@ fn egress_ips_leave_a_drained_or_removed_gateway_node_without_a_pause() {
         // A drained node counts as dead until it answers again.
         thread::sleep(Duration::from_millis(1500));
         label(&lab, from, labels);
-        lab.wait_for("the address is on", &vec![to.to_owned()], || holders(&lab));
+        wait_holder(&lab, to);
         thread::sleep(Duration::from_millis(500));
         assert_eq!(holders(&lab), [to]);
         pods.iter().for_each(assert_leaves_by_egress);
@@ -325,7 +310,7 @@ fn an_allocation_is_moved_by_hand() {
         let asking =
             policy.replacen("metadata: {", &format!("metadata: {{ annotations: {{ egret.dev/move-to: {node} }},"), 1);
         lab.write_manifest("policy.yaml", &asking);
-        lab.wait_for("the address is on", &vec![node.clone()], || holders(&lab));
+        wait_holder(&lab, node);
         pods.iter().for_each(assert_leaves_by_egress);
         thread::sleep(Duration::from_millis(500));
     }

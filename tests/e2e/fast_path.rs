@@ -11,6 +11,7 @@ use std::thread;
 use std::time::Duration;
 
 mod programs;
+mod tunnel;
 
 const FAST: &[&str] = &["--fast-path-lease=1s"];
 /// The longest time for which a connection goes on as before: a lease, and what a loaded machine adds.
@@ -131,7 +132,7 @@ fn a_rule_of_the_hosts_firewall_ends_what_went_fast_on_either_node() {
         assert_ends(&lab, &node.name, TOLD, || {
             node.nft("table inet firewall { chain f { type filter hook forward priority 0; meta l4proto { tcp, udp } drop; }; }");
         });
-        lab.assert_silence();
+        lab.assert_nothing_arrives();
         node.nft("delete table inet firewall");
         wait_fast(&lab, &["n1", &owner]);
     }
@@ -142,7 +143,7 @@ fn a_firewall_of_iptables_legacy_is_not_passed_by() {
     let (lab, _pod, _session, _flood, owner) = going_fast(&[]);
     let node = lab.node(&owner);
     assert_ends(&lab, &node.name, LEASE, || drop(node.run(["iptables-legacy", "-I", "FORWARD", "-j", "DROP"])));
-    lab.assert_silence();
+    lab.assert_nothing_arrives();
 }
 
 #[test]
@@ -154,7 +155,7 @@ fn with_the_daemon_stopped_leases_end_by_themselves() {
         daemon.suspend(true);
         let set = if on_owner { "rx" } else { "egress_id_out" };
         assert_ends(&lab, set, LEASE, || drop(lab.node(&name).nft(&format!("flush map inet egret {set}"))));
-        lab.assert_silence();
+        lab.assert_nothing_arrives();
         daemon.suspend(false);
         lab.wait_until("the map is back", Duration::from_secs(40), || pod.udp_who(EXT4).is_ok());
     }
@@ -167,12 +168,12 @@ fn a_routing_rule_or_route_that_goes_ends_what_went_fast() {
     // Nobody puts it back.
     daemon.suspend(true);
     assert_ends(&lab, "the rule", LEASE, || drop(lab.node("n1").ip("rule del priority 72")));
-    lab.assert_silence();
+    lab.assert_nothing_arrives();
     daemon.suspend(false);
     wait_fast(&lab, &["n1"]);
     daemon.suspend(true);
     assert_ends(&lab, "the route", LEASE, || drop(lab.node("n1").ip("route del default table 7871")));
-    lab.assert_silence();
+    lab.assert_nothing_arrives();
     daemon.suspend(false);
 }
 
@@ -272,6 +273,75 @@ fn rules_that_must_see_every_packet_close_the_fast_path_and_the_node_says_so() {
         lab.wait_until("it is open again", Duration::from_secs(15), open);
     }
     wait_fast(&lab, &["n1"]);
+}
+
+#[test]
+fn a_setting_for_which_all_packets_must_be_seen_closes_it_though_nobody_is_notified() {
+    let (lab, _pod, _session, _flood, owner) = going_fast(&[]);
+    let open = || lab.metrics("n1").get("egret_node_fast_path_open", &[]) == Some(1.0);
+    let node = lab.node("n1");
+    node.sysctl(&["net.netfilter.nf_conntrack_acct=1"]);
+    lab.wait_until("counting closes it", Duration::from_secs(8), || !open());
+    node.sysctl(&["net.netfilter.nf_conntrack_acct=0"]);
+    lab.wait_until("it is open again", Duration::from_secs(8), open);
+    wait_fast(&lab, &["n1", &owner]);
+    node.run(["iptables-legacy", "-t", "mangle", "-A", "FORWARD", "-j", "ACCEPT"]);
+    lab.wait_until("iptables-legacy closes it", Duration::from_secs(8), || !open());
+}
+
+#[test]
+fn a_gateway_can_do_without_the_fast_path() {
+    let (lab, _pod, _session, _flood, owner) = going_fast(&[]);
+    let gateway = lab::manifests::gateway("default", &["192.0.2.50-192.0.2.59", "2001:db8::50-2001:db8::59"]);
+    lab.write_manifest("gateway.yaml", &gateway.replace("spec:\n", "spec:\n  fastPath: Off\n"));
+    let said = || lab.manifests().statuses().matches("with fastPath: Off").count() >= 2;
+    lab.wait_until("the nodes say so", Duration::from_secs(10), said);
+    thread::sleep(LEASE);
+    let fast = || ["n1", &owner].map(|node| fast_packets(&lab, node));
+    let before = fast();
+    thread::sleep(Duration::from_secs(1));
+    assert_eq!(fast(), before);
+    assert_eq!(lab.metrics("n1").get("egret_node_fast_path_open", &[]), Some(1.0), "of other gateways");
+    lab.write_manifest("gateway.yaml", &gateway);
+    wait_fast(&lab, &["n1", &owner]);
+    assert_eq!(lab.sources(EXT4), [EGRESS4.into()].into());
+}
+
+/// The packets of a policy's egress IP that the gateways' rules have seen.
+fn by_rules(lab: &Lab, policy: &str) -> u64 {
+    let element = format!("{:#010x} counter packets ", lab.egress_id(policy));
+    let seen = |gateway: &str| {
+        let map = lab.node(gateway).nft("list map inet egret rx");
+        let after = map.split(&element).nth(1).and_then(|after| after.split(' ').next()?.parse::<u64>().ok());
+        after.unwrap_or_default()
+    };
+    ["g1", "g2"].into_iter().map(seen).sum()
+}
+
+#[test]
+fn a_dscp_or_a_bandwidth_of_one_egress_ip_leaves_the_fast_path_to_the_others() {
+    let (lab, _pod, _session, flooded, owner) = going_fast(&[]);
+    assert_eq!(flooded.stop().lost(), 0);
+    for (treatment, value) in [("dscp", "46"), ("bandwidth", "{ egress: 900Mbit, ingress: 900Mbit }")] {
+        let spec = format!(
+            "podSelector: {{ matchLabels: {{ app: rich }} }}\n  \
+             address: {{ ipv4: 192.0.2.56, ipv6: \"2001:db8::56\" }}\n  {treatment}: {value}"
+        );
+        lab.write_manifest("rich.yaml", &lab::manifests::policy("shop", "rich", &spec));
+        let rich = lab.add_pod("n1", "shop", &format!("rich-{treatment}"), &[("app", "rich")]);
+        lab.wait_seen_as(&rich, [192, 0, 2, 56]);
+        let treated = || lab.manifests().statuses().contains("1 egress IPs have a DSCP");
+        lab.wait_until("the gateways know", Duration::from_secs(10), treated);
+        wait_fast(&lab, &["n1", &owner]);
+        let before = by_rules(&lab, "shop/rich");
+        let report = flood(&rich);
+        thread::sleep(Duration::from_secs(2));
+        let report = report.stop();
+        assert_eq!(report.lost(), 0, "{report:?}");
+        assert_eq!(by_rules(&lab, "shop/rich") - before, report.sent, "its rule sees each packet");
+        wait_fast(&lab, &["n1", &owner]);
+        rich.delete();
+    }
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! Records of connections: which pod was behind an egress IP and a port. Needs root.
 
-use lab::fault_injection::{label, owner_and_other};
+use lab::fault_injection::{label, owner_and_other, wait_holder};
 use lab::scene::{SERVERS, VISITOR, egress_towards};
 use lab::server::UDP_PEER;
 use lab::{EXT4, Lab, Pod};
@@ -124,7 +124,7 @@ fn after_a_move_the_new_owner_records_and_a_restarted_daemon_learns_the_pods_aga
     let pod = lab.add_pod("n1", "shop", "visitor", VISITOR);
     record(&lab, &owner, "begin", seen_as(&pod, EXT4.into()), "udp");
     label(&lab, &owner, &[("egret.dev/drain", "true")]);
-    lab.wait_for("the address is on", &vec![other.clone()], || lab::fault_injection::holders(&lab));
+    wait_holder(&lab, &other);
     let peer = seen_as(&pod, EXT4.into());
     assert_names(&record(&lab, &other, "begin", peer, "udp"), &pod, EXT4.into(), &other);
     // A pod that starts and sends at once is named, too.

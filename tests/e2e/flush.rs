@@ -197,7 +197,7 @@ fn pods_stay_enforced_when_the_tables_of_a_hanging_daemon_are_flushed() {
         node.run(["nft", "flush", "ruleset"]);
         topology::masquerade(node);
         assert_blocked(&pod);
-        lab.assert_silence();
+        lab.assert_nothing_arrives();
         assert_eq!(pod.who(inside.ipv4()).ok(), Some(pod.ipv4().into()), "{name}");
         assert_eq!(pod.who(inside.ipv6()).ok(), Some(pod.ipv6().into()), "{name}");
         assert_leaves_by_node(&other);

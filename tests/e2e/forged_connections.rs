@@ -216,7 +216,7 @@ fn packets_of_state_invalid_do_not_leave() {
             lab.forget_wire();
             SERVERS.iter().for_each(|server| send_invalid(&pod, *server));
             thread::sleep(Duration::from_millis(50));
-            lab.assert_silence();
+            lab.assert_nothing_arrives();
             pod.delete();
         }
     }

@@ -1,6 +1,6 @@
 //! The effects of an EgressGateway's fields. Needs root.
 
-use lab::fault_injection::owner_and_other;
+use lab::fault_injection::{owner_and_other, wait_holder};
 use lab::scene::assert_leaves_by_egress;
 use lab::server::{ECHO, UDP_WHO};
 use lab::{
@@ -8,6 +8,7 @@ use lab::{
 };
 use lab::{fault_injection, topology};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, SockaddrIn, bind, connect, socket};
+use std::collections::BTreeSet;
 use std::io::ErrorKind;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, UdpSocket};
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -67,7 +68,7 @@ fn traffic_of_a_gateway_with_a_next_hop_uses_it_and_not_the_main_table() {
 }
 
 /// A partner's network, to which the gateway nodes have a second interface, and a server behind its router.
-fn partners_network(lab: &Lab) -> (Host, Server) {
+fn partners_network(lab: &Lab, interfaces: [&str; 2]) -> (Host, Server) {
     topology::namespaces(lab.name(), &["partner"]);
     let partner = Host::open("partner", &format!("{}-partner", lab.name()));
     partner.sysctl(&["net.ipv6.conf.default.accept_dad=0"]);
@@ -83,17 +84,17 @@ fn partners_network(lab: &Lab) -> (Host, Server) {
         format!("route add 198.51.100.50 dev br0 src {PARTNER4}"),
         format!("route add 2001:db8:51::50 dev br0 src {PARTNER6}"),
     ]);
-    for node in ["g1", "g2"].map(|name| lab.node(name)) {
+    for (node, interface) in ["g1", "g2"].map(|name| lab.node(name)).into_iter().zip(interfaces) {
         node.ip_batch(&[
-            format!("link add eth1 type veth peer name p-{} netns {}", node.name, partner.netns),
-            format!("addr add 198.51.100.{}/24 dev eth1", node.spec.last),
-            format!("addr add 2001:db8:51::{}/64 dev eth1 nodad", node.spec.last),
-            "link set eth1 up".into(),
+            format!("link add {interface} type veth peer name p-{} netns {}", node.name, partner.netns),
+            format!("addr add 198.51.100.{}/24 dev {interface}", node.spec.last),
+            format!("addr add 2001:db8:51::{}/64 dev {interface} nodad", node.spec.last),
+            format!("link set {interface} up"),
             // The main table's route to everything else is dead.
             "route add default via 192.0.2.254".into(),
             "route add default via 2001:db8::fe".into(),
         ]);
-        node.sysctl(&["net.ipv4.conf.eth1.rp_filter=2"]);
+        node.sysctl(&[&format!("net.ipv4.conf.{interface}.rp_filter=2")]);
         partner.ip(&format!("link set p-{} master br0 up", node.name));
     }
     let server = Server::start(&partner);
@@ -103,7 +104,7 @@ fn partners_network(lab: &Lab) -> (Host, Server) {
 #[test]
 fn traffic_of_a_gateway_on_a_second_interface_uses_this_interface_and_its_next_hop() {
     let lab = Lab::new();
-    let (_partner, _server) = partners_network(&lab);
+    let (_partner, _server) = partners_network(&lab, ["eth1", "eth1"]);
     // Without a route to the source, the usual settings of distributions drop packets.
     for node in ["n1", "n2"] {
         lab.node(node).sysctl(&["net.ipv4.conf.all.rp_filter=0"]);
@@ -167,11 +168,59 @@ fn traffic_of_a_gateway_on_a_second_interface_uses_this_interface_and_its_next_h
         all.lines().filter(|line| line.contains("7881")).map(str::to_owned).collect::<Vec<_>>()
     };
     assert_eq!(ways(other).len(), 6, "a rule and two routes of each family: {:?}", ways(other));
+    // The encrypted packets of Calico's WireGuard, between nodes, are not of this uplink.
+    let way = |mark: &str| {
+        let out = lab.node(other).try_run(["ip", "route", "get", "203.0.113.9", "mark", mark]);
+        String::from_utf8_lossy(&out.stdout).into_owned()
+    };
+    assert!(way("0x3fe00000").contains("dev eth1"), "{}", way("0x3fe00000"));
+    assert!(!way("0x200000").contains("dev eth1"), "{}", way("0x200000"));
     lab.remove_manifest("gateway.yaml");
     pods.iter().for_each(|pod| wait_blocked(&lab, pod, PARTNER4));
     for node in ["g1", "g2"] {
         lab.wait_until(&format!("nothing is left on {node}"), PATIENCE, || ways(node).is_empty());
     }
+}
+
+#[test]
+fn nodes_may_name_the_gateways_interface_differently() {
+    let lab = Lab::new();
+    let (_partner, _server) = partners_network(&lab, ["eth1", "ens192"]);
+    lab.node("n1").sysctl(&["net.ipv4.conf.all.rp_filter=0"]);
+    let (egress4, egress6): (IpAddr, IpAddr) = ([198, 51, 100, 50].into(), "2001:db8:51::50".parse().expect("IPv6"));
+    let address = format!("podSelector: {{}}\n  address: {{ ipv4: {egress4}, ipv6: \"{egress6}\" }}");
+    lab.write_manifest("policy.yaml", &manifests::policy("shop", "partner", &address));
+    let gateway = |interfaces: &str| {
+        manifests::gateway("default", &["198.51.100.50-198.51.100.59", "2001:db8:51::50-2001:db8:51::59"])
+            + &format!("  interfaces: {interfaces}\n  nextHop: {{ ipv4: 198.51.100.1, ipv6: \"2001:db8:51::1\" }}\n")
+    };
+    lab.write_manifest("gateway.yaml", &gateway("[bond7, ens192, eth1]"));
+    lab.start();
+    let pods = ["n1", "g1", "g2"].map(|n| lab.add_pod(n, "shop", &format!("visitor-{n}"), &[]));
+    let mut holders = BTreeSet::new();
+    for _ in 0..2 {
+        for (pod, (server, egress)) in
+            pods.iter().flat_map(|pod| [(PARTNER4.into(), egress4), (IpAddr::V6(PARTNER6), egress6)].map(|s| (pod, s)))
+        {
+            lab.wait_for(&format!("{server} to see {}", pod.name), &Some(egress), || pod.who(server).ok());
+        }
+        let (owner, interface) = if has(lab.node("g1"), "eth1", egress4) { ("g1", "eth1") } else { ("g2", "ens192") };
+        assert!(has(lab.node(owner), interface, egress6), "{owner}");
+        holders.insert(owner);
+        // The other node's interface counts, by its own name.
+        lab.node(owner).ip(&format!("link set {interface} down"));
+        let (other, by) = if owner == "g1" { ("g2", "ens192") } else { ("g1", "eth1") };
+        lab.wait_until(&format!("{other} has it"), PATIENCE, || has(lab.node(other), by, egress4));
+        lab.node(owner).ip_batch(&[
+            format!("link set {interface} up"),
+            format!("addr replace 2001:db8:51::{}/64 dev {interface} nodad", lab.node(owner).spec.last),
+        ]);
+    }
+    assert_eq!(holders.len(), 2, "{holders:?}");
+    lab.write_manifest("gateway.yaml", &gateway("[bond7, bond8]"));
+    pods.iter().for_each(|pod| wait_blocked(&lab, pod, PARTNER4));
+    let said = "no interface \"bond7/bond8\"";
+    lab.wait_until("the status says so", PATIENCE, || lab.manifests().statuses().contains(said));
 }
 
 #[test]
@@ -181,6 +230,24 @@ fn a_missing_interface_of_a_gateway_node_blocks_and_is_reported_in_the_status() 
     lab.write_manifest("gateway.yaml", &gateway_with("  interface: bond7\n"));
     wait_blocked(&lab, &pod, EXT4);
     lab.wait_until("the status says so", PATIENCE, || lab.manifests().statuses().contains("no interface \"bond7\""));
+    lab.write_manifest("gateway.yaml", &gateway_with("  interface: eth0\n"));
+    lab.wait_seen_as(&pod, EGRESS4);
+    lab.wait_seen_as(&pod, EGRESS6);
+    lab.assert_nothing_leaked();
+}
+
+#[test]
+fn a_vlan_that_the_kernel_does_not_make_blocks_and_is_reported_in_the_status() {
+    let lab = Lab::scene();
+    let pod = lab.add_pod("n1", "shop", "visitor", VISITOR);
+    // No kernel has a VLAN on a loopback device.
+    let vlan = "  vlan: 100\n  nextHop: { ipv4: 192.0.2.100, ipv6: \"2001:db8::100\" }\n";
+    lab.write_manifest("gateway.yaml", &gateway_with(&format!("  interface: lo\n{vlan}")));
+    wait_blocked(&lab, &pod, EXT4);
+    lab.wait_until("the status says so", PATIENCE, || {
+        let statuses = lab.manifests().statuses();
+        statuses.contains("cannot make the interface egret1.100 of the VLAN 100 on lo") && statuses.contains("8021q")
+    });
     lab.write_manifest("gateway.yaml", &gateway_with("  interface: eth0\n"));
     lab.wait_seen_as(&pod, EGRESS4);
     lab.wait_seen_as(&pod, EGRESS6);
@@ -310,7 +377,7 @@ fn a_gateway_node_that_is_deleted_from_the_cluster_gives_up_its_egress_ips() {
     let pod = lab.add_pod("n1", "shop", "visitor", VISITOR);
     assert_leaves_by_egress(&pod);
     lab.remove_manifest(&format!("node-{owner}.yaml"));
-    lab.wait_for("the address is on", &vec![other.clone()], || fault_injection::holders(&lab));
+    wait_holder(&lab, &other);
     lab.wait_seen_as(&pod, EGRESS4);
     assert_leaves_by_egress(&pod);
 }

@@ -1,6 +1,6 @@
 //! `kubectl egret` with a directory as the source of cluster state: what it shows, and what it moves. Needs root.
 
-use lab::fault_injection::{holders, owner_and_other, plugged};
+use lab::fault_injection::{owner_and_other, plugged, wait_holder};
 use lab::scene::assert_leaves_by_egress;
 use lab::survival::{assert_live, assert_short, sessions};
 use lab::{EGRESS4, EXT4, Lab, VISITOR, manifests, problems};
@@ -130,7 +130,7 @@ fn an_egress_ip_moves_and_a_node_is_drained_without_a_pause() {
     let moved =
         assert_says(&lab, &["move", &ip, "--to", &other, "--wait"], 0, &["moving from", "1 egress IP moved in"]);
     assert!(moved.contains(&format!("node {other} holds it")), "{moved}");
-    lab.wait_for("the address is on", &vec![other.clone()], || holders(&lab));
+    wait_holder(&lab, &other);
     assert_says(&lab, &["move", "shop/visitors", "--to", &other], 0, &["is on node", "already"]);
     assert_says(
         &lab,
@@ -140,7 +140,7 @@ fn an_egress_ip_moves_and_a_node_is_drained_without_a_pause() {
     );
     assert_says(&lab, &["move", "shop/visitors", "--undo"], 0, &["removed the annotation egret.dev/move-to"]);
     assert_says(&lab, &["drain", &other, "--wait"], 0, &["1 egress IP moved in"]);
-    lab.wait_for("the address is on", &vec![owner.clone()], || holders(&lab));
+    wait_holder(&lab, &owner);
     assert_says(&lab, &["move", &ip, "--to", &other], 1, &["the node is drained or cordoned"]);
     assert_says(&lab, &["drain", &other, "--undo"], 0, &["removed the label egret.dev/drain"]);
     assert_says(

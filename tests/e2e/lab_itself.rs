@@ -1,6 +1,7 @@
 //! The lab without Egret: pods reach the outside from their node's address, and nothing of a lab is left behind.
 //! Needs root.
 
+use lab::kernel::TABLES;
 use lab::{EXT4, EXT6, FAR4, FAR6, Lab, server};
 use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
@@ -99,6 +100,19 @@ fn pods_reach_each_other_with_their_own_addresses() {
     }
     for node in lab.nodes() {
         assert!(!node.ip("-br link").contains("veth"), "{}: {}", node.name, node.ip("-br link"));
+    }
+}
+
+/// The benches load a node's tables by `nft`, to compare.
+#[test]
+fn tables_that_nft_lists_are_loaded_on_another_host() {
+    let lab = Lab::scene();
+    let (node, host) = (lab.node("g1"), lab.host("ext"));
+    host.ip("link add egret type vxlan id 7871 dstport 7871 local 192.0.2.100 nolearning gbp");
+    host.nft(&node.egret_tables());
+    let loaded = host.run(["nft", "list", "tables"]);
+    for table in TABLES {
+        assert!(loaded.contains(table), "{loaded}");
     }
 }
 

@@ -170,7 +170,7 @@ fn an_offline_policy_snapshot_that_cannot_be_written_delays_no_policy() {
     lab.daemon("n1").kill9();
     lab.forget_wire();
     assert!(lab.add_pod("n1", "office", "held", VISITOR).udp_who(EXT4).is_err());
-    lab.assert_silence();
+    lab.assert_nothing_arrives();
 }
 
 #[test]
@@ -291,9 +291,11 @@ fn a_pod_whose_veth_is_not_found_is_quarantined_by_its_address() {
     let _server = Server::start(&inside);
     let node = lab.node("n1");
     let mut pod = lab.sandbox_unknown("n1", "shop", "behind-a-macvlan");
-    node.ip(&format!("link add trunk type veth peer name eth0 netns {}", pod.netns));
     node.ip_batch(&[
+        "link add trunk type veth peer name trunk-end".into(),
         "link set trunk up".into(),
+        "link set trunk-end up".into(),
+        format!("link add link trunk name eth0 netns {} type macvlan mode bridge", pod.netns),
         "link add link trunk name over type macvlan mode bridge".into(),
         "link set over up".into(),
         "route add 10.244.1.77 dev over".into(),
@@ -322,7 +324,7 @@ fn a_pod_whose_veth_is_not_found_is_quarantined_by_its_address() {
         let is_back = || node.ip("rule").contains("from 10.244.1.77 lookup 7873");
         lab.wait_until("it is held by its rule again", Duration::from_secs(5), is_back);
     }
-    lab.assert_silence();
+    lab.assert_nothing_arrives();
     lab.manifests().write_object("macvlan.yaml", &manifest(&[("app", "other")]));
     lab.wait_seen_as(&pod, node.ipv4());
     lab.wait_for("the metric", &Some(0.0), unmanaged);

@@ -229,20 +229,20 @@ fn a_policy_whose_gateway_nodes_are_not_ready_for_kubernetes_is_not_ready() {
     let ready =
         |status, reason, words: &[&str]| wait_condition(&lab, "shop/visitors", ["Ready", status, reason], words);
     ready("True", "AddressHeld", &["192.0.2.50"]);
-    let hears = |node: &str, heard: &str| {
+    let reports = |node: &str, ready: &str| {
         let mut object = manifests::node(lab.node(node));
-        object["status"]["conditions"] = serde_json::json!([{"type": "Ready", "status": heard}]);
+        object["status"]["conditions"] = serde_json::json!([{"type": "Ready", "status": ready}]);
         lab.manifests().write_object(&format!("node-{node}.yaml"), &object);
     };
     for node in ["g1", "g2"] {
         lab.daemon(node).kill9();
     }
-    hears("g1", "Unknown");
+    reports("g1", "Unknown");
     std::thread::sleep(Duration::from_millis(300));
     ready("True", "AddressHeld", &["192.0.2.50"]);
-    hears("g2", "Unknown");
-    ready("Unknown", "NodeNotHeard", &["192.0.2.50", "see whether it runs"]);
+    reports("g2", "Unknown");
+    ready("Unknown", "NodeStatusUnknown", &["192.0.2.50", "see whether it runs"]);
     // Its kubelet reports another problem, so the node lives.
-    hears("g2", "False");
+    reports("g2", "False");
     ready("True", "AddressHeld", &["192.0.2.50"]);
 }

@@ -83,10 +83,10 @@ fn groupings(expression: &str) -> BTreeSet<String> {
 /// Makes a daemon's metrics reachable at a port of Prometheus' host.
 fn forward(from: &Host, port: u16, to: &Host) {
     let listener = from.within(|| TcpListener::bind(("127.0.0.1", port))).expect("listen");
-    let door = to.door();
+    let namespaces = to.namespaces();
     thread::spawn(move || {
         for client in listener.incoming().flatten() {
-            let server = door.within(|| TcpStream::connect(METRICS));
+            let server = namespaces.within(|| TcpStream::connect(METRICS));
             let _ = server.and_then(|server| answer(client, server));
         }
     });
@@ -214,8 +214,8 @@ fn every_query_of_the_dashboard_and_of_the_alerts_finds_its_metrics() {
         assert!(is_alert || !result.is_empty(), "{name}: {expression} finds nothing");
     }
     // Prometheus is about to alert about the problems of this lab.
-    lab.wait_until("the refused policy is pending as an alert", Duration::from_secs(20), || {
-        query(&lab, "ALERTS{alertname=\"EgretPolicyRefused\"}").is_ok_and(|all| all.len() == 1)
+    lab.wait_until("the rejected policy is pending as an alert", Duration::from_secs(20), || {
+        query(&lab, "ALERTS{alertname=\"EgretPolicyRejected\"}").is_ok_and(|all| all.len() == 1)
     });
     prometheus.term();
 }

@@ -1,6 +1,6 @@
 //! Planned moves: to live nodes, and to a new node on request. Needs root.
 
-use lab::fault_injection::{cordoned, holders, label, owner_and_other, plugged, three_gateways};
+use lab::fault_injection::{cordoned, holders, label, owner_and_other, plugged, three_gateways, wait_holder};
 use lab::scene::assert_leaves_by_egress;
 use lab::survival::{assert_live, assert_short, sessions};
 use lab::{Lab, Pod, VISITOR, manifests};
@@ -24,7 +24,7 @@ fn an_egress_ip_of_a_drained_gateway_node_moves_to_a_live_one() {
     };
     lab.wait_until("the others tell", Duration::from_secs(20), || told(lives) && told(&owner));
     label(&lab, &owner, &[("egret.dev/drain", "true")]);
-    lab.wait_for("the address is on", &vec![lives.to_owned()], || holders(&lab));
+    wait_holder(&lab, lives);
     thread::sleep(Duration::from_secs(1));
     assert_eq!(holders(&lab), [lives]);
     assert_leaves_by_egress(&pod);
@@ -44,7 +44,7 @@ fn egress_ips_of_a_cordoned_gateway_node_move_without_a_pause_and_stay_when_it_i
     let pods = visitors(&lab);
     let going_on = sessions(&pods);
     cordoned(&lab, &owner, true);
-    lab.wait_for("the address is on", &vec![other.clone()], || holders(&lab));
+    wait_holder(&lab, &other);
     thread::sleep(Duration::from_secs(2));
     pods.iter().for_each(assert_leaves_by_egress);
     // If all gateway nodes are cordoned, nothing moves.
@@ -52,7 +52,7 @@ fn egress_ips_of_a_cordoned_gateway_node_move_without_a_pause_and_stay_when_it_i
     thread::sleep(Duration::from_secs(1));
     assert_eq!(holders(&lab), [other.as_str()]);
     cordoned(&lab, &owner, false);
-    lab.wait_for("the address is on", &vec![owner.clone()], || holders(&lab));
+    wait_holder(&lab, &owner);
     cordoned(&lab, &other, false);
     thread::sleep(Duration::from_millis(1500));
     assert_eq!(holders(&lab), [owner.as_str()], "nothing moves back by itself");
@@ -124,7 +124,7 @@ fn a_new_gateway_node_gets_new_allocations_and_its_share_of_the_others_on_reques
     names.iter().for_each(|name| policy(name));
     lab.start();
     let held = || ["g1", "g2"].map(|node| lab.node(node).ip("-o addr show dev eth0").matches("/32 ").count());
-    lab.wait_for("paths:", &[5, 0], held);
+    lab.wait_for("egress IPs:", &[5, 0], held);
     let add = |(i, name): (usize, &&str)| lab.add_pod(["n1", "n2"][i % 2], "shop", name, &[("app", name)]);
     let pods: Vec<_> = names.iter().enumerate().map(add).collect();
     let answered = |pod: &lab::Pod| pod.udp_who(lab::EXT4).is_ok() && pod.udp_who(lab::EXT6).is_ok();
@@ -137,9 +137,9 @@ fn a_new_gateway_node_gets_new_allocations_and_its_share_of_the_others_on_reques
     thread::sleep(Duration::from_millis(1500));
     assert_eq!(held(), [5, 0], "nothing moves by itself");
     policy("f");
-    lab.wait_for("paths:", &[5, 1], held);
+    lab.wait_for("egress IPs:", &[5, 1], held);
     lab.write_manifest("gateway.yaml", &rebalancing);
-    lab.wait_for("paths:", &[3, 3], held);
+    lab.wait_for("egress IPs:", &[3, 3], held);
     lab.write_manifest("gateway.yaml", &gateway);
     thread::sleep(Duration::from_millis(1500));
     assert_eq!(held(), [3, 3], "what has moved stays");

@@ -1,7 +1,7 @@
 //! Links between nodes that break, lose packets, and recover: which nodes are found dead, and for how long. Needs
 //! root.
 
-use lab::fault_injection::{answered_after, cut, holders, owner_and_other, tunnel_between};
+use lab::fault_injection::{answered_after, assert_stays, cut, holders, owner_and_other, tunnel_between, wait_holder};
 use lab::scene::{assert_blocked, assert_leaves_by_egress};
 use lab::{EXT6, Lab, Pod, VISITOR};
 use std::slice;
@@ -65,7 +65,7 @@ fn an_owner_that_no_source_node_reaches_is_replaced_by_one_that_all_reach() {
     let back = answered_after(&pods[0], begin);
     println!("answered after {back:?}");
     assert!(back < Duration::from_secs(16), "answered after {back:?}");
-    lab.wait_for("the address is on", &vec![other.clone()], || holders(&lab));
+    wait_holder(&lab, &other);
     answered_after(&pods[1], Instant::now());
     pods.iter().for_each(assert_leaves_by_egress);
     assert_eq!(deaths(&lab, &other), before, "the gateway nodes reach each other");
@@ -97,12 +97,7 @@ fn an_owner_that_only_some_source_nodes_reach_keeps_its_egress_ip() {
     let lab = Lab::scene();
     let (mut pods, owner, other) = pods_everywhere(&lab);
     cut(&lab, &tunnel_between("n1", &owner));
-    let begin = Instant::now();
-    while begin.elapsed() < Duration::from_secs(8) {
-        assert_eq!(holders(&lab), slice::from_ref(&owner));
-        pods[1..].iter().for_each(assert_leaves_by_egress);
-        thread::sleep(Duration::from_millis(200));
-    }
+    assert_stays(&lab, &owner, Duration::from_secs(8), || pods[1..].iter().for_each(assert_leaves_by_egress));
     assert_blocked(&pods[0]);
     // It serves no other node any more.
     pods[1].relabel(&[]);
@@ -118,12 +113,9 @@ fn source_nodes_that_reach_no_gateway_node_or_different_ones_move_nothing() {
     let stays = |rules: &[String], served: &[&Pod]| {
         cut(&lab, rules);
         thread::sleep(Duration::from_secs(2));
-        let begin = Instant::now();
-        while begin.elapsed() < Duration::from_secs(10) {
-            assert_eq!(holders(&lab), slice::from_ref(&owner), "after {:?}", begin.elapsed());
+        assert_stays(&lab, &owner, Duration::from_secs(10), || {
             served.iter().for_each(|pod| assert_leaves_by_egress(pod));
-            thread::sleep(Duration::from_millis(200));
-        }
+        });
     };
     let ways = |ways: &[(&str, &str)]| ways.iter().flat_map(|(a, b)| tunnel_between(a, b)).collect::<Vec<_>>();
     // The second source node would gain and lose nothing, because it reaches neither gateway node.
@@ -149,12 +141,7 @@ fn without_the_controller_an_owner_that_no_source_node_reaches_keeps_its_egress_
     cut(&lab, &[]);
     pods.iter().for_each(|pod| lab::survival::assert_short(answered_after(pod, Instant::now()), 5000));
     lab.daemon("controller").suspend(false);
-    let begin = Instant::now();
-    while begin.elapsed() < Duration::from_secs(5) {
-        assert_eq!(holders(&lab), slice::from_ref(&owner));
-        pods.iter().for_each(assert_leaves_by_egress);
-        thread::sleep(Duration::from_millis(100));
-    }
+    assert_stays(&lab, &owner, Duration::from_secs(5), || pods.iter().for_each(assert_leaves_by_egress));
     // The egress IP moves when the controller is there.
     cut(&lab, &[tunnel_between("n1", &owner), tunnel_between("n2", &owner)].concat());
     lab.wait_until("the address is on the other", Duration::from_secs(20), || holders(&lab) == [other.as_str()]);

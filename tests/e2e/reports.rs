@@ -60,6 +60,7 @@ fn metrics_count_pods_allocations_and_packets() {
         "bandwidth",
         "to_owner",
         "no_hop",
+        "not_routed",
     ] {
         assert!(dropped(reason).is_some(), "{reason}");
     }

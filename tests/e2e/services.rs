@@ -71,8 +71,7 @@ fn take(lab: &Lab, node: &str) {
 
 /// MetalLB or Cilium answers for the address from a node.
 fn answer_from(lab: &Lab, node: &str) {
-    let shown = lab.node(node).ip("-o link show dev eth0");
-    let mac = shown.split("link/ether ").nth(1).and_then(|rest| rest.split(' ').next()).expect("a MAC address");
+    let mac = lab.node(node).mac("eth0");
     for address in BOTH {
         lab.host("ext").ip(&format!("neigh replace {address} lladdr {mac} dev eth0 nud permanent"));
     }
@@ -88,7 +87,8 @@ fn wait_seen(lab: &Lab, pods: &[Pod]) {
 fn assert_blocked(pods: &[Pod]) {
     for pod in pods {
         for server in SERVERS {
-            assert!(pod.udp_who(server).is_err(), "{} reached {server}", pod.name);
+            let seen = pod.udp_who(server);
+            assert!(seen.is_err(), "{} reached {server}, which saw {seen:?}", pod.name);
         }
     }
 }
@@ -250,6 +250,32 @@ fn the_status_says_why_a_service_gives_no_address() {
     wait_why(&lab, &["no EgressGateway with placement: External has 198.51.100.7"]);
     write_service(&lab, &BOTH, json!({}));
     wait_seen(&lab, &pods);
+}
+
+#[test]
+fn a_service_that_has_no_address_for_a_moment_loses_it_to_no_other_namespace() {
+    let lab = scene();
+    let pods = pods(&lab);
+    put(&lab, "g2");
+    wait_seen(&lab, &pods);
+    write_service(&lab, &[], json!({}));
+    lab.wait_until("its pods are blocked", PATIENCE, || {
+        pods.iter().all(|pod| SERVERS.iter().all(|server| pod.udp_who(*server).is_err()))
+    });
+    let named = format!("gateway: load-balancers\n  address: {{ ipv4: {WEB4}, ipv6: \"{WEB6}\" }}");
+    lab.add_namespace("other", &[]);
+    lab.write_manifest("other.yaml", &manifests::policy("other", "all", &format!("podSelector: {{}}\n  {named}")));
+    let status = lab.manifests().path().join("status/egresspolicies/other/all.yaml");
+    let says = |words: &str| std::fs::read_to_string(&status).is_ok_and(|text| text.contains(words));
+    lab.wait_until("its status says why", PATIENCE, || says("AddressOfService") && says("egret.dev/end-cooldown"));
+    // Nodes know the policy by now.
+    let others = [lab.add_pod("n1", "other", "pod", &[])];
+    assert_blocked(&others);
+    assert_blocked(&pods);
+    write_service(&lab, &BOTH, json!({}));
+    wait_seen(&lab, &pods);
+    assert_blocked(&others);
+    assert_nothing_leaked(&lab);
 }
 
 fn add_ipvs_device(node: &Node) {

@@ -16,10 +16,10 @@ const SLOW: Duration = Duration::from_millis(45);
 /// On `ext`: answers each ARP request for the address after this time, and then a few times more, so that no answer
 /// is missed on a busy machine.
 fn other_host(lab: &Lab) {
-    let door = lab.host("ext").door();
+    let namespaces = lab.host("ext").namespaces();
     // The thread ends with the test's process.
     thread::spawn(move || {
-        door.enter();
+        namespaces.enter();
         let all = SockProtocol::EthAll;
         let socket = socket(AddressFamily::Packet, SockType::Raw, SockFlag::SOCK_CLOEXEC, all).expect("a socket");
         let of_eth0 = |name: &str, address: Option<&LinkAddr>| address.copied().filter(|_| name == "eth0");

@@ -2,7 +2,9 @@
 
 use lab::fault_injection::owner_and_other;
 use lab::scene::{assert_blocked, assert_leaves_by_egress, assert_leaves_by_node, egress_towards};
-use lab::{EGRESS4, EXT4, EXT6, Lab, Node, Pods, SERVERS, Server, VISITOR};
+use lab::server::UDP_WHO;
+use lab::wire::tunnel_payload;
+use lab::{EGRESS4, EXT4, EXT6, Lab, Pods, SERVERS, Server, VISITOR};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6, UdpSocket};
 use std::thread;
 use std::time::Duration;
@@ -22,41 +24,14 @@ fn a_pod_cannot_send_with_another_pods_address() {
         lab.forget_wire();
         for pod in [&forger, &outsider] {
             for (own, server) in [(IpAddr::from(rich.ipv4()), IpAddr::from(EXT4)), (rich.ipv6().into(), EXT6.into())] {
-                send_as(pod, own, server);
+                pod.send_as(own, server);
             }
         }
         thread::sleep(Duration::from_millis(50));
-        lab.assert_silence();
+        lab.assert_nothing_arrives();
         let metrics = lab.metrics(node);
         assert!(metrics.dropped("spoofed").is_some_and(|n| n >= 2.0), "{node}: {metrics:?}");
     }
-}
-
-/// Sends a packet that the server would answer, from an address that is not the pod's.
-fn send_as(pod: &lab::Pod, address: IpAddr, server: IpAddr) {
-    let (length, nodad) = if address.is_ipv4() { (32, "") } else { (128, "nodad") };
-    pod.ip(&format!("addr add {address}/{length} dev eth0 {nodad}"));
-    let socket = pod.within(|| UdpSocket::bind((address, 0))).expect("bind");
-    let _ = socket.send_to(b"who", (server, lab::server::UDP_WHO));
-    pod.ip(&format!("addr del {address}/{length} dev eth0"));
-}
-
-/// A tunnel packet: VXLAN with group-based policy (draft-smith-vxlan-group-policy), with a UDP packet of a pod in it.
-fn tunnel_payload(to_mac: &[u8], from_mac: &[u8], allocation: u16, from: Ipv4Addr, to: Ipv4Addr) -> Vec<u8> {
-    let udp = [&[0x30, 0x39][..], &lab::server::UDP_WHO.to_be_bytes(), &11u16.to_be_bytes(), &[0, 0], b"who"].concat();
-    let mut ip = [&[0x45, 0][..], &(20 + udp.len() as u16).to_be_bytes(), &[0, 1, 0, 0, 64, 17, 0, 0]].concat();
-    ip.extend(from.octets().into_iter().chain(to.octets()));
-    let sum = ip.chunks(2).map(|w| u32::from(w[0]) << 8 | u32::from(w[1])).sum::<u32>();
-    let sum = !(((sum & 0xffff) + (sum >> 16)) as u16);
-    ip[10..12].copy_from_slice(&sum.to_be_bytes());
-    let vxlan = [&[0x88, 0][..], &allocation.to_be_bytes(), &7871u32.to_be_bytes()[1..], &[0]].concat();
-    [&vxlan[..], to_mac, from_mac, &[0x08, 0x00], &ip, &udp].concat()
-}
-
-fn tunnel_mac(node: &Node) -> Vec<u8> {
-    let text = node.ip("-o link show egret");
-    let mac = text.split("link/ether ").nth(1).and_then(|t| t.split(' ').next()).expect("a MAC address");
-    mac.split(':').map(|b| u8::from_str_radix(b, 16).expect("hexadecimal")).collect()
 }
 
 #[test]
@@ -74,8 +49,9 @@ fn tunnel_packets_are_nodes_alone(ipv6: bool) {
     let victim = lab.add_pod("n1", "shop", "victim", VISITOR);
     assert_leaves_by_egress(&victim);
     let owner = lab.node(&owner_and_other(&lab).0);
-    let (to_mac, from_mac) = (tunnel_mac(owner), tunnel_mac(lab.node("n1")));
-    let payload = tunnel_payload(&to_mac, &from_mac, lab.egress_id("shop/visitors"), victim.ipv4(), EXT4);
+    let (to_mac, from_mac) = (owner.tunnel_mac(), lab.node("n1").tunnel_mac());
+    let (from, to) = ((victim.ipv4(), 12345).into(), (EXT4, UDP_WHO).into());
+    let payload = tunnel_payload(0, [&to_mac, &from_mac], lab.egress_id("shop/visitors"), from, to);
     let everybody = || -> Vec<SocketAddr> {
         if ipv6 {
             let link = nix::net::if_::if_nametoindex("eth0").expect("eth0");
@@ -113,7 +89,7 @@ fn tunnel_packets_are_nodes_alone(ipv6: bool) {
         }
         selected.iter().chain(&others).for_each(|pod| send_from(pod));
         send_from(lab.host("ext"));
-        lab.assert_silence();
+        lab.assert_nothing_arrives();
     }
 
     // With a node's address, from the owner's own pods, whatever the filter.
@@ -132,7 +108,7 @@ fn tunnel_packets_are_nodes_alone(ipv6: bool) {
             drop(socket.send_to(&payload, (address, 7871)));
             thread::sleep(Duration::from_millis(50));
             pod.ip(&format!("addr del {node}/{} dev eth0", if ipv6 { 128 } else { 32 }));
-            lab.assert_silence();
+            lab.assert_nothing_arrives();
         }
     }
 
@@ -150,7 +126,7 @@ fn tunnel_packets_are_nodes_alone(ipv6: bool) {
         host.ip(&format!("route add {service} dev eth0"));
         drop(socket.send_to(&payload, (service.parse::<IpAddr>().expect("an address"), 53)));
         thread::sleep(Duration::from_millis(100));
-        lab.assert_silence();
+        lab.assert_nothing_arrives();
     }
     let metrics = lab.metrics("n1");
     assert!(metrics.dropped("foreign").is_some_and(|n| n >= 2.0), "{metrics:?}");
@@ -191,10 +167,10 @@ fn a_pod_cannot_send_from_an_egress_ip() {
             }
             lab.forget_wire();
             for server in SERVERS {
-                send_as(&forger, egress_towards(server), server);
+                forger.send_as(egress_towards(server), server);
             }
             thread::sleep(Duration::from_millis(50));
-            lab.assert_silence();
+            lab.assert_nothing_arrives();
         }
         let spoofed = lab.metrics(&node.name).dropped("spoofed");
         assert!(spoofed.is_some_and(|n| n >= 3.0), "{}: {spoofed:?}", node.name);
@@ -215,9 +191,9 @@ fn a_node_forwards_tunnel_packets_of_nodes_only() {
         }
         let pod = lab.add_pod("n1", "shop", &format!("visitor-{router}"), VISITOR);
         assert_leaves_by_egress(&pod);
-        let stranger = lab.add_pod(router, "office", &format!("stranger-{router}"), &[]);
+        let other_pod = lab.add_pod(router, "office", &format!("other-{router}"), &[]);
         let before = lab.metrics(router).dropped("foreign").unwrap_or_default();
-        let socket = stranger.within(|| UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))).expect("bind");
+        let socket = other_pod.within(|| UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))).expect("bind");
         drop(socket.send_to(b"no tunnel packet", (lab.node(&owner).ipv4(), 7871)));
         lab.wait_until("it is counted", Duration::from_secs(5), || {
             lab.metrics(router).dropped("foreign").unwrap_or_default() > before

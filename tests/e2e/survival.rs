@@ -1,23 +1,15 @@
 //! What connections survive besides a lost link: a reboot of a gateway node, two simultaneous deaths, a missing
 //! source of cluster state. Needs root.
 
-use lab::fault_injection::{answered_after, dies, holders, owner_and_other, plugged, three_gateways};
+use lab::fault_injection::{
+    answered_after, assert_stays, dies, holders, owner_and_other, plugged, three_gateways, wait_holder,
+};
 use lab::scene::assert_leaves_by_egress;
 use lab::survival::{assert_live, assert_short, sessions};
 use lab::{Lab, VISITOR};
 use std::fs;
 use std::thread;
 use std::time::{Duration, Instant};
-
-/// Panics if the egress IP is on any other node than `node` during this time.
-#[track_caller]
-fn assert_stays(lab: &Lab, node: &str, time: Duration) {
-    let begin = Instant::now();
-    while begin.elapsed() < time {
-        assert_eq!(holders(lab), [node], "after {:?}", begin.elapsed());
-        thread::sleep(Duration::from_millis(50));
-    }
-}
 
 /// Removes what a node loses when it is switched off: the daemon, and its state in the kernel and in the run
 /// directory.
@@ -61,14 +53,14 @@ fn a_rebooted_gateway_node_gets_nothing_back_and_serves_again_when_needed() {
     let gap = answered_after(&pods[0], Instant::now());
     println!("new packets are answered after {gap:?}");
     switch_off(&lab, &owner);
-    lab.wait_for("the address is on", &vec![other.clone()], || holders(&lab));
+    wait_holder(&lab, &other);
     thread::sleep(Duration::from_secs(1));
     // Its kernel runs before its daemon does.
     plugged(&lab, &owner, true);
-    assert_stays(&lab, &other, Duration::from_secs(1));
+    assert_stays(&lab, &other, Duration::from_secs(1), || ());
     lab.daemon(&owner).restart();
     lab.wait_ready(&owner);
-    assert_stays(&lab, &other, Duration::from_secs(3));
+    assert_stays(&lab, &other, Duration::from_secs(3), || ());
     assert_short(assert_live("rebooted", going_on), 1500);
     let returned = lab.add_pod(&owner, "shop", "returned", VISITOR);
     assert_leaves_by_egress(&returned);
@@ -76,7 +68,7 @@ fn a_rebooted_gateway_node_gets_nothing_back_and_serves_again_when_needed() {
     let going_on = sessions(&pods[..2]);
     plugged(&lab, &other, false);
     println!("the other one dies: answered after {:?}", answered_after(&pods[0], Instant::now()));
-    lab.wait_for("the address is on", &vec![owner.clone()], || holders(&lab));
+    wait_holder(&lab, &owner);
     thread::sleep(Duration::from_secs(1));
     assert_short(assert_live("served by who was rebooted", going_on), 1500);
     lab.assert_nothing_leaked();
@@ -92,7 +84,7 @@ fn two_of_three_gateway_nodes_die_at_once() {
     plugged(&lab, dies, false);
     plugged(&lab, &owner, false);
     println!("two die: answered after {:?}", answered_after(&pod, Instant::now()));
-    lab.wait_for("the address is on", &vec![lives.to_owned()], || holders(&lab));
+    wait_holder(&lab, lives);
     thread::sleep(Duration::from_secs(1));
     // The dead node may have been selected before it was known to be dead.
     assert_short(assert_live("two at once", going_on), 1700);
@@ -113,7 +105,7 @@ fn allocations_move_while_the_cluster_directory_is_away() {
     let gap = dies(&lab, &owner, &other, &pods);
     // It returns, and nobody can tell it what has happened.
     plugged(&lab, &owner, true);
-    assert_stays(&lab, &other, Duration::from_secs(4));
+    assert_stays(&lab, &other, Duration::from_secs(4), || ());
     assert_short(assert_live("without a source", going_on), 1500);
     assert_short(gap, 1100);
     pods.iter().for_each(assert_leaves_by_egress);
@@ -124,7 +116,7 @@ fn allocations_move_while_the_cluster_directory_is_away() {
     for daemon in ["controller", "n1", "n2", "g1", "g2"] {
         assert!(lab.daemon(daemon).runs(), "{daemon} has ended");
     }
-    assert_stays(&lab, &other, Duration::from_secs(1));
+    assert_stays(&lab, &other, Duration::from_secs(1), || ());
     lab.assert_nothing_leaked();
 }
 

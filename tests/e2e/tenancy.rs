@@ -58,7 +58,7 @@ fn a_tenant_cannot_escape_a_clusteregresspolicy() {
         for pod in &pods {
             lab.wait_seen_as(pod, everybody);
         }
-        lab.wait_until("the policy is refused", PATIENCE, || {
+        lab.wait_until("the policy is rejected", PATIENCE, || {
             lab.manifests().statuses().contains("reason: NotAccepted")
         });
         lab.forget_wire();
@@ -98,7 +98,7 @@ fn an_egress_ip_is_shared_across_namespaces_only_if_the_gateway_allows_it() {
     assert_leaves_by_egress(&owner);
     let own = "podSelector: {}\n  address: { ipv4: 192.0.2.50, ipv6: \"2001:db8::50\" }";
     lab.write_manifest("thief.yaml", &manifests::policy("thief", "mine", own));
-    lab.wait_until("the second one is refused", PATIENCE, || is_told(&lab, "thief/mine", "reason: AddressNotShared"));
+    lab.wait_until("the second one is rejected", PATIENCE, || is_told(&lab, "thief/mine", "reason: AddressNotShared"));
     let thief = lab.add_pod("n1", "thief", "pod", &[]);
     lab.forget_wire();
     assert_blocked(&thief);

@@ -173,7 +173,7 @@ fn the_chain_that_blocks_a_packet_is_named_with_the_remedy() {
     ] {
         assert!(blocked[field].as_str().is_some_and(|text| text.contains(words)), "{field}, {words}: {blocked:#}");
     }
-    lab.assert_silence();
+    lab.assert_nothing_arrives();
     assert!(traces(&lab).is_empty());
 }
 
@@ -203,7 +203,7 @@ fn wrong_requests_say_what_to_write() {
     let output = command.arg(run_dir).output().expect("kubectl-egret");
     let text = String::from_utf8_lossy(&output.stderr);
     assert!(text.contains("that of node g1; run the command on node n1"), "{text}");
-    lab.assert_silence();
+    lab.assert_nothing_arrives();
 }
 
 /// Begins to wait for the pod's next packet, and returns when the kernel looks for it.

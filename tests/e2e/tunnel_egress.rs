@@ -1,7 +1,7 @@
 //! The way into the tunnel that kernels before Linux 5.16 need: a pair of veths before its device.
 //! `EGRET_TUNNEL_EGRESS=veth make e2e` runs all scenarios that way.
 
-use lab::fault_injection::{cordoned, dies, holders, owner_and_other};
+use lab::fault_injection::{cordoned, dies, owner_and_other, wait_holder};
 use lab::scene::{assert_blocked, assert_leaves_by_egress};
 use lab::survival::{assert_live, assert_short, sessions};
 use lab::{EXT4, Lab, Pod, SERVERS, VISITOR};
@@ -29,7 +29,7 @@ fn pods_on_every_node_leave_by_the_pair_of_veths() {
         }
     }
     for node in lab.nodes() {
-        let chain = node.nft("list chain netdev egret to-tunnel");
+        let chain = node.nft("list chain netdev egret into-tunnel");
         assert!(chain.contains("hook ingress device \"egret-hop\"") && chain.contains("policy drop"), "{chain}");
         assert!(node.ip("route show table 7871").contains("dev egret-out"), "{}", node.name);
     }
@@ -57,7 +57,7 @@ fn a_planned_move_hands_packets_over_by_veths() {
     let floods: Vec<_> = pods.iter().map(|p| p.flood(EXT4, Duration::from_millis(5), false)).collect();
     for (from, to) in [(&owner, &other), (&other, &owner), (&owner, &other)] {
         cordoned(&lab, from, true);
-        lab.wait_for("the address is on", &vec![to.clone()], || holders(&lab));
+        wait_holder(&lab, to);
         std::thread::sleep(Duration::from_millis(500));
         cordoned(&lab, from, false);
         std::thread::sleep(Duration::from_millis(1500));
@@ -79,7 +79,7 @@ fn whatever_is_taken_away_of_the_pair_blocks_and_comes_back() {
     let node = lab.node("n1");
     assert_leaves_by_egress(pod);
     let taken: [(&str, &dyn Fn()); 6] = [
-        ("the chain's rules", &|| drop(node.nft("flush chain netdev egret to-tunnel"))),
+        ("the chain's rules", &|| drop(node.nft("flush chain netdev egret into-tunnel"))),
         ("the table", &|| drop(node.nft("delete table netdev egret"))),
         ("the pair", &|| drop(node.ip("link delete egret-out"))),
         ("the peer", &|| drop(node.ip("link set egret-hop down"))),
@@ -94,7 +94,7 @@ fn whatever_is_taken_away_of_the_pair_blocks_and_comes_back() {
         lab.forget_wire();
         println!("without {what}");
         assert_blocked(pod);
-        lab.assert_silence();
+        lab.assert_nothing_arrives();
         daemon.restart();
         lab.wait_ready("n1");
         assert_leaves_by_egress(pod);

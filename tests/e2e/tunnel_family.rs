@@ -1,7 +1,7 @@
-//! A node whose tunnel address is of another family than the others', or is no host's address: a fault of this node
-//! only. Needs root.
+//! Tunnel addresses that are not the nodes' InternalIPs. A node whose tunnel address is of another family than the
+//! others', or is no host's address: a fault of this node only. Needs root.
 
-use lab::fault_injection::holders;
+use lab::fault_injection::{dies, holders, owner_and_other};
 use lab::scene::{assert_blocked, assert_leaves_by_egress, visitors};
 use lab::{EGRESS4, EGRESS6, Lab, Pod, VISITOR, manifests};
 use std::time::Duration;
@@ -126,5 +126,21 @@ fn nodes_with_another_order_of_addresses_use_the_clusters_family() {
         let device = lab.node(node).ip("-d link show egret");
         assert!(device.contains(&format!("local {}", lab.node(node).ipv4())), "{device}");
     }
+    lab.assert_nothing_leaked();
+}
+
+/// As those of a network of WireGuard below the tunnel.
+#[test]
+fn tunnel_addresses_that_no_node_lists_work() {
+    let lab = Lab::builder().tunnel_network("10.99.0.").build();
+    for node in lab.nodes() {
+        node.ip(&format!("addr add 10.99.0.{}/24 dev eth0", node.spec.last));
+    }
+    let lab = lab.with_scene();
+    let pods: Vec<Pod> = lab.nodes().iter().map(|node| visitor(&lab, &node.name)).collect();
+    lab.assert_carries(&pods);
+    let (owner, other) = owner_and_other(&lab);
+    let others: Vec<Pod> = pods.into_iter().filter(|pod| pod.node.name != owner).collect();
+    dies(&lab, &owner, &other, &others);
     lab.assert_nothing_leaked();
 }

@@ -57,8 +57,9 @@ fn uninstall(node: &Node, more: &[&str]) -> Output {
     node.try_run(argv)
 }
 
+/// Runs `egretd uninstall` on a node, with success.
 #[track_caller]
-fn uninstalled(node: &Node, more: &[&str]) {
+pub fn uninstalled(node: &Node, more: &[&str]) {
     let out = uninstall(node, more);
     assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
 }
@@ -66,6 +67,25 @@ fn uninstalled(node: &Node, more: &[&str]) {
 fn run_dir(node: &Node) -> Vec<String> {
     let entries = fs::read_dir(node.run_dir()).into_iter().flatten().flatten();
     entries.map(|e| e.file_name().to_string_lossy().into_owned()).collect()
+}
+
+#[test]
+fn uninstallation_removes_the_device_of_egress_ips_that_routers_announce() {
+    let lab = builder().router().build();
+    let before = network(lab.node("g1"));
+    lab.write_manifest("gateway.yaml", &lab::routed::gateway());
+    lab.write_manifest("policy.yaml", &lab::routed::policy());
+    lab.add_namespace("shop", &[]);
+    lab.start();
+    let node = lab.node("g1");
+    lab.wait_until("the egress IP is on its device", Duration::from_secs(10), || {
+        node.ip("-o addr show").contains("198.51.100.50/32")
+    });
+    assert!(node.ip("-4 route show table local").contains("blackhole 198.51.100.50"));
+    lab.daemon("g1").kill9();
+    uninstalled(node, &[]);
+    let difference = lab::kernel::difference(&before, &network(node));
+    assert!(difference.is_empty(), "{difference}");
 }
 
 #[test]

@@ -180,3 +180,30 @@ fn the_plugin_takes_over_a_pod_that_was_adopted() {
     lab.wait_seen_as(&free.pod, node.ipv4());
     assert!(records(node).is_empty());
 }
+
+/// As with Cilium, whose own programs deliver packets to pods: the host has no route that tells a pod's veth.
+#[test]
+fn a_pod_whose_veth_no_route_tells_is_adopted() {
+    let lab = Lab::new();
+    let node = lab.node("n1");
+    node.set_conflist(lab.plain_conflist("n1"));
+    let mut pod = lab.add_pod("n1", "shop", "visitor-before", &[("app", "other")]);
+    let veth = pod.host_interface();
+    let mac = pod.mac("eth0");
+    for (address, bits, hop) in [(pod.ipv4().to_string(), 32, "169.254.9.1"), (pod.ipv6().to_string(), 128, "fe80::9")]
+    {
+        node.ip(&format!("route replace {address}/{bits} via {hop} dev {veth} onlink"));
+        node.ip(&format!("neigh replace {hop} lladdr {mac} dev {veth} nud permanent"));
+    }
+    lab.write_manifest("gateway.yaml", &manifests::gateway("default", &["192.0.2.50", "2001:db8::50"]));
+    lab.write_manifest("policy.yaml", &visitors());
+    lab.add_namespace("shop", &[("kubernetes.io/metadata.name", "shop")]);
+    lab.start();
+    lab.wait_everywhere("shop", VISITOR, &[EGRESS4.into(), EGRESS6.into()]);
+    pod.relabel(VISITOR);
+    lab.wait_seen_as(&pod, EGRESS4);
+    lab.wait_seen_as(&pod, EGRESS6);
+    lab.forget_wire();
+    assert_leaves_by_egress(&pod);
+    lab.assert_nothing_leaked();
+}

@@ -1,6 +1,6 @@
 //! Gateways' probes of targets beyond their uplinks: the network breaks behind the link, which stays up. Needs root.
 
-use lab::fault_injection::{holders, owner_and_other};
+use lab::fault_injection::{assert_stays, holders, owner_and_other, wait_holder};
 use lab::scene::assert_leaves_by_egress;
 use lab::survival::assert_short;
 use lab::{EGRESS4, EGRESS6, FAR4, FAR6, Lab, Pod, Session, VISITOR, manifests, server};
@@ -72,15 +72,6 @@ fn far_sessions(pods: &[Pod]) -> Vec<(String, Session)> {
     pods.iter().flat_map(open).collect()
 }
 
-/// For some time, the egress IP stays on that node.
-fn stays(lab: &Lab, holder: &str, time: Duration) {
-    let begin = Instant::now();
-    while begin.elapsed() < time {
-        assert_eq!(holders(lab), [holder], "after {:?}", begin.elapsed());
-        thread::sleep(Duration::from_millis(100));
-    }
-}
-
 #[test]
 fn a_node_whose_uplink_leads_nowhere_gives_its_egress_ips_to_one_whose_does_and_sessions_live_on() {
     let (lab, pods) = scene(&format!("[{{ icmp: {FAR4} }}]"));
@@ -92,7 +83,7 @@ fn a_node_whose_uplink_leads_nowhere_gives_its_egress_ips_to_one_whose_does_and_
 
     let begin = Instant::now();
     drop_at_router(&lab, &[of_node(&lab, &owner, "")]);
-    lab.wait_for("the address is on", &vec![other.clone()], || holders(&lab));
+    wait_holder(&lab, &other);
     let took = begin.elapsed();
     println!("the egress IP is on the other gateway after {took:?}");
     assert_short(took, 6000);
@@ -111,13 +102,13 @@ fn a_node_whose_uplink_leads_nowhere_gives_its_egress_ips_to_one_whose_does_and_
     let restarted = Instant::now();
     while restarted.elapsed() < Duration::from_secs(4) {
         assert!(says(&lab, &owner, "gateway: default"), "after {:?}", restarted.elapsed());
-        stays(&lab, &other, Duration::from_millis(200));
+        assert_stays(&lab, &other, Duration::from_millis(200), || ());
     }
 
     drop_at_router(&lab, &[]);
     wait_state(&lab, &owner, "ipv4", "succeeds");
     lab.wait_until("nothing is lost", PATIENCE, || !says(&lab, &owner, "lost:"));
-    stays(&lab, &other, Duration::from_secs(3));
+    assert_stays(&lab, &other, Duration::from_secs(3), || ());
     pods.iter().for_each(assert_leaves_by_egress);
     let longest = lab::survival::assert_live("uplink probes", sessions);
     println!("longest silence of a session: {longest:?}");
@@ -139,21 +130,21 @@ fn targets_that_no_node_reaches_move_nothing_and_interrupt_nothing() {
         ["ipv4", "ipv6"].iter().for_each(|family| wait_state(&lab, node, family, "fails"));
         lab.wait_until("the status says so", PATIENCE, || says(&lab, node, "failingProbes:"));
     }
-    stays(&lab, &owner, Duration::from_secs(5));
+    assert_stays(&lab, &owner, Duration::from_secs(5), || ());
     // Nor does a daemon that starts now, on either node.
     for node in [&owner, &other] {
         lab.daemon(node).restart();
         lab.wait_ready(node);
         wait_state(&lab, node, "ipv4", "fails");
     }
-    stays(&lab, &owner, Duration::from_secs(3));
+    assert_stays(&lab, &owner, Duration::from_secs(3), || ());
     drop_at_router(&lab, &[]);
     for node in GATEWAYS {
         ["ipv4", "ipv6"].iter().for_each(|family| wait_state(&lab, node, family, "succeeds"));
         lab.wait_until("the status says so", PATIENCE, || !says(&lab, node, "failingProbes:"));
         assert!(!says(&lab, node, "lost:"));
     }
-    stays(&lab, &owner, Duration::from_secs(3));
+    assert_stays(&lab, &owner, Duration::from_secs(3), || ());
     for flood in floods {
         let report = flood.stop();
         println!("{} of {} packets lost", report.lost(), report.sent);
@@ -197,7 +188,7 @@ fn a_family_is_lost_alone_and_any_target_of_it_suffices() {
     );
     wait_state(&lab, &other, "ipv4", "lost");
     // Each has lost one family: the pair stays.
-    stays(&lab, &other, Duration::from_secs(3));
+    assert_stays(&lab, &other, Duration::from_secs(3), || ());
     lab.wait_for("the egress IP without IPv6 is on", &vec![owner.clone()], of_plain);
 }
 
@@ -213,7 +204,7 @@ fn random_loss_moves_nothing() {
         drop_at_router(&lab, &[format!("numgen random mod 100 < {percent}")]);
         let begin = Instant::now();
         while begin.elapsed() < Duration::from_secs(seconds) {
-            stays(&lab, &owner, Duration::from_millis(300));
+            assert_stays(&lab, &owner, Duration::from_millis(300), || ());
             for node in GATEWAYS {
                 let states = ["ipv4", "ipv6"].map(|family| state(&lab, node, family));
                 assert!(!states.contains(&"lost".to_owned()), "{node}: {states:?} at {percent} % loss");

@@ -204,7 +204,7 @@ impl Cluster {
                 let mut made = lab.sandbox(node, namespace(pod), &format!("p{pod}"), &[("app", app)]);
                 made.sysctl(&["net.ipv4.ping_group_range=0 2147483647"]);
                 let Err(error) = made.attach() else {
-                    let traffic = Traffic::start(&made.door(), pod, incarnation, begin, &users);
+                    let traffic = Traffic::start(&made.namespaces(), pod, incarnation, begin, &users);
                     return Some((made, traffic));
                 };
                 note(&lab, begin, &format!("ADD of p{pod} on {node}: {error}"));

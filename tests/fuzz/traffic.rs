@@ -3,7 +3,7 @@
 
 use super::capture::{PORTS, Sender, Users, port};
 use super::model::SERVERS;
-use lab::host::Door;
+use lab::host::Namespaces;
 use nix::sys::socket::{AddressFamily, SockFlag, SockProtocol, SockType, socket};
 use std::io::{Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, UdpSocket};
@@ -55,19 +55,19 @@ impl Context {
 
 impl Traffic {
     /// Begins. `begin` is the lab's time 0.
-    pub fn start(door: &Door, pod: usize, incarnation: usize, begin: Instant, users: &Users) -> Traffic {
+    pub fn start(namespaces: &Namespaces, pod: usize, incarnation: usize, begin: Instant, users: &Users) -> Traffic {
         let (ends, answers) = (Arc::new(AtomicBool::new(false)), Arc::new(Answers::default()));
         let context = Context { pod, incarnation, begin, users: Arc::clone(users), ends: Arc::clone(&ends) };
         let datagrams = {
-            let (context, door, answers) = (context.clone(), door.clone(), Arc::clone(&answers));
+            let (context, namespaces, answers) = (context.clone(), namespaces.clone(), Arc::clone(&answers));
             thread::spawn(move || {
-                door.enter();
+                namespaces.enter();
                 send_datagrams(&context, &answers);
             })
         };
-        let door = door.clone();
+        let namespaces = namespaces.clone();
         let connections = thread::spawn(move || {
-            door.enter();
+            namespaces.enter();
             connect(&context);
         });
         Traffic { ends, answers, threads: vec![datagrams, connections] }

@@ -6,17 +6,50 @@ use crate::namespace::host::{
 use crate::namespace::{in_namespace, ip};
 use egret::datapath::addresses;
 use egret::datapath::fdb;
-use egret::datapath::names::{RULE_QUARANTINE, TABLE_FLUSH_GUARD, TABLE_QUARANTINE, TABLE_REPLY, TABLE_REQUEST};
+use egret::datapath::names::{
+    RULE_FROM_VRF, RULE_QUARANTINE, RULE_TO_VRF, TABLE_FLUSH_GUARD, TABLE_MAIN, TABLE_QUARANTINE, TABLE_REPLY,
+    TABLE_REQUEST,
+};
 use egret::datapath::route_socket::RouteSocket;
 use egret::datapath::routes;
 use egret::datapath::routes::{METRIC_LAST, Route, RouteKind};
-use egret::datapath::rules;
+use egret::datapath::rules::{self, Only, Rule};
 use egret::datapath::tunnel;
 use egret_cni::quarantine::Quarantine;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
+
+#[test]
+fn rules_of_a_vrf_are_for_its_interface_and_one_family() {
+    in_namespace(|| async {
+        let socket = RouteSocket::open().unwrap();
+        let only = |to: &str| Some(Only { iif: "eth1".into(), to: to.parse().unwrap() });
+        let to_vrf = |to| Rule {
+            priority: RULE_TO_VRF,
+            mark: 0,
+            mask: 0xc000_0000,
+            table: TABLE_MAIN,
+            without_default: false,
+            only: only(to),
+        };
+        let from_vrf = Rule { priority: RULE_FROM_VRF, mark: 0xc020_0000, mask: 0xffe0_0000, ..to_vrf("::/0") };
+        let from_vrf = Rule { without_default: true, only: None, ..from_vrf };
+        let wanted = BTreeSet::from([from_vrf, to_vrf("10.244.0.0/20")]);
+        assert_eq!(rules::sync(&socket, &wanted).await.unwrap(), 3);
+        let shown = [
+            "-4 78: from all fwmark 0xc0200000/0xffe00000 lookup main suppress_prefixlength 0 proto 71",
+            "-4 79: from all to 10.244.0.0/20 fwmark 0/0xc0000000 iif eth1 [detached] lookup main proto 71",
+            "-6 78: from all fwmark 0xc0200000/0xffe00000 lookup main suppress_prefixlength 0 proto 71",
+        ];
+        assert_eq!(rules_shown(), shown);
+        assert_eq!(rules::sync(&socket, &wanted).await.unwrap(), 0);
+        assert_eq!(rules::sync(&socket, &BTreeSet::from([to_vrf("10.244.0.0/16")])).await.unwrap(), 4);
+        assert_eq!(rules::sync(&socket, &BTreeSet::new()).await.unwrap(), 1);
+        assert_eq!(rules_shown(), [""; 0]);
+    });
+}
 
 #[test]
 fn a_host_without_ipv6_has_a_tunnel_without_ipv6() {

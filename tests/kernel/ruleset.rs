@@ -5,6 +5,7 @@ use crate::namespace::{in_namespace, ip, run};
 use egret::cluster::{self, Scope, SourceName};
 use egret::datapath::ruleset::ExpectedRuleset;
 use egret::model::marks::Marks;
+use egret::node_plan::{NodePlan, TunnelWay};
 use egret_nft::Nftables;
 use nftables::schema::{Chain, NfListObject};
 use nftables::stmt::Statement;
@@ -35,23 +36,35 @@ const NOT_READ_AGAIN: [&str; 3] = [" proto-src & ", " meta mark set 0x45470003 m
 const BASE_CHAINS: [(&str, &str, NfHook, NfChainType, i32, NfChainPolicy); 7] = [
     ("inet", "raw", NfHook::Prerouting, NfChainType::Filter, -300, NfChainPolicy::Accept),
     ("inet", "prerouting", NfHook::Prerouting, NfChainType::Filter, -90, NfChainPolicy::Accept),
-    ("inet", "output", NfHook::Output, NfChainType::Filter, -300, NfChainPolicy::Accept),
+    ("inet", "output", NfHook::Output, NfChainType::Filter, -310, NfChainPolicy::Accept),
     ("inet", "errors", NfHook::Output, NfChainType::Route, -299, NfChainPolicy::Accept),
     ("inet", "srcnat", NfHook::Postrouting, NfChainType::NAT, -190, NfChainPolicy::Accept),
     ("inet", "egress-guard", NfHook::Postrouting, NfChainType::Filter, 300, NfChainPolicy::Accept),
     ("netdev", "to-tunnel", NfHook::Egress, NfChainType::Filter, 0, NfChainPolicy::Accept),
 ];
 
-/// The base chains of nodes on which an egress IP has a DSCP, a bandwidth.
-const TREATMENT_CHAINS: [(&str, NfHook, i32); 3] = [
+/// The base chains of nodes on which an egress IP has a DSCP, a bandwidth, an uplink in a VRF.
+const TREATMENT_CHAINS: [(&str, NfHook, i32); 4] = [
     ("write-dscp", NfHook::Postrouting, 301),
     ("limit-egress", NfHook::Postrouting, 302),
     ("limit-ingress", NfHook::Prerouting, -150),
+    ("from-vrf", NfHook::Prerouting, -88),
+];
+
+/// The base chains of nodes with pods whose packets come by an ifb device.
+const LIMITED_CHAINS: [(&str, &str, NfHook, i32, NfChainPolicy); 2] = [
+    ("bridge", "prerouting", NfHook::Prerouting, -300, NfChainPolicy::Accept),
+    ("netdev", "into-tunnel", NfHook::Ingress, 0, NfChainPolicy::Drop),
 ];
 
 /// The base chains of nodes during a planned move.
-const HANDOVER_CHAINS: [(&str, &str, i32); 3] =
-    [("ip", "handover", -91), ("ip6", "handover", -91), ("inet", "old-ways", -89)];
+const HANDOVER_CHAINS: [(&str, &str, NfHook, i32); 5] = [
+    ("ip", "handover", NfHook::Prerouting, -91),
+    ("ip6", "handover", NfHook::Prerouting, -91),
+    ("ip", "handover-mark", NfHook::Postrouting, 301),
+    ("ip6", "handover-mark", NfHook::Postrouting, 301),
+    ("inet", "old-ways", NfHook::Prerouting, -89),
+];
 
 /// The maps to which these chains lead, with their chains.
 const TREATMENT_MAPS: [(&str, (&str, &str, &str)); 4] = [
@@ -83,12 +96,15 @@ fn rulesets() -> PathBuf {
 }
 
 /// Loads a golden file's ruleset into the namespace.
-async fn load(of: &str, node: &str) {
+async fn load(name: &str, of: &str, node: &str) {
     let source = SourceName::Dir(rulesets().join(of));
     let source = cluster::open(&source, Scope::Node(node.to_owned())).await.expect("the cluster");
     let cluster = source.snapshots.borrow().clone();
-    let ruleset = ExpectedRuleset::expected(&cluster, node, &[], Marks::default()).expect("the node");
+    let of_node = include!("../rulesets/node.rs");
+    let tell = |plan: &mut NodePlan| of_node(name, plan);
+    let ruleset = ExpectedRuleset::with(&cluster, node, &[], Marks::default(), tell).expect("the node");
     ip("link add egret index 1000 type vxlan id 7871 dstport 7871 local 127.0.0.1 nolearning gbp");
+    ip("link add egret-out type veth peer name egret-hop");
     for (index, name) in ruleset.ruleset().interfaces() {
         ip(&format!("link add {name} index {index} type veth peer name p{index}"));
     }
@@ -129,7 +145,7 @@ fn objects(text: &str) -> BTreeMap<(String, String), Vec<String>> {
 fn nft_lists_the_loaded_files_unchanged() {
     for (name, of, node) in RULESETS {
         in_namespace(move || async move {
-            load(of, node).await;
+            load(name, of, node).await;
             let mut golden = std::fs::read_to_string(rulesets().join(format!("{name}.nft"))).expect("a golden file");
             for (written, listed) in LISTED_OTHERWISE {
                 golden = golden.replace(written, listed);
@@ -148,7 +164,7 @@ fn nft_lists_the_loaded_files_unchanged() {
 fn nft_itself_loads_the_files() {
     for (name, of, node) in RULESETS {
         in_namespace(move || async move {
-            load(of, node).await;
+            load(name, of, node).await;
             run("nft", "flush ruleset");
             let text = std::fs::read_to_string(rulesets().join(format!("{name}.nft"))).expect("a golden file");
             let readable = |line: &&str| !NOT_READ_AGAIN.iter().any(|part| line.contains(part));
@@ -164,7 +180,7 @@ fn nft_itself_loads_the_files() {
 fn an_independent_reader_finds_each_object() {
     for (name, of, node) in RULESETS {
         in_namespace(move || async move {
-            load(of, node).await;
+            load(name, of, node).await;
             let listed: Value = serde_json::from_str(&run("nft", "-j list ruleset")).expect("JSON");
             let objects = listed["nftables"].as_array().expect("objects");
             base_chains_are_where_they_should_be(name, objects);
@@ -190,10 +206,13 @@ fn base_chains_are_where_they_should_be(name: &str, objects: &[Value]) {
         if chain_name.starts_with("pod-") {
             let ingress = (Some(NfHook::Ingress), Some(NfChainType::Filter), Some(0), Some(NfChainPolicy::Drop));
             assert_eq!(found, ingress, "{name}: {chain_name}");
-        } else if let Some((.., priority)) = HANDOVER_CHAINS.iter().find(|c| (c.0, c.1) == (&*of, chain_name)) {
-            let handover =
-                (Some(NfHook::Prerouting), Some(NfChainType::Filter), Some(*priority), Some(NfChainPolicy::Accept));
+        } else if let Some((.., hook, priority)) = HANDOVER_CHAINS.iter().find(|c| (c.0, c.1) == (&*of, chain_name)) {
+            let handover = (Some(*hook), Some(NfChainType::Filter), Some(*priority), Some(NfChainPolicy::Accept));
             assert_eq!(found, handover, "{name}: {of} {chain_name}");
+        } else if let Some(limited) = LIMITED_CHAINS.iter().find(|c| (c.0, c.1) == (&*of, chain_name)) {
+            let (_, _, hook, priority, policy) = *limited;
+            let limited = (Some(hook), Some(NfChainType::Filter), Some(priority), Some(policy));
+            assert_eq!(found, limited, "{name}: {of} {chain_name}");
         } else if let Some((_, hook, priority)) = TREATMENT_CHAINS.iter().find(|c| c.0 == chain_name) {
             let treatment = (Some(*hook), Some(NfChainType::Filter), Some(*priority), Some(NfChainPolicy::Accept));
             assert_eq!((&*of, found), ("inet", treatment), "{name}: {chain_name}");
@@ -274,6 +293,10 @@ fn maps_have_their_types(name: &str, objects: &[Value]) {
         }
     }
     found.sort();
+    if name == "limited-pods" {
+        let limited = ("limited".to_owned(), "iface_index".to_owned(), "verdict".to_owned());
+        assert!(found.iter().position(|map| *map == limited).map(|at| found.remove(at)).is_some(), "{name}: {found:?}");
+    }
     let in_use = |chain: &str| objects.iter().any(|object| object["chain"]["name"] == chain);
     let treatments = TREATMENT_MAPS.into_iter().filter(|(chain, _)| in_use(chain)).map(|(_, map)| map);
     let expected = MAPS.into_iter().chain(treatments);

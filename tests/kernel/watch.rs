@@ -97,7 +97,14 @@ fn changes_of_egrets_objects_by_others_are_events() {
 fn other_changes_are_no_events() {
     in_namespace(|| async {
         let (socket, mut watch) = host().await;
-        let rule = Rule { priority: names::RULE_REQUEST, mark: 1, mask: 1, table: names::TABLE_REQUEST };
+        let rule = Rule {
+            priority: names::RULE_REQUEST,
+            mark: 1,
+            mask: 1,
+            table: names::TABLE_REQUEST,
+            without_default: false,
+            only: None,
+        };
         rules::sync(&socket, &BTreeSet::from([rule])).await.unwrap();
         let pod = Other::new();
         ip(&format!("link add veth-p1 type veth peer name eth0 netns {}", pod.id));

@@ -3,7 +3,7 @@
 use super::PATIENCE;
 use super::kubectl_egret::{grant, kubectl_egret};
 use super::kubelet::Kubelets;
-use lab::api::Role;
+use lab::api::{Role, has_server};
 use lab::{Daemon, EXT4, EXT6, Lab};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -15,6 +15,9 @@ use std::time::Duration;
 
 /// The server's port.
 const PORT: u16 = 8088;
+/// `kubectl egret test` begins with the checks of the installation, which want a supported API server that keeps the
+/// validation rules of the CustomResourceDefinitions.
+const SERVER: (u32, u32) = (1, 25);
 /// The longest test.
 const LONGEST: Duration = Duration::from_secs(240);
 
@@ -134,6 +137,9 @@ fn assert_says(text: &str, words: &[&str]) {
 
 #[test]
 fn all_promises_are_kept_and_nothing_is_left() {
+    if !has_server(SERVER, false, "acceptance::all_promises_are_kept_and_nothing_is_left") {
+        return;
+    }
     let lab = lab();
     installed(&lab);
     for role in ["egret-tester", "egret-reader"] {
@@ -166,6 +172,9 @@ fn all_promises_are_kept_and_nothing_is_left() {
 
 #[test]
 fn what_an_interrupted_or_killed_test_has_made_is_deleted() {
+    if !has_server(SERVER, false, "acceptance::what_an_interrupted_or_killed_test_has_made_is_deleted") {
+        return;
+    }
     let lab = lab();
     installed(&lab);
     let (_server, mut kubelets) = (outside(&lab), Kubelets::new(&lab));
@@ -198,6 +207,9 @@ fn what_an_interrupted_or_killed_test_has_made_is_deleted() {
 
 #[test]
 fn what_is_missing_or_broken_is_named_with_its_remedy() {
+    if !has_server(SERVER, false, "acceptance::what_is_missing_or_broken_is_named_with_its_remedy") {
+        return;
+    }
     let lab = lab();
     let (_server, mut kubelets) = (outside(&lab), Kubelets::new(&lab));
     let mut says = |more: &[&str], wanted: i32, words: &[&str]| {

@@ -81,7 +81,7 @@ fn a_gateway_loses_a_node_and_a_part_of_its_pool() {
     // The pool shrinks and no longer contains the address that a policy names: the policy's condition says so, and
     // its traffic is blocked.
     lab.write_manifest("gateway.yaml", &manifests::gateway("default", &["192.0.2.55-192.0.2.59"]));
-    lab.wait_until("the policy is refused", PATIENCE, || {
+    lab.wait_until("the policy is rejected", PATIENCE, || {
         condition(&lab, "shop/visitors", "Accepted").is_some_and(|c| c.0 == "False")
     });
     lab.wait_until("an event tells of it", PATIENCE, || {

@@ -3,13 +3,17 @@
 
 use crate::{PATIENCE, documents};
 use lab::Lab;
-use lab::api::{Role, path_of};
+use lab::api::{Role, has_server, path_of};
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
 use std::path::Path;
 
 #[test]
 fn the_api_server_accepts_every_golden_file_of_convert() {
+    // Debian's 1.20 takes a label without a value in a custom resource for null.
+    if !has_server((1, 21), false, "convert::the_api_server_accepts_every_golden_file_of_convert") {
+        return;
+    }
     let lab = Lab::builder().kubernetes().nodes(vec![]).build();
     let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/convert");
     let systems = std::fs::read_dir(&directory).expect("tests/convert").flatten();

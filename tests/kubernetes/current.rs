@@ -186,6 +186,52 @@ fn every_validation_rule_accepts_and_rejects() {
         ("EgressGateway", gateway("nextHop", json!({"ipv4": "192.0.2.1"})), gateway("nextHop", json!({}))),
         (
             "EgressGateway",
+            gateway("defaultAddress", json!({"ipv4": "192.0.2.1"})),
+            gateway("defaultAddress", json!({})),
+        ),
+        (
+            "EgressGateway",
+            gateway("capacity", json!([{"nodeSelector": {}, "maxEgressIPs": 0}])),
+            gateway("capacity", json!([{"nodeSelector": {}}])),
+        ),
+        (
+            "EgressGateway",
+            json!({"nodeSelector": {}, "optIn": true, "namespaceSelector": {}}),
+            gateway("optIn", json!(true)),
+        ),
+        (
+            "EgressGateway",
+            gateway("announce", "Route".into()),
+            json!({"nodeSelector": {}, "announce": "Route", "placement": "External"}),
+        ),
+        (
+            "EgressGateway",
+            gateway("interfaces", json!(["eth1", "ens192"])),
+            json!({"nodeSelector": {}, "interface": "eth1", "interfaces": ["ens192"]}),
+        ),
+        ("EgressGateway", gateway("interfaces", json!(["eth1.100"])), gateway("interfaces", json!(["eth1/ens192"]))),
+        (
+            "EgressGateway",
+            json!({"nodeSelector": {}, "vlan": 100, "nextHop": {"ipv4": "198.51.100.1"}}),
+            json!({"nodeSelector": {}, "vlan": 100}),
+        ),
+        (
+            "EgressGateway",
+            json!({"nodeSelector": {}, "vlan": 4094, "nextHop": {"ipv4": "198.51.100.1"}}),
+            json!({"nodeSelector": {}, "vlan": 1, "placement": "External", "nextHop": {"ipv4": "198.51.100.1"}}),
+        ),
+        (
+            "EgressGateway",
+            json!({"nodeSelector": {}, "vlan": 1, "nextHop": {"ipv4": "198.51.100.1"}}),
+            json!({"nodeSelector": {}, "vlan": 4095, "nextHop": {"ipv4": "198.51.100.1"}}),
+        ),
+        (
+            "EgressGateway",
+            json!({"nodeSelector": {}, "announce": "ARP", "answerPing": true}),
+            json!({"nodeSelector": {}, "announce": "Route", "answerPing": true}),
+        ),
+        (
+            "EgressGateway",
             probe(json!({"icmp": "192.0.2.1"})),
             probe(json!({"icmp": "192.0.2.1", "tcp": "192.0.2.1:80"})),
         ),

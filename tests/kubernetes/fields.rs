@@ -33,36 +33,52 @@ fn object(kind: &str, name: &str, spec: Value, status: Value) -> Value {
     object
 }
 
+fn policy_status() -> Value {
+    json!({"gateway": "g", "addresses": {"ipv4": "192.0.2.50", "ipv6": "2001:db8::50"}, "node": "g1",
+                        "addressCount": 1, "egressIPs": [{"ipv4": "192.0.2.50", "ipv6": "2001:db8::50", "ordinal": 0,
+                                                           "node": "g1", "ready": "True"}],
+                        "pods": 3, "podsByNode": [{"node": "n1", "pods": 3}], "conditions": conditions()})
+}
+
 fn gateways() -> Vec<Value> {
     let spec = |placement: &str, sharing: &str| {
         json!({
             "nodeSelector": selector(), "addresses": ["192.0.2.50-192.0.2.59", "2001:db8::50"], "placement": placement,
-            "interface": "eth1", "nextHop": {"ipv4": "192.0.2.1", "ipv6": "2001:db8::1"}, "answerPing": true,
-            "ignoreCordon": true, "default": true, "namespaceSelector": selector(), "sharing": sharing,
+            "defaultAddress": {"ipv4": "192.0.2.58", "ipv6": "2001:db8::50"},
+            "announce": "ARP", "interface": "eth1", "nextHop": {"ipv4": "192.0.2.1", "ipv6": "2001:db8::1"}, "answerPing": true, "fastPath": "Off",
+            "ignoreCordon": true, "default": true,
+            "optIn": true, "capacity": [{"nodeSelector": selector(), "weight": 3, "maxEgressIPs": 7}], "namespaceSelector": selector(), "sharing": sharing,
             "reservations": [{"addresses": ["192.0.2.59"], "namespaceSelector": selector()}],
             "namespaceQuota": {"policies": 3, "addresses": 2, "destinations": 100},
             "probes": [{"icmp": "192.0.2.1"}, {"tcp": "[2001:db8::1]:443"}], "probeIntervalMilliseconds": 500, "probeMisses": 4,
         })
     };
-    let path = |id: u16, kind: &str| {
+    let allocation = |id: u16, kind: &str| {
         json!({"id": id, "kind": kind, "ordinal": 2, "ipv4": format!("192.0.2.{id}"), "ipv6": format!("2001:db8::{id}"), "node": "g1",
                "since": 1_700_000_000, "leaving": "g2", "service": "shop/web", "policies": ["shop/a", "everywhere"]})
     };
     let kinds = ["Explicit", "Dedicated", "Shared", "Pooled", "Node", "Service"];
-    let allocations: Vec<Value> = kinds.into_iter().zip(50..).map(|(kind, id)| path(id, kind)).collect();
-    let released =
-        json!([{"id": 7, "ipv4": "192.0.2.57", "ipv6": "2001:db8::57", "policies": ["shop/b"], "at": 1_700_000_000}]);
+    let allocations: Vec<Value> = kinds.into_iter().zip(50..).map(|(kind, id)| allocation(id, kind)).collect();
+    let released = json!([{"id": 7, "ipv4": "192.0.2.57", "ipv6": "2001:db8::57", "policies": ["shop/b"], "at": 1_700_000_000,
+                "service": "shop/web"}]);
     let writer = json!({"name": "controller", "term": 2, "writes": 7});
     let family = json!({"total": 10, "used": 3, "coolingDown": 1});
     let listed = json!({"nodes": ["g1"], "nodeCount": 1, "readyNodes": 0, "notReadyNodes": ["g1"],
                         "usage": {"ipv4": family, "ipv6": family}, "allocations": allocations, "released": released, "conditions": conditions(), "writer": writer,
-                        "reportsRequestedAt": 1_700_000_000});
+                        "reportsRequestedAt": 1_700_000_000, "optIn": policy_status()});
+    let mut routed = spec("Managed", "Namespace");
+    (routed["announce"], routed["answerPing"]) = ("Route".into(), false.into());
+    routed["fastPath"] = "Auto".into();
+    routed.as_object_mut().expect("a spec").remove("interface");
+    routed["interfaces"] = json!(["eth1", "ens192"]);
+    routed["vlan"] = json!(100);
     // The form of many allocations.
     let text = json!({"nodes": ["g1"], "nodeCount": 1, "readyNodes": 1, "allocations": [], "conditions": conditions(), "writer": writer,
                       "text": "node g1\n1 Dedicated 192.0.2.50 - 0 1700000000 - shop/a\n"});
     vec![
         object("EgressGateway", "listed", spec("Managed", "Namespace"), listed),
-        object("EgressGateway", "as-text", spec("External", "Cluster"), text),
+        object("EgressGateway", "as-text", spec("External", "Cluster"), text.clone()),
+        object("EgressGateway", "routed", routed, text),
     ]
 }
 
@@ -70,10 +86,7 @@ fn policies(kind: &str, more: &Value) -> Vec<Value> {
     let port = |protocol: &str| json!({"protocol": protocol, "port": 443, "endPort": 445});
     let egress = json!([{"to": [{"ipBlock": {"cidr": "203.0.113.0/24", "except": ["203.0.113.128/25"]}}],
                          "ports": [port("TCP"), port("UDP"), port("SCTP")]}]);
-    let status = json!({"gateway": "g", "addresses": {"ipv4": "192.0.2.50", "ipv6": "2001:db8::50"}, "node": "g1",
-                        "addressCount": 1, "egressIPs": [{"ipv4": "192.0.2.50", "ipv6": "2001:db8::50", "ordinal": 0,
-                                                           "node": "g1", "ready": "True"}],
-                        "pods": 3, "podsByNode": [{"node": "n1", "pods": 3}], "conditions": conditions()});
+    let status = policy_status();
     let spec = |fallback: &str, pods: Value, address: Value| {
         let existing = if fallback == "Block" { "Keep" } else { "End" };
         let mut spec = json!({"gateway": "g", "dscp": 46, "bandwidth": {"egress": "100Mbit", "ingress": "64Kbit"}, "egress": egress, "fallback": fallback, "priority": -7,

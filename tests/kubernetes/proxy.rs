@@ -9,11 +9,11 @@ use std::time::Duration;
 
 /// Listens on a port of the API server's host, and closes each connection after `life`.
 pub fn cutting(lab: &Lab, port: u16, life: Duration) {
-    let door = lab.host("api").door();
-    let listener = door.within(|| TcpListener::bind((API, port)).expect("listen"));
+    let namespaces = lab.host("api").namespaces();
+    let listener = namespaces.within(|| TcpListener::bind((API, port)).expect("listen"));
     // The thread ends with the test's process. What it has open keeps nothing else alive.
     thread::spawn(move || {
-        door.enter();
+        namespaces.enter();
         for client in listener.incoming().flatten() {
             let Ok(server) = TcpStream::connect((API, 6443)) else { continue };
             let (client2, server2) = (client.try_clone().expect("a handle"), server.try_clone().expect("a handle"));

@@ -15,7 +15,7 @@ const DONE: &str = "{\"version\":1}\n";
 /// Answers the n-th connection with the n-th of `answers`, and returns the requests. After that, nothing accepts
 /// connections.
 fn serve(node: &Node, answers: &'static [&'static str]) -> Receiver<Value> {
-    let (asked, questions) = channel();
+    let (asked, requests) = channel();
     std::fs::create_dir_all(node.run_dir()).unwrap();
     let _ = std::fs::remove_file(node.socket());
     let listener = UnixListener::bind(node.socket()).unwrap();
@@ -28,27 +28,27 @@ fn serve(node: &Node, answers: &'static [&'static str]) -> Receiver<Value> {
             let _ = stream.write_all(answer.as_bytes());
         }
     });
-    questions
+    requests
 }
 
 #[test]
 fn the_plugin_sends_the_request_of_its_verb() {
     let node = Node::new();
     let pod = node.pod(5);
-    let questions = serve(&node, &[DONE; 4]);
+    let requests = serve(&node, &[DONE; 4]);
     let ask = |verb: &str| {
         let call = Call::new(&node, verb).pod(&pod);
         let call = call.key("cni.dev/valid-attachments", json!([{"containerID": "a", "ifname": "b"}]));
         let call = call.variable("CNI_ARGS", "K8S_POD_NAMESPACE=shop;K8S_POD_NAME=web-0;K8S_POD_UID=7-7");
-        (call.run().success(), questions.recv().unwrap())
+        (call.run().success(), requests.recv().unwrap())
     };
-    let (stdout, mut question) = ask("ADD");
+    let (stdout, mut request) = ask("ADD");
     assert_eq!(stdout, format!("{}\n", pod.result()));
-    let host = question.as_object_mut().unwrap().remove("host").unwrap();
+    let host = request.as_object_mut().unwrap().remove("host").unwrap();
     assert!(host["index"].as_u64() > Some(0) && host["peerIndex"].as_u64() > Some(0));
     let attachment = json!({"version": 1, "verb": "ADD", "containerId": "c1", "ifname": "eth0", "network": "pods",
         "pod": {"namespace": "shop", "name": "web-0", "uid": "7-7"}, "addresses": pod.addresses});
-    assert_eq!(question, attachment);
+    assert_eq!(request, attachment);
     assert_eq!(ask("CHECK").1["verb"], "CHECK");
     assert_eq!(
         ask("DEL"),
@@ -67,7 +67,7 @@ fn the_daemons_refusal_is_printed_with_its_code() {
     let pod = node.pod(5);
     let refusal = "{\"version\":1,\"error\":{\"code\":100,\"msg\":\"no veth\",\"details\":\"use one\"}}\n";
     let answers: &[&str] = Box::leak(Box::new([refusal; 4]));
-    let _questions = serve(&node, answers);
+    let _requests = serve(&node, answers);
     for verb in ["ADD", "DEL", "CHECK", "GC"] {
         let call = Call::new(&node, verb).pod(&pod).key("cni.dev/valid-attachments", json!([]));
         assert_eq!(call.run().failure(), (100, "no veth; use one".to_owned()), "{verb}");
@@ -93,12 +93,12 @@ fn a_daemon_that_closes_the_connection_or_sends_garbage_counts_as_away() {
         "garbage\n",
         "garbage\n",
     ];
-    let questions = serve(&node, ANSWERS);
+    let requests = serve(&node, ANSWERS);
     for round in 0..ANSWERS.len() / 2 {
         let id = format!("c{round}");
         Call::new(&node, "ADD").pod(&pod).container(&id).run().success();
         assert_eq!(node.rules().len(), 2, "round {round}");
-        assert_eq!(questions.try_iter().count(), 2, "round {round}");
+        assert_eq!(requests.try_iter().count(), 2, "round {round}");
     }
     // The socket still exists, but no daemon.
     for round in 0..ANSWERS.len() / 2 {
@@ -112,9 +112,9 @@ fn a_daemon_that_returns_meanwhile_gets_the_request() {
     let node = Node::new();
     node.prepare(&["shop"]);
     let pod = node.pod(5);
-    let questions = serve(&node, &["", DONE]);
+    let requests = serve(&node, &["", DONE]);
     Call::new(&node, "ADD").pod(&pod).run().success();
-    let [first, second] = [questions.recv().unwrap(), questions.recv().unwrap()];
+    let [first, second] = [requests.recv().unwrap(), requests.recv().unwrap()];
     assert_eq!(first, second);
     // The daemon finds the attachment's file, and will lift the quarantine.
     assert_eq!((node.records().len(), node.rules().len()), (1, 2));
@@ -162,6 +162,6 @@ fn a_response_without_an_end_is_rejected() {
     node.prepare(&[]);
     let pod = node.pod(5);
     let long: &'static str = Box::leak("x".repeat(3 << 20).into_boxed_str());
-    let _questions = serve(&node, Box::leak(Box::new([long; 2])));
+    let _requests = serve(&node, Box::leak(Box::new([long; 2])));
     Call::new(&node, "ADD").pod(&pod).run().success();
 }

@@ -149,9 +149,13 @@ fn check_reports_differences_from_what_add_left() {
     check().run().success();
     assert_eq!(check().previous(r#"{"ips": [{"address": "10.9.9.9/32"}]}"#).run().failure().0, 101);
     assert_eq!(check().previous("null").run().failure().0, 7);
-    ip(&format!("-n {} rule delete priority 71", node.name));
-    let (code, text) = check().run().failure();
-    assert!(code == 11 && text.contains("away"), "{code} {text}");
+    for priority in [70, 71] {
+        ip(&format!("-n {} rule delete priority {priority}", node.name));
+        let (code, text) = check().run().failure();
+        assert!(code == 11 && text.contains("away"), "{code} {text}");
+        Call::new(&node, "ADD").pod(&pod).run().success();
+        check().run().success();
+    }
 }
 
 /// A runtime that gets an error reports the whole node as NotReady.

@@ -7,4 +7,7 @@
     ("planned-move-old-node", "dual-stack", "old"),
     ("ipv6-only", "ipv6-only", "n1"),
     ("everything", "dual-stack", "everything"),
+    // The same, with what only the node knows (node.rs): the uplink is in a VRF; pods' packets come by ifb devices.
+    ("uplink-in-vrf", "dual-stack", "everything"),
+    ("limited-pods", "dual-stack", "everything"),
 ]

@@ -1,5 +1,5 @@
-//! The files, functions, metrics, flags, targets of make and status fields that documents name must exist. The
-//! comparison is by text: a rename fails and names the document.
+//! The files, functions, metrics, flags, targets of make and fields that documents name must exist, and the documents
+//! must name what users see. The comparison is by text: a rename fails and names the document.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -12,7 +12,16 @@ const TOP: [&str; 9] =
 const OTHERS_FLAGS: [&str; 7] =
     ["--register-with-taints", "--restore-mark", "--save-mark", "--helper", "--validate", "--set", "--lib"];
 /// Fields of Kubernetes' own objects.
-const OTHERS_FIELDS: [&str; 3] = ["status.hostIP", "status.podIP", "status.loadBalancer"];
+const OTHERS_FIELDS: [&str; 8] = [
+    "status.hostIP",
+    "status.podIP",
+    "status.loadBalancer",
+    "spec.ipam",
+    "spec.podCIDRs",
+    "spec.unschedulable",
+    "spec.externalIPs",
+    "spec.loadBalancerIP",
+];
 
 fn root() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR"))
@@ -63,6 +72,14 @@ fn spans(line: &str) -> impl Iterator<Item = &str> {
 /// The longest words of a text that consist of such characters.
 fn words(text: &str, allowed: impl Fn(char) -> bool + Copy) -> impl Iterator<Item = &str> {
     text.split(move |c: char| !allowed(c)).filter(|word| !word.is_empty())
+}
+
+/// The lines of a document, each with whether it is in a block of code.
+fn lines(text: &str) -> impl Iterator<Item = (&str, bool)> {
+    text.lines().scan(false, |in_block, line| {
+        *in_block ^= line.starts_with("```");
+        Some((line, *in_block))
+    })
 }
 
 fn is_path(span: &str) -> bool {
@@ -174,7 +191,8 @@ fn every_metric_that_a_test_asks_for_is_registered() {
     let registered = metrics();
     for (path, text) in sources("tests").into_iter().chain(sources("benches")) {
         for rest in text.split("\"egret_").skip(1).filter(|_| !path.ends_with("documents.rs")) {
-            let end = rest.find(|c: char| !c.is_ascii_lowercase() && c != '_').unwrap_or(rest.len());
+            let is_name = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_';
+            let end = rest.find(|c| !is_name(c)).unwrap_or(rest.len());
             let name = format!("egret_{}", &rest[..end]);
             let name =
                 ["_total", "_count", "_sum", "_bucket"].iter().find_map(|e| name.strip_suffix(e)).unwrap_or(&name);
@@ -221,11 +239,7 @@ fn every_flag_that_a_document_names_exists() {
     assert!(all.len() > 20, "{all:?}");
     let is_flag = |c: char| c.is_ascii_lowercase() || c == '-';
     for (document, text) in documents() {
-        let mut in_block = false;
-        for line in text.lines() {
-            if line.starts_with("```") {
-                in_block = !in_block;
-            }
+        for (line, in_block) in lines(&text) {
             // A command line of egretd, or a flag alone.
             let block = (in_block && line.starts_with("egretd ")).then(|| line.split(" #").next()).flatten();
             let spans = spans(line).filter(|span| span.starts_with("egretd ") || span.starts_with("--"));
@@ -238,15 +252,30 @@ fn every_flag_that_a_document_names_exists() {
     }
 }
 
+/// `egret::node=debug`, as for `--log-level`.
+#[test]
+fn every_module_whose_log_level_a_text_sets_exists() {
+    let mut texts = documents();
+    for file in ["install/chart/values.yaml", "tests/snapshots/help.txt", "tests/snapshots/wrong-calls.txt"] {
+        texts.push((file.to_owned(), read(&root().join(file))));
+    }
+    for (name, text) in texts {
+        for rest in text.split("egret::").skip(1) {
+            let module = words(rest, |c| c.is_ascii_lowercase() || c == '_').next().unwrap_or_default();
+            let is_level = rest[module.len()..].starts_with('=');
+            assert!(
+                !is_level || root().join("src").join(module).is_dir(),
+                "{name} names egret::{module}, which is not in src/"
+            );
+        }
+    }
+}
+
 #[test]
 fn every_target_of_make_that_a_document_names_exists() {
     let makefile = read(&root().join("Makefile"));
     for (document, text) in documents() {
-        let mut in_block = false;
-        for line in text.lines() {
-            if line.starts_with("```") {
-                in_block = !in_block;
-            }
+        for (line, in_block) in lines(&text) {
             let block = (in_block && line.starts_with("make ")).then_some(line);
             for call in spans(line).filter(|_| !in_block).chain(block).filter_map(|span| span.strip_prefix("make ")) {
                 let target = call.split_whitespace().next().unwrap_or_default();
@@ -258,16 +287,51 @@ fn every_target_of_make_that_a_document_names_exists() {
 }
 
 #[test]
-fn every_status_field_that_a_document_names_is_defined() {
+fn every_field_that_a_document_names_is_defined() {
     let definitions = read(&root().join("install/crds.yaml"));
     for (document, text) in documents() {
         for span in text.lines().flat_map(spans).flat_map(|span| words(span, |c| c.is_ascii_alphanumeric() || c == '.'))
         {
-            let Some(at) = span.find("status.") else { continue };
+            let Some(at) = ["status.", "spec."].iter().find_map(|part| span.find(part)) else { continue };
             let field = &span[at..];
             let name = field.split('.').nth(1).unwrap_or_default();
             let there = definitions.lines().any(|line| line.trim() == format!("{name}:"));
             assert!(there || OTHERS_FIELDS.contains(&field), "{document} names {field}, which no definition has");
+        }
+    }
+}
+
+/// The names of the counters of dropped packets, which are the reasons in the metric. What is not dropped says so.
+#[test]
+fn every_reason_for_a_dropped_packet_is_documented_and_tested() {
+    let ruleset = read(&root().join("src/datapath/ruleset/mod.rs"));
+    let counters =
+        ruleset.split("pub mod counter {").nth(1).and_then(|rest| rest.split("\n}").next()).expect("counters");
+    let dropped = counters.split(';').filter(|constant| !constant.contains("/// Not dropped"));
+    let reasons: Vec<&str> =
+        dropped.filter_map(|constant| constant.split("&str = \"").nth(1)?.strip_suffix('"')).collect();
+    assert!(reasons.len() > 8, "{reasons:?}");
+    let (operations, reports) = ("docs/operations.md", "tests/e2e/reports.rs");
+    let (documented, tested) = (read(&root().join(operations)), read(&root().join(reports)));
+    for reason in reasons {
+        assert!(
+            documented.contains(&format!("\n| `{reason}` |")),
+            "{operations} has no row for the counter `{reason}` in its table of reasons; say what it means and what to do"
+        );
+        assert!(tested.contains(&format!("\"{reason}\"")), "{reports} does not ask for the reason \"{reason}\"");
+    }
+}
+
+/// The commands of the help texts in tests/snapshots. A document names each as `name` or `egretd name …`.
+#[test]
+fn every_command_is_documented() {
+    let documents: String = documents().into_iter().map(|(_, text)| text).collect();
+    for (program, file) in [("egretd", "help.txt"), ("kubectl egret", "kubectl-egret-help.txt")] {
+        let help = read(&root().join("tests/snapshots").join(file));
+        let commands = help.split("Commands:\n").nth(1).and_then(|rest| rest.split("\n\n").next()).expect("commands");
+        for name in commands.lines().filter_map(|line| line.split_whitespace().next()).filter(|name| *name != "help") {
+            let named = [format!("`{name}`"), format!("{program} {name}")].iter().any(|text| documents.contains(text));
+            assert!(named, "no document names the command {program} {name}; say what it is for");
         }
     }
 }

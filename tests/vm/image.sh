@@ -26,7 +26,8 @@ add() {
   done
 }
 for program in ip tc bridge ss nft conntrack iptables iptables-save iptables-restore ip6tables ip6tables-save \
-  ip6tables-restore iptables-legacy ip6tables-legacy iptables-nft socat arping tcpdump sysctl mount umount sleep \
+  ip6tables-restore iptables-legacy ip6tables-legacy iptables-nft iptables-legacy-restore ip6tables-legacy-restore \
+  iptables-nft-restore ip6tables-nft-restore wg socat arping tcpdump bpftool ethtool nstat sysctl mount umount sleep \
   sh bash cat true false kmod modprobe unshare nsenter; do
   add "$(type -P "$program")"
 done

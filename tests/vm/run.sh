@@ -11,12 +11,15 @@ datapath::pods_on_every_kind
 tunnel_egress::pods_on_every_node
 tunnel_egress::whatever_is_taken
 failover::connections_survive_a_lost_link
+--ignored other_kernels::uplinks
 uninstall::uninstallation_restores"}
 accel=${ACCEL:-tcg}
-limit=${LIMIT:-3600}
+limit=${LIMIT:-7200}
 PATH=$PATH:/usr/sbin:/sbin
 
 root=$(tests/vm/kernel.sh "$kernel")
+# Newer packages have the kernel beside its modules.
+linux=$(find "$root"/boot/vmlinuz-* "$root"/lib/modules/*/vmlinuz 2>/dev/null | head -1)
 work=target/vm/$kernel
 mkdir -p "$work"
 image=$work/image.cpio
@@ -26,7 +29,8 @@ if [ ! -e "$image" ] || [ tests/vm/image.sh -nt "$image" ] || [ tests/vm/init -n
 fi
 
 # Everything has the path that it was built with: tests know that of the repository and of the programs.
-built=$(${CARGO:-cargo} test --locked --no-run --test e2e 2>&1 | tee /dev/stderr | sed -n 's/.*(\(target[^)]*\/e2e-[0-9a-f]*\))/\1/p')
+# BUILT names a test program that is there already.
+built=${BUILT:-$(${CARGO:-cargo} test --locked --no-run --test e2e 2>&1 | tee /dev/stderr | sed -n 's/.*(\(target[^)]*\/e2e-[0-9a-f]*\))/\1/p')}
 programs=$work/programs
 directory=$PWD/$(dirname "$built")
 rm -rf "$programs"
@@ -51,7 +55,7 @@ case $accel in
 esac
 log=$work/console.log
 timeout "$limit" qemu-system-x86_64 "${machine[@]}" -smp 1 -m 2560 -nodefaults -nographic -no-reboot -serial stdio \
-  -kernel "$root"/boot/vmlinuz-* -initrd "$work/initrd" \
+  -kernel "$linux" -initrd "$work/initrd" \
   -append 'console=ttyS0 panic=-1 quiet loglevel=3 mitigations=off random.trust_cpu=on net.ifnames=0' \
   </dev/null | tee "$log"
 grep -q '^vm: ended with 0' "$log" || {

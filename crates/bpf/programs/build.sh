@@ -8,8 +8,9 @@ out=$(cd "${1:-$here}" && pwd)
 cd "$here"
 work=$(mktemp -d)
 trap 'rm -r "$work"' EXIT
-# No path of this machine, so that the same compiler makes the same bits everywhere.
-clang -O2 -g -Wall -Werror -target bpf -mcpu=v3 -fdebug-compilation-dir=. \
+# No path of this machine, so that the same compiler makes the same bits everywhere. Leases are sealed by words and written by
+# fields.
+clang -O2 -g -Wall -Werror -target bpf -mcpu=v3 -fno-strict-aliasing -fdebug-compilation-dir=. \
   -I"/usr/include/$(uname -m)-linux-gnu" -c fast_path.bpf.c -o "$work/fast_path.o"
 llvm-strip -g "$work/fast_path.o"
 bpftool gen skeleton -L "$work/fast_path.o" >"$work/fast_path.lskel.h"

@@ -10,7 +10,7 @@ pub enum LoadError {
     ByteOrder,
     /// The kernel rejects the loading program itself.
     #[error("the kernel takes no eBPF programs: {0}; needed are CAP_BPF, CAP_PERFMON and Linux 6.6 with BTF")]
-    Loader(#[source] io::Error),
+    Loader(io::Error),
     /// The kernel rejects a map or a program.
     #[error("the kernel rejects an eBPF program: {error}{reason}")]
     Rejected {
@@ -21,7 +21,7 @@ pub enum LoadError {
     },
     /// The kernel has no hooks of interfaces for programs of several parties.
     #[error("the kernel attaches no eBPF programs to interfaces by tcx: {0}; Linux 6.6 does")]
-    NoHooks(#[source] io::Error),
+    NoHooks(io::Error),
     /// The number of processors cannot be read.
     #[error("cannot read the number of processors")]
     Processors(#[source] io::Error),
@@ -39,6 +39,19 @@ pub(crate) fn reason(log: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// What is shown is an error with its sources.
+    #[test]
+    fn no_error_names_its_cause_twice() {
+        let cause = || io::Error::other("no luck");
+        let rejected = LoadError::Rejected { error: cause(), reason: String::new() };
+        for error in [LoadError::Loader(cause()), rejected, LoadError::NoHooks(cause()), LoadError::Processors(cause())]
+        {
+            let sources = std::iter::successors(Some(&error as &dyn std::error::Error), |error| error.source());
+            let shown = sources.map(ToString::to_string).collect::<Vec<_>>().join(": ");
+            assert_eq!(shown.matches("no luck").count(), 1, "{shown}");
+        }
+    }
 
     #[test]
     fn a_verifiers_log_is_shortened_to_its_reason() {

@@ -2,6 +2,7 @@
 
 use crate::syscall::{Attributes, Command};
 use nix::libc::{ENOENT, ENOSPC};
+use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -37,9 +38,17 @@ impl Map {
         }
     }
 
-    /// The keys, of four bytes each.
-    pub(crate) fn keys(&self) -> io::Result<Vec<[u8; 4]>> {
-        let (mut keys, mut next): (Vec<[u8; 4]>, [u8; 4]) = (Vec::new(), [0; 4]);
+    /// Makes these the elements, without a moment in which one that stays is missing.
+    pub(crate) fn set<const K: usize, const V: usize>(&self, elements: &BTreeMap<[u8; K], [u8; V]>) -> io::Result<()> {
+        for key in self.keys::<K>()?.into_iter().filter(|key| !elements.contains_key(key)) {
+            self.delete(&key)?;
+        }
+        elements.iter().try_for_each(|(key, value)| self.update(key, value))
+    }
+
+    /// The keys.
+    pub(crate) fn keys<const K: usize>(&self) -> io::Result<Vec<[u8; K]>> {
+        let (mut keys, mut next): (Vec<[u8; K]>, [u8; K]) = (Vec::new(), [0; K]);
         loop {
             let before = keys.last().copied();
             let attributes = self.attributes();

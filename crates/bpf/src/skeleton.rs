@@ -1,12 +1,14 @@
 //! The light skeleton: loads all programs by one run of the first.
 
 use crate::error::{LoadError, reason};
+use crate::layout::{LeaseRequest, STATE, Settings, TunnelEnd, address as encoded, state};
 use crate::map::{Count, Map, possible_processors};
 use crate::syscall::{Attributes, Command, address, own};
-use crate::{Hook, Program, Settings, Wish};
+use crate::{Hook, Program};
 use nix::libc::EINVAL;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
+use std::net::IpAddr;
 use std::os::fd::{AsRawFd, OwnedFd};
 
 static DATA: &[u8] = include_bytes!("../programs/fast_path.data");
@@ -23,8 +25,6 @@ const MAP: usize = 16;
 const PROGRAM: usize = 4;
 /// Room for a verifier's log, bytes.
 const LOG: usize = 1 << 20;
-/// The length of `struct state`, programs/fast_path.h.
-const STATE: usize = 8;
 /// The index of the interface `lo`.
 const LOOPBACK: u32 = 1;
 /// In a key of the map `counts`: packets from the tunnel.
@@ -43,8 +43,11 @@ pub struct Programs {
     programs: BTreeMap<&'static str, OwnedFd>,
     state: Map,
     peers: Map,
+    nodes: Map,
+    slow_ids: Map,
+    slow_ips: Map,
     counts: Map,
-    wishes: Map,
+    requests: Map,
     processors: usize,
 }
 
@@ -84,8 +87,11 @@ impl Programs {
             programs: names("programs").into_iter().zip(loaded.programs).collect(),
             state: map("bss")?,
             peers: map("peers")?,
+            nodes: map("nodes")?,
+            slow_ids: map("slow_ids")?,
+            slow_ips: map("slow_ips")?,
             counts: map("counts")?,
-            wishes: map("wishes")?,
+            requests: map("requests")?,
             processors,
         })
     }
@@ -100,16 +106,13 @@ impl Programs {
         { attributes.number(8, program.hook().attach_type()) }.open(Command::LinkCreate).map(Link)
     }
 
-    /// Sets the generation of leases, and the index of the tunnel device. All leases of another generation are void. With
-    /// generation 0, no packet goes the fast way.
+    /// Sets the generation of leases, and this node's end of the tunnel. All leases of another generation are void. With
+    /// generation 0, or without a tunnel, no packet goes the fast way.
     ///
     /// # Errors
     /// As bpf(2).
-    pub fn set_state(&self, generation: u32, tunnel: u32) -> io::Result<()> {
-        let mut state = [0; STATE];
-        state[..4].copy_from_slice(&generation.to_ne_bytes());
-        state[4..].copy_from_slice(&tunnel.to_ne_bytes());
-        self.state.update(&[0; 4], &state)
+    pub fn set_state(&self, generation: u32, tunnel: Option<&TunnelEnd>) -> io::Result<()> {
+        self.state.update(&[0; 4], &state(generation, tunnel))
     }
 
     /// Sets the MAC addresses of the other nodes by the mark of their connections.
@@ -117,14 +120,26 @@ impl Programs {
     /// # Errors
     /// As bpf(2).
     pub fn set_peers(&self, peers: &BTreeMap<u32, [u8; 6]>) -> io::Result<()> {
-        for key in self.peers.keys()?.into_iter().filter(|key| !peers.contains_key(&u32::from_ne_bytes(*key))) {
-            self.peers.delete(&key)?;
-        }
-        peers.iter().try_for_each(|(mark, mac)| {
-            let mut value = [0; 8];
-            value[..6].copy_from_slice(mac);
-            self.peers.update(&mark.to_ne_bytes(), &value)
-        })
+        let value = |mac: &[u8; 6]| [mac[0], mac[1], mac[2], mac[3], mac[4], mac[5], 0, 0];
+        self.peers.set(&peers.iter().map(|(mark, mac)| (mark.to_ne_bytes(), value(mac))).collect())
+    }
+
+    /// Sets the other nodes' ends of the tunnel, with the index of the interface to each: tunnel packets of connections
+    /// with a lease pass the tunnel device by there.
+    ///
+    /// # Errors
+    /// As bpf(2).
+    pub fn set_nodes(&self, nodes: &BTreeMap<IpAddr, u32>) -> io::Result<()> {
+        self.nodes.set(&nodes.iter().map(|(address, index)| (encoded(*address), index.to_ne_bytes())).collect())
+    }
+
+    /// Sets the egress IDs and egress IPs whose packets get no lease. Leases that they have stay until the next generation.
+    ///
+    /// # Errors
+    /// As bpf(2).
+    pub fn set_slow(&self, ids: &BTreeSet<u16>, addresses: &BTreeSet<IpAddr>) -> io::Result<()> {
+        self.slow_ids.set(&ids.iter().map(|id| (u32::from(*id).to_ne_bytes(), [1, 0, 0, 0])).collect())?;
+        self.slow_ips.set(&addresses.iter().map(|address| (encoded(*address), [1, 0, 0, 0])).collect())
     }
 
     /// The packets that went the fast way, by egress ID: those of this node's pods, and those that came out of the tunnel.
@@ -133,7 +148,7 @@ impl Programs {
     /// As bpf(2).
     pub fn counts(&self) -> io::Result<[BTreeMap<u16, Count>; 2]> {
         let mut counts = [BTreeMap::new(), BTreeMap::new()];
-        for key in self.counts.keys()? {
+        for key in self.counts.keys::<4>()? {
             let number = u32::from_ne_bytes(key);
             let of = &mut counts[usize::from(number & GATEWAY != 0)];
             of.insert((number & !GATEWAY) as u16, self.counts.count(key, self.processors)?);
@@ -141,12 +156,12 @@ impl Programs {
         Ok(counts)
     }
 
-    /// Takes the oldest wish.
+    /// Takes the oldest request.
     ///
     /// # Errors
     /// As bpf(2).
-    pub fn take_wish(&self) -> io::Result<Option<Wish>> {
-        Ok(self.wishes.take::<{ Wish::LENGTH }>()?.map(|bytes| Wish::decode(&bytes)))
+    pub fn take_request(&self) -> io::Result<Option<LeaseRequest>> {
+        Ok(self.requests.take::<{ LeaseRequest::LENGTH }>()?.map(|bytes| LeaseRequest::decode(&bytes)))
     }
 }
 
@@ -212,9 +227,10 @@ mod tests {
 
     #[test]
     fn the_skeleton_has_the_maps_and_programs_that_are_used() {
-        let all = [Program::Enter, Program::LeaveTunnel, Program::LeaveUplink, Program::LeavePod];
-        assert_eq!(names("programs"), all.map(Program::name));
-        for map in ["rodata", "bss", "peers", "counts", "wishes"] {
+        let enter = [Program::Enter, Program::EnterUplink, Program::EnterUnderlay];
+        let leave = [Program::LeaveTunnel, Program::LeaveUplink, Program::LeavePod];
+        assert_eq!(names("programs"), [enter, leave].concat().into_iter().map(Program::name).collect::<Vec<_>>());
+        for map in ["rodata", "bss", "peers", "nodes", "slow_ids", "slow_ips", "counts", "requests"] {
             assert!(names("maps").contains(&map), "{map}");
         }
         assert_eq!(CODE.len() % 8, 0);

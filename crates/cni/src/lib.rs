@@ -21,5 +21,6 @@ pub mod protocol;
 pub mod quarantine;
 pub mod result;
 pub mod run_dir;
+pub mod source_rule;
 pub mod uninstalled;
 pub mod version;

@@ -137,7 +137,7 @@ pub fn check(run_dir: &Path, state_dir: &Path, attachment: &Attachment, why_offl
     if matches!(that_select_in(state_dir, &attachment.pod.namespace), Ok(None)) {
         return Ok(());
     }
-    let held = open()?.addresses().map_err(kernel)?;
+    let held = open()?.complete().map_err(kernel)?;
     if attachment.addresses.iter().all(|a| held.contains(a)) {
         return Ok(());
     }

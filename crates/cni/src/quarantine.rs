@@ -1,10 +1,13 @@
 //! The quarantine. A quarantined pod reaches the cluster's networks only, until the daemon has programmed it.
 //!
-//! Each address of the pod has a routing rule. The rule leads to a table in which the daemon has left the cluster's
-//! networks and an `unreachable` default route.
+//! Each address of the pod has two routing rules. One leads to a table in which the daemon has left the cluster's
+//! networks and an `unreachable` default route. The other does the same for packets that an eBPF program on the pod's
+//! veth redirects to an interface, past the kernel's forwarding.
 
+pub use crate::source_rule::PROTOCOL;
+use crate::source_rule::{OUTGOING, Source, SourceRules, sources};
 use egret_nft::Family;
-use egret_nft::netlink::{Attributes, Error, NETLINK_ROUTE, NLM_F_CREATE, NLM_F_EXCL, Socket, attributes};
+use egret_nft::netlink::{Attributes, Error, NETLINK_ROUTE, Socket, attributes};
 use nix::libc;
 use std::collections::BTreeSet;
 use std::io;
@@ -12,24 +15,20 @@ use std::net::IpAddr;
 
 /// Routing table of quarantined pods: it contains the cluster's networks alone.
 pub const TABLE_QUARANTINE: u32 = 7873;
-/// Priority of the quarantine's routing rules. All of Egret's rules come before those of common CNIs.
+/// Routing table of packets that an eBPF program redirects: it contains the cluster's networks, and for each interface a
+/// route that `bpf_redirect_neigh` takes for no way out.
+pub const TABLE_REDIRECTED: u32 = 7875;
+/// Priority of the quarantine's routing rules for redirected packets. All of Egret's rules come before those of common
+/// CNIs.
+pub const RULE_QUARANTINE_REDIRECTED: u32 = 70;
+/// Priority of the quarantine's routing rules.
 pub const RULE_QUARANTINE: u32 = 71;
-/// The protocol number of Egret's routes, rules and addresses (`RTA_PROTOCOL`, `FRA_PROTOCOL`, `IFA_PROTO`), by which
-/// Egret recognises them. iproute2's `rt_protos` does not assign it.
-pub const PROTOCOL: u8 = 71;
 
-/// Attributes of a rule, include/uapi/linux/fib_rules.h.
-const FRA_SRC: u16 = 2;
-const FRA_PRIORITY: u16 = 6;
-const FRA_TABLE: u16 = 15;
-const FRA_PROTOCOL: u16 = 21;
-/// The rule's action, in the same file: look the route up in a table.
-const FR_ACT_TO_TBL: u8 = 1;
-/// `sizeof(struct fib_rule_hdr)` and `sizeof(struct rtmsg)`.
+const RULES: SourceRules = SourceRules { priority: RULE_QUARANTINE, table: TABLE_QUARANTINE, unmarked: false };
+const REDIRECTED: SourceRules =
+    SourceRules { priority: RULE_QUARANTINE_REDIRECTED, table: TABLE_REDIRECTED, unmarked: false };
+/// `sizeof(struct rtmsg)`.
 const HEADER: usize = 12;
-/// The largest number of equal rules that are deleted. A rule can exist more than once if it was added by hand. If
-/// there are more, another program adds them again and again.
-const MAX_COPIES: usize = 16;
 
 /// The quarantine of the network namespace in which it was opened.
 pub struct Quarantine(Socket);
@@ -79,12 +78,10 @@ impl Quarantine {
     /// Puts an address into quarantine. It succeeds if the address is there already.
     ///
     /// # Errors
-    /// The rule cannot be added.
+    /// A rule cannot be added.
     pub fn add(&mut self, address: &IpAddr) -> Result<(), Error> {
-        match self.0.request(libc::RTM_NEWRULE, NLM_F_CREATE | NLM_F_EXCL, &rule(address)) {
-            Err(e) if e.errno() == Some(libc::EEXIST) => Ok(()),
-            other => other,
-        }
+        REDIRECTED.add(&mut self.0, &outgoing(address))?;
+        RULES.add(&mut self.0, &any(address))
     }
 
     /// Takes an address out of quarantine. It succeeds if the address is not there.
@@ -92,64 +89,40 @@ impl Quarantine {
     /// # Errors
     /// A rule cannot be deleted.
     pub fn lift(&mut self, address: &IpAddr) -> Result<(), Error> {
-        for _ in 0..MAX_COPIES {
-            match self.0.request(libc::RTM_DELRULE, 0, &rule(address)) {
-                Ok(()) => {}
-                Err(e) if matches!(e.errno(), Some(libc::ENOENT | libc::EAFNOSUPPORT)) => return Ok(()),
-                Err(e) => return Err(e),
-            }
-        }
-        Ok(())
+        RULES.delete(&mut self.0, &any(address))?;
+        REDIRECTED.delete(&mut self.0, &outgoing(address))
     }
 
-    /// The addresses in quarantine.
+    /// The addresses in quarantine, also those that lack one of the two rules.
     ///
     /// # Errors
     /// The rules cannot be read.
     pub fn addresses(&mut self) -> Result<BTreeSet<IpAddr>, Error> {
-        let mut all = BTreeSet::new();
-        for family in Family::BOTH {
-            let mut request = vec![0; HEADER];
-            request[0] = family.number();
-            let found = self.0.dump(libc::RTM_GETRULE, &request, Vec::new, |found, rule| found.extend(source(rule)));
-            match found {
-                Err(e) if matches!(e.errno(), Some(libc::EAFNOSUPPORT | libc::EOPNOTSUPP)) => {}
-                other => all.extend(other?),
-            }
-        }
-        Ok(all)
+        let [rules, redirected] = self.sources()?;
+        Ok(&rules | &redirected)
+    }
+
+    /// The addresses in quarantine that have both rules.
+    ///
+    /// # Errors
+    /// The rules cannot be read.
+    pub fn complete(&mut self) -> Result<BTreeSet<IpAddr>, Error> {
+        let [rules, redirected] = self.sources()?;
+        Ok(&rules & &redirected)
+    }
+
+    fn sources(&mut self) -> Result<[BTreeSet<IpAddr>; 2], Error> {
+        let all = sources([RULES, REDIRECTED], &mut self.0)?;
+        Ok(all.map(|of| of.into_iter().map(|source| source.address).collect()))
     }
 }
 
-fn rule(address: &IpAddr) -> Vec<u8> {
-    let family = Family::of(address);
-    let mut rule = vec![0; HEADER];
-    rule[0] = family.number();
-    rule[2] = family.bits();
-    rule[7] = FR_ACT_TO_TBL;
-    match address {
-        IpAddr::V4(a) => rule.attribute(FRA_SRC, &a.octets()),
-        IpAddr::V6(a) => rule.attribute(FRA_SRC, &a.octets()),
-    }
-    rule.attribute(FRA_PRIORITY, &RULE_QUARANTINE.to_ne_bytes());
-    rule.attribute(FRA_TABLE, &TABLE_QUARANTINE.to_ne_bytes());
-    rule.attribute(FRA_PROTOCOL, &[PROTOCOL]);
-    rule
+fn any(address: &IpAddr) -> Source {
+    Source { address: *address, interface: None }
 }
 
-/// The address in a rule of the quarantine; `None` for other rules.
-fn source(rule: &[u8]) -> Option<IpAddr> {
-    let attributes_of = rule.get(HEADER..)?;
-    let is_ours = rule[7] == FR_ACT_TO_TBL
-        && number(attributes_of, FRA_PRIORITY) == Some(RULE_QUARANTINE)
-        && number(attributes_of, FRA_TABLE) == Some(TABLE_QUARANTINE)
-        && attributes(attributes_of).any(|(kind, value)| kind == FRA_PROTOCOL && value == [PROTOCOL]);
-    let (_, value) = attributes(attributes_of).find(|(kind, _)| *kind == FRA_SRC).filter(|_| is_ours)?;
-    let address = match value.len() {
-        4 => IpAddr::from(<[u8; 4]>::try_from(value).ok()?),
-        _ => IpAddr::from(<[u8; 16]>::try_from(value).ok()?),
-    };
-    (rule[2] == Family::of(&address).bits()).then_some(address)
+fn outgoing(address: &IpAddr) -> Source {
+    Source { address: *address, interface: Some(OUTGOING.into()) }
 }
 
 fn number(bytes: &[u8], kind: u16) -> Option<u32> {

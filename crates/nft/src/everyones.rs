@@ -1,4 +1,4 @@
-//! The rules of all programs, as far as their expressions' names go.
+//! Which expressions the rules of all programs use, by name. Their contents are not read.
 
 use super::read::{header, kind};
 use super::uapi::*;

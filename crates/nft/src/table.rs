@@ -14,7 +14,7 @@ use std::sync::Arc;
 /// The family and name of a table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct TableName {
-    /// `NFPROTO_INET`, `NFPROTO_NETDEV`, `NFPROTO_IPV4` or `NFPROTO_IPV6`.
+    /// `NFPROTO_INET`, `NFPROTO_NETDEV`, `NFPROTO_BRIDGE`, `NFPROTO_IPV4` or `NFPROTO_IPV6`.
     pub family: u8,
     /// The name.
     pub name: &'static str,
@@ -164,7 +164,7 @@ pub enum Keys {
 /// What a set counts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Counters {
-    /// Nothing.
+    /// The set has no counters.
     None,
     /// Packets and bytes, for each element.
     OfElements,
@@ -173,7 +173,7 @@ pub enum Counters {
 /// Whether a set's elements come and go.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Contents {
-    /// They do.
+    /// Elements are added and removed.
     Changing,
     /// The set is written once, and its elements never change. The kernel lets nobody add or remove an element of a
     /// constant set that a rule uses (`nf_tables_delsetelem`, `nf_tables_newsetelem`).

@@ -24,6 +24,14 @@ const PRIORITIES: [(&str, i32, Option<u32>); 6] = [
     ("srcnat", 100, Some(hook::POSTROUTING)),
 ];
 
+/// The same for tables of the family bridge.
+const BRIDGE_PRIORITIES: [(&str, i32, Option<u32>); 4] = [
+    ("dstnat", -300, Some(hook::PREROUTING)),
+    ("filter", -200, None),
+    ("out", 100, Some(hook::OUTPUT)),
+    ("srcnat", 300, Some(hook::POSTROUTING)),
+];
+
 /// A table with what is needed to print it.
 pub struct Listing<'a> {
     /// Family and name.
@@ -201,7 +209,7 @@ impl<'a> Listing<'a> {
         if let Some(Hook { kind, number, priority, policy, device }) = chain.hook() {
             let hook = hook_name(self.name.family, *number);
             let device = device.as_ref().map(|device| format!(" device \"{device}\"")).unwrap_or_default();
-            let priority = priority_name(*number, *priority);
+            let priority = priority_name(self.name.family, *number, *priority);
             let policy = match policy {
                 Policy::Accept => "accept",
                 Policy::Drop => "drop",
@@ -301,6 +309,7 @@ fn family(number: u8) -> &'static str {
         NFPROTO_INET => "inet",
         NFPROTO_IPV4 => "ip",
         NFPROTO_IPV6 => "ip6",
+        NFPROTO_BRIDGE => "bridge",
         _ => "netdev",
     }
 }
@@ -315,8 +324,9 @@ fn hook_name(family: u8, number: u32) -> &'static str {
     }
 }
 
-fn priority_name(hook: u32, priority: i32) -> String {
-    let names = PRIORITIES.iter().filter(|(_, _, of)| of.is_none_or(|of| of == hook));
+fn priority_name(family: u8, hook: u32, priority: i32) -> String {
+    let names: &[(&str, i32, Option<u32>)] = if family == NFPROTO_BRIDGE { &BRIDGE_PRIORITIES } else { &PRIORITIES };
+    let names = names.iter().filter(|(_, _, of)| of.is_none_or(|of| of == hook));
     let near = names.map(|(name, number, _)| (name, priority - number)).find(|(_, distance)| distance.abs() <= 10);
     match near {
         None => priority.to_string(),

@@ -164,6 +164,7 @@ pub const NFT_META_NFPROTO: u32 = 15;
 pub const NFT_META_L4PROTO: u32 = 16;
 pub const NFT_META_IIFGROUP: u32 = 21;
 pub const NFT_META_OIFGROUP: u32 = 22;
+pub const NFT_META_IIFKIND: u32 = 26;
 pub const NFTA_RT_DREG: u16 = 1;
 pub const NFTA_RT_KEY: u16 = 2;
 pub const NFT_RT_TCPMSS: u32 = 3;

@@ -3,35 +3,25 @@
 mod coverage;
 mod notices;
 pub(super) mod ports;
+mod readiness;
 mod treatment;
 
 pub use notices::{of_gateway, of_policy};
 
-use crate::allocation::services::Announcements;
-use crate::allocation::{Decision, Grant, Grants, Outcome, in_words, unreachable};
-use crate::api::{AllocationKind, EgressPolicyStatus, Placement, PodsOfNode, PolicyEgressIp};
+use crate::allocation::{Decision, Grant, Grants, Outcome, in_words};
+use crate::api::{AllocationKind, EgressPolicyStatus, PodsOfNode};
 use crate::model::condition::Conditions;
-use crate::model::egress_node::OfAllocations;
+use crate::model::opt_in;
 use crate::model::precedence::{PassedOver, PolicyIndex, Ranked, passed_over};
 use crate::model::quota;
 use crate::model::selector::Name;
 use crate::model::text::few;
-use crate::model::uplink_key::UplinkKey;
-use crate::model::{Cluster, Gateway, MOVE_TO, Namespaces, Node, ObjectKey, Policy, PolicyKey, Tier};
+use crate::model::{AddressRequest, Cluster, MOVE_TO, Namespaces, Policy, PolicyKey, Tier};
 use coverage::Coverage;
 use ports::{FEW_PORTS, PORTS_NEARLY_EXHAUSTED, PortReports};
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use readiness::{NAMED, NodeReports, REFUSED, Readiness, egress_ip, together};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use treatment::treatments;
-
-/// The reason of `Ready=False` when the node cannot hold the egress IP: another host has the address, or the node has
-/// no interface for it.
-const REFUSED: &str = "AddressRefused";
-
-/// The reason of `Ready=False` when no node of the gateway announces the Service's address.
-const NOT_ANNOUNCED: &str = "AddressNotAnnounced";
-
-/// The reason of `Ready=Unknown` when Kubernetes hears nothing from the node that held the egress IP.
-const NOT_HEARD: &str = "NodeNotHeard";
 
 /// The reason of `Accepted=True` when other policies share the named egress IP.
 const SHARED: &str = "AddressShared";
@@ -46,22 +36,10 @@ const OVER_NODE_LIMIT: &str = "OverNodeLimit";
 /// The nodes with a policy's pods are listed in its status if there are no more than this.
 const LISTED_NODES: usize = 99;
 
-/// What nodes report about egress IPs and about each other.
-struct NodeReports<'a> {
-    cluster: &'a Cluster,
-    held: HashMap<&'a str, HashSet<u16>>,
-    /// Why a node cannot hold an egress IP.
-    refused: HashMap<(&'a str, u16), &'a str>,
-    /// Nodes that count as unreachable.
-    unreachable: HashSet<&'a str>,
-    /// The nodes on which a policy lists too many destinations.
-    over_limit: BTreeMap<&'a PolicyKey, Vec<&'a str>>,
-}
-
 /// The status of each policy. `now` is in seconds since the Unix epoch.
 pub fn report(cluster: &Cluster, outcome: &Outcome, now: i64) -> BTreeMap<PolicyKey, EgressPolicyStatus> {
     let use_of = uses(cluster, outcome);
-    let reports = NodeReports::new(cluster);
+    let reports = NodeReports::new(cluster, outcome);
     let living: HashMap<&Name, Vec<&Name>> =
         cluster.gateways.iter().map(|(name, gateway)| (name, reports.living(gateway, now))).collect();
     let over_quota = quota::over(&cluster.policies);
@@ -70,7 +48,7 @@ pub fn report(cluster: &Cluster, outcome: &Outcome, now: i64) -> BTreeMap<Policy
     let mut statuses = BTreeMap::new();
     for (key, policy) in &cluster.policies {
         let Some(decision) = outcome.decisions.get(key) else { continue };
-        let previous = cluster.policy_statuses.get(key).map(|s| s.conditions.as_slice()).unwrap_or_default();
+        let previous = previous(cluster, key).map(|s| s.conditions.as_slice()).unwrap_or_default();
         let mut conditions = Conditions::new(previous, policy.generation(), now);
         let mut status = EgressPolicyStatus::default();
         match decision {
@@ -91,7 +69,7 @@ pub fn report(cluster: &Cluster, outcome: &Outcome, now: i64) -> BTreeMap<Policy
                 status.address_count = u32::try_from(grants.count()).unwrap_or(u32::MAX);
                 let treated =
                     treatments.get(&grant.id).map(|treatment| treatment.text(key, policy)).unwrap_or_default();
-                add_accepted(&mut conditions, grants, &treated);
+                add_accepted(&mut conditions, policy, grants, &treated);
                 let living = living.get(&grant.gateway).map_or(&[][..], Vec::as_slice);
                 let each: Vec<Readiness> = grants.iter().map(|grant| reports.ready(grant, living)).collect();
                 if grants.asked > 1 {
@@ -136,6 +114,33 @@ pub fn report(cluster: &Cluster, outcome: &Outcome, now: i64) -> BTreeMap<Policy
     statuses
 }
 
+/// The status that was last written of a policy. Those that a gateway stands for have theirs in its status.
+fn previous<'a>(cluster: &'a Cluster, key: &PolicyKey) -> Option<&'a EgressPolicyStatus> {
+    match opt_in::gateway_of(key) {
+        Some(gateway) => cluster.gateways.get(gateway)?.status.opt_in.as_deref(),
+        None => cluster.policy_statuses.get(key).map(|status| &**status),
+    }
+}
+
+/// The status of those who ask for each gateway that may be asked for. It takes the place of its policies' statuses.
+pub fn opted_in(reports: &mut BTreeMap<PolicyKey, EgressPolicyStatus>) -> BTreeMap<Name, EgressPolicyStatus> {
+    let gateways: BTreeSet<Name> = reports.keys().filter_map(opt_in::gateway_of).map(Name::from).collect();
+    let joined = gateways.into_iter().filter_map(|gateway| {
+        let [of_pods, of_namespaces] = opt_in::keys(&gateway).map(|key| reports.remove(&key));
+        let (mut status, other) = (of_pods?, of_namespaces?);
+        status.pods += other.pods;
+        let mut by_node: BTreeMap<Name, u32> = BTreeMap::new();
+        for of in status.pods_by_node.drain(..).chain(other.pods_by_node) {
+            *by_node.entry(of.node).or_default() += of.pods;
+        }
+        status.pods_by_node = by_node.into_iter().map(|(node, pods)| PodsOfNode { node, pods }).collect();
+        // Which of two policies decides for a pod says nothing about the gateway.
+        status.conditions.retain(|condition| condition.type_ != "Shadowed");
+        Some((gateway, status))
+    });
+    joined.collect()
+}
+
 /// Adds the condition `Shadowed`.
 fn add_shadowed(conditions: &mut Conditions, cluster: &Cluster, policy: &Policy, usage: Option<&Usage>) {
     match usage {
@@ -163,7 +168,7 @@ fn wants_other_node(policy: &Policy, grants: &Grants) -> String {
     let text = |wanted| {
         format!(
             "; {MOVE_TO} asks for node {wanted:?}, which cannot have it now: it is not a node of the gateway, is drained, \
-             does not answer, or a policy with the same egress IP asks for another node"
+             is full, does not answer, or a policy with the same egress IP asks for another node"
         )
     };
     wanted.map(text).unwrap_or_default()
@@ -179,7 +184,7 @@ fn over_limit_of_nodes(nodes: &[&str]) -> String {
 }
 
 /// Adds the condition `Accepted` of a policy with egress IPs.
-fn add_accepted(conditions: &mut Conditions, grants: &Grants, treated: &str) {
+fn add_accepted(conditions: &mut Conditions, policy: &Policy, grants: &Grants, treated: &str) {
     if let Some(missing) = &grants.missing {
         let message = format!(
             "it has {} of {} egress IPs, which its pods use: {}",
@@ -192,7 +197,7 @@ fn add_accepted(conditions: &mut Conditions, grants: &Grants, treated: &str) {
     }
     let reason = if grants.iter().any(|grant| grant.shared_with.is_some()) { SHARED } else { "Accepted" };
     let message = match grants.others.as_slice() {
-        [] => accepted(&grants.first),
+        [] => accepted(policy, &grants.first),
         [..] => {
             let addresses: Vec<String> = grants.iter().take(NAMED).map(|grant| in_words(&grant.address)).collect();
             let more =
@@ -211,57 +216,11 @@ fn add_accepted(conditions: &mut Conditions, grants: &Grants, treated: &str) {
     conditions.add("Accepted", true, reason, message + treated);
 }
 
-/// At most so many of a policy's egress IPs are named.
-const NAMED: usize = 3;
-
-/// Whether an egress IP is on its node.
-struct Readiness {
-    /// `None`: unknown.
-    is_ready: Option<bool>,
-    reason: &'static str,
-    message: String,
-}
-
-impl Readiness {
-    fn new(is_ready: Option<bool>, reason: &'static str, message: String) -> Self {
-        Readiness { is_ready, reason, message }
-    }
-}
-
-fn egress_ip((grant, readiness): (&Grant, &Readiness)) -> PolicyEgressIp {
-    let ready = match readiness.is_ready {
-        Some(true) => "True",
-        Some(false) => "False",
-        None => "Unknown",
-    };
-    PolicyEgressIp {
-        address: grant.address.clone(),
-        ordinal: grant.ordinal,
-        node: grant.node.as_deref().map(str::to_owned),
-        ready: ready.to_owned(),
-    }
-}
-
-/// The readiness of a policy with these egress IPs: that of the one that is worst off.
-fn together(mut each: Vec<Readiness>) -> Readiness {
-    let rank = |readiness: &Readiness| readiness.is_ready.map_or(1, |is_ready| if is_ready { 2 } else { 0 });
-    let (all, ready) = (each.len(), each.iter().filter(|readiness| readiness.is_ready == Some(true)).count());
-    let worst = (0..all).min_by_key(|at| rank(&each[*at])).unwrap_or_default();
-    if all > 1 && ready == all {
-        let named: Vec<&str> = each.iter().take(NAMED).map(|readiness| readiness.message.as_str()).collect();
-        let more = if all > NAMED { format!("; and {} more", all - NAMED) } else { String::new() };
-        let message = named.join("; ") + &more;
-        return Readiness { message, ..each.swap_remove(worst) };
-    }
-    let of_all = if all > 1 { format!("{ready} of {all} egress IPs are held: ") } else { String::new() };
-    let worst = each.swap_remove(worst);
-    Readiness { message: of_all + &worst.message, ..worst }
-}
-
-fn accepted(grant: &Grant) -> String {
+fn accepted(policy: &Policy, grant: &Grant) -> String {
     let whose = match grant.kind {
+        AllocationKind::Explicit if policy.address == AddressRequest::Unspecified => "the gateway's default",
         AllocationKind::Explicit => "as it asks for",
-        AllocationKind::Dedicated => "its own",
+        AllocationKind::Dedicated | AllocationKind::Unknown => "its own",
         AllocationKind::Shared => "shared",
         AllocationKind::Pooled if grant.shared_with.is_none() => "its own",
         AllocationKind::Pooled => "of the pool",
@@ -275,127 +234,6 @@ fn accepted(grant: &Grant) -> String {
         in_words(&grant.address),
         grant.gateway
     )
-}
-
-impl<'a> NodeReports<'a> {
-    fn new(cluster: &'a Cluster) -> Self {
-        let nodes = || cluster.egress_nodes.iter().map(|(name, node)| (&**name, node.of_allocations()));
-        let refused = |(name, allocations): (&'a str, &'a OfAllocations)| {
-            allocations.refused.iter().map(move |refused| ((name, refused.id), refused.message.as_str()))
-        };
-        let mut over_limit: BTreeMap<&PolicyKey, Vec<&str>> = BTreeMap::new();
-        for (name, allocations) in nodes().filter(|(name, _)| cluster.nodes.contains_key(*name)) {
-            for policy in &allocations.over_limit {
-                over_limit.entry(policy).or_default().push(name);
-            }
-        }
-        NodeReports {
-            cluster,
-            held: nodes().map(|(name, allocations)| (name, allocations.held.iter().copied().collect())).collect(),
-            refused: nodes().flat_map(refused).collect(),
-            unreachable: unreachable(cluster),
-            over_limit,
-        }
-    }
-
-    /// The nodes of the gateway that count as alive.
-    fn living(&self, gateway: &Gateway, now: i64) -> Vec<&'a Name> {
-        let lives = |name: &Name, node: &Node| {
-            !node.is_lost(now) && !self.unreachable.contains(&**name) && self.cluster.egress_nodes.contains_key(name)
-        };
-        let nodes = self.cluster.nodes.iter().filter(|(_, node)| gateway.nodes.matches(&node.labels));
-        nodes.filter(|(name, node)| lives(name, node)).map(|(name, _)| name).collect()
-    }
-
-    /// Whether the report of the holder that it holds the egress IP is still valid. A node that has died cannot
-    /// withdraw its report. But if other nodes are alive, they would report it as unreachable, or take over.
-    fn is_believed(&self, holder: &Name, grant: &Grant, living: &[&Name]) -> bool {
-        if living.contains(&holder) {
-            return true;
-        }
-        let takes_over = |node: &&Name| !self.refused.contains_key(&(&***node, grant.id));
-        // Even if Kubernetes hears nothing from the node, other nodes would report it as unreachable.
-        let others_would_tell = !self.unreachable.contains(&**holder) && !living.is_empty();
-        let moves = !self.is_external(grant) && grant.kind != AllocationKind::Node;
-        others_would_tell || moves && living.iter().any(takes_over)
-    }
-
-    /// Whether the egress IP has external placement.
-    fn is_external(&self, grant: &Grant) -> bool {
-        self.cluster.gateways.get(&grant.gateway).is_some_and(|g| g.placement == Placement::External)
-    }
-
-    fn holds(&self, node: &str, allocation: u16) -> bool {
-        self.held.get(node).is_some_and(|allocations| allocations.contains(&allocation))
-    }
-
-    /// The uplinks and families that the holder needs and has lost, as text.
-    fn lost(&self, holder: &Name, grant: &Grant) -> String {
-        let gateway = self.cluster.gateways.get(&grant.gateway);
-        let interface = gateway.and_then(|gateway| gateway.interface.as_ref());
-        let probed = gateway.map(|gateway| gateway.probed()).unwrap_or_default();
-        let Some(reports) = self.cluster.egress_nodes.get(holder) else { return String::new() };
-        let needs = UplinkKey::with_probes(&grant.address, interface, &grant.gateway, probed);
-        let lost = needs.filter_map(|key| reports.of_allocations().loss(&key).map(|lost| (key, lost)));
-        lost.map(|(key, lost)| format!("; it has lost {key}, and no other node has lost less: {}", lost.message))
-            .collect()
-    }
-
-    /// Why a Service's address has no node, as text.
-    fn not_announced(&self, grant: &Grant, service: &ObjectKey) -> String {
-        let (address, gateway) = (in_words(&grant.address), &grant.gateway);
-        match Announcements::new(self.cluster).node_of(service, |_| true) {
-            Some(node) => format!(
-                "node {node:?} announces {address} of Service {service}, and is not a node of EgressGateway {gateway:?}; \
-                 make it one (spec.nodeSelector)"
-            ),
-            None => format!(
-                "no node announces {address} of Service {service}: no node of EgressGateway {gateway:?} has it on an \
-                 interface, and neither kube-vip, MetalLB nor Cilium names one; see whether its load balancer works"
-            ),
-        }
-    }
-
-    /// Whether the egress IP is on its node. `living` has the nodes of the gateway that count as alive.
-    fn ready(&self, grant: &Grant, living: &[&Name]) -> Readiness {
-        let address = in_words(&grant.address);
-        let Some(node) = &grant.node else {
-            if let Some(service) = &grant.service {
-                return Readiness::new(Some(false), NOT_ANNOUNCED, self.not_announced(grant, service));
-            }
-            let message = if self.is_external(grant) {
-                format!("no node of EgressGateway {:?} has {address}; place it on one", grant.gateway)
-            } else {
-                format!("EgressGateway {:?} has no node; label one, or correct its nodeSelector", grant.gateway)
-            };
-            return Readiness::new(Some(false), "NoNode", message);
-        };
-        if !self.cluster.egress_nodes.contains_key(node) {
-            let message = format!("node {node:?} has no status; see whether egretd runs there");
-            return Readiness::new(Some(false), "NodeNotReporting", message);
-        }
-        let old = grant.leaving.as_ref().filter(|old| self.holds(old, grant.id));
-        let holder = old.or(Some(node).filter(|node| self.holds(node, grant.id)));
-        let Some(holder) = holder else {
-            return match self.refused.get(&(&**node, grant.id)) {
-                Some(why) => {
-                    Readiness::new(Some(false), REFUSED, format!("node {node:?} cannot hold {address}: {why}"))
-                }
-                None => {
-                    let message =
-                        format!("node {node:?} does not hold {address} yet; if that lasts, see egretd's log there");
-                    Readiness::new(Some(false), "AddressNotHeld", message)
-                }
-            };
-        };
-        if !self.is_believed(holder, grant, living) {
-            let message = format!("node {holder:?} held {address}, and nobody hears from it now; see whether it runs");
-            return Readiness::new(None, NOT_HEARD, message);
-        }
-        let lost = self.lost(holder, grant);
-        let until = old.map(|_| format!(" until node {node:?} does")).unwrap_or_default();
-        Readiness::new(Some(true), "AddressHeld", format!("node {holder:?} holds {address}{until}{lost}"))
-    }
 }
 
 fn shadowed(cluster: &Cluster, policy: &Policy, by: &BTreeSet<&PolicyKey>) -> String {

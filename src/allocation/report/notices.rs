@@ -16,7 +16,7 @@ pub fn of_policy(before: Option<&EgressPolicyStatus>, after: &EgressPolicyStatus
         match (&*condition.type_, &*condition.status) {
             _ if same => {}
             ("Accepted", "False") => {
-                notices.push(Notice::warning(&condition.reason, format!("refused: {}", condition.message)));
+                notices.push(Notice::warning(&condition.reason, format!("rejected: {}", condition.message)));
             }
             ("Accepted", "True") if condition.reason == SHARED && was.is_some() => {
                 notices.push(Notice::normal(SHARED, condition.message.clone()));
@@ -119,17 +119,18 @@ mod tests {
                 && notices(Some(&good), &good).is_empty()
         );
         assert_eq!(notices(Some(&good), &new), ["AddressNotHeld: blocked: because"]);
-        let unheard =
-            status(&[("Accepted", "True", "Accepted"), ("Ready", "Unknown", "NodeNotHeard")], "192.0.2.50", "g1");
-        assert_eq!(notices(Some(&good), &unheard), ["NodeNotHeard: maybe blocked: because"]);
-        assert!(notices(Some(&unheard), &unheard).is_empty() && notices(Some(&unheard), &good).is_empty());
+        let unknown =
+            status(&[("Accepted", "True", "Accepted"), ("Ready", "Unknown", "NodeStatusUnknown")], "192.0.2.50", "g1");
+        assert_eq!(notices(Some(&good), &unknown), ["NodeStatusUnknown: maybe blocked: because"]);
+        assert!(notices(Some(&unknown), &unknown).is_empty() && notices(Some(&unknown), &good).is_empty());
         let conflict = status(&[("Accepted", "True", "Accepted"), ("Ready", "False", REFUSED)], "192.0.2.50", "g1");
         assert_eq!(notices(None, &conflict), ["AddressRefused: blocked: because"]);
         assert_eq!(notices(Some(&new), &conflict), ["AddressRefused: blocked: because"]);
         assert!(notices(Some(&conflict), &conflict).is_empty());
-        let refused = status(&[("Accepted", "False", "PoolExhausted"), ("Ready", "False", "NotAccepted")], "::1", "g1");
-        assert_eq!(notices(None, &refused), ["PoolExhausted: refused: because"]);
-        assert!(notices(Some(&refused), &refused).is_empty());
+        let rejected =
+            status(&[("Accepted", "False", "PoolExhausted"), ("Ready", "False", "NotAccepted")], "::1", "g1");
+        assert_eq!(notices(None, &rejected), ["PoolExhausted: rejected: because"]);
+        assert!(notices(Some(&rejected), &rejected).is_empty());
         let moved = EgressPolicyStatus { node: Some("g2".into()), ..good.clone() };
         assert_eq!(notices(Some(&good), &moved), ["AddressMoved: 192.0.2.50 moved from node \"g1\" to node \"g2\""]);
         let other = EgressPolicyStatus { addresses: Some(pair(&["192.0.2.51"])), ..good.clone() };

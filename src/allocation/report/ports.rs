@@ -7,7 +7,7 @@ use std::collections::HashMap;
 
 /// The condition of policies and gateways. It is absent while there are enough ports.
 pub const PORTS_NEARLY_EXHAUSTED: &str = "PortsNearlyExhausted";
-/// Its reason.
+/// The reason of [`PORTS_NEARLY_EXHAUSTED`].
 pub const FEW_PORTS: &str = "FewSourcePorts";
 /// At most so many destinations are named.
 const NAMED: usize = 3;

@@ -90,7 +90,7 @@ fn the_report_of_a_lost_node_does_not_count() {
     world.assert_condition("a/p", "Ready", "True", "AddressHeld", "holds");
     world.misses(other(&held[0]), &[]);
     world.misses(other(&held[1]), &[held[1].clone()]);
-    world.assert_condition("a/own", "Ready", "Unknown", "NodeNotHeard", "nobody hears");
+    world.assert_condition("a/own", "Ready", "Unknown", "NodeStatusUnknown", "reports nothing");
     world.misses(other(&held[1]), &[]);
 
     // The node that lives cannot take it either, or Egret does not place the address.
@@ -99,7 +99,7 @@ fn the_report_of_a_lost_node_does_not_count() {
     let mut standby = (*world.cluster.egress_nodes[other(&held[0])]).clone();
     standby.of_allocations_mut().refused.push(RefusedAllocation { id, message: "a host answers for it".into() });
     let before = world.cluster.egress_nodes.insert(other(&held[0]).into(), Arc::new(standby)).unwrap();
-    world.assert_condition("a/p", "Ready", "Unknown", "NodeNotHeard", "nobody hears");
+    world.assert_condition("a/p", "Ready", "Unknown", "NodeStatusUnknown", "reports nothing");
     world.cluster.egress_nodes.insert(other(&held[0]).into(), before);
     world.assert_condition("a/p", "Ready", "True", "AddressHeld", "holds");
     world.misses(other(&held[0]), &[]);
@@ -111,7 +111,7 @@ fn the_report_of_a_lost_node_does_not_count() {
     lost(&mut world, "n1", true);
     world.assert_condition("a/p", "Ready", "True", "AddressHeld", "holds");
     lost(&mut world, "n2", true);
-    world.assert_condition("a/p", "Ready", "Unknown", "NodeNotHeard", "see whether it runs");
+    world.assert_condition("a/p", "Ready", "Unknown", "NodeStatusUnknown", "see whether it runs");
     let gateway = |world: &mut World| {
         let conditions = world.allocate().gateways["g"].conditions.clone();
         let ready = conditions.into_iter().find(|c| c.type_ == "Ready").unwrap();
@@ -130,14 +130,14 @@ fn the_report_of_a_lost_node_does_not_count() {
     world.assert_condition("a/p", "Ready", "True", "AddressHeld", "holds");
     assert_eq!(gateway(&mut world), ("True".to_owned(), "NodesMatch".to_owned()));
     world.now += 60;
-    world.assert_condition("a/p", "Ready", "Unknown", "NodeNotHeard", "see whether it runs");
+    world.assert_condition("a/p", "Ready", "Unknown", "NodeStatusUnknown", "see whether it runs");
     lost(&mut world, "n2", false);
 
     // Of two nodes that do not reach each other, it is unknown which one lives.
     lost(&mut world, "n1", false);
     world.misses("n1", &["n2".to_owned()]);
     world.misses("n2", &["n1".to_owned()]);
-    world.assert_condition("a/p", "Ready", "Unknown", "NodeNotHeard", "nobody hears");
+    world.assert_condition("a/p", "Ready", "Unknown", "NodeStatusUnknown", "reports nothing");
 }
 
 #[test]

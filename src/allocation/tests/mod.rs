@@ -1,4 +1,6 @@
 mod addresses;
+mod capacity;
+mod defaults;
 mod moves;
 mod nodes;
 mod pooled;

@@ -1,11 +1,12 @@
 //! Planned moves: only to live nodes, and as few as possible.
 
 use crate::allocation::{Outcome, rebalance};
-use crate::api::Allocate;
+use crate::api::{Allocate, Announce};
 use crate::fixture::{World, asking};
 use crate::model::PolicyKey;
 use crate::model::drain::DRAIN_LABEL;
 use crate::model::selector::Name;
+use crate::model::uplink_key::DEFAULT_ROUTE;
 use proptest::prelude::*;
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -281,4 +282,21 @@ fn a_node_that_has_lost_a_family_gets_no_new_allocations() {
     world.loses("n2", &["IPv6"]);
     world.policy("c/p", asking(Allocate::Dedicated));
     assert_eq!(world.allocate().node("c/p"), Some("n1"), "none has more");
+}
+
+#[test]
+fn a_node_without_the_default_route_gets_no_allocations_that_routers_announce() {
+    let mut world = world(&["n1", "n2"], 2);
+    world.gateway("g", &["192.0.2.0/24", "198.51.100.0/24"], |spec| {
+        (spec.announce, spec.default) = (Announce::Route, true);
+    });
+    world.loses("n1", &["IPv4"]);
+    let status = Arc::make_mut(world.cluster.egress_nodes.get_mut("n1").unwrap());
+    for lost in &mut status.of_allocations_mut().lost {
+        lost.interface = Some(DEFAULT_ROUTE.to_string());
+    }
+    for i in 0..3 {
+        world.policy(&format!("b/p{i}"), asking(Allocate::Dedicated));
+        assert_eq!(world.allocate().node(&format!("b/p{i}")), Some("n2"));
+    }
 }

@@ -41,6 +41,14 @@ enum Ask {
 }
 
 impl Ask {
+    fn for_one(self) -> Self {
+        match self {
+            Ask::Several(first, _) => Ask::V4(first),
+            Ask::Count(_) => Ask::Count(1),
+            other => other,
+        }
+    }
+
     fn spec(&self) -> EgressPolicySpec {
         match self {
             Ask::V4(a) => naming(&[&format!("192.0.2.{a}")]),
@@ -323,8 +331,11 @@ proptest! {
         }
     }
 
+    /// The egress IPs of one policy go to different nodes first, so policies with several can leave a larger difference.
     #[test]
-    fn from_nothing_the_nodes_are_balanced_within_one(asks in proptest::collection::vec(ask(), 1..60), nodes in 1..6usize) {
+    fn from_nothing_the_nodes_are_balanced_within_one(
+        asks in proptest::collection::vec(ask().prop_map(Ask::for_one), 1..60), nodes in 1..6usize,
+    ) {
         let mut world = World::new(&["192.0.2.0/24", "2001:db8::/64"]);
         world.cluster.nodes.clear();
         for node in 0..nodes {

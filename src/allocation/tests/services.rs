@@ -1,6 +1,6 @@
 //! Policies that have the address of a Service.
 
-use crate::allocation::Reason;
+use crate::allocation::{COOLDOWN_SECONDS, Reason};
 use crate::api::{AllocationKind, EgressNodeStatus, Placement};
 use crate::fixture::{World, naming, naming_service, reservation, selector};
 use crate::model::{Announcer, ObjectKey, PolicyKey};
@@ -128,6 +128,77 @@ fn no_policy_names_the_address_of_another_namespaces_service() {
     world.without_policy("other/p");
     world.policy("all", named);
     world.allocate().grant("all");
+}
+
+#[test]
+fn a_service_that_has_no_address_for_a_while_gets_its_own_again() {
+    let mut world = world();
+    world.service("shop/web", &[WEB], None);
+    let id = world.allocate().grant("shop/web").id;
+    let mut named = naming(&[WEB]);
+    named.gateway = Some("lb".to_owned());
+    world.policy("other/p", named.clone());
+    world.service("shop/web", &[], None);
+    for _ in 0..2 {
+        let outcome = world.allocate();
+        outcome.assert_refused("other/p", Reason::AddressOfService, &[WEB, "shop/web", "egret.dev/end-cooldown"]);
+        outcome.assert_refused("shop/web", Reason::ServiceWithoutAddress, &[]);
+        world.now += 100;
+    }
+    world.service("shop/web", &[WEB], None);
+    assert_eq!(world.allocate().grant("shop/web").id, id, "as before");
+
+    // Its own namespace may name it.
+    world.service("shop/web", &[], None);
+    world.policy("shop/named", named.clone());
+    assert_eq!(world.allocate().address("shop/named"), WEB);
+    world.without_policy("shop/named");
+    // Later than that, and at once with the annotation, another namespace gets it: but as long as no node has had it for a
+    // while, the Service's policy gets it again.
+    world.now += 2 * COOLDOWN_SECONDS;
+    assert_eq!(world.allocate().address("other/p"), WEB);
+    world.service("shop/web", &[WEB], None);
+    let outcome = world.allocate();
+    assert_eq!(outcome.address("shop/web"), WEB);
+    outcome.assert_refused("other/p", Reason::AddressTaken, &[WEB, "shop/web"]);
+}
+
+#[test]
+fn a_service_takes_no_egress_ip_from_another_namespace_that_a_node_has_had_for_a_while() {
+    let mut world = world();
+    let mut named = naming(&[WEB]);
+    named.gateway = Some("lb".to_owned());
+    world.policy("other/p", named);
+    let id = world.allocate().grant("other/p").id;
+    world.holds("n1", &[id]);
+    assert_eq!(world.allocate().node("other/p"), Some("n1"));
+    let before = world.cluster.gateways["lb"].status.clone();
+    // The load balancer has just put the address there, for a Service that it names a moment later.
+    world.now += 5;
+    world.service("shop/web", &[WEB], None);
+    assert_eq!(world.allocate().address("shop/web"), WEB);
+    // The same an hour later: it is the other policy's.
+    Arc::make_mut(world.cluster.gateways.get_mut("lb").unwrap()).status = before;
+    world.now += 3_600;
+    let outcome = world.allocate();
+    assert_eq!(outcome.address("other/p"), WEB);
+    outcome.assert_refused("shop/web", Reason::AddressTaken, &[WEB, "other/p"]);
+}
+
+/// A second gateway may come, whose pool has the address too and whose name goes first.
+#[test]
+fn a_policy_that_names_a_service_and_no_gateway_keeps_its_gateway() {
+    let mut world = world();
+    world.service("shop/web", &[WEB], None);
+    let id = world.allocate().grant("shop/web").id;
+    world.gateway("all", &["192.0.2.192-192.0.2.199", "192.0.2.201-192.0.2.255"], |spec| {
+        (spec.placement, spec.node_selector) = (Placement::External, selector(&[]));
+    });
+    world.service("shop/web", &["192.0.2.250", WEB], None);
+    let outcome = world.allocate();
+    assert_eq!((&*outcome.grant("shop/web").gateway, outcome.grant("shop/web").id), ("lb", id));
+    world.policy("shop/new", naming_service("web"));
+    assert_eq!(&*world.allocate().grant("shop/new").gateway, "all", "who has none yet gets the first");
 }
 
 #[test]

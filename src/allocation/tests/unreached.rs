@@ -110,7 +110,7 @@ fn an_unreached_egress_ip_stays_if_no_other_node_is_reached_or_the_owner_may_be_
     misses(&mut world, "g3", &[]);
     world.does_not_reach("n3", &[]);
     lost(&mut world, "n3", Some(0));
-    assert_eq!(asked(&mut world), "g2", "n3 reports nothing, and Kubernetes hears nothing of it");
+    assert_eq!(asked(&mut world), "g2", "neither n3's daemon nor its kubelet reports anything");
 }
 
 #[test]

@@ -29,7 +29,7 @@ pub struct Arguments {
 
 #[derive(clap::Args)]
 pub struct Logs {
-    /// Log level, or levels by module as in `info,egret::datapath=debug`
+    /// Log level, or levels by module as in `info,egret::node=debug`
     #[arg(long, env = "EGRET_LOG_LEVEL", default_value = "info", global = true)]
     pub log_level: String,
     /// Log format
@@ -40,7 +40,7 @@ pub struct Logs {
 #[derive(Subcommand)]
 pub enum Command {
     /// Run the node daemon: apply policies to this node's pods, and hold this node's egress IPs
-    Node(Node),
+    Node(Box<Node>),
     /// Run the controller: allocate egress IPs to policies, and assign them to nodes
     Controller(Controller),
     /// Install the CNI plugin; `egretd node` puts its entry into the network configuration when it is in sync
@@ -177,6 +177,10 @@ pub struct Node {
     /// which one of its packets takes the kernel's own way again; 0: none
     #[arg(long, env = "EGRET_FAST_PATH_LEASE", default_value = "0", value_parser = lease)]
     pub fast_path_lease: Duration,
+    /// Program that brings an egress IP to this node before the node uses it, a cloud's secondary address for instance:
+    /// unix:/PATH, http://HOST:PORT/PATH
+    #[arg(long, env = "EGRET_ASSIGN_HOOK", value_name = "HOOK")]
+    pub assign_hook: Option<node::AssignHookTarget>,
     /// Record the beginning and the end of each connection that leaves from an egress IP of this node, as a line of JSON:
     /// stdout, file:/PATH, syslog:HOST:PORT, unix:/PATH
     #[arg(long, env = "EGRET_FLOW_LOG", value_name = "TARGET")]
@@ -263,7 +267,7 @@ fn tunnel_egress(text: &str) -> Result<node::TunnelEgress, String> {
         "auto" => Ok(node::TunnelEgress::Auto),
         "hook" => Ok(node::TunnelEgress::Hook),
         "veth" => Ok(node::TunnelEgress::Veth),
-        _ => Err(format!("{text:?} is no way into the tunnel; write auto, hook or veth")),
+        _ => Err(format!("{text:?} is not a value of --tunnel-egress; write auto, hook or veth")),
     }
 }
 

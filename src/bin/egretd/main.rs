@@ -74,6 +74,7 @@ impl Node {
             own_tables: self.own_tables,
             tunnel_egress: self.tunnel_egress,
             fast_path_lease: Some(self.fast_path_lease).filter(|lease| !lease.is_zero()),
+            assign_hook: self.assign_hook,
             flow_log: self.flow_log,
             addresses,
             cni_dirs: self.cni_conf_dir.map(|conf_dir| (conf_dir, self.cni_bin_dir)),
@@ -177,7 +178,7 @@ async fn open_soon(name: &SourceName, scope: Scope) -> anyhow::Result<cluster::S
 
 impl MarkBits {
     fn layout(&self) -> anyhow::Result<Marks> {
-        Ok(Marks::new(self.connection_mark, self.mark_shift)?)
+        Ok(Marks::of_a_node(self.connection_mark, self.mark_shift)?)
     }
 }
 

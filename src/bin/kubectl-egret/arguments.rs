@@ -124,7 +124,7 @@ Examples:
     Test(Test),
     /// Answer, outside the cluster, with the source address that is seen: the server for `test`
     #[command(after_help = "\
-It answers HTTP and UDP on one port, on IPv4 and IPv6, and prints a line for each question: the address and the path.
+It answers HTTP and UDP on one port, on IPv4 and IPv6, and prints a line for each request: the address and the path.
 
 Examples:
   kubectl-egret test-server
@@ -365,7 +365,7 @@ pub struct Move {
     /// Node of the gateway
     #[arg(long, required_unless_present = "undo", conflicts_with = "undo")]
     pub to: Option<String>,
-    /// Withdraw the wish for a node; the egress IP stays where it is
+    /// Remove the annotation that asks for a node; the egress IP stays where it is
     #[arg(long)]
     pub undo: bool,
     #[command(flatten)]

@@ -9,12 +9,15 @@
 //! 9 L 192.0.2.60 1 1763718060 - shop/c shop/frontend
 //! 10 D2 192.0.2.53 1 1763718060 - shop/several
 //! -9 192.0.2.52 1763718090 shop/gone
+//! -12 192.0.2.61 1763718090 shop/c shop/frontend
 //! ```
 //!
 //! First the nodes, which later lines name by number. Then the allocations: id, kind (with the ordinal behind it, unless
 //! that is 0), addresses, `node`, `since`, `leaving`, policies, and the Service if the address is a Service's. Then, with a
-//! `-`, the released ones: id, addresses, `at`, policies. An absent value is `-`.
-//! Names in Kubernetes have neither spaces nor commas.
+//! `-`, the released ones: id, addresses, `at`, policies, and the Service if the address was a Service's. An absent value is
+//! `-`.
+//! Names in Kubernetes have neither spaces nor commas. Of an allocation whose kind is of a later version, id, addresses and
+//! policies are read. Further words of a line, and lines that begin with another word, are a later version's.
 
 use crate::api::{
     AddressPair, Allocation, AllocationKind, EgressGatewayStatus, Name, PolicyKey, ReleasedAllocation, Users,
@@ -56,11 +59,11 @@ pub fn write(status: &EgressGatewayStatus) -> EgressGatewayStatus {
         let ordinal = if *ordinal == 0 { String::new() } else { ordinal.to_string() };
         let (address, policies) = (pair(address), list(policies));
         let (node, leaving) = (number(node), number(leaving));
-        let service = service.as_deref().map(|service| format!(" {service}")).unwrap_or_default();
+        let service = last(service);
         line(&mut text, format_args!("{id} {kind}{ordinal} {address} {node} {since} {leaving} {policies}{service}"));
     }
-    for ReleasedAllocation { id, address, policies, at } in released {
-        line(&mut text, format_args!("-{id} {} {at} {}", pair(address), list(policies)));
+    for ReleasedAllocation { id, address, policies, at, service } in released {
+        line(&mut text, format_args!("-{id} {} {at} {}{}", pair(address), list(policies), last(service)));
     }
     EgressGatewayStatus {
         nodes: status.nodes.clone(),
@@ -70,11 +73,17 @@ pub fn write(status: &EgressGatewayStatus) -> EgressGatewayStatus {
         usage: status.usage,
         conditions: status.conditions.clone(),
         reports_requested_at: status.reports_requested_at,
+        opt_in: status.opt_in.clone(),
         writer: status.writer.clone(),
         text: Some(text),
         allocations: Vec::new(),
         released: Vec::new(),
     }
+}
+
+/// The last word of a line, if there is one.
+fn last(service: &Option<Name>) -> String {
+    service.as_deref().map(|service| format!(" {service}")).unwrap_or_default()
 }
 
 fn line(text: &mut String, arguments: std::fmt::Arguments) {
@@ -118,11 +127,19 @@ fn read_line(line: &str, nodes: &mut Vec<Name>, status: &mut EgressGatewayStatus
             address,
             at: number(&mut words)?,
             policies: policies(words.next()?),
+            service: words.next().map(Into::into),
         });
-    } else {
+    } else if !first.starts_with(|c: char| c.is_ascii_lowercase()) {
         let id = first.parse().ok()?;
         let word = words.next()?;
-        let (kind, ordinal) = KINDS.iter().find_map(|(kind, l)| Some((*kind, word.strip_prefix(l)?)))?;
+        let Some((kind, ordinal)) = KINDS.iter().find_map(|(kind, l)| Some((*kind, word.strip_prefix(l)?))) else {
+            let address = words.next().and_then(addresses).unwrap_or_default();
+            // Behind node, since and leaving.
+            let policies = policies(words.nth(3)?);
+            let kind = AllocationKind::Unknown;
+            status.allocations.push(Allocation { id, kind, address, policies, ..Allocation::default() });
+            return Some(());
+        };
         let ordinal = if ordinal.is_empty() { 0 } else { ordinal.parse().ok()? };
         let address = addresses(words.next()?)?;
         let node = node(words.next()?, nodes)?;
@@ -132,7 +149,7 @@ fn read_line(line: &str, nodes: &mut Vec<Name>, status: &mut EgressGatewayStatus
         let service = if kind == AllocationKind::Service { Some(words.next()?.into()) } else { None };
         status.allocations.push(Allocation { id, kind, ordinal, address, node, since, leaving, service, policies });
     }
-    words.next().is_none().then_some(())
+    Some(())
 }
 
 fn number<T: FromStr>(words: &mut SplitWhitespace) -> Option<T> {

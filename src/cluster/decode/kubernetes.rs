@@ -5,6 +5,7 @@ use super::fault::Fault;
 use super::validate::parse_time;
 use crate::api::Protocol;
 use crate::cluster::names::Names;
+use crate::model::capacity::{self, AnnotatedCapacity};
 use crate::model::kube_vip;
 use crate::model::selector::Selector;
 use crate::model::{
@@ -55,7 +56,8 @@ impl Metadata {
     /// Drops the annotations that nodes do not read. `kubectl apply` stores the whole object there once more.
     pub fn prune(&mut self) {
         if let Some(annotations) = &mut self.annotations {
-            annotations.retain(|key, text| LIKE_LABELS.contains(&key.as_str()) && text.len() <= MAX_NAME);
+            let is_read = |key: &str| LIKE_LABELS.contains(&key) || capacity::ANNOTATIONS.contains(&key);
+            annotations.retain(|key, text| is_read(key) && text.len() <= MAX_NAME);
         }
         self.annotations.take_if(|annotations| annotations.is_empty());
     }
@@ -211,12 +213,35 @@ pub struct EndpointsObject {
     pub parts: EndpointsParts,
 }
 
-/// The `spec` of a ServiceCIDR or of Calico's IPPool.
+/// The `spec` of a ServiceCIDR, of Calico's IPPool or of a CiliumNode.
 #[derive(Debug, Default, Serialize, Deserialize)]
 #[serde(default)]
 pub struct NetworksSpec {
     cidrs: Vec<String>,
     cidr: Option<String>,
+    ipam: Option<CiliumIpam>,
+}
+
+/// What Cilium's own pools have given to a node.
+#[derive(Debug, Default, Serialize, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+struct CiliumIpam {
+    #[serde(rename = "podCIDRs")]
+    pod_cidrs: Vec<String>,
+    /// With several pools (`ipam: multi-pool`).
+    pools: CiliumPools,
+}
+
+#[derive(Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+struct CiliumPools {
+    allocated: Vec<CiliumPool>,
+}
+
+#[derive(Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+struct CiliumPool {
+    cidrs: Vec<String>,
 }
 
 impl NetworksSpec {
@@ -225,7 +250,12 @@ impl NetworksSpec {
     /// # Errors
     /// One of them is invalid.
     pub fn parsed(&self) -> Result<Box<[IpNetwork]>, Fault> {
-        self.cidrs.iter().chain(&self.cidr).map(|text| network(text, || "spec".into())).collect()
+        let of_nodes = self
+            .ipam
+            .iter()
+            .flat_map(|ipam| ipam.pod_cidrs.iter().chain(ipam.pools.allocated.iter().flat_map(|pool| &pool.cidrs)));
+        let all = self.cidrs.iter().chain(&self.cidr).chain(of_nodes);
+        all.map(|text| network(text, || "spec".into())).collect()
     }
 }
 
@@ -258,7 +288,8 @@ pub fn node(meta: &Metadata, spec: &NodeSpec, status: &NodeStatus, names: &mut N
     let lost = status.conditions.iter().flatten().find(|c| c.type_ == "Ready" && c.status == "Unknown");
     let lost_since = lost.map(|c| c.since.as_deref().and_then(parse_time).unwrap_or(0));
     let cordoned = spec.unschedulable.unwrap_or_default();
-    Ok(Node { labels, addresses: internal.into(), internal: count, pod_cidrs, cordoned, lost_since })
+    let capacity = AnnotatedCapacity::new(meta.annotations.as_ref());
+    Ok(Node { labels, addresses: internal.into(), internal: count, pod_cidrs, cordoned, capacity, lost_since })
 }
 
 /// Makes a Pod.

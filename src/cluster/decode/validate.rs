@@ -54,7 +54,7 @@ impl FieldReader {
             Kind::Pod => (Fields::Pod(None, None), !of_file),
             Kind::Service => (Fields::Service(None, None), reader.node.is_none()),
             Kind::Endpoints | Kind::EndpointSlice => (Fields::Endpoints(Default::default()), false),
-            Kind::ServiceCidr | Kind::IpPool => (Fields::Networks(None), false),
+            Kind::ServiceCidr | Kind::IpPool | Kind::CiliumNode => (Fields::Networks(None), false),
             Kind::ServiceL2Status => (Fields::ServiceL2Status(None), true),
             Kind::Lease => (Fields::Lease(None), false),
             Kind::EgressGateway => (Fields::Gateway(None, None), of_file || in_objects),

@@ -93,7 +93,7 @@ pub struct Outcome {
 }
 
 impl Files {
-    /// Nothing has been read.
+    /// The state before anything is read.
     pub fn new(root: PathBuf, node: Option<String>, watched: Watched) -> Self {
         Files {
             store: Store::new(node.is_none(), true),

@@ -5,6 +5,8 @@ use crate::cluster::decode::manifest::{Reader, StatusPlace};
 use crate::cluster::kind::Kind;
 use crate::cluster::names::Names;
 use crate::cluster::object::{Object, label};
+use crate::cluster::opt_in;
+use crate::model::capacity::AnnotatedCapacity;
 use crate::model::selector::Name;
 use crate::model::{Cluster, Gateway, Namespaces, Node, Policy, PolicyKey, Service};
 use serde::Deserialize;
@@ -47,9 +49,13 @@ pub fn overlay(cluster: &mut Cluster, verb: Verb, (file, text): (&str, &[u8]), n
     let mut documents = Documents::new(text);
     loop {
         let document = match documents.next() {
-            Ok(None) => return result,
+            Ok(None) => {
+                opt_in::update(cluster, std::iter::empty());
+                return result;
+            }
             Ok(Some(document)) => document,
             Err(e) => {
+                opt_in::update(cluster, std::iter::empty());
                 result.rejected.push(format!("{file}: {e}"));
                 return result;
             }
@@ -94,7 +100,11 @@ fn apply(cluster: &mut Cluster, object: Object, now: i64) {
         Object::Node(name, node) => {
             // A manifest of a node has its labels at most. What the kubelet says stays.
             let node = match cluster.nodes.get(&name) {
-                Some(there) => Node { labels: node.labels.clone(), cordoned: node.cordoned, ..Node::clone(there) },
+                Some(there) => {
+                    let says_nothing = node.capacity == AnnotatedCapacity::default();
+                    let capacity = if says_nothing { there.capacity } else { node.capacity };
+                    Node { labels: node.labels.clone(), cordoned: node.cordoned, capacity, ..Node::clone(there) }
+                }
                 None => Node::clone(&node),
             };
             cluster.nodes.insert(name, Arc::new(node));

@@ -21,7 +21,7 @@ impl Kind {
     ];
 
     /// The kinds that tell a node what is inside the cluster, where they exist.
-    pub const OPTIONAL: [Kind; 3] = [Kind::ServiceCidr, Kind::IpPool, Kind::EndpointSlice];
+    pub const OPTIONAL: [Kind; 4] = [Kind::ServiceCidr, Kind::IpPool, Kind::CiliumNode, Kind::EndpointSlice];
 
     /// Whether the cluster may have no such kind.
     pub fn is_optional(self) -> bool {
@@ -30,7 +30,7 @@ impl Kind {
 
     /// Whether an installation may have no right to read the kind, and does without it.
     pub fn is_dispensable(self) -> bool {
-        self == Kind::EndpointSlice || Kind::ANNOUNCEMENTS.contains(&self)
+        matches!(self, Kind::CiliumNode | Kind::EndpointSlice) || Kind::ANNOUNCEMENTS.contains(&self)
     }
 
     /// The path of the collection of all namespaces.
@@ -46,6 +46,7 @@ impl Kind {
             Kind::EgressNode => "/apis/egret.dev/v1alpha1/egressnodes",
             Kind::ServiceCidr => "/apis/networking.k8s.io/v1/servicecidrs",
             Kind::IpPool => "/apis/crd.projectcalico.org/v1/ippools",
+            Kind::CiliumNode => "/apis/cilium.io/v2/ciliumnodes",
             Kind::EndpointSlice => "/apis/discovery.k8s.io/v1/namespaces/default/endpointslices",
             Kind::Endpoints => "/api/v1/namespaces/default/endpoints",
             Kind::ServiceL2Status => "/apis/metallb.io/v1beta1/servicel2statuses",

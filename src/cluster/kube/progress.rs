@@ -20,7 +20,7 @@ pub struct Progress {
     follows_services: bool,
     /// The kinds that have been listed to the end.
     listed: BTreeSet<Kind>,
-    /// The networks of Services that the API server or an installer named. Outer `None`: the question has no answer
+    /// The networks of Services that the API server or an installer named. Outer `None`: the API server has not answered
     /// yet; inner `None`: nobody knows them.
     service_networks: Option<Option<Inside>>,
     /// The kinds that cannot be followed now, and why.
@@ -30,7 +30,7 @@ pub struct Progress {
 }
 
 impl Progress {
-    /// Nothing has been read.
+    /// The state before anything is read.
     pub fn new(is_controller: bool) -> Self {
         Progress {
             store: Store::new(is_controller, false),

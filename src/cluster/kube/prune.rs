@@ -61,7 +61,7 @@ pub fn prune(kind: Kind, text: &[u8], to: &mut Vec<u8>) -> serde_json::Result<()
         }
         // Only the controller reads them, which has no offline cache.
         Kind::ServiceL2Status | Kind::Lease => of::<Nothing, Nothing>(text, to),
-        Kind::ServiceCidr | Kind::IpPool => of::<k8s::NetworksSpec, Nothing>(text, to),
+        Kind::ServiceCidr | Kind::IpPool | Kind::CiliumNode => of::<k8s::NetworksSpec, Nothing>(text, to),
     }
 }
 

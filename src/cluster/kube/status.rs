@@ -15,6 +15,7 @@ use http::Method;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use std::borrow::Cow;
+use std::collections::BTreeMap;
 use std::fmt;
 
 /// The field manager of the controller.
@@ -78,6 +79,8 @@ struct AnswerMetadata {
     uid: String,
     #[serde(default)]
     resource_version: String,
+    #[serde(default)]
+    annotations: BTreeMap<String, String>,
 }
 
 impl From<Failure> for NotWritten {
@@ -168,34 +171,33 @@ impl Statuses {
         self.client.ask::<Answer>(Method::PATCH, &path, Some((APPLY, object.to_string().into_bytes()))).await.map(drop)
     }
 
+    /// Deletes such a policy, if it is still one that was made: somebody may have written another one of its name.
     pub(in crate::cluster) async fn remove_made_policy(&self, key: &PolicyKey) -> Result<(), Failure> {
         let path = Kind::EgressPolicy.path_of(key.namespace.as_deref(), &key.name);
-        match self.client.ask::<serde_json::Value>(Method::DELETE, &path, None).await {
+        // The controller may list policies, and need not be allowed to get one.
+        let collection = path.rsplit_once('/').map_or(&*path, |(collection, _)| collection);
+        let selector = format!("fieldSelector=metadata.name%3D{}", key.name);
+        let found = self.client.list::<Answer>(collection, &selector).await?;
+        let made = found.items.into_iter().find(|policy| policy.metadata.annotations.contains_key(MADE_FROM));
+        let Some(Answer { metadata: AnswerMetadata { uid, resource_version, .. } }) = made else { return Ok(()) };
+        let options = json!({
+            "apiVersion": "v1",
+            "kind": "DeleteOptions",
+            "preconditions": {"uid": uid, "resourceVersion": resource_version},
+        });
+        let content = Some((JSON, options.to_string().into_bytes()));
+        match self.client.ask::<serde_json::Value>(Method::DELETE, &path, content).await {
             Err(e) if e.is_not_found() => Ok(()),
             other => other.map(drop),
         }
     }
 
     pub(in crate::cluster) fn service(&self, key: &ObjectKey, uid: &str, notice: Notice) {
-        let about = Regarding {
-            version: "v1",
-            kind: "Service".to_owned(),
-            namespace: Some(key.namespace.to_string()),
-            name: key.name.to_string(),
-            uid: uid.to_owned(),
-        };
-        events::emit(&self.client, "controller", &about, vec![notice]);
+        events::emit(&self.client, "controller", &core("Service", key, uid), vec![notice]);
     }
 
     pub(in crate::cluster) fn pod(&self, key: &ObjectKey, uid: &str, notice: Notice) {
-        let about = Regarding {
-            version: "v1",
-            kind: "Pod".to_owned(),
-            namespace: Some(key.namespace.to_string()),
-            name: key.name.to_string(),
-            uid: uid.to_owned(),
-        };
-        events::emit(&self.client, "node", &about, vec![notice]);
+        events::emit(&self.client, "node", &core("Pod", key, uid), vec![notice]);
     }
 
     pub(in crate::cluster) async fn node(&self, name: &str, status: &EgressNodeStatus) -> Result<(), NotWritten> {
@@ -261,5 +263,16 @@ impl Statuses {
         // Forced, because fields that a person has set by hand in a status belong to Egret.
         let path = format!("{}/status?fieldManager={manager}&force=true", kind.path_of(namespace, name));
         self.client.ask(Method::PATCH, &path, Some((APPLY, text))).await
+    }
+}
+
+/// An object of the core API that an event is about.
+fn core(kind: &str, key: &ObjectKey, uid: &str) -> Regarding {
+    Regarding {
+        version: "v1",
+        kind: kind.to_owned(),
+        namespace: Some(key.namespace.to_string()),
+        name: key.name.to_string(),
+        uid: uid.to_owned(),
     }
 }

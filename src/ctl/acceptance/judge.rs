@@ -22,7 +22,7 @@ pub struct Heard {
     pub answers: Vec<Answer>,
 }
 
-/// Questions of one kind.
+/// Requests of one kind.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Series {
     /// How they are asked.
@@ -44,18 +44,18 @@ pub enum Fault {
     Elsewhere {
         /// The pod's node.
         node: String,
-        /// Which questions.
+        /// Which requests.
         series: Series,
         /// The address.
         saw: IpAddr,
         /// Whether later answers were right.
         right_later: bool,
     },
-    /// A question had no answer.
+    /// A request had no answer.
     NoAnswer {
         /// The pod's node.
         node: String,
-        /// Which questions.
+        /// Which requests.
         series: Series,
         /// The error.
         error: String,
@@ -123,13 +123,13 @@ impl Heard {
         self.answers.iter().filter(move |answer| answer.way == series.way && answer.ipv6 == series.ipv6)
     }
 
-    /// Whether each series has so many questions behind it.
+    /// Whether each series has so many requests behind it.
     pub fn has_asked(&self, series: &[Series], times: usize) -> bool {
         series.iter().all(|series| self.of(*series).count() >= times)
     }
 }
 
-/// New pods: the first question of each series is answered, and the server sees the egress IP from then on. Also returns
+/// New pods: the first request of each series is answered, and the server sees the egress IP from then on. Also returns
 /// the slowest first answer, milliseconds.
 pub fn new_pods(heard: &[Heard], series: &[Series], egress: &AddressPair) -> (Vec<Fault>, u64) {
     let (mut faults, mut slowest) = (Vec::new(), 0);

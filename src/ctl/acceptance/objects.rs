@@ -54,9 +54,9 @@ pub struct Client {
     pub selected: Selected,
     /// How it asks.
     pub ways: &'static [Way],
-    /// How many questions it asks; 0: no end.
+    /// How many requests it asks; 0: no end.
     pub count: u64,
-    /// From one question to the next, milliseconds.
+    /// From one request to the next, milliseconds.
     pub interval: u64,
 }
 

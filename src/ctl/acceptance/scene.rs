@@ -230,8 +230,8 @@ impl Scene {
             {
                 return Ok(Ok(Ready { address: address.clone(), node: node.clone() }));
             }
-            // A refusal is final: only the user can change it.
-            if state == PolicyState::Refused || begun.elapsed() > patience {
+            // A rejection is final: only the user can change it.
+            if state == PolicyState::Rejected || begun.elapsed() > patience {
                 let bad = status.conditions.iter().find(|c| c.status != "True" && c.type_ != "Shadowed");
                 let silent = "the controller has not answered; see whether the Deployment egret-controller is ready";
                 return Ok(Err(bad.map_or_else(|| silent.to_owned(), |c| format!("{}: {}", c.reason, c.message))));

@@ -36,8 +36,8 @@ const BLOCKED: Duration = Duration::from_secs(5);
 const AFTER_MOVE: Duration = Duration::from_secs(2);
 /// New pods on each kind of node that ask a few times, beside one that goes on.
 const NEW: usize = 2;
-/// The questions that a new pod asks.
-const QUESTIONS: u64 = 3;
+/// The requests that a new pod asks.
+const REQUESTS: u64 = 3;
 /// The policies.
 const FIRST: &str = "first";
 const SECOND: &str = "second";
@@ -53,7 +53,7 @@ struct Test<'a, 'r> {
     first: Ready,
     /// All egress IPs of the test.
     egress_ips: Vec<AddressPair>,
-    /// Which questions are judged.
+    /// Which requests are judged.
     series: Vec<Series>,
     /// Pods that the policy selects, which go on to ask.
     running: Vec<Log>,

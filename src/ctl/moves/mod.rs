@@ -21,7 +21,7 @@ use std::time::Duration;
 /// A command that moves egress IPs.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Request {
-    /// An egress IP, or that of a policy, to a node; `None`: the wish for a node is withdrawn.
+    /// An egress IP, or that of a policy, to a node; `None`: the annotation that asks for a node is removed.
     Move(String, Option<String>),
     /// All egress IPs away from a node, or the end of that.
     Drain(String, bool),

@@ -1,10 +1,11 @@
 //! Where egress IPs are, and whether they can be elsewhere.
 
 use crate::allocation::unreachable;
-use crate::api::{AllocationKind, Placement};
+use crate::api::{Allocation, AllocationKind, Placement};
 use crate::ctl::pods::list;
 use crate::ctl::state::State;
 use crate::ctl::subject::Subject;
+use crate::model::capacity::Capacity;
 use crate::model::drain::is_drained;
 use crate::model::selector::Name;
 use crate::model::{Gateway, PolicyKey, addresses_of};
@@ -137,6 +138,19 @@ pub(super) fn why_not(state: &State, place: &Place, to: &str) -> Option<String> 
     };
     if node.is_lost(state.now) || unreachable(cluster).contains(to) {
         return Some("the node does not answer now; see whether it and egretd run".to_owned());
+    }
+    let there = |a: &&Allocation| {
+        a.kind != AllocationKind::Node && [&a.node, &a.leaving].into_iter().flatten().any(|node| **node == *to)
+    };
+    let count = gateway.status.allocations.iter().filter(there).count();
+    let is_here = place.node.as_deref() == Some(to) || place.leaving.as_deref() == Some(to);
+    let capacity = Capacity::of(gateway, node);
+    if !is_here && !capacity.has_room(u32::try_from(count).unwrap_or(u32::MAX)) {
+        return Some(format!(
+            "the node has {count} egress IPs of EgressGateway {}, as many as it may; raise maxEgressIPs in the gateway's \
+             spec.capacity, or move another one away",
+            place.gateway
+        ));
     }
     let refused = report.of_allocations().refused.iter().find(|refused| refused.id == place.id);
     refused.map(|refused| refused.message.clone())

@@ -33,10 +33,10 @@ fn policy(before: &Computed, after: &Computed, key: &PolicyKey) -> Option<Change
     let state = decided(new);
     let was = old.map(decided);
     let words = |status: &EgressPolicyStatus, state| match state {
-        PolicyState::Refused => {
+        PolicyState::Rejected => {
             let passes = policy.is_some_and(|policy| falls_back(policy.fallback));
             let traffic = if passes { "and is passed over" } else { "and its pods' traffic is blocked" };
-            format!("is refused, {traffic}: {}", message(&status.conditions, "Accepted"))
+            format!("is rejected, {traffic}: {}", message(&status.conditions, "Accepted"))
         }
         PolicyState::Shadowed => format!("is shadowed: {}", message(&status.conditions, "Shadowed")),
         _ if policy.is_some_and(|policy| policy.is_direct()) => "lets what it covers leave directly".to_owned(),
@@ -45,7 +45,7 @@ fn policy(before: &Computed, after: &Computed, key: &PolicyKey) -> Option<Change
     match was {
         None => change(state != PolicyState::Ready, format!("is new; it {}", words(new, state))),
         Some(was) if was != state => change(state < was, format!("{} (now {})", words(new, state), word(was))),
-        Some(_) if old.map(addresses) != Some(addresses(new)) && state != PolicyState::Refused => change(
+        Some(_) if old.map(addresses) != Some(addresses(new)) && state != PolicyState::Rejected => change(
             false,
             format!("changes from {} to {}", old.map(address_or_direct).unwrap_or_default(), address_or_direct(new)),
         ),
@@ -57,7 +57,7 @@ fn policy(before: &Computed, after: &Computed, key: &PolicyKey) -> Option<Change
 fn decided(status: &EgressPolicyStatus) -> PolicyState {
     let is_shadowed = status.conditions.iter().any(|c| c.type_ == "Shadowed" && c.status == "True");
     match state_of(status) {
-        PolicyState::Refused => PolicyState::Refused,
+        PolicyState::Rejected => PolicyState::Rejected,
         _ if is_shadowed => PolicyState::Shadowed,
         _ => PolicyState::Ready,
     }
@@ -65,7 +65,7 @@ fn decided(status: &EgressPolicyStatus) -> PolicyState {
 
 fn word(state: PolicyState) -> &'static str {
     match state {
-        PolicyState::Refused => "refused",
+        PolicyState::Rejected => "rejected",
         PolicyState::Shadowed => "shadowed",
         _ => "in force",
     }
@@ -143,7 +143,8 @@ pub(super) fn moves(before: &Computed, after: &Computed) -> Vec<Change> {
         let (was_address, was) = old.get(&id)?;
         let is_same = *was_address == address && *was == node;
         let name = |node: &Option<String>| node.clone().unwrap_or_else(|| "no node".to_owned());
-        let message = format!("moves from {} to {}; its connections continue", name(was), name(&node));
+        let then = if node.is_some() { "its connections continue" } else { "its traffic is blocked" };
+        let message = format!("moves from {} to {}; {then}", name(was), name(&node));
         (!is_same && *was_address == address).then(|| Change { object: address, worse: node.is_none(), message })
     });
     moved.collect()

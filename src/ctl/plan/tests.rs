@@ -79,7 +79,7 @@ fn a_policy_that_becomes_shadowed_and_a_pool_that_runs_out_are_named() {
     let plan = planned(&world(), OverlayVerb::Apply, &many);
     let text = plan.text(View::default());
     assert!(plan.gateways.iter().any(|change| change.worse && change.message.contains("its pool runs out")), "{text}");
-    assert!(text.contains("is refused") && text.contains("blocked by shop/b"), "{text}");
+    assert!(text.contains("is rejected") && text.contains("blocked by shop/b"), "{text}");
 }
 
 #[test]

@@ -113,7 +113,7 @@ pub enum NodeState {
     Unfit,
     /// The other gateway nodes do not reach it.
     Unreachable,
-    /// Kubernetes hears nothing from its kubelet.
+    /// Its kubelet reports nothing.
     Lost,
     /// No daemon has reported.
     #[default]
@@ -145,13 +145,13 @@ pub struct PolicyStatus {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 pub enum PolicyState {
     /// It has no egress IP.
-    Refused,
+    Rejected,
     /// The controller has not written its status.
     #[default]
     Pending,
     /// Its egress IP is on no node.
     NotReady,
-    /// Nobody hears from the node of its egress IP.
+    /// The node of its egress IP reports nothing.
     Unknown,
     /// Other policies decide for all its pods.
     Shadowed,
@@ -197,7 +197,7 @@ fn nodes(status: &EgressPolicyStatus) -> Option<String> {
 pub fn state_of(status: &EgressPolicyStatus) -> PolicyState {
     let is = |type_: &str, is: &str| status.conditions.iter().any(|c| c.type_ == type_ && c.status == is);
     if is("Accepted", "False") {
-        PolicyState::Refused
+        PolicyState::Rejected
     } else if is("Shadowed", "True") {
         // Whether its egress IP works makes no difference.
         PolicyState::Shadowed

@@ -5,6 +5,7 @@ use super::{NodeState, PolicyState, state_of};
 use crate::api::Condition;
 use crate::ctl::output::{count, few, number};
 use crate::ctl::problem::{Problem, Severity};
+use crate::model::opt_in;
 use crate::model::selector::Name;
 use crate::model::{PolicyKey, addresses_of};
 use std::cmp::Reverse;
@@ -20,7 +21,7 @@ const IPV6_MIN_MTU: u32 = 1280;
 pub(super) fn problems(facts: &Facts) -> Vec<Problem> {
     let mut found = Found { all: facts.state.of_site.clone(), ..Found::default() };
     found.unread(facts);
-    found.silent_controller(facts);
+    found.missing_controller(facts);
     facts.state.cluster.gateways.keys().for_each(|name| found.gateway(facts, name));
     found.dead_nodes(facts);
     found.nodes_without_daemon(facts);
@@ -72,7 +73,7 @@ impl Found {
     }
 
     /// Every gateway gets conditions from the controller, and every policy a status.
-    fn silent_controller(&mut self, facts: &Facts) {
+    fn missing_controller(&mut self, facts: &Facts) {
         let cluster = &*facts.state.cluster;
         let gateways = cluster.gateways.values().filter(|gateway| gateway.status.conditions.is_empty()).count();
         let policies: Vec<&PolicyKey> =
@@ -95,7 +96,10 @@ impl Found {
         let Some(gateway) = facts.state.cluster.gateways.get(name) else { return };
         let object = format!("EgressGateway {name}");
         for condition in gateway.status.conditions.iter().filter(|c| c.status != "True") {
-            let problem = Problem::new(Severity::Error, &object, &condition.reason, &condition.message);
+            // Nothing is blocked before a node dies.
+            let is_ahead = condition.reason == "NoRoomForFailover";
+            let severity = if is_ahead { Severity::Warning } else { Severity::Error };
+            let problem = Problem::new(severity, &object, &condition.reason, &condition.message);
             let problem = problem.or_else("see kubectl describe egressgateway");
             self.add_cause(Cause::Gateway(name.to_string(), condition.reason.clone()), problem);
         }
@@ -116,7 +120,7 @@ impl Found {
             if gone * 100 >= pool.total * NEARLY && pool.total > 1 && pool.used > 0 {
                 let message = format!(
                     "{} of {} {} addresses are in use and {} in cooldown; add addresses to spec.addresses before \
-                     policies are refused",
+                     policies are rejected",
                     number(pool.used),
                     pool.total,
                     pool.family,
@@ -138,9 +142,7 @@ impl Found {
                     "it reports that it cannot hold any egress IP; see `egretd check` and egretd's log there"
                         .to_owned(),
                 ),
-                NodeState::Lost => {
-                    ("NodeLost", "Kubernetes hears nothing from its kubelet; see whether the node runs".to_owned())
-                }
+                NodeState::Lost => ("NodeLost", "its kubelet reports nothing; see whether the node runs".to_owned()),
                 NodeState::Unreachable => {
                     let by = facts.state.cluster.egress_nodes.iter().filter(|(_, node)| {
                         node.of_allocations().unreachable_peers.iter().any(|peer| **peer == **name)
@@ -271,7 +273,7 @@ impl Found {
             let state = state_of(status);
             let bad = match state {
                 PolicyState::Ready | PolicyState::Pending => continue,
-                PolicyState::Refused => condition(&status.conditions, "Accepted", "False"),
+                PolicyState::Rejected => condition(&status.conditions, "Accepted", "False"),
                 PolicyState::NotReady => condition(&status.conditions, "Ready", "False"),
                 PolicyState::Unknown => condition(&status.conditions, "Ready", "Unknown"),
                 PolicyState::Shadowed => condition(&status.conditions, "Shadowed", "True"),
@@ -324,7 +326,10 @@ impl Found {
 fn named(mut problem: Problem) -> Problem {
     let kind = |name: &str| if name.contains('/') { "EgressPolicy" } else { "ClusterEgressPolicy" };
     let first = problem.policies.first().cloned().unwrap_or_default();
-    problem.object = format!("{} {first}", kind(&first));
+    problem.object = match opt_in::gateway_of(&PolicyKey::from(&*first)) {
+        Some(gateway) => format!("EgressGateway {gateway} (optIn)"),
+        None => format!("{} {first}", kind(&first)),
+    };
     if problem.policies.len() > 1 {
         problem.object += &format!(" and {} more", number(problem.policies.len() - 1));
     }

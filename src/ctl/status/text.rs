@@ -170,7 +170,7 @@ fn policies(status: &Status, view: View, out: &mut String) {
         PolicyState::Unknown,
         PolicyState::NotReady,
         PolicyState::Pending,
-        PolicyState::Refused,
+        PolicyState::Rejected,
     ];
     let counts = states.map(|state| (state, status.policies.iter().filter(|policy| policy.state == state).count()));
     let counts = counts.iter().filter(|(_, n)| *n > 0).map(|(state, n)| format!("{} {}", number(*n), word(*state)));
@@ -214,9 +214,9 @@ fn word(state: PolicyState) -> &'static str {
     match state {
         PolicyState::Ready => "ready",
         PolicyState::Shadowed => "shadowed",
-        PolicyState::Unknown => "on a node that nobody hears",
+        PolicyState::Unknown => "on a node that reports nothing",
         PolicyState::NotReady => "not ready",
         PolicyState::Pending => "without a status",
-        PolicyState::Refused => "refused",
+        PolicyState::Rejected => "rejected",
     }
 }

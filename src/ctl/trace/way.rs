@@ -264,7 +264,7 @@ type Told = (Outcome, String, Option<String>);
 
 impl Fate<'_> {
     fn tell(&self) -> Told {
-        self.dropped().or_else(|| self.replied()).unwrap_or_else(|| self.silent())
+        self.dropped().or_else(|| self.replied()).unwrap_or_else(|| self.unanswered())
     }
 
     fn dropped(&self) -> Option<Told> {
@@ -304,6 +304,7 @@ impl Fate<'_> {
             "to_owner" => "the destination is an address of the owner itself: name it with --direct of the daemons (docs/limits.md)".into(),
             "stale" => "the connection is older than its egress IP: it begins anew with the next packet; send it again".into(),
             "unsolicited" => "the reply is of no connection that the node knows: its egress IP may be moving; send it again".into(),
+            "not_routed" => "another program has sent it into the device egret-out: find it and let it send elsewhere".into(),
             "foreign" => "it is a packet to the tunnel's port that no node has sent: use another destination port".into(),
             _ => "see the table of drops in docs/operations.md".into(),
         }
@@ -326,7 +327,7 @@ impl Fate<'_> {
     }
 
     /// No rule dropped it, and no reply came to the pod.
-    fn silent(&self) -> Told {
+    fn unanswered(&self) -> Told {
         let hop = |is_reply, is_pod: bool| {
             self.way.iter().find(|hop| hop.is_reply == is_reply && (hop.node == self.request.node) == is_pod)
         };

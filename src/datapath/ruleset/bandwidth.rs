@@ -25,6 +25,16 @@ const EGRESS: i32 = 302;
 /// together may come as one of this length (GRO).
 const BURST: u32 = 65_536;
 
+/// The sets and maps of limits.
+pub(super) const SETS: [&str; 6] = [
+    set::LIMIT_EGRESS,
+    set::BEYOND_EGRESS,
+    set::LIMIT_INGRESS[0],
+    set::LIMIT_INGRESS[1],
+    set::BEYOND_INGRESS[0],
+    set::BEYOND_INGRESS[1],
+];
+
 /// The direction of packets, as seen from the pods.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Direction {
@@ -95,14 +105,14 @@ impl Limits {
 }
 
 /// The chains of the directions and families that have limits. `has` tells whether there is a map.
-pub(super) fn chains(marks: Marks, has: impl Fn(&str) -> bool) -> Vec<(&'static str, Chain)> {
+pub(super) fn chains(marks: Marks, from_vrf: bool, has: impl Fn(&str) -> bool) -> Vec<(&'static str, Chain)> {
     let of_egret = || Rule::new().ct_mark(marks.connection_mask(), marks.connection(0));
     let dropped = || Rule::new().counter(counter::BANDWIDTH).drop();
     let mut chains = Vec::new();
     if has(set::LIMIT_EGRESS) {
         let leaving = of_egret().oif_group_not(DEVICE_GROUP);
-        let beyond = leaving.beyond_limit_of_mark(marks.allocation_mask(), set::LIMIT_EGRESS);
-        let counted = Rule::new().mark_in_set(marks.allocation_mask(), set::BEYOND_EGRESS);
+        let beyond = leaving.beyond_limit_of_mark(marks.egress_id_mask(), set::LIMIT_EGRESS);
+        let counted = Rule::new().mark_in_set(marks.egress_id_mask(), set::BEYOND_EGRESS);
         let limit = Chain::new(base("filter", hook::POSTROUTING, EGRESS), vec![beyond.goto("beyond-egress")]);
         chains.extend([("limit-egress", limit), ("beyond-egress", Chain::new(None, vec![counted, dropped()]))]);
     }
@@ -110,8 +120,10 @@ pub(super) fn chains(marks: Marks, has: impl Fn(&str) -> bool) -> Vec<(&'static 
     if families().next().is_some() {
         let beyond = |(at, ip): (usize, Family)| of_egret().beyond_limit_of_daddr(ip, set::LIMIT_INGRESS[at]);
         let counted = families().map(|(at, ip)| Rule::new().daddr_in_set(ip, set::BEYOND_INGRESS[at]));
-        let limit = families().map(beyond).map(|rule| rule.goto("beyond-ingress")).collect();
-        let limit = Chain::new(base("filter", hook::PREROUTING, INGRESS), limit);
+        let limit = families().map(beyond).map(|rule| rule.goto("beyond-ingress"));
+        // The packet was counted when it passed the hook for the first time.
+        let again = from_vrf.then(|| Rule::new().from_vrf().accept());
+        let limit = Chain::new(base("filter", hook::PREROUTING, INGRESS), again.into_iter().chain(limit).collect());
         let beyond = Chain::new(None, counted.chain([dropped()]).collect());
         chains.extend([("limit-ingress", limit), ("beyond-ingress", beyond)]);
     }

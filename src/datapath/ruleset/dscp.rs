@@ -27,7 +27,7 @@ pub(super) fn chains(values: &BTreeSet<u8>, marks: Marks) -> Vec<(Arc<str>, Chai
         .oif_group_not(DEVICE_GROUP)
         .ct_original()
         .ct_mark(marks.connection_mask(), marks.connection(0))
-        .vmap_by_mark(marks.allocation_mask(), set::DSCP);
+        .vmap_by_mark(marks.egress_id_mask(), set::DSCP);
     let after_guard = Chain::new(base("filter", hook::POSTROUTING, AFTER_GUARD), vec![leaving]);
     let of_value = |value: &u8| {
         let rules = Family::BOTH.map(|ip| Rule::new().set_dscp(ip, *value));

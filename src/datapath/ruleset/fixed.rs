@@ -6,10 +6,11 @@
 use super::pods::{direct, without_address};
 use super::sets::PORT_BITS;
 use super::unsolicited::unsolicited;
-use super::{base, counter, set};
+use super::{base, counter, set, vrf};
 use crate::datapath::names::{DEVICE, DEVICE_GROUP, HEALTH, PROBER, TUNNEL_NEXT_HOP_MAC, TUNNEL_PORT, UPLINK_HEALTH};
 use crate::datapath::port_log;
 use crate::model::marks::Marks;
+use crate::node_plan::NodePlan;
 use egret_nft::Family;
 use egret_nft::rule::{Rule, protocol};
 use egret_nft::table::{Chain, hook};
@@ -23,28 +24,33 @@ const WIRE_MASK: u32 = 0xffff;
 /// their priority orders them among each other. It must be above the priority of connection tracking, -200
 /// (`nft_chain_parse_hook`, net/netfilter/nf_tables_api.c).
 const SRCNAT: i32 = -190;
+/// Before the rules of others that change marks of the host's own packets, as Calico's in iptables' table `raw` do, at
+/// -300. Of two chains of one priority, the kernel calls the later one first (`nf_hook_entries_grow`,
+/// net/netfilter/core.c), so an equal priority would not be enough.
+const OUTPUT: i32 = -310;
 /// After the chain `output` and before connection tracking. Here only packets that the kernel itself made for a
 /// connection have a connection.
 const ERRORS: i32 = -299;
 /// The hop limit of a packet that was not forwarded.
 const HOP_LIMIT: u8 = 255;
 
-/// All chains of the table inet except pods' and policies', by name. `local` is this node's tunnel address;
-/// `port_log` says whether the kernel can log packets.
-pub(super) fn chains(marks: Marks, local: Option<IpAddr>, port_log: bool) -> Vec<(&'static str, Chain)> {
+/// All chains of the table inet except pods' and policies', by name.
+pub(super) fn chains(plan: &NodePlan, marks: Marks) -> Vec<(&'static str, Chain)> {
+    let NodePlan { local, port_log, foreign_marks, ref from_vrf, .. } = *plan;
     let at = |number, priority| base("filter", number, priority);
-    vec![
+    let vrf = from_vrf.as_ref().map(|pods| vrf::chain(marks, pods));
+    let all = vec![
         ("raw", Chain::new(at(hook::PREROUTING, -300), raw(local))),
-        ("output", Chain::new(at(hook::OUTPUT, -300), output(marks))),
+        ("output", Chain::new(at(hook::OUTPUT, OUTPUT), output(marks))),
         ("errors", Chain::new(base("route", hook::OUTPUT, ERRORS), errors(marks))),
         ("output-tunnel", Chain::new(None, output_tunnel())),
-        ("prerouting", Chain::new(at(hook::PREROUTING, -90), prerouting(marks, local))),
+        ("prerouting", Chain::new(at(hook::PREROUTING, -90), prerouting(marks, local, foreign_marks))),
         ("from-tunnel", Chain::new(None, from_tunnel(marks))),
         ("tracked", Chain::new(None, tracked(marks))),
         ("tracked-marked", Chain::new(None, tracked_marked(marks))),
         ("related", Chain::new(None, related(marks))),
         ("foreign", Chain::new(None, foreign())),
-        ("unsolicited", Chain::new(None, unsolicited())),
+        ("unsolicited", Chain::new(None, unsolicited(from_vrf.is_some()))),
         ("unmarked", Chain::new(None, unmarked())),
         ("marked-again", Chain::new(None, marked_again(marks))),
         ("mark-lost", Chain::new(None, mark_lost())),
@@ -57,9 +63,10 @@ pub(super) fn chains(marks: Marks, local: Option<IpAddr>, port_log: bool) -> Vec
         ("egress-guard-foreign", Chain::new(None, egress_guard_foreign())),
         ("egress-guard-allocation", Chain::new(None, egress_guard_allocation(marks))),
         ("egress-guard-first", Chain::new(None, egress_guard_first(port_log))),
-        ("egress-guard-tunnel", Chain::new(None, egress_guard_tunnel())),
+        ("egress-guard-tunnel", Chain::new(None, egress_guard_tunnel(marks))),
         ("egress-guard-translated", Chain::new(None, egress_guard_translated())),
-    ]
+    ];
+    all.into_iter().chain(vrf).collect()
 }
 
 /// Takes tunnel packets between nodes and liveness probes out of connection tracking. Only nodes may send tunnel
@@ -104,7 +111,7 @@ fn tunnel_packet() -> Rule {
 }
 
 fn output(marks: Marks) -> Vec<Rule> {
-    let echo = echo().map(|rule| rule.oif_group(DEVICE_GROUP).notrack().set_mark(marks.connection(0)));
+    let echo = echo().map(|rule| rule.oif_group(DEVICE_GROUP).notrack());
     // The outer packet inherits the inner one's mark, which would route it into the tunnel again. This mark also
     // distinguishes the tunnel device's packets from those of sockets, because setting a mark takes CAP_NET_ADMIN or
     // CAP_NET_RAW (Linux 5.17). A packet into the tunnel with such a mark is one of a handover.
@@ -134,9 +141,13 @@ fn output_tunnel() -> Vec<Rule> {
     forged.chain(each().map(|rule| rule.set_mark(0).notrack())).collect()
 }
 
+/// `MARK_MAGIC_HOST_MASK` and `MARK_MAGIC_IDENTITY`, bpf/lib/common.h of Cilium.
+const CILIUM_MARK: u32 = 0xf00;
+const CILIUM_IDENTITY: u32 = 0xf00;
+
 /// Decides on every packet, after connection tracking and destination NAT: a Service's address is already its
 /// backend's.
-fn prerouting(marks: Marks, local: Option<IpAddr>) -> Vec<Rule> {
+fn prerouting(marks: Marks, local: Option<IpAddr>, foreign_marks: bool) -> Vec<Rule> {
     let allocation = marks.connection(0);
     // Other programs take packets out of connection tracking too, so an untracked packet is not a node's for that
     // reason. A tracked packet may have been sent to a Service whose backend is here.
@@ -145,8 +156,14 @@ fn prerouting(marks: Marks, local: Option<IpAddr>) -> Vec<Rule> {
     let unmarked = |rule: Rule| rule.mark_not(marks.pod_mark_mask(), marks.pod_mark_kind());
     let others = || Rule::new().ct_state(CT_STATE_ESTABLISHED).ct_mark_not(marks.connection_mask(), allocation);
     let tracked = || Rule::new().ct_mark(marks.connection_mask(), allocation).jump("tracked");
+    // No packet that does not come out of the tunnel has both yet, so another program's mark has Egret's bits: Cilium's eBPF
+    // writes a pod's identity into bits 31 to 16 and 0xf00 below (`set_identity_mark`, bpf/lib/common.h). Routing rules
+    // would take it for Egret's. Without a mark, Cilium finds the identity by the packet's source.
+    // Marks with which it has a packet encrypted or decrypted (0xe00, 0xd00) or sends it to its proxy (0x200) stay.
+    let identity = Rule::new().mark(CILIUM_MARK, CILIUM_IDENTITY);
+    let foreign = identity.mark_not(marks.kind_and_index_mask(), 0).mark_not(marks.egress_id_mask(), 0).set_mark(0);
+    let from_tunnel = Rule::new().iif_group(DEVICE_GROUP).goto("from-tunnel");
     let before = [
-        Rule::new().iif_group(DEVICE_GROUP).goto("from-tunnel"),
         // A connection keeps its allocation.
         of_allocation(marks).set_mark_by_ct_mark(set::EGRESS_ID_OUT).accept(),
         // On a gateway: a server's reply to another node's pod.
@@ -168,7 +185,8 @@ fn prerouting(marks: Marks, local: Option<IpAddr>) -> Vec<Rule> {
         Rule::new().vmap_by_mark(marks.kind_and_index_mask(), set::PODS),
         Rule::new().counter(counter::BLOCKED).drop(),
     ];
-    before.into_iter().chain(tunnel).chain(after).collect()
+    let first = [Some(from_tunnel), foreign_marks.then_some(foreign)].into_iter().flatten();
+    first.chain(before).chain(tunnel).chain(after).collect()
 }
 
 /// Accepts without an allocation: a connection that is older than the pod's policy, or a pod's reply.
@@ -347,7 +365,7 @@ fn srcnat(marks: Marks) -> Vec<Rule> {
         Rule::new()
             .oif_group_not(DEVICE_GROUP)
             .ct_mark(marks.connection_mask(), marks.connection(0))
-            .mark_not(marks.allocation_mask(), 0)
+            .mark_not(marks.egress_id_mask(), 0)
     };
     // Chains of the type nat see only the first packet of a connection.
     let forwarded = |(at, ip)| {
@@ -358,7 +376,7 @@ fn srcnat(marks: Marks) -> Vec<Rule> {
     let mut rules: Vec<Rule> = Family::BOTH.into_iter().enumerate().map(forwarded).collect();
     for (at, ip) in Family::BOTH.into_iter().enumerate() {
         rules.push(Rule::new().oif_group(DEVICE_GROUP).snat_identity(ip));
-        rules.push(leaving().snat_by_mark(ip, marks.allocation_mask(), set::SNAT[at]));
+        rules.push(leaving().snat_by_mark(ip, marks.egress_id_mask(), set::SNAT[at]));
     }
     // The allocation has no address of this family.
     rules.push(leaving().counter(counter::BLOCKED).drop());
@@ -370,7 +388,7 @@ fn egress_guard(marks: Marks) -> Vec<Rule> {
     let unmarked = Rule::new().ct_mark(marks.connection_mask(), marks.connection(0)).ct_original();
     vec![
         Rule::new().oif_group(DEVICE_GROUP).goto("egress-guard-tunnel"),
-        Rule::new().mark_not(marks.kind_mask() | marks.allocation_mask(), 0).goto("egress-guard-marked"),
+        Rule::new().mark_not(marks.kind_mask() | marks.egress_id_mask(), 0).goto("egress-guard-marked"),
         unmarked.goto("egress-guard-unmarked"),
         tunnel_packet().goto("egress-guard-foreign"),
     ]
@@ -407,7 +425,7 @@ fn egress_guard_unmarked(marks: Marks) -> Vec<Rule> {
 /// Packets that leave this node, with a mark that may be Egret's.
 fn egress_guard_marked(marks: Marks) -> Vec<Rule> {
     let right = |(at, ip)| {
-        Rule::new().mark_and_saddr_in_set(marks.allocation_mask(), ip, set::PAIRS[at]).ct_confirmed().accept()
+        Rule::new().mark_and_saddr_in_set(marks.egress_id_mask(), ip, set::PAIRS[at]).ct_confirmed().accept()
     };
     let leaked = [
         // No rule decided on a pod's packet. The node's own packets may have such a mark from another program.
@@ -424,7 +442,7 @@ fn egress_guard_marked(marks: Marks) -> Vec<Rule> {
 /// must not be one for the tunnel.
 fn egress_guard_allocation(marks: Marks) -> Vec<Rule> {
     let missed = Rule::new().mark_not(marks.kind_mask(), 0).counter(counter::LEAKED).drop();
-    let wrong = |(at, ip)| Rule::new().mark_and_saddr_not_in_set(marks.allocation_mask(), ip, set::PAIRS[at]);
+    let wrong = |(at, ip)| Rule::new().mark_and_saddr_not_in_set(marks.egress_id_mask(), ip, set::PAIRS[at]);
     let stale = |rule: Rule| rule.counter(counter::STALE).set_ct_mark(marks.stale()).drop();
     let wrong = Family::BOTH.into_iter().enumerate().map(wrong).map(stale);
     [missed].into_iter().chain(wrong).chain([Rule::new().ct_unconfirmed().goto("egress-guard-first")]).collect()
@@ -443,8 +461,11 @@ fn egress_guard_first(port_log: bool) -> Vec<Rule> {
 
 /// Into the tunnel: the egress ID goes into the mark, whose low 16 bits VXLAN's group-based policy carries to the
 /// peer.
-fn egress_guard_tunnel() -> Vec<Rule> {
-    vec![
+///
+/// Liveness probes have no connection. Their mark is set here and not in `output`: other programs clear bits of it in
+/// between.
+fn egress_guard_tunnel(marks: Marks) -> Vec<Rule> {
+    let rules = [
         // Connections that have been answered send no SYN, and the source address of requests is the one that the pod
         // wrote.
         Rule::new().ct_assured_and_not_snat().set_mark_from_ct().accept(),
@@ -452,7 +473,8 @@ fn egress_guard_tunnel() -> Vec<Rule> {
         Rule::new().ct_snat().ct_original().jump("egress-guard-translated"),
         Rule::new().tcp_syn().clamp_mss(),
         Rule::new().set_mark_from_ct(),
-    ]
+    ];
+    rules.into_iter().chain(echo().map(|rule| rule.set_mark(marks.connection(0)))).collect()
 }
 
 /// Drops packets of a connection that this node translated before its allocation moved away. They would reach the new
@@ -473,12 +495,13 @@ pub(super) fn to_tunnel() -> Vec<Rule> {
     ]
 }
 
-/// The same on the pair of veths. `tunnel` is the tunnel device's index.
+/// As [`to_tunnel`] on the pair of veths, but packets that were not sent to the tunnel next hop are dropped: nothing else may
+/// enter here. `tunnel` is the tunnel device's index.
 pub(super) fn into_tunnel(tunnel: u32) -> Vec<Rule> {
     vec![
         Rule::new().set_ether_daddr_by_mark(set::HOP).forward(tunnel, DEVICE),
         Rule::new().set_ether_daddr_by_mark(set::BACK).forward(tunnel, DEVICE),
-        Rule::new().ether_daddr_not(TUNNEL_NEXT_HOP_MAC).drop(),
+        Rule::new().ether_daddr_not(TUNNEL_NEXT_HOP_MAC).counter(counter::NOT_ROUTED).drop(),
         Rule::new().counter(counter::NO_HOP).drop(),
     ]
 }

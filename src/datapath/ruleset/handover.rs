@@ -13,17 +13,21 @@ use super::{HANDOVER, base, set, value};
 use crate::datapath::names::{DEVICE, DEVICE_GROUP, OUT_DEVICE, TUNNEL_NEXT_HOP4, TUNNEL_NEXT_HOP6};
 use crate::model::addresses_of;
 use crate::model::marks::{EgressId, Marks};
+use crate::node_plan::NodePlan;
 use crate::node_plan::allocations::AllocationState;
-use crate::node_plan::{NodePlan, TunnelWay};
 use egret_nft::Family;
 use egret_nft::rule::Rule;
 use egret_nft::table::{Chain, DataType, Elements, Set, SetKind, Table, TableName, hook};
-use egret_nft::uapi::{CT_STATE_INVALID, CT_STATE_NEW};
+use egret_nft::uapi::{CT_STATE_INVALID, CT_STATE_NEW, CT_STATE_UNTRACKED};
 use std::net::IpAddr;
 use std::sync::Arc;
 
 /// Before the chain that drops unsolicited packets.
 const PRIORITY: i32 = -91;
+
+/// After the chain `egress-guard`, and after the rules of others at the hook `output`, which copies pass. Calico's
+/// clear bits of the marks of the host's own packets there.
+const PRIORITY_MARK: i32 = 301;
 
 /// After the chain that sets the routing mark.
 const PRIORITY_OLD_WAYS: i32 = -89;
@@ -59,10 +63,8 @@ pub(super) fn tables(plan: &NodePlan, marks: Marks) -> impl Iterator<Item = (Tab
         (Family::V4, DataType::Ipv4, IpAddr::V4(TUNNEL_NEXT_HOP4)),
         (Family::V6, DataType::Ipv6, IpAddr::V6(TUNNEL_NEXT_HOP6)),
     ];
-    let name_of_device = match plan.way {
-        TunnelWay::EgressHook => DEVICE,
-        TunnelWay::Veths { .. } => OUT_DEVICE,
-    };
+    let is_pair = plan.way.by_veths().is_some_and(|tunnel| plan.device != tunnel);
+    let name_of_device = if is_pair { OUT_DEVICE } else { DEVICE };
     HANDOVER.into_iter().zip(ips).map(move |(name, (ip, key, tunnel_next_hop))| {
         let of_family = |a: &IpAddr| ip.has(a);
         let addresses = plan.handed.iter().flat_map(|(id, (pair, _))| addresses_of(pair).map(|a| (*id, a)));
@@ -75,6 +77,12 @@ pub(super) fn tables(plan: &NodePlan, marks: Marks) -> impl Iterator<Item = (Tab
             table
                 .chains
                 .insert("handover".into(), Arc::new(Chain::new(base("filter", hook::PREROUTING, PRIORITY), rules)));
+            let copy = Rule::new().oif_group(DEVICE_GROUP).ct_state(CT_STATE_UNTRACKED);
+            let mark = Chain::new(
+                base("filter", hook::POSTROUTING, PRIORITY_MARK),
+                vec![copy.set_mark_by_daddr(ip, set::HANDED)],
+            );
+            table.chains.insert("handover-mark".into(), Arc::new(mark));
         }
         let kind = SetKind::plain(key, Some(DataType::Mark));
         table.sets.insert(set::HANDED.into(), Set { kind, elements: Arc::new(elements) });

@@ -11,10 +11,12 @@ mod dscp;
 mod fixed;
 mod flush_guard;
 mod handover;
+mod limited;
 mod pods;
 mod sets;
 mod text;
 mod unsolicited;
+mod vrf;
 
 pub use bandwidth::Direction;
 pub use sets::{PeerIndexes, SharedSets, shared_sets};
@@ -23,7 +25,7 @@ pub use text::ExpectedRuleset;
 use crate::datapath::names::{self, DEVICE, HOP_DEVICE, TABLE};
 use crate::model::marks::Marks;
 use crate::node_plan::allocations::AllocationState;
-use crate::node_plan::{NodePlan, TunnelWay, parse_chain_name};
+use crate::node_plan::{NodePlan, parse_chain_name};
 use egret_nft::table::{Chain, Data, DataType, Elements, Hook, Key, Policy, Set, SetKind, Table, TableName, hook};
 use egret_nft::uapi::*;
 use std::collections::BTreeMap;
@@ -31,8 +33,10 @@ use std::sync::Arc;
 
 /// The table with all chains except those of [`NETDEV`], [`HANDOVER`] and [`FLUSH_GUARD`].
 pub const INET: TableName = TableName { family: NFPROTO_INET, name: TABLE };
-/// The table with the tunnel device's egress chain.
+/// The table with the chains by which packets enter the tunnel.
 pub const NETDEV: TableName = TableName { family: NFPROTO_NETDEV, name: TABLE };
+/// The table that sets the pod marks of bridged pods whose packets come by ifb devices.
+pub const BRIDGE: TableName = TableName { family: NFPROTO_BRIDGE, name: TABLE };
 /// The tables of IPv4 and IPv6 that send packets to the old node during a planned move.
 pub const HANDOVER: [TableName; 2] =
     [TableName { family: NFPROTO_IPV4, name: TABLE }, TableName { family: NFPROTO_IPV6, name: TABLE }];
@@ -43,6 +47,8 @@ pub const FLUSH_GUARD: TableName = TableName { family: NFPROTO_INET, name: names
 
 /// The chain on the tunnel device's egress hook.
 const TO_TUNNEL: &str = "to-tunnel";
+/// The chain on the pair of veths before the tunnel device.
+pub const INTO_TUNNEL: &str = "into-tunnel";
 
 /// The named counters of dropped packets, and of some packets that pass.
 pub mod counter {
@@ -79,6 +85,9 @@ pub mod counter {
     pub const BANDWIDTH: &str = "bandwidth";
     /// A packet on the tunnel device whose egress ID leads to no node.
     pub const NO_HOP: &str = "no_hop";
+    /// A packet on the pair of veths that was not sent to the tunnel next hop: no route of Egret's led it there. The kernel's own
+    /// multicast (neighbour discovery, MLD) is among them.
+    pub const NOT_ROUTED: &str = "not_routed";
 }
 
 /// The names of maps and sets.
@@ -87,6 +96,8 @@ pub mod set {
     pub const PODS: &str = "pods";
     /// Map: a selected pod's veth to its pod mark.
     pub const VETHS: &str = "veths";
+    /// Map, of the table bridge: a selected pod's veth to the chain for packets that come by an ifb device.
+    pub const LIMITED: &str = "limited";
     /// Set: a pod mark with one of the pod's addresses.
     pub const OWN: [&str; 2] = ["own4", "own6"];
     /// Set: the addresses of this node's selected pods, including pods whose veth was not found.
@@ -162,7 +173,7 @@ fn value(mark: u32) -> Data {
 #[derive(Debug)]
 pub struct Ruleset {
     plan: NodePlan,
-    /// The chains that depend on this node's address and the port log only.
+    /// The chains that do not depend on policies and pods.
     fixed: Arc<[(Arc<str>, Arc<Chain>)]>,
     tables: Vec<(TableName, Table)>,
 }
@@ -171,19 +182,18 @@ impl Ruleset {
     /// The tables for `plan`. Parts of `before`, which was made with the same marks, are reused where nothing
     /// changed.
     pub fn new(plan: NodePlan, shared: &SharedSets, marks: Marks, before: Option<&Ruleset>) -> Self {
-        let is_same = |before: &&Ruleset| (before.plan.local, before.plan.port_log) == (plan.local, plan.port_log);
+        fn of(plan: &NodePlan) -> impl PartialEq {
+            (plan.local, plan.port_log, plan.foreign_marks, &plan.from_vrf)
+        }
+        let is_same = |before: &&Ruleset| of(&before.plan) == of(&plan);
         let fixed = before.filter(is_same).map_or_else(
-            || {
-                fixed::chains(marks, plan.local, plan.port_log)
-                    .into_iter()
-                    .map(|(name, chain)| (name.into(), Arc::new(chain)))
-                    .collect()
-            },
+            || fixed::chains(&plan, marks).into_iter().map(|(name, chain)| (name.into(), Arc::new(chain))).collect(),
             |before| before.fixed.clone(),
         );
         let mut tables = vec![(INET, inet(&plan, &fixed, shared, marks, before))];
         tables.extend(handover::tables(&plan, marks));
         tables.push((NETDEV, netdev(&plan, shared, marks, before)));
+        tables.extend(limited::table(&plan, marks).map(|table| (BRIDGE, table)));
         let held = before.and_then(|before| Some((&before.plan, before.table(FLUSH_GUARD)?)));
         tables.extend(flush_guard::table(&plan, marks, held));
         Ruleset { plan, fixed, tables }
@@ -192,6 +202,11 @@ impl Ruleset {
     /// All tables, by name.
     pub fn tables(&self) -> &[(TableName, Table)] {
         &self.tables
+    }
+
+    /// The plan that the tables are of.
+    pub fn plan(&self) -> &NodePlan {
+        &self.plan
     }
 
     /// The indexes of the veths of the selected pods.
@@ -260,7 +275,7 @@ fn inet(
     let of_policy_chains = chains(&plan.policy_chains, of_policy_chains, |policy_chain| {
         Chain::of(None, move || pods::of_policy_chain(&policy_chain, marks))
     });
-    let of_bandwidth = bandwidth::chains(marks, |map| shared.sets.contains_key(map));
+    let of_bandwidth = bandwidth::chains(marks, plan.from_vrf.is_some(), |map| shared.sets.contains_key(map));
     let of_bandwidth = of_bandwidth.into_iter().map(|(name, chain)| (name.into(), chain));
     let of_treatments = dscp::chains(&shared.dscp, marks).into_iter().chain(of_bandwidth);
     let of_treatments = of_treatments.map(|(name, chain)| (name, Arc::new(chain)));
@@ -310,7 +325,7 @@ fn ingress(device: &str) -> Hook {
 fn netdev(plan: &NodePlan, shared: &SharedSets, marks: Marks, before: Option<&Ruleset>) -> Table {
     let is_same_way = before.is_some_and(|before| before.plan.way == plan.way);
     let before = before.and_then(|before| before.table(NETDEV));
-    let mut table = Table { counters: [counter::NO_HOP].into(), ..Table::default() };
+    let mut table = Table { counters: [counter::NO_HOP, counter::NOT_ROUTED].into(), ..Table::default() };
     let hop = plan.allocations.iter().filter_map(|(id, allocation)| match allocation.state {
         AllocationState::Remote(mac) => Some((marks.connection(*id).into(), Data::Value(mac.as_slice().into()))),
         _ => None,
@@ -323,16 +338,18 @@ fn netdev(plan: &NodePlan, shared: &SharedSets, marks: Marks, before: Option<&Ru
     let hop = unless_same(hop.chain(came).chain(handed).collect(), before.and_then(|table| table.sets.get(set::HOP)));
     table.sets.insert(set::HOP.into(), Set { kind, elements: hop });
     table.sets.extend(shared.sets.get(set::BACK).map(|s| (set::BACK.into(), s.clone())));
-    let (number, device, policy) = match plan.way {
-        TunnelWay::EgressHook => (hook::NETDEV_EGRESS, DEVICE, Policy::Accept),
-        TunnelWay::Veths { .. } => (hook::NETDEV_INGRESS, HOP_DEVICE, Policy::Drop),
+    let chain_of_before = |name: &str| before.filter(|_| is_same_way).and_then(|table| table.chains.get(name).cloned());
+    let on = |number, device: &str, policy| {
+        Some(Hook { kind: "filter".into(), number, priority: 0, policy, device: Some(device.into()) })
     };
-    let out = Hook { kind: "filter".into(), number, priority: 0, policy, device: Some(device.into()) };
-    let rules = || match plan.way {
-        TunnelWay::EgressHook => fixed::to_tunnel(),
-        TunnelWay::Veths { tunnel } => fixed::into_tunnel(tunnel),
-    };
-    let same = before.filter(|_| is_same_way).and_then(|table| table.chains.get(TO_TUNNEL).cloned());
-    table.chains.insert(TO_TUNNEL.into(), same.unwrap_or_else(|| Arc::new(Chain::new(Some(out), rules()))));
+    if plan.way.has_hook() {
+        let make = || Arc::new(Chain::new(on(hook::NETDEV_EGRESS, DEVICE, Policy::Accept), fixed::to_tunnel()));
+        table.chains.insert(TO_TUNNEL.into(), chain_of_before(TO_TUNNEL).unwrap_or_else(make));
+    }
+    if let Some(tunnel) = plan.way.by_veths() {
+        let hook = || on(hook::NETDEV_INGRESS, HOP_DEVICE, Policy::Drop);
+        let make = || Arc::new(Chain::new(hook(), fixed::into_tunnel(tunnel)));
+        table.chains.insert(INTO_TUNNEL.into(), chain_of_before(INTO_TUNNEL).unwrap_or_else(make));
+    }
     table
 }

@@ -14,20 +14,33 @@ use std::net::{IpAddr, Ipv6Addr};
 /// On the pod's veth: packets from the pod's addresses get the pod mark. IPv6 link-local addresses, the unspecified
 /// address (duplicate address detection) and packets that are not IP pass without a mark. Other sources are forged.
 pub(super) fn from_pod(pod: &PodPlan, marks: Marks) -> Vec<Rule> {
+    from(pod, marks, Rule::saddr_in)
+}
+
+/// The same in a chain of the family bridge.
+pub(super) fn from_bridge_port(pod: &PodPlan, marks: Marks) -> Vec<Rule> {
+    from(pod, marks, Rule::frame_saddr_in)
+}
+
+fn from(pod: &PodPlan, marks: Marks, saddr_in: fn(Rule, IpNetwork) -> Rule) -> Vec<Rule> {
     let pod_mark = marks.pod_mark(pod.pod_mark);
-    let mut rules: Vec<Rule> =
-        pod.addresses.iter().map(|a| Rule::new().saddr_in((*a).into()).set_mark(pod_mark).accept()).collect();
-    rules.extend(without_address().map(Rule::accept));
+    let of_address = |a: &IpAddr| saddr_in(Rule::new(), (*a).into()).set_mark(pod_mark).accept();
+    let mut rules: Vec<Rule> = pod.addresses.iter().map(of_address).collect();
+    rules.extend(of_every_pod().map(|network| saddr_in(Rule::new(), network).accept()));
     rules.push(Rule::new().not_ip().accept());
     rules.push(Rule::new().counter(counter::SPOOFED).drop());
     rules
 }
 
-/// Conditions for the source addresses that every pod may use: IPv6 link-local addresses, and the unspecified one.
+/// Conditions for the source addresses that every pod may use.
 pub(super) fn without_address() -> impl Iterator<Item = Rule> {
+    of_every_pod().map(|network| Rule::new().saddr_in(network))
+}
+
+/// The source addresses that every pod may use: IPv6 link-local addresses, and the unspecified one.
+fn of_every_pod() -> impl Iterator<Item = IpNetwork> {
     let link_local = IpNetwork::new(IpAddr::V6([0xfe80, 0, 0, 0, 0, 0, 0, 0].into()), 10);
-    let unspecified = IpAddr::V6(Ipv6Addr::UNSPECIFIED).into();
-    link_local.into_iter().chain([unspecified]).map(|network| Rule::new().saddr_in(network))
+    link_local.into_iter().chain([IpAddr::V6(Ipv6Addr::UNSPECIFIED).into()])
 }
 
 /// Decides on a pod's new connection. Direct destinations pass. Then the first policy that covers the destination
@@ -48,7 +61,7 @@ pub(super) fn of_policy_chain(policy_chain: &PolicyChain, marks: Marks) -> Vec<R
     let mut numbered = || {
         number = number % MAX_INDEX + 1;
         passed ^= number;
-        Rule::new().flip_mark(marks.uplink(number))
+        Rule::new().flip_mark(marks.index(number))
     };
     let first_fallback = steps.iter().position(Step::falls_back);
     for (at, step) in steps.iter().enumerate() {

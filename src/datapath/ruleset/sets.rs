@@ -26,6 +26,23 @@ pub struct SharedSets {
 }
 
 impl SharedSets {
+    /// Whether there are limits of bandwidths.
+    pub fn has_limits(&self) -> bool {
+        !self.limits.is_empty()
+    }
+
+    /// The same without limits of bandwidths.
+    #[must_use]
+    pub fn without_limits(&self) -> Self {
+        let is_of_limits = |name: &str| bandwidth::SETS.contains(&name);
+        SharedSets {
+            sets: self.sets.iter().filter(|(name, _)| !is_of_limits(name)).map(|(n, set)| (*n, set.clone())).collect(),
+            dscp: self.dscp.clone(),
+            limits: BTreeMap::new(),
+            beyond: Vec::new(),
+        }
+    }
+
     /// The sets that count packets beyond bandwidths, with the allocation of each element.
     pub fn beyond_bandwidth(&self) -> impl Iterator<Item = (&'static str, Direction, &BTreeMap<Key, EgressId>)> {
         self.beyond.iter().map(|(set, direction, allocations)| (*set, *direction, allocations))
@@ -75,7 +92,7 @@ pub fn shared_sets(view: &View, peers: &PeerIndexes, marks: Marks, before: &Shar
         // Addresses that Egret does not manage are excluded because they serve the node's own connections too. So are
         // addresses that this node cannot take because the host has them already.
         let egress = members()
-            .filter(|(_, allocation)| allocation.is_managed() && allocation.translates())
+            .filter(|(_, allocation)| allocation.is_managed() && (allocation.translates() || allocation.unassigned))
             .flat_map(|(_, allocation)| addresses(allocation));
         let egress = egress.filter(|a| of_family(&a)).map(|a| plain(&a)).collect();
         let services = translating.iter().filter(|(_, allocation)| allocation.service.is_some());

@@ -6,6 +6,7 @@ mod tests;
 use super::{PeerIndexes, Ruleset, SharedSets, shared_sets};
 use crate::model::marks::Marks;
 use crate::model::{Cluster, ObjectKey};
+use crate::node_plan::NodePlan;
 use crate::node_plan::expected::{Expected, NoSuchNode};
 use egret_nft::text::Listing;
 use ipnetwork::IpNetwork;
@@ -32,7 +33,22 @@ impl ExpectedRuleset {
         direct: &[IpNetwork],
         marks: Marks,
     ) -> Result<ExpectedRuleset, NoSuchNode> {
-        let Expected { view, plan, pods } = Expected::new(cluster, node, direct)?;
+        ExpectedRuleset::with(cluster, node, direct, marks, |_| ())
+    }
+
+    /// As [`ExpectedRuleset::expected`]. `tell` completes the plan by what only the node knows.
+    ///
+    /// # Errors
+    /// The cluster has no such node.
+    pub fn with(
+        cluster: &Cluster,
+        node: &str,
+        direct: &[IpNetwork],
+        marks: Marks,
+        tell: impl FnOnce(&mut NodePlan),
+    ) -> Result<ExpectedRuleset, NoSuchNode> {
+        let Expected { view, mut plan, pods } = Expected::new(cluster, node, direct)?;
+        tell(&mut plan);
         let peers: PeerIndexes = view.allocations.peers.keys().copied().zip(1..).collect();
         let shared = shared_sets(&view, &peers, marks, &SharedSets::default());
         Ok(ExpectedRuleset { node: node.to_owned(), pods, ruleset: Ruleset::new(plan, &shared, marks, None) })

@@ -166,3 +166,124 @@ fn a_node_that_has_lost_fewer_families_becomes_the_owner() {
     let moving = OwnershipInputs { leaving: Some(&members[1]), arrived: true, ..allocation(&[]) };
     assert_eq!(owner(moving, &lost(&[(0, v6)])), Some(&*members[0]), "what is moved on purpose arrives");
 }
+
+/// A gateway's allocations: each node names `has` of them, with the ids from 1 in turn.
+fn named(has: &[u32]) -> BTreeMap<EgressId, usize> {
+    let nodes = has.iter().enumerate().flat_map(|(node, count)| std::iter::repeat_n(node, *count as usize));
+    (1..).zip(nodes).map(|(id, node)| (id * 7, node)).collect()
+}
+
+/// The owners where each node has a maximum, and some have taken egress IPs over.
+fn limited<'a>(
+    members: &'a [Name],
+    named: &BTreeMap<EgressId, usize>,
+    (liveness, most): (&mut Liveness, &[u32]),
+    taken: &BTreeMap<EgressId, Vec<&'a str>>,
+) -> BTreeMap<EgressId, Option<String>> {
+    let takers = |id: EgressId| taken.get(&id).map(Vec::as_slice).unwrap_or_default();
+    let inputs = named
+        .iter()
+        .map(|(id, node)| (*id, OwnershipInputs { takers: takers(*id), ..of(*id, &members[*node], members) }));
+    let most = members.iter().cloned().zip(most.iter().copied()).collect();
+    let owners = super::owners(&inputs.collect(), liveness, &most);
+    owners.into_iter().map(|(id, owner)| (id, owner.map(str::to_owned))).collect()
+}
+
+/// How many each node names, how much room it has beside, and whether it is dead.
+fn nodes() -> impl Strategy<Value = Vec<(u32, u32, bool)>> {
+    prop::collection::vec((0..12u32, 0..5u32, any::<bool>()), 2..7)
+}
+
+proptest! {
+    /// Every node computes this, so it must not depend on which takeovers a node has already learned of.
+    #[test]
+    fn no_node_takes_more_than_its_maximum_and_a_reported_takeover_changes_nothing_for_the_others(
+        nodes in nodes(), reported in prop::collection::vec(any::<bool>(), 70), weights in prop::collection::vec(1..6u16, 7),
+    ) {
+        let members = names(nodes.len());
+        let has: Vec<u32> = nodes.iter().map(|(has, ..)| *has).collect();
+        let most: Vec<u32> = nodes.iter().map(|(has, room, _)| has + room).collect();
+        let named = named(&has);
+        let dead: Vec<bool> = nodes.iter().map(|(.., dead)| *dead).collect();
+        let mut liveness = liveness(&members, &dead);
+        liveness.weights = members.iter().cloned().zip(weights).collect();
+        let owners = limited(&members, &named, (&mut liveness, &most), &BTreeMap::new());
+        let mut counts: BTreeMap<&str, u32> = BTreeMap::new();
+        for (id, owner) in &owners {
+            let node = named[id];
+            match owner {
+                Some(owner) => {
+                    prop_assert!(liveness.is_alive(owner) && (dead[node] || **owner == *members[node]), "{}", id);
+                    *counts.entry(owner).or_default() += 1;
+                }
+                None => prop_assert!(dead[node], "{}", id),
+            }
+        }
+        for (name, most) in members.iter().zip(&most) {
+            prop_assert!(counts.get(&**name).copied().unwrap_or_default() <= *most);
+            let is_full = counts.get(&**name).copied().unwrap_or_default() == *most;
+            prop_assert!(!liveness.is_alive(name) || liveness.full.contains(name) == is_full);
+        }
+        if owners.values().any(Option::is_none) {
+            prop_assert!(members.iter().all(|name| !liveness.is_alive(name) || liveness.full.contains(name)));
+        }
+        // Some of the takeovers are reported.
+        let taken = owners.iter().zip(&reported).filter(|((id, _), reported)| **reported && dead[named[*id]]);
+        let taken = taken.filter_map(|((id, owner), _)| Some((*id, vec![owner.as_deref()?]))).collect();
+        prop_assert_eq!(&limited(&members, &named, (&mut liveness, &most), &taken), &owners);
+    }
+
+    #[test]
+    fn a_death_moves_only_the_dead_nodes_egress_ips_where_nodes_have_a_maximum(
+        nodes in nodes(), which in any::<prop::sample::Index>(), reported in any::<bool>(),
+    ) {
+        let members = names(nodes.len());
+        let has: Vec<u32> = nodes.iter().map(|(has, ..)| *has).collect();
+        let most: Vec<u32> = nodes.iter().map(|(has, room, _)| has + room).collect();
+        let (named, which) = (named(&has), which.index(nodes.len()));
+        let mut dead: Vec<bool> = nodes.iter().map(|(.., dead)| *dead).collect();
+        dead[which] = false;
+        let before = limited(&members, &named, (&mut liveness(&members, &dead), &most), &BTreeMap::new());
+        dead[which] = true;
+        // Without reports of what was taken over before, egress IPs of two dead nodes compete for the room.
+        prop_assume!(reported || dead.iter().filter(|dead| **dead).count() == 1);
+        let taken = before.iter().filter_map(|(id, owner)| Some((*id, vec![owner.as_deref()?]))).collect();
+        let after = limited(&members, &named, (&mut liveness(&members, &dead), &most), &taken);
+        for (id, owner) in &before {
+            if owner.as_deref() != Some(&*members[which]) && owner.is_some() {
+                prop_assert_eq!(owner, &after[id], "{}", id);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_dead_nodes_egress_ips_are_spread_by_weight() {
+    let members = names(4);
+    let mut liveness = liveness(&members, &[true]);
+    liveness.weights = members.iter().cloned().zip([1, 1, 2, 5]).collect();
+    let mut count: BTreeMap<&str, u32> = BTreeMap::new();
+    for id in 1..=8000 {
+        *count.entry(owner(of(id, &members[0], &members), &liveness).unwrap()).or_default() += 1;
+    }
+    for (name, weight) in members.iter().zip([0, 1, 2, 5]) {
+        // Four standard deviations of a fair draw.
+        let (fair, off) = (1000 * weight, 4 * f64::from(1000 * weight).sqrt() as u32);
+        let is = count.get(&**name).copied().unwrap_or_default();
+        assert!(is.abs_diff(fair) <= off, "{count:?}");
+    }
+}
+
+#[test]
+fn a_node_that_has_lost_less_takes_nothing_over_if_it_is_full() {
+    let members = names(2);
+    let needs = [UplinkKey { interface: None, ipv4: false, gateway: None }];
+    let lost =
+        || Liveness { lost: [(members[0].clone(), needs.iter().cloned().collect())].into(), ..Liveness::default() };
+    let inputs: BTreeMap<EgressId, OwnershipInputs> =
+        (1..=3).map(|id| (id, OwnershipInputs { needs: &needs, ..of(id, &members[0], &members) })).collect();
+    let owners = super::owners(&inputs, &mut lost(), &[(members[1].clone(), 2)].into());
+    let of_node = |node: usize| owners.values().filter(|owner| **owner == Some(&*members[node])).count();
+    assert_eq!((of_node(0), of_node(1)), (1, 2), "what has no place elsewhere stays");
+    assert_eq!(owners[&3], Some(&*members[0]), "the order of the ids decides");
+}

@@ -167,7 +167,7 @@ impl Task {
 }
 
 fn allocation(mark: u32, marks: Marks) -> EgressId {
-    (mark & marks.allocation_mask()) as EgressId
+    (mark & marks.egress_id_mask()) as EgressId
 }
 
 /// Groups connections by owner. If there are too many, those with the longest timeout remain.

@@ -18,14 +18,8 @@ pub(super) const LONGEST: u32 = 432_000;
 impl Task {
     pub(super) fn receive_messages(&mut self, ready: io::Result<()>) {
         let Some(messages) = &self.messages else { return };
-        match ready.and_then(|()| messages.received()) {
-            Ok(received) => {
-                for (from, bytes) in received {
-                    if let Some(message) = Message::decode(&bytes) {
-                        self.handle(from, message);
-                    }
-                }
-            }
+        match ready.and_then(|()| messages.received(Message::decode)) {
+            Ok(received) => received.into_iter().for_each(|(from, message)| self.handle(from, message)),
             Err(e) => {
                 tracing::warn!("cannot receive other nodes' messages about changed ports: {e}");
                 self.messages = None;

@@ -8,14 +8,17 @@ mod devices;
 mod metrics;
 mod task;
 
+pub use egret_bpf::TunnelEnd;
 pub use metrics::FastPathMetrics;
 
 use crate::model::marks::Marks;
+use crate::model::text::few;
 use anyhow::{Context, Result};
 use egret_bpf::{Count, Programs, Settings};
 use egret_nft::mac::Mac;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
@@ -33,14 +36,27 @@ const FEW: usize = 5;
 pub struct Wanted {
     /// Why no packet may go the fast way now, if so.
     pub closed: Option<&'static str>,
-    /// The index of the tunnel device, 0 if there is none.
-    pub tunnel: u32,
+    /// This node's end of the tunnel.
+    pub tunnel: Option<TunnelEnd>,
+    /// The other nodes' ends of the tunnel, and the index of the interface to each.
+    pub nodes: BTreeMap<IpAddr, u32>,
     /// The indexes of the veths of selected pods.
     pub pods: BTreeSet<u32>,
     /// The indexes of the uplinks by which egress IPs leave.
     pub uplinks: BTreeSet<u32>,
     /// The other nodes, by the mark of their connections here.
     pub peers: BTreeMap<u32, Mac>,
+    /// The egress IPs whose packets take the kernel's own way.
+    pub slow: Slow,
+}
+
+/// The egress IPs whose packets take the kernel's own way: some rule must see each of them, or their gateway says so.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Slow {
+    /// Their egress IDs.
+    pub ids: BTreeSet<u16>,
+    /// Their addresses.
+    pub addresses: BTreeSet<IpAddr>,
 }
 
 /// Whether packets go the fast way.
@@ -50,24 +66,39 @@ pub struct Status {
     pub closed: Option<String>,
     /// Interfaces whose packets do not, and why.
     pub without: BTreeMap<String, String>,
+    /// Interfaces to other nodes that packets with a lease reach by the tunnel device, and why.
+    pub by_device: BTreeMap<String, String>,
+    /// The number of egress IPs whose packets take the kernel's own way.
+    pub slow: usize,
 }
 
 impl fmt::Display for Status {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.closed {
             Some(why) => write!(f, "all packets take the kernel's own way: {why}"),
-            None if self.without.is_empty() => f.write_str("packets of long connections go the fast way"),
             None => {
-                f.write_str("packets of long connections go the fast way, except those of ")?;
-                let few = self.without.iter().take(FEW).map(|(interface, why)| format!("{interface} ({why})"));
-                f.write_str(&few.collect::<Vec<_>>().join(", "))?;
-                match self.without.len().saturating_sub(FEW) {
-                    0 => Ok(()),
-                    more => write!(f, " and {more} more interfaces"),
+                f.write_str("packets of long connections go the fast way")?;
+                if !self.without.is_empty() {
+                    write!(f, ", except those of {}", named(&self.without))?;
                 }
+                if !self.by_device.is_empty() {
+                    write!(f, "; the tunnel device sends and receives what passes {}", named(&self.by_device))?;
+                }
+                if self.slow > 0 {
+                    let slow = self.slow;
+                    write!(
+                        f,
+                        "; {slow} egress IPs have a DSCP, a bandwidth, or a gateway with fastPath: Off, and do not"
+                    )?;
+                }
+                Ok(())
             }
         }
     }
+}
+
+fn named(interfaces: &BTreeMap<String, String>) -> String {
+    few(interfaces.iter().map(|(interface, why)| format!("{interface} ({why})")), FEW)
 }
 
 /// The daemon's handle of the fast path. It ends when the handle is dropped.

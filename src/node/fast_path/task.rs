@@ -1,6 +1,6 @@
 //! The thread of the fast path.
 
-use super::devices::Devices;
+use super::devices::{Applied, Devices};
 use super::metrics::FastPathMetrics;
 use super::{Status, Wanted};
 use crate::datapath::changes::{Changed, Changes};
@@ -10,16 +10,16 @@ use egret_bpf::Programs;
 use egret_nft::conntrack::{Tuple, set_liberal};
 use egret_nft::netlink::{NETLINK_NETFILTER, Socket};
 use egret_nft::rule::protocol::TCP;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::future::pending;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until};
 
-/// The interval at which wishes are read. A connection has sent 32 packets before its wish.
-const WISHES: Duration = Duration::from_millis(40);
-/// The largest number of wishes that are granted at once.
+/// The interval at which requests are read. A connection has sent 32 packets before its request.
+const REQUESTS: Duration = Duration::from_millis(40);
+/// The largest number of requests that are granted at once.
 const AT_ONCE: usize = 1024;
 /// The interval at which the interfaces are looked at without a notification: programs of others come without one.
 const LOOK: Duration = Duration::from_secs(5);
@@ -27,6 +27,9 @@ const LOOK: Duration = Duration::from_secs(5);
 /// node can have ten thousand rules, and change them every second.
 const PAUSE: Duration = Duration::from_secs(2);
 const PAUSE_FACTOR: u32 = 50;
+/// The same for the interfaces: a node can have a thousand, and some appear every second.
+const APPLY_PAUSE: Duration = Duration::from_millis(100);
+const APPLY_FACTOR: u32 = 10;
 
 /// The thread's state.
 pub(super) struct Task {
@@ -38,15 +41,25 @@ pub(super) struct Task {
     tracked: Socket,
     rules: Socket,
     devices: Devices,
-    without: BTreeMap<String, String>,
+    applied: Applied,
+    /// What the maps were filled with.
+    filled: Wanted,
+    /// Whether another program may have changed them since.
+    fills_again: bool,
     /// The number of this generation. Leases of others are void.
     generation: u32,
     /// What must see every packet. It is not known before the rules were read once.
     obstacle: Option<String>,
+    /// A setting for which all packets must be seen. Nobody is notified of a change of it.
+    setting: Option<String>,
     /// When the rules are read again.
     read_at: Option<Instant>,
     /// The rules are not read before this time.
     rested: Instant,
+    /// When the programs are put onto interfaces again.
+    apply_at: Option<Instant>,
+    /// They are not before this time.
+    apply_rested: Instant,
 }
 
 impl Task {
@@ -66,33 +79,39 @@ impl Task {
             tracked: Socket::open(NETLINK_NETFILTER).context("connection tracking")?,
             rules: Socket::open(NETLINK_NETFILTER).context("nf_tables")?,
             devices: Devices::default(),
-            without: BTreeMap::new(),
+            applied: Applied::default(),
+            filled: Wanted::default(),
+            fills_again: false,
             generation: 1,
             obstacle: Some("the rules of this host are being read".to_owned()),
+            setting: obstacles::setting(),
             read_at: Some(now),
             rested: now,
+            apply_at: None,
+            apply_rested: now,
         })
     }
 
     /// Runs until the handle is dropped, or until notifications do not come any more.
     pub(super) async fn run(mut self) {
-        let (mut wishes, mut look) = (interval(WISHES), interval(LOOK));
-        wishes.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let (mut requests, mut look) = (interval(REQUESTS), interval(LOOK));
+        requests.set_missed_tick_behavior(MissedTickBehavior::Delay);
         look.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
-            let read_at = self.read_at;
+            let (read_at, apply_at) = (self.read_at, self.apply_at);
             let is_open = self.publish.borrow().closed.is_none();
             let done = tokio::select! {
                 biased;
                 changed = self.changes.next() => changed.context("the kernel's notifications").and_then(|changed| self.changed(changed)),
                 changed = self.wanted.changed() => match changed {
-                    Ok(()) => self.apply(),
+                    Ok(()) => self.wanted_changed(),
                     // The daemon ends.
                     Err(_) => return,
                 },
                 () = at(read_at) => self.read_rules(),
-                _ = look.tick() => self.apply(),
-                _ = wishes.tick(), if is_open => self.grant_wishes(),
+                () = at(apply_at) => self.apply(),
+                _ = look.tick() => self.look(),
+                _ = requests.tick(), if is_open => self.grant_requests(),
             };
             if let Err(e) = done {
                 self.give_up(&e);
@@ -109,27 +128,74 @@ impl Task {
             self.read_at = Some(self.rested.max(Instant::now()));
         }
         if changed.interfaces {
-            self.wanted.mark_changed();
+            self.apply_soon();
         }
         Ok(())
     }
 
-    /// Puts the programs where they are wanted.
+    /// What closes the fast path does so at once; the rest waits until the interfaces may be looked at.
+    fn wanted_changed(&mut self) -> Result<()> {
+        self.apply_soon();
+        self.write()
+    }
+
+    fn apply_soon(&mut self) {
+        self.apply_at = self.apply_at.or(Some(self.apply_rested.max(Instant::now())));
+    }
+
+    /// Looks at what changes without a notification.
+    fn look(&mut self) -> Result<()> {
+        self.setting = obstacles::setting();
+        self.fills_again = true;
+        self.apply_soon();
+        self.write()
+    }
+
+    /// Puts the programs where they are wanted, and fills their maps.
     fn apply(&mut self) -> Result<()> {
-        let wanted = self.wanted.borrow_and_update().clone();
-        let peers = wanted.peers.iter().map(|(mark, mac)| (*mark, *mac)).collect();
-        self.programs.set_peers(&peers).context("the fast path's peers")?;
-        let without = self.devices.apply(&self.programs, &wanted).context("interfaces of the fast path")?;
-        for (interface, why) in without.iter().filter(|(interface, why)| self.without.get(*interface) != Some(*why)) {
+        let begun = Instant::now();
+        let wanted = self.wanted.borrow().clone();
+        let applied = self.devices.apply(&self.programs, &wanted).context("interfaces of the fast path")?;
+        for (interface, why) in
+            applied.without.iter().filter(|(name, why)| self.applied.without.get(*name) != Some(*why))
+        {
             tracing::info!(interface, "packets of this interface take no fast path: {why}");
         }
-        self.without = without;
+        for (interface, why) in
+            applied.by_device.iter().filter(|(name, why)| self.applied.by_device.get(*name) != Some(*why))
+        {
+            tracing::info!(interface, "packets to other nodes pass the tunnel device, also on the fast path: {why}");
+        }
+        self.fill(&wanted, &applied)?;
+        self.applied = applied;
+        self.apply_at = None;
+        self.apply_rested = Instant::now() + APPLY_PAUSE.max(begun.elapsed() * APPLY_FACTOR);
         self.write()
+    }
+
+    /// Fills the maps by which leases are given. Leases by what they held before end.
+    fn fill(&mut self, wanted: &Wanted, applied: &Applied) -> Result<()> {
+        let filled = &self.filled;
+        let is_same = filled.peers == wanted.peers && filled.nodes == applied.nodes && filled.slow == wanted.slow;
+        if is_same && !self.fills_again {
+            return Ok(());
+        }
+        self.fills_again = false;
+        self.programs.set_peers(&wanted.peers).context("the fast path's peers")?;
+        self.programs.set_nodes(&applied.nodes).context("the fast path's nodes")?;
+        let slow = &wanted.slow;
+        self.programs.set_slow(&slow.ids, &slow.addresses).context("the fast path's exceptions")?;
+        let tunnel = self.filled.tunnel;
+        self.filled = Wanted { tunnel, nodes: applied.nodes.clone(), ..wanted.clone() };
+        if !is_same {
+            self.next_generation();
+        }
+        Ok(())
     }
 
     fn read_rules(&mut self) -> Result<()> {
         let begun = Instant::now();
-        let obstacle = match obstacles::find(&mut self.rules) {
+        let obstacle = match obstacles::rule(&mut self.rules) {
             Ok(obstacle) => obstacle,
             Err(e) => Some(format!("the rules of this host cannot be read: {e:#}")),
         };
@@ -148,18 +214,21 @@ impl Task {
     fn write(&mut self) -> Result<()> {
         let (tunnel, closed) = {
             let wanted = self.wanted.borrow();
-            let no_tunnel = (wanted.tunnel == 0).then_some("there is no tunnel device");
+            let no_tunnel = wanted.tunnel.is_none().then_some("there is no tunnel device");
             (wanted.tunnel, wanted.closed.or(no_tunnel).map(str::to_owned))
         };
-        let closed = closed.or_else(|| self.obstacle.clone());
-        if closed.is_none() && self.publish.borrow().closed.is_some() {
-            // Leases of the time before it was closed stay void.
+        let closed = closed.or_else(|| self.setting.clone()).or_else(|| self.obstacle.clone());
+        if closed.is_none() && self.publish.borrow().closed.is_some() || self.filled.tunnel != tunnel {
+            // Leases of the time before it was closed, and of another tunnel, stay void.
             self.next_generation();
         }
+        self.filled.tunnel = tunnel;
         let generation = if closed.is_none() { self.generation } else { 0 };
-        self.programs.set_state(generation, tunnel).context("the fast path's generation")?;
+        self.programs.set_state(generation, tunnel.as_ref()).context("the fast path's generation")?;
         self.metrics.set_open(closed.is_none());
-        let status = Status { closed, without: self.without.clone() };
+        let Applied { without, by_device, .. } = &self.applied;
+        let slow = self.filled.slow.ids.len();
+        let status = Status { closed, without: without.clone(), by_device: by_device.clone(), slow };
         self.publish.send_if_modified(|now| {
             let changed = *now != status;
             if now.closed != status.closed {
@@ -175,16 +244,16 @@ impl Task {
     }
 
     /// Makes connection tracking liberal with the connections that are in the way of a lease.
-    fn grant_wishes(&mut self) -> Result<()> {
+    fn grant_requests(&mut self) -> Result<()> {
         let mut connections = BTreeSet::new();
         while connections.len() < AT_ONCE
-            && let Some(wish) = self.programs.take_wish().context("the fast path's wishes")?
+            && let Some(request) = self.programs.take_request().context("the fast path's requests")?
         {
             connections.insert(Tuple {
-                source: wish.source,
-                destination: wish.destination,
+                source: request.source,
+                destination: request.destination,
                 protocol: TCP,
-                ports: wish.ports,
+                ports: request.ports,
             });
         }
         let connections: Vec<Tuple> = connections.into_iter().collect();
@@ -200,8 +269,8 @@ impl Task {
         tracing::error!("no packet takes the fast path any more: {error:#}");
         self.devices.clear();
         self.metrics.set_open(false);
-        let _ = self.programs.set_state(0, 0);
-        self.publish.send_replace(Status { closed: Some(format!("{error:#}")), without: BTreeMap::new() });
+        let _ = self.programs.set_state(0, None);
+        self.publish.send_replace(Status { closed: Some(format!("{error:#}")), ..Status::default() });
     }
 }
 

@@ -211,13 +211,9 @@ impl Task {
 
     fn read_messages(&mut self, ready: io::Result<()>) {
         let Some(messages) = &self.messages else { return };
-        match ready.and_then(|()| messages.received()) {
+        match ready.and_then(|()| messages.received(decode)) {
             Ok(received) => {
-                for (from, bytes) in received {
-                    if let Some(pods) = decode(&bytes) {
-                        self.names.announced(from, pods, Instant::now());
-                    }
-                }
+                received.into_iter().for_each(|(from, pods)| self.names.announced(from, pods, Instant::now()));
             }
             Err(e) => {
                 self.messages = None;

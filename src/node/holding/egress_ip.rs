@@ -13,6 +13,8 @@ pub struct Answer {
     pub address: IpAddr,
     /// The MAC address that answered.
     pub mac: Mac,
+    /// Whether it is the tunnel MAC address of a node that was asked, because routers announce the address.
+    pub by_node: bool,
     /// When a host first answered.
     pub first: Instant,
     /// When a host last answered. After a claim it is later, so that the claiming node can take the address.

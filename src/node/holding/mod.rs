@@ -7,7 +7,9 @@
 
 mod egress_ip;
 mod fitness;
+mod hook;
 
+use super::assign::{Assignments, Requests};
 use super::host::{Desired, UplinkStatus};
 use super::liveness::Settings;
 use crate::model::marks::EgressId;
@@ -38,6 +40,10 @@ const AGAIN: [Duration; 2] = [Duration::from_millis(250), Duration::from_secs(2)
 const AT_FIRST: Duration = Duration::from_secs(5);
 /// An egress IP that another node claims is not probed before this and [`AGAIN`].
 const CLAIMED: Duration = Duration::from_secs(5);
+/// A node that has just got its uplink back, or that others reach again, takes no egress IP that routers announce for this
+/// long. Its requests to other nodes may be lost: the kernel asks for a neighbour's MAC address again after a second
+/// (`retrans_time_ms`), and a switch may take as long to forward.
+const RETURN: Duration = Duration::from_secs(2);
 /// A node that has given up all of its allocations has no health address for this long. Source nodes that have not
 /// received the reports of the takeover must not send to it.
 const WITHHELD: Duration = Duration::from_secs(60);
@@ -54,6 +60,12 @@ pub struct Holding {
     known: Option<Vec<EgressId>>,
     /// Whether the next decision probes the egress IPs that are on this node.
     verify: bool,
+    /// What the assign hook has said.
+    assignments: Assignments,
+    /// Whether no other node reaches this one.
+    alone: bool,
+    /// When the node last got its uplink back, or was reached again.
+    returned: Option<Instant>,
     next: Option<Instant>,
 }
 
@@ -68,6 +80,8 @@ pub struct Decision {
     pub new: BTreeSet<EgressId>,
     /// The allocations that are to be here without a family that this node has lost.
     pub partial: BTreeSet<EgressId>,
+    /// What the assign hook is to be told.
+    pub hook: Requests,
 }
 
 /// An egress IP that may be on this node.
@@ -83,6 +97,8 @@ struct Candidate<'a> {
 struct Inputs<'a> {
     uplinks_now: &'a UplinkStatus,
     facts: &'a Facts,
+    /// The nodes that can hold the egress IPs of each gateway.
+    gateway_nodes: &'a BTreeMap<Name, BTreeSet<Name>>,
     /// Whether the egress IPs that are on this node are probed.
     verify: bool,
     now: Instant,
@@ -98,20 +114,35 @@ impl Holding {
             ips: BTreeMap::new(),
             known: None,
             verify: true,
+            assignments: Assignments::default(),
+            alone: false,
+            returned: None,
             next: None,
         }
     }
 
     /// Handles the end of a time in which this node was frozen or cut off: other nodes may have taken over its egress
     /// IPs.
-    pub fn returned(&mut self) {
+    pub fn returned(&mut self, now: Instant) {
         self.verify = true;
+        self.returned = Some(now);
+        self.assignments.confirm(now);
+    }
+
+    /// Sets whether no other node reaches this one.
+    pub fn set_alone(&mut self, alone: bool) {
+        self.alone = alone;
     }
 
     /// Updates whether this node can hold egress IPs. Returns whether that has changed. `apart` is the reason why no
     /// other node reaches this one, if there is one.
     pub fn judge(&mut self, uplinks_now: &UplinkStatus, apart: Option<&str>, now: Instant) -> bool {
-        self.fitness.judge(uplinks_now, apart, now)
+        let was_fit = self.is_fit();
+        let changed = self.fitness.judge(uplinks_now, apart, now);
+        if !was_fit && self.is_fit() {
+            self.returned = Some(now);
+        }
+        changed
     }
 
     /// Sets the uplinks of gateways with probes. They count from the next [`judge`](Self::judge) on.
@@ -157,7 +188,9 @@ impl Holding {
         self.next = None;
         self.drop_ended(allocations);
         let verify = std::mem::take(&mut self.verify);
-        let inputs = Inputs { uplinks_now, facts, verify, now };
+        let gateway_nodes = &view.allocations.gateway_nodes;
+        let inputs = Inputs { uplinks_now, facts, gateway_nodes, verify, now };
+        self.assignments.begin();
         // The uplinks of the egress IPs that are on this node because their allocations say so.
         let mut assigned: Option<BTreeSet<UplinkKey>> = None;
         for (id, allocation) in allocations.iter().filter(|(_, allocation)| allocation.placing != Placing::Never) {
@@ -169,8 +202,11 @@ impl Holding {
                 assigned.get_or_insert_default().extend(allocation.needs());
             }
             decision.desired.allocations.insert(*id);
+            addresses(allocation).for_each(|address| self.assignments.keep(address));
             self.note_partial(*id, allocation, &inputs, &mut decision);
         }
+        decision.hook = self.assignments.end();
+        self.wake_at(self.assignments.next());
         let ips = &mut self.ips;
         decision.ask.retain(|id| !std::mem::replace(&mut ips.entry(*id).or_default().probing, true));
         ips.retain(|_, ip| *ip != EgressIp::default());
@@ -201,6 +237,7 @@ impl Holding {
             self.apply(id, Cause::Absent);
         }
         let is_lost = self.is_to_give_up(allocation, inputs.now) && self.gives_up(allocation);
+        let is_lost = is_lost || self.is_apart(allocation, inputs);
         if here && (is_lost || self.ips.get(&id).is_some_and(|ip| ip.state.is_contested())) {
             self.give_up(id, allocation, inputs.now);
             return false;
@@ -216,6 +253,7 @@ impl Holding {
                 decision.desired.moving.insert(id);
                 true
             };
+            let takes = takes && self.is_assigned(candidate, inputs, decision);
             self.apply(id, if takes { Cause::Taken } else { Cause::NotYet });
             if !allocation.is_assigned_here() && ask {
                 self.apply(id, Cause::OwnerDead);
@@ -232,7 +270,7 @@ impl Holding {
                 self.apply(id, Cause::Kept);
                 true
             }
-            (Placing::Leave, true) => self.is_in_grace_period(id, inputs.now),
+            (Placing::Leave, true) => self.is_in_grace_period(id, allocation, inputs.now),
             _ => {
                 self.apply(id, Cause::Withdrawn);
                 false
@@ -243,7 +281,14 @@ impl Holding {
     /// Whether an egress IP that this node is to take is added or kept now. Otherwise it is probed first.
     fn takes(&mut self, candidate: Candidate, inputs: &Inputs, decision: &mut Decision) -> bool {
         let Candidate { id, allocation, here } = candidate;
-        let Inputs { uplinks_now, facts, verify, now } = *inputs;
+        let Inputs { uplinks_now, facts, verify, now, .. } = *inputs;
+        let due = self.returned.map(|returned| returned + RETURN).filter(|due| *due > now);
+        if allocation.routed && !here && due.is_some() {
+            // What was asked before does not count.
+            self.set_cleared(id, None);
+            self.wake_at(due);
+            return false;
+        }
         let ip = self.ips.get(&id);
         let cleared = ip.and_then(|ip| ip.cleared.as_ref());
         let is_unasked = |a: IpAddr| {
@@ -260,7 +305,7 @@ impl Holding {
             }
             return true;
         }
-        if !self.is_fit() {
+        if !self.is_fit() || self.is_apart(allocation, inputs) {
             return false;
         }
         let answer = ip.and_then(|ip| ip.state.answer());
@@ -272,11 +317,20 @@ impl Holding {
         false
     }
 
+    /// Whether other nodes could have taken over an egress IP that routers announce while none reaches this node. Routers
+    /// may still send to this one then, and nobody on a link tells it of the other node.
+    fn is_apart(&self, allocation: &NodeAllocation, inputs: &Inputs) -> bool {
+        let others = inputs.gateway_nodes.get(&allocation.gateway).is_some_and(|nodes| nodes.len() > 1);
+        allocation.routed && self.alone && others
+    }
+
     /// Whether an egress IP that another node holds stays on this node for now.
-    fn is_in_grace_period(&mut self, id: EgressId, now: Instant) -> bool {
+    fn is_in_grace_period(&mut self, id: EgressId, allocation: &NodeAllocation, now: Instant) -> bool {
         // After a start, no node has been found dead yet, and the reported holder of the egress IP may be dead.
         let known = self.started + self.settings.detection() + Duration::from_millis(500);
-        self.apply(id, Cause::MovedAway { until: known.max(now + GRACE) });
+        // A router that knew two ways would send to both.
+        let grace = if allocation.routed { Duration::ZERO } else { GRACE };
+        self.apply(id, Cause::MovedAway { until: known.max(now + grace) });
         let Some(State::InGracePeriod { until }) = self.state(id) else { return false };
         self.wake_at(Some(until).filter(|until| *until > now));
         until > now
@@ -390,7 +444,8 @@ impl Holding {
                 continue;
             };
             let before = ip.state.answer().map(|answer| answer.first);
-            let answer = Answer { address, mac, first: before.unwrap_or(now), last: now };
+            let by_node = allocation.is_some_and(|allocation| allocation.routed);
+            let answer = Answer { address, mac, by_node, first: before.unwrap_or(now), last: now };
             if before.is_none() {
                 conflicts.push(format!("{address} at {}", Shown(mac)));
             }
@@ -418,7 +473,7 @@ impl Holding {
             "no node reaches this one, and a node{who} that others reach claims the egress IP; given up"
         );
         self.set_cleared(id, None);
-        self.apply(id, Cause::Contested(Answer { address, mac: by, first: now, last: now + CLAIMED }));
+        self.apply(id, Cause::Contested(Answer { address, mac: by, by_node: false, first: now, last: now + CLAIMED }));
     }
 
     /// Handles a failed probe: the next decision tries again.
@@ -433,7 +488,14 @@ impl Holding {
     /// The egress IPs that another host has, with the reason for the status.
     pub fn refused(&self) -> impl Iterator<Item = (EgressId, String)> {
         let answers = self.ips.iter().filter_map(|(id, ip)| Some((*id, ip.state.answer()?)));
-        answers.map(|(id, Answer { address, mac, .. })| {
+        answers.map(|(id, Answer { address, mac, by_node, .. })| {
+            if by_node {
+                let mac = Shown(mac);
+                return (
+                    id,
+                    format!("the node with the tunnel MAC address {mac} holds {address}, and has taken it over"),
+                );
+            }
             let why = format!(
                 "{address} is another host's: {} answers for it on the link; this node takes it as soon as no host \
                  answers; find that host, or take the address out of the gateway's spec.addresses",

@@ -1,6 +1,6 @@
 use super::*;
 use crate::api::Allocate;
-use crate::datapath::uplink::Interface;
+use crate::datapath::uplink::{Interface, Vrf};
 use crate::fixture::{World, asking};
 use std::sync::Arc;
 
@@ -20,7 +20,7 @@ struct Fixture {
 
 fn interface(running: bool) -> Interface {
     let name = "eth0".to_owned();
-    Interface { ifindex: 2, name, mac: Some([2; 6]), mtu: 1500, running }
+    Interface { ifindex: 2, name, mac: Some([2; 6]), mtu: 1500, running, vrf: Vrf::None }
 }
 
 impl Fixture {
@@ -160,7 +160,7 @@ fn an_egress_ip_stays_until_the_next_owner_holds_it() {
 fn a_node_that_was_away_probes_its_egress_ips_and_gives_up_those_taken_over() {
     let mut fixture = Fixture::new();
     fixture.take();
-    fixture.holding.returned();
+    fixture.holding.returned(fixture.now);
     assert!(fixture.decide().ask.contains(&fixture.id));
     assert!(fixture.is_here(), "while it asks");
     fixture.take_probe_result(Some(OTHER_HOST));
@@ -180,7 +180,7 @@ fn a_node_that_was_away_probes_its_egress_ips_and_gives_up_those_taken_over() {
 fn a_node_that_was_away_keeps_egress_ips_that_no_host_answers_for() {
     let mut fixture = Fixture::new();
     fixture.take();
-    fixture.holding.returned();
+    fixture.holding.returned(fixture.now);
     fixture.decide();
     fixture.take_probe_result(None);
     assert!(fixture.decide().desired.health && fixture.is_here());
@@ -473,3 +473,5 @@ fn failing_probes_cost_a_node_its_egress_ips_only_if_another_node_can_serve_them
     fixture.holding.judge(&fixture.uplinks_now, None, fixture.now);
     assert_eq!(fixture.holding.lost().count(), 0);
 }
+
+mod routed;

@@ -17,13 +17,17 @@ impl Host {
         let mut counts = Counts { drops: self.nft.counters(ruleset::INET)?, ..Counts::default() };
         counts.other_ports = counts.drops.remove(ruleset::counter::OTHER_PORT).unwrap_or_default();
         counts.first_packets = first_packets(&mut counts.drops);
-        counts.drops.extend(self.nft.counters(ruleset::NETDEV)?);
+        let of_bridge = self.nft.counters(ruleset::BRIDGE)?;
+        for (name, count) in self.nft.counters(ruleset::NETDEV)?.into_iter().chain(of_bridge) {
+            let sum = counts.drops.entry(name).or_default();
+            (sum.packets, sum.bytes) = (sum.packets + count.packets, sum.bytes + count.bytes);
+        }
         counts.insertions_failed = conntrack::insertions_failed(&mut Socket::open(NETLINK_NETFILTER)?)?;
         for (set, into) in [(ruleset::set::EGRESS_ID_OUT, &mut counts.sent), (ruleset::set::RX, &mut counts.forwarded)]
         {
             for (key, count) in self.nft.element_counters(ruleset::INET, set)? {
                 if let Some(mark) = ruleset::mark_in(&key) {
-                    into.push(((mark & self.marks.allocation_mask()) as EgressId, count));
+                    into.push(((mark & self.marks.egress_id_mask()) as EgressId, count));
                 }
             }
         }

@@ -3,36 +3,46 @@
 
 mod counters;
 mod extras;
+mod ifbs;
 mod peers;
 mod place;
+mod programs;
+mod routed;
 mod tunnel_device;
+mod vlans;
 
 pub use counters::Counts;
+use ifbs::Ifbs;
 pub use peers::Faults;
 pub use place::{Desired, UplinkStatus};
+use programs::Programs;
+use tunnel_device::Entrance;
 pub use tunnel_device::TunnelEgress;
+use vlans::Vlans;
 
 use crate::datapath::addresses::{self, LocalAddress};
+use crate::datapath::foreign_programs;
 use crate::datapath::names::*;
 use crate::datapath::pod_veth::{self, Veth};
+use crate::datapath::redirected;
 use crate::datapath::route_socket::RouteSocket;
 use crate::datapath::routes::{self, METRIC_LAST, Route, RouteKind};
-use crate::datapath::rules::{self, Rule};
+use crate::datapath::rules::{self, Only, Rule};
 use crate::datapath::ruleset::{self, PeerIndexes, Ruleset, SharedSets};
 use crate::datapath::tunnel::Tunnel;
 use crate::datapath::underlay::Underlay;
-use crate::datapath::uplink::Uplinks;
+use crate::datapath::uplink::{Interface, Uplinks, Vrf, by_index};
 use crate::model::marks::{EgressId, MAX_PEER, Marks};
 use crate::model::networks::Networks;
 use crate::node_plan::allocations::{Facts, Uplink};
-use crate::node_plan::{NodePlan, TunnelWay, View, parse_chain_name};
+use crate::node_plan::{NodePlan, View, parse_chain_name};
 use anyhow::{Context, Result};
 use egret_cni::quarantine::Quarantine;
 use egret_nft::Nftables;
 use egret_nft::mac;
 use egret_nft::table::{Chain, TableName};
-use extras::without_extras;
 use ipnetwork::{IpNetwork, Ipv4Network, Ipv6Network};
+use routed::RouteDevice;
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -53,6 +63,7 @@ pub struct Host {
     pub routes: RouteSocket,
     nft: Nftables,
     quarantine: Quarantine,
+    programs: Programs,
     marks: Marks,
     peers: PeerIndexes,
     shared: SharedSets,
@@ -60,13 +71,19 @@ pub struct Host {
     /// The state last applied, to skip what has not changed; `None` if unknown.
     routing: Option<Routing>,
     placed: Option<Digest>,
+    route_device: RouteDevice,
+    vlans: Vlans,
+    /// The addresses for which this node answers no ARP; `None` if unknown.
+    unanswered: Option<BTreeSet<Ipv4Addr>>,
     uplinks: BTreeSet<u32>,
+    /// See [`NodePlan::from_vrf`].
+    from_vrf: Option<Vec<IpNetwork>>,
     forwarding: Option<Digest>,
     tunnel: Option<(Tunnel, u32)>,
-    /// Whether packets reach the tunnel device by a pair of veths.
-    uses_veths: bool,
-    /// The index of the device that leads into the tunnel.
-    way_in: u32,
+    entrance: Entrance,
+    ifbs: Ifbs,
+    /// Whether the table for bridged pods that come by ifb devices may be there.
+    had_limited: bool,
     /// Whether the kernel supports the flush guard.
     can_guard: bool,
     underlay: Option<Underlay>,
@@ -77,7 +94,11 @@ pub struct Host {
     port_log: bool,
     /// Whether the kernel can choose by a connection's hash, as far as is known.
     hashes: bool,
-    /// Whether a warning was logged that it does not.
+    /// Whether the kernel takes the limits of bandwidths, as far as is known.
+    limits: bool,
+    /// Whether the kernel takes tables of the family bridge, as far as is known.
+    bridges: bool,
+    /// Whether a warning was logged that it does not support the log of changed ports.
     port_log_missed: bool,
 }
 
@@ -87,6 +108,7 @@ struct PartFaults {
     peers: Faults,
     routes: Faults,
     addresses: Faults,
+    vlans: Faults,
 }
 
 /// A hash of an applied state, instead of a copy of maybe ten thousand entries. After a collision, once in 2^64, the
@@ -104,8 +126,9 @@ impl Digest {
 
 impl Host {
     /// Opens the sockets and reads the peer indexes of an earlier daemon, which connection marks contain. With
-    /// `own_tables`, the daemon owns the tables, where the kernel supports that.
-    pub fn open(marks: Marks, own_tables: bool, egress: TunnelEgress) -> Result<Self> {
+    /// `own_tables`, the daemon owns the tables, where the kernel supports that. `fast_path`: the daemon's own programs may
+    /// be at veths.
+    pub fn open(marks: Marks, own_tables: bool, egress: TunnelEgress, fast_path: bool) -> Result<Self> {
         let mut nft = Nftables::open().context("nf_tables")?;
         if own_tables && !nft.own_tables().context("nf_tables")? {
             tracing::warn!(
@@ -114,7 +137,9 @@ impl Host {
                  them"
             );
         }
-        let uses_veths = egress.uses_veths(&mut nft)?;
+        let ifbs = Ifbs::open().context("ifb devices")?;
+        let entrance = Entrance::new(egress, &mut nft)?;
+        let had_limited = !nft.counters(ruleset::BRIDGE).context("nf_tables")?.is_empty();
         let can_guard = nft.can_end_with_socket().context("nf_tables")?;
         let mut peers = PeerIndexes::new();
         for (key, data) in nft.elements(ruleset::INET, ruleset::set::PEER).context("nf_tables")?.iter() {
@@ -126,23 +151,31 @@ impl Host {
             routes: RouteSocket::open()?,
             nft,
             quarantine: Quarantine::open().context("quarantine")?,
+            programs: Programs::open(fast_path).context("eBPF at veths")?,
             marks,
             peers,
             shared: SharedSets::default(),
             ruleset: None,
             routing: None,
             placed: None,
+            route_device: RouteDevice::Unknown,
+            vlans: Vlans::default(),
+            unanswered: None,
             uplinks: BTreeSet::new(),
+            from_vrf: None,
             forwarding: None,
             tunnel: None,
-            uses_veths,
-            way_in: 0,
+            entrance,
+            ifbs,
+            had_limited,
             can_guard,
             underlay: None,
             underlay_is_stale: false,
             faults: PartFaults::default(),
             port_log: true,
             hashes: true,
+            limits: true,
+            bridges: true,
             port_log_missed: false,
         })
     }
@@ -167,10 +200,15 @@ impl Host {
     /// Makes the next reconciliation read everything from the kernel.
     pub fn invalidate(&mut self) {
         self.nft.invalidate();
+        self.programs.invalidate();
+        self.ifbs.invalidate();
+        self.entrance.try_again();
         // A kernel module may have been loaded since the log was rejected.
-        (self.port_log, self.hashes) = (true, true);
+        (self.port_log, self.hashes, self.limits, self.bridges) = (true, true, true, true);
         self.routing = None;
         self.placed = None;
+        (self.route_device, self.unanswered) = (RouteDevice::Unknown, None);
+        self.vlans.invalidate();
         self.forwarding = None;
         self.tunnel = None;
         self.underlay_is_stale = true;
@@ -178,6 +216,7 @@ impl Host {
 
     /// Makes the next reconciliation read rules and routes.
     pub fn invalidate_routing(&mut self) {
+        self.programs.invalidate_rules();
         self.routing = None;
     }
 
@@ -191,9 +230,19 @@ impl Host {
         self.tunnel.as_ref().map(|(_, index)| *index)
     }
 
-    /// Whether packets reach the tunnel device by a pair of veths.
-    pub fn uses_veths(&self) -> bool {
-        self.uses_veths
+    /// Whether packets are to enter the tunnel by a pair of veths, and why.
+    pub fn uses_veths(&self) -> Option<&'static str> {
+        self.entrance.reason()
+    }
+
+    /// Makes the next reconciliation look for an ifb device at this interface, if it is a selected pod's veth.
+    pub fn invalidate_ifb(&mut self, index: u32) {
+        self.ifbs.invalidate_one(index);
+    }
+
+    /// Whether devices, routes or tables of the way into the tunnel are not yet as the pods need them.
+    pub fn is_entrance_unsettled(&self) -> bool {
+        self.ruleset.as_ref().is_some_and(|ruleset| self.entrance.is_unsettled(ruleset.plan().way))
     }
 
     /// The indexes of the veths of selected pods.
@@ -203,12 +252,22 @@ impl Host {
 
     /// The netlink ports of the sockets with which this daemon makes changes.
     pub fn ports(&self) -> BTreeSet<u32> {
-        [self.routes.port(), self.nft.port(), self.quarantine.port()].into()
+        [self.routes.port(), self.nft.port(), self.quarantine.port(), self.programs.port()].into()
     }
 
     /// The indexes of the interfaces with egress IPs.
     pub fn uplinks(&self) -> impl Iterator<Item = u32> {
         self.uplinks.iter().copied()
+    }
+
+    /// The indexes of the interfaces by which another program's eBPF could send selected pods' packets, if there is any.
+    pub fn ways_out(&self) -> impl Iterator<Item = u32> {
+        let routes = self.routing.iter().filter_map(|routing| routing.tables.get(&TABLE_REDIRECTED)).flatten();
+        let interfaces = routes.filter_map(|route| match route.kind {
+            RouteKind::Broadcast { oif } => Some(oif),
+            _ => None,
+        });
+        interfaces.filter(|_| self.programs.are_there())
     }
 
     /// The routes to the other nodes' ends of the tunnel, as they were last read.
@@ -238,10 +297,9 @@ impl Host {
 
     /// Brings rules and routes in sync. Returns how many changes that took.
     pub async fn routing(&mut self, view: &View) -> Result<usize> {
-        if self.tunnel.is_none() {
-            return Ok(0);
-        }
-        let wanted = self.wanted_routing(view, self.way_in).await?;
+        let Some(tunnel) = self.tunnel_index() else { return Ok(0) };
+        let device = self.entrance.device(tunnel, self.ruleset.as_ref().map(|ruleset| ruleset.plan().way));
+        let wanted = self.wanted_routing(view, device).await?;
         if self.routing.as_ref() == Some(&wanted) {
             return Ok(0);
         }
@@ -259,7 +317,12 @@ impl Host {
                 faults.insert(format!("{of} {network}, table {table}"), format!("{e:#}"));
             }
         }
+        self.from_vrf = wanted.rules.iter().any(|rule| rule.priority == RULE_FROM_VRF).then(|| {
+            let to = wanted.rules.iter().filter_map(|rule| rule.only.as_ref().map(|only| only.to));
+            to.collect::<BTreeSet<_>>().into_iter().collect()
+        });
         changes += rules::sync(&self.routes, &wanted.rules).await?;
+        self.entrance.routed(device);
         // Empty the tables of former uplinks after the rules that led to them are removed.
         for table in self.routing.iter().flat_map(|r| r.tables.keys()).filter(|t| !wanted.tables.contains_key(t)) {
             changes += routes::sync(&self.routes, *table, &BTreeSet::new()).await?;
@@ -271,17 +334,20 @@ impl Host {
 
     /// The faults of single nodes, networks and addresses. All else is in sync.
     pub fn faults(&self) -> Faults {
-        let PartFaults { peers, routes, addresses } = &self.faults;
-        [peers, routes, addresses].into_iter().flatten().map(|(of, why)| (of.clone(), why.clone())).collect()
+        let PartFaults { peers, routes, addresses, vlans } = &self.faults;
+        [peers, routes, addresses, vlans].into_iter().flatten().map(|(of, why)| (of.clone(), why.clone())).collect()
     }
 
     async fn wanted_routing(&self, view: &View, device: u32) -> Result<Routing> {
         let marks = self.marks;
-        let rule = |priority, mark, mask, table| Rule { priority, mark, mask, table };
+        let rule =
+            |priority, mark, mask, table| Rule { priority, mark, mask, table, without_default: false, only: None };
+        let mut redirected = only_direct(&view.networks, RouteKind::Unreachable);
+        redirected.extend(redirected::no_way_out(&self.routes).await?);
         let mut routing = Routing {
             rules: [
                 rule(RULE_REQUEST, marks.request(), marks.kind_mask(), TABLE_REQUEST),
-                rule(RULE_REPLY, marks.reply(), marks.kind_mask(), TABLE_REPLY),
+                rule(RULE_REPLY, marks.reply(), marks.kind_and_index_mask(), TABLE_REPLY),
                 // A pod mark that `prerouting` did not clear, and the flush guard's mark, which may come with an
                 // egress ID.
                 rule(RULE_FLUSH_GUARD, marks.pod_mark_kind(), marks.pod_mark_mask(), TABLE_FLUSH_GUARD),
@@ -292,7 +358,8 @@ impl Host {
                 (TABLE_REQUEST, request_table(&view.networks, device)),
                 (TABLE_REPLY, view.networks.pods.iter().map(|n| via_tunnel_next_hop(*n, device)).collect()),
                 (TABLE_QUARANTINE, only_direct(&view.networks, RouteKind::Unreachable)),
-                (TABLE_FLUSH_GUARD, only_direct(&view.networks, RouteKind::Blackhole)),
+                (TABLE_FLUSH_GUARD, flush_guard_table(view)),
+                (TABLE_REDIRECTED, redirected),
             ]
             .into(),
         };
@@ -300,15 +367,31 @@ impl Host {
             let index = at as u16 + 1;
             let table = TABLE_UPLINK + u32::from(index);
             routing.rules.insert(rule(RULE_UPLINK, marks.uplink(index), marks.kind_and_index_mask(), table));
-            routing.tables.insert(table, self.uplink_table(uplink, &view.networks).await);
+            let (routes, in_vrf) = self.uplink_table(uplink, &view.networks).await;
+            routing.tables.insert(table, routes);
+            if !in_vrf.is_empty() {
+                // Source validation may look up the server with the mark, which must be found in the VRF's table: the
+                // main table's default route does not count.
+                let from_vrf = rule(RULE_FROM_VRF, marks.reply_here(), marks.kind_and_index_mask(), TABLE_MAIN);
+                routing.rules.insert(Rule { without_default: true, ..from_vrf });
+            }
+            // IPv6 has no source validation.
+            for to in view.networks.pods.iter().filter(|network| network.is_ipv4()) {
+                // The packet may have the uplink's mark there, or none.
+                let to_vrf = rule(RULE_TO_VRF, 0, marks.kind_mask(), TABLE_MAIN);
+                let only = in_vrf.iter().map(|iif| Some(Only { iif: iif.clone(), to: *to }));
+                routing.rules.extend(only.map(|only| Rule { only, ..to_vrf.clone() }));
+            }
         }
         Ok(routing)
     }
 
     /// The routes of a gateway with a next hop of its own: packets leave by that next hop or not at all, and
     /// destinations on the interface's link are reached directly. A family without a next hop uses the main table.
-    /// Pods' networks are `throw` routes, as in the [`request_table`].
-    async fn uplink_table(&self, uplink: &Uplink, networks: &Networks) -> BTreeSet<Route> {
+    /// Pods' networks are `throw` routes, as in the [`request_table`]. Also returns the names of the interfaces that
+    /// are in a VRF, and of the VRFs.
+    async fn uplink_table(&self, uplink: &Uplink, networks: &Networks) -> (BTreeSet<Route>, BTreeSet<Arc<str>>) {
+        let mut in_vrf = BTreeSet::new();
         let mut routes: BTreeSet<Route> = networks.pods.iter().map(|n| throw(*n)).collect();
         let hops = [(EVERYTHING4, uplink.next_hop.0.map(IpAddr::V4)), (EVERYTHING6, uplink.next_hop.1.map(IpAddr::V6))];
         for (dst, hop) in hops {
@@ -320,7 +403,15 @@ impl Host {
                 let on_link: Vec<IpNetwork> = uplinks.on_link(interface.ifindex, hop.is_ipv4()).collect();
                 anyhow::Ok((interface, on_link))
             };
-            match interface.await {
+            let interface = interface.await;
+            if let Ok((Interface { name, vrf: Vrf::Inside { device }, .. }, _)) = &interface {
+                // Which of both the kernel compares in source validation depends on its version.
+                let device = by_index(&self.routes, *device).await.ok().flatten();
+                in_vrf.extend(
+                    [Some(&**name), device.as_ref().map(|device| &*device.name)].into_iter().flatten().map(Arc::from),
+                );
+            }
+            match interface {
                 // The kernel rejects a route by an interface that is down.
                 Ok((interface, _)) if !interface.running => {
                     tracing::warn!(%hop, interface = interface.name, "a gateway's next hop cannot be used: its interface is down");
@@ -337,7 +428,7 @@ impl Host {
                 Err(e) => tracing::warn!(%hop, "a gateway's next hop cannot be used: {e:#}"),
             }
         }
-        routes
+        (routes, in_vrf)
     }
 
     /// The other nodes' indexes in connection marks.
@@ -372,44 +463,36 @@ impl Host {
             }
         }
         self.shared = ruleset::shared_sets(view, &self.peers, self.marks, &self.shared);
+        if !self.limits {
+            self.shared = self.shared.without_limits();
+        }
     }
 
     /// Brings the nftables tables in sync, in one transaction. Returns how many changes that took.
     pub fn tables(&mut self, mut plan: NodePlan) -> Result<usize> {
-        let Some((tunnel, device)) = &self.tunnel else { return Ok(0) };
-        (plan.device, plan.local, plan.port_log) = (self.way_in, Some(tunnel.local), self.port_log);
-        plan.way = if self.uses_veths { TunnelWay::Veths { tunnel: *device } } else { TunnelWay::EgressHook };
+        // First, as a pod's packets must not take another program's way while nothing decides on them.
+        let blocked = self.programs.block_redirects(plan.pods.values())?;
+        let limited = self.ifbs.of(plan.pods.values())?;
+        self.entrance.set_ifbs(!limited.is_empty());
+        self.had_limited |= !limited.is_empty();
+        plan.limited = (self.had_limited && self.bridges).then_some(limited);
+        let Some((tunnel, device)) = &self.tunnel else { return Ok(blocked) };
+        (plan.local, plan.port_log) = (Some(tunnel.local), self.port_log);
+        plan.way = self.entrance.way(*device);
+        plan.device = self.entrance.device(*device, Some(plan.way));
+        plan.foreign_marks = foreign_programs::writes_marks();
+        plan.from_vrf.clone_from(&self.from_vrf);
         plan.flush_guard = self.can_guard && !self.nft.owns_tables();
         if !self.hashes {
             plan = plan.without_hashes();
         }
-        let (hands_over, hashes, mut others) = (!plan.handed.is_empty(), plan.needs_hashes(), without_extras(&plan));
-        let mut ruleset = Ruleset::new(plan, &self.shared, self.marks, self.ruleset.as_ref());
-        let mut applied = self.nft.apply(ruleset.tables());
-        while let (Err(e), Some(other)) = (&applied, others.pop()) {
-            let (refused, logs, still_hands_over) = (e.to_string(), other.port_log, !other.handed.is_empty());
-            let still_hashes = other.needs_hashes();
-            ruleset = Ruleset::new(other, &self.shared, self.marks, self.ruleset.as_ref());
-            applied = self.nft.apply(ruleset.tables());
-            if applied.is_ok() && hands_over && !still_hands_over {
-                tracing::warn!("packets of moved egress IPs cannot be handed over, see `egretd check`: {refused}");
-            }
-            if applied.is_ok() && hashes && !still_hashes {
-                self.hashes = false;
-                tracing::warn!("spread: Connection uses one egress IP of each policy, see `egretd check`: {refused}");
-            }
-            if applied.is_ok() && !logs {
-                self.port_log = false;
-            }
-            if applied.is_ok() && !logs && !std::mem::replace(&mut self.port_log_missed, true) {
-                tracing::warn!(
-                    "connections with a changed port break when their egress IP moves, see `egretd check`: {refused}"
-                );
-            }
-        }
-        let changes = applied.context("nf_tables rejects the datapath")?;
+        let ruleset = Ruleset::new(plan, &self.shared, self.marks, self.ruleset.as_ref());
+        let (ruleset, changes) = match self.nft.apply(ruleset.tables()) {
+            Ok(changes) => (ruleset, changes),
+            Err(e) => self.apply_without_extras(ruleset.plan(), e)?,
+        };
         self.ruleset = Some(ruleset);
-        Ok(changes)
+        Ok(changes + blocked)
     }
 
     /// The chains of Egret's tables, as they were last applied.
@@ -497,6 +580,15 @@ fn request_table(networks: &Networks, device: u32) -> BTreeSet<Route> {
 fn only_direct(networks: &Networks, last: RouteKind) -> BTreeSet<Route> {
     let mut routes = last_resort(last);
     routes.extend(networks.networks.iter().map(|n| throw(*n)));
+    routes
+}
+
+/// As [`only_direct`], and to the other nodes' ends of the tunnel. The kernel looks up a tunnel packet's way with the mark
+/// of the packet inside, and that of what nodes ask each other looks like a pod mark, as it has no egress ID.
+fn flush_guard_table(view: &View) -> BTreeSet<Route> {
+    let mut routes = only_direct(&view.networks, RouteKind::Blackhole);
+    let ends = view.allocations.peers.values().map(|peer| peer.address);
+    routes.extend(ends.filter(|end| !view.networks.is_direct(*end)).map(|end| throw(end.into())));
     routes
 }
 

@@ -7,7 +7,7 @@ use crate::datapath::names::{HEALTH, is_health, of_mac, of_uplink};
 use crate::datapath::uplink::{Interface, Uplinks};
 use crate::model::marks::EgressId;
 use crate::model::selector::Name;
-use crate::model::uplink_key::UplinkKey;
+use crate::model::uplink_key::{UplinkKey, is_on_vlan};
 use crate::node_plan::allocations::{Facts, NodeAllocation};
 use crate::node_plan::{View, addresses};
 use anyhow::Result;
@@ -23,8 +23,8 @@ const NAMED: usize = 6;
 const ANNOUNCEMENTS: u32 = 5;
 const ANNOUNCEMENT_INTERVAL: Duration = Duration::from_millis(150);
 
-/// An egress IP, and the interface that its gateway names.
-type Spot = (IpAddr, Option<Name>);
+/// An egress IP, and the uplink that its gateway names.
+pub(super) type Spot = (IpAddr, Option<Name>);
 
 /// The desired addresses of this node.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -123,7 +123,12 @@ impl UplinkStatus {
 
     /// Whether an allocation's address has an interface that works.
     pub fn is_usable(&self, address: IpAddr, allocation: &NodeAllocation) -> bool {
-        self.found.get(&(address, allocation.interface.clone())).is_some_and(|interface| interface.running)
+        self.interface(address, allocation).is_some_and(|interface| interface.running)
+    }
+
+    /// The interface of an allocation's address, if there is one.
+    pub fn interface(&self, address: IpAddr, allocation: &NodeAllocation) -> Option<&Interface> {
+        self.found.get(&(address, allocation.interface.clone()))
     }
 
     /// Whether some of an allocation's addresses have a working interface and others have not.
@@ -138,13 +143,19 @@ impl UplinkStatus {
         self.is_partial(allocation) && usable.all(|address| facts.addresses.contains(&address))
     }
 
-    /// Whether the allocation's addresses, or at least the usable ones, can be probed on the link.
+    /// Whether the allocation's addresses, or at least the usable ones, can be probed on the link, or other nodes can be
+    /// asked for them.
     pub fn can_ask(&self, allocation: &NodeAllocation) -> bool {
-        self.is_partial(allocation) || addresses(allocation).all(|address| self.finds(address, allocation))
+        self.is_partial(allocation)
+            || addresses(allocation).all(|address| self.interface(address, allocation).is_some())
     }
 
-    fn finds(&self, address: IpAddr, allocation: &NodeAllocation) -> bool {
-        self.found.contains_key(&(address, allocation.interface.clone()))
+    /// Records that these addresses have no uplink.
+    pub(super) fn lose(&mut self, spots: impl Iterator<Item = Spot>, why: &str) {
+        for spot in spots {
+            self.found.remove(&spot);
+            self.none.insert(spot, why.to_owned());
+        }
     }
 
     /// The health addresses of a node with this tunnel MAC address for these uplinks, and that of the node if none is
@@ -159,13 +170,14 @@ impl UplinkStatus {
         codes.into_iter().filter(move |code| !lost.contains(code)).map(move |code| of_uplink(code, mac)).chain(all)
     }
 
-    /// The addresses of allocations with the interfaces on which to probe them.
+    /// The addresses of allocations with the interfaces on which to probe and to announce them.
     pub fn targets(&self, view: &View, allocations: &BTreeSet<EgressId>) -> Vec<(EgressId, Target)> {
-        let of_allocations = view.placeable().filter(|(id, _, _)| allocations.contains(id));
+        let of_allocations =
+            view.placeable().filter(|(id, _, allocation)| allocations.contains(id) && !allocation.routed);
         let of_allocations = of_allocations
             .filter(|(_, address, allocation)| !self.is_partial(allocation) || self.is_usable(*address, allocation));
         let found = of_allocations.filter_map(|(id, address, allocation)| {
-            let interface = self.found.get(&(address, allocation.interface.clone()))?.clone();
+            let interface = self.interface(address, allocation)?.clone();
             Some((id, Target { address, interface, claim: None }))
         });
         found.collect()
@@ -186,14 +198,25 @@ impl Host {
                         uplinks_now.unusable.entry(*id).or_insert(why);
                     }
                     let spot = (address, allocation.interface.clone());
-                    match uplinks.find(address, allocation.interface.as_deref()).await {
-                        Ok(interface) => drop(uplinks_now.found.insert(spot, interface)),
-                        Err(e) => drop(uplinks_now.none.insert(spot, format!("{e:#}"))),
+                    let found = match self.vlans.refusal(&spot) {
+                        Some(why) => Err(why.to_owned()),
+                        None => {
+                            let found = uplinks.find(address, allocation.interface.as_deref()).await;
+                            found.map_err(|e| format!("{e:#}"))
+                        }
+                    };
+                    match found {
+                        Ok(interface) => match without_next_hop(view, &interface, address, allocation) {
+                            Some(why) => drop(uplinks_now.none.insert(spot, why)),
+                            None => drop(uplinks_now.found.insert(spot, interface)),
+                        },
+                        Err(why) => drop(uplinks_now.none.insert(spot, why)),
                     }
                 }
             }
         }
         self.uplinks = uplinks_now.found.values().map(|interface| interface.ifindex).collect();
+        self.route_device(view, &mut uplinks_now).await?;
         Ok(uplinks_now)
     }
 
@@ -206,12 +229,12 @@ impl Host {
         desired: &Desired,
     ) -> Result<(usize, BTreeMap<EgressId, String>)> {
         let placeable = view.placeable().filter(|(id, _, _)| desired.allocations.contains(id));
-        let placed: BTreeMap<Spot, EgressId> =
-            placeable.map(|(id, a, allocation)| ((a, allocation.interface.clone()), id)).collect();
+        let placed: BTreeMap<Spot, (EgressId, bool)> =
+            placeable.map(|(id, a, allocation)| ((a, allocation.interface.clone()), (id, allocation.routed))).collect();
         let interfaces: Vec<_> = placed.keys().map(|spot| uplinks_now.found.get(spot).map(|i| i.ifindex)).collect();
         let digest = Digest::new(&(
             &placed,
-            interfaces,
+            (interfaces, self.route_device.index()),
             &desired.unasked,
             desired.health,
             (&desired.uplinks, &desired.lost_by_probes),
@@ -221,11 +244,14 @@ impl Host {
         }
         let (mut wanted, mut refused): (BTreeSet<Placed>, _) = (BTreeSet::new(), BTreeMap::new());
         let mut of_address: HashMap<IpAddr, (EgressId, &Interface)> = HashMap::new();
-        for (spot, id) in placed.iter().filter(|(spot, _)| !desired.unasked.contains(&spot.0)) {
+        let mut announced: BTreeSet<IpAddr> = BTreeSet::new();
+        for (spot, (id, routed)) in placed.iter().filter(|(spot, _)| !desired.unasked.contains(&spot.0)) {
             match (uplinks_now.found.get(spot), uplinks_now.none.get(spot)) {
                 (Some(interface), _) => {
-                    wanted.insert((spot.0, interface.ifindex));
+                    let device = self.route_device.index().filter(|_| *routed);
+                    wanted.insert((spot.0, device.unwrap_or(interface.ifindex)));
                     of_address.insert(spot.0, (*id, interface));
+                    announced.extend(routed.then_some(spot.0));
                 }
                 // The other family serves until this one is back.
                 (None, _)
@@ -241,13 +267,19 @@ impl Host {
             let mac = tunnel.mac;
             wanted.extend(uplinks_now.health(desired, mac).map(|address| (address.into(), *device)));
         }
+        // Before the addresses, so that nobody answers ARP for them.
+        let mut changed = self.leave_unanswered(&announced).await?;
         let announce = |added: &[Placed]| {
-            let placed = added.iter().filter_map(|(address, _)| Some((*address, of_address.get(address)?.1)));
+            let placed = added
+                .iter()
+                .filter(|(address, _)| !announced.contains(address))
+                .filter_map(|(address, _)| Some((*address, of_address.get(address)?.1)));
             announce_repeatedly(
                 placed.map(|(address, i)| Target { address, interface: i.clone(), claim: None }).collect(),
             );
         };
-        let changes = addresses::sync_and_tell(&self.routes, &wanted, announce).await?;
+        let changes = addresses::sync_and_tell(&self.routes, &wanted, self.route_device.index(), announce).await?;
+        changed += self.answer_again(&announced).await?;
         log_addresses("added to this node", changes.added.iter().map(|(address, _)| *address));
         log_addresses("removed from this node", changes.removed.iter().map(|(address, _)| *address));
         self.faults.addresses.clear();
@@ -262,7 +294,7 @@ impl Host {
         let stuck = changes.stuck.iter().map(|((address, _), e)| (format!("address {address}"), format!("{e:#}")));
         self.faults.addresses.extend(stuck);
         self.placed = (refused.is_empty() && self.faults.addresses.is_empty()).then_some(digest);
-        Ok((changes.added.len() + changes.removed.len(), refused))
+        Ok((changed + changes.added.len() + changes.removed.len(), refused))
     }
 }
 
@@ -279,6 +311,33 @@ impl Host {
             announce_once(&targets(view, uplinks_now, allocations));
         }
     }
+}
+
+fn has_next_hop(view: &View, address: IpAddr, allocation: &NodeAllocation) -> bool {
+    let uplink = usize::from(allocation.uplink).checked_sub(1).and_then(|at| view.allocations.uplinks.get(at));
+    let hops = uplink.map(|uplink| uplink.next_hop).unwrap_or_default();
+    if address.is_ipv4() { hops.0.is_some() } else { hops.1.is_some() }
+}
+
+/// Why the interface needs a next hop that the gateway does not have. Without one, packets would be routed by the main table,
+/// which leads neither into a VRF nor by the interface of a VLAN that Egret has made.
+fn without_next_hop(
+    view: &View,
+    interface: &Interface,
+    address: IpAddr,
+    allocation: &NodeAllocation,
+) -> Option<String> {
+    let name = &interface.name;
+    let (why, place) = match () {
+        () if interface.is_in_vrf() => ("is in a VRF, whose routes Egret does not use", "VRF"),
+        () if is_on_vlan(allocation.interface.as_deref()) => ("is one of a VLAN, which needs a router", "VLAN"),
+        () => return None,
+    };
+    if has_next_hop(view, address, allocation) {
+        return None;
+    }
+    let family = if address.is_ipv4() { "ipv4" } else { "ipv6" };
+    Some(format!("interface {name} {why} for {address}; set the gateway's nextHop.{family} to a router in the {place}"))
 }
 
 fn targets(view: &View, uplinks_now: &UplinkStatus, allocations: &BTreeSet<EgressId>) -> Vec<Target> {

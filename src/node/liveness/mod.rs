@@ -6,6 +6,7 @@
 //! family that works. Only the first address is probed while it answers, so that a node that has lost a family costs
 //! some more probes, and no other node does.
 
+mod loss;
 mod probes;
 
 use crate::datapath::echo::Echo;
@@ -30,7 +31,7 @@ pub struct Settings {
 }
 
 impl Settings {
-    /// An upper bound of the time in which a dead node is detected.
+    /// An upper bound of the time in which a dead node is detected, where packets are not lost.
     pub fn detection(&self) -> Duration {
         self.interval * (self.misses + 1)
     }
@@ -46,7 +47,8 @@ impl Settings {
     }
 
     /// The number of consecutive probes without a reply after which a node is dead. A line that loses 5 % in each
-    /// direction loses seven of them once in a thousand hours; it would lose three ten times an hour.
+    /// direction loses seven of them once in a thousand hours; it would lose three ten times an hour. A line that loses
+    /// more demands more of them: see [`loss`].
     fn probes(&self) -> u32 {
         (self.misses * 3).saturating_sub(2).max(1)
     }
@@ -162,13 +164,13 @@ fn dead_and_lost(
     let (mut dead, mut lost) = (nodes.dead(), BTreeMap::new());
     dead.retain(|name| {
         let Some(of) = targets.uplinks.get(name) else { return true };
-        let silent = of.iter().filter(|(_, address)| !uplinks.is_alive(&(name.clone(), **address)));
-        let silent: BTreeSet<UplinkKey> = silent.map(|(key, _)| key.clone()).collect();
-        let is_dead = silent.len() == of.len();
+        let unreachable = of.iter().filter(|(_, address)| !uplinks.is_alive(&(name.clone(), **address)));
+        let unreachable: BTreeSet<UplinkKey> = unreachable.map(|(key, _)| key.clone()).collect();
+        let is_dead = unreachable.len() == of.len();
         if is_dead {
             of.values().for_each(|address| uplinks.give_up(&(name.clone(), *address)));
-        } else if !silent.is_empty() {
-            lost.insert(name.clone(), silent);
+        } else if !unreachable.is_empty() {
+            lost.insert(name.clone(), unreachable);
         }
         is_dead
     });

@@ -1,6 +1,7 @@
 //! Probes, and the liveness that follows from their replies.
 
 use super::Settings;
+use super::loss::Loss;
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::net::Ipv6Addr;
 use std::time::Duration;
@@ -49,6 +50,8 @@ struct Probe {
     asked: Instant,
     /// Whether the time for its reply is over. The reply may still arrive.
     missed: bool,
+    /// Whether the line's loss includes it.
+    counted: bool,
 }
 
 /// A dead node that answers again.
@@ -85,6 +88,9 @@ struct Node {
     /// The number of probes since then that were not answered in time.
     missed: u32,
     round_trip: Option<RoundTrip>,
+    loss: Loss,
+    /// Probes that were sent before are no samples of the line's loss: the node was dead then.
+    alive_since: Instant,
     dead: bool,
     /// Whether it has been found neither alive nor dead. Its first reply makes it alive.
     unproven: bool,
@@ -103,6 +109,8 @@ impl Node {
             answered: None,
             missed: 0,
             round_trip: None,
+            loss: Loss::default(),
+            alive_since: now,
             dead: unproven,
             unproven,
             returning: None,
@@ -119,6 +127,11 @@ impl Node {
         }
     }
 
+    /// The number of consecutive probes without a reply after which it is dead.
+    fn probes(&self, settings: &Settings) -> u32 {
+        self.loss.probes(settings.probes())
+    }
+
     /// The time between this probe and the next one. A node that has missed a probe is probed so often that chance
     /// alone does not lose every probe.
     fn pace(&self, settings: &Settings) -> Duration {
@@ -127,7 +140,7 @@ impl Node {
             (true, None) => settings.interval / 2,
             (true, Some(_)) => settings.quick(),
             (false, _) if self.missed == 0 => settings.interval,
-            (false, _) if unanswered < settings.probes() as usize => settings.quick(),
+            (false, _) if unanswered < self.probes(settings) as usize => settings.quick(),
             (false, _) => settings.interval / 2,
         }
     }
@@ -145,7 +158,7 @@ impl Node {
         while self.open.front().is_some_and(|q| now >= q.asked + late) {
             self.open.pop_front();
         }
-        if self.missed >= settings.probes() {
+        if self.missed >= self.probes(settings) {
             self.dead = true;
             self.returning = None;
         }
@@ -167,6 +180,7 @@ impl Node {
             self.missed = u32::try_from(since).unwrap_or(u32::MAX);
         }
         if !self.dead {
+            self.count_loss(probe);
             return;
         }
         if let Some(returning) = &mut self.returning {
@@ -184,6 +198,20 @@ impl Node {
         if first || self.unproven || self.returning.is_some_and(|returning| returning.is_over(at)) {
             (self.dead, self.unproven) = (false, false);
             self.returning = None;
+            self.alive_since = at;
+        }
+    }
+
+    /// Counts an answered probe and the missed ones before it: the node lived then, so the line lost them.
+    fn count_loss(&mut self, answered: Probe) {
+        let is_sample = |probe: &Probe| !probe.counted && probe.asked >= self.alive_since;
+        let before = |probe: &&mut Probe| probe.missed && probe.asked < answered.asked && is_sample(probe);
+        for probe in self.open.iter_mut().filter(before) {
+            probe.counted = true;
+            self.loss.count(true);
+        }
+        if is_sample(&answered) {
+            self.loss.count(answered.missed);
         }
     }
 }
@@ -246,7 +274,7 @@ impl<K: Ord + Clone> Probes<K> {
         let mut asked = Vec::new();
         for node in self.nodes.values_mut().filter(|node| node.next <= now) {
             self.stalled |= now - node.next > late;
-            node.open.push_back(Probe { sequence: node.sequence, asked: now, missed: false });
+            node.open.push_back(Probe { sequence: node.sequence, asked: now, missed: false, counted: false });
             asked.push((node.address, node.sequence));
             node.sequence = node.sequence.wrapping_add(1);
             node.next = now + node.pace(&self.settings);

@@ -1,4 +1,4 @@
-//! Which of the cluster's pods an attachment's is.
+//! Finds the pod of the cluster to which an attachment belongs.
 
 use crate::model::{Cluster, ObjectKey, Pod};
 use egret_cni::attachment::Attachment;

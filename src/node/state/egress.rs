@@ -68,12 +68,13 @@ impl Node {
     /// Takes a change of other nodes' liveness.
     pub fn set_liveness(&mut self, liveness: PeerLiveness) {
         if liveness.returns != self.liveness.returns {
-            self.egress.holding.returned();
+            self.egress.holding.returned(Instant::now());
         }
         // A node that was frozen may have answered for a taken-over egress IP before it noticed.
         if self.liveness.dead.difference(&liveness.dead).next().is_some() {
             self.pending.raise(Input::PeerReturned);
         }
+        self.egress.holding.set_alone(liveness.alone);
         self.liveness = liveness;
         self.pending.raise(Input::Liveness);
         self.pending.raise(Input::Host);
@@ -98,17 +99,29 @@ impl Node {
         let mut decision = holding.decide(&self.view, &self.facts, uplinks, drained, Instant::now());
         decision.desired.allocations.retain(|id| !uplinks.unusable.contains_key(id));
         decision.desired.moving.retain(|id| !uplinks.unusable.contains_key(id));
-        if self.facts.partial != decision.partial {
+        let unassigned = holding.unassigned(&self.view, &self.facts);
+        if self.facts.partial != decision.partial || self.facts.unassigned != unassigned {
             self.facts.partial.clone_from(&decision.partial);
+            self.facts.unassigned = unassigned;
             self.pending.raise(Input::Facts);
         }
         let few = decision.new.len() <= FEW;
         let (new, others) =
             std::mem::take(&mut decision.ask).into_iter().partition(|id| few && decision.new.contains(id));
+        let hook = std::mem::take(&mut decision.hook);
         self.egress.decision = decision;
-        self.probe(new, &[ASK_NEW, ASK]);
-        self.probe(others, &[ASK]);
+        self.tell_hook(hook);
+        self.probe_or_ask(new, &[ASK_NEW, ASK]);
+        self.probe_or_ask(others, &[ASK]);
         self.egress.claims.listen(self.liveness.alone, &self.egress.uplinks, &self.listeners.link);
+    }
+
+    /// Probes the link, or asks the nodes that could hold what routers announce.
+    fn probe_or_ask(&self, allocations: BTreeSet<EgressId>, timeouts: &'static [Duration]) {
+        let is_routed = |id: &EgressId| self.view.allocations.allocations.get(id).is_some_and(|a| a.routed);
+        let (routed, others) = allocations.into_iter().partition(is_routed);
+        self.ask_holders(routed, timeouts);
+        self.probe(others, timeouts);
     }
 
     /// The step [`Handovers`](super::steps::Step::Handovers).
@@ -148,10 +161,11 @@ impl Node {
         facts.dead.clone_from(&self.facts.dead);
         facts.lost.clone_from(&self.facts.lost);
         facts.partial.clone_from(&self.facts.partial);
+        facts.unassigned.clone_from(&self.facts.unassigned);
         self.note_since(&facts);
         facts.taken = self.taken(&facts);
         facts.relinquished = self.egress.holding.relinquished();
-        for (id, why) in self.egress.holding.refused() {
+        for (id, why) in self.egress.holding.refused().chain(self.refused_by_hook()) {
             facts.refused.entry(id).or_insert(why);
         }
         if facts != self.facts {

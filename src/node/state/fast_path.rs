@@ -1,21 +1,19 @@
 //! What the fast path must know, and what it reports.
 
 use super::Node;
-use crate::node::fast_path::{Status, Wanted};
-use crate::node_plan::allocations::NodeAllocation;
+use crate::node::fast_path::{Slow, Status, TunnelEnd, Wanted};
+use crate::node_plan::addresses;
 
 impl Node {
     /// Passes on which interfaces packets come in by, and whether any may go the fast way.
     pub(super) fn set_fast_path(&self) {
         let Some(fast_path) = &self.fast_path else { return };
-        let closed = if self.host.uses_veths() {
-            Some("packets enter the tunnel by a pair of veths")
+        let by_veths = self.host.uses_veths();
+        let closed = if by_veths.is_some() {
+            by_veths
         } else if !self.egress.handovers.all().is_empty() {
             // Packets are copied to another node, which still knows their connections.
             Some("an egress IP is being moved")
-        } else if self.view.allocations.allocations.values().any(NodeAllocation::is_treated) {
-            // The chains that do this see every packet.
-            Some("an egress IP that may be on this node has a DSCP or a bandwidth")
         } else {
             None
         };
@@ -23,11 +21,30 @@ impl Node {
         let peers = self.host.peer_indexes().iter().map(|(mac, index)| (marks.connection_of_peer(*index), *mac));
         fast_path.set(Wanted {
             closed,
-            tunnel: self.host.tunnel_index().unwrap_or_default(),
+            tunnel: self.tunnel_end(),
+            nodes: self.host.underlay().map(|underlay| underlay.interface_of_each()).unwrap_or_default(),
             pods: self.host.veths().collect(),
             uplinks: self.host.uplinks().collect(),
             peers: peers.collect(),
+            slow: self.slow(),
         });
+    }
+
+    fn tunnel_end(&self) -> Option<TunnelEnd> {
+        let (tunnel, device) = (self.host.tunnel_end()?, self.host.tunnel_index()?);
+        Some(TunnelEnd { device, local: tunnel.local, port: tunnel.port, vni: tunnel.vni, mac: tunnel.mac })
+    }
+
+    /// The egress IPs with a DSCP or a bandwidth, whose chains see every packet, and those of gateways without a fast path.
+    fn slow(&self) -> Slow {
+        let mut slow = Slow::default();
+        for (id, allocation) in &self.view.allocations.allocations {
+            if allocation.is_treated() || !allocation.fast_path {
+                slow.ids.insert(*id);
+                slow.addresses.extend(addresses(allocation));
+            }
+        }
+        slow
     }
 
     /// Whether packets go the fast way; `None` if they are not to.

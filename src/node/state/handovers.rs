@@ -3,7 +3,7 @@
 use crate::model::marks::EgressId;
 use crate::node::moved::Moved;
 use crate::node_plan::View;
-use crate::node_plan::allocations::AllocationState;
+use crate::node_plan::allocations::{AllocationState, NodeAllocation};
 use egret_nft::mac::Mac;
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
@@ -13,6 +13,10 @@ use tokio::time::Instant;
 /// connections to the old node, while servers reply to this one.
 const HANDOVER: Duration = Duration::from_secs(1);
 
+/// The same for an egress IP that routers announce. A withdrawn route takes its way through the network, and until then
+/// routers send to the old node, some of them to both.
+const ROUTED_HANDOVER: Duration = Duration::from_secs(5);
+
 /// The handovers that are in progress.
 #[derive(Debug, Default)]
 pub struct Handovers {
@@ -21,6 +25,9 @@ pub struct Handovers {
     to_here: BTreeMap<EgressId, (Mac, Instant)>,
     /// Allocations that just moved away, and until when their connections may continue through this node.
     from_here: BTreeMap<EgressId, Instant>,
+    /// Allocations that routers announce and that move or just moved away: the next owner, and until when this node serves their
+    /// connections and hands over to it the packets of connections that it does not know.
+    withdrawn: BTreeMap<EgressId, (Mac, Instant)>,
 }
 
 impl Handovers {
@@ -29,25 +36,45 @@ impl Handovers {
     pub fn update(&mut self, view: &View, before: Option<&Moved>, now: Instant) {
         let allocations = &view.allocations.allocations;
         self.to_here.retain(|id, (_, until)| *until > now && allocations.contains_key(id));
-        let by = allocations.iter().filter_map(|(id, allocation)| Some((*id, allocation.handed_by?)));
-        self.to_here.extend(by.map(|(id, mac)| (id, (mac, now + HANDOVER))));
+        let by = allocations.iter().filter_map(|(id, allocation)| {
+            let time = if allocation.routed { ROUTED_HANDOVER } else { HANDOVER };
+            Some((*id, (allocation.handed_by?, now + time)))
+        });
+        self.to_here.extend(by);
+        self.withdrawn.retain(|id, (_, until)| {
+            let is_elsewhere = |a: &NodeAllocation| a.routed && a.state != AllocationState::Local;
+            *until > now && allocations.get(id).is_some_and(is_elsewhere)
+        });
+        // Source nodes may learn of the next owner before this node does.
+        let leaving = allocations.iter().filter(|(_, allocation)| allocation.routed);
+        let leaving = leaving.filter_map(|(id, a)| Some((*id, (a.handed_to?, now + ROUTED_HANDOVER))));
+        self.withdrawn.extend(leaving);
         self.from_here.retain(|_, until| *until > now);
         if let Some(before) = before {
-            let remote =
-                allocations.iter().filter(|(_, allocation)| matches!(allocation.state, AllocationState::Remote(_)));
-            let left = remote.map(|(id, _)| *id).filter(|id| before.was_local(*id));
-            self.from_here.extend(left.map(|id| (id, now + HANDOVER)));
+            for (id, allocation) in allocations.iter().filter(|(id, _)| before.was_local(**id)) {
+                let AllocationState::Remote(owner) = allocation.state else { continue };
+                self.from_here.insert(*id, now + HANDOVER);
+                if allocation.routed {
+                    self.withdrawn.insert(*id, (owner, now + ROUTED_HANDOVER));
+                }
+            }
         }
     }
 
     /// When the next handover is over.
     pub fn next(&self) -> Option<Instant> {
-        self.to_here.values().map(|(_, until)| *until).chain(self.from_here.values().copied()).min()
+        let with_nodes = self.to_here.values().chain(self.withdrawn.values());
+        with_nodes.map(|(_, until)| *until).chain(self.from_here.values().copied()).min()
     }
 
     /// The allocations that move or just moved to this node, with their former owners.
     pub fn to_here(&self) -> impl Iterator<Item = (EgressId, Mac)> {
         self.to_here.iter().map(|(id, (mac, _))| (*id, *mac))
+    }
+
+    /// The allocations that this node still serves although it has withdrawn their routes, with their new owners.
+    pub fn withdrawn(&self) -> impl Iterator<Item = (EgressId, Mac)> {
+        self.withdrawn.iter().map(|(id, (mac, _))| (*id, *mac))
     }
 
     /// The former owner of an allocation that moves or just moved to this node.

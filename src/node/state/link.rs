@@ -4,6 +4,7 @@ use super::Node;
 use crate::datapath::announce::{self, Claim};
 use crate::model::fnv::fnv1a;
 use crate::model::marks::EgressId;
+use crate::node::assign::Answer;
 use crate::node::host::UplinkStatus;
 use crate::node_plan::addresses;
 use crate::node_plan::allocations::NodeAllocation;
@@ -37,6 +38,8 @@ pub enum LinkMessage {
         by: Mac,
         claim: Claim,
     },
+    /// The answer of the assign hook about an address.
+    Assigned { address: IpAddr, answer: Answer },
 }
 
 /// The task that listens for claims, and the interfaces on which it listens.
@@ -80,6 +83,7 @@ impl Node {
             }
             LinkMessage::Answers { allocations, answers: None } => self.egress.holding.probe_failed(allocations),
             LinkMessage::Claim { address, by, claim } => self.claimed(address, by, claim),
+            LinkMessage::Assigned { address, answer } => self.hook_answered(address, answer),
         }
         self.pending.raise(Input::Host);
     }

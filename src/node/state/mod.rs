@@ -1,12 +1,14 @@
 //! The daemon's state. Events change the inputs, and a pass brings the kernel in sync with what they desire: see
 //! [`steps`].
 
+mod assign;
 mod blocked;
 mod desired;
 mod egress;
 mod fast_path;
 mod flow_records;
 mod handovers;
+mod holders;
 mod in_sync;
 mod link;
 mod pass;
@@ -37,13 +39,16 @@ use crate::datapath::probe;
 use crate::datapath::watch::Event;
 use crate::model::Cluster;
 use crate::model::marks::EgressId;
+use crate::model::shared::Mark;
 use crate::node::Options;
 use crate::node::adopted_files::{AdoptedFiles, Remembered};
 use crate::node::adoption::{self, SearchResult};
+use crate::node::assign::AssignHook;
 use crate::node::changed_ports::ChangedPorts;
 use crate::node::existing::Existing;
 use crate::node::fast_path::FastPath;
 use crate::node::forwarding::Forwarding;
+use crate::node::holders::Held;
 use crate::node::holding::Holding;
 use crate::node::host::Host;
 use crate::node::liveness::{PeerLiveness, Targets};
@@ -54,6 +59,7 @@ use crate::node::source_ports::SourcePorts;
 use crate::node::uplink_probes::{self, Findings};
 use crate::node_plan::View;
 use crate::node_plan::allocations::Facts;
+use crate::node_plan::allocations::NodeAllocations;
 use crate::telemetry::server::Readiness;
 use anyhow::{Context, Result};
 use egress::Egress;
@@ -82,6 +88,8 @@ pub struct Listeners {
     pub targets: watch::Sender<Targets>,
     /// What to probe by the uplinks.
     pub probes: watch::Sender<uplink_probes::Wanted>,
+    /// The egress IPs about which other nodes may ask.
+    pub held: watch::Sender<Held>,
     /// Looks up pods that the cluster's source has not reported yet.
     pub lookup: Lookup,
     /// Whether the node is ready, or why not.
@@ -130,6 +138,10 @@ pub struct Node {
     /// `None`: all packets take the kernel's own way.
     fast_path: Option<FastPath>,
     source_ports: SourcePorts,
+    /// `None`: nothing has to bring egress IPs to this node.
+    assign_hook: Option<AssignHook>,
+    /// The allocations from which its egress IPs were last taken.
+    owned_of: Mark<NodeAllocations>,
 }
 
 impl Node {
@@ -142,14 +154,16 @@ impl Node {
         metrics: Metrics,
         listeners: Listeners,
     ) -> Result<Self> {
-        let mut host = Host::open(options.marks, options.own_tables, options.tunnel_egress)?;
+        let mut host =
+            Host::open(options.marks, options.own_tables, options.tunnel_egress, options.fast_path_lease.is_some())?;
         if let Err(e) = probe::remove_device() {
             tracing::warn!("a killed daemon's device of a trace is left: {e:#}");
         }
         let pods = Pods::new(host.pod_marks()?);
         let earlier_marks = host.connection_base()?.filter(|base| *base != options.marks.connection_base());
         let facts = Facts { taken: taken_before(&cluster, &options.name), ..host.facts(BTreeMap::new()).await? };
-        let holding = Holding::new(options.liveness, tokio::time::Instant::now());
+        let assign_hook = options.assign_hook.clone().map(|target| AssignHook::new(target, metrics.assign_hook()));
+        let holding = Holding::new(options.liveness, tokio::time::Instant::now()).with_hook(assign_hook.is_some());
         // If the node has been in sync before, another program removed the rules while no daemon ran.
         let flushed = OfflinePolicies::is_there(&options.state_dir) && !host.has_tables()?;
         let changed_ports = ChangedPorts::start(options.marks, metrics.changed_ports())?;
@@ -190,6 +204,8 @@ impl Node {
             flow_records,
             fast_path,
             source_ports,
+            assign_hook,
+            owned_of: Mark::default(),
         };
         node.find_running_pods(adopted).await?;
         node.connections.ended.of_earlier = true;
@@ -227,6 +243,7 @@ impl Node {
             match event {
                 Event::VethGone { index } => self.veth_gone(*index).await,
                 Event::Nftables => self.host.invalidate_tables(),
+                Event::Filters { index } => self.host.invalidate_ifb(*index),
                 Event::Uplinks => self.pending.raise(Input::Host),
                 Event::Underlay => {
                     self.host.invalidate_underlay();

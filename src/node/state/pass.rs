@@ -71,6 +71,7 @@ impl Node {
         self.publish(in_sync);
         self.set_targets();
         self.set_probes();
+        self.set_held();
         self.set_roles();
         self.set_flow_view();
         self.set_owned_ips();
@@ -129,6 +130,7 @@ impl Node {
             Step::OfflinePolicies => self.store_offline_policies_again(),
             Step::Allocations => self.refresh_allocations(),
             Step::Tunnel => self.apply_tunnel().await?,
+            Step::Vlans => return self.host.vlans(&self.view).await,
             Step::Routing => return self.host.routing(&self.view).await,
             Step::Uplinks => self.read_uplinks().await?,
             Step::Decision => self.decide(),
@@ -140,6 +142,7 @@ impl Node {
             Step::TakenOver => self.find_taken_over(),
             Step::Peers => return self.host.forwarding(&self.view).await,
             Step::Tables => return self.apply_tables(),
+            Step::TunnelEntrance => return self.change_entrance().await,
             Step::Connections => self.clean_connections(),
             Step::Quarantine => self.quarantine_missing()?,
             Step::EndedConnections => self.delete_ended_connections().await,
@@ -169,6 +172,7 @@ impl Node {
                 None => in_sync.then_some(Ok(())),
             },
             fast_path: self.fast_path_status(),
+            arrivals: self.host.arrivals(),
         };
         self.report.publish(&self.view, &own, blocked, self.cluster.nodes.len());
     }
@@ -178,7 +182,7 @@ impl Node {
             own_ports: self.host.ports(),
             underlay: self.host.underlay().map(|u| u.interfaces().clone()).unwrap_or_default(),
             peers: self.host.underlay().into_iter().flat_map(Underlay::peers).collect(),
-            uplinks: self.host.uplinks().collect(),
+            uplinks: self.host.uplinks().chain(self.host.ways_out()).collect(),
             addresses: self
                 .view
                 .allocations

@@ -8,6 +8,7 @@ use crate::model::Cluster;
 use crate::model::uplink_key::UplinkKey;
 use crate::node::holding::ProbedUplinks;
 use crate::node::uplink_probes::{Finding, Findings, ProbeState, Probing, Settings, Wanted};
+use crate::node_plan::addresses;
 use egret_nft::mac::Mac;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv6Addr;
@@ -87,8 +88,15 @@ impl Node {
     fn probing(&self, key: &UplinkKey) -> Option<Probing> {
         let name = key.gateway.as_ref()?;
         let probes = &self.cluster.gateways.get(name)?.probes;
-        let mut of_gateway = self.view.allocations.allocations.values().filter(|a| a.gateway == *name);
-        let uplink = of_gateway.next().map_or(0, |allocation| allocation.uplink);
+        let allocations = &self.view.allocations.allocations;
+        let of_gateway = || allocations.values().filter(|allocation| allocation.gateway == *name);
+        let uplink = of_gateway().next().map_or(0, |allocation| allocation.uplink);
+        let interfaces = of_gateway().flat_map(|allocation| {
+            let of_family = addresses(allocation).filter(|address| address.is_ipv4() == key.ipv4);
+            of_family.filter_map(|address| self.egress.uplinks.interface(address, allocation))
+        });
+        let in_vrf =
+            interfaces.filter(|interface| interface.is_in_vrf()).map(|interface| interface.name.as_str().into()).next();
         let link = UplinkKey { gateway: None, ..key.clone() };
         let nodes = self.view.allocations.gateway_nodes.get(name)?;
         let others = nodes.iter().filter(|node| ***node != *self.options.name);
@@ -103,6 +111,7 @@ impl Node {
             settings: Settings { interval: probes.interval, misses: probes.misses },
             targets: probes.of_family(key.ipv4).cloned().collect(),
             mark: if uplink == 0 { 0 } else { self.options.marks.uplink(uplink) },
+            device: in_vrf,
             peers,
         })
     }

@@ -38,7 +38,7 @@ impl Problems {
     pub(super) fn set_unknown_networks(&mut self, unknown: bool) {
         if unknown && !self.unknown_networks {
             tracing::warn!(
-                "nothing tells where other nodes' pods have their addresses (no podCIDRs, no IPPools): policies take them for \
+                "nothing tells where other nodes' pods have their addresses (no podCIDRs, no IPPools, no CiliumNodes): policies take them for \
                  destinations outside the cluster, and replies to them may get lost; name their networks with --direct"
             );
         }

@@ -113,7 +113,9 @@ fn is_lasting(error: &anyhow::Error) -> bool {
 /// What the kernel lacks that has refused a step with `error`: the words of `egretd check`.
 pub(super) fn words(step: Step, error: &str) -> String {
     match step {
-        Step::Tunnel if error.contains(veth_pair::REFUSED) => check::lacking(Part::TunnelVeths, error),
+        Step::Tunnel | Step::TunnelEntrance if error.contains(veth_pair::REFUSED) => {
+            check::lacking(Part::TunnelVeths, error)
+        }
         Step::Tunnel => check::lacking(Part::Tunnel, error),
         Step::Routing if error.contains(rules::IPV6) => check::lacking(Part::RoutingIpv6, error),
         Step::Routing => check::lacking(Part::RoutingIpv4, error),

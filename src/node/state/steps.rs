@@ -42,6 +42,7 @@ pub enum Step {
     OfflinePolicies,
     Allocations,
     Tunnel,
+    Vlans,
     Routing,
     Uplinks,
     Decision,
@@ -53,6 +54,7 @@ pub enum Step {
     TakenOver,
     Peers,
     Tables,
+    TunnelEntrance,
     Connections,
     Quarantine,
     EndedConnections,
@@ -86,7 +88,7 @@ const fn row(
 }
 
 /// All steps, in an order in which each stands below those that it needs.
-pub const STEPS: [Row; 23] = [
+pub const STEPS: [Row; 25] = [
     row(
         Step::View,
         &[Input::Cluster, Input::PodAddresses],
@@ -130,11 +132,25 @@ pub const STEPS: [Row; 23] = [
         &[],
         "the tunnel device, from the node's tunnel address",
     ),
-    row(Step::Routing, &[Input::Host], &[Step::View, Step::Tunnel], &[], "routing rules and routing tables"),
+    // Again after egress IPs were removed from a VLAN that nobody needs any more.
+    row(
+        Step::Vlans,
+        &[Input::Host, Input::Placed],
+        &[Step::View],
+        &[],
+        "the interfaces of VLANs that gateways of this node name",
+    ),
+    row(
+        Step::Routing,
+        &[Input::Host],
+        &[Step::View, Step::Tunnel, Step::Vlans],
+        &[],
+        "routing rules and routing tables",
+    ),
     row(
         Step::Uplinks,
         &[Input::Host],
-        &[Step::View, Step::Tunnel],
+        &[Step::View, Step::Tunnel, Step::Vlans],
         &[Input::Facts],
         "reads the uplinks of egress IPs, and whether this node can hold any",
     ),
@@ -201,6 +217,13 @@ pub const STEPS: [Row; 23] = [
         &[Step::Allocations, Step::PluginRecords, Step::Tunnel],
         &[],
         "the nftables tables, in one transaction",
+    ),
+    row(
+        Step::TunnelEntrance,
+        &[Input::Pass],
+        &[Step::Routing, Step::Tables],
+        &[],
+        "the way into the tunnel, if the tables have the first or no more the last pod that an ifb device limits",
     ),
     row(
         Step::Connections,

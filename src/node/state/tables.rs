@@ -11,6 +11,9 @@ use crate::node::pods::Census;
 use anyhow::Result;
 use std::collections::BTreeSet;
 
+/// A change of the way into the tunnel takes two rounds of devices, routes and tables, or three.
+const ROUNDS: usize = 3;
+
 /// What the tables enforce since the kernel was last in sync.
 #[derive(Debug, Default)]
 pub(super) struct Enforced {
@@ -71,6 +74,21 @@ impl Node {
         Ok(changes)
     }
 
+    /// The step [`TunnelEntrance`](super::steps::Step::TunnelEntrance): devices, routes and tables once more, until packets
+    /// enter the tunnel by the way that the pods need. Returns the number of changes.
+    pub(super) async fn change_entrance(&mut self) -> Result<usize> {
+        let mut changes = 0;
+        for _ in 0..ROUNDS {
+            if !self.host.is_entrance_unsettled() {
+                break;
+            }
+            self.apply_tunnel().await?;
+            changes += self.host.routing(&self.view).await?;
+            changes += self.apply_tables()?;
+        }
+        Ok(changes)
+    }
+
     /// Brings the tables in sync with the view. Returns the number of changes, and what the pods use.
     fn write_tables(&mut self) -> Result<(usize, Uses)> {
         let (mut plan, uses, census) = self.pods.plan(&self.cluster, &self.view);
@@ -79,7 +97,9 @@ impl Node {
         let allocations = &self.view.allocations.allocations;
         let of_allocation = |id: EgressId| allocations.get(&id).map(|allocation| allocation.address.clone());
         let handovers = &self.egress.handovers;
-        plan.handed = handovers.to_here().filter_map(|(id, mac)| Some((id, (of_allocation(id)?, mac)))).collect();
+        // A packet that one node does not know is the other's: routers may send to both.
+        let handed = handovers.withdrawn().chain(handovers.to_here());
+        plan.handed = handed.filter_map(|(id, mac)| Some((id, (of_allocation(id)?, mac)))).collect();
         plan.left = handovers.moved_away();
         plan.unfound = self.unmanaged.missing();
         let ready = plan.allocations.keys().copied().collect();
@@ -96,7 +116,9 @@ impl Node {
         // First set the roles: the connections of an egress IP that has moved away are deleted here and have not
         // ended.
         self.set_roles();
-        let moved = Moved::new(&self.view, &self.egress.here);
+        let mut here = self.egress.here.clone();
+        here.extend(self.egress.handovers.withdrawn().map(|(id, _)| id));
+        let moved = Moved::new(&self.view, &here);
         let connections = &mut self.connections;
         if connections.moved.as_ref().is_none_or(|before| moved.needs_cleaning(before)) {
             let handed_over: BTreeSet<EgressId> = self.egress.handovers.all();
@@ -127,7 +149,7 @@ impl Node {
     /// Reads the counters: deletes stale connections if stale packets were counted, and updates the detection of
     /// blocked forwarding. Returns whether the status changes.
     pub fn check_counters(&mut self) -> bool {
-        let ports_changed = self.source_ports.has_changed() | self.fast_path_has_changed();
+        let ports_changed = self.source_ports.has_changed() | self.fast_path_has_changed() | self.host.take_arrivals();
         let (stale, first) = match self.host.stale_and_first_packets() {
             Ok(counted) => counted,
             Err(e) => {

@@ -107,21 +107,12 @@ impl Filter {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::fixture::trace_request;
     use egret_nft::trace::{Packet, Verdict};
 
     fn request(source_port: Option<u16>) -> Request {
-        let (node, namespace, pod) = Default::default();
-        Request {
-            node,
-            namespace,
-            pod,
-            source: "10.0.0.9".parse().unwrap(),
-            destination: "192.0.2.1".parse().unwrap(),
-            protocol: Protocol::Udp,
-            port: 53,
-            source_port,
-            seconds: 5,
-        }
+        let (source, destination) = ("10.0.0.9".parse().unwrap(), "192.0.2.1".parse().unwrap());
+        Request { source, destination, protocol: Protocol::Udp, port: 53, ..trace_request(source_port) }
     }
 
     fn step(id: u32, table: &str, chain: &str, ends: Option<([u8; 4], u16, [u8; 4], u16)>) -> Step {

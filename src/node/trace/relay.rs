@@ -17,11 +17,11 @@ pub fn relay(run_dir: &Path) -> Result<()> {
     let path = run_dir.join(SOCKET);
     let cannot = || format!("cannot ask the daemon at {}; see its log and /readyz", path.display());
     let mut answers = UnixStream::connect(&path).with_context(cannot)?;
-    let mut questions = answers.try_clone().with_context(cannot)?;
+    let mut requests = answers.try_clone().with_context(cannot)?;
     // The thread ends with the process.
     thread::spawn(move || {
-        let _ = io::copy(&mut io::stdin().lock(), &mut questions);
-        let _ = questions.shutdown(Shutdown::Write);
+        let _ = io::copy(&mut io::stdin().lock(), &mut requests);
+        let _ = requests.shutdown(Shutdown::Write);
     });
     match io::copy(&mut answers, &mut io::stdout()) {
         // Who asked is gone.

@@ -1,27 +1,27 @@
-//! The wire format of questions between gateway nodes: do the probes of this gateway succeed on your node?
+//! The wire format of requests between gateway nodes: do the probes of this gateway succeed on your node?
 
 use std::time::Duration;
 
 /// The first bytes of each message: its type and the version of the format.
 pub const MAGIC: [u8; 4] = *b"egu\x01";
-const QUESTION: u8 = 1;
+const REQUEST: u8 = 1;
 const ANSWER: u8 = 2;
 
-/// A question, or its answer.
+/// A request, or its answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Message {
     /// Asks about the probes with this number.
-    Question {
+    Request {
         /// The number of the gateway's probes of a family.
         probes: u64,
-        /// The time of the question on the asking node's clock, in milliseconds. The answer repeats it.
+        /// The time of the request on the asking node's clock, in milliseconds. The answer repeats it.
         asked: u64,
     },
     /// The probes succeed.
     Answer {
         /// The number of the probes.
         probes: u64,
-        /// The time of the question.
+        /// The time of the request.
         asked: u64,
         /// How long ago the newest answered probe was sent, in milliseconds.
         age: u32,
@@ -32,7 +32,7 @@ impl Message {
     /// Encodes the message.
     pub fn encode(&self) -> Vec<u8> {
         let (kind, probes, asked, age) = match *self {
-            Message::Question { probes, asked } => (QUESTION, probes, asked, None),
+            Message::Request { probes, asked } => (REQUEST, probes, asked, None),
             Message::Answer { probes, asked, age } => (ANSWER, probes, asked, Some(age)),
         };
         let mut bytes = MAGIC.to_vec();
@@ -50,7 +50,7 @@ impl Message {
         let (asked, rest) = rest.split_first_chunk::<8>()?;
         let (probes, asked) = (u64::from_be_bytes(*probes), u64::from_be_bytes(*asked));
         match (*kind, <[u8; 4]>::try_from(rest)) {
-            (QUESTION, _) if rest.is_empty() => Some(Message::Question { probes, asked }),
+            (REQUEST, _) if rest.is_empty() => Some(Message::Request { probes, asked }),
             (ANSWER, Ok(age)) => Some(Message::Answer { probes, asked, age: u32::from_be_bytes(age) }),
             _ => None,
         }
@@ -68,9 +68,9 @@ mod tests {
 
     #[test]
     fn encoded_messages_are_decoded_back_and_others_are_rejected() {
-        let question = Message::Question { probes: 0x0102_0304_0506_0708, asked: 9 };
+        let request = Message::Request { probes: 0x0102_0304_0506_0708, asked: 9 };
         let answer = Message::Answer { probes: 7, asked: u64::MAX, age: 10 };
-        for message in [question, answer] {
+        for message in [request, answer] {
             let bytes = message.encode();
             assert_eq!(Message::decode(&bytes), Some(message));
             assert!((0..bytes.len()).all(|length| Message::decode(&bytes[..length]).is_none_or(|m| m != message)));

@@ -13,6 +13,7 @@ pub use judge::{ProbeState, Settings};
 pub use metrics::ProbeMetrics;
 pub use task::watch;
 
+use crate::model::selector::Name;
 use crate::model::uplink_key::UplinkKey;
 use crate::model::uplink_probes::ProbeTarget;
 use egret_nft::mac::Mac;
@@ -28,6 +29,8 @@ pub struct Probing {
     pub targets: Vec<ProbeTarget>,
     /// The mark of the packets, which selects the gateway's own route; 0: the main table.
     pub mark: u32,
+    /// The interface by which they leave, if it is in a VRF.
+    pub device: Option<Name>,
     /// The gateway's other nodes, by tunnel MAC address, with the addresses to which messages for them are sent.
     pub peers: BTreeMap<Mac, Ipv6Addr>,
 }

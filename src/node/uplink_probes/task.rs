@@ -67,7 +67,7 @@ struct Task {
     findings: watch::Sender<Findings>,
     metrics: ProbeMetrics,
     lost: BTreeSet<UplinkKey>,
-    /// The zero of the clock in questions.
+    /// The zero of the clock in requests.
     begin: Instant,
     uplinks: BTreeMap<UplinkKey, Uplink>,
     messages: Option<NodeMessages>,
@@ -157,8 +157,9 @@ impl Task {
             }
             for target in judge.due(now) {
                 let (wanted, mark, results) = (probing.targets[target].clone(), probing.mark, self.results.clone());
+                let device = probing.device.clone();
                 tokio::spawn(async move {
-                    let answered = probe(wanted, mark, PATIENCE).await;
+                    let answered = probe(wanted, mark, device.as_deref(), PATIENCE).await;
                     tracing::trace!(?answered, "probe");
                     // Without a receiver the daemon is ending.
                     let _ = results.send(ProbeResult { of: (number, target), sent: now, answered: answered.is_ok() });
@@ -174,10 +175,10 @@ impl Task {
         let asked = u64::try_from((now - self.begin).as_millis()).unwrap_or(u64::MAX);
         for uplink in self.uplinks.values_mut().filter(|uplink| uplink.judge.asks() && uplink.ask_at <= now) {
             uplink.ask_at = now + uplink.probing.settings.interval / 2;
-            let question = Message::Question { probes: uplink.number, asked }.encode();
+            let request = Message::Request { probes: uplink.number, asked }.encode();
             for peer in uplink.probing.peers.values() {
-                // A question that cannot be sent is asked again.
-                let _ = self.messages.as_ref().map(|messages| messages.send(*peer, &question));
+                // A request that cannot be sent is asked again.
+                let _ = self.messages.as_ref().map(|messages| messages.send(*peer, &request));
             }
         }
     }
@@ -200,14 +201,8 @@ impl Task {
 
     fn receive(&mut self, ready: io::Result<()>) {
         let Some(messages) = &self.messages else { return };
-        match ready.and_then(|()| messages.received()) {
-            Ok(received) => {
-                for (from, bytes) in received {
-                    if let Some(message) = Message::decode(&bytes) {
-                        self.handle(from, message);
-                    }
-                }
-            }
+        match ready.and_then(|()| messages.received(Message::decode)) {
+            Ok(received) => received.into_iter().for_each(|(from, message)| self.handle(from, message)),
             Err(e) => {
                 tracing::warn!("cannot receive other nodes' messages about probes: {e}");
                 (self.messages, self.open_again) = (None, Instant::now() + AGAIN);
@@ -217,7 +212,7 @@ impl Task {
 
     fn handle(&mut self, from: egret_nft::mac::Mac, message: Message) {
         let number = match message {
-            Message::Question { probes, .. } | Message::Answer { probes, .. } => probes,
+            Message::Request { probes, .. } | Message::Answer { probes, .. } => probes,
         };
         let uplink = self.uplinks.values_mut().find(|uplink| uplink.number == number);
         let Some((uplink, peer)) = uplink.and_then(|uplink| {
@@ -227,14 +222,14 @@ impl Task {
             return;
         };
         match message {
-            Message::Question { probes, asked } => {
+            Message::Request { probes, asked } => {
                 let Some(sent) = uplink.judge.success() else { return };
                 let age = u32::try_from(milliseconds(sent.elapsed())).unwrap_or(u32::MAX);
                 let answer = Message::Answer { probes, asked, age }.encode();
                 let _ = self.messages.as_ref().map(|messages| messages.send(peer, &answer));
             }
             Message::Answer { asked, age, .. } => {
-                // The answer was given after the question, so the probe is not older than this.
+                // The answer was given after the request, so the probe is not older than this.
                 let at = self.begin.checked_add(Duration::from_millis(asked));
                 let at = at.and_then(|at| at.checked_sub(Duration::from_millis(age.into())));
                 if let Some(at) = at.filter(|at| *at <= Instant::now()) {
@@ -304,6 +299,7 @@ mod tests {
             settings: Settings { interval: Duration::from_secs(1), misses: 3 },
             targets: vec![ProbeTarget::Icmp([192, 0, 2, last].into())],
             mark: 0,
+            device: None,
             peers: BTreeMap::new(),
         };
         let number = number_of(&key("web", true), &probing(1));

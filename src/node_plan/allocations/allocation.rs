@@ -28,8 +28,12 @@ pub struct NodeAllocation {
     pub placement: Placement,
     /// Whether this node answers echo requests to the address while it holds it.
     pub answers_ping: bool,
+    /// Whether the gateway lets packets of long connections take the fast path.
+    pub fast_path: bool,
     /// In a planned move to this node: the tunnel MAC of the node that holds the egress IP until then.
     pub handed_by: Option<Mac>,
+    /// In a planned move away from this node, which holds it still: the tunnel MAC of the next owner.
+    pub handed_to: Option<Mac>,
     /// If its policy has several dedicated ones: its place among them, from 0.
     pub ordinal: u16,
     /// Whether the owner reports that it holds the address.
@@ -44,7 +48,11 @@ pub struct NodeAllocation {
     pub assignment: Assignment,
     /// The `since` of the allocation.
     pub since: i64,
-    /// The interface for the address, where the gateway names one.
+    /// Whether this node must not use the address before the assign hook has brought it here.
+    pub unassigned: bool,
+    /// Whether this node's own router announces the address while it is here, and nobody answers ARP for it.
+    pub routed: bool,
+    /// The interface for the address, where the gateway names one, or `DEFAULT_ROUTE`.
     pub interface: Option<Name>,
     /// The families that the gateway probes.
     pub probed: ProbedFamilies,

@@ -1,6 +1,6 @@
 use super::*;
-use crate::api::{Allocate, EgressNodeStatus, EgressPolicySpec, TakenAllocation};
-use crate::fixture::{World, asking, naming, naming_service, naming_several};
+use crate::api::{Allocate, EgressNodeStatus, EgressPolicySpec, NodeCapacity, TakenAllocation};
+use crate::fixture::{World, asking, naming, naming_service, naming_several, selector};
 use crate::model::tunnel_mac;
 use egret_nft::mac;
 use std::sync::Arc;
@@ -313,4 +313,68 @@ fn only_nodes_that_may_become_the_owner_know_the_dscp() {
     assert_eq!(["n1", "n2", "plain"].map(|node| dscp(&world, node)), [Some(46), Some(46), None]);
     world.policy("a/p", naming(&[A]));
     assert_eq!(dscp(&world, "n1"), None);
+}
+
+/// What the nodes of a gateway take, and where a source node sends, by egress ID.
+fn taken_by(world: &World, members: &[&str], dead: &[&str]) -> BTreeMap<EgressId, Vec<String>> {
+    let of_source = NodeAllocations::new(&world.cluster, "plain", &facts(&[], dead));
+    let mut takers: BTreeMap<EgressId, Vec<String>> =
+        of_source.allocations.keys().map(|id| (*id, Vec::new())).collect();
+    for node in members.iter().filter(|node| !dead.contains(node)) {
+        for (id, allocation) in NodeAllocations::new(&world.cluster, node, &facts(&[], dead)).allocations {
+            if allocation.placing == Placing::Take {
+                takers.get_mut(&id).unwrap().push((*node).to_owned());
+            }
+        }
+    }
+    for (id, allocation) in &of_source.allocations {
+        match takers[id].as_slice() {
+            [one] => assert_eq!(allocation.state, to(one), "{id}"),
+            [] => assert!(matches!(allocation.state, AllocationState::Unready(_)), "{id}: {:?}", allocation.state),
+            several => panic!("{several:?} take {id}"),
+        }
+    }
+    takers
+}
+
+#[test]
+fn all_nodes_compute_the_same_where_nodes_have_a_maximum() {
+    let members = ["n1", "n2", "n3"];
+    for most in 2..6 {
+        let mut world = World::new(&["192.0.2.50-192.0.2.69"]);
+        world.gateway("g", &["192.0.2.50-192.0.2.69"], |spec| {
+            let nodes = |weight| NodeCapacity {
+                node_selector: selector(&[]),
+                weight: Some(weight),
+                max_egress_ips: Some(most),
+            };
+            (spec.default, spec.capacity) = (true, vec![nodes(2)]);
+        });
+        world.node("n3", "g", &["10.0.0.3"]);
+        world.node("plain", "none", &["10.0.0.4"]);
+        (0..6).for_each(|i| world.policy(&format!("a/p{i}"), asking(Allocate::Dedicated)));
+        world.allocate();
+        for node in members.into_iter().chain(["plain"]) {
+            says(&mut world, node, &[], &[]);
+        }
+        let before = taken_by(&world, &members, &[]);
+        assert!(before.values().all(|nodes| nodes.len() == 1), "{before:?}");
+        let after = taken_by(&world, &members, &["n1"]);
+        let of = |node: &str| after.values().filter(|nodes| nodes.contains(&node.to_owned())).count();
+        let room = 2 * (most as usize - 2);
+        assert_eq!(of("n2") + of("n3"), 4 + room.min(2), "{after:?}");
+        assert!(of("n2") <= most as usize && of("n3") <= most as usize, "{after:?}");
+        for (id, nodes) in &before {
+            assert!(*nodes == ["n1"] || *nodes == after[id], "only what the dead node held moves: {after:?}");
+        }
+        let full = NodeAllocations::new(&world.cluster, "plain", &facts(&[], &["n1"]));
+        for allocation in full.allocations.values() {
+            if let AllocationState::Unready(why) = &allocation.state {
+                assert!(
+                    why.contains("n1 does not answer") && why.contains("maxEgressIPs") && why.contains("n2, n3"),
+                    "{why}"
+                );
+            }
+        }
+    }
 }

@@ -42,6 +42,8 @@ pub(super) fn decided(
         return lines;
     }
     let EgressIp { id, address, has_allocation, ready, which } = of_pod(cluster, named_pod, decides, target);
+    let by_route = address.filter(|_| ready.as_ref().is_some_and(|ready| ready.status != "False"));
+    let by_route = by_route.filter(|_| is_routed(cluster, id));
     let outcome = match policy.fallback {
         Fallback::Block => "is blocked",
         Fallback::NodeAddress => "leaves from the node's address (fallback: NodeAddress)",
@@ -83,7 +85,20 @@ pub(super) fn decided(
             format!("{target} {outcome}: {} decides, and it is not ready: {reason}", named(key))
         }
     });
+    lines.extend(by_route.map(|address| {
+        format!(
+            "Its gateway has announce: Route: answers come if the router on that node announces {address}, which is on the \
+             device egret-ip there."
+        )
+    }));
     lines
+}
+
+/// Whether the nodes' own routers announce an allocation's egress IP.
+fn is_routed(cluster: &Cluster, allocation: Option<EgressId>) -> bool {
+    let routed = cluster.gateways.values().filter(|gateway| gateway.is_routed());
+    let mut allocations = routed.flat_map(|gateway| &gateway.status.allocations);
+    allocation.is_some_and(|id| allocations.any(|allocation| allocation.id == id))
 }
 
 /// What a node does with pods of a policy that lists too many destinations for it.

@@ -7,9 +7,11 @@ mod egress_ip;
 mod policies;
 
 use crate::model::destination::comma_separated;
+use crate::model::opt_in;
 use crate::model::precedence::{PolicyIndex, Ranked};
+use crate::model::selector::Labels;
 use crate::model::target::Target;
-use crate::model::{Client, Cluster, ObjectKey, PolicyKey};
+use crate::model::{ASKED_GATEWAY, Client, Cluster, ObjectKey, PolicyKey};
 use crate::node_plan::allocations::NodeAllocations;
 use crate::node_plan::policy_chain::PolicyChain;
 use ipnetwork::IpNetwork;
@@ -75,13 +77,37 @@ pub fn why(
             Some(target) => lines.extend(destination::explain(cluster, (key, pod), &policies, target, direct)),
         }
     }
+    lines.extend(asks_in_vain(cluster, key, &pod.labels, &policies));
     lines.push(String::new());
     Ok(lines.join("\n"))
 }
 
 fn named(key: &PolicyKey) -> String {
+    if let Some(gateway) = opt_in::gateway_of(key) {
+        return format!("EgressGateway {gateway}, which may be asked for (spec.optIn),");
+    }
     let kind = if key.namespace.is_some() { "EgressPolicy" } else { "ClusterEgressPolicy" };
     format!("{kind} {key}")
+}
+
+/// Why a pod that asks for a gateway does not get it, if no policy that selects it is of that gateway.
+fn asks_in_vain(cluster: &Cluster, key: &ObjectKey, labels: &Labels, policies: &[&Ranked]) -> Option<String> {
+    let namespace = cluster.namespaces.get(&key.namespace);
+    let (who, asked) = match labels.get(ASKED_GATEWAY) {
+        Some(asked) => ("It", asked),
+        None => ("Its namespace", namespace?.get(ASKED_GATEWAY)?),
+    };
+    if policies.iter().any(|ranked| ranked.policy.gateway.as_ref() == Some(asked)) {
+        return None;
+    }
+    let why = match cluster.gateways.get(asked) {
+        None => "there is no such gateway".to_owned(),
+        Some(gateway) if !gateway.opt_in => {
+            "that one may not be asked for (spec.optIn), and no policy grants it".to_owned()
+        }
+        Some(_) => format!("its namespaceSelector does not match the labels of namespace {}", key.namespace),
+    };
+    Some(format!("{who} asks for EgressGateway {asked:?} ({ASKED_GATEWAY}) in vain: {why}."))
 }
 
 fn list<T: ToString>(all: &[T], none: &str) -> String {

@@ -51,6 +51,18 @@ fn assert_has(text: &str, words: &[&str]) {
 }
 
 #[test]
+fn an_egress_ip_that_a_router_announces_is_named_with_its_device() {
+    let mut world = world();
+    assert!(!explain(&settled(world.clone()), "198.18.0.1").contains("egret-ip"));
+    world.gateway("g", &["192.0.2.50-192.0.2.59"], |spec| {
+        spec.default = true;
+        spec.announce = crate::api::Announce::Route;
+    });
+    let text = explain(&settled(world), "198.18.0.1");
+    assert_has(&text, &["announce: Route", "announces 192.0.2.50", "device egret-ip"]);
+}
+
+#[test]
 fn policies_of_a_pod_are_listed_in_order_of_precedence() {
     let text = explain(&settled(world()), "");
     assert_has(&text, &["pod shop/visitor on node n1, 10.9.0.1", "app=visitor"]);

@@ -81,7 +81,7 @@ fn each_map_emptied_and_each_program_detached_is_slower_and_never_different() {
     let (lab, pod, session, flood, owner) = going_fast(&[]);
     for node in ["n1", &owner] {
         let objects = of(&lab.daemon(node));
-        assert_eq!(objects.programs.len(), 4, "{node}: {objects:?}");
+        assert_eq!(objects.programs.len(), 6, "{node}: {objects:?}");
         // The tunnel device, and a pod or an uplink: two programs each.
         assert!(objects.links.len() >= 4, "{node}: {objects:?}");
         lab.forget_wire();
@@ -92,7 +92,18 @@ fn each_map_emptied_and_each_program_detached_is_slower_and_never_different() {
             assert_eq!(lab.sources(EXT4), [EGRESS4.into()].into(), "{name} of {node} emptied");
             names.insert(name);
         }
-        for expected in ["leases4", "leases6", "peers", "counts", "fast_pat.bss"] {
+        for expected in [
+            "leases4",
+            "leases6",
+            "peers",
+            "nodes",
+            "slow_ids",
+            "slow_ips",
+            "counts",
+            "copies",
+            "pendings",
+            "fast_pat.bss",
+        ] {
             assert!(names.contains(expected), "{node}: {expected} of {names:?}");
         }
         for link in objects.links {

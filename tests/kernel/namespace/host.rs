@@ -54,15 +54,15 @@ pub fn index(name: &str) -> u32 {
 
 /// The routes of requests, as the prototype has them.
 pub fn request_routes(oif: u32) -> BTreeSet<Route> {
-    let hub = |dst: &str, gateway: &str| Route {
+    let tunnel_next_hop = |dst: &str, gateway: &str| Route {
         dst: dst.parse().unwrap(),
         kind: RouteKind::Unicast { gateway: Some(address(gateway)), oif, onlink: gateway.contains('.') },
         metric: 0,
     };
     let bare = |dst: &str, kind, metric| Route { dst: dst.parse().unwrap(), kind, metric };
     BTreeSet::from([
-        hub("0.0.0.0/0", "169.254.78.1"),
-        hub("::/0", "fe80::e"),
+        tunnel_next_hop("0.0.0.0/0", "169.254.78.1"),
+        tunnel_next_hop("::/0", "fe80::e"),
         bare("10.244.0.0/16", RouteKind::Throw, 0),
         bare("fd00:244::/32", RouteKind::Throw, 0),
         bare("0.0.0.0/0", RouteKind::Unreachable, METRIC_LAST),
@@ -86,8 +86,22 @@ pub fn table(number: u32) -> Vec<String> {
 /// The rules of requests and replies.
 pub fn our_rules() -> BTreeSet<Rule> {
     BTreeSet::from([
-        Rule { priority: RULE_REQUEST, mark: 0x8000_0000, mask: 0xc000_0000, table: TABLE_REQUEST },
-        Rule { priority: RULE_REPLY, mark: 0xc000_0000, mask: 0xc000_0000, table: TABLE_REPLY },
+        Rule {
+            priority: RULE_REQUEST,
+            mark: 0x8000_0000,
+            mask: 0xc000_0000,
+            table: TABLE_REQUEST,
+            without_default: false,
+            only: None,
+        },
+        Rule {
+            priority: RULE_REPLY,
+            mark: 0xc000_0000,
+            mask: 0xc000_0000,
+            table: TABLE_REPLY,
+            without_default: false,
+            only: None,
+        },
     ])
 }
 

@@ -448,9 +448,9 @@ impl Role {
 /// A thread inside the host that asks what it is told to.
 fn client(host: &Host, kubeconfig: PathBuf) -> mpsc::Sender<Ask> {
     let (asks, asked) = mpsc::channel::<Ask>();
-    let door = host.door();
+    let namespaces = host.namespaces();
     thread::spawn(move || {
-        door.enter();
+        namespaces.enter();
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
         runtime.block_on(async {
             let mut client = None;

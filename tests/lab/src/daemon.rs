@@ -1,6 +1,6 @@
 //! Egret's daemons as processes: started, killed, restarted, their logs kept for a test that fails.
 
-use super::host::{Door, Host};
+use super::host::{Host, Namespaces};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use std::fs::OpenOptions;
@@ -17,7 +17,7 @@ pub struct Daemon(Arc<Inner>);
 
 struct Inner {
     name: String,
-    door: Door,
+    namespaces: Namespaces,
     program: PathBuf,
     arguments: Vec<String>,
     log: PathBuf,
@@ -29,7 +29,7 @@ impl Daemon {
     pub fn start(name: &str, host: &Host, program: &Path, arguments: Vec<String>, log: PathBuf) -> Daemon {
         let inner = Inner {
             name: name.to_owned(),
-            door: host.door(),
+            namespaces: host.namespaces(),
             program: program.to_owned(),
             arguments,
             log,
@@ -54,7 +54,7 @@ impl Daemon {
         for (key, _) in env::vars_os().filter(|(k, _)| foreign(&k.to_string_lossy())) {
             command.env_remove(key);
         }
-        let child = this.door.within(|| command.spawn());
+        let child = this.namespaces.within(|| command.spawn());
         let child = child.unwrap_or_else(|e| panic!("start {}: {e}", this.program.display()));
         *this.child.lock().expect("a lock") = Some(child);
     }

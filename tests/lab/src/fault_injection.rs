@@ -3,7 +3,9 @@
 use super::scene::{VISITOR, assert_leaves_by_egress};
 use super::topology::{EXT4, Node, NodeSpec, Pods};
 use super::{EGRESS4, Lab, Pod, machine, manifests, server};
+use std::net::Ipv4Addr;
 use std::sync::Arc;
+use std::thread;
 use std::time::{Duration, Instant};
 
 /// The nodes that have the scene's IPv4 address.
@@ -19,6 +21,23 @@ pub fn owner_and_other(lab: &Lab) -> (String, String) {
     let [owner] = holders.as_slice() else { panic!("{EGRESS4} is on {holders:?}") };
     let other = if owner == "g1" { "g2" } else { "g1" };
     (owner.clone(), other.to_owned())
+}
+
+/// Waits until the egress IP is on that node alone.
+#[track_caller]
+pub fn wait_holder(lab: &Lab, node: &str) {
+    lab.wait_for("the address is on", &vec![node.to_owned()], || holders(lab));
+}
+
+/// Panics if the egress IP is not on that node alone, at any moment of this time. `meanwhile` is what else must hold.
+#[track_caller]
+pub fn assert_stays(lab: &Lab, node: &str, time: Duration, mut meanwhile: impl FnMut()) {
+    let begin = Instant::now();
+    while begin.elapsed() < time {
+        assert_eq!(holders(lab), [node], "after {:?}", begin.elapsed());
+        meanwhile();
+        thread::sleep(Duration::from_millis(50));
+    }
 }
 
 /// Takes a node off the network, or puts it back.
@@ -53,7 +72,7 @@ pub fn dies(lab: &Lab, owner: &str, other: &str, pods: &[Pod]) -> Duration {
     plugged(lab, owner, false);
     let gap = answered_after(&pods[0], Instant::now());
     println!("new packets are answered after {gap:?}");
-    lab.wait_for("the address is on", &vec![other.to_owned()], || holders(lab));
+    wait_holder(lab, other);
     // Each source node finds out by itself.
     for pod in pods {
         answered_after(pod, Instant::now());
@@ -92,7 +111,12 @@ pub fn cordoned(lab: &Lab, node: &str, cordoned: bool) {
 
 /// How long after `begin` the pod is answered again, by UDP packets every 10 ms.
 pub fn answered_after(pod: &Pod, begin: Instant) -> Duration {
-    let socket = pod.udp_socket((EXT4, server::UDP_WHO).into()).expect("a socket");
+    answered_by_after(pod, EXT4, begin)
+}
+
+/// The same by another server.
+pub fn answered_by_after(pod: &Pod, by: Ipv4Addr, begin: Instant) -> Duration {
+    let socket = pod.udp_socket((by, server::UDP_WHO).into()).expect("a socket");
     socket.set_read_timeout(Some(Duration::from_millis(10))).expect("a timeout");
     loop {
         assert!(begin.elapsed() < Duration::from_secs(20), "{} gets no answer", pod.name);

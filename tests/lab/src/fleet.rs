@@ -37,7 +37,11 @@ impl Lab {
         arguments.extend(["--name".to_owned(), name.to_owned()]);
         arguments.extend(["--run-dir".to_owned(), node.run_dir().display().to_string()]);
         arguments.extend(["--state-dir".to_owned(), node.state_dir().display().to_string()]);
-        let end = if self.ipv6_tunnel { node.ipv6().to_string() } else { node.ipv4().to_string() };
+        let end = match self.tunnel_network {
+            Some(beginning) => format!("{beginning}{}", node.spec.last),
+            None if self.ipv6_tunnel => node.ipv6().to_string(),
+            None => node.ipv4().to_string(),
+        };
         arguments.extend(["--tunnel-address".to_owned(), end]);
         arguments.extend(self.node_arguments.iter().cloned());
         arguments

@@ -16,17 +16,17 @@ pub struct Host {
     pub name: String,
     /// Its name under `/run/netns`, for `ip -n` by hand.
     pub netns: String,
-    door: Door,
+    namespaces: Namespaces,
 }
 
-/// The way into a host, for threads that outlive a borrow of it.
+/// The namespaces of a host, for threads that outlive a borrow of it.
 #[derive(Clone)]
-pub struct Door {
+pub struct Namespaces {
     net: Arc<File>,
     mounts: Option<Arc<File>>,
 }
 
-impl Door {
+impl Namespaces {
     /// Takes the calling thread inside, for the rest of its life.
     #[expect(clippy::disallowed_methods, reason = "this is the helper that others use")]
     pub fn enter(&self) {
@@ -56,7 +56,11 @@ impl Host {
     pub fn open(name: &str, netns: &str) -> Host {
         let path = format!("/run/netns/{netns}");
         let net = File::open(&path).unwrap_or_else(|e| panic!("{path}: {e}"));
-        Host { name: name.to_owned(), netns: netns.to_owned(), door: Door { net: Arc::new(net), mounts: None } }
+        Host {
+            name: name.to_owned(),
+            netns: netns.to_owned(),
+            namespaces: Namespaces { net: Arc::new(net), mounts: None },
+        }
     }
 
     /// Gives the host its own view of `/sys`: without it `/sys/class/net` shows the machine's interfaces. The control
@@ -74,7 +78,7 @@ impl Host {
             checked(&["umount", "-R", "/mnt"], None);
             File::open("/proc/thread-self/ns/mnt").expect("/proc/thread-self/ns/mnt")
         });
-        self.door.mounts = Some(Arc::new(mounts));
+        self.namespaces.mounts = Some(Arc::new(mounts));
         self
     }
 
@@ -85,12 +89,12 @@ impl Host {
 
     /// Runs `action` in a thread inside the namespace.
     pub fn within<T: Send>(&self, action: impl FnOnce() -> T + Send) -> T {
-        self.door.within(action)
+        self.namespaces.within(action)
     }
 
     /// The way into it, for threads of their own.
-    pub fn door(&self) -> Door {
-        self.door.clone()
+    pub fn namespaces(&self) -> Namespaces {
+        self.namespaces.clone()
     }
 
     /// Runs a command to its end and returns what it wrote. Panics, with all it said, if it fails.
@@ -145,6 +149,20 @@ impl Host {
                 std::fs::write(&path, value).unwrap_or_else(|e| panic!("sysctl {setting} on {}: {e}", self.name));
             }
         });
+    }
+
+    /// The MAC address of an interface.
+    #[track_caller]
+    pub fn mac(&self, interface: &str) -> String {
+        let text = self.ip(&format!("-o link show dev {interface}"));
+        let mac = text.split("link/ether ").nth(1).and_then(|rest| rest.split(' ').next());
+        mac.unwrap_or_else(|| panic!("{interface} has no MAC address: {text}")).to_owned()
+    }
+
+    /// The packets that all counters of a table count together.
+    pub fn counted(&self, family: &str, table: &str) -> u64 {
+        let text = self.run(["nft", "list", "table", family, table]);
+        text.split("packets ").skip(1).filter_map(|rest| rest.split_whitespace().next()?.parse::<u64>().ok()).sum()
     }
 
     /// How source addresses are looked at where packets come in: 0 not at all, 1 strictly, 2 loosely.

@@ -85,6 +85,23 @@ impl Node {
         lines
     }
 
+    /// The MAC address of the node's tunnel device.
+    pub fn tunnel_mac(&self) -> Vec<u8> {
+        let mac = self.mac("egret");
+        mac.split(':').map(|b| u8::from_str_radix(b, 16).expect("hexadecimal")).collect()
+    }
+
+    /// Egret's tables as text that `nft -f` reads. What nft lists of them is not: where a rule does not match the link's
+    /// type first, it shows offsets; of two masked ports that are looked up together it cannot read what it shows, for
+    /// which there are a few rules less; and for a table's owner it shows a flag without a name.
+    pub fn egret_tables(&self) -> String {
+        let list = |family: &str| self.run(["nft", "list", "table", family, "egret"]);
+        let text = list("inet") + &list("netdev");
+        let text = text.replace("@ll,48,48", "ether saddr").replace("@ll,0,48 set", "ether daddr set");
+        let is_read = |line: &&str| !line.contains("!= @same_port") && !line.starts_with("\tflags");
+        text.lines().filter(is_read).flat_map(|line| [line, "\n"]).collect()
+    }
+
     /// What Egret's counters say has been dropped, those that are not zero.
     pub fn egret_drops(&self) -> String {
         let out = self.try_run(["nft", "-j", "list", "counters"]);

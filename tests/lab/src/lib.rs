@@ -9,15 +9,19 @@
 //! ```
 
 pub mod api;
+pub mod assign_hook;
 pub mod bulk;
 pub mod by_hand;
 pub mod client;
 pub mod cni;
 pub mod daemon;
 pub mod fault_injection;
+pub mod felix;
 mod fleet;
+pub mod frr;
 pub mod host;
 pub mod kernel;
+pub mod kube_router;
 pub mod leftovers;
 pub mod machine;
 pub mod manifests;
@@ -26,6 +30,8 @@ pub mod own_uplinks;
 pub mod places;
 pub mod pod;
 pub mod problems;
+pub mod redirecting;
+pub mod routed;
 pub mod scene;
 pub mod server;
 pub mod snapshot;
@@ -74,6 +80,7 @@ pub struct Lab {
     pub node_arguments: Vec<String>,
     controller_arguments: Vec<String>,
     ipv6_tunnel: bool,
+    tunnel_network: Option<&'static str>,
     /// Given back last of all.
     _turn: Arc<turn::Turn>,
 }
@@ -82,6 +89,7 @@ pub struct Lab {
 pub struct LabBuilder {
     nodes: Vec<NodeSpec>,
     ipv6_tunnel: bool,
+    tunnel_network: Option<&'static str>,
     router: bool,
     egret: bool,
     node_arguments: Vec<String>,
@@ -124,6 +132,13 @@ impl LabBuilder {
     #[must_use]
     pub fn ipv6_tunnel(mut self) -> Self {
         self.ipv6_tunnel = true;
+        self
+    }
+
+    /// With these addresses as the ends of the tunnel: `"10.99.0."` and the last part of the node's other addresses.
+    #[must_use]
+    pub fn tunnel_network(mut self, beginning: &'static str) -> Self {
+        self.tunnel_network = Some(beginning);
         self
     }
 
@@ -179,6 +194,7 @@ impl Lab {
                 NodeSpec::gateway("g2", 22, Bridged),
             ],
             ipv6_tunnel: false,
+            tunnel_network: None,
             router: false,
             egret: true,
             node_arguments: Vec::new(),
@@ -213,6 +229,7 @@ impl Lab {
             node_arguments: wanted.node_arguments.clone(),
             controller_arguments: wanted.controller_arguments.clone(),
             ipv6_tunnel: wanted.ipv6_tunnel,
+            tunnel_network: wanted.tunnel_network,
             _turn: turn,
             name,
             directory,

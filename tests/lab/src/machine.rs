@@ -5,6 +5,7 @@
 use std::cell::Cell;
 use std::fs;
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Mutex, MutexGuard, Once, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -71,6 +72,20 @@ fn column(file: &str, number: usize) -> u64 {
     text.lines().filter_map(|l| u64::from_str_radix(l.split_whitespace().nth(number)?, 16).ok()).sum()
 }
 
+/// Whether notes are printed. Tests print them beside a failure.
+static NOTES: AtomicBool = AtomicBool::new(true);
+
+/// Prints no notes from now on, for a program whose output people read.
+pub fn print_no_notes() {
+    NOTES.store(false, Relaxed);
+}
+
+fn note(text: &str) {
+    if NOTES.load(Relaxed) {
+        println!("{text}");
+    }
+}
+
 /// Asks, and asks again if there was no answer while the machine was losing packets or stood still.
 pub fn asked<T>(mut ask: impl FnMut() -> io::Result<T>) -> io::Result<T> {
     for _ in 0..5 {
@@ -78,10 +93,10 @@ pub fn asked<T>(mut ask: impl FnMut() -> io::Result<T>) -> io::Result<T> {
         match ask() {
             Err(e) if dropped() > before || longest_stall_since(begin) > STANDSTILL => {
                 let (lost, stall) = (dropped() - before, longest_stall_since(begin));
-                println!("asked again ({e}): the machine lost {lost} packets, and no thread ran for {stall:?}");
+                note(&format!("asked again ({e}): the machine lost {lost} packets, and no thread ran for {stall:?}"));
             }
             Err(e) => {
-                println!("not answered ({e}): no thread ran for {:?}", longest_stall_since(begin));
+                note(&format!("not answered ({e}): no thread ran for {:?}", longest_stall_since(begin)));
                 return Err(e);
             }
             answer => return answer,

@@ -3,9 +3,10 @@
 use super::cni::{self, CniError, Conflist, Runtime};
 use super::host::{Host, checked};
 use super::manifests::{self, Labels, Manifests};
+use super::server::UDP_WHO;
 use super::topology::Node;
 use serde_json::{Value, json};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, UdpSocket};
 use std::sync::Arc;
 
 /// A pod. Dropping it does nothing: its namespace goes with the lab.
@@ -93,6 +94,15 @@ impl Pod {
         };
         pod.write_manifest();
         pod
+    }
+
+    /// Sends a datagram that the server would answer, from an address that is not the pod's.
+    pub fn send_as(&self, address: IpAddr, server: IpAddr) {
+        let (length, nodad) = if address.is_ipv4() { (32, "") } else { (128, "nodad") };
+        self.ip(&format!("addr add {address}/{length} dev eth0 {nodad}"));
+        let socket = self.within(|| UdpSocket::bind((address, 0))).expect("bind");
+        let _ = socket.send_to(b"who", (server, UDP_WHO));
+        self.ip(&format!("addr del {address}/{length} dev eth0"));
     }
 
     /// ADD, and the manifest gets the addresses, as by a kubelet.

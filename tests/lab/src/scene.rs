@@ -2,6 +2,7 @@
 
 use super::manifests;
 use super::pod::Pod;
+use super::server::Server;
 use super::topology::{EXT4, EXT6};
 use super::{Lab, LabBuilder};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -106,9 +107,24 @@ impl Lab {
         }
     }
 
+    /// Panics unless the pods leave by the scene's egress address, reach a pod of n2 with their own, and send a megabyte to
+    /// each server.
+    #[track_caller]
+    pub fn assert_carries(&self, pods: &[Pod]) {
+        let to = self.add_pod("n2", "office", "to", &[]);
+        let _server = Server::start(&to);
+        for pod in pods {
+            assert_leaves_by_egress(pod);
+            assert_eq!(pod.who(to.ipv4()).ok(), Some(pod.ipv4().into()), "{} inside the cluster", pod.name);
+            for server in SERVERS {
+                pod.bulk(server, 1_000_000).unwrap_or_else(|e| panic!("{} to {server}: {e}", pod.name));
+            }
+        }
+    }
+
     /// Panics if any packet came to the outside server since the wire was last forgotten.
     #[track_caller]
-    pub fn assert_silence(&self) {
+    pub fn assert_nothing_arrives(&self) {
         for server in SERVERS {
             assert!(self.sources(server).is_empty(), "packets came to {server} from {:?}", self.sources(server));
         }

@@ -1,11 +1,17 @@
 //! Sessions that are to outlive what a test does to gateways.
 
 use super::{Pod, SERVERS, Session, machine};
+use std::net::IpAddr;
 use std::time::Duration;
 
 /// A session of each pod with the server, both ways, with a name for each.
 pub fn sessions(pods: &[Pod]) -> Vec<(String, Session)> {
-    let open = |p: &Pod| SERVERS.map(|s| (format!("{} to {s}", p.name), p.session(s).expect("a session")));
+    sessions_with(pods, SERVERS)
+}
+
+/// A session of each pod with these servers.
+pub fn sessions_with(pods: &[Pod], servers: [IpAddr; 2]) -> Vec<(String, Session)> {
+    let open = |p: &Pod| servers.map(|s| (format!("{} to {s}", p.name), p.session(s).expect("a session")));
     pods.iter().flat_map(open).collect()
 }
 

@@ -35,8 +35,12 @@ pub enum Pods {
 /// Which tool wrote the CNI's masquerade rule on a node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Masquerade {
-    /// `iptables` and `ip6tables`.
+    /// `iptables` and `ip6tables`, whichever of the two tools the machine has by these names.
     Iptables,
+    /// `iptables-nft` and `ip6tables-nft`.
+    IptablesNft,
+    /// `iptables-legacy` and `ip6tables-legacy`.
+    IptablesLegacy,
     /// `nft`.
     Nftables,
 }
@@ -204,11 +208,14 @@ pub fn node_routes(node: &Node, nodes: &[Arc<Node>], router: bool) {
 /// The CNI's own masquerade rule.
 pub fn masquerade(node: &Node) {
     match node.spec.masquerade {
-        Masquerade::Iptables => {
-            for (program, own, cluster) in [
-                ("iptables-restore", node.pods4(), "10.244.0.0/16"),
-                ("ip6tables-restore", node.pods6(), "fd00:244::/32"),
-            ] {
+        Masquerade::Iptables | Masquerade::IptablesNft | Masquerade::IptablesLegacy => {
+            let programs = match node.spec.masquerade {
+                Masquerade::IptablesLegacy => ["iptables-legacy-restore", "ip6tables-legacy-restore"],
+                Masquerade::IptablesNft => ["iptables-nft-restore", "ip6tables-nft-restore"],
+                _ => ["iptables-restore", "ip6tables-restore"],
+            };
+            let of = [(node.pods4(), "10.244.0.0/16"), (node.pods6(), "fd00:244::/32")];
+            for (program, (own, cluster)) in programs.into_iter().zip(of) {
                 node.feed(
                     [program],
                     &format!(

@@ -56,12 +56,12 @@ impl Host {
     /// each from a new port, thus a new connection.
     pub fn flood(&self, server: impl Into<IpAddr>, pace: Duration, fresh: bool) -> Flood {
         let server = SocketAddr::new(server.into(), UDP_WHO);
-        let door = self.door();
+        let namespaces = self.namespaces();
         let ends = Arc::new(AtomicBool::new(false));
         let thread = thread::spawn({
             let ends = Arc::clone(&ends);
             move || {
-                door.enter();
+                namespaces.enter();
                 send_without_pause(server, pace, fresh, &ends)
             }
         });

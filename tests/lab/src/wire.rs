@@ -4,7 +4,7 @@
 use super::host::Host;
 use serde_json::Value;
 use std::collections::BTreeSet;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 
 /// Packets of one kind.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -62,4 +62,32 @@ pub fn sources(fab: &Host, to: IpAddr) -> BTreeSet<IpAddr> {
 /// Forgets what was noted.
 pub fn forget(fab: &Host) {
     fab.nft("flush set bridge wire seen4; flush set bridge wire seen6");
+}
+
+/// The flags of the group-based policy as the kernel writes them: the receiver does not learn the sender's address
+/// (`VXLAN_GBP_DONT_LEARN`).
+pub const AS_THE_KERNEL: u8 = 0x40;
+
+/// A packet of Egret's tunnel without its outer headers: VXLAN with group-based policy (draft-smith-vxlan-group-policy), and in
+/// it a request by UDP over IPv4. `flags` are those of the policy: [`AS_THE_KERNEL`], or none.
+pub fn tunnel_payload(
+    flags: u8,
+    [to_mac, from_mac]: [&[u8]; 2],
+    allocation: u16,
+    from: SocketAddr,
+    to: SocketAddr,
+) -> Vec<u8> {
+    let (IpAddr::V4(source), IpAddr::V4(destination)) = (from.ip(), to.ip()) else { panic!("IPv4") };
+    let sum =
+        |words: &[u8]| words.chunks(2).map(|w| u32::from(w[0]) << 8 | u32::from(*w.get(1).unwrap_or(&0))).sum::<u32>();
+    let folded = |sum: u32| !((((sum & 0xffff) + (sum >> 16)) & 0xffff) as u16);
+    let addresses = [source.octets(), destination.octets()].concat();
+    let mut udp = [&from.port().to_be_bytes()[..], &to.port().to_be_bytes(), &[0, 11, 0, 0], b"who"].concat();
+    let check = folded(sum(&udp) + sum(&addresses) + 17 + 11);
+    udp[6..8].copy_from_slice(&check.to_be_bytes());
+    let mut ip = [&[0x45, 0, 0, 31, 0, 1, 0x40, 0, 64, 17, 0, 0][..], &addresses].concat();
+    let check = folded(sum(&ip));
+    ip[10..12].copy_from_slice(&check.to_be_bytes());
+    let vxlan = [&[0x88, flags][..], &allocation.to_be_bytes(), &7871u32.to_be_bytes()[1..], &[0]].concat();
+    [&vxlan[..], to_mac, from_mac, &[0x08, 0x00], &ip, &udp].concat()
 }

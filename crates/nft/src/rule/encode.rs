@@ -42,6 +42,7 @@ impl Field {
             Field::Iif => (Meta(NFT_META_IIF), 4),
             Field::IifName => (Meta(NFT_META_IIFNAME), IFNAMSIZ as u32),
             Field::IifGroup => (Meta(NFT_META_IIFGROUP), 4),
+            Field::IifKind => (Meta(NFT_META_IIFKIND), IFNAMSIZ as u32),
             Field::OifGroup => (Meta(NFT_META_OIFGROUP), 4),
             Field::SkUid => (Meta(NFT_META_SKUID), 4),
             Field::NfProto => (Meta(NFT_META_NFPROTO), 1),
@@ -270,7 +271,7 @@ fn compare(out: &mut Vec<u8>, left: Operand, operator: Operator, right: Constant
         Constant::Number(number) => left.field.bytes(number),
         Constant::Mac(mac) => Bytes::from(mac.as_slice()),
         // The kernel compares all of `IFNAMSIZ` bytes.
-        Constant::Interface(name) => {
+        Constant::Name(name) => {
             let mut all = [0; IFNAMSIZ];
             all.iter_mut().zip(name.bytes().take(IFNAMSIZ - 1)).for_each(|(to, from)| *to = from);
             Bytes::from(all.as_slice())

@@ -160,6 +160,8 @@ enum Field {
     Iif,
     IifName,
     IifGroup,
+    /// The kind of interface that the packet came in by, such as `vrf`.
+    IifKind,
     OifGroup,
     SkUid,
     NfProto,
@@ -208,7 +210,8 @@ enum Constant {
     Number(u32),
     Network(IpNetwork),
     Mac([u8; 6]),
-    Interface(&'static str),
+    /// The name of an interface, or of its kind.
+    Name(&'static str),
 }
 
 /// What a rule can write.

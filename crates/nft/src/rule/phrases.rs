@@ -24,7 +24,7 @@ impl Rule {
 
     /// `iifname "NAME"`
     pub fn iif(self, name: &'static str) -> Self {
-        self.compare(IifName, Operator::Equal, Constant::Interface(name))
+        self.compare(IifName, Operator::Equal, Constant::Name(name))
     }
 
     /// `iifgroup GROUP`
@@ -35,6 +35,12 @@ impl Rule {
     /// `iifgroup != GROUP`
     pub fn iif_group_not(self, group: u32) -> Self {
         self.differs(IifGroup, group)
+    }
+
+    /// `meta iifkind "vrf"`: the packet came in by an interface in a VRF, and passes the hook for the second time, as one
+    /// of the VRF's own device (`vrf_ip_rcv`, drivers/net/vrf.c). The kind can be read since Linux 5.0.
+    pub fn from_vrf(self) -> Self {
+        self.compare(IifKind, Operator::Equal, Constant::Name("vrf"))
     }
 
     /// `oifgroup GROUP`
@@ -174,6 +180,16 @@ impl Rule {
     pub fn saddr_in(self, network: IpNetwork) -> Self {
         let ip = Family::of(&network.ip());
         self.ip(ip).compare(Saddr(ip), Operator::Equal, Constant::Network(network))
+    }
+
+    /// `ip saddr NETWORK` in a chain of the family bridge, which sees frames of all protocols.
+    pub fn frame_saddr_in(self, network: IpNetwork) -> Self {
+        let ip = Family::of(&network.ip());
+        let protocol = match ip {
+            Family::V4 => ETH_P_IP,
+            Family::V6 => ETH_P_IPV6,
+        };
+        self.equals(Protocol, protocol).compare(Saddr(ip), Operator::Equal, Constant::Network(network))
     }
 
     /// `ip daddr NETWORK`
@@ -473,6 +489,11 @@ impl Rule {
     /// `goto CHAIN`
     pub fn goto(self, chain: &'static str) -> Self {
         self.with(Expression::Verdict(Verdict::Goto(chain)))
+    }
+
+    /// `iif vmap @MAP`
+    pub fn vmap_by_iif(self, map: impl Into<SetName>) -> Self {
+        self.with(Expression::VerdictMap(Iif.into(), map.into()))
     }
 
     /// `meta mark & MASK vmap @MAP`

@@ -62,6 +62,9 @@ impl Display for Rule {
                 // nft does not print a condition that follows from a later phrase.
                 let is_implied = match field {
                     Field::NfProto => rest.iter().any(|e| e.reads(Field::is_of_ip_header)),
+                    Field::Protocol if *operator == Operator::Equal => {
+                        rest.iter().any(|e| e.reads(Field::is_of_ip_header))
+                    }
                     Field::L4Proto => rest.iter().any(|e| e.reads(Field::is_of_transport_header)),
                     _ => false,
                 };
@@ -206,6 +209,7 @@ impl Field {
             Field::Iif => "iif",
             Field::IifName => "iifname",
             Field::IifGroup => "iifgroup",
+            Field::IifKind => "meta iifkind",
             Field::OifGroup => "oifgroup",
             Field::SkUid => "meta skuid",
             Field::NfProto => "meta nfproto",
@@ -303,7 +307,7 @@ fn compare(f: &mut Formatter<'_>, left: Operand, operator: Operator, right: Cons
         }
         Constant::Network(network) => write!(f, "{}/{}", network.network(), network.prefix()),
         Constant::Mac(mac) => Shown(mac).fmt(f),
-        Constant::Interface(name) => write!(f, "\"{name}\""),
+        Constant::Name(name) => write!(f, "\"{name}\""),
     }
 }
 

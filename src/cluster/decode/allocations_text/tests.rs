@@ -37,11 +37,13 @@ fn allocation() -> impl Strategy<Value = Allocation> {
 }
 
 fn released() -> impl Strategy<Value = ReleasedAllocation> {
-    (any::<u16>(), address(), policies(), any::<i64>()).prop_map(|(id, address, policies, at)| ReleasedAllocation {
+    let all = (any::<u16>(), address(), policies(), any::<i64>(), any::<bool>());
+    all.prop_map(|(id, address, policies, at, of_service)| ReleasedAllocation {
         id,
         address,
         policies,
         at,
+        service: of_service.then(|| "shop/frontend".into()),
     })
 }
 
@@ -55,7 +57,7 @@ proptest! {
         let status = EgressGatewayStatus {
             nodes: vec!["g1".into()], node_count: 1, not_ready_nodes: vec!["g1".into()], ready_nodes: 7,
             usage: PoolUsage { ipv4: Some(FamilyUsage { total: 9, used: 2, cooling_down: 1 }), ipv6: None },
-            conditions: vec![], text: None, allocations, released, writer, reports_requested_at: Some(5),
+            conditions: vec![], text: None, allocations, released, writer, reports_requested_at: Some(5), opt_in: Some(Box::default()),
         };
         let written = write(&status);
         prop_assert!(written.allocations.is_empty() && written.released.is_empty());
@@ -65,21 +67,26 @@ proptest! {
 
 #[test]
 fn an_invalid_line_is_named() {
-    let lines = [
-        "7",
-        "x D - - 0 - -",
-        "7 Q - - 0 - -",
-        "7 D 192.0.2 - 0 - -",
-        "7 D - 1 0 - -",
-        "7 D - - 0 - - -",
-        "7 L - - 0 - -",
-        "-7 - x -",
-    ];
+    let lines =
+        ["7", "X D - - 0 - -", "7 Q - - 0 -", "7 D 192.0.2 - 0 - -", "7 D - 1 0 - -", "7 L - - 0 - -", "-7 - x -"];
     for wrong in lines {
         let text = format!("node g1\n7 D - 0 0 - -\n{wrong}\n");
         let error = read(EgressGatewayStatus { text: Some(text), ..Default::default() }).unwrap_err();
         assert!(error.contains(&format!("{wrong:?}")), "{error}");
     }
+}
+
+#[test]
+fn what_a_later_version_writes_is_no_error() {
+    let text = "node g1\nzone g1 a\n7 D 192.0.2.50 0 0 - shop/a later=1\n8 Q2 192.0.2.51 0 0 - shop/b,shop/c x y\n\
+                -9 192.0.2.52 1 shop/d shop/web later\n";
+    let status = read(EgressGatewayStatus { text: Some(text.into()), ..Default::default() }).unwrap();
+    let kinds: Vec<_> = status.allocations.iter().map(|allocation| (allocation.id, allocation.kind)).collect();
+    assert_eq!(kinds, [(7, AllocationKind::Dedicated), (8, AllocationKind::Unknown)]);
+    let unknown = &status.allocations[1];
+    assert_eq!(unknown.address.ipv4, Some([192, 0, 2, 51].into()));
+    assert_eq!(unknown.policies.iter().map(ToString::to_string).collect::<Vec<_>>(), ["shop/b", "shop/c"]);
+    assert_eq!(status.released[0].service.as_deref(), Some("shop/web"));
 }
 
 /// With names of the usual lengths, all the ids that there are fit into one object.

@@ -6,8 +6,8 @@ use crate::api::{
 use crate::model::PolicyKey;
 use crate::model::egress_node::EgressNode;
 
-fn gateway_status(paths: u16) -> EgressGatewayStatus {
-    let path = |id| Allocation {
+fn gateway_status(allocations: u16) -> EgressGatewayStatus {
+    let allocation = |id| Allocation {
         id,
         kind: AllocationKind::Shared,
         ordinal: 0,
@@ -20,7 +20,7 @@ fn gateway_status(paths: u16) -> EgressGatewayStatus {
     };
     EgressGatewayStatus {
         nodes: vec!["node-1".into()],
-        allocations: (1..=paths).map(path).collect(),
+        allocations: (1..=allocations).map(allocation).collect(),
         ..Default::default()
     }
 }
@@ -31,10 +31,10 @@ async fn written_statuses_are_read_back() {
     fixture.put("a.yaml", &[gateway("g", "192.0.2.1"), policy("x", "p", 1)].join("---\n"));
     let mut source = fixture.open().await;
     let statuses = source.0.statuses.clone();
-    // 1000 paths are written as JSON.
-    for paths in [0, 3, 1000] {
-        statuses.gateway("g", &gateway_status(paths), None, Vec::new()).await.unwrap();
-        let c = source.until("the allocations", |c| *c.gateways["g"].status == gateway_status(paths)).await;
+    // 1000 allocations are written as JSON.
+    for allocations in [0, 3, 1000] {
+        statuses.gateway("g", &gateway_status(allocations), None, Vec::new()).await.unwrap();
+        let c = source.until("the allocations", |c| *c.gateways["g"].status == gateway_status(allocations)).await;
         assert_eq!(c.gateways["g"].pool.len(), 1);
     }
     let node = EgressNodeStatus {
@@ -75,7 +75,7 @@ async fn written_statuses_are_read_back() {
 #[tokio::test]
 async fn statuses_in_manifests_are_ignored() {
     let fixture = Fixture::new();
-    fixture.put("a.yaml", &(gateway("g", "192.0.2.1") + "status: {nodes: [evil], paths: x}\n"));
+    fixture.put("a.yaml", &(gateway("g", "192.0.2.1") + "status: {nodes: [evil], allocations: x}\n"));
     fixture.put(
         "b.yaml",
         "apiVersion: egret.dev/v1alpha1\nkind: EgressNode\nmetadata: {name: n}\nspec: {}\nstatus: {tunnelAddress: 192.0.2.7}\n",

@@ -173,7 +173,8 @@ fn a_file_does_not_grow_with_the_number_of_changes() {
 #[test]
 fn a_pruned_object_is_decoded_to_the_same() {
     let metadata = json!({"name": "a", "namespace": "shop", "uid": "7", "generation": 3,
-        "creationTimestamp": "2026-01-31T12:00:00Z", "labels": {"app": "a"}, "annotations": {"x": "y", "egret.dev/egress-gateway": "g"},
+        "creationTimestamp": "2026-01-31T12:00:00Z", "labels": {"app": "a"}, 
+        "annotations": {"x": "y", "egret.dev/egress-gateway": "g", "egret.dev/weight": "3", "egret.dev/max-egress-ips": "7"},
         "managedFields": [{"manager": "m"}], "resourceVersion": "7"});
     let objects = [
         (Kind::Namespace, json!({}), json!({"phase": "Active"})),
@@ -211,6 +212,11 @@ fn a_pruned_object_is_decoded_to_the_same() {
         ),
         (Kind::ServiceCidr, json!({"cidrs": ["10.96.0.0/16"]}), json!({"conditions": []})),
         (Kind::IpPool, json!({"cidr": "10.0.0.0/8", "natOutgoing": true}), json!({})),
+        (
+            Kind::CiliumNode,
+            json!({"ipam": {"podCIDRs": ["10.0.1.0/24"]}, "addresses": [{"ip": "192.0.2.11"}]}),
+            json!({"ipam": {}}),
+        ),
     ];
     for (kind, spec, status) in objects {
         let whole = json!({"metadata": metadata, "spec": spec, "status": status});

@@ -162,6 +162,9 @@ fn the_first_snapshot_of_a_node_has_the_networks_inside() {
     assert_eq!(store.missing(), Kind::OPTIONAL);
     let pool = json!({"metadata": {"name": "default"}, "spec": {"cidr": "10.10.0.0/16"}});
     store.take(listed(Kind::IpPool, &[pool]));
+    let node = json!({"metadata": {"name": "n1"},
+        "spec": {"ipam": {"podCIDRs": ["10.0.1.0/24"], "pools": {"allocated": [{"pool": "a", "cidrs": ["10.11.0.0/27"]}]}}}});
+    store.take(listed(Kind::CiliumNode, &[node]));
     store.take(Change::Absent(Kind::ServiceCidr));
     store.take(Change::Absent(Kind::EndpointSlice));
     assert!(store.missing().is_empty() && store.lacks_service_networks());
@@ -175,9 +178,10 @@ fn the_first_snapshot_of_a_node_has_the_networks_inside() {
     let cidr = json!({"metadata": {"name": "kubernetes"}, "spec": {"cidrs": ["10.96.0.0/16", "fd00:96::/108"]}});
     store.take(listed(Kind::ServiceCidr, &[cidr]));
     let inside = &store.news().unwrap().inside;
-    assert_eq!((inside.pods.len(), inside.services.len()), (1, 2));
+    assert_eq!((inside.pods.len(), inside.services.len()), (3, 2));
     assert!(inside.services.values().all(|from| from.contains("ServiceCIDR kubernetes")));
     store.take(Change::Deleted(Kind::IpPool, (None, "default".into())));
+    store.take(Change::Deleted(Kind::CiliumNode, (None, "n1".into())));
     assert!(store.news().unwrap().inside.pods.is_empty());
 }
 

@@ -141,15 +141,12 @@ impl Test<'_, '_> {
             }
             sleep(PACE).await;
         };
-        let questions: usize = heard.iter().map(|pod| pod.answers.len()).sum();
-        if questions == 0 {
+        let requests: usize = heard.iter().map(|pod| pod.answers.len()).sum();
+        if requests == 0 {
             bail!("the pods of the step {name:?} say nothing; see that the API server reaches the kubelets");
         }
-        let found = format!(
-            "{}, {}, none answered",
-            count(pods.len(), "pod", "pods"),
-            count(questions, "question", "questions")
-        );
+        let found =
+            format!("{}, {}, none answered", count(pods.len(), "pod", "pods"), count(requests, "request", "requests"));
         self.judged(name, judge::blocked_pods(&heard, &series), found).await
     }
 
@@ -186,10 +183,10 @@ impl Test<'_, '_> {
         let heard: Vec<Heard> = self.unselected.iter().map(|log| log.heard_since(0)).collect();
         let series = self.new_connections();
         let faults = judge::unselected_pods(&heard, &series, &self.egress_ips);
-        let questions: usize = heard.iter().map(|pod| pod.answers.len()).sum();
+        let requests: usize = heard.iter().map(|pod| pod.answers.len()).sum();
         let found = format!(
             "{}, never with an egress IP; the longest pause {} ms",
-            count(questions, "answer", "answers"),
+            count(requests, "answer", "answers"),
             judge::longest_pause(&heard, &series)
         );
         self.judged(name, faults, found).await

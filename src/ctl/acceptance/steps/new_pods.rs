@@ -5,7 +5,7 @@ use super::super::judge::{self, Fault, Heard, Series};
 use super::super::logs::Log;
 use super::super::objects::{Client as Pod, Selected};
 use super::super::place::Kind;
-use super::{NEW, PACE, QUESTIONS, READABLE, Test, in_words, listed};
+use super::{NEW, PACE, READABLE, REQUESTS, Test, in_words, listed};
 use crate::ctl::check::Check;
 use crate::ctl::output::count;
 use crate::probe::Way;
@@ -21,7 +21,7 @@ impl Test<'_, '_> {
         let mut pods = self.clients("running", &kinds, Selected::Yes, self.all_ways(), 0);
         pods.extend(self.clients("unselected", &kinds, Selected::No, self.ways(), 0));
         for n in 0..NEW {
-            pods.extend(self.clients(&format!("new-{n}"), &kinds, Selected::Yes, self.ways(), QUESTIONS));
+            pods.extend(self.clients(&format!("new-{n}"), &kinds, Selected::Yes, self.ways(), REQUESTS));
         }
         self.scene.make_pods(&pods).await?;
         let (lasting, ending): (Vec<Pod>, Vec<Pod>) = pods.into_iter().partition(|pod| pod.count == 0);
@@ -66,7 +66,7 @@ impl Test<'_, '_> {
     /// Waits until every pod that goes on has asked a few times.
     async fn wait_for_answers(&self, ips: &[IpAddr]) -> anyhow::Result<()> {
         let series: Vec<Series> = self.possible(ips);
-        let limit = READABLE + Duration::from_millis(self.interval * QUESTIONS);
+        let limit = READABLE + Duration::from_millis(self.interval * REQUESTS);
         let begun = Instant::now();
         let logs = || self.running.iter().chain(&self.unselected);
         while !logs().all(|log| log.heard_since(0).has_asked(&series, 3)) {
@@ -80,7 +80,7 @@ impl Test<'_, '_> {
         Ok(())
     }
 
-    /// The questions that pods and server have the families for, and that the egress IP answers.
+    /// The requests that pods and server have the families for, and that the egress IP answers.
     fn possible(&self, ips: &[IpAddr]) -> Vec<Series> {
         let has = |ipv6: bool| {
             self.scene.server.addresses.iter().any(|at| at.is_ipv6() == ipv6)
@@ -131,7 +131,7 @@ impl Test<'_, '_> {
         let nodes = self.place.all_nodes();
         let each = nodes.iter().cycle().take(if nodes.is_empty() { 0 } else { pods }).enumerate();
         let all: Vec<Pod> = each
-            .map(|(n, node)| self.client(format!("many-{n}"), node, Selected::Yes, self.ways(), QUESTIONS))
+            .map(|(n, node)| self.client(format!("many-{n}"), node, Selected::Yes, self.ways(), REQUESTS))
             .collect();
         let begun = Instant::now();
         self.scene.make_pods(&all).await?;

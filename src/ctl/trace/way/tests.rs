@@ -2,21 +2,8 @@
 
 use super::*;
 use crate::ctl::output::{Show, View};
+use crate::fixture::trace_request;
 use crate::model::trace::EgressIp;
-
-fn request(source_port: Option<u16>) -> Request {
-    Request {
-        node: "n1".into(),
-        namespace: "shop".into(),
-        pod: "visitor".into(),
-        source: "10.244.1.2".parse().unwrap(),
-        destination: "192.0.2.100".parse().unwrap(),
-        protocol: Protocol::Tcp,
-        port: 443,
-        source_port,
-        seconds: 5,
-    }
-}
 
 fn armed(dropped: Option<&str>) -> Armed {
     let addresses = vec!["192.0.2.50".parse().unwrap()];
@@ -57,7 +44,7 @@ const EGRESS: &str = "192.0.2.50:61000";
 
 fn way(of: Vec<(&str, Step)>, of_pod: &Armed, source_port: Option<u16>) -> Traced {
     let mut collected = Collected::default();
-    let request = request(source_port);
+    let request = trace_request(source_port);
     for (node, step) in of {
         collected.add(node, step, &request);
     }

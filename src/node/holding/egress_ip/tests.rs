@@ -3,7 +3,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 fn answer(now: Instant) -> Answer {
-    Answer { address: [192, 0, 2, 50].into(), mac: [2, 0, 0, 0, 0, 9], first: now, last: now }
+    Answer { address: [192, 0, 2, 50].into(), mac: [2, 0, 0, 0, 0, 9], by_node: false, first: now, last: now }
 }
 
 fn states(now: Instant) -> [State; 8] {

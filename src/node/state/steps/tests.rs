@@ -108,5 +108,8 @@ fn a_pass_without_a_change_looks_at_the_tables_alone() {
         pending.end_step(true);
         ran.push(step);
     }
-    assert_eq!(ran, [Step::OfflinePolicies, Step::Tables, Step::EndedConnections, Step::Detached]);
+    assert_eq!(
+        ran,
+        [Step::OfflinePolicies, Step::Tables, Step::TunnelEntrance, Step::EndedConnections, Step::Detached]
+    );
 }

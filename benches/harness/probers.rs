@@ -1,11 +1,11 @@
-//! The questions of many nodes whether a gateway lives, as they come from those nodes: one by one, evenly spread, each
+//! The probes of many nodes whether a gateway lives, as they come from those nodes: one by one, evenly spread, each
 //! from its own node's addresses, in the tunnel's packets.
 
 use super::cluster;
 use egret::datapath::names::{HEALTH, PROBER, TUNNEL_PORT, TUNNEL_VNI, of_mac};
 use egret::model::tunnel_mac;
 use egret_nft::mac::Mac;
-use lab::host::Door;
+use lab::host::Namespaces;
 use lab::{EXT4, Lab};
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, SockaddrIn, sendto, socket};
 use serde_json::Value;
@@ -24,17 +24,17 @@ const VNI_VALID: u32 = 0x0800_0000;
 
 /// The outside host in the place of all the nodes that ask.
 pub struct Asker {
-    door: Door,
+    namespaces: Namespaces,
     gateway: Ipv4Addr,
     sink: Ipv4Addr,
     /// What a UDP packet carries, with whose address it is sent.
-    questions: Vec<(Ipv4Addr, Vec<u8>)>,
+    probes: Vec<(Ipv4Addr, Vec<u8>)>,
 }
 
 /// What asking took.
 pub struct Asked {
-    /// How many questions were sent.
-    pub questions: u64,
+    /// How many probes were sent.
+    pub probes: u64,
     /// The time of processors that it took, on both ends: a packet's whole way through its namespaces is gone by the
     /// thread that sends it, or by the processors' own threads for what is left over.
     pub processor_time: Duration,
@@ -45,7 +45,7 @@ impl Asker {
     /// occasion.
     pub fn new(lab: &Lab, gateway: &str, sink: &str, count: usize) -> Asker {
         let to = tunnel_mac::of_node(gateway);
-        let question =
+        let probe =
             |n| (cluster::node_address(n), tunnelled(&echo_request(tunnel_mac::of_node(&cluster::node_name(n)), to)));
         let (gateway, sink) = (lab.node(gateway), lab.node(sink));
         // The way of the answers, which ends there.
@@ -59,20 +59,20 @@ impl Asker {
             "table netdev sink {{ chain in {{ type filter hook ingress device eth0 priority 0; \
              udp dport {TUNNEL_PORT} drop; }}; }}"
         ));
-        let questions = (0..count).map(question).collect();
-        Asker { door: ext.door(), gateway: gateway.ipv4(), sink: sink.ipv4(), questions }
+        let probes = (0..count).map(probe).collect();
+        Asker { namespaces: ext.namespaces(), gateway: gateway.ipv4(), sink: sink.ipv4(), probes }
     }
 
     /// All ask the gateway, or the sink, each once in an interval.
     pub fn ask(&self, gateway: bool, interval: Duration, time: Duration) -> Asked {
         let to = SockaddrIn::from(std::net::SocketAddrV4::new(if gateway { self.gateway } else { self.sink }, 0));
-        let pause = interval / self.questions.len() as u32;
-        self.door.within(|| {
+        let pause = interval / self.probes.len() as u32;
+        self.namespaces.within(|| {
             // Of a raw socket of this protocol, the IPv4 header comes from the program; the kernel fills in the length
             // and the checksum (raw(7)).
             let raw = socket(AddressFamily::Inet, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::Raw);
             let raw = raw.expect("a raw socket");
-            let packets: Vec<Vec<u8>> = self.questions.iter().map(|(from, udp)| ipv4(*from, to.ip(), udp)).collect();
+            let packets: Vec<Vec<u8>> = self.probes.iter().map(|(from, udp)| ipv4(*from, to.ip(), udp)).collect();
             let mut sent = 0;
             let before = self.processor_time();
             let begin = Instant::now();
@@ -82,10 +82,10 @@ impl Asker {
                     break;
                 }
                 thread::sleep(due.saturating_duration_since(Instant::now()));
-                sendto(raw.as_raw_fd(), packet, &to, MsgFlags::empty()).expect("a question is sent");
+                sendto(raw.as_raw_fd(), packet, &to, MsgFlags::empty()).expect("a probe is sent");
                 sent += 1;
             }
-            Asked { questions: sent.into(), processor_time: self.processor_time() - before }
+            Asked { probes: sent.into(), processor_time: self.processor_time() - before }
         })
     }
 
@@ -102,7 +102,7 @@ impl Asker {
     /// How many answers have come since this was last called.
     pub fn answers(&self) -> u64 {
         let reset = ["nft", "-j", "reset", "counter", "ip", "answers", "heard"];
-        let text = self.door.within(|| lab::host::checked(&reset, None));
+        let text = self.namespaces.within(|| lab::host::checked(&reset, None));
         let all: Value = serde_json::from_str(&text).expect("nft's JSON");
         let objects = all["nftables"].as_array().into_iter().flatten();
         objects.filter_map(|o| o["counter"]["packets"].as_u64()).sum()
