@@ -2,8 +2,10 @@
 //! Needs root.
 
 use lab::kernel::TABLES;
-use lab::{EXT4, EXT6, FAR4, FAR6, Lab, server};
-use std::net::{IpAddr, SocketAddr};
+use lab::{EGRESS4, EGRESS6, EXT4, EXT6, FAR4, FAR6, Lab, SERVERS, server};
+use nix::sys::socket::{setsockopt, sockopt};
+use std::io::ErrorKind;
+use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -79,6 +81,36 @@ fn without_egret_a_server_sees_the_pods_nodes() {
     assert_eq!(lab.sources(EXT4), nodes);
     lab.forget_wire();
     assert_eq!(lab.sources(EXT4).len(), 0);
+}
+
+#[test]
+fn a_node_that_says_an_address_is_not_reachable_is_not_noted() {
+    let lab = Lab::new();
+    let (ext, mac) = (lab.host("ext"), lab.node("g1").mac("eth0"));
+    let late: Vec<UdpSocket> = [(SERVERS[0], EGRESS4.into()), (SERVERS[1], IpAddr::from(EGRESS6))]
+        .into_iter()
+        .map(|(own, egress)| {
+            // As a server that still knows the egress IP at its former owner.
+            ext.ip(&format!("neigh replace {egress} lladdr {mac} dev eth0 nud permanent"));
+            let socket = ext.within(|| UdpSocket::bind((own, 0))).expect("a port");
+            // Without this option the socket does not learn of it (`udp_err` in net/ipv4/udp.c).
+            if egress.is_ipv4() {
+                setsockopt(&socket, sockopt::Ipv4RecvErr, &true).expect("IP_RECVERR");
+            } else {
+                setsockopt(&socket, sockopt::Ipv6RecvErr, &true).expect("IPV6_RECVERR");
+            }
+            socket.set_read_timeout(Some(Duration::from_secs(20))).expect("a timeout");
+            socket.connect((egress, 9)).and_then(|()| socket.send(b"late")).expect("sent");
+            socket
+        })
+        .collect();
+    for socket in late {
+        let answer = socket.recv(&mut [0; 8]).map_err(|e| e.kind());
+        assert_eq!(answer, Err(ErrorKind::HostUnreachable), "{:?}", socket.local_addr());
+    }
+    for server in SERVERS {
+        assert_eq!(lab.sources(server), [].into(), "to {server}");
+    }
 }
 
 #[test]

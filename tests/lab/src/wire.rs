@@ -19,13 +19,18 @@ pub struct Seen {
     pub packets: u64,
 }
 
-/// Starts noting. ARP and neighbour discovery are not noted.
+/// Starts noting. ARP and neighbour discovery are not noted, nor what a node answers as a router of the nodes' link: that
+/// a host of it is elsewhere (a redirect) or not reachable. The former owner of an egress IP says so to a server that has
+/// not learned of the change.
 pub fn watch(fab: &Host) {
     fab.nft(
         "table bridge wire {
            set seen4 { type ipv4_addr . ipv4_addr . inet_proto; size 1048576; flags dynamic; }
            set seen6 { type ipv6_addr . ipv6_addr . inet_proto; size 1048576; flags dynamic; }
            chain pass { type filter hook prerouting priority -300; policy accept;
+             icmp type redirect @th,192,24 0xc00002 accept
+             icmp type destination-unreachable icmp code host-unreachable @th,192,24 0xc00002 accept
+             icmpv6 type destination-unreachable icmpv6 code addr-unreachable @th,256,64 0x20010db800000000 accept
              ether type ip update @seen4 { ip saddr . ip daddr . ip protocol counter }
              ether type ip6 icmpv6 type { 130-137, 143 } accept
              ether type ip6 update @seen6 { ip6 saddr . ip6 daddr . meta l4proto counter }
