@@ -104,7 +104,7 @@ struct Group {
 
 /// How it went.
 #[derive(Default)]
-struct Outcome {
+struct Failover {
     /// Of each busy session.
     silences: Vec<Duration>,
     /// Of each UDP flow.
@@ -137,7 +137,7 @@ impl Traffic<'_> {
         Traffic { lab, groups, connections_before }
     }
 
-    fn stop(self, outcomes: &mut [&mut Outcome]) {
+    fn stop(self, outcomes: &mut [&mut Failover]) {
         let server = self.lab.server("ext").lock().expect("a lock").connections();
         let seen: Vec<_> = server[self.connections_before..].iter().map(end).collect();
         let mut reports = Vec::new();
@@ -188,11 +188,11 @@ fn row(table: &mut Table, what: &str, times: &[Duration], allowed: Duration, bou
 }
 
 /// A row of what shall be lost nowhere.
-fn lost_row(table: &mut Table, what: &str, outcome: &Outcome) {
+fn lost_row(table: &mut Table, what: &str, outcome: &Failover) {
     let mut row = |what: &str, lost: usize, of: usize, bound| {
         table.row(what, format!("{lost} of {of}"), lost as f64 / of.max(1) as f64, bound);
     };
-    let Outcome { sessions, lost, colliding, colliding_lost, .. } = *outcome;
+    let Failover { sessions, lost, colliding, colliding_lost, .. } = *outcome;
     row(what, lost - colliding_lost, sessions - colliding, Bound::AtMost(0.0));
     row("those whose ports collide", colliding_lost, colliding, Bound::None);
 }
@@ -201,7 +201,7 @@ fn deaths() {
     let one = Scene::new(Lab::scene(), holders);
     let quick = Scene::new(Lab::builder().node_arguments(&["--probe-interval", "100ms"]).scene(), holders);
     let thousand = Scene::new(thousand_allocations(), has_thousand);
-    let [mut bare, mut by_default, mut quickly, mut many] = [const { Vec::new() }; 4].map(Outcome::with);
+    let [mut bare, mut by_default, mut quickly, mut many] = [const { Vec::new() }; 4].map(Failover::with);
     for _ in 0..DEATHS {
         nothing(&one, &mut bare);
         death(&one, SESSIONS, &mut by_default);
@@ -226,21 +226,21 @@ fn deaths() {
     table.print(["", "time", "of what is allowed"]);
 }
 
-impl Outcome {
-    fn with(silences: Vec<Duration>) -> Outcome {
-        Outcome { silences, ..Outcome::default() }
+impl Failover {
+    fn with(silences: Vec<Duration>) -> Failover {
+        Failover { silences, ..Failover::default() }
     }
 }
 
 /// As long as a death takes, and nothing happens.
-fn nothing(scene: &Scene, outcome: &mut Outcome) {
+fn nothing(scene: &Scene, outcome: &mut Failover) {
     let traffic = Traffic::start(&scene.lab, &[scene.on(&["n1", "n2", "g1"])], SESSIONS);
     thread::sleep(REST);
     traffic.stop(&mut [outcome]);
 }
 
 /// The owner's link goes down, and comes back when all is over.
-fn death(scene: &Scene, sessions: usize, outcome: &mut Outcome) {
+fn death(scene: &Scene, sessions: usize, outcome: &mut Failover) {
     let (owner, other) = scene.owner();
     let traffic = Traffic::start(&scene.lab, &[scene.on(&["n1", "n2", &other])], sessions);
     plugged(&scene.lab, &owner, false);
@@ -257,7 +257,7 @@ fn death(scene: &Scene, sessions: usize, outcome: &mut Outcome) {
 
 fn moves() {
     let scene = Scene::new(Lab::scene(), holders);
-    let [mut elsewhere, mut here, mut bare] = [const { Vec::new() }; 3].map(Outcome::with);
+    let [mut elsewhere, mut here, mut bare] = [const { Vec::new() }; 3].map(Failover::with);
     for _ in 0..MOVES {
         nothing(&scene, &mut bare);
         let (owner, other) = scene.owner();

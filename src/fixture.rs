@@ -1,7 +1,7 @@
 //! Small clusters for tests.
 
 use crate::allocation::report::report;
-use crate::allocation::{Decision, Grant, Outcome, Reason, Rejection, allocate};
+use crate::allocation::{AllocationResult, Decision, Grant, Reason, Rejection, allocate};
 use crate::api::{
     AddressPair, Allocate, ClusterEgressPolicySpec, EgressGatewaySpec, EgressNodeStatus, EgressPolicySpec,
     EgressPolicyStatus, LostUplink, Placement, PolicyAddress, PortsNearlyExhausted, ReportGiven, Reservation,
@@ -21,8 +21,8 @@ use std::sync::Arc;
 pub(crate) const CLIENT: Client<'static> = Client { namespace: "a", name: "p", uid: "", labels: None };
 
 /// A request to trace a pod's TCP packets to port 443 of a server.
-pub(crate) fn trace_request(source_port: Option<u16>) -> trace::Request {
-    trace::Request {
+pub(crate) fn trace_request(source_port: Option<u16>) -> trace::TraceSpec {
+    trace::TraceSpec {
         node: "n1".into(),
         namespace: "shop".into(),
         pod: "visitor".into(),
@@ -261,7 +261,7 @@ impl World {
     }
 
     /// Computes the allocations, and stores them.
-    pub(crate) fn allocate(&mut self) -> Outcome {
+    pub(crate) fn allocate(&mut self) -> AllocationResult {
         let outcome = allocate(&self.cluster, self.now);
         for (name, status) in &outcome.gateways {
             Arc::make_mut(self.cluster.gateways.get_mut(name).unwrap()).status = status.clone().into();
@@ -280,7 +280,7 @@ impl World {
     }
 }
 
-impl Outcome {
+impl AllocationResult {
     pub(crate) fn grant(&self, key: &str) -> &Grant {
         match &self.decisions[&PolicyKey::from(key)] {
             Decision::Granted(grants) => &grants.first,

@@ -3,8 +3,8 @@
 use super::address_pair::{addresses, of_pair, overlap, pair};
 use super::cooldown::{Cooldowns, cooldown_ended_until, in_cooldown};
 use super::ids::Ids;
+use super::index::{AllocationIndex, GatewayIndex, List, PolicyIndex, RequestIndex};
 use super::living;
-use super::place::{AllocationPlace, GatewayPlace, List, PolicyPlace, RequestPlace};
 use super::pool::{Overlap, Pool, usable};
 use super::request::Requests;
 use super::services::ServicesByAddress;
@@ -41,11 +41,11 @@ pub(super) struct GatewayPool<'a> {
 /// An allocation that is being computed.
 #[derive(Clone, Debug)]
 pub(super) struct Draft {
-    /// The place of the gateway in `gateway_pools`.
-    pub(super) gateway: GatewayPlace,
+    /// The index of the gateway in `gateway_pools`.
+    pub(super) gateway: GatewayIndex,
     pub(super) id: u16,
     pub(super) kind: AllocationKind,
-    /// Its place among the egress IPs that its policy asks for, if it is a dedicated one.
+    /// Its position among the egress IPs that its policy asks for, if it is a dedicated one.
     pub(super) ordinal: u16,
     pub(super) address: AddressPair,
     pub(super) node: Option<Name>,
@@ -55,14 +55,14 @@ pub(super) struct Draft {
     pub(super) leaving: Option<Name>,
     /// The Service whose address it is.
     pub(super) service: Option<ObjectKey>,
-    /// The places of the requests that use the allocation.
-    pub(super) requests: Vec<RequestPlace>,
+    /// The indices of the requests that use the allocation.
+    pub(super) requests: Vec<RequestIndex>,
 }
 
 impl Draft {
     /// An allocation without requests.
     pub(super) fn new(
-        gateway: GatewayPlace,
+        gateway: GatewayIndex,
         id: u16,
         kind: AllocationKind,
         address: AddressPair,
@@ -84,15 +84,15 @@ fn networks_inside(cluster: &Cluster) -> impl Iterator<Item = (AddressRange, IpN
 pub(super) struct Allocator<'a> {
     pub(super) cluster: &'a Cluster,
     pub(super) now: i64,
-    pub(super) gateway_pools: List<GatewayPlace, GatewayPool<'a>>,
+    pub(super) gateway_pools: List<GatewayIndex, GatewayPool<'a>>,
     pub(super) requests: Requests<'a>,
     /// The existing allocations that stay come first, then new ones in the order in which they were made.
-    pub(super) allocations: List<AllocationPlace, Draft>,
+    pub(super) allocations: List<AllocationIndex, Draft>,
     pub(super) services: ServicesByAddress<'a>,
-    /// The places of allocations of pool addresses, by address.
-    pub(super) held: HashMap<IpAddr, AllocationPlace>,
-    /// The places of allocations of nodes' own addresses, by address. Two gateways may have the same node.
-    pub(super) held_by_nodes: HashMap<IpAddr, AllocationPlace>,
+    /// The indices of allocations of pool addresses, by address.
+    pub(super) held: HashMap<IpAddr, AllocationIndex>,
+    /// The indices of allocations of nodes' own addresses, by address. Two gateways may have the same node.
+    pub(super) held_by_nodes: HashMap<IpAddr, AllocationIndex>,
     /// Nodes' own addresses. A node whose address is given away would be cut off.
     pub(super) node_addresses: HashMap<IpAddr, &'a Name>,
     /// Nodes that count as unreachable.
@@ -162,10 +162,10 @@ impl<'a> Allocator<'a> {
             ids: Ids::new(),
             in_cooldown: Cooldowns::default(),
         };
-        for place in allocator.gateway_pools.places() {
-            let status = &allocator.gateway_pools[place].gateway.status;
+        for index in allocator.gateway_pools.indices() {
+            let status = &allocator.gateway_pools[index].gateway.status;
             for (released, at) in in_cooldown(status, now) {
-                allocator.start_cooldown(place, ReleasedAllocation { at, ..released.clone() });
+                allocator.start_cooldown(index, ReleasedAllocation { at, ..released.clone() });
             }
         }
         allocator
@@ -177,7 +177,7 @@ impl<'a> Allocator<'a> {
     }
 
     /// How many of the uplinks and families that the gateway may need a node reports as lost.
-    pub(super) fn lacks(&self, node: &Name, gateway: GatewayPlace) -> usize {
+    pub(super) fn lacks(&self, node: &Name, gateway: GatewayIndex) -> usize {
         let GatewayPool { gateway, name, .. } = &self.gateway_pools[gateway];
         let interface = gateway.uplink_name();
         let status = self.cluster.egress_nodes.get(node);
@@ -194,22 +194,22 @@ impl<'a> Allocator<'a> {
     }
 
     /// Starts the cooldown of an id and its addresses.
-    pub(super) fn start_cooldown(&mut self, gateway: GatewayPlace, released: ReleasedAllocation) {
+    pub(super) fn start_cooldown(&mut self, gateway: GatewayIndex, released: ReleasedAllocation) {
         self.ids.start_cooldown(released.id);
         let ended = released.at <= self.gateway_pools[gateway].ended_until;
-        self.in_cooldown.add(gateway, released, ended, &self.requests.places);
+        self.in_cooldown.add(gateway, released, ended, &self.requests.by_key);
     }
 
     /// Assigns an allocation to a request.
-    pub(super) fn assign(&mut self, allocation: AllocationPlace, request: RequestPlace) {
+    pub(super) fn assign(&mut self, allocation: AllocationIndex, request: RequestIndex) {
         self.allocations[allocation].requests.push(request);
         self.requests.all[request].allocation = Some(allocation);
     }
 
-    /// The places of the policies that use an allocation, by seniority.
-    pub(super) fn users(&self, allocation: AllocationPlace) -> Vec<PolicyPlace> {
+    /// The indices of the policies that use an allocation, by seniority.
+    pub(super) fn users(&self, allocation: AllocationIndex) -> Vec<PolicyIndex> {
         let requests = self.allocations[allocation].requests.iter();
-        let mut users: Vec<PolicyPlace> =
+        let mut users: Vec<PolicyIndex> =
             requests.flat_map(|d| self.requests.all[*d].policies.iter().copied()).collect();
         users.sort_unstable();
         users.dedup();
@@ -217,12 +217,12 @@ impl<'a> Allocator<'a> {
     }
 
     /// Adds an allocation. Its id is taken already.
-    pub(super) fn add(&mut self, allocation: Draft) -> AllocationPlace {
-        let place = self.allocations.end();
+    pub(super) fn add(&mut self, allocation: Draft) -> AllocationIndex {
+        let index = self.allocations.end();
         for address in addresses(&allocation.address) {
             match allocation.kind {
-                AllocationKind::Node => self.held_by_nodes.insert(address, place),
-                _ => self.held.insert(address, place),
+                AllocationKind::Node => self.held_by_nodes.insert(address, index),
+                _ => self.held.insert(address, index),
             };
         }
         self.allocations.push(allocation)
@@ -230,7 +230,7 @@ impl<'a> Allocator<'a> {
 
     /// The node that has the address as its own, if Egret places the gateway's addresses. With external placement, a
     /// node that has an address may well report it.
-    pub(super) fn node_with(&self, gateway: GatewayPlace, address: IpAddr) -> Option<&'a Name> {
+    pub(super) fn node_with(&self, gateway: GatewayIndex, address: IpAddr) -> Option<&'a Name> {
         match self.gateway_pools[gateway].gateway.placement {
             Placement::Managed => self.node_addresses.get(&address).copied(),
             Placement::External => None,
@@ -238,13 +238,13 @@ impl<'a> Allocator<'a> {
     }
 
     /// The allocation that has the address now.
-    pub(super) fn holder(&self, address: IpAddr) -> Option<AllocationPlace> {
+    pub(super) fn holder(&self, address: IpAddr) -> Option<AllocationIndex> {
         self.held.get(&address).or_else(|| self.held_by_nodes.get(&address)).copied()
     }
 
     /// A free address of the family for these policies: one that they gave back within the cooldown, else the first
     /// free one.
-    pub(super) fn pick(&mut self, gateway: GatewayPlace, family: Family, policies: &[PolicyPlace]) -> Option<IpAddr> {
+    pub(super) fn pick(&mut self, gateway: GatewayIndex, family: Family, policies: &[PolicyIndex]) -> Option<IpAddr> {
         let returned = self.in_cooldown.of(gateway, policies).into_iter().find_map(|entry| {
             let address = of_pair(family, &entry.address)?;
             let good = self.gateway_pools[gateway].open.contains(address)
@@ -269,9 +269,9 @@ impl<'a> Allocator<'a> {
     /// else the first free one after the hash of `name`.
     pub(super) fn new_id(
         &mut self,
-        gateway: GatewayPlace,
+        gateway: GatewayIndex,
         address: &AddressPair,
-        policies: &[PolicyPlace],
+        policies: &[PolicyIndex],
         name: &str,
     ) -> Option<u16> {
         for entry in self.in_cooldown.of(gateway, policies) {
@@ -287,7 +287,7 @@ impl<'a> Allocator<'a> {
     /// address that it had), it keeps the node. So does an address that one policy leaves while another one names it.
     pub(super) fn draft_like_before(
         &self,
-        gateway: GatewayPlace,
+        gateway: GatewayIndex,
         id: u16,
         kind: AllocationKind,
         address: AddressPair,

@@ -1,11 +1,11 @@
 //! The result: the status of each gateway, and the decision for each policy.
 
-use super::Outcome;
+use super::AllocationResult;
 use super::address_pair::{addresses, of_pair, pair};
 use super::allocator::{Allocator, GatewayPool};
 use super::cooldown::{COOLDOWN_SECONDS, cooldown_ended_until};
 use super::decision::{Decision, Grant, Grants, Reason, Rejection};
-use super::place::{AllocationPlace, GatewayPlace, PolicyPlace, RequestPlace};
+use super::index::{AllocationIndex, GatewayIndex, PolicyIndex, RequestIndex};
 use super::probes;
 use super::report::ports::{FEW_PORTS, PORTS_NEARLY_EXHAUSTED, PortReports};
 use super::request::{Kind, Requester};
@@ -21,21 +21,21 @@ use ipnetwork::IpNetwork;
 use std::collections::HashMap;
 use std::net::IpAddr;
 
-/// Turns the finished state into the result. `rejections` has the requests without an allocation, by place.
-pub(super) fn close(allocator: Allocator, rejections: &HashMap<RequestPlace, Rejection>) -> Outcome {
-    let mut outcome = Outcome::default();
-    for ((place, requester), request) in allocator.requests.requesters.with_places().zip(allocator.requests.of.iter()) {
+/// Turns the finished state into the result. `rejections` has the requests without an allocation, by index.
+pub(super) fn close(allocator: Allocator, rejections: &HashMap<RequestIndex, Rejection>) -> AllocationResult {
+    let mut outcome = AllocationResult::default();
+    for ((index, requester), request) in allocator.requests.requesters.indexed().zip(allocator.requests.of.iter()) {
         let decision = match request {
             Err(rejection) => Decision::Rejected(rejection.clone()),
-            Ok(requests) => decide(&allocator, place, requests, rejections),
+            Ok(requests) => decide(&allocator, index, requests, rejections),
         };
         outcome.decisions.insert(requester.key.clone(), decision);
     }
 
     let ports = PortReports::new(allocator.cluster);
     let mut statuses = allocator.gateway_pools.map(|_| EgressGatewayStatus::default());
-    for (place, allocation) in allocator.allocations.with_places() {
-        let users = allocator.users(place).into_iter();
+    for (index, allocation) in allocator.allocations.indexed() {
+        let users = allocator.users(index).into_iter();
         let mut users: Vec<&Requester> = users.map(|p| &allocator.requests.requesters[p]).collect();
         users.sort_unstable_by_key(|requester| &requester.name);
         statuses[allocation.gateway].allocations.push(Allocation {
@@ -63,13 +63,13 @@ pub(super) fn close(allocator: Allocator, rejections: &HashMap<RequestPlace, Rej
             });
         }
     }
-    for (gateway_pool, (place, mut status)) in allocator.gateway_pools.iter().zip(statuses.into_places()) {
+    for (gateway_pool, (index, mut status)) in allocator.gateway_pools.iter().zip(statuses.into_indexed()) {
         status.nodes = gateway_pool.nodes.iter().map(|(name, _)| name.to_string()).collect();
         status.allocations.sort_by_key(|allocation| allocation.id);
         status.released.sort_by_key(|r| (r.at, r.id, r.address.ipv4, r.address.ipv6));
         count_nodes(&allocator, gateway_pool, &mut status);
         status.usage = usage(gateway_pool, &status);
-        status.conditions = conditions(&allocator, place, gateway_pool, &status, rejections, &ports);
+        status.conditions = conditions(&allocator, index, gateway_pool, &status, rejections, &ports);
         let next = status.released.first().map(|released| released.at + COOLDOWN_SECONDS);
         status.reports_requested_at = gateway_pool.reports.requested_at;
         // It follows from the policies' statuses, which are computed after this.
@@ -96,9 +96,9 @@ fn count_nodes(allocator: &Allocator, gateway_pool: &GatewayPool, status: &mut E
 /// The decision for a policy with these requests, each of which is granted or rejected.
 fn decide(
     allocator: &Allocator,
-    requester: PolicyPlace,
-    requests: &[RequestPlace],
-    rejections: &HashMap<RequestPlace, Rejection>,
+    requester: PolicyIndex,
+    requests: &[RequestIndex],
+    rejections: &HashMap<RequestIndex, Rejection>,
 ) -> Decision {
     let granted = (0..).zip(requests).filter_map(|(ordinal, request)| {
         let allocation = allocator.requests.all[*request].allocation?;
@@ -116,8 +116,8 @@ fn decide(
     }
 }
 
-fn grant_of(allocator: &Allocator, requester: PolicyPlace, request: RequestPlace, place: AllocationPlace) -> Grant {
-    let allocation = &allocator.allocations[place];
+fn grant_of(allocator: &Allocator, requester: PolicyIndex, request: RequestIndex, index: AllocationIndex) -> Grant {
+    let allocation = &allocator.allocations[index];
     let gateway_pool = &allocator.gateway_pools[allocation.gateway];
     // The default address is shared by design, as that of `allocate: Shared` is.
     let may_be_shared = allocation.address != gateway_pool.gateway.default_address
@@ -131,23 +131,23 @@ fn grant_of(allocator: &Allocator, requester: PolicyPlace, request: RequestPlace
         address: allocation.address.clone(),
         node: allocation.node.clone(),
         leaving: allocation.leaving.clone(),
-        shared_with: may_be_shared.then(|| shared_with(allocator, requester, place)).flatten(),
-        note: note(allocator, request, place),
+        shared_with: may_be_shared.then(|| shared_with(allocator, requester, index)).flatten(),
+        note: note(allocator, request, index),
     }
 }
 
 /// The other policies that use an allocation, the most senior first. Only the first three are named, so that a new
 /// user does not change the status of all others.
-fn shared_with(allocator: &Allocator, requester: PolicyPlace, allocation: AllocationPlace) -> Option<String> {
-    let others: Vec<PolicyPlace> = allocator.users(allocation).into_iter().filter(|user| *user != requester).collect();
+fn shared_with(allocator: &Allocator, requester: PolicyIndex, allocation: AllocationIndex) -> Option<String> {
+    let others: Vec<PolicyIndex> = allocator.users(allocation).into_iter().filter(|user| *user != requester).collect();
     let names = others.iter().take(3).map(|user| allocator.requests.requesters[*user].name.as_str());
     let more = if others.len() > 3 { " and others" } else { "" };
     (!others.is_empty()).then(|| names.collect::<Vec<_>>().join(", ") + more)
 }
 
 /// A remark for users about a granted allocation.
-fn note(allocator: &Allocator, request: RequestPlace, place: AllocationPlace) -> Option<String> {
-    let (allocation, request) = (&allocator.allocations[place], &allocator.requests.all[request]);
+fn note(allocator: &Allocator, request: RequestIndex, index: AllocationIndex) -> Option<String> {
+    let (allocation, request) = (&allocator.allocations[index], &allocator.requests.all[request]);
     if !matches!(request.kind, Kind::Dedicated(_) | Kind::Shared | Kind::Pooled) {
         return None;
     }
@@ -175,10 +175,10 @@ fn note(allocator: &Allocator, request: RequestPlace, place: AllocationPlace) ->
 
 fn conditions(
     allocator: &Allocator,
-    place: GatewayPlace,
+    index: GatewayIndex,
     gateway_pool: &GatewayPool,
     status: &EgressGatewayStatus,
-    rejections: &HashMap<RequestPlace, Rejection>,
+    rejections: &HashMap<RequestIndex, Rejection>,
     ports: &PortReports,
 ) -> Vec<Condition> {
     let mut conditions =
@@ -240,7 +240,7 @@ fn conditions(
         conditions.add("Ready", true, "NodesMatch", matching);
     }
 
-    let kinds = allocator.requests.all.with_places().filter(|(_, request)| request.gateway == place);
+    let kinds = allocator.requests.all.indexed().filter(|(_, request)| request.gateway == index);
     let exhausted = kinds.filter_map(|(d, _)| rejections.get(&d)).find(|r| r.reason == Reason::PoolExhausted);
     match exhausted {
         Some(rejection) => conditions.add("AddressesLeft", false, Reason::PoolExhausted, rejection.message.as_str()),

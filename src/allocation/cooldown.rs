@@ -6,7 +6,7 @@
 //! have a cooldown too, because servers may still associate them with the previous policy.
 
 use super::address_pair::addresses;
-use super::place::{GatewayPlace, PolicyPlace};
+use super::index::{GatewayIndex, PolicyIndex};
 use crate::api::{AddressPair, EgressGatewayStatus, Name, PolicyKey, ReleasedAllocation, Users};
 use crate::model::Gateway;
 use jiff::Timestamp;
@@ -37,8 +37,8 @@ pub(super) fn cooldown_ended_until(gateway: &Gateway) -> Result<i64, &str> {
 /// An id with addresses that were given back.
 #[derive(Clone, Debug)]
 pub(super) struct Entry {
-    /// The place of the gateway.
-    pub(super) gateway: GatewayPlace,
+    /// The index of the gateway.
+    pub(super) gateway: GatewayIndex,
     pub(super) id: u16,
     pub(super) address: AddressPair,
     /// The policies that had it, including those that no longer exist.
@@ -49,13 +49,13 @@ pub(super) struct Entry {
     pub(super) ended: bool,
     /// The Service whose address it was, `namespace/name`.
     pub(super) service: Option<Name>,
-    /// The places of the policies that had it and still exist, sorted.
-    had_by: Vec<PolicyPlace>,
+    /// The indices of the policies that had it and still exist, sorted.
+    had_by: Vec<PolicyIndex>,
 }
 
 impl Entry {
     /// Whether one of these policies had it. Such a policy may have it again.
-    fn was_of(&self, policies: &[PolicyPlace]) -> bool {
+    fn was_of(&self, policies: &[PolicyIndex]) -> bool {
         policies.iter().any(|p| self.had_by.binary_search(p).is_ok())
     }
 }
@@ -65,23 +65,23 @@ impl Entry {
 pub(super) struct Cooldowns {
     pub(super) entries: Vec<Entry>,
     by_address: HashMap<IpAddr, Vec<usize>>,
-    by_policy: HashMap<(GatewayPlace, PolicyPlace), Vec<usize>>,
+    by_policy: HashMap<(GatewayIndex, PolicyIndex), Vec<usize>>,
     by_id: HashMap<u16, Vec<usize>>,
 }
 
 impl Cooldowns {
-    /// Adds an entry. `ended`: the annotation of the gateway has ended the cooldown of the addresses. `places` has the
+    /// Adds an entry. `ended`: the annotation of the gateway has ended the cooldown of the addresses. `indices` has the
     /// policies that still exist.
     pub(super) fn add(
         &mut self,
-        gateway: GatewayPlace,
+        gateway: GatewayIndex,
         released: ReleasedAllocation,
         ended: bool,
-        places: &HashMap<&PolicyKey, PolicyPlace>,
+        indices: &HashMap<&PolicyKey, PolicyIndex>,
     ) {
         let ReleasedAllocation { id, address, at, policies, service } = released;
         let entry = self.entries.len();
-        let mut had_by: Vec<PolicyPlace> = policies.iter().filter_map(|name| places.get(name).copied()).collect();
+        let mut had_by: Vec<PolicyIndex> = policies.iter().filter_map(|name| indices.get(name).copied()).collect();
         had_by.sort_unstable();
         for policy in &had_by {
             self.by_policy.entry((gateway, *policy)).or_default().push(entry);
@@ -94,27 +94,27 @@ impl Cooldowns {
     }
 
     /// Until when an address is kept from these policies; `None` if it is not.
-    pub(super) fn until(&self, address: IpAddr, policies: &[PolicyPlace]) -> Option<i64> {
+    pub(super) fn until(&self, address: IpAddr, policies: &[PolicyIndex]) -> Option<i64> {
         let entries = self.by_address.get(&address).into_iter().flatten().map(|e| &self.entries[*e]);
         entries.filter(|e| !e.ended && !e.was_of(policies)).map(|e| e.at + COOLDOWN_SECONDS).max()
     }
 
     /// The newest entry by which an address was a Service's, unless these policies had it.
-    pub(super) fn of_service(&self, address: IpAddr, policies: &[PolicyPlace]) -> Option<&Entry> {
+    pub(super) fn of_service(&self, address: IpAddr, policies: &[PolicyIndex]) -> Option<&Entry> {
         let entries = self.by_address.get(&address).into_iter().flatten().map(|e| &self.entries[*e]);
         entries.filter(|e| e.service.is_some() && !e.ended && !e.was_of(policies)).max_by_key(|e| e.at)
     }
 
     /// Whether an id is kept from these policies. An allocation that loses its addresses one by one leaves several
     /// entries with its id, and not always of the same policies.
-    pub(super) fn keeps_id(&self, id: u16, policies: &[PolicyPlace]) -> bool {
+    pub(super) fn keeps_id(&self, id: u16, policies: &[PolicyIndex]) -> bool {
         self.by_id.get(&id).into_iter().flatten().any(|e| !self.entries[*e].was_of(policies))
     }
 
     /// The entries that these policies gave back to the gateway, the latest first.
-    pub(super) fn of(&self, gateway: GatewayPlace, policies: &[PolicyPlace]) -> Vec<&Entry> {
-        let places = policies.iter().filter_map(|p| self.by_policy.get(&(gateway, *p))).flatten();
-        let mut entries: Vec<&Entry> = places.map(|e| &self.entries[*e]).collect();
+    pub(super) fn of(&self, gateway: GatewayIndex, policies: &[PolicyIndex]) -> Vec<&Entry> {
+        let indices = policies.iter().filter_map(|p| self.by_policy.get(&(gateway, *p))).flatten();
+        let mut entries: Vec<&Entry> = indices.map(|e| &self.entries[*e]).collect();
         entries.sort_by_key(|e| (std::cmp::Reverse(e.at), e.id, e.address.ipv4, e.address.ipv6));
         entries
     }

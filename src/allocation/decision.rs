@@ -63,7 +63,7 @@ pub struct Grant {
     pub gateway: Name,
     /// The egress ID.
     pub id: u16,
-    /// Its place among the egress IPs that the policy asks for, from 0.
+    /// Its position among the egress IPs that the policy asks for, from 0.
     pub ordinal: u16,
     /// How the address was chosen.
     pub kind: AllocationKind,

@@ -4,8 +4,8 @@ use super::address_pair::{addresses, in_words, of_pair, overlap, pair};
 use super::allocator::{Allocator, Draft};
 use super::cooldown::COOLDOWN_SECONDS;
 use super::decision::{Reason, Rejection};
+use super::index::{AllocationIndex, GatewayIndex, List, RequestIndex};
 use super::load::Load;
-use super::place::{AllocationPlace, GatewayPlace, List, RequestPlace};
 use super::request::{Kind, Request};
 use super::{services, versions};
 use crate::api::{AddressPair, AllocationKind, Sharing};
@@ -19,17 +19,17 @@ use std::cell::LazyCell;
 use std::collections::HashMap;
 use std::net::IpAddr;
 
-/// Grants allocations to the requests that have none, older ones first. Returns the rejections by the place of the
+/// Grants allocations to the requests that have none, older ones first. Returns the rejections by the index of the
 /// request.
-pub(super) fn grant(allocator: &mut Allocator) -> HashMap<RequestPlace, Rejection> {
+pub(super) fn grant(allocator: &mut Allocator) -> HashMap<RequestIndex, Rejection> {
     let mut rejections = HashMap::new();
     let mut lacking = HashMap::new();
-    let mut nodes: List<GatewayPlace, Option<ByNode>> = allocator.gateway_pools.map(|_| None);
+    let mut nodes: List<GatewayIndex, Option<ByNode>> = allocator.gateway_pools.map(|_| None);
     // Requests that name an address come before those that take any.
     for kind in AllocationKind::KNOWN {
         let cluster = allocator.cluster;
         let too_old = LazyCell::new(|| versions::too_old(cluster, kind));
-        for request in allocator.requests.all.places() {
+        for request in allocator.requests.all.indices() {
             let asked = &allocator.requests.all[request];
             if asked.allocation.is_some() || asked.kind.allocation() != kind {
                 continue;
@@ -65,7 +65,7 @@ pub(super) fn grant(allocator: &mut Allocator) -> HashMap<RequestPlace, Rejectio
     }
     // The final allocations decide the reasons, so that the next computation gives the same ones: a named address may
     // have been given to another policy in between.
-    let mut exhausted_of: HashMap<(GatewayPlace, Family), Rejection> = HashMap::new();
+    let mut exhausted_of: HashMap<(GatewayIndex, Family), Rejection> = HashMap::new();
     for (request, rejection) in &mut rejections {
         if let Some(family) = lacking.get(request) {
             let gateway = allocator.requests.all[*request].gateway;
@@ -86,7 +86,7 @@ pub(super) fn grant(allocator: &mut Allocator) -> HashMap<RequestPlace, Rejectio
 }
 
 /// The rejection if the gateway gives out nothing.
-fn frozen(allocator: &Allocator, request: RequestPlace) -> Option<Rejection> {
+fn frozen(allocator: &Allocator, request: RequestIndex) -> Option<Rejection> {
     let gateway_pool = &allocator.gateway_pools[allocator.requests.all[request].gateway];
     let message = format!(
         "the spec of EgressGateway {:?} is invalid; it gives out no egress IP until that is corrected",
@@ -106,10 +106,10 @@ fn no_id() -> Rejection {
 /// Grants addresses that the policies name, themselves or by a Service.
 fn named(
     allocator: &mut Allocator,
-    request: RequestPlace,
+    request: RequestIndex,
     address: AddressPair,
     service: Option<ObjectKey>,
-) -> Result<AllocationPlace, Rejection> {
+) -> Result<AllocationIndex, Rejection> {
     let (gateway, policies) =
         (allocator.requests.all[request].gateway, allocator.requests.all[request].policies.clone());
     check_named(allocator, gateway, &address, service.as_ref())?;
@@ -129,7 +129,7 @@ fn named(
 /// Checks whether policies can have the addresses that they name, themselves or by a Service.
 fn check_named(
     allocator: &Allocator,
-    gateway: GatewayPlace,
+    gateway: GatewayIndex,
     pair: &AddressPair,
     service: Option<&ObjectKey>,
 ) -> Result<(), Rejection> {
@@ -138,7 +138,7 @@ fn check_named(
 
 fn check_one(
     allocator: &Allocator,
-    gateway: GatewayPlace,
+    gateway: GatewayIndex,
     (pair, service): (&AddressPair, Option<&ObjectKey>),
     address: IpAddr,
 ) -> Result<(), Rejection> {
@@ -224,10 +224,10 @@ fn check_one(
 /// Grants an address of each family that the pool has. If a family is exhausted, it is added to `lacking`.
 fn pool(
     allocator: &mut Allocator,
-    request: RequestPlace,
+    request: RequestIndex,
     kind: AllocationKind,
-    lacking: &mut HashMap<RequestPlace, Family>,
-) -> Result<AllocationPlace, Rejection> {
+    lacking: &mut HashMap<RequestIndex, Family>,
+) -> Result<AllocationIndex, Rejection> {
     let (gateway, policies) =
         (allocator.requests.all[request].gateway, allocator.requests.all[request].policies.clone());
     let gateway_pool = &allocator.gateway_pools[gateway];
@@ -278,25 +278,25 @@ fn pool(
 /// policies have.
 fn pooled(
     allocator: &mut Allocator,
-    request: RequestPlace,
-    lacking: &mut HashMap<RequestPlace, Family>,
-) -> Result<AllocationPlace, Rejection> {
+    request: RequestIndex,
+    lacking: &mut HashMap<RequestIndex, Family>,
+) -> Result<AllocationIndex, Rejection> {
     let own = pool(allocator, request, AllocationKind::Pooled, lacking);
     let gateway = allocator.requests.all[request].gateway;
     let of_gateway = allocator
         .allocations
-        .with_places()
+        .indexed()
         .filter(|(_, allocation)| allocation.gateway == gateway && allocation.kind == AllocationKind::Pooled);
-    own.or_else(|rejection| match of_gateway.min_by_key(|(place, allocation)| (allocation.requests.len(), *place)) {
-        Some((place, _)) => {
+    own.or_else(|rejection| match of_gateway.min_by_key(|(index, allocation)| (allocation.requests.len(), *index)) {
+        Some((index, _)) => {
             lacking.remove(&request);
-            Ok(place)
+            Ok(index)
         }
         None => Err(rejection),
     })
 }
 
-fn exhausted(allocator: &Allocator, gateway: GatewayPlace, family: Family) -> Rejection {
+fn exhausted(allocator: &Allocator, gateway: GatewayIndex, family: Family) -> Rejection {
     let gateway_pool = &allocator.gateway_pools[gateway];
     let cooling = allocator.in_cooldown.entries.iter().filter(|entry| !entry.ended).filter(|entry| {
         let address = of_pair(family, &entry.address);
@@ -322,44 +322,44 @@ fn exhausted(allocator: &Allocator, gateway: GatewayPlace, family: Family) -> Re
 /// The allocations of a gateway's nodes with their own addresses, and how many policies use each.
 #[derive(Clone, Debug)]
 struct ByNode {
-    /// By the place of the node.
-    allocations: Vec<Option<AllocationPlace>>,
+    /// By the index of the node.
+    allocations: Vec<Option<AllocationIndex>>,
     load: Load,
 }
 
 impl ByNode {
-    fn new(allocator: &Allocator, gateway: GatewayPlace) -> Self {
+    fn new(allocator: &Allocator, gateway: GatewayIndex) -> Self {
         let nodes = &allocator.gateway_pools[gateway].nodes;
-        let usable = (0..nodes.len()).filter(|place| !allocator.own_address(nodes[*place].1).is_empty());
+        let usable = (0..nodes.len()).filter(|index| !allocator.own_address(nodes[*index].1).is_empty());
         let (mut open, drained): (Vec<usize>, Vec<usize>) =
-            usable.partition(|place| !is_drained(allocator.gateway_pools[gateway].gateway, nodes[*place].1));
-        if open.iter().any(|place| allocator.lives(nodes[*place].0)) {
-            open.retain(|place| allocator.lives(nodes[*place].0));
+            usable.partition(|index| !is_drained(allocator.gateway_pools[gateway].gateway, nodes[*index].1));
+        if open.iter().any(|index| allocator.lives(nodes[*index].0)) {
+            open.retain(|index| allocator.lives(nodes[*index].0));
         }
         let open = if open.is_empty() { drained } else { open };
-        let mut load = Load::new(open.into_iter().map(|place| (place, Capacity::default())));
+        let mut load = Load::new(open.into_iter().map(|index| (index, Capacity::default())));
         let mut allocations = vec![None; nodes.len()];
-        let places: HashMap<_, _> = nodes.iter().enumerate().map(|(place, (name, _))| (*name, place)).collect();
+        let indices: HashMap<_, _> = nodes.iter().enumerate().map(|(index, (name, _))| (*name, index)).collect();
         for request in allocator.requests.all.iter().filter(|d| d.gateway == gateway && d.kind == Kind::Node) {
             let Some(allocation) = request.allocation else { continue };
-            if let Some(place) = allocator.allocations[allocation].node.as_ref().and_then(|name| places.get(name)) {
-                allocations[*place] = Some(allocation);
-                load.add(*place);
+            if let Some(index) = allocator.allocations[allocation].node.as_ref().and_then(|name| indices.get(name)) {
+                allocations[*index] = Some(allocation);
+                load.add(*index);
             }
         }
         ByNode { allocations, load }
     }
 }
 
-fn node(allocator: &mut Allocator, request: RequestPlace, nodes: &mut ByNode) -> Result<AllocationPlace, Rejection> {
+fn node(allocator: &mut Allocator, request: RequestIndex, nodes: &mut ByNode) -> Result<AllocationIndex, Rejection> {
     let (gateway, policies) =
         (allocator.requests.all[request].gateway, allocator.requests.all[request].policies.clone());
     let gateway_pool = &allocator.gateway_pools[gateway];
     let before = allocator.in_cooldown.of(gateway, &policies).into_iter().find_map(|entry| {
-        let same = |place: &usize| overlap(&allocator.own_address(gateway_pool.nodes[*place].1), &entry.address);
-        nodes.load.places().find(same)
+        let same = |index: &usize| overlap(&allocator.own_address(gateway_pool.nodes[*index].1), &entry.address);
+        nodes.load.indices().find(same)
     });
-    let Some(place) = before.or_else(|| nodes.load.least()) else {
+    let Some(index) = before.or_else(|| nodes.load.least()) else {
         let message = if gateway_pool.nodes.is_empty() {
             format!(
                 "no node matches the nodeSelector of EgressGateway {:?}; label a node, or correct the selector",
@@ -374,10 +374,10 @@ fn node(allocator: &mut Allocator, request: RequestPlace, nodes: &mut ByNode) ->
         };
         return Err(Rejection::new(Reason::NoNode, message));
     };
-    let allocation = match nodes.allocations[place] {
+    let allocation = match nodes.allocations[index] {
         Some(allocation) => allocation,
         None => {
-            let (name, node) = gateway_pool.nodes[place];
+            let (name, node) = gateway_pool.nodes[index];
             let address = allocator.own_address(node);
             let id = allocator.new_id(gateway, &address, &policies, &format!("Node/{name}")).ok_or_else(no_id)?;
             allocator.add(Draft {
@@ -386,7 +386,7 @@ fn node(allocator: &mut Allocator, request: RequestPlace, nodes: &mut ByNode) ->
             })
         }
     };
-    nodes.allocations[place] = Some(allocation);
-    nodes.load.add(place);
+    nodes.allocations[index] = Some(allocation);
+    nodes.load.add(index);
     Ok(allocation)
 }

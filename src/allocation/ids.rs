@@ -41,8 +41,8 @@ impl Ids {
     pub(super) fn find(&mut self, name: &str) -> Option<u16> {
         let start = (fnv1a(name.bytes()) % u64::from(MAX_EGRESS_ID)) as u16;
         let found = (0..MAX_EGRESS_ID).map(|step| (start + step) % MAX_EGRESS_ID + 1).find(|id| {
-            let place = usize::from(*id);
-            !self.live[place] && !self.in_cooldown[place]
+            let index = usize::from(*id);
+            !self.live[index] && !self.in_cooldown[index]
         })?;
         self.live[usize::from(found)] = true;
         Some(found)

@@ -11,10 +11,10 @@ mod cooldown;
 mod decision;
 mod grant;
 mod ids;
+mod index;
 mod living;
 mod load;
 mod moves;
-mod place;
 mod placement;
 mod pool;
 mod probes;
@@ -42,7 +42,7 @@ pub(super) use address_pair::in_words;
 
 /// The result of [`allocate`].
 #[derive(Clone, Debug, Default, PartialEq)]
-pub struct Outcome {
+pub struct AllocationResult {
     /// The new status of each gateway, with its allocations.
     pub gateways: BTreeMap<Name, EgressGatewayStatus>,
     /// The decision for each policy.
@@ -53,7 +53,7 @@ pub struct Outcome {
     pub next_reports: Option<i64>,
 }
 
-impl Outcome {
+impl AllocationResult {
     /// The gateway of a policy's allocations; `None` if the policy has none.
     pub fn gateway_of(&self, policy: &PolicyKey) -> Option<&Name> {
         match self.decisions.get(policy)? {
@@ -64,7 +64,7 @@ impl Outcome {
 }
 
 /// Computes all allocations. `now` is in seconds since the Unix epoch.
-pub fn allocate(cluster: &Cluster, now: i64) -> Outcome {
+pub fn allocate(cluster: &Cluster, now: i64) -> AllocationResult {
     let mut allocator = allocator::Allocator::open(cluster, now);
     retain::retain(&mut allocator);
     let rejections = grant::grant(&mut allocator);

@@ -2,21 +2,21 @@
 //! planned move, the old node keeps the egress IP until the new one reports that it has it.
 
 use super::allocator::Allocator;
-use super::place::{AllocationPlace, GatewayPlace};
+use super::index::{AllocationIndex, GatewayIndex};
 use crate::api::AllocationKind;
 use crate::model::ownership::{self, Liveness, OwnershipInputs};
 use crate::model::selector::Name;
 use std::collections::{HashMap, HashSet};
 
 /// What nodes report: the egress IPs that they hold and have taken over.
-pub(super) struct Reports<'a> {
+pub(super) struct NodeReports<'a> {
     held: HashMap<&'a str, HashSet<u16>>,
     taken: HashMap<(u16, i64), Vec<&'a str>>,
 }
 
-impl<'a> Reports<'a> {
+impl<'a> NodeReports<'a> {
     pub(super) fn new(allocator: &Allocator<'a>) -> Self {
-        let mut reports = Reports { held: HashMap::new(), taken: HashMap::new() };
+        let mut reports = NodeReports { held: HashMap::new(), taken: HashMap::new() };
         for (name, status) in
             allocator.cluster.egress_nodes.iter().filter(|(n, _)| allocator.cluster.nodes.contains_key(*n))
         {
@@ -38,16 +38,16 @@ impl<'a> Reports<'a> {
 /// allocation.
 pub(super) fn follow_takeovers(
     allocator: &mut Allocator,
-    gateway: GatewayPlace,
-    allocations: &[AllocationPlace],
-    reports: &Reports,
+    gateway: GatewayIndex,
+    allocations: &[AllocationIndex],
+    reports: &NodeReports,
 ) {
-    for place in allocations
+    for index in allocations
         .iter()
-        .filter(|place| allocator.allocations[**place].kind != AllocationKind::Node)
+        .filter(|index| allocator.allocations[**index].kind != AllocationKind::Node)
         .collect::<Vec<_>>()
     {
-        let allocation = &allocator.allocations[*place];
+        let allocation = &allocator.allocations[*index];
         let of_gateway = |name: &&str| allocator.gateway_pools[gateway].nodes.iter().any(|(n, _)| ***n == **name);
         let takers = reports.taken.get(&(allocation.id, allocation.since)).map(Vec::as_slice).unwrap_or_default();
         let takers: Vec<&str> = takers.iter().copied().filter(of_gateway).collect();
@@ -63,7 +63,7 @@ pub(super) fn follow_takeovers(
         // If several nodes report it, all nodes compute the same owner.
         let taker: Option<Name> = ownership::owner(standing, &Liveness::default()).map(Into::into);
         if taker.is_some() && taker != allocation.node {
-            assign_node(allocator, *place, taker, None);
+            assign_node(allocator, *index, taker, None);
         }
     }
 }
@@ -72,23 +72,23 @@ pub(super) fn follow_takeovers(
 /// of a node's own address cannot move.
 pub(super) fn requested_moves(
     allocator: &Allocator,
-    allocations: &[AllocationPlace],
+    allocations: &[AllocationIndex],
     nodes: &HashMap<&Name, usize>,
-) -> Vec<(AllocationPlace, Name)> {
-    let requested_move = |place: &AllocationPlace| {
-        let allocation = &allocator.allocations[*place];
-        let wanted = requested_node(allocator, *place)?;
+) -> Vec<(AllocationIndex, Name)> {
+    let requested_move = |index: &AllocationIndex| {
+        let allocation = &allocator.allocations[*index];
+        let wanted = requested_node(allocator, *index)?;
         let moves = allocation.kind != AllocationKind::Node
             && allocation.node.as_ref() != Some(wanted)
             && nodes.contains_key(wanted);
-        moves.then(|| (*place, wanted.clone()))
+        moves.then(|| (*index, wanted.clone()))
     };
     allocations.iter().filter_map(requested_move).collect()
 }
 
 /// The node that policies request for an allocation. Of several policies with this allocation, the most senior one
 /// that requests a node decides.
-pub(super) fn requested_node<'b>(allocator: &'b Allocator, allocation: AllocationPlace) -> Option<&'b Name> {
+pub(super) fn requested_node<'b>(allocator: &'b Allocator, allocation: AllocationIndex) -> Option<&'b Name> {
     let policies = allocator.allocations[allocation]
         .requests
         .iter()
@@ -99,16 +99,16 @@ pub(super) fn requested_node<'b>(allocator: &'b Allocator, allocation: Allocatio
 
 /// Assigns an allocation to another node. If the old node reports that it holds the egress IP, it keeps it until the
 /// new one does.
-pub(super) fn move_to(allocator: &mut Allocator, place: AllocationPlace, node: Option<Name>, reports: &Reports) {
-    let allocation = &allocator.allocations[place];
+pub(super) fn move_to(allocator: &mut Allocator, index: AllocationIndex, node: Option<Name>, reports: &NodeReports) {
+    let allocation = &allocator.allocations[index];
     let old = [allocation.node.clone(), allocation.leaving.clone()].into_iter().flatten();
     let leaving = old.into_iter().find(|old| reports.holds(old, allocation.id) && node.as_ref() != Some(old));
-    assign_node(allocator, place, node.clone(), leaving.filter(|_| node.is_some()));
+    assign_node(allocator, index, node.clone(), leaving.filter(|_| node.is_some()));
 }
 
-fn assign_node(allocator: &mut Allocator, place: AllocationPlace, node: Option<Name>, leaving: Option<Name>) {
+fn assign_node(allocator: &mut Allocator, index: AllocationIndex, node: Option<Name>, leaving: Option<Name>) {
     let now = allocator.now;
-    let allocation = &mut allocator.allocations[place];
+    let allocation = &mut allocator.allocations[index];
     if allocation.node != node {
         allocation.since = now.max(allocation.since + 1);
     }
@@ -116,9 +116,9 @@ fn assign_node(allocator: &mut Allocator, place: AllocationPlace, node: Option<N
 }
 
 /// Ends the planned moves that are finished: the new node holds the egress IP, or the old one no longer does.
-pub(super) fn finish(allocator: &mut Allocator, allocations: &[AllocationPlace], reports: &Reports) {
-    for place in allocations {
-        let allocation = &mut allocator.allocations[*place];
+pub(super) fn finish(allocator: &mut Allocator, allocations: &[AllocationIndex], reports: &NodeReports) {
+    for index in allocations {
+        let allocation = &mut allocator.allocations[*index];
         let arrived = allocation.node.as_ref().is_none_or(|node| reports.holds(node, allocation.id));
         if arrived || allocation.leaving.as_ref().is_some_and(|old| !reports.holds(old, allocation.id)) {
             allocation.leaving = None;

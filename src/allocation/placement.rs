@@ -1,9 +1,9 @@
 //! Assigns allocations to nodes.
 
 use super::allocator::Allocator;
+use super::index::{AllocationIndex, GatewayIndex, List};
 use super::load::Load;
-use super::moves::{self, Reports};
-use super::place::{AllocationPlace, GatewayPlace, List};
+use super::moves::{self, NodeReports};
 use super::rebalance;
 use super::services::Announcements;
 use super::unreached::{self, SourceNodes};
@@ -17,12 +17,12 @@ use std::collections::HashMap;
 /// Assigns each allocation to a node of its gateway. It stays on its node while that is a node of the gateway and is
 /// not drained (or all nodes are), until a rebalance is requested.
 pub(super) fn place(allocator: &mut Allocator) {
-    let (reports, sources) = (Reports::new(allocator), SourceNodes::new(allocator));
-    let mut allocations_of: List<GatewayPlace, Vec<AllocationPlace>> = allocator.gateway_pools.map(|_| Vec::new());
-    for (place, allocation) in allocator.allocations.with_places() {
-        allocations_of[allocation.gateway].push(place);
+    let (reports, sources) = (NodeReports::new(allocator), SourceNodes::new(allocator));
+    let mut allocations_of: List<GatewayIndex, Vec<AllocationIndex>> = allocator.gateway_pools.map(|_| Vec::new());
+    for (index, allocation) in allocator.allocations.indexed() {
+        allocations_of[allocation.gateway].push(index);
     }
-    for (gateway, allocations) in allocations_of.into_places() {
+    for (gateway, allocations) in allocations_of.into_indexed() {
         match allocator.gateway_pools[gateway].gateway.placement {
             Placement::Managed => {
                 moves::follow_takeovers(allocator, gateway, &allocations, &reports);
@@ -48,12 +48,12 @@ struct Candidates<'a> {
 }
 
 impl<'a> Candidates<'a> {
-    fn new(allocator: &Allocator<'a>, gateway: GatewayPlace) -> Self {
+    fn new(allocator: &Allocator<'a>, gateway: GatewayIndex) -> Self {
         let nodes = allocator.gateway_pools[gateway].nodes.clone();
         let is_drained = |node: &Node| is_drained(allocator.gateway_pools[gateway].gateway, node);
         let all_drained = nodes.iter().all(|(_, node)| is_drained(node));
         let open = nodes.iter().enumerate().filter(|(_, (_, node))| all_drained || !is_drained(node));
-        let open: HashMap<&Name, usize> = open.map(|(place, (name, _))| (*name, place)).collect();
+        let open: HashMap<&Name, usize> = open.map(|(index, (name, _))| (*name, index)).collect();
         let anybody = nodes.iter().any(|(name, _)| allocator.is_reachable(name));
         let least = open.keys().filter(|name| allocator.lives(name)).map(|name| allocator.lacks(name, gateway)).min();
         let ready = |name: &Name| {
@@ -61,7 +61,7 @@ impl<'a> Candidates<'a> {
                 && (allocator.is_reachable(name) || !anybody)
                 && Some(allocator.lacks(name, gateway)) == least
         };
-        let ready = open.iter().filter(|(name, _)| ready(name)).map(|(name, place)| (*name, *place)).collect();
+        let ready = open.iter().filter(|(name, _)| ready(name)).map(|(name, index)| (*name, *index)).collect();
         Candidates { nodes, open, ready }
     }
 }
@@ -71,14 +71,14 @@ struct Balance<'b, 'a> {
     allocator: &'b mut Allocator<'a>,
     candidates: &'b Candidates<'a>,
     load: Load,
-    reports: &'b Reports<'a>,
+    reports: &'b NodeReports<'a>,
 }
 
 impl Balance<'_, '_> {
     /// Counts what each node has.
-    fn count(&mut self, allocations: &[AllocationPlace]) {
-        for place in allocations {
-            let allocation = &self.allocator.allocations[*place];
+    fn count(&mut self, allocations: &[AllocationIndex]) {
+        for index in allocations {
+            let allocation = &self.allocator.allocations[*index];
             let of = |node: &Option<Name>| self.candidates.open.get(node.as_ref()?).copied();
             match of(&allocation.node) {
                 Some(node) if allocation.kind == AllocationKind::Node => self.load.add_own(node),
@@ -93,28 +93,28 @@ impl Balance<'_, '_> {
     }
 
     /// Assigns an allocation to a node, or to none.
-    fn assign(&mut self, allocation: AllocationPlace, to: Option<usize>) {
+    fn assign(&mut self, allocation: AllocationIndex, to: Option<usize>) {
         let from = self.allocator.allocations[allocation].node.as_ref();
         if let Some(from) = from.and_then(|name| self.candidates.open.get(name)) {
             self.load.move_from(*from);
         }
-        let node = to.map(|place| self.candidates.nodes[place].0.clone());
+        let node = to.map(|index| self.candidates.nodes[index].0.clone());
         moves::move_to(self.allocator, allocation, node, self.reports);
-        if let Some(place) = to {
-            self.load.add(place);
+        if let Some(index) = to {
+            self.load.add(index);
         }
     }
 
     /// The node with room, among those for which `fits`, that has the fewest allocations. Of several egress IPs of a
     /// policy, as few as possible are on one node.
-    fn find(&self, allocation: AllocationPlace, fits: impl Fn(&Name) -> bool) -> Option<usize> {
-        let name = |place: &usize| self.candidates.nodes[*place].0;
-        let mut fitting = self.load.places().filter(|place| fits(name(place)));
+    fn find(&self, allocation: AllocationIndex, fits: impl Fn(&Name) -> bool) -> Option<usize> {
+        let name = |index: &usize| self.candidates.nodes[*index].0;
+        let mut fitting = self.load.indices().filter(|index| fits(name(index)));
         let siblings = siblings(self.allocator, allocation);
         if siblings.is_empty() {
             return fitting.next();
         }
-        fitting.min_by_key(|place| siblings.get(name(place)).copied().unwrap_or_default())
+        fitting.min_by_key(|index| siblings.get(name(index)).copied().unwrap_or_default())
     }
 
     fn is_ready(&self, name: &Name) -> bool {
@@ -123,9 +123,9 @@ impl Balance<'_, '_> {
 
     /// Moves allocations from living nodes that have more than their maximum, which was lowered, as long as others have
     /// room.
-    fn relieve(&mut self, allocations: &[AllocationPlace]) {
-        for (place, mut excess) in self.load.above_maximum() {
-            let node = self.candidates.nodes[place].0;
+    fn relieve(&mut self, allocations: &[AllocationIndex]) {
+        for (index, mut excess) in self.load.above_maximum() {
+            let node = self.candidates.nodes[index].0;
             if !self.allocator.lives(node) {
                 continue;
             }
@@ -149,19 +149,19 @@ impl Balance<'_, '_> {
 /// allocation has none.
 fn balance<'a>(
     allocator: &mut Allocator<'a>,
-    gateway: GatewayPlace,
-    allocations: &[AllocationPlace],
-    (sources, reports): (&SourceNodes<'a>, &Reports<'a>),
+    gateway: GatewayIndex,
+    allocations: &[AllocationIndex],
+    (sources, reports): (&SourceNodes<'a>, &NodeReports<'a>),
 ) {
     let candidates = Candidates::new(allocator, gateway);
-    let capacity = |place: &usize| Capacity::of(allocator.gateway_pools[gateway].gateway, candidates.nodes[*place].1);
-    let load = Load::new(candidates.open.values().map(|place| (*place, capacity(place))));
+    let capacity = |index: &usize| Capacity::of(allocator.gateway_pools[gateway].gateway, candidates.nodes[*index].1);
+    let load = Load::new(candidates.open.values().map(|index| (*index, capacity(index))));
     let mut balance = Balance { allocator, candidates: &candidates, load, reports };
     balance.count(allocations);
     for (allocation, node) in moves::requested_moves(balance.allocator, allocations, &candidates.ready) {
-        let place = candidates.ready[&node];
-        if !sources.is_unreached_by_all(balance.allocator, allocation, &node) && balance.load.has_room(place) {
-            balance.assign(allocation, Some(place));
+        let index = candidates.ready[&node];
+        if !sources.is_unreached_by_all(balance.allocator, allocation, &node) && balance.load.has_room(index) {
+            balance.assign(allocation, Some(index));
         }
     }
     balance.relieve(allocations);
@@ -187,14 +187,14 @@ fn balance<'a>(
     let Balance { allocator, mut load, .. } = balance;
     unreached::move_on(allocator, gateway, allocations, (&candidates.ready, &mut load), (sources, reports));
     if allocator.gateway_pools[gateway].gateway.rebalance {
-        let ready = candidates.ready.iter().map(|(name, place)| (*name, *place));
+        let ready = candidates.ready.iter().map(|(name, index)| (*name, *index));
         let ready = ready.filter(|(name, _)| !sources.is_unreached_by_any(name));
         rebalance::rebalance(allocator, allocations, (ready, &candidates.nodes), &mut load, reports);
     }
 }
 
 /// How many other egress IPs each node has of the allocation's most senior policy that has several.
-fn siblings(allocator: &Allocator, allocation: AllocationPlace) -> HashMap<Name, u32> {
+fn siblings(allocator: &Allocator, allocation: AllocationIndex) -> HashMap<Name, u32> {
     let requests = allocator.allocations[allocation].requests.iter();
     let policies = requests.flat_map(|request| allocator.requests.all[*request].policies.iter().copied());
     let several = policies.filter(|policy| allocator.requests.of[*policy].as_ref().is_ok_and(|of| of.len() > 1));
@@ -209,7 +209,7 @@ fn siblings(allocator: &Allocator, allocation: AllocationPlace) -> HashMap<Name,
 
 /// External placement: the node that reports the address on an interface holds the allocation. If no node has a
 /// Service's address, the node holds it that announces it, as its load balancer says.
-fn follow(allocator: &mut Allocator, gateway: GatewayPlace, allocations: &[AllocationPlace]) {
+fn follow(allocator: &mut Allocator, gateway: GatewayIndex, allocations: &[AllocationIndex]) {
     let mut reported: HashMap<u16, Vec<&Name>> = HashMap::new();
     for (name, _) in &allocator.gateway_pools[gateway].nodes {
         let node = allocator.cluster.egress_nodes.get(*name);
@@ -217,18 +217,18 @@ fn follow(allocator: &mut Allocator, gateway: GatewayPlace, allocations: &[Alloc
             reported.entry(id).or_default().push(name);
         }
     }
-    let of_services = allocations.iter().any(|place| allocator.allocations[*place].service.is_some());
+    let of_services = allocations.iter().any(|index| allocator.allocations[*index].service.is_some());
     let announcements = of_services.then(|| Announcements::new(allocator.cluster));
-    for place in allocations {
-        if allocator.allocations[*place].kind == AllocationKind::Node {
+    for index in allocations {
+        if allocator.allocations[*index].kind == AllocationKind::Node {
             continue;
         }
-        let service = allocator.allocations[*place].service.as_ref();
+        let service = allocator.allocations[*index].service.as_ref();
         let announcer = announcements.as_ref().zip(service);
         let announcer = announcer.and_then(|(all, service)| all.node_of(service, |node| allocator.lives(node)));
         let is_service = service.is_some();
         let now = allocator.now;
-        let allocation = &mut allocator.allocations[*place];
+        let allocation = &mut allocator.allocations[*index];
         let had_none = allocation.node.is_none();
         let here =
             |name: &Name| allocator.gateway_pools[gateway].nodes.binary_search_by(|(n, _)| (*n).cmp(name)).is_ok();

@@ -1,7 +1,7 @@
 //! The addresses of gateways, and which of them a gateway may give out.
 
 use super::address_pair::{address, number};
-use super::place::{GatewayPlace, Place};
+use super::index::{GatewayIndex, ListIndex};
 use crate::model::{AddressRange, Gateway};
 use egret_nft::Family;
 use std::collections::BTreeMap;
@@ -132,16 +132,16 @@ impl<'a> FromIterator<&'a AddressRange> for Pool {
 pub(super) struct Overlap {
     pub(super) first: IpAddr,
     pub(super) last: IpAddr,
-    /// The place of the gateway that keeps it.
-    pub(super) with: GatewayPlace,
+    /// The index of the gateway that keeps it.
+    pub(super) with: GatewayIndex,
 }
 
 /// For each gateway, its pool without the addresses of the gateways before it, and the overlaps with these.
 pub(super) fn usable<'a>(gateways: impl Iterator<Item = &'a Gateway>) -> Vec<(Pool, Vec<Overlap>)> {
     // The claimed parts: family and first number, then last number and gateway. They do not overlap.
-    let mut claimed: BTreeMap<(Family, u128), (u128, GatewayPlace)> = BTreeMap::new();
+    let mut claimed: BTreeMap<(Family, u128), (u128, GatewayIndex)> = BTreeMap::new();
     let mut all = Vec::new();
-    for (place, gateway) in gateways.enumerate() {
+    for (index, gateway) in gateways.enumerate() {
         let (mut pool, mut overlaps) = (Pool::default(), Vec::new());
         for range in &gateway.pool {
             let family = Family::of(&range.first);
@@ -166,7 +166,7 @@ pub(super) fn usable<'a>(gateways: impl Iterator<Item = &'a Gateway>) -> Vec<(Po
         }
         for family in Family::BOTH {
             for (first, last) in &pool.family(family).ranges {
-                claimed.insert((family, *first), (*last, GatewayPlace::new(place)));
+                claimed.insert((family, *first), (*last, GatewayIndex::new(index)));
             }
         }
         all.push((pool, overlaps));

@@ -1,7 +1,7 @@
 //! Quotas: how much of a gateway the policies of one namespace may have together.
 
 use super::decision::{Reason, Rejection};
-use super::place::{List, PolicyPlace};
+use super::index::{List, PolicyIndex};
 use super::request::{Kind, Requester};
 use crate::api::{AddressPair, NamespaceQuota};
 use crate::model::selector::Name;
@@ -11,36 +11,36 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 /// What a policy asks for: the gateway's name, the gateway and the kinds of the requests.
 pub(super) type Asked<'a> = (&'a Name, &'a Gateway, &'a [Kind]);
 
-/// The policies that exceed the quota of their namespace, by place, with the rejection. `asks` has, by the place of
+/// The policies that exceed the quota of their namespace, by index, with the rejection. `asks` has, by the index of
 /// the policy, the gateway's name, the gateway and the kinds of the requests.
 pub(super) fn exceeded(
     cluster: &Cluster,
-    requesters: &List<PolicyPlace, Requester>,
-    asks: &List<PolicyPlace, Option<Asked>>,
-) -> HashMap<PolicyPlace, Rejection> {
-    let mut groups: BTreeMap<(&Name, &Name), Vec<PolicyPlace>> = BTreeMap::new();
-    for ((place, requester), ask) in requesters.with_places().zip(asks.iter()) {
+    requesters: &List<PolicyIndex, Requester>,
+    asks: &List<PolicyIndex, Option<Asked>>,
+) -> HashMap<PolicyIndex, Rejection> {
+    let mut groups: BTreeMap<(&Name, &Name), Vec<PolicyIndex>> = BTreeMap::new();
+    for ((index, requester), ask) in requesters.indexed().zip(asks.iter()) {
         if let (Some((name, gateway, _)), Namespaces::One(namespace)) = (ask, &requester.policy.namespaces)
             && gateway.quota != NamespaceQuota::default()
         {
-            groups.entry((name, namespace)).or_default().push(place);
+            groups.entry((name, namespace)).or_default().push(index);
         }
     }
     let mut rejections = HashMap::new();
-    for ((name, namespace), mut places) in groups {
+    for ((name, namespace), mut indices) in groups {
         // Policies that were accepted in their current generation come first: a policy that grows is refused itself,
         // and no younger one.
-        places.sort_by_key(|place| (!is_accepted(cluster, &requesters[*place]), *place));
+        indices.sort_by_key(|index| (!is_accepted(cluster, &requesters[*index]), *index));
         let mut used = Used::default();
-        for place in places {
-            let Some((_, gateway, kinds)) = asks[place] else { continue };
-            if let Err(limit) = used.add(gateway, kinds, requesters[place].policy.listed_destinations()) {
+        for index in indices {
+            let Some((_, gateway, kinds)) = asks[index] else { continue };
+            if let Err(limit) = used.add(gateway, kinds, requesters[index].policy.listed_destinations()) {
                 let message = format!(
                     "namespace {namespace:?} would have more than {limit}, which is its quota of EgressGateway \
                      {name:?} (spec.namespaceQuota); remove a policy or some of what it asks for, or have the quota \
                       raised"
                 );
-                rejections.insert(place, Rejection::new(Reason::QuotaExceeded, message));
+                rejections.insert(index, Rejection::new(Reason::QuotaExceeded, message));
             }
         }
     }

@@ -5,9 +5,9 @@
 //! these have arrived.
 
 use super::allocator::Allocator;
+use super::index::AllocationIndex;
 use super::load::Load;
-use super::moves::{self, Reports};
-use super::place::AllocationPlace;
+use super::moves::{self, NodeReports};
 use crate::api::AllocationKind;
 use crate::model::Node;
 use crate::model::capacity::{Capacity, Quotient};
@@ -20,12 +20,12 @@ pub(super) const MAX_MOVING: usize = 16;
 
 /// The allocations of one node.
 struct NodeLoad {
-    /// The place of the node among the gateway's.
-    place: usize,
+    /// The index of the node among the gateway's.
+    index: usize,
     capacity: Capacity,
     allocations: u32,
-    /// The places of those that may be moved.
-    movable: Vec<AllocationPlace>,
+    /// The indices of those that may be moved.
+    movable: Vec<AllocationIndex>,
 }
 
 impl NodeLoad {
@@ -45,34 +45,34 @@ impl NodeLoad {
 /// policies request on their node stay, and so do nodes' own addresses.
 pub(super) fn rebalance<'a>(
     allocator: &mut Allocator,
-    allocations: &[AllocationPlace],
+    allocations: &[AllocationIndex],
     (ready, nodes): (impl Iterator<Item = (&'a Name, usize)>, &[(&Name, &Node)]),
     load: &mut Load,
-    reports: &Reports,
+    reports: &NodeReports,
 ) {
     let able = |name: &Name| {
         allocator.cluster.egress_nodes.get(name).is_none_or(|status| status.of_allocations().refused.is_empty())
     };
     let Some(gateway) = allocations.first().map(|first| allocator.allocations[*first].gateway) else { return };
-    let of = |(name, place): (&Name, usize)| {
-        let capacity = Capacity::of(allocator.gateway_pools[gateway].gateway, nodes[place].1);
-        (name.clone(), NodeLoad { place, capacity, allocations: 0, movable: Vec::new() })
+    let of = |(name, index): (&Name, usize)| {
+        let capacity = Capacity::of(allocator.gateway_pools[gateway].gateway, nodes[index].1);
+        (name.clone(), NodeLoad { index, capacity, allocations: 0, movable: Vec::new() })
     };
     let mut loads: BTreeMap<Name, NodeLoad> = ready.filter(|(name, _)| able(name)).map(of).collect();
     let mut moving = 0;
-    for place in allocations {
-        let allocation = &allocator.allocations[*place];
+    for index in allocations {
+        let allocation = &allocator.allocations[*index];
         let Some(node) = &allocation.node else { continue };
         let Some(load) = loads.get_mut(node) else { continue };
         load.allocations += 1;
         moving += usize::from(allocation.leaving.is_some() && !reports.holds(node, allocation.id));
-        let wanted_here = moves::requested_node(allocator, *place) == Some(node);
+        let wanted_here = moves::requested_node(allocator, *index) == Some(node);
         if !wanted_here && allocation.leaving.is_none() && allocation.kind != AllocationKind::Node {
-            load.movable.push(*place);
+            load.movable.push(*index);
         }
     }
     for _ in moving..MAX_MOVING {
-        let open = loads.iter().filter(|(_, of)| load.has_room(of.place));
+        let open = loads.iter().filter(|(_, of)| load.has_room(of.index));
         let fewest = open.min_by_key(|(_, of)| of.next()).map(|(name, of)| (name.clone(), of.next()));
         let most = loads.iter_mut().filter(|(_, of)| !of.movable.is_empty());
         let most = most.max_by_key(|(name, of)| (of.last(), Reverse((*name).clone())));
@@ -82,10 +82,10 @@ pub(super) fn rebalance<'a>(
         }
         let Some(allocation) = from.movable.pop() else { return };
         from.allocations -= 1;
-        load.move_from(from.place);
+        load.move_from(from.index);
         if let Some(of) = loads.get_mut(&to) {
             of.allocations += 1;
-            load.add(of.place);
+            load.add(of.index);
         }
         moves::move_to(allocator, allocation, Some(to), reports);
     }

@@ -2,7 +2,7 @@
 
 use super::address_pair::addresses;
 use super::decision::{Reason, Rejection};
-use super::place::{AllocationPlace, GatewayPlace, List, PolicyPlace, RequestPlace};
+use super::index::{AllocationIndex, GatewayIndex, List, PolicyIndex, RequestIndex};
 use super::{quota, services};
 use crate::api::{AddressPair, Allocate, Allocation, AllocationKind, Placement, Sharing};
 use crate::model::precedence::labels_or_name;
@@ -14,13 +14,13 @@ use std::collections::HashMap;
 /// A request for an allocation, by one or more policies.
 #[derive(Clone, Debug)]
 pub(super) struct Request {
-    /// The place of the gateway.
-    pub(super) gateway: GatewayPlace,
+    /// The index of the gateway.
+    pub(super) gateway: GatewayIndex,
     pub(super) kind: Kind,
-    /// The places of the requesting policies, by seniority.
-    pub(super) policies: Vec<PolicyPlace>,
-    /// The place of the allocation, once granted.
-    pub(super) allocation: Option<AllocationPlace>,
+    /// The indices of the requesting policies, by seniority.
+    pub(super) policies: Vec<PolicyIndex>,
+    /// The index of the allocation, once granted.
+    pub(super) allocation: Option<AllocationIndex>,
 }
 
 /// The kind of a request.
@@ -34,7 +34,7 @@ pub(super) enum Kind {
     Shared,
     /// An allocation for one policy while the pool has addresses, and then one that others have, too.
     Pooled,
-    /// An allocation for one policy, which may ask for several: its place among them, from 0.
+    /// An allocation for one policy, which may ask for several: its position among them, from 0.
     Dedicated(u16),
     /// The own address of any node of the gateway, for one policy.
     Node,
@@ -101,15 +101,15 @@ pub(super) struct Requester<'a> {
 /// All policies and their requests.
 #[derive(Clone, Debug)]
 pub(super) struct Requests<'a> {
-    /// All policies by seniority: older ones first, those without a time last, then by name. The place of a policy is
+    /// All policies by seniority: older ones first, those without a time last, then by name. The index of a policy is
     /// its index here.
-    pub(super) requesters: List<PolicyPlace, Requester<'a>>,
-    /// Places by key.
-    pub(super) places: HashMap<&'a PolicyKey, PolicyPlace>,
+    pub(super) requesters: List<PolicyIndex, Requester<'a>>,
+    /// The index of each, by its key.
+    pub(super) by_key: HashMap<&'a PolicyKey, PolicyIndex>,
     /// All requests, in the order of the most senior policy of each.
-    pub(super) all: List<RequestPlace, Request>,
-    /// By the place of the policy: the places of its requests, or its rejection; no places: it asks for nothing.
-    pub(super) of: List<PolicyPlace, Result<SmallVec<[RequestPlace; 1]>, Rejection>>,
+    pub(super) all: List<RequestIndex, Request>,
+    /// By the index of the policy: the indices of its requests, or its rejection; none: it asks for nothing.
+    pub(super) of: List<PolicyIndex, Result<SmallVec<[RequestIndex; 1]>, Rejection>>,
 }
 
 impl<'a> Requests<'a> {
@@ -117,8 +117,8 @@ impl<'a> Requests<'a> {
         let mut requesters: Vec<Requester> =
             cluster.policies.iter().map(|(key, policy)| Requester { key, policy, name: key.to_string() }).collect();
         requesters.sort_by_key(|a| (a.policy.created, a.key));
-        let requesters: List<PolicyPlace, Requester> = requesters.into_iter().collect();
-        let places = requesters.with_places().map(|(place, a)| (a.key, place)).collect();
+        let requesters: List<PolicyIndex, Requester> = requesters.into_iter().collect();
+        let by_key = requesters.indexed().map(|(index, a)| (a.key, index)).collect();
 
         let gateways = Gateways::new(cluster);
         let mut kinds = requesters.map(|requester| Kind::of(requester.policy));
@@ -140,17 +140,17 @@ impl<'a> Requests<'a> {
             });
             Some(gateway)
         });
-        let allowed: Vec<Option<Result<GatewayPlace, Rejection>>> = allowed.collect();
+        let allowed: Vec<Option<Result<GatewayIndex, Rejection>>> = allowed.collect();
         let asks = allowed.iter().zip(kinds.iter()).map(|(gateway, kinds)| {
             let (name, gateway) = gateways.all[*gateway.as_ref()?.as_ref().ok()?];
             Some((name, gateway, kinds.as_slice()))
         });
         let mut exceeded = quota::exceeded(cluster, &requesters, &asks.collect());
-        let mut all: List<RequestPlace, Request> = List::new();
-        let mut common: HashMap<(GatewayPlace, Kind, Option<&Name>), RequestPlace> = HashMap::new();
+        let mut all: List<RequestIndex, Request> = List::new();
+        let mut common: HashMap<(GatewayIndex, Kind, Option<&Name>), RequestIndex> = HashMap::new();
         let mut of = List::new();
-        for (gateway, (place, kinds)) in allowed.into_iter().zip(kinds.into_places()) {
-            let gateway = match (gateway, exceeded.remove(&place)) {
+        for (gateway, (index, kinds)) in allowed.into_iter().zip(kinds.into_indexed()) {
+            let gateway = match (gateway, exceeded.remove(&index)) {
                 (Some(Ok(gateway)), None) => gateway,
                 (Some(Err(rejection)), _) | (_, Some(rejection)) => {
                     of.push(Err(rejection));
@@ -165,10 +165,10 @@ impl<'a> Requests<'a> {
                 let request = match kind {
                     Kind::Explicit(_) | Kind::Service(..) => {
                         let of = gateways.all[gateway].1;
-                        let sharers = match (of.sharing, &requesters[place].policy.namespaces) {
+                        let sharers = match (of.sharing, &requesters[index].policy.namespaces) {
                             _ if kind.is_default_of(of) => None,
                             // The default address of a gateway that cannot be read.
-                            _ if requesters[place].policy.address == AddressRequest::Unspecified => None,
+                            _ if requesters[index].policy.address == AddressRequest::Unspecified => None,
                             (Sharing::Namespace, Namespaces::One(namespace)) => Some(namespace),
                             _ => None,
                         };
@@ -180,16 +180,16 @@ impl<'a> Requests<'a> {
                 if request == all.end() {
                     all.push(Request { gateway, kind, policies: Vec::new(), allocation: None });
                 }
-                all[request].policies.push(place);
+                all[request].policies.push(index);
                 request
             };
             of.push(Ok(kinds.into_iter().map(request).collect()));
         }
-        Requests { requesters, places, all, of }
+        Requests { requesters, by_key, all, of }
     }
 
     /// Names at most three policies, as text for users.
-    pub(super) fn name_some(&self, policies: &[PolicyPlace]) -> String {
+    pub(super) fn name_some(&self, policies: &[PolicyIndex]) -> String {
         let names: Vec<&str> = policies.iter().take(3).map(|p| self.requesters[*p].name.as_str()).collect();
         match policies.len() - names.len() {
             0 => names.join(", "),
@@ -214,33 +214,33 @@ fn default_of_namespace(cluster: &Cluster, requester: &Requester) -> Option<Name
     cluster.namespaces.get(namespace)?.get(DEFAULT_GATEWAY).filter(|name| !name.is_empty()).cloned()
 }
 
-/// All gateways, by place and by name.
+/// All gateways, by index and by name.
 struct Gateways<'a> {
-    all: List<GatewayPlace, (&'a Name, &'a Gateway)>,
-    by_name: HashMap<&'a str, GatewayPlace>,
-    defaults: Vec<GatewayPlace>,
+    all: List<GatewayIndex, (&'a Name, &'a Gateway)>,
+    by_name: HashMap<&'a str, GatewayIndex>,
+    defaults: Vec<GatewayIndex>,
     /// If several gateways are the default one: the one of which a policy already has an allocation.
-    present: HashMap<&'a PolicyKey, GatewayPlace>,
+    present: HashMap<&'a PolicyKey, GatewayIndex>,
     /// The gateway of which a policy already has a Service's address.
-    of_services: HashMap<&'a PolicyKey, GatewayPlace>,
+    of_services: HashMap<&'a PolicyKey, GatewayIndex>,
     /// The same for frozen gateways, of which it is unknown whether they are the default one.
-    kept: HashMap<&'a PolicyKey, GatewayPlace>,
+    kept: HashMap<&'a PolicyKey, GatewayIndex>,
 }
 
 impl<'a> Gateways<'a> {
     fn new(cluster: &'a Cluster) -> Self {
-        let all: List<GatewayPlace, _> = cluster.gateways.iter().map(|(name, gateway)| (name, &**gateway)).collect();
-        let by_name = all.with_places().map(|(place, (name, _))| (&***name, place)).collect();
-        let those = |which: fn(&Gateway) -> bool| -> Vec<GatewayPlace> {
-            all.places().filter(|place| which(all[*place].1)).collect()
+        let all: List<GatewayIndex, _> = cluster.gateways.iter().map(|(name, gateway)| (name, &**gateway)).collect();
+        let by_name = all.indexed().map(|(index, (name, _))| (&***name, index)).collect();
+        let those = |which: fn(&Gateway) -> bool| -> Vec<GatewayIndex> {
+            all.indices().filter(|index| which(all[*index].1)).collect()
         };
         let defaults = those(|gateway| gateway.default);
-        let of = |places: &[GatewayPlace], which: fn(&Allocation) -> bool| {
+        let of = |indices: &[GatewayIndex], which: fn(&Allocation) -> bool| {
             let mut present = HashMap::new();
-            for place in places {
-                let allocations = all[*place].1.status.allocations.iter().filter(|allocation| which(allocation));
+            for index in indices {
+                let allocations = all[*index].1.status.allocations.iter().filter(|allocation| which(allocation));
                 for policy in allocations.flat_map(|allocation| &allocation.policies) {
-                    present.entry(policy).or_insert(*place);
+                    present.entry(policy).or_insert(*index);
                 }
             }
             present
@@ -256,8 +256,8 @@ impl<'a> Gateways<'a> {
     ///
     /// # Errors
     /// There is none, or the policy may not use it.
-    fn gateway_of(&self, cluster: &Cluster, requester: &Requester) -> Result<GatewayPlace, Rejection> {
-        let place = match (&requester.policy.gateway, self.defaults.as_slice()) {
+    fn gateway_of(&self, cluster: &Cluster, requester: &Requester) -> Result<GatewayIndex, Rejection> {
+        let index = match (&requester.policy.gateway, self.defaults.as_slice()) {
             (Some(name), _) => *self.by_name.get(&**name).ok_or_else(|| {
                 let message = match self.some_names() {
                     names if names.is_empty() => format!("there is no EgressGateway {name:?}; create it"),
@@ -265,12 +265,12 @@ impl<'a> Gateways<'a> {
                 };
                 Rejection::new(Reason::GatewayUnknown, message)
             })?,
-            (None, _) if let Some(place) = self.kept.get(requester.key) => *place,
+            (None, _) if let Some(index) = self.kept.get(requester.key) => *index,
             (None, _) if let AddressRequest::Service(service) = &requester.policy.address => {
                 let addresses = services::addresses(cluster, service)?;
-                let can_have = |place: &GatewayPlace| services::can_have(self.all[*place].1, addresses);
+                let can_have = |index: &GatewayIndex| services::can_have(self.all[*index].1, addresses);
                 let present = self.of_services.get(requester.key).copied().filter(can_have);
-                let found = present.or_else(|| self.all.places().find(can_have));
+                let found = present.or_else(|| self.all.indices().find(can_have));
                 found.ok_or_else(|| services::no_gateway(service, addresses))?
             }
             (None, _) if let Some(name) = default_of_namespace(cluster, requester) => {
@@ -290,7 +290,7 @@ impl<'a> Gateways<'a> {
             }
             // A second default gateway is a mistake. It must not take the egress IPs of policies that have one.
             (None, several) => *self.present.get(requester.key).ok_or_else(|| {
-                let names: Vec<&str> = several.iter().map(|place| &**self.all[*place].0).collect();
+                let names: Vec<&str> = several.iter().map(|index| &**self.all[*index].0).collect();
                 let message = format!(
                     "the policy names no gateway, and several are the default one: {}; \
                      set spec.gateway, or leave default: true on one of them",
@@ -299,7 +299,7 @@ impl<'a> Gateways<'a> {
                 Rejection::new(Reason::SeveralDefaultGateways, message)
             })?,
         };
-        let (name, gateway) = self.all[place];
+        let (name, gateway) = self.all[index];
         match &requester.policy.namespaces {
             Namespaces::One(ns) if !gateway.namespaces.matches(&labels_or_name(cluster.namespaces.get(ns), ns)) => {
                 let message = format!(
@@ -309,7 +309,7 @@ impl<'a> Gateways<'a> {
                 Err(Rejection::new(Reason::NamespaceNotAllowed, message))
             }
             // A user who may create ClusterEgressPolicies may use every gateway.
-            _ => Ok(place),
+            _ => Ok(index),
         }
     }
 
@@ -317,7 +317,7 @@ impl<'a> Gateways<'a> {
     fn check_reservations(
         &self,
         cluster: &Cluster,
-        gateway: GatewayPlace,
+        gateway: GatewayIndex,
         requester: &Requester,
         kind: &Kind,
     ) -> Result<(), Rejection> {

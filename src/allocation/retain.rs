@@ -2,7 +2,7 @@
 
 use super::address_pair::{addresses, of_pair, overlap, pair};
 use super::allocator::{Allocator, Draft};
-use super::place::{GatewayPlace, RequestPlace};
+use super::index::{GatewayIndex, RequestIndex};
 use super::request::Kind;
 use crate::api::{AddressPair, Allocation, AllocationKind, ReleasedAllocation, Sharing};
 use crate::model::ObjectKey;
@@ -26,7 +26,7 @@ pub(super) fn retain(allocator: &mut Allocator) {
     let of_services = requested_by_services(allocator);
     // Pool addresses come first: where a node has taken a pool address as its own, the pool allocation is older.
     for nodes_own in [false, true] {
-        for gateway in allocator.gateway_pools.places() {
+        for gateway in allocator.gateway_pools.indices() {
             let gateway_pool = allocator.gateway_pools[gateway].gateway;
             let mut allocations: Vec<&Allocation> = gateway_pool
                 .status
@@ -53,7 +53,7 @@ pub(super) fn retain(allocator: &mut Allocator) {
 }
 
 /// The namespaces of the Services by which policies have addresses, by gateway and address.
-type OfServices = HashMap<(GatewayPlace, IpAddr), Name>;
+type OfServices = HashMap<(GatewayIndex, IpAddr), Name>;
 
 fn requested_by_services(allocator: &Allocator) -> OfServices {
     let named = allocator.requests.all.iter().filter_map(|request| match &request.kind {
@@ -70,7 +70,7 @@ fn requested_by_services(allocator: &Allocator) -> OfServices {
 /// address of his Service takes nothing away by it.
 fn is_displaced(
     allocator: &Allocator,
-    gateway: GatewayPlace,
+    gateway: GatewayIndex,
     allocation: &Allocation,
     of_services: &OfServices,
 ) -> bool {
@@ -89,18 +89,18 @@ fn is_displaced(
 /// The requests to the gateway, still without an allocation, of the policies that this allocation lists.
 fn requests_of<'b>(
     allocator: &'b Allocator,
-    gateway: GatewayPlace,
+    gateway: GatewayIndex,
     allocation: &'b Allocation,
-) -> impl Iterator<Item = RequestPlace> + 'b {
-    let places = allocation.policies.iter().filter_map(|name| allocator.requests.places.get(name));
-    let requests = places.filter_map(|place| allocator.requests.of[*place].as_ref().ok()).flatten().copied();
+) -> impl Iterator<Item = RequestIndex> + 'b {
+    let indices = allocation.policies.iter().filter_map(|name| allocator.requests.by_key.get(name));
+    let requests = indices.filter_map(|index| allocator.requests.of[*index].as_ref().ok()).flatten().copied();
     requests.filter(move |d| {
         let request = &allocator.requests.all[*d];
         request.gateway == gateway && request.allocation.is_none()
     })
 }
 
-fn pool_allocation(allocator: &mut Allocator, gateway: GatewayPlace, allocation: &Allocation) -> bool {
+fn pool_allocation(allocator: &mut Allocator, gateway: GatewayIndex, allocation: &Allocation) -> bool {
     let fitting = requests_of(allocator, gateway, allocation).filter(|d| {
         match (&allocator.requests.all[*d].kind, allocation.kind) {
             (Kind::Explicit(pair), AllocationKind::Explicit) => *pair == allocation.address,
@@ -114,7 +114,7 @@ fn pool_allocation(allocator: &mut Allocator, gateway: GatewayPlace, allocation:
     });
     // The most senior request keeps it, if the gateway no longer shares addresses across namespaces. Policies share one of
     // a pool whatever their namespaces.
-    let mut fitting: BTreeSet<RequestPlace> = fitting.collect();
+    let mut fitting: BTreeSet<RequestIndex> = fitting.collect();
     let Some(first) = fitting.first().copied() else { return false };
     fitting.retain(|request| *request == first || allocation.kind == AllocationKind::Pooled);
     let is_named = matches!(allocation.kind, AllocationKind::Explicit | AllocationKind::Service);
@@ -132,7 +132,7 @@ fn pool_allocation(allocator: &mut Allocator, gateway: GatewayPlace, allocation:
     if !lost.is_empty() {
         allocator.start_cooldown(gateway, released(allocation, pair(lost), allocator.now));
     }
-    let place = allocator.add(Draft {
+    let index = allocator.add(Draft {
         gateway,
         id: allocation.id,
         kind: allocation.kind,
@@ -145,26 +145,26 @@ fn pool_allocation(allocator: &mut Allocator, gateway: GatewayPlace, allocation:
         requests: vec![],
     });
     for request in fitting {
-        allocator.assign(place, request);
+        allocator.assign(index, request);
     }
     true
 }
 
-fn node_allocation(allocator: &mut Allocator, gateway: GatewayPlace, allocation: &Allocation) -> bool {
+fn node_allocation(allocator: &mut Allocator, gateway: GatewayIndex, allocation: &Allocation) -> bool {
     let nodes = &allocator.gateway_pools[gateway].nodes;
     let Some((name, node)) =
         allocation.node.as_deref().and_then(|n| nodes.iter().find(|(name, _)| &***name == n).copied())
     else {
         return false;
     };
-    let requests: BTreeSet<RequestPlace> =
+    let requests: BTreeSet<RequestIndex> =
         requests_of(allocator, gateway, allocation).filter(|d| allocator.requests.all[*d].kind == Kind::Node).collect();
     let address = allocator.own_address(node);
     // With another address it is a new allocation: connections over the old address cannot survive.
     if requests.is_empty() || !overlap(&address, &allocation.address) || !allocator.ids.take(allocation.id) {
         return false;
     }
-    let place = allocator.add(Draft {
+    let index = allocator.add(Draft {
         gateway,
         id: allocation.id,
         kind: AllocationKind::Node,
@@ -177,30 +177,30 @@ fn node_allocation(allocator: &mut Allocator, gateway: GatewayPlace, allocation:
         requests: vec![],
     });
     for request in requests {
-        allocator.assign(place, request);
+        allocator.assign(index, request);
     }
     true
 }
 
 /// Adds the missing half of a pair: the pool has got a second family, or has lost an address.
 fn complete(allocator: &mut Allocator) {
-    for request in allocator.requests.all.places() {
-        let Some(place) = allocator.requests.all[request].allocation else { continue };
+    for request in allocator.requests.all.indices() {
+        let Some(index) = allocator.requests.all[request].allocation else { continue };
         let given = [AllocationKind::Dedicated, AllocationKind::Shared, AllocationKind::Pooled];
-        if !given.contains(&allocator.allocations[place].kind) {
+        if !given.contains(&allocator.allocations[index].kind) {
             continue;
         }
-        let gateway = allocator.allocations[place].gateway;
+        let gateway = allocator.allocations[index].gateway;
         for family in Family::BOTH {
-            if of_pair(family, &allocator.allocations[place].address).is_some()
+            if of_pair(family, &allocator.allocations[index].address).is_some()
                 || !allocator.gateway_pools[gateway].open.has(family)
             {
                 continue;
             }
             let policies = std::mem::take(&mut allocator.requests.all[request].policies);
             if let Some(address) = allocator.pick(gateway, family, &policies) {
-                allocator.held.insert(address, place);
-                let allocation = &mut allocator.allocations[place];
+                allocator.held.insert(address, index);
+                let allocation = &mut allocator.allocations[index];
                 allocation.address = pair(addresses(&allocation.address).chain([address]));
             }
             allocator.requests.all[request].policies = policies;

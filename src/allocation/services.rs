@@ -7,7 +7,7 @@
 use super::address_pair::{in_words, pair};
 use super::cooldown::{COOLDOWN_SECONDS, Cooldowns};
 use super::decision::{Reason, Rejection};
-use super::place::PolicyPlace;
+use super::index::PolicyIndex;
 use crate::api::{AddressPair, Placement, Sharing};
 use crate::model::condition::time;
 use crate::model::selector::Name;
@@ -145,7 +145,7 @@ fn confined<'n>(gateway: &Gateway, namespaces: &'n Namespaces) -> Option<&'n Nam
 pub(super) fn check_former(
     cooldowns: &Cooldowns,
     (gateway, namespaces): (&Gateway, &Namespaces),
-    policies: &[PolicyPlace],
+    policies: &[PolicyIndex],
     named: &AddressPair,
 ) -> Result<(), Rejection> {
     let Some(own) = confined(gateway, namespaces) else { return Ok(()) };

@@ -4,9 +4,9 @@
 //! An egress IP that one of its source nodes reaches stays, whatever the others report: that node would lose it.
 
 use super::allocator::Allocator;
+use super::index::{AllocationIndex, GatewayIndex};
 use super::load::Load;
-use super::moves::{self, Reports};
-use super::place::{AllocationPlace, GatewayPlace};
+use super::moves::{self, NodeReports};
 use crate::api::AllocationKind;
 use crate::model::PolicyKey;
 use crate::model::precedence::PolicyIndex;
@@ -50,8 +50,8 @@ impl<'a> SourceNodes<'a> {
 
     /// The nodes with pods that the allocation's policies select. The gateway's own nodes are not among them, because
     /// they probe each other, nor are nodes that count as lost.
-    fn source_nodes_of(&self, allocator: &Allocator<'a>, allocation: AllocationPlace) -> Vec<&'a Name> {
-        let users = allocator.users(allocation).into_iter().map(|place| allocator.requests.requesters[place].key);
+    fn source_nodes_of(&self, allocator: &Allocator<'a>, allocation: AllocationIndex) -> Vec<&'a Name> {
+        let users = allocator.users(allocation).into_iter().map(|index| allocator.requests.requesters[index].key);
         let nodes: BTreeSet<&Name> = users.filter_map(|key| self.of_policies.get(key)).flatten().copied().collect();
         let members = &allocator.gateway_pools[allocator.allocations[allocation].gateway].nodes;
         let is_member = |name: &Name| members.binary_search_by(|(n, _)| (*n).cmp(name)).is_ok();
@@ -63,7 +63,7 @@ impl<'a> SourceNodes<'a> {
     pub(super) fn is_unreached_by_all(
         &self,
         allocator: &Allocator<'a>,
-        allocation: AllocationPlace,
+        allocation: AllocationIndex,
         node: &Name,
     ) -> bool {
         if !self.is_unreached_by_any(node) {
@@ -75,7 +75,7 @@ impl<'a> SourceNodes<'a> {
     }
 
     /// Whether all source nodes of the allocation reach the node.
-    fn all_reach(&self, allocator: &Allocator<'a>, allocation: AllocationPlace, node: &Name) -> bool {
+    fn all_reach(&self, allocator: &Allocator<'a>, allocation: AllocationIndex, node: &Name) -> bool {
         let reaches = |source: &Name| self.unreached.get(&**source).is_none_or(|u| !u.contains(&**node));
         self.source_nodes_of(allocator, allocation).into_iter().all(reaches)
     }
@@ -122,25 +122,25 @@ impl ReportRequest {
 }
 
 /// Moves the allocations that no source node reaches. `ready` has the nodes that an allocation can be moved to, with
-/// their places.
+/// their indices.
 pub(super) fn move_on<'a>(
     allocator: &mut Allocator<'a>,
-    gateway: GatewayPlace,
-    allocations: &[AllocationPlace],
+    gateway: GatewayIndex,
+    allocations: &[AllocationIndex],
     (ready, load): (&HashMap<&'a Name, usize>, &mut Load),
-    (sources, reports): (&SourceNodes<'a>, &Reports),
+    (sources, reports): (&SourceNodes<'a>, &NodeReports),
 ) {
     if sources.unreached.is_empty() {
         return;
     }
-    let names: HashMap<usize, &Name> = ready.iter().map(|(name, place)| (*place, *name)).collect();
-    let better = |allocator: &Allocator<'a>, allocation: AllocationPlace, place: &usize| {
-        names.get(place).is_some_and(|name| sources.all_reach(allocator, allocation, name))
+    let names: HashMap<usize, &Name> = ready.iter().map(|(name, index)| (*index, *name)).collect();
+    let better = |allocator: &Allocator<'a>, allocation: AllocationIndex, index: &usize| {
+        names.get(index).is_some_and(|name| sources.all_reach(allocator, allocation, name))
     };
-    let (mut unreached, mut moves_at): (Vec<AllocationPlace>, Option<i64>) = (Vec::new(), None);
+    let (mut unreached, mut moves_at): (Vec<AllocationIndex>, Option<i64>) = (Vec::new(), None);
     for allocation in allocations.iter().copied() {
-        let is_better = |place: usize| better(allocator, allocation, &place);
-        if is_unreached(allocator, allocation, sources, reports) && load.places().any(is_better) {
+        let is_better = |index: usize| better(allocator, allocation, &index);
+        if is_unreached(allocator, allocation, sources, reports) && load.indices().any(is_better) {
             // Unless the clock was set back.
             let stayed = allocator.now.saturating_sub(allocator.allocations[allocation].since);
             if (0..STAY_SECONDS).contains(&stayed) {
@@ -173,21 +173,26 @@ pub(super) fn move_on<'a>(
         {
             continue;
         }
-        let fits = |place: &usize| {
-            better(allocator, allocation, place) && names.get(place).is_some_and(|name| answered.contains(name))
+        let fits = |index: &usize| {
+            better(allocator, allocation, index) && names.get(index).is_some_and(|name| answered.contains(name))
         };
-        let found = load.places().find(fits);
-        if let Some(place) = found {
+        let found = load.indices().find(fits);
+        if let Some(index) = found {
             let from = allocator.allocations[allocation].node.as_ref().and_then(|from| ready.get(from));
             from.into_iter().for_each(|from| load.move_from(*from));
-            moves::move_to(allocator, allocation, Some(names[&place].clone()), reports);
-            load.add(place);
+            moves::move_to(allocator, allocation, Some(names[&index].clone()), reports);
+            load.add(index);
         }
     }
 }
 
 /// Whether the owner of an allocation holds the egress IP, and no source node reaches it.
-fn is_unreached(allocator: &Allocator, allocation: AllocationPlace, sources: &SourceNodes, reports: &Reports) -> bool {
+fn is_unreached(
+    allocator: &Allocator,
+    allocation: AllocationIndex,
+    sources: &SourceNodes,
+    reports: &NodeReports,
+) -> bool {
     let entry = &allocator.allocations[allocation];
     let Some(node) = entry.node.as_ref() else { return false };
     // Other code replaces a dead node. A node whose kubelet reports nothing may not get to know of the move, and two

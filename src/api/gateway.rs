@@ -403,7 +403,7 @@ pub struct Allocation {
     pub id: u16,
     /// How the address was chosen.
     pub kind: AllocationKind,
-    /// With `kind: Dedicated` and a policy that has several: its place among them, from 0.
+    /// With `kind: Dedicated` and a policy that has several: its position among them, from 0.
     #[serde(default, skip_serializing_if = "is_first")]
     pub ordinal: u16,
     /// The address that servers see.

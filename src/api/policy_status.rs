@@ -52,7 +52,7 @@ pub struct PolicyEgressIp {
     /// The addresses.
     #[serde(flatten)]
     pub address: AddressPair,
-    /// Its place among the egress IPs that the policy asks for, from 0.
+    /// Its position among the egress IPs that the policy asks for, from 0.
     pub ordinal: u16,
     /// The node that holds it.
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -5,7 +5,7 @@ use super::metrics::Metrics;
 use super::services::MadePolicies;
 use super::write_overlay::{self, WriteOverlay};
 use crate::allocation::report::{of_gateway, of_policy, opted_in, report};
-use crate::allocation::{Outcome, allocate};
+use crate::allocation::{AllocationResult, allocate};
 use crate::api::{AllocationsWriter, EgressGatewayStatus, EgressPolicyStatus};
 use crate::cluster::{Leadership, NotWritten, Statuses, Term};
 use crate::model::fallback_policy::listed_only;
@@ -286,7 +286,7 @@ impl Controller {
     async fn write_gateways(
         &mut self,
         cluster: &Cluster,
-        outcome: &mut Outcome,
+        outcome: &mut AllocationResult,
         failure: &mut Option<anyhow::Error>,
     ) -> BTreeSet<Name> {
         let mut unwritten = BTreeSet::new();

@@ -209,7 +209,7 @@ fn egress_ips(object: &Object) -> Result<Vec<IpAddr>, Invalid> {
 
 /// Nodes have these addresses already.
 fn static_gateway<'d>(draft: &'d mut Draft, object: &Object) -> &'d mut GatewayDraft {
-    let place = draft.gateways.iter().position(|gateway| gateway.name == STATIC).unwrap_or_else(|| {
+    let index = draft.gateways.iter().position(|gateway| gateway.name == STATIC).unwrap_or_else(|| {
         let mut gateway = GatewayDraft::new(STATIC, LabelSelector::default());
         gateway.spec.placement = Placement::External;
         gateway.notes.differs(
@@ -219,8 +219,8 @@ fn static_gateway<'d>(draft: &'d mut Draft, object: &Object) -> &'d mut GatewayD
         draft.gateways.push(gateway);
         draft.gateways.len() - 1
     });
-    draft.gateways[place].add_from(object);
-    &mut draft.gateways[place]
+    draft.gateways[index].add_from(object);
+    &mut draft.gateways[index]
 }
 
 /// Selectors of namespaces and of pods.

@@ -127,18 +127,18 @@ fn join(
     addresses: &[AddressPair],
     (selector, notes): (LabelSelector, Notes),
 ) -> String {
-    let place = match node.address.is_empty() {
+    let placement = match node.address.is_empty() {
         true => Placement::Managed,
         false => Placement::External,
     };
     let same = |g: &GatewayDraft| {
         let spec = &g.spec;
-        (&spec.node_selector, &spec.interface, spec.placement) == (&selector, &node.interface, place)
+        (&spec.node_selector, &spec.interface, spec.placement) == (&selector, &node.interface, placement)
     };
     let index = draft.gateways.iter().position(same).unwrap_or_else(|| {
         let mut gateway = GatewayDraft::new(object.name(), selector.clone());
-        (gateway.spec.interface, gateway.spec.placement) = (node.interface.clone(), place);
-        match place {
+        (gateway.spec.interface, gateway.spec.placement) = (node.interface.clone(), placement);
+        match placement {
             Placement::External => gateway.notes.differs(
                 "Cilium's egress IP is on a node already, and the node that has it is the owner. For failover, take the \
                  addresses off the nodes and remove placement: then Egret puts them onto a node that lives",

@@ -124,8 +124,8 @@ fn pools(gateways: &[GatewayDraft]) -> Result<Pools, Vec<Invalid>> {
 }
 
 fn note_overlaps(gateways: &mut [GatewayDraft], pools: &Pools) {
-    for place in 1..gateways.len() {
-        let (earlier, rest) = gateways.split_at_mut(place);
+    for index in 1..gateways.len() {
+        let (earlier, rest) = gateways.split_at_mut(index);
         let Some(gateway) = rest.first_mut() else { continue };
         let own = pools.get(&gateway.name).map(Box::as_ref).unwrap_or_default();
         for other in earlier {

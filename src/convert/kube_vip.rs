@@ -95,7 +95,7 @@ fn notes(object: &Object, policy: &mut PolicyDraft) -> Result<(), Invalid> {
 /// The gateway of Services on one interface. kube-vip puts the addresses onto nodes, and goes on doing so.
 fn gateway(object: &Object, interface: Option<&str>, pair: &AddressPair, draft: &mut Draft) -> String {
     let same = |g: &GatewayDraft| g.spec.interface.as_deref() == interface;
-    let place = draft.gateways.iter().position(same).unwrap_or_else(|| {
+    let index = draft.gateways.iter().position(same).unwrap_or_else(|| {
         let name = interface.map_or(GATEWAY.to_owned(), |name| format!("{GATEWAY}-{}", name.replace('.', "-")));
         let mut gateway = GatewayDraft::new(&name.to_ascii_lowercase(), LabelSelector::default());
         (gateway.spec.placement, gateway.spec.interface) = (Placement::External, interface.map(str::to_owned));
@@ -107,7 +107,7 @@ fn gateway(object: &Object, interface: Option<&str>, pair: &AddressPair, draft: 
         draft.gateways.push(gateway);
         draft.gateways.len() - 1
     });
-    draft.gateways[place].add_from(object);
-    addresses_of(pair).for_each(|address| draft.gateways[place].add_addresses(&address.to_string()));
-    draft.gateways[place].name.clone()
+    draft.gateways[index].add_from(object);
+    addresses_of(pair).for_each(|address| draft.gateways[index].add_addresses(&address.to_string()));
+    draft.gateways[index].name.clone()
 }

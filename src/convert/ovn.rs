@@ -116,7 +116,7 @@ fn egress_service(object: &Object, objects: &[&Object], draft: &mut Draft) -> Re
 fn service_gateway<'d>(draft: &'d mut Draft, object: &Object, nodes: LabelSelector) -> &'d mut GatewayDraft {
     let ours = |g: &GatewayDraft| g.name.starts_with(SERVICES);
     let same = draft.gateways.iter().position(|g| ours(g) && g.spec.node_selector == nodes);
-    let place = same.unwrap_or_else(|| {
+    let index = same.unwrap_or_else(|| {
         let number = draft.gateways.iter().filter(|g| ours(g)).count() + 1;
         let name = if number == 1 { SERVICES.to_owned() } else { format!("{SERVICES}-{number}") };
         let mut gateway = GatewayDraft::new(&name, nodes);
@@ -129,6 +129,6 @@ fn service_gateway<'d>(draft: &'d mut Draft, object: &Object, nodes: LabelSelect
         draft.gateways.push(gateway);
         draft.gateways.len() - 1
     });
-    draft.gateways[place].add_from(object);
-    &mut draft.gateways[place]
+    draft.gateways[index].add_from(object);
+    &mut draft.gateways[index]
 }

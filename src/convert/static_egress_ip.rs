@@ -74,7 +74,7 @@ fn groups(object: &Object) -> Result<Vec<Group<'_>>, Invalid> {
         let address = address.parse_address(address.required_text()?)?;
         let network = cidr.parse_network(cidr.required_text()?)?;
         let same = groups.iter_mut().position(|group| group.service == service && group.takes(address));
-        match same.and_then(|place| groups.get_mut(place)) {
+        match same.and_then(|index| groups.get_mut(index)) {
             Some(group) => group.networks.push(network),
             None => groups.push(Group { service, address: pair_of([address]).0, networks: vec![network] }),
         }

@@ -108,11 +108,11 @@ pub fn text(conversion: &Conversion, format: Format) -> anyhow::Result<String> {
 /// The notes as lines for standard error. Several objects that have the same note are one line.
 pub fn notes(conversion: &Conversion) -> Vec<String> {
     let mut groups: Vec<((NoteKind, &str), Vec<&str>)> = Vec::new();
-    let mut places = std::collections::HashMap::new();
+    let mut indices = std::collections::HashMap::new();
     for note in &conversion.notes {
         let key = (note.kind, note.text.as_str());
-        let place = *places.entry(key).or_insert(groups.len());
-        match groups.get_mut(place) {
+        let index = *indices.entry(key).or_insert(groups.len());
+        match groups.get_mut(index) {
             Some((_, objects)) => objects.push(&note.object),
             None => groups.push((key, vec![&note.object])),
         }

@@ -4,7 +4,7 @@
 //! Other addresses are never changed.
 
 use crate::datapath::names::{ADDRESS_METRIC, PROTOCOL, is_devices_own};
-use crate::datapath::route_socket::{Change, Outcome, RouteSocket};
+use crate::datapath::route_socket::{Change, ChangeResult, RouteSocket};
 use crate::datapath::sysctl;
 use anyhow::{Context, Result, anyhow};
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE};
@@ -23,7 +23,7 @@ const FOREVER: u32 = u32::MAX;
 const AT_ONCE: usize = 64;
 
 /// An egress IP and the index of its interface.
-pub type Placed = (IpAddr, u32);
+pub type InterfaceAddress = (IpAddr, u32);
 
 /// An address of the host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,7 +52,7 @@ impl LocalAddress {
             || self.protocol == 0 && self.metric == ADDRESS_METRIC && self.prefix == host_prefix(self.address)
     }
 
-    fn placed(&self) -> Placed {
+    fn interface_address(&self) -> InterfaceAddress {
         (self.address, self.ifindex)
     }
 
@@ -66,15 +66,15 @@ impl LocalAddress {
 #[derive(Debug, Default)]
 pub struct Changes {
     /// Addresses that were added or corrected.
-    pub added: Vec<Placed>,
+    pub added: Vec<InterfaceAddress>,
     /// Addresses that were removed.
-    pub removed: Vec<Placed>,
+    pub removed: Vec<InterfaceAddress>,
     /// Desired addresses that another program has added to the interface of that index; they are unchanged.
-    pub foreign: Vec<Placed>,
+    pub foreign: Vec<InterfaceAddress>,
     /// Desired addresses that the kernel rejected.
-    pub refused: Vec<(Placed, anyhow::Error)>,
+    pub refused: Vec<(InterfaceAddress, anyhow::Error)>,
     /// Addresses that could not be removed.
-    pub stuck: Vec<(Placed, anyhow::Error)>,
+    pub stuck: Vec<(InterfaceAddress, anyhow::Error)>,
 }
 
 /// Adds the egress IPs `wanted` to their interfaces, and removes the other addresses that are Egret's
@@ -83,7 +83,7 @@ pub struct Changes {
 ///
 /// # Errors
 /// The host's addresses cannot be read.
-pub async fn sync(socket: &RouteSocket, wanted: &BTreeSet<Placed>) -> Result<Changes> {
+pub async fn sync(socket: &RouteSocket, wanted: &BTreeSet<InterfaceAddress>) -> Result<Changes> {
     sync_and_tell(socket, wanted, None, |_| ()).await
 }
 
@@ -94,9 +94,9 @@ pub async fn sync(socket: &RouteSocket, wanted: &BTreeSet<Placed>) -> Result<Cha
 /// As [`sync`].
 pub async fn sync_and_tell(
     socket: &RouteSocket,
-    wanted: &BTreeSet<Placed>,
+    wanted: &BTreeSet<InterfaceAddress>,
     routed: Option<u32>,
-    mut added: impl FnMut(&[Placed]),
+    mut added: impl FnMut(&[InterfaceAddress]),
 ) -> Result<Changes> {
     let there = local_addresses(socket).await?;
     let mut by_address: HashMap<IpAddr, Vec<&LocalAddress>> = HashMap::new();
@@ -109,10 +109,10 @@ pub async fn sync_and_tell(
         let (address, _) = placed;
         let same = by_address.get(&address).map(Vec::as_slice).unwrap_or_default();
         if let Some(foreign) = same.iter().find(|a| !a.is_ours()) {
-            changes.foreign.push(foreign.placed());
+            changes.foreign.push(foreign.interface_address());
             continue;
         }
-        match same.iter().find(|a| a.placed() == placed && a.prefix == host_prefix(address)) {
+        match same.iter().find(|a| a.interface_address() == placed && a.prefix == host_prefix(address)) {
             Some(a) if a.is_right() => {}
             Some(_) => new.push((placed, add(placed, routed, NLM_F_REPLACE))),
             None => new.push((placed, add(placed, routed, NLM_F_EXCL))),
@@ -122,21 +122,21 @@ pub async fn sync_and_tell(
         if ours.prefix != host_prefix(ours.address) {
             // The kernel rejects the same address with another prefix.
             if let Err(e) = socket.apply(vec![delete(ours)]).await {
-                changes.stuck.push((ours.placed(), e));
+                changes.stuck.push((ours.interface_address(), e));
             }
-        } else if !wanted.contains(&ours.placed()) {
+        } else if !wanted.contains(&ours.interface_address()) {
             old.push(ours);
         }
     }
     // In the order of `wanted`: IPv4 addresses sort before IPv6 ones.
     let mut new = new.into_iter().peekable();
     while new.peek().is_some() {
-        let (some, additions): (Vec<Placed>, Vec<Change>) = new.by_ref().take(AT_ONCE).unzip();
+        let (some, additions): (Vec<InterfaceAddress>, Vec<Change>) = new.by_ref().take(AT_ONCE).unzip();
         let before = changes.added.len();
         for (placed, outcome) in some.into_iter().zip(socket.apply_each(additions).await?) {
             match outcome {
-                Outcome::Made | Outcome::DoneAlready => changes.added.push(placed),
-                Outcome::Refused(e) => changes.refused.push((placed, e)),
+                ChangeResult::Made | ChangeResult::DoneAlready => changes.added.push(placed),
+                ChangeResult::Refused(e) => changes.refused.push((placed, e)),
             }
         }
         added(&changes.added[before..]);
@@ -145,9 +145,9 @@ pub async fn sync_and_tell(
     let removals = socket.apply_each(old.iter().map(|address| delete(address)).collect()).await?;
     for (address, outcome) in old.into_iter().zip(removals) {
         match outcome {
-            Outcome::Made => changes.removed.push(address.placed()),
-            Outcome::DoneAlready => {}
-            Outcome::Refused(e) => changes.stuck.push((address.placed(), e)),
+            ChangeResult::Made => changes.removed.push(address.interface_address()),
+            ChangeResult::DoneAlready => {}
+            ChangeResult::Refused(e) => changes.stuck.push((address.interface_address(), e)),
         }
     }
     if !changes.added.is_empty() {
@@ -160,14 +160,14 @@ pub async fn sync_and_tell(
 /// could not remove such an address later.
 async fn remove_unrecognisable(socket: &RouteSocket, changes: &mut Changes) -> Result<()> {
     let there = local_addresses(socket).await?;
-    let added: BTreeSet<Placed> = changes.added.iter().copied().collect();
-    for unknown in there.iter().filter(|a| !a.is_ours() && added.contains(&a.placed())) {
+    let added: BTreeSet<InterfaceAddress> = changes.added.iter().copied().collect();
+    for unknown in there.iter().filter(|a| !a.is_ours() && added.contains(&a.interface_address())) {
         if let Err(e) = socket.apply(vec![delete(unknown)]).await {
-            changes.stuck.push((unknown.placed(), e));
+            changes.stuck.push((unknown.interface_address(), e));
         }
-        changes.added.retain(|placed| *placed != unknown.placed());
+        changes.added.retain(|placed| *placed != unknown.interface_address());
         let error = anyhow!("this kernel stores neither the protocol nor the metric of an address; Linux 4.18 does");
-        changes.refused.push((unknown.placed(), error));
+        changes.refused.push((unknown.interface_address(), error));
     }
     Ok(())
 }
@@ -235,7 +235,7 @@ fn message(address: IpAddr, prefix: u8, ifindex: u32) -> AddressMessage {
     message
 }
 
-fn add((address, ifindex): Placed, routed: Option<u32>, flag: u16) -> Change {
+fn add((address, ifindex): InterfaceAddress, routed: Option<u32>, flag: u16) -> Change {
     let mut wanted = message(address, host_prefix(address), ifindex);
     wanted.attributes.push(AddressAttribute::Address(address));
     wanted.attributes.push(AddressAttribute::Protocol(AddressProtocol::Other(PROTOCOL)));

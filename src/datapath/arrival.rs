@@ -4,7 +4,7 @@
 //! it (`datapath/probe.rs`). A chain in front of all others counts it and drops it.
 
 use crate::datapath::{probe, probe_packet};
-use crate::model::trace::{Protocol, Request};
+use crate::model::trace::{Protocol, TraceSpec};
 use anyhow::{Context, Result};
 use egret_nft::Nftables;
 use egret_nft::rule::{Rule, protocol};
@@ -40,7 +40,7 @@ pub fn of(veth: u32, name: &str, source: IpAddr) -> Result<bool> {
     let destination = if source.is_ipv4() { TO4.into() } else { TO6.into() };
     let mut nft = Nftables::open()?;
     nft.apply(&[(TABLE, table(name, source, destination))]).context("the table that counts a probe")?;
-    let request = Request {
+    let request = TraceSpec {
         node: String::new(),
         namespace: String::new(),
         pod: String::new(),

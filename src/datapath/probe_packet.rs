@@ -1,7 +1,7 @@
 //! The packet that a trace sends: one TCP SYN, one UDP datagram or one ICMP echo request.
 
 use crate::datapath::frames::{ETH_P_IPV6, checksum, ethernet};
-use crate::model::trace::{Protocol, Request};
+use crate::model::trace::{Protocol, TraceSpec};
 use egret_nft::mac::Mac;
 use std::net::IpAddr;
 
@@ -20,7 +20,7 @@ const DNS: u16 = 53;
 const QUESTION: [u8; 17] = [0x65, 0x67, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 2, 0, 1];
 
 /// The frame from the pod's interface to its gateway. `sequence` is TCP's first sequence number.
-pub fn frame(request: &Request, source_port: u16, sequence: u32, from: Mac, to: Mac) -> Vec<u8> {
+pub fn frame(request: &TraceSpec, source_port: u16, sequence: u32, from: Mac, to: Mac) -> Vec<u8> {
     let mut body = match request.protocol {
         Protocol::Tcp => syn(source_port, request.port, sequence),
         Protocol::Udp => datagram(source_port, request.port),
@@ -47,7 +47,7 @@ pub fn frame(request: &Request, source_port: u16, sequence: u32, from: Mac, to: 
     frame
 }
 
-fn header(request: &Request, number: u8, length: u16) -> Vec<u8> {
+fn header(request: &TraceSpec, number: u8, length: u16) -> Vec<u8> {
     let (source, destination) = (octets(request.source), octets(request.destination));
     if request.destination.is_ipv6() {
         let [a, b] = length.to_be_bytes();
@@ -105,10 +105,10 @@ mod tests {
     use super::*;
     use crate::datapath::packet_headers;
 
-    fn request(protocol: Protocol, ends: [&str; 2], port: u16) -> Request {
+    fn request(protocol: Protocol, ends: [&str; 2], port: u16) -> TraceSpec {
         let [source, destination] = ends.map(|a| a.parse().unwrap());
         let (node, namespace, pod) = Default::default();
-        Request { node, namespace, pod, source, destination, protocol, port, source_port: Some(61_000), seconds: 5 }
+        TraceSpec { node, namespace, pod, source, destination, protocol, port, source_port: Some(61_000), seconds: 5 }
     }
 
     /// The sum over what the checksum covers, the checksum included, is zero.

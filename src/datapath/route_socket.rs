@@ -45,7 +45,7 @@ pub struct Change {
 
 /// What became of one change.
 #[derive(Debug)]
-pub enum Outcome {
+pub enum ChangeResult {
     /// It was made.
     Made,
     /// It had been made before.
@@ -190,9 +190,9 @@ impl RouteSocket {
         let mut applied = Applied { changes: 0, refused: Vec::new() };
         for (of, outcome) in of.into_iter().zip(self.apply_each(changes).await?) {
             match outcome {
-                Outcome::Made => applied.changes += 1,
-                Outcome::DoneAlready => {}
-                Outcome::Refused(e) => applied.refused.push((of, e)),
+                ChangeResult::Made => applied.changes += 1,
+                ChangeResult::DoneAlready => {}
+                ChangeResult::Refused(e) => applied.refused.push((of, e)),
             }
         }
         Ok(applied)
@@ -202,7 +202,7 @@ impl RouteSocket {
     ///
     /// # Errors
     /// The socket failed or received no response.
-    pub async fn apply_each(&self, changes: Vec<Change>) -> Result<Vec<Outcome>> {
+    pub async fn apply_each(&self, changes: Vec<Change>) -> Result<Vec<ChangeResult>> {
         let mut outcomes = Vec::with_capacity(changes.len());
         let mut changes = changes.into_iter().peekable();
         while changes.peek().is_some() {
@@ -222,11 +222,11 @@ impl RouteSocket {
                     bail!("cannot {about}: the kernel's response cannot be parsed");
                 };
                 outcomes.push(match -answer.raw_code() {
-                    0 => Outcome::Made,
-                    errno if done_already.contains(&errno) => Outcome::DoneAlready,
+                    0 => ChangeResult::Made,
+                    errno if done_already.contains(&errno) => ChangeResult::DoneAlready,
                     errno => {
                         let refused = kernel_error(-errno, answer.header.get(HEADER..).unwrap_or_default());
-                        Outcome::Refused(anyhow::Error::from(refused).context(format!("cannot {about}")))
+                        ChangeResult::Refused(anyhow::Error::from(refused).context(format!("cannot {about}")))
                     }
                 });
             }

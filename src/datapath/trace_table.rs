@@ -5,7 +5,7 @@
 //! marks a few packets only: the kernel sends a message for each step of a marked packet.
 
 use crate::datapath::names::DEVICE_GROUP;
-use crate::model::trace::{Protocol, Request};
+use crate::model::trace::{Protocol, TraceSpec};
 use egret_nft::rule::{Rule, protocol};
 use egret_nft::table::{Chain, Hook, Lifetime, Policy, Table, hook};
 use egret_nft::uapi::{ICMP_ECHO_REQUEST, ICMPV6_ECHO_REQUEST};
@@ -32,7 +32,7 @@ const REPLIES: u32 = 4;
 const WAITING: u32 = 64;
 
 /// The table. `veth` is the host's end of the pod's veth; without it the packets come out of the tunnel.
-pub fn table(request: &Request, veth: Option<&str>) -> Table {
+pub fn table(request: &TraceSpec, veth: Option<&str>) -> Table {
     let base = |number, priority, device: Option<&str>| {
         let device = device.map(str::to_owned);
         Some(Hook { kind: "filter".into(), number, priority, policy: Policy::Accept, device })
@@ -51,7 +51,7 @@ pub fn table(request: &Request, veth: Option<&str>) -> Table {
     Table { chains, lifetime: Lifetime::OfSocket, ..Table::default() }
 }
 
-fn request(of: &Request, is_on_veth: bool) -> Rule {
+fn request(of: &TraceSpec, is_on_veth: bool) -> Rule {
     let rule = if is_on_veth { Rule::new() } else { Rule::new().iif_group(DEVICE_GROUP) };
     let rule = rule.saddr_in(of.source.into());
     // What comes out of the tunnel is for a Service's backend already; a probe's source port says enough.
@@ -67,13 +67,13 @@ fn request(of: &Request, is_on_veth: bool) -> Rule {
     rule.limit_burst(if is_on_veth || is_probe { 1 } else { WAITING }).trace()
 }
 
-fn ports(rule: Rule, of: &Request, by_address: bool) -> Rule {
+fn ports(rule: Rule, of: &TraceSpec, by_address: bool) -> Rule {
     let rule = of.source_port.into_iter().fold(rule, Rule::sport);
     if by_address { rule.dport(of.port) } else { rule }
 }
 
 /// By the connection that the pod began, also of an ICMP error about it.
-fn reply(of: &Request) -> Rule {
+fn reply(of: &TraceSpec) -> Rule {
     let rule = Rule::new().ct_reply().ct_original_saddr(of.source);
     let rule = rule.ct_original_protocol(of.protocol.number(of.destination));
     let rule = match of.source_port {
@@ -92,7 +92,7 @@ mod tests {
     use egret_nft::text::Listing;
     use egret_nft::uapi::NFPROTO_INET;
 
-    fn listing(request: &Request, veth: Option<&str>) -> String {
+    fn listing(request: &TraceSpec, veth: Option<&str>) -> String {
         let name = TableName { family: NFPROTO_INET, name: "egret-trace" };
         Listing { name, table: &table(request, veth), interfaces: &Default::default() }.to_string()
     }
@@ -113,7 +113,7 @@ mod tests {
         request.source_port = None;
         let text = listing(&request, None);
         assert!(text.contains("ip daddr 192.0.2.100 tcp dport 443 limit rate 1/hour burst 64"), "{text}");
-        let icmp = Request { protocol: Protocol::Icmp, port: 0, source_port: Some(7), ..request };
+        let icmp = TraceSpec { protocol: Protocol::Icmp, port: 0, source_port: Some(7), ..request };
         let text = listing(&icmp, None);
         assert!(text.contains("ip daddr 192.0.2.100 icmp type echo-request limit rate 1/hour burst 1"), "{text}");
     }

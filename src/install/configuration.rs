@@ -30,7 +30,7 @@ pub enum State {
 
 /// The result of [`put`].
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Outcome {
+pub struct EntryResult {
     /// The state of the configuration after the call.
     pub state: State,
     /// Whether the entry was written.
@@ -43,8 +43,8 @@ pub struct Outcome {
 ///
 /// # Errors
 /// A file cannot be written, or the directory cannot be read.
-pub fn put(path: &Path, entry: Entry<'_>) -> Result<Outcome> {
-    let mut outcome = Outcome { state: State::Missing, changed: false, skipped: Vec::new() };
+pub fn put(path: &Path, entry: Entry<'_>) -> Result<EntryResult> {
+    let mut outcome = EntryResult { state: State::Missing, changed: false, skipped: Vec::new() };
     let Some(directory) = Directory::open(path)? else { return Ok(outcome) };
     for _ in 0..ROUNDS {
         outcome.skipped.clear();

@@ -53,7 +53,7 @@ pub struct Lookups {
 impl Covers {
     /// Computes the look-ups.
     pub fn lookups(&self) -> Lookups {
-        let mut classes = Classes { of: &self.listed, ports: Vec::new(), by_places: HashMap::new() };
+        let mut classes = Classes { of: &self.listed, ports: Vec::new(), by_indices: HashMap::new() };
         let mut lookups = Lookups::default();
         for family in [0, 1] {
             for (range, class) in classes.pieces(family) {
@@ -146,15 +146,15 @@ impl Lookups {
 struct Classes<'a> {
     of: &'a [Destination],
     ports: Vec<Vec<Ports>>,
-    by_places: HashMap<Box<[usize]>, Option<usize>>,
+    by_indices: HashMap<Box<[usize]>, Option<usize>>,
 }
 
 impl Classes<'_> {
     /// The ranges of a family with their classes, in order. Adjacent ranges of one class are merged.
     fn pieces(&mut self, family: usize) -> Vec<(AddressRange, Option<usize>)> {
         let mut out: Vec<(AddressRange, Option<usize>)> = Vec::new();
-        for (range, places) in pieces(self.of, family) {
-            let class = self.class(&places);
+        for (range, indices) in pieces(self.of, family) {
+            let class = self.class(&indices);
             match out.last_mut() {
                 Some((last, of)) if *of == class && next(last.last) == Some(range.first) => last.last = range.last,
                 _ => out.push((range, class)),
@@ -163,43 +163,43 @@ impl Classes<'_> {
         out
     }
 
-    /// The class of addresses that the destinations at these places cover; `None` if every packet is covered.
-    fn class(&mut self, places: &[usize]) -> Option<usize> {
-        if let Some(class) = self.by_places.get(places) {
+    /// The class of addresses that the destinations at these indices cover; `None` if every packet is covered.
+    fn class(&mut self, indices: &[usize]) -> Option<usize> {
+        if let Some(class) = self.by_indices.get(indices) {
             return *class;
         }
-        let everything = places.iter().any(|at| self.of[*at].ports.is_empty());
+        let everything = indices.iter().any(|at| self.of[*at].ports.is_empty());
         let class = (!everything).then(|| {
-            let ports = merged_ports(places.iter().flat_map(|at| self.of[*at].ports.iter().copied()).collect());
+            let ports = merged_ports(indices.iter().flat_map(|at| self.of[*at].ports.iter().copied()).collect());
             self.ports.iter().position(|same| *same == ports).unwrap_or_else(|| {
                 self.ports.push(ports);
                 self.ports.len() - 1
             })
         });
-        self.by_places.insert(places.into(), class);
+        self.by_indices.insert(indices.into(), class);
         class
     }
 }
 
-/// The ranges of a family that the same destinations cover, with the places of these destinations, in order.
+/// The ranges of a family that the same destinations cover, with the indices of these destinations, in order.
 fn pieces(listed: &[Destination], family: usize) -> Vec<(AddressRange, Vec<usize>)> {
     // The points at which a destination begins (`true`) or has ended (`false`). A destination that reaches the last
     // address of the family has no end point.
     let mut edges: Vec<(IpAddr, usize, bool)> = Vec::new();
-    for (place, destination) in listed.iter().enumerate() {
+    for (index, destination) in listed.iter().enumerate() {
         for range in ranges(destination, family) {
-            edges.push((range.first, place, true));
-            edges.extend(next(range.last).map(|end| (end, place, false)));
+            edges.push((range.first, index, true));
+            edges.extend(next(range.last).map(|end| (end, index, false)));
         }
     }
     edges.sort_unstable();
     let (mut pieces, mut open, mut at) = (Vec::new(), BTreeMap::<usize, usize>::new(), 0);
     while let Some((first, ..)) = edges.get(at).copied() {
-        while let Some((_, place, begins)) = edges.get(at).filter(|edge| edge.0 == first) {
-            let count = open.entry(*place).or_default();
+        while let Some((_, index, begins)) = edges.get(at).filter(|edge| edge.0 == first) {
+            let count = open.entry(*index).or_default();
             *count = if *begins { *count + 1 } else { *count - 1 };
             if *count == 0 {
-                open.remove(place);
+                open.remove(index);
             }
             at += 1;
         }

@@ -39,7 +39,7 @@ fn note(policies: &mut Vec<PolicyKey>, key: &PolicyKey) {
 /// keeps only the policies, and the Services and namespaces that they name.
 #[derive(Clone, Debug, Default)]
 pub struct PolicyIndex {
-    /// In order of precedence. The place of a policy here is its rank.
+    /// In order of precedence. The index of a policy here is its rank.
     ranked: Box<[Ranked]>,
     /// EgressPolicies by namespace; a namespace without any is missing.
     namespaces: HashMap<Name, InNamespace>,
@@ -70,7 +70,7 @@ struct InNamespace {
 #[derive(Clone, Debug, Default)]
 struct Services {
     all: Vec<(Name, Arc<Service>)>,
-    /// Places in `all`, by namespace.
+    /// Indices in `all`, by namespace.
     by_namespace: HashMap<Name, LabelIndex>,
 }
 
@@ -251,14 +251,14 @@ impl PolicyIndex {
             return services;
         }
         let mut items: HashMap<&Name, Vec<(u32, Vec<_>)>> = HashMap::new();
-        let mut place = 0;
+        let mut index = 0;
         for (key, service) in &cluster.services {
             let Some(selector) = &service.selector else { continue };
             let here = self.namespaces.get(&key.namespace);
             if self.by_service.contains_key(&key.name) || here.is_some_and(|h| h.by_service.contains_key(&key.name)) {
-                items.entry(&key.namespace).or_default().push((place, selector.required_labels().collect()));
+                items.entry(&key.namespace).or_default().push((index, selector.required_labels().collect()));
                 services.all.push((key.name.clone(), service.clone()));
-                place += 1;
+                index += 1;
             }
         }
         services.by_namespace = items.into_iter().map(|(ns, items)| (ns.clone(), LabelIndex::new(&items))).collect();
@@ -269,9 +269,9 @@ impl PolicyIndex {
 impl Services {
     /// The names of the Services in the namespace that select a pod with these labels.
     fn that_select(&self, namespace: &str, labels: &Labels) -> impl Iterator<Item = &Name> {
-        let index = self.by_namespace.get(namespace);
-        index.into_iter().flat_map(|index| index.candidates(labels.iter())).filter_map(|place| {
-            let (name, service) = &self.all[place as usize];
+        let candidates = self.by_namespace.get(namespace);
+        candidates.into_iter().flat_map(|of| of.candidates(labels.iter())).filter_map(|index| {
+            let (name, service) = &self.all[index as usize];
             service.selector.as_ref().is_some_and(|s| s.matches(labels)).then_some(name)
         })
     }

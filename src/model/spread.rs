@@ -17,7 +17,7 @@ const ORDINAL_LABELS: [&str; 2] = ["apps.kubernetes.io/pod-index", "batch.kubern
 pub struct Choice<T> {
     /// What is chosen.
     pub of: T,
-    /// Its place among the egress IPs that the policy asks for, from 0.
+    /// Its position among the egress IPs that the policy asks for, from 0.
     pub ordinal: u16,
     /// Its hash. It does not depend on the others, so that only the pods of an egress IP that is added or removed change.
     hash: u64,

@@ -1,6 +1,6 @@
 //! Traces of a packet's way: what a node's daemon and `kubectl egret trace` say to each other, as lines of JSON.
 //!
-//! The command sends a [`Request`] to the daemon of the pod's node, and then to those of the nodes that hold the pod's
+//! The command sends a [`TraceSpec`] to the daemon of the pod's node, and then to those of the nodes that hold the pod's
 //! egress IPs. Each answers [`Event::Armed`] when it sees the packets that are asked for. On [`GO`], the daemon of the
 //! pod's node sends the probe. Each tells of the packets' way until the command closes the connection, or the time is
 //! over.
@@ -32,7 +32,7 @@ pub enum Protocol {
 /// What a daemon is to trace: packets of one pod to one destination, and the replies.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub struct Request {
+pub struct TraceSpec {
     /// The pod's node. Its daemon looks at what comes out of the pod, others at what comes out of the tunnel.
     pub node: String,
     /// The pod's namespace.

@@ -141,14 +141,14 @@ pub struct SelectedPod {
 }
 
 #[derive(Serialize)]
-struct Request {
+struct StateRequest {
     version: u32,
     verb: &'static str,
 }
 
 /// The response of a daemon.
 #[derive(Debug, Serialize, Deserialize)]
-pub(super) struct Response {
+pub(super) struct StateResponse {
     pub(super) version: u32,
     #[serde(default)]
     pub(super) state: Option<NodeState>,
@@ -169,12 +169,12 @@ pub fn ask(run_dir: &Path) -> Result<NodeState> {
     };
     let mut stream = UnixStream::connect(&path).with_context(remedy)?;
     stream.set_read_timeout(Some(TIMEOUT)).with_context(remedy)?;
-    let mut request = serde_json::to_vec(&Request { version: PROTOCOL, verb: VERB })?;
+    let mut request = serde_json::to_vec(&StateRequest { version: PROTOCOL, verb: VERB })?;
     request.push(b'\n');
     stream.write_all(&request).with_context(remedy)?;
     let mut line = Vec::new();
     BufReader::new(stream.take(MAX_RESPONSE)).read_until(b'\n', &mut line).with_context(remedy)?;
-    let response = serde_json::from_slice::<Response>(&line).with_context(|| {
+    let response = serde_json::from_slice::<StateResponse>(&line).with_context(|| {
         format!("the daemon at {} does not know the request; use the egretd of its release", path.display())
     })?;
     response.state.with_context(|| {

@@ -51,7 +51,7 @@ impl PolicyDelay {
             // One with `action: Direct` waits for nothing.
             let new = policies.iter().filter(|now| !now.policy.is_direct()).map(|now| &now.key);
             let new = new.filter(|key| before.iter().all(|old| old.key != **key));
-            waiting.extend(new.filter(|key| !view.allocations.is_placed(key)).cloned());
+            waiting.extend(new.filter(|key| !view.allocations.is_held(key)).cloned());
         }
         self.in_force = policies.iter().filter(|now| !waiting.contains(&now.key)).map(|now| (*now).clone()).collect();
         self.until = (!waiting.is_empty()).then(|| self.until.unwrap_or(now + GRACE));

@@ -1,7 +1,7 @@
 //! The daemon's run: it opens the sources of events, and handles one event after another.
 
 use super::events::{Event, Sources, Timers};
-use super::state::{Listeners, Node, Outcome, Stopping};
+use super::state::{Listeners, Node, PassResult, Stopping};
 use super::{Options, holders, liveness, metrics, socket, taint, uplink_probes};
 use crate::cluster::{self, OfflineCache, Scope, Source, Statuses};
 use crate::datapath::watch::Watch;
@@ -34,7 +34,7 @@ struct Daemon {
     plugin_may_run: Option<oneshot::Sender<()>>,
     stopping: Option<Stopping>,
     /// The outcome of the last pass.
-    outcome: Outcome,
+    outcome: PassResult,
 }
 
 /// Runs until `stop` completes, and, if the node is being drained, until its egress IPs are handed over. The state in
@@ -132,12 +132,12 @@ impl Daemon {
         let snapshot = source.snapshots.borrow_and_update().clone();
         let probe_metrics = metrics.uplink_probes();
         let node = Node::start(options.clone(), source.statuses.clone(), snapshot, metrics, listeners).await?;
-        let lost = node.lost_by_probes();
+        let lost = node.failed_probes();
         tokio::spawn(uplink_probes::watch(lost, to_probe, found_by_probes, probe_metrics));
         let timers = Timers::new();
         let (statuses, snapshots) = (source.statuses, source.snapshots);
         let sources = Sources { snapshots, kernel, liveness, findings, link, found, scrapes, listener: None, timers };
-        let outcome = Outcome::default();
+        let outcome = PassResult::default();
         Ok(Daemon { options, statuses, node, sources, lock, plugin_may_run, stopping: None, outcome })
     }
 

@@ -151,7 +151,7 @@ async fn serve(mut stream: UnixStream, senders: Senders) -> std::io::Result<()> 
             return Ok(());
         }
         let Ok(state) = responded.await else { return Ok(()) };
-        return respond(&mut write, &node_state::Response { version: PROTOCOL, state: Some(state) }).await;
+        return respond(&mut write, &node_state::StateResponse { version: PROTOCOL, state: Some(state) }).await;
     }
     let result = match serde_json::from_slice::<Request>(&line) {
         Ok(Request { version: PROTOCOL, verb }) => {
@@ -186,7 +186,7 @@ struct TraceLine {
     version: u32,
     verb: String,
     #[serde(flatten)]
-    request: wire::Request,
+    request: wire::TraceSpec,
 }
 
 /// The part of a request that all versions of the protocol have.

@@ -210,11 +210,12 @@ impl NodeAllocations {
     }
 
     /// Whether the policy has egress IPs and nodes hold all of them.
-    pub fn is_placed(&self, policy: &PolicyKey) -> bool {
+    pub fn is_held(&self, policy: &PolicyKey) -> bool {
         let mut allocations = self.of_policy(policy).map(|id| self.allocations.get(&id)).peekable();
-        let is_placed =
-            |allocation: &NodeAllocation| allocation.placed && !matches!(allocation.state, AllocationState::Unready(_));
-        allocations.peek().is_some() && allocations.all(|allocation| allocation.is_some_and(is_placed))
+        let is_held = |allocation: &NodeAllocation| {
+            allocation.owner_holds && !matches!(allocation.state, AllocationState::Unready(_))
+        };
+        allocations.peek().is_some() && allocations.all(|allocation| allocation.is_some_and(is_held))
     }
 
     /// The uplinks that egress IPs need on a node that may come to hold them.

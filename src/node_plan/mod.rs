@@ -161,9 +161,9 @@ impl View {
     }
 
     /// The egress IPs that Egret places and that this node may come to hold.
-    pub fn placeable(&self) -> impl Iterator<Item = (EgressId, IpAddr, &NodeAllocation)> {
-        let placeable = self.allocations.allocations.iter().filter(|(_, p)| p.placing != Placing::Never);
-        placeable.flat_map(|(id, p)| addresses(p).map(move |a| (*id, a, p)))
+    pub fn candidates(&self) -> impl Iterator<Item = (EgressId, IpAddr, &NodeAllocation)> {
+        let candidates = self.allocations.allocations.iter().filter(|(_, p)| p.placing != Placing::Never);
+        candidates.flat_map(|(id, p)| addresses(p).map(move |a| (*id, a, p)))
     }
 }
 

@@ -136,7 +136,7 @@ fn the_way_of_an_answered_packet_is_shown_on_both_nodes() {
     assert_eq!((code, &refused["reply"]["what"]), (0, &json!("RST,ACK")), "{refused:#}");
     let (code, silent) = traced(&lab, &["shop/on-n1", "--to", "192.0.2.200:443", "--timeout", "1"]);
     assert_eq!(code, 2, "{silent:#}");
-    assert!(traces(&lab).is_empty(), "{:?}", traces(&lab));
+    lab.wait_until("nothing is left of the traces", Duration::from_secs(10), || traces(&lab).is_empty());
     assert_short(assert_live("traced", going_on), 100);
     lab.assert_nothing_leaked();
 }

@@ -34,7 +34,7 @@ impl fmt::Display for Fault {
 }
 
 /// What a run was.
-pub struct Outcome {
+pub struct RunResult {
     /// What was wrong; empty: nothing.
     pub faults: Vec<Fault>,
     /// How many packets were looked at.
@@ -46,15 +46,15 @@ pub struct Outcome {
 }
 
 /// Runs a sequence on a cluster of its own.
-pub fn run(steps: &[Step]) -> Outcome {
+pub fn run(steps: &[Step]) -> RunResult {
     catch_unwind(AssertUnwindSafe(|| run_inside(steps))).unwrap_or_else(|panic| {
         let text = panic.downcast_ref::<String>().cloned();
         let text = text.or_else(|| panic.downcast_ref::<&str>().map(|t| (*t).to_owned())).unwrap_or_default();
-        Outcome { faults: vec![Fault { kind: "the fuzzer itself failed", text }], packets: 0, held: 0, logs: None }
+        RunResult { faults: vec![Fault { kind: "the fuzzer itself failed", text }], packets: 0, held: 0, logs: None }
     })
 }
 
-fn run_inside(steps: &[Step]) -> Outcome {
+fn run_inside(steps: &[Step]) -> RunResult {
     let mut cluster = Cluster::start(!steps.contains(&Step::Unowned));
     let mut said = Vec::new();
     for step in steps {
@@ -73,7 +73,7 @@ fn run_inside(steps: &[Step]) -> Outcome {
     let (held, leaks) = leaks(&cluster.timeline, &seen);
     faults.extend(leaks);
     let logs = if faults.is_empty() { None } else { keep_logs(&cluster, &said.concat()).ok() };
-    Outcome { faults, packets: seen.len(), held, logs }
+    RunResult { faults, packets: seen.len(), held, logs }
 }
 
 /// Daemons end only when they are killed.

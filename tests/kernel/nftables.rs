@@ -37,7 +37,7 @@ fn allocation(state: AllocationState, last: u8) -> NodeAllocation {
         fast_path: true,
         handed_by: None,
         ordinal: 0,
-        placed: true,
+        owner_holds: true,
         is_held: true,
         near: egret::model::spread::Near::Far,
         placing: Placing::Never,

@@ -85,7 +85,7 @@ impl<'a> Call<'a> {
         self
     }
 
-    pub fn run(self) -> Outcome {
+    pub fn run(self) -> CallResult {
         self.run_and(|_| {})
     }
 
@@ -97,7 +97,7 @@ impl<'a> Call<'a> {
         });
     }
 
-    fn run_and(self, interfere: impl FnOnce(&mut Child) + Send) -> Outcome {
+    fn run_and(self, interfere: impl FnOnce(&mut Child) + Send) -> CallResult {
         let input = self.input.unwrap_or_else(|| {
             let mut keys: Vec<String> = self.keys.iter().map(|(k, v)| format!("{k:?}: {v}")).collect();
             keys.extend(self.previous.map(|p| format!("\"prevResult\": {p}")));
@@ -118,7 +118,7 @@ impl<'a> Call<'a> {
             interfere(&mut plugin);
             plugin.wait_with_output().unwrap()
         });
-        Outcome {
+        CallResult {
             status: out.status.code(),
             stdout: String::from_utf8(out.stdout).unwrap(),
             stderr: String::from_utf8(out.stderr).unwrap(),
@@ -127,13 +127,13 @@ impl<'a> Call<'a> {
 }
 
 #[derive(Debug)]
-pub struct Outcome {
+pub struct CallResult {
     pub status: Option<i32>,
     pub stdout: String,
     pub stderr: String,
 }
 
-impl Outcome {
+impl CallResult {
     /// The output of a call that succeeded without a message.
     #[track_caller]
     pub fn success(self) -> String {

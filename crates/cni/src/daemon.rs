@@ -20,7 +20,7 @@ const MAX_RESPONSE: u64 = 1024 * 1024;
 
 /// How a request to the daemon ended.
 #[derive(Debug, PartialEq, Eq)]
-pub enum Outcome {
+pub enum RequestResult {
     /// The daemon did what was requested.
     Done,
     /// The daemon understood the request and reports a failure.
@@ -51,12 +51,12 @@ impl<'a> Client<'a> {
     }
 
     /// Sends the request once.
-    pub fn send(&self) -> Outcome {
+    pub fn send(&self) -> RequestResult {
         let at = self.socket.display();
         let mut stream = match dial(self.socket) {
             Ok(stream) => stream,
             Err(e) if timed_out(&e) => return self.timed_out(),
-            Err(e) => return Outcome::Offline(format!("cannot connect to {at}: {e}")),
+            Err(e) => return RequestResult::Offline(format!("cannot connect to {at}: {e}")),
         };
         // A daemon may respond and close before it has read everything: ignore a write error, read the response.
         match stream.write_all(&self.line) {
@@ -66,39 +66,39 @@ impl<'a> Client<'a> {
         let mut response = Vec::new();
         match BufReader::new((&mut stream).take(MAX_RESPONSE)).read_until(b'\n', &mut response) {
             Err(e) if timed_out(&e) => return self.timed_out(),
-            Err(e) => return Outcome::Offline(format!("the connection to {at} failed: {e}")),
+            Err(e) => return RequestResult::Offline(format!("the connection to {at} failed: {e}")),
             Ok(_) if response.is_empty() => {
-                return Outcome::Offline(format!("{at} closed the connection without a response"));
+                return RequestResult::Offline(format!("{at} closed the connection without a response"));
             }
             Ok(_) => {}
         }
         match serde_json::from_slice::<Response>(&response) {
-            Ok(Response { version, .. }) if version != PROTOCOL => Outcome::Offline(format!(
+            Ok(Response { version, .. }) if version != PROTOCOL => RequestResult::Offline(format!(
                 "egretd at {at} speaks protocol version {version}, this plugin speaks version {PROTOCOL}"
             )),
-            Ok(Response { error: None, .. }) => Outcome::Done,
+            Ok(Response { error: None, .. }) => RequestResult::Done,
             Ok(Response { error: Some(e), .. }) if e.code == codes::INCOMPATIBLE => {
-                Outcome::Offline(format!("egretd at {at} rejected the protocol version: {e}"))
+                RequestResult::Offline(format!("egretd at {at} rejected the protocol version: {e}"))
             }
-            Ok(Response { error: Some(e), .. }) => Outcome::Refused(e),
-            Err(e) => Outcome::Offline(format!("the response from {at} cannot be decoded: {e}")),
+            Ok(Response { error: Some(e), .. }) => RequestResult::Refused(e),
+            Err(e) => RequestResult::Offline(format!("the response from {at} cannot be decoded: {e}")),
         }
     }
 
     /// Sends the request until the daemon is not offline any more, for at most `patience`.
-    pub fn send_for(&self, patience: Duration) -> Outcome {
+    pub fn send_for(&self, patience: Duration) -> RequestResult {
         let deadline = Instant::now() + patience;
         loop {
             match self.send() {
-                Outcome::Offline(_) if Instant::now() < deadline => thread::sleep(RETRY),
+                RequestResult::Offline(_) if Instant::now() < deadline => thread::sleep(RETRY),
                 outcome => return outcome,
             }
         }
     }
 
-    fn timed_out(&self) -> Outcome {
+    fn timed_out(&self) -> RequestResult {
         let at = self.socket.display();
-        Outcome::TimedOut(format!(
+        RequestResult::TimedOut(format!(
             "egretd at {at} did not respond within {RESPONSE_SECONDS} seconds; look at its log on this node"
         ))
     }

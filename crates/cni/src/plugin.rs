@@ -2,7 +2,7 @@
 
 use crate::attachment::{Attachment, PodRef};
 use crate::config::{self, Config, Fields};
-use crate::daemon::{Client, Outcome};
+use crate::daemon::{Client, RequestResult};
 use crate::environment::{Call, Command, Target};
 use crate::interface::host_end;
 use crate::offline::{self, Admission};
@@ -89,9 +89,9 @@ fn serve(version: &mut Version) -> Result<String, Failure> {
 /// Sends the request, and calls `otherwise` with the reason if the daemon is away. Nothing is printed.
 fn when_offline(client: &Client<'_>, otherwise: impl FnOnce(&str) -> Result<(), Failure>) -> Result<String, Failure> {
     match client.send() {
-        Outcome::Done => {}
-        Outcome::Refused(failure) => return Err(failure),
-        Outcome::Offline(why) | Outcome::TimedOut(why) => otherwise(&why)?,
+        RequestResult::Done => {}
+        RequestResult::Refused(failure) => return Err(failure),
+        RequestResult::Offline(why) | RequestResult::TimedOut(why) => otherwise(&why)?,
     }
     Ok(String::new())
 }
@@ -108,10 +108,10 @@ fn add(config: &Config<'_>, target: Target) -> Result<String, Failure> {
     let attachment = attachment(config, target, pod, side)?;
     let client = Client::new(&config.socket, Verb::Add(attachment.clone()))?;
     match client.send() {
-        Outcome::Done => return Ok(result),
-        Outcome::Refused(failure) => return Err(failure),
-        Outcome::Offline(_) => {}
-        Outcome::TimedOut(why) => {
+        RequestResult::Done => return Ok(result),
+        RequestResult::Refused(failure) => return Err(failure),
+        RequestResult::Offline(_) => {}
+        RequestResult::TimedOut(why) => {
             return match offline::add(config.run_dir(), &config.state_dir, &attachment)? {
                 Admission::Recorded => Ok(result),
                 Admission::Unprepared(cause) => Err(waits(&cause, &why)),
@@ -122,17 +122,19 @@ fn add(config: &Config<'_>, target: Target) -> Result<String, Failure> {
         // Send the request again: a daemon that returned meanwhile may have read the records before this pod's was
         // there. A daemon that returns later reads it.
         Admission::Recorded => match client.send() {
-            Outcome::Offline(_) | Outcome::TimedOut(_) => Outcome::Done,
+            RequestResult::Offline(_) | RequestResult::TimedOut(_) => RequestResult::Done,
             outcome => outcome,
         },
         Admission::Unprepared(why) => match client.send_for(PATIENCE) {
-            Outcome::Offline(_) if uninstalled::is_marked(config.run_dir()) => Outcome::Done,
-            Outcome::Offline(reason) | Outcome::TimedOut(reason) => Outcome::Refused(waits(&why, &reason)),
+            RequestResult::Offline(_) if uninstalled::is_marked(config.run_dir()) => RequestResult::Done,
+            RequestResult::Offline(reason) | RequestResult::TimedOut(reason) => {
+                RequestResult::Refused(waits(&why, &reason))
+            }
             outcome => outcome,
         },
     };
     match outcome {
-        Outcome::Refused(failure) => Err(failure),
+        RequestResult::Refused(failure) => Err(failure),
         _ => Ok(result),
     }
 }

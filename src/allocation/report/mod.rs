@@ -8,7 +8,7 @@ mod treatment;
 
 pub use notices::{of_gateway, of_policy};
 
-use crate::allocation::{Decision, Grant, Grants, Outcome, in_words};
+use crate::allocation::{AllocationResult, Decision, Grant, Grants, in_words};
 use crate::api::{AllocationKind, EgressPolicyStatus, PodsOfNode};
 use crate::model::condition::Conditions;
 use crate::model::opt_in;
@@ -37,7 +37,7 @@ const OVER_NODE_LIMIT: &str = "OverNodeLimit";
 const LISTED_NODES: usize = 99;
 
 /// The status of each policy. `now` is in seconds since the Unix epoch.
-pub fn report(cluster: &Cluster, outcome: &Outcome, now: i64) -> BTreeMap<PolicyKey, EgressPolicyStatus> {
+pub fn report(cluster: &Cluster, outcome: &AllocationResult, now: i64) -> BTreeMap<PolicyKey, EgressPolicyStatus> {
     let use_of = uses(cluster, outcome);
     let reports = NodeReports::new(cluster, outcome);
     let living: HashMap<&Name, Vec<&Name>> =
@@ -296,7 +296,7 @@ struct PodGroup<'i, 'a> {
 }
 
 /// The usage of each policy that selects a pod.
-fn uses<'a>(cluster: &'a Cluster, outcome: &Outcome) -> HashMap<&'a PolicyKey, Usage<'a>> {
+fn uses<'a>(cluster: &'a Cluster, outcome: &AllocationResult) -> HashMap<&'a PolicyKey, Usage<'a>> {
     let index = PolicyIndex::new(cluster);
     // Pods with the same policies are counted together; there are many of them.
     let mut policy_chains: BTreeMap<Vec<&PolicyKey>, PodGroup> = BTreeMap::new();

@@ -2,7 +2,7 @@
 
 use crate::allocation::room::{NODES_FULL, Room};
 use crate::allocation::services::Announcements;
-use crate::allocation::{Grant, Outcome, in_words, unreachable};
+use crate::allocation::{AllocationResult, Grant, in_words, unreachable};
 use crate::api::{AllocationKind, Placement, PolicyEgressIp};
 use crate::model::egress_node::OfAllocations;
 use crate::model::selector::Name;
@@ -82,7 +82,7 @@ pub(super) fn together(mut each: Vec<Readiness>) -> Readiness {
 }
 
 impl<'a> NodeReports<'a> {
-    pub(super) fn new(cluster: &'a Cluster, outcome: &Outcome) -> Self {
+    pub(super) fn new(cluster: &'a Cluster, outcome: &AllocationResult) -> Self {
         let nodes = || cluster.egress_nodes.iter().map(|(name, node)| (&**name, node.of_allocations()));
         let refused = |(name, allocations): (&'a str, &'a OfAllocations)| {
             allocations.refused.iter().map(move |refused| ((name, refused.id), refused.message.as_str()))

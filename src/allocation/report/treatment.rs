@@ -1,6 +1,6 @@
 //! What policies' statuses say about the treatment of their egress IPs' packets.
 
-use crate::allocation::{Decision, Outcome};
+use crate::allocation::{AllocationResult, Decision};
 use crate::model::bandwidth::Bandwidth;
 use crate::model::{Cluster, Policy, PolicyKey, treatment};
 use std::collections::HashMap;
@@ -14,7 +14,7 @@ pub(super) struct Treatment<'a> {
 }
 
 /// The treatments of egress IPs by id.
-pub(super) fn treatments<'a>(cluster: &'a Cluster, outcome: &Outcome) -> HashMap<u16, Treatment<'a>> {
+pub(super) fn treatments<'a>(cluster: &'a Cluster, outcome: &AllocationResult) -> HashMap<u16, Treatment<'a>> {
     let mut users: HashMap<u16, Vec<(&PolicyKey, &Policy)>> = HashMap::new();
     if cluster.policies.values().all(|policy| policy.dscp.is_none() && policy.bandwidth.is_none()) {
         return HashMap::new();

@@ -1,6 +1,6 @@
 //! Nodes with weights and a maximum of egress IPs.
 
-use crate::allocation::Outcome;
+use crate::allocation::AllocationResult;
 use crate::api::{Allocate, Condition, NodeCapacity};
 use crate::fixture::{World, asking, selector};
 use crate::model::drain::DRAIN_LABEL;
@@ -50,13 +50,13 @@ fn of(world: &World, node: &str) -> u32 {
     counts(world).get(node).copied().unwrap_or_default()
 }
 
-fn room(outcome: &Outcome) -> Condition {
+fn room(outcome: &AllocationResult) -> Condition {
     let conditions = &outcome.gateways["g"].conditions;
     conditions.iter().find(|condition| condition.type_ == "RoomLeft").unwrap().clone()
 }
 
 #[track_caller]
-fn assert_room(outcome: &Outcome, status: &str, reason: &str, words: &[&str]) {
+fn assert_room(outcome: &AllocationResult, status: &str, reason: &str, words: &[&str]) {
     let Condition { status: is, reason: why, message, .. } = room(outcome);
     assert_eq!((&*is, &*why), (status, reason), "{message}");
     for word in words {

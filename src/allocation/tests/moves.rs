@@ -1,6 +1,6 @@
 //! Planned moves: only to live nodes, and as few as possible.
 
-use crate::allocation::{Outcome, rebalance};
+use crate::allocation::{AllocationResult, rebalance};
 use crate::api::{Allocate, Announce};
 use crate::fixture::{World, asking};
 use crate::model::PolicyKey;
@@ -48,7 +48,7 @@ fn counts(world: &World) -> BTreeMap<String, usize> {
     counts
 }
 
-fn nodes_of(outcome: &Outcome) -> BTreeMap<u16, Option<Name>> {
+fn nodes_of(outcome: &AllocationResult) -> BTreeMap<u16, Option<Name>> {
     outcome.gateways["g"].allocations.iter().map(|allocation| (allocation.id, allocation.node.clone())).collect()
 }
 

@@ -1,6 +1,6 @@
 //! Properties of the allocations after any sequence of events.
 
-use crate::allocation::{COOLDOWN_SECONDS, Decision, Grants, Outcome, Reason, allocate};
+use crate::allocation::{AllocationResult, COOLDOWN_SECONDS, Decision, Grants, Reason, allocate};
 use crate::api::{Action, Allocate, AllocationKind, EgressPolicySpec, Sharing};
 use crate::fixture::{World, asking, naming, naming_several, reservation};
 use crate::model::PolicyKey;
@@ -165,7 +165,7 @@ fn addresses(pair: &crate::api::AddressPair) -> Vec<IpAddr> {
 }
 
 /// Ids and addresses are unique. Each policy has an allocation or a rejection, and the allocations agree.
-fn check_sound(world: &World, outcome: &Outcome) -> Result<(), TestCaseError> {
+fn check_sound(world: &World, outcome: &AllocationResult) -> Result<(), TestCaseError> {
     let (mut ids, mut held) = (BTreeSet::new(), BTreeSet::new());
     let mut of_nodes = BTreeSet::new();
     let mut users: BTreeMap<PolicyKey, BTreeSet<u16>> = BTreeMap::new();
@@ -195,8 +195,8 @@ fn check_sound(world: &World, outcome: &Outcome) -> Result<(), TestCaseError> {
             }
             for policy in &allocation.policies {
                 users.entry(policy.clone()).or_default().insert(allocation.id);
-                let place = (policy.clone(), allocation.ordinal);
-                prop_assert!(allocation.kind != AllocationKind::Dedicated || ordinals.insert(place), "{policy}");
+                let index = (policy.clone(), allocation.ordinal);
+                prop_assert!(allocation.kind != AllocationKind::Dedicated || ordinals.insert(index), "{policy}");
             }
         }
     }
@@ -223,7 +223,7 @@ fn check_sound(world: &World, outcome: &Outcome) -> Result<(), TestCaseError> {
 
 /// A named address belongs to one namespace, unless the gateway allows sharing. A reserved address belongs to its
 /// namespaces.
-fn check_tenants(world: &World, outcome: &Outcome) -> Result<(), TestCaseError> {
+fn check_tenants(world: &World, outcome: &AllocationResult) -> Result<(), TestCaseError> {
     for (name, status) in &outcome.gateways {
         let gateway = &world.cluster.gateways[name];
         for allocation in &status.allocations {
@@ -250,7 +250,7 @@ struct History {
 
 impl History {
     /// No policy gets an id that another gave back less than ten minutes ago, nor such an address unless it names it.
-    fn check(&mut self, world: &World, outcome: &Outcome) -> Result<(), TestCaseError> {
+    fn check(&mut self, world: &World, outcome: &AllocationResult) -> Result<(), TestCaseError> {
         let rested = |last: Option<&(i64, BTreeSet<PolicyKey>)>, users: &BTreeSet<PolicyKey>| match last {
             Some((at, before)) => world.now >= at + COOLDOWN_SECONDS || !before.is_disjoint(users),
             None => true,

@@ -1,6 +1,6 @@
 //! Policies with several egress IPs.
 
-use crate::allocation::{Decision, Grants, Outcome, Reason};
+use crate::allocation::{AllocationResult, Decision, Grants, Reason};
 use crate::api::{Allocate, EgressPolicySpec, NamespaceQuota};
 use crate::fixture::{World, asking, naming, naming_several};
 use crate::model::PolicyKey;
@@ -10,7 +10,7 @@ fn counting(count: u16) -> EgressPolicySpec {
     EgressPolicySpec { address_count: Some(count), ..asking(Allocate::Dedicated) }
 }
 
-fn grants<'a>(outcome: &'a Outcome, key: &str) -> &'a Grants {
+fn grants<'a>(outcome: &'a AllocationResult, key: &str) -> &'a Grants {
     match &outcome.decisions[&PolicyKey::from(key)] {
         Decision::Granted(grants) => grants,
         other => panic!("{key}: {other:?}"),
@@ -18,7 +18,7 @@ fn grants<'a>(outcome: &'a Outcome, key: &str) -> &'a Grants {
 }
 
 /// The egress IPs of a policy, in its order.
-fn addresses(outcome: &Outcome, key: &str) -> Vec<String> {
+fn addresses(outcome: &AllocationResult, key: &str) -> Vec<String> {
     grants(outcome, key).iter().map(|grant| crate::allocation::in_words(&grant.address)).collect()
 }
 

@@ -218,12 +218,12 @@ impl Truth {
     fn pass(&mut self) -> Result<(), TestCaseError> {
         let before = self.world.cluster.gateways["g"].status.allocations[0].clone();
         let grant = self.world.allocate().grant("a/p").clone();
-        let place = |name: &str| GATEWAYS.iter().position(|gateway| *gateway == name).unwrap();
+        let index = |name: &str| GATEWAYS.iter().position(|gateway| *gateway == name).unwrap();
         let (Some(from), Some(to)) = (grant.leaving.as_deref(), grant.node.as_deref()) else { return Ok(()) };
         if before.node.as_deref() == Some(to) {
             return Ok(());
         }
-        let (from, to) = (place(from), place(to));
+        let (from, to) = (index(from), index(to));
         let recent = |at: i64| self.world.now - at <= VALID_SECONDS;
         prop_assert!(recent(self.held[from]), "{from} did not hold it");
         for source in 0..3 {

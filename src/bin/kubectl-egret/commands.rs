@@ -1,10 +1,10 @@
 //! Runs a command: reads what it needs, and shows the result.
 
-use super::Outcome;
+use super::CommandResult;
 use super::arguments::{Command, Common, Convert, Plan, Pods, Status, Test, Trace, Wait, Why};
 use anyhow::{Context, bail};
 use egret::cluster::{OverlayVerb, PodsOf, SourceName};
-use egret::ctl::moves::{self, Request};
+use egret::ctl::moves::{self, MoveCommand};
 use egret::ctl::output::{self, Format, Show};
 use egret::ctl::plan::{self, File};
 use egret::ctl::state::{self, State};
@@ -22,7 +22,7 @@ const PACE: Duration = Duration::from_millis(500);
 ///
 /// # Errors
 /// It cannot do its work.
-pub async fn run(common: &Common, command: Command) -> anyhow::Result<Outcome> {
+pub async fn run(common: &Common, command: Command) -> anyhow::Result<CommandResult> {
     let source = common.source();
     match command {
         Command::Status(flags) => run_status(common, &source, &flags).await,
@@ -30,7 +30,7 @@ pub async fn run(common: &Common, command: Command) -> anyhow::Result<Outcome> {
         Command::Ip(flags) => {
             let pods = ip::pods_of(&state::read(&source, PodsOf::Nobody).await?.cluster, flags.address);
             show(common, &source, pods, flags.watch, |state| ip::ip(state, flags.address)).await?;
-            Ok(Outcome::Fine)
+            Ok(CommandResult::Fine)
         }
         Command::Check(flags) => {
             let checks = check::check(&source, flags.before).await?;
@@ -38,21 +38,21 @@ pub async fn run(common: &Common, command: Command) -> anyhow::Result<Outcome> {
             Ok(found(checks.has_failed()))
         }
         Command::Test(flags) => run_test(common, &source, flags).await,
-        Command::TestServer(flags) => flags.run().await.map(|()| Outcome::Fine),
+        Command::TestServer(flags) => flags.run().await.map(|()| CommandResult::Fine),
         Command::Why(flags) => run_why(common, &source, &flags).await,
         Command::Trace(flags) => run_trace(common, &source, &flags).await,
         Command::Plan(flags) => run_plan(common, &source, &flags).await,
-        Command::Move(flags) => steer(common, &source, Request::Move(flags.what, flags.to), &flags.wait).await,
-        Command::Drain(flags) => steer(common, &source, Request::Drain(flags.node, !flags.undo), &flags.wait).await,
+        Command::Move(flags) => steer(common, &source, MoveCommand::Move(flags.what, flags.to), &flags.wait).await,
+        Command::Drain(flags) => steer(common, &source, MoveCommand::Drain(flags.node, !flags.undo), &flags.wait).await,
         Command::Rebalance(flags) => {
-            steer(common, &source, Request::Rebalance(flags.gateway, !flags.undo), &flags.wait).await
+            steer(common, &source, MoveCommand::Rebalance(flags.gateway, !flags.undo), &flags.wait).await
         }
         Command::Convert(flags) => convert(common, flags).await,
-        Command::Completion { .. } => Ok(Outcome::Fine),
+        Command::Completion { .. } => Ok(CommandResult::Fine),
     }
 }
 
-async fn run_test(common: &Common, source: &SourceName, flags: Test) -> anyhow::Result<Outcome> {
+async fn run_test(common: &Common, source: &SourceName, flags: Test) -> anyhow::Result<CommandResult> {
     if flags.server.is_empty() {
         let image = flags.image.or(acceptance::image(source).await);
         bail!("no server is named.\n{}", acceptance::how_to_start_a_server(image.as_deref()));
@@ -74,7 +74,7 @@ async fn run_test(common: &Common, source: &SourceName, flags: Test) -> anyhow::
 }
 
 /// Converts other systems' objects; the notes go to standard error.
-async fn convert(common: &Common, flags: Convert) -> anyhow::Result<Outcome> {
+async fn convert(common: &Common, flags: Convert) -> anyhow::Result<CommandResult> {
     let objects = match flags.from_cluster {
         true => convert::objects_of_cluster(&common.source(), common.namespace.as_deref()).await?,
         false => convert::objects_of_files(&flags.files)?,
@@ -89,24 +89,24 @@ async fn convert(common: &Common, flags: Convert) -> anyhow::Result<Outcome> {
     Ok(found(flags.exit_code && convert::is_incomplete(&conversion)))
 }
 
-fn found(is: bool) -> Outcome {
-    if is { Outcome::Found } else { Outcome::Fine }
+fn found(is: bool) -> CommandResult {
+    if is { CommandResult::Found } else { CommandResult::Fine }
 }
 
-async fn run_status(common: &Common, source: &SourceName, flags: &Status) -> anyhow::Result<Outcome> {
+async fn run_status(common: &Common, source: &SourceName, flags: &Status) -> anyhow::Result<CommandResult> {
     let namespace = common.namespace.as_deref();
     let of_site = state::problems_of_site(source).await?;
     let compute = |state: &State| status::status(&State { of_site: of_site.clone(), ..state.clone() }, namespace);
     if !flags.exit_code {
         show(common, source, PodsOf::Nobody, flags.watch, compute).await?;
-        return Ok(Outcome::Fine);
+        return Ok(CommandResult::Fine);
     }
     let status = compute(&state::read(source, PodsOf::Nobody).await?);
     print(common, &status)?;
     Ok(found(!status.problems.is_empty()))
 }
 
-async fn run_pods(common: &Common, source: &SourceName, flags: &Pods) -> anyhow::Result<Outcome> {
+async fn run_pods(common: &Common, source: &SourceName, flags: &Pods) -> anyhow::Result<CommandResult> {
     let namespace = common.namespace(source).await?;
     let (subject, of) = match &flags.what {
         Some(text) => {
@@ -120,25 +120,25 @@ async fn run_pods(common: &Common, source: &SourceName, flags: &Pods) -> anyhow:
     };
     let within = (subject.is_none() && !common.all_namespaces).then_some(namespace.as_str());
     show(common, source, of, flags.watch, |state| pods::pods(state, subject.as_ref(), within)).await?;
-    Ok(Outcome::Fine)
+    Ok(CommandResult::Fine)
 }
 
-async fn run_why(common: &Common, source: &SourceName, flags: &Why) -> anyhow::Result<Outcome> {
+async fn run_why(common: &Common, source: &SourceName, flags: &Why) -> anyhow::Result<CommandResult> {
     let pod = subject::pod(&flags.pod, &common.namespace(source).await?);
     let mut explained = why::explain(source, &pod, flags.to, &flags.direct).await?;
     explained.ask_daemon(source, &flags.run_dir).await;
     print(common, &explained)?;
-    Ok(Outcome::Fine)
+    Ok(CommandResult::Fine)
 }
 
-async fn run_trace(common: &Common, source: &SourceName, flags: &Trace) -> anyhow::Result<Outcome> {
+async fn run_trace(common: &Common, source: &SourceName, flags: &Trace) -> anyhow::Result<CommandResult> {
     let asked = flags.asked(subject::pod(&flags.pod, &common.namespace(source).await?))?;
     let traced = trace::trace(source, &asked, &|line| eprintln!("{line}")).await?;
     print(common, &traced)?;
-    Ok(found(traced.outcome != trace::Outcome::Answered))
+    Ok(found(traced.outcome != trace::PacketOutcome::Answered))
 }
 
-async fn run_plan(common: &Common, source: &SourceName, flags: &Plan) -> anyhow::Result<Outcome> {
+async fn run_plan(common: &Common, source: &SourceName, flags: &Plan) -> anyhow::Result<CommandResult> {
     let mut files = Vec::new();
     for path in &flags.filename {
         read_files(path, &mut files)?;
@@ -176,7 +176,12 @@ fn read_files(path: &Path, files: &mut Vec<File>) -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn steer(common: &Common, source: &SourceName, request: Request, wait: &Wait) -> anyhow::Result<Outcome> {
+async fn steer(
+    common: &Common,
+    source: &SourceName,
+    request: MoveCommand,
+    wait: &Wait,
+) -> anyhow::Result<CommandResult> {
     let namespace = common.namespace(source).await?;
     let is_text = matches!(common.output, None | Some(Format::Text | Format::Wide));
     let say = |line: &str| {
@@ -188,7 +193,7 @@ async fn steer(common: &Common, source: &SourceName, request: Request, wait: &Wa
         }
     };
     print(common, &moves::run(source, &request, &namespace, wait.patience(), &say).await?)?;
-    Ok(Outcome::Fine)
+    Ok(CommandResult::Fine)
 }
 
 fn print<T: Show>(common: &Common, value: &T) -> anyhow::Result<()> {

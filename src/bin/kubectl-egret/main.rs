@@ -19,7 +19,7 @@ use tokio::runtime::Builder;
 
 /// How a command ended that could do its work.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Outcome {
+enum CommandResult {
     /// Exit code 0.
     Fine,
     /// It found what a script may want to act on: exit code 2.
@@ -44,8 +44,8 @@ fn main() -> ExitCode {
         }
     };
     match run(arguments, command) {
-        Ok(Outcome::Fine) => ExitCode::SUCCESS,
-        Ok(Outcome::Found) => ExitCode::from(2),
+        Ok(CommandResult::Fine) => ExitCode::SUCCESS,
+        Ok(CommandResult::Found) => ExitCode::from(2),
         Err(e) => {
             eprintln!("{name}: {e:#}");
             ExitCode::FAILURE
@@ -59,12 +59,12 @@ fn program(arguments: &[OsString]) -> &'static str {
     if called == "egretctl" { "egretctl" } else { "kubectl egret" }
 }
 
-fn run(arguments: Arguments, command: clap::Command) -> anyhow::Result<Outcome> {
+fn run(arguments: Arguments, command: clap::Command) -> anyhow::Result<CommandResult> {
     logs::init(logs::Format::default(), &arguments.common.log_level)?;
     let runtime = Builder::new_current_thread().enable_all().build().context("cannot start the async runtime")?;
     runtime.block_on(async {
         match arguments.command {
-            Command::Completion { shell } => completion::print(command, shell).map(|()| Outcome::Fine),
+            Command::Completion { shell } => completion::print(command, shell).map(|()| CommandResult::Fine),
             command => commands::run(&arguments.common, command).await,
         }
     })

@@ -20,12 +20,12 @@ pub struct Reader<'a> {
     /// The node whose daemon reads: only this node's pods are read, and no statuses of policies. `None`: a controller
     /// reads.
     pub node: Option<&'a str>,
-    pub statuses: StatusPlace<'a>,
+    pub statuses: StatusPath<'a>,
 }
 
 /// Where the source has the statuses of Egret's objects.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum StatusPlace<'a> {
+pub enum StatusPath<'a> {
     /// In the objects, as the API server has them.
     InObjects,
     /// In files of their own. A status in a manifest was written by a user and does not count.
@@ -38,12 +38,12 @@ impl Reader<'_> {
     /// Whether a Service's external addresses and ports are read, which `egretd why` needs. A reader of the API server
     /// asks for them when it needs them.
     pub fn has_exposure(&self) -> bool {
-        self.node.is_none() && self.statuses == StatusPlace::InFiles
+        self.node.is_none() && self.statuses == StatusPath::InFiles
     }
 
     /// Whether the objects have their statuses in themselves.
     pub fn has_statuses(&self) -> bool {
-        self.statuses == StatusPlace::InObjects
+        self.statuses == StatusPath::InObjects
     }
 
     /// The version of a gateway that a controller replaces when it writes the status.

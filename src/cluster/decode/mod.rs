@@ -16,7 +16,7 @@ use super::object::{Key, Object};
 use super::refused::Refused;
 use crate::api::EgressPolicyStatus;
 use crate::model::selector::Name;
-use manifest::{Reader, StatusPlace};
+use manifest::{Reader, StatusPath};
 use serde::Deserialize;
 use std::sync::Arc;
 
@@ -59,7 +59,7 @@ struct HeadMetadata {
 /// # Errors
 /// The text is not an object with a name: then no refusal could name it.
 pub fn decode(kind: Kind, text: &[u8], reading: &Reading, names: &mut Names) -> Result<Decoded, serde_json::Error> {
-    let mut reader = Reader { names, node: reading.node.as_deref(), statuses: StatusPlace::InObjects };
+    let mut reader = Reader { names, node: reading.node.as_deref(), statuses: StatusPath::InObjects };
     let fault = match reader.read_object(kind, text) {
         Ok(decoded) => return Ok(decoded),
         Err(fault) => fault,
@@ -67,7 +67,7 @@ pub fn decode(kind: Kind, text: &[u8], reading: &Reading, names: &mut Names) -> 
     let Head { metadata } = serde_json::from_slice(text)?;
     let key = validate::key(kind, metadata.namespace.as_deref(), &metadata.name, names);
     let whole = serde_json::from_slice(text).unwrap_or_default();
-    let mut reader = Reader { names, node: reading.node.as_deref(), statuses: StatusPlace::InObjects };
+    let mut reader = Reader { names, node: reading.node.as_deref(), statuses: StatusPath::InObjects };
     let refused = Refused::new(kind, &whole, fault.to_string(), &mut reader);
     let policy_status = reading.node.is_none() && matches!(kind, Kind::EgressPolicy | Kind::ClusterEgressPolicy);
     let policy_status = policy_status.then(|| serde_json::from_value(whole["status"].clone()).ok().flatten());

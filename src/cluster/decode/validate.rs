@@ -2,7 +2,7 @@
 
 use super::fault::Fault;
 use super::kubernetes::{self as k8s, Metadata};
-use super::manifest::{Reader, StatusPlace};
+use super::manifest::{Reader, StatusPath};
 use super::{Decoded, allocations_text};
 use crate::api;
 use crate::cluster::kind::Kind;
@@ -45,8 +45,8 @@ pub struct FieldReader {
 
 impl FieldReader {
     pub fn new(kind: Kind, reader: &Reader<'_>) -> Self {
-        let of_file = matches!(reader.statuses, StatusPlace::Of(_));
-        let in_objects = reader.statuses == StatusPlace::InObjects;
+        let of_file = matches!(reader.statuses, StatusPath::Of(_));
+        let in_objects = reader.statuses == StatusPath::InObjects;
         // Users cannot write the statuses of gateways and policies: those count only where Egret writes them.
         let (fields, reads_status) = match kind {
             Kind::Namespace => (Fields::None, false),
@@ -142,7 +142,7 @@ pub fn object(
     }
     let mut policy_status = None;
     let object = match (reader.statuses, fields) {
-        (StatusPlace::Of(expected), fields) => {
+        (StatusPath::Of(expected), fields) => {
             let found = (kind, key.0.as_deref(), name);
             if expected != found {
                 let message = format!("does not match the file's path, which is of {}", label(expected));

@@ -2,7 +2,7 @@
 
 use super::documents::{Documents, StreamError};
 use crate::cluster::decode::fault::{Fault, options};
-use crate::cluster::decode::manifest::{Reader, StatusPlace};
+use crate::cluster::decode::manifest::{Reader, StatusPath};
 use crate::cluster::object::{Identity, Object};
 use crate::cluster::refused::{Named, named_in, withheld};
 use std::collections::HashMap;
@@ -150,7 +150,7 @@ fn parse(
     let (mut documents, mut objects, mut faults) = (Vec::new(), Vec::new(), Vec::new());
     let mut named = Vec::new();
     // A status is not an object. An invalid one is reported, and the last good one stays.
-    let has_objects = !matches!(reader.statuses, StatusPlace::Of(_));
+    let has_objects = !matches!(reader.statuses, StatusPath::Of(_));
     loop {
         let document = match stream.next() {
             Ok(Some(document)) => document,

@@ -2,10 +2,10 @@
 
 use super::area::{Area, STATUS, is_hidden, is_manifest, status_of};
 use super::file::{self, Contents, Reading, Signature, signature};
-use super::lost::Lost;
 use super::merge::{Defined, Refusals, bring, find, merge};
+use super::unreadable::UnreadablePolicies;
 use super::watch::{Dirty, Watched};
-use crate::cluster::decode::manifest::{Reader, StatusPlace};
+use crate::cluster::decode::manifest::{Reader, StatusPath};
 use crate::cluster::kind::Kind;
 use crate::cluster::names::Names;
 use crate::cluster::refused::Named;
@@ -49,7 +49,7 @@ pub struct Files {
     /// `root` was missing at the last update.
     missing: bool,
     /// Policies that were in force when this daemon started, but are in no readable file.
-    lost: Lost,
+    unreadable: UnreadablePolicies,
     names: Names,
     watched: Watched,
     hasher: RandomState,
@@ -83,7 +83,7 @@ struct FileFaults {
 
 /// The result of an update.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Outcome {
+pub struct UpdateResult {
     /// Objects may have changed.
     pub changed: bool,
     /// Files are being written; update again soon.
@@ -105,7 +105,7 @@ impl Files {
             pending_before: BTreeMap::new(),
             directories: BTreeMap::new(),
             twice: Vec::new(),
-            lost: Lost::default(),
+            unreadable: UnreadablePolicies::default(),
             identity: None,
             missing: false,
             names: Names::default(),
@@ -121,8 +121,8 @@ impl Files {
     }
 
     /// Updates what is dirty.
-    pub fn refresh(&mut self, dirty: &Dirty) -> Outcome {
-        let mut outcome = Outcome::default();
+    pub fn refresh(&mut self, dirty: &Dirty) -> UpdateResult {
+        let mut outcome = UpdateResult::default();
         let metadata = fs::metadata(&self.root);
         let identity = match &metadata {
             Ok(m) if m.is_dir() => (m.dev(), m.ino(), m.created().ok()),
@@ -133,7 +133,7 @@ impl Files {
                 };
                 self.add_problem(Path::new(""), format!("{why}; Egret keeps its last state until it is back"));
                 self.missing = true;
-                return Outcome { missing: true, ..outcome };
+                return UpdateResult { missing: true, ..outcome };
             }
         };
         let replaced = self.missing || self.identity.is_some_and(|before| before != identity);
@@ -173,13 +173,13 @@ impl Files {
     }
 
     /// Walks a directory and everything below it.
-    fn visit(&mut self, path: &Path, complete: bool, outcome: &mut Outcome) {
+    fn visit(&mut self, path: &Path, complete: bool, outcome: &mut UpdateResult) {
         self.walk += 1;
         self.directories.retain(|p, _| !p.starts_with(path));
         self.enter(path, complete, outcome);
     }
 
-    fn enter(&mut self, path: &Path, complete: bool, outcome: &mut Outcome) {
+    fn enter(&mut self, path: &Path, complete: bool, outcome: &mut UpdateResult) {
         let Some(area) = Area::of(path, self.node.is_none()) else { return };
         if path.components().count() > MAX_DEPTH {
             return self.add_problem(path, format!("is more than {MAX_DEPTH} directories deep, and is not read"));
@@ -206,7 +206,7 @@ impl Files {
         }
     }
 
-    fn list(&mut self, path: &Path, area: Area, complete: bool, outcome: &mut Outcome) -> io::Result<()> {
+    fn list(&mut self, path: &Path, area: Area, complete: bool, outcome: &mut UpdateResult) -> io::Result<()> {
         let mut has_something = false;
         for entry in fs::read_dir(self.root.join(path))? {
             let entry = entry?;
@@ -232,13 +232,13 @@ impl Files {
             }
         }
         if area == Area::Manifests {
-            self.lost.note(path, has_something);
+            self.unreadable.note(path, has_something);
         }
         Ok(())
     }
 
     /// Removes the files below `path` that the last walk did not find.
-    fn sweep(&mut self, path: &Path, outcome: &mut Outcome) {
+    fn sweep(&mut self, path: &Path, outcome: &mut UpdateResult) {
         let walk = self.walk;
         let below = self.files.range::<Path, _>((Bound::Included(path), Bound::Unbounded));
         let below = below.take_while(|(p, _)| p.starts_with(path));
@@ -250,16 +250,16 @@ impl Files {
         self.watched.disarm(path, |p| root.join(p).is_dir());
     }
 
-    fn remove(&mut self, path: &Path, outcome: &mut Outcome) {
+    fn remove(&mut self, path: &Path, outcome: &mut UpdateResult) {
         outcome.changed |= self.faults.remove(path).is_some_and(|faults| !faults.named.is_empty());
         self.pending.remove(path);
         if let Some(file) = self.files.remove(path) {
-            outcome.changed |= file.contents.len() > 0 || self.lost.is_any();
+            outcome.changed |= file.contents.len() > 0 || self.unreadable.is_any();
         }
     }
 
     /// Checks whether a file changed, and reads it if so.
-    fn check(&mut self, path: &Path, complete: bool, outcome: &mut Outcome) {
+    fn check(&mut self, path: &Path, complete: bool, outcome: &mut UpdateResult) {
         let full = self.root.join(path);
         let metadata = match fs::metadata(&full) {
             Ok(m) => m,
@@ -287,10 +287,10 @@ impl Files {
         self.read(path, &full, outcome);
     }
 
-    fn read(&mut self, path: &Path, full: &Path, outcome: &mut Outcome) {
+    fn read(&mut self, path: &Path, full: &Path, outcome: &mut UpdateResult) {
         let file = self.files.entry(path.into()).or_default();
         file.walk = self.walk;
-        let statuses = status_of(path).map_or(StatusPlace::InFiles, StatusPlace::Of);
+        let statuses = status_of(path).map_or(StatusPath::InFiles, StatusPath::Of);
         let mut reader = Reader { names: &mut self.names, node: self.node.as_deref(), statuses };
         let (signature, racy, length, reading) = match file::read(full, &file.contents, &mut reader, &self.hasher) {
             Ok(read) => read,
@@ -302,9 +302,9 @@ impl Files {
         };
         match reading {
             Reading::Good(contents) => {
-                outcome.changed |= file.contents.len() > 0 || contents.len() > 0 || self.lost.is_any();
+                outcome.changed |= file.contents.len() > 0 || contents.len() > 0 || self.unreadable.is_any();
                 if status_of(path).is_none() {
-                    self.lost.note(path, length > 0);
+                    self.unreadable.note(path, length > 0);
                 }
                 *file = FileState { contents, signature: Some(signature), walk: self.walk, racy };
                 outcome.changed |= self.faults.remove(path).is_some_and(|faults| !faults.named.is_empty());
@@ -358,13 +358,14 @@ impl Files {
     pub fn problems(&self) -> Vec<String> {
         let found =
             self.directories.values().chain(self.faults.values().flat_map(|f| &f.lines)).chain(&self.twice).cloned();
-        let lost = self.lost.problems().map(|(path, what)| format!("{}: {what}", self.shown(path).display()));
-        found.chain(lost).collect()
+        let unreadable =
+            self.unreadable.problems().map(|(path, what)| format!("{}: {what}", self.shown(path).display()));
+        found.chain(unreadable).collect()
     }
 
     /// Whether a part of the directory is unknown, so that it may hold objects that are not in the snapshot.
     pub fn is_incomplete(&self) -> bool {
-        self.lost.is_any() || self.is_unread()
+        self.unreadable.is_any() || self.is_unread()
     }
 
     /// Whether a part of the directory cannot be read and has no last state.
@@ -379,7 +380,7 @@ impl Files {
     /// Brings the objects into the store, and makes a snapshot if anything has changed.
     pub fn snapshot(&mut self) -> Option<Cluster> {
         let unread = self.is_unread();
-        let is_incomplete = self.lost.is_possible(&self.root, unread);
+        let is_incomplete = self.unreadable.is_possible(&self.root, unread);
         self.twice.clear();
         let objects = self
             .files
@@ -394,16 +395,16 @@ impl Files {
                 first.line
             ));
         });
-        let refused = refusals(&all, &self.lost, &self.faults);
+        let refused = refusals(&all, &self.unreadable, &self.faults);
         let is_refused = |policy: &PolicyKey| {
             refused.contains_key(&(Kind::of_policy(policy), (policy.namespace.clone(), policy.name.clone())))
         };
-        self.lost.policies.retain(is_refused);
+        self.unreadable.policies.retain(is_refused);
         bring(&all, &refused, &mut self.store);
-        let is_first = !std::mem::replace(&mut self.lost.determined, true);
+        let is_first = !std::mem::replace(&mut self.unreadable.determined, true);
         if is_first && is_incomplete {
-            self.lost.policies = self.store.allocated_only();
-            for ((kind, key), refused) in self.lost.refusals() {
+            self.unreadable.policies = self.store.allocated_only();
+            for ((kind, key), refused) in self.unreadable.refusals() {
                 self.store.refuse(kind, key, refused);
             }
         }
@@ -423,8 +424,8 @@ impl Files {
 }
 
 /// The refused objects of all files.
-fn refusals(all: &[Defined<'_>], lost: &Lost, faults: &BTreeMap<PathBuf, FileFaults>) -> Refusals {
-    let mut refused = lost.refusals();
+fn refusals(all: &[Defined<'_>], unreadable: &UnreadablePolicies, faults: &BTreeMap<PathBuf, FileFaults>) -> Refusals {
+    let mut refused = unreadable.refusals();
     refused.retain(|(kind, key), _| find(all, *kind, key).is_none());
     for (path, faults) in faults {
         // A definition in another file counts. An object with a last good state is not affected by a fault elsewhere in

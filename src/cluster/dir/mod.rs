@@ -16,10 +16,10 @@ mod area;
 mod documents;
 mod file;
 mod files;
-mod lost;
 mod merge;
 pub(super) mod overlay;
 mod status;
+mod unreadable;
 mod watch;
 
 #[cfg(test)]
@@ -31,7 +31,7 @@ pub(super) use status::remove_node;
 use super::{Scope, Source, log_changes};
 use crate::model::Cluster;
 use anyhow::{Context, bail};
-use files::{Files, Outcome};
+use files::{Files, UpdateResult};
 use futures_util::StreamExt;
 use inotify::{EventStream, Inotify};
 use std::path::Path;
@@ -100,7 +100,7 @@ struct Outlet {
     incomplete: Arc<AtomicBool>,
 }
 
-async fn follow(mut files: Files, mut events: EventStream<Vec<u8>>, outlet: Outlet, mut outcome: Outcome) {
+async fn follow(mut files: Files, mut events: EventStream<Vec<u8>>, outlet: Outlet, mut outcome: UpdateResult) {
     let mut scan = Instant::now() + RESCAN;
     loop {
         if outcome.missing {

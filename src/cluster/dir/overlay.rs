@@ -1,7 +1,7 @@
 //! Puts manifests over a snapshot, as `kubectl apply` and `kubectl delete` would.
 
 use super::documents::Documents;
-use crate::cluster::decode::manifest::{Reader, StatusPlace};
+use crate::cluster::decode::manifest::{Reader, StatusPath};
 use crate::cluster::kind::Kind;
 use crate::cluster::names::Names;
 use crate::cluster::object::{Object, label};
@@ -60,7 +60,7 @@ pub fn overlay(cluster: &mut Cluster, verb: Verb, (file, text): (&str, &[u8]), n
                 return result;
             }
         };
-        let mut reader = Reader { names: &mut names, node: None, statuses: StatusPlace::InFiles };
+        let mut reader = Reader { names: &mut names, node: None, statuses: StatusPath::InFiles };
         let objects = match reader.read(document.text) {
             Ok(objects) => objects,
             Err(mut fault) => {

@@ -3,7 +3,7 @@
 
 use super::client::{Client, Failure, escaped};
 use crate::cluster::decode::kubernetes::SERVICE_NAME;
-use crate::cluster::decode::manifest::{Reader, StatusPlace};
+use crate::cluster::decode::manifest::{Reader, StatusPath};
 use crate::cluster::kind::Kind;
 use crate::cluster::names::Names;
 use crate::cluster::object::Object;
@@ -22,7 +22,7 @@ pub(super) async fn find(client: &Client, target: &Target) -> Result<Found, Fail
     let mut names = Names::default();
     // An invalid object is left out.
     let mut decode = |kind, text: &RawValue| {
-        let mut reader = Reader { names: &mut names, node: None, statuses: StatusPlace::InFiles };
+        let mut reader = Reader { names: &mut names, node: None, statuses: StatusPath::InFiles };
         reader.read_object(kind, text.get().as_bytes()).ok()?.object.ok()?
     };
     let (mut services, mut endpoints) = (BTreeMap::new(), BTreeMap::new());

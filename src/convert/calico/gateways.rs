@@ -13,7 +13,7 @@ pub(super) const GROUPS: [&str; 2] = ["projectcalico.org", "crd.projectcalico.or
 const IMAGE: &str = "egress-gateway";
 
 /// A gateway that clients select by its pods' labels.
-pub(super) struct Known {
+pub(super) struct CalicoGateway {
     /// The name of the EgressGateway that it becomes.
     pub(super) name: String,
     namespace: String,
@@ -22,7 +22,7 @@ pub(super) struct Known {
     pub(super) by_node_address: bool,
 }
 
-impl Known {
+impl CalicoGateway {
     pub(super) fn matches(&self, selector: &Selector) -> bool {
         selector.matches(&self.labels)
     }
@@ -56,8 +56,8 @@ pub(super) fn is_workload_of_gateways(object: &Object) -> Result<bool, Invalid> 
 }
 
 /// The gateways of the input. They are added to the draft.
-pub(super) fn gateways(objects: &[&Object], draft: &mut Draft) -> Result<Vec<Known>, Invalid> {
-    let mut known: Vec<Known> = Vec::new();
+pub(super) fn gateways(objects: &[&Object], draft: &mut Draft) -> Result<Vec<CalicoGateway>, Invalid> {
+    let mut known: Vec<CalicoGateway> = Vec::new();
     for object in objects {
         let of_operator = object.is(OPERATOR, "EgressGateway");
         if !of_operator && !is_workload_of_gateways(object)? {
@@ -79,7 +79,7 @@ pub(super) fn gateways(objects: &[&Object], draft: &mut Draft) -> Result<Vec<Kno
         let pools = if of_operator { pools_of_operator(object)? } else { pools_of_workload(object)? };
         let by_node_address = add_pools(&pools, objects, &mut gateway)?;
         note(object, of_operator, &mut gateway)?;
-        known.push(Known { name, namespace, labels: pod_labels, by_node_address });
+        known.push(CalicoGateway { name, namespace, labels: pod_labels, by_node_address });
         draft.gateways.push(gateway);
     }
     Ok(known)

@@ -5,7 +5,7 @@ mod gateways;
 mod selector;
 
 use self::clients::{Client, PREFIX, clients};
-use self::gateways::{GROUPS, Known, OPERATOR, gateways};
+use self::gateways::{CalicoGateway, GROUPS, OPERATOR, gateways};
 use self::selector::Selector;
 use super::draft::{Draft, PolicyDraft, Scope};
 use super::field::{Field, Invalid};
@@ -23,7 +23,7 @@ pub(super) fn is_ours(object: &Object) -> bool {
 
 /// The destinations of a client that go through one gateway.
 struct Route<'k> {
-    gateway: &'k Known,
+    gateway: &'k CalicoGateway,
     covered: Covered,
 }
 
@@ -86,7 +86,7 @@ fn base_name(client: &Client<'_>, routes: &[Route<'_>]) -> Result<String, Invali
 fn routes<'k>(
     client: &Client<'_>,
     objects: &[&Object],
-    known: &'k [Known],
+    known: &'k [CalicoGateway],
     policy: &mut PolicyDraft,
     draft: &mut Draft,
 ) -> Result<Vec<Route<'k>>, Invalid> {
@@ -124,9 +124,9 @@ fn find<'k>(
     selector: &Field<'_>,
     namespaces: &Field<'_>,
     objects: &[&Object],
-    known: &'k [Known],
+    known: &'k [CalicoGateway],
     policy: &mut PolicyDraft,
-) -> Result<Option<&'k Known>, Invalid> {
+) -> Result<Option<&'k CalicoGateway>, Invalid> {
     let parse = |field: &Field<'_>| {
         let text = field.text()?;
         text.map(Selector::parse).transpose().map_err(|why| field.invalid(why))
@@ -157,7 +157,7 @@ fn routes_of_policy<'k>(
     client: &Client<'_>,
     object: &Object,
     objects: &[&Object],
-    known: &'k [Known],
+    known: &'k [CalicoGateway],
     policy: &mut PolicyDraft,
     draft: &mut Draft,
 ) -> Result<Vec<Route<'k>>, Invalid> {

@@ -7,7 +7,7 @@
 mod judge;
 mod logs;
 mod objects;
-mod place;
+mod participants;
 mod remedy;
 mod report;
 mod scene;
@@ -24,7 +24,7 @@ use crate::cluster::kube::Client;
 use crate::cluster::{PodsOf, SourceName};
 use crate::signals;
 use anyhow::{Context, bail};
-use place::Place;
+use participants::Participants;
 use report::Reporter;
 use ring::rand::{SecureRandom, SystemRandom};
 use scene::Scene;
@@ -74,7 +74,7 @@ pub async fn run(source: &SourceName, options: &Options, show: Option<Show<'_>>)
     let server = Server::find(&options.server).await?;
     let client = Client::connect(of_kube).await?;
     let mut reporter = Reporter::new(server.named(), show);
-    let Some((place, image)) = prepare(source, options, &server, &mut reporter).await? else {
+    let Some((participants, image)) = prepare(source, options, &server, &mut reporter).await? else {
         return Ok(reporter.end());
     };
     let (swept, kept) = scene::sweep(&client).await?;
@@ -83,7 +83,7 @@ pub async fn run(source: &SourceName, options: &Options, show: Option<Show<'_>>)
     reporter.begins(&scene.name);
     let interrupted = signals::stopped()?;
     let outcome = tokio::select! {
-        done = within(options.timeout, steps::run(&scene, source, options, &place, &mut reporter)) => done,
+        done = within(options.timeout, steps::run(&scene, source, options, &participants, &mut reporter)) => done,
         never = scene.stay_alive() => match never {},
         () = interrupted => Err(anyhow::anyhow!("interrupted")),
     };
@@ -134,7 +134,7 @@ async fn prepare(
     options: &Options,
     server: &Server,
     reporter: &mut Reporter<'_>,
-) -> anyhow::Result<Option<(Place, String)>> {
+) -> anyhow::Result<Option<(Participants, String)>> {
     let objects = Objects::open(source).await?;
     let installation = check::installation(&objects).await?;
     let is_missing = installation.checks.iter().any(|check| check.state == check::State::Failed);
@@ -149,24 +149,28 @@ async fn prepare(
         return Ok(None);
     };
     let status = status(&state, None);
-    place::nodes_without_daemon(&status).into_iter().for_each(|check| reporter.add(check));
-    let place =
-        place::gateway(&state.cluster, options.gateway.as_deref()).and_then(|g| place::place(&state, &status, g));
-    let place = match place {
-        Ok(place) => place,
+    participants::nodes_without_daemon(&status).into_iter().for_each(|check| reporter.add(check));
+    let participants = participants::gateway(&state.cluster, options.gateway.as_deref())
+        .and_then(|g| participants::of_gateway(&state, &status, g));
+    let participants = match participants {
+        Ok(participants) => participants,
         Err(check) => {
             reporter.add(check);
             return Ok(None);
         }
     };
-    let nodes = place.gateway_nodes.join(", ");
-    reporter.add(Check::ok(CLUSTER, "a gateway", format!("EgressGateway {}, nodes {nodes} ready", place.gateway)));
-    if let Some(why) = place::why_inside(&state.cluster, server) {
+    let nodes = participants.gateway_nodes.join(", ");
+    reporter.add(Check::ok(
+        CLUSTER,
+        "a gateway",
+        format!("EgressGateway {}, nodes {nodes} ready", participants.gateway),
+    ));
+    if let Some(why) = participants::why_inside(&state.cluster, server) {
         let remedy = "run the server on a host outside: `kubectl egret test-server`";
         reporter.add(Check::failed(CLUSTER, "the server is outside", format!("{why}: no policy covers it"), remedy));
         return Ok(None);
     }
-    Ok(Some((place, image)))
+    Ok(Some((participants, image)))
 }
 
 /// What is wrong now, for remedies.

@@ -10,7 +10,7 @@ pub const OF_THE_TEST: &str = "an egress IP of this test";
 
 /// What is known of the cluster when a promise was broken.
 #[derive(Clone, Debug, Default)]
-pub struct Known {
+pub struct Findings {
     /// What `kubectl egret status` finds, the worst first, the CNI included.
     pub problems: Vec<Problem>,
     /// For each of the test's nodes: whether its daemon is ready.
@@ -31,7 +31,7 @@ pub struct Known {
     pub answered: Vec<String>,
 }
 
-impl Known {
+impl Findings {
     /// What an address is.
     pub fn name(&self, address: IpAddr) -> String {
         match self.names.get(&address) {
@@ -139,15 +139,15 @@ mod tests {
 
     const TCP4: Series = Series { way: Way::Tcp, ipv6: false };
 
-    fn known() -> Known {
-        Known {
+    fn known() -> Findings {
+        Findings {
             daemons: ["n1", "n2"].map(|node| (node.to_owned(), true)).into(),
             names: [("192.0.2.60".parse().unwrap(), "the egress IP of EgressPolicy shop/all".to_owned())].into(),
             policy: "egret-test-x/first".to_owned(),
             owner: "n2".to_owned(),
             egress: "192.0.2.50".to_owned(),
             server: "192.0.2.100:8080".to_owned(),
-            ..Known::default()
+            ..Findings::default()
         }
     }
 

@@ -6,8 +6,8 @@ mod new_pods;
 use super::judge::{Fault, Heard, Series};
 use super::logs::{self, Log};
 use super::objects::{Client as Pod, Selected};
-use super::place::{Kind, Place, names, used_before};
-use super::remedy::{Known, OF_THE_TEST};
+use super::participants::{Kind, Participants, names, used_before};
+use super::remedy::{Findings, OF_THE_TEST};
 use super::report::Reporter;
 use super::scene::{Ready, Scene};
 use super::{Options, TRAFFIC, problems};
@@ -47,7 +47,7 @@ const WITHOUT_GATEWAY: &str = "without-gateway-node";
 struct Test<'a, 'r> {
     scene: &'a Scene,
     source: &'a SourceName,
-    place: &'a Place,
+    participants: &'a Participants,
     reporter: &'a mut Reporter<'r>,
     /// The egress IP of the first policy.
     first: Ready,
@@ -72,13 +72,13 @@ pub(super) async fn run(
     scene: &Scene,
     source: &SourceName,
     options: &Options,
-    place: &Place,
+    participants: &Participants,
     reporter: &mut Reporter<'_>,
 ) -> anyhow::Result<()> {
     scene.make_namespace().await?;
-    let used_before = used_before(&state::read(source, PodsOf::Nobody).await?.cluster, &place.gateway);
+    let used_before = used_before(&state::read(source, PodsOf::Nobody).await?.cluster, &participants.gateway);
     let begun = Instant::now();
-    let first = match egress_ip(scene, place, FIRST, 1000, used_before.first()).await? {
+    let first = match egress_ip(scene, participants, FIRST, 1000, used_before.first()).await? {
         Ok(first) => first,
         Err(why) => {
             let (what, remedy) = of_condition(&why);
@@ -92,8 +92,19 @@ pub(super) async fn run(
     let interval = if scene.server.is_reflector { 2000 } else { 100 };
     let egress_ips = vec![first.address.clone()];
     let (series, running, unselected, answered) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
-    let mut test =
-        Test { scene, source, place, reporter, first, egress_ips, series, running, unselected, answered, interval };
+    let mut test = Test {
+        scene,
+        source,
+        participants,
+        reporter,
+        first,
+        egress_ips,
+        series,
+        running,
+        unselected,
+        answered,
+        interval,
+    };
     if !test.new_pods().await? {
         return Ok(());
     }
@@ -114,17 +125,17 @@ pub(super) async fn run(
 /// Makes a policy and waits for its egress IP: one that earlier tests have used, if there is one.
 async fn egress_ip(
     scene: &Scene,
-    place: &Place,
+    participants: &Participants,
     name: &str,
     priority: i32,
     used_before: Option<&AddressPair>,
 ) -> anyhow::Result<Result<Ready, String>> {
-    scene.make_policy(name, &place.gateway, Selected::Yes, priority, used_before).await?;
+    scene.make_policy(name, &participants.gateway, Selected::Yes, priority, used_before).await?;
     match scene.wait_for_egress_ip(name, ARRIVES).await? {
         Err(_) if used_before.is_some() => {
             // It has become somebody else's, or is reserved.
             scene.delete_policy(name).await?;
-            scene.make_policy(name, &place.gateway, Selected::Yes, priority, None).await?;
+            scene.make_policy(name, &participants.gateway, Selected::Yes, priority, None).await?;
             scene.wait_for_egress_ip(name, ARRIVES).await
         }
         other => Ok(other),
@@ -234,7 +245,7 @@ impl Test<'_, '_> {
     }
 
     /// What the cluster says of a node and of the owner.
-    async fn known(&self, node: &str) -> anyhow::Result<Known> {
+    async fn known(&self, node: &str) -> anyhow::Result<Findings> {
         let (state, problems) = problems(self.source).await?;
         let owner = self.scene.policy(FIRST).await.ok().and_then(|status| status.node);
         let owner = owner.unwrap_or_else(|| self.first.node.clone());
@@ -247,12 +258,12 @@ impl Test<'_, '_> {
         let mut names = names(&state.cluster);
         let own = self.egress_ips.iter().flat_map(crate::model::addresses_of);
         names.extend(own.map(|ip| (ip, OF_THE_TEST.to_owned())));
-        Ok(Known {
+        Ok(Findings {
             problems,
             daemons,
             names,
             policy: format!("{}/{FIRST}", self.scene.name),
-            gateway: self.place.gateway.clone(),
+            gateway: self.participants.gateway.clone(),
             owner,
             egress: listed(&self.first.address),
             server: self.scene.server.named(),

@@ -1,7 +1,7 @@
 //! `kubectl egret move`, `drain` and `rebalance`: planned moves of egress IPs. Each sets the annotation or label that
 //! docs/failover.md describes, and can wait until the nodes report that the move is done.
 
-mod place;
+mod movable;
 mod progress;
 
 use super::manifest::Field;
@@ -12,7 +12,7 @@ use crate::cluster::{PodsOf, Source, SourceName};
 use crate::model::drain::DRAIN_LABEL;
 use crate::model::{MOVE_TO, REBALANCE};
 use anyhow::bail;
-use place::{Place, allocation_of, why_not};
+use movable::{MovableIp, allocation_of, why_not};
 use progress::{Progress, wait};
 use serde::Serialize;
 use std::fmt::Write;
@@ -20,7 +20,7 @@ use std::time::Duration;
 
 /// A command that moves egress IPs.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Request {
+pub enum MoveCommand {
     /// An egress IP, or that of a policy, to a node; `None`: the annotation that asks for a node is removed.
     Move(String, Option<String>),
     /// All egress IPs away from a node, or the end of that.
@@ -54,20 +54,20 @@ pub struct MovedIp {
     pub from: String,
     /// The node that holds it.
     pub to: String,
-    /// From the request until the new node reported that it holds it, as this program saw it.
+    /// From the command until the new node reported that it holds it, as this program saw it.
     pub milliseconds: u64,
 }
 
 /// How progress is reported, a line at a time.
 pub type Say<'a> = &'a dyn Fn(&str);
 
-/// Carries out a request. With `patience`, it waits so long until it is done.
+/// Carries out a command. With `patience`, it waits so long until it is done.
 ///
 /// # Errors
 /// It cannot be done, with the reason and the remedy; or it is not done within the time.
 pub async fn run(
     source: &SourceName,
-    request: &Request,
+    command: &MoveCommand,
     namespace: &str,
     patience: Option<Duration>,
     say: Say<'_>,
@@ -75,49 +75,50 @@ pub async fn run(
     let mut open = state::open(source, PodsOf::Nobody).await?;
     let before = State::of(&open);
     let mut moved = Moved::default();
-    match request {
-        Request::Move(what, Some(to)) => {
-            let place = allocation_of(&before, what, namespace)?;
-            if place.node.as_deref() == Some(to) && place.held_by.iter().any(|holder| holder == to) {
-                moved.stays.push(format!("{} is on node {to} already", place.egress_ip));
+    match command {
+        MoveCommand::Move(what, Some(to)) => {
+            let ip = allocation_of(&before, what, namespace)?;
+            if ip.node.as_deref() == Some(to) && ip.held_by.iter().any(|holder| holder == to) {
+                moved.stays.push(format!("{} is on node {to} already", ip.egress_ip));
                 return Ok(moved);
             }
-            if let Some(why) = why_not(&before, &place, to) {
-                bail!("{} cannot move to node {to}: {why}", place.egress_ip);
+            if let Some(why) = why_not(&before, &ip, to) {
+                bail!("{} cannot move to node {to}: {why}", ip.egress_ip);
             }
-            for key in place.to_annotate(&before) {
+            for key in ip.to_annotate(&before) {
                 let field = Field::Annotation(MOVE_TO);
                 moved.written.push(write(source, &Target::Policy(key), field, Some(to)).await?);
             }
-            follow(&mut open, Progress::of_move(&place, to), patience, &mut moved, say).await?;
+            follow(&mut open, Progress::of_move(&ip, to), patience, &mut moved, say).await?;
         }
-        Request::Move(what, None) => {
-            let place = allocation_of(&before, what, namespace)?;
-            for key in place.annotated(&before) {
+        MoveCommand::Move(what, None) => {
+            let ip = allocation_of(&before, what, namespace)?;
+            for key in ip.annotated(&before) {
                 moved.written.push(write(source, &Target::Policy(key), Field::Annotation(MOVE_TO), None).await?);
             }
             if moved.written.is_empty() {
-                moved.stays.push(format!("no policy of {} asks for a node", place.egress_ip));
+                moved.stays.push(format!("no policy of {} asks for a node", ip.egress_ip));
             }
         }
-        Request::Drain(node, begin) => {
+        MoveCommand::Drain(node, begin) => {
             if !before.cluster.nodes.contains_key(node.as_str()) {
                 bail!("the cluster has no node {node:?}");
             }
-            let places = Place::on_node(&before, node);
+            let movable = MovableIp::on_node(&before, node);
             let field = Field::Label(DRAIN_LABEL);
             let value = begin.then_some("true");
             moved.written.push(write(source, &Target::Node(node.clone()), field, value).await?);
             if *begin {
-                let (stay, go): (Vec<Place>, Vec<Place>) =
-                    places.into_iter().partition(|place| place.cannot_leave(&before, node).is_some());
-                moved.stays.extend(stay.iter().filter_map(|place| {
-                    Some(format!("{} stays: {}", place.egress_ip, place.cannot_leave(&before, node)?))
-                }));
+                let (stay, go): (Vec<MovableIp>, Vec<MovableIp>) =
+                    movable.into_iter().partition(|ip| ip.cannot_leave(&before, node).is_some());
+                moved.stays.extend(
+                    stay.iter()
+                        .filter_map(|ip| Some(format!("{} stays: {}", ip.egress_ip, ip.cannot_leave(&before, node)?))),
+                );
                 follow(&mut open, Progress::of_drain(&go, node), patience, &mut moved, say).await?;
             }
         }
-        Request::Rebalance(gateway, begin) => {
+        MoveCommand::Rebalance(gateway, begin) => {
             if !before.cluster.gateways.contains_key(gateway.as_str()) {
                 bail!("the cluster has no EgressGateway {gateway:?}");
             }

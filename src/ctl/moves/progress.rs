@@ -1,6 +1,6 @@
 //! Waits until moves are done, and tells of each step.
 
-use super::place::Place;
+use super::movable::MovableIp;
 use super::{MovedIp, Say};
 use crate::cluster::Source;
 use crate::ctl::output::count;
@@ -31,26 +31,26 @@ enum Goal {
 }
 
 impl Progress {
-    pub(super) fn of_move(place: &Place, to: &str) -> Self {
-        Progress { from: from(std::slice::from_ref(place)), goal: Goal::To(to.to_owned()) }
+    pub(super) fn of_move(ip: &MovableIp, to: &str) -> Self {
+        Progress { from: from(std::slice::from_ref(ip)), goal: Goal::To(to.to_owned()) }
     }
 
-    pub(super) fn of_drain(places: &[Place], node: &str) -> Self {
-        Progress { from: from(places), goal: Goal::AwayFrom(node.to_owned()) }
+    pub(super) fn of_drain(movable: &[MovableIp], node: &str) -> Self {
+        Progress { from: from(movable), goal: Goal::AwayFrom(node.to_owned()) }
     }
 
     pub(super) fn of_rebalance(state: &State, gateway: &str) -> Self {
-        let places: Vec<Place> = Place::all(state).into_iter().filter(|place| *place.gateway == *gateway).collect();
-        Progress { from: from(&places), goal: Goal::Even }
+        let movable: Vec<MovableIp> = MovableIp::all(state).into_iter().filter(|ip| *ip.gateway == *gateway).collect();
+        Progress { from: from(&movable), goal: Goal::Even }
     }
 
     /// Whether this egress IP is where it should be.
-    fn has_arrived(&self, place: &Place) -> bool {
-        let holder = match place.held_by.as_slice() {
+    fn has_arrived(&self, ip: &MovableIp) -> bool {
+        let holder = match ip.held_by.as_slice() {
             [one] => Some(one.as_str()),
             _ => None,
         };
-        let is_settled = holder.is_some() && place.node.as_deref() == holder && place.leaving.is_none();
+        let is_settled = holder.is_some() && ip.node.as_deref() == holder && ip.leaving.is_none();
         match &self.goal {
             Goal::To(to) => is_settled && holder == Some(to),
             Goal::AwayFrom(node) => is_settled && holder != Some(node),
@@ -59,9 +59,9 @@ impl Progress {
     }
 }
 
-fn from(places: &[Place]) -> BTreeMap<u16, String> {
-    let holder = |place: &Place| place.held_by.first().cloned().or_else(|| place.node.as_deref().map(str::to_owned));
-    places.iter().map(|place| (place.id, holder(place).unwrap_or_else(|| "no node".to_owned()))).collect()
+fn from(movable: &[MovableIp]) -> BTreeMap<u16, String> {
+    let holder = |ip: &MovableIp| ip.held_by.first().cloned().or_else(|| ip.node.as_deref().map(str::to_owned));
+    movable.iter().map(|ip| (ip.id, holder(ip).unwrap_or_else(|| "no node".to_owned()))).collect()
 }
 
 /// Waits until everything has arrived. Returns what has moved.
@@ -80,24 +80,24 @@ pub(super) async fn wait(
     let mut quiet_since = Instant::now();
     loop {
         open.snapshots.borrow_and_update();
-        let places = Place::all(&State::of(open));
+        let movable = MovableIp::all(&State::of(open));
         let mut missing = Vec::new();
-        for place in places.iter().filter(|place| progress.from.contains_key(&place.id)) {
-            let was = &progress.from[&place.id];
-            if let Some(node) = place.node.clone().filter(|node| **node != **was && place.leaving.is_some())
-                && assigned.insert((place.id, node.clone()))
+        for ip in movable.iter().filter(|ip| progress.from.contains_key(&ip.id)) {
+            let was = &progress.from[&ip.id];
+            if let Some(node) = ip.node.clone().filter(|node| **node != **was && ip.leaving.is_some())
+                && assigned.insert((ip.id, node.clone()))
             {
                 quiet_since = Instant::now();
-                say(&format!("{}: moving from {was} to {node}", place.egress_ip));
+                say(&format!("{}: moving from {was} to {node}", ip.egress_ip));
             }
-            if !progress.has_arrived(place) {
-                missing.push(place);
-            } else if let Some(to) = place.held_by.first().filter(|to| *to != was && !moved.contains_key(&place.id)) {
+            if !progress.has_arrived(ip) {
+                missing.push(ip);
+            } else if let Some(to) = ip.held_by.first().filter(|to| *to != was && !moved.contains_key(&ip.id)) {
                 let milliseconds = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
                 quiet_since = Instant::now();
-                say(&format!("{}: node {to} holds it, after {milliseconds} ms", place.egress_ip));
-                let (egress_ip, from, to) = (place.egress_ip.clone(), was.clone(), to.clone());
-                moved.insert(place.id, MovedIp { egress_ip, from, to, milliseconds });
+                say(&format!("{}: node {to} holds it, after {milliseconds} ms", ip.egress_ip));
+                let (egress_ip, from, to) = (ip.egress_ip.clone(), was.clone(), to.clone());
+                moved.insert(ip.id, MovedIp { egress_ip, from, to, milliseconds });
             }
         }
         let is_even = matches!(progress.goal, Goal::Even);

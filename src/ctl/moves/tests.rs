@@ -23,9 +23,9 @@ fn state(world: &World) -> State {
 fn an_egress_ip_is_found_by_address_and_by_policy() {
     let state = state(&world());
     for what in ["192.0.2.50", "shop/visitors", "visitors"] {
-        let place = allocation_of(&state, what, "shop").unwrap();
-        assert_eq!((place.egress_ip.as_str(), place.held_by.as_slice()), ("192.0.2.50", &["n1".to_owned()][..]));
-        let named: Vec<String> = place.to_annotate(&state).iter().map(ToString::to_string).collect();
+        let ip = allocation_of(&state, what, "shop").unwrap();
+        assert_eq!((ip.egress_ip.as_str(), ip.held_by.as_slice()), ("192.0.2.50", &["n1".to_owned()][..]));
+        let named: Vec<String> = ip.to_annotate(&state).iter().map(ToString::to_string).collect();
         assert_eq!(named, ["shop/visitors"]);
     }
     assert!(allocation_of(&state, "n1", "shop").unwrap_err().to_string().contains("kubectl egret drain n1"));
@@ -45,6 +45,6 @@ fn a_node_that_cannot_hold_it_is_refused_with_the_reason() {
     world.misses("n1", &["n2".to_owned()]);
     assert!(why(&world, "visitors", "n2").unwrap().contains("does not answer"));
     let state = state(&world);
-    let place = allocation_of(&state, "visitors", "shop").unwrap();
-    assert!(place.cannot_leave(&state, "n1").unwrap().contains("no other node that can hold it"));
+    let ip = allocation_of(&state, "visitors", "shop").unwrap();
+    assert!(ip.cannot_leave(&state, "n1").unwrap().contains("no other node that can hold it"));
 }

@@ -7,7 +7,7 @@ mod text;
 
 use super::state::State;
 use crate::allocation::report::report;
-use crate::allocation::{Outcome, allocate};
+use crate::allocation::{AllocationResult, allocate};
 use crate::api::EgressPolicyStatus;
 use crate::cluster::{Overlaid, OverlayVerb, overlay};
 use crate::model::{Cluster, PolicyKey};
@@ -91,7 +91,7 @@ pub struct File {
 /// A state of the cluster with what follows from it.
 struct Computed {
     cluster: Cluster,
-    outcome: Outcome,
+    outcome: AllocationResult,
     reports: BTreeMap<PolicyKey, EgressPolicyStatus>,
 }
 

@@ -49,7 +49,7 @@ enum Cause {
 #[derive(Default)]
 struct Found {
     all: Vec<Problem>,
-    /// Places in `all` of problems that others follow from.
+    /// Indices in `all` of problems that others follow from.
     causes: BTreeMap<Cause, usize>,
 }
 
@@ -315,7 +315,7 @@ impl Found {
 
     /// A policy has the problem because of this cause.
     fn concerns(&mut self, cause: &Cause, policy: &PolicyKey, pods: u64) {
-        if let Some(problem) = self.causes.get(cause).and_then(|place| self.all.get_mut(*place)) {
+        if let Some(problem) = self.causes.get(cause).and_then(|index| self.all.get_mut(*index)) {
             problem.policies.push(policy.to_string());
             problem.pods += pods;
         }

@@ -5,7 +5,7 @@ mod stream;
 mod text;
 mod way;
 
-pub use way::{Egress, Hop, NotTraced, Outcome, Reply, Traced};
+pub use way::{Egress, Hop, NotTraced, PacketOutcome, Reply, Traced};
 
 use super::{state, why};
 use crate::api;
@@ -13,7 +13,7 @@ use crate::cluster::kube::Client;
 use crate::cluster::{PodsOf, SourceName};
 use crate::model::ObjectKey;
 use crate::model::target::Target;
-use crate::model::trace::{Armed, Event, MAX_SECONDS, Protocol, Request};
+use crate::model::trace::{Armed, Event, MAX_SECONDS, Protocol, TraceSpec};
 use anyhow::{Context, bail};
 use futures_util::future::join_all;
 use ipnetwork::IpNetwork;
@@ -29,6 +29,8 @@ use way::Collected;
 
 /// Source ports of probes: above Linux's default range for clients (`ip_local_port_range`), which ends at 60999.
 const PORTS: std::ops::Range<u16> = 61_000..65_500;
+/// How long the daemon may take to send the probe.
+const TO_SEND: Duration = Duration::from_secs(5);
 /// How long to wait for further steps when the packet's fate is known.
 const LINGER: Duration = Duration::from_millis(200);
 
@@ -69,7 +71,7 @@ pub async fn trace(source: &SourceName, asked: &Asked, say: &dyn Fn(&str)) -> an
     }
     let collected = collect(open.streams, &request, asked).await?;
     let mut traced = way::traced(&request, &open.of_pod, collected, not_traced);
-    if traced.outcome == Outcome::Dropped || traced.outcome == Outcome::NotSent {
+    if traced.outcome == PacketOutcome::Dropped || traced.outcome == PacketOutcome::NotSent {
         traced.explanation = explain(source, asked).await;
     }
     Ok(traced)
@@ -86,7 +88,7 @@ async fn explain(source: &SourceName, asked: &Asked) -> Option<String> {
     Some(why::explain(source, &asked.pod, Some(target), &asked.direct).await.ok()?.text)
 }
 
-async fn request(source: &SourceName, asked: &Asked) -> anyhow::Result<Request> {
+async fn request(source: &SourceName, asked: &Asked) -> anyhow::Result<TraceSpec> {
     let key = &asked.pod;
     let open = state::open(source, PodsOf::One(key.clone())).await?;
     let cluster = open.snapshots.borrow().clone();
@@ -104,7 +106,7 @@ async fn request(source: &SourceName, asked: &Asked) -> anyhow::Result<Request> 
         );
     };
     let random = RandomState::new().hash_one(key.to_string()) % u64::from(PORTS.end - PORTS.start);
-    Ok(Request {
+    Ok(TraceSpec {
         node: node.to_owned(),
         namespace: key.namespace.to_string(),
         pod: key.name.to_string(),
@@ -113,7 +115,7 @@ async fn request(source: &SourceName, asked: &Asked) -> anyhow::Result<Request> 
         protocol: asked.protocol,
         port: asked.port,
         source_port: (!asked.wait).then_some(PORTS.start + random as u16),
-        seconds: asked.patience.as_secs().saturating_add(5).min(MAX_SECONDS),
+        seconds: (asked.patience + TO_SEND).as_secs().min(MAX_SECONDS),
     })
 }
 
@@ -125,7 +127,7 @@ struct Open {
     not_traced: Vec<NotTraced>,
 }
 
-async fn open(source: &SourceName, request: &Request, run_dirs: &[PathBuf]) -> anyhow::Result<Open> {
+async fn open(source: &SourceName, request: &TraceSpec, run_dirs: &[PathBuf]) -> anyhow::Result<Open> {
     let mut open = match source {
         SourceName::Kube(options) => {
             let client = Client::connect(options).await?;
@@ -159,13 +161,13 @@ async fn open(source: &SourceName, request: &Request, run_dirs: &[PathBuf]) -> a
 }
 
 /// The nodes that hold the pod's egress IPs, other than the pod's node.
-fn others(of_pod: &Armed, request: &Request) -> BTreeSet<String> {
+fn others(of_pod: &Armed, request: &TraceSpec) -> BTreeSet<String> {
     let nodes = of_pod.egress_ips.iter().filter_map(|ip| ip.node.clone());
     nodes.filter(|node| *node != request.node).collect()
 }
 
 /// Without Kubernetes: the daemons of this host.
-async fn of_host(request: &Request, run_dirs: &[PathBuf]) -> anyhow::Result<Open> {
+async fn of_host(request: &TraceSpec, run_dirs: &[PathBuf]) -> anyhow::Result<Open> {
     let (mut streams, mut of_pod, mut nodes) = (BTreeMap::new(), None, Vec::new());
     for run_dir in run_dirs {
         let mut stream = Stream::of_socket(run_dir).await?;
@@ -184,7 +186,7 @@ async fn of_host(request: &Request, run_dirs: &[PathBuf]) -> anyhow::Result<Open
 
 /// Reads what the daemons tell until the packet's fate is known, or the time is over. The connections are closed then,
 /// which ends the traces.
-async fn collect(streams: BTreeMap<String, Stream>, request: &Request, asked: &Asked) -> anyhow::Result<Collected> {
+async fn collect(streams: BTreeMap<String, Stream>, request: &TraceSpec, asked: &Asked) -> anyhow::Result<Collected> {
     let (sender, mut events) = mpsc::channel(64);
     let mut readers = tokio::task::JoinSet::new();
     for (node, mut stream) in streams {
@@ -202,12 +204,20 @@ async fn collect(streams: BTreeMap<String, Stream>, request: &Request, asked: &A
     drop(sender);
     let mut collected = Collected::default();
     let mut deadline = Instant::now() + asked.patience;
+    let mut is_sent = asked.wait;
+    if !is_sent {
+        deadline += TO_SEND;
+    }
     loop {
         let received = tokio::select! {
             received = events.recv() => received,
             () = sleep_until(deadline) => return Ok(collected),
         };
         let Some((node, event)) = received else { return Ok(collected) };
+        if !is_sent && matches!(event, Ok(Event::Step(_) | Event::Sent)) {
+            is_sent = true;
+            deadline = deadline.min(Instant::now() + asked.patience);
+        }
         match event {
             Ok(Event::Step(step)) => {
                 let is_first = collected.steps.is_empty();

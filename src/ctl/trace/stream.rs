@@ -5,7 +5,7 @@
 
 use crate::cluster::kube::Client;
 use crate::ctl::daemon;
-use crate::model::trace::{Armed, Event, GO, Request, VERB};
+use crate::model::trace::{Armed, Event, GO, TraceSpec, VERB};
 use anyhow::{Context, anyhow, bail};
 use egret_cni::protocol::PROTOCOL;
 use egret_cni::run_dir::SOCKET;
@@ -37,7 +37,7 @@ struct Line<'a> {
     version: u32,
     verb: &'static str,
     #[serde(flatten)]
-    request: &'a Request,
+    request: &'a TraceSpec,
 }
 
 impl Stream {
@@ -76,7 +76,7 @@ impl Stream {
     ///
     /// # Errors
     /// The daemon refuses, or does not answer.
-    pub async fn ask(&mut self, request: &Request) -> anyhow::Result<Armed> {
+    pub async fn ask(&mut self, request: &TraceSpec) -> anyhow::Result<Armed> {
         self.line(&serde_json::to_string(&Line { version: PROTOCOL, verb: VERB, request })?).await?;
         match timeout(PATIENCE, self.next()).await {
             Ok(Ok(Some(Event::Armed(armed)))) => Ok(armed),

@@ -1,6 +1,6 @@
 //! The way of a packet as text.
 
-use super::way::{Hop, Outcome, Traced};
+use super::way::{Hop, PacketOutcome, Traced};
 use crate::ctl::output::{Colour, Show, View};
 use crate::ctl::table::{Cell, Table};
 use crate::model::trace::Step;
@@ -9,9 +9,9 @@ use std::fmt::Write;
 impl Show for Traced {
     fn text(&self, view: View) -> String {
         let colour = match self.outcome {
-            Outcome::Answered => Colour::Good,
-            Outcome::NotAnswered | Outcome::NotSent => Colour::Doubtful,
-            Outcome::Rejected | Outcome::Dropped | Outcome::Lost => Colour::Bad,
+            PacketOutcome::Answered => Colour::Good,
+            PacketOutcome::NotAnswered | PacketOutcome::NotSent => Colour::Doubtful,
+            PacketOutcome::Rejected | PacketOutcome::Dropped | PacketOutcome::Lost => Colour::Bad,
         };
         let Traced { pod, node, protocol, source, destination, message, .. } = self;
         let mut out = format!("pod {pod} on node {node}: {protocol} {source} -> {destination}\n");

@@ -1,6 +1,6 @@
 //! Joins what the nodes saw of a packet to one way, and says what became of it.
 
-use crate::model::trace::{Armed, Flow, Protocol, Request, Step};
+use crate::model::trace::{Armed, Flow, Protocol, Step, TraceSpec};
 use serde::Serialize;
 use std::net::IpAddr;
 use std::time::Duration;
@@ -23,7 +23,7 @@ pub struct Collected {
 
 impl Collected {
     /// Adds a step. Returns whether the packet's fate is known.
-    pub fn add(&mut self, node: &str, step: Step, request: &Request) -> bool {
+    pub fn add(&mut self, node: &str, step: Step, request: &TraceSpec) -> bool {
         let is_of_pod = node == request.node;
         let is_fate = step.is_drop() && (is_of_pod || request.source_port.is_some()) || is_of_pod && step.is_reply;
         self.steps.push((node.to_owned(), step));
@@ -34,7 +34,7 @@ impl Collected {
 /// What became of a packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
-pub enum Outcome {
+pub enum PacketOutcome {
     /// A reply came back to the pod.
     Answered,
     /// An ICMP error came back to the pod.
@@ -64,7 +64,7 @@ pub struct Traced {
     /// The packet's destination, as the pod wrote it.
     pub destination: String,
     /// What became of it.
-    pub outcome: Outcome,
+    pub outcome: PacketOutcome,
     /// The same in a sentence.
     pub message: String,
     /// What to do, if something is wrong.
@@ -154,11 +154,11 @@ impl Hop {
 }
 
 /// The destination with its port.
-pub fn target(request: &Request) -> String {
+pub fn target(request: &TraceSpec) -> String {
     flow(request, request.source_port.unwrap_or_default()).to()
 }
 
-fn flow(request: &Request, source_port: u16) -> Flow {
+fn flow(request: &TraceSpec, source_port: u16) -> Flow {
     Flow {
         protocol: request.protocol.number(request.destination),
         source: request.source,
@@ -170,7 +170,7 @@ fn flow(request: &Request, source_port: u16) -> Flow {
 }
 
 /// Joins what the nodes saw.
-pub fn traced(request: &Request, of_pod: &Armed, collected: Collected, not_traced: Vec<NotTraced>) -> Traced {
+pub fn traced(request: &TraceSpec, of_pod: &Armed, collected: Collected, not_traced: Vec<NotTraced>) -> Traced {
     let Collected { steps, is_incomplete, ended, .. } = collected;
     let way = hops(request, steps);
     let at_pod = |is_reply| way.iter().find(|hop| hop.node == request.node && hop.is_reply == is_reply);
@@ -210,7 +210,7 @@ pub fn traced(request: &Request, of_pod: &Armed, collected: Collected, not_trace
 }
 
 /// The pod's node, the others, and back again.
-fn hops(request: &Request, steps: Vec<(String, Step)>) -> Vec<Hop> {
+fn hops(request: &TraceSpec, steps: Vec<(String, Step)>) -> Vec<Hop> {
     let mut out: Vec<Hop> = Vec::new();
     for (node, step) in steps {
         let is_same = |hop: &&mut Hop| hop.node == node && hop.is_reply == step.is_reply;
@@ -247,20 +247,20 @@ fn hops(request: &Request, steps: Vec<(String, Step)>) -> Vec<Hop> {
     out
 }
 
-fn chosen_protocol(request: &Request) -> u8 {
+fn chosen_protocol(request: &TraceSpec) -> u8 {
     request.protocol.number(request.destination)
 }
 
 /// What became of the packet follows from these.
 struct Fate<'a> {
-    request: &'a Request,
+    request: &'a TraceSpec,
     of_pod: &'a Armed,
     way: &'a [Hop],
     reply: Option<&'a Reply>,
     not_traced: &'a [NotTraced],
 }
 
-type Told = (Outcome, String, Option<String>);
+type Told = (PacketOutcome, String, Option<String>);
 
 impl Fate<'_> {
     fn tell(&self) -> Told {
@@ -274,7 +274,7 @@ impl Fate<'_> {
         let what = if hop.is_reply { "the reply" } else { "it" };
         let by = rule.as_ref().map_or_else(|| "by its policy".to_owned(), |rule| format!("by the rule {rule:?}"));
         let message = format!("node {}: chain {chain} of table {table} dropped {what} {by}", hop.node);
-        Some((Outcome::Dropped, message, Some(self.remedy(rule.as_deref(), &hop.steps[at]))))
+        Some((PacketOutcome::Dropped, message, Some(self.remedy(rule.as_deref(), &hop.steps[at]))))
     }
 
     /// A remedy by the counter that the rule has: docs/operations.md lists them all.
@@ -319,11 +319,11 @@ impl Fate<'_> {
             let message = format!("an ICMP error came back: {what}, from {from}, {after}");
             let remedy =
                 "the host that sent it, or a router before the destination, does not let the packet pass".to_owned();
-            return Some((Outcome::Rejected, message, Some(remedy)));
+            return Some((PacketOutcome::Rejected, message, Some(remedy)));
         }
         let kind = if what.is_empty() { String::new() } else { format!(" with {what}") };
         let refused = if what.contains("RST") { ": no program listens there, or a firewall resets" } else { "" };
-        Some((Outcome::Answered, format!("{from} answered{kind} {after}{refused}"), None))
+        Some((PacketOutcome::Answered, format!("{from} answered{kind} {after}{refused}"), None))
     }
 
     /// No rule dropped it, and no reply came to the pod.
@@ -341,7 +341,7 @@ impl Fate<'_> {
         }
         if let Some(back) = hop(true, false) {
             let message = format!("the reply came to node {} and not from there to the pod's node", back.node);
-            return (Outcome::Lost, message, Some(self.tunnel_remedy()));
+            return (PacketOutcome::Lost, message, Some(self.tunnel_remedy()));
         }
         let from = leaving.last().map(Flow::from).unwrap_or_default();
         let message = format!("it left node {} from {from}, and no reply came", leaving.node);
@@ -351,7 +351,7 @@ impl Fate<'_> {
             }
             _ => "see whether the server lets this address in, and whether its network has a route back to it",
         };
-        (Outcome::NotAnswered, message, Some(remedy.to_owned()))
+        (PacketOutcome::NotAnswered, message, Some(remedy.to_owned()))
     }
 
     fn not_sent(&self) -> Told {
@@ -359,11 +359,11 @@ impl Fate<'_> {
         match self.request.source_port {
             None => {
                 let message = format!("the pod sent no packet to {to} in this time");
-                (Outcome::NotSent, message, Some("let the application send, or leave --wait away".into()))
+                (PacketOutcome::NotSent, message, Some("let the application send, or leave --wait away".into()))
             }
             Some(_) => {
                 let message = format!("the probe to {to} did not come in by the pod's veth");
-                (Outcome::NotSent, message, Some("see the daemon's log on the pod's node".into()))
+                (PacketOutcome::NotSent, message, Some("see the daemon's log on the pod's node".into()))
             }
         }
     }
@@ -374,11 +374,11 @@ impl Fate<'_> {
         if self.not_traced.is_empty() {
             let message =
                 format!("it went into the tunnel on node {}, and did not come to {owners}", self.request.node);
-            return (Outcome::Lost, message, Some(self.tunnel_remedy()));
+            return (PacketOutcome::Lost, message, Some(self.tunnel_remedy()));
         }
         let message = format!("it went into the tunnel on node {} to {owners}, and no reply came", self.request.node);
         let remedy = "the way on the owner is not known; see below why it was not traced".to_owned();
-        (Outcome::NotAnswered, message, Some(remedy))
+        (PacketOutcome::NotAnswered, message, Some(remedy))
     }
 
     fn tunnel_remedy(&self) -> String {
@@ -391,7 +391,7 @@ fn ended_within(hop: &Hop) -> Told {
     let chain = hop.steps.last().map(|step| step.chain.as_str()).unwrap_or_default();
     let message = format!("it ended on node {} behind chain {chain}, and no rule dropped it", hop.node);
     let remedy = "the destination is the node itself, or routing or reverse-path filtering dropped it: `ip route get`, `nstat -a`";
-    (Outcome::Lost, message, Some(remedy.to_owned()))
+    (PacketOutcome::Lost, message, Some(remedy.to_owned()))
 }
 
 #[cfg(test)]

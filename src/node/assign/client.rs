@@ -1,6 +1,6 @@
 //! The client of the assign hook: one HTTP/1.1 request on each connection, over TCP or a Unix socket.
 
-use super::Request;
+use super::HookRequest;
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::Bytes;
 use hyper::client::conn::http1;
@@ -75,14 +75,14 @@ impl fmt::Display for Failure {
 }
 
 /// Sends a request. The hook has done it if it answers with a status of success.
-pub async fn post(target: &Target, request: &Request) -> Result<(), Failure> {
+pub async fn post(target: &Target, request: &HookRequest) -> Result<(), Failure> {
     match tokio::time::timeout(PATIENCE, exchange(target, request)).await {
         Ok(answer) => answer,
         Err(_) => Err(Failure::NoAnswer(format!("nothing within {} s", PATIENCE.as_secs()))),
     }
 }
 
-async fn exchange(target: &Target, request: &Request) -> Result<(), Failure> {
+async fn exchange(target: &Target, request: &HookRequest) -> Result<(), Failure> {
     match target {
         Target::Unix(path) => {
             let stream = UnixStream::connect(path).await.map_err(|e| no_answer("no connection", &e))?;
@@ -97,7 +97,7 @@ async fn exchange(target: &Target, request: &Request) -> Result<(), Failure> {
     }
 }
 
-async fn on<S>(stream: S, host: &str, path: &str, request: &Request) -> Result<(), Failure>
+async fn on<S>(stream: S, host: &str, path: &str, request: &HookRequest) -> Result<(), Failure>
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {

@@ -37,7 +37,7 @@ pub enum Action {
 
 /// A request to the hook, as JSON.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct Request {
+pub struct HookRequest {
     /// What to do.
     pub action: Action,
     /// The address.
@@ -77,7 +77,7 @@ impl AssignHook {
     }
 
     /// Sends a request. `answered` gets the answer to one that assigns.
-    pub fn send(&mut self, request: Request, answered: impl FnOnce(IpAddr, Answer) + Send + 'static) {
+    pub fn send(&mut self, request: HookRequest, answered: impl FnOnce(IpAddr, Answer) + Send + 'static) {
         self.last.retain(|_, task| !task.is_finished());
         let before = self.last.remove(&request.address);
         let address = request.address;
@@ -101,14 +101,14 @@ impl AssignHook {
     }
 }
 
-async fn ask(target: &Target, request: &Request, metrics: &AssignMetrics) -> Result<(), Failure> {
+async fn ask(target: &Target, request: &HookRequest, metrics: &AssignMetrics) -> Result<(), Failure> {
     let answer = client::post(target, request).await;
     metrics.count(request.action, &answer);
     answer
 }
 
 /// Tells the hook of a release, twice if it fails. Nothing depends on it: the next owner's request moves the address.
-async fn tell(target: &Target, request: &Request, metrics: &AssignMetrics) {
+async fn tell(target: &Target, request: &HookRequest, metrics: &AssignMetrics) {
     for pause in [AGAIN, Duration::ZERO] {
         let Err(failure) = ask(target, request, metrics).await else { return };
         let address = request.address;

@@ -7,7 +7,7 @@ use tokio::time::Instant;
 
 /// An uplink that cannot be used now.
 #[derive(Clone, Debug)]
-struct Lost {
+struct Unusable {
     since: Instant,
     why: String,
 }
@@ -27,7 +27,7 @@ pub struct ProbedUplinks {
 pub(super) struct Fitness {
     had: BTreeSet<UplinkKey>,
     works: BTreeSet<UplinkKey>,
-    lost: BTreeMap<UplinkKey, Lost>,
+    lost: BTreeMap<UplinkKey, Unusable>,
     unfit: Option<Instant>,
     cut_off: bool,
     probed: ProbedUplinks,
@@ -54,7 +54,7 @@ impl Fitness {
         let by_probes = self.probed.lost.iter().map(|(key, why)| (key.clone(), why.clone()));
         for (key, why) in broken.into_iter().map(|b| (b.key, b.why)).chain(by_probes) {
             let known = lost.remove(&key).map(|lost| lost.since);
-            self.lost.insert(key, Lost { since: known.unwrap_or(now), why });
+            self.lost.insert(key, Unusable { since: known.unwrap_or(now), why });
         }
         works.extend(self.probed.all.iter().filter(|key| !self.probed.lost.contains_key(*key)).cloned());
         self.works = works;

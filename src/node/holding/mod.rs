@@ -222,7 +222,7 @@ impl Holding {
         let usable = self.fitness.works().iter().filter(|key| assigned.contains(*key) || !given_up.contains(*key));
         decision.desired.uplinks = usable.cloned().collect();
         let by_probes = self.fitness.lost().map(|(key, _)| key).filter(|key| key.gateway.is_some());
-        decision.desired.lost_by_probes = by_probes.cloned().collect();
+        decision.desired.failed_probes = by_probes.cloned().collect();
         let holds =
             allocations.values().any(|allocation| allocation.state == AllocationState::Local && allocation.is_member());
         let left = drained && !holds && decision.desired.allocations.is_empty();

@@ -452,7 +452,7 @@ fn failing_probes_cost_a_node_its_egress_ips_only_if_another_node_can_serve_them
     fixture.holding.set_probed(lost(true));
     let decision = fixture.decide();
     assert!(decision.desired.health && fixture.holding.is_fit(), "other nodes still reach it");
-    assert!(!decision.desired.uplinks.contains(&key) && decision.desired.lost_by_probes.contains(&key));
+    assert!(!decision.desired.uplinks.contains(&key) && decision.desired.failed_probes.contains(&key));
     // The node n2 is dead, so that this one is still the best.
     fixture.facts.dead.insert("n2".into());
     fixture.holding.note(&"n1".into(), &mut fixture.facts);

@@ -2,19 +2,19 @@
 //! nothing leaks meanwhile.
 
 mod counters;
+mod egress_ips;
 mod extras;
 mod ifbs;
 mod peers;
-mod place;
 mod programs;
 mod routed;
 mod tunnel_device;
 mod vlans;
 
 pub use counters::Counts;
+pub use egress_ips::{Desired, UplinkStatus};
 use ifbs::Ifbs;
 pub use peers::Faults;
-pub use place::{Desired, UplinkStatus};
 use programs::Programs;
 use tunnel_device::Entrance;
 pub use tunnel_device::TunnelEgress;
@@ -70,7 +70,7 @@ pub struct Host {
     ruleset: Option<Ruleset>,
     /// The state last applied, to skip what has not changed; `None` if unknown.
     routing: Option<Routing>,
-    placed: Option<Digest>,
+    egress_ips: Option<Digest>,
     route_device: RouteDevice,
     vlans: Vlans,
     /// The addresses for which this node answers no ARP; `None` if unknown.
@@ -157,7 +157,7 @@ impl Host {
             shared: SharedSets::default(),
             ruleset: None,
             routing: None,
-            placed: None,
+            egress_ips: None,
             route_device: RouteDevice::Unknown,
             vlans: Vlans::default(),
             unanswered: None,
@@ -206,7 +206,7 @@ impl Host {
         // A kernel module may have been loaded since the log was rejected.
         (self.port_log, self.hashes, self.limits, self.bridges) = (true, true, true, true);
         self.routing = None;
-        self.placed = None;
+        self.egress_ips = None;
         (self.route_device, self.unanswered) = (RouteDevice::Unknown, None);
         self.vlans.invalidate();
         self.forwarding = None;

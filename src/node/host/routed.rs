@@ -1,7 +1,7 @@
 //! The egress IPs that this node's own router announces: their device, and that nobody answers ARP for them.
 
 use super::Host;
-use super::place::UplinkStatus;
+use super::egress_ips::UplinkStatus;
 use crate::datapath::{route_device, unanswered};
 use crate::node_plan::{View, addresses};
 use anyhow::Result;

@@ -1,7 +1,7 @@
 //! The interfaces of VLANs that gateways name by `vlan`.
 
 use super::Host;
-use super::place::Spot;
+use super::egress_ips::AddressKey;
 use crate::datapath::addresses::local_addresses;
 use crate::datapath::uplink::{Interface, Uplinks};
 use crate::datapath::vlan::{self, Vlan};
@@ -16,7 +16,7 @@ pub(super) struct Vlans {
     /// Whether it is known that there is none of Egret's.
     are_absent: bool,
     /// Why there is none that can be used, by the address and the uplink's name.
-    refused: BTreeMap<Spot, String>,
+    refused: BTreeMap<AddressKey, String>,
 }
 
 impl Vlans {
@@ -26,8 +26,8 @@ impl Vlans {
     }
 
     /// Why the VLAN's interface for an egress IP cannot be used.
-    pub(super) fn refusal(&self, spot: &Spot) -> Option<&str> {
-        self.refused.get(spot).map(String::as_str)
+    pub(super) fn refusal(&self, key: &AddressKey) -> Option<&str> {
+        self.refused.get(key).map(String::as_str)
     }
 }
 
@@ -39,7 +39,7 @@ impl Host {
         let allocations = view.allocations.allocations.values();
         let on_vlan = allocations.filter(|a| a.is_member() && is_on_vlan(a.interface.as_deref()));
         let spots = on_vlan.flat_map(|allocation| addresses(allocation).map(|a| (a, allocation.interface.clone())));
-        let spots: BTreeSet<Spot> = spots.collect();
+        let spots: BTreeSet<AddressKey> = spots.collect();
         self.vlans.refused.clear();
         if spots.is_empty() && self.vlans.are_absent {
             return Ok(0);
@@ -47,16 +47,16 @@ impl Host {
         let mut all = vlan::all(&self.routes).await?;
         let mut uplinks = Uplinks::read(&self.routes).await?;
         // A gateway can have 10,000 addresses on one VLAN.
-        let mut needed: BTreeMap<(u32, u16), (Interface, Vec<Spot>)> = BTreeMap::new();
-        for spot in spots {
-            let (address, uplink) = &spot;
+        let mut needed: BTreeMap<(u32, u16), (Interface, Vec<AddressKey>)> = BTreeMap::new();
+        for key in spots {
+            let (address, uplink) = &key;
             match uplinks.named(uplink.as_deref().unwrap_or_default(), address.is_ipv4()).await {
                 Ok(Some((parent, Some(id)))) => {
-                    needed.entry((parent.ifindex, id)).or_insert_with(|| (parent, Vec::new())).1.push(spot);
+                    needed.entry((parent.ifindex, id)).or_insert_with(|| (parent, Vec::new())).1.push(key);
                 }
                 // The step that reads the uplinks says what is missing.
                 Ok(_) => {}
-                Err(e) => drop(self.vlans.refused.insert(spot, format!("{e:#}"))),
+                Err(e) => drop(self.vlans.refused.insert(key, format!("{e:#}"))),
             }
         }
         let mut changes = 0;
@@ -66,7 +66,7 @@ impl Host {
                 Ok(done) => changes += done,
                 Err(e) => {
                     let why = format!("{e:#}");
-                    self.vlans.refused.extend(spots.iter().map(|spot| (spot.clone(), why.clone())));
+                    self.vlans.refused.extend(spots.iter().map(|key| (key.clone(), why.clone())));
                 }
             }
         }

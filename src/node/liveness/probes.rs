@@ -169,8 +169,8 @@ impl Node {
 
     /// Takes a reply that arrived at `at`. `first`: no other node is alive.
     fn take_reply(&mut self, sequence: u16, at: Instant, first: bool) {
-        let Some(place) = self.open.iter().position(|q| q.sequence == sequence) else { return };
-        let Some(probe) = self.open.remove(place) else { return };
+        let Some(index) = self.open.iter().position(|q| q.sequence == sequence) else { return };
+        let Some(probe) = self.open.remove(index) else { return };
         let sample = at.saturating_duration_since(probe.asked);
         self.round_trip = Some(self.round_trip.map_or(RoundTrip::first(sample), |before| before.and(sample)));
         self.last = self.last.max(at);

@@ -62,7 +62,7 @@ fn the_text_says_what_is_desired_and_what_is_observed() {
 
 #[test]
 fn a_written_state_is_parsed_back() {
-    let response = Response { version: PROTOCOL, state: Some(state()) };
-    let read: Response = serde_json::from_slice(&serde_json::to_vec(&response).unwrap()).unwrap();
+    let response = StateResponse { version: PROTOCOL, state: Some(state()) };
+    let read: StateResponse = serde_json::from_slice(&serde_json::to_vec(&response).unwrap()).unwrap();
     assert_eq!(read.state, Some(state()));
 }

@@ -2,7 +2,7 @@
 
 use super::{LinkMessage, Node};
 use crate::model::marks::EgressId;
-use crate::node::assign::{Action, Answer, Request, Requests};
+use crate::node::assign::{Action, Answer, HookRequest, Requests};
 use crate::node_plan::addresses;
 use crate::node_plan::allocations::NodeAllocation;
 use egret_nft::mac::Shown;
@@ -30,7 +30,7 @@ impl Node {
     fn ask_hook(&mut self, action: Action, address: IpAddr, id: Option<&EgressId>) {
         let allocation = id.and_then(|id| self.view.allocations.allocations.get(id));
         let interface = allocation.and_then(|allocation| self.egress.uplinks.interface(address, allocation));
-        let request = Request {
+        let request = HookRequest {
             action,
             address,
             node: self.options.name.clone(),

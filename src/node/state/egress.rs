@@ -151,10 +151,10 @@ impl Node {
     }
 
     /// The step [`Addresses`](super::steps::Step::Addresses). Returns the number of changes.
-    pub(super) async fn place_addresses(&mut self) -> Result<usize> {
+    pub(super) async fn sync_addresses(&mut self) -> Result<usize> {
         let Egress { uplinks, decision, .. } = &self.egress;
         self.host.announce_ahead(&self.view, uplinks, &self.facts.coming);
-        let (changes, mut refused) = self.host.place(&self.view, uplinks, &decision.desired).await?;
+        let (changes, mut refused) = self.host.sync_egress_ips(&self.view, uplinks, &decision.desired).await?;
         refused.extend(uplinks.unusable.clone());
         self.egress.here = decision.desired.allocations.clone();
         let mut facts = self.host.facts(refused).await?;
@@ -171,7 +171,7 @@ impl Node {
         if facts != self.facts {
             self.facts = facts;
             self.pending.raise(Input::Facts);
-            self.pending.raise(Input::Placed);
+            self.pending.raise(Input::Addresses);
         }
         Ok(changes)
     }

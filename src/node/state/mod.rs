@@ -31,7 +31,7 @@ mod unmanaged;
 mod unreachable;
 
 pub use link::LinkMessage;
-pub use pass::Outcome;
+pub use pass::PassResult;
 pub use stopping::Stopping;
 
 use crate::cluster::{Lookup, Statuses};

@@ -14,7 +14,7 @@ use tracing::Instrument;
 
 /// The outcome of a pass.
 #[derive(Debug, Default)]
-pub struct Outcome {
+pub struct PassResult {
     /// Whether the kernel is in sync.
     pub in_sync: bool,
     /// Whether policies can be enforced, also by the plugin while this daemon is away. Then the plugin's entry may be
@@ -31,13 +31,13 @@ pub struct Outcome {
 impl Node {
     /// Brings the kernel in sync with the desired state, to a fixed point. Then it sends the waiting responses, and
     /// publishes the status.
-    pub async fn pass(&mut self) -> Outcome {
+    pub async fn pass(&mut self) -> PassResult {
         self.passes += 1;
         let span = tracing::debug_span!("pass", number = self.passes);
         self.run_pass().instrument(span).await
     }
 
-    async fn run_pass(&mut self) -> Outcome {
+    async fn run_pass(&mut self) -> PassResult {
         let started = Instant::now();
         let result = self.run_steps().await;
         let failure = result.as_ref().err().map(|e| {
@@ -79,7 +79,7 @@ impl Node {
         self.announce_pods();
         self.seek_unmanaged();
         let has_compared = self.pending.has_run(Step::Tunnel);
-        Outcome {
+        PassResult {
             in_sync,
             can_enforce: in_sync && self.problems.offline_policies.is_none(),
             again,
@@ -137,7 +137,7 @@ impl Node {
             Step::Handovers => self.update_handovers(),
             Step::Coming => self.find_coming(),
             Step::TablesAhead => return self.apply_tables_ahead(),
-            Step::Addresses => return self.place_addresses().await,
+            Step::Addresses => return self.sync_addresses().await,
             Step::Announcements => self.announce_again(),
             Step::TakenOver => self.find_taken_over(),
             Step::Peers => return self.host.forwarding(&self.view).await,

@@ -33,7 +33,7 @@ impl Node {
     }
 
     /// The uplinks that count as lost because probes fail.
-    pub fn lost_by_probes(&self) -> BTreeSet<UplinkKey> {
+    pub fn failed_probes(&self) -> BTreeSet<UplinkKey> {
         self.with_state(ProbeState::Lost).map(|(key, _)| key.clone()).collect()
     }
 

@@ -28,7 +28,7 @@ pub enum Input {
     /// Egress IPs that are about to be added to this node.
     Coming,
     /// The addresses of this node, after egress IPs were added or removed.
-    Placed,
+    Addresses,
     /// The node has never been in sync.
     NeverInSync,
 }
@@ -135,7 +135,7 @@ pub const STEPS: [Row; 25] = [
     // Again after egress IPs were removed from a VLAN that nobody needs any more.
     row(
         Step::Vlans,
-        &[Input::Host, Input::Placed],
+        &[Input::Host, Input::Addresses],
         &[Step::View],
         &[],
         "the interfaces of VLANs that gateways of this node name",
@@ -187,7 +187,7 @@ pub const STEPS: [Row; 25] = [
         Step::Addresses,
         &[Input::Host],
         &[Step::Allocations, Step::Decision, Step::TablesAhead],
-        &[Input::Facts, Input::Placed],
+        &[Input::Facts, Input::Addresses],
         "egress IPs on the uplinks, and health addresses in the tunnel",
     ),
     row(
@@ -199,7 +199,7 @@ pub const STEPS: [Row; 25] = [
     ),
     row(
         Step::TakenOver,
-        &[Input::Placed],
+        &[Input::Addresses],
         &[Step::Allocations, Step::Addresses],
         &[],
         "finds the egress IPs that this node has taken over",

@@ -1,9 +1,9 @@
 //! What a trace needs of the daemon's state.
 
 use super::Node;
-use crate::model::trace::{Armed, EgressIp, Request};
+use crate::model::trace::{Armed, EgressIp, TraceSpec};
 use crate::model::{ObjectKey, addresses_of};
-use crate::node::trace::{Known, TraceRequest};
+use crate::node::trace::{TraceContext, TraceRequest};
 use crate::node_plan::allocations::AllocationState;
 
 impl Node {
@@ -18,13 +18,13 @@ impl Node {
             interface,
             egress_ips: self.egress_ips_of(request),
         };
-        let known = Known { armed, chains: self.host.chains(), routes: self.host.routes.clone() };
+        let known = TraceContext { armed, chains: self.host.chains(), routes: self.host.routes.clone() };
         // Without a receiver, the connection has ended.
         let _ = of.response.send(known);
     }
 
     /// The egress IPs that a pod can have.
-    fn egress_ips_of(&self, request: &Request) -> Vec<EgressIp> {
+    fn egress_ips_of(&self, request: &TraceSpec) -> Vec<EgressIp> {
         let of_pod = self.enforced.uses.values().filter(|of| of.addresses.contains(&request.source));
         let allocations = of_pod.flat_map(|of| of.allocations.iter());
         let allocations = allocations.filter_map(|id| self.view.allocations.allocations.get(id));

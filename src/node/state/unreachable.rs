@@ -71,7 +71,7 @@ impl Node {
             .values()
             .flat_map(|used| &used.allocations)
             .filter_map(|id| allocations.allocations.get(id));
-        let mut managed = used.filter(|allocation| allocation.is_managed() && !allocation.placed);
+        let mut managed = used.filter(|allocation| allocation.is_managed() && !allocation.owner_holds);
         let stranded = managed.any(|allocation| matches!(allocation.state, AllocationState::Remote(_)));
         // Gateway nodes report each other at once, as unreachable peers.
         let stranded = stranded && !allocations.is_gateway && !self.liveness.dead.is_empty();

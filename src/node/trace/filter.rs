@@ -4,7 +4,7 @@
 use crate::datapath::names::TRACES;
 use crate::datapath::packet_headers;
 use crate::datapath::trace_table::REQUEST;
-use crate::model::trace::{Flow, Protocol, Request};
+use crate::model::trace::{Flow, Protocol, TraceSpec};
 use egret_nft::trace::{Kind, Step};
 use std::collections::BTreeMap;
 
@@ -13,7 +13,7 @@ const PACKETS: usize = 256;
 
 /// Recognises the packets of a trace.
 pub struct Filter {
-    request: Request,
+    request: TraceSpec,
     /// The trace's own table.
     table: &'static str,
     /// The kernel's numbers of the packets, and whether each is a reply.
@@ -30,7 +30,7 @@ pub struct Recognised {
 
 impl Filter {
     /// For the trace that has this table.
-    pub fn new(request: Request, table: &'static str) -> Self {
+    pub fn new(request: TraceSpec, table: &'static str) -> Self {
         Filter { request, table, packets: BTreeMap::new() }
     }
 
@@ -73,7 +73,7 @@ impl Filter {
 
     /// Whether a packet with these addresses and ports is a reply, if it is one of the trace's.
     fn direction(&self, flow: &Flow) -> Option<bool> {
-        let Request { source, destination, protocol, port, source_port, .. } = &self.request;
+        let TraceSpec { source, destination, protocol, port, source_port, .. } = &self.request;
         if flow.protocol != protocol.number(*destination) {
             return None;
         }
@@ -110,9 +110,9 @@ mod tests {
     use crate::fixture::trace_request;
     use egret_nft::trace::{Packet, Verdict};
 
-    fn request(source_port: Option<u16>) -> Request {
+    fn request(source_port: Option<u16>) -> TraceSpec {
         let (source, destination) = ("10.0.0.9".parse().unwrap(), "192.0.2.1".parse().unwrap());
-        Request { source, destination, protocol: Protocol::Udp, port: 53, ..trace_request(source_port) }
+        TraceSpec { source, destination, protocol: Protocol::Udp, port: 53, ..trace_request(source_port) }
     }
 
     fn step(id: u32, table: &str, chain: &str, ends: Option<([u8; 4], u16, [u8; 4], u16)>) -> Step {

@@ -13,20 +13,20 @@ pub use relay::relay;
 pub use session::{Slots, serve};
 
 use crate::datapath::route_socket::RouteSocket;
-use crate::model::trace::{Armed, Request};
+use crate::model::trace::{Armed, TraceSpec};
 use crate::node::host::Chains;
 use tokio::sync::oneshot;
 
 /// A request for a trace that waits for what the daemon knows.
 pub struct TraceRequest {
     /// What is to be traced.
-    pub request: Request,
+    pub request: TraceSpec,
     /// Where the answer goes.
-    pub response: oneshot::Sender<Known>,
+    pub response: oneshot::Sender<TraceContext>,
 }
 
 /// What the daemon knows that a trace needs.
-pub struct Known {
+pub struct TraceContext {
     /// What the command is told. The interface is `None` if the daemon does not know the pod's.
     pub armed: Armed,
     /// The chains of Egret's tables.

@@ -1,7 +1,7 @@
 //! The texts of rules, by the kernel's handles.
 
 use crate::node::host::Chains;
-use crate::node::trace::Known;
+use crate::node::trace::TraceContext;
 use egret_nft::Nftables;
 use egret_nft::netlink::Error;
 use egret_nft::uapi::*;
@@ -16,7 +16,7 @@ pub struct Rules {
     hashes: HashMap<(TableIndex, Arc<str>), BTreeMap<u64, u64>>,
 }
 
-/// The place of a table in [`Rules::chains`].
+/// The index of a table in [`Rules::chains`].
 type TableIndex = usize;
 
 impl Rules {
@@ -24,7 +24,7 @@ impl Rules {
     ///
     /// # Errors
     /// The socket cannot be opened.
-    pub fn new(known: Known) -> Result<Self, Error> {
+    pub fn new(known: TraceContext) -> Result<Self, Error> {
         Ok(Rules { nftables: Nftables::open()?, chains: known.chains, hashes: HashMap::new() })
     }
 

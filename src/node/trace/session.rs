@@ -2,13 +2,13 @@
 
 use super::filter::Filter;
 use super::rules::{self, Rules};
-use super::{Known, TraceRequest};
+use super::{TraceContext, TraceRequest};
 use crate::datapath::names::TRACES;
 use crate::datapath::netlink_reader::{NetlinkReader, Read};
 use crate::datapath::pod_veth;
 use crate::datapath::probe;
 use crate::datapath::{probe_packet, trace_table};
-use crate::model::trace::{Armed, Event, GO, MAX_SECONDS, Request, Step};
+use crate::model::trace::{Armed, Event, GO, MAX_SECONDS, Step, TraceSpec};
 use anyhow::{Context, Result, bail};
 use egret_nft::Nftables;
 use egret_nft::netlink::{NETLINK_NETFILTER, Socket};
@@ -58,7 +58,7 @@ impl Drop for Slot {
 /// # Errors
 /// The connection failed.
 pub async fn serve(
-    request: Request,
+    request: TraceSpec,
     read: impl AsyncBufRead + Unpin,
     mut write: impl AsyncWrite + Unpin,
     requests: &mpsc::Sender<TraceRequest>,
@@ -84,8 +84,8 @@ async fn say(write: &mut (impl AsyncWrite + Unpin), event: &Event) -> io::Result
 }
 
 async fn run(
-    request: &Request,
-    mut known: Known,
+    request: &TraceSpec,
+    mut known: TraceContext,
     mut lines: Lines<impl AsyncBufRead + Unpin>,
     write: &mut (impl AsyncWrite + Unpin),
     slots: &Slots,
@@ -109,17 +109,23 @@ async fn run(
         began: Instant::now(),
     };
     say(write, &armed).await?;
+    let mut sending = None;
     loop {
         tokio::select! {
             line = lines.next_line() => match line?.as_deref() {
                 Some(GO) => {
                     let Some(veth) = veth else { bail!("the pod is not on this node") };
-                    send(request, veth).await?;
-                    say(write, &Event::Sent).await?;
+                    sending = Some(Box::pin(send(request, veth)));
                 }
                 Some(_) => bail!("the daemon knows no other line than {GO:?}"),
                 None => return Ok(()),
             },
+            // The probe's first steps come before its device is removed, for which the kernel may take seconds.
+            sent = async { sending.as_mut().expect("it is sent").await }, if sending.is_some() => {
+                sending = None;
+                sent?;
+                say(write, &Event::Sent).await?;
+            }
             events = watch.next() => {
                 for event in events? {
                     say(write, &event).await?;
@@ -130,7 +136,7 @@ async fn run(
 }
 
 /// The index of the host's end of the pod's veth, on the pod's node.
-async fn veth(request: &Request, known: &mut Known) -> Result<Option<u32>> {
+async fn veth(request: &TraceSpec, known: &mut TraceContext) -> Result<Option<u32>> {
     let Armed { node, interface, .. } = &mut known.armed;
     if request.node != *node {
         *interface = None;
@@ -152,11 +158,11 @@ async fn veth(request: &Request, known: &mut Known) -> Result<Option<u32>> {
     Ok(Some(index))
 }
 
-async fn send(request: &Request, veth: u32) -> Result<()> {
+async fn send(request: &TraceSpec, veth: u32) -> Result<()> {
     let Some(source_port) = request.source_port else { bail!("there is no probe: the command waits for a packet") };
     let (request, sequence) = (request.clone(), RandomState::new().hash_one(source_port) as u32);
     let frame = move |from, to| probe_packet::frame(&request, source_port, sequence, from, to);
-    // The kernel takes some milliseconds to remove a device, and the daemon has other things to do.
+    // The kernel takes some milliseconds to remove a device, and seconds while it removes many others.
     tokio::task::spawn_blocking(move || probe::send(veth, frame)).await?.context("cannot send the probe")
 }
 

@@ -34,10 +34,10 @@ pub struct NodeAllocation {
     pub handed_by: Option<Mac>,
     /// In a planned move away from this node, which holds it still: the tunnel MAC of the next owner.
     pub handed_to: Option<Mac>,
-    /// If its policy has several dedicated ones: its place among them, from 0.
+    /// If its policy has several dedicated ones: its position among them, from 0.
     pub ordinal: u16,
     /// Whether the owner reports that it holds the address.
-    pub placed: bool,
+    pub owner_holds: bool,
     /// Whether some node reports that it holds the address. A dead node cannot withdraw its report.
     pub is_held: bool,
     /// How near the owner is to this node.

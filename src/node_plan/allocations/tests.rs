@@ -252,7 +252,7 @@ fn the_address_of_a_service_need_not_be_on_an_interface_of_the_node_that_announc
     assert_eq!(state(&world, "n2", &[], &[]), to("n1"));
     let allocations = NodeAllocations::new(&world.cluster, "n1", &facts(&[], &[]));
     assert!(allocations.held.contains(&id) && allocations.without_address.contains(&id));
-    assert!(allocations.allocations[&id].translates() && allocations.allocations[&id].placed);
+    assert!(allocations.allocations[&id].translates() && allocations.allocations[&id].owner_holds);
     let policy = world.cluster.policies[&"shop/web".into()].clone();
     assert_eq!(allocations.of(&"shop/web".into(), &policy).first().map(|choice| choice.of), Some(id));
     // The policy names another Service now, and the controller has not written its address yet.

@@ -204,7 +204,7 @@ impl Viewpoint<'_> {
             answers_ping: managed && gateway.answer_ping,
             fast_path: gateway.fast_path == FastPath::Auto,
             ordinal: entry.ordinal,
-            placed: owner.is_some_and(|owner| reports.holds(owner, entry.id, here)) || announces,
+            owner_holds: owner.is_some_and(|owner| reports.holds(owner, entry.id, here)) || announces,
             is_held: reports.any_holds(entry.id, here),
             near: Near::of(self.cluster, node, owner),
             placing,

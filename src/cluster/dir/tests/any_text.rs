@@ -2,7 +2,7 @@
 
 use super::super::documents::Documents;
 use super::{gateway, policy};
-use crate::cluster::decode::manifest::{Reader, StatusPlace};
+use crate::cluster::decode::manifest::{Reader, StatusPath};
 use crate::cluster::names::Names;
 use proptest::prelude::*;
 use std::time::{Duration, Instant};
@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 /// The number of objects in a text, or its first fault.
 fn read(text: &str) -> Result<usize, String> {
     let mut names = Names::default();
-    let mut reader = Reader { names: &mut names, node: Some("n1"), statuses: StatusPlace::InFiles };
+    let mut reader = Reader { names: &mut names, node: Some("n1"), statuses: StatusPath::InFiles };
     let mut documents = Documents::new(text.as_bytes());
     let mut count = 0;
     while let Some(document) = documents.next().map_err(|e| e.to_string())? {

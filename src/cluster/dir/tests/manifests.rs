@@ -270,7 +270,7 @@ async fn a_path_that_is_no_directory_cannot_be_opened() {
 #[test]
 fn no_text_causes_a_panic() {
     use super::super::documents::Documents;
-    use crate::cluster::decode::manifest::{Reader, StatusPlace};
+    use crate::cluster::decode::manifest::{Reader, StatusPath};
     use crate::cluster::names::Names;
     const SIGNS: &[u8] = b"\n\t -:[]{}&*!|>'\"%@`#,?~0a";
     let whole = [CLUSTER, &gateway("g", "192.0.2.1"), &policy("a", "b", 1)].join("---\n");
@@ -287,7 +287,7 @@ fn no_text_causes_a_panic() {
         }
         text.truncate(next(text.len()) + 1);
         let mut names = Names::default();
-        let mut reader = Reader { names: &mut names, node: None, statuses: StatusPlace::InFiles };
+        let mut reader = Reader { names: &mut names, node: None, statuses: StatusPath::InFiles };
         let mut documents = Documents::new(&text[..]);
         while let Ok(Some(document)) = documents.next() {
             let lines = document.text.lines().count() as u32;

@@ -2,9 +2,9 @@
 
 mod any_text;
 mod changes;
-mod lost;
 mod manifests;
 mod statuses;
+mod unreadable;
 
 use super::open;
 use crate::cluster::{Scope, Source};

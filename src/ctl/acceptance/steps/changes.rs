@@ -9,7 +9,7 @@ use super::{
 };
 use crate::api::AddressPair;
 use crate::ctl::check::Check;
-use crate::ctl::moves::{self, Request};
+use crate::ctl::moves::{self, MoveCommand};
 use crate::ctl::output::count;
 use crate::probe::Way;
 use anyhow::bail;
@@ -50,14 +50,14 @@ impl Test<'_, '_> {
     /// A planned move of the egress IP to another gateway node.
     pub(super) async fn planned_move(&mut self) -> anyhow::Result<()> {
         let name = "a planned move";
-        let to = self.place.gateway_nodes.iter().find(|node| **node != self.first.node).cloned();
+        let to = self.participants.gateway_nodes.iter().find(|node| **node != self.first.node).cloned();
         let Some(to) = to else {
             let found = "the gateway has one node that is ready";
             self.reporter.add(Check::unknown(TRAFFIC, name, found, "give it a second one: label a node"));
             return Ok(());
         };
         let marks = self.mark();
-        let request = Request::Move(format!("{}/{FIRST}", self.scene.name), Some(to.clone()));
+        let request = MoveCommand::Move(format!("{}/{FIRST}", self.scene.name), Some(to.clone()));
         let moved = match moves::run(self.source, &request, &self.scene.name, Some(ARRIVES), &|_| {}).await {
             Ok(moved) => moved,
             Err(e) => {
@@ -89,7 +89,7 @@ impl Test<'_, '_> {
     pub(super) async fn another_egress_ip(&mut self, used_before: Option<&AddressPair>) -> anyhow::Result<()> {
         let name = "a change to another egress IP, and back";
         let marks = self.mark();
-        let second = match egress_ip(self.scene, self.place, SECOND, 2000, used_before).await? {
+        let second = match egress_ip(self.scene, self.participants, SECOND, 2000, used_before).await? {
             Ok(second) => second.address,
             Err(why) => {
                 let (what, remedy) = of_condition(&why);
@@ -124,7 +124,7 @@ impl Test<'_, '_> {
         let name = "blocked without a gateway node";
         self.scene.make_gateway_without_nodes().await?;
         self.scene.make_policy(WITHOUT_GATEWAY, &self.scene.name, Selected::Blocked, 1000, None).await?;
-        let kinds = self.place.kinds(&self.first.node);
+        let kinds = self.participants.kinds(&self.first.node);
         let pods = self.clients("blocked", &kinds, Selected::Blocked, self.ways(), 0);
         self.scene.make_pods(&pods).await?;
         if self.started(&pods, false).await?.is_none() {

@@ -4,7 +4,7 @@ use super::super::TRAFFIC;
 use super::super::judge::{self, Fault, Heard, Series};
 use super::super::logs::Log;
 use super::super::objects::{Client as Pod, Selected};
-use super::super::place::Kind;
+use super::super::participants::Kind;
 use super::{NEW, PACE, READABLE, REQUESTS, Test, in_words, listed};
 use crate::ctl::check::Check;
 use crate::ctl::output::count;
@@ -17,7 +17,7 @@ use tokio::time::sleep;
 impl Test<'_, '_> {
     /// The first packets of new pods on a node of each kind. `false`: the server answers nobody.
     pub(super) async fn new_pods(&mut self) -> anyhow::Result<bool> {
-        let kinds = self.place.kinds(&self.first.node);
+        let kinds = self.participants.kinds(&self.first.node);
         let mut pods = self.clients("running", &kinds, Selected::Yes, self.all_ways(), 0);
         pods.extend(self.clients("unselected", &kinds, Selected::No, self.ways(), 0));
         for n in 0..NEW {
@@ -128,7 +128,7 @@ impl Test<'_, '_> {
 
     /// Many new pods at once, on all nodes.
     pub(super) async fn many_pods(&mut self, pods: usize) -> anyhow::Result<()> {
-        let nodes = self.place.all_nodes();
+        let nodes = self.participants.all_nodes();
         let each = nodes.iter().cycle().take(if nodes.is_empty() { 0 } else { pods }).enumerate();
         let all: Vec<Pod> = each
             .map(|(n, node)| self.client(format!("many-{n}"), node, Selected::Yes, self.ways(), REQUESTS))

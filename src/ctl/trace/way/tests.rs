@@ -74,7 +74,7 @@ fn an_answered_packet_has_its_egress_address_and_a_way_out_and_back() {
     // The server sends its answer again.
     all.push(("g1", step(7, "prerouting", "accept", "accept", [SERVER, EGRESS], None)));
     let traced = way(all, &armed(None), Some(61_000));
-    assert_eq!(traced.outcome, Outcome::Answered);
+    assert_eq!(traced.outcome, PacketOutcome::Answered);
     assert_eq!(traced.message, "192.0.2.100 answered with SYN,ACK after 4.5 ms");
     let egress = Egress { node: "g1".into(), address: "192.0.2.50".parse().unwrap(), port: 61_000 };
     assert_eq!(traced.egress, Some(egress));
@@ -95,7 +95,7 @@ fn where_a_packet_ends_is_told_with_the_remedy() {
     let blocked = "counter name \"blocked\" drop";
     let dropped = vec![("n1", step(1, "known", blocked, "drop", [POD, SERVER], None))];
     let traced = way(dropped, &armed(Some("no gateway node is alive")), Some(61_000));
-    assert_eq!(traced.outcome, Outcome::Dropped);
+    assert_eq!(traced.outcome, PacketOutcome::Dropped);
     assert!(traced.message.contains("node n1: chain known of table inet egret dropped it"), "{}", traced.message);
     assert!(traced.remedy.unwrap().contains("192.0.2.50 are dropped: no gateway node is alive"));
 
@@ -105,13 +105,13 @@ fn where_a_packet_ends_is_told_with_the_remedy() {
     assert!(traced.remedy.unwrap().contains("nft -a list table inet firewalld"));
 
     for (steps, outcome, words) in [
-        (vec![], Outcome::NotSent, "did not come in by the pod's veth"),
-        (out()[..1].to_vec(), Outcome::Lost, "ended on node n1 behind chain pod"),
-        (out(), Outcome::Lost, "and did not come to g1"),
-        ([out(), at_owner()[..1].to_vec()].concat(), Outcome::Lost, "ended on node g1 behind chain from-tunnel"),
+        (vec![], PacketOutcome::NotSent, "did not come in by the pod's veth"),
+        (out()[..1].to_vec(), PacketOutcome::Lost, "ended on node n1 behind chain pod"),
+        (out(), PacketOutcome::Lost, "and did not come to g1"),
+        ([out(), at_owner()[..1].to_vec()].concat(), PacketOutcome::Lost, "ended on node g1 behind chain from-tunnel"),
         (
             [out(), at_owner()].concat(),
-            Outcome::NotAnswered,
+            PacketOutcome::NotAnswered,
             "it left node g1 from 192.0.2.50:61000, and no reply came",
         ),
     ] {

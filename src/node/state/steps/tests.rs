@@ -11,7 +11,7 @@ const INPUTS: [Input; 11] = [
     Input::PluginRecords,
     Input::Facts,
     Input::Coming,
-    Input::Placed,
+    Input::Addresses,
     Input::NeverInSync,
 ];
 

@@ -8,17 +8,17 @@ use crate::model::PolicyKey;
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
-/// The lost policies.
+/// The unreadable policies.
 #[derive(Debug, Default)]
-pub struct Lost {
-    /// The lost policies have been determined. Policies that are removed later are not lost.
+pub struct UnreadablePolicies {
+    /// The unreadable policies have been determined. Policies that are removed later are not unreadable.
     pub determined: bool,
     pub policies: BTreeSet<PolicyKey>,
     /// Files and directories that were empty at the start.
     empty: BTreeSet<PathBuf>,
 }
 
-impl Lost {
+impl UnreadablePolicies {
     /// Notes whether a file or a directory has contents.
     pub fn note(&mut self, path: &Path, has_something: bool) {
         if has_something {
@@ -28,7 +28,7 @@ impl Lost {
         }
     }
 
-    /// Whether any policy is lost.
+    /// Whether any policy is unreadable.
     pub fn is_any(&self) -> bool {
         !self.policies.is_empty()
     }
@@ -40,7 +40,7 @@ impl Lost {
         self.empty.iter().filter(|_| self.is_any()).map(|path| (&**path, WHAT))
     }
 
-    /// Whether a policy may be in what cannot be read. If every file can be read, nothing is lost any longer.
+    /// Whether a policy may be in what cannot be read. If every file can be read, nothing is unreadable any longer.
     /// `unread`: a part of the directory cannot be read.
     pub fn is_possible(&mut self, root: &Path, unread: bool) -> bool {
         self.empty.retain(|path| root.join(path).exists());
@@ -51,7 +51,7 @@ impl Lost {
         is_possible
     }
 
-    /// The lost policies as refused objects of which nothing can be read.
+    /// The unreadable policies as refused objects of which nothing can be read.
     pub fn refusals(&self) -> Refusals {
         let refused = |key: &PolicyKey| {
             let readable = Readable::Policy(Box::default());

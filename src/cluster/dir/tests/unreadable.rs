@@ -57,7 +57,7 @@ async fn an_empty_directory_does_not_remove_its_policies() {
     fixture.put("q/q.yaml", &policy("x", "q", 3));
     source.until("the policy", |c| priority(c, "x/q") == Some(3)).await;
     source.until_well().await;
-    // Without the gateway's file the allocations still exist, and nothing of them is lost.
+    // Without the gateway's file the allocations still exist, and nothing of them is unreadable.
     for file in ["gateway.yaml", "p.yaml", "q/q.yaml"] {
         fs::remove_file(fixture.path(file)).unwrap();
     }

@@ -1,7 +1,7 @@
 //! The egress IPs on their uplinks, and the health addresses in the tunnel.
 
 use super::{Digest, Host};
-use crate::datapath::addresses::{self, Placed};
+use crate::datapath::addresses::{self, InterfaceAddress};
 use crate::datapath::announce::{self, Target};
 use crate::datapath::names::{HEALTH, is_health, of_mac, of_uplink};
 use crate::datapath::uplink::{Interface, Uplinks};
@@ -24,7 +24,7 @@ const ANNOUNCEMENTS: u32 = 5;
 const ANNOUNCEMENT_INTERVAL: Duration = Duration::from_millis(150);
 
 /// An egress IP, and the uplink that its gateway names.
-pub(super) type Spot = (IpAddr, Option<Name>);
+pub(super) type AddressKey = (IpAddr, Option<Name>);
 
 /// The desired addresses of this node.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -40,7 +40,7 @@ pub struct Desired {
     /// The uplinks whose health addresses the node has.
     pub uplinks: BTreeSet<UplinkKey>,
     /// The uplinks that are lost because a gateway's probes fail. The node has none of their health addresses.
-    pub lost_by_probes: BTreeSet<UplinkKey>,
+    pub failed_probes: BTreeSet<UplinkKey>,
 }
 
 /// An uplink that this node cannot use.
@@ -56,8 +56,8 @@ pub struct Broken {
 /// The present interfaces of the egress IPs.
 #[derive(Debug, Default)]
 pub struct UplinkStatus {
-    found: HashMap<Spot, Interface>,
-    none: HashMap<Spot, String>,
+    found: HashMap<AddressKey, Interface>,
+    none: HashMap<AddressKey, String>,
     /// Allocations with an address that cannot be an egress IP of this host, with the reason.
     pub unusable: BTreeMap<EgressId, String>,
 }
@@ -151,10 +151,10 @@ impl UplinkStatus {
     }
 
     /// Records that these addresses have no uplink.
-    pub(super) fn lose(&mut self, spots: impl Iterator<Item = Spot>, why: &str) {
-        for spot in spots {
-            self.found.remove(&spot);
-            self.none.insert(spot, why.to_owned());
+    pub(super) fn lose(&mut self, spots: impl Iterator<Item = AddressKey>, why: &str) {
+        for key in spots {
+            self.found.remove(&key);
+            self.none.insert(key, why.to_owned());
         }
     }
 
@@ -164,7 +164,7 @@ impl UplinkStatus {
         let uplinks = &desired.uplinks;
         let spots = self.found.keys().chain(self.none.keys());
         let lost = spots.map(|(address, named)| key(address, named)).filter(|key| !uplinks.contains(key));
-        let lost: BTreeSet<u16> = lost.chain(desired.lost_by_probes.iter().cloned()).map(|key| key.code()).collect();
+        let lost: BTreeSet<u16> = lost.chain(desired.failed_probes.iter().cloned()).map(|key| key.code()).collect();
         let all = lost.is_empty().then(|| of_mac(HEALTH, mac));
         let codes: BTreeSet<u16> = uplinks.iter().map(UplinkKey::code).collect();
         codes.into_iter().filter(move |code| !lost.contains(code)).map(move |code| of_uplink(code, mac)).chain(all)
@@ -173,7 +173,7 @@ impl UplinkStatus {
     /// The addresses of allocations with the interfaces on which to probe and to announce them.
     pub fn targets(&self, view: &View, allocations: &BTreeSet<EgressId>) -> Vec<(EgressId, Target)> {
         let of_allocations =
-            view.placeable().filter(|(id, _, allocation)| allocations.contains(id) && !allocation.routed);
+            view.candidates().filter(|(id, _, allocation)| allocations.contains(id) && !allocation.routed);
         let of_allocations = of_allocations
             .filter(|(_, address, allocation)| !self.is_partial(allocation) || self.is_usable(*address, allocation));
         let found = of_allocations.filter_map(|(id, address, allocation)| {
@@ -197,8 +197,8 @@ impl Host {
                     if let Some(why) = uplinks.unusable(address).filter(|_| allocation.is_managed()) {
                         uplinks_now.unusable.entry(*id).or_insert(why);
                     }
-                    let spot = (address, allocation.interface.clone());
-                    let found = match self.vlans.refusal(&spot) {
+                    let key = (address, allocation.interface.clone());
+                    let found = match self.vlans.refusal(&key) {
                         Some(why) => Err(why.to_owned()),
                         None => {
                             let found = uplinks.find(address, allocation.interface.as_deref()).await;
@@ -207,10 +207,10 @@ impl Host {
                     };
                     match found {
                         Ok(interface) => match without_next_hop(view, &interface, address, allocation) {
-                            Some(why) => drop(uplinks_now.none.insert(spot, why)),
-                            None => drop(uplinks_now.found.insert(spot, interface)),
+                            Some(why) => drop(uplinks_now.none.insert(key, why)),
+                            None => drop(uplinks_now.found.insert(key, interface)),
                         },
-                        Err(why) => drop(uplinks_now.none.insert(spot, why)),
+                        Err(why) => drop(uplinks_now.none.insert(key, why)),
                     }
                 }
             }
@@ -222,36 +222,37 @@ impl Host {
 
     /// Adds the desired egress IPs to the uplinks, removes others, and announces new ones. Returns the number of
     /// changes, and the allocations that could not be placed.
-    pub async fn place(
+    pub async fn sync_egress_ips(
         &mut self,
         view: &View,
         uplinks_now: &UplinkStatus,
         desired: &Desired,
     ) -> Result<(usize, BTreeMap<EgressId, String>)> {
-        let placeable = view.placeable().filter(|(id, _, _)| desired.allocations.contains(id));
-        let placed: BTreeMap<Spot, (EgressId, bool)> =
-            placeable.map(|(id, a, allocation)| ((a, allocation.interface.clone()), (id, allocation.routed))).collect();
-        let interfaces: Vec<_> = placed.keys().map(|spot| uplinks_now.found.get(spot).map(|i| i.ifindex)).collect();
+        let candidates = view.candidates().filter(|(id, _, _)| desired.allocations.contains(id));
+        let of_key: BTreeMap<AddressKey, (EgressId, bool)> = candidates
+            .map(|(id, a, allocation)| ((a, allocation.interface.clone()), (id, allocation.routed)))
+            .collect();
+        let interfaces: Vec<_> = of_key.keys().map(|key| uplinks_now.found.get(key).map(|i| i.ifindex)).collect();
         let digest = Digest::new(&(
-            &placed,
+            &of_key,
             (interfaces, self.route_device.index()),
             &desired.unasked,
             desired.health,
-            (&desired.uplinks, &desired.lost_by_probes),
+            (&desired.uplinks, &desired.failed_probes),
         ));
-        if self.placed == Some(digest) {
+        if self.egress_ips == Some(digest) {
             return Ok((0, BTreeMap::new()));
         }
-        let (mut wanted, mut refused): (BTreeSet<Placed>, _) = (BTreeSet::new(), BTreeMap::new());
+        let (mut wanted, mut refused): (BTreeSet<InterfaceAddress>, _) = (BTreeSet::new(), BTreeMap::new());
         let mut of_address: HashMap<IpAddr, (EgressId, &Interface)> = HashMap::new();
         let mut announced: BTreeSet<IpAddr> = BTreeSet::new();
-        for (spot, (id, routed)) in placed.iter().filter(|(spot, _)| !desired.unasked.contains(&spot.0)) {
-            match (uplinks_now.found.get(spot), uplinks_now.none.get(spot)) {
+        for (key, (id, routed)) in of_key.iter().filter(|(key, _)| !desired.unasked.contains(&key.0)) {
+            match (uplinks_now.found.get(key), uplinks_now.none.get(key)) {
                 (Some(interface), _) => {
                     let device = self.route_device.index().filter(|_| *routed);
-                    wanted.insert((spot.0, device.unwrap_or(interface.ifindex)));
-                    of_address.insert(spot.0, (*id, interface));
-                    announced.extend(routed.then_some(spot.0));
+                    wanted.insert((key.0, device.unwrap_or(interface.ifindex)));
+                    of_address.insert(key.0, (*id, interface));
+                    announced.extend(routed.then_some(key.0));
                 }
                 // The other family serves until this one is back.
                 (None, _)
@@ -269,13 +270,13 @@ impl Host {
         }
         // Before the addresses, so that nobody answers ARP for them.
         let mut changed = self.leave_unanswered(&announced).await?;
-        let announce = |added: &[Placed]| {
-            let placed = added
+        let announce = |added: &[InterfaceAddress]| {
+            let new = added
                 .iter()
                 .filter(|(address, _)| !announced.contains(address))
                 .filter_map(|(address, _)| Some((*address, of_address.get(address)?.1)));
             announce_repeatedly(
-                placed.map(|(address, i)| Target { address, interface: i.clone(), claim: None }).collect(),
+                new.map(|(address, i)| Target { address, interface: i.clone(), claim: None }).collect(),
             );
         };
         let changes = addresses::sync_and_tell(&self.routes, &wanted, self.route_device.index(), announce).await?;
@@ -293,7 +294,7 @@ impl Host {
         }
         let stuck = changes.stuck.iter().map(|((address, _), e)| (format!("address {address}"), format!("{e:#}")));
         self.faults.addresses.extend(stuck);
-        self.placed = (refused.is_empty() && self.faults.addresses.is_empty()).then_some(digest);
+        self.egress_ips = (refused.is_empty() && self.faults.addresses.is_empty()).then_some(digest);
         Ok((changed + changes.added.len() + changes.removed.len(), refused))
     }
 }
@@ -328,7 +329,7 @@ fn without_next_hop(
     allocation: &NodeAllocation,
 ) -> Option<String> {
     let name = &interface.name;
-    let (why, place) = match () {
+    let (why, link) = match () {
         () if interface.is_in_vrf() => ("is in a VRF, whose routes Egret does not use", "VRF"),
         () if is_on_vlan(allocation.interface.as_deref()) => ("is one of a VLAN, which needs a router", "VLAN"),
         () => return None,
@@ -337,7 +338,7 @@ fn without_next_hop(
         return None;
     }
     let family = if address.is_ipv4() { "ipv4" } else { "ipv6" };
-    Some(format!("interface {name} {why} for {address}; set the gateway's nextHop.{family} to a router in the {place}"))
+    Some(format!("interface {name} {why} for {address}; set the gateway's nextHop.{family} to a router in the {link}"))
 }
 
 fn targets(view: &View, uplinks_now: &UplinkStatus, allocations: &BTreeSet<EgressId>) -> Vec<Target> {

@@ -39,7 +39,7 @@ impl Kind {
 
 /// The gateway and the nodes.
 #[derive(Clone, Debug, Default)]
-pub struct Place {
+pub struct Participants {
     /// The gateway.
     pub gateway: String,
     /// Its nodes that are ready, sorted.
@@ -48,7 +48,7 @@ pub struct Place {
     pub plain_nodes: Vec<String>,
 }
 
-impl Place {
+impl Participants {
     /// One node of each kind that there is, when the owner is known.
     pub fn kinds(&self, owner: &str) -> Vec<(Kind, String)> {
         let other = self.gateway_nodes.iter().find(|node| *node != owner);
@@ -100,7 +100,7 @@ const NO_GATEWAY: &str = "make one: docs/install.md, The first gateway";
 ///
 /// # Errors
 /// It has no node that is ready.
-pub fn place(state: &State, status: &Status, gateway: String) -> Result<Place, Check> {
+pub fn of_gateway(state: &State, status: &Status, gateway: String) -> Result<Participants, Check> {
     let is_of_gateway = |node: &&crate::ctl::status::NodeStatus| node.gateways.contains(&gateway);
     let members: Vec<_> = status.nodes.iter().filter(is_of_gateway).collect();
     let is_linux = |name: &str| {
@@ -126,7 +126,7 @@ pub fn place(state: &State, status: &Status, gateway: String) -> Result<Place, C
     let is_plain =
         |node: &&crate::ctl::status::NodeStatus| node.gateways.is_empty() && ready(node) && is_linux(&node.name);
     let plain_nodes = status.nodes.iter().filter(is_plain).map(|node| node.name.clone()).collect();
-    Ok(Place { gateway, gateway_nodes, plain_nodes })
+    Ok(Participants { gateway, gateway_nodes, plain_nodes })
 }
 
 /// Nodes on which no daemon has reported. Pods there leave past Egret, so the test starts none there.
@@ -235,14 +235,14 @@ mod tests {
         world.node("s1", "none", &["10.0.0.9"]);
         let of = |world: &World| {
             let state = state(world);
-            place(&state, &status(&state, None), "g".to_owned())
+            of_gateway(&state, &status(&state, None), "g".to_owned())
         };
         let check = of(&world).unwrap_err();
         assert!(check.found.contains("nodes is ready") || check.found.contains("node is ready"), "{check:?}");
         world.report();
         world.settle();
-        let place = of(&world).unwrap();
-        let kinds = place.kinds("n1");
+        let participants = of(&world).unwrap();
+        let kinds = participants.kinds("n1");
         assert_eq!(kinds[..2], [(Kind::Owner, "n1".to_owned()), (Kind::Gateway, "n2".to_owned())]);
     }
 

@@ -12,9 +12,9 @@ use crate::model::{Gateway, PolicyKey, addresses_of};
 use anyhow::{Context, bail};
 use std::net::IpAddr;
 
-/// An egress IP and its place.
+/// An egress IP, with what decides whether and where it can move.
 #[derive(Clone, Debug, PartialEq)]
-pub(super) struct Place {
+pub(super) struct MovableIp {
     pub(super) id: u16,
     /// The address or the pair, as text.
     pub(super) egress_ip: String,
@@ -28,16 +28,16 @@ pub(super) struct Place {
     pub(super) held_by: Vec<String>,
 }
 
-impl Place {
+impl MovableIp {
     /// All egress IPs.
-    pub(super) fn all(state: &State) -> Vec<Place> {
+    pub(super) fn all(state: &State) -> Vec<MovableIp> {
         let cluster = &*state.cluster;
         let gateways = cluster.gateways.iter();
         let each = gateways.flat_map(|(gateway, of)| of.status.allocations.iter().map(move |a| (gateway, a)));
-        let place = |(gateway, allocation): (&Name, &crate::api::Allocation)| {
+        let ip = |(gateway, allocation): (&Name, &crate::api::Allocation)| {
             let addresses: Vec<IpAddr> = addresses_of(&allocation.address).collect();
             let holders = cluster.egress_nodes.iter().filter(|(_, n)| n.of_allocations().held.contains(&allocation.id));
-            Place {
+            MovableIp {
                 id: allocation.id,
                 egress_ip: list(&addresses),
                 gateway: gateway.clone(),
@@ -48,14 +48,14 @@ impl Place {
                 held_by: holders.map(|(name, _)| name.to_string()).collect(),
             }
         };
-        each.map(place).collect()
+        each.map(ip).collect()
     }
 
     /// The egress IPs that a node holds or is assigned.
-    pub(super) fn on_node(state: &State, node: &str) -> Vec<Place> {
+    pub(super) fn on_node(state: &State, node: &str) -> Vec<MovableIp> {
         let is_there =
-            |place: &Place| place.held_by.iter().any(|holder| holder == node) || place.node.as_deref() == Some(node);
-        Place::all(state).into_iter().filter(is_there).collect()
+            |ip: &MovableIp| ip.held_by.iter().any(|holder| holder == node) || ip.node.as_deref() == Some(node);
+        MovableIp::all(state).into_iter().filter(is_there).collect()
     }
 
     /// The policies of this egress IP that ask for a node.
@@ -83,7 +83,7 @@ impl Place {
         (!able).then(|| format!("EgressGateway {} has no other node that can hold it; label one", self.gateway))
     }
 
-    /// Why no request can move it.
+    /// Why no command can move it.
     fn is_fixed(&self, gateway: &Gateway) -> Option<String> {
         if gateway.placement == Placement::External {
             return Some("something else places it (placement: External); move it there".to_owned());
@@ -98,15 +98,15 @@ impl Place {
 ///
 /// # Errors
 /// There is none.
-pub(super) fn allocation_of(state: &State, what: &str, namespace: &str) -> anyhow::Result<Place> {
+pub(super) fn allocation_of(state: &State, what: &str, namespace: &str) -> anyhow::Result<MovableIp> {
     let subject = Subject::find(&state.cluster, what, namespace)?;
-    let all = Place::all(state).into_iter();
+    let all = MovableIp::all(state).into_iter();
     let found = match &subject {
         Subject::EgressIp(address, _) => {
             let text = address.to_string();
-            all.clone().find(|place| place.egress_ip.split(',').any(|of| of == text))
+            all.clone().find(|ip| ip.egress_ip.split(',').any(|of| of == text))
         }
-        Subject::Policy(key) => all.clone().find(|place| place.policies.contains(key)),
+        Subject::Policy(key) => all.clone().find(|ip| ip.policies.contains(key)),
         Subject::Node(name) => {
             bail!("{name} is a node; name an egress IP or a policy, or use `kubectl egret drain {name}`")
         }
@@ -115,17 +115,17 @@ pub(super) fn allocation_of(state: &State, what: &str, namespace: &str) -> anyho
 }
 
 /// Why an egress IP cannot be on a node now, with the remedy.
-pub(super) fn why_not(state: &State, place: &Place, to: &str) -> Option<String> {
+pub(super) fn why_not(state: &State, ip: &MovableIp, to: &str) -> Option<String> {
     let cluster = &*state.cluster;
-    let gateway = cluster.gateways.get(&place.gateway)?;
-    if let Some(why) = place.is_fixed(gateway) {
+    let gateway = cluster.gateways.get(&ip.gateway)?;
+    if let Some(why) = ip.is_fixed(gateway) {
         return Some(why);
     }
     let Some(node) = cluster.nodes.get(to) else { return Some("the cluster has no such node".to_owned()) };
     if !gateway.nodes.matches(&node.labels) {
         return Some(format!(
             "it is no node of EgressGateway {}; label it as the gateway's spec.nodeSelector asks",
-            place.gateway
+            ip.gateway
         ));
     }
     if is_drained(gateway, node) {
@@ -143,15 +143,15 @@ pub(super) fn why_not(state: &State, place: &Place, to: &str) -> Option<String> 
         a.kind != AllocationKind::Node && [&a.node, &a.leaving].into_iter().flatten().any(|node| **node == *to)
     };
     let count = gateway.status.allocations.iter().filter(there).count();
-    let is_here = place.node.as_deref() == Some(to) || place.leaving.as_deref() == Some(to);
+    let is_here = ip.node.as_deref() == Some(to) || ip.leaving.as_deref() == Some(to);
     let capacity = Capacity::of(gateway, node);
     if !is_here && !capacity.has_room(u32::try_from(count).unwrap_or(u32::MAX)) {
         return Some(format!(
             "the node has {count} egress IPs of EgressGateway {}, as many as it may; raise maxEgressIPs in the gateway's \
              spec.capacity, or move another one away",
-            place.gateway
+            ip.gateway
         ));
     }
-    let refused = report.of_allocations().refused.iter().find(|refused| refused.id == place.id);
+    let refused = report.of_allocations().refused.iter().find(|refused| refused.id == ip.id);
     refused.map(|refused| refused.message.clone())
 }
