@@ -65,8 +65,8 @@ static __always_inline bool holds(struct __sk_buff *skb, const struct packet *p,
 static __always_inline int treat(struct __sk_buff *skb, const struct packet *p, struct lease *lease, const __u32 off)
 {
 	__u32 key = lease->count, bytes = skb->len - ETH_HLEN - off;
-	bool own = !off && lease->way == INTO_TUNNEL && lease->device && !skb->gso_size && p->is_exact && p->size <= lease->outer_size &&
-		   !is_encapsulated(skb);
+	bool own = !off && lease->way == INTO_TUNNEL && lease->device && p->is_exact && p->size <= lease->outer_size && !is_encapsulated(skb) &&
+		   (!skb->gso_size || may_segment(p, bytes));
 	struct count *count = NULL;
 	if (key && !(count = bpf_map_lookup_elem(&counts, &key)))
 		return NEXT;
@@ -77,7 +77,7 @@ static __always_inline int treat(struct __sk_buff *skb, const struct packet *p, 
 		return TC_ACT_SHOT;
 	if (!(p->is_v6 ? rewrite6(skb, lease) : rewrite4(skb, p, lease)))
 		return TC_ACT_SHOT;
-	if (own && !(state.is_v6 ? encapsulate(skb, p, lease, true) : encapsulate(skb, p, lease, false)))
+	if (own && !(state.is_v6 ? encapsulate(skb, p, lease, bytes, true) : encapsulate(skb, p, lease, bytes, false)))
 		return TC_ACT_SHOT;
 	if (count) {
 		count->packets++;

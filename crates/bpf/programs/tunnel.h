@@ -134,8 +134,16 @@ static __always_inline void learn(struct __sk_buff *skb, struct pending *pending
 	store(&in, lease);
 }
 
-/* Writes the tunnel's headers around the frame, which is whole and is not to be segmented. */
-static __always_inline bool encapsulate(struct __sk_buff *skb, const struct packet *p, struct lease *lease, const bool is_v6)
+/* Whether the tunnel's headers may be written around a packet that is still to be segmented. The kernel repeats them for each
+ * segment, but computes no checksum over it (`SKB_GSO_UDP_TUNNEL`; no helper asks for `SKB_GSO_UDP_TUNNEL_CSUM`). Over IPv4 a
+ * tunnel packet needs none (RFC 7348, section 5); the packet in it has its own. */
+static __always_inline bool may_segment(const struct packet *p, __u32 bytes)
+{
+	return !state.is_v6 && p->protocol == IPPROTO_TCP && bytes + AROUND4 <= 0xffff;
+}
+
+/* Writes the tunnel's headers around the frame, whose packet has so many bytes from its IP header on. */
+static __always_inline bool encapsulate(struct __sk_buff *skb, const struct packet *p, struct lease *lease, __u32 bytes, const bool is_v6)
 {
 	const int udp = is_v6 ? UDP6 : UDP4, around = is_v6 ? AROUND6 : AROUND4;
 	__u64 flags = BPF_F_ADJ_ROOM_FIXED_GSO | BPF_F_ADJ_ROOM_ENCAP_L4_UDP | BPF_F_ADJ_ROOM_ENCAP_L2(ETH_HLEN) | BPF_F_ADJ_ROOM_ENCAP_L2_ETH;
@@ -143,21 +151,25 @@ static __always_inline bool encapsulate(struct __sk_buff *skb, const struct pack
 	flags |= is_v6 ? BPF_F_ADJ_ROOM_ENCAP_L3_IPV6 : BPF_F_ADJ_ROOM_ENCAP_L3_IPV4;
 	if (bpf_skb_adjust_room(skb, around, BPF_ADJ_ROOM_MAC, flags))
 		return false;
-	__be16 length = bpf_htons(p->size + around - (udp - ETH_HLEN));
+	__be16 length = bpf_htons(bytes + around - (udp - ETH_HLEN));
 	if (is_v6) {
 		*(__be16 *)(h + 18) = length;
 	} else {
 		/* The kernel numbers packets at random, too, where they may be fragmented (`__ip_select_ident`). */
-		__be16 all = bpf_htons(p->size + around), id = bpf_get_prandom_u32();
+		__be16 all = bpf_htons(bytes + around), id = bpf_get_prandom_u32();
 		*(__be16 *)(h + 16) = all;
 		*(__be16 *)(h + 18) = id;
 		*(__u16 *)(h + 24) = ~folded(lease->ip_sum + all + id);
 	}
 	*(__be16 *)(h + udp + 4) = length;
-	/* The length is summed up twice: as a field, and beside the addresses. */
-	__u32 sum = lease->udp_sum + 2 * (__u32)length;
-	sum += p->is_v6 ? sum_of_word(p->top) : (__u16)~bpf_htons(p->size - (p->l4 - ETH_HLEN));
-	*(__u16 *)(h + udp + 6) = (__u16)~folded(sum) ?: 0xffff;
+	__u16 check = 0;
+	if (is_v6 || !skb->gso_size) {
+		/* The length is summed up twice: as a field, and beside the addresses. */
+		__u32 sum = lease->udp_sum + 2 * (__u32)length;
+		sum += p->is_v6 ? sum_of_word(p->top) : (__u16)~bpf_htons(bytes - (p->l4 - ETH_HLEN));
+		check = (__u16)~folded(sum) ?: 0xffff;
+	}
+	*(__u16 *)(h + udp + 6) = check;
 	if (bpf_csum_update(skb, 0) >= 0) {
 		/* The device that received it has summed up all from the IP header on: what lies around it now is added. */
 		__s64 more = bpf_csum_diff(NULL, 0, (void *)(h + 12), around + 2, (__u16)~*(__u16 *)(h + 12));

@@ -128,6 +128,41 @@ fn checksums_are_right(lab: &Lab) {
     lab.assert_nothing_leaked();
 }
 
+/// The tunnel's headers are written once for many segments, which the kernel or the interface makes later.
+#[test]
+fn packets_that_are_still_to_be_segmented_pass_the_tunnel_device_by() {
+    const SIZE: usize = 300_000_000;
+    let lab = scene(FAST);
+    let (owner, _) = owner_and_other(&lab);
+    let pod = lab.add_pod("n1", "shop", "visitor", VISITOR);
+    let nodes = ["n1", &owner].map(|node| lab.node(node));
+    for by_kernel in [false, true] {
+        if by_kernel {
+            for node in nodes {
+                node.run(["ethtool", "-K", "eth0", "tx", "off", "tso", "off", "gso", "off"]);
+                node.run(["ethtool", "-K", "eth0", "tx-udp_tnl-segmentation", "off"]);
+            }
+        }
+        for server in SERVERS {
+            let sent = || {
+                let (before, fast) =
+                    (nodes.map(|node| of_device(node)[1]), nodes.map(|node| fast_packets(&lab, &node.name)));
+                pod.bulk(server, SIZE).unwrap_or_else(|e| panic!("to {server}: {e}"));
+                let by_device = [0, 1].map(|at| of_device(nodes[at])[1] - before[at]);
+                (by_device, [0, 1].map(|at| fast_packets(&lab, &nodes[at].name) - fast[at]))
+            };
+            // The first bytes of a connection take the kernel's own way, until its tracking is told to be liberal.
+            let what = format!("{server}, segments by the kernel {by_kernel}: few pass the devices");
+            lab.wait_until(&what, Duration::from_secs(30), || {
+                let (by_device, fast) = sent();
+                println!("{what}: {by_device:?}, {fast:?} are written by the programs");
+                (0..2).all(|at| fast[at] > 3.0 * by_device[at])
+            });
+        }
+    }
+    lab.assert_nothing_leaked();
+}
+
 #[test]
 fn the_kernel_finds_the_checksums_of_written_tunnel_packets_right() {
     checksums_are_right(&scene(FAST));
