@@ -235,7 +235,7 @@ fn conditions(
         conditions.add("Ready", false, "NoNode", message);
     } else if gateway_pool.nodes.iter().all(|(name, node)| node.is_lost(allocator.now) || !allocator.lives(name)) {
         let message = format!("{matching}, and none of them is known to be alive; see whether they run");
-        conditions.add_unknown("Ready", "NoNodeHeard", message);
+        conditions.add_unknown("Ready", "NodesUnreachable", message);
     } else {
         conditions.add("Ready", true, "NodesMatch", matching);
     }

@@ -90,7 +90,7 @@ pub struct Says {
     /// The pod's egress IPs.
     pub egress_ips: BTreeMap<String, SaysOfEgressIp>,
     /// Gateway nodes that do not answer this node.
-    pub does_not_hear: Vec<String>,
+    pub unreachable_peers: Vec<String>,
     /// What the kernel has refused.
     pub faults: BTreeMap<String, String>,
     /// Packets that the node has dropped, of all pods, by reason.
@@ -147,7 +147,7 @@ fn about(answer: Answer, addresses: &[IpAddr]) -> Says {
         is_isolated: pod.isolated,
         policy_chain: pod.policy_chain,
         egress_ips: egress_ips.collect(),
-        does_not_hear: observed.dead_nodes,
+        unreachable_peers: observed.dead_nodes,
         faults: observed.faults,
         dropped_packets: observed.dropped_packets,
     }
@@ -269,8 +269,8 @@ impl Says {
             let dropped: Vec<String> = dropped.collect();
             lines.push(format!("it has dropped packets, of all pods: {}", dropped.join(", ")));
         }
-        if !self.does_not_hear.is_empty() {
-            lines.push(format!("it does not hear gateway nodes {}", self.does_not_hear.join(", ")));
+        if !self.unreachable_peers.is_empty() {
+            lines.push(format!("it does not reach gateway nodes {}", self.unreachable_peers.join(", ")));
         }
         lines.extend(self.faults.iter().map(|(of, why)| format!("it had to skip {of}: {why}")));
         lines
@@ -303,7 +303,7 @@ mod tests {
             "its kernel has the pod (chain policy-1)",
             "packets for 192.0.2.50 go through the tunnel to node g1; pods of this node have sent 12 packets",
             "it has dropped packets, of all pods: blocked 3",
-            "it does not hear gateway nodes g2",
+            "it does not reach gateway nodes g2",
             "it had to skip node n3: why",
         ];
         assert_eq!(lines, wanted);

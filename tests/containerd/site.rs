@@ -194,7 +194,7 @@ impl Site {
         self.runtime.cri.run(&self.sandbox(pod, attempt))
     }
 
-    /// Waits until something new is heard of the pod by IPv4 and IPv6, and nothing but that from then on, and that it
+    /// Waits until something new comes from the pod by IPv4 and IPv6, and nothing but that from then on, and that it
     /// comes from these addresses.
     #[track_caller]
     pub fn wait_heard_from(&self, name: &str, addresses: [IpAddr; 2]) {

@@ -117,7 +117,7 @@ fn the_report_of_a_lost_node_does_not_count() {
         let ready = conditions.into_iter().find(|c| c.type_ == "Ready").unwrap();
         (ready.status, ready.reason)
     };
-    assert_eq!(gateway(&mut world), ("Unknown".to_owned(), "NoNodeHeard".to_owned()));
+    assert_eq!(gateway(&mut world), ("Unknown".to_owned(), "NodesUnreachable".to_owned()));
     lost(&mut world, "n2", false);
     world.assert_condition("a/p", "Ready", "True", "AddressHeld", "holds");
     assert_eq!(gateway(&mut world), ("True".to_owned(), "NodesMatch".to_owned()));

@@ -15,7 +15,7 @@ const LOST_OF: usize = 100;
 
 /// What one pod was told.
 #[derive(Clone, Debug, Default)]
-pub struct Heard {
+pub struct PodAnswers {
     /// Its node.
     pub node: String,
     /// The answers, in their order.
@@ -117,7 +117,7 @@ pub fn of_family(pair: &AddressPair, ipv6: bool) -> Option<IpAddr> {
     if ipv6 { pair.ipv6.map(IpAddr::from) } else { pair.ipv4.map(IpAddr::from) }
 }
 
-impl Heard {
+impl PodAnswers {
     /// The answers of one series.
     pub fn of(&self, series: Series) -> impl DoubleEndedIterator<Item = &Answer> {
         self.answers.iter().filter(move |answer| answer.way == series.way && answer.ipv6 == series.ipv6)
@@ -131,7 +131,7 @@ impl Heard {
 
 /// New pods: the first request of each series is answered, and the server sees the egress IP from then on. Also returns
 /// the slowest first answer, milliseconds.
-pub fn new_pods(heard: &[Heard], series: &[Series], egress: &AddressPair) -> (Vec<Fault>, u64) {
+pub fn new_pods(heard: &[PodAnswers], series: &[Series], egress: &AddressPair) -> (Vec<Fault>, u64) {
     let (mut faults, mut slowest) = (Vec::new(), 0);
     for pod in heard {
         for &series in series {
@@ -153,7 +153,7 @@ pub fn new_pods(heard: &[Heard], series: &[Series], egress: &AddressPair) -> (Ve
 }
 
 /// Running pods: the server sees no address but these. With `held`, open connections live on.
-pub fn running_pods(heard: &[Heard], series: &[Series], allowed: &[AddressPair], held: bool) -> Vec<Fault> {
+pub fn running_pods(heard: &[PodAnswers], series: &[Series], allowed: &[AddressPair], held: bool) -> Vec<Fault> {
     let mut faults = Vec::new();
     for pod in heard {
         for &series in series {
@@ -170,13 +170,13 @@ pub fn running_pods(heard: &[Heard], series: &[Series], allowed: &[AddressPair],
 }
 
 /// Pods whose policy has no gateway node: nothing arrives.
-pub fn blocked_pods(heard: &[Heard], series: &[Series]) -> Vec<Fault> {
+pub fn blocked_pods(heard: &[PodAnswers], series: &[Series]) -> Vec<Fault> {
     let each = heard.iter().flat_map(|pod| series.iter().filter_map(|series| elsewhere(pod, *series, &[], false)));
     each.collect()
 }
 
 /// Pods that no policy selects: never an egress IP, and answers, but for what any network loses.
-pub fn unselected_pods(heard: &[Heard], series: &[Series], egress: &[AddressPair]) -> Vec<Fault> {
+pub fn unselected_pods(heard: &[PodAnswers], series: &[Series], egress: &[AddressPair]) -> Vec<Fault> {
     let mut faults = Vec::new();
     for pod in heard {
         for &series in series {
@@ -198,7 +198,7 @@ pub fn unselected_pods(heard: &[Heard], series: &[Series], egress: &[AddressPair
     faults
 }
 
-fn elsewhere(pod: &Heard, series: Series, allowed: &[Option<IpAddr>], right: bool) -> Option<Fault> {
+fn elsewhere(pod: &PodAnswers, series: Series, allowed: &[Option<IpAddr>], right: bool) -> Option<Fault> {
     let saw = pod.of(series).filter_map(|answer| answer.saw).find(|saw| !allowed.contains(&Some(*saw)))?;
     let last = pod.of(series).rev().find_map(|answer| answer.saw);
     let right_later = right && allowed.contains(&last);
@@ -217,7 +217,7 @@ fn rank(fault: &Fault) -> u8 {
 }
 
 /// Whether the last answers of all pods are right: `is_right` gets the address and the family.
-pub fn have_settled(heard: &[Heard], series: &[Series], is_right: impl Fn(IpAddr, bool) -> bool) -> bool {
+pub fn have_settled(heard: &[PodAnswers], series: &[Series], is_right: impl Fn(IpAddr, bool) -> bool) -> bool {
     heard.iter().all(|pod| {
         series.iter().all(|series| {
             let last: Vec<&Answer> = pod.of(*series).rev().take(SETTLED).collect();
@@ -227,7 +227,7 @@ pub fn have_settled(heard: &[Heard], series: &[Series], is_right: impl Fn(IpAddr
 }
 
 /// What has not settled: the last answer that is wrong, or missing.
-pub fn unsettled(heard: &[Heard], series: &[Series], is_right: impl Fn(IpAddr, bool) -> bool) -> Option<Fault> {
+pub fn unsettled(heard: &[PodAnswers], series: &[Series], is_right: impl Fn(IpAddr, bool) -> bool) -> Option<Fault> {
     let faults = heard.iter().flat_map(|pod| {
         series.iter().filter_map(|series| {
             let last = pod.of(*series).next_back();
@@ -249,8 +249,8 @@ pub fn unsettled(heard: &[Heard], series: &[Series], is_right: impl Fn(IpAddr, b
 }
 
 /// The longest time between two answers of one series, milliseconds.
-pub fn longest_pause(heard: &[Heard], series: &[Series]) -> u64 {
-    let of = |pod: &Heard, series: Series| {
+pub fn longest_pause(heard: &[PodAnswers], series: &[Series]) -> u64 {
+    let of = |pod: &PodAnswers, series: Series| {
         let times: Vec<u64> = pod.of(series).filter(|a| a.saw.is_some()).map(|a| a.at + a.took).collect();
         times.windows(2).map(|pair| pair[1].saturating_sub(pair[0])).max().unwrap_or(0)
     };

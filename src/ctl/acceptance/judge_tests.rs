@@ -13,7 +13,7 @@ fn egress() -> AddressPair {
 }
 
 /// A pod whose answers came one after the other, 100 ms apart; `-` is none.
-fn pod(series: Series, answers: &[&str]) -> Heard {
+fn pod(series: Series, answers: &[&str]) -> PodAnswers {
     let answer = |(n, text): (usize, &&str)| Answer {
         at: 100 * n as u64,
         took: 5,
@@ -23,7 +23,7 @@ fn pod(series: Series, answers: &[&str]) -> Heard {
         saw: text.parse().ok(),
         error: text.parse::<IpAddr>().is_err().then(|| "no answer".to_owned()),
     };
-    Heard { node: "n1".to_owned(), answers: answers.iter().enumerate().map(answer).collect() }
+    PodAnswers { node: "n1".to_owned(), answers: answers.iter().enumerate().map(answer).collect() }
 }
 
 fn told(faults: &[Fault]) -> Vec<String> {

@@ -1,6 +1,6 @@
 //! What pods say: their logs, followed while they run.
 
-use super::judge::Heard;
+use super::judge::PodAnswers;
 use crate::cluster::kube::{Client, Failure};
 use crate::probe::Answer;
 use http::Method;
@@ -49,9 +49,9 @@ impl Log {
     }
 
     /// The answers after the first `from`.
-    pub fn heard_since(&self, from: usize) -> Heard {
+    pub fn answers_since(&self, from: usize) -> PodAnswers {
         let answers = self.lock().answers.get(from..).unwrap_or_default().to_vec();
-        Heard { node: self.node.clone(), answers }
+        PodAnswers { node: self.node.clone(), answers }
     }
 
     /// Why the log cannot be read now.
@@ -101,9 +101,9 @@ async fn read(client: &Client, path: &str, shared: &Mutex<Shared>) -> Result<(),
 ///
 /// # Errors
 /// It cannot be read.
-pub async fn whole(client: &Client, namespace: &str, pod: &str, node: &str) -> Result<Heard, Failure> {
+pub async fn whole(client: &Client, namespace: &str, pod: &str, node: &str) -> Result<PodAnswers, Failure> {
     let shared = Mutex::new(Shared::default());
     read(client, &format!("/api/v1/namespaces/{namespace}/pods/{pod}/log"), &shared).await?;
     let answers = shared.into_inner().unwrap_or_else(PoisonError::into_inner).answers;
-    Ok(Heard { node: node.to_owned(), answers })
+    Ok(PodAnswers { node: node.to_owned(), answers })
 }

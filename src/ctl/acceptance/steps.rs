@@ -3,7 +3,7 @@
 mod changes;
 mod new_pods;
 
-use super::judge::{Fault, Heard, Series};
+use super::judge::{Fault, PodAnswers, Series};
 use super::logs::{self, Log};
 use super::objects::{Client as Pod, Selected};
 use super::participants::{Kind, Participants, names, used_before};
@@ -206,7 +206,7 @@ impl Test<'_, '_> {
     }
 
     /// The logs of pods that have ended.
-    async fn whole(&self, pods: &[Pod]) -> anyhow::Result<Vec<Heard>> {
+    async fn whole(&self, pods: &[Pod]) -> anyhow::Result<Vec<PodAnswers>> {
         let mut heard = Vec::new();
         for pod in pods {
             let begun = Instant::now();

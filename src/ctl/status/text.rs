@@ -132,7 +132,7 @@ fn nodes(status: &Status, view: View, out: &mut String) {
         status.nodes.iter().filter(|n| view.wide || !n.gateways.is_empty() || !is_good(n)).collect();
     rows.sort_by_key(|node| (is_good(node), node.gateways.is_empty(), Reverse(node.egress_ips)));
     let mut table =
-        Table::new(["NODE", "STATE", "ROLE", "GATEWAYS", "EGRESS IPS", "VERSION", "IN SYNC", "DOES NOT HEAR"]);
+        Table::new(["NODE", "STATE", "ROLE", "GATEWAYS", "EGRESS IPS", "VERSION", "IN SYNC", "UNREACHABLE"]);
     for node in rows.iter().take(most(view, 2)) {
         let state = match (node.state, node.drained) {
             (NodeState::Ready, true) => Cell::coloured(Colour::Doubtful, "Ready, drained"),

@@ -382,7 +382,7 @@ impl Fate<'_> {
     }
 
     fn tunnel_remedy(&self) -> String {
-        "see whether UDP 7871 passes between the two nodes both ways; `kubectl egret status` shows who does not hear whom".into()
+        "see whether UDP 7871 passes between the two nodes both ways; `kubectl egret status` shows which nodes do not reach which".into()
     }
 }
 

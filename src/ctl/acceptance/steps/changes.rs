@@ -1,7 +1,7 @@
 //! Changes under running pods: a planned move, another egress IP, no gateway node, the end of the policy.
 
 use super::super::TRAFFIC;
-use super::super::judge::{self, Fault, Heard, Series};
+use super::super::judge::{self, Fault, PodAnswers, Series};
 use super::super::logs::Log;
 use super::super::objects::Selected;
 use super::{
@@ -22,20 +22,20 @@ impl Test<'_, '_> {
         self.running.iter().map(Log::count).collect()
     }
 
-    fn heard_since(&self, marks: &[usize]) -> Vec<Heard> {
-        self.running.iter().zip(marks).map(|(log, mark)| log.heard_since(*mark)).collect()
+    fn answers_since(&self, marks: &[usize]) -> Vec<PodAnswers> {
+        self.running.iter().zip(marks).map(|(log, mark)| log.answers_since(*mark)).collect()
     }
 
-    /// Waits until all answers of these series are right. Returns what was heard, and what has stayed wrong.
+    /// Waits until all answers of these series are right. Returns the answers, and what has stayed wrong.
     async fn settle(
         &self,
         marks: &[usize],
         series: &[Series],
         is_right: impl Fn(IpAddr, bool) -> bool + Copy,
-    ) -> (Vec<Heard>, Option<Fault>) {
+    ) -> (Vec<PodAnswers>, Option<Fault>) {
         let begun = Instant::now();
         loop {
-            let heard = self.heard_since(marks);
+            let heard = self.answers_since(marks);
             if judge::have_settled(&heard, series, is_right) {
                 return (heard, None);
             }
@@ -134,7 +134,7 @@ impl Test<'_, '_> {
         let series = self.new_connections();
         let begun = Instant::now();
         let heard = loop {
-            let heard: Vec<Heard> = blocked.iter().map(|log| log.heard_since(0)).collect();
+            let heard: Vec<PodAnswers> = blocked.iter().map(|log| log.answers_since(0)).collect();
             let enough = heard.iter().all(|pod| pod.has_asked(&series, 2)) && begun.elapsed() > BLOCKED;
             if enough || begun.elapsed() > ARRIVES {
                 break heard;
@@ -169,7 +169,7 @@ impl Test<'_, '_> {
     }
 
     fn has_answer(&self, logs: &[Log]) -> bool {
-        logs.iter().any(|log| log.heard_since(0).answers.iter().any(|answer| answer.saw.is_some()))
+        logs.iter().any(|log| log.answers_since(0).answers.iter().any(|answer| answer.saw.is_some()))
     }
 
     /// Pods that no policy selects, all the while.
@@ -180,7 +180,7 @@ impl Test<'_, '_> {
             self.reporter.add(Check::unknown(TRAFFIC, name, found, "let nodes reach the server to check this"));
             return Ok(());
         }
-        let heard: Vec<Heard> = self.unselected.iter().map(|log| log.heard_since(0)).collect();
+        let heard: Vec<PodAnswers> = self.unselected.iter().map(|log| log.answers_since(0)).collect();
         let series = self.new_connections();
         let faults = judge::unselected_pods(&heard, &series, &self.egress_ips);
         let requests: usize = heard.iter().map(|pod| pod.answers.len()).sum();

@@ -1,7 +1,7 @@
 //! New pods: their first packets on a node of each kind, and many of them at once.
 
 use super::super::TRAFFIC;
-use super::super::judge::{self, Fault, Heard, Series};
+use super::super::judge::{self, Fault, PodAnswers, Series};
 use super::super::logs::Log;
 use super::super::objects::{Client as Pod, Selected};
 use super::super::participants::Kind;
@@ -38,9 +38,9 @@ impl Test<'_, '_> {
         if !self.choose_series(&ips, &heard) {
             return Ok(false);
         }
-        heard.extend(self.running.iter().map(|log| log.heard_since(0)));
+        heard.extend(self.running.iter().map(|log| log.answers_since(0)));
         let series = self.new_connections();
-        let right = |pod: &&Heard| {
+        let right = |pod: &&PodAnswers| {
             let faults = judge::new_pods(std::slice::from_ref(*pod), &series, &self.first.address).0;
             faults.iter().all(|fault| matches!(fault, Fault::Slow { .. }))
         };
@@ -51,7 +51,7 @@ impl Test<'_, '_> {
                 self.reporter.add(Check::unknown(TRAFFIC, &name, "there is no such node that is ready", ""));
                 continue;
             };
-            let of_node: Vec<Heard> = heard.iter().filter(|pod| pod.node == *node).cloned().collect();
+            let of_node: Vec<PodAnswers> = heard.iter().filter(|pod| pod.node == *node).cloned().collect();
             let (faults, slowest) = judge::new_pods(&of_node, &series, &self.first.address);
             let found = format!(
                 "{node}: {}, {}; the slowest first answer after {slowest} ms",
@@ -69,7 +69,7 @@ impl Test<'_, '_> {
         let limit = READABLE + Duration::from_millis(self.interval * REQUESTS);
         let begun = Instant::now();
         let logs = || self.running.iter().chain(&self.unselected);
-        while !logs().all(|log| log.heard_since(0).has_asked(&series, 3)) {
+        while !logs().all(|log| log.answers_since(0).has_asked(&series, 3)) {
             if begun.elapsed() > limit {
                 let failure = logs().find_map(Log::failure);
                 let Some((pod, failure)) = failure else { return Ok(()) };
@@ -92,9 +92,10 @@ impl Test<'_, '_> {
     }
 
     /// Chooses what is judged: what somebody has an answer to. `false`: nothing.
-    fn choose_series(&mut self, ips: &[IpAddr], new: &[Heard]) -> bool {
+    fn choose_series(&mut self, ips: &[IpAddr], new: &[PodAnswers]) -> bool {
         let possible = self.possible(ips);
-        let all: Vec<Heard> = self.running.iter().chain(&self.unselected).map(|log| log.heard_since(0)).collect();
+        let all: Vec<PodAnswers> =
+            self.running.iter().chain(&self.unselected).map(|log| log.answers_since(0)).collect();
         let is_answered =
             |series: &Series| all.iter().chain(new).any(|pod| pod.of(*series).any(|answer| answer.saw.is_some()));
         let (answered, silent): (Vec<Series>, Vec<Series>) = possible.iter().partition(|series| is_answered(series));
