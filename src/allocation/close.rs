@@ -173,16 +173,7 @@ fn note(allocator: &Allocator, request: RequestIndex, index: AllocationIndex) ->
     ))
 }
 
-fn conditions(
-    allocator: &Allocator,
-    index: GatewayIndex,
-    gateway_pool: &GatewayPool,
-    status: &EgressGatewayStatus,
-    rejections: &HashMap<RequestIndex, Rejection>,
-    ports: &PortReports,
-) -> Vec<Condition> {
-    let mut conditions =
-        Conditions::new(&gateway_pool.gateway.status.conditions, gateway_pool.gateway.generation, allocator.now);
+fn add_accepted(conditions: &mut Conditions, allocator: &Allocator, gateway_pool: &GatewayPool) {
     let defaults: Vec<&str> =
         allocator.gateway_pools.iter().filter(|other| other.gateway.default).map(|other| &**other.name).collect();
     if let Some(fault) = &gateway_pool.gateway.fault {
@@ -225,7 +216,9 @@ fn conditions(
     } else {
         conditions.add("Accepted", true, "Accepted", "no other gateway has its addresses");
     }
+}
 
+fn add_ready(conditions: &mut Conditions, allocator: &Allocator, gateway_pool: &GatewayPool) {
     let matching = match gateway_pool.nodes.len() {
         1 => "1 node matches".to_owned(),
         n => format!("{n} nodes match"),
@@ -239,9 +232,15 @@ fn conditions(
     } else {
         conditions.add("Ready", true, "NodesMatch", matching);
     }
+}
 
-    let kinds = allocator.requests.all.indexed().filter(|(_, request)| request.gateway == index);
-    let exhausted = kinds.filter_map(|(d, _)| rejections.get(&d)).find(|r| r.reason == Reason::PoolExhausted);
+/// `exhausted`: the rejection of a request, because the pool has no address for it.
+fn add_addresses_left(
+    conditions: &mut Conditions,
+    gateway_pool: &GatewayPool,
+    status: &EgressGatewayStatus,
+    exhausted: Option<&Rejection>,
+) {
     match exhausted {
         Some(rejection) => conditions.add("AddressesLeft", false, Reason::PoolExhausted, rejection.message.as_str()),
         None if gateway_pool.declared.is_empty() => {
@@ -253,6 +252,23 @@ fn conditions(
         }
         None => conditions.add("AddressesLeft", true, "AddressesLeft", in_use(gateway_pool, status.usage)),
     }
+}
+
+fn conditions(
+    allocator: &Allocator,
+    index: GatewayIndex,
+    gateway_pool: &GatewayPool,
+    status: &EgressGatewayStatus,
+    rejections: &HashMap<RequestIndex, Rejection>,
+    ports: &PortReports,
+) -> Vec<Condition> {
+    let mut conditions =
+        Conditions::new(&gateway_pool.gateway.status.conditions, gateway_pool.gateway.generation, allocator.now);
+    add_accepted(&mut conditions, allocator, gateway_pool);
+    add_ready(&mut conditions, allocator, gateway_pool);
+    let of_gateway = allocator.requests.all.indexed().filter(|(_, request)| request.gateway == index);
+    let exhausted = of_gateway.filter_map(|(d, _)| rejections.get(&d)).find(|r| r.reason == Reason::PoolExhausted);
+    add_addresses_left(&mut conditions, gateway_pool, status, exhausted);
     let lives = |node: &Name| allocator.lives(node);
     let room = Room::new(allocator.cluster, gateway_pool.gateway, &status.allocations, lives);
     room.add_condition(&mut conditions, &status.allocations);

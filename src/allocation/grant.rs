@@ -136,6 +136,47 @@ fn check_named(
     addresses(pair).try_for_each(|address| check_one(allocator, gateway, (pair, service), address))
 }
 
+/// Why the request does not get the address that `holder` has.
+fn taken(
+    allocator: &Allocator,
+    gateway: GatewayIndex,
+    (pair, service): (&AddressPair, Option<&ObjectKey>),
+    address: IpAddr,
+    holder: AllocationIndex,
+) -> Rejection {
+    let gateway_pool = &allocator.gateway_pools[gateway];
+    let own = allocator.allocations[holder].gateway == gateway;
+    let allocation = &allocator.allocations[holder];
+    let is_named = matches!(allocation.kind, AllocationKind::Explicit | AllocationKind::Service);
+    if own && is_named && allocation.service.as_ref() == service && allocation.address == *pair {
+        let message = format!(
+            "{} is the egress IP of {}, and EgressGateway {:?} does not share it across namespaces (spec.sharing: \
+             Namespace); name another address, or have sharing: Cluster set there",
+            in_words(pair),
+            allocator.requests.name_some(&allocator.users(holder)),
+            gateway_pool.name
+        );
+        return Rejection::new(Reason::AddressNotShared, message);
+    }
+    let message = format!(
+        "{address} is taken by {}, which leaves from {} ({:?}); name another address{}",
+        allocator.requests.name_some(&allocator.users(holder)),
+        in_words(&allocation.address),
+        allocation.kind,
+        match allocation.kind {
+            AllocationKind::Explicit => {
+                let among = match gateway_pool.gateway.sharing {
+                    Sharing::Namespace => ", if it is of the same namespace",
+                    Sharing::Cluster => "",
+                };
+                format!(", or exactly {} to share the egress IP{among}", in_words(&allocation.address))
+            }
+            _ => String::new(),
+        }
+    );
+    Rejection::new(Reason::AddressTaken, message)
+}
+
 fn check_one(
     allocator: &Allocator,
     gateway: GatewayIndex,
@@ -174,35 +215,7 @@ fn check_one(
         return Err(Rejection::new(Reason::AddressOutsidePool, message));
     }
     if let Some(holder) = holder {
-        let allocation = &allocator.allocations[holder];
-        let is_named = matches!(allocation.kind, AllocationKind::Explicit | AllocationKind::Service);
-        if own && is_named && allocation.service.as_ref() == service && allocation.address == *pair {
-            let message = format!(
-                "{} is the egress IP of {}, and EgressGateway {:?} does not share it across namespaces (spec.sharing: \
-                 Namespace); name another address, or have sharing: Cluster set there",
-                in_words(pair),
-                allocator.requests.name_some(&allocator.users(holder)),
-                gateway_pool.name
-            );
-            return Err(Rejection::new(Reason::AddressNotShared, message));
-        }
-        let message = format!(
-            "{address} is taken by {}, which leaves from {} ({:?}); name another address{}",
-            allocator.requests.name_some(&allocator.users(holder)),
-            in_words(&allocation.address),
-            allocation.kind,
-            match allocation.kind {
-                AllocationKind::Explicit => {
-                    let among = match gateway_pool.gateway.sharing {
-                        Sharing::Namespace => ", if it is of the same namespace",
-                        Sharing::Cluster => "",
-                    };
-                    format!(", or exactly {} to share the egress IP{among}", in_words(&allocation.address))
-                }
-                _ => String::new(),
-            }
-        );
-        return Err(Rejection::new(Reason::AddressTaken, message));
+        return Err(taken(allocator, gateway, (pair, service), address, holder));
     }
     if let Some(node) = allocator.node_with(gateway, address) {
         let message = format!(

@@ -141,22 +141,7 @@ impl<'a> Transaction<'a> {
         if !observed.exists {
             self.new_table(name, ownership.flags(observed));
         }
-        for counter in wanted.counters.iter().filter(|c| !observed.counters.contains(**c)) {
-            self.push(name, NFT_MSG_NEWOBJ, NLM_F_CREATE, |p| {
-                p.text(NFTA_OBJ_TABLE, name.name);
-                p.text(NFTA_OBJ_NAME, counter);
-                p.be32(NFTA_OBJ_TYPE, NFT_OBJECT_COUNTER);
-                p.nested(NFTA_OBJ_DATA, |_| {});
-            });
-        }
-        for (limit, content) in wanted.limits.iter().filter(|(n, _)| !observed.limits.contains_key(*n)) {
-            self.push(name, NFT_MSG_NEWOBJ, NLM_F_CREATE, |p| {
-                p.text(NFTA_OBJ_TABLE, name.name);
-                p.text(NFTA_OBJ_NAME, limit);
-                p.be32(NFTA_OBJ_TYPE, NFT_OBJECT_LIMIT);
-                p.nested(NFTA_OBJ_DATA, |d| content.encode(d));
-            });
-        }
+        self.new_objects(name, observed, wanted);
         for (set, s) in wanted.sets.iter().filter(|(n, _)| !observed.sets.contains_key(*n)) {
             self.new_set(name, set, s);
             // Before the rules that use it.
@@ -177,26 +162,11 @@ impl<'a> Transaction<'a> {
         }
         // Constant sets are removed whole, after the rules that use them. Elements of other sets may lead to chains
         // that are removed.
-        let unwanted = || observed.sets.iter().filter(|(n, _)| !wanted.sets.contains_key(*n));
-        for (set, h) in unwanted().filter(|(_, h)| h.flags & NFT_SET_CONSTANT == 0) {
+        let unwanted = observed.sets.iter().filter(|(n, _)| !wanted.sets.contains_key(*n));
+        for (set, h) in unwanted.filter(|(_, h)| h.flags & NFT_SET_CONSTANT == 0) {
             self.elements(name, set, NFT_MSG_DELSETELEM, h.elements.iter().collect(), KEYS);
         }
-        for chain in chains.iter().filter(|chain| chain.observed.is_some_and(ObservedChain::has_rules)) {
-            self.push(name, NFT_MSG_DELRULE, 0, |p| {
-                p.text(NFTA_RULE_TABLE, name.name);
-                p.text(NFTA_RULE_CHAIN, chain.name);
-            });
-        }
-        for chain in &chains {
-            for (rule, hash) in chain.wanted.iter().flat_map(|wanted| wanted.rules()) {
-                self.push(name, NFT_MSG_NEWRULE, NLM_F_CREATE | NLM_F_APPEND, |p| {
-                    p.text(NFTA_RULE_TABLE, name.name);
-                    p.text(NFTA_RULE_CHAIN, chain.name);
-                    p.nested(NFTA_RULE_EXPRESSIONS, |e| rule.encode(e));
-                    p.attribute(NFTA_RULE_USERDATA, &comment(hash));
-                });
-            }
-        }
+        self.rules(name, &chains);
         for (set, s) in &wanted.sets {
             let observed = observed.sets.get(set).map_or(&none, |h| &*h.elements);
             if s.kind.is_constant() || std::ptr::eq(observed, &*s.elements) {
@@ -210,7 +180,50 @@ impl<'a> Transaction<'a> {
                 p.text(NFTA_CHAIN_NAME, chain.name);
             });
         }
-        for (set, _) in unwanted() {
+        self.delete_sets_and_objects(name, observed, wanted);
+    }
+
+    fn new_objects(&mut self, name: TableName, observed: &ObservedTable, wanted: &Table) {
+        for counter in wanted.counters.iter().filter(|c| !observed.counters.contains(**c)) {
+            self.push(name, NFT_MSG_NEWOBJ, NLM_F_CREATE, |p| {
+                p.text(NFTA_OBJ_TABLE, name.name);
+                p.text(NFTA_OBJ_NAME, counter);
+                p.be32(NFTA_OBJ_TYPE, NFT_OBJECT_COUNTER);
+                p.nested(NFTA_OBJ_DATA, |_| {});
+            });
+        }
+        for (limit, content) in wanted.limits.iter().filter(|(n, _)| !observed.limits.contains_key(*n)) {
+            self.push(name, NFT_MSG_NEWOBJ, NLM_F_CREATE, |p| {
+                p.text(NFTA_OBJ_TABLE, name.name);
+                p.text(NFTA_OBJ_NAME, limit);
+                p.be32(NFTA_OBJ_TYPE, NFT_OBJECT_LIMIT);
+                p.nested(NFTA_OBJ_DATA, |d| content.encode(d));
+            });
+        }
+    }
+
+    /// Empties the chains of `chains` that have rules, and adds the wanted rules.
+    fn rules(&mut self, name: TableName, chains: &[ChainDifference<'_>]) {
+        for chain in chains.iter().filter(|chain| chain.observed.is_some_and(ObservedChain::has_rules)) {
+            self.push(name, NFT_MSG_DELRULE, 0, |p| {
+                p.text(NFTA_RULE_TABLE, name.name);
+                p.text(NFTA_RULE_CHAIN, chain.name);
+            });
+        }
+        for chain in chains {
+            for (rule, hash) in chain.wanted.iter().flat_map(|wanted| wanted.rules()) {
+                self.push(name, NFT_MSG_NEWRULE, NLM_F_CREATE | NLM_F_APPEND, |p| {
+                    p.text(NFTA_RULE_TABLE, name.name);
+                    p.text(NFTA_RULE_CHAIN, chain.name);
+                    p.nested(NFTA_RULE_EXPRESSIONS, |e| rule.encode(e));
+                    p.attribute(NFTA_RULE_USERDATA, &comment(hash));
+                });
+            }
+        }
+    }
+
+    fn delete_sets_and_objects(&mut self, name: TableName, observed: &ObservedTable, wanted: &Table) {
+        for (set, _) in observed.sets.iter().filter(|(n, _)| !wanted.sets.contains_key(*n)) {
             self.push(name, NFT_MSG_DELSET, 0, |p| {
                 p.text(NFTA_SET_TABLE, name.name);
                 p.text(NFTA_SET_NAME, set);

@@ -19,6 +19,7 @@ use serde_json::value::RawValue;
 use std::borrow::Cow;
 use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher, Hasher};
+use std::ops::ControlFlow;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc::Sender;
@@ -150,32 +151,10 @@ impl Watch {
                     if e.is_wrong_version() {
                         from = Origin::Etcd;
                     }
-                    if let Some(older) = self.kind.older_path().filter(|path| e.is_not_found() && *path != self.path) {
-                        self.path = older.into();
-                        continue;
+                    match self.not_listed(e, &mut file, &mut backoff).await {
+                        ControlFlow::Continue(()) => continue,
+                        ControlFlow::Break(()) => return,
                     }
-                    if e.is_not_found() && self.kind.is_optional() {
-                        file.finish();
-                        if self.changes.send(Change::Absent(self.kind)).await.is_err() {
-                            return;
-                        }
-                        tokio::select! {
-                            () = sleep(ABSENCE + Duration::from_secs(random(60))) => continue,
-                            () = self.changes.closed() => return,
-                        }
-                    }
-                    debug!(kind = %self.kind, "list: {e}");
-                    backoff.note(e.is_away());
-                    // An older installation has no right to read it. Egret continues without it.
-                    let does_without = self.kind.is_dispensable() && e.code() == Some(403);
-                    if does_without && self.changes.send(Change::Absent(self.kind)).await.is_err() {
-                        return;
-                    }
-                    if self.changes.send(Change::State(self.kind, Some(self.trouble(&e)))).await.is_err() {
-                        return;
-                    }
-                    self.wait(&mut backoff).await;
-                    continue;
                 }
             };
             if listed.is_empty() && count > 0 && from != Origin::Etcd {
@@ -221,6 +200,38 @@ impl Watch {
                 }
             }
         }
+    }
+
+    /// Waits after a failed list until it may be tried again. Breaks when the receiver of changes is dropped.
+    async fn not_listed(&mut self, e: Failure, file: &mut KindFile, backoff: &mut Backoff) -> ControlFlow<()> {
+        const AGAIN: ControlFlow<()> = ControlFlow::Continue(());
+        const END: ControlFlow<()> = ControlFlow::Break(());
+        if let Some(older) = self.kind.older_path().filter(|path| e.is_not_found() && *path != self.path) {
+            self.path = older.into();
+            return AGAIN;
+        }
+        if e.is_not_found() && self.kind.is_optional() {
+            file.finish();
+            if self.changes.send(Change::Absent(self.kind)).await.is_err() {
+                return END;
+            }
+            tokio::select! {
+                () = sleep(ABSENCE + Duration::from_secs(random(60))) => return AGAIN,
+                () = self.changes.closed() => return END,
+            }
+        }
+        debug!(kind = %self.kind, "list: {e}");
+        backoff.note(e.is_away());
+        // An older installation has no right to read it. Egret continues without it.
+        let does_without = self.kind.is_dispensable() && e.code() == Some(403);
+        if does_without && self.changes.send(Change::Absent(self.kind)).await.is_err() {
+            return END;
+        }
+        if self.changes.send(Change::State(self.kind, Some(self.trouble(&e)))).await.is_err() {
+            return END;
+        }
+        self.wait(backoff).await;
+        AGAIN
     }
 
     /// All objects of the kind, and their version.
