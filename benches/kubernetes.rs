@@ -161,7 +161,7 @@ fn until_seen_as(pod: &Pod, wanted: Ipv4Addr, begun: Instant) -> Duration {
             socket.connect(server).expect("a route");
             socket.set_read_timeout(Some(PROBE)).expect("a timeout");
             // A blocked packet may be an error at once.
-            let answer = socket.send(b"who").and_then(|_| socket.recv(&mut buffer));
+            let answer = socket.send(b"who").and_then(|_| lab::machine::receive(&socket, &mut buffer));
             if let Ok(size) = answer
                 && String::from_utf8_lossy(&buffer[..size]).parse() == Ok(IpAddr::V4(wanted))
             {

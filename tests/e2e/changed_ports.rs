@@ -87,7 +87,7 @@ fn peer(udp: &UdpSocket) -> std::io::Result<SocketAddr> {
     let mut last = std::io::Error::other("not asked");
     for _ in 0..3 {
         udp.send(b"who")?;
-        match machine::uninterrupted(|| udp.recv(&mut buffer)) {
+        match machine::receive(udp, &mut buffer) {
             Ok(size) => return Ok(String::from_utf8_lossy(&buffer[..size]).parse().expect("an address")),
             Err(e) => last = e,
         }

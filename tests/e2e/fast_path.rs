@@ -4,7 +4,7 @@
 use lab::fault_injection::{dies, owner_and_other};
 use lab::scene::{assert_leaves_by_egress, assert_leaves_by_node};
 use lab::survival::{assert_live, sessions};
-use lab::{EGRESS4, EXT4, Flood, Lab, Pod, SERVERS, Session, VISITOR};
+use lab::{EGRESS4, EXT4, Flood, Lab, Pod, SERVERS, Session, VISITOR, machine};
 use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::thread;
@@ -225,7 +225,7 @@ fn a_pod_cannot_use_another_ones_lease() {
     socket.set_read_timeout(Some(Duration::from_secs(1))).expect("a timeout");
     let ask = || {
         socket.send(b"who").expect("send");
-        let _ = socket.recv(&mut [0; 64]);
+        let _ = machine::receive(&socket, &mut [0; 64]);
     };
     (0..100).for_each(|_| ask());
     flood.stop();

@@ -3,7 +3,7 @@
 use lab::fault_injection::{label, owner_and_other, wait_holder};
 use lab::scene::{SERVERS, VISITOR, egress_towards};
 use lab::server::UDP_PEER;
-use lab::{EXT4, Lab, Pod};
+use lab::{EXT4, Lab, Pod, machine};
 use serde_json::Value;
 use std::net::{IpAddr, SocketAddr};
 use std::thread;
@@ -37,7 +37,7 @@ fn seen_as(pod: &Pod, server: IpAddr) -> SocketAddr {
     let mut answer = [0; 64];
     for _ in 0..50 {
         socket.send(b"who").expect("a packet is sent");
-        if let Ok(length) = socket.recv(&mut answer) {
+        if let Ok(length) = machine::receive(&socket, &mut answer) {
             return String::from_utf8_lossy(&answer[..length]).parse().expect("an address and a port");
         }
     }

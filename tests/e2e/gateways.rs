@@ -327,7 +327,7 @@ fn udp_from(pod: &Pod, port: u16, server: IpAddr) -> UdpSocket {
     socket.set_read_timeout(Some(Duration::from_secs(3))).expect("a timeout");
     for _ in 0..3 {
         socket.send(b"who").expect("send");
-        machine::uninterrupted(|| socket.recv(&mut [0; 64]))
+        machine::receive(&socket, &mut [0; 64])
             .unwrap_or_else(|e| panic!("{} from port {port} to {server}: {e}", pod.name));
     }
     socket

@@ -2,7 +2,7 @@
 //! Needs root.
 
 use lab::kernel::TABLES;
-use lab::{EGRESS4, EGRESS6, EXT4, EXT6, FAR4, FAR6, Lab, SERVERS, server};
+use lab::{EGRESS4, EGRESS6, EXT4, EXT6, FAR4, FAR6, Lab, SERVERS, machine, server};
 use nix::sys::socket::{setsockopt, sockopt};
 use std::io::ErrorKind;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
@@ -105,7 +105,7 @@ fn a_node_that_says_an_address_is_not_reachable_is_not_noted() {
         })
         .collect();
     for socket in late {
-        let answer = socket.recv(&mut [0; 8]).map_err(|e| e.kind());
+        let answer = machine::receive(&socket, &mut [0; 8]).map_err(|e| e.kind());
         assert_eq!(answer, Err(ErrorKind::HostUnreachable), "{:?}", socket.local_addr());
     }
     for server in SERVERS {

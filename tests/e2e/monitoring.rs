@@ -3,7 +3,7 @@
 
 use lab::daemon::Daemon;
 use lab::scene::{assert_blocked, assert_leaves_by_egress};
-use lab::{EXT4, Host, Lab, VISITOR, manifests};
+use lab::{EXT4, Host, Lab, VISITOR, machine, manifests};
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{Read, Write};
@@ -96,7 +96,7 @@ fn forward(from: &Host, port: u16, to: &Host) {
 fn answer(mut client: TcpStream, mut server: TcpStream) -> std::io::Result<()> {
     client.set_read_timeout(Some(Duration::from_secs(2)))?;
     server.set_read_timeout(Some(Duration::from_secs(5)))?;
-    let _ = client.read(&mut [0; 4096])?;
+    let _ = machine::uninterrupted(|| client.read(&mut [0; 4096]))?;
     let accept = "application/openmetrics-text;version=1.0.0";
     write!(server, "GET /metrics HTTP/1.1\r\nHost: node\r\nAccept: {accept}\r\nConnection: close\r\n\r\n")?;
     std::io::copy(&mut server, &mut client).map(drop)

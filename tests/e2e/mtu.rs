@@ -21,7 +21,7 @@ fn echoed(pod: &Pod, server: IpAddr, size: usize) -> io::Result<()> {
     let mut last = io::Error::other("never sent");
     for _ in 0..8 {
         let mut buffer = vec![0; 65536];
-        match socket.send(&datagram).and_then(|_| machine::uninterrupted(|| socket.recv(&mut buffer))) {
+        match socket.send(&datagram).and_then(|_| machine::receive(&socket, &mut buffer)) {
             Ok(got) if buffer[..got] == datagram => return Ok(()),
             Ok(got) => return Err(io::Error::other(format!("{got} other bytes came back"))),
             Err(e) => last = e,

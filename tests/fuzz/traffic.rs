@@ -4,6 +4,7 @@
 use super::capture::{PORTS, Sender, Users, port};
 use super::model::SERVERS;
 use lab::host::Namespaces;
+use lab::machine;
 use nix::sys::socket::{AddressFamily, SockFlag, SockProtocol, SockType, socket};
 use std::io::{Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, UdpSocket};
@@ -129,7 +130,7 @@ impl Flow {
     }
 
     fn is_answered(&self) -> bool {
-        self.socket.recv(&mut [0; 64]).is_ok()
+        machine::receive(&self.socket, &mut [0; 64]).is_ok()
     }
 }
 

@@ -6,7 +6,7 @@ use lab::own_uplinks::{
 };
 use lab::server::WHO;
 use lab::survival::{assert_live, sessions_with};
-use lab::{Host, Lab, Pod};
+use lab::{Host, Lab, Pod, machine};
 use std::io::ErrorKind;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
 use std::thread;
@@ -155,7 +155,7 @@ fn reaches(pod: &Pod, (server, egress): (IpAddr, IpAddr)) {
     let socket = pod.udp_socket(SocketAddr::new(server, 9)).expect("a socket");
     socket.set_read_timeout(Some(Duration::from_secs(3))).expect("a timeout");
     socket.send(b"?").expect("sent");
-    let got = socket.recv(&mut [0; 8]).map_err(|e| e.kind());
+    let got = machine::receive(&socket, &mut [0; 8]).map_err(|e| e.kind());
     assert_eq!(got, Err(ErrorKind::ConnectionRefused), "{what}");
 }
 
@@ -169,7 +169,7 @@ fn does_not_reach(host: &Host, pod: &Pod) {
         let sender = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).expect("a socket");
         assert_eq!(sender.send_to(b"x", (pod.ipv4(), port)).expect("sent"), 1);
     });
-    let got = socket.recv(&mut [0; 8]).map_err(|e| e.kind());
+    let got = machine::receive(&socket, &mut [0; 8]).map_err(|e| e.kind());
     assert_eq!(got, Err(ErrorKind::WouldBlock), "{} on {}", pod.name, pod.node.name);
 }
 

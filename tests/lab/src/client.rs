@@ -86,7 +86,7 @@ impl Host {
             socket.connect((server, 0))?;
             socket.set_read_timeout(Some(FIRST_PACKET))?;
             socket.send(&[request, 0, 0, 0, 0, 0, 0, 1, b'?'])?;
-            machine::uninterrupted(|| socket.recv(&mut [0; 64])).map(drop)
+            machine::receive(&socket, &mut [0; 64]).map(drop)
         })
     }
 
@@ -125,7 +125,7 @@ fn udp_who_within(patience: Duration, socket: &UdpSocket) -> io::Result<IpAddr> 
 /// The address in a server's answer.
 pub(super) fn receive_address(socket: &UdpSocket) -> io::Result<IpAddr> {
     let mut buffer = [0; 64];
-    let size = machine::uninterrupted(|| socket.recv(&mut buffer))?;
+    let size = machine::receive(socket, &mut buffer)?;
     let text = String::from_utf8_lossy(&buffer[..size]);
     text.parse().map_err(|_| io::Error::other(format!("the server answered {text:?}")))
 }

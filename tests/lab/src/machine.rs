@@ -5,6 +5,7 @@
 use std::cell::Cell;
 use std::fs;
 use std::io;
+use std::net::UdpSocket;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Mutex, MutexGuard, Once, PoisonError};
 use std::thread;
@@ -116,6 +117,15 @@ pub fn bound<T>(bind: impl Fn() -> io::Result<T>) -> io::Result<T> {
         }
     }
     bind()
+}
+
+/// Receives a datagram as [`uninterrupted`] does.
+///
+/// # Errors
+/// Those of the call; no datagram came within the socket's timeout.
+#[expect(clippy::disallowed_methods, reason = "the function that the others are to use")]
+pub fn receive(socket: &UdpSocket, buffer: &mut [u8]) -> io::Result<usize> {
+    uninterrupted(|| socket.recv(buffer))
 }
 
 /// Calls until the call is not interrupted. The kernel may interrupt a `recv` with a timeout without any signal: it wakes a

@@ -91,7 +91,7 @@ fn a_syslog_server_gets_each_line_with_a_header() {
     let mut sink = sink(&format!("syslog:{}", server.local_addr().unwrap()));
     assert_eq!(sink.write(b"{}\n").0, 1);
     let mut line = [0; 300];
-    let length = server.recv(&mut line).unwrap();
+    let (length, _) = server.recv_from(&mut line).unwrap();
     let text = String::from_utf8_lossy(&line[..length]);
     assert!(text.starts_with("<134>1 2") && text.ends_with(" egretd - flow - {}"), "{text}");
 }
