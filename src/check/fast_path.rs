@@ -1,6 +1,6 @@
 //! Whether this host can have the fast path, which only `egretd node --fast-path-lease` needs.
 
-use super::{Need, State};
+use super::{Need, NeedState};
 use crate::datapath::obstacles;
 use egret_bpf::{Programs, Settings};
 use egret_nft::netlink::{NETLINK_NETFILTER, Socket};
@@ -14,7 +14,7 @@ pub fn read() -> Need {
     if let Err(e) = Programs::load(&settings) {
         let found = format!("not here: {:#}", anyhow::Error::from(e));
         let remedy = "all packets take the kernel's own way, and only --fast-path-lease would need more".to_owned();
-        return Need { name: NAME, state: State::Ok, found, remedy };
+        return Need { name: NAME, state: NeedState::Ok, found, remedy };
     }
     let obstacle = Socket::open(NETLINK_NETFILTER)
         .map_err(anyhow::Error::from)

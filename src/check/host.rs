@@ -139,21 +139,21 @@ fn conntrack_table() -> Need {
 
 #[cfg(test)]
 mod tests {
-    use super::super::State;
+    use super::super::NeedState;
     use super::*;
 
     #[test]
     fn an_old_kernel_version_is_a_hint_only() {
         for (release, state) in [
-            ("6.18.44-fc-v657", State::Ok),
-            ("5.10", State::Ok),
-            ("5.10.0-46-amd64", State::Ok),
-            ("10.0", State::Ok),
-            ("5.9.1", State::Warn),
-            ("5.4.300", State::Warn),
-            ("4.19.0", State::Warn),
-            ("", State::Warn),
-            ("linux", State::Warn),
+            ("6.18.44-fc-v657", NeedState::Ok),
+            ("5.10", NeedState::Ok),
+            ("5.10.0-46-amd64", NeedState::Ok),
+            ("10.0", NeedState::Ok),
+            ("5.9.1", NeedState::Warn),
+            ("5.4.300", NeedState::Warn),
+            ("4.19.0", NeedState::Warn),
+            ("", NeedState::Warn),
+            ("linux", NeedState::Warn),
         ] {
             assert_eq!(version(release).state, state, "{release}");
         }

@@ -1,6 +1,6 @@
 //! Trials of devices and routes.
 
-use super::{Need, State};
+use super::{Need, NeedState};
 use egret_nft::netlink::{self, Attributes, Error, NETLINK_ROUTE, NLM_F_CREATE, NLM_F_EXCL, Socket};
 use nix::libc;
 
@@ -87,7 +87,7 @@ fn routed(result: Result<(), String>) -> Need {
         "gateways with announce: Route cannot be used here; report this with the kernel's version",
     );
     // Most clusters have no such gateway.
-    if need.state == State::Missing { Need { state: State::Warn, ..need } } else { need }
+    if need.state == NeedState::Missing { Need { state: NeedState::Warn, ..need } } else { need }
 }
 
 /// Policy routing in IPv4, by a trial's result.
@@ -114,7 +114,7 @@ pub(super) fn ipv6(result: Result<(), impl ToString>) -> Need {
 fn optional_ipv6(result: Result<(), Error>) -> Need {
     let without = matches!(&result, Err(e) if matches!(e.errno(), Some(libc::EAFNOSUPPORT | libc::EOPNOTSUPP)));
     let need = ipv6(result);
-    if without { Need { state: State::Warn, ..need } } else { need }
+    if without { Need { state: NeedState::Warn, ..need } } else { need }
 }
 
 fn vxlan(socket: &mut Socket) -> Result<(), Error> {

@@ -23,7 +23,7 @@ pub struct Need {
     /// Name of the requirement.
     pub name: &'static str,
     /// Whether it is met.
-    pub state: State,
+    pub state: NeedState,
     /// What the host has.
     pub found: String,
     /// What to do, and why; empty if there is nothing to do.
@@ -32,7 +32,7 @@ pub struct Need {
 
 /// Whether a requirement is met.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum State {
+pub enum NeedState {
     /// Met.
     Ok,
     /// Not met, and a part of Egret works less well or not at all.
@@ -43,15 +43,15 @@ pub enum State {
 
 impl Need {
     fn ok(name: &'static str, found: impl ToString) -> Self {
-        Need { name, state: State::Ok, found: found.to_string(), remedy: String::new() }
+        Need { name, state: NeedState::Ok, found: found.to_string(), remedy: String::new() }
     }
 
     fn warn(name: &'static str, found: impl ToString, remedy: impl ToString) -> Self {
-        Need { name, state: State::Warn, found: found.to_string(), remedy: remedy.to_string() }
+        Need { name, state: NeedState::Warn, found: found.to_string(), remedy: remedy.to_string() }
     }
 
     fn missing(name: &'static str, found: impl ToString, remedy: impl ToString) -> Self {
-        Need { name, state: State::Missing, found: found.to_string(), remedy: remedy.to_string() }
+        Need { name, state: NeedState::Missing, found: found.to_string(), remedy: remedy.to_string() }
     }
 
     /// From a trial's result: `there` describes the feature if it works, `remedy` says what to do if it fails.
@@ -66,9 +66,9 @@ impl Need {
 impl fmt::Display for Need {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let state = match self.state {
-            State::Ok => "ok",
-            State::Warn => "warn",
-            State::Missing => "MISSING",
+            NeedState::Ok => "ok",
+            NeedState::Warn => "warn",
+            NeedState::Missing => "MISSING",
         };
         write!(f, "{state:<8}{:<22}{}", self.name, self.found)?;
         if !self.remedy.is_empty() {
@@ -133,7 +133,7 @@ pub fn run() -> ExitCode {
         // The exit code counts even if the reader has closed the pipe.
         let _ = writeln!(out, "{need}");
     }
-    match needs.iter().any(|n| n.state == State::Missing) {
+    match needs.iter().any(|n| n.state == NeedState::Missing) {
         true => ExitCode::FAILURE,
         false => ExitCode::SUCCESS,
     }
@@ -166,7 +166,7 @@ mod tests {
             let before = (interfaces(), own());
             let needs = check();
             needs.iter().for_each(|n| println!("{n}"));
-            assert!(needs.iter().all(|n| n.state != State::Missing));
+            assert!(needs.iter().all(|n| n.state != NeedState::Missing));
             assert_eq!((interfaces(), own()), before);
         }
     }

@@ -1,7 +1,7 @@
 //! Trials of the parts of nf_tables that Egret's tables use. Each part is tried alone, so that the missing one can be
 //! named.
 
-use super::{Need, State};
+use super::{Need, NeedState};
 use crate::datapath::port_log;
 use egret_nft::Family;
 use egret_nft::Nftables;
@@ -175,10 +175,10 @@ pub fn run() -> Vec<Need> {
     let ownership = || Nftables::open()?.own_tables();
     for trial in TRIALS {
         let mut need = Need::tried(trial.name, attempt(trial.family, &(trial.table)()), trial.there, trial.remedy);
-        if OPTIONAL.contains(&trial.name) && need.state == State::Missing {
-            need.state = State::Warn;
+        if OPTIONAL.contains(&trial.name) && need.state == NeedState::Missing {
+            need.state = NeedState::Warn;
         }
-        let stop = all.is_empty() && need.state == State::Missing;
+        let stop = all.is_empty() && need.state == NeedState::Missing;
         all.push(need);
         if stop {
             return all;
@@ -193,10 +193,10 @@ pub fn run() -> Vec<Need> {
 /// veths is not shown.
 fn one_is_enough(all: &mut Vec<Need>) {
     let state = |all: &[Need], name| all.iter().find(|need| need.name == name).map(|need| need.state);
-    if state(all, HOOK) == Some(State::Ok) {
+    if state(all, HOOK) == Some(NeedState::Ok) {
         all.retain(|need| need.name != VETHS);
-    } else if state(all, VETHS) == Some(State::Ok) {
-        all.iter_mut().filter(|need| need.name == HOOK).for_each(|need| need.state = State::Warn);
+    } else if state(all, VETHS) == Some(NeedState::Ok) {
+        all.iter_mut().filter(|need| need.name == HOOK).for_each(|need| need.state = NeedState::Warn);
     }
 }
 

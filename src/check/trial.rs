@@ -1,6 +1,6 @@
 //! Trials of the kernel's features, in a temporary network namespace.
 
-use super::{Need, State, links, nf_tables};
+use super::{Need, NeedState, links, nf_tables};
 use egret_nft::conntrack;
 use egret_nft::netlink::{NETLINK_NETFILTER, Socket};
 use nix::sched::{CloneFlags, unshare};
@@ -25,7 +25,7 @@ pub fn run() -> Vec<Need> {
     trials.join().unwrap_or_else(|_| {
         vec![Need {
             name: "trials",
-            state: State::Missing,
+            state: NeedState::Missing,
             found: "the trials panicked".into(),
             remedy: "report this with the output above".into(),
         }]

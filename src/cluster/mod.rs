@@ -21,7 +21,7 @@ use crate::model::selector::Name;
 use crate::model::target::Target;
 use crate::model::{Cluster, ObjectKey, PolicyKey};
 pub use dir::overlay::{Overlaid, Verb as OverlayVerb, overlay};
-pub use kube::lease::Settings as LeaseSettings;
+pub use kube::lease::ElectionSettings;
 pub use kube::lists::Lists;
 use std::collections::BTreeSet;
 use std::path::PathBuf;
@@ -47,7 +47,7 @@ pub struct KubeOptions {
     /// A person's credentials, found as kubectl finds them; `None`: this is a daemon.
     pub person: Option<Person>,
     /// Leader election among several controllers; `None`: there is only one.
-    pub lease: Option<LeaseSettings>,
+    pub lease: Option<ElectionSettings>,
     /// The offline cache, for a node's start while the API server is away; `None`: there is none.
     pub known: Option<OfflineCache>,
     /// Whether Services are followed whatever the policies are.

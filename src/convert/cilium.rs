@@ -66,7 +66,7 @@ fn convert_policy(object: &Object, draft: &mut Draft) -> Result<(), Invalid> {
 }
 
 /// One gateway node of a policy, as Cilium describes it.
-struct Node {
+struct CiliumNode {
     selector: LabelSelector,
     interface: Option<String>,
     address: AddressPair,
@@ -88,7 +88,7 @@ fn gateway(object: &Object, draft: &mut Draft) -> Result<(String, Vec<AddressPai
         notes.unknown(field, &["nodeSelector", "interface", "egressIP"])?;
         let interface = field.at("interface").text()?.map(str::to_owned);
         let address = pair_of(field.at("egressIP").address()?).0;
-        nodes.push(Node { selector, interface, address });
+        nodes.push(CiliumNode { selector, interface, address });
     }
     let [node, others @ ..] = nodes.as_slice() else {
         return Err(single.invalid("is missing; add the gateway node"));
@@ -123,7 +123,7 @@ fn gateway(object: &Object, draft: &mut Draft) -> Result<(String, Vec<AddressPai
 fn join(
     object: &Object,
     draft: &mut Draft,
-    node: &Node,
+    node: &CiliumNode,
     addresses: &[AddressPair],
     (selector, notes): (LabelSelector, Notes),
 ) -> String {
@@ -145,10 +145,10 @@ fn join(
             ),
             Placement::Managed => gateway.notes.differs(match &node.interface {
                 Some(interface) => format!(
-                    "the egress IP is the node's own, as its Node object lists it (InternalIP). If {interface} has another \
+                    "the egress IP is the node's own, as its CiliumNode object lists it (InternalIP). If {interface} has another \
                      address, name it: addresses here with placement: External, and address in the policy"
                 ),
-                None => "the egress IP is the node's own, as its Node object lists it (InternalIP)".to_owned(),
+                None => "the egress IP is the node's own, as its CiliumNode object lists it (InternalIP)".to_owned(),
             }),
         }
         draft.gateways.push(gateway);
@@ -162,12 +162,12 @@ fn join(
 }
 
 /// A selector of the nodes of all entries: they differ in the value of one label at most, or it is the first entry's.
-fn selector_of_all(nodes: &[Node], notes: &mut Notes) -> LabelSelector {
+fn selector_of_all(nodes: &[CiliumNode], notes: &mut Notes) -> LabelSelector {
     let first = nodes.first().map(|node| node.selector.clone()).unwrap_or_default();
     if nodes.iter().all(|node| node.selector == first) {
         return first;
     }
-    let single = |node: &Node| match (&node.selector.match_labels, &node.selector.match_expressions) {
+    let single = |node: &CiliumNode| match (&node.selector.match_labels, &node.selector.match_expressions) {
         (Some(labels), None) if labels.len() == 1 => labels.iter().next().map(|(k, v)| (k.clone(), v.clone())),
         _ => None,
     };

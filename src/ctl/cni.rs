@@ -2,7 +2,7 @@
 //! leaves as if Egret were not there (docs/limits.md).
 
 use super::problem::{Problem, Severity};
-use super::site::{Found, Wanted};
+use super::site::{SiteObjects, Wanted};
 use crate::model::marks::Marks;
 use serde_json::Value;
 
@@ -68,7 +68,7 @@ fn bypass(cni: &str, message: &str) -> Problem {
 }
 
 /// The CNI, and whether it moves packets past netfilter.
-pub fn cni(found: &Found) -> Cni {
+pub fn cni(found: &SiteObjects) -> Cni {
     let mut cni = Cni::default();
     let mut add = |name: &'static str, problems: Vec<Problem>| {
         if !cni.names.contains(&name) {
@@ -111,7 +111,7 @@ pub fn cni(found: &Found) -> Cni {
 
 /// Whether Calico uses its eBPF dataplane; `None`: there is no Calico. One place that says so is enough: Felix's variables
 /// prevail over its FelixConfiguration, and the operator writes one of them after its Installation.
-fn calico_by_ebpf(found: &Found) -> Option<bool> {
+fn calico_by_ebpf(found: &SiteObjects) -> Option<bool> {
     let felix = found.one(&FELIX).map(|felix| felix["spec"]["bpfEnabled"] == true);
     let operator =
         found.one(&CALICO).map(|installation| installation["spec"]["calicoNetwork"]["linuxDataplane"] == "BPF");
@@ -135,7 +135,7 @@ fn calico() -> Problem {
 const FELIX_BITS: usize = 5;
 
 /// What is wrong with the bits of marks that Felix is told to use. By default they are 16 to 20.
-fn calico_marks(found: &Found) -> Vec<Problem> {
+fn calico_marks(found: &SiteObjects) -> Vec<Problem> {
     let marks = Marks::default();
     let own = marks.kind_and_index_mask() | marks.egress_id_mask();
     let number = |text: &str| match text.strip_prefix("0x") {

@@ -31,7 +31,7 @@ const LONGEST: u64 = 64 << 20;
 /// What the daemon's answer has that concerns a pod; the rest of it is passed over.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
-struct Answer {
+struct NodeStateResponse {
     node: String,
     not_ready: Option<String>,
     desired: Desired,
@@ -122,15 +122,15 @@ pub async fn ask(source: &SourceName, run_dir: &Path, node: &str, addresses: &[I
             .unwrap_or_else(|_| Err(anyhow!("no answer within {} s", PATIENCE.as_secs())))?,
         SourceName::Dir(_) => by_socket(run_dir)?,
     };
-    let answer: Answer = serde_json::from_str(&text).context("the daemon's answer cannot be read")?;
+    let answer: NodeStateResponse = serde_json::from_str(&text).context("the daemon's answer cannot be read")?;
     if answer.node != node {
         bail!("the daemon on this host is that of node {}; run the command on node {node}", answer.node);
     }
     Ok(about(answer, addresses))
 }
 
-fn about(answer: Answer, addresses: &[IpAddr]) -> Says {
-    let Answer { node, not_ready, desired, observed } = answer;
+fn about(answer: NodeStateResponse, addresses: &[IpAddr]) -> Says {
+    let NodeStateResponse { node, not_ready, desired, observed } = answer;
     let pod = observed.selected.into_iter().find(|pod| pod.addresses.iter().any(|a| addresses.contains(a)));
     let is_in_kernel = pod.is_some();
     let pod = pod.unwrap_or_default();

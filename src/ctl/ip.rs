@@ -2,7 +2,7 @@
 
 use super::output::{Show, View, count, few};
 use super::pods::{PodEgress, PolicyOfPod, pods};
-use super::state::State;
+use super::state::ClusterState;
 use super::subject::{Subject, of_policies};
 use crate::allocation::COOLDOWN_SECONDS;
 use crate::api::{AllocationKind, Placement};
@@ -66,7 +66,7 @@ pub fn pods_of(cluster: &Cluster, address: IpAddr) -> PodsOf {
 }
 
 /// What an address is.
-pub fn ip(state: &State, address: IpAddr) -> Ip {
+pub fn ip(state: &ClusterState, address: IpAddr) -> Ip {
     let cluster = &*state.cluster;
     let mut found = Vec::new();
     for (gateway, of) in cluster.gateways.iter() {
@@ -97,7 +97,7 @@ pub fn ip(state: &State, address: IpAddr) -> Ip {
 }
 
 /// What an address is that no policy has.
-fn notes(state: &State, address: IpAddr) -> Vec<String> {
+fn notes(state: &ClusterState, address: IpAddr) -> Vec<String> {
     let cluster = &*state.cluster;
     let mut notes = Vec::new();
     for (name, gateway) in cluster.gateways.iter() {
@@ -178,7 +178,8 @@ mod tests {
         world.settle();
         world.without_policy("shop/gone");
         world.report();
-        let state = State { cluster: Arc::new(world.cluster.clone()), now: world.now + 60, ..State::default() };
+        let state =
+            ClusterState { cluster: Arc::new(world.cluster.clone()), now: world.now + 60, ..ClusterState::default() };
         let text = |address: &str| ip(&state, address.parse().unwrap()).text(View::default());
         let used = text("192.0.2.50");
         for words in [

@@ -1,7 +1,7 @@
 //! `kubectl egret pods`: which pods are behind which egress IP.
 
 use super::output::{Colour, Show, View, count};
-use super::state::State;
+use super::state::ClusterState;
 use super::status::{PolicyState, state_of};
 use super::subject::Subject;
 use super::table::{Cell, Table};
@@ -61,10 +61,10 @@ pub struct PolicyOfPod {
 }
 
 /// The pods of the subject that policies select; without a subject, all of the namespace, or of all namespaces.
-pub fn pods(state: &State, subject: Option<&Subject>, namespace: Option<&str>) -> Pods {
+pub fn pods(state: &ClusterState, subject: Option<&Subject>, namespace: Option<&str>) -> Pods {
     let cluster = &*state.cluster;
     let index = PolicyIndex::new(cluster);
-    let facts = Facts::new(cluster);
+    let facts = PodFacts::new(cluster);
     let wanted = subject.and_then(Subject::policies);
     let is_there = |key: &ObjectKey, pod: &Pod| match subject {
         Some(Subject::Node(name)) => pod.node.as_ref() == Some(name),
@@ -92,7 +92,7 @@ pub fn pods(state: &State, subject: Option<&Subject>, namespace: Option<&str>) -
 }
 
 /// What is needed of the cluster for each pod.
-struct Facts<'a> {
+struct PodFacts<'a> {
     cluster: &'a Cluster,
     listed: HashSet<&'a PolicyKey>,
     /// The node that has each egress IP.
@@ -103,7 +103,7 @@ struct Facts<'a> {
     by_node: RefCell<HashMap<Name, Rc<NodeAllocations>>>,
 }
 
-impl<'a> Facts<'a> {
+impl<'a> PodFacts<'a> {
     fn new(cluster: &'a Cluster) -> Self {
         let mut held: HashMap<u16, &Name> = HashMap::new();
         for (name, node) in cluster.egress_nodes.iter() {
@@ -118,7 +118,7 @@ impl<'a> Facts<'a> {
                 allocations.insert(policy, allocation.id);
             }
         }
-        Facts { cluster, listed, holders, allocations, by_node: RefCell::default() }
+        PodFacts { cluster, listed, holders, allocations, by_node: RefCell::default() }
     }
 
     /// The allocation of a policy that a pod uses, with its addresses. Without several egress IPs, the policy's status
@@ -234,7 +234,7 @@ mod tests {
     }
 
     fn found(world: &World, subject: Option<&str>, namespace: Option<&str>) -> Vec<String> {
-        let state = State { cluster: Arc::new(world.cluster.clone()), ..State::default() };
+        let state = ClusterState { cluster: Arc::new(world.cluster.clone()), ..ClusterState::default() };
         let subject = subject.map(|text| Subject::find(&state.cluster, text, "shop").unwrap());
         pods(&state, subject.as_ref(), namespace).pods.into_iter().map(|pod| pod.pod).collect()
     }
@@ -255,7 +255,7 @@ mod tests {
 
     #[test]
     fn of_several_policies_the_one_that_decides_is_shown() {
-        let state = State { cluster: Arc::new(world().cluster), ..State::default() };
+        let state = ClusterState { cluster: Arc::new(world().cluster), ..ClusterState::default() };
         let all = pods(&state, None, Some("shop"));
         let visitor = all.pods.iter().find(|pod| pod.pod == "shop/visitor").unwrap();
         let decides: Vec<(&str, bool)> = visitor.policies.iter().map(|p| (p.name.as_str(), p.decides)).collect();

@@ -3,7 +3,7 @@
 //! They are read as they are, from the Kubernetes API or from a directory, and one that may not be read is passed over.
 
 use crate::cluster::SourceName;
-use crate::cluster::kube::{Client, Failure};
+use crate::cluster::kube::{Client, RequestFailure};
 use futures_util::future::join_all;
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -31,13 +31,13 @@ pub struct Wanted {
 
 /// What was found of the objects that were looked for.
 #[derive(Clone, Debug, Default)]
-pub struct Found {
+pub struct SiteObjects {
     objects: BTreeMap<&'static str, Vec<Value>>,
     /// What may not be read, by path, with the reason.
     pub unread: BTreeMap<&'static str, String>,
 }
 
-impl Found {
+impl SiteObjects {
     /// The objects that were found for a path.
     pub fn all(&self, wanted: &Wanted) -> &[Value] {
         self.objects.get(wanted.path).map(Vec::as_slice).unwrap_or_default()
@@ -66,8 +66,8 @@ impl Objects {
     }
 
     /// Reads the objects, all at once.
-    pub async fn read(&self, wanted: &[Wanted]) -> Found {
-        let mut found = Found::default();
+    pub async fn read(&self, wanted: &[Wanted]) -> SiteObjects {
+        let mut found = SiteObjects::default();
         match self {
             Objects::Dir(all) => {
                 for wanted in wanted {
@@ -97,7 +97,7 @@ impl Objects {
     }
 }
 
-fn unread(e: &Failure) -> String {
+fn unread(e: &RequestFailure) -> String {
     format!("cannot read it: {e}")
 }
 

@@ -15,7 +15,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A state of the cluster.
 #[derive(Clone, Debug, Default)]
-pub struct State {
+pub struct ClusterState {
     /// The objects.
     pub cluster: Arc<Cluster>,
     /// Objects that cannot be read, a line each.
@@ -26,10 +26,10 @@ pub struct State {
     pub now: i64,
 }
 
-impl State {
+impl ClusterState {
     /// The newest state of an open source.
     pub fn of(source: &cluster::Source) -> Self {
-        State {
+        ClusterState {
             cluster: source.snapshots.borrow().clone(),
             unread: Vec::clone(&source.problems.borrow()),
             of_site: Vec::new(),
@@ -67,8 +67,8 @@ pub async fn open_as(source: &SourceName, scope: Scope) -> anyhow::Result<cluste
 ///
 /// # Errors
 /// It cannot be read, or not within a minute.
-pub async fn read(source: &SourceName, pods: PodsOf) -> anyhow::Result<State> {
-    Ok(State::of(&open(source, pods).await?))
+pub async fn read(source: &SourceName, pods: PodsOf) -> anyhow::Result<ClusterState> {
+    Ok(ClusterState::of(&open(source, pods).await?))
 }
 
 /// What is wrong with the CNI. What may not be read is passed over.

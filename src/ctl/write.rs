@@ -11,7 +11,7 @@ use std::path::Path;
 
 /// An object that is written.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Target {
+pub enum WriteTarget {
     /// A policy of either kind.
     Policy(PolicyKey),
     /// A gateway.
@@ -20,16 +20,16 @@ pub enum Target {
     Node(String),
 }
 
-impl Target {
+impl WriteTarget {
     /// The kind, the namespace and the name.
     pub fn identity(&self) -> (&'static str, Option<&str>, &str) {
         match self {
-            Target::Policy(key) => match &key.namespace {
+            WriteTarget::Policy(key) => match &key.namespace {
                 Some(namespace) => ("EgressPolicy", Some(namespace), &key.name),
                 None => ("ClusterEgressPolicy", None, &key.name),
             },
-            Target::Gateway(name) => ("EgressGateway", None, name),
-            Target::Node(name) => ("Node", None, name),
+            WriteTarget::Gateway(name) => ("EgressGateway", None, name),
+            WriteTarget::Node(name) => ("Node", None, name),
         }
     }
 
@@ -46,7 +46,7 @@ impl Target {
     }
 }
 
-impl std::fmt::Display for Target {
+impl std::fmt::Display for WriteTarget {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self.identity() {
             (kind, Some(namespace), name) => write!(f, "{kind} {namespace}/{name}"),
@@ -60,7 +60,12 @@ impl std::fmt::Display for Target {
 ///
 /// # Errors
 /// The object cannot be written; the text says what to write by hand.
-pub async fn write(source: &SourceName, target: &Target, field: Field, value: Option<&str>) -> anyhow::Result<String> {
+pub async fn write(
+    source: &SourceName,
+    target: &WriteTarget,
+    field: Field,
+    value: Option<&str>,
+) -> anyhow::Result<String> {
     let done = match value {
         Some(value) => format!("set {field}={value} of {target}"),
         None => format!("removed {field} of {target}"),
@@ -81,7 +86,7 @@ pub async fn write(source: &SourceName, target: &Target, field: Field, value: Op
     }
 }
 
-fn in_directory(path: &Path, target: &Target, field: Field, value: Option<&str>) -> anyhow::Result<String> {
+fn in_directory(path: &Path, target: &WriteTarget, field: Field, value: Option<&str>) -> anyhow::Result<String> {
     let by_hand = || {
         let (part, key) = field.parts();
         match value {

@@ -42,7 +42,7 @@ const FRAME: usize = 2048;
 
 /// An address on a link.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Target {
+pub struct LinkAddress {
     /// The address.
     pub address: IpAddr,
     /// The interface on the link. On an interface without a MAC address nothing is probed or announced.
@@ -56,10 +56,10 @@ pub struct Target {
 ///
 /// # Errors
 /// An announcement could not be sent; the error is the first one.
-pub fn announce(targets: &[Target]) -> Result<()> {
+pub fn announce(targets: &[LinkAddress]) -> Result<()> {
     let socket = sender()?;
     let mut first = Ok(());
-    for Target { address, interface, .. } in targets {
+    for LinkAddress { address, interface, .. } in targets {
         let Some(mac) = interface.mac else { continue };
         for frame in announcements(*address, mac) {
             let sent = send(&socket, interface.ifindex, *address, &frame);
@@ -76,12 +76,12 @@ pub fn announce(targets: &[Target]) -> Result<()> {
 ///
 /// # Errors
 /// A probe could not be sent, because its interface is down or gone.
-pub async fn probe(targets: &[Target], timeout: Duration) -> Result<Vec<Option<Mac>>> {
+pub async fn probe(targets: &[LinkAddress], timeout: Duration) -> Result<Vec<Option<Mac>>> {
     let mut answers = vec![None; targets.len()];
     let socket = sender()?;
     // Open the receive sockets before sending, so that no reply is missed.
     let mut receivers = BTreeMap::new();
-    for Target { address, interface, .. } in targets {
+    for LinkAddress { address, interface, .. } in targets {
         let key = (interface.ifindex, address.is_ipv4());
         if interface.mac.is_some() && !receivers.contains_key(&key) {
             let receiver = if address.is_ipv4() {
@@ -116,10 +116,10 @@ pub async fn probe(targets: &[Target], timeout: Duration) -> Result<Vec<Option<M
         // and are probed less often.
         let next = timeout / 2 / PROBES * probed;
         if probed < PROBES && (next..timeout).contains(&begin.elapsed()) {
-            let unanswered: Vec<&Target> =
+            let unanswered: Vec<&LinkAddress> =
                 targets.iter().zip(&answers).filter(|(_, answer)| answer.is_none()).map(|(target, _)| target).collect();
             for some in unanswered.chunks(AT_ONCE) {
-                for Target { address, interface, claim } in some {
+                for LinkAddress { address, interface, claim } in some {
                     let Some(mac) = interface.mac else { continue };
                     send(&socket, interface.ifindex, *address, &probe_frame(*address, mac, *claim))
                         .with_context(|| format!("cannot ask for {address} on {}", interface.name))?;

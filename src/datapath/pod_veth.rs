@@ -1,6 +1,6 @@
 //! The host's ends of pods' veth pairs.
 
-use crate::datapath::announce::{Target, probe};
+use crate::datapath::announce::{LinkAddress, probe};
 use crate::datapath::pod_netns;
 use crate::datapath::route_socket::{RouteSocket, errno};
 use crate::datapath::uplink::by_index;
@@ -82,7 +82,7 @@ async fn probe_by_arp(socket: &RouteSocket, bridge: u32, address: IpAddr) -> Res
     let Some(interface) = by_index(socket, bridge).await?.filter(|i| i.running && address.is_ipv4()) else {
         return Ok(None);
     };
-    let target = Target { address, interface, claim: None };
+    let target = LinkAddress { address, interface, claim: None };
     let answers = probe(std::slice::from_ref(&target), ARP_TIMEOUT).await?;
     let Some(mac) = answers.first().copied().flatten() else { return Ok(None) };
     let Some(port) = bridge_port(socket, bridge, mac).await? else { return Ok(None) };

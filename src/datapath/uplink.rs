@@ -169,7 +169,7 @@ impl<'a> Uplinks<'a> {
             Some(vlans) => vlans,
             none => none.insert(vlan::all(self.socket).await?),
         };
-        let ifindex = vlans.iter().find(|vlan| vlan.parent == parent.ifindex && vlan.id == id).map(|vlan| vlan.ifindex);
+        let ifindex = vlans.iter().find(|vlan| vlan.is_of(parent.ifindex, id)).map(|vlan| vlan.ifindex);
         let interface = match ifindex {
             Some(ifindex) => self.indexed(ifindex).await?,
             None => None,

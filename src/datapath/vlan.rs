@@ -3,7 +3,7 @@
 //! A VLAN has one interface at most on its parent (`vlan_check_real_dev`, net/8021q/vlan.c). So Egret uses one that the host
 //! has made, and makes one only where there is none. It recognises its own ones by their names.
 
-use crate::datapath::names::VLAN_DEVICE;
+use crate::datapath::names::{VLAN_DEVICE, is_vlan_device};
 use crate::datapath::route_socket::{Change, RouteSocket};
 use crate::datapath::sysctl;
 use crate::datapath::uplink::Interface;
@@ -23,8 +23,9 @@ pub struct Vlan {
     pub ifindex: u32,
     /// The interface name.
     pub name: String,
-    /// The index of the interface that carries it.
-    pub parent: u32,
+    /// The index of the interface that carries it. `None`: that one is in another network namespace, into which somebody has
+    /// moved it. The VLAN's interface has stayed, and carries nothing of this host's.
+    pub parent: Option<u32>,
     /// The VLAN's number in IEEE 802.1Q, 1 to 4094.
     pub id: u16,
     /// Whether it is set up.
@@ -34,7 +35,15 @@ pub struct Vlan {
 impl Vlan {
     /// Whether Egret has made it.
     pub fn is_ours(&self) -> bool {
-        self.name == own_name(self.parent, self.id)
+        match self.parent {
+            Some(parent) => self.name == own_name(parent, self.id),
+            None => is_vlan_device(&self.name) && self.name.ends_with(&format!(".{}", self.id)),
+        }
+    }
+
+    /// Whether it is the interface of the VLAN `id` on the interface `parent`.
+    pub fn is_of(&self, parent: u32, id: u16) -> bool {
+        self.parent == Some(parent) && self.id == id
     }
 }
 
@@ -44,7 +53,7 @@ fn own_name(parent: u32, id: u16) -> String {
     format!("{VLAN_DEVICE}{parent}.{id}")
 }
 
-/// The host's VLAN interfaces of IEEE 802.1Q whose parents are in the same network namespace.
+/// The host's VLAN interfaces of IEEE 802.1Q.
 ///
 /// # Errors
 /// The interfaces cannot be read.
@@ -61,12 +70,12 @@ pub async fn all(socket: &RouteSocket) -> Result<Vec<Vlan>> {
 /// `None` for another kind of interface: without the kernel's module for VLANs, the kernel does not filter by the kind
 /// (`rtnl_dump_ifinfo`, net/core/rtnetlink.c).
 fn parse(link: &LinkMessage) -> Option<Vlan> {
-    let (mut name, mut parent, mut id, mut is_dot1q) = (None, None, None, true);
+    let (mut name, mut parent, mut is_apart, mut id, mut is_dot1q) = (None, None, false, None, true);
     for attribute in &link.attributes {
         match attribute {
             LinkAttribute::IfName(text) => name = Some(text.clone()),
             LinkAttribute::Link(index) => parent = Some(*index),
-            LinkAttribute::LinkNetNsId(_) => return None,
+            LinkAttribute::LinkNetNsId(_) => is_apart = true,
             LinkAttribute::LinkInfo(infos) => {
                 let data = infos.iter().find_map(|info| match info {
                     LinkInfo::Data(InfoData::Vlan(data)) => Some(data),
@@ -86,7 +95,7 @@ fn parse(link: &LinkMessage) -> Option<Vlan> {
     let vlan = Vlan {
         ifindex: link.header.index,
         name: name?,
-        parent: parent?,
+        parent: parent.filter(|_| !is_apart),
         id: id?,
         up: link.header.flags.contains(LinkFlags::Up),
     };
@@ -174,7 +183,6 @@ pub async fn remove_all(socket: &RouteSocket) -> Result<usize> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::datapath::names::is_vlan_device;
 
     fn link(attributes: Vec<LinkAttribute>, data: Vec<InfoVlan>) -> LinkMessage {
         let mut link = LinkMessage::default();
@@ -190,11 +198,15 @@ mod tests {
         let of = |name: &str| vec![LinkAttribute::IfName(name.into()), LinkAttribute::Link(2)];
         let id = vec![InfoVlan::Id(100), InfoVlan::Protocol(VlanProtocol::Ieee8021Q)];
         let vlan = parse(&link(of("eth0.100"), id.clone())).unwrap();
-        assert_eq!((vlan.ifindex, vlan.parent, vlan.id, vlan.is_ours()), (9, 2, 100, false));
+        assert_eq!((vlan.ifindex, vlan.parent, vlan.id, vlan.is_ours()), (9, Some(2), 100, false));
+        assert!(vlan.is_of(2, 100) && !vlan.is_of(3, 100) && !vlan.is_of(2, 101));
         assert!(parse(&link(of("egret2.100"), id.clone())).unwrap().is_ours());
         // The index of a parent in another network namespace is none of this one's.
-        let apart = [of("eth0.100"), vec![LinkAttribute::LinkNetNsId(0)]].concat();
-        assert_eq!(parse(&link(apart, id)), None);
+        let apart = |name| parse(&link([of(name), vec![LinkAttribute::LinkNetNsId(0)]].concat(), id.clone())).unwrap();
+        assert_eq!((apart("eth0.100").parent, apart("eth0.100").is_ours()), (None, false));
+        assert!(!apart("egret2.100").is_of(2, 100));
+        assert!(apart("egret2.100").is_ours() && apart("egret7.100").is_ours());
+        assert!(!apart("egret2.1100").is_ours() && !apart("egret2.10").is_ours());
         let dot1ad = vec![InfoVlan::Id(100), InfoVlan::Protocol(VlanProtocol::Ieee8021Ad)];
         assert_eq!(parse(&link(of("eth0.100"), dot1ad)), None);
         assert_eq!(parse(&LinkMessage::default()), None);

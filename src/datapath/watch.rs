@@ -78,7 +78,7 @@ const RECEIVE_BUFFER: usize = 4 << 20;
 
 /// What another program has changed.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Event {
+pub enum ForeignChange {
     /// Notifications were lost, and anything may have changed.
     Everything,
     /// The tunnel device or its settings. When a device goes, its routes go without a notification.
@@ -167,11 +167,11 @@ impl Watch {
     ///
     /// # Errors
     /// A socket failed.
-    pub async fn next(&mut self) -> io::Result<BTreeSet<Event>> {
+    pub async fn next(&mut self) -> io::Result<BTreeSet<ForeignChange>> {
         poll_fn(|cx| self.poll_next(cx)).await
     }
 
-    fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<BTreeSet<Event>>> {
+    fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<BTreeSet<ForeignChange>>> {
         let mut events = BTreeSet::new();
         let Watch { route, netfilter, buffer, device, out, running, interest } = self;
         running.retain(|index, _| interest.uplinks.contains(index));
@@ -217,7 +217,7 @@ struct Filter<'a> {
     out: &'a mut u32,
     running: &'a mut HashMap<u32, bool>,
     interest: &'a Interest,
-    events: &'a mut BTreeSet<Event>,
+    events: &'a mut BTreeSet<ForeignChange>,
 }
 
 impl Filter<'_> {
@@ -225,7 +225,7 @@ impl Filter<'_> {
         &mut self,
         read: Option<usize>,
         buffer: &[u8],
-        each: impl Fn(&mut Self, &Message<'_>) -> Option<Event>,
+        each: impl Fn(&mut Self, &Message<'_>) -> Option<ForeignChange>,
     ) {
         let whole = read.is_some_and(|length| {
             let parsed = messages(&buffer[..length.min(buffer.len())], |m| {
@@ -237,11 +237,11 @@ impl Filter<'_> {
             parsed.is_ok()
         });
         if !whole {
-            self.events.insert(Event::Everything);
+            self.events.insert(ForeignChange::Everything);
         }
     }
 
-    fn route(&mut self, m: &Message<'_>) -> Option<Event> {
+    fn route(&mut self, m: &Message<'_>) -> Option<ForeignChange> {
         match m.kind {
             RTM_NEWLINK | RTM_DELLINK => self.link(m),
             RTM_NEWADDR | RTM_DELADDR => self.address(m),
@@ -249,14 +249,14 @@ impl Filter<'_> {
                 let table = attribute(m, RTMSG, RTA_TABLE).and_then(number).unwrap_or(u32::from(*m.payload.get(4)?));
                 let is_own = *m.payload.get(5)? == PROTOCOL;
                 if is_own_table(table) || table == TABLE_LOCAL && is_own {
-                    return Some(Event::Routes);
+                    return Some(ForeignChange::Routes);
                 }
                 if self.leads_to_a_peer(m) {
-                    self.events.insert(Event::Underlay);
+                    self.events.insert(ForeignChange::Underlay);
                 }
                 let default = table == TABLE_MAIN && *m.payload.get(1)? == 0;
                 if default && !self.interest.uplinks.is_empty() {
-                    return Some(Event::Uplinks);
+                    return Some(ForeignChange::Uplinks);
                 }
                 None
             }
@@ -264,28 +264,28 @@ impl Filter<'_> {
                 let on_device = self.is_own(number(m.payload.get(4..8)?)?);
                 // A neighbour entry without a MAC address is only an attempt to resolve it.
                 let known = attribute(m, NDMSG, NDA_LLADDR).is_some_and(|mac| mac.len() == size_of::<Mac>());
-                (on_device && known).then_some(Event::Neighbours)
+                (on_device && known).then_some(ForeignChange::Neighbours)
             }
             RTM_NEWRULE | RTM_DELRULE => {
                 let priority = attribute(m, FIB_RULE_HDR, FRA_PRIORITY).and_then(number)?;
-                (RULE_QUARANTINE_REDIRECTED..=RULE_TO_VRF).contains(&priority).then_some(Event::Rules)
+                (RULE_QUARANTINE_REDIRECTED..=RULE_TO_VRF).contains(&priority).then_some(ForeignChange::Rules)
             }
             RTM_NEWTFILTER | RTM_DELTFILTER => {
                 let kind = attribute(m, TCMSG, TCA_KIND).map(trim)?;
                 let index = number(m.payload.get(4..8)?)?;
                 let may_redirect = ifb::KINDS.iter().any(|(name, _)| name.as_bytes() == kind);
-                may_redirect.then_some(Event::Filters { index })
+                may_redirect.then_some(ForeignChange::Filters { index })
             }
             RTM_NEWNETCONF => {
                 let index = attribute(m, NETCONFMSG, NETCONFA_IFINDEX).and_then(number)?;
                 let all = *self.device != 0 && index == NETCONFA_IFINDEX_ALL;
-                (self.is_own(index) || all).then_some(Event::Tunnel)
+                (self.is_own(index) || all).then_some(ForeignChange::Tunnel)
             }
             _ => None,
         }
     }
 
-    fn link(&mut self, m: &Message<'_>) -> Option<Event> {
+    fn link(&mut self, m: &Message<'_>) -> Option<ForeignChange> {
         // A bridge sends the same messages about its ports, with AF_BRIDGE, and RTM_DELLINK when a port leaves it.
         if i32::from(*m.payload.first()?) != AF_UNSPEC {
             return None;
@@ -295,38 +295,38 @@ impl Filter<'_> {
         if name == DEVICE.as_bytes() || index == *self.device {
             let here = m.kind == RTM_NEWLINK && name == DEVICE.as_bytes();
             *self.device = if here { index } else { 0 };
-            return Some(Event::Tunnel);
+            return Some(ForeignChange::Tunnel);
         }
         if name == OUT_DEVICE.as_bytes() || name == HOP_DEVICE.as_bytes() || self.is_own(index) {
             let is_out = name == OUT_DEVICE.as_bytes();
             if is_out || index == *self.out {
                 *self.out = if is_out && m.kind == RTM_NEWLINK { index } else { 0 };
             }
-            return Some(Event::Tunnel);
+            return Some(ForeignChange::Tunnel);
         }
         if ROUTE_DEVICE.iter().any(|own| name == own.as_bytes()) {
-            return Some(Event::Addresses);
+            return Some(ForeignChange::Addresses);
         }
         if let Some(was) = self.interest.underlay.get(&index) {
             let mtu = attribute(m, IFINFOMSG, IFLA_MTU).and_then(number);
             let changed: u32 = number(m.payload.get(12..16)?)?;
             // When it goes down, its IPv4 routes go without a notification (`fib_sync_down_dev`).
             if mtu.is_some_and(|mtu| mtu != *was) || m.kind == RTM_DELLINK || changed & IFF_UP as u32 != 0 {
-                self.events.insert(Event::Underlay);
+                self.events.insert(ForeignChange::Underlay);
             }
         }
         if self.interest.uplinks.contains(&index) {
             let (flags, changed) = (number(m.payload.get(8..12)?)?, number(m.payload.get(12..16)?)?);
             let running = m.kind == RTM_NEWLINK && flags & IFF_RUNNING as u32 != 0;
             if self.running.insert(index, running) != Some(running) {
-                self.events.insert(Event::Uplinks);
+                self.events.insert(ForeignChange::Uplinks);
             }
             let news = m.kind == RTM_DELLINK || changed & IFF_UP as u32 != 0;
-            return news.then_some(Event::Routes);
+            return news.then_some(ForeignChange::Routes);
         }
         let info = attribute(m, IFINFOMSG, IFLA_LINKINFO)?;
         let veth = attributes(info).any(|(kind, value)| kind == IFLA_INFO_KIND && trim(value) == b"veth");
-        (m.kind == RTM_DELLINK && veth).then_some(Event::VethGone { index })
+        (m.kind == RTM_DELLINK && veth).then_some(ForeignChange::VethGone { index })
     }
 
     /// Whether this is the tunnel device's index, or that of the device that leads to it.
@@ -344,7 +344,7 @@ impl Filter<'_> {
         behind.next().is_some()
     }
 
-    fn address(&self, m: &Message<'_>) -> Option<Event> {
+    fn address(&self, m: &Message<'_>) -> Option<ForeignChange> {
         let index = number(m.payload.get(4..8)?)?;
         let (mut local, mut address, mut ours) = (None, None, false);
         for (kind, value) in attributes(m.payload.get(IFADDRMSG..)?) {
@@ -358,18 +358,18 @@ impl Filter<'_> {
         }
         if self.is_own(index) {
             // The device's own address concerns the tunnel. Health addresses are synchronised like egress IPs.
-            return Some(if ours { Event::Addresses } else { Event::Tunnel });
+            return Some(if ours { ForeignChange::Addresses } else { ForeignChange::Tunnel });
         }
         let wanted = local.or(address).is_some_and(|a| self.interest.addresses.contains(&a));
-        (ours || wanted || self.interest.uplinks.contains(&index)).then_some(Event::Addresses)
+        (ours || wanted || self.interest.uplinks.contains(&index)).then_some(ForeignChange::Addresses)
     }
 
-    fn nftables(&mut self, m: &Message<'_>) -> Option<Event> {
+    fn nftables(&mut self, m: &Message<'_>) -> Option<ForeignChange> {
         if m.kind & 0xff00 != NFTABLES || m.kind == NFT_MSG_NEWGEN {
             return None;
         }
         let table = trim(attribute(m, NFGENMSG, NFTA_TABLE)?);
-        [TABLE, FLUSH_GUARD].map(str::as_bytes).contains(&table).then_some(Event::Nftables)
+        [TABLE, FLUSH_GUARD].map(str::as_bytes).contains(&table).then_some(ForeignChange::Nftables)
     }
 }
 

@@ -1,7 +1,7 @@
 //! The entry of `egret-cni` in the node's network configuration. It is put into the first file by name that a runtime
 //! can use, because runtimes choose that file (go-cni's `loadFromConfDir`, ocicni's `loadNetworks`).
 
-use super::directory::{Directory, Found};
+use super::directory::{Directory, FileContents};
 use super::network::{Entry, Kind, Network, replacement};
 use anyhow::{Context, Result, anyhow};
 use std::collections::BTreeMap;
@@ -12,7 +12,7 @@ const ROUNDS: usize = 5;
 
 /// The state of the network configuration.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum State {
+pub enum ConfigurationState {
     /// The runtime's plugin chain has the entry, in this file.
     Ready(String),
     /// No file can be used by a runtime.
@@ -32,7 +32,7 @@ pub enum State {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct EntryResult {
     /// The state of the configuration after the call.
-    pub state: State,
+    pub state: ConfigurationState,
     /// Whether the entry was written.
     pub changed: bool,
     /// Files that runtimes cannot use and that sort before the used one, each with the reason.
@@ -44,7 +44,7 @@ pub struct EntryResult {
 /// # Errors
 /// A file cannot be written, or the directory cannot be read.
 pub fn put(path: &Path, entry: Entry<'_>) -> Result<EntryResult> {
-    let mut outcome = EntryResult { state: State::Missing, changed: false, skipped: Vec::new() };
+    let mut outcome = EntryResult { state: ConfigurationState::Missing, changed: false, skipped: Vec::new() };
     let Some(directory) = Directory::open(path)? else { return Ok(outcome) };
     for _ in 0..ROUNDS {
         outcome.skipped.clear();
@@ -58,13 +58,13 @@ pub fn put(path: &Path, entry: Entry<'_>) -> Result<EntryResult> {
             }
         }
     }
-    outcome.state = State::BeingWritten;
+    outcome.state = ConfigurationState::BeingWritten;
     Ok(outcome)
 }
 
 /// What one pass over the directory did.
 enum Pass {
-    Done(State),
+    Done(ConfigurationState),
     Written,
     Again,
 }
@@ -89,7 +89,7 @@ fn pass(directory: &Directory, entry: Entry<'_>, may_write: bool, skipped: &mut 
         let file = match found.text().and_then(|text| Ok(Network::read(text, kind)?.stands_for())) {
             Ok(file) => file,
             // The file may become the first one when it is complete. Do not extend another one meanwhile.
-            Err(_) if first.is_none() && found.is_young() => return Ok(Pass::Done(State::BeingWritten)),
+            Err(_) if first.is_none() && found.is_young() => return Ok(Pass::Done(ConfigurationState::BeingWritten)),
             Err(reason) => {
                 if first.is_none() {
                     skipped.push(format!("{}: {reason}", directory.path(&name).display()));
@@ -104,13 +104,15 @@ fn pass(directory: &Directory, entry: Entry<'_>, may_write: bool, skipped: &mut 
         }
     }
     let (wanted, state) = match &first {
-        None => (None, State::Missing),
+        None => (None, ConfigurationState::Missing),
         Some(first) => match extend(directory, first, entry, &replacements, may_write)? {
-            Extension::Done => (None, State::Ready(first.name.clone())),
-            Extension::Replacement(name) => (Some(name.clone()), State::Ready(name)),
+            Extension::Done => (None, ConfigurationState::Ready(first.name.clone())),
+            Extension::Replacement(name) => (Some(name.clone()), ConfigurationState::Ready(name)),
             Extension::Written => return Ok(Pass::Written),
             Extension::Again => return Ok(Pass::Again),
-            Extension::Impossible(reason) => (None, State::NotExtensible { file: first.name.clone(), reason }),
+            Extension::Impossible(reason) => {
+                (None, ConfigurationState::NotExtensible { file: first.name.clone(), reason })
+            }
         },
     };
     // Remove replacement lists whose file is gone or not the first any more.
@@ -125,7 +127,7 @@ fn pass(directory: &Directory, entry: Entry<'_>, may_write: bool, skipped: &mut 
 struct First {
     name: String,
     kind: Kind,
-    found: Found,
+    found: FileContents,
 }
 
 enum Extension {

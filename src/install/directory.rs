@@ -25,14 +25,14 @@ pub struct Directory {
 }
 
 /// A file's contents and metadata at the time of reading.
-pub struct Found {
+pub struct FileContents {
     pub bytes: Vec<u8>,
     /// Whether the name is a symbolic link.
     pub is_link: bool,
     metadata: Metadata,
 }
 
-impl Found {
+impl FileContents {
     /// The contents as text.
     ///
     /// # Errors
@@ -96,7 +96,7 @@ impl Directory {
     ///
     /// # Errors
     /// The file cannot be a network configuration: it is no regular file, is too big, or cannot be read.
-    pub fn read(&self, name: &str) -> Result<Option<Found>, String> {
+    pub fn read(&self, name: &str) -> Result<Option<FileContents>, String> {
         let path = self.path(name);
         let is_link = match path.symlink_metadata() {
             Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
@@ -116,7 +116,7 @@ impl Directory {
         if bytes.len() as u64 > MAX_BYTES {
             return Err(format!("it has more than {} MiB", MAX_BYTES >> 20));
         }
-        Ok(Some(Found { bytes, is_link, metadata }))
+        Ok(Some(FileContents { bytes, is_link, metadata }))
     }
 
     /// Writes a file that belongs to Egret.
@@ -135,7 +135,7 @@ impl Directory {
     ///
     /// # Errors
     /// The file cannot be written; the old one is unchanged.
-    pub fn replace(&self, name: &str, found: &Found, bytes: &[u8]) -> Result<bool> {
+    pub fn replace(&self, name: &str, found: &FileContents, bytes: &[u8]) -> Result<bool> {
         let (temporary, path) = (self.temporary(name), self.path(name));
         let about = || format!("{}", path.display());
         unfinished(&temporary, bytes, found.mode(), Some((found.metadata.uid(), found.metadata.gid())))

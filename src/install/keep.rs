@@ -1,7 +1,7 @@
 //! Keeps the plugin installed while the node daemon runs. Another CNI that rewrites its configuration drops the
 //! entry, and a tool that manages a host's plugins may remove an unknown program.
 
-use super::configuration::{self, State};
+use super::configuration::{self, ConfigurationState};
 use super::{entry, not_extensible, plugin, skipped};
 use futures_util::StreamExt;
 use inotify::{EventStream, Inotify, WatchMask};
@@ -160,7 +160,7 @@ impl Keeper {
         match entry {
             Err(e) => problems.push(format!("cannot put egret-cni into the network configuration: {e:#}")),
             Ok(outcome) => {
-                let ready = matches!(outcome.state, State::Ready(_));
+                let ready = matches!(outcome.state, ConfigurationState::Ready(_));
                 self.metrics.configured.set(ready.into());
                 if outcome.changed {
                     self.metrics.put_back.inc();
@@ -168,13 +168,15 @@ impl Keeper {
                 }
                 problems.extend(outcome.skipped.iter().map(|file| skipped(file)));
                 match outcome.state {
-                    State::Ready(file) if outcome.changed => tracing::info!("put egret-cni into {dir}/{file}"),
-                    State::Ready(_) => {}
-                    State::BeingWritten => settled = false,
-                    State::Missing => {
+                    ConfigurationState::Ready(file) if outcome.changed => {
+                        tracing::info!("put egret-cni into {dir}/{file}")
+                    }
+                    ConfigurationState::Ready(_) => {}
+                    ConfigurationState::BeingWritten => settled = false,
+                    ConfigurationState::Missing => {
                         problems.push(format!("there is no network configuration in {dir}; waiting for one"));
                     }
-                    State::NotExtensible { file, reason } => {
+                    ConfigurationState::NotExtensible { file, reason } => {
                         problems.push(not_extensible(&self.options.conf_dir, &file, &reason));
                     }
                 }

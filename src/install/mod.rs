@@ -9,7 +9,7 @@ pub mod plugin;
 pub mod uninstall;
 
 use anyhow::{Context, Result, bail};
-use configuration::State;
+use configuration::ConfigurationState;
 use egret_cni::config::{check_socket, check_state_dir};
 use egret_cni::uninstalled;
 use network::Entry;
@@ -70,17 +70,19 @@ pub fn run(options: &Options) -> Result<()> {
         }
         reported = outcome.skipped;
         match outcome.state {
-            State::Ready(file) if changed => {
+            ConfigurationState::Ready(file) if changed => {
                 tracing::info!("put egret-cni into {dir}/{file}");
                 return Ok(());
             }
-            State::Ready(file) => {
+            ConfigurationState::Ready(file) => {
                 tracing::info!("{dir}/{file} has egret-cni already");
                 return Ok(());
             }
-            State::NotExtensible { file, reason } => bail!(not_extensible(&options.conf_dir, &file, &reason)),
-            State::BeingWritten => thread::sleep(RETRY),
-            State::Missing => {
+            ConfigurationState::NotExtensible { file, reason } => {
+                bail!(not_extensible(&options.conf_dir, &file, &reason))
+            }
+            ConfigurationState::BeingWritten => thread::sleep(RETRY),
+            ConfigurationState::Missing => {
                 if waiting_logged_at.is_none_or(|at| at.elapsed() >= LOG_INTERVAL) {
                     waiting_logged_at = Some(Instant::now());
                     tracing::info!("there is no network configuration in {dir} yet; waiting for the cluster's CNI");

@@ -1,7 +1,7 @@
 //! Traces of a packet's way: what a node's daemon and `kubectl egret trace` say to each other, as lines of JSON.
 //!
 //! The command sends a [`TraceSpec`] to the daemon of the pod's node, and then to those of the nodes that hold the pod's
-//! egress IPs. Each answers [`Event::Armed`] when it sees the packets that are asked for. On [`GO`], the daemon of the
+//! egress IPs. Each answers [`TraceEvent::Armed`] when it sees the packets that are asked for. On [`GO`], the daemon of the
 //! pod's node sends the probe. Each tells of the packets' way until the command closes the connection, or the time is
 //! over.
 
@@ -56,13 +56,13 @@ pub struct TraceSpec {
 /// What a daemon says.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "event", rename_all = "camelCase")]
-pub enum Event {
+pub enum TraceEvent {
     /// The trace has begun.
     Armed(Armed),
     /// The probe was sent.
     Sent,
     /// A packet went a step.
-    Step(Step),
+    Step(TraceStep),
     /// The packet cannot be traced, or the probe cannot be sent.
     Refused {
         /// Why, with the remedy.
@@ -107,7 +107,7 @@ pub struct EgressIp {
 /// A step of a packet's way: a rule matched it, a chain returned, or a chain's policy decided.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub struct Step {
+pub struct TraceStep {
     /// Microseconds since the trace began on this node.
     pub at: u64,
     /// The kernel's number of the packet.
@@ -152,7 +152,7 @@ pub struct Flow {
     pub what: String,
 }
 
-impl Step {
+impl TraceStep {
     /// Whether the packet ended here.
     pub fn is_drop(&self) -> bool {
         self.verdict == "drop"
@@ -230,7 +230,7 @@ mod tests {
             what: "SYN".into(),
         };
         assert_eq!((flow.from(), flow.to()), ("[2001:db8::1]:61000".into(), "[2001:db8::2]:443".into()));
-        let step = Step {
+        let step = TraceStep {
             at: 5,
             packet: 1,
             is_reply: false,
@@ -243,10 +243,10 @@ mod tests {
             output: None,
         };
         assert!(step.is_drop() && step.is_of_egret());
-        assert!(!Step { table: "ip egrets".into(), ..step.clone() }.is_of_egret());
-        for event in [Event::Sent, Event::Step(step), Event::Armed(Armed::default()), Event::Lost] {
+        assert!(!TraceStep { table: "ip egrets".into(), ..step.clone() }.is_of_egret());
+        for event in [TraceEvent::Sent, TraceEvent::Step(step), TraceEvent::Armed(Armed::default()), TraceEvent::Lost] {
             let line = serde_json::to_string(&event).unwrap();
-            assert_eq!(serde_json::from_str::<Event>(&line).unwrap(), event, "{line}");
+            assert_eq!(serde_json::from_str::<TraceEvent>(&line).unwrap(), event, "{line}");
         }
         assert!("sctp".parse::<Protocol>().unwrap_err().contains("tcp, udp or icmp"));
     }

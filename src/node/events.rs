@@ -35,7 +35,7 @@ pub enum Event {
     /// A new snapshot of the cluster.
     Snapshot(Arc<Cluster>),
     /// Other programs have changed the kernel's state.
-    Kernel(BTreeSet<watch::Event>),
+    Kernel(BTreeSet<watch::ForeignChange>),
     /// The liveness of other nodes has changed.
     Liveness(PeerLiveness),
     /// The findings of probes have changed.

@@ -13,7 +13,7 @@ use crate::api::{ExistingConnections, Fallback};
 use crate::model::marks::{EgressId, Marks};
 use crate::model::networks::Networks;
 use crate::model::shared::Shared;
-use crate::node_plan::policy_chain::{PolicyChain, Way};
+use crate::node_plan::policy_chain::{PolicyAction, PolicyChain};
 use anyhow::Result;
 use egret_nft::conntrack::{self, Connection};
 use egret_nft::netlink::{NETLINK_NETFILTER, Socket};
@@ -154,7 +154,7 @@ impl ConnectionReview {
                 self.needs_review(pod_id, policy_chain, &job.ready).then_some((pod_id, &**used, policy_chain))
             })
             .collect();
-        let mut found = Found { kept: BTreeMap::new(), ended: 0 };
+        let mut found = ReviewFindings { kept: BTreeMap::new(), ended: 0 };
         if !changed.is_empty() {
             found = self.find(&changed, job)?;
         }
@@ -184,7 +184,7 @@ impl ConnectionReview {
     }
 
     /// Ends connections of these pods, and collects the ones that continue.
-    fn find(&self, pods: &[(&PodId, &Use, &Arc<PolicyChain>)], job: &Job) -> Result<Found> {
+    fn find(&self, pods: &[(&PodId, &Use, &Arc<PolicyChain>)], job: &Job) -> Result<ReviewFindings> {
         let of_address: HashMap<IpAddr, (&PodId, &PolicyChain)> = pods
             .iter()
             .flat_map(|(pod_id, used, policy_chain)| {
@@ -213,7 +213,7 @@ impl ConnectionReview {
             }
             false
         })?;
-        Ok(Found { kept, ended })
+        Ok(ReviewFindings { kept, ended })
     }
 
     fn action(
@@ -241,7 +241,7 @@ impl ConnectionReview {
 }
 
 /// See [`ConnectionReview::find`].
-struct Found {
+struct ReviewFindings {
     kept: BTreeMap<PodId, HashSet<u32>>,
     ended: usize,
 }
@@ -270,7 +270,7 @@ fn decides(policy_chain: &PolicyChain, ready: &BTreeSet<EgressId>, c: &Connectio
         return Some(ExistingConnections::Keep);
     }
     let step = policy_chain.step_for(c.reply_source, c.protocol, c.reply_port)?;
-    let Way::EgressIp { allocation, fallback } = step.way else { return None };
+    let PolicyAction::EgressIp { allocation, fallback } = step.way else { return None };
     let is_ready = allocation.is_some_and(|allocation| ready.contains(&allocation));
     (fallback == Fallback::Block || is_ready).then_some(step.existing_connections)
 }
@@ -278,7 +278,7 @@ fn decides(policy_chain: &PolicyChain, ready: &BTreeSet<EgressId>, c: &Connectio
 /// Whether a connection with an egress IP is ended, because a direct policy decides now and says so.
 fn ends_at_direct(policy_chain: &PolicyChain, c: &Connection) -> bool {
     let step = policy_chain.step_for(c.reply_source, c.protocol, c.reply_port);
-    step.is_some_and(|step| step.way == Way::Direct && step.existing_connections == ExistingConnections::End)
+    step.is_some_and(|step| step.way == PolicyAction::Direct && step.existing_connections == ExistingConnections::End)
 }
 
 #[cfg(test)]

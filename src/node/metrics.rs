@@ -24,7 +24,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
-struct State {
+struct StateLabels {
     state: &'static str,
 }
 
@@ -102,8 +102,8 @@ impl Forwarded {
 
 /// The node daemon's metrics. Each method updates the metrics from a state or an event.
 pub struct Metrics {
-    pods: Family<State, Gauge>,
-    allocations: Family<State, Gauge>,
+    pods: Family<StateLabels, Gauge>,
+    allocations: Family<StateLabels, Gauge>,
     takeovers: Family<Reason, Counter>,
     dropped: Family<Reason, Counter>,
     other_ports: Counter,
@@ -298,7 +298,7 @@ impl Metrics {
             ("unmanaged", census.unmanaged),
         ];
         for (state, n) in states {
-            self.pods.get_or_create(&State { state }).set(n);
+            self.pods.get_or_create(&StateLabels { state }).set(n);
         }
     }
 
@@ -319,7 +319,7 @@ impl Metrics {
             *states.entry(state).or_default() += 1;
         }
         for (state, n) in states {
-            self.allocations.get_or_create(&State { state }).set(n);
+            self.allocations.get_or_create(&StateLabels { state }).set(n);
         }
     }
 

@@ -38,8 +38,8 @@ pub use run::run;
 use crate::cluster::SourceName;
 use crate::model::marks::Marks;
 use crate::telemetry::server;
-pub use assign::Target as AssignHookTarget;
-pub use flow_log::Target as FlowLogTarget;
+pub use assign::HookUrl;
+pub use flow_log::LogTarget;
 pub use host::TunnelEgress;
 use ipnetwork::IpNetwork;
 use std::net::IpAddr;
@@ -64,7 +64,7 @@ pub struct Options {
     /// Destinations that no policy covers, besides the cluster's own.
     pub direct: Vec<IpNetwork>,
     /// Settings of the liveness probes.
-    pub liveness: liveness::Settings,
+    pub liveness: liveness::LivenessSettings,
     /// Egret's bits in marks.
     pub marks: Marks,
     /// Whether the daemon owns the nftables tables, on kernels that support it, so that no other program can change
@@ -76,9 +76,9 @@ pub struct Options {
     /// again; `None`: all of them take it.
     pub fast_path_lease: Option<Duration>,
     /// What brings an egress IP to this node before the node uses it; `None`: nothing has to.
-    pub assign_hook: Option<AssignHookTarget>,
+    pub assign_hook: Option<HookUrl>,
     /// Where connections of egress IPs are recorded; `None`: nowhere.
-    pub flow_log: Option<FlowLogTarget>,
+    pub flow_log: Option<LogTarget>,
     /// Addresses of the servers for metrics and health.
     pub addresses: server::Addresses,
     /// The runtime's directory of network configurations and that of plugins, if the daemon is to keep them as `egretd

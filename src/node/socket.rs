@@ -5,7 +5,7 @@ use super::trace::{self, TraceRequest};
 use crate::model::trace as wire;
 use anyhow::Context;
 use egret_cni::careful;
-use egret_cni::protocol::{Failure, PROTOCOL, Request, Response, Verb, codes};
+use egret_cni::protocol::{CniError, PROTOCOL, Request, Response, Verb, codes};
 use egret_cni::run_dir::{self, DAEMON_LOCK, SOCKET};
 use nix::fcntl::Flock;
 use serde::{Deserialize, Serialize};
@@ -31,7 +31,7 @@ const AT_ONCE: usize = 512;
 pub struct PluginRequest {
     pub verb: Verb,
     /// Where the response goes.
-    pub response: oneshot::Sender<Result<(), Failure>>,
+    pub response: oneshot::Sender<Result<(), CniError>>,
 }
 
 /// Creates the run directory and waits until no other daemon uses it.
@@ -168,7 +168,7 @@ async fn serve(mut stream: UnixStream, senders: Senders) -> std::io::Result<()> 
         // Another protocol version may have other verbs.
         Err(e) => match serde_json::from_slice::<Head>(&line) {
             Ok(v) if v.version != PROTOCOL => Err(incompatible(v.version)),
-            _ => Err(Failure::new(codes::DECODE, "egretd cannot parse the request", e.to_string())),
+            _ => Err(CniError::new(codes::DECODE, "egretd cannot parse the request", e.to_string())),
         },
     };
     respond(&mut write, &Response { version: PROTOCOL, error: result.err() }).await
@@ -196,8 +196,8 @@ struct Head {
     verb: Option<String>,
 }
 
-fn incompatible(version: u32) -> Failure {
-    Failure::new(
+fn incompatible(version: u32) -> CniError {
+    CniError::new(
         codes::INCOMPATIBLE,
         format!("the plugin uses version {version} of the protocol, egretd uses {PROTOCOL}"),
         "install plugin and daemon of one release",

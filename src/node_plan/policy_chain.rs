@@ -18,16 +18,16 @@ pub enum PolicyChain {
     Isolated,
     /// The first step that covers the destination decides. A packet that no step covers leaves as if Egret were not
     /// there.
-    Steps(Vec<Step>),
+    Steps(Vec<PolicyStep>),
 }
 
 /// What one policy does with packets.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Step {
+pub struct PolicyStep {
     /// The policy.
     pub policy: PolicyKey,
     /// Where covered packets go.
-    pub way: Way,
+    pub way: PolicyAction,
     /// The other allocations of the policy, if it has several: the pod does not use them, but its connections that have
     /// one of them keep it.
     pub others: Box<[EgressId]>,
@@ -42,7 +42,7 @@ pub struct Step {
 
 /// Where the packets that a policy covers go.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Way {
+pub enum PolicyAction {
     /// They leave as if Egret were not there.
     Direct,
     /// They leave from an egress IP.
@@ -84,8 +84,8 @@ impl PolicyChain {
                 let division = Division::from(&**policy);
                 let (allocation, by_connection) = (division.one(choices, pod), division.by_connection(choices));
                 let way = match policy.is_direct() {
-                    true => Way::Direct,
-                    false => Way::EgressIp { allocation, fallback: policy.fallback },
+                    true => PolicyAction::Direct,
+                    false => PolicyAction::EgressIp { allocation, fallback: policy.fallback },
                 };
                 let others =
                     choices.iter().map(|choice| choice.of).filter(|other| Some(*other) != allocation).collect();
@@ -95,21 +95,28 @@ impl PolicyChain {
                 let chooses = by_connection.len() > 1 && !falls_back;
                 let by_connection = if chooses { by_connection.into() } else { Box::default() };
                 let existing_connections = policy.existing_connections;
-                steps.push(Step { policy: key.clone(), way, others, by_connection, existing_connections, covers });
+                steps.push(PolicyStep {
+                    policy: key.clone(),
+                    way,
+                    others,
+                    by_connection,
+                    existing_connections,
+                    covers,
+                });
             }
             if all {
                 break;
             }
         }
         // A pod that only direct policies select is left alone.
-        steps.iter().any(|step| step.way != Way::Direct).then_some(PolicyChain::Steps(steps))
+        steps.iter().any(|step| step.way != PolicyAction::Direct).then_some(PolicyChain::Steps(steps))
     }
 
     /// The name: FNV-1a of the policies' names, so it stays as long as the list of policies does. Of policies with several
     /// egress IPs, the pod's one is part of it.
     pub fn name(&self) -> Arc<str> {
         let PolicyChain::Steps(steps) = self else { return "policy-isolated".into() };
-        let chosen = |step: &Step| match step.others.is_empty() || !step.by_connection.is_empty() {
+        let chosen = |step: &PolicyStep| match step.others.is_empty() || !step.by_connection.is_empty() {
             true => String::new(),
             false => format!("{}\0", step.allocation().unwrap_or_default()),
         };
@@ -118,7 +125,7 @@ impl PolicyChain {
     }
 
     /// The steps; none for an isolated pod.
-    pub fn steps(&self) -> &[Step] {
+    pub fn steps(&self) -> &[PolicyStep] {
         match self {
             PolicyChain::Isolated => &[],
             PolicyChain::Steps(steps) => steps,
@@ -127,7 +134,7 @@ impl PolicyChain {
 
     /// The step that decides for packets to `address`, outside the cluster, of the IP protocol `protocol` and to
     /// `port` (if they have ports).
-    pub fn step_for(&self, address: IpAddr, protocol: u8, port: Option<u16>) -> Option<&Step> {
+    pub fn step_for(&self, address: IpAddr, protocol: u8, port: Option<u16>) -> Option<&PolicyStep> {
         self.steps().iter().find(|step| step.covers.has(address, protocol, port))
     }
 
@@ -151,18 +158,18 @@ impl PolicyChain {
     }
 }
 
-impl Step {
+impl PolicyStep {
     /// The allocation of its policy that new connections use.
     pub fn allocation(&self) -> Option<EgressId> {
         match self.way {
-            Way::Direct => None,
-            Way::EgressIp { allocation, .. } => allocation,
+            PolicyAction::Direct => None,
+            PolicyAction::EgressIp { allocation, .. } => allocation,
         }
     }
 
     /// Whether its packets leave from the node's address while the egress IP is not ready.
     pub fn falls_back(&self) -> bool {
-        matches!(self.way, Way::EgressIp { fallback: Fallback::NodeAddress, .. })
+        matches!(self.way, PolicyAction::EgressIp { fallback: Fallback::NodeAddress, .. })
     }
 
     /// Whether the step covers every destination outside the cluster.
@@ -232,8 +239,11 @@ mod tests {
         let (other, allocations) = (policy("other", 1), NodeAllocations::default());
         assert_eq!(PolicyChain::new(&[&direct("p"), &direct("q")], &allocations, CLIENT), None);
         let policy_chain = PolicyChain::new(&[&direct("p"), &other], &allocations, CLIENT).unwrap();
-        let ways: Vec<Way> = policy_chain.steps().iter().map(|step| step.way).collect();
-        assert_eq!(ways, [Way::Direct, Way::EgressIp { allocation: None, fallback: Fallback::Block }]);
+        let ways: Vec<PolicyAction> = policy_chain.steps().iter().map(|step| step.way).collect();
+        assert_eq!(
+            ways,
+            [PolicyAction::Direct, PolicyAction::EgressIp { allocation: None, fallback: Fallback::Block }]
+        );
         // It is unknown whether it decides before the one that cannot be read.
         let mut guess = policy("guess", 1);
         Arc::make_mut(&mut guess.policy).guessed.rank = true;

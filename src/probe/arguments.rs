@@ -1,7 +1,7 @@
 //! The command lines of client and server, the same in every program that has them.
 
 use super::client::{self, Options};
-use super::{PORT, Way, server};
+use super::{PORT, ProbeMethod, server};
 use anyhow::bail;
 use clap::Args;
 use std::net::{IpAddr, SocketAddr};
@@ -46,7 +46,7 @@ pub struct ProbeArguments {
     pub tls: bool,
     /// How to ask
     #[arg(long, value_delimiter = ',', value_enum, default_value = "tcp")]
-    pub way: Vec<Way>,
+    pub way: Vec<ProbeMethod>,
     /// Milliseconds from one request to the next
     #[arg(long, default_value_t = 100)]
     pub interval: u64,

@@ -1,6 +1,6 @@
 //! The client: it asks at once when it begins, then at an interval, and prints each answer as a line of JSON.
 
-use super::{Answer, Way, address_in, tls};
+use super::{ProbeMethod, ProbeRecord, address_in, tls};
 use anyhow::{Context, bail};
 use http_body_util::{BodyExt, Empty, Limited};
 use hyper::Request;
@@ -36,7 +36,7 @@ pub struct Options {
     /// Whether to speak TLS.
     pub tls: bool,
     /// How to ask.
-    pub ways: Vec<Way>,
+    pub ways: Vec<ProbeMethod>,
     /// The time from one request to the next.
     pub interval: Duration,
     /// How long to wait for an answer.
@@ -46,7 +46,7 @@ pub struct Options {
 }
 
 /// Who is told of each answer.
-pub type Tell = Arc<dyn Fn(&Answer) + Send + Sync>;
+pub type Tell = Arc<dyn Fn(&ProbeRecord) + Send + Sync>;
 
 /// Asks until all requests are asked.
 pub async fn run(options: Options, tell: Tell) {
@@ -60,17 +60,17 @@ pub async fn run(options: Options, tell: Tell) {
     while tasks.join_next().await.is_some() {}
 }
 
-async fn ask(options: Options, to: SocketAddr, way: Way, begun: Instant, tell: Tell) {
+async fn ask(options: Options, to: SocketAddr, way: ProbeMethod, begun: Instant, tell: Tell) {
     let mut held = None;
     let mut asked = 0;
     loop {
         let at = Instant::now();
-        let patience = if way == Way::Held { options.patience.max(HELD_PATIENCE) } else { options.patience };
+        let patience = if way == ProbeMethod::Held { options.patience.max(HELD_PATIENCE) } else { options.patience };
         let answer = timeout(patience, async {
             match way {
-                Way::Tcp => on_new_connection(&options, to).await,
-                Way::Udp => by_datagram(to).await,
-                Way::Held => on_held_connection(&options, to, &mut held).await,
+                ProbeMethod::Tcp => on_new_connection(&options, to).await,
+                ProbeMethod::Udp => by_datagram(to).await,
+                ProbeMethod::Held => on_held_connection(&options, to, &mut held).await,
             }
         });
         let answer = answer.await.unwrap_or_else(|_| Err(anyhow::anyhow!("no answer")));
@@ -83,7 +83,7 @@ async fn ask(options: Options, to: SocketAddr, way: Way, begun: Instant, tell: T
                 (None, Some(format!("{e:#}")))
             }
         };
-        tell(&Answer { at, took, way, ipv6, resent: resent(), saw, error });
+        tell(&ProbeRecord { at, took, way, ipv6, resent: resent(), saw, error });
         asked += 1;
         if asked == options.count {
             return;
@@ -107,7 +107,7 @@ fn resent() -> u64 {
 }
 
 /// Prints an answer as a line of JSON.
-pub fn print(answer: &Answer) {
+pub fn print(answer: &ProbeRecord) {
     if let Ok(line) = serde_json::to_string(answer) {
         // One write a line; a reader that is gone is no reason to end.
         let _ = std::io::stdout().write_all(format!("{line}\n").as_bytes());

@@ -1,6 +1,6 @@
 //! Asks a server outside the cluster which source address it sees, and is such a server.
 //!
-//! `kubectl egret test` starts pods that run [`client`] and reads their logs: one [`Answer`] a line. [`server`] is for
+//! `kubectl egret test` starts pods that run [`client`] and reads their logs: one [`ProbeRecord`] a line. [`server`] is for
 //! the user's host outside. Every server that answers an HTTP request with the address of the client does as well.
 
 pub mod arguments;
@@ -18,7 +18,7 @@ pub const PORT: u16 = 8080;
 /// How a server is asked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
-pub enum Way {
+pub enum ProbeMethod {
     /// An HTTP request on a TCP connection of its own.
     Tcp,
     /// A datagram from a socket of its own.
@@ -27,25 +27,25 @@ pub enum Way {
     Held,
 }
 
-impl fmt::Display for Way {
+impl fmt::Display for ProbeMethod {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Way::Tcp => "TCP",
-            Way::Udp => "UDP",
-            Way::Held => "one TCP connection",
+            ProbeMethod::Tcp => "TCP",
+            ProbeMethod::Udp => "UDP",
+            ProbeMethod::Held => "one TCP connection",
         })
     }
 }
 
 /// One request and its answer, or the lack of one.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Answer {
+pub struct ProbeRecord {
     /// When it was asked, milliseconds since the client began.
     pub at: u64,
     /// How long the answer took, milliseconds.
     pub took: u64,
     /// How it was asked.
-    pub way: Way,
+    pub way: ProbeMethod,
     /// Whether it was asked over IPv6.
     pub ipv6: bool,
     /// How many TCP segments this network namespace had sent again by then.
@@ -100,10 +100,17 @@ mod tests {
 
     #[test]
     fn an_answer_is_a_short_line() {
-        let answer =
-            Answer { at: 12, took: 3, way: Way::Udp, ipv6: true, resent: 0, saw: None, error: Some("none".to_owned()) };
+        let answer = ProbeRecord {
+            at: 12,
+            took: 3,
+            way: ProbeMethod::Udp,
+            ipv6: true,
+            resent: 0,
+            saw: None,
+            error: Some("none".to_owned()),
+        };
         let line = serde_json::to_string(&answer).unwrap();
         assert_eq!(line, r#"{"at":12,"took":3,"way":"udp","ipv6":true,"error":"none"}"#);
-        assert_eq!(serde_json::from_str::<Answer>(&line).unwrap(), answer);
+        assert_eq!(serde_json::from_str::<ProbeRecord>(&line).unwrap(), answer);
     }
 }

@@ -121,7 +121,7 @@ fn canonical(peer: SocketAddr) -> SocketAddr {
 mod tests {
     use super::super::client::{Options, run as ask};
     use super::*;
-    use crate::probe::{Answer, Way};
+    use crate::probe::{ProbeMethod, ProbeRecord};
 
     #[tokio::test]
     async fn it_answers_by_every_way() {
@@ -139,18 +139,29 @@ mod tests {
             host: "server".to_owned(),
             path: "/".to_owned(),
             tls: false,
-            ways: vec![Way::Tcp, Way::Held],
+            ways: vec![ProbeMethod::Tcp, ProbeMethod::Held],
             interval: Duration::ZERO,
             patience: Duration::from_secs(20),
             count: 3,
         };
         let answers = Arc::new(std::sync::Mutex::new(Vec::new()));
         let kept = Arc::clone(&answers);
-        let tell = Arc::new(move |answer: &Answer| kept.lock().unwrap().push((answer.way, answer.saw)));
+        let tell = Arc::new(move |answer: &ProbeRecord| kept.lock().unwrap().push((answer.way, answer.saw)));
         tokio::time::timeout(Duration::from_secs(30), ask(options, tell)).await.unwrap();
         let mut answers = answers.lock().unwrap().clone();
         answers.sort();
         let local = Some(IpAddr::from(Ipv4Addr::LOCALHOST));
-        assert_eq!(answers, [Way::Tcp, Way::Tcp, Way::Tcp, Way::Held, Way::Held, Way::Held].map(|way| (way, local)));
+        assert_eq!(
+            answers,
+            [
+                ProbeMethod::Tcp,
+                ProbeMethod::Tcp,
+                ProbeMethod::Tcp,
+                ProbeMethod::Held,
+                ProbeMethod::Held,
+                ProbeMethod::Held
+            ]
+            .map(|way| (way, local))
+        );
     }
 }

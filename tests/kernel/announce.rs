@@ -2,7 +2,7 @@
 
 use crate::namespace::{Other, in_namespace, ip};
 use egret::datapath::addresses;
-use egret::datapath::announce::{Target, announce, probe};
+use egret::datapath::announce::{LinkAddress, announce, probe};
 use egret::datapath::route_socket::RouteSocket;
 use egret::datapath::uplink::by_name;
 use egret_nft::mac::{Mac, parse};
@@ -38,9 +38,9 @@ async fn link() -> (RouteSocket, Other) {
     (RouteSocket::open().unwrap(), other)
 }
 
-async fn targets(socket: &RouteSocket, addresses: &[&str]) -> Vec<Target> {
+async fn targets(socket: &RouteSocket, addresses: &[&str]) -> Vec<LinkAddress> {
     let interface = by_name(socket, "eth0").await.unwrap().unwrap();
-    addresses.iter().map(|a| Target { address: address(a), interface: interface.clone(), claim: None }).collect()
+    addresses.iter().map(|a| LinkAddress { address: address(a), interface: interface.clone(), claim: None }).collect()
 }
 
 #[test]

@@ -10,7 +10,7 @@ use egret::model::marks::Marks;
 use egret::model::networks::Networks;
 use egret::model::tunnel_mac;
 use egret::node_plan::allocations::{AllocationState, Assignment, NodeAllocation, Peer, Placing, Role};
-use egret::node_plan::policy_chain::{PolicyChain, Step, Way};
+use egret::node_plan::policy_chain::{PolicyAction, PolicyChain, PolicyStep};
 use egret::node_plan::{NodePlan, PodPlan, View, chain_name};
 use egret_nft::Nftables;
 use ipnetwork::IpNetwork;
@@ -86,9 +86,9 @@ fn view_and_plan(nodes: u16, pods: u32) -> (View, NodePlan, PeerIndexes) {
             ]
             .into(),
         };
-        let step = |name: &str, allocation, fallback, covers: Vec<Destination>| Step {
+        let step = |name: &str, allocation, fallback, covers: Vec<Destination>| PolicyStep {
             policy: PolicyKey::from(name),
-            way: Way::EgressIp { allocation: Some(allocation), fallback },
+            way: PolicyAction::EgressIp { allocation: Some(allocation), fallback },
             others: Box::default(),
             by_connection: Box::default(),
             existing_connections: Default::default(),
@@ -151,9 +151,9 @@ fn listing(networks: u32) -> (NodePlan, SharedSets) {
             },
             Destination { networks: [v4(networks + n)].into(), ports: Box::default() },
         ];
-        Step {
+        PolicyStep {
             policy: PolicyKey::from("a/b"),
-            way: Way::EgressIp { allocation: Some(17), fallback: Fallback::Block },
+            way: PolicyAction::EgressIp { allocation: Some(17), fallback: Fallback::Block },
             others: Box::default(),
             by_connection: Box::default(),
             existing_connections: Default::default(),

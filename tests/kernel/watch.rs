@@ -6,12 +6,12 @@ use egret::datapath::route_socket::RouteSocket;
 use egret::datapath::rules;
 use egret::datapath::rules::Rule;
 use egret::datapath::tunnel::{self, Tunnel};
-use egret::datapath::watch::{Event, Interest, Watch};
+use egret::datapath::watch::{ForeignChange, Interest, Watch};
 use egret_nft::netlink::{NETLINK_NETFILTER, Socket};
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-async fn news(watch: &mut Watch) -> Vec<Event> {
+async fn news(watch: &mut Watch) -> Vec<ForeignChange> {
     let mut all = BTreeSet::new();
     while let Ok(events) = tokio::time::timeout(Duration::from_millis(100), watch.next()).await {
         all.extend(events.unwrap());
@@ -35,7 +35,7 @@ async fn host() -> (RouteSocket, Watch) {
         ipv6: true,
     };
     tunnel::ensure(&socket, &tunnel).await.unwrap();
-    assert!(news(&mut watch).await.contains(&Event::Tunnel));
+    assert!(news(&mut watch).await.contains(&ForeignChange::Tunnel));
     let eth0 = ip_json("link show eth0")[0]["ifindex"].as_u64().unwrap() as u32;
     watch.set_interest(Interest {
         own_ports: BTreeSet::from([socket.port()]),
@@ -57,24 +57,24 @@ fn changes_of_egrets_objects_by_others_are_events() {
         ip("link add cni0 type bridge");
         assert_eq!(news(&mut watch).await, []);
         for (change, event) in [
-            ("route add 203.0.113.0/24 dev eth0 table 7871", Event::Routes),
-            ("-6 route add throw 2001:db8::/32 table 7872", Event::Routes),
-            ("route add default via 192.0.2.1 table 7881", Event::Routes),
-            ("rule add pref 72 fwmark 1 lookup 7871", Event::Rules),
-            ("-6 rule add pref 71 from fd00::1 lookup 7873", Event::Rules),
-            ("address add 192.0.2.50/32 dev eth0", Event::Addresses),
-            ("address add 198.51.100.7/32 dev lo", Event::Addresses),
-            ("address flush dev egret", Event::Tunnel),
-            ("neighbour replace 169.254.78.1 lladdr 02:00:00:00:00:09 dev egret", Event::Neighbours),
-            ("link set egret mtu 1400", Event::Tunnel),
-            ("link set eth0 mtu 1499", Event::Underlay),
-            ("route add 192.0.2.12/32 dev eth0 mtu 1400", Event::Underlay),
-            ("-6 route add 2001:db8::/64 dev eth0", Event::Underlay),
-            ("route del 192.0.2.12/32", Event::Underlay),
-            ("route add default dev eth0", Event::Underlay),
-            ("link set eth0 down", Event::Routes),
-            ("link set eth0 up", Event::Underlay),
-            ("link delete veth-p1", Event::VethGone { index }),
+            ("route add 203.0.113.0/24 dev eth0 table 7871", ForeignChange::Routes),
+            ("-6 route add throw 2001:db8::/32 table 7872", ForeignChange::Routes),
+            ("route add default via 192.0.2.1 table 7881", ForeignChange::Routes),
+            ("rule add pref 72 fwmark 1 lookup 7871", ForeignChange::Rules),
+            ("-6 rule add pref 71 from fd00::1 lookup 7873", ForeignChange::Rules),
+            ("address add 192.0.2.50/32 dev eth0", ForeignChange::Addresses),
+            ("address add 198.51.100.7/32 dev lo", ForeignChange::Addresses),
+            ("address flush dev egret", ForeignChange::Tunnel),
+            ("neighbour replace 169.254.78.1 lladdr 02:00:00:00:00:09 dev egret", ForeignChange::Neighbours),
+            ("link set egret mtu 1400", ForeignChange::Tunnel),
+            ("link set eth0 mtu 1499", ForeignChange::Underlay),
+            ("route add 192.0.2.12/32 dev eth0 mtu 1400", ForeignChange::Underlay),
+            ("-6 route add 2001:db8::/64 dev eth0", ForeignChange::Underlay),
+            ("route del 192.0.2.12/32", ForeignChange::Underlay),
+            ("route add default dev eth0", ForeignChange::Underlay),
+            ("link set eth0 down", ForeignChange::Routes),
+            ("link set eth0 up", ForeignChange::Underlay),
+            ("link delete veth-p1", ForeignChange::VethGone { index }),
         ] {
             ip(change);
             let seen = news(&mut watch).await;
@@ -82,14 +82,14 @@ fn changes_of_egrets_objects_by_others_are_events() {
         }
         for setting in ["egret", "all"] {
             std::fs::write(format!("/proc/sys/net/ipv4/conf/{setting}/rp_filter"), "1").unwrap();
-            assert_eq!(news(&mut watch).await, [Event::Tunnel], "{setting}");
+            assert_eq!(news(&mut watch).await, [ForeignChange::Tunnel], "{setting}");
         }
         run("bridge", "fdb append 02:00:00:00:00:01 dev egret dst 192.0.2.97");
-        assert_eq!(news(&mut watch).await, [Event::Neighbours]);
+        assert_eq!(news(&mut watch).await, [ForeignChange::Neighbours]);
         run("nft", "add table inet egret");
-        assert_eq!(news(&mut watch).await, [Event::Nftables]);
+        assert_eq!(news(&mut watch).await, [ForeignChange::Nftables]);
         ip("link delete egret");
-        assert!(news(&mut watch).await.contains(&Event::Tunnel));
+        assert!(news(&mut watch).await.contains(&ForeignChange::Tunnel));
     });
 }
 
@@ -132,7 +132,7 @@ fn a_burst_of_changes_is_one_event_and_a_loss_is_an_event() {
         std::io::Write::write_all(&mut file, many.as_bytes()).unwrap();
         run("ip", &format!("-force -batch {}", file.path().display()));
         let events = news(&mut watch).await;
-        assert!(events.contains(&Event::Everything) && events.contains(&Event::Routes), "{events:?}");
+        assert!(events.contains(&ForeignChange::Everything) && events.contains(&ForeignChange::Routes), "{events:?}");
     });
 }
 

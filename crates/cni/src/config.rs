@@ -5,7 +5,7 @@
 
 use crate::attachment::AttachmentId;
 use crate::environment::Command;
-use crate::protocol::{Failure, codes};
+use crate::protocol::{CniError, codes};
 use crate::version::Version;
 use serde::Deserialize;
 use serde_json::value::RawValue;
@@ -27,13 +27,13 @@ const MAX_SOCKET: usize = 107;
 ///
 /// # Errors
 /// Standard input cannot be read, or has more than [`MAX_BYTES`].
-pub fn read(input: impl Read) -> Result<Vec<u8>, Failure> {
+pub fn read(input: impl Read) -> Result<Vec<u8>, CniError> {
     let mut bytes = Vec::new();
     input.take(MAX_BYTES as u64 + 1).read_to_end(&mut bytes).map_err(|e: io::Error| {
-        Failure::new(codes::IO, format!("the configuration cannot be read from standard input: {e}"), "")
+        CniError::new(codes::IO, format!("the configuration cannot be read from standard input: {e}"), "")
     })?;
     if bytes.len() > MAX_BYTES {
-        return Err(Failure::new(
+        return Err(CniError::new(
             codes::DECODE,
             format!("the configuration on standard input is longer than {} MiB", MAX_BYTES >> 20),
             "this is no network configuration; check what calls the plugin",
@@ -51,10 +51,10 @@ impl<'a> Fields<'a> {
     ///
     /// # Errors
     /// The bytes are not a JSON object.
-    pub fn parse(bytes: &'a [u8]) -> Result<Self, Failure> {
+    pub fn parse(bytes: &'a [u8]) -> Result<Self, CniError> {
         serde_json::from_slice(bytes).map(Fields).map_err(|e| {
             let msg = format!("the configuration on standard input is no JSON object: {e}");
-            Failure::new(codes::DECODE, msg, "check the conflist with a JSON parser")
+            CniError::new(codes::DECODE, msg, "check the conflist with a JSON parser")
         })
     }
 
@@ -62,11 +62,11 @@ impl<'a> Fields<'a> {
     ///
     /// # Errors
     /// `cniVersion` is missing, of a wrong type, or not supported.
-    pub fn version(&self, command: Command) -> Result<Version, Failure> {
+    pub fn version(&self, command: Command) -> Result<Version, CniError> {
         match self.optional::<String>("cniVersion")? {
             Some(version) => Version::parse(&version),
             None if command == Command::Del => Ok(Version::LATEST),
-            None => Err(Failure::new(
+            None => Err(CniError::new(
                 codes::INCOMPATIBLE,
                 "the configuration has no cniVersion, which means 0.1.0",
                 format!("set cniVersion in the network configuration to one of {}", Version::list()),
@@ -74,10 +74,10 @@ impl<'a> Fields<'a> {
         }
     }
 
-    fn optional<T: Deserialize<'a>>(&self, key: &str) -> Result<Option<T>, Failure> {
+    fn optional<T: Deserialize<'a>>(&self, key: &str) -> Result<Option<T>, CniError> {
         let Some(value) = self.0.get(key) else { return Ok(None) };
         serde_json::from_str(value.get())
-            .map_err(|e| Failure::new(codes::DECODE, format!("{key} in the network configuration: {e}"), ""))
+            .map_err(|e| CniError::new(codes::DECODE, format!("{key} in the network configuration: {e}"), ""))
     }
 }
 
@@ -100,7 +100,7 @@ impl<'a> Config<'a> {
     ///
     /// # Errors
     /// A known field has a wrong type or an invalid value.
-    pub fn read(fields: &Fields<'a>, command: Command) -> Result<Self, Failure> {
+    pub fn read(fields: &Fields<'a>, command: Command) -> Result<Self, CniError> {
         let network = fields.optional::<String>("name")?.unwrap_or_default();
         if network.is_empty() && !matches!(command, Command::Del | Command::Status) {
             return Err(invalid("the network configuration has no name", "give the network a name"));
@@ -120,7 +120,7 @@ impl<'a> Config<'a> {
     }
 }
 
-fn valid_attachments(fields: &Fields<'_>) -> Result<Vec<AttachmentId>, Failure> {
+fn valid_attachments(fields: &Fields<'_>) -> Result<Vec<AttachmentId>, CniError> {
     #[derive(Deserialize)]
     struct Valid {
         #[serde(rename = "containerID")]
@@ -145,7 +145,7 @@ fn valid_attachments(fields: &Fields<'_>) -> Result<Vec<AttachmentId>, Failure> 
 ///
 /// # Errors
 /// The path is relative or too long for `sun_path`.
-pub fn check_socket(socket: &Path) -> Result<(), Failure> {
+pub fn check_socket(socket: &Path) -> Result<(), CniError> {
     if socket.is_absolute() && socket.as_os_str().len() <= MAX_SOCKET {
         return Ok(());
     }
@@ -159,7 +159,7 @@ pub fn check_socket(socket: &Path) -> Result<(), Failure> {
 ///
 /// # Errors
 /// The path is relative.
-pub fn check_state_dir(state_dir: &Path) -> Result<(), Failure> {
+pub fn check_state_dir(state_dir: &Path) -> Result<(), CniError> {
     if state_dir.is_absolute() {
         return Ok(());
     }
@@ -169,8 +169,8 @@ pub fn check_state_dir(state_dir: &Path) -> Result<(), Failure> {
     ))
 }
 
-fn invalid(msg: impl Into<String>, details: impl Into<String>) -> Failure {
-    Failure::new(codes::INVALID_CONFIGURATION, msg, details)
+fn invalid(msg: impl Into<String>, details: impl Into<String>) -> CniError {
+    CniError::new(codes::INVALID_CONFIGURATION, msg, details)
 }
 
 #[cfg(test)]
@@ -178,12 +178,12 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    fn code<T>(result: Result<T, Failure>) -> (u32, String) {
+    fn code<T>(result: Result<T, CniError>) -> (u32, String) {
         let failure = result.err().expect("a failure");
         (failure.code, failure.msg)
     }
 
-    fn config(text: &str, command: Command) -> Result<(String, PathBuf, Option<String>, usize), Failure> {
+    fn config(text: &str, command: Command) -> Result<(String, PathBuf, Option<String>, usize), CniError> {
         let fields = Fields::parse(text.as_bytes())?;
         let c = Config::read(&fields, command)?;
         Ok((c.network.clone(), c.run_dir().into(), c.previous.map(|p| p.get().to_owned()), c.valid.len()))

@@ -1,6 +1,6 @@
 //! The plugin's side of the protocol ([`super::protocol`]): sends a request to the daemon and reads its response.
 
-use crate::protocol::{Failure, PROTOCOL, Request, Response, Verb, codes};
+use crate::protocol::{CniError, PROTOCOL, Request, Response, Verb, codes};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, setsockopt, socket, sockopt};
 use nix::sys::time::{TimeVal, TimeValLike};
 use std::io::{self, BufRead, BufReader, Read, Write};
@@ -24,7 +24,7 @@ pub enum RequestResult {
     /// The daemon did what was requested.
     Done,
     /// The daemon understood the request and reports a failure.
-    Refused(Failure),
+    Refused(CniError),
     /// The daemon accepted the connection but did not respond in time; the reason, in words. It may still do what was
     /// requested.
     TimedOut(String),
@@ -43,9 +43,9 @@ impl<'a> Client<'a> {
     ///
     /// # Errors
     /// The request cannot be encoded as JSON; no input causes that.
-    pub fn new(socket: &'a Path, verb: Verb) -> Result<Self, Failure> {
+    pub fn new(socket: &'a Path, verb: Verb) -> Result<Self, CniError> {
         let mut line = serde_json::to_vec(&Request { version: PROTOCOL, verb })
-            .map_err(|e| Failure::new(codes::IO, format!("the request to egretd cannot be encoded: {e}"), ""))?;
+            .map_err(|e| CniError::new(codes::IO, format!("the request to egretd cannot be encoded: {e}"), ""))?;
         line.push(b'\n');
         Ok(Client { socket, line })
     }

@@ -2,7 +2,7 @@
 //! one place.
 
 use crate::attachment::{AttachmentId, PodRef};
-use crate::protocol::{Failure, codes};
+use crate::protocol::{CniError, codes};
 use std::ffi::OsString;
 use std::path::PathBuf;
 
@@ -49,11 +49,11 @@ impl Command {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Call {
     /// See [`Command::Add`].
-    Add(Target),
+    Add(PodInterface),
     /// See [`Command::Del`].
     Del(AttachmentId),
     /// See [`Command::Check`].
-    Check(Target),
+    Check(PodInterface),
     /// See [`Command::Gc`].
     Gc,
     /// See [`Command::Status`].
@@ -64,7 +64,7 @@ pub enum Call {
 
 /// The interface of an ADD or CHECK.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Target {
+pub struct PodInterface {
     /// `CNI_CONTAINERID` and `CNI_IFNAME`.
     pub id: AttachmentId,
     /// `CNI_NETNS`.
@@ -90,7 +90,7 @@ impl Call {
     ///
     /// # Errors
     /// Variables that the verb needs are missing (the text names all of them), or one is invalid.
-    pub fn read(variable: impl Fn(&str) -> Option<OsString>) -> Result<Self, Failure> {
+    pub fn read(variable: impl Fn(&str) -> Option<OsString>) -> Result<Self, CniError> {
         let set = |name: &str| variable(name).filter(|value| !value.is_empty());
         let command = match set("CNI_COMMAND") {
             None => return Err(missing(&["CNI_COMMAND"])),
@@ -123,25 +123,25 @@ impl Call {
             return Ok(Call::Del(id));
         }
         let netns = PathBuf::from(set("CNI_NETNS").unwrap_or_default());
-        let target = Target { id, netns, pod: pod(&text("CNI_ARGS")?)? };
+        let target = PodInterface { id, netns, pod: pod(&text("CNI_ARGS")?)? };
         Ok(if command == Command::Add { Call::Add(target) } else { Call::Check(target) })
     }
 }
 
-fn missing(names: &[&str]) -> Failure {
-    Failure::new(
+fn missing(names: &[&str]) -> CniError {
+    CniError::new(
         codes::INVALID_ENVIRONMENT,
         format!("missing environment variables: {}", names.join(", ")),
         "a container runtime sets them when it calls egret-cni (CNI specification)",
     )
 }
 
-fn wrong(msg: impl Into<String>, details: impl Into<String>) -> Failure {
-    Failure::new(codes::INVALID_ENVIRONMENT, msg, details)
+fn wrong(msg: impl Into<String>, details: impl Into<String>) -> CniError {
+    CniError::new(codes::INVALID_ENVIRONMENT, msg, details)
 }
 
 /// An alphanumeric character, then alphanumeric characters, `_`, `.` or `-`, as the specification says.
-fn container_id(id: String) -> Result<String, Failure> {
+fn container_id(id: String) -> Result<String, CniError> {
     let mut bytes = id.bytes();
     let fits = bytes.next().is_some_and(|b| b.is_ascii_alphanumeric())
         && bytes.all(|b| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'.' | b'-'))
@@ -157,7 +157,7 @@ fn container_id(id: String) -> Result<String, Failure> {
 }
 
 /// Checks an interface name as the kernel does: `dev_valid_name`, net/core/dev.c.
-fn ifname(name: String) -> Result<String, Failure> {
+fn ifname(name: String) -> Result<String, CniError> {
     let fits = name.len() <= MAX_IFNAME
         && name != "."
         && name != ".."
@@ -171,7 +171,7 @@ fn ifname(name: String) -> Result<String, Failure> {
 }
 
 /// Reads `KEY=VALUE;KEY=VALUE`. Keys that do not name the pod are ignored.
-fn pod(args: &str) -> Result<Option<PodRef>, Failure> {
+fn pod(args: &str) -> Result<Option<PodRef>, CniError> {
     let mut pod = PodRef::default();
     for pair in args.split(';').filter(|pair| !pair.is_empty()) {
         let (key, value) = pair.split_once('=').filter(|(key, _)| !key.is_empty()).ok_or_else(|| {
@@ -200,11 +200,11 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    fn read(variables: &[(&str, &str)]) -> Result<Call, Failure> {
+    fn read(variables: &[(&str, &str)]) -> Result<Call, CniError> {
         Call::read(|name| variables.iter().find(|(n, _)| *n == name).map(|(_, v)| v.into()))
     }
 
-    fn add(changed: &[(&str, &str)]) -> Result<Call, Failure> {
+    fn add(changed: &[(&str, &str)]) -> Result<Call, CniError> {
         let mut all = changed.to_vec();
         all.extend([("CNI_COMMAND", "ADD"), ("CNI_CONTAINERID", "c1"), ("CNI_NETNS", "/n"), ("CNI_IFNAME", "eth0")]);
         read(&all)
@@ -270,7 +270,7 @@ mod tests {
             ]);
             match call {
                 Err(failure) => prop_assert_eq!(failure.code, codes::INVALID_ENVIRONMENT),
-                Ok(Call::Add(Target { id, .. }) | Call::Check(Target { id, .. }) | Call::Del(id)) => {
+                Ok(Call::Add(PodInterface { id, .. }) | Call::Check(PodInterface { id, .. }) | Call::Del(id)) => {
                     // Both become parts of a file's name.
                     prop_assert!(!id.container_id.contains('/') && !id.ifname.contains('/'));
                     prop_assert!(!id.container_id.is_empty() && !id.ifname.is_empty());

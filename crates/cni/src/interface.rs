@@ -1,7 +1,7 @@
 //! Finds the host end of a pod's interface.
 
 use crate::attachment::HostInterface;
-use crate::protocol::{Failure, codes};
+use crate::protocol::{CniError, codes};
 use egret_nft::netlink::{Attributes, Error, NETLINK_ROUTE, Socket, attributes};
 use nix::libc;
 use nix::sched::{CloneFlags, setns};
@@ -30,21 +30,21 @@ const STACK_BYTES: usize = 128 * 1024;
 ///
 /// # Errors
 /// `netns` is no network namespace, or the kernel rejects a request.
-pub fn host_end(netns: &Path, names: &[&str]) -> Result<Option<HostInterface>, Failure> {
+pub fn host_end(netns: &Path, names: &[&str]) -> Result<Option<HostInterface>, CniError> {
     let namespace = open_namespace(netns)?;
     let mut inside = enter(&namespace).map_err(|e| match e.raw_os_error() {
         Some(libc::EINVAL) => no_namespace(netns, "it is a namespace of another kind"),
-        _ => Failure::new(
+        _ => CniError::new(
             codes::IO,
             format!("cannot enter the network namespace {}: {e}", netns.display()),
             "egret-cni must run as root",
         ),
     })?;
     peer(&mut inside, &namespace, names)
-        .map_err(|e| Failure::new(codes::KERNEL, format!("cannot read the pod's interface: {e}"), ""))
+        .map_err(|e| CniError::new(codes::KERNEL, format!("cannot read the pod's interface: {e}"), ""))
 }
 
-fn open_namespace(netns: &Path) -> Result<File, Failure> {
+fn open_namespace(netns: &Path) -> Result<File, CniError> {
     // Non-blocking, because opening a FIFO would wait for a writer.
     let options = libc::O_NONBLOCK;
     let file = OpenOptions::new().read(true).custom_flags(options).open(netns).map_err(|e| no_namespace(netns, &e))?;
@@ -60,8 +60,8 @@ fn is_namespace(kind: FsType) -> bool {
     kind == NSFS_MAGIC
 }
 
-fn no_namespace(netns: &Path, why: impl std::fmt::Display) -> Failure {
-    Failure::new(
+fn no_namespace(netns: &Path, why: impl std::fmt::Display) -> CniError {
+    CniError::new(
         codes::INVALID_ENVIRONMENT,
         format!("CNI_NETNS={} is no network namespace: {why}", netns.display()),
         "it must be the pod's namespace file, such as /run/netns/NAME or /proc/PID/ns/net",

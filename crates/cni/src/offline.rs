@@ -9,7 +9,7 @@
 
 use crate::attachment::{Attachment, AttachmentId, load_all};
 use crate::offline_policies::OfflinePolicies;
-use crate::protocol::{Failure, codes};
+use crate::protocol::{CniError, codes};
 use crate::quarantine::Quarantine;
 use crate::run_dir;
 use crate::uninstalled;
@@ -34,7 +34,7 @@ pub enum Admission {
 ///
 /// # Errors
 /// The pod could not be quarantined.
-pub fn add(run_dir: &Path, state_dir: &Path, attachment: &Attachment) -> Result<Admission, Failure> {
+pub fn add(run_dir: &Path, state_dir: &Path, attachment: &Attachment) -> Result<Admission, CniError> {
     let namespace = &attachment.pod.namespace;
     let selected_by = match that_select_in(state_dir, namespace) {
         Ok(selected_by) => selected_by,
@@ -43,7 +43,7 @@ pub fn add(run_dir: &Path, state_dir: &Path, attachment: &Attachment) -> Result<
     let mut quarantine = open()?;
     if let Some(policies) = &selected_by {
         if attachment.host.is_none() {
-            return Err(Failure::new(
+            return Err(CniError::new(
                 codes::NO_HOST_INTERFACE,
                 format!("the pod's interface {} has no veth peer on the host", attachment.id.ifname),
                 format!(
@@ -85,7 +85,7 @@ pub fn add(run_dir: &Path, state_dir: &Path, attachment: &Attachment) -> Result<
 ///
 /// # Errors
 /// The quarantine rules or the record could not be removed.
-pub fn del(run_dir: &Path, id: &AttachmentId) -> Result<(), Failure> {
+pub fn del(run_dir: &Path, id: &AttachmentId) -> Result<(), CniError> {
     if id.load(run_dir).map_err(|e| files(run_dir, &e))?.is_none() {
         // An incomplete file also counts as no attachment.
         return id.forget(run_dir).map_err(|e| files(run_dir, &e));
@@ -98,7 +98,7 @@ pub fn del(run_dir: &Path, id: &AttachmentId) -> Result<(), Failure> {
 ///
 /// # Errors
 /// The first error. The other attachments are removed all the same.
-pub fn gc(run_dir: &Path, network: &str, valid: &[AttachmentId]) -> Result<(), Failure> {
+pub fn gc(run_dir: &Path, network: &str, valid: &[AttachmentId]) -> Result<(), CniError> {
     let valid: BTreeSet<&AttachmentId> = valid.iter().collect();
     let is_stale = |a: &Attachment| a.network == network && !valid.contains(&a.id);
     if !load_all(run_dir).map_err(|e| files(run_dir, &e))?.iter().any(is_stale) {
@@ -121,9 +121,9 @@ pub fn gc(run_dir: &Path, network: &str, valid: &[AttachmentId]) -> Result<(), F
 ///
 /// # Errors
 /// The pod's record is missing or differs, or the pod is not quarantined though a policy can select it.
-pub fn check(run_dir: &Path, state_dir: &Path, attachment: &Attachment, why_offline: &str) -> Result<(), Failure> {
+pub fn check(run_dir: &Path, state_dir: &Path, attachment: &Attachment, why_offline: &str) -> Result<(), CniError> {
     let wrong =
-        |msg: String| Err(Failure::new(codes::NOT_PROGRAMMED, msg, "delete the pod, so that it is created again"));
+        |msg: String| Err(CniError::new(codes::NOT_PROGRAMMED, msg, "delete the pod, so that it is created again"));
     match attachment.id.load(run_dir).map_err(|e| files(run_dir, &e))? {
         None => return wrong(format!("no ADD is recorded for container {}", attachment.id.container_id)),
         Some(recorded) if recorded.addresses != attachment.addresses => {
@@ -141,7 +141,7 @@ pub fn check(run_dir: &Path, state_dir: &Path, attachment: &Attachment, why_offl
     if attachment.addresses.iter().all(|a| held.contains(a)) {
         return Ok(());
     }
-    Err(Failure::new(
+    Err(CniError::new(
         codes::TRY_AGAIN,
         "the pod is not in quarantine, and only egretd can check whether its policy is applied",
         format!("egretd is away: {why_offline}"),
@@ -159,14 +159,14 @@ fn that_select_in(state_dir: &Path, namespace: &str) -> io::Result<Option<String
 }
 
 /// Undoes one attachment and removes its file. The caller holds the lock.
-fn release(run_dir: &Path, quarantine: &mut Quarantine, id: &AttachmentId) -> Result<(), Failure> {
+fn release(run_dir: &Path, quarantine: &mut Quarantine, id: &AttachmentId) -> Result<(), CniError> {
     let Some(attachment) = id.load(run_dir).map_err(|e| files(run_dir, &e))? else { return Ok(()) };
     lift(run_dir, quarantine, id, &attachment.addresses)?;
     id.forget(run_dir).map_err(|e| files(run_dir, &e))
 }
 
 /// Lifts the quarantine of those `addresses` that no other attachment than `id` claims. The caller holds the lock.
-fn lift(run_dir: &Path, quarantine: &mut Quarantine, id: &AttachmentId, addresses: &[IpAddr]) -> Result<(), Failure> {
+fn lift(run_dir: &Path, quarantine: &mut Quarantine, id: &AttachmentId, addresses: &[IpAddr]) -> Result<(), CniError> {
     if addresses.is_empty() {
         return Ok(());
     }
@@ -178,24 +178,24 @@ fn lift(run_dir: &Path, quarantine: &mut Quarantine, id: &AttachmentId, addresse
     Ok(())
 }
 
-fn lock(run_dir: &Path) -> Result<File, Failure> {
+fn lock(run_dir: &Path) -> Result<File, CniError> {
     run_dir::lock_plugins(run_dir).map_err(|e| files(run_dir, &e))
 }
 
-fn open() -> Result<Quarantine, Failure> {
+fn open() -> Result<Quarantine, CniError> {
     Quarantine::open().map_err(|e| kernel(e.into()))
 }
 
-fn kernel(e: netlink::Error) -> Failure {
-    Failure::new(
+fn kernel(e: netlink::Error) -> CniError {
+    CniError::new(
         codes::KERNEL,
         format!("the quarantine's routing rules cannot be read or changed: {e}"),
         "egret-cni must run as root",
     )
 }
 
-fn files(run_dir: &Path, e: &io::Error) -> Failure {
-    Failure::new(
+fn files(run_dir: &Path, e: &io::Error) -> CniError {
+    CniError::new(
         codes::IO,
         format!("the attachment files in {} cannot be read or written: {e}", run_dir.display()),
         "egret-cni must run as root",

@@ -3,10 +3,10 @@
 use crate::attachment::{Attachment, PodRef};
 use crate::config::{self, Config, Fields};
 use crate::daemon::{Client, RequestResult};
-use crate::environment::{Call, Command, Target};
+use crate::environment::{Call, Command, PodInterface};
 use crate::interface::host_end;
 use crate::offline::{self, Admission};
-use crate::protocol::{Failure, Verb, codes};
+use crate::protocol::{CniError, Verb, codes};
 use crate::result::PodSide;
 use crate::uninstalled;
 use crate::version::Version;
@@ -34,13 +34,13 @@ pub fn run() -> ExitCode {
     }
 }
 
-fn failure_text(version: Version, failure: &Failure) -> String {
+fn failure_text(version: Version, failure: &CniError) -> String {
     #[derive(Serialize)]
     #[serde(rename_all = "camelCase")]
     struct Out<'a> {
         cni_version: &'static str,
         #[serde(flatten)]
-        failure: &'a Failure,
+        failure: &'a CniError,
     }
     let out = Out { cni_version: version.as_str(), failure };
     line(serde_json::to_string(&out).unwrap_or_default())
@@ -52,7 +52,7 @@ fn line(mut text: String) -> String {
 }
 
 /// Returns what goes to standard output. `version` becomes the configuration's as soon as that is known.
-fn serve(version: &mut Version) -> Result<String, Failure> {
+fn serve(version: &mut Version) -> Result<String, CniError> {
     // Read the input first: a runtime may fail if the plugin ends without reading it.
     let input = if io::stdin().is_terminal() { Vec::new() } else { config::read(io::stdin().lock())? };
     let call = Call::read(|name| env::var_os(name))?;
@@ -87,7 +87,7 @@ fn serve(version: &mut Version) -> Result<String, Failure> {
 }
 
 /// Sends the request, and calls `otherwise` with the reason if the daemon is away. Nothing is printed.
-fn when_offline(client: &Client<'_>, otherwise: impl FnOnce(&str) -> Result<(), Failure>) -> Result<String, Failure> {
+fn when_offline(client: &Client<'_>, otherwise: impl FnOnce(&str) -> Result<(), CniError>) -> Result<String, CniError> {
     match client.send() {
         RequestResult::Done => {}
         RequestResult::Refused(failure) => return Err(failure),
@@ -101,7 +101,7 @@ fn passed_on(config: &Config<'_>) -> String {
     line(config.previous.map(|p| p.get().to_owned()).unwrap_or_default())
 }
 
-fn add(config: &Config<'_>, target: Target) -> Result<String, Failure> {
+fn add(config: &Config<'_>, target: PodInterface) -> Result<String, CniError> {
     let side = PodSide::read(config.previous)?;
     let result = passed_on(config);
     let Some(pod) = target.pod.clone() else { return Ok(result) };
@@ -139,12 +139,12 @@ fn add(config: &Config<'_>, target: Target) -> Result<String, Failure> {
     }
 }
 
-fn waits(cause: &str, why_offline: &str) -> Failure {
+fn waits(cause: &str, why_offline: &str) -> CniError {
     let msg = format!("the pod waits for egretd, which is away: {cause}");
-    Failure::new(codes::TRY_AGAIN, msg, format!("start egretd on this node; {why_offline}"))
+    CniError::new(codes::TRY_AGAIN, msg, format!("start egretd on this node; {why_offline}"))
 }
 
-fn check(config: &Config<'_>, target: Target) -> Result<String, Failure> {
+fn check(config: &Config<'_>, target: PodInterface) -> Result<String, CniError> {
     let side = PodSide::read(config.previous)?;
     let Some(pod) = target.pod.clone() else { return Ok(String::new()) };
     let attachment = attachment(config, target, pod, side)?;
@@ -152,7 +152,7 @@ fn check(config: &Config<'_>, target: Target) -> Result<String, Failure> {
     when_offline(&client, |why| offline::check(config.run_dir(), &config.state_dir, &attachment, why))
 }
 
-fn attachment(config: &Config<'_>, target: Target, pod: PodRef, side: PodSide) -> Result<Attachment, Failure> {
+fn attachment(config: &Config<'_>, target: PodInterface, pod: PodRef, side: PodSide) -> Result<Attachment, CniError> {
     let mut names = vec![target.id.ifname.as_str()];
     names.extend(side.interfaces.iter().map(String::as_str).filter(|name| *name != target.id.ifname));
     let host = host_end(&target.netns, &names)?;

@@ -44,13 +44,13 @@ pub struct Response {
     pub version: u32,
     /// `None` means success.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub error: Option<Failure>,
+    pub error: Option<CniError>,
 }
 
 /// A CNI error, <https://www.cni.dev/docs/spec/#error>.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
 #[error("{msg}{}", if details.is_empty() { String::new() } else { format!(": {details}") })]
-pub struct Failure {
+pub struct CniError {
     /// One of [`codes`].
     pub code: u32,
     /// What was wrong, in a few words.
@@ -60,10 +60,10 @@ pub struct Failure {
     pub details: String,
 }
 
-impl Failure {
+impl CniError {
     /// A failure with a code, a message, and details.
     pub fn new(code: u32, msg: impl Into<String>, details: impl Into<String>) -> Self {
-        Failure { code, msg: msg.into(), details: details.into() }
+        CniError { code, msg: msg.into(), details: details.into() }
     }
 }
 

@@ -1,7 +1,7 @@
 //! The previous plugin's result (`prevResult`), as far as the plugin needs it. Version 0.3 differs from later ones
 //! only in a field that is ignored (`ips[].version`).
 
-use crate::protocol::{Failure, codes};
+use crate::protocol::{CniError, codes};
 use serde::Deserialize;
 use serde_json::value::RawValue;
 use std::net::IpAddr;
@@ -46,23 +46,23 @@ impl PodSide {
     ///
     /// # Errors
     /// The JSON is no CNI result, or has no address.
-    pub fn read(previous: Option<&RawValue>) -> Result<Self, Failure> {
+    pub fn read(previous: Option<&RawValue>) -> Result<Self, CniError> {
         let previous = previous.ok_or_else(|| {
-            Failure::new(
+            CniError::new(
                 codes::INVALID_CONFIGURATION,
                 "no prevResult in the configuration",
                 "chain egret-cni after the plugin that gives the pod its interface",
             )
         })?;
         let result: PrevResult = serde_json::from_str(previous.get())
-            .map_err(|e| Failure::new(codes::DECODE, format!("prevResult in the configuration: {e}"), ""))?;
+            .map_err(|e| CniError::new(codes::DECODE, format!("prevResult in the configuration: {e}"), ""))?;
         let interfaces = result.interfaces.unwrap_or_default();
         let mut all = Vec::new();
         for (at, ip) in result.ips.unwrap_or_default().into_iter().enumerate() {
             let text = ip.address.split('/').next().unwrap_or_default();
             let address: IpAddr = text.parse().map_err(|_| {
                 let msg = format!("prevResult in the configuration: ips[{at}].address {:?} is no address", ip.address);
-                Failure::new(codes::DECODE, msg, "it should read like 10.1.2.3/24 or fd00::3/64")
+                CniError::new(codes::DECODE, msg, "it should read like 10.1.2.3/24 or fd00::3/64")
             })?;
             let interface = ip.interface.map(|i| usize::try_from(i).ok().and_then(|i| interfaces.get(i)));
             all.push((address.to_canonical(), interface.map(|i| i.is_some_and(Interface::is_pods))));
@@ -77,7 +77,7 @@ impl PodSide {
             }
         }
         if addresses.is_empty() {
-            return Err(Failure::new(
+            return Err(CniError::new(
                 codes::INVALID_CONFIGURATION,
                 "prevResult in the configuration has no address (ips)",
                 "chain egret-cni in the network that gives the pod its address",
@@ -92,7 +92,7 @@ impl PodSide {
 mod tests {
     use super::*;
 
-    fn read(text: &str) -> Result<PodSide, Failure> {
+    fn read(text: &str) -> Result<PodSide, CniError> {
         PodSide::read(Some(&RawValue::from_string(text.to_owned()).unwrap()))
     }
 

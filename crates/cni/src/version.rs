@@ -1,7 +1,7 @@
 //! The supported versions of the CNI specification, and the verbs of each.
 
 use crate::environment::Command;
-use crate::protocol::{Failure, codes};
+use crate::protocol::{CniError, codes};
 
 /// A version of the specification. Later versions are greater.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -40,9 +40,9 @@ impl Version {
     ///
     /// # Errors
     /// It is not one of [`Version::SUPPORTED`].
-    pub fn parse(text: &str) -> Result<Self, Failure> {
+    pub fn parse(text: &str) -> Result<Self, CniError> {
         Self::SUPPORTED.into_iter().find(|v| v.as_str() == text).ok_or_else(|| {
-            Failure::new(
+            CniError::new(
                 codes::INCOMPATIBLE,
                 format!("cniVersion {text:?} is not supported"),
                 format!("set cniVersion in the network configuration to one of {}", Self::list()),
@@ -54,7 +54,7 @@ impl Version {
     ///
     /// # Errors
     /// A later version introduced the verb.
-    pub fn allows(self, command: Command) -> Result<(), Failure> {
+    pub fn allows(self, command: Command) -> Result<(), CniError> {
         let since = match command {
             Command::Check => Version::V0_4_0,
             Command::Gc | Command::Status => Version::V1_1_0,
@@ -63,7 +63,7 @@ impl Version {
         if self >= since {
             return Ok(());
         }
-        Err(Failure::new(
+        Err(CniError::new(
             codes::INCOMPATIBLE,
             format!("cniVersion {} has no {}", self.as_str(), command.as_str()),
             format!("{} exists since {}", command.as_str(), since.as_str()),

@@ -180,11 +180,11 @@ pub struct Node {
     /// Program that brings an egress IP to this node before the node uses it, a cloud's secondary address for instance:
     /// unix:/PATH, http://HOST:PORT/PATH
     #[arg(long, env = "EGRET_ASSIGN_HOOK", value_name = "HOOK")]
-    pub assign_hook: Option<node::AssignHookTarget>,
+    pub assign_hook: Option<node::HookUrl>,
     /// Record the beginning and the end of each connection that leaves from an egress IP of this node, as a line of JSON:
     /// stdout, file:/PATH, syslog:HOST:PORT, unix:/PATH
     #[arg(long, env = "EGRET_FLOW_LOG", value_name = "TARGET")]
-    pub flow_log: Option<node::FlowLogTarget>,
+    pub flow_log: Option<node::LogTarget>,
     /// Address of /metrics; empty for none
     #[arg(long, env = "EGRET_METRICS_ADDRESS", default_value = "127.0.0.1:9871")]
     pub metrics_address: ListenAddress,

@@ -8,8 +8,8 @@ use arguments::{
 };
 use clap::Parser;
 use egret::check;
-use egret::cluster::kube::{Reviewer, Verdict};
-use egret::cluster::{self, KubeOptions, LeaseSettings, Scope, SourceName};
+use egret::cluster::kube::{Reviewer, TokenReview};
+use egret::cluster::{self, ElectionSettings, KubeOptions, Scope, SourceName};
 use egret::ctl::why;
 use egret::datapath::ruleset;
 use egret::model::marks::Marks;
@@ -69,7 +69,7 @@ impl Node {
             tunnel_address: self.tunnel_address,
             tunnel_family: self.tunnel_family,
             direct: self.direct,
-            liveness: node::liveness::Settings { interval: self.probe_interval, misses: self.probe_misses },
+            liveness: node::liveness::LivenessSettings { interval: self.probe_interval, misses: self.probe_misses },
             marks: self.marks.layout()?,
             own_tables: self.own_tables,
             tunnel_egress: self.tunnel_egress,
@@ -103,9 +103,9 @@ fn guard(reviewer: Reviewer) -> Guard {
         let reviewer = reviewer.clone();
         Box::pin(async move {
             match reviewer.may_read_metrics(&token).await {
-                Ok(Verdict::Allowed) => Access::Allowed,
-                Ok(Verdict::Unauthenticated) => Access::Unauthenticated,
-                Ok(Verdict::Forbidden(who)) => Access::Forbidden(format!(
+                Ok(TokenReview::Allowed) => Access::Allowed,
+                Ok(TokenReview::Unauthenticated) => Access::Unauthenticated,
+                Ok(TokenReview::Forbidden(who)) => Access::Forbidden(format!(
                     "{who} may not get the non-resource URL /metrics; bind it to the ClusterRole egret-metrics-reader"
                 )),
                 Err(e) => Access::Unknown(format!("the API server cannot review the token: {e}")),
@@ -147,8 +147,8 @@ impl Uninstall {
 impl Controller {
     /// Runs the controller. It handles signals itself, because it releases its Lease before it ends.
     fn run(self) -> anyhow::Result<()> {
-        let identity = self.lease_identity.unwrap_or_else(LeaseSettings::unique_identity);
-        let lease = Some(LeaseSettings::new(self.lease_namespace.unwrap_or_default(), identity));
+        let identity = self.lease_identity.unwrap_or_else(ElectionSettings::unique_identity);
+        let lease = Some(ElectionSettings::new(self.lease_namespace.unwrap_or_default(), identity));
         let source = self.cluster.source.with(KubeOptions {
             kubeconfig: self.cluster.kubeconfig,
             lease,

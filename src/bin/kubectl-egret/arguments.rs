@@ -7,7 +7,7 @@ use egret::api;
 use egret::cluster::kube::Client;
 use egret::cluster::{KubeOptions, Person, SourceName};
 use egret::ctl::output::Format;
-use egret::ctl::trace::Asked;
+use egret::ctl::trace::TraceOptions;
 use egret::model::ObjectKey;
 use egret::model::destination::parse_cidr;
 use egret::model::target::Target;
@@ -399,7 +399,7 @@ impl Trace {
     ///
     /// # Errors
     /// Protocol and port do not fit.
-    pub fn asked(&self, pod: ObjectKey) -> anyhow::Result<Asked> {
+    pub fn asked(&self, pod: ObjectKey) -> anyhow::Result<TraceOptions> {
         let of_target = match self.to.port {
             Some((api::Protocol::Udp, _)) => Protocol::Udp,
             Some((api::Protocol::Tcp, _)) => Protocol::Tcp,
@@ -415,7 +415,7 @@ impl Trace {
             _ => bail!("{protocol} needs a port; write --to {}", SocketAddr::new(self.to.address, 443)),
         };
         let seconds = self.timeout.unwrap_or(if self.wait { 25 } else { 3 });
-        Ok(Asked {
+        Ok(TraceOptions {
             pod,
             to: self.to.address,
             protocol,

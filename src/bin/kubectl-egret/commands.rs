@@ -7,7 +7,7 @@ use egret::cluster::{OverlayVerb, PodsOf, SourceName};
 use egret::ctl::moves::{self, MoveCommand};
 use egret::ctl::output::{self, Format, Show};
 use egret::ctl::plan::{self, File};
-use egret::ctl::state::{self, State};
+use egret::ctl::state::{self, ClusterState};
 use egret::ctl::subject::{self, Subject};
 use egret::ctl::{acceptance, check, convert, ip, pods, status, trace, why};
 use std::io::{IsTerminal, Read};
@@ -96,7 +96,8 @@ fn found(is: bool) -> CommandResult {
 async fn run_status(common: &Common, source: &SourceName, flags: &Status) -> anyhow::Result<CommandResult> {
     let namespace = common.namespace.as_deref();
     let of_site = state::problems_of_site(source).await?;
-    let compute = |state: &State| status::status(&State { of_site: of_site.clone(), ..state.clone() }, namespace);
+    let compute =
+        |state: &ClusterState| status::status(&ClusterState { of_site: of_site.clone(), ..state.clone() }, namespace);
     if !flags.exit_code {
         show(common, source, PodsOf::Nobody, flags.watch, compute).await?;
         return Ok(CommandResult::Fine);
@@ -206,14 +207,14 @@ async fn show<T: Show>(
     source: &SourceName,
     pods: PodsOf,
     watch: bool,
-    compute: impl Fn(&State) -> T,
+    compute: impl Fn(&ClusterState) -> T,
 ) -> anyhow::Result<()> {
     let mut source = state::open(source, pods).await?;
     let format = common.output.unwrap_or_default();
     let mut last = String::new();
     loop {
         source.snapshots.borrow_and_update();
-        let text = output::render(&compute(&State::of(&source)), format)?;
+        let text = output::render(&compute(&ClusterState::of(&source)), format)?;
         if text != last {
             let redraw = watch && std::io::stdout().is_terminal() && matches!(format, Format::Text | Format::Wide);
             // Erase the display, and move the cursor to its beginning (ECMA-48, ED and CUP).

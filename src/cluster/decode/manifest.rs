@@ -256,12 +256,13 @@ impl<'de> Visitor<'de> for Part<'_, '_, '_> {
         let index = self.pass.kinds.len();
         self.pass.kinds.push(None);
         let mut seen = Seen { role: self.pass.known.get(index).copied().flatten(), ..Seen::default() };
-        let result = self.fields(&mut map, &mut seen).and_then(|()| self.finish(&mut seen).map_err(Failure::Fault));
+        let result =
+            self.fields(&mut map, &mut seen).and_then(|()| self.finish(&mut seen).map_err(ParseFailure::Fault));
         self.pass.kinds[index] = seen.role;
         let (mut fault, e) = match result {
             Ok(()) => return Ok(()),
-            Err(Failure::Fault(fault)) => (fault, A::Error::custom("the manifest is invalid")),
-            Err(Failure::Parser(e)) => (Fault::default(), e),
+            Err(ParseFailure::Fault(fault)) => (fault, A::Error::custom("the manifest is invalid")),
+            Err(ParseFailure::Parser(e)) => (Fault::default(), e),
         };
         // Keep the fault of a list's object: it is not the list's.
         if self.pass.fault.is_none() {
@@ -276,19 +277,19 @@ impl<'de> Visitor<'de> for Part<'_, '_, '_> {
 }
 
 /// Why parsing an object failed.
-enum Failure<E> {
+enum ParseFailure<E> {
     Parser(E),
     Fault(Fault),
 }
 
-impl<E> From<E> for Failure<E> {
+impl<E> From<E> for ParseFailure<E> {
     fn from(e: E) -> Self {
-        Failure::Parser(e)
+        ParseFailure::Parser(e)
     }
 }
 
 impl Part<'_, '_, '_> {
-    fn fields<'de, A: MapAccess<'de>>(&mut self, map: &mut A, seen: &mut Seen) -> Result<(), Failure<A::Error>> {
+    fn fields<'de, A: MapAccess<'de>>(&mut self, map: &mut A, seen: &mut Seen) -> Result<(), ParseFailure<A::Error>> {
         while let Some(key) = map.next_key::<Spanned<String>>()? {
             let at = line(key.referenced);
             if seen.line == 0 {
@@ -296,7 +297,7 @@ impl Part<'_, '_, '_> {
             }
             if seen.names.contains(&key.value) && seen.role != Some(Role::Foreign) {
                 // The YAML parser reports it before this; the JSON parser does not.
-                return Err(Failure::Parser(A::Error::custom("a field is there twice")));
+                return Err(ParseFailure::Parser(A::Error::custom("a field is there twice")));
             }
             match (key.value.as_str(), seen.role) {
                 ("apiVersion", _) => seen.api_version = Some(map.next_value()?),
@@ -320,7 +321,7 @@ impl Part<'_, '_, '_> {
                 }
             }
             seen.names.push(key.value);
-            seen.role().map_err(Failure::Fault)?;
+            seen.role().map_err(ParseFailure::Fault)?;
         }
         Ok(())
     }

@@ -55,7 +55,7 @@ struct Inner {
 
 /// A failed request.
 #[derive(Clone, Debug, thiserror::Error)]
-pub enum Failure {
+pub enum RequestFailure {
     /// The API server refused it. Nothing was changed.
     #[error("{message} ({code} {reason})")]
     Refused {
@@ -118,17 +118,17 @@ pub struct Status {
     pub message: String,
 }
 
-impl From<Status> for Failure {
+impl From<Status> for RequestFailure {
     fn from(s: Status) -> Self {
-        Failure::Refused { code: s.code, reason: s.reason, message: s.message }
+        RequestFailure::Refused { code: s.code, reason: s.reason, message: s.message }
     }
 }
 
-impl Failure {
+impl RequestFailure {
     /// The HTTP status of a refusal.
     pub fn code(&self) -> Option<u16> {
         match self {
-            Failure::Refused { code, .. } => Some(*code),
+            RequestFailure::Refused { code, .. } => Some(*code),
             _ => None,
         }
     }
@@ -146,7 +146,7 @@ impl Failure {
     /// Whether the API server no longer has the requested resource version, or not yet.
     pub fn is_wrong_version(&self) -> bool {
         match self {
-            Failure::Refused { code, reason, message } => {
+            RequestFailure::Refused { code, reason, message } => {
                 *code == 410
                     || matches!(reason.as_str(), "Expired" | "Gone")
                     || (*code == 504 && message.contains("Too large resource version"))
@@ -163,9 +163,9 @@ impl Failure {
     /// Whether the request may have been executed: an answer with 5xx may come before or after the change.
     pub fn is_uncertain(&self) -> bool {
         match self {
-            Failure::Refused { code, .. } => *code >= 500,
-            Failure::Unreachable(_) => false,
-            Failure::Unknown(_) => true,
+            RequestFailure::Refused { code, .. } => *code >= 500,
+            RequestFailure::Unreachable(_) => false,
+            RequestFailure::Unknown(_) => true,
         }
     }
 }
@@ -178,12 +178,12 @@ impl Pieces {
     ///
     /// # Errors
     /// The connection broke, or nothing arrived within `limit`.
-    pub async fn next(&mut self, limit: Duration) -> Result<Option<hyper::body::Bytes>, Failure> {
+    pub async fn next(&mut self, limit: Duration) -> Result<Option<hyper::body::Bytes>, RequestFailure> {
         loop {
             match timeout(limit, self.0.body_mut().frame()).await {
-                Err(_) => return Err(Failure::Unknown(format!("nothing arrived for {} s", limit.as_secs()))),
+                Err(_) => return Err(RequestFailure::Unknown(format!("nothing arrived for {} s", limit.as_secs()))),
                 Ok(None) => return Ok(None),
-                Ok(Some(Err(e))) => return Err(Failure::Unknown(describe(&e))),
+                Ok(Some(Err(e))) => return Err(RequestFailure::Unknown(describe(&e))),
                 Ok(Some(Ok(frame))) => {
                     if let Ok(data) = frame.into_data() {
                         return Ok(Some(data));
@@ -249,7 +249,7 @@ impl Client {
         path: &str,
         accept: &str,
         content: Option<(&str, Vec<u8>)>,
-    ) -> Result<Pieces, Failure> {
+    ) -> Result<Pieces, RequestFailure> {
         self.open_within(TIMEOUT, method, path, accept, content).await
     }
 
@@ -264,14 +264,15 @@ impl Client {
         path: &str,
         accept: &str,
         content: Option<(&str, Vec<u8>)>,
-    ) -> Result<Pieces, Failure> {
+    ) -> Result<Pieces, RequestFailure> {
         let mut request = Request::builder().method(method).uri(path).header(ACCEPT, accept);
         let mut body = Vec::new();
         if let Some((type_, bytes)) = content {
             request = request.header(CONTENT_TYPE, type_);
             body = bytes;
         }
-        let request = request.body(Body::from(body)).map_err(|e| Failure::Unreachable(format!("{path}: {e}")))?;
+        let request =
+            request.body(Body::from(body)).map_err(|e| RequestFailure::Unreachable(format!("{path}: {e}")))?;
         let client = self.current().0.clone();
         let sent = timeout(limit, client.send(request)).await;
         let away = !matches!(sent, Ok(Ok(_)));
@@ -279,7 +280,7 @@ impl Client {
             self.0.back.notify_waiters();
         }
         let answer = match sent {
-            Err(_) => return Err(Failure::Unknown(format!("nothing arrived for {} s", limit.as_secs()))),
+            Err(_) => return Err(RequestFailure::Unknown(format!("nothing arrived for {} s", limit.as_secs()))),
             Ok(Err(e)) => return Err(unsent(&e)),
             Ok(Ok(answer)) => answer,
         };
@@ -308,7 +309,7 @@ impl Client {
         method: Method,
         path: &str,
         content: Option<(&str, Vec<u8>)>,
-    ) -> Result<T, Failure> {
+    ) -> Result<T, RequestFailure> {
         read(path, self.open(method, path, JSON, content).await?).await
     }
 
@@ -316,7 +317,7 @@ impl Client {
     ///
     /// # Errors
     /// As [`Client::ask`].
-    pub async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, Failure> {
+    pub async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, RequestFailure> {
         self.ask(Method::GET, path, None).await
     }
 
@@ -324,7 +325,7 @@ impl Client {
     ///
     /// # Errors
     /// As [`Client::ask`].
-    pub async fn list<T: DeserializeOwned>(&self, path: &str, selector: &str) -> Result<List<T>, Failure> {
+    pub async fn list<T: DeserializeOwned>(&self, path: &str, selector: &str) -> Result<List<T>, RequestFailure> {
         let mut all = List { api_version: String::new(), kind: String::new(), items: Vec::new() };
         let first = [format!("limit={PAGE}"), selector.to_owned()];
         let first = first.into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join("&");
@@ -344,7 +345,7 @@ impl Client {
     ///
     /// # Errors
     /// As [`Client::ask`].
-    pub async fn list_metadata<T: DeserializeOwned>(&self, path: &str) -> Result<T, Failure> {
+    pub async fn list_metadata<T: DeserializeOwned>(&self, path: &str) -> Result<T, RequestFailure> {
         read(path, self.open(Method::GET, path, METADATA_ONLY.0, None).await?).await
     }
 }
@@ -362,34 +363,34 @@ pub fn escaped(value: &str) -> String {
     text
 }
 
-async fn read<T: DeserializeOwned>(path: &str, answer: Pieces) -> Result<T, Failure> {
+async fn read<T: DeserializeOwned>(path: &str, answer: Pieces) -> Result<T, RequestFailure> {
     let body = whole(answer).await?;
-    serde_json::from_slice(&body).map_err(|e| Failure::Unknown(format!("{path}: {e}")))
+    serde_json::from_slice(&body).map_err(|e| RequestFailure::Unknown(format!("{path}: {e}")))
 }
 
-async fn whole(mut pieces: Pieces) -> Result<Vec<u8>, Failure> {
+async fn whole(mut pieces: Pieces) -> Result<Vec<u8>, RequestFailure> {
     let mut all = Vec::new();
     while let Some(piece) = pieces.next(TIMEOUT).await? {
         all.extend_from_slice(&piece);
         if all.len() > MAX_ANSWER {
-            return Err(Failure::Unknown(format!("an answer is longer than {MAX_ANSWER} bytes")));
+            return Err(RequestFailure::Unknown(format!("an answer is longer than {MAX_ANSWER} bytes")));
         }
     }
     Ok(all)
 }
 
 /// The failure of a request without an answer. If there was no connection, it was not sent.
-fn unsent(e: &kube::Error) -> Failure {
+fn unsent(e: &kube::Error) -> RequestFailure {
     let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(e);
     while let Some(error) = cause {
         if let Some(e) = error.downcast_ref::<hyper_util::client::legacy::Error>()
             && e.is_connect()
         {
-            return Failure::Unreachable(describe(e));
+            return RequestFailure::Unreachable(describe(e));
         }
         cause = error.source();
     }
-    Failure::Unknown(describe(e))
+    RequestFailure::Unknown(describe(e))
 }
 
 /// The text of an error and its causes, each once.

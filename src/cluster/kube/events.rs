@@ -1,7 +1,7 @@
 //! Emits events (<https://kubernetes.io/docs/reference/kubernetes-api/cluster-resources/event-v1/>), which
 //! `kubectl describe` shows below an object. An event is sent once and may be lost: the object's status has the same.
 
-use super::client::{Client, Failure, JSON};
+use super::client::{Client, JSON, RequestFailure};
 use super::watch::random;
 use crate::model::notice::Notice;
 use http::Method;
@@ -51,7 +51,7 @@ pub fn emit(client: &Client, reporter: &'static str, regarding: &Regarding, noti
     }
 }
 
-async fn send(client: &Client, path: &str, event: &Value) -> Result<Value, Failure> {
+async fn send(client: &Client, path: &str, event: &Value) -> Result<Value, RequestFailure> {
     client.ask(Method::POST, path, Some((JSON, event.to_string().into_bytes()))).await
 }
 

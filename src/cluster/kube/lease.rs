@@ -4,7 +4,7 @@
 //! The Lease does not prevent late writes: a process can be paused between the check of its time and the write.
 //! docs/kubernetes.md explains what prevents them; it starts with [`Leadership::confirm`].
 
-use super::client::{Client, Failure, JSON};
+use super::client::{Client, JSON, RequestFailure};
 use super::watch::random;
 use crate::cluster::Term;
 use http::Method;
@@ -21,7 +21,7 @@ const NAME: &str = "egret-controller";
 
 /// Settings of leader election.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Settings {
+pub struct ElectionSettings {
     /// The namespace of the Lease; empty: the namespace of this process.
     pub namespace: String,
     /// The name of this process, which no other process has.
@@ -34,11 +34,11 @@ pub struct Settings {
     pub interval: Duration,
 }
 
-impl Settings {
+impl ElectionSettings {
     /// Settings with the times of Kubernetes' own controllers.
     pub fn new(namespace: String, identity: String) -> Self {
         let s = Duration::from_secs;
-        Settings { namespace, identity, duration: s(15), deadline: s(10), interval: s(2) }
+        ElectionSettings { namespace, identity, duration: s(15), deadline: s(10), interval: s(2) }
     }
 
     /// A name that no other process has: the host name, which is a pod's own, and a random number.
@@ -57,7 +57,7 @@ pub struct Leadership {
 
 struct Contender {
     client: Client,
-    settings: Settings,
+    settings: ElectionSettings,
     /// Held while the Lease is read and written.
     lock: tokio::sync::Mutex<()>,
     /// The time at which the leadership ends unless the Lease is renewed.
@@ -104,7 +104,7 @@ struct Observed {
 
 impl Leadership {
     /// Contends for the Lease until this value is dropped.
-    pub fn start(client: Client, settings: Settings) -> Self {
+    pub fn start(client: Client, settings: ElectionSettings) -> Self {
         let (term, seen) = watch::channel(None);
         let contender =
             Arc::new(Contender { client, settings, lock: Default::default(), until: Mutex::new(None), term });
@@ -168,12 +168,12 @@ impl Contender {
         format!("/apis/coordination.k8s.io/v1/namespaces/{}/leases", self.settings.namespace)
     }
 
-    async fn read(&self) -> Result<Lease, Failure> {
+    async fn read(&self) -> Result<Lease, RequestFailure> {
         self.client.get(&format!("{}/{NAME}", self.path())).await
     }
 
-    async fn write(&self, lease: &Lease) -> Result<Lease, Failure> {
-        let text = serde_json::to_vec(lease).map_err(|e| Failure::Unreachable(e.to_string()))?;
+    async fn write(&self, lease: &Lease) -> Result<Lease, RequestFailure> {
+        let text = serde_json::to_vec(lease).map_err(|e| RequestFailure::Unreachable(e.to_string()))?;
         if lease.metadata.resource_version.is_empty() {
             self.client.ask(Method::POST, &self.path(), Some((JSON, text))).await
         } else {
@@ -183,7 +183,7 @@ impl Contender {
     }
 
     /// Takes or renews the Lease that was read.
-    async fn take(&self, mut lease: Lease) -> Result<(), Failure> {
+    async fn take(&self, mut lease: Lease) -> Result<(), RequestFailure> {
         let started = Instant::now();
         let now = Some(micro_time());
         let spec = &mut lease.spec;
@@ -249,7 +249,7 @@ async fn contend(contender: Arc<Contender>) {
 }
 
 /// Reads the Lease, and renews or takes it if possible.
-async fn step(contender: &Contender, observed: &mut Option<Observed>) -> Result<(), Failure> {
+async fn step(contender: &Contender, observed: &mut Option<Observed>) -> Result<(), RequestFailure> {
     let _guard = contender.lock.lock().await;
     let lease = match contender.read().await {
         Err(e) if e.is_not_found() => {

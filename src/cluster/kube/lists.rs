@@ -1,6 +1,6 @@
 //! Lists of objects of any kind, for commands that read other software's objects.
 
-use super::client::{Client, Failure};
+use super::client::{Client, RequestFailure};
 use crate::cluster::KubeOptions;
 use anyhow::{Context, bail};
 use serde::Deserialize;
@@ -67,7 +67,7 @@ impl Lists {
     }
 }
 
-fn refusal(failure: &Failure, group: &str, plural: &str) -> String {
+fn refusal(failure: &RequestFailure, group: &str, plural: &str) -> String {
     let of = if group.is_empty() { String::new() } else { format!(".{group}") };
     let remedy = match failure.code() {
         Some(403) => "; use credentials that may list them, or give manifests with -f",

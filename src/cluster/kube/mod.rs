@@ -25,9 +25,9 @@ mod taint;
 mod watch;
 
 use client::escaped;
-pub use client::{Client, Failure, JSON, MERGE};
+pub use client::{Client, JSON, MERGE, RequestFailure};
 pub use lookup::Lookup;
-pub use review::{Reviewer, Verdict};
+pub use review::{Reviewer, TokenReview};
 pub use status::Statuses;
 
 use super::decode::Reading;
@@ -107,7 +107,7 @@ pub(super) async fn open(options: KubeOptions, scope: Scope, waiting_for: Waitin
 }
 
 /// All Services, and the endpoints of those to which packets to `target` may belong.
-pub(super) async fn services(options: KubeOptions, target: &Target) -> anyhow::Result<services::Found> {
+pub(super) async fn services(options: KubeOptions, target: &Target) -> anyhow::Result<services::ServicesAndEndpoints> {
     let client = Client::connect(&options).await?;
     services::find(&client, target).await.context("Services")
 }

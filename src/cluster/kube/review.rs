@@ -1,7 +1,7 @@
 //! Asks the API server whether the bearer of a token may read the metrics: a TokenReview tells the user, and a
 //! SubjectAccessReview of `get` on `/metrics` tells the permission. controller-runtime asks the same.
 
-use super::client::{Client, Failure, JSON};
+use super::client::{Client, JSON, RequestFailure};
 use http::Method;
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -11,7 +11,7 @@ const ACCESS_REVIEWS: &str = "/apis/authorization.k8s.io/v1/subjectaccessreviews
 
 /// The API server's answer about a token.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Verdict {
+pub enum TokenReview {
     /// The user may read the metrics.
     Allowed,
     /// The token is of no user.
@@ -25,7 +25,7 @@ pub enum Verdict {
 pub struct Reviewer(pub(super) Client);
 
 #[derive(Default, Deserialize)]
-struct Answer {
+struct ReviewResponse {
     #[serde(default)]
     status: Status,
 }
@@ -43,22 +43,22 @@ impl Reviewer {
     ///
     /// # Errors
     /// The API server gives no answer.
-    pub async fn may_read_metrics(&self, token: &str) -> Result<Verdict, Failure> {
+    pub async fn may_read_metrics(&self, token: &str) -> Result<TokenReview, RequestFailure> {
         let review = json!({"apiVersion": "authentication.k8s.io/v1", "kind": "TokenReview", "spec": {"token": token}});
         let reviewed = self.ask(TOKEN_REVIEWS, &review).await?;
         if !reviewed.authenticated {
-            return Ok(Verdict::Unauthenticated);
+            return Ok(TokenReview::Unauthenticated);
         }
         let user = reviewed.user;
         match self.ask(ACCESS_REVIEWS, &access_review(&user)).await?.allowed {
-            true => Ok(Verdict::Allowed),
-            false => Ok(Verdict::Forbidden(user["username"].as_str().unwrap_or_default().to_owned())),
+            true => Ok(TokenReview::Allowed),
+            false => Ok(TokenReview::Forbidden(user["username"].as_str().unwrap_or_default().to_owned())),
         }
     }
 
-    async fn ask(&self, path: &str, review: &Value) -> Result<Status, Failure> {
+    async fn ask(&self, path: &str, review: &Value) -> Result<Status, RequestFailure> {
         let content = (JSON, review.to_string().into_bytes());
-        Ok(self.0.ask::<Answer>(Method::POST, path, Some(content)).await?.status)
+        Ok(self.0.ask::<ReviewResponse>(Method::POST, path, Some(content)).await?.status)
     }
 }
 

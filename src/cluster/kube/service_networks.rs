@@ -3,7 +3,7 @@
 //! The API server names them when it refuses a Service with an impossible address; kubeadm stores them in a ConfigMap.
 //! If neither gives an answer, Egret follows the Services themselves.
 
-use super::client::{Client, Failure, JSON};
+use super::client::{Client, JSON, RequestFailure};
 use super::watch::{Backoff, Change};
 use crate::cluster::decode::kubernetes::network_of;
 use crate::model::Inside;
@@ -46,7 +46,7 @@ pub async fn find(client: Client, changes: Sender<Change>) {
     }
 }
 
-async fn ask(client: &Client) -> Result<Option<Inside>, Failure> {
+async fn ask(client: &Client) -> Result<Option<Inside>, RequestFailure> {
     let mut inside = Inside::default();
     for (family, address) in IMPOSSIBLE {
         let answer = refusal(client, family, address).await?;
@@ -61,7 +61,7 @@ async fn ask(client: &Client) -> Result<Option<Inside>, Failure> {
 
 /// The API server's refusal of a Service with an impossible address. First a dry run: versions before 1.24 allocate no
 /// address in it and refuse nothing. Then a real request: 0.0.0.1 cannot be allocated, whatever the networks are.
-async fn refusal(client: &Client, family: &str, address: &str) -> Result<String, Failure> {
+async fn refusal(client: &Client, family: &str, address: &str) -> Result<String, RequestFailure> {
     let service = json!({
         "apiVersion": "v1", "kind": "Service", "metadata": {"generateName": "egret-"},
         "spec": {"clusterIP": address, "ipFamilies": [family], "ports": [{"port": 1, "protocol": "TCP"}]},
@@ -70,9 +70,9 @@ async fn refusal(client: &Client, family: &str, address: &str) -> Result<String,
         let path = format!("/api/v1/namespaces/{}/services{dry}", client.namespace());
         let content = Some((JSON, service.to_string().into_bytes()));
         return match client.ask::<Value>(Method::POST, &path, content).await {
-            Err(Failure::Refused { code, message, .. }) if code < 500 => Ok(message),
+            Err(RequestFailure::Refused { code, message, .. }) if code < 500 => Ok(message),
             // Some versions answer with the allocator's error and the code 500.
-            Err(Failure::Refused { message, .. }) if message.contains(RANGE_TEXT) => Ok(message),
+            Err(RequestFailure::Refused { message, .. }) if message.contains(RANGE_TEXT) => Ok(message),
             Err(e) => Err(e),
             Ok(_) => continue,
         };
@@ -89,7 +89,7 @@ fn networks(answer: &str) -> impl Iterator<Item = IpNetwork> {
 }
 
 /// The networks that kubeadm stored, if it installed this cluster and Egret may read them.
-async fn kubeadm(client: &Client) -> Result<Inside, Failure> {
+async fn kubeadm(client: &Client) -> Result<Inside, RequestFailure> {
     #[derive(Deserialize)]
     struct Map {
         #[serde(default)]
@@ -102,7 +102,7 @@ async fn kubeadm(client: &Client) -> Result<Inside, Failure> {
     }
     match client.get::<Map>(KUBEADM).await {
         Ok(map) => Ok(configured(&map.data.configuration)),
-        Err(Failure::Refused { code: 403 | 404, .. }) => Ok(Inside::default()),
+        Err(RequestFailure::Refused { code: 403 | 404, .. }) => Ok(Inside::default()),
         Err(e) => Err(e),
     }
 }

@@ -1,7 +1,7 @@
 //! Reads once, for `egretd why`: the Services of the cluster, and the endpoints of those to which an address may
 //! belong.
 
-use super::client::{Client, Failure, escaped};
+use super::client::{Client, RequestFailure, escaped};
 use crate::cluster::decode::kubernetes::SERVICE_NAME;
 use crate::cluster::decode::manifest::{Reader, StatusPath};
 use crate::cluster::kind::Kind;
@@ -15,10 +15,10 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 /// All Services, and the endpoints of some.
-pub type Found = (BTreeMap<ObjectKey, Arc<Service>>, BTreeMap<ObjectKey, Arc<Endpoints>>);
+pub type ServicesAndEndpoints = (BTreeMap<ObjectKey, Arc<Service>>, BTreeMap<ObjectKey, Arc<Endpoints>>);
 
 /// Reads all Services, and the endpoints of those to which packets to `target` may belong.
-pub(super) async fn find(client: &Client, target: &Target) -> Result<Found, Failure> {
+pub(super) async fn find(client: &Client, target: &Target) -> Result<ServicesAndEndpoints, RequestFailure> {
     let mut names = Names::default();
     // An invalid object is left out.
     let mut decode = |kind, text: &RawValue| {
@@ -44,7 +44,7 @@ pub(super) async fn find(client: &Client, target: &Target) -> Result<Found, Fail
 async fn endpoints_of(
     client: &Client,
     ObjectKey { namespace, name }: &ObjectKey,
-) -> Result<Vec<Box<RawValue>>, Failure> {
+) -> Result<Vec<Box<RawValue>>, RequestFailure> {
     let path = format!("/apis/discovery.k8s.io/v1/namespaces/{namespace}/endpointslices");
     let selector = format!("labelSelector={}%3D{name}", escaped(SERVICE_NAME));
     match client.list(&path, &selector).await {

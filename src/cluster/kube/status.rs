@@ -1,6 +1,6 @@
 //! Writes statuses by server-side apply. Each role has its field manager, and each field one writer.
 
-use super::client::{APPLY, Client, Failure, JSON};
+use super::client::{APPLY, Client, JSON, RequestFailure};
 use super::events::{self, Regarding};
 use super::offline_cache::Files;
 use super::taint;
@@ -66,7 +66,7 @@ struct Metadata<'a> {
 
 /// The parts of an answer that are used.
 #[derive(Deserialize)]
-struct Answer {
+struct ObjectResponse {
     metadata: AnswerMetadata,
 }
 
@@ -83,8 +83,8 @@ struct AnswerMetadata {
     annotations: BTreeMap<String, String>,
 }
 
-impl From<Failure> for NotWritten {
-    fn from(e: Failure) -> Self {
+impl From<RequestFailure> for NotWritten {
+    fn from(e: RequestFailure) -> Self {
         if e.is_uncertain() { NotWritten::Uncertain(e.into()) } else { NotWritten::Refused(e.into()) }
     }
 }
@@ -110,14 +110,14 @@ impl Statuses {
     }
 
     /// The versions of all gateways, as etcd has them.
-    pub(in crate::cluster) async fn gateway_versions(&self) -> Result<Vec<(Name, Box<str>)>, Failure> {
+    pub(in crate::cluster) async fn gateway_versions(&self) -> Result<Vec<(Name, Box<str>)>, RequestFailure> {
         #[derive(Deserialize)]
         struct List {
             /// `null` if there are none.
-            items: Option<Vec<Answer>>,
+            items: Option<Vec<ObjectResponse>>,
         }
         let list: List = self.client.list_metadata(Kind::EgressGateway.path()).await?;
-        let each = |a: Answer| (Name::from(a.metadata.name), a.metadata.resource_version.into());
+        let each = |a: ObjectResponse| (Name::from(a.metadata.name), a.metadata.resource_version.into());
         Ok(list.items.into_iter().flatten().map(each).collect())
     }
 
@@ -139,7 +139,7 @@ impl Statuses {
         }
     }
 
-    fn emit(&self, kind: Kind, (namespace, name): (Option<&str>, &str), answer: &Answer, notices: Vec<Notice>) {
+    fn emit(&self, kind: Kind, (namespace, name): (Option<&str>, &str), answer: &ObjectResponse, notices: Vec<Notice>) {
         let about = Regarding {
             version: API_VERSION,
             kind: kind.to_string(),
@@ -157,7 +157,7 @@ impl Statuses {
         key: &PolicyKey,
         uid: &str,
         spec: &EgressPolicySpec,
-    ) -> Result<(), Failure> {
+    ) -> Result<(), RequestFailure> {
         let (namespace, name) = (key.namespace.as_deref(), &*key.name);
         let object = json!({
             "apiVersion": API_VERSION,
@@ -168,18 +168,23 @@ impl Statuses {
         });
         let path = Kind::EgressPolicy.path_of(namespace, name);
         let path = format!("{path}?fieldManager={OF_SERVICES}&force=true");
-        self.client.ask::<Answer>(Method::PATCH, &path, Some((APPLY, object.to_string().into_bytes()))).await.map(drop)
+        self.client
+            .ask::<ObjectResponse>(Method::PATCH, &path, Some((APPLY, object.to_string().into_bytes())))
+            .await
+            .map(drop)
     }
 
     /// Deletes such a policy, if it is still one that was made: somebody may have written another one of its name.
-    pub(in crate::cluster) async fn remove_made_policy(&self, key: &PolicyKey) -> Result<(), Failure> {
+    pub(in crate::cluster) async fn remove_made_policy(&self, key: &PolicyKey) -> Result<(), RequestFailure> {
         let path = Kind::EgressPolicy.path_of(key.namespace.as_deref(), &key.name);
         // The controller may list policies, and need not be allowed to get one.
         let collection = path.rsplit_once('/').map_or(&*path, |(collection, _)| collection);
         let selector = format!("fieldSelector=metadata.name%3D{}", key.name);
-        let found = self.client.list::<Answer>(collection, &selector).await?;
+        let found = self.client.list::<ObjectResponse>(collection, &selector).await?;
         let made = found.items.into_iter().find(|policy| policy.metadata.annotations.contains_key(MADE_FROM));
-        let Some(Answer { metadata: AnswerMetadata { uid, resource_version, .. } }) = made else { return Ok(()) };
+        let Some(ObjectResponse { metadata: AnswerMetadata { uid, resource_version, .. } }) = made else {
+            return Ok(());
+        };
         let options = json!({
             "apiVersion": "v1",
             "kind": "DeleteOptions",
@@ -212,13 +217,13 @@ impl Statuses {
         }
     }
 
-    pub(in crate::cluster) async fn untaint(&self, node: &str) -> Result<bool, Failure> {
+    pub(in crate::cluster) async fn untaint(&self, node: &str) -> Result<bool, RequestFailure> {
         taint::remove(&self.client, node).await
     }
 
     /// Creates the EgressNode. The Node owns it, so Kubernetes deletes both together.
-    async fn create_node(&self, name: &str) -> Result<(), Failure> {
-        let node: Answer = self.client.get(&Kind::Node.path_of(None, name)).await?;
+    async fn create_node(&self, name: &str) -> Result<(), RequestFailure> {
+        let node: ObjectResponse = self.client.get(&Kind::Node.path_of(None, name)).await?;
         let object = json!({
             "apiVersion": API_VERSION,
             "kind": "EgressNode",
@@ -227,7 +232,7 @@ impl Statuses {
             "spec": {},
         });
         let content = (JSON, object.to_string().into_bytes());
-        match self.client.ask::<Answer>(Method::POST, Kind::EgressNode.path(), Some(content)).await {
+        match self.client.ask::<ObjectResponse>(Method::POST, Kind::EgressNode.path(), Some(content)).await {
             // Another process has created it.
             Err(e) if e.is_conflict() => Ok(()),
             other => other.map(drop),
@@ -241,16 +246,16 @@ impl Statuses {
         manager: &str,
         status: &S,
         version: Option<&str>,
-    ) -> Result<Answer, Failure> {
+    ) -> Result<ObjectResponse, RequestFailure> {
         let object = Applied {
             api_version: API_VERSION,
             kind: kind.to_string(),
             metadata: Metadata { name, namespace, resource_version: version },
             status,
         };
-        let text = serde_json::to_vec(&object).map_err(|e| Failure::Unreachable(e.to_string()))?;
+        let text = serde_json::to_vec(&object).map_err(|e| RequestFailure::Unreachable(e.to_string()))?;
         if text.len() > MAX_STATUS {
-            return Err(Failure::Refused {
+            return Err(RequestFailure::Refused {
                 code: 413,
                 reason: "TooLarge".into(),
                 message: format!(

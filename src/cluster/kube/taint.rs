@@ -1,6 +1,6 @@
 //! Removes the taint that keeps pods off a node until Egret is ready there.
 
-use super::client::{Client, Failure};
+use super::client::{Client, RequestFailure};
 use crate::cluster::kind::Kind;
 use http::Method;
 use serde::Deserialize;
@@ -14,7 +14,7 @@ const MERGE: &str = "application/merge-patch+json";
 const ATTEMPTS: usize = 5;
 
 #[derive(Deserialize)]
-struct Node {
+struct NodeTaints {
     metadata: Metadata,
     #[serde(default)]
     spec: Spec,
@@ -33,10 +33,10 @@ struct Spec {
 }
 
 /// Removes the taint. Returns whether the node had it.
-pub async fn remove(client: &Client, node: &str) -> Result<bool, Failure> {
+pub async fn remove(client: &Client, node: &str) -> Result<bool, RequestFailure> {
     let path = Kind::Node.path_of(None, node);
     for _ in 0..ATTEMPTS {
-        let now: Node = client.get(&path).await?;
+        let now: NodeTaints = client.get(&path).await?;
         let Some(taints) = without(now.spec.taints) else { return Ok(false) };
         let patch = json!({"metadata": {"resourceVersion": now.metadata.resource_version}, "spec": {"taints": taints}});
         let content = (MERGE, patch.to_string().into_bytes());
@@ -45,7 +45,7 @@ pub async fn remove(client: &Client, node: &str) -> Result<bool, Failure> {
             other => return other.map(|_| true),
         }
     }
-    Err(Failure::Unknown(format!("the Node {node} changed at each of {ATTEMPTS} attempts")))
+    Err(RequestFailure::Unknown(format!("the NodeTaints {node} changed at each of {ATTEMPTS} attempts")))
 }
 
 /// The other taints; `None` if the taint is not there.

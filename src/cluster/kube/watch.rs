@@ -4,7 +4,7 @@
 //! Nothing is removed by mistake: a list counts when it is complete, a list that is suddenly empty counts when etcd
 //! itself confirms it, and nothing changes while the API server is away.
 
-use super::client::{Client, Failure, Status, escaped};
+use super::client::{Client, RequestFailure, Status, escaped};
 use super::offline_cache::{Files, KindFile};
 use super::progress::Listed;
 use super::split::Splitter;
@@ -107,13 +107,13 @@ enum End {
     Expired,
     /// The API server no longer has the changes since then.
     Gone,
-    Failed(Failure),
+    Failed(RequestFailure),
     /// The receiver of changes was dropped.
     Closed,
 }
 
 #[derive(Deserialize)]
-struct Event<'a> {
+struct WatchEvent<'a> {
     #[serde(rename = "type", borrow)]
     type_: Cow<'a, str>,
     #[serde(borrow)]
@@ -203,7 +203,7 @@ impl Watch {
     }
 
     /// Waits after a failed list until it may be tried again. Breaks when the receiver of changes is dropped.
-    async fn not_listed(&mut self, e: Failure, file: &mut KindFile, backoff: &mut Backoff) -> ControlFlow<()> {
+    async fn not_listed(&mut self, e: RequestFailure, file: &mut KindFile, backoff: &mut Backoff) -> ControlFlow<()> {
         const AGAIN: ControlFlow<()> = ControlFlow::Continue(());
         const END: ControlFlow<()> = ControlFlow::Break(());
         if let Some(older) = self.kind.older_path().filter(|path| e.is_not_found() && *path != self.path) {
@@ -235,7 +235,7 @@ impl Watch {
     }
 
     /// All objects of the kind, and their version.
-    async fn list(&self, from: &Origin, file: &mut KindFile) -> Result<(Listed, String), Failure> {
+    async fn list(&self, from: &Origin, file: &mut KindFile) -> Result<(Listed, String), RequestFailure> {
         file.begin();
         let mut query = match from {
             Origin::Cache => "resourceVersion=0".to_owned(),
@@ -259,7 +259,7 @@ impl Watch {
                     Err(e) => invalid = Some(e),
                 });
             }
-            let bad = |e: &dyn std::fmt::Display| Failure::Unknown(format!("{path}: {e}"));
+            let bad = |e: &dyn std::fmt::Display| RequestFailure::Unknown(format!("{path}: {e}"));
             if let Some(e) = invalid {
                 return Err(bad(&e));
             }
@@ -334,22 +334,22 @@ impl Watch {
             }
             line.extend_from_slice(rest);
             if line.len() > MAX_EVENT {
-                return End::Failed(Failure::Unknown(format!("an event is longer than {MAX_EVENT} bytes")));
+                return End::Failed(RequestFailure::Unknown(format!("an event is longer than {MAX_EVENT} bytes")));
             }
         }
     }
 
     fn event(&self, line: &[u8], version: &mut String, file: &mut KindFile) -> Result<Option<Change>, End> {
-        let invalid = |e: serde_json::Error| End::Failed(Failure::Unknown(format!("a watch's event: {e}")));
+        let invalid = |e: serde_json::Error| End::Failed(RequestFailure::Unknown(format!("a watch's event: {e}")));
         if line.iter().all(u8::is_ascii_whitespace) {
             return Ok(None);
         }
-        let event: Event = serde_json::from_slice(line).map_err(invalid)?;
+        let event: WatchEvent = serde_json::from_slice(line).map_err(invalid)?;
         let text = event.object.get();
         match &*event.type_ {
             "ERROR" => {
                 let status: Status = serde_json::from_str(text).map_err(invalid)?;
-                let failure = Failure::from(status);
+                let failure = RequestFailure::from(status);
                 Err(if failure.is_wrong_version() { End::Gone } else { End::Failed(failure) })
             }
             "BOOKMARK" => {
@@ -383,7 +383,7 @@ impl Watch {
     }
 
     /// The meaning of a failure, for users.
-    fn trouble(&self, e: &Failure) -> Trouble {
+    fn trouble(&self, e: &RequestFailure) -> Trouble {
         let hint = match e.code() {
             Some(404) if self.kind.is_ours() => {
                 "; install the CustomResourceDefinitions: `egretd crds | kubectl apply -f -`"

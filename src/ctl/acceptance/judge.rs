@@ -1,7 +1,7 @@
 //! What follows from the answers that pods had. Nothing here asks anybody.
 
 use crate::api::AddressPair;
-use crate::probe::{Answer, Way};
+use crate::probe::{ProbeMethod, ProbeRecord};
 use std::fmt;
 use std::net::IpAddr;
 
@@ -19,14 +19,14 @@ pub struct PodAnswers {
     /// Its node.
     pub node: String,
     /// The answers, in their order.
-    pub answers: Vec<Answer>,
+    pub answers: Vec<ProbeRecord>,
 }
 
 /// Requests of one kind.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Series {
     /// How they are asked.
-    pub way: Way,
+    pub way: ProbeMethod,
     /// Whether over IPv6.
     pub ipv6: bool,
 }
@@ -119,7 +119,7 @@ pub fn of_family(pair: &AddressPair, ipv6: bool) -> Option<IpAddr> {
 
 impl PodAnswers {
     /// The answers of one series.
-    pub fn of(&self, series: Series) -> impl DoubleEndedIterator<Item = &Answer> {
+    pub fn of(&self, series: Series) -> impl DoubleEndedIterator<Item = &ProbeRecord> {
         self.answers.iter().filter(move |answer| answer.way == series.way && answer.ipv6 == series.ipv6)
     }
 
@@ -143,7 +143,11 @@ pub fn new_pods(heard: &[PodAnswers], series: &[Series], egress: &AddressPair) -
             if let Some(error) = &first.error {
                 let (node, error) = (pod.node.clone(), error.clone());
                 faults.push(Fault::NoAnswer { node, series, error, right_later: right });
-            } else if series.way == Way::Tcp && first.took >= SENT_AGAIN && first.resent > 0 && first.saw == wanted {
+            } else if series.way == ProbeMethod::Tcp
+                && first.took >= SENT_AGAIN
+                && first.resent > 0
+                && first.saw == wanted
+            {
                 faults.push(Fault::Slow { node: pod.node.clone(), took: first.took });
             }
         }
@@ -160,7 +164,7 @@ pub fn running_pods(heard: &[PodAnswers], series: &[Series], allowed: &[AddressP
             let wanted: Vec<Option<IpAddr>> = allowed.iter().map(|pair| of_family(pair, series.ipv6)).collect();
             faults.extend(elsewhere(pod, series, &wanted, false));
             let error = pod.of(series).find_map(|answer| answer.error.clone());
-            if let Some(error) = error.filter(|_| held && series.way == Way::Held) {
+            if let Some(error) = error.filter(|_| held && series.way == ProbeMethod::Held) {
                 faults.push(Fault::Ended { node: pod.node.clone(), error });
             }
         }
@@ -220,7 +224,7 @@ fn rank(fault: &Fault) -> u8 {
 pub fn have_settled(heard: &[PodAnswers], series: &[Series], is_right: impl Fn(IpAddr, bool) -> bool) -> bool {
     heard.iter().all(|pod| {
         series.iter().all(|series| {
-            let last: Vec<&Answer> = pod.of(*series).rev().take(SETTLED).collect();
+            let last: Vec<&ProbeRecord> = pod.of(*series).rev().take(SETTLED).collect();
             last.len() == SETTLED && last.iter().all(|a| a.saw.is_some_and(|ip| is_right(ip, series.ipv6)))
         })
     })

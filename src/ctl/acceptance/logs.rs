@@ -1,8 +1,8 @@
 //! What pods say: their logs, followed while they run.
 
 use super::judge::PodAnswers;
-use crate::cluster::kube::{Client, Failure};
-use crate::probe::Answer;
+use crate::cluster::kube::{Client, RequestFailure};
+use crate::probe::ProbeRecord;
 use http::Method;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -24,8 +24,8 @@ pub struct Log {
 
 #[derive(Default)]
 struct Shared {
-    answers: Vec<Answer>,
-    failure: Option<Failure>,
+    answers: Vec<ProbeRecord>,
+    failure: Option<RequestFailure>,
 }
 
 impl Drop for Log {
@@ -55,7 +55,7 @@ impl Log {
     }
 
     /// Why the log cannot be read now.
-    pub fn failure(&self) -> Option<(String, Failure)> {
+    pub fn failure(&self) -> Option<(String, RequestFailure)> {
         self.lock().failure.clone().map(|failure| (self.pod.clone(), failure))
     }
 
@@ -73,7 +73,7 @@ async fn follow(client: Client, path: String, shared: Arc<Mutex<Shared>>) {
 }
 
 /// Reads the log from its beginning, and passes over what is known.
-async fn read(client: &Client, path: &str, shared: &Mutex<Shared>) -> Result<(), Failure> {
+async fn read(client: &Client, path: &str, shared: &Mutex<Shared>) -> Result<(), RequestFailure> {
     let mut pieces = client.open(Method::GET, path, "*/*", None).await?;
     let (mut line, mut seen) = (Vec::new(), 0);
     while let Some(piece) = pieces.next(QUIET).await? {
@@ -83,7 +83,7 @@ async fn read(client: &Client, path: &str, shared: &Mutex<Shared>) -> Result<(),
                 continue;
             }
             // Lines that are no answers are the program's own log.
-            if let Ok(answer) = serde_json::from_slice::<Answer>(&line) {
+            if let Ok(answer) = serde_json::from_slice::<ProbeRecord>(&line) {
                 let mut shared = shared.lock().unwrap_or_else(PoisonError::into_inner);
                 shared.failure = None;
                 if seen >= shared.answers.len() {
@@ -101,7 +101,7 @@ async fn read(client: &Client, path: &str, shared: &Mutex<Shared>) -> Result<(),
 ///
 /// # Errors
 /// It cannot be read.
-pub async fn whole(client: &Client, namespace: &str, pod: &str, node: &str) -> Result<PodAnswers, Failure> {
+pub async fn whole(client: &Client, namespace: &str, pod: &str, node: &str) -> Result<PodAnswers, RequestFailure> {
     let shared = Mutex::new(Shared::default());
     read(client, &format!("/api/v1/namespaces/{namespace}/pods/{pod}/log"), &shared).await?;
     let answers = shared.into_inner().unwrap_or_else(PoisonError::into_inner).answers;

@@ -18,7 +18,7 @@ pub use report::Report;
 
 use super::check::{self, Check};
 use super::site::Objects;
-use super::state::{self, State};
+use super::state::{self, ClusterState};
 use super::status::status;
 use crate::cluster::kube::Client;
 use crate::cluster::{PodsOf, SourceName};
@@ -137,7 +137,7 @@ async fn prepare(
 ) -> anyhow::Result<Option<(Participants, String)>> {
     let objects = Objects::open(source).await?;
     let installation = check::installation(&objects).await?;
-    let is_missing = installation.checks.iter().any(|check| check.state == check::State::Failed);
+    let is_missing = installation.checks.iter().any(|check| check.state == check::CheckState::Failed);
     installation.checks.into_iter().for_each(|check| reporter.add(Check { group: CLUSTER, ..check }));
     if is_missing {
         return Ok(None);
@@ -174,9 +174,9 @@ async fn prepare(
 }
 
 /// What is wrong now, for remedies.
-async fn problems(source: &SourceName) -> anyhow::Result<(State, Vec<super::problem::Problem>)> {
+async fn problems(source: &SourceName) -> anyhow::Result<(ClusterState, Vec<super::problem::Problem>)> {
     let of_site = state::problems_of_site(source).await?;
-    let state = State { of_site, ..state::read(source, PodsOf::Nobody).await? };
+    let state = ClusterState { of_site, ..state::read(source, PodsOf::Nobody).await? };
     let problems = status(&state, None).problems;
     Ok((state, problems))
 }

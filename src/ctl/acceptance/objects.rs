@@ -2,7 +2,7 @@
 
 use super::server::Server;
 use crate::api::{API_VERSION, AddressPair};
-use crate::probe::Way;
+use crate::probe::ProbeMethod;
 use clap::ValueEnum;
 use serde_json::{Value, json};
 use std::net::SocketAddr;
@@ -53,7 +53,7 @@ pub struct Client {
     /// Which policies select it.
     pub selected: Selected,
     /// How it asks.
-    pub ways: &'static [Way],
+    pub ways: &'static [ProbeMethod],
     /// How many requests it asks; 0: no end.
     pub count: u64,
     /// From one request to the next, milliseconds.
@@ -173,7 +173,7 @@ mod tests {
 
     #[test]
     fn the_objects_are_what_their_types_say() {
-        let (name, node, ways) = ("a".to_owned(), "n1".to_owned(), &[Way::Tcp, Way::Udp][..]);
+        let (name, node, ways) = ("a".to_owned(), "n1".to_owned(), &[ProbeMethod::Tcp, ProbeMethod::Udp][..]);
         let client = Client { name, node, selected: Selected::Yes, ways, count: 3, interval: 100 };
         let pod = pod("egret-test-x", "image:1", &server(), &client);
         let read: Pod = serde_json::from_value(pod.clone()).unwrap();

@@ -6,7 +6,7 @@ use crate::api::AddressPair;
 use crate::ctl::check::Check;
 use crate::ctl::output::{count, few};
 use crate::ctl::problem::Problem;
-use crate::ctl::state::State;
+use crate::ctl::state::ClusterState;
 use crate::ctl::status::{NodeState, Status};
 use crate::model::{Cluster, addresses_of};
 use std::collections::BTreeMap;
@@ -100,7 +100,7 @@ const NO_GATEWAY: &str = "make one: docs/install.md, The first gateway";
 ///
 /// # Errors
 /// It has no node that is ready.
-pub fn of_gateway(state: &State, status: &Status, gateway: String) -> Result<Participants, Check> {
+pub fn of_gateway(state: &ClusterState, status: &Status, gateway: String) -> Result<Participants, Check> {
     let is_of_gateway = |node: &&crate::ctl::status::NodeStatus| node.gateways.contains(&gateway);
     let members: Vec<_> = status.nodes.iter().filter(is_of_gateway).collect();
     let is_linux = |name: &str| {
@@ -213,8 +213,8 @@ mod tests {
     use crate::fixture::{World, naming};
     use std::sync::Arc;
 
-    fn state(world: &World) -> State {
-        State { cluster: Arc::new(world.cluster.clone()), now: world.now, ..State::default() }
+    fn state(world: &World) -> ClusterState {
+        ClusterState { cluster: Arc::new(world.cluster.clone()), now: world.now, ..ClusterState::default() }
     }
 
     #[test]

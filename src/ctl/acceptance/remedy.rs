@@ -135,9 +135,9 @@ mod tests {
     use super::super::judge::Series;
     use super::*;
     use crate::ctl::problem::Severity;
-    use crate::probe::Way;
+    use crate::probe::ProbeMethod;
 
-    const TCP4: Series = Series { way: Way::Tcp, ipv6: false };
+    const TCP4: Series = Series { way: ProbeMethod::Tcp, ipv6: false };
 
     fn known() -> Findings {
         Findings {

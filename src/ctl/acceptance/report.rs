@@ -1,7 +1,7 @@
 //! The checks of a test, shown as they come.
 
 use super::super::check::text::line;
-use super::super::check::{Check, State};
+use super::super::check::{Check, CheckState};
 use crate::api::AddressPair;
 use crate::ctl::output::{Colour, Show, View, count};
 use serde::Serialize;
@@ -26,10 +26,10 @@ pub struct Report {
 impl Report {
     /// Whether a promise was broken.
     pub fn has_failed(&self) -> bool {
-        self.of(State::Failed) > 0
+        self.of(CheckState::Failed) > 0
     }
 
-    fn of(&self, state: State) -> usize {
+    fn of(&self, state: CheckState) -> usize {
         self.checks.iter().filter(|check| check.state == state).count()
     }
 }
@@ -95,12 +95,12 @@ impl<'a> Reporter<'a> {
 impl Show for Report {
     /// How it ended. The checks were shown as they came.
     fn text(&self, view: View) -> String {
-        let (failed, open) = (self.of(State::Failed), self.of(State::Unknown) + self.of(State::Warning));
+        let (failed, open) = (self.of(CheckState::Failed), self.of(CheckState::Unknown) + self.of(CheckState::Warning));
         let open = if open > 0 { format!(", {open} not decided or with a warning") } else { String::new() };
         let text = match failed {
             0 => view.paint(
                 Colour::Good,
-                &format!("{} passed{open}, in {} s.", count(self.of(State::Ok), "check", "checks"), self.seconds),
+                &format!("{} passed{open}, in {} s.", count(self.of(CheckState::Ok), "check", "checks"), self.seconds),
             ),
             n => view.paint(
                 Colour::Bad,

@@ -4,7 +4,7 @@ use super::logs::Log;
 use super::objects::{self, ALIVE, Client as Pod, KEPT, LABEL, PREFIX, Selected};
 use super::server::Server;
 use crate::api::{AddressPair, EgressPolicy, EgressPolicyStatus};
-use crate::cluster::kube::{Client, Failure, JSON, MERGE};
+use crate::cluster::kube::{Client, JSON, MERGE, RequestFailure};
 use crate::ctl::status::{PolicyState, state_of};
 use anyhow::{Context, bail};
 use futures_util::future::join_all;
@@ -56,9 +56,9 @@ fn gateways() -> &'static str {
 }
 
 impl Scene {
-    async fn create(&self, path: &str, object: &Value) -> Result<(), Failure> {
+    async fn create(&self, path: &str, object: &Value) -> Result<(), RequestFailure> {
         let body = object.to_string().into_bytes();
-        let made: Result<Value, Failure> = self.client.ask(Method::POST, path, Some((JSON, body))).await;
+        let made: Result<Value, RequestFailure> = self.client.ask(Method::POST, path, Some((JSON, body))).await;
         made.map(drop)
     }
 
@@ -105,7 +105,7 @@ impl Scene {
     /// The API server refuses it.
     pub async fn delete_policy(&self, name: &str) -> anyhow::Result<()> {
         let path = format!("{}/{name}", collection(&self.name, POLICIES));
-        let gone: Result<Value, Failure> = self.client.ask(Method::DELETE, &path, None).await;
+        let gone: Result<Value, RequestFailure> = self.client.ask(Method::DELETE, &path, None).await;
         gone.map(drop).with_context(|| format!("cannot delete the EgressPolicy {}/{name}", self.name))
     }
 
@@ -123,7 +123,7 @@ impl Scene {
         let begun = Instant::now();
         loop {
             match self.create(&collection(&self.name, PODS), &object).await {
-                Err(Failure::Refused { message, .. })
+                Err(RequestFailure::Refused { message, .. })
                     if message.contains("serviceaccount") && begun.elapsed() < ACCOUNT =>
                 {
                     sleep(PACE).await;
@@ -256,10 +256,10 @@ impl Scene {
         let _ = self.annotate(KEPT).await;
     }
 
-    async fn annotate(&self, value: &str) -> Result<(), Failure> {
+    async fn annotate(&self, value: &str) -> Result<(), RequestFailure> {
         let patch = json!({"metadata": {"annotations": {ALIVE: value}}}).to_string().into_bytes();
         let path = format!("/api/v1/namespaces/{}", self.name);
-        let done: Result<Value, Failure> = self.client.ask(Method::PATCH, &path, Some((MERGE, patch))).await;
+        let done: Result<Value, RequestFailure> = self.client.ask(Method::PATCH, &path, Some((MERGE, patch))).await;
         done.map(drop)
     }
 
@@ -277,7 +277,7 @@ async fn delete(client: &Client, name: &str, patience: Duration) -> Vec<String> 
     let begun = Instant::now();
     let mut left = Vec::new();
     for path in [&pods, &policies, &gateway, &namespace] {
-        let deleted: Result<Value, Failure> = client.ask(Method::DELETE, path, None).await;
+        let deleted: Result<Value, RequestFailure> = client.ask(Method::DELETE, path, None).await;
         if let Err(e) = deleted.as_ref()
             && !e.is_not_found()
             && !e.is_conflict()
@@ -291,7 +291,7 @@ async fn delete(client: &Client, name: &str, patience: Duration) -> Vec<String> 
             .await
             .iter()
             .zip([&gateway, &namespace])
-            .filter(|(answer, _)| !answer.as_ref().is_err_and(Failure::is_not_found))
+            .filter(|(answer, _)| !answer.as_ref().is_err_and(RequestFailure::is_not_found))
             .map(|(_, path)| path.as_str())
             .collect();
         if there.is_empty() {

@@ -16,7 +16,7 @@ use crate::cluster::{PodsOf, SourceName};
 use crate::ctl::check::Check;
 use crate::ctl::problem::split_remedy;
 use crate::ctl::{daemon, state};
-use crate::probe::Way;
+use crate::probe::ProbeMethod;
 use anyhow::bail;
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
@@ -150,27 +150,31 @@ fn listed(pair: &AddressPair) -> String {
 fn in_words(series: &[Series]) -> String {
     let has = |is: &dyn Fn(&Series) -> bool, word: &'static str| series.iter().any(is).then_some(word);
     let families = [has(&|s| !s.ipv6, "IPv4"), has(&|s| s.ipv6, "IPv6")];
-    let ways = [has(&|s| s.way == Way::Tcp, "TCP"), has(&|s| s.way == Way::Udp, "UDP")];
+    let ways = [has(&|s| s.way == ProbeMethod::Tcp, "TCP"), has(&|s| s.way == ProbeMethod::Udp, "UDP")];
     let all: Vec<&str> = families.into_iter().chain(ways).flatten().collect();
     all.join(", ")
 }
 
 impl Test<'_, '_> {
     /// The ways by which new connections are made.
-    fn ways(&self) -> &'static [Way] {
-        if self.scene.server.is_reflector { &[Way::Tcp] } else { &[Way::Tcp, Way::Udp] }
+    fn ways(&self) -> &'static [ProbeMethod] {
+        if self.scene.server.is_reflector { &[ProbeMethod::Tcp] } else { &[ProbeMethod::Tcp, ProbeMethod::Udp] }
     }
 
-    fn all_ways(&self) -> &'static [Way] {
-        if self.scene.server.is_reflector { &[Way::Tcp] } else { &[Way::Tcp, Way::Udp, Way::Held] }
+    fn all_ways(&self) -> &'static [ProbeMethod] {
+        if self.scene.server.is_reflector {
+            &[ProbeMethod::Tcp]
+        } else {
+            &[ProbeMethod::Tcp, ProbeMethod::Udp, ProbeMethod::Held]
+        }
     }
 
     /// The series of new connections, of those that are judged.
     fn new_connections(&self) -> Vec<Series> {
-        self.series.iter().copied().filter(|series| series.way != Way::Held).collect()
+        self.series.iter().copied().filter(|series| series.way != ProbeMethod::Held).collect()
     }
 
-    fn client(&self, name: String, node: &str, selected: Selected, ways: &'static [Way], count: u64) -> Pod {
+    fn client(&self, name: String, node: &str, selected: Selected, ways: &'static [ProbeMethod], count: u64) -> Pod {
         Pod { name, node: node.to_owned(), selected, ways, count, interval: self.interval }
     }
 
@@ -180,7 +184,7 @@ impl Test<'_, '_> {
         prefix: &str,
         kinds: &[(Kind, String)],
         selected: Selected,
-        ways: &'static [Way],
+        ways: &'static [ProbeMethod],
         count: u64,
     ) -> Vec<Pod> {
         let each = kinds.iter().enumerate();

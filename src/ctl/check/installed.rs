@@ -1,9 +1,9 @@
 //! The API server, and what of Egret is installed: definitions and workloads.
 
-use super::{Check, State};
+use super::{Check, CheckState};
 use crate::api::crds;
 use crate::cluster::kube::Client;
-use crate::ctl::site::{Found, Objects, Wanted};
+use crate::ctl::site::{Objects, SiteObjects, Wanted};
 use anyhow::Context;
 use serde_json::Value;
 
@@ -55,8 +55,8 @@ pub(super) async fn api_server(client: &Client) -> anyhow::Result<Check> {
     let name = format!("Kubernetes {}.{} or newer", API_SERVER.0, API_SERVER.1);
     Ok(match number("major").zip(number("minor")) {
         Some(version) if version >= API_SERVER => Check::ok("kubernetes", &name, found),
-        Some(_) => Check::new("kubernetes", &name, State::Failed, found, "upgrade the cluster"),
-        None => Check::new("kubernetes", &name, State::Unknown, found, ""),
+        Some(_) => Check::new("kubernetes", &name, CheckState::Failed, found, "upgrade the cluster"),
+        None => Check::new("kubernetes", &name, CheckState::Unknown, found, ""),
     })
 }
 
@@ -101,8 +101,10 @@ pub(super) async fn definitions(objects: &Objects) -> Definitions {
             name,
             format!("{} as this version ({}) wants them", DEFINITIONS.len(), env!("CARGO_PKG_VERSION")),
         ),
-        Some(first) if is_unread => Check::new(group, name, State::Unknown, first, "ask for the right to read them"),
-        Some(first) => Check::new(group, name, State::Failed, first, remedy),
+        Some(first) if is_unread => {
+            Check::new(group, name, CheckState::Unknown, first, "ask for the right to read them")
+        }
+        Some(first) => Check::new(group, name, CheckState::Failed, first, remedy),
     };
     Definitions { is_installed: is_installed || is_unread, checks: vec![check] }
 }
@@ -146,19 +148,19 @@ pub(super) async fn workloads(objects: &Objects) -> Workloads {
     Workloads { checks: [nodes, controllers].into_iter().flatten().collect(), image: image(&found) }
 }
 
-fn image(found: &Found) -> Option<String> {
+fn image(found: &SiteObjects) -> Option<String> {
     let containers = found.one(&NODES)?["spec"]["template"]["spec"]["containers"].as_array()?;
     let node = containers.iter().find(|container| container["name"] == "node").or(containers.first())?;
     node["image"].as_str().map(str::to_owned)
 }
 
 /// Whether a workload is there, ready, and of this version.
-fn workload(found: &Found, wanted: &Wanted, name: &str, counts: impl Fn(&Value) -> [u64; 2]) -> Vec<Check> {
+fn workload(found: &SiteObjects, wanted: &Wanted, name: &str, counts: impl Fn(&Value) -> [u64; 2]) -> Vec<Check> {
     let group = "egret";
     let Some(set) = found.one(wanted) else {
         return vec![match found.unread.get(wanted.path) {
-            Some(why) => Check::new(group, name, State::Unknown, why, "ask for the right to read it"),
-            None => Check::new(group, name, State::Failed, "it is missing", "install Egret: docs/install.md"),
+            Some(why) => Check::new(group, name, CheckState::Unknown, why, "ask for the right to read it"),
+            None => Check::new(group, name, CheckState::Failed, "it is missing", "install Egret: docs/install.md"),
         }];
     };
     let [wanted, ready] = counts(set);
@@ -168,7 +170,7 @@ fn workload(found: &Found, wanted: &Wanted, name: &str, counts: impl Fn(&Value) 
         Check::ok(group, name, text)
     } else {
         let remedy = format!("see `kubectl -n {namespace} get pods` and their logs");
-        Check::new(group, name, if ready == 0 { State::Failed } else { State::Warning }, text, remedy)
+        Check::new(group, name, if ready == 0 { CheckState::Failed } else { CheckState::Warning }, text, remedy)
     }];
     let image = set["spec"]["template"]["spec"]["containers"][0]["image"].as_str().unwrap_or_default();
     let tag = image.rsplit_once(':').map(|(_, tag)| tag).filter(|tag| !tag.contains('/'));
@@ -178,7 +180,7 @@ fn workload(found: &Found, wanted: &Wanted, name: &str, counts: impl Fn(&Value) 
         all.push(Check::new(
             group,
             &format!("version of {name}"),
-            State::Warning,
+            CheckState::Warning,
             format!("{tag}, and this program is {this}"),
             remedy,
         ));

@@ -33,7 +33,7 @@ pub struct Check {
     /// What is required.
     pub name: String,
     /// Whether it is met.
-    pub state: State,
+    pub state: CheckState,
     /// What was found.
     pub found: String,
     /// What to do; empty if there is nothing to do.
@@ -44,7 +44,7 @@ pub struct Check {
 /// Whether a requirement is met.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "lowercase")]
-pub enum State {
+pub enum CheckState {
     /// Met.
     Ok,
     /// It cannot be told.
@@ -59,7 +59,7 @@ impl Check {
     pub(super) fn new(
         group: &'static str,
         name: &str,
-        state: State,
+        state: CheckState,
         found: impl ToString,
         remedy: impl ToString,
     ) -> Self {
@@ -67,26 +67,26 @@ impl Check {
     }
 
     pub(super) fn ok(group: &'static str, name: &str, found: impl ToString) -> Self {
-        Check::new(group, name, State::Ok, found, "")
+        Check::new(group, name, CheckState::Ok, found, "")
     }
 
     pub(super) fn unknown(group: &'static str, name: &str, found: impl ToString, remedy: impl ToString) -> Self {
-        Check::new(group, name, State::Unknown, found, remedy)
+        Check::new(group, name, CheckState::Unknown, found, remedy)
     }
 
     pub(super) fn warning(group: &'static str, name: &str, found: impl ToString, remedy: impl ToString) -> Self {
-        Check::new(group, name, State::Warning, found, remedy)
+        Check::new(group, name, CheckState::Warning, found, remedy)
     }
 
     pub(super) fn failed(group: &'static str, name: &str, found: impl ToString, remedy: impl ToString) -> Self {
-        Check::new(group, name, State::Failed, found, remedy)
+        Check::new(group, name, CheckState::Failed, found, remedy)
     }
 }
 
 impl Checks {
     /// Whether a requirement fails.
     pub fn has_failed(&self) -> bool {
-        self.checks.iter().any(|check| check.state == State::Failed)
+        self.checks.iter().any(|check| check.state == CheckState::Failed)
     }
 }
 
@@ -115,7 +115,7 @@ pub async fn check(source: &SourceName, before: bool) -> anyhow::Result<Checks> 
             Err(e) => all.push(Check::new(
                 "state",
                 "objects are readable",
-                State::Failed,
+                CheckState::Failed,
                 format!("{e:#}"),
                 "correct what the message names",
             )),
@@ -152,14 +152,14 @@ fn of_cni(cni: &cni::Cni, unread: &[String]) -> Vec<Check> {
     let mut all: Vec<Check> = cni
         .problems
         .iter()
-        .map(|p| Check::new(group, name, State::Failed, format!("{}: {}", p.object, p.message), &p.remedy))
+        .map(|p| Check::new(group, name, CheckState::Failed, format!("{}: {}", p.object, p.message), &p.remedy))
         .collect();
     if all.is_empty() {
         all.push(match cni.names.as_slice() {
             [] => Check::new(
                 group,
                 name,
-                State::Unknown,
+                CheckState::Unknown,
                 match unread.first() {
                     Some(why) => format!("no CNI was recognised; {why}"),
                     None => "no CNI was recognised".to_owned(),
@@ -177,7 +177,7 @@ fn of_status(status: &super::status::Status) -> Vec<Check> {
     let group = "state";
     let mut all: Vec<Check> = Vec::new();
     for problem in &status.problems {
-        let state = if problem.severity == Severity::Error { State::Failed } else { State::Warning };
+        let state = if problem.severity == Severity::Error { CheckState::Failed } else { CheckState::Warning };
         let found = format!("{}: {}", problem.reason, problem.message);
         all.push(Check::new(group, &problem.object, state, found, &problem.remedy));
     }

@@ -1,6 +1,6 @@
 //! The nodes, by their Node objects.
 
-use super::{Check, State};
+use super::{Check, CheckState};
 use crate::check::KERNEL;
 use crate::ctl::output::{count, few};
 use crate::ctl::site::{Objects, Wanted};
@@ -50,7 +50,7 @@ pub(super) fn checks(nodes: &[Host]) -> Vec<Check> {
     let told: Vec<&Host> = nodes.iter().filter(|host| !host.kernel.is_empty()).collect();
     if told.is_empty() {
         let found = "no Node tells its kernel";
-        return vec![Check::new("nodes", "kernel", State::Unknown, found, "run `egretd check` on the nodes")];
+        return vec![Check::new("nodes", "kernel", CheckState::Unknown, found, "run `egretd check` on the nodes")];
     }
     vec![kernels(&told), runtimes(&told), systems(&told), networks(nodes)]
 }
@@ -72,7 +72,7 @@ fn kernels(nodes: &[&Host]) -> Check {
     let found = format!("{} on {}", old[0].kernel, names(&old));
     let remedy = "run `egretd check` there: it tries what Egret needs, which some distributions have added to older \
                   kernels; else use a newer kernel";
-    Check::new("nodes", &name, State::Warning, found, remedy)
+    Check::new("nodes", &name, CheckState::Warning, found, remedy)
 }
 
 /// `6.8.0-45-generic` to 6 and 8.
@@ -95,7 +95,7 @@ fn runtimes(nodes: &[&Host]) -> Check {
     Check::new(
         "nodes",
         name,
-        State::Warning,
+        CheckState::Warning,
         found,
         "Egret was tried with containerd and CRI-O only; try it on one node first",
     )
@@ -112,7 +112,7 @@ fn systems(nodes: &[&Host]) -> Check {
     Check::new(
         "nodes",
         name,
-        State::Warning,
+        CheckState::Warning,
         found,
         "no daemon of Egret's runs there, and policies have no effect on pods of these nodes",
     )
@@ -127,5 +127,5 @@ fn networks(nodes: &[Host]) -> Check {
     }
     let remedy = "if the CNI is not Calico, name the pods' networks to the daemons (EGRET_DIRECT): policies take the \
                   pods of other nodes for destinations outside the cluster otherwise";
-    Check::new("nodes", name, State::Warning, format!("no podCIDRs in {}", names(&without)), remedy)
+    Check::new("nodes", name, CheckState::Warning, format!("no podCIDRs in {}", names(&without)), remedy)
 }

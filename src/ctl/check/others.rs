@@ -1,7 +1,7 @@
 //! Other systems that give pods an egress IP. Two of them for the same pods get in each other's way.
 
-use super::{Check, State};
-use crate::ctl::site::{Found, Wanted};
+use super::{Check, CheckState};
+use crate::ctl::site::{SiteObjects, Wanted};
 
 const fn of(path: &'static str, kind: &'static str) -> Wanted {
     Wanted { path, kind, name: "" }
@@ -18,7 +18,7 @@ pub(super) const OBJECTS: [Wanted; 6] = [
 ];
 
 /// Whether objects of other egress systems are in use.
-pub(super) fn checks(found: &Found) -> Vec<Check> {
+pub(super) fn checks(found: &SiteObjects) -> Vec<Check> {
     let (group, name) = ("network", "no other egress system");
     let group_of = |wanted: &Wanted| wanted.path.split('/').nth(2).unwrap_or_default();
     let is_of_group = |wanted: &Wanted, object: &serde_json::Value| {
@@ -32,7 +32,13 @@ pub(super) fn checks(found: &Found) -> Vec<Check> {
             group_of(wanted)
         );
         (count > 0).then(|| {
-            Check::new(group, name, State::Warning, format!("{count} {} of {}", wanted.kind, group_of(wanted)), remedy)
+            Check::new(
+                group,
+                name,
+                CheckState::Warning,
+                format!("{count} {} of {}", wanted.kind, group_of(wanted)),
+                remedy,
+            )
         })
     });
     let mut all: Vec<Check> = each.collect();

@@ -16,13 +16,13 @@ fn host(name: &str, kernel: &str) -> Host {
 #[test]
 fn nodes_with_old_kernels_are_named() {
     let good = checks(&[host("a", "6.12.1"), host("b", "5.10.0-46-amd64")]);
-    assert!(good.iter().all(|check| check.state == State::Ok), "{good:#?}");
+    assert!(good.iter().all(|check| check.state == CheckState::Ok), "{good:#?}");
     let bad = checks(&[host("a", "6.12.1"), host("b", "5.4.0-150-generic")]);
-    assert_eq!((bad[0].state, bad[0].found.as_str()), (State::Warning, "5.4.0-150-generic on b"));
+    assert_eq!((bad[0].state, bad[0].found.as_str()), (CheckState::Warning, "5.4.0-150-generic on b"));
     assert!(bad[0].remedy.contains("egretd check"));
     let windows = Host { system: "windows/amd64".to_owned(), runtime: "docker://1".to_owned(), ..host("w", "10.0.1") };
     let bad = checks(&[windows]);
-    assert!(bad[1].state == State::Warning && bad[2].found.contains("windows/amd64 on w"), "{bad:#?}");
+    assert!(bad[1].state == CheckState::Warning && bad[2].found.contains("windows/amd64 on w"), "{bad:#?}");
 }
 
 #[tokio::test]
@@ -43,7 +43,7 @@ fn the_checks_as_text_have_remedies() {
         is_installed: false,
         checks: vec![
             Check::ok("kubernetes", "Kubernetes 1.21 or newer", "v1.36.0"),
-            Check::new("network", "the CNI uses netfilter", State::Failed, "CNI Calico: eBPF", "use iptables"),
+            Check::new("network", "the CNI uses netfilter", CheckState::Failed, "CNI Calico: eBPF", "use iptables"),
         ],
     };
     assert!(checks.has_failed());

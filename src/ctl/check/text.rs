@@ -1,6 +1,6 @@
 //! The checks as text, in groups.
 
-use super::{Check, Checks, State};
+use super::{Check, CheckState, Checks};
 use crate::ctl::output::{Colour, Show, View, count};
 use std::fmt::Write;
 
@@ -15,8 +15,8 @@ impl Show for Checks {
             }
             line(check, view, &mut out);
         }
-        let of = |state: State| self.checks.iter().filter(|check| check.state == state).count();
-        let (failed, warnings) = (of(State::Failed), of(State::Warning));
+        let of = |state: CheckState| self.checks.iter().filter(|check| check.state == state).count();
+        let (failed, warnings) = (of(CheckState::Failed), of(CheckState::Warning));
         let text = match (failed, warnings) {
             (0, 0) => view.paint(Colour::Good, "Everything is as it should be."),
             (0, n) => view.paint(Colour::Doubtful, &format!("Egret works; {}.", count(n, "warning", "warnings"))),
@@ -36,10 +36,10 @@ impl Show for Checks {
 /// Adds a check as a line, and its remedy.
 pub(in crate::ctl) fn line(check: &Check, view: View, out: &mut String) {
     let (colour, sign) = match check.state {
-        State::Ok => (Colour::Good, "ok     "),
-        State::Unknown => (Colour::Doubtful, "unknown"),
-        State::Warning => (Colour::Doubtful, "warning"),
-        State::Failed => (Colour::Bad, "failed "),
+        CheckState::Ok => (Colour::Good, "ok     "),
+        CheckState::Unknown => (Colour::Doubtful, "unknown"),
+        CheckState::Warning => (Colour::Doubtful, "warning"),
+        CheckState::Failed => (Colour::Bad, "failed "),
     };
     let _ = writeln!(out, "  {}  {}: {}", view.paint(colour, sign), check.name, check.found);
     if !check.remedy.is_empty() {

@@ -6,8 +6,8 @@ mod progress;
 
 use super::manifest::Field;
 use super::output::{Show, View, count, few};
-use super::state::{self, State};
-use super::write::{Target, write};
+use super::state::{self, ClusterState};
+use super::write::{WriteTarget, write};
 use crate::cluster::{PodsOf, Source, SourceName};
 use crate::model::drain::DRAIN_LABEL;
 use crate::model::{MOVE_TO, REBALANCE};
@@ -73,7 +73,7 @@ pub async fn run(
     say: Say<'_>,
 ) -> anyhow::Result<Moved> {
     let mut open = state::open(source, PodsOf::Nobody).await?;
-    let before = State::of(&open);
+    let before = ClusterState::of(&open);
     let mut moved = Moved::default();
     match command {
         MoveCommand::Move(what, Some(to)) => {
@@ -87,14 +87,14 @@ pub async fn run(
             }
             for key in ip.to_annotate(&before) {
                 let field = Field::Annotation(MOVE_TO);
-                moved.written.push(write(source, &Target::Policy(key), field, Some(to)).await?);
+                moved.written.push(write(source, &WriteTarget::Policy(key), field, Some(to)).await?);
             }
             follow(&mut open, Progress::of_move(&ip, to), patience, &mut moved, say).await?;
         }
         MoveCommand::Move(what, None) => {
             let ip = allocation_of(&before, what, namespace)?;
             for key in ip.annotated(&before) {
-                moved.written.push(write(source, &Target::Policy(key), Field::Annotation(MOVE_TO), None).await?);
+                moved.written.push(write(source, &WriteTarget::Policy(key), Field::Annotation(MOVE_TO), None).await?);
             }
             if moved.written.is_empty() {
                 moved.stays.push(format!("no policy of {} asks for a node", ip.egress_ip));
@@ -107,7 +107,7 @@ pub async fn run(
             let movable = MovableIp::on_node(&before, node);
             let field = Field::Label(DRAIN_LABEL);
             let value = begin.then_some("true");
-            moved.written.push(write(source, &Target::Node(node.clone()), field, value).await?);
+            moved.written.push(write(source, &WriteTarget::Node(node.clone()), field, value).await?);
             if *begin {
                 let (stay, go): (Vec<MovableIp>, Vec<MovableIp>) =
                     movable.into_iter().partition(|ip| ip.cannot_leave(&before, node).is_some());
@@ -122,7 +122,7 @@ pub async fn run(
             if !before.cluster.gateways.contains_key(gateway.as_str()) {
                 bail!("the cluster has no EgressGateway {gateway:?}");
             }
-            let (target, field) = (Target::Gateway(gateway.clone()), Field::Annotation(REBALANCE));
+            let (target, field) = (WriteTarget::Gateway(gateway.clone()), Field::Annotation(REBALANCE));
             moved.written.push(write(source, &target, field, begin.then_some("true")).await?);
             if *begin {
                 follow(&mut open, Progress::of_rebalance(&before, gateway), patience, &mut moved, say).await?;

@@ -3,7 +3,7 @@
 use crate::allocation::unreachable;
 use crate::api::{Allocation, AllocationKind, Placement};
 use crate::ctl::pods::list;
-use crate::ctl::state::State;
+use crate::ctl::state::ClusterState;
 use crate::ctl::subject::Subject;
 use crate::model::capacity::Capacity;
 use crate::model::drain::is_drained;
@@ -30,7 +30,7 @@ pub(super) struct MovableIp {
 
 impl MovableIp {
     /// All egress IPs.
-    pub(super) fn all(state: &State) -> Vec<MovableIp> {
+    pub(super) fn all(state: &ClusterState) -> Vec<MovableIp> {
         let cluster = &*state.cluster;
         let gateways = cluster.gateways.iter();
         let each = gateways.flat_map(|(gateway, of)| of.status.allocations.iter().map(move |a| (gateway, a)));
@@ -52,27 +52,27 @@ impl MovableIp {
     }
 
     /// The egress IPs that a node holds or is assigned.
-    pub(super) fn on_node(state: &State, node: &str) -> Vec<MovableIp> {
+    pub(super) fn on_node(state: &ClusterState, node: &str) -> Vec<MovableIp> {
         let is_there =
             |ip: &MovableIp| ip.held_by.iter().any(|holder| holder == node) || ip.node.as_deref() == Some(node);
         MovableIp::all(state).into_iter().filter(is_there).collect()
     }
 
     /// The policies of this egress IP that ask for a node.
-    pub(super) fn annotated(&self, state: &State) -> Vec<PolicyKey> {
+    pub(super) fn annotated(&self, state: &ClusterState) -> Vec<PolicyKey> {
         let asks = |key: &&PolicyKey| state.cluster.policies.get(*key).is_some_and(|policy| policy.move_to().is_some());
         self.policies.iter().filter(asks).cloned().collect()
     }
 
     /// The policies that must ask for the node. The most senior policy that asks decides, so every one that asks now
     /// asks for the new node, or, if none does, the first one.
-    pub(super) fn to_annotate(&self, state: &State) -> Vec<PolicyKey> {
+    pub(super) fn to_annotate(&self, state: &ClusterState) -> Vec<PolicyKey> {
         let annotated = self.annotated(state);
         if annotated.is_empty() { self.policies.first().cloned().into_iter().collect() } else { annotated }
     }
 
     /// Why it cannot move away from a node that is drained.
-    pub(super) fn cannot_leave(&self, state: &State, node: &str) -> Option<String> {
+    pub(super) fn cannot_leave(&self, state: &ClusterState, node: &str) -> Option<String> {
         let gateway = state.cluster.gateways.get(&self.gateway)?;
         if let Some(why) = self.is_fixed(gateway) {
             return Some(why);
@@ -98,7 +98,7 @@ impl MovableIp {
 ///
 /// # Errors
 /// There is none.
-pub(super) fn allocation_of(state: &State, what: &str, namespace: &str) -> anyhow::Result<MovableIp> {
+pub(super) fn allocation_of(state: &ClusterState, what: &str, namespace: &str) -> anyhow::Result<MovableIp> {
     let subject = Subject::find(&state.cluster, what, namespace)?;
     let all = MovableIp::all(state).into_iter();
     let found = match &subject {
@@ -115,7 +115,7 @@ pub(super) fn allocation_of(state: &State, what: &str, namespace: &str) -> anyho
 }
 
 /// Why an egress IP cannot be on a node now, with the remedy.
-pub(super) fn why_not(state: &State, ip: &MovableIp, to: &str) -> Option<String> {
+pub(super) fn why_not(state: &ClusterState, ip: &MovableIp, to: &str) -> Option<String> {
     let cluster = &*state.cluster;
     let gateway = cluster.gateways.get(&ip.gateway)?;
     if let Some(why) = ip.is_fixed(gateway) {

@@ -4,7 +4,7 @@ use super::movable::MovableIp;
 use super::{MovedIp, Say};
 use crate::cluster::Source;
 use crate::ctl::output::count;
-use crate::ctl::state::State;
+use crate::ctl::state::ClusterState;
 use crate::model::selector::Name;
 use anyhow::{Context, bail};
 use std::collections::{BTreeMap, BTreeSet};
@@ -39,7 +39,7 @@ impl Progress {
         Progress { from: from(movable), goal: Goal::AwayFrom(node.to_owned()) }
     }
 
-    pub(super) fn of_rebalance(state: &State, gateway: &str) -> Self {
+    pub(super) fn of_rebalance(state: &ClusterState, gateway: &str) -> Self {
         let movable: Vec<MovableIp> = MovableIp::all(state).into_iter().filter(|ip| *ip.gateway == *gateway).collect();
         Progress { from: from(&movable), goal: Goal::Even }
     }
@@ -80,7 +80,7 @@ pub(super) async fn wait(
     let mut quiet_since = Instant::now();
     loop {
         open.snapshots.borrow_and_update();
-        let movable = MovableIp::all(&State::of(open));
+        let movable = MovableIp::all(&ClusterState::of(open));
         let mut missing = Vec::new();
         for ip in movable.iter().filter(|ip| progress.from.contains_key(&ip.id)) {
             let was = &progress.from[&ip.id];

@@ -15,8 +15,8 @@ fn world() -> World {
     world
 }
 
-fn state(world: &World) -> State {
-    State { cluster: Arc::new(world.cluster.clone()), now: world.now, ..State::default() }
+fn state(world: &World) -> ClusterState {
+    ClusterState { cluster: Arc::new(world.cluster.clone()), now: world.now, ..ClusterState::default() }
 }
 
 #[test]

@@ -5,7 +5,7 @@ mod changes;
 mod egress;
 mod text;
 
-use super::state::State;
+use super::state::ClusterState;
 use crate::allocation::report::report;
 use crate::allocation::{AllocationResult, allocate};
 use crate::api::EgressPolicyStatus;
@@ -104,7 +104,7 @@ impl Computed {
 }
 
 /// What would change if the files were applied, or their objects deleted.
-pub fn plan(state: &State, verb: OverlayVerb, files: &[File], namespace: &str) -> Plan {
+pub fn plan(state: &ClusterState, verb: OverlayVerb, files: &[File], namespace: &str) -> Plan {
     let mut cluster = Cluster::clone(&state.cluster);
     let mut result = Plan::default();
     for file in files {

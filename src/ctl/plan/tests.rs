@@ -20,7 +20,7 @@ fn world() -> World {
 }
 
 fn planned(world: &World, verb: OverlayVerb, text: &str) -> Plan {
-    let state = State { cluster: Arc::new(world.cluster.clone()), now: world.now, ..State::default() };
+    let state = ClusterState { cluster: Arc::new(world.cluster.clone()), now: world.now, ..ClusterState::default() };
     plan(&state, verb, &[File { name: "f.yaml".to_owned(), text: text.as_bytes().to_vec() }], "shop")
 }
 

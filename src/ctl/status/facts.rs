@@ -3,7 +3,7 @@
 use super::{GatewayStatus, NodeState, NodeStatus, PoolUse, Role, names};
 use crate::allocation::{COOLDOWN_SECONDS, unreachable};
 use crate::api::{AddressPair, AllocationKind};
-use crate::ctl::state::State;
+use crate::ctl::state::ClusterState;
 use crate::model::drain::is_drained;
 use crate::model::egress_node::OfAllocations;
 use crate::model::selector::Name;
@@ -13,8 +13,8 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 
 /// See the module.
-pub(super) struct Facts<'a> {
-    pub(super) state: &'a State,
+pub(super) struct StatusFacts<'a> {
+    pub(super) state: &'a ClusterState,
     namespace: Option<&'a str>,
     unreachable: HashSet<&'a str>,
     /// The nodes of each gateway, sorted.
@@ -25,8 +25,8 @@ pub(super) struct Facts<'a> {
     pub(super) holders: HashMap<u16, Vec<&'a Name>>,
 }
 
-impl<'a> Facts<'a> {
-    pub(super) fn new(state: &'a State, namespace: Option<&'a str>) -> Self {
+impl<'a> StatusFacts<'a> {
+    pub(super) fn new(state: &'a ClusterState, namespace: Option<&'a str>) -> Self {
         let cluster = &*state.cluster;
         let mut members: BTreeMap<&Name, Vec<&Name>> = BTreeMap::new();
         let mut gateways_of: HashMap<&Name, Vec<&Name>> = HashMap::new();
@@ -42,7 +42,7 @@ impl<'a> Facts<'a> {
                 holders.entry(*id).or_default().push(name);
             }
         }
-        Facts { state, namespace, unreachable: unreachable(cluster), members, gateways_of, holders }
+        StatusFacts { state, namespace, unreachable: unreachable(cluster), members, gateways_of, holders }
     }
 
     /// The policies that were asked for.

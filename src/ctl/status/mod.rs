@@ -5,11 +5,11 @@ mod problems;
 mod text;
 
 use super::problem::Problem;
-use super::state::State;
+use super::state::ClusterState;
 use crate::api::EgressPolicyStatus;
 use crate::model::selector::Name;
 use crate::model::{Policy, PolicyKey, addresses_of};
-use facts::Facts;
+use facts::StatusFacts;
 use serde::Serialize;
 use std::collections::BTreeSet;
 use std::net::IpAddr;
@@ -160,8 +160,8 @@ pub enum PolicyState {
 }
 
 /// The state of Egret, from the state of the cluster. With a namespace, only its policies are among the result.
-pub fn status(state: &State, namespace: Option<&str>) -> Status {
-    let facts = Facts::new(state, namespace);
+pub fn status(state: &ClusterState, namespace: Option<&str>) -> Status {
+    let facts = StatusFacts::new(state, namespace);
     Status {
         problems: problems::problems(&facts),
         gateways: state.cluster.gateways.keys().map(|name| facts.gateway(name)).collect(),
@@ -170,7 +170,7 @@ pub fn status(state: &State, namespace: Option<&str>) -> Status {
     }
 }
 
-fn of_policy(facts: &Facts, key: &PolicyKey, policy: &Policy) -> PolicyStatus {
+fn of_policy(facts: &StatusFacts, key: &PolicyKey, policy: &Policy) -> PolicyStatus {
     let status = facts.state.cluster.policy_statuses.get(key);
     let named = || policy.gateway.as_deref().map(str::to_owned);
     PolicyStatus {

@@ -1,6 +1,6 @@
 //! What is wrong. A cause is named once, with everything that follows from it.
 
-use super::facts::Facts;
+use super::facts::StatusFacts;
 use super::{NodeState, PolicyState, state_of};
 use crate::api::Condition;
 use crate::ctl::output::{count, few, number};
@@ -18,8 +18,8 @@ const NEARLY: u128 = 90;
 const IPV6_MIN_MTU: u32 = 1280;
 
 /// What is wrong, the worst first.
-pub(super) fn problems(facts: &Facts) -> Vec<Problem> {
-    let mut found = Found { all: facts.state.of_site.clone(), ..Found::default() };
+pub(super) fn problems(facts: &StatusFacts) -> Vec<Problem> {
+    let mut found = ProblemList { all: facts.state.of_site.clone(), ..ProblemList::default() };
     found.unread(facts);
     found.missing_controller(facts);
     facts.state.cluster.gateways.keys().for_each(|name| found.gateway(facts, name));
@@ -47,13 +47,13 @@ enum Cause {
 }
 
 #[derive(Default)]
-struct Found {
+struct ProblemList {
     all: Vec<Problem>,
     /// Indices in `all` of problems that others follow from.
     causes: BTreeMap<Cause, usize>,
 }
 
-impl Found {
+impl ProblemList {
     fn add(&mut self, problem: Problem) {
         self.all.push(problem);
     }
@@ -63,7 +63,7 @@ impl Found {
         self.all.push(problem);
     }
 
-    fn unread(&mut self, facts: &Facts) {
+    fn unread(&mut self, facts: &StatusFacts) {
         for text in &facts.state.unread {
             self.add(
                 Problem::new(Severity::Error, "object that cannot be read", "Invalid", text)
@@ -73,7 +73,7 @@ impl Found {
     }
 
     /// Every gateway gets conditions from the controller, and every policy a status.
-    fn missing_controller(&mut self, facts: &Facts) {
+    fn missing_controller(&mut self, facts: &StatusFacts) {
         let cluster = &*facts.state.cluster;
         let gateways = cluster.gateways.values().filter(|gateway| gateway.status.conditions.is_empty()).count();
         let policies: Vec<&PolicyKey> =
@@ -92,7 +92,7 @@ impl Found {
         }
     }
 
-    fn gateway(&mut self, facts: &Facts, name: &Name) {
+    fn gateway(&mut self, facts: &StatusFacts, name: &Name) {
         let Some(gateway) = facts.state.cluster.gateways.get(name) else { return };
         let object = format!("EgressGateway {name}");
         for condition in gateway.status.conditions.iter().filter(|c| c.status != "True") {
@@ -132,7 +132,7 @@ impl Found {
     }
 
     /// Gateway nodes that hold nothing, because they are dead or cut off.
-    fn dead_nodes(&mut self, facts: &Facts) {
+    fn dead_nodes(&mut self, facts: &StatusFacts) {
         let members: BTreeSet<&Name> = facts.members.values().flatten().copied().collect();
         for name in members {
             let (reason, message) = match facts.state_of(name) {
@@ -163,7 +163,7 @@ impl Found {
         }
     }
 
-    fn nodes_without_daemon(&mut self, facts: &Facts) {
+    fn nodes_without_daemon(&mut self, facts: &StatusFacts) {
         let without: Vec<&Name> =
             facts.state.cluster.nodes.keys().filter(|name| facts.state_of(name) == NodeState::NoDaemon).collect();
         let (gateways, sources): (Vec<&Name>, Vec<&Name>) =
@@ -186,7 +186,7 @@ impl Found {
     }
 
     /// A node derives its tunnel's MTU from its own routes and interfaces, and cannot see the other end's.
-    fn tunnel_mtus(&mut self, facts: &Facts) {
+    fn tunnel_mtus(&mut self, facts: &StatusFacts) {
         let mut by_mtu: BTreeMap<u32, Vec<&Name>> = BTreeMap::new();
         for name in facts.state.cluster.nodes.keys() {
             if let Some(mtu) = facts.reports(name).and_then(|reports| reports.tunnel_mtu) {
@@ -218,7 +218,7 @@ impl Found {
     }
 
     /// What a node reports itself.
-    fn node(&mut self, facts: &Facts, name: &Name) {
+    fn node(&mut self, facts: &StatusFacts, name: &Name) {
         let Some(reports) = facts.reports(name).filter(|_| facts.state.cluster.nodes.contains_key(name)) else {
             return;
         };
@@ -253,7 +253,7 @@ impl Found {
         }
     }
 
-    fn policies(&mut self, facts: &Facts) {
+    fn policies(&mut self, facts: &StatusFacts) {
         let mut groups: BTreeMap<(PolicyState, String, String), (Problem, Option<Cause>)> = BTreeMap::new();
         for (key, _) in facts.policies() {
             let Some(status) = facts.state.cluster.policy_statuses.get(key) else {
@@ -302,7 +302,7 @@ impl Found {
     }
 
     /// Whether an egress IP is blocked because its gateway has no node, or because that node is dead.
-    fn follows(&self, facts: &Facts, id: u16) -> bool {
+    fn follows(&self, facts: &StatusFacts, id: u16) -> bool {
         let mut allocations = facts.state.cluster.allocations();
         let Some(allocation) = allocations.find(|allocation| allocation.id == id) else { return false };
         let dead = |node: &Name| self.is_known(&Cause::Node(node.to_string()));
@@ -341,7 +341,7 @@ fn condition<'c>(conditions: &'c [Condition], type_: &str, status: &str) -> Opti
 }
 
 /// The egress IP with this id, as text.
-fn address_of(facts: &Facts, id: u16) -> String {
+fn address_of(facts: &StatusFacts, id: u16) -> String {
     let mut allocations = facts.state.cluster.allocations();
     let found = allocations.find(|allocation| allocation.id == id);
     let addresses = found.map(|allocation| addresses_of(&allocation.address).collect::<Vec<_>>()).unwrap_or_default();

@@ -6,8 +6,8 @@ use crate::fixture::{World, asking, naming, selector};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-fn state(world: &World) -> State {
-    State { cluster: Arc::new(world.cluster.clone()), now: world.now, ..State::default() }
+fn state(world: &World) -> ClusterState {
+    ClusterState { cluster: Arc::new(world.cluster.clone()), now: world.now, ..ClusterState::default() }
 }
 
 /// Two gateway nodes, one source node, a policy with a pod.

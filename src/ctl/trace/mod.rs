@@ -13,7 +13,7 @@ use crate::cluster::kube::Client;
 use crate::cluster::{PodsOf, SourceName};
 use crate::model::ObjectKey;
 use crate::model::target::Target;
-use crate::model::trace::{Armed, Event, MAX_SECONDS, Protocol, TraceSpec};
+use crate::model::trace::{Armed, MAX_SECONDS, Protocol, TraceEvent, TraceSpec};
 use anyhow::{Context, bail};
 use futures_util::future::join_all;
 use ipnetwork::IpNetwork;
@@ -36,7 +36,7 @@ const LINGER: Duration = Duration::from_millis(200);
 
 /// What is to be traced.
 #[derive(Clone, Debug)]
-pub struct Asked {
+pub struct TraceOptions {
     /// The pod.
     pub pod: ObjectKey,
     /// The destination's address.
@@ -59,7 +59,7 @@ pub struct Asked {
 ///
 /// # Errors
 /// The cluster has no such pod, or the daemon on its node cannot be asked, or refuses.
-pub async fn trace(source: &SourceName, asked: &Asked, say: &dyn Fn(&str)) -> anyhow::Result<Traced> {
+pub async fn trace(source: &SourceName, asked: &TraceOptions, say: &dyn Fn(&str)) -> anyhow::Result<Traced> {
     let request = request(source, asked).await?;
     let mut open = open(source, &request, &asked.run_dirs).await?;
     let not_traced = std::mem::take(&mut open.not_traced);
@@ -78,7 +78,7 @@ pub async fn trace(source: &SourceName, asked: &Asked, say: &dyn Fn(&str)) -> an
 }
 
 /// What `why` says of the destination.
-async fn explain(source: &SourceName, asked: &Asked) -> Option<String> {
+async fn explain(source: &SourceName, asked: &TraceOptions) -> Option<String> {
     let protocol = match asked.protocol {
         Protocol::Tcp => Some(api::Protocol::Tcp),
         Protocol::Udp => Some(api::Protocol::Udp),
@@ -88,7 +88,7 @@ async fn explain(source: &SourceName, asked: &Asked) -> Option<String> {
     Some(why::explain(source, &asked.pod, Some(target), &asked.direct).await.ok()?.text)
 }
 
-async fn request(source: &SourceName, asked: &Asked) -> anyhow::Result<TraceSpec> {
+async fn request(source: &SourceName, asked: &TraceOptions) -> anyhow::Result<TraceSpec> {
     let key = &asked.pod;
     let open = state::open(source, PodsOf::One(key.clone())).await?;
     let cluster = open.snapshots.borrow().clone();
@@ -186,7 +186,11 @@ async fn of_host(request: &TraceSpec, run_dirs: &[PathBuf]) -> anyhow::Result<Op
 
 /// Reads what the daemons tell until the packet's fate is known, or the time is over. The connections are closed then,
 /// which ends the traces.
-async fn collect(streams: BTreeMap<String, Stream>, request: &TraceSpec, asked: &Asked) -> anyhow::Result<Collected> {
+async fn collect(
+    streams: BTreeMap<String, Stream>,
+    request: &TraceSpec,
+    asked: &TraceOptions,
+) -> anyhow::Result<Collected> {
     let (sender, mut events) = mpsc::channel(64);
     let mut readers = tokio::task::JoinSet::new();
     for (node, mut stream) in streams {
@@ -214,12 +218,12 @@ async fn collect(streams: BTreeMap<String, Stream>, request: &TraceSpec, asked: 
             () = sleep_until(deadline) => return Ok(collected),
         };
         let Some((node, event)) = received else { return Ok(collected) };
-        if !is_sent && matches!(event, Ok(Event::Step(_) | Event::Sent)) {
+        if !is_sent && matches!(event, Ok(TraceEvent::Step(_) | TraceEvent::Sent)) {
             is_sent = true;
             deadline = deadline.min(Instant::now() + asked.patience);
         }
         match event {
-            Ok(Event::Step(step)) => {
+            Ok(TraceEvent::Step(step)) => {
                 let is_first = collected.steps.is_empty();
                 let is_known = collected.add(&node, step, request);
                 if is_known {
@@ -228,11 +232,11 @@ async fn collect(streams: BTreeMap<String, Stream>, request: &TraceSpec, asked: 
                     deadline = Instant::now() + way::PATIENCE.min(asked.patience);
                 }
             }
-            Ok(Event::Lost) => collected.is_incomplete = true,
-            Ok(Event::Ended) if node == request.node => return Ok(collected),
-            Ok(Event::Refused { message }) if node == request.node => bail!("node {node}: {message}"),
-            Ok(Event::Refused { message }) => collected.ended.push((node, message)),
-            Ok(Event::Armed(_) | Event::Sent | Event::Ended) => {}
+            Ok(TraceEvent::Lost) => collected.is_incomplete = true,
+            Ok(TraceEvent::Ended) if node == request.node => return Ok(collected),
+            Ok(TraceEvent::Refused { message }) if node == request.node => bail!("node {node}: {message}"),
+            Ok(TraceEvent::Refused { message }) => collected.ended.push((node, message)),
+            Ok(TraceEvent::Armed(_) | TraceEvent::Sent | TraceEvent::Ended) => {}
             Err(e) if node == request.node && collected.steps.is_empty() => {
                 return Err(e.context(format!("node {node}")));
             }

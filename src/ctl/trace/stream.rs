@@ -5,7 +5,7 @@
 
 use crate::cluster::kube::Client;
 use crate::ctl::daemon;
-use crate::model::trace::{Armed, Event, GO, TraceSpec, VERB};
+use crate::model::trace::{Armed, GO, TraceEvent, TraceSpec, VERB};
 use anyhow::{Context, anyhow, bail};
 use egret_cni::protocol::PROTOCOL;
 use egret_cni::run_dir::SOCKET;
@@ -79,8 +79,8 @@ impl Stream {
     pub async fn ask(&mut self, request: &TraceSpec) -> anyhow::Result<Armed> {
         self.line(&serde_json::to_string(&Line { version: PROTOCOL, verb: VERB, request })?).await?;
         match timeout(PATIENCE, self.next()).await {
-            Ok(Ok(Some(Event::Armed(armed)))) => Ok(armed),
-            Ok(Ok(Some(Event::Refused { message }))) => bail!("{message}"),
+            Ok(Ok(Some(TraceEvent::Armed(armed)))) => Ok(armed),
+            Ok(Ok(Some(TraceEvent::Refused { message }))) => bail!("{message}"),
             Ok(Ok(None)) => bail!("{}", self.complaint().await),
             Ok(Ok(Some(_))) => bail!("the daemon's answer cannot be read"),
             Ok(Err(e)) => Err(e),
@@ -100,7 +100,7 @@ impl Stream {
     ///
     /// # Errors
     /// The connection broke, or the daemon is of another version.
-    pub async fn next(&mut self) -> anyhow::Result<Option<Event>> {
+    pub async fn next(&mut self) -> anyhow::Result<Option<TraceEvent>> {
         let Some(line) = self.lines.next_line().await.context("the connection to the daemon broke")? else {
             return Ok(None);
         };

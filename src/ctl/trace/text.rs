@@ -3,7 +3,7 @@
 use super::way::{Hop, PacketOutcome, Traced};
 use crate::ctl::output::{Colour, Show, View};
 use crate::ctl::table::{Cell, Table};
-use crate::model::trace::Step;
+use crate::model::trace::TraceStep;
 use std::fmt::Write;
 
 impl Show for Traced {
@@ -65,11 +65,11 @@ fn text(hop: &Hop, view: View) -> String {
 }
 
 /// Rules of Egret's, and what drops. `-o wide` shows other programs' chains and policies, too.
-fn matters(step: &Step) -> bool {
+fn matters(step: &TraceStep) -> bool {
     step.is_drop() || step.is_of_egret() && step.rule.is_some()
 }
 
-fn rule(step: &Step) -> Cell {
+fn rule(step: &TraceStep) -> Cell {
     let text = match &step.rule {
         Some(rule) if rule.starts_with("handle ") => format!("{rule}: {}", step.verdict),
         Some(rule) => rule.clone(),

@@ -1,6 +1,6 @@
 //! Joins what the nodes saw of a packet to one way, and says what became of it.
 
-use crate::model::trace::{Armed, Flow, Protocol, Step, TraceSpec};
+use crate::model::trace::{Armed, Flow, Protocol, TraceSpec, TraceStep};
 use serde::Serialize;
 use std::net::IpAddr;
 use std::time::Duration;
@@ -14,7 +14,7 @@ const TUNNEL: &str = "egret";
 #[derive(Debug, Default)]
 pub struct Collected {
     /// The steps, each with its node.
-    pub steps: Vec<(String, Step)>,
+    pub steps: Vec<(String, TraceStep)>,
     /// Whether a kernel dropped messages.
     pub is_incomplete: bool,
     /// Daemons that have stopped to trace before the end, with the reason.
@@ -23,7 +23,7 @@ pub struct Collected {
 
 impl Collected {
     /// Adds a step. Returns whether the packet's fate is known.
-    pub fn add(&mut self, node: &str, step: Step, request: &TraceSpec) -> bool {
+    pub fn add(&mut self, node: &str, step: TraceStep, request: &TraceSpec) -> bool {
         let is_of_pod = node == request.node;
         let is_fate = step.is_drop() && (is_of_pod || request.source_port.is_some()) || is_of_pod && step.is_reply;
         self.steps.push((node.to_owned(), step));
@@ -119,7 +119,7 @@ pub struct Hop {
     /// Whether this is the reply.
     pub is_reply: bool,
     /// Each chain and rule that decided on it.
-    pub steps: Vec<Step>,
+    pub steps: Vec<TraceStep>,
 }
 
 /// A node whose part of the way is not known.
@@ -210,7 +210,7 @@ pub fn traced(request: &TraceSpec, of_pod: &Armed, collected: Collected, not_tra
 }
 
 /// The pod's node, the others, and back again.
-fn hops(request: &TraceSpec, steps: Vec<(String, Step)>) -> Vec<Hop> {
+fn hops(request: &TraceSpec, steps: Vec<(String, TraceStep)>) -> Vec<Hop> {
     let mut out: Vec<Hop> = Vec::new();
     for (node, step) in steps {
         let is_same = |hop: &&mut Hop| hop.node == node && hop.is_reply == step.is_reply;
@@ -270,7 +270,7 @@ impl Fate<'_> {
     fn dropped(&self) -> Option<Told> {
         let dropped = |hop: &'_ Hop| hop.steps.iter().position(|step| step.is_drop());
         let (hop, at) = self.way.iter().find_map(|hop| Some((hop, dropped(hop)?)))?;
-        let Step { table, chain, rule, .. } = &hop.steps[at];
+        let TraceStep { table, chain, rule, .. } = &hop.steps[at];
         let what = if hop.is_reply { "the reply" } else { "it" };
         let by = rule.as_ref().map_or_else(|| "by its policy".to_owned(), |rule| format!("by the rule {rule:?}"));
         let message = format!("node {}: chain {chain} of table {table} dropped {what} {by}", hop.node);
@@ -278,7 +278,7 @@ impl Fate<'_> {
     }
 
     /// A remedy by the counter that the rule has: docs/operations.md lists them all.
-    fn remedy(&self, rule: Option<&str>, step: &Step) -> String {
+    fn remedy(&self, rule: Option<&str>, step: &TraceStep) -> String {
         if !step.is_of_egret() {
             return format!(
                 "another program's rule: `nft -a list table {}` shows it; let the packet pass there",

@@ -4,7 +4,7 @@ use super::{choices, counter, covers, set};
 use crate::api::Fallback;
 use crate::model::marks::{MAX_INDEX, Marks};
 use crate::node_plan::PodPlan;
-use crate::node_plan::policy_chain::{PolicyChain, Step, Way};
+use crate::node_plan::policy_chain::{PolicyAction, PolicyChain, PolicyStep};
 use egret_nft::Family;
 use egret_nft::rule::Rule;
 use egret_nft::uapi::*;
@@ -63,7 +63,7 @@ pub(super) fn of_policy_chain(policy_chain: &PolicyChain, marks: Marks) -> Vec<R
         passed ^= number;
         Rule::new().flip_mark(marks.index(number))
     };
-    let first_fallback = steps.iter().position(Step::falls_back);
+    let first_fallback = steps.iter().position(PolicyStep::falls_back);
     for (at, step) in steps.iter().enumerate() {
         if first_fallback == Some(at) {
             // Packets of state invalid are not translated. They would leave with the pod's own address.
@@ -78,24 +78,26 @@ pub(super) fn of_policy_chain(policy_chain: &PolicyChain, marks: Marks) -> Vec<R
                 rules.extend(lookup.families().iter().map(by_hash));
             }
             match step.way {
-                Way::Direct => rules.push(pass(matched())),
-                Way::EgressIp { allocation: Some(allocation), fallback: Fallback::Block } => {
+                PolicyAction::Direct => rules.push(pass(matched())),
+                PolicyAction::EgressIp { allocation: Some(allocation), fallback: Fallback::Block } => {
                     rules.push(matched().set_ct_mark(marks.connection(allocation)).goto("known"));
                 }
-                Way::EgressIp { allocation: Some(allocation), fallback: Fallback::NodeAddress } => {
+                PolicyAction::EgressIp { allocation: Some(allocation), fallback: Fallback::NodeAddress } => {
                     rules.push(
                         matched().set_ct_mark_and_mark_by(marks.connection(allocation), set::EGRESS_ID_OUT).accept(),
                     );
                     rules.push(pass(matched()));
                 }
-                Way::EgressIp { allocation: None, fallback: Fallback::Block } => {
+                PolicyAction::EgressIp { allocation: None, fallback: Fallback::Block } => {
                     rules.push(matched().counter(counter::BLOCKED).drop());
                 }
-                Way::EgressIp { allocation: None, fallback: Fallback::NodeAddress } => rules.push(pass(matched())),
+                PolicyAction::EgressIp { allocation: None, fallback: Fallback::NodeAddress } => {
+                    rules.push(pass(matched()))
+                }
             }
         }
     }
-    if !steps.iter().any(Step::covers_everything) {
+    if !steps.iter().any(PolicyStep::covers_everything) {
         let by_all = marks.pod_mark(passed);
         rules.push(pass(Rule::new().mark(marks.kind_and_index_mask(), by_all)));
     }

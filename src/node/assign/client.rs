@@ -22,7 +22,7 @@ const SHOWN: usize = 200;
 
 /// Where the hook listens.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Target {
+pub enum HookUrl {
     /// A Unix socket.
     Unix(PathBuf),
     /// A server.
@@ -34,25 +34,25 @@ pub enum Target {
     },
 }
 
-impl FromStr for Target {
+impl FromStr for HookUrl {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         let wrong = || format!("{text:?} is no assign hook; write unix:/PATH or http://HOST:PORT/PATH");
         if let Some(path) = text.strip_prefix("unix:") {
-            return if path.starts_with('/') { Ok(Target::Unix(path.into())) } else { Err(wrong()) };
+            return if path.starts_with('/') { Ok(HookUrl::Unix(path.into())) } else { Err(wrong()) };
         }
         let uri: hyper::Uri = text.parse().map_err(|_| wrong())?;
         let authority = uri.authority().filter(|a| uri.scheme_str() == Some("http") && !a.as_str().contains('@'));
         let authority = authority.ok_or_else(wrong)?.to_string();
         let path = uri.path_and_query().map_or("/", |path| path.as_str()).to_owned();
-        Ok(Target::Http { authority, path })
+        Ok(HookUrl::Http { authority, path })
     }
 }
 
 /// Why a request has failed.
 #[derive(Debug)]
-pub enum Failure {
+pub enum HookFailure {
     /// The hook has refused it.
     Refused {
         /// The HTTP status.
@@ -64,31 +64,31 @@ pub enum Failure {
     NoAnswer(String),
 }
 
-impl fmt::Display for Failure {
+impl fmt::Display for HookFailure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Failure::Refused { status, text } if text.is_empty() => write!(f, "it answers with status {status}"),
-            Failure::Refused { status, text } => write!(f, "it answers with status {status}: {text}"),
-            Failure::NoAnswer(why) => write!(f, "it does not answer: {why}"),
+            HookFailure::Refused { status, text } if text.is_empty() => write!(f, "it answers with status {status}"),
+            HookFailure::Refused { status, text } => write!(f, "it answers with status {status}: {text}"),
+            HookFailure::NoAnswer(why) => write!(f, "it does not answer: {why}"),
         }
     }
 }
 
 /// Sends a request. The hook has done it if it answers with a status of success.
-pub async fn post(target: &Target, request: &HookRequest) -> Result<(), Failure> {
+pub async fn post(target: &HookUrl, request: &HookRequest) -> Result<(), HookFailure> {
     match tokio::time::timeout(PATIENCE, exchange(target, request)).await {
         Ok(answer) => answer,
-        Err(_) => Err(Failure::NoAnswer(format!("nothing within {} s", PATIENCE.as_secs()))),
+        Err(_) => Err(HookFailure::NoAnswer(format!("nothing within {} s", PATIENCE.as_secs()))),
     }
 }
 
-async fn exchange(target: &Target, request: &HookRequest) -> Result<(), Failure> {
+async fn exchange(target: &HookUrl, request: &HookRequest) -> Result<(), HookFailure> {
     match target {
-        Target::Unix(path) => {
+        HookUrl::Unix(path) => {
             let stream = UnixStream::connect(path).await.map_err(|e| no_answer("no connection", &e))?;
             on(stream, "localhost", "/", request).await
         }
-        Target::Http { authority, path } => {
+        HookUrl::Http { authority, path } => {
             let with_port = authority.rsplit_once(':').is_some_and(|(_, port)| port.parse::<u16>().is_ok());
             let to = if with_port { authority.clone() } else { format!("{authority}:80") };
             let stream = TcpStream::connect(to).await.map_err(|e| no_answer("no connection", &e))?;
@@ -97,7 +97,7 @@ async fn exchange(target: &Target, request: &HookRequest) -> Result<(), Failure>
     }
 }
 
-async fn on<S>(stream: S, host: &str, path: &str, request: &HookRequest) -> Result<(), Failure>
+async fn on<S>(stream: S, host: &str, path: &str, request: &HookRequest) -> Result<(), HookFailure>
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
@@ -119,15 +119,15 @@ where
             return Ok(());
         }
         let body = body.map(|body| body.to_bytes()).unwrap_or_default();
-        Err(Failure::Refused { status: status.as_u16(), text: first_line(&body) })
+        Err(HookFailure::Refused { status: status.as_u16(), text: first_line(&body) })
     };
     let answer = answer.await;
     connection.abort();
     answer
 }
 
-fn no_answer(what: &str, e: &dyn fmt::Display) -> Failure {
-    Failure::NoAnswer(format!("{what}: {e}"))
+fn no_answer(what: &str, e: &dyn fmt::Display) -> HookFailure {
+    HookFailure::NoAnswer(format!("{what}: {e}"))
 }
 
 /// The first line of an answer, as a status may show it.
@@ -143,9 +143,9 @@ mod tests {
 
     #[test]
     fn a_hook_is_a_socket_or_a_server() {
-        let target = |text: &str| text.parse::<Target>();
-        assert_eq!(target("unix:/run/hook.sock"), Ok(Target::Unix("/run/hook.sock".into())));
-        let http = |authority: &str, path: &str| Target::Http { authority: authority.into(), path: path.into() };
+        let target = |text: &str| text.parse::<HookUrl>();
+        assert_eq!(target("unix:/run/hook.sock"), Ok(HookUrl::Unix("/run/hook.sock".into())));
+        let http = |authority: &str, path: &str| HookUrl::Http { authority: authority.into(), path: path.into() };
         assert_eq!(target("http://127.0.0.1:9000/assign?a=b"), Ok(http("127.0.0.1:9000", "/assign?a=b")));
         assert_eq!(target("http://[::1]:9000"), Ok(http("[::1]:9000", "/")));
         for wrong in ["", "unix:run", "https://hook", "/run/hook.sock", "http://", "http://user:secret@hook/"] {

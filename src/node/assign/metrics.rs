@@ -1,7 +1,7 @@
 //! The metrics of the assign hook.
 
 use super::Action;
-use super::client::Failure;
+use super::client::HookFailure;
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
@@ -30,15 +30,15 @@ impl AssignMetrics {
     }
 
     /// Counts a request.
-    pub(super) fn count(&self, action: Action, answer: &Result<(), Failure>) {
+    pub(super) fn count(&self, action: Action, answer: &Result<(), HookFailure>) {
         let action = match action {
             Action::Assign => "assign",
             Action::Release => "release",
         };
         let outcome = match answer {
             Ok(()) => "done",
-            Err(Failure::Refused { .. }) => "refused",
-            Err(Failure::NoAnswer(_)) => "no_answer",
+            Err(HookFailure::Refused { .. }) => "refused",
+            Err(HookFailure::NoAnswer(_)) => "no_answer",
         };
         self.requests.get_or_create(&Labels { action, outcome }).inc();
     }

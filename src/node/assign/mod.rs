@@ -7,11 +7,11 @@ mod client;
 mod metrics;
 mod states;
 
-pub use client::Target;
+pub use client::HookUrl;
 pub use metrics::AssignMetrics;
 pub use states::{Assignments, Requests};
 
-use client::Failure;
+use client::HookFailure;
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -53,12 +53,12 @@ pub struct HookRequest {
 }
 
 /// The answer to a request to assign an address.
-pub type Answer = Result<(), String>;
+pub type AssignmentResult = Result<(), String>;
 
 /// Sends requests to the hook in the background.
 #[derive(Debug)]
 pub struct AssignHook {
-    target: Arc<Target>,
+    target: Arc<HookUrl>,
     permits: Arc<Semaphore>,
     metrics: AssignMetrics,
     /// The last request of each address. The next one waits for its end, so that the hook sees them in their order.
@@ -67,7 +67,7 @@ pub struct AssignHook {
 
 impl AssignHook {
     /// A hook that has not been asked anything.
-    pub fn new(target: Target, metrics: AssignMetrics) -> Self {
+    pub fn new(target: HookUrl, metrics: AssignMetrics) -> Self {
         AssignHook {
             target: Arc::new(target),
             permits: Arc::new(Semaphore::new(AT_ONCE)),
@@ -77,7 +77,7 @@ impl AssignHook {
     }
 
     /// Sends a request. `answered` gets the answer to one that assigns.
-    pub fn send(&mut self, request: HookRequest, answered: impl FnOnce(IpAddr, Answer) + Send + 'static) {
+    pub fn send(&mut self, request: HookRequest, answered: impl FnOnce(IpAddr, AssignmentResult) + Send + 'static) {
         self.last.retain(|_, task| !task.is_finished());
         let before = self.last.remove(&request.address);
         let address = request.address;
@@ -101,14 +101,14 @@ impl AssignHook {
     }
 }
 
-async fn ask(target: &Target, request: &HookRequest, metrics: &AssignMetrics) -> Result<(), Failure> {
+async fn ask(target: &HookUrl, request: &HookRequest, metrics: &AssignMetrics) -> Result<(), HookFailure> {
     let answer = client::post(target, request).await;
     metrics.count(request.action, &answer);
     answer
 }
 
 /// Tells the hook of a release, twice if it fails. Nothing depends on it: the next owner's request moves the address.
-async fn tell(target: &Target, request: &HookRequest, metrics: &AssignMetrics) {
+async fn tell(target: &HookUrl, request: &HookRequest, metrics: &AssignMetrics) {
     for pause in [AGAIN, Duration::ZERO] {
         let Err(failure) = ask(target, request, metrics).await else { return };
         let address = request.address;

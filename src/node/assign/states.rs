@@ -1,6 +1,6 @@
 //! Which addresses the hook has assigned to this node, and what it is to be asked.
 
-use super::Answer;
+use super::AssignmentResult;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::time::Duration;
@@ -21,7 +21,7 @@ const CONFIRM: Duration = Duration::from_secs(60);
 
 /// What the hook has said about an address.
 #[derive(Clone, Debug, PartialEq, Eq)]
-enum State {
+enum AssignmentState {
     /// It was asked and has not answered. `why` is its last refusal.
     Asked { why: String, refusals: usize },
     /// It has assigned the address to this node, and is asked to confirm it at `again`: another node may have asked
@@ -35,7 +35,7 @@ enum State {
 #[derive(Debug, Default)]
 pub struct Assignments {
     has_hook: bool,
-    states: BTreeMap<IpAddr, State>,
+    states: BTreeMap<IpAddr, AssignmentState>,
     /// The addresses that this decision wants or keeps.
     wanted: BTreeSet<IpAddr>,
     ask: BTreeSet<IpAddr>,
@@ -74,19 +74,19 @@ impl Assignments {
         }
         self.wanted.insert(address);
         let (why, refusals) = match self.states.get(&address) {
-            Some(State::Assigned { again }) => {
+            Some(AssignmentState::Assigned { again }) => {
                 if *again <= now {
-                    self.states.insert(address, State::Assigned { again: now + CONFIRM });
+                    self.states.insert(address, AssignmentState::Assigned { again: now + CONFIRM });
                     self.ask.insert(address);
                 }
                 return true;
             }
-            Some(State::Asked { .. }) => return false,
-            Some(State::Refused { again, .. }) if *again > now => return false,
-            Some(State::Refused { why, refusals, .. }) => (why.clone(), *refusals),
+            Some(AssignmentState::Asked { .. }) => return false,
+            Some(AssignmentState::Refused { again, .. }) if *again > now => return false,
+            Some(AssignmentState::Refused { why, refusals, .. }) => (why.clone(), *refusals),
             None => (String::new(), 0),
         };
-        self.states.insert(address, State::Asked { why, refusals });
+        self.states.insert(address, AssignmentState::Asked { why, refusals });
         self.ask.insert(address);
         false
     }
@@ -101,7 +101,7 @@ impl Assignments {
     /// Has the hook confirm all that it has assigned: another node may have asked for it while this one was away.
     pub fn confirm(&mut self, now: Instant) {
         for state in self.states.values_mut() {
-            if let State::Assigned { again } = state {
+            if let AssignmentState::Assigned { again } = state {
                 *again = now;
             }
         }
@@ -113,7 +113,7 @@ impl Assignments {
         self.states.retain(|address, state| {
             let stays = wanted.contains(address);
             // Who was asked and has not answered is told after the answer.
-            if !stays && matches!(state, State::Assigned { .. }) {
+            if !stays && matches!(state, AssignmentState::Assigned { .. }) {
                 release.insert(*address);
             }
             stays
@@ -124,20 +124,20 @@ impl Assignments {
     /// Takes an answer. Returns whether the hook is to be told that the address is not used here: nothing wants it any
     /// more, and whether it has been assigned is not certain.
     #[must_use]
-    pub fn answered(&mut self, address: IpAddr, answer: Answer, now: Instant) -> bool {
+    pub fn answered(&mut self, address: IpAddr, answer: AssignmentResult, now: Instant) -> bool {
         let Some(state) = self.states.get_mut(&address) else { return true };
         let before = match state {
-            State::Asked { refusals, .. } | State::Refused { refusals, .. } => *refusals,
-            State::Assigned { .. } => 0,
+            AssignmentState::Asked { refusals, .. } | AssignmentState::Refused { refusals, .. } => *refusals,
+            AssignmentState::Assigned { .. } => 0,
         };
         *state = match answer {
-            Ok(()) => State::Assigned { again: now + CONFIRM },
+            Ok(()) => AssignmentState::Assigned { again: now + CONFIRM },
             Err(why) => {
                 if before == 0 {
                     tracing::warn!(%address, "the assign hook has not brought an egress IP to this node: {why}");
                 }
                 let pause = PAUSES[before.min(PAUSES.len() - 1)];
-                State::Refused { why, again: now + pause, refusals: before + 1 }
+                AssignmentState::Refused { why, again: now + pause, refusals: before + 1 }
             }
         };
         false
@@ -146,21 +146,23 @@ impl Assignments {
     /// The addresses that the hook has refused, with its reasons.
     pub fn refused(&self) -> impl Iterator<Item = (IpAddr, &str)> {
         self.states.iter().filter_map(|(address, state)| match state {
-            State::Refused { why, .. } | State::Asked { why, refusals: 1.. } => Some((*address, &**why)),
-            State::Asked { .. } | State::Assigned { .. } => None,
+            AssignmentState::Refused { why, .. } | AssignmentState::Asked { why, refusals: 1.. } => {
+                Some((*address, &**why))
+            }
+            AssignmentState::Asked { .. } | AssignmentState::Assigned { .. } => None,
         })
     }
 
     /// Whether this node may use the address, as far as the hook is concerned.
     pub fn is_assigned(&self, address: IpAddr) -> bool {
-        !self.has_hook || matches!(self.states.get(&address), Some(State::Assigned { .. }))
+        !self.has_hook || matches!(self.states.get(&address), Some(AssignmentState::Assigned { .. }))
     }
 
     /// When the hook is to be asked again.
     pub fn next(&self) -> Option<Instant> {
-        let again = |state: &State| match state {
-            State::Refused { again, .. } | State::Assigned { again } => Some(*again),
-            State::Asked { .. } => None,
+        let again = |state: &AssignmentState| match state {
+            AssignmentState::Refused { again, .. } | AssignmentState::Assigned { again } => Some(*again),
+            AssignmentState::Asked { .. } => None,
         };
         self.states.values().filter_map(again).min()
     }

@@ -2,7 +2,7 @@ use super::*;
 use crate::model::PolicyKey;
 use crate::model::destination::{Destination, Ports};
 use crate::model::marks::Marks;
-use crate::node_plan::policy_chain::{Step, Way};
+use crate::node_plan::policy_chain::{PolicyAction, PolicyStep};
 
 const ALLOCATION: EgressId = 7;
 const HTTPS: u16 = 443;
@@ -17,9 +17,9 @@ fn policy_chain(existing_connections: ExistingConnections, fallback: Fallback) -
     let covers = Destination { networks: Box::default(), ports: [ports].into() };
     let policy = PolicyKey::from("a/p");
     let covers = Arc::new(vec![covers].into());
-    Arc::new(PolicyChain::Steps(vec![Step {
+    Arc::new(PolicyChain::Steps(vec![PolicyStep {
         policy,
-        way: Way::EgressIp { allocation: Some(ALLOCATION), fallback },
+        way: PolicyAction::EgressIp { allocation: Some(ALLOCATION), fallback },
         others: Box::default(),
         by_connection: Box::default(),
         existing_connections,
@@ -138,7 +138,7 @@ fn a_direct_policy_ends_connections_with_an_egress_ip_only_if_it_says_so() {
     for (existing, ends) in [(ExistingConnections::Keep, false), (ExistingConnections::End, true)] {
         let mut direct = (*policy_chain(existing, Fallback::Block)).clone();
         let PolicyChain::Steps(steps) = &mut direct else { panic!("no steps") };
-        steps[0].way = Way::Direct;
+        steps[0].way = PolicyAction::Direct;
         assert_eq!(ends_at_direct(&direct, &connection(1, HTTPS)), ends);
         assert!(!ends_at_direct(&direct, &connection(1, 80)), "it covers no other port");
         // A connection without an egress IP may leave so.

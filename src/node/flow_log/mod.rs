@@ -17,7 +17,7 @@ mod task;
 
 pub use announce::{Announced, Announcer};
 pub use names::PodName;
-pub use target::Target;
+pub use target::LogTarget;
 pub use task::{FlowView, RecordedIp};
 
 use crate::model::marks::Marks;
@@ -76,7 +76,7 @@ impl FlowLog {
     ///
     /// # Errors
     /// A thread or its runtime cannot be created.
-    pub fn start(target: &Target, marks: Marks, metrics: FlowLogMetrics) -> Result<Self> {
+    pub fn start(target: &LogTarget, marks: Marks, metrics: FlowLogMetrics) -> Result<Self> {
         let (view, wanted) = watch::channel(Arc::default());
         let runtime = Builder::new_current_thread().enable_all().build().context("a thread's runtime")?;
         let output = output::start(target.open(), metrics.clone())?;

@@ -53,7 +53,7 @@ fn write(mut sink: Sink, batches: &Receiver<Vec<u8>>, metrics: &FlowLogMetrics) 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::node::flow_log::{Dropped, Target};
+    use crate::node::flow_log::{Dropped, LogTarget};
     use std::os::unix::net::UnixListener;
 
     #[test]
@@ -62,7 +62,7 @@ mod tests {
         let path = directory.path().join("stream");
         let _deaf = UnixListener::bind(&path).unwrap();
         let metrics = FlowLogMetrics::default();
-        let output = start(Target::Unix(path).open(), metrics.clone()).unwrap();
+        let output = start(LogTarget::Unix(path).open(), metrics.clone()).unwrap();
         let begin = Instant::now();
         (0..4 * QUEUE).for_each(|_| output.put(b"0123456789\n".repeat(1000)));
         assert!(begin.elapsed() < Duration::from_secs(2), "{:?}", begin.elapsed());

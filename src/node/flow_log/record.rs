@@ -1,6 +1,6 @@
 //! A record: one line of JSON.
 
-use egret_nft::conntrack::{Event, Traffic, Tuple};
+use egret_nft::conntrack::{ConnectionEvent, Traffic, Tuple};
 use egret_nft::rule::protocol::{ICMP, ICMPV6, TCP, UDP};
 use serde::Serialize;
 use std::borrow::Cow;
@@ -55,8 +55,8 @@ pub(super) struct Record<'a> {
 
 impl<'a> Record<'a> {
     /// Fills in what the kernel reports about the connection.
-    pub(super) fn of(event: &Event, time: &'a str, egress_node: &'a str) -> Self {
-        let Event { ended, out, back, id, sent, received, .. } = *event;
+    pub(super) fn of(event: &ConnectionEvent, time: &'a str, egress_node: &'a str) -> Self {
+        let ConnectionEvent { ended, out, back, id, sent, received, .. } = *event;
         let port = |port: u16| has_ports(out.protocol).then_some(port);
         let packets = |traffic: Option<Traffic>| traffic.map(|traffic| traffic.packets);
         let bytes = |traffic: Option<Traffic>| traffic.map(|traffic| traffic.bytes);
@@ -125,7 +125,7 @@ mod tests {
 
     const TIME: &str = "1970-01-01T00:00:00.000000Z";
 
-    fn event(protocol: u8) -> Event {
+    fn event(protocol: u8) -> ConnectionEvent {
         let out = Tuple {
             source: "10.244.1.5".parse().unwrap(),
             destination: "198.51.100.7".parse().unwrap(),
@@ -134,7 +134,7 @@ mod tests {
         };
         let back = Tuple { destination: "192.0.2.50".parse().unwrap(), ports: [443, 1025], ..out.reversed() };
         let sent = Some(Traffic { packets: 5, bytes: 600 });
-        Event { ended: true, out, back, mark: 0, id: 7, sent, received: None }
+        ConnectionEvent { ended: true, out, back, mark: 0, id: 7, sent, received: None }
     }
 
     #[test]

@@ -22,7 +22,7 @@ const LOOK: Duration = Duration::from_secs(1);
 
 /// The value of `--flow-log`.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Target {
+pub enum LogTarget {
     /// `stdout`.
     Stdout,
     /// `file:PATH`.
@@ -33,16 +33,16 @@ pub enum Target {
     Unix(PathBuf),
 }
 
-impl FromStr for Target {
+impl FromStr for LogTarget {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
         match text.split_once(':') {
-            None if text == "stdout" => Ok(Target::Stdout),
-            Some(("file", path)) if path.starts_with('/') => Ok(Target::File(path.into())),
-            Some(("unix", path)) if path.starts_with('/') => Ok(Target::Unix(path.into())),
+            None if text == "stdout" => Ok(LogTarget::Stdout),
+            Some(("file", path)) if path.starts_with('/') => Ok(LogTarget::File(path.into())),
+            Some(("unix", path)) if path.starts_with('/') => Ok(LogTarget::Unix(path.into())),
             Some(("syslog", address)) if address.rsplit_once(':').is_some_and(|(_, p)| p.parse::<u16>().is_ok()) => {
-                Ok(Target::Syslog(address.to_owned()))
+                Ok(LogTarget::Syslog(address.to_owned()))
             }
             _ => Err(format!(
                 "{text:?} is no place for records; write stdout, file:/PATH, syslog:HOST:PORT or unix:/PATH"
@@ -51,33 +51,33 @@ impl FromStr for Target {
     }
 }
 
-impl fmt::Display for Target {
+impl fmt::Display for LogTarget {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Target::Stdout => f.write_str("stdout"),
-            Target::File(path) => write!(f, "file:{}", path.display()),
-            Target::Syslog(address) => write!(f, "syslog:{address}"),
-            Target::Unix(path) => write!(f, "unix:{}", path.display()),
+            LogTarget::Stdout => f.write_str("stdout"),
+            LogTarget::File(path) => write!(f, "file:{}", path.display()),
+            LogTarget::Syslog(address) => write!(f, "syslog:{address}"),
+            LogTarget::Unix(path) => write!(f, "unix:{}", path.display()),
         }
     }
 }
 
-impl Target {
+impl LogTarget {
     /// Opens the target. A target that cannot be opened is logged, and opened again when there is something to write,
     /// because the node's pods must not wait for it.
     pub(super) fn open(&self) -> Sink {
         match self {
-            Target::Stdout => Sink::Stdout,
-            Target::File(path) => {
+            LogTarget::Stdout => Sink::Stdout,
+            LogTarget::File(path) => {
                 let file = open(path);
                 let file = file.inspect_err(|e| tracing::warn!("--flow-log {self}: {e:#}; trying again")).ok();
                 Sink::File { path: path.clone(), file, looked: Instant::now() }
             }
-            Target::Syslog(address) => {
+            LogTarget::Syslog(address) => {
                 let host = fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default().trim().to_owned();
                 Sink::Syslog { address: address.clone(), host, socket: None }
             }
-            Target::Unix(path) => Sink::Unix { path: path.clone(), socket: None },
+            LogTarget::Unix(path) => Sink::Unix { path: path.clone(), socket: None },
         }
     }
 }

@@ -12,7 +12,7 @@ use crate::model::selector::Name;
 use crate::model::shared::Shared;
 use crate::model::{Policy, PolicyKey};
 use anyhow::{Context, Result};
-use egret_nft::conntrack::{self, Event, Tuple};
+use egret_nft::conntrack::{self, ConnectionEvent, Tuple};
 use egret_nft::mac::Mac;
 use egret_nft::netlink::{NETLINK_NETFILTER, Socket};
 use jiff::Timestamp;
@@ -75,7 +75,7 @@ pub struct RecordedIp {
 
 /// A notification that waits for the name of its pod.
 struct Waiting {
-    event: Event,
+    event: ConnectionEvent,
     /// When it was read, as in the record: the same for all that were read at once.
     at: Arc<str>,
     until: Instant,
@@ -287,7 +287,7 @@ impl Task {
     }
 
     /// The fields of the connection; `None` if it does not leave from this node.
-    fn begun(&self, event: &Event) -> Option<Arc<Begun>> {
+    fn begun(&self, event: &ConnectionEvent) -> Option<Arc<Begun>> {
         let egress_ip = self.view.egress_ips.get(&event.back.destination).filter(|egress_ip| egress_ip.owns)?;
         // On the pod's own node, a connection through another gateway node is not translated.
         if event.back.destination == event.out.source {
@@ -319,7 +319,7 @@ impl Task {
         pod.policies.iter().find(covers).cloned()
     }
 
-    fn record(&mut self, event: &Event, at: &str, begun: &Arc<Begun>) {
+    fn record(&mut self, event: &ConnectionEvent, at: &str, begun: &Arc<Begun>) {
         let view = self.view.clone();
         let mut record = Record::of(event, at, &view.node);
         if let Some(pod) = &begun.pod {

@@ -8,7 +8,7 @@ use tokio::time::Instant;
 
 /// Another host's answer to a probe for an egress IP.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Answer {
+pub struct ProbeReply {
     /// The probed address.
     pub address: IpAddr,
     /// The MAC address that answered.
@@ -23,18 +23,18 @@ pub struct Answer {
 
 /// The state of an egress IP on this node.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum State {
+pub enum EgressIpState {
     /// The node does not hold it. It takes it if the allocation says so and no other host answers for it.
     #[default]
     Standby,
     /// Another host answers for it, and it is not on this node.
-    Conflict(Answer),
+    Conflict(ProbeReply),
     /// The node holds it, as the allocation says.
     Owner,
     /// The node takes it over or has taken it over, because the node that the allocation named seemed dead.
     TakenOver,
     /// It is on this node, and another host answers for it or claims it. The next decision gives it up.
-    Contested(Answer),
+    Contested(ProbeReply),
     /// Another node holds it. It stays on this node until then, for packets on their way.
     InGracePeriod { until: Instant },
     /// The allocation assigns it to this node, which gave it up.
@@ -44,7 +44,7 @@ pub enum State {
         /// When the node gave it up.
         at: Instant,
         /// The host that answers for it, if there is one.
-        answer: Option<Answer>,
+        answer: Option<ProbeReply>,
     },
 }
 
@@ -58,9 +58,9 @@ pub enum Cause {
     /// It is on no interface of this node.
     Absent,
     /// Another host answers for it, and it is not on this node.
-    Answered(Answer),
+    Answered(ProbeReply),
     /// Another host answers for it or claims it, and it is on this node.
-    Contested(Answer),
+    Contested(ProbeReply),
     /// The node gives it up, because it is contested or its uplink is lost. `since` is that of the allocation, if the
     /// allocation names this node.
     GivenUp { since: Option<i64>, at: Instant },
@@ -78,11 +78,11 @@ pub enum Cause {
     Withdrawn,
 }
 
-impl State {
+impl EgressIpState {
     /// The table of transitions: the state after `cause`.
     #[must_use]
-    pub fn after(self, cause: Cause) -> State {
-        use State::{Conflict, Contested, InGracePeriod, Owner, Relinquished, Standby, TakenOver};
+    pub fn after(self, cause: Cause) -> EgressIpState {
+        use EgressIpState::{Conflict, Contested, InGracePeriod, Owner, Relinquished, Standby, TakenOver};
         match (cause, self) {
             (Cause::Ended, _) => Standby,
 
@@ -126,17 +126,20 @@ impl State {
     }
 
     /// The answer of another host, if there is one.
-    pub fn answer(&self) -> Option<Answer> {
+    pub fn answer(&self) -> Option<ProbeReply> {
         match self {
-            State::Conflict(answer) | State::Contested(answer) => Some(*answer),
-            State::Relinquished { answer, .. } => *answer,
-            State::Standby | State::Owner | State::TakenOver | State::InGracePeriod { .. } => None,
+            EgressIpState::Conflict(answer) | EgressIpState::Contested(answer) => Some(*answer),
+            EgressIpState::Relinquished { answer, .. } => *answer,
+            EgressIpState::Standby
+            | EgressIpState::Owner
+            | EgressIpState::TakenOver
+            | EgressIpState::InGracePeriod { .. } => None,
         }
     }
 
-    fn without_answer(self) -> State {
+    fn without_answer(self) -> EgressIpState {
         match self {
-            State::Relinquished { since, at, .. } => State::Relinquished { since, at, answer: None },
+            EgressIpState::Relinquished { since, at, .. } => EgressIpState::Relinquished { since, at, answer: None },
             other => other,
         }
     }
@@ -144,19 +147,19 @@ impl State {
     /// Whether the node gives the egress IP up because another host has it. If it cannot be removed at once, it is
     /// given up again.
     pub fn is_contested(&self) -> bool {
-        matches!(self, State::Contested(_) | State::Relinquished { answer: Some(_), .. })
+        matches!(self, EgressIpState::Contested(_) | EgressIpState::Relinquished { answer: Some(_), .. })
     }
 
     /// The name of the state, in logs and in `egretd state`.
     pub fn name(&self) -> &'static str {
         match self {
-            State::Standby => "Standby",
-            State::Conflict(_) => "Conflict",
-            State::Owner => "Owner",
-            State::TakenOver => "TakenOver",
-            State::Contested(_) => "Contested",
-            State::InGracePeriod { .. } => "InGracePeriod",
-            State::Relinquished { .. } => "Relinquished",
+            EgressIpState::Standby => "Standby",
+            EgressIpState::Conflict(_) => "Conflict",
+            EgressIpState::Owner => "Owner",
+            EgressIpState::TakenOver => "TakenOver",
+            EgressIpState::Contested(_) => "Contested",
+            EgressIpState::InGracePeriod { .. } => "InGracePeriod",
+            EgressIpState::Relinquished { .. } => "Relinquished",
         }
     }
 }
@@ -165,7 +168,7 @@ impl State {
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct EgressIp {
     /// Its state.
-    pub state: State,
+    pub state: EgressIpState,
     /// Whether a probe is in flight.
     pub probing: bool,
     /// The addresses that no other host answered for; `None` if none was probed.

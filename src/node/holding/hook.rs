@@ -1,6 +1,6 @@
 //! What the assign hook has to say about egress IPs.
 
-use super::super::assign::{Answer, Assignments};
+use super::super::assign::{AssignmentResult, Assignments};
 use super::{Candidate, Decision, Holding, Inputs};
 use crate::model::marks::EgressId;
 use crate::node_plan::allocations::Facts;
@@ -52,7 +52,7 @@ impl Holding {
     }
 
     /// Takes an answer of the assign hook. Returns whether it is to be told that the address is not used here.
-    pub fn hook_answered(&mut self, address: IpAddr, answer: Answer, now: Instant) -> bool {
+    pub fn hook_answered(&mut self, address: IpAddr, answer: AssignmentResult, now: Instant) -> bool {
         self.assignments.answered(address, answer, now)
     }
 

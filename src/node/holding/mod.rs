@@ -11,13 +11,13 @@ mod hook;
 
 use super::assign::{Assignments, Requests};
 use super::host::{Desired, UplinkStatus};
-use super::liveness::Settings;
+use super::liveness::LivenessSettings;
 use crate::model::marks::EgressId;
 use crate::model::selector::Name;
 use crate::model::uplink_key::UplinkKey;
 use crate::node_plan::allocations::{AllocationState, Facts, NodeAllocation, Placing};
 use crate::node_plan::{View, addresses};
-use egress_ip::{Answer, Cause, EgressIp};
+use egress_ip::{Cause, EgressIp, ProbeReply};
 use egret_nft::mac::{Mac, Shown};
 use fitness::Fitness;
 use std::collections::{BTreeMap, BTreeSet};
@@ -25,7 +25,7 @@ use std::net::IpAddr;
 use std::time::Duration;
 use tokio::time::Instant;
 
-pub use egress_ip::State;
+pub use egress_ip::EgressIpState;
 pub use fitness::ProbedUplinks;
 
 /// The largest number of addresses in one log line.
@@ -51,7 +51,7 @@ const WITHHELD: Duration = Duration::from_secs(60);
 /// The egress IPs on this node, and what the node does with them.
 #[derive(Debug)]
 pub struct Holding {
-    settings: Settings,
+    settings: LivenessSettings,
     started: Instant,
     fitness: Fitness,
     /// The egress IPs that are not in their default state.
@@ -106,7 +106,7 @@ struct Inputs<'a> {
 
 impl Holding {
     /// The state at the daemon's start. Another node may hold the egress IPs that are on this node.
-    pub fn new(settings: Settings, now: Instant) -> Self {
+    pub fn new(settings: LivenessSettings, now: Instant) -> Self {
         Holding {
             settings,
             started: now,
@@ -213,8 +213,10 @@ impl Holding {
         if let Some(known) = self.known.replace(allocations.keys().copied().collect()) {
             decision.new = decision.ask.iter().copied().filter(|id| known.binary_search(id).is_err()).collect();
         }
-        let given_up =
-            self.ips.iter().filter(|(_, ip)| matches!(ip.state, State::Relinquished { at, .. } if now - at < WITHHELD));
+        let given_up = self
+            .ips
+            .iter()
+            .filter(|(_, ip)| matches!(ip.state, EgressIpState::Relinquished { at, .. } if now - at < WITHHELD));
         let given_up: BTreeSet<UplinkKey> =
             given_up.filter_map(|(id, _)| allocations.get(id)).flat_map(NodeAllocation::needs).collect();
         let withheld = !given_up.is_empty() && assigned.is_none();
@@ -331,7 +333,7 @@ impl Holding {
         // A router that knew two ways would send to both.
         let grace = if allocation.routed { Duration::ZERO } else { GRACE };
         self.apply(id, Cause::MovedAway { until: known.max(now + grace) });
-        let Some(State::InGracePeriod { until }) = self.state(id) else { return false };
+        let Some(EgressIpState::InGracePeriod { until }) = self.state(id) else { return false };
         self.wake_at(Some(until).filter(|until| *until > now));
         until > now
     }
@@ -383,7 +385,7 @@ impl Holding {
         self.next = [self.next, at].into_iter().flatten().min();
     }
 
-    fn state(&self, id: EgressId) -> Option<State> {
+    fn state(&self, id: EgressId) -> Option<EgressIpState> {
         self.ips.get(&id).map(|ip| ip.state)
     }
 
@@ -391,7 +393,7 @@ impl Holding {
     fn apply(&mut self, id: EgressId, cause: Cause) {
         match self.ips.get_mut(&id) {
             Some(ip) => ip.apply(id, cause),
-            None if State::default().after(cause) == State::default() => {}
+            None if EgressIpState::default().after(cause) == EgressIpState::default() => {}
             None => self.ips.entry(id).or_default().apply(id, cause),
         }
     }
@@ -408,7 +410,7 @@ impl Holding {
             let allocation = allocations.get(id);
             let assigned =
                 allocation.filter(|allocation| allocation.is_assigned_here()).map(|allocation| allocation.since);
-            if let State::Relinquished { since, .. } = ip.state
+            if let EgressIpState::Relinquished { since, .. } = ip.state
                 && assigned != Some(since)
             {
                 ip.apply(*id, Cause::Reassigned);
@@ -445,7 +447,7 @@ impl Holding {
             };
             let before = ip.state.answer().map(|answer| answer.first);
             let by_node = allocation.is_some_and(|allocation| allocation.routed);
-            let answer = Answer { address, mac, by_node, first: before.unwrap_or(now), last: now };
+            let answer = ProbeReply { address, mac, by_node, first: before.unwrap_or(now), last: now };
             if before.is_none() {
                 conflicts.push(format!("{address} at {}", Shown(mac)));
             }
@@ -473,7 +475,10 @@ impl Holding {
             "no node reaches this one, and a node{who} that others reach claims the egress IP; given up"
         );
         self.set_cleared(id, None);
-        self.apply(id, Cause::Contested(Answer { address, mac: by, by_node: false, first: now, last: now + CLAIMED }));
+        self.apply(
+            id,
+            Cause::Contested(ProbeReply { address, mac: by, by_node: false, first: now, last: now + CLAIMED }),
+        );
     }
 
     /// Handles a failed probe: the next decision tries again.
@@ -488,7 +493,7 @@ impl Holding {
     /// The egress IPs that another host has, with the reason for the status.
     pub fn refused(&self) -> impl Iterator<Item = (EgressId, String)> {
         let answers = self.ips.iter().filter_map(|(id, ip)| Some((*id, ip.state.answer()?)));
-        answers.map(|(id, Answer { address, mac, by_node, .. })| {
+        answers.map(|(id, ProbeReply { address, mac, by_node, .. })| {
             if by_node {
                 let mac = Shown(mac);
                 return (
@@ -507,20 +512,20 @@ impl Holding {
 
     /// The egress IPs that the allocations assign to this node, and that it gave up.
     pub fn relinquished(&self) -> BTreeSet<EgressId> {
-        self.with_state(|state| matches!(state, State::Relinquished { .. }))
+        self.with_state(|state| matches!(state, EgressIpState::Relinquished { .. }))
     }
 
     /// The egress IPs that this node takes over or has taken over from other nodes.
     pub fn taken_over(&self) -> BTreeSet<EgressId> {
-        self.with_state(|state| *state == State::TakenOver)
+        self.with_state(|state| *state == EgressIpState::TakenOver)
     }
 
     /// The states of the egress IPs. Those that are not listed are in standby.
-    pub fn states(&self) -> impl Iterator<Item = (EgressId, State)> {
+    pub fn states(&self) -> impl Iterator<Item = (EgressId, EgressIpState)> {
         self.ips.iter().map(|(id, ip)| (*id, ip.state))
     }
 
-    fn with_state(&self, has: impl Fn(&State) -> bool) -> BTreeSet<EgressId> {
+    fn with_state(&self, has: impl Fn(&EgressIpState) -> bool) -> BTreeSet<EgressId> {
         self.ips.iter().filter(|(_, ip)| has(&ip.state)).map(|(id, _)| *id).collect()
     }
 }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 const ADDRESS: &str = "192.0.2.50";
 const OTHER_HOST: Mac = [2, 0, 0, 0, 0, 9];
-const SETTINGS: Settings = Settings { interval: Duration::from_millis(300), misses: 3 };
+const SETTINGS: LivenessSettings = LivenessSettings { interval: Duration::from_millis(300), misses: 3 };
 
 /// The gateway node `n1`, which one allocation names.
 struct Fixture {

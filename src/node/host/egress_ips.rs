@@ -2,7 +2,7 @@
 
 use super::{Digest, Host};
 use crate::datapath::addresses::{self, InterfaceAddress};
-use crate::datapath::announce::{self, Target};
+use crate::datapath::announce::{self, LinkAddress};
 use crate::datapath::names::{HEALTH, is_health, of_mac, of_uplink};
 use crate::datapath::uplink::{Interface, Uplinks};
 use crate::model::marks::EgressId;
@@ -171,14 +171,14 @@ impl UplinkStatus {
     }
 
     /// The addresses of allocations with the interfaces on which to probe and to announce them.
-    pub fn targets(&self, view: &View, allocations: &BTreeSet<EgressId>) -> Vec<(EgressId, Target)> {
+    pub fn targets(&self, view: &View, allocations: &BTreeSet<EgressId>) -> Vec<(EgressId, LinkAddress)> {
         let of_allocations =
             view.candidates().filter(|(id, _, allocation)| allocations.contains(id) && !allocation.routed);
         let of_allocations = of_allocations
             .filter(|(_, address, allocation)| !self.is_partial(allocation) || self.is_usable(*address, allocation));
         let found = of_allocations.filter_map(|(id, address, allocation)| {
             let interface = self.interface(address, allocation)?.clone();
-            Some((id, Target { address, interface, claim: None }))
+            Some((id, LinkAddress { address, interface, claim: None }))
         });
         found.collect()
     }
@@ -276,7 +276,7 @@ impl Host {
                 .filter(|(address, _)| !announced.contains(address))
                 .filter_map(|(address, _)| Some((*address, of_address.get(address)?.1)));
             announce_repeatedly(
-                new.map(|(address, i)| Target { address, interface: i.clone(), claim: None }).collect(),
+                new.map(|(address, i)| LinkAddress { address, interface: i.clone(), claim: None }).collect(),
             );
         };
         let changes = addresses::sync_and_tell(&self.routes, &wanted, self.route_device.index(), announce).await?;
@@ -341,7 +341,7 @@ fn without_next_hop(
     Some(format!("interface {name} {why} for {address}; set the gateway's nextHop.{family} to a router in the {link}"))
 }
 
-fn targets(view: &View, uplinks_now: &UplinkStatus, allocations: &BTreeSet<EgressId>) -> Vec<Target> {
+fn targets(view: &View, uplinks_now: &UplinkStatus, allocations: &BTreeSet<EgressId>) -> Vec<LinkAddress> {
     uplinks_now.targets(view, allocations).into_iter().map(|(_, target)| target).collect()
 }
 
@@ -357,7 +357,7 @@ fn log_addresses(what: &str, addresses: impl Iterator<Item = IpAddr>) {
 }
 
 /// Announces addresses several times in the background. A host that missed the frames would send to the former owner.
-pub(super) fn announce_repeatedly(targets: Vec<Target>) {
+pub(super) fn announce_repeatedly(targets: Vec<LinkAddress>) {
     if targets.is_empty() {
         return;
     }
@@ -369,7 +369,7 @@ pub(super) fn announce_repeatedly(targets: Vec<Target>) {
     });
 }
 
-fn announce_once(targets: &[Target]) {
+fn announce_once(targets: &[LinkAddress]) {
     if let Err(e) = announce::announce(targets) {
         tracing::warn!("cannot announce egress IPs, and other hosts may take a while to find them: {e:#}");
     }

@@ -24,7 +24,7 @@ const FEW: usize = 5;
 
 /// The way of a pod's packets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Way {
+enum PacketPath {
     /// No other program's eBPF is at its veth.
     Kernel,
     /// It has not been probed.
@@ -46,17 +46,17 @@ pub(super) struct Programs {
     redirected: Redirected,
     /// By the veth's index, with its name. Whether eBPF is there is read when the veth is first seen, before the daemon's
     /// own programs are there, and again only if it was not.
-    at: BTreeMap<u32, (Way, String)>,
+    at: BTreeMap<u32, (PacketPath, String)>,
     /// Whether the answers are outdated that no eBPF is at a veth.
     outdated: bool,
     /// Whether a pod's packets were found to arrive last, or not to; `None` before the first probe.
-    node: Option<Way>,
+    node: Option<PacketPath>,
     /// Whether a pod's packets no longer arrive, and other pods' are probed for that reason.
     suspected: bool,
     /// Whether the daemon's own program may be at a veth, that of the fast path.
     fast_path: bool,
-    found: Receiver<(u32, Way)>,
-    find: Sender<(u32, Way)>,
+    found: Receiver<(u32, PacketPath)>,
+    find: Sender<(u32, PacketPath)>,
     probed: Instant,
     /// The probes until now: each veth has its turn.
     turn: usize,
@@ -89,7 +89,7 @@ impl Programs {
 
     /// Whether another program's eBPF is at a selected pod's veth.
     pub(super) fn are_there(&self) -> bool {
-        self.at.values().any(|(way, _)| *way != Way::Kernel)
+        self.at.values().any(|(way, _)| *way != PacketPath::Kernel)
     }
 
     /// Blocks what eBPF of other programs takes of these pods' packets to destinations outside the cluster, and begins to
@@ -100,13 +100,13 @@ impl Programs {
         let mut probes = Vec::new();
         for (index, pod) in &pods {
             let known = self.at.get(index).map(|(way, _)| *way);
-            if known.is_some_and(|way| way != Way::Kernel || !self.outdated) {
+            if known.is_some_and(|way| way != PacketPath::Kernel || !self.outdated) {
                 continue;
             }
             // Later, one program may be the daemon's own.
             let own = u32::from(known.is_some() && self.fast_path);
             let is_there = foreign_programs::is_at(&mut self.socket, *index, own).context("eBPF at a pod's veth")?;
-            let way = if is_there { Way::Unknown } else { Way::Kernel };
+            let way = if is_there { PacketPath::Unknown } else { PacketPath::Kernel };
             self.at.insert(*index, (way, pod.interface.clone()));
             probes.extend(probe(pod).filter(|_| is_there));
         }
@@ -129,12 +129,12 @@ impl Programs {
     fn wanted(&self, pods: &BTreeMap<u32, &PodPlan>) -> Wanted {
         let mut wanted = Wanted::default();
         for (index, pod) in pods {
-            let way = self.at.get(index).map_or(Way::Kernel, |(way, _)| *way);
+            let way = self.at.get(index).map_or(PacketPath::Kernel, |(way, _)| *way);
             let veth = match way {
-                Way::Kernel => continue,
-                Way::Arrives => None,
-                Way::Unknown | Way::Unprobed if self.node == Some(Way::Arrives) => None,
-                Way::Unknown | Way::Unprobed | Way::Diverted => Some(&*pod.interface),
+                PacketPath::Kernel => continue,
+                PacketPath::Arrives => None,
+                PacketPath::Unknown | PacketPath::Unprobed if self.node == Some(PacketPath::Arrives) => None,
+                PacketPath::Unknown | PacketPath::Unprobed | PacketPath::Diverted => Some(&*pod.interface),
             };
             pod.addresses.iter().for_each(|address| wanted.add(*address, veth));
         }
@@ -148,15 +148,17 @@ impl Programs {
             return Vec::new();
         }
         self.probed = Instant::now();
-        let of = |is_one: fn(Way) -> bool, number: usize| {
+        let of = |is_one: fn(PacketPath) -> bool, number: usize| {
             let all: Vec<&u32> = self.at.iter().filter(|(_, (way, _))| is_one(*way)).map(|(index, _)| index).collect();
             let begin = self.turn * number % all.len().max(1);
             let by_turns = all.iter().cycle().skip(begin).take(number.min(all.len()));
             by_turns.filter_map(|index| probe(pods.get(*index)?)).collect::<Vec<_>>()
         };
         let arriving = if self.suspected { AT_ONCE } else { 1 };
-        let again =
-            [of(|way| way == Way::Arrives, arriving), of(|way| matches!(way, Way::Diverted | Way::Unprobed), AT_ONCE)];
+        let again = [
+            of(|way| way == PacketPath::Arrives, arriving),
+            of(|way| matches!(way, PacketPath::Diverted | PacketPath::Unprobed), AT_ONCE),
+        ];
         self.turn += 1;
         again.concat()
     }
@@ -181,25 +183,25 @@ impl Programs {
         let mut changed = false;
         while let Ok((index, way)) = self.found.try_recv() {
             let Some((before, name)) = self.at.get_mut(&index) else { continue };
-            if way == Way::Unprobed && *before != Way::Unknown {
+            if way == PacketPath::Unprobed && *before != PacketPath::Unknown {
                 // It says nothing new.
                 continue;
             }
-            let turned = *before == Way::Arrives && way == Way::Diverted;
+            let turned = *before == PacketPath::Arrives && way == PacketPath::Diverted;
             changed |= *before != way;
-            if *before != way && way == Way::Diverted {
+            if *before != way && way == PacketPath::Diverted {
                 tracing::warn!(veth = %name, "an eBPF program takes a selected pod's packets past nf_tables: blocked");
             }
             *before = way;
-            if way == Way::Arrives {
+            if way == PacketPath::Arrives {
                 (self.node, self.suspected) = (Some(way), false);
             }
-            let no_other = !self.at.values().any(|(way, _)| *way == Way::Arrives);
+            let no_other = !self.at.values().any(|(way, _)| *way == PacketPath::Arrives);
             if turned && (self.suspected || no_other) {
                 // Nor do those of a second one: the CNI's configuration has changed, presumably for all.
                 self.node = Some(way);
-                let arriving = self.at.values_mut().filter(|(way, _)| *way == Way::Arrives);
-                arriving.for_each(|(way, _)| *way = Way::Diverted);
+                let arriving = self.at.values_mut().filter(|(way, _)| *way == PacketPath::Arrives);
+                arriving.for_each(|(way, _)| *way = PacketPath::Diverted);
             }
             if turned {
                 // Of one pod alone, a network policy may deny the probe.
@@ -213,11 +215,13 @@ impl Programs {
     /// Whether the packets of selected pods under other programs' eBPF arrive at nf_tables, or what takes them elsewhere;
     /// `None` if there are none, or nothing is known yet.
     fn judgement(&self) -> Option<Result<(), String>> {
-        let is_diverted = |way: Way| way == Way::Diverted || way == Way::Unprobed && self.node != Some(Way::Arrives);
+        let is_diverted = |way: PacketPath| {
+            way == PacketPath::Diverted || way == PacketPath::Unprobed && self.node != Some(PacketPath::Arrives)
+        };
         let diverted = self.at.values().filter(|(way, _)| is_diverted(*way));
         let diverted: BTreeSet<&str> = diverted.map(|(_, name)| &**name).collect();
         if diverted.is_empty() {
-            return self.at.values().any(|(way, _)| *way == Way::Arrives).then_some(Ok(()));
+            return self.at.values().any(|(way, _)| *way == PacketPath::Arrives).then_some(Ok(()));
         }
         let (cni, remedy) = foreign_programs::remedy();
         let names = few(diverted.iter().map(ToString::to_string), FEW);
@@ -228,13 +232,13 @@ impl Programs {
     }
 }
 
-fn ask(index: u32, name: &str, address: IpAddr) -> Way {
+fn ask(index: u32, name: &str, address: IpAddr) -> PacketPath {
     match arrival::of(index, name, address) {
-        Ok(true) => Way::Arrives,
-        Ok(false) => Way::Diverted,
+        Ok(true) => PacketPath::Arrives,
+        Ok(false) => PacketPath::Diverted,
         Err(e) => {
             tracing::warn!(veth = name, "cannot find out whether a pod's packets arrive at nf_tables: {e:#}");
-            Way::Unprobed
+            PacketPath::Unprobed
         }
     }
 }

@@ -70,8 +70,8 @@ impl Host {
                 }
             }
         }
-        let (own, unneeded): (Vec<_>, Vec<_>) =
-            all.iter().filter(|vlan| vlan.is_ours()).partition(|vlan| needed.contains_key(&(vlan.parent, vlan.id)));
+        let is_needed = |vlan: &&Vlan| vlan.parent.is_some_and(|parent| needed.contains_key(&(parent, vlan.id)));
+        let (own, unneeded): (Vec<_>, Vec<_>) = all.iter().filter(|vlan| vlan.is_ours()).partition(is_needed);
         let removed = self.remove_vlans(&unneeded).await?;
         self.vlans.are_absent = own.is_empty() && removed == unneeded.len();
         Ok(changes + removed)
@@ -79,7 +79,7 @@ impl Host {
 
     /// The interface of one VLAN. Returns the number of changes.
     async fn vlan(&self, all: &mut Vec<Vlan>, parent: &Interface, id: u16, ipv6: bool) -> Result<usize> {
-        let find = |all: &[Vlan]| all.iter().find(|vlan| vlan.parent == parent.ifindex && vlan.id == id).cloned();
+        let find = |all: &[Vlan]| all.iter().find(|vlan| vlan.is_of(parent.ifindex, id)).cloned();
         let (mut found, mut changes) = (find(all), 0);
         if found.is_none() {
             vlan::make(&self.routes, parent, id).await?;

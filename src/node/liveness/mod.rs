@@ -23,14 +23,14 @@ use tokio::time::{Instant, sleep_until};
 
 /// How nodes are probed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Settings {
+pub struct LivenessSettings {
     /// The interval between probes to a node that answers.
     pub interval: Duration,
     /// A node is dead after this number of half intervals without a reply. Each has three probes.
     pub misses: u32,
 }
 
-impl Settings {
+impl LivenessSettings {
     /// An upper bound of the time in which a dead node is detected, where packets are not lost.
     pub fn detection(&self) -> Duration {
         self.interval * (self.misses + 1)
@@ -90,7 +90,11 @@ pub struct PeerLiveness {
 }
 
 /// Probes the targets until their sender is dropped, and sends each change of the liveness.
-pub async fn watch(settings: Settings, mut targets: watch::Receiver<Targets>, changes: watch::Sender<PeerLiveness>) {
+pub async fn watch(
+    settings: LivenessSettings,
+    mut targets: watch::Receiver<Targets>,
+    changes: watch::Sender<PeerLiveness>,
+) {
     let mut probes = Probes::new(settings);
     let mut uplinks = Probes::unproven(settings);
     let mut echo: Option<Echo> = None;

@@ -1,6 +1,6 @@
 //! Probes, and the liveness that follows from their replies.
 
-use super::Settings;
+use super::LivenessSettings;
 use super::loss::Loss;
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::net::Ipv6Addr;
@@ -75,7 +75,7 @@ impl Return {
 }
 
 #[derive(Debug)]
-struct Node {
+struct ProbedNode {
     address: Ipv6Addr,
     /// When it is to be probed next.
     next: Instant,
@@ -99,9 +99,9 @@ struct Node {
     last: Instant,
 }
 
-impl Node {
+impl ProbedNode {
     fn new(address: Ipv6Addr, unproven: bool, now: Instant) -> Self {
-        Node {
+        ProbedNode {
             address,
             next: now,
             sequence: 0,
@@ -119,7 +119,7 @@ impl Node {
     }
 
     /// The time after which a probe counts as missed.
-    fn patience(&self, settings: &Settings) -> Duration {
+    fn patience(&self, settings: &LivenessSettings) -> Duration {
         let least = settings.shortest_patience();
         match self.round_trip {
             Some(round_trip) => round_trip.timeout(least).min(MAX_PATIENCE.max(least)),
@@ -128,13 +128,13 @@ impl Node {
     }
 
     /// The number of consecutive probes without a reply after which it is dead.
-    fn probes(&self, settings: &Settings) -> u32 {
+    fn probes(&self, settings: &LivenessSettings) -> u32 {
         self.loss.probes(settings.probes())
     }
 
     /// The time between this probe and the next one. A node that has missed a probe is probed so often that chance
     /// alone does not lose every probe.
-    fn pace(&self, settings: &Settings) -> Duration {
+    fn pace(&self, settings: &LivenessSettings) -> Duration {
         let unanswered = self.open.iter().filter(|q| self.answered.is_none_or(|at| q.asked > at)).count();
         match (self.dead, self.returning) {
             (true, None) => settings.interval / 2,
@@ -145,7 +145,7 @@ impl Node {
         }
     }
 
-    fn judge(&mut self, settings: &Settings, now: Instant) {
+    fn judge(&mut self, settings: &LivenessSettings, now: Instant) {
         let (patience, before) = (self.patience(settings), self.missed);
         for probe in self.open.iter_mut().filter(|q| !q.missed && now >= q.asked + patience) {
             probe.missed = true;
@@ -219,41 +219,41 @@ impl Node {
 /// The probes to nodes, or to parts of nodes, which `K` identifies.
 #[derive(Debug)]
 pub struct Probes<K> {
-    settings: Settings,
+    settings: LivenessSettings,
     /// Whether a new node counts as dead until it answers for the first time.
     unproven: bool,
-    nodes: BTreeMap<K, Node>,
+    nodes: BTreeMap<K, ProbedNode>,
     by_address: HashMap<Ipv6Addr, K>,
     stalled: bool,
 }
 
 impl<K: Ord + Clone> Probes<K> {
     /// Probes to nodes that count as alive when they are added.
-    pub fn new(settings: Settings) -> Self {
+    pub fn new(settings: LivenessSettings) -> Self {
         Probes { settings, unproven: false, nodes: BTreeMap::new(), by_address: HashMap::new(), stalled: false }
     }
 
     /// Probes to nodes that count as dead until they answer for the first time.
-    pub fn unproven(settings: Settings) -> Self {
+    pub fn unproven(settings: LivenessSettings) -> Self {
         Probes { unproven: true, ..Self::new(settings) }
     }
 
     /// Sets the nodes to probe.
     pub fn set_nodes(&mut self, wanted: &BTreeMap<K, Ipv6Addr>, now: Instant) {
-        let same = |name: &K, node: &Node| wanted.get(name) == Some(&node.address);
+        let same = |name: &K, node: &ProbedNode| wanted.get(name) == Some(&node.address);
         if self.nodes.len() == wanted.len() && self.nodes.iter().all(|(name, node)| same(name, node)) {
             return;
         }
         self.nodes.retain(|name, node| same(name, node));
         for (name, address) in wanted {
-            self.nodes.entry(name.clone()).or_insert_with(|| Node::new(*address, self.unproven, now));
+            self.nodes.entry(name.clone()).or_insert_with(|| ProbedNode::new(*address, self.unproven, now));
         }
         self.by_address = wanted.iter().map(|(name, address)| (*address, name.clone())).collect();
     }
 
     /// When the next probe is to be sent, or judged.
     pub fn next(&self) -> Option<Instant> {
-        let of_node = |node: &Node| {
+        let of_node = |node: &ProbedNode| {
             let oldest = node.open.iter().find(|q| !q.missed);
             let due = oldest.map(|q| q.asked + node.patience(&self.settings));
             due.map_or(node.next, |due| due.min(node.next))

@@ -37,7 +37,7 @@ const MEASURED: f64 = 0.1;
 pub type OwnedIps = BTreeMap<IpAddr, EgressId>;
 
 /// What the thread has found, for the node's status.
-pub type Found = Arc<Vec<PortsNearlyExhausted>>;
+pub type NearlyExhausted = Arc<Vec<PortsNearlyExhausted>>;
 
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
 struct Labels {
@@ -91,7 +91,7 @@ impl SourcePortMetrics {
 pub struct SourcePorts {
     owned: Sender<OwnedIps>,
     last: OwnedIps,
-    found: watch::Receiver<Found>,
+    found: watch::Receiver<NearlyExhausted>,
 }
 
 impl SourcePorts {
@@ -102,7 +102,7 @@ impl SourcePorts {
     pub fn start(marks: Marks, metrics: SourcePortMetrics) -> Result<Self> {
         let table = Socket::open(NETLINK_NETFILTER).context("connection tracking")?;
         let (owned, wanted) = mpsc::channel();
-        let (publish, found) = watch::channel(Found::default());
+        let (publish, found) = watch::channel(NearlyExhausted::default());
         let reader = Reader { marks, table, metrics, publish, owned: OwnedIps::default(), nearly: BTreeSet::new() };
         thread::Builder::new().name("source-ports".into()).spawn(move || reader.run(&wanted)).context("a thread")?;
         Ok(SourcePorts { owned, last: OwnedIps::default(), found })
@@ -118,7 +118,7 @@ impl SourcePorts {
     }
 
     /// The destinations for which an egress IP of this node has few ports left.
-    pub fn nearly_exhausted(&self) -> Found {
+    pub fn nearly_exhausted(&self) -> NearlyExhausted {
         self.found.borrow().clone()
     }
 
@@ -137,7 +137,7 @@ struct Reader {
     marks: Marks,
     table: Socket,
     metrics: SourcePortMetrics,
-    publish: watch::Sender<Found>,
+    publish: watch::Sender<NearlyExhausted>,
     owned: OwnedIps,
     nearly: BTreeSet<Budget>,
 }

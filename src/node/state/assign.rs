@@ -2,7 +2,7 @@
 
 use super::{LinkMessage, Node};
 use crate::model::marks::EgressId;
-use crate::node::assign::{Action, Answer, HookRequest, Requests};
+use crate::node::assign::{Action, AssignmentResult, HookRequest, Requests};
 use crate::node_plan::addresses;
 use crate::node_plan::allocations::NodeAllocation;
 use egret_nft::mac::Shown;
@@ -48,7 +48,7 @@ impl Node {
     }
 
     /// Takes an answer of the hook.
-    pub(super) fn hook_answered(&mut self, address: IpAddr, answer: Answer) {
+    pub(super) fn hook_answered(&mut self, address: IpAddr, answer: AssignmentResult) {
         if self.egress.holding.hook_answered(address, answer, Instant::now()) {
             self.tell_hook(Requests { assign: BTreeSet::new(), release: [address].into() });
         }

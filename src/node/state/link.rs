@@ -4,7 +4,7 @@ use super::Node;
 use crate::datapath::announce::{self, Claim};
 use crate::model::fnv::fnv1a;
 use crate::model::marks::EgressId;
-use crate::node::assign::Answer;
+use crate::node::assign::AssignmentResult;
 use crate::node::host::UplinkStatus;
 use crate::node_plan::addresses;
 use crate::node_plan::allocations::NodeAllocation;
@@ -39,7 +39,7 @@ pub enum LinkMessage {
         claim: Claim,
     },
     /// The answer of the assign hook about an address.
-    Assigned { address: IpAddr, answer: Answer },
+    Assigned { address: IpAddr, answer: AssignmentResult },
 }
 
 /// The task that listens for claims, and the interfaces on which it listens.

@@ -36,7 +36,7 @@ pub use stopping::Stopping;
 
 use crate::cluster::{Lookup, Statuses};
 use crate::datapath::probe;
-use crate::datapath::watch::Event;
+use crate::datapath::watch::ForeignChange;
 use crate::model::Cluster;
 use crate::model::marks::EgressId;
 use crate::model::shared::Mark;
@@ -238,18 +238,18 @@ impl Node {
     }
 
     /// Takes notifications about changes that other programs have made in the kernel.
-    pub async fn kernel_changed(&mut self, events: &BTreeSet<Event>) {
+    pub async fn kernel_changed(&mut self, events: &BTreeSet<ForeignChange>) {
         for event in events {
             match event {
-                Event::VethGone { index } => self.veth_gone(*index).await,
-                Event::Nftables => self.host.invalidate_tables(),
-                Event::Filters { index } => self.host.invalidate_ifb(*index),
-                Event::Uplinks => self.pending.raise(Input::Host),
-                Event::Underlay => {
+                ForeignChange::VethGone { index } => self.veth_gone(*index).await,
+                ForeignChange::Nftables => self.host.invalidate_tables(),
+                ForeignChange::Filters { index } => self.host.invalidate_ifb(*index),
+                ForeignChange::Uplinks => self.pending.raise(Input::Host),
+                ForeignChange::Underlay => {
                     self.host.invalidate_underlay();
                     self.pending.raise(Input::Host);
                 }
-                Event::Rules => {
+                ForeignChange::Rules => {
                     self.host.invalidate_routing();
                     self.pending.raise(Input::PluginRecords);
                     self.pending.raise(Input::Host);

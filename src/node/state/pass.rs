@@ -8,7 +8,7 @@ use crate::node::report::Own;
 use crate::node_plan::addresses;
 use crate::telemetry::server::Readiness;
 use anyhow::Result;
-use egret_cni::protocol::{Failure, codes};
+use egret_cni::protocol::{CniError, codes};
 use std::time::Instant;
 use tracing::Instrument;
 
@@ -42,13 +42,13 @@ impl Node {
         let result = self.run_steps().await;
         let failure = result.as_ref().err().map(|e| {
             let details = self.problems.refusals.lasting().map_or_else(|| format!("{e:#}"), ToOwned::to_owned);
-            Failure::new(codes::KERNEL, "the kernel is not in sync", details)
+            CniError::new(codes::KERNEL, "the kernel is not in sync", details)
         });
         self.metrics.applied(started.elapsed(), &result);
         self.respond(failure.as_ref());
         // Let the responses be sent before the work that no plugin waits for.
         tokio::task::yield_now().await;
-        let text = failure.as_ref().map(Failure::to_string);
+        let text = failure.as_ref().map(CniError::to_string);
         if self.problems.refusals.is_news(text.as_deref())
             && let Some(failure) = text
         {

@@ -7,7 +7,7 @@ use crate::node::pods::{self, PodId, Pods};
 use crate::node::socket::PluginRequest;
 use crate::node_plan::View;
 use egret_cni::attachment::{Attachment, AttachmentId};
-use egret_cni::protocol::{Failure, Verb, codes};
+use egret_cni::protocol::{CniError, Verb, codes};
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
@@ -23,7 +23,7 @@ struct Waiting {
     verb: &'static str,
     /// The attachment whose pod should be known before the response.
     unknown: Option<AttachmentId>,
-    answer: oneshot::Sender<Result<(), Failure>>,
+    answer: oneshot::Sender<Result<(), CniError>>,
 }
 
 impl Waiting {
@@ -91,11 +91,11 @@ impl Node {
         }
     }
 
-    async fn add(&mut self, a: Attachment) -> Result<(), Failure> {
-        let io = |e: String| Failure::new(codes::IO, "egretd cannot take the pod in", e);
+    async fn add(&mut self, a: Attachment) -> Result<(), CniError> {
+        let io = |e: String| CniError::new(codes::IO, "egretd cannot take the pod in", e);
         let interface = self.interface(&a).await.map_err(|e| io(format!("{e:#}")))?;
         if interface.is_none() && self.pods.policy_chain(&a, &self.cluster, &self.view).is_some() {
-            return Err(Failure::new(
+            return Err(CniError::new(
                 codes::NO_HOST_INTERFACE,
                 format!("pod {}/{} has no veth peer on the host", a.pod.namespace, a.pod.name),
                 "a policy selects it, and a pod with macvlan, ipvlan or SR-IOV cannot be held to a policy; use a CNI \
@@ -120,14 +120,14 @@ impl Node {
         Ok(())
     }
 
-    fn del(&mut self, id: AttachmentId) -> Result<(), Failure> {
+    fn del(&mut self, id: AttachmentId) -> Result<(), CniError> {
         self.connections.ended.addresses.extend(self.pods.detach(&id));
         self.requests.detached.push(id);
         Ok(())
     }
 
-    fn check(&mut self, a: &Attachment) -> Result<(), Failure> {
-        let wrong = |msg: String, details: &str| Err(Failure::new(codes::NOT_PROGRAMMED, msg, details));
+    fn check(&mut self, a: &Attachment) -> Result<(), CniError> {
+        let wrong = |msg: String, details: &str| Err(CniError::new(codes::NOT_PROGRAMMED, msg, details));
         match self.pods.get(&a.id) {
             None => {
                 return wrong(
@@ -157,13 +157,13 @@ impl Node {
         Ok(())
     }
 
-    fn collect_garbage(&mut self, network: &str, valid: &[AttachmentId]) -> Result<(), Failure> {
+    fn collect_garbage(&mut self, network: &str, valid: &[AttachmentId]) -> Result<(), CniError> {
         let gone: Vec<AttachmentId> = self.pods.of_network(network).filter(|id| !valid.contains(id)).cloned().collect();
         gone.into_iter().try_for_each(|id| self.del(id))
     }
 
     /// Sends the responses that are due, or `failure` to all requests that wait.
-    pub(super) fn respond(&mut self, failure: Option<&Failure>) {
+    pub(super) fn respond(&mut self, failure: Option<&CniError>) {
         for waiting in self.requests.waiting.extract_if(.., |w| failure.is_some() || w.is_due(&self.pods)) {
             self.metrics.answered(waiting.verb, waiting.since.elapsed());
             // If the plugin has timed out meanwhile, the runtime calls DEL.

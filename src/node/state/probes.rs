@@ -7,7 +7,7 @@ use crate::datapath::names::of_uplink;
 use crate::model::Cluster;
 use crate::model::uplink_key::UplinkKey;
 use crate::node::holding::ProbedUplinks;
-use crate::node::uplink_probes::{Finding, Findings, ProbeState, Probing, Settings, Wanted};
+use crate::node::uplink_probes::{Finding, Findings, ProbeSettings, ProbeState, Probing, Wanted};
 use crate::node_plan::addresses;
 use egret_nft::mac::Mac;
 use std::collections::{BTreeMap, BTreeSet};
@@ -108,7 +108,7 @@ impl Node {
             })
             .collect();
         Some(Probing {
-            settings: Settings { interval: probes.interval, misses: probes.misses },
+            settings: ProbeSettings { interval: probes.interval, misses: probes.misses },
             targets: probes.of_family(key.ipv4).cloned().collect(),
             mark: if uplink == 0 { 0 } else { self.options.marks.uplink(uplink) },
             device: in_vrf,

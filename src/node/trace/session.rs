@@ -8,7 +8,7 @@ use crate::datapath::netlink_reader::{NetlinkReader, Read};
 use crate::datapath::pod_veth;
 use crate::datapath::probe;
 use crate::datapath::{probe_packet, trace_table};
-use crate::model::trace::{Armed, Event, GO, MAX_SECONDS, Step, TraceSpec};
+use crate::model::trace::{Armed, GO, MAX_SECONDS, TraceEvent, TraceSpec, TraceStep};
 use anyhow::{Context, Result, bail};
 use egret_nft::Nftables;
 use egret_nft::netlink::{NETLINK_NETFILTER, Socket};
@@ -70,14 +70,14 @@ pub async fn serve(
     let time = Duration::from_secs(request.seconds.clamp(1, MAX_SECONDS));
     let last = match timeout(time, run(&request, known, read.lines(), &mut write, slots)).await {
         Ok(Ok(())) => return Ok(()),
-        Ok(Err(e)) => Event::Refused { message: format!("{e:#}") },
-        Err(_) => Event::Ended,
+        Ok(Err(e)) => TraceEvent::Refused { message: format!("{e:#}") },
+        Err(_) => TraceEvent::Ended,
     };
     // A command that does not read is not waited for.
     timeout(FAREWELL, say(&mut write, &last)).await.unwrap_or(Ok(()))
 }
 
-async fn say(write: &mut (impl AsyncWrite + Unpin), event: &Event) -> io::Result<()> {
+async fn say(write: &mut (impl AsyncWrite + Unpin), event: &TraceEvent) -> io::Result<()> {
     let mut line = serde_json::to_vec(event)?;
     line.push(b'\n');
     write.write_all(&line).await
@@ -101,7 +101,7 @@ async fn run(
     let mut table = Nftables::open()?;
     let wanted = trace_table::table(request, known.armed.interface.as_deref());
     table.apply(&[(name, wanted)]).with_context(|| format!("cannot make the table {}", name.name))?;
-    let armed = Event::Armed(known.armed.clone());
+    let armed = TraceEvent::Armed(known.armed.clone());
     let mut watch = Watch {
         reader: NetlinkReader::new(socket)?,
         filter: Filter::new(request.clone(), name.name),
@@ -124,7 +124,7 @@ async fn run(
             sent = async { sending.as_mut().expect("it is sent").await }, if sending.is_some() => {
                 sending = None;
                 sent?;
-                say(write, &Event::Sent).await?;
+                say(write, &TraceEvent::Sent).await?;
             }
             events = watch.next() => {
                 for event in events? {
@@ -176,18 +176,19 @@ struct Watch {
 
 impl Watch {
     /// Waits for the next steps. It is cancel-safe.
-    async fn next(&mut self) -> io::Result<Vec<Event>> {
+    async fn next(&mut self) -> io::Result<Vec<TraceEvent>> {
         self.reader.readable().await?;
         let mut steps = Vec::new();
         let read = self.reader.read(|message| steps.extend(trace::parse(&message)))?;
-        let mut events: Vec<Event> = steps.iter().filter_map(|step| self.event(step)).map(Event::Step).collect();
+        let mut events: Vec<TraceEvent> =
+            steps.iter().filter_map(|step| self.event(step)).map(TraceEvent::Step).collect();
         if read == Read::Lost {
-            events.push(Event::Lost);
+            events.push(TraceEvent::Lost);
         }
         Ok(events)
     }
 
-    fn event(&mut self, step: &trace::Step) -> Option<Step> {
+    fn event(&mut self, step: &trace::Step) -> Option<TraceStep> {
         let seen = self.filter.recognise(step)?;
         let (rule, verdict) = match &step.kind {
             Kind::Rule { handle, verdict } => {
@@ -198,7 +199,7 @@ impl Watch {
         };
         let interface = |index: Option<u32>| Some(nix::net::if_::if_indextoname(index?).ok()?.to_string_lossy().into());
         let packet = step.packet.as_ref();
-        Some(Step {
+        Some(TraceStep {
             at: u64::try_from(self.began.elapsed().as_micros()).unwrap_or(u64::MAX),
             packet: step.id,
             is_reply: seen.is_reply,

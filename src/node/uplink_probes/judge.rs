@@ -18,14 +18,14 @@ const RECOVERY: u32 = 3;
 
 /// How often a gateway's targets are probed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Settings {
+pub struct ProbeSettings {
     /// The interval between two probes of a target.
     pub interval: Duration,
     /// The number of intervals without an answer after which the probes have failed.
     pub misses: u32,
 }
 
-impl Settings {
+impl ProbeSettings {
     /// How old the newest answered probe is when the probes have failed: it is one interval old when the next one is
     /// sent.
     fn longest_without_answer(&self) -> Duration {
@@ -72,7 +72,7 @@ struct Proof {
 /// See the module.
 #[derive(Debug)]
 pub struct Judge {
-    settings: Settings,
+    settings: ProbeSettings,
     /// When each target is to be probed next.
     next: Vec<Instant>,
     begin: Instant,
@@ -92,7 +92,7 @@ pub struct Judge {
 impl Judge {
     /// The state at the daemon's start, or when the probes were set. `lost`: an earlier daemon had found the uplink
     /// lost.
-    pub fn new(settings: Settings, targets: usize, lost: bool, now: Instant) -> Self {
+    pub fn new(settings: ProbeSettings, targets: usize, lost: bool, now: Instant) -> Self {
         Judge {
             settings,
             // One after the other, not all at once.

@@ -9,7 +9,7 @@ mod message;
 mod metrics;
 mod task;
 
-pub use judge::{ProbeState, Settings};
+pub use judge::{ProbeSettings, ProbeState};
 pub use metrics::ProbeMetrics;
 pub use task::watch;
 
@@ -24,7 +24,7 @@ use std::net::Ipv6Addr;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Probing {
     /// How often.
-    pub settings: Settings,
+    pub settings: ProbeSettings,
     /// The targets of the family.
     pub targets: Vec<ProbeTarget>,
     /// The mark of the packets, which selects the gateway's own route; 0: the main table.

@@ -290,13 +290,13 @@ fn log(key: &UplinkKey, probing: &Probing, state: ProbeState) {
 mod tests {
     use super::*;
     use crate::model::uplink_probes::ProbeTarget;
-    use crate::node::uplink_probes::Settings;
+    use crate::node::uplink_probes::ProbeSettings;
 
     #[test]
     fn probes_have_the_same_number_on_all_nodes_and_other_targets_another() {
         let key = |gateway: &str, ipv4| UplinkKey { interface: None, ipv4, gateway: Some(gateway.into()) };
         let probing = |last: u8| Probing {
-            settings: Settings { interval: Duration::from_secs(1), misses: 3 },
+            settings: ProbeSettings { interval: Duration::from_secs(1), misses: 3 },
             targets: vec![ProbeTarget::Icmp([192, 0, 2, last].into())],
             mark: 0,
             device: None,

@@ -126,6 +126,12 @@ fn egret_makes_the_interface_of_a_vlan_and_removes_it() {
     lab.wait_until("g1 has both", PATIENCE, || vlans(&lab, "g1").len() == 2);
     for node in ["g1", "g2"] {
         lab.daemon(node).kill9();
+    }
+    // Also one whose parent somebody has moved into a pod.
+    let own = of_100("g2");
+    lab.node("g2").ip(&format!("link set eth1 netns {}", pods[0].netns));
+    assert_eq!(vlans(&lab, "g2"), own);
+    for node in ["g1", "g2"] {
         uninstalled(lab.node(node), &[]);
     }
     assert_eq!(["g1", "g2"].map(|node| vlans(&lab, node)), [vec![hosts.to_owned()], vec![]]);

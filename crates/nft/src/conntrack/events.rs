@@ -20,7 +20,7 @@ pub const MARK: u32 = CTA_MARK as u32;
 
 /// A connection has begun, or ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Event {
+pub struct ConnectionEvent {
     /// Whether it has ended.
     pub ended: bool,
     /// The original direction, before translation.
@@ -57,7 +57,7 @@ pub fn subscribe(socket: &mut Socket) -> io::Result<()> {
 }
 
 /// Parses a notification. `None` if it is no connection's.
-pub fn parse_event(message: &Message) -> Option<Event> {
+pub fn parse_event(message: &Message) -> Option<ConnectionEvent> {
     let ended = match message.kind {
         IPCTNL_MSG_CT_NEW => false,
         IPCTNL_MSG_CT_DELETE => true,
@@ -75,7 +75,7 @@ pub fn parse_event(message: &Message) -> Option<Event> {
             _ => {}
         }
     }
-    Some(Event { ended, out: out?, back: back?, mark, id, sent, received })
+    Some(ConnectionEvent { ended, out: out?, back: back?, mark, id, sent, received })
 }
 
 fn traffic(counters: &[u8]) -> Option<Traffic> {
@@ -118,7 +118,7 @@ mod tests {
         });
         let event = parse_event(&message(IPCTNL_MSG_CT_DELETE, &payload)).unwrap();
         let sent = Some(Traffic { packets: 5, bytes: 600 });
-        assert_eq!(event, Event { ended: true, out, back, mark: 0x4547_8001, id: 7, sent, received: None });
+        assert_eq!(event, ConnectionEvent { ended: true, out, back, mark: 0x4547_8001, id: 7, sent, received: None });
         assert!(!parse_event(&message(IPCTNL_MSG_CT_NEW, &payload)).unwrap().ended);
         assert_eq!(parse_event(&message(IPCTNL_MSG_CT_GET, &payload)), None);
         for length in 0..payload.len() {

@@ -10,7 +10,7 @@ mod liberal;
 mod translated;
 mod tuple;
 
-pub use events::{ATTRIBUTES, Event, MARK, Traffic, parse_event, subscribe};
+pub use events::{ATTRIBUTES, ConnectionEvent, MARK, Traffic, parse_event, subscribe};
 pub use liberal::set_liberal;
 pub use translated::{
     Insertion, Tracked, Translated, delete_one, find_by_original, find_by_reply, fold_tracked, insert,
@@ -63,7 +63,7 @@ const BATCH: usize = 64;
 
 /// Why the entries could not be read or changed.
 #[derive(Debug, thiserror::Error)]
-pub enum Failure {
+pub enum ConntrackFailure {
     /// The entries cannot be listed.
     #[error("cannot read the tracked connections; is the kernel module nf_conntrack_netlink there?")]
     Read(#[source] Error),
@@ -145,7 +145,7 @@ pub enum EntryAction {
 }
 
 /// Lists the connections that `marked` selects.
-pub fn list(socket: &mut Socket, marked: MarkFilter) -> Result<Vec<Connection>, Failure> {
+pub fn list(socket: &mut Socket, marked: MarkFilter) -> Result<Vec<Connection>, ConntrackFailure> {
     select(socket, marked, Some)
 }
 
@@ -156,7 +156,11 @@ pub fn list(socket: &mut Socket, marked: MarkFilter) -> Result<Vec<Connection>, 
 ///
 /// # Errors
 /// The table cannot be read, or the kernel rejected a deletion; other connections may have been deleted.
-pub fn delete(socket: &mut Socket, marked: MarkFilter, doomed: impl Fn(&Connection) -> bool) -> Result<usize, Failure> {
+pub fn delete(
+    socket: &mut Socket,
+    marked: MarkFilter,
+    doomed: impl Fn(&Connection) -> bool,
+) -> Result<usize, ConntrackFailure> {
     update_entries(socket, marked, |c| if doomed(c) { EntryAction::Delete } else { EntryAction::Keep })
 }
 
@@ -168,7 +172,7 @@ pub fn update_entries(
     socket: &mut Socket,
     marked: MarkFilter,
     action: impl Fn(&Connection) -> EntryAction,
-) -> Result<usize, Failure> {
+) -> Result<usize, ConntrackFailure> {
     let found = select_raw(socket, marked, |connection, raw| {
         let (admitted, replacement) = match action(&connection) {
             EntryAction::Keep => return None,
@@ -184,13 +188,13 @@ pub fn update_entries(
 
 /// How many packets the kernel has dropped, on all processors, because another connection had the same tuple
 /// (`insert_failed` of `conntrack -S`). Each processor counts modulo 2^32.
-pub fn insertions_failed(socket: &mut Socket) -> Result<u64, Failure> {
+pub fn insertions_failed(socket: &mut Socket) -> Result<u64, ConntrackFailure> {
     let counted = socket.dump(IPCTNL_MSG_CT_GET_STATS_CPU, &[0; NFGENMSG], u64::default, |sum, message| {
         let all = attributes(message.get(NFGENMSG..).unwrap_or_default());
         let failed = all.filter(|(kind, _)| *kind == CTA_STATS_INSERT_FAILED);
         *sum += failed.filter_map(|(_, n)| Some(u64::from(u32::from_be_bytes(n.try_into().ok()?)))).sum::<u64>();
     });
-    counted.map_err(Failure::Counters)
+    counted.map_err(ConntrackFailure::Counters)
 }
 
 /// A request that deletes a connection's entry, and the requests that create entries in its place.
@@ -199,10 +203,10 @@ struct Deletion {
     insertions: Vec<Vec<u8>>,
 }
 
-fn delete_all(socket: &mut Socket, requests: &[Deletion]) -> Result<usize, Failure> {
+fn delete_all(socket: &mut Socket, requests: &[Deletion]) -> Result<usize, ConntrackFailure> {
     let mut deleted = 0;
     for batch in requests.chunks(BATCH) {
-        deleted += send(socket, batch).map_err(Failure::Delete)?;
+        deleted += send(socket, batch).map_err(ConntrackFailure::Delete)?;
     }
     Ok(deleted)
 }
@@ -216,7 +220,7 @@ pub fn delete_by_address(
     socket: &mut Socket,
     addresses: &BTreeSet<IpAddr>,
     doomed: impl Fn(&Connection) -> bool,
-) -> Result<usize, Failure> {
+) -> Result<usize, ConntrackFailure> {
     let is_doomed =
         |c: &Connection| (addresses.contains(&c.source) || addresses.contains(&c.reply_source)) && doomed(c);
     let ends = [(CTA_TUPLE_ORIG, CTA_FILTER_ORIG_FLAGS), (CTA_TUPLE_REPLY, CTA_FILTER_REPLY_FLAGS)];
@@ -232,7 +236,7 @@ pub fn delete_by_source(
     socket: &mut Socket,
     addresses: &BTreeSet<IpAddr>,
     mut doomed: impl FnMut(&Connection) -> bool,
-) -> Result<usize, Failure> {
+) -> Result<usize, ConntrackFailure> {
     let is_doomed = |c: &Connection| addresses.contains(&c.source) && doomed(c);
     delete_matching(socket, addresses, &[(CTA_TUPLE_ORIG, CTA_FILTER_ORIG_FLAGS)], is_doomed)
 }
@@ -243,7 +247,7 @@ fn delete_matching(
     addresses: &BTreeSet<IpAddr>,
     ends: &[(u16, u16)],
     mut is_doomed: impl FnMut(&Connection) -> bool,
-) -> Result<usize, Failure> {
+) -> Result<usize, ConntrackFailure> {
     if addresses.is_empty() {
         return Ok(0);
     }
@@ -286,7 +290,7 @@ fn select<T>(
     socket: &mut Socket,
     marked: MarkFilter,
     mut pick: impl FnMut(Connection) -> Option<T>,
-) -> Result<Vec<T>, Failure> {
+) -> Result<Vec<T>, ConntrackFailure> {
     select_raw(socket, marked, |connection, _| pick(connection))
 }
 
@@ -294,7 +298,7 @@ fn select_raw<T>(
     socket: &mut Socket,
     marked: MarkFilter,
     mut pick: impl FnMut(Connection, &[u8]) -> Option<T>,
-) -> Result<Vec<T>, Failure> {
+) -> Result<Vec<T>, ConntrackFailure> {
     select_filtered(socket, &marked.request(), |connection, message| {
         marked.matches(&connection).then(|| pick(connection, message)).flatten()
     })
@@ -304,11 +308,11 @@ fn select_filtered<T>(
     socket: &mut Socket,
     filter: &[u8],
     mut pick: impl FnMut(Connection, &[u8]) -> Option<T>,
-) -> Result<Vec<T>, Failure> {
+) -> Result<Vec<T>, ConntrackFailure> {
     let entries = socket.dump(IPCTNL_MSG_CT_GET, filter, Vec::new, |found, message| {
         found.extend(parse(message).and_then(|connection| pick(connection, message)));
     });
-    entries.map_err(Failure::Read)
+    entries.map_err(ConntrackFailure::Read)
 }
 
 fn parse(message: &[u8]) -> Option<Connection> {

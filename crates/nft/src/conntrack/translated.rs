@@ -109,7 +109,7 @@ pub fn list_tracked(
     socket: &mut Socket,
     marked: MarkFilter,
     pick: impl Fn(&Tracked) -> bool,
-) -> Result<Vec<Tracked>, Failure> {
+) -> Result<Vec<Tracked>, ConntrackFailure> {
     select_raw(socket, marked, |_, message| parse_tracked(message).filter(&pick))
 }
 
@@ -123,13 +123,13 @@ pub fn fold_tracked<S>(
     marked: MarkFilter,
     start: impl FnMut() -> S,
     mut each: impl FnMut(&mut S, &Tracked),
-) -> Result<S, Failure> {
+) -> Result<S, ConntrackFailure> {
     let read = socket.dump(IPCTNL_MSG_CT_GET, &marked.request(), start, |state, message| {
         if let Some(tracked) = parse_tracked(message).filter(|tracked| marked.has(tracked.mark)) {
             each(state, &tracked);
         }
     });
-    read.map_err(Failure::Read)
+    read.map_err(ConntrackFailure::Read)
 }
 
 /// Inserts the entry. If it exists, its mark and timeout are set and its TCP window checks are turned off. Another

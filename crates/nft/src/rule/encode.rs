@@ -152,18 +152,18 @@ impl Value {
     }
 }
 
-impl Target {
+impl Writable {
     fn store(self, out: &mut Vec<u8>, register: u32) {
         match self {
-            Target::Mark => expression(out, "meta", |d| {
+            Writable::Mark => expression(out, "meta", |d| {
                 d.be32(NFTA_META_KEY, NFT_META_MARK);
                 d.be32(NFTA_META_SREG, register);
             }),
-            Target::CtMark => expression(out, "ct", |d| {
+            Writable::CtMark => expression(out, "ct", |d| {
                 d.be32(NFTA_CT_KEY, NFT_CT_MARK);
                 d.be32(NFTA_CT_SREG, register);
             }),
-            Target::EtherDaddr => expression(out, "payload", |d| {
+            Writable::EtherDaddr => expression(out, "payload", |d| {
                 d.be32(NFTA_PAYLOAD_SREG, register);
                 d.be32(NFTA_PAYLOAD_BASE, NFT_PAYLOAD_LL_HEADER);
                 d.be32(NFTA_PAYLOAD_OFFSET, 0);

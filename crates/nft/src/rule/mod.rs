@@ -93,9 +93,9 @@ enum Expression {
     /// `FIELD . FIELD @SET`, or with `!=`
     InSet { key: [Option<Operand>; 3], set: SetName, not: bool },
     /// `TARGET set VALUE`
-    Assign(Target, Value),
+    Assign(Writable, Value),
     /// `TARGET set VALUE TARGET set VALUE`: both values are looked up first, so that both are assigned or neither.
-    AssignBoth([(Target, Value); 2]),
+    AssignBoth([(Writable, Value); 2]),
     /// `counter name "NAME"`
     Counter(&'static str),
     /// `log group GROUP`
@@ -216,7 +216,7 @@ enum Constant {
 
 /// What a rule can write.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Target {
+enum Writable {
     Mark,
     CtMark,
     EtherDaddr,

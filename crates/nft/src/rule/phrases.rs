@@ -316,7 +316,7 @@ impl Rule {
 }
 
 impl Rule {
-    fn assign(self, target: Target, value: Value) -> Self {
+    fn assign(self, target: Writable, value: Value) -> Self {
         self.with(Expression::Assign(target, value))
     }
 
@@ -358,28 +358,28 @@ impl Rule {
 
     /// `meta mark set VALUE`
     pub fn set_mark(self, value: u32) -> Self {
-        self.assign(Target::Mark, Value::Number(value))
+        self.assign(Writable::Mark, Value::Number(value))
     }
 
     /// `meta mark set meta mark & MASK`
     pub fn clear_mark(self, keep: u32) -> Self {
-        self.assign(Target::Mark, Value::Of(Mark.and(keep)))
+        self.assign(Writable::Mark, Value::Of(Mark.and(keep)))
     }
 
     /// `meta mark set meta mark & KEEP | VALUE`: the bits of `mask` become `value`.
     pub fn set_mark_in(self, mask: u32, value: u32) -> Self {
         let bits = Bits::Put { mask, value };
-        self.assign(Target::Mark, Value::Of(Operand { field: Mark, bits }))
+        self.assign(Writable::Mark, Value::Of(Operand { field: Mark, bits }))
     }
 
     /// `meta mark set meta mark ^ VALUE`
     pub fn flip_mark(self, value: u32) -> Self {
-        self.assign(Target::Mark, Value::Of(Mark.xor(value)))
+        self.assign(Writable::Mark, Value::Of(Mark.xor(value)))
     }
 
     /// `ct mark set VALUE`
     pub fn set_ct_mark(self, value: u32) -> Self {
-        self.assign(Target::CtMark, Value::Number(value))
+        self.assign(Writable::CtMark, Value::Number(value))
     }
 
     /// `ct mark set jhash … mod MODULUS seed SEED map @MAP`, of the addresses and ports of a connection whose first packet
@@ -392,38 +392,38 @@ impl Rule {
             CtSaddr(ip, Direction::Reply).into(),
             CtDport.into(),
         ];
-        self.ip(ip).assign(Target::CtMark, Value::MapOfHash(fields, modulus, map.into()))
+        self.ip(ip).assign(Writable::CtMark, Value::MapOfHash(fields, modulus, map.into()))
     }
 
     /// `meta mark set ct mark`
     pub fn set_mark_from_ct(self) -> Self {
-        self.assign(Target::Mark, Value::Of(CtMark.into()))
+        self.assign(Writable::Mark, Value::Of(CtMark.into()))
     }
 
     /// `meta mark set ct mark map @MAP`
     pub fn set_mark_by_ct_mark(self, map: impl Into<SetName>) -> Self {
-        self.assign(Target::Mark, Value::Map(CtMark.into(), map.into()))
+        self.assign(Writable::Mark, Value::Map(CtMark.into(), map.into()))
     }
 
     /// `meta mark set iif map @MAP`
     pub fn set_mark_by_iif(self, map: impl Into<SetName>) -> Self {
-        self.assign(Target::Mark, Value::Map(Iif.into(), map.into()))
+        self.assign(Writable::Mark, Value::Map(Iif.into(), map.into()))
     }
 
     /// `meta mark set ip daddr map @MAP`
     pub fn set_mark_by_daddr(self, ip: Family, map: impl Into<SetName>) -> Self {
-        self.assign(Target::Mark, Value::Map(Daddr(ip).into(), map.into()))
+        self.assign(Writable::Mark, Value::Map(Daddr(ip).into(), map.into()))
     }
 
     /// `ether daddr set meta mark map @MAP`
     pub fn set_ether_daddr_by_mark(self, map: impl Into<SetName>) -> Self {
-        self.assign(Target::EtherDaddr, Value::Map(Mark.into(), map.into()))
+        self.assign(Writable::EtherDaddr, Value::Map(Mark.into(), map.into()))
     }
 
     /// `ct mark set VALUE meta mark set VALUE map @MAP`. Nothing is set if the map does not contain the value.
     pub fn set_ct_mark_and_mark_by(self, value: u32, map: impl Into<SetName>) -> Self {
         let looked_up = Value::MapOfNumber(value, map.into());
-        self.with(Expression::AssignBoth([(Target::CtMark, Value::Number(value)), (Target::Mark, looked_up)]))
+        self.with(Expression::AssignBoth([(Writable::CtMark, Value::Number(value)), (Writable::Mark, looked_up)]))
     }
 
     /// `ct mark set ether saddr map @PEERS meta mark set meta mark & MASK map @RX`. Nothing is set unless both maps
@@ -431,7 +431,7 @@ impl Rule {
     pub fn admit(self, peers: impl Into<SetName>, mask: u32, paths: impl Into<SetName>) -> Self {
         let peer = Value::Map(EtherSaddr.into(), peers.into());
         let path = Value::Map(Mark.and(mask), paths.into());
-        self.with(Expression::AssignBoth([(Target::CtMark, peer), (Target::Mark, path)]))
+        self.with(Expression::AssignBoth([(Writable::CtMark, peer), (Writable::Mark, path)]))
     }
 
     /// `fwd to "NAME"`, in a chain of the family netdev at the hook ingress. `index` is the index of the device. The

@@ -154,11 +154,11 @@ impl Expression {
     }
 }
 
-fn assignment(f: &mut Formatter<'_>, target: Target, value: &Value, transport: &str) -> Result {
+fn assignment(f: &mut Formatter<'_>, target: Writable, value: &Value, transport: &str) -> Result {
     f.write_str(match target {
-        Target::Mark => "meta mark set ",
-        Target::CtMark => "ct mark set ",
-        Target::EtherDaddr => "ether daddr set ",
+        Writable::Mark => "meta mark set ",
+        Writable::CtMark => "ct mark set ",
+        Writable::EtherDaddr => "ether daddr set ",
     })?;
     value.print(f, transport)
 }

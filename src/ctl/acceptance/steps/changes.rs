@@ -11,7 +11,7 @@ use crate::api::AddressPair;
 use crate::ctl::check::Check;
 use crate::ctl::moves::{self, MoveCommand};
 use crate::ctl::output::count;
-use crate::probe::Way;
+use crate::probe::ProbeMethod;
 use anyhow::bail;
 use std::net::IpAddr;
 use std::time::Instant;
@@ -72,7 +72,7 @@ impl Test<'_, '_> {
         let (heard, silent) = self.settle(&marks, &self.series, is_first).await;
         let mut faults = judge::running_pods(&heard, &self.series, &self.egress_ips, true);
         faults.extend(silent);
-        let held: Vec<Series> = self.series.iter().copied().filter(|series| series.way == Way::Held).collect();
+        let held: Vec<Series> = self.series.iter().copied().filter(|series| series.way == ProbeMethod::Held).collect();
         let mut found = format!(
             "from {} to {to} in {} ms; the longest pause of new connections {} ms",
             self.first.node,

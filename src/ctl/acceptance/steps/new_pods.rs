@@ -8,7 +8,7 @@ use super::super::participants::Kind;
 use super::{NEW, PACE, READABLE, REQUESTS, Test, in_words, listed};
 use crate::ctl::check::Check;
 use crate::ctl::output::count;
-use crate::probe::Way;
+use crate::probe::ProbeMethod;
 use anyhow::bail;
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
@@ -116,7 +116,7 @@ impl Test<'_, '_> {
             return false;
         }
         let text = format!("{server}: {}", in_words(&answered));
-        self.reporter.add(match silent.iter().find(|series| series.way != Way::Held) {
+        self.reporter.add(match silent.iter().find(|series| series.way != ProbeMethod::Held) {
             None => Check::ok(TRAFFIC, name, text),
             Some(series) => {
                 let remedy = "let it pass, or the test says nothing about it";

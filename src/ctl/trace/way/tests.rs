@@ -13,7 +13,7 @@ fn armed(dropped: Option<&str>) -> Armed {
 }
 
 /// A step of a packet in a chain of Egret's that it enters with these ends.
-fn step(packet: u32, chain: &str, rule: &str, verdict: &str, ends: [&str; 2], output: Option<&str>) -> Step {
+fn step(packet: u32, chain: &str, rule: &str, verdict: &str, ends: [&str; 2], output: Option<&str>) -> TraceStep {
     let [source, destination] = ends.map(|end| end.parse::<std::net::SocketAddr>().unwrap());
     let is_reply = destination.port() >= 60_000 || destination.port() == 40_000 || destination.port() == 40_001;
     let flow = Flow {
@@ -24,7 +24,7 @@ fn step(packet: u32, chain: &str, rule: &str, verdict: &str, ends: [&str; 2], ou
         destination_port: destination.port(),
         what: if is_reply { "SYN,ACK" } else { "SYN" }.into(),
     };
-    Step {
+    TraceStep {
         at: 1500 * u64::from(packet),
         packet,
         is_reply,
@@ -42,7 +42,7 @@ const POD: &str = "10.244.1.2:61000";
 const SERVER: &str = "192.0.2.100:443";
 const EGRESS: &str = "192.0.2.50:61000";
 
-fn way(of: Vec<(&str, Step)>, of_pod: &Armed, source_port: Option<u16>) -> Traced {
+fn way(of: Vec<(&str, TraceStep)>, of_pod: &Armed, source_port: Option<u16>) -> Traced {
     let mut collected = Collected::default();
     let request = trace_request(source_port);
     for (node, step) in of {
@@ -51,14 +51,14 @@ fn way(of: Vec<(&str, Step)>, of_pod: &Armed, source_port: Option<u16>) -> Trace
     traced(&request, of_pod, collected, Vec::new())
 }
 
-fn out() -> Vec<(&'static str, Step)> {
+fn out() -> Vec<(&'static str, TraceStep)> {
     vec![
         ("n1", step(1, "pod", "accept", "accept", [POD, SERVER], None)),
         ("n1", step(1, "egress-guard", "goto tunnel", "goto tunnel", [POD, SERVER], Some("egret"))),
     ]
 }
 
-fn at_owner() -> Vec<(&'static str, Step)> {
+fn at_owner() -> Vec<(&'static str, TraceStep)> {
     vec![
         ("g1", step(2, "from-tunnel", "accept", "accept", [POD, SERVER], None)),
         ("g1", step(2, "egress-guard", "accept", "accept", [EGRESS, SERVER], Some("eth0"))),
@@ -100,7 +100,7 @@ fn where_a_packet_ends_is_told_with_the_remedy() {
     assert!(traced.remedy.unwrap().contains("192.0.2.50 are dropped: no gateway node is alive"));
 
     let foreign =
-        Step { table: "inet firewalld".into(), ..step(2, "forward", "handle 7", "drop", [POD, SERVER], None) };
+        TraceStep { table: "inet firewalld".into(), ..step(2, "forward", "handle 7", "drop", [POD, SERVER], None) };
     let traced = way([out(), vec![("g1", foreign)]].concat(), &armed(None), Some(61_000));
     assert!(traced.remedy.unwrap().contains("nft -a list table inet firewalld"));
 

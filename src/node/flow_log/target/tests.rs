@@ -4,7 +4,7 @@ use std::os::unix::net::UnixListener;
 use std::thread::sleep;
 
 fn sink(text: &str) -> Sink {
-    text.parse::<Target>().unwrap().open()
+    text.parse::<LogTarget>().unwrap().open()
 }
 
 #[test]
@@ -12,10 +12,10 @@ fn a_target_is_parsed_and_printed_alike_and_other_texts_are_rejected() {
     for text in
         ["stdout", "file:/var/log/egret/flows.json", "syslog:[2001:db8::1]:514", "syslog:log:514", "unix:/run/x"]
     {
-        assert_eq!(text.parse::<Target>().unwrap().to_string(), text);
+        assert_eq!(text.parse::<LogTarget>().unwrap().to_string(), text);
     }
     for text in ["", "stderr", "file:", "file:relative", "unix:", "syslog:host", "syslog:host:x", "http://x"] {
-        assert!(text.parse::<Target>().unwrap_err().contains("write stdout, file:/PATH"), "{text:?}");
+        assert!(text.parse::<LogTarget>().unwrap_err().contains("write stdout, file:/PATH"), "{text:?}");
     }
 }
 
@@ -48,10 +48,10 @@ fn a_directory_a_fifo_and_a_link_are_rejected() {
     nix::unistd::mkfifo(&at("fifo"), nix::sys::stat::Mode::S_IRWXU).unwrap();
     std::os::unix::fs::symlink("/dev/null", at("link")).unwrap();
     for name in ["directory", "fifo", "link"] {
-        let mut sink = Target::File(at(name)).open();
+        let mut sink = LogTarget::File(at(name)).open();
         assert!(matches!(sink.write(b"1\n"), (0, Err(_))), "{name}");
     }
-    let mut sink = Target::File(at("later/flows.json")).open();
+    let mut sink = LogTarget::File(at("later/flows.json")).open();
     assert_eq!(sink.write(b"lost\n").0, 0);
     fs::create_dir(at("later")).unwrap();
     assert_eq!(sink.write(b"1\n").0, 1, "its directory is there now");

@@ -2,19 +2,19 @@ use super::*;
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-fn answer(now: Instant) -> Answer {
-    Answer { address: [192, 0, 2, 50].into(), mac: [2, 0, 0, 0, 0, 9], by_node: false, first: now, last: now }
+fn answer(now: Instant) -> ProbeReply {
+    ProbeReply { address: [192, 0, 2, 50].into(), mac: [2, 0, 0, 0, 0, 9], by_node: false, first: now, last: now }
 }
 
-fn states(now: Instant) -> [State; 8] {
-    let relinquished = |answer| State::Relinquished { since: 1, at: now, answer };
+fn states(now: Instant) -> [EgressIpState; 8] {
+    let relinquished = |answer| EgressIpState::Relinquished { since: 1, at: now, answer };
     [
-        State::Standby,
-        State::Conflict(answer(now)),
-        State::Owner,
-        State::TakenOver,
-        State::Contested(answer(now)),
-        State::InGracePeriod { until: now },
+        EgressIpState::Standby,
+        EgressIpState::Conflict(answer(now)),
+        EgressIpState::Owner,
+        EgressIpState::TakenOver,
+        EgressIpState::Contested(answer(now)),
+        EgressIpState::InGracePeriod { until: now },
         relinquished(None),
         relinquished(Some(answer(now))),
     ]
@@ -38,9 +38,9 @@ fn causes(now: Instant) -> [(&'static str, Cause); 13] {
     ]
 }
 
-fn short(state: State) -> &'static str {
+fn short(state: EgressIpState) -> &'static str {
     match state {
-        State::Relinquished { answer: Some(_), .. } => "Relinquished+answer",
+        EgressIpState::Relinquished { answer: Some(_), .. } => "Relinquished+answer",
         other => other.name(),
     }
 }
@@ -104,7 +104,10 @@ fn no_answer_of_another_host_makes_this_node_a_holder() {
     for state in states(now) {
         for cause in [Cause::Answered(answer(now)), Cause::Contested(answer(now))] {
             let after = state.after(cause);
-            assert!(after.answer().is_some() && !matches!(after, State::Owner | State::TakenOver), "{state:?}");
+            assert!(
+                after.answer().is_some() && !matches!(after, EgressIpState::Owner | EgressIpState::TakenOver),
+                "{state:?}"
+            );
         }
     }
 }
@@ -113,11 +116,11 @@ fn no_answer_of_another_host_makes_this_node_a_holder() {
 fn a_grace_period_is_not_prolonged_and_a_relinquishment_lasts_until_the_allocation_changes() {
     let now = Instant::now();
     let later = now + Duration::from_secs(5);
-    let leaves = State::Owner.after(Cause::MovedAway { until: now });
+    let leaves = EgressIpState::Owner.after(Cause::MovedAway { until: now });
     assert_eq!(leaves.after(Cause::MovedAway { until: later }), leaves);
-    let given_up = State::Owner.after(Cause::GivenUp { since: Some(1), at: now });
+    let given_up = EgressIpState::Owner.after(Cause::GivenUp { since: Some(1), at: now });
     for (name, cause) in causes(now) {
         let stays = !matches!(cause, Cause::Ended | Cause::Reassigned | Cause::Taken);
-        assert_eq!(matches!(given_up.after(cause), State::Relinquished { .. }), stays, "after {name}");
+        assert_eq!(matches!(given_up.after(cause), EgressIpState::Relinquished { .. }), stays, "after {name}");
     }
 }

@@ -44,7 +44,7 @@ fn names(nodes: usize) -> BTreeMap<Name, Ipv6Addr> {
 impl World {
     fn new(nodes: usize, path: NodePath) -> Self {
         let now = Instant::now();
-        let mut probes = Probes::new(Settings { interval: INTERVAL, misses: 3 });
+        let mut probes = Probes::new(LivenessSettings { interval: INTERVAL, misses: 3 });
         probes.set_nodes(&names(nodes), now);
         World { probes, now, path, answers: BTreeMap::new(), random: 1, deaths: 0, asked: 0 }
     }
@@ -326,7 +326,7 @@ fn replies_out_of_order_count_for_their_own_probes() {
 fn an_unproven_node_is_alive_with_its_first_reply_unless_it_was_given_up() {
     let now = Instant::now();
     let unproven = |given_up: bool| {
-        let mut probes = Probes::unproven(Settings { interval: INTERVAL, misses: 3 });
+        let mut probes = Probes::unproven(LivenessSettings { interval: INTERVAL, misses: 3 });
         probes.set_nodes(&names(2), now);
         let node: Name = "n0".into();
         assert!(!probes.is_alive(&node));

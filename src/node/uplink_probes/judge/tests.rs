@@ -1,7 +1,7 @@
 use super::*;
 use proptest::prelude::*;
 
-const SETTINGS: Settings = Settings { interval: Duration::from_secs(1), misses: 3 };
+const SETTINGS: ProbeSettings = ProbeSettings { interval: Duration::from_secs(1), misses: 3 };
 const STEP: Duration = Duration::from_millis(20);
 
 fn mac(node: usize) -> Mac {
@@ -25,7 +25,7 @@ struct World {
 }
 
 impl World {
-    fn new(nodes: usize, settings: Settings, seed: u64) -> Self {
+    fn new(nodes: usize, settings: ProbeSettings, seed: u64) -> Self {
         let now = Instant::now();
         World {
             judges: (0..nodes).map(|_| Judge::new(settings, 1, false, now)).collect(),
@@ -142,7 +142,7 @@ fn loss_and_latency_move_nothing() {
     // Both directions lose: 20 % each are 36 % of the probes.
     for (loss, round_trip) in [(10, 30), (36, 30), (10, 250), (0, 400), (36, 400)] {
         for misses in [2, 3] {
-            let settings = Settings { interval: Duration::from_secs(1), misses };
+            let settings = ProbeSettings { interval: Duration::from_secs(1), misses };
             let mut world = World::new(2, settings, 11 + loss);
             (world.loss, world.round_trip) = (loss, Duration::from_millis(round_trip));
             world.pass(Duration::from_secs(3600), |_, _| true);
