@@ -145,10 +145,10 @@ fn join(
             ),
             Placement::Managed => gateway.notes.differs(match &node.interface {
                 Some(interface) => format!(
-                    "the egress IP is the node's own, as its CiliumNode object lists it (InternalIP). If {interface} has another \
+                    "the egress IP is the node's own, as its Node object lists it (InternalIP). If {interface} has another \
                      address, name it: addresses here with placement: External, and address in the policy"
                 ),
-                None => "the egress IP is the node's own, as its CiliumNode object lists it (InternalIP)".to_owned(),
+                None => "the egress IP is the node's own, as its Node object lists it (InternalIP)".to_owned(),
             }),
         }
         draft.gateways.push(gateway);

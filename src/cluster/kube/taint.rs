@@ -45,7 +45,7 @@ pub async fn remove(client: &Client, node: &str) -> Result<bool, RequestFailure>
             other => return other.map(|_| true),
         }
     }
-    Err(RequestFailure::Unknown(format!("the NodeTaints {node} changed at each of {ATTEMPTS} attempts")))
+    Err(RequestFailure::Unknown(format!("the Node {node} changed at each of {ATTEMPTS} attempts")))
 }
 
 /// The other taints; `None` if the taint is not there.
