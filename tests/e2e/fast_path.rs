@@ -3,12 +3,14 @@
 
 use lab::fault_injection::{dies, owner_and_other};
 use lab::scene::{assert_leaves_by_egress, assert_leaves_by_node};
+use lab::server::ECHO;
 use lab::survival::{assert_live, sessions};
 use lab::{EGRESS4, EXT4, Flood, Lab, Pod, SERVERS, Session, VISITOR, machine};
 use std::collections::BTreeSet;
-use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::io::{Read, Write};
+use std::net::{IpAddr, SocketAddr, TcpStream, UdpSocket};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 mod programs;
 mod tunnel;
@@ -359,6 +361,33 @@ fn a_filter_for_what_a_pod_sends_keeps_its_packets_off_the_fast_way() {
 }
 
 #[test]
+fn another_programs_filter_at_the_tunnel_device_sees_every_packet() {
+    let (lab, pod, session, flood, owner) = going_fast(&[]);
+    let node = lab.node(&owner);
+    node.run(["tc", "qdisc", "add", "dev", "egret", "clsact"]);
+    let status = || lab.manifests().statuses();
+    lab.wait_until("the status says why", Duration::from_secs(10), || status().contains("another program filters"));
+    thread::sleep(LEASE);
+    // What passes the device by, it does not count.
+    let seen = || {
+        let links: serde_json::Value = serde_json::from_str(&node.ip("-j -s link show egret")).expect("JSON");
+        links[0]["stats64"]["rx"]["packets"].as_u64().expect("a counter")
+    };
+    let (before, fast) = (seen(), fast_packets(&lab, &owner));
+    thread::sleep(Duration::from_secs(2));
+    assert_eq!(fast_packets(&lab, &owner), fast, "{}", status());
+    let flooded = flood.stop();
+    let (after, sent) = (seen(), flooded.sent as f64);
+    assert!(after - before > 100, "of some 1000 packets, it saw {}", after - before);
+    assert_eq!(flooded.lost(), 0, "of {sent}");
+    node.run(["tc", "qdisc", "del", "dev", "egret", "clsact"]);
+    let flood = self::flood(&pod);
+    wait_fast(&lab, &["n1", &owner]);
+    assert_eq!(flood.stop().lost(), 0);
+    assert!(session.stop().broken.is_none());
+}
+
+#[test]
 fn connections_end_as_without_the_fast_path() {
     let (lab, pod, session, flood, owner) = going_fast(&[]);
     let port = session.stop().local.port();
@@ -372,5 +401,71 @@ fn connections_end_as_without_the_fast_path() {
                 .all(|line| line.contains("TIME_WAIT") || line.contains("CLOSE"))
         };
         lab.wait_until(&format!("connection tracking on {node} knows of the end"), Duration::from_secs(3), closed);
+    }
+}
+
+/// Seconds until the entry of the pod's connection from this port expires on a node; `None`: there is none.
+fn expires(lab: &Lab, node: &str, pod: &Pod, port: u16) -> Option<u32> {
+    let entries = lab.node(node).run(["conntrack", "-L", "-p", "tcp", "--orig-src", &pod.ipv4().to_string()]);
+    let entry = entries.lines().find(|line| line.contains(&format!("sport={port} ")))?;
+    assert!(entry.contains(" ESTABLISHED "), "{entry}");
+    entry.split_whitespace().nth(2)?.parse().ok()
+}
+
+#[test]
+fn a_connection_that_was_fast_and_is_idle_is_tracked_as_long_as_any_other() {
+    let lab = scene(FAST);
+    for node in lab.nodes() {
+        node.sysctl(&[
+            "net.netfilter.nf_conntrack_tcp_timeout_unacknowledged=15",
+            "net.netfilter.nf_conntrack_tcp_timeout_max_retrans=15",
+            "net.netfilter.nf_conntrack_tcp_timeout_close=1",
+        ]);
+        // Daemons look at these settings as often as they look at connections.
+        lab.daemon(&node.name).kill9();
+        lab.daemon(&node.name).restart();
+        lab.wait_ready(&node.name);
+    }
+    let (owner, _) = owner_and_other(&lab);
+    let pod = lab.add_pod("n1", "shop", "visitor", VISITOR);
+    let before = ["n1", &owner].map(|node| fast_packets(&lab, node));
+    // Data is on its way all the time: connection tracking, which sees a packet a second, sees its end not acknowledged.
+    let mut stream = pod.within(|| TcpStream::connect((EXT4, ECHO))).expect("a connection");
+    let port = stream.local_addr().expect("a port").port();
+    let sent = {
+        let mut stream = stream.try_clone().expect("a socket");
+        thread::spawn(move || {
+            let begun = Instant::now();
+            let mut sent = 0;
+            while begun.elapsed() < Duration::from_secs(4) {
+                stream.write_all(&[7; 16384]).expect("sent");
+                sent += 16384;
+            }
+            sent
+        })
+    };
+    let mut buffer = [0; 65536];
+    let mut back = 0;
+    while !sent.is_finished() {
+        back += stream.read(&mut buffer).expect("bytes");
+    }
+    let sent = sent.join().expect("the sender");
+    while back < sent {
+        back += stream.read(&mut buffer).expect("the rest");
+    }
+    for (node, before) in ["n1", &owner].into_iter().zip(before) {
+        assert!(fast_packets(&lab, node) > before + 100.0, "packets went the fast way on {node}");
+    }
+    thread::sleep(Duration::from_secs(25));
+    for node in ["n1", &owner] {
+        let left = expires(&lab, node, &pod, port);
+        assert!(left > Some(3600), "{node}: {left:?}");
+    }
+    stream.write_all(b"still there").expect("sent");
+    stream.read_exact(&mut [0; 11]).expect("and back");
+    // Slow packets do not shorten it again, once their data is acknowledged.
+    for node in ["n1", &owner] {
+        let is_long = || expires(&lab, node, &pod, port) > Some(3600);
+        lab.wait_until(&format!("the timeout on {node} is long again"), Duration::from_secs(10), is_long);
     }
 }

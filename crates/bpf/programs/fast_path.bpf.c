@@ -61,6 +61,13 @@ static __always_inline bool holds(struct __sk_buff *skb, const struct packet *p,
 	return !p->is_v6 || bpf_csum_update(skb, 0) < 0;
 }
 
+/* Whether the packet differs from those of a lease in the bits for congestion (ECN, RFC 3168) alone, as data, acknowledgements and
+ * marked packets of one direction do. It takes the kernel's own way, and leaves the lease to the others. */
+static __always_inline bool differs_in_ecn(const struct packet *p, const struct lease *lease, __u64 now)
+{
+	return p->tos != lease->tos && !((p->tos ^ lease->tos) & ~3) && (__s64)(lease->until - now) >= 0;
+}
+
 /* Treats the packet as its lease says. `off` is what lies around it and is taken off, nothing or the tunnel's headers. */
 static __always_inline int treat(struct __sk_buff *skb, const struct packet *p, struct lease *lease, const __u32 off)
 {
@@ -108,10 +115,14 @@ static __always_inline int enter_plain(struct __sk_buff *skb, __u32 generation, 
 	struct lease *found = is_noted(slot, now) ? find(&p) : NULL;
 	if (found && found->generation == generation) {
 		struct lease *lease = copied(found, &p);
-		if (lease && lease->generation == generation && holds(skb, &p, lease, now, skb->ifindex, skb->mark & 0xffff, 0)) {
-			int verdict = treat(skb, &p, lease, 0);
-			if (verdict != NEXT)
-				return verdict;
+		if (lease && lease->generation == generation) {
+			if (differs_in_ecn(&p, lease, now))
+				return NEXT;
+			if (holds(skb, &p, lease, now, skb->ifindex, skb->mark & 0xffff, 0)) {
+				int verdict = treat(skb, &p, lease, 0);
+				if (verdict != NEXT)
+					return verdict;
+			}
 		}
 	}
 	if (found || lasts(skb, slot, hash))
@@ -129,11 +140,19 @@ static __always_inline int enter_tunnel_packet(struct __sk_buff *skb, __u32 gene
 		return NEXT;
 	skb->tc_index = stamp(generation) | BY_TUNNEL;
 	/* What was merged, or never segmented, would stay marked as a tunnel's (`SKB_GSO_UDP_TUNNEL`), which no helper changes. */
-	if (skb->gso_size || !parse(skb, &p, off) || !p.is_exact || (p.flags & TCP_FIN_SYN_RST))
+	if (skb->gso_size || !parse(skb, &p, off) || !p.is_exact)
 		return NEXT;
 	struct slot *slot = slot_of(&p, &hash);
+	if (!slot)
+		return NEXT;
 	__u64 now = bpf_ktime_get_coarse_ns();
-	if (!slot || !is_noted(slot, now))
+	bool is_end = p.flags & TCP_FIN_SYN_RST;
+	if (!is_noted(slot, now)) {
+		if (is_end || is_short(skb, slot, hash))
+			skb->tc_index |= SHORT;
+		return NEXT;
+	}
+	if (is_end)
 		return NEXT;
 	struct lease *found = find(&p);
 	if (!found || found->generation != generation)
@@ -174,9 +193,11 @@ SEC("tc")
 int enter(struct __sk_buff *skb)
 {
 	__u32 generation = state.generation;
-	bool proven = skb->ifindex == state.tunnel && skb->tc_index == (stamp(generation) | BY_TUNNEL);
+	__u16 came_by = skb->tc_index;
+	bool proven = skb->ifindex == state.tunnel && (came_by & ~SHORT) == (stamp(generation) | BY_TUNNEL);
 	skb->tc_index = 0;
-	if (!generation || skb->pkt_type != PACKET_HOST)
+	/* What was merged since, was counted in parts. */
+	if (!generation || skb->pkt_type != PACKET_HOST || (proven && (came_by & SHORT) && !skb->gso_size))
 		return NEXT;
 	return enter_plain(skb, generation, proven ? BY_TUNNEL : 0);
 }
@@ -360,7 +381,7 @@ static __always_inline int leave(struct __sk_buff *skb, const enum kind kind, __
 	__u32 zero = 0;
 	__u8 found;
 	struct lease *lease = bpf_map_lookup_elem(&copies, &zero);
-	if (!lease || !parse(skb, &p, 0) || (p.flags & TCP_FIN_SYN_RST) || is_decrypted(skb))
+	if (!lease || !parse(skb, &p, 0) || (p.flags & TCP_FIN_SYN_RST) || is_of_ipsec(skb))
 		return NEXT;
 	struct nf_conn *ct = tracked(skb, &p, kind != TUNNEL_REQUEST, &found);
 	if (!ct)

@@ -68,8 +68,13 @@ struct nf_conn {
 	__u32 mark;
 	union nf_conntrack_proto proto;
 } KERNEL;
+struct xfrm_state;
+struct dst_entry {
+	struct xfrm_state *xfrm;
+} KERNEL;
 struct sk_buff {
 	unsigned char *head;
+	unsigned long _skb_refdst;
 	__u16 mac_header;
 	__u8 active_extensions;
 	__u8 encapsulation : 1;
@@ -93,6 +98,17 @@ static __always_inline bool is_decrypted(struct __sk_buff *skb)
 	if (!bpf_core_field_exists(kernel->active_extensions) || !bpf_core_enum_value_exists(enum skb_ext_id, SKB_EXT_SEC_PATH))
 		return false;
 	return kernel->active_extensions & (1 << bpf_core_enum_value(enum skb_ext_id, SKB_EXT_SEC_PATH));
+}
+
+/* Whether the packet that leaves has to do with IPsec: it was decrypted, or the device is to encrypt it (packet offload), which it
+ * knows by the packet's route (`skb_dst`; the lowest bit is SKB_DST_NOREF). */
+static __always_inline bool is_of_ipsec(struct __sk_buff *skb)
+{
+	struct sk_buff *kernel = bpf_cast_to_kern_ctx(skb);
+	struct dst_entry *route = (void *)(kernel->_skb_refdst & ~1UL);
+	if (route && bpf_core_field_exists(route->xfrm) && BPF_CORE_READ(route, xfrm))
+		return true;
+	return is_decrypted(skb);
 }
 
 /* Whether the kernel takes the packet for one that has a tunnel's headers already, and refuses it further ones. A packet that a

@@ -258,15 +258,26 @@ static __always_inline void note(const struct packet *p, __u64 now)
 		slot->noted = (__u16)(now >> 30) ?: 1;
 }
 
-/* Counts the packet. Most connections are short, and must not cost more for a lease that they hardly use. After as many
- * packets as are needed for a lease it is tried, and tried again after as many. */
-static __always_inline bool lasts(struct __sk_buff *skb, struct slot *slot, __u32 hash)
+/* Most connections are short, and must not cost more for a lease that they hardly use. Counts the packet, unless it is the one
+ * with which there are as many as are needed for a lease: false. */
+static __always_inline bool is_short(struct __sk_buff *skb, struct slot *slot, __u32 hash)
 {
 	__u32 packets = (slot->hash == hash ? slot->packets : 0) + (skb->gso_segs ?: 1);
-	bool is_enough = packets >= settings.after;
+	if (packets >= settings.after)
+		return false;
 	slot->hash = hash;
-	slot->packets = is_enough ? 0 : packets;
-	return is_enough;
+	slot->packets = packets;
+	return true;
+}
+
+/* Counts the packet. After as many packets as are needed for a lease it is tried, and tried again after as many. */
+static __always_inline bool lasts(struct __sk_buff *skb, struct slot *slot, __u32 hash)
+{
+	if (is_short(skb, slot, hash))
+		return false;
+	slot->hash = hash;
+	slot->packets = 0;
+	return true;
 }
 
 /* ---- connection tracking ---- */

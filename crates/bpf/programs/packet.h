@@ -68,8 +68,9 @@ static __always_inline bool parse(struct __sk_buff *skb, struct packet *p, const
 		p->flags = *(__u8 *)(l4 + 13);
 	} else if (p->protocol == IPPROTO_UDP) {
 		header = 8;
-		/* Translation must not touch a checksum that is not there. */
-		if (*(__u16 *)(l4 + 6) == 0)
+		/* Translation must not touch a checksum that is not there. Data behind the datagram (RFC 9868) is not in the checksum,
+		 * from which that of a tunnel packet is computed. */
+		if (*(__u16 *)(l4 + 6) == 0 || bpf_ntohs(*(__be16 *)(l4 + 4)) + p->l4 - ETH_HLEN != length)
 			return false;
 	} else {
 		return false;

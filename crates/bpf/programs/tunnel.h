@@ -11,11 +11,13 @@
 /* In `tc_index`, besides the generation: it came by `enter_uplink` or `enter_underlay` as a tunnel packet, in this
  * generation. */
 #define BY_TUNNEL 0x8000
+/* In `tc_index`, for `enter` at the tunnel device: the packet in it is counted, no lease is for it, and it gets none. */
+#define SHORT 0x4000
 
 /* The low bits of a generation, never 0. */
 static __always_inline __u16 stamp(__u32 generation)
 {
-	return generation % 0x7fff + 1;
+	return generation % 0x3fff + 1;
 }
 
 static __always_inline bool is_local(const __u32 *address, const bool is_v6)
@@ -88,7 +90,7 @@ static __always_inline void learn(struct __sk_buff *skb, struct pending *pending
 {
 	struct packet inner;
 	struct address to = {};
-	if (!is_tunnel_packet(skb, is_v6, true) || !parse(skb, &inner, is_v6 ? AROUND6 : AROUND4))
+	if (!is_tunnel_packet(skb, is_v6, true) || !parse(skb, &inner, is_v6 ? AROUND6 : AROUND4) || is_of_ipsec(skb))
 		return;
 	void *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
 	if (data + (is_v6 ? OUTER6 : OUTER4) > end)

@@ -86,12 +86,16 @@ impl Devices {
         for (index, role) in roles {
             let interface = match Interface::read(&mut socket, index) {
                 // It has gone meanwhile.
+                None if role == Role::Tunnel => {
+                    tunnel = Some("it has gone".to_owned());
+                    continue;
+                }
                 None => continue,
                 Some(interface) => interface,
             };
             let attached = self.attach(programs, index, role, &interface, &filtered);
             if role == Role::Tunnel {
-                tunnel = interface.sees_tunnel_packets(index);
+                tunnel = attached.as_ref().err().cloned().or_else(|| interface.sees_tunnel_packets(index));
             } else if underlay.contains(&index) && attached.is_ok() {
                 match interface.is_plain() {
                     Ok(()) => drop(plain.insert(index)),

@@ -1,12 +1,13 @@
 //! The fast path: eBPF programs that send packets of established connections past nf_tables (`crates/bpf`).
 //!
 //! A thread of its own attaches the programs, ends all leases when anybody changes a rule or a route, and makes connection
-//! tracking liberal with the connections that ask for it. The programs and their maps are held by this process: when it
+//! tracking liberal with the connections that ask for it. Another one corrects these connections' timeouts. The programs and their maps are held by this process: when it
 //! ends, however it ends, they go, and every packet takes the kernel's own way.
 
 mod devices;
 mod metrics;
 mod task;
+mod timeouts;
 
 pub use egret_bpf::TunnelEnd;
 pub use metrics::FastPathMetrics;
@@ -19,7 +20,7 @@ use egret_nft::mac::Mac;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::IpAddr;
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::Duration;
 use tokio::runtime::Builder;
@@ -107,6 +108,8 @@ pub struct FastPath {
     wanted: watch::Sender<Wanted>,
     status: watch::Receiver<Status>,
     programs: Option<Arc<Programs>>,
+    /// Ends the thread that corrects timeouts.
+    _timeouts: Option<mpsc::Sender<()>>,
 }
 
 impl FastPath {
@@ -126,7 +129,7 @@ impl FastPath {
                 tracing::warn!("no fast path, all packets take the kernel's own way: {closed}");
                 metrics.set_open(false);
                 let (_, status) = watch::channel(Status { closed: Some(closed), ..Status::default() });
-                return Ok(FastPath { wanted, status, programs: None });
+                return Ok(FastPath { wanted, status, programs: None, _timeouts: None });
             }
         };
         let (publish, status) = watch::channel(Status { closed: Some("it starts".to_owned()), ..Status::default() });
@@ -138,7 +141,8 @@ impl FastPath {
         };
         let thread = thread::Builder::new().name("fast-path".into());
         thread.spawn(move || runtime.block_on(task.run())).context("a thread")?;
-        Ok(FastPath { wanted, status, programs: Some(programs) })
+        let timeouts = timeouts::correct(marks).context("a thread")?;
+        Ok(FastPath { wanted, status, programs: Some(programs), _timeouts: Some(timeouts) })
     }
 
     /// Sets what the node wants.

@@ -2,7 +2,7 @@
 
 use super::devices::{Applied, Devices};
 use super::metrics::FastPathMetrics;
-use super::{Status, Wanted};
+use super::{Status, TunnelEnd, Wanted};
 use crate::datapath::changes::{Changed, Changes};
 use crate::datapath::obstacles;
 use anyhow::{Context, Result};
@@ -215,7 +215,11 @@ impl Task {
         let (tunnel, closed) = {
             let wanted = self.wanted.borrow();
             let no_tunnel = wanted.tunnel.is_none().then_some("there is no tunnel device");
-            (wanted.tunnel, wanted.closed.or(no_tunnel).map(str::to_owned))
+            // Where no tunnel packet may pass the tunnel device by, the programs take none for one.
+            let is_passed_by = !self.applied.nodes.is_empty();
+            let tunnel =
+                wanted.tunnel.map(|tunnel| TunnelEnd { port: if is_passed_by { tunnel.port } else { 0 }, ..tunnel });
+            (tunnel, wanted.closed.or(no_tunnel).map(str::to_owned))
         };
         let closed = closed.or_else(|| self.setting.clone()).or_else(|| self.obstacle.clone());
         if closed.is_none() && self.publish.borrow().closed.is_some() || self.filled.tunnel != tunnel {

@@ -10,9 +10,9 @@ use super::tuple::Tuple;
 use super::*;
 use crate::rule::protocol::{TCP, UDP};
 
-const CTA_STATUS: u16 = 3;
+pub(super) const CTA_STATUS: u16 = 3;
 pub(super) const CTA_PROTOINFO: u16 = 4;
-const CTA_TIMEOUT: u16 = 7;
+pub(super) const CTA_TIMEOUT: u16 = 7;
 const CTA_NAT_DST: u16 = 13;
 const CTA_TUPLE_ZONE: u16 = 3;
 const CTA_NAT_V4_MINIP: u16 = 1;
@@ -23,7 +23,7 @@ const CTA_NAT_V6_MAXIP: u16 = 5;
 const CTA_PROTONAT_PORT_MIN: u16 = 1;
 const CTA_PROTONAT_PORT_MAX: u16 = 2;
 pub(super) const CTA_PROTOINFO_TCP: u16 = 1;
-const CTA_PROTOINFO_TCP_STATE: u16 = 1;
+pub(super) const CTA_PROTOINFO_TCP_STATE: u16 = 1;
 pub(super) const CTA_PROTOINFO_TCP_FLAGS_ORIGINAL: u16 = 4;
 pub(super) const CTA_PROTOINFO_TCP_FLAGS_REPLY: u16 = 5;
 /// `TCP_CONNTRACK_ESTABLISHED` and `IP_CT_TCP_FLAG_BE_LIBERAL`, include/uapi/linux/netfilter/nf_conntrack_tcp.h. The
@@ -32,8 +32,9 @@ pub(super) const ESTABLISHED: u8 = 3;
 pub(super) const BE_LIBERAL: u8 = 8;
 /// `IPS_SEEN_REPLY`, `IPS_ASSURED`, `IPS_CONFIRMED`, include/uapi/linux/netfilter/nf_conntrack_common.h.
 pub(super) const ASSURED: u32 = 1 << 1 | 1 << 2 | 1 << 3;
-/// As [`ASSURED`], with `IPS_FIXED_TIMEOUT`: packets do not extend the entry's lifetime.
-const STATUS: u32 = ASSURED | 1 << 10;
+/// `IPS_FIXED_TIMEOUT`: packets do not extend the entry's lifetime.
+pub(super) const FIXED_TIMEOUT: u32 = 1 << 10;
+const STATUS: u32 = ASSURED | FIXED_TIMEOUT;
 /// The entry's lifetime, in seconds.
 const LIFE: u32 = 1;
 /// The zone of the entry's reply direction.

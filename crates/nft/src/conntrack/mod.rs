@@ -11,7 +11,7 @@ mod translated;
 mod tuple;
 
 pub use events::{ATTRIBUTES, ConnectionEvent, MARK, Traffic, parse_event, subscribe};
-pub use liberal::set_liberal;
+pub use liberal::{Prolonged, TcpTimeouts, set_liberal};
 pub use translated::{
     Insertion, Tracked, Translated, delete_one, find_by_original, find_by_reply, fold_tracked, insert,
     insert_or_update, list_tracked,
@@ -70,6 +70,9 @@ pub enum ConntrackFailure {
     /// The kernel rejected a deletion or a replacement.
     #[error("cannot delete tracked connections")]
     Delete(#[source] Error),
+    /// The kernel rejected a change.
+    #[error("cannot change tracked connections")]
+    Update(#[source] Error),
     /// The counters cannot be read.
     #[error("cannot read the counters of connection tracking")]
     Counters(#[source] Error),

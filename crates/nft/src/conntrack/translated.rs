@@ -3,18 +3,16 @@
 //! If the kernel changed a connection's source port, only its entry knows the translation. An entry that is inserted
 //! here copies the entry of another node, so that the connection's next packet is translated as before.
 
-use super::in_flight_reply::{ASSURED, ESTABLISHED, established, to};
+use super::in_flight_reply::{
+    ASSURED, CTA_PROTOINFO, CTA_PROTOINFO_TCP, CTA_PROTOINFO_TCP_STATE, CTA_STATUS, CTA_TIMEOUT, ESTABLISHED,
+    established, to,
+};
 use super::tuple::Tuple;
 use super::*;
 use crate::rule::protocol::TCP;
 use nix::libc::EEXIST;
 
-const CTA_STATUS: u16 = 3;
-const CTA_PROTOINFO: u16 = 4;
 const CTA_NAT_SRC: u16 = 6;
-const CTA_TIMEOUT: u16 = 7;
-const CTA_PROTOINFO_TCP: u16 = 1;
-const CTA_PROTOINFO_TCP_STATE: u16 = 1;
 /// `TCP_CONNTRACK_TIME_WAIT`, `_CLOSE`, include/uapi/linux/netfilter/nf_conntrack_tcp.h: both ends have closed the
 /// connection, or one has reset it.
 const TCP_IS_OVER: [u8; 2] = [7, 8];
