@@ -4,7 +4,7 @@ use super::adoption::SearchResult;
 use super::liveness::PeerLiveness;
 use super::node_state::NodeState;
 use super::socket::{Listener, PluginRequest};
-use super::state::{LinkMessage, Node};
+use super::state::{LinkMessage, NodeDaemon};
 use super::trace::TraceRequest;
 use super::uplink_probes::Findings;
 use crate::datapath::watch::{self, Watch};
@@ -111,7 +111,7 @@ impl Sources {
     ///
     /// # Errors
     /// The source of cluster state or of the kernel's notifications has ended.
-    pub async fn next(&mut self, node: &Node) -> Result<Event> {
+    pub async fn next(&mut self, node: &NodeDaemon) -> Result<Event> {
         let Timers { retry, return_memory, counters, read_back } = &mut self.timers;
         let (mut requests, mut states, mut traces) = match &mut self.listener {
             Some(listener) => (Some(&mut listener.requests), Some(&mut listener.states), Some(&mut listener.traces)),

@@ -270,7 +270,7 @@ fn decides(policy_chain: &PolicyChain, ready: &BTreeSet<EgressId>, c: &Connectio
         return Some(ExistingConnections::Keep);
     }
     let step = policy_chain.step_for(c.reply_source, c.protocol, c.reply_port)?;
-    let PolicyAction::EgressIp { allocation, fallback } = step.way else { return None };
+    let PolicyAction::EgressIp { allocation, fallback } = step.action else { return None };
     let is_ready = allocation.is_some_and(|allocation| ready.contains(&allocation));
     (fallback == Fallback::Block || is_ready).then_some(step.existing_connections)
 }
@@ -278,7 +278,9 @@ fn decides(policy_chain: &PolicyChain, ready: &BTreeSet<EgressId>, c: &Connectio
 /// Whether a connection with an egress IP is ended, because a direct policy decides now and says so.
 fn ends_at_direct(policy_chain: &PolicyChain, c: &Connection) -> bool {
     let step = policy_chain.step_for(c.reply_source, c.protocol, c.reply_port);
-    step.is_some_and(|step| step.way == PolicyAction::Direct && step.existing_connections == ExistingConnections::End)
+    step.is_some_and(|step| {
+        step.action == PolicyAction::Direct && step.existing_connections == ExistingConnections::End
+    })
 }
 
 #[cfg(test)]

@@ -1,7 +1,7 @@
 //! The daemon's run: it opens the sources of events, and handles one event after another.
 
 use super::events::{Event, Sources, Timers};
-use super::state::{Listeners, Node, PassResult, Stopping};
+use super::state::{Listeners, NodeDaemon, PassResult, Stopping};
 use super::{Options, holders, liveness, metrics, socket, taint, uplink_probes};
 use crate::cluster::{self, OfflineCache, Scope, Source, Statuses};
 use crate::datapath::watch::Watch;
@@ -26,7 +26,7 @@ type Ready = watch::Sender<Readiness>;
 struct Daemon {
     options: Options,
     statuses: Statuses,
-    node: Node,
+    node: NodeDaemon,
     sources: Sources,
     /// The lock of the run directory.
     lock: Flock<File>,
@@ -131,7 +131,7 @@ impl Daemon {
         let kernel = Watch::open().context("the kernel's notifications")?;
         let snapshot = source.snapshots.borrow_and_update().clone();
         let probe_metrics = metrics.uplink_probes();
-        let node = Node::start(options.clone(), source.statuses.clone(), snapshot, metrics, listeners).await?;
+        let node = NodeDaemon::start(options.clone(), source.statuses.clone(), snapshot, metrics, listeners).await?;
         let lost = node.failed_probes();
         tokio::spawn(uplink_probes::watch(lost, to_probe, found_by_probes, probe_metrics));
         let timers = Timers::new();

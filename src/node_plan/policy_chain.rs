@@ -27,7 +27,7 @@ pub struct PolicyStep {
     /// The policy.
     pub policy: PolicyKey,
     /// Where covered packets go.
-    pub way: PolicyAction,
+    pub action: PolicyAction,
     /// The other allocations of the policy, if it has several: the pod does not use them, but its connections that have
     /// one of them keep it.
     pub others: Box<[EgressId]>,
@@ -83,7 +83,7 @@ impl PolicyChain {
             if all || !covers.is_empty() {
                 let division = Division::from(&**policy);
                 let (allocation, by_connection) = (division.one(choices, pod), division.by_connection(choices));
-                let way = match policy.is_direct() {
+                let action = match policy.is_direct() {
                     true => PolicyAction::Direct,
                     false => PolicyAction::EgressIp { allocation, fallback: policy.fallback },
                 };
@@ -97,7 +97,7 @@ impl PolicyChain {
                 let existing_connections = policy.existing_connections;
                 steps.push(PolicyStep {
                     policy: key.clone(),
-                    way,
+                    action,
                     others,
                     by_connection,
                     existing_connections,
@@ -109,7 +109,7 @@ impl PolicyChain {
             }
         }
         // A pod that only direct policies select is left alone.
-        steps.iter().any(|step| step.way != PolicyAction::Direct).then_some(PolicyChain::Steps(steps))
+        steps.iter().any(|step| step.action != PolicyAction::Direct).then_some(PolicyChain::Steps(steps))
     }
 
     /// The name: FNV-1a of the policies' names, so it stays as long as the list of policies does. Of policies with several
@@ -161,7 +161,7 @@ impl PolicyChain {
 impl PolicyStep {
     /// The allocation of its policy that new connections use.
     pub fn allocation(&self) -> Option<EgressId> {
-        match self.way {
+        match self.action {
             PolicyAction::Direct => None,
             PolicyAction::EgressIp { allocation, .. } => allocation,
         }
@@ -169,7 +169,7 @@ impl PolicyStep {
 
     /// Whether its packets leave from the node's address while the egress IP is not ready.
     pub fn falls_back(&self) -> bool {
-        matches!(self.way, PolicyAction::EgressIp { fallback: Fallback::NodeAddress, .. })
+        matches!(self.action, PolicyAction::EgressIp { fallback: Fallback::NodeAddress, .. })
     }
 
     /// Whether the step covers every destination outside the cluster.
@@ -239,9 +239,9 @@ mod tests {
         let (other, allocations) = (policy("other", 1), NodeAllocations::default());
         assert_eq!(PolicyChain::new(&[&direct("p"), &direct("q")], &allocations, CLIENT), None);
         let policy_chain = PolicyChain::new(&[&direct("p"), &other], &allocations, CLIENT).unwrap();
-        let ways: Vec<PolicyAction> = policy_chain.steps().iter().map(|step| step.way).collect();
+        let actions: Vec<PolicyAction> = policy_chain.steps().iter().map(|step| step.action).collect();
         assert_eq!(
-            ways,
+            actions,
             [PolicyAction::Direct, PolicyAction::EgressIp { allocation: None, fallback: Fallback::Block }]
         );
         // It is unknown whether it decides before the one that cannot be read.

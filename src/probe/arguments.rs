@@ -46,7 +46,7 @@ pub struct ProbeArguments {
     pub tls: bool,
     /// How to ask
     #[arg(long, value_delimiter = ',', value_enum, default_value = "tcp")]
-    pub way: Vec<ProbeMethod>,
+    pub method: Vec<ProbeMethod>,
     /// Milliseconds from one request to the next
     #[arg(long, default_value_t = 100)]
     pub interval: u64,
@@ -72,7 +72,7 @@ impl ProbeArguments {
             host: self.host,
             path: self.path,
             tls: self.tls,
-            ways: self.way,
+            methods: self.method,
             interval: Duration::from_millis(self.interval),
             patience: Duration::from_millis(self.patience),
             count: self.count,

@@ -36,12 +36,12 @@ pub struct Options {
     /// Whether to speak TLS.
     pub tls: bool,
     /// How to ask.
-    pub ways: Vec<ProbeMethod>,
+    pub methods: Vec<ProbeMethod>,
     /// The time from one request to the next.
     pub interval: Duration,
     /// How long to wait for an answer.
     pub patience: Duration,
-    /// How many requests to ask each way; 0: no end.
+    /// How many requests to send by each method; 0: no end.
     pub count: u64,
 }
 
@@ -53,21 +53,21 @@ pub async fn run(options: Options, tell: Tell) {
     let begun = Instant::now();
     let mut tasks = JoinSet::new();
     for &to in &options.to {
-        for &way in &options.ways {
-            tasks.spawn(ask(options.clone(), to, way, begun, Arc::clone(&tell)));
+        for &method in &options.methods {
+            tasks.spawn(ask(options.clone(), to, method, begun, Arc::clone(&tell)));
         }
     }
     while tasks.join_next().await.is_some() {}
 }
 
-async fn ask(options: Options, to: SocketAddr, way: ProbeMethod, begun: Instant, tell: Tell) {
+async fn ask(options: Options, to: SocketAddr, method: ProbeMethod, begun: Instant, tell: Tell) {
     let mut held = None;
     let mut asked = 0;
     loop {
         let at = Instant::now();
-        let patience = if way == ProbeMethod::Held { options.patience.max(HELD_PATIENCE) } else { options.patience };
+        let patience = if method == ProbeMethod::Held { options.patience.max(HELD_PATIENCE) } else { options.patience };
         let answer = timeout(patience, async {
-            match way {
+            match method {
                 ProbeMethod::Tcp => on_new_connection(&options, to).await,
                 ProbeMethod::Udp => by_datagram(to).await,
                 ProbeMethod::Held => on_held_connection(&options, to, &mut held).await,
@@ -83,7 +83,7 @@ async fn ask(options: Options, to: SocketAddr, way: ProbeMethod, begun: Instant,
                 (None, Some(format!("{e:#}")))
             }
         };
-        tell(&ProbeRecord { at, took, way, ipv6, resent: resent(), saw, error });
+        tell(&ProbeRecord { at, took, method, ipv6, resent: resent(), saw, error });
         asked += 1;
         if asked == options.count {
             return;

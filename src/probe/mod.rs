@@ -45,7 +45,7 @@ pub struct ProbeRecord {
     /// How long the answer took, milliseconds.
     pub took: u64,
     /// How it was asked.
-    pub way: ProbeMethod,
+    pub method: ProbeMethod,
     /// Whether it was asked over IPv6.
     pub ipv6: bool,
     /// How many TCP segments this network namespace had sent again by then.
@@ -103,14 +103,14 @@ mod tests {
         let answer = ProbeRecord {
             at: 12,
             took: 3,
-            way: ProbeMethod::Udp,
+            method: ProbeMethod::Udp,
             ipv6: true,
             resent: 0,
             saw: None,
             error: Some("none".to_owned()),
         };
         let line = serde_json::to_string(&answer).unwrap();
-        assert_eq!(line, r#"{"at":12,"took":3,"way":"udp","ipv6":true,"error":"none"}"#);
+        assert_eq!(line, r#"{"at":12,"took":3,"method":"udp","ipv6":true,"error":"none"}"#);
         assert_eq!(serde_json::from_str::<ProbeRecord>(&line).unwrap(), answer);
     }
 }

@@ -139,14 +139,14 @@ mod tests {
             host: "server".to_owned(),
             path: "/".to_owned(),
             tls: false,
-            ways: vec![ProbeMethod::Tcp, ProbeMethod::Held],
+            methods: vec![ProbeMethod::Tcp, ProbeMethod::Held],
             interval: Duration::ZERO,
             patience: Duration::from_secs(20),
             count: 3,
         };
         let answers = Arc::new(std::sync::Mutex::new(Vec::new()));
         let kept = Arc::clone(&answers);
-        let tell = Arc::new(move |answer: &ProbeRecord| kept.lock().unwrap().push((answer.way, answer.saw)));
+        let tell = Arc::new(move |answer: &ProbeRecord| kept.lock().unwrap().push((answer.method, answer.saw)));
         tokio::time::timeout(Duration::from_secs(30), ask(options, tell)).await.unwrap();
         let mut answers = answers.lock().unwrap().clone();
         answers.sort();
@@ -161,7 +161,7 @@ mod tests {
                 ProbeMethod::Held,
                 ProbeMethod::Held
             ]
-            .map(|way| (way, local))
+            .map(|method| (method, local))
         );
     }
 }

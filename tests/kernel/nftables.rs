@@ -88,7 +88,7 @@ fn view_and_plan(nodes: u16, pods: u32) -> (View, NodePlan, PeerIndexes) {
         };
         let step = |name: &str, allocation, fallback, covers: Vec<Destination>| PolicyStep {
             policy: PolicyKey::from(name),
-            way: PolicyAction::EgressIp { allocation: Some(allocation), fallback },
+            action: PolicyAction::EgressIp { allocation: Some(allocation), fallback },
             others: Box::default(),
             by_connection: Box::default(),
             existing_connections: Default::default(),
@@ -153,7 +153,7 @@ fn listing(networks: u32) -> (NodePlan, SharedSets) {
         ];
         PolicyStep {
             policy: PolicyKey::from("a/b"),
-            way: PolicyAction::EgressIp { allocation: Some(17), fallback: Fallback::Block },
+            action: PolicyAction::EgressIp { allocation: Some(17), fallback: Fallback::Block },
             others: Box::default(),
             by_connection: Box::default(),
             existing_connections: Default::default(),

@@ -26,14 +26,14 @@ pub struct PodAnswers {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Series {
     /// How they are asked.
-    pub way: ProbeMethod,
+    pub method: ProbeMethod,
     /// Whether over IPv6.
     pub ipv6: bool,
 }
 
 impl fmt::Display for Series {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}, {}", if self.ipv6 { "IPv6" } else { "IPv4" }, self.way)
+        write!(f, "{}, {}", if self.ipv6 { "IPv6" } else { "IPv4" }, self.method)
     }
 }
 
@@ -120,7 +120,7 @@ pub fn of_family(pair: &AddressPair, ipv6: bool) -> Option<IpAddr> {
 impl PodAnswers {
     /// The answers of one series.
     pub fn of(&self, series: Series) -> impl DoubleEndedIterator<Item = &ProbeRecord> {
-        self.answers.iter().filter(move |answer| answer.way == series.way && answer.ipv6 == series.ipv6)
+        self.answers.iter().filter(move |answer| answer.method == series.method && answer.ipv6 == series.ipv6)
     }
 
     /// Whether each series has so many requests behind it.
@@ -143,7 +143,7 @@ pub fn new_pods(heard: &[PodAnswers], series: &[Series], egress: &AddressPair) -
             if let Some(error) = &first.error {
                 let (node, error) = (pod.node.clone(), error.clone());
                 faults.push(Fault::NoAnswer { node, series, error, right_later: right });
-            } else if series.way == ProbeMethod::Tcp
+            } else if series.method == ProbeMethod::Tcp
                 && first.took >= SENT_AGAIN
                 && first.resent > 0
                 && first.saw == wanted
@@ -164,7 +164,7 @@ pub fn running_pods(heard: &[PodAnswers], series: &[Series], allowed: &[AddressP
             let wanted: Vec<Option<IpAddr>> = allowed.iter().map(|pair| of_family(pair, series.ipv6)).collect();
             faults.extend(elsewhere(pod, series, &wanted, false));
             let error = pod.of(series).find_map(|answer| answer.error.clone());
-            if let Some(error) = error.filter(|_| held && series.way == ProbeMethod::Held) {
+            if let Some(error) = error.filter(|_| held && series.method == ProbeMethod::Held) {
                 faults.push(Fault::Ended { node: pod.node.clone(), error });
             }
         }

@@ -1,8 +1,8 @@
 use super::*;
 
-const TCP4: Series = Series { way: ProbeMethod::Tcp, ipv6: false };
-const TCP6: Series = Series { way: ProbeMethod::Tcp, ipv6: true };
-const HELD4: Series = Series { way: ProbeMethod::Held, ipv6: false };
+const TCP4: Series = Series { method: ProbeMethod::Tcp, ipv6: false };
+const TCP6: Series = Series { method: ProbeMethod::Tcp, ipv6: true };
+const HELD4: Series = Series { method: ProbeMethod::Held, ipv6: false };
 
 fn pair(v4: &str, v6: &str) -> AddressPair {
     AddressPair { ipv4: v4.parse().ok(), ipv6: v6.parse().ok() }
@@ -17,7 +17,7 @@ fn pod(series: Series, answers: &[&str]) -> PodAnswers {
     let answer = |(n, text): (usize, &&str)| ProbeRecord {
         at: 100 * n as u64,
         took: 5,
-        way: series.way,
+        method: series.method,
         ipv6: series.ipv6,
         resent: 0,
         saw: text.parse().ok(),

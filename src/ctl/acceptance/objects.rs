@@ -53,7 +53,7 @@ pub struct Client {
     /// Which policies select it.
     pub selected: Selected,
     /// How it asks.
-    pub ways: &'static [ProbeMethod],
+    pub methods: &'static [ProbeMethod],
     /// How many requests it asks; 0: no end.
     pub count: u64,
     /// From one request to the next, milliseconds.
@@ -76,14 +76,14 @@ pub fn namespace(name: &str) -> Value {
 /// A pod on one node, of Egret's image.
 pub fn pod(namespace: &str, image: &str, server: &Server, client: &Client) -> Value {
     let to: Vec<String> = server.addresses.iter().map(ToString::to_string).collect();
-    let ways: Vec<String> =
-        client.ways.iter().filter_map(|way| Some(way.to_possible_value()?.get_name().to_owned())).collect();
+    let methods: Vec<String> =
+        client.methods.iter().filter_map(|method| Some(method.to_possible_value()?.get_name().to_owned())).collect();
     let mut arguments = vec![
         "probe".to_owned(),
         format!("--to={}", to.join(",")),
         format!("--host={}", server.host),
         format!("--path={}", server.path),
-        format!("--way={}", ways.join(",")),
+        format!("--method={}", methods.join(",")),
         format!("--interval={}", client.interval),
         format!("--count={}", client.count),
     ];
@@ -173,13 +173,13 @@ mod tests {
 
     #[test]
     fn the_objects_are_what_their_types_say() {
-        let (name, node, ways) = ("a".to_owned(), "n1".to_owned(), &[ProbeMethod::Tcp, ProbeMethod::Udp][..]);
-        let client = Client { name, node, selected: Selected::Yes, ways, count: 3, interval: 100 };
+        let (name, node, methods) = ("a".to_owned(), "n1".to_owned(), &[ProbeMethod::Tcp, ProbeMethod::Udp][..]);
+        let client = Client { name, node, selected: Selected::Yes, methods, count: 3, interval: 100 };
         let pod = pod("egret-test-x", "image:1", &server(), &client);
         let read: Pod = serde_json::from_value(pod.clone()).unwrap();
         let arguments = read.spec.unwrap().containers.remove(0).args.unwrap();
         assert!(arguments.contains(&"--to=192.0.2.100:8080,[2001:db8::100]:8080".to_owned()), "{arguments:?}");
-        assert!(arguments.contains(&"--way=tcp,udp".to_owned()), "{arguments:?}");
+        assert!(arguments.contains(&"--method=tcp,udp".to_owned()), "{arguments:?}");
         let policy = policy("egret-test-x", "first", "g", Selected::Yes, 1, None, &server());
         let read: EgressPolicy = serde_json::from_value(policy.clone()).unwrap();
         let blocks = serde_json::to_string(&read.spec.egress).unwrap();

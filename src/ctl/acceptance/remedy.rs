@@ -137,7 +137,7 @@ mod tests {
     use crate::ctl::problem::Severity;
     use crate::probe::ProbeMethod;
 
-    const TCP4: Series = Series { way: ProbeMethod::Tcp, ipv6: false };
+    const TCP4: Series = Series { method: ProbeMethod::Tcp, ipv6: false };
 
     fn known() -> Findings {
         Findings {

@@ -150,18 +150,18 @@ fn listed(pair: &AddressPair) -> String {
 fn in_words(series: &[Series]) -> String {
     let has = |is: &dyn Fn(&Series) -> bool, word: &'static str| series.iter().any(is).then_some(word);
     let families = [has(&|s| !s.ipv6, "IPv4"), has(&|s| s.ipv6, "IPv6")];
-    let ways = [has(&|s| s.way == ProbeMethod::Tcp, "TCP"), has(&|s| s.way == ProbeMethod::Udp, "UDP")];
-    let all: Vec<&str> = families.into_iter().chain(ways).flatten().collect();
+    let methods = [has(&|s| s.method == ProbeMethod::Tcp, "TCP"), has(&|s| s.method == ProbeMethod::Udp, "UDP")];
+    let all: Vec<&str> = families.into_iter().chain(methods).flatten().collect();
     all.join(", ")
 }
 
 impl Test<'_, '_> {
-    /// The ways by which new connections are made.
-    fn ways(&self) -> &'static [ProbeMethod] {
+    /// The methods by which new connections are made.
+    fn methods(&self) -> &'static [ProbeMethod] {
         if self.scene.server.is_reflector { &[ProbeMethod::Tcp] } else { &[ProbeMethod::Tcp, ProbeMethod::Udp] }
     }
 
-    fn all_ways(&self) -> &'static [ProbeMethod] {
+    fn all_methods(&self) -> &'static [ProbeMethod] {
         if self.scene.server.is_reflector {
             &[ProbeMethod::Tcp]
         } else {
@@ -171,11 +171,11 @@ impl Test<'_, '_> {
 
     /// The series of new connections, of those that are judged.
     fn new_connections(&self) -> Vec<Series> {
-        self.series.iter().copied().filter(|series| series.way != ProbeMethod::Held).collect()
+        self.series.iter().copied().filter(|series| series.method != ProbeMethod::Held).collect()
     }
 
-    fn client(&self, name: String, node: &str, selected: Selected, ways: &'static [ProbeMethod], count: u64) -> Pod {
-        Pod { name, node: node.to_owned(), selected, ways, count, interval: self.interval }
+    fn client(&self, name: String, node: &str, selected: Selected, methods: &'static [ProbeMethod], count: u64) -> Pod {
+        Pod { name, node: node.to_owned(), selected, methods, count, interval: self.interval }
     }
 
     /// A pod on the node of each kind.
@@ -184,11 +184,11 @@ impl Test<'_, '_> {
         prefix: &str,
         kinds: &[(Kind, String)],
         selected: Selected,
-        ways: &'static [ProbeMethod],
+        methods: &'static [ProbeMethod],
         count: u64,
     ) -> Vec<Pod> {
         let each = kinds.iter().enumerate();
-        each.map(|(n, (_, node))| self.client(format!("{prefix}-{n}"), node, selected, ways, count)).collect()
+        each.map(|(n, (_, node))| self.client(format!("{prefix}-{n}"), node, selected, methods, count)).collect()
     }
 
     /// Waits for pods; if they do not come, this is reported.

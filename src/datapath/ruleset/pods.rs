@@ -77,7 +77,7 @@ pub(super) fn of_policy_chain(policy_chain: &PolicyChain, marks: Marks) -> Vec<R
                 let by_hash = |ip: &Family| matched().set_ct_mark_by_hash(*ip, count, choices.clone()).goto("known");
                 rules.extend(lookup.families().iter().map(by_hash));
             }
-            match step.way {
+            match step.action {
                 PolicyAction::Direct => rules.push(pass(matched())),
                 PolicyAction::EgressIp { allocation: Some(allocation), fallback: Fallback::Block } => {
                     rules.push(matched().set_ct_mark(marks.connection(allocation)).goto("known"));

@@ -19,7 +19,7 @@ fn policy_chain(existing_connections: ExistingConnections, fallback: Fallback) -
     let covers = Arc::new(vec![covers].into());
     Arc::new(PolicyChain::Steps(vec![PolicyStep {
         policy,
-        way: PolicyAction::EgressIp { allocation: Some(ALLOCATION), fallback },
+        action: PolicyAction::EgressIp { allocation: Some(ALLOCATION), fallback },
         others: Box::default(),
         by_connection: Box::default(),
         existing_connections,
@@ -138,7 +138,7 @@ fn a_direct_policy_ends_connections_with_an_egress_ip_only_if_it_says_so() {
     for (existing, ends) in [(ExistingConnections::Keep, false), (ExistingConnections::End, true)] {
         let mut direct = (*policy_chain(existing, Fallback::Block)).clone();
         let PolicyChain::Steps(steps) = &mut direct else { panic!("no steps") };
-        steps[0].way = PolicyAction::Direct;
+        steps[0].action = PolicyAction::Direct;
         assert_eq!(ends_at_direct(&direct, &connection(1, HTTPS)), ends);
         assert!(!ends_at_direct(&direct, &connection(1, 80)), "it covers no other port");
         // A connection without an egress IP may leave so.

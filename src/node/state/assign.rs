@@ -1,6 +1,6 @@
 //! What the assign hook is told, and what it answers.
 
-use super::{LinkMessage, Node};
+use super::{LinkMessage, NodeDaemon};
 use crate::model::marks::EgressId;
 use crate::node::assign::{Action, AssignmentResult, HookRequest, Requests};
 use crate::node_plan::addresses;
@@ -10,7 +10,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::IpAddr;
 use tokio::time::Instant;
 
-impl Node {
+impl NodeDaemon {
     /// Sends what a decision has found, the releases last.
     pub(super) fn tell_hook(&mut self, requests: Requests) {
         let Requests { assign, release } = requests;

@@ -1,6 +1,6 @@
 //! The allocations that are blocked on this node, with the reasons.
 
-use super::Node;
+use super::NodeDaemon;
 use crate::api::BlockedAllocation;
 use crate::model::marks::EgressId;
 use crate::node::forwarding::{self, FirstPackets};
@@ -9,7 +9,7 @@ use std::collections::BTreeSet;
 
 const FAMILIES: [&str; 2] = ["IPv4", "IPv6"];
 
-impl Node {
+impl NodeDaemon {
     /// Allocations that this node's pods use and that are not ready, and allocations that this node owns and whose
     /// connections it does not forward.
     pub(super) fn blocked(&self) -> Vec<BlockedAllocation> {

@@ -1,6 +1,6 @@
 //! The desired state, computed from the inputs alone.
 
-use super::Node;
+use super::NodeDaemon;
 use super::steps::{Input, Step};
 use crate::model::Cluster;
 use crate::node::Options;
@@ -33,7 +33,7 @@ pub(super) fn desired(view: &mut View, inputs: Inputs) -> bool {
     !view.allocations.has(&allocations) || !view.networks.has(&networks)
 }
 
-impl Node {
+impl NodeDaemon {
     /// The step [`View`](Step::View).
     pub(super) fn refresh_view(&mut self) {
         self.update_liveness_facts();

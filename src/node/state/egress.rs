@@ -1,6 +1,6 @@
 //! The egress IPs on this node: the steps from the state of the uplinks to the addresses on them.
 
-use super::Node;
+use super::NodeDaemon;
 use super::handovers::Handovers;
 use super::link::ClaimListener;
 use super::steps::Input;
@@ -64,7 +64,7 @@ impl Egress {
     }
 }
 
-impl Node {
+impl NodeDaemon {
     /// Takes a change of other nodes' liveness.
     pub fn set_liveness(&mut self, liveness: PeerLiveness) {
         if liveness.returns != self.liveness.returns {

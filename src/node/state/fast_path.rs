@@ -1,10 +1,10 @@
 //! What the fast path must know, and what it reports.
 
-use super::Node;
+use super::NodeDaemon;
 use crate::node::fast_path::{Slow, Status, TunnelEnd, Wanted};
 use crate::node_plan::addresses;
 
-impl Node {
+impl NodeDaemon {
     /// Passes on which interfaces packets come in by, and whether any may go the fast way.
     pub(super) fn set_fast_path(&self) {
         let Some(fast_path) = &self.fast_path else { return };

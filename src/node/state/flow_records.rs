@@ -1,6 +1,6 @@
 //! The inputs of the thread that records connections, and the pods that are announced to other nodes that record.
 
-use super::Node;
+use super::NodeDaemon;
 use crate::model::ObjectKey;
 use crate::model::egress_node::EgressNode;
 use crate::model::selector::Name;
@@ -39,7 +39,7 @@ impl FlowRecords {
     }
 }
 
-impl Node {
+impl NodeDaemon {
     /// Since when this node records connections, seconds since the Unix epoch.
     pub(super) fn flow_log_since(&self) -> Option<i64> {
         self.flow_records.log.as_ref().map(|flow_log| flow_log.since())

@@ -1,6 +1,6 @@
 //! Requests between nodes about egress IPs that routers announce.
 
-use super::{LinkMessage, Node};
+use super::{LinkMessage, NodeDaemon};
 use crate::model::marks::EgressId;
 use crate::node::holders::{Held, ask};
 use crate::node_plan::addresses;
@@ -10,7 +10,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::time::Duration;
 
-impl Node {
+impl NodeDaemon {
     /// Sets the egress IPs about which this node answers.
     pub(super) fn set_held(&self) {
         let allocations = &self.view.allocations.allocations;

@@ -1,6 +1,6 @@
 //! Probes for egress IPs on the link, and claims of other nodes.
 
-use super::Node;
+use super::NodeDaemon;
 use crate::datapath::announce::{self, Claim};
 use crate::model::fnv::fnv1a;
 use crate::model::marks::EgressId;
@@ -74,7 +74,7 @@ impl ClaimListener {
     }
 }
 
-impl Node {
+impl NodeDaemon {
     /// Takes a message from the link.
     pub fn link_message(&mut self, message: LinkMessage) {
         match message {

@@ -97,7 +97,7 @@ pub struct Listeners {
 }
 
 /// The daemon's whole state.
-pub struct Node {
+pub struct NodeDaemon {
     options: Options,
     listeners: Listeners,
     metrics: Metrics,
@@ -144,7 +144,7 @@ pub struct Node {
     owned_of: Mark<NodeAllocations>,
 }
 
-impl Node {
+impl NodeDaemon {
     /// Reads the state that an earlier daemon and the plugin left, and finds the pods that already run, so that the
     /// first transaction does not interrupt them.
     pub async fn start(
@@ -176,7 +176,7 @@ impl Node {
         let report = Report::new(&options.name, statuses, options.state_dir.clone());
         let existing = Existing::start(options.marks, flushed);
         let findings = probes::findings_before(&cluster, &options.name);
-        let mut node = Node {
+        let mut node = NodeDaemon {
             options,
             listeners,
             metrics,

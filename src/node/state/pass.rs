@@ -1,7 +1,7 @@
 //! A pass: runs the pending steps until none is left, sends the waiting responses, and publishes the status.
 
 use super::steps::{Input, Step};
-use super::{Node, refusals};
+use super::{NodeDaemon, refusals};
 use crate::datapath::underlay::Underlay;
 use crate::datapath::watch::Interest;
 use crate::node::report::Own;
@@ -28,7 +28,7 @@ pub struct PassResult {
     pub has_freed: bool,
 }
 
-impl Node {
+impl NodeDaemon {
     /// Brings the kernel in sync with the desired state, to a fixed point. Then it sends the waiting responses, and
     /// publishes the status.
     pub async fn pass(&mut self) -> PassResult {

@@ -1,6 +1,6 @@
 //! Plugins' requests, and the responses that wait until the kernel is in sync.
 
-use super::Node;
+use super::NodeDaemon;
 use super::steps::Input;
 use crate::model::{Cluster, ObjectKey};
 use crate::node::pods::{self, PodId, Pods};
@@ -67,7 +67,7 @@ impl Requests {
     }
 }
 
-impl Node {
+impl NodeDaemon {
     /// Takes plugins' requests. [`pass`](Self::pass) sends the responses when the kernel is in sync.
     pub async fn answer(&mut self, requests: Vec<PluginRequest>) {
         for PluginRequest { verb, response: answer } in requests {

@@ -1,6 +1,6 @@
 //! Probes of targets beyond the uplinks: what to probe, and what follows from the findings.
 
-use super::Node;
+use super::NodeDaemon;
 use super::steps::Input;
 use crate::api::{FailingProbes, LostUplink};
 use crate::datapath::names::of_uplink;
@@ -25,7 +25,7 @@ pub(super) fn findings_before(cluster: &Cluster, name: &str) -> Findings {
     found.collect()
 }
 
-impl Node {
+impl NodeDaemon {
     /// Takes new findings.
     pub fn set_findings(&mut self, findings: Findings) {
         self.findings = findings;

@@ -1,7 +1,7 @@
 //! What is wrong with this node. Faults of single nodes, networks and addresses are reported, skipped and tried again,
 //! and all else is kept in sync.
 
-use super::Node;
+use super::NodeDaemon;
 use super::refusals::Refusals;
 use crate::node::host::Faults;
 use std::time::Duration;
@@ -84,7 +84,7 @@ impl KnownFaults {
     }
 }
 
-impl Node {
+impl NodeDaemon {
     /// Logs new faults and faults that have gone.
     pub(super) fn log_faults(&mut self) {
         let mut now = self.host.faults();

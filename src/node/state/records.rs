@@ -1,6 +1,6 @@
 //! What the plugin has written while the daemon was away, and what the daemon writes for it.
 
-use super::Node;
+use super::NodeDaemon;
 use super::steps::Input;
 use crate::node::pods::Interface;
 use anyhow::{Context, Result};
@@ -17,7 +17,7 @@ pub(super) struct Quarantines {
     lifted: BTreeSet<IpAddr>,
 }
 
-impl Node {
+impl NodeDaemon {
     /// The step [`PluginRecords`](super::steps::Step::PluginRecords).
     pub(super) async fn read_plugin_records(&mut self) -> Result<()> {
         // Before the attachments: the plugin writes those first, so the attachment of every quarantine seen here is

@@ -1,6 +1,6 @@
 //! This node's roles in the replication of connections with a changed port.
 
-use super::Node;
+use super::NodeDaemon;
 use crate::datapath::names::{HEALTH, of_mac};
 use crate::model::marks::EgressId;
 use crate::model::selector::Name;
@@ -21,7 +21,7 @@ pub(super) struct RoleInputs {
     handed: Vec<(EgressId, Mac)>,
 }
 
-impl Node {
+impl NodeDaemon {
     /// Computes the roles anew if their inputs have changed, and passes them to the replication thread.
     pub(super) fn set_roles(&mut self) {
         let end = self.host.prober();

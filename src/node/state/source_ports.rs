@@ -1,10 +1,10 @@
 //! The egress IPs whose source ports are counted.
 
-use super::Node;
+use super::NodeDaemon;
 use crate::node::source_ports::OwnedIps;
 use crate::node_plan::addresses;
 
-impl Node {
+impl NodeDaemon {
     /// Passes on which egress IPs this node holds, if the allocations have changed.
     pub(super) fn set_owned_ips(&mut self) {
         let allocations = &self.view.allocations;

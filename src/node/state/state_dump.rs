@@ -1,13 +1,13 @@
 //! The state of this node for `egretd state`.
 
-use super::Node;
+use super::NodeDaemon;
 use crate::node::host::Counts;
 use crate::node::node_state::{Desired, DesiredEgressIp, NodeState, Observed, ObservedEgressIp, Pods, SelectedPod};
 use crate::node_plan::allocations::AllocationState;
 use egret_nft::mac::Shown;
 use std::collections::BTreeMap;
 
-impl Node {
+impl NodeDaemon {
     /// What is desired, and what the node observes.
     pub fn state(&mut self) -> NodeState {
         let counts = self.host.counts().unwrap_or_else(|e| {

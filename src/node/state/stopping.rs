@@ -5,7 +5,7 @@
 //! those when the machine shuts down. So the egress IPs of a node that is cordoned, labelled to be drained, or
 //! deleted are handed over, if another node can take them.
 
-use super::Node;
+use super::NodeDaemon;
 use crate::model::drain::is_drained;
 use crate::node_plan::allocations::{NodeAllocation, Placing};
 use std::time::Duration;
@@ -28,7 +28,7 @@ impl Stopping {
     }
 }
 
-impl Node {
+impl NodeDaemon {
     /// Starts the stop.
     pub fn stop(&self) -> Stopping {
         let pending = self.to_hand_over();

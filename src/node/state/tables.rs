@@ -1,6 +1,6 @@
 //! The nftables tables, and the tracked connections that do not fit them.
 
-use super::Node;
+use super::NodeDaemon;
 use super::roles::RoleInputs;
 use crate::model::marks::EgressId;
 use crate::node::changed_ports::ChangedPorts;
@@ -58,7 +58,7 @@ impl Connections {
     }
 }
 
-impl Node {
+impl NodeDaemon {
     /// The step [`TablesAhead`](super::steps::Step::TablesAhead). Returns the number of changes.
     pub(super) fn apply_tables_ahead(&mut self) -> Result<usize> {
         let (changes, _) = self.write_tables()?;

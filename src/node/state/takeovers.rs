@@ -1,6 +1,6 @@
 //! Counts the egress IPs that this node has taken over.
 
-use super::Node;
+use super::NodeDaemon;
 use crate::model::Cluster;
 use crate::model::marks::EgressId;
 use crate::model::uplink_key::UplinkKey;
@@ -8,7 +8,7 @@ use crate::node::metrics::TakeoverReason;
 use crate::node_plan::allocations::Facts;
 use std::collections::BTreeMap;
 
-impl Node {
+impl NodeDaemon {
     /// Counts the takeovers since the last pass. An egress IP counts when it is on this node and no other host has
     /// answered for it, and not again when a new daemon finds it.
     pub(super) fn count_takeovers(&mut self) {

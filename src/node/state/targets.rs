@@ -1,13 +1,13 @@
 //! The nodes to probe for liveness.
 
-use super::Node;
+use super::NodeDaemon;
 use crate::datapath::names::{HEALTH, of_mac, of_uplink};
 use crate::model::selector::Name;
 use crate::node::liveness::Targets;
 use egret_nft::mac::Mac;
 use std::collections::{BTreeMap, BTreeSet};
 
-impl Node {
+impl NodeDaemon {
     /// Sets the nodes to probe for liveness: the gateway nodes that this node's pods can use, and on a gateway node
     /// the other nodes of its gateways.
     pub(super) fn set_targets(&self) {

@@ -1,12 +1,12 @@
 //! What a trace needs of the daemon's state.
 
-use super::Node;
+use super::NodeDaemon;
 use crate::model::trace::{Armed, EgressIp, TraceSpec};
 use crate::model::{ObjectKey, addresses_of};
 use crate::node::trace::{TraceContext, TraceRequest};
 use crate::node_plan::allocations::AllocationState;
 
-impl Node {
+impl NodeDaemon {
     /// Answers a request for a trace.
     pub fn trace(&self, of: TraceRequest) {
         let request = &of.request;

@@ -1,13 +1,13 @@
 //! The tunnel device, and the address to which other nodes send tunnel packets.
 
-use super::Node;
+use super::NodeDaemon;
 use crate::model::tunnel_family::{self, internal};
 use anyhow::{Context, Result};
 use egret_nft::Family;
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 
-impl Node {
+impl NodeDaemon {
     /// The step [`Tunnel`](super::steps::Step::Tunnel).
     pub(super) async fn apply_tunnel(&mut self) -> Result<()> {
         let local = self.find_tunnel_address().await?;
@@ -50,8 +50,8 @@ impl Node {
         })?;
         if !of_family(&first) {
             self.problems.tunnel_family = Some(format!(
-                "the cluster's tunnel is {family}, and no InternalIP of Node {:?} on this host is: {first} reaches no node whose end \
-                 is {family}; give the Node an {family} InternalIP, or name the tunnel's family with --tunnel-family on all nodes",
+                "the cluster's tunnel is {family}, and no InternalIP of NodeDaemon {:?} on this host is: {first} reaches no node whose end \
+                 is {family}; give the NodeDaemon an {family} InternalIP, or name the tunnel's family with --tunnel-family on all nodes",
                 self.options.name
             ));
         }

@@ -1,7 +1,7 @@
 //! Unmanaged pods: selected pods on this node that the plugin did not set up. A pod whose veth is found is adopted. A
 //! pod whose veth is not found is quarantined by its address.
 
-use super::Node;
+use super::NodeDaemon;
 use super::steps::Input;
 use crate::model::{Client, ObjectKey};
 use crate::node::adopted_files::{AdoptedFiles, Remembered};
@@ -51,7 +51,7 @@ impl Unmanaged {
     }
 }
 
-impl Node {
+impl NodeDaemon {
     /// Starts searches for the veths of unmanaged pods.
     pub(super) fn seek_unmanaged(&mut self) {
         let Unmanaged { sought, missing, put_off, .. } = &mut self.unmanaged;

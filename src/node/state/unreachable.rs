@@ -5,7 +5,7 @@
 //! gateway node serves them better. The report is late on purpose: in a cluster of thousands of nodes all of them would
 //! report each gateway node that dies.
 
-use super::Node;
+use super::NodeDaemon;
 use crate::api::ReportGiven;
 use crate::model::selector::Name;
 use crate::model::tunnel_mac;
@@ -48,7 +48,7 @@ impl Unreachable {
     }
 }
 
-impl Node {
+impl NodeDaemon {
     /// The requests for reports that this node answers: a gateway node all of them, a source node while it has something to
     /// report.
     pub(super) fn reports_given(&self, unreachable: &BTreeSet<Name>) -> Vec<ReportGiven> {

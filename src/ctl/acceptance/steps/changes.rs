@@ -72,7 +72,8 @@ impl Test<'_, '_> {
         let (heard, silent) = self.settle(&marks, &self.series, is_first).await;
         let mut faults = judge::running_pods(&heard, &self.series, &self.egress_ips, true);
         faults.extend(silent);
-        let held: Vec<Series> = self.series.iter().copied().filter(|series| series.way == ProbeMethod::Held).collect();
+        let held: Vec<Series> =
+            self.series.iter().copied().filter(|series| series.method == ProbeMethod::Held).collect();
         let mut found = format!(
             "from {} to {to} in {} ms; the longest pause of new connections {} ms",
             self.first.node,
@@ -125,7 +126,7 @@ impl Test<'_, '_> {
         self.scene.make_gateway_without_nodes().await?;
         self.scene.make_policy(WITHOUT_GATEWAY, &self.scene.name, Selected::Blocked, 1000, None).await?;
         let kinds = self.participants.kinds(&self.first.node);
-        let pods = self.clients("blocked", &kinds, Selected::Blocked, self.ways(), 0);
+        let pods = self.clients("blocked", &kinds, Selected::Blocked, self.methods(), 0);
         self.scene.make_pods(&pods).await?;
         if self.started(&pods, false).await?.is_none() {
             return Ok(());

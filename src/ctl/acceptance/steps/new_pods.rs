@@ -18,10 +18,10 @@ impl Test<'_, '_> {
     /// The first packets of new pods on a node of each kind. `false`: the server answers nobody.
     pub(super) async fn new_pods(&mut self) -> anyhow::Result<bool> {
         let kinds = self.participants.kinds(&self.first.node);
-        let mut pods = self.clients("running", &kinds, Selected::Yes, self.all_ways(), 0);
-        pods.extend(self.clients("unselected", &kinds, Selected::No, self.ways(), 0));
+        let mut pods = self.clients("running", &kinds, Selected::Yes, self.all_methods(), 0);
+        pods.extend(self.clients("unselected", &kinds, Selected::No, self.methods(), 0));
         for n in 0..NEW {
-            pods.extend(self.clients(&format!("new-{n}"), &kinds, Selected::Yes, self.ways(), REQUESTS));
+            pods.extend(self.clients(&format!("new-{n}"), &kinds, Selected::Yes, self.methods(), REQUESTS));
         }
         self.scene.make_pods(&pods).await?;
         let (lasting, ending): (Vec<Pod>, Vec<Pod>) = pods.into_iter().partition(|pod| pod.count == 0);
@@ -88,7 +88,9 @@ impl Test<'_, '_> {
                 && judge::of_family(&self.first.address, ipv6).is_some()
         };
         let families = [false, true].into_iter().filter(|ipv6| has(*ipv6));
-        families.flat_map(|ipv6| self.all_ways().iter().map(move |way| Series { way: *way, ipv6 })).collect()
+        families
+            .flat_map(|ipv6| self.all_methods().iter().map(move |method| Series { method: *method, ipv6 }))
+            .collect()
     }
 
     /// Chooses what is judged: what somebody has an answer to. `false`: nothing.
@@ -116,7 +118,7 @@ impl Test<'_, '_> {
             return false;
         }
         let text = format!("{server}: {}", in_words(&answered));
-        self.reporter.add(match silent.iter().find(|series| series.way != ProbeMethod::Held) {
+        self.reporter.add(match silent.iter().find(|series| series.method != ProbeMethod::Held) {
             None => Check::ok(TRAFFIC, name, text),
             Some(series) => {
                 let remedy = "let it pass, or the test says nothing about it";
@@ -132,7 +134,7 @@ impl Test<'_, '_> {
         let nodes = self.participants.all_nodes();
         let each = nodes.iter().cycle().take(if nodes.is_empty() { 0 } else { pods }).enumerate();
         let all: Vec<Pod> = each
-            .map(|(n, node)| self.client(format!("many-{n}"), node, Selected::Yes, self.ways(), REQUESTS))
+            .map(|(n, node)| self.client(format!("many-{n}"), node, Selected::Yes, self.methods(), REQUESTS))
             .collect();
         let begun = Instant::now();
         self.scene.make_pods(&all).await?;
