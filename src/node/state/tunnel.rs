@@ -50,8 +50,8 @@ impl NodeDaemon {
         })?;
         if !of_family(&first) {
             self.problems.tunnel_family = Some(format!(
-                "the cluster's tunnel is {family}, and no InternalIP of NodeDaemon {:?} on this host is: {first} reaches no node whose end \
-                 is {family}; give the NodeDaemon an {family} InternalIP, or name the tunnel's family with --tunnel-family on all nodes",
+                "the cluster's tunnel is {family}, and no InternalIP of Node {:?} on this host is: {first} reaches no node whose end \
+                 is {family}; give the Node an {family} InternalIP, or name the tunnel's family with --tunnel-family on all nodes",
                 self.options.name
             ));
         }
