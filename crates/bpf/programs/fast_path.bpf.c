@@ -106,14 +106,14 @@ static __always_inline int enter_plain(struct __sk_buff *skb, __u32 generation, 
 	struct slot *slot = slot_of(&p, &hash);
 	if (!slot)
 		return NEXT;
-	__u64 now = bpf_ktime_get_coarse_ns();
 	if (p.flags & TCP_FIN_SYN_RST) {
-		if (is_noted(slot, now))
+		if (is_noted(slot))
 			end_both(skb, &p);
 		return NEXT;
 	}
-	struct lease *found = is_noted(slot, now) ? find(&p) : NULL;
+	struct lease *found = is_noted(slot) ? find(&p) : NULL;
 	if (found && found->generation == generation) {
+		__u64 now = bpf_ktime_get_coarse_ns();
 		struct lease *lease = copied(found, &p);
 		if (lease && lease->generation == generation) {
 			if (differs_in_ecn(&p, lease, now))
@@ -145,9 +145,8 @@ static __always_inline int enter_tunnel_packet(struct __sk_buff *skb, __u32 gene
 	struct slot *slot = slot_of(&p, &hash);
 	if (!slot)
 		return NEXT;
-	__u64 now = bpf_ktime_get_coarse_ns();
 	bool is_end = p.flags & TCP_FIN_SYN_RST;
-	if (!is_noted(slot, now)) {
+	if (!is_noted(slot)) {
 		if (is_end || is_short(skb, slot, hash))
 			skb->tc_index |= SHORT;
 		return NEXT;
@@ -163,7 +162,7 @@ static __always_inline int enter_tunnel_packet(struct __sk_buff *skb, __u32 gene
 		return NEXT;
 	if (lease->way != OUT_OF_TUNNEL || lease->device != skb->ifindex || !is_as_known(skb, lease, is_v6))
 		return NEXT;
-	if (!holds(skb, &p, lease, now, state.tunnel, bpf_ntohs(*(__be16 *)(data + gbp)), off))
+	if (!holds(skb, &p, lease, bpf_ktime_get_coarse_ns(), state.tunnel, bpf_ntohs(*(__be16 *)(data + gbp)), off))
 		return NEXT;
 	return treat(skb, &p, lease, off);
 }

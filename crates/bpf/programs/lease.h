@@ -244,10 +244,10 @@ static __always_inline struct slot *slot_of(const struct packet *p, __u32 *hash)
 }
 
 /* Whether the tuple may have a lease, or its answers may: others need not be looked up. */
-static __always_inline bool is_noted(const struct slot *slot, __u64 now)
+static __always_inline bool is_noted(const struct slot *slot)
 {
 	__u16 noted = slot->noted;
-	return noted && (__u16)((now >> 30) - noted) < NOTED;
+	return noted && (__u16)((bpf_ktime_get_coarse_ns() >> 30) - noted) < NOTED;
 }
 
 static __always_inline void note(const struct packet *p, __u64 now)

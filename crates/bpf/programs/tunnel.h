@@ -47,8 +47,12 @@ static __always_inline bool is_tunnel_packet(struct __sk_buff *skb, const bool i
  * tunnel packets. */
 static __always_inline bool may_be_tunnel_packet(struct __sk_buff *skb, const bool is_v6)
 {
+	const __u32 at = (is_v6 ? UDP6 : UDP4) + 2;
+	void *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
 	__be16 port = 0;
-	return !bpf_skb_load_bytes(skb, (is_v6 ? UDP6 : UDP4) + 2, &port, sizeof(port)) && port == state.port;
+	if (data + at + sizeof(port) <= end)
+		return *(__be16 *)(data + at) == state.port;
+	return !bpf_skb_load_bytes(skb, at, &port, sizeof(port)) && port == state.port;
 }
 
 static __always_inline __u32 sum_of(const __u8 *bytes, const int from, const int to)
