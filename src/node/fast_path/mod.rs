@@ -1,8 +1,8 @@
 //! The fast path: eBPF programs that send packets of established connections past nf_tables (`crates/bpf`).
 //!
 //! A thread of its own attaches the programs, ends all leases when anybody changes a rule or a route, and makes connection
-//! tracking liberal with the connections that ask for it. Another one corrects these connections' timeouts. The programs and their maps are held by this process: when it
-//! ends, however it ends, they go, and every packet takes the kernel's own way.
+//! tracking liberal with the connections that ask for it. Another one corrects these connections' timeouts. The programs and
+//! their maps are held by this process: when it ends, however it ends, they go, and every packet takes the kernel's own way.
 
 mod devices;
 mod metrics;
