@@ -47,7 +47,7 @@ impl Quiet {
         tcp.set_read_timeout(Some(Duration::from_secs(5))).expect("a timeout");
         round_trip(&mut tcp).expect("an echo");
         let connected = lab.server("ext").lock().expect("a lock").connections();
-        let udp = pod.within(|| UdpSocket::bind(end(pod, server, port))).expect("a UDP socket");
+        let udp = pod.within(|| machine::bound(|| UdpSocket::bind(end(pod, server, port)))).expect("a UDP socket");
         udp.connect((server, UDP_PEER)).expect("a server");
         udp.set_read_timeout(Some(Duration::from_secs(1))).expect("a timeout");
         let seen = [*connected.last().expect("a connection"), peer(&udp).expect("an answer")];

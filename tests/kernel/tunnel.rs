@@ -8,7 +8,9 @@ use egret::datapath::names;
 use egret::datapath::names::{DEVICE, PROTOCOL};
 use egret::datapath::tunnel::{self, Tunnel};
 use egret::datapath::underlay::Underlay;
+use lab::machine::bound;
 use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
 
 #[test]
 fn the_tunnel_device_has_the_desired_settings_and_stays_in_the_second_run() {
@@ -118,10 +120,17 @@ fn a_device_of_another_program_is_an_error_with_a_remedy_and_stays() {
         let error = tunnel::ensure(&socket, &ours()).await.unwrap_err();
         assert!(format!("{error:#}").contains("another VXLAN device"), "{error:#}");
         ip("link delete other");
-        let taken = std::net::UdpSocket::bind("0.0.0.0:7871").unwrap();
+        let taken = bound(|| std::net::UdpSocket::bind("0.0.0.0:7871")).unwrap();
         let error = tunnel::ensure(&socket, &ours()).await.unwrap_err();
         assert!(format!("{error:#}").contains("is taken by another program"), "{error:#}");
         drop(taken);
+        // As with `bound`.
+        for _ in 0..100 {
+            if tunnel::ensure(&socket, &ours()).await.is_ok() {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
         tunnel::ensure(&socket, &ours()).await.unwrap();
     });
 }

@@ -2,6 +2,7 @@
 
 use lab::Lab;
 use lab::api::API;
+use lab::machine;
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::thread;
@@ -10,7 +11,7 @@ use std::time::Duration;
 /// Listens on a port of the API server's host, and closes each connection after `life`.
 pub fn cutting(lab: &Lab, port: u16, life: Duration) {
     let namespaces = lab.host("api").namespaces();
-    let listener = namespaces.within(|| TcpListener::bind((API, port)).expect("listen"));
+    let listener = namespaces.within(|| machine::bound(|| TcpListener::bind((API, port))).expect("listen"));
     // The thread ends with the test's process. What it has open keeps nothing else alive.
     thread::spawn(move || {
         namespaces.enter();
